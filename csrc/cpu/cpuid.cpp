@@ -1,0 +1,92 @@
+#include "cpuid.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+// setup.py defines them; a set whose unit it left out is 0.
+#ifndef LORA_KERNELS_HAVE_AVX2
+#define LORA_KERNELS_HAVE_AVX2 0
+#endif
+#ifndef LORA_KERNELS_HAVE_AVX512
+#define LORA_KERNELS_HAVE_AVX512 0
+#endif
+#ifndef LORA_KERNELS_HAVE_AVX512BF16
+#define LORA_KERNELS_HAVE_AVX512BF16 0
+#endif
+
+namespace lora_kernels {
+namespace {
+
+constexpr std::uint32_t bit(int n) { return std::uint32_t{1} << n; }
+
+// cpuid leaf 1, ecx
+constexpr std::uint32_t kFma = bit(12), kOsxsave = bit(27), kAvx = bit(28), kF16c = bit(29);
+// cpuid leaf 7, sub-leaf 0, ebx
+constexpr std::uint32_t kAvx2 = bit(5), kBmi2 = bit(8), kAvx512f = bit(16), kAvx512dq = bit(17),
+                        kAvx512bw = bit(30), kAvx512vl = bit(31);
+// cpuid leaf 7, sub-leaf 1, eax
+constexpr std::uint32_t kAvx512bf16 = bit(5);
+// xcr0: xmm and ymm; for AVX-512 also the mask registers, the upper halves of zmm0-15, and zmm16-31
+constexpr std::uint64_t kYmmState = bit(1) | bit(2);
+constexpr std::uint64_t kZmmState = kYmmState | bit(5) | bit(6) | bit(7);
+
+template <typename T>
+bool has(T word, T wanted) {
+  return (word & wanted) == wanted;
+}
+
+}  // namespace
+
+CpuFeatures read_cpu_features() {
+  CpuFeatures features;
+#if defined(__x86_64__)
+  std::uint32_t eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (__get_cpuid(1, &eax, &ebx, &ecx, &edx)) features.leaf1_ecx = ecx;
+  if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) {
+    features.leaf7_ebx = ebx;
+    const std::uint32_t last_subleaf = eax;
+    if (last_subleaf >= 1 && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx)) {
+      features.leaf7_1_eax = eax;
+    }
+  }
+  // xgetbv faults unless the system has switched xsave on. The intrinsic would need -mxsave.
+  if (has(features.leaf1_ecx, kOsxsave)) {
+    std::uint32_t low = 0, high = 0;
+    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    features.xcr0 = (std::uint64_t{high} << 32) | low;
+  }
+#endif
+  return features;
+}
+
+Isa isa_of(const CpuFeatures& features) {
+  // The lists follow setup.py's flags: whatever a unit is compiled for is asked for here.
+  if (!has(features.leaf1_ecx, kOsxsave | kAvx | kFma | kF16c) ||
+      !has(features.leaf7_ebx, kAvx2 | kBmi2) || !has(features.xcr0, kYmmState)) {
+    return Isa::scalar;
+  }
+  if (!has(features.leaf7_ebx, kAvx512f | kAvx512bw | kAvx512dq | kAvx512vl) ||
+      !has(features.xcr0, kZmmState)) {
+    return Isa::avx2;
+  }
+  return has(features.leaf7_1_eax, kAvx512bf16) ? Isa::avx512bf16 : Isa::avx512;
+}
+
+Isa detect_isa() { return isa_of(read_cpu_features()); }
+
+bool isa_built(Isa isa) {
+  switch (isa) {
+    case Isa::scalar:
+      return true;
+    case Isa::avx2:
+      return LORA_KERNELS_HAVE_AVX2;
+    case Isa::avx512:
+      return LORA_KERNELS_HAVE_AVX512;
+    case Isa::avx512bf16:
+      return LORA_KERNELS_HAVE_AVX512BF16;
+  }
+  return false;
+}
+
+}  // namespace lora_kernels

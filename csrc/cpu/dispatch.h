@@ -1,0 +1,15 @@
+// The table of kernels in use.
+#pragma once
+#include "cpuid.h"
+#include "kernels.h"
+
+namespace lora_kernels {
+
+const char* isa_name(Isa isa);
+
+// The best set that the processor offers, the library holds, and `cap` allows.
+Isa use_isa(Isa cap);
+
+const Kernels& kernels();
+
+}  // namespace lora_kernels

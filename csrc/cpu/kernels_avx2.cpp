@@ -1,0 +1,6 @@
+#include "vec_avx2.h"
+#include "kernels_impl.h"
+
+namespace lora_kernels {
+extern const Kernels kernels_avx2 = {shrink, expand, backward_pair, grad_a};
+}

@@ -1,0 +1,6 @@
+#include "vec_avx512.h"
+#include "kernels_impl.h"
+
+namespace lora_kernels {
+extern const Kernels kernels_avx512 = {shrink, expand, backward_pair, grad_a};
+}

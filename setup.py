@@ -26,7 +26,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 NATIVE = "lora_kernels._native"
-CSRC = Path(__file__).resolve().parent / "csrc"
+ROOT = Path(__file__).resolve().parent
 
 BASELINE = [
     "bindings.cpp",
@@ -77,7 +77,9 @@ def isa_units(cxx: list[str]) -> dict[str, list[str]]:
     return {isa: flags for isa, flags in X86_64.items() if accepts(cxx, flags)}
 
 
-def write_ninja_file(path: Path, cxx: list[str], version: str) -> None:
+def write_ninja_file(build_dir: Path, cxx: list[str], version: str) -> None:
+    """build_dir/build.ninja; its paths are relative to ROOT, so that a copy of the tree is as
+    incremental as the tree."""
     import pybind11
     from ninja import ninja_syntax
 
@@ -89,7 +91,7 @@ def write_ninja_file(path: Path, cxx: list[str], version: str) -> None:
         *(["-Werror"] if enabled("LORA_KERNELS_WERROR") else []),
         f'-DLORA_KERNELS_VERSION="{version}"',
         *(f"-DLORA_KERNELS_HAVE_{isa.upper()}={int(isa in isas)}" for isa in X86_64),
-        f"-I{CSRC}",
+        "-Icsrc",
         # System headers: their warnings are not ours to mend.
         *("-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include")),
     ]
@@ -97,8 +99,9 @@ def write_ninja_file(path: Path, cxx: list[str], version: str) -> None:
     units: list[tuple[str, list[str]]] = [(source, []) for source in BASELINE]
     units += [(f"cpu/kernels_{isa}.cpp", flags) for isa, flags in isas.items()]
 
-    with path.open("w") as stream:
+    with (build_dir / "build.ninja").open("w") as stream:
         ninja = ninja_syntax.Writer(stream)
+        ninja.variable("builddir", ninja_syntax.escape(str(build_dir)))
         ninja.variable("cxx", ninja_syntax.escape(shlex.join(cxx)))
         ninja.variable("common", ninja_syntax.escape(shlex.join(common)))
         ninja.variable("link", ninja_syntax.escape(shlex.join(link)))
@@ -113,12 +116,12 @@ def write_ninja_file(path: Path, cxx: list[str], version: str) -> None:
         objects = []
         for source, flags in units:
             objects += ninja.build(
-                str(Path(source).with_suffix(".o")),
+                str(build_dir / Path(source).with_suffix(".o")),
                 "compile",
-                ninja_syntax.escape_path(str(CSRC / source)),
+                f"csrc/{source}",
                 variables={"isa": shlex.join(flags)},
             )
-        ninja.build("_native.so", "link", objects)
+        ninja.build(str(build_dir / "_native.so"), "link", objects)
 
 
 def compile_native(build_dir: Path, version: str) -> Path:
@@ -128,10 +131,11 @@ def compile_native(build_dir: Path, version: str) -> Path:
     cxx = find_compiler()
     build_dir.mkdir(parents=True, exist_ok=True)
     try:
-        write_ninja_file(build_dir / "build.ninja", cxx, version)
+        write_ninja_file(build_dir, cxx, version)
     except ImportError as error:
         raise RuntimeError(f"{error.name} is not installed: pip install pybind11 ninja") from error
-    if subprocess.run([sys.executable, "-m", "ninja", "-C", str(build_dir)]).returncode != 0:
+    ninja = [sys.executable, "-m", "ninja", "-f", str(build_dir / "build.ninja")]
+    if subprocess.run(ninja, cwd=ROOT).returncode != 0:
         raise RuntimeError(f"{shlex.join(cxx)} failed; its messages are above")
     return build_dir / "_native.so"
 
@@ -144,7 +148,7 @@ class NativeBuild(build_ext):
             return
         # Sanitized objects stand apart, so that neither build undoes the other.
         name = "sanitize" if enabled("LORA_KERNELS_SANITIZE") else "native"
-        build_dir = Path(self.build_temp).resolve() / name
+        build_dir = Path(self.build_temp) / name
         try:
             library = compile_native(build_dir, self.distribution.get_version())
         except RuntimeError as error:

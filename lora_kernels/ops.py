@@ -6,6 +6,8 @@ rows. `select.choose` runs in here, so a compiler never sees which backend it na
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -34,23 +36,14 @@ def _stat_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-class _NoAutocast:
+_NOTHING = contextlib.nullcontext()
+
+
+def _no_autocast(device_type: str) -> contextlib.AbstractContextManager[None]:
     """Autocast off inside an op: its dtypes are its arguments' business."""
-
-    def __init__(self, device_type: str) -> None:
-        self.guard = (
-            torch.autocast(device_type, enabled=False)
-            if torch.is_autocast_enabled(device_type)
-            else None
-        )
-
-    def __enter__(self) -> None:
-        if self.guard is not None:
-            self.guard.__enter__()
-
-    def __exit__(self, *exc: object) -> None:
-        if self.guard is not None:
-            self.guard.__exit__(*exc)
+    if not torch.is_autocast_enabled(device_type):
+        return _NOTHING
+    return torch.autocast(device_type, enabled=False)
 
 
 # lora_linear ------------------------------------------------------------------------------------
@@ -71,11 +64,11 @@ def _lora_linear(
     save_z: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     x2 = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    N, R = lora_B.shape
+    device_type, (N, R) = x.device.type, lora_B.shape
     choice = select.lora_linear(
-        x.device.type, x.dtype, lora_A.dtype, lora_B.dtype, dtype, R
+        device_type, x.dtype, lora_A.dtype, lora_B.dtype, dtype, R
     )
-    with _NoAutocast(x.device.type):
+    with _no_autocast(device_type):
         y, p, z = _BACKENDS[choice.backend].lora_linear(
             x2, weight, lora_A, lora_B, scaling, rank_gate, column_scale, bias, dropout_p, rng,
             dtype, save_z,
@@ -128,10 +121,11 @@ def _lora_linear_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     x2 = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     dy2 = dy if dy.dim() == 2 else dy.reshape(-1, dy.shape[-1])
+    device_type = x.device.type
     choice = select.lora_linear(
-        x.device.type, x.dtype, lora_A.dtype, lora_B.dtype, dy.dtype, p.shape[1]
+        device_type, x.dtype, lora_A.dtype, lora_B.dtype, dy.dtype, p.shape[1]
     )
-    with _NoAutocast(x.device.type):
+    with _no_autocast(device_type):
         dx, *rest = _BACKENDS[choice.backend].lora_linear_backward(
             dy2, x2, weight, lora_A, lora_B, p, z, scaling, rank_gate, column_scale, dropout_p,
             rng, need_x, need_A, need_B, need_gate, need_column_scale, need_bias,

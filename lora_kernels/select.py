@@ -41,20 +41,17 @@ def _check_name(name: str) -> str:
     return name
 
 
-def _from_environment() -> str | None:
-    name = os.environ.get("LORA_KERNELS_BACKEND")
-    return _check_name(name) if name else None
-
-
-_forced: ContextVar[str | None] = ContextVar("lora_kernels_backend")
+_forced: ContextVar[str | None] = ContextVar(
+    "lora_kernels_backend",
+    default=_check_name(os.environ["LORA_KERNELS_BACKEND"])
+    if os.environ.get("LORA_KERNELS_BACKEND")
+    else None,
+)
 
 
 def forced_backend() -> str | None:
-    """The backend that the context or LORA_KERNELS_BACKEND names, if any."""
-    try:
-        return _forced.get()
-    except LookupError:
-        return _from_environment()
+    """The backend that `backend(...)` or LORA_KERNELS_BACKEND, read at import, names, if any."""
+    return _forced.get()
 
 
 @contextlib.contextmanager
@@ -83,13 +80,15 @@ def lora_linear(
     rank: int,
 ) -> Choice:
     """The choice for `lora_linear` and its backward (one choice for both, always)."""
-    key = (device_type, x_dtype, a_dtype, b_dtype, dtype, rank)
-    return _choose(forced_backend(), native.reason, *key)
+    return _choose(
+        _forced.get(), native.isa, native.reason, device_type, x_dtype, a_dtype, b_dtype, dtype, rank
+    )
 
 
 @functools.lru_cache(maxsize=1024)
 def _choose(
     forced: str | None,
+    isa: str | None,
     native_absence: str | None,
     device_type: str,
     x_dtype: torch.dtype,
@@ -102,7 +101,7 @@ def _choose(
         return Choice("eager", _EAGER_STRATEGY, "the eager backend was asked for")
     obstacle = _cpu_obstacle(native_absence, device_type, x_dtype, a_dtype, b_dtype, dtype, rank)
     if obstacle is None:
-        why = "the cpu backend was asked for" if forced else f"native kernels, {native.isa}"
+        why = "the cpu backend was asked for" if forced else f"native kernels, {isa}"
         return Choice("cpu", _CPU_STRATEGY, why)
     if forced == "cpu":
         raise RuntimeError(f"backend 'cpu' was asked for and cannot run here: {obstacle}")

@@ -19,7 +19,7 @@ namespace {
 
 constexpr int64_t VW = V * W;     // columns of an outer product
 constexpr int64_t PANEL = 128;    // columns of y whose Q is packed at once
-constexpr int64_t ROWS = 64;      // rows of y that one task updates
+constexpr int64_t ROWS = 96;      // rows of y that one task updates
 constexpr int64_t STRIP = 64;     // columns of x of one task of dA: a mask word
 constexpr int64_t DEPTH = 128;    // rows of x that stay in L1 while dA's ranks pass over them
 constexpr int64_t PAIR_ROWS = 32; // rows of dY that stay in L2 between dS and dB
@@ -145,20 +145,17 @@ LK_INLINE void dot(const bf16* const x[DOT_ROWS], const bf16* const a[4], int64_
 }
 #endif
 
-template <typename TQ>
-LK_INLINE void outer(const float* const p[4], int64_t stride_pj, int64_t J, const TQ* q,
-                     int64_t stride_qj, vf acc[4][V]) {
-  const float *p0 = p[0], *p1 = p[1], *p2 = p[2], *p3 = p[3];
+template <int I, typename TQ>
+LK_INLINE void outer(const float* const p[I], int64_t stride_pj, int64_t J, const TQ* q,
+                     int64_t stride_qj, vf acc[I][V]) {
+  const float* row[I];
+  LK_UNROLL for (int i = 0; i < I; ++i) row[i] = p[i];
   for (int64_t j = 0; j < J; ++j, q += stride_qj) {
     vf qv[V];
     LK_UNROLL for (int v = 0; v < V; ++v) qv[v] = load(q + v * W);
-    const int64_t o = j * stride_pj;
-    const vf b0 = splat(p0[o]), b1 = splat(p1[o]), b2 = splat(p2[o]), b3 = splat(p3[o]);
-    LK_UNROLL for (int v = 0; v < V; ++v) {
-      acc[0][v] = fma(b0, qv[v], acc[0][v]);
-      acc[1][v] = fma(b1, qv[v], acc[1][v]);
-      acc[2][v] = fma(b2, qv[v], acc[2][v]);
-      acc[3][v] = fma(b3, qv[v], acc[3][v]);
+    LK_UNROLL for (int i = 0; i < I; ++i) {
+      const vf b = splat(row[i][j * stride_pj]);
+      LK_UNROLL for (int v = 0; v < V; ++v) acc[i][v] = fma(b, qv[v], acc[i][v]);
     }
   }
 }
@@ -170,7 +167,7 @@ LK_INLINE void outer_into(const float* const p[4], int64_t stride_pj, int64_t J,
   vf acc[4][V];
   LK_UNROLL for (int i = 0; i < 4; ++i) LK_UNROLL for (int v = 0; v < V; ++v) acc[i][v] =
       fresh ? zero() : load(c + i * ldc + v * W);
-  outer(p, stride_pj, J, q, stride_qj, acc);
+  outer<4>(p, stride_pj, J, q, stride_qj, acc);
   LK_UNROLL for (int i = 0; i < 4; ++i) LK_UNROLL for (int v = 0; v < V; ++v)
       store(c + i * ldc + v * W, acc[i][v]);
 }
@@ -307,48 +304,46 @@ void shrink(const ShrinkArgs& a) {
 // Y = c * (Y + alpha * mask(S Q)) + bias in one pass over y. A task is a panel of PANEL columns of
 // Q, packed once in float32 with alpha inside, by ROWS rows of y. Rounds once, when y is stored
 // (z likewise). Reads and writes y once, reads S once a panel, Q once. Tested by tests/ops.
-template <typename T>
+// Plain: no dropout, z, c or bias. Asking for each of them at every register costs a third more.
+template <typename T, bool Plain>
 LK_INLINE void expand_tile(const ExpandArgs& a, const Philox& generator, const float* panel,
                            int64_t n0, int64_t m0, int64_t m1) {
   const int64_t n1 = min(n0 + PANEL, a.N);
   T* const y = static_cast<T*>(a.y);
   T* const z = static_cast<T*>(a.z);
-  for (int64_t m = m0; m < m1; m += 4) {
-    const int64_t count = min(4, m1 - m);
-    const float* s[4];
-    for (int64_t i = 0; i < 4; ++i) s[i] = a.s + (m + min(i, count - 1)) * a.R;
-    uint64_t bits[4][PANEL / 64] = {};
+  for (int64_t m = m0; m < m1; m += Y_ROWS) {
+    const int64_t count = min(Y_ROWS, m1 - m);
+    const float* s[Y_ROWS];
+    for (int64_t i = 0; i < Y_ROWS; ++i) s[i] = a.s + (m + min(i, count - 1)) * a.R;
+    uint64_t bits[Y_ROWS][PANEL / 64] = {};
     if (a.dropout.rng)
       for (int64_t i = 0; i < count; ++i)
         for (int64_t word = 0; word < PANEL / 64 && n0 + 64 * word < n1; ++word)
           bits[i][word] = keep64(generator, m + i, n0 + 64 * word);
     for (int64_t n = n0; n < n1; n += VW) {
-      vf acc[4][V];
-      LK_UNROLL for (int i = 0; i < 4; ++i) LK_UNROLL for (int v = 0; v < V; ++v) acc[i][v] =
+      vf acc[Y_ROWS][V];
+      LK_UNROLL for (int i = 0; i < Y_ROWS; ++i) LK_UNROLL for (int v = 0; v < V; ++v) acc[i][v] =
           zero();
-      outer(s, 1, a.R, panel + (n - n0), PANEL, acc);
-      LK_UNROLL for (int i = 0; i < 4; ++i) {
-        if (i >= count) break;
+      for (int64_t i = 0; i < Y_ROWS; ++i)  // the rows come from L3, too far apart for the prefetcher
+        for (int64_t line = 0; line < VW * (int64_t)sizeof(T); line += 64)
+          __builtin_prefetch(reinterpret_cast<const char*>(y + (m + Y_ROWS + i) * a.ldy + n) + line, 1);
+      outer<Y_ROWS>(s, 1, a.R, panel + (n - n0), PANEL, acc);
+      const bool full = count == Y_ROWS && n + VW <= n1;
+      LK_UNROLL for (int i = 0; i < Y_ROWS; ++i) {
+        if (!full && i >= count) break;
         LK_UNROLL for (int v = 0; v < V; ++v) {
           const int64_t column = n + v * W, at = column - n0;
-          const int rest = (int)min(W, n1 - column);
+          const int rest = full ? W : (int)min(W, n1 - column);
           if (rest <= 0) break;
           T* to = y + (m + i) * a.ldy + column;
           vf u = acc[i][v];
-          if (a.dropout.rng) u = keep(u, bits[i][at / 64] >> at % 64);
-          if (rest == W) {
-            u = add(load(to), u);
-            if (z) store(z + (m + i) * a.N + column, u);
-            if (a.c) u = mul(u, load(a.c + column));
-            if (a.bias) u = add(u, load(a.bias + column));
-            store(to, u);
-          } else {
-            u = add(load_n(to, rest), u);
-            if (z) store_n(z + (m + i) * a.N + column, u, rest);
-            if (a.c) u = mul(u, load_n(a.c + column, rest));
-            if (a.bias) u = add(u, load_n(a.bias + column, rest));
-            store_n(to, u, rest);
-          }
+          if (!Plain && a.dropout.rng) u = keep(u, bits[i][at / 64] >> at % 64);
+          u = add(full ? load(to) : load_n(to, rest), u);
+          if (!Plain && z) full ? store(z + (m + i) * a.N + column, u)
+                      : store_n(z + (m + i) * a.N + column, u, rest);
+          if (!Plain && a.c) u = mul(u, full ? load(a.c + column) : load_n(a.c + column, rest));
+          if (!Plain && a.bias) u = add(u, full ? load(a.bias + column) : load_n(a.bias + column, rest));
+          full ? store(to, u) : store_n(to, u, rest);
         }
       }
     }
@@ -374,7 +369,11 @@ void expand(const ExpandArgs& a) {
           pack(a.q, a.R, n0, min(PANEL, a.N - n0), round_up(min(PANEL, a.N - n0), VW), a.alpha,
                nullptr, panel, PANEL, panel + panel_floats);
         packed = n0;
-        expand_tile<T>(a, generator, panel, n0, m0, min(m0 + ROWS, a.M));
+        const int64_t m1 = min(m0 + ROWS, a.M);
+        if (a.dropout.rng || a.z || a.c || a.bias)
+          expand_tile<T, false>(a, generator, panel, n0, m0, m1);
+        else
+          expand_tile<T, true>(a, generator, panel, n0, m0, m1);
       }
     });
   });

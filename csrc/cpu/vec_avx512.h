@@ -12,6 +12,7 @@ namespace {
 constexpr int W = 16;        // floats in a register
 constexpr int DOT_ROWS = 6;  // 6 x 4 accumulators, 4 + 1 operands: 29 of 32 registers
 constexpr int V = 4;         // registers side by side in an outer product: 4 x 4 accumulators
+constexpr int Y_ROWS = 6;  // rows of y updated together
 using vf = __m512;
 
 LK_INLINE vf zero() { return _mm512_setzero_ps(); }
@@ -23,7 +24,11 @@ LK_INLINE vf mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
 LK_INLINE vf widen_bf16(__m256i h) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
 }
-LK_INLINE __m256i narrow_bf16(vf v) {  // to nearest, ties to even; a NaN stays one
+// To nearest, ties to even; a NaN stays one.
+#ifdef __AVX512BF16__
+LK_INLINE __m256i narrow_bf16(vf v) { return (__m256i)_mm512_cvtneps_pbh(v); }  // subnormals to 0
+#else
+LK_INLINE __m256i narrow_bf16(vf v) {
   const __m512i u = _mm512_castps_si512(v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
   __m512i r = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd);
@@ -31,6 +36,7 @@ LK_INLINE __m256i narrow_bf16(vf v) {  // to nearest, ties to even; a NaN stays 
   r = _mm512_mask_or_epi32(r, nan, u, _mm512_set1_epi32(0x00400000));
   return _mm512_cvtepi32_epi16(_mm512_srli_epi32(r, 16));
 }
+#endif
 
 LK_INLINE vf load(const float* p) { return _mm512_loadu_ps(p); }
 LK_INLINE vf load(const bf16* p) { return widen_bf16(_mm256_loadu_si256((const __m256i*)p)); }

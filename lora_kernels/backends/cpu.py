@@ -6,8 +6,8 @@ library gives dZ·W and `expand` adds D'(dXA·A) to it in place.
 
 Rounding points: the base product rounds to the compute dtype; P, S, dS and dXA are float32 and
 never rounded to 16 bits; y and dx are rounded once more when the rank update is added; each
-parameter's gradient is rounded once, from float32 to its own dtype. With x and A both bfloat16 on
-avx512bf16, their products are exact in float32 as everywhere else.
+parameter's gradient is rounded once, from float32 to its own dtype. On avx512bf16 a
+bfloat16 subnormal counts as zero, as in the library's own bfloat16 products there.
 Deterministic for a given M, instruction set and thread count.
 """
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from .. import reference
 from . import native
@@ -24,12 +25,14 @@ _DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 def _rows(t: Tensor) -> Tensor:
     """A matrix whose rows are contiguous, whatever their distance."""
-    return t if t.stride(1) == 1 and t.stride(0) >= t.shape[1] else t.contiguous()
+    if t.is_contiguous() or (t.stride(1) == 1 and t.stride(0) >= t.shape[1]):
+        return t
+    return t.contiguous()
 
 
 def _vector(t: Tensor | None) -> Tensor | None:
     """A per-column or per-rank factor as contiguous float32."""
-    return None if t is None else t.to(torch.float32).contiguous()
+    return None if t is None else _cast(t, torch.float32).contiguous()
 
 
 def _ptr(t: Tensor | None) -> int:
@@ -47,10 +50,8 @@ def _mask(dropout_p: float, rng: Tensor | None) -> tuple[int, int, float]:
     )
 
 
-def _mm(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """The base product, in the compute dtype."""
-    a = a if a.dtype is dtype else a.to(dtype)
-    return torch.mm(a, b if b.dtype is dtype else b.to(dtype))
+def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return t if t.dtype is dtype else t.to(dtype)
 
 
 def lora_linear(
@@ -72,7 +73,10 @@ def lora_linear(
     assert kernels is not None
     x, lora_A = _rows(x), _rows(lora_A)
     (M, K), (N, R) = x.shape, lora_B.shape
-    y = x.new_zeros(M, N, dtype=dtype) if weight is None else _mm(x, weight.t(), dtype)
+    if weight is None:
+        y = x.new_zeros(M, N, dtype=dtype)
+    else:
+        y = linear(_cast(x, dtype), _cast(weight, dtype))
     p = x.new_empty(M, R, dtype=torch.float32)
     z = y.new_empty((M, N) if save_z else (0,))
     rng_ptr, threshold, keep_scale = _mask(dropout_p, rng)
@@ -152,8 +156,7 @@ def lora_linear_backward(
     if weight is None:
         dx = x.new_zeros(M, K)
     else:
-        dx = _mm(dz, weight, dtype)
-        dx = dx if dx.dtype is x.dtype else dx.to(x.dtype)
+        dx = _cast(torch.mm(dz, _cast(weight, dtype)), x.dtype)
     kernels.expand(
         dx.data_ptr(), _DTYPE[x.dtype], K, M, K, dxa.data_ptr(), R,
         lora_A.data_ptr(), _DTYPE[lora_A.dtype], lora_A.stride(0), lora_A.stride(1),

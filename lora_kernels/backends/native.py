@@ -17,11 +17,13 @@ def _load() -> None:
     global module, reason, isa, threads
     try:
         from .. import _native as extension
-    except ImportError as error:
-        reason = (
-            "the native CPU kernels were not built "
-            f"({error}); with a C++ compiler: pip install --force-reinstall --no-deps lora-kernels"
-        )
+    except ImportError:
+        reason = "the native CPU kernels were not built"
+        return
+    from .. import __version__
+
+    if extension.__version__ != __version__:
+        reason = f"the native kernels are of version {extension.__version__}, not {__version__}"
         return
     cap = os.environ.get("LORA_KERNELS_CPU_ISA", "")
     if cap and cap not in ISAS:

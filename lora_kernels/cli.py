@@ -1,0 +1,64 @@
+"""The command line: `lora-kernels COMMAND`. Each command's module is imported when it is asked for.
+
+A command module has `add_arguments(parser)` and `run(args) -> int`, the exit status.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Sequence
+
+from . import __version__
+
+# name -> module, the extra that installs what it needs, help
+COMMANDS = {
+    "info": ("lora_kernels.info", None, "what this machine is and which backends it can run"),
+    "verify": ("lora_kernels.measure.verify", None, "check every kernel against the reference"),
+    "bench": ("lora_kernels.measure.bench", "bench", "time the kernels against what others use"),
+    "finetune": ("lora_kernels.finetune.command", "finetune", "fine-tune a model with fused LoRA"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit status, 2 where it cannot start."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(
+        prog="lora-kernels", description="Fused LoRA kernels for PyTorch and PEFT."
+    )
+    parser.add_argument("--version", action="version", version=f"lora-kernels {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND")
+    parsers = {
+        name: commands.add_parser(name, help=text, description=text)
+        for name, (_, _, text) in COMMANDS.items()
+    }
+    # The options that stand before a command take no value, so it is the first word without a dash.
+    name = next((word for word in argv if not word.startswith("-")), None)
+    if name is None:
+        parser.parse_args(argv)  # --help, --version, or an option that does not exist
+        parser.exit(2, f"lora-kernels: no command given; want one of {', '.join(COMMANDS)}\n")
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"want one of {', '.join(COMMANDS)}"
+        parser.exit(2, f"lora-kernels: no command {name!r}; {hint}\n")
+
+    module_name, extra, _ = COMMANDS[name]
+    try:
+        command = importlib.import_module(module_name)
+        command.add_arguments(parsers[name])
+        return int(command.run(parser.parse_args(argv)))
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if not missing or importlib.util.find_spec(missing) is not None:
+            raise
+        wanted = f"'lora-kernels[{extra}]'" if extra else missing
+        parser.exit(2, f"lora-kernels {name}: needs {missing}: pip install {wanted}\n")
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

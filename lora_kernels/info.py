@@ -1,0 +1,125 @@
+"""Says what is here and what is not: each backend, the reason, and the command that adds it."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import platform
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from . import __version__, device
+from .backends import native
+
+_OPTIONAL = ("triton", "peft", "transformers", "bitsandbytes")
+
+
+def info() -> dict[str, Any]:
+    """Facts for a bug report, of types that JSON knows.
+
+    Keys: `version`, `python`, `platform`; `versions` (distribution -> version or None); `cpu`
+    (device.Cpu's fields; `isa`, the instruction set in use, and `thread_pool`, both None without
+    the extension); `compiler`; `gpus` (device.Gpu's fields each); `backends` (name -> `available`,
+    `reason`, and `add`, how to get it, None where there is no way or no need).
+
+    >>> from lora_kernels.info import info
+    >>> info()["backends"]["eager"]["available"]
+    True
+    """
+    return {
+        "version": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": {
+            "torch": torch.__version__,
+            **{name: device.version(name) for name in _OPTIONAL},
+        },
+        "cpu": {**asdict(device.cpu()), "isa": native.isa, "thread_pool": native.threads},
+        "compiler": device.compiler(),
+        "gpus": [asdict(gpu) for gpu in device.gpus()],
+        "backends": {
+            "eager": _backend(True, "plain PyTorch, on every torch device"),
+            "cpu": _cpu_backend(),
+            "triton": _backend(False, "not built in this version"),
+            "cuda": _backend(False, "not built in this version"),
+        },
+    }
+
+
+def report(facts: dict[str, Any]) -> str:
+    """The dict of `info` as the text that `lora-kernels info` prints."""
+    cpu = facts["cpu"]
+    rows = [
+        ("python", f"{facts['python']} on {facts['platform']}"),
+        *((name, version or "not installed") for name, version in facts["versions"].items()),
+        ("processor", f"{cpu['name']} ({cpu['architecture']}), {_count(cpu['cores'], 'core')}"),
+        ("threads", f"{cpu['threads']}; OpenMP runtime: {cpu['openmp'] or 'unknown'}"),
+        ("compiler", facts["compiler"] or "none found"),
+    ]
+    for gpu in facts["gpus"]:
+        memory = f"{gpu['memory_bytes'] / 2**30:.0f} GiB"
+        shape = f"capability {gpu['capability']}, {gpu['multiprocessors']} SMs, {memory}"
+        rows.append((f"GPU {gpu['index']}", f"{gpu['name']}, {shape}"))
+    if not facts["gpus"]:
+        rows.append(("GPU", "none that torch can use"))
+
+    lines = [f"lora_kernels {facts['version']}", ""]
+    lines += [f"  {name:<13}{value}" for name, value in rows]
+    lines += ["", "backends"]
+    for name, backend in facts["backends"].items():
+        lines.append(f"  {name:<9}{'yes' if backend['available'] else 'no':<4}{backend['reason']}")
+        if backend["add"]:
+            lines.append(f"{'':<15}to add it: {backend['add']}")
+    return "\n".join(lines)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print the facts as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    facts = info()
+    print(json.dumps(facts, indent=2) if args.json else report(facts))
+    return 0
+
+
+def _backend(available: bool, reason: str, add: str | None = None) -> dict[str, Any]:
+    return {"available": available, "reason": reason, "add": add}
+
+
+def _cpu_backend() -> dict[str, Any]:
+    if native.module is not None:
+        pool = native.threads or "none found, so one thread"
+        return _backend(True, f"{native.isa} kernels; thread pool: {pool}")
+    # A wheel that was built without the kernels sits in pip's cache and would come back.
+    install = (
+        "LORA_KERNELS_NATIVE=1 pip install --force-reinstall --no-deps --no-cache-dir "
+        + _installed_from()
+    )
+    if device.compiler() is None:
+        install = (
+            "install a C++ compiler (apt install g++, dnf install gcc-c++, "
+            f"xcode-select --install), then {install}"
+        )
+    return _backend(False, native.reason or "not built", install)
+
+
+def _installed_from() -> str:
+    """What to hand to `pip install` to get this package again from where it came (PEP 610)."""
+    try:
+        text = importlib.metadata.distribution("lora-kernels").read_text("direct_url.json")
+    except importlib.metadata.PackageNotFoundError:
+        text = None
+    if text is None:
+        return "lora-kernels"
+    origin = json.loads(text)
+    if "vcs_info" in origin:
+        return f"{origin['vcs_info']['vcs']}+{origin['url']}"
+    return ("-e " if origin.get("dir_info", {}).get("editable") else "") + str(origin["url"])
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -1,0 +1,147 @@
+"""setup.py: what it compiles, with which flags, and what it leaves behind where it cannot."""
+
+import json
+import platform
+import shlex
+import subprocess
+import sys
+import sysconfig
+import tarfile
+
+import pytest
+
+from .conftest import ROOT, Project
+
+NO_COMPILER = {"CXX": "/nonexistent/c++", "PATH": ""}
+EXT_SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
+X86_64 = platform.machine() in ("x86_64", "AMD64")
+AVX2 = {"-mavx2", "-mfma", "-mf16c", "-mbmi2"}
+AVX512 = AVX2 | {"-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"}
+X86_64_UNITS = {
+    "kernels_avx2.cpp": AVX2,
+    "kernels_avx512.cpp": AVX512,
+    "kernels_avx512bf16.cpp": AVX512 | {"-mavx512bf16"},
+}
+BASELINE_UNITS = ("bindings.cpp", "cpuid.cpp", "dispatch.cpp", "threads.cpp", "kernels_scalar.cpp")
+
+
+def machine_flags(project: Project) -> dict[str, set[str]]:
+    """Source name -> the -m flags of its compile command."""
+    ninja_file = str(project.object_file("build.ninja"))
+    database = subprocess.run(
+        [sys.executable, "-m", "ninja", "-f", ninja_file, "-t", "compdb", "compile"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    return {
+        entry["file"].rpartition("/")[2]: {
+            word for word in entry["command"].split() if word.startswith("-m")
+        }
+        for entry in json.loads(database)
+    }
+
+
+def test_without_a_compiler_the_package_is_pure_python(project: Project) -> None:
+    result = project.setup("build", **NO_COMPILER)
+    assert result.returncode == 0, result.stdout
+    assert "native CPU kernels are left out: CXX='/nonexistent/c++'" in result.stdout
+    assert project.extensions() == []
+    assert list(project.root.glob("build/lib*/lora_kernels/py.typed"))
+
+
+def test_without_a_compiler_native_1_is_an_error(project: Project) -> None:
+    result = project.setup("build", LORA_KERNELS_NATIVE="1", **NO_COMPILER)
+    assert result.returncode != 0
+    assert "error: LORA_KERNELS_NATIVE=1, but CXX='/nonexistent/c++'" in result.stdout
+    assert project.extensions() == []
+
+
+@pytest.mark.parametrize("command", [["build"], ["build_ext", "--inplace"]])
+def test_native_0_builds_nothing_and_says_nothing(project: Project, command: list[str]) -> None:
+    stale = project.root / "lora_kernels" / f"_native{EXT_SUFFIX}"
+    if "--inplace" in command:
+        stale.touch()
+    result = project.setup(*command, LORA_KERNELS_NATIVE="0")
+    assert result.returncode == 0, result.stdout
+    assert "native" not in result.stdout
+    assert project.extensions() == []
+
+
+@pytest.mark.parametrize("native", ["", "1"])
+def test_a_failed_build_leaves_no_extension_behind(project: Project, native: str) -> None:
+    assert project.setup("build_ext", "--inplace").returncode == 0
+    assert len(project.extensions()) == 1
+    (project.csrc / "cpu" / "dispatch.cpp").write_text("int no_semicolon = 1")
+    environment = {"LORA_KERNELS_NATIVE": native} if native else {}
+    result = project.setup("build_ext", "--inplace", **environment)
+    assert "no_semicolon" in result.stdout, "the compiler's own message is shown"
+    assert result.returncode == (1 if native else 0)
+    assert project.extensions() == []
+
+
+def test_each_unit_has_the_flags_of_its_instruction_set_alone(built_project: Project) -> None:
+    expected: dict[str, set[str]] = {unit: set() for unit in BASELINE_UNITS}
+    assert machine_flags(built_project) == expected | (X86_64_UNITS if X86_64 else {})
+
+
+@pytest.mark.skipif(not X86_64, reason="only x86-64 has units that a compiler may not know")
+def test_a_unit_that_the_compiler_does_not_know_is_left_out(project: Project) -> None:
+    old_compiler = project.root / "old-c++"
+    old_compiler.write_text(
+        '#!/bin/sh\ncase "$*" in *-mavx512bf16*) exit 1;; esac\nexec c++ "$@"\n'
+    )
+    old_compiler.chmod(0o755)
+    result = project.setup(
+        "build_ext", "--inplace", CXX=shlex.quote(str(old_compiler)), LORA_KERNELS_NATIVE="1"
+    )
+    assert result.returncode == 0, result.stdout
+    assert "kernels_avx512bf16.cpp" not in machine_flags(project)
+    call = "from _native import isa_built; print([isa_built(i) for i in range(4)])"
+    done = subprocess.run(
+        [sys.executable, "-c", call],
+        cwd=project.root / "lora_kernels",
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == "[True, True, True, False]"
+
+
+def test_a_changed_header_recompiles_what_includes_it(project: Project) -> None:
+    assert project.setup("build_ext", "--inplace").returncode == 0
+    names = ("cpu/cpuid.o", "bindings.o", "cpu/kernels_scalar.o")
+    before = [project.object_file(name).stat().st_mtime_ns for name in names]
+    with (project.csrc / "cpu" / "cpuid.h").open("a") as header:
+        header.write("// changed\n")
+    assert project.setup("build_ext", "--inplace").returncode == 0
+    after = [project.object_file(name).stat().st_mtime_ns for name in names]
+    assert [a != b for a, b in zip(after, before, strict=True)] == [True, True, False]
+
+
+def test_the_source_distribution_holds_what_the_build_needs(built_project: Project) -> None:
+    result = built_project.setup("sdist", "--formats=tar", "--dist-dir=dist")
+    assert result.returncode == 0, result.stdout
+    (archive,) = (built_project.root / "dist").glob("*.tar")
+    with tarfile.open(archive) as tar:
+        names = {name.partition("/")[2] for name in tar.getnames()}
+    sources = {p.relative_to(built_project.root) for p in built_project.csrc.rglob("*.*")}
+    assert {str(p) for p in sources} | {"setup.py", "pyproject.toml", "LICENSE"} <= names
+    assert not [name for name in names if name.endswith((".so", ".o"))]
+
+
+def test_instruction_set_units_share_no_inline_function() -> None:
+    """A weak function of the AVX-512 unit could be the copy that the linker keeps for every unit,
+    and then it faults on an older processor."""
+    objects = sorted(ROOT.glob("build/temp.*/native/cpu/kernels_*.o"))
+    if not objects:
+        pytest.skip("the native kernels are not built")
+    for path in objects:
+        symbols = subprocess.run(
+            ["nm", "--defined-only", "--demangle", str(path)],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        weak = [line for line in symbols.splitlines() if line.split()[1] in ("W", "V", "u")]
+        assert [line for line in weak if "DW.ref.__gxx_personality" not in line] == [], path.name

@@ -1,0 +1,115 @@
+"""The command line: what it says of itself, and of what cannot be done."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+import lora_kernels
+from lora_kernels import cli, device, info
+from lora_kernels.backends import native
+
+
+def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
+    """Exit status, stdout, stderr."""
+    try:
+        status = cli.main(argv)
+    except SystemExit as stop:
+        status = int(stop.code or 0)
+    return (status, *capsys.readouterr())
+
+
+def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys, "--help")
+    assert status == 0
+    for name in cli.COMMANDS:
+        assert f"    {name} " in out
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_listed_command_exists(capsys: pytest.CaptureFixture[str], name: str) -> None:
+    status, out, _ = run(capsys, name, "--help")
+    assert status == 0
+    assert out.startswith(f"usage: lora-kernels {name}")
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "--version") == (0, f"lora-kernels {lora_kernels.__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["finetun"], "lora-kernels: no command 'finetun'; did you mean 'finetune'?\n"),
+        (["xyz"], "no command 'xyz'; want one of info, verify, bench, finetune\n"),
+        ([], "no command given; want one of info, verify, bench, finetune\n"),
+    ],
+)
+def test_a_wrong_command_is_one_line(
+    capsys: pytest.CaptureFixture[str], argv: list[str], message: str
+) -> None:
+    status, out, err = run(capsys, *argv)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert err.endswith(message)
+
+
+@pytest.mark.parametrize("where", ["import", "run"])
+def test_a_missing_library_is_one_line(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    where: str,
+) -> None:
+    missing = "import not_installed.part"
+    (tmp_path / "needs_much.py").write_text(
+        f"{missing if where == 'import' else ''}\n"
+        f"def add_arguments(parser): pass\n"
+        f"def run(args):\n    {missing}\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "needs_much", raising=False)
+    monkeypatch.setitem(cli.COMMANDS, "info", ("needs_much", "finetune", "help"))
+    assert run(capsys, "info") == (
+        2,
+        "",
+        "lora-kernels info: needs not_installed: pip install 'lora-kernels[finetune]'\n",
+    )
+
+
+def test_a_broken_import_of_our_own_is_no_missing_library(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(cli.COMMANDS, "info", ("lora_kernels.no_such_module", "bench", "help"))
+    with pytest.raises(ModuleNotFoundError, match="no_such_module"):
+        cli.main(["info"])
+
+
+def test_info_names_every_backend(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys, "info")
+    assert status == 0
+    for name in ("eager", "cpu", "triton", "cuda"):
+        assert f"\n  {name} " in out
+    facts = json.loads(run(capsys, "info", "--json")[1])
+    assert facts == info.info()
+    assert info.report(facts) + "\n" == out
+
+
+def test_info_says_how_to_add_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "module", None)
+    monkeypatch.setattr(native, "reason", "they were not built")
+    monkeypatch.setattr(device, "compiler", lambda: None)
+    text = info.report(info.info())
+    assert "  cpu      no  they were not built\n" in text
+    assert "to add it: install a C++ compiler (apt install g++" in text
+    assert "LORA_KERNELS_NATIVE=1 pip install" in text
+    monkeypatch.setattr(device, "compiler", lambda: "/usr/bin/c++")
+    assert "install a C++ compiler" not in info.report(info.info())
+
+
+def test_gpus_are_shown_with_their_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = device.Gpu(0, "H100", "9.0", 132, 80 * 2**30)
+    monkeypatch.setattr(device, "gpus", lambda: [gpu])
+    text = info.report(info.info())
+    assert "  GPU 0        H100, capability 9.0, 132 SMs, 80 GiB\n" in text
+    assert "none that torch can use" not in text

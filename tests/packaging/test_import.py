@@ -1,0 +1,30 @@
+"""`import lora_kernels` needs torch and nothing else."""
+
+import subprocess
+import sys
+
+
+def new_packages(code: str, before: str = "") -> set[str]:
+    """The packages outside the standard library that `code` imports, after `before` has run."""
+    script = f"""
+import sys
+{before}
+before = set(sys.modules)
+{code}
+new = {{name.partition(".")[0] for name in set(sys.modules) - before}}
+print(*(new - set(sys.stdlib_module_names)))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    return set(done.stdout.split())
+
+
+def test_import_adds_nothing_to_torch_but_the_package() -> None:
+    assert new_packages("import lora_kernels", before="import torch") == {"lora_kernels"}
+
+
+def test_import_leaves_optional_libraries_alone() -> None:
+    """Not even torch's own imports count: what it might load on our account would be seen here."""
+    packages = new_packages("import lora_kernels")
+    assert not {"triton", "peft", "transformers", "safetensors", "rich"} & packages

@@ -29,8 +29,8 @@ def lora_linear(
 
     Args:
         x: [..., K], float32, bfloat16, float16 or float64. Any strides, any M including 0.
-        weight: [N, K], frozen (must not require a gradient); x's dtype, unless autocast is on.
-            None leaves the base product out: y is the adapter's part alone.
+        weight: [N, K], frozen (where gradients are on, it may not require one); x's dtype, unless
+            autocast is on. None leaves the base product out: y is the adapter's part alone.
         lora_A: [R, K], lora_B: [N, R]. float32, bfloat16 or float16, whatever x is; float64 only
             if all are. Never copied to x's dtype; products accumulate in float32.
         scaling: alpha / r.
@@ -56,7 +56,11 @@ def lora_linear(
             [2.5000, 2.5000, 2.5000]])
     """
     device, x_dtype, a_dtype, b_dtype = x.device, x.dtype, lora_A.dtype, lora_B.dtype
-    autocast = torch.is_autocast_enabled(device.type) and x_dtype is not torch.float64
+    autocast = (
+        device.type != "meta"  # of which autocast knows nothing
+        and torch.is_autocast_enabled(device.type)
+        and x_dtype is not torch.float64
+    )
     dtype = torch.get_autocast_dtype(device.type) if autocast else x_dtype
 
     R, K = _matrix("lora_A", lora_A, "[R, K]")
@@ -95,7 +99,7 @@ def lora_linear(
             _check_rng(rng, x)
     else:
         rng = None
-    return LoRALinearFunction.apply(  # type: ignore[no-any-return, no-untyped-call]
+    return LoRALinearFunction.apply(  # type: ignore[no-any-return]
         x, weight, lora_A, lora_B, float(scaling), rank_gate, column_scale, bias,
         float(dropout_p), rng, dtype,
     )  # fmt: skip
@@ -128,7 +132,7 @@ def _check_weight(x: Tensor, weight: Tensor, autocast: bool) -> None:
             f"weight: got {weight.dtype}, want x's {x.dtype} (or autocast, which casts both)"
         )
     _check_devices(x, weight=weight)
-    if weight.requires_grad:
+    if weight.requires_grad and torch.is_grad_enabled():
         raise ValueError(
             "weight: got requires_grad=True, want a frozen weight: its gradient is not computed "
             "here. Call weight.requires_grad_(False), or keep the layer unfused"
@@ -145,7 +149,9 @@ def _check_vector(name: str, t: Tensor, size: int, x: Tensor) -> None:
     if t.dim() != 1 or t.shape[0] != size:
         raise ValueError(f"{name}: got shape {_shape(t)}, want [{size}]")
     if t.dtype not in _FLOATS or (t.dtype is torch.float64) != (x.dtype is torch.float64):
-        raise TypeError(f"{name}: got {t.dtype}, want a floating dtype that goes with x's {x.dtype}")
+        raise TypeError(
+            f"{name}: got {t.dtype}, want a floating dtype that goes with x's {x.dtype}"
+        )
     _check_devices(x, **{name: t})
 
 
@@ -153,5 +159,3 @@ def _check_rng(rng: Tensor, x: Tensor) -> None:
     if rng.dtype is not torch.int64 or rng.shape != (2,):
         raise ValueError(f"rng: got {rng.dtype} {_shape(rng)}, want int64 [2]: seed and offset")
     _check_devices(x, rng=rng)
-
-

@@ -65,9 +65,7 @@ def _lora_linear(
 ) -> tuple[Tensor, Tensor, Tensor]:
     x2 = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     device_type, (N, R) = x.device.type, lora_B.shape
-    choice = select.lora_linear(
-        device_type, x.dtype, lora_A.dtype, lora_B.dtype, dtype, R
-    )
+    choice = select.lora_linear(device_type, x.dtype, lora_A.dtype, lora_B.dtype, dtype, R)
     with _no_autocast(device_type):
         y, p, z = _BACKENDS[choice.backend].lora_linear(
             x2, weight, lora_A, lora_B, scaling, rank_gate, column_scale, bias, dropout_p, rng,

@@ -69,7 +69,7 @@ def dropout_mask(rng: Tensor, M: int, K: int, p: float) -> Tensor:
         ((offset >> 32) & _MASK32).expand(M, groups.shape[1]),
     ]
     words = torch.stack(philox4x32(counter, [seed & _MASK32, (seed >> 32) & _MASK32]), dim=-1)
-    return words.reshape(M, -1)[:, :K] >= dropout_threshold(p)
+    return words.flatten(1)[:, :K] >= dropout_threshold(p)
 
 
 def lora_linear(

@@ -81,8 +81,9 @@ def lora_linear(
 ) -> Choice:
     """The choice for `lora_linear` and its backward (one choice for both, always)."""
     return _choose(
-        _forced.get(), native.isa, native.reason, device_type, x_dtype, a_dtype, b_dtype, dtype, rank
-    )
+        _forced.get(), native.isa, native.reason,
+        device_type, x_dtype, a_dtype, b_dtype, dtype, rank,
+    )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=1024)
@@ -123,7 +124,8 @@ def _cpu_obstacle(
         return native_absence
     for name, d in (("x", x_dtype), ("lora_A", a_dtype), ("lora_B", b_dtype), ("y", dtype)):
         if d not in _KERNEL_DTYPES:
-            return f"{name} is {str(d).removeprefix('torch.')}; kernels take float32, bfloat16, float16"
+            got = str(d).removeprefix("torch.")
+            return f"{name} is {got}; the kernels take float32, bfloat16, float16"
     if rank > MAX_KERNEL_RANK:
         return f"rank {rank} is above the kernels' {MAX_KERNEL_RANK}"
     return None

@@ -143,7 +143,8 @@ def lora_linear_backward(
             threads,
         )  # fmt: skip
     dg = (ds * p).sum(0).mul_(scaling) if need_gate else out(False, ())
-    dxa = ds if rank_gate is None else ds * (rank_gate * (scaling * keep_scale))
+    gated = rank_gate is not None and need_ds
+    dxa = ds * (rank_gate * (scaling * keep_scale)) if gated else ds
     dA = out(need_A, (R, K), lora_A.dtype)
     if need_A:
         kernels.grad_a(
@@ -153,10 +154,8 @@ def lora_linear_backward(
     if not need_x:
         return out(False, ()), dA, dB, dg, dc, dbias
     dz = dy if column_scale is None else dy * column_scale.to(dtype)
-    if weight is None:
-        dx = x.new_zeros(M, K)
-    else:
-        dx = _cast(torch.mm(dz, _cast(weight, dtype)), x.dtype)
+    dx = x.new_zeros(M, K) if weight is None else torch.mm(dz, _cast(weight, dtype))
+    dx = _cast(dx, x.dtype)
     kernels.expand(
         dx.data_ptr(), _DTYPE[x.dtype], K, M, K, dxa.data_ptr(), R,
         lora_A.data_ptr(), _DTYPE[lora_A.dtype], lora_A.stride(0), lora_A.stride(1),

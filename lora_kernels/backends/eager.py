@@ -118,11 +118,11 @@ def lora_linear_backward(
             dA = _mm(dxa.t(), _dropped(x, dropout_p, rng)).to(lora_A.dtype)
         if need_x:
             a, d = lora_A.to(x.dtype), dxa.to(x.dtype)
-            if weight is None:
-                dx = _dropped(torch.mm(d, a), dropout_p, rng)
-            else:
+            if weight is not None:
                 dx = torch.mm(dz, weight.to(dz.dtype)).to(x.dtype)
-                dx = dx.addmm_(d, a) if rng is None else dx.add_(
-                    _dropped(torch.mm(d, a), dropout_p, rng)
-                )
+            if weight is not None and rng is None:
+                dx.addmm_(d, a)
+            else:
+                dx_lora = _dropped(torch.mm(d, a), dropout_p, rng)
+                dx = dx_lora if weight is None else dx.add_(dx_lora)
     return dx, dA, dB, dg, dc, dbias

@@ -16,7 +16,7 @@ threads: str | None = None  # whose thread pool the kernels run on
 def _load() -> None:
     global module, reason, isa, threads
     try:
-        from .. import _native as extension
+        from .. import _native as extension  # type: ignore[attr-defined]
     except ImportError:
         reason = "the native CPU kernels were not built"
         return

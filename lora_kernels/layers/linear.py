@@ -1,0 +1,236 @@
+"""LoRALinear: a frozen linear layer with a trainable low-rank adapter."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..functional import lora_linear
+
+Init = str | Callable[[Tensor], object]
+
+
+class LoRALinear(nn.Module):
+    """y = x·Wᵀ + bias + (alpha/r) · dropout(x)·Aᵀ·Bᵀ, with W and bias frozen, in one fused op.
+
+    Deliberately no `nn.Linear`: tools that replace every `nn.Linear` (quantizers, FP8 converters)
+    would drop the adapter without a word. So would code that reads `weight` instead of calling the
+    layer, as `nn.TransformerEncoderLayer` does in eval mode without gradients: keep it from that
+    with `torch.backends.mha.set_fastpath_enabled(False)`.
+
+    Args:
+        in_features, out_features: K and N.
+        r: rank of the adapter, at least 1.
+        alpha: the adapter is scaled by alpha / r (attribute `scaling`).
+        dropout: probability in [0, 1] of dropping an element of x, on the adapter's branch alone
+            and in training mode alone.
+        bias: whether the base has a bias [N]. It is frozen; `layer.bias.requires_grad_()` trains
+            it.
+        init: how lora_A starts: "kaiming" (uniform in ±1/√K, as `nn.Linear`'s weight), "gaussian"
+            (standard deviation 1/r), or a callable that fills the tensor [r, K] in place. It is
+            kept for `reset_parameters`, so a layer to be pickled needs a picklable one. lora_B
+            starts at zero: the new layer computes what its base does.
+        device, dtype: of the base.
+        lora_dtype: of lora_A and lora_B; None takes float32 beside a 16-bit base (small updates
+            would be rounded away), else the base's dtype.
+
+    Parameters: weight [N, K], bias [N] or None, lora_A [r, K], lora_B [N, r].
+
+    Raises ValueError or TypeError, naming the argument.
+
+    >>> from lora_kernels.layers import LoRALinear
+    >>> layer = LoRALinear(64, 32, r=4)
+    >>> layer(torch.ones(2, 64)).shape, [n for n, p in layer.named_parameters() if p.requires_grad]
+    (torch.Size([2, 32]), ['lora_A', 'lora_B'])
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    merged_weight: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        r: int = 8,
+        alpha: float = 16.0,
+        dropout: float = 0.0,
+        bias: bool = False,
+        init: Init = "kaiming",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        lora_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        for name, size in (("in_features", in_features), ("out_features", out_features), ("r", r)):
+            check_size(name, size)
+        for name, number in (("alpha", alpha), ("dropout", dropout)):
+            if not isinstance(number, (int, float)):
+                raise TypeError(f"{name}: got {number!r}, want a number")
+        if not math.isfinite(alpha):
+            raise ValueError(f"alpha: got {alpha}, want a finite number")
+        if not 0.0 <= dropout <= 1.0:  # NaN fails this too
+            raise ValueError(f"dropout: got {dropout}, want a probability in [0, 1]")
+        if not callable(init) and init not in ("kaiming", "gaussian"):
+            raise ValueError(f"init: got {init!r}, want 'kaiming', 'gaussian' or a callable")
+        self.in_features, self.out_features = in_features, out_features
+        self.r, self.alpha, self.scaling = r, alpha, alpha / r
+        self.dropout = dropout
+        self.init = init
+        self.enabled = True  # False: the base alone, exactly `F.linear`
+        self.weight = _frozen(torch.empty(out_features, in_features, device=device, dtype=dtype))
+        if not self.weight.is_floating_point():
+            raise TypeError(f"dtype: got {dtype}, want a floating dtype")
+        self.register_parameter(
+            "bias", _frozen(self.weight.new_empty(out_features)) if bias else None
+        )
+        if lora_dtype is None:
+            lora_dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        elif not lora_dtype.is_floating_point:
+            raise TypeError(f"lora_dtype: got {lora_dtype}, want a floating dtype")
+        self.lora_A = nn.Parameter(self.weight.new_empty(r, in_features, dtype=lora_dtype))
+        self.lora_B = nn.Parameter(self.weight.new_empty(out_features, r, dtype=lora_dtype))
+        self.register_buffer("merged_weight", None, persistent=False)
+        self.reset_parameters()
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        r: int = 8,
+        alpha: float = 16.0,
+        dropout: float = 0.0,
+        init: Init = "kaiming",
+        lora_dtype: torch.dtype | None = None,
+    ) -> LoRALinear:
+        """The same layer with an adapter; weight and bias are shared with `linear`, not copied.
+
+        Being the same Parameters, they are frozen in `linear` too. Device, dtype and training
+        mode are `linear`'s. Raises TypeError for anything but a stock `nn.Linear`: what a
+        subclass, a hook or a parametrization adds to the forward would be lost.
+
+        >>> import torch
+        >>> from lora_kernels.layers import LoRALinear
+        >>> linear = torch.nn.Linear(8, 8)
+        >>> LoRALinear.from_linear(linear, r=2, alpha=4).weight is linear.weight
+        True
+        """
+        if type(linear) is not nn.Linear:
+            raise TypeError(f"linear: got {type(linear).__name__}, want exactly torch.nn.Linear")
+        if type(linear.weight) is not nn.Parameter:
+            raise TypeError(
+                f"linear: got a weight of {type(linear.weight)}, want torch.nn.Parameter"
+            )
+        if (
+            "forward" in vars(linear)
+            or linear._forward_pre_hooks
+            or linear._forward_hooks
+            or linear._backward_pre_hooks
+            or linear._backward_hooks
+        ):
+            raise TypeError("linear: got one with hooks or a patched forward, want a stock one")
+        weight = linear.weight
+        layer = cls(
+            linear.in_features, linear.out_features, r, alpha, dropout, linear.bias is not None,
+            init, "meta", weight.dtype, lora_dtype,
+        )  # fmt: skip
+        layer.weight, layer.bias = weight, linear.bias
+        layer.lora_A = nn.Parameter(torch.empty_like(layer.lora_A, device=weight.device))
+        layer.lora_B = nn.Parameter(torch.empty_like(layer.lora_B, device=weight.device))
+        layer.reset_lora_parameters()
+        linear.requires_grad_(False)
+        return layer.train(linear.training)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """The base as `nn.Linear` starts it, the adapter as `reset_lora_parameters` does."""
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -(self.in_features**-0.5), self.in_features**-0.5)
+        self.reset_lora_parameters()
+
+    @torch.no_grad()
+    def reset_lora_parameters(self) -> None:
+        """lora_A by `init`, lora_B to zero. Meta tensors are left alone."""
+        if self.lora_A.is_meta:
+            return
+        if callable(self.init):
+            self.init(self.lora_A)
+        elif self.init == "gaussian":
+            nn.init.normal_(self.lora_A, std=1 / self.r)
+        else:
+            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] -> y [..., N], in autocast's dtype where autocast is on, else in x's."""
+        if not self.enabled:
+            return F.linear(x, self.weight, self.bias)
+        if self.merged_weight is not None:
+            trainable = self.lora_A.requires_grad or self.lora_B.requires_grad
+            if trainable and self.training and torch.is_grad_enabled():
+                raise RuntimeError(
+                    "LoRALinear is merged and in training mode, where lora_A and lora_B would get "
+                    "no gradient: call unmerge() to train, or eval()"
+                )
+            return F.linear(x, self.merged_weight, self.bias)
+        dropout_p = self.dropout if self.training else 0.0
+        return lora_linear(
+            x, self.weight, self.lora_A, self.lora_B, self.scaling, self.bias, dropout_p=dropout_p
+        )
+
+    @property
+    def merged(self) -> bool:
+        """Whether `merge` is in force."""
+        return self.merged_weight is not None
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Compute with W + (alpha/r)·B·A from here on, as of now: one product, no dropout.
+
+        The sum is taken in float32 (float64 for float64) and rounded once to W's dtype. W itself
+        is kept beside it: `unmerge` gives back the same bits and a state dict is the same, merged
+        or not, at the price of a second [N, K] tensor while merged. A second call merges afresh.
+        """
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        with torch.autocast(self.weight.device.type, enabled=False):
+            merged = torch.addmm(
+                self.weight.to(dtype), self.lora_B.to(dtype), self.lora_A.to(dtype),
+                alpha=self.scaling,
+            )  # fmt: skip
+        self.merged_weight = merged.to(self.weight.dtype)
+
+    def unmerge(self) -> None:
+        """Undo `merge`; W never changed."""
+        self.merged_weight = None
+
+    def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        if self.merged:  # of the weights before
+            self.merge()
+
+    def extra_repr(self) -> str:
+        text = (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, r={self.r}, alpha={self.alpha:g}, "
+            f"dropout={self.dropout:g}"
+        )
+        return text + ", merged" * self.merged + ", disabled" * (not self.enabled)
+
+
+def check_size(name: str, size: int) -> None:
+    """Raises unless `size` is an int of at least 1."""
+    if not isinstance(size, int):
+        raise TypeError(f"{name}: got {size!r}, want an int")
+    if size < 1:
+        raise ValueError(f"{name}: got {size}, want at least 1")
+
+
+def _frozen(t: Tensor) -> nn.Parameter:
+    return nn.Parameter(t, requires_grad=False)

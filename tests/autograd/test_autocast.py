@@ -1,0 +1,97 @@
+"""Dtypes: which one a result has, and that its value is as good as eager's in that dtype."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lora_kernels import backend, lora_linear, reference
+from lora_kernels.measure import tolerance
+from tests.autograd.cases import BACKENDS
+
+M, K, N, R = 33, 65, 37, 5
+SCALING = 0.6
+LOW = [torch.bfloat16, torch.float16]
+
+
+def eager(x, weight, lora_A, lora_B, scaling, bias):
+    return F.linear(x, weight, bias) + F.linear(F.linear(x, lora_A), lora_B) * scaling
+
+
+def make_case(dtype):
+    """float32 arguments that `dtype` can hold: autocast then rounds intermediates alone."""
+    torch.manual_seed(0)
+    shapes = {"x": (M, K), "weight": (N, K), "lora_A": (R, K), "lora_B": (N, R), "bias": (N,)}
+    return {name: torch.randn(shape).to(dtype).float() for name, shape in shapes.items()}
+
+
+def gradients(function, case, dy):
+    case = {name: t.clone().requires_grad_(name != "weight") for name, t in case.items()}
+    y = function(**case, scaling=SCALING)
+    y.backward(dy.to(y.dtype))
+    return {"y": y} | {name: t.grad for name, t in case.items() if name != "weight"}
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("dtype", LOW)
+def test_values_under_autocast(dtype, name):
+    case, dy = make_case(dtype), torch.randn(M, N).to(dtype)
+    ref = gradients(reference.lora_linear, {k: t.double() for k, t in case.items()}, dy.double())
+    with torch.autocast("cpu", dtype):
+        want = gradients(eager, case, dy)
+        with backend(name):
+            got = gradients(lora_linear, case, dy)
+    for key in ref:
+        assert got[key].dtype is want[key].dtype is (dtype if key == "y" else torch.float32)
+        u = tolerance.unit_roundoff(dtype)
+        tolerance.assert_close(got[key], ref[key], want[key], u, f"{name} {dtype} {key}")
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("x_dtype", [torch.float32, *LOW])
+def test_dtypes_under_autocast(x_dtype, dtype, name):
+    """y in autocast's dtype, each gradient in its argument's; backward may run outside."""
+    case = make_case(dtype)
+    case["x"] = case["x"].to(x_dtype)
+    for key, t in case.items():
+        t.requires_grad_(key != "weight")
+    with backend(name):
+        with torch.autocast("cpu", dtype):
+            y = lora_linear(**case, scaling=SCALING)
+        y.sum().backward()
+    assert y.dtype is dtype
+    for key, t in case.items():
+        assert t.grad is None if key == "weight" else t.grad.dtype is t.dtype
+
+
+def test_autocast_leaves_float64_alone():
+    case = {name: t.double() for name, t in make_case(torch.bfloat16).items()}
+    want = lora_linear(**case)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = lora_linear(**case)
+    assert y.dtype is torch.float64 and torch.equal(y, want)
+
+
+def test_nested_autocast_off():
+    case = make_case(torch.bfloat16)
+    want = lora_linear(**case)
+    with torch.autocast("cpu", torch.bfloat16), torch.autocast("cpu", enabled=False):
+        y = lora_linear(**case)
+    assert y.dtype is torch.float32 and torch.equal(y, want)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("a_dtype", [torch.float32, *LOW])
+@pytest.mark.parametrize("b_dtype", [torch.float32, *LOW])
+@pytest.mark.parametrize("x_dtype", [torch.float32, *LOW])
+def test_adapters_in_other_dtypes(x_dtype, a_dtype, b_dtype, name):
+    case = make_case(torch.float32)
+    for key, dtype in dict.fromkeys(case, x_dtype).items():
+        case[key] = case[key].to({"lora_A": a_dtype, "lora_B": b_dtype}.get(key, dtype))
+        case[key].requires_grad_(key != "weight")
+    with backend(name):
+        y = lora_linear(**case, scaling=SCALING)
+        y.sum().backward()
+    assert y.dtype is x_dtype
+    for key in ("x", "lora_A", "lora_B", "bias"):
+        assert case[key].grad.dtype is case[key].dtype

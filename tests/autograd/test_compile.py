@@ -1,0 +1,102 @@
+"""The ops as compilers see them: schemas, fake implementations, graphs without a break."""
+
+import pytest
+import torch
+
+from lora_kernels import lora_linear, ops
+from tests.autograd.cases import OPTIONS, K, N, R, make_case, require_grad
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+
+
+@pytest.mark.parametrize("save_z", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("option", OPTIONS)
+def test_opcheck_forward(option, dtype, save_z):
+    c = make_case(option, dtype, x_shape=(2, 3, K))
+    args = (
+        c["x"], c["weight"], c["lora_A"], c["lora_B"], c["scaling"], c["rank_gate"],
+        c["column_scale"], c["bias"], c["dropout_p"], c["rng"], dtype, save_z,
+    )  # fmt: skip
+    torch.library.opcheck(ops.lora_linear, args)
+
+
+@pytest.mark.parametrize("need", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("option", OPTIONS)
+def test_opcheck_backward(option, dtype, need):
+    c = make_case(option, dtype, x_shape=(2, 3, K))
+    stat = torch.promote_types(dtype, torch.float32)
+    dy, p, z = (
+        torch.randn(2, 3, N).to(dtype),
+        torch.randn(6, R).to(stat),
+        torch.randn(6, N).to(dtype),
+    )
+    args = (
+        dy, c["x"], c["weight"], c["lora_A"], c["lora_B"], p, z, c["scaling"], c["rank_gate"],
+        c["column_scale"], c["dropout_p"], c["rng"], True, need, need,
+        need and c["rank_gate"] is not None, need and c["column_scale"] is not None, need,
+    )  # fmt: skip
+    torch.library.opcheck(ops.lora_linear_backward, args)
+
+
+def outputs(function, case):
+    """y and all gradients, as double so that they can be subtracted."""
+    leaves = require_grad(case)
+    y = function(**case)
+    grads = torch.autograd.grad(y.square().sum(), leaves.values())
+    return [t.detach().double() for t in (y, *grads)]
+
+
+def check(backend_name, option, dtype):
+    torch._dynamo.reset()
+    compiled = torch.compile(lora_linear, fullgraph=True, dynamic=True, backend=backend_name)
+    # A second shape, and none that the first compilation could have specialized on.
+    for i, x_shape in enumerate([(6, K), (9, K)]):
+        case = make_case(option, dtype, x_shape)
+        want = outputs(lora_linear, case)
+        with torch._dynamo.config.patch(error_on_recompile=i > 0):
+            got = outputs(compiled, make_case(option, dtype, x_shape))
+        # The same op runs in both: only y² and its sum may be ordered differently around it.
+        for a, b in zip(got, want, strict=True):
+            assert (a - b).abs().max() <= 4 * torch.finfo(dtype).eps * b.abs().max()
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_aot_eager(option):
+    check("aot_eager", option, torch.float32)
+
+
+def test_inductor():
+    check("inductor", "all", torch.bfloat16)
+
+
+def test_compiled_masks_differ_between_calls():
+    torch._dynamo.reset()
+    case = make_case("dropout", torch.float32) | {"rng": None}
+    compiled = torch.compile(lora_linear, fullgraph=True, dynamic=True, backend="aot_eager")
+    # 42 coins with p = 1/4 agree in two calls with probability (10/16)^42 = 3e-9.
+    assert not torch.equal(compiled(**case), compiled(**case))
+
+
+@pytest.mark.parametrize("autocast_inside", [False, True])
+def test_compiled_autocast(autocast_inside):
+    torch._dynamo.reset()
+
+    def function(**case):
+        with torch.autocast("cpu", torch.bfloat16):
+            return lora_linear(**case)
+
+    case = make_case("all", torch.float32)
+    leaves = require_grad(case)
+    want = function(**case)
+    want_grads = torch.autograd.grad(want.float().square().sum(), leaves.values())
+    if autocast_inside:
+        y = torch.compile(function, fullgraph=True, backend="aot_eager")(**case)
+    else:
+        with torch.autocast("cpu", torch.bfloat16):
+            y = torch.compile(lora_linear, fullgraph=True, backend="aot_eager")(**case)
+    grads = torch.autograd.grad(y.float().square().sum(), leaves.values())
+    assert y.dtype is torch.bfloat16
+    for a, b in zip([y, *grads], [want, *want_grads], strict=True):
+        assert a.dtype is b.dtype and torch.equal(a, b)

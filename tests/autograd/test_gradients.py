@@ -1,0 +1,158 @@
+"""The autograd Function: gradients against finite differences, and what it saves and returns."""
+
+import pytest
+import torch
+
+from lora_kernels import backend, lora_linear
+from tests.autograd.cases import (
+    BACKENDS,
+    DIFFERENTIABLE,
+    OPTIONS,
+    K,
+    M,
+    N,
+    R,
+    make_case,
+    require_grad,
+)
+
+
+@pytest.mark.parametrize("x_shape", [(M, K), (K,), (2, 3, K)])
+@pytest.mark.parametrize("option", OPTIONS)
+def test_gradcheck(option, x_shape):
+    case = make_case(option, x_shape=x_shape)
+    leaves = require_grad(case)
+
+    def function(*tensors):
+        return lora_linear(**{**case, **dict(zip(leaves, tensors, strict=True))})
+
+    assert torch.autograd.gradcheck(function, tuple(leaves.values()))
+
+
+def test_gradcheck_strided():
+    case = make_case(x_shape=(K, 2, 3))
+    leaves = require_grad(case)
+    lora_A, lora_B = case["lora_A"].detach().mT, case["lora_B"].detach().mT  # [K, R], [R, N]
+    leaves["lora_A"], leaves["lora_B"] = (t.clone().requires_grad_() for t in (lora_A, lora_B))
+    case["weight"] = case["weight"].mT.contiguous().mT
+
+    def function(*tensors):
+        call = {**case, **dict(zip(leaves, tensors, strict=True))}
+        call |= {"x": call["x"].movedim(0, -1), "lora_A": call["lora_A"].mT}
+        y = lora_linear(**call | {"lora_B": call["lora_B"].mT})
+        return y.movedim(-1, 0)  # and so a dy with strides
+
+    assert torch.autograd.gradcheck(function, tuple(leaves.values()))
+
+
+def test_gradcheck_expanded():
+    case = make_case()
+    row = torch.randn(1, K, dtype=torch.float64, requires_grad=True)
+
+    def function(row):
+        return lora_linear(**{**case, "x": row.expand(M, K)}).sum(0)  # dy expanded as well
+
+    assert torch.autograd.gradcheck(function, (row,))
+
+
+def run(case, leaves, retain_graph=False):
+    y = lora_linear(**case)
+    dy = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)
+    return y, dy, torch.autograd.grad(y, leaves.values(), dy, retain_graph=retain_graph)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("wanted", DIFFERENTIABLE)
+def test_each_gradient_alone(wanted, dtype, name):
+    """What is asked for does not change what it is."""
+    case = make_case(dtype=dtype)
+    with backend(name):
+        leaves = require_grad(case)
+        grads = dict(zip(leaves, run(case, leaves)[2], strict=True))
+        for leaf in leaves.values():
+            leaf.requires_grad_(False)
+        (alone,) = run(case, require_grad(case, [wanted]))[2]
+    assert alone.dtype is dtype and alone.shape == case[wanted].shape
+    assert torch.equal(alone, grads[wanted])
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("option", OPTIONS)
+def test_second_backward(option, name):
+    case = make_case(option, dtype=torch.float32)
+    leaves = require_grad(case)
+    with backend(name):
+        y, dy, first = run(case, leaves, retain_graph=True)
+        second = torch.autograd.grad(y, leaves.values(), dy)
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_double_backward_raises():
+    case = make_case()
+    leaves = require_grad(case)
+    grads = torch.autograd.grad(
+        lora_linear(**case).square().sum(), leaves.values(), create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grads[0].sum().backward()
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("option", OPTIONS)
+def test_saved_for_backward(option, dtype, name):
+    """The arguments themselves, P, and z only where the column scale needs a gradient."""
+    case = make_case(option, dtype=dtype)
+    leaves = require_grad(case)
+    inputs = {t.data_ptr() for t in case.values() if isinstance(t, torch.Tensor)}
+    saved = []
+    with (
+        backend(name),
+        torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t),
+    ):
+        y = lora_linear(**case)
+    new = [(tuple(t.shape), t.dtype) for t in saved if t.numel() and t.data_ptr() not in inputs]
+    z = [((M, N), dtype)] if "column_scale" in leaves else []
+    assert new == [((M, R), torch.float32), *z]
+    # Whatever else the graph holds on to would be an attribute of its node.
+    assert not [v for v in vars(y.grad_fn).values() if isinstance(v, torch.Tensor)]
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_no_rows(name):
+    case = make_case(dtype=torch.float32, x_shape=(2, 0, K))
+    leaves = require_grad(case)
+    with backend(name):
+        y = lora_linear(**case)
+        y.sum().backward()
+    assert y.shape == (2, 0, N)
+    for leaf in leaves.values():
+        assert leaf.grad.shape == leaf.shape and not leaf.grad.any()
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("option", OPTIONS)
+def test_gradient_modes_agree(option, name):
+    case = make_case(option, dtype=torch.float32)
+    require_grad(case)
+    with backend(name):
+        want = lora_linear(**case)
+        for guard in (torch.no_grad, torch.inference_mode):
+            with guard():
+                y = lora_linear(**case)
+            assert want.requires_grad and not y.requires_grad and torch.equal(y, want)
+
+
+def test_meta_device():
+    case = {
+        key: t.to("meta") if isinstance(t, torch.Tensor) else t
+        for key, t in make_case(dtype=torch.bfloat16, x_shape=(2, 3, K)).items()
+    }
+    leaves = require_grad(case)
+    y = lora_linear(**case)
+    y.sum().backward()
+    assert y.is_meta and y.shape == (2, 3, N) and y.dtype is torch.bfloat16
+    for leaf in leaves.values():
+        assert leaf.grad.is_meta and leaf.grad.shape == leaf.shape

@@ -1,0 +1,117 @@
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lora_kernels.layers import LoRAAttention, LoRALinear
+
+L, HIDDEN, HEADS = 7, 24, 3
+
+
+def make_attention(**kwargs):
+    attention = LoRAAttention(HIDDEN, HEADS, r=5, alpha=3, dtype=torch.float64, **kwargs)
+    for module in attention.modules():
+        if isinstance(module, LoRALinear):
+            nn.init.normal_(module.lora_B)
+    return attention
+
+
+def merged_attention(attention, hidden, **kwargs):
+    """The textbook's: every adapter merged into its weight, one head after the other."""
+
+    def project(x, proj):
+        weight = proj.weight
+        if isinstance(proj, LoRALinear):
+            weight = weight + proj.alpha / proj.r * proj.lora_B @ proj.lora_A
+        return F.linear(x, weight, proj.bias)
+
+    heads = zip(
+        *(
+            project(hidden, proj).chunk(HEADS, dim=-1)
+            for proj in (attention.q_proj, attention.k_proj, attention.v_proj)
+        ),
+        strict=True,
+    )
+    outs = [F.scaled_dot_product_attention(q, k, v, **kwargs) for q, k, v in heads]
+    return project(torch.cat(outs, dim=-1), attention.o_proj)
+
+
+MASKS = {
+    "none": {},
+    "causal": {"is_causal": True},
+    "bool": {"attn_mask": torch.rand(L, L).fill_diagonal_(1) > 0.5},
+    "additive": {"attn_mask": torch.randn(L, L, dtype=torch.float64)},
+}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize(
+    ("targets", "bias", "batch"),
+    [(("q", "v"), False, (2,)), (("k",), True, ()), (("q", "k", "v", "o"), True, (2, 3))],
+)
+def test_equals_attention_over_merged_weights(mask, targets, bias, batch):
+    attention = make_attention(targets=targets, bias=bias)
+    hidden = torch.randn(*batch, L, HIDDEN, dtype=torch.float64, requires_grad=True)
+    y, want = attention(hidden, **MASKS[mask]), merged_attention(attention, hidden, **MASKS[mask])
+    assert y.shape == hidden.shape
+    leaves = [hidden, *(p for p in attention.parameters() if p.requires_grad)]
+    grads = torch.autograd.grad(y.square().sum(), leaves)
+    want_grads = torch.autograd.grad(want.square().sum(), leaves)
+    # Both in float64 (u = 1.1e-16); sums of at most 7·24 terms and scores below 100 that a softmax
+    # amplifies leave less than 168 · 100 · u = 2e-12 of the largest value.
+    for a, b in zip([y, *grads], [want, *want_grads], strict=True):
+        assert (a - b).abs().max() <= 2e-12 * b.abs().max()
+
+
+def test_only_adapters_train():
+    attention = LoRAAttention(HIDDEN, HEADS, targets=("q", "o"), bias=True)
+    kinds = [type(m) for m in (attention.q_proj, attention.k_proj, attention.v_proj)]
+    assert kinds == [LoRALinear, nn.Linear, nn.Linear] and type(attention.o_proj) is LoRALinear
+    trainable = {name for name, p in attention.named_parameters() if p.requires_grad}
+    assert trainable == {f"{p}_proj.lora_{m}" for p in "qo" for m in "AB"}
+
+
+def test_options_reach_the_projections():
+    attention = LoRAAttention(
+        HIDDEN, HEADS, r=5, alpha=3, dropout=0.25, bias=True, init="gaussian",
+        dtype=torch.bfloat16, lora_dtype=torch.bfloat16,
+    )  # fmt: skip
+    assert attention.q_proj.extra_repr() == (
+        "in_features=24, out_features=24, bias=True, r=5, alpha=3, dropout=0.25"
+    )
+    assert attention.q_proj.init == "gaussian"
+    assert {p.dtype for p in attention.parameters()} == {torch.bfloat16}
+    assert "num_heads=3, targets=('q', 'v')" in repr(attention)
+    assert LoRAAttention(HIDDEN, HEADS, device="meta").k_proj.weight.is_meta
+
+
+def test_copy_and_merge():
+    attention = make_attention(targets=("q", "k", "v", "o"), dropout=0.5).eval()
+    other, hidden = copy.deepcopy(attention), torch.randn(L, HIDDEN, dtype=torch.float64)
+    for module in other.modules():
+        if isinstance(module, LoRALinear):
+            module.merge()
+    y, want = other(hidden), attention(hidden)
+    assert (y - want).abs().max() <= 2e-12 * want.abs().max()  # as above
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        ({"num_heads": 5}, ValueError, "hidden_size: got 24, want a multiple of num_heads = 5"),
+        ({"num_heads": 0}, ValueError, "num_heads: got 0, want at least 1"),
+        ({"num_heads": 2.0}, TypeError, "num_heads: got 2.0, want an int"),
+        ({"hidden_size": 0}, ValueError, "hidden_size: got 0, want at least 1"),
+        ({"targets": ("q_proj",)}, ValueError, "targets: got 'q_proj', .*; did you mean 'q'"),
+        ({"targets": ("value",)}, ValueError, "targets: got 'value', .*; did you mean 'v'"),
+        ({"targets": ("gate",)}, ValueError, r"targets: got 'gate', want some of .*'o'\)$"),
+        ({"targets": ()}, ValueError, "targets: got none, want some of"),
+        ({"r": 0}, ValueError, "r: got 0, want at least 1"),
+        ({"dropout": 2}, ValueError, "dropout: got 2, want a probability"),
+    ],
+)
+def test_bad_arguments(kwargs, error, message):
+    with pytest.raises(error, match=f"^{message}"):
+        LoRAAttention(**{"hidden_size": HIDDEN, "num_heads": HEADS, **kwargs})

@@ -41,10 +41,10 @@ class LoRALinearFunction(torch.autograd.Function):
         ctx.save_for_backward(x, weight, lora_A, lora_B, p, z, rank_gate, column_scale, rng)
         ctx.scaling, ctx.dropout_p = scaling, dropout_p
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return y
+        return y  # type: ignore[no-any-return]
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, lora_A, lora_B, p, z, rank_gate, column_scale, rng = ctx.saved_tensors
         need = ctx.needs_input_grad

@@ -143,8 +143,9 @@ def lora_linear_backward(
             threads,
         )  # fmt: skip
     dg = (ds * p).sum(0).mul_(scaling) if need_gate else out(False, ())
-    gated = rank_gate is not None and need_ds
-    dxa = ds * (rank_gate * (scaling * keep_scale)) if gated else ds
+    dxa = ds
+    if rank_gate is not None and need_ds:
+        dxa = ds * (rank_gate * (scaling * keep_scale))
     dA = out(need_A, (R, K), lora_A.dtype)
     if need_A:
         kernels.grad_a(

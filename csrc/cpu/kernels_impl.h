@@ -17,13 +17,13 @@
 namespace lora_kernels {
 namespace {
 
-constexpr int64_t VW = V * W;     // columns of an outer product
-constexpr int64_t PANEL = 128;    // columns of y whose Q is packed at once
-constexpr int64_t ROWS = 96;      // rows of y that one task updates
-constexpr int64_t STRIP = 64;     // columns of x of one task of dA: a mask word
-constexpr int64_t DEPTH = 128;    // rows of x that stay in L1 while dA's ranks pass over them
-constexpr int64_t PAIR_ROWS = 32; // rows of dY that stay in L2 between dS and dB
-constexpr int64_t SMALL = 1 << 16; // multiply-adds below which a second thread costs more
+constexpr int64_t VW = V * W;       // columns of an outer product
+constexpr int64_t PANEL = 128;      // columns of y whose Q is packed at once
+constexpr int64_t ROWS = 96;        // rows of y that one task updates
+constexpr int64_t STRIP = 64;       // columns of x of one task of dA: a mask word
+constexpr int64_t DEPTH = 128;      // rows of x that stay in L1 while dA's ranks pass over them
+constexpr int64_t PAIR_ROWS = 32;   // rows of dY that stay in L2 between dS and dB
+constexpr int64_t SMALL = 1 << 16;  // multiply-adds below which a second thread costs more
 
 LK_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 LK_INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -238,7 +238,8 @@ LK_INLINE void pack(const Matrix& q, int64_t R, int64_t n0, int64_t count, int64
           float block[16];
           transpose4(staging + n * lds + r, lds, block, 4);
           for (int64_t i = 0; i < 4; ++i)
-            for (int64_t j = 0; j < min(4, width - n); ++j) to[(r + i) * ld + n + j] = block[4 * i + j];
+            for (int64_t j = 0; j < min(4, width - n); ++j)
+              to[(r + i) * ld + n + j] = block[4 * i + j];
         }
     }
   });
@@ -324,9 +325,12 @@ LK_INLINE void expand_tile(const ExpandArgs& a, const Philox& generator, const f
       vf acc[Y_ROWS][V];
       LK_UNROLL for (int i = 0; i < Y_ROWS; ++i) LK_UNROLL for (int v = 0; v < V; ++v) acc[i][v] =
           zero();
-      for (int64_t i = 0; i < Y_ROWS; ++i)  // the rows come from L3, too far apart for the prefetcher
-        for (int64_t line = 0; line < VW * (int64_t)sizeof(T); line += 64)
-          __builtin_prefetch(reinterpret_cast<const char*>(y + (m + Y_ROWS + i) * a.ldy + n) + line, 1);
+      // The next rows come from L3, too far apart for the hardware's prefetcher.
+      if (m + 2 * Y_ROWS <= m1 && n + VW <= n1) LK_UNROLL for (int i = 0; i < Y_ROWS; ++i) {
+          const char* next = reinterpret_cast<const char*>(y + (m + Y_ROWS + i) * a.ldy + n);
+          LK_UNROLL for (int line = 0; line < VW * (int)sizeof(T); line += 64)
+              __builtin_prefetch(next + line, 1);
+        }
       outer<Y_ROWS>(s, 1, a.R, panel + (n - n0), PANEL, acc);
       const bool full = count == Y_ROWS && n + VW <= n1;
       LK_UNROLL for (int i = 0; i < Y_ROWS; ++i) {
@@ -339,10 +343,11 @@ LK_INLINE void expand_tile(const ExpandArgs& a, const Philox& generator, const f
           vf u = acc[i][v];
           if (!Plain && a.dropout.rng) u = keep(u, bits[i][at / 64] >> at % 64);
           u = add(full ? load(to) : load_n(to, rest), u);
-          if (!Plain && z) full ? store(z + (m + i) * a.N + column, u)
-                      : store_n(z + (m + i) * a.N + column, u, rest);
+          T* keep_z = !Plain && z ? z + (m + i) * a.N + column : nullptr;
+          if (keep_z) full ? store(keep_z, u) : store_n(keep_z, u, rest);
           if (!Plain && a.c) u = mul(u, full ? load(a.c + column) : load_n(a.c + column, rest));
-          if (!Plain && a.bias) u = add(u, full ? load(a.bias + column) : load_n(a.bias + column, rest));
+          if (!Plain && a.bias)
+            u = add(u, full ? load(a.bias + column) : load_n(a.bias + column, rest));
           full ? store(to, u) : store_n(to, u, rest);
         }
       }
@@ -381,21 +386,23 @@ void expand(const ExpandArgs& a) {
 
 // backward_pair --------------------------------------------------------------------------------
 
-// Column sums of one block of dY, where the bias or the column scale is trained.
+// Column sums of one block of dY, where the bias or the column scale is trained. Four partial sums
+// a block and one sum over blocks: a single one over all rows would err more than torch.sum.
 template <typename T>
 LK_INLINE void column_sums(const T* dy, int64_t ldy, const T* z, int64_t ldz, int64_t rows,
                            int64_t N, float* dc, float* dbias) {
   for (int64_t n = 0; n < N; n += W) {
     const int rest = (int)min(W, N - n);
-    vf sum_bias = dbias ? load_n(dbias + n, rest) : zero();
-    vf sum_c = dc ? load_n(dc + n, rest) : zero();
+    vf bias[4] = {zero(), zero(), zero(), zero()}, c[4] = {zero(), zero(), zero(), zero()};
     for (int64_t m = 0; m < rows; ++m) {
       const vf d = load_n(dy + m * ldy + n, rest);
-      sum_bias = add(sum_bias, d);
-      if (dc) sum_c = fma(d, load_n(z + m * ldz + n, rest), sum_c);
+      bias[m % 4] = add(bias[m % 4], d);
+      if (dc) c[m % 4] = fma(d, load_n(z + m * ldz + n, rest), c[m % 4]);
     }
-    if (dbias) store_n(dbias + n, sum_bias, rest);
-    if (dc) store_n(dc + n, sum_c, rest);
+    const vf bias_sum = add(add(bias[0], bias[1]), add(bias[2], bias[3]));
+    const vf c_sum = add(add(c[0], c[1]), add(c[2], c[3]));
+    if (dbias) store_n(dbias + n, add(load_n(dbias + n, rest), bias_sum), rest);
+    if (dc) store_n(dc + n, add(load_n(dc + n, rest), c_sum), rest);
   }
 }
 
@@ -450,8 +457,8 @@ LK_INLINE void pair_rows(const BackwardPairArgs& a, const TB* bt, int64_t ld, in
 LK_INLINE void reduce_db(const BackwardPairArgs& a, const float* parts, int64_t chunks,
                          int64_t chunk_floats, int64_t ld, int64_t n0, int64_t n1, float* block) {
   const int64_t R4 = round_up(a.R, 4);
-  float* const sums = block;               // [R4, 64]
-  float* const rows = block + 64 * R4;     // [64, R4]
+  float* const sums = block;            // [R4, 64]
+  float* const rows = block + 64 * R4;  // [64, R4]
   for (int64_t r = 0; r < a.R; ++r)
     for (int64_t n = 0; n < 64; n += W) {
       vf sum = zero();
@@ -460,7 +467,8 @@ LK_INLINE void reduce_db(const BackwardPairArgs& a, const float* parts, int64_t 
       store(sums + r * 64 + n, sum);
     }
   for (int64_t r = 0; r < R4; r += 4)
-    for (int64_t n = 0; n < n1 - n0; n += 4) transpose4(sums + r * 64 + n, 64, rows + n * R4 + r, R4);
+    for (int64_t n = 0; n < n1 - n0; n += 4)
+      transpose4(sums + r * 64 + n, 64, rows + n * R4 + r, R4);
   with_type(a.db_dtype, [&](auto type) {
     using T = decltype(type);
     T* db = static_cast<T*>(a.db);

@@ -14,7 +14,7 @@ namespace {
 constexpr int W = 8;         // floats in a register
 constexpr int DOT_ROWS = 3;  // 3 x 4 accumulators, 3 + 1 operands: 16 registers
 constexpr int V = 2;         // registers side by side in an outer product: 4 x 2 accumulators
-constexpr int Y_ROWS = 4;  // rows of y updated together
+constexpr int Y_ROWS = 4;    // rows of y updated together
 using vf = __m256;
 
 LK_INLINE vf zero() { return _mm256_setzero_ps(); }

@@ -12,7 +12,7 @@ namespace {
 constexpr int W = 16;        // floats in a register
 constexpr int DOT_ROWS = 6;  // 6 x 4 accumulators, 4 + 1 operands: 29 of 32 registers
 constexpr int V = 4;         // registers side by side in an outer product: 4 x 4 accumulators
-constexpr int Y_ROWS = 6;  // rows of y updated together
+constexpr int Y_ROWS = 6;    // rows of y updated together
 using vf = __m512;
 
 LK_INLINE vf zero() { return _mm512_setzero_ps(); }
@@ -78,8 +78,8 @@ LK_INLINE void sum_lanes(const vf v[4], float* out) {
 using vu = __m512i;
 LK_INLINE vu splat_u(uint32_t a) { return _mm512_set1_epi32((int)a); }
 LK_INLINE vu lanes_from(uint32_t a) {
-  return _mm512_add_epi32(splat_u(a), _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13,
-                                                        14, 15));
+  return _mm512_add_epi32(splat_u(a),
+                          _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
 }
 LK_INLINE vu xor3(vu a, vu b, vu c) { return _mm512_ternarylogic_epi32(a, b, c, 0x96); }
 LK_INLINE void mul_hi_lo(uint32_t m, vu b, vu& hi, vu& lo) {

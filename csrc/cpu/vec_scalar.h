@@ -12,7 +12,7 @@ namespace {
 constexpr int W = 4;         // floats in a vector
 constexpr int DOT_ROWS = 2;  // 2 x 4 accumulators
 constexpr int V = 2;         // vectors side by side in an outer product: 4 x 2 accumulators
-constexpr int Y_ROWS = 4;  // rows of y updated together
+constexpr int Y_ROWS = 4;    // rows of y updated together
 typedef float vf __attribute__((vector_size(16)));
 
 LK_INLINE vf splat(float a) { return vf{a, a, a, a}; }

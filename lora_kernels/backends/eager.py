@@ -3,9 +3,10 @@
 Runs on any torch device and in any floating dtype, float64 included. The other backends are
 measured against it, and what they cannot take comes here with a reason (see `select`).
 
-Rounding points: the base product rounds to the compute dtype, the rank update is added to it in
-the compute dtype (one `addmm_`); P = D(x)·Aᵀ is rounded to float32 (float64 for float64) when it
-is stored. The thin products run in the wider of the two dtypes of their operands.
+Rounding points: the base product rounds to the compute dtype. An adapter's product runs in the
+wider of its operands' dtypes (float32 adapters beside a 16-bit x: in float32, as in PEFT) and is
+added in the wider of its own and the compute dtype, by one in-place `addmm_` where they are the
+same; y and dx round once more. P = D(x)·Aᵀ is stored in float32 (float64 for float64).
 """
 
 from __future__ import annotations
@@ -16,13 +17,21 @@ from torch import Tensor
 from .. import reference
 
 
-def _wider(a: Tensor, b: Tensor) -> torch.dtype:
-    return torch.promote_types(a.dtype, b.dtype)
-
-
 def _mm(a: Tensor, b: Tensor) -> Tensor:
-    dtype = _wider(a, b)
+    """a·b in the wider of their dtypes."""
+    dtype = torch.promote_types(a.dtype, b.dtype)
     return torch.mm(a.to(dtype), b.to(dtype))
+
+
+def _add_product(z: Tensor, s: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor:
+    """z + alpha·s·b in the wider of z's and b's dtypes, in place where that is z's; in z's dtype.
+
+    s is float32, but goes no wider than the adapter beside it.
+    """
+    dtype = torch.promote_types(z.dtype, b.dtype)
+    if dtype is z.dtype:
+        return z.addmm_(s.to(dtype), b.to(dtype), alpha=alpha)
+    return torch.addmm(z.to(dtype), s.to(dtype), b, alpha=alpha).to(z.dtype)
 
 
 def _stat_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -56,15 +65,16 @@ def lora_linear(
         p = p * reference.dropout_scale(dropout_p)
     s = p if rank_gate is None else p * rank_gate
     if weight is None:
-        z = torch.mm(s.to(dtype), lora_B.to(dtype).t()).mul_(scaling)
+        z = x.new_zeros(x.shape[0], lora_B.shape[0], dtype=dtype)
     else:
         z = torch.mm(x.to(dtype), weight.to(dtype).t())
-        z.addmm_(s.to(dtype), lora_B.to(dtype).t(), alpha=scaling)
+    z = _add_product(z, s, lora_B.t(), scaling)
     y = z
     if column_scale is not None:
-        y = z * column_scale.to(dtype)
+        y = y * column_scale
     if bias is not None:
-        y = y.add_(bias) if y is not z or not save_z else y + bias
+        y = y + bias
+    y = y.to(dtype)
     if not save_z:
         z = z.new_empty(0)
     elif y is z:  # an op's outputs share no memory
@@ -103,7 +113,7 @@ def lora_linear_backward(
         dbias = dy.sum(0, dtype=stat)
     if need_column_scale:
         dc = (dy.to(stat) * z.to(stat)).sum(0)
-    dz = dy if column_scale is None else dy * column_scale.to(dy.dtype)
+    dz = dy if column_scale is None else dy * column_scale
     if need_B:
         s = p if rank_gate is None else p * rank_gate
         dB = _mm(dz.t(), s.mul(scaling)).to(lora_B.dtype)
@@ -117,12 +127,13 @@ def lora_linear_backward(
         if need_A:
             dA = _mm(dxa.t(), _dropped(x, dropout_p, rng)).to(lora_A.dtype)
         if need_x:
-            a, d = lora_A.to(x.dtype), dxa.to(x.dtype)
-            if weight is not None:
-                dx = torch.mm(dz, weight.to(dz.dtype)).to(x.dtype)
-            if weight is not None and rng is None:
-                dx.addmm_(d, a)
+            if weight is None:
+                dx = torch.zeros_like(x, memory_format=torch.contiguous_format)
             else:
-                dx_lora = _dropped(torch.mm(d, a), dropout_p, rng)
-                dx = dx_lora if weight is None else dx.add_(dx_lora)
+                dx = torch.mm(dz.to(dy.dtype), weight.to(dy.dtype)).to(x.dtype)
+            if rng is None:
+                dx = _add_product(dx, dxa, lora_A)
+            else:
+                dx_lora = _mm(dxa.to(lora_A.dtype), lora_A)
+                dx = (dx + _dropped(dx_lora, dropout_p, rng)).to(x.dtype)
     return dx, dA, dB, dg, dc, dbias

@@ -56,12 +56,7 @@ def lora_linear(
             [2.5000, 2.5000, 2.5000]])
     """
     device, x_dtype, a_dtype, b_dtype = x.device, x.dtype, lora_A.dtype, lora_B.dtype
-    autocast = (
-        device.type != "meta"  # of which autocast knows nothing
-        and torch.is_autocast_enabled(device.type)
-        and x_dtype is not torch.float64
-    )
-    dtype = torch.get_autocast_dtype(device.type) if autocast else x_dtype
+    dtype = compute_dtype(device.type, x_dtype)
 
     R, K = _matrix("lora_A", lora_A, "[R, K]")
     N, _ = _matrix("lora_B", lora_B, "[N, R]")
@@ -77,7 +72,7 @@ def lora_linear(
         _check_devices(x, lora_A=lora_A, lora_B=lora_B)
     if weight is not None:
         if weight.dtype is not x_dtype or weight.device != device or weight.requires_grad:
-            _check_weight(x, weight, autocast)
+            _check_weight(x, weight)
         if weight.shape != (N, K):
             raise ValueError(
                 f"weight: got shape {_shape(weight)}, want [{N}, {K}] for lora_A "
@@ -105,6 +100,24 @@ def lora_linear(
     )  # fmt: skip
 
 
+def _autocast(device_type: str, x_dtype: torch.dtype) -> bool:
+    return (
+        device_type != "meta"  # of which autocast knows nothing
+        and torch.is_autocast_enabled(device_type)
+        and x_dtype is not torch.float64
+    )
+
+
+def compute_dtype(device_type: str, x_dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the base product and of y: autocast's where it is on, else x's.
+
+    >>> import torch
+    >>> compute_dtype("cpu", torch.float32)
+    torch.float32
+    """
+    return torch.get_autocast_dtype(device_type) if _autocast(device_type, x_dtype) else x_dtype
+
+
 def _shape(t: Tensor) -> str:
     return str(list(t.shape))
 
@@ -125,9 +138,9 @@ def _check_dtypes(x_dtype: torch.dtype, **dtypes: torch.dtype) -> None:
             )
 
 
-def _check_weight(x: Tensor, weight: Tensor, autocast: bool) -> None:
+def _check_weight(x: Tensor, weight: Tensor) -> None:
     _check_dtypes(x.dtype, weight=weight.dtype)
-    if weight.dtype is not x.dtype and not autocast:
+    if weight.dtype is not x.dtype and not _autocast(x.device.type, x.dtype):
         raise TypeError(
             f"weight: got {weight.dtype}, want x's {x.dtype} (or autocast, which casts both)"
         )

@@ -1,0 +1,14 @@
+"""PEFT's LoRA layers on `lora_kernels.lora_linear`: `fuse`, `unfuse`, `explain`."""
+
+try:
+    import peft as _peft  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        f"lora_kernels.peft needs PEFT: pip install 'lora-kernels[peft]' ({error})"
+    ) from error
+
+from .linear import FusedLinear
+from .report import Explanation, Row, explain
+from .swap import fuse, unfuse
+
+__all__ = ["Explanation", "FusedLinear", "Row", "explain", "fuse", "unfuse"]

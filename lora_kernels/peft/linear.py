@@ -1,0 +1,229 @@
+"""PEFT's LoRA layer with `lora_linear` as its forward, and what its next call will do.
+
+The latter follows from the layer's state alone. `forward` and `explain` ask the same functions:
+`peft_reason` (the whole call is PEFT's own), `unreadable` (the base layer is called as a module and
+only the adapters are ours) and `calls` (how the active adapters share `lora_linear`).
+
+They run on every forward, so they look modules and parameters up in `_modules` and `_parameters`:
+`nn.Module.__getattr__` takes ten times as long.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from accelerate.hooks import AlignDevicesHook  # type: ignore[import-untyped]
+from peft.tuners import lora
+from peft.tuners.lora import layer as lora_layer
+from torch import Tensor, nn
+
+from ..functional import lora_linear
+
+_LINEAR_FORWARD = nn.Linear.forward
+# What only PEFT's variants read; a base layer never sees it.
+_NOT_FOR_BASE = ("adapter_names", *getattr(lora_layer, "VARIANT_KWARG_KEYS", ()))
+
+
+class FusedLinear(lora.Linear):
+    """PEFT's LoRA layer with `lora_linear` as its forward; made by `fuse`.
+
+    x [..., K] -> [..., N] in the dtype that PEFT's own forward returns. Active adapters without
+    dropout are stacked along the rank and share one call. In training each adapter with dropout
+    has a call of its own, because PEFT draws a mask for each.
+    """
+
+    # PEFT's target_modules="all-linear" knows its own layers by "Linear" in the class's name.
+
+    mixed_batch = False  # whether the last call had adapter_names
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        mixed_batch = kwargs.get("adapter_names") is not None
+        if mixed_batch is not self.mixed_batch:
+            self.mixed_batch = mixed_batch
+        adapters = active_adapters(self)
+        if mixed_batch or peft_reason(self, adapters, x.device, x.dtype) is not None:
+            return super().forward(x, *args, **kwargs)
+        if kwargs:
+            kwargs = {name: value for name, value in kwargs.items() if name not in _NOT_FOR_BASE}
+
+        base, bias = cast(nn.Module, self._modules["base_layer"]), _lora_bias(adapters)
+        first, *rest = calls(adapters)
+        if args or kwargs or unreadable(base, x.device) is not None:
+            result = base(x, *args, **kwargs)
+            dtype = result.dtype
+            result = result + _lora_linear(x, None, bias, first)
+        else:
+            weight, base_bias = base._parameters["weight"], base._parameters["bias"]
+            if base_bias is not None:
+                bias = base_bias if bias is None else base_bias + bias
+            result = _lora_linear(x, weight, bias, first)
+            dtype = result.dtype
+        for call in rest:
+            result = result + _lora_linear(x, None, None, call)
+        return result if result.dtype is dtype else cast(Tensor, result.to(dtype))
+
+
+class Adapter(NamedTuple):
+    name: str
+    lora_A: nn.Linear
+    lora_B: nn.Linear
+    scaling: float | Tensor  # a tensor where PEFT has prepared the model for hot-swapping
+    dropout: nn.Module
+
+
+class Call(NamedTuple):
+    """The adapters' arguments of one `lora_linear`."""
+
+    lora_A: Tensor
+    lora_B: Tensor
+    scaling: float
+    rank_gate: Tensor | None
+    dropout_p: float
+
+
+def _lora_linear(x: Tensor, weight: Tensor | None, bias: Tensor | None, call: Call) -> Tensor:
+    return lora_linear(
+        x, weight, call.lora_A, call.lora_B, call.scaling, bias,
+        rank_gate=call.rank_gate, dropout_p=call.dropout_p,
+    )  # fmt: skip
+
+
+def active_adapters(layer: lora.Linear) -> list[Adapter]:
+    """The active adapters, of those that this layer has."""
+    modules = cast(dict[str, Any], layer._modules)
+    lora_A, lora_B = modules["lora_A"]._modules, modules["lora_B"]._modules
+    dropout = modules["lora_dropout"]._modules
+    return [
+        Adapter(name, lora_A[name], lora_B[name], layer.scaling[name], dropout[name])
+        for name in layer.active_adapters
+        if name in lora_A
+    ]
+
+
+def peft_reason(
+    layer: lora.Linear, adapters: Sequence[Adapter], device: torch.device, x_dtype: torch.dtype
+) -> str | None:
+    """Why the layer's whole forward is PEFT's own for an x on this device; None where it is not."""
+    if layer.disable_adapters:
+        return "adapters are disabled: the base layer's own forward"
+    if layer.merged:
+        return "adapters are merged: the base layer's own forward"
+    if not adapters:
+        return "no active adapter on this layer: the base layer's own forward"
+    if trainable_base(layer):
+        return "the base weight is trainable"
+    for name, lora_A, lora_B, _, dropout in adapters:
+        if name in layer.lora_variant:
+            variant = type(layer.lora_variant[name]).__name__
+            return f"adapter {name!r} is a variant of LoRA ({variant}), not covered in this version"
+        reason = unreadable(lora_A, device) or unreadable(lora_B, device)
+        if reason is not None:
+            return f"adapter {name!r}: {reason}"
+        if (x_dtype is torch.float64) is not (_weight(lora_A).dtype is torch.float64):
+            return f"adapter {name!r}: float64 goes with float64 alone"
+        if type(dropout) is not nn.Dropout and type(dropout) is not nn.Identity:
+            return f"adapter {name!r}: its dropout is a {type(dropout).__name__}"
+    return None
+
+
+def unreadable(module: nn.Module, device: torch.device) -> str | None:
+    """Why calling the module may be more than `F.linear` on plain parameters on this device."""
+    if type(module) is not nn.Linear:
+        return f"{type(module).__name__} is not exactly nn.Linear"
+    if (
+        module._forward_pre_hooks
+        or module._forward_hooks
+        or module._backward_pre_hooks
+        or module._backward_hooks
+    ):
+        return "a hook sits on its nn.Linear"
+    if nn.Linear.forward is not _LINEAR_FORWARD:
+        return "nn.Linear.forward was replaced"
+    if "forward" in module.__dict__ and (reason := patched(module)):
+        return reason
+    weight = module._parameters.get("weight")
+    if type(weight) is not nn.Parameter and type(weight) is not Tensor:
+        return f"its weight is a {type(weight).__name__}"
+    if weight.device != device:
+        return f"its weight is on {weight.device}, x on {device}"
+    if weight.dim() != 2:
+        return f"its weight is flattened to {list(weight.shape)}"
+    return None
+
+
+def patched(module: nn.Module) -> str | None:
+    """Why an instance's own `forward` may do more than its class's; None where it does not."""
+    forward: Any = module.__dict__.get("forward")
+    if forward is None:
+        return None
+    if getattr(getattr(forward, "func", None), "__module__", None) == "accelerate.hooks":
+        hook: Any = module._hf_hook
+        if type(hook) is not AlignDevicesHook:
+            return f"accelerate's {type(hook).__name__} sits on it"
+        if hook.offload:
+            return "accelerate offloads its weights"
+        # What remains of the hook is to move x to the weights, and those are beside x.
+        forward = module._old_forward
+    if getattr(forward, "__func__", None) is type(module).forward:
+        return None
+    return "its forward was replaced"
+
+
+def trainable_base(layer: lora.Linear) -> bool:
+    weight = cast(nn.Module, layer._modules["base_layer"])._parameters.get("weight")
+    return weight is not None and weight.requires_grad
+
+
+def calls(adapters: Sequence[Adapter]) -> list[Call]:
+    """One call for all adapters without dropout and one for each that draws a mask."""
+    if len(adapters) == 1:
+        return [_call(adapters, _dropout_p(adapters[0]))]
+    plain = [adapter for adapter in adapters if not _dropout_p(adapter)]
+    masked = [adapter for adapter in adapters if _dropout_p(adapter)]
+    stacked = [_call(plain, 0.0)] if plain else []
+    return stacked + [_call([adapter], _dropout_p(adapter)) for adapter in masked]
+
+
+def _dropout_p(adapter: Adapter) -> float:
+    dropout = adapter.dropout
+    return dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
+
+
+def _call(adapters: Sequence[Adapter], dropout_p: float) -> Call:
+    """The adapters stacked along the rank, a gate with the scaling of each, unless one will do."""
+    _, lora_A, lora_B, scaling, _ = adapters[0]
+    if len(adapters) == 1 and not isinstance(scaling, Tensor):
+        return Call(_weight(lora_A), _weight(lora_B), scaling, None, dropout_p)
+    return Call(
+        torch.cat([_weight(adapter.lora_A) for adapter in adapters]),
+        torch.cat([_weight(adapter.lora_B) for adapter in adapters], dim=1),
+        1.0,
+        torch.cat([_gate(adapter) for adapter in adapters]),
+        dropout_p,
+    )
+
+
+def _gate(adapter: Adapter) -> Tensor:
+    """The adapter's scaling on each of its ranks, [R]."""
+    A, scaling = _weight(adapter.lora_A), adapter.scaling
+    R, dtype = A.shape[0], torch.promote_types(A.dtype, torch.float32)
+    if isinstance(scaling, Tensor):
+        return scaling.to(A.device, dtype).expand(R)
+    return torch.full((R,), scaling, dtype=dtype, device=A.device)
+
+
+def _weight(linear: nn.Linear) -> Tensor:
+    return cast(Tensor, linear._parameters["weight"])
+
+
+def _lora_bias(adapters: Sequence[Adapter]) -> Tensor | None:
+    """The sum of scaling · lora_B.bias, [N]; None without `lora_bias`."""
+    total: Tensor | None = None
+    for adapter in adapters:
+        bias = adapter.lora_B._parameters["bias"]
+        if bias is not None:
+            part = adapter.scaling * bias
+            total = part if total is None else total + part
+    return total

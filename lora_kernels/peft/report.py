@@ -1,0 +1,149 @@
+"""`explain`: for each LoRA layer, what its next call will do and why."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from peft.tuners.lora.layer import LoraLayer
+from torch import Tensor, nn
+
+from .. import select
+from ..functional import compute_dtype
+from ..layers import LoRALinear
+from .linear import FusedLinear, active_adapters, calls, peft_reason, unreadable
+from .swap import lora_layers
+
+
+class Row(NamedTuple):
+    """What the next call of one LoRA layer will do.
+
+    state: "fused": one op of ours and no other matrix product; "composed": several of our ops;
+    "adapter only": the base layer is called as a module; "not fused": PEFT's own forward, the base
+    alone, or the eager backend.
+    """
+
+    layer: str
+    state: str
+    backend: str
+    strategy: str
+    reason: str
+
+
+@dataclass(frozen=True, repr=False)
+class Explanation:
+    """A `Row` for each LoRA layer; `str()` is a table of them."""
+
+    rows: list[Row]
+
+    def assert_fused(self) -> None:
+        """Raises RuntimeError that lists the layers not "fused", also where there is no layer."""
+        rest = [row for row in self.rows if row.state != "fused"]
+        if rest or not self.rows:
+            lines = [f"  {row.layer}: {row.state} ({row.backend}): {row.reason}" for row in rest]
+            raise RuntimeError("\n".join([f"want all fused, got {self._summary()}", *lines]))
+
+    def _summary(self) -> str:
+        states = Counter(row.state for row in self.rows).most_common()
+        counts = ", ".join(f"{n} {state}" for state, n in states)
+        return f"{len(self.rows)} LoRA layers: {counts or 'nothing to fuse'}"
+
+    def __str__(self) -> str:
+        table = [Row._fields, *self.rows]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in table]
+        return "\n".join([*lines, self._summary()])
+
+    __repr__ = __str__
+
+
+def explain(model: nn.Module, *, x_dtype: torch.dtype | None = None) -> Explanation:
+    """For each LoRA layer of `model`, fused or not, what its next call will do and why.
+
+    Covers PEFT's layers and `lora_kernels.layers.LoRALinear`. The answer is for the state at hand:
+    training or not, active adapters, hooks, and the autocast and backend in force.
+
+    Args:
+        x_dtype: of the layers' input; None stands for each base weight's dtype.
+
+    Raises TypeError for anything but a module, RuntimeError if a backend is forced that cannot run.
+
+    >>> from peft import LoraConfig, get_peft_model
+    >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), LoraConfig(target_modules=["0"]))
+    >>> print(explain(model))
+    layer               state      backend  strategy            reason
+    base_model.model.0  not fused  peft     PEFT's own forward  fuse() was not called
+    1 LoRA layers: 1 not fused
+    """
+    rows = [_peft_row(*found, x_dtype) for found in lora_layers(model)]
+    for name, module in model.named_modules():
+        if isinstance(module, LoRALinear):
+            rows.append(_dense_row(name, module, x_dtype))
+    return Explanation(rows)
+
+
+def _peft_row(name: str, layer: LoraLayer, reason: str | None, x_dtype: torch.dtype | None) -> Row:
+    if reason is None:
+        if isinstance(layer, FusedLinear):
+            return _fused_row(name, layer, x_dtype)
+        reason = "fuse() was not called"
+    return _not_fused(name, reason)
+
+
+def _not_fused(name: str, reason: str) -> Row:
+    return Row(name, "not fused", "peft", "PEFT's own forward", reason)
+
+
+def _fused_row(name: str, layer: FusedLinear, x_dtype: torch.dtype | None) -> Row:
+    if layer.mixed_batch:
+        return _not_fused(name, "the last call named an adapter for each row (adapter_names)")
+    base, adapters = layer.base_layer, active_adapters(layer)
+    # x is taken to be where the adapters are.
+    near = adapters[0].lora_A.weight if adapters else torch.empty(0)
+    if x_dtype is None:
+        x_dtype, weight = near.dtype, getattr(base, "weight", None)
+        if isinstance(weight, Tensor) and weight.is_floating_point():
+            x_dtype = weight.dtype
+    reason = peft_reason(layer, adapters, near.device, x_dtype)
+    if reason is not None:
+        return _not_fused(name, reason)
+
+    todo = calls(adapters)
+    choices = [_choice(call.lora_A, call.lora_B, x_dtype) for call in todo]
+    backend = " + ".join(dict.fromkeys(choice.backend for choice in choices))
+    state, strategy = "fused", choices[0].strategy
+    reasons = list(dict.fromkeys(choice.reason for choice in choices))
+    if len(todo) < len(adapters):
+        reasons.append("adapters stacked along the rank")
+    if len(todo) > 1:
+        state, strategy = "composed", f"{strategy}; {len(todo)} calls"
+        reasons.append("each adapter with dropout draws a mask of its own")
+    if "eager" in backend:
+        state = "not fused"
+    if (base_reason := unreadable(base, near.device)) is not None:
+        state, strategy = "adapter only", "base layer as a module, adapter added"
+        reasons.insert(0, f"base layer: {base_reason}")
+    return Row(name, state, backend, strategy, "; ".join(reasons))
+
+
+def _dense_row(name: str, layer: LoRALinear, x_dtype: torch.dtype | None) -> Row:
+    if layer.merged or not layer.enabled:
+        reason = "the adapter is merged" if layer.enabled else "the adapter is disabled"
+        return Row(name, "not fused", "torch", "F.linear", reason)
+    choice = _choice(layer.lora_A, layer.lora_B, x_dtype or layer.weight.dtype)
+    state = "not fused" if choice.backend == "eager" else "fused"
+    return Row(name, state, choice.backend, choice.strategy, choice.reason)
+
+
+def _choice(lora_A: Tensor, lora_B: Tensor, x_dtype: torch.dtype) -> select.Choice:
+    """What `lora_linear` will choose for an x of this dtype beside A."""
+    device = lora_A.device.type
+    autocast = (
+        device != "meta"  # of which autocast knows nothing
+        and torch.is_autocast_enabled(device)
+        and x_dtype is not torch.float64
+    )
+    dtype = torch.get_autocast_dtype(device) if autocast else x_dtype
+    return select.lora_linear(device, x_dtype, lora_A.dtype, lora_B.dtype, dtype, lora_A.shape[0])

@@ -1,0 +1,90 @@
+"""`fuse` and `unfuse`: the class of PEFT's LoRA layers, swapped in place.
+
+PEFT keeps doing everything else: state dict, saving, loading, merging, disabling, switching and
+adding adapters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import MethodType
+from typing import TypeVar
+
+from peft.tuners import lora
+from peft.tuners.lora.layer import LoraLayer, MultiheadAttention
+from torch import nn
+
+from .linear import FusedLinear, patched, trainable_base
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def fuse(model: Model) -> Model:
+    """Make the LoRA layers of a PEFT model compute with `lora_linear`; returns the model.
+
+    Parameters, names and all else that PEFT does with them stay as they are. A layer that is of
+    another kind, has a trainable base weight or a forward that someone replaced stays PEFT's own;
+    `explain(model)` gives the reason. Layers that are added later need another `fuse`; a second
+    one changes nothing else. The base, lora_A, lora_B and dropout modules of a fused layer are not
+    called, so global module hooks (`register_module_forward_hook`) do not see them.
+
+    Raises TypeError for anything but a module, ValueError for a model without LoRA layers.
+
+    >>> from peft import LoraConfig, get_peft_model
+    >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), LoraConfig(target_modules=["0"]))
+    >>> type(fuse(model).base_model.model[0]).__name__
+    'FusedLinear'
+    """
+    layers = list(lora_layers(model))
+    if not layers:
+        raise ValueError(f"model: got {type(model).__name__} without LoRA layers, want some")
+    for _, layer, reason in layers:
+        if reason is None and type(layer) is lora.Linear:
+            _set_class(layer, FusedLinear)
+    return model
+
+
+def unfuse(model: Model) -> Model:
+    """Give every layer back to PEFT; returns the model, which need not be fused.
+
+    >>> unfuse(nn.Linear(2, 2))
+    Linear(in_features=2, out_features=2, bias=True)
+    """
+    for _, layer, _ in lora_layers(model):
+        if type(layer) is FusedLinear:
+            _set_class(layer, lora.Linear)
+            vars(layer).pop("mixed_batch", None)
+    return model
+
+
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer, str | None]]:
+    """Each LoRA layer with its name and why `fuse` leaves it PEFT's own (None: it does not)."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, want a torch.nn.Module")
+    uncalled: set[object] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            reason = _unfusable(module)
+            if module in uncalled:
+                reason = "lora.MultiheadAttention reads its weights and never calls it"
+            yield name, module, reason
+        if isinstance(module, MultiheadAttention):
+            uncalled.add(module.get_base_layer().out_proj)
+
+
+def _unfusable(layer: LoraLayer) -> str | None:
+    if type(layer) is not lora.Linear and type(layer) is not FusedLinear:
+        return f"PEFT's {type(layer).__name__} is not covered in this version"
+    if layer.fan_in_fan_out:
+        return "fan_in_fan_out: a base weight kept as [K, N] is not covered in this version"
+    if trainable_base(layer):
+        return "the base weight is trainable"
+    return patched(layer)
+
+
+def _set_class(layer: lora.Linear, cls: type[lora.Linear]) -> None:
+    # accelerate wraps the forward that it found, a method bound to the class of that time.
+    for name in ("forward", "_old_forward"):
+        if getattr(vars(layer).get(name), "__func__", None) is type(layer).forward:
+            vars(layer)[name] = MethodType(cls.forward, layer)
+    layer.__class__ = cls

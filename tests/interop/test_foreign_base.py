@@ -1,0 +1,324 @@
+"""A base weight that may not be read is not read: the base layer is called as a module.
+
+Likewise whatever somebody did to lora_A, lora_B or the layer itself is not bypassed.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import pytest
+import torch
+from accelerate.hooks import (
+    AlignDevicesHook,
+    CpuOffload,
+    add_hook_to_module,
+    remove_hook_from_module,
+)
+from peft import PeftModel
+from peft.tuners import lora
+from torch import Tensor, nn
+
+from lora_kernels.peft import FusedLinear, Row, explain, fuse, unfuse
+
+from .tiny import (
+    MLP,
+    add_lora,
+    assert_same,
+    batch,
+    count_ops,
+    fused_layers,
+    mlp,
+    pair,
+    results,
+)
+
+
+def rows(model: nn.Module) -> dict[str, Row]:
+    """`explain`'s rows by the layer's short name."""
+    return {row.layer.rpartition(".")[2]: row for row in explain(model).rows}
+
+
+def up(model: PeftModel) -> Any:
+    return model.base_model.model.up
+
+
+class DoubledLinear(nn.Linear):
+    """A subclass whose forward is more than its weight says."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+def subclassed(base: nn.Linear) -> None:
+    base.__class__ = DoubledLinear
+
+
+def forward_hook(base: nn.Linear) -> None:
+    base.register_forward_hook(lambda module, args, y: 2 * y)
+
+
+def forward_pre_hook(base: nn.Linear) -> None:
+    base.register_forward_pre_hook(lambda module, args: (2 * args[0],))
+
+
+def backward_hook(base: nn.Linear) -> None:
+    base.register_full_backward_hook(lambda module, gx, gy: (2 * gx[0],))
+
+
+def backward_pre_hook(base: nn.Linear) -> None:
+    base.register_full_backward_pre_hook(lambda module, gy: (2 * gy[0],))
+
+
+def patched_forward(base: nn.Linear) -> None:
+    forward = base.forward
+    base.forward = lambda x: 2 * forward(x)
+
+
+def parametrized(base: nn.Linear) -> None:
+    nn.utils.parametrizations.weight_norm(base)
+    with torch.no_grad():
+        base.parametrizations.weight.original0.mul_(2)
+    base.requires_grad_(False)
+
+
+def weight_subclass(base: nn.Linear) -> None:
+    class Quantized(nn.Parameter):
+        pass
+
+    base.weight = Quantized(base.weight.detach(), requires_grad=False)
+
+
+def cpu_offloaded(base: nn.Linear) -> None:
+    add_hook_to_module(base, AlignDevicesHook("cpu", offload=True))
+    assert base.weight.is_meta
+
+
+CHANGES = [
+    (subclassed, "DoubledLinear is not exactly nn.Linear"),
+    (forward_hook, "a hook sits on its nn.Linear"),
+    (forward_pre_hook, "a hook sits on its nn.Linear"),
+    (backward_hook, "a hook sits on its nn.Linear"),
+    (backward_pre_hook, "a hook sits on its nn.Linear"),
+    (patched_forward, "its forward was replaced"),
+    (parametrized, "ParametrizedLinear is not exactly nn.Linear"),
+    (weight_subclass, "its weight is a Quantized"),
+    (cpu_offloaded, "accelerate offloads its weights"),
+]
+
+
+@pytest.mark.parametrize("after_fuse", [False, True])
+@pytest.mark.parametrize(("change", "reason"), CHANGES, ids=lambda c: getattr(c, "__name__", ""))
+def test_base_layer_is_called_as_a_module(
+    change: Callable[[nn.Linear], None], reason: str, after_fuse: bool
+) -> None:
+    stock, fused = mlp(), mlp()
+    if after_fuse:
+        fuse(fused)
+    for model in (stock, fused):
+        change(up(model).base_layer)
+    fuse(fused)
+    assert_same(results(fused, batch()), results(stock, batch()))
+    assert count_ops(lambda: up(fused)(batch()))["lora_linear"] == 1
+    row = rows(fused)["up"]
+    assert row.state == "adapter only"
+    assert row.reason.startswith(f"base layer: {reason}")
+    assert rows(fused)["down"].state != "adapter only"
+    with pytest.raises(RuntimeError, match="adapter only"):
+        explain(fused).assert_fused()
+
+
+@pytest.mark.filterwarnings("ignore:.lora_bias=True")
+def test_adapter_only_in_every_way() -> None:
+    """With a bias on lora_B, several adapters, and a result in another dtype than x."""
+    stock, fused = mlp(torch.bfloat16, lora_bias=True), mlp(torch.bfloat16, lora_bias=True)
+    for model in (stock, fused):
+        config = model.peft_config["default"]
+        model.add_adapter("second", config)
+        model.base_model.set_adapter(["default", "second"])
+        up(model).base_layer.register_forward_hook(lambda module, args, y: y.half())
+    fuse(fused)
+    x = batch(torch.bfloat16)
+    got, want = up(fused)(x), up(stock)(x)
+    assert got.dtype == want.dtype == torch.float16
+    # The adapter's part is rounded to bfloat16 before it is added, PEFT's is not.
+    torch.testing.assert_close(got, want, rtol=0, atol=2**-8 * want.abs().max().item())
+
+
+def test_extra_arguments_reach_the_base_layer() -> None:
+    class Scaled(nn.Linear):
+        def forward(self, input: Tensor, factor: float = 1.0) -> Tensor:
+            return factor * super().forward(input)
+
+    stock, fused = mlp(), mlp()
+    for model in (stock, fused):
+        up(model).base_layer.__class__ = Scaled
+    fuse(fused)
+    for args, kwargs in (((3.0,), {}), ((), {"factor": 3.0})):
+        torch.testing.assert_close(
+            up(fused)(batch(), *args, **kwargs), up(stock)(batch(), *args, **kwargs)
+        )
+    assert count_ops(lambda: up(fused)(batch(), 3.0))["lora_linear"] == 1
+    with pytest.raises(TypeError):  # a stock base layer takes x alone
+        fused.base_model.model.down(batch(), 3.0)
+
+
+# accelerate
+
+
+@pytest.mark.parametrize("to_disk", [False, True])
+def test_whole_model_offloaded(to_disk: bool, tmp_path: Path) -> None:
+    """lora_A and lora_B are offloaded too, so all is PEFT's own."""
+    stock, fused = pair(mlp())
+    want = stock(batch())
+    if to_disk:
+        accelerate.disk_offload(fused, tmp_path, execution_device=torch.device("cpu"))
+    else:
+        accelerate.cpu_offload(fused, execution_device=torch.device("cpu"))
+    torch.testing.assert_close(fused(batch()), want)
+    assert rows(fused)["up"] == Row(
+        "base_model.model.up", "not fused", "peft", "PEFT's own forward",
+        "adapter 'default': accelerate offloads its weights",
+    )  # fmt: skip
+
+
+def test_base_model_offloaded_before_peft() -> None:
+    torch.manual_seed(0)
+    base = MLP().double()
+    accelerate.cpu_offload(base, execution_device=torch.device("cpu"))
+    fused = fuse(add_lora(base))
+    for layer in fused_layers(fused):  # PEFT puts new adapters beside a weight on meta
+        for part in (layer.lora_A, layer.lora_B):
+            part.to_empty(device="cpu")
+    stock = mlp()
+    fused.load_state_dict(
+        {n: p for n, p in stock.state_dict().items() if ".lora_" in n}, strict=False
+    )
+    torch.testing.assert_close(fused(batch()), stock(batch()))
+    assert rows(fused)["up"].state == "adapter only"
+
+
+@pytest.mark.parametrize("hooked", ["base", "layer"])
+@pytest.mark.parametrize("order", ["before fuse", "after fuse"])
+def test_device_hook_is_harmless(hooked: str, order: str) -> None:
+    """What device_map="auto" puts on every module of a model spread over GPUs."""
+    stock, fused = pair(mlp())
+    unfuse(fused)
+    if order == "after fuse":
+        fuse(fused)
+    module = up(fused).base_layer if hooked == "base" else up(fused)
+    add_hook_to_module(module, AlignDevicesHook("cpu", io_same_device=True))
+    fuse(fused)
+    assert_same(results(fused, batch()), results(stock, batch()))
+    assert count_ops(lambda: up(fused)(batch())) == {"lora_linear": 1}
+    assert rows(fused)["up"].backend != "peft"
+    remove_hook_from_module(module)  # leaves a bound method in its place
+    assert count_ops(lambda: up(fused)(batch())) == {"lora_linear": 1}
+    unfuse(fused)
+    assert count_ops(lambda: up(fused)(batch()[0])) == {"addmm": 1, "mm": 2}
+
+
+def test_unfuse_under_a_device_hook() -> None:
+    fused = fuse(mlp())
+    add_hook_to_module(up(fused), AlignDevicesHook("cpu"))
+    unfuse(fused)
+    assert count_ops(lambda: up(fused)(batch()[0])) == {"addmm": 1, "mm": 2}
+
+
+def test_other_accelerate_hooks() -> None:
+    fused = fuse(mlp())
+    add_hook_to_module(up(fused).base_layer, CpuOffload("cpu"))
+    assert "accelerate's CpuOffload sits on it" in rows(fused)["up"].reason
+
+
+# The layer and its adapter
+
+
+def test_trainable_base_stays_peft() -> None:
+    stock, fused = mlp(), mlp()
+    for model in (stock, fused):
+        up(model).base_layer.weight.requires_grad_()
+    fuse(fused)
+    assert type(up(fused)) is lora.Linear
+    assert rows(fused)["up"].reason == "the base weight is trainable"
+    assert_same(results(fused, batch()), results(stock, batch()))
+
+
+def test_base_made_trainable_after_fuse() -> None:
+    stock, fused = pair(mlp())
+    for model in (stock, fused):
+        up(model).base_layer.weight.requires_grad_()
+    got = results(fused, batch())
+    assert any(name.endswith("up.base_layer.weight") for name in got)
+    assert_same(got, results(stock, batch()))
+    assert rows(fused)["up"].reason == "the base weight is trainable"
+
+
+@pytest.mark.parametrize("order", ["before fuse", "after fuse"])
+def test_layer_patched_by_someone_else(order: str) -> None:
+    model = mlp()
+    if order == "after fuse":
+        fuse(model)
+
+    def forward(self: lora.Linear, x: Tensor) -> Tensor:
+        return self.base_layer(x)
+
+    layer = up(model)
+    layer.forward = types.MethodType(forward, layer)
+    fuse(model)
+    assert (type(layer) is FusedLinear) is (order == "after fuse")
+    assert rows(model)["up"].state == "not fused"
+    assert rows(model)["up"].reason == "its forward was replaced"
+    assert torch.equal(layer(batch()), layer.base_layer(batch()))
+
+
+@pytest.mark.parametrize("part", ["lora_A", "lora_B"])
+def test_hook_on_the_adapter(part: str) -> None:
+    stock, fused = pair(mlp())
+    for model in (stock, fused):
+        getattr(up(model), part)["default"].register_forward_hook(lambda module, args, y: 2 * y)
+    assert_same(results(fused, batch()), results(stock, batch()))
+    assert "adapter 'default': a hook sits on its nn.Linear" in rows(fused)["up"].reason
+
+
+def test_foreign_dropout() -> None:
+    stock, fused = pair(mlp())
+    for model in (stock, fused):
+        up(model).lora_dropout["default"] = nn.Tanh()
+    assert_same(results(fused, batch()), results(stock, batch()))
+    assert "its dropout is a Tanh" in rows(fused)["up"].reason
+
+
+def test_nn_linear_patched_as_a_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    stock, fused = pair(mlp())
+    forward = nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: 2 * forward(self, x))
+    assert_same(results(fused, batch()), results(stock, batch()))
+    assert "nn.Linear.forward was replaced" in rows(fused)["up"].reason
+
+
+def test_float64_beside_another_dtype() -> None:
+    """PEFT casts x to the adapter's dtype; `lora_linear` wants float64 alone or not at all."""
+    stock, fused = pair(mlp())
+    for model in (stock, fused):
+        up(model).lora_A.float(), up(model).lora_B.float()
+    assert_same(results(fused, batch()), results(stock, batch()))
+    assert "float64 goes with float64 alone" in rows(fused)["up"].reason
+
+
+def test_weight_on_another_device_than_x() -> None:
+    fused = fuse(mlp())
+    up(fused).base_layer.to("meta")
+    row = rows(fused)["up"]
+    assert row.state == "adapter only" and "its weight is on meta, x on cpu" in row.reason
+
+
+def test_model_on_the_meta_device() -> None:
+    fused = fuse(mlp()).to("meta")
+    y = fused(batch().to("meta"))
+    assert y.is_meta and y.shape == (3, 4, 9)
+    assert "device type 'meta'" in rows(fused)["up"].reason

@@ -31,7 +31,7 @@ def _add_product(z: Tensor, s: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor:
     dtype = torch.promote_types(z.dtype, b.dtype)
     if dtype is z.dtype:
         return z.addmm_(s.to(dtype), b.to(dtype), alpha=alpha)
-    return torch.addmm(z.to(dtype), s.to(dtype), b, alpha=alpha).to(z.dtype)
+    return torch.addmm(z.to(dtype), s.to(dtype), b.to(dtype), alpha=alpha).to(z.dtype)
 
 
 def _stat_dtype(dtype: torch.dtype) -> torch.dtype:

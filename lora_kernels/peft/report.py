@@ -140,10 +140,5 @@ def _dense_row(name: str, layer: LoRALinear, x_dtype: torch.dtype | None) -> Row
 def _choice(lora_A: Tensor, lora_B: Tensor, x_dtype: torch.dtype) -> select.Choice:
     """What `lora_linear` will choose for an x of this dtype beside A."""
     device = lora_A.device.type
-    autocast = (
-        device != "meta"  # of which autocast knows nothing
-        and torch.is_autocast_enabled(device)
-        and x_dtype is not torch.float64
-    )
-    dtype = torch.get_autocast_dtype(device) if autocast else x_dtype
+    dtype = compute_dtype(device, x_dtype)
     return select.lora_linear(device, x_dtype, lora_A.dtype, lora_B.dtype, dtype, lora_A.shape[0])

@@ -1,0 +1,73 @@
+"""Times of calls that take turns in one process, and what this machine can reach at best."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds: the median, and the quintiles around it."""
+
+    p20: float
+    p50: float
+    p80: float
+    rounds: int
+
+    @classmethod
+    def of(cls, seconds: list[float]) -> Times:
+        quintiles = statistics.quantiles(seconds, n=5, method="inclusive")
+        return cls(quintiles[0], statistics.median(seconds), quintiles[3], len(seconds))
+
+
+def interleave(
+    calls: Mapping[str, Callable[[], object]],
+    *,
+    seconds: float = 3.0,
+    least: int = 9,
+    most: int = 201,
+    repeat: int = 1,
+) -> dict[str, Times]:
+    """Time the calls in turns, each leading in turn, so that drift hits all of them alike.
+
+    Warm: the same arguments every round, after one round that is not counted. Rounds go on for
+    about `seconds` in all, at least `least` and at most `most` of them. `repeat` calls are timed
+    as one, for those too short for the clock.
+
+    >>> list(interleave({"a": lambda: 1, "b": lambda: 2}, seconds=0.0))
+    ['a', 'b']
+    """
+    names = list(calls)
+    taken: dict[str, list[float]] = {name: [] for name in names}
+    begun, round_ = time.perf_counter(), -1
+    while round_ < least or (round_ < most and time.perf_counter() - begun < seconds):
+        turn = round_ % len(names)
+        for name in names[turn:] + names[:turn]:
+            call = calls[name]
+            start = time.perf_counter()
+            for _ in range(repeat):
+                call()
+            if round_ >= 0:
+                taken[name].append((time.perf_counter() - start) / repeat)
+        round_ += 1
+    return {name: Times.of(seconds_) for name, seconds_ in taken.items()}
+
+
+def copy_bandwidth(megabytes: int = 256) -> float:
+    """Bytes read and written a second by a plain copy that no cache holds."""
+    source = torch.zeros(megabytes << 20, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    times = interleave({"copy": lambda: target.copy_(source)}, seconds=1.0)
+    return 2 * source.numel() / times["copy"].p50
+
+
+def product_peak(dtype: torch.dtype, n: int = 2048) -> float:
+    """Operations a second (two a multiply-add) of the library's product of two [n, n]."""
+    a, b = torch.randn(n, n).to(dtype), torch.randn(n, n).to(dtype)
+    times = interleave({"mm": lambda: torch.mm(a, b)}, seconds=1.0, least=5)
+    return float(2 * n**3 / times["mm"].p50)

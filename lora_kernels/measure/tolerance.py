@@ -1,0 +1,159 @@
+"""The one tolerance: a result may lose little more than PyTorch itself loses in the same dtypes.
+
+The reference is computed in float64 from inputs that are already rounded to their dtypes, so that
+only the computation's own roundings are judged. With u the unit roundoff of the coarsest rounding
+that the op's docstring names, and eager's errors those of plain PyTorch in the same dtypes:
+
+    rms error ≤ 1.25 · eager's + u/4                          relative to the rms of the reference
+    max error ≤ 2 · eager's + 2 ulp of the largest |reference|
+
+Where these numbers come from:
+
+- 1.25: the rms of n independent errors is known to one part in √(2n), a ratio of two to one in √n:
+  6 % at n = 256, so 1.25 is four standard errors. Smaller outputs are pooled over several seeds.
+- u/4: one rounding errs by 0.42 u rms (uniform in ± ulp/2, mantissas spread evenly in logarithm:
+  u/√3 · √(3/(8·ln 2))). Where eager rounds once, 1.25 · 0.42 u + u/4 = 0.78 u admits three
+  independent roundings (0.74 u) and not four (0.85 u).
+- 2 and 2 ulp: the largest of n errors scatters more than their rms, and a result that is rounded
+  twice may be an ulp away from one that is rounded once.
+
+The two together keep the rms error below max(4 u, 2 · eager's), whatever eager's is.
+A reference of zeros only (no rows, B = 0) is exact: it allows no error.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+POOL = 256  # elements below which several seeds are pooled
+
+
+def unit_roundoff(*dtypes: torch.dtype) -> float:
+    """Half the distance from 1 to the next number, in the coarsest of the dtypes.
+
+    >>> unit_roundoff(torch.float32, torch.bfloat16) == 2**-8
+    True
+    """
+    return max(torch.finfo(dtype).eps for dtype in dtypes) / 2
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Errors beside eager's and the limits; rms relative to the reference's rms, max absolute."""
+
+    rms: float
+    eager_rms: float
+    rms_limit: float
+    max: float
+    eager_max: float
+    max_limit: float
+    unit_roundoff: float
+
+    @property
+    def ok(self) -> bool:
+        # A NaN compares false and so fails.
+        return self.rms <= self.rms_limit and self.max <= self.max_limit
+
+    def __str__(self) -> str:
+        u = self.unit_roundoff
+        return (
+            f"{'ok' if self.ok else 'MISS'}: rms {self.rms / u:.3g} u "
+            f"(eager {self.eager_rms / u:.3g} u, limit {self.rms_limit / u:.3g} u), "
+            f"max {self.max:.3g} (eager {self.eager_max:.3g}, limit {self.max_limit:.3g}), "
+            f"u = {u:.3g}"
+        )
+
+
+def compare(
+    got: Tensor | Sequence[Tensor],
+    ref: Tensor | Sequence[Tensor],
+    eager: Tensor | Sequence[Tensor],
+    unit_roundoff: float,
+) -> Verdict:
+    """Judge `got` against `ref` (float64), allowing what `eager` loses.
+
+    Each is one tensor or, to pool seeds, a list of them; the three agree in shapes, got and eager
+    are of any floating dtype. Raises ValueError where shapes differ.
+
+    >>> ref = torch.linspace(1, 2, 300, dtype=torch.float64)
+    >>> compare(ref.bfloat16(), ref, ref.bfloat16(), 2**-8).ok
+    True
+    >>> compare(ref.bfloat16() * 1.1, ref, ref.bfloat16(), 2**-8).ok
+    False
+    """
+    refs = _pool(ref)
+    gots, eagers = _pool(got, like=ref), _pool(eager, like=ref)
+    scale = _rms(refs)
+    rms, largest = _errors(gots, refs, scale)
+    eager_rms, eager_largest = _errors(eagers, refs, scale)
+    if scale == 0:  # no elements, or zeros alone: exact
+        return Verdict(rms, eager_rms, 0.0, largest, eager_largest, 0.0, unit_roundoff)
+    ulp = 2 * unit_roundoff * 2.0 ** math.floor(math.log2(refs.abs().max().item()))
+    return Verdict(
+        rms=rms,
+        eager_rms=eager_rms,
+        rms_limit=1.25 * eager_rms + unit_roundoff / 4,
+        max=largest,
+        eager_max=eager_largest,
+        max_limit=2 * eager_largest + 2 * ulp,
+        unit_roundoff=unit_roundoff,
+    )
+
+
+def assert_close(
+    got: Tensor | Sequence[Tensor],
+    ref: Tensor | Sequence[Tensor],
+    eager: Tensor | Sequence[Tensor],
+    unit_roundoff: float,
+    name: str = "result",
+) -> None:
+    """AssertionError with the verdict in words unless `compare` finds `got` right."""
+    verdict = compare(got, ref, eager, unit_roundoff)
+    assert verdict.ok, f"{name}: {verdict}"
+
+
+def assert_exact(got: Tensor, want: Tensor, name: str = "result") -> None:
+    """AssertionError unless both hold the same numbers in the same shape; dtypes may differ.
+
+    NaN equals NaN; 0 equals −0.
+
+    >>> assert_exact(torch.tensor([1.0, 2.0]).bfloat16(), torch.tensor([1, 2]))
+    """
+    assert got.shape == want.shape, f"{name}: shape {tuple(got.shape)}, want {tuple(want.shape)}"
+    a, b = got.detach().double(), want.detach().double()
+    wrong = ~((a == b) | (a.isnan() & b.isnan()))
+    if wrong.any():
+        at = tuple(int(i) for i in wrong.nonzero()[0])
+        raise AssertionError(
+            f"{name}: {int(wrong.sum())} of {wrong.numel()} elements differ, "
+            f"the first at {at}: {a[at].item()}, want {b[at].item()}"
+        )
+
+
+def _pool(
+    tensors: Tensor | Sequence[Tensor], like: Tensor | Sequence[Tensor] | None = None
+) -> Tensor:
+    parts = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+    if like is not None:
+        shapes = [tuple(t.shape) for t in parts]
+        want = [tuple(t.shape) for t in ([like] if isinstance(like, Tensor) else like)]
+        if shapes != want:
+            raise ValueError(f"got shapes {shapes}, want the reference's {want}")
+    return torch.cat([t.detach().to("cpu", torch.float64).flatten() for t in parts])
+
+
+def _rms(t: Tensor) -> float:
+    return t.square().mean().sqrt().item() if t.numel() else 0.0
+
+
+def _errors(got: Tensor, ref: Tensor, scale: float) -> tuple[float, float]:
+    """rms error relative to `scale` (absolute where that is 0) and the largest error."""
+    error = got - ref
+    if not error.numel():
+        return 0.0, 0.0
+    return _rms(error) / (scale or 1.0), error.abs().max().item()

@@ -1,0 +1,85 @@
+"""`lora-kernels verify`: every engine that can run here, against the float64 reference."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+from typing import Any
+
+import torch
+
+from .case import Case, engine, engines, judge
+
+_f32, _bf16, _f16 = torch.float32, torch.bfloat16, torch.float16
+DTYPES = ((_f32, None), (_bf16, None), (_bf16, _f32), (_f16, None), (_f16, _f32))  # x, adapters
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "bias": {"bias": True},
+    "gate": {"gate": True},
+    "column scale": {"column_scale": True},
+    "dropout": {"dropout_p": 0.1},
+    "everything": {"gate": True, "column_scale": True, "bias": True, "dropout_p": 0.1},
+    "adapter only": {"base": False},
+}
+SHAPES = ((70, 257, 100, 13), (1, 65, 63, 5))  # M, N, K, R: no multiples of a tile
+THOROUGH = (*SHAPES, (515, 261, 259, 16), (33, 259, 257, 64), (130, 1536, 576, 100))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--thorough", action="store_true", help="more and larger shapes")
+    parser.add_argument("--json", action="store_true", help="print every figure as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """0 where every output of every case is within the tolerance, else 1."""
+    shapes = THOROUGH if args.thorough else SHAPES
+    results, missed = [], 0
+    if not args.json:
+        print(f"{'engine':11} {'x':9} {'adapters':9} {'option':13} worst of y and its gradients")
+    for (dtype, adapter), (option, fields) in itertools.product(DTYPES, OPTIONS.items()):
+        cases = [Case(*shape, dtype, adapter, **fields) for shape in shapes]
+        for name in engines():
+            with engine(name):
+                verdicts = {
+                    f"{case}/{output}": verdict
+                    for case in cases
+                    for output, verdict in judge(case).items()
+                }
+            where, worst = max(verdicts.items(), key=lambda item: _excess(item[1]))
+            ok = all(verdict.ok for verdict in verdicts.values())
+            missed += not ok
+            row = {
+                "engine": name,
+                "dtype": _name(dtype),
+                "adapter_dtype": _name(adapter or dtype),
+                "option": option,
+                "ok": ok,
+                "worst": where,
+                "verdict": str(worst),
+            }
+            results.append(row)
+            if not args.json:
+                print(
+                    f"{name:11} {row['dtype']:9} {row['adapter_dtype']:9} {option:13} "
+                    f"{'✓' if ok else '✗'} {where.rpartition('/')[2]} {worst}",
+                    flush=True,
+                )
+    if args.json:
+        print(json.dumps(results, indent=1))
+    else:
+        print(f"{len(results) - missed} of {len(results)} within the tolerance")
+    return 1 if missed else 0
+
+
+def _excess(verdict: Any) -> float:
+    """How much of its allowance a verdict uses; NaN counts as all of it and more."""
+    shares = [
+        error / limit if limit else (0.0 if error == 0 else float("inf"))
+        for error, limit in ((verdict.rms, verdict.rms_limit), (verdict.max, verdict.max_limit))
+    ]
+    return max(float("inf") if share != share else share for share in shares)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,24 @@
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from lora_kernels.measure import case
+
+
+@pytest.fixture
+def engine(request: pytest.FixtureRequest) -> Iterator[str]:
+    """One of `case.engines()`, forced for the length of the test; see engines.py."""
+    with case.engine(request.param):
+        yield request.param
+
+
+@pytest.fixture(autouse=True)
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """One thread unless a test is parametrized with more: on most of these shapes the kernels take
+    no second one, and two that wait for each other crawl on a machine that is busy otherwise.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(getattr(request, "param", 1))
+    yield torch.get_num_threads()
+    torch.set_num_threads(before)

@@ -1,0 +1,23 @@
+"""Run a test once for the eager backend and once for each CPU instruction set.
+
+Placed above a test's other parametrizations the engine varies fastest, so that a case's reference
+is computed once for all of them.
+"""
+
+import pytest
+
+from lora_kernels.backends import native
+from lora_kernels.measure import case
+
+_here = case.engines()
+
+
+def _engines(*names: str) -> pytest.MarkDecorator:
+    absent = pytest.mark.skip(reason="this machine or build lacks the instruction set")
+    params = [pytest.param(name, marks=() if name in _here else absent) for name in names]
+    return pytest.mark.parametrize("engine", params, indirect=True)
+
+
+every_engine = _engines("eager", *native.ISAS)
+every_isa = _engines(*native.ISAS)
+every_thread_count = pytest.mark.parametrize("threads", [1, 2, 3], indirect=True)

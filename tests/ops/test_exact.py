@@ -1,0 +1,117 @@
+"""Where the answer is exact, the result is: integers, B = 0, unit matrices, masks, repetition."""
+
+import pytest
+import torch
+
+import lora_kernels
+from lora_kernels import ops
+from lora_kernels.measure import case as cases
+from lora_kernels.measure.case import Case
+from lora_kernels.measure.tolerance import assert_exact
+from tests.ops.engines import every_engine, every_thread_count
+
+every_dtype = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str
+)
+
+
+@every_engine
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"gate": True, "column_scale": True, "bias": True},
+        {"dropout_p": 0.5},
+        {"base": False, "dropout_p": 0.5},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("shape", [(13, 19, 17, 5), (2, 35, 33, 3), (7, 65, 31, 8)], ids=str)
+@every_dtype
+def test_integers(
+    dtype: torch.dtype, shape: tuple[int, ...], options: dict[str, object], engine: str
+) -> None:
+    """-1, 0 and 1 everywhere: all sums are integers that even bfloat16 holds."""
+    args = cases.inputs(Case(*shape, dtype, values="integers", **options))
+    ref = cases.oracle(args)
+    for name, got in cases.run(lora_kernels.lora_linear, args).items():
+        assert_exact(ref[name].to(dtype), ref[name], f"{name} is no exact {dtype}; choose a seed")
+        assert_exact(got, ref[name], name)
+
+
+@every_engine
+@every_dtype
+def test_a_zero_adapter_changes_nothing(dtype: torch.dtype, engine: str) -> None:
+    args = cases.inputs(Case(33, 65, 63, 5, dtype, gate=True))
+    args["lora_B"] = torch.zeros_like(args["lora_B"], requires_grad=True)
+    got = cases.run(lora_kernels.lora_linear, args)
+    assert_exact(got["y"], torch.mm(args["x"], args["weight"].t()), "y")
+    assert_exact(got["dx"], torch.mm(args["dy"], args["weight"]), "dx")
+    assert_exact(got["dA"], torch.zeros(5, 63), "dA")
+    assert got["dB"].abs().max() > 0
+
+
+@every_engine
+@every_dtype
+def test_unit_matrix_reads_out_the_weights(dtype: torch.dtype, engine: str) -> None:
+    K, N, R = 65, 33, 7
+    args = cases.inputs(Case(K, N, K, R, dtype))
+    y, p, _ = ops.lora_linear(
+        torch.eye(K, dtype=dtype), args["weight"], args["lora_A"], torch.zeros(N, R, dtype=dtype),
+        1.0, None, None, None, 0.0, None, dtype, False,
+    )  # fmt: skip
+    assert_exact(y, args["weight"].t(), "y")
+    assert_exact(p, args["lora_A"].t(), "P")
+
+
+@every_engine
+@every_dtype
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.99, 1.0])
+def test_the_mask_is_the_public_one(p: float, dtype: torch.dtype, engine: str) -> None:
+    """A and B pick columns of x, so that y and dx show where it was dropped; dA sums the mask."""
+    M, K, R = 70, 257, 256
+    rng = torch.tensor([-(2**50) + 3, 2**45 + 17])
+    kept = lora_kernels.dropout_mask(rng, M, K, p)
+    scale = 0.0 if p == 1.0 else 1 / (1 - p)
+    scale = torch.tensor(scale, dtype=torch.float32).to(dtype)
+    for first in (0, 1):  # 256 of the 257 columns at a time
+        pick = torch.eye(K, dtype=dtype)[first : first + R]
+        x = torch.ones(M, K, dtype=dtype, requires_grad=True)
+        A = pick.clone().requires_grad_()
+        y = lora_kernels.lora_linear(
+            x, torch.zeros(R, K, dtype=dtype), A, torch.eye(R, dtype=dtype), dropout_p=p, rng=rng
+        )
+        y.backward(torch.ones_like(y))
+        want = kept[:, first : first + R] * scale
+        assert_exact(y, want, "y")
+        assert_exact(x.grad @ pick.t(), want, "dx")
+        # Multiples of one number up to 70 times it: exact but for the last rounding.
+        assert_exact(A.grad != 0, (kept.sum(0) > 0).expand(R, K) & (scale > 0), "dA")
+
+
+@every_engine
+@every_thread_count
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_same_bits_again(dtype: torch.dtype, threads: int, engine: str) -> None:
+    case = Case(261, 515, 259, 16, dtype, gate=True, column_scale=True, bias=True, dropout_p=0.1)
+    args = cases.inputs(case)
+    first, *others = (cases.run(lora_kernels.lora_linear, args) for _ in range(3))
+    for other in others:
+        for name in first:
+            assert torch.equal(first[name], other[name]), name
+
+
+@every_engine
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["x", "weight", "lora_A", "lora_B", "bias", "column_scale", "dy"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_not_finite_spreads_as_in_pytorch(
+    dtype: torch.dtype, where: str, value: float, engine: str
+) -> None:
+    args = cases.inputs(Case(9, 33, 37, 5, dtype, gate=True, column_scale=True, bias=True))
+    with torch.no_grad():
+        args[where].view(-1)[7] = value
+    got = cases.run(lora_kernels.lora_linear, args)
+    want = cases.run(cases.plain_pytorch, args)
+    for name in want:
+        assert_exact(got[name].isfinite(), want[name].isfinite(), name)

@@ -1,0 +1,128 @@
+"""y and every gradient of `lora_linear` against the float64 reference, on every engine."""
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+
+from lora_kernels.measure import case as cases
+from lora_kernels.measure.case import LAYOUTS, Case, judge
+from tests.ops.engines import every_engine, every_thread_count
+
+f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
+
+# dtype, adapter_dtype, autocast
+DTYPES = [
+    (f32, None, None),
+    (bf16, None, None),
+    (f16, None, None),
+    (bf16, f32, None),  # PEFT's default beside a 16-bit model
+    (f16, f32, None),
+    (f32, bf16, None),
+    (f32, f32, bf16),
+    (f32, f32, f16),
+]
+# The terms of the equation, alone and together, with a gradient and without.
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"gate": True},
+    {"gate": True, "frozen": ("rank_gate",)},
+    {"column_scale": True},
+    {"column_scale": True, "frozen": ("column_scale",)},
+    {"bias": True},
+    {"bias": True, "frozen": ("bias",)},
+    {"column_scale": True, "bias": True},
+    {"dropout_p": 0.1},
+    {"dropout_p": 0.5},
+    {"dropout_p": 1.0},
+    {"gate": True, "dropout_p": 0.1},
+    {"gate": True, "column_scale": True, "bias": True, "dropout_p": 0.5},
+    {"gate": True, "column_scale": True, "bias": True, "values": "nonnegative"},
+    {"base": False},
+    {"base": False, "gate": True, "dropout_p": 0.1},
+]
+
+RANKS = (1, 2, 3, 5, 8, 13, 16, 17, 64, 100, 256)
+ROWS = (0, 1, 2, 5, 6, 7, 31, 33, 70, 130)
+NARROW = [(1, 1), (1, 65), (3, 17), (17, 3)]  # N, K
+WIDE = [(63, 65), (100, 257), (257, 100)]
+# Work for several threads, in shares that are no multiple of a tile; rows above those at which dB
+# is summed in parts, and few rows with many columns and ranks.
+LARGE = [(130, 257, 100, 13), (515, 261, 259, 16), (33, 259, 257, 64), (70, 100, 259, 256)]
+# What is left when some arguments need no gradient: each alone, and each missing.
+ALL = ("x", "lora_A", "lora_B", "rank_gate", "column_scale", "bias")
+NEEDS = [
+    *(tuple(n for n in ALL if n != alone) for alone in ALL),
+    *((missing,) for missing in ("x", "lora_A", "lora_B")),
+    ("lora_A", "lora_B"),
+    ALL,
+]
+
+
+def some_cases() -> list[Case]:
+    """One property at a time varied about M33-N65-K63-R5, none of which is a tile's multiple."""
+    shape = {"M": 33, "N": 65, "K": 63, "R": 5}
+    chosen = [
+        Case(**shape, dtype=dtype, adapter_dtype=adapter, autocast=autocast, **options)
+        for (dtype, adapter, autocast), options in itertools.product(DTYPES, OPTIONS)
+    ]
+    full = {"gate": True, "column_scale": True, "bias": True, "dropout_p": 0.1}
+    for dtype in (f32, bf16):
+        chosen += [Case(33, 65, 63, R, dtype) for R in RANKS]
+        chosen += [Case(M, 65, 63, 5, dtype, **full) for M in ROWS]
+        chosen += [Case(31, N, K, 5, dtype, dropout_p=0.1) for N, K in NARROW]
+        chosen += [Case(7, N, K, 5, dtype, **full) for N, K in WIDE]
+        chosen += [Case(**shape, dtype=dtype, frozen=frozen, **full) for frozen in NEEDS]
+        for layout in LAYOUTS:
+            M = 1 if layout == "1d" else 30
+            chosen.append(Case(M, 65, 63, 5, dtype, x_layout=layout, dropout_p=0.1))
+            if "d" not in layout[:2]:  # dy takes its leading dimensions from x
+                chosen.append(Case(30, 65, 63, 5, dtype, dy_layout=layout, bias=True))
+        chosen.append(Case(30, 65, 63, 5, dtype, x_layout="4d", dy_layout="expanded"))
+    return list(dict.fromkeys(chosen))
+
+
+def check(case: Case) -> None:
+    verdicts = judge(case)
+    wrong = [f"{name} {verdict}" for name, verdict in verdicts.items() if not verdict.ok]
+    if wrong:
+        pytest.fail("\n".join([str(case), *wrong]), pytrace=False)
+
+
+@every_engine
+@pytest.mark.parametrize("case", some_cases(), ids=str)
+def test_against_the_reference(case: Case, engine: str) -> None:
+    check(case)
+
+
+@every_engine
+@every_thread_count
+@pytest.mark.parametrize("shape", LARGE, ids=str)
+@pytest.mark.parametrize("dtype", [f32, bf16], ids=str)
+def test_any_number_of_threads(
+    dtype: torch.dtype, shape: tuple[int, ...], threads: int, engine: str
+) -> None:
+    check(Case(*shape, dtype, gate=True, column_scale=True, bias=True, dropout_p=0.1))
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("columns", [*NARROW, *WIDE], ids=str)
+@pytest.mark.parametrize("rank", RANKS)
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+def test_cross_product(
+    dtypes: tuple[torch.dtype, ...], rank: int, columns: tuple[int, int]
+) -> None:
+    """Every rank × M × N × K × dtypes; the options take turns, three to a shape."""
+    dtype, adapter, autocast = dtypes
+    N, K = columns
+    options = itertools.cycle(OPTIONS)
+    # Each product of shape and dtypes starts elsewhere among the options.
+    for _ in range(RANKS.index(rank) + 5 * N + 3 * DTYPES.index(dtypes)):
+        next(options)
+    for M in ROWS:
+        for chosen in itertools.islice(options, 3):
+            case = Case(M, N, K, rank, dtype, adapter, autocast, **chosen)
+            for engine in cases.engines():
+                with cases.engine(engine):
+                    check(case)

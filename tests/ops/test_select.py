@@ -1,0 +1,94 @@
+"""Which backend runs, and what is said where one cannot."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import lora_kernels
+from lora_kernels import select
+from lora_kernels.backends import native
+from lora_kernels.measure import case as cases
+from lora_kernels.measure.case import Case, inputs, judge
+
+f32, f64 = torch.float32, torch.float64
+needs_native = pytest.mark.skipif(native.module is None, reason="the native kernels were not built")
+
+
+def choose(device: str = "cpu", dtype: torch.dtype = f32, rank: int = 8) -> select.Choice:
+    return select.lora_linear(device, dtype, dtype, dtype, dtype, rank)
+
+
+@needs_native
+def test_kernels_where_they_can_run() -> None:
+    assert choose(rank=256).backend == "cpu"
+    before = native.isa
+    try:
+        for isa in cases.engines()[1:]:
+            native.use_isa(isa)
+            assert choose().backend == "cpu"
+            assert choose().reason.endswith(isa)
+    finally:
+        native.use_isa(before)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [({"rank": 257}, "257"), ({"dtype": f64}, "float64"), ({"device": "meta"}, "meta")],
+    ids=str,
+)
+@needs_native
+def test_eager_says_why(arguments: dict[str, object], word: str) -> None:
+    choice = choose(**arguments)
+    assert choice.backend == "eager"
+    assert word in choice.reason
+    with lora_kernels.backend("cpu"), pytest.raises(RuntimeError, match=word):
+        choose(**arguments)
+
+
+def test_rank_above_the_kernels_is_right() -> None:
+    verdicts = judge(Case(33, 65, 63, 257, gate=True))
+    assert all(verdict.ok for verdict in verdicts.values()), verdicts
+
+
+@needs_native
+def test_forcing() -> None:
+    with lora_kernels.backend("eager"):
+        assert choose().backend == "eager"
+        assert "asked for" in choose().reason
+        with lora_kernels.backend("cpu"):  # the inner one wins
+            assert choose().backend == "cpu"
+        assert choose().backend == "eager"
+    with pytest.raises(ValueError, match="tritn"), lora_kernels.backend("tritn"):
+        pass
+
+
+@pytest.mark.parametrize(("value", "said"), [("eager", "eager\n"), ("tritn", "got 'tritn'")])
+def test_forcing_by_environment(value: str, said: str) -> None:
+    code = "from lora_kernels import select; print(select.forced_backend())"
+    environment = {**os.environ, "LORA_KERNELS_BACKEND": value}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert said in done.stdout + done.stderr
+
+
+def test_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "module", None)
+    monkeypatch.setattr(native, "reason", "not built: no compiler")
+    assert choose() == select.Choice("eager", choose().strategy, "not built: no compiler")
+    args = inputs(Case(3, 5, 7, 2))
+    args.pop("dy")
+    with lora_kernels.backend("cpu"), pytest.raises(RuntimeError, match="no compiler"):
+        lora_kernels.lora_linear(**args)
+
+
+@needs_native
+def test_the_choice_ignores_gradients() -> None:
+    args = inputs(Case(9, 33, 31, 5))
+    args.pop("dy")
+    with torch.no_grad():
+        without = lora_kernels.lora_linear(**args)
+    assert torch.equal(without, lora_kernels.lora_linear(**args))

@@ -1,0 +1,157 @@
+"""`lora-kernels finetune`: its arguments, checked before anything heavy is imported or loaded."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import UsageError
+
+DEMO = {"batch": 2, "seq_len": 128, "steps": 60, "lr": 1e-3, "prompt": "Shall I marry her?"}
+
+
+@dataclass(frozen=True)
+class Options:
+    """The arguments, checked as far as that goes without loading anything."""
+
+    model: Path
+    data: tuple[Path, ...]
+    out: Path
+    rank: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    target_modules: tuple[str, ...] = ()
+    batch: int = 4
+    seq_len: int = 256
+    steps: int = 200
+    lr: float = 2e-4
+    dtype: str = "fp32"
+    seed: int = 0
+    save_every: int = 50
+    device: str = ""
+    prompt: str = "Tell me a story."
+    compare: bool = True
+    sgd_steps: int = 20
+    timed_steps: int = 10
+    peft_steps: int = 60
+
+    def __post_init__(self) -> None:
+        at_least = dict.fromkeys(
+            ("rank", "alpha", "batch", "steps", "save_every", "sgd_steps"), 1
+        ) | {"seq_len": 2, "timed_steps": 2, "peft_steps": 0}
+        for name, least in at_least.items():
+            if (value := getattr(self, name)) < least:
+                raise UsageError(f"{flag(name)}: got {value}, want at least {least}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise UsageError(f"--dropout: got {self.dropout}, want a probability in [0, 1)")
+        if not 0.0 < self.lr < float("inf"):
+            raise UsageError(f"--lr: got {self.lr}, want a positive number")
+
+    @property
+    def lora(self) -> dict[str, Any]:
+        """The keyword arguments of `add_adapters`."""
+        names = ("rank", "alpha", "dropout", "target_modules")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def loop(self) -> dict[str, Any]:
+        """The keyword arguments of `train`."""
+        return {"batch_size": self.batch, "steps": self.steps, "lr": self.lr, "seed": self.seed}
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch * self.seq_len
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    # An argument that is not given is absent, so that --demo can tell it from a default.
+    parser.argument_default = argparse.SUPPRESS
+    parser.add_argument(
+        "--demo",
+        action="store_true",
+        help="SmolLM2-135M-Instruct on Hamlet: batch 2, 128 tokens a block, 60 steps, lr 1e-3",
+    )
+
+    def add(name: str, help: str, **kwargs: Any) -> None:
+        default = getattr(Options, name, None)
+        if default not in (None, "", ()):
+            kwargs.setdefault("type", type(default))
+            help += f" (default {default})"
+        parser.add_argument(flag(name), help=help, **kwargs)
+
+    add("model", "transformers model folder, or GGUF file", type=Path, metavar="DIR|GGUF")
+    add("data", "plain UTF-8 text", type=Path, nargs="+", metavar="FILE")
+    add("out", "folder for the adapter, the report and checkpoints; a run that was interrupted "
+        "goes on from there (default finetune-out)", type=Path, metavar="DIR")  # fmt: skip
+    add("rank", "rank of the adapters")
+    add("alpha", "the adapters are scaled by alpha / rank")
+    add("dropout", "probability of dropping an element of the adapters' input")
+    add("target_modules", "names of the layers that get an adapter (default: all linear layers)",
+        nargs="+", metavar="NAME")  # fmt: skip
+    add("batch", "blocks a step")
+    add("seq_len", "tokens a block")
+    add("steps", "AdamW steps")
+    add("lr", "peak learning rate")
+    add("dtype", "dtype of the base model; adapters are fp32", choices=("fp32", "bf16"))
+    add("seed", "settles the adapters' start, the order of the data and the dropout masks")
+    add("save_every", "steps between checkpoints")
+    add("device", "torch device (default: a GPU if there is one)")
+    add("prompt", "answered before and after the training")
+    add("sgd_steps", "SGD steps of the comparison with stock PEFT")
+    add("timed_steps", "timed steps of the comparison")
+    add("peft_steps", "AdamW steps of stock PEFT, for the second curve in loss.png")
+    parser.add_argument(
+        "--no-compare", dest="compare", action="store_false",
+        help="train only; the comparison holds the model in fp32 and in bf16",
+    )  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit status: 0, 1 if a check failed, 2 for bad arguments, 128 + signal if stopped."""
+    try:
+        options = options_from(args)
+        # PEFT imports bitsandbytes, which reports an optional package that it lacks.
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+        from .recipe import finetune
+
+        return finetune(options)
+    except UsageError as error:
+        print(f"lora-kernels finetune: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        hint = "the same command goes on from the last checkpoint, if there is one"
+        print(f"\nlora-kernels finetune: interrupted; {hint}", file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+def options_from(args: argparse.Namespace) -> Options:
+    from .data import demo_text, read_text
+    from .model import demo_model, locate
+
+    names = {f.name for f in dataclasses.fields(Options)}
+    given = {name: value for name, value in vars(args).items() if name in names}
+    given.setdefault("out", Path("finetune-out"))
+    if getattr(args, "demo", False):
+        given = DEMO | given
+        given.setdefault("model", demo_model())
+        given.setdefault("data", [demo_text()])
+    for name in ("model", "data"):
+        if name not in given:
+            raise UsageError(f"{flag(name)} is missing; give it, or try --demo")
+    for name in ("data", "target_modules"):
+        given[name] = tuple(given.get(name, ()))
+    options = Options(**given)
+    locate(options.model)
+    for file in options.data:
+        read_text(file)
+    return options

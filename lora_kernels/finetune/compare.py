@@ -1,0 +1,354 @@
+"""Stock PEFT beside the fused model, in one process, on one set of base weights.
+
+Gradients are compared directly and updates under plain SGD: a loss curve under AdamW hides a
+gradient that is wrong by a factor. The controls at the end break the fused gradients on purpose,
+and the comparison has to notice.
+"""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import dropout_mask, lora_linear
+from ..peft import fuse
+from .data import batch
+from .model import adapters, add_adapters, cast_parameters, share
+
+GRADIENT_LIMIT = 1e-4  # relative rms of one adapter's gradient, fp32
+UPDATE_LIMIT = 1e-3  # relative rms of one adapter's change over the SGD steps, fp32
+BF16_LIMIT = 1.25  # our distance from the fp32 gradients over stock PEFT's
+SGD_LR = 0.1
+ADAPTER_B_STD = 0.02  # B is zero in a new adapter, which would leave dA = 0 on both sides
+MASK_P = 0.1
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: `difference` is relative, or a ratio where `ratio` says so.
+
+    A control is a comparison with a planted mistake: it is right where the limit is exceeded.
+    """
+
+    what: str
+    difference: float | None = None
+    limit: float | None = None
+    frozen: str = ""
+    peft: str = ""
+    fused: str = ""
+    ratio: bool = False
+    control: bool = False
+
+    @property
+    def ok(self) -> bool | None:
+        if self.difference is None or self.limit is None:
+            return None
+        if self.control:
+            return self.difference > self.limit
+        return self.difference <= self.limit  # NaN fails
+
+
+def relative_rms(got: Tensor, want: Tensor) -> float:
+    """‖got − want‖ / ‖want‖, computed in float64; 0 where both are zero.
+
+    >>> relative_rms(torch.tensor([3.0, 4.1]), torch.tensor([3.0, 4.0]))  # doctest: +ELLIPSIS
+    0.0199...
+    """
+    difference = (got.double() - want.double()).norm().item()
+    norm = want.double().norm().item()
+    return difference / norm if norm else (0.0 if difference == 0 else float("inf"))
+
+
+def worst(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> float:
+    """The largest relative rms of the tensors of the same name; NaN if any is NaN."""
+    if got.keys() != want.keys():
+        raise ValueError(f"got other names than wanted: {sorted(got.keys() ^ want.keys())}")
+    return torch.tensor([relative_rms(got[name], want[name]) for name in want]).max().item()
+
+
+def loss_and_gradients(model: nn.Module, ids: Tensor) -> tuple[float, dict[str, Tensor]]:
+    """One forward and backward over ids [batch, seq_len]: the loss, and the adapters' gradients."""
+    model.zero_grad(set_to_none=True)
+    loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    loss.backward()
+    grads = {
+        name: torch.zeros_like(p) if p.grad is None else p.grad
+        for name, p in adapters(model).items()
+    }
+    return loss.item(), grads
+
+
+def sgd(
+    model: nn.Module, blocks: Tensor, *, batch_size: int, steps: int, seed: int, lr: float = SGD_LR
+) -> tuple[list[float], dict[str, Tensor]]:
+    """Plain SGD: the loss of every step, and how far each adapter moved."""
+    start = {name: p.detach().clone() for name, p in adapters(model).items()}
+    optimizer = torch.optim.SGD(adapters(model).values(), lr=lr)
+    losses = []
+    for step in range(steps):
+        losses.append(loss_and_gradients(model, batch(blocks, step, batch_size, seed))[0])
+        optimizer.step()
+    return losses, {name: p.detach() - start[name] for name, p in adapters(model).items()}
+
+
+@contextmanager
+def scaled_dA(model: nn.Module, factor: float) -> Iterator[None]:
+    """A planted mistake: every lora_A gradient comes out `factor` times itself."""
+    handles = [
+        p.register_hook(lambda grad: grad * factor)
+        for name, p in adapters(model).items()
+        if "lora_A" in name
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def pair(base: nn.Module, seed: int, **lora: Any) -> tuple[Any, Any]:
+    """Stock PEFT and the fused model with the same adapters, B random, on base's weights."""
+    stock = add_adapters(base, **lora, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in adapters(stock).items():
+        if "lora_B" in name:
+            with torch.no_grad():
+                p.copy_(ADAPTER_B_STD * torch.randn(p.shape, generator=generator))
+    return stock, fuse(share(stock))
+
+
+def compare(
+    base: nn.Module,
+    blocks: Tensor,
+    *,
+    lora: Mapping[str, Any],
+    batch_size: int,
+    seed: int,
+    sgd_steps: int = 20,
+    timed_steps: int = 10,
+    on_stage: Callable[[str], None] = lambda stage: None,
+) -> list[Row]:
+    """The proof table of the adapters `lora` (rank, alpha, target_modules) on base.
+
+    blocks is int64 [blocks, seq_len] on base's device.
+    Numbers are compared in fp32 and in bf16 whatever the frozen model's dtype; times and memory
+    are that dtype's. Dropout is off, since PEFT draws its masks from another stream; the fused
+    layer's masks are checked against an explicit mask instead.
+    """
+    rows = []
+    lora = {**lora, "dropout": 0.0}
+    ids = batch(blocks, 0, batch_size, seed)
+
+    on_stage("gradients before the first step")
+    fp32 = next(base.parameters()).dtype is torch.float32
+    base32 = base if fp32 else cast_parameters(copy.deepcopy(base), torch.float32)
+    stock, fused = pair(base32, seed, **lora)
+    stock_loss, want = loss_and_gradients(stock, ids)
+    fused_loss, got = loss_and_gradients(fused, ids)
+    rows.append(
+        Row(
+            "loss before the first step",
+            abs(fused_loss - stock_loss) / stock_loss,
+            peft=f"{stock_loss:.5f}",
+            fused=f"{fused_loss:.5f}",
+        )
+    )
+    rows.append(Row(f"gradients of {len(want)} adapters", worst(got, want), GRADIENT_LIMIT))
+    controls = []
+    for mistake, factor in (("dA doubled", 2.0), ("dA zeroed", 0.0)):
+        with scaled_dA(fused, factor):
+            broken = loss_and_gradients(fused, ids)[1]
+        controls.append(Row(mistake, worst(broken, want), GRADIENT_LIMIT, control=True))
+    mask_row, mask_control = compare_dropout(fused, seed)
+    controls.append(mask_control)
+
+    on_stage(f"{sgd_steps} SGD steps each")
+    stock_losses, want = sgd(stock, blocks, batch_size=batch_size, steps=sgd_steps, seed=seed)
+    fused_losses, got = sgd(fused, blocks, batch_size=batch_size, steps=sgd_steps, seed=seed)
+    rows.append(
+        Row(
+            f"losses of {sgd_steps} SGD steps",
+            max(abs(f - s) / s for f, s in zip(fused_losses, stock_losses, strict=True)),
+            peft=f"{stock_losses[-1]:.5f}",
+            fused=f"{fused_losses[-1]:.5f}",
+        )
+    )
+    rows.append(Row(f"updates in {sgd_steps} SGD steps", worst(got, want), UPDATE_LIMIT))
+    rows.append(mask_row)
+
+    on_stage("bf16 gradients against fp32")
+    rows.append(compare_bf16(base, ids, seed, lora))
+
+    on_stage(f"{timed_steps} timed steps each")
+    if not fp32:
+        stock, fused = pair(base, seed, **lora)
+    rows += compare_cost({"frozen": base, "peft": stock, "fused": fused}, ids, timed_steps)
+    return rows + controls
+
+
+def compare_bf16(base: nn.Module, ids: Tensor, seed: int, lora: Mapping[str, Any]) -> Row:
+    """|fused bf16 − fp32| over |PEFT bf16 − fp32|, over all adapter gradients together.
+
+    The fp32 side computes with the bf16 weights, so that their rounding is in neither distance.
+    """
+    base16 = cast_parameters(copy.deepcopy(base), torch.bfloat16)
+    reference = add_adapters(
+        cast_parameters(copy.deepcopy(base16), torch.float32), **lora, seed=seed
+    )
+    stock, fused = pair(base16, seed, **lora)
+    for name, p in adapters(stock).items():
+        adapters(reference)[name].data.copy_(p.detach())
+    exact, peft, ours = (
+        torch.cat([g.float().flatten() for g in loss_and_gradients(m, ids)[1].values()])
+        for m in (reference, stock, fused)
+    )
+    peft_error, our_error = relative_rms(peft, exact), relative_rms(ours, exact)
+    return Row(
+        "bf16 gradients, off fp32",
+        our_error / peft_error,
+        BF16_LIMIT,
+        peft=f"{peft_error:.4f}",
+        fused=f"{our_error:.4f}",
+        ratio=True,
+    )
+
+
+def compare_dropout(model: nn.Module, seed: int) -> tuple[Row, Row]:
+    """dx of one layer with dropout, against a reference that multiplies by an explicit mask.
+
+    The control's reference multiplies by the mask in the forward and forgets it in the backward.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    layer: Any = next(m for m in model.modules() if isinstance(m, LoraLayer))
+    A, B = (w["default"].weight.detach() for w in (layer.lora_A, layer.lora_B))
+    N, K, M = B.shape[0], A.shape[1], 64
+    generator = torch.Generator().manual_seed(seed)
+    x, dy = (torch.randn(M, d, generator=generator).to(A.device) for d in (K, N))
+    # The base product takes part with a weight of zero: dx is the adapter's alone, where the
+    # mask acts.
+    weight = A.new_zeros(N, K)
+    rng = torch.tensor([seed, 1], device=A.device)
+    mask = dropout_mask(rng, M, K, MASK_P) / (1 - MASK_P)
+
+    def dx(forward: Callable[[Tensor], Tensor]) -> Tensor:
+        leaf = x.clone().requires_grad_()
+        return torch.autograd.grad(forward(leaf), leaf, dy)[0]
+
+    got = dx(lambda x: lora_linear(x, weight, A, B, 2.0, dropout_p=MASK_P, rng=rng))
+    want = dx(lambda x: (x * mask) @ A.T @ B.T * 2.0)
+    unmasked = dx(lambda x: (x + (x * mask - x).detach()) @ A.T @ B.T * 2.0)
+    return (
+        Row(f"dx with dropout {MASK_P}", relative_rms(got, want), GRADIENT_LIMIT),
+        Row("mask off dx", relative_rms(unmasked, want), GRADIENT_LIMIT, control=True),
+    )
+
+
+def compare_cost(models: Mapping[str, Any], ids: Tensor, steps: int) -> list[Row]:
+    """Seconds of a forward and backward, their ratio to the frozen model's, and peak memory.
+
+    In every model the first layer's input needs a gradient, so that the frozen one computes
+    every dx too and the tax is the adapter's alone.
+    """
+    with input_needs_gradient(models.values()):
+        seconds = time_steps(models, ids, steps)
+        memory = {name: peak_memory(model, ids) for name, model in models.items()}
+    median = {name: statistics.median(s) for name, s in seconds.items()}
+    quintiles = {
+        name: statistics.quantiles(s, n=5, method="inclusive") for name, s in seconds.items()
+    }
+    tax = {name: s / median["frozen"] for name, s in median.items()}
+
+    def row(what: str, cells: Mapping[str, str], ratio: float | None = None) -> Row:
+        return Row(what, ratio, None, cells["frozen"], cells["peft"], cells["fused"], ratio=True)
+
+    speedup = median["fused"] / median["peft"]
+    rows = [
+        row("seconds a step, median", {name: f"{s:.3f}" for name, s in median.items()}, speedup),
+        row("seconds a step, p20", {name: f"{q[0]:.3f}" for name, q in quintiles.items()}),
+        row("seconds a step, p80", {name: f"{q[3]:.3f}" for name, q in quintiles.items()}),
+        row("LoRA tax (step / frozen)", {name: f"{t:.3f}" for name, t in tax.items()}),
+    ]
+    measured = {name: m for name, m in memory.items() if m is not None}
+    if len(measured) == len(memory):
+        cells = {name: f"{m / 1e6:.0f}" for name, m in measured.items()}
+        rows.append(row("peak memory of a step, MB", cells, measured["fused"] / measured["peft"]))
+    else:
+        rows.append(row("peak memory of a step, MB", dict.fromkeys(memory, "–")))
+    return rows
+
+
+@contextmanager
+def input_needs_gradient(models: Iterable[Any]) -> Iterator[None]:
+    def require(embedding: nn.Module, args: Any, out: Tensor) -> None:
+        out.requires_grad_()
+
+    handles = [m.get_input_embeddings().register_forward_hook(require) for m in models]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def time_steps(models: Mapping[str, nn.Module], ids: Tensor, steps: int) -> dict[str, list[float]]:
+    """Seconds of each forward and backward, the models taking turns, each leading in turn."""
+    names = list(models)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for step in range(steps + 1):  # the first round warms up
+        for name in names[step % len(names) :] + names[: step % len(names)]:
+            models[name].zero_grad(set_to_none=True)
+            synchronize(ids.device)
+            start = time.perf_counter()
+            models[name](input_ids=ids, labels=ids, use_cache=False).loss.backward()
+            synchronize(ids.device)
+            if step:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def peak_memory(model: nn.Module, ids: Tensor) -> int | None:
+    """Bytes that one forward and backward needs at its peak, above what was held before it.
+
+    None where the system does not tell. On the CPU that is the process's resident memory, whose
+    high-water mark Linux resets on request; free heap pages are handed back first, so that
+    memory which an earlier step left behind is not taken for memory in use.
+    """
+    model.zero_grad(set_to_none=True)
+    gc.collect()
+    if ids.is_cuda:
+        torch.cuda.reset_peak_memory_stats(ids.device)
+        before = torch.cuda.memory_allocated(ids.device)
+        loss_and_gradients(model, ids)
+        return torch.cuda.max_memory_allocated(ids.device) - before
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _process_memory("VmRSS")
+        loss_and_gradients(model, ids)
+        return _process_memory("VmHWM") - before
+    except (OSError, AttributeError):  # not Linux, or not glibc
+        return None
+    finally:
+        model.zero_grad(set_to_none=True)
+
+
+def _process_memory(field: str) -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition(f"{field}:")[2].split()[0]) * 1024

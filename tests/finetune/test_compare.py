@@ -1,0 +1,113 @@
+"""The comparison passes for the fused model, and for nothing that is wrong."""
+
+import sys
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lora_kernels.finetune import compare as module
+from lora_kernels.finetune.compare import (
+    GRADIENT_LIMIT,
+    UPDATE_LIMIT,
+    Row,
+    compare,
+    pair,
+    peak_memory,
+    relative_rms,
+    scaled_dA,
+    sgd,
+    worst,
+)
+
+LORA = {"rank": 3, "alpha": 8, "target_modules": ()}
+SMALL = {"batch_size": 2, "seed": 0, "sgd_steps": 3, "timed_steps": 2}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_fused_agrees_and_controls_are_seen(base: nn.Module, blocks: Tensor, dtype) -> None:
+    for p in base.parameters():
+        p.data = p.data.to(dtype)
+    rows = compare(base, blocks, lora=LORA, **SMALL)
+    checked = {row.what: row.ok for row in rows if row.limit is not None}
+    assert checked == {
+        "gradients of 28 adapters": True,
+        "updates in 3 SGD steps": True,
+        "dx with dropout 0.1": True,
+        "bf16 gradients, off fp32": True,
+        "dA doubled": True,
+        "dA zeroed": True,
+        "mask off dx": True,
+    }
+    assert sum(row.control for row in rows) == 3
+    assert {p.dtype for p in base.parameters()} == {dtype}
+    assert not any(m._forward_hooks for m in base.modules())
+
+
+@pytest.mark.parametrize("factor", [2.0, 0.0])
+def test_a_wrong_fused_model_fails(base, blocks, factor: float, monkeypatch) -> None:
+    def fuse_wrongly(model: nn.Module) -> nn.Module:
+        for name, p in model.named_parameters():
+            if "lora_A" in name:
+                p.register_hook(lambda grad: grad * factor)
+        return model
+
+    monkeypatch.setattr(module, "fuse", fuse_wrongly)
+    rows = compare(base, blocks, lora=LORA, **SMALL)
+    failed = {row.what for row in rows if row.ok is False}
+    assert {"gradients of 28 adapters", "updates in 3 SGD steps"} <= failed
+
+
+def test_updates_notice_what_losses_hide(base: nn.Module, blocks: Tensor) -> None:
+    stock, fused = pair(base, 0, **LORA, dropout=0.0)
+    losses, want = sgd(stock, blocks, batch_size=2, steps=3, seed=0)
+    with scaled_dA(fused, 2.0):
+        broken_losses, got = sgd(fused, blocks, batch_size=2, steps=3, seed=0)
+    assert worst(got, want) > 100 * UPDATE_LIMIT
+    assert max(abs(a - b) / b for a, b in zip(broken_losses, losses, strict=True)) < 0.01
+
+
+def test_b_is_random_so_that_dA_counts(base: nn.Module, blocks: Tensor) -> None:
+    stock, _ = pair(base, 0, **LORA, dropout=0.0)
+    gradients = module.loss_and_gradients(stock, blocks[:2])[1]
+    assert all(g.abs().max() > 0 for g in gradients.values())
+
+
+def test_nan_fails_and_is_not_taken_for_a_control_that_was_seen() -> None:
+    nan = torch.full((3,), float("nan"))
+    assert Row("x", relative_rms(nan, torch.ones(3)), GRADIENT_LIMIT).ok is False
+    assert Row("x", float("nan"), GRADIENT_LIMIT, control=True).ok is False
+    many = {"a": torch.ones(3), "b": torch.ones(3)}
+    assert not worst({"a": nan, "b": torch.ones(3)}, many) <= GRADIENT_LIMIT
+    assert not worst({"a": torch.ones(3), "b": nan}, many) <= GRADIENT_LIMIT
+
+
+def test_relative_rms_by_hand() -> None:
+    assert relative_rms(torch.tensor([0.0, 6.0]), torch.tensor([0.0, 4.0])) == 0.5
+    assert relative_rms(torch.zeros(2), torch.zeros(2)) == 0.0
+    assert relative_rms(torch.ones(2), torch.zeros(2)) == float("inf")
+    with pytest.raises(ValueError, match="other names"):
+        worst({"a": torch.ones(1)}, {"b": torch.ones(1)})
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_peak_memory_counts_what_is_freed_within_the_step() -> None:
+    MB = 2**20
+
+    class Spike(nn.Module):
+        def __init__(self, size: int) -> None:
+            super().__init__()
+            self.w, self.size = nn.Parameter(torch.ones(1)), size
+
+        def forward(self, input_ids: Tensor, **kwargs: object):
+            torch.ones(self.size, dtype=torch.uint8)
+            self.loss = self.w.sum()
+            return self
+
+    ids = torch.zeros(1, 1, dtype=torch.int64)
+    left_behind = [torch.ones(MB, dtype=torch.uint8) for _ in range(100)]
+    del left_behind
+    peak = peak_memory(Spike(200 * MB), ids)
+    assert peak is not None
+    assert 195 * MB < peak < 230 * MB  # the kernel counts resident pages in batches
+    assert peak_memory(Spike(1), ids) < 30 * MB

@@ -1,0 +1,73 @@
+from pathlib import Path
+
+from rich.console import Console
+
+from lora_kernels.finetune import report
+from lora_kernels.finetune.compare import Row
+
+
+def printed(renderable: object, width: int = 80) -> str:
+    console = Console(width=width, markup=False, highlight=False)
+    with console.capture() as capture:
+        console.print(renderable)
+    return capture.get()
+
+
+def test_the_table_fits_80_columns() -> None:
+    table = report.comparison(
+        [
+            Row("loss before the first step", 1.2e-7, None, "", "3.54959", "3.54959"),
+            Row("seconds a step, p80", None, None, "11.134", "12.123", "11.223"),
+            Row("bf16 gradients, off fp32", 0.987, 1.25, "", "0.0769", "0.0771", ratio=True),
+            Row("gradients of 420 adapters", 2.3e-3, 1e-4),
+            Row("mask off dx", 0.31, 1e-4, control=True),
+            Row("dA doubled", 0.0, 1e-4, control=True),
+        ],
+        "SmolLM2-135M-Instruct.Q4_1, rank 16, fp32",
+    )
+    lines = printed(table).splitlines()
+    assert not any("…" in line for line in lines)
+    assert any(line.split()[-5:] == ["0.0771", "×0.987", "≤", "1.25", "✓"] for line in lines)
+    assert any(line.split()[-4:] == ["2.3e-03", "≤", "0.0001", "✗"] for line in lines)
+    assert any(
+        line.startswith("control: mask off dx") and "> 0.0001 seen" in line for line in lines
+    )
+    assert any(
+        line.startswith("control: dA doubled") and "> 0.0001 missed" in line for line in lines
+    )
+
+
+def test_brackets_in_an_answer_are_text() -> None:
+    assert "[exit] [/to the Queen]" in printed(report.facts({"after": "[exit] [/to the Queen]"}))
+
+
+def test_progress_off_a_terminal_is_a_few_lines() -> None:
+    console = Console(width=80, force_terminal=False)
+    with (
+        console.capture() as capture,
+        report.progress(console, "fused", 40, 0, 256) as on_step,
+    ):
+        for step in range(1, 41):
+            on_step(step, 1 / step)
+    lines = capture.get().splitlines()
+    assert len(lines) == 10
+    assert lines[-1].startswith("fused: step 40/40  loss 0.0250  ")
+    assert lines[-1].endswith(" tokens/s")
+
+
+def test_progress_on_a_terminal_shows_loss_speed_and_time_left() -> None:
+    console = Console(width=100, force_terminal=True)
+    with (
+        console.capture() as capture,
+        report.progress(console, "fused", 4, 1, 256) as on_step,
+    ):
+        on_step(2, 1.5)
+    shown = capture.get()
+    for words in ("fused", "2/4", "loss 1.5000", "tokens/s", "left"):
+        assert words in shown
+
+
+def test_curves(tmp_path: Path) -> None:
+    file = tmp_path / "loss.png"
+    report.plot_losses(file, "tiny, LoRA rank 3", [3.0, 2.5, 2.2], [3.0, 2.5])
+    assert file.read_bytes().startswith(b"\x89PNG")

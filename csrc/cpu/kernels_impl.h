@@ -20,6 +20,7 @@ namespace {
 constexpr int64_t VW = V * W;       // columns of an outer product
 constexpr int64_t PANEL = 128;      // columns of y whose Q is packed at once
 constexpr int64_t ROWS = 96;        // rows of y that one task updates
+constexpr int64_t RANKS = 64;       // ranks summed in one chain before they are added to the rest
 constexpr int64_t STRIP = 64;       // columns of x of one task of dA: a mask word
 constexpr int64_t DEPTH = 128;      // rows of x that stay in L1 while dA's ranks pass over them
 constexpr int64_t PAIR_ROWS = 32;   // rows of dY that stay in L2 between dS and dB
@@ -160,16 +161,18 @@ LK_INLINE void outer(const float* const p[I], int64_t stride_pj, int64_t J, cons
   }
 }
 
-// acc goes on from, and back to, rows of c that are ldc apart.
+// Stored in, or added to, rows of c that are ldc apart. A block's sum is taken by itself and then
+// added: one chain over all rows would lose more than the library's blocked product does.
 template <typename TQ>
 LK_INLINE void outer_into(const float* const p[4], int64_t stride_pj, int64_t J, const TQ* q,
                           int64_t stride_qj, float* c, int64_t ldc, bool fresh) {
   vf acc[4][V];
-  LK_UNROLL for (int i = 0; i < 4; ++i) LK_UNROLL for (int v = 0; v < V; ++v) acc[i][v] =
-      fresh ? zero() : load(c + i * ldc + v * W);
+  LK_UNROLL for (int i = 0; i < 4; ++i) LK_UNROLL for (int v = 0; v < V; ++v) acc[i][v] = zero();
   outer<4>(p, stride_pj, J, q, stride_qj, acc);
-  LK_UNROLL for (int i = 0; i < 4; ++i) LK_UNROLL for (int v = 0; v < V; ++v)
-      store(c + i * ldc + v * W, acc[i][v]);
+  LK_UNROLL for (int i = 0; i < 4; ++i) LK_UNROLL for (int v = 0; v < V; ++v) {
+    float* to = c + i * ldc + v * W;
+    store(to, fresh ? acc[i][v] : add(load(to), acc[i][v]));
+  }
 }
 
 // Packing --------------------------------------------------------------------------------------
@@ -331,7 +334,18 @@ LK_INLINE void expand_tile(const ExpandArgs& a, const Philox& generator, const f
           LK_UNROLL for (int line = 0; line < VW * (int)sizeof(T); line += 64)
               __builtin_prefetch(next + line, 1);
         }
-      outer<Y_ROWS>(s, 1, a.R, panel + (n - n0), PANEL, acc);
+      outer<Y_ROWS>(s, 1, min(a.R, RANKS), panel + (n - n0), PANEL, acc);
+      for (int64_t r = RANKS; r < a.R; r += RANKS) {
+        const float* s_block[Y_ROWS];
+        vf block[Y_ROWS][V];
+        LK_UNROLL for (int i = 0; i < Y_ROWS; ++i) {
+          s_block[i] = s[i] + r;
+          LK_UNROLL for (int v = 0; v < V; ++v) block[i][v] = zero();
+        }
+        outer<Y_ROWS>(s_block, 1, min(a.R - r, RANKS), panel + r * PANEL + (n - n0), PANEL, block);
+        LK_UNROLL for (int i = 0; i < Y_ROWS; ++i) LK_UNROLL for (int v = 0; v < V; ++v) acc[i][v] =
+            add(acc[i][v], block[i][v]);
+      }
       const bool full = count == Y_ROWS && n + VW <= n1;
       LK_UNROLL for (int i = 0; i < Y_ROWS; ++i) {
         if (!full && i >= count) break;

@@ -29,6 +29,9 @@ def _add_product(z: Tensor, s: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor:
     s is float32, but goes no wider than the adapter beside it.
     """
     dtype = torch.promote_types(z.dtype, b.dtype)
+    if z.device.type == "cpu" and dtype is torch.float32:
+        # The library's addmm starts its chain of sums from z, and loses more for it.
+        return z.to(dtype).add_(torch.mm(s, b.to(dtype)), alpha=alpha).to(z.dtype)
     if dtype is z.dtype:
         return z.addmm_(s.to(dtype), b.to(dtype), alpha=alpha)
     return torch.addmm(z.to(dtype), s.to(dtype), b.to(dtype), alpha=alpha).to(z.dtype)
@@ -134,6 +137,6 @@ def lora_linear_backward(
             if rng is None:
                 dx = _add_product(dx, dxa, lora_A)
             else:
-                dx_lora = _mm(dxa.to(lora_A.dtype), lora_A)
+                dx_lora = _mm(dxa.to(torch.promote_types(x.dtype, lora_A.dtype)), lora_A)
                 dx = (dx + _dropped(dx_lora, dropout_p, rng)).to(x.dtype)
     return dx, dA, dB, dg, dc, dbias

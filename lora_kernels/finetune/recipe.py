@@ -28,9 +28,9 @@ from transformers.utils import logging as transformers_logging
 
 from ..peft import explain, fuse
 from . import UsageError, model, report
-from .command import Options, flag
 from .compare import Row, compare
 from .data import batch, token_blocks
+from .options import Options, flag
 from .train import newest_checkpoint, save_adapter, steps_done, train
 
 # The arguments that settle the trained adapter, beside the model and the text.

@@ -57,9 +57,9 @@ def progress(
 def comparison(rows: Sequence[Row], title: str) -> Table:
     """The frozen model, stock PEFT and the fused model side by side, 80 columns wide."""
     table = Table(
-        title=f"{title}: forward and backward, B random",
+        title=title,
         title_style="bold",
-        caption="differences are relative; of several losses or tensors, the worst",
+        caption="a step: forward and backward, B random; differ: relative, worst of all",
         title_justify="left",
         caption_justify="left",
         box=None,

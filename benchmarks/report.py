@@ -35,11 +35,18 @@ def mark(row: Row) -> str:
     """Our tax, with how it stands to the target and to addmm."""
     if not row["correct"]:
         return "✗ (misses the tolerance)"
-    tax, best = row["tax"]["ours"], min(row["tax"]["ours"], row["tax"]["addmm"])
+    tax = row["tax"]["ours"]
     text = f"{tax:.3f}"
     if row["target"] is not None:
         text += " ✓" if tax <= row["target"] else " over target"
-    return text if tax == best else f"{text}, addmm faster"
+    return text if tax <= row["tax"].get("addmm", tax) else f"{text}, addmm faster"
+
+
+def cell(row: Row, name: str) -> str:
+    """A candidate's tax, ✗ where it misses the tolerance, – where it is not in the row."""
+    if name in row["misses"]:
+        return "✗"
+    return f"{row['tax'][name]:.3f}" if name in row["tax"] else "–"
 
 
 def table(rows: list[Row]) -> list[str]:
@@ -49,8 +56,7 @@ def table(rows: list[Row]) -> list[str]:
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        tax = row["tax"]
-        cells = [mark(row), *(f"{tax[n]:.3f}" if n in tax else "–" for n in PEERS[1:])]
+        cells = [mark(row), *(cell(row, name) for name in PEERS[1:])]
         target = "–" if row["target"] is None else f"{row['target']:.3f}"
         lines.append(
             f"| {row['M']}×{row['K']}×{row['N']} | {row['dtype']} | {row['R']} "
@@ -109,7 +115,7 @@ def readme_figures(data: Row) -> str:
     ]
     for row in data["rows"]:
         if row["mode"] == "step" and row["R"] == 16:
-            cells = [f"{row['tax'][n]:.3f}" if n in row["tax"] else "–" for n in PEERS]
+            cells = [cell(row, name) for name in PEERS]
             shape = f"{row['M']}×{row['K']}×{row['N']}"
             lines.append(f"| {shape} | {row['dtype']} | {row['floor']:.3f} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -34,7 +34,9 @@ class LoRALinearFunction(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> Tensor:
         save_z = column_scale is not None and ctx.needs_input_grad[6]
-        y, p, z = ops.lora_linear(
+        plain = ops.plain(x, weight, lora_A, lora_B)
+        call = ops.lora_linear_direct if plain else ops.lora_linear
+        y, p, z = call(
             x, weight, lora_A, lora_B, scaling, rank_gate, column_scale, bias, dropout_p, rng,
             dtype, save_z,
         )  # fmt: skip
@@ -50,7 +52,9 @@ class LoRALinearFunction(torch.autograd.Function):
         need = ctx.needs_input_grad
         need_x, need_A, need_B = need[0], need[2], need[3]
         need_gate, need_column_scale, need_bias = need[5], need[6], need[7]
-        dx, dA, dB, dg, dc, dbias = ops.lora_linear_backward(
+        plain = ops.plain(dy, x, weight, lora_A, lora_B)
+        call = ops.lora_linear_backward_direct if plain else ops.lora_linear_backward
+        dx, dA, dB, dg, dc, dbias = call(
             dy, x, weight, lora_A, lora_B, p, z, ctx.scaling, rank_gate, column_scale,
             ctx.dropout_p, rng, need_x, need_A, need_B, need_gate, need_column_scale, need_bias,
         )  # fmt: skip

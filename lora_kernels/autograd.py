@@ -43,7 +43,7 @@ class LoRALinearFunction(torch.autograd.Function):
         ctx.save_for_backward(x, weight, lora_A, lora_B, p, z, rank_gate, column_scale, rng)
         ctx.scaling, ctx.dropout_p = scaling, dropout_p
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return y  # type: ignore[no-any-return]
+        return y
 
     @staticmethod
     @once_differentiable

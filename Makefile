@@ -29,7 +29,8 @@ faults: native
 	$(BIN)/python -m tests.faults
 
 bench: native
-	$(BIN)/lora-kernels bench
+	$(BIN)/lora-kernels bench --json benchmarks/results/cpu.json
+	$(BIN)/python -m benchmarks.report
 
 demo: native $(DEMO_INPUTS)
 	$(BIN)/lora-kernels finetune --demo

@@ -40,6 +40,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CPP_SOURCES)
+	$(BIN)/python -m benchmarks.report --check
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix
@@ -49,6 +50,9 @@ format: $(INSTALLED)
 # A missing compiler stops the tests, which would otherwise pass over the kernels in silence; the
 # demo and the benchmark go on without them. LORA_KERNELS_NATIVE in the environment decides for all.
 test proof faults: export LORA_KERNELS_NATIVE ?= 1
+
+# Threads that spin while they wait take the cores from whatever else runs on them.
+test proof faults: export OMP_WAIT_POLICY ?= passive
 
 native: $(INSTALLED)
 	$(BIN)/python setup.py --quiet build_ext --inplace

@@ -32,6 +32,7 @@ BASELINE = [
     "bindings.cpp",
     "cpu/cpuid.cpp",
     "cpu/dispatch.cpp",
+    "cpu/layer.cpp",
     "cpu/threads.cpp",
     "cpu/kernels_scalar.cpp",
 ]

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "cpu/dispatch.h"
+#include "cpu/layer.h"
 
 namespace py = pybind11;
 using namespace lora_kernels;
@@ -26,35 +27,33 @@ Matrix matrix(Pointer p, int dtype, int64_t row, int64_t col = 1) {
 
 Dropout dropout(Pointer rng, uint32_t threshold) { return {as<const int64_t>(rng), threshold}; }
 
-void shrink(Pointer x, int x_dtype, int64_t ldx, int64_t M, int64_t K, Pointer a, int a_dtype,
-            int64_t lda, int64_t R, float scale, Pointer rng, uint32_t threshold, Pointer p,
-            int threads) {
-  kernels().shrink({matrix(x, x_dtype, ldx), matrix(a, a_dtype, lda), M, K, R, scale,
-                    dropout(rng, threshold), as<float>(p), threads});
+void forward(Pointer x, int x_dtype, int64_t x_row, Pointer xs, int64_t xs_row, int64_t M,
+             int64_t K, int64_t N, int64_t R, Pointer w, int64_t w_row, int64_t w_col, Pointer a,
+             int a_dtype, int64_t a_row, Pointer b, int b_dtype, int64_t b_row, int64_t b_col,
+             float scaling, float keep_scale, Pointer gate, Pointer c, Pointer bias, Pointer rng,
+             uint32_t threshold, Pointer p, Pointer y, int y_dtype, Pointer z, int threads) {
+  lora_linear(
+      {matrix(w, y_dtype, w_row, w_col), matrix(a, a_dtype, a_row),
+       matrix(b, b_dtype, b_row, b_col), M, K, N, R, scaling, keep_scale, as<const float>(gate),
+       as<const float>(c), as<const float>(bias), dropout(rng, threshold), threads},
+      {matrix(x, x_dtype, x_row), matrix(xs, y_dtype, xs_row), as<float>(p), as<void>(y),
+       static_cast<DType>(y_dtype), as<void>(z)});
 }
 
-void expand(Pointer y, int dtype, int64_t ldy, int64_t M, int64_t N, Pointer s, int64_t R,
-            Pointer q, int q_dtype, int64_t q_row, int64_t q_col, float alpha, Pointer c,
-            Pointer bias, Pointer z, Pointer rng, uint32_t threshold, int threads) {
-  kernels().expand({as<void>(y), static_cast<DType>(dtype), ldy, M, N, R, as<const float>(s),
-                    matrix(q, q_dtype, q_row, q_col), alpha, as<const float>(c),
-                    as<const float>(bias), as<void>(z), dropout(rng, threshold), threads});
-}
-
-void backward_pair(Pointer dy, int dtype, int64_t ldy, int64_t M, int64_t N, Pointer b, int b_dtype,
-                   int64_t b_row, int64_t b_col, int64_t R, Pointer s, Pointer c, Pointer z,
-                   float ds_scale, float db_scale, Pointer ds, Pointer db, int db_dtype, Pointer dc,
-                   Pointer dbias, int threads) {
-  kernels().backward_pair({matrix(dy, dtype, ldy), matrix(b, b_dtype, b_row, b_col), M, N, R,
-                           as<const float>(s), as<const float>(c), as<const void>(z), ds_scale,
-                           db_scale, as<float>(ds), as<void>(db), static_cast<DType>(db_dtype),
-                           as<float>(dc), as<float>(dbias), threads});
-}
-
-void grad_a(Pointer x, int dtype, int64_t ldx, int64_t M, int64_t K, Pointer d, int64_t R,
-            Pointer rng, uint32_t threshold, Pointer da, int da_dtype, int threads) {
-  kernels().grad_a({matrix(x, dtype, ldx), M, K, R, as<const float>(d), dropout(rng, threshold),
-                    as<void>(da), static_cast<DType>(da_dtype), threads});
+void backward(Pointer dy, int dtype, int64_t dy_row, Pointer dz, int64_t dz_row, Pointer x,
+              int x_dtype, int64_t x_row, int64_t M, int64_t K, int64_t N, int64_t R, Pointer w,
+              int64_t w_row, int64_t w_col, Pointer a, int a_dtype, int64_t a_row, Pointer b,
+              int b_dtype, int64_t b_row, int64_t b_col, float scaling, float keep_scale,
+              Pointer gate, Pointer c, Pointer rng, uint32_t threshold, Pointer p, Pointer z,
+              Pointer dx, Pointer da, Pointer db, Pointer dg, Pointer dc, Pointer dbias,
+              int threads) {
+  lora_linear_backward(
+      {matrix(w, dtype, w_row, w_col), matrix(a, a_dtype, a_row), matrix(b, b_dtype, b_row, b_col),
+       M, K, N, R, scaling, keep_scale, as<const float>(gate), as<const float>(c), nullptr,
+       dropout(rng, threshold), threads},
+      {matrix(dy, dtype, dy_row), matrix(dz, dtype, dz_row), matrix(x, x_dtype, x_row),
+       as<const float>(p), as<const void>(z), as<void>(dx), as<void>(da), as<void>(db),
+       as<float>(dg), as<float>(dc), as<float>(dbias)});
 }
 
 const char* use_isa_named(const std::string& name) {
@@ -68,13 +67,12 @@ const char* use_isa_named(const std::string& name) {
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Native CPU kernels; see lora_kernels/backends/cpu.py";
   m.attr("__version__") = LORA_KERNELS_VERSION;
+  m.attr("amx_bf16") = has_amx_bf16(read_cpu_features());
   m.def("use_isa", use_isa_named, "Cap the instruction set; returns the one now in use.");
   m.def("use_openmp", use_torch_openmp,
         "Run on the thread pool of the OpenMP runtime that torch carries; returns its file, or "
         "None where there is none and the kernels run on the calling thread.");
   const auto release = py::call_guard<py::gil_scoped_release>();
-  m.def("shrink", shrink, release);
-  m.def("expand", expand, release);
-  m.def("backward_pair", backward_pair, release);
-  m.def("grad_a", grad_a, release);
+  m.def("lora_linear", forward, release);
+  m.def("lora_linear_backward", backward, release);
 }

@@ -35,7 +35,8 @@ class LoRALinearFunction(torch.autograd.Function):
     ) -> Tensor:
         save_z = column_scale is not None and ctx.needs_input_grad[6]
         plain = ops.plain(x, weight, lora_A, lora_B)
-        call = ops.lora_linear_direct if plain else ops.lora_linear
+        call: Any = ops.lora_linear_direct if plain else ops.lora_linear
+        y: Tensor
         y, p, z = call(
             x, weight, lora_A, lora_B, scaling, rank_gate, column_scale, bias, dropout_p, rng,
             dtype, save_z,
@@ -53,7 +54,7 @@ class LoRALinearFunction(torch.autograd.Function):
         need_x, need_A, need_B = need[0], need[2], need[3]
         need_gate, need_column_scale, need_bias = need[5], need[6], need[7]
         plain = ops.plain(dy, x, weight, lora_A, lora_B)
-        call = ops.lora_linear_backward_direct if plain else ops.lora_linear_backward
+        call: Any = ops.lora_linear_backward_direct if plain else ops.lora_linear_backward
         dx, dA, dB, dg, dc, dbias = call(
             dy, x, weight, lora_A, lora_B, p, z, ctx.scaling, rank_gate, column_scale,
             ctx.dropout_p, rng, need_x, need_A, need_B, need_gate, need_column_scale, need_bias,

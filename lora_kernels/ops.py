@@ -7,6 +7,7 @@ rows. The choice of a backend is made in here, so a compiler never sees which on
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ _LIB.define(
 )
 _LIB.define(
     "lora_linear_backward(Tensor dy, Tensor x, Tensor? weight, Tensor lora_A, Tensor lora_B, "
-    "Tensor p, Tensor z, float scaling, Tensor? rank_gate, Tensor? column_scale, "
+    "Tensor p, Tensor? z, float scaling, Tensor? rank_gate, Tensor? column_scale, "
     "float dropout_p, Tensor? rng, bool need_x, bool need_A, bool need_B, bool need_gate, "
     "bool need_column_scale, bool need_bias) "
     "-> (Tensor dx, Tensor dA, Tensor dB, Tensor dg, Tensor dc, Tensor dbias)"
@@ -49,7 +50,7 @@ def _no_autocast(device_type: str) -> contextlib.AbstractContextManager[None]:
 # lora_linear ------------------------------------------------------------------------------------
 
 
-def _lora_linear(
+def lora_linear_direct(
     x: Tensor,
     weight: Tensor | None,
     lora_A: Tensor,
@@ -62,14 +63,16 @@ def _lora_linear(
     rng: Tensor | None,
     dtype: torch.dtype,
     save_z: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     x2 = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     device_type, (N, R) = x.device.type, lora_B.shape
-    choice = select.lora_linear(device_type, x.dtype, lora_A.dtype, lora_B.dtype, dtype, R)
+    choice = select.lora_linear(
+        device_type, x.dtype, lora_A.dtype, lora_B.dtype, dtype, R, x2.shape[0]
+    )
     with _no_autocast(device_type):
         y, p, z = _BACKENDS[choice.backend].lora_linear(
             x2, weight, lora_A, lora_B, scaling, rank_gate, column_scale, bias, dropout_p, rng,
-            dtype, save_z,
+            dtype, save_z, choice.strategy,
         )  # fmt: skip
     return (y if x.dim() == 2 else y.view(*x.shape[:-1], N)), p, z
 
@@ -97,14 +100,14 @@ def _lora_linear_fake(
 # lora_linear_backward ---------------------------------------------------------------------------
 
 
-def _lora_linear_backward(
+def lora_linear_backward_direct(
     dy: Tensor,
     x: Tensor,
     weight: Tensor | None,
     lora_A: Tensor,
     lora_B: Tensor,
     p: Tensor,
-    z: Tensor,
+    z: Tensor | None,
     scaling: float,
     rank_gate: Tensor | None,
     column_scale: Tensor | None,
@@ -116,19 +119,20 @@ def _lora_linear_backward(
     need_gate: bool,
     need_column_scale: bool,
     need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor | None, ...]:
     x2 = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     dy2 = dy if dy.dim() == 2 else dy.reshape(-1, dy.shape[-1])
     device_type = x.device.type
     choice = select.lora_linear(
-        device_type, x.dtype, lora_A.dtype, lora_B.dtype, dy.dtype, p.shape[1]
+        device_type, x.dtype, lora_A.dtype, lora_B.dtype, dy.dtype, p.shape[1], x2.shape[0]
     )
     with _no_autocast(device_type):
         dx, *rest = _BACKENDS[choice.backend].lora_linear_backward(
             dy2, x2, weight, lora_A, lora_B, p, z, scaling, rank_gate, column_scale, dropout_p,
             rng, need_x, need_A, need_B, need_gate, need_column_scale, need_bias,
+            choice.strategy,
         )  # fmt: skip
-    return (dx.view(x.shape) if need_x and x.dim() != 2 else dx), *rest
+    return (dx if dx is None or x.dim() == 2 else dx.view(x.shape)), *rest
 
 
 def _lora_linear_backward_fake(
@@ -138,7 +142,7 @@ def _lora_linear_backward_fake(
     lora_A: Tensor,
     lora_B: Tensor,
     p: Tensor,
-    z: Tensor,
+    z: Tensor | None,
     scaling: float,
     rank_gate: Tensor | None,
     column_scale: Tensor | None,
@@ -166,6 +170,25 @@ def _lora_linear_backward_fake(
     )
 
 
+# The registered ops are these functions with an empty tensor for what was not asked for: a schema
+# has no optional results. The functions themselves are for calls that are plain.
+
+
+def _lora_linear(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    y, p, z = lora_linear_direct(x, *rest)
+    return y, p, y.new_empty(0) if z is None else z
+
+
+def _lora_linear_backward(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    lora_A, lora_B, p = rest[1], rest[2], rest[3]
+    grads = lora_linear_backward_direct(dy, x, *rest)
+    dtypes = (x.dtype, lora_A.dtype, lora_B.dtype, p.dtype, p.dtype, p.dtype)
+    return tuple(
+        x.new_empty(0, dtype=dtype) if grad is None else grad
+        for grad, dtype in zip(grads, dtypes, strict=True)
+    )
+
+
 for _name, _impl, _fake in (
     ("lora_linear", _lora_linear, _lora_linear_fake),
     ("lora_linear_backward", _lora_linear_backward, _lora_linear_backward_fake),
@@ -175,10 +198,6 @@ for _name, _impl, _fake in (
 
 lora_linear = torch.ops.lora_kernels.lora_linear.default
 lora_linear_backward = torch.ops.lora_kernels.lora_linear_backward.default
-
-# The same, without the dispatcher between: for calls that are plain, with gradients off.
-lora_linear_direct = _lora_linear
-lora_linear_backward_direct = _lora_linear_backward
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 

@@ -12,14 +12,22 @@ import os
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
-from .backends import native
+from .backends import cpu, eager, native
 
 MAX_KERNEL_RANK = 256
-BACKENDS = ("eager", "cpu")
+STRATEGIES = {"eager": (eager.LIBRARY,), "cpu": (cpu.SINGLE_PASS, cpu.LIBRARY)}
+BACKENDS = tuple(STRATEGIES)
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# From how many rows of x a single pass beats the library's product and a pass after it: measured
+# with `lora-kernels bench --rows` on 2 threads of AMD family 26, torch 2.15 (benchmarks/NOTES.md).
+# Where nothing was measured it stands to reason: the kernel runs at 85 to 90 % of the multipliers'
+# peak, which no library passes, unless it has matrix registers (AMX) for bfloat16.
+SINGLE_PASS_ROWS = {torch.float32: 2, torch.bfloat16: 64, torch.float16: 2}
 
 
 @dataclass(frozen=True)
@@ -31,32 +39,39 @@ class Choice:
     reason: str
 
 
-_EAGER_STRATEGY = "library products, in-place addmm"
-_CPU_STRATEGY = "library product + rank update"
+class _Forced(NamedTuple):
+    backend: str | None = None
+    strategy: str | None = None
 
 
-def _check_name(name: str) -> str:
+def _check_names(name: str, strategy: str | None = None) -> _Forced:
     if name not in BACKENDS:
         raise ValueError(f"backend: got {name!r}, want one of {', '.join(BACKENDS)}")
-    return name
+    if strategy is not None and strategy not in STRATEGIES[name]:
+        want = ", ".join(map(repr, STRATEGIES[name]))
+        raise ValueError(f"strategy: got {strategy!r}, want for backend {name!r} one of {want}")
+    return _Forced(name, strategy)
 
 
-_forced: ContextVar[str | None] = ContextVar(
+_forced: ContextVar[_Forced] = ContextVar(
     "lora_kernels_backend",
-    default=_check_name(os.environ["LORA_KERNELS_BACKEND"])
+    default=_check_names(os.environ["LORA_KERNELS_BACKEND"])
     if os.environ.get("LORA_KERNELS_BACKEND")
-    else None,
+    else _Forced(),
 )
 
 
 def forced_backend() -> str | None:
     """The backend that `backend(...)` or LORA_KERNELS_BACKEND, read at import, names, if any."""
-    return _forced.get()
+    return _forced.get().backend
 
 
 @contextlib.contextmanager
-def backend(name: str) -> Iterator[None]:
+def backend(name: str, strategy: str | None = None) -> Iterator[None]:
     """Force one backend inside a `with`; where it cannot run, the op raises RuntimeError.
+
+    `strategy` forces also how it goes about it: "single pass" or "library product + rank update"
+    for "cpu". Left out, it is chosen.
 
     >>> import lora_kernels, torch
     >>> x, W, A, B = torch.ones(2, 3), torch.eye(3), torch.ones(1, 3), torch.ones(3, 1)
@@ -64,7 +79,7 @@ def backend(name: str) -> Iterator[None]:
     ...     lora_kernels.lora_linear(x, W, A, B).shape
     torch.Size([2, 3])
     """
-    token = _forced.set(_check_name(name))
+    token = _forced.set(_check_names(name, strategy))
     try:
         yield
     finally:
@@ -78,18 +93,24 @@ def lora_linear(
     b_dtype: torch.dtype,
     dtype: torch.dtype,
     rank: int,
+    rows: int | None = None,
 ) -> Choice:
-    """The choice for `lora_linear` and its backward (one choice for both, always)."""
+    """The choice for `lora_linear` and its backward (one choice for both, always).
+
+    rows: M; None asks for what holds of any M, and names both strategies where M decides.
+    """
+    many = None if rows is None else rows >= SINGLE_PASS_ROWS.get(dtype, 0)
     return _choose(
-        _forced.get(), native.isa, native.reason,
-        device_type, x_dtype, a_dtype, b_dtype, dtype, rank,
+        _forced.get(), native.isa, native.amx_bf16, native.reason,
+        device_type, x_dtype, a_dtype, b_dtype, dtype, rank, many,
     )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=1024)
 def _choose(
-    forced: str | None,
+    forced: _Forced,
     isa: str | None,
+    amx_bf16: bool,
     native_absence: str | None,
     device_type: str,
     x_dtype: torch.dtype,
@@ -97,16 +118,38 @@ def _choose(
     b_dtype: torch.dtype,
     dtype: torch.dtype,
     rank: int,
+    many_rows: bool | None,
 ) -> Choice:
-    if forced == "eager":
-        return Choice("eager", _EAGER_STRATEGY, "the eager backend was asked for")
+    if forced.backend == "eager":
+        return Choice("eager", eager.LIBRARY, "the eager backend was asked for")
     obstacle = _cpu_obstacle(native_absence, device_type, x_dtype, a_dtype, b_dtype, dtype, rank)
     if obstacle is None:
-        why = "the cpu backend was asked for" if forced else f"native kernels, {isa}"
-        return Choice("cpu", _CPU_STRATEGY, why)
-    if forced == "cpu":
+        return _cpu_choice(forced, isa, amx_bf16, dtype, many_rows)
+    if forced.backend == "cpu":
         raise RuntimeError(f"backend 'cpu' was asked for and cannot run here: {obstacle}")
-    return Choice("eager", _EAGER_STRATEGY, obstacle)
+    return Choice("eager", eager.LIBRARY, obstacle)
+
+
+def _cpu_choice(
+    forced: _Forced, isa: str | None, amx_bf16: bool, dtype: torch.dtype, many_rows: bool | None
+) -> Choice:
+    reason = f"native kernels, {isa}"
+    if forced.backend:
+        reason = "the cpu backend was asked for"
+    if forced.strategy == cpu.SINGLE_PASS and isa not in cpu.SINGLE_PASS_ISAS:
+        raise RuntimeError(
+            f"strategy {forced.strategy!r} was asked for and cannot run here: the instruction set "
+            f"is {isa}, want one of {', '.join(cpu.SINGLE_PASS_ISAS)}"
+        )
+    if forced.strategy:
+        return Choice("cpu", forced.strategy, reason)
+    if isa not in cpu.SINGLE_PASS_ISAS:
+        return Choice("cpu", cpu.LIBRARY, reason)
+    if amx_bf16 and dtype is torch.bfloat16:
+        return Choice("cpu", cpu.LIBRARY, f"{reason}; the library multiplies with AMX")
+    if many_rows is None and (rows := SINGLE_PASS_ROWS[dtype]) > 1:
+        return Choice("cpu", f"{cpu.SINGLE_PASS}; under {rows} rows {cpu.LIBRARY}", reason)
+    return Choice("cpu", cpu.LIBRARY if many_rows is False else cpu.SINGLE_PASS, reason)
 
 
 def _cpu_obstacle(

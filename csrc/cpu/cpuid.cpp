@@ -25,11 +25,14 @@ constexpr std::uint32_t kFma = bit(12), kOsxsave = bit(27), kAvx = bit(28), kF16
 // cpuid leaf 7, sub-leaf 0, ebx
 constexpr std::uint32_t kAvx2 = bit(5), kBmi2 = bit(8), kAvx512f = bit(16), kAvx512dq = bit(17),
                         kAvx512bw = bit(30), kAvx512vl = bit(31);
+// cpuid leaf 7, sub-leaf 0, edx
+constexpr std::uint32_t kAmxBf16 = bit(22), kAmxTile = bit(24);
 // cpuid leaf 7, sub-leaf 1, eax
 constexpr std::uint32_t kAvx512bf16 = bit(5);
 // xcr0: xmm and ymm; for AVX-512 also the mask registers, the upper halves of zmm0-15, and zmm16-31
 constexpr std::uint64_t kYmmState = bit(1) | bit(2);
 constexpr std::uint64_t kZmmState = kYmmState | bit(5) | bit(6) | bit(7);
+constexpr std::uint64_t kTileState = bit(17) | bit(18);
 
 template <typename T>
 bool has(T word, T wanted) {
@@ -45,6 +48,7 @@ CpuFeatures read_cpu_features() {
   if (__get_cpuid(1, &eax, &ebx, &ecx, &edx)) features.leaf1_ecx = ecx;
   if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) {
     features.leaf7_ebx = ebx;
+    features.leaf7_edx = edx;
     const std::uint32_t last_subleaf = eax;
     if (last_subleaf >= 1 && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx)) {
       features.leaf7_1_eax = eax;
@@ -71,6 +75,10 @@ Isa isa_of(const CpuFeatures& features) {
     return Isa::avx2;
   }
   return has(features.leaf7_1_eax, kAvx512bf16) ? Isa::avx512bf16 : Isa::avx512;
+}
+
+bool has_amx_bf16(const CpuFeatures& features) {
+  return has(features.leaf7_edx, kAmxBf16 | kAmxTile) && has(features.xcr0, kTileState);
 }
 
 Isa detect_isa() { return isa_of(read_cpu_features()); }

@@ -15,6 +15,7 @@ enum class Isa { scalar = 0, avx2 = 1, avx512 = 2, avx512bf16 = 3 };
 struct CpuFeatures {
   std::uint32_t leaf1_ecx = 0;
   std::uint32_t leaf7_ebx = 0;
+  std::uint32_t leaf7_edx = 0;
   std::uint32_t leaf7_1_eax = 0;
   std::uint64_t xcr0 = 0;
 };
@@ -23,6 +24,9 @@ CpuFeatures read_cpu_features();
 
 // The highest set of which every feature is present and every register is saved.
 Isa isa_of(const CpuFeatures& features);
+
+// Whether the library's bf16 products have matrix registers that none of our units uses.
+bool has_amx_bf16(const CpuFeatures& features);
 
 // isa_of(read_cpu_features()). Says nothing about whether the set's unit was compiled.
 Isa detect_isa();

@@ -15,6 +15,10 @@ struct f16 {
   uint16_t bits;
 };
 
+struct Pair {  // two neighbours along a sum, which one instruction multiplies and adds
+  bf16 first, second;
+};
+
 // A matrix whose columns are contiguous unless col says otherwise; strides in elements.
 struct Matrix {
   const void* data;
@@ -37,8 +41,8 @@ struct ShrinkArgs {
   int threads;
 };
 
-// Y[M, N] = c * (Y + alpha * mask(S Q)) + bias in place; Z, where given, gets the inner bracket.
-// Q[r, n] has any strides: B^T in the forward, A in the backward.
+// Y[M, N] = c * (Y + alpha * mask((S * gate) Q)) + bias in place; Z, where given, gets the inner
+// bracket. Q[r, n] has any strides: B^T in the forward, A in the backward. gate: [R] or null.
 struct ExpandArgs {
   void* y;
   DType dtype;
@@ -47,18 +51,26 @@ struct ExpandArgs {
   const float* s;
   Matrix q;
   float alpha;
-  const float *c, *bias;
+  const float *gate, *c, *bias;
   void* z;
   Dropout dropout;
   int threads;
 };
 
-// dS[M, R] = ds_scale * (dZ B), dB[N, R] = db_scale * (dZ^T S), dc[N] = sum_m dY * Z,
+// Y[M, N] = c * (X W + alpha * mask((S * gate) Q)) + bias: as ExpandArgs, with the product in place
+// of what Y held. W[k, n] has X's dtype and is contiguous along k (row 1) or along n (col 1).
+struct ProductArgs {
+  Matrix x, w;
+  int64_t K;
+  ExpandArgs update;
+};
+
+// dS[M, R] = ds_scale * (dZ B), dB[N, R] = db_scale * (dZ^T S) * gate, dc[N] = sum_m dY * Z,
 // dbias[N] = sum_m dY, with dZ = c * dY; null outputs are not computed.
 struct BackwardPairArgs {
   Matrix dy, b;
   int64_t M, N, R;
-  const float *s, *c;
+  const float *s, *gate, *c;
   const void* z;
   float ds_scale, db_scale;
   float* ds;
@@ -84,6 +96,7 @@ struct Kernels {
   void (*expand)(const ExpandArgs&);
   void (*backward_pair)(const BackwardPairArgs&);
   void (*grad_a)(const GradAArgs&);
+  void (*product)(const ProductArgs&);  // null where the library's product is left to it
 };
 
 extern const Kernels kernels_scalar, kernels_avx2, kernels_avx512, kernels_avx512bf16;

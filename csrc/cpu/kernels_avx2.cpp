@@ -2,5 +2,5 @@
 #include "kernels_impl.h"
 
 namespace lora_kernels {
-extern const Kernels kernels_avx2 = {shrink, expand, backward_pair, grad_a};
+extern const Kernels kernels_avx2 = {shrink, expand, backward_pair, grad_a, nullptr};
 }

@@ -1,6 +1,7 @@
 #include "vec_avx512.h"
 #include "kernels_impl.h"
+#include "product_impl.h"
 
 namespace lora_kernels {
-extern const Kernels kernels_avx512 = {shrink, expand, backward_pair, grad_a};
+extern const Kernels kernels_avx512 = {shrink, expand, backward_pair, grad_a, product};
 }

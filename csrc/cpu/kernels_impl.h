@@ -139,7 +139,7 @@ LK_INLINE void dot(const TX* const x[DOT_ROWS], const TA* const a[4], int64_t K,
   LK_UNROLL for (int i = 0; i < DOT_ROWS; ++i) sum_lanes(acc[i], out[i]);
 }
 
-#ifdef LK_DOT_BF16  // the unit brings a dot over pairs of bf16
+#ifdef LK_BF16_PAIRS  // the unit brings a dot over pairs of bf16
 LK_INLINE void dot(const bf16* const x[DOT_ROWS], const bf16* const a[4], int64_t K,
                    float out[DOT_ROWS][4]) {
   dot_bf16(x, a, K, out);
@@ -202,21 +202,25 @@ LK_INLINE void transpose4(const float* from, int64_t ld_from, float* to, int64_t
 #undef LK_SHUFFLE
 }
 
-// to[r * ld + n] = alpha * c[n] * Q[r, n] for n in [n0, n0 + count), as float32; ranks up to a
-// multiple of 4 and columns up to `width` are zero-filled. staging: [count up to 4, R up to W].
+// to[r * ld + n] = alpha * gate[r] * c[n] * Q[r, n] for n in [n0, n0 + count), as float32; ranks up
+// to a multiple of 4 and columns up to `width` are zero-filled. staging: [count up to 4, R up to
+// W].
 LK_INLINE void pack(const Matrix& q, int64_t R, int64_t n0, int64_t count, int64_t width,
-                    float alpha, const float* c, float* to, int64_t ld, float* staging) {
+                    float alpha, const float* gate, const float* c, float* to, int64_t ld,
+                    float* staging) {
   const int64_t R4 = round_up(R, 4);
   with_type(q.dtype, [&](auto type) {
     using T = decltype(type);
     const T* base = static_cast<const T*>(q.data) + n0 * q.col;
     if (q.col == 1) {
-      for (int64_t r = 0; r < R; ++r)
+      for (int64_t r = 0; r < R; ++r) {
+        const vf factor = splat(gate ? alpha * gate[r] : alpha);
         for (int64_t n = 0; n < count; n += W) {
           const int rest = (int)min(W, count - n);
           const T* p = base + r * q.row + n;
-          store_n(to + r * ld + n, mul(splat(alpha), rest == W ? load(p) : load_n(p, rest)), rest);
+          store_n(to + r * ld + n, mul(factor, rest == W ? load(p) : load_n(p, rest)), rest);
         }
+      }
     } else {
       const int64_t lds = round_up(R4, W), count4 = round_up(count, 4);
       for (int64_t n = 0; n < count4; ++n)
@@ -233,7 +237,8 @@ LK_INLINE void pack(const Matrix& q, int64_t R, int64_t n0, int64_t count, int64
               v = load(lanes);
             }
           }
-          store(staging + n * lds + r, mul(splat(alpha), v));
+          const vf factor = gate ? mul(splat(alpha), load_n(gate + r, rest)) : splat(alpha);
+          store(staging + n * lds + r, mul(factor, v));
         }
       // Columns past count4 are the zero fill's; the last four may reach past count, with zeros.
       for (int64_t n = 0; n < count4; n += 4)
@@ -305,66 +310,87 @@ void shrink(const ShrinkArgs& a) {
 
 // expand ---------------------------------------------------------------------------------------
 
+// acc = S Q for Y_ROWS rows of S and VW columns of a packed panel whose rows are ld apart.
+LK_INLINE void rank_tile(const float* const s[Y_ROWS], int64_t R, const float* panel, int64_t ld,
+                         vf acc[Y_ROWS][V]) {
+  LK_UNROLL for (int i = 0; i < Y_ROWS; ++i) LK_UNROLL for (int v = 0; v < V; ++v) acc[i][v] =
+      zero();
+  outer<Y_ROWS>(s, 1, min(R, RANKS), panel, ld, acc);
+  for (int64_t r = RANKS; r < R; r += RANKS) {
+    const float* s_block[Y_ROWS];
+    vf block[Y_ROWS][V];
+    LK_UNROLL for (int i = 0; i < Y_ROWS; ++i) {
+      s_block[i] = s[i] + r;
+      LK_UNROLL for (int v = 0; v < V; ++v) block[i][v] = zero();
+    }
+    outer<Y_ROWS>(s_block, 1, min(R - r, RANKS), panel + r * ld, ld, block);
+    LK_UNROLL for (int i = 0; i < Y_ROWS; ++i) LK_UNROLL for (int v = 0; v < V; ++v) acc[i][v] =
+        add(acc[i][v], block[i][v]);
+  }
+}
+
+// y = c * (base + acc) + bias and z = base + acc for a tile whose first element is y[m, n]; only
+// `count` rows and the columns below n1 exist. Each of y and z rounds once. base(i, v, rest) is
+// the first `rest` lanes of what the rank update is added to, in register v of row i.
+// Plain: no z, c or bias. Asking for each of them at every register costs a third more.
+template <typename T, bool Plain, typename Base>
+LK_INLINE void finish_tile(const ExpandArgs& a, int64_t m, int64_t count, int64_t n, int64_t n1,
+                           const vf acc[Y_ROWS][V], const Base& base) {
+  T* const y = static_cast<T*>(a.y);
+  T* const z = static_cast<T*>(a.z);
+  const bool full = count == Y_ROWS && n + VW <= n1;
+  LK_UNROLL for (int i = 0; i < Y_ROWS; ++i) {
+    if (!full && i >= count) break;
+    LK_UNROLL for (int v = 0; v < V; ++v) {
+      const int64_t column = n + v * W;
+      const int rest = full ? W : (int)min(W, n1 - column);
+      if (rest <= 0) break;
+      vf u = add(base(i, v, rest), acc[i][v]);
+      T* keep_z = !Plain && z ? z + (m + i) * a.N + column : nullptr;
+      if (keep_z) full ? store(keep_z, u) : store_n(keep_z, u, rest);
+      if (!Plain && a.c) u = mul(u, full ? load(a.c + column) : load_n(a.c + column, rest));
+      if (!Plain && a.bias)
+        u = add(u, full ? load(a.bias + column) : load_n(a.bias + column, rest));
+      T* to = y + (m + i) * a.ldy + column;
+      full ? store(to, u) : store_n(to, u, rest);
+    }
+  }
+}
+
+LK_INLINE void mask_tile(const uint64_t bits[Y_ROWS], int64_t shift, vf acc[Y_ROWS][V]) {
+  LK_UNROLL for (int i = 0; i < Y_ROWS; ++i) LK_UNROLL for (int v = 0; v < V; ++v) acc[i][v] =
+      keep(acc[i][v], bits[i] >> (shift + v * W));
+}
+
 // Y = c * (Y + alpha * mask(S Q)) + bias in one pass over y. A task is a panel of PANEL columns of
 // Q, packed once in float32 with alpha inside, by ROWS rows of y. Rounds once, when y is stored
 // (z likewise). Reads and writes y once, reads S once a panel, Q once. Tested by tests/ops.
-// Plain: no dropout, z, c or bias. Asking for each of them at every register costs a third more.
 template <typename T, bool Plain>
 LK_INLINE void expand_tile(const ExpandArgs& a, const Philox& generator, const float* panel,
                            int64_t n0, int64_t m0, int64_t m1) {
   const int64_t n1 = min(n0 + PANEL, a.N);
   T* const y = static_cast<T*>(a.y);
-  T* const z = static_cast<T*>(a.z);
   for (int64_t m = m0; m < m1; m += Y_ROWS) {
     const int64_t count = min(Y_ROWS, m1 - m);
     const float* s[Y_ROWS];
     for (int64_t i = 0; i < Y_ROWS; ++i) s[i] = a.s + (m + min(i, count - 1)) * a.R;
-    uint64_t bits[Y_ROWS][PANEL / 64] = {};
-    if (a.dropout.rng)
-      for (int64_t i = 0; i < count; ++i)
-        for (int64_t word = 0; word < PANEL / 64 && n0 + 64 * word < n1; ++word)
-          bits[i][word] = keep64(generator, m + i, n0 + 64 * word);
+    uint64_t bits[Y_ROWS] = {};
     for (int64_t n = n0; n < n1; n += VW) {
-      vf acc[Y_ROWS][V];
-      LK_UNROLL for (int i = 0; i < Y_ROWS; ++i) LK_UNROLL for (int v = 0; v < V; ++v) acc[i][v] =
-          zero();
+      if (!Plain && a.dropout.rng && (n - n0) % 64 == 0)
+        for (int64_t i = 0; i < count; ++i) bits[i] = keep64(generator, m + i, n);
       // The next rows come from L3, too far apart for the hardware's prefetcher.
       if (m + 2 * Y_ROWS <= m1 && n + VW <= n1) LK_UNROLL for (int i = 0; i < Y_ROWS; ++i) {
           const char* next = reinterpret_cast<const char*>(y + (m + Y_ROWS + i) * a.ldy + n);
           LK_UNROLL for (int line = 0; line < VW * (int)sizeof(T); line += 64)
               __builtin_prefetch(next + line, 1);
         }
-      outer<Y_ROWS>(s, 1, min(a.R, RANKS), panel + (n - n0), PANEL, acc);
-      for (int64_t r = RANKS; r < a.R; r += RANKS) {
-        const float* s_block[Y_ROWS];
-        vf block[Y_ROWS][V];
-        LK_UNROLL for (int i = 0; i < Y_ROWS; ++i) {
-          s_block[i] = s[i] + r;
-          LK_UNROLL for (int v = 0; v < V; ++v) block[i][v] = zero();
-        }
-        outer<Y_ROWS>(s_block, 1, min(a.R - r, RANKS), panel + r * PANEL + (n - n0), PANEL, block);
-        LK_UNROLL for (int i = 0; i < Y_ROWS; ++i) LK_UNROLL for (int v = 0; v < V; ++v) acc[i][v] =
-            add(acc[i][v], block[i][v]);
-      }
-      const bool full = count == Y_ROWS && n + VW <= n1;
-      LK_UNROLL for (int i = 0; i < Y_ROWS; ++i) {
-        if (!full && i >= count) break;
-        LK_UNROLL for (int v = 0; v < V; ++v) {
-          const int64_t column = n + v * W, at = column - n0;
-          const int rest = full ? W : (int)min(W, n1 - column);
-          if (rest <= 0) break;
-          T* to = y + (m + i) * a.ldy + column;
-          vf u = acc[i][v];
-          if (!Plain && a.dropout.rng) u = keep(u, bits[i][at / 64] >> at % 64);
-          u = add(full ? load(to) : load_n(to, rest), u);
-          T* keep_z = !Plain && z ? z + (m + i) * a.N + column : nullptr;
-          if (keep_z) full ? store(keep_z, u) : store_n(keep_z, u, rest);
-          if (!Plain && a.c) u = mul(u, full ? load(a.c + column) : load_n(a.c + column, rest));
-          if (!Plain && a.bias)
-            u = add(u, full ? load(a.bias + column) : load_n(a.bias + column, rest));
-          full ? store(to, u) : store_n(to, u, rest);
-        }
-      }
+      vf acc[Y_ROWS][V];
+      rank_tile(s, a.R, panel + (n - n0), PANEL, acc);
+      if (!Plain && a.dropout.rng) mask_tile(bits, (n - n0) % 64, acc);
+      finish_tile<T, Plain>(a, m, count, n, n1, acc, [&](int i, int v, int rest) {
+        const T* from = y + (m + i) * a.ldy + n + v * W;
+        return rest == W ? load(from) : load_n(from, rest);
+      });
     }
   }
 }
@@ -386,7 +412,7 @@ void expand(const ExpandArgs& a) {
         const int64_t n0 = t / blocks * PANEL, m0 = t % blocks * ROWS;
         if (packed != n0)
           pack(a.q, a.R, n0, min(PANEL, a.N - n0), round_up(min(PANEL, a.N - n0), VW), a.alpha,
-               nullptr, panel, PANEL, panel + panel_floats);
+               a.gate, nullptr, panel, PANEL, panel + panel_floats);
         packed = n0;
         const int64_t m1 = min(m0 + ROWS, a.M);
         if (a.dropout.rng || a.z || a.c || a.bias)
@@ -420,9 +446,9 @@ LK_INLINE void column_sums(const T* dy, int64_t ldy, const T* z, int64_t ldz, in
   }
 }
 
-// dS = ds_scale * (dZ B) and dB = db_scale * (dZ^T S), dZ = c * dY, from one read of dY. B^T is
-// packed once (c inside); each chunk of rows walks in blocks of PAIR_ROWS: dS as dots over N, then
-// the same rows, now in cache, as outer products into the chunk's own dB^T [R, N]. The chunks'
+// dS = ds_scale * (dZ B) and dB = db_scale * (dZ^T S) * gate, dZ = c * dY, from one read of dY. B^T
+// is packed once (c inside); each chunk of rows walks in blocks of PAIR_ROWS: dS as dots over N,
+// then the same rows, now in cache, as outer products into the chunk's own dB^T [R, N]. The chunks'
 // partial sums are added in order, so a run repeats bit for bit. dc and dbias ride along where
 // asked for. Tested by tests/ops.
 template <typename T, typename TB>
@@ -467,7 +493,8 @@ LK_INLINE void pair_rows(const BackwardPairArgs& a, const TB* bt, int64_t ld, in
   }
 }
 
-// dB[n, r] = db_scale * c[n] * sum of the chunks' part[r, n] for n in [n0, n1); n1 - n0 <= 64.
+// dB[n, r] = db_scale * gate[r] * c[n] * sum of the chunks' part[r, n] for n in [n0, n1); n1 - n0
+// <= 64.
 LK_INLINE void reduce_db(const BackwardPairArgs& a, const float* parts, int64_t chunks,
                          int64_t chunk_floats, int64_t ld, int64_t n0, int64_t n1, float* block) {
   const int64_t R4 = round_up(a.R, 4);
@@ -490,7 +517,9 @@ LK_INLINE void reduce_db(const BackwardPairArgs& a, const float* parts, int64_t 
       const vf scale = splat(a.c ? a.db_scale * a.c[n] : a.db_scale);
       for (int64_t r = 0; r < a.R; r += W) {
         const int rest = (int)min(W, a.R - r);
-        store_n(db + n * a.R + r, mul(load_n(rows + (n - n0) * R4 + r, rest), scale), rest);
+        vf v = mul(load_n(rows + (n - n0) * R4 + r, rest), scale);
+        if (a.gate) v = mul(v, load_n(a.gate + r, rest));
+        store_n(db + n * a.R + r, v, rest);
       }
     }
   });
@@ -501,7 +530,7 @@ void backward_pair(const BackwardPairArgs& a) {
   const bool small = a.M * a.N * a.R < SMALL;
   const int64_t chunks = small ? 1 : max(1, min(a.threads, a.M / PAIR_ROWS));
   const int64_t blocks = ld / 64, teams = small ? 1 : min(a.threads, blocks);
-#ifdef LK_DOT_BF16
+#ifdef LK_BF16_PAIRS
   const bool bf16_dot = a.dy.dtype == DType::bf16 && a.b.dtype == DType::bf16 && !a.c;
 #else
   const bool bf16_dot = false;
@@ -522,7 +551,7 @@ void backward_pair(const BackwardPairArgs& a) {
       for (int64_t i = blocks * t / teams; i < blocks * (t + 1) / teams; ++i) {
         const int64_t n0 = i * 64, count = min(64, a.N - n0);
         if (!bf16_dot) {
-          pack(q, a.R, n0, count, 64, 1.0f, a.c, bt + n0, ld, team + t * team_floats);
+          pack(q, a.R, n0, count, 64, 1.0f, nullptr, a.c, bt + n0, ld, team + t * team_floats);
           continue;
         }
         const bf16* b = static_cast<const bf16*>(a.b.data);

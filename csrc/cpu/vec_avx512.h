@@ -75,6 +75,37 @@ LK_INLINE void sum_lanes(const vf v[4], float* out) {
   _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1)));
 }
 
+// r[i][j] = r[j][i]
+LK_INLINE void transpose(vf r[W]) {
+  vf t[W];
+  __m512d u[W];
+#pragma GCC unroll 16
+  for (int i = 0; i < W; i += 2) {
+    t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < W; i += 4)
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      const __m512d a = _mm512_castps_pd(t[i + j]), b = _mm512_castps_pd(t[i + 2 + j]);
+      u[i + 2 * j] = _mm512_unpacklo_pd(a, b);
+      u[i + 2 * j + 1] = _mm512_unpackhi_pd(a, b);
+    }
+  // u[4g + c], lane l of four: column 4l + c of rows 4g ... 4g + 3.
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    const __m512d a = _mm512_shuffle_f64x2(u[c], u[4 + c], 0x88),
+                  b = _mm512_shuffle_f64x2(u[8 + c], u[12 + c], 0x88),
+                  d = _mm512_shuffle_f64x2(u[c], u[4 + c], 0xDD),
+                  e = _mm512_shuffle_f64x2(u[8 + c], u[12 + c], 0xDD);
+    r[c] = _mm512_castpd_ps(_mm512_shuffle_f64x2(a, b, 0x88));
+    r[4 + c] = _mm512_castpd_ps(_mm512_shuffle_f64x2(d, e, 0x88));
+    r[8 + c] = _mm512_castpd_ps(_mm512_shuffle_f64x2(a, b, 0xDD));
+    r[12 + c] = _mm512_castpd_ps(_mm512_shuffle_f64x2(d, e, 0xDD));
+  }
+}
+
 using vu = __m512i;
 LK_INLINE vu splat_u(uint32_t a) { return _mm512_set1_epi32((int)a); }
 LK_INLINE vu lanes_from(uint32_t a) {

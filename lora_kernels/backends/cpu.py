@@ -1,13 +1,13 @@
-"""Native CPU kernels around the library's base product.
+"""Native CPU kernels, one call a direction.
 
-Forward: z = x·Wᵀ by oneDNN/MKL; P = D(x)·Aᵀ (`shrink`); y = c⊙(z + S·Bᵀ) + bias in one pass over
-y (`expand`). Backward: one read of dY gives dS and dB (`backward_pair`), `grad_a` gives dA, the
-library gives dZ·W and `expand` adds D'(dXA·A) to it in place.
+Forward: P = D(x)·Aᵀ; then either one pass that makes y = c⊙(x·Wᵀ + S·Bᵀ) + bias tile by tile in
+registers ("single pass"), or the library's x·Wᵀ and one in-place pass for the rest. Backward: one
+read of dY gives dS and dB; D(x) and dS give dA; dx is made as y is, with W in the other layout.
 
-Rounding points: the base product rounds to the compute dtype; P, S, dS and dXA are float32 and
-never rounded to 16 bits; y and dx are rounded once more when the rank update is added; each
-parameter's gradient is rounded once, from float32 to its own dtype. On avx512bf16 a
-bfloat16 subnormal counts as zero, as in the library's own bfloat16 products there.
+Rounding points: P, S, dS and dXA are float32 and never rounded to 16 bits. In a single pass y and
+dx round once, when they are stored; behind a library product, which rounds to the compute dtype,
+once more. Each parameter's gradient is rounded once, from float32 to its own dtype. On avx512bf16
+a bfloat16 subnormal counts as zero, as in the library's own bfloat16 products there.
 Deterministic for a given M, instruction set and thread count.
 """
 
@@ -19,6 +19,10 @@ from torch.nn.functional import linear
 
 from .. import reference
 from . import native
+
+SINGLE_PASS = "single pass"
+LIBRARY = "library product + rank update"
+SINGLE_PASS_ISAS = ("avx512", "avx512bf16")
 
 _DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -54,6 +58,15 @@ def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t if t.dtype is dtype else t.to(dtype)
 
 
+def _matrix(t: Tensor) -> Tensor:
+    """A matrix that is contiguous along its rows or along its columns."""
+    return t if t.stride(1) == 1 or t.stride(0) == 1 else t.contiguous()
+
+
+def _weight(t: Tensor | None) -> tuple[int, int, int]:
+    return (0, 0, 0) if t is None else (t.data_ptr(), t.stride(0), t.stride(1))
+
+
 def lora_linear(
     x: Tensor,
     weight: Tensor | None,
@@ -67,30 +80,32 @@ def lora_linear(
     rng: Tensor | None,
     dtype: torch.dtype,
     save_z: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """x [M, K] -> y [M, N] in `dtype`, P [M, R] float32, z [M, N] or [0]."""
-    kernels, threads = native.module, torch.get_num_threads()
-    assert kernels is not None
+    strategy: str,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """x [M, K] -> y [M, N] in `dtype`, P [M, R] float32, z [M, N] or None."""
+    assert native.module is not None
     x, lora_A = _rows(x), _rows(lora_A)
     (M, K), (N, R) = x.shape, lora_B.shape
+    xs = _cast(x, dtype)
     if weight is None:
         y = x.new_zeros(M, N, dtype=dtype)
+    elif strategy == SINGLE_PASS:
+        weight = _matrix(_cast(weight, dtype))
+        y = x.new_empty(M, N, dtype=dtype)
     else:
-        y = linear(_cast(x, dtype), _cast(weight, dtype))
+        y = linear(xs, _cast(weight, dtype))
+        weight = None
     p = x.new_empty(M, R, dtype=torch.float32)
-    z = y.new_empty((M, N) if save_z else (0,))
+    z = y.new_empty(M, N) if save_z else None
+    gate, c, b = _vector(rank_gate), _vector(column_scale), _vector(bias)
     rng_ptr, threshold, keep_scale = _mask(dropout_p, rng)
-    kernels.shrink(
-        x.data_ptr(), _DTYPE[x.dtype], x.stride(0), M, K,
-        lora_A.data_ptr(), _DTYPE[lora_A.dtype], lora_A.stride(0), R,
-        keep_scale, rng_ptr, threshold, p.data_ptr(), threads,
-    )  # fmt: skip
-    s = p if rank_gate is None else p * rank_gate
-    c, b = _vector(column_scale), _vector(bias)
-    kernels.expand(
-        y.data_ptr(), _DTYPE[dtype], N, M, N, s.data_ptr(), R,
-        lora_B.data_ptr(), _DTYPE[lora_B.dtype], lora_B.stride(1), lora_B.stride(0),
-        scaling, _ptr(c), _ptr(b), z.data_ptr() if save_z else 0, 0, 0, threads,
+    native.module.lora_linear(
+        x.data_ptr(), _DTYPE[x.dtype], x.stride(0), xs.data_ptr(), xs.stride(0), M, K, N, R,
+        *_weight(weight), lora_A.data_ptr(), _DTYPE[lora_A.dtype], lora_A.stride(0),
+        lora_B.data_ptr(), _DTYPE[lora_B.dtype], lora_B.stride(0), lora_B.stride(1),
+        scaling, keep_scale, _ptr(gate), _ptr(c), _ptr(b), rng_ptr, threshold,
+        p.data_ptr(), y.data_ptr(), _DTYPE[dtype], _ptr(z),
+        torch.get_num_threads(),
     )  # fmt: skip
     return y, p, z
 
@@ -102,7 +117,7 @@ def lora_linear_backward(
     lora_A: Tensor,
     lora_B: Tensor,
     p: Tensor,
-    z: Tensor,
+    z: Tensor | None,
     scaling: float,
     rank_gate: Tensor | None,
     column_scale: Tensor | None,
@@ -114,52 +129,37 @@ def lora_linear_backward(
     need_gate: bool,
     need_column_scale: bool,
     need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dy [M, N] -> dx, dA, dB, dg, dc, dbias; each of size 0 where it is not asked for."""
-    kernels, threads = native.module, torch.get_num_threads()
-    assert kernels is not None
-    dy, x = _rows(dy), _rows(x)
+    strategy: str,
+) -> tuple[Tensor | None, ...]:
+    """dy [M, N] -> dx, dA, dB, dg, dc, dbias; None where it is not asked for."""
+    assert native.module is not None
+    dy, x, lora_A = _rows(dy), _rows(x), _rows(lora_A)
     (M, K), (N, R) = x.shape, lora_B.shape
     dtype = dy.dtype
-    rng_ptr, threshold, keep_scale = _mask(dropout_p, rng)
-
-    def out(need: bool, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
-        return x.new_empty(shape if need else (0,), dtype=dtype)
-
-    need_ds = need_x or need_A or need_gate
-    # The gate's gradient wants dS itself; without a gate the kernel scales dS to dXA at once.
-    ds_scale = 1.0 if rank_gate is not None else scaling * keep_scale
-    ds, dB = out(need_ds, (M, R)), out(need_B, (N, R), lora_B.dtype)
-    dc, dbias = out(need_column_scale, (N,)), out(need_bias, (N,))
-    c = _vector(column_scale)
-    s = p if rank_gate is None else p * rank_gate
-    if need_ds or need_B or need_column_scale or need_bias:
-        kernels.backward_pair(
-            dy.data_ptr(), _DTYPE[dtype], dy.stride(0), M, N,
-            lora_B.data_ptr(), _DTYPE[lora_B.dtype], lora_B.stride(0), lora_B.stride(1), R,
-            s.data_ptr(), _ptr(c), z.data_ptr() if need_column_scale else 0, ds_scale, scaling,
-            ds.data_ptr() if need_ds else 0, dB.data_ptr() if need_B else 0, _DTYPE[lora_B.dtype],
-            dc.data_ptr() if need_column_scale else 0, dbias.data_ptr() if need_bias else 0,
-            threads,
-        )  # fmt: skip
-    dg = (ds * p).sum(0).mul_(scaling) if need_gate else out(False, ())
-    dxa = ds
-    if rank_gate is not None and need_ds:
-        dxa = ds * (rank_gate * (scaling * keep_scale))
-    dA = out(need_A, (R, K), lora_A.dtype)
-    if need_A:
-        kernels.grad_a(
-            x.data_ptr(), _DTYPE[x.dtype], x.stride(0), M, K, dxa.data_ptr(), R,
-            rng_ptr, threshold, dA.data_ptr(), _DTYPE[lora_A.dtype], threads,
-        )  # fmt: skip
+    dz = dy if column_scale is None or not need_x else dy * column_scale.to(dtype)
+    dx: Tensor | None = None
     if not need_x:
-        return out(False, ()), dA, dB, dg, dc, dbias
-    dz = dy if column_scale is None else dy * column_scale.to(dtype)
-    dx = x.new_zeros(M, K) if weight is None else torch.mm(dz, _cast(weight, dtype))
-    dx = _cast(dx, x.dtype)
-    kernels.expand(
-        dx.data_ptr(), _DTYPE[x.dtype], K, M, K, dxa.data_ptr(), R,
-        lora_A.data_ptr(), _DTYPE[lora_A.dtype], lora_A.stride(0), lora_A.stride(1),
-        1.0, 0, 0, 0, rng_ptr, threshold, threads,
+        weight = None
+    elif weight is None:
+        dx = x.new_zeros(M, K)
+    elif strategy == SINGLE_PASS:
+        dx, weight = x.new_empty(M, K), _matrix(_cast(weight, dtype))
+    else:
+        dx, weight = _cast(torch.mm(dz, _cast(weight, dtype)), x.dtype), None
+    dA = lora_A.new_empty(R, K) if need_A else None
+    dB = lora_B.new_empty(N, R) if need_B else None
+    dg = p.new_empty(R) if need_gate else None
+    dc = p.new_empty(N) if need_column_scale else None
+    dbias = p.new_empty(N) if need_bias else None
+    gate, c = _vector(rank_gate), _vector(column_scale)
+    rng_ptr, threshold, keep_scale = _mask(dropout_p, rng)
+    native.module.lora_linear_backward(
+        dy.data_ptr(), _DTYPE[dtype], dy.stride(0), dz.data_ptr(), dz.stride(0),
+        x.data_ptr(), _DTYPE[x.dtype], x.stride(0), M, K, N, R,
+        *_weight(weight), lora_A.data_ptr(), _DTYPE[lora_A.dtype], lora_A.stride(0),
+        lora_B.data_ptr(), _DTYPE[lora_B.dtype], lora_B.stride(0), lora_B.stride(1),
+        scaling, keep_scale, _ptr(gate), _ptr(c), rng_ptr, threshold,
+        p.data_ptr(), _ptr(z) if need_column_scale else 0,
+        _ptr(dx), _ptr(dA), _ptr(dB), _ptr(dg), _ptr(dc), _ptr(dbias), torch.get_num_threads(),
     )  # fmt: skip
     return dx, dA, dB, dg, dc, dbias

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from .. import reference
 
+LIBRARY = "library products, in-place addmm"  # its only strategy
+
 
 def _mm(a: Tensor, b: Tensor) -> Tensor:
     """a·b in the wider of their dtypes."""
@@ -61,8 +63,9 @@ def lora_linear(
     rng: Tensor | None,
     dtype: torch.dtype,
     save_z: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """x [M, K] -> y [M, N] in `dtype`, P [M, R] in float32 (or float64), z [M, N] or [0]."""
+    strategy: str,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """x [M, K] -> y [M, N] in `dtype`, P [M, R] in float32 (or float64), z [M, N] or None."""
     p = _mm(_dropped(x, dropout_p, rng), lora_A.t()).to(_stat_dtype(dtype))
     if rng is not None:
         p = p * reference.dropout_scale(dropout_p)
@@ -78,11 +81,8 @@ def lora_linear(
     if bias is not None:
         y = y + bias
     y = y.to(dtype)
-    if not save_z:
-        z = z.new_empty(0)
-    elif y is z:  # an op's outputs share no memory
-        z = z.clone()
-    return y, p, z
+    # An op's outputs share no memory.
+    return y, p, (z.clone() if y is z else z) if save_z else None
 
 
 def lora_linear_backward(
@@ -92,7 +92,7 @@ def lora_linear_backward(
     lora_A: Tensor,
     lora_B: Tensor,
     p: Tensor,
-    z: Tensor,
+    z: Tensor | None,
     scaling: float,
     rank_gate: Tensor | None,
     column_scale: Tensor | None,
@@ -104,17 +104,19 @@ def lora_linear_backward(
     need_gate: bool,
     need_column_scale: bool,
     need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dy [M, N] -> dx, dA, dB, dg, dc, dbias; each of size 0 where it is not asked for.
+    strategy: str,
+) -> tuple[Tensor | None, ...]:
+    """dy [M, N] -> dx, dA, dB, dg, dc, dbias; None where it is not asked for.
 
     dg is in p's dtype and is the gradient of `rank_gate`; dc and dbias likewise come back in p's
     dtype for the caller to round once.
     """
-    stat, none = p.dtype, dy.new_empty(0)
-    dx, dA, dB, dg, dc, dbias = (none.clone() for _ in range(6))
+    stat = p.dtype
+    dx = dA = dB = dg = dc = dbias = None
     if need_bias:
         dbias = dy.sum(0, dtype=stat)
     if need_column_scale:
+        assert z is not None
         dc = (dy.to(stat) * z.to(stat)).sum(0)
     dz = dy if column_scale is None else dy * column_scale
     if need_B:

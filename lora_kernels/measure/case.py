@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import functional, reference, select
-from ..backends import native
+from ..backends import cpu, native
 from . import tolerance
 from .tolerance import Verdict
 
@@ -211,13 +211,22 @@ def unit_roundoffs(case: Case) -> dict[str, float]:
     return {name: tolerance.unit_roundoff(*dtypes) for name, dtypes in coarsest.items()}
 
 
+# "eager", and the native kernels' instruction sets with each strategy that they have.
+ENGINES = (
+    "eager",
+    *(isa for isa in native.ISAS),
+    *(f"{isa} {cpu.SINGLE_PASS}" for isa in cpu.SINGLE_PASS_ISAS),
+)
+
+
 def engines() -> list[str]:
-    """What can run the equation here: "eager", then each instruction set of the native kernels."""
+    """Those of ENGINES that can run here."""
     found = ["eager"]
     if native.isa is not None:
         before = native.isa
-        found += [isa for isa in native.ISAS if native.use_isa(isa) == isa]
+        here = [isa for isa in native.ISAS if native.use_isa(isa) == isa]
         native.use_isa(before)
+        found += [name for name in ENGINES if name.split(" ")[0] in here]
     return found
 
 
@@ -229,10 +238,11 @@ def engine(name: str) -> Iterator[None]:
             yield
         return
     before = native.isa
+    isa, _, strategy = name.partition(" ")
     try:
-        if native.use_isa(name) != name:
+        if native.use_isa(isa) != isa:
             raise RuntimeError(f"engine: got {name!r}, this processor stops at {native.isa!r}")
-        with select.backend("cpu"):
+        with select.backend("cpu", strategy or cpu.LIBRARY):
             yield
     finally:
         if before is not None:

@@ -1,4 +1,4 @@
-"""Run a test once for the eager backend and once for each CPU instruction set.
+"""Run a test once for each of `case.ENGINES`.
 
 Placed above a test's other parametrizations the engine varies fastest, so that a case's reference
 is computed once for all of them.
@@ -6,7 +6,6 @@ is computed once for all of them.
 
 import pytest
 
-from lora_kernels.backends import native
 from lora_kernels.measure import case
 
 _here = case.engines()
@@ -18,6 +17,6 @@ def _engines(*names: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("engine", params, indirect=True)
 
 
-every_engine = _engines("eager", *native.ISAS)
-every_isa = _engines(*native.ISAS)
+every_engine = _engines(*case.ENGINES)
+every_native_engine = _engines(*case.ENGINES[1:])
 every_thread_count = pytest.mark.parametrize("threads", [1, 2, 3], indirect=True)

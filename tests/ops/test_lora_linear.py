@@ -103,6 +103,13 @@ def test_any_number_of_threads(
     check(Case(*shape, dtype, gate=True, column_scale=True, bias=True, dropout_p=0.1))
 
 
+@every_engine
+@pytest.mark.parametrize("dtype", [f32, bf16], ids=str)
+def test_long_sums(dtype: torch.dtype, engine: str) -> None:
+    """Of x·Wᵀ, dY·W, dA and dB; of several panels, the last one short."""
+    check(Case(33, 1285, 1285, 5, dtype, values="nonnegative"))
+
+
 @pytest.mark.proof
 @pytest.mark.parametrize("columns", WIDE, ids=str)
 @pytest.mark.parametrize("rank", RANKS)

@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 
 import lora_kernels
-from lora_kernels.backends import native
 from lora_kernels.measure import case as cases
 from lora_kernels.measure.case import Case
-from tests.ops.engines import every_isa, every_thread_count
+from tests.ops.engines import every_native_engine, every_thread_count
 
 GUARD = 64  # elements: the longest vector of the narrowest dtype, twice over
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -32,7 +31,7 @@ def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
     yield ends
 
 
-@every_isa
+@every_native_engine
 @every_thread_count
 @pytest.mark.parametrize(
     "shape", [(1, 1, 1, 1), (7, 65, 63, 5), (33, 17, 31, 16), (130, 100, 257, 64)], ids=str
@@ -50,21 +49,19 @@ def test_outputs_are_written_whole_and_nothing_else(
         assert end.isnan().all()
 
 
-@every_isa
-@pytest.mark.parametrize("N", [1, 15, 33, 64, 100, 257])
-@pytest.mark.parametrize("M", [1, 5, 33])
+@every_native_engine
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_expand_keeps_within_its_columns(dtype: torch.dtype, M: int, N: int, engine: str) -> None:
-    """y as columns of a wider matrix: what lies beside them and between the rows stays."""
-    R = 5
-    s, b = torch.ones(M, R), torch.ones(N, R)
-    wide = torch.full((M + 2, N + 2 * GUARD), 7.0, dtype=dtype)
-    y = wide[1:-1, GUARD:-GUARD]
-    y.zero_()
-    native.module.expand(
-        y.data_ptr(), DTYPES[dtype], y.stride(0), M, N, s.data_ptr(), R,
-        b.data_ptr(), DTYPES[b.dtype], b.stride(1), b.stride(0), 1.0, 0, 0, 0, 0, 0, 1,
-    )  # fmt: skip
-    assert y.eq(R).all()
-    y.fill_(7.0)
-    assert wide.eq(7.0).all()
+def test_nothing_beside_the_inputs_is_read(dtype: torch.dtype, engine: str) -> None:
+    """NaN before, after and between the rows of each matrix reaches no result."""
+    args = cases.inputs(Case(7, 65, 63, 5, dtype, dropout_p=0.1))
+
+    def surrounded(t: Tensor) -> Tensor:
+        wide = torch.full((t.shape[0] + 2, t.shape[1] + 2 * GUARD), float("nan"), dtype=t.dtype)
+        wide[1:-1, GUARD:-GUARD] = t.detach()
+        return wide[1:-1, GUARD:-GUARD].requires_grad_(t.requires_grad)
+
+    names = ("x", "weight", "lora_A", "lora_B", "dy")
+    results = cases.run(lora_kernels.lora_linear, args)
+    among_nan = {**args, **{name: surrounded(args[name]) for name in names}}
+    for name, result in cases.run(lora_kernels.lora_linear, among_nan).items():
+        assert torch.equal(result, results[name]), name

@@ -9,11 +9,11 @@ import torch
 
 import lora_kernels
 from lora_kernels import select
-from lora_kernels.backends import native
+from lora_kernels.backends import cpu, native
 from lora_kernels.measure import case as cases
 from lora_kernels.measure.case import Case, inputs, judge
 
-f32, f64 = torch.float32, torch.float64
+f32, f64, bf16 = torch.float32, torch.float64, torch.bfloat16
 needs_native = pytest.mark.skipif(native.module is None, reason="the native kernels were not built")
 
 
@@ -46,6 +46,48 @@ def test_eager_says_why(arguments: dict[str, object], word: str) -> None:
     assert word in choice.reason
     with lora_kernels.backend("cpu"), pytest.raises(RuntimeError, match=word):
         choose(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("isa", "amx", "dtype", "rows", "strategy"),
+    [
+        ("avx512bf16", False, f32, 2, cpu.SINGLE_PASS),
+        ("avx512", False, f32, 2, cpu.SINGLE_PASS),
+        ("avx512bf16", True, f32, 2, cpu.SINGLE_PASS),
+        ("avx512bf16", False, bf16, 64, cpu.SINGLE_PASS),
+        ("avx512bf16", True, bf16, 64, cpu.LIBRARY),
+        ("avx512bf16", False, bf16, 63, cpu.LIBRARY),
+        ("avx512bf16", False, f32, 1, cpu.LIBRARY),
+        ("avx2", False, f32, 2, cpu.LIBRARY),
+        ("scalar", False, f32, 2, cpu.LIBRARY),
+        ("avx512", False, bf16, None, f"{cpu.SINGLE_PASS}; under 64 rows {cpu.LIBRARY}"),
+    ],
+)
+def test_strategies(
+    monkeypatch: pytest.MonkeyPatch,
+    isa: str,
+    amx: bool,
+    dtype: torch.dtype,
+    rows: int | None,
+    strategy: str,
+) -> None:
+    monkeypatch.setattr(native, "reason", None)
+    monkeypatch.setattr(native, "isa", isa)
+    monkeypatch.setattr(native, "amx_bf16", amx)
+    choice = select.lora_linear("cpu", dtype, dtype, dtype, dtype, 8, rows)
+    assert choice.strategy == strategy
+    assert ("AMX" in choice.reason) == (amx and dtype is bf16)
+
+
+@needs_native
+def test_forcing_a_strategy(monkeypatch: pytest.MonkeyPatch) -> None:
+    with lora_kernels.backend("cpu", cpu.LIBRARY):
+        assert select.lora_linear("cpu", f32, f32, f32, f32, 8, 999).strategy == cpu.LIBRARY
+    with pytest.raises(ValueError, match="'double pass'"), lora_kernels.backend("cpu", "double pass"):
+        pass
+    monkeypatch.setattr(native, "isa", "avx2")
+    with lora_kernels.backend("cpu", cpu.SINGLE_PASS), pytest.raises(RuntimeError, match="avx2"):
+        choose()
 
 
 def test_rank_above_the_kernels_is_right() -> None:

@@ -70,7 +70,7 @@ class Project:
             shutil.copy(ROOT / "csrc" / "cpu" / name, self.csrc / "cpu")
         (self.csrc / "bindings.cpp").write_text(BINDINGS)
         kernels = (f"kernels_{isa}" for isa in ("scalar", "avx2", "avx512", "avx512bf16"))
-        for unit in ("dispatch", "threads", *kernels):
+        for unit in ("dispatch", "layer", "threads", *kernels):
             (self.csrc / "cpu" / f"{unit}.cpp").write_text(f"int {unit}_marker = 1;\n")
 
     def setup(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

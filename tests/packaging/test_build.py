@@ -22,7 +22,9 @@ X86_64_UNITS = {
     "kernels_avx512.cpp": AVX512,
     "kernels_avx512bf16.cpp": AVX512 | {"-mavx512bf16"},
 }
-BASELINE_UNITS = ("bindings.cpp", "cpuid.cpp", "dispatch.cpp", "threads.cpp", "kernels_scalar.cpp")
+BASELINE_UNITS = (
+    "bindings.cpp", "cpuid.cpp", "dispatch.cpp", "layer.cpp", "threads.cpp", "kernels_scalar.cpp",
+)  # fmt: skip
 
 
 def machine_flags(project: Project) -> dict[str, set[str]]:

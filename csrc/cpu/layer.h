@@ -1,0 +1,40 @@
+// One call a direction: which kernels a layer's forward and backward run, in which order.
+#pragma once
+#include "kernels.h"
+
+namespace lora_kernels {
+
+// y = c * (x W^T + ((mask(x) A^T) * gate) B^T * scaling * keep_scale) + bias. w [N, K] is
+// contiguous one way or the other; where w.data is null, y (in the backward dx) holds the base
+// product already.
+struct Layer {
+  Matrix w, a, b;  // a: [R, K] with contiguous rows; b: [N, R], any strides
+  int64_t M, K, N, R;
+  float scaling, keep_scale;     // alpha / r, 1 / (1 - p)
+  const float *gate, *c, *bias;  // or null
+  Dropout dropout;
+  int threads;
+};
+
+// P[M, R] = keep_scale * mask(x) A^T, y, and where z is given the bracket that c multiplies.
+struct Forward {
+  Matrix x, xs;  // xs: x in the dtype of the base product
+  float* p;
+  void* y;
+  DType dtype;
+  void* z;
+};
+
+// Gradients whose pointers are null are not computed. dz is c * dy; z as kept by the forward.
+struct Backward {
+  Matrix dy, dz, x;
+  const float* p;
+  const void* z;
+  void *dx, *da, *db;  // in x's, A's and B's dtypes
+  float *dg, *dc, *dbias;
+};
+
+void lora_linear(const Layer& layer, const Forward& f);
+void lora_linear_backward(const Layer& layer, const Backward& g);
+
+}  // namespace lora_kernels

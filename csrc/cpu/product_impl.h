@@ -1,0 +1,245 @@
+#pragma once
+// The layer in a single pass, for the AVX-512 units: base product, rank update and epilogue of a
+// tile of y while its sums are in registers. Follows kernels_impl.h.
+//
+// The sum runs over words: a float32, or, where the unit has LK_BF16_PAIRS and both operands are
+// bf16, a Pair. Other 16-bit elements are widened as W is packed and x is read.
+#include <type_traits>
+
+namespace lora_kernels {
+namespace {
+
+constexpr int64_t WORDS = 320;        // of the sum in one packed panel at most: 80 KB of L2
+constexpr int64_t BLOCK_TILES = 160;  // tiles of rows that share a packed panel: 240 KB of sums
+constexpr int64_t TILE = Y_ROWS * VW;
+
+template <typename Word>
+constexpr int64_t ELEMENTS = 1;  // in a word
+template <>
+constexpr int64_t ELEMENTS<Pair> = 2;
+
+// Words summed in one chain. Float32 results show a longer one's rounding.
+template <typename Word>
+constexpr int64_t CHAIN = 160;
+template <>
+constexpr int64_t CHAIN<Pair> = WORDS;
+
+LK_INLINE vf word_fma(vf a, vf b, vf acc, float) { return fma(a, b, acc); }
+template <typename Word>
+LK_INLINE vf splat_word(const Word* p) {
+  float word;
+  __builtin_memcpy(&word, p, sizeof word);
+  return splat(word);
+}
+
+// W words, of which the first `elements` elements exist.
+template <typename T>
+LK_INLINE vf load_words(const T* p, int64_t elements, float) {
+  return elements >= W ? load(p) : load_n(p, (int)elements);
+}
+
+// to[0 .. VW) = `count` words (a[n]), or pairs (a[n], b[n]) where b may be null; zero beyond.
+template <typename T>
+LK_INLINE void pack_row(const T* a, const T*, int64_t count, float* to, float) {
+  for (int64_t n = 0; n < VW; n += W)
+    store(to + n, n < count ? load_words(a + n, count - n, float{}) : zero());
+}
+#ifdef LK_BF16_PAIRS
+LK_INLINE void pack_row(const bf16* a, const bf16* b, int64_t count, float* to, Pair) {
+  for (int64_t n = 0; n < VW; n += 2 * W)
+    interleave(a + n, b ? b + n : nullptr, max(0, count - n), to + n);
+}
+#endif
+
+// to[word * VW + n] = W[k0 + k, n0 + n] for `depth` elements k and `count` columns, zero beyond
+// both; up to W - 1 words past the last are written.
+template <typename Word, typename T>
+LK_INLINE void pack_words(const Matrix& w, int64_t k0, int64_t depth, int64_t n0, int64_t count,
+                          float* to) {
+  constexpr int64_t E = ELEMENTS<Word>;
+  const T* const from = static_cast<const T*>(w.data) + k0 * w.row + n0 * w.col;
+  if (w.col == 1) {
+    for (int64_t k = 0; k < depth; k += E, to += VW) {
+      const T* row = from + k * w.row;
+      pack_row(row, k + 1 < depth ? row + w.row : nullptr, count, to, Word{});
+    }
+    return;
+  }
+  for (int64_t n = 0; n < VW; n += W)
+    for (int64_t k = 0; k < depth; k += W * E) {
+      vf r[W];
+      const T* rows = from + n * w.col + k;
+      if (n + W <= count && k + W * E <= depth)
+        LK_UNROLL for (int i = 0; i < W; ++i) r[i] = load_words(rows + i * w.col, W * E, Word{});
+      else
+        LK_UNROLL for (int i = 0; i < W; ++i) r[i] =
+            n + i < count ? load_words(rows + i * w.col, depth - k, Word{}) : zero();
+      transpose(r);
+      LK_UNROLL for (int i = 0; i < W; ++i) store(to + (k / E + i) * VW + n, r[i]);
+    }
+}
+
+// Asks for part `part` of `parts` of what pack_words will read, so that W comes while the panel
+// before it is at work.
+LK_INLINE void prefetch_words(const Matrix& w, int64_t bytes, int64_t k0, int64_t depth, int64_t n0,
+                              int64_t count, int64_t part, int64_t parts) {
+  const bool along_n = w.col == 1;
+  const int64_t stride = (along_n ? w.row : w.col) * bytes, rows = along_n ? depth : count;
+  const int64_t lines = ((along_n ? count : depth) * bytes + 63) / 64;
+  const char* const from = static_cast<const char*>(w.data) + (k0 * w.row + n0 * w.col) * bytes;
+  for (int64_t i = rows * part / parts; i < rows * (part + 1) / parts; ++i)
+    for (int64_t line = 0; line < lines; ++line)
+      __builtin_prefetch(from + i * stride + line * 64, 0, 2);
+}
+
+// acc += the sum over `words` of x times a packed panel.
+template <typename Word>
+LK_INLINE void product_tile(const Word* const x[Y_ROWS], int64_t words, const float* panel,
+                            vf acc[Y_ROWS][V]) {
+  for (int64_t k = 0; k < words; ++k, panel += VW) {
+    vf w[V];
+    LK_UNROLL for (int v = 0; v < V; ++v) w[v] = load(panel + v * W);
+    LK_UNROLL for (int i = 0; i < Y_ROWS; ++i) {
+      const vf b = splat_word(x[i] + k);
+      LK_UNROLL for (int v = 0; v < V; ++v) acc[i][v] = word_fma(b, w[v], acc[i][v], Word{});
+    }
+  }
+}
+
+// Where a tile's rows of x are: in x itself, or copied to `rows` as words with zeros at the end.
+template <typename Word, typename T>
+LK_INLINE void words_of_x(const Matrix& x, int64_t m, int64_t count, int64_t k, int64_t depth,
+                          float* rows, const Word* out[Y_ROWS]) {
+  using E = std::conditional_t<ELEMENTS<Word> == 2, bf16, float>;
+  const T* const from = static_cast<const T*>(x.data) + m * x.row + k;
+  for (int64_t i = 0; i < Y_ROWS; ++i) {
+    const int64_t row = min(i, count - 1);  // a short tile repeats its last row
+    if (std::is_same_v<T, E> && depth % ELEMENTS<Word> == 0) {
+      out[i] = reinterpret_cast<const Word*>(from + row * x.row);
+      continue;
+    }
+    E* const to = reinterpret_cast<E*>(rows + i * WORDS);
+    if (i == row) copy_kept(from + row * x.row, to, depth, round_up(depth, 2 * W), nullptr, 0, 0);
+    out[i] = reinterpret_cast<const Word*>(rows + row * WORDS);
+  }
+}
+
+LK_INLINE void store_tile(float* to, const vf acc[Y_ROWS][V]) {
+  LK_UNROLL for (int i = 0; i < Y_ROWS; ++i)
+      LK_UNROLL for (int v = 0; v < V; ++v) store(to + i * VW + v * W, acc[i][v]);
+}
+
+// Rows [m0, m1) by columns [n0, n0 + VW) of y, a panel of `step` words of the sum after another.
+// C holds the tiles' sums between panels, the last of which goes on to the epilogue from registers.
+// mask(S Q) is what pairs start from; of float32 it is a sum of its own, since a chain that starts
+// from it would lose more than separate products do.
+template <typename Word, typename T>
+LK_INLINE void product_block(const ProductArgs& a, const Philox& generator, int64_t m0, int64_t m1,
+                             int64_t n0, int64_t step, const float* q, float* panel, float* rows,
+                             float* C) {
+  constexpr int64_t E = ELEMENTS<Word>;
+  const ExpandArgs& u = a.update;
+  const int64_t n1 = min(n0 + VW, u.N), tiles = (m1 - m0 + Y_ROWS - 1) / Y_ROWS;
+  const bool plain = !(u.z || u.c || u.bias);
+  for (int64_t k = 0; k < a.K; k += step * E) {
+    const int64_t depth = min(step * E, a.K - k), next = k + depth;
+    pack_words<Word, T>(a.w, k, depth, n0, n1 - n0, panel);
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const int64_t m = m0 + tile * Y_ROWS, count = min(Y_ROWS, m1 - m);
+      float* const c = C + tile * TILE;
+      const bool held = k || E == 1;  // whether C holds this tile's sum so far
+      const auto sum = [&](int i, int v, int = W) {
+        return held ? load(c + i * VW + v * W) : zero();
+      };
+      vf acc[Y_ROWS][V];
+      if (k == 0) {
+        const float* s[Y_ROWS];
+        for (int64_t i = 0; i < Y_ROWS; ++i) s[i] = u.s + (m + min(i, count - 1)) * u.R;
+        rank_tile(s, u.R, q, VW, acc);
+        if (u.dropout.rng) {
+          uint64_t bits[Y_ROWS];
+          for (int64_t i = 0; i < Y_ROWS; ++i) bits[i] = keep64(generator, m + i, n0);
+          mask_tile(bits, 0, acc);
+        }
+        if (held) store_tile(c, acc);
+      }
+      if (held)
+        LK_UNROLL for (int i = 0; i < Y_ROWS; ++i) LK_UNROLL for (int v = 0; v < V; ++v) acc[i][v] =
+            zero();
+      const Word* x[Y_ROWS];
+      words_of_x<Word, T>(a.x, m, count, k, depth, rows, x);
+      product_tile(x, (depth + E - 1) / E, panel, acc);
+      if (next < a.K)
+        prefetch_words(a.w, sizeof(T), next, min(step * E, a.K - next), n0, n1 - n0, tile, tiles);
+      else if (n1 < u.N)
+        prefetch_words(a.w, sizeof(T), 0, min(step * E, a.K), n1, min(VW, u.N - n1), tile, tiles);
+      if (next < a.K) {
+        LK_UNROLL for (int i = 0; i < Y_ROWS; ++i) LK_UNROLL for (int v = 0; v < V; ++v) acc[i][v] =
+            add(sum(i, v), acc[i][v]);
+        store_tile(c, acc);
+        continue;
+      }
+      with_type(u.dtype, [&](auto type) {
+        using TY = decltype(type);
+        if (plain)
+          finish_tile<TY, true>(u, m, count, n0, n1, acc, sum);
+        else
+          finish_tile<TY, false>(u, m, count, n0, n1, acc, sum);
+      });
+    }
+  }
+}
+
+// Y = c * (X W + alpha * mask(S Q)) + bias. A task is a tile of Y_ROWS rows by VW columns, in order
+// of columns; a thread packs WORDS of W's columns at a time and passes its rows over them, so that
+// x comes from L3 or memory once a panel and W once a block of rows. Sums in float32, each over
+// up to CHAIN words and then over these; y rounds once (z likewise). No result depends on the
+// number of threads. Tested by tests/ops.
+template <typename Word, typename T>
+LK_INLINE void product_of(const ProductArgs& a) {
+  const ExpandArgs& u = a.update;
+  const int64_t panels = (u.N + VW - 1) / VW, tiles = (u.M + Y_ROWS - 1) / Y_ROWS;
+  const int64_t tasks = panels * tiles;
+  if (!tasks) return;
+  const int64_t chunks = u.M * u.N * a.K < SMALL ? 1 : min(u.threads, tasks);
+  const Philox generator = philox(u.dropout);
+  // Panels of equal depth: a short last one would cost each tile a pass for little.
+  const int64_t words = (a.K + ELEMENTS<Word> - 1) / ELEMENTS<Word>;
+  const int64_t steps = (words + CHAIN<Word> - 1) / CHAIN<Word>, step = (words + steps - 1) / steps;
+  const int64_t q_floats = round_up(u.R, 4) * VW, staging = round_up(staging_floats(VW, u.R), W);
+  const int64_t chunk_floats =
+      q_floats + staging + WORDS * VW + Y_ROWS * WORDS + min(tiles, BLOCK_TILES) * TILE;
+  Scratch scratch(chunks * chunk_floats * 4);
+  parallel(u.threads, chunks, [&](int64_t chunk) {
+    float* const q = static_cast<float*>(scratch.data) + chunk * chunk_floats;
+    float* const panel = q + q_floats + staging;
+    float* const rows = panel + WORDS * VW;
+    float* const C = rows + Y_ROWS * WORDS;
+    const int64_t stop = tasks * (chunk + 1) / chunks;
+    for (int64_t task = tasks * chunk / chunks, packed = -1; task < stop;) {
+      const int64_t n0 = task / tiles * VW, tile = task % tiles;
+      const int64_t last = min(min(tiles, tile + BLOCK_TILES), tile + stop - task);
+      if (packed != n0)
+        pack(u.q, u.R, n0, min(VW, u.N - n0), VW, u.alpha, u.gate, nullptr, q, VW, q + q_floats);
+      packed = n0;
+      product_block<Word, T>(a, generator, tile * Y_ROWS, min(u.M, last * Y_ROWS), n0, step, q,
+                             panel, rows, C);
+      task += last - tile;
+    }
+  });
+}
+
+void product(const ProductArgs& a) {
+  with_type(a.x.dtype, [&](auto type) {
+    using T = decltype(type);
+#ifdef LK_BF16_PAIRS
+    using Word = std::conditional_t<std::is_same_v<T, bf16>, Pair, float>;
+#else
+    using Word = float;
+#endif
+    product_of<Word, T>(a);
+  });
+}
+
+}  // namespace
+}  // namespace lora_kernels

@@ -27,33 +27,61 @@ Matrix matrix(Pointer p, int dtype, int64_t row, int64_t col = 1) {
 
 Dropout dropout(Pointer rng, uint32_t threshold) { return {as<const int64_t>(rng), threshold}; }
 
-void forward(Pointer x, int x_dtype, int64_t x_row, Pointer xs, int64_t xs_row, int64_t M,
-             int64_t K, int64_t N, int64_t R, Pointer w, int64_t w_row, int64_t w_col, Pointer a,
-             int a_dtype, int64_t a_row, Pointer b, int b_dtype, int64_t b_row, int64_t b_col,
-             float scaling, float keep_scale, Pointer gate, Pointer c, Pointer bias, Pointer rng,
-             uint32_t threshold, Pointer p, Pointer y, int y_dtype, Pointer z, int threads) {
+void forward(Pointer x, int x_dtype, int64_t x_row, Pointer xs, int dtype, int64_t xs_row,
+             int64_t M, int64_t K, int64_t N, int64_t R, Pointer w, int64_t w_row, int64_t w_col,
+             const Codes4bit* codes, Pointer a, int a_dtype, int64_t a_row, Pointer b, int b_dtype,
+             int64_t b_row, int64_t b_col, float scaling, float keep_scale, Pointer gate, Pointer c,
+             Pointer bias, Pointer rng, uint32_t threshold, Pointer p, Pointer y, int y_dtype,
+             Pointer z, int threads) {
   lora_linear(
-      {matrix(w, y_dtype, w_row, w_col), matrix(a, a_dtype, a_row),
-       matrix(b, b_dtype, b_row, b_col), M, K, N, R, scaling, keep_scale, as<const float>(gate),
-       as<const float>(c), as<const float>(bias), dropout(rng, threshold), threads},
-      {matrix(x, x_dtype, x_row), matrix(xs, y_dtype, xs_row), as<float>(p), as<void>(y),
+      {matrix(w, dtype, w_row, w_col), matrix(a, a_dtype, a_row), matrix(b, b_dtype, b_row, b_col),
+       codes, M, K, N, R, scaling, keep_scale, as<const float>(gate), as<const float>(c),
+       as<const float>(bias), dropout(rng, threshold), threads},
+      {matrix(x, x_dtype, x_row), matrix(xs, dtype, xs_row), as<float>(p), as<void>(y),
        static_cast<DType>(y_dtype), as<void>(z)});
 }
 
-void backward(Pointer dy, int dtype, int64_t dy_row, Pointer dz, int64_t dz_row, Pointer x,
-              int x_dtype, int64_t x_row, int64_t M, int64_t K, int64_t N, int64_t R, Pointer w,
-              int64_t w_row, int64_t w_col, Pointer a, int a_dtype, int64_t a_row, Pointer b,
-              int b_dtype, int64_t b_row, int64_t b_col, float scaling, float keep_scale,
-              Pointer gate, Pointer c, Pointer rng, uint32_t threshold, Pointer p, Pointer z,
-              Pointer dx, Pointer da, Pointer db, Pointer dg, Pointer dc, Pointer dbias,
-              int threads) {
+void backward(Pointer dy, int dy_dtype, int64_t dy_row, Pointer dz, int dtype, int64_t dz_row,
+              Pointer x, int x_dtype, int64_t x_row, int64_t M, int64_t K, int64_t N, int64_t R,
+              Pointer w, int64_t w_row, int64_t w_col, const Codes4bit* codes, Pointer a,
+              int a_dtype, int64_t a_row, Pointer b, int b_dtype, int64_t b_row, int64_t b_col,
+              float scaling, float keep_scale, Pointer gate, Pointer c, Pointer rng,
+              uint32_t threshold, Pointer p, Pointer z, Pointer dx, Pointer da, Pointer db,
+              Pointer dg, Pointer dc, Pointer dbias, int threads) {
   lora_linear_backward(
       {matrix(w, dtype, w_row, w_col), matrix(a, a_dtype, a_row), matrix(b, b_dtype, b_row, b_col),
-       M, K, N, R, scaling, keep_scale, as<const float>(gate), as<const float>(c), nullptr,
+       codes, M, K, N, R, scaling, keep_scale, as<const float>(gate), as<const float>(c), nullptr,
        dropout(rng, threshold), threads},
-      {matrix(dy, dtype, dy_row), matrix(dz, dtype, dz_row), matrix(x, x_dtype, x_row),
+      {matrix(dy, dy_dtype, dy_row), matrix(dz, dtype, dz_row), matrix(x, x_dtype, x_row),
        as<const float>(p), as<const void>(z), as<void>(dx), as<void>(da), as<void>(db),
        as<float>(dg), as<float>(dc), as<float>(dbias)});
+}
+
+int log2_of(int64_t power) {
+  int n = 0;
+  while (int64_t{1} << n < power) ++n;
+  return n;
+}
+
+Codes4bit codes_4bit(Pointer packed, Pointer code, Pointer absmax, Pointer nested_code,
+                     Pointer nested_absmax, Pointer offset, int64_t block, int64_t nested_block,
+                     int64_t N, int64_t K) {
+  return {as<const uint8_t>(packed),
+          as<const float>(code),
+          as<const void>(absmax),
+          as<const float>(nested_code),
+          as<const float>(nested_absmax),
+          offset ? *as<const float>(offset) : 0.0f,
+          log2_of(block),
+          log2_of(nested_block),
+          N,
+          K};
+}
+
+void dequantize(const Codes4bit& codes, int64_t n0, int64_t rows, int64_t k0, int64_t cols,
+                Pointer to, int dtype, int64_t ld, int threads) {
+  kernels().dequantize(
+      {codes, n0, rows, k0, cols, as<void>(to), static_cast<DType>(dtype), ld, threads});
 }
 
 const char* use_isa_named(const std::string& name) {
@@ -73,6 +101,8 @@ PYBIND11_MODULE(_native, m) {
         "Run on the thread pool of the OpenMP runtime that torch carries; returns its file, or "
         "None where there is none and the kernels run on the calling thread.");
   const auto release = py::call_guard<py::gil_scoped_release>();
+  py::class_<Codes4bit>(m, "Codes4bit").def(py::init(&codes_4bit));
+  m.def("dequantize", dequantize, release);
   m.def("lora_linear", forward, release);
   m.def("lora_linear_backward", backward, release);
 }

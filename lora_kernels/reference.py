@@ -8,6 +8,8 @@ Everything else in this package is checked against these few lines and their der
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -105,3 +107,105 @@ def lora_linear(
     z = x @ weight.T + ((dropped @ lora_A.T) * gate) @ lora_B.T
     y = z if column_scale is None else z * column_scale
     return y if bias is None else y + bias
+
+
+_SMALLEST_SCALE = 1e-38  # what a block is divided by if its largest element is smaller still
+
+
+def _scale_blocks(values: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+    """float32[n] over its blocks' largest magnitudes, in [-1, 1], and those: float32[blocks].
+
+    Exactly bitsandbytes' default backend, which treats a short last block its own way: it divides
+    where full blocks are multiplied by the reciprocal (they differ in the last bit), and it returns
+    the scale raised to the smallest one, where full blocks return 0 for zeros.
+    """
+    count = values.numel() // blocksize
+    full, tail = values[: count * blocksize].view(count, blocksize), values[count * blocksize :]
+    absmax = full.abs().amax(dim=1)
+    scaled = (full * (1.0 / absmax.clamp(min=_SMALLEST_SCALE))[:, None]).flatten()
+    if tail.numel():
+        tail_absmax = tail.abs().amax().clamp(min=_SMALLEST_SCALE)
+        absmax = torch.cat([absmax, tail_absmax[None]])
+        scaled = torch.cat([scaled, tail / tail_absmax])
+    return scaled.clamp(-1, 1), absmax
+
+
+def quantize_4bit(
+    weight: Tensor, thresholds: Tensor, order: Tensor, blocksize: int
+) -> tuple[Tensor, Tensor]:
+    """A weight of any shape to two codes a byte and a scale a block, bitsandbytes' way.
+
+    weight: float32, bfloat16 or float16, finite, flattened row by row; blocks run over the flat
+    tensor and the last may be short. thresholds float32[15] and order uint8[16] as
+    `quantization.codebooks` has them. Returns packed uint8[⌈n/2⌉], the even element in the high
+    nibble, and absmax float32[⌈n/blocksize⌉]. Where n is odd the last low nibble is the code of 0.
+
+    >>> packed, absmax = quantize_4bit(torch.tensor([[1.0, -2.0, 0.5]]),
+    ...     torch.linspace(-0.9375, 0.9375, 15), torch.arange(16, dtype=torch.uint8), 32)
+    >>> packed.tolist(), absmax.tolist()  # codes 11, 0, 9, and 7 for nothing
+    ([176, 151], [2.0])
+    """
+    scaled, absmax = _scale_blocks(weight.flatten().float(), blocksize)
+    if scaled.numel() % 2:
+        scaled = torch.cat([scaled, scaled.new_zeros(1)])
+    codes = order[torch.bucketize(scaled, thresholds)]
+    return (codes[::2] << 4) | codes[1::2], absmax
+
+
+def dequantize_4bit(
+    packed: Tensor,
+    scales: Tensor,
+    code: Tensor,
+    blocksize: int,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+) -> Tensor:
+    """The weight that packed codes stand for: code × scale in float32, rounded once to `dtype`.
+
+    packed uint8[⌈n/2⌉], scales float32[⌈n/blocksize⌉], code float32[16], n the elements of shape.
+
+    >>> packed, scales = torch.tensor([0x21, 0x30], dtype=torch.uint8), torch.tensor([0.5])
+    >>> dequantize_4bit(packed, scales, torch.arange(16.0), 32, (1, 3), torch.float32)
+    tensor([[1.0000, 0.5000, 1.5000]])
+    """
+    n = math.prod(shape)
+    codes = torch.stack([packed >> 4, packed & 15], dim=1).flatten()[:n]
+    return (code[codes.long()] * scales.repeat_interleave(blocksize)[:n]).view(shape).to(dtype)
+
+
+def quantize_scales(
+    absmax: Tensor, nested_code: Tensor, nested_blocksize: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Nested quantization: scales less their mean, in 8 bits, with a scale a block of their own.
+
+    absmax float32[blocks], nested_code float32[256] rising. Returns codes uint8[blocks],
+    nested_absmax float32[⌈blocks/nested_blocksize⌉] and the mean, float32[]. The mean is torch's
+    own sum, whose order changes with the thread count on very large weights.
+
+    >>> codes, nested_absmax, offset = quantize_scales(
+    ...     torch.tensor([1.0, 2.0, 3.0]), torch.linspace(-1, 1, 256), 256)
+    >>> codes.tolist(), nested_absmax.tolist(), offset.item()
+    ([0, 127, 255], [1.0], 2.0)
+    """
+    offset = absmax.mean()
+    scaled, nested_absmax = _scale_blocks(absmax - offset, nested_blocksize)
+    thresholds = (nested_code[:-1] + nested_code[1:]) / 2
+    return torch.bucketize(scaled, thresholds).to(torch.uint8), nested_absmax, offset
+
+
+def dequantize_scales(
+    codes: Tensor,
+    nested_absmax: Tensor,
+    nested_code: Tensor,
+    offset: Tensor,
+    nested_blocksize: int,
+) -> Tensor:
+    """Nested scales decoded, float32[blocks]: code × nested scale, rounded, + offset, rounded.
+
+    >>> dequantize_scales(torch.tensor([0, 255], dtype=torch.uint8), torch.tensor([4.0]),
+    ...     torch.linspace(-1, 1, 256), torch.tensor(5.0), 256)
+    tensor([1., 9.])
+    """
+    nested_scales = nested_absmax.repeat_interleave(nested_blocksize)[: codes.numel()]
+    product = nested_code[codes.long()] * nested_scales
+    return product + offset

@@ -23,10 +23,10 @@ STRATEGIES = {"eager": (eager.LIBRARY,), "cpu": (cpu.SINGLE_PASS, cpu.LIBRARY)}
 BACKENDS = tuple(STRATEGIES)
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# From how many rows of x a single pass beats the library's product and a pass after it: measured
-# with `lora-kernels bench --rows` on 2 threads of AMD family 26, torch 2.15 (benchmarks/NOTES.md).
-# Where nothing was measured it stands to reason: the kernel runs at 85 to 90 % of the multipliers'
-# peak, which no library passes, unless it has matrix registers (AMX) for bfloat16.
+# From how many rows of x a step in a single pass beats the library's product and a pass after it:
+# measured on 2 threads of AMD family 26 with torch 2.15 (benchmarks/NOTES.md). On other processors
+# the same is expected, since the kernel runs near the multipliers' peak, which a library can reach
+# but not pass, unless it has matrix registers (AMX) for bfloat16.
 SINGLE_PASS_ROWS = {torch.float32: 2, torch.bfloat16: 64, torch.float16: 2}
 
 

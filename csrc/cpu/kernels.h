@@ -26,6 +26,19 @@ struct Matrix {
   int64_t row, col;
 };
 
+// A 4-bit weight [N, K] in bitsandbytes' layout: codes packed along the flattened rows, the even
+// element in the high nibble; one scale a block of `1 << log2_block` elements, which may straddle
+// rows. Nested scales are code2[absmax[i]] * absmax2[i >> log2_nested] + offset, rounded twice.
+struct Codes4bit {
+  const uint8_t* packed;
+  const float* code;                         // [16]
+  const void* absmax;                        // float; where nested, uint8
+  const float *nested_code, *nested_absmax;  // null unless nested
+  float offset;
+  int log2_block, log2_nested;
+  int64_t N, K;
+};
+
 struct Dropout {
   const int64_t* rng;  // seed, offset; null: keep everything
   uint32_t threshold;
@@ -58,9 +71,13 @@ struct ExpandArgs {
 };
 
 // Y[M, N] = c * (X W + alpha * mask((S * gate) Q)) + bias: as ExpandArgs, with the product in place
-// of what Y held. W[k, n] has X's dtype and is contiguous along k (row 1) or along n (col 1).
+// of what Y held. W[k, n] has X's dtype and is contiguous along k (row 1) or along n (col 1);
+// given as codes, it is their transpose where k_inner (the forward), else the codes' own [N, K]
+// (dx).
 struct ProductArgs {
   Matrix x, w;
+  const Codes4bit* codes;  // or null
+  bool k_inner;
   int64_t K;
   ExpandArgs update;
 };
@@ -91,11 +108,34 @@ struct GradAArgs {
   int threads;
 };
 
+// to[rows, cols] (rows ld apart) = the weight's rows from n0 and columns from k0 on, each element
+// its code times its scale in float32, rounded once to dtype.
+struct DequantizeArgs {
+  Codes4bit codes;
+  int64_t n0, rows, k0, cols;
+  void* to;
+  DType dtype;
+  int64_t ld;
+  int threads;
+};
+
+// The layer for a few rows of x, the weight decoded in registers: ExpandArgs' equation with X W^T
+// in place of what Y held. Q is B^T. At most FEW_ROWS rows; x is what the product takes, in its
+// dtype.
+constexpr int64_t FEW_ROWS = 4;
+struct FewRowsArgs {
+  Matrix x;
+  Codes4bit codes;
+  ExpandArgs update;
+};
+
 struct Kernels {
   void (*shrink)(const ShrinkArgs&);
   void (*expand)(const ExpandArgs&);
   void (*backward_pair)(const BackwardPairArgs&);
   void (*grad_a)(const GradAArgs&);
+  void (*dequantize)(const DequantizeArgs&);
+  void (*few_rows)(const FewRowsArgs&);
   void (*product)(const ProductArgs&);  // null where the library's product is left to it
 };
 

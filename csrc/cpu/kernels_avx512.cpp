@@ -1,7 +1,9 @@
 #include "vec_avx512.h"
 #include "kernels_impl.h"
+#include "codes_impl.h"
 #include "product_impl.h"
 
 namespace lora_kernels {
-extern const Kernels kernels_avx512 = {shrink, expand, backward_pair, grad_a, product};
+extern const Kernels kernels_avx512 = {shrink,     expand,   backward_pair, grad_a,
+                                       dequantize, few_rows, product};
 }

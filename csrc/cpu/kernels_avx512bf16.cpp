@@ -58,8 +58,10 @@ LK_INLINE void interleave(const bf16* a, const bf16* b, int64_t count, float* to
 }  // namespace lora_kernels
 
 #include "kernels_impl.h"
+#include "codes_impl.h"
 #include "product_impl.h"
 
 namespace lora_kernels {
-extern const Kernels kernels_avx512bf16 = {shrink, expand, backward_pair, grad_a, product};
+extern const Kernels kernels_avx512bf16 = {shrink,     expand,   backward_pair, grad_a,
+                                           dequantize, few_rows, product};
 }

@@ -24,9 +24,12 @@ void through_gate(const Layer& layer, const float* p, float* ds, float* dg) {
 }
 
 // y += alpha * mask((s * gate) q), with x w before it unless y holds that already.
-void product_or_expand(const Matrix& x, int64_t K, const Matrix& w, const ExpandArgs& update) {
-  if (w.data)
-    kernels().product({x, w, K, update});
+void product_or_expand(const Matrix& x, int64_t K, const Matrix& w, const Codes4bit* codes,
+                       bool k_inner, const ExpandArgs& update) {
+  if (codes && k_inner && update.M <= FEW_ROWS)
+    kernels().few_rows({x, *codes, update});
+  else if (w.data || codes)
+    kernels().product({x, w, codes, k_inner, K, update});
   else
     kernels().expand(update);
 }
@@ -36,7 +39,7 @@ void product_or_expand(const Matrix& x, int64_t K, const Matrix& w, const Expand
 void lora_linear(const Layer& l, const Forward& f) {
   kernels().shrink({f.x, l.a, l.M, l.K, l.R, l.keep_scale, l.dropout, f.p, l.threads});
   const Matrix w{l.w.data, l.w.dtype, l.w.col, l.w.row}, q{l.b.data, l.b.dtype, l.b.col, l.b.row};
-  product_or_expand(f.xs, l.K, w,
+  product_or_expand(f.xs, l.K, w, l.codes, true,
                     {f.y, f.dtype, l.N, l.M, l.N, l.R, f.p, q, l.scaling, l.gate, l.c, l.bias, f.z,
                      Dropout{nullptr, 0}, l.threads});
 }
@@ -56,7 +59,7 @@ void lora_linear_backward(const Layer& l, const Backward& g) {
   if (l.gate && need_ds) through_gate(l, g.p, ds, g.dg);
   if (g.da) kernels().grad_a({g.x, l.M, l.K, l.R, ds, l.dropout, g.da, l.a.dtype, l.threads});
   if (g.dx)
-    product_or_expand(g.dz, l.N, l.w,
+    product_or_expand(g.dz, l.N, l.w, l.codes, false,
                       {g.dx, g.x.dtype, l.K, l.M, l.K, l.R, ds, l.a, 1.0f, nullptr, nullptr,
                        nullptr, nullptr, l.dropout, l.threads});
 }

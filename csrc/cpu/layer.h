@@ -8,7 +8,8 @@ namespace lora_kernels {
 // contiguous one way or the other; where w.data is null, y (in the backward dx) holds the base
 // product already.
 struct Layer {
-  Matrix w, a, b;  // a: [R, K] with contiguous rows; b: [N, R], any strides
+  Matrix w, a, b;          // a: [R, K] with contiguous rows; b: [N, R], any strides
+  const Codes4bit* codes;  // w as codes, or null
   int64_t M, K, N, R;
   float scaling, keep_scale;     // alpha / r, 1 / (1 - p)
   const float *gate, *c, *bias;  // or null

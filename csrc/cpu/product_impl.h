@@ -1,9 +1,10 @@
 #pragma once
 // The layer in a single pass, for the AVX-512 units: base product, rank update and epilogue of a
-// tile of y while its sums are in registers. Follows kernels_impl.h.
+// tile of y while its sums are in registers. Follows codes_impl.h.
 //
 // The sum runs over words: a float32, or, where the unit has LK_BF16_PAIRS and both operands are
-// bf16, a Pair. Other 16-bit elements are widened as W is packed and x is read.
+// bf16, a Pair. Other 16-bit elements are widened as W is packed and x is read. A 4-bit W is
+// decoded a panel at a time, to bf16 beside pairs and to float32 else, and never written to memory.
 #include <type_traits>
 
 namespace lora_kernels {
@@ -79,6 +80,24 @@ LK_INLINE void pack_words(const Matrix& w, int64_t k0, int64_t depth, int64_t n0
     }
 }
 
+// The same of a 4-bit weight, whose panel is decoded to `decoded` first.
+template <typename Word>
+LK_INLINE void pack_codes(const Codes4bit& w, bool k_inner, int64_t k0, int64_t depth, int64_t n0,
+                          int64_t count, float* to, float* decoded) {
+  using E = std::conditional_t<ELEMENTS<Word> == 2, bf16, float>;
+  E* const panel = reinterpret_cast<E*>(decoded);
+  const Table t = table(w.code);
+  const DType dtype = ELEMENTS<Word> == 2 ? DType::bf16 : DType::f32;
+  if (k_inner) {
+    const int64_t ld = round_up(depth, 2 * W);
+    for (int64_t i = 0; i < count; ++i) decode_row(w, t, n0 + i, k0, depth, panel + i * ld);
+    pack_words<Word, E>({panel, dtype, 1, ld}, 0, depth, 0, count, to);
+  } else {
+    for (int64_t i = 0; i < depth; ++i) decode_row(w, t, k0 + i, n0, count, panel + i * VW);
+    pack_words<Word, E>({panel, dtype, VW, 1}, 0, depth, 0, count, to);
+  }
+}
+
 // Asks for part `part` of `parts` of what pack_words will read, so that W comes while the panel
 // before it is at work.
 LK_INLINE void prefetch_words(const Matrix& w, int64_t bytes, int64_t k0, int64_t depth, int64_t n0,
@@ -125,8 +144,8 @@ LK_INLINE void words_of_x(const Matrix& x, int64_t m, int64_t count, int64_t k, 
 }
 
 LK_INLINE void store_tile(float* to, const vf acc[Y_ROWS][V]) {
-  LK_UNROLL for (int i = 0; i < Y_ROWS; ++i)
-      LK_UNROLL for (int v = 0; v < V; ++v) store(to + i * VW + v * W, acc[i][v]);
+  LK_UNROLL for (int i = 0; i < Y_ROWS; ++i) LK_UNROLL for (int v = 0; v < V; ++v)
+      store(to + i * VW + v * W, acc[i][v]);
 }
 
 // Rows [m0, m1) by columns [n0, n0 + VW) of y, a panel of `step` words of the sum after another.
@@ -136,14 +155,17 @@ LK_INLINE void store_tile(float* to, const vf acc[Y_ROWS][V]) {
 template <typename Word, typename T>
 LK_INLINE void product_block(const ProductArgs& a, const Philox& generator, int64_t m0, int64_t m1,
                              int64_t n0, int64_t step, const float* q, float* panel, float* rows,
-                             float* C) {
+                             float* C, float* decoded) {
   constexpr int64_t E = ELEMENTS<Word>;
   const ExpandArgs& u = a.update;
   const int64_t n1 = min(n0 + VW, u.N), tiles = (m1 - m0 + Y_ROWS - 1) / Y_ROWS;
   const bool plain = !(u.z || u.c || u.bias);
   for (int64_t k = 0; k < a.K; k += step * E) {
     const int64_t depth = min(step * E, a.K - k), next = k + depth;
-    pack_words<Word, T>(a.w, k, depth, n0, n1 - n0, panel);
+    if (a.codes)
+      pack_codes<Word>(*a.codes, a.k_inner, k, depth, n0, n1 - n0, panel, decoded);
+    else
+      pack_words<Word, T>(a.w, k, depth, n0, n1 - n0, panel);
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int64_t m = m0 + tile * Y_ROWS, count = min(Y_ROWS, m1 - m);
       float* const c = C + tile * TILE;
@@ -169,9 +191,10 @@ LK_INLINE void product_block(const ProductArgs& a, const Philox& generator, int6
       const Word* x[Y_ROWS];
       words_of_x<Word, T>(a.x, m, count, k, depth, rows, x);
       product_tile(x, (depth + E - 1) / E, panel, acc);
-      if (next < a.K)
+      // Codes are few bytes and in order: the hardware's prefetcher sees to them.
+      if (!a.codes && next < a.K)
         prefetch_words(a.w, sizeof(T), next, min(step * E, a.K - next), n0, n1 - n0, tile, tiles);
-      else if (n1 < u.N)
+      else if (!a.codes && n1 < u.N)
         prefetch_words(a.w, sizeof(T), 0, min(step * E, a.K), n1, min(VW, u.N - n1), tile, tiles);
       if (next < a.K) {
         LK_UNROLL for (int i = 0; i < Y_ROWS; ++i) LK_UNROLL for (int v = 0; v < V; ++v) acc[i][v] =
@@ -205,16 +228,19 @@ LK_INLINE void product_of(const ProductArgs& a) {
   const Philox generator = philox(u.dropout);
   // Panels of equal depth: a short last one would cost each tile a pass for little.
   const int64_t words = (a.K + ELEMENTS<Word> - 1) / ELEMENTS<Word>;
-  const int64_t steps = (words + CHAIN<Word> - 1) / CHAIN<Word>, step = (words + steps - 1) / steps;
+  const int64_t steps = (words + CHAIN<Word> - 1) / CHAIN<Word>;
+  const int64_t step =
+      round_up((words + steps - 1) / steps, RUN);  // where codes are decoded at once
   const int64_t q_floats = round_up(u.R, 4) * VW, staging = round_up(staging_floats(VW, u.R), W);
-  const int64_t chunk_floats =
-      q_floats + staging + WORDS * VW + Y_ROWS * WORDS + min(tiles, BLOCK_TILES) * TILE;
+  const int64_t chunk_floats = q_floats + staging + WORDS * VW + Y_ROWS * WORDS +
+                               min(tiles, BLOCK_TILES) * TILE + (a.codes ? WORDS * VW : 0);
   Scratch scratch(chunks * chunk_floats * 4);
   parallel(u.threads, chunks, [&](int64_t chunk) {
     float* const q = static_cast<float*>(scratch.data) + chunk * chunk_floats;
     float* const panel = q + q_floats + staging;
     float* const rows = panel + WORDS * VW;
     float* const C = rows + Y_ROWS * WORDS;
+    float* const decoded = C + min(tiles, BLOCK_TILES) * TILE;
     const int64_t stop = tasks * (chunk + 1) / chunks;
     for (int64_t task = tasks * chunk / chunks, packed = -1; task < stop;) {
       const int64_t n0 = task / tiles * VW, tile = task % tiles;
@@ -223,7 +249,7 @@ LK_INLINE void product_of(const ProductArgs& a) {
         pack(u.q, u.R, n0, min(VW, u.N - n0), VW, u.alpha, u.gate, nullptr, q, VW, q + q_floats);
       packed = n0;
       product_block<Word, T>(a, generator, tile * Y_ROWS, min(u.M, last * Y_ROWS), n0, step, q,
-                             panel, rows, C);
+                             panel, rows, C, decoded);
       task += last - tile;
     }
   });

@@ -71,6 +71,24 @@ LK_INLINE void sum_lanes(const vf v[4], float* out) {
   _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
 }
 
+// The 16 values of a code, and W of them for W/2 bytes, the even element in the high nibble.
+struct Table {
+  __m256 low, high;
+};
+LK_INLINE Table table(const float* code) {
+  return {_mm256_loadu_ps(code), _mm256_loadu_ps(code + 8)};
+}
+LK_INLINE vf look_up(const Table& t, const uint8_t* p) {
+  int word;
+  std::memcpy(&word, p, 4);
+  const __m128i b = _mm_cvtsi32_si128(word);
+  const __m256i twice = _mm256_cvtepu8_epi32(_mm_unpacklo_epi8(b, b));
+  const __m256i index = _mm256_srlv_epi32(twice, _mm256_setr_epi32(4, 0, 4, 0, 4, 0, 4, 0));
+  const __m256 low = _mm256_permutevar8x32_ps(t.low, index),  // takes three bits of an index
+      high = _mm256_permutevar8x32_ps(t.high, index);
+  return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
+}
+
 using vu = __m256i;
 LK_INLINE vu splat_u(uint32_t a) { return _mm256_set1_epi32((int)a); }
 LK_INLINE vu lanes_from(uint32_t a) {

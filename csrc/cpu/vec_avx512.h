@@ -75,6 +75,16 @@ LK_INLINE void sum_lanes(const vf v[4], float* out) {
   _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1)));
 }
 
+// The 16 values of a code, and W of them for W/2 bytes, the even element in the high nibble.
+using Table = __m512;
+LK_INLINE Table table(const float* code) { return _mm512_loadu_ps(code); }
+LK_INLINE vf look_up(Table t, const uint8_t* p) {
+  const __m128i b = _mm_loadl_epi64((const __m128i*)p);
+  const __m512i twice = _mm512_cvtepu8_epi32(_mm_unpacklo_epi8(b, b));
+  const __m512i shift = _mm512_set_epi32(0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4);
+  return _mm512_permutexvar_ps(_mm512_srlv_epi32(twice, shift), t);  // takes four bits of an index
+}
+
 // r[i][j] = r[j][i]
 LK_INLINE void transpose(vf r[W]) {
   vf t[W];

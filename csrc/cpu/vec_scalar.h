@@ -98,6 +98,13 @@ LK_INLINE void sum_lanes(const vf v[4], float* out) {
   for (int i = 0; i < 4; ++i) out[i] = (v[i][0] + v[i][1]) + (v[i][2] + v[i][3]);
 }
 
+// The 16 values of a code, and W of them for W/2 bytes, the even element in the high nibble.
+using Table = const float*;
+LK_INLINE Table table(const float* code) { return code; }
+LK_INLINE vf look_up(Table t, const uint8_t* p) {
+  return vf{t[p[0] >> 4], t[p[0] & 15], t[p[1] >> 4], t[p[1] & 15]};
+}
+
 typedef uint32_t vu __attribute__((vector_size(16)));
 LK_INLINE vu splat_u(uint32_t a) { return vu{a, a, a, a}; }
 LK_INLINE vu lanes_from(uint32_t a) { return vu{a, a + 1, a + 2, a + 3}; }

@@ -100,8 +100,8 @@ def lora_linear(
     gate, c, b = _vector(rank_gate), _vector(column_scale), _vector(bias)
     rng_ptr, threshold, keep_scale = _mask(dropout_p, rng)
     native.module.lora_linear(
-        x.data_ptr(), _DTYPE[x.dtype], x.stride(0), xs.data_ptr(), xs.stride(0), M, K, N, R,
-        *_weight(weight), lora_A.data_ptr(), _DTYPE[lora_A.dtype], lora_A.stride(0),
+        x.data_ptr(), _DTYPE[x.dtype], x.stride(0), xs.data_ptr(), _DTYPE[dtype], xs.stride(0),
+        M, K, N, R, *_weight(weight), None, lora_A.data_ptr(), _DTYPE[lora_A.dtype], lora_A.stride(0),
         lora_B.data_ptr(), _DTYPE[lora_B.dtype], lora_B.stride(0), lora_B.stride(1),
         scaling, keep_scale, _ptr(gate), _ptr(c), _ptr(b), rng_ptr, threshold,
         p.data_ptr(), y.data_ptr(), _DTYPE[dtype], _ptr(z),
@@ -154,9 +154,9 @@ def lora_linear_backward(
     gate, c = _vector(rank_gate), _vector(column_scale)
     rng_ptr, threshold, keep_scale = _mask(dropout_p, rng)
     native.module.lora_linear_backward(
-        dy.data_ptr(), _DTYPE[dtype], dy.stride(0), dz.data_ptr(), dz.stride(0),
+        dy.data_ptr(), _DTYPE[dtype], dy.stride(0), dz.data_ptr(), _DTYPE[dtype], dz.stride(0),
         x.data_ptr(), _DTYPE[x.dtype], x.stride(0), M, K, N, R,
-        *_weight(weight), lora_A.data_ptr(), _DTYPE[lora_A.dtype], lora_A.stride(0),
+        *_weight(weight), None, lora_A.data_ptr(), _DTYPE[lora_A.dtype], lora_A.stride(0),
         lora_B.data_ptr(), _DTYPE[lora_B.dtype], lora_B.stride(0), lora_B.stride(1),
         scaling, keep_scale, _ptr(gate), _ptr(c), rng_ptr, threshold,
         p.data_ptr(), _ptr(z) if need_column_scale else 0,

@@ -26,7 +26,7 @@ def test_kernels_where_they_can_run() -> None:
     assert choose(rank=256).backend == "cpu"
     before = native.isa
     try:
-        for isa in cases.engines()[1:]:
+        for isa in (name for name in cases.engines() if name in native.ISAS):
             native.use_isa(isa)
             assert choose().backend == "cpu"
             assert choose().reason.endswith(isa)
@@ -83,7 +83,7 @@ def test_strategies(
 def test_forcing_a_strategy(monkeypatch: pytest.MonkeyPatch) -> None:
     with lora_kernels.backend("cpu", cpu.LIBRARY):
         assert select.lora_linear("cpu", f32, f32, f32, f32, 8, 999).strategy == cpu.LIBRARY
-    with pytest.raises(ValueError, match="'double pass'"), lora_kernels.backend("cpu", "double pass"):
+    with pytest.raises(ValueError, match="'two passes'"), lora_kernels.backend("cpu", "two passes"):
         pass
     monkeypatch.setattr(native, "isa", "avx2")
     with lora_kernels.backend("cpu", cpu.SINGLE_PASS), pytest.raises(RuntimeError, match="avx2"):

@@ -1,0 +1,186 @@
+#pragma once
+// 4-bit weights: decoding them, and the layer for a few rows of x. Follows kernels_impl.h.
+
+namespace lora_kernels {
+namespace {
+
+constexpr int64_t RUN = 16;  // elements from a multiple of which on lie in one block
+
+// Two roundings where scales are nested; this file is compiled without contraction.
+LK_INLINE float scale_of(const Codes4bit& w, int64_t block) {
+  if (!w.nested_code) return static_cast<const float*>(w.absmax)[block];
+  const float relative = w.nested_code[static_cast<const uint8_t*>(w.absmax)[block]];
+  return relative * w.nested_absmax[block >> w.log2_nested] + w.offset;
+}
+
+LK_INLINE float element(const Codes4bit& w, int64_t i) {
+  const int byte = w.packed[i >> 1];
+  return w.code[i & 1 ? byte & 15 : byte >> 4] * scale_of(w, i >> w.log2_block);
+}
+
+// f(k, vector, lanes) for the elements k of `count` from element `first` on, W at a time, times
+// their scales; first is a multiple of RUN.
+template <typename F>
+LK_INLINE void each_vector(const Codes4bit& w, Table t, int64_t first, int64_t count, const F& f) {
+  for (int64_t k = 0; k < count;) {
+    const int64_t block = (first + k) >> w.log2_block;
+    const int64_t end = min(count, ((block + 1) << w.log2_block) - first);
+    const vf scale = splat(scale_of(w, block));
+    for (; k + W <= end; k += W) f(k, mul(look_up(t, w.packed + (first + k) / 2), scale), W);
+    if (k < end) {  // the weight's bytes may end here
+      uint8_t bytes[W / 2] = {};
+      __builtin_memcpy(bytes, w.packed + (first + k) / 2, (size_t)(end - k + 1) / 2);
+      f(k, mul(look_up(t, bytes), scale), (int)(end - k));
+      k = end;
+    }
+  }
+}
+
+// to[0 .. count) = row n's columns from k0 on.
+template <typename T>
+LK_INLINE void decode_row(const Codes4bit& w, Table t, int64_t n, int64_t k0, int64_t count,
+                          T* to) {
+  const int64_t first = n * w.K + k0;
+  if (first % RUN == 0) {
+    each_vector(w, t, first, count, [&](int64_t k, vf v, int lanes) {
+      if (lanes == W)
+        store(to + k, v);
+      else
+        store_n(to + k, v, lanes);
+    });
+    return;
+  }
+  for (int64_t k = 0; k < count; k += W) {
+    float lanes[W] = {};
+    const int rest = (int)min(W, count - k);
+    for (int i = 0; i < rest; ++i) lanes[i] = element(w, first + k + i);
+    store_n(to + k, load(lanes), rest);
+  }
+}
+
+// dequantize
+// ---------------------------------------------------------------------------------------
+
+// Rows of the weight, each element rounded once to the output's dtype. Tested by
+// tests/quantization.
+void dequantize(const DequantizeArgs& a) {
+  with_type(a.dtype, [&](auto type) {
+    using T = decltype(type);
+    const Table t = table(a.codes.code);
+    const int64_t chunks = a.rows * a.cols < SMALL ? 1 : min(a.threads, a.rows);
+    parallel(a.threads, chunks, [&](int64_t chunk) {
+      for (int64_t i = a.rows * chunk / chunks; i < a.rows * (chunk + 1) / chunks; ++i)
+        decode_row(a.codes, t, a.n0 + i, a.k0, a.cols, static_cast<T*>(a.to) + i * a.ld);
+    });
+  });
+}
+
+// few_rows
+// -----------------------------------------------------------------------------------------
+
+// sums[i] = x[i] · row n of the weight, for M rows of float32.
+template <int M>
+LK_INLINE void dot_codes(const Codes4bit& w, Table t, int64_t n, const float* x, int64_t ldx,
+                         float* row, float* sums) {
+  constexpr int CHAINS = 4;
+  vf acc[M][CHAINS];
+  LK_UNROLL for (int i = 0; i < M; ++i) LK_UNROLL for (int j = 0; j < CHAINS; ++j) acc[i][j] =
+      zero();
+  const int64_t first = n * w.K;
+  int64_t k = 0;
+  if (first % RUN == 0) {
+    constexpr int64_t STEP = CHAINS * W;
+    while (k < w.K) {
+      const int64_t block = (first + k) >> w.log2_block;
+      const int64_t end = min(w.K, ((block + 1) << w.log2_block) - first);
+      const vf scale = splat(scale_of(w, block));
+      const uint8_t* p = w.packed + (first + k) / 2;
+      for (; k + STEP <= end; k += STEP, p += STEP / 2) LK_UNROLL for (int j = 0; j < CHAINS; ++j) {
+          const vf v = mul(look_up(t, p + j * W / 2), scale);
+          LK_UNROLL for (int i = 0; i < M; ++i) acc[i][j] =
+              fma(load(x + i * ldx + k + j * W), v, acc[i][j]);
+        }
+      for (; k + W <= end; k += W, p += W / 2) {
+        const vf v = mul(look_up(t, p), scale);
+        LK_UNROLL for (int i = 0; i < M; ++i) acc[i][0] = fma(load(x + i * ldx + k), v, acc[i][0]);
+      }
+      if (k < end) break;
+    }
+  }
+  if (k < w.K) {  // what is left, from the row decoded to memory; x has zeros after its end
+    decode_row(w, t, n, k, w.K - k, row);
+    for (int64_t j = k; j < w.K; j += W) {
+      const vf v = load_n(row + (j - k), (int)min(W, w.K - j));
+      LK_UNROLL for (int i = 0; i < M; ++i) acc[i][0] = fma(load(x + i * ldx + j), v, acc[i][0]);
+    }
+  }
+  LK_UNROLL for (int i = 0; i < M; ++i) {
+    float lanes[4];
+    const vf four[4] = {acc[i][0], acc[i][1], acc[i][2], acc[i][3]};
+    sum_lanes(four, lanes);
+    sums[i] = (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]);
+  }
+}
+
+template <int M>
+LK_INLINE void few_rows_of(const FewRowsArgs& a, const float* x, int64_t ldx, const float* s,
+                           int64_t n0, int64_t n1, float* row) {
+  const ExpandArgs& u = a.update;
+  const Table t = table(a.codes.code);
+  for (int64_t n = n0; n < n1; ++n) {
+    float sums[M], lora[M] = {};
+    dot_codes<M>(a.codes, t, n, x, ldx, row, sums);
+    with_type(u.q.dtype, [&](auto type) {
+      using T = decltype(type);
+      const T* q = static_cast<const T*>(u.q.data) + n * u.q.col;
+      for (int64_t r = 0; r < u.R; ++r) {
+        const float b = widen_one(q + r * u.q.row);
+        for (int i = 0; i < M; ++i) lora[i] += s[i * u.R + r] * b;
+      }
+    });
+    with_type(u.dtype, [&](auto type) {
+      using T = decltype(type);
+      for (int i = 0; i < M; ++i) {
+        float y = sums[i] + lora[i];
+        if (u.z) store_n(static_cast<T*>(u.z) + i * u.N + n, splat(y), 1);
+        if (u.c) y *= u.c[n];
+        if (u.bias) y += u.bias[n];
+        store_n(static_cast<T*>(u.y) + i * u.ldy + n, splat(y), 1);
+      }
+    });
+  }
+}
+
+// y[M, N] = c * (x W^T + (S * gate * alpha) Q) + bias for M <= FEW_ROWS. x is widened once; a
+// thread takes a share of the weight's rows and streams their codes, one look-up for all rows of x;
+// Q is consumed last. Sums in float32, scales applied to the codes, y rounds once (z likewise).
+// Reads each packed byte once. Tested by tests/quantization.
+void few_rows(const FewRowsArgs& a) {
+  const ExpandArgs& u = a.update;
+  const int64_t M = u.M, K = a.codes.K, ldx = round_up(K, W), s_floats = round_up(M * u.R, W);
+  if (!M) return;
+  const int64_t chunks = M * u.N * K < SMALL ? 1 : min(u.threads, u.N);
+  Scratch scratch((M * ldx + s_floats + chunks * ldx) * 4);
+  float* const x = static_cast<float*>(scratch.data);
+  float* const s = x + M * ldx;
+  float* const rows = s + s_floats;
+  with_type(a.x.dtype, [&](auto type) {
+    using T = decltype(type);
+    for (int64_t m = 0; m < M; ++m)
+      copy_kept(static_cast<const T*>(a.x.data) + m * a.x.row, x + m * ldx, K, ldx, nullptr, 0, 0);
+  });
+  for (int64_t m = 0; m < M; ++m)
+    for (int64_t r = 0; r < u.R; ++r)
+      s[m * u.R + r] = u.s[m * u.R + r] * (u.gate ? u.alpha * u.gate[r] : u.alpha);
+  parallel(u.threads, chunks, [&](int64_t chunk) {
+    const int64_t n0 = u.N * chunk / chunks, n1 = u.N * (chunk + 1) / chunks;
+    float* row = rows + chunk * ldx;
+    if (M == 1) few_rows_of<1>(a, x, ldx, s, n0, n1, row);
+    if (M == 2) few_rows_of<2>(a, x, ldx, s, n0, n1, row);
+    if (M == 3) few_rows_of<3>(a, x, ldx, s, n0, n1, row);
+    if (M == 4) few_rows_of<4>(a, x, ldx, s, n0, n1, row);
+  });
+}
+
+}  // namespace
+}  // namespace lora_kernels

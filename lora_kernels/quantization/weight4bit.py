@@ -1,0 +1,417 @@
+"""A 4-bit weight: bitsandbytes' bytes and scales, held as plain tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from . import codebooks
+
+BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+NESTED_BLOCKSIZE = 256  # the only one that bitsandbytes writes, and its kernels assume it
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_NESTED = ("nested_absmax", "nested_code", "offset")
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class Weight4bit:
+    """A weight [N, K] of 4-bit codes with a scale a block, in bitsandbytes' format bit for bit.
+
+    Blocks run over the flattened weight, straddle its rows, and the last may be short. A value is
+    code × scale in float32. Made by `quantize_4bit`, `from_bitsandbytes` or `from_state_dict`.
+
+    Args:
+        packed: uint8[⌈N·K/2⌉], the even element in the high nibble.
+        absmax: the scales, one for each of ⌈N·K/blocksize⌉ blocks: float32, or, where they are
+            nested, uint8 codes of nested_code[absmax] · nested_absmax[block // 256] + offset.
+        code: float32[16], the values of the codes.
+        quant_type: "nf4" or "fp4".
+        blocksize: a power of two, 32 to 4096.
+        shape: (N, K).
+        dtype: that of the weight before quantization: float32, bfloat16 or float16.
+        nested_absmax: float32[⌈blocks/256⌉], nested_code: float32[256], offset: float32 with one
+            element; all three with uint8 scales, none with float32.
+        nested_blocksize: 256.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what it is and what it should be.
+
+    >>> import torch
+    >>> from lora_kernels.quantization import quantize_4bit
+    >>> quantize_4bit(torch.eye(64), double_quant=False)
+    Weight4bit([64, 64], nf4 of float32, blocksize=64, 2,368 bytes)
+    """
+
+    packed: Tensor
+    absmax: Tensor
+    code: Tensor
+    quant_type: str
+    blocksize: int
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    nested_absmax: Tensor | None = None
+    nested_code: Tensor | None = None
+    offset: Tensor | None = None
+    nested_blocksize: int = NESTED_BLOCKSIZE
+
+    def __post_init__(self) -> None:
+        shape = self.shape
+        if not (
+            isinstance(shape, tuple)
+            and len(shape) == 2
+            and all(type(size) is int and size > 0 for size in shape)
+        ):
+            raise ValueError(f"shape: got {shape!r}, want (N, K), each at least 1")
+        object.__setattr__(self, "shape", (shape[0], shape[1]))  # torch.Size is a tuple too
+        if self.quant_type not in codebooks.QUANT_TYPES:
+            raise ValueError(f"quant_type: got {self.quant_type!r}, want 'nf4' or 'fp4'")
+        _check_blocksize(self.blocksize)
+        if self.nested_blocksize != NESTED_BLOCKSIZE:
+            raise ValueError(f"nested_blocksize: got {self.nested_blocksize!r}, want 256")
+        if self.dtype not in _DTYPES.values():
+            raise TypeError(f"dtype: got {self.dtype!r}, want float32, bfloat16 or float16")
+
+        n = shape[0] * shape[1]
+        blocks = -(-n // self.blocksize)
+        of = f"for a weight of {list(shape)}"
+        per_block = f"{of} in blocks of {self.blocksize}"
+        _check_tensor("packed", self.packed, torch.uint8, -(-n // 2), of)
+        uint8 = isinstance(self.absmax, Tensor) and self.nested
+        scale_dtype = torch.uint8 if uint8 else torch.float32
+        _check_tensor("absmax", self.absmax, scale_dtype, blocks, per_block)
+        _check_tensor("code", self.code, torch.float32, 16, "for 4 bits")
+        for name, count, why in zip(
+            _NESTED,
+            (-(-blocks // NESTED_BLOCKSIZE), 256, 1),
+            (f"for {blocks} scales in blocks of 256", "for 8 bits", "the scales' mean"),
+            strict=True,
+        ):
+            t = getattr(self, name)
+            if self.nested:
+                _check_tensor(name, t, torch.float32, count, why)
+            elif t is not None:
+                raise ValueError(f"{name}: got a tensor, want None beside absmax in float32")
+        for name, t in self._tensors().items():
+            if t.device != self.packed.device:
+                raise ValueError(f"{name}: got {t.device}, want {self.packed.device}, as packed")
+
+    def __repr__(self) -> str:
+        nested = ", nested" if self.nested else ""
+        return (
+            f"Weight4bit({list(self.shape)}, {self.quant_type} of {_dtype_name(self.dtype)}, "
+            f"blocksize={self.blocksize}{nested}, {self.nbytes:,} bytes)"
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return self.packed.device
+
+    @property
+    def nested(self) -> bool:
+        """Whether the scales are quantized themselves."""
+        return self.absmax.dtype is torch.uint8
+
+    @property
+    def nbytes(self) -> int:
+        """Of all the tensors held, the tables of values included."""
+        return sum(t.nbytes for t in self._tensors().values())
+
+    def scales(self) -> Tensor:
+        """The scale of each block, decoded: float32[blocks]. Not a copy where they are not nested.
+
+        >>> import torch
+        >>> from lora_kernels.quantization import quantize_4bit
+        >>> quantize_4bit(torch.full((2, 64), 3.0)).scales()
+        tensor([3., 3.])
+        """
+        if self.nested_absmax is None or self.nested_code is None or self.offset is None:
+            return self.absmax
+        return reference.dequantize_scales(
+            self.absmax, self.nested_absmax, self.nested_code, self.offset, self.nested_blocksize
+        )
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight [N, K] that the codes stand for, rounded once to `dtype` (None: the weight's).
+
+        float32, bfloat16, float16 or float64, else TypeError.
+
+        >>> import torch
+        >>> from lora_kernels.quantization import quantize_4bit
+        >>> quantize_4bit(torch.tensor([[0.5, -2.0, 0.0]])).dequantize()
+        tensor([[ 0.4922, -2.0000,  0.0000]])
+        """
+        dtype = self.dtype if dtype is None else dtype
+        if dtype is not torch.float64 and dtype not in _DTYPES.values():
+            raise TypeError(f"dtype: got {dtype!r}, want float32, bfloat16, float16 or float64")
+        return _decode(self, dtype)
+
+    def to(self, device: torch.device | str | int) -> Weight4bit:
+        """The same weight on another device; shares the tensors that are there already."""
+        moved = {name: t.to(device) for name, t in self._tensors().items()}
+        return dataclasses.replace(self, **moved)  # type: ignore[arg-type]
+
+    def state_dict(self, prefix: str = "weight") -> dict[str, Tensor]:
+        """What bitsandbytes' Linear4bit saves for its weight, key for key and byte for byte.
+
+        The tables of values are copies, everything else is the same memory.
+
+        >>> import torch
+        >>> from lora_kernels.quantization import quantize_4bit
+        >>> for key, t in quantize_4bit(torch.eye(64), double_quant=False).state_dict().items():
+        ...     print(key, list(t.shape))
+        weight [2048, 1]
+        weight.absmax [64]
+        weight.quant_map [16]
+        weight.quant_state.bitsandbytes__nf4 [86]
+        """
+        rest: dict[str, Any] = {
+            "quant_type": self.quant_type,
+            "blocksize": self.blocksize,
+            "dtype": _dtype_name(self.dtype),
+            "shape": self.shape,
+        }
+        state = {
+            prefix: self.packed[:, None],
+            f"{prefix}.absmax": self.absmax,
+            f"{prefix}.quant_map": self.code.clone(),
+        }
+        if self.nested_absmax is not None and self.nested_code is not None:
+            assert self.offset is not None
+            state[f"{prefix}.nested_absmax"] = self.nested_absmax
+            state[f"{prefix}.nested_quant_map"] = self.nested_code.clone()
+            rest["nested_blocksize"] = self.nested_blocksize
+            rest["nested_dtype"] = "float32"
+            rest["nested_offset"] = self.offset.item()
+        text = bytearray(json.dumps(rest), "utf-8")
+        key = f"{prefix}.quant_state.bitsandbytes__{self.quant_type}"
+        state[key] = torch.frombuffer(text, dtype=torch.uint8)
+        return state
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Tensor], prefix: str = "weight") -> Weight4bit:
+        """The weight that `state_dict`, or that of bitsandbytes' Linear4bit, holds under `prefix`.
+
+        Other keys are ignored. The packed bytes may be stored as uint8, bfloat16, float16 or
+        float32, and are not copied. Raises ValueError or TypeError where a key is missing, or a
+        tensor or the JSON is not what bitsandbytes writes.
+
+        >>> import torch
+        >>> from lora_kernels.quantization import Weight4bit, quantize_4bit
+        >>> Weight4bit.from_state_dict(quantize_4bit(torch.eye(64), "fp4").state_dict())
+        Weight4bit([64, 64], fp4 of float32, blocksize=64, nested, 3,208 bytes)
+        """
+
+        def get(name: str) -> Tensor:
+            key = f"{prefix}.{name}" if name else prefix
+            if key not in state:
+                raise ValueError(f"state: got no {key!r}, want it beside the other keys")
+            return state[key]
+
+        kinds = [f"quant_state.bitsandbytes__{kind}" for kind in codebooks.QUANT_TYPES]
+        found = [kind for kind in kinds if f"{prefix}.{kind}" in state]
+        if len(found) != 1:
+            raise ValueError(
+                f"state: got {len(found)} keys '{prefix}.quant_state.bitsandbytes__*', want one, "
+                "__nf4 or __fp4"
+            )
+        key = f"{prefix}.{found[0]}"
+        rest = _parse_json(key, get(found[0]))
+
+        def field(name: str) -> Any:
+            if name not in rest:
+                raise ValueError(f"{key}: got JSON without {name!r}, want it")
+            return rest[name]
+
+        quant_type = field("quant_type")
+        if not found[0].endswith(f"__{quant_type}"):
+            raise ValueError(f"{key}: got quant_type {quant_type!r} in it, want the key's")
+        shape, packed, absmax = field("shape"), get(""), get("absmax")
+        fields: dict[str, Any] = {
+            "packed": as_bytes(packed),
+            "absmax": absmax,
+            "code": standard_code(quant_type, get("quant_map")),
+            "quant_type": quant_type,
+            "blocksize": field("blocksize"),
+            "shape": tuple(shape) if isinstance(shape, list) else shape,
+            "dtype": _DTYPES.get(field("dtype"), field("dtype")),
+        }
+        if absmax.dtype is torch.uint8:
+            if field("nested_dtype") != "float32":
+                raise ValueError(
+                    f"{key}: got nested_dtype {field('nested_dtype')!r}, want 'float32' (16-bit "
+                    "scales come from a weight that bitsandbytes repacked for its CPU kernel: "
+                    "save it before the first eval forward)"
+                )
+            offset = field("nested_offset")
+            if not isinstance(offset, (int, float)):
+                raise TypeError(f"{key}: got nested_offset {offset!r}, want a number")
+            fields["nested_absmax"] = get("nested_absmax")
+            fields["nested_code"] = get("nested_quant_map")
+            fields["offset"] = torch.tensor(
+                offset, dtype=torch.float32, device=absmax.device
+            )
+            fields["nested_blocksize"] = field("nested_blocksize")
+        return cls(**fields)
+
+    @classmethod
+    def from_bitsandbytes(cls, weight: Any) -> Weight4bit:
+        """A bitsandbytes weight as it is, sharing its memory.
+
+        weight: a quantized `Params4bit`, or a pair (tensor, QuantState). Raises ValueError where
+        it is not quantized yet, or bitsandbytes has repacked it for its own CPU kernel (in an eval
+        forward without gradients; the scales are lost), TypeError where it is something else.
+
+        >>> import bitsandbytes, torch
+        >>> from lora_kernels.quantization import Weight4bit
+        >>> Weight4bit.from_bitsandbytes(bitsandbytes.functional.quantize_4bit(torch.eye(64)))
+        Weight4bit([64, 64], fp4 of float32, blocksize=64, 2,368 bytes)
+        """
+        from . import bitsandbytes
+
+        fields = bitsandbytes.fields(weight)
+        fields["packed"] = as_bytes(fields["packed"])
+        fields["code"] = standard_code(fields["quant_type"], fields["code"])
+        return cls(**fields)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        names = ("packed", "absmax", "code", *_NESTED)
+        return {name: t for name in names if (t := getattr(self, name)) is not None}
+
+
+def quantize_4bit(
+    weight: Tensor, quant_type: str = "nf4", blocksize: int = 64, double_quant: bool = True
+) -> Weight4bit:
+    """Quantize a weight as bitsandbytes does, to the same bits.
+
+    Args:
+        weight: [N, K] in float32, bfloat16 or float16, finite; any device and strides.
+        quant_type: "nf4" or "fp4".
+        blocksize: elements that share a scale; a power of two, 32 to 4096.
+        double_quant: keep the scales in 8 bits (nested) rather than in float32. Their mean is
+            torch's; on very large weights its last bit depends on the number of threads.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what it is and what it should be.
+
+    >>> import torch
+    >>> from lora_kernels.quantization import quantize_4bit
+    >>> quantize_4bit(torch.ones(4096, 64, dtype=torch.bfloat16))
+    Weight4bit([4096, 64], nf4 of bfloat16, blocksize=64, nested, 136,324 bytes)
+    """
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight: got {type(weight).__name__}, want a tensor")
+    if weight.dtype not in _DTYPES.values():
+        raise TypeError(f"weight: got {weight.dtype}, want float32, bfloat16 or float16")
+    if weight.dim() != 2 or weight.numel() == 0:
+        raise ValueError(f"weight: got shape {list(weight.shape)}, want [N, K], each at least 1")
+    if quant_type not in codebooks.QUANT_TYPES:
+        raise ValueError(f"quant_type: got {quant_type!r}, want 'nf4' or 'fp4'")
+    _check_blocksize(blocksize)
+    if weight.device.type == "meta":
+        raise ValueError("weight: got a tensor on meta, want one with data")
+    weight = weight.detach()
+    if not weight.isfinite().all():
+        raise ValueError("weight: got NaN or infinity in it, want finite values")
+
+    device = weight.device
+    thresholds = codebooks.thresholds(quant_type, device)
+    order = codebooks.order(quant_type, device)
+    packed, absmax = reference.quantize_4bit(weight, thresholds, order, blocksize)
+    nested: dict[str, Tensor] = {}
+    if double_quant:
+        nested_code = codebooks.dynamic_map(device)
+        absmax, nested_absmax, offset = reference.quantize_scales(
+            absmax, nested_code, NESTED_BLOCKSIZE
+        )
+        nested = {"nested_absmax": nested_absmax, "nested_code": nested_code, "offset": offset}
+    return Weight4bit(
+        packed=packed,
+        absmax=absmax,
+        code=codebooks.code(quant_type, device),
+        quant_type=quant_type,
+        blocksize=blocksize,
+        shape=(weight.shape[0], weight.shape[1]),
+        dtype=weight.dtype,
+        **nested,
+    )
+
+
+def _decode(weight: Weight4bit, dtype: torch.dtype) -> Tensor:
+    """`weight` decoded to `dtype`, the one place that decides by what."""
+    return reference.dequantize_4bit(
+        weight.packed, weight.scales(), weight.code, weight.blocksize, weight.shape, dtype
+    )
+
+
+def as_bytes(packed: Tensor) -> Tensor:
+    """Packed codes in any shape and storage dtype as uint8[n], the same memory.
+
+    >>> import torch
+    >>> as_bytes(torch.ones(1, 1, dtype=torch.bfloat16))
+    tensor([128,  63], dtype=torch.uint8)
+    """
+    if packed.dtype is not torch.uint8 and packed.dtype not in _DTYPES.values():
+        raise TypeError(f"packed: got {packed.dtype}, want uint8, bfloat16, float16 or float32")
+    if not packed.is_contiguous():
+        raise ValueError(f"packed: got strides {list(packed.stride())}, want a contiguous tensor")
+    return packed.detach().view(-1).view(torch.uint8)
+
+
+def standard_code(quant_type: str, stored: Tensor) -> Tensor:
+    """The type's values, float32[16], on `stored`'s device; ValueError if `stored` holds others.
+
+    bitsandbytes decodes by the type and not by what it stored. It calls tables equal that differ by
+    less than 1e-6, and so do we.
+
+    >>> import torch
+    >>> standard_code("nf4", torch.zeros(16))
+    Traceback (most recent call last):
+    ValueError: quant_map: got values other than nf4's, want nf4's
+    """
+    if stored.dtype is not torch.float32 or stored.shape != (16,):
+        got = f"{stored.dtype} {list(stored.shape)}"
+        raise ValueError(f"quant_map: got {got}, want torch.float32 [16]")
+    code = codebooks.code(quant_type, stored.device)
+    if not (stored - code).abs().max() < 1e-6:
+        raise ValueError(f"quant_map: got values other than {quant_type}'s, want {quant_type}'s")
+    return code
+
+
+def _check_blocksize(blocksize: Any) -> None:
+    if type(blocksize) is not int or blocksize not in BLOCKSIZES:
+        raise ValueError(f"blocksize: got {blocksize!r}, want a power of two, 32 to 4096")
+
+
+def _check_tensor(name: str, t: Any, dtype: torch.dtype, count: int, why: str) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name}: got {type(t).__name__}, want a tensor")
+    if t.dtype is not dtype:
+        raise TypeError(f"{name}: got {t.dtype}, want {dtype}")
+    scalar = name == "offset" and t.dim() == 0
+    if not scalar and t.shape != (count,):
+        raise ValueError(f"{name}: got shape {list(t.shape)}, want [{count}] {why}")
+    if not t.is_contiguous():
+        raise ValueError(f"{name}: got strides {list(t.stride())}, want a contiguous tensor")
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _parse_json(key: str, t: Tensor) -> dict[str, Any]:
+    if t.dtype is not torch.uint8 or t.dim() != 1:
+        raise TypeError(f"{key}: got {t.dtype} {list(t.shape)}, want a JSON text in uint8[n]")
+    text = bytes(t.tolist())
+    try:
+        rest = json.loads(text)
+    except ValueError:  # of JSON and of UTF-8
+        rest = None
+    if not isinstance(rest, dict):
+        raise ValueError(f"{key}: got {text!r}, want a whole JSON object")
+    return rest

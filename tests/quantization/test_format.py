@@ -1,0 +1,172 @@
+"""Our 4-bit format against bitsandbytes' default backend: the same bits, every one."""
+
+import bitsandbytes
+import pytest
+import torch
+from torch import Tensor
+
+from lora_kernels import reference
+from lora_kernels.quantization import Weight4bit, codebooks, quantize_4bit
+from lora_kernels.quantization.weight4bit import BLOCKSIZES
+from tests.quantization import default_backend
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SHAPE = (37, 333)  # odd, no multiple of a block, three blocks of 4096 and a tail
+
+
+def same_bits(got: Tensor, want: Tensor) -> bool:
+    """Zeros of either sign, and NaN, are told apart too."""
+    if got.dtype is not want.dtype or got.shape != want.shape:
+        return False
+    return torch.equal(got.contiguous().view(torch.uint8), want.contiguous().view(torch.uint8))
+
+
+def check(weight: Tensor, quant_type: str, blocksize: int, nested: bool) -> Weight4bit:
+    ours = quantize_4bit(weight, quant_type, blocksize, double_quant=nested)
+    packed, state = default_backend.quantize(weight, quant_type, blocksize, nested)
+    assert same_bits(ours.packed, packed.view(-1))
+    assert same_bits(ours.absmax, state.absmax)
+    assert same_bits(ours.code, state.code)
+    if nested:
+        assert same_bits(ours.nested_absmax, state.state2.absmax)
+        assert same_bits(ours.nested_code, state.state2.code)
+        assert same_bits(ours.offset, state.offset)
+    assert same_bits(ours.scales(), default_backend.scales(state))
+    for dtype in DTYPES:
+        want = default_backend.dequantize(packed, state, dtype)
+        assert same_bits(ours.dequantize(dtype), want)
+    return ours
+
+
+def normal(blocksize: int) -> Tensor:
+    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(1)) * 0.02
+
+
+def rows_of_many_magnitudes(blocksize: int) -> Tensor:
+    return normal(blocksize) * torch.logspace(-3, 3, SHAPE[0])[:, None]
+
+
+def zeros(blocksize: int) -> Tensor:
+    return torch.zeros(SHAPE)
+
+
+def zeros_but_for_one_row(blocksize: int) -> Tensor:
+    weight = torch.zeros(SHAPE)
+    weight[20] = -normal(blocksize)[20]
+    return weight
+
+
+def denormals(blocksize: int) -> Tensor:
+    """Some blocks under the smallest scale that is divided by, some around it."""
+    return normal(blocksize) * torch.logspace(-44, -34, SHAPE[0])[:, None]
+
+
+def one_outlier_a_block(blocksize: int) -> Tensor:
+    weight = normal(blocksize).flatten()
+    weight[blocksize // 3 :: blocksize] = -1000.0
+    return weight.view(SHAPE)
+
+
+def on_thresholds(blocksize: int) -> Tensor:
+    """In blocks whose scale is a power of two: each threshold, both signs, and its neighbours."""
+    at = torch.cat([codebooks.thresholds("nf4"), codebooks.thresholds("fp4")])
+    up, down = (torch.nextafter(at, torch.full_like(at, end)) for end in (2.0, -2.0))
+    values = torch.cat([at, up, down, codebooks.code("nf4"), codebooks.code("fp4")])
+    values = torch.cat([values, -values])
+    weight = torch.empty(SHAPE).flatten()
+    index = torch.arange(weight.numel())
+    # A stride prime to the blocks brings every value to small blocks too.
+    weight[:] = values[(index * 7) % len(values)]
+    weight[::blocksize] = 1.0
+    weight *= 2.0 ** ((index // blocksize) % 5 - 2)
+    return weight.view(SHAPE)
+
+
+DATA = (
+    normal,
+    rows_of_many_magnitudes,
+    zeros,
+    zeros_but_for_one_row,
+    denormals,
+    one_outlier_a_block,
+    on_thresholds,
+)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("nested", [False, True], ids=["flat", "nested"])
+@pytest.mark.parametrize("blocksize", BLOCKSIZES)
+@pytest.mark.parametrize("quant_type", codebooks.QUANT_TYPES)
+def test_same_bits(quant_type, blocksize, nested, dtype):
+    for data in DATA:
+        weight = data(blocksize).to(dtype)
+        assert weight.isfinite().all(), data.__name__
+        check(weight, quant_type, blocksize, nested)
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["flat", "nested"])
+@pytest.mark.parametrize("quant_type", codebooks.QUANT_TYPES)
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (1, 2), (2, 1), (1, 31), (1, 63), (8, 8), (5, 13), (3, 64), (64, 1), (255, 32)]
+)
+def test_shapes(shape, quant_type, nested):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    check(weight, quant_type, 32, nested)
+    check(weight, quant_type, 64, nested)
+
+
+@pytest.mark.parametrize("count", [255, 256, 257, 512, 700])
+def test_blocks_of_nested_scales(count):
+    weight = torch.randn(count, 32, generator=torch.Generator().manual_seed(3))
+    weight *= torch.rand(count, 1, generator=torch.Generator().manual_seed(4)) ** 4
+    ours = check(weight, "nf4", 32, nested=True)
+    assert ours.nested_absmax is not None and len(ours.nested_absmax) == -(-count // 256)
+
+
+def test_any_strides():
+    weight = torch.randn(48, 40, generator=torch.Generator().manual_seed(5))
+    for strided in (weight.T, weight[::2, 1::3], weight[:1].expand(7, 40)):
+        check(strided, "nf4", 32, nested=True)
+
+
+def test_nested_codes_on_thresholds():
+    """The 8-bit codes too, whose thresholds no weight reaches at will."""
+    code = codebooks.dynamic_map()
+    at = (code[:-1] + code[1:]) / 2
+    up, down = (torch.nextafter(at, torch.full_like(at, end)) for end in (2.0, -2.0))
+    values = torch.stack([torch.ones_like(at), at, up, down, -at], dim=1).flatten()
+    values = torch.cat([values, -values, code])
+    for blocksize in (5, 256, 4096):  # 5: every block has its scale of 1
+        scaled, absmax = reference._scale_blocks(values, blocksize)
+        codes = torch.bucketize(scaled, at).to(torch.uint8)
+        want_codes, want_absmax = default_backend.quantize_blockwise(values, code, blocksize)
+        assert same_bits(codes, want_codes) and same_bits(absmax, want_absmax)
+
+
+def test_codebooks():
+    for quant_type in codebooks.QUANT_TYPES:
+        code = codebooks.code(quant_type)
+        assert same_bits(code, bitsandbytes.functional.get_4bit_type(quant_type, device="cpu"))
+        order = codebooks.order(quant_type)
+        assert sorted(order.tolist()) == list(range(16))
+        assert (code[order.long()].diff() >= 0).all()
+    assert same_bits(codebooks.dynamic_map(), bitsandbytes.functional.create_dynamic_map())
+    # As bitsandbytes' CUDA kernel has them; written down, not computed.
+    nf4 = [
+        -0.8480964004993439, -0.6106329262256622, -0.4599952697753906, -0.33967943489551544,
+        -0.23460740596055984, -0.13791173323988914, -0.045525018125772476, 0.03979014977812767,
+        0.1202552504837513, 0.2035212516784668, 0.2920137718319893, 0.3893125355243683,
+        0.5016634166240692, 0.6427869200706482, 0.8614784181118011,
+    ]  # fmt: skip
+    fp4 = [0.00260417, 0.0859375, 0.20833333, 0.29166667, 0.4166667, 0.583333, 0.8333333]
+    assert same_bits(codebooks.thresholds("nf4"), torch.tensor(nf4))
+    got = codebooks.thresholds("fp4")
+    assert same_bits(got[:7], -got[8:].flip(0)) and got[7] == 0
+    # bitsandbytes rounds these literals to six digits or more.
+    torch.testing.assert_close(got[8:], torch.tensor(fp4), rtol=1e-6, atol=0)
+
+
+def test_codebooks_are_not_shared():
+    assert codebooks.dynamic_map().data_ptr() != codebooks.dynamic_map().data_ptr()
+    with pytest.raises(ValueError, match="quant_type: got 'int4', want 'nf4' or 'fp4'"):
+        codebooks.code("int4")

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import ops
+from .quantization.codes import Codes
 
 
 class LoRALinearFunction(torch.autograd.Function):
@@ -32,32 +33,47 @@ class LoRALinearFunction(torch.autograd.Function):
         dropout_p: float,
         rng: Tensor | None,
         dtype: torch.dtype,
+        y_dtype: torch.dtype,
+        *codes: Any,
     ) -> Tensor:
         save_z = column_scale is not None and ctx.needs_input_grad[6]
-        plain = ops.plain(x, weight, lora_A, lora_B)
-        call: Any = ops.lora_linear_direct if plain else ops.lora_linear
+        base: tuple[Any, ...] = codes or (weight,)
+        call: Any = ops.lora_linear_4bit if codes else ops.lora_linear
+        if ops.plain(x, base[0], lora_A, lora_B):
+            call, base = ops.lora_linear_direct, (Codes(*codes) if codes else weight,)
         y: Tensor
         y, p, z = call(
-            x, weight, lora_A, lora_B, scaling, rank_gate, column_scale, bias, dropout_p, rng,
-            dtype, save_z,
+            x, *base, lora_A, lora_B, scaling, rank_gate, column_scale, bias, dropout_p, rng,
+            dtype, y_dtype, save_z,
         )  # fmt: skip
-        ctx.save_for_backward(x, weight, lora_A, lora_B, p, z, rank_gate, column_scale, rng)
-        ctx.scaling, ctx.dropout_p = scaling, dropout_p
+        ctx.save_for_backward(
+            x, lora_A, lora_B, p, z, rank_gate, column_scale, rng, weight, *codes[:-2]
+        )
+        ctx.scaling, ctx.dropout_p, ctx.dtype, ctx.blocksizes = (
+            scaling,
+            dropout_p,
+            dtype,
+            codes[-2:],
+        )
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, lora_A, lora_B, p, z, rank_gate, column_scale, rng = ctx.saved_tensors
+        x, lora_A, lora_B, p, z, rank_gate, column_scale, rng, weight, *tensors = ctx.saved_tensors
+        codes = (*tensors, *ctx.blocksizes)
         need = ctx.needs_input_grad
         need_x, need_A, need_B = need[0], need[2], need[3]
         need_gate, need_column_scale, need_bias = need[5], need[6], need[7]
-        plain = ops.plain(dy, x, weight, lora_A, lora_B)
-        call: Any = ops.lora_linear_backward_direct if plain else ops.lora_linear_backward
+        base: tuple[Any, ...] = codes or (weight,)
+        call: Any = ops.lora_linear_backward_4bit if codes else ops.lora_linear_backward
+        if ops.plain(dy, x, base[0], lora_A, lora_B):
+            call, base = ops.lora_linear_backward_direct, (Codes(*codes) if codes else weight,)
         dx, dA, dB, dg, dc, dbias = call(
-            dy, x, weight, lora_A, lora_B, p, z, ctx.scaling, rank_gate, column_scale,
-            ctx.dropout_p, rng, need_x, need_A, need_B, need_gate, need_column_scale, need_bias,
+            dy, x, *base, lora_A, lora_B, p, z, ctx.scaling, rank_gate, column_scale,
+            ctx.dropout_p, rng, ctx.dtype, need_x, need_A, need_B, need_gate, need_column_scale,
+            need_bias,
         )  # fmt: skip
         return (
             dx if need_x else None,
@@ -68,7 +84,5 @@ class LoRALinearFunction(torch.autograd.Function):
             dg.to(rank_gate.dtype) if need_gate else None,
             dc.to(column_scale.dtype) if need_column_scale else None,
             dbias.to(ctx.bias_dtype) if need_bias else None,
-            None,
-            None,
-            None,
+            *[None] * (4 + len(codes)),
         )

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .autograd import LoRALinearFunction
+from .quantization import Weight4bit
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def lora_linear(
     x: Tensor,
-    weight: Tensor | None,
+    weight: Tensor | Weight4bit | None,
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float = 1.0,
@@ -22,6 +25,7 @@ def lora_linear(
     column_scale: Tensor | None = None,
     dropout_p: float = 0.0,
     rng: Tensor | None = None,
+    compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """A frozen linear with its low-rank adapter:
 
@@ -30,7 +34,8 @@ def lora_linear(
     Args:
         x: [..., K], float32, bfloat16, float16 or float64. Any strides, any M including 0.
         weight: [N, K], frozen (where gradients are on, it may not require one); x's dtype, unless
-            autocast is on. None leaves the base product out: y is the adapter's part alone.
+            autocast is on. A `Weight4bit` is decoded as it is multiplied, never written out. None
+            leaves the base product out: y is the adapter's part alone.
         lora_A: [R, K], lora_B: [N, R]. float32, bfloat16 or float16, whatever x is; float64 only
             if all are. Never copied to x's dtype; products accumulate in float32.
         scaling: alpha / r.
@@ -40,6 +45,9 @@ def lora_linear(
         dropout_p: probability in [0, 1] of dropping an element of x on the adapter's branch.
         rng: int64[2], seed and offset of the dropout mask (see `dropout_mask`); drawn from the
             default generator of x's device where it is None and dropout_p > 0.
+
+        compute_dtype: of the product with a 4-bit weight where autocast is off, float32, bfloat16
+            or float16 (`Linear4bit.compute_dtype`); None is x's.
 
     Returns:
         y [..., N], in autocast's dtype where autocast is on for x's device, else in x's.
@@ -56,7 +64,7 @@ def lora_linear(
             [2.5000, 2.5000, 2.5000]])
     """
     device, x_dtype, a_dtype, b_dtype = x.device, x.dtype, lora_A.dtype, lora_B.dtype
-    dtype = compute_dtype(device.type, x_dtype)
+    dtype = y_dtype = base_dtype(device.type, x_dtype)
 
     R, K = _matrix("lora_A", lora_A, "[R, K]")
     N, _ = _matrix("lora_B", lora_B, "[N, R]")
@@ -70,7 +78,14 @@ def lora_linear(
         _check_dtypes(x_dtype, lora_A=a_dtype, lora_B=b_dtype)
     if not (device == lora_A.device == lora_B.device):
         _check_devices(x, lora_A=lora_A, lora_B=lora_B)
-    if weight is not None:
+    codes: tuple[Any, ...] = ()
+    if isinstance(weight, Weight4bit):
+        dtype = base_dtype(device.type, x_dtype, compute_dtype)
+        _check_weight_4bit(x, weight, (N, K), dtype)
+        codes, weight = weight.codes, None
+    elif compute_dtype is not None:
+        raise ValueError(f"compute_dtype: got {compute_dtype}, want None beside a dense weight")
+    elif weight is not None:
         if weight.dtype is not x_dtype or weight.device != device or weight.requires_grad:
             _check_weight(x, weight)
         if weight.shape != (N, K):
@@ -96,7 +111,7 @@ def lora_linear(
         rng = None
     return LoRALinearFunction.apply(  # type: ignore[no-any-return]
         x, weight, lora_A, lora_B, float(scaling), rank_gate, column_scale, bias,
-        float(dropout_p), rng, dtype,
+        float(dropout_p), rng, dtype, y_dtype, *codes,
     )  # fmt: skip
 
 
@@ -108,14 +123,18 @@ def _autocast(device_type: str, x_dtype: torch.dtype) -> bool:
     )
 
 
-def compute_dtype(device_type: str, x_dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the base product and of y: autocast's where it is on, else x's.
+def base_dtype(
+    device_type: str, x_dtype: torch.dtype, compute_dtype: torch.dtype | None = None
+) -> torch.dtype:
+    """The dtype of the base product: autocast's where it is on, else the one asked for, else x's.
 
     >>> import torch
-    >>> compute_dtype("cpu", torch.float32)
+    >>> base_dtype("cpu", torch.float32)
     torch.float32
     """
-    return torch.get_autocast_dtype(device_type) if _autocast(device_type, x_dtype) else x_dtype
+    if _autocast(device_type, x_dtype):
+        return torch.get_autocast_dtype(device_type)
+    return compute_dtype or x_dtype
 
 
 def _shape(t: Tensor) -> str:
@@ -149,6 +168,21 @@ def _check_weight(x: Tensor, weight: Tensor) -> None:
         raise ValueError(
             "weight: got requires_grad=True, want a frozen weight: its gradient is not computed "
             "here. Call weight.requires_grad_(False), or keep the layer unfused"
+        )
+
+
+def _check_weight_4bit(
+    x: Tensor, weight: Weight4bit, shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    if weight.shape != shape:
+        raise ValueError(
+            f"weight: got shape {list(weight.shape)}, want {list(shape)} for lora_A and lora_B"
+        )
+    _check_devices(x, weight=weight.packed)
+    if x.dtype is torch.float64 or dtype not in _FLOATS[:3]:
+        name, got = ("x", x.dtype) if x.dtype is torch.float64 else ("compute_dtype", dtype)
+        raise TypeError(
+            f"{name}: got {got}, want float32, bfloat16 or float16 beside a 4-bit weight"
         )
 
 

@@ -7,6 +7,7 @@ rows. The choice of a backend is made in here, so a compiler never sees which on
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,22 +15,27 @@ from torch import Tensor
 
 from . import select
 from .backends import cpu, eager
+from .quantization.codes import Codes
 
 _LIB = torch.library.Library("lora_kernels", "DEF")
 _BACKENDS = {"eager": eager, "cpu": cpu}
 
-_LIB.define(
-    "lora_linear(Tensor x, Tensor? weight, Tensor lora_A, Tensor lora_B, float scaling, "
+# A weight is one tensor, or the fields of `Codes`.
+_WEIGHTS = {
+    "": "Tensor? weight",
+    "_4bit": "Tensor packed, Tensor absmax, Tensor code, Tensor? nested_absmax, "
+    "Tensor? nested_code, Tensor? offset, int blocksize, int nested_blocksize",
+}
+_SCHEMAS = {
+    "lora_linear": "(Tensor x, {weight}, Tensor lora_A, Tensor lora_B, float scaling, "
     "Tensor? rank_gate, Tensor? column_scale, Tensor? bias, float dropout_p, Tensor? rng, "
-    "ScalarType dtype, bool save_z) -> (Tensor y, Tensor p, Tensor z)"
-)
-_LIB.define(
-    "lora_linear_backward(Tensor dy, Tensor x, Tensor? weight, Tensor lora_A, Tensor lora_B, "
+    "ScalarType dtype, ScalarType y_dtype, bool save_z) -> (Tensor y, Tensor p, Tensor z)",
+    "lora_linear_backward": "(Tensor dy, Tensor x, {weight}, Tensor lora_A, Tensor lora_B, "
     "Tensor p, Tensor? z, float scaling, Tensor? rank_gate, Tensor? column_scale, "
-    "float dropout_p, Tensor? rng, bool need_x, bool need_A, bool need_B, bool need_gate, "
-    "bool need_column_scale, bool need_bias) "
-    "-> (Tensor dx, Tensor dA, Tensor dB, Tensor dg, Tensor dc, Tensor dbias)"
-)
+    "float dropout_p, Tensor? rng, ScalarType dtype, bool need_x, bool need_A, bool need_B, "
+    "bool need_gate, bool need_column_scale, bool need_bias) "
+    "-> (Tensor dx, Tensor dA, Tensor dB, Tensor dg, Tensor dc, Tensor dbias)",
+}
 
 
 def _stat_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -52,7 +58,7 @@ def _no_autocast(device_type: str) -> contextlib.AbstractContextManager[None]:
 
 def lora_linear_direct(
     x: Tensor,
-    weight: Tensor | None,
+    weight: Tensor | Codes | None,
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float,
@@ -62,24 +68,26 @@ def lora_linear_direct(
     dropout_p: float,
     rng: Tensor | None,
     dtype: torch.dtype,
+    y_dtype: torch.dtype,
     save_z: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     x2 = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     device_type, (N, R) = x.device.type, lora_B.shape
     choice = select.lora_linear(
-        device_type, x.dtype, lora_A.dtype, lora_B.dtype, dtype, R, x2.shape[0]
-    )
+        device_type, x.dtype, lora_A.dtype, lora_B.dtype, dtype, R, x2.shape[0],
+        isinstance(weight, Codes),
+    )  # fmt: skip
     with _no_autocast(device_type):
         y, p, z = _BACKENDS[choice.backend].lora_linear(
             x2, weight, lora_A, lora_B, scaling, rank_gate, column_scale, bias, dropout_p, rng,
-            dtype, save_z, choice.strategy,
+            dtype, y_dtype, save_z, choice.strategy,
         )  # fmt: skip
     return (y if x.dim() == 2 else y.view(*x.shape[:-1], N)), p, z
 
 
 def _lora_linear_fake(
     x: Tensor,
-    weight: Tensor | None,
+    weight: Tensor | Codes | None,
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float,
@@ -89,12 +97,13 @@ def _lora_linear_fake(
     dropout_p: float,
     rng: Tensor | None,
     dtype: torch.dtype,
+    y_dtype: torch.dtype,
     save_z: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     M, (N, R) = x.numel() // x.shape[-1], lora_B.shape
-    y = x.new_empty(*x.shape[:-1], N, dtype=dtype)
+    y = x.new_empty(*x.shape[:-1], N, dtype=y_dtype)
     p = x.new_empty(M, R, dtype=_stat_dtype(dtype))
-    return y, p, x.new_empty((M, N) if save_z else (0,), dtype=dtype)
+    return y, p, x.new_empty((M, N) if save_z else (0,), dtype=y_dtype)
 
 
 # lora_linear_backward ---------------------------------------------------------------------------
@@ -103,7 +112,7 @@ def _lora_linear_fake(
 def lora_linear_backward_direct(
     dy: Tensor,
     x: Tensor,
-    weight: Tensor | None,
+    weight: Tensor | Codes | None,
     lora_A: Tensor,
     lora_B: Tensor,
     p: Tensor,
@@ -113,6 +122,7 @@ def lora_linear_backward_direct(
     column_scale: Tensor | None,
     dropout_p: float,
     rng: Tensor | None,
+    dtype: torch.dtype,
     need_x: bool,
     need_A: bool,
     need_B: bool,
@@ -124,12 +134,13 @@ def lora_linear_backward_direct(
     dy2 = dy if dy.dim() == 2 else dy.reshape(-1, dy.shape[-1])
     device_type = x.device.type
     choice = select.lora_linear(
-        device_type, x.dtype, lora_A.dtype, lora_B.dtype, dy.dtype, p.shape[1], x2.shape[0]
-    )
+        device_type, x.dtype, lora_A.dtype, lora_B.dtype, dtype, p.shape[1], x2.shape[0],
+        isinstance(weight, Codes),
+    )  # fmt: skip
     with _no_autocast(device_type):
         dx, *rest = _BACKENDS[choice.backend].lora_linear_backward(
             dy2, x2, weight, lora_A, lora_B, p, z, scaling, rank_gate, column_scale, dropout_p,
-            rng, need_x, need_A, need_B, need_gate, need_column_scale, need_bias,
+            rng, dtype, need_x, need_A, need_B, need_gate, need_column_scale, need_bias,
             choice.strategy,
         )  # fmt: skip
     return (dx if dx is None or x.dim() == 2 else dx.view(x.shape)), *rest
@@ -138,7 +149,7 @@ def lora_linear_backward_direct(
 def _lora_linear_backward_fake(
     dy: Tensor,
     x: Tensor,
-    weight: Tensor | None,
+    weight: Tensor | Codes | None,
     lora_A: Tensor,
     lora_B: Tensor,
     p: Tensor,
@@ -148,6 +159,7 @@ def _lora_linear_backward_fake(
     column_scale: Tensor | None,
     dropout_p: float,
     rng: Tensor | None,
+    dtype: torch.dtype,
     need_x: bool,
     need_A: bool,
     need_B: bool,
@@ -189,15 +201,38 @@ def _lora_linear_backward(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ..
     )
 
 
-for _name, _impl, _fake in (
-    ("lora_linear", _lora_linear, _lora_linear_fake),
-    ("lora_linear_backward", _lora_linear_backward, _lora_linear_backward_fake),
+# Those of 4-bit weights are the same functions of `Codes`.
+_FIELDS = len(Codes._fields)
+
+
+def _with_codes(function: Callable[..., Any], before: int) -> Callable[..., Any]:
+    """`function` with its weight, which follows `before` arguments, as the fields of `Codes`."""
+
+    def unpacked(*args: Any) -> Any:
+        after = before + _FIELDS
+        return function(*args[:before], Codes(*args[before:after]), *args[after:])
+
+    return unpacked
+
+
+for _name, _impl, _fake, _before in (
+    ("lora_linear", _lora_linear, _lora_linear_fake, 1),
+    ("lora_linear_backward", _lora_linear_backward, _lora_linear_backward_fake, 2),
 ):
-    _LIB.impl(_name, _impl, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"lora_kernels::{_name}", _fake, lib=_LIB)
+    for _suffix, _weight in _WEIGHTS.items():
+        _name_of = f"{_name}{_suffix}"
+        _LIB.define(_name_of + _SCHEMAS[_name].format(weight=_weight))
+        _call: Any = _impl
+        _shapes: Any = _fake
+        if _suffix:
+            _call, _shapes = _with_codes(_impl, _before), _with_codes(_fake, _before)
+        _LIB.impl(_name_of, _call, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"lora_kernels::{_name_of}", _shapes, lib=_LIB)
 
 lora_linear = torch.ops.lora_kernels.lora_linear.default
 lora_linear_backward = torch.ops.lora_kernels.lora_linear_backward.default
+lora_linear_4bit = torch.ops.lora_kernels.lora_linear_4bit.default
+lora_linear_backward_4bit = torch.ops.lora_kernels.lora_linear_backward_4bit.default
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 

@@ -19,7 +19,7 @@ import torch
 from .backends import cpu, eager, native
 
 MAX_KERNEL_RANK = 256
-STRATEGIES = {"eager": (eager.LIBRARY,), "cpu": (cpu.SINGLE_PASS, cpu.LIBRARY)}
+STRATEGIES = {"eager": (eager.LIBRARY,), "cpu": (cpu.SINGLE_PASS, cpu.LIBRARY, cpu.FEW_ROWS)}
 BACKENDS = tuple(STRATEGIES)
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -28,6 +28,8 @@ _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # the same is expected, since the kernel runs near the multipliers' peak, which a library can reach
 # but not pass, unless it has matrix registers (AMX) for bfloat16.
 SINGLE_PASS_ROWS = {torch.float32: 2, torch.bfloat16: 64, torch.float16: 2}
+# Up to how many rows 4-bit codes are decoded in registers; fewer where the single pass packs them.
+FEW_ROWS_4BIT = {isa: 2 if isa in cpu.SINGLE_PASS_ISAS else 4 for isa in native.ISAS}
 
 
 @dataclass(frozen=True)
@@ -94,15 +96,17 @@ def lora_linear(
     dtype: torch.dtype,
     rank: int,
     rows: int | None = None,
+    four_bit: bool = False,
 ) -> Choice:
     """The choice for `lora_linear` and its backward (one choice for both, always).
 
     rows: M; None asks for what holds of any M, and names both strategies where M decides.
     """
-    many = None if rows is None else rows >= SINGLE_PASS_ROWS.get(dtype, 0)
+    few = FEW_ROWS_4BIT.get(native.isa or "", 0) if four_bit else SINGLE_PASS_ROWS.get(dtype, 0) - 1
+    many = None if rows is None else rows > few
     return _choose(
         _forced.get(), native.isa, native.amx_bf16, native.reason,
-        device_type, x_dtype, a_dtype, b_dtype, dtype, rank, many,
+        device_type, x_dtype, a_dtype, b_dtype, dtype, rank, many, four_bit,
     )  # fmt: skip
 
 
@@ -119,19 +123,25 @@ def _choose(
     dtype: torch.dtype,
     rank: int,
     many_rows: bool | None,
+    four_bit: bool,
 ) -> Choice:
     if forced.backend == "eager":
         return Choice("eager", eager.LIBRARY, "the eager backend was asked for")
     obstacle = _cpu_obstacle(native_absence, device_type, x_dtype, a_dtype, b_dtype, dtype, rank)
     if obstacle is None:
-        return _cpu_choice(forced, isa, amx_bf16, dtype, many_rows)
+        return _cpu_choice(forced, isa, amx_bf16, dtype, many_rows, four_bit)
     if forced.backend == "cpu":
         raise RuntimeError(f"backend 'cpu' was asked for and cannot run here: {obstacle}")
     return Choice("eager", eager.LIBRARY, obstacle)
 
 
 def _cpu_choice(
-    forced: _Forced, isa: str | None, amx_bf16: bool, dtype: torch.dtype, many_rows: bool | None
+    forced: _Forced,
+    isa: str | None,
+    amx_bf16: bool,
+    dtype: torch.dtype,
+    many_rows: bool | None,
+    four_bit: bool,
 ) -> Choice:
     reason = f"native kernels, {isa}"
     if forced.backend:
@@ -141,15 +151,23 @@ def _cpu_choice(
             f"strategy {forced.strategy!r} was asked for and cannot run here: the instruction set "
             f"is {isa}, want one of {', '.join(cpu.SINGLE_PASS_ISAS)}"
         )
+    if forced.strategy == cpu.FEW_ROWS and (many_rows or not four_bit):
+        raise RuntimeError(
+            f"strategy {forced.strategy!r} was asked for and cannot run here: want a 4-bit weight "
+            f"and at most {FEW_ROWS_4BIT[isa or 'scalar']} rows"
+        )
     if forced.strategy:
         return Choice("cpu", forced.strategy, reason)
+    many = cpu.SINGLE_PASS
     if isa not in cpu.SINGLE_PASS_ISAS:
-        return Choice("cpu", cpu.LIBRARY, reason)
-    if amx_bf16 and dtype is torch.bfloat16:
-        return Choice("cpu", cpu.LIBRARY, f"{reason}; the library multiplies with AMX")
-    if many_rows is None and (rows := SINGLE_PASS_ROWS[dtype]) > 1:
-        return Choice("cpu", f"{cpu.SINGLE_PASS}; under {rows} rows {cpu.LIBRARY}", reason)
-    return Choice("cpu", cpu.LIBRARY if many_rows is False else cpu.SINGLE_PASS, reason)
+        many = cpu.LIBRARY
+    elif amx_bf16 and dtype is torch.bfloat16:
+        many, reason = cpu.LIBRARY, f"{reason}; the library multiplies with AMX"
+    few = cpu.FEW_ROWS if four_bit else cpu.LIBRARY
+    if many_rows is None and few != many:
+        rows = FEW_ROWS_4BIT[isa or "scalar"] + 1 if four_bit else SINGLE_PASS_ROWS[dtype]
+        return Choice("cpu", f"{many}; under {rows} rows {few}", reason)
+    return Choice("cpu", few if many_rows is False else many, reason)
 
 
 def _cpu_obstacle(

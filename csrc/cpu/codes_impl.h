@@ -4,7 +4,8 @@
 namespace lora_kernels {
 namespace {
 
-constexpr int64_t RUN = 16;  // elements from a multiple of which on lie in one block
+constexpr int64_t AHEAD = 1024;  // bytes of codes asked for before they are needed
+constexpr int64_t RUN = 16;      // elements from a multiple of which on lie in one block
 
 // Two roundings where scales are nested; this file is compiled without contraction.
 LK_INLINE float scale_of(const Codes4bit& w, int64_t block) {
@@ -43,10 +44,13 @@ LK_INLINE void decode_row(const Codes4bit& w, Table t, int64_t n, int64_t k0, in
   const int64_t first = n * w.K + k0;
   if (first % RUN == 0) {
     each_vector(w, t, first, count, [&](int64_t k, vf v, int lanes) {
-      if (lanes == W)
-        store(to + k, v);
-      else
-        store_n(to + k, v, lanes);
+      if (lanes == W) {
+        store_exactly(to + k, v);
+      } else {
+        T some[W];
+        store_exactly(some, v);
+        __builtin_memcpy(to + k, some, (size_t)lanes * sizeof(T));
+      }
     });
     return;
   }
@@ -54,7 +58,9 @@ LK_INLINE void decode_row(const Codes4bit& w, Table t, int64_t n, int64_t k0, in
     float lanes[W] = {};
     const int rest = (int)min(W, count - k);
     for (int i = 0; i < rest; ++i) lanes[i] = element(w, first + k + i);
-    store_n(to + k, load(lanes), rest);
+    T some[W];
+    store_exactly(some, load(lanes));
+    __builtin_memcpy(to + k, some, (size_t)rest * sizeof(T));
   }
 }
 
@@ -78,47 +84,61 @@ void dequantize(const DequantizeArgs& a) {
 // few_rows
 // -----------------------------------------------------------------------------------------
 
-// sums[i] = x[i] · row n of the weight, for M rows of float32.
+// total[i] += x[i] · `blocks` whole blocks of a row, whose codes begin at p, of `groups` times 2 W
+// elements. A block's codes are summed before its scale is applied.
+template <int M>
+LK_INLINE void dot_blocks(const uint8_t* p, Table t, int64_t blocks, int64_t groups,
+                          const float* scales, const float* x, int64_t ldx, vf total[M]) {
+  for (int64_t b = 0; b < blocks; ++b) {
+    __builtin_prefetch(p + AHEAD, 0, 3);
+    vf even[M], odd[M];
+    LK_UNROLL for (int i = 0; i < M; ++i) even[i] = odd[i] = zero();
+    for (int64_t g = 0; g < groups; ++g, p += W, x += 2 * W) {
+      vf e, o;
+      look_up_both(t, p, e, o);
+      LK_UNROLL for (int i = 0; i < M; ++i) {
+        even[i] = fma(load(x + i * ldx), e, even[i]);
+        odd[i] = fma(load(x + i * ldx + W), o, odd[i]);
+      }
+    }
+    const vf scale = splat(scales[b]);
+    LK_UNROLL for (int i = 0; i < M; ++i) total[i] = fma(add(even[i], odd[i]), scale, total[i]);
+  }
+}
+
+// sums[i] = x[i] · row n of the weight, for M rows of float32 in whose every 2 W elements the even
+// ones come first; zeros follow the last. buffer: round_up(K, 2 W) floats.
 template <int M>
 LK_INLINE void dot_codes(const Codes4bit& w, Table t, int64_t n, const float* x, int64_t ldx,
-                         float* row, float* sums) {
-  constexpr int CHAINS = 4;
-  vf acc[M][CHAINS];
-  LK_UNROLL for (int i = 0; i < M; ++i) LK_UNROLL for (int j = 0; j < CHAINS; ++j) acc[i][j] =
-      zero();
-  const int64_t first = n * w.K;
-  int64_t k = 0;
-  if (first % RUN == 0) {
-    constexpr int64_t STEP = CHAINS * W;
-    while (k < w.K) {
-      const int64_t block = (first + k) >> w.log2_block;
-      const int64_t end = min(w.K, ((block + 1) << w.log2_block) - first);
-      const vf scale = splat(scale_of(w, block));
-      const uint8_t* p = w.packed + (first + k) / 2;
-      for (; k + STEP <= end; k += STEP, p += STEP / 2) LK_UNROLL for (int j = 0; j < CHAINS; ++j) {
-          const vf v = mul(look_up(t, p + j * W / 2), scale);
-          LK_UNROLL for (int i = 0; i < M; ++i) acc[i][j] =
-              fma(load(x + i * ldx + k + j * W), v, acc[i][j]);
-        }
-      for (; k + W <= end; k += W, p += W / 2) {
-        const vf v = mul(look_up(t, p), scale);
-        LK_UNROLL for (int i = 0; i < M; ++i) acc[i][0] = fma(load(x + i * ldx + k), v, acc[i][0]);
+                         float* buffer, float* sums) {
+  vf total[M];
+  LK_UNROLL for (int i = 0; i < M; ++i) total[i] = zero();
+  const int64_t first = n * w.K, size = int64_t{1} << w.log2_block;
+  const int64_t blocks = first % size == 0 && size % (2 * W) == 0 ? w.K / size : 0;
+  for (int64_t b = 0; b < blocks; ++b) buffer[b] = scale_of(w, first / size + b);
+  constexpr int64_t USUAL = 64 / (2 * W);  // groups, known to the compiler
+  if (size == 64)
+    dot_blocks<M>(w.packed + first / 2, t, blocks, USUAL, buffer, x, ldx, total);
+  else
+    dot_blocks<M>(w.packed + first / 2, t, blocks, size / (2 * W), buffer, x, ldx, total);
+  const int64_t k = blocks * size, rest = w.K - k;
+  if (rest) {  // not of whole blocks: from the row decoded to memory
+    decode_row(w, t, n, k, rest, buffer);
+    for (int64_t j = rest; j < round_up(rest, 2 * W); ++j) buffer[j] = 0.0f;
+    for (int64_t j = 0; j < rest; j += 2 * W) {
+      float halves[2 * W];
+      for (int64_t l = 0; l < 2 * W; ++l) halves[l % 2 * W + l / 2] = buffer[j + l];
+      LK_UNROLL for (int i = 0; i < M; ++i) {
+        const float* p = x + i * ldx + k + j;
+        total[i] = fma(load(p), load(halves), fma(load(p + W), load(halves + W), total[i]));
       }
-      if (k < end) break;
-    }
-  }
-  if (k < w.K) {  // what is left, from the row decoded to memory; x has zeros after its end
-    decode_row(w, t, n, k, w.K - k, row);
-    for (int64_t j = k; j < w.K; j += W) {
-      const vf v = load_n(row + (j - k), (int)min(W, w.K - j));
-      LK_UNROLL for (int i = 0; i < M; ++i) acc[i][0] = fma(load(x + i * ldx + j), v, acc[i][0]);
     }
   }
   LK_UNROLL for (int i = 0; i < M; ++i) {
     float lanes[4];
-    const vf four[4] = {acc[i][0], acc[i][1], acc[i][2], acc[i][3]};
+    const vf four[4] = {total[i], zero(), zero(), zero()};
     sum_lanes(four, lanes);
-    sums[i] = (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]);
+    sums[i] = lanes[0];
   }
 }
 
@@ -157,7 +177,7 @@ LK_INLINE void few_rows_of(const FewRowsArgs& a, const float* x, int64_t ldx, co
 // Reads each packed byte once. Tested by tests/quantization.
 void few_rows(const FewRowsArgs& a) {
   const ExpandArgs& u = a.update;
-  const int64_t M = u.M, K = a.codes.K, ldx = round_up(K, W), s_floats = round_up(M * u.R, W);
+  const int64_t M = u.M, K = a.codes.K, ldx = round_up(K, 2 * W), s_floats = round_up(M * u.R, W);
   if (!M) return;
   const int64_t chunks = M * u.N * K < SMALL ? 1 : min(u.threads, u.N);
   Scratch scratch((M * ldx + s_floats + chunks * ldx) * 4);
@@ -166,8 +186,15 @@ void few_rows(const FewRowsArgs& a) {
   float* const rows = s + s_floats;
   with_type(a.x.dtype, [&](auto type) {
     using T = decltype(type);
-    for (int64_t m = 0; m < M; ++m)
-      copy_kept(static_cast<const T*>(a.x.data) + m * a.x.row, x + m * ldx, K, ldx, nullptr, 0, 0);
+    for (int64_t m = 0; m < M; ++m) {
+      copy_kept(static_cast<const T*>(a.x.data) + m * a.x.row, rows, K, ldx, nullptr, 0, 0);
+      float* to = x + m * ldx;
+      for (int64_t k = 0; k < ldx; k += 2 * W)
+        for (int64_t j = 0; j < W; ++j) {
+          to[k + j] = rows[k + 2 * j];
+          to[k + W + j] = rows[k + 2 * j + 1];
+        }
+    }
   });
   for (int64_t m = 0; m < M; ++m)
     for (int64_t r = 0; r < u.R; ++r)

@@ -42,6 +42,22 @@ LK_INLINE vf load_words(const bf16* p, int64_t elements, Pair) {
   if (elements >= 32) return _mm512_castsi512_ps(_mm512_loadu_si512(p));
   return _mm512_castsi512_ps(_mm512_maskz_loadu_epi16((1u << elements) - 1, p));
 }
+LK_INLINE void store_words(float* to, vf even, vf odd, Pair) {
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24,
+                                         8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(odd, even);
+  store(to, _mm512_castsi512_ps(_mm512_permutexvar_epi16(order, both)));
+}
+LK_INLINE void store_columns(float* to, const vf even[2], const vf odd[2], Pair) {
+  const __m512i e = (__m512i)_mm512_cvtne2ps_pbh(even[1], even[0]),
+                o = (__m512i)_mm512_cvtne2ps_pbh(odd[1], odd[0]);
+  // Words of column c: e[c/2], e[16 + c/2] where c is even, else o[...], the 33rd element on.
+  const __m512i low = _mm512_set_epi16(55, 39, 23, 7, 54, 38, 22, 6, 53, 37, 21, 5, 52, 36, 20, 4,
+                                       51, 35, 19, 3, 50, 34, 18, 2, 49, 33, 17, 1, 48, 32, 16, 0),
+                high = _mm512_add_epi16(low, _mm512_set1_epi16(8));
+  store(to, _mm512_castsi512_ps(_mm512_permutex2var_epi16(e, low, o)));
+  store(to + W, _mm512_castsi512_ps(_mm512_permutex2var_epi16(e, high, o)));
+}
 // to[0 .. 32) = the words (a[n], b[n]) for n < count <= 32, zero beyond; b may be null.
 LK_INLINE void interleave(const bf16* a, const bf16* b, int64_t count, float* to) {
   const __mmask32 mask = count >= 32 ? ~0u : (1u << count) - 1;

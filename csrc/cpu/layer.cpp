@@ -26,7 +26,8 @@ void through_gate(const Layer& layer, const float* p, float* ds, float* dg) {
 // y += alpha * mask((s * gate) q), with x w before it unless y holds that already.
 void product_or_expand(const Matrix& x, int64_t K, const Matrix& w, const Codes4bit* codes,
                        bool k_inner, const ExpandArgs& update) {
-  if (codes && k_inner && update.M <= FEW_ROWS)
+  // Beside a product that packs 4-bit panels, three rows are many.
+  if (codes && k_inner && update.M <= (kernels().product ? 2 : FEW_ROWS))
     kernels().few_rows({x, *codes, update});
   else if (w.data || codes)
     kernels().product({x, w, codes, k_inner, K, update});

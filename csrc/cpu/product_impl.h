@@ -39,6 +39,20 @@ LK_INLINE vf load_words(const T* p, int64_t elements, float) {
   return elements >= W ? load(p) : load_n(p, (int)elements);
 }
 
+// A row's even and odd elements of a sum, for 16 rows: one row of pairs, or two of floats.
+LK_INLINE void store_words(float* to, vf even, vf odd, float) {
+  store(to, even);
+  store(to + VW, odd);
+}
+
+// 2 W columns, the even ones apart from the odd, in order.
+LK_INLINE void store_columns(float* to, const vf even[1], const vf odd[1], float) {
+  const __m512i low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0),
+                high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+  store(to, _mm512_permutex2var_ps(even[0], low, odd[0]));
+  store(to + W, _mm512_permutex2var_ps(even[0], high, odd[0]));
+}
+
 // to[0 .. VW) = `count` words (a[n]), or pairs (a[n], b[n]) where b may be null; zero beyond.
 template <typename T>
 LK_INLINE void pack_row(const T* a, const T*, int64_t count, float* to, float) {
@@ -80,7 +94,73 @@ LK_INLINE void pack_words(const Matrix& w, int64_t k0, int64_t depth, int64_t n0
     }
 }
 
-// The same of a 4-bit weight, whose panel is decoded to `decoded` first.
+// to[word * VW + n] = W[n0 + n, k0 + k] of a 4-bit weight whose rows begin at a multiple of 8
+// elements. 16 rows' bytes are transposed by fours, so that a lane holds 8 codes of one row, looked
+// up two at a time. `scales` has room for one of each row and 8 elements. `ahead`: bytes from here
+// to the codes of the next panel, which are asked for meanwhile.
+template <typename Word>
+LK_INLINE void pack_codes_k(const Codes4bit& w, int64_t k0, int64_t depth, int64_t n0,
+                            int64_t count, float* to, float* scales, int64_t ahead) {
+  constexpr int64_t E = ELEMENTS<Word>;
+  const Table t = table(w.code);
+  const int64_t dwords = (depth + 7) / 8;
+  // Where rows are of whole blocks they change blocks at the same k, else any may at every eighth.
+  const int shift = w.K % (int64_t{1} << w.log2_block) == 0 ? w.log2_block : 3;
+  const int64_t k_first = k0 >> shift, steps = ((k0 + depth - 1) >> shift) - k_first + 1;
+  for (int64_t n = 0; n < VW; ++n)
+    for (int64_t i = 0; i < steps; ++i)
+      scales[i * VW + n] =
+          n < count ? scale_of(w, ((n0 + n) * w.K + ((k_first + i) << shift)) >> w.log2_block)
+                    : 0.0f;
+  for (int64_t j = 0; j < dwords; j += W)
+    for (int64_t n = 0; n < VW; n += W) {
+      vf r[W];
+      const __mmask16 mask = first((int)min(W, dwords - j));
+      const uint8_t* p = w.packed + ((n0 + n) * w.K + k0) / 2 + 4 * j;
+      LK_UNROLL for (int i = 0; i < W; ++i) __builtin_prefetch(p + i * (w.K / 2) + ahead, 0, 2);
+      LK_UNROLL for (int i = 0; i < W; ++i) r[i] =
+          n + i < count ? _mm512_castsi512_ps(_mm512_maskz_loadu_epi32(mask, p + i * (w.K / 2)))
+                        : zero();
+      transpose(r);
+      LK_UNROLL for (int i = 0; i < W; ++i) {
+        if (j + i >= dwords) break;
+        const vf scale = load(scales + (((k0 + 8 * (j + i)) >> shift) - k_first) * VW + n);
+        const __m512i codes = _mm512_castps_si512(r[i]);
+        float* out = to + (j + i) * 8 / E * VW + n;
+        LK_UNROLL for (int b = 0; b < 4; ++b) {
+          const vf even = mul(_mm512_permutexvar_ps(_mm512_srli_epi32(codes, 8 * b + 4), t), scale),
+                   odd = mul(_mm512_permutexvar_ps(_mm512_srli_epi32(codes, 8 * b), t), scale);
+          store_words(out + 2 * b / E * VW, even, odd, Word{});
+        }
+      }
+    }
+}
+
+// The same with the sum along W's rows: to[word * VW + k] = W[n0 + n, k0 + k] for `depth` rows n
+// and 64 columns, all of which exist.
+template <typename Word>
+LK_INLINE void pack_codes_n(const Codes4bit& w, int64_t n0, int64_t depth, int64_t k0, float* to,
+                            int64_t ahead) {
+  constexpr int64_t E = ELEMENTS<Word>;
+  const Table t = table(w.code);
+  for (int64_t n = 0; n < depth; n += E)
+    for (int64_t k = 0; k < VW; k += 2 * W) {
+      vf even[E], odd[E];
+      LK_UNROLL for (int e = 0; e < E; ++e) {
+        even[e] = odd[e] = zero();
+        if (n + e >= depth) break;
+        const int64_t i = (n0 + n + e) * w.K + k0 + k;
+        __builtin_prefetch(w.packed + i / 2 + ahead, 0, 2);
+        look_up_both(t, w.packed + i / 2, even[e], odd[e]);
+        const vf scale = splat(scale_of(w, i >> w.log2_block));
+        even[e] = mul(even[e], scale);
+        odd[e] = mul(odd[e], scale);
+      }
+      store_columns(to + n / E * VW + k, even, odd, Word{});
+    }
+}
+
+// pack_words of a 4-bit weight; `decoded` has room for a panel that is decoded before.
 template <typename Word>
 LK_INLINE void pack_codes(const Codes4bit& w, bool k_inner, int64_t k0, int64_t depth, int64_t n0,
                           int64_t count, float* to, float* decoded) {
@@ -88,7 +168,12 @@ LK_INLINE void pack_codes(const Codes4bit& w, bool k_inner, int64_t k0, int64_t 
   E* const panel = reinterpret_cast<E*>(decoded);
   const Table t = table(w.code);
   const DType dtype = ELEMENTS<Word> == 2 ? DType::bf16 : DType::f32;
-  if (k_inner) {
+  if (k_inner && w.K % 8 == 0) {
+    pack_codes_k<Word>(w, k0, depth, n0, count, to, decoded,
+                       (k0 + depth < w.K ? depth : VW * w.K - k0) / 2);
+  } else if (!k_inner && w.K % (2 * W) == 0 && count == VW) {
+    pack_codes_n<Word>(w, k0, depth, n0, to, (k0 + depth < w.N ? depth * w.K : VW - k0 * w.K) / 2);
+  } else if (k_inner) {
     const int64_t ld = round_up(depth, 2 * W);
     for (int64_t i = 0; i < count; ++i) decode_row(w, t, n0 + i, k0, depth, panel + i * ld);
     pack_words<Word, E>({panel, dtype, 1, ld}, 0, depth, 0, count, to);
@@ -191,11 +276,12 @@ LK_INLINE void product_block(const ProductArgs& a, const Philox& generator, int6
       const Word* x[Y_ROWS];
       words_of_x<Word, T>(a.x, m, count, k, depth, rows, x);
       product_tile(x, (depth + E - 1) / E, panel, acc);
-      // Codes are few bytes and in order: the hardware's prefetcher sees to them.
-      if (!a.codes && next < a.K)
-        prefetch_words(a.w, sizeof(T), next, min(step * E, a.K - next), n0, n1 - n0, tile, tiles);
-      else if (!a.codes && n1 < u.N)
-        prefetch_words(a.w, sizeof(T), 0, min(step * E, a.K), n1, min(VW, u.N - n1), tile, tiles);
+      const bool more = next < a.K;  // of this panel's columns
+      if (!a.codes && (more || n1 < u.N)) {
+        const int64_t k1 = more ? next : 0, depth1 = min(step * E, a.K - k1);
+        const int64_t n = more ? n0 : n1, count1 = min(VW, u.N - n);
+        prefetch_words(a.w, sizeof(T), k1, depth1, n, count1, tile, tiles);
+      }
       if (next < a.K) {
         LK_UNROLL for (int i = 0; i < Y_ROWS; ++i) LK_UNROLL for (int v = 0; v < V; ++v) acc[i][v] =
             add(sum(i, v), acc[i][v]);

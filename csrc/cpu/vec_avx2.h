@@ -71,6 +71,11 @@ LK_INLINE void sum_lanes(const vf v[4], float* out) {
   _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
 }
 
+template <typename T>
+LK_INLINE void store_exactly(T* p, vf v) {
+  store(p, v);
+}
+
 // The 16 values of a code, and W of them for W/2 bytes, the even element in the high nibble.
 struct Table {
   __m256 low, high;
@@ -78,15 +83,23 @@ struct Table {
 LK_INLINE Table table(const float* code) {
   return {_mm256_loadu_ps(code), _mm256_loadu_ps(code + 8)};
 }
+LK_INLINE vf look_up(const Table& t, __m256i index) {
+  const __m256 low = _mm256_permutevar8x32_ps(t.low, index),  // takes three bits of an index
+      high = _mm256_permutevar8x32_ps(t.high, index);
+  return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
+}
 LK_INLINE vf look_up(const Table& t, const uint8_t* p) {
   int word;
   std::memcpy(&word, p, 4);
   const __m128i b = _mm_cvtsi32_si128(word);
   const __m256i twice = _mm256_cvtepu8_epi32(_mm_unpacklo_epi8(b, b));
-  const __m256i index = _mm256_srlv_epi32(twice, _mm256_setr_epi32(4, 0, 4, 0, 4, 0, 4, 0));
-  const __m256 low = _mm256_permutevar8x32_ps(t.low, index),  // takes three bits of an index
-      high = _mm256_permutevar8x32_ps(t.high, index);
-  return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
+  return look_up(t, _mm256_srlv_epi32(twice, _mm256_setr_epi32(4, 0, 4, 0, 4, 0, 4, 0)));
+}
+// The even and the odd ones of the 2 W elements in W bytes.
+LK_INLINE void look_up_both(const Table& t, const uint8_t* p, vf& even, vf& odd) {
+  const __m256i b = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
+  even = look_up(t, _mm256_srli_epi32(b, 4));
+  odd = look_up(t, b);
 }
 
 using vu = __m256i;

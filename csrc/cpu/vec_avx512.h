@@ -25,10 +25,7 @@ LK_INLINE vf widen_bf16(__m256i h) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
 }
 // To nearest, ties to even; a NaN stays one.
-#ifdef __AVX512BF16__
-LK_INLINE __m256i narrow_bf16(vf v) { return (__m256i)_mm512_cvtneps_pbh(v); }  // subnormals to 0
-#else
-LK_INLINE __m256i narrow_bf16(vf v) {
+LK_INLINE __m256i narrow_bf16_exactly(vf v) {
   const __m512i u = _mm512_castps_si512(v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
   __m512i r = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd);
@@ -36,6 +33,10 @@ LK_INLINE __m256i narrow_bf16(vf v) {
   r = _mm512_mask_or_epi32(r, nan, u, _mm512_set1_epi32(0x00400000));
   return _mm512_cvtepi32_epi16(_mm512_srli_epi32(r, 16));
 }
+#ifdef __AVX512BF16__
+LK_INLINE __m256i narrow_bf16(vf v) { return (__m256i)_mm512_cvtneps_pbh(v); }  // subnormals to 0
+#else
+LK_INLINE __m256i narrow_bf16(vf v) { return narrow_bf16_exactly(v); }
 #endif
 
 LK_INLINE vf load(const float* p) { return _mm512_loadu_ps(p); }
@@ -45,6 +46,15 @@ LK_INLINE void store(float* p, vf v) { _mm512_storeu_ps(p, v); }
 LK_INLINE void store(bf16* p, vf v) { _mm256_storeu_si256((__m256i*)p, narrow_bf16(v)); }
 LK_INLINE void store(f16* p, vf v) {
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
+
+// With subnormals, which a decoded weight may have.
+template <typename T>
+LK_INLINE void store_exactly(T* p, vf v) {
+  store(p, v);
+}
+LK_INLINE void store_exactly(bf16* p, vf v) {
+  _mm256_storeu_si256((__m256i*)p, narrow_bf16_exactly(v));
 }
 
 // The first n < W elements; the rest reads as zero and is not written.
@@ -83,6 +93,12 @@ LK_INLINE vf look_up(Table t, const uint8_t* p) {
   const __m512i twice = _mm512_cvtepu8_epi32(_mm_unpacklo_epi8(b, b));
   const __m512i shift = _mm512_set_epi32(0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4);
   return _mm512_permutexvar_ps(_mm512_srlv_epi32(twice, shift), t);  // takes four bits of an index
+}
+// The even and the odd ones of the 2 W elements in W bytes.
+LK_INLINE void look_up_both(Table t, const uint8_t* p, vf& even, vf& odd) {
+  const __m512i b = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+  even = _mm512_permutexvar_ps(_mm512_srli_epi32(b, 4), t);
+  odd = _mm512_permutexvar_ps(b, t);
 }
 
 // r[i][j] = r[j][i]

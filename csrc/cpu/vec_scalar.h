@@ -98,11 +98,24 @@ LK_INLINE void sum_lanes(const vf v[4], float* out) {
   for (int i = 0; i < 4; ++i) out[i] = (v[i][0] + v[i][1]) + (v[i][2] + v[i][3]);
 }
 
+template <typename T>
+LK_INLINE void store_exactly(T* p, vf v) {
+  store(p, v);
+}
+
 // The 16 values of a code, and W of them for W/2 bytes, the even element in the high nibble.
 using Table = const float*;
 LK_INLINE Table table(const float* code) { return code; }
 LK_INLINE vf look_up(Table t, const uint8_t* p) {
   return vf{t[p[0] >> 4], t[p[0] & 15], t[p[1] >> 4], t[p[1] & 15]};
+}
+
+// The even and the odd ones of the 2 W elements in W bytes.
+LK_INLINE void look_up_both(Table t, const uint8_t* p, vf& even, vf& odd) {
+  for (int i = 0; i < W; ++i) {
+    even[i] = t[p[i] >> 4];
+    odd[i] = t[p[i] & 15];
+  }
 }
 
 typedef uint32_t vu __attribute__((vector_size(16)));

@@ -6,23 +6,31 @@ read of dY gives dS and dB; D(x) and dS give dA; dx is made as y is, with W in t
 
 Rounding points: P, S, dS and dXA are float32 and never rounded to 16 bits. In a single pass y and
 dx round once, when they are stored; behind a library product, which rounds to the compute dtype,
-once more. Each parameter's gradient is rounded once, from float32 to its own dtype. On avx512bf16
-a bfloat16 subnormal counts as zero, as in the library's own bfloat16 products there.
+once more. A 4-bit weight is decoded in float32, code × scale; where the product takes bfloat16, or
+is the library's, it rounds once to that dtype, for few rows and beside float32 not at all. Each
+parameter's gradient is rounded once, from float32 to its own dtype. On avx512bf16 a bfloat16
+subnormal counts as zero, as in the library's own bfloat16 products there.
 Deterministic for a given M, instruction set and thread count.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from .. import reference
+from ..quantization.codes import Codes
 from . import native
 
 SINGLE_PASS = "single pass"
 LIBRARY = "library product + rank update"
+FEW_ROWS = "decoded in registers, few rows"  # of a 4-bit weight
 SINGLE_PASS_ISAS = ("avx512", "avx512bf16")
+
+PANEL = 1 << 20  # bytes of a 4-bit weight decoded at once for the library's product
 
 _DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -63,13 +71,20 @@ def _matrix(t: Tensor) -> Tensor:
     return t if t.stride(1) == 1 or t.stride(0) == 1 else t.contiguous()
 
 
+def _panels(size: int, length: int, dtype: torch.dtype) -> Iterator[slice]:
+    """Shares of `size` rows or columns that are `length` long, PANEL bytes each."""
+    step = max(64, PANEL // (length * dtype.itemsize) // 64 * 64)
+    for start in range(0, size, step):
+        yield slice(start, min(size, start + step))
+
+
 def _weight(t: Tensor | None) -> tuple[int, int, int]:
     return (0, 0, 0) if t is None else (t.data_ptr(), t.stride(0), t.stride(1))
 
 
 def lora_linear(
     x: Tensor,
-    weight: Tensor | None,
+    weight: Tensor | Codes | None,
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float,
@@ -79,32 +94,42 @@ def lora_linear(
     dropout_p: float,
     rng: Tensor | None,
     dtype: torch.dtype,
+    y_dtype: torch.dtype,
     save_z: bool,
     strategy: str,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """x [M, K] -> y [M, N] in `dtype`, P [M, R] float32, z [M, N] or None."""
+    """x [M, K] -> y [M, N] in `y_dtype`, P [M, R] float32, z [M, N] or None."""
     assert native.module is not None
     x, lora_A = _rows(x), _rows(lora_A)
     (M, K), (N, R) = x.shape, lora_B.shape
     xs = _cast(x, dtype)
+    base = codes = None  # what the kernels are to multiply by
     if weight is None:
-        y = x.new_zeros(M, N, dtype=dtype)
-    elif strategy == SINGLE_PASS:
-        weight = _matrix(_cast(weight, dtype))
+        y = x.new_zeros(M, N, dtype=y_dtype)
+    elif strategy != LIBRARY:
+        y = x.new_empty(M, N, dtype=y_dtype)
+        if isinstance(weight, Codes):
+            codes = weight.native((N, K))
+        else:
+            base = _matrix(_cast(weight, dtype))
+    elif isinstance(weight, Codes):
         y = x.new_empty(M, N, dtype=dtype)
+        for n in _panels(N, K, dtype):
+            torch.mm(xs, weight.dense((N, K), dtype, rows=n).t(), out=y[:, n])
+        y = _cast(y, y_dtype)
     else:
-        y = linear(xs, _cast(weight, dtype))
-        weight = None
+        y = _cast(linear(xs, _cast(weight, dtype)), y_dtype)
     p = x.new_empty(M, R, dtype=torch.float32)
     z = y.new_empty(M, N) if save_z else None
     gate, c, b = _vector(rank_gate), _vector(column_scale), _vector(bias)
     rng_ptr, threshold, keep_scale = _mask(dropout_p, rng)
     native.module.lora_linear(
         x.data_ptr(), _DTYPE[x.dtype], x.stride(0), xs.data_ptr(), _DTYPE[dtype], xs.stride(0),
-        M, K, N, R, *_weight(weight), None, lora_A.data_ptr(), _DTYPE[lora_A.dtype], lora_A.stride(0),
+        M, K, N, R, *_weight(base), codes,
+        lora_A.data_ptr(), _DTYPE[lora_A.dtype], lora_A.stride(0),
         lora_B.data_ptr(), _DTYPE[lora_B.dtype], lora_B.stride(0), lora_B.stride(1),
         scaling, keep_scale, _ptr(gate), _ptr(c), _ptr(b), rng_ptr, threshold,
-        p.data_ptr(), y.data_ptr(), _DTYPE[dtype], _ptr(z),
+        p.data_ptr(), y.data_ptr(), _DTYPE[y_dtype], _ptr(z),
         torch.get_num_threads(),
     )  # fmt: skip
     return y, p, z
@@ -113,7 +138,7 @@ def lora_linear(
 def lora_linear_backward(
     dy: Tensor,
     x: Tensor,
-    weight: Tensor | None,
+    weight: Tensor | Codes | None,
     lora_A: Tensor,
     lora_B: Tensor,
     p: Tensor,
@@ -123,6 +148,7 @@ def lora_linear_backward(
     column_scale: Tensor | None,
     dropout_p: float,
     rng: Tensor | None,
+    dtype: torch.dtype,
     need_x: bool,
     need_A: bool,
     need_B: bool,
@@ -135,17 +161,27 @@ def lora_linear_backward(
     assert native.module is not None
     dy, x, lora_A = _rows(dy), _rows(x), _rows(lora_A)
     (M, K), (N, R) = x.shape, lora_B.shape
-    dtype = dy.dtype
-    dz = dy if column_scale is None or not need_x else dy * column_scale.to(dtype)
-    dx: Tensor | None = None
+    dz = dy if column_scale is None or not need_x else dy * column_scale.to(dy.dtype)
+    dz = _cast(dz, dtype) if need_x else dy
+    dx = base = codes = None
+    single_pass = strategy != LIBRARY and native.isa in SINGLE_PASS_ISAS
     if not need_x:
-        weight = None
+        pass
     elif weight is None:
         dx = x.new_zeros(M, K)
-    elif strategy == SINGLE_PASS:
-        dx, weight = x.new_empty(M, K), _matrix(_cast(weight, dtype))
+    elif single_pass:
+        dx = x.new_empty(M, K)
+        if isinstance(weight, Codes):
+            codes = weight.native((N, K))
+        else:
+            base = _matrix(_cast(weight, dtype))
+    elif isinstance(weight, Codes):
+        dx = x.new_empty(M, K, dtype=dtype)
+        for k in _panels(K, N, dtype):
+            torch.mm(dz, weight.dense((N, K), dtype, columns=k), out=dx[:, k])
+        dx = _cast(dx, x.dtype)
     else:
-        dx, weight = _cast(torch.mm(dz, _cast(weight, dtype)), x.dtype), None
+        dx = _cast(torch.mm(dz, _cast(weight, dtype)), x.dtype)
     dA = lora_A.new_empty(R, K) if need_A else None
     dB = lora_B.new_empty(N, R) if need_B else None
     dg = p.new_empty(R) if need_gate else None
@@ -154,9 +190,10 @@ def lora_linear_backward(
     gate, c = _vector(rank_gate), _vector(column_scale)
     rng_ptr, threshold, keep_scale = _mask(dropout_p, rng)
     native.module.lora_linear_backward(
-        dy.data_ptr(), _DTYPE[dtype], dy.stride(0), dz.data_ptr(), _DTYPE[dtype], dz.stride(0),
+        dy.data_ptr(), _DTYPE[dy.dtype], dy.stride(0),
+        dz.data_ptr(), _DTYPE[dz.dtype], dz.stride(0),
         x.data_ptr(), _DTYPE[x.dtype], x.stride(0), M, K, N, R,
-        *_weight(weight), None, lora_A.data_ptr(), _DTYPE[lora_A.dtype], lora_A.stride(0),
+        *_weight(base), codes, lora_A.data_ptr(), _DTYPE[lora_A.dtype], lora_A.stride(0),
         lora_B.data_ptr(), _DTYPE[lora_B.dtype], lora_B.stride(0), lora_B.stride(1),
         scaling, keep_scale, _ptr(gate), _ptr(c), rng_ptr, threshold,
         p.data_ptr(), _ptr(z) if need_column_scale else 0,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..quantization.codes import Codes
 
 LIBRARY = "library products, in-place addmm"  # its only strategy
 
@@ -39,6 +40,12 @@ def _add_product(z: Tensor, s: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor:
     return torch.addmm(z.to(dtype), s.to(dtype), b.to(dtype), alpha=alpha).to(z.dtype)
 
 
+def _dense(weight: Tensor | Codes, lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype) -> Tensor:
+    if isinstance(weight, Codes):
+        return weight.dense((lora_B.shape[0], lora_A.shape[1]), dtype)
+    return weight.to(dtype)
+
+
 def _stat_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -52,7 +59,7 @@ def _dropped(x: Tensor, dropout_p: float, rng: Tensor | None) -> Tensor:
 
 def lora_linear(
     x: Tensor,
-    weight: Tensor | None,
+    weight: Tensor | Codes | None,
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float,
@@ -62,25 +69,26 @@ def lora_linear(
     dropout_p: float,
     rng: Tensor | None,
     dtype: torch.dtype,
+    y_dtype: torch.dtype,
     save_z: bool,
     strategy: str,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """x [M, K] -> y [M, N] in `dtype`, P [M, R] in float32 (or float64), z [M, N] or None."""
+    """x [M, K] -> y [M, N] in `y_dtype`, P [M, R] in float32 (or float64), z [M, N] or None."""
     p = _mm(_dropped(x, dropout_p, rng), lora_A.t()).to(_stat_dtype(dtype))
     if rng is not None:
         p = p * reference.dropout_scale(dropout_p)
     s = p if rank_gate is None else p * rank_gate
     if weight is None:
-        z = x.new_zeros(x.shape[0], lora_B.shape[0], dtype=dtype)
+        z = x.new_zeros(x.shape[0], lora_B.shape[0], dtype=y_dtype)
     else:
-        z = torch.mm(x.to(dtype), weight.to(dtype).t())
+        z = torch.mm(x.to(dtype), _dense(weight, lora_A, lora_B, dtype).t()).to(y_dtype)
     z = _add_product(z, s, lora_B.t(), scaling)
     y = z
     if column_scale is not None:
         y = y * column_scale
     if bias is not None:
         y = y + bias
-    y = y.to(dtype)
+    y = y.to(y_dtype)
     # An op's outputs share no memory.
     return y, p, (z.clone() if y is z else z) if save_z else None
 
@@ -88,7 +96,7 @@ def lora_linear(
 def lora_linear_backward(
     dy: Tensor,
     x: Tensor,
-    weight: Tensor | None,
+    weight: Tensor | Codes | None,
     lora_A: Tensor,
     lora_B: Tensor,
     p: Tensor,
@@ -98,6 +106,7 @@ def lora_linear_backward(
     column_scale: Tensor | None,
     dropout_p: float,
     rng: Tensor | None,
+    dtype: torch.dtype,
     need_x: bool,
     need_A: bool,
     need_B: bool,
@@ -135,7 +144,7 @@ def lora_linear_backward(
             if weight is None:
                 dx = torch.zeros_like(x, memory_format=torch.contiguous_format)
             else:
-                dx = torch.mm(dz.to(dy.dtype), weight.to(dy.dtype)).to(x.dtype)
+                dx = torch.mm(dz.to(dtype), _dense(weight, lora_A, lora_B, dtype)).to(x.dtype)
             if rng is None:
                 dx = _add_product(dx, dxa, lora_A)
             else:

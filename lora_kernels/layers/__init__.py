@@ -2,6 +2,7 @@
 
 from .attention import LoRAAttention
 from .linear import LoRALinear
+from .quantized import MergedLayer, QLoRALinear
 from .state import (
     LoRAParameterCount,
     count_lora_parameters,
@@ -15,6 +16,8 @@ __all__ = [
     "LoRAAttention",
     "LoRALinear",
     "LoRAParameterCount",
+    "MergedLayer",
+    "QLoRALinear",
     "count_lora_parameters",
     "load_lora_weights",
     "lora_state_dict",

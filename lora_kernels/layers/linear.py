@@ -171,7 +171,7 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> y [..., N], in autocast's dtype where autocast is on, else in x's."""
         if not self.enabled:
-            return F.linear(x, self.weight, self.bias)
+            return self._base(x)
         if self.merged_weight is not None:
             trainable = self.lora_A.requires_grad or self.lora_B.requires_grad
             if trainable and self.training and torch.is_grad_enabled():
@@ -184,6 +184,14 @@ class LoRALinear(nn.Module):
         return lora_linear(
             x, self.weight, self.lora_A, self.lora_B, self.scaling, self.bias, dropout_p=dropout_p
         )
+
+    def _base(self, x: Tensor) -> Tensor:
+        """The layer without its adapter."""
+        return F.linear(x, self.weight, self.bias)
+
+    def _dense_weight(self) -> Tensor:
+        """W [N, K] as a floating tensor."""
+        return self.weight
 
     @property
     def merged(self) -> bool:
@@ -198,13 +206,16 @@ class LoRALinear(nn.Module):
         is kept beside it: `unmerge` gives back the same bits and a state dict is the same, merged
         or not, at the price of a second [N, K] tensor while merged. A second call merges afresh.
         """
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        with torch.autocast(self.weight.device.type, enabled=False):
-            merged = torch.addmm(
-                self.weight.to(dtype), self.lora_B.to(dtype), self.lora_A.to(dtype),
-                alpha=self.scaling,
-            )  # fmt: skip
-        self.merged_weight = merged.to(self.weight.dtype)
+        weight = self._dense_weight()
+        self.merged_weight = self._merged(weight).to(weight.dtype)
+
+    def _merged(self, weight: Tensor) -> Tensor:
+        """weight + (alpha/r)·B·A in float32 (float64 for float64)."""
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        with torch.autocast(weight.device.type, enabled=False):
+            return torch.addmm(
+                weight.to(dtype), self.lora_B.to(dtype), self.lora_A.to(dtype), alpha=self.scaling
+            )
 
     def unmerge(self) -> None:
         """Undo `merge`; W never changed."""

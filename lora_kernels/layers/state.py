@@ -148,5 +148,6 @@ def _lora_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         )
     for prefix, layer in layers:
         for name, param in layer.named_parameters(prefix, recurse=False):
-            if name.rpartition(".")[2] not in ("weight", "bias"):
+            base = name.rpartition(".")[2] in ("weight", "bias") or not param.is_floating_point()
+            if not base:
                 yield name, param

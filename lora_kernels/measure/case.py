@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .. import functional, reference, select
 from ..backends import cpu, native
+from ..quantization import Weight4bit, quantize_4bit
 from . import tolerance
 from .tolerance import Verdict
 
@@ -43,6 +44,8 @@ class Case:
     dtype: torch.dtype = torch.float32  # of x, weight and bias; at most float32, see `oracle`
     adapter_dtype: torch.dtype | None = None  # of A and B; x's where None
     autocast: torch.dtype | None = None
+    quant: str = ""  # of the weight: type, block size, whether nested: "nf4-64-nested", "fp4-32"
+    compute: torch.dtype | None = None  # of the product with a quantized weight; x's where None
     base: bool = True  # False: the adapter's part alone, weight=None
     gate: bool = False  # [R] float32
     column_scale: bool = False  # [N] float32
@@ -64,6 +67,8 @@ class Case:
         parts = [f"M{self.M}-N{self.N}-K{self.K}-R{self.R}", _name(self.dtype)]
         parts += [f"A:{_name(self.adapter_dtype)}"] if self.adapter_dtype else []
         parts += [f"autocast:{_name(self.autocast)}"] if self.autocast else []
+        parts += [self.quant] if self.quant else []
+        parts += [f"compute:{_name(self.compute)}"] if self.compute else []
         parts += [] if self.base else ["no_base"]
         parts += [name for name in ("gate", "column_scale", "bias") if getattr(self, name)]
         parts += [f"dropout{self.dropout_p}"] if self.dropout_p else []
@@ -129,13 +134,17 @@ def inputs(case: Case) -> dict[str, Any]:
         if args[name] is not None:
             # Detached, a view is a leaf that keeps its strides.
             args[name] = args[name].detach().requires_grad_(name not in case.frozen)
+    if case.quant:
+        kind, blocksize, *nested = case.quant.split("-")
+        args["weight"] = quantize_4bit(args["weight"], kind, int(blocksize), bool(nested))
+        args["compute_dtype"] = case.compute
     dy = LAYOUTS[case.dy_layout](draw((M, N), 1.0, case.compute_dtype))
     return {**args, "dy": dy.reshape(*x.shape[:-1], N)}
 
 
 def plain_pytorch(
     x: Tensor,
-    weight: Tensor | None,
+    weight: Tensor | Weight4bit | None,
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float,
@@ -145,6 +154,7 @@ def plain_pytorch(
     column_scale: Tensor | None,
     dropout_p: float,
     rng: Tensor | None,
+    compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """What one writes without this package; autograd does the rest.
 
@@ -161,7 +171,12 @@ def plain_pytorch(
     s = (dropped.to(wide) @ lora_A.to(wide).T) * scaling
     if rank_gate is not None:
         s = (s * rank_gate).to(wide)
-    base = x @ weight.T
+    compute = compute_dtype or x.dtype
+    if isinstance(weight, Weight4bit):
+        weight = weight.dequantize(compute)
+    base = x.to(compute) @ weight.T
+    if not torch.is_autocast_enabled(x.device.type):
+        base = base.to(x.dtype)
     y = (base + s @ lora_B.to(wide).T).to(base.dtype)
     if column_scale is not None:
         y = y * column_scale
@@ -191,6 +206,9 @@ def oracle(args: dict[str, Any]) -> dict[str, Tensor]:
         else arg
         for name, arg in args.items()
     }
+    wide.pop("compute_dtype", None)
+    if isinstance(wide["weight"], Weight4bit):
+        wide["weight"] = wide["weight"].dequantize(torch.float32).double()
     if wide["weight"] is None:
         wide["weight"] = torch.zeros(wide["lora_B"].shape[0], wide["x"].shape[-1]).double()
     return run(reference.lora_linear, wide)
@@ -199,6 +217,7 @@ def oracle(args: dict[str, Any]) -> dict[str, Tensor]:
 def unit_roundoffs(case: Case) -> dict[str, float]:
     """Output -> u of the coarsest rounding that the backends' docstrings name for it."""
     adapter, x, compute = case.adapter_dtype or case.dtype, case.dtype, case.compute_dtype
+    compute = case.compute or compute
     coarsest = {
         "y": (compute,),
         "dx": (x, compute),  # the base product is rounded to the compute dtype

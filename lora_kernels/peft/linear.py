@@ -20,14 +20,15 @@ from peft.tuners.lora import layer as lora_layer
 from torch import Tensor, nn
 
 from ..functional import lora_linear
+from ..quantization import Weight4bit
 
 _LINEAR_FORWARD = nn.Linear.forward
 # What only PEFT's variants read; a base layer never sees it.
 _NOT_FOR_BASE = ("adapter_names", *getattr(lora_layer, "VARIANT_KWARG_KEYS", ()))
 
 
-class FusedLinear(lora.Linear):
-    """PEFT's LoRA layer with `lora_linear` as its forward; made by `fuse`.
+class Fused(nn.Module):
+    """What `fuse` puts before a PEFT layer's class: `lora_linear` as its forward.
 
     x [..., K] -> [..., N] in the dtype that PEFT's own forward returns. Active adapters without
     dropout are stacked along the rank and share one call. In training each adapter with dropout
@@ -44,7 +45,7 @@ class FusedLinear(lora.Linear):
             self.mixed_batch = mixed_batch
         adapters = active_adapters(self)
         if mixed_batch or peft_reason(self, adapters, x.device, x.dtype) is not None:
-            return super().forward(x, *args, **kwargs)
+            return cast(Tensor, super().forward(x, *args, **kwargs))
         if kwargs:
             kwargs = {name: value for name, value in kwargs.items() if name not in _NOT_FOR_BASE}
 
@@ -55,14 +56,25 @@ class FusedLinear(lora.Linear):
             dtype = result.dtype
             result = result + _lora_linear(x, None, bias, first)
         else:
-            weight, base_bias = base._parameters["weight"], base._parameters["bias"]
+            base_bias = base._parameters["bias"]
             if base_bias is not None:
                 bias = base_bias if bias is None else base_bias + bias
-            result = _lora_linear(x, weight, bias, first)
-            dtype = result.dtype
+            if is_linear4bit(base):
+                from .linear4bit import prepared  # which imports bitsandbytes
+
+                weight, compute_dtype = prepared(base, x)
+                result = _lora_linear(x, weight, bias, first, compute_dtype)
+                dtype = x.dtype  # which bitsandbytes returns, under autocast too
+            else:
+                result = _lora_linear(x, base._parameters["weight"], bias, first)
+                dtype = result.dtype
         for call in rest:
             result = result + _lora_linear(x, None, None, call)
         return result if result.dtype is dtype else cast(Tensor, result.to(dtype))
+
+
+class FusedLinear(Fused, lora.Linear):
+    """PEFT's general LoRA layer, over `nn.Linear` or a base that we call as a module."""
 
 
 class Adapter(NamedTuple):
@@ -83,14 +95,20 @@ class Call(NamedTuple):
     dropout_p: float
 
 
-def _lora_linear(x: Tensor, weight: Tensor | None, bias: Tensor | None, call: Call) -> Tensor:
+def _lora_linear(
+    x: Tensor,
+    weight: Tensor | Weight4bit | None,
+    bias: Tensor | None,
+    call: Call,
+    compute_dtype: torch.dtype | None = None,
+) -> Tensor:
     return lora_linear(
         x, weight, call.lora_A, call.lora_B, call.scaling, bias,
-        rank_gate=call.rank_gate, dropout_p=call.dropout_p,
+        rank_gate=call.rank_gate, dropout_p=call.dropout_p, compute_dtype=compute_dtype,
     )  # fmt: skip
 
 
-def active_adapters(layer: lora.Linear) -> list[Adapter]:
+def active_adapters(layer: Any) -> list[Adapter]:
     """The active adapters, of those that this layer has."""
     modules = cast(dict[str, Any], layer._modules)
     lora_A, lora_B = modules["lora_A"]._modules, modules["lora_B"]._modules
@@ -103,7 +121,7 @@ def active_adapters(layer: lora.Linear) -> list[Adapter]:
 
 
 def peft_reason(
-    layer: lora.Linear, adapters: Sequence[Adapter], device: torch.device, x_dtype: torch.dtype
+    layer: Any, adapters: Sequence[Adapter], device: torch.device, x_dtype: torch.dtype
 ) -> str | None:
     """Why the layer's whole forward is PEFT's own for an x on this device; None where it is not."""
     if layer.disable_adapters:
@@ -130,7 +148,8 @@ def peft_reason(
 
 def unreadable(module: nn.Module, device: torch.device) -> str | None:
     """Why calling the module may be more than `F.linear` on plain parameters on this device."""
-    if type(module) is not nn.Linear:
+    four_bit = is_linear4bit(module)
+    if type(module) is not nn.Linear and not four_bit:
         return f"{type(module).__name__} is not exactly nn.Linear"
     if (
         module._forward_pre_hooks
@@ -144,6 +163,10 @@ def unreadable(module: nn.Module, device: torch.device) -> str | None:
     if "forward" in module.__dict__ and (reason := patched(module)):
         return reason
     weight = module._parameters.get("weight")
+    if four_bit:
+        from .linear4bit import unreadable_4bit
+
+        return unreadable_4bit(module, device)
     if type(weight) is not nn.Parameter and type(weight) is not Tensor:
         return f"its weight is a {type(weight).__name__}"
     if weight.device != device:
@@ -151,6 +174,13 @@ def unreadable(module: nn.Module, device: torch.device) -> str | None:
     if weight.dim() != 2:
         return f"its weight is flattened to {list(weight.shape)}"
     return None
+
+
+def is_linear4bit(module: nn.Module) -> bool:
+    """Whether it is bitsandbytes' 4-bit linear, which nobody imports in order to ask."""
+    cls = type(module)
+    names = ("Linear4bit", "LinearNF4", "LinearFP4")
+    return cls.__module__ == "bitsandbytes.nn.modules" and cls.__name__ in names
 
 
 def patched(module: nn.Module) -> str | None:
@@ -171,7 +201,7 @@ def patched(module: nn.Module) -> str | None:
     return "its forward was replaced"
 
 
-def trainable_base(layer: lora.Linear) -> bool:
+def trainable_base(layer: Any) -> bool:
     weight = cast(nn.Module, layer._modules["base_layer"])._parameters.get("weight")
     return weight is not None and weight.requires_grad
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from .. import select
-from ..functional import compute_dtype
-from ..layers import LoRALinear
-from .linear import FusedLinear, active_adapters, calls, peft_reason, unreadable
+from ..functional import base_dtype
+from ..layers import LoRALinear, QLoRALinear
+from .linear import Fused, active_adapters, calls, is_linear4bit, peft_reason, unreadable
 from .swap import lora_layers
 
 
@@ -86,7 +86,7 @@ def explain(model: nn.Module, *, x_dtype: torch.dtype | None = None) -> Explanat
 
 def _peft_row(name: str, layer: LoraLayer, reason: str | None, x_dtype: torch.dtype | None) -> Row:
     if reason is None:
-        if isinstance(layer, FusedLinear):
+        if isinstance(layer, Fused):
             return _fused_row(name, layer, x_dtype)
         reason = "fuse() was not called"
     return _not_fused(name, reason)
@@ -96,7 +96,7 @@ def _not_fused(name: str, reason: str) -> Row:
     return Row(name, "not fused", "peft", "PEFT's own forward", reason)
 
 
-def _fused_row(name: str, layer: FusedLinear, x_dtype: torch.dtype | None) -> Row:
+def _fused_row(name: str, layer: Any, x_dtype: torch.dtype | None) -> Row:
     if layer.mixed_batch:
         return _not_fused(name, "the last call named an adapter for each row (adapter_names)")
     base, adapters = layer.base_layer, active_adapters(layer)
@@ -111,7 +111,12 @@ def _fused_row(name: str, layer: FusedLinear, x_dtype: torch.dtype | None) -> Ro
         return _not_fused(name, reason)
 
     todo = calls(adapters)
-    choices = [_choice(call.lora_A, call.lora_B, x_dtype) for call in todo]
+    four_bit = is_linear4bit(base)
+    compute_dtype = base.compute_dtype if four_bit and base.compute_type_is_set else None
+    choices = [
+        _choice(call.lora_A, call.lora_B, x_dtype, four_bit and not i, compute_dtype)
+        for i, call in enumerate(todo)  # the base rides on the first
+    ]
     backend = " + ".join(dict.fromkeys(choice.backend for choice in choices))
     state, strategy = "fused", choices[0].strategy
     reasons = list(dict.fromkeys(choice.reason for choice in choices))
@@ -132,13 +137,24 @@ def _dense_row(name: str, layer: LoRALinear, x_dtype: torch.dtype | None) -> Row
     if layer.merged or not layer.enabled:
         reason = "the adapter is merged" if layer.enabled else "the adapter is disabled"
         return Row(name, "not fused", "torch", "F.linear", reason)
-    choice = _choice(layer.lora_A, layer.lora_B, x_dtype or layer.weight.dtype)
+    four_bit = isinstance(layer, QLoRALinear)
+    compute_dtype = layer.compute_dtype if isinstance(layer, QLoRALinear) else None
+    x_dtype = x_dtype or (layer.lora_A if four_bit else layer.weight).dtype
+    choice = _choice(layer.lora_A, layer.lora_B, x_dtype, four_bit, compute_dtype)
     state = "not fused" if choice.backend == "eager" else "fused"
     return Row(name, state, choice.backend, choice.strategy, choice.reason)
 
 
-def _choice(lora_A: Tensor, lora_B: Tensor, x_dtype: torch.dtype) -> select.Choice:
+def _choice(
+    lora_A: Tensor,
+    lora_B: Tensor,
+    x_dtype: torch.dtype,
+    four_bit: bool,
+    compute_dtype: torch.dtype | None,
+) -> select.Choice:
     """What `lora_linear` will choose for an x of this dtype beside A."""
     device = lora_A.device.type
-    dtype = compute_dtype(device, x_dtype)
-    return select.lora_linear(device, x_dtype, lora_A.dtype, lora_B.dtype, dtype, lora_A.shape[0])
+    dtype = base_dtype(device, x_dtype, compute_dtype)
+    return select.lora_linear(
+        device, x_dtype, lora_A.dtype, lora_B.dtype, dtype, lora_A.shape[0], None, four_bit
+    )

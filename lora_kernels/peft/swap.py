@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from types import MethodType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from peft.tuners import lora
 from peft.tuners.lora.layer import LoraLayer, MultiheadAttention
 from torch import nn
 
-from .linear import FusedLinear, patched, trainable_base
+from .linear import Fused, FusedLinear, patched, trainable_base
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -39,8 +39,8 @@ def fuse(model: Model) -> Model:
     if not layers:
         raise ValueError(f"model: got {type(model).__name__} without LoRA layers, want some")
     for _, layer, reason in layers:
-        if reason is None and type(layer) is lora.Linear:
-            _set_class(layer, FusedLinear)
+        if reason is None and not isinstance(layer, Fused):
+            _set_class(layer, _fused_class(layer))
     return model
 
 
@@ -51,8 +51,8 @@ def unfuse(model: Model) -> Model:
     Linear(in_features=2, out_features=2, bias=True)
     """
     for _, layer, _ in lora_layers(model):
-        if type(layer) is FusedLinear:
-            _set_class(layer, lora.Linear)
+        if isinstance(layer, Fused):
+            _set_class(layer, type(layer).__mro__[2])  # after the class itself and Fused
             vars(layer).pop("mixed_batch", None)
     return model
 
@@ -72,8 +72,8 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer, str | None]]
             uncalled.add(module.get_base_layer().out_proj)
 
 
-def _unfusable(layer: LoraLayer) -> str | None:
-    if type(layer) is not lora.Linear and type(layer) is not FusedLinear:
+def _unfusable(layer: Any) -> str | None:
+    if not isinstance(layer, Fused) and _fused_class(layer) is None:
         return f"PEFT's {type(layer).__name__} is not covered in this version"
     if layer.fan_in_fan_out:
         return "fan_in_fan_out: a base weight kept as [K, N] is not covered in this version"
@@ -82,7 +82,18 @@ def _unfusable(layer: LoraLayer) -> str | None:
     return patched(layer)
 
 
-def _set_class(layer: lora.Linear, cls: type[lora.Linear]) -> None:
+def _fused_class(layer: LoraLayer) -> Any:
+    """The class that `fuse` gives the layer; None where it has none for it."""
+    if type(layer) is lora.Linear:
+        return FusedLinear
+    if (type(layer).__module__, type(layer).__name__) == ("peft.tuners.lora.bnb", "Linear4bit"):
+        from .linear4bit import FusedLinear4bit
+
+        return FusedLinear4bit
+    return None
+
+
+def _set_class(layer: Any, cls: Any) -> None:
     # accelerate wraps the forward that it found, a method bound to the class of that time.
     for name in ("forward", "_old_forward"):
         if getattr(vars(layer).get(name), "__func__", None) is type(layer).forward:

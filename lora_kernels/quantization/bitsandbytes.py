@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from bitsandbytes.functional import QuantState
-from bitsandbytes.nn import Params4bit
+from bitsandbytes.nn.modules import Params4bit
 
 
 def fields(weight: Any) -> dict[str, Any]:

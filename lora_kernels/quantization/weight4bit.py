@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import reference
 from . import codebooks
+from .codes import Codes
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCKSIZE = 256  # the only one that bitsandbytes writes, and its kernels assume it
@@ -130,11 +131,7 @@ class Weight4bit:
         >>> quantize_4bit(torch.full((2, 64), 3.0)).scales()
         tensor([3., 3.])
         """
-        if self.nested_absmax is None or self.nested_code is None or self.offset is None:
-            return self.absmax
-        return reference.dequantize_scales(
-            self.absmax, self.nested_absmax, self.nested_code, self.offset, self.nested_blocksize
-        )
+        return self.codes.scales()
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight [N, K] that the codes stand for, rounded once to `dtype` (None: the weight's).
@@ -149,7 +146,15 @@ class Weight4bit:
         dtype = self.dtype if dtype is None else dtype
         if dtype is not torch.float64 and dtype not in _DTYPES.values():
             raise TypeError(f"dtype: got {dtype!r}, want float32, bfloat16, float16 or float64")
-        return _decode(self, dtype)
+        return self.codes.dense(self.shape, dtype)
+
+    @property
+    def codes(self) -> Codes:
+        """What ops take."""
+        return Codes(
+            self.packed, self.absmax, self.code, self.nested_absmax, self.nested_code, self.offset,
+            self.blocksize, self.nested_blocksize,
+        )  # fmt: skip
 
     def to(self, device: torch.device | str | int) -> Weight4bit:
         """The same weight on another device; shares the tensors that are there already."""
@@ -168,7 +173,7 @@ class Weight4bit:
         weight [2048, 1]
         weight.absmax [64]
         weight.quant_map [16]
-        weight.quant_state.bitsandbytes__nf4 [86]
+        weight.quant_state.bitsandbytes__nf4 [77]
         """
         rest: dict[str, Any] = {
             "quant_type": self.quant_type,
@@ -253,9 +258,7 @@ class Weight4bit:
                 raise TypeError(f"{key}: got nested_offset {offset!r}, want a number")
             fields["nested_absmax"] = get("nested_absmax")
             fields["nested_code"] = get("nested_quant_map")
-            fields["offset"] = torch.tensor(
-                offset, dtype=torch.float32, device=absmax.device
-            )
+            fields["offset"] = torch.tensor(offset, dtype=torch.float32, device=absmax.device)
             fields["nested_blocksize"] = field("nested_blocksize")
         return cls(**fields)
 
@@ -323,7 +326,7 @@ def quantize_4bit(
     thresholds = codebooks.thresholds(quant_type, device)
     order = codebooks.order(quant_type, device)
     packed, absmax = reference.quantize_4bit(weight, thresholds, order, blocksize)
-    nested: dict[str, Tensor] = {}
+    nested: dict[str, Any] = {}
     if double_quant:
         nested_code = codebooks.dynamic_map(device)
         absmax, nested_absmax, offset = reference.quantize_scales(
@@ -339,13 +342,6 @@ def quantize_4bit(
         shape=(weight.shape[0], weight.shape[1]),
         dtype=weight.dtype,
         **nested,
-    )
-
-
-def _decode(weight: Weight4bit, dtype: torch.dtype) -> Tensor:
-    """`weight` decoded to `dtype`, the one place that decides by what."""
-    return reference.dequantize_4bit(
-        weight.packed, weight.scales(), weight.code, weight.blocksize, weight.shape, dtype
     )
 
 

@@ -85,7 +85,7 @@ def test_asks_for_the_choice_that_the_op_asks_for(
     choose, asked = select.lora_linear, []
 
     def recorder(*args: Any, **kwargs: Any) -> select.Choice:
-        asked.append(args[:6])  # all but the rows of x, of which explain knows nothing
+        asked.append(args[:6] + args[7:])  # all but the rows of x, which explain does not know
         return choose(*args, **kwargs)
 
     monkeypatch.setattr(select, "lora_linear", recorder)

@@ -18,7 +18,7 @@ def same_bits(got: Tensor, want: Tensor) -> bool:
     """Zeros of either sign, and NaN, are told apart too."""
     if got.dtype is not want.dtype or got.shape != want.shape:
         return False
-    return torch.equal(got.contiguous().view(torch.uint8), want.contiguous().view(torch.uint8))
+    return torch.equal(*(t.flatten().view(torch.uint8) for t in (got, want)))
 
 
 def check(weight: Tensor, quant_type: str, blocksize: int, nested: bool) -> Weight4bit:
@@ -31,10 +31,18 @@ def check(weight: Tensor, quant_type: str, blocksize: int, nested: bool) -> Weig
         assert same_bits(ours.nested_absmax, state.state2.absmax)
         assert same_bits(ours.nested_code, state.state2.code)
         assert same_bits(ours.offset, state.offset)
-    assert same_bits(ours.scales(), default_backend.scales(state))
+    scales = ours.scales()
+    assert same_bits(scales, default_backend.scales(state))
     for dtype in DTYPES:
         want = default_backend.dequantize(packed, state, dtype)
-        assert same_bits(ours.dequantize(dtype), want)
+        fields = (ours.packed, scales, ours.code, blocksize, ours.shape)
+        assert same_bits(reference.dequantize_4bit(*fields, dtype), want)
+        got = ours.dequantize(dtype)
+        if dtype is torch.bfloat16:
+            # AVX-512's conversion takes float32's denormals for zeros.
+            denormal = reference.dequantize_4bit(*fields, torch.float32).abs() < 2**-126
+            got, want = (torch.where(denormal, 0, t) for t in (got, want))
+        assert same_bits(got, want)
     return ours
 
 
@@ -107,12 +115,37 @@ def test_same_bits(quant_type, blocksize, nested, dtype):
 @pytest.mark.parametrize("nested", [False, True], ids=["flat", "nested"])
 @pytest.mark.parametrize("quant_type", codebooks.QUANT_TYPES)
 @pytest.mark.parametrize(
-    "shape", [(1, 1), (1, 2), (2, 1), (1, 31), (1, 63), (8, 8), (5, 13), (3, 64), (64, 1), (255, 32)]
+    "shape",
+    [
+        (1, 1),
+        (1, 2),
+        (2, 1),
+        (1, 31),
+        (1, 63),
+        (8, 8),
+        (5, 13),
+        (3, 64),
+        (64, 1),
+        (255, 32),
+        (9, 80),
+    ],
 )
 def test_shapes(shape, quant_type, nested):
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(2))
-    check(weight, quant_type, 32, nested)
-    check(weight, quant_type, 64, nested)
+    for blocksize in (32, 64, 128):
+        check(weight, quant_type, blocksize, nested)
+
+
+@pytest.mark.parametrize("quant_type", codebooks.QUANT_TYPES)
+def test_blocks_are_multiplied_and_tails_divided(quant_type):
+    """By scales that are no powers of two the two differ, which decides next to thresholds."""
+    at = torch.cat([torch.ones(1), codebooks.thresholds(quant_type)])
+    for absmax in torch.linspace(1.01, 1.99, 50):
+        row = at * absmax
+        up, down = (torch.nextafter(row[1:], torch.full_like(at[1:], e)) for e in (9.0, -9.0))
+        row = torch.cat([row, up, down])[None]  # 46 elements: a block of 32, a tail of 14
+        check(row, quant_type, 32, nested=False)
+        check(row, quant_type, 64, nested=False)  # a tail alone
 
 
 @pytest.mark.parametrize("count", [255, 256, 257, 512, 700])
@@ -162,11 +195,35 @@ def test_codebooks():
     assert same_bits(codebooks.thresholds("nf4"), torch.tensor(nf4))
     got = codebooks.thresholds("fp4")
     assert same_bits(got[:7], -got[8:].flip(0)) and got[7] == 0
-    # bitsandbytes rounds these literals to six digits or more.
-    torch.testing.assert_close(got[8:], torch.tensor(fp4), rtol=1e-6, atol=0)
+    # The coarsest of these literals has six decimals.
+    torch.testing.assert_close(got[8:], torch.tensor(fp4), rtol=0, atol=0.5e-6)
 
 
 def test_codebooks_are_not_shared():
     assert codebooks.dynamic_map().data_ptr() != codebooks.dynamic_map().data_ptr()
     with pytest.raises(ValueError, match="quant_type: got 'int4', want 'nf4' or 'fp4'"):
         codebooks.code("int4")
+
+
+def test_the_default_backend_is_the_judge():
+    """Where bitsandbytes' backends differ among themselves, its default backend is right.
+
+    Packed codes of its public function are the default backend's on a CPU. Nested scales come from
+    its CPU kernel, which rounds a few in a thousand, and half of those on a threshold, to the other
+    neighbour; no more is asked of it than that. Its CPU kernel that decodes is not asked at all: it
+    gets most weights wrong where K is a multiple of 16 and not of the block. Its CUDA kernels
+    choose FP4 codes by magnitude: just above 0 code 0, where the default backend has code 8.
+    """
+    weight = torch.randn(256, 1024, generator=torch.Generator().manual_seed(6))
+    for quant_type in codebooks.QUANT_TYPES:
+        ours = check(weight, quant_type, 64, nested=True)
+        packed, state = bitsandbytes.functional.quantize_4bit(
+            weight, blocksize=64, compress_statistics=True, quant_type=quant_type
+        )
+        assert torch.equal(ours.packed, packed.view(-1))
+        assert same_bits(ours.offset, state.offset)
+        assert same_bits(ours.nested_absmax, state.state2.absmax)
+        assert (ours.absmax.int() - state.absmax.int()).abs().max() <= 1
+    tiny = check(torch.tensor([[1.0, 1e-4, -1e-4, 0.0]]), "fp4", 32, nested=False)
+    assert tiny.packed.tolist() == [0x38, 0x00]
+    assert not tiny.code[8].signbit()

@@ -1,0 +1,252 @@
+"""QLoRALinear: a frozen 4-bit linear layer with a trainable low-rank adapter."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..functional import lora_linear
+from ..quantization import Weight4bit, quantize_4bit
+from .linear import Init, LoRALinear
+
+# Field of Weight4bit -> name of the parameter that holds its bytes.
+_BYTES = {
+    "packed": "weight",
+    "absmax": "weight_absmax",
+    "code": "weight_code",
+    "nested_absmax": "weight_nested_absmax",
+    "nested_code": "weight_nested_code",
+    "offset": "weight_offset",
+}
+
+
+class MergedLayer(NamedTuple):
+    """What `QLoRALinear.merged_layer` returns.
+
+    layer: an `nn.Linear`, or, requantized, a `QLoRALinear` whose adapter starts anew.
+    change: ‖held − merged‖ / ‖merged‖, how far the weight that the layer holds is from
+        W̃ + (alpha/r)·B·A in float32.
+    """
+
+    layer: nn.Module
+    change: float
+
+
+class QLoRALinear(LoRALinear):
+    """`LoRALinear` over a base in bitsandbytes' 4-bit format, decoded as it is multiplied.
+
+    Args, beside those of `LoRALinear`:
+        dtype: of the weight before quantization, in which `merge` holds the sum; float32, bfloat16
+            or float16.
+        quant_type: "nf4" or "fp4".
+        blocksize: elements that share a scale; a power of two, 32 to 4096.
+        double_quant: keep the scales in 8 bits.
+        compute_dtype: of the base product where autocast is off; None is x's.
+
+    Packed codes, scales, tables and offset are parameters of dtype uint8 without a gradient: so
+    they shard, save and load with the module, and `.to(bfloat16)`, `.half()` and mixed-precision
+    policies leave their bits alone. lora_A, lora_B and bias are as in `LoRALinear`.
+
+    Raises ValueError or TypeError, naming the argument.
+
+    >>> from lora_kernels.layers import QLoRALinear
+    >>> layer = QLoRALinear(64, 32, r=4).to(torch.bfloat16)
+    >>> layer.weight4bit
+    Weight4bit([32, 64], nf4 of float32, blocksize=64, nested, 2,152 bytes)
+    >>> layer(torch.ones(2, 64, dtype=torch.bfloat16)).dtype
+    torch.bfloat16
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        r: int = 8,
+        alpha: float = 16.0,
+        dropout: float = 0.0,
+        bias: bool = False,
+        init: Init = "kaiming",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        lora_dtype: torch.dtype | None = None,
+        *,
+        quant_type: str = "nf4",
+        blocksize: int = 64,
+        double_quant: bool = True,
+        compute_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            in_features, out_features, r, alpha, dropout, bias, init, device, dtype, lora_dtype
+        )
+        self.compute_dtype = compute_dtype
+        weight = self.weight
+        if weight.is_meta:  # there is nothing to quantize; `from_linear` and loading fill it
+            weight = nn.Parameter(torch.zeros(1, 1, dtype=weight.dtype).expand_as(weight), False)
+        self._hold(quantize_4bit(weight, quant_type, blocksize, double_quant))
+        if self.lora_A.is_meta:
+            self.to("meta")
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        r: int = 8,
+        alpha: float = 16.0,
+        dropout: float = 0.0,
+        init: Init = "kaiming",
+        lora_dtype: torch.dtype | None = None,
+        *,
+        quant_type: str = "nf4",
+        blocksize: int = 64,
+        double_quant: bool = True,
+        compute_dtype: torch.dtype | None = None,
+    ) -> QLoRALinear:
+        """The same layer with its weight quantized and an adapter; the bias is shared.
+
+        `linear` keeps its weight, frozen. Raises as `LoRALinear.from_linear` and `quantize_4bit`.
+
+        >>> import torch
+        >>> from lora_kernels.layers import QLoRALinear
+        >>> QLoRALinear.from_linear(torch.nn.Linear(64, 64), r=2, quant_type="fp4")
+        QLoRALinear(in_features=64, out_features=64, bias=True, r=2, ..., fp4, blocksize=64, nested)
+        """
+        dense = LoRALinear.from_linear(linear, r, alpha, dropout, init, lora_dtype)
+        weight = quantize_4bit(dense.weight, quant_type, blocksize, double_quant)
+        return cls._over(dense, weight, compute_dtype)
+
+    @classmethod
+    def from_weight4bit(
+        cls,
+        weight: Weight4bit,
+        r: int = 8,
+        alpha: float = 16.0,
+        dropout: float = 0.0,
+        bias: Tensor | None = None,
+        init: Init = "kaiming",
+        lora_dtype: torch.dtype | None = None,
+        *,
+        compute_dtype: torch.dtype | None = None,
+    ) -> QLoRALinear:
+        """A layer over a weight that is quantized already, sharing its memory.
+
+        >>> import torch
+        >>> from lora_kernels.quantization import quantize_4bit
+        >>> QLoRALinear.from_weight4bit(quantize_4bit(torch.eye(64)), r=2).out_features
+        64
+        """
+        N, K = weight.shape
+        dense = LoRALinear(
+            K, N, r, alpha, dropout, bias is not None, init, "meta", weight.dtype, lora_dtype
+        )
+        if bias is not None:
+            dense.bias = nn.Parameter(bias, requires_grad=False)
+        for name in ("lora_A", "lora_B"):
+            empty = torch.empty_like(getattr(dense, name), device=weight.device)
+            setattr(dense, name, nn.Parameter(empty))
+        dense.reset_lora_parameters()
+        return cls._over(dense, weight, compute_dtype)
+
+    @classmethod
+    def _over(
+        cls, dense: LoRALinear, weight: Weight4bit, compute_dtype: torch.dtype | None
+    ) -> QLoRALinear:
+        """`dense` as a layer of this class, with `weight` for its weight."""
+        layer = cls.__new__(cls)
+        layer.__dict__ = dense.__dict__
+        layer.compute_dtype = compute_dtype
+        layer._hold(weight)
+        return layer
+
+    def _hold(self, weight: Weight4bit) -> None:
+        for field, name in _BYTES.items():
+            t: Tensor | None = getattr(weight, field)
+            t = None if t is None else t.detach().reshape(-1).view(torch.uint8)
+            self.register_parameter(name, None if t is None else nn.Parameter(t, False))
+        self.quant_type, self.blocksize, self.weight_dtype = (
+            weight.quant_type, weight.blocksize, weight.dtype,
+        )  # fmt: skip
+        self._weight4bit: tuple[tuple[int, ...], Weight4bit] | None = None
+
+    @property
+    def weight4bit(self) -> Weight4bit:
+        """The base weight, sharing the parameters' memory."""
+        parameters = self._parameters
+        tensors = {field: parameters[name] for field, name in _BYTES.items()}
+        where = tuple(0 if t is None else t.data_ptr() for t in tensors.values())
+        if self._weight4bit is None or self._weight4bit[0] != where or 0 in where[:3]:
+            nested = tensors["nested_absmax"] is not None
+            views: dict[str, Tensor | None] = {
+                field: t if t is None or (field == "absmax" and nested) or field == "packed"
+                else t.detach().view(torch.float32)
+                for field, t in tensors.items()
+            }  # fmt: skip
+            self._weight4bit = (
+                where,
+                Weight4bit(
+                    quant_type=self.quant_type,
+                    blocksize=self.blocksize,
+                    shape=(self.out_features, self.in_features),
+                    dtype=self.weight_dtype,
+                    **{f: t if t is None else t.detach() for f, t in views.items()},  # type: ignore[arg-type]
+                ),
+            )
+        return self._weight4bit[1]
+
+    def __getstate__(self) -> dict[str, object]:
+        # The views are made anew: deepcopy and pickle would keep the old memory.
+        return {**self.__dict__, "_weight4bit": None}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] -> y [..., N], in autocast's dtype where autocast is on, else in x's."""
+        if not self.enabled or self.merged:
+            return super().forward(x)
+        return lora_linear(
+            x, self.weight4bit, self.lora_A, self.lora_B, self.scaling, self.bias,
+            dropout_p=self.dropout if self.training else 0.0, compute_dtype=self.compute_dtype,
+        )  # fmt: skip
+
+    def _base(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight4bit.dequantize(x.dtype), self.bias)
+
+    def _dense_weight(self) -> Tensor:
+        return self.weight4bit.dequantize()
+
+    @torch.no_grad()
+    def merged_layer(self, requantize: bool = False) -> MergedLayer:
+        """A new layer that computes with W̃ + (alpha/r)·B·A, and how exactly it does.
+
+        requantize: False returns an `nn.Linear` in the dtype of the weight before quantization;
+        True a `QLoRALinear` in the same 4-bit format, whose rounding is of the size of a trained
+        adapter: look at `change`, and at the outputs, before you part with the adapter. To compute
+        with the sum and be able to take it back, call `merge`.
+
+        >>> from lora_kernels.layers import QLoRALinear
+        >>> layer = QLoRALinear(64, 64, r=2)
+        >>> layer.merged_layer().change < 1e-7 < layer.merged_layer(requantize=True).change
+        True
+        """
+        exact = self._merged(self.weight4bit.dequantize(torch.float32))
+        linear = nn.Linear(
+            self.in_features, self.out_features, self.bias is not None, "meta", self.weight_dtype
+        )
+        linear.weight = nn.Parameter(exact.to(self.weight_dtype), requires_grad=False)
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=False)
+        layer: nn.Module = linear.train(self.training)
+        held: Tensor = linear.weight
+        if requantize:
+            layer = QLoRALinear.from_linear(
+                linear, self.r, self.alpha, self.dropout, self.init, self.lora_A.dtype,
+                quant_type=self.quant_type, blocksize=self.blocksize,
+                double_quant=self.weight4bit.nested, compute_dtype=self.compute_dtype,
+            )  # fmt: skip
+            held = layer.weight4bit.dequantize(torch.float32)
+        change = (held.float() - exact).norm() / exact.norm()
+        return MergedLayer(layer, change.item())
+
+    def extra_repr(self) -> str:
+        nested = ", nested" * (self._parameters["weight_offset"] is not None)
+        return f"{super().extra_repr()}, {self.quant_type}, blocksize={self.blocksize}{nested}"

@@ -1,0 +1,167 @@
+"""`lora_linear` on 4-bit weights: y and every gradient against the float64 reference."""
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+
+import lora_kernels
+from lora_kernels import ops, reference, select
+from lora_kernels.backends import cpu, native
+from lora_kernels.measure import case as cases
+from lora_kernels.measure.case import Case, judge
+from lora_kernels.quantization import Weight4bit, quantize_4bit
+from tests.ops.engines import every_engine
+
+f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
+FULL: dict[str, Any] = {"gate": True, "column_scale": True, "bias": True, "dropout_p": 0.1}
+ROWS = (*range(18), 128)
+# N, K: rows of whole blocks; blocks that straddle rows; rows that start within a byte's half
+SIZES = [(65, 128), (33, 96), (70, 144), (33, 63), (17, 21)]
+
+
+def some_cases() -> list[Case]:
+    chosen = [
+        Case(M, N, K, 5, dtype, quant="nf4-64-nested", **FULL)
+        for M, (N, K), dtype in itertools.product((0, 1, 3, 4, 5, 17), SIZES, (f32, bf16))
+    ]
+    for M, dtype in itertools.product((2, 33), (f32, bf16, f16)):
+        shape = (M, 65, 160, 5, dtype)
+        chosen += [Case(*shape, quant=quant) for quant in ("nf4-64", "fp4-32-nested", "fp4-4096")]
+        chosen += [Case(*shape, quant="nf4-64-nested", values="nonnegative", gate=True)]
+        chosen += [Case(*shape, quant="nf4-64-nested", x_layout="padded", dy_layout="padded")]
+        chosen += [Case(*shape, quant="nf4-64-nested", frozen=("x",))]
+    return chosen
+
+
+def check(case: Case) -> None:
+    wrong = [f"{name} {verdict}" for name, verdict in judge(case).items() if not verdict.ok]
+    if wrong:
+        pytest.fail("\n".join([str(case), *wrong]), pytrace=False)
+
+
+@every_engine
+@pytest.mark.parametrize("case", some_cases(), ids=str)
+def test_against_the_reference(case: Case, engine: str) -> None:
+    check(case)
+    if (
+        engine in native.ISAS and select.FEW_ROWS_4BIT[engine] >= case.M
+    ):  # the library's product was forced
+        with lora_kernels.backend("cpu", cpu.FEW_ROWS):
+            check(case)
+
+
+@pytest.mark.parametrize("M", [2, 9])
+@pytest.mark.parametrize("adapter", [f32, bf16, f16], ids=str)
+@pytest.mark.parametrize("compute", [None, f32, bf16, f16], ids=str)
+@pytest.mark.parametrize("autocast", [None, bf16, f16], ids=str)
+@pytest.mark.parametrize("dtype", [f32, bf16, f16], ids=str)
+def test_dtypes(
+    dtype: torch.dtype,
+    autocast: torch.dtype | None,
+    compute: torch.dtype | None,
+    adapter: torch.dtype,
+    M: int,
+) -> None:
+    """y has the dtype that a Linear4bit would return: autocast's where it is on, else x's."""
+    case = Case(
+        M, 65, 96, 5, dtype, adapter, autocast, quant="nf4-64-nested", compute=compute, bias=True
+    )
+    args = cases.inputs(case)
+    got = cases.run(lora_kernels.lora_linear, args, autocast)
+    assert got["y"].dtype is (autocast or dtype)
+    if autocast is None:  # under it, compute gives way
+        check(case)
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("rank", [1, 16, 100])
+@pytest.mark.parametrize("quant", ["nf4-64-nested", "fp4-128"])
+@pytest.mark.parametrize("dtype", [f32, bf16, f16], ids=str)
+def test_cross_product(dtype: torch.dtype, quant: str, rank: int, sizes: tuple[int, int]) -> None:
+    for M in ROWS[5:]:
+        case = Case(M, *sizes, rank, dtype, quant=quant, **FULL)
+        for engine in cases.engines():
+            with cases.engine(engine):
+                check(case)
+
+
+@every_engine
+@pytest.mark.parametrize("dtype", [f32, bf16, f16], ids=str)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_unit_matrix_reads_out_the_weight(
+    sizes: tuple[int, int], dtype: torch.dtype, engine: str
+) -> None:
+    N, K = sizes
+    weight = quantize_4bit(torch.randn(N, K, generator=torch.Generator().manual_seed(1)))
+    A, B = torch.ones(3, K, dtype=dtype), torch.zeros(N, 3, dtype=dtype)
+    want = reference.dequantize_4bit(
+        weight.packed, weight.scales(), weight.code, 64, weight.shape, dtype
+    )
+    for m in (slice(0, 4), slice(0, K)):
+        y = lora_kernels.lora_linear(torch.eye(K, dtype=dtype)[m], weight, A, B)
+        assert torch.equal(y, want.t()[m])
+
+
+@every_engine
+@pytest.mark.parametrize("dtype", [f32, bf16, f16], ids=str)
+@pytest.mark.parametrize("nested", [False, True])
+def test_dequantize(nested: bool, dtype: torch.dtype, engine: str) -> None:
+    """A whole weight and blocks of it, bit for bit what the reference decodes."""
+    weight = quantize_4bit(torch.randn(37, 71), "nf4", 32, nested)
+    want = reference.dequantize_4bit(
+        weight.packed, weight.scales(), weight.code, 32, weight.shape, dtype
+    )
+    assert torch.equal(weight.dequantize(dtype), want)
+    part = weight.codes.dense(weight.shape, dtype, slice(3, 30), slice(5, 70))
+    assert torch.equal(part, want[3:30, 5:70])
+
+
+def test_compile_and_opcheck() -> None:
+    args = cases.inputs(Case(6, 33, 64, 5, bf16, quant="nf4-64-nested", gate=True, dropout_p=0.1))
+    weight, rng = args["weight"], args["rng"]
+    forward = (
+        args["x"].detach(), *weight.codes, args["lora_A"].detach(), args["lora_B"].detach(),
+        1.5, args["rank_gate"].detach(), None, None, 0.1, rng, bf16, bf16, False,
+    )  # fmt: skip
+    torch.library.opcheck(ops.lora_linear_4bit, forward)
+    y, p, _ = ops.lora_linear_4bit(*forward)
+    backward = (
+        torch.ones_like(y), *forward[:11], p, None, 1.5, forward[12], None, 0.1, rng, bf16,
+        True, True, True, True, False, False,
+    )  # fmt: skip
+    torch.library.opcheck(ops.lora_linear_backward_4bit, backward)
+
+    dy = args.pop("dy")
+    compiled = torch.compile(lora_kernels.lora_linear, fullgraph=True, dynamic=True)
+    eager = cases.run(lora_kernels.lora_linear, {**args, "dy": dy})
+    for name, got in cases.run(compiled, {**args, "dy": dy}).items():
+        assert torch.equal(got, eager[name]), name
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"lora_B": torch.zeros(9, 2)}, ValueError, "weight.*8, 64.*9, 64"),
+        ({"x": torch.zeros(1, 64, dtype=torch.float64)}, TypeError, "float64"),
+        ({"compute_dtype": torch.float64}, TypeError, "compute_dtype"),
+        ({"compute_dtype": torch.int8}, TypeError, "compute_dtype"),
+        ({"weight": torch.zeros(8, 64), "compute_dtype": bf16}, ValueError, "compute_dtype"),
+    ],
+    ids=str,
+)
+def test_bad_input(change: dict[str, Any], error: type[Exception], words: str) -> None:
+    args: dict[str, Any] = {
+        "x": torch.zeros(1, 64),
+        "weight": quantize_4bit(torch.ones(8, 64)),
+        "lora_A": torch.zeros(2, 64),
+        "lora_B": torch.zeros(8, 2),
+    }
+    with pytest.raises(error, match=words):
+        lora_kernels.lora_linear(**{**args, **change})
+
+
+def test_weight4bit_is_public() -> None:
+    assert isinstance(quantize_4bit(torch.ones(8, 64)), Weight4bit)

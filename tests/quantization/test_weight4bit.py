@@ -1,0 +1,388 @@
+"""Weight4bit as a holder: what it refuses, what it says, where it comes from and goes to."""
+
+import copy
+import dataclasses
+import pickle
+
+import bitsandbytes
+import pytest
+import torch
+from bitsandbytes.functional import QuantState
+from bitsandbytes.nn import Linear4bit, Params4bit
+from safetensors.torch import load, save
+from torch import nn
+
+from lora_kernels import reference
+from lora_kernels.quantization import Weight4bit, quantize_4bit
+from tests.quantization import default_backend
+
+N, K = 48, 64
+STORAGE = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
+both_types = pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+flat_and_nested = pytest.mark.parametrize("nested", [False, True], ids=["flat", "nested"])
+
+
+def dense(shape=(N, K), dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+def tensors(weight):
+    fields = {f.name: getattr(weight, f.name) for f in dataclasses.fields(weight)}
+    return {name: t for name, t in fields.items() if isinstance(t, torch.Tensor)}
+
+
+def assert_same(a, b):
+    assert repr(a) == repr(b)
+    assert tensors(a).keys() == tensors(b).keys()
+    for name, t in tensors(a).items():
+        assert torch.equal(t, tensors(b)[name]), name
+
+
+def linear4bit(quant_type="nf4", nested=True, storage=torch.uint8, dtype=torch.float32):
+    layer = Linear4bit(
+        K, N, bias=False, compress_statistics=nested, quant_type=quant_type, quant_storage=storage
+    )
+    layer.weight = Params4bit(
+        dense(dtype=dtype),
+        compress_statistics=nested,
+        quant_type=quant_type,
+        quant_storage=storage,
+        module=layer,
+    )
+    return layer.to("cpu")  # which quantizes
+
+
+@both_types
+@flat_and_nested
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_state_dict_is_bitsandbytes(quant_type, nested, dtype):
+    """The same keys in the same order with the same bytes, through safetensors too."""
+    packed, state = default_backend.quantize(dense(dtype=dtype), quant_type, 64, nested)
+    want = {"weight": packed}
+    want |= {f"weight.{key}": t for key, t in state.as_dict(packed=True).items()}
+    ours = Weight4bit.from_bitsandbytes((packed, state))
+    got = ours.state_dict()
+    assert list(got) == ["weight", *(key for key in got if key != "weight")]
+    assert got.keys() == want.keys()
+    for key, t in want.items():
+        assert got[key].dtype is t.dtype and torch.equal(got[key], t), key
+    for loaded in (want, got, load(save(got))):
+        assert_same(Weight4bit.from_state_dict(loaded), ours)
+
+
+@both_types
+@flat_and_nested
+@pytest.mark.parametrize("storage", STORAGE)
+def test_linear4bit_to_ours_and_back(quant_type, nested, storage):
+    layer = linear4bit(quant_type, nested, storage)
+    ours = Weight4bit.from_bitsandbytes(layer.weight)
+    assert ours.packed.data_ptr() == layer.weight.data_ptr()  # no copy
+    assert ours.absmax.data_ptr() == layer.weight.quant_state.absmax.data_ptr()
+    assert type(ours.packed) is torch.Tensor and not ours.packed.requires_grad
+    assert (ours.nested, ours.shape, ours.quant_type) == (nested, (N, K), quant_type)
+
+    state = layer.state_dict()
+    loaded = Weight4bit.from_state_dict(state)
+    assert_same(loaded, ours)
+    assert loaded.packed.data_ptr() == state["weight"].data_ptr()
+
+    stats = {k.removeprefix("weight."): t for k, t in ours.state_dict().items() if k != "weight"}
+    back = Params4bit.from_prequantized(ours.state_dict()["weight"], stats, device="cpu")
+    twin = Linear4bit(K, N, bias=False, quant_type=quant_type)
+    twin.weight, twin.quant_state = back, back.quant_state
+    assert back.quant_state == layer.weight.quant_state
+    x = dense((3, K)).requires_grad_()  # without gradients bitsandbytes would repack the weight
+    assert torch.equal(twin(x), layer(x))
+    assert_same(Weight4bit.from_bitsandbytes(twin.weight), ours)
+
+
+def test_prefix_among_other_keys():
+    a, b = quantize_4bit(dense()), quantize_4bit(-dense(), "fp4", 32, double_quant=False)
+    state = {"bias": torch.ones(N), **a.state_dict("layers.0.q.weight"), **b.state_dict("w")}
+    assert_same(Weight4bit.from_state_dict(state, "layers.0.q.weight"), a)
+    assert_same(Weight4bit.from_state_dict(state, "w"), b)
+    save(state)  # which refuses tensors that share memory
+
+
+@both_types
+def test_what_bitsandbytes_decodes(quant_type):
+    """Its public function, on its CPU kernel where it has one: whole blocks in a row, float32."""
+    layer = linear4bit(quant_type)
+    want = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    got = Weight4bit.from_bitsandbytes(layer.weight).dequantize()
+    torch.testing.assert_close(got, want, rtol=2**-22, atol=0)  # its scales may be fused
+
+
+def test_repacked_for_cpu_is_refused():
+    packed, state = default_backend.quantize(dense((64, 64)), "nf4", 64, True)
+    convert = bitsandbytes.functional._convert_weight_packed_for_cpu
+    packed, state = convert(packed, state)
+    for undone in (False, True):
+        if undone:
+            undo = bitsandbytes.functional._convert_weight_packed_for_cpu_inverse
+            packed, state = undo(packed, state)
+        with pytest.raises(ValueError, match=r"repacked.*before its first eval forward"):
+            Weight4bit.from_bitsandbytes((packed, state))
+
+
+def test_saved_after_repacking_is_refused():
+    packed, state = default_backend.quantize(dense((64, 64), torch.bfloat16), "nf4", 64, True)
+    packed, state = bitsandbytes.functional._convert_weight_packed_for_cpu(packed, state)
+    undo = bitsandbytes.functional._convert_weight_packed_for_cpu_inverse
+    packed, state = undo(packed, state)
+    saved = {f"weight.{key}": t for key, t in state.as_dict(packed=True).items()}
+    with pytest.raises(ValueError, match="nested_dtype 'bfloat16', want 'float32'"):
+        Weight4bit.from_state_dict({"weight": packed, **saved})
+
+
+def test_not_of_bitsandbytes():
+    with pytest.raises(ValueError, match="Params4bit without a quant_state"):
+        Weight4bit.from_bitsandbytes(Params4bit(dense()))
+    for other in (dense(), nn.Linear(K, N), linear4bit(), (dense(), None), (dense(),), None):
+        with pytest.raises(TypeError, match=r"weight: got .* want a bitsandbytes Params4bit"):
+            Weight4bit.from_bitsandbytes(other)
+    packed, state = default_backend.quantize(dense((4, 4, 8)), "nf4", 64, False)
+    with pytest.raises(ValueError, match=r"shape: got .* want"):
+        Weight4bit.from_bitsandbytes((packed, state))
+    state.shape = None
+    with pytest.raises(ValueError, match="shape: got None, want"):
+        Weight4bit.from_bitsandbytes((packed, state))
+    assert isinstance(state, QuantState)
+
+
+@both_types
+@flat_and_nested
+def test_properties(quant_type, nested):
+    weight = quantize_4bit(dense(dtype=torch.bfloat16), quant_type, 32, nested)
+    blocks = N * K // 32
+    nbytes = N * K // 2 + 16 * 4 + (blocks + 4 + 256 * 4 + 4 if nested else blocks * 4)
+    assert (weight.device, weight.nested, weight.nbytes) == (torch.device("cpu"), nested, nbytes)
+    assert (weight.shape, weight.dtype, weight.blocksize) == ((N, K), torch.bfloat16, 32)
+    text = f"{quant_type} of bfloat16, blocksize=32{', nested' * nested}, {nbytes:,} bytes"
+    assert repr(weight) == f"Weight4bit([48, 64], {text})"
+    assert weight.scales().dtype is torch.float32 and weight.scales().shape == (blocks,)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        weight.blocksize = 64
+
+
+def test_dequantize_dtypes():
+    weight = quantize_4bit(dense(dtype=torch.float16))
+    exact = weight.dequantize(torch.float32)
+    assert weight.dequantize().dtype is torch.float16
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        assert torch.equal(weight.dequantize(dtype), exact.to(dtype))
+    for dtype in (torch.int32, torch.complex64, "float32"):
+        with pytest.raises(TypeError, match=r"dtype: got .* want float32"):
+            weight.dequantize(dtype)
+
+
+@flat_and_nested
+def test_to(nested):
+    weight = quantize_4bit(dense(), double_quant=nested)
+    assert tensors(weight.to("cpu"))["packed"] is weight.packed
+    meta = weight.to("meta")
+    assert meta.device.type == "meta" and repr(meta) == repr(weight)
+    assert {t.device.type for t in tensors(meta).values()} == {"meta"}
+    assert meta.dequantize().shape == (N, K)
+
+
+def test_copies():
+    weight = quantize_4bit(dense())
+    assert_same(copy.deepcopy(weight), weight)
+    assert_same(pickle.loads(pickle.dumps(weight)), weight)
+
+
+def test_error_is_that_of_four_bits():
+    """Half the widest gap between codes, times the block's scale, and no more; 0 and ±max exact."""
+    for quant_type, gap in (("nf4", 1 - 0.6961928), ("fp4", 1 / 3)):
+        weight = quantize_4bit(dense(), quant_type, double_quant=False)
+        error = (weight.dequantize() - dense()).abs().view(-1, 64)
+        assert (error <= weight.scales()[:, None] * (gap / 2 + 1e-6)).all()
+
+
+@flat_and_nested
+def test_compile(nested):
+    """Dynamo sees through the class to its tensors."""
+    weight = quantize_4bit(dense(dtype=torch.bfloat16), double_quant=nested)
+
+    def forward(x, w):
+        decoded = reference.dequantize_4bit(
+            w.packed, w.scales(), w.code, w.blocksize, w.shape, x.dtype
+        )
+        return x @ decoded.T
+
+    x = dense((3, K))
+    compiled = torch.compile(forward, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(x, weight), forward(x, weight))
+
+
+def test_gradients_do_not_reach_it():
+    weight = quantize_4bit(nn.Parameter(dense()))
+    assert not any(t.requires_grad for t in tensors(weight).values())
+
+
+BAD_WEIGHTS = [
+    (dense().tolist(), TypeError, "weight: got list, want a tensor"),
+    (dense().double(), TypeError, "weight: got torch.float64, want float32"),
+    (dense().to(torch.int32), TypeError, "weight: got torch.int32, want float32"),
+    (dense().to(torch.complex64), TypeError, "weight: got torch.complex64, want float32"),
+    (dense()[0], ValueError, r"weight: got shape \[64\], want \[N, K\]"),
+    (dense((2, 3, 4)), ValueError, r"weight: got shape \[2, 3, 4\], want \[N, K\]"),
+    (dense()[:0], ValueError, r"weight: got shape \[0, 64\], want \[N, K\]"),
+    (dense() * torch.tensor(float("inf")), ValueError, "weight: got NaN or infinity"),
+    (dense().fill_diagonal_(float("nan")), ValueError, "weight: got NaN or infinity"),
+    (dense().to("meta"), ValueError, "weight: got a tensor on meta"),
+]
+
+
+@pytest.mark.parametrize("weight, error, message", BAD_WEIGHTS, ids=lambda value: str(value)[:0])
+def test_quantize_refuses(weight, error, message):
+    with pytest.raises(error, match=message):
+        quantize_4bit(weight)
+
+
+@pytest.mark.parametrize("blocksize", [0, -64, 16, 48, 8192, 64.0, "64", None, True])
+def test_blocksizes_refused(blocksize):
+    with pytest.raises(ValueError, match=r"blocksize: got .* want a power of two, 32 to 4096"):
+        quantize_4bit(dense(), blocksize=blocksize)
+    with pytest.raises(ValueError, match=r"blocksize: got .* want a power of two, 32 to 4096"):
+        dataclasses.replace(quantize_4bit(dense()), blocksize=blocksize)
+
+
+BAD_FIELDS = [
+    ("quant_type", "int4", ValueError, "got 'int4', want 'nf4' or 'fp4'"),
+    ("nested_blocksize", 128, ValueError, "got 128, want 256"),
+    ("dtype", torch.float64, TypeError, "got torch.float64, want float32, bfloat16 or float16"),
+    ("dtype", "float32", TypeError, "got 'float32', want"),
+    ("shape", (N,), ValueError, r"got \(48,\), want \(N, K\)"),
+    ("shape", (N, 0), ValueError, r"got \(48, 0\), want \(N, K\)"),
+    ("shape", [N, K], ValueError, r"got \[48, 64\], want \(N, K\)"),
+    ("shape", (N, 64.0), ValueError, r"got \(48, 64.0\), want \(N, K\)"),
+    ("packed", None, TypeError, "got NoneType, want a tensor"),
+    ("packed", lambda t: t[:-1], ValueError, r"got shape \[1535\], want \[1536\] for a weight of"),
+    ("packed", lambda t: t[:, None], ValueError, r"got shape \[1536, 1\], want \[1536\]"),
+    ("packed", lambda t: t.char(), TypeError, "got torch.int8, want torch.uint8"),
+    ("packed", lambda t: t.repeat(2)[::2], ValueError, r"got strides \[2\], want a contiguous"),
+    ("absmax", None, TypeError, "got NoneType, want a tensor"),
+    ("absmax", lambda t: t[:-1], ValueError, r"got shape \[47\], want \[48\] .* in blocks of 64"),
+    ("absmax", lambda t: t.bfloat16(), TypeError, "got torch.bfloat16, want torch.float32"),
+    ("absmax", lambda t: t.to("meta"), ValueError, "got meta, want cpu, as packed"),
+    ("code", lambda t: t[:-1], ValueError, r"got shape \[15\], want \[16\]"),
+    ("code", lambda t: t.half(), TypeError, "got torch.float16, want torch.float32"),
+]
+BAD_NESTED_FIELDS = [
+    ("nested_absmax", None, TypeError, "got NoneType, want a tensor"),
+    ("nested_absmax", lambda t: t.repeat(2), ValueError, r"got shape \[2\], want \[1\] for 48 sc"),
+    ("nested_absmax", lambda t: t.double(), TypeError, "got torch.float64, want torch.float32"),
+    ("nested_code", None, TypeError, "got NoneType, want a tensor"),
+    ("nested_code", lambda t: t[:16], ValueError, r"got shape \[16\], want \[256\]"),
+    ("offset", None, TypeError, "got NoneType, want a tensor"),
+    ("offset", 0.5, TypeError, "got float, want a tensor"),
+    ("offset", lambda t: t.bfloat16(), TypeError, "got torch.bfloat16, want torch.float32"),
+    ("offset", lambda t: t.repeat(2), ValueError, r"got shape \[2\], want \[1\]"),
+    ("offset", lambda t: t.to("meta"), ValueError, "got meta, want cpu, as packed"),
+]
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_bad_fields(nested):
+    good = quantize_4bit(dense(), double_quant=nested)
+    cases = BAD_FIELDS + BAD_NESTED_FIELDS * nested
+    if nested:  # uint8 scales cast to anything else are taken for scales that are not nested
+        cases = [case for case in cases if case[0] != "absmax" or "bfloat16" not in case[3]]
+    for name, bad, error, message in cases:
+        value = bad(getattr(good, name)) if callable(bad) else bad
+        with pytest.raises(error, match=message) as raised:
+            dataclasses.replace(good, **{name: value})
+        assert str(raised.value).startswith(f"{name}: "), (name, message, raised.value)
+
+
+def test_nested_fields_without_nested_scales():
+    flat, nested = quantize_4bit(dense(), double_quant=False), quantize_4bit(dense())
+    for name in ("nested_absmax", "nested_code", "offset"):
+        with pytest.raises(ValueError, match=f"{name}: got a tensor, want None beside absmax"):
+            dataclasses.replace(flat, **{name: getattr(nested, name)})
+
+
+def test_one_element_offset():
+    good = quantize_4bit(dense())
+    assert good.offset is not None and good.offset.shape == ()
+    other = dataclasses.replace(good, offset=good.offset.view(1))
+    assert torch.equal(other.dequantize(), good.dequantize())
+    assert torch.equal(other.scales(), good.scales())
+    assert_same(Weight4bit.from_state_dict(other.state_dict()), good)
+
+
+JSON = "weight.quant_state.bitsandbytes__nf4"
+
+
+def as_json(text):
+    return torch.tensor(list(text.encode()), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("key", list(quantize_4bit(dense()).state_dict()))
+def test_missing_key(key):
+    state = quantize_4bit(dense()).state_dict()
+    del state[key]
+    with pytest.raises(ValueError, match=r"state: got (no|0 keys) '"):
+        Weight4bit.from_state_dict(state)
+
+
+def test_bad_json():
+    state = quantize_4bit(dense()).state_dict()
+    text = bytes(state[JSON].tolist()).decode()
+    for length in range(0, len(text), 7):
+        with pytest.raises(ValueError, match=r"bitsandbytes__nf4: got .* want a whole JSON object"):
+            Weight4bit.from_state_dict({**state, JSON: as_json(text[:length])})
+    for bad in ("[]", "3", '"nf4"'):
+        with pytest.raises(ValueError, match="want a whole JSON object"):
+            Weight4bit.from_state_dict({**state, JSON: as_json(bad)})
+    with pytest.raises(ValueError, match="want a whole JSON object"):
+        Weight4bit.from_state_dict({**state, JSON: torch.tensor([255, 254], dtype=torch.uint8)})
+    with pytest.raises(TypeError, match=r"got torch.float32 .* want a JSON text"):
+        Weight4bit.from_state_dict({**state, JSON: state[JSON].float()})
+
+
+@pytest.mark.parametrize(
+    "old, new, error, message",
+    [
+        ('"nf4"', '"fp4"', ValueError, "got quant_type 'fp4' in it, want the key's"),
+        ('"quant_type"', '"kind"', ValueError, "got JSON without 'quant_type'"),
+        ('"blocksize": 64', '"blocksize": 63', ValueError, "blocksize: got 63"),
+        ('"blocksize": 64', '"blocksize": 32', ValueError, "absmax: got shape"),
+        ('"blocksize": 64', '"blocksize": "64"', ValueError, "blocksize: got '64'"),
+        ("[48, 64]", "[48, 66]", ValueError, "packed: got shape"),
+        ("[48, 64]", "null", ValueError, "shape: got None"),
+        ("[48, 64]", '"48"', ValueError, "shape: got '48'"),
+        ('"dtype": "float32"', '"dtype": "int8"', TypeError, "dtype: got 'int8'"),
+        ('"nested_dtype": "float32"', '"nested_dtype": "float16"', ValueError, "nested_dtype"),
+        ('"nested_blocksize": 256', '"nested_blocksize": 64', ValueError, "nested_blocksize"),
+        ('"nested_offset": ', '"nested_offset": null, "x": ', TypeError, "nested_offset None"),
+    ],
+)
+def test_bad_json_fields(old, new, error, message):
+    state = quantize_4bit(dense()).state_dict()
+    text = bytes(state[JSON].tolist()).decode()
+    assert text.count(old) == 1
+    with pytest.raises(error, match=message):
+        Weight4bit.from_state_dict({**state, JSON: as_json(text.replace(old, new))})
+
+
+def test_bad_state_tensors():
+    state = quantize_4bit(dense()).state_dict()
+    for key, bad, error, message in [
+        ("weight", state["weight"][:-1], ValueError, "packed: got shape"),
+        ("weight", state["weight"].char(), TypeError, "packed: got torch.int8"),
+        ("weight", state["weight"].repeat(1, 2)[:, :1], ValueError, "packed: got strides"),
+        ("weight.absmax", state["weight.absmax"][:-1], ValueError, "absmax: got shape"),
+        ("weight.nested_absmax", torch.ones(2), ValueError, "nested_absmax: got shape"),
+        ("weight.nested_quant_map", torch.ones(255), ValueError, "nested_code: got shape"),
+        ("weight.quant_map", torch.ones(16), ValueError, "quant_map: got values other than nf4's"),
+        ("weight.quant_map", torch.ones(15), ValueError, r"quant_map: got torch.float32 \[15\]"),
+        ("weight.quant_map", torch.full((16,), float("nan")), ValueError, "quant_map: got values"),
+    ]:
+        with pytest.raises(error, match=message):
+            Weight4bit.from_state_dict({**state, key: bad})
+    both = {**state, JSON.replace("nf4", "fp4"): state[JSON]}
+    with pytest.raises(ValueError, match="state: got 2 keys"):
+        Weight4bit.from_state_dict(both)

@@ -30,6 +30,7 @@ faults: native
 
 bench: native
 	$(BIN)/lora-kernels bench --json benchmarks/results/cpu.json
+	$(BIN)/lora-kernels bench --quant nf4 --seconds 1 --json benchmarks/results/cpu-4bit.json
 	$(BIN)/python -m benchmarks.report
 
 demo: native $(DEMO_INPUTS)

@@ -179,7 +179,7 @@ class LoRALinear(nn.Module):
                     "LoRALinear is merged and in training mode, where lora_A and lora_B would get "
                     "no gradient: call unmerge() to train, or eval()"
                 )
-            return F.linear(x, self.merged_weight, self.bias)
+            return self._product(x, self.merged_weight)
         dropout_p = self.dropout if self.training else 0.0
         return lora_linear(
             x, self.weight, self.lora_A, self.lora_B, self.scaling, self.bias, dropout_p=dropout_p
@@ -187,7 +187,10 @@ class LoRALinear(nn.Module):
 
     def _base(self, x: Tensor) -> Tensor:
         """The layer without its adapter."""
-        return F.linear(x, self.weight, self.bias)
+        return self._product(x, self.weight)
+
+    def _product(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight, self.bias)
 
     def _dense_weight(self) -> Tensor:
         """W [N, K] as a floating tensor."""

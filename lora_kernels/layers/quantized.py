@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..functional import lora_linear
+from ..functional import base_dtype, lora_linear
 from ..quantization import Weight4bit, quantize_4bit
 from .linear import Init, LoRALinear
 
@@ -195,6 +195,28 @@ class QLoRALinear(LoRALinear):
             )
         return self._weight4bit[1]
 
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """A new base as `nn.Linear` starts it, quantized, and the adapter; nothing on meta."""
+        if self.weight.is_floating_point():  # as yet: in __init__
+            return super().reset_parameters()
+        if self.weight.is_meta:
+            return
+        nested = self._parameters["weight_offset"] is not None
+        dense = torch.empty(
+            self.out_features, self.in_features, dtype=self.weight_dtype, device=self.weight.device
+        )
+        self.weight = nn.Parameter(dense, requires_grad=False)
+        super().reset_parameters()
+        self._hold(quantize_4bit(self.weight, self.quant_type, self.blocksize, nested))
+
+    def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        for name in _BYTES.values():  # of a mapped file, bytes may lie where no float32 can be read
+            t = self._parameters[name]
+            if t is not None and (t.storage_offset() % 4 or t.data_ptr() % 4):
+                t.data = t.data.clone()
+
     def __getstate__(self) -> dict[str, object]:
         # The views are made anew: deepcopy and pickle would keep the old memory.
         return {**self.__dict__, "_weight4bit": None}
@@ -209,7 +231,13 @@ class QLoRALinear(LoRALinear):
         )  # fmt: skip
 
     def _base(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight4bit.dequantize(x.dtype), self.bias)
+        return self._product(x, self.weight4bit.dequantize(base_dtype(x.device.type, x.dtype)))
+
+    def _product(self, x: Tensor, weight: Tensor) -> Tensor:
+        # As in `lora_linear`, x's dtype is the one that counts: the weight's is that before
+        # quantization, whatever the module was moved to since, and the bias has moved.
+        dtype = base_dtype(x.device.type, x.dtype)
+        return F.linear(x, weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
 
     def _dense_weight(self) -> Tensor:
         return self.weight4bit.dequantize()
@@ -234,7 +262,8 @@ class QLoRALinear(LoRALinear):
         )
         linear.weight = nn.Parameter(exact.to(self.weight_dtype), requires_grad=False)
         if self.bias is not None:
-            linear.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=False)
+            bias = self.bias.detach().to(self.weight_dtype, copy=True)
+            linear.bias = nn.Parameter(bias, requires_grad=False)
         layer: nn.Module = linear.train(self.training)
         held: Tensor = linear.weight
         if requantize:

@@ -213,6 +213,7 @@ def provenance(dtypes: list[str]) -> dict[str, Any]:
         "load": os.getloadavg()[0],  # at the start
         "torch": torch.__version__,
         "peft": device.version("peft"),
+        "bitsandbytes": device.version("bitsandbytes"),
         "copy_bandwidth": timing.copy_bandwidth(),
         "product_peak": {name: timing.product_peak(getattr(torch, name)) for name in dtypes},
     }
@@ -234,12 +235,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seconds", type=float, default=6.0, help="to spend on each row (default: %(default)s)"
     )
+    parser.add_argument(
+        "--quant", choices=["nf4", "fp4"], help="time the layer over a 4-bit base instead"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure there")
 
 
 def run(args: argparse.Namespace) -> int:
     """0, or 1 where a result of ours misses the tolerance."""
     data: dict[str, Any] = {"provenance": provenance(args.dtypes), "rows": []}
+    if args.quant:
+        from . import bench_4bit
+
+        for row in bench_4bit.rows(args.quant, args.dtypes, args.seconds):
+            data["rows"].append(row)
+            print(bench_4bit.line(row), flush=True)
+        _write(args.json, data)
+        return 0
     data["overhead_us"] = overhead(args.seconds / 2)
     taken = data["overhead_us"]
     extra = taken["ours, forward"] - taken["eager, forward"]
@@ -253,10 +265,14 @@ def run(args: argparse.Namespace) -> int:
                 for row in measure(case, args.seconds):
                     data["rows"].append(row)
                     print(_line(row), flush=True)
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+    _write(args.json, data)
     return 0 if all(row["correct"] for row in data["rows"]) else 1
+
+
+def _write(path: Path | None, data: dict[str, Any]) -> None:
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
 
 
 def _line(row: dict[str, Any]) -> str:

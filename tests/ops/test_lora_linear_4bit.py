@@ -75,6 +75,15 @@ def test_dtypes(
         check(case)
 
 
+def test_compute_dtype() -> None:
+    """What is rounded to bfloat16 is the product's operands, not the adapter's."""
+    args = cases.inputs(Case(9, 65, 96, 5, quant="nf4-64-nested"))
+    x, weight, A, B = args["x"], args["weight"], args["lora_A"], args["lora_B"] * 0
+    y = lora_kernels.lora_linear(x, weight, A, B, compute_dtype=bf16)
+    want = x.to(bf16).double() @ weight.dequantize(bf16).double().t()
+    torch.testing.assert_close(y, want.float())
+
+
 @pytest.mark.proof
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("rank", [1, 16, 100])

@@ -1,0 +1,143 @@
+"""`lora-kernels bench --quant nf4`: the layer over a 4-bit base, bitsandbytes' and a dense one.
+
+Forward without gradients for M rows of x, and a training step for the largest M. Times are medians
+of calls that take turns in one process; cold rotates over as many weights as exceed the last-level
+cache, warm repeats one. Peers add LoRA by PyTorch's own calls, `base(x) + s·B(Ax)`: what PEFT does,
+without PEFT's overhead. Errors are rms relative to the layer in float64 on the float32 decode.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..functional import lora_linear
+from ..quantization import Weight4bit, quantize_4bit
+from . import timing
+
+SHAPES = [(4096, 4096), (4096, 14336), (576, 1536)]  # K, N
+ROWS = [1, 2, 4, 8, 16, 32, 64, 128, 512]
+RANK, SCALING = 16, 2.0
+COLD_BYTES = 64 << 20  # of packed codes that one round goes through
+
+Forward = Callable[[Tensor], Tensor]
+
+
+class Bases:
+    """Enough weights of one shape to be cold, in every form that is timed."""
+
+    def __init__(self, K: int, N: int, dtype: torch.dtype, quant_type: str) -> None:
+        import bitsandbytes
+
+        nn: Any = bitsandbytes.nn
+
+        torch.manual_seed(0)
+        self.count = max(2, min(64, COLD_BYTES // (N * K // 2)))
+        self.lora_A = torch.randn(RANK, K).div_(K**0.5).to(dtype).requires_grad_()
+        self.lora_B = torch.randn(N, RANK).div_(RANK**0.5).to(dtype).requires_grad_()
+        self.dense = [(torch.randn(N, K) / K**0.5).to(dtype) for _ in range(min(4, self.count))]
+        weights = [self.dense[i % len(self.dense)] for i in range(self.count)]
+        self.ours = [quantize_4bit(weight, quant_type) for weight in weights]
+        self.bnb: dict[str, list[Any]] = {"train": [], "eval": []}
+        for mode, weight in itertools.product(self.bnb, weights):
+            layer = nn.Linear4bit(K, N, bias=False, compute_dtype=dtype, quant_type=quant_type)
+            layer.weight = nn.Params4bit(
+                weight, requires_grad=False, quant_type=quant_type, module=layer
+            )
+            self.bnb[mode].append(layer.to("cpu").train(mode == "train"))
+
+    def candidates(self) -> dict[str, list[Forward]]:
+        """Name -> the forward over each of the weights."""
+        return {
+            "ours": [self._ours(weight) for weight in self.ours],
+            "bitsandbytes, eval": [self._peer(layer) for layer in self.bnb["eval"]],
+            "bitsandbytes, train": [self._peer(layer) for layer in self.bnb["train"]],
+            "dense": [self._peer(partial(F.linear, weight=w)) for w in self.dense],
+        }
+
+    def _ours(self, weight: Weight4bit) -> Forward:
+        return lambda x: lora_linear(x, weight, self.lora_A, self.lora_B, SCALING)
+
+    def _peer(self, base: Forward) -> Forward:
+        def forward(x: Tensor) -> Tensor:
+            return base(x) + F.linear(F.linear(x, self.lora_A), self.lora_B) * SCALING
+
+        return forward
+
+    def reference(self, x: Tensor) -> Tensor:
+        weight = self.ours[0].dequantize(torch.float32).double()
+        A, B = self.lora_A.detach().double(), self.lora_B.detach().double()
+        return x.double() @ weight.T + (x.double() @ A.T) @ B.T * SCALING
+
+    def stream(self) -> list[Callable[[], object]]:
+        """Reading each weight's packed codes once, and doing next to nothing with them."""
+        return [weight.packed.view(torch.int64).sum for weight in self.ours]
+
+
+def _step(forward: Forward, x: Tensor, inputs: tuple[Tensor, ...], dy: Tensor) -> object:
+    return torch.autograd.grad(forward(x), inputs, dy)
+
+
+def _in_turn(calls: list[Callable[[], object]]) -> Callable[[], object]:
+    each = itertools.cycle(calls)
+    return lambda: next(each)()
+
+
+def rows(quant_type: str, dtypes: list[str], seconds: float) -> Iterator[dict[str, Any]]:
+    """The table, a row at a time."""
+    for dtype, (K, N) in itertools.product(dtypes, SHAPES):
+        bases = Bases(K, N, getattr(torch, dtype), quant_type)
+        common = {"dtype": dtype, "K": K, "N": N, "R": RANK, "quant_type": quant_type}
+        for M in ROWS:
+            x = torch.randn(M, K).to(getattr(torch, dtype))
+            ref = bases.reference(x)
+            forwards = bases.candidates()
+            with torch.no_grad():
+                errors = {
+                    name: ((each[0](x) - ref).norm() / ref.norm()).item()
+                    for name, each in forwards.items()
+                }
+                for cache in ("cold", "warm"):
+                    used = slice(None) if cache == "cold" else slice(1)
+                    calls = {
+                        name: _in_turn([partial(f, x) for f in each[used]])
+                        for name, each in forwards.items()
+                    }
+                    calls["stream"] = _in_turn(bases.stream()[used])
+                    row = {**common, "M": M, "mode": "forward", "cache": cache}
+                    yield {**row, "errors": errors, **_times(calls, seconds)}
+        x = torch.randn(ROWS[-1], K).to(getattr(torch, dtype)).requires_grad_()
+        dy = torch.randn(ROWS[-1], N).to(getattr(torch, dtype))
+        inputs = (x, bases.lora_A, bases.lora_B)
+        calls = {
+            name: _in_turn([partial(_step, f, x, inputs, dy) for f in each])
+            for name, each in bases.candidates().items()
+            if name != "bitsandbytes, eval"
+        }
+        row = {**common, "M": ROWS[-1], "mode": "step", "cache": "cold"}
+        yield {**row, "errors": {}, **_times(calls, seconds)}
+
+
+def _times(calls: dict[str, Callable[[], object]], seconds: float) -> dict[str, Any]:
+    times = timing.interleave(calls, seconds=seconds)
+    return {"seconds": {name: asdict(t) for name, t in times.items()}}
+
+
+def line(row: dict[str, Any]) -> str:
+    """One row as text: ratios to ours before milliseconds."""
+    seconds = {name: times["p50"] for name, times in row["seconds"].items()}
+    ours = seconds.pop("ours")
+    words = [
+        f"{row['dtype']} {row['quant_type']} K={row['K']} N={row['N']} M={row['M']} "
+        f"{row['mode']}, {row['cache']}: ours {ours * 1e3:.3f} ms; over ours:"
+    ]
+    words += [f"{name} {t / ours:.2f}" for name, t in seconds.items()]
+    words += [f"rms {name} {error:.1e}" for name, error in row["errors"].items()]
+    return "  ".join(words)

@@ -16,7 +16,7 @@ def test_opcheck_forward(option, dtype, save_z):
     c = make_case(option, dtype, x_shape=(2, 3, K))
     args = (
         c["x"], c["weight"], c["lora_A"], c["lora_B"], c["scaling"], c["rank_gate"],
-        c["column_scale"], c["bias"], c["dropout_p"], c["rng"], dtype, save_z,
+        c["column_scale"], c["bias"], c["dropout_p"], c["rng"], dtype, dtype, save_z,
     )  # fmt: skip
     torch.library.opcheck(ops.lora_linear, args)
 
@@ -34,7 +34,7 @@ def test_opcheck_backward(option, dtype, need):
     )
     args = (
         dy, c["x"], c["weight"], c["lora_A"], c["lora_B"], p, z, c["scaling"], c["rank_gate"],
-        c["column_scale"], c["dropout_p"], c["rng"], True, need, need,
+        c["column_scale"], c["dropout_p"], c["rng"], dtype, True, need, need,
         need and c["rank_gate"] is not None, need and c["column_scale"] is not None, need,
     )  # fmt: skip
     torch.library.opcheck(ops.lora_linear_backward, args)

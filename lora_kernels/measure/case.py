@@ -230,6 +230,20 @@ def unit_roundoffs(case: Case) -> dict[str, float]:
     return {name: tolerance.unit_roundoff(*dtypes) for name, dtypes in coarsest.items()}
 
 
+def sums(case: Case) -> dict[str, tuple[int, ...]]:
+    """Output -> lengths of the sums behind it; that of the shorter branch counts for nothing."""
+    M, N, K = case.M, case.N, case.K
+    return {
+        "y": (K,),
+        "dx": (N,),
+        "dA": (N, M),  # dAᵀ sums over rows what dS sums over columns
+        "dB": (K, M),
+        "dg": (K, N, M),
+        "dc": (K, M),
+        "dbias": (M,),
+    }
+
+
 # "eager", and the native kernels' instruction sets with each strategy that they have.
 ENGINES = (
     "eager",
@@ -281,7 +295,11 @@ def _expected(case: Case) -> tuple[list[Any], list[dict[str, Tensor]], list[dict
         refs.append(oracle(args))
         eagers.append(run(plain_pytorch, args, case.autocast))
         # A rounding of P = D(x)·Aᵀ [M, R] is shared by a whole row of y: its elements count too.
-        sizes = [case.M * case.R, *(t.numel() for t in refs[0].values())]
+        # Equal rows of x share it among them.
+        sizes = [
+            case.R if case.x_layout == "expanded" else case.M * case.R,
+            *(t.numel() for t in refs[0].values()),
+        ]
         seeds = math.ceil(tolerance.POOL / min((n for n in sizes if n), default=tolerance.POOL))
     return arguments, refs, eagers
 
@@ -295,13 +313,14 @@ def judge(case: Case, call: Callable[..., Tensor] = functional.lora_linear) -> d
     """
     arguments, refs, eagers = _expected(case)
     results = [run(call, args, case.autocast) for args in arguments]
-    u = unit_roundoffs(case)
+    u, lengths = unit_roundoffs(case), sums(case)
     return {
         name: tolerance.compare(
             [result[name] for result in results],
             [ref[name] for ref in refs],
             [eager[name] for eager in eagers],
             u[name],
+            lengths[name],
         )
         for name in refs[0]
     }

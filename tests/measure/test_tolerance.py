@@ -30,6 +30,19 @@ def test_admits_three_roundings_and_not_more() -> None:
     assert not compare(rounded(5), ref, eager, U16).ok
 
 
+def test_sums_in_one_chain_are_admitted_whatever_the_library_does() -> None:
+    """Of 144 products by one float32 addition after another; eager's error here is set to none."""
+    x, w = sample(64 * 144).view(64, 144).float(), sample(32 * 144).view(32, 144).float()
+    ref = x.double() @ w.double().t()
+    y = torch.zeros(64, 32)
+    for k in range(144):
+        y += x[:, k, None] * w[:, k]
+    u = unit_roundoff(torch.float32)
+    assert not compare(y, ref, ref, u).ok
+    assert compare(y, ref, ref, u, sums=(144,)).rms_limit > compare(y, ref, ref, u).rms
+    assert compare(ref, ref, ref, u, sums=(10**6,)).rms_limit < 7 * u  # not any chain
+
+
 def test_one_wrong_element_is_seen() -> None:
     """By the largest error alone: in the rms of 4096 it would pass."""
     ref = sample()

@@ -59,7 +59,8 @@ native: $(INSTALLED)
 	$(BIN)/python setup.py --quiet build_ext --inplace
 
 # A copy of the package with sanitized kernels; being the working directory, it is what is imported.
-# torch itself leaks at exit, and links no sanitizer, so that the library has to be preloaded.
+# torch itself leaks at exit, and links no sanitizer, so that the library has to be preloaded. The
+# stack that would find a use after return is aligned to 32 bytes, of which GCC 12 knows nothing.
 SANITIZED := build/sanitized
 sanitize: $(INSTALLED)
 	rm -rf $(SANITIZED)
@@ -67,7 +68,7 @@ sanitize: $(INSTALLED)
 		$(BIN)/python setup.py --quiet build --build-lib $(SANITIZED)
 	cp -r pyproject.toml tests $(SANITIZED)
 	cd $(SANITIZED) && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so)" \
-		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 UBSAN_OPTIONS=print_stacktrace=1 \
 		$(CURDIR)/$(BIN)/python -m pytest -m 'not slow and not proof' tests/ops
 
 .venv: $(INSTALLED)

@@ -7,9 +7,9 @@ that the op's docstring names, and eager's errors those of plain PyTorch in the 
     rms error ≤ 1.25 · max(eager's, chain) + u/4              relative to the rms of the reference
     max error ≤ 2 · eager's + 2 ulp of the largest |reference|
 
-chain = 0.3 · √terms · 2⁻²⁴ is what float32 sums lose that add one term after another. Without it the
-limit would be the processor's: the same PyTorch sums 144 products in one chain on one, in sixteen on
-another, and loses 3.1 u or 1.6.
+chain = 0.3 · √terms · 2⁻²⁴ is what float32 sums lose that add one term after another. Without it
+the limit would be the processor's: the same PyTorch sums 144 products in one chain on one, in
+sixteen on another, and loses 3.1 u or 1.6.
 
 Where these numbers come from:
 

@@ -59,17 +59,20 @@ native: $(INSTALLED)
 	$(BIN)/python setup.py --quiet build_ext --inplace
 
 # A copy of the package with sanitized kernels; being the working directory, it is what is imported.
-# torch itself leaks at exit, and links no sanitizer, so that the library has to be preloaded. The
-# stack that would find a use after return is aligned to 32 bytes, of which GCC 12 knows nothing.
+# torch itself leaks at exit, and links no sanitizer, so that the library has to be preloaded, and
+# beside it the one whose `throw` it watches. The stack that would find a use after return is aligned
+# to 32 bytes, of which GCC 12 knows nothing.
 SANITIZED := build/sanitized
 sanitize: $(INSTALLED)
 	rm -rf $(SANITIZED)
 	CXX=$(CXX) LORA_KERNELS_NATIVE=1 LORA_KERNELS_SANITIZE=1 \
 		$(BIN)/python setup.py --quiet build --build-lib $(SANITIZED)
 	cp -r pyproject.toml tests $(SANITIZED)
-	cd $(SANITIZED) && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so)" \
+	cd $(SANITIZED) && \
+		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 		ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 UBSAN_OPTIONS=print_stacktrace=1 \
-		$(CURDIR)/$(BIN)/python -m pytest -m 'not slow and not proof' tests/ops
+		$(CURDIR)/$(BIN)/python -m pytest -m 'not slow and not proof' \
+		tests/ops tests/quantization tests/autograd tests/layers
 
 .venv: $(INSTALLED)
 

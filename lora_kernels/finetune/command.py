@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import signal
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("steps", "AdamW steps")
     add("lr", "peak learning rate")
     add("dtype", "dtype of the base model; adapters are fp32", choices=("fp32", "bf16"))
+    add("quant", "hold the base model's linear layers in 4 bits, as QLoRA does (by bitsandbytes)",
+        choices=("nf4", "fp4"))  # fmt: skip
     add("seed", "settles the adapters' start, the order of the data and the dropout masks")
     add("save_every", "steps between checkpoints")
     add("device", "torch device (default: a GPU if there is one)")
@@ -63,8 +66,7 @@ def run(args: argparse.Namespace) -> int:
     """Exit status: 0, 1 if a check failed, 2 for bad arguments, 128 + signal if stopped."""
     try:
         options = options_from(args)
-        # PEFT imports bitsandbytes, which reports an optional package that it lacks.
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+        quiet()
         from .recipe import finetune
 
         return finetune(options)
@@ -77,9 +79,20 @@ def run(args: argparse.Namespace) -> int:
         return 128 + signal.SIGINT
 
 
+def quiet() -> None:
+    """No warnings and bars of the libraries in between what a command prints."""
+    from transformers.utils import logging as transformers_logging
+
+    # PEFT imports bitsandbytes, which reports an optional package that it lacks.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    warnings.simplefilter("ignore", FutureWarning)  # PEFT's and transformers' at each other
+
+
 def options_from(args: argparse.Namespace) -> Options:
     from .data import demo_text, read_text
-    from .model import demo_model, locate
+    from .model import check_quant, demo_model, locate
 
     names = {f.name for f in dataclasses.fields(Options)}
     given = {name: value for name, value in vars(args).items() if name in names}
@@ -95,6 +108,7 @@ def options_from(args: argparse.Namespace) -> Options:
         given[name] = tuple(given.get(name, ()))
     options = Options(**given)
     locate(options.model)
+    check_quant(options.quant)
     for file in options.data:
         read_text(file)
     return options

@@ -24,7 +24,16 @@ from torch import Tensor, nn
 from .. import dropout_mask, lora_linear
 from ..peft import fuse
 from .data import batch
-from .model import adapters, add_adapters, cast_parameters, share
+from .model import (
+    Clock,
+    adapters,
+    add_adapters,
+    cast_parameters,
+    decode,
+    linears_4bit,
+    rewrite_codes,
+    share,
+)
 
 GRADIENT_LIMIT = 1e-4  # relative rms of one adapter's gradient, fp32
 UPDATE_LIMIT = 1e-3  # relative rms of one adapter's change over the SGD steps, fp32
@@ -32,6 +41,7 @@ BF16_LIMIT = 1.25  # our distance from the fp32 gradients over stock PEFT's
 SGD_LR = 0.1
 ADAPTER_B_STD = 0.02  # B is zero in a new adapter, which would leave dA = 0 on both sides
 MASK_P = 0.1
+PROMPT, DECODED = 8, 16  # tokens
 
 
 @dataclass(frozen=True)
@@ -193,7 +203,12 @@ def compare(
     on_stage(f"{timed_steps} timed steps each")
     if not fp32:
         stock, fused = pair(base, seed, **lora)
-    rows += compare_cost({"frozen": base, "peft": stock, "fused": fused}, ids, timed_steps)
+    models = {"frozen": base, "peft": stock, "fused": fused}
+    rows += compare_cost(models, ids, timed_steps)
+    if linears_4bit(base):  # theirs as fast as they can be; see `rewrite_codes`
+        for name in ("frozen", "peft"):
+            models[name] = rewrite_codes(copy.deepcopy(models[name]), True)
+    rows.append(compare_decoding(models, ids[:1, :PROMPT]))
     return rows + controls
 
 
@@ -287,6 +302,24 @@ def compare_cost(models: Mapping[str, Any], ids: Tensor, steps: int) -> list[Row
     else:
         rows.append(row("peak memory of a step, MB", dict.fromkeys(memory, "–")))
     return rows
+
+
+def compare_decoding(models: Mapping[str, Any], prompt: Tensor) -> Row:
+    """Milliseconds a token of greedy decoding through `generate`, in eval mode.
+
+    prompt is int64 [1, L]; the models take turns, and the first round warms up.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    inputs = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
+    for turn in range(4):
+        for name, model in models.items():
+            clock = Clock()
+            decode(model, inputs, max_new_tokens=DECODED, min_new_tokens=DECODED, streamer=clock)
+            seconds[name] += clock.steps if turn else []
+    median = {name: statistics.median(s) for name, s in seconds.items()}
+    frozen, peft, fused = (f"{median[name] * 1e3:.1f}" for name in ("frozen", "peft", "fused"))
+    ratio = median["fused"] / median["peft"]
+    return Row("ms a token, decoding", ratio, None, frozen, peft, fused, ratio=True)
 
 
 @contextmanager

@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import difflib
 import importlib.util
+import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +51,12 @@ def locate(model: Path) -> tuple[Path, str | None]:
     return model.parent, model.name
 
 
+def check_quant(quant: str | None) -> None:
+    """Raise UsageError where a base model cannot be held in 4 bits."""
+    if quant is not None and importlib.util.find_spec("bitsandbytes") is None:
+        raise UsageError("--quant: 4-bit layers need bitsandbytes: pip install bitsandbytes")
+
+
 def display_name(model: Path) -> str:
     folder, gguf_file = locate(model)
     return Path(gguf_file).stem if gguf_file else folder.resolve().name
@@ -66,12 +73,65 @@ def demo_model() -> Path:
     return Path(folders[0])
 
 
-def load_base(model: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """The frozen causal language model, in eval mode."""
+def load_base(
+    model: Path, dtype: torch.dtype, device: torch.device, quant: str | None = None
+) -> nn.Module:
+    """The frozen causal language model, in eval mode; quant: see `quantize`."""
     from transformers import AutoModelForCausalLM
 
     base: nn.Module = _load(AutoModelForCausalLM, model, dtype=torch.float32)
-    return cast_parameters(base, dtype).to(device).requires_grad_(False).eval()
+    cast_parameters(base, dtype)
+    if quant is not None:
+        quantize(base, quant, dtype, device)
+    return base.to(device).requires_grad_(False).eval()
+
+
+def quantize(
+    base: nn.Module, quant_type: str, compute_dtype: torch.dtype, device: torch.device
+) -> None:
+    """Make every linear layer but the output embedding a bitsandbytes `Linear4bit`, in place.
+
+    Blocks of 64 with nested scales, as transformers loads a model for QLoRA, which cannot do so
+    from a GGUF file.
+    """
+    from bitsandbytes.nn import Linear4bit, Params4bit  # type: ignore[attr-defined]
+
+    head = cast(Any, base).get_output_embeddings()
+    for name, linear in list(base.named_modules()):
+        if type(linear) is not nn.Linear or linear is head:
+            continue
+        layer = Linear4bit(  # type: ignore[no-untyped-call]
+            linear.in_features, linear.out_features, bias=linear.bias is not None,
+            compute_dtype=compute_dtype, quant_type=quant_type, device="meta",
+        )  # fmt: skip
+        layer.weight = Params4bit(
+            linear.weight.detach(), requires_grad=False, quant_type=quant_type, module=layer
+        )
+        layer.bias = linear.bias
+        base.set_submodule(name, layer.to(device))
+    base.is_loaded_in_4bit = True  # type: ignore[assignment]
+    rewrite_codes(base, False)
+
+
+def rewrite_codes(model: nn.Module, allowed: bool) -> nn.Module:
+    """Whether bitsandbytes may rewrite codes for its own CPU kernel, which rounds their scales.
+
+    Left to itself it does so for good, on a processor with AVX-512 BF16, at the first forward in
+    eval mode without gradients.
+    """
+    if layers := linears_4bit(model):
+        from bitsandbytes.functional import has_avx512bf16
+
+        for layer in layers:
+            able: bool = has_avx512bf16()  # type: ignore[no-untyped-call]
+            layer.support_avx512bf16_for_cpu = allowed and able
+    return model
+
+
+def linears_4bit(model: nn.Module) -> list[Any]:
+    from ..peft.linear import is_linear4bit
+
+    return [m for m in model.modules() if is_linear4bit(m)]
 
 
 def load_tokenizer(model: Path) -> Any:
@@ -103,9 +163,15 @@ def usable_device(name: str) -> torch.device:
 
 
 def cast_parameters(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Cast the parameters in place. Buffers keep their dtype: rotary frequencies need fp32."""
+    """Cast the parameters in place, and the dtype that 4-bit codes are decoded to.
+
+    Buffers keep their dtype: rotary frequencies need fp32.
+    """
     for p in model.parameters():
-        p.data = p.data.to(dtype)
+        if p.is_floating_point():
+            p.data = p.data.to(dtype)
+    for layer in linears_4bit(model):
+        layer.compute_dtype = layer.weight.quant_state.dtype = dtype
     return model
 
 
@@ -165,11 +231,13 @@ def adapters(model: nn.Module) -> dict[str, Parameter]:
 
 
 def parameter_bytes(model: nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in model.parameters())
+    """What the parameters and, of 4-bit ones, their scales hold; shared ones count once."""
+    tensors = (t for t in model.state_dict().values() if isinstance(t, Tensor))
+    return sum({t.data_ptr(): t.nbytes for t in tensors}.values())
 
 
-def answer(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 48) -> str:
-    """The greedy continuation, through the tokenizer's chat template where it has one."""
+def question(tokenizer: Any, prompt: str, device: torch.device) -> dict[str, Tensor]:
+    """What a model is to go on from: the prompt, in the tokenizer's chat template if it has one."""
     if tokenizer.chat_template:
         inputs = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}],
@@ -179,15 +247,47 @@ def answer(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 48) ->
         )
     else:
         inputs = tokenizer(prompt, return_tensors="pt")
-    inputs = {name: t.to(model.device) for name, t in inputs.items()}
+    return {name: t.to(device) for name, t in inputs.items()}
+
+
+def decode(model: Any, inputs: dict[str, Tensor], **kwargs: Any) -> Tensor:
+    """The new tokens int64 [n] by transformers' `generate`, greedily unless kwargs say otherwise.
+
+    In eval mode; the mode is put back.
+    """
     training = model.training
     model.eval()
-    out = model.generate(
-        **inputs,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        pad_token_id=tokenizer.eos_token_id,
-    )
+    out: Tensor = model.generate(**inputs, **{"do_sample": False, "pad_token_id": 0} | kwargs)
     model.train(training)
-    new = out[0, inputs["input_ids"].shape[1] :]
+    return out[0, inputs["input_ids"].shape[1] :]
+
+
+def answer(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 48) -> str:
+    """The greedy continuation of the prompt."""
+    inputs = question(tokenizer, prompt, model.device)
+    new = decode(model, inputs, max_new_tokens=max_new_tokens)
     return str(tokenizer.decode(new, skip_special_tokens=True)).strip()
+
+
+class Clock:
+    """A `streamer` for `generate` that notes when each token came: seconds since it was made."""
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
+        self.times: list[float] = []
+
+    def put(self, tokens: Tensor) -> None:  # at first the prompt's
+        self.times.append(time.perf_counter() - self.start)
+
+    def end(self) -> None:
+        pass
+
+    @property
+    def prefill(self) -> float:
+        """Seconds to the first new token."""
+        return self.times[1]
+
+    @property
+    def steps(self) -> list[float]:
+        """Seconds that each further token took."""
+        return [b - a for a, b in zip(self.times[1:], self.times[2:], strict=False)]

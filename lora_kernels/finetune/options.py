@@ -25,6 +25,7 @@ class Options:
     steps: int = 200
     lr: float = 2e-4
     dtype: str = "fp32"
+    quant: str | None = None
     seed: int = 0
     save_every: int = 50
     device: str = ""

@@ -11,7 +11,6 @@ import gc
 import hashlib
 import json
 import signal
-import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +23,6 @@ import torch
 from peft import PeftModel
 from rich.console import Console
 from torch import Tensor, nn
-from transformers.utils import logging as transformers_logging
 
 from ..peft import explain, fuse
 from . import UsageError, model, report
@@ -36,16 +34,13 @@ from .train import newest_checkpoint, save_adapter, steps_done, train
 # The arguments that settle the trained adapter, beside the model and the text.
 SETTLING = (
     "rank", "alpha", "dropout", "target_modules",
-    "batch", "seq_len", "steps", "lr", "dtype", "seed",
+    "batch", "seq_len", "steps", "lr", "dtype", "quant", "seed",
 )  # fmt: skip
 LOGITS_LIMIT = 1e-4  # largest difference over largest logit; fp32 products reordered, all layers
 
 
 def finetune(options: Options) -> int:
     """Run it; returns the exit status that `command.run` documents."""
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    warnings.simplefilter("ignore", FutureWarning)  # PEFT's and transformers' at each other
     console = Console(markup=False, highlight=False)  # answers hold brackets of their own
     device = model.usable_device(options.device)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
@@ -54,15 +49,14 @@ def finetune(options: Options) -> int:
     tokenizer = model.load_tokenizer(options.model)
     blocks = token_blocks(options.data, tokenizer, options.seq_len).to(device)
     console.print(f"text: {blocks.numel():,} tokens in blocks of {options.seq_len}")
-    base = model.load_base(options.model, dtype, device)
+    base = model.load_base(options.model, dtype, device, options.quant)
     model.check_targets(base, options.target_modules)
 
     rows, peft_losses = comparison(base, blocks, options, console) if options.compare else ([], [])
-    before = model.answer(base, tokenizer, options.prompt)
 
     fused = fuse(model.add_adapters(base, **options.lora, seed=options.seed))
-    trainable = sum(p.numel() for p in model.adapters(fused).values())
-    total = sum(p.numel() for p in fused.parameters())
+    before = model.answer(fused, tokenizer, options.prompt)  # B is zero: the base model's
+    trainable, total = fused.get_nb_trainable_parameters()
     console.print(f"trainable: {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
     layers = explain(fused, x_dtype=dtype)
     (options.out / "layers.txt").write_text(f"{layers}\n")
@@ -94,7 +88,9 @@ def finetune(options: Options) -> int:
     gc.collect()
     got = logits(
         PeftModel.from_pretrained(
-            model.load_base(options.model, dtype, device), str(adapter), torch_device=str(device)
+            model.load_base(options.model, dtype, device, options.quant),
+            str(adapter),
+            torch_device=str(device),
         ),
         ids,
     )
@@ -182,7 +178,8 @@ def comparison(
             )
         write_json(results, {"rows": [dataclasses.asdict(r) for r in rows], "peft_losses": losses})
     name = model.display_name(options.model)
-    console.print(report.comparison(rows, f"{name}, rank {options.rank}, {options.dtype}"))
+    held = f"{options.dtype}, {options.quant} by bitsandbytes" if options.quant else options.dtype
+    console.print(report.comparison(rows, f"{name}, rank {options.rank}, {held}"))
     return rows, losses
 
 

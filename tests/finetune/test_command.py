@@ -1,5 +1,6 @@
 """The command from the arguments to the adapter that stock PEFT loads."""
 
+import copy
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from lora_kernels.cli import main
+from lora_kernels.finetune.model import linears_4bit, load_base, parameter_bytes, rewrite_codes
 
 RUN = ["--rank", "3", "--alpha", "8", "--dropout", "0.1", "--batch", "2", "--seq-len", "16"]
 RUN += ["--lr", "0.01", "--prompt", "Line 7 says [the]"]
@@ -39,7 +41,7 @@ def test_whole_run(dtype, model_folder, text, tmp_path: Path, capsys) -> None:
     assert main(run) == 0
     shown = " ".join(capsys.readouterr().out.split())
     for words in (
-        r"trainable: 5,568 of [\d,]+ parameters \(\d+\.\d+%\)",
+        r"trainable: 6,144 of [\d,]+ parameters \(\d+\.\d+%\)",
         r"14 LoRA layers",
         r"gradients of 28 adapters \S+ ≤ 0.0001 ✓",
         r"control: dA doubled \S+ > 0.0001 seen",
@@ -79,6 +81,7 @@ def test_sigterm_leaves_a_checkpoint_that_loads_and_resumes(
     script = f"""
 import os, signal, sys
 from lora_kernels.cli import main
+from lora_kernels.finetune.model import linears_4bit, load_base, parameter_bytes, rewrite_codes
 from lora_kernels.finetune import train
 step = train.torch.nn.utils.clip_grad_norm_
 count = 0
@@ -123,3 +126,76 @@ sys.exit(main({[*command(model_folder, text, tmp_path / "twice", steps), "--no-c
         rtol=0,
         atol=0,
     )
+
+
+def test_generate_goes_on_from_a_run(
+    model_folder: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With --quant: the adapter of a 4-bit base, compared, trained, loaded again and decoded."""
+    pytest.importorskip("bitsandbytes")
+    run = command(model_folder, text, tmp_path, steps=4)
+    run += ["--quant", "nf4", "--dtype", "bf16"]
+    run += ["--sgd-steps", "2", "--timed-steps", "2", "--peft-steps", "2"]
+    assert main(run) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for words in (
+        r"rank 3, bf16, nf4 by bitsandbytes",
+        r"14 LoRA layers fused",
+        r"gradients of 28 adapters \S+ ≤ 0.0001 ✓",
+        r"updates in 2 SGD steps \S+ ≤ 0.001 ✓",
+        r"bf16 gradients, off fp32 \S+ \S+ ×\d\.\d+ ≤ 1.25 ✓",
+        r"ms a token, decoding \d+\.\d \d+\.\d \d+\.\d ×\d",
+        r"loaded again in stock PEFT: logits differ by at most \S+, the largest is \S+ ✓",
+    ):
+        assert re.search(words, shown), words
+
+    ask = ["generate", "--run", str(tmp_path), "--prompt", "Line 7", "--max-new-tokens", "6"]
+    assert main([*ask, "--compare"]) == 0
+    shown = capsys.readouterr().out
+    assert "14 LoRA layers fused" in shown
+    assert re.search(r"fused: 6 tokens; first token after \d+ ms, then \d+\.\d ms each", shown)
+    assert "stock PEFT: 6 tokens, " in shown
+    for dtype in ("fp32", "bf16"):
+        once, again = (
+            (main([*ask, "--dtype", dtype, "--temperature", "1.5"]), capsys.readouterr().out)
+            for _ in range(2)
+        )
+        assert once[0] == 0
+        assert once[1].partition("fused:")[0] == again[1].partition("fused:")[0]  # one seed
+    other = ["generate", "--model", str(model_folder), "--prompt", "Line 7"]
+    for wrong, words in (
+        (["--adapter", str(tmp_path)], "holds no adapter_config.json"),
+        ([], "--adapter is missing"),
+        (["--run", str(model_folder)], "holds no run.json"),
+        (["--run", str(tmp_path), "--temperature", "nan"], "--temperature: got nan"),
+        (["--run", str(tmp_path), "--max-new-tokens", "0"], "--max-new-tokens: got 0"),
+    ):
+        assert main([*other, *wrong]) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_dense_and_quantized_are_told_apart(base: torch.nn.Module, model_folder: Path) -> None:
+    """A 4-bit base holds what bitsandbytes makes of its weights, and its bytes are counted."""
+    bnb = pytest.importorskip("bitsandbytes")
+    cpu = torch.device("cpu")
+    quantized = load_base(model_folder, torch.float32, cpu, "fp4")
+    layers = linears_4bit(quantized)
+    assert len(layers) == 14
+    assert linears_4bit(base) == []
+    weight = base.get_submodule("model.layers.1.mlp.up_proj").weight
+    packed, state = bnb.functional.quantize_4bit(weight, quant_type="fp4", compress_statistics=True)
+    got = quantized.get_submodule("model.layers.1.mlp.up_proj").weight
+    assert torch.equal(got, packed)
+    assert torch.equal(got.quant_state.absmax, state.absmax)
+    dense = sum(base.get_submodule(n).weight.nbytes for n in names_of(quantized, layers))
+    saved = parameter_bytes(base) - parameter_bytes(quantized)
+    assert 0.8 < saved / dense < 0.875  # 4 bits of 32, scales and tables beside
+    # The codes outlive a forward in eval mode, by default.
+    for model in (quantized, rewrite_codes(copy.deepcopy(quantized), True)):
+        with torch.no_grad():
+            model.eval()(input_ids=torch.arange(8)[None])
+    assert torch.equal(got, packed)
+
+
+def names_of(model: torch.nn.Module, modules: list[torch.nn.Module]) -> list[str]:
+    return [name for name, m in model.named_modules() if any(m is wanted for wanted in modules)]

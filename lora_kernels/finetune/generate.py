@@ -1,0 +1,149 @@
+"""`lora-kernels generate`: what a model answers with its adapter, through fused layers."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from . import UsageError
+from .command import quiet
+from .model import check_quant, demo_model, locate
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--run", type=Path, metavar="DIR",
+        help="what `lora-kernels finetune` wrote: gives --model, --adapter, --dtype and --quant",
+    )  # fmt: skip
+    parser.add_argument("--model", type=Path, metavar="DIR|GGUF", help="transformers model folder")
+    parser.add_argument("--adapter", type=Path, metavar="DIR", help="an adapter in PEFT's format")
+    parser.add_argument("--demo", action="store_true", help="SmolLM2-135M-Instruct as the model")
+    parser.add_argument("--prompt", required=True, help="what is answered")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), help="of the model (default fp32)")
+    parser.add_argument(
+        "--quant", choices=("nf4", "fp4"), help="hold the linear layers in 4 bits, by bitsandbytes"
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="(default 64)")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="0, the default: the likeliest token"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of sampling (default 0)")
+    parser.add_argument(
+        "--device", default="", help="torch device (default: a GPU if there is one)"
+    )
+    parser.add_argument(
+        "--compare", action="store_true", help="let stock PEFT answer too, and print both speeds"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit status: 0, or 2 for bad arguments."""
+    try:
+        options = resolve(args)
+        quiet()
+        generate(options)
+        return 0
+    except UsageError as error:
+        print(f"lora-kernels generate: {error}", file=sys.stderr)
+        return 2
+
+
+def resolve(args: argparse.Namespace) -> argparse.Namespace:
+    """The arguments with --run and --demo filled in, checked as far as that needs no model."""
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    known: dict[str, Any] = {"dtype": "fp32", "quant": None}
+    if args.demo:
+        known["model"] = demo_model()
+    if args.run:
+        file = args.run / "run.json"
+        if not file.is_file():
+            raise UsageError(f"--run: {args.run} holds no run.json; give finetune's --out")
+        saved = json.loads(file.read_text())
+        known |= {"model": Path(saved["model"]), "adapter": args.run / "adapter"}
+        known |= {name: saved.get(name) for name in ("dtype", "quant")}
+    options = argparse.Namespace(**known | given)
+    for name in ("model", "adapter"):
+        if name not in options:
+            raise UsageError(f"--{name} is missing; give it, or --run")
+    if not (options.adapter / "adapter_config.json").is_file():
+        raise UsageError(
+            f"--adapter: {options.adapter} holds no adapter_config.json; give a folder that PEFT "
+            "has saved an adapter in"
+        )
+    if options.max_new_tokens < 1:
+        raise UsageError(f"--max-new-tokens: got {options.max_new_tokens}, want at least 1")
+    if not 0.0 <= options.temperature < float("inf"):
+        raise UsageError(f"--temperature: got {options.temperature}, want 0 or a positive number")
+    locate(options.model)
+    check_quant(options.quant)
+    return options
+
+
+def generate(options: argparse.Namespace) -> None:
+    """Print the answer as it comes, then how fast it came."""
+    import torch
+    from peft import PeftModel
+    from transformers import TextStreamer
+
+    from ..peft import explain, fuse
+    from . import model
+
+    device = model.usable_device(options.device)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
+    tokenizer = model.load_tokenizer(options.model)
+    base: Any = model.load_base(options.model, dtype, device, options.quant)
+    try:
+        stock: Any = PeftModel.from_pretrained(base, str(options.adapter)).eval()
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UsageError(f"--adapter: {options.adapter} does not fit the model: {reason}") from None
+    inputs = model.question(tokenizer, options.prompt, device)
+    settings: dict[str, Any] = {"max_new_tokens": options.max_new_tokens}
+    settings["pad_token_id"] = tokenizer.eos_token_id
+    if options.temperature:
+        settings |= {"do_sample": True, "temperature": options.temperature}
+
+    class Shown(model.Clock):
+        """Prints each word as it comes."""
+
+        def __init__(self) -> None:
+            self.text: Any = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+            super().__init__()
+
+        def put(self, tokens: torch.Tensor) -> None:
+            super().put(tokens)
+            self.text.put(tokens)
+
+        def end(self) -> None:
+            self.text.end()
+
+    def speed(clock: model.Clock) -> str:
+        rest = clock.steps
+        text = f"first token after {clock.prefill * 1e3:.0f} ms"
+        if rest:
+            median = statistics.median(rest)
+            text += f", then {median * 1e3:.1f} ms each ({1 / median:.1f} tokens/s), median"
+        return text
+
+    fused = fuse(model.share(stock))
+    layers = explain(fused, x_dtype=dtype)
+    states = Counter(f"{row.state} ({row.backend}: {row.reason})" for row in layers.rows)
+    torch.manual_seed(options.seed)
+    shown = Shown()
+    got = model.decode(fused, inputs, streamer=shown, **settings)
+    for state, n in states.items():
+        print(f"{n} LoRA layers {state}")
+    print(f"fused: {len(got)} tokens; {speed(shown)}")
+    if options.compare:
+        torch.manual_seed(options.seed)
+        clock = model.Clock()
+        want = model.decode(model.rewrite_codes(stock, True), inputs, streamer=clock, **settings)
+        n = min(len(got), len(want))
+        equal = (got[:n] == want[:n]).long().cumprod(0).sum().item()
+        same = "the same" if equal == n else f"the first {equal} the same"
+        print(f"stock PEFT: {len(want)} tokens, {same}; {speed(clock)}")

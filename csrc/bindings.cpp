@@ -78,6 +78,13 @@ Codes4bit codes_4bit(Pointer packed, Pointer code, Pointer absmax, Pointer neste
           K};
 }
 
+void quantize(Pointer weight, int dtype, int64_t n, int64_t block, Pointer thresholds,
+              Pointer order, float smallest, Pointer packed, Pointer absmax, int threads) {
+  kernels().quantize({as<const void>(weight), static_cast<DType>(dtype), n, log2_of(block),
+                      as<const float>(thresholds), as<const uint8_t>(order), smallest,
+                      as<uint8_t>(packed), as<float>(absmax), threads});
+}
+
 void dequantize(const Codes4bit& codes, int64_t n0, int64_t rows, int64_t k0, int64_t cols,
                 Pointer to, int dtype, int64_t ld, int threads) {
   kernels().dequantize(
@@ -102,6 +109,7 @@ PYBIND11_MODULE(_native, m) {
         "None where there is none and the kernels run on the calling thread.");
   const auto release = py::call_guard<py::gil_scoped_release>();
   py::class_<Codes4bit>(m, "Codes4bit").def(py::init(&codes_4bit));
+  m.def("quantize", quantize, release);
   m.def("dequantize", dequantize, release);
   m.def("lora_linear", forward, release);
   m.def("lora_linear_backward", backward, release);

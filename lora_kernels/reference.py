@@ -109,7 +109,7 @@ def lora_linear(
     return y if bias is None else y + bias
 
 
-_SMALLEST_SCALE = 1e-38  # what a block is divided by if its largest element is smaller still
+SMALLEST_SCALE = 1e-38  # what a block is divided by if its largest element is smaller still
 
 
 def _scale_blocks(values: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
@@ -122,9 +122,9 @@ def _scale_blocks(values: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
     count = values.numel() // blocksize
     full, tail = values[: count * blocksize].view(count, blocksize), values[count * blocksize :]
     absmax = full.abs().amax(dim=1)
-    scaled = (full * (1.0 / absmax.clamp(min=_SMALLEST_SCALE))[:, None]).flatten()
+    scaled = (full * (1.0 / absmax.clamp(min=SMALLEST_SCALE))[:, None]).flatten()
     if tail.numel():
-        tail_absmax = tail.abs().amax().clamp(min=_SMALLEST_SCALE)
+        tail_absmax = tail.abs().amax().clamp(min=SMALLEST_SCALE)
         absmax = torch.cat([absmax, tail_absmax[None]])
         scaled = torch.cat([scaled, tail / tail_absmax])
     return scaled.clamp(-1, 1), absmax

@@ -108,6 +108,23 @@ struct GradAArgs {
   int threads;
 };
 
+// Codes and scales of a contiguous weight of n finite elements, in Codes4bit's layout: the element
+// over its block's largest magnitude lies above `codes` of the 15 thresholds, and is coded as
+// order[codes]. A whole block is multiplied by the reciprocal; a short last one is divided, its
+// scale raised to the smallest one, which is what bitsandbytes does.
+struct QuantizeArgs {
+  const void* weight;
+  DType dtype;
+  int64_t n;
+  int log2_block;
+  const float* thresholds;  // [15], rising
+  const uint8_t* order;     // [16]
+  float smallest;           // scale
+  uint8_t* packed;
+  float* absmax;
+  int threads;
+};
+
 // to[rows, cols] (rows ld apart) = the weight's rows from n0 and columns from k0 on, each element
 // its code times its scale in float32, rounded once to dtype.
 struct DequantizeArgs {
@@ -134,6 +151,7 @@ struct Kernels {
   void (*expand)(const ExpandArgs&);
   void (*backward_pair)(const BackwardPairArgs&);
   void (*grad_a)(const GradAArgs&);
+  void (*quantize)(const QuantizeArgs&);
   void (*dequantize)(const DequantizeArgs&);
   void (*few_rows)(const FewRowsArgs&);
   void (*product)(const ProductArgs&);  // null where the library's product is left to it

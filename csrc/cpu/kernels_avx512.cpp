@@ -4,6 +4,6 @@
 #include "product_impl.h"
 
 namespace lora_kernels {
-extern const Kernels kernels_avx512 = {shrink,     expand,   backward_pair, grad_a,
-                                       dequantize, few_rows, product};
+extern const Kernels kernels_avx512 = {shrink,   expand,     backward_pair, grad_a,
+                                       quantize, dequantize, few_rows,      product};
 }

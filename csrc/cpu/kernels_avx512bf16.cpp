@@ -78,6 +78,6 @@ LK_INLINE void interleave(const bf16* a, const bf16* b, int64_t count, float* to
 #include "product_impl.h"
 
 namespace lora_kernels {
-extern const Kernels kernels_avx512bf16 = {shrink,     expand,   backward_pair, grad_a,
-                                           dequantize, few_rows, product};
+extern const Kernels kernels_avx512bf16 = {shrink,   expand,     backward_pair, grad_a,
+                                           quantize, dequantize, few_rows,      product};
 }

@@ -3,6 +3,6 @@
 #include "codes_impl.h"
 
 namespace lora_kernels {
-extern const Kernels kernels_scalar = {shrink,     expand,   backward_pair, grad_a,
-                                       dequantize, few_rows, nullptr};
+extern const Kernels kernels_scalar = {shrink,   expand,     backward_pair, grad_a,
+                                       quantize, dequantize, few_rows,      nullptr};
 }

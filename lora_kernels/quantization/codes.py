@@ -71,5 +71,22 @@ class Codes(NamedTuple):
         return out
 
 
+def encode(
+    weight: Tensor, thresholds: Tensor, order: Tensor, blocksize: int
+) -> tuple[Tensor, Tensor]:
+    """`reference.quantize_4bit`, by a kernel where there is one."""
+    if weight.device.type != "cpu" or native.module is None or torch.compiler.is_compiling():
+        return reference.quantize_4bit(weight, thresholds, order, blocksize)
+    weight, n = weight.contiguous(), weight.numel()
+    packed = torch.empty(-(-n // 2), dtype=torch.uint8)
+    absmax = torch.empty(-(-n // blocksize))
+    native.module.quantize(
+        weight.data_ptr(), _DTYPE[weight.dtype], n, blocksize, thresholds.data_ptr(),
+        order.data_ptr(), reference.SMALLEST_SCALE, packed.data_ptr(), absmax.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return packed, absmax
+
+
 def _ptr(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()

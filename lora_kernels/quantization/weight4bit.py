@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import reference
 from . import codebooks
-from .codes import Codes
+from .codes import Codes, encode
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCKSIZE = 256  # the only one that bitsandbytes writes, and its kernels assume it
@@ -319,13 +319,12 @@ def quantize_4bit(
     if weight.device.type == "meta":
         raise ValueError("weight: got a tensor on meta, want one with data")
     weight = weight.detach()
-    if not weight.isfinite().all():
-        raise ValueError("weight: got NaN or infinity in it, want finite values")
-
     device = weight.device
     thresholds = codebooks.thresholds(quant_type, device)
     order = codebooks.order(quant_type, device)
-    packed, absmax = reference.quantize_4bit(weight, thresholds, order, blocksize)
+    packed, absmax = encode(weight, thresholds, order, blocksize)
+    if not absmax.isfinite().all():  # a block's largest magnitude is what is not finite in it
+        raise ValueError("weight: got NaN or infinity in it, want finite values")
     nested: dict[str, Any] = {}
     if double_quant:
         nested_code = codebooks.dynamic_map(device)

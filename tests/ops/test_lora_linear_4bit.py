@@ -11,8 +11,9 @@ from lora_kernels import ops, reference, select
 from lora_kernels.backends import cpu, native
 from lora_kernels.measure import case as cases
 from lora_kernels.measure.case import Case, judge
-from lora_kernels.quantization import Weight4bit, quantize_4bit
-from tests.ops.engines import every_engine
+from lora_kernels.quantization import Weight4bit, codebooks, quantize_4bit
+from lora_kernels.quantization.codes import encode
+from tests.ops.engines import every_engine, every_native_engine
 
 f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
 FULL: dict[str, Any] = {"gate": True, "column_scale": True, "bias": True, "dropout_p": 0.1}
@@ -117,6 +118,37 @@ def test_unit_matrix_reads_out_the_weight(
     for m in (slice(0, 4), slice(0, K)):
         y = lora_kernels.lora_linear(torch.eye(K, dtype=dtype)[m], weight, A, B)
         assert torch.equal(y, want.t()[m])
+
+
+@every_native_engine
+@pytest.mark.parametrize("threads", [1, 3], indirect=True)
+@pytest.mark.parametrize("dtype", [f32, bf16, f16], ids=str)
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_quantize(quant_type: str, dtype: torch.dtype, threads: int, engine: str) -> None:
+    """The kernel's codes and scales, bit for bit the reference's, which is judged elsewhere."""
+    thresholds, order = codebooks.thresholds(quant_type), codebooks.order(quant_type)
+    generator = torch.Generator().manual_seed(0)
+    for blocksize, n in itertools.product((32, 64, 4096), (1, 63, 64, 4097, 70001)):
+        weight = torch.randn(n, generator=generator) * torch.logspace(-40, 3, n)
+        on_thresholds = torch.arange(n // 2) % 3 == 0
+        weight[: n // 2] = torch.where(
+            on_thresholds, thresholds[torch.arange(n // 2) % 15], weight[: n // 2].clamp(-1, 1)
+        )
+        weight[n // 3 : n // 3 + 64] = 0
+        weight = weight.to(dtype)
+        want = reference.quantize_4bit(weight, thresholds, order, blocksize)
+        for got, exact in zip(encode(weight, thresholds, order, blocksize), want, strict=True):
+            assert torch.equal(got, exact)
+
+
+@every_native_engine
+@pytest.mark.parametrize("at", [0, 40, 64, 95])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_is_refused(value: float, at: int, engine: str) -> None:
+    weight = torch.randn(3, 32)
+    weight.view(-1)[at] = value
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        quantize_4bit(weight)
 
 
 @every_engine

@@ -38,7 +38,13 @@ BASELINE = [
 ]
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
-X86_64 = {"avx2": AVX2, "avx512": AVX512, "avx512bf16": [*AVX512, "-mavx512bf16"]}
+AVX512BF16 = [*AVX512, "-mavx512bf16"]
+X86_64 = {
+    "avx2": AVX2,
+    "avx512": AVX512,
+    "avx512bf16": AVX512BF16,
+    "amxbf16": [*AVX512BF16, "-mamx-tile", "-mamx-bf16"],
+}
 
 # Contraction is off: a multiply-add that the compiler fuses rounds once where the source says two.
 CXXFLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"]

@@ -29,15 +29,15 @@ Dropout dropout(Pointer rng, uint32_t threshold) { return {as<const int64_t>(rng
 
 void forward(Pointer x, int x_dtype, int64_t x_row, Pointer xs, int dtype, int64_t xs_row,
              int64_t M, int64_t K, int64_t N, int64_t R, Pointer w, int64_t w_row, int64_t w_col,
-             const Codes4bit* codes, Pointer a, int a_dtype, int64_t a_row, Pointer b, int b_dtype,
-             int64_t b_row, int64_t b_col, float scaling, float keep_scale, Pointer gate, Pointer c,
-             Pointer bias, Pointer rng, uint32_t threshold, Pointer p, Pointer y, int y_dtype,
-             Pointer z, int threads) {
+             const Codes4bit* codes, bool few_rows, Pointer a, int a_dtype, int64_t a_row,
+             Pointer b, int b_dtype, int64_t b_row, int64_t b_col, float scaling, float keep_scale,
+             Pointer gate, Pointer c, Pointer bias, Pointer rng, uint32_t threshold, Pointer p,
+             Pointer y, int y_dtype, Pointer z, int threads) {
   lora_linear(
       {matrix(w, dtype, w_row, w_col), matrix(a, a_dtype, a_row), matrix(b, b_dtype, b_row, b_col),
        codes, M, K, N, R, scaling, keep_scale, as<const float>(gate), as<const float>(c),
        as<const float>(bias), dropout(rng, threshold), threads},
-      {matrix(x, x_dtype, x_row), matrix(xs, dtype, xs_row), as<float>(p), as<void>(y),
+      {matrix(x, x_dtype, x_row), matrix(xs, dtype, xs_row), few_rows, as<float>(p), as<void>(y),
        static_cast<DType>(y_dtype), as<void>(z)});
 }
 
@@ -92,9 +92,10 @@ void dequantize(const Codes4bit& codes, int64_t n0, int64_t rows, int64_t k0, in
 }
 
 const char* use_isa_named(const std::string& name) {
-  for (const Isa isa : {Isa::scalar, Isa::avx2, Isa::avx512, Isa::avx512bf16})
+  for (const Isa isa : {Isa::scalar, Isa::avx2, Isa::avx512, Isa::avx512bf16, Isa::amxbf16})
     if (name == isa_name(isa)) return isa_name(use_isa(isa));
-  throw std::invalid_argument("isa: got '" + name + "', want scalar, avx2, avx512 or avx512bf16");
+  throw std::invalid_argument("isa: got '" + name +
+                              "', want scalar, avx2, avx512, avx512bf16 or amxbf16");
 }
 
 }  // namespace

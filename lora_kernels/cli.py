@@ -19,8 +19,8 @@ COMMANDS = {
     "info": ("lora_kernels.info", None, "what this machine is and which backends it can run"),
     "verify": ("lora_kernels.measure.verify", None, "check every kernel against the reference"),
     "bench": ("lora_kernels.measure.bench", "bench", "time the kernels against what others use"),
-    "generate": ("lora_kernels.finetune.generate", "finetune", "answer with an adapter, fused"),
     "finetune": ("lora_kernels.finetune.command", "finetune", "fine-tune a model with fused LoRA"),
+    "generate": ("lora_kernels.finetune.generate", "finetune", "answer with an adapter, fused"),
 }
 
 

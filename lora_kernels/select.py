@@ -26,10 +26,12 @@ _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # From how many rows of x a step in a single pass beats the library's product and a pass after it:
 # measured on 2 threads of AMD family 26 with torch 2.15 (benchmarks/NOTES.md). On other processors
 # the same is expected, since the kernel runs near the multipliers' peak, which a library can reach
-# but not pass, unless it has matrix registers (AMX) for bfloat16.
+# but not pass. With matrix registers (AMX) for bfloat16 a dense product is the library's, and one
+# of 4-bit codes, which it would have to be given decoded, is ours.
 SINGLE_PASS_ROWS = {torch.float32: 2, torch.bfloat16: 64, torch.float16: 2}
-# Up to how many rows 4-bit codes are decoded in registers; fewer where the single pass packs them.
-FEW_ROWS_4BIT = {isa: 2 if isa in cpu.SINGLE_PASS_ISAS else 4 for isa in native.ISAS}
+# Up to how many rows 4-bit codes are decoded in registers, each row by itself; fewer where a single
+# pass has AMX for the rows together. At most csrc/cpu/kernels.h's FEW_ROWS.
+FEW_ROWS_4BIT = {isa: 5 if isa == "amxbf16" else 8 for isa in native.ISAS}
 
 
 @dataclass(frozen=True)
@@ -161,7 +163,7 @@ def _cpu_choice(
     many = cpu.SINGLE_PASS
     if isa not in cpu.SINGLE_PASS_ISAS:
         many = cpu.LIBRARY
-    elif amx_bf16 and dtype is torch.bfloat16:
+    elif amx_bf16 and dtype is torch.bfloat16 and not (four_bit and isa == "amxbf16"):
         many, reason = cpu.LIBRARY, f"{reason}; the library multiplies with AMX"
     few = cpu.FEW_ROWS if four_bit else cpu.LIBRARY
     if many_rows is None and few != many:

@@ -4,7 +4,7 @@
 namespace lora_kernels {
 namespace {
 
-constexpr int64_t AHEAD = 1024;  // bytes of codes asked for before they are needed
+constexpr int64_t AHEAD = 4096;  // bytes of codes asked for before they are needed
 constexpr int64_t RUN = 16;      // elements from a multiple of which on lie in one block
 
 // Two roundings where scales are nested; this file is compiled without contraction.
@@ -12,6 +12,30 @@ LK_INLINE float scale_of(const Codes4bit& w, int64_t block) {
   if (!w.nested_code) return static_cast<const float*>(w.absmax)[block];
   const float relative = w.nested_code[static_cast<const uint8_t*>(w.absmax)[block]];
   return relative * w.nested_absmax[block >> w.log2_nested] + w.offset;
+}
+
+// to[i * stride] = the scales of `count` blocks.
+LK_INLINE void scales_of(const Codes4bit& w, int64_t block, int64_t count, float* to,
+                         int64_t stride) {
+  if (!w.nested_code) {
+    for (int64_t i = 0; i < count; ++i)
+      to[i * stride] = static_cast<const float*>(w.absmax)[block + i];
+    return;
+  }
+  for (const int64_t end = block + count; block < end;) {  // runs of one nested scale
+    const int64_t run = min(end, ((block >> w.log2_nested) + 1) << w.log2_nested) - block;
+    const float scale = w.nested_absmax[block >> w.log2_nested];
+    const uint8_t* const codes = static_cast<const uint8_t*>(w.absmax) + block;
+    int64_t i = 0;
+    for (; stride == 1 && i + W <= run; i += W)
+      store(to + i, add(mul(gather(w.nested_code, codes + i), splat(scale)), splat(w.offset)));
+    for (; i < run; ++i) {
+      const float relative = w.nested_code[codes[i]] * scale;
+      to[i * stride] = relative + w.offset;
+    }
+    block += run;
+    to += run * stride;
+  }
 }
 
 LK_INLINE float element(const Codes4bit& w, int64_t i) {
@@ -175,7 +199,7 @@ LK_INLINE void dot_codes(const Codes4bit& w, Table t, int64_t n, const float* x,
   LK_UNROLL for (int i = 0; i < M; ++i) total[i] = zero();
   const int64_t first = n * w.K, size = int64_t{1} << w.log2_block;
   const int64_t blocks = first % size == 0 && size % (2 * W) == 0 ? w.K / size : 0;
-  for (int64_t b = 0; b < blocks; ++b) buffer[b] = scale_of(w, first / size + b);
+  scales_of(w, first / size, blocks, buffer, 1);
   constexpr int64_t USUAL = 64 / (2 * W);  // groups, known to the compiler
   if (size == 64)
     dot_blocks<M>(w.packed + first / 2, t, blocks, USUAL, buffer, x, ldx, total);
@@ -266,6 +290,10 @@ void few_rows(const FewRowsArgs& a) {
     if (M == 2) few_rows_of<2>(a, x, ldx, s, n0, n1, row);
     if (M == 3) few_rows_of<3>(a, x, ldx, s, n0, n1, row);
     if (M == 4) few_rows_of<4>(a, x, ldx, s, n0, n1, row);
+    if (M == 5) few_rows_of<5>(a, x, ldx, s, n0, n1, row);
+    if (M == 6) few_rows_of<6>(a, x, ldx, s, n0, n1, row);
+    if (M == 7) few_rows_of<7>(a, x, ldx, s, n0, n1, row);
+    if (M == 8) few_rows_of<8>(a, x, ldx, s, n0, n1, row);
   });
 }
 

@@ -3,6 +3,10 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 // setup.py defines them; a set whose unit it left out is 0.
 #ifndef LORA_KERNELS_HAVE_AVX2
@@ -13,6 +17,9 @@
 #endif
 #ifndef LORA_KERNELS_HAVE_AVX512BF16
 #define LORA_KERNELS_HAVE_AVX512BF16 0
+#endif
+#ifndef LORA_KERNELS_HAVE_AMXBF16
+#define LORA_KERNELS_HAVE_AMXBF16 0
 #endif
 
 namespace lora_kernels {
@@ -37,6 +44,16 @@ constexpr std::uint64_t kTileState = bit(17) | bit(18);
 template <typename T>
 bool has(T word, T wanted) {
   return (word & wanted) == wanted;
+}
+
+// Linux gives a process the tile registers when it asks, once for all of its threads.
+bool may_use_tiles() {
+#if defined(__linux__) && defined(__x86_64__)
+  constexpr long kReqXcompPerm = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kReqXcompPerm, kTileData) == 0;
+#else
+  return false;
+#endif
 }
 
 }  // namespace
@@ -74,14 +91,18 @@ Isa isa_of(const CpuFeatures& features) {
       !has(features.xcr0, kZmmState)) {
     return Isa::avx2;
   }
-  return has(features.leaf7_1_eax, kAvx512bf16) ? Isa::avx512bf16 : Isa::avx512;
+  if (!has(features.leaf7_1_eax, kAvx512bf16)) return Isa::avx512;
+  return has_amx_bf16(features) ? Isa::amxbf16 : Isa::avx512bf16;
 }
 
 bool has_amx_bf16(const CpuFeatures& features) {
   return has(features.leaf7_edx, kAmxBf16 | kAmxTile) && has(features.xcr0, kTileState);
 }
 
-Isa detect_isa() { return isa_of(read_cpu_features()); }
+Isa detect_isa() {
+  const Isa isa = isa_of(read_cpu_features());
+  return isa == Isa::amxbf16 && !may_use_tiles() ? Isa::avx512bf16 : isa;
+}
 
 bool isa_built(Isa isa) {
   switch (isa) {
@@ -93,6 +114,8 @@ bool isa_built(Isa isa) {
       return LORA_KERNELS_HAVE_AVX512;
     case Isa::avx512bf16:
       return LORA_KERNELS_HAVE_AVX512BF16;
+    case Isa::amxbf16:
+      return LORA_KERNELS_HAVE_AMXBF16;
   }
   return false;
 }

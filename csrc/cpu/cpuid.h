@@ -8,7 +8,7 @@
 namespace lora_kernels {
 
 // Each set contains the ones before it.
-enum class Isa { scalar = 0, avx2 = 1, avx512 = 2, avx512bf16 = 3 };
+enum class Isa { scalar = 0, avx2 = 1, avx512 = 2, avx512bf16 = 3, amxbf16 = 4 };
 
 // The cpuid words that name the features which the units are compiled for, and the register state
 // that the operating system saves on a context switch. All zero on other processors.
@@ -25,7 +25,7 @@ CpuFeatures read_cpu_features();
 // The highest set of which every feature is present and every register is saved.
 Isa isa_of(const CpuFeatures& features);
 
-// Whether the library's bf16 products have matrix registers that none of our units uses.
+// Whether the processor has matrix registers for products of bf16, which the library uses.
 bool has_amx_bf16(const CpuFeatures& features);
 
 // isa_of(read_cpu_features()). Says nothing about whether the set's unit was compiled.

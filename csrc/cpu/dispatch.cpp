@@ -6,6 +6,9 @@ namespace {
 const Kernels* in_use = &kernels_scalar;
 
 const Kernels* table(Isa isa) {
+#if LORA_KERNELS_HAVE_AMXBF16
+  if (isa == Isa::amxbf16) return &kernels_amxbf16;
+#endif
 #if LORA_KERNELS_HAVE_AVX512BF16
   if (isa == Isa::avx512bf16) return &kernels_avx512bf16;
 #endif
@@ -21,7 +24,7 @@ const Kernels* table(Isa isa) {
 }  // namespace
 
 const char* isa_name(Isa isa) {
-  static const char* const names[] = {"scalar", "avx2", "avx512", "avx512bf16"};
+  static const char* const names[] = {"scalar", "avx2", "avx512", "avx512bf16", "amxbf16"};
   return names[static_cast<int>(isa)];
 }
 

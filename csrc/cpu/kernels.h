@@ -139,7 +139,7 @@ struct DequantizeArgs {
 // The layer for a few rows of x, the weight decoded in registers: ExpandArgs' equation with X W^T
 // in place of what Y held. Q is B^T. At most FEW_ROWS rows; x is what the product takes, in its
 // dtype.
-constexpr int64_t FEW_ROWS = 4;
+constexpr int64_t FEW_ROWS = 8;
 struct FewRowsArgs {
   Matrix x;
   Codes4bit codes;
@@ -157,7 +157,8 @@ struct Kernels {
   void (*product)(const ProductArgs&);  // null where the library's product is left to it
 };
 
-extern const Kernels kernels_scalar, kernels_avx2, kernels_avx512, kernels_avx512bf16;
+extern const Kernels kernels_scalar, kernels_avx2, kernels_avx512, kernels_avx512bf16,
+    kernels_amxbf16;
 
 // threads.cpp: run fn(context, thread, threads) on every thread of torch's own pool.
 using ThreadFn = void (*)(void* context, int thread, int threads);

@@ -26,10 +26,7 @@ void through_gate(const Layer& layer, const float* p, float* ds, float* dg) {
 // y += alpha * mask((s * gate) q), with x w before it unless y holds that already.
 void product_or_expand(const Matrix& x, int64_t K, const Matrix& w, const Codes4bit* codes,
                        bool k_inner, const ExpandArgs& update) {
-  // Beside a product that packs 4-bit panels, three rows are many.
-  if (codes && k_inner && update.M <= (kernels().product ? 2 : FEW_ROWS))
-    kernels().few_rows({x, *codes, update});
-  else if (w.data || codes)
+  if (w.data || codes)
     kernels().product({x, w, codes, k_inner, K, update});
   else
     kernels().expand(update);
@@ -40,9 +37,13 @@ void product_or_expand(const Matrix& x, int64_t K, const Matrix& w, const Codes4
 void lora_linear(const Layer& l, const Forward& f) {
   kernels().shrink({f.x, l.a, l.M, l.K, l.R, l.keep_scale, l.dropout, f.p, l.threads});
   const Matrix w{l.w.data, l.w.dtype, l.w.col, l.w.row}, q{l.b.data, l.b.dtype, l.b.col, l.b.row};
-  product_or_expand(f.xs, l.K, w, l.codes, true,
-                    {f.y, f.dtype, l.N, l.M, l.N, l.R, f.p, q, l.scaling, l.gate, l.c, l.bias, f.z,
-                     Dropout{nullptr, 0}, l.threads});
+  const ExpandArgs update{f.y,      f.dtype,   l.N,    l.M, l.N,    l.R, f.p,
+                          q,        l.scaling, l.gate, l.c, l.bias, f.z, Dropout{nullptr, 0},
+                          l.threads};
+  if (f.few_rows)
+    kernels().few_rows({f.xs, *l.codes, update});
+  else
+    product_or_expand(f.xs, l.K, w, l.codes, true, update);
 }
 
 void lora_linear_backward(const Layer& l, const Backward& g) {

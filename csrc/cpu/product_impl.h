@@ -10,8 +10,8 @@
 namespace lora_kernels {
 namespace {
 
-constexpr int64_t WORDS = 320;        // of the sum in one packed panel at most: 80 KB of L2
-constexpr int64_t BLOCK_TILES = 160;  // tiles of rows that share a packed panel: 240 KB of sums
+constexpr int64_t WORDS = 320;       // of the sum in one packed panel at most: 80 KB of L2
+constexpr int64_t BLOCK_ROWS = 960;  // that share a packed panel: 240 KB of sums
 constexpr int64_t TILE = Y_ROWS * VW;
 
 template <typename Word>
@@ -299,15 +299,33 @@ LK_INLINE void product_block(const ProductArgs& a, const Philox& generator, int6
   }
 }
 
-// Y = c * (X W + alpha * mask(S Q)) + bias. A task is a tile of Y_ROWS rows by VW columns, in order
-// of columns; a thread packs WORDS of W's columns at a time and passes its rows over them, so that
+}  // namespace
+}  // namespace lora_kernels
+
+#ifdef LK_AMX
+#include "amx_impl.h"
+#endif
+
+namespace lora_kernels {
+namespace {
+
+// Y = c * (X W + alpha * mask(S Q)) + bias. A task is a tile of rows by VW columns, in order of
+// columns; a thread packs WORDS of W's columns at a time and passes its rows over them, so that
 // x comes from L3 or memory once a panel and W once a block of rows. Sums in float32, each over
 // up to CHAIN words and then over these; y rounds once (z likewise). No result depends on the
 // number of threads. Tested by tests/ops.
 template <typename Word, typename T>
 LK_INLINE void product_of(const ProductArgs& a) {
   const ExpandArgs& u = a.update;
-  const int64_t panels = (u.N + VW - 1) / VW, tiles = (u.M + Y_ROWS - 1) / Y_ROWS;
+#ifdef LK_AMX
+  constexpr bool amx = std::is_same_v<Word, Pair>;
+  constexpr int64_t tile_rows = amx ? 2 * X_ROWS : Y_ROWS;
+#else
+  constexpr bool amx = false;
+  constexpr int64_t tile_rows = Y_ROWS;
+#endif
+  constexpr int64_t block = BLOCK_ROWS / tile_rows;
+  const int64_t panels = (u.N + VW - 1) / VW, tiles = (u.M + tile_rows - 1) / tile_rows;
   const int64_t tasks = panels * tiles;
   if (!tasks) return;
   const int64_t chunks = u.M * u.N * a.K < SMALL ? 1 : min(u.threads, tasks);
@@ -318,24 +336,39 @@ LK_INLINE void product_of(const ProductArgs& a) {
   const int64_t step =
       round_up((words + steps - 1) / steps, RUN);  // where codes are decoded at once
   const int64_t q_floats = round_up(u.R, 4) * VW, staging = round_up(staging_floats(VW, u.R), W);
-  const int64_t chunk_floats = q_floats + staging + WORDS * VW + Y_ROWS * WORDS +
-                               min(tiles, BLOCK_TILES) * TILE + (a.codes ? WORDS * VW : 0);
+  const int64_t c_floats = min(tiles, block) * tile_rows * VW;
+  const int64_t chunk_floats = q_floats + staging + WORDS * VW + (amx ? 0 : Y_ROWS * WORDS) +
+                               c_floats + (a.codes ? WORDS * VW : 0);
   Scratch scratch(chunks * chunk_floats * 4);
+#ifdef LK_AMX
+  Scratch x_scratch(amx ? tiles * tile_rows * x_tiles(a.K) * X_DEPTH * 2 : 0);
+  bf16* const x = static_cast<bf16*>(x_scratch.data);
+  if constexpr (amx) pack_x(a.x, u.M, a.K, u.threads, x);
+#endif
   parallel(u.threads, chunks, [&](int64_t chunk) {
+#ifdef LK_AMX
+    std::conditional_t<amx, Tiles, int> configured{};
+    (void)configured;
+#endif
     float* const q = static_cast<float*>(scratch.data) + chunk * chunk_floats;
     float* const panel = q + q_floats + staging;
     float* const rows = panel + WORDS * VW;
-    float* const C = rows + Y_ROWS * WORDS;
-    float* const decoded = C + min(tiles, BLOCK_TILES) * TILE;
+    float* const C = rows + (amx ? 0 : Y_ROWS * WORDS);
+    float* const decoded = C + c_floats;
     const int64_t stop = tasks * (chunk + 1) / chunks;
     for (int64_t task = tasks * chunk / chunks, packed = -1; task < stop;) {
       const int64_t n0 = task / tiles * VW, tile = task % tiles;
-      const int64_t last = min(min(tiles, tile + BLOCK_TILES), tile + stop - task);
+      const int64_t last = min(min(tiles, tile + block), tile + stop - task);
       if (packed != n0)
         pack(u.q, u.R, n0, min(VW, u.N - n0), VW, u.alpha, u.gate, nullptr, q, VW, q + q_floats);
       packed = n0;
-      product_block<Word, T>(a, generator, tile * Y_ROWS, min(u.M, last * Y_ROWS), n0, step, q,
-                             panel, rows, C, decoded);
+      const int64_t m0 = tile * tile_rows, m1 = min(u.M, last * tile_rows);
+#ifdef LK_AMX
+      if constexpr (amx)
+        tiles_block(a, generator, m0, m1, n0, step, q, panel, x, C, decoded);
+      else
+#endif
+        product_block<Word, T>(a, generator, m0, m1, n0, step, q, panel, rows, C, decoded);
       task += last - tile;
     }
   });

@@ -102,6 +102,11 @@ LK_INLINE void look_up_both(const Table& t, const uint8_t* p, vf& even, vf& odd)
   odd = look_up(t, b);
 }
 
+// The elements of a table at W indices.
+LK_INLINE vf gather(const float* from, const uint8_t* index) {
+  return _mm256_i32gather_ps(from, _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)index)), 4);
+}
+
 using vu = __m256i;
 LK_INLINE vu splat_u(uint32_t a) { return _mm256_set1_epi32((int)a); }
 LK_INLINE vu lanes_from(uint32_t a) {

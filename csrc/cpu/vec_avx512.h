@@ -101,6 +101,11 @@ LK_INLINE void look_up_both(Table t, const uint8_t* p, vf& even, vf& odd) {
   odd = _mm512_permutexvar_ps(b, t);
 }
 
+// The elements of a table at W indices.
+LK_INLINE vf gather(const float* from, const uint8_t* index) {
+  return _mm512_i32gather_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)index)), from, 4);
+}
+
 // r[i][j] = r[j][i]
 LK_INLINE void transpose(vf r[W]) {
   vf t[W];

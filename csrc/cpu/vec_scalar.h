@@ -118,6 +118,11 @@ LK_INLINE void look_up_both(Table t, const uint8_t* p, vf& even, vf& odd) {
   }
 }
 
+// The elements of a table at W indices.
+LK_INLINE vf gather(const float* from, const uint8_t* index) {
+  return vf{from[index[0]], from[index[1]], from[index[2]], from[index[3]]};
+}
+
 typedef uint32_t vu __attribute__((vector_size(16)));
 LK_INLINE vu splat_u(uint32_t a) { return vu{a, a, a, a}; }
 LK_INLINE vu lanes_from(uint32_t a) { return vu{a, a + 1, a + 2, a + 3}; }

@@ -28,7 +28,7 @@ from . import native
 SINGLE_PASS = "single pass"
 LIBRARY = "library product + rank update"
 FEW_ROWS = "decoded in registers, few rows"  # of a 4-bit weight
-SINGLE_PASS_ISAS = ("avx512", "avx512bf16")
+SINGLE_PASS_ISAS = ("avx512", "avx512bf16", "amxbf16")
 
 PANEL = 1 << 20  # bytes of a 4-bit weight decoded at once for the library's product
 
@@ -125,7 +125,7 @@ def lora_linear(
     rng_ptr, threshold, keep_scale = _mask(dropout_p, rng)
     native.module.lora_linear(
         x.data_ptr(), _DTYPE[x.dtype], x.stride(0), xs.data_ptr(), _DTYPE[dtype], xs.stride(0),
-        M, K, N, R, *_weight(base), codes,
+        M, K, N, R, *_weight(base), codes, strategy == FEW_ROWS,
         lora_A.data_ptr(), _DTYPE[lora_A.dtype], lora_A.stride(0),
         lora_B.data_ptr(), _DTYPE[lora_B.dtype], lora_B.stride(0), lora_B.stride(1),
         scaling, keep_scale, _ptr(gate), _ptr(c), _ptr(b), rng_ptr, threshold,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from types import ModuleType
 
-ISAS = ("scalar", "avx2", "avx512", "avx512bf16")
+ISAS = ("scalar", "avx2", "avx512", "avx512bf16", "amxbf16")
 
 module: ModuleType | None = None
 reason: str | None = None  # why there is no extension, None where there is one

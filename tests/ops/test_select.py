@@ -49,18 +49,26 @@ def test_eager_says_why(arguments: dict[str, object], word: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("isa", "amx", "dtype", "rows", "strategy"),
+    ("isa", "amx", "dtype", "four_bit", "rows", "strategy"),
     [
-        ("avx512bf16", False, f32, 2, cpu.SINGLE_PASS),
-        ("avx512", False, f32, 2, cpu.SINGLE_PASS),
-        ("avx512bf16", True, f32, 2, cpu.SINGLE_PASS),
-        ("avx512bf16", False, bf16, 64, cpu.SINGLE_PASS),
-        ("avx512bf16", True, bf16, 64, cpu.LIBRARY),
-        ("avx512bf16", False, bf16, 63, cpu.LIBRARY),
-        ("avx512bf16", False, f32, 1, cpu.LIBRARY),
-        ("avx2", False, f32, 2, cpu.LIBRARY),
-        ("scalar", False, f32, 2, cpu.LIBRARY),
-        ("avx512", False, bf16, None, f"{cpu.SINGLE_PASS}; under 64 rows {cpu.LIBRARY}"),
+        ("avx512bf16", False, f32, False, 2, cpu.SINGLE_PASS),
+        ("avx512", False, f32, False, 2, cpu.SINGLE_PASS),
+        ("avx512bf16", True, f32, False, 2, cpu.SINGLE_PASS),
+        ("avx512bf16", False, bf16, False, 64, cpu.SINGLE_PASS),
+        ("avx512bf16", True, bf16, False, 64, cpu.LIBRARY),
+        ("amxbf16", True, bf16, False, 64, cpu.LIBRARY),
+        ("avx512bf16", False, bf16, False, 63, cpu.LIBRARY),
+        ("avx512bf16", False, f32, False, 1, cpu.LIBRARY),
+        ("avx2", False, f32, False, 2, cpu.LIBRARY),
+        ("scalar", False, f32, False, 2, cpu.LIBRARY),
+        ("avx512", False, bf16, False, None, f"{cpu.SINGLE_PASS}; under 64 rows {cpu.LIBRARY}"),
+        ("avx512bf16", False, bf16, True, 8, cpu.FEW_ROWS),
+        ("avx512bf16", False, bf16, True, 9, cpu.SINGLE_PASS),
+        ("avx512bf16", True, bf16, True, 9, cpu.LIBRARY),
+        ("amxbf16", True, bf16, True, 5, cpu.FEW_ROWS),
+        ("amxbf16", True, bf16, True, 6, cpu.SINGLE_PASS),
+        ("avx2", False, bf16, True, 8, cpu.FEW_ROWS),
+        ("avx2", False, bf16, True, 9, cpu.LIBRARY),
     ],
 )
 def test_strategies(
@@ -68,15 +76,17 @@ def test_strategies(
     isa: str,
     amx: bool,
     dtype: torch.dtype,
+    four_bit: bool,
     rows: int | None,
     strategy: str,
 ) -> None:
     monkeypatch.setattr(native, "reason", None)
     monkeypatch.setattr(native, "isa", isa)
     monkeypatch.setattr(native, "amx_bf16", amx)
-    choice = select.lora_linear("cpu", dtype, dtype, dtype, dtype, 8, rows)
+    choice = select.lora_linear("cpu", dtype, dtype, dtype, dtype, 8, rows, four_bit)
     assert choice.strategy == strategy
-    assert ("AMX" in choice.reason) == (amx and dtype is bf16)
+    library = strategy == cpu.LIBRARY
+    assert ("AMX" in choice.reason) == (amx and dtype is bf16 and library)
 
 
 @needs_native

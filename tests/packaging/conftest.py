@@ -20,7 +20,8 @@ using namespace lora_kernels;
 static PyObject* isa_of_words(PyObject*, PyObject* args) {
   CpuFeatures f;
   unsigned long long xcr0;
-  if (!PyArg_ParseTuple(args, "IIIK", &f.leaf1_ecx, &f.leaf7_ebx, &f.leaf7_1_eax, &xcr0)) {
+  if (!PyArg_ParseTuple(args, "IIIIK", &f.leaf1_ecx, &f.leaf7_ebx, &f.leaf7_edx,
+                        &f.leaf7_1_eax, &xcr0)) {
     return nullptr;
   }
   f.xcr0 = xcr0;
@@ -69,7 +70,8 @@ class Project:
         for name in ("cpuid.h", "cpuid.cpp"):
             shutil.copy(ROOT / "csrc" / "cpu" / name, self.csrc / "cpu")
         (self.csrc / "bindings.cpp").write_text(BINDINGS)
-        kernels = (f"kernels_{isa}" for isa in ("scalar", "avx2", "avx512", "avx512bf16"))
+        isas = ("scalar", "avx2", "avx512", "avx512bf16", "amxbf16")
+        kernels = (f"kernels_{isa}" for isa in isas)
         for unit in ("dispatch", "layer", "threads", *kernels):
             (self.csrc / "cpu" / f"{unit}.cpp").write_text(f"int {unit}_marker = 1;\n")
 

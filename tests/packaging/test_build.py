@@ -21,6 +21,7 @@ X86_64_UNITS = {
     "kernels_avx2.cpp": AVX2,
     "kernels_avx512.cpp": AVX512,
     "kernels_avx512bf16.cpp": AVX512 | {"-mavx512bf16"},
+    "kernels_amxbf16.cpp": AVX512 | {"-mavx512bf16", "-mamx-tile", "-mamx-bf16"},
 }
 BASELINE_UNITS = (
     "bindings.cpp", "cpuid.cpp", "dispatch.cpp", "layer.cpp", "threads.cpp", "kernels_scalar.cpp",
@@ -99,7 +100,7 @@ def test_a_unit_that_the_compiler_does_not_know_is_left_out(project: Project) ->
     )
     assert result.returncode == 0, result.stdout
     assert "kernels_avx512bf16.cpp" not in machine_flags(project)
-    call = "from _native import isa_built; print([isa_built(i) for i in range(4)])"
+    call = "from _native import isa_built; print([isa_built(i) for i in range(5)])"
     done = subprocess.run(
         [sys.executable, "-c", call],
         cwd=project.root / "lora_kernels",
@@ -107,7 +108,7 @@ def test_a_unit_that_the_compiler_does_not_know_is_left_out(project: Project) ->
         text=True,
         check=True,
     )
-    assert done.stdout.strip() == "[True, True, True, False]"
+    assert done.stdout.strip() == "[True, True, True, False, False]"
 
 
 def test_a_changed_header_recompiles_what_includes_it(project: Project) -> None:

@@ -10,12 +10,13 @@ import pytest
 
 from .conftest import ROOT, Project
 
-SCALAR, AVX2, AVX512, AVX512BF16 = range(4)
+SCALAR, AVX2, AVX512, AVX512BF16, AMXBF16 = range(5)
 
-# Intel SDM volume 2, CPUID: leaf 1 ecx; leaf 7 ebx; leaf 7 sub-leaf 1 eax. Volume 1, XCR0.
+# Intel SDM volume 2, CPUID: leaf 1 ecx; leaf 7 ebx and edx; leaf 7 sub-leaf 1 eax. Volume 1, XCR0.
 FMA, OSXSAVE, AVX, F16C = 1 << 12, 1 << 27, 1 << 28, 1 << 29
 AVX2_BIT, BMI2, F512, DQ512, BW512, VL512 = 1 << 5, 1 << 8, 1 << 16, 1 << 17, 1 << 30, 1 << 31
 BF16 = 1 << 5
+AMX_BF16, AMX_TILE = 1 << 22, 1 << 24
 SSE_STATE, YMM_STATE, OPMASK, ZMM_LOW, ZMM_HIGH = 1 << 1, 1 << 2, 1 << 5, 1 << 6, 1 << 7
 
 LEAF1 = FMA | OSXSAVE | AVX | F16C
@@ -23,6 +24,8 @@ LEAF7_AVX2 = AVX2_BIT | BMI2
 LEAF7 = LEAF7_AVX2 | F512 | DQ512 | BW512 | VL512
 YMM = SSE_STATE | YMM_STATE
 ZMM = YMM | OPMASK | ZMM_LOW | ZMM_HIGH
+AMX, TILE_STATES = AMX_BF16 | AMX_TILE, (1 << 17, 1 << 18)
+ALL = ZMM | sum(TILE_STATES)
 
 
 @pytest.fixture(scope="module")
@@ -36,15 +39,22 @@ def native(built_project: Project) -> ModuleType:
 
 
 def test_everything_present_is_the_highest_set(native: ModuleType) -> None:
-    assert native.isa_of(LEAF1, LEAF7, BF16, ZMM) == AVX512BF16
-    assert native.isa_of(LEAF1, LEAF7, 0, ZMM) == AVX512
-    assert native.isa_of(LEAF1, LEAF7_AVX2, 0, YMM) == AVX2
-    assert native.isa_of(0, 0, 0, 0) == SCALAR
+    assert native.isa_of(LEAF1, LEAF7, AMX, BF16, ALL) == AMXBF16
+    assert native.isa_of(LEAF1, LEAF7, 0, BF16, ZMM) == AVX512BF16
+    assert native.isa_of(LEAF1, LEAF7, 0, 0, ZMM) == AVX512
+    assert native.isa_of(LEAF1, LEAF7, AMX, 0, ALL) == AVX512
+    assert native.isa_of(LEAF1, LEAF7_AVX2, 0, 0, YMM) == AVX2
+    assert native.isa_of(0, 0, 0, 0, 0) == SCALAR
+
+
+@pytest.mark.parametrize("bit", [AMX_BF16, AMX_TILE, *TILE_STATES])
+def test_each_missing_feature_of_tiles(native: ModuleType, bit: int) -> None:
+    assert native.isa_of(LEAF1, LEAF7, AMX & ~bit, BF16, ALL & ~bit) == AVX512BF16
 
 
 @pytest.mark.parametrize("bit", [FMA, OSXSAVE, AVX, F16C])
 def test_each_missing_feature_of_leaf_1_means_scalar(native: ModuleType, bit: int) -> None:
-    assert native.isa_of(LEAF1 & ~bit, LEAF7, BF16, ZMM) == SCALAR
+    assert native.isa_of(LEAF1 & ~bit, LEAF7, AMX, BF16, ALL) == SCALAR
 
 
 @pytest.mark.parametrize(
@@ -52,7 +62,7 @@ def test_each_missing_feature_of_leaf_1_means_scalar(native: ModuleType, bit: in
     [(AVX2_BIT, SCALAR), (BMI2, SCALAR), *((b, AVX2) for b in (F512, DQ512, BW512, VL512))],
 )
 def test_each_missing_feature_of_leaf_7(native: ModuleType, bit: int, isa: int) -> None:
-    assert native.isa_of(LEAF1, LEAF7 & ~bit, BF16, ZMM) == isa
+    assert native.isa_of(LEAF1, LEAF7 & ~bit, AMX, BF16, ALL) == isa
 
 
 @pytest.mark.parametrize(
@@ -60,7 +70,7 @@ def test_each_missing_feature_of_leaf_7(native: ModuleType, bit: int, isa: int) 
     [(SSE_STATE, SCALAR), (YMM_STATE, SCALAR), (OPMASK, AVX2), (ZMM_LOW, AVX2), (ZMM_HIGH, AVX2)],
 )
 def test_registers_that_the_system_does_not_save(native: ModuleType, bit: int, isa: int) -> None:
-    assert native.isa_of(LEAF1, LEAF7, BF16, ZMM & ~bit) == isa
+    assert native.isa_of(LEAF1, LEAF7, AMX, BF16, ALL & ~bit) == isa
 
 
 def test_detection_agrees_with_the_kernel_of_linux(native: ModuleType) -> None:
@@ -75,6 +85,8 @@ def test_detection_agrees_with_the_kernel_of_linux(native: ModuleType) -> None:
         expected = AVX2
         if has("avx512f avx512bw avx512dq avx512vl"):
             expected = AVX512BF16 if has("avx512_bf16") else AVX512
+            if has("avx512_bf16 amx_bf16 amx_tile"):
+                expected = AMXBF16
     assert native.detect_isa() == expected
 
 

@@ -1,0 +1,12 @@
+#include "vec_avx512bf16.h"
+
+#define LK_AMX
+
+#include "kernels_impl.h"
+#include "codes_impl.h"
+#include "product_impl.h"
+
+namespace lora_kernels {
+extern const Kernels kernels_amxbf16 = {shrink,   expand,     backward_pair, grad_a,
+                                        quantize, dequantize, few_rows,      product};
+}

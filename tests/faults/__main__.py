@@ -5,6 +5,9 @@ Each NAME.patch beside this file is one small realistic mistake. Its head names 
     Fault: the gate is left out of the forward
     Tests: tests/ops/test_lora_linear.py -k "float32 and gate"
 
+A line "Needs: amxbf16" names an instruction set without which no test can notice; where the
+processor lacks it, the fault is left out, and that is said.
+
 The tree is copied (the working tree is never touched), and the tests are run in the copy: first
 without any fault, where all must pass, then with each, where one must fail. A fault that no test
 notices, a patch that does not apply, and tests that cannot be collected are failures.
@@ -27,6 +30,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from lora_kernels.measure.case import engines
+
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT = 600  # seconds for one run of tests or one build
 
@@ -38,6 +43,7 @@ class Fault:
     tests: str
     files: tuple[str, ...]
     patch: Path
+    needs: str | None = None
 
     @property
     def native(self) -> bool:
@@ -55,9 +61,11 @@ def read(patch: Path) -> Fault:
     head, _, body = patch.read_text().partition("--- a/")
     fields = dict(line.split(": ", 1) for line in head.strip().splitlines())
     files = re.findall(r"^\+\+\+ b/(\S+)", body, re.MULTILINE)
-    if set(fields) != {"Fault", "Tests"} or not files:
+    if set(fields) - {"Needs"} != {"Fault", "Tests"} or not files:
         raise SystemExit(f"{patch.name}: want the lines 'Fault: ...' and 'Tests: ...', then a diff")
-    return Fault(patch.stem, fields["Fault"], fields["Tests"], tuple(files), patch)
+    return Fault(
+        patch.stem, fields["Fault"], fields["Tests"], tuple(files), patch, fields.get("Needs")
+    )
 
 
 class Copy:
@@ -153,6 +161,10 @@ def main() -> int:
     if unknown:
         parser.error(f"no such fault: {', '.join(sorted(unknown))}")
     faults = [fault for fault in faults if not args.names or fault.name in args.names]
+    here = engines()
+    for fault in [fault for fault in faults if fault.needs and fault.needs not in here]:
+        print(f"- {fault.name:34}         left out: this processor lacks {fault.needs}")
+        faults.remove(fault)
 
     # The same tests without a fault come first; of the faults, those that need a build.
     sound = list(dict.fromkeys(fault.tests for fault in faults))

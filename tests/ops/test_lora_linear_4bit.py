@@ -120,6 +120,21 @@ def test_unit_matrix_reads_out_the_weight(
         assert torch.equal(y, want.t()[m])
 
 
+@every_engine
+@pytest.mark.parametrize("rows", [1, 4, 100])
+def test_nested_scales_are_rounded_twice(rows: int, engine: str) -> None:
+    """Many blocks a row, whose scales are decoded by whole registers: an FMA changes 6.6 %."""
+    weight = quantize_4bit(
+        torch.randn(33, 100 * 32, generator=torch.Generator().manual_seed(1)), blocksize=32
+    )
+    A, B = torch.ones(1, 100 * 32), torch.zeros(33, 1)
+    x = torch.eye(100 * 32)[7::32]  # one element of each block
+    want = weight.dequantize(torch.float64)[:, 7::32].t()
+    for m in range(0, 100, rows):
+        y = lora_kernels.lora_linear(x[m : m + rows], weight, A, B)
+        assert torch.equal(y.double(), want[m : m + rows])
+
+
 @every_native_engine
 @pytest.mark.parametrize("threads", [1, 3], indirect=True)
 @pytest.mark.parametrize("dtype", [f32, bf16, f16], ids=str)

@@ -3,6 +3,7 @@
 // has checked them); the GIL is released while a kernel runs.
 #include <pybind11/pybind11.h>
 
+#include <memory>
 #include <stdexcept>
 #include <string>
 
@@ -71,12 +72,61 @@ Codes4bit codes_4bit(Pointer packed, Pointer code, Pointer absmax, Pointer neste
           as<const void>(absmax),
           as<const float>(nested_code),
           as<const float>(nested_absmax),
-          offset ? *as<const float>(offset) : 0.0f,
+          as<const float>(offset),
           log2_of(block),
           log2_of(nested_block),
           N,
           K};
 }
+
+// A layer's forward without gradients, dropout, gate and column scale: all but x and the bias is
+// bound once.
+struct Prepared {
+  Layer layer;
+  Codes4bit codes;  // which layer.codes points to, where it points anywhere
+  DType x_dtype, dtype;
+
+  Prepared(int64_t K, int64_t N, int64_t R, const Codes4bit* four_bit, Pointer a, int a_dtype,
+           int64_t a_row, Pointer b, int b_dtype, int64_t b_row, int64_t b_col, float scaling,
+           int x_dtype, int dtype)
+      : layer{{},
+              matrix(a, a_dtype, a_row),
+              matrix(b, b_dtype, b_row, b_col),
+              four_bit ? &codes : nullptr,
+              0,
+              K,
+              N,
+              R,
+              scaling,
+              1.0f,
+              nullptr,
+              nullptr,
+              nullptr,
+              dropout(0, 0),
+              1},
+        codes(four_bit ? *four_bit : Codes4bit{}),
+        x_dtype(static_cast<DType>(x_dtype)),
+        dtype(static_cast<DType>(dtype)) {}
+  Prepared(const Prepared&) = delete;
+
+  // x and, in the dtype of the base product, xs: [M, K], contiguous. y [M, N] in x's; without codes
+  // it holds the base product.
+  void forward(Pointer x, Pointer xs, int64_t M, Pointer bias, Pointer y, int threads) const {
+    std::unique_ptr<void, void (*)(void*)> p(
+        scratch_alloc(M * layer.R * static_cast<int64_t>(sizeof(float))), scratch_free);
+    Layer l = layer;
+    l.M = M;
+    l.bias = as<const float>(bias);
+    l.threads = threads;
+    lora_linear(l, {{as<const void>(x), x_dtype, l.K, 1},
+                    {as<const void>(xs), dtype, l.K, 1},
+                    l.codes != nullptr,
+                    static_cast<float*>(p.get()),
+                    as<void>(y),
+                    x_dtype,
+                    nullptr});
+  }
+};
 
 void quantize(Pointer weight, int dtype, int64_t n, int64_t block, Pointer thresholds,
               Pointer order, float smallest, Pointer packed, Pointer absmax, int threads) {
@@ -110,6 +160,10 @@ PYBIND11_MODULE(_native, m) {
         "None where there is none and the kernels run on the calling thread.");
   const auto release = py::call_guard<py::gil_scoped_release>();
   py::class_<Codes4bit>(m, "Codes4bit").def(py::init(&codes_4bit));
+  py::class_<Prepared>(m, "Prepared")
+      .def(py::init<int64_t, int64_t, int64_t, const Codes4bit*, Pointer, int, int64_t, Pointer,
+                    int, int64_t, int64_t, float, int, int>())
+      .def("forward", &Prepared::forward, release);
   m.def("quantize", quantize, release);
   m.def("dequantize", dequantize, release);
   m.def("lora_linear", forward, release);

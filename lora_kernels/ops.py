@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import select
 from .backends import cpu, eager
@@ -104,6 +105,28 @@ def _lora_linear_fake(
     y = x.new_empty(*x.shape[:-1], N, dtype=y_dtype)
     p = x.new_empty(M, R, dtype=_stat_dtype(dtype))
     return y, p, x.new_empty((M, N) if save_z else (0,), dtype=y_dtype)
+
+
+PreparedCall = cpu.Prepared  # of the one backend that has such a thing
+
+
+def prepare(
+    x_dtype: torch.dtype,
+    weight: Tensor | Codes,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dtype: torch.dtype,
+) -> PreparedCall | None:
+    """`lora_linear_direct` for up to `select.few_rows` rows of x, y in x's dtype, with its pointers
+    and sizes bound, where the backend chosen for them has such a thing."""
+    four_bit = isinstance(weight, Codes)
+    choice = select.lora_linear(
+        lora_A.device.type, x_dtype, lora_A.dtype, lora_B.dtype, dtype, lora_A.shape[0], 1, four_bit
+    )  # fmt: skip
+    if choice.backend != "cpu" or choice.strategy != (cpu.FEW_ROWS if four_bit else cpu.LIBRARY):
+        return None
+    return cpu.Prepared(weight, lora_A, lora_B, scaling, x_dtype, dtype)
 
 
 # lora_linear_backward ---------------------------------------------------------------------------
@@ -236,14 +259,25 @@ lora_linear_backward_4bit = torch.ops.lora_kernels.lora_linear_backward_4bit.def
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
+def watched() -> bool:
+    """Whether a compiler is tracing, a dispatch mode is active, or tensors may carry tangents or
+    a batch dimension that Python does not see."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
+
+
 def plain(*tensors: Tensor | None) -> bool:
-    """Whether nobody could tell an op from its implementation: no compiler is tracing, no dispatch
-    mode is active, the tensors are no subclasses and not meta.
+    """Whether nobody could tell an op from its implementation: nobody watches, the tensors are no
+    subclasses and not meta.
 
     The dispatcher's way into Python and back costs 4 µs with warm caches, and 100 µs right after
     a large product has swept them.
     """
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    if watched():
         return False
     for t in tensors:  # noqa: SIM110  a generator costs more than it looks at
         if t is not None and (type(t) not in _PLAIN or t.is_meta):

@@ -104,12 +104,23 @@ def lora_linear(
 
     rows: M; None asks for what holds of any M, and names both strategies where M decides.
     """
-    few = FEW_ROWS_4BIT.get(native.isa or "", 0) if four_bit else SINGLE_PASS_ROWS.get(dtype, 0) - 1
-    many = None if rows is None else rows > few
+    many = None if rows is None else rows > few_rows(dtype, four_bit)
     return _choose(
         _forced.get(), native.isa, native.amx_bf16, native.reason,
         device_type, x_dtype, a_dtype, b_dtype, dtype, rank, many, four_bit,
     )  # fmt: skip
+
+
+def few_rows(dtype: torch.dtype, four_bit: bool) -> int:
+    """Up to how many rows of x the strategy is the one for few."""
+    if four_bit:
+        return FEW_ROWS_4BIT.get(native.isa or "", 0)
+    return SINGLE_PASS_ROWS.get(dtype, 0) - 1
+
+
+def circumstances() -> tuple[object, ...]:
+    """What a choice depends on beside its arguments."""
+    return _forced.get(), native.isa
 
 
 @functools.lru_cache(maxsize=1024)

@@ -31,10 +31,9 @@ struct Matrix {
 // rows. Nested scales are code2[absmax[i]] * absmax2[i >> log2_nested] + offset, rounded twice.
 struct Codes4bit {
   const uint8_t* packed;
-  const float* code;                         // [16]
-  const void* absmax;                        // float; where nested, uint8
-  const float *nested_code, *nested_absmax;  // null unless nested
-  float offset;
+  const float* code;                                  // [16]
+  const void* absmax;                                 // float; where nested, uint8
+  const float *nested_code, *nested_absmax, *offset;  // null unless nested; offset: [1]
   int log2_block, log2_nested;
   int64_t N, K;
 };
@@ -136,13 +135,14 @@ struct DequantizeArgs {
   int threads;
 };
 
-// The layer for a few rows of x, the weight decoded in registers: ExpandArgs' equation with X W^T
-// in place of what Y held. Q is B^T. At most FEW_ROWS rows; x is what the product takes, in its
-// dtype.
-constexpr int64_t FEW_ROWS = 8;
+// The layer for a few rows of x, the weight decoded in registers: P by ShrinkArgs, then ExpandArgs'
+// equation of it with X W^T in place of what Y held. Q is B^T. At most FEW_ROWS rows; x is what the
+// product takes, in its dtype.
+constexpr int64_t FEW_ROWS = 16;
 struct FewRowsArgs {
   Matrix x;
   Codes4bit codes;
+  ShrinkArgs shrink;
   ExpandArgs update;
 };
 
@@ -164,6 +164,9 @@ extern const Kernels kernels_scalar, kernels_avx2, kernels_avx512, kernels_avx51
 using ThreadFn = void (*)(void* context, int thread, int threads);
 void run_threads(int threads, ThreadFn fn, void* context);
 const char* use_torch_openmp();
+// Among threads of one run: count one more that has come so far; wait until `count` of them have.
+void arrive(int* arrived);
+void await(const int* arrived, int count);
 
 // Scratch memory, 64-byte aligned; throws std::bad_alloc. Taken before threads start.
 void* scratch_alloc(int64_t bytes);

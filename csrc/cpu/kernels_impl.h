@@ -52,6 +52,15 @@ LK_INLINE void parallel(int threads, int64_t chunks, const F& f) {
               &context);
 }
 
+// f(part, parts) on as many threads as there are, all at the same time.
+template <typename F>
+LK_INLINE void together(int threads, const F& f) {
+  run_threads(
+      threads,
+      [](void* p, int thread, int threads) { (*static_cast<const F*>(p))(thread, threads); },
+      const_cast<F*>(&f));
+}
+
 struct Scratch {
   void* data;
   explicit Scratch(int64_t bytes) : data(bytes ? scratch_alloc(bytes) : nullptr) {}
@@ -113,36 +122,33 @@ LK_INLINE void copy_kept(const From* from, To* to, int64_t count, int64_t n, con
 
 // Inner loops ----------------------------------------------------------------------------------
 
-template <typename TX, typename TA>
-LK_INLINE void dot(const TX* const x[DOT_ROWS], const TA* const a[4], int64_t K,
-                   float out[DOT_ROWS][4]) {
-  vf acc[DOT_ROWS][4];
-  LK_UNROLL for (int i = 0; i < DOT_ROWS; ++i) LK_UNROLL for (int j = 0; j < 4; ++j) acc[i][j] =
-      zero();
+template <int I, typename TX, typename TA>
+LK_INLINE void dot(const TX* const x[I], const TA* const a[4], int64_t K, float out[I][4]) {
+  vf acc[I][4];
+  LK_UNROLL for (int i = 0; i < I; ++i) LK_UNROLL for (int j = 0; j < 4; ++j) acc[i][j] = zero();
   int64_t k = 0;
   for (; k + W <= K; k += W) {
-    vf xv[DOT_ROWS];
-    LK_UNROLL for (int i = 0; i < DOT_ROWS; ++i) xv[i] = load(x[i] + k);
+    vf xv[I];
+    LK_UNROLL for (int i = 0; i < I; ++i) xv[i] = load(x[i] + k);
     LK_UNROLL for (int j = 0; j < 4; ++j) {
       const vf av = load(a[j] + k);
-      LK_UNROLL for (int i = 0; i < DOT_ROWS; ++i) acc[i][j] = fma(xv[i], av, acc[i][j]);
+      LK_UNROLL for (int i = 0; i < I; ++i) acc[i][j] = fma(xv[i], av, acc[i][j]);
     }
   }
   if (k < K) {
     const int n = (int)(K - k);
     LK_UNROLL for (int j = 0; j < 4; ++j) {
       const vf av = load_n(a[j] + k, n);
-      LK_UNROLL for (int i = 0; i < DOT_ROWS; ++i) acc[i][j] =
-          fma(load_n(x[i] + k, n), av, acc[i][j]);
+      LK_UNROLL for (int i = 0; i < I; ++i) acc[i][j] = fma(load_n(x[i] + k, n), av, acc[i][j]);
     }
   }
-  LK_UNROLL for (int i = 0; i < DOT_ROWS; ++i) sum_lanes(acc[i], out[i]);
+  LK_UNROLL for (int i = 0; i < I; ++i) sum_lanes(acc[i], out[i]);
 }
 
 #ifdef LK_BF16_PAIRS  // the unit brings a dot over pairs of bf16
-LK_INLINE void dot(const bf16* const x[DOT_ROWS], const bf16* const a[4], int64_t K,
-                   float out[DOT_ROWS][4]) {
-  dot_bf16(x, a, K, out);
+template <int I>
+LK_INLINE void dot(const bf16* const x[I], const bf16* const a[4], int64_t K, float out[I][4]) {
+  dot_bf16<I>(x, a, K, out);
 }
 #endif
 
@@ -173,6 +179,15 @@ LK_INLINE void outer_into(const float* const p[4], int64_t stride_pj, int64_t J,
     float* to = c + i * ldc + v * W;
     store(to, fresh ? acc[i][v] : add(load(to), acc[i][v]));
   }
+}
+
+// The first min(n, W) of elements `stride` apart, zeros after them.
+template <typename T>
+LK_INLINE vf load_strided(const T* p, int64_t stride, int64_t n) {
+  if (stride == 1) return n >= W ? load(p) : load_n(p, (int)n);
+  float lanes[W] = {};
+  for (int64_t i = 0; i < min(n, W); ++i) store_n(lanes + i, load_n(p + i * stride, 1), 1);
+  return load(lanes);
 }
 
 // Packing --------------------------------------------------------------------------------------
@@ -264,6 +279,38 @@ LK_INLINE int64_t staging_floats(int64_t columns, int64_t R) {
 
 // shrink ---------------------------------------------------------------------------------------
 
+// P's `count` <= DOT_ROWS rows from m on and ranks from r0 to r1. kept: [DOT_ROWS, K up to 64], for
+// masked rows of x; written where `mask`, read where there is dropout.
+template <typename TX>
+LK_INLINE void shrink_tile(const ShrinkArgs& a, int64_t m, int64_t count, int64_t r0, int64_t r1,
+                           const Philox& generator, TX* kept) {
+  const int64_t K64 = round_up(a.K, 64);
+  const TX* rows[DOT_ROWS];
+  for (int64_t i = 0; i < DOT_ROWS; ++i) {
+    const int64_t row = m + min(i, count - 1);  // a short tile repeats its last row
+    rows[i] = static_cast<const TX*>(a.x.data) + row * a.x.row;
+    if (a.dropout.rng && i < count)
+      copy_kept(rows[i], kept + i * K64, a.K, K64, &generator, row, 0);
+    if (a.dropout.rng) rows[i] = kept + min(i, count - 1) * K64;
+  }
+  with_type(a.a.dtype, [&](auto type) {
+    using TA = decltype(type);
+    const TA* A = static_cast<const TA*>(a.a.data);
+    for (int64_t r = r0; r < r1; r += 4) {
+      const TA* ranks[4];
+      for (int64_t j = 0; j < 4; ++j) ranks[j] = A + min(r + j, r1 - 1) * a.a.row;
+      float out[DOT_ROWS][4];
+      if (count == 1)
+        dot<1>(rows, ranks, a.K, out);
+      else
+        dot<DOT_ROWS>(rows, ranks, a.K, out);
+      for (int64_t i = 0; i < count; ++i)
+        for (int64_t j = 0; j < min(4, r1 - r); ++j)
+          a.p[(m + i) * a.R + r + j] = out[i][j] * a.scale;
+    }
+  });
+}
+
 // P[M, R] = scale * (mask(X) A^T). Tiles of DOT_ROWS rows of x by 4 ranks over all of K; with
 // dropout the tile's masked rows are written to a buffer of DOT_ROWS x K once and read for every
 // rank. Reads x once from memory, A once a tile from cache. Tested by tests/ops.
@@ -274,36 +321,13 @@ void shrink(const ShrinkArgs& a) {
   const Philox generator = philox(a.dropout);
   const int64_t buffer_bytes = a.dropout.rng ? DOT_ROWS * K64 * 4 : 0;
   Scratch scratch(chunks * buffer_bytes);
-  with_type(a.x.dtype, [&](auto tx) {
-    with_type(a.a.dtype, [&](auto ta) {
-      using TX = decltype(tx);
-      using TA = decltype(ta);
-      const TX* x = static_cast<const TX*>(a.x.data);
-      const TA* A = static_cast<const TA*>(a.a.data);
-      parallel(a.threads, chunks, [&](int64_t chunk) {
-        TX* kept = reinterpret_cast<TX*>(static_cast<char*>(scratch.data) + chunk * buffer_bytes);
-        const int64_t last = min(a.M, tiles * (chunk + 1) / chunks * DOT_ROWS);
-        for (int64_t m = tiles * chunk / chunks * DOT_ROWS; m < last; m += DOT_ROWS) {
-          const TX* rows[DOT_ROWS];
-          const int64_t count = min(DOT_ROWS, last - m);
-          for (int64_t i = 0; i < DOT_ROWS; ++i) {
-            const int64_t row = m + min(i, count - 1);  // a short tile repeats its last row
-            rows[i] = x + row * a.x.row;
-            if (a.dropout.rng && i < count)
-              copy_kept(rows[i], kept + i * K64, a.K, K64, &generator, row, 0);
-            if (a.dropout.rng) rows[i] = kept + min(i, count - 1) * K64;
-          }
-          for (int64_t r = 0; r < a.R; r += 4) {
-            const TA* ranks[4];
-            for (int64_t j = 0; j < 4; ++j) ranks[j] = A + min(r + j, a.R - 1) * a.a.row;
-            float out[DOT_ROWS][4];
-            dot(rows, ranks, a.K, out);
-            for (int64_t i = 0; i < count; ++i)
-              for (int64_t j = 0; j < min(4, a.R - r); ++j)
-                a.p[(m + i) * a.R + r + j] = out[i][j] * a.scale;
-          }
-        }
-      });
+  with_type(a.x.dtype, [&](auto type) {
+    using TX = decltype(type);
+    parallel(a.threads, chunks, [&](int64_t chunk) {
+      TX* kept = reinterpret_cast<TX*>(static_cast<char*>(scratch.data) + chunk * buffer_bytes);
+      const int64_t last = min(a.M, tiles * (chunk + 1) / chunks * DOT_ROWS);
+      for (int64_t m = tiles * chunk / chunks * DOT_ROWS; m < last; m += DOT_ROWS)
+        shrink_tile(a, m, min(DOT_ROWS, last - m), 0, a.R, generator, kept);
     });
   });
 }
@@ -466,7 +490,7 @@ LK_INLINE void pair_rows(const BackwardPairArgs& a, const TB* bt, int64_t ld, in
         const TB* ranks[4];
         for (int64_t j = 0; j < 4; ++j) ranks[j] = bt + min(r + j, a.R - 1) * ld;
         float out[DOT_ROWS][4];
-        dot(rows, ranks, a.N, out);
+        dot<DOT_ROWS>(rows, ranks, a.N, out);
         for (int64_t i = 0; i < min(DOT_ROWS, end - m); ++i)
           for (int64_t j = 0; j < min(4, a.R - r); ++j)
             a.ds[(m + i) * a.R + r + j] = out[i][j] * a.ds_scale;

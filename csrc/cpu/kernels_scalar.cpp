@@ -1,6 +1,7 @@
 #include "vec_scalar.h"
 #include "kernels_impl.h"
 #include "codes_impl.h"
+#include "few_rows_impl.h"
 
 namespace lora_kernels {
 extern const Kernels kernels_scalar = {shrink,   expand,     backward_pair, grad_a,

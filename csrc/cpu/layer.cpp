@@ -35,15 +35,17 @@ void product_or_expand(const Matrix& x, int64_t K, const Matrix& w, const Codes4
 }  // namespace
 
 void lora_linear(const Layer& l, const Forward& f) {
-  kernels().shrink({f.x, l.a, l.M, l.K, l.R, l.keep_scale, l.dropout, f.p, l.threads});
+  const ShrinkArgs shrink{f.x, l.a, l.M, l.K, l.R, l.keep_scale, l.dropout, f.p, l.threads};
   const Matrix w{l.w.data, l.w.dtype, l.w.col, l.w.row}, q{l.b.data, l.b.dtype, l.b.col, l.b.row};
   const ExpandArgs update{f.y,      f.dtype,   l.N,    l.M, l.N,    l.R, f.p,
                           q,        l.scaling, l.gate, l.c, l.bias, f.z, Dropout{nullptr, 0},
                           l.threads};
-  if (f.few_rows)
-    kernels().few_rows({f.xs, *l.codes, update});
-  else
-    product_or_expand(f.xs, l.K, w, l.codes, true, update);
+  if (f.few_rows) {
+    kernels().few_rows({f.xs, *l.codes, shrink, update});
+    return;
+  }
+  kernels().shrink(shrink);
+  product_or_expand(f.xs, l.K, w, l.codes, true, update);
 }
 
 void lora_linear_backward(const Layer& l, const Backward& g) {

@@ -4,6 +4,7 @@
 // it asks libtorch_cpu and its dependencies, under whatever file name they carry it, for
 // GOMP_parallel, which GNU's, LLVM's and Intel's runtimes all export, and runs on that pool.
 #include <dlfcn.h>
+#include <sched.h>
 
 #include <cstdlib>
 #include <new>
@@ -51,6 +52,13 @@ void run_threads(int threads, ThreadFn fn, void* context) {
   }
   Region region{fn, context};
   gomp_parallel(enter, &region, static_cast<unsigned>(threads), 0);
+}
+
+void arrive(int* arrived) { __atomic_fetch_add(arrived, 1, __ATOMIC_RELEASE); }
+
+void await(const int* arrived, int count) {
+  for (int spins = 0; __atomic_load_n(arrived, __ATOMIC_ACQUIRE) < count; ++spins)
+    if (spins >= 4096) sched_yield();  // the other may want this core
 }
 
 void* scratch_alloc(int64_t bytes) {

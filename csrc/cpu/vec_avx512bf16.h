@@ -9,22 +9,23 @@ namespace {
 
 // dot for two bf16 operands: vdpbf16ps takes 32 of them and adds their exact products in float32
 // (subnormal inputs count as zero), without widening either.
-LK_INLINE void dot_bf16(const bf16* const x[DOT_ROWS], const bf16* const a[4], int64_t K,
-                        float out[DOT_ROWS][4]) {
-  __m512 acc[DOT_ROWS][4];
+template <int I>
+LK_INLINE void dot_bf16(const bf16* const x[I], const bf16* const a[4], int64_t K,
+                        float out[I][4]) {
+  __m512 acc[I][4];
 #pragma GCC unroll 8
-  for (int i = 0; i < DOT_ROWS; ++i)
+  for (int i = 0; i < I; ++i)
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) acc[i][j] = zero();
   const auto step = [&](int64_t k, const auto& load_at) __attribute__((always_inline)) {
-    __m512bh xv[DOT_ROWS];
+    __m512bh xv[I];
 #pragma GCC unroll 8
-    for (int i = 0; i < DOT_ROWS; ++i) xv[i] = load_at(x[i] + k);
+    for (int i = 0; i < I; ++i) xv[i] = load_at(x[i] + k);
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
       const __m512bh av = load_at(a[j] + k);
 #pragma GCC unroll 8
-      for (int i = 0; i < DOT_ROWS; ++i) acc[i][j] = _mm512_dpbf16_ps(acc[i][j], xv[i], av);
+      for (int i = 0; i < I; ++i) acc[i][j] = _mm512_dpbf16_ps(acc[i][j], xv[i], av);
     }
   };
   int64_t k = 0;
@@ -33,7 +34,7 @@ LK_INLINE void dot_bf16(const bf16* const x[DOT_ROWS], const bf16* const a[4], i
   const __mmask32 rest = (1u << (K - k)) - 1;
   if (rest) step(k, [&](const bf16* p) { return (__m512bh)_mm512_maskz_loadu_epi16(rest, p); });
 #pragma GCC unroll 8
-  for (int i = 0; i < DOT_ROWS; ++i) sum_lanes(acc[i], out[i]);
+  for (int i = 0; i < I; ++i) sum_lanes(acc[i], out[i]);
 }
 
 // What product_impl.h wants for words of two bf16.
@@ -70,6 +71,104 @@ LK_INLINE void interleave(const bf16* a, const bf16* b, int64_t count, float* to
                 bv = b ? _mm512_maskz_loadu_epi16(mask, b) : _mm512_setzero_si512();
   store(to, _mm512_castsi512_ps(_mm512_permutex2var_epi16(av, low, bv)));
   store(to + W, _mm512_castsi512_ps(_mm512_permutex2var_epi16(av, high, bv)));
+}
+
+// What few_rows_impl.h wants: products of CODES codes, 64 bytes, shifted to bring one of each
+// word's four, or each double word's eight, to the lowest bits.
+
+constexpr int64_t CODES = 128;
+
+struct PairTables {  // a code's value, and the two bf16 whose sum has 17 bits of it, each table
+                     // twice
+  vf whole;
+  vu high, low;
+};
+LK_INLINE PairTables pair_tables(const float* code) {
+  const vf whole = load(code);
+  const __m256i high = (__m256i)_mm512_cvtneps_pbh(whole),
+                low = (__m256i)_mm512_cvtneps_pbh(_mm512_sub_ps(whole, widen_bf16(high)));
+  return {whole, _mm512_broadcast_i64x4(high), _mm512_broadcast_i64x4(low)};
+}
+
+// The first `filled` of 16 times eight codes, zeros after them.
+LK_INLINE vu load_codes(const uint8_t* p, int filled) {
+  return filled == W ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi32(first(filled), p);
+}
+
+// The blocks of each lane's eight elements, counted from that of the run's first, which is `offset`
+// elements behind its block's; and the scales of the filled lanes.
+LK_INLINE vu lane_blocks(int64_t offset, int log2_block) {
+  const vu element =
+      _mm512_add_epi32(_mm512_slli_epi32(lanes_from(0), 3), splat_u((uint32_t)offset));
+  return _mm512_srl_epi32(element, _mm_cvtsi32_si128(log2_block));
+}
+LK_INLINE vf pick(const float* scales, vu lanes, int filled) {
+  return _mm512_maskz_permutexvar_ps(first(filled), lanes, load(scales));
+}
+
+LK_INLINE __m512bh load_pairs(const bf16* p) { return (__m512bh)_mm512_loadu_si512(p); }
+
+// total[i] += scale * (x[i] · codes); of x's 128 elements word w of register j holds 4w + (j ^ 1).
+template <int M>
+LK_INLINE void dot_exactly(vu codes, const PairTables& t, vf scale, const bf16* x, int64_t ldx,
+                           vf total[M]) {
+  vf high[M], low[M];
+#pragma GCC unroll 4
+  for (int i = 0; i < M; ++i) high[i] = low[i] = zero();
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    const vu index = _mm512_srli_epi16(codes, 4 * j);  // of which the look-up takes five bits
+    const __m512bh h = (__m512bh)_mm512_permutexvar_epi16(index, t.high),
+                   l = (__m512bh)_mm512_permutexvar_epi16(index, t.low);
+#pragma GCC unroll 4
+    for (int i = 0; i < M; ++i) {
+      const __m512bh xv = load_pairs(x + i * ldx + 32 * j);
+      high[i] = _mm512_dpbf16_ps(high[i], xv, h);
+      low[i] = _mm512_dpbf16_ps(low[i], xv, l);
+    }
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < M; ++i) total[i] = fma(add(high[i], low[i]), scale, total[i]);
+}
+
+// total[i] += x[i] · (scale * codes), rounded to bf16; word w of register j of x holds 8w + 2j,
+// from the 16th on 8(w - 16) + 2j + 1.
+template <int M>
+LK_INLINE void dot_rounded(vu codes, const PairTables& t, vf scale, const bf16* x, int64_t ldx,
+                           vf total[M]) {
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    const vf even = mul(scale, _mm512_permutexvar_ps(_mm512_srli_epi32(codes, 8 * j + 4), t.whole)),
+             odd = mul(scale, _mm512_permutexvar_ps(_mm512_srli_epi32(codes, 8 * j), t.whole));
+    const __m512bh both = _mm512_cvtne2ps_pbh(odd, even);
+#pragma GCC unroll 16
+    for (int i = 0; i < M; ++i)
+      total[i] = _mm512_dpbf16_ps(total[i], load_pairs(x + i * ldx + 32 * j), both);
+  }
+}
+
+// K elements in the order that dot_exactly or dot_rounded wants, zeros up to a multiple of CODES.
+LK_INLINE void order_words(const bf16* from, int64_t K, bool exactly, bf16* to) {
+  vu index[4];
+  for (int j = 0; j < 4; ++j) {
+    uint16_t words[32];
+    for (int w = 0; w < 32; ++w)
+      words[w] = (uint16_t)(exactly ? 4 * (w & 15) + (j ^ 1) : 8 * (w & 7) + 2 * j + (w >> 4));
+    index[j] = _mm512_loadu_si512(words);
+  }
+  const __mmask32 second = exactly ? 0xFFFF0000 : 0xFF00FF00;  // from the last 64 elements
+  for (int64_t k = 0; k < K; k += CODES, from += CODES, to += CODES) {
+    vu v[4];
+    for (int i = 0; i < 4; ++i) {
+      const int64_t rest = K - k - 32 * i;
+      const __mmask32 mask = rest >= 32 ? ~0u : rest > 0 ? (1u << rest) - 1 : 0;
+      v[i] = _mm512_maskz_loadu_epi16(mask, from + 32 * i);
+    }
+    for (int j = 0; j < 4; ++j)
+      _mm512_storeu_si512(to + 32 * j, _mm512_mask_blend_epi16(
+                                           second, _mm512_permutex2var_epi16(v[0], index[j], v[1]),
+                                           _mm512_permutex2var_epi16(v[2], index[j], v[3])));
+  }
 }
 
 }  // namespace

@@ -135,6 +135,45 @@ def lora_linear(
     return y, p, z
 
 
+class Prepared:
+    """The forward for a few rows of x, its pointers, strides and sizes bound; y in x's dtype.
+
+    Holds good as long as the tensors stay where they are; their values are read in each call.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor | Codes,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: float,
+        x_dtype: torch.dtype,
+        dtype: torch.dtype,
+    ) -> None:
+        assert native.module is not None
+        (R, K), (N, _) = lora_A.shape, lora_B.shape
+        codes = weight.native((N, K)) if isinstance(weight, Codes) else None
+        self.N, self.dtype, self.weight = N, dtype, weight
+        self.forward = native.module.Prepared(
+            K, N, R, codes, lora_A.data_ptr(), _DTYPE[lora_A.dtype], lora_A.stride(0),
+            lora_B.data_ptr(), _DTYPE[lora_B.dtype], lora_B.stride(0), lora_B.stride(1),
+            scaling, _DTYPE[x_dtype], _DTYPE[dtype],
+        ).forward  # fmt: skip
+
+    def __call__(self, x: Tensor, rows: int, bias: Tensor | None) -> Tensor:
+        """x [..., K], contiguous, of `rows` rows -> y [..., N]."""
+        xs = _cast(x, self.dtype)
+        if isinstance(self.weight, Tensor):
+            y = _cast(linear(xs, self.weight), x.dtype)
+        else:
+            y = x.new_empty(*x.shape[:-1], self.N)
+        b = _vector(bias)
+        self.forward(
+            x.data_ptr(), xs.data_ptr(), rows, _ptr(b), y.data_ptr(), torch.get_num_threads()
+        )
+        return y
+
+
 def lora_linear_backward(
     dy: Tensor,
     x: Tensor,

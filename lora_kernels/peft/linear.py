@@ -10,6 +10,9 @@ They run on every forward, so they look modules and parameters up in `_modules` 
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
@@ -20,6 +23,7 @@ from peft.tuners.lora import layer as lora_layer
 from torch import Tensor, nn
 
 from ..functional import lora_linear
+from ..prepared import Prepared, prepare
 from ..quantization import Weight4bit
 
 _LINEAR_FORWARD = nn.Linear.forward
@@ -38,8 +42,17 @@ class Fused(nn.Module):
     # PEFT's target_modules="all-linear" knows its own layers by "Linear" in the class's name.
 
     mixed_batch = False  # whether the last call had adapter_names
+    _ready: _Ready | None = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        decoding = not (args or kwargs or torch.is_grad_enabled() or torch.compiler.is_compiling())
+        if decoding and (ready := self._ready) is not None:
+            if ready.holds(self):
+                y = ready.call(x, ready.base_parameters["bias"])
+                if y is not None:
+                    return y
+            else:
+                self._ready = None
         mixed_batch = kwargs.get("adapter_names") is not None
         if mixed_batch is not self.mixed_batch:
             self.mixed_batch = mixed_batch
@@ -68,6 +81,8 @@ class Fused(nn.Module):
             else:
                 result = _lora_linear(x, base._parameters["weight"], bias, first)
                 dtype = result.dtype
+            if decoding and len(adapters) == 1:
+                self._ready = _Ready.of(self, adapters[0], x) or self._ready
         for call in rest:
             result = result + _lora_linear(x, None, None, call)
         return result if result.dtype is dtype else cast(Tensor, result.to(dtype))
@@ -93,6 +108,96 @@ class Call(NamedTuple):
     scaling: float
     rank_gate: Tensor | None
     dropout_p: float
+
+
+@dataclasses.dataclass(eq=False)
+class _Ready:
+    """The call of a layer with one adapter, for decoding, and what `forward` decided it by.
+
+    `holds` looks at all of that again in each call. Between two calls the model's weights have
+    swept the caches, so that every object costs a trip to memory: they are gathered here, and
+    looked at in few loops of C, in which those trips overlap.
+    """
+
+    call: Prepared
+    active: str | list[str]
+    dropout: nn.Module
+    base_parameters: dict[str, Any]
+    at: tuple[int, bool]
+    hooks: list[dict[int, Any]]
+    dicts: tuple[dict[str, Any], ...]
+    keys: tuple[str, ...]
+    values: list[Any]  # of the keys in the dicts, None where there is none
+
+    @classmethod
+    def of(cls, layer: Any, adapter: Adapter, x: Tensor) -> _Ready | None:
+        """For a layer whose `forward` has just called `lora_linear` on its base; None where there
+        is no shorter way."""
+        name, lora_A, lora_B, scaling, dropout = adapter
+        modules = layer._modules
+        base = modules["base_layer"]
+        stored, compute_dtype, four_bit = base._parameters["weight"], None, is_linear4bit(base)
+        if isinstance(scaling, Tensor) or dropout.training:
+            return None
+        weight: Tensor | Weight4bit = stored
+        if four_bit:
+            from .linear4bit import prepared
+
+            weight, compute_dtype = prepared(base, x)
+        call = prepare(x, weight, _weight(lora_A), _weight(lora_B), scaling, compute_dtype)
+        if call is None or lora_B._parameters["bias"] is not None:
+            return None
+
+        looked_up: list[tuple[dict[str, Any], str]] = [
+            (modules, "base_layer"),
+            *((modules[kind]._modules, name) for kind in ("lora_A", "lora_B", "lora_dropout")),
+            (layer.scaling, name),
+            (layer.lora_variant, name),
+            *((module.__dict__, "forward") for module in (base, lora_A, lora_B)),
+            (base._parameters, "weight"),
+            (lora_A._parameters, "weight"),
+            (lora_B._parameters, "weight"),
+            (lora_B._parameters, "bias"),
+        ]
+        if four_bit:
+            looked_up += [
+                (base.__dict__, "compute_dtype"),
+                (base.__dict__, "compute_type_is_set"),
+                (stored.__dict__, "quant_state"),
+                (stored.quant_state.__dict__, "absmax"),
+            ]
+        dicts, keys = zip(*looked_up, strict=True)
+        return cls(
+            call,
+            copy.copy(layer._active_adapter),
+            dropout,
+            base._parameters,
+            _address(stored),
+            [hooks for module in (base, lora_A, lora_B) for hooks in _hooks(module)],
+            dicts,
+            keys,
+            list(map(dict.get, dicts, keys)),
+        )
+
+    def holds(self, layer: Any) -> bool:
+        """Whether `forward` would decide the same again."""
+        return (
+            layer._active_adapter == self.active
+            and not (layer._disable_adapters or layer.merged_adapters or layer.mixed_batch)
+            and all(map(operator.is_, map(dict.get, self.dicts, self.keys), self.values))
+            and not any(self.hooks)
+            and not self.dropout.training
+            and nn.Linear.forward is _LINEAR_FORWARD
+            and _address(self.base_parameters["weight"]) == self.at
+        )
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:  # nothing of a copied or saved layer
+        return type(None), ()
+
+
+def _address(weight: Tensor) -> tuple[int, bool]:
+    with torch._C.DisableTorchFunctionSubclass():  # a microsecond for each look at a Params4bit
+        return weight.data_ptr(), weight.requires_grad
 
 
 def _lora_linear(
@@ -151,12 +256,7 @@ def unreadable(module: nn.Module, device: torch.device) -> str | None:
     four_bit = is_linear4bit(module)
     if type(module) is not nn.Linear and not four_bit:
         return f"{type(module).__name__} is not exactly nn.Linear"
-    if (
-        module._forward_pre_hooks
-        or module._forward_hooks
-        or module._backward_pre_hooks
-        or module._backward_hooks
-    ):
+    if any(_hooks(module)):
         return "a hook sits on its nn.Linear"
     if nn.Linear.forward is not _LINEAR_FORWARD:
         return "nn.Linear.forward was replaced"
@@ -174,6 +274,13 @@ def unreadable(module: nn.Module, device: torch.device) -> str | None:
     if weight.dim() != 2:
         return f"its weight is flattened to {list(weight.shape)}"
     return None
+
+
+def _hooks(module: nn.Module) -> tuple[dict[int, Any], ...]:
+    return (
+        module._forward_pre_hooks, module._forward_hooks,
+        module._backward_pre_hooks, module._backward_hooks,
+    )  # fmt: skip
 
 
 def is_linear4bit(module: nn.Module) -> bool:

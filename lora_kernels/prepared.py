@@ -1,0 +1,102 @@
+"""`lora_linear` for decoding: what is the same for every token is done once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import ops, select
+from .functional import base_dtype
+from .quantization import Weight4bit
+
+
+class Prepared:
+    """`lora_linear` on one weight and adapter, checked and chosen once, for a few rows of x.
+
+    Called with an x it returns y, bit for bit `lora_linear`'s; or None where that is to be called:
+    for more rows, another dtype, device or strides of x, with gradients on, under autocast, before
+    the eyes of a compiler, a dispatch mode or a transform, after another backend was asked for, and
+    where lora_A or lora_B has moved in memory. Values may change in place.
+
+    What it leaves out takes three times as long as a layer of a small model.
+    """
+
+    __slots__ = (
+        "_K",
+        "_call",
+        "_circumstances",
+        "_lora_A",
+        "_lora_B",
+        "_rows",
+        "_where",
+        "_x_dtype",
+    )
+
+    def __init__(
+        self,
+        call: ops.PreparedCall,
+        x_dtype: torch.dtype,
+        rows: int,
+        lora_A: Tensor,
+        lora_B: Tensor,
+    ) -> None:
+        self._call, self._x_dtype, self._rows, self._K = call, x_dtype, rows, lora_A.shape[1]
+        self._lora_A, self._lora_B, self._where = lora_A, lora_B, _where(lora_A, lora_B)
+        self._circumstances = select.circumstances()
+
+    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor | None:
+        """x [..., K] -> y [..., N], or None."""
+        if (
+            torch.is_grad_enabled()
+            or ops.watched()
+            or type(x) is not Tensor
+            or x.dtype is not self._x_dtype
+            or not x.is_cpu
+            or x.shape[-1] != self._K
+            or not x.is_contiguous()
+            or torch.is_autocast_enabled("cpu")
+            or select.circumstances() != self._circumstances
+            or _where(self._lora_A, self._lora_B) != self._where
+        ):
+            return None
+        rows = x.numel() // self._K
+        return self._call(x, rows, bias) if 0 < rows <= self._rows else None
+
+
+def prepare(
+    x: Tensor,
+    weight: Tensor | Weight4bit,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    compute_dtype: torch.dtype | None = None,
+) -> Prepared | None:
+    """For calls like one that `lora_linear` has answered without dropout, gate and column scale;
+    None where there is no shorter way.
+
+    >>> import torch
+    >>> from lora_kernels import lora_linear, prepared
+    >>> x, W, A, B = torch.ones(1, 64), torch.eye(64), torch.ones(2, 64), torch.ones(64, 2)
+    >>> with torch.no_grad():
+    ...     y, call = lora_linear(x, W, A, B, 2.0), prepared.prepare(x, W, A, B, 2.0)
+    ...     call is None or torch.equal(call(x), y)
+    True
+    """
+    if torch.is_grad_enabled() or not x.is_cpu or torch.is_autocast_enabled("cpu"):
+        return None
+    tensor = weight.packed if isinstance(weight, Weight4bit) else weight
+    if not ops.plain(x, tensor, lora_A, lora_B) or lora_A.stride(1) != 1:
+        return None
+    dtype = base_dtype("cpu", x.dtype, compute_dtype)
+    rows = select.few_rows(dtype, isinstance(weight, Weight4bit))
+    if x.numel() > rows * x.shape[-1]:
+        return None
+    base = weight.codes if isinstance(weight, Weight4bit) else weight
+    call = ops.prepare(x.dtype, base, lora_A, lora_B, scaling, dtype)
+    return None if call is None else Prepared(call, x.dtype, rows, lora_A, lora_B)
+
+
+def _where(lora_A: Tensor, lora_B: Tensor) -> tuple[object, ...]:
+    return (
+        lora_A.data_ptr(), lora_A.dtype, lora_A.shape, lora_B.data_ptr(), lora_B.dtype, lora_B.shape
+    )  # fmt: skip

@@ -1,0 +1,277 @@
+"""The shorter way of a call without gradients: the same bits, and given up for all that matters."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lora_kernels
+from lora_kernels.backends import native
+from lora_kernels.peft import fuse
+from lora_kernels.peft.linear import _Ready
+from lora_kernels.prepared import Prepared, prepare
+from lora_kernels.quantization import Weight4bit, quantize_4bit
+
+from .tiny import add_lora, count_ops
+
+bnb = pytest.importorskip("bitsandbytes")
+pytestmark = pytest.mark.skipif(native.module is None, reason="no native kernels")
+
+f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
+K, N = 128, 192
+
+
+class Net(nn.Module):
+    def __init__(self, four_bit: bool) -> None:
+        super().__init__()
+        linear = bnb.nn.Linear4bit if four_bit else nn.Linear
+        self.up = linear(K, N, **({"quant_type": "nf4"} if four_bit else {}))
+
+
+@pytest.fixture(params=[False, True], ids=["dense", "nf4"])
+def layer(request: pytest.FixtureRequest) -> Any:
+    torch.manual_seed(0)
+    net = Net(request.param).to("cpu")
+    net.is_loaded_in_4bit = request.param  # type: ignore[assignment]  # as transformers says it
+    model = add_lora(net, target_modules=["up"])
+    model.add_adapter("other", model.peft_config["default"])
+    layer: Any = fuse(model).eval().base_model.model.up
+    with torch.no_grad():
+        for adapter in ("default", "other"):
+            nn.init.normal_(layer.lora_B[adapter].weight)
+    layer.base_layer.support_avx512bf16_for_cpu = False  # bitsandbytes keeps its scales
+    return layer
+
+
+def row(rows: int = 1) -> Tensor:
+    return torch.randn(rows, K, generator=torch.Generator().manual_seed(3))
+
+
+def decode(layer: Any, x: Tensor | None = None) -> Tensor:
+    with torch.no_grad():
+        y: Tensor = layer(row() if x is None else x)
+    return y
+
+
+def taken(layer: Any, call: Callable[[], object]) -> bool:
+    """Whether the call went the shorter way."""
+    answers: list[object] = []
+    whole = Prepared.__call__
+
+    def watched(self: Prepared, x: Tensor, bias: Tensor | None = None) -> Tensor | None:
+        answers.append(whole(self, x, bias))
+        return answers[-1]  # type: ignore[return-value]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Prepared, "__call__", watched)
+        call()
+    return bool(answers) and answers[-1] is not None
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("dtype", [f32, bf16, f16], ids=str)
+def test_the_same_bits(layer: Any, dtype: torch.dtype, rows: int) -> None:
+    if not (isinstance(layer.base_layer.weight, bnb.nn.Params4bit) or dtype is f32):
+        layer.base_layer.to(dtype)
+    x = row(rows).to(dtype).view(rows, 1, K)
+    first = decode(layer, x)  # the long way
+    assert first.shape == (rows, 1, N)
+    if dtype is not bf16 and rows > 1 and type(layer.base_layer) is nn.Linear:
+        assert layer._ready is None  # from two rows on a single pass
+        return
+    assert taken(layer, lambda: decode(layer, x))
+    assert torch.equal(decode(layer, x), first)
+    with torch.inference_mode():
+        assert torch.equal(layer(x), first)
+    with torch.no_grad(), lora_kernels.backend("cpu"):
+        assert torch.equal(layer(x), first)
+
+
+def hooked(layer: Any) -> None:
+    layer.base_layer.register_forward_hook(lambda _m, _x, y: y + 1)
+
+
+def hooked_adapter(layer: Any) -> None:
+    layer.lora_A["default"].register_forward_hook(lambda _m, _x, y: y * 2)
+
+
+def replaced_forward(layer: Any) -> None:
+    linear = layer.lora_B["default"]
+    linear.forward = MethodType(lambda self, x: 3 * nn.functional.linear(x, self.weight), linear)
+
+
+def replaced_base(layer: Any) -> None:
+    base = copy.deepcopy(layer.base_layer)
+    base.bias.data += 1
+    layer.base_layer = base
+
+
+def new_weight_tensor(layer: Any) -> None:
+    weight = layer.base_layer.weight
+    data = weight.data.clone()
+    data.view(-1)[:8] = data.view(-1)[8:16]
+    weight.data = data
+
+
+def new_parameter(layer: Any) -> None:
+    linear = layer.lora_A["default"]
+    linear.weight = nn.Parameter(linear.weight.detach() * 2)
+
+
+def new_data(layer: Any) -> None:
+    weight = layer.lora_B["default"].weight
+    weight.data = weight.data * 2
+
+
+def lower_rank(layer: Any) -> None:  # in the same memory
+    A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    A.data, B.data = A.data[:2], B.data[:, :2]
+
+
+def other_dtype(layer: Any) -> None:
+    layer.lora_A["default"].to(bf16)
+
+
+def in_place(layer: Any) -> None:
+    with torch.no_grad():
+        layer.lora_A["default"].weight.mul_(2)
+
+
+def bias_in_place(layer: Any) -> None:
+    with torch.no_grad():
+        layer.base_layer.bias.add_(1)
+
+
+def no_bias(layer: Any) -> None:
+    layer.base_layer.bias = None
+
+
+def scaled(layer: Any) -> None:
+    layer.scaling["default"] = 3.5
+
+
+def scaled_by_peft(layer: Any) -> None:
+    layer.set_scale("default", 3.0)
+
+
+def other_adapter(layer: Any) -> None:
+    layer.set_adapter("other")
+
+
+def both_adapters(layer: Any) -> None:
+    layer.set_adapter(["default", "other"])
+
+
+def disabled(layer: Any) -> None:
+    layer.enable_adapters(False)
+
+
+def merged(layer: Any) -> None:
+    layer.merge()
+
+
+def other_scales(layer: Any) -> None:
+    state = layer.base_layer.weight.quant_state
+    state.absmax = state.absmax.flip(0).clone()
+
+
+def other_scales_in_place(layer: Any) -> None:
+    layer.base_layer.weight.quant_state.absmax.mul_(2)
+
+
+def other_state(layer: Any) -> None:
+    state = copy.deepcopy(layer.base_layer.weight.quant_state)
+    state.absmax *= 2
+    layer.base_layer.weight.quant_state = state
+
+
+def other_compute_dtype(layer: Any) -> None:
+    layer.base_layer.compute_dtype = bf16
+
+
+CHANGES = [
+    hooked, hooked_adapter, replaced_forward, replaced_base, new_weight_tensor, new_parameter,
+    new_data, lower_rank, other_dtype, in_place, bias_in_place, no_bias, scaled, scaled_by_peft,
+    other_adapter, both_adapters, disabled, merged,
+]  # fmt: skip
+CHANGES_OF_4_BITS = [other_scales, other_scales_in_place, other_state, other_compute_dtype]
+
+
+@pytest.mark.filterwarnings("ignore:Merge lora module to 4-bit")
+@pytest.mark.parametrize("change", CHANGES + CHANGES_OF_4_BITS, ids=lambda f: f.__name__)
+def test_what_changes_is_noticed(layer: Any, change: Callable[[Any], None]) -> None:
+    if change in CHANGES_OF_4_BITS and type(layer.base_layer) is nn.Linear:
+        change = in_place
+    before = decode(layer)
+    assert taken(layer, lambda: decode(layer))
+    change(layer)
+    fresh = copy.deepcopy(layer)
+    fresh._ready = None
+    want = decode(fresh)
+    assert not torch.equal(want, before)
+    for _ in range(3):
+        assert torch.equal(decode(layer), want)
+
+
+def test_what_surrounds_a_call_is_noticed(layer: Any) -> None:
+    x = row()
+    y = decode(layer, x)
+    assert taken(layer, lambda: decode(layer, x))
+    assert not taken(layer, lambda: layer(x))  # with gradients
+    assert layer(x).requires_grad
+    with torch.autocast("cpu", bf16):
+        assert not taken(layer, lambda: decode(layer, x))
+    with lora_kernels.backend("eager"):
+        assert not taken(layer, lambda: decode(layer, x))
+    assert count_ops(lambda: decode(layer, x)).keys() & {"lora_linear", "lora_linear_4bit"}
+    layer.lora_dropout["default"].train()
+    assert not taken(layer, lambda: decode(layer, x))
+    layer.lora_dropout["default"].eval()
+    wide = torch.randn(1, 2 * K)[:, ::2]
+    for other in (row(40), row()[:0], wide, x.double(), x.to(bf16), nn.Parameter(x)):
+        assert not taken(layer, lambda x=other: _try(layer, x))
+    assert taken(layer, lambda: decode(layer, x)) and torch.equal(decode(layer, x), y)
+
+
+def _try(layer: Any, x: Tensor) -> None:
+    try:
+        decode(layer, x)
+    except (RuntimeError, TypeError):  # a dtype that does not go with the dense base
+        assert x.dtype is not f32
+
+
+def test_is_not_copied(layer: Any) -> None:
+    decode(layer)
+    assert isinstance(layer._ready, _Ready)
+    copies = [copy.deepcopy(layer)]
+    if type(layer.base_layer) is nn.Linear:  # a Params4bit comes back from pickle as a Parameter
+        copies.append(pickle.loads(pickle.dumps(layer)))
+    for other in copies:
+        assert other._ready is None
+        assert torch.equal(decode(other), decode(layer))
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("compute_dtype", [None, bf16], ids=str)
+def test_prepared(compute_dtype: torch.dtype | None, nested: bool) -> None:
+    """The offset of nested scales is read in each call, as all values are."""
+    weight: Weight4bit = quantize_4bit(torch.randn(N, K), double_quant=nested)
+    A, B, bias = torch.randn(5, K), torch.randn(5, N).t(), torch.randn(N).to(bf16)
+    x = row()
+    with torch.no_grad():
+        call = prepare(x, weight, A, B, 1.5, compute_dtype)
+        assert call is not None
+        for _ in range(2):
+            want = lora_kernels.lora_linear(x, weight, A, B, 1.5, bias, compute_dtype=compute_dtype)
+            assert torch.equal(call(x, bias), want)
+            if weight.offset is not None:
+                weight.offset.mul_(3)
+    assert call(x) is None
+    assert prepare(x, weight, A, B, 1.5) is None  # with gradients on

@@ -74,8 +74,8 @@ def forced_backend() -> str | None:
 def backend(name: str, strategy: str | None = None) -> Iterator[None]:
     """Force one backend inside a `with`; where it cannot run, the op raises RuntimeError.
 
-    `strategy` forces also how it goes about it: "single pass" or "library product + rank update"
-    for "cpu". Left out, it is chosen.
+    `strategy` forces also how it goes about it: for "cpu" "single pass", "library product + rank
+    update" or, on a 4-bit weight, "decoded in registers, few rows". Left out, it is chosen.
 
     >>> import lora_kernels, torch
     >>> x, W, A, B = torch.ones(2, 3), torch.eye(3), torch.ones(1, 3), torch.ones(3, 1)

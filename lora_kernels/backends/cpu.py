@@ -7,7 +7,8 @@ read of dY gives dS and dB; D(x) and dS give dA; dx is made as y is, with W in t
 Rounding points: P, S, dS and dXA are float32 and never rounded to 16 bits. In a single pass y and
 dx round once, when they are stored; behind a library product, which rounds to the compute dtype,
 once more. A 4-bit weight is decoded in float32, code × scale; where the product takes bfloat16, or
-is the library's, it rounds once to that dtype, for few rows and beside float32 not at all. Each
+is the library's, it rounds once to that dtype, beside float32 and for few rows not at all: but for
+bfloat16 on avx512bf16, where two rows at most keep 17 bits of a code, and more round once. Each
 parameter's gradient is rounded once, from float32 to its own dtype. On avx512bf16 a bfloat16
 subnormal counts as zero, as in the library's own bfloat16 products there.
 Deterministic for a given M, instruction set and thread count.

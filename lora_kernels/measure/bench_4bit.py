@@ -104,6 +104,9 @@ def rows(quant_type: str, dtypes: list[str], seconds: float) -> Iterator[dict[st
                     name: ((each[0](x) - ref).norm() / ref.norm()).item()
                     for name, each in forwards.items()
                 }
+                for each in forwards.values():
+                    for forward in each:  # in its first call bitsandbytes may rewrite the codes
+                        forward(x)
                 for cache in ("cold", "warm"):
                     used = slice(None) if cache == "cold" else slice(1)
                     calls = {

@@ -52,20 +52,31 @@ LK_INLINE void pack_x(const Matrix& x, int64_t M, int64_t K, int threads, bf16* 
   });
 }
 
-// C[32, 32] (+)= two rows of tiles of x, `ld` elements apart, times half a panel.
-LK_INLINE void tiles_2x2(const bf16* x, int64_t ld, int64_t steps, const float* panel, float* c,
-                         bool held) {
+// Registers 0 to 3 are the sums at c, c + right, c + next and c + next + right; zero unless held.
+LK_INLINE void load_sums(const float* c, int64_t right, int64_t next, bool held) {
   if (held) {
     _tile_loadd(0, c, LD_C);
-    _tile_loadd(1, c + W, LD_C);
-    _tile_loadd(2, c + X_ROWS * VW, LD_C);
-    _tile_loadd(3, c + X_ROWS * VW + W, LD_C);
+    _tile_loadd(1, c + right, LD_C);
+    _tile_loadd(2, c + next, LD_C);
+    _tile_loadd(3, c + next + right, LD_C);
   } else {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
   }
+}
+LK_INLINE void store_sums(float* c, int64_t right, int64_t next) {
+  _tile_stored(0, c, LD_C);
+  _tile_stored(1, c + right, LD_C);
+  _tile_stored(2, c + next, LD_C);
+  _tile_stored(3, c + next + right, LD_C);
+}
+
+// C[32, 32] (+)= two rows of tiles of x, `ld` elements apart, times half a panel.
+LK_INLINE void tiles_2x2(const bf16* x, int64_t ld, int64_t steps, const float* panel, float* c,
+                         bool held) {
+  load_sums(c, W, X_ROWS * VW, held);
   for (int64_t s = 0; s < steps; ++s, x += X_TILE, panel += B_ROWS * VW) {
     _tile_loadd(4, x, LD_X);
     _tile_loadd(6, panel, LD_C);
@@ -76,25 +87,12 @@ LK_INLINE void tiles_2x2(const bf16* x, int64_t ld, int64_t steps, const float* 
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
   }
-  _tile_stored(0, c, LD_C);
-  _tile_stored(1, c + W, LD_C);
-  _tile_stored(2, c + X_ROWS * VW, LD_C);
-  _tile_stored(3, c + X_ROWS * VW + W, LD_C);
+  store_sums(c, W, X_ROWS * VW);
 }
 
 // C[16, 64] (+)= one row of tiles of x times a panel.
 LK_INLINE void tiles_1x4(const bf16* x, int64_t steps, const float* panel, float* c, bool held) {
-  if (held) {
-    _tile_loadd(0, c, LD_C);
-    _tile_loadd(1, c + W, LD_C);
-    _tile_loadd(2, c + 2 * W, LD_C);
-    _tile_loadd(3, c + 3 * W, LD_C);
-  } else {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-  }
+  load_sums(c, W, 2 * W, held);
   for (int64_t s = 0; s < steps; ++s, x += X_TILE, panel += B_ROWS * VW) {
     _tile_loadd(4, x, LD_X);
     _tile_loadd(5, panel, LD_C);
@@ -106,10 +104,7 @@ LK_INLINE void tiles_1x4(const bf16* x, int64_t steps, const float* panel, float
     _tile_dpbf16ps(2, 4, 5);
     _tile_dpbf16ps(3, 4, 6);
   }
-  _tile_stored(0, c, LD_C);
-  _tile_stored(1, c + W, LD_C);
-  _tile_stored(2, c + 2 * W, LD_C);
-  _tile_stored(3, c + 3 * W, LD_C);
+  store_sums(c, W, 2 * W);
 }
 
 // product_block for pairs. x: a.x in tiles. C[m - m0, 0 .. VW) holds the sums, to which the rank
@@ -149,15 +144,8 @@ LK_INLINE void tiles_block(const ProductArgs& a, const Philox& generator, int64_
   const bool plain = !(u.z || u.c || u.bias);
   for (int64_t m = m0; m < m1; m += Y_ROWS) {
     const int64_t count = min(Y_ROWS, m1 - m);
-    const float* s[Y_ROWS];
-    for (int64_t i = 0; i < Y_ROWS; ++i) s[i] = u.s + (m + min(i, count - 1)) * u.R;
     vf acc[Y_ROWS][V];
-    rank_tile(s, u.R, q, VW, acc);
-    if (u.dropout.rng) {
-      uint64_t bits[Y_ROWS];
-      for (int64_t i = 0; i < Y_ROWS; ++i) bits[i] = keep64(generator, m + i, n0);
-      mask_tile(bits, 0, acc);
-    }
+    masked_rank_tile(u, generator, m, count, n0, q, acc);
     const float* const c = C + (m - m0) * VW;
     const auto sum = [&](int i, int v, int = W) { return load(c + i * VW + v * W); };
     with_type(u.dtype, [&](auto type) {

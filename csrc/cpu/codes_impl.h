@@ -1,5 +1,5 @@
 #pragma once
-// 4-bit weights: decoding them, and the layer for a few rows of x. Follows kernels_impl.h.
+// 4-bit weights: quantizing and decoding them. Follows kernels_impl.h.
 
 namespace lora_kernels {
 namespace {

@@ -190,16 +190,19 @@ LK_INLINE void few_rows_of(const FewRowsArgs& a, const T& tables, const X* x, in
   const int64_t M = u.M, K = a.codes.K, R = u.R, ldr = round_up(R, W);
   const int64_t parts = M * u.N * K < SMALL ? 1 : min(u.threads, u.N);
   const int64_t scale_floats = batch_scales(a.codes), row_floats = round_up(K, 2 * W);
-  const int64_t s_floats = M * ldr, sum_floats = (u.N / parts + 1) * M + 4;
-  const int64_t part_floats = round_up(scale_floats + row_floats + s_floats + sum_floats, 16);
-  Scratch scratch(parts * part_floats * 4);
+  const int64_t part_floats = round_up(scale_floats + row_floats + M * ldr, 16);
+  // A part's sums lie behind those of the rows before it, with room for the few more that it
+  // writes: so there is enough for fewer parts, with more rows each, than were asked for.
+  Scratch scratch((parts * (part_floats + 4) + M * u.N) * 4);
+  float* const all_sums = static_cast<float*>(scratch.data) + parts * part_floats;
   const bool masked = a.shrink.dropout.rng;
   if (masked) shrink(a.shrink);
   int arrived = 0;
   together((int)parts, [&](int64_t part, int64_t parts) {
+    const int64_t n0 = u.N * part / parts, n1 = u.N * (part + 1) / parts;
     float* const scales = static_cast<float*>(scratch.data) + part * part_floats;
     float *const row = scales + scale_floats, *const s = row + row_floats,
-                 *const sums = s + s_floats;
+                 *const sums = all_sums + n0 * M + part * 4;
     if (!masked)
       with_type(a.shrink.x.dtype, [&](auto type) {
         using TX = decltype(type);
@@ -208,7 +211,6 @@ LK_INLINE void few_rows_of(const FewRowsArgs& a, const T& tables, const X* x, in
                           R * (part + 1) / parts, {}, nullptr);
       });
     arrive(&arrived);
-    const int64_t n0 = u.N * part / parts, n1 = u.N * (part + 1) / parts;
     dot_rows(M, a.codes, tables, x, ldx, n0, n1, scales, row, sums);
     await(&arrived, (int)parts);
     for (int64_t m = 0; m < M; ++m)

@@ -233,6 +233,18 @@ LK_INLINE void store_tile(float* to, const vf acc[Y_ROWS][V]) {
       store(to + i * VW + v * W, acc[i][v]);
 }
 
+// acc = mask(S Q) for the `count` rows from m on and the columns from n0 on, whose Q is packed.
+LK_INLINE void masked_rank_tile(const ExpandArgs& u, const Philox& generator, int64_t m,
+                                int64_t count, int64_t n0, const float* q, vf acc[Y_ROWS][V]) {
+  const float* s[Y_ROWS];
+  for (int64_t i = 0; i < Y_ROWS; ++i) s[i] = u.s + (m + min(i, count - 1)) * u.R;
+  rank_tile(s, u.R, q, VW, acc);
+  if (!u.dropout.rng) return;
+  uint64_t bits[Y_ROWS];
+  for (int64_t i = 0; i < Y_ROWS; ++i) bits[i] = keep64(generator, m + i, n0);
+  mask_tile(bits, 0, acc);
+}
+
 // Rows [m0, m1) by columns [n0, n0 + VW) of y, a panel of `step` words of the sum after another.
 // C holds the tiles' sums between panels, the last of which goes on to the epilogue from registers.
 // mask(S Q) is what pairs start from; of float32 it is a sum of its own, since a chain that starts
@@ -260,14 +272,7 @@ LK_INLINE void product_block(const ProductArgs& a, const Philox& generator, int6
       };
       vf acc[Y_ROWS][V];
       if (k == 0) {
-        const float* s[Y_ROWS];
-        for (int64_t i = 0; i < Y_ROWS; ++i) s[i] = u.s + (m + min(i, count - 1)) * u.R;
-        rank_tile(s, u.R, q, VW, acc);
-        if (u.dropout.rng) {
-          uint64_t bits[Y_ROWS];
-          for (int64_t i = 0; i < Y_ROWS; ++i) bits[i] = keep64(generator, m + i, n0);
-          mask_tile(bits, 0, acc);
-        }
+        masked_rank_tile(u, generator, m, count, n0, q, acc);
         if (held) store_tile(c, acc);
       }
       if (held)

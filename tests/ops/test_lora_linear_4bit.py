@@ -1,6 +1,9 @@
 """`lora_linear` on 4-bit weights: y and every gradient against the float64 reference."""
 
 import itertools
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -132,6 +135,23 @@ def test_codes_of_few_rows_keep_their_bits(M: int, engine: str) -> None:
         y = lora_kernels.lora_linear(x, weight, A, B, compute_dtype=bf16)
     want = x.double() @ weight.dequantize(f32).double().t()
     assert (y - want).norm() < 2**-15 * want.norm()
+
+
+def test_fewer_threads_than_asked_for() -> None:
+    """A thread limit of OpenMP gives a kernel two threads where torch says five."""
+    program = (
+        "import torch, lora_kernels\n"
+        "from lora_kernels.quantization import quantize_4bit\n"
+        "W, A, B = quantize_4bit(torch.randn(900, 128)), torch.randn(5, 128), torch.randn(900, 5)\n"
+        "for M in (1, 3, 8, 40):\n"
+        "    x, ys = torch.randn(M, 128), []\n"
+        "    for threads in (1, 5):\n"
+        "        torch.set_num_threads(threads)\n"
+        "        ys.append(lora_kernels.lora_linear(x, W, A, B))\n"
+        "    assert torch.equal(*ys), M\n"
+    )
+    env = {**os.environ, "OMP_THREAD_LIMIT": "2"}
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60, env=env)
 
 
 @every_engine

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import Tensor
 
 from . import ops, select
-from .functional import base_dtype
+from .functional import base_dtype, lora_linear
 from .quantization import Weight4bit
 
 
@@ -57,6 +59,7 @@ class Prepared:
             or torch.is_autocast_enabled("cpu")
             or select.circumstances() != self._circumstances
             or _where(self._lora_A, self._lora_B) != self._where
+            or (bias is not None and bias.shape != (self._call.N,))
         ):
             return None
         rows = x.numel() // self._K
@@ -100,3 +103,53 @@ def _where(lora_A: Tensor, lora_B: Tensor) -> tuple[object, ...]:
     return (
         lora_A.data_ptr(), lora_A.dtype, lora_A.shape, lora_B.data_ptr(), lora_B.dtype, lora_B.shape
     )  # fmt: skip
+
+
+class Latest:
+    """`lora_linear` for one layer, which prepares the call that it answers and takes the prepared
+    one for the next with the same weight, adapter and scaling.
+
+    Copied or saved, it starts anew.
+    """
+
+    __slots__ = ("_call", "_numbers", "_tensors")
+
+    def __init__(self) -> None:
+        self._call: Prepared | None = None
+        self._tensors: tuple[object, ...] = ()
+        self._numbers: tuple[object, ...] = ()
+
+    def __call__(
+        self,
+        x: Tensor,
+        weight: Tensor | Weight4bit,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: float,
+        bias: Tensor | None,
+        compute_dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        tensors, numbers = (weight, lora_A, lora_B), (scaling, compute_dtype, _place(weight))
+        if (
+            self._call is not None
+            and all(map(operator.is_, self._tensors, tensors))
+            and self._numbers == numbers
+        ):
+            y = self._call(x, bias)
+            if y is not None:
+                return y
+        y = lora_linear(x, weight, lora_A, lora_B, scaling, bias, compute_dtype=compute_dtype)
+        call = prepare(x, weight, lora_A, lora_B, scaling, compute_dtype)
+        if call is not None:
+            self._call, self._tensors, self._numbers = call, tensors, numbers
+        return y
+
+    def __reduce__(self) -> tuple[type[Latest], tuple[()]]:
+        return Latest, ()
+
+
+def _place(weight: Tensor | Weight4bit) -> tuple[object, ...]:
+    """What changes with a weight that is given other memory; a Weight4bit is made anew for it."""
+    if isinstance(weight, Weight4bit):
+        return ()
+    return weight.data_ptr(), weight.dtype, weight.shape, weight.stride(), weight.requires_grad

@@ -29,9 +29,9 @@ _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # but not pass. With matrix registers (AMX) for bfloat16 a dense product is the library's, and one
 # of 4-bit codes, which it would have to be given decoded, is ours.
 SINGLE_PASS_ROWS = {torch.float32: 2, torch.bfloat16: 64, torch.float16: 2}
-# Up to how many rows 4-bit codes are decoded in registers, with no panel written; fewer where a
-# single pass has AMX for the panel. At most csrc/cpu/kernels.h's FEW_ROWS.
-FEW_ROWS_4BIT = {isa: 5 if isa == "amxbf16" else 8 for isa in native.ISAS}
+# Up to how many rows 4-bit codes are decoded in registers, with no panel written: measured on AMD
+# family 25 (benchmarks/NOTES.md); fewer where a single pass has AMX for the panel.
+FEW_ROWS_4BIT = {"scalar": 8, "avx2": 32, "avx512": 16, "avx512bf16": 16, "amxbf16": 5}
 
 
 @dataclass(frozen=True)

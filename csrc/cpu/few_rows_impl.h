@@ -1,109 +1,120 @@
 // The layer for a few rows of x on a 4-bit weight, whose codes are looked up in registers.
+//
+// CODES codes at a time, eight neighbours, which one scale has, in each lane. Several rows of the
+// weight share what is loaded of x; up to PASS rows of x share a look-up.
 
 namespace lora_kernels {
 namespace {
 
+constexpr int64_t CODES = 8 * W;
+constexpr int PASS = 8;
+constexpr int64_t CHAIN_CODES =
+    20 * CODES;  // summed in one chain before they are added to the rest
+
+// Rows of the weight decoded side by side for M of x, as registers allow.
+template <int M, typename X>
+constexpr int SIDE_BY_SIDE = W < 8                                     ? 1
+                             : W < 16                                  ? (M <= 1   ? 4
+                                                                          : M <= 4 ? 2
+                                                                                   : 1)
+                             : M <= (std::is_same_v<X, float> ? 2 : 4) ? 4
+                                                                       : 2;
+
 // In float32 ----------------------------------------------------------------------------------
 
-// x as `dot` takes it: in every 2 W elements the even ones first; zeros follow the last.
+constexpr int SCALED_LAST = 2;  // rows of x whose sums cost less to scale than the codes
+
+// K elements as `dot_chunk` takes them: of every CODES, lane l of vector j is 8 l + j.
 template <typename T>
 LK_INLINE void order(const T* from, int64_t K, float* to) {
-  const int64_t ld = round_up(K, 2 * W);
-  for (int64_t k = 0; k < ld; k += 2 * W) {
-    float both[2 * W];
-    copy_kept(from + k, both, K - k, 2 * W, nullptr, 0, 0);
-    for (int64_t j = 0; j < W; ++j) {
-      to[k + j] = both[2 * j];
-      to[k + W + j] = both[2 * j + 1];
-    }
+  for (int64_t k = 0; k < K; k += CODES, to += CODES) {
+    float all[CODES];
+    copy_kept(from + k, all, K - k, CODES, nullptr, 0, 0);
+    for (int64_t l = 0; l < W; l += 4)
+      for (int64_t j = 0; j < 8; j += 4) transpose4(all + 8 * l + j, 8, to + j * W + l, W);
   }
 }
 
-// total[i] += x[i] · `blocks` whole blocks of a row, whose codes begin at p, of `groups` times 2 W
-// elements. A block's codes are summed before its scale is applied.
-template <int M>
-LK_INLINE void dot_blocks(const uint8_t* p, Table t, int64_t blocks, int64_t groups,
-                          const float* scales, const float* x, int64_t ldx, vf total[M]) {
-  for (int64_t b = 0; b < blocks; ++b) {
-    __builtin_prefetch(p + AHEAD, 0, 3);
-    vf even[M], odd[M];
-    LK_UNROLL for (int i = 0; i < M; ++i) even[i] = odd[i] = zero();
-    for (int64_t g = 0; g < groups; ++g, p += W, x += 2 * W) {
-      vf e, o;
-      look_up_both(t, p, e, o);
-      LK_UNROLL for (int i = 0; i < M; ++i) {
-        even[i] = fma(load(x + i * ldx), e, even[i]);
-        odd[i] = fma(load(x + i * ldx + W), o, odd[i]);
-      }
+// total[g][i] += x[i] · (scale[g] * codes[g])
+template <int J, int M>
+LK_INLINE void dot_chunk(const vu codes[J], const Table& t, const vf scale[J], const float* x,
+                         int64_t ldx, vf total[J][M]) {
+  constexpr bool last = M <= SCALED_LAST;
+  vf chunk[J][M];
+  LK_UNROLL for (int g = 0; g < J; ++g) LK_UNROLL for (int i = 0; i < M; ++i) chunk[g][i] =
+      last ? zero() : total[g][i];
+  LK_UNROLL for (int j = 0; j < 8; ++j) {
+    vf v[J];
+    LK_UNROLL for (int g = 0; g < J; ++g) {
+      v[g] = look_up(t, codes[g], j);
+      if (!last) v[g] = mul(v[g], scale[g]);
     }
-    const vf scale = splat(scales[b]);
-    LK_UNROLL for (int i = 0; i < M; ++i) total[i] = fma(add(even[i], odd[i]), scale, total[i]);
-  }
-}
-
-// The lanes of total[i] add up to x[i] · row n of the weight. scales: from that of its first
-// element on; buffer: K up to 2 W floats.
-template <int M>
-LK_INLINE void dot_codes(const Codes4bit& w, Table t, int64_t n, const float* scales,
-                         const float* x, int64_t ldx, float* buffer, vf total[M]) {
-  LK_UNROLL for (int i = 0; i < M; ++i) total[i] = zero();
-  const int64_t first = n * w.K, size = int64_t{1} << w.log2_block;
-  const int64_t blocks = first % size == 0 && size % (2 * W) == 0 ? w.K / size : 0;
-  constexpr int64_t USUAL = 64 / (2 * W);  // groups, known to the compiler
-  if (size == 64)
-    dot_blocks<M>(w.packed + first / 2, t, blocks, USUAL, scales, x, ldx, total);
-  else
-    dot_blocks<M>(w.packed + first / 2, t, blocks, size / (2 * W), scales, x, ldx, total);
-  const int64_t k = blocks * size, rest = w.K - k;
-  if (rest) {  // not of whole blocks: from the row decoded to memory
-    decode_row(w, t, n, k, rest, buffer);
-    for (int64_t j = rest; j < round_up(rest, 2 * W); ++j) buffer[j] = 0.0f;
-    for (int64_t j = 0; j < rest; j += 2 * W) {
-      float halves[2 * W];
-      for (int64_t l = 0; l < 2 * W; ++l) halves[l % 2 * W + l / 2] = buffer[j + l];
-      LK_UNROLL for (int i = 0; i < M; ++i) {
-        const float* p = x + i * ldx + k + j;
-        total[i] = fma(load(p), load(halves), fma(load(p + W), load(halves + W), total[i]));
-      }
+    LK_UNROLL for (int i = 0; i < M; ++i) {
+      const vf xv = load(x + i * ldx + j * W);
+      LK_UNROLL for (int g = 0; g < J; ++g) chunk[g][i] = fma(xv, v[g], chunk[g][i]);
     }
   }
+  LK_UNROLL for (int g = 0; g < J; ++g) LK_UNROLL for (int i = 0; i < M; ++i) total[g][i] =
+      last ? fma(chunk[g][i], scale[g], total[g][i]) : chunk[g][i];
 }
 
-#ifdef LK_BF16_PAIRS
-
-// In pairs of bf16 ----------------------------------------------------------------------------
-//
-// 64 bytes of codes at a time. For one or two rows a code is looked up as the sum of two bf16,
-// which keeps 17 of its bits, and scaled with the sum; for more it is scaled and rounded to bf16
-// once for all rows. K is a multiple of 8, so that eight neighbours lie in one block.
-
-constexpr int64_t EXACT_ROWS = 2;  // rows for which two products a code cost less than rounding it
-
-template <int M>
-LK_INLINE void dot_codes(const Codes4bit& w, const PairTables& t, int64_t n, const float* scales,
-                         const bf16* x, int64_t ldx, float*, vf total[M]) {
-  const int64_t first = n * w.K, size = int64_t{1} << w.log2_block, offset = first & (size - 1);
-  const uint8_t* p = w.packed + first / 2;
-  vf sum[M];
-  LK_UNROLL for (int i = 0; i < M; ++i) sum[i] = zero();
-  vu lanes = lane_blocks(offset, w.log2_block);
-  const auto step = [&](int64_t k, vu codes, int filled) __attribute__((always_inline)) {
-    __builtin_prefetch(p + k / 2 + AHEAD, 0, 3);
-    if (size > CODES) lanes = lane_blocks((offset + k) & (size - 1), w.log2_block);
-    const vf scale = pick(scales + ((offset + k) >> w.log2_block), lanes, filled);
-    if (M <= EXACT_ROWS)
-      dot_exactly<M>(codes, t, scale, x + k, ldx, sum);
-    else
-      dot_rounded<M>(codes, t, scale, x + k, ldx, sum);
+// The lanes of total[i][g] add up to x[i] times the row of the weight `g * stride` elements behind
+// element `first`. scales: from that of the block of element `origin` on, at a block's start.
+template <int J, int M, typename X, typename T>
+LK_INLINE void dot_codes(const Codes4bit& w, const T& t, int64_t first, int64_t stride,
+                         const float* scales, int64_t origin, const X* x, int64_t ldx,
+                         vf total[J][M]) {
+  const int log2 = w.log2_block;
+  const int64_t size = int64_t{1} << log2, ahead = max(AHEAD, 4 * w.K / 2);
+  const bool whole = w.K % size == 0;  // rows begin where blocks do
+  const uint8_t* const p = w.packed + first / 2;
+  const vu aligned = lane_blocks(0, log2);
+  vf sum[J][M];
+  const auto step = [&](int64_t k, int filled) __attribute__((always_inline)) {
+    vu codes[J];
+    vf scale[J];
+    const uint8_t* row = p + k / 2;
+    int64_t at = first - origin + k;
+    LK_UNROLL for (int g = 0; g < J; ++g, row += stride / 2, at += stride) {
+      __builtin_prefetch(row + ahead, 0, 3);
+      codes[g] = load_codes(row, filled);
+      const vu lanes = whole ? aligned : lane_blocks(at & (size - 1), log2);
+      scale[g] = pick(scales + (at >> log2), lanes, filled);
+    }
+    dot_chunk<J, M>(codes, t, scale, x + k, ldx, sum);
   };
-  int64_t k = 0;
-  for (; k + CODES <= w.K; k += CODES) step(k, load_codes(p + k / 2, W), W);
-  const int filled = (int)(w.K - k) / 8;
-  if (filled) step(k, load_codes(p + k / 2, filled), filled);
-  LK_UNROLL for (int i = 0; i < M; ++i) total[i] = sum[i];
+  LK_UNROLL for (int g = 0; g < J; ++g) LK_UNROLL for (int i = 0; i < M; ++i) total[g][i] = zero();
+  for (int64_t k = 0; k < w.K;) {
+    LK_UNROLL for (int g = 0; g < J; ++g) LK_UNROLL for (int i = 0; i < M; ++i) sum[g][i] = zero();
+    for (const int64_t end = min(k + CHAIN_CODES, w.K / CODES * CODES); k < end; k += CODES)
+      step(k, W);
+    if (w.K - k < CODES && k < w.K) {
+      step(k, (int)(w.K - k) / 8);
+      k = w.K;
+    }
+    LK_UNROLL for (int g = 0; g < J; ++g) LK_UNROLL for (int i = 0; i < M; ++i) total[g][i] =
+        add(total[g][i], sum[g][i]);
+  }
 }
 
-#endif
+// The same where rows are no multiple of 8 long, by way of memory. x: K up to W; buffer too.
+template <int J, int M, typename T>
+LK_INLINE void dot_decoded(const Codes4bit& w, const T&, int64_t first, int64_t stride,
+                           const float* x, int64_t ldx, float* buffer, vf total[J][M]) {
+  for (int g = 0; g < J; ++g) {
+    decode_row(w, table(w.code), (first + g * stride) / w.K, 0, w.K, buffer);
+    for (int64_t k = w.K; k < round_up(w.K, W); ++k) buffer[k] = 0.0f;
+    LK_UNROLL for (int i = 0; i < M; ++i) total[g][i] = zero();
+    for (int64_t k = 0; k < w.K; k += CHAIN_CODES / 8) {
+      vf sum[M];
+      LK_UNROLL for (int i = 0; i < M; ++i) sum[i] = zero();
+      for (int64_t j = k; j < min(k + CHAIN_CODES / 8, w.K); j += W)
+        LK_UNROLL for (int i = 0; i < M; ++i) sum[i] =
+            fma(load(x + i * ldx + j), load(buffer + j), sum[i]);
+      LK_UNROLL for (int i = 0; i < M; ++i) total[g][i] = add(total[g][i], sum[i]);
+    }
+  }
+}
 
 // The layer -----------------------------------------------------------------------------------
 
@@ -116,70 +127,42 @@ LK_INLINE int64_t batch_scales(const Codes4bit& w) {
   return (batch_rows(w) * w.K >> w.log2_block) + 2 + W;
 }
 
-// sums[(n - n0) * M + i] = x[i] · row n of the weight, for n0 <= n < n1; a few more are written.
+// sums[i * lds + n - n0] = x[i] · row n of the weight, for n0 <= n < n1; up to three more a row are
+// written. scales: those of n0's first block on. Four rows at a time: of more than four the last
+// may be taken twice, of fewer each is taken by itself.
 template <int M, typename X, typename T>
 LK_INLINE void dot_rows(const Codes4bit& w, const T& t, const X* x, int64_t ldx, int64_t n0,
-                        int64_t n1, float* scales, float* buffer, float* sums) {
-  constexpr int GROUP = M < 4 ? 4 / M : 1, SUMS = (GROUP * M + 3) / 4 * 4;
-  for (int64_t batch = n0, end; batch < n1; batch = end) {
-    end = min(n1, batch + batch_rows(w));
-    const int64_t block = batch * w.K >> w.log2_block;
-    scales_of(w, block, ((end * w.K - 1) >> w.log2_block) - block + 1, scales, 1);
-    for (int64_t n = batch; n < end; n += GROUP, sums += GROUP * M) {
-      vf total[SUMS];
-      for (int g = 0; g < GROUP; ++g) {
-        const int64_t row = min(n + g, end - 1);
-        dot_codes<M>(w, t, row, scales + (row * w.K >> w.log2_block) - block, x, ldx, buffer,
-                     total + g * M);
-      }
-      LK_UNROLL for (int i = GROUP * M; i < SUMS; ++i) total[i] = zero();
-      LK_UNROLL for (int i = 0; i < SUMS; i += 4) sum_lanes(total + i, sums + i);
+                        int64_t n1, const float* scales, float* buffer, float* sums, int64_t lds) {
+  constexpr int J = SIDE_BY_SIDE<M, X>;
+  const int64_t origin = n0 * w.K >> w.log2_block << w.log2_block;
+  const bool few = n1 - n0 < 4;
+  const int64_t stride = few ? 0 : w.K;
+  for (int64_t next = n0; next < n1; next += few ? 1 : 4) {
+    const int64_t n = few ? next : min(next, n1 - 4);
+    vf total[M][4];
+    LK_UNROLL for (int g = 0; g < 4; g += J) {
+      vf side[J][M];
+      const int64_t first = n * w.K + g * stride;
+      if (std::is_same_v<X, float> && w.K % 8)
+        dot_decoded<J, M>(w, t, first, stride, reinterpret_cast<const float*>(x), ldx, buffer,
+                          side);
+      else
+        dot_codes<J, M>(w, t, first, stride, scales, origin, x, ldx, side);
+      LK_UNROLL for (int m = 0; m < M; ++m) LK_UNROLL for (int i = 0; i < J; ++i) total[m][g + i] =
+          side[i][m];
     }
+    LK_UNROLL for (int m = 0; m < M; ++m) sum_lanes(total[m], sums + m * lds + n - n0);
   }
 }
 
 template <typename X, typename T>
 LK_INLINE void dot_rows(int64_t M, const Codes4bit& w, const T& t, const X* x, int64_t ldx,
-                        int64_t n0, int64_t n1, float* scales, float* buffer, float* sums) {
+                        int64_t n0, int64_t n1, const float* scales, float* buffer, float* sums,
+                        int64_t lds) {
 #define LK_ROWS(m) \
-  if (M == m) dot_rows<m>(w, t, x, ldx, n0, n1, scales, buffer, sums);
+  if (M == m) dot_rows<m>(w, t, x, ldx, n0, n1, scales, buffer, sums, lds);
   LK_ROWS(1) LK_ROWS(2) LK_ROWS(3) LK_ROWS(4) LK_ROWS(5) LK_ROWS(6) LK_ROWS(7) LK_ROWS(8)
 #undef LK_ROWS
-}
-
-// y = c * (sums + S Q) + bias for the columns n0 <= n < n1, four of the M·(n1 - n0) at a time. s: M
-// rows of R up to W, the rest zero.
-LK_INLINE void finish_rows(const ExpandArgs& u, const float* s, int64_t n0, int64_t n1,
-                           const float* sums) {
-  with_type(u.q.dtype, [&](auto q_type) {
-    with_type(u.dtype, [&](auto y_type) {
-      using Q = decltype(q_type);
-      using Y = decltype(y_type);
-      const Q* q = static_cast<const Q*>(u.q.data) + n0 * u.q.col;
-      int64_t m = 0, n = n0;
-      for (int64_t left = (n1 - n0) * u.M; left > 0; left -= 4, sums += 4) {
-        const int count = (int)min(4, left);
-        vf total[4] = {zero(), zero(), zero(), zero()};
-        int64_t at_m[4], at_n[4];
-        for (int i = 0; i < count; ++i) {
-          for (int64_t r = 0; r < u.R; r += W)
-            total[i] = fma(load(s + m * round_up(u.R, W) + r),
-                           load_strided(q + r * u.q.row, u.q.row, u.R - r), total[i]);
-          at_m[i] = m, at_n[i] = n;
-          if (++m == u.M) m = 0, ++n, q += u.q.col;
-        }
-        float lora[4];
-        sum_lanes(total, lora);
-        for (int i = 0; i < count; ++i) {
-          float y = sums[i] + lora[i];
-          if (u.z) store_n(static_cast<Y*>(u.z) + at_m[i] * u.N + at_n[i], splat(y), 1);
-          if (u.c) y *= u.c[at_n[i]];
-          if (u.bias) y += u.bias[at_n[i]];
-          store_n(static_cast<Y*>(u.y) + at_m[i] * u.ldy + at_n[i], splat(y), 1);
-        }
-      }
-    });
-  });
 }
 
 // Threads take shares of P's ranks and then of the weight's rows, whose codes they stream; P is
@@ -187,22 +170,26 @@ LK_INLINE void finish_rows(const ExpandArgs& u, const float* s, int64_t n0, int6
 template <typename X, typename T>
 LK_INLINE void few_rows_of(const FewRowsArgs& a, const T& tables, const X* x, int64_t ldx) {
   const ExpandArgs& u = a.update;
-  const int64_t M = u.M, K = a.codes.K, R = u.R, ldr = round_up(R, W);
+  const int64_t M = u.M, K = a.codes.K, R = u.R, passes = (M + PASS - 1) / PASS;
   const int64_t parts = M * u.N * K < SMALL ? 1 : min(u.threads, u.N);
-  const int64_t scale_floats = batch_scales(a.codes), row_floats = round_up(K, 2 * W);
-  const int64_t part_floats = round_up(scale_floats + row_floats + M * ldr, 16);
-  // A part's sums lie behind those of the rows before it, with room for the few more that it
-  // writes: so there is enough for fewer parts, with more rows each, than were asked for.
-  Scratch scratch((parts * (part_floats + 4) + M * u.N) * 4);
+  const int64_t scale_floats = batch_scales(a.codes), row_floats = round_up(K, W);
+  const int64_t panel_floats = round_up(R, 4) * VW;
+  const int64_t part_floats =
+      round_up(scale_floats + row_floats + panel_floats + staging_floats(VW, R), 16);
+  // A part's sums lie behind those of the rows before it, up to 16 columns apart: so there is room
+  // for fewer parts, with more rows each, than were asked for.
+  Scratch scratch((parts * (part_floats + 16 * M) + M * u.N) * 4);
   float* const all_sums = static_cast<float*>(scratch.data) + parts * part_floats;
   const bool masked = a.shrink.dropout.rng;
   if (masked) shrink(a.shrink);
   int arrived = 0;
   together((int)parts, [&](int64_t part, int64_t parts) {
     const int64_t n0 = u.N * part / parts, n1 = u.N * (part + 1) / parts;
+    const int64_t lds = round_up(n1 - n0, 16);
     float* const scales = static_cast<float*>(scratch.data) + part * part_floats;
-    float *const row = scales + scale_floats, *const s = row + row_floats,
-                 *const sums = all_sums + n0 * M + part * 4;
+    float *const row = scales + scale_floats, *const panel = row + row_floats,
+                 *const staging = panel + panel_floats,
+                 *const sums = all_sums + (n0 + part * 16) * M;
     if (!masked)
       with_type(a.shrink.x.dtype, [&](auto type) {
         using TX = decltype(type);
@@ -211,26 +198,47 @@ LK_INLINE void few_rows_of(const FewRowsArgs& a, const T& tables, const X* x, in
                           R * (part + 1) / parts, {}, nullptr);
       });
     arrive(&arrived);
-    dot_rows(M, a.codes, tables, x, ldx, n0, n1, scales, row, sums);
+    for (int64_t n = n0, end; n < n1; n = end) {
+      end = min(n1, n + batch_rows(a.codes));
+      const int64_t block = n * K >> a.codes.log2_block;
+      scales_of(a.codes, block, ((end * K - 1) >> a.codes.log2_block) - block + 1, scales, 1);
+      for (int64_t pass = 0; pass < passes; ++pass) {
+        const int64_t m = M * pass / passes, count = M * (pass + 1) / passes - m;
+        dot_rows(count, a.codes, tables, x + m * ldx, ldx, n, end, scales, row,
+                 sums + m * lds + n - n0, lds);
+      }
+    }
     await(&arrived, (int)parts);
-    for (int64_t m = 0; m < M; ++m)
-      for (int64_t r = 0; r < ldr; ++r)
-        s[m * ldr + r] = r < R ? u.s[m * R + r] * (u.gate ? u.alpha * u.gate[r] : u.alpha) : 0.0f;
-    finish_rows(u, s, n0, n1, sums);
+    with_type(u.dtype, [&](auto type) {
+      using Y = decltype(type);
+      for (int64_t n = n0; n < n1; n += VW) {
+        pack(u.q, R, n, min(VW, n1 - n), VW, u.alpha, u.gate, nullptr, panel, VW, staging);
+        for (int64_t m = 0; m < M; m += Y_ROWS) {
+          const int64_t count = min(Y_ROWS, M - m);
+          const float* s[Y_ROWS];
+          for (int64_t i = 0; i < Y_ROWS; ++i) s[i] = u.s + (m + min(i, count - 1)) * R;
+          vf acc[Y_ROWS][V];
+          rank_tile(s, R, panel, VW, acc);
+          finish_tile<Y, false>(u, m, count, n, n1, acc, [&](int i, int v, int rest) {
+            return load_n(sums + (m + i) * lds + n - n0 + v * W, rest);
+          });
+        }
+      }
+    });
   });
 }
 
-// P = scale * (mask(X) A^T); y[M, N] = c * (x W^T + (P * gate * alpha) Q) + bias for M <= FEW_ROWS.
+// P = scale * (mask(X) A^T); y[M, N] = c * (x W^T + (P * gate * alpha) Q) + bias for few rows.
 // Sums in float32, y rounds once (z likewise); codes keep at least 17 bits until the sum, but for
 // three rows of bf16 or more, where code times scale is rounded to bf16. Reads each packed byte
-// once. Tested by tests/ops/test_lora_linear_4bit.py.
+// once from memory. Tested by tests/ops/test_lora_linear_4bit.py.
 void few_rows(const FewRowsArgs& a) {
   const int64_t M = a.update.M, K = a.codes.K;
   if (!M) return;
+  const int64_t ldx = round_up(K, CODES) + CODES;  // rows a power of two apart share lines of L1
+  Scratch scratch(M * ldx * 4);
 #ifdef LK_BF16_PAIRS
   if (a.x.dtype == DType::bf16 && K % 8 == 0) {
-    const int64_t ldx = round_up(K, CODES);
-    Scratch scratch(M * ldx * 2);
     bf16* const x = static_cast<bf16*>(scratch.data);
     for (int64_t m = 0; m < M; ++m)
       order_words(static_cast<const bf16*>(a.x.data) + m * a.x.row, K, M <= EXACT_ROWS,
@@ -239,13 +247,16 @@ void few_rows(const FewRowsArgs& a) {
     return;
   }
 #endif
-  const int64_t ldx = round_up(K, 2 * W);
-  Scratch scratch(M * ldx * 4);
   float* const x = static_cast<float*>(scratch.data);
   with_type(a.x.dtype, [&](auto type) {
     using T = decltype(type);
-    for (int64_t m = 0; m < M; ++m)
-      order(static_cast<const T*>(a.x.data) + m * a.x.row, K, x + m * ldx);
+    for (int64_t m = 0; m < M; ++m) {
+      const T* const from = static_cast<const T*>(a.x.data) + m * a.x.row;
+      if (K % 8)
+        copy_kept(from, x + m * ldx, K, round_up(K, W), nullptr, 0, 0);
+      else
+        order(from, K, x + m * ldx);
+    }
   });
   few_rows_of(a, table(a.codes.code), x, ldx);
 }

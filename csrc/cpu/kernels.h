@@ -136,9 +136,8 @@ struct DequantizeArgs {
 };
 
 // The layer for a few rows of x, the weight decoded in registers: P by ShrinkArgs, then ExpandArgs'
-// equation of it with X W^T in place of what Y held. Q is B^T. At most FEW_ROWS rows; x is what the
-// product takes, in its dtype.
-constexpr int64_t FEW_ROWS = 8;
+// equation of it with X W^T in place of what Y held. Q is B^T. x is what the product takes, in its
+// dtype.
 struct FewRowsArgs {
   Matrix x;
   Codes4bit codes;

@@ -6,6 +6,8 @@
 //   outer  acc[i, n] += sum_j P[i, j] Q[j, n]       Q contiguous along n, P broadcast
 // shrink and dS are dots; the rank updates of y and dx, dB and dA are outer products. Sums are
 // float32 throughout; 16-bit elements are widened on their way into a register.
+#include <type_traits>
+
 #include "../common/philox.h"
 
 #if defined(__clang__)
@@ -258,11 +260,14 @@ LK_INLINE void pack(const Matrix& q, int64_t R, int64_t n0, int64_t count, int64
       // Columns past count4 are the zero fill's; the last four may reach past count, with zeros.
       for (int64_t n = 0; n < count4; n += 4)
         for (int64_t r = 0; r < R4; r += 4) {
+          if (width - n >= 4) {
+            transpose4(staging + n * lds + r, lds, to + r * ld + n, ld);
+            continue;
+          }
           float block[16];
           transpose4(staging + n * lds + r, lds, block, 4);
           for (int64_t i = 0; i < 4; ++i)
-            for (int64_t j = 0; j < min(4, width - n); ++j)
-              to[(r + i) * ld + n + j] = block[4 * i + j];
+            for (int64_t j = 0; j < width - n; ++j) to[(r + i) * ld + n + j] = block[4 * i + j];
         }
     }
   });

@@ -5,7 +5,6 @@
 // The sum runs over words: a float32, or, where the unit has LK_BF16_PAIRS and both operands are
 // bf16, a Pair. Other 16-bit elements are widened as W is packed and x is read. A 4-bit W is
 // decoded a panel at a time, to bf16 beside pairs and to float32 else, and never written to memory.
-#include <type_traits>
 
 namespace lora_kernels {
 namespace {

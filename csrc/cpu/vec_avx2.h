@@ -129,5 +129,25 @@ LK_INLINE uint64_t interleave(uint64_t a, uint64_t b, uint64_t c, uint64_t d) {
          _pdep_u64(d, 0x88888888u);
 }
 
+// What few_rows_impl.h wants, as in vec_avx512.h.
+LK_INLINE vu load_codes(const uint8_t* p, int filled) {
+  if (filled == W) return _mm256_loadu_si256((const __m256i*)p);
+  uint8_t bytes[4 * W] = {};
+  std::memcpy(bytes, p, 4 * (size_t)filled);
+  return _mm256_loadu_si256((const __m256i*)bytes);
+}
+LK_INLINE vf look_up(const Table& t, vu codes, int j) {
+  return look_up(t, _mm256_srli_epi32(codes, 4 * (j ^ 1)));
+}
+LK_INLINE vu lane_blocks(int64_t offset, int log2_block) {
+  const vu element =
+      _mm256_add_epi32(_mm256_slli_epi32(lanes_from(0), 3), splat_u((uint32_t)offset));
+  return _mm256_srl_epi32(element, _mm_cvtsi32_si128(log2_block));
+}
+LK_INLINE vf pick(const float* scales, vu lanes, int filled) {
+  const vf v = _mm256_permutevar8x32_ps(load(scales), lanes);
+  return filled == W ? v : keep(v, (1u << filled) - 1);
+}
+
 }  // namespace
 }  // namespace lora_kernels

@@ -14,6 +14,7 @@ constexpr int DOT_ROWS = 6;  // 6 x 4 accumulators, 4 + 1 operands: 29 of 32 reg
 constexpr int V = 4;         // registers side by side in an outer product: 4 x 4 accumulators
 constexpr int Y_ROWS = 6;    // rows of y updated together
 using vf = __m512;
+using vu = __m512i;
 
 LK_INLINE vf zero() { return _mm512_setzero_ps(); }
 LK_INLINE vf splat(float a) { return _mm512_set1_ps(a); }
@@ -137,7 +138,6 @@ LK_INLINE void transpose(vf r[W]) {
   }
 }
 
-using vu = __m512i;
 LK_INLINE vu splat_u(uint32_t a) { return _mm512_set1_epi32((int)a); }
 LK_INLINE vu lanes_from(uint32_t a) {
   return _mm512_add_epi32(splat_u(a),
@@ -157,6 +157,25 @@ LK_INLINE uint64_t at_least(vu a, uint32_t threshold) {  // one bit a lane
 LK_INLINE uint64_t interleave(uint64_t a, uint64_t b, uint64_t c, uint64_t d) {
   return _pdep_u64(a, 0x1111111111111111u) | _pdep_u64(b, 0x2222222222222222u) |
          _pdep_u64(c, 0x4444444444444444u) | _pdep_u64(d, 0x8888888888888888u);
+}
+
+// What few_rows_impl.h wants: W times eight codes of 4 bits, of which the first `filled` eights
+// exist and zeros follow; the values of code j of each eight; the blocks that the eights lie in,
+// counted from that of the first, which is `offset` elements behind its block's first; and the
+// scales of the filled lanes.
+LK_INLINE vu load_codes(const uint8_t* p, int filled) {
+  return filled == W ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi32(first(filled), p);
+}
+LK_INLINE vf look_up(const Table& t, vu codes, int j) {
+  return _mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4 * (j ^ 1)), t);
+}
+LK_INLINE vu lane_blocks(int64_t offset, int log2_block) {
+  const vu element =
+      _mm512_add_epi32(_mm512_slli_epi32(lanes_from(0), 3), splat_u((uint32_t)offset));
+  return _mm512_srl_epi32(element, _mm_cvtsi32_si128(log2_block));
+}
+LK_INLINE vf pick(const float* scales, vu lanes, int filled) {
+  return _mm512_maskz_permutexvar_ps(first(filled), lanes, load(scales));
 }
 
 }  // namespace

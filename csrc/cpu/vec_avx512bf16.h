@@ -73,10 +73,11 @@ LK_INLINE void interleave(const bf16* a, const bf16* b, int64_t count, float* to
   store(to + W, _mm512_castsi512_ps(_mm512_permutex2var_epi16(av, high, bv)));
 }
 
-// What few_rows_impl.h wants: products of CODES codes, 64 bytes, shifted to bring one of each
-// word's four, or each double word's eight, to the lowest bits.
+// What few_rows_impl.h wants beside float32: for one or two rows of x a code is looked up as the
+// sum of two bf16, which keeps 17 of its bits, and scaled with the sum; for more it is scaled and
+// rounded to bf16 once for all rows.
 
-constexpr int64_t CODES = 128;
+constexpr int EXACT_ROWS = 2;  // rows for which two products a code cost less than rounding it
 
 struct PairTables {  // a code's value, and the two bf16 whose sum has 17 bits of it, each table
                      // twice
@@ -88,22 +89,6 @@ LK_INLINE PairTables pair_tables(const float* code) {
   const __m256i high = (__m256i)_mm512_cvtneps_pbh(whole),
                 low = (__m256i)_mm512_cvtneps_pbh(_mm512_sub_ps(whole, widen_bf16(high)));
   return {whole, _mm512_broadcast_i64x4(high), _mm512_broadcast_i64x4(low)};
-}
-
-// The first `filled` of 16 times eight codes, zeros after them.
-LK_INLINE vu load_codes(const uint8_t* p, int filled) {
-  return filled == W ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi32(first(filled), p);
-}
-
-// The blocks of each lane's eight elements, counted from that of the run's first, which is `offset`
-// elements behind its block's; and the scales of the filled lanes.
-LK_INLINE vu lane_blocks(int64_t offset, int log2_block) {
-  const vu element =
-      _mm512_add_epi32(_mm512_slli_epi32(lanes_from(0), 3), splat_u((uint32_t)offset));
-  return _mm512_srl_epi32(element, _mm_cvtsi32_si128(log2_block));
-}
-LK_INLINE vf pick(const float* scales, vu lanes, int filled) {
-  return _mm512_maskz_permutexvar_ps(first(filled), lanes, load(scales));
 }
 
 LK_INLINE __m512bh load_pairs(const bf16* p) { return (__m512bh)_mm512_loadu_si512(p); }
@@ -131,23 +116,34 @@ LK_INLINE void dot_exactly(vu codes, const PairTables& t, vf scale, const bf16* 
   for (int i = 0; i < M; ++i) total[i] = fma(add(high[i], low[i]), scale, total[i]);
 }
 
-// total[i] += x[i] · (scale * codes), rounded to bf16; word w of register j of x holds 8w + 2j,
+// total[g][i] += x[i] · (scale[g] * codes[g]). Rounded, word w of register j of x holds 8w + 2j,
 // from the 16th on 8(w - 16) + 2j + 1.
-template <int M>
-LK_INLINE void dot_rounded(vu codes, const PairTables& t, vf scale, const bf16* x, int64_t ldx,
-                           vf total[M]) {
+template <int J, int M>
+LK_INLINE void dot_chunk(const vu codes[J], const PairTables& t, const vf scale[J], const bf16* x,
+                         int64_t ldx, vf total[J][M]) {
+  if (M <= EXACT_ROWS) {
+#pragma GCC unroll 4
+    for (int g = 0; g < J; ++g) dot_exactly<M>(codes[g], t, scale[g], x, ldx, total[g]);
+    return;
+  }
 #pragma GCC unroll 4
   for (int j = 0; j < 4; ++j) {
-    const vf even = mul(scale, _mm512_permutexvar_ps(_mm512_srli_epi32(codes, 8 * j + 4), t.whole)),
-             odd = mul(scale, _mm512_permutexvar_ps(_mm512_srli_epi32(codes, 8 * j), t.whole));
-    const __m512bh both = _mm512_cvtne2ps_pbh(odd, even);
+    __m512bh both[J];
+#pragma GCC unroll 4
+    for (int g = 0; g < J; ++g)
+      both[g] = _mm512_cvtne2ps_pbh(mul(scale[g], look_up(t.whole, codes[g], 2 * j + 1)),
+                                    mul(scale[g], look_up(t.whole, codes[g], 2 * j)));
 #pragma GCC unroll 16
-    for (int i = 0; i < M; ++i)
-      total[i] = _mm512_dpbf16_ps(total[i], load_pairs(x + i * ldx + 32 * j), both);
+    for (int i = 0; i < M; ++i) {
+      const __m512bh xv = load_pairs(x + i * ldx + 32 * j);
+#pragma GCC unroll 4
+      for (int g = 0; g < J; ++g) total[g][i] = _mm512_dpbf16_ps(total[g][i], xv, both[g]);
+    }
   }
 }
 
-// K elements in the order that dot_exactly or dot_rounded wants, zeros up to a multiple of CODES.
+// K elements in the order that dot_exactly or dot_rounded wants, zeros up to a
+// multiple of 128.
 LK_INLINE void order_words(const bf16* from, int64_t K, bool exactly, bf16* to) {
   vu index[4];
   for (int j = 0; j < 4; ++j) {
@@ -157,7 +153,7 @@ LK_INLINE void order_words(const bf16* from, int64_t K, bool exactly, bf16* to) 
     index[j] = _mm512_loadu_si512(words);
   }
   const __mmask32 second = exactly ? 0xFFFF0000 : 0xFF00FF00;  // from the last 64 elements
-  for (int64_t k = 0; k < K; k += CODES, from += CODES, to += CODES) {
+  for (int64_t k = 0; k < K; k += 128, from += 128, to += 128) {
     vu v[4];
     for (int i = 0; i < 4; ++i) {
       const int64_t rest = K - k - 32 * i;

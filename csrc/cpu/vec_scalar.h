@@ -148,5 +148,26 @@ LK_INLINE uint64_t interleave(uint64_t a, uint64_t b, uint64_t c, uint64_t d) {
   return bits;
 }
 
+// What few_rows_impl.h wants, as in vec_avx512.h.
+LK_INLINE vu load_codes(const uint8_t* p, int filled) {
+  vu codes = splat_u(0);
+  std::memcpy(&codes, p, 4 * (size_t)filled);
+  return codes;
+}
+LK_INLINE vf look_up(Table t, vu codes, int j) {
+  const vu index = codes >> 4 * (j ^ 1) & 15;
+  return vf{t[index[0]], t[index[1]], t[index[2]], t[index[3]]};
+}
+LK_INLINE vu lane_blocks(int64_t offset, int log2_block) {
+  vu blocks;
+  for (int i = 0; i < W; ++i) blocks[i] = (uint32_t)((8 * i + offset) >> log2_block);
+  return blocks;
+}
+LK_INLINE vf pick(const float* scales, vu lanes, int filled) {
+  vf v = zero();
+  for (int i = 0; i < filled; ++i) v[i] = scales[lanes[i]];
+  return v;
+}
+
 }  // namespace
 }  // namespace lora_kernels

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..functional import lora_linear
+from ..prepared import Latest
+from ..quantization import Weight4bit
 
 Init = str | Callable[[Tensor], object]
 
@@ -84,6 +86,7 @@ class LoRALinear(nn.Module):
         self.dropout = dropout
         self.init = init
         self.enabled = True  # False: the base alone, exactly `F.linear`
+        self._latest = Latest()
         self.weight = _frozen(torch.empty(out_features, in_features, device=device, dtype=dtype))
         if not self.weight.is_floating_point():
             raise TypeError(f"dtype: got {dtype}, want a floating dtype")
@@ -180,9 +183,19 @@ class LoRALinear(nn.Module):
                     "no gradient: call unmerge() to train, or eval()"
                 )
             return self._product(x, self.merged_weight)
+        return self._fused(x, self.weight)
+
+    def _fused(
+        self, x: Tensor, weight: Tensor | Weight4bit, compute_dtype: torch.dtype | None = None
+    ) -> Tensor:
         dropout_p = self.dropout if self.training else 0.0
-        return lora_linear(
-            x, self.weight, self.lora_A, self.lora_B, self.scaling, self.bias, dropout_p=dropout_p
+        if torch.is_grad_enabled() or dropout_p or torch.compiler.is_compiling():
+            return lora_linear(
+                x, weight, self.lora_A, self.lora_B, self.scaling, self.bias,
+                dropout_p=dropout_p, compute_dtype=compute_dtype,
+            )  # fmt: skip
+        return self._latest(
+            x, weight, self.lora_A, self.lora_B, self.scaling, self.bias, compute_dtype
         )
 
     def _base(self, x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..functional import base_dtype, lora_linear
+from ..functional import base_dtype
 from ..quantization import Weight4bit, quantize_4bit
 from .linear import Init, LoRALinear
 
@@ -225,10 +225,7 @@ class QLoRALinear(LoRALinear):
         """x [..., K] -> y [..., N], in autocast's dtype where autocast is on, else in x's."""
         if not self.enabled or self.merged:
             return super().forward(x)
-        return lora_linear(
-            x, self.weight4bit, self.lora_A, self.lora_B, self.scaling, self.bias,
-            dropout_p=self.dropout if self.training else 0.0, compute_dtype=self.compute_dtype,
-        )  # fmt: skip
+        return self._fused(x, self.weight4bit, self.compute_dtype)
 
     def _base(self, x: Tensor) -> Tensor:
         return self._product(x, self.weight4bit.dequantize(base_dtype(x.device.type, x.dtype)))

@@ -62,13 +62,13 @@ def test_eager_says_why(arguments: dict[str, object], word: str) -> None:
         ("avx2", False, f32, False, 2, cpu.LIBRARY),
         ("scalar", False, f32, False, 2, cpu.LIBRARY),
         ("avx512", False, bf16, False, None, f"{cpu.SINGLE_PASS}; under 64 rows {cpu.LIBRARY}"),
-        ("avx512bf16", False, bf16, True, 8, cpu.FEW_ROWS),
-        ("avx512bf16", False, bf16, True, 9, cpu.SINGLE_PASS),
-        ("avx512bf16", True, bf16, True, 9, cpu.LIBRARY),
+        ("avx512bf16", False, bf16, True, 16, cpu.FEW_ROWS),
+        ("avx512bf16", False, bf16, True, 17, cpu.SINGLE_PASS),
+        ("avx512bf16", True, bf16, True, 17, cpu.LIBRARY),
         ("amxbf16", True, bf16, True, 5, cpu.FEW_ROWS),
         ("amxbf16", True, bf16, True, 6, cpu.SINGLE_PASS),
-        ("avx2", False, bf16, True, 8, cpu.FEW_ROWS),
-        ("avx2", False, bf16, True, 9, cpu.LIBRARY),
+        ("avx2", False, bf16, True, 32, cpu.FEW_ROWS),
+        ("avx2", False, bf16, True, 33, cpu.LIBRARY),
     ],
 )
 def test_strategies(

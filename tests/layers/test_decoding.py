@@ -1,0 +1,168 @@
+"""Without gradients a layer remembers its last call: the same bits, and given up for all that
+matters."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lora_kernels
+from lora_kernels.backends import native
+from lora_kernels.layers import LoRALinear, QLoRALinear
+from lora_kernels.prepared import Latest, Prepared
+
+pytestmark = pytest.mark.skipif(native.module is None, reason="no native kernels")
+
+K, N = 128, 192
+
+
+@pytest.fixture(params=[LoRALinear, QLoRALinear])
+def layer(request: pytest.FixtureRequest) -> LoRALinear:
+    torch.manual_seed(0)
+    layer: LoRALinear = request.param(K, N, r=4, bias=True, dropout=0.5)
+    nn.init.normal_(layer.lora_B)
+    return layer.eval()
+
+
+def x(rows: int = 1) -> Tensor:
+    return torch.randn(rows, K, generator=torch.Generator().manual_seed(3))
+
+
+def the_long_way(layer: LoRALinear, x: Tensor) -> Tensor:
+    layer._latest = Latest()
+    return layer(x)  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def answers(monkeypatch: pytest.MonkeyPatch) -> list[Tensor | None]:
+    """What prepared calls return."""
+    answers: list[Tensor | None] = []
+    whole = Prepared.__call__
+
+    def watched(self: Prepared, x: Tensor, bias: Tensor | None = None) -> Tensor | None:
+        answers.append(whole(self, x, bias))
+        return answers[-1]
+
+    monkeypatch.setattr(Prepared, "__call__", watched)
+    return answers
+
+
+@torch.no_grad()
+def test_the_same_bits(layer: LoRALinear, answers: list[Tensor | None]) -> None:
+    y = layer(x())
+    assert not answers
+    assert torch.equal(layer(x()), y)
+    assert answers[0] is not None
+    assert layer(x(200)).shape == (200, N)  # too many rows for it, which it survives
+    assert torch.equal(layer(x()), y)
+    assert answers[1] is None and answers[2] is not None
+    with lora_kernels.backend("eager"):
+        assert not torch.equal(layer(x()), y)
+    assert answers[3] is None
+
+
+def test_with_gradients_it_is_not_asked(layer: LoRALinear, answers: list[Tensor | None]) -> None:
+    with torch.no_grad():
+        y = layer(x())
+    layer(x()).sum().backward()
+    assert layer.lora_A.grad is not None
+    layer.train()
+    with torch.no_grad():
+        assert not torch.equal(layer(x()), y)  # dropout
+    assert not answers
+
+
+def new_parameter(layer: LoRALinear) -> None:
+    layer.lora_A = nn.Parameter(layer.lora_A.detach() * 2)
+
+
+def new_data(layer: LoRALinear) -> None:
+    layer.lora_B.data = layer.lora_B.data * 2
+
+
+def in_place(layer: LoRALinear) -> None:
+    layer.lora_B.mul_(2)
+
+
+def lower_rank(layer: LoRALinear) -> None:  # in the same memory
+    layer.lora_A.data, layer.lora_B.data = layer.lora_A.data[:2], layer.lora_B.data[:, :2]
+
+
+def new_weight(layer: LoRALinear) -> None:
+    layer.weight = nn.Parameter(layer.weight.flip(0), requires_grad=False)
+
+
+def new_weight_data(layer: LoRALinear) -> None:
+    layer.weight.data = layer.weight.data.flip(0)
+
+
+def scaled(layer: LoRALinear) -> None:
+    layer.scaling *= 2
+
+
+def new_bias(layer: LoRALinear) -> None:
+    layer.bias = nn.Parameter(torch.ones(N))
+
+
+def loaded(layer: LoRALinear) -> None:
+    flipped = {name: getattr(layer, name).flip(0) for name in ("weight", "lora_A")}
+    layer.load_state_dict(layer.state_dict() | flipped)
+
+
+def disabled(layer: LoRALinear) -> None:
+    layer.enabled = False
+
+
+def merged(layer: LoRALinear) -> None:
+    layer.lora_B.mul_(2)
+    layer.merge()
+
+
+CHANGES = [
+    new_parameter, new_data, in_place, lower_rank, new_weight, new_weight_data, scaled, new_bias,
+    loaded, disabled, merged,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@torch.no_grad()
+def test_what_changes_is_seen(layer: LoRALinear, change: Callable[[LoRALinear], None]) -> None:
+    before = layer(x())
+    change(layer)
+    got = layer(x())
+    assert torch.equal(got, the_long_way(layer, x()))
+    assert not torch.equal(got, before)
+
+
+@torch.no_grad()
+def test_compute_dtype_is_seen() -> None:
+    layer = QLoRALinear(K, N, r=4).eval()
+    before = layer(x())
+    layer.compute_dtype = torch.bfloat16
+    assert torch.equal(got := layer(x()), the_long_way(layer, x()))
+    assert not torch.equal(got, before)
+
+
+@torch.no_grad()
+def test_copies_start_anew(layer: LoRALinear) -> None:
+    y = layer(x())
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        layer.lora_B.mul_(2)
+        assert torch.equal(other(x()), y)
+        layer.lora_B.div_(2)
+        other.lora_B.mul_(2)
+        assert torch.equal(layer(x()), y)
+        assert not torch.equal(other(x()), y)
+
+
+@torch.no_grad()
+def test_a_bias_of_another_length_is_an_error(layer: LoRALinear) -> None:
+    layer(x())
+    layer.bias = nn.Parameter(torch.ones(N - 1))
+    with pytest.raises(ValueError, match="bias"):
+        layer(x())

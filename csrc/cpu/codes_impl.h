@@ -14,12 +14,11 @@ LK_INLINE float scale_of(const Codes4bit& w, int64_t block) {
   return relative * w.nested_absmax[block >> w.log2_nested] + *w.offset;
 }
 
-// to[i * stride] = the scales of `count` blocks.
-LK_INLINE void scales_of(const Codes4bit& w, int64_t block, int64_t count, float* to,
-                         int64_t stride) {
+// to[0 .. count) = the scales of blocks; t: of nested_code, where there is one.
+LK_INLINE void scales_of(const Codes4bit& w, const Table256& t, int64_t block, int64_t count,
+                         float* to) {
   if (!w.nested_code) {
-    for (int64_t i = 0; i < count; ++i)
-      to[i * stride] = static_cast<const float*>(w.absmax)[block + i];
+    __builtin_memcpy(to, static_cast<const float*>(w.absmax) + block, (size_t)count * sizeof *to);
     return;
   }
   const float offset = *w.offset;
@@ -28,14 +27,18 @@ LK_INLINE void scales_of(const Codes4bit& w, int64_t block, int64_t count, float
     const float scale = w.nested_absmax[block >> w.log2_nested];
     const uint8_t* const codes = static_cast<const uint8_t*>(w.absmax) + block;
     int64_t i = 0;
-    for (; stride == 1 && i + W <= run; i += W)
-      store(to + i, add(mul(gather(w.nested_code, codes + i), splat(scale)), splat(offset)));
+    for (; i + 2 * W <= run; i += 2 * W) {
+      vf v[2];
+      look_up_both(t, codes + i, v);
+      store(to + i, add(mul(v[0], splat(scale)), splat(offset)));
+      store(to + i + W, add(mul(v[1], splat(scale)), splat(offset)));
+    }
     for (; i < run; ++i) {
       const float relative = w.nested_code[codes[i]] * scale;
-      to[i * stride] = relative + offset;
+      to[i] = relative + offset;
     }
     block += run;
-    to += run * stride;
+    to += run;
   }
 }
 

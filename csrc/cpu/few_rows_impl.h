@@ -11,23 +11,22 @@ constexpr int PASS = 8;
 constexpr int64_t CHAIN_CODES =
     20 * CODES;  // summed in one chain before they are added to the rest
 
-// Rows of the weight decoded side by side for M of x, as registers allow.
-template <int M, typename X>
-constexpr int SIDE_BY_SIDE = W < 8                                     ? 1
-                             : W < 16                                  ? (M <= 1   ? 4
-                                                                          : M <= 4 ? 2
-                                                                                   : 1)
-                             : M <= (std::is_same_v<X, float> ? 2 : 4) ? 4
-                                                                       : 2;
+// Rows of the weight decoded side by side for M of x: their sums take half of the registers, of
+// which there are 2 W.
+template <int M>
+constexpr int SIDE_BY_SIDE = 4 * M <= W   ? 4
+                             : 2 * M <= W ? 2
+                                          : 1;
 
 // In float32 ----------------------------------------------------------------------------------
 
 constexpr int SCALED_LAST = 2;  // rows of x whose sums cost less to scale than the codes
 
-// K elements as `dot_chunk` takes them: of every CODES, lane l of vector j is 8 l + j.
+// K elements as `dot_chunk` takes them, CODES at a time and `stride` apart: lane l of vector j is
+// element 8 l + j.
 template <typename T>
-LK_INLINE void order(const T* from, int64_t K, float* to) {
-  for (int64_t k = 0; k < K; k += CODES, to += CODES) {
+LK_INLINE void order(const T* from, int64_t K, float* to, int64_t stride) {
+  for (int64_t k = 0; k < K; k += CODES, to += stride) {
     float all[CODES];
     copy_kept(from + k, all, K - k, CODES, nullptr, 0, 0);
     for (int64_t l = 0; l < W; l += 4)
@@ -35,10 +34,10 @@ LK_INLINE void order(const T* from, int64_t K, float* to) {
   }
 }
 
-// total[g][i] += x[i] · (scale[g] * codes[g])
+// total[g][i] += x[i] · (scale[g] * codes[g]), x: CODES elements of each of M rows
 template <int J, int M>
 LK_INLINE void dot_chunk(const vu codes[J], const Table& t, const vf scale[J], const float* x,
-                         int64_t ldx, vf total[J][M]) {
+                         vf total[J][M]) {
   constexpr bool last = M <= SCALED_LAST;
   vf chunk[J][M];
   LK_UNROLL for (int g = 0; g < J; ++g) LK_UNROLL for (int i = 0; i < M; ++i) chunk[g][i] =
@@ -50,7 +49,7 @@ LK_INLINE void dot_chunk(const vu codes[J], const Table& t, const vf scale[J], c
       if (!last) v[g] = mul(v[g], scale[g]);
     }
     LK_UNROLL for (int i = 0; i < M; ++i) {
-      const vf xv = load(x + i * ldx + j * W);
+      const vf xv = load(x + i * CODES + j * W);
       LK_UNROLL for (int g = 0; g < J; ++g) chunk[g][i] = fma(xv, v[g], chunk[g][i]);
     }
   }
@@ -58,30 +57,32 @@ LK_INLINE void dot_chunk(const vu codes[J], const Table& t, const vf scale[J], c
       last ? fma(chunk[g][i], scale[g], total[g][i]) : chunk[g][i];
 }
 
-// The lanes of total[i][g] add up to x[i] times the row of the weight `g * stride` elements behind
+// The lanes of total[g][i] add up to x[i] times the row of the weight `g * stride` elements behind
 // element `first`. scales: from that of the block of element `origin` on, at a block's start.
-template <int J, int M, typename X, typename T>
+// Whole: rows begin where blocks do.
+template <int J, int M, bool Whole, typename X, typename T>
 LK_INLINE void dot_codes(const Codes4bit& w, const T& t, int64_t first, int64_t stride,
-                         const float* scales, int64_t origin, const X* x, int64_t ldx,
-                         vf total[J][M]) {
+                         const float* scales, int64_t origin, const X* x, vf total[J][M]) {
+  static_assert(Whole || J == 1);
   const int log2 = w.log2_block;
-  const int64_t size = int64_t{1} << log2, ahead = max(AHEAD, 4 * w.K / 2);
-  const bool whole = w.K % size == 0;  // rows begin where blocks do
-  const uint8_t* const p = w.packed + first / 2;
+  const int64_t bytes = stride >> 1, blocks = stride >> log2, start = first - origin;
+  const uint8_t *p = w.packed + (first >> 1), *ahead = p + max(AHEAD, 2 * w.K);
   const vu aligned = lane_blocks(0, log2);
   vf sum[J][M];
   const auto step = [&](int64_t k, int filled) __attribute__((always_inline)) {
+    const float* const s = scales + ((start + k) >> log2);
+    const vu lanes = Whole ? aligned : lane_blocks((start + k) & ((int64_t{1} << log2) - 1), log2);
     vu codes[J];
     vf scale[J];
-    const uint8_t* row = p + k / 2;
-    int64_t at = first - origin + k;
-    LK_UNROLL for (int g = 0; g < J; ++g, row += stride / 2, at += stride) {
-      __builtin_prefetch(row + ahead, 0, 3);
-      codes[g] = load_codes(row, filled);
-      const vu lanes = whole ? aligned : lane_blocks(at & (size - 1), log2);
-      scale[g] = pick(scales + (at >> log2), lanes, filled);
+    LK_UNROLL for (int g = 0; g < J; ++g) {
+      __builtin_prefetch(ahead + g * bytes, 0, 3);
+      codes[g] = load_codes(p + g * bytes, filled);
+      scale[g] = pick(s + g * blocks, lanes, filled);
     }
-    dot_chunk<J, M>(codes, t, scale, x + k, ldx, sum);
+    p += CODES / 2;
+    ahead += CODES / 2;
+    dot_chunk<J, M>(codes, t, scale, x, sum);
+    x += M * CODES;
   };
   LK_UNROLL for (int g = 0; g < J; ++g) LK_UNROLL for (int i = 0; i < M; ++i) total[g][i] = zero();
   for (int64_t k = 0; k < w.K;) {
@@ -97,22 +98,20 @@ LK_INLINE void dot_codes(const Codes4bit& w, const T& t, int64_t first, int64_t 
   }
 }
 
-// The same where rows are no multiple of 8 long, by way of memory. x: K up to W; buffer too.
-template <int J, int M, typename T>
-LK_INLINE void dot_decoded(const Codes4bit& w, const T&, int64_t first, int64_t stride,
-                           const float* x, int64_t ldx, float* buffer, vf total[J][M]) {
-  for (int g = 0; g < J; ++g) {
-    decode_row(w, table(w.code), (first + g * stride) / w.K, 0, w.K, buffer);
-    for (int64_t k = w.K; k < round_up(w.K, W); ++k) buffer[k] = 0.0f;
-    LK_UNROLL for (int i = 0; i < M; ++i) total[g][i] = zero();
-    for (int64_t k = 0; k < w.K; k += CHAIN_CODES / 8) {
-      vf sum[M];
-      LK_UNROLL for (int i = 0; i < M; ++i) sum[i] = zero();
-      for (int64_t j = k; j < min(k + CHAIN_CODES / 8, w.K); j += W)
-        LK_UNROLL for (int i = 0; i < M; ++i) sum[i] =
-            fma(load(x + i * ldx + j), load(buffer + j), sum[i]);
-      LK_UNROLL for (int i = 0; i < M; ++i) total[g][i] = add(total[g][i], sum[i]);
-    }
+// The same for a row that is no multiple of 8 long, by way of memory. x: K up to W; buffer too.
+template <int M>
+LK_INLINE void dot_decoded(const Codes4bit& w, const Table& t, int64_t row, const float* x,
+                           int64_t ldx, float* buffer, vf total[M]) {
+  decode_row(w, t, row, 0, w.K, buffer);
+  for (int64_t k = w.K; k < round_up(w.K, W); ++k) buffer[k] = 0.0f;
+  LK_UNROLL for (int i = 0; i < M; ++i) total[i] = zero();
+  for (int64_t k = 0; k < w.K; k += CHAIN_CODES / 8) {
+    vf sum[M];
+    LK_UNROLL for (int i = 0; i < M; ++i) sum[i] = zero();
+    for (int64_t j = k; j < min(k + CHAIN_CODES / 8, w.K); j += W)
+      LK_UNROLL for (int i = 0; i < M; ++i) sum[i] =
+          fma(load(x + i * ldx + j), load(buffer + j), sum[i]);
+    LK_UNROLL for (int i = 0; i < M; ++i) total[i] = add(total[i], sum[i]);
   }
 }
 
@@ -133,25 +132,29 @@ LK_INLINE int64_t batch_scales(const Codes4bit& w) {
 template <int M, typename X, typename T>
 LK_INLINE void dot_rows(const Codes4bit& w, const T& t, const X* x, int64_t ldx, int64_t n0,
                         int64_t n1, const float* scales, float* buffer, float* sums, int64_t lds) {
-  constexpr int J = SIDE_BY_SIDE<M, X>;
+  constexpr int J = SIDE_BY_SIDE<M>;
   const int64_t origin = n0 * w.K >> w.log2_block << w.log2_block;
-  const bool few = n1 - n0 < 4;
+  const bool by_memory = std::is_same_v<X, float> && w.K % 8;
+  const bool whole = w.K % (int64_t{1} << w.log2_block) == 0, few = n1 - n0 < 4;
   const int64_t stride = few ? 0 : w.K;
   for (int64_t next = n0; next < n1; next += few ? 1 : 4) {
-    const int64_t n = few ? next : min(next, n1 - 4);
-    vf total[M][4];
-    LK_UNROLL for (int g = 0; g < 4; g += J) {
-      vf side[J][M];
-      const int64_t first = n * w.K + g * stride;
-      if (std::is_same_v<X, float> && w.K % 8)
-        dot_decoded<J, M>(w, t, first, stride, reinterpret_cast<const float*>(x), ldx, buffer,
-                          side);
-      else
-        dot_codes<J, M>(w, t, first, stride, scales, origin, x, ldx, side);
-      LK_UNROLL for (int m = 0; m < M; ++m) LK_UNROLL for (int i = 0; i < J; ++i) total[m][g + i] =
-          side[i][m];
+    const int64_t n = few ? next : min(next, n1 - 4), first = n * w.K;
+    vf total[4][M];
+    if (by_memory) {
+      if constexpr (std::is_same_v<X, float>)
+        for (int g = 0; g < 4; ++g)
+          dot_decoded<M>(w, t, (first + g * stride) / w.K, x, ldx, buffer, total[g]);
+    } else if (whole) {
+      LK_UNROLL for (int g = 0; g < 4; g += J)
+          dot_codes<J, M, true>(w, t, first + g * stride, stride, scales, origin, x, total + g);
+    } else {
+      for (int g = 0; g < 4; ++g)
+        dot_codes<1, M, false>(w, t, first + g * stride, 0, scales, origin, x, total + g);
     }
-    LK_UNROLL for (int m = 0; m < M; ++m) sum_lanes(total[m], sums + m * lds + n - n0);
+    LK_UNROLL for (int m = 0; m < M; ++m) {
+      const vf of_x[4] = {total[0][m], total[1][m], total[2][m], total[3][m]};
+      sum_lanes(of_x, sums + m * lds + n - n0);
+    }
   }
 }
 
@@ -165,12 +168,23 @@ LK_INLINE void dot_rows(int64_t M, const Codes4bit& w, const T& t, const X* x, i
 #undef LK_ROWS
 }
 
+// x's rows are taken in passes of up to PASS; of one pass, CODES elements of each lie together,
+// then the next of each. f(row, where its first ones are, from there to its next) for all rows.
+LK_INLINE int64_t passes_of(int64_t M) { return (M + PASS - 1) / PASS; }
+template <typename F>
+LK_INLINE void each_row(int64_t M, int64_t ldx, const F& f) {
+  for (int64_t pass = 0, passes = passes_of(M); pass < passes; ++pass) {
+    const int64_t m0 = M * pass / passes, m1 = M * (pass + 1) / passes;
+    for (int64_t m = m0; m < m1; ++m) f(m, m0 * ldx + (m - m0) * CODES, (m1 - m0) * CODES);
+  }
+}
+
 // Threads take shares of P's ranks and then of the weight's rows, whose codes they stream; P is
 // waited for when the sums are taken, and consumed last.
 template <typename X, typename T>
 LK_INLINE void few_rows_of(const FewRowsArgs& a, const T& tables, const X* x, int64_t ldx) {
   const ExpandArgs& u = a.update;
-  const int64_t M = u.M, K = a.codes.K, R = u.R, passes = (M + PASS - 1) / PASS;
+  const int64_t M = u.M, K = a.codes.K, R = u.R, passes = passes_of(M);
   const int64_t parts = M * u.N * K < SMALL ? 1 : min(u.threads, u.N);
   const int64_t scale_floats = batch_scales(a.codes), row_floats = round_up(K, W);
   const int64_t panel_floats = round_up(R, 4) * VW;
@@ -198,10 +212,11 @@ LK_INLINE void few_rows_of(const FewRowsArgs& a, const T& tables, const X* x, in
                           R * (part + 1) / parts, {}, nullptr);
       });
     arrive(&arrived);
+    const Table256 nested = table_256(a.codes.nested_code);
     for (int64_t n = n0, end; n < n1; n = end) {
       end = min(n1, n + batch_rows(a.codes));
       const int64_t block = n * K >> a.codes.log2_block;
-      scales_of(a.codes, block, ((end * K - 1) >> a.codes.log2_block) - block + 1, scales, 1);
+      scales_of(a.codes, nested, block, ((end * K - 1) >> a.codes.log2_block) - block + 1, scales);
       for (int64_t pass = 0; pass < passes; ++pass) {
         const int64_t m = M * pass / passes, count = M * (pass + 1) / passes - m;
         dot_rows(count, a.codes, tables, x + m * ldx, ldx, n, end, scales, row,
@@ -235,14 +250,15 @@ LK_INLINE void few_rows_of(const FewRowsArgs& a, const T& tables, const X* x, in
 void few_rows(const FewRowsArgs& a) {
   const int64_t M = a.update.M, K = a.codes.K;
   if (!M) return;
-  const int64_t ldx = round_up(K, CODES) + CODES;  // rows a power of two apart share lines of L1
+  const int64_t ldx = round_up(K, CODES);
   Scratch scratch(M * ldx * 4);
 #ifdef LK_BF16_PAIRS
   if (a.x.dtype == DType::bf16 && K % 8 == 0) {
     bf16* const x = static_cast<bf16*>(scratch.data);
-    for (int64_t m = 0; m < M; ++m)
-      order_words(static_cast<const bf16*>(a.x.data) + m * a.x.row, K, M <= EXACT_ROWS,
-                  x + m * ldx);
+    each_row(M, ldx, [&](int64_t m, int64_t at, int64_t stride) {
+      order_words(static_cast<const bf16*>(a.x.data) + m * a.x.row, K, M <= EXACT_ROWS, x + at,
+                  stride);
+    });
     few_rows_of(a, pair_tables(a.codes.code), x, ldx);
     return;
   }
@@ -250,13 +266,13 @@ void few_rows(const FewRowsArgs& a) {
   float* const x = static_cast<float*>(scratch.data);
   with_type(a.x.dtype, [&](auto type) {
     using T = decltype(type);
-    for (int64_t m = 0; m < M; ++m) {
+    each_row(M, ldx, [&](int64_t m, int64_t at, int64_t stride) {
       const T* const from = static_cast<const T*>(a.x.data) + m * a.x.row;
       if (K % 8)
         copy_kept(from, x + m * ldx, K, round_up(K, W), nullptr, 0, 0);
       else
-        order(from, K, x + m * ldx);
-    }
+        order(from, K, x + at, stride);
+    });
   });
   few_rows_of(a, table(a.codes.code), x, ldx);
 }

@@ -102,9 +102,13 @@ LK_INLINE void look_up_both(const Table& t, const uint8_t* p, vf& even, vf& odd)
   odd = look_up(t, b);
 }
 
-// The elements of a table at W indices.
-LK_INLINE vf gather(const float* from, const uint8_t* index) {
-  return _mm256_i32gather_ps(from, _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)index)), 4);
+// A table of 256 floats, or null, and its elements at 2 W indices.
+using Table256 = const float*;
+LK_INLINE Table256 table_256(const float* from) { return from; }
+LK_INLINE void look_up_both(Table256 t, const uint8_t* p, vf out[2]) {
+  for (int i = 0; i < 2; ++i)
+    out[i] = _mm256_i32gather_ps(
+        t, _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(p + i * W))), 4);
 }
 
 using vu = __m256i;

@@ -102,9 +102,39 @@ LK_INLINE void look_up_both(Table t, const uint8_t* p, vf& even, vf& odd) {
   odd = _mm512_permutexvar_ps(b, t);
 }
 
-// The elements of a table at W indices.
-LK_INLINE vf gather(const float* from, const uint8_t* index) {
-  return _mm512_i32gather_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)index)), from, 4);
+// A table of 256 floats, their low words apart from the high ones, or null; and its elements at 2 W
+// indices. In a third of the time that a gather takes on AMD family 25.
+struct Table256 {
+  alignas(64) uint16_t low[256], high[256];
+};
+LK_INLINE Table256 table_256(const float* from) {
+  Table256 t;
+  for (int i = 0; from && i < 256; i += W) {
+    const vu v = _mm512_castps_si512(_mm512_loadu_ps(from + i));
+    _mm256_storeu_si256((__m256i*)(t.low + i), _mm512_cvtepi32_epi16(v));
+    _mm256_storeu_si256((__m256i*)(t.high + i), _mm512_cvtepi32_epi16(_mm512_srli_epi32(v, 16)));
+  }
+  return t;
+}
+LK_INLINE vu look_up_words(const uint16_t* t, vu index, __mmask32 bit6, __mmask32 bit7) {
+  vu quarter[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i)
+    quarter[i] = _mm512_permutex2var_epi16(_mm512_loadu_si512(t + 64 * i), index,
+                                           _mm512_loadu_si512(t + 64 * i + 32));
+  return _mm512_mask_blend_epi16(bit7, _mm512_mask_blend_epi16(bit6, quarter[0], quarter[1]),
+                                 _mm512_mask_blend_epi16(bit6, quarter[2], quarter[3]));
+}
+LK_INLINE void look_up_both(const Table256& t, const uint8_t* p, vf out[2]) {
+  const vu words = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)p)),
+           // so that pairs of words, joined within 128 bits, come out in order
+      index = _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7), words);
+  const __mmask32 bit6 = _mm512_test_epi16_mask(index, _mm512_set1_epi16(64)),
+                  bit7 = _mm512_test_epi16_mask(index, _mm512_set1_epi16(128));
+  const vu low = look_up_words(t.low, index, bit6, bit7),
+           high = look_up_words(t.high, index, bit6, bit7);
+  out[0] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(low, high));
+  out[1] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(low, high));
 }
 
 // r[i][j] = r[j][i]

@@ -93,37 +93,44 @@ LK_INLINE PairTables pair_tables(const float* code) {
 
 LK_INLINE __m512bh load_pairs(const bf16* p) { return (__m512bh)_mm512_loadu_si512(p); }
 
-// total[i] += scale * (x[i] · codes); of x's 128 elements word w of register j holds 4w + (j ^ 1).
-template <int M>
-LK_INLINE void dot_exactly(vu codes, const PairTables& t, vf scale, const bf16* x, int64_t ldx,
-                           vf total[M]) {
-  vf high[M], low[M];
+// total[g][i] += scale[g] * (x[i] · codes[g]); of x's 128 elements word w of register j holds
+// 4w + (j ^ 1).
+template <int J, int M>
+LK_INLINE void dot_exactly(const vu codes[J], const PairTables& t, const vf scale[J], const bf16* x,
+                           vf total[J][M]) {
+  vf high[J][M], low[J][M];
 #pragma GCC unroll 4
-  for (int i = 0; i < M; ++i) high[i] = low[i] = zero();
+  for (int g = 0; g < J; ++g)
 #pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j) {
-    const vu index = _mm512_srli_epi16(codes, 4 * j);  // of which the look-up takes five bits
-    const __m512bh h = (__m512bh)_mm512_permutexvar_epi16(index, t.high),
-                   l = (__m512bh)_mm512_permutexvar_epi16(index, t.low);
+    for (int i = 0; i < M; ++i) high[g][i] = low[g][i] = zero();
 #pragma GCC unroll 4
-    for (int i = 0; i < M; ++i) {
-      const __m512bh xv = load_pairs(x + i * ldx + 32 * j);
-      high[i] = _mm512_dpbf16_ps(high[i], xv, h);
-      low[i] = _mm512_dpbf16_ps(low[i], xv, l);
+  for (int j = 0; j < 4; ++j)
+#pragma GCC unroll 4
+    for (int g = 0; g < J; ++g) {
+      const vu index = _mm512_srli_epi16(codes[g], 4 * j);  // of which the look-up takes five bits
+      const __m512bh h = (__m512bh)_mm512_permutexvar_epi16(index, t.high),
+                     l = (__m512bh)_mm512_permutexvar_epi16(index, t.low);
+#pragma GCC unroll 4
+      for (int i = 0; i < M; ++i) {
+        const __m512bh xv = load_pairs(x + 128 * i + 32 * j);
+        high[g][i] = _mm512_dpbf16_ps(high[g][i], xv, h);
+        low[g][i] = _mm512_dpbf16_ps(low[g][i], xv, l);
+      }
     }
-  }
 #pragma GCC unroll 4
-  for (int i = 0; i < M; ++i) total[i] = fma(add(high[i], low[i]), scale, total[i]);
+  for (int g = 0; g < J; ++g)
+#pragma GCC unroll 4
+    for (int i = 0; i < M; ++i)
+      total[g][i] = fma(add(high[g][i], low[g][i]), scale[g], total[g][i]);
 }
 
 // total[g][i] += x[i] · (scale[g] * codes[g]). Rounded, word w of register j of x holds 8w + 2j,
 // from the 16th on 8(w - 16) + 2j + 1.
 template <int J, int M>
 LK_INLINE void dot_chunk(const vu codes[J], const PairTables& t, const vf scale[J], const bf16* x,
-                         int64_t ldx, vf total[J][M]) {
-  if (M <= EXACT_ROWS) {
-#pragma GCC unroll 4
-    for (int g = 0; g < J; ++g) dot_exactly<M>(codes[g], t, scale[g], x, ldx, total[g]);
+                         vf total[J][M]) {
+  if constexpr (M <= EXACT_ROWS) {
+    dot_exactly<J, M>(codes, t, scale, x, total);
     return;
   }
 #pragma GCC unroll 4
@@ -135,16 +142,16 @@ LK_INLINE void dot_chunk(const vu codes[J], const PairTables& t, const vf scale[
                                     mul(scale[g], look_up(t.whole, codes[g], 2 * j)));
 #pragma GCC unroll 16
     for (int i = 0; i < M; ++i) {
-      const __m512bh xv = load_pairs(x + i * ldx + 32 * j);
+      const __m512bh xv = load_pairs(x + 128 * i + 32 * j);
 #pragma GCC unroll 4
       for (int g = 0; g < J; ++g) total[g][i] = _mm512_dpbf16_ps(total[g][i], xv, both[g]);
     }
   }
 }
 
-// K elements in the order that dot_exactly or dot_rounded wants, zeros up to a
-// multiple of 128.
-LK_INLINE void order_words(const bf16* from, int64_t K, bool exactly, bf16* to) {
+// K elements in the order that dot_exactly or dot_chunk wants, 128 at a time and `stride` apart;
+// zeros up to a multiple of 128.
+LK_INLINE void order_words(const bf16* from, int64_t K, bool exactly, bf16* to, int64_t stride) {
   vu index[4];
   for (int j = 0; j < 4; ++j) {
     uint16_t words[32];
@@ -153,7 +160,7 @@ LK_INLINE void order_words(const bf16* from, int64_t K, bool exactly, bf16* to) 
     index[j] = _mm512_loadu_si512(words);
   }
   const __mmask32 second = exactly ? 0xFFFF0000 : 0xFF00FF00;  // from the last 64 elements
-  for (int64_t k = 0; k < K; k += 128, from += 128, to += 128) {
+  for (int64_t k = 0; k < K; k += 128, from += 128, to += stride) {
     vu v[4];
     for (int i = 0; i < 4; ++i) {
       const int64_t rest = K - k - 32 * i;

@@ -118,9 +118,11 @@ LK_INLINE void look_up_both(Table t, const uint8_t* p, vf& even, vf& odd) {
   }
 }
 
-// The elements of a table at W indices.
-LK_INLINE vf gather(const float* from, const uint8_t* index) {
-  return vf{from[index[0]], from[index[1]], from[index[2]], from[index[3]]};
+// A table of 256 floats, or null, and its elements at 2 W indices.
+using Table256 = const float*;
+LK_INLINE Table256 table_256(const float* from) { return from; }
+LK_INLINE void look_up_both(Table256 t, const uint8_t* p, vf out[2]) {
+  for (int i = 0; i < 2; ++i, p += W) out[i] = vf{t[p[0]], t[p[1]], t[p[2]], t[p[3]]};
 }
 
 typedef uint32_t vu __attribute__((vector_size(16)));

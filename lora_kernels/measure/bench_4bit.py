@@ -2,8 +2,9 @@
 
 Forward without gradients for M rows of x, and a training step for the largest M. Times are medians
 of calls that take turns in one process; cold rotates over as many weights as exceed the last-level
-cache, warm repeats one. Peers add LoRA by PyTorch's own calls, `base(x) + s·B(Ax)`: what PEFT does,
-without PEFT's overhead. Errors are rms relative to the layer in float64 on the float32 decode.
+cache, warm repeats one. Ours is a `QLoRALinear`; bitsandbytes' layer is under PEFT's; to the dense
+product LoRA is added by PyTorch's own calls, `F.linear(x, W) + s·B(Ax)`. Errors are rms relative to
+the layer in float64 on the float32 decode.
 """
 
 from __future__ import annotations
@@ -16,10 +17,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..functional import lora_linear
-from ..quantization import Weight4bit, quantize_4bit
+from ..layers import QLoRALinear
 from . import timing
 
 SHAPES = [(4096, 4096), (4096, 14336), (576, 1536)]  # K, N
@@ -34,51 +34,67 @@ class Bases:
     """Enough weights of one shape to be cold, in every form that is timed."""
 
     def __init__(self, K: int, N: int, dtype: torch.dtype, quant_type: str) -> None:
-        import bitsandbytes
-
-        nn: Any = bitsandbytes.nn
-
         torch.manual_seed(0)
         self.count = max(2, min(64, COLD_BYTES // (N * K // 2)))
-        self.lora_A = torch.randn(RANK, K).div_(K**0.5).to(dtype).requires_grad_()
-        self.lora_B = torch.randn(N, RANK).div_(RANK**0.5).to(dtype).requires_grad_()
-        self.dense = [(torch.randn(N, K) / K**0.5).to(dtype) for _ in range(min(4, self.count))]
-        weights = [self.dense[i % len(self.dense)] for i in range(self.count)]
-        self.ours = [quantize_4bit(weight, quant_type) for weight in weights]
-        self.bnb: dict[str, list[Any]] = {"train": [], "eval": []}
-        for mode, weight in itertools.product(self.bnb, weights):
-            layer = nn.Linear4bit(K, N, bias=False, compute_dtype=dtype, quant_type=quant_type)
-            layer.weight = nn.Params4bit(
-                weight, requires_grad=False, quant_type=quant_type, module=layer
-            )
-            self.bnb[mode].append(layer.to("cpu").train(mode == "train"))
+        self.lora_A = nn.Parameter(torch.randn(RANK, K).div_(K**0.5).to(dtype))
+        self.lora_B = nn.Parameter(torch.randn(N, RANK).div_(RANK**0.5).to(dtype))
+        self.dense = [nn.Linear(K, N, bias=False, dtype=dtype) for _ in range(min(4, self.count))]
+        for linear in self.dense:
+            nn.init.normal_(linear.weight, std=K**-0.5)
+        linears = [self.dense[i % len(self.dense)] for i in range(self.count)]
+        self.ours = [self._ours(linear, quant_type) for linear in linears]
+        self.bnb = {
+            mode: [self._peft(linear, quant_type).train(mode == "train") for linear in linears]
+            for mode in ("train", "eval")
+        }
+
+    def _ours(self, linear: nn.Linear, quant_type: str) -> QLoRALinear:
+        layer = QLoRALinear.from_linear(linear, RANK, SCALING * RANK, quant_type=quant_type)
+        layer.lora_A, layer.lora_B = self.lora_A, self.lora_B
+        return layer.eval()
+
+    def _peft(self, linear: nn.Linear, quant_type: str) -> nn.Module:
+        """PEFT's layer over bitsandbytes', with the shared adapter."""
+        import bitsandbytes
+        from peft import LoraConfig, inject_adapter_in_model
+
+        N, K = linear.weight.shape
+        bnb: Any = bitsandbytes.nn
+        base = bnb.Linear4bit(
+            K, N, bias=False, compute_dtype=linear.weight.dtype, quant_type=quant_type
+        )
+        base.weight = bnb.Params4bit(
+            linear.weight.detach(), requires_grad=False, quant_type=quant_type, module=base
+        )
+        model = nn.ModuleDict({"base": base.to("cpu")})
+        model.is_loaded_in_4bit = True  # type: ignore[assignment]  # as transformers says it
+        config = LoraConfig(r=RANK, lora_alpha=int(SCALING * RANK), target_modules=["base"])
+        inject_adapter_in_model(config, model)
+        layer: Any = model["base"]
+        layer.lora_A["default"].weight = self.lora_A
+        layer.lora_B["default"].weight = self.lora_B
+        return layer  # type: ignore[no-any-return]
 
     def candidates(self) -> dict[str, list[Forward]]:
         """Name -> the forward over each of the weights."""
         return {
-            "ours": [self._ours(weight) for weight in self.ours],
-            "bitsandbytes, eval": [self._peer(layer) for layer in self.bnb["eval"]],
-            "bitsandbytes, train": [self._peer(layer) for layer in self.bnb["train"]],
-            "dense": [self._peer(partial(F.linear, weight=w)) for w in self.dense],
+            "ours": list(self.ours),
+            "bitsandbytes, eval": list(self.bnb["eval"]),
+            "bitsandbytes, train": list(self.bnb["train"]),
+            "dense": [partial(self._dense, linear.weight) for linear in self.dense],
         }
 
-    def _ours(self, weight: Weight4bit) -> Forward:
-        return lambda x: lora_linear(x, weight, self.lora_A, self.lora_B, SCALING)
-
-    def _peer(self, base: Forward) -> Forward:
-        def forward(x: Tensor) -> Tensor:
-            return base(x) + F.linear(F.linear(x, self.lora_A), self.lora_B) * SCALING
-
-        return forward
+    def _dense(self, weight: Tensor, x: Tensor) -> Tensor:
+        return F.linear(x, weight) + F.linear(F.linear(x, self.lora_A), self.lora_B) * SCALING
 
     def reference(self, x: Tensor) -> Tensor:
-        weight = self.ours[0].dequantize(torch.float32).double()
+        weight = self.ours[0].weight4bit.dequantize(torch.float32).double()
         A, B = self.lora_A.detach().double(), self.lora_B.detach().double()
         return x.double() @ weight.T + (x.double() @ A.T) @ B.T * SCALING
 
     def stream(self) -> list[Callable[[], object]]:
         """Reading each weight's packed codes once, and doing next to nothing with them."""
-        return [weight.packed.view(torch.int64).sum for weight in self.ours]
+        return [layer.weight.view(torch.int64).sum for layer in self.ours]
 
 
 def _step(forward: Forward, x: Tensor, inputs: tuple[Tensor, ...], dy: Tensor) -> object:

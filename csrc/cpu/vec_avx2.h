@@ -95,13 +95,6 @@ LK_INLINE vf look_up(const Table& t, const uint8_t* p) {
   const __m256i twice = _mm256_cvtepu8_epi32(_mm_unpacklo_epi8(b, b));
   return look_up(t, _mm256_srlv_epi32(twice, _mm256_setr_epi32(4, 0, 4, 0, 4, 0, 4, 0)));
 }
-// The even and the odd ones of the 2 W elements in W bytes.
-LK_INLINE void look_up_both(const Table& t, const uint8_t* p, vf& even, vf& odd) {
-  const __m256i b = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
-  even = look_up(t, _mm256_srli_epi32(b, 4));
-  odd = look_up(t, b);
-}
-
 // A table of 256 floats, or null, and its elements at 2 W indices.
 using Table256 = const float*;
 LK_INLINE Table256 table_256(const float* from) { return from; }

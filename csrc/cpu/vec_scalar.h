@@ -110,14 +110,6 @@ LK_INLINE vf look_up(Table t, const uint8_t* p) {
   return vf{t[p[0] >> 4], t[p[0] & 15], t[p[1] >> 4], t[p[1] & 15]};
 }
 
-// The even and the odd ones of the 2 W elements in W bytes.
-LK_INLINE void look_up_both(Table t, const uint8_t* p, vf& even, vf& odd) {
-  for (int i = 0; i < W; ++i) {
-    even[i] = t[p[i] >> 4];
-    odd[i] = t[p[i] & 15];
-  }
-}
-
 // A table of 256 floats, or null, and its elements at 2 W indices.
 using Table256 = const float*;
 LK_INLINE Table256 table_256(const float* from) { return from; }

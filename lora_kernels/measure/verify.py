@@ -9,7 +9,10 @@ from typing import Any
 
 import torch
 
+from .. import select
+from ..backends import cpu
 from .case import Case, engine, engines, judge
+from .tolerance import Verdict
 
 _f32, _bf16, _f16 = torch.float32, torch.bfloat16, torch.float16
 DTYPES = ((_f32, None), (_bf16, None), (_bf16, _f32), (_f16, None), (_f16, _f32))  # x, adapters
@@ -21,8 +24,17 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "dropout": {"dropout_p": 0.1},
     "everything": {"gate": True, "column_scale": True, "bias": True, "dropout_p": 0.1},
     "adapter only": {"base": False},
+    "nf4": {"quant": "nf4-64-nested"},
+    "fp4, all": {
+        "quant": "fp4-32",
+        "gate": True,
+        "column_scale": True,
+        "bias": True,
+        "dropout_p": 0.1,
+    },
 }
 SHAPES = ((70, 257, 100, 13), (1, 65, 63, 5))  # M, N, K, R: no multiples of a tile
+FEW_ROWS = (5, 66, 96, 40)  # in place of the second, for 4-bit weights
 THOROUGH = (*SHAPES, (515, 261, 259, 16), (33, 259, 257, 64), (130, 1536, 576, 100))
 
 
@@ -38,14 +50,18 @@ def run(args: argparse.Namespace) -> int:
     if not args.json:
         print(f"{'engine':11} {'x':9} {'adapters':9} {'option':13} worst of y and its gradients")
     for (dtype, adapter), (option, fields) in itertools.product(DTYPES, OPTIONS.items()):
-        cases = [Case(*shape, dtype, adapter, **fields) for shape in shapes]
+        used: tuple[tuple[int, int, int, int], ...] = (
+            (shapes[0], FEW_ROWS, *shapes[2:]) if "quant" in fields else shapes
+        )
+        cases = [Case(*shape, dtype, adapter, **fields) for shape in used]
         for name in engines():
-            with engine(name):
-                verdicts = {
-                    f"{case}/{output}": verdict
-                    for case in cases
-                    for output, verdict in judge(case).items()
-                }
+            verdicts: dict[str, Verdict] = {}
+            for case in cases:
+                for forced in _ways(name, case):
+                    with engine(forced):
+                        judged = judge(case)
+                    few = ", few rows" if forced != name else ""
+                    verdicts |= {f"{case}{few}/{output}": v for output, v in judged.items()}
             where, worst = max(verdicts.items(), key=lambda item: _excess(item[1]))
             ok = all(verdict.ok for verdict in verdicts.values())
             missed += not ok
@@ -70,6 +86,12 @@ def run(args: argparse.Namespace) -> int:
     else:
         print(f"{len(results) - missed} of {len(results)} within the tolerance")
     return 1 if missed else 0
+
+
+def _ways(name: str, case: Case) -> list[str]:
+    """The engine, and where the case has few rows on a 4-bit weight, its kernel for them."""
+    few = case.quant and select.FEW_ROWS_4BIT.get(name, 0) >= case.M
+    return [name, f"{name} {cpu.FEW_ROWS}"] if few else [name]
 
 
 def _excess(verdict: Any) -> float:

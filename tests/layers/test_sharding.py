@@ -1,0 +1,92 @@
+"""QLoRALinear under FSDP: bytes, scales and tables shard like any parameter, and keep every bit."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+
+from lora_kernels.layers import QLoRALinear
+
+pytestmark = pytest.mark.skipif(
+    not (dist.is_available() and dist.is_gloo_available()), reason="no gloo"
+)
+
+RANKS = 2
+POLICIES = (None, torch.bfloat16)
+
+
+def model() -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = nn.Sequential(QLoRALinear(96, 65, r=3, bias=True), QLoRALinear(65, 33, r=3))
+    for layer in layers:
+        nn.init.normal_(layer.lora_B)
+    return layers
+
+
+def inputs(rank: int) -> Tensor:
+    return torch.randn(5, 96, generator=torch.Generator().manual_seed(rank))
+
+
+def train(layers: nn.Module, x: Tensor) -> Tensor:
+    y: Tensor = layers(x)
+    y.float().square().sum().backward()
+    return y.detach()
+
+
+def shard(rank: int, folder: str) -> None:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/ranks", rank=rank, world_size=RANKS)
+    try:
+        mesh = dist.device_mesh.init_device_mesh("cpu", (RANKS,))
+        for number, dtype in enumerate(POLICIES):
+            sharded = model()
+            policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+            for module in (*sharded, sharded):
+                fully_shard(module, mesh=mesh, mp_policy=policy)
+            local = sum(p.to_local().numel() for p in sharded.parameters())  # type: ignore[attr-defined]
+            results = {"y": train(sharded, inputs(rank))}
+            for name, p in sharded.named_parameters():
+                if p.grad is not None:
+                    results[name] = p.grad.full_tensor()  # type: ignore[attr-defined]
+            with torch.no_grad():  # twice: the second call may be the prepared one
+                results["again"] = torch.stack([sharded(inputs(rank)) for _ in range(2)])
+            options = StateDictOptions(full_state_dict=True)
+            state = get_model_state_dict(sharded, options=options)
+            torch.save((local, results, state), f"{folder}/{number}-{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def test_fully_sharded(tmp_path: Path) -> None:
+    mp.spawn(shard, (str(tmp_path),), nprocs=RANKS)
+    saved = model().state_dict()
+    for number, dtype in enumerate(POLICIES):
+        grads: dict[str, Tensor] = {}
+        whole = model() if dtype is None else model().to(dtype)
+        for rank in range(RANKS):
+            mine = copy.deepcopy(whole)
+            y = train(mine, inputs(rank) if dtype is None else inputs(rank).to(dtype))
+            local, results, state = torch.load(tmp_path / f"{number}-{rank}.pt")
+            assert local < sum(p.numel() for p in mine.parameters()) * 0.6
+            assert results["y"].dtype is (dtype or torch.float32)
+            assert torch.equal(results.pop("y"), y)
+            assert all(torch.equal(again, y) for again in results.pop("again"))
+            for name, p in mine.named_parameters():
+                if p.requires_grad:
+                    assert p.grad is not None
+                    grads[name] = grads.get(name, torch.zeros(())) + p.grad.float() / RANKS
+            if rank == 0:
+                assert state.keys() == saved.keys()
+                assert all(torch.equal(state[name], t) for name, t in saved.items())
+        assert results.keys() == grads.keys() == {f"{i}.lora_{n}" for i in (0, 1) for n in "AB"}
+        for name, grad in grads.items():
+            assert torch.equal(results[name], grad), name

@@ -20,7 +20,7 @@ CPP_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h')
 test: lint native
 	$(BIN)/python -m pytest -m 'not slow and not proof'
 
-proof: lint native
+proof: lint native $(DEMO_INPUTS)
 	$(BIN)/python -m pytest
 	$(MAKE) sanitize
 	$(MAKE) faults

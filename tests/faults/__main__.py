@@ -82,6 +82,7 @@ class Copy:
             **os.environ,
             "PYTHONPATH": str(folder),  # goes before an editable install of the working tree
             "LORA_KERNELS_NATIVE": "1",
+            "LORA_KERNELS_OPTIMIZE": "1",  # compiling is most of what a fault takes
             "OMP_WAIT_POLICY": "passive",  # the copies' threads share the processor
             "GIT_CEILING_DIRECTORIES": str(folder.parent),  # a patch is for this folder
         }

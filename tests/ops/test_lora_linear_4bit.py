@@ -12,7 +12,7 @@ import torch
 
 import lora_kernels
 from lora_kernels import ops, reference, select
-from lora_kernels.backends import cpu
+from lora_kernels.backends import cpu, native
 from lora_kernels.measure import case as cases
 from lora_kernels.measure.case import Case, judge
 from lora_kernels.quantization import Weight4bit, codebooks, quantize_4bit
@@ -217,6 +217,15 @@ def test_what_is_not_finite_is_refused(value: float, at: int, engine: str) -> No
 @pytest.mark.parametrize("nested", [False, True])
 def test_dequantize(nested: bool, dtype: torch.dtype, engine: str) -> None:
     """A whole weight and blocks of it, bit for bit what the reference decodes."""
+    check_dequantize(nested, dtype)
+
+
+def test_dequantize_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "module", None)
+    check_dequantize(True, bf16)
+
+
+def check_dequantize(nested: bool, dtype: torch.dtype) -> None:
     weight = quantize_4bit(torch.randn(37, 71), "nf4", 32, nested)
     want = reference.dequantize_4bit(
         weight.packed, weight.scales(), weight.code, 32, weight.shape, dtype

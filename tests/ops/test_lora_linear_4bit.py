@@ -147,6 +147,22 @@ def test_codes_of_few_rows_keep_their_bits(M: int, engine: str) -> None:
     assert (y - want).norm() < 2**-15 * want.norm()
 
 
+@every_native_engine
+@pytest.mark.parametrize("threads", [2], indirect=True)
+def test_every_rank_of_few_rows(threads: int, engine: str) -> None:
+    """Threads share the ranks. Exact, and never what was left in memory by the call before."""
+    generator = torch.Generator().manual_seed(1)
+    x, A, B = (
+        torch.randint(-3, 4, shape, generator=generator).float()
+        for shape in ((3, 512), (5, 512), (64, 5))
+    )
+    weight = quantize_4bit(torch.zeros(64, 512))
+    for factor in (1.0, -1.0, 2.0):
+        with lora_kernels.backend("cpu", cpu.FEW_ROWS):
+            y = lora_kernels.lora_linear(x * factor, weight, A, B)
+        assert torch.equal(y, x @ A.t() @ B.t() * factor)
+
+
 def test_fewer_threads_than_asked_for() -> None:
     """A thread limit of OpenMP gives a kernel two threads where torch says five."""
     program = (

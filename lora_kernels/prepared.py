@@ -130,14 +130,13 @@ class Latest:
         compute_dtype: torch.dtype | None = None,
     ) -> Tensor:
         tensors, numbers = (weight, lora_A, lora_B), (scaling, compute_dtype, _kind(weight))
-        if (
-            self._call is not None
-            and all(map(operator.is_, self._tensors, tensors))
-            and self._numbers == numbers
-        ):
-            y = self._call(x, bias)
-            if y is not None:
-                return y
+        if self._call is not None:
+            if all(map(operator.is_, self._tensors, tensors)) and self._numbers == numbers:
+                y = self._call(x, bias)
+                if y is not None:
+                    return y
+            else:  # which would keep their memory
+                self._call, self._tensors = None, ()
         y = lora_linear(x, weight, lora_A, lora_B, scaling, bias, compute_dtype=compute_dtype)
         call = prepare(x, weight, lora_A, lora_B, scaling, compute_dtype)
         if call is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -197,6 +198,11 @@ class LoRALinear(nn.Module):
         return self._latest(
             x, weight, self.lora_A, self.lora_B, self.scaling, self.bias, compute_dtype
         )
+
+    def _apply(self, *args: Any, **kwargs: Any) -> LoRALinear:
+        self._latest = Latest()  # whose tensors would stay in memory where these move
+        super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        return self
 
     def _base(self, x: Tensor) -> Tensor:
         """The layer without its adapter."""

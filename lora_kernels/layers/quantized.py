@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -216,6 +216,11 @@ class QLoRALinear(LoRALinear):
             t = self._parameters[name]
             if t is not None and (t.storage_offset() % 4 or t.data_ptr() % 4):
                 t.data = t.data.clone()
+
+    def _apply(self, *args: Any, **kwargs: Any) -> QLoRALinear:
+        self._weight4bit = None
+        super()._apply(*args, **kwargs)
+        return self
 
     def __getstate__(self) -> dict[str, object]:
         # The views are made anew: deepcopy and pickle would keep the old memory.

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -158,6 +159,17 @@ def test_copies_start_anew(layer: LoRALinear) -> None:
         other.lora_B.mul_(2)
         assert torch.equal(layer(x()), y)
         assert not torch.equal(other(x()), y)
+
+
+@torch.no_grad()
+def test_what_was_remembered_is_let_go(layer: LoRALinear) -> None:
+    for change in (lambda: layer.to(torch.bfloat16), lambda: new_parameter(layer)):
+        layer(x().to(layer.lora_A.dtype))
+        held = weakref.ref(layer._latest._call._call)
+        assert held() is not None
+        change()
+        layer(x(200).to(layer.lora_A.dtype))  # for which no call is prepared
+        assert held() is None
 
 
 @torch.no_grad()

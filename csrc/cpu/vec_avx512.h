@@ -103,7 +103,7 @@ LK_INLINE void look_up_both(Table t, const uint8_t* p, vf& even, vf& odd) {
 }
 
 // A table of 256 floats, their low words apart from the high ones, or null; and its elements at 2 W
-// indices. In a third of the time that a gather takes on AMD family 25.
+// indices, in a quarter of the time that a gather takes on AMD family 25.
 struct Table256 {
   alignas(64) uint16_t low[256], high[256];
 };

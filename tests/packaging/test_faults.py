@@ -1,0 +1,22 @@
+"""The planted faults that `make faults` tries, which takes too long for `make test`."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.faults.__main__ import read
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="no git")
+def test_every_patch_applies_and_names_tests_that_exist() -> None:
+    patches = sorted((ROOT / "tests/faults").glob("*.patch"))
+    assert len(patches) > 60
+    for patch in patches:
+        assert (ROOT / read(patch).tests.split()[0]).is_file(), patch.name
+        subprocess.run(["git", "apply", "--check", str(patch)], cwd=ROOT, check=True)

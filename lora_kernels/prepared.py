@@ -20,7 +20,7 @@ class Prepared:
     the eyes of a compiler, a dispatch mode or a transform, after another backend was asked for, and
     where lora_A or lora_B has moved in memory. Values may change in place.
 
-    What it leaves out takes three times as long as a layer of a small model.
+    What it leaves out takes longer than a layer of a small model (benchmarks/NOTES.md).
     """
 
     __slots__ = (

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="no git")
-def test_every_patch_applies_and_names_tests_that_exist() -> None:
+def test_every_patch_applies_and_names_a_file_of_tests() -> None:
     patches = sorted((ROOT / "tests/faults").glob("*.patch"))
     assert len(patches) > 60
     for patch in patches:

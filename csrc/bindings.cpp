@@ -141,6 +141,38 @@ void dequantize(const Codes4bit& codes, int64_t n0, int64_t rows, int64_t k0, in
       {codes, n0, rows, k0, cols, as<void>(to), static_cast<DType>(dtype), ld, threads});
 }
 
+// Whether each dictionary still has its value (None: no entry) under its key, and each of `empty`
+// is empty. While a model decodes, its weights sweep these out of the caches between two calls:
+// here the trips to memory overlap, in Python each waits for the one before.
+bool unchanged(const py::tuple& dicts, const py::tuple& keys, const py::tuple& values,
+               const py::tuple& empty) {
+  const Py_ssize_t n = PyTuple_GET_SIZE(dicts.ptr()), n_empty = PyTuple_GET_SIZE(empty.ptr());
+  if (PyTuple_GET_SIZE(keys.ptr()) != n || PyTuple_GET_SIZE(values.ptr()) != n)
+    throw std::invalid_argument("dicts, keys and values: want one length");
+  const auto dict = [&](Py_ssize_t i) { return PyTuple_GET_ITEM(dicts.ptr(), i); };
+  for (Py_ssize_t i = 0; i < n; ++i) __builtin_prefetch(dict(i));
+  for (Py_ssize_t i = 0; i < n_empty; ++i) __builtin_prefetch(PyTuple_GET_ITEM(empty.ptr(), i));
+  for (Py_ssize_t i = 0; i < n; ++i) {
+    if (!PyDict_Check(dict(i))) throw py::type_error("dicts: want dictionaries");
+    const char* table =
+        reinterpret_cast<const char*>(reinterpret_cast<const PyDictObject*>(dict(i))->ma_keys);
+    __builtin_prefetch(table);
+    __builtin_prefetch(table + 64);
+    __builtin_prefetch(table + 128);
+  }
+  for (Py_ssize_t i = 0; i < n_empty; ++i) {
+    const Py_ssize_t size = PyObject_Size(PyTuple_GET_ITEM(empty.ptr(), i));
+    if (size < 0) throw py::error_already_set();
+    if (size > 0) return false;
+  }
+  for (Py_ssize_t i = 0; i < n; ++i) {
+    const PyObject* value = PyDict_GetItemWithError(dict(i), PyTuple_GET_ITEM(keys.ptr(), i));
+    if (value == nullptr && PyErr_Occurred()) throw py::error_already_set();
+    if ((value ? value : Py_None) != PyTuple_GET_ITEM(values.ptr(), i)) return false;
+  }
+  return true;
+}
+
 const char* use_isa_named(const std::string& name) {
   for (const Isa isa : {Isa::scalar, Isa::avx2, Isa::avx512, Isa::avx512bf16, Isa::amxbf16})
     if (name == isa_name(isa)) return isa_name(use_isa(isa));
@@ -164,6 +196,7 @@ PYBIND11_MODULE(_native, m) {
       .def(py::init<int64_t, int64_t, int64_t, const Codes4bit*, Pointer, int, int64_t, Pointer,
                     int, int64_t, int64_t, float, int, int>())
       .def("forward", &Prepared::forward, release);
+  m.def("unchanged", unchanged);
   m.def("quantize", quantize, release);
   m.def("dequantize", dequantize, release);
   m.def("lora_linear", forward, release);

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
@@ -22,6 +21,7 @@ from peft.tuners import lora
 from peft.tuners.lora import layer as lora_layer
 from torch import Tensor, nn
 
+from ..backends import native
 from ..functional import lora_linear
 from ..prepared import Prepared, prepare
 from ..quantization import Weight4bit
@@ -115,8 +115,8 @@ class _Ready:
     """The call of a layer with one adapter, for decoding, and what `forward` decided it by.
 
     `holds` looks at all of that again in each call. Between two calls the model's weights have
-    swept the caches, so that every object costs a trip to memory: they are gathered here, and
-    looked at in few loops of C, in which those trips overlap.
+    swept the caches, so that every object costs a trip to memory: they are gathered here, for a
+    loop of C in which those trips overlap.
     """
 
     call: Prepared
@@ -124,10 +124,10 @@ class _Ready:
     dropout: nn.Module
     base_parameters: dict[str, Any]
     at: tuple[int, bool]
-    hooks: list[dict[int, Any]]
     dicts: tuple[dict[str, Any], ...]
     keys: tuple[str, ...]
-    values: list[Any]  # of the keys in the dicts, None where there is none
+    values: tuple[Any, ...]  # of the keys in the dicts, None where there is none
+    hooks: tuple[dict[int, Any], ...]
 
     @classmethod
     def of(cls, layer: Any, adapter: Adapter, x: Tensor) -> _Ready | None:
@@ -173,19 +173,19 @@ class _Ready:
             dropout,
             base._parameters,
             _address(stored),
-            [hooks for module in (base, lora_A, lora_B) for hooks in _hooks(module)],
             dicts,
             keys,
-            list(map(dict.get, dicts, keys)),
+            tuple(map(dict.get, dicts, keys)),
+            tuple(hooks for module in (base, lora_A, lora_B) for hooks in _hooks(module)),
         )
 
     def holds(self, layer: Any) -> bool:
         """Whether `forward` would decide the same again."""
+        assert native.module is not None  # there would be no `call`
         return (
             layer._active_adapter == self.active
             and not (layer._disable_adapters or layer.merged_adapters or layer.mixed_batch)
-            and all(map(operator.is_, map(dict.get, self.dicts, self.keys), self.values))
-            and not any(self.hooks)
+            and native.module.unchanged(self.dicts, self.keys, self.values, self.hooks)
             and not self.dropout.training
             and nn.Linear.forward is _LINEAR_FORWARD
             and _address(self.base_parameters["weight"]) == self.at

@@ -19,9 +19,11 @@ CPP_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h')
 
 test: lint native
 	$(BIN)/python -m pytest -m 'not slow and not proof'
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m 'not slow and not proof' tests/triton
 
 proof: lint native $(DEMO_INPUTS)
 	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton
 	$(MAKE) sanitize
 	$(MAKE) faults
 

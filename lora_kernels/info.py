@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from . import __version__, device
-from .backends import native
+from .backends import native, triton
 
 _OPTIONAL = ("triton", "peft", "transformers", "bitsandbytes")
 
@@ -43,7 +43,7 @@ def info() -> dict[str, Any]:
         "backends": {
             "eager": _backend(True, "plain PyTorch, on every torch device"),
             "cpu": _cpu_backend(),
-            "triton": _backend(False, "not built in this version"),
+            "triton": _triton_backend(),
             "cuda": _backend(False, "not built in this version"),
         },
     }
@@ -105,6 +105,16 @@ def _cpu_backend() -> dict[str, Any]:
             f"xcode-select --install), then {install}"
         )
     return _backend(False, native.reason or "not built", install)
+
+
+def _triton_backend() -> dict[str, Any]:
+    if triton.absence() is not None:
+        return _backend(False, "Triton is not installed", "pip install triton")
+    if triton.interpreted():
+        return _backend(True, "in Triton's interpreter, on the CPU")
+    if not device.gpus():
+        return _backend(False, "no GPU; TRITON_INTERPRET=1 runs it in Triton's interpreter")
+    return _backend(True, "where lora_kernels.backend('triton') asks for it: no GPU has run it yet")
 
 
 def _installed_from() -> str:

@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import select
-from .backends import cpu, eager
+from .backends import cpu, eager, triton
 from .quantization.codes import Codes
 
 _LIB = torch.library.Library("lora_kernels", "DEF")
-_BACKENDS = {"eager": eager, "cpu": cpu}
+_BACKENDS: dict[str, Any] = {"eager": eager, "cpu": cpu, "triton": triton}
 
 # A weight is one tensor, or the fields of `Codes`.
 _WEIGHTS = {
@@ -76,7 +76,7 @@ def lora_linear_direct(
     device_type, (N, R) = x.device.type, lora_B.shape
     choice = select.lora_linear(
         device_type, x.dtype, lora_A.dtype, lora_B.dtype, dtype, R, x2.shape[0],
-        isinstance(weight, Codes),
+        isinstance(weight, Codes), N, rng is not None, x.device.index,
     )  # fmt: skip
     with _no_autocast(device_type):
         y, p, z = _BACKENDS[choice.backend].lora_linear(
@@ -158,7 +158,7 @@ def lora_linear_backward_direct(
     device_type = x.device.type
     choice = select.lora_linear(
         device_type, x.dtype, lora_A.dtype, lora_B.dtype, dtype, p.shape[1], x2.shape[0],
-        isinstance(weight, Codes),
+        isinstance(weight, Codes), lora_B.shape[0], rng is not None, x.device.index,
     )  # fmt: skip
     with _no_autocast(device_type):
         dx, *rest = _BACKENDS[choice.backend].lora_linear_backward(

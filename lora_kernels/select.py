@@ -16,13 +16,23 @@ from typing import NamedTuple
 
 import torch
 
-from .backends import cpu, eager, native
+from .backends import cpu, eager, native, triton
+from .backends.triton import configs
 
 MAX_KERNEL_RANK = 256
-STRATEGIES = {"eager": (eager.LIBRARY,), "cpu": (cpu.SINGLE_PASS, cpu.LIBRARY, cpu.FEW_ROWS)}
+STRATEGIES = {
+    "eager": (eager.LIBRARY,),
+    "cpu": (cpu.SINGLE_PASS, cpu.LIBRARY, cpu.FEW_ROWS),
+    "triton": (triton.SINGLE_PASS, triton.SPLIT, triton.LIBRARY),
+}
 BACKENDS = tuple(STRATEGIES)
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+# Why a GPU's tensors go to the eager backend unless the Triton one is asked for.
+UNTRIED = (
+    "the Triton kernels are proven in Triton's interpreter and compiled, but have run on no GPU "
+    "yet; lora_kernels.backend('triton') takes them"
+)
 # From how many rows of x a step in a single pass beats the library's product and a pass after it:
 # measured on 2 threads of AMD family 26 with torch 2.15 (benchmarks/NOTES.md). On other processors
 # the same is expected, since the kernel runs near the multipliers' peak, which a library can reach
@@ -75,7 +85,8 @@ def backend(name: str, strategy: str | None = None) -> Iterator[None]:
     """Force one backend inside a `with`; where it cannot run, the op raises RuntimeError.
 
     `strategy` forces also how it goes about it: for "cpu" "single pass", "library product + rank
-    update" or, on a 4-bit weight, "decoded in registers, few rows". Left out, it is chosen.
+    update" or, on a 4-bit weight, "decoded in registers, few rows"; for "triton" "single pass",
+    "split" or "library product + rank update". Left out, it is chosen.
 
     >>> import lora_kernels, torch
     >>> x, W, A, B = torch.ones(2, 3), torch.eye(3), torch.ones(1, 3), torch.ones(3, 1)
@@ -99,14 +110,25 @@ def lora_linear(
     rank: int,
     rows: int | None = None,
     four_bit: bool = False,
+    columns: int | None = None,
+    dropout: bool = False,
+    device_index: int | None = None,
 ) -> Choice:
     """The choice for `lora_linear` and its backward (one choice for both, always).
 
-    rows: M; None asks for what holds of any M, and names both strategies where M decides.
+    rows: M; None asks for what holds of any M, and names both strategies where M decides. On a GPU
+    N (`columns`) and dropout count too.
     """
+    forced = _forced.get()
+    if forced.backend == "triton":
+        target = configs.target(device_index) if device_type == "cuda" else None
+        return _choose_triton(
+            forced, triton.absence(), triton.interpreted(), target, device_type, x_dtype, a_dtype,
+            b_dtype, dtype, rank, rows, four_bit, columns, dropout,
+        )  # fmt: skip
     many = None if rows is None else rows > few_rows(dtype, four_bit)
     return _choose(
-        _forced.get(), native.isa, native.amx_bf16, native.reason,
+        forced, native.isa, native.amx_bf16, native.reason,
         device_type, x_dtype, a_dtype, b_dtype, dtype, rank, many, four_bit,
     )  # fmt: skip
 
@@ -183,6 +205,53 @@ def _cpu_choice(
     return Choice("cpu", few if many_rows is False else many, reason)
 
 
+@functools.lru_cache(maxsize=4096)
+def _choose_triton(
+    forced: _Forced,
+    absence: str | None,
+    interpreted: bool,
+    target: configs.Target | None,
+    device_type: str,
+    x_dtype: torch.dtype,
+    a_dtype: torch.dtype,
+    b_dtype: torch.dtype,
+    dtype: torch.dtype,
+    rank: int,
+    rows: int | None,
+    four_bit: bool,
+    columns: int | None,
+    dropout: bool,
+) -> Choice:
+    obstacle = _kernel_obstacle(x_dtype, a_dtype, b_dtype, dtype, rank)
+    if absence is not None:
+        obstacle = absence
+    elif interpreted:
+        target = configs.INTERPRETER
+    elif target is None:
+        obstacle = (
+            f"no Triton kernels for device type {device_type!r}, want a GPU (or TRITON_INTERPRET=1 "
+            "in the environment, which runs them in Triton's interpreter)"
+        )
+    elif target.kind == "cuda" and target.arch < configs.MIN_ARCH:
+        obstacle = (
+            f"the GPU is sm_{target.arch}, for which Triton has no matrix instructions; "
+            f"want sm_{configs.MIN_ARCH} or newer"
+        )
+    if obstacle is not None:
+        raise RuntimeError(f"backend 'triton' was asked for and cannot run here: {obstacle}")
+    assert target is not None
+    if forced.strategy == triton.SINGLE_PASS and rank > configs.MAX_SINGLE_PASS_RANK:
+        raise RuntimeError(
+            f"strategy {forced.strategy!r} was asked for and cannot run here: rank {rank} is above "
+            f"{configs.MAX_SINGLE_PASS_RANK}"
+        )
+    if forced.strategy:
+        return Choice("triton", forced.strategy, "the triton backend was asked for")
+    itemsize = max(x_dtype.itemsize, dtype.itemsize)
+    strategy, why = configs.strategy(target, rows, columns, rank, itemsize, four_bit, dropout)
+    return Choice("triton", strategy, f"the triton backend was asked for; {why}")
+
+
 def _cpu_obstacle(
     native_absence: str | None,
     device_type: str,
@@ -192,10 +261,22 @@ def _cpu_obstacle(
     dtype: torch.dtype,
     rank: int,
 ) -> str | None:
+    if device_type == "cuda":
+        return UNTRIED
     if device_type != "cpu":
         return f"no kernels for device type {device_type!r} in this version"
     if native_absence is not None:
         return native_absence
+    return _kernel_obstacle(x_dtype, a_dtype, b_dtype, dtype, rank)
+
+
+def _kernel_obstacle(
+    x_dtype: torch.dtype,
+    a_dtype: torch.dtype,
+    b_dtype: torch.dtype,
+    dtype: torch.dtype,
+    rank: int,
+) -> str | None:
     for name, d in (("x", x_dtype), ("lora_A", a_dtype), ("lora_B", b_dtype), ("y", dtype)):
         if d not in _KERNEL_DTYPES:
             got = str(d).removeprefix("torch.")

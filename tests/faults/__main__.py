@@ -5,6 +5,7 @@ Each NAME.patch beside this file is one small realistic mistake. Its head names 
     Fault: the gate is left out of the forward
     Tests: tests/ops/test_lora_linear.py -k "float32 and gate"
 
+Variables for the tests' environment may stand before them: TRITON_INTERPRET=1 tests/triton/....
 A line "Needs: amxbf16" names an instruction set without which no test can notice; where the
 processor lacks it, the fault is left out, and that is said.
 
@@ -101,11 +102,13 @@ class Copy:
 
     def test(self, selection: str) -> tuple[int, str]:
         """pytest's exit status, and the test that failed or the last line that it printed."""
+        words = shlex.split(selection)
+        variables = dict(word.split("=", 1) for word in words if re.match(r"[A-Z_]+=", word))
         options = ["-x", "-q", "-p", "no:cacheprovider", "--no-header"]
         done = subprocess.run(
-            [sys.executable, "-m", "pytest", *options, *shlex.split(selection)],
+            [sys.executable, "-m", "pytest", *options, *words[len(variables) :]],
             cwd=self.folder,
-            env=self.environment,
+            env={**self.environment, **variables},
             capture_output=True,
             text=True,
             timeout=TIMEOUT,

@@ -1,0 +1,49 @@
+"""Triton kernels, for GPUs (and, with TRITON_INTERPRET=1, for the CPU, in Triton's interpreter).
+
+Forward, "single pass": one kernel sums x·Wᵀ and P = D(x)·Aᵀ side by side, then adds S·Bᵀ. "Split":
+P first, by itself, and S·Bᵀ is where the product's sums start. "Library product": cuBLAS makes
+x·Wᵀ, a 4-bit weight decoded before it, and one pass over y adds the rest. Backward: dx and dS are
+made as y and P are, with W in the other layout; then dB and dA, each in two passes.
+
+Rounding points: those named in the kernels' docstrings. P and dS are float32 in memory; as operands
+of a product they are rounded to the wider of x's (dY's) dtype and the adapter's, as PyTorch would.
+Deterministic: no atomics; sums over shares are added in order.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from typing import Any
+
+SINGLE_PASS = "single pass"
+SPLIT = "split"
+LIBRARY = "library product + rank update"
+
+
+@functools.cache
+def absence() -> str | None:
+    """Why there is no Triton; None where there is. Does not import it."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    return None
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def lora_linear(*args: Any) -> Any:
+    """x [M, K] -> y [M, N], P [M, R] float32, z [M, N] or None; see `launch.lora_linear`."""
+    from . import launch
+
+    return launch.lora_linear(*args)
+
+
+def lora_linear_backward(*args: Any) -> Any:
+    """dy [M, N] -> dx, dA, dB, dg, dc, dbias; see `launch.lora_linear_backward`."""
+    from . import launch
+
+    return launch.lora_linear_backward(*args)

@@ -1,0 +1,180 @@
+"""Which tiles a kernel takes: pure functions of sizes, dtypes and the device's properties.
+
+Nothing here was measured on a GPU yet: the sizes follow from what a multiprocessor's registers and
+shared memory hold, and every config is compiled and looked at by tests/compile_only.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+
+import torch
+
+from . import LIBRARY, SINGLE_PASS, SPLIT
+
+
+@dataclass(frozen=True)
+class Target:
+    """The properties of a device that a config depends on."""
+
+    kind: str  # "cuda" or "hip"
+    arch: int  # the compute capability, 90 for 9.0; 0 where kind is "hip"
+    multiprocessors: int
+    shared_memory: int  # bytes that one block may have
+
+
+@dataclass(frozen=True)
+class Config:
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+    group_m: int = 8
+
+
+MIN_ARCH = 80
+MIN_BLOCK = 16  # of a matrix instruction
+MAX_SINGLE_PASS_RANK = 64  # above, the sums of P take too many registers beside the product's
+MAX_SLOTS = 16
+
+
+INTERPRETER = Target("cuda", 80, 4, 160 << 10)  # stands for the device there
+
+
+def target(device_index: int | None) -> Target:
+    """Of a GPU of this machine; None: the current one."""
+    return _target(torch.cuda.current_device() if device_index is None else device_index)
+
+
+@functools.cache
+def _target(device_index: int) -> Target:
+    properties = torch.cuda.get_device_properties(device_index)
+    if torch.version.hip:
+        return Target("hip", 0, properties.multi_processor_count, 64 << 10)
+    return Target(
+        "cuda",
+        10 * properties.major + properties.minor,
+        properties.multi_processor_count,
+        properties.shared_memory_per_block_optin,
+    )
+
+
+# Operations of a 16-bit matrix product for each byte of memory bandwidth, by the data sheets: 312
+# TFLOP/s over 2.0 TB/s on sm_80 (A100); of 990 over 3.35 on sm_90 (H100) what products reach, 760.
+BALANCE = {80: 156, 90: 227}
+# Whose matrix instructions read their operands from shared memory, and leave registers for sums.
+WIDE_TILES = (90, 100)
+FEW_ROWS, MANY_ROWS_4BIT = 16, 1024
+
+
+def strategy(
+    target: Target,
+    rows: int | None,
+    columns: int | None,
+    rank: int,
+    itemsize: int,
+    four_bit: bool,
+    dropout: bool,
+) -> tuple[str, str]:
+    """How to go about `lora_linear`, and why: from a model of its cost, not yet from measurements.
+
+    A single pass multiplies BLOCK_R more columns in each of its tiles: BLOCK_R / BLOCK_N of the
+    product. What it saves is a second read of x, which takes balance / N of the product's time,
+    and a launch. None stands for the many rows or columns of a large model.
+    """
+    rows, columns = 4096 if rows is None else rows, columns or 4096
+    if four_bit and rows > MANY_ROWS_4BIT:
+        return LIBRARY, "the codes are decoded once for all rows"
+    if rows <= FEW_ROWS:
+        return SPLIT, "few rows, whose x·Aᵀ is shared among all multiprocessors"
+    if dropout:
+        return SPLIT, "a mask is made once, not in each tile of columns"
+    if rank > MAX_SINGLE_PASS_RANK:
+        return SPLIT, f"rank above {MAX_SINGLE_PASS_RANK}"
+    config = linear(target, rows, itemsize, four_bit, rank)
+    extra = block_of_ranks(rank) / config.block_n
+    saved = BALANCE.get(target.arch, min(BALANCE.values())) / columns
+    if extra > saved:
+        return SPLIT, f"x·Aᵀ in each tile costs {extra:.1%} of the product, x again {saved:.1%}"
+    return SINGLE_PASS, f"x·Aᵀ in each tile costs {extra:.1%} of the product, x again {saved:.1%}"
+
+
+def precision(target: Target) -> str:
+    """Of float32 products: three TF32 ones, whose error is float32's, where there are any."""
+    return "tf32x3" if target.kind == "cuda" else "ieee"
+
+
+def block_of_ranks(rank: int) -> int:
+    """The ranks that a program takes at a time: a power of two, 16 to 64."""
+    return min(max(MIN_BLOCK, _power_of_two(rank)), MAX_SINGLE_PASS_RANK)
+
+
+def linear(
+    target: Target,
+    M: int,
+    itemsize: int,
+    codes: bool,
+    rank: int,
+    in_registers: bool = False,
+    scattered: bool = False,
+) -> Config:
+    """For `linear_kernel`; itemsize: bytes of the widest operand of a product in its loop.
+
+    rank: that of a single pass, 0 in the other strategies. in_registers: x or y is masked or scaled
+    too, or the adapter in float32, which takes registers beside the sums. scattered: codes are read element by element, each
+    by an address of its own.
+    """
+    if M <= 16:
+        config = Config(16, 64, 128 if itemsize == 2 else 32, 4, 4)
+    elif M <= 64 or itemsize > 2:
+        config = Config(64, 64, 64 if itemsize == 2 else 32, 4, 4)
+    elif M <= 256 or rank > 32 or (target.kind == "hip" and in_registers):
+        config = Config(128, 64, 64, 8, 3)
+    elif target.arch in WIDE_TILES and not (codes or in_registers):
+        config = Config(128, 256, 64, 8, 3)
+    else:
+        config = Config(128, 128, 64, 8, 3)
+    if scattered:
+        config = Config(config.block_m if M <= 16 else 64, 64, 32, 4, 1)
+    block_r = block_of_ranks(rank) if rank else 0
+    while config.stages > 1 and _shared_memory(config, itemsize, block_r) > target.shared_memory:
+        config = replace(config, stages=config.stages - 1)
+    return config
+
+
+# For `linear_kernel` behind a library's product: one pass over y.
+UPDATE = Config(64, 128, 64, 4, 1)
+
+
+def _shared_memory(config: Config, itemsize: int, block_r: int) -> int:
+    """Bytes of the tiles in flight."""
+    rows = config.block_m + config.block_n + block_r
+    return config.stages * rows * config.block_k * itemsize
+
+
+def shrink(target: Target, M: int, K: int, R: int, itemsize: int) -> tuple[Config, int]:
+    """For `shrink_kernel`: tiles, and the share of K in one slot. itemsize: of the operands."""
+    config = Config(16 if M <= 16 else 64, block_of_ranks(R), 32 if itemsize > 2 else 64, 4, 4)
+    programs = _tiles(M, config.block_m) * _tiles(R, config.block_n)
+    chunks = _tiles(K, config.block_k)
+    slots = max(1, min(MAX_SLOTS, target.multiprocessors // programs, chunks // 4))
+    return config, _tiles(chunks, slots) * config.block_k
+
+
+def outer(target: Target, M: int, N: int, R: int) -> tuple[Config, int]:
+    """For `outer_kernel`: tiles (block_k for the ranks), and the rows in one part."""
+    config = Config(64, 64, block_of_ranks(R), 4, 3)
+    programs = _tiles(N, config.block_n) * _tiles(R, config.block_k)
+    chunks = _tiles(M, config.block_m)
+    parts = max(1, min(chunks // 2, 2 * target.multiprocessors // programs))
+    return config, _tiles(chunks, parts) * config.block_m
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def _tiles(size: int, block: int) -> int:
+    return -(-size // block)

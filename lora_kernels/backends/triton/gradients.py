@@ -1,0 +1,134 @@
+"""dA, dB and the sums over rows: products that end in a few ranks, summed over M in two passes."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .tiles import dot, keep_mask, load_tile, to_dtype
+
+
+@triton.jit
+def outer_kernel(
+    s_ptr,
+    v_ptr,
+    v_scale_ptr,
+    z_ptr,
+    rng_ptr,
+    parts_ptr,
+    M,
+    N,
+    R,
+    stride_vm,
+    stride_vn,
+    m_share,
+    threshold,
+    RANKS: tl.constexpr,
+    V_SCALE: tl.constexpr,
+    MASK: tl.constexpr,
+    SUM: tl.constexpr,
+    SUM_Z: tl.constexpr,
+    WIDER: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """parts[i, :R] = sᵀ·mask(v ⊙ v_scale) over the i-th share of rows; [R] = Σ v, [R+1] = Σ v ⊙ z.
+
+    s [M, R] float32, v [M, N], z [M, N] contiguous; parts float32 [parts, R + 2, N]. RANKS, SUM and
+    SUM_Z: whether each is wanted. Program (n, r, i) makes BLOCK_R × BLOCK_N of part i, m_share rows.
+    Rounding points: s and v ⊙ v_scale to WIDER; sums in float32.
+    Bytes: v (and z) once for each BLOCK_R ranks, s once for each BLOCK_N columns, the parts;
+    flops 2·M·N·R. Deterministic. Tested by tests/triton/test_lora_linear.py.
+    """
+    pid_n, pid_r, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    offs_n, offs_r = (
+        pid_n * BLOCK_N + tl.arange(0, BLOCK_N),
+        pid_r * BLOCK_R + tl.arange(0, BLOCK_R),
+    )
+    mask_n, mask_r = offs_n < N, offs_r < R
+    grad = tl.zeros([BLOCK_R, BLOCK_N], dtype=tl.float32)
+    sum_v = tl.zeros([BLOCK_N], dtype=tl.float32)
+    sum_vz = tl.zeros([BLOCK_N], dtype=tl.float32)
+    end = min(M, (part + 1) * m_share)
+    for m0 in range(part * m_share, end, BLOCK_M):
+        offs_m = m0 + tl.arange(0, BLOCK_M)
+        mask_m = offs_m < end
+        v = load_tile(v_ptr, offs_m, stride_vm, offs_n, stride_vn, mask_m, mask_n, WIDE)
+        if SUM:
+            sum_v += tl.sum(v.to(tl.float32), 0)
+        if SUM_Z:
+            z = load_tile(z_ptr, offs_m, N, offs_n, 1, mask_m, mask_n, WIDE)
+            sum_vz += tl.sum(v.to(tl.float32) * z.to(tl.float32), 0)
+        if RANKS:
+            if V_SCALE:
+                v_scale = tl.load(v_scale_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+                v = v.to(tl.float32) * v_scale[None, :]
+            if MASK:
+                v = tl.where(
+                    keep_mask(rng_ptr, m0, pid_n * BLOCK_N, threshold, BLOCK_M, BLOCK_N), v, 0.0
+                )
+            s = load_tile(s_ptr, offs_r, 1, offs_m, R, mask_r, mask_m, WIDE)
+            grad = dot(to_dtype(s, WIDER), to_dtype(v, WIDER), grad, PRECISION)
+    first = parts_ptr + part.to(tl.int64) * (R + 2) * N
+    if RANKS:
+        at = offs_r[:, None] * N + offs_n[None, :]
+        tl.store(first + at, grad, mask=mask_r[:, None] & mask_n[None, :])
+    if pid_r == 0:
+        if SUM:
+            tl.store(first + R * N + offs_n, sum_v, mask=mask_n)
+        if SUM_Z:
+            tl.store(first + (R + 1) * N + offs_n, sum_vz, mask=mask_n)
+
+
+@triton.jit
+def reduce_kernel(
+    parts_ptr,
+    gate_ptr,
+    grad_ptr,
+    sum_ptr,
+    sum_z_ptr,
+    N,
+    R,
+    stride_gr,
+    stride_gn,
+    parts,
+    scale,
+    RANKS: tl.constexpr,
+    GATE: tl.constexpr,
+    SUM: tl.constexpr,
+    SUM_Z: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """grad [R, N] = scale · gate ⊙ Σ parts[:, :R] in its own dtype, and the two sums in float32.
+
+    Program (n, r) makes BLOCK_N elements of row r; rows R and R + 1 are the sums. The parts are
+    added in order. Rounding point: grad. Tested by tests/triton/test_lora_linear.py.
+    """
+    offs_n, r = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.program_id(1)
+    mask = offs_n < N
+    at = parts_ptr + r * N + offs_n
+    if RANKS:
+        if r < R:
+            total = add_parts(at, mask, R, N, parts) * scale
+            if GATE:
+                total = total * tl.load(gate_ptr + r).to(tl.float32)
+            to = grad_ptr + r.to(tl.int64) * stride_gr + offs_n.to(tl.int64) * stride_gn
+            tl.store(to, to_dtype(total, grad_ptr.dtype.element_ty), mask=mask)
+    if SUM:
+        if r == R:
+            tl.store(sum_ptr + offs_n, add_parts(at, mask, R, N, parts), mask=mask)
+    if SUM_Z:
+        if r == R + 1:
+            tl.store(sum_z_ptr + offs_n, add_parts(at, mask, R, N, parts), mask=mask)
+
+
+@triton.jit
+def add_parts(at, mask, R, N, parts):
+    total = tl.load(at, mask=mask, other=0.0)
+    for _ in range(1, parts):
+        at += (R + 2) * N
+        total += tl.load(at, mask=mask, other=0.0)
+    return total

@@ -1,0 +1,190 @@
+"""What the kernels share: conversions, products, dropout's mask, tiles of a weight.
+
+In Triton's interpreter bfloat16 is held as its bits: products of it multiply those, conversions to
+it may cut them off. So every product and every conversion goes through `dot` and `to_dtype`.
+"""
+
+from __future__ import annotations
+
+import os
+
+import triton
+import triton.language as tl
+
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
+
+
+@triton.jit
+def to_dtype(x, dtype: tl.constexpr):
+    """x rounded to `dtype`, to nearest even."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        rounded = tl.where(x == x, rounded, (bits >> 16) | 0x40)
+        return rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return x.to(dtype)
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a·b in float32; PRECISION is that of float32 operands."""
+    if INTERPRETED:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def keep_mask(rng_ptr, m0, k0, threshold, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Where D(x) keeps x from [m0, k0] on, k0 a multiple of 4: int1[BLOCK_M, BLOCK_K].
+
+    reference.dropout_mask says how: four neighbours share a call of Philox.
+    """
+    seed = tl.load(rng_ptr).to(tl.uint64, bitcast=True)
+    offset = tl.load(rng_ptr + 1).to(tl.uint64, bitcast=True)
+    zeros = tl.zeros([BLOCK_M, BLOCK_K // 4], dtype=tl.uint32)
+    group = k0 // 4 + tl.arange(0, BLOCK_K // 4)
+    row = m0 + tl.arange(0, BLOCK_M)
+    c0, c1, c2, c3 = tl.philox_impl(
+        zeros + group[None, :].to(tl.uint32),
+        zeros + row[:, None].to(tl.uint32),
+        zeros + (offset & 0xFFFFFFFF).to(tl.uint32),
+        zeros + (offset >> 32).to(tl.uint32),
+        (seed & 0xFFFFFFFF).to(tl.uint32),
+        (seed >> 32).to(tl.uint32),
+    )
+    words = tl.join(tl.join(c0, c2), tl.join(c1, c3))
+    return words.reshape(BLOCK_M, BLOCK_K) >= threshold
+
+
+@triton.jit
+def load_tile(ptr, offs_0, stride_0, offs_1, stride_1, mask_0, mask_1, WIDE: tl.constexpr):
+    """[BLOCK_0, BLOCK_1] of a matrix, 0 outside of it. WIDE: offsets pass 2³¹."""
+    if WIDE:
+        offs_0 = offs_0.to(tl.int64)
+        offs_1 = offs_1.to(tl.int64)
+    at = ptr + (offs_0[:, None] * stride_0 + offs_1[None, :] * stride_1)
+    return tl.load(at, mask=mask_0[:, None] & mask_1[None, :], other=0.0)
+
+
+@triton.jit
+def look_up(code_ptr, codes, ASM: tl.constexpr):
+    """The values of these codes, float32. The table's 64 bytes lie in one line of the L1 cache.
+
+    As a plain load the compiler would take it for one to be made ahead, by way of shared memory.
+    """
+    if ASM:
+        base = tl.zeros(codes.shape, dtype=tl.int64) + code_ptr.to(tl.int64)
+        return tl.inline_asm_elementwise(
+            "{ .reg .b64 a; mad.wide.u32 a, $1, 4, $2; ld.global.nc.f32 $0, [a]; }",
+            "=f,r,l",
+            [codes, base],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        return tl.load(code_ptr + codes)
+
+
+@triton.jit
+def block_scales(
+    block, mask, absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, NESTED: tl.constexpr
+):
+    """The scales of these blocks, float32, 0 where masked. Two roundings where nested: compiled without fusion."""
+    if NESTED:
+        code = tl.load(absmax_ptr + block, mask=mask, other=0).to(tl.int32)
+        scale = tl.load(nested_absmax_ptr + (block >> 8), mask=mask, other=0.0)
+        scale = tl.load(nested_code_ptr + code) * scale + tl.load(offset_ptr)
+        return tl.where(mask, scale, 0.0)
+    else:
+        return tl.load(absmax_ptr + block, mask=mask, other=0.0)
+
+
+@triton.jit
+def load_codes(
+    packed_ptr,
+    absmax_ptr,
+    code_ptr,
+    nested_absmax_ptr,
+    nested_code_ptr,
+    offset_ptr,
+    n0,
+    k0,
+    N,
+    K,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    LOG2_BLOCK: tl.constexpr,
+    NESTED: tl.constexpr,
+    WHOLE: tl.constexpr,
+    WORDS: tl.constexpr,
+    ASM: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """[BLOCK_N, BLOCK_K] of a 4-bit weight from [n0, k0] on in float32, code × scale; 0 outside.
+
+    WORDS: K is a multiple of 8 and so is k0, and words are aligned. WHOLE: K is a multiple of the
+    block, and k0 of the block or of BLOCK_K, so that a row of the tile has one scale or few.
+    """
+    offs_n, offs_k = n0 + tl.arange(0, BLOCK_N), k0 + tl.arange(0, BLOCK_K)
+    mask_n = offs_n < N
+    mask = mask_n[:, None] & (offs_k < K)[None, :]
+    if WIDE:
+        offs_n = offs_n.to(tl.int64)
+    first = offs_n[:, None] * K  # of the row, in the flattened weight
+    if WORDS:
+        offs_w = k0 // 8 + tl.arange(0, BLOCK_K // 8)
+        inside = mask_n[:, None] & (offs_w < K // 8)[None, :]
+        words = packed_ptr.to(tl.pointer_type(tl.uint32))
+        word = tl.load(words + (offs_n[:, None] * (K // 8) + offs_w[None, :]), mask=inside, other=0)
+        # The even element of a byte is in its high half.
+        v0 = look_up(code_ptr, (word >> 4) & 15, ASM)
+        v1 = look_up(code_ptr, word & 15, ASM)
+        v2 = look_up(code_ptr, (word >> 12) & 15, ASM)
+        v3 = look_up(code_ptr, (word >> 8) & 15, ASM)
+        v4 = look_up(code_ptr, (word >> 20) & 15, ASM)
+        v5 = look_up(code_ptr, (word >> 16) & 15, ASM)
+        v6 = look_up(code_ptr, word >> 28, ASM)
+        v7 = look_up(code_ptr, (word >> 24) & 15, ASM)
+        even = tl.join(tl.join(v0, v4), tl.join(v2, v6))
+        odd = tl.join(tl.join(v1, v5), tl.join(v3, v7))
+        value = tl.join(even, odd).reshape(BLOCK_N, BLOCK_K)
+    else:
+        element = first + offs_k[None, :]
+        byte = tl.load(packed_ptr + (element >> 1), mask=mask, other=0).to(tl.int32)
+        value = look_up(code_ptr, tl.where((element & 1) == 0, byte >> 4, byte & 15), ASM)
+    if WHOLE:
+        SCALES: tl.constexpr = max(1, BLOCK_K >> LOG2_BLOCK)
+        per_row = K >> LOG2_BLOCK
+        if SCALES == 1:
+            scale = block_scales(
+                offs_n * per_row + (k0 >> LOG2_BLOCK), mask_n, absmax_ptr,
+                nested_absmax_ptr, nested_code_ptr, offset_ptr, NESTED,
+            )[:, None]  # fmt: skip
+        else:
+            offs_s = (k0 >> LOG2_BLOCK) + tl.arange(0, SCALES)
+            scale = block_scales(
+                offs_n[:, None] * per_row + offs_s[None, :],
+                mask_n[:, None] & (offs_s < per_row)[None, :], absmax_ptr,
+                nested_absmax_ptr, nested_code_ptr, offset_ptr, NESTED,
+            )  # fmt: skip
+            scale = tl.broadcast_to(scale[:, :, None], BLOCK_N, SCALES, BLOCK_K // SCALES)
+            scale = scale.reshape(BLOCK_N, BLOCK_K)
+    else:
+        block = (first + offs_k[None, :]) >> LOG2_BLOCK
+        scale = block_scales(
+            block, mask, absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, NESTED
+        )
+    return value * scale
+
+
+@triton.jit
+def grouped(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """The tile of a program, in an order in which neighbours share what they read: GROUP_M tiles
+    down, then one to the right."""
+    width = GROUP_M * tiles_n
+    first_m = pid // width * GROUP_M
+    height = min(tiles_m - first_m, GROUP_M)
+    return first_m + pid % width % height, pid % width // height

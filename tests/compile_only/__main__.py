@@ -1,0 +1,100 @@
+"""Compile the Triton kernels for GPUs that are not here, and hold them to their budgets.
+
+    python -m tests.compile_only [--target sm90 ...] [--all] [--write]
+
+A kernel that spills in a loop (or more than 32 bytes outside of them), lacks its matrix instruction, or takes more shared memory than there is fails,
+and one that takes more registers or shared memory than budgets.json says (for the Triton that they
+were written with). `loop` is matrix instructions over all of the inner loop, `peak` the share of
+the matrix unit's peak that issuing that loop allows: a static roofline, and an upper bound.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from tests.compile_only import machine_code
+from tests.compile_only.calls import SLICE, every_call
+from tests.compile_only.targets import TARGETS, VERSION, compiled
+
+BUDGETS = Path(__file__).with_name("budgets.json")
+MATRIX = {
+    "sm80": "mma.sync", "sm90": "wgmma.mma_async", "sm100": "tcgen05.mma", "sm120": "mma.sync",
+    "gfx942": "mfma",
+}  # fmt: skip
+FEW_BYTES = 32  # of stack, touched outside of all loops: ptxas buys occupancy with them
+WARPGROUP = 64  # rows of wgmma and tcgen05; with fewer, mma.sync
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.compile_only", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--call", help="of every config, those whose name has this in it")
+    parser.add_argument("--all", action="store_true", help="every config (default: one a kernel)")
+    parser.add_argument("--write", action="store_true", help="write the budgets of what is seen")
+    args = parser.parse_args()
+    budgets = json.loads(BUDGETS.read_text())
+    calls = list(every_call()) if args.all or args.call else SLICE
+    calls = [call for call in calls if (args.call or "") in str(call)]
+    failures = seen = 0
+    print("registers, shared memory, matrix instruction, loop, peak; then kernel and tiles, call")
+    for target in args.target:
+        known: set[str] = set()
+        for call in calls:
+            for found in compiled(target, call.run):
+                tiles = f"{found.config.block_m}x{found.config.block_n}x{found.config.block_k}"
+                key = f"{found.name} {tiles} {call}"
+                if found.kernel.hash in known:
+                    continue
+                known.add(found.kernel.hash)
+                seen += 1
+                code = machine_code.read(found.kernel, target, found.config.warps)
+                wrong = _wrong(code, target, found.name, found.config.block_m)
+                limit = budgets["kernels"].get(target, {}).get(key)
+                if args.write:
+                    entry = budgets["kernels"].setdefault(target, {})
+                    entry[key] = {"registers": code.registers, "shared": code.shared}
+                elif budgets["triton"] == VERSION:
+                    wrong += _over(code, limit)
+                peak = "" if code.share is None else f"{code.share:4.0%}"
+                line = (
+                    f"{'✗' if wrong else '✓'} {target:6} {code.registers:3} {code.shared:6} "
+                    f"{code.matrix:15} {code.matrix_share:4.0%} {peak:4}  {key}"
+                )
+                few = f"({code.spills} bytes of stack)" if code.spills and not wrong else ""
+                print("  ".join(filter(None, [line, few, *wrong])), flush=True)
+                failures += bool(wrong)
+    if args.write:
+        budgets["triton"] = VERSION
+        BUDGETS.write_text(json.dumps(budgets, indent=1, sort_keys=True) + "\n")
+    print(f"{seen} kernels compiled with Triton {VERSION}, {failures} failures")
+    return 1 if failures else 0
+
+
+def _wrong(code: machine_code.Code, target: str, kernel: str, block_m: int) -> list[str]:
+    wrong = [f"spills {code.spills}"] if code.spills > FEW_BYTES or code.spills_in_loops else []
+    limit = TARGETS[target][0].shared_memory
+    if code.shared > limit:
+        wrong.append(f"shared memory over {limit}")
+    if kernel != "reduce_kernel" and not code.matrix:
+        wrong.append("no matrix instruction")
+    if kernel == "linear_kernel" and block_m >= WARPGROUP and code.matrix != MATRIX[target]:
+        wrong.append(f"no {MATRIX[target]}")
+    return wrong
+
+
+def _over(code: machine_code.Code, limit: dict[str, int] | None) -> list[str]:
+    if limit is None:
+        return ["no budget: run with --write"]
+    return [
+        f"{name} over {limit[name]}"
+        for name in ("registers", "shared")
+        if getattr(code, name) > limit[name]
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+"""The calls whose kernels are compiled: production's own launch functions on tensors of no memory."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lora_kernels.backends.triton import LIBRARY, SINGLE_PASS, SPLIT, configs, launch
+from lora_kernels.quantization.codes import Codes
+
+f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
+
+
+@dataclass(frozen=True)
+class Call:
+    """One `lora_linear`, or its backward, at a size where `configs` decides something else."""
+
+    M: int
+    dtype: torch.dtype = bf16
+    adapter: torch.dtype = bf16
+    R: int = 16
+    strategy: str = SPLIT
+    quant: str = ""  # "", "whole" blocks in whole words, or "odd" rows
+    backward: bool = False
+    options: bool = False  # gate, column scale, bias, dropout, z kept
+    odd: bool = False  # K and N odd, so that nothing is aligned
+
+    def __str__(self) -> str:
+        names = [f"M{self.M}", f"R{self.R}", str(self.dtype).removeprefix("torch.")]
+        names += [f"A:{self.adapter}".replace("torch.", "")] if self.adapter != self.dtype else []
+        names += [self.strategy.split()[0], "backward" if self.backward else "forward"]
+        names += [f"codes:{self.quant}"] if self.quant else []
+        names += [name for name in ("options", "odd") if getattr(self, name)]
+        return " ".join(names)
+
+    def run(self) -> None:
+        N = K = 4095 if self.odd or self.quant == "odd" else 4096
+        M, R = self.M, self.R
+        x, A, B = meta((M, K), self.dtype), meta((R, K), self.adapter), meta((N, R), self.adapter)
+        weight = codes(N, K) if self.quant else meta((N, K), self.dtype)
+        if self.strategy == LIBRARY:
+            weight = meta((N, K), self.dtype)  # decoded by another kernel
+        gate = meta((R,), f32) if self.options else None
+        scale = meta((N,), f32) if self.options else None
+        bias = meta((N,), self.dtype) if self.options else None
+        p, rng = (0.1, meta((2,), torch.int64)) if self.options else (0.0, None)
+        if not self.backward:
+            launch.lora_linear(
+                x, weight, A, B, 2.0, gate, scale, bias, p, rng, self.dtype, self.dtype,
+                self.options, self.strategy,
+            )  # fmt: skip
+            return
+        dy, z = meta((M, N), self.dtype), meta((M, N), self.dtype)
+        launch.lora_linear_backward(
+            dy, x, weight, A, B, meta((M, R), f32), z if self.options else None, 2.0, gate, scale,
+            p, rng, self.dtype, True, True, True, self.options, self.options, self.options,
+            self.strategy,
+        )  # fmt: skip
+
+
+def meta(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def codes(N: int, K: int) -> Codes:
+    blocks = -(-N * K // 64)
+    return Codes(
+        meta((-(-N * K // 2),), torch.uint8), meta((blocks,), torch.uint8), meta((16,), f32),
+        meta((-(-blocks // 256),), f32), meta((256,), f32), meta((1,), f32), 64, 256,
+    )  # fmt: skip
+
+
+# One config a kernel and target.
+SLICE = [
+    Call(4096, strategy=SINGLE_PASS),
+    Call(1024, quant="whole"),
+    Call(16, quant="whole"),
+    Call(4096, f32, f32),
+    Call(4096, backward=True, options=True),
+]
+
+
+def every_call() -> Iterator[Call]:
+    """Every branch of `configs`, every format, with options and without, aligned and odd."""
+    yield from SLICE
+    for M, dtype in itertools.product((1, 64, 256, 4096), (bf16, f32)):
+        for strategy, backward in itertools.product((SINGLE_PASS, SPLIT, LIBRARY), (False, True)):
+            for quant in ("", "whole") if strategy != LIBRARY else ("",):
+                yield Call(M, dtype, dtype, 16, strategy, quant, backward)
+    for R in (64, 256):
+        for strategy in (SPLIT, SINGLE_PASS) if R <= configs.MAX_SINGLE_PASS_RANK else (SPLIT,):
+            yield Call(4096, R=R, strategy=strategy)
+            yield Call(4096, R=R, strategy=strategy, backward=True)
+    for strategy, quant in itertools.product((SINGLE_PASS, SPLIT), ("", "odd")):
+        for backward in (False, True):
+            yield Call(256, bf16, f32, 16, strategy, quant, backward, options=True)
+            yield Call(256, f16, f16, 5, strategy, quant, backward, odd=True)

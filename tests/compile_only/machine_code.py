@@ -1,0 +1,125 @@
+"""What a compiled kernel came to: registers, spills, memory, and what its inner loop does."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+# Matrix flops a clock and multiprocessor, 16-bit operands and float32 sums, from the data sheets.
+PEAK = {"sm80": 2048, "sm90": 4096, "sm100": 8192, "sm120": 512}
+_HMMA = {"16816": 2 * 16 * 8 * 16, "1688": 2 * 16 * 8 * 8}
+
+
+@dataclass(frozen=True)
+class Code:
+    registers: int
+    spills: int  # bytes of stack or local memory; on AMD registers spilled
+    spills_in_loops: int  # instructions that read or write those
+    shared: int
+    matrix: str  # the kind of matrix instruction; "" where there is none
+    wide: bool  # whether global memory is read 128 bits at a time
+    share: float | None  # of the matrix unit's peak that issuing the loop's instructions allows
+    loop: Counter[str]  # instructions of the innermost loop that multiplies
+
+    @property
+    def matrix_share(self) -> float:
+        """Matrix instructions over all of the loop."""
+        total = sum(self.loop.values())
+        return sum(n for op, n in self.loop.items() if _is_matrix(op)) / total if total else 0.0
+
+
+def read(kernel: Any, target: str, warps: int) -> Code:
+    """Of a compiled Triton kernel."""
+    if "amdgcn" in kernel.asm:
+        return _read_amd(kernel)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = _output("cuobjdump", "--dump-resource-usage", file.name)
+        sass = _output("nvdisasm", "-c", file.name)
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+    assert found is not None, usage
+    loop, spills_in_loops = _loop(sass)
+    ptx = kernel.asm["ptx"]
+    kinds = ("tcgen05.mma", "wgmma.mma_async", "mma.sync")
+    return Code(
+        registers=int(found[1]),
+        spills=int(found[2]) + int(found[3]),
+        spills_in_loops=spills_in_loops,
+        shared=kernel.metadata.shared,
+        matrix=next((kind for kind in kinds if kind in ptx), ""),
+        wide=bool(re.search(r"LDG\S*\.128|LDGSTS\S*\.128", sass)),
+        share=_share(loop, target, warps),
+        loop=loop,
+    )
+
+
+def _read_amd(kernel: Any) -> Code:
+    text = kernel.asm["amdgcn"]
+
+    def field(name: str) -> int:
+        found = re.search(rf"\.{name}:\s+(\d+)", text)
+        assert found is not None, name
+        return int(found[1])
+
+    return Code(
+        registers=field("vgpr_count"),
+        spills=field("vgpr_spill_count") + field("sgpr_spill_count"),
+        spills_in_loops=field("vgpr_spill_count"),  # wherever they are
+        shared=kernel.metadata.shared,
+        matrix="mfma" if "v_mfma" in text else "",
+        wide="load_dwordx4" in text,
+        share=None,
+        loop=Counter(),
+    )
+
+
+def _output(tool: str, *arguments: str) -> str:
+    done = subprocess.run([TOOLS / tool, *arguments], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def _loop(sass: str) -> tuple[Counter[str], int]:
+    """The shortest loop with as many matrix instructions as any; in all loops, what spills."""
+    lines = [line for line in sass.splitlines() if re.search(r"/\*[0-9a-f]{4,}\*/|^\.L", line)]
+    labels = {line.split(":")[0].strip(): i for i, line in enumerate(lines) if line[0] == "."}
+    ops = [
+        found[1] if (found := re.search(r"\*/\s+(?:@!?U?P\w+ )?([A-Z]\w*[\w.]*)", line)) else ""
+        for line in lines
+    ]
+    chosen, spilled = (0, 0, range(0)), set[int]()
+    for end, line in enumerate(lines):
+        jump = re.search(r"BRA.*`\((\.L\w+)\)", line)
+        body = range(labels.get(jump[1], end + 1) if jump else end + 1, end + 1)
+        spilled.update(i for i in body if ops[i].startswith(("LDL", "STL")))
+        chosen = max(
+            chosen, (sum(_is_matrix(ops[i]) for i in body), -len(body), body), key=lambda c: c[:2]
+        )
+    return Counter(ops[i] for i in chosen[2] if ops[i]), len(spilled)
+
+
+def _is_matrix(op: str) -> bool:
+    return op.startswith(("HMMA", "HGMMA", "UTCHMMA", "UTCQMMA"))
+
+
+def _share(loop: Counter[str], target: str, warps: int) -> float | None:
+    """Clocks of the loop's matrix work over those of issuing it, four warps a clock, at most 1."""
+    flops = 0
+    for op, n in loop.items():
+        n *= 2 if "TF32" in op else 1  # at half the rate
+        if found := re.match(r"HMMA\.(\d+)", op):
+            flops += n * _HMMA.get(found[1], 0) * warps
+        elif found := re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)", op):
+            flops += n * 2 * int(found[1]) * int(found[2]) * int(found[3]) * warps // 4
+    if not flops:
+        return None
+    return min(1.0, flops / PEAK[target] / (sum(loop.values()) * warps / 4))

@@ -1,0 +1,15 @@
+"""Kernels run here on a GPU or, with TRITON_INTERPRET=1, in Triton's interpreter; else not at all.
+
+The variable must be set before Triton is imported and holds for a whole process: so these tests
+have one of their own (the Makefile's `test`). Where there is no Triton only test_select.py is left.
+"""
+
+import os
+
+import torch
+
+from lora_kernels.backends import triton
+
+runs = os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available()
+if not runs or triton.absence() is not None:
+    collect_ignore = ["test_exact.py", "test_lora_linear.py"]

@@ -1,0 +1,180 @@
+"""Where the answer is exact, the result is; how many launches it takes, and what memory."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import lora_kernels
+from lora_kernels import reference
+from lora_kernels.backends.triton import LIBRARY, SINGLE_PASS, SPLIT, launch, tiles
+from lora_kernels.measure import case as cases
+from lora_kernels.measure.case import Case
+from lora_kernels.measure.tolerance import assert_exact
+from lora_kernels.quantization import quantize_4bit
+
+f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
+every_strategy = pytest.mark.parametrize("strategy", [SINGLE_PASS, SPLIT, LIBRARY])
+every_dtype = pytest.mark.parametrize("dtype", [f32, bf16, f16], ids=str)
+
+
+@every_strategy
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"gate": True, "column_scale": True, "bias": True}, {"dropout_p": 0.5}],
+    ids=str,
+)
+@pytest.mark.parametrize("shape", [(13, 19, 17, 5), (65, 35, 33, 3)], ids=str)
+@every_dtype
+def test_integers(
+    dtype: torch.dtype, shape: tuple[int, ...], options: dict[str, Any], strategy: str
+) -> None:
+    """-1, 0 and 1 everywhere: all sums are integers, rounded once."""
+    args = cases.inputs(Case(*shape, dtype, values="integers", **options))
+    ref = cases.oracle(args)
+    with lora_kernels.backend("triton", strategy):
+        got = cases.run(lora_kernels.lora_linear, args)
+    for name in got.keys() - ({"dc"} if dtype is not f32 else set()):  # of a z that was rounded
+        if (ref[name].to(bf16) == ref[name]).all():
+            assert_exact(got[name], ref[name], name)
+    assert_exact(got["y"], ref["y"].to(dtype), "y")
+
+
+@pytest.mark.parametrize("strategy", [SINGLE_PASS, SPLIT])
+@every_dtype
+@pytest.mark.parametrize(
+    ("sizes", "quant"),
+    [
+        ((65, 128), "nf4-64-nested"),
+        ((33, 96), "fp4-32-nested"),
+        ((33, 63), "nf4-64-nested"),
+        ((9, 72), "nf4-64"),
+    ],
+    ids=str,
+)
+def test_unit_matrices_read_out_the_weight(
+    sizes: tuple[int, int], quant: str, dtype: torch.dtype, strategy: str
+) -> None:
+    """Row by row in the forward, column by column in dx; few rows and many."""
+    N, K = sizes
+    kind, blocksize, *nested = quant.split("-")
+    weight = quantize_4bit(
+        torch.randn(N, K, generator=torch.Generator().manual_seed(1)),
+        kind,
+        int(blocksize),
+        bool(nested),
+    )
+    A, B = torch.ones(3, K, dtype=dtype), torch.zeros(N, 3, dtype=dtype)
+    want = reference.dequantize_4bit(
+        weight.packed, weight.scales(), weight.code, int(blocksize), weight.shape, dtype
+    )
+    with lora_kernels.backend("triton", strategy):
+        for m in (slice(0, 4), slice(0, K)):
+            x = torch.eye(K, dtype=dtype)[m]
+            assert_exact(lora_kernels.lora_linear(x, weight, A, B), want.t()[m], "y")
+        x = torch.zeros(N, K, dtype=dtype, requires_grad=True)
+        lora_kernels.lora_linear(x, weight, A, B).backward(torch.eye(N, dtype=dtype))
+        assert_exact(x.grad, want, "dx")
+
+
+@every_strategy
+@pytest.mark.parametrize("M", [12, 70, 257], ids=["tiles of 16", "of 64", "of 128"])
+@pytest.mark.parametrize("p", [0.1, 0.5, 1.0])
+def test_the_mask_is_the_public_one(p: float, M: int, strategy: str) -> None:
+    """A and B pick columns of x, so that y and dx show where it was dropped."""
+    K, R = 61, 61
+    rng = torch.tensor([-(2**50) + 3, 2**45 + 17])
+    kept = lora_kernels.dropout_mask(rng, M, K, p)
+    scale = torch.tensor(0.0 if p == 1.0 else 1 / (1 - p), dtype=f32)
+    x = torch.ones(M, K, requires_grad=True)
+    A = torch.eye(K).requires_grad_()
+    with lora_kernels.backend("triton", strategy):
+        y = lora_kernels.lora_linear(x, torch.zeros(R, K), A, torch.eye(R), dropout_p=p, rng=rng)
+        y.backward(torch.ones_like(y))
+    assert_exact(y, kept * scale, "y")
+    assert_exact(x.grad, kept * scale, "dx")
+    assert_exact(A.grad != 0, (kept.sum(0) > 0).expand(R, K) & (scale > 0), "dA")
+
+
+@every_strategy
+@pytest.mark.parametrize("dtype", [f32, bf16], ids=str)
+def test_the_same_bits_again(dtype: torch.dtype, strategy: str) -> None:
+    case = Case(133, 129, 259, 16, dtype, gate=True, column_scale=True, bias=True, dropout_p=0.1)
+    args = cases.inputs(case)
+    with lora_kernels.backend("triton", strategy):
+        first, other = (cases.run(lora_kernels.lora_linear, args) for _ in range(2))
+    for name in first:
+        assert torch.equal(first[name], other[name]), name
+
+
+@every_strategy
+@pytest.mark.parametrize("where", ["x", "weight", "lora_A", "lora_B", "bias", "column_scale", "dy"])
+def test_what_is_not_finite_spreads_as_in_pytorch(where: str, strategy: str) -> None:
+    args = cases.inputs(Case(9, 33, 37, 5, bf16, gate=True, column_scale=True, bias=True))
+    with torch.no_grad():
+        args[where].view(-1)[7] = float("inf")
+    with lora_kernels.backend("triton", strategy):
+        got = cases.run(lora_kernels.lora_linear, args)
+    want = cases.run(cases.plain_pytorch, args)
+    for name in want:
+        assert_exact(got[name].isfinite(), want[name].isfinite(), name)
+
+
+LAUNCHES = {SINGLE_PASS: ["linear"], SPLIT: ["shrink", "linear"], LIBRARY: ["shrink", "linear"]}
+
+
+@every_strategy
+@pytest.mark.parametrize("quant", ["", "nf4-64-nested"])
+def test_launches_and_temporaries(
+    quant: str, strategy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One launch in a single pass, two in split; no temporary of M×N, M×K or N×K elements."""
+    M, N, K = 40, 160, 128
+    args = cases.inputs(Case(M, N, K, 5, f32, quant=quant, gate=True, bias=True))
+    launched, count = [], launch._launch
+
+    def counted(kernel: Any, *rest: Any, **meta: Any) -> None:
+        launched.append(kernel.__name__.removesuffix("_kernel"))
+        count(kernel, *rest, **meta)
+
+    monkeypatch.setattr(launch, "_launch", counted)
+    sizes: list[int] = []
+
+    class Allocations(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            out = func(*args, **(kwargs or {}))
+            name = str(func)
+            if "empty" in name or "zeros" in name or "new_" in name or "mm" in name:
+                sizes.append(out.numel())
+            return out
+
+    weight = args["weight"].codes if quant else args["weight"]
+    with Allocations():
+        launch.lora_linear(
+            args["x"].detach(), weight, args["lora_A"], args["lora_B"], 2.0, args["rank_gate"],
+            None, args["bias"], 0.0, None, f32, f32, False, strategy,
+        )  # fmt: skip
+    assert launched == LAUNCHES[strategy]
+    if strategy != LIBRARY:
+        assert sorted(sizes)[-2:] == [M * 5, M * N]  # P and y
+
+
+@every_dtype
+def test_conversion_rounds_to_nearest_even(dtype: torch.dtype) -> None:
+    """In the interpreter too, whose own conversion to bfloat16 may cut bits off."""
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def convert(x_ptr, y_ptr, N: tl.constexpr):  # type: ignore[no-untyped-def]
+        i = tl.arange(0, N)
+        tl.store(y_ptr + i, tiles.to_dtype(tl.load(x_ptr + i), y_ptr.dtype.element_ty))
+
+    x = torch.randn(1024, generator=torch.Generator().manual_seed(0))
+    x[:5] = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, float("inf"), float("nan"), 3.3e38])
+    y = torch.empty(1024, dtype=dtype)
+    convert[(1,)](x, y, N=1024)
+    torch.testing.assert_close(y, x.to(dtype), rtol=0, atol=0, equal_nan=True)

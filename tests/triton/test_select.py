@@ -1,0 +1,125 @@
+"""When the Triton backend runs, how it goes about it, and what is said where it cannot."""
+
+import pytest
+import torch
+
+import lora_kernels
+from lora_kernels import select
+from lora_kernels.backends import triton
+from lora_kernels.backends.triton import LIBRARY, SINGLE_PASS, SPLIT, configs
+from lora_kernels.backends.triton.configs import Target
+
+f32, f64, bf16 = torch.float32, torch.float64, torch.bfloat16
+A100, H100 = Target("cuda", 80, 108, 163 << 10), Target("cuda", 90, 132, 227 << 10)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Target:
+    """A machine with Triton and an A100, as far as `select` asks."""
+    monkeypatch.setattr(triton, "absence", lambda: None)
+    monkeypatch.setattr(triton, "interpreted", lambda: False)
+    monkeypatch.setattr(configs, "target", lambda index: A100)
+    return A100
+
+
+def choose(
+    device: str = "cuda", dtype: torch.dtype = bf16, rank: int = 16, rows: int = 4096
+) -> select.Choice:
+    return select.lora_linear(device, dtype, dtype, dtype, dtype, rank, rows, columns=1024)
+
+
+def test_only_where_it_is_asked_for(gpu: Target) -> None:
+    assert choose().backend == "eager"
+    assert "have run on no GPU yet" in choose().reason
+    with lora_kernels.backend("triton"):
+        assert choose().backend == "triton"
+    with lora_kernels.backend("triton", SPLIT):
+        assert choose().strategy == SPLIT
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        ({"device": "cpu"}, "'cpu', want a GPU .* TRITON_INTERPRET=1"),
+        ({"device": "meta"}, "'meta', want a GPU"),
+        ({"rank": 257}, "rank 257 is above"),
+        ({"dtype": f64}, "float64"),
+    ],
+    ids=str,
+)
+def test_it_says_what_is_missing(gpu: Target, arguments: dict[str, object], word: str) -> None:
+    with lora_kernels.backend("triton"), pytest.raises(RuntimeError, match=word):
+        choose(**arguments)
+
+
+def test_no_matrix_instructions_before_sm_80(monkeypatch: pytest.MonkeyPatch, gpu: Target) -> None:
+    monkeypatch.setattr(configs, "target", lambda index: Target("cuda", 75, 40, 64 << 10))
+    with lora_kernels.backend("triton"), pytest.raises(RuntimeError, match="sm_75, .*want sm_80"):
+        choose()
+
+
+def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton, "absence", lambda: "Triton is not installed")
+    with lora_kernels.backend("triton"), pytest.raises(RuntimeError, match="not installed"):
+        lora_kernels.lora_linear(torch.ones(2, 3), None, torch.ones(1, 3), torch.ones(4, 1))
+
+
+def test_single_pass_above_its_ranks(gpu: Target) -> None:
+    with lora_kernels.backend("triton", SINGLE_PASS), pytest.raises(RuntimeError, match="above 64"):
+        choose(rank=65)
+
+
+# benchmarks/KERNELS.md has this list: Llama-3-8B's k and v, gate and up, q and o, down.
+@pytest.mark.parametrize(
+    ("target", "columns", "rank", "four_bit", "strategy"),
+    [
+        (A100, 1024, 16, False, SINGLE_PASS),
+        (A100, 4096, 16, False, SPLIT),
+        (A100, 14336, 16, False, SPLIT),
+        (A100, 1024, 16, True, SINGLE_PASS),
+        (H100, 1024, 16, False, SINGLE_PASS),
+        (H100, 2048, 16, False, SINGLE_PASS),
+        (H100, 1024, 64, False, SPLIT),
+        (H100, 4096, 16, False, SPLIT),
+        (H100, 1024, 16, True, SINGLE_PASS),
+    ],
+)
+def test_named_shapes(
+    target: Target, columns: int, rank: int, four_bit: bool, strategy: str
+) -> None:
+    for rows in (1024, 512):
+        chosen, why = configs.strategy(target, rows, columns, rank, 2, four_bit, dropout=False)
+        assert chosen == strategy, why
+
+
+@pytest.mark.parametrize(
+    ("rows", "rank", "four_bit", "dropout", "strategy"),
+    [
+        (16, 16, False, False, SPLIT),
+        (4096, 16, False, True, SPLIT),
+        (4096, 65, False, False, SPLIT),
+        (1025, 16, True, False, LIBRARY),
+        (1024, 16, True, False, SINGLE_PASS),
+        (None, 16, False, False, SINGLE_PASS),
+    ],
+)
+def test_what_decides(
+    rows: int | None, rank: int, four_bit: bool, dropout: bool, strategy: str
+) -> None:
+    assert configs.strategy(H100, rows, 1024, rank, 2, four_bit, dropout)[0] == strategy
+
+
+def test_blocks_of_ranks() -> None:
+    assert [configs.block_of_ranks(r) for r in (1, 16, 17, 64, 256)] == [16, 16, 32, 64, 64]
+
+
+@pytest.mark.parametrize("M", [1, 16, 100, 8192])
+@pytest.mark.parametrize("K", [64, 4096, 14336])
+def test_shares_cover_everything_once(K: int, M: int) -> None:
+    config, share = configs.shrink(H100, M, K, 16, 2)
+    slots = -(-K // share)
+    assert share % config.block_k == 0
+    assert 1 <= slots <= configs.MAX_SLOTS and (slots - 1) * share < K <= slots * share
+    config, share = configs.outer(H100, M, K, 16)
+    parts = -(-M // share)
+    assert share % config.block_m == 0 and (parts - 1) * share < M <= parts * share

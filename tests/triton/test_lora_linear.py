@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import lora_kernels
-from lora_kernels.backends.triton import LIBRARY, SINGLE_PASS, SPLIT, launch
+from lora_kernels.backends.triton import LIBRARY, SINGLE_PASS, SPLIT, configs, launch
 from lora_kernels.measure.case import Case, judge
 
 f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
@@ -74,11 +74,14 @@ def test_ranks(rank: int) -> None:
         check(Case(40, 65, 63, rank, f32, dropout_p=0.1), strategy)
 
 
-@pytest.mark.parametrize("M", [5, 130])
-def test_shares_that_are_added(M: int) -> None:
-    """Of K in P, of M in dA and dB: several, the last one short."""
-    check(Case(M, 65, 600, R, f32, gate=True, bias=True), SPLIT)
-    check(Case(M, 600, 65, R, f32, column_scale=True), SPLIT)
+@pytest.mark.parametrize("sizes", [(5, 65, 600), (300, 70, 65)], ids=str)
+def test_shares_that_are_added(sizes: tuple[int, int, int]) -> None:
+    """Of K in P, of M in dA and dB: two at least, the last one short."""
+    M, N, K = sizes
+    _, k_share = configs.shrink(configs.INTERPRETER, M, K, R, 4)
+    _, m_share = configs.outer(configs.INTERPRETER, M, N, R)
+    assert (K > k_share and K % k_share) or (M > m_share and M % m_share)
+    check(Case(*sizes, R, f32, gate=True, column_scale=True, bias=True), SPLIT)
 
 
 @pytest.mark.parametrize("strategy", [SINGLE_PASS, SPLIT])

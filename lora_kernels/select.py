@@ -23,7 +23,7 @@ MAX_KERNEL_RANK = 256
 STRATEGIES = {
     "eager": (eager.LIBRARY,),
     "cpu": (cpu.SINGLE_PASS, cpu.LIBRARY, cpu.FEW_ROWS),
-    "triton": (triton.SINGLE_PASS, triton.SPLIT, triton.LIBRARY),
+    "triton": (triton.SINGLE_PASS, triton.SPLIT, triton.COOPERATIVE, triton.LIBRARY),
 }
 BACKENDS = tuple(STRATEGIES)
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -86,7 +86,8 @@ def backend(name: str, strategy: str | None = None) -> Iterator[None]:
 
     `strategy` forces also how it goes about it: for "cpu" "single pass", "library product + rank
     update" or, on a 4-bit weight, "decoded in registers, few rows"; for "triton" "single pass",
-    "split" or "library product + rank update". Left out, it is chosen.
+    "split", "publish first, consume last" or "library product + rank update". Left out, it is
+    chosen.
 
     >>> import lora_kernels, torch
     >>> x, W, A, B = torch.ones(2, 3), torch.eye(3), torch.ones(1, 3), torch.ones(3, 1)

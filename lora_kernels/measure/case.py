@@ -56,6 +56,7 @@ class Case:
     dy_layout: str = "rows"
     values: str = "normal"  # or "nonnegative", "integers"
     frozen: tuple[str, ...] = ()  # arguments that need no gradient
+    device: str = "cpu"  # where it runs; the numbers are drawn on the CPU
     seed: int = 0
 
     @property
@@ -116,7 +117,7 @@ def inputs(case: Case) -> dict[str, Any]:
 
     M, N, K, R = case.M, case.N, case.K, case.R
     adapter_dtype = case.adapter_dtype or case.dtype
-    x = LAYOUTS[case.x_layout](draw((M, K), 1.0, case.dtype))
+    x = LAYOUTS[case.x_layout](draw((M, K), 1.0, case.dtype).to(case.device))
     args: dict[str, Any] = {
         "x": x,
         "weight": draw((N, K), K**-0.5, case.dtype) if case.base else None,
@@ -130,6 +131,7 @@ def inputs(case: Case) -> dict[str, Any]:
         # Both 64-bit words have high halves that are not zero, and one is negative.
         "rng": torch.tensor([case.seed + 2**40 + 11, -(2**33) - 5]) if case.dropout_p else None,
     }
+    args = {n: a.to(case.device) if isinstance(a, Tensor) else a for n, a in args.items()}
     for name in GRADIENTS:
         if args[name] is not None:
             # Detached, a view is a leaf that keeps its strides.
@@ -138,7 +140,7 @@ def inputs(case: Case) -> dict[str, Any]:
         kind, blocksize, *nested = case.quant.split("-")
         args["weight"] = quantize_4bit(args["weight"], kind, int(blocksize), bool(nested))
         args["compute_dtype"] = case.compute
-    dy = LAYOUTS[case.dy_layout](draw((M, N), 1.0, case.compute_dtype))
+    dy = LAYOUTS[case.dy_layout](draw((M, N), 1.0, case.compute_dtype).to(case.device))
     return {**args, "dy": dy.reshape(*x.shape[:-1], N)}
 
 

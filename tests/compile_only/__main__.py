@@ -2,10 +2,11 @@
 
     python -m tests.compile_only [--target sm90 ...] [--all] [--write]
 
-A kernel that spills in a loop (or more than 32 bytes outside of them), lacks its matrix instruction, or takes more shared memory than there is fails,
-and one that takes more registers or shared memory than budgets.json says (for the Triton that they
-were written with). `loop` is matrix instructions over all of the inner loop, `peak` the share of
-the matrix unit's peak that issuing that loop allows: a static roofline, and an upper bound.
+A kernel that spills in a loop (or more than 32 bytes outside of loops), lacks its matrix
+instruction, or takes more shared memory than there is fails, and one that takes more registers or
+shared memory than budgets.json says (for the Triton that they were written with). `loop` is matrix
+instructions over all of the inner loop, `peak` the share of the matrix unit's peak that issuing
+that loop allows: a static roofline, and an upper bound.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
-from tests.compile_only import machine_code
+from tests.compile_only import document, machine_code
 from tests.compile_only.calls import SLICE, every_call
 from tests.compile_only.targets import TARGETS, VERSION, compiled
 
@@ -56,7 +58,14 @@ def main() -> int:
                 limit = budgets["kernels"].get(target, {}).get(key)
                 if args.write:
                     entry = budgets["kernels"].setdefault(target, {})
-                    entry[key] = {"registers": code.registers, "shared": code.shared}
+                    entry[key] = {
+                        "registers": code.registers,
+                        "shared": code.shared,
+                        "matrix": code.matrix,
+                        "loop": round(code.matrix_share, 3),
+                        "peak": None if code.share is None else round(code.share, 3),
+                        "slice": call in SLICE,
+                    }
                 elif budgets["triton"] == VERSION:
                     wrong += _over(code, limit)
                 peak = "" if code.share is None else f"{code.share:4.0%}"
@@ -69,9 +78,20 @@ def main() -> int:
                 failures += bool(wrong)
     if args.write:
         budgets["triton"] = VERSION
-        BUDGETS.write_text(json.dumps(budgets, indent=1, sort_keys=True) + "\n")
+        BUDGETS.write_text(_one_line_a_kernel(budgets))
+        text = document.DOCUMENT.read_text()
+        document.DOCUMENT.write_text(document.render(text, budgets))
     print(f"{seen} kernels compiled with Triton {VERSION}, {failures} failures")
     return 1 if failures else 0
+
+
+def _one_line_a_kernel(budgets: dict[str, Any]) -> str:
+    targets = []
+    for target, kernels in sorted(budgets["kernels"].items()):
+        lines = (f"{json.dumps(key)}: {json.dumps(code)}" for key, code in sorted(kernels.items()))
+        targets.append(f"{json.dumps(target)}: {{\n" + ",\n".join(lines) + "\n}")
+    version = json.dumps(budgets["triton"])
+    return f'{{"triton": {version}, "kernels": {{\n' + ",\n".join(targets) + "\n}}\n"
 
 
 def _wrong(code: machine_code.Code, target: str, kernel: str, block_m: int) -> list[str]:
@@ -79,7 +99,7 @@ def _wrong(code: machine_code.Code, target: str, kernel: str, block_m: int) -> l
     limit = TARGETS[target][0].shared_memory
     if code.shared > limit:
         wrong.append(f"shared memory over {limit}")
-    if kernel != "reduce_kernel" and not code.matrix:
+    if kernel not in ("reduce_kernel", "dequantize_kernel") and not code.matrix:
         wrong.append("no matrix instruction")
     if kernel == "linear_kernel" and block_m >= WARPGROUP and code.matrix != MATRIX[target]:
         wrong.append(f"no {MATRIX[target]}")

@@ -1,4 +1,4 @@
-"""The calls whose kernels are compiled: production's own launch functions on tensors of no memory."""
+"""The calls that are compiled: production's own launch functions on tensors without memory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_kernels.backends.triton import LIBRARY, SINGLE_PASS, SPLIT, configs, launch
+from lora_kernels.backends.triton import COOPERATIVE, LIBRARY, SINGLE_PASS, SPLIT, configs, launch
 from lora_kernels.quantization.codes import Codes
 
 f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
@@ -42,8 +42,6 @@ class Call:
         M, R = self.M, self.R
         x, A, B = meta((M, K), self.dtype), meta((R, K), self.adapter), meta((N, R), self.adapter)
         weight = codes(N, K) if self.quant else meta((N, K), self.dtype)
-        if self.strategy == LIBRARY:
-            weight = meta((N, K), self.dtype)  # decoded by another kernel
         gate = meta((R,), f32) if self.options else None
         scale = meta((N,), f32) if self.options else None
         bias = meta((N,), self.dtype) if self.options else None
@@ -79,8 +77,10 @@ SLICE = [
     Call(4096, strategy=SINGLE_PASS),
     Call(1024, quant="whole"),
     Call(16, quant="whole"),
+    Call(16, quant="whole", strategy=COOPERATIVE),
     Call(4096, f32, f32),
     Call(4096, backward=True, options=True),
+    Call(4096, strategy=LIBRARY, quant="whole"),
 ]
 
 
@@ -89,13 +89,15 @@ def every_call() -> Iterator[Call]:
     yield from SLICE
     for M, dtype in itertools.product((1, 64, 256, 4096), (bf16, f32)):
         for strategy, backward in itertools.product((SINGLE_PASS, SPLIT, LIBRARY), (False, True)):
-            for quant in ("", "whole") if strategy != LIBRARY else ("",):
+            for quant in ("", "whole"):
                 yield Call(M, dtype, dtype, 16, strategy, quant, backward)
+    for dtype, quant, backward in itertools.product((bf16, f32), ("", "whole"), (False, True)):
+        yield Call(16, dtype, dtype, 16, COOPERATIVE, quant, backward)
     for R in (64, 256):
         for strategy in (SPLIT, SINGLE_PASS) if R <= configs.MAX_SINGLE_PASS_RANK else (SPLIT,):
             yield Call(4096, R=R, strategy=strategy)
             yield Call(4096, R=R, strategy=strategy, backward=True)
-    for strategy, quant in itertools.product((SINGLE_PASS, SPLIT), ("", "odd")):
+    for strategy, quant in itertools.product((SINGLE_PASS, SPLIT, LIBRARY), ("", "odd")):
         for backward in (False, True):
             yield Call(256, bf16, f32, 16, strategy, quant, backward, options=True)
             yield Call(256, f16, f16, 5, strategy, quant, backward, odd=True)

@@ -1,4 +1,4 @@
-"""GPUs that are not here: what `configs` asks of one, and a driver that Triton takes for its own."""
+"""GPUs that are not here: what `configs` asks of one, and a driver to show Triton."""
 
 from __future__ import annotations
 

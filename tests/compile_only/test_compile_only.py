@@ -1,5 +1,6 @@
 """`python -m tests.compile_only` passes: in a process of its own, since it replaces the driver."""
 
+import json
 import os
 import subprocess
 import sys
@@ -25,3 +26,11 @@ def test_budgets(target: str, every: bool) -> None:
         text=True,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+def test_the_document_says_what_the_budgets_say() -> None:
+    from tests.compile_only import document
+
+    budgets = json.loads((Path(__file__).parent / "budgets.json").read_text())
+    text = document.DOCUMENT.read_text()
+    assert document.render(text, budgets) == text, "run python -m tests.compile_only --all --write"

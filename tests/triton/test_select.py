@@ -54,7 +54,7 @@ def test_it_says_what_is_missing(gpu: Target, arguments: dict[str, object], word
 
 def test_no_matrix_instructions_before_sm_80(monkeypatch: pytest.MonkeyPatch, gpu: Target) -> None:
     monkeypatch.setattr(configs, "target", lambda index: Target("cuda", 75, 40, 64 << 10))
-    with lora_kernels.backend("triton"), pytest.raises(RuntimeError, match="sm_75, .*want sm_80"):
+    with lora_kernels.backend("triton"), pytest.raises(RuntimeError, match=r"sm_75, .*want sm_80"):
         choose()
 
 
@@ -109,6 +109,15 @@ def test_what_decides(
     assert configs.strategy(H100, rows, 1024, rank, 2, four_bit, dropout)[0] == strategy
 
 
+def test_programs_that_wait_have_place_at_once() -> None:
+    config = configs.linear(H100, 1, 2, True, 0)
+    most = 2 * H100.multiprocessors * config.block_n
+    assert configs.cooperative(H100, 1, most, 4096, 16, config)
+    assert not configs.cooperative(H100, 1, most + 1, 4096, 16, config)
+    assert not configs.cooperative(H100, 17, 4096, 4096, 16, config)
+    assert not configs.cooperative(H100, 1, 4096, 4096, 65, config)
+
+
 def test_blocks_of_ranks() -> None:
     assert [configs.block_of_ranks(r) for r in (1, 16, 17, 64, 256)] == [16, 16, 32, 64, 64]
 
@@ -120,6 +129,13 @@ def test_shares_cover_everything_once(K: int, M: int) -> None:
     slots = -(-K // share)
     assert share % config.block_k == 0
     assert 1 <= slots <= configs.MAX_SLOTS and (slots - 1) * share < K <= slots * share
+    linear = configs.linear(H100, M, 2, False, 0)
+    share = configs.cooperative(H100, M, 4096, K, 16, linear)
+    assert (share > 0) == (M <= 16)
+    if share:
+        slots = -(-K // share)
+        assert share % linear.block_k == 0 and (slots - 1) * share < K <= slots * share
+        assert slots <= configs.MAX_SLOTS
     config, share = configs.outer(H100, M, K, 16)
     parts = -(-M // share)
     assert share % config.block_m == 0 and (parts - 1) * share < M <= parts * share

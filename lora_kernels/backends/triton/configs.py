@@ -32,6 +32,7 @@ class Config:
     warps: int
     stages: int
     group_m: int = 8
+    cooperative: bool = False  # whether all programs must have place at once
 
 
 MIN_ARCH = 80
@@ -96,9 +97,8 @@ def strategy(
     config = linear(target, rows, itemsize, four_bit, rank)
     extra = block_of_ranks(rank) / config.block_n
     saved = BALANCE.get(target.arch, min(BALANCE.values())) / columns
-    if extra > saved:
-        return SPLIT, f"x·Aᵀ in each tile costs {extra:.1%} of the product, x again {saved:.1%}"
-    return SINGLE_PASS, f"x·Aᵀ in each tile costs {extra:.1%} of the product, x again {saved:.1%}"
+    chosen = SPLIT if extra > saved else SINGLE_PASS
+    return chosen, f"x·Aᵀ in each tile costs {extra:.1%} of the product, x again {saved:.1%}"
 
 
 def precision(target: Target) -> str:
@@ -123,8 +123,8 @@ def linear(
     """For `linear_kernel`; itemsize: bytes of the widest operand of a product in its loop.
 
     rank: that of a single pass, 0 in the other strategies. in_registers: x or y is masked or scaled
-    too, or the adapter in float32, which takes registers beside the sums. scattered: codes are read element by element, each
-    by an address of its own.
+    too, or the adapter in float32, which takes registers beside the sums. scattered: codes are read
+    element by element, each by an address of its own.
     """
     if M <= 16:
         config = Config(16, 64, 128 if itemsize == 2 else 32, 4, 4)
@@ -145,7 +145,8 @@ def linear(
 
 
 # For `linear_kernel` behind a library's product: one pass over y.
-UPDATE = Config(64, 128, 64, 4, 1)
+UPDATE = Config(64, 64, 64, 4, 1)
+DEQUANTIZE = Config(0, 32, 128, 4, 1)
 
 
 def _shared_memory(config: Config, itemsize: int, block_r: int) -> int:
@@ -161,6 +162,18 @@ def shrink(target: Target, M: int, K: int, R: int, itemsize: int) -> tuple[Confi
     chunks = _tiles(K, config.block_k)
     slots = max(1, min(MAX_SLOTS, target.multiprocessors // programs, chunks // 4))
     return config, _tiles(chunks, slots) * config.block_k
+
+
+def cooperative(target: Target, M: int, N: int, K: int, R: int, config: Config) -> int:
+    """The share of K that a program publishes; 0 where the programs of `linear_kernel` must not
+    wait for each other: two have place on a multiprocessor at once (one of AMD's)."""
+    programs = _tiles(N, config.block_n)
+    places = target.multiprocessors * (2 if target.kind == "cuda" else 1)
+    if M > FEW_ROWS or R > MAX_SINGLE_PASS_RANK or programs > places:
+        return 0
+    chunks = _tiles(K, config.block_k)
+    slots = min(MAX_SLOTS, programs, chunks)
+    return _tiles(chunks, slots) * config.block_k
 
 
 def outer(target: Target, M: int, N: int, R: int) -> tuple[Config, int]:

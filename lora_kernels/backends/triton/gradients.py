@@ -38,7 +38,8 @@ def outer_kernel(
     """parts[i, :R] = sᵀ·mask(v ⊙ v_scale) over the i-th share of rows; [R] = Σ v, [R+1] = Σ v ⊙ z.
 
     s [M, R] float32, v [M, N], z [M, N] contiguous; parts float32 [parts, R + 2, N]. RANKS, SUM and
-    SUM_Z: whether each is wanted. Program (n, r, i) makes BLOCK_R × BLOCK_N of part i, m_share rows.
+    SUM_Z: whether each is wanted. Program (n, r, i) makes BLOCK_R × BLOCK_N of part i, which is of
+    m_share rows.
     Rounding points: s and v ⊙ v_scale to WIDER; sums in float32.
     Bytes: v (and z) once for each BLOCK_R ranks, s once for each BLOCK_N columns, the parts;
     flops 2·M·N·R. Deterministic. Tested by tests/triton/test_lora_linear.py.

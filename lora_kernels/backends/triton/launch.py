@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -12,8 +13,9 @@ from torch.nn.functional import linear as library_linear
 
 from ... import reference
 from ...quantization.codes import Codes
-from . import LIBRARY, SINGLE_PASS, configs, interpreted
+from . import COOPERATIVE, LIBRARY, SINGLE_PASS, configs, interpreted
 from .configs import Config, Target
+from .dequantize import dequantize_kernel
 from .gradients import outer_kernel, reduce_kernel
 from .linear import linear_kernel
 from .shrink import shrink_kernel
@@ -150,45 +152,49 @@ def _linear(
     z = torch.empty_like(y) if save_z else None
     if not M:
         return y, x.new_empty(M, R, dtype=torch.float32), z
+    # The 4-bit weight's own rows run along K in the forward, along dx's columns in the backward.
+    format_4bit = _format(codes, K if forward else N, target)
     single_pass = strategy == SINGLE_PASS
-    if single_pass:
-        p = x.new_empty(M, R, dtype=torch.float32)
-        slots = p[None]
-    else:
-        slots = _shrink(x, a, in_scale, mask_in)
-        p = slots[0] if slots.shape[0] == 1 else x.new_empty(M, R, dtype=torch.float32)
-    # Of the 4-bit weight's own rows: K in the forward, the columns of dx in the backward.
-    row = K if forward else N
-    words = codes is not None and row % 8 == 0 and codes.packed.data_ptr() % 4 == 0
     multiplied, operand = max(x.dtype.itemsize, dtype.itemsize), _operand(x, a).itemsize
     config = configs.UPDATE if base in ("library", "none") and not single_pass else configs.linear(
         target, M, max(multiplied, operand) if single_pass else multiplied, codes is not None,
         R if single_pass else 0,
         in_scale is not None or dropout.rng is not None or operand > multiplied,
-        codes is not None and not words,
+        codes is not None and not format_4bit["WORDS"],
     )  # fmt: skip
+    share = configs.cooperative(target, M, N, K, R, config) if strategy == COOPERATIVE else 0
+    p = x.new_empty(M, R, dtype=torch.float32)
+    flags = None
+    if single_pass:
+        slots = p[None]
+    elif share:
+        slots = x.new_empty(triton.cdiv(K, share), M, R, dtype=torch.float32)
+        flags = None if interpreted() else _flags(x.device)
+    else:
+        slots = _shrink(x, a, in_scale, mask_in)
+        p = slots[0] if slots.shape[0] == 1 else p
     gate, in_scale, out_scale, bias = map(_vector, (gate, in_scale, out_scale, bias))
     wide = any(map(_is_wide, (x, y, a, q))) or (base == "dense" and w is not None and _is_wide(w))
     wide = wide or (codes is not None and N * K >= 1 << 31)
     grid = (triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n),)
-    _launch(
-        linear_kernel, grid, config, x.device,
-        x, w, *_tables(codes), a, q, p, slots, gate, in_scale, out_scale, bias,
-        dropout.rng, y, z, M, N, K, R, *x.stride(), *_strides(w, codes), *a.stride(), *q.stride(),
-        slots.shape[0], mask_in.scale, s_scale, dropout.threshold,
-        BASE=base, K_INNER=forward, SINGLE_PASS=single_pass,
-        GATE=gate is not None, IN_SCALE=in_scale is not None, OUT_SCALE=out_scale is not None,
-        BIAS=bias is not None, MASK_IN=mask_in.rng is not None, MASK_OUT=mask_out.rng is not None,
-        SAVE_Z=save_z, COMPUTE=_DTYPE[dtype], WIDER=_DTYPE[_operand(x, a)], PRECISION=configs.precision(target),
-        LOG2_BLOCK=0 if codes is None else codes.blocksize.bit_length() - 1,
-        NESTED=codes is not None and codes.nested_absmax is not None,
-        WHOLE=codes is not None and row % codes.blocksize == 0,
-        WORDS=words,
-        ASM=target.kind == "cuda" and not interpreted(),
-        LEFT=codes is not None and forward and config.block_m < 64, WIDE=wide,
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
-        BLOCK_R=configs.block_of_ranks(R), GROUP_M=config.group_m,
-    )  # fmt: skip
+    # One after another where programs are: those that publish, then all.
+    phases = [(True, False), (False, True)] if share and interpreted() else [(share > 0, share > 0)]
+    for publish, consume in phases:
+        _launch(
+            linear_kernel, grid, replace(config, cooperative=flags is not None), x.device,
+            x, w, *_tables(codes), a, q, p, slots, flags, gate, in_scale, out_scale, bias,
+            dropout.rng, y, z, M, N, K, R, *x.stride(), *_strides(w, codes), *a.stride(),
+            *q.stride(), slots.shape[0], share, mask_in.scale, s_scale, dropout.threshold,
+            BASE=base, K_INNER=forward, SINGLE_PASS=single_pass, PUBLISH=publish, CONSUME=consume,
+            WAIT=flags is not None, GATE=gate is not None, IN_SCALE=in_scale is not None,
+            OUT_SCALE=out_scale is not None, BIAS=bias is not None,
+            MASK_IN=mask_in.rng is not None, MASK_OUT=mask_out.rng is not None, SAVE_Z=save_z,
+            COMPUTE=_DTYPE[dtype], WIDER=_DTYPE[_operand(x, a)],
+            PRECISION=configs.precision(target), **format_4bit,
+            LEFT=codes is not None and forward and config.block_m < 64, WIDE=wide,
+            BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
+            BLOCK_R=configs.block_of_ranks(R), GROUP_M=config.group_m,
+        )  # fmt: skip
     return y, p, z
 
 
@@ -205,9 +211,32 @@ def _library(
     if in_scale is not None:
         x = x * in_scale.to(x.dtype)
     if isinstance(weight, Codes):
-        weight = weight.dense(shape if forward else shape[::-1], dtype)
+        weight = dequantize(weight, shape if forward else shape[::-1], dtype)
     weight = weight.to(dtype)
     return library_linear(x.to(dtype), weight if forward else weight.t()).to(y_dtype)
+
+
+def dequantize(codes: Codes, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """The weight [N, K], rounded once to `dtype`."""
+    (N, K), config = shape, configs.DEQUANTIZE
+    w = torch.empty(shape, dtype=dtype, device=codes.packed.device)
+    _launch(
+        dequantize_kernel, (triton.cdiv(N, config.block_n), triton.cdiv(K, config.block_k)), config,
+        w.device, codes.packed, *_tables(codes), w, N, K, **_format(codes, K, _target(w)),
+        WIDE=N * K >= 1 << 31, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
+    )  # fmt: skip
+    return w
+
+
+def _format(codes: Codes | None, row: int, target: Target) -> dict[str, Any]:
+    """What a kernel is compiled for; row: elements of a row of the weight."""
+    return {
+        "LOG2_BLOCK": 0 if codes is None else codes.blocksize.bit_length() - 1,
+        "NESTED": codes is not None and codes.nested_absmax is not None,
+        "WHOLE": codes is not None and row % codes.blocksize == 0,
+        "WORDS": codes is not None and row % 8 == 0 and codes.packed.data_ptr() % 4 == 0,
+        "ASM": target.kind == "cuda" and not interpreted(),
+    }
 
 
 def _shrink(x: Tensor, a: Tensor, in_scale: Tensor | None, dropout: Dropout) -> Tensor:
@@ -224,8 +253,9 @@ def _shrink(x: Tensor, a: Tensor, in_scale: Tensor | None, dropout: Dropout) -> 
         config, x.device,
         x, a, in_scale, dropout.rng, out, M, K, R, *x.stride(), *a.stride(), share, dropout.scale,
         dropout.threshold,
-        IN_SCALE=in_scale is not None, MASK_IN=dropout.rng is not None, WIDER=_DTYPE[_operand(x, a)],
-        PRECISION=configs.precision(target), WIDE=_is_wide(x) or _is_wide(a),
+        IN_SCALE=in_scale is not None, MASK_IN=dropout.rng is not None,
+        WIDER=_DTYPE[_operand(x, a)], PRECISION=configs.precision(target),
+        WIDE=_is_wide(x) or _is_wide(a),
         BLOCK_M=config.block_m, BLOCK_K=config.block_k, BLOCK_R=config.block_n,
     )  # fmt: skip
     return out
@@ -246,11 +276,12 @@ def _outer(
     """grad [R, N] = scale · gate ⊙ sᵀ·mask(v ⊙ v_scale), written; Σ v and Σ v ⊙ z, float32 [N]."""
     (M, N), R, target = v.shape, s.shape[1], _target(v)
     sums, sums_z = (
-        v.new_zeros(N, dtype=torch.float32) if n else None for n in (need_sum, need_sum_z)
+        v.new_empty(N, dtype=torch.float32) if needed else None for needed in (need_sum, need_sum_z)
     )
     if not M:
-        if grad is not None:
-            grad.zero_()
+        for t in (grad, sums, sums_z):
+            if t is not None:
+                t.zero_()
         return sums, sums_z
     config, share = configs.outer(target, M, N, R)
     count = triton.cdiv(M, share)
@@ -277,7 +308,22 @@ def _outer(
 
 def options(config: Config) -> dict[str, Any]:
     """Of the compiler. Products and sums are not fused: a nested scale is rounded twice."""
-    return {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": False}
+    chosen = {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": False}
+    return chosen | ({"launch_cooperative_grid": True} if config.cooperative else {})
+
+
+_kept_flags: dict[tuple[int, int], Tensor] = {}
+
+
+def _flags(device: torch.device) -> Tensor:
+    """int32[2], zero whenever no kernel runs: one for each stream, since two at once would share
+    it; of its own for a graph that is captured, since it may be replayed on any."""
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return torch.zeros(2, dtype=torch.int32, device=device)
+    key = (device.index, torch.cuda.current_stream(device).cuda_stream)
+    if key not in _kept_flags:
+        _kept_flags[key] = torch.zeros(2, dtype=torch.int32, device=device)
+    return _kept_flags[key]
 
 
 def _launch(

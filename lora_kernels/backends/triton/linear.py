@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .shrink import share_of_p, store_slot
 from .tiles import dot, grouped, keep_mask, load_codes, load_tile, to_dtype
 
 
@@ -21,6 +22,7 @@ def linear_kernel(
     q_ptr,
     p_ptr,
     slots_ptr,
+    flags_ptr,
     gate_ptr,
     in_scale_ptr,
     out_scale_ptr,
@@ -41,12 +43,16 @@ def linear_kernel(
     stride_qr,
     stride_qn,
     slots,
+    k_share,
     p_scale,
     s_scale,
     threshold,
     BASE: tl.constexpr,
     K_INNER: tl.constexpr,
     SINGLE_PASS: tl.constexpr,
+    PUBLISH: tl.constexpr,
+    CONSUME: tl.constexpr,
+    WAIT: tl.constexpr,
     GATE: tl.constexpr,
     IN_SCALE: tl.constexpr,
     OUT_SCALE: tl.constexpr,
@@ -78,6 +84,11 @@ def linear_kernel(
     programs of the first columns store it. Else P is the sum of `slots` [slots, M, R], BLOCK_R
     ranks at a time, and what they store; with one slot P is there already.
     LEFT: codes are the left operand, of which a matrix instruction takes 64 or 16 rows at a time.
+    PUBLISH: the slots are made here, by as many programs, before all stream their share of W, and
+    CONSUME: added last, at most 16 rows and BLOCK_R ranks. WAIT: for the flag that counts them
+    (flags: how many have published, how many are done; the last one out clears both). Launched
+    cooperatively, so that no program waits for one that has no place yet. In the interpreter, where
+    programs run one after another, the two are two launches, without WAIT.
     BASE: "none", "dense", "codes", or "library": y holds x·W already.
     Rounding points: x, W to COMPUTE; x, a, S, q to WIDER; sums in float32; y and z once.
     Bytes: x, W once a tile of columns or rows, less what the L2 cache keeps; flops 2·M·N·(K + R),
@@ -94,7 +105,23 @@ def linear_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     p = tl.zeros([BLOCK_M, BLOCK_R], dtype=tl.float32)
 
-    if not SINGLE_PASS:
+    if PUBLISH:
+        slot = tl.program_id(0)
+        if slot < slots:
+            share = share_of_p(
+                x_ptr, a_ptr, in_scale_ptr, rng_ptr, 0, 0, slot * k_share,
+                min(K, (slot + 1) * k_share), M, R, stride_xm, stride_xk, stride_ar, stride_ak,
+                p_scale, threshold, IN_SCALE, MASK_IN, WIDER, PRECISION, WIDE, BLOCK_M, BLOCK_K,
+                BLOCK_R,
+            )  # fmt: skip
+            store_slot(slots_ptr, slot, 0, 0, share, M, R, BLOCK_M, BLOCK_R)
+            if WAIT:
+                tl.debug_barrier()  # all threads have stored before one says so
+                tl.atomic_add(flags_ptr, 1, sem="release")
+        if not CONSUME:
+            return
+
+    if not (SINGLE_PASS or CONSUME):
         for r0 in tl.range(0, R, BLOCK_R, num_stages=1):
             ranks = r0 + offs_r
             part = load_slots(slots_ptr, offs_m, ranks, M, R, slots)
@@ -153,8 +180,20 @@ def linear_kernel(
 
     if LEFT:
         acc = tl.trans(acc_t)
+    if CONSUME:
+        if WAIT:
+            while tl.atomic_add(flags_ptr, 0, sem="acquire") < slots:
+                pass
+            tl.debug_barrier()
+        p = load_slots(slots_ptr, offs_m, offs_r, M, R, slots)
+        if WAIT:
+            tl.debug_barrier()
+            if tl.atomic_add(flags_ptr + 1, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+                tl.store(flags_ptr, 0)
+                tl.store(flags_ptr + 1, 0)
     if SINGLE_PASS:
         p = p * p_scale
+    if SINGLE_PASS or CONSUME:
         if pid_n == 0:
             store_p(p_ptr, offs_m, offs_r, p, M, R)
         if MASK_OUT:
@@ -193,10 +232,11 @@ def load_slots(slots_ptr, offs_m, ranks, M, R, slots):
     """Their sum [BLOCK_M, BLOCK_R], in order."""
     mask = (offs_m < M)[:, None] & (ranks < R)[None, :]
     at = slots_ptr + (offs_m.to(tl.int64)[:, None] * R + ranks[None, :])
-    total = tl.load(at, mask=mask, other=0.0)
+    # Not from the L1 cache, which others' stores do not reach.
+    total = tl.load(at, mask=mask, other=0.0, cache_modifier=".cg")
     for _ in range(1, slots):
         at += M * R
-        total += tl.load(at, mask=mask, other=0.0)
+        total += tl.load(at, mask=mask, other=0.0, cache_modifier=".cg")
     return total
 
 

@@ -92,7 +92,7 @@ def look_up(code_ptr, codes, ASM: tl.constexpr):
 def block_scales(
     block, mask, absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, NESTED: tl.constexpr
 ):
-    """The scales of these blocks, float32, 0 where masked. Two roundings where nested: compiled without fusion."""
+    """The scales of these blocks, float32, 0 where masked; nested ones are rounded twice."""
     if NESTED:
         code = tl.load(absmax_ptr + block, mask=mask, other=0).to(tl.int32)
         scale = tl.load(nested_absmax_ptr + (block >> 8), mask=mask, other=0.0)

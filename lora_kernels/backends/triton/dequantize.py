@@ -1,0 +1,46 @@
+"""A 4-bit weight written out, for the library's product."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .tiles import load_codes, to_dtype
+
+
+@triton.jit
+def dequantize_kernel(
+    packed_ptr,
+    absmax_ptr,
+    code_ptr,
+    nested_absmax_ptr,
+    nested_code_ptr,
+    offset_ptr,
+    w_ptr,
+    N,
+    K,
+    LOG2_BLOCK: tl.constexpr,
+    NESTED: tl.constexpr,
+    WHOLE: tl.constexpr,
+    WORDS: tl.constexpr,
+    ASM: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """w [N, K] = code × scale, both levels of quantization at once. Program (n, k) makes a tile.
+
+    Rounding points: a nested scale twice, code × scale, w. Bytes: the codes, the scales, w.
+    Tested by tests/triton/test_exact.py, bit for bit.
+    """
+    n0, k0 = tl.program_id(0) * BLOCK_N, tl.program_id(1) * BLOCK_K
+    w = load_codes(
+        packed_ptr, absmax_ptr, code_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, n0, k0,
+        N, K, BLOCK_N, BLOCK_K, LOG2_BLOCK, NESTED, WHOLE, WORDS, ASM, WIDE,
+    )  # fmt: skip
+    offs_n, offs_k = n0 + tl.arange(0, BLOCK_N), k0 + tl.arange(0, BLOCK_K)
+    mask = (offs_n < N)[:, None] & (offs_k < K)[None, :]
+    if WIDE:
+        offs_n = offs_n.to(tl.int64)
+    at = offs_n[:, None] * K + offs_k[None, :]
+    tl.store(w_ptr + at, to_dtype(w, w_ptr.dtype.element_ty), mask=mask)

@@ -52,8 +52,8 @@ def render(text: str, budgets: dict[str, Any]) -> str:
     """The document with its tables as they should be."""
     for name, table in (("compiled", compiled(budgets)), ("strategies", strategies())):
         text = re.sub(
-            rf"(<!-- {name} -->\n).*?(\n<!-- end -->)",
-            lambda found, table=table: found[1] + table + found[2],
+            rf"(<!-- {name} -->\n).*?(<!-- end -->)",
+            lambda found, table=table: f"{found[1]}{table}\n{found[2]}",
             text,
             flags=re.DOTALL,
         )

@@ -163,16 +163,14 @@ def _linear(
         codes is not None and not format_4bit["WORDS"],
     )  # fmt: skip
     share = configs.cooperative(target, M, N, K, R, config) if strategy == COOPERATIVE else 0
-    p = x.new_empty(M, R, dtype=torch.float32)
-    flags = None
+    flags = _flags(x.device) if share and not interpreted() else None
     if single_pass:
-        slots = p[None]
+        slots = x.new_empty(1, M, R, dtype=torch.float32)
     elif share:
         slots = x.new_empty(triton.cdiv(K, share), M, R, dtype=torch.float32)
-        flags = None if interpreted() else _flags(x.device)
     else:
         slots = _shrink(x, a, in_scale, mask_in)
-        p = slots[0] if slots.shape[0] == 1 else p
+    p = slots[0] if slots.shape[0] == 1 else x.new_empty(M, R, dtype=torch.float32)
     gate, in_scale, out_scale, bias = map(_vector, (gate, in_scale, out_scale, bias))
     wide = any(map(_is_wide, (x, y, a, q))) or (base == "dense" and w is not None and _is_wide(w))
     wide = wide or (codes is not None and N * K >= 1 << 31)

@@ -191,11 +191,13 @@ def linear_kernel(
             if tl.atomic_add(flags_ptr + 1, 1, sem="acq_rel") == tl.num_programs(0) - 1:
                 tl.store(flags_ptr, 0)
                 tl.store(flags_ptr + 1, 0)
+        if slots > 1 and pid_n == 0:
+            store_p(p_ptr, offs_m, offs_r, p, M, R)
     if SINGLE_PASS:
         p = p * p_scale
-    if SINGLE_PASS or CONSUME:
         if pid_n == 0:
             store_p(p_ptr, offs_m, offs_r, p, M, R)
+    if SINGLE_PASS or CONSUME:
         if MASK_OUT:
             update = add_update(
                 tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32), p, q_ptr, gate_ptr, offs_n, offs_r,

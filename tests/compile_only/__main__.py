@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +47,12 @@ def main() -> int:
     for target in args.target:
         known: set[str] = set()
         for call in calls:
+            launched: Counter[str] = Counter()
             for found in compiled(target, call.run):
                 tiles = f"{found.config.block_m}x{found.config.block_n}x{found.config.block_k}"
-                key = f"{found.name} {tiles} {call}"
+                launched[found.name] += 1
+                which = f" #{launched[found.name]}" if launched[found.name] > 1 else ""
+                key = f"{found.name}{which} {tiles} {call}"
                 if found.kernel.hash in known:
                     continue
                 known.add(found.kernel.hash)

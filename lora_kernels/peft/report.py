@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .. import select
 from ..functional import base_dtype
 from ..layers import LoRALinear, QLoRALinear
-from .linear import Fused, active_adapters, calls, is_linear4bit, peft_reason, unreadable
+from .linear import Call, Fused, active_adapters, calls, is_linear4bit, peft_reason, unreadable
 from .swap import lora_layers
 
 
@@ -114,7 +114,7 @@ def _fused_row(name: str, layer: Any, x_dtype: torch.dtype | None) -> Row:
     four_bit = is_linear4bit(base)
     compute_dtype = base.compute_dtype if four_bit and base.compute_type_is_set else None
     choices = [
-        _choice(call.lora_A, call.lora_B, x_dtype, four_bit and not i, compute_dtype)
+        _choice(call, x_dtype, four_bit and not i, compute_dtype)
         for i, call in enumerate(todo)  # the base rides on the first
     ]
     backend = " + ".join(dict.fromkeys(choice.backend for choice in choices))
@@ -140,21 +140,20 @@ def _dense_row(name: str, layer: LoRALinear, x_dtype: torch.dtype | None) -> Row
     four_bit = isinstance(layer, QLoRALinear)
     compute_dtype = layer.compute_dtype if isinstance(layer, QLoRALinear) else None
     x_dtype = x_dtype or (layer.lora_A if four_bit else layer.weight).dtype
-    choice = _choice(layer.lora_A, layer.lora_B, x_dtype, four_bit, compute_dtype)
+    dropout_p = layer.dropout if layer.training else 0.0
+    call = Call(layer.lora_A, layer.lora_B, layer.scaling, None, dropout_p)
+    choice = _choice(call, x_dtype, four_bit, compute_dtype)
     state = "not fused" if choice.backend == "eager" else "fused"
     return Row(name, state, choice.backend, choice.strategy, choice.reason)
 
 
 def _choice(
-    lora_A: Tensor,
-    lora_B: Tensor,
-    x_dtype: torch.dtype,
-    four_bit: bool,
-    compute_dtype: torch.dtype | None,
+    call: Call, x_dtype: torch.dtype, four_bit: bool, compute_dtype: torch.dtype | None
 ) -> select.Choice:
-    """What `lora_linear` will choose for an x of this dtype beside A."""
-    device = lora_A.device.type
-    dtype = base_dtype(device, x_dtype, compute_dtype)
+    """What `lora_linear` will choose for an x of this dtype beside the adapter."""
+    (R, _), N, device = call.lora_A.shape, call.lora_B.shape[0], call.lora_A.device
+    dtype = base_dtype(device.type, x_dtype, compute_dtype)
     return select.lora_linear(
-        device, x_dtype, lora_A.dtype, lora_B.dtype, dtype, lora_A.shape[0], None, four_bit
-    )
+        device.type, x_dtype, call.lora_A.dtype, call.lora_B.dtype, dtype, R, None, four_bit, N,
+        call.dropout_p > 0, device.index,
+    )  # fmt: skip

@@ -13,6 +13,7 @@ import torch
 
 from . import __version__, device
 from .backends import native, triton
+from .backends.triton import configs
 
 _OPTIONAL = ("triton", "peft", "transformers", "bitsandbytes")
 
@@ -112,8 +113,12 @@ def _triton_backend() -> dict[str, Any]:
         return _backend(False, "Triton is not installed", "pip install triton")
     if triton.interpreted():
         return _backend(True, "in Triton's interpreter, on the CPU")
-    if not device.gpus():
+    gpus = device.gpus()
+    if not gpus:
         return _backend(False, "no GPU; TRITON_INTERPRET=1 runs it in Triton's interpreter")
+    obstacles = [configs.obstacle(configs.target(gpu.index)) for gpu in gpus]
+    if None not in obstacles:
+        return _backend(False, obstacles[0] or "")
     return _backend(True, "where lora_kernels.backend('triton') asks for it: no GPU has run it yet")
 
 

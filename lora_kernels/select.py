@@ -233,11 +233,8 @@ def _choose_triton(
             f"no Triton kernels for device type {device_type!r}, want a GPU (or TRITON_INTERPRET=1 "
             "in the environment, which runs them in Triton's interpreter)"
         )
-    elif target.kind == "cuda" and target.arch < configs.MIN_ARCH:
-        obstacle = (
-            f"the GPU is sm_{target.arch}, for which Triton has no matrix instructions; "
-            f"want sm_{configs.MIN_ARCH} or newer"
-        )
+    else:
+        obstacle = configs.obstacle(target) or obstacle
     if obstacle is not None:
         raise RuntimeError(f"backend 'triton' was asked for and cannot run here: {obstacle}")
     assert target is not None
@@ -248,7 +245,7 @@ def _choose_triton(
         )
     if forced.strategy:
         return Choice("triton", forced.strategy, "the triton backend was asked for")
-    itemsize = max(x_dtype.itemsize, dtype.itemsize)
+    itemsize = max(d.itemsize for d in (x_dtype, a_dtype, b_dtype, dtype))
     strategy, why = configs.strategy(target, rows, columns, rank, itemsize, four_bit, dropout)
     return Choice("triton", strategy, f"the triton backend was asked for; {why}")
 

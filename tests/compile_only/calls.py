@@ -37,6 +37,10 @@ class Call:
         names += [name for name in ("options", "odd") if getattr(self, name)]
         return " ".join(names)
 
+    @property
+    def aligned(self) -> bool:
+        return not self.odd and self.quant != "odd"
+
     def run(self) -> None:
         N = K = 4095 if self.odd or self.quant == "odd" else 4096
         M, R = self.M, self.R

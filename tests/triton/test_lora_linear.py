@@ -152,5 +152,5 @@ def test_cross_product(quant: str, dtypes: tuple[Any, ...], strategy: str) -> No
     if quant and dtypes[2] is not None:
         dtypes = (*dtypes[:2], None)
     options = itertools.cycle([{}, FULL, {"gate": True, "bias": True}, {"dropout_p": 0.5}])
-    for M, (N, K) in itertools.product((1, 16, 65, 130, 300), ((129, 64), (64, 72), (257, 191))):
+    for M, (N, K) in zip((1, 65, 300), ((129, 64), (64, 72), (257, 191)), strict=True):
         check(Case(M, N, K, R, *dtypes, quant=quant, **next(options)), strategy)

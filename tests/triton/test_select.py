@@ -92,6 +92,15 @@ def test_named_shapes(
         assert chosen == strategy, why
 
 
+def test_an_adapter_in_float32_counts(gpu: Target) -> None:
+    """Its tiles are smaller, so that P in each of them costs more."""
+    with lora_kernels.backend("triton"):
+        args = ("cuda", bf16, bf16, bf16, bf16, 16, 4096)
+        assert select.lora_linear(*args, columns=1024).strategy == SINGLE_PASS
+        wide = select.lora_linear("cuda", bf16, f32, f32, bf16, 16, 4096, columns=1024)
+    assert wide.strategy == SPLIT and "25.0%" in wide.reason
+
+
 @pytest.mark.parametrize(
     ("rows", "rank", "four_bit", "dropout", "strategy"),
     [

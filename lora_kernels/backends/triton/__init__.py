@@ -10,7 +10,7 @@ in two passes.
 
 Rounding points: those named in the kernels' docstrings. P and dS are float32 in memory; as operands
 of a product they are rounded to the wider of x's (dY's) dtype and the adapter's, as PyTorch would.
-Deterministic: no atomics; sums over shares are added in order.
+Deterministic: atomics count who has published, never data; shares are added in order.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ def absence() -> str | None:
     return None
 
 
+@functools.cache
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, on the CPU."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"

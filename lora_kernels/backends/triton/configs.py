@@ -67,7 +67,10 @@ def _target(device_index: int) -> Target:
 BALANCE = {80: 156, 90: 227}
 # Whose matrix instructions read their operands from shared memory, and leave registers for sums.
 WIDE_TILES = (90, 100)
-FEW_ROWS, MANY_ROWS_4BIT = 16, 1024
+FEW_ROWS = 16  # of one matrix instruction
+# Above, writing the weight out in 16 bits and reading it again is estimated to take less than
+# decoding it in every tile of 128 rows; not measured.
+MANY_ROWS_4BIT = 1024
 
 
 def strategy(
@@ -83,7 +86,8 @@ def strategy(
 
     A single pass multiplies BLOCK_R more columns in each of its tiles: BLOCK_R / BLOCK_N of the
     product. What it saves is a second read of x, which takes balance / N of the product's time,
-    and a launch. None stands for the many rows or columns of a large model.
+    and a launch. itemsize: bytes of the widest operand, the adapter's too. None stands for the many
+    rows or columns of a large model.
     """
     rows, columns = 4096 if rows is None else rows, columns or 4096
     if four_bit and rows > MANY_ROWS_4BIT:
@@ -99,6 +103,16 @@ def strategy(
     saved = BALANCE.get(target.arch, min(BALANCE.values())) / columns
     chosen = SPLIT if extra > saved else SINGLE_PASS
     return chosen, f"x·Aᵀ in each tile costs {extra:.1%} of the product, x again {saved:.1%}"
+
+
+def obstacle(target: Target) -> str | None:
+    """Why a GPU cannot run the kernels; None where it can."""
+    if target.kind == "cuda" and target.arch < MIN_ARCH:
+        return (
+            f"the GPU is sm_{target.arch}, for which Triton has no matrix instructions; "
+            f"want sm_{MIN_ARCH} or newer"
+        )
+    return None
 
 
 def precision(target: Target) -> str:

@@ -6,12 +6,12 @@ it may cut them off. So every product and every conversion goes through `dot` an
 
 from __future__ import annotations
 
-import os
-
 import triton
 import triton.language as tl
 
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
+from . import interpreted
+
+INTERPRETED = tl.constexpr(interpreted())
 
 
 @triton.jit

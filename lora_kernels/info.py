@@ -116,7 +116,8 @@ def _triton_backend() -> dict[str, Any]:
     gpus = device.gpus()
     if not gpus:
         return _backend(False, "no GPU; TRITON_INTERPRET=1 runs it in Triton's interpreter")
-    obstacles = [configs.obstacle(configs.target(gpu.index)) for gpu in gpus]
+    archs = [0 if torch.version.hip else int(gpu.capability.replace(".", "")) for gpu in gpus]
+    obstacles = [configs.obstacle(arch) for arch in archs]
     if None not in obstacles:
         return _backend(False, obstacles[0] or "")
     return _backend(True, "where lora_kernels.backend('triton') asks for it: no GPU has run it yet")

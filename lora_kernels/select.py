@@ -234,7 +234,7 @@ def _choose_triton(
             "in the environment, which runs them in Triton's interpreter)"
         )
     else:
-        obstacle = configs.obstacle(target) or obstacle
+        obstacle = configs.obstacle(target.arch) or obstacle
     if obstacle is not None:
         raise RuntimeError(f"backend 'triton' was asked for and cannot run here: {obstacle}")
     assert target is not None

@@ -113,3 +113,7 @@ def test_gpus_are_shown_with_their_size(monkeypatch: pytest.MonkeyPatch) -> None
     text = info.report(info.info())
     assert "  GPU 0        H100, capability 9.0, 132 SMs, 80 GiB\n" in text
     assert "none that torch can use" not in text
+    old = device.Gpu(0, "T4", "7.5", 40, 16 * 2**30)
+    monkeypatch.setattr(device, "gpus", lambda: [old])
+    backend = info.info()["backends"]["triton"]
+    assert not backend["available"] and "sm_75" in backend["reason"]

@@ -105,11 +105,12 @@ def strategy(
     return chosen, f"x·Aᵀ in each tile costs {extra:.1%} of the product, x again {saved:.1%}"
 
 
-def obstacle(target: Target) -> str | None:
-    """Why a GPU cannot run the kernels; None where it can."""
-    if target.kind == "cuda" and target.arch < MIN_ARCH:
+def obstacle(arch: int) -> str | None:
+    """Why a GPU of this compute capability (0: AMD's, which has none) cannot run the kernels; None
+    where it can."""
+    if 0 < arch < MIN_ARCH:
         return (
-            f"the GPU is sm_{target.arch}, for which Triton has no matrix instructions; "
+            f"the GPU is sm_{arch}, for which Triton has no matrix instructions; "
             f"want sm_{MIN_ARCH} or newer"
         )
     return None

@@ -14,7 +14,7 @@ INSTALLED := $(VENV)/.installed-$(shell echo '$(TORCH)' | cksum | cut -d' ' -f1)
 DEMO_INPUTS := $(VENV)/.demo-inputs
 CPP_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h')
 
-.PHONY: .venv test proof faults bench demo lint format native sanitize clean
+.PHONY: .venv test proof faults bench demo gpu lint format native sanitize clean
 .DELETE_ON_ERROR:
 
 test: lint native
@@ -34,6 +34,13 @@ bench: native
 	$(BIN)/lora-kernels bench --json benchmarks/results/cpu.json
 	$(BIN)/lora-kernels bench --quant nf4 --seconds 1 --json benchmarks/results/cpu-4bit.json
 	$(BIN)/python -m benchmarks.report
+
+# On a machine with a GPU, with the torch that is there: builds in place, needs no network.
+GPU_PYTHON ?= python3
+gpu:
+	LORA_KERNELS_NATIVE=0 $(GPU_PYTHON) -c 'import torch, triton'
+	-$(GPU_PYTHON) setup.py --quiet build_ext --inplace
+	PYTHONPATH=$(CURDIR) $(GPU_PYTHON) -m benchmarks.gpu
 
 demo: native $(DEMO_INPUTS)
 	$(BIN)/lora-kernels finetune --demo

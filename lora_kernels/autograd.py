@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -9,7 +10,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import ops
+from .backends import forced
 from .quantization.codes import Codes
+
+_NOTHING = contextlib.nullcontext()
 
 
 class LoRALinearFunction(torch.autograd.Function):
@@ -39,8 +43,10 @@ class LoRALinearFunction(torch.autograd.Function):
         save_z = column_scale is not None and ctx.needs_input_grad[6]
         base: tuple[Any, ...] = codes or (weight,)
         call: Any = ops.lora_linear_4bit if codes else ops.lora_linear
+        ctx.asked = None
         if ops.plain(x, base[0], lora_A, lora_B):
             call, base = ops.lora_linear_direct, (Codes(*codes) if codes else weight,)
+            ctx.asked = forced.current.get()
         y: Tensor
         y, p, z = call(
             x, *base, lora_A, lora_B, scaling, rank_gate, column_scale, bias, dropout_p, rng,
@@ -70,11 +76,14 @@ class LoRALinearFunction(torch.autograd.Function):
         call: Any = ops.lora_linear_backward_4bit if codes else ops.lora_linear_backward
         if ops.plain(dy, x, base[0], lora_A, lora_B):
             call, base = ops.lora_linear_backward_direct, (Codes(*codes) if codes else weight,)
-        dx, dA, dB, dg, dc, dbias = call(
-            dy, x, *base, lora_A, lora_B, p, z, ctx.scaling, rank_gate, column_scale,
-            ctx.dropout_p, rng, ctx.dtype, need_x, need_A, need_B, need_gate, need_column_scale,
-            need_bias,
-        )  # fmt: skip
+        # One choice for both directions, whichever is in force by now or in this thread.
+        same = ctx.asked is None or ctx.asked is forced.current.get()
+        with _NOTHING if same else forced.again(ctx.asked):
+            dx, dA, dB, dg, dc, dbias = call(
+                dy, x, *base, lora_A, lora_B, p, z, ctx.scaling, rank_gate, column_scale,
+                ctx.dropout_p, rng, ctx.dtype, need_x, need_A, need_B, need_gate,
+                need_column_scale, need_bias,
+            )  # fmt: skip
         return (
             dx if need_x else None,
             None,

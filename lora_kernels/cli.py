@@ -19,6 +19,7 @@ COMMANDS = {
     "info": ("lora_kernels.info", None, "what this machine is and which backends it can run"),
     "verify": ("lora_kernels.measure.verify", None, "check every kernel against the reference"),
     "bench": ("lora_kernels.measure.bench", "bench", "time the kernels against what others use"),
+    "tune": ("lora_kernels.measure.tune", None, "find the fastest Triton kernels on this GPU"),
     "finetune": ("lora_kernels.finetune.command", "finetune", "fine-tune a model with fused LoRA"),
     "generate": ("lora_kernels.finetune.generate", "finetune", "answer with an adapter, fused"),
 }

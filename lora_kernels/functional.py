@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import ops
 from .autograd import LoRALinearFunction
 from .quantization import Weight4bit
 
@@ -75,7 +76,7 @@ def lora_linear(
     if x_dtype not in _FLOATS:
         raise TypeError(f"x: got {x_dtype}, want float32, bfloat16, float16 or float64")
     if not (x_dtype is a_dtype is b_dtype):
-        _check_dtypes(x_dtype, lora_A=a_dtype, lora_B=b_dtype)
+        _check_dtypes("x", x_dtype, lora_A=a_dtype, lora_B=b_dtype)
     if not (device == lora_A.device == lora_B.device):
         _check_devices(x, lora_A=lora_A, lora_B=lora_B)
     codes: tuple[Any, ...] = ()
@@ -115,6 +116,71 @@ def lora_linear(
     )  # fmt: skip
 
 
+@torch.no_grad()
+def dora_norm(
+    weight: Tensor | Weight4bit,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float = 1.0,
+    *,
+    rank_gate: Tensor | None = None,
+) -> Tensor:
+    """The norm of each row of W + (B ⊙ g)·A, g = scaling · rank_gate, which is never written out.
+
+    DoRA's column scale is magnitude / norm, the norm taken as a constant: no gradient flows.
+
+    Args:
+        weight: [N, K], float32, bfloat16, float16 or float64, or a `Weight4bit`.
+        lora_A: [R, K], lora_B: [N, R]; float64 only if all are.
+        scaling: alpha / r. rank_gate: [R] or None.
+
+    Returns:
+        float32 [N]; float64 for float64.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what it is and what it should be.
+        RuntimeError: a backend was forced that cannot run here.
+
+    >>> import torch
+    >>> from lora_kernels.functional import dora_norm
+    >>> dora_norm(torch.eye(2), torch.ones(1, 2), torch.tensor([[1.0], [0.0]]), scaling=2.0)
+    tensor([3.6056, 1.0000])
+    """
+    R, K = _matrix("lora_A", lora_A, "[R, K]")
+    N, _ = _matrix("lora_B", lora_B, "[N, R]")
+    if lora_B.shape[1] != R:
+        raise ValueError(f"lora_B: got shape {_shape(lora_B)}, want [N, {R}] for rank {R}")
+    if not isinstance(weight, (Tensor, Weight4bit)):
+        got = type(weight).__name__
+        raise TypeError(f"weight: got {got}, want a tensor or a Weight4bit")
+    if tuple(weight.shape) != (N, K):
+        raise ValueError(
+            f"weight: got shape {list(weight.shape)}, want [{N}, {K}] for lora_A {_shape(lora_A)} "
+            f"and lora_B {_shape(lora_B)}"
+        )
+    held = weight.packed if isinstance(weight, Weight4bit) else weight
+    _check_devices(lora_A, weight=held, lora_B=lora_B)
+    dtypes = {"lora_A": lora_A.dtype, "lora_B": lora_B.dtype}
+    _check_dtypes("lora_A", lora_A.dtype, **dtypes)
+    if isinstance(weight, Weight4bit):
+        if lora_A.dtype is torch.float64:
+            raise TypeError(
+                f"lora_A: got {lora_A.dtype}, want float32, bfloat16 or float16 beside a 4-bit "
+                "weight"
+            )
+    else:
+        _check_dtypes("lora_A", lora_A.dtype, weight=weight.dtype)
+    if rank_gate is not None:
+        _check_vector("rank_gate", rank_gate, R, lora_A)
+    rest = (lora_A, lora_B, float(scaling), rank_gate)
+    norm: Tensor
+    if isinstance(weight, Weight4bit):
+        norm = ops.dora_norm_4bit(*weight.codes, *rest)
+    else:
+        norm = ops.dora_norm(weight, *rest)
+    return norm
+
+
 def _autocast(device_type: str, x_dtype: torch.dtype) -> bool:
     return (
         device_type != "meta"  # of which autocast knows nothing
@@ -147,18 +213,18 @@ def _matrix(name: str, t: Tensor, want: str) -> tuple[int, int]:
     return t.shape[0], t.shape[1]
 
 
-def _check_dtypes(x_dtype: torch.dtype, **dtypes: torch.dtype) -> None:
+def _check_dtypes(beside: str, x_dtype: torch.dtype, **dtypes: torch.dtype) -> None:
     for name, got in dtypes.items():
         if got not in _FLOATS:
             raise TypeError(f"{name}: got {got}, want float32, bfloat16, float16 or float64")
         if (got is torch.float64) != (x_dtype is torch.float64):
             raise TypeError(
-                f"{name}: got {got} beside x in {x_dtype}; float64 goes with float64 alone"
+                f"{name}: got {got} beside {beside} in {x_dtype}; float64 goes with float64 alone"
             )
 
 
 def _check_weight(x: Tensor, weight: Tensor) -> None:
-    _check_dtypes(x.dtype, weight=weight.dtype)
+    _check_dtypes("x", x.dtype, weight=weight.dtype)
     if weight.dtype is not x.dtype and not _autocast(x.device.type, x.dtype):
         raise TypeError(
             f"weight: got {weight.dtype}, want x's {x.dtype} (or autocast, which casts both)"

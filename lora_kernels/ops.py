@@ -36,6 +36,8 @@ _SCHEMAS = {
     "float dropout_p, Tensor? rng, ScalarType dtype, bool need_x, bool need_A, bool need_B, "
     "bool need_gate, bool need_column_scale, bool need_bias) "
     "-> (Tensor dx, Tensor dA, Tensor dB, Tensor dg, Tensor dc, Tensor dbias)",
+    "dora_norm": "({weight}, Tensor lora_A, Tensor lora_B, float scaling, Tensor? rank_gate) "
+    "-> Tensor",
 }
 
 
@@ -76,7 +78,7 @@ def lora_linear_direct(
     device_type, (N, R) = x.device.type, lora_B.shape
     choice = select.lora_linear(
         device_type, x.dtype, lora_A.dtype, lora_B.dtype, dtype, R, x2.shape[0],
-        isinstance(weight, Codes), N, rng is not None, x.device.index,
+        isinstance(weight, Codes), N, x2.shape[1], rng is not None, x.device.index,
     )  # fmt: skip
     with _no_autocast(device_type):
         y, p, z = _BACKENDS[choice.backend].lora_linear(
@@ -158,7 +160,7 @@ def lora_linear_backward_direct(
     device_type = x.device.type
     choice = select.lora_linear(
         device_type, x.dtype, lora_A.dtype, lora_B.dtype, dtype, p.shape[1], x2.shape[0],
-        isinstance(weight, Codes), lora_B.shape[0], rng is not None, x.device.index,
+        isinstance(weight, Codes), lora_B.shape[0], x2.shape[1], rng is not None, x.device.index,
     )  # fmt: skip
     with _no_autocast(device_type):
         dx, *rest = _BACKENDS[choice.backend].lora_linear_backward(
@@ -205,6 +207,38 @@ def _lora_linear_backward_fake(
     )
 
 
+# dora_norm --------------------------------------------------------------------------------------
+
+
+def _dora_norm(
+    weight: Tensor | Codes | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    rank_gate: Tensor | None,
+) -> Tensor:
+    assert weight is not None
+    device = lora_A.device
+    weight_dtype = torch.float32 if isinstance(weight, Codes) else weight.dtype
+    choice = select.dora_norm(
+        device.type, weight_dtype, lora_A.dtype, lora_B.dtype, lora_A.shape[0], device.index
+    )
+    norm: Tensor
+    with _no_autocast(device.type):
+        norm = _BACKENDS[choice.backend].dora_norm(weight, lora_A, lora_B, scaling, rank_gate)
+    return norm
+
+
+def _dora_norm_fake(
+    weight: Tensor | Codes | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    rank_gate: Tensor | None,
+) -> Tensor:
+    return lora_A.new_empty(lora_B.shape[0], dtype=_stat_dtype(lora_A.dtype))
+
+
 # The registered ops are these functions with an empty tensor for what was not asked for: a schema
 # has no optional results. The functions themselves are for calls that are plain.
 
@@ -241,6 +275,7 @@ def _with_codes(function: Callable[..., Any], before: int) -> Callable[..., Any]
 for _name, _impl, _fake, _before in (
     ("lora_linear", _lora_linear, _lora_linear_fake, 1),
     ("lora_linear_backward", _lora_linear_backward, _lora_linear_backward_fake, 2),
+    ("dora_norm", _dora_norm, _dora_norm_fake, 0),
 ):
     for _suffix, _weight in _WEIGHTS.items():
         _name_of = f"{_name}{_suffix}"
@@ -254,6 +289,8 @@ for _name, _impl, _fake, _before in (
 
 lora_linear = torch.ops.lora_kernels.lora_linear.default
 lora_linear_backward = torch.ops.lora_kernels.lora_linear_backward.default
+dora_norm = torch.ops.lora_kernels.dora_norm.default
+dora_norm_4bit = torch.ops.lora_kernels.dora_norm_4bit.default
 lora_linear_4bit = torch.ops.lora_kernels.lora_linear_4bit.default
 lora_linear_backward_4bit = torch.ops.lora_kernels.lora_linear_backward_4bit.default
 _PLAIN = (Tensor, torch.nn.Parameter)

@@ -109,6 +109,24 @@ def lora_linear(
     return y if bias is None else y + bias
 
 
+def dora_norm(
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float = 1.0,
+    rank_gate: Tensor | None = None,
+) -> Tensor:
+    """The norm of each row of W + (B ⊙ g)·A, g = scaling · rank_gate: [N].
+
+    weight [N, K], lora_A [R, K], lora_B [N, R], rank_gate [R]; all of one dtype.
+
+    >>> dora_norm(torch.eye(2), torch.ones(1, 2), torch.tensor([[1.0], [0.0]]), scaling=2.0)
+    tensor([3.6056, 1.0000])
+    """
+    gate = scaling if rank_gate is None else scaling * rank_gate
+    return (weight + (lora_B * gate) @ lora_A).square().sum(dim=1).sqrt()
+
+
 SMALLEST_SCALE = 1e-38  # what a block is divided by if its largest element is smaller still
 
 

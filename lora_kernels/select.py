@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 from collections.abc import Iterator
-from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 
-from .backends import cpu, eager, native, triton
-from .backends.triton import configs
+from .backends import cpu, eager, forced, native, triton
+from .backends.forced import Forced
+from .backends.triton import configs, measured
 
 MAX_KERNEL_RANK = 256
 STRATEGIES = {
@@ -53,31 +51,22 @@ class Choice:
     reason: str
 
 
-class _Forced(NamedTuple):
-    backend: str | None = None
-    strategy: str | None = None
-
-
-def _check_names(name: str, strategy: str | None = None) -> _Forced:
+def _check_names(name: str, strategy: str | None = None) -> Forced:
     if name not in BACKENDS:
         raise ValueError(f"backend: got {name!r}, want one of {', '.join(BACKENDS)}")
     if strategy is not None and strategy not in STRATEGIES[name]:
         want = ", ".join(map(repr, STRATEGIES[name]))
         raise ValueError(f"strategy: got {strategy!r}, want for backend {name!r} one of {want}")
-    return _Forced(name, strategy)
-
-
-_forced: ContextVar[_Forced] = ContextVar(
-    "lora_kernels_backend",
-    default=_check_names(os.environ["LORA_KERNELS_BACKEND"])
-    if os.environ.get("LORA_KERNELS_BACKEND")
-    else _Forced(),
-)
+    return Forced(name, strategy)
 
 
 def forced_backend() -> str | None:
     """The backend that `backend(...)` or LORA_KERNELS_BACKEND, read at import, names, if any."""
-    return _forced.get().backend
+    return forced.current.get().backend
+
+
+if (_named := forced_backend()) is not None:
+    _check_names(_named)
 
 
 @contextlib.contextmanager
@@ -95,11 +84,11 @@ def backend(name: str, strategy: str | None = None) -> Iterator[None]:
     ...     lora_kernels.lora_linear(x, W, A, B).shape
     torch.Size([2, 3])
     """
-    token = _forced.set(_check_names(name, strategy))
+    token = forced.current.set(_check_names(name, strategy))
     try:
         yield
     finally:
-        _forced.reset(token)
+        forced.current.reset(token)
 
 
 def lora_linear(
@@ -112,26 +101,79 @@ def lora_linear(
     rows: int | None = None,
     four_bit: bool = False,
     columns: int | None = None,
+    inner: int | None = None,
     dropout: bool = False,
     device_index: int | None = None,
 ) -> Choice:
     """The choice for `lora_linear` and its backward (one choice for both, always).
 
     rows: M; None asks for what holds of any M, and names both strategies where M decides. On a GPU
-    N (`columns`) and dropout count too.
+    N (`columns`), K (`inner`) and dropout count too.
     """
-    forced = _forced.get()
-    if forced.backend == "triton":
+    asked = forced.current.get()
+    if asked.backend == "triton":
         target = configs.target(device_index) if device_type == "cuda" else None
-        return _choose_triton(
-            forced, triton.absence(), triton.interpreted(), target, device_type, x_dtype, a_dtype,
-            b_dtype, dtype, rank, rows, four_bit, columns, dropout,
+        choice, key = _choose_triton(
+            asked, triton.absence(), triton.interpreted(), target, device_type, x_dtype, a_dtype,
+            b_dtype, dtype, rank, rows, four_bit, columns, inner, dropout,
         )  # fmt: skip
+        known = None if key is None else measured.find(key)
+        if known is None:
+            return choice
+        return Choice("triton", known.strategy, f"the triton backend was asked for; {known.source}")
     many = None if rows is None else rows > few_rows(dtype, four_bit)
+    bfloat16 = torch.bfloat16 in (x_dtype, dtype)
+    gpu_obstacle = _gpu_obstacle(bfloat16, device_index) if device_type == "cuda" else None
     return _choose(
-        forced, native.isa, native.amx_bf16, native.reason,
-        device_type, x_dtype, a_dtype, b_dtype, dtype, rank, many, four_bit,
+        asked, native.isa, native.amx_bf16, native.reason, gpu_obstacle, device_type, x_dtype,
+        a_dtype, b_dtype, dtype, rank, many, four_bit,
     )  # fmt: skip
+
+
+def dora_norm(
+    device_type: str,
+    weight_dtype: torch.dtype,
+    a_dtype: torch.dtype,
+    b_dtype: torch.dtype,
+    rank: int,
+    device_index: int | None = None,
+) -> Choice:
+    """The choice for `dora_norm`. On the CPU it is made of library products, panel by panel,
+    whichever of the two backends there is asked for."""
+    asked = forced.current.get()
+    if asked.backend == "triton":
+        target = configs.target(device_index) if device_type == "cuda" else None
+        _triton_target(
+            triton.absence(), triton.interpreted(), target, device_type, weight_dtype, a_dtype,
+            b_dtype, weight_dtype, rank,
+        )  # fmt: skip
+        return Choice("triton", triton.SINGLE_PASS, "the triton backend was asked for")
+    if asked.backend == "cpu" and device_type != "cpu":
+        raise RuntimeError(
+            f"backend 'cpu' was asked for and cannot run here: the device is {device_type!r}"
+        )
+    reason = "no kernel here beats the library's product"
+    if asked.backend == "eager":
+        reason = "the eager backend was asked for"
+    elif device_type == "cuda":
+        reason = _gpu_obstacle(weight_dtype is torch.bfloat16, device_index)
+    return Choice("eager", eager.PANELS, reason)
+
+
+@functools.cache
+def _has_gpu() -> bool:
+    return torch.cuda.is_available()
+
+
+def _gpu_obstacle(bfloat16: bool, device_index: int | None) -> str:
+    """Why a GPU's tensors go to the eager backend."""
+    if _has_gpu():
+        target = configs.target(device_index)
+        obstacle = configs.obstacle(target.arch)
+        if obstacle is not None:
+            slow = f"; sm_{target.arch} has no bfloat16 either, and emulates it: want float16"
+            return obstacle + slow * bfloat16
+    return UNTRIED
 
 
 def few_rows(dtype: torch.dtype, four_bit: bool) -> int:
@@ -143,15 +185,16 @@ def few_rows(dtype: torch.dtype, four_bit: bool) -> int:
 
 def circumstances() -> tuple[object, ...]:
     """What a choice depends on beside its arguments."""
-    return _forced.get(), native.isa
+    return forced.current.get(), native.isa
 
 
 @functools.lru_cache(maxsize=1024)
 def _choose(
-    forced: _Forced,
+    asked: Forced,
     isa: str | None,
     amx_bf16: bool,
     native_absence: str | None,
+    gpu_obstacle: str | None,
     device_type: str,
     x_dtype: torch.dtype,
     a_dtype: torch.dtype,
@@ -161,18 +204,20 @@ def _choose(
     many_rows: bool | None,
     four_bit: bool,
 ) -> Choice:
-    if forced.backend == "eager":
+    if asked.backend == "eager":
         return Choice("eager", eager.LIBRARY, "the eager backend was asked for")
-    obstacle = _cpu_obstacle(native_absence, device_type, x_dtype, a_dtype, b_dtype, dtype, rank)
+    obstacle = gpu_obstacle or _cpu_obstacle(
+        native_absence, device_type, x_dtype, a_dtype, b_dtype, dtype, rank
+    )
     if obstacle is None:
-        return _cpu_choice(forced, isa, amx_bf16, dtype, many_rows, four_bit)
-    if forced.backend == "cpu":
+        return _cpu_choice(asked, isa, amx_bf16, dtype, many_rows, four_bit)
+    if asked.backend == "cpu":
         raise RuntimeError(f"backend 'cpu' was asked for and cannot run here: {obstacle}")
     return Choice("eager", eager.LIBRARY, obstacle)
 
 
 def _cpu_choice(
-    forced: _Forced,
+    asked: Forced,
     isa: str | None,
     amx_bf16: bool,
     dtype: torch.dtype,
@@ -180,20 +225,20 @@ def _cpu_choice(
     four_bit: bool,
 ) -> Choice:
     reason = f"native kernels, {isa}"
-    if forced.backend:
+    if asked.backend:
         reason = "the cpu backend was asked for"
-    if forced.strategy == cpu.SINGLE_PASS and isa not in cpu.SINGLE_PASS_ISAS:
+    if asked.strategy == cpu.SINGLE_PASS and isa not in cpu.SINGLE_PASS_ISAS:
         raise RuntimeError(
-            f"strategy {forced.strategy!r} was asked for and cannot run here: the instruction set "
+            f"strategy {asked.strategy!r} was asked for and cannot run here: the instruction set "
             f"is {isa}, want one of {', '.join(cpu.SINGLE_PASS_ISAS)}"
         )
-    if forced.strategy == cpu.FEW_ROWS and (many_rows or not four_bit):
+    if asked.strategy == cpu.FEW_ROWS and (many_rows or not four_bit):
         raise RuntimeError(
-            f"strategy {forced.strategy!r} was asked for and cannot run here: want a 4-bit weight "
+            f"strategy {asked.strategy!r} was asked for and cannot run here: want a 4-bit weight "
             f"and at most {FEW_ROWS_4BIT[isa or 'scalar']} rows"
         )
-    if forced.strategy:
-        return Choice("cpu", forced.strategy, reason)
+    if asked.strategy:
+        return Choice("cpu", asked.strategy, reason)
     many = cpu.SINGLE_PASS
     if isa not in cpu.SINGLE_PASS_ISAS:
         many = cpu.LIBRARY
@@ -208,7 +253,7 @@ def _cpu_choice(
 
 @functools.lru_cache(maxsize=4096)
 def _choose_triton(
-    forced: _Forced,
+    asked: Forced,
     absence: str | None,
     interpreted: bool,
     target: configs.Target | None,
@@ -221,33 +266,49 @@ def _choose_triton(
     rows: int | None,
     four_bit: bool,
     columns: int | None,
+    inner: int | None,
     dropout: bool,
-) -> Choice:
-    obstacle = _kernel_obstacle(x_dtype, a_dtype, b_dtype, dtype, rank)
-    if absence is not None:
-        obstacle = absence
-    elif interpreted:
-        target = configs.INTERPRETER
-    elif target is None:
-        obstacle = (
-            f"no Triton kernels for device type {device_type!r}, want a GPU (or TRITON_INTERPRET=1 "
-            "in the environment, which runs them in Triton's interpreter)"
+) -> tuple[Choice, measured.Shape | None]:
+    """What the model of costs says, and what a measured row that goes before it is looked up by;
+    None where the strategy is named, or no such row can be."""
+    target = _triton_target(
+        absence, interpreted, target, device_type, x_dtype, a_dtype, b_dtype, dtype, rank
+    )
+    if asked.strategy == triton.SINGLE_PASS and rank > configs.MAX_SINGLE_PASS_RANK:
+        raise RuntimeError(
+            f"strategy {asked.strategy!r} was asked for and cannot run here: rank {rank} is above "
+            f"{configs.MAX_SINGLE_PASS_RANK}"
         )
-    else:
-        obstacle = configs.obstacle(target.arch) or obstacle
+    if asked.strategy:
+        return Choice("triton", asked.strategy, "the triton backend was asked for"), None
+    itemsize = max(d.itemsize for d in (x_dtype, a_dtype, b_dtype, dtype))
+    strategy, why = configs.strategy(target, rows, columns, rank, itemsize, four_bit, dropout)
+    key = None
+    if not (rows is None or columns is None or inner is None or dropout):
+        key = measured.shape(target, rows, columns, inner, rank, itemsize, four_bit)
+    return Choice("triton", strategy, f"the triton backend was asked for; {why}"), key
+
+
+def _triton_target(
+    absence: str | None,
+    interpreted: bool,
+    target: configs.Target | None,
+    device_type: str,
+    x_dtype: torch.dtype,
+    a_dtype: torch.dtype,
+    b_dtype: torch.dtype,
+    dtype: torch.dtype,
+    rank: int,
+) -> configs.Target:
+    """The device that Triton's kernels will run on; RuntimeError where they cannot."""
+    if interpreted:
+        target = configs.INTERPRETER
+    obstacle = configs.unfit(absence, target, device_type)
+    obstacle = obstacle or _kernel_obstacle(x_dtype, a_dtype, b_dtype, dtype, rank)
     if obstacle is not None:
         raise RuntimeError(f"backend 'triton' was asked for and cannot run here: {obstacle}")
     assert target is not None
-    if forced.strategy == triton.SINGLE_PASS and rank > configs.MAX_SINGLE_PASS_RANK:
-        raise RuntimeError(
-            f"strategy {forced.strategy!r} was asked for and cannot run here: rank {rank} is above "
-            f"{configs.MAX_SINGLE_PASS_RANK}"
-        )
-    if forced.strategy:
-        return Choice("triton", forced.strategy, "the triton backend was asked for")
-    itemsize = max(d.itemsize for d in (x_dtype, a_dtype, b_dtype, dtype))
-    strategy, why = configs.strategy(target, rows, columns, rank, itemsize, four_bit, dropout)
-    return Choice("triton", strategy, f"the triton backend was asked for; {why}")
+    return target
 
 
 def _cpu_obstacle(
@@ -259,8 +320,6 @@ def _cpu_obstacle(
     dtype: torch.dtype,
     rank: int,
 ) -> str | None:
-    if device_type == "cuda":
-        return UNTRIED
     if device_type != "cpu":
         return f"no kernels for device type {device_type!r} in this version"
     if native_absence is not None:

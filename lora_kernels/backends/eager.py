@@ -18,6 +18,8 @@ from .. import reference
 from ..quantization.codes import Codes
 
 LIBRARY = "library products, in-place addmm"  # its only strategy
+PANELS = "library product, panel by panel"  # of `dora_norm`
+PANEL = 4 << 20  # bytes of a weight that are looked at together
 
 
 def _mm(a: Tensor, b: Tensor) -> Tensor:
@@ -151,3 +153,32 @@ def lora_linear_backward(
                 dx_lora = _mm(dxa.to(torch.promote_types(x.dtype, lora_A.dtype)), lora_A)
                 dx = (dx + _dropped(dx_lora, dropout_p, rng)).to(x.dtype)
     return dx, dA, dB, dg, dc, dbias
+
+
+def dora_norm(
+    weight: Tensor | Codes,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    rank_gate: Tensor | None,
+) -> Tensor:
+    """‖W + scaling · (B ⊙ gate)·A‖ of each row: [N] in float32 (float64 for float64).
+
+    A panel of rows at a time, in that dtype, so that no second weight is held.
+    """
+    K, N = lora_A.shape[1], lora_B.shape[0]
+    dtype = _stat_dtype(lora_A.dtype)
+    A, B = lora_A.to(dtype), lora_B.to(dtype)
+    if rank_gate is not None:
+        B = B * rank_gate.to(dtype)
+    out = torch.empty(N, dtype=dtype, device=lora_A.device)
+    step = max(64, PANEL // (K * dtype.itemsize))
+    for start in range(0, N, step):
+        n = slice(start, min(N, start + step))
+        if isinstance(weight, Codes):
+            w = weight.dense((N, K), dtype, rows=n)
+        else:
+            w = weight[n].to(dtype)
+        update = torch.mm(B[n], A)
+        torch.linalg.vector_norm(torch.add(w, update, alpha=scaling), dim=1, out=out[n])
+    return out

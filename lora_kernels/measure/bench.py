@@ -12,7 +12,9 @@ instead of a time. Float32 adapters beside a bfloat16 x are PEFT's default.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
+import itertools
 import json
 import os
 import subprocess
@@ -25,12 +27,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import __version__, device, functional, select
+from .. import __version__, functional, select
+from .. import device as devices
 from ..backends import native
 from . import case as cases
-from . import timing
+from . import models, timing
 from .case import Case
 
+ROWS = [1, 16, 512, 4096, 16384]  # on a GPU, where the shapes are a model's
+CHECKED_ROWS = 512  # there; the float64 reference of more takes longer than all that is timed
 SHAPES = [(256, 2048, 2048), (512, 2048, 5632), (1024, 576, 1536), (2048, 4096, 4096)]  # M, K, N
 RANKS = [8, 16, 64]
 DTYPES = ["float32", "bfloat16"]
@@ -63,8 +68,21 @@ class AddmmLoRA(torch.autograd.Function):
         return dx, None, torch.mm(ds.t(), x), torch.mm(dy.t(), s), None
 
 
+def our_backend(device: str) -> contextlib.AbstractContextManager[None]:
+    """What is timed as ours: on a GPU the Triton kernels, whether or not they are the default."""
+    return select.backend("triton") if device == "cuda" else contextlib.nullcontext()
+
+
 def ours(args: dict[str, Any]) -> Call:
-    return functional.lora_linear
+    device = args["x"].device.type
+    if device == "cpu":
+        return functional.lora_linear
+
+    def call(*args: Any, **kwargs: Any) -> Tensor:
+        with our_backend(device):
+            return functional.lora_linear(*args, **kwargs)
+
+    return call
 
 
 def addmm(args: dict[str, Any]) -> Call:
@@ -81,6 +99,11 @@ def eager(args: dict[str, Any]) -> Call:
         dropped = F.dropout(x, p) if p else x
         return F.linear(x, weight) + F.linear(F.linear(dropped, lora_A), lora_B) * scaling
 
+    return call
+
+
+def compiled(args: dict[str, Any]) -> Call:
+    call: Call = torch.compile(eager(args))
     return call
 
 
@@ -120,6 +143,8 @@ def candidates(case: Case) -> dict[str, tuple[Make, Case]]:
     if not case.dropout_p:
         found["addmm"] = (addmm, case)
     found |= {"eager": (eager, case), "peft": (peft, wide)}
+    if case.device == "cuda":
+        found["torch.compile"] = (compiled, case)
     if sixteen_bit:
         found |= {"ours, fp32 adapters": (ours, wide), "peft, 16-bit adapters": (peft, case)}
     return found
@@ -147,6 +172,8 @@ def measure(case: Case, seconds: float) -> list[dict[str, Any]]:
     for name, (make, own) in candidates(case).items():
         # Peers draw dropout masks of their own, so they are checked without.
         checked = own if make is ours else replace(own, dropout_p=0.0)
+        if case.device != "cpu":
+            checked = replace(checked, M=min(case.M, CHECKED_ROWS))
         verdicts = cases.judge(checked, lambda make=make, **kwargs: make(kwargs)(**kwargs))
         wrong = [f"{output} {verdict}" for output, verdict in verdicts.items() if not verdict.ok]
         if wrong:
@@ -158,7 +185,9 @@ def measure(case: Case, seconds: float) -> list[dict[str, Any]]:
     rows = []
     for mode in MODES:
         times = timing.interleave(
-            {name: _timed(*call, mode) for name, call in calls.items()}, seconds=seconds
+            {name: _timed(*call, mode) for name, call in calls.items()},
+            seconds=seconds,
+            device=case.device,
         )
         row = {key: getattr(case, key) for key in ("M", "K", "N", "R", "dropout_p")}
         row |= {
@@ -183,9 +212,9 @@ def _timed(call: Call, args: dict[str, Any], mode: str) -> Callable[[], object]:
     return lambda: call(**forward)
 
 
-def overhead(seconds: float) -> dict[str, float]:
+def overhead(seconds: float, device: str = "cpu") -> dict[str, float]:
     """Microseconds of one call where there is next to nothing to compute, gradients on."""
-    args = cases.inputs(Case(M=1, N=64, K=64, R=8))
+    args = cases.inputs(Case(M=1, N=64, K=64, R=8, device=device))
     made = {make.__name__: make(args) for make in (frozen, ours, addmm, eager)}
     taken = {}
     for mode in MODES:
@@ -193,34 +222,50 @@ def overhead(seconds: float) -> dict[str, float]:
         if mode == "step":
             only_x = {**args, "lora_A": args["lora_A"].detach(), "lora_B": args["lora_B"].detach()}
             calls["frozen"] = _timed(made["frozen"], only_x, mode)
-        for name, times in timing.interleave(calls, seconds=seconds, repeat=200).items():
+        for name, times in timing.interleave(
+            calls, seconds=seconds, repeat=200, device=device
+        ).items():
             taken[f"{name}, {mode}"] = times.p50 * 1e6
     return taken
 
 
-def provenance(dtypes: list[str]) -> dict[str, Any]:
+def provenance(dtypes: list[str], device: str = "cpu") -> dict[str, Any]:
     """What a reader needs to judge the numbers or to take them again."""
-    cpu, f32 = device.cpu(), torch.float32
-    return {
+    cpu, f32 = devices.cpu(), torch.float32
+    facts = {
         "version": __version__,
-        "commit": _git("describe", "--always", "--dirty", "--exclude=*"),
+        "commit": _output("git", "-C", str(Path(__file__).parent), *GIT),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
-        "backend": select.lora_linear("cpu", f32, f32, f32, f32, RANKS[0]).backend,
+        "backend": select.lora_linear(device, f32, f32, f32, f32, RANKS[0]).backend,
         "isa": native.isa,
         "machine": cpu.architecture,
         "cores": cpu.cores,
         "threads": cpu.threads,
         "load": os.getloadavg()[0],  # at the start
         "torch": torch.__version__,
-        "peft": device.version("peft"),
-        "bitsandbytes": device.version("bitsandbytes"),
-        "copy_bandwidth": timing.copy_bandwidth(),
-        "product_peak": {name: timing.product_peak(getattr(torch, name)) for name in dtypes},
+        "peft": devices.version("peft"),
+        "bitsandbytes": devices.version("bitsandbytes"),
+        "copy_bandwidth": timing.copy_bandwidth(device=device),
+        "product_peak": {
+            name: timing.product_peak(getattr(torch, name), device=device) for name in dtypes
+        },
     }
+    if device == "cuda":
+        query = "--query-gpu=driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit"
+        facts |= {
+            "backend": "triton",
+            "gpu": asdict(devices.gpus()[0]),
+            "triton": devices.version("triton"),
+            "cuda": torch.version.cuda,
+            "nvidia_smi": _output("nvidia-smi", query, "--format=csv,noheader"),
+        }
+    return facts
 
 
-def _git(*arguments: str) -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+GIT = ("describe", "--always", "--dirty", "--exclude=*")
+
+
+def _output(*command: str) -> str | None:
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -228,8 +273,10 @@ def _git(*arguments: str) -> str | None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--shapes", nargs="+", type=_shape, metavar="MxKxN", default=SHAPES)
-    parser.add_argument("--ranks", nargs="+", type=_positive, metavar="R", default=RANKS)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--shapes", nargs="+", type=_shape, metavar="MxKxN", default=None)
+    parser.add_argument("--model", choices=models.NAMES, help="the shapes of its linear layers")
+    parser.add_argument("--ranks", nargs="+", type=models.positive, metavar="R", default=RANKS)
     parser.add_argument("--dtypes", nargs="+", choices=[*DTYPES, "float16"], default=DTYPES)
     parser.add_argument("--dropout", type=_probability, metavar="P", default=0.0)
     parser.add_argument(
@@ -243,28 +290,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """0, or 1 where a result of ours misses the tolerance."""
-    data: dict[str, Any] = {"provenance": provenance(args.dtypes), "rows": []}
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print("lora-kernels bench: no GPU that this torch can use, want one for --device cuda")
+        return 2
+    data: dict[str, Any] = {"provenance": provenance(args.dtypes, args.device), "rows": []}
     if args.quant:
         from . import bench_4bit
 
-        for row in bench_4bit.rows(args.quant, args.dtypes, args.seconds):
+        for row in bench_4bit.rows(args.quant, args.dtypes, args.seconds, args.device):
             data["rows"].append(row)
             print(bench_4bit.line(row), flush=True)
-        _write(args.json, data)
+            _write(args.json, data)
         return 0
-    data["overhead_us"] = overhead(args.seconds / 2)
+    data["overhead_us"] = overhead(args.seconds / 2, args.device)
     taken = data["overhead_us"]
     extra = taken["ours, forward"] - taken["eager, forward"]
     print(f"a call at M=1, K=N=64, r=8, gradients on: {extra:+.1f} µs against the eager expression")
     for name, us in taken.items():
         print(f"    {name:16} {us:6.1f} µs")
-    for dtype in args.dtypes:
-        for M, K, N in args.shapes:
-            for R in args.ranks:
-                case = Case(M, N, K, R, getattr(torch, dtype), dropout_p=args.dropout)
-                for row in measure(case, args.seconds):
-                    data["rows"].append(row)
-                    print(_line(row), flush=True)
+    shapes = args.shapes or (SHAPES if args.device == "cpu" and not args.model else None)
+    if shapes is None:
+        layers = models.linear_shapes(args.model or "llama3-8b")
+        shapes = [(M, K, N) for M in ROWS for K, N in layers]
+    for dtype, (M, K, N), R in itertools.product(args.dtypes, shapes, args.ranks):
+        case = Case(
+            M, N, K, R, getattr(torch, dtype), dropout_p=args.dropout, device=args.device
+        )  # fmt: skip
+        for row in measure(case, args.seconds):
+            data["rows"].append(row)
+            print(_line(row), flush=True)
+        _write(args.json, data)
     _write(args.json, data)
     return 0 if all(row["correct"] for row in data["rows"]) else 1
 
@@ -298,12 +353,6 @@ def _shape(text: str) -> tuple[int, int, int]:
     if min(M, K, N) < 1:
         raise argparse.ArgumentTypeError(f"got {text!r}, want MxKxN, such as 256x2048x2048")
     return M, K, N
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, want a whole number of at least 1")
-    return int(text)
 
 
 def _probability(text: str) -> float:

@@ -13,6 +13,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from ..layers import QLoRALinear
 from . import timing
+from .bench import our_backend
 
 SHAPES = [(4096, 4096), (4096, 14336), (576, 1536)]  # K, N
 ROWS = [1, 2, 4, 8, 16, 32, 64, 128, 512]
@@ -33,20 +35,28 @@ Forward = Callable[[Tensor], Tensor]
 class Bases:
     """Enough weights of one shape to be cold, in every form that is timed."""
 
-    def __init__(self, K: int, N: int, dtype: torch.dtype, quant_type: str) -> None:
+    def __init__(
+        self, K: int, N: int, dtype: torch.dtype, quant_type: str, device: str = "cpu"
+    ) -> None:
         torch.manual_seed(0)
-        self.count = max(2, min(64, COLD_BYTES // (N * K // 2)))
-        self.lora_A = nn.Parameter(torch.randn(RANK, K).div_(K**0.5).to(dtype))
-        self.lora_B = nn.Parameter(torch.randn(N, RANK).div_(RANK**0.5).to(dtype))
-        self.dense = [nn.Linear(K, N, bias=False, dtype=dtype) for _ in range(min(4, self.count))]
+        self.device = device
+        self.count = max(2, min(64, _cold_bytes(device) // (N * K // 2)))
+        self.lora_A = nn.Parameter(torch.randn(RANK, K).div_(K**0.5).to(device, dtype))
+        self.lora_B = nn.Parameter(torch.randn(N, RANK).div_(RANK**0.5).to(device, dtype))
+        self.dense = [
+            nn.Linear(K, N, bias=False, dtype=dtype, device=device)
+            for _ in range(min(4, self.count))
+        ]
         for linear in self.dense:
             nn.init.normal_(linear.weight, std=K**-0.5)
         linears = [self.dense[i % len(self.dense)] for i in range(self.count)]
         self.ours = [self._ours(linear, quant_type) for linear in linears]
-        self.bnb = {
-            mode: [self._peft(linear, quant_type).train(mode == "train") for linear in linears]
-            for mode in ("train", "eval")
-        }
+        self.bnb = {}
+        if device == "cpu" or all(map(find_spec, ("bitsandbytes", "peft"))):
+            self.bnb = {
+                mode: [self._peft(linear, quant_type).train(mode == "train") for linear in linears]
+                for mode in ("eval", "train")
+            }
 
     def _ours(self, linear: nn.Linear, quant_type: str) -> QLoRALinear:
         layer = QLoRALinear.from_linear(linear, RANK, SCALING * RANK, quant_type=quant_type)
@@ -66,7 +76,7 @@ class Bases:
         base.weight = bnb.Params4bit(
             linear.weight.detach(), requires_grad=False, quant_type=quant_type, module=base
         )
-        model = nn.ModuleDict({"base": base.to("cpu")})
+        model = nn.ModuleDict({"base": base.to(self.device)})
         model.is_loaded_in_4bit = True  # type: ignore[assignment]  # as transformers says it
         config = LoraConfig(r=RANK, lora_alpha=int(SCALING * RANK), target_modules=["base"])
         inject_adapter_in_model(config, model)
@@ -77,12 +87,11 @@ class Bases:
 
     def candidates(self) -> dict[str, list[Forward]]:
         """Name -> the forward over each of the weights."""
-        return {
-            "ours": list(self.ours),
-            "bitsandbytes, eval": list(self.bnb["eval"]),
-            "bitsandbytes, train": list(self.bnb["train"]),
-            "dense": [partial(self._dense, linear.weight) for linear in self.dense],
-        }
+        found: dict[str, list[Forward]] = {"ours": list(self.ours)}
+        if self.device != "cpu":
+            found["ours"] = [partial(_by_kernels, self.device, layer) for layer in self.ours]
+        found |= {f"bitsandbytes, {mode}": list(layers) for mode, layers in self.bnb.items()}
+        return found | {"dense": [partial(self._dense, linear.weight) for linear in self.dense]}
 
     def _dense(self, weight: Tensor, x: Tensor) -> Tensor:
         return F.linear(x, weight) + F.linear(F.linear(x, self.lora_A), self.lora_B) * SCALING
@@ -97,6 +106,11 @@ class Bases:
         return [layer.weight.view(torch.int64).sum for layer in self.ours]
 
 
+def _by_kernels(device: str, layer: QLoRALinear, x: Tensor) -> Tensor:
+    with our_backend(device):
+        return layer(x)  # type: ignore[no-any-return]
+
+
 def _step(forward: Forward, x: Tensor, inputs: tuple[Tensor, ...], dy: Tensor) -> object:
     return torch.autograd.grad(forward(x), inputs, dy)
 
@@ -106,13 +120,22 @@ def _in_turn(calls: list[Callable[[], object]]) -> Callable[[], object]:
     return lambda: next(each)()
 
 
-def rows(quant_type: str, dtypes: list[str], seconds: float) -> Iterator[dict[str, Any]]:
+def _cold_bytes(device: str) -> int:
+    """Twice a GPU's L2 cache, where that is more."""
+    if device == "cpu":
+        return COLD_BYTES
+    return max(COLD_BYTES, 2 * torch.cuda.get_device_properties(device).L2_cache_size)
+
+
+def rows(
+    quant_type: str, dtypes: list[str], seconds: float, device: str = "cpu"
+) -> Iterator[dict[str, Any]]:
     """The table, a row at a time."""
     for dtype, (K, N) in itertools.product(dtypes, SHAPES):
-        bases = Bases(K, N, getattr(torch, dtype), quant_type)
+        bases = Bases(K, N, getattr(torch, dtype), quant_type, device)
         common = {"dtype": dtype, "K": K, "N": N, "R": RANK, "quant_type": quant_type}
         for M in ROWS:
-            x = torch.randn(M, K).to(getattr(torch, dtype))
+            x = torch.randn(M, K).to(device, getattr(torch, dtype))
             ref = bases.reference(x)
             forwards = bases.candidates()
             with torch.no_grad():
@@ -131,9 +154,9 @@ def rows(quant_type: str, dtypes: list[str], seconds: float) -> Iterator[dict[st
                     }
                     calls["stream"] = _in_turn(bases.stream()[used])
                     row = {**common, "M": M, "mode": "forward", "cache": cache}
-                    yield {**row, "errors": errors, **_times(calls, seconds)}
-        x = torch.randn(ROWS[-1], K).to(getattr(torch, dtype)).requires_grad_()
-        dy = torch.randn(ROWS[-1], N).to(getattr(torch, dtype))
+                    yield {**row, "errors": errors, **_times(calls, seconds, device)}
+        x = torch.randn(ROWS[-1], K).to(device, getattr(torch, dtype)).requires_grad_()
+        dy = torch.randn(ROWS[-1], N).to(device, getattr(torch, dtype))
         inputs = (x, bases.lora_A, bases.lora_B)
         calls = {
             name: _in_turn([partial(_step, f, x, inputs, dy) for f in each])
@@ -141,11 +164,11 @@ def rows(quant_type: str, dtypes: list[str], seconds: float) -> Iterator[dict[st
             if name != "bitsandbytes, eval"
         }
         row = {**common, "M": ROWS[-1], "mode": "step", "cache": "cold"}
-        yield {**row, "errors": {}, **_times(calls, seconds)}
+        yield {**row, "errors": {}, **_times(calls, seconds, device)}
 
 
-def _times(calls: dict[str, Callable[[], object]], seconds: float) -> dict[str, Any]:
-    times = timing.interleave(calls, seconds=seconds)
+def _times(calls: dict[str, Callable[[], object]], seconds: float, device: str) -> dict[str, Any]:
+    times = timing.interleave(calls, seconds=seconds, device=device)
     return {"seconds": {name: asdict(t) for name, t in times.items()}}
 
 

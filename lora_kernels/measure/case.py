@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from .. import functional, reference, select
-from ..backends import cpu, native
+from ..backends import cpu, native, triton
+from ..backends.triton import configs
 from ..quantization import Weight4bit, quantize_4bit
 from . import tolerance
 from .tolerance import Verdict
@@ -265,11 +266,29 @@ def engines() -> list[str]:
     return found
 
 
+def triton_engines() -> list[str]:
+    """The Triton kernels' strategies, where a GPU (or Triton's interpreter) can run them."""
+    target = configs.target(None) if torch.cuda.is_available() else None
+    target = configs.INTERPRETER if triton.interpreted() else target
+    if configs.unfit(triton.absence(), target, "cpu") is not None:
+        return []
+    return [f"triton {strategy}" for strategy in select.STRATEGIES["triton"]]
+
+
+def triton_device() -> str:
+    """Where a case of `triton_engines` runs."""
+    return "cpu" if triton.interpreted() else "cuda"
+
+
 @contextlib.contextmanager
 def engine(name: str) -> Iterator[None]:
-    """Force one of `engines`; RuntimeError where it cannot run here."""
+    """Force one of `engines` or `triton_engines`; RuntimeError where it cannot run here."""
     if name == "eager":
         with select.backend("eager"):
+            yield
+        return
+    if name.startswith("triton "):
+        with select.backend("triton", name.removeprefix("triton ")):
             yield
         return
     before = native.isa
@@ -292,10 +311,11 @@ def _expected(case: Case) -> tuple[list[Any], list[dict[str, Tensor]], list[dict
     eagers: list[dict[str, Tensor]] = []
     seeds = 1
     while len(arguments) < seeds:
-        args = inputs(replace(case, seed=case.seed + len(arguments)))
-        arguments.append(args)
-        refs.append(oracle(args))
-        eagers.append(run(plain_pytorch, args, case.autocast))
+        with select.backend("eager"):  # not by the kernels that are judged
+            args = inputs(replace(case, seed=case.seed + len(arguments)))
+            arguments.append(args)
+            refs.append(oracle(args))
+            eagers.append(run(plain_pytorch, args, case.autocast))
         # A rounding of P = D(x)·Aᵀ [M, R] is shared by a whole row of y: its elements count too.
         # Equal rows of x share it among them.
         sizes = [
@@ -326,3 +346,38 @@ def judge(case: Case, call: Callable[..., Tensor] = functional.lora_linear) -> d
         )
         for name in refs[0]
     }
+
+
+NORM_ARGUMENTS = ("weight", "lora_A", "lora_B", "scaling", "rank_gate")
+
+
+def judge_norm(
+    case: Case, call: Callable[..., Tensor] = functional.dora_norm
+) -> dict[str, Verdict]:
+    """Run `dora_norm` on the weight, adapter and gate of the case; its verdict.
+
+    >>> judge_norm(Case(M=0, N=33, K=17, R=3, gate=True))["norm"].ok
+    True
+    """
+    got: list[Tensor] = []
+    refs: list[Tensor] = []
+    eagers: list[Tensor] = []
+    while sum(ref.numel() for ref in refs) < tolerance.POOL:
+        with select.backend("eager"):
+            args = inputs(replace(case, seed=case.seed + len(refs)))
+            args = {name: args[name] for name in NORM_ARGUMENTS}
+            wide: dict[str, Any] = {
+                name: t.double() if isinstance(t, Tensor) else t for name, t in args.items()
+            }
+            if isinstance(args["weight"], Weight4bit):
+                wide["weight"] = args["weight"].dequantize(torch.float32).double()
+            single: dict[str, Any] = {
+                name: t.float() if isinstance(t, Tensor) and t.is_floating_point() else t
+                for name, t in wide.items()
+            }
+        refs.append(reference.dora_norm(**wide))
+        eagers.append(reference.dora_norm(**single))
+        got.append(call(**args))
+    # All that is rounded is rounded to float32, in products of ranks and in the sum of squares.
+    u = tolerance.unit_roundoff(torch.float32)
+    return {"norm": tolerance.compare(got, refs, eagers, u, (case.R, case.K))}

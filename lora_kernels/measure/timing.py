@@ -32,12 +32,13 @@ def interleave(
     least: int = 9,
     most: int = 201,
     repeat: int = 1,
+    device: str = "cpu",
 ) -> dict[str, Times]:
     """Time the calls in turns, each leading in turn, so that drift hits all of them alike.
 
     Warm: the same arguments every round, after one round that is not counted. Rounds go on for
     about `seconds` in all, at least `least` and at most `most` of them. `repeat` calls are timed
-    as one, for those too short for the clock.
+    as one, for those too short for the clock. On a GPU the device's own events are read.
 
     >>> list(interleave({"a": lambda: 1, "b": lambda: 2}, seconds=0.0))
     ['a', 'b']
@@ -49,25 +50,42 @@ def interleave(
         turn = round_ % len(names)
         for name in names[turn:] + names[:turn]:
             call = calls[name]
-            start = time.perf_counter()
-            for _ in range(repeat):
-                call()
+            elapsed = _on_gpu(call, repeat) if device == "cuda" else _on_cpu(call, repeat)
             if round_ >= 0:
-                taken[name].append((time.perf_counter() - start) / repeat)
+                taken[name].append(elapsed / repeat)
         round_ += 1
     return {name: Times.of(seconds_) for name, seconds_ in taken.items()}
 
 
-def copy_bandwidth(megabytes: int = 256) -> float:
+def _on_cpu(call: Callable[[], object], repeat: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeat):
+        call()
+    return time.perf_counter() - start
+
+
+def _on_gpu(call: Callable[[], object], repeat: int) -> float:
+    """Seconds between two events, once the device has done all that came before."""
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    begin.record()
+    for _ in range(repeat):
+        call()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / 1e3
+
+
+def copy_bandwidth(megabytes: int = 256, device: str = "cpu") -> float:
     """Bytes read and written a second by a plain copy that no cache holds."""
-    source = torch.zeros(megabytes << 20, dtype=torch.uint8)
+    source = torch.zeros(megabytes << 20, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    times = interleave({"copy": lambda: target.copy_(source)}, seconds=1.0)
+    times = interleave({"copy": lambda: target.copy_(source)}, seconds=1.0, device=device)
     return 2 * source.numel() / times["copy"].p50
 
 
-def product_peak(dtype: torch.dtype, n: int = 2048) -> float:
+def product_peak(dtype: torch.dtype, n: int = 2048, device: str = "cpu") -> float:
     """Operations a second (two a multiply-add) of the library's product of two [n, n]."""
-    a, b = torch.randn(n, n).to(dtype), torch.randn(n, n).to(dtype)
-    times = interleave({"mm": lambda: torch.mm(a, b)}, seconds=1.0, least=5)
+    a, b = (torch.randn(n, n).to(device, dtype) for _ in range(2))
+    times = interleave({"mm": lambda: torch.mm(a, b)}, seconds=1.0, least=5, device=device)
     return float(2 * n**3 / times["mm"].p50)

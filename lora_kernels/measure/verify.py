@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from .. import select
-from ..backends import cpu
-from .case import Case, engine, engines, judge
+from ..backends import cpu, triton
+from ..backends.triton import configs
+from .case import Case, engine, engines, judge, judge_norm, triton_device, triton_engines
 from .tolerance import Verdict
 
 _f32, _bf16, _f16 = torch.float32, torch.bfloat16, torch.float16
@@ -40,6 +42,9 @@ THOROUGH = (*SHAPES, (515, 261, 259, 16), (33, 259, 257, 64), (130, 1536, 576, 1
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--thorough", action="store_true", help="more and larger shapes")
+    parser.add_argument(
+        "--engines", metavar="NAME", help='only those whose name begins so, such as "triton"'
+    )
     parser.add_argument("--json", action="store_true", help="print every figure as JSON")
 
 
@@ -47,19 +52,29 @@ def run(args: argparse.Namespace) -> int:
     """0 where every output of every case is within the tolerance, else 1."""
     shapes = THOROUGH if args.thorough else SHAPES
     results, missed = [], 0
+    names = [*engines(), *triton_engines()]
+    if args.engines:
+        names = [name for name in names if name.startswith(args.engines)]
+        if not names:
+            print(f"lora-kernels verify: no engine here begins with {args.engines!r}")
+            return 2
     if not args.json:
-        print(f"{'engine':11} {'x':9} {'adapters':9} {'option':13} worst of y and its gradients")
+        print(f"{'engine':34} {'x':9} {'adapters':9} {'option':13} worst of y and its gradients")
     for (dtype, adapter), (option, fields) in itertools.product(DTYPES, OPTIONS.items()):
         used: tuple[tuple[int, int, int, int], ...] = (
             (shapes[0], FEW_ROWS, *shapes[2:]) if "quant" in fields else shapes
         )
         cases = [Case(*shape, dtype, adapter, **fields) for shape in used]
-        for name in engines():
+        for name in names:
             verdicts: dict[str, Verdict] = {}
             for case in cases:
+                if name.startswith("triton "):
+                    case = replace(case, device=triton_device())
                 for forced in _ways(name, case):
                     with engine(forced):
                         judged = judge(case)
+                        if not case.dropout_p and case.base and not case.column_scale:
+                            judged |= judge_norm(case)
                     few = ", few rows" if forced != name else ""
                     verdicts |= {f"{case}{few}/{output}": v for output, v in judged.items()}
             where, worst = max(verdicts.items(), key=lambda item: _excess(item[1]))
@@ -77,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
             results.append(row)
             if not args.json:
                 print(
-                    f"{name:11} {row['dtype']:9} {row['adapter_dtype']:9} {option:13} "
+                    f"{name:34} {row['dtype']:9} {row['adapter_dtype']:9} {option:13} "
                     f"{'✓' if ok else '✗'} {where.rpartition('/')[2]} {worst}",
                     flush=True,
                 )
@@ -89,7 +104,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _ways(name: str, case: Case) -> list[str]:
-    """The engine, and where the case has few rows on a 4-bit weight, its kernel for them."""
+    """The engine, unless the rank is too large for it, and where the case has few rows on a 4-bit
+    weight, its kernel for them."""
+    if name == f"triton {triton.SINGLE_PASS}" and case.R > configs.MAX_SINGLE_PASS_RANK:
+        return []
     few = case.quant and select.FEW_ROWS_4BIT.get(name, 0) >= case.M
     return [name, f"{name} {cpu.FEW_ROWS}"] if few else [name]
 

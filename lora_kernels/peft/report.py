@@ -151,9 +151,9 @@ def _choice(
     call: Call, x_dtype: torch.dtype, four_bit: bool, compute_dtype: torch.dtype | None
 ) -> select.Choice:
     """What `lora_linear` will choose for an x of this dtype beside the adapter."""
-    (R, _), N, device = call.lora_A.shape, call.lora_B.shape[0], call.lora_A.device
+    (R, K), N, device = call.lora_A.shape, call.lora_B.shape[0], call.lora_A.device
     dtype = base_dtype(device.type, x_dtype, compute_dtype)
     return select.lora_linear(
-        device.type, x_dtype, call.lora_A.dtype, call.lora_B.dtype, dtype, R, None, four_bit, N,
+        device.type, x_dtype, call.lora_A.dtype, call.lora_B.dtype, dtype, R, None, four_bit, N, K,
         call.dropout_p > 0, device.index,
     )  # fmt: skip

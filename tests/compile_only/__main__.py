@@ -29,6 +29,8 @@ MATRIX = {
     "gfx942": "mfma",
 }  # fmt: skip
 FEW_BYTES = 32  # of stack, touched outside of all loops: ptxas buys occupancy with them
+NO_PRODUCT = ("reduce_kernel", "dequantize_kernel", "quantize_kernel")
+WIDE_LOADS = ("linear_kernel", "shrink_outer_kernel", "row_norm_kernel", "quantize_kernel")
 WARPGROUP = 64  # rows of wgmma and tcgen05; with fewer, mma.sync
 
 
@@ -108,9 +110,9 @@ def _wrong(
     limit = TARGETS[target][0].shared_memory
     if code.shared > limit:
         wrong.append(f"shared memory over {limit}")
-    if kernel not in ("reduce_kernel", "dequantize_kernel") and not code.matrix:
+    if kernel not in NO_PRODUCT and not code.matrix:
         wrong.append("no matrix instruction")
-    if kernel == "linear_kernel" and aligned and not code.wide:
+    if kernel in WIDE_LOADS and aligned and not code.wide:
         wrong.append("no load of 128 bits")
     if kernel == "linear_kernel" and block_m >= WARPGROUP and code.matrix != MATRIX[target]:
         wrong.append(f"no {MATRIX[target]}")

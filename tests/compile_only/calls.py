@@ -9,7 +9,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_kernels.backends.triton import COOPERATIVE, LIBRARY, SINGLE_PASS, SPLIT, configs, launch
+from lora_kernels.backends.triton import (
+    COOPERATIVE,
+    LIBRARY,
+    SINGLE_PASS,
+    SPLIT,
+    codec,
+    configs,
+    equation,
+)
 from lora_kernels.quantization.codes import Codes
 
 f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
@@ -51,17 +59,63 @@ class Call:
         bias = meta((N,), self.dtype) if self.options else None
         p, rng = (0.1, meta((2,), torch.int64)) if self.options else (0.0, None)
         if not self.backward:
-            launch.lora_linear(
+            equation.lora_linear(
                 x, weight, A, B, 2.0, gate, scale, bias, p, rng, self.dtype, self.dtype,
                 self.options, self.strategy,
             )  # fmt: skip
             return
         dy, z = meta((M, N), self.dtype), meta((M, N), self.dtype)
-        launch.lora_linear_backward(
+        equation.lora_linear_backward(
             dy, x, weight, A, B, meta((M, R), f32), z if self.options else None, 2.0, gate, scale,
             p, rng, self.dtype, True, True, True, self.options, self.options, self.options,
             self.strategy,
         )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Norm:
+    """One `dora_norm`."""
+
+    dtype: torch.dtype = bf16
+    adapter: torch.dtype = bf16
+    R: int = 16
+    quant: str = ""
+    gate: bool = False
+    odd: bool = False
+
+    def __str__(self) -> str:
+        names = [f"norm R{self.R}", str(self.dtype).removeprefix("torch.")]
+        names += [f"A:{self.adapter}".replace("torch.", "")] if self.adapter != self.dtype else []
+        names += [f"codes:{self.quant}"] if self.quant else []
+        return " ".join(names + [name for name in ("gate", "odd") if getattr(self, name)])
+
+    @property
+    def aligned(self) -> bool:
+        return not self.odd and self.quant != "odd"
+
+    def run(self) -> None:
+        N = K = 4096 if self.aligned else 4095
+        weight = codes(N, K) if self.quant else meta((N, K), self.dtype)
+        A, B = meta((self.R, K), self.adapter), meta((N, self.R), self.adapter)
+        equation.dora_norm(weight, A, B, 2.0, meta((self.R,), f32) if self.gate else None)
+
+
+@dataclass(frozen=True)
+class Quantize:
+    """One `quantize_4bit`."""
+
+    dtype: torch.dtype = bf16
+    blocksize: int = 64
+    aligned: bool = True
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"quantize {dtype} blocks of {self.blocksize}" + ("" if self.aligned else " odd")
+
+    def run(self) -> None:
+        N = 4096 if self.aligned else 4095
+        thresholds, order = meta((15,), f32), meta((16,), torch.uint8)
+        codec.quantize(meta((N, N), self.dtype), thresholds, order, self.blocksize)
 
 
 def meta(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -77,7 +131,7 @@ def codes(N: int, K: int) -> Codes:
 
 
 # One config a kernel and target.
-SLICE = [
+SLICE: list[Call | Norm | Quantize] = [
     Call(4096, strategy=SINGLE_PASS),
     Call(1024, quant="whole"),
     Call(16, quant="whole"),
@@ -85,10 +139,13 @@ SLICE = [
     Call(4096, f32, f32),
     Call(4096, backward=True, options=True),
     Call(4096, strategy=LIBRARY, quant="whole"),
+    Norm(),
+    Norm(quant="whole"),
+    Quantize(),
 ]
 
 
-def every_call() -> Iterator[Call]:
+def every_call() -> Iterator[Call | Norm | Quantize]:
     """Every branch of `configs`, every format, with options and without, aligned and odd."""
     yield from SLICE
     for M, dtype in itertools.product((1, 64, 256, 4096), (bf16, f32)):
@@ -105,3 +162,13 @@ def every_call() -> Iterator[Call]:
         for backward in (False, True):
             yield Call(256, bf16, f32, 16, strategy, quant, backward, options=True)
             yield Call(256, f16, f16, 5, strategy, quant, backward, odd=True)
+            yield Call(4096, bf16, bf16, 32, strategy, quant, backward, options=True)
+    for R, gate in itertools.product((5, 64, 256), (False, True)):
+        for dtype, adapter in ((bf16, bf16), (bf16, f32), (f16, f16), (f32, f32)):
+            yield Norm(dtype, adapter, R, gate=gate)
+    for quant in ("whole", "odd"):
+        yield Norm(bf16, f32, 16, quant, gate=True)
+    yield Norm(odd=True)
+    for dtype, blocksize in itertools.product((f32, bf16, f16), (32, 64, 4096)):
+        yield Quantize(dtype, blocksize)
+    yield Quantize(aligned=False)

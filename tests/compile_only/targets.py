@@ -61,8 +61,8 @@ def compiled(target: str, call: Callable[[], None]) -> Iterator[Compiled]:
 
     with pytest.MonkeyPatch.context() as patch:
         driver.set_active(_Driver(target))
-        patch.setattr(launch, "_target", lambda x: TARGETS[target][0])
-        patch.setattr(launch, "_launch", warm_up)
+        patch.setattr(launch, "target", lambda x: TARGETS[target][0])
+        patch.setattr(launch, "run", warm_up)
         call()
     yield from found
 

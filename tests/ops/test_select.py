@@ -3,12 +3,14 @@
 import os
 import subprocess
 import sys
+import threading
+from typing import Any
 
 import pytest
 import torch
 
 import lora_kernels
-from lora_kernels import select
+from lora_kernels import ops, select
 from lora_kernels.backends import cpu, native
 from lora_kernels.measure import case as cases
 from lora_kernels.measure.case import Case, inputs, judge
@@ -144,3 +146,34 @@ def test_the_choice_ignores_gradients() -> None:
     with torch.no_grad():
         without = lora_kernels.lora_linear(**args)
     assert torch.equal(without, lora_kernels.lora_linear(**args))
+
+
+def test_a_backward_follows_its_forward() -> None:
+    """Outside of the `with`, and in another thread, as a GPU's backward is."""
+    taken: list[str] = []
+    args = inputs(Case(5, 9, 7, 3))
+    dy = args.pop("dy")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, module in list(ops._BACKENDS.items()):
+            patch.setitem(ops._BACKENDS, name, Watched(name, module, taken))
+        with lora_kernels.backend("eager"):
+            y = lora_kernels.lora_linear(**args)
+        thread = threading.Thread(target=lambda: torch.autograd.grad(y, args["x"], dy))
+        thread.start()
+        thread.join()
+    assert taken == ["eager forward", "eager backward"]
+
+
+class Watched:
+    """A backend that says when it is called."""
+
+    def __init__(self, name: str, module: Any, taken: list[str]) -> None:
+        self.name, self.module, self.taken = name, module, taken
+
+    def lora_linear(self, *args: Any) -> Any:
+        self.taken.append(f"{self.name} forward")
+        return self.module.lora_linear(*args)
+
+    def lora_linear_backward(self, *args: Any) -> Any:
+        self.taken.append(f"{self.name} backward")
+        return self.module.lora_linear_backward(*args)

@@ -42,8 +42,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     ("argv", "message"),
     [
         (["finetun"], "lora-kernels: no command 'finetun'; did you mean 'finetune'?\n"),
-        (["xyz"], "no command 'xyz'; want one of info, verify, bench, finetune, generate\n"),
-        ([], "no command given; want one of info, verify, bench, finetune, generate\n"),
+        (["xyz"], "no command 'xyz'; want one of info, verify, bench, tune, finetune, generate\n"),
+        ([], "no command given; want one of info, verify, bench, tune, finetune, generate\n"),
     ],
 )
 def test_a_wrong_command_is_one_line(

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_kernels
 from lora_kernels import reference
-from lora_kernels.backends.triton import LIBRARY, SINGLE_PASS, SPLIT, launch, tiles
+from lora_kernels.backends.triton import LIBRARY, SINGLE_PASS, SPLIT, equation, launch, tiles
 from lora_kernels.measure import case as cases
 from lora_kernels.measure.case import Case
 from lora_kernels.measure.tolerance import assert_exact
@@ -135,46 +135,76 @@ def test_what_is_not_finite_spreads_as_in_pytorch(where: str, strategy: str) -> 
         assert_exact(got[name].isfinite(), want[name].isfinite(), name)
 
 
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The kernels that run, by name."""
+    names, run = [], launch.run
+
+    def counted(kernel: Any, *rest: Any, **meta: Any) -> None:
+        names.append(kernel.__name__.removesuffix("_kernel"))
+        run(kernel, *rest, **meta)
+
+    monkeypatch.setattr(launch, "run", counted)
+    return names
+
+
+class Allocations(TorchDispatchMode):
+    """How many elements each new tensor has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if any(part in str(func) for part in ("empty", "zeros", "new_", "mm")):
+            self.sizes.append(out.numel())
+        return out
+
+
 LAUNCHES = {SINGLE_PASS: ["linear"], SPLIT: ["shrink", "linear"], LIBRARY: ["shrink", "linear"]}
 
 
 @every_strategy
 @pytest.mark.parametrize("quant", ["", "nf4-64-nested"])
-def test_launches_and_temporaries(
-    quant: str, strategy: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_launches_and_temporaries(quant: str, strategy: str, launched: list[str]) -> None:
     """One launch in a single pass, two in split; no temporary of M×N, M×K or N×K elements."""
     M, N, K = 40, 160, 128
     args = cases.inputs(Case(M, N, K, 5, f32, quant=quant, gate=True, bias=True, device=DEVICE))
-    launched, count = [], launch._launch
-
-    def counted(kernel: Any, *rest: Any, **meta: Any) -> None:
-        launched.append(kernel.__name__.removesuffix("_kernel"))
-        count(kernel, *rest, **meta)
-
-    monkeypatch.setattr(launch, "_launch", counted)
-    sizes: list[int] = []
-
-    class Allocations(TorchDispatchMode):
-        def __torch_dispatch__(
-            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            out = func(*args, **(kwargs or {}))
-            name = str(func)
-            if "empty" in name or "zeros" in name or "new_" in name or "mm" in name:
-                sizes.append(out.numel())
-            return out
-
     weight = args["weight"].codes if quant else args["weight"]
-    with Allocations():
-        launch.lora_linear(
+    with Allocations() as allocations:
+        equation.lora_linear(
             args["x"].detach(), weight, args["lora_A"], args["lora_B"], 2.0, args["rank_gate"],
             None, args["bias"], 0.0, None, f32, f32, False, strategy,
         )  # fmt: skip
     decoded = ["dequantize"] if quant and strategy == LIBRARY else []
     assert launched == decoded + LAUNCHES[strategy]
     if strategy != LIBRARY:
-        assert sorted(sizes)[-2:] == [M * 5, M * N]  # P and y
+        assert sorted(allocations.sizes)[-2:] == [M * 5, M * N]  # P and y
+
+
+@pytest.mark.parametrize("frozen", [(), ("x",)], ids=str)
+@pytest.mark.parametrize("rank", [5, 61])
+def test_launches_of_the_backward(rank: int, frozen: tuple[str, ...], launched: list[str]) -> None:
+    """dS and dB in one launch where the rank is small; dx only where it is asked for."""
+    args = cases.inputs(Case(300, 65, 40, rank, f32, frozen=frozen, device=DEVICE))
+    with lora_kernels.backend("triton", SPLIT):
+        y = lora_kernels.lora_linear(
+            **{name: value for name, value in args.items() if name != "dy"}
+        )
+        launched.clear()
+        y.backward(args["dy"])
+    both = ["shrink_outer", "reduce"] if rank == 5 else ["outer", "reduce", "shrink"]
+    assert launched == [*both, *([] if frozen else ["linear"]), "outer", "reduce"]
+
+
+def test_the_row_norm_is_one_launch_without_a_second_weight(launched: list[str]) -> None:
+    N, K = 96, 160
+    weight, A, B = (torch.randn(s, device=DEVICE) for s in ((N, K), (3, K), (N, 3)))
+    with Allocations() as allocations:
+        equation.dora_norm(weight, A, B, 1.0, None)
+    assert launched == ["row_norm"]
+    assert max(allocations.sizes) < N * K // 10
 
 
 @every_dtype

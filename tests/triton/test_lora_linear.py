@@ -8,7 +8,14 @@ import pytest
 import torch
 
 import lora_kernels
-from lora_kernels.backends.triton import COOPERATIVE, LIBRARY, SINGLE_PASS, SPLIT, configs, launch
+from lora_kernels.backends.triton import (
+    COOPERATIVE,
+    LIBRARY,
+    SINGLE_PASS,
+    SPLIT,
+    configs,
+    launch,
+)
 from lora_kernels.measure.case import Case, judge
 from tests.triton.device import DEVICE
 
@@ -87,6 +94,29 @@ def test_shares_that_are_added(sizes: tuple[int, int, int]) -> None:
     check(Case(*sizes, R, f32, gate=True, column_scale=True, bias=True), SPLIT)
 
 
+@pytest.mark.parametrize(
+    ("dtypes", "options", "strategy"),
+    [
+        ((f32, None), {}, SPLIT),
+        ((bf16, None), {"column_scale": True, "bias": True}, SPLIT),
+        ((bf16, f32), {"column_scale": True, "bias": True, "frozen": ("x", "bias")}, SPLIT),
+        ((f16, None), {"gate": True}, LIBRARY),
+    ],
+    ids=str,
+)
+def test_one_read_of_dy_for_ds_and_db(
+    dtypes: tuple[Any, ...], options: dict[str, Any], strategy: str
+) -> None:
+    """Two slots of dS, and two parts of dB, the last of each short."""
+    M, N, rank = 300, 260, 31
+    widest = max(d.itemsize for d in dtypes if d)
+    chosen = configs.shrink_outer(configs.INTERPRETER, M, N, rank, widest)
+    assert chosen is not None
+    config, share = chosen
+    assert config.block_m < M and M % config.block_m and share < N and N % share
+    check(Case(M, N, 65, rank, *dtypes, **options), strategy)
+
+
 @pytest.mark.parametrize("M", [13, 17])
 @pytest.mark.parametrize("quant", ["", "nf4-64-nested"])
 def test_publish_first_consume_last(quant: str, M: int) -> None:
@@ -103,14 +133,14 @@ def test_strides(layout: str, strategy: str) -> None:
 
 @pytest.mark.parametrize("strategy", [SINGLE_PASS, SPLIT])
 def test_offsets_of_64_bits(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "_is_wide", lambda t: True)
+    monkeypatch.setattr(launch, "is_wide", lambda t: True)
     check(Case(33, 65, 63, R, f32, **FULL), strategy)
     check(Case(33, 65, 128, R, f32, quant="nf4-64-nested"), strategy)
 
 
 def test_wide_tensors_are_told() -> None:
     def wide(rows: int, stride: int) -> bool:
-        return launch._is_wide(torch.empty_strided((rows, 5), (stride, 1), device="meta"))
+        return launch.is_wide(torch.empty_strided((rows, 5), (stride, 1), device="meta"))
 
     assert wide(3, 1 << 30)
     assert not wide(1 << 20, 0)

@@ -56,6 +56,11 @@ def test_no_matrix_instructions_before_sm_80(monkeypatch: pytest.MonkeyPatch, gp
     monkeypatch.setattr(configs, "target", lambda index: Target("cuda", 75, 40, 64 << 10))
     with lora_kernels.backend("triton"), pytest.raises(RuntimeError, match=r"sm_75, .*want sm_80"):
         choose()
+    monkeypatch.setattr(select, "_has_gpu", lambda: True)
+    for dtype, slow in ((torch.float16, False), (bf16, True)):
+        choice = choose(dtype=dtype)
+        assert choice.backend == "eager" and "sm_75" in choice.reason
+        assert ("no bfloat16 either" in choice.reason) is slow
 
 
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:

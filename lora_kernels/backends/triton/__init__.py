@@ -18,7 +18,10 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 SINGLE_PASS = "single pass"
 SPLIT = "split"
@@ -40,15 +43,46 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def lora_linear(*args: Any) -> Any:
-    """x [M, K] -> y [M, N], P [M, R] float32, z [M, N] or None; see `launch.lora_linear`."""
-    from . import launch
+def require(device: torch.device) -> None:
+    """RuntimeError where no kernel can run on it, saying why."""
+    from . import configs
 
-    return launch.lora_linear(*args)
+    target = configs.target(device.index) if device.type == "cuda" else None
+    why = configs.unfit(absence(), configs.INTERPRETER if interpreted() else target, device.type)
+    if why is not None:
+        raise RuntimeError(f"backend 'triton' was asked for and cannot run here: {why}")
+
+
+def lora_linear(*args: Any) -> Any:
+    """x [M, K] -> y [M, N], P [M, R] float32, z [M, N] or None; see `equation.lora_linear`."""
+    from . import equation
+
+    return equation.lora_linear(*args)
 
 
 def lora_linear_backward(*args: Any) -> Any:
-    """dy [M, N] -> dx, dA, dB, dg, dc, dbias; see `launch.lora_linear_backward`."""
-    from . import launch
+    """dy [M, N] -> dx, dA, dB, dg, dc, dbias; see `equation.lora_linear_backward`."""
+    from . import equation
 
-    return launch.lora_linear_backward(*args)
+    return equation.lora_linear_backward(*args)
+
+
+def dora_norm(*args: Any) -> Any:
+    """‖W + scaling · (B ⊙ gate)·A‖ of each row, float32 [N]; see `equation.dora_norm`."""
+    from . import equation
+
+    return equation.dora_norm(*args)
+
+
+def quantize(*args: Any) -> Any:
+    """A weight to codes and scales; see `codec.quantize`."""
+    from . import codec
+
+    return codec.quantize(*args)
+
+
+def dequantize(*args: Any) -> Any:
+    """Codes and scales to a weight; see `codec.dequantize`."""
+    from . import codec
+
+    return codec.dequantize(*args)

@@ -116,6 +116,18 @@ def obstacle(arch: int) -> str | None:
     return None
 
 
+def unfit(absence: str | None, target: Target | None, device_type: str) -> str | None:
+    """Why no kernel can run there; None where they can. target: None where there is no GPU."""
+    if absence is not None:
+        return absence
+    if target is None:
+        return (
+            f"no Triton kernels for device type {device_type!r}, want a GPU (or TRITON_INTERPRET=1 "
+            "in the environment, which runs them in Triton's interpreter)"
+        )
+    return obstacle(target.arch)
+
+
 def precision(target: Target) -> str:
     """Of float32 products: three TF32 ones, whose error is float32's, where there are any."""
     return "tf32x3" if target.kind == "cuda" else "ieee"
@@ -123,7 +135,7 @@ def precision(target: Target) -> str:
 
 def block_of_ranks(rank: int) -> int:
     """The ranks that a program takes at a time: a power of two, 16 to 64."""
-    return min(max(MIN_BLOCK, _power_of_two(rank)), MAX_SINGLE_PASS_RANK)
+    return min(max(MIN_BLOCK, power_of_two(rank)), MAX_SINGLE_PASS_RANK)
 
 
 def linear(
@@ -154,7 +166,7 @@ def linear(
     if scattered:
         config = Config(config.block_m if M <= 16 else 64, 64, 32, 4, 1)
     block_r = block_of_ranks(rank) if rank else 0
-    while config.stages > 1 and _shared_memory(config, itemsize, block_r) > target.shared_memory:
+    while config.stages > 1 and shared_memory(config, itemsize, block_r) > target.shared_memory:
         config = replace(config, stages=config.stages - 1)
     return config
 
@@ -164,7 +176,12 @@ UPDATE = Config(64, 64, 64, 4, 1)
 DEQUANTIZE = Config(0, 32, 128, 4, 1)
 
 
-def _shared_memory(config: Config, itemsize: int, block_r: int) -> int:
+def quantize(blocksize: int) -> Config:
+    """For `quantize_kernel`: block_n blocks of block_k elements."""
+    return Config(0, max(1, 2048 // blocksize), blocksize, 4, 1)
+
+
+def shared_memory(config: Config, itemsize: int, block_r: int) -> int:
     """Bytes of the tiles in flight."""
     rows = config.block_m + config.block_n + block_r
     return config.stages * rows * config.block_k * itemsize
@@ -200,7 +217,34 @@ def outer(target: Target, M: int, N: int, R: int) -> tuple[Config, int]:
     return config, _tiles(chunks, parts) * config.block_m
 
 
-def _power_of_two(n: int) -> int:
+def shrink_outer(
+    target: Target, M: int, N: int, R: int, itemsize: int
+) -> tuple[Config, int] | None:
+    """For `shrink_outer_kernel`: tiles, and the columns in one slot; None where `shrink_kernel` and
+    `outer_kernel` move little more.
+
+    Those two read v twice. This one reads it once, but writes and reads again a part of dB in
+    float32 for each BLOCK_M rows.
+    """
+    rows = 256 if itemsize == 2 and target.kind == "cuda" else 128  # AMD's registers hold no more
+    config = Config(rows, 32, block_of_ranks(R), 8, 3)
+    saved, written = config.block_m * itemsize, 2 * 4 * R  # bytes a column and tile of rows
+    if config.block_k < R or config.block_m > M or 2 * written > saved:
+        return None
+    programs, chunks = _tiles(M, config.block_m), _tiles(N, config.block_n)
+    slots = max(1, min(MAX_SLOTS, 2 * target.multiprocessors // programs, chunks // 4))
+    return config, _tiles(chunks, slots) * config.block_n
+
+
+def row_norm(target: Target, N: int, K: int, R: int, itemsize: int) -> tuple[Config, int]:
+    """For `row_norm_kernel`: tiles, and the share of K in one slot."""
+    config = Config(0, 32, 128, 4, 3) if itemsize == 2 else Config(0, 64, 32, 8, 3)
+    programs, chunks = _tiles(N, config.block_n), _tiles(K, config.block_k)
+    slots = max(1, min(MAX_SLOTS, 2 * target.multiprocessors // programs, chunks // 4))
+    return config, _tiles(chunks, slots) * config.block_k
+
+
+def power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 

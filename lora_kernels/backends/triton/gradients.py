@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .shrink import store_slot
 from .tiles import dot, keep_mask, load_tile, to_dtype
 
 
@@ -82,6 +83,73 @@ def outer_kernel(
             tl.store(first + R * N + offs_n, sum_v, mask=mask_n)
         if SUM_Z:
             tl.store(first + (R + 1) * N + offs_n, sum_vz, mask=mask_n)
+
+
+@triton.jit
+def shrink_outer_kernel(
+    v_ptr,
+    b_ptr,
+    s_ptr,
+    v_scale_ptr,
+    z_ptr,
+    slots_ptr,
+    parts_ptr,
+    M,
+    N,
+    R,
+    stride_vm,
+    stride_vn,
+    stride_bn,
+    stride_br,
+    n_share,
+    V_SCALE: tl.constexpr,
+    SUM: tl.constexpr,
+    SUM_Z: tl.constexpr,
+    WIDER: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """`shrink_kernel` and `outer_kernel` of the same v in one read of it, R ≤ BLOCK_R:
+
+        slots[i] = (v ⊙ v_scale)[:, share i]·b[share i]
+        parts[m, :R] = sᵀ·(v ⊙ v_scale) over the m-th BLOCK_M rows; [R] = Σ v, [R+1] = Σ v ⊙ z
+
+    v [M, N], b [N, R], s [M, R] float32, z [M, N] contiguous; slots float32 [slots, M, R], parts
+    float32 [parts, R + 2, N]. Program (m, i) makes a row tile of slot i, and its columns of part m.
+    Rounding points: v ⊙ v_scale, b and s to WIDER; sums in float32.
+    Bytes: v (and z) once, b once for each BLOCK_M rows, the slots, the parts; flops 4·M·N·R.
+    Deterministic. Tested by tests/triton/test_lora_linear.py.
+    """
+    pid_m, slot = tl.program_id(0), tl.program_id(1)
+    offs_m, offs_r = pid_m * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_R)
+    mask_m, mask_r = offs_m < M, offs_r < R
+    s = to_dtype(load_tile(s_ptr, offs_m, R, offs_r, 1, mask_m, mask_r, WIDE), WIDER)
+    first = parts_ptr + pid_m.to(tl.int64) * (R + 2) * N
+    p = tl.zeros([BLOCK_M, BLOCK_R], dtype=tl.float32)
+    end = min(N, (slot + 1) * n_share)
+    for n0 in range(slot * n_share, end, BLOCK_N):
+        offs_n = n0 + tl.arange(0, BLOCK_N)
+        mask_n = offs_n < end
+        v = load_tile(v_ptr, offs_m, stride_vm, offs_n, stride_vn, mask_m, mask_n, WIDE)
+        if SUM:
+            tl.store(first + R * N + offs_n, tl.sum(v.to(tl.float32), 0), mask=mask_n)
+        if SUM_Z:
+            z = load_tile(z_ptr, offs_m, N, offs_n, 1, mask_m, mask_n, WIDE)
+            sum_vz = tl.sum(v.to(tl.float32) * z.to(tl.float32), 0)
+            tl.store(first + (R + 1) * N + offs_n, sum_vz, mask=mask_n)
+        if V_SCALE:
+            v_scale = tl.load(v_scale_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+            v = v.to(tl.float32) * v_scale[None, :]
+        v = to_dtype(v, WIDER)
+        b = load_tile(b_ptr, offs_n, stride_bn, offs_r, stride_br, mask_n, mask_r, WIDE)
+        p = dot(v, to_dtype(b, WIDER), p, PRECISION)
+        grad = dot(tl.trans(v), s, tl.zeros([BLOCK_N, BLOCK_R], dtype=tl.float32), PRECISION)
+        at = offs_r[None, :] * N + offs_n[:, None]
+        tl.store(first + at, grad, mask=mask_n[:, None] & mask_r[None, :])
+    store_slot(slots_ptr, slot, pid_m * BLOCK_M, 0, p, M, R, BLOCK_M, BLOCK_R)
 
 
 @triton.jit

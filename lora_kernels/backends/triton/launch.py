@@ -1,232 +1,24 @@
-"""From tensors to launches: what `ops` calls. Tests compile through these functions too."""
+"""What every launch goes through: the device, the stream, what a kernel is compiled for."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
-from torch.nn.functional import linear as library_linear
 
-from ... import reference
-from ...quantization.codes import Codes
-from . import COOPERATIVE, LIBRARY, SINGLE_PASS, configs, interpreted
+from . import configs, interpreted
 from .configs import Config, Target
-from .dequantize import dequantize_kernel
-from .gradients import outer_kernel, reduce_kernel
-from .linear import linear_kernel
-from .shrink import shrink_kernel
 
-_DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+if TYPE_CHECKING:
+    from ...quantization.codes import Codes
 
 
-def _target(x: Tensor) -> Target:
+def target(x: Tensor) -> Target:
     return configs.INTERPRETER if interpreted() else configs.target(x.device.index)
 
 
-class Dropout(NamedTuple):
-    """What kernels take of dropout."""
-
-    rng: Tensor | None
-    threshold: int
-    scale: float  # 1/(1−p)
-
-    @classmethod
-    def of(cls, p: float, rng: Tensor | None) -> Dropout:
-        if rng is None:
-            return cls(None, 0, 1.0)
-        return cls(rng, reference.dropout_threshold(p), reference.dropout_scale(p))
-
-
-_NO_DROPOUT = Dropout(None, 0, 1.0)
-
-
-def lora_linear(
-    x: Tensor,
-    weight: Tensor | Codes | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    rank_gate: Tensor | None,
-    column_scale: Tensor | None,
-    bias: Tensor | None,
-    dropout_p: float,
-    rng: Tensor | None,
-    dtype: torch.dtype,
-    y_dtype: torch.dtype,
-    save_z: bool,
-    strategy: str,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """x [M, K] -> y [M, N] in `y_dtype`, P [M, R] float32, z [M, N] or None."""
-    dropout = Dropout.of(dropout_p, rng)
-    return _linear(
-        x, weight, lora_A, lora_B.t(), scaling, rank_gate, None, column_scale, bias, dropout,
-        True, dtype, y_dtype, save_z, strategy,
-    )  # fmt: skip
-
-
-def lora_linear_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | Codes | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    p: Tensor,
-    z: Tensor | None,
-    scaling: float,
-    rank_gate: Tensor | None,
-    column_scale: Tensor | None,
-    dropout_p: float,
-    rng: Tensor | None,
-    dtype: torch.dtype,
-    need_x: bool,
-    need_A: bool,
-    need_B: bool,
-    need_gate: bool,
-    need_column_scale: bool,
-    need_bias: bool,
-    strategy: str,
-) -> tuple[Tensor | None, ...]:
-    """dy [M, N] -> dx, dA, dB, dg, dc, dbias; None where it is not asked for."""
-    dropout = Dropout.of(dropout_p, rng)
-    dx = dA = dg = ds = None
-    if need_x:
-        dx, ds, _ = _linear(
-            dy, weight, lora_B.t(), lora_A, scaling * dropout.scale, rank_gate, column_scale,
-            None, None, dropout, False, dtype, x.dtype, False, strategy,
-        )  # fmt: skip
-    elif need_A or need_gate:
-        slots = _shrink(dy, lora_B.t(), column_scale, _NO_DROPOUT)
-        ds = slots[0] if slots.shape[0] == 1 else slots.sum(0)
-    if need_A:
-        assert ds is not None
-        dA = torch.empty_like(lora_A, memory_format=torch.contiguous_format)
-        _outer(ds, x, None, None, dropout, scaling * dropout.scale, rank_gate, dA, False, False)
-    if need_gate:
-        assert ds is not None
-        dg = (ds * p).sum(0).mul_(scaling)
-    dB = torch.empty_like(lora_B, memory_format=torch.contiguous_format) if need_B else None
-    dbias = dc = None
-    if need_B or need_column_scale or need_bias:
-        dbias, dc = _outer(
-            p, dy, column_scale, z if need_column_scale else None, _NO_DROPOUT, scaling, rank_gate,
-            None if dB is None else dB.t(), need_bias, need_column_scale,
-        )  # fmt: skip
-    return dx, dA, dB, dg, dc, dbias
-
-
-def _linear(
-    x: Tensor,
-    weight: Tensor | Codes | None,
-    a: Tensor,
-    q: Tensor,
-    s_scale: float,
-    gate: Tensor | None,
-    in_scale: Tensor | None,
-    out_scale: Tensor | None,
-    bias: Tensor | None,
-    dropout: Dropout,
-    forward: bool,
-    dtype: torch.dtype,
-    y_dtype: torch.dtype,
-    save_z: bool,
-    strategy: str,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """y [M, columns] of x [M, inner], a [R, inner], q [R, columns], and P. The mask is x's in the
-    forward and y's in the backward, in which the weight's rows are the inner dimension."""
-    (M, K), (R, N), target = x.shape, q.shape, _target(x)
-    mask_in, mask_out = (dropout, _NO_DROPOUT) if forward else (_NO_DROPOUT, dropout)
-    codes = weight if isinstance(weight, Codes) else None
-    base, w = "none", None
-    if strategy == LIBRARY and weight is not None and M:
-        base, y = "library", _library(x, weight, in_scale, forward, (N, K), dtype, y_dtype)
-    else:
-        y = x.new_empty(M, N, dtype=y_dtype)
-        if codes is not None:
-            base, w = "codes", codes.packed
-        elif isinstance(weight, Tensor):
-            base, w = "dense", weight if forward else weight.t()
-    z = torch.empty_like(y) if save_z else None
-    if not M:
-        return y, x.new_empty(M, R, dtype=torch.float32), z
-    # The 4-bit weight's own rows run along K in the forward, along dx's columns in the backward.
-    format_4bit = _format(codes, K if forward else N, target)
-    single_pass = strategy == SINGLE_PASS
-    multiplied, operand = max(x.dtype.itemsize, dtype.itemsize), _operand(x, a).itemsize
-    config = configs.UPDATE if base in ("library", "none") and not single_pass else configs.linear(
-        target, M, max(multiplied, operand) if single_pass else multiplied, codes is not None,
-        R if single_pass else 0,
-        in_scale is not None or dropout.rng is not None or operand > multiplied,
-        codes is not None and not format_4bit["WORDS"],
-    )  # fmt: skip
-    share = configs.cooperative(target, M, N, K, R, config) if strategy == COOPERATIVE else 0
-    flags = _flags(x.device) if share and not interpreted() else None
-    if single_pass:
-        slots = x.new_empty(1, M, R, dtype=torch.float32)
-    elif share:
-        slots = x.new_empty(triton.cdiv(K, share), M, R, dtype=torch.float32)
-    else:
-        slots = _shrink(x, a, in_scale, mask_in)
-    p = slots[0] if slots.shape[0] == 1 else x.new_empty(M, R, dtype=torch.float32)
-    gate, in_scale, out_scale, bias = map(_vector, (gate, in_scale, out_scale, bias))
-    wide = any(map(_is_wide, (x, y, a, q))) or (base == "dense" and w is not None and _is_wide(w))
-    wide = wide or (codes is not None and N * K >= 1 << 31)
-    grid = (triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n),)
-    # One after another where programs are: those that publish, then all.
-    phases = [(True, False), (False, True)] if share and interpreted() else [(share > 0, share > 0)]
-    for publish, consume in phases:
-        _launch(
-            linear_kernel, grid, replace(config, cooperative=flags is not None), x.device,
-            x, w, *_tables(codes), a, q, p, slots, flags, gate, in_scale, out_scale, bias,
-            dropout.rng, y, z, M, N, K, R, *x.stride(), *_strides(w, codes), *a.stride(),
-            *q.stride(), slots.shape[0], share, mask_in.scale, s_scale, dropout.threshold,
-            BASE=base, K_INNER=forward, SINGLE_PASS=single_pass, PUBLISH=publish, CONSUME=consume,
-            WAIT=flags is not None, GATE=gate is not None, IN_SCALE=in_scale is not None,
-            OUT_SCALE=out_scale is not None, BIAS=bias is not None,
-            MASK_IN=mask_in.rng is not None, MASK_OUT=mask_out.rng is not None, SAVE_Z=save_z,
-            COMPUTE=_DTYPE[dtype], WIDER=_DTYPE[_operand(x, a)],
-            PRECISION=configs.precision(target), **format_4bit,
-            LEFT=codes is not None and forward and config.block_m < 64, WIDE=wide,
-            BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
-            BLOCK_R=configs.block_of_ranks(R), GROUP_M=config.group_m,
-        )  # fmt: skip
-    return y, p, z
-
-
-def _library(
-    x: Tensor,
-    weight: Tensor | Codes,
-    in_scale: Tensor | None,
-    forward: bool,
-    shape: tuple[int, int],
-    dtype: torch.dtype,
-    y_dtype: torch.dtype,
-) -> Tensor:
-    """The library's product, contiguous, in y's dtype; shape: (columns, inner)."""
-    if in_scale is not None:
-        x = x * in_scale.to(x.dtype)
-    if isinstance(weight, Codes):
-        weight = dequantize(weight, shape if forward else shape[::-1], dtype)
-    weight = weight.to(dtype)
-    return library_linear(x.to(dtype), weight if forward else weight.t()).to(y_dtype)
-
-
-def dequantize(codes: Codes, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """The weight [N, K], rounded once to `dtype`."""
-    (N, K), config = shape, configs.DEQUANTIZE
-    w = torch.empty(shape, dtype=dtype, device=codes.packed.device)
-    _launch(
-        dequantize_kernel, (triton.cdiv(N, config.block_n), triton.cdiv(K, config.block_k)), config,
-        w.device, codes.packed, *_tables(codes), w, N, K, **_format(codes, K, _target(w)),
-        WIDE=N * K >= 1 << 31, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
-    )  # fmt: skip
-    return w
-
-
-def _format(codes: Codes | None, row: int, target: Target) -> dict[str, Any]:
+def format_4bit(codes: Codes | None, row: int, target: Target) -> dict[str, Any]:
     """What a kernel is compiled for; row: elements of a row of the weight."""
     return {
         "LOG2_BLOCK": 0 if codes is None else codes.blocksize.bit_length() - 1,
@@ -235,73 +27,6 @@ def _format(codes: Codes | None, row: int, target: Target) -> dict[str, Any]:
         "WORDS": codes is not None and row % 8 == 0 and codes.packed.data_ptr() % 4 == 0,
         "ASM": target.kind == "cuda" and not interpreted(),
     }
-
-
-def _shrink(x: Tensor, a: Tensor, in_scale: Tensor | None, dropout: Dropout) -> Tensor:
-    """scale · mask(x ⊙ in_scale)·aᵀ in slots to be added: float32 [slots, M, R]."""
-    (M, K), R, target = x.shape, a.shape[0], _target(x)
-    config, share = configs.shrink(target, M, K, R, _operand(x, a).itemsize)
-    slots = triton.cdiv(K, share)
-    out = x.new_empty(slots, M, R, dtype=torch.float32)
-    if not M:
-        return out
-    in_scale = _vector(in_scale)
-    _launch(
-        shrink_kernel, (triton.cdiv(M, config.block_m), triton.cdiv(R, config.block_n), slots),
-        config, x.device,
-        x, a, in_scale, dropout.rng, out, M, K, R, *x.stride(), *a.stride(), share, dropout.scale,
-        dropout.threshold,
-        IN_SCALE=in_scale is not None, MASK_IN=dropout.rng is not None,
-        WIDER=_DTYPE[_operand(x, a)], PRECISION=configs.precision(target),
-        WIDE=_is_wide(x) or _is_wide(a),
-        BLOCK_M=config.block_m, BLOCK_K=config.block_k, BLOCK_R=config.block_n,
-    )  # fmt: skip
-    return out
-
-
-def _outer(
-    s: Tensor,
-    v: Tensor,
-    v_scale: Tensor | None,
-    z: Tensor | None,
-    dropout: Dropout,
-    scale: float,
-    gate: Tensor | None,
-    grad: Tensor | None,
-    need_sum: bool,
-    need_sum_z: bool,
-) -> tuple[Tensor | None, Tensor | None]:
-    """grad [R, N] = scale · gate ⊙ sᵀ·mask(v ⊙ v_scale), written; Σ v and Σ v ⊙ z, float32 [N]."""
-    (M, N), R, target = v.shape, s.shape[1], _target(v)
-    sums, sums_z = (
-        v.new_empty(N, dtype=torch.float32) if needed else None for needed in (need_sum, need_sum_z)
-    )
-    if not M:
-        for t in (grad, sums, sums_z):
-            if t is not None:
-                t.zero_()
-        return sums, sums_z
-    config, share = configs.outer(target, M, N, R)
-    count = triton.cdiv(M, share)
-    parts = v.new_empty(count, R + 2, N, dtype=torch.float32)
-    gate, v_scale = _vector(gate), _vector(v_scale)
-    ranks = grad is not None
-    _launch(
-        outer_kernel,
-        (triton.cdiv(N, config.block_n), triton.cdiv(R, config.block_k) if ranks else 1, count),
-        config, v.device,
-        s, v, v_scale, z, dropout.rng, parts, M, N, R, *v.stride(), share, dropout.threshold,
-        RANKS=ranks, V_SCALE=v_scale is not None, MASK=dropout.rng is not None, SUM=need_sum,
-        SUM_Z=need_sum_z, WIDER=tl.float32 if grad is None else _DTYPE[_operand(v, grad)],
-        PRECISION=configs.precision(target), WIDE=_is_wide(v),
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_R=config.block_k,
-    )  # fmt: skip
-    _launch(
-        reduce_kernel, (triton.cdiv(N, 256), R + 2), Config(0, 256, 0, 4, 1), v.device,
-        parts, gate, grad, sums, sums_z, N, R, *((0, 0) if grad is None else grad.stride()), count,
-        scale, RANKS=ranks, GATE=gate is not None, SUM=need_sum, SUM_Z=need_sum_z, BLOCK_N=256,
-    )  # fmt: skip
-    return sums, sums_z
 
 
 def options(config: Config) -> dict[str, Any]:
@@ -313,7 +38,7 @@ def options(config: Config) -> dict[str, Any]:
 _kept_flags: dict[tuple[int, int], Tensor] = {}
 
 
-def _flags(device: torch.device) -> Tensor:
+def flags(device: torch.device) -> Tensor:
     """int32[2], zero whenever no kernel runs: one for each stream, since two at once would share
     it; of its own for a graph that is captured, since it may be replayed on any."""
     if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
@@ -324,7 +49,7 @@ def _flags(device: torch.device) -> Tensor:
     return _kept_flags[key]
 
 
-def _launch(
+def run(
     kernel: Any,
     grid: tuple[int, ...],
     config: Config,
@@ -340,25 +65,16 @@ def _launch(
         kernel[grid](*args, **meta, **options(config))
 
 
-def _tables(codes: Codes | None) -> tuple[Tensor | None, ...]:
+def tables(codes: Codes | None) -> tuple[Tensor | None, ...]:
     if codes is None:
         return (None,) * 5
     return codes.absmax, codes.code, codes.nested_absmax, codes.nested_code, codes.offset
 
 
-def _strides(w: Tensor | None, codes: Codes | None) -> tuple[int, ...]:
+def strides(w: Tensor | None, codes: Codes | None) -> tuple[int, ...]:
     return (0, 0) if w is None or codes is not None else w.stride()
 
 
-def _operand(x: Tensor, a: Tensor) -> torch.dtype:
-    """In which x and the adapter are multiplied."""
-    return torch.promote_types(x.dtype, a.dtype)
-
-
-def _vector(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.contiguous()
-
-
-def _is_wide(t: Tensor) -> bool:
+def is_wide(t: Tensor) -> bool:
     """Whether an element lies 2³¹ elements or more behind the first."""
     return sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) >= 1 << 31

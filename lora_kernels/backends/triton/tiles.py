@@ -1,7 +1,8 @@
 """What the kernels share: conversions, products, dropout's mask, tiles of a weight.
 
 In Triton's interpreter bfloat16 is held as its bits: products of it multiply those, conversions to
-it may cut them off. So every product and every conversion goes through `dot` and `to_dtype`.
+it may cut them off, and from it lose subnormals. So every product and every conversion goes through
+`dot` and `to_dtype`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ def to_dtype(x, dtype: tl.constexpr):
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         rounded = tl.where(x == x, rounded, (bits >> 16) | 0x40)
         return rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    elif INTERPRETED and dtype == tl.float32 and x.dtype == tl.bfloat16:
+        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     else:
         return x.to(dtype)
 

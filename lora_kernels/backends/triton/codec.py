@@ -1,0 +1,45 @@
+"""The 4-bit format by itself: weights to codes and back."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+from torch import Tensor
+
+from ... import reference
+from . import configs, launch
+from .format_4bit import dequantize_kernel, quantize_kernel
+
+if TYPE_CHECKING:
+    from ...quantization.codes import Codes
+
+
+def dequantize(codes: Codes, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """The weight [N, K], rounded once to `dtype`."""
+    (N, K), config = shape, configs.DEQUANTIZE
+    grid = (triton.cdiv(N, config.block_n), triton.cdiv(K, config.block_k))
+    w = torch.empty(shape, dtype=dtype, device=codes.packed.device)
+    launch.run(
+        dequantize_kernel, grid, config, w.device, codes.packed, *launch.tables(codes), w, N, K,
+        **launch.format_4bit(codes, K, launch.target(w)), WIDE=N * K >= 1 << 31,
+        BLOCK_N=config.block_n, BLOCK_K=config.block_k,
+    )  # fmt: skip
+    return w
+
+
+def quantize(
+    weight: Tensor, thresholds: Tensor, order: Tensor, blocksize: int
+) -> tuple[Tensor, Tensor]:
+    """packed uint8[⌈n/2⌉] and absmax float32[⌈n/blocksize⌉]; as `reference.quantize_4bit`."""
+    weight, n, config = weight.contiguous(), weight.numel(), configs.quantize(blocksize)
+    blocks = triton.cdiv(n, blocksize)
+    packed = torch.empty(triton.cdiv(n, 2), dtype=torch.uint8, device=weight.device)
+    absmax = torch.empty(blocks, dtype=torch.float32, device=weight.device)
+    launch.run(
+        quantize_kernel, (triton.cdiv(blocks, config.block_n),), config, weight.device, weight,
+        thresholds, order, packed, absmax, n, reference.SMALLEST_SCALE, WIDE=n >= 1 << 31,
+        BLOCKSIZE=blocksize, BLOCKS=config.block_n,
+    )  # fmt: skip
+    return packed, absmax

@@ -1,0 +1,122 @@
+"""What `lora-kernels tune` measured: a strategy and its tiles for a shape on a kind of GPU.
+
+Rows come from measured.json beside this file, empty until a GPU has filled it, and from the file
+that LORA_KERNELS_MEASURED names, which goes first. Where no row fits, `configs` decides by its
+model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from . import COOPERATIVE, LIBRARY, SINGLE_PASS, SPLIT, configs
+from .configs import Config, Target
+
+STRATEGIES = (SINGLE_PASS, SPLIT, COOPERATIVE, LIBRARY)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """What a row is looked up by. rows: M, rounded up to a power of two; columns N and inner K are
+    the forward's; itemsize: bytes of the widest of x's, the adapter's and the product's dtypes."""
+
+    arch: int
+    multiprocessors: int
+    rows: int
+    columns: int
+    inner: int
+    block_r: int
+    itemsize: int
+    four_bit: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """The strategy that was fastest for forward and backward together, the tiles of `linear_kernel`
+    in both directions (None: those that `configs` chooses), and where that comes from."""
+
+    strategy: str
+    forward: Config | None = None
+    backward: Config | None = None
+    source: str = ""
+
+
+def shape(
+    target: Target,
+    rows: int,
+    columns: int,
+    inner: int,
+    rank: int,
+    itemsize: int,
+    four_bit: bool,
+) -> Shape:
+    """The key of a call without dropout."""
+    return Shape(
+        target.arch, target.multiprocessors, configs.power_of_two(max(rows, 1)), columns, inner,
+        configs.block_of_ranks(rank), itemsize, four_bit,
+    )  # fmt: skip
+
+
+_tried: dict[Shape, Measured] = {}
+
+
+@contextmanager
+def tried(key: Shape, row: Measured) -> Iterator[None]:
+    """`find` gives this row for this shape, in every thread: how `tune` tries it."""
+    _tried[key] = row
+    try:
+        yield
+    finally:
+        del _tried[key]
+
+
+def find(key: Shape) -> Measured | None:
+    """The row for this shape, or None."""
+    return _tried.get(key) or _table(os.environ.get("LORA_KERNELS_MEASURED")).get(key)
+
+
+@functools.cache
+def _table(path: str | None) -> Mapping[Shape, Measured]:
+    found: dict[Shape, Measured] = {}
+    for file in (Path(__file__).with_name("measured.json"), Path(path) if path else None):
+        if file is not None:
+            found |= read(file)
+    return found
+
+
+def read(file: Path) -> dict[Shape, Measured]:
+    """The rows of a file that `tune` wrote; ValueError, saying what is wrong, for any other."""
+    try:
+        rows = json.loads(file.read_text())["rows"]
+        return dict(_row(row) for row in rows)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{file}: got {error!r}, want a file that `lora-kernels tune` wrote"
+        ) from error
+
+
+def _row(row: Mapping[str, Any]) -> tuple[Shape, Measured]:
+    key = Shape(**{field.name: row[field.name] for field in dataclasses.fields(Shape)})
+    if row["strategy"] not in STRATEGIES:
+        raise ValueError(f"strategy {row['strategy']!r}")
+    tiles = {
+        name: None if row[name] is None else Config(**row[name]) for name in ("forward", "backward")
+    }
+    source = f"measured on {row['device']}: {row['microseconds']:.0f} µs a step"
+    return key, Measured(row["strategy"], **tiles, source=source)
+
+
+def entry(key: Shape, row: Measured, **provenance: Any) -> dict[str, Any]:
+    """A row as a file has it; provenance: "device" and "microseconds" at least."""
+    tiles = {
+        name: None if tile is None else dataclasses.asdict(tile)
+        for name, tile in (("forward", row.forward), ("backward", row.backward))
+    }
+    return {**dataclasses.asdict(key), "strategy": row.strategy, **tiles, **provenance}

@@ -1,0 +1,205 @@
+"""`lora-kernels tune`: which strategy and tiles are fastest on this GPU, shape by shape.
+
+For each shape the tiles of the fused kernel are tried in both directions, then the strategies
+against each other by the time of a step, forward and backward. A candidate whose results are not
+the default's (to the rounding of their dtype) is dropped, and said. The file that is written is
+read where LORA_KERNELS_MEASURED names it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import __version__, functional, select
+from .. import device as devices
+from ..backends import triton
+from ..backends.triton import COOPERATIVE, LIBRARY, SINGLE_PASS, SPLIT, configs, measured
+from ..backends.triton.configs import Config, Target
+from ..backends.triton.measured import Measured, Shape
+from . import case as cases
+from . import models, timing, tolerance
+from .case import Case
+
+STRATEGIES = (SINGLE_PASS, SPLIT, COOPERATIVE, LIBRARY)
+ROWS = (1, 16, 512, 4096, 16384)
+DTYPES = ("bfloat16", "float16", "float32")
+
+# Tiles worth trying beside the default's: block_m, block_n, block_k, warps, stages.
+FEW_ROWS_TILES = [
+    (16, 32, 128, 4, 4), (16, 32, 256, 4, 3), (16, 64, 64, 4, 5), (16, 64, 128, 4, 3),
+    (16, 64, 128, 8, 4), (16, 64, 256, 8, 3), (16, 128, 64, 4, 4), (16, 128, 128, 8, 3),
+]  # fmt: skip
+TILES = [
+    (64, 64, 64, 4, 4), (64, 128, 64, 4, 3), (64, 128, 64, 4, 4), (128, 64, 64, 4, 4),
+    (128, 128, 32, 4, 4), (128, 128, 64, 4, 3), (128, 128, 64, 8, 3), (128, 128, 64, 8, 4),
+    (128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (256, 128, 64, 8, 3),
+]  # fmt: skip
+
+
+@dataclass
+class Trial:
+    """A shape's tensors, and what is measured with them."""
+
+    case: Case
+    key: Shape
+    seconds: float
+    args: dict[str, Any]
+    want: dict[str, Tensor]  # the default's results
+
+    def step(self, row: Measured) -> Callable[[], object]:
+        return lambda: self._under(row, lambda: cases.run(functional.lora_linear, self.args))
+
+    def forward(self, row: Measured) -> Callable[[], object]:
+        args = {name: value for name, value in self.args.items() if name != "dy"}
+        return lambda: self._under(row, lambda: functional.lora_linear(**args))
+
+    def _under(self, row: Measured, call: Callable[[], Any]) -> Any:
+        with measured.tried(self.key, row), select.backend("triton"):
+            return call()
+
+    def flaw(self, row: Measured) -> str | None:
+        """What is wrong with it: an exception of the compiler or the launch, or another result."""
+        try:
+            got = self._under(row, lambda: cases.run(functional.lora_linear, self.args))
+        except Exception as problem:  # of whatever the compiler, the driver or the launch raises
+            return f"{type(problem).__name__}: {str(problem).partition(chr(10))[0]}"
+        for name, want in self.want.items():
+            # Two roundings, of the one result and of the other, and sums in another order.
+            f32 = tolerance.unit_roundoff(torch.float32)
+            limit = 4 * max(tolerance.unit_roundoff(want.dtype), 16 * f32)
+            off = float((got[name].double() - want.double()).norm() / want.double().norm())
+            if not off <= limit:  # NaN is not
+                return f"{name} differs by {off:.2g}"
+        return None
+
+    def fastest(
+        self, rows: dict[str, Measured], made: Callable[[Measured], Callable[[], object]]
+    ) -> tuple[str, dict[str, float]]:
+        """The name of the fastest of those without a flaw, and their seconds, by turns."""
+        sound: dict[str, Measured] = {}
+        for name, row in rows.items():
+            flaw = self.flaw(row)
+            if flaw is None:
+                sound[name] = row
+            else:
+                print(f"    {name}: left out, {flaw}", flush=True)
+        if not sound:
+            raise RuntimeError(f"{self.case}: no candidate gave the default's results")
+        times = timing.interleave(
+            {name: made(row) for name, row in sound.items()},
+            seconds=self.seconds, device=self.case.device,
+        )  # fmt: skip
+        seconds = {name: taken.p50 for name, taken in times.items()}
+        return min(seconds, key=lambda name: seconds[name]), seconds
+
+
+def tune(case: Case, target: Target, seconds: float) -> tuple[Shape, Measured, dict[str, float]]:
+    """The fastest row for a shape; microseconds of its step and of the default's."""
+    args = cases.inputs(replace(case, frozen=()))
+    itemsize = max(case.dtype.itemsize, (case.adapter_dtype or case.dtype).itemsize)
+    four_bit = bool(case.quant)
+    key = measured.shape(target, case.M, case.N, case.K, case.R, itemsize, four_bit)
+    chosen, _ = configs.strategy(target, case.M, case.N, case.R, itemsize, four_bit, False)
+    default = Measured(chosen)
+    trial = Trial(case, key, seconds, args, {})
+    trial.want = trial._under(default, lambda: cases.run(functional.lora_linear, args))
+
+    rows = {"default": default}
+    for strategy in STRATEGIES:
+        if strategy == SINGLE_PASS and case.R > configs.MAX_SINGLE_PASS_RANK:
+            continue
+        if strategy == COOPERATIVE and case.M > configs.FEW_ROWS:
+            continue
+        row = Measured(strategy)
+        if strategy != LIBRARY:
+            for direction, made in (("forward", trial.forward), ("backward", trial.step)):
+                tried = {"default tiles": row}
+                for tiles in _candidates(target, case, strategy, itemsize):
+                    forward = direction == "forward"
+                    tried[f"{direction} {_name(tiles)}"] = (
+                        replace(row, forward=tiles) if forward else replace(row, backward=tiles)
+                    )
+                row = tried[trial.fastest(tried, made)[0]]
+        rows[strategy] = row
+    best, taken = trial.fastest(rows, trial.step)
+    times = {"microseconds": taken[best] * 1e6, "default_microseconds": taken["default"] * 1e6}
+    return key, rows[best], times
+
+
+def _name(tiles: Config) -> str:
+    sizes = f"{tiles.block_m}x{tiles.block_n}x{tiles.block_k}"
+    return f"{sizes}, {tiles.warps} warps, {tiles.stages} stages"
+
+
+def _candidates(target: Target, case: Case, strategy: str, itemsize: int) -> Iterator[Config]:
+    """Tiles that fit the shared memory."""
+    block_r = configs.block_of_ranks(case.R) if strategy == SINGLE_PASS else 0
+    for tiles in FEW_ROWS_TILES if case.M <= configs.FEW_ROWS else TILES:
+        config = Config(*tiles)
+        if configs.shared_memory(config, itemsize, block_r) <= target.shared_memory:
+            yield config
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add, positive = parser.add_argument, models.positive
+    add("--model", choices=models.NAMES, default="llama3-8b", help="default: %(default)s")
+    add("--shapes", nargs="+", type=models.shape, metavar="KxN", help="in place of a model's")
+    add("--rows", nargs="+", type=positive, metavar="M", default=ROWS)
+    add("--ranks", nargs="+", type=positive, metavar="R", default=[16])
+    add("--dtype", choices=DTYPES, default=DTYPES[0])
+    add("--quant", nargs="+", choices=["none", "nf4", "fp4"], default=["none", "nf4"])
+    add("--seconds", type=float, default=0.3, help="for a comparison (default: %(default)s)")
+    add("--out", type=Path, required=True, metavar="FILE", help="to be added to, or made")
+
+
+def run(args: argparse.Namespace) -> int:
+    """0; 2 where there is no GPU that the Triton kernels run on."""
+    here = configs.target(None) if torch.cuda.is_available() else None
+    target = configs.INTERPRETER if triton.interpreted() else here
+    why = configs.unfit(triton.absence(), target, "cpu")
+    if why is not None or target is None:
+        print(f"lora-kernels tune: {why}")
+        return 2
+    kept: list[dict[str, Any]] = []
+    if args.out.exists():
+        measured.read(args.out)  # before hours are spent on what could not be added to it
+        kept = json.loads(args.out.read_text())["rows"]
+    provenance = {
+        "device": devices.gpus()[0].name if torch.cuda.is_available() else "Triton's interpreter",
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        "version": __version__,
+        "torch": torch.__version__,
+        "triton": devices.version("triton"),
+    }
+    shapes, dtype = args.shapes or models.linear_shapes(args.model), getattr(torch, args.dtype)
+    for (K, N), kind, R, M in itertools.product(shapes, args.quant, args.ranks, args.rows):
+        quant = "" if kind == "none" else f"{kind}-64-nested"
+        case = Case(M, N, K, R, dtype, quant=quant, device=cases.triton_device())
+        print(case, flush=True)
+        key, row, times = tune(case, target, args.seconds)
+        took, by_default = times["microseconds"], times["default_microseconds"]
+        print(f"    {row.strategy}: {took:.0f} µs a step, by default {by_default:.0f}", flush=True)
+        found = measured.entry(key, row, rank=R, **provenance, **times)
+        same = asdict(key).items()
+        kept = [old for old in kept if any(old[name] != value for name, value in same)] + [found]
+        _write(args.out, kept)
+    print(f"{args.out}: to use it, set LORA_KERNELS_MEASURED={args.out.resolve()}")
+    return 0
+
+
+def _write(file: Path, rows: list[dict[str, Any]]) -> None:
+    """Whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(file.name + ".partial")
+    partial.write_text(json.dumps({"rows": rows}, indent=1, ensure_ascii=False) + "\n")
+    partial.replace(file)

@@ -1,0 +1,161 @@
+"""Graphs, streams, compilers, and peers: what surrounds the kernels on a GPU."""
+
+import time
+from collections.abc import Callable
+from importlib.util import find_spec
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lora_kernels
+from lora_kernels.backends.triton import COOPERATIVE, LIBRARY, SINGLE_PASS, SPLIT
+from lora_kernels.measure.case import Case, inputs
+
+bf16, f32 = torch.bfloat16, torch.float32
+every_strategy = pytest.mark.parametrize("strategy", [SINGLE_PASS, SPLIT, COOPERATIVE, LIBRARY])
+
+
+def layer(M: int, quant: str = "", dropout_p: float = 0.0) -> Callable[[], Tensor]:
+    """A forward without gradients on tensors that stay where they are."""
+    args = inputs(Case(M, 1024, 2048, 16, bf16, quant=quant, device="cuda"))
+    args.pop("dy")
+    args["dropout_p"], args["rng"] = dropout_p, None
+
+    def call() -> Tensor:
+        with torch.no_grad():
+            return lora_kernels.lora_linear(**args)
+
+    return call
+
+
+@every_strategy
+@pytest.mark.parametrize("M", [4, 300])
+def test_graphs_are_captured_and_replayed(M: int, strategy: str) -> None:
+    with lora_kernels.backend("triton", strategy):
+        call = layer(M, "nf4-64-nested")
+        want = call()  # compiled before it is captured
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = call()
+        for _ in range(3):
+            y.zero_()
+            graph.replay()
+            torch.cuda.synchronize()
+            assert torch.equal(y, want)
+
+
+@pytest.mark.parametrize("strategy", [SINGLE_PASS, SPLIT])
+def test_a_replayed_graph_draws_another_mask(strategy: str) -> None:
+    with lora_kernels.backend("triton", strategy):
+        call = layer(300, dropout_p=0.5)
+        call()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = call()
+        seen = []
+        for _ in range(3):
+            graph.replay()
+            seen.append(y.clone())
+        torch.cuda.synchronize()
+    assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
+
+
+@pytest.mark.parametrize("seconds", [5, pytest.param(60, marks=pytest.mark.proof)])
+def test_two_streams_publish_at_once(seconds: int) -> None:
+    """Programs of two launches wait at the same time; none hangs, none takes the other's shares."""
+    with lora_kernels.backend("triton", COOPERATIVE):
+        calls = [layer(1, "nf4-64-nested"), layer(16)]
+        wants = [call() for call in calls]
+        torch.cuda.synchronize()
+        streams = [torch.cuda.Stream() for _ in calls]
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            got = []
+            for _ in range(50):
+                for call, stream in zip(calls, streams, strict=True):
+                    with torch.cuda.stream(stream):
+                        got.append(call())
+            torch.cuda.synchronize()
+            for i, y in enumerate(got):
+                assert torch.equal(y, wants[i % 2])
+
+
+@pytest.mark.parametrize("quant", ["", "nf4-64-nested"])
+def test_compiled(quant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = inputs(Case(70, 256, 320, 8, bf16, quant=quant, device="cuda"))
+    dy = args.pop("dy")
+    names = ("x", "lora_A", "lora_B")
+    compiled = torch.compile(lora_kernels.lora_linear, fullgraph=True, dynamic=True)
+    for call in (lora_kernels.lora_linear, compiled):
+        y = call(**args)
+        grads = torch.autograd.grad(y, [args[name] for name in names], dy)
+        if call is lora_kernels.lora_linear:
+            want = (y, *grads)
+    for got, expected in zip((y, *grads), want, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_the_backward_follows_its_forward() -> None:
+    """It runs in a thread of autograd's, which knows nothing of a `with` around the forward."""
+    from lora_kernels.backends.triton import launch
+
+    args = inputs(Case(70, 256, 320, 8, bf16, device="cuda"))
+    dy = args.pop("dy")
+    with lora_kernels.backend("triton", SPLIT):
+        y = lora_kernels.lora_linear(**args)
+    launched: list[str] = []
+    run = launch.run
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            launch, "run", lambda kernel, *rest, **meta: (
+                launched.append(kernel.__name__), run(kernel, *rest, **meta)
+            ),
+        )  # fmt: skip
+        y.backward(dy)
+    assert "linear_kernel" in launched
+
+
+@pytest.mark.skipif(find_spec("peft") is None, reason="PEFT is not installed")
+@pytest.mark.parametrize("dtype", [f32, bf16], ids=str)
+def test_a_peft_model(dtype: torch.dtype) -> None:
+    """Gradients of every adapter as stock PEFT computes them."""
+    from peft import LoraConfig, get_peft_model
+
+    from lora_kernels.peft import fuse
+
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(320, 512), nn.GELU(), nn.Linear(512, 256)).to("cuda", dtype)
+    config = LoraConfig(r=8, lora_alpha=20, target_modules=["0", "2"], init_lora_weights=False)
+    model = get_peft_model(base, config)
+    x = torch.randn(4, 33, 320, device="cuda", dtype=dtype)
+    dy = torch.randn(4, 33, 256, device="cuda", dtype=dtype)
+
+    def gradients() -> dict[str, Tensor]:
+        model.zero_grad()
+        model(x).backward(dy)
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    want = gradients()
+    with lora_kernels.backend("triton"):
+        fuse(model)
+        got = gradients()
+    assert len(got) == len(want) == 4
+    limit = 1e-4 if dtype is f32 else 2e-2
+    for name, grad in got.items():
+        error = (grad.double() - want[name].double()).norm() / want[name].double().norm()
+        assert want[name].abs().max() > 0 and error < limit, (name, error)
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+def test_bitsandbytes_weights_are_read_as_they_are() -> None:
+    import bitsandbytes as bnb
+
+    from lora_kernels.quantization import Weight4bit
+
+    weight = torch.randn(512, 320, device="cuda", dtype=bf16)
+    packed, state = bnb.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    with lora_kernels.backend("triton"):
+        ours = Weight4bit.from_bitsandbytes((packed, state)).dequantize(f32)
+    state.dtype = f32
+    assert torch.equal(ours, bnb.functional.dequantize_4bit(packed, state))

@@ -1,0 +1,39 @@
+"""compute-sanitizer over one call of each kernel: no access out of bounds, no race."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CALLS = """
+import torch, lora_kernels
+from lora_kernels.measure.case import Case, inputs, run
+from lora_kernels.quantization import quantize_4bit
+full = dict(gate=True, column_scale=True, bias=True, dropout_p=0.1, device="cuda")
+for quant in ("", "nf4-64-nested"):
+    for M in (5, 70, 300):
+        args = inputs(Case(M, 129, 192, 13, torch.bfloat16, quant=quant, **full))
+        for strategy in ("single pass", "split", "publish first, consume last"):
+            with lora_kernels.backend("triton", strategy):
+                run(lora_kernels.lora_linear, args)
+    with lora_kernels.backend("triton"):
+        lora_kernels.dora_norm(args["weight"], args["lora_A"], args["lora_B"])
+        quantize_4bit(torch.randn(33, 65, device="cuda"))
+torch.cuda.synchronize()
+"""
+
+
+@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="no compute-sanitizer")
+@pytest.mark.parametrize("tool", ["memcheck", pytest.param("racecheck", marks=pytest.mark.proof)])
+def test_sanitized(tool: str) -> None:
+    done = subprocess.run(
+        ["compute-sanitizer", "--tool", tool, "--error-exitcode", "7", sys.executable, "-c", CALLS],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -1,0 +1,43 @@
+"""`python -m benchmarks.gpu`: what it keeps of parts that end, fail, or are stopped."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import gpu
+
+WRITES = (
+    "import pathlib, sys; pathlib.Path(sys.argv[1]).write_text('[1]'); print('done', *sys.argv[2:])"
+)
+
+
+def test_every_part_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    python = [sys.executable, "-c"]
+    parts = [
+        ("whole", 0.5, [*python, WRITES, "{json}", "{device}"]),
+        ("broken", 0.2, [*python, "raise SystemExit('no kernel')"]),
+        ("endless", 0.3, [*python, "import time; print('on', flush=True); time.sleep(60)"]),
+    ]
+    monkeypatch.setattr(gpu, "PARTS", parts)
+    monkeypatch.setattr(gpu.bench, "provenance", lambda dtypes, device: {"card": device})
+    out = tmp_path / "results" / "gpu.json"
+    assert gpu.measure(out, argparse.Namespace(minutes=0.05, only=None), "cpu") == 1
+    data = json.loads(out.read_text())
+    assert data["provenance"] == {"card": "cpu"}
+    assert data["whole"]["exit"] == 0 and data["whole"]["json"] == [1]
+    assert data["whole"]["tail"] == "done cpu\n"
+    assert data["broken"]["exit"] == 1 and "no kernel" in data["broken"]["tail"]
+    assert data["endless"]["exit"] is None and data["endless"]["tail"] == "on\n"
+    assert str(tmp_path) not in out.read_text() and sys.executable not in out.read_text()
+    assert gpu.measure(out, argparse.Namespace(minutes=1.0, only=["whole"]), "cpu") == 0
+    assert set(json.loads(out.read_text())) == {"provenance", "whole"}
+
+
+def test_without_a_gpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu"])
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: False)
+    assert gpu.main() == 2
+    assert "no GPU" in capsys.readouterr().out

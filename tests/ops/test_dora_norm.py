@@ -1,0 +1,106 @@
+"""The row norm of W + (B ⊙ g)·A against the float64 reference."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+import lora_kernels
+from lora_kernels import ops, reference, select
+from lora_kernels.measure.case import Case, inputs, judge_norm
+from lora_kernels.quantization import quantize_4bit
+
+f64, f32, bf16, f16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
+
+
+@pytest.mark.parametrize("name", ["eager", "cpu"])
+@pytest.mark.parametrize("gate", [False, True])
+@pytest.mark.parametrize("quant", ["", "nf4-64-nested", "fp4-32"])
+@pytest.mark.parametrize("dtypes", [(f32, None), (bf16, None), (f16, None), (bf16, f32)], ids=str)
+def test_against_the_reference(dtypes: Any, quant: str, gate: bool, name: str) -> None:
+    case = Case(0, 67, 129, 13, *dtypes, quant=quant, gate=gate)
+    with lora_kernels.backend(name):
+        verdict = judge_norm(case)["norm"]
+    assert verdict.ok, verdict
+
+
+def test_panels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than one, the last one short."""
+    monkeypatch.setattr("lora_kernels.backends.eager.PANEL", 1)
+    for quant in ("", "nf4-64"):
+        assert judge_norm(Case(0, 131, 65, 3, f32, quant=quant))["norm"].ok
+
+
+def test_float64() -> None:
+    args = inputs(Case(0, 70, 65, 5, f32, gate=True))
+    tensors = {n: args[n].double() for n in ("weight", "lora_A", "lora_B", "rank_gate")}
+    got = lora_kernels.dora_norm(**tensors, scaling=1.25)
+    assert got.dtype is f64
+    want = reference.dora_norm(**tensors, scaling=1.25)
+    torch.testing.assert_close(got, want, rtol=65 * 2.0**-53, atol=0)
+
+
+def test_strides_and_no_gradient() -> None:
+    case = Case(0, 70, 65, 5, f32)
+    args = inputs(case)
+    names = ("weight", "lora_A", "lora_B")
+    want = lora_kernels.dora_norm(*(args[n] for n in names), 0.5)
+    swapped = [args[n].t().contiguous().t() for n in names]
+    got = lora_kernels.dora_norm(*swapped, 0.5)
+    assert not got.requires_grad and args["lora_A"].requires_grad
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("quant", ["", "nf4-64-nested"])
+def test_as_compilers_see_it(quant: str) -> None:
+    args = inputs(replace(Case(0, 7, 64, 3, f32, gate=True), quant=quant))
+    A, B, gate = (args[n].detach() for n in ("lora_A", "lora_B", "rank_gate"))
+    if quant:
+        torch.library.opcheck(ops.dora_norm_4bit, (*args["weight"].codes, A, B, 1.5, gate))
+    else:
+        torch.library.opcheck(ops.dora_norm, (args["weight"], A, B, 1.5, gate))
+    compiled = torch.compile(lora_kernels.dora_norm, fullgraph=True, backend="aot_eager")
+    got = compiled(args["weight"], A, B, 1.5, rank_gate=gate)
+    torch.testing.assert_close(
+        got, lora_kernels.dora_norm(args["weight"], A, B, 1.5, rank_gate=gate)
+    )
+
+
+W, A, B = torch.ones(4, 3), torch.ones(2, 3), torch.ones(4, 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"weight": W.t()}, ValueError, r"weight: got shape \[3, 4\], want \[4, 3\]"),
+        ({"weight": None}, TypeError, "weight: got NoneType, want a tensor or a Weight4bit"),
+        (
+            {"weight": W.double()},
+            TypeError,
+            "weight: got torch.float64 beside lora_A in torch.float32",
+        ),
+        ({"weight": W.to("meta")}, ValueError, "weight: got device meta"),
+        ({"weight": W.int()}, TypeError, "weight: got torch.int32"),
+        ({"lora_A": A[0]}, ValueError, r"lora_A: got shape \[3\]"),
+        ({"lora_B": B.t()}, ValueError, r"lora_B: got shape \[2, 4\], want \[N, 2\]"),
+        ({"rank_gate": torch.ones(3)}, ValueError, r"rank_gate: got shape \[3\], want \[2\]"),
+        (
+            {"weight": quantize_4bit(W), "lora_A": A.double(), "lora_B": B.double()},
+            TypeError,
+            "lora_A: got torch.float64, want float32, bfloat16 or float16 beside a 4-bit",
+        ),
+    ],
+)
+def test_bad_input(change: dict[str, Any], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        lora_kernels.dora_norm(**{"weight": W, "lora_A": A, "lora_B": B, **change})
+
+
+def test_where_it_cannot_run() -> None:
+    with lora_kernels.backend("cpu"), pytest.raises(RuntimeError, match="the device is 'mps'"):
+        select.dora_norm("mps", f32, f32, f32, 8)
+    with lora_kernels.backend("triton"), pytest.raises(RuntimeError, match="triton"):
+        select.dora_norm("mps", f32, f32, f64, 8)
+    assert select.dora_norm("cuda", f32, f32, f32, 8).reason == select.UNTRIED
+    assert lora_kernels.dora_norm(*(t.to("meta") for t in (W, A, B))).shape == (4,)

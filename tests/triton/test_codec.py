@@ -1,0 +1,73 @@
+"""Quantizing and decoding by Triton's kernels: the bits of the reference, every one."""
+
+import pytest
+import torch
+
+import lora_kernels
+from lora_kernels import reference
+from lora_kernels.quantization import codebooks, quantize_4bit
+from lora_kernels.quantization.weight4bit import BLOCKSIZES
+from tests.triton.device import DEVICE
+
+f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
+
+
+def special(quant_type: str) -> torch.Tensor:
+    """Zeros, subnormals, an outlier in each block, values on the thresholds and beside them."""
+    generator = torch.Generator().manual_seed(0)
+    thresholds = codebooks.thresholds(quant_type)
+    near = [thresholds, torch.nextafter(thresholds, torch.tensor(1.0)), -thresholds]
+    rows = [
+        torch.zeros(4096),
+        torch.randn(4096, generator=generator) * 1e-40,
+        torch.randn(4096, generator=generator).where(torch.arange(4096) % 32 != 5, 1e30),
+        torch.cat(near).repeat(100)[:4096].where(torch.arange(4096) % 32 != 7, 1.0),
+        torch.randn(4096, generator=generator) * 1e-3,
+    ]
+    return torch.cat(rows)
+
+
+def same_bits(got: torch.Tensor, want: torch.Tensor) -> bool:
+    return got.dtype is want.dtype and torch.equal(
+        got.cpu().view(torch.uint8), want.cpu().view(torch.uint8)
+    )
+
+
+@pytest.mark.parametrize("dtype", [f32, bf16, f16], ids=str)
+@pytest.mark.parametrize("blocksize", BLOCKSIZES)
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_quantize(quant_type: str, blocksize: int, dtype: torch.dtype) -> None:
+    values = special(quant_type)
+    if dtype is f16:
+        values = values.clamp(-6e4, 6e4)
+    values = values.to(dtype)[: 4 * 4096 + 333]  # a short last block, an odd last element
+    thresholds, order = codebooks.thresholds(quant_type), codebooks.order(quant_type)
+    want = reference.quantize_4bit(values, thresholds, order, blocksize)
+    with lora_kernels.backend("triton"):
+        got = quantize_4bit(values[None].to(DEVICE), quant_type, blocksize, double_quant=False)
+    assert same_bits(got.packed, want[0])
+    assert same_bits(got.absmax, want[1])
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_is_refused(bad: float) -> None:
+    weight = torch.ones(3, 50, device=DEVICE)
+    weight[1, 7] = bad
+    with lora_kernels.backend("triton"), pytest.raises(ValueError, match="NaN or infinity"):
+        quantize_4bit(weight)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("shape", [(70, 256), (37, 333), (16, 72)], ids=str)
+def test_there_and_back(shape: tuple[int, int], nested: bool) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+    want = quantize_4bit(weight, "nf4", 64, nested)
+    with lora_kernels.backend("triton"):
+        got = quantize_4bit(weight.to(DEVICE), "nf4", 64, nested)
+        assert same_bits(got.packed, want.packed) and same_bits(got.absmax, want.absmax)
+        for dtype in (f32, bf16, f16):
+            fields = (want.packed, want.scales(), want.code, 64, want.shape, dtype)
+            assert same_bits(got.dequantize(dtype), reference.dequantize_4bit(*fields))
+            part = got.codes.dense(shape, dtype, rows=slice(3, 9), columns=slice(8, 40))
+            assert same_bits(part, reference.dequantize_4bit(*fields)[3:9, 8:40].contiguous())

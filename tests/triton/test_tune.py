@@ -1,0 +1,120 @@
+"""`lora-kernels tune` from end to end: what it tries, drops, writes, and that it is obeyed."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import lora_kernels
+from lora_kernels import cli, select
+from lora_kernels.backends.triton import LIBRARY, SPLIT, configs, launch, measured
+from lora_kernels.measure import tune
+from tests.triton.device import DEVICE
+
+f32 = torch.float32
+ARGUMENTS = [
+    "tune", "--shapes", "64x48", "--rows", "40", "--dtype", "float32", "--seconds", "0", "--quant"
+]  # fmt: skip
+
+
+@pytest.fixture
+def few_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "TILES", [(32, 32, 32, 4, 1)])
+    monkeypatch.setattr(tune, "STRATEGIES", (SPLIT, LIBRARY))
+    monkeypatch.setattr(tune.timing, "interleave", _by_name)
+
+
+def _by_name(calls: dict[str, Any], **_: Any) -> dict[str, Any]:
+    """No clock: what is in the names decides, so that a test knows what is fastest."""
+    order = ["backward 32x32x32", "forward 32x32x32", SPLIT]
+    times = {}
+    for name, call in calls.items():
+        call()
+        rank = next((i for i, part in enumerate(order) if part in name), len(order))
+        times[name] = tune.timing.Times(rank + 1.0, rank + 1.0, rank + 1.0, 1)
+    return times
+
+
+@pytest.mark.usefixtures("few_tiles")
+def test_from_end_to_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "new" / "here.json"
+    assert cli.main([*ARGUMENTS, "none", "nf4", "--out", str(file)]) == 0
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["four_bit"] for row in rows] == [False, True]
+    assert cli.main([*ARGUMENTS, "none", "--out", str(file)]) == 0  # measured again, kept once
+    assert len(json.loads(file.read_text())["rows"]) == 2
+    assert "set LORA_KERNELS_MEASURED=" in capsys.readouterr().out
+    for row in rows:
+        assert row["strategy"] == SPLIT and row["rank"] == 16 and row["rows"] == 64
+        assert row["forward"]["block_m"] == row["backward"]["block_m"] == 32
+
+    monkeypatch.setenv("LORA_KERNELS_MEASURED", str(file))
+    tiles, run = [], launch.run
+
+    def watched(kernel: Any, grid: Any, config: Any, *rest: Any, **meta: Any) -> None:
+        tiles.append((kernel.__name__, config.block_m))
+        run(kernel, grid, config, *rest, **meta)
+
+    monkeypatch.setattr(launch, "run", watched)
+    args = [torch.randn(s, device=DEVICE) for s in ((40, 64), (48, 64), (16, 64), (48, 16))]
+    with lora_kernels.backend("triton"):
+        choice = select.lora_linear(DEVICE, f32, f32, f32, f32, 16, 40, False, 48, 64)
+        assert choice.strategy == SPLIT and "measured on " in choice.reason
+        lora_kernels.lora_linear(*args)
+        assert ("linear_kernel", 32) in tiles
+        other = select.lora_linear(DEVICE, f32, f32, f32, f32, 16, 40, False, 48, 65)
+        assert "measured" not in other.reason
+    with lora_kernels.backend("triton", LIBRARY):  # what is named goes before what was measured
+        assert (
+            select.lora_linear(DEVICE, f32, f32, f32, f32, 16, 40, False, 48, 64).strategy
+            == LIBRARY
+        )
+
+
+@pytest.mark.usefixtures("few_tiles")
+def test_a_candidate_that_is_wrong_or_breaks_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = launch.run
+
+    def broken(kernel: Any, grid: Any, config: Any, *rest: Any, **meta: Any) -> None:
+        if config.block_m == 32 and meta["K_INNER"]:
+            raise RuntimeError("no place\nfor it")
+        run(kernel, grid, config, *rest, **meta)
+        if config.block_m == 32:
+            y = rest[18]  # after the device
+            y[0, 0] += 0.1
+
+    monkeypatch.setattr(launch, "run", broken)
+    file = tmp_path / "here.json"
+    assert cli.main([*ARGUMENTS, "none", "--out", str(file)]) == 0
+    out = capsys.readouterr().out
+    assert "left out, RuntimeError: no place" in out and "left out, dx differs by" in out
+    for row in json.loads(file.read_text())["rows"]:
+        assert row["forward"] is None and row["backward"] is None
+
+
+def test_a_file_that_is_none_is_left_alone(tmp_path: Path) -> None:
+    file = tmp_path / "notes.json"
+    for text in ("hello", "{}", '{"rows": [{"strategy": "split"}]}'):
+        file.write_text(text)
+        with pytest.raises(ValueError, match="want a file that `lora-kernels tune` wrote"):
+            cli.main([*ARGUMENTS, "none", "--out", str(file)])
+        assert file.read_text() == text
+
+
+def test_what_fits_the_shared_memory_is_tried() -> None:
+    case = tune.Case(4096, 4096, 4096, 16, torch.bfloat16)
+    for size, least in ((227 << 10, 9), (99 << 10, 3)):
+        target = configs.Target("cuda", 90, 132, size)
+        tried = list(tune._candidates(target, case, SPLIT, 2))
+        assert len(tried) >= least
+        assert all(configs.shared_memory(tiles, 2, 0) <= size for tiles in tried)
+
+
+def test_the_packaged_table_can_be_read() -> None:
+    measured.read(Path(measured.__file__).with_name("measured.json"))

@@ -21,19 +21,29 @@ def check(case: Case) -> None:
 
 
 @pytest.mark.parametrize("gate", [False, True])
-@pytest.mark.parametrize("quant", ["", "nf4-64-nested", "fp4-32"])
-@pytest.mark.parametrize("dtypes", [(f32, None), (bf16, None), (f16, None), (bf16, f32)], ids=str)
+@pytest.mark.parametrize(
+    ("quant", "dtypes"),
+    [
+        ("", (f32, None)),
+        ("", (bf16, None)),
+        ("", (f16, None)),
+        ("nf4-64-nested", (f32, None)),
+        ("nf4-64-nested", (bf16, f32)),
+        ("fp4-32", (bf16, None)),
+    ],
+    ids=str,
+)
 def test_dtypes(dtypes: Any, quant: str, gate: bool) -> None:
-    check(Case(0, 67, 192, 13, *dtypes, quant=quant, gate=gate))
+    check(Case(0, 131, 96, 13, *dtypes, quant=quant, gate=gate))
 
 
-@pytest.mark.parametrize("rank", [1, 16, 64, 65, 130, 256])
+@pytest.mark.parametrize("rank", [1, 64, 65, 256])
 def test_ranks(rank: int) -> None:
-    check(Case(0, 33, 65, rank, bf16, gate=True))
+    check(Case(0, 130, 65, rank, bf16))
 
 
 def test_shares_of_a_row() -> None:
-    N, K = 33, 600
+    N, K = 130, 320 + 33
     _, share = configs.row_norm(configs.INTERPRETER, N, K, 5, 4)
     assert share < K and K % share
     for quant in ("", "nf4-64-nested"):
@@ -42,7 +52,7 @@ def test_shares_of_a_row() -> None:
 
 def test_strides_and_64_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "is_wide", lambda t: True)
-    check(Case(0, 33, 100, 5, f32, quant="nf4-64-nested"))
+    check(Case(0, 130, 65, 5, f32, quant="nf4-64-nested"))
     args = [torch.randn(s, device=DEVICE) for s in ((40, 65), (5, 65), (40, 5))]
     with lora_kernels.backend("triton"):
         want = lora_kernels.dora_norm(*args)

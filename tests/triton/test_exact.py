@@ -32,7 +32,18 @@ def test_integers(
     dtype: torch.dtype, shape: tuple[int, ...], options: dict[str, Any], strategy: str
 ) -> None:
     """-1, 0 and 1 everywhere: all sums are integers, rounded once."""
-    args = cases.inputs(Case(*shape, dtype, values="integers", device=DEVICE, **options))
+    _check_integers(Case(*shape, dtype, values="integers", device=DEVICE, **options), strategy)
+
+
+@every_dtype
+def test_integers_where_dy_is_read_once(dtype: torch.dtype) -> None:
+    options = {"gate": True, "column_scale": True, "bias": True}
+    case = Case(300, 260, 17, 5, dtype, values="integers", device=DEVICE, **options)
+    _check_integers(case, SPLIT)
+
+
+def _check_integers(case: Case, strategy: str) -> None:
+    args, dtype = cases.inputs(case), case.dtype
     ref = cases.oracle(args)
     with lora_kernels.backend("triton", strategy):
         got = cases.run(lora_kernels.lora_linear, args)

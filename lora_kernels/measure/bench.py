@@ -12,7 +12,6 @@ instead of a time. Float32 adapters beside a bfloat16 x are PEFT's default.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import datetime
 import itertools
 import json
@@ -68,18 +67,13 @@ class AddmmLoRA(torch.autograd.Function):
         return dx, None, torch.mm(ds.t(), x), torch.mm(dy.t(), s), None
 
 
-def our_backend(device: str) -> contextlib.AbstractContextManager[None]:
-    """What is timed as ours: on a GPU the Triton kernels, whether or not they are the default."""
-    return select.backend("triton") if device == "cuda" else contextlib.nullcontext()
-
-
 def ours(args: dict[str, Any]) -> Call:
     device = args["x"].device.type
     if device == "cpu":
         return functional.lora_linear
 
     def call(*args: Any, **kwargs: Any) -> Tensor:
-        with our_backend(device):
+        with cases.kernels(device):
             return functional.lora_linear(*args, **kwargs)
 
     return call

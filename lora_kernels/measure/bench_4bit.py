@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..layers import QLoRALinear
 from . import timing
-from .bench import our_backend
+from .case import kernels
 
 SHAPES = [(4096, 4096), (4096, 14336), (576, 1536)]  # K, N
 ROWS = [1, 2, 4, 8, 16, 32, 64, 128, 512]
@@ -107,7 +107,7 @@ class Bases:
 
 
 def _by_kernels(device: str, layer: QLoRALinear, x: Tensor) -> Tensor:
-    with our_backend(device):
+    with kernels(device):
         return layer(x)  # type: ignore[no-any-return]
 
 

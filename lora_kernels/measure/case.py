@@ -280,6 +280,11 @@ def triton_device() -> str:
     return "cpu" if triton.interpreted() else "cuda"
 
 
+def kernels(device: str) -> contextlib.AbstractContextManager[None]:
+    """What is timed as ours: on a GPU the Triton kernels, whether or not they are the default."""
+    return select.backend("triton") if device == "cuda" else contextlib.nullcontext()
+
+
 @contextlib.contextmanager
 def engine(name: str) -> Iterator[None]:
     """Force one of `engines` or `triton_engines`; RuntimeError where it cannot run here."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..backends import forced, native, triton
+from ..backends import native
 
 _DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -54,12 +54,8 @@ class Codes(NamedTuple):
         columns: slice = slice(None),
     ) -> Tensor:
         """The weight, or a block of it, rounded once to `dtype`."""
-        plain = dtype not in _DTYPE or torch.compiler.is_compiling()
-        if not plain and forced.current.get().backend == "triton":
-            triton.require(self.packed.device)
-            dense: Tensor = triton.dequantize(self, shape, dtype)
-            return dense[rows, columns].contiguous()
-        if plain or self.packed.device.type != "cpu" or native.module is None:
+        kernel = self.packed.device.type == "cpu" and native.module is not None
+        if not kernel or dtype not in _DTYPE or torch.compiler.is_compiling():
             whole = reference.dequantize_4bit(
                 self.packed, self.scales(), self.code, self.blocksize, shape, dtype
             )
@@ -78,13 +74,8 @@ class Codes(NamedTuple):
 def encode(
     weight: Tensor, thresholds: Tensor, order: Tensor, blocksize: int
 ) -> tuple[Tensor, Tensor]:
-    """`reference.quantize_4bit`, by a kernel where there is one."""
-    plain = torch.compiler.is_compiling()
-    if not plain and forced.current.get().backend == "triton":
-        triton.require(weight.device)
-        packed, absmax = triton.quantize(weight, thresholds, order, blocksize)
-        return packed, absmax
-    if plain or weight.device.type != "cpu" or native.module is None:
+    """`reference.quantize_4bit`, by a native kernel where there is one."""
+    if weight.device.type != "cpu" or native.module is None or torch.compiler.is_compiling():
         return reference.quantize_4bit(weight, thresholds, order, blocksize)
     weight, n = weight.contiguous(), weight.numel()
     packed = torch.empty(-(-n // 2), dtype=torch.uint8)

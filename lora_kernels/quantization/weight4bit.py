@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..backends import forced, triton
 from . import codebooks
 from .codes import Codes, encode
 
@@ -146,6 +147,8 @@ class Weight4bit:
         dtype = self.dtype if dtype is None else dtype
         if dtype is not torch.float64 and dtype not in _DTYPES.values():
             raise TypeError(f"dtype: got {dtype!r}, want float32, bfloat16, float16 or float64")
+        if dtype in _DTYPES.values() and _by_triton(self.device):
+            return triton.dequantize(self.codes, self.shape, dtype)  # type: ignore[no-any-return]
         return self.codes.dense(self.shape, dtype)
 
     @property
@@ -322,7 +325,8 @@ def quantize_4bit(
     device = weight.device
     thresholds = codebooks.thresholds(quant_type, device)
     order = codebooks.order(quant_type, device)
-    packed, absmax = encode(weight, thresholds, order, blocksize)
+    quantize = triton.quantize if _by_triton(device) else encode
+    packed, absmax = quantize(weight, thresholds, order, blocksize)
     if not absmax.isfinite().all():  # a block's largest magnitude is what is not finite in it
         raise ValueError("weight: got NaN or infinity in it, want finite values")
     nested: dict[str, Any] = {}
@@ -376,6 +380,14 @@ def standard_code(quant_type: str, stored: Tensor) -> Tensor:
     if not (stored - code).abs().max() < 1e-6:
         raise ValueError(f"quant_map: got values other than {quant_type}'s, want {quant_type}'s")
     return code
+
+
+def _by_triton(device: torch.device) -> bool:
+    """Whether Triton's kernels are asked for; RuntimeError where they cannot run."""
+    if torch.compiler.is_compiling() or forced.current.get().backend != "triton":
+        return False
+    triton.require(device)
+    return True
 
 
 def _check_blocksize(blocksize: Any) -> None:

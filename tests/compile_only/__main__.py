@@ -2,7 +2,7 @@
 
     python -m tests.compile_only [--target sm90 ...] [--all] [--write]
 
-A kernel that spills in a loop (or more than 32 bytes outside of loops), lacks its matrix
+A kernel that spills in a loop (or more than 16 bytes outside of loops), lacks its matrix
 instruction, reads no 128 bits at a time though all is aligned, or takes more shared memory than
 there is fails, and one that takes more registers or shared memory than budgets.json says (for the
 Triton that they were written with). `loop` is matrix instructions over all of the inner loop,
@@ -28,7 +28,7 @@ MATRIX = {
     "sm80": "mma.sync", "sm90": "wgmma.mma_async", "sm100": "tcgen05.mma", "sm120": "mma.sync",
     "gfx942": "mfma",
 }  # fmt: skip
-FEW_BYTES = 32  # of stack, touched outside of all loops: ptxas buys occupancy with them
+FEW_BYTES = 16  # of stack, touched outside of all loops: ptxas buys occupancy with them
 NO_PRODUCT = ("reduce_kernel", "dequantize_kernel", "quantize_kernel")
 WIDE_LOADS = ("linear_kernel", "shrink_outer_kernel", "row_norm_kernel", "quantize_kernel")
 WARPGROUP = 64  # rows of wgmma and tcgen05; with fewer, mma.sync

@@ -22,7 +22,7 @@ _HMMA = {"16816": 2 * 16 * 8 * 16, "1688": 2 * 16 * 8 * 8}
 @dataclass(frozen=True)
 class Code:
     registers: int
-    spills: int  # bytes of stack or local memory; on AMD registers spilled
+    spills: int  # bytes of stack or local memory; on AMD vector registers
     spills_in_loops: int  # instructions that read or write those
     shared: int
     matrix: str  # the kind of matrix instruction; "" where there is none
@@ -73,7 +73,7 @@ def _read_amd(kernel: Any) -> Code:
 
     return Code(
         registers=field("vgpr_count"),
-        spills=field("vgpr_spill_count") + field("sgpr_spill_count"),
+        spills=field("vgpr_spill_count"),  # scalar registers spill to lanes of these, not to memory
         spills_in_loops=field("vgpr_spill_count"),  # wherever they are
         shared=kernel.metadata.shared,
         matrix="mfma" if "v_mfma" in text else "",

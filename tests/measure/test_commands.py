@@ -19,8 +19,8 @@ SMALL = ["bench", "--shapes", "8x48x32", "--ranks", "3", "24", "--seconds", "0.0
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """The machine's limits take seconds to measure and are not looked at here."""
-    monkeypatch.setattr(timing, "copy_bandwidth", lambda: 1e9)
-    monkeypatch.setattr(timing, "product_peak", lambda dtype: 1e9)
+    monkeypatch.setattr(timing, "copy_bandwidth", lambda **_: 1e9)
+    monkeypatch.setattr(timing, "product_peak", lambda dtype, **_: 1e9)
 
 
 def test_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

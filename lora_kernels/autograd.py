@@ -19,8 +19,8 @@ _NOTHING = contextlib.nullcontext()
 class LoRALinearFunction(torch.autograd.Function):
     """`ops.lora_linear` with `ops.lora_linear_backward`.
 
-    Saved for backward: the inputs, P = D(x)·Aᵀ [M, R], the rng state; z [M, N] only where the
-    column scale needs a gradient.
+    Saved for backward: the inputs, P = D(x)·Aᵀ [M, R] (made again there where `recompute` is), the
+    rng state; z [M, N] only where the column scale needs a gradient.
     """
 
     @staticmethod
@@ -38,6 +38,7 @@ class LoRALinearFunction(torch.autograd.Function):
         rng: Tensor | None,
         dtype: torch.dtype,
         y_dtype: torch.dtype,
+        recompute: bool,
         *codes: Any,
     ) -> Tensor:
         save_z = column_scale is not None and ctx.needs_input_grad[6]
@@ -52,6 +53,7 @@ class LoRALinearFunction(torch.autograd.Function):
             x, *base, lora_A, lora_B, scaling, rank_gate, column_scale, bias, dropout_p, rng,
             dtype, y_dtype, save_z,
         )  # fmt: skip
+        p = None if recompute else p
         ctx.save_for_backward(
             x, lora_A, lora_B, p, z, rank_gate, column_scale, rng, weight, *codes[:-2]
         )
@@ -79,6 +81,8 @@ class LoRALinearFunction(torch.autograd.Function):
         # One choice for both directions, whichever is in force by now or in this thread.
         same = ctx.asked is None or ctx.asked is forced.current.get()
         with _NOTHING if same else forced.again(ctx.asked):
+            if p is None:
+                p = ops.rank_product(x, lora_A, ctx.dropout_p, rng, ctx.dtype)
             dx, dA, dB, dg, dc, dbias = call(
                 dy, x, *base, lora_A, lora_B, p, z, ctx.scaling, rank_gate, column_scale,
                 ctx.dropout_p, rng, ctx.dtype, need_x, need_A, need_B, need_gate,
@@ -93,5 +97,5 @@ class LoRALinearFunction(torch.autograd.Function):
             dg.to(rank_gate.dtype) if need_gate else None,
             dc.to(column_scale.dtype) if need_column_scale else None,
             dbias.to(ctx.bias_dtype) if need_bias else None,
-            *[None] * (4 + len(codes)),
+            *[None] * (5 + len(codes)),
         )

@@ -27,6 +27,7 @@ def lora_linear(
     dropout_p: float = 0.0,
     rng: Tensor | None = None,
     compute_dtype: torch.dtype | None = None,
+    recompute: bool = False,
 ) -> Tensor:
     """A frozen linear with its low-rank adapter:
 
@@ -46,9 +47,9 @@ def lora_linear(
         dropout_p: probability in [0, 1] of dropping an element of x on the adapter's branch.
         rng: int64[2], seed and offset of the dropout mask (see `dropout_mask`); drawn from the
             default generator of x's device where it is None and dropout_p > 0.
-
         compute_dtype: of the product with a 4-bit weight where autocast is off, float32, bfloat16
             or float16 (`Linear4bit.compute_dtype`); None is x's.
+        recompute: keep nothing of [M, R] for the backward, which makes it again.
 
     Returns:
         y [..., N], in autocast's dtype where autocast is on for x's device, else in x's.
@@ -112,7 +113,7 @@ def lora_linear(
         rng = None
     return LoRALinearFunction.apply(  # type: ignore[no-any-return]
         x, weight, lora_A, lora_B, float(scaling), rank_gate, column_scale, bias,
-        float(dropout_p), rng, dtype, y_dtype, *codes,
+        float(dropout_p), rng, dtype, y_dtype, recompute, *codes,
     )  # fmt: skip
 
 

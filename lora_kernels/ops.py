@@ -109,6 +109,18 @@ def _lora_linear_fake(
     return y, p, x.new_empty((M, N) if save_z else (0,), dtype=y_dtype)
 
 
+def rank_product(
+    x: Tensor, lora_A: Tensor, dropout_p: float, rng: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """P = D(x)·Aᵀ [M, R] as `lora_linear` gives it: that of a layer with one column, no base."""
+    call = lora_linear_direct if plain(x, lora_A) else lora_linear
+    column = lora_A.new_zeros(1, lora_A.shape[0])
+    p: Tensor = call(
+        x, None, lora_A, column, 1.0, None, None, None, dropout_p, rng, dtype, x.dtype, False
+    )[1]
+    return p
+
+
 PreparedCall = cpu.Prepared  # of the one backend that has such a thing
 
 

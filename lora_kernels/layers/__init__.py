@@ -1,6 +1,8 @@
 """Layers with adapters, on `lora_kernels.lora_linear`."""
 
+from .adalora import AdaLoRALinear, QAdaLoRALinear, RankAllocator
 from .attention import LoRAAttention
+from .dora import DoRALinear, QDoRALinear
 from .linear import LoRALinear
 from .quantized import MergedLayer, QLoRALinear
 from .state import (
@@ -11,15 +13,40 @@ from .state import (
     mark_only_lora_as_trainable,
     save_lora_weights,
 )
+from .variants import (
+    HierarchicalLoRALinear,
+    LoRAPlusLinear,
+    MemoryEfficientLoRALinear,
+    QHierarchicalLoRALinear,
+    QLoRAPlusLinear,
+    QMemoryEfficientLoRALinear,
+    QStableLoRALinear,
+    StableLoRALinear,
+    lora_plus_parameter_groups,
+)
 
 __all__ = [
+    "AdaLoRALinear",
+    "DoRALinear",
+    "HierarchicalLoRALinear",
     "LoRAAttention",
     "LoRALinear",
     "LoRAParameterCount",
+    "LoRAPlusLinear",
+    "MemoryEfficientLoRALinear",
     "MergedLayer",
+    "QAdaLoRALinear",
+    "QDoRALinear",
+    "QHierarchicalLoRALinear",
     "QLoRALinear",
+    "QLoRAPlusLinear",
+    "QMemoryEfficientLoRALinear",
+    "QStableLoRALinear",
+    "RankAllocator",
+    "StableLoRALinear",
     "count_lora_parameters",
     "load_lora_weights",
+    "lora_plus_parameter_groups",
     "lora_state_dict",
     "mark_only_lora_as_trainable",
     "save_lora_weights",

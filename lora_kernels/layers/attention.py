@@ -40,7 +40,7 @@ class LoRAAttention(nn.Module):
         targets: Iterable[str] = ("q", "v"),
         dropout: float = 0.0,
         bias: bool = False,
-        init: Init = "kaiming",
+        init: Init | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         lora_dtype: torch.dtype | None = None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,11 @@ from ..functional import lora_linear
 from ..prepared import Latest
 from ..quantization import Weight4bit
 
+if TYPE_CHECKING:
+    from typing_extensions import Self  # typing's own from Python 3.11 on
+
 Init = str | Callable[[Tensor], object]
+_INITS = ("kaiming", "gaussian", "xavier", "orthogonal")
 
 
 class LoRALinear(nn.Module):
@@ -28,18 +32,21 @@ class LoRALinear(nn.Module):
     Args:
         in_features, out_features: K and N.
         r: rank of the adapter, at least 1.
-        alpha: the adapter is scaled by alpha / r (attribute `scaling`).
+        alpha: the adapter is scaled by alpha / r (attribute `scaling`); see scaling.
         dropout: probability in [0, 1] of dropping an element of x, on the adapter's branch alone
             and in training mode alone.
         bias: whether the base has a bias [N]. It is frozen; `layer.bias.requires_grad_()` trains
             it.
-        init: how lora_A starts: "kaiming" (uniform in ±1/√K, as `nn.Linear`'s weight), "gaussian"
-            (standard deviation 1/r), or a callable that fills the tensor [r, K] in place. It is
-            kept for `reset_parameters`, so a layer to be pickled needs a picklable one. lora_B
+        init: how lora_A starts: "kaiming" (or None; uniform in ±1/√K, as `nn.Linear`'s weight),
+            "gaussian" (standard deviation 1/r), "xavier" (uniform in ±√(6/(r+K))), "orthogonal"
+            (its rows orthonormal, r ≤ K), or a callable that fills the tensor [r, K] in place. It
+            is kept for `reset_parameters`, so a layer to be pickled needs a picklable one. lora_B
             starts at zero: the new layer computes what its base does.
         device, dtype: of the base.
         lora_dtype: of lora_A and lora_B; None takes float32 beside a 16-bit base (small updates
             would be rounded away), else the base's dtype.
+        scaling: "lora" for alpha / r, "rslora" for alpha / √r, which keeps the size of an update
+            the same as the rank grows (Kalajdzievski, 2023).
 
     Parameters: weight [N, K], bias [N] or None, lora_A [r, K], lora_B [N, r].
 
@@ -65,10 +72,12 @@ class LoRALinear(nn.Module):
         alpha: float = 16.0,
         dropout: float = 0.0,
         bias: bool = False,
-        init: Init = "kaiming",
+        init: Init | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         lora_dtype: torch.dtype | None = None,
+        *,
+        scaling: str = "lora",
     ) -> None:
         super().__init__()
         for name, size in (("in_features", in_features), ("out_features", out_features), ("r", r)):
@@ -80,10 +89,17 @@ class LoRALinear(nn.Module):
             raise ValueError(f"alpha: got {alpha}, want a finite number")
         if not 0.0 <= dropout <= 1.0:  # NaN fails this too
             raise ValueError(f"dropout: got {dropout}, want a probability in [0, 1]")
-        if not callable(init) and init not in ("kaiming", "gaussian"):
-            raise ValueError(f"init: got {init!r}, want 'kaiming', 'gaussian' or a callable")
+        init = self._default_init if init is None else init
+        if not callable(init) and init not in _INITS:
+            want = ", ".join(map(repr, _INITS))
+            raise ValueError(f"init: got {init!r}, want one of {want}, or a callable")
+        if init == "orthogonal" and r > in_features:
+            raise ValueError(f"r: got {r}, want at most in_features = {in_features} for orthogonal")
+        if scaling not in ("lora", "rslora"):
+            raise ValueError(f"scaling: got {scaling!r}, want 'lora' or 'rslora'")
         self.in_features, self.out_features = in_features, out_features
-        self.r, self.alpha, self.scaling = r, alpha, alpha / r
+        self.r, self.alpha = r, alpha
+        self.scaling = alpha / (r if scaling == "lora" else math.sqrt(r))
         self.dropout = dropout
         self.init = init
         self.enabled = True  # False: the base alone, exactly `F.linear`
@@ -101,7 +117,11 @@ class LoRALinear(nn.Module):
         self.lora_A = nn.Parameter(self.weight.new_empty(r, in_features, dtype=lora_dtype))
         self.lora_B = nn.Parameter(self.weight.new_empty(out_features, r, dtype=lora_dtype))
         self.register_buffer("merged_weight", None, persistent=False)
+        self._make_parameters()
         self.reset_parameters()
+
+    def _make_parameters(self) -> None:
+        """A variant's own, empty, beside lora_A and lora_B."""
 
     @classmethod
     def from_linear(
@@ -110,14 +130,16 @@ class LoRALinear(nn.Module):
         r: int = 8,
         alpha: float = 16.0,
         dropout: float = 0.0,
-        init: Init = "kaiming",
+        init: Init | None = None,
         lora_dtype: torch.dtype | None = None,
-    ) -> LoRALinear:
+        **options: Any,
+    ) -> Self:
         """The same layer with an adapter; weight and bias are shared with `linear`, not copied.
 
         Being the same Parameters, they are frozen in `linear` too. Device, dtype and training
-        mode are `linear`'s. Raises TypeError for anything but a stock `nn.Linear`: what a
-        subclass, a hook or a parametrization adds to the forward would be lost.
+        mode are `linear`'s; options are the class's other ones. Raises TypeError for anything but
+        a stock `nn.Linear`: what a subclass, a hook or a parametrization adds to the forward would
+        be lost.
 
         >>> import torch
         >>> from lora_kernels.layers import LoRALinear
@@ -142,14 +164,33 @@ class LoRALinear(nn.Module):
         weight = linear.weight
         layer = cls(
             linear.in_features, linear.out_features, r, alpha, dropout, linear.bias is not None,
-            init, "meta", weight.dtype, lora_dtype,
+            init, "meta", weight.dtype, lora_dtype, **options,
         )  # fmt: skip
-        layer.weight, layer.bias = weight, linear.bias
-        layer.lora_A = nn.Parameter(torch.empty_like(layer.lora_A, device=weight.device))
-        layer.lora_B = nn.Parameter(torch.empty_like(layer.lora_B, device=weight.device))
-        layer.reset_lora_parameters()
+        layer.bias = linear.bias
+        layer._take(weight)
         linear.requires_grad_(False)
         return layer.train(linear.training)
+
+    def _take(self, weight: Tensor | Weight4bit) -> None:
+        """A base in place of one on meta; the adapter starts on its device."""
+        self._hold_base(weight)
+        device = weight.device
+        for name, param in list(self._parameters.items()):
+            base = name == "bias" or name.startswith("weight")
+            if param is not None and param.is_meta and not base:
+                empty = torch.empty_like(param, device=device)
+                setattr(self, name, nn.Parameter(empty, param.requires_grad))
+        for name, buffer in list(self._buffers.items()):
+            if buffer is not None and buffer.is_meta:
+                setattr(self, name, torch.empty_like(buffer, device=device))
+        self.reset_lora_parameters()
+
+    def _hold_base(self, weight: Tensor | Weight4bit) -> None:
+        assert isinstance(weight, nn.Parameter)
+        self.weight = weight
+
+    def _base_changed(self) -> None:
+        """Called where another base lies beside an adapter that has started."""
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -168,6 +209,11 @@ class LoRALinear(nn.Module):
             self.init(self.lora_A)
         elif self.init == "gaussian":
             nn.init.normal_(self.lora_A, std=1 / self.r)
+        elif self.init == "xavier":
+            nn.init.xavier_uniform_(self.lora_A)
+        elif self.init == "orthogonal":  # by a decomposition that 16-bit dtypes have not
+            dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
+            self.lora_A.copy_(nn.init.orthogonal_(torch.empty_like(self.lora_A, dtype=dtype)))
         else:
             nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
@@ -190,16 +236,30 @@ class LoRALinear(nn.Module):
         self, x: Tensor, weight: Tensor | Weight4bit, compute_dtype: torch.dtype | None = None
     ) -> Tensor:
         dropout_p = self.dropout if self.training else 0.0
-        if torch.is_grad_enabled() or dropout_p or torch.compiler.is_compiling():
+        gate, column_scale = self._gate(), self._column_scale(weight)
+        varied = gate is not None or column_scale is not None
+        if varied or torch.is_grad_enabled() or dropout_p or torch.compiler.is_compiling():
             return lora_linear(
-                x, weight, self.lora_A, self.lora_B, self.scaling, self.bias,
-                dropout_p=dropout_p, compute_dtype=compute_dtype,
+                x, weight, self.lora_A, self.lora_B, self.scaling, self.bias, rank_gate=gate,
+                column_scale=column_scale, dropout_p=dropout_p, compute_dtype=compute_dtype,
+                recompute=self._recompute,
             )  # fmt: skip
         return self._latest(
             x, weight, self.lora_A, self.lora_B, self.scaling, self.bias, compute_dtype
         )
 
-    def _apply(self, *args: Any, **kwargs: Any) -> LoRALinear:
+    _recompute = False  # see `lora_linear`
+    _default_init: Init = "kaiming"
+
+    def _gate(self) -> Tensor | None:
+        """A variant's rank gate [r], which multiplies `scaling`."""
+        return None
+
+    def _column_scale(self, weight: Tensor | Weight4bit) -> Tensor | None:
+        """A variant's column scale [N] over this base."""
+        return None
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
         self._latest = Latest()  # whose tensors would stay in memory where these move
         super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
         return self
@@ -213,6 +273,10 @@ class LoRALinear(nn.Module):
 
     def _dense_weight(self) -> Tensor:
         """W [N, K] as a floating tensor."""
+        return self.weight
+
+    def _base_weight(self) -> Tensor | Weight4bit:
+        """W [N, K] as `lora_linear` takes it."""
         return self.weight
 
     @property
@@ -232,12 +296,15 @@ class LoRALinear(nn.Module):
         self.merged_weight = self._merged(weight).to(weight.dtype)
 
     def _merged(self, weight: Tensor) -> Tensor:
-        """weight + (alpha/r)·B·A in float32 (float64 for float64)."""
+        """c ⊙ (weight + (B ⊙ g)·A) in float32 (float64 for float64)."""
         dtype = torch.promote_types(weight.dtype, torch.float32)
+        gate, column_scale = self._gate(), self._column_scale(self._base_weight())
+        lora_B = self.lora_B.to(dtype) if gate is None else self.lora_B.to(dtype) * gate.to(dtype)
         with torch.autocast(weight.device.type, enabled=False):
-            return torch.addmm(
-                weight.to(dtype), self.lora_B.to(dtype), self.lora_A.to(dtype), alpha=self.scaling
+            merged = torch.addmm(
+                weight.to(dtype), lora_B, self.lora_A.to(dtype), alpha=self.scaling
             )
+        return merged if column_scale is None else merged * column_scale.to(dtype)[:, None]
 
     def unmerge(self) -> None:
         """Undo `merge`; W never changed."""

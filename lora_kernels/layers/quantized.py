@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,9 @@ from torch import Tensor, nn
 from ..functional import base_dtype
 from ..quantization import Weight4bit, quantize_4bit
 from .linear import Init, LoRALinear
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 # Field of Weight4bit -> name of the parameter that holds its bytes.
 _BYTES = {
@@ -68,7 +73,7 @@ class QLoRALinear(LoRALinear):
         alpha: float = 16.0,
         dropout: float = 0.0,
         bias: bool = False,
-        init: Init = "kaiming",
+        init: Init | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         lora_dtype: torch.dtype | None = None,
@@ -77,17 +82,19 @@ class QLoRALinear(LoRALinear):
         blocksize: int = 64,
         double_quant: bool = True,
         compute_dtype: torch.dtype | None = None,
+        **options: Any,
     ) -> None:
         super().__init__(
-            in_features, out_features, r, alpha, dropout, bias, init, device, dtype, lora_dtype
-        )
+            in_features, out_features, r, alpha, dropout, bias, init, device, dtype, lora_dtype,
+            **options,
+        )  # fmt: skip
         self.compute_dtype = compute_dtype
-        weight = self.weight
-        if weight.is_meta:  # there is nothing to quantize; `from_linear` and loading fill it
-            weight = nn.Parameter(torch.zeros(1, 1, dtype=weight.dtype).expand_as(weight), False)
-        self._hold(quantize_4bit(weight, quant_type, blocksize, double_quant))
-        if self.lora_A.is_meta:
-            self.to("meta")
+        self.quant_type, self.blocksize, self._nested = quant_type, blocksize, double_quant
+        if self.weight.is_meta:  # there is nothing to quantize; `from_linear` and loading fill it
+            self._hold(_empty(self.weight, quant_type, blocksize, double_quant))
+        else:
+            self._hold_base(self.weight)
+            self._base_changed()
 
     @classmethod
     def from_linear(
@@ -96,26 +103,21 @@ class QLoRALinear(LoRALinear):
         r: int = 8,
         alpha: float = 16.0,
         dropout: float = 0.0,
-        init: Init = "kaiming",
+        init: Init | None = None,
         lora_dtype: torch.dtype | None = None,
-        *,
-        quant_type: str = "nf4",
-        blocksize: int = 64,
-        double_quant: bool = True,
-        compute_dtype: torch.dtype | None = None,
-    ) -> QLoRALinear:
+        **options: Any,
+    ) -> Self:
         """The same layer with its weight quantized and an adapter; the bias is shared.
 
-        `linear` keeps its weight, frozen. Raises as `LoRALinear.from_linear` and `quantize_4bit`.
+        `linear` keeps its weight, frozen. options: quant_type and the others of the class. Raises
+        as `LoRALinear.from_linear` and `quantize_4bit`.
 
         >>> import torch
         >>> from lora_kernels.layers import QLoRALinear
         >>> QLoRALinear.from_linear(torch.nn.Linear(64, 64), r=2, quant_type="fp4")
         QLoRALinear(in_features=64, out_features=64, bias=True, r=2, ..., fp4, blocksize=64, nested)
         """
-        dense = LoRALinear.from_linear(linear, r, alpha, dropout, init, lora_dtype)
-        weight = quantize_4bit(dense.weight, quant_type, blocksize, double_quant)
-        return cls._over(dense, weight, compute_dtype)
+        return super().from_linear(linear, r, alpha, dropout, init, lora_dtype, **options)
 
     @classmethod
     def from_weight4bit(
@@ -125,12 +127,13 @@ class QLoRALinear(LoRALinear):
         alpha: float = 16.0,
         dropout: float = 0.0,
         bias: Tensor | None = None,
-        init: Init = "kaiming",
+        init: Init | None = None,
         lora_dtype: torch.dtype | None = None,
-        *,
-        compute_dtype: torch.dtype | None = None,
-    ) -> QLoRALinear:
+        **options: Any,
+    ) -> Self:
         """A layer over a weight that is quantized already, sharing its memory.
+
+        options: compute_dtype and the others of the class.
 
         >>> import torch
         >>> from lora_kernels.quantization import quantize_4bit
@@ -138,27 +141,20 @@ class QLoRALinear(LoRALinear):
         64
         """
         N, K = weight.shape
-        dense = LoRALinear(
-            K, N, r, alpha, dropout, bias is not None, init, "meta", weight.dtype, lora_dtype
-        )
+        layer = cls(
+            K, N, r, alpha, dropout, bias is not None, init, "meta", weight.dtype, lora_dtype,
+            quant_type=weight.quant_type, blocksize=weight.blocksize, double_quant=weight.nested,
+            **options,
+        )  # fmt: skip
         if bias is not None:
-            dense.bias = nn.Parameter(bias, requires_grad=False)
-        for name in ("lora_A", "lora_B"):
-            empty = torch.empty_like(getattr(dense, name), device=weight.device)
-            setattr(dense, name, nn.Parameter(empty))
-        dense.reset_lora_parameters()
-        return cls._over(dense, weight, compute_dtype)
-
-    @classmethod
-    def _over(
-        cls, dense: LoRALinear, weight: Weight4bit, compute_dtype: torch.dtype | None
-    ) -> QLoRALinear:
-        """`dense` as a layer of this class, with `weight` for its weight."""
-        layer = cls.__new__(cls)
-        layer.__dict__ = dense.__dict__
-        layer.compute_dtype = compute_dtype
-        layer._hold(weight)
+            layer.bias = nn.Parameter(bias, requires_grad=False)
+        layer._take(weight)
         return layer
+
+    def _hold_base(self, weight: Tensor | Weight4bit) -> None:
+        if not isinstance(weight, Weight4bit):
+            weight = quantize_4bit(weight, self.quant_type, self.blocksize, self._nested)
+        self._hold(weight)
 
     def _hold(self, weight: Weight4bit) -> None:
         for field, name in _BYTES.items():
@@ -175,25 +171,27 @@ class QLoRALinear(LoRALinear):
         """The base weight, sharing the parameters' memory."""
         parameters = self._parameters
         tensors = {field: parameters[name] for field, name in _BYTES.items()}
+        if torch.compiler.is_compiling():  # which can compare no addresses
+            return self._view(tensors)
         where = tuple(0 if t is None else t.data_ptr() for t in tensors.values())
         if self._weight4bit is None or self._weight4bit[0] != where or 0 in where[:3]:
-            nested = tensors["nested_absmax"] is not None
-            views: dict[str, Tensor | None] = {
-                field: t if t is None or (field == "absmax" and nested) or field == "packed"
-                else t.detach().view(torch.float32)
-                for field, t in tensors.items()
-            }  # fmt: skip
-            self._weight4bit = (
-                where,
-                Weight4bit(
-                    quant_type=self.quant_type,
-                    blocksize=self.blocksize,
-                    shape=(self.out_features, self.in_features),
-                    dtype=self.weight_dtype,
-                    **{f: t if t is None else t.detach() for f, t in views.items()},  # type: ignore[arg-type]
-                ),
-            )
+            self._weight4bit = where, self._view(tensors)
         return self._weight4bit[1]
+
+    def _view(self, tensors: Mapping[str, Tensor | None]) -> Weight4bit:
+        nested = tensors["nested_absmax"] is not None
+        views = {
+            field: t if t is None or (field == "absmax" and nested) or field == "packed"
+            else t.detach().view(torch.float32)
+            for field, t in tensors.items()
+        }  # fmt: skip
+        return Weight4bit(
+            quant_type=self.quant_type,
+            blocksize=self.blocksize,
+            shape=(self.out_features, self.in_features),
+            dtype=self.weight_dtype,
+            **{f: t if t is None else t.detach() for f, t in views.items()},  # type: ignore[arg-type]
+        )
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -202,13 +200,13 @@ class QLoRALinear(LoRALinear):
             return super().reset_parameters()
         if self.weight.is_meta:
             return
-        nested = self._parameters["weight_offset"] is not None
         dense = torch.empty(
             self.out_features, self.in_features, dtype=self.weight_dtype, device=self.weight.device
         )
         self.weight = nn.Parameter(dense, requires_grad=False)
         super().reset_parameters()
-        self._hold(quantize_4bit(self.weight, self.quant_type, self.blocksize, nested))
+        self._hold_base(self.weight)
+        self._base_changed()
 
     def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -217,7 +215,7 @@ class QLoRALinear(LoRALinear):
             if t is not None and (t.storage_offset() % 4 or t.data_ptr() % 4):
                 t.data = t.data.clone()
 
-    def _apply(self, *args: Any, **kwargs: Any) -> QLoRALinear:
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
         self._weight4bit = None
         super()._apply(*args, **kwargs)
         return self
@@ -243,6 +241,9 @@ class QLoRALinear(LoRALinear):
 
     def _dense_weight(self) -> Tensor:
         return self.weight4bit.dequantize()
+
+    def _base_weight(self) -> Tensor | Weight4bit:
+        return self.weight4bit if self.weight.dtype is torch.uint8 else self.weight
 
     @torch.no_grad()
     def merged_layer(self, requantize: bool = False) -> MergedLayer:
@@ -281,3 +282,18 @@ class QLoRALinear(LoRALinear):
     def extra_repr(self) -> str:
         nested = ", nested" * (self._parameters["weight_offset"] is not None)
         return f"{super().extra_repr()}, {self.quant_type}, blocksize={self.blocksize}{nested}"
+
+
+def _empty(weight: Tensor, quant_type: str, blocksize: int, nested: bool) -> Weight4bit:
+    """A weight of this one's shape on meta."""
+    one = quantize_4bit(torch.zeros(1, 1, dtype=weight.dtype), quant_type, blocksize, nested)
+    n, blocks = weight.numel(), -(-weight.numel() // blocksize)
+
+    def meta(t: Tensor | None, *shape: int) -> Tensor | None:
+        return None if t is None else t.new_empty(shape or t.shape, device="meta")
+
+    sizes = {"packed": -(-n // 2), "absmax": blocks, "nested_absmax": -(-blocks // 256)}
+    fields = {name: meta(getattr(one, name), size) for name, size in sizes.items()}
+    rest = {name: meta(getattr(one, name)) for name in ("code", "nested_code", "offset")}
+    shape = (weight.shape[0], weight.shape[1])
+    return dataclasses.replace(one, shape=shape, **fields, **rest)  # type: ignore[arg-type]

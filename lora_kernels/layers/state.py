@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from .adalora import AdaLoRALinear
 from .linear import LoRALinear
 
 
@@ -48,7 +49,7 @@ def mark_only_lora_as_trainable(model: nn.Module) -> None:
 
 
 def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The adapters' part of `model.state_dict()`: the same keys, the same memory.
+    """The adapters' part of `model.state_dict()`, masks of ranks too: the same keys and memory.
 
     Raises ValueError where the model has no LoRA layer.
 
@@ -56,7 +57,11 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
     >>> {key: tuple(t.shape) for key, t in lora_state_dict(LoRALinear(4, 6, r=2)).items()}
     {'lora_A': (2, 4), 'lora_B': (6, 2)}
     """
-    return {name: param.detach() for name, param in _lora_parameters(model)}
+    found = {name: param.detach() for name, param in _lora_parameters(model)}
+    for prefix, layer in model.named_modules():
+        if isinstance(layer, AdaLoRALinear):
+            found[f"{prefix}.rank_mask".lstrip(".")] = layer.rank_mask
+    return found
 
 
 def count_lora_parameters(model: nn.Module) -> LoRAParameterCount:

@@ -613,3 +613,12 @@ def test_bad_arguments(device, kwargs, error, message):
     if "dtype" not in kwargs and device == "cpu":
         with pytest.raises(error, match=f"^{message}"):
             QLoRALinear.from_linear(nn.Linear(12, 10), **kwargs)
+
+
+def test_compiled_after_a_first_call() -> None:
+    """Whose view of the bytes is known by their addresses, which a compiler cannot compare."""
+    torch._dynamo.reset()
+    layer, x = QLoRALinear(64, 32, r=3), torch.randn(5, 64)
+    y = layer(x)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), y)

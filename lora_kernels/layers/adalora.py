@@ -1,0 +1,253 @@
+"""AdaLoRALinear and the allocation of ranks over a model (Zhang et al., 2023)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .linear import LoRALinear
+from .quantized import QLoRALinear
+
+
+class AdaLoRALinear(LoRALinear):
+    """y = x·Wᵀ + bias + (alpha/r) · ((dropout(x)·Aᵀ) ⊙ E ⊙ mask)·Bᵀ: A as Q, B as P, E as Λ.
+
+    Each rank is a triplet (row of lora_A, element of lora_E, column of lora_B) that `rank_mask`
+    [r], a saved buffer, keeps or leaves out; what is left out gets no gradient. lora_E [r] starts
+    at zero, lora_A and lora_B normal with standard deviation 0.02, whatever `init` is by default.
+
+    Args as `LoRALinear`'s. `RankAllocator` scores the triplets of a whole model and decides.
+
+    >>> import torch
+    >>> from lora_kernels.layers import AdaLoRALinear
+    >>> layer = AdaLoRALinear(64, 32, r=4)
+    >>> layer.update_rank(torch.tensor([0.1, 0.4, 0.2, 0.3]), quantile=0.5)
+    >>> layer.rank_mask.tolist(), layer.current_rank
+    ([False, True, False, True], 2)
+    """
+
+    lora_E: nn.Parameter
+    rank_mask: Tensor
+
+    def _make_parameters(self) -> None:
+        super()._make_parameters()
+        dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
+        self.lora_E = nn.Parameter(self.lora_A.new_empty(self.r, dtype=dtype))
+        self.register_buffer("rank_mask", self.lora_A.new_ones(self.r, dtype=torch.bool))
+
+    @torch.no_grad()
+    def reset_lora_parameters(self) -> None:
+        """lora_E to zero, lora_A and lora_B as the class says, every rank kept."""
+        super().reset_lora_parameters()
+        if self.lora_A.is_meta:
+            return
+        if self.init == self._default_init:
+            nn.init.normal_(self.lora_A, std=0.02)
+        nn.init.normal_(self.lora_B, std=0.02)
+        nn.init.zeros_(self.lora_E)
+        self.rank_mask.fill_(True)
+
+    def _gate(self) -> Tensor:
+        return self.lora_E * self.rank_mask
+
+    @property
+    def current_rank(self) -> int:
+        """How many ranks are kept."""
+        return int(self.rank_mask.sum())
+
+    @torch.no_grad()
+    def update_rank(self, scores: Tensor, quantile: float = 0.5) -> None:
+        """Keep the ranks whose score lies strictly above that quantile of all r scores, and one at
+        least: the best, the first of equals.
+
+        scores: [r], finite. Raises ValueError otherwise, or for a quantile outside [0, 1].
+        """
+        if scores.shape != (self.r,):
+            raise ValueError(f"scores: got shape {list(scores.shape)}, want [{self.r}]")
+        if not 0.0 <= quantile <= 1.0:
+            raise ValueError(f"quantile: got {quantile}, want a number in [0, 1]")
+        scores = scores.detach().to(self.rank_mask.device, torch.float64)
+        if not scores.isfinite().all():
+            raise ValueError("scores: got NaN or infinity in it, want finite values")
+        kept = scores > scores.quantile(quantile)
+        kept[scores.argmax()] = True
+        self.rank_mask.copy_(kept)
+
+    def orthogonality(self) -> Tensor:
+        """‖BᵀB − I‖² + ‖AAᵀ − I‖², Frobenius: 0 where the triplets are those of a singular value
+        decomposition. Differentiable; in float32."""
+        dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
+        A, B = self.lora_A.to(dtype), self.lora_B.to(dtype)
+        eye = torch.eye(self.r, dtype=dtype, device=A.device)
+        return (B.T @ B - eye).square().sum() + (A @ A.T - eye).square().sum()
+
+    def extra_repr(self) -> str:
+        kept = "" if self.rank_mask.is_meta else f", current_rank={self.current_rank}"
+        return super().extra_repr() + kept
+
+
+class QAdaLoRALinear(AdaLoRALinear, QLoRALinear):
+    """`AdaLoRALinear` over a 4-bit base; see `QLoRALinear`."""
+
+
+class RankAllocator:
+    """Takes ranks from the `AdaLoRALinear` layers of a model while it trains, the least important
+    first, whichever layer has them.
+
+    The importance of a parameter w is the product of two moving averages: of its sensitivity
+    I = |w·∂w| (with beta1), and of how far that strays from the average (with beta2). A triplet's
+    score is its E's importance and the means of its row's in A and its column's in B. How many
+    ranks the whole model keeps falls from all of them to target_rank a layer:
+
+        step < warmup           all
+        step < total − final    target + (all − target)·(1 − progress)³, progress 0 to 1
+        after that              target, and the masks stay as they are
+
+    Call `step()` after each backward, before the optimizer's step or after it (the paper's order).
+    Every `interval` steps the masks are drawn anew. A rank that was taken gets no gradient, so that
+    its score fades and it seldom comes back.
+
+    Args:
+        model: with at least one `AdaLoRALinear`.
+        target_rank: mean of the ranks that a layer keeps at the end, at least 1, at most r.
+        total: steps of the training; warmup, final: at its beginning and end. 0 ≤ warmup,
+            0 ≤ final, warmup + final < total.
+        interval: steps between two allocations.
+        beta1, beta2: in [0, 1).
+
+    Raises ValueError, naming the argument.
+
+    >>> import torch
+    >>> from lora_kernels.layers import AdaLoRALinear, RankAllocator
+    >>> model = torch.nn.Sequential(*(AdaLoRALinear(16, 16, r=4) for _ in range(2)))
+    >>> optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.1)
+    >>> allocator = RankAllocator(model, target_rank=2, total=20, warmup=5, final=5)
+    >>> for _ in range(20):
+    ...     optimizer.zero_grad()
+    ...     loss = model(torch.randn(8, 16)).square().mean() + 0.1 * allocator.penalty()
+    ...     loss.backward()
+    ...     optimizer.step()
+    ...     kept = allocator.step()
+    >>> kept, sum(layer.current_rank for layer in model)
+    (4, 4)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        target_rank: int,
+        total: int,
+        warmup: int = 0,
+        final: int = 0,
+        interval: int = 1,
+        beta1: float = 0.85,
+        beta2: float = 0.85,
+    ) -> None:
+        self.layers = [m for m in model.modules() if isinstance(m, AdaLoRALinear)]
+        if not self.layers:
+            raise ValueError("model: got none with an AdaLoRALinear, want at least one")
+        smallest = min(layer.r for layer in self.layers)
+        if not 1 <= target_rank <= smallest:
+            raise ValueError(f"target_rank: got {target_rank}, want 1 to the layers' r, {smallest}")
+        for name, number in (("warmup", warmup), ("final", final)):
+            if number < 0:
+                raise ValueError(f"{name}: got {number}, want at least 0")
+        if warmup + final >= total:
+            raise ValueError(f"total: got {total}, want more than warmup + final, {warmup + final}")
+        if interval < 1:
+            raise ValueError(f"interval: got {interval}, want at least 1")
+        for name, beta in (("beta1", beta1), ("beta2", beta2)):
+            if not 0.0 <= beta < 1.0:
+                raise ValueError(f"{name}: got {beta}, want a number in [0, 1)")
+        self.target, self.all = target_rank * len(self.layers), sum(m.r for m in self.layers)
+        self.total, self.warmup, self.final, self.interval = total, warmup, final, interval
+        self.beta1, self.beta2 = beta1, beta2
+        self.steps = 0
+        self._sensitivity: list[dict[str, Tensor]] = [{} for _ in self.layers]
+        self._uncertainty: list[dict[str, Tensor]] = [{} for _ in self.layers]
+
+    def budget(self, step: int) -> int:
+        """How many ranks the model keeps at this step.
+
+        >>> model = AdaLoRALinear(8, 8, r=8)
+        >>> allocator = RankAllocator(model, target_rank=2, total=10, warmup=2, final=2)
+        >>> [allocator.budget(step) for step in range(10)]
+        [8, 8, 8, 6, 4, 3, 3, 3, 2, 2]
+        """
+        if step < self.warmup:
+            return self.all
+        if step >= self.total - self.final:
+            return self.target
+        left = 1 - (step - self.warmup) / (self.total - self.final - self.warmup)
+        return self.target + math.ceil((self.all - self.target) * left**3)
+
+    def penalty(self) -> Tensor:
+        """The mean of the layers' `orthogonality`, to be added to the loss with a small factor."""
+        return torch.stack([layer.orthogonality() for layer in self.layers]).mean()
+
+    @torch.no_grad()
+    def step(self) -> int:
+        """Count a step, take the gradients in, and draw the masks where it is time; how many ranks
+        are kept. Raises RuntimeError where a layer has no gradient."""
+        step, self.steps = self.steps, self.steps + 1
+        last = self.total - self.final
+        if step > last:
+            return sum(layer.current_rank for layer in self.layers)
+        self._take_in()
+        if step >= self.warmup and ((step - self.warmup) % self.interval == 0 or step == last):
+            self._allocate(self.budget(step))
+        return sum(layer.current_rank for layer in self.layers)
+
+    def _take_in(self) -> None:
+        averages = zip(self.layers, self._sensitivity, self._uncertainty, strict=True)
+        for layer, sensitivity, uncertainty in averages:
+            for name in ("lora_A", "lora_B", "lora_E"):
+                param: Tensor = getattr(layer, name)
+                if param.grad is None:
+                    raise RuntimeError(f"{name}: got no gradient, want step() after backward()")
+                now = (param * param.grad).abs().float()
+                if name not in sensitivity:
+                    sensitivity[name] = torch.zeros_like(now)
+                    uncertainty[name] = torch.zeros_like(now)
+                sensitivity[name].lerp_(now, 1 - self.beta1)
+                uncertainty[name].lerp_((now - sensitivity[name]).abs(), 1 - self.beta2)
+
+    def scores(self) -> list[Tensor]:
+        """The triplets' scores, [r] for each layer, as of the last `step`."""
+        found = []
+        for sensitivity, uncertainty in zip(self._sensitivity, self._uncertainty, strict=True):
+            importance = {name: sensitivity[name] * uncertainty[name] for name in sensitivity}
+            found.append(
+                importance["lora_E"]
+                + importance["lora_A"].mean(dim=1)
+                + importance["lora_B"].mean(dim=0)
+            )
+        return found
+
+    def _allocate(self, budget: int) -> None:
+        scores = self.scores()
+        flat = torch.cat([score.cpu() for score in scores])
+        kept = torch.zeros_like(flat, dtype=torch.bool)
+        kept[flat.argsort(descending=True, stable=True)[:budget]] = True
+        for layer, mask in zip(self.layers, kept.split([m.r for m in self.layers]), strict=True):
+            layer.rank_mask.copy_(mask)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` needs to go on as if nothing had happened; for `torch.save`."""
+        return {
+            "steps": self.steps,
+            "sensitivity": self._sensitivity,
+            "uncertainty": self._uncertainty,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises ValueError where the state is that of another number of layers."""
+        if len(state["sensitivity"]) != len(self.layers):
+            got = len(state["sensitivity"])
+            raise ValueError(f"state: got {got} layers, want {len(self.layers)}")
+        self.steps = state["steps"]
+        self._sensitivity = [dict(averages) for averages in state["sensitivity"]]
+        self._uncertainty = [dict(averages) for averages in state["uncertainty"]]

@@ -1,0 +1,633 @@
+"""Each variant against its formula in plain PyTorch: y, gradients, training, saving, merging."""
+
+import copy
+import pickle
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from lora_kernels import layers, reference
+from lora_kernels.layers import (
+    AdaLoRALinear,
+    DoRALinear,
+    HierarchicalLoRALinear,
+    LoRALinear,
+    LoRAPlusLinear,
+    MemoryEfficientLoRALinear,
+    StableLoRALinear,
+    lora_plus_parameter_groups,
+    lora_state_dict,
+    mark_only_lora_as_trainable,
+)
+from lora_kernels.measure import tolerance
+
+f64, f32, bf16 = torch.float64, torch.float32, torch.bfloat16
+K, N, M = 67, 72, 33  # N times the smallest rank and N itself: two draws are 256 elements and more
+Params = dict[str, Tensor]
+
+
+def lora(p: Params, x: Tensor, W: Tensor, scaling: float) -> Tensor:
+    return x @ W.T + (x @ p["lora_A"].T) @ p["lora_B"].T * scaling
+
+
+def dora(
+    p: Params, x: Tensor, W: Tensor, scaling: float, z_dtype: torch.dtype | None = None
+) -> Tensor:
+    norm = (W + scaling * p["lora_B"] @ p["lora_A"]).detach().norm(dim=1)
+    z = lora(p, x, W, scaling)
+    return p["magnitude"] / norm * (z if z_dtype is None else z.to(z_dtype).to(z.dtype))
+
+
+def adalora(p: Params, x: Tensor, W: Tensor, scaling: float) -> Tensor:
+    return x @ W.T + (x @ p["lora_A"].T * p["lora_E"]) @ p["lora_B"].T * scaling
+
+
+def hierarchical(p: Params, x: Tensor, W: Tensor, scaling: float) -> Tensor:
+    y, first = x @ W.T, 0
+    for weight, rank in zip(p["level_weights"], (4, 3), strict=True):
+        part = slice(first, first + rank)
+        y = y + weight * 10 / rank * (x @ p["lora_A"][part].T) @ p["lora_B"][:, part].T
+        first += rank
+    return y
+
+
+# Name -> formula, and what the class takes beside sizes, alpha and dtypes.
+VARIANTS: dict[str, tuple[Callable[..., Tensor], dict[str, Any]]] = {
+    "LoRALinear": (lora, {"r": 5, "scaling": "rslora"}),
+    "StableLoRALinear": (lora, {"r": 5}),
+    "MemoryEfficientLoRALinear": (lora, {"r": 5}),
+    "LoRAPlusLinear": (lora, {"r": 5}),
+    "DoRALinear": (dora, {"r": 5}),
+    "AdaLoRALinear": (adalora, {"r": 5}),
+    "HierarchicalLoRALinear": (hierarchical, {"ranks": (4, 3), "weights": (0.7, -0.4)}),
+}
+NAMES = [*VARIANTS, *(f"Q{name}" for name in VARIANTS)]
+every_variant = pytest.mark.parametrize("name", NAMES)
+
+
+def make(name: str, seed: int = 0, moved: bool = True, **options: Any) -> Any:
+    """A layer whose adapter is no longer at its start, unless it is to be."""
+    torch.manual_seed(seed)
+    _, own = VARIANTS[name.removeprefix("Q")]
+    layer = getattr(layers, name)(K, N, alpha=10, **{**own, **options})
+    if moved:
+        with torch.no_grad():
+            for key, param in layer.named_parameters():
+                if key in ("lora_B", "lora_E"):
+                    param.copy_(torch.randn_like(param) / 3)
+                elif key == "magnitude":
+                    param.mul_(1 + torch.rand_like(param) / 2)
+    return layer
+
+
+def formula(name: str, layer: LoRALinear, dtype: torch.dtype) -> Callable[[Params, Tensor], Tensor]:
+    function, _ = VARIANTS[name.removeprefix("Q")]
+    W = layer._dense_weight().to(dtype)
+    return lambda params, x: function(params, x, W, layer.scaling)
+
+
+def adapter(layer: LoRALinear, dtype: torch.dtype) -> Params:
+    return {
+        name: param.detach().to(dtype).requires_grad_()
+        for name, param in layer.named_parameters()
+        if param.requires_grad
+    }
+
+
+def results(y: Tensor, x: Tensor, params: Params, dy: Tensor) -> dict[str, Tensor]:
+    grads = torch.autograd.grad(y, [x, *params.values()], dy)
+    return dict(zip(["y", "x", *params], [y.detach(), *grads], strict=True))
+
+
+@every_variant
+def test_starts_as_its_base(name: str) -> None:
+    layer, x = make(name, moved=False), torch.randn(M, K)
+    torch.testing.assert_close(layer(x), F.linear(x, layer._dense_weight()), rtol=1e-5, atol=1e-5)
+    if isinstance(layer, DoRALinear):
+        assert torch.equal(layer._column_scale(layer._base_weight()), torch.ones(N))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_gradcheck(name: str) -> None:
+    layer = make(name, dtype=f64)
+    params = adapter(layer, f64)
+    x = torch.randn(4, K, dtype=f64, requires_grad=True)
+    fixed = {n: p for n, p in layer.named_parameters() if n not in params}
+
+    def call(x: Tensor, *values: Tensor) -> Tensor:
+        return functional_call(layer, {**fixed, **dict(zip(params, values, strict=True))}, (x,))
+
+    if isinstance(layer, DoRALinear):  # whose norm counts as a constant
+        scale = layer._norm(layer.weight)
+        layer._norm = lambda weight: scale
+    assert torch.autograd.gradcheck(call, (x, *params.values()), fast_mode=True)
+
+
+@every_variant
+@pytest.mark.parametrize("dtype", [f32, bf16], ids=str)
+def test_y_and_every_gradient(name: str, dtype: torch.dtype) -> None:
+    """Adapters in float32, as they are by default beside bfloat16."""
+    pooled: dict[str, list[list[Tensor]]] = {}
+    for seed in range(60):  # 256 elements of the smallest, the weights of two levels aside
+        layer = make(name, seed, dtype=dtype)
+        x, dy = torch.randn(M, K).to(dtype), torch.randn(M, N).to(dtype)
+        sets = []
+        for wide in (None, f64, f32):
+            if wide is None:
+                params = {n: p for n, p in layer.named_parameters() if p.requires_grad}
+                x_ = x.clone().requires_grad_()
+                y = layer(x_)
+            else:
+                params, x_ = adapter(layer, wide), x.to(wide).requires_grad_()
+                W = layer._dense_weight()
+                if name.startswith("Q"):
+                    W = layer.weight4bit.dequantize(f32)
+                function, _ = VARIANTS[name.removeprefix("Q")]
+                if function is dora and wide is f32:  # as plain PyTorch would keep z
+                    function = partial(dora, z_dtype=dtype)
+                y = function(params, x_, W.to(wide), layer.scaling)
+            sets.append(results(y, x_, params, dy.to(y.dtype)))
+        for key in sets[0]:
+            got, ref, eager = (s[key] for s in sets)
+            # What plain PyTorch returns: rounded to x's dtype where that is the result's.
+            eager = eager.to(dtype) if key in ("x", "y") else eager
+            pooled.setdefault(key, [[], [], []])
+            for kept, t in zip(pooled[key], (got, ref, eager), strict=True):
+                kept.append(t)
+        sizes = [sum(t.numel() for t in kept[1]) for key, kept in pooled.items()]
+        if min(sizes) >= tolerance.POOL:
+            break
+    for key, (got, ref, eager) in pooled.items():
+        # The base product rounds once more where the library makes it, and z where it is kept.
+        u = tolerance.unit_roundoff(*((dtype,) if key in ("x", "y", "magnitude") else (f32,)))
+        sums = (M, max(N, K)) if dtype is f32 else (M, N, K)
+        verdict = tolerance.compare(got, ref, eager, u, sums)
+        assert verdict.ok, f"{key}: {verdict}"
+
+
+@every_variant
+def test_fifty_steps_of_sgd_follow_the_formula(name: str) -> None:
+    layer = make(name)
+    call, params = formula(name, layer, f64), adapter(layer, f64)
+    start = {key: p.detach().clone() for key, p in params.items()}
+    mark_only_lora_as_trainable(layer)
+    ours = torch.optim.SGD([p for p in layer.parameters() if p.requires_grad], lr=0.02)
+    theirs = torch.optim.SGD(params.values(), lr=0.02)
+    for step in range(50):
+        torch.manual_seed(step)
+        x, target = torch.randn(M, K), torch.randn(M, N)
+        for optimizer, y in ((ours, layer(x)), (theirs, call(params, x.double()))):
+            optimizer.zero_grad()
+            (y - target.to(y.dtype)).square().mean().backward()
+            optimizer.step()
+    for key, param in params.items():
+        moved = param.detach() - start[key]
+        got = layer.get_parameter(key).detach().double() - start[key]
+        # 50 roundings of a float32 parameter, each as large as its unit roundoff at most.
+        limit = 50 * 2.0**-24 * param.detach().norm() + 1e-4 * moved.norm()
+        assert moved.norm() > 0 and (got - moved).norm() <= limit, key
+
+
+@every_variant
+def test_saved_and_loaded(name: str, tmp_path: Any) -> None:
+    layer, x = make(name), torch.randn(M, K)
+    if isinstance(layer, AdaLoRALinear):
+        layer.update_rank(torch.arange(5.0))
+    y = layer(x)
+    other = make(name, seed=1)
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other(x), y)
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(twin(x), y) and torch.equal(twin.eval()(x), y)
+    # The adapter by itself, over the same base.
+    third = make(name)
+    third.reset_lora_parameters()
+    layers.save_lora_weights(layer, tmp_path / "adapter.safetensors")
+    layers.load_lora_weights(third, tmp_path / "adapter.safetensors")
+    assert torch.equal(third(x), y)
+
+
+@every_variant
+def test_merged_and_unmerged(name: str) -> None:
+    layer, x = make(name).eval(), torch.randn(M, K)
+    with torch.no_grad():
+        y = layer(x)
+        layer.merge()
+        torch.testing.assert_close(layer(x), y, rtol=1e-4, atol=1e-4)
+        layer.unmerge()
+        assert torch.equal(layer(x), y)
+
+
+@every_variant
+def test_from_a_linear_with_its_bias(name: str) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(K, N).eval()
+    own = dict(VARIANTS[name.removeprefix("Q")][1])
+    first = own.pop("ranks", None) or own.pop("r")
+    layer = getattr(layers, name).from_linear(linear, first, 10, **own)
+    assert layer.bias is linear.bias and not layer.training
+    x = torch.randn(M, K)
+    want = F.linear(x, layer._dense_weight(), linear.bias)
+    torch.testing.assert_close(layer(x), want, rtol=1e-5, atol=1e-5)
+    assert sorted(lora_state_dict(layer)) == sorted(lora_state_dict(make(name)))
+
+
+@every_variant
+def test_compiled(name: str) -> None:
+    torch._dynamo.reset()  # of all classes that share a forward
+    layer, x = make(name), torch.randn(M, K)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), layer(x))
+
+
+# Starts and scalings -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [f32, bf16], ids=str)
+def test_initialisers(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    made = {
+        init: LoRALinear(512, 8, r=64, init=init, lora_dtype=dtype).lora_A.detach().float()
+        for init in ("kaiming", "gaussian", "xavier", "orthogonal")
+    }
+    # Standard deviations to 5 %, of 32768 draws; of a uniform in ±a it is a/√3.
+    for init, std in (
+        ("kaiming", (1 / 512) ** 0.5 / 3**0.5), ("gaussian", 1 / 64),
+        ("xavier", (6 / 576) ** 0.5 / 3**0.5), ("orthogonal", 512**-0.5),
+    ):  # fmt: skip
+        assert abs(made[init].std() / std - 1) < 0.05, init
+    rows = made["orthogonal"] @ made["orthogonal"].T
+    assert (rows - torch.eye(64)).abs().max() < (1e-5 if dtype is f32 else 1e-2)
+
+
+def test_rslora_divides_by_the_root() -> None:
+    assert LoRALinear(8, 8, r=4, alpha=6, scaling="rslora").scaling == 3.0
+    assert LoRALinear(8, 8, r=4, alpha=6).scaling == 1.5
+
+
+# Stable, memory-efficient, LoRA+ -----------------------------------------------------------------
+
+
+def test_gradients_are_clipped_together() -> None:
+    layer = make("StableLoRALinear", max_grad_norm=0.5)
+    layer(torch.randn(M, K)).square().sum().backward()
+    A, B = layer.lora_A.grad.clone(), layer.lora_B.grad.clone()
+    norm = layer.clip_gradients()
+    torch.testing.assert_close(norm, torch.cat([A.flatten(), B.flatten()]).norm())
+    for got, before in ((layer.lora_A.grad, A), (layer.lora_B.grad, B)):
+        torch.testing.assert_close(got, before * 0.5 / norm, rtol=1e-4, atol=0)
+    assert StableLoRALinear(8, 8).clip_gradients() == 0  # no gradients yet
+
+
+@pytest.mark.parametrize("autocast", [None, bf16], ids=str)
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("name", ["MemoryEfficientLoRALinear", "QMemoryEfficientLoRALinear"])
+@pytest.mark.parametrize("rows", [3, M])
+def test_recomputed_gradients_are_the_same_bits(
+    rows: int, name: str, dropout: float, autocast: torch.dtype | None
+) -> None:
+    layer, x = make(name, dropout=dropout), torch.randn(rows, K, requires_grad=True)
+    got = []
+    for use_checkpoint in (True, False):
+        layer.use_checkpoint = use_checkpoint
+        torch.manual_seed(5)
+        kept: list[tuple[int, ...]] = []
+        with (
+            torch.autograd.graph.saved_tensors_hooks(
+                lambda t, kept=kept: (kept.append(tuple(t.shape)), t)[1], lambda t: t
+            ),
+            torch.autocast("cpu", bf16, enabled=autocast is not None),
+        ):
+            y = layer(x)
+        assert ((rows, layer.r) in kept) is not use_checkpoint
+        got.append(torch.autograd.grad(y.float().square().sum(), [x, layer.lora_A, layer.lora_B]))
+    assert all(torch.equal(a, b) for a, b in zip(*got, strict=True))
+
+
+def test_lora_plus_moves_b_further() -> None:
+    layer = make("LoRAPlusLinear")
+    before = [p.detach().clone() for p in (layer.lora_A, layer.lora_B)]
+    for param in (layer.lora_A, layer.lora_B):
+        param.grad = torch.ones_like(param)
+    torch.optim.SGD(layer.get_parameter_groups(lr=2.0**-10, ratio=16)).step()
+    A, B = (p.detach() - b for p, b in zip((layer.lora_A, layer.lora_B), before, strict=True))
+    torch.testing.assert_close(A, torch.full_like(A, -(2.0**-10)), rtol=1e-3, atol=0)
+    torch.testing.assert_close(B, torch.full_like(B, -(2.0**-6)), rtol=1e-3, atol=0)
+
+
+def test_lora_plus_of_a_whole_model() -> None:
+    model = nn.Sequential(LoRAPlusLinear(8, 8), nn.LayerNorm(8), DoRALinear(8, 8), nn.Linear(8, 8))
+    model[3].requires_grad_(False)
+    slow, fast = lora_plus_parameter_groups(model, 0.1, 4)
+    assert {id(p) for p in fast["params"]} == {id(model[0].lora_B), id(model[2].lora_B)}
+    trainable = {id(p) for p in model.parameters() if p.requires_grad}
+    assert trainable == {id(p) for p in (*slow["params"], *fast["params"])}
+    assert (slow["lr"], fast["lr"]) == (0.1, 0.4)
+
+
+# DoRA --------------------------------------------------------------------------------------------
+
+
+def test_the_norm_that_is_kept_follows_every_change() -> None:
+    layer, x = make("DoRALinear").eval(), torch.randn(3, K)
+
+    def fresh() -> Tensor:
+        twin = copy.deepcopy(layer)
+        with torch.no_grad():
+            return twin(x)
+
+    with torch.no_grad():
+        first = layer(x)
+        assert torch.equal(layer(x), first)
+        for change in (
+            lambda: layer.lora_B.mul_(2), lambda: layer.lora_A.add_(0.1),
+            lambda: layer.magnitude.mul_(3), lambda: layer.weight.mul_(0.5),
+            lambda: setattr(layer.lora_B, "data", layer.lora_B.data.clone() + 1),
+        ):  # fmt: skip
+            change()
+            assert torch.equal(layer(x), fresh())
+    with torch.inference_mode():
+        assert torch.equal(layer(x), fresh())
+
+
+def test_a_row_of_zeros_has_no_direction() -> None:
+    linear = nn.Linear(8, 4)
+    with torch.no_grad():
+        linear.weight[2] = 0
+    with pytest.raises(ValueError, match="weight: got row 2 all zeros"):
+        DoRALinear.from_linear(linear)
+
+
+@pytest.mark.parametrize("dtype", [f32, bf16], ids=str)
+def test_dora_is_pefts(dtype: torch.dtype) -> None:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    torch.manual_seed(0)
+    linear = nn.Linear(K, N, dtype=dtype)
+    config = LoraConfig(r=5, lora_alpha=10, target_modules=["0"], use_dora=True)
+    peft: Any = inject_adapter_in_model(config, nn.Sequential(copy.deepcopy(linear)))[0]
+    layer = DoRALinear.from_linear(linear, r=5, alpha=10)
+    pairs = {
+        "lora_A": peft.lora_A["default"].weight, "lora_B": peft.lora_B["default"].weight,
+        "magnitude": peft.lora_magnitude_vector["default"].weight,
+    }  # fmt: skip
+    with torch.no_grad():
+        torch.testing.assert_close(
+            layer.magnitude,
+            pairs["magnitude"].float(),
+            rtol=2**-7 if dtype is bf16 else 1e-5,
+            atol=0,
+        )
+        pairs["lora_B"].copy_(torch.randn(N, 5))
+        for name, param in pairs.items():
+            getattr(layer, name).copy_(param)
+    x, dy = torch.randn(M, K, dtype=dtype), torch.randn(M, N, dtype=dtype)
+    y, want = layer(x), peft(x)
+    grads = torch.autograd.grad(y, [layer.get_parameter(name) for name in pairs], dy)
+    wants = torch.autograd.grad(want, list(pairs.values()), dy)
+    for got, expected in zip((y, *grads), (want, *wants), strict=True):
+        error = (got.double() - expected.double()).norm() / expected.double().norm()
+        # PEFT rounds the weight's sum, its norm and two products to bfloat16.
+        assert error < (1e-5 if dtype is f32 else 4 * 2**-8)
+
+
+# AdaLoRA -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("scores", "quantile", "kept"),
+    [
+        ([1.0, 5, 2, 4, 3], 0.5, [False, True, False, True, False]),  # strictly above 3
+        ([2.0, 2, 2, 2, 2], 0.5, [True, False, False, False, False]),  # none is above: one stays
+        ([1.0, 5, 2, 4, 3], 1.0, [False, True, False, False, False]),
+        ([1.0, 5, 2, 4, 3], 0.0, [False, True, True, True, True]),
+    ],
+)
+def test_update_rank(scores: list[float], quantile: float, kept: list[bool]) -> None:
+    layer = make("AdaLoRALinear")
+    mask, where = layer.rank_mask, layer.rank_mask.data_ptr()
+    layer.update_rank(torch.tensor(scores), quantile)
+    assert layer.rank_mask is mask and mask.data_ptr() == where
+    assert mask.tolist() == kept
+    assert layer.current_rank == sum(kept) and type(layer.current_rank) is int
+    assert "rank_mask" in layer.state_dict()
+
+
+def test_masked_ranks_count_for_nothing_and_learn_nothing() -> None:
+    layer, x = make("AdaLoRALinear", dtype=f64), torch.randn(M, K, dtype=f64)
+    layer.update_rank(torch.tensor([1.0, 5, 2, 4, 3]))
+    kept = layer.rank_mask
+    y = layer(x)
+    A, B, E = layer.lora_A[kept], layer.lora_B[:, kept], layer.lora_E[kept]
+    cut = reference.lora_linear(x, layer.weight, A, B, layer.scaling, rank_gate=E)
+    torch.testing.assert_close(y, cut, rtol=1e-12, atol=1e-12)
+    y.square().sum().backward()
+    assert not layer.lora_A.grad[~kept].any() and layer.lora_A.grad[kept].all()
+    assert not layer.lora_B.grad[:, ~kept].any() and layer.lora_B.grad[:, kept].all()
+    assert not layer.lora_E.grad[~kept].any() and layer.lora_E.grad[kept].all()
+
+
+def test_adalora_is_pefts() -> None:
+    from peft import AdaLoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    linear = nn.Linear(K, N)
+    config = AdaLoraConfig(
+        init_r=5, target_r=2, lora_alpha=10, total_step=10, lora_dropout=0.0, target_modules=["0"]
+    )
+    model: Any = get_peft_model(nn.Sequential(copy.deepcopy(linear)), config)
+    peft = model.base_model.model[0]
+    layer = AdaLoRALinear.from_linear(linear, r=5, alpha=10)
+    pairs = {
+        "lora_A": peft.lora_A["default"], "lora_B": peft.lora_B["default"],
+        "lora_E": peft.lora_E["default"],
+    }  # fmt: skip
+    with torch.no_grad():
+        pairs["lora_E"].copy_(torch.randn(5, 1))
+        for name, param in pairs.items():
+            getattr(layer, name).copy_(param.view(getattr(layer, name).shape))
+    x, dy = torch.randn(M, K), torch.randn(M, N)
+    y, want = layer(x), peft(x)
+    grads = torch.autograd.grad(y, [layer.get_parameter(name) for name in pairs], dy)
+    wants = torch.autograd.grad(want, list(pairs.values()), dy)
+    for got, expected in zip((y, *grads), (want, *wants), strict=True):
+        # PEFT divides by its rank and 1e-5.
+        torch.testing.assert_close(got.view(expected.shape), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_allocator_takes_the_least_important_of_all_layers() -> None:
+    """Scores as the paper has them, computed here by hand from the gradients."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(make("AdaLoRALinear", seed) for seed in range(1)), nn.Linear(N, K))
+    model.append(make("AdaLoRALinear", 3))
+    layers_ = [model[0], model[2]]
+    allocator = layers.RankAllocator(
+        model, target_rank=2, total=12, warmup=2, final=3, interval=2, beta1=0.8, beta2=0.6
+    )
+    averages: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
+    masks = []
+    for step in range(12):
+        model.zero_grad()
+        model(torch.randn(M, K)).square().mean().backward()
+        for i, layer in enumerate(layers_):
+            for name in ("lora_A", "lora_B", "lora_E"):
+                param = layer.get_parameter(name)
+                now = (param * param.grad).abs().detach()
+                S, U = averages.get((i, name), (torch.zeros_like(now), torch.zeros_like(now)))
+                S = 0.8 * S + 0.2 * now
+                averages[i, name] = S, 0.6 * U + 0.4 * (S - now).abs()
+        kept = allocator.step()
+        budget = allocator.budget(step)
+        if step >= 2 and (step <= 9):
+            drawn = step % 2 == 0 or step == 9
+            scores = [
+                (S * U).view(5) + (SA * UA).mean(1) + (SB * UB).mean(0)
+                for (S, U), (SA, UA), (SB, UB) in (
+                    (averages[i, "lora_E"], averages[i, "lora_A"], averages[i, "lora_B"])
+                    for i in range(2)
+                )
+            ]
+            if drawn:
+                best = torch.cat(scores).topk(budget).indices.sort().values
+                mask = torch.cat([layer.rank_mask for layer in layers_])
+                assert torch.equal(mask.nonzero().flatten(), best), step
+                assert kept == budget
+        masks.append(torch.cat([layer.rank_mask.clone() for layer in layers_]))
+    assert masks[1].all() and masks[-1].sum() == 4
+    assert all(torch.equal(mask, masks[9]) for mask in masks[9:])
+
+
+def test_the_allocator_goes_on_where_it_stopped() -> None:
+    def train(model: nn.Module, allocator: Any, steps: range) -> None:
+        for step in steps:
+            torch.manual_seed(step)
+            model.zero_grad()
+            model(torch.randn(M, K)).square().mean().backward()
+            with torch.no_grad():
+                for param in model.parameters():
+                    if param.requires_grad:
+                        param -= 0.1 * param.grad
+            allocator.step()
+
+    whole, broken = make("AdaLoRALinear"), make("AdaLoRALinear")
+    options = {"target_rank": 2, "total": 10, "warmup": 1, "final": 2}
+    train(whole, layers.RankAllocator(whole, **options), range(10))
+    first = layers.RankAllocator(broken, **options)
+    train(broken, first, range(4))
+    second = layers.RankAllocator(broken, **options)
+    second.load_state_dict(pickle.loads(pickle.dumps(first.state_dict())))
+    train(broken, second, range(4, 10))
+    assert torch.equal(whole.rank_mask, broken.rank_mask) and whole.current_rank == 2
+    assert torch.equal(whole.lora_E, broken.lora_E)
+
+
+def test_orthogonality() -> None:
+    layer = AdaLoRALinear(16, 16, r=4)
+    with torch.no_grad():
+        nn.init.orthogonal_(layer.lora_A)
+        nn.init.orthogonal_(layer.lora_B)
+    assert layer.orthogonality() < 1e-9
+    with torch.no_grad():
+        layer.lora_A.mul_(2)
+    torch.testing.assert_close(layer.orthogonality(), torch.tensor(4 * 9.0))
+    layer.orthogonality().backward()
+    assert layer.lora_A.grad is not None and layer.lora_A.grad.any()
+
+
+# Hierarchical ------------------------------------------------------------------------------------
+
+
+def test_levels_are_three_adapters_over_one_base_product() -> None:
+    layer = HierarchicalLoRALinear(K, N, (8, 16, 32), weights=(0.6, 0.3, 0.1), dtype=f64)
+    assert layer.level_scales == (2.0, 1.0, 0.5)
+    assert layer.level_weights.requires_grad
+    with torch.no_grad():
+        layer.lora_B.normal_()
+    x = torch.randn(M, K, dtype=f64)
+    want, first = x @ layer.weight.T, 0
+    for rank, weight, scale in zip((8, 16, 32), (0.6, 0.3, 0.1), (2.0, 1.0, 0.5), strict=True):
+        part = slice(first, first + rank)
+        update = (x @ layer.lora_A[part].T) @ layer.lora_B[:, part].T
+        want = want + layer.level_weights.new_tensor(weight) * scale * update
+        first += rank
+    # level_weights are float32 numbers no more than lora_A's dtype makes them.
+    torch.testing.assert_close(layer(x), want, rtol=1e-9, atol=1e-9)
+
+
+def test_one_op_and_no_other_product() -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Ops(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    for name in ("HierarchicalLoRALinear", "AdaLoRALinear", "DoRALinear", "QDoRALinear"):
+        layer, x = make(name), torch.randn(M, K)
+        seen: list[str] = []
+        with Ops():
+            layer(x)
+        ours = [op for op in seen if "lora_kernels.lora_linear" in op]
+        assert len(ours) == 1 and not [op for op in seen if ".mm" in op or "addmm" in op], seen
+
+
+# Bad input ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: LoRALinear(8, 8, scaling="rs"), "scaling: got 'rs', want 'lora' or 'rslora'"),
+        (
+            lambda: LoRALinear(4, 8, r=5, init="orthogonal"),
+            "r: got 5, want at most in_features = 4",
+        ),
+        (lambda: StableLoRALinear(8, 8, max_grad_norm=0), "max_grad_norm: got 0, want more"),
+        (lambda: StableLoRALinear(8, 8, max_grad_norm=float("nan")), "max_grad_norm: got nan"),
+        (lambda: HierarchicalLoRALinear(8, 8, ()), "ranks: got none"),
+        (lambda: HierarchicalLoRALinear(8, 8, (4, 0)), r"ranks\[1\]: got 0, want at least 1"),
+        (lambda: HierarchicalLoRALinear(8, 8, (4, 2)), "weights: got .*, want 2 finite numbers"),
+        (lambda: make("AdaLoRALinear").update_rank(torch.ones(4)), r"scores: got shape \[4\]"),
+        (lambda: make("AdaLoRALinear").update_rank(torch.ones(5), 2), "quantile: got 2"),
+        (
+            lambda: make("AdaLoRALinear").update_rank(torch.full((5,), float("nan"))),
+            "scores: got NaN",
+        ),
+        (lambda: lora_plus_parameter_groups(nn.Linear(4, 4), 0.1), "model: got none with a train"),
+        (lambda: lora_plus_parameter_groups(make("LoRALinear"), 0), "lr: got 0, want more than 0"),
+        (lambda: layers.RankAllocator(nn.Linear(4, 4), 2, 10), "model: got none with an AdaLoRA"),
+        (
+            lambda: layers.RankAllocator(make("AdaLoRALinear"), 6, 10),
+            "target_rank: got 6, want 1 to",
+        ),
+        (
+            lambda: layers.RankAllocator(make("AdaLoRALinear"), 2, 10, 6, 4),
+            r"total: got 10, want more than warmup \+ final, 10",
+        ),
+        (lambda: layers.RankAllocator(make("AdaLoRALinear"), 2, 10, beta1=1.0), "beta1: got 1.0"),
+        (lambda: layers.RankAllocator(make("AdaLoRALinear"), 2, 9, -1), "warmup: got -1"),
+        (lambda: layers.RankAllocator(make("AdaLoRALinear"), 2, 9, interval=0), "interval: got 0"),
+    ],
+)
+def test_bad_input(call: Callable[[], object], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        call()
+
+
+def test_a_step_before_any_backward() -> None:
+    allocator = layers.RankAllocator(make("AdaLoRALinear"), 2, 10)
+    with pytest.raises(RuntimeError, match="lora_A: got no gradient"):
+        allocator.step()
+
+
+def test_memory_efficient_keeps_its_name_for_what_it_does() -> None:
+    assert MemoryEfficientLoRALinear(8, 8)._recompute
+    assert not MemoryEfficientLoRALinear(8, 8, use_checkpoint=False)._recompute

@@ -17,7 +17,11 @@ def special(quant_type: str) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     thresholds = codebooks.thresholds(quant_type)
     near = [thresholds, torch.nextafter(thresholds, torch.tensor(1.0)), -thresholds]
+    # Thresholds times any scale, whose quotients and products with a reciprocal round apart.
+    scales = 0.5 + torch.rand(128, 1, generator=generator)
+    scaled = torch.cat([scales, scales * thresholds, scales * thresholds * (1 + 2**-23)], dim=1)
     rows = [
+        torch.nn.functional.pad(scaled, (0, 32 - scaled.shape[1])).flatten(),
         torch.zeros(4096),
         torch.randn(4096, generator=generator) * 1e-40,
         torch.randn(4096, generator=generator).where(torch.arange(4096) % 32 != 5, 1e30),
@@ -41,13 +45,21 @@ def test_quantize(quant_type: str, blocksize: int, dtype: torch.dtype) -> None:
     values = special(quant_type)
     if dtype is f16:
         values = values.clamp(-6e4, 6e4)
-    values = values.to(dtype)[: 4 * 4096 + 333]  # a short last block, an odd last element
+    values = values.to(dtype)[: 5 * 4096 + 333]  # a short last block, an odd last element
     thresholds, order = codebooks.thresholds(quant_type), codebooks.order(quant_type)
     want = reference.quantize_4bit(values, thresholds, order, blocksize)
     with lora_kernels.backend("triton"):
         got = quantize_4bit(values[None].to(DEVICE), quant_type, blocksize, double_quant=False)
     assert same_bits(got.packed, want[0])
     assert same_bits(got.absmax, want[1])
+
+
+@pytest.mark.parametrize("n", [31, 100])
+def test_a_short_block_of_zeros(n: int) -> None:
+    """Whose scale is the smallest there is, where a whole block's is 0."""
+    with lora_kernels.backend("triton"):
+        got = quantize_4bit(torch.zeros(1, n, device=DEVICE), double_quant=False)
+    assert got.absmax.tolist() == [0.0] * (n // 64) + [torch.tensor(1e-38).item()]
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")

@@ -493,6 +493,8 @@ def test_the_allocator_takes_the_least_important_of_all_layers() -> None:
                     for i in range(2)
                 )
             ]
+            for got, want in zip(allocator.scores(), scores, strict=True):
+                torch.testing.assert_close(got, want)
             if drawn:
                 best = torch.cat(scores).topk(budget).indices.sort().values
                 mask = torch.cat([layer.rank_mask for layer in layers_])

@@ -152,7 +152,7 @@ def test_wide_tensors_are_told() -> None:
 # K: whole blocks, two scales in a row of a tile; blocks that straddle rows; rows of whole words;
 # rows that start within a byte.
 @pytest.mark.parametrize("strategy", [SINGLE_PASS, SPLIT])
-@pytest.mark.parametrize("M", [3, 70])
+@pytest.mark.parametrize(("M", "dtype"), [(3, f32), (70, bf16)], ids=str)
 @pytest.mark.parametrize(
     ("K", "quant"),
     [
@@ -164,7 +164,6 @@ def test_wide_tensors_are_told() -> None:
     ],
     ids=str,
 )
-@pytest.mark.parametrize("dtype", [f32, bf16], ids=str)
 def test_4bit(dtype: torch.dtype, K: int, quant: str, M: int, strategy: str) -> None:
     check(Case(M, 72, K, R, dtype, quant=quant, values="nonnegative"), strategy)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import ops, select
-from .functional import base_dtype, lora_linear
+from .functional import base_dtype, dora_norm, lora_linear
 from .quantization import Weight4bit
 
 
@@ -150,3 +150,38 @@ class Latest:
 def _kind(weight: Tensor | Weight4bit) -> tuple[object, ...]:
     """What a weight may change without being another object: nothing of a Weight4bit."""
     return () if isinstance(weight, Weight4bit) else (weight.dtype, weight.shape)
+
+
+class KeptNorm:
+    """`dora_norm`, kept without gradients from call to call until what it was made of changes.
+
+    Changes are known by addresses and version counters. Nothing of it is copied or pickled.
+    """
+
+    def __init__(self) -> None:
+        self._kept: tuple[tuple[object, ...], Tensor] | None = None
+
+    def __call__(
+        self,
+        weight: Tensor | Weight4bit,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: float,
+        rank_gate: Tensor | None = None,
+    ) -> Tensor:
+        """As `dora_norm`."""
+        base = (weight.packed, weight.absmax) if isinstance(weight, Weight4bit) else (weight,)
+        tensors = (*base, lora_A, lora_B, *(() if rank_gate is None else (rank_gate,)))
+        if (
+            torch.is_grad_enabled()  # in training they change every time
+            or torch.compiler.is_compiling()
+            or any(t.is_inference() for t in tensors)  # which tell nobody when they change
+        ):
+            return dora_norm(weight, lora_A, lora_B, scaling, rank_gate=rank_gate)
+        key = (scaling, *((t.data_ptr(), t._version, t.shape, t.dtype) for t in tensors))
+        if self._kept is None or self._kept[0] != key:
+            self._kept = key, dora_norm(weight, lora_A, lora_B, scaling, rank_gate=rank_gate)
+        return self._kept[1]
+
+    def __reduce__(self) -> tuple[type[KeptNorm], tuple[()]]:
+        return KeptNorm, ()

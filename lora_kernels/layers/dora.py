@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import dora_norm
+from ..prepared import KeptNorm
 from ..quantization import Weight4bit
 from .linear import LoRALinear
 from .quantized import QLoRALinear
@@ -41,7 +42,7 @@ class DoRALinear(LoRALinear):
         super()._make_parameters()
         dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
         self.magnitude = nn.Parameter(self.lora_A.new_empty(self.out_features, dtype=dtype))
-        self._kept: tuple[tuple[object, ...], Tensor] | None = None
+        self._norm = KeptNorm()
 
     @torch.no_grad()
     def reset_lora_parameters(self) -> None:
@@ -54,36 +55,23 @@ class DoRALinear(LoRALinear):
         super()._base_changed()
         if self.magnitude.is_meta or self.weight.is_meta:
             return
-        norm = self._norm(self._base_weight())
+        norm = dora_norm(
+            self._base_weight(), self.lora_A, self.lora_B, self.scaling, rank_gate=self._gate()
+        )
         zero = (norm == 0).nonzero()
         if zero.numel():
             raise ValueError(f"weight: got row {int(zero[0])} all zeros, want a norm to divide by")
         self.magnitude.copy_(norm)
 
-    def _norm(self, weight: Tensor | Weight4bit) -> Tensor:
-        return dora_norm(weight, self.lora_A, self.lora_B, self.scaling, rank_gate=self._gate())
-
     def _column_scale(self, weight: Tensor | Weight4bit) -> Tensor:
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self.magnitude / self._norm(weight)
-        base = weight.packed if isinstance(weight, Weight4bit) else weight
-        tensors = (base, self.lora_A, self.lora_B, self.magnitude)
-        if any(t.is_inference() for t in tensors):  # which tell nobody when they change
-            return self.magnitude / self._norm(weight)
-        key = tuple((t.data_ptr(), t._version, t.shape, t.dtype) for t in tensors)
-        if self._kept is None or self._kept[0] != key:
-            self._kept = key, self.magnitude / self._norm(weight)
-        return self._kept[1]
+        return self.magnitude / self._norm(
+            weight, self.lora_A, self.lora_B, self.scaling, self._gate()
+        )
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
-        self._kept = None
+        self._norm = KeptNorm()  # whose tensor would stay in memory where these move
         super()._apply(*args, **kwargs)
         return self
-
-    def __getstate__(self) -> dict[str, object]:
-        base = getattr(super(), "__getstate__", None)
-        state: dict[str, object] = dict(base()) if base is not None else dict(self.__dict__)
-        return {**state, "_kept": None}
 
 
 class QDoRALinear(DoRALinear, QLoRALinear):

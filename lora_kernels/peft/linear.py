@@ -19,11 +19,13 @@ import torch
 from accelerate.hooks import AlignDevicesHook  # type: ignore[import-untyped]
 from peft.tuners import lora
 from peft.tuners.lora import layer as lora_layer
+from peft.tuners.lora.dora import DoraLinearLayer
+from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 
 from ..backends import native
 from ..functional import lora_linear
-from ..prepared import Prepared, prepare
+from ..prepared import KeptNorm, Prepared, prepare
 from ..quantization import Weight4bit
 
 _LINEAR_FORWARD = nn.Linear.forward
@@ -63,6 +65,10 @@ class Fused(nn.Module):
             kwargs = {name: value for name, value in kwargs.items() if name not in _NOT_FOR_BASE}
 
         base, bias = cast(nn.Module, self._modules["base_layer"]), _lora_bias(adapters)
+        if dora(self, adapters[0].name):
+            if args or kwargs:  # for a base that takes more than x
+                return cast(Tensor, super().forward(x, *args, **kwargs))
+            return _dora_linear(self, adapters[0], x)
         first, *rest = calls(adapters)
         if args or kwargs or unreadable(base, x.device) is not None:
             result = base(x, *args, **kwargs)
@@ -239,8 +245,9 @@ def peft_reason(
         return "the base weight is trainable"
     for name, lora_A, lora_B, _, dropout in adapters:
         if name in layer.lora_variant:
-            variant = type(layer.lora_variant[name]).__name__
-            return f"adapter {name!r} is a variant of LoRA ({variant}), not covered in this version"
+            variant = _variant_reason(layer, adapters, name, device)
+            if variant is not None:
+                return f"adapter {name!r} is a {variant}"
         reason = unreadable(lora_A, device) or unreadable(lora_B, device)
         if reason is not None:
             return f"adapter {name!r}: {reason}"
@@ -249,6 +256,58 @@ def peft_reason(
         if type(dropout) is not nn.Dropout and type(dropout) is not nn.Identity:
             return f"adapter {name!r}: its dropout is a {type(dropout).__name__}"
     return None
+
+
+def dora(layer: Any, name: str) -> bool:
+    """Whether the adapter is a DoRA."""
+    return type(layer.lora_variant.get(name)) is DoraLinearVariant
+
+
+def _variant_reason(
+    layer: Any, adapters: Sequence[Adapter], name: str, device: torch.device
+) -> str | None:
+    """What an adapter is that is left to PEFT for being a variant of LoRA; None if it is not."""
+    if not dora(layer, name):
+        variant = type(layer.lora_variant[name]).__name__
+        return f"variant of LoRA ({variant}), not covered in this version"
+    if len(adapters) > 1:
+        return "DoRA beside other active adapters, over whose results PEFT takes it"
+    if isinstance(adapters[0].scaling, Tensor):
+        return "DoRA prepared for hot-swapping"
+    reason = unreadable(layer.base_layer, device)
+    if reason is not None:
+        return f"DoRA, which needs the base weight: {reason}"
+    magnitude = layer.lora_magnitude_vector[name]
+    if type(magnitude) is not DoraLinearLayer or any(_hooks(magnitude)) or patched(magnitude):
+        return "DoRA whose magnitude is no plain module of PEFT's"
+    if magnitude.weight.device != device:
+        return f"DoRA whose magnitude is on {magnitude.weight.device}, x on {device}"
+    return None
+
+
+def _dora_linear(layer: Any, adapter: Adapter, x: Tensor) -> Tensor:
+    """y = magnitude ⊘ norm ⊙ (x·Wᵀ + s·x·Aᵀ·Bᵀ) + bias; with dropout, which PEFT puts before the
+    base product too, of the dropped x, and (x − dropped)·Wᵀ beside it."""
+    base, A, B = layer.base_layer, _weight(adapter.lora_A), _weight(adapter.lora_B)
+    weight, bias, compute_dtype = base._parameters["weight"], base._parameters["bias"], None
+    four_bit, scaling = is_linear4bit(base), cast(float, adapter.scaling)
+    if four_bit:
+        from .linear4bit import prepared
+
+        weight, compute_dtype = prepared(base, x)
+    norm = layer.__dict__.setdefault("_norm", KeptNorm())(weight, A, B, scaling)
+    scale = layer.lora_magnitude_vector[adapter.name].weight / norm
+    if not _dropout_p(adapter):
+        y = lora_linear(
+            x, weight, A, B, scaling, bias, column_scale=scale, compute_dtype=compute_dtype
+        )
+    else:
+        dropped = adapter.dropout(x)
+        rest, none = x - dropped, (A.detach(), B.detach(), 0.0)
+        y = lora_linear(
+            dropped, weight, A, B, scaling, column_scale=scale, compute_dtype=compute_dtype
+        ) + lora_linear(rest, weight, *none, bias, compute_dtype=compute_dtype)
+    return y.to(x.dtype) if four_bit else y
 
 
 def unreadable(module: nn.Module, device: torch.device) -> str | None:

@@ -13,7 +13,16 @@ from torch import Tensor, nn
 from .. import select
 from ..functional import base_dtype
 from ..layers import LoRALinear, QLoRALinear
-from .linear import Call, Fused, active_adapters, calls, is_linear4bit, peft_reason, unreadable
+from .linear import (
+    Call,
+    Fused,
+    active_adapters,
+    calls,
+    dora,
+    is_linear4bit,
+    peft_reason,
+    unreadable,
+)
 from .swap import lora_layers
 
 
@@ -125,6 +134,11 @@ def _fused_row(name: str, layer: Any, x_dtype: torch.dtype | None) -> Row:
     if len(todo) > 1:
         state, strategy = "composed", f"{strategy}; {len(todo)} calls"
         reasons.append("each adapter with dropout draws a mask of its own")
+    if dora(layer, adapters[0].name):
+        reasons.append("DoRA: the row norm without a second weight")
+        if todo[0].dropout_p:
+            state, strategy = "composed", f"{strategy}; the base product twice"
+            reasons.append("PEFT's DoRA drops x for the base product too")
     if "eager" in backend:
         state = "not fused"
     if (base_reason := unreadable(base, near.device)) is not None:

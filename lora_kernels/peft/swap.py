@@ -54,6 +54,7 @@ def unfuse(model: Model) -> Model:
         if isinstance(layer, Fused):
             _set_class(layer, type(layer).__mro__[2])  # after the class itself and Fused
             vars(layer).pop("mixed_batch", None)
+            vars(layer).pop("_norm", None)
     return model
 
 

@@ -269,13 +269,6 @@ def test_arguments_that_only_variants_read() -> None:
 # Variants and layers of other kinds stay PEFT's own
 
 
-@pytest.mark.parametrize("config", [{"use_dora": True}, {"use_dora": True, "lora_dropout": 0.3}])
-def test_dora(config: dict[str, Any]) -> None:
-    stock, fused = pair(mlp(**config).eval())
-    assert_same(results(fused, batch()), results(stock, batch()))
-    assert all("DoraLinearVariant" in row.reason for row in explain(fused).rows)
-
-
 def test_one_variant_among_active_adapters() -> None:
     model = mlp()
     model.add_adapter("dora", LoraConfig(r=3, target_modules=["up"], use_dora=True))
@@ -283,7 +276,7 @@ def test_one_variant_among_active_adapters() -> None:
     stock, fused = pair(model)
     assert_same(results(fused, batch()), results(stock, batch()))
     up, down = explain(fused).rows
-    assert "'dora' is a variant" in up.reason and "variant" not in down.reason
+    assert "'dora' is a DoRA beside other" in up.reason and "DoRA" not in down.reason
 
 
 class Zoo(nn.Module):

@@ -141,6 +141,14 @@ void dequantize(const Codes4bit& codes, int64_t n0, int64_t rows, int64_t k0, in
       {codes, n0, rows, k0, cols, as<void>(to), static_cast<DType>(dtype), ld, threads});
 }
 
+void row_norm(Pointer w, int w_dtype, int64_t w_row, const Codes4bit* codes, Pointer a, int a_dtype,
+              int64_t a_row, Pointer b, int b_dtype, int64_t b_row, int64_t b_col, Pointer gate,
+              int64_t N, int64_t K, int64_t R, float scaling, Pointer norm, int threads) {
+  kernels().row_norm({matrix(w, w_dtype, w_row), codes, matrix(a, a_dtype, a_row),
+                      matrix(b, b_dtype, b_row, b_col), as<const float>(gate), N, K, R, scaling,
+                      as<float>(norm), threads});
+}
+
 // Whether each dictionary still has its value (None: no entry) under its key, and each of `empty`
 // is empty. While a model decodes, its weights sweep these out of the caches between two calls:
 // here the trips to memory overlap, in Python each waits for the one before.
@@ -199,6 +207,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("unchanged", unchanged);
   m.def("quantize", quantize, release);
   m.def("dequantize", dequantize, release);
+  m.def("row_norm", row_norm, release);
   m.def("lora_linear", forward, release);
   m.def("lora_linear_backward", backward, release);
 }

@@ -138,26 +138,25 @@ def dora_norm(
     rank: int,
     device_index: int | None = None,
 ) -> Choice:
-    """The choice for `dora_norm`. On the CPU it is made of library products, panel by panel,
-    whichever of the two backends there is asked for."""
+    """The choice for `dora_norm`."""
     asked = forced.current.get()
+    dtypes = weight_dtype, a_dtype, b_dtype, torch.float32, rank
     if asked.backend == "triton":
         target = configs.target(device_index) if device_type == "cuda" else None
-        _triton_target(
-            triton.absence(), triton.interpreted(), target, device_type, weight_dtype, a_dtype,
-            b_dtype, weight_dtype, rank,
-        )  # fmt: skip
+        _triton_target(triton.absence(), triton.interpreted(), target, device_type, *dtypes)
         return Choice("triton", triton.SINGLE_PASS, "the triton backend was asked for")
-    if asked.backend == "cpu" and device_type != "cpu":
-        raise RuntimeError(
-            f"backend 'cpu' was asked for and cannot run here: the device is {device_type!r}"
-        )
-    reason = "no kernel here beats the library's product"
     if asked.backend == "eager":
-        reason = "the eager backend was asked for"
-    elif device_type == "cuda":
-        reason = _gpu_obstacle(weight_dtype is torch.bfloat16, device_index)
-    return Choice("eager", eager.PANELS, reason)
+        return Choice("eager", eager.PANELS, "the eager backend was asked for")
+    obstacle: str | None
+    if device_type == "cuda":
+        obstacle = _gpu_obstacle(weight_dtype is torch.bfloat16, device_index)
+    else:
+        obstacle = _cpu_obstacle(native.reason, device_type, *dtypes)
+    if obstacle is None:
+        return Choice("cpu", cpu.SINGLE_PASS, f"native kernels, {native.isa}")
+    if asked.backend == "cpu":
+        raise RuntimeError(f"backend 'cpu' was asked for and cannot run here: {obstacle}")
+    return Choice("eager", eager.PANELS, obstacle)
 
 
 @functools.cache

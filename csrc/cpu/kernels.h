@@ -145,6 +145,18 @@ struct FewRowsArgs {
   ExpandArgs update;
 };
 
+// norm[N] = the norms of the rows of W + scaling * (B * gate) A: W's rows contiguous, or codes.
+struct RowNormArgs {
+  Matrix w;
+  const Codes4bit* codes;  // or null
+  Matrix a, b;             // A [R, K], B [N, R]
+  const float* gate;       // [R] or null
+  int64_t N, K, R;
+  float scaling;
+  float* norm;
+  int threads;
+};
+
 struct Kernels {
   void (*shrink)(const ShrinkArgs&);
   void (*expand)(const ExpandArgs&);
@@ -153,6 +165,7 @@ struct Kernels {
   void (*quantize)(const QuantizeArgs&);
   void (*dequantize)(const DequantizeArgs&);
   void (*few_rows)(const FewRowsArgs&);
+  void (*row_norm)(const RowNormArgs&);
   void (*product)(const ProductArgs&);  // null where the library's product is left to it
 };
 

@@ -2,9 +2,10 @@
 #include "kernels_impl.h"
 #include "codes_impl.h"
 #include "few_rows_impl.h"
+#include "row_norm_impl.h"
 #include "product_impl.h"
 
 namespace lora_kernels {
-extern const Kernels kernels_avx512 = {shrink,   expand,     backward_pair, grad_a,
-                                       quantize, dequantize, few_rows,      product};
+extern const Kernels kernels_avx512 = {shrink,     expand,   backward_pair, grad_a, quantize,
+                                       dequantize, few_rows, row_norm,      product};
 }

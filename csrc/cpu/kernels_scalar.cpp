@@ -2,8 +2,9 @@
 #include "kernels_impl.h"
 #include "codes_impl.h"
 #include "few_rows_impl.h"
+#include "row_norm_impl.h"
 
 namespace lora_kernels {
-extern const Kernels kernels_scalar = {shrink,   expand,     backward_pair, grad_a,
-                                       quantize, dequantize, few_rows,      nullptr};
+extern const Kernels kernels_scalar = {shrink,     expand,   backward_pair, grad_a, quantize,
+                                       dequantize, few_rows, row_norm,      nullptr};
 }

@@ -240,3 +240,28 @@ def lora_linear_backward(
         _ptr(dx), _ptr(dA), _ptr(dB), _ptr(dg), _ptr(dc), _ptr(dbias), torch.get_num_threads(),
     )  # fmt: skip
     return dx, dA, dB, dg, dc, dbias
+
+
+def dora_norm(
+    weight: Tensor | Codes,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    rank_gate: Tensor | None,
+) -> Tensor:
+    """‖W + scaling · (B ⊙ gate)·A‖ of each row: float32 [N]."""
+    assert native.module is not None
+    (R, K), N = lora_A.shape, lora_B.shape[0]
+    lora_A, codes, w = _rows(lora_A), None, (0, 0, 0)
+    if isinstance(weight, Codes):
+        codes = weight.native((N, K))
+    else:
+        weight = _rows(weight)
+        w = (weight.data_ptr(), _DTYPE[weight.dtype], weight.stride(0))
+    norm, gate = lora_A.new_empty(N, dtype=torch.float32), _vector(rank_gate)
+    native.module.row_norm(
+        *w, codes, lora_A.data_ptr(), _DTYPE[lora_A.dtype], lora_A.stride(0),
+        lora_B.data_ptr(), _DTYPE[lora_B.dtype], lora_B.stride(0), lora_B.stride(1),
+        _ptr(gate), N, K, R, scaling, norm.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return norm

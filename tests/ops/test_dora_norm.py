@@ -10,26 +10,56 @@ import lora_kernels
 from lora_kernels import ops, reference, select
 from lora_kernels.measure.case import Case, inputs, judge_norm
 from lora_kernels.quantization import quantize_4bit
+from tests.ops.engines import every_engine, every_thread_count
 
 f64, f32, bf16, f16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 
 
-@pytest.mark.parametrize("name", ["eager", "cpu"])
+@every_engine
 @pytest.mark.parametrize("gate", [False, True])
 @pytest.mark.parametrize("quant", ["", "nf4-64-nested", "fp4-32"])
 @pytest.mark.parametrize("dtypes", [(f32, None), (bf16, None), (f16, None), (bf16, f32)], ids=str)
-def test_against_the_reference(dtypes: Any, quant: str, gate: bool, name: str) -> None:
-    case = Case(0, 67, 129, 13, *dtypes, quant=quant, gate=gate)
-    with lora_kernels.backend(name):
-        verdict = judge_norm(case)["norm"]
-    assert verdict.ok, verdict
+def test_against_the_reference(dtypes: Any, quant: str, gate: bool, engine: str) -> None:
+    check(Case(0, 67, 129, 13, *dtypes, quant=quant, gate=gate))
+
+
+def check(case: Case) -> None:
+    verdict = judge_norm(case)["norm"]
+    assert verdict.ok, f"{case}: {verdict}"
+
+
+@every_engine
+@pytest.mark.parametrize("rank", [1, 16, 64, 65, 130, 256])
+def test_ranks(rank: int, engine: str) -> None:
+    check(Case(0, 40, 70, rank, f32, gate=True))
+
+
+@every_engine
+@pytest.mark.parametrize("K", [1, 63, 512, 513, 1100])
+@pytest.mark.parametrize("quant", ["", "nf4-64-nested"])
+def test_columns(quant: str, K: int, engine: str) -> None:
+    """Panels of 512, the last one short or of one element."""
+    check(Case(0, 30, K, 5, bf16, quant=quant))
+
+
+@every_engine
+@every_thread_count
+def test_the_same_bits_from_any_threads(threads: int, engine: str) -> None:
+    args = inputs(Case(0, 301, 400, 5, f32, gate=True))
+    names = ("weight", "lora_A", "lora_B")
+    many = lora_kernels.dora_norm(*(args[n] for n in names), rank_gate=args["rank_gate"])
+    torch.set_num_threads(1)
+    one = lora_kernels.dora_norm(*(args[n] for n in names), rank_gate=args["rank_gate"])
+    if engine != "eager":
+        assert torch.equal(many, one)
 
 
 def test_panels(monkeypatch: pytest.MonkeyPatch) -> None:
     """More than one, the last one short."""
     monkeypatch.setattr("lora_kernels.backends.eager.PANEL", 1)
     for quant in ("", "nf4-64"):
-        assert judge_norm(Case(0, 131, 65, 3, f32, quant=quant))["norm"].ok
+        with lora_kernels.backend("eager"):
+            check(Case(0, 131, 65, 3, f32, quant=quant))
 
 
 def test_float64() -> None:
@@ -98,8 +128,10 @@ def test_bad_input(change: dict[str, Any], error: type[Exception], words: str) -
 
 
 def test_where_it_cannot_run() -> None:
-    with lora_kernels.backend("cpu"), pytest.raises(RuntimeError, match="the device is 'mps'"):
+    with lora_kernels.backend("cpu"), pytest.raises(RuntimeError, match="device type 'mps'"):
         select.dora_norm("mps", f32, f32, f32, 8)
+    with lora_kernels.backend("cpu"), pytest.raises(RuntimeError, match="rank 257"):
+        select.dora_norm("cpu", f32, f32, f32, 257)
     with lora_kernels.backend("triton"), pytest.raises(RuntimeError, match="triton"):
         select.dora_norm("mps", f32, f32, f64, 8)
     assert select.dora_norm("cuda", f32, f32, f32, 8).reason == select.UNTRIED

@@ -85,7 +85,7 @@ class Fused(nn.Module):
                 result = _lora_linear(x, weight, bias, first, compute_dtype)
                 dtype = x.dtype  # which bitsandbytes returns, under autocast too
             else:
-                result = _lora_linear(x, base._parameters["weight"], bias, first)
+                result = _lora_linear(x, _base_weight(base), bias, first)
                 dtype = result.dtype
             if decoding and len(adapters) == 1:
                 self._ready = _Ready.of(self, adapters[0], x) or self._ready
@@ -143,7 +143,7 @@ class _Ready:
         modules = layer._modules
         base = modules["base_layer"]
         stored, compute_dtype, four_bit = base._parameters["weight"], None, is_linear4bit(base)
-        if isinstance(scaling, Tensor) or dropout.training:
+        if isinstance(scaling, Tensor) or dropout.training or is_conv1d(base):
             return None
         weight: Tensor | Weight4bit = stored
         if four_bit:
@@ -289,7 +289,8 @@ def _dora_linear(layer: Any, adapter: Adapter, x: Tensor) -> Tensor:
     """y = magnitude ⊘ norm ⊙ (x·Wᵀ + s·x·Aᵀ·Bᵀ) + bias; with dropout, which PEFT puts before the
     base product too, of the dropped x, and (x − dropped)·Wᵀ beside it."""
     base, A, B = layer.base_layer, _weight(adapter.lora_A), _weight(adapter.lora_B)
-    weight, bias, compute_dtype = base._parameters["weight"], base._parameters["bias"], None
+    weight: Tensor | Weight4bit = _base_weight(base)
+    bias, compute_dtype = base._parameters["bias"], None
     four_bit, scaling = is_linear4bit(base), cast(float, adapter.scaling)
     if four_bit:
         from .linear4bit import prepared
@@ -312,13 +313,15 @@ def _dora_linear(layer: Any, adapter: Adapter, x: Tensor) -> Tensor:
 
 def unreadable(module: nn.Module, device: torch.device) -> str | None:
     """Why calling the module may be more than `F.linear` on plain parameters on this device."""
-    four_bit = is_linear4bit(module)
-    if type(module) is not nn.Linear and not four_bit:
+    four_bit, conv1d = is_linear4bit(module), is_conv1d(module)
+    if type(module) is not nn.Linear and not four_bit and not conv1d:
         return f"{type(module).__name__} is not exactly nn.Linear"
     if any(_hooks(module)):
-        return "a hook sits on its nn.Linear"
+        return f"a hook sits on its {'Conv1D' if conv1d else 'nn.Linear'}"
     if nn.Linear.forward is not _LINEAR_FORWARD:
         return "nn.Linear.forward was replaced"
+    if conv1d and type(module).forward.__module__ != type(module).__module__:
+        return "Conv1D.forward was replaced"
     if "forward" in module.__dict__ and (reason := patched(module)):
         return reason
     weight = module._parameters.get("weight")
@@ -347,6 +350,18 @@ def is_linear4bit(module: nn.Module) -> bool:
     cls = type(module)
     names = ("Linear4bit", "LinearNF4", "LinearFP4")
     return cls.__module__ == "bitsandbytes.nn.modules" and cls.__name__ in names
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether it is transformers' Conv1D, GPT-2's linear layer, whose weight is [K, N]."""
+    cls = type(module)
+    return cls.__module__ == "transformers.pytorch_utils" and cls.__name__ == "Conv1D"
+
+
+def _base_weight(base: nn.Module) -> Tensor:
+    """[N, K], the base's own memory."""
+    weight = cast(Tensor, base._parameters["weight"])
+    return weight.t() if is_conv1d(base) else weight
 
 
 def patched(module: nn.Module) -> str | None:

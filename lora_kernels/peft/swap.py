@@ -14,7 +14,7 @@ from peft.tuners import lora
 from peft.tuners.lora.layer import LoraLayer, MultiheadAttention
 from torch import nn
 
-from .linear import Fused, FusedLinear, patched, trainable_base
+from .linear import Fused, FusedLinear, is_conv1d, patched, trainable_base
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -76,8 +76,8 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer, str | None]]
 def _unfusable(layer: Any) -> str | None:
     if not isinstance(layer, Fused) and _fused_class(layer) is None:
         return f"PEFT's {type(layer).__name__} is not covered in this version"
-    if layer.fan_in_fan_out:
-        return "fan_in_fan_out: a base weight kept as [K, N] is not covered in this version"
+    if layer.fan_in_fan_out and not is_conv1d(layer.get_base_layer()):
+        return "fan_in_fan_out beside a base that is not transformers' Conv1D"
     if trainable_base(layer):
         return "the base weight is trainable"
     return patched(layer)

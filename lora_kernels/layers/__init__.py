@@ -2,6 +2,7 @@
 
 from .adalora import AdaLoRALinear, QAdaLoRALinear, RankAllocator
 from .attention import LoRAAttention
+from .conv1d import LoRAConv1D
 from .dora import DoRALinear, QDoRALinear
 from .linear import LoRALinear
 from .quantized import MergedLayer, QLoRALinear
@@ -30,6 +31,7 @@ __all__ = [
     "DoRALinear",
     "HierarchicalLoRALinear",
     "LoRAAttention",
+    "LoRAConv1D",
     "LoRALinear",
     "LoRAParameterCount",
     "LoRAPlusLinear",

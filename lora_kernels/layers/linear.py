@@ -147,20 +147,7 @@ class LoRALinear(nn.Module):
         >>> LoRALinear.from_linear(linear, r=2, alpha=4).weight is linear.weight
         True
         """
-        if type(linear) is not nn.Linear:
-            raise TypeError(f"linear: got {type(linear).__name__}, want exactly torch.nn.Linear")
-        if type(linear.weight) is not nn.Parameter:
-            raise TypeError(
-                f"linear: got a weight of {type(linear.weight)}, want torch.nn.Parameter"
-            )
-        if (
-            "forward" in vars(linear)
-            or linear._forward_pre_hooks
-            or linear._forward_hooks
-            or linear._backward_pre_hooks
-            or linear._backward_hooks
-        ):
-            raise TypeError("linear: got one with hooks or a patched forward, want a stock one")
+        check_stock("linear", linear, nn.Linear, "torch.nn.Linear")
         weight = linear.weight
         layer = cls(
             linear.in_features, linear.out_features, r, alpha, dropout, linear.bias is not None,
@@ -230,7 +217,7 @@ class LoRALinear(nn.Module):
                     "no gradient: call unmerge() to train, or eval()"
                 )
             return self._product(x, self.merged_weight)
-        return self._fused(x, self.weight)
+        return self._fused(x, self._base_weight())
 
     def _fused(
         self, x: Tensor, weight: Tensor | Weight4bit, compute_dtype: torch.dtype | None = None
@@ -266,7 +253,7 @@ class LoRALinear(nn.Module):
 
     def _base(self, x: Tensor) -> Tensor:
         """The layer without its adapter."""
-        return self._product(x, self.weight)
+        return self._product(x, self._dense_weight())
 
     def _product(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight, self.bias)
@@ -322,6 +309,22 @@ class LoRALinear(nn.Module):
             f"dropout={self.dropout:g}"
         )
         return text + ", merged" * self.merged + ", disabled" * (not self.enabled)
+
+
+def check_stock(name: str, module: nn.Module, cls: type[nn.Module], of: str) -> None:
+    """Raises TypeError for anything but a plain `cls`."""
+    if type(module) is not cls:
+        raise TypeError(f"{name}: got {type(module).__name__}, want exactly {of}")
+    if type(module.weight) is not nn.Parameter:
+        raise TypeError(f"{name}: got a weight of {type(module.weight)}, want torch.nn.Parameter")
+    if (
+        "forward" in vars(module)
+        or module._forward_pre_hooks
+        or module._forward_hooks
+        or module._backward_pre_hooks
+        or module._backward_hooks
+    ):
+        raise TypeError(f"{name}: got one with hooks or a patched forward, want a stock one")
 
 
 def check_size(name: str, size: int) -> None:

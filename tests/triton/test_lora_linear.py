@@ -63,7 +63,6 @@ def test_dtypes(dtypes: tuple[Any, ...], options: dict[str, Any], strategy: str)
         {"frozen": ("x", "lora_A", "rank_gate"), **FULL},
         {"frozen": ("lora_B",), **FULL},
         {"frozen": ("lora_A", "lora_B"), **FULL},
-        {"values": "nonnegative", **FULL},
     ],
     ids=str,
 )

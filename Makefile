@@ -33,12 +33,12 @@ faults: native
 bench: native
 	$(BIN)/lora-kernels bench --json benchmarks/results/cpu.json
 	$(BIN)/lora-kernels bench --quant nf4 --seconds 1 --json benchmarks/results/cpu-4bit.json
+	$(BIN)/lora-kernels bench --variants --json benchmarks/results/cpu-variants.json
 	$(BIN)/python -m benchmarks.report
 
 # On a machine with a GPU, with the torch that is there: builds in place, needs no network.
 GPU_PYTHON ?= python3
 gpu:
-	LORA_KERNELS_NATIVE=0 $(GPU_PYTHON) -c 'import torch, triton'
 	-$(GPU_PYTHON) setup.py --quiet build_ext --inplace
 	PYTHONPATH=$(CURDIR) $(GPU_PYTHON) -m benchmarks.gpu
 

@@ -112,7 +112,9 @@ def _lora_linear_fake(
 def rank_product(
     x: Tensor, lora_A: Tensor, dropout_p: float, rng: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """P = D(x)·Aᵀ [M, R] as `lora_linear` gives it: that of a layer with one column, no base."""
+    """P = D(x)·Aᵀ [M, R]: `lora_linear`'s, of a layer with one column and no base. The same bits as
+    with a base on the CPU; Triton's strategies, one of which is chosen for that layer, add in
+    other orders."""
     call = lora_linear_direct if plain(x, lora_A) else lora_linear
     column = lora_A.new_zeros(1, lora_A.shape[0])
     p: Tensor = call(

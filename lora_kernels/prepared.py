@@ -6,6 +6,7 @@ import operator
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from . import ops, select
 from .functional import base_dtype, dora_norm, lora_linear
@@ -155,7 +156,8 @@ def _kind(weight: Tensor | Weight4bit) -> tuple[object, ...]:
 class KeptNorm:
     """`dora_norm`, kept without gradients from call to call until what it was made of changes.
 
-    Changes are known by addresses and version counters. Nothing of it is copied or pickled.
+    Changes are known by the tensors' storages, which weak references tell from others that come to
+    lie at the same address, and by version counters. Nothing of it is copied or pickled.
     """
 
     def __init__(self) -> None:
@@ -178,10 +180,16 @@ class KeptNorm:
             or any(t.is_inference() for t in tensors)  # which tell nobody when they change
         ):
             return dora_norm(weight, lora_A, lora_B, scaling, rank_gate=rank_gate)
-        key = (scaling, *((t.data_ptr(), t._version, t.shape, t.dtype) for t in tensors))
+        key = (scaling, *map(_state, tensors))
         if self._kept is None or self._kept[0] != key:
             self._kept = key, dora_norm(weight, lora_A, lora_B, scaling, rank_gate=rank_gate)
         return self._kept[1]
 
     def __reduce__(self) -> tuple[type[KeptNorm], tuple[()]]:
         return KeptNorm, ()
+
+
+def _state(t: Tensor) -> tuple[object, ...]:
+    """What differs wherever an element may."""
+    storage = StorageWeakRef(t.untyped_storage())  # equal to another while both live
+    return storage, t.storage_offset(), t.shape, t.stride(), t.dtype, t._version

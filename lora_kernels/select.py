@@ -21,7 +21,7 @@ MAX_KERNEL_RANK = 256
 STRATEGIES = {
     "eager": (eager.LIBRARY,),
     "cpu": (cpu.SINGLE_PASS, cpu.LIBRARY, cpu.FEW_ROWS),
-    "triton": (triton.SINGLE_PASS, triton.SPLIT, triton.COOPERATIVE, triton.LIBRARY),
+    "triton": triton.STRATEGIES,
 }
 BACKENDS = tuple(STRATEGIES)
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -122,8 +122,9 @@ def lora_linear(
             return choice
         return Choice("triton", known.strategy, f"the triton backend was asked for; {known.source}")
     many = None if rows is None else rows > few_rows(dtype, four_bit)
-    bfloat16 = torch.bfloat16 in (x_dtype, dtype)
-    gpu_obstacle = _gpu_obstacle(bfloat16, device_index) if device_type == "cuda" else None
+    gpu_obstacle = None
+    if device_type == "cuda":
+        gpu_obstacle = _gpu_obstacle(torch.bfloat16 in (x_dtype, dtype), device_index)
     return _choose(
         asked, native.isa, native.amx_bf16, native.reason, gpu_obstacle, device_type, x_dtype,
         a_dtype, b_dtype, dtype, rank, many, four_bit,

@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from .linear import LoRALinear, check_size
 from .quantized import QLoRALinear
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 
 class StableLoRALinear(LoRALinear):
     """`LoRALinear` that starts by Xavier's rule and can clip its adapter's gradient.
@@ -51,8 +54,8 @@ class StableLoRALinear(LoRALinear):
 class MemoryEfficientLoRALinear(LoRALinear):
     """`LoRALinear` that keeps x alone for the backward: D(x)·Aᵀ [M, r] is made again there.
 
-    Args, beside those of `LoRALinear`: use_checkpoint, False for what `LoRALinear` does. The
-    gradients are the same bits either way.
+    Args, beside those of `LoRALinear`: use_checkpoint, False for what `LoRALinear` does. On a CPU
+    the gradients are the same bits either way; Triton's kernels may add D(x)·Aᵀ in another order.
 
     >>> import torch
     >>> from lora_kernels.layers import MemoryEfficientLoRALinear
@@ -161,12 +164,12 @@ class HierarchicalLoRALinear(LoRALinear):
         power = 0.5 if kwargs.get("scaling") == "rslora" else 1.0
         self.scaling, self.level_scales = 1.0, tuple(alpha / rank**power for rank in self.ranks)
 
-    if not TYPE_CHECKING:
-
-        @classmethod
-        def from_linear(cls, linear, ranks=(8, 16, 32), *args, **options):
-            """As `LoRALinear.from_linear`, with ranks in place of r."""
-            return super().from_linear(linear, ranks, *args, **options)
+    @classmethod
+    def from_linear(  # type: ignore[override]
+        cls, linear: nn.Linear, ranks: Sequence[int] = (8, 16, 32), *args: Any, **options: Any
+    ) -> Self:
+        """As `LoRALinear.from_linear`, with ranks in place of r."""
+        return super().from_linear(linear, ranks, *args, **options)  # type: ignore[arg-type]
 
     def _make_parameters(self) -> None:
         super()._make_parameters()
@@ -199,5 +202,5 @@ class QLoRAPlusLinear(LoRAPlusLinear, QLoRALinear):
     """`LoRAPlusLinear` over a 4-bit base; see `QLoRALinear`."""
 
 
-class QHierarchicalLoRALinear(HierarchicalLoRALinear, QLoRALinear):
+class QHierarchicalLoRALinear(HierarchicalLoRALinear, QLoRALinear):  # type: ignore[misc]
     """`HierarchicalLoRALinear` over a 4-bit base; see `QLoRALinear`."""

@@ -268,7 +268,7 @@ def _output(*command: str) -> str | None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--shapes", nargs="+", type=_shape, metavar="MxKxN", default=None)
+    parser.add_argument("--shapes", nargs="+", type=models.sizes("MxKxN"), metavar="MxKxN")
     parser.add_argument("--model", choices=models.NAMES, help="the shapes of its linear layers")
     parser.add_argument("--ranks", nargs="+", type=models.positive, metavar="R", default=RANKS)
     parser.add_argument("--dtypes", nargs="+", choices=[*DTYPES, "float16"], default=DTYPES)
@@ -278,6 +278,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--quant", choices=["nf4", "fp4"], help="time the layer over a 4-bit base instead"
+    )
+    parser.add_argument(
+        "--variants", action="store_true", help="time DoRA over LoRA and its row norm instead"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure there")
 
@@ -295,6 +298,14 @@ def run(args: argparse.Namespace) -> int:
             data["rows"].append(row)
             print(bench_4bit.line(row), flush=True)
             _write(args.json, data)
+        return 0
+    if args.variants:
+        from . import bench_variants
+
+        for row in bench_variants.rows(args.dtypes, args.seconds):
+            data["rows"].append(row)
+            print(bench_variants.line(row), flush=True)
+        _write(args.json, data)
         return 0
     data["overhead_us"] = overhead(args.seconds / 2, args.device)
     taken = data["overhead_us"]
@@ -337,16 +348,6 @@ def _line(row: dict[str, Any]) -> str:
             words.append(f"{name} {tax:.3f} ")
     words += [f"{name} ✗ ({text}) " for name, text in row["misses"].items()]
     return " ".join(words).rstrip()
-
-
-def _shape(text: str) -> tuple[int, int, int]:
-    try:
-        M, K, N = (int(size) for size in text.split("x"))
-    except ValueError:
-        M = K = N = 0
-    if min(M, K, N) < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, want MxKxN, such as 256x2048x2048")
-    return M, K, N
 
 
 def _probability(text: str) -> float:

@@ -268,9 +268,7 @@ def engines() -> list[str]:
 
 def triton_engines() -> list[str]:
     """The Triton kernels' strategies, where a GPU (or Triton's interpreter) can run them."""
-    target = configs.target(None) if torch.cuda.is_available() else None
-    target = configs.INTERPRETER if triton.interpreted() else target
-    if configs.unfit(triton.absence(), target, "cpu") is not None:
+    if configs.unfit(triton.absence(), configs.here(), "cpu") is not None:
         return []
     return [f"triton {strategy}" for strategy in select.STRATEGIES["triton"]]
 

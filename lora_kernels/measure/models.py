@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from typing import NamedTuple
 
 
@@ -33,15 +34,21 @@ def linear_shapes(name: str) -> list[tuple[int, int]]:
     return list(dict.fromkeys([*shapes, (intermediate, hidden)]))
 
 
-def shape(text: str) -> tuple[int, int]:
-    """An argument such as 4096x14336: K, N."""
-    try:
-        K, N = (int(size) for size in text.split("x"))
-    except ValueError:
-        K = N = 0
-    if min(K, N) < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, want KxN, such as 4096x14336")
-    return K, N
+def sizes(form: str) -> Callable[[str], tuple[int, ...]]:
+    """Of an argument such as 4096x14336, in a form such as KxN.
+
+    >>> sizes("KxN")("4096x14336")
+    (4096, 14336)
+    """
+    example = "x".join(["256", "2048", "2048"][: form.count("x") + 1])
+
+    def parse(text: str) -> tuple[int, ...]:
+        parts = text.split("x")
+        if len(parts) != form.count("x") + 1 or not all(map(str.isdecimal, parts)) or "0" in parts:
+            raise argparse.ArgumentTypeError(f"got {text!r}, want {form}, such as {example}")
+        return tuple(map(int, parts))
+
+    return parse
 
 
 def positive(text: str) -> int:

@@ -23,14 +23,13 @@ from torch import Tensor
 from .. import __version__, functional, select
 from .. import device as devices
 from ..backends import triton
-from ..backends.triton import COOPERATIVE, LIBRARY, SINGLE_PASS, SPLIT, configs, measured
+from ..backends.triton import COOPERATIVE, LIBRARY, SINGLE_PASS, STRATEGIES, configs, measured
 from ..backends.triton.configs import Config, Target
 from ..backends.triton.measured import Measured, Shape
 from . import case as cases
 from . import models, timing, tolerance
 from .case import Case
 
-STRATEGIES = (SINGLE_PASS, SPLIT, COOPERATIVE, LIBRARY)
 ROWS = (1, 16, 512, 4096, 16384)
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -57,20 +56,21 @@ class Trial:
     want: dict[str, Tensor]  # the default's results
 
     def step(self, row: Measured) -> Callable[[], object]:
-        return lambda: self._under(row, lambda: cases.run(functional.lora_linear, self.args))
+        return lambda: self.under(row, lambda: cases.run(functional.lora_linear, self.args))
 
     def forward(self, row: Measured) -> Callable[[], object]:
         args = {name: value for name, value in self.args.items() if name != "dy"}
-        return lambda: self._under(row, lambda: functional.lora_linear(**args))
+        return lambda: self.under(row, lambda: functional.lora_linear(**args))
 
-    def _under(self, row: Measured, call: Callable[[], Any]) -> Any:
+    def under(self, row: Measured, call: Callable[[], Any]) -> Any:
+        """What the call returns where the table holds this row."""
         with measured.tried(self.key, row), select.backend("triton"):
             return call()
 
     def flaw(self, row: Measured) -> str | None:
         """What is wrong with it: an exception of the compiler or the launch, or another result."""
         try:
-            got = self._under(row, lambda: cases.run(functional.lora_linear, self.args))
+            got = self.under(row, lambda: cases.run(functional.lora_linear, self.args))
         except Exception as problem:  # of whatever the compiler, the driver or the launch raises
             return f"{type(problem).__name__}: {str(problem).partition(chr(10))[0]}"
         for name, want in self.want.items():
@@ -112,7 +112,7 @@ def tune(case: Case, target: Target, seconds: float) -> tuple[Shape, Measured, d
     chosen, _ = configs.strategy(target, case.M, case.N, case.R, itemsize, four_bit, False)
     default = Measured(chosen)
     trial = Trial(case, key, seconds, args, {})
-    trial.want = trial._under(default, lambda: cases.run(functional.lora_linear, args))
+    trial.want = trial.under(default, lambda: cases.run(functional.lora_linear, args))
 
     rows = {"default": default}
     for strategy in STRATEGIES:
@@ -153,7 +153,9 @@ def _candidates(target: Target, case: Case, strategy: str, itemsize: int) -> Ite
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add, positive = parser.add_argument, models.positive
     add("--model", choices=models.NAMES, default="llama3-8b", help="default: %(default)s")
-    add("--shapes", nargs="+", type=models.shape, metavar="KxN", help="in place of a model's")
+    add(
+        "--shapes", nargs="+", type=models.sizes("KxN"), metavar="KxN", help="in place of a model's"
+    )
     add("--rows", nargs="+", type=positive, metavar="M", default=ROWS)
     add("--ranks", nargs="+", type=positive, metavar="R", default=[16])
     add("--dtype", choices=DTYPES, default=DTYPES[0])
@@ -164,8 +166,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """0; 2 where there is no GPU that the Triton kernels run on."""
-    here = configs.target(None) if torch.cuda.is_available() else None
-    target = configs.INTERPRETER if triton.interpreted() else here
+    target = configs.here()
     why = configs.unfit(triton.absence(), target, "cpu")
     if why is not None or target is None:
         print(f"lora-kernels tune: {why}")

@@ -82,7 +82,7 @@ def test_two_streams_publish_at_once(seconds: int) -> None:
 
 
 @pytest.mark.parametrize("quant", ["", "nf4-64-nested"])
-def test_compiled(quant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled(quant: str) -> None:
     args = inputs(Case(70, 256, 320, 8, bf16, quant=quant, device="cuda"))
     dy = args.pop("dy")
     names = ("x", "lora_A", "lora_B")

@@ -56,6 +56,20 @@ def test_bench_times_no_wrong_result(
     assert "ours ✗ (y MISS" in capsys.readouterr().out
 
 
+def test_bench_of_variants(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("lora_kernels.measure.bench_variants.SIZES", (8, 48, 32))
+    file = tmp_path / "variants.json"
+    assert cli.main(["bench", "--variants", "--seconds", "0", "--json", str(file)]) == 0
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["what"] for row in rows] == ["row norm", "DoRA step"] * 2
+    for row in rows:
+        assert set(row["seconds"]) == set(row["errors"])
+        assert row["errors"]["ours"] < 2.0 ** (-7 if row["dtype"] == "bfloat16" else -20)
+    assert "over LoRA" in capsys.readouterr().out
+
+
 def test_verify_sees_a_wrong_result(monkeypatch: pytest.MonkeyPatch) -> None:
     """One seed is enough of the many, where everything is wrong."""
     monkeypatch.setattr(cases.judge, "__defaults__", (half_adapter,))

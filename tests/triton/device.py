@@ -1,5 +1,5 @@
 """Where the kernels run: a GPU or, in Triton's interpreter, the CPU."""
 
-from lora_kernels.backends import triton
+from lora_kernels.measure.case import triton_device
 
-DEVICE = "cpu" if triton.interpreted() else "cuda"
+DEVICE = triton_device()

@@ -27,6 +27,7 @@ SINGLE_PASS = "single pass"
 SPLIT = "split"
 COOPERATIVE = "publish first, consume last"
 LIBRARY = "library product + rank update"
+STRATEGIES = (SINGLE_PASS, SPLIT, COOPERATIVE, LIBRARY)
 
 
 @functools.cache

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from . import LIBRARY, SINGLE_PASS, SPLIT
+from . import LIBRARY, SINGLE_PASS, SPLIT, interpreted
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,13 @@ INTERPRETER = Target("cuda", 80, 4, 160 << 10)  # stands for the device there
 def target(device_index: int | None) -> Target:
     """Of a GPU of this machine; None: the current one."""
     return _target(torch.cuda.current_device() if device_index is None else device_index)
+
+
+def here() -> Target | None:
+    """What kernels run on by default; None where that is nothing."""
+    if interpreted():
+        return INTERPRETER
+    return target(None) if torch.cuda.is_available() else None
 
 
 @functools.cache

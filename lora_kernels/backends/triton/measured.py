@@ -16,10 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from . import COOPERATIVE, LIBRARY, SINGLE_PASS, SPLIT, configs
+from . import STRATEGIES, configs
 from .configs import Config, Target
-
-STRATEGIES = (SINGLE_PASS, SPLIT, COOPERATIVE, LIBRARY)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -82,11 +82,19 @@ def step_row(dtype: torch.dtype, seconds: float) -> dict[str, Any]:
         "PEFT's DoRA": peft(True),
         "PEFT's LoRA": peft(False),
     }
+    A, B = torch.randn(RANK, K) / K**0.5, torch.randn(N, RANK) / RANK**0.5
+    x64, W64, A64, B64 = (t.detach().double() for t in (x, linear.weight, A, B))
+    y64 = reference.lora_linear(x64, W64, A64, B64, SCALING)
+    scale = reference.dora_norm(W64, A64, B64, 0.0) / reference.dora_norm(W64, A64, B64, SCALING)
+    ref = {"LoRA": y64, "DoRA": scale * y64}  # the magnitudes are those at the start
     errors = {}
-    with torch.no_grad():  # B is zero and the magnitudes the norms: all compute the base's product
-        ref = x.double() @ linear.weight.double().T
+    with torch.no_grad():
         for name, layer in layers.items():
-            errors[name] = ((layer(x) - ref).norm() / ref.norm()).item()
+            for key, value in (("lora_A", A), ("lora_B", B)):
+                held = getattr(layer, key)
+                (held["default"].weight if "PEFT" in name else held).copy_(value)
+            want = ref["LoRA" if "LoRA" in name else "DoRA"]
+            errors[name] = ((layer(x) - want).norm() / want.norm()).item()
     calls = {name: step(layer) for name, layer in layers.items()}
     return _row("DoRA step", dtype, calls, seconds) | {"errors": errors}
 

@@ -125,6 +125,7 @@ LK_INLINE void tiles_block(const ProductArgs& a, const Philox& generator, int64_
     else
       pack_words<Pair, bf16>(a.w, k, depth, n0, n1 - n0, panel);
     const bf16* const xk = x + m0 / X_ROWS * ld + k / X_DEPTH * X_TILE;
+    Lines ahead = lines_after<bf16>(a, k, depth, n0, 2 * step);
     for (int64_t half = 0; half < 2; ++half)
       for (int64_t group = 0; group < groups; ++group) {
         const bf16* const rows = xk + 2 * group * ld;
@@ -133,12 +134,9 @@ LK_INLINE void tiles_block(const ProductArgs& a, const Philox& generator, int64_
           tiles_2x2(rows, ld, steps, panel + 2 * W * half, c + 2 * W * half, k > 0);
         else if (!half)
           tiles_1x4(rows, steps, panel, c, k > 0);
-        const int64_t next = k + depth;
-        if (!a.codes && (next < a.K || n1 < u.N)) {
-          const int64_t k1 = next < a.K ? next : 0, n = next < a.K ? n0 : n1;
-          prefetch_words(a.w, 2, k1, min(2 * step, a.K - k1), n, min(VW, u.N - n),
-                         half * groups + group, 2 * groups);
-        }
+        for (const int64_t stop = ahead.count * (half * groups + group + 1) / (2 * groups);
+             ahead.next < stop;)
+          ahead.ask();
       }
   }
   const bool plain = !(u.z || u.c || u.bias);

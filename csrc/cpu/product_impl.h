@@ -9,7 +9,7 @@
 namespace lora_kernels {
 namespace {
 
-constexpr int64_t WORDS = 320;       // of the sum in one packed panel at most: 80 KB of L2
+constexpr int64_t WORDS = 512;       // of the sum in one packed panel at most: 128 KB of L2
 constexpr int64_t BLOCK_ROWS = 960;  // that share a packed panel: 240 KB of sums
 constexpr int64_t TILE = Y_ROWS * VW;
 
@@ -182,31 +182,56 @@ LK_INLINE void pack_codes(const Codes4bit& w, bool k_inner, int64_t k0, int64_t 
   }
 }
 
-// Asks for part `part` of `parts` of what pack_words will read, so that W comes while the panel
+// Cache lines of W that pack_words will read, asked for one by one so that W comes while the panel
 // before it is at work.
-LK_INLINE void prefetch_words(const Matrix& w, int64_t bytes, int64_t k0, int64_t depth, int64_t n0,
-                              int64_t count, int64_t part, int64_t parts) {
+struct Lines {
+  const char* row;
+  int64_t stride, in_row, count;  // bytes from row to row, lines of a row, lines in all
+  int64_t next = 0, in = 0;       // asked for so far, and how many of this row's
+
+  void ask() {
+    __builtin_prefetch(row + in * 64, 0, 2);
+    ++next;
+    if (++in < in_row) return;
+    in = 0;
+    row += stride;
+  }
+};
+
+// Those of the panel after the one at k and n0, which is `depth` deep and `full` at most.
+template <typename T>
+LK_INLINE Lines lines_after(const ProductArgs& a, int64_t k, int64_t depth, int64_t n0,
+                            int64_t full) {
+  const Matrix& w = a.w;
+  const bool more = k + depth < a.K;  // of these columns
+  if (a.codes || (!more && n0 + VW >= a.update.N)) return {};
+  const int64_t k0 = more ? k + depth : 0, n = more ? n0 : n0 + VW;
+  const int64_t rows = min(full, a.K - k0), columns = min(VW, a.update.N - n);
   const bool along_n = w.col == 1;
-  const int64_t stride = (along_n ? w.row : w.col) * bytes, rows = along_n ? depth : count;
-  const int64_t lines = ((along_n ? count : depth) * bytes + 63) / 64;
-  const char* const from = static_cast<const char*>(w.data) + (k0 * w.row + n0 * w.col) * bytes;
-  for (int64_t i = rows * part / parts; i < rows * (part + 1) / parts; ++i)
-    for (int64_t line = 0; line < lines; ++line)
-      __builtin_prefetch(from + i * stride + line * 64, 0, 2);
+  const int64_t in_row = ((along_n ? columns : rows) * (int64_t)sizeof(T) + 63) / 64;
+  return {static_cast<const char*>(w.data) + (k0 * w.row + n * w.col) * (int64_t)sizeof(T),
+          (along_n ? w.row : w.col) * (int64_t)sizeof(T), in_row,
+          in_row * (along_n ? rows : columns)};
 }
 
-// acc += the sum over `words` of x times a packed panel.
+// acc += the sum over `words` of x times a packed panel. Meanwhile asks for the lines of W before
+// `stop`, at even distances: all at once they would wait for one another.
 template <typename Word>
 LK_INLINE void product_tile(const Word* const x[Y_ROWS], int64_t words, const float* panel,
-                            vf acc[Y_ROWS][V]) {
-  for (int64_t k = 0; k < words; ++k, panel += VW) {
-    vf w[V];
-    LK_UNROLL for (int v = 0; v < V; ++v) w[v] = load(panel + v * W);
-    LK_UNROLL for (int i = 0; i < Y_ROWS; ++i) {
-      const vf b = splat_word(x[i] + k);
-      LK_UNROLL for (int v = 0; v < V; ++v) acc[i][v] = word_fma(b, w[v], acc[i][v], Word{});
+                            Lines& ahead, int64_t stop, vf acc[Y_ROWS][V]) {
+  const int64_t run = max(1, words / (stop - ahead.next + 1));
+  for (int64_t k = 0; k < words;) {
+    for (const int64_t end = min(words, k + run); k < end; ++k, panel += VW) {
+      vf w[V];
+      LK_UNROLL for (int v = 0; v < V; ++v) w[v] = load(panel + v * W);
+      LK_UNROLL for (int i = 0; i < Y_ROWS; ++i) {
+        const vf b = splat_word(x[i] + k);
+        LK_UNROLL for (int v = 0; v < V; ++v) acc[i][v] = word_fma(b, w[v], acc[i][v], Word{});
+      }
     }
+    if (ahead.next < stop) ahead.ask();
   }
+  while (ahead.next < stop) ahead.ask();
 }
 
 // Where a tile's rows of x are: in x itself, or copied to `rows` as words with zeros at the end.
@@ -262,6 +287,7 @@ LK_INLINE void product_block(const ProductArgs& a, const Philox& generator, int6
       pack_codes<Word>(*a.codes, a.k_inner, k, depth, n0, n1 - n0, panel, decoded);
     else
       pack_words<Word, T>(a.w, k, depth, n0, n1 - n0, panel);
+    Lines ahead = lines_after<T>(a, k, depth, n0, step * E);
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int64_t m = m0 + tile * Y_ROWS, count = min(Y_ROWS, m1 - m);
       float* const c = C + tile * TILE;
@@ -279,13 +305,7 @@ LK_INLINE void product_block(const ProductArgs& a, const Philox& generator, int6
             zero();
       const Word* x[Y_ROWS];
       words_of_x<Word, T>(a.x, m, count, k, depth, rows, x);
-      product_tile(x, (depth + E - 1) / E, panel, acc);
-      const bool more = next < a.K;  // of this panel's columns
-      if (!a.codes && (more || n1 < u.N)) {
-        const int64_t k1 = more ? next : 0, depth1 = min(step * E, a.K - k1);
-        const int64_t n = more ? n0 : n1, count1 = min(VW, u.N - n);
-        prefetch_words(a.w, sizeof(T), k1, depth1, n, count1, tile, tiles);
-      }
+      product_tile(x, (depth + E - 1) / E, panel, ahead, ahead.count * (tile + 1) / tiles, acc);
       if (next < a.K) {
         LK_UNROLL for (int i = 0; i < Y_ROWS; ++i) LK_UNROLL for (int v = 0; v < V; ++v) acc[i][v] =
             add(sum(i, v), acc[i][v]);

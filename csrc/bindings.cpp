@@ -2,10 +2,13 @@
 // Shapes and dtypes are the caller's business (lora_kernels/backends/cpu.py, after functional.py
 // has checked them); the GIL is released while a kernel runs.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <tuple>
+#include <vector>
 
 #include "cpu/dispatch.h"
 #include "cpu/layer.h"
@@ -26,7 +29,9 @@ Matrix matrix(Pointer p, int dtype, int64_t row, int64_t col = 1) {
   return {as<const void>(p), static_cast<DType>(dtype), row, col};
 }
 
-Dropout dropout(Pointer rng, uint32_t threshold) { return {as<const int64_t>(rng), threshold}; }
+Dropout dropout(Pointer rng, uint32_t threshold, Pointer rows = 0) {
+  return {as<const int64_t>(rng), threshold, as<const int64_t>(rows)};
+}
 
 void forward(Pointer x, int x_dtype, int64_t x_row, Pointer xs, int dtype, int64_t xs_row,
              int64_t M, int64_t K, int64_t N, int64_t R, Pointer w, int64_t w_row, int64_t w_col,
@@ -56,6 +61,48 @@ void backward(Pointer dy, int dy_dtype, int64_t dy_row, Pointer dz, int dtype, i
       {matrix(dy, dy_dtype, dy_row), matrix(dz, dtype, dz_row), matrix(x, x_dtype, x_row),
        as<const float>(p), as<const void>(z), as<void>(dx), as<void>(da), as<void>(db),
        as<float>(dg), as<float>(dc), as<float>(dbias)});
+}
+
+// start, stop, R, scaling; A and its row stride; B and its strides; dA, dB
+using AdapterTuple = std::tuple<int64_t, int64_t, int64_t, float, Pointer, int64_t, Pointer,
+                                int64_t, int64_t, Pointer, Pointer>;
+
+std::vector<Adapter> adapters_of(const std::vector<AdapterTuple>& tuples, int a_dtype,
+                                 int b_dtype) {
+  std::vector<Adapter> adapters;
+  for (const auto& [start, stop, R, scaling, a, a_row, b, b_row, b_col, da, db] : tuples)
+    adapters.push_back({start, stop, matrix(a, a_dtype, a_row), matrix(b, b_dtype, b_row, b_col), R,
+                        scaling, as<void>(da), as<void>(db)});
+  return adapters;
+}
+
+void multi_forward(Pointer x, int x_dtype, int64_t x_row, Pointer xs, int dtype, int64_t xs_row,
+                   int64_t M, int64_t K, int64_t N, int64_t R, Pointer w, int64_t w_row,
+                   int64_t w_col, const Codes4bit* codes, bool few_rows,
+                   const std::vector<AdapterTuple>& tuples, int a_dtype, int b_dtype,
+                   float keep_scale, Pointer bias, Pointer rng, uint32_t threshold, Pointer rows,
+                   Pointer p, Pointer y, int y_dtype, int threads) {
+  const std::vector<Adapter> adapters = adapters_of(tuples, a_dtype, b_dtype);
+  multi_lora_linear({matrix(w, dtype, w_row, w_col), codes, M, K, N, R, adapters.data(),
+                     static_cast<int64_t>(adapters.size()), keep_scale, as<const float>(bias),
+                     dropout(rng, threshold, rows), threads},
+                    {matrix(x, x_dtype, x_row), matrix(xs, dtype, xs_row), few_rows, as<float>(p),
+                     as<void>(y), static_cast<DType>(y_dtype), nullptr});
+}
+
+void multi_backward(Pointer dy, int dy_dtype, int64_t dy_row, Pointer dz, int dtype, int64_t dz_row,
+                    Pointer x, int x_dtype, int64_t x_row, int64_t M, int64_t K, int64_t N,
+                    int64_t R, Pointer w, int64_t w_row, int64_t w_col, const Codes4bit* codes,
+                    const std::vector<AdapterTuple>& tuples, int a_dtype, int b_dtype,
+                    float keep_scale, Pointer rng, uint32_t threshold, Pointer rows, Pointer p,
+                    Pointer dx, int threads) {
+  const std::vector<Adapter> adapters = adapters_of(tuples, a_dtype, b_dtype);
+  multi_lora_linear_backward(
+      {matrix(w, dtype, w_row, w_col), codes, M, K, N, R, adapters.data(),
+       static_cast<int64_t>(adapters.size()), keep_scale, nullptr, dropout(rng, threshold, rows),
+       threads},
+      {matrix(dy, dy_dtype, dy_row), matrix(dz, dtype, dz_row), matrix(x, x_dtype, x_row),
+       as<const float>(p), nullptr, as<void>(dx), nullptr, nullptr, nullptr, nullptr, nullptr});
 }
 
 int log2_of(int64_t power) {
@@ -210,4 +257,6 @@ PYBIND11_MODULE(_native, m) {
   m.def("row_norm", row_norm, release);
   m.def("lora_linear", forward, release);
   m.def("lora_linear_backward", backward, release);
+  m.def("multi_lora_linear", multi_forward, release);
+  m.def("multi_lora_linear_backward", multi_backward, release);
 }

@@ -2,8 +2,15 @@
 
 __version__ = "0.1.0"
 
-from .functional import dora_norm, lora_linear
+from .functional import dora_norm, lora_linear, multi_lora_linear
 from .reference import dropout_mask
 from .select import backend
 
-__all__ = ["__version__", "backend", "dora_norm", "dropout_mask", "lora_linear"]
+__all__ = [
+    "__version__",
+    "backend",
+    "dora_norm",
+    "dropout_mask",
+    "lora_linear",
+    "multi_lora_linear",
+]

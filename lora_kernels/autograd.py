@@ -99,3 +99,61 @@ class LoRALinearFunction(torch.autograd.Function):
             dbias.to(ctx.bias_dtype) if need_bias else None,
             *[None] * (5 + len(codes)),
         )
+
+
+class MultiLoRALinearFunction(torch.autograd.Function):
+    """`ops.multi_lora_linear` with `ops.multi_lora_linear_backward`.
+
+    The adapters' tensors come last: E of A, E of B and, for a 4-bit weight, its codes. Saved for
+    backward: the inputs, P [M, R], the rng state.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        index: Tensor,
+        scaling: tuple[float, ...],
+        bias: Tensor | None,
+        dropout_p: float,
+        rng: Tensor | None,
+        dtype: torch.dtype,
+        y_dtype: torch.dtype,
+        *tensors: Any,
+    ) -> Tensor:
+        E = len(scaling)
+        lora_A, lora_B, codes = tensors[:E], tensors[E : 2 * E], tensors[2 * E :]
+        base: tuple[Any, ...] = codes or (weight,)
+        call: Any = ops.multi_lora_linear_4bit if codes else ops.multi_lora_linear
+        ctx.asked = None if torch.compiler.is_compiling() else forced.current.get()
+        y: Tensor
+        y, p = call(x, *base, lora_A, lora_B, index, scaling, bias, dropout_p, rng, dtype, y_dtype)
+        ctx.save_for_backward(x, weight, index, p, rng, *tensors[: 2 * E], *codes[:-2])
+        ctx.scaling, ctx.dropout_p, ctx.dtype = scaling, dropout_p, dtype
+        ctx.blocksizes = codes[-2:]
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, index, p, rng, *tensors = ctx.saved_tensors
+        E, need = len(ctx.scaling), ctx.needs_input_grad
+        lora_A, lora_B, codes = tensors[:E], tensors[E : 2 * E], tensors[2 * E :]
+        need_A, need_B = need[9 : 9 + E], need[9 + E : 9 + 2 * E]
+        base: tuple[Any, ...] = (*codes, *ctx.blocksizes) if codes else (weight,)
+        call: Any = ops.multi_lora_linear_backward_4bit if codes else ops.multi_lora_linear_backward
+        same = ctx.asked is None or ctx.asked is forced.current.get()
+        with _NOTHING if same else forced.again(ctx.asked):
+            dx, dA, dB, dbias = call(
+                dy, x, *base, lora_A, lora_B, index, p, ctx.scaling, ctx.dropout_p, rng, ctx.dtype,
+                need[0], need_A, need_B, need[4],
+            )  # fmt: skip
+        return (
+            dx if need[0] else None, None, None, None,
+            dbias.to(ctx.bias_dtype) if need[4] else None, None, None, None, None,
+            *[grad if needed else None for grad, needed in zip(dA, need_A, strict=True)],
+            *[grad if needed else None for grad, needed in zip(dB, need_B, strict=True)],
+            *[None] * (len(codes) + len(ctx.blocksizes)),
+        )  # fmt: skip

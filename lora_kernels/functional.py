@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import ops
-from .autograd import LoRALinearFunction
+from .autograd import LoRALinearFunction, MultiLoRALinearFunction
 from .quantization import Weight4bit
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -66,7 +67,7 @@ def lora_linear(
             [2.5000, 2.5000, 2.5000]])
     """
     device, x_dtype, a_dtype, b_dtype = x.device, x.dtype, lora_A.dtype, lora_B.dtype
-    dtype = y_dtype = base_dtype(device.type, x_dtype)
+    y_dtype = base_dtype(device.type, x_dtype)
 
     R, K = _matrix("lora_A", lora_A, "[R, K]")
     N, _ = _matrix("lora_B", lora_B, "[N, R]")
@@ -80,41 +81,140 @@ def lora_linear(
         _check_dtypes("x", x_dtype, lora_A=a_dtype, lora_B=b_dtype)
     if not (device == lora_A.device == lora_B.device):
         _check_devices(x, lora_A=lora_A, lora_B=lora_B)
-    codes: tuple[Any, ...] = ()
-    if isinstance(weight, Weight4bit):
-        dtype = base_dtype(device.type, x_dtype, compute_dtype)
-        _check_weight_4bit(x, weight, (N, K), dtype)
-        codes, weight = weight.codes, None
-    elif compute_dtype is not None:
-        raise ValueError(f"compute_dtype: got {compute_dtype}, want None beside a dense weight")
-    elif weight is not None:
-        if weight.dtype is not x_dtype or weight.device != device or weight.requires_grad:
-            _check_weight(x, weight)
-        if weight.shape != (N, K):
-            raise ValueError(
-                f"weight: got shape {_shape(weight)}, want [{N}, {K}] for lora_A "
-                f"{_shape(lora_A)} and lora_B {_shape(lora_B)}"
-            )
+    weight, codes, dtype = _base(x, weight, (N, K), compute_dtype)
     if bias is not None:
         _check_vector("bias", bias, N, x)
     if rank_gate is not None:
         _check_vector("rank_gate", rank_gate, R, x)
     if column_scale is not None:
         _check_vector("column_scale", column_scale, N, x)
-    if dropout_p:
-        if not 0.0 <= dropout_p <= 1.0:  # NaN fails this too
-            raise ValueError(f"dropout_p: got {dropout_p}, want a probability in [0, 1]")
-        if rng is None:
-            # Drawn whether or not gradients are on, so that checkpointing replays it.
-            rng = torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=device)
-        else:
-            _check_rng(rng, x)
-    else:
-        rng = None
+    if dropout_p or rng is not None:
+        dropout_p, rng = _dropout(x, dropout_p, rng)
     return LoRALinearFunction.apply(  # type: ignore[no-any-return]
         x, weight, lora_A, lora_B, float(scaling), rank_gate, column_scale, bias,
         float(dropout_p), rng, dtype, y_dtype, recompute, *codes,
     )  # fmt: skip
+
+
+def multi_lora_linear(
+    x: Tensor,
+    weight: Tensor | Weight4bit | None,
+    lora_A: Tensor | Sequence[Tensor],
+    lora_B: Tensor | Sequence[Tensor],
+    index: Tensor,
+    scaling: float | Sequence[float] = 1.0,
+    bias: Tensor | None = None,
+    *,
+    dropout_p: float = 0.0,
+    rng: Tensor | None = None,
+    compute_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """A frozen linear whose rows of x each have one of E adapters, or none:
+
+        y_m = W·x_m + scaling_e · B_e·(A_e·D(x)_m) + bias,    e = index_m
+
+    One base product for all rows, and no adapter is copied. Rows of an adapter that lie together,
+    as those of a sequence do, are taken as they lie; others are put in order and back.
+
+    Args:
+        x: [..., K], as `lora_linear`'s.
+        weight: [N, K], a `Weight4bit`, or None for the adapters' part alone.
+        lora_A: [E, R, K], or E tensors [R_e, K], whose ranks may differ; lora_B: [E, N, R], or E
+            tensors [N, R_e]. One dtype for all of lora_A and one for all of lora_B.
+        index: integers of x's leading shape [...]: 0 to E - 1, or -1 for no adapter.
+        scaling: alpha / r, of all or of each.
+        bias, dropout_p, rng, compute_dtype: as `lora_linear`'s. Element (m, k) of the dropout mask
+            is that of x's row m, whichever adapter it has.
+
+    Returns:
+        y [..., N], in autocast's dtype where autocast is on for x's device, else in x's.
+        Differentiable once in x, lora_A, lora_B and bias; an adapter that no row has gets zeros.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what it is and what it should be.
+        RuntimeError: a backend was forced that cannot run here.
+
+    >>> import torch, lora_kernels
+    >>> x, W, A, B = torch.ones(3, 2), torch.eye(2), torch.ones(2, 1, 2), torch.ones(2, 2, 1)
+    >>> lora_kernels.multi_lora_linear(x, W, A, B, torch.tensor([0, 1, -1]), scaling=[0.5, 2.0])
+    tensor([[2., 2.],
+            [5., 5.],
+            [1., 1.]])
+    """
+    As, Bs = _adapters("lora_A", lora_A, "[E, R, K]"), _adapters("lora_B", lora_B, "[E, N, R]")
+    E, device = len(As), x.device
+    if len(Bs) != E:
+        raise ValueError(f"lora_B: got {len(Bs)} adapters, want {E}, as many as of lora_A")
+    y_dtype = base_dtype(device.type, x.dtype)
+    K, N = As[0].shape[1], Bs[0].shape[0]
+    if x.dim() == 0 or x.shape[-1] != K:
+        raise ValueError(f"x: got shape {_shape(x)}, want [..., {K}] for lora_A {_shape(As[0])}")
+    if x.dtype not in _FLOATS:
+        raise TypeError(f"x: got {x.dtype}, want float32, bfloat16, float16 or float64")
+    for e, (A, B) in enumerate(zip(As, Bs, strict=True)):
+        for name, t, first, want in (
+            ("lora_A", A, As[0], f"[R, {K}]"),
+            ("lora_B", B, Bs[0], f"[{N}, {A.shape[0]}]"),
+        ):
+            name = f"{name}[{e}]"
+            side = t.shape[1] == K if t is A else tuple(t.shape) == (N, A.shape[0])
+            if not side:
+                raise ValueError(f"{name}: got shape {_shape(t)}, want {want}")
+            if t.dtype is not first.dtype:
+                raise TypeError(f"{name}: got {t.dtype}, want {first.dtype}, as the first has")
+            _check_dtypes("x", x.dtype, **{name: t.dtype})
+            _check_devices(x, **{name: t})
+    if not isinstance(index, Tensor) or index.dtype not in (torch.int64, torch.int32):
+        got = index.dtype if isinstance(index, Tensor) else type(index).__name__
+        raise TypeError(f"index: got {got}, want a tensor of int64 or int32")
+    if index.shape != x.shape[:-1]:
+        raise ValueError(f"index: got shape {_shape(index)}, want x's {list(x.shape[:-1])}")
+    _check_devices(x, index=index)
+    factors = (scaling,) * E if isinstance(scaling, (int, float)) else tuple(scaling)
+    if len(factors) != E:
+        raise ValueError(f"scaling: got {len(factors)} numbers, want one, or {E}")
+    weight, codes, dtype = _base(x, weight, (N, K), compute_dtype)
+    if bias is not None:
+        _check_vector("bias", bias, N, x)
+    dropout_p, rng = _dropout(x, dropout_p, rng)
+    return MultiLoRALinearFunction.apply(  # type: ignore[no-any-return]
+        x, weight, index, tuple(map(float, factors)), bias, dropout_p, rng, dtype, y_dtype, *As,
+        *Bs, *codes,
+    )  # fmt: skip
+
+
+def _adapters(name: str, tensors: Tensor | Sequence[Tensor], want: str) -> list[Tensor]:
+    """E matrices, of a tensor of three dimensions or of a sequence."""
+    if isinstance(tensors, Tensor):
+        if tensors.dim() != 3 or tensors.numel() == 0:
+            raise ValueError(
+                f"{name}: got shape {_shape(tensors)}, want {want}, each at least 1, or a sequence "
+                "of matrices"
+            )
+        return list(tensors.unbind())
+    if not tensors:
+        raise ValueError(f"{name}: got no adapter, want at least 1")
+    for e, t in enumerate(tensors):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name}[{e}]: got {type(t).__name__}, want a tensor")
+        _matrix(f"{name}[{e}]", t, want.replace("E, ", ""))
+    return list(tensors)
+
+
+def _dropout(x: Tensor, dropout_p: float, rng: Tensor | None) -> tuple[float, Tensor | None]:
+    """The probability, checked, and the state that the mask is made of, None where there is none.
+
+    It is drawn whether or not gradients are on, so that checkpointing replays it.
+    """
+    if not dropout_p:
+        return 0.0, None
+    if not 0.0 <= dropout_p <= 1.0:  # NaN fails this too
+        raise ValueError(f"dropout_p: got {dropout_p}, want a probability in [0, 1]")
+    if rng is None:
+        rng = torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=x.device)
+    else:
+        _check_rng(rng, x)
+    return float(dropout_p), rng
 
 
 @torch.no_grad()
@@ -222,6 +322,29 @@ def _check_dtypes(beside: str, x_dtype: torch.dtype, **dtypes: torch.dtype) -> N
             raise TypeError(
                 f"{name}: got {got} beside {beside} in {x_dtype}; float64 goes with float64 alone"
             )
+
+
+def _base(
+    x: Tensor,
+    weight: Tensor | Weight4bit | None,
+    shape: tuple[int, int],
+    compute_dtype: torch.dtype | None,
+) -> tuple[Tensor | None, tuple[Any, ...], torch.dtype]:
+    """The weight, checked, dense or as codes, and the dtype of the base product."""
+    if isinstance(weight, Weight4bit):
+        dtype = base_dtype(x.device.type, x.dtype, compute_dtype)
+        _check_weight_4bit(x, weight, shape, dtype)
+        return None, weight.codes, dtype
+    if compute_dtype is not None:
+        raise ValueError(f"compute_dtype: got {compute_dtype}, want None beside a dense weight")
+    if weight is not None:
+        if weight.dtype is not x.dtype or weight.device != x.device or weight.requires_grad:
+            _check_weight(x, weight)
+        if weight.shape != shape:
+            raise ValueError(
+                f"weight: got shape {_shape(weight)}, want {list(shape)} for lora_A and lora_B"
+            )
+    return weight, (), base_dtype(x.device.type, x.dtype)
 
 
 def _check_weight(x: Tensor, weight: Tensor) -> None:

@@ -7,7 +7,7 @@ rows. The choice of a backend is made in here, so a compiler never sees which on
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +36,13 @@ _SCHEMAS = {
     "float dropout_p, Tensor? rng, ScalarType dtype, bool need_x, bool need_A, bool need_B, "
     "bool need_gate, bool need_column_scale, bool need_bias) "
     "-> (Tensor dx, Tensor dA, Tensor dB, Tensor dg, Tensor dc, Tensor dbias)",
+    "multi_lora_linear": "(Tensor x, {weight}, Tensor[] lora_A, Tensor[] lora_B, Tensor index, "
+    "float[] scaling, Tensor? bias, float dropout_p, Tensor? rng, ScalarType dtype, "
+    "ScalarType y_dtype) -> (Tensor y, Tensor p)",
+    "multi_lora_linear_backward": "(Tensor dy, Tensor x, {weight}, Tensor[] lora_A, "
+    "Tensor[] lora_B, Tensor index, Tensor p, float[] scaling, float dropout_p, Tensor? rng, "
+    "ScalarType dtype, bool need_x, bool[] need_A, bool[] need_B, bool need_bias) "
+    "-> (Tensor dx, Tensor[] dA, Tensor[] dB, Tensor dbias)",
     "dora_norm": "({weight}, Tensor lora_A, Tensor lora_B, float scaling, Tensor? rank_gate) "
     "-> Tensor",
 }
@@ -221,6 +228,127 @@ def _lora_linear_backward_fake(
     )
 
 
+# multi_lora_linear ------------------------------------------------------------------------------
+
+
+def _multi_choice(
+    x: Tensor,
+    weight: Tensor | Codes | None,
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    dtype: torch.dtype,
+) -> select.Choice:
+    return select.multi_lora_linear(
+        x.device.type, x.dtype, lora_A[0].dtype, lora_B[0].dtype, dtype,
+        max(A.shape[0] for A in lora_A), x.shape[0], isinstance(weight, Codes), x.device.index,
+    )  # fmt: skip
+
+
+def _multi_lora_linear(
+    x: Tensor,
+    weight: Tensor | Codes | None,
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    index: Tensor,
+    scaling: Sequence[float],
+    bias: Tensor | None,
+    dropout_p: float,
+    rng: Tensor | None,
+    dtype: torch.dtype,
+    y_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    x2 = x.reshape(-1, x.shape[-1])
+    choice = _multi_choice(x2, weight, lora_A, lora_B, dtype)
+    with _no_autocast(x.device.type):
+        y, p = _BACKENDS[choice.backend].multi_lora_linear(
+            x2, weight, lora_A, lora_B, index.reshape(-1), scaling, bias, dropout_p, rng, dtype,
+            y_dtype, choice.strategy,
+        )  # fmt: skip
+    return y.view(*x.shape[:-1], y.shape[1]), p
+
+
+def _multi_lora_linear_fake(
+    x: Tensor,
+    weight: Tensor | Codes | None,
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    index: Tensor,
+    scaling: Sequence[float],
+    bias: Tensor | None,
+    dropout_p: float,
+    rng: Tensor | None,
+    dtype: torch.dtype,
+    y_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    M, R = x.numel() // x.shape[-1], max(A.shape[0] for A in lora_A)
+    y = x.new_empty(*x.shape[:-1], lora_B[0].shape[0], dtype=y_dtype)
+    return y, x.new_empty(M, R, dtype=_stat_dtype(dtype))
+
+
+def _multi_lora_linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | Codes | None,
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    index: Tensor,
+    p: Tensor,
+    scaling: Sequence[float],
+    dropout_p: float,
+    rng: Tensor | None,
+    dtype: torch.dtype,
+    need_x: bool,
+    need_A: Sequence[bool],
+    need_B: Sequence[bool],
+    need_bias: bool,
+) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
+    x2, dy2 = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+    choice = _multi_choice(x2, weight, lora_A, lora_B, dtype)
+    with _no_autocast(x.device.type):
+        dx, dA, dB, dbias = _BACKENDS[choice.backend].multi_lora_linear_backward(
+            dy2, x2, weight, lora_A, lora_B, index.reshape(-1), p, scaling, dropout_p, rng, dtype,
+            need_x, need_A, need_B, need_bias, choice.strategy,
+        )  # fmt: skip
+
+    def or_nothing(grad: Tensor | None, dtype: torch.dtype) -> Tensor:
+        return x.new_empty(0, dtype=dtype) if grad is None else grad
+
+    return (
+        x.new_empty(0) if dx is None else dx.view(x.shape),
+        [or_nothing(grad, A.dtype) for grad, A in zip(dA, lora_A, strict=True)],
+        [or_nothing(grad, B.dtype) for grad, B in zip(dB, lora_B, strict=True)],
+        or_nothing(dbias, p.dtype),
+    )
+
+
+def _multi_lora_linear_backward_fake(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | Codes | None,
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    index: Tensor,
+    p: Tensor,
+    scaling: Sequence[float],
+    dropout_p: float,
+    rng: Tensor | None,
+    dtype: torch.dtype,
+    need_x: bool,
+    need_A: Sequence[bool],
+    need_B: Sequence[bool],
+    need_bias: bool,
+) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
+    def like(need: bool, t: Tensor) -> Tensor:
+        return t.new_empty(t.shape if need else (0,))
+
+    return (
+        like(need_x, x),
+        [like(need, A) for need, A in zip(need_A, lora_A, strict=True)],
+        [like(need, B) for need, B in zip(need_B, lora_B, strict=True)],
+        x.new_empty(lora_B[0].shape[0] if need_bias else 0, dtype=p.dtype),
+    )
+
+
 # dora_norm --------------------------------------------------------------------------------------
 
 
@@ -289,6 +417,13 @@ def _with_codes(function: Callable[..., Any], before: int) -> Callable[..., Any]
 for _name, _impl, _fake, _before in (
     ("lora_linear", _lora_linear, _lora_linear_fake, 1),
     ("lora_linear_backward", _lora_linear_backward, _lora_linear_backward_fake, 2),
+    ("multi_lora_linear", _multi_lora_linear, _multi_lora_linear_fake, 1),
+    (
+        "multi_lora_linear_backward",
+        _multi_lora_linear_backward,
+        _multi_lora_linear_backward_fake,
+        2,
+    ),
     ("dora_norm", _dora_norm, _dora_norm_fake, 0),
 ):
     for _suffix, _weight in _WEIGHTS.items():
@@ -306,6 +441,10 @@ lora_linear_backward = torch.ops.lora_kernels.lora_linear_backward.default
 dora_norm = torch.ops.lora_kernels.dora_norm.default
 dora_norm_4bit = torch.ops.lora_kernels.dora_norm_4bit.default
 lora_linear_4bit = torch.ops.lora_kernels.lora_linear_4bit.default
+multi_lora_linear = torch.ops.lora_kernels.multi_lora_linear.default
+multi_lora_linear_backward = torch.ops.lora_kernels.multi_lora_linear_backward.default
+multi_lora_linear_4bit = torch.ops.lora_kernels.multi_lora_linear_4bit.default
+multi_lora_linear_backward_4bit = torch.ops.lora_kernels.multi_lora_linear_backward_4bit.default
 lora_linear_backward_4bit = torch.ops.lora_kernels.lora_linear_backward_4bit.default
 _PLAIN = (Tensor, torch.nn.Parameter)
 

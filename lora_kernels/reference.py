@@ -9,6 +9,7 @@ Everything else in this package is checked against these few lines and their der
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -106,6 +107,42 @@ def lora_linear(
     gate = scaling if rank_gate is None else scaling * rank_gate
     z = x @ weight.T + ((dropped @ lora_A.T) * gate) @ lora_B.T
     y = z if column_scale is None else z * column_scale
+    return y if bias is None else y + bias
+
+
+def multi_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    index: Tensor,
+    scaling: Sequence[float],
+    bias: Tensor | None = None,
+    *,
+    dropout_p: float = 0.0,
+    rng: Tensor | None = None,
+) -> Tensor:
+    """`lora_linear` where each row of x has an adapter of its own, or none (-1):
+
+        y_m = W̃·x_m + s_e·B_e·(A_e·D(x)_m) + bias,    e = index_m
+
+    x [..., K], index integers [...], lora_A[e] [R_e, K], lora_B[e] [N, R_e], scaling a number each.
+
+    >>> x, W, A, B = torch.ones(2, 3), torch.eye(3), torch.ones(1, 3), torch.ones(3, 1)
+    >>> multi_lora_linear(x, W, [A], [B], torch.tensor([0, -1]), [0.5])
+    tensor([[2.5000, 2.5000, 2.5000],
+            [1.0000, 1.0000, 1.0000]])
+    """
+    dropped = x
+    if dropout_p > 0:
+        assert rng is not None
+        K = x.shape[-1]
+        mask = dropout_mask(rng, x.numel() // K, K, dropout_p).view(x.shape)
+        dropped = x * mask.to(x.dtype) * dropout_scale(dropout_p)
+    y = x @ weight.T
+    for e, (A, B, s) in enumerate(zip(lora_A, lora_B, scaling, strict=True)):
+        mine = (index == e).to(x.dtype)[..., None]
+        y = y + mine * (((dropped @ A.T) * s) @ B.T)
     return y if bias is None else y + bias
 
 

@@ -131,6 +131,29 @@ def lora_linear(
     )  # fmt: skip
 
 
+def multi_lora_linear(
+    device_type: str,
+    x_dtype: torch.dtype,
+    a_dtype: torch.dtype,
+    b_dtype: torch.dtype,
+    dtype: torch.dtype,
+    rank: int,
+    rows: int | None = None,
+    four_bit: bool = False,
+    device_index: int | None = None,
+) -> Choice:
+    """The choice for `multi_lora_linear` and its backward: `lora_linear`'s at the largest rank."""
+    if forced.current.get().backend == "triton":
+        raise RuntimeError(
+            "backend 'triton' was asked for and cannot run here: it has no kernels for rows with "
+            "adapters of their own (multi_lora_linear)"
+        )
+    return lora_linear(
+        device_type, x_dtype, a_dtype, b_dtype, dtype, rank, rows, four_bit,
+        device_index=device_index,
+    )  # fmt: skip
+
+
 def dora_norm(
     device_type: str,
     weight_dtype: torch.dtype,

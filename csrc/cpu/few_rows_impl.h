@@ -230,7 +230,7 @@ LK_INLINE void few_rows_of(const FewRowsArgs& a, const T& tables, const X* x, in
         for (int64_t m = 0; m < M; m += Y_ROWS) {
           const int64_t count = min(Y_ROWS, M - m);
           const float* s[Y_ROWS];
-          for (int64_t i = 0; i < Y_ROWS; ++i) s[i] = u.s + (m + min(i, count - 1)) * R;
+          for (int64_t i = 0; i < Y_ROWS; ++i) s[i] = u.s + (m + min(i, count - 1)) * u.lds;
           vf acc[Y_ROWS][V];
           rank_tile(s, R, panel, VW, acc);
           finish_tile<Y, false>(u, m, count, n, n1, acc, [&](int i, int v, int rest) {

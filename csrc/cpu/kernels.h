@@ -7,6 +7,8 @@
 
 namespace lora_kernels {
 
+constexpr int64_t SMALL = 1 << 16;  // multiply-adds below which a second thread costs more
+
 enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
 struct bf16 {
   uint16_t bits;
@@ -41,15 +43,17 @@ struct Codes4bit {
 struct Dropout {
   const int64_t* rng;  // seed, offset; null: keep everything
   uint32_t threshold;
+  const int64_t* rows = nullptr;  // which row of the mask each row has; null: its own
 };
 
-// P[M, R] = scale * (mask(X) A^T)
+// P[M, R] = scale * (mask(X) A^T); rows of P, S, dS and D lie lds elements apart, here and below.
 struct ShrinkArgs {
   Matrix x, a;
   int64_t M, K, R;
   float scale;
   Dropout dropout;
   float* p;
+  int64_t lds;
   int threads;
 };
 
@@ -61,6 +65,7 @@ struct ExpandArgs {
   int64_t ldy;
   int64_t M, N, R;
   const float* s;
+  int64_t lds;
   Matrix q;
   float alpha;
   const float *gate, *c, *bias;
@@ -90,6 +95,7 @@ struct BackwardPairArgs {
   const void* z;
   float ds_scale, db_scale;
   float* ds;
+  int64_t lds;
   void* db;
   DType db_dtype;
   float *dc, *dbias;
@@ -101,6 +107,7 @@ struct GradAArgs {
   Matrix x;
   int64_t M, K, R;
   const float* d;
+  int64_t lds;
   Dropout dropout;
   void* da;
   DType da_dtype;

@@ -19,14 +19,13 @@
 namespace lora_kernels {
 namespace {
 
-constexpr int64_t VW = V * W;       // columns of an outer product
-constexpr int64_t PANEL = 128;      // columns of y whose Q is packed at once
-constexpr int64_t ROWS = 96;        // rows of y that one task updates
-constexpr int64_t RANKS = 64;       // ranks summed in one chain before they are added to the rest
-constexpr int64_t STRIP = 64;       // columns of x of one task of dA: a mask word
-constexpr int64_t DEPTH = 128;      // rows of x that stay in L1 while dA's ranks pass over them
-constexpr int64_t PAIR_ROWS = 32;   // rows of dY that stay in L2 between dS and dB
-constexpr int64_t SMALL = 1 << 16;  // multiply-adds below which a second thread costs more
+constexpr int64_t VW = V * W;      // columns of an outer product
+constexpr int64_t PANEL = 128;     // columns of y whose Q is packed at once
+constexpr int64_t ROWS = 96;       // rows of y that one task updates
+constexpr int64_t RANKS = 64;      // ranks summed in one chain before they are added to the rest
+constexpr int64_t STRIP = 64;      // columns of x of one task of dA: a mask word
+constexpr int64_t DEPTH = 128;     // rows of x that stay in L1 while dA's ranks pass over them
+constexpr int64_t PAIR_ROWS = 32;  // rows of dY that stay in L2 between dS and dB
 
 LK_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 LK_INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -77,17 +76,20 @@ struct Scratch {
 
 struct Philox {
   uint32_t key0, key1, offset0, offset1, threshold;
+  const int64_t* rows;
 };
 
 LK_INLINE Philox philox(const Dropout& d) {
   const uint64_t seed = d.rng ? (uint64_t)d.rng[0] : 0, offset = d.rng ? (uint64_t)d.rng[1] : 0;
-  return {(uint32_t)seed, (uint32_t)(seed >> 32), (uint32_t)offset, (uint32_t)(offset >> 32),
-          d.threshold};
+  return {(uint32_t)seed,   (uint32_t)(seed >> 32),
+          (uint32_t)offset, (uint32_t)(offset >> 32),
+          d.threshold,      d.rows};
 }
 
 // Bit j is set where element (m, k + j) is kept; k is a multiple of 64.
 LK_INLINE uint64_t keep64(const Philox& p, int64_t m, int64_t k) {
   uint64_t bits = 0;
+  if (p.rows) m = p.rows[m];
   for (int part = 0; part < 16 / W; ++part) {
     vu c0 = lanes_from((uint32_t)(k / 4) + part * W), c1 = splat_u((uint32_t)m);
     vu c2 = splat_u(p.offset0), c3 = splat_u(p.offset1), hi0, lo0, hi1, lo1;
@@ -311,7 +313,7 @@ LK_INLINE void shrink_tile(const ShrinkArgs& a, int64_t m, int64_t count, int64_
         dot<DOT_ROWS>(rows, ranks, a.K, out);
       for (int64_t i = 0; i < count; ++i)
         for (int64_t j = 0; j < min(4, r1 - r); ++j)
-          a.p[(m + i) * a.R + r + j] = out[i][j] * a.scale;
+          a.p[(m + i) * a.lds + r + j] = out[i][j] * a.scale;
     }
   });
 }
@@ -402,7 +404,7 @@ LK_INLINE void expand_tile(const ExpandArgs& a, const Philox& generator, const f
   for (int64_t m = m0; m < m1; m += Y_ROWS) {
     const int64_t count = min(Y_ROWS, m1 - m);
     const float* s[Y_ROWS];
-    for (int64_t i = 0; i < Y_ROWS; ++i) s[i] = a.s + (m + min(i, count - 1)) * a.R;
+    for (int64_t i = 0; i < Y_ROWS; ++i) s[i] = a.s + (m + min(i, count - 1)) * a.lds;
     uint64_t bits[Y_ROWS] = {};
     for (int64_t n = n0; n < n1; n += VW) {
       if (!Plain && a.dropout.rng && (n - n0) % 64 == 0)
@@ -498,7 +500,7 @@ LK_INLINE void pair_rows(const BackwardPairArgs& a, const TB* bt, int64_t ld, in
         dot<DOT_ROWS>(rows, ranks, a.N, out);
         for (int64_t i = 0; i < min(DOT_ROWS, end - m); ++i)
           for (int64_t j = 0; j < min(4, a.R - r); ++j)
-            a.ds[(m + i) * a.R + r + j] = out[i][j] * a.ds_scale;
+            a.ds[(m + i) * a.lds + r + j] = out[i][j] * a.ds_scale;
       }
     }
     for (int64_t n = 0; a.db && n < a.N; n += VW) {
@@ -508,12 +510,12 @@ LK_INLINE void pair_rows(const BackwardPairArgs& a, const TB* bt, int64_t ld, in
           copy_kept(first + j * a.dy.row + n, tile + j * VW, a.N - n, VW, nullptr, 0, 0);
       for (int64_t r = 0; r < R4; r += 4) {
         const float* s[4];
-        for (int64_t i = 0; i < 4; ++i) s[i] = a.s + block * a.R + min(r + i, a.R - 1);
+        for (int64_t i = 0; i < 4; ++i) s[i] = a.s + block * a.lds + min(r + i, a.R - 1);
         float* to = part + r * ld + n;
         if (tail)
-          outer_into(s, a.R, depth, tile, VW, to, ld, block == m0);
+          outer_into(s, a.lds, depth, tile, VW, to, ld, block == m0);
         else
-          outer_into(s, a.R, depth, first + n, a.dy.row, to, ld, block == m0);
+          outer_into(s, a.lds, depth, first + n, a.dy.row, to, ld, block == m0);
       }
     }
     if (dc || dbias)
@@ -658,13 +660,13 @@ void grad_a(const GradAArgs& a) {
                       a.dropout.rng ? &generator : nullptr, m + j, k);
           for (int64_t q = q0; q < q1; ++q) {
             const float* d[4];
-            for (int64_t i = 0; i < 4; ++i) d[i] = a.d + m * a.R + min(4 * q + i, a.R - 1);
+            for (int64_t i = 0; i < 4; ++i) d[i] = a.d + m * a.lds + min(4 * q + i, a.R - 1);
             float* to = sums + 4 * q * STRIP;
             for (int64_t i = 0; i < STRIP; i += VW) {
               if (copy)
-                outer_into(d, a.R, depth, tile + i, STRIP, to + i, STRIP, m == 0);
+                outer_into(d, a.lds, depth, tile + i, STRIP, to + i, STRIP, m == 0);
               else
-                outer_into(d, a.R, depth, first + i, a.x.row, to + i, STRIP, m == 0);
+                outer_into(d, a.lds, depth, first + i, a.x.row, to + i, STRIP, m == 0);
             }
           }
         }

@@ -39,4 +39,34 @@ struct Backward {
 void lora_linear(const Layer& layer, const Forward& f);
 void lora_linear_backward(const Layer& layer, const Backward& g);
 
+// One of several adapters, and the rows [start, stop) of x that are its own.
+struct Adapter {
+  int64_t start, stop;
+  Matrix a, b;  // a: [R, K] with contiguous rows; b: [N, R], any strides
+  int64_t R;
+  float scaling;  // alpha / r
+  void *da, *db;  // their gradients, in their dtypes; not computed where null
+};
+
+// y = x W^T + bias, and on the rows of each adapter + (mask(x) A^T) B^T * scaling * keep_scale. No
+// row has two adapters, some may have none. Where w.data and codes are null, y holds the base
+// product and the bias, in the backward dx the base product.
+struct MultiLayer {
+  Matrix w;
+  const Codes4bit* codes;
+  int64_t M, K, N, R;  // R: the largest
+  const Adapter* adapters;
+  int64_t count;  // of adapters
+  float keep_scale;
+  const float* bias;  // or null
+  Dropout dropout;
+  int threads;
+};
+
+// Rows of P [M, R] hold an adapter's ranks and nothing that is read after them.
+void multi_lora_linear(const MultiLayer& layer, const Forward& f);
+
+// Of Backward dy, dz, x, p and dx; the adapters' gradients are where Adapter says.
+void multi_lora_linear_backward(const MultiLayer& layer, const Backward& g);
+
 }  // namespace lora_kernels

@@ -261,7 +261,7 @@ LK_INLINE void store_tile(float* to, const vf acc[Y_ROWS][V]) {
 LK_INLINE void masked_rank_tile(const ExpandArgs& u, const Philox& generator, int64_t m,
                                 int64_t count, int64_t n0, const float* q, vf acc[Y_ROWS][V]) {
   const float* s[Y_ROWS];
-  for (int64_t i = 0; i < Y_ROWS; ++i) s[i] = u.s + (m + min(i, count - 1)) * u.R;
+  for (int64_t i = 0; i < Y_ROWS; ++i) s[i] = u.s + (m + min(i, count - 1)) * u.lds;
   rank_tile(s, u.R, q, VW, acc);
   if (!u.dropout.rng) return;
   uint64_t bits[Y_ROWS];

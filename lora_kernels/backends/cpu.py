@@ -16,7 +16,7 @@ Deterministic for a given M, instruction set and thread count.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from torch.nn.functional import linear
 from .. import reference
 from ..quantization.codes import Codes
 from . import native
+from .rows import rows_of
 
 SINGLE_PASS = "single pass"
 LIBRARY = "library product + rank update"
@@ -83,6 +84,44 @@ def _weight(t: Tensor | None) -> tuple[int, int, int]:
     return (0, 0, 0) if t is None else (t.data_ptr(), t.stride(0), t.stride(1))
 
 
+def _library_base(
+    xs: Tensor,
+    weight: Tensor | Codes | None,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    y_dtype: torch.dtype,
+) -> Tensor:
+    """x·Wᵀ [M, N] by the library, 0 without a weight; of codes a panel of rows at a time."""
+    M, N = xs.shape[0], shape[0]
+    if weight is None:
+        return xs.new_zeros(M, N, dtype=y_dtype)
+    if not isinstance(weight, Codes):
+        return _cast(linear(xs, _cast(weight, dtype)), y_dtype)
+    y = xs.new_empty(M, N)
+    for n in _panels(N, shape[1], dtype):
+        torch.mm(xs, weight.dense(shape, dtype, rows=n).t(), out=y[:, n])
+    return _cast(y, y_dtype)
+
+
+def _library_dx(
+    dz: Tensor,
+    weight: Tensor | Codes | None,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    x_dtype: torch.dtype,
+) -> Tensor:
+    """dZ·W [M, K] by the library, 0 without a weight; of codes a panel of columns at a time."""
+    M, K = dz.shape[0], shape[1]
+    if weight is None:
+        return dz.new_zeros(M, K, dtype=x_dtype)
+    if not isinstance(weight, Codes):
+        return _cast(torch.mm(dz, _cast(weight, dtype)), x_dtype)
+    dx = dz.new_empty(M, K)
+    for k in _panels(K, shape[0], dtype):
+        torch.mm(dz, weight.dense(shape, dtype, columns=k), out=dx[:, k])
+    return _cast(dx, x_dtype)
+
+
 def lora_linear(
     x: Tensor,
     weight: Tensor | Codes | None,
@@ -105,21 +144,14 @@ def lora_linear(
     (M, K), (N, R) = x.shape, lora_B.shape
     xs = _cast(x, dtype)
     base = codes = None  # what the kernels are to multiply by
-    if weight is None:
-        y = x.new_zeros(M, N, dtype=y_dtype)
-    elif strategy != LIBRARY:
+    if weight is None or strategy == LIBRARY:
+        y = _library_base(xs, weight, (N, K), dtype, y_dtype)
+    else:
         y = x.new_empty(M, N, dtype=y_dtype)
         if isinstance(weight, Codes):
             codes = weight.native((N, K))
         else:
             base = _matrix(_cast(weight, dtype))
-    elif isinstance(weight, Codes):
-        y = x.new_empty(M, N, dtype=dtype)
-        for n in _panels(N, K, dtype):
-            torch.mm(xs, weight.dense((N, K), dtype, rows=n).t(), out=y[:, n])
-        y = _cast(y, y_dtype)
-    else:
-        y = _cast(linear(xs, _cast(weight, dtype)), y_dtype)
     p = x.new_empty(M, R, dtype=torch.float32)
     z = y.new_empty(M, N) if save_z else None
     gate, c, b = _vector(rank_gate), _vector(column_scale), _vector(bias)
@@ -205,23 +237,15 @@ def lora_linear_backward(
     dz = _cast(dz, dtype) if need_x else dy
     dx = base = codes = None
     single_pass = strategy != LIBRARY and native.isa in SINGLE_PASS_ISAS
-    if not need_x:
-        pass
-    elif weight is None:
-        dx = x.new_zeros(M, K)
-    elif single_pass:
+    if need_x and (weight is None or not single_pass):
+        dx = _library_dx(dz, weight, (N, K), dtype, x.dtype)
+    elif need_x:
         dx = x.new_empty(M, K)
         if isinstance(weight, Codes):
             codes = weight.native((N, K))
         else:
+            assert weight is not None
             base = _matrix(_cast(weight, dtype))
-    elif isinstance(weight, Codes):
-        dx = x.new_empty(M, K, dtype=dtype)
-        for k in _panels(K, N, dtype):
-            torch.mm(dz, weight.dense((N, K), dtype, columns=k), out=dx[:, k])
-        dx = _cast(dx, x.dtype)
-    else:
-        dx = _cast(torch.mm(dz, _cast(weight, dtype)), x.dtype)
     dA = lora_A.new_empty(R, K) if need_A else None
     dB = lora_B.new_empty(N, R) if need_B else None
     dg = p.new_empty(R) if need_gate else None
@@ -240,6 +264,144 @@ def lora_linear_backward(
         _ptr(dx), _ptr(dA), _ptr(dB), _ptr(dg), _ptr(dc), _ptr(dbias), torch.get_num_threads(),
     )  # fmt: skip
     return dx, dA, dB, dg, dc, dbias
+
+
+def multi_lora_linear(
+    x: Tensor,
+    weight: Tensor | Codes | None,
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    index: Tensor,
+    scaling: Sequence[float],
+    bias: Tensor | None,
+    dropout_p: float,
+    rng: Tensor | None,
+    dtype: torch.dtype,
+    y_dtype: torch.dtype,
+    strategy: str,
+) -> tuple[Tensor, Tensor]:
+    """x [M, K], index [M] -> y [M, N] in `y_dtype`, P [M, R] float32.
+
+    One base product for all rows, rounded with the bias to y, and an update of each adapter's rows
+    in place. Where they do not lie together, x's rows are put in order before, and y's back after.
+    """
+    assert native.module is not None
+    (M, K), N = x.shape, lora_B[0].shape[0]
+    lora_A, R = [_rows(A) for A in lora_A], max(A.shape[0] for A in lora_A)
+    order, runs = rows_of(index, len(lora_A))
+    x = _rows(x) if order is None else x[order]
+    xs, base, codes = _cast(x, dtype), None, None
+    b = _vector(bias)
+    if weight is None or strategy == LIBRARY:
+        y = _library_base(xs, weight, (N, K), dtype, y_dtype)
+        if b is not None:
+            y, b = _cast(y + b, y_dtype), None
+    else:
+        y = x.new_empty(M, N, dtype=y_dtype)
+        if isinstance(weight, Codes):
+            codes = weight.native((N, K))
+        else:
+            base = _matrix(_cast(weight, dtype))
+    p = x.new_zeros(M, R, dtype=torch.float32)
+    rng_ptr, threshold, keep_scale = _mask(dropout_p, rng)
+    places = order if order is not None or rng is None else torch.arange(M)
+    native.module.multi_lora_linear(
+        x.data_ptr(), _DTYPE[x.dtype], x.stride(0), xs.data_ptr(), _DTYPE[dtype], xs.stride(0),
+        M, K, N, R, *_weight(base), codes, strategy == FEW_ROWS,
+        _adapters(runs, lora_A, lora_B, scaling), _DTYPE[lora_A[0].dtype],
+        _DTYPE[lora_B[0].dtype], keep_scale, _ptr(b), rng_ptr, threshold, _ptr(places),
+        p.data_ptr(), y.data_ptr(), _DTYPE[y_dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    if order is None:
+        return y, p
+    return torch.empty_like(y).index_copy_(0, order, y), p.index_copy(0, order, p)
+
+
+def multi_lora_linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | Codes | None,
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    index: Tensor,
+    p: Tensor,
+    scaling: Sequence[float],
+    dropout_p: float,
+    rng: Tensor | None,
+    dtype: torch.dtype,
+    need_x: bool,
+    need_A: Sequence[bool],
+    need_B: Sequence[bool],
+    need_bias: bool,
+    strategy: str,
+) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None], Tensor | None]:
+    """dy [M, N] -> dx, dA and dB of each adapter, dbias float32; None where it is not asked for.
+
+    Zero for an adapter that no row has.
+    """
+    assert native.module is not None
+    (M, K), N = x.shape, lora_B[0].shape[0]
+    lora_A = [_rows(A) for A in lora_A]
+    dbias = dy.sum(0, dtype=torch.float32) if need_bias else None
+    order, runs = rows_of(index, len(lora_A))
+    if order is None:
+        dy, x = _rows(dy), _rows(x)
+    else:
+        dy, x, p = dy[order], x[order], p[order]
+    dz = _cast(dy, dtype) if need_x else dy
+    dx = base = codes = None
+    if need_x and (weight is None or strategy == LIBRARY or native.isa not in SINGLE_PASS_ISAS):
+        dx = _library_dx(dz, weight, (N, K), dtype, x.dtype)
+    elif need_x:
+        dx = x.new_empty(M, K)
+        if isinstance(weight, Codes):
+            codes = weight.native((N, K))
+        else:
+            assert weight is not None
+            base = _matrix(_cast(weight, dtype))
+    named = {run[0] for run in runs}
+
+    def gradients(parameters: Sequence[Tensor], need: Sequence[bool]) -> list[Tensor | None]:
+        return [
+            None if not wanted
+            else t.new_empty(t.shape) if e in named
+            else t.new_zeros(t.shape)
+            for e, (t, wanted) in enumerate(zip(parameters, need, strict=True))
+        ]  # fmt: skip
+
+    dA, dB = gradients(lora_A, need_A), gradients(lora_B, need_B)
+    rng_ptr, threshold, keep_scale = _mask(dropout_p, rng)
+    places = order if order is not None or rng is None else torch.arange(M)
+    native.module.multi_lora_linear_backward(
+        dy.data_ptr(), _DTYPE[dy.dtype], dy.stride(0),
+        dz.data_ptr(), _DTYPE[dz.dtype], dz.stride(0),
+        x.data_ptr(), _DTYPE[x.dtype], x.stride(0), M, K, N, p.shape[1], *_weight(base), codes,
+        _adapters(runs, lora_A, lora_B, scaling, dA, dB), _DTYPE[lora_A[0].dtype],
+        _DTYPE[lora_B[0].dtype], keep_scale, rng_ptr, threshold, _ptr(places), p.data_ptr(),
+        _ptr(dx), torch.get_num_threads(),
+    )  # fmt: skip
+    if dx is not None and order is not None:
+        dx = torch.empty_like(dx).index_copy_(0, order, dx)
+    return dx, dA, dB, dbias
+
+
+def _adapters(
+    runs: Sequence[tuple[int, int, int]],
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    scaling: Sequence[float],
+    dA: Sequence[Tensor | None] | None = None,
+    dB: Sequence[Tensor | None] | None = None,
+) -> list[tuple[object, ...]]:
+    """What the kernels take of each adapter that has rows."""
+    return [
+        (
+            start, stop, lora_A[e].shape[0], scaling[e], lora_A[e].data_ptr(), lora_A[e].stride(0),
+            lora_B[e].data_ptr(), lora_B[e].stride(0), lora_B[e].stride(1),
+            _ptr(dA[e] if dA else None), _ptr(dB[e] if dB else None),
+        )
+        for e, start, stop in runs
+    ]  # fmt: skip
 
 
 def dora_norm(

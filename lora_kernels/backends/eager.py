@@ -11,11 +11,14 @@ same; y and dx round once more. P = D(x)·Aᵀ is stored in float32 (float64 for
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from .. import reference
 from ..quantization.codes import Codes
+from .rows import rows_of
 
 LIBRARY = "library products, in-place addmm"  # its only strategy
 PANELS = "library product, panel by panel"  # of `dora_norm`
@@ -153,6 +156,95 @@ def lora_linear_backward(
                 dx_lora = _mm(dxa.to(torch.promote_types(x.dtype, lora_A.dtype)), lora_A)
                 dx = (dx + _dropped(dx_lora, dropout_p, rng)).to(x.dtype)
     return dx, dA, dB, dg, dc, dbias
+
+
+def multi_lora_linear(
+    x: Tensor,
+    weight: Tensor | Codes | None,
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    index: Tensor,
+    scaling: Sequence[float],
+    bias: Tensor | None,
+    dropout_p: float,
+    rng: Tensor | None,
+    dtype: torch.dtype,
+    y_dtype: torch.dtype,
+    strategy: str,
+) -> tuple[Tensor, Tensor]:
+    """x [M, K], index [M] -> y [M, N] in `y_dtype`, P [M, R] in float32 (or float64)."""
+    stat, R = _stat_dtype(dtype), max(A.shape[0] for A in lora_A)
+    dropped, p = _dropped(x, dropout_p, rng), x.new_zeros(x.shape[0], R, dtype=stat)
+    if weight is None:
+        y = x.new_zeros(x.shape[0], lora_B[0].shape[0], dtype=y_dtype)
+    else:
+        y = torch.mm(x.to(dtype), _dense(weight, lora_A[0], lora_B[0], dtype).t()).to(y_dtype)
+    order, runs = rows_of(index, len(lora_A))
+    for e, start, stop in runs:
+        rows = slice(start, stop) if order is None else order[start:stop]
+        s = _mm(dropped[rows], lora_A[e].t()).to(stat)
+        if rng is not None:
+            s = s * reference.dropout_scale(dropout_p)
+        p[rows, : s.shape[1]] = s
+        y[rows] = _add_product(y[rows], s, lora_B[e].t(), scaling[e])
+    return y if bias is None else (y + bias).to(y_dtype), p
+
+
+def multi_lora_linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | Codes | None,
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    index: Tensor,
+    p: Tensor,
+    scaling: Sequence[float],
+    dropout_p: float,
+    rng: Tensor | None,
+    dtype: torch.dtype,
+    need_x: bool,
+    need_A: Sequence[bool],
+    need_B: Sequence[bool],
+    need_bias: bool,
+    strategy: str,
+) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None], Tensor | None]:
+    """dy [M, N] -> dx, dA and dB of each adapter, dbias in p's dtype; None where not asked for.
+
+    Zero for an adapter that no row has.
+    """
+    stat = p.dtype
+    dx = None
+    dA = [torch.zeros_like(A) if need else None for A, need in zip(lora_A, need_A, strict=True)]
+    dB = [torch.zeros_like(B) if need else None for B, need in zip(lora_B, need_B, strict=True)]
+    dbias = dy.sum(0, dtype=stat) if need_bias else None
+    if need_x:
+        if weight is None:
+            dx = torch.zeros_like(x, memory_format=torch.contiguous_format)
+        else:
+            dense = _dense(weight, lora_A[0], lora_B[0], dtype)
+            dx = torch.mm(dy.to(dtype), dense).to(x.dtype)
+    dropped = _dropped(x, dropout_p, rng) if any(need_A) else x
+    mask = None
+    if need_x and rng is not None:
+        mask = reference.dropout_mask(rng, x.shape[0], x.shape[1], dropout_p)
+    order, runs = rows_of(index, len(lora_A))
+    for e, start, stop in runs:
+        rows = slice(start, stop) if order is None else order[start:stop]
+        A, B, dz = lora_A[e], lora_B[e], dy[rows]
+        if need_B[e]:
+            dB[e] = _mm(dz.t(), p[rows, : A.shape[0]].mul(scaling[e])).to(B.dtype)
+        keep_scale = reference.dropout_scale(dropout_p) if rng is not None else 1.0
+        dxa = _mm(dz, B).to(stat) * (scaling[e] * keep_scale)
+        if need_A[e]:
+            dA[e] = _mm(dxa.t(), dropped[rows]).to(A.dtype)
+        if dx is None:
+            continue
+        if mask is None:
+            dx[rows] = _add_product(dx[rows], dxa, A)
+        else:
+            update = _mm(dxa.to(torch.promote_types(x.dtype, A.dtype)), A)
+            dx[rows] = (dx[rows] + update * mask[rows]).to(x.dtype)
+    return dx, dA, dB, dbias
 
 
 def dora_norm(

@@ -1,0 +1,311 @@
+"""`multi_lora_linear`: y and every gradient against the float64 reference; compilers; errors."""
+
+import copy
+import itertools
+import pickle
+from typing import Any
+
+import pytest
+import torch
+
+import lora_kernels
+from lora_kernels import lora_linear, multi_lora_linear, ops, reference
+from lora_kernels.backends import cpu, native
+from lora_kernels.backends.rows import rows_of
+from lora_kernels.measure.multi import MultiCase, inputs, judge, run
+from lora_kernels.quantization import quantize_4bit
+from tests.ops.engines import every_engine, every_thread_count
+
+f64, f32, bf16, f16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
+
+
+def some_cases() -> list[MultiCase]:
+    chosen = [
+        MultiCase(M, 65, 96, rows=rows, dtype=dtype, quant=quant, dropout_p=p)
+        for M, rows, (dtype, quant), p in itertools.product(
+            (3, 7, 70), ("grouped", "mixed"), ((f32, ""), (bf16, ""), (bf16, "nf4-64-nested")),
+            (0.0, 0.1),
+        )
+    ]  # fmt: skip
+    chosen += [MultiCase(1, 65, 96, ranks=(16, 7), quant=quant) for quant in ("", "nf4-64")]
+    for M in (5, 40):
+        chosen += [
+            MultiCase(M, 33, 63, rows="mixed", dtype=f16),
+            MultiCase(M, 33, 63, rows="mixed", dtype=bf16, adapter_dtype=f32),
+            MultiCase(M, 33, 63, rows="mixed", dtype=f32, quant="fp4-32"),
+            MultiCase(M, 33, 63, rows="mixed", dtype=f32, base=False, bias=False),
+            MultiCase(M, 33, 63, rows="mixed", dtype=bf16, base=False, dropout_p=0.1),
+            MultiCase(M, 33, 63, dtype=bf16, quant="nf4-64-nested", values="nonnegative"),
+            MultiCase(M, 33, 63, ranks=(100, 3, 17), dtype=f32),
+            *(MultiCase(M, 33, 63, rows="mixed", frozen=(name,)) for name in ("x", "lora_A")),
+            MultiCase(M, 33, 63, rows="mixed", frozen=("lora_B", "bias"), dropout_p=0.1),
+        ]
+    return chosen
+
+
+def check(case: MultiCase) -> None:
+    wrong = [f"{name} {verdict}" for name, verdict in judge(case).items() if not verdict.ok]
+    if wrong:
+        pytest.fail("\n".join([str(case), *wrong]), pytrace=False)
+
+
+@every_engine
+@pytest.mark.parametrize("case", some_cases(), ids=str)
+def test_against_the_reference(case: MultiCase, engine: str) -> None:
+    check(case)
+
+
+MANY = MultiCase(150, 130, 200, ranks=(4, 16, 7, 1, 5, 33, 2, 8), rows="mixed", dropout_p=0.1)
+
+
+@every_engine
+@every_thread_count
+@pytest.mark.parametrize("rows", ["grouped", "mixed"])
+def test_adapters_shared_among_threads(rows: str, threads: int, engine: str) -> None:
+    """Enough of them that each is one thread's."""
+    check(MultiCase(**{**vars(MANY), "rows": rows}))
+
+
+@every_engine
+def test_the_same_bits_again(engine: str) -> None:
+    args = inputs(MANY)
+    first, second = run(multi_lora_linear, args), run(multi_lora_linear, args)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@every_engine
+@pytest.mark.parametrize("quant", ["", "nf4-64-nested"])
+@pytest.mark.parametrize("dtype", [f32, bf16], ids=str)
+def test_one_adapter_for_all_rows(dtype: torch.dtype, quant: str, engine: str) -> None:
+    """What `lora_linear` computes, each rounding y once more or less."""
+    args = inputs(MultiCase(9, 33, 64, ranks=(5,), dtype=dtype, quant=quant, dropout_p=0.25))
+    args["index"].zero_()
+    got = run(multi_lora_linear, args)
+    one = {**args, "lora_A": args["lora_A"][0], "lora_B": args["lora_B"][0], "scaling": 1.25}
+    dy = one.pop("dy")
+    del one["index"]
+    y = lora_linear(**one)
+    grads = torch.autograd.grad(y, [one[n] for n in ("x", "lora_A", "lora_B", "bias")], dy)
+    u = torch.finfo(dtype).eps
+    for a, b in zip(got.values(), [y, *grads], strict=True):
+        assert (a - b.flatten().view_as(a)).abs().max() <= 4 * u * b.abs().max()
+
+
+@every_engine
+def test_rows_without_an_adapter(engine: str) -> None:
+    """Exactly the base product, and no gradient for an adapter."""
+    args = inputs(MultiCase(8, 20, 30, bias=False, dropout_p=0.5))
+    args["index"].fill_(-1)
+    got = run(multi_lora_linear, args)
+    torch.testing.assert_close(got["y"], args["x"].detach() @ args["weight"].T)
+    torch.testing.assert_close(
+        got["dx"].view_as(args["x"]), args["dy"] @ args["weight"], rtol=1e-5, atol=1e-5
+    )
+    assert not got["dA"].any() and not got["dB"].any()
+
+
+@every_engine
+@pytest.mark.parametrize("quant", ["", "nf4-64"])
+def test_no_rows(quant: str, engine: str) -> None:
+    got = run(multi_lora_linear, inputs(MultiCase(0, 20, 32, quant=quant)))
+    assert got["y"].shape == (0, 20) and got["dx"].numel() == 0
+    assert not got["dA"].any() and not got["dB"].any() and not got["dbias"].any()
+
+
+@every_engine
+def test_one_tensor_of_adapters(engine: str) -> None:
+    """[E, R, K] and [E, N, R]: the results of a list, the gradients in their shape."""
+    args = inputs(MultiCase(12, 20, 30, ranks=(4, 4, 4), rows="mixed"))
+    want = run(multi_lora_linear, args)
+    for name in ("lora_A", "lora_B"):
+        args[name] = torch.stack([t.detach() for t in args[name]]).requires_grad_()
+    got = run(multi_lora_linear, args)
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+@every_engine
+def test_layouts_of_x(engine: str) -> None:
+    args = inputs(MultiCase(12, 20, 30, rows="mixed", dropout_p=0.1))
+    want = run(multi_lora_linear, args)
+    for view in (
+        lambda t: t.view(3, 4, -1),
+        lambda t: torch.nn.functional.pad(t, (2, 5))[:, 2:-5],
+        lambda t: t.t().contiguous().t(),
+        lambda t: t.view(4, 3, -1).transpose(0, 1).contiguous().transpose(0, 1),
+    ):
+        x, dy = view(args["x"].detach()), view(args["dy"])
+        rest = {"x": x.requires_grad_(), "dy": dy, "index": args["index"].view(x.shape[:-1])}
+        got = run(multi_lora_linear, {**args, **rest})
+        for name in want:
+            torch.testing.assert_close(got[name].view_as(want[name]), want[name])
+
+
+@pytest.mark.parametrize("names", [[0, 0, 1], [1, 1, 0], [-1, 0, -1, 1, -1], [2]])
+def test_rows_that_lie_together_stay(names: list[int]) -> None:
+    order, runs = rows_of(torch.tensor(names), 3)
+    assert order is None
+    for name, start, stop in runs:
+        assert set(names[start:stop]) == {name}
+    assert sum(stop - start for _, start, stop in runs) == sum(n >= 0 for n in names)
+
+
+def test_gradcheck() -> None:
+    args = inputs(MultiCase(5, 4, 3, ranks=(2, 1, 3), rows="mixed", dropout_p=0.3))
+    leaves = [
+        t.detach().double().requires_grad_()
+        for t in (args["x"], args["bias"], *args["lora_A"], *args["lora_B"])
+    ]
+
+    def function(x: Any, bias: Any, *adapters: Any) -> Any:
+        return multi_lora_linear(
+            x, args["weight"].double(), adapters[:3], adapters[3:], args["index"],
+            args["scaling"], bias, dropout_p=0.3, rng=args["rng"],
+        )  # fmt: skip
+
+    torch.autograd.gradcheck(function, leaves)
+    y = function(*leaves)
+    want = reference.multi_lora_linear(
+        leaves[0], args["weight"].double(), leaves[2:5], leaves[5:], args["index"],
+        args["scaling"], leaves[1], dropout_p=0.3, rng=args["rng"],
+    )  # fmt: skip
+    torch.testing.assert_close(y, want)
+
+
+@pytest.mark.parametrize("dtype", [f64, f32, bf16], ids=str)
+def test_opcheck(dtype: torch.dtype) -> None:
+    args = inputs(MultiCase(6, 5, 8, rows="mixed", dropout_p=0.1))
+    x, weight, bias = (args[n].detach().to(dtype) for n in ("x", "weight", "bias"))
+    A, B = ([t.detach().to(dtype) for t in args[n]] for n in ("lora_A", "lora_B"))
+    rest = (args["index"], args["scaling"])
+    torch.library.opcheck(
+        ops.multi_lora_linear, (x, weight, A, B, *rest, bias, 0.1, args["rng"], dtype, dtype)
+    )
+    p = torch.randn(6, 8, dtype=torch.promote_types(dtype, f32))
+    dy = torch.randn(6, 5).to(dtype)
+    for need in (True, False):
+        torch.library.opcheck(
+            ops.multi_lora_linear_backward,
+            (
+                dy, x, weight, A, B, rest[0], p, rest[1], 0.1, args["rng"], dtype, need,
+                [True, need] * 2, [need] * 4, need,
+            ),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("quant", ["", "nf4-64-nested"])
+def test_compiled(quant: str) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(multi_lora_linear, fullgraph=True, dynamic=True, backend="aot_eager")
+    for i, M in enumerate((6, 9)):
+        args = inputs(MultiCase(M, 20, 32, rows="mixed", quant=quant, dropout_p=0.1))
+        with torch._dynamo.config.patch(error_on_recompile=i > 0):
+            got = run(compiled, args)
+        want = run(multi_lora_linear, args)
+        assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+def test_autocast_and_a_second_backward() -> None:
+    args = inputs(MultiCase(6, 20, 32, rows="mixed"))
+    with torch.autocast("cpu", bf16):
+        y = multi_lora_linear(**{n: a for n, a in args.items() if n != "dy"})
+    assert y.dtype is bf16
+    leaves = [args["x"], *args["lora_A"]]
+    first = torch.autograd.grad(y.float().sum(), leaves, retain_graph=True)
+    second = torch.autograd.grad(y.float().sum(), leaves)
+    for a, b, leaf in zip(first, second, leaves, strict=True):
+        assert a.dtype is leaf.dtype and torch.equal(a, b)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointing_replays_the_mask(use_reentrant: bool) -> None:
+    args = inputs(MultiCase(6, 20, 32, rows="mixed", dropout_p=0.1)) | {"rng": None}
+    dy, leaves = args.pop("dy"), [args["x"], *args["lora_A"], *args["lora_B"]]
+
+    def gradients(call: Any) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        for t in leaves:
+            t.grad = None
+        call(args["x"]).backward(dy)
+        return [t.grad for t in leaves]
+
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        return multi_lora_linear(**{**args, "x": x})
+
+    want = gradients(layer)
+    got = gradients(
+        lambda x: torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=use_reentrant)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.skipif(native.module is None, reason="the native kernels are not built")
+def test_adapters_are_not_copied() -> None:
+    """The kernels' backend makes nothing but y, P, and x and y in another order."""
+    args = inputs(MultiCase(4, 512, 512, ranks=(16,) * 16, rows="mixed", dtype=bf16, bias=False))
+    weight, made = args["weight"].data_ptr(), []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, a: Any = (), k: Any = None) -> Any:
+            out = func(*a, **(k or {}))
+            if isinstance(out, torch.Tensor) and out.data_ptr() != weight:  # a view of it
+                made.append(out.numel())
+            return out
+
+    names = ("x", "weight", "lora_A", "lora_B", "index", "scaling", "bias", "dropout_p", "rng")
+    with torch.no_grad(), Watch():
+        cpu.multi_lora_linear(*(args[n] for n in names), bf16, bf16, cpu.LIBRARY)
+    assert made and max(made) <= 4 * 512
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"index": torch.tensor([0, 1, 4])}, r"index: got 4, want 0 to 3 for one of 4 adapters"),
+        ({"index": torch.tensor([0, -2, 1])}, "index: got -2"),
+        ({"index": torch.tensor([0, 1])}, r"index: got shape \[2\], want x's \[3\]"),
+        ({"index": torch.tensor([0.0, 1, 2])}, "index: got torch.float32, want a tensor of int64"),
+        ({"index": [0, 1, 2]}, "index: got list"),
+        ({"lora_B": [torch.ones(5, 3)] * 3}, "lora_B: got 3 adapters, want 4"),
+        ({"lora_B": [torch.ones(5, 3)] * 4}, r"lora_B\[1\]: got shape \[5, 3\], want \[5, 5\]"),
+        ({"lora_A": []}, "lora_A: got no adapter"),
+        ({"lora_A": torch.ones(3, 8)}, r"lora_A: got shape \[3, 8\], want \[E, R, K\]"),
+        ({"scaling": [1.0]}, "scaling: got 1 numbers, want one, or 4"),
+        ({"dropout_p": 1.5}, "dropout_p: got 1.5"),
+        ({"x": torch.ones(3, 7)}, r"x: got shape \[3, 7\], want \[..., 8\]"),
+        ({"weight": torch.ones(4, 8)}, r"weight: got shape \[4, 8\], want \[5, 8\]"),
+        ({"bias": torch.ones(4)}, r"bias: got shape \[4\], want \[5\]"),
+    ],
+    ids=str,
+)
+def test_bad_input(change: dict[str, Any], message: str) -> None:
+    args = inputs(MultiCase(3, 5, 8))
+    del args["dy"]
+    with pytest.raises((ValueError, TypeError), match=message):
+        multi_lora_linear(**{**args, **change})
+
+
+def test_mixed_dtypes_of_adapters() -> None:
+    args = inputs(MultiCase(3, 5, 8))
+    del args["dy"]
+    args["lora_A"][1] = args["lora_A"][1].detach().half()
+    with pytest.raises(TypeError, match=r"lora_A\[1\]: got torch.float16, want torch.float32"):
+        multi_lora_linear(**args)
+
+
+def test_triton_says_what_it_lacks() -> None:
+    args = inputs(MultiCase(3, 5, 8))
+    lacks = pytest.raises(RuntimeError, match="no kernels for rows with adapters of their own")
+    with lacks, lora_kernels.backend("triton"):
+        run(multi_lora_linear, args)
+
+
+def test_switching_copies_no_base() -> None:
+    """The weight of the call is the one given, whichever adapters its rows name."""
+    weight = quantize_4bit(torch.randn(64, 64))
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(weight)))  # of the same bits, elsewhere
+    args = inputs(MultiCase(6, 64, 64))
+    del args["dy"]
+    for index in (torch.zeros(6, dtype=torch.int64), torch.full((6,), 3)):
+        a = multi_lora_linear(**{**args, "weight": weight, "index": index})
+        b = multi_lora_linear(**{**args, "weight": copied, "index": index})
+        assert torch.equal(a, b)

@@ -7,8 +7,19 @@ except ImportError as error:
         f"lora_kernels.peft needs PEFT: pip install 'lora-kernels[peft]' ({error})"
     ) from error
 
+from .adalora import FusedSVDLinear
+from .embedding import FusedEmbedding
 from .linear import FusedLinear
 from .report import Explanation, Row, explain
 from .swap import fuse, unfuse
 
-__all__ = ["Explanation", "FusedLinear", "Row", "explain", "fuse", "unfuse"]
+__all__ = [
+    "Explanation",
+    "FusedEmbedding",
+    "FusedLinear",
+    "FusedSVDLinear",
+    "Row",
+    "explain",
+    "fuse",
+    "unfuse",
+]

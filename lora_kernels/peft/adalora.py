@@ -32,7 +32,8 @@ class FusedSVD(Fused):
     """What `fuse` puts before an AdaLoRA layer's class.
 
     y = x·Wᵀ + bias + Σ ((D(x)·Aᵀ) ⊙ E·s/(ranknum + 1e-5))·Bᵀ, with dropout, stacked adapters and
-    dtypes as in `Fused`. E's gradient comes through the gate.
+    dtypes as in `Fused`. The gradients of E, and of ranknum where PEFT trains it, come through the
+    gate.
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

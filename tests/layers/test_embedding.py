@@ -473,5 +473,5 @@ def test_from_embedding_refuses(embedding, error, message):
     with pytest.raises(error, match=f"^embedding: {message}"):
         LoRAEmbedding.from_embedding(embedding)
     assert embedding.weight.requires_grad
-    with pytest.raises(TypeError, match="linear: want an nn.Embedding"):
+    with pytest.raises(TypeError, match=r"linear: want an nn\.Embedding"):
         LoRAEmbedding.from_linear(nn.Linear(4, 4))

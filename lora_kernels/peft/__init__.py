@@ -1,4 +1,4 @@
-"""PEFT's LoRA layers on `lora_kernels.lora_linear`: `fuse`, `unfuse`, `explain`."""
+"""PEFT's LoRA and AdaLoRA layers on `lora_kernels.lora_linear`: `fuse`, `unfuse`, `explain`."""
 
 try:
     import peft as _peft  # noqa: F401

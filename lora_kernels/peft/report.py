@@ -64,8 +64,9 @@ class Explanation:
 def explain(model: nn.Module, *, x_dtype: torch.dtype | None = None) -> Explanation:
     """For each LoRA layer of `model`, fused or not, what its next call will do and why.
 
-    Covers PEFT's layers and `lora_kernels.layers.LoRALinear`. The answer is for the state at hand:
-    training or not, active adapters, hooks, and the autocast and backend in force.
+    Covers PEFT's layers and `lora_kernels.layers.LoRALinear` with its subclasses. The answer is for
+    the state at hand: training or not, active adapters, hooks, and the autocast and backend in
+    force.
 
     Args:
         x_dtype: of the layers' input; None stands for each base weight's dtype.

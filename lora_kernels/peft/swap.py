@@ -23,7 +23,8 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def fuse(model: Model) -> Model:
-    """Make the LoRA layers of a PEFT model compute with `lora_linear`; returns the model.
+    """Make the LoRA and AdaLoRA layers of a PEFT model compute with `lora_linear`, those over an
+    embedding with one product for all their adapters; returns the model.
 
     Parameters, names and all else that PEFT does with them stay as they are. A layer that is of
     another kind, has a trainable base weight or a forward that someone replaced stays PEFT's own;
@@ -80,8 +81,7 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer, str | None]]
 def _unfusable(layer: Any) -> str | None:
     if not isinstance(layer, Fused) and _fused_class(layer) is None:
         return f"PEFT's {type(layer).__name__} is not covered in this version"
-    # An embedding has the attribute from a configuration that was made for others, SVDLinear4bit
-    # has none.
+    # An embedding has it from a configuration that was made for others, SVDLinear4bit has none.
     transposed = getattr(layer, "fan_in_fan_out", False) and not isinstance(layer, lora.Embedding)
     if transposed and not is_conv1d(layer.get_base_layer()):
         return "fan_in_fan_out beside a base that is not transformers' Conv1D"

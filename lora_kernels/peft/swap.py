@@ -81,7 +81,8 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer, str | None]]
 def _unfusable(layer: Any) -> str | None:
     if not isinstance(layer, Fused) and _fused_class(layer) is None:
         return f"PEFT's {type(layer).__name__} is not covered in this version"
-    # An embedding has it from a configuration that was made for others, SVDLinear4bit has none.
+    # An embedding has the attribute from a configuration that was made for others, SVDLinear4bit
+    # has none.
     transposed = getattr(layer, "fan_in_fan_out", False) and not isinstance(layer, lora.Embedding)
     if transposed and not is_conv1d(layer.get_base_layer()):
         return "fan_in_fan_out beside a base that is not transformers' Conv1D"

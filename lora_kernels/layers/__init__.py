@@ -4,6 +4,7 @@ from .adalora import AdaLoRALinear, QAdaLoRALinear, RankAllocator
 from .attention import LoRAAttention
 from .conv1d import LoRAConv1D
 from .dora import DoRALinear, QDoRALinear
+from .embedding import LoRAEmbedding
 from .linear import LoRALinear
 from .quantized import MergedLayer, QLoRALinear
 from .state import (
@@ -32,6 +33,7 @@ __all__ = [
     "HierarchicalLoRALinear",
     "LoRAAttention",
     "LoRAConv1D",
+    "LoRAEmbedding",
     "LoRALinear",
     "LoRAParameterCount",
     "LoRAPlusLinear",

@@ -213,8 +213,8 @@ class LoRALinear(nn.Module):
             trainable = self.lora_A.requires_grad or self.lora_B.requires_grad
             if trainable and self.training and torch.is_grad_enabled():
                 raise RuntimeError(
-                    "LoRALinear is merged and in training mode, where lora_A and lora_B would get "
-                    "no gradient: call unmerge() to train, or eval()"
+                    f"{type(self).__name__} is merged and in training mode, where lora_A and "
+                    "lora_B would get no gradient: call unmerge() to train, or eval()"
                 )
             return self._product(x, self.merged_weight)
         return self._fused(x, self._base_weight())

@@ -1,4 +1,4 @@
-"""PEFT's LoRA layers on `lora_kernels.lora_linear`: `fuse`, `unfuse`, `explain`."""
+"""PEFT's LoRA and AdaLoRA layers on `lora_kernels.lora_linear`: `fuse`, `unfuse`, `explain`."""
 
 try:
     import peft as _peft  # noqa: F401
@@ -7,8 +7,19 @@ except ImportError as error:
         f"lora_kernels.peft needs PEFT: pip install 'lora-kernels[peft]' ({error})"
     ) from error
 
+from .adalora import FusedSVDLinear
+from .embedding import FusedEmbedding
 from .linear import FusedLinear
 from .report import Explanation, Row, explain
 from .swap import fuse, unfuse
 
-__all__ = ["Explanation", "FusedLinear", "Row", "explain", "fuse", "unfuse"]
+__all__ = [
+    "Explanation",
+    "FusedEmbedding",
+    "FusedLinear",
+    "FusedSVDLinear",
+    "Row",
+    "explain",
+    "fuse",
+    "unfuse",
+]

@@ -235,14 +235,9 @@ def peft_reason(
     layer: Any, adapters: Sequence[Adapter], device: torch.device, x_dtype: torch.dtype
 ) -> str | None:
     """Why the layer's whole forward is PEFT's own for an x on this device; None where it is not."""
-    if layer.disable_adapters:
-        return "adapters are disabled: the base layer's own forward"
-    if layer.merged:
-        return "adapters are merged: the base layer's own forward"
-    if not adapters:
-        return "no active adapter on this layer: the base layer's own forward"
-    if trainable_base(layer):
-        return "the base weight is trainable"
+    reason = state_reason(layer, adapters)
+    if reason is not None:
+        return reason
     for name, lora_A, lora_B, _, dropout in adapters:
         if name in layer.lora_variant:
             variant = _variant_reason(layer, adapters, name, device)
@@ -253,8 +248,28 @@ def peft_reason(
             return f"adapter {name!r}: {reason}"
         if (x_dtype is torch.float64) is not (_weight(lora_A).dtype is torch.float64):
             return f"adapter {name!r}: float64 goes with float64 alone"
-        if type(dropout) is not nn.Dropout and type(dropout) is not nn.Identity:
-            return f"adapter {name!r}: its dropout is a {type(dropout).__name__}"
+        if reason := dropout_reason(dropout):
+            return f"adapter {name!r}: {reason}"
+    return None
+
+
+def state_reason(layer: Any, adapters: Sequence[object]) -> str | None:
+    """As `peft_reason`, as far as it is the same for layers of every kind."""
+    if layer.disable_adapters:
+        return "adapters are disabled: the base layer's own forward"
+    if layer.merged:
+        return "adapters are merged: the base layer's own forward"
+    if not adapters:
+        return "no active adapter on this layer: the base layer's own forward"
+    if trainable_base(layer):
+        return "the base weight is trainable"
+    return None
+
+
+def dropout_reason(dropout: nn.Module) -> str | None:
+    """Why it may be more than dropout."""
+    if type(dropout) is not nn.Dropout and type(dropout) is not nn.Identity:
+        return f"its dropout is a {type(dropout).__name__}"
     return None
 
 
@@ -289,16 +304,11 @@ def _dora_linear(layer: Any, adapter: Adapter, x: Tensor) -> Tensor:
     """y = magnitude ⊘ norm ⊙ (x·Wᵀ + s·x·Aᵀ·Bᵀ) + bias; with dropout, which PEFT puts before the
     base product too, of the dropped x, and (x − dropped)·Wᵀ beside it."""
     base, A, B = layer.base_layer, _weight(adapter.lora_A), _weight(adapter.lora_B)
-    weight: Tensor | Weight4bit = _base_weight(base)
-    bias, compute_dtype = base._parameters["bias"], None
-    four_bit, scaling = is_linear4bit(base), cast(float, adapter.scaling)
-    if four_bit:
-        from .linear4bit import prepared
-
-        weight, compute_dtype = prepared(base, x)
+    weight, compute_dtype = readable_weight(base, x)
+    bias, scaling = base._parameters["bias"], cast(float, adapter.scaling)
     norm = layer.__dict__.setdefault("_norm", KeptNorm())(weight, A, B, scaling)
     scale = layer.lora_magnitude_vector[adapter.name].weight / norm
-    if not _dropout_p(adapter):
+    if not dropout_p(adapter.dropout):
         y = lora_linear(
             x, weight, A, B, scaling, bias, column_scale=scale, compute_dtype=compute_dtype
         )
@@ -308,7 +318,7 @@ def _dora_linear(layer: Any, adapter: Adapter, x: Tensor) -> Tensor:
         y = lora_linear(
             dropped, weight, A, B, scaling, column_scale=scale, compute_dtype=compute_dtype
         ) + lora_linear(rest, weight, *none, bias, compute_dtype=compute_dtype)
-    return y.to(x.dtype) if four_bit else y
+    return y.to(x.dtype) if is_linear4bit(base) else y
 
 
 def unreadable(module: nn.Module, device: torch.device) -> str | None:
@@ -329,12 +339,18 @@ def unreadable(module: nn.Module, device: torch.device) -> str | None:
         from .linear4bit import unreadable_4bit
 
         return unreadable_4bit(module, device)
-    if type(weight) is not nn.Parameter and type(weight) is not Tensor:
-        return f"its weight is a {type(weight).__name__}"
-    if weight.device != device:
-        return f"its weight is on {weight.device}, x on {device}"
-    if weight.dim() != 2:
-        return f"its weight is flattened to {list(weight.shape)}"
+    return tensor_reason(device, weight=weight)
+
+
+def tensor_reason(device: torch.device, **tensors: Any) -> str | None:
+    """Why one of them is no plain matrix on this device."""
+    for name, tensor in tensors.items():
+        if type(tensor) is not nn.Parameter and type(tensor) is not Tensor:
+            return f"its {name} is a {type(tensor).__name__}"
+        if tensor.device != device:
+            return f"its {name} is on {tensor.device}, x on {device}"
+        if tensor.dim() != 2:
+            return f"its {name} is flattened to {list(tensor.shape)}"
     return None
 
 
@@ -364,6 +380,15 @@ def _base_weight(base: nn.Module) -> Tensor:
     return weight.t() if is_conv1d(base) else weight
 
 
+def readable_weight(base: nn.Module, x: Tensor) -> tuple[Tensor | Weight4bit, torch.dtype | None]:
+    """The weight of a base that is not `unreadable`, and the dtype to compute in if it is 4-bit."""
+    if is_linear4bit(base):
+        from .linear4bit import prepared  # which imports bitsandbytes
+
+        return prepared(base, x)
+    return _base_weight(base), None
+
+
 def patched(module: nn.Module) -> str | None:
     """Why an instance's own `forward` may do more than its class's; None where it does not."""
     forward: Any = module.__dict__.get("forward")
@@ -389,16 +414,20 @@ def trainable_base(layer: Any) -> bool:
 
 def calls(adapters: Sequence[Adapter]) -> list[Call]:
     """One call for all adapters without dropout and one for each that draws a mask."""
+    return [_call(group, dropout_p(group[0].dropout)) for group in groups(adapters)]
+
+
+def groups(adapters: Sequence[Any]) -> list[Sequence[Any]]:
+    """All adapters without dropout, if there are any, and each that draws a mask by itself."""
     if len(adapters) == 1:
-        return [_call(adapters, _dropout_p(adapters[0]))]
-    plain = [adapter for adapter in adapters if not _dropout_p(adapter)]
-    masked = [adapter for adapter in adapters if _dropout_p(adapter)]
-    stacked = [_call(plain, 0.0)] if plain else []
-    return stacked + [_call([adapter], _dropout_p(adapter)) for adapter in masked]
+        return [adapters]
+    plain = [adapter for adapter in adapters if not dropout_p(adapter.dropout)]
+    masked: list[Sequence[Any]] = [[a] for a in adapters if dropout_p(a.dropout)]
+    return [plain, *masked] if plain else masked
 
 
-def _dropout_p(adapter: Adapter) -> float:
-    dropout = adapter.dropout
+def dropout_p(dropout: nn.Module) -> float:
+    """The probability with which it drops now."""
     return dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
 
 

@@ -1,4 +1,4 @@
-"""PEFT's LoRA layer over bitsandbytes' 4-bit linear; imported where there is one."""
+"""PEFT's LoRA layers over bitsandbytes' 4-bit linear; imported where there is one."""
 
 from __future__ import annotations
 
@@ -6,15 +6,21 @@ from typing import Any, NamedTuple
 
 import torch
 from bitsandbytes.nn import Params4bit  # type: ignore[attr-defined]
+from peft.tuners.adalora.bnb import SVDLinear4bit
 from peft.tuners.lora.bnb import Linear4bit
 from torch import Tensor
 
 from ..quantization import Weight4bit
+from .adalora import FusedSVD
 from .linear import Fused
 
 
 class FusedLinear4bit(Fused, Linear4bit):
     """PEFT's LoRA layer of a model that transformers has loaded in 4 bits."""
+
+
+class FusedSVDLinear4bit(FusedSVD, SVDLinear4bit):
+    """PEFT's AdaLoRA layer of a model that transformers has loaded in 4 bits."""
 
 
 class _Known(NamedTuple):

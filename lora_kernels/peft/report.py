@@ -12,17 +12,9 @@ from torch import Tensor, nn
 
 from .. import select
 from ..functional import base_dtype
-from ..layers import LoRALinear, QLoRALinear
-from .linear import (
-    Call,
-    Fused,
-    active_adapters,
-    calls,
-    dora,
-    is_linear4bit,
-    peft_reason,
-    unreadable,
-)
+from ..layers import LoRAEmbedding, LoRALinear, QLoRALinear
+from . import adalora, embedding, linear
+from .linear import Call, Fused, dora, is_linear4bit, unreadable
 from .swap import lora_layers
 
 
@@ -31,7 +23,8 @@ class Row(NamedTuple):
 
     state: "fused": one op of ours and no other matrix product; "composed": several of our ops;
     "adapter only": the base layer is called as a module; "not fused": PEFT's own forward, the base
-    alone, or the eager backend.
+    alone, or plain PyTorch: the eager backend, and every embedding, whose lookups are no product
+    that an adapter's could be fused with.
     """
 
     layer: str
@@ -71,8 +64,9 @@ class Explanation:
 def explain(model: nn.Module, *, x_dtype: torch.dtype | None = None) -> Explanation:
     """For each LoRA layer of `model`, fused or not, what its next call will do and why.
 
-    Covers PEFT's layers and `lora_kernels.layers.LoRALinear`. The answer is for the state at hand:
-    training or not, active adapters, hooks, and the autocast and backend in force.
+    Covers PEFT's layers and `lora_kernels.layers.LoRALinear` with its subclasses. The answer is for
+    the state at hand: training or not, active adapters, hooks, and the autocast and backend in
+    force.
 
     Args:
         x_dtype: of the layers' input; None stands for each base weight's dtype.
@@ -108,18 +102,26 @@ def _not_fused(name: str, reason: str) -> Row:
 def _fused_row(name: str, layer: Any, x_dtype: torch.dtype | None) -> Row:
     if layer.mixed_batch:
         return _not_fused(name, "the last call named an adapter for each row (adapter_names)")
-    base, adapters = layer.base_layer, active_adapters(layer)
+    base = layer.base_layer
+    if isinstance(layer, embedding.FusedEmbedding):
+        reason = embedding.peft_reason(layer, embedding.active_adapters(layer), base.weight.device)
+        return _embedding_row(name) if reason is None else _not_fused(name, reason)
+    kind: Any = adalora if isinstance(layer, adalora.FusedSVD) else linear
+    adapters = kind.active_adapters(layer)
     # x is taken to be where the adapters are.
-    near = adapters[0].lora_A.weight if adapters else torch.empty(0)
+    near = torch.empty(0)
+    if adapters:
+        near = adapters[0].lora_A
+        near = near if isinstance(near, Tensor) else near.weight
     if x_dtype is None:
         x_dtype, weight = near.dtype, getattr(base, "weight", None)
         if isinstance(weight, Tensor) and weight.is_floating_point():
             x_dtype = weight.dtype
-    reason = peft_reason(layer, adapters, near.device, x_dtype)
+    reason = kind.peft_reason(layer, adapters, near.device, x_dtype)
     if reason is not None:
         return _not_fused(name, reason)
 
-    todo = calls(adapters)
+    todo = kind.calls(adapters)
     four_bit = is_linear4bit(base)
     compute_dtype = base.compute_dtype if four_bit and base.compute_type_is_set else None
     choices = [
@@ -150,7 +152,10 @@ def _fused_row(name: str, layer: Any, x_dtype: torch.dtype | None) -> Row:
 def _dense_row(name: str, layer: LoRALinear, x_dtype: torch.dtype | None) -> Row:
     if layer.merged or not layer.enabled:
         reason = "the adapter is merged" if layer.enabled else "the adapter is disabled"
-        return Row(name, "not fused", "torch", "F.linear", reason)
+        product = "F.embedding" if isinstance(layer, LoRAEmbedding) else "F.linear"
+        return Row(name, "not fused", "torch", product, reason)
+    if isinstance(layer, LoRAEmbedding):
+        return _embedding_row(name)
     four_bit = isinstance(layer, QLoRALinear)
     compute_dtype = layer.compute_dtype if isinstance(layer, QLoRALinear) else None
     x_dtype = x_dtype or (layer.lora_A if four_bit else layer.weight).dtype
@@ -159,6 +164,11 @@ def _dense_row(name: str, layer: LoRALinear, x_dtype: torch.dtype | None) -> Row
     choice = _choice(call, x_dtype, four_bit, compute_dtype)
     state = "not fused" if choice.backend == "eager" else "fused"
     return Row(name, state, choice.backend, choice.strategy, choice.reason)
+
+
+def _embedding_row(name: str) -> Row:
+    reason = "an embedding: its base is a lookup, no product to fuse the adapter's with"
+    return Row(name, "not fused", "torch", "lookups, then one product in place", reason)
 
 
 def _choice(

@@ -11,16 +11,20 @@ from types import MethodType
 from typing import Any, TypeVar
 
 from peft.tuners import lora
+from peft.tuners.adalora.layer import SVDLinear
 from peft.tuners.lora.layer import LoraLayer, MultiheadAttention
 from torch import nn
 
+from .adalora import FusedSVDLinear
+from .embedding import FusedEmbedding
 from .linear import Fused, FusedLinear, is_conv1d, patched, trainable_base
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
 def fuse(model: Model) -> Model:
-    """Make the LoRA layers of a PEFT model compute with `lora_linear`; returns the model.
+    """Make the LoRA and AdaLoRA layers of a PEFT model compute with `lora_linear`, those over an
+    embedding with one product for all their adapters; returns the model.
 
     Parameters, names and all else that PEFT does with them stay as they are. A layer that is of
     another kind, has a trainable base weight or a forward that someone replaced stays PEFT's own;
@@ -52,7 +56,8 @@ def unfuse(model: Model) -> Model:
     """
     for _, layer, _ in lora_layers(model):
         if isinstance(layer, Fused):
-            _set_class(layer, type(layer).__mro__[2])  # after the class itself and Fused
+            bases = type(layer).__mro__
+            _set_class(layer, bases[bases.index(Fused) + 1])
             vars(layer).pop("mixed_batch", None)
             vars(layer).pop("_norm", None)
     return model
@@ -76,7 +81,10 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer, str | None]]
 def _unfusable(layer: Any) -> str | None:
     if not isinstance(layer, Fused) and _fused_class(layer) is None:
         return f"PEFT's {type(layer).__name__} is not covered in this version"
-    if layer.fan_in_fan_out and not is_conv1d(layer.get_base_layer()):
+    # An embedding has the attribute from a configuration that was made for others, SVDLinear4bit
+    # has none.
+    transposed = getattr(layer, "fan_in_fan_out", False) and not isinstance(layer, lora.Embedding)
+    if transposed and not is_conv1d(layer.get_base_layer()):
         return "fan_in_fan_out beside a base that is not transformers' Conv1D"
     if trainable_base(layer):
         return "the base weight is trainable"
@@ -87,10 +95,20 @@ def _fused_class(layer: LoraLayer) -> Any:
     """The class that `fuse` gives the layer; None where it has none for it."""
     if type(layer) is lora.Linear:
         return FusedLinear
-    if (type(layer).__module__, type(layer).__name__) == ("peft.tuners.lora.bnb", "Linear4bit"):
+    if type(layer) is lora.Embedding:
+        return FusedEmbedding
+    if type(layer) is SVDLinear:
+        return FusedSVDLinear
+    # Nobody imports bitsandbytes in order to ask.
+    of = (type(layer).__module__, type(layer).__name__)
+    if of == ("peft.tuners.lora.bnb", "Linear4bit"):
         from .linear4bit import FusedLinear4bit
 
         return FusedLinear4bit
+    if of == ("peft.tuners.adalora.bnb", "SVDLinear4bit"):
+        from .linear4bit import FusedSVDLinear4bit
+
+        return FusedSVDLinear4bit
     return None
 
 

@@ -1,0 +1,209 @@
+"""LoRAEmbedding: a frozen table of embeddings with a trainable low-rank adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import reduce
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..quantization import Weight4bit
+from .linear import LoRALinear, check_size, check_stock
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class LoRAEmbedding(LoRALinear):
+    """y = W[x] + (alpha/r) · A[:, x]ᵀ·Bᵀ, with W frozen.
+
+    The rows of W and the columns of A are looked up, and one product of torch's adds the adapter
+    to the rows in place: nothing of [num_embeddings, embedding_dim] is made, forward or backward.
+    `lora_linear` has no part in it, since there is no product with the base weight to ride on.
+
+    Args:
+        num_embeddings, embedding_dim: K and N (attributes `in_features` and `out_features`).
+        r, alpha, device, dtype, lora_dtype, scaling: as `LoRALinear`'s.
+        padding_idx: an index whose column of lora_A gets no gradient; negative ones count from the
+            end. A new base starts with zeros there.
+        init: how lora_B starts, a callable that fills the tensor [N, r] in place; None draws it
+            normal with standard deviation 1. It is kept for `reset_parameters`. lora_A starts at
+            zero, and so the new layer computes what its base does.
+        scale_grad_by_freq: divide the gradient of a column of lora_A by how often x has its index.
+
+    Parameters: weight [K, N], lora_A [r, K], lora_B [N, r].
+
+    Raises ValueError or TypeError, naming the argument.
+
+    >>> import torch
+    >>> from lora_kernels.layers import LoRAEmbedding
+    >>> layer = LoRAEmbedding(1000, 32, r=4)
+    >>> layer(torch.tensor([[1, 2, 3]])).shape
+    torch.Size([1, 3, 32])
+    >>> [name for name, p in layer.named_parameters() if p.requires_grad]
+    ['lora_A', 'lora_B']
+    """
+
+    _default_init = staticmethod(nn.init.normal_)
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        r: int = 8,
+        alpha: float = 16.0,
+        padding_idx: int | None = None,
+        init: Callable[[Tensor], object] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        lora_dtype: torch.dtype | None = None,
+        *,
+        scaling: str = "lora",
+        scale_grad_by_freq: bool = False,
+    ) -> None:
+        check_size("num_embeddings", num_embeddings)
+        check_size("embedding_dim", embedding_dim)
+        if init is not None and not callable(init):
+            raise TypeError(f"init: got {init!r}, want a callable that fills lora_B")
+        if padding_idx is not None:
+            if not -num_embeddings <= padding_idx < num_embeddings:
+                raise ValueError(
+                    f"padding_idx: got {padding_idx}, want an index of {num_embeddings} embeddings"
+                )
+            padding_idx %= num_embeddings
+        self.padding_idx, self.scale_grad_by_freq = padding_idx, scale_grad_by_freq
+        super().__init__(
+            num_embeddings, embedding_dim, r, alpha, 0.0, False, init, device, dtype, lora_dtype,
+            scaling=scaling,
+        )  # fmt: skip
+
+    @classmethod
+    def from_embedding(
+        cls,
+        embedding: nn.Embedding,
+        r: int = 8,
+        alpha: float = 16.0,
+        init: Callable[[Tensor], object] | None = None,
+        lora_dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> Self:
+        """The same layer with an adapter; the weight is shared with `embedding`, not copied.
+
+        Being the same Parameter, it is frozen in `embedding` too, and in whatever else it is tied
+        to. Device, dtype, training mode, padding_idx and scale_grad_by_freq are `embedding`'s. Its
+        `sparse` is about a gradient that a frozen weight has not: lora_A's is dense.
+
+        Raises TypeError for anything but a stock `nn.Embedding`, ValueError for one with max_norm,
+        whose lookups write to the weight.
+
+        >>> import torch
+        >>> from lora_kernels.layers import LoRAEmbedding
+        >>> embedding = torch.nn.Embedding(100, 8)
+        >>> LoRAEmbedding.from_embedding(embedding, r=2, alpha=4).weight is embedding.weight
+        True
+        """
+        check_stock("embedding", embedding, nn.Embedding, "torch.nn.Embedding")
+        if embedding.max_norm is not None:
+            raise ValueError(
+                f"embedding: got max_norm={embedding.max_norm}, want None: looking rows up would "
+                "renormalize the frozen weight in place"
+            )
+        layer = cls(
+            embedding.num_embeddings, embedding.embedding_dim, r, alpha, embedding.padding_idx,
+            init, "meta", embedding.weight.dtype, lora_dtype,
+            **{"scale_grad_by_freq": embedding.scale_grad_by_freq, **options},
+        )  # fmt: skip
+        layer._take(embedding.weight)
+        embedding.requires_grad_(False)
+        return layer.train(embedding.training)
+
+    @classmethod
+    def from_linear(cls, *args: Any, **kwargs: Any) -> Self:
+        """Raises TypeError: use `LoRALinear.from_linear`, or `from_embedding`."""
+        raise TypeError(
+            "linear: want an nn.Embedding, by from_embedding, or LoRALinear.from_linear"
+        )
+
+    def _make_parameters(self) -> None:
+        super()._make_parameters()
+        self.weight = nn.Parameter(self.weight.new_empty(self.weight.shape[::-1]), False)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """The base as `nn.Embedding` starts it, the adapter as `reset_lora_parameters` does."""
+        nn.init.normal_(self.weight)
+        if self.padding_idx is not None:
+            self.weight[self.padding_idx].zero_()
+        self.reset_lora_parameters()
+
+    @torch.no_grad()
+    def reset_lora_parameters(self) -> None:
+        """lora_A to zero, lora_B by `init`. Meta tensors are left alone."""
+        if self.lora_A.is_meta:
+            return
+        assert callable(self.init)
+        nn.init.zeros_(self.lora_A)
+        self.init(self.lora_B)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [...], int32 or int64 -> y [..., N], in the weight's dtype, under autocast too."""
+        return super().forward(x)
+
+    def _fused(
+        self, x: Tensor, weight: Tensor | Weight4bit, compute_dtype: torch.dtype | None = None
+    ) -> Tensor:
+        assert isinstance(weight, Tensor)
+        if weight.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                "weight: got requires_grad=True, want a frozen weight: its gradient is not "
+                "computed here. Call weight.requires_grad_(False)"
+            )
+        adapter = (self.lora_A, self.lora_B, self.scaling)
+        return lookup(x, weight, [adapter], self.padding_idx, self.scale_grad_by_freq)
+
+    def _product(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.embedding(x, weight)
+
+    def _merged(self, weight: Tensor) -> Tensor:
+        """weight + (alpha/r)·(B·A)ᵀ, [K, N], in float32 (float64 for float64)."""
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        with torch.autocast(weight.device.type, enabled=False):
+            return torch.addmm(
+                weight.to(dtype), self.lora_A.t().to(dtype), self.lora_B.t().to(dtype),
+                alpha=self.scaling,
+            )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
+        text = f"{self.in_features}, {self.out_features}, r={self.r}, alpha={self.alpha:g}{padding}"
+        return text + ", merged" * self.merged + ", disabled" * (not self.enabled)
+
+
+def lookup(
+    x: Tensor,
+    weight: Tensor,
+    adapters: Sequence[tuple[Tensor, Tensor, float | Tensor]],
+    padding_idx: int | None,
+    scale_grad_by_freq: bool,
+) -> Tensor:
+    """W[x] + Σ s·A[:, x]ᵀ·Bᵀ over adapters (A [r, K], B [N, r], s), [..., N] in weight's dtype.
+
+    One product for all adapters, in the widest of their dtypes and the weight's, and rounded once.
+    weight [K, N] may not require a gradient: the rows looked up are written over.
+    """
+    ids = x.reshape(-1)
+    rows = F.embedding(ids, weight)
+    tensors = (t for A, B, _ in adapters for t in (A, B))
+    dtype = reduce(torch.promote_types, (t.dtype for t in tensors), weight.dtype)
+    parts = [
+        F.embedding(ids, A.t(), padding_idx, scale_grad_by_freq=scale_grad_by_freq).to(dtype) * s
+        for A, _, s in adapters
+    ]
+    P = torch.cat(parts, dim=1)
+    B = torch.cat([B.to(dtype) for _, B, _ in adapters], dim=1)
+    # In place, and so out of autocast's reach, which would round the rows of W.
+    y = rows.to(dtype).addmm_(P, B.t())
+    return y.to(weight.dtype).view(*x.shape, weight.shape[1])

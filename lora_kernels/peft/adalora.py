@@ -37,7 +37,7 @@ class FusedSVD(Fused):
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        adapters = active_adapters(self)
+        adapters = adapters_of(self)
         if peft_reason(self, adapters, x.device, x.dtype) is not None:
             return cast(Tensor, super(Fused, self).forward(x, *args, **kwargs))
         base = cast(nn.Module, self._modules["base_layer"])
@@ -69,7 +69,7 @@ class Adapter(NamedTuple):
     dropout: nn.Module
 
 
-def active_adapters(layer: Any) -> list[Adapter]:
+def adapters_of(layer: Any) -> list[Adapter]:
     """The active adapters, of those that this layer has."""
     modules = layer._modules
     lora_A, lora_B, lora_E, ranknum = (

@@ -26,10 +26,9 @@ class FusedEmbedding(Fused, lora.Embedding):
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        mixed_batch = kwargs.get("adapter_names") is not None
-        if mixed_batch is not self.mixed_batch:
-            self.mixed_batch = mixed_batch
-        adapters = active_adapters(self)
+        names = kwargs.get("adapter_names")
+        self.mixed_batch = None if names is None else tuple(dict.fromkeys(names))
+        adapters = adapters_of(self)
         more = args or any(value is not None for value in kwargs.values())
         if more or peft_reason(self, adapters, x.device) is not None:
             return super(Fused, self).forward(x, *args, **kwargs)
@@ -45,7 +44,7 @@ class Adapter(NamedTuple):
     scaling: float | Tensor
 
 
-def active_adapters(layer: Any) -> list[Adapter]:
+def adapters_of(layer: Any) -> list[Adapter]:
     """The active adapters, of those that this layer has."""
     lora_A = layer._modules["lora_embedding_A"]._parameters
     lora_B = layer._modules["lora_embedding_B"]._parameters
@@ -58,6 +57,8 @@ def active_adapters(layer: Any) -> list[Adapter]:
 
 def peft_reason(layer: Any, adapters: Sequence[Adapter], device: torch.device) -> str | None:
     """Why the layer's whole forward is PEFT's own for an x on this device; None where it is not."""
+    if layer.mixed_batch is not None:
+        return "the last call named an adapter for each row (adapter_names)"
     reason = state_reason(layer, adapters) or _base_reason(layer.base_layer, device)
     if reason is not None:
         return reason

@@ -24,7 +24,7 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 
 from ..backends import native
-from ..functional import lora_linear
+from ..functional import lora_linear, multi_lora_linear
 from ..prepared import KeptNorm, Prepared, prepare
 from ..quantization import Weight4bit
 
@@ -43,7 +43,7 @@ class Fused(nn.Module):
 
     # PEFT's target_modules="all-linear" knows its own layers by "Linear" in the class's name.
 
-    mixed_batch = False  # whether the last call had adapter_names
+    mixed_batch: tuple[str, ...] | None = None  # those that the last call's adapter_names had
     _ready: _Ready | None = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -55,13 +55,14 @@ class Fused(nn.Module):
                     return y
             else:
                 self._ready = None
-        mixed_batch = kwargs.get("adapter_names") is not None
-        if mixed_batch is not self.mixed_batch:
-            self.mixed_batch = mixed_batch
-        adapters = active_adapters(self)
-        if mixed_batch or peft_reason(self, adapters, x.device, x.dtype) is not None:
+        names = kwargs.get("adapter_names") if kwargs else None
+        if names is not None or self.mixed_batch is not None:
+            self.mixed_batch = None if names is None else tuple(dict.fromkeys(names))
+        adapters = adapters_of(self)
+        if peft_reason(self, adapters, x.device, x.dtype) is not None:
             return cast(Tensor, super().forward(x, *args, **kwargs))
         if kwargs:
+            self._check_forward_args(x, **kwargs)  # type: ignore[operator]  # PEFT's own
             kwargs = {name: value for name, value in kwargs.items() if name not in _NOT_FOR_BASE}
 
         base, bias = cast(nn.Module, self._modules["base_layer"]), _lora_bias(adapters)
@@ -69,7 +70,8 @@ class Fused(nn.Module):
             if args or kwargs:  # for a base that takes more than x
                 return cast(Tensor, super().forward(x, *args, **kwargs))
             return _dora_linear(self, adapters[0], x)
-        first, *rest = calls(adapters)
+        first: Call | MixedCall
+        first, *rest = calls(adapters) if names is None else [_mixed_call(adapters, names, x)]
         if args or kwargs or unreadable(base, x.device) is not None:
             result = base(x, *args, **kwargs)
             dtype = result.dtype
@@ -113,6 +115,16 @@ class Call(NamedTuple):
     lora_B: Tensor
     scaling: float
     rank_gate: Tensor | None
+    dropout_p: float
+
+
+class MixedCall(NamedTuple):
+    """The adapters' arguments of one `multi_lora_linear`."""
+
+    lora_A: list[Tensor]
+    lora_B: list[Tensor]
+    names: Tensor  # `multi_lora_linear`'s index
+    scaling: list[float]
     dropout_p: float
 
 
@@ -210,23 +222,29 @@ def _lora_linear(
     x: Tensor,
     weight: Tensor | Weight4bit | None,
     bias: Tensor | None,
-    call: Call,
+    call: Call | MixedCall,
     compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
+    if isinstance(call, MixedCall):
+        return multi_lora_linear(
+            x, weight, call.lora_A, call.lora_B, call.names, call.scaling, bias,
+            dropout_p=call.dropout_p, compute_dtype=compute_dtype,
+        )  # fmt: skip
     return lora_linear(
         x, weight, call.lora_A, call.lora_B, call.scaling, bias,
         rank_gate=call.rank_gate, dropout_p=call.dropout_p, compute_dtype=compute_dtype,
     )  # fmt: skip
 
 
-def active_adapters(layer: Any) -> list[Adapter]:
-    """The active adapters, of those that this layer has."""
+def adapters_of(layer: Any) -> list[Adapter]:
+    """The adapters that its last call named for its rows, or else the active ones; of those that
+    this layer has."""
     modules = cast(dict[str, Any], layer._modules)
     lora_A, lora_B = modules["lora_A"]._modules, modules["lora_B"]._modules
     dropout = modules["lora_dropout"]._modules
     return [
         Adapter(name, lora_A[name], lora_B[name], layer.scaling[name], dropout[name])
-        for name in layer.active_adapters
+        for name in layer.mixed_batch or layer.active_adapters
         if name in lora_A
     ]
 
@@ -250,6 +268,21 @@ def peft_reason(
             return f"adapter {name!r}: float64 goes with float64 alone"
         if reason := dropout_reason(dropout):
             return f"adapter {name!r}: {reason}"
+    return None if layer.mixed_batch is None else _mixed_reason(layer, adapters)
+
+
+def _mixed_reason(layer: Any, adapters: Sequence[Adapter]) -> str | None:
+    """Why rows that name their adapters cannot share a call; None where they can."""
+    for name, _, lora_B, scaling, _ in adapters:
+        if name in layer.lora_variant:
+            return f"adapter {name!r} is a DoRA, and rows name their adapters"
+        if lora_B._parameters["bias"] is not None:
+            return f"adapter {name!r} has a lora_bias, and rows name their adapters"
+        if isinstance(scaling, Tensor):
+            return f"adapter {name!r} is prepared for hot-swapping, and rows name their adapters"
+    dtypes = {(_weight(a.lora_A).dtype, _weight(a.lora_B).dtype) for a in adapters}
+    if len(dtypes) > 1 or len({dropout_p(a.dropout) for a in adapters}) > 1:
+        return "adapters that rows name differ in dtype or dropout"
     return None
 
 
@@ -415,6 +448,19 @@ def trainable_base(layer: Any) -> bool:
 def calls(adapters: Sequence[Adapter]) -> list[Call]:
     """One call for all adapters without dropout and one for each that draws a mask."""
     return [_call(group, dropout_p(group[0].dropout)) for group in groups(adapters)]
+
+
+def _mixed_call(adapters: Sequence[Adapter], names: Sequence[str], x: Tensor) -> MixedCall:
+    """names: one for each x[i]; PEFT's "__base__", and what this layer has not, are no adapter."""
+    places = {adapter.name: e for e, adapter in enumerate(adapters)}
+    index = torch.tensor([places.get(name, -1) for name in names], device=x.device)
+    return MixedCall(
+        [_weight(adapter.lora_A) for adapter in adapters],
+        [_weight(adapter.lora_B) for adapter in adapters],
+        index.view(-1, *[1] * (x.dim() - 2)).expand(x.shape[:-1]),
+        [cast(float, adapter.scaling) for adapter in adapters],
+        dropout_p(adapters[0].dropout),
+    )
 
 
 def groups(adapters: Sequence[Any]) -> list[Sequence[Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -100,14 +101,12 @@ def _not_fused(name: str, reason: str) -> Row:
 
 
 def _fused_row(name: str, layer: Any, x_dtype: torch.dtype | None) -> Row:
-    if layer.mixed_batch:
-        return _not_fused(name, "the last call named an adapter for each row (adapter_names)")
     base = layer.base_layer
     if isinstance(layer, embedding.FusedEmbedding):
-        reason = embedding.peft_reason(layer, embedding.active_adapters(layer), base.weight.device)
+        reason = embedding.peft_reason(layer, embedding.adapters_of(layer), base.weight.device)
         return _embedding_row(name) if reason is None else _not_fused(name, reason)
     kind: Any = adalora if isinstance(layer, adalora.FusedSVD) else linear
-    adapters = kind.active_adapters(layer)
+    adapters = kind.adapters_of(layer)
     # x is taken to be where the adapters are.
     near = torch.empty(0)
     if adapters:
@@ -121,17 +120,19 @@ def _fused_row(name: str, layer: Any, x_dtype: torch.dtype | None) -> Row:
     if reason is not None:
         return _not_fused(name, reason)
 
-    todo = kind.calls(adapters)
+    todo = kind.calls(adapters) if layer.mixed_batch is None else []
     four_bit = is_linear4bit(base)
     compute_dtype = base.compute_dtype if four_bit and base.compute_type_is_set else None
     choices = [
         _choice(call, x_dtype, four_bit and not i, compute_dtype)
         for i, call in enumerate(todo)  # the base rides on the first
-    ]
+    ] or [_mixed_choice(adapters, x_dtype, four_bit, compute_dtype)]
     backend = " + ".join(dict.fromkeys(choice.backend for choice in choices))
     state, strategy = "fused", choices[0].strategy
     reasons = list(dict.fromkeys(choice.reason for choice in choices))
-    if len(todo) < len(adapters):
+    if not todo:
+        reasons.append(f"rows name their adapters, as in the last call: {len(adapters)} in one")
+    elif len(todo) < len(adapters):
         reasons.append("adapters stacked along the rank")
     if len(todo) > 1:
         state, strategy = "composed", f"{strategy}; {len(todo)} calls"
@@ -169,6 +170,21 @@ def _dense_row(name: str, layer: LoRALinear, x_dtype: torch.dtype | None) -> Row
 def _embedding_row(name: str) -> Row:
     reason = "an embedding: its base is a lookup, no product to fuse the adapter's with"
     return Row(name, "not fused", "torch", "lookups, then one product in place", reason)
+
+
+def _mixed_choice(
+    adapters: Sequence[linear.Adapter],
+    x_dtype: torch.dtype,
+    four_bit: bool,
+    compute_dtype: torch.dtype | None,
+) -> select.Choice:
+    """What `multi_lora_linear` will choose for an x of this dtype beside the adapters."""
+    A, B = adapters[0].lora_A.weight, adapters[0].lora_B.weight
+    rank = max(adapter.lora_A.weight.shape[0] for adapter in adapters)
+    dtype = base_dtype(A.device.type, x_dtype, compute_dtype)
+    return select.multi_lora_linear(
+        A.device.type, x_dtype, A.dtype, B.dtype, dtype, rank, None, four_bit, A.device.index
+    )
 
 
 def _choice(

@@ -241,23 +241,6 @@ def test_weighted_adapter() -> None:
     assert_same(results(fused, batch()), results(stock, batch()))
 
 
-# Mixed batches are PEFT's own
-
-
-def test_mixed_batch_takes_peft_path_and_says_so() -> None:
-    stock, fused = pair(mlp().eval())
-    for model in (stock, fused):
-        model.add_adapter("second", LoraConfig(r=3, target_modules=["up", "down"]))
-        randomize(model, "second", seed=5)
-    names = ["second", "__base__", "default"]
-    torch.testing.assert_close(
-        fused(batch(), adapter_names=names), stock(batch(), adapter_names=names)
-    )
-    assert all("adapter_names" in row.reason for row in explain(fused).rows)
-    torch.testing.assert_close(fused(batch()), stock(batch()))
-    assert not any("adapter_names" in row.reason for row in explain(fused).rows)
-
-
 def test_arguments_that_only_variants_read() -> None:
     """PEFT's hooks hand them to every layer; the base layer never sees them."""
     stock, fused = (model.base_model.model.up for model in pair(mlp()))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -43,9 +44,14 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True, repr=False)
 class Explanation:
-    """A `Row` for each LoRA layer; `str()` is a table of them."""
+    """A `Row` for each LoRA layer; `str()` is a table of them.
+
+    parameters: of the adapters of each layer, by name, in elements. Where layers differ in state,
+    the table ends in each state's share of them.
+    """
 
     rows: list[Row]
+    parameters: Mapping[str, int] = field(default_factory=dict)
 
     def assert_fused(self) -> None:
         """Raises RuntimeError that lists the layers not "fused", also where there is no layer."""
@@ -56,7 +62,12 @@ class Explanation:
 
     def _summary(self) -> str:
         states = Counter(row.state for row in self.rows).most_common()
-        counts = ", ".join(f"{n} {state}" for state, n in states)
+        sizes: Counter[str] = Counter()
+        for row in self.rows:
+            sizes[row.state] += self.parameters.get(row.layer, 0)
+        total = sizes.total() if len(states) > 1 else 0
+        shares = {s: f" ({n / total:.1%} of the LoRA parameters)" for s, n in sizes.items() if total}
+        counts = ", ".join(f"{n} {state}{shares.get(state, '')}" for state, n in states)
         return f"{len(self.rows)} LoRA layers: {counts or 'nothing to fuse'}"
 
     def __str__(self) -> str:
@@ -90,7 +101,13 @@ def explain(model: nn.Module, *, x_dtype: torch.dtype | None = None) -> Explanat
     for name, module in model.named_modules():
         if isinstance(module, LoRALinear):
             rows.append(_dense_row(name, module, x_dtype))
-    return Explanation(rows)
+    return Explanation(rows, {row.layer: _lora_size(model.get_submodule(row.layer)) for row in rows})
+
+
+def _lora_size(layer: nn.Module) -> int:
+    """Of what the layer adds to its base: PEFT's names and ours begin alike."""
+    own = layer.named_parameters()
+    return sum(p.numel() for name, p in own if name.startswith("lora_"))
 
 
 def _peft_row(name: str, layer: LoraLayer, reason: str | None, x_dtype: torch.dtype | None) -> Row:

@@ -11,7 +11,7 @@ from types import MethodType
 from typing import Any, TypeVar
 
 from peft.tuners import lora
-from peft.tuners.lora.layer import LoraLayer, MultiheadAttention
+from peft.tuners.lora.layer import LoraLayer, MultiheadAttention, ParamWrapper
 from torch import nn
 
 from .linear import Fused, FusedLinear, is_conv1d, patched, trainable_base
@@ -53,8 +53,8 @@ def unfuse(model: Model) -> Model:
     for _, layer, _ in lora_layers(model):
         if isinstance(layer, Fused):
             _set_class(layer, type(layer).__mro__[2])  # after the class itself and Fused
-            vars(layer).pop("mixed_batch", None)
-            vars(layer).pop("_norm", None)
+            for name in ("mixed_batch", "_norm", "_ready"):
+                vars(layer).pop(name, None)
     return model
 
 
@@ -74,6 +74,8 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer, str | None]]
 
 
 def _unfusable(layer: Any) -> str | None:
+    if type(layer) is ParamWrapper:
+        return f"PEFT's ParamWrapper adds the adapter to {layer.parameter_name} itself"
     if not isinstance(layer, Fused) and _fused_class(layer) is None:
         return f"PEFT's {type(layer).__name__} is not covered in this version"
     if layer.fan_in_fan_out and not is_conv1d(layer.get_base_layer()):

@@ -91,6 +91,8 @@ def results(model: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> dict[str,
     x = x.detach().clone().requires_grad_(x.is_floating_point())
     y = output(model, x, *args, **kwargs)
     weights = ((torch.arange(y.numel()) % 7 - 3) / 4).to(y.dtype).view(y.shape)  # exact in any
+    if not y.requires_grad:
+        return {"y": y}
     wanted = {n: p for n, p in [("x", x), *model.named_parameters()] if p.requires_grad}
     grads = torch.autograd.grad((y * weights).sum(), list(wanted.values()), allow_unused=True)
     named = dict(zip(wanted, grads, strict=True))

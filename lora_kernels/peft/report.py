@@ -61,14 +61,15 @@ class Explanation:
             raise RuntimeError("\n".join([f"want all fused, got {self._summary()}", *lines]))
 
     def _summary(self) -> str:
-        states = Counter(row.state for row in self.rows).most_common()
-        sizes: Counter[str] = Counter()
+        states, sizes = Counter(row.state for row in self.rows), Counter[str]()
         for row in self.rows:
             sizes[row.state] += self.parameters.get(row.layer, 0)
-        total = sizes.total() if len(states) > 1 else 0
-        shares = {s: f" ({n / total:.1%} of the LoRA parameters)" for s, n in sizes.items() if total}
-        counts = ", ".join(f"{n} {state}{shares.get(state, '')}" for state, n in states)
-        return f"{len(self.rows)} LoRA layers: {counts or 'nothing to fuse'}"
+        counts = [f"{n} {state}" for state, n in states.most_common()]
+        if len(counts) > 1 and (total := sizes.total()):
+            shares = [sizes[state] / total for state, _ in states.most_common()]
+            counts = [f"{n} ({share:.1%})" for n, share in zip(counts, shares, strict=True)]
+            counts[-1] += " of the LoRA parameters"
+        return f"{len(self.rows)} LoRA layers: {', '.join(counts) or 'nothing to fuse'}"
 
     def __str__(self) -> str:
         table = [Row._fields, *self.rows]
@@ -101,7 +102,9 @@ def explain(model: nn.Module, *, x_dtype: torch.dtype | None = None) -> Explanat
     for name, module in model.named_modules():
         if isinstance(module, LoRALinear):
             rows.append(_dense_row(name, module, x_dtype))
-    return Explanation(rows, {row.layer: _lora_size(model.get_submodule(row.layer)) for row in rows})
+    return Explanation(
+        rows, {row.layer: _lora_size(model.get_submodule(row.layer)) for row in rows}
+    )
 
 
 def _lora_size(layer: nn.Module) -> int:

@@ -244,6 +244,7 @@ def test_scaling_as_a_tensor() -> None:
 
 # Language models
 
+
 def language_model(name: str, **config: Any) -> Any:
     torch.manual_seed(0)
     model: nn.Module

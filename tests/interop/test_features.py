@@ -20,6 +20,7 @@ import pytest
 import torch
 from peft import (
     EvaConfig,
+    LoHaConfig,
     LoraConfig,
     PeftModel,
     get_peft_model,
@@ -446,6 +447,28 @@ def status(peft_model: PeftModel) -> list[Any]:
     whole = peft_model.get_model_status()
     counts = json.dumps(peft_model.get_nb_trainable_parameters())
     return [layers, whole, counts, peft_model.active_adapters, sorted(peft_model.peft_config)]
+
+
+@pytest.mark.parametrize("lora_first", [True, False])
+def test_mixed_with_loha(lora_first: bool) -> None:
+    """The LoRA layers inside another tuner's, and around them."""
+    models: list[Any] = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        loha = LoHaConfig(r=3, alpha=2, target_modules=TARGETS, init_weights=False)
+        first, second = (config(), loha) if lora_first else (loha, config())
+        mixed: Any = get_peft_model(base_model(), first, mixed=True)
+        mixed.add_adapter("second", second)
+        randomize(mixed, "default" if lora_first else "second")
+        models.append(mixed)
+    stock, fused = models[0], fuse(models[1])
+    for active in (["default", "second"], ["second"], ["default"]):
+        for each in models:
+            each.set_adapter(active)
+        assert_same_models(fused, stock)
+        inside = "adapter only" if not lora_first and "second" in active else "not fused"
+        assert {row.state for row in explain(fused).rows} == {inside}
+    assert_same_models(fused.merge_and_unload(), stock.merge_and_unload())
 
 
 def test_loaded_from_meta_and_fused(tmp_path: Path) -> None:

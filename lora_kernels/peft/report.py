@@ -102,15 +102,14 @@ def explain(model: nn.Module, *, x_dtype: torch.dtype | None = None) -> Explanat
     for name, module in model.named_modules():
         if isinstance(module, LoRALinear):
             rows.append(_dense_row(name, module, x_dtype))
-    return Explanation(
-        rows, {row.layer: _lora_size(model.get_submodule(row.layer)) for row in rows}
-    )
+    layers = {row.layer: model.get_submodule(row.layer) for row in rows}
+    return Explanation(rows, {name: _lora_size(layer) for name, layer in layers.items()})
 
 
 def _lora_size(layer: nn.Module) -> int:
-    """Of what the layer adds to its base: PEFT's names and ours begin alike."""
-    own = layer.named_parameters()
-    return sum(p.numel() for name, p in own if name.startswith("lora_"))
+    """Elements of the layer's own adapters, whose names begin alike in PEFT's layers and ours."""
+    parameters = layer.named_parameters()
+    return sum(p.numel() for name, p in parameters if name.startswith("lora_"))
 
 
 def _peft_row(name: str, layer: LoraLayer, reason: str | None, x_dtype: torch.dtype | None) -> Row:

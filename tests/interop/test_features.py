@@ -79,7 +79,7 @@ def model(dtype: torch.dtype = torch.float64, **settings: Any) -> PeftModel:
 
 
 def assert_same_models(fused: Any, stock: Any) -> None:
-    """State, what is trained, output and gradients; without gradients twice, as in decoding."""
+    """State, what is trained, output and gradients, in training mode or not."""
     a, b = stock.state_dict(), fused.state_dict()
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
     assert [p.requires_grad for p in fused.parameters()] == [
@@ -91,20 +91,21 @@ def assert_same_models(fused: Any, stock: Any) -> None:
         want = results(stock, IDS)
         torch.manual_seed(4)
         assert_same(results(fused, IDS), want)
-    with torch.no_grad():
-        for _ in range(2):
-            torch.testing.assert_close(output(fused, IDS[:1, :1]), output(stock, IDS[:1, :1]))
 
 
-def assert_explained(fused: nn.Module) -> None:
-    """A layer is fused in float32, or the reason says what else it is; so many ops run."""
-    fused = copy.deepcopy(fused).to(f32).eval()
+def assert_explained(fused: nn.Module, stock: nn.Module) -> None:
+    """In float32 a layer is fused, or the reason says what else it is; so many ops run, and a
+    token goes the shorter way."""
+    stock, fused = (copy.deepcopy(each).to(f32).eval() for each in (stock, fused))
     rows = explain(fused).rows
     assert all(row.reason and row.strategy for row in rows)
     ours = [row for row in rows if row.backend != "peft"]
     assert {row.state for row in ours} <= {"not fused" if native.module is None else "fused"}
-    ops = count_ops(lambda: fused(IDS))
-    assert ops.get("lora_linear", 0) + ops.get("lora_linear_4bit", 0) == len(ours)
+    assert count_ops(lambda: fused(IDS)).get("lora_linear", 0) == len(ours)
+    with torch.no_grad():
+        for _ in range(2):
+            got, want = output(fused, IDS[:1, :1]), output(stock, IDS[:1, :1])
+            assert (got - want).norm() <= FLOAT32_RTOL * want.norm()
 
 
 def saved(peft_model: PeftModel, folder: Path) -> dict[str, bytes]:
@@ -146,7 +147,7 @@ def test_configuration(settings: dict[str, Any], tmp_path: Path) -> None:
     stock, fused = pair(model(**settings))
     assert len(fused_layers(fused)) >= 2
     assert_same_models(fused, stock)
-    assert_explained(fused)
+    assert_explained(fused, stock)
     assert saved(fused, tmp_path / "fused") == saved(stock, tmp_path / "stock")
     loaded = PeftModel.from_pretrained(base_model(), tmp_path / "fused", is_trainable=True)
     if settings.get("inference_mode"):
@@ -403,7 +404,7 @@ def test_change(change: Callable[[PeftModel, Path], Any], tmp_path: Path) -> Non
         assert status(fused) == status(stock)
     assert_same_models(fused, stock)
     if any(isinstance(layer, LoraLayer) for layer in fused.modules()):
-        assert_explained(fused)
+        assert_explained(fused, stock)
         assert_same_models(unfuse(fused), stock)
 
 

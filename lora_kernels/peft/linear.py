@@ -169,6 +169,7 @@ class _Ready:
         looked_up: list[tuple[dict[str, Any], str]] = [
             (modules, "base_layer"),
             *((modules[kind]._modules, name) for kind in ("lora_A", "lora_B", "lora_dropout")),
+            (layer.__dict__, "scaling"),  # which PEFT's rescale_adapter_scale replaces
             (layer.scaling, name),
             (layer.lora_variant, name),
             *((module.__dict__, "forward") for module in (base, lora_A, lora_B)),

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -37,9 +37,14 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True, repr=False)
 class Explanation:
-    """A `Row` for each LoRA layer; `str()` is a table of them."""
+    """A `Row` for each LoRA layer; `str()` is a table of them.
+
+    parameters: of the adapters of each layer, by name, in elements. Where layers differ in state,
+    the table ends in each state's share of them.
+    """
 
     rows: list[Row]
+    parameters: Mapping[str, int] = field(default_factory=dict)
 
     def assert_fused(self) -> None:
         """Raises RuntimeError that lists the layers not "fused", also where there is no layer."""
@@ -49,9 +54,15 @@ class Explanation:
             raise RuntimeError("\n".join([f"want all fused, got {self._summary()}", *lines]))
 
     def _summary(self) -> str:
-        states = Counter(row.state for row in self.rows).most_common()
-        counts = ", ".join(f"{n} {state}" for state, n in states)
-        return f"{len(self.rows)} LoRA layers: {counts or 'nothing to fuse'}"
+        states, sizes = Counter(row.state for row in self.rows), Counter[str]()
+        for row in self.rows:
+            sizes[row.state] += self.parameters.get(row.layer, 0)
+        counts = [f"{n} {state}" for state, n in states.most_common()]
+        if len(counts) > 1 and (total := sizes.total()):
+            shares = [sizes[state] / total for state, _ in states.most_common()]
+            counts = [f"{n} ({share:.1%})" for n, share in zip(counts, shares, strict=True)]
+            counts[-1] += " of the LoRA parameters"
+        return f"{len(self.rows)} LoRA layers: {', '.join(counts) or 'nothing to fuse'}"
 
     def __str__(self) -> str:
         table = [Row._fields, *self.rows]
@@ -85,7 +96,14 @@ def explain(model: nn.Module, *, x_dtype: torch.dtype | None = None) -> Explanat
     for name, module in model.named_modules():
         if isinstance(module, LoRALinear):
             rows.append(_dense_row(name, module, x_dtype))
-    return Explanation(rows)
+    layers = {row.layer: model.get_submodule(row.layer) for row in rows}
+    return Explanation(rows, {name: _lora_size(layer) for name, layer in layers.items()})
+
+
+def _lora_size(layer: nn.Module) -> int:
+    """Elements of the layer's own adapters, whose names begin alike in PEFT's layers and ours."""
+    parameters = layer.named_parameters()
+    return sum(p.numel() for name, p in parameters if name.startswith("lora_"))
 
 
 def _peft_row(name: str, layer: LoraLayer, reason: str | None, x_dtype: torch.dtype | None) -> Row:

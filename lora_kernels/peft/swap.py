@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from peft.tuners import lora
 from peft.tuners.adalora.layer import SVDLinear
-from peft.tuners.lora.layer import LoraLayer, MultiheadAttention
+from peft.tuners.lora.layer import LoraLayer, MultiheadAttention, ParamWrapper
 from torch import nn
 
 from .adalora import FusedSVDLinear
@@ -58,8 +58,8 @@ def unfuse(model: Model) -> Model:
         if isinstance(layer, Fused):
             bases = type(layer).__mro__
             _set_class(layer, bases[bases.index(Fused) + 1])
-            vars(layer).pop("mixed_batch", None)
-            vars(layer).pop("_norm", None)
+            for name in ("mixed_batch", "_norm", "_ready"):
+                vars(layer).pop(name, None)
     return model
 
 
@@ -79,6 +79,8 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer, str | None]]
 
 
 def _unfusable(layer: Any) -> str | None:
+    if type(layer) is ParamWrapper:
+        return f"PEFT's ParamWrapper adds the adapter to {layer.parameter_name} itself"
     if not isinstance(layer, Fused) and _fused_class(layer) is None:
         return f"PEFT's {type(layer).__name__} is not covered in this version"
     # An embedding has the attribute from a configuration that was made for others, SVDLinear4bit

@@ -15,7 +15,9 @@ from lora_kernels.measure import tolerance
 from lora_kernels.peft import explain, fuse
 
 from .tiny import (
+    IDS,
     SIZES,
+    TINY,
     add_lora,
     assert_same,
     batch,
@@ -241,17 +243,6 @@ def test_scaling_as_a_tensor() -> None:
 
 
 # Language models
-
-TINY: dict[str, Any] = {
-    "vocab_size": 61,
-    "hidden_size": 24,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 32,
-}
-IDS = torch.randint(61, (2, 9), generator=torch.Generator().manual_seed(6))
 
 
 def language_model(name: str, **config: Any) -> Any:

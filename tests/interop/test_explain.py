@@ -30,6 +30,18 @@ def test_table() -> None:
     )  # fmt: skip
 
 
+def test_shares_of_the_parameters() -> None:
+    rows = [Row(name, state, "", "", "") for name, state in zip("abc", "xxy", strict=True)]
+    sizes = {"a": 1, "b": 4, "c": 11}
+    summary = str(Explanation(rows, sizes)).splitlines()[-1]
+    assert summary == "3 LoRA layers: 2 x (31.2%), 1 y (68.8%) of the LoRA parameters"
+    assert str(Explanation(rows[:2], sizes)).splitlines()[-1] == "2 LoRA layers: 2 x"
+    R, (K, hidden, N) = 5, SIZES
+    want = {"up": R * (K + hidden), "down": R * (hidden + N)}
+    got = explain(fuse(mlp(torch.float32))).parameters
+    assert got == {f"base_model.model.{name}": n for name, n in want.items()}
+
+
 @needs_native
 def test_fused() -> None:
     explanation = explain(fuse(mlp(torch.float32)))

@@ -129,8 +129,8 @@ def test_4bit_base(dtype: torch.dtype) -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.up = bnb.nn.Linear4bit(64, 96, compute_dtype=dtype, quant_type="nf4")
-            self.down = bnb.nn.Linear4bit(96, 40, compute_dtype=dtype, quant_type="nf4")
+            self.up = bnb.nn.Linear4bit(64, 128, compute_dtype=dtype, quant_type="nf4")
+            self.down = bnb.nn.Linear4bit(128, 40, compute_dtype=dtype, quant_type="nf4")
 
         def forward(self, x: Tensor) -> Tensor:
             return self.down(torch.tanh(self.up(x)))

@@ -51,6 +51,19 @@ def randomize(model: nn.Module, adapter: str, seed: int = 1) -> None:
                 p.copy_(0.3 * torch.randn(p.shape, generator=generator))
 
 
+# A transformers model's settings, and ids for it.
+TINY: dict[str, Any] = {
+    "vocab_size": 61,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32,
+}
+IDS = torch.randint(61, (2, 9), generator=torch.Generator().manual_seed(6))
+
+
 def mlp(dtype: torch.dtype = torch.float64, seed: int = 0, **config: Any) -> PeftModel:
     torch.manual_seed(seed)
     return add_lora(MLP().to(dtype), **config)
@@ -66,14 +79,23 @@ def batch(dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(3, 4, SIZES[0], generator=generator, dtype=torch.float64).to(dtype)
 
 
-def results(model: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-    """The output on x, and the gradient of x and of each trainable parameter, by name."""
-    x = x.detach().clone().requires_grad_()
+def output(model: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Of a transformers model the logits."""
     y = model(x, *args, **kwargs)
+    return y if isinstance(y, Tensor) else y.logits
+
+
+def results(model: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    """The output on x, and the gradient of x, unless x is ids, and of each trainable parameter, by
+    name."""
+    x = x.detach().clone().requires_grad_(x.is_floating_point())
+    y = output(model, x, *args, **kwargs)
     weights = ((torch.arange(y.numel()) % 7 - 3) / 4).to(y.dtype).view(y.shape)  # exact in any
-    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    grads = torch.autograd.grad((y * weights).sum(), [x, *parameters.values()], allow_unused=True)
-    named = dict(zip(["x", *parameters], grads, strict=True))
+    if not y.requires_grad:
+        return {"y": y}
+    wanted = {n: p for n, p in [("x", x), *model.named_parameters()] if p.requires_grad}
+    grads = torch.autograd.grad((y * weights).sum(), list(wanted.values()), allow_unused=True)
+    named = dict(zip(wanted, grads, strict=True))
     return {"y": y.detach()} | {n: g for n, g in named.items() if g is not None}
 
 

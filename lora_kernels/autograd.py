@@ -126,7 +126,10 @@ class MultiLoRALinearFunction(torch.autograd.Function):
         lora_A, lora_B, codes = tensors[:E], tensors[E : 2 * E], tensors[2 * E :]
         base: tuple[Any, ...] = codes or (weight,)
         call: Any = ops.multi_lora_linear_4bit if codes else ops.multi_lora_linear
-        ctx.asked = None if torch.compiler.is_compiling() else forced.current.get()
+        ctx.asked = None
+        if ops.plain(x, index, base[0], *lora_A, *lora_B):
+            call, base = ops.multi_lora_linear_direct, (Codes(*codes) if codes else weight,)
+            ctx.asked = forced.current.get()
         y: Tensor
         y, p = call(x, *base, lora_A, lora_B, index, scaling, bias, dropout_p, rng, dtype, y_dtype)
         ctx.save_for_backward(x, weight, index, p, rng, *tensors[: 2 * E], *codes[:-2])
@@ -144,6 +147,9 @@ class MultiLoRALinearFunction(torch.autograd.Function):
         need_A, need_B = need[9 : 9 + E], need[9 + E : 9 + 2 * E]
         base: tuple[Any, ...] = (*codes, *ctx.blocksizes) if codes else (weight,)
         call: Any = ops.multi_lora_linear_backward_4bit if codes else ops.multi_lora_linear_backward
+        if ops.plain(dy, x, index, base[0], *lora_A, *lora_B):
+            call = ops.multi_lora_linear_backward_direct
+            base = (Codes(*codes, *ctx.blocksizes) if codes else weight,)
         same = ctx.asked is None or ctx.asked is forced.current.get()
         with _NOTHING if same else forced.again(ctx.asked):
             dx, dA, dB, dbias = call(

@@ -151,19 +151,20 @@ def multi_lora_linear(
         raise ValueError(f"x: got shape {_shape(x)}, want [..., {K}] for lora_A {_shape(As[0])}")
     if x.dtype not in _FLOATS:
         raise TypeError(f"x: got {x.dtype}, want float32, bfloat16, float16 or float64")
+    a_dtype, b_dtype = As[0].dtype, Bs[0].dtype
     for e, (A, B) in enumerate(zip(As, Bs, strict=True)):
-        for name, t, first, want in (
-            ("lora_A", A, As[0], f"[R, {K}]"),
-            ("lora_B", B, Bs[0], f"[{N}, {A.shape[0]}]"),
-        ):
-            name = f"{name}[{e}]"
-            side = t.shape[1] == K if t is A else tuple(t.shape) == (N, A.shape[0])
-            if not side:
-                raise ValueError(f"{name}: got shape {_shape(t)}, want {want}")
-            if t.dtype is not first.dtype:
-                raise TypeError(f"{name}: got {t.dtype}, want {first.dtype}, as the first has")
-            _check_dtypes("x", x.dtype, **{name: t.dtype})
-            _check_devices(x, **{name: t})
+        if A.dim() != 2 or A.shape[1] != K:
+            raise ValueError(f"lora_A[{e}]: got shape {_shape(A)}, want [R, {K}]")
+        if B.shape != (N, A.shape[0]):
+            raise ValueError(f"lora_B[{e}]: got shape {_shape(B)}, want [{N}, {A.shape[0]}]")
+        if A.dtype is not a_dtype or B.dtype is not b_dtype:
+            raise TypeError(
+                f"lora_A[{e}], lora_B[{e}]: got {A.dtype}, {B.dtype}, want {a_dtype}, {b_dtype}, "
+                "as the first have"
+            )
+        if A.device != device or B.device != device:
+            _check_devices(x, **{f"lora_A[{e}]": A, f"lora_B[{e}]": B})
+    _check_dtypes("x", x.dtype, lora_A=a_dtype, lora_B=b_dtype)
     if not isinstance(index, Tensor) or index.dtype not in (torch.int64, torch.int32):
         got = index.dtype if isinstance(index, Tensor) else type(index).__name__
         raise TypeError(f"index: got {got}, want a tensor of int64 or int32")
@@ -197,7 +198,7 @@ def _adapters(name: str, tensors: Tensor | Sequence[Tensor], want: str) -> list[
     for e, t in enumerate(tensors):
         if not isinstance(t, Tensor):
             raise TypeError(f"{name}[{e}]: got {type(t).__name__}, want a tensor")
-        _matrix(f"{name}[{e}]", t, want.replace("E, ", ""))
+    _matrix(f"{name}[0]", tensors[0], want.replace("E, ", ""))
     return list(tensors)
 
 

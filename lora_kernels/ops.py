@@ -244,7 +244,7 @@ def _multi_choice(
     )  # fmt: skip
 
 
-def _multi_lora_linear(
+def multi_lora_linear_direct(
     x: Tensor,
     weight: Tensor | Codes | None,
     lora_A: Sequence[Tensor],
@@ -285,7 +285,7 @@ def _multi_lora_linear_fake(
     return y, x.new_empty(M, R, dtype=_stat_dtype(dtype))
 
 
-def _multi_lora_linear_backward(
+def multi_lora_linear_backward_direct(
     dy: Tensor,
     x: Tensor,
     weight: Tensor | Codes | None,
@@ -301,7 +301,7 @@ def _multi_lora_linear_backward(
     need_A: Sequence[bool],
     need_B: Sequence[bool],
     need_bias: bool,
-) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
+) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None], Tensor | None]:
     x2, dy2 = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
     choice = _multi_choice(x2, weight, lora_A, lora_B, dtype)
     with _no_autocast(x.device.type):
@@ -309,16 +309,7 @@ def _multi_lora_linear_backward(
             dy2, x2, weight, lora_A, lora_B, index.reshape(-1), p, scaling, dropout_p, rng, dtype,
             need_x, need_A, need_B, need_bias, choice.strategy,
         )  # fmt: skip
-
-    def or_nothing(grad: Tensor | None, dtype: torch.dtype) -> Tensor:
-        return x.new_empty(0, dtype=dtype) if grad is None else grad
-
-    return (
-        x.new_empty(0) if dx is None else dx.view(x.shape),
-        [or_nothing(grad, A.dtype) for grad, A in zip(dA, lora_A, strict=True)],
-        [or_nothing(grad, B.dtype) for grad, B in zip(dB, lora_B, strict=True)],
-        or_nothing(dbias, p.dtype),
-    )
+    return None if dx is None else dx.view(x.shape), dA, dB, dbias
 
 
 def _multi_lora_linear_backward_fake(
@@ -400,6 +391,23 @@ def _lora_linear_backward(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ..
     )
 
 
+def _multi_lora_linear_backward(
+    dy: Tensor, x: Tensor, *rest: Any
+) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
+    lora_A, lora_B, p = rest[1], rest[2], rest[4]
+    dx, dA, dB, dbias = multi_lora_linear_backward_direct(dy, x, *rest)
+
+    def or_nothing(grad: Tensor | None, dtype: torch.dtype) -> Tensor:
+        return x.new_empty(0, dtype=dtype) if grad is None else grad
+
+    return (
+        or_nothing(dx, x.dtype),
+        [or_nothing(grad, A.dtype) for grad, A in zip(dA, lora_A, strict=True)],
+        [or_nothing(grad, B.dtype) for grad, B in zip(dB, lora_B, strict=True)],
+        or_nothing(dbias, p.dtype),
+    )
+
+
 # Those of 4-bit weights are the same functions of `Codes`.
 _FIELDS = len(Codes._fields)
 
@@ -417,7 +425,7 @@ def _with_codes(function: Callable[..., Any], before: int) -> Callable[..., Any]
 for _name, _impl, _fake, _before in (
     ("lora_linear", _lora_linear, _lora_linear_fake, 1),
     ("lora_linear_backward", _lora_linear_backward, _lora_linear_backward_fake, 2),
-    ("multi_lora_linear", _multi_lora_linear, _multi_lora_linear_fake, 1),
+    ("multi_lora_linear", multi_lora_linear_direct, _multi_lora_linear_fake, 1),
     (
         "multi_lora_linear_backward",
         _multi_lora_linear_backward,

@@ -25,6 +25,7 @@ constexpr int64_t ROWS = 96;       // rows of y that one task updates
 constexpr int64_t RANKS = 64;      // ranks summed in one chain before they are added to the rest
 constexpr int64_t STRIP = 64;      // columns of x of one task of dA: a mask word
 constexpr int64_t DEPTH = 128;     // rows of x that stay in L1 while dA's ranks pass over them
+constexpr int64_t UNPACKED = 2;    // rows up to which the rank update of y takes B as it lies
 constexpr int64_t PAIR_ROWS = 32;  // rows of dY that stay in L2 between dS and dB
 
 LK_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -426,7 +427,46 @@ LK_INLINE void expand_tile(const ExpandArgs& a, const Philox& generator, const f
   }
 }
 
+// The same for one or two rows and columns n0 to n1, where packing Q costs more than the update:
+// Q's columns, contiguous along the ranks, are dotted with S as they lie.
+template <typename T, typename TQ>
+LK_INLINE void expand_unpacked(const ExpandArgs& a, int64_t n0, int64_t n1) {
+  const TQ* const q = static_cast<const TQ*>(a.q.data);
+  const T* const y = static_cast<const T*>(a.y);
+  for (int64_t n = n0; n < n1; n += VW) {
+    vf acc[Y_ROWS][V];
+    LK_UNROLL for (int i = 0; i < Y_ROWS; ++i) LK_UNROLL for (int v = 0; v < V; ++v) acc[i][v] =
+        zero();
+    for (int64_t m = 0; m < a.M; ++m) {
+      const float* const s[1] = {a.s + m * a.lds};
+      float sums[VW] = {};
+      for (int64_t j = 0; j < min(VW, n1 - n); j += 4) {
+        const TQ* columns[4];
+        for (int64_t i = 0; i < 4; ++i) columns[i] = q + min(n + j + i, n1 - 1) * a.q.col;
+        dot<1>(s, columns, a.R, reinterpret_cast<float (*)[4]>(sums + j));
+      }
+      for (int64_t v = 0; v < V; ++v) acc[m][v] = mul(load(sums + v * W), splat(a.alpha));
+    }
+    finish_tile<T, false>(a, 0, a.M, n, n1, acc, [&](int i, int v, int rest) {
+      return load_n(y + i * a.ldy + n + v * W, rest);
+    });
+  }
+}
+
 void expand(const ExpandArgs& a) {
+  if (a.M <= UNPACKED && a.q.row == 1 && !a.gate && !a.dropout.rng) {
+    const int64_t tiles = (a.N + VW - 1) / VW;
+    const int64_t chunks = a.M * a.N * a.R < SMALL ? 1 : min(a.threads, tiles);
+    with_type(a.dtype, [&](auto type) {
+      with_type(a.q.dtype, [&](auto q_type) {
+        parallel(a.threads, a.M ? chunks : 0, [&](int64_t chunk) {
+          expand_unpacked<decltype(type), decltype(q_type)>(
+              a, tiles * chunk / chunks * VW, min(a.N, tiles * (chunk + 1) / chunks * VW));
+        });
+      });
+    });
+    return;
+  }
   const int64_t panels = (a.N + PANEL - 1) / PANEL, blocks = (a.M + ROWS - 1) / ROWS;
   const int64_t tasks = panels * blocks, R4 = round_up(a.R, 4);
   if (!tasks) return;

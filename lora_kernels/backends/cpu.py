@@ -289,7 +289,7 @@ def multi_lora_linear(
     (M, K), N = x.shape, lora_B[0].shape[0]
     lora_A, R = [_rows(A) for A in lora_A], max(A.shape[0] for A in lora_A)
     order, runs = rows_of(index, len(lora_A))
-    x = _rows(x) if order is None else x[order]
+    x = _rows(x) if order is None else x.index_select(0, order)
     xs, base, codes = _cast(x, dtype), None, None
     b = _vector(bias)
     if weight is None or strategy == LIBRARY:
@@ -314,7 +314,7 @@ def multi_lora_linear(
     )  # fmt: skip
     if order is None:
         return y, p
-    return torch.empty_like(y).index_copy_(0, order, y), p.index_copy(0, order, p)
+    return y.index_select(0, place := _inverse(order)), p.index_select(0, place)
 
 
 def multi_lora_linear_backward(
@@ -347,7 +347,7 @@ def multi_lora_linear_backward(
     if order is None:
         dy, x = _rows(dy), _rows(x)
     else:
-        dy, x, p = dy[order], x[order], p[order]
+        dy, x, p = (t.index_select(0, order) for t in (dy, x, p))
     dz = _cast(dy, dtype) if need_x else dy
     dx = base = codes = None
     if need_x and (weight is None or strategy == LIBRARY or native.isa not in SINGLE_PASS_ISAS):
@@ -381,8 +381,12 @@ def multi_lora_linear_backward(
         _ptr(dx), torch.get_num_threads(),
     )  # fmt: skip
     if dx is not None and order is not None:
-        dx = torch.empty_like(dx).index_copy_(0, order, dx)
+        dx = dx.index_select(0, _inverse(order))
     return dx, dA, dB, dbias
+
+
+def _inverse(order: Tensor) -> Tensor:
+    return torch.empty_like(order).scatter_(0, order, torch.arange(order.numel()))
 
 
 def _adapters(

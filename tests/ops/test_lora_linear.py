@@ -68,6 +68,9 @@ def some_cases() -> list[Case]:
     for dtype in (f32, bf16):
         chosen += [Case(33, 65, 63, R, dtype) for R in RANKS]
         chosen += [Case(M, 65, 63, 5, dtype, **full) for M in ROWS]
+        for M, (N, R) in itertools.product((1, 2), ((65, 5), (130, 20), (3, 1))):  # B as it lies
+            chosen.append(Case(M, N, 63, R, dtype, f32, column_scale=True, bias=True))
+            chosen.append(Case(M, N, 63, R, dtype))
         chosen += [Case(31, N, K, 5, dtype, dropout_p=0.1) for N, K in NARROW]
         chosen += [Case(7, N, K, 5, dtype, **full) for N, K in WIDE]
         chosen += [Case(**shape, dtype=dtype, frozen=frozen, **full) for frozen in NEEDS]

@@ -288,7 +288,9 @@ def test_mixed_dtypes_of_adapters() -> None:
     args = inputs(MultiCase(3, 5, 8))
     del args["dy"]
     args["lora_A"][1] = args["lora_A"][1].detach().half()
-    with pytest.raises(TypeError, match=r"lora_A\[1\]: got torch.float16, want torch.float32"):
+    with pytest.raises(
+        TypeError, match=r"lora_A\[1\], lora_B\[1\]: got torch.float16, torch.float32"
+    ):
         multi_lora_linear(**args)
 
 

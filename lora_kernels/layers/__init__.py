@@ -5,6 +5,7 @@ from .attention import LoRAAttention
 from .conv1d import LoRAConv1D
 from .dora import DoRALinear, QDoRALinear
 from .embedding import LoRAEmbedding
+from .group import LoRAGroup, QLoRAGroup
 from .linear import LoRALinear
 from .quantized import MergedLayer, QLoRALinear
 from .state import (
@@ -34,6 +35,7 @@ __all__ = [
     "LoRAAttention",
     "LoRAConv1D",
     "LoRAEmbedding",
+    "LoRAGroup",
     "LoRALinear",
     "LoRAParameterCount",
     "LoRAPlusLinear",
@@ -42,6 +44,7 @@ __all__ = [
     "QAdaLoRALinear",
     "QDoRALinear",
     "QHierarchicalLoRALinear",
+    "QLoRAGroup",
     "QLoRALinear",
     "QLoRAPlusLinear",
     "QMemoryEfficientLoRALinear",

@@ -8,13 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .group import LoRAGroup
 from .linear import Init, LoRALinear, check_size
 
 _PROJECTIONS = ("q", "k", "v", "o")
 
 
 class LoRAAttention(nn.Module):
-    """Self-attention o(softmax(q·kᵀ/√d)·v) whose `targets` are `LoRALinear`; the rest is frozen.
+    """Self-attention o(softmax(q·kᵀ/√d)·v) with adapters on `targets`; the rest is frozen.
+
+    q, k and v are one `LoRAGroup`: one product, and one adapter pass that reads the input once.
 
     Args:
         hidden_size: width of the input, the output and each projection.
@@ -23,7 +26,8 @@ class LoRAAttention(nn.Module):
         r, alpha, dropout, bias, init, device, dtype, lora_dtype: as `LoRALinear`'s, for every
             projection. `dropout` is the adapters'; the attention weights have none.
 
-    Submodules: q_proj, k_proj, v_proj, o_proj. Raises ValueError or TypeError, naming the argument.
+    Submodules: qkv_proj, a `LoRAGroup` with members "q", "k" and "v" (a frozen `nn.Linear` where
+    none of them is a target), and o_proj. Raises ValueError or TypeError, naming the argument.
 
     >>> from lora_kernels.layers import LoRAAttention
     >>> attention = LoRAAttention(64, num_heads=4, r=2, targets=("q", "v"))
@@ -62,15 +66,21 @@ class LoRAAttention(nn.Module):
             raise ValueError(f"targets: got none, want some of {_PROJECTIONS}")
         self.num_heads = num_heads
 
-        def projection(name: str) -> nn.Module:
-            if name in self.targets:
-                return LoRALinear(
-                    hidden_size, hidden_size, r, alpha, dropout, bias, init, device, dtype,
-                    lora_dtype,
-                )  # fmt: skip
-            return nn.Linear(hidden_size, hidden_size, bias, device, dtype).requires_grad_(False)
+        def frozen(size: int) -> nn.Module:
+            return nn.Linear(hidden_size, size, bias, device, dtype).requires_grad_(False)
 
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = map(projection, _PROJECTIONS)
+        rest = (r, alpha, dropout, bias, init, device, dtype, lora_dtype)
+        of_group = [name for name in "qkv" if name in self.targets]
+        self.qkv_proj = (
+            LoRAGroup(hidden_size, dict.fromkeys("qkv", hidden_size), *rest, targets=of_group)
+            if of_group
+            else frozen(3 * hidden_size)
+        )
+        self.o_proj = (
+            LoRALinear(hidden_size, hidden_size, *rest)
+            if "o" in self.targets
+            else frozen(hidden_size)
+        )
 
     def forward(
         self, hidden: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
@@ -80,9 +90,10 @@ class LoRAAttention(nn.Module):
         attn_mask: broadcastable to [..., num_heads, L, L]; bool (True takes part) or floating
         (added to the scores). is_causal: token i sees tokens 0..i; not together with attn_mask.
         """
+        qkv = self.qkv_proj(hidden)
         q, k, v = (
-            proj(hidden).unflatten(-1, (self.num_heads, -1)).transpose(-3, -2)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
+            y.unflatten(-1, (self.num_heads, -1)).transpose(-3, -2)
+            for y in (qkv if isinstance(qkv, tuple) else qkv.chunk(3, dim=-1))
         )  # each [..., num_heads, L, d]
         heads = F.scaled_dot_product_attention(q, k, v, attn_mask, is_causal=is_causal)
         y: Tensor = self.o_proj(heads.transpose(-3, -2).flatten(-2))

@@ -192,18 +192,29 @@ class LoRALinear(nn.Module):
         """lora_A by `init`, lora_B to zero. Meta tensors are left alone."""
         if self.lora_A.is_meta:
             return
-        if callable(self.init):
-            self.init(self.lora_A)
-        elif self.init == "gaussian":
-            nn.init.normal_(self.lora_A, std=1 / self.r)
-        elif self.init == "xavier":
-            nn.init.xavier_uniform_(self.lora_A)
-        elif self.init == "orthogonal":  # by a decomposition that 16-bit dtypes have not
-            dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
-            self.lora_A.copy_(nn.init.orthogonal_(torch.empty_like(self.lora_A, dtype=dtype)))
-        else:
-            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        self._fill_lora_A()
         nn.init.zeros_(self.lora_B)
+
+    def _fill_lora_A(self) -> None:
+        self._start(self.lora_A)
+
+    def _start(self, A: Tensor) -> None:
+        """Fill an A [r, K] by `init`."""
+        if callable(self.init):
+            self.init(A)
+        elif self.init == "gaussian":
+            nn.init.normal_(A, std=1 / self.r)
+        elif self.init == "xavier":
+            nn.init.xavier_uniform_(A)
+        elif self.init == "orthogonal":  # by a decomposition that 16-bit dtypes have not
+            dtype = torch.promote_types(A.dtype, torch.float32)
+            A.copy_(nn.init.orthogonal_(torch.empty_like(A, dtype=dtype)))
+        else:
+            nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+
+    def _adapter_B(self) -> Tensor:
+        """B [N, R] beside lora_A [R, K], as `lora_linear` takes it."""
+        return self.lora_B
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> y [..., N], in autocast's dtype where autocast is on, else in x's."""
@@ -224,16 +235,15 @@ class LoRALinear(nn.Module):
     ) -> Tensor:
         dropout_p = self.dropout if self.training else 0.0
         gate, column_scale = self._gate(), self._column_scale(weight)
+        lora_B = self._adapter_B()
         varied = gate is not None or column_scale is not None
         if varied or torch.is_grad_enabled() or dropout_p or torch.compiler.is_compiling():
             return lora_linear(
-                x, weight, self.lora_A, self.lora_B, self.scaling, self.bias, rank_gate=gate,
+                x, weight, self.lora_A, lora_B, self.scaling, self.bias, rank_gate=gate,
                 column_scale=column_scale, dropout_p=dropout_p, compute_dtype=compute_dtype,
                 recompute=self._recompute,
             )  # fmt: skip
-        return self._latest(
-            x, weight, self.lora_A, self.lora_B, self.scaling, self.bias, compute_dtype
-        )
+        return self._latest(x, weight, self.lora_A, lora_B, self.scaling, self.bias, compute_dtype)
 
     _recompute = False  # see `lora_linear`
     _default_init: Init = "kaiming"
@@ -286,7 +296,8 @@ class LoRALinear(nn.Module):
         """c ⊙ (weight + (B ⊙ g)·A) in float32 (float64 for float64)."""
         dtype = torch.promote_types(weight.dtype, torch.float32)
         gate, column_scale = self._gate(), self._column_scale(self._base_weight())
-        lora_B = self.lora_B.to(dtype) if gate is None else self.lora_B.to(dtype) * gate.to(dtype)
+        lora_B = self._adapter_B().to(dtype)
+        lora_B = lora_B if gate is None else lora_B * gate.to(dtype)
         with torch.autocast(weight.device.type, enabled=False):
             merged = torch.addmm(
                 weight.to(dtype), lora_B, self.lora_A.to(dtype), alpha=self.scaling

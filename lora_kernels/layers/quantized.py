@@ -175,7 +175,8 @@ class QLoRALinear(LoRALinear):
             return self._view(tensors)
         where = tuple(0 if t is None else t.data_ptr() for t in tensors.values())
         if self._weight4bit is None or self._weight4bit[0] != where or 0 in where[:3]:
-            self._weight4bit = where, self._view(tensors)
+            with torch.inference_mode(False):  # whose views could not be saved for a backward
+                self._weight4bit = where, self._view(tensors)
         return self._weight4bit[1]
 
     def _view(self, tensors: Mapping[str, Tensor | None]) -> Weight4bit:

@@ -56,7 +56,8 @@ def weight4bit(linear: Any) -> Weight4bit:
     key = (weight.data_ptr(), state.absmax.data_ptr(), state.absmax.dtype)
     known: _Known | None = getattr(state, "_lora_kernels", None)
     if known is None or known.key != key:
-        known = _Known(key, Weight4bit.from_bitsandbytes((weight, state)))
+        with torch.inference_mode(False):  # whose views could not be saved for a backward
+            known = _Known(key, Weight4bit.from_bitsandbytes((weight, state)))
         state._lora_kernels = known
     return known.weight
 

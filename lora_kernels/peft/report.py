@@ -179,7 +179,7 @@ def _dense_row(name: str, layer: LoRALinear, x_dtype: torch.dtype | None) -> Row
     compute_dtype = layer.compute_dtype if isinstance(layer, QLoRALinear) else None
     x_dtype = x_dtype or (layer.lora_A if four_bit else layer.weight).dtype
     dropout_p = layer.dropout if layer.training else 0.0
-    call = Call(layer.lora_A, layer.lora_B, layer.scaling, None, dropout_p)
+    call = Call(layer.lora_A, layer._adapter_B(), layer.scaling, None, dropout_p)
     choice = _choice(call, x_dtype, four_bit, compute_dtype)
     state = "not fused" if choice.backend == "eager" else "fused"
     return Row(name, state, choice.backend, choice.strategy, choice.reason)

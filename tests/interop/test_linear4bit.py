@@ -482,3 +482,13 @@ def test_sgd_updates() -> None:
         )
         # Five steps, each from where the one before has led.
         assert_same(got, want, rtol=4 * FLOAT32_RTOL)
+
+
+def test_trains_after_inference_mode() -> None:
+    """What is kept from call to call can be saved for a backward."""
+    model, x = fuse(mlp()), torch.randn(3, SIZES[0])
+    with torch.inference_mode():
+        want = model(x)
+    y = model(x)
+    y.sum().backward()
+    torch.testing.assert_close(y, want)

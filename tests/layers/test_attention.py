@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lora_kernels.layers import LoRAAttention, LoRALinear
+from lora_kernels.layers import LoRAAttention, LoRAGroup, LoRALinear
 
 L, HIDDEN, HEADS = 7, 24, 3
 
@@ -23,17 +23,18 @@ def merged_attention(attention, hidden, **kwargs):
 
     def project(x, proj):
         weight = proj.weight
-        if isinstance(proj, LoRALinear):
+        if isinstance(proj, LoRAGroup):
+            updates = []
+            for name in proj.members:
+                _, _, A, B = proj.member(name)
+                updates.append(torch.zeros(HIDDEN, HIDDEN) if A is None else B @ A)
+            weight = weight + proj.alpha / proj.r * torch.cat(updates)
+        elif isinstance(proj, LoRALinear):
             weight = weight + proj.alpha / proj.r * proj.lora_B @ proj.lora_A
         return F.linear(x, weight, proj.bias)
 
-    heads = zip(
-        *(
-            project(hidden, proj).chunk(HEADS, dim=-1)
-            for proj in (attention.q_proj, attention.k_proj, attention.v_proj)
-        ),
-        strict=True,
-    )
+    qkv = project(hidden, attention.qkv_proj).chunk(3, dim=-1)
+    heads = zip(*(y.chunk(HEADS, dim=-1) for y in qkv), strict=True)
     outs = [F.scaled_dot_product_attention(q, k, v, **kwargs) for q, k, v in heads]
     return project(torch.cat(outs, dim=-1), attention.o_proj)
 
@@ -49,7 +50,12 @@ MASKS = {
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize(
     ("targets", "bias", "batch"),
-    [(("q", "v"), False, (2,)), (("k",), True, ()), (("q", "k", "v", "o"), True, (2, 3))],
+    [
+        (("q", "v"), False, (2,)),
+        (("k",), True, ()),
+        (("o",), True, ()),
+        (("q", "k", "v", "o"), True, (2, 3)),
+    ],
 )
 def test_equals_attention_over_merged_weights(mask, targets, bias, batch):
     attention = make_attention(targets=targets, bias=bias)
@@ -67,10 +73,14 @@ def test_equals_attention_over_merged_weights(mask, targets, bias, batch):
 
 def test_only_adapters_train():
     attention = LoRAAttention(HIDDEN, HEADS, targets=("q", "o"), bias=True)
-    kinds = [type(m) for m in (attention.q_proj, attention.k_proj, attention.v_proj)]
-    assert kinds == [LoRALinear, nn.Linear, nn.Linear] and type(attention.o_proj) is LoRALinear
+    assert attention.qkv_proj.targets == ("q",) and type(attention.o_proj) is LoRALinear
+    assert attention.qkv_proj.lora_B.shape == (HIDDEN, 8)
     trainable = {name for name, p in attention.named_parameters() if p.requires_grad}
-    assert trainable == {f"{p}_proj.lora_{m}" for p in "qo" for m in "AB"}
+    assert trainable == {f"{p}_proj.lora_{m}" for p in ("qkv", "o") for m in "AB"}
+    attention = LoRAAttention(HIDDEN, HEADS, targets=("o",))
+    assert type(attention.qkv_proj) is nn.Linear
+    trainable = {name for name, p in attention.named_parameters() if p.requires_grad}
+    assert trainable == {f"o_proj.lora_{m}" for m in "AB"}
 
 
 def test_options_reach_the_projections():
@@ -78,13 +88,14 @@ def test_options_reach_the_projections():
         HIDDEN, HEADS, r=5, alpha=3, dropout=0.25, bias=True, init="gaussian",
         dtype=torch.bfloat16, lora_dtype=torch.bfloat16,
     )  # fmt: skip
-    assert attention.q_proj.extra_repr() == (
-        "in_features=24, out_features=24, bias=True, r=5, alpha=3, dropout=0.25"
+    assert attention.qkv_proj.extra_repr() == (
+        "in_features=24, out_features=72, bias=True, r=5, alpha=3, dropout=0.25, "
+        "members={'q': 24, 'k': 24, 'v': 24}, targets=('q', 'v')"
     )
-    assert attention.q_proj.init == "gaussian"
+    assert attention.qkv_proj.init == "gaussian"
     assert {p.dtype for p in attention.parameters()} == {torch.bfloat16}
     assert "num_heads=3, targets=('q', 'v')" in repr(attention)
-    assert LoRAAttention(HIDDEN, HEADS, device="meta").k_proj.weight.is_meta
+    assert LoRAAttention(HIDDEN, HEADS, device="meta").qkv_proj.weight.is_meta
 
 
 def test_copy_and_merge():

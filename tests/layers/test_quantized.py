@@ -622,3 +622,14 @@ def test_compiled_after_a_first_call() -> None:
     y = layer(x)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), y)
+
+
+def test_trains_after_inference_mode() -> None:
+    """What is kept from call to call can be saved for a backward."""
+    layer, x = QLoRALinear(64, 32, r=4), torch.randn(3, 64)
+    with torch.inference_mode():
+        want = layer(x)
+    y = layer(x)
+    y.sum().backward()
+    torch.testing.assert_close(y, want)
+    assert layer.lora_B.grad is not None

@@ -1,0 +1,220 @@
+"""LoRAGroup: several projections of one x, such as q, k and v, as one layer."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import ops
+from .linear import Init, LoRALinear, check_size, check_stock
+from .quantized import QLoRALinear
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class Member(NamedTuple):
+    """Views of one projection's part of a group's parameters; None where it has none."""
+
+    weight: Tensor | None  # None where it is packed
+    bias: Tensor | None
+    lora_A: Tensor | None
+    lora_B: Tensor | None
+
+
+class LoRAGroup(LoRALinear):
+    """Projections y_i = x·W_iᵀ + bias_i + (alpha/r)·dropout(x)·A_iᵀ·B_iᵀ of one x, as one layer.
+
+    The weights lie one under another in one [N, K], N the sum of the members' sizes, and so do the
+    A: x is read once for all members, forward and backward, and dx, dA and the base's product are
+    one each. They share one mask of dropout.
+
+    Args, beside those of `LoRALinear`:
+        members: name -> out-features, in order.
+        r: rank of each member's adapter; r times the number of targets is at most 256 on the fast
+            path.
+        targets: the members that have an adapter; None is all.
+
+    Parameters: weight [N, K], bias [N] or None, lora_A [T·r, K] and lora_B [N_T, r], the T targets'
+    one under another. `member(name)` has views of its own.
+
+    Called with x [..., K] it returns a tuple of [..., N_i], in the order of members.
+
+    Raises ValueError or TypeError, naming the argument.
+
+    >>> import torch
+    >>> from lora_kernels.layers import LoRAGroup
+    >>> qkv = LoRAGroup(64, {"q": 64, "k": 16, "v": 16}, r=4, targets=("q", "v"))
+    >>> [tuple(y.shape) for y in qkv(torch.ones(2, 64))], tuple(qkv.lora_A.shape)
+    ([(2, 64), (2, 16), (2, 16)], (8, 64))
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        members: Mapping[str, int],
+        r: int = 8,
+        alpha: float = 16.0,
+        *args: Any,
+        targets: Collection[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not members:
+            raise ValueError("members: got none, want at least one")
+        for name, size in members.items():
+            check_size(f"members[{name!r}]", size)
+        targets = tuple(members) if targets is None else tuple(targets)
+        if not targets or len(set(targets)) < len(targets) or not set(targets) <= members.keys():
+            raise ValueError(f"targets: got {targets}, want some of {tuple(members)}, each once")
+        self.members = dict(members)
+        self.targets = tuple(name for name in members if name in targets)
+        self._wide: Tensor | None = None
+        super().__init__(in_features, sum(members.values()), r, alpha, *args, **kwargs)
+
+    @classmethod
+    def from_linears(
+        cls,
+        linears: Mapping[str, nn.Linear],
+        r: int = 8,
+        alpha: float = 16.0,
+        dropout: float = 0.0,
+        init: Init | None = None,
+        lora_dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> Self:
+        """The same projections with adapters; weights and biases are copied, one under another.
+
+        options: targets and the class's others. Raises TypeError for anything but stock
+        `nn.Linear`, ValueError where they differ in in-features, dtype, device, or in having a
+        bias.
+
+        >>> import torch
+        >>> from lora_kernels.layers import LoRAGroup
+        >>> gate, up = torch.nn.Linear(8, 12), torch.nn.Linear(8, 12)
+        >>> x, group = torch.randn(3, 8), LoRAGroup.from_linears({"gate": gate, "up": up}, r=2)
+        >>> torch.allclose(group(x)[1], up(x), atol=1e-6)
+        True
+        """
+        if not linears:
+            raise ValueError("linears: got none, want at least one")
+
+        def facts(linear: nn.Linear) -> tuple[object, ...]:
+            weight = linear.weight
+            return linear.in_features, weight.dtype, weight.device, linear.bias is not None
+
+        first = next(iter(linears.values()))
+        for name, linear in linears.items():
+            check_stock(f"linears[{name!r}]", linear, nn.Linear, "torch.nn.Linear")
+            if facts(linear) != facts(first):
+                raise ValueError(
+                    f"linears[{name!r}]: got in_features, dtype, device and bias {facts(linear)}, "
+                    f"want the first one's {facts(first)}"
+                )
+        sizes = {name: linear.out_features for name, linear in linears.items()}
+        weight = torch.cat([linear.weight.detach() for linear in linears.values()])
+        layer = cls(
+            first.in_features, sizes, r, alpha, dropout, first.bias is not None, init, "meta",
+            weight.dtype, lora_dtype, **options,
+        )  # fmt: skip
+        if first.bias is not None:
+            bias = torch.cat([linear.bias.detach() for linear in linears.values()])
+            layer.bias = nn.Parameter(bias, requires_grad=False)
+        layer._take(nn.Parameter(weight, requires_grad=False))
+        return layer.train(first.training)
+
+    @classmethod
+    def from_linear(cls, *args: Any, **kwargs: Any) -> Self:
+        """Raises TypeError: a group is of several; see `from_linears`."""
+        raise TypeError("linear: got one, want a mapping of names to linears: call from_linears")
+
+    def _make_parameters(self) -> None:
+        super()._make_parameters()
+        rows = sum(self.members[name] for name in self.targets)
+        A, B = self.lora_A, self.lora_B
+        self.lora_A = nn.Parameter(A.new_empty(len(self.targets) * self.r, self.in_features))
+        self.lora_B = nn.Parameter(B.new_empty(rows, self.r))
+
+    def _fill_lora_A(self) -> None:
+        for A in self.lora_A.split(self.r):
+            self._start(A)
+
+    def member(self, name: str) -> Member:
+        """Views of the member's parameters. Raises KeyError for a name that there is not."""
+        if name not in self.members:
+            raise KeyError(f"name: got {name!r}, want one of {tuple(self.members)}")
+        names, sizes = list(self.members), list(self.members.values())
+        i = names.index(name)
+        rows = slice(sum(sizes[:i]), sum(sizes[: i + 1]))
+        A = B = None
+        if name in self.targets:
+            t = self.targets.index(name)
+            A = self.lora_A.split(self.r)[t]
+            B = self.lora_B.split([self.members[target] for target in self.targets])[t]
+        weight = self.weight[rows] if self.weight.is_floating_point() else None
+        return Member(weight, None if self.bias is None else self.bias[rows], A, B)
+
+    def _adapter_B(self) -> Tensor:
+        """lora_B as [N, T·r]: each target's B in its own rows and ranks, zero elsewhere."""
+        plain = type(self.lora_B) is nn.Parameter and not self.lora_B.is_meta
+        if plain and not torch.is_grad_enabled() and not ops.watched():
+            return self._written_B()
+        parts, r, T = iter(self.lora_B.split(self._rows_of_B())), self.r, len(self.targets)
+        rows: list[Tensor] = []
+        for name, size in self.members.items():
+            if name in self.targets:
+                t = self.targets.index(name)
+                rows.append(F.pad(next(parts), (t * r, (T - 1 - t) * r)))
+            else:
+                rows.append(self.lora_B.new_zeros(size, T * r))
+        return torch.cat(rows)
+
+    def _written_B(self) -> Tensor:
+        """The same, written to one tensor in each call, whose address a prepared call knows."""
+        shape, wide = (self.out_features, len(self.targets) * self.r), self._wide
+        if (
+            wide is None
+            or (wide.dtype, wide.device) != (self.lora_B.dtype, self.lora_B.device)
+            or wide.is_inference() is not torch.is_inference_mode_enabled()
+        ):
+            wide = self._wide = self.lora_B.new_zeros(shape)
+        parts, n = iter(self.lora_B.split(self._rows_of_B())), 0
+        for name, size in self.members.items():
+            if name in self.targets:
+                t = self.targets.index(name)
+                wide[n : n + size, t * self.r : (t + 1) * self.r] = next(parts)
+            n += size
+        return wide
+
+    def _rows_of_B(self) -> list[int]:
+        return [self.members[name] for name in self.targets]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        """x [..., K] -> y_i [..., N_i], views of one [..., N]."""
+        y: Tensor = super().forward(x)
+        return tuple(y.split(list(self.members.values()), dim=-1))
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        self._wide = None
+        super()._apply(*args, **kwargs)
+        return self
+
+    def __getstate__(self) -> dict[str, object]:
+        state = getattr(super(), "__getstate__", lambda: self.__dict__)()  # object's from 3.11 on
+        return {**state, "_wide": None}
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, members={self.members}, targets={self.targets}"
+
+
+class QLoRAGroup(LoRAGroup, QLoRALinear):  # type: ignore[misc]
+    """`LoRAGroup` over a 4-bit base; see `QLoRALinear`.
+
+    >>> import torch
+    >>> from lora_kernels.layers import QLoRAGroup
+    >>> [y.shape[-1] for y in QLoRAGroup(64, {"gate": 96, "up": 96}, r=4)(torch.ones(2, 64))]
+    [96, 96]
+    """

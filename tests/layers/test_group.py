@@ -1,0 +1,273 @@
+"""LoRAGroup: several projections of one x as one layer."""
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lora_kernels import reference
+from lora_kernels.layers import LoRAGroup, LoRALinear, QLoRAGroup, QLoRALinear, lora_state_dict
+from lora_kernels.measure import tolerance
+from tests.interop.tiny import count_ops
+
+f64, f32, bf16 = torch.float64, torch.float32, torch.bfloat16
+K, R, ALPHA = 40, 5, 7
+MEMBERS = {"q": 33, "k": 9, "v": 12}
+CLASSES = [LoRAGroup, QLoRAGroup]
+
+
+def make(cls: Any = LoRAGroup, dtype: torch.dtype = f32, **options: Any) -> Any:
+    torch.manual_seed(0)
+    options = {"targets": ("q", "v"), "bias": True} | options
+    group = cls(K, MEMBERS, R, ALPHA, dtype=dtype, **options)
+    nn.init.normal_(group.lora_B)
+    return group
+
+
+def leaves(group: Any) -> list[Tensor]:
+    return [group.lora_A, group.lora_B]
+
+
+def oracle(group: Any, x: Tensor, dys: list[Tensor], rng: Tensor | None = None) -> list[Tensor]:
+    """Each member by itself in float64: outputs, dx, dA and dB of the targets."""
+    weight = group._dense_weight().detach().double()
+    x, outs, grads, dx = x.detach().double().requires_grad_(), [], [], 0
+    for (name, size), dy in zip(MEMBERS.items(), dys, strict=True):
+        _, bias, A, B = group.member(name)
+        w, weight = weight[:size], weight[size:]
+        if A is None:
+            A, B = torch.zeros(1, K), torch.zeros(size, 1)
+        A, B = (t.detach().double().requires_grad_() for t in (A, B))
+        y = reference.lora_linear(
+            x, w, A, B, ALPHA / R, bias.detach().double(), rng=rng,
+            dropout_p=group.dropout if rng is not None else 0.0,
+        )  # fmt: skip
+        gx, gA, gB = torch.autograd.grad(y, [x, A, B], dy.double())
+        outs.append(y.detach())
+        dx = dx + gx
+        if name in group.targets:
+            grads.append((gA, gB))
+    return [*outs, dx, torch.cat([a for a, _ in grads]), torch.cat([b for _, b in grads])]
+
+
+def results(group: Any, x: Tensor, dys: list[Tensor]) -> list[Tensor]:
+    ys = group(x)
+    grads = torch.autograd.grad(ys, [x, *leaves(group)], dys)
+    return [*(y.detach() for y in ys), *grads]
+
+
+def draw(M: int, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+    x = torch.randn(M, K).to(dtype).requires_grad_()
+    return x, [torch.randn(M, size).to(dtype) for size in MEMBERS.values()]
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize("dtype", [f64, f32, bf16], ids=str)
+@pytest.mark.parametrize("targets", [("q", "v"), ("k",), None], ids=str)
+def test_outputs_and_gradients(targets: Any, dtype: torch.dtype, cls: Any) -> None:
+    if cls is QLoRAGroup and dtype is f64:
+        pytest.skip("4-bit codes stand for float32, bfloat16 or float16")
+    group = make(cls, dtype, targets=targets, lora_dtype=dtype)
+    x, dys = draw(70, dtype)
+    got, want = results(group, x, dys), oracle(group, x, dys)
+    # What PyTorch loses member by member; dx is the sum of three rounded products there.
+    eager = results_apart(group, x, dys)
+    u = tolerance.unit_roundoff(dtype)
+    for a, b, e in zip(got, want, eager, strict=True):
+        if dtype is f64:  # sums of at most 124 terms, in another order
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12 * b.abs().max().item())
+            continue
+        assert tolerance.compare(a, b, e, u, (K, sum(MEMBERS.values()), 70)).ok
+
+
+def results_apart(group: Any, x: Tensor, dys: list[Tensor]) -> list[Tensor]:
+    """In plain PyTorch, each member by itself."""
+    weight, ys = group._dense_weight().detach().to(x.dtype), []
+    for name, size in MEMBERS.items():
+        w, weight = weight[:size], weight[size:]
+        _, bias, A, B = group.member(name)
+        y = nn.functional.linear(x, w, bias)
+        ys.append(y if A is None else y + (x @ A.T) * (ALPHA / R) @ B.T)
+    grads = torch.autograd.grad(ys, [x, *leaves(group)], dys)
+    return [*(y.detach() for y in ys), *grads]
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_one_op_and_x_is_read_once(cls: Any) -> None:
+    group, (x, dys) = make(cls), draw(6, f32)
+    op = "lora_linear_4bit" if cls is QLoRAGroup else "lora_linear"
+    backward = op.replace("linear", "linear_backward")
+    assert count_ops(lambda: group(x)) == {op: 1}
+    assert count_ops(lambda: results(group, x, dys)) == {op: 1, backward: 1}
+
+
+def test_members_share_a_mask() -> None:
+    group, (x, dys) = make(dtype=f64, dropout=0.5), draw(9, f64)
+    torch.manual_seed(3)
+    got = results(group, x, dys)
+    torch.manual_seed(3)
+    rng = torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64)
+    for a, b in zip(got, oracle(group, x, dys, rng), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("alternate", [False, True])
+def test_decoding_sees_new_values(alternate: bool, mode: Any, cls: Any) -> None:
+    """Also those written past the version counter, and after the other mode."""
+    group = make(cls).eval()
+    x = torch.randn(1, K)
+    for change in (
+        lambda: None,
+        lambda: None,
+        lambda: group.lora_B.data.mul_(2),
+        lambda: group.lora_A.data.add_(1),
+        lambda: setattr(group, "lora_B", nn.Parameter(group.lora_B.detach() - 1)),
+        lambda: group.double().float(),
+    ):
+        change()
+        if alternate:
+            with torch.no_grad() if mode is torch.inference_mode else torch.inference_mode():
+                group(x)
+        with mode():
+            got = group(x)
+        with torch.enable_grad():
+            want = group(x)
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b.detach())
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_updates_follow_separate_layers(cls: Any) -> None:
+    """50 steps of SGD: the members' own layers, whose weights are views of the group's."""
+    group = make(cls)
+    dense = group._dense_weight().detach()
+    apart, n = {}, 0
+    for name, size in MEMBERS.items():
+        linear = nn.Linear(K, size)
+        linear.weight = nn.Parameter(dense[n : n + size].clone())
+        linear.bias = nn.Parameter(group.bias[n : n + size].clone())
+        n += size
+        if name in group.targets:
+            apart[name] = LoRALinear.from_linear(linear, R, ALPHA)
+            with torch.no_grad():
+                apart[name].lora_A.copy_(group.member(name).lora_A)
+                apart[name].lora_B.copy_(group.member(name).lora_B)
+        else:
+            apart[name] = linear.requires_grad_(False)
+    params = [p for m in apart.values() for p in m.parameters() if p.requires_grad]
+    optimizers = [torch.optim.SGD(p, lr=0.02) for p in (leaves(group), params)]
+    for step in range(50):
+        torch.manual_seed(step)
+        x = torch.randn(8, K)
+        for optimizer, call in zip(
+            optimizers, (group, lambda x: [m(x) for m in apart.values()]), strict=True
+        ):
+            optimizer.zero_grad()
+            sum(y.square().mean() for y in call(x)).backward()
+            optimizer.step()
+    for name in group.targets:
+        # 50 steps whose gradients differ by a few u = 6e-8, and whose loss contracts differences.
+        torch.testing.assert_close(
+            group.member(name).lora_A, apart[name].lora_A.detach(), rtol=1e-4, atol=1e-5
+        )
+        torch.testing.assert_close(
+            group.member(name).lora_B, apart[name].lora_B.detach(), rtol=1e-4, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_saved_copied_and_compiled(cls: Any) -> None:
+    group, (x, dys) = make(cls), draw(6, f32)
+    want = results(group, x, dys)
+    with torch.no_grad():
+        group(x)  # which leaves a written B
+    other = make(cls)
+    nn.init.zeros_(other.lora_B)
+    other.load_state_dict(group.state_dict())
+    assert set(lora_state_dict(group)) == {"lora_A", "lora_B"}
+    torch._dynamo.reset()
+    compiled = torch.compile(group, fullgraph=True, backend="aot_eager")
+    for same in (other, copy.deepcopy(group), pickle.loads(pickle.dumps(group))):
+        assert all(torch.equal(a, b) for a, b in zip(results(same, x, dys), want, strict=True))
+    ys = compiled(x)
+    assert all(torch.equal(a, b) for a, b in zip(ys, want[:3], strict=True))
+    assert copy.deepcopy(group)._wide is None
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_merge_and_disable(cls: Any) -> None:
+    group = make(cls, bf16).eval()
+    x = torch.randn(6, K).to(bf16)
+    want = group(x)
+    group.merge()
+    for a, b in zip(group(x), want, strict=True):
+        assert (a - b).abs().max() <= 4 * 2**-8 * b.abs().max()  # the merged weight is rounded
+    group.unmerge()
+    group.enabled = False
+    base = group._dense_weight().to(bf16)
+    for a, b in zip(
+        group(x), nn.functional.linear(x, base, group.bias).split([33, 9, 12], -1), strict=True
+    ):
+        assert torch.equal(a, b)
+
+
+def test_from_linears() -> None:
+    linears = {name: nn.Linear(K, size) for name, size in MEMBERS.items()}
+    x = torch.randn(4, K)
+    group = LoRAGroup.from_linears(linears, R, ALPHA, targets=("k",), init="orthogonal")
+    for linear, y in zip(linears.values(), group(x), strict=True):
+        torch.testing.assert_close(y, linear(x))
+    for name, linear in linears.items():
+        weight, bias, A, B = group.member(name)
+        assert torch.equal(weight, linear.weight) and torch.equal(bias, linear.bias)
+        assert (A is None) is (B is None) is (name != "k")
+    A = group.member("k").lora_A
+    torch.testing.assert_close(A @ A.T, torch.eye(R))
+    q = QLoRAGroup.from_linears(linears, R, quant_type="fp4")
+    assert q.quant_type == "fp4" and isinstance(q, QLoRALinear)
+    assert q.member("q").weight is None
+
+
+def test_each_target_starts_by_the_rule() -> None:
+    group = LoRAGroup(K, MEMBERS, R, init="xavier")
+    bound = (6 / (R + K)) ** 0.5  # of one member's A, not of all that lie together
+    assert 0.96 * bound < group.lora_A.abs().max() <= bound
+    assert LoRAGroup(K, MEMBERS, 16, 8, scaling="rslora").scaling == 8 / 4
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"members": {}}, ValueError, "members: got none"),
+        ({"members": {"q": 0}}, ValueError, r"members\['q'\]: got 0, want at least 1"),
+        ({"targets": ("o",)}, ValueError, r"targets: got \('o',\), want some of \('q', 'k', 'v'\)"),
+        ({"targets": ()}, ValueError, r"targets: got \(\), want some of"),
+        ({"targets": ("q", "q")}, ValueError, "targets: got .*, each once"),
+        ({"r": 0}, ValueError, "r: got 0"),
+    ],
+)
+def test_bad_arguments(change: dict[str, Any], error: Any, message: str) -> None:
+    with pytest.raises(error, match=f"^{message}"):
+        LoRAGroup(**{"in_features": K, "members": MEMBERS, **change})
+
+
+def test_bad_linears() -> None:
+    linear = nn.Linear(K, 8)
+    for other, error, message in (
+        (nn.Linear(K, 8, bias=False), ValueError, r"linears\['b'\]: got in_features, dtype"),
+        (nn.Linear(K + 1, 8), ValueError, r"linears\['b'\]: got"),
+        (nn.Bilinear(2, 2, 2), TypeError, r"linears\['b'\]: got Bilinear"),
+    ):
+        with pytest.raises(error, match=message):
+            LoRAGroup.from_linears({"a": linear, "b": other})
+    with pytest.raises(ValueError, match="linears: got none"):
+        LoRAGroup.from_linears({})
+    with pytest.raises(TypeError, match="call from_linears"):
+        LoRAGroup.from_linear(linear)
+    with pytest.raises(KeyError, match="want one of"):
+        make().member("o")

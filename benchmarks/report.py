@@ -2,6 +2,7 @@
 
     lora-kernels bench --json benchmarks/results/cpu.json
     lora-kernels bench --quant nf4 --json benchmarks/results/cpu-4bit.json
+    lora-kernels bench --variants --json benchmarks/results/cpu-variants.json
     python -m benchmarks.report [--check]
 
 --check writes nothing and fails where the files say something else than the JSON.
@@ -17,6 +18,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 JSON_4BIT = HERE / "results/cpu-4bit.json"
+JSON_VARIANTS = HERE / "results/cpu-variants.json"
 JSON, RESULTS, README = HERE / "results/cpu.json", HERE / "RESULTS.md", HERE.parent / "README.md"
 MARKS = "<!-- figures: written by benchmarks/report.py -->", "<!-- end of figures -->"
 PEERS = ("ours", "addmm", "eager", "ours, fp32 adapters", "peft")
@@ -104,7 +106,51 @@ def results(data: Row) -> str:
     ]
     if JSON_4BIT.exists():
         out += results_4bit(json.loads(JSON_4BIT.read_text()))
+    if JSON_VARIANTS.exists():
+        out += results_variants(json.loads(JSON_VARIANTS.read_text()))
     return "\n".join(out)
+
+
+def results_variants(data: Row) -> list[str]:
+    out = [
+        "",
+        "## Variants, several adapters, groups",
+        "",
+        "Milliseconds, and over ours; r = 16; a *step* is forward and backward, the other rows are "
+        "without gradients. *16 adapters*: 16 sequences, the rows of all of them together M, with "
+        "16, 4 and 1 adapters in turn; *three levels*: ranks 8, 16 and 32; *switching*: "
+        "`set_adapter` of one layer with 16 adapters. Adapters are "
+        "float32, as PEFT has them. Errors are rms, relative to float64.",
+        "",
+        f"{machine(data['provenance'])}.",
+        "",
+        "| | dtype | M×K×N | ms, and over ours | target | errors |",
+        "|---|---|---|---|---|---|",
+    ]
+    # What, its numerator, its denominator, and how many times the latter it may take.
+    targets = {
+        "DoRA step": ("ours", "LoRA", 1.15),
+        "16 adapters": ("ours", "ours, 1", 1.3),
+    }
+    for row in data["rows"]:
+        seconds = {name: times["p50"] for name, times in row["seconds"].items()}
+        times = "; ".join(
+            f"{name} {t * 1e3:.3g}" + ("" if name == "ours" else f" ({t / seconds['ours']:.2f})")
+            for name, t in seconds.items()
+        )
+        target = ""
+        if row["what"] in targets:
+            what, over, most = targets[row["what"]]
+            ratio = seconds[what] / seconds[over]
+            verdict = "✓" if ratio <= most else "over target"
+            target = f"over {over} {ratio:.2f}, at most {most} {verdict}"
+        if row["what"] == "switching":
+            verdict = "✓" if seconds["ours"] <= 1e-4 else "over target"
+            target = f"at most 0.1 ms {verdict}"
+        errors = "; ".join(f"{name} {error:.1e}" for name, error in row["errors"].items())
+        shape = f"{row['M']}×{row['K']}×{row['N']}"
+        out.append(f"| {row['what']} | {row['dtype']} | {shape} | {times} | {target} | {errors} |")
+    return [*out, ""]
 
 
 def results_4bit(data: Row) -> list[str]:

@@ -22,6 +22,7 @@ from ..quantization import quantize_4bit
 from . import timing
 
 SIZES = (512, 2048, 2048)  # M, K, N
+SERVED = (4096, 4096)  # K, N of the layer that several adapters share
 RANK, SCALING = 16, 2.0
 
 
@@ -165,7 +166,7 @@ def adapters_row(dtype: torch.dtype, M: int, seconds: float) -> dict[str, Any]:
     from ..peft import fuse
 
     torch.manual_seed(0)
-    K = N = 4096
+    K, N = SERVED
     linear, x = nn.Linear(K, N, bias=False, dtype=dtype), torch.randn(16, M // 16, K, dtype=dtype)
     A = [torch.randn(RANK, K) / K**0.5 for _ in range(16)]
     B = [torch.randn(N, RANK) / RANK**0.5 for _ in range(16)]

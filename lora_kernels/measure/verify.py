@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from .. import select
 from ..backends import cpu, triton
 from ..backends.triton import configs
+from . import multi
 from .case import Case, engine, engines, judge, judge_norm, triton_device, triton_engines
 from .tolerance import Verdict
 
@@ -51,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """0 where every output of every case is within the tolerance, else 1."""
     shapes = THOROUGH if args.thorough else SHAPES
-    results, missed = [], 0
+    results: list[dict[str, Any]] = []
     names = [*engines(), *triton_engines()]
     if args.engines:
         names = [name for name in names if name.startswith(args.engines)]
@@ -60,6 +62,37 @@ def run(args: argparse.Namespace) -> int:
             return 2
     if not args.json:
         print(f"{'engine':34} {'x':9} {'adapters':9} {'option':13} worst of y and its gradients")
+    for name, dtype, adapter, option, verdicts in _judged(names, shapes):
+        where, worst = max(verdicts.items(), key=lambda item: _excess(item[1]))
+        row = {
+            "engine": name,
+            "dtype": _name(dtype),
+            "adapter_dtype": _name(adapter or dtype),
+            "option": option,
+            "ok": all(verdict.ok for verdict in verdicts.values()),
+            "worst": where,
+            "verdict": str(worst),
+        }
+        results.append(row)
+        if not args.json:
+            print(
+                f"{name:34} {row['dtype']:9} {row['adapter_dtype']:9} {option:13} "
+                f"{'✓' if row['ok'] else '✗'} {where.rpartition('/')[2]} {worst}",
+                flush=True,
+            )
+    missed = sum(not row["ok"] for row in results)
+    if args.json:
+        print(json.dumps(results, indent=1))
+    else:
+        print(f"{len(results) - missed} of {len(results)} within the tolerance")
+    return 1 if missed else 0
+
+
+Judged = tuple[str, torch.dtype, torch.dtype | None, str, dict[str, Verdict]]
+
+
+def _judged(names: list[str], shapes: tuple[tuple[int, int, int, int], ...]) -> Iterator[Judged]:
+    """Engine, dtypes, option, and the verdict on each output of each case."""
     for (dtype, adapter), (option, fields) in itertools.product(DTYPES, OPTIONS.items()):
         used: tuple[tuple[int, int, int, int], ...] = (
             (shapes[0], FEW_ROWS, *shapes[2:]) if "quant" in fields else shapes
@@ -77,30 +110,18 @@ def run(args: argparse.Namespace) -> int:
                             judged |= judge_norm(case)
                     few = ", few rows" if forced != name else ""
                     verdicts |= {f"{case}{few}/{output}": v for output, v in judged.items()}
-            where, worst = max(verdicts.items(), key=lambda item: _excess(item[1]))
-            ok = all(verdict.ok for verdict in verdicts.values())
-            missed += not ok
-            row = {
-                "engine": name,
-                "dtype": _name(dtype),
-                "adapter_dtype": _name(adapter or dtype),
-                "option": option,
-                "ok": ok,
-                "worst": where,
-                "verdict": str(worst),
-            }
-            results.append(row)
-            if not args.json:
-                print(
-                    f"{name:34} {row['dtype']:9} {row['adapter_dtype']:9} {option:13} "
-                    f"{'✓' if ok else '✗'} {where.rpartition('/')[2]} {worst}",
-                    flush=True,
-                )
-    if args.json:
-        print(json.dumps(results, indent=1))
-    else:
-        print(f"{len(results) - missed} of {len(results)} within the tolerance")
-    return 1 if missed else 0
+            yield name, dtype, adapter, option, verdicts
+    for (dtype, adapter), quant in itertools.product(DTYPES, ("", "nf4-64-nested")):
+        for name in names:
+            if name.startswith("triton "):  # which has no kernels for it
+                continue
+            several = multi.MultiCase(
+                70, 65, 128, rows="mixed", dtype=dtype, adapter_dtype=adapter, quant=quant,
+                dropout_p=0.1,
+            )  # fmt: skip
+            with engine(name):
+                verdicts = {f"{several}/{k}": v for k, v in multi.judge(several).items()}
+            yield name, dtype, adapter, f"adapters {quant[:3]}".strip(), verdicts
 
 
 def _ways(name: str, case: Case) -> list[str]:

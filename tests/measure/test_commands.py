@@ -60,14 +60,18 @@ def test_bench_of_variants(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("lora_kernels.measure.bench_variants.SIZES", (8, 48, 32))
+    monkeypatch.setattr("lora_kernels.measure.bench_variants.SERVED", (48, 32))
     file = tmp_path / "variants.json"
     assert cli.main(["bench", "--variants", "--seconds", "0", "--json", str(file)]) == 0
     rows = json.loads(file.read_text())["rows"]
-    assert [row["what"] for row in rows] == ["row norm", "DoRA step"] * 2
-    for row in rows:
+    each = ["row norm", "DoRA step", "q, k, v step", "q, k, v of a token"]
+    each += ["16 adapters", "16 adapters", "three levels step"]
+    assert [row["what"] for row in rows] == [*each, *each, "switching"]
+    for row in rows[:-1]:
         assert set(row["seconds"]) == set(row["errors"])
         assert row["errors"]["ours"] < 2.0 ** (-7 if row["dtype"] == "bfloat16" else -20)
-    assert "over LoRA" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "over LoRA" in out and "over one" in out
 
 
 def test_verify_sees_a_wrong_result(monkeypatch: pytest.MonkeyPatch) -> None:

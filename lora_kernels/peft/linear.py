@@ -80,15 +80,10 @@ class Fused(nn.Module):
             base_bias = base._parameters["bias"]
             if base_bias is not None:
                 bias = base_bias if bias is None else base_bias + bias
-            if is_linear4bit(base):
-                from .linear4bit import prepared  # which imports bitsandbytes
-
-                weight, compute_dtype = prepared(base, x)
-                result = _lora_linear(x, weight, bias, first, compute_dtype)
-                dtype = x.dtype  # which bitsandbytes returns, under autocast too
-            else:
-                result = _lora_linear(x, _base_weight(base), bias, first)
-                dtype = result.dtype
+            weight, compute_dtype = readable_weight(base, x)
+            result = _lora_linear(x, weight, bias, first, compute_dtype)
+            # bitsandbytes returns x's, under autocast too.
+            dtype = x.dtype if is_linear4bit(base) else result.dtype
             if decoding and len(adapters) == 1:
                 self._ready = _Ready.of(self, adapters[0], x) or self._ready
         for call in rest:
@@ -154,14 +149,10 @@ class _Ready:
         name, lora_A, lora_B, scaling, dropout = adapter
         modules = layer._modules
         base = modules["base_layer"]
-        stored, compute_dtype, four_bit = base._parameters["weight"], None, is_linear4bit(base)
+        stored, four_bit = base._parameters["weight"], is_linear4bit(base)
         if isinstance(scaling, Tensor) or dropout.training or is_conv1d(base):
             return None
-        weight: Tensor | Weight4bit = stored
-        if four_bit:
-            from .linear4bit import prepared
-
-            weight, compute_dtype = prepared(base, x)
+        weight, compute_dtype = readable_weight(base, x)
         call = prepare(x, weight, _weight(lora_A), _weight(lora_B), scaling, compute_dtype)
         if call is None or lora_B._parameters["bias"] is not None:
             return None
@@ -370,7 +361,7 @@ def unreadable(module: nn.Module, device: torch.device) -> str | None:
         return reason
     weight = module._parameters.get("weight")
     if four_bit:
-        from .linear4bit import unreadable_4bit
+        from .base4bit import unreadable_4bit
 
         return unreadable_4bit(module, device)
     return tensor_reason(device, weight=weight)
@@ -417,7 +408,7 @@ def _base_weight(base: nn.Module) -> Tensor:
 def readable_weight(base: nn.Module, x: Tensor) -> tuple[Tensor | Weight4bit, torch.dtype | None]:
     """The weight of a base that is not `unreadable`, and the dtype to compute in if it is 4-bit."""
     if is_linear4bit(base):
-        from .linear4bit import prepared  # which imports bitsandbytes
+        from .base4bit import prepared  # which imports bitsandbytes
 
         return prepared(base, x)
     return _base_weight(base), None

@@ -17,7 +17,7 @@ from lora_kernels.layers import (
     save_lora_weights,
 )
 
-KEYS = ["up.lora_A", "up.lora_B", "attention.v_proj.lora_A", "attention.v_proj.lora_B"]
+KEYS = ["up.lora_A", "up.lora_B", "attention.qkv_proj.lora_A", "attention.qkv_proj.lora_B"]
 
 
 class Model(nn.Module):
@@ -181,7 +181,7 @@ def add(tensors):
 
 
 def reshape(tensors):
-    tensors["attention.v_proj.lora_B"] = torch.zeros(8, 4)
+    tensors["attention.qkv_proj.lora_B"] = torch.zeros(8, 4)
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ def reshape(tensors):
         (drop, "missing up.lora_A"),
         (rename, "missing up.lora_A; unexpected down.lora_A"),
         (add, "unexpected up.bias"),
-        (reshape, r"attention.v_proj.lora_B is \[8, 4\], want \[8, 3\]"),
+        (reshape, r"attention.qkv_proj.lora_B is \[8, 4\], want \[8, 3\]"),
     ],
 )
 def test_misfits_change_nothing(tmp_path, change, message):

@@ -81,7 +81,7 @@ def lora_linear(
         _check_dtypes("x", x_dtype, lora_A=a_dtype, lora_B=b_dtype)
     if not (device == lora_A.device == lora_B.device):
         _check_devices(x, lora_A=lora_A, lora_B=lora_B)
-    weight, codes, dtype = _base(x, weight, (N, K), compute_dtype)
+    weight, codes, dtype = _base(x, weight, (N, K), compute_dtype, y_dtype)
     if bias is not None:
         _check_vector("bias", bias, N, x)
     if rank_gate is not None:
@@ -174,7 +174,7 @@ def multi_lora_linear(
     factors = (scaling,) * E if isinstance(scaling, (int, float)) else tuple(scaling)
     if len(factors) != E:
         raise ValueError(f"scaling: got {len(factors)} numbers, want one, or {E}")
-    weight, codes, dtype = _base(x, weight, (N, K), compute_dtype)
+    weight, codes, dtype = _base(x, weight, (N, K), compute_dtype, y_dtype)
     if bias is not None:
         _check_vector("bias", bias, N, x)
     dropout_p, rng = _dropout(x, dropout_p, rng)
@@ -330,6 +330,7 @@ def _base(
     weight: Tensor | Weight4bit | None,
     shape: tuple[int, int],
     compute_dtype: torch.dtype | None,
+    y_dtype: torch.dtype,
 ) -> tuple[Tensor | None, tuple[Any, ...], torch.dtype]:
     """The weight, checked, dense or as codes, and the dtype of the base product."""
     if isinstance(weight, Weight4bit):
@@ -345,7 +346,7 @@ def _base(
             raise ValueError(
                 f"weight: got shape {_shape(weight)}, want {list(shape)} for lora_A and lora_B"
             )
-    return weight, (), base_dtype(x.device.type, x.dtype)
+    return weight, (), y_dtype
 
 
 def _check_weight(x: Tensor, weight: Tensor) -> None:

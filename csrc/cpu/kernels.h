@@ -187,7 +187,8 @@ const char* use_torch_openmp();
 void arrive(int* arrived);
 void await(const int* arrived, int count);
 
-// Scratch memory, 64-byte aligned; throws std::bad_alloc. Taken before threads start.
+// Scratch memory, 64-byte aligned; throws std::bad_alloc. Taken before threads start, but where
+// each has adapters of its own (layer.cpp).
 void* scratch_alloc(int64_t bytes);
 void scratch_free(void* p);
 

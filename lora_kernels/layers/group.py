@@ -31,7 +31,8 @@ class LoRAGroup(LoRALinear):
 
     The weights lie one under another in one [N, K], N the sum of the members' sizes, and so do the
     A: x is read once for all members, forward and backward, and dx, dA and the base's product are
-    one each. They share one mask of dropout.
+    one each. They share one mask of dropout. On a CPU that is no faster than the members apart
+    (benchmarks/RESULTS.md): B's zeros outside of a member's ranks are multiplied too.
 
     Args, beside those of `LoRALinear`:
         members: name -> out-features, in order.
@@ -153,7 +154,7 @@ class LoRAGroup(LoRALinear):
         if name in self.targets:
             t = self.targets.index(name)
             A = self.lora_A.split(self.r)[t]
-            B = self.lora_B.split([self.members[target] for target in self.targets])[t]
+            B = self.lora_B.split(self._rows_of_B())[t]
         weight = self.weight[rows] if self.weight.is_floating_point() else None
         return Member(weight, None if self.bias is None else self.bias[rows], A, B)
 

@@ -27,7 +27,8 @@ class FusedEmbedding(Fused, lora.Embedding):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         names = kwargs.get("adapter_names")
-        self.mixed_batch = None if names is None else tuple(dict.fromkeys(names))
+        if names is not None or self.mixed_batch is not None:
+            self.mixed_batch = None if names is None else tuple(dict.fromkeys(names))
         adapters = adapters_of(self)
         more = args or any(value is not None for value in kwargs.values())
         if more or peft_reason(self, adapters, x.device) is not None:

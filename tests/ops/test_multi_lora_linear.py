@@ -1,8 +1,6 @@
 """`multi_lora_linear`: y and every gradient against the float64 reference; compilers; errors."""
 
-import copy
 import itertools
-import pickle
 from typing import Any
 
 import pytest
@@ -13,7 +11,6 @@ from lora_kernels import lora_linear, multi_lora_linear, ops, reference
 from lora_kernels.backends import cpu, native
 from lora_kernels.backends.rows import rows_of
 from lora_kernels.measure.multi import MultiCase, inputs, judge, run
-from lora_kernels.quantization import quantize_4bit
 from tests.ops.engines import every_engine, every_thread_count
 
 f64, f32, bf16, f16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
@@ -299,15 +296,3 @@ def test_triton_says_what_it_lacks() -> None:
     lacks = pytest.raises(RuntimeError, match="no kernels for rows with adapters of their own")
     with lacks, lora_kernels.backend("triton"):
         run(multi_lora_linear, args)
-
-
-def test_switching_copies_no_base() -> None:
-    """The weight of the call is the one given, whichever adapters its rows name."""
-    weight = quantize_4bit(torch.randn(64, 64))
-    copied = pickle.loads(pickle.dumps(copy.deepcopy(weight)))  # of the same bits, elsewhere
-    args = inputs(MultiCase(6, 64, 64))
-    del args["dy"]
-    for index in (torch.zeros(6, dtype=torch.int64), torch.full((6,), 3)):
-        a = multi_lora_linear(**{**args, "weight": weight, "index": index})
-        b = multi_lora_linear(**{**args, "weight": copied, "index": index})
-        assert torch.equal(a, b)

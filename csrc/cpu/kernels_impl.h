@@ -127,27 +127,37 @@ LK_INLINE void copy_kept(const From* from, To* to, int64_t count, int64_t n, con
 
 // Inner loops ----------------------------------------------------------------------------------
 
+// A span's sum is taken by itself: one chain over a long K would lose more than the library's
+// blocked product does.
 template <int I, typename TX, typename TA>
 LK_INLINE void dot(const TX* const x[I], const TA* const a[4], int64_t K, float out[I][4]) {
-  vf acc[I][4];
-  LK_UNROLL for (int i = 0; i < I; ++i) LK_UNROLL for (int j = 0; j < 4; ++j) acc[i][j] = zero();
+  constexpr int64_t SPAN = 256 * W;
   int64_t k = 0;
-  for (; k + W <= K; k += W) {
-    vf xv[I];
-    LK_UNROLL for (int i = 0; i < I; ++i) xv[i] = load(x[i] + k);
-    LK_UNROLL for (int j = 0; j < 4; ++j) {
-      const vf av = load(a[j] + k);
-      LK_UNROLL for (int i = 0; i < I; ++i) acc[i][j] = fma(xv[i], av, acc[i][j]);
+  do {
+    vf acc[I][4];
+    LK_UNROLL for (int i = 0; i < I; ++i) LK_UNROLL for (int j = 0; j < 4; ++j) acc[i][j] = zero();
+    const bool fresh = k == 0;
+    for (const int64_t end = min(k + SPAN, K / W * W); k < end; k += W) {
+      vf xv[I];
+      LK_UNROLL for (int i = 0; i < I; ++i) xv[i] = load(x[i] + k);
+      LK_UNROLL for (int j = 0; j < 4; ++j) {
+        const vf av = load(a[j] + k);
+        LK_UNROLL for (int i = 0; i < I; ++i) acc[i][j] = fma(xv[i], av, acc[i][j]);
+      }
     }
-  }
-  if (k < K) {
-    const int n = (int)(K - k);
-    LK_UNROLL for (int j = 0; j < 4; ++j) {
-      const vf av = load_n(a[j] + k, n);
-      LK_UNROLL for (int i = 0; i < I; ++i) acc[i][j] = fma(load_n(x[i] + k, n), av, acc[i][j]);
+    if (const int n = (int)(K - k); n && n < W) {
+      LK_UNROLL for (int j = 0; j < 4; ++j) {
+        const vf av = load_n(a[j] + k, n);
+        LK_UNROLL for (int i = 0; i < I; ++i) acc[i][j] = fma(load_n(x[i] + k, n), av, acc[i][j]);
+      }
+      k = K;
     }
-  }
-  LK_UNROLL for (int i = 0; i < I; ++i) sum_lanes(acc[i], out[i]);
+    LK_UNROLL for (int i = 0; i < I; ++i) {
+      float part[4];
+      sum_lanes(acc[i], part);
+      LK_UNROLL for (int j = 0; j < 4; ++j) out[i][j] = fresh ? part[j] : out[i][j] + part[j];
+    }
+  } while (k < K);
 }
 
 #ifdef LK_BF16_PAIRS  // the unit brings a dot over pairs of bf16

@@ -1,13 +1,21 @@
-"""Compile csrc/ into lora_kernels/_native with ninja and pybind11, and without torch.
+"""Compile csrc/ into lora_kernels with ninja and pybind11, and without torch.
 
-One translation unit an instruction set, each with flags of its own, so that no instruction of a
-newer set leaks into code that runs everywhere. Which units exist is told to all of them by
--DLORA_KERNELS_HAVE_<ISA>=1. Everything else about the package is in pyproject.toml.
+_native: the CPU kernels. One translation unit an instruction set, each with flags of its own, so
+that no instruction of a newer set leaks into code that runs everywhere. Which units exist is told
+to all of them by -DLORA_KERNELS_HAVE_<ISA>=1.
+_cuda: the CUDA kernels, where nvcc is found (CUDA_HOME or PATH), with cudart inside, so that it
+loads on a machine without a driver.
+_emulator: the same kernels compiled for the host, for tests.
+Everything else about the package is in pyproject.toml.
 
 Environment:
     CXX                      the C++17 compiler (else the first of c++, g++, clang++ on PATH)
     LORA_KERNELS_NATIVE      0: build no extension. 1: an extension that does not build is an error.
                              Unset: it is a warning, and the package is pure Python.
+    LORA_KERNELS_CUDA        the same for the CUDA kernels; unset, no nvcc is no warning
+    LORA_KERNELS_EMULATOR    1: build the emulator of the CUDA kernels too
+    TORCH_CUDA_ARCH_LIST     for which GPUs, as torch reads it ("8.0;9.0a+PTX"); unset, those of
+                             CUDA_ARCHS that nvcc knows, and PTX of the last
     LORA_KERNELS_WERROR      1: compiler warnings are errors
     LORA_KERNELS_SANITIZE    1: AddressSanitizer and UndefinedBehaviorSanitizer
     LORA_KERNELS_OPTIMIZE    the compiler's -O level (3); 1 compiles in a third of the time
@@ -20,13 +28,14 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
-NATIVE = "lora_kernels._native"
+PACKAGE = "lora_kernels"
 ROOT = Path(__file__).resolve().parent
 
 BASELINE = [
@@ -54,6 +63,19 @@ OPTIMIZE = [f"-O{os.environ.get('LORA_KERNELS_OPTIMIZE', '3')}", "-g0"]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 SANITIZE_COMPILE = [*SANITIZE, "-fno-omit-frame-pointer", "-O1", "-g"]
 LINK = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
+
+CUDA_SOURCES = [
+    "cuda/bindings.cpp",
+    "cuda/codec.cu",
+    "cuda/decode.cu",
+    "cuda/gemm.cu",
+    "cuda/linear.cu",
+    "cuda/thin.cu",
+]
+CUDA_ARCHS = ["8.0", "8.6", "8.9", "9.0a", "10.0a", "12.0"]
+NVCCFLAGS = ["-std=c++17", "-O3", "-cudart", "static", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+# A sanitizer watches what the kernels do through the emulator; its checks make it slow without -O2.
+EMULATOR = ["-x", "c++", "-O2", "-DLORA_KERNELS_EMULATED=1", "-Wno-unknown-pragmas"]
 
 
 def enabled(name: str) -> bool:
@@ -85,89 +107,173 @@ def isa_units(cxx: list[str]) -> dict[str, list[str]]:
     return {isa: flags for isa, flags in X86_64.items() if accepts(cxx, flags)}
 
 
-def write_ninja_file(build_dir: Path, cxx: list[str], version: str) -> None:
+def find_nvcc() -> str | None:
+    for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")):
+        if home and shutil.which(f"{home}/bin/nvcc"):
+            return f"{home}/bin/nvcc"
+    return shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+
+
+def cuda_archs(nvcc: str) -> list[str]:
+    """nvcc's flags for the GPUs asked for; RuntimeError where it knows none of them."""
+    listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout
+    known = {line.strip().removeprefix("sm_") for line in listed.splitlines()}
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
+    wanted = asked or CUDA_ARCHS
+    flags: list[str] = []
+    codes = []
+    for name in wanted:
+        number = name.removesuffix("+PTX").replace(".", "")
+        # A list of nvcc's may leave out what is for one GPU alone ("90a").
+        if number not in known and number.rstrip("af") not in known:
+            if asked:
+                raise RuntimeError(f"TORCH_CUDA_ARCH_LIST: {nvcc} does not know {name!r}")
+            continue
+        codes.append(number)
+        flags += ["-gencode", f"arch=compute_{number},code=sm_{number}"]
+        if name.endswith("+PTX"):
+            flags += ["-gencode", f"arch=compute_{number},code=compute_{number}"]
+    if not codes:
+        raise RuntimeError(f"{nvcc} knows none of {', '.join(wanted)}")
+    if not asked:
+        last = codes[-1]
+        flags += ["-gencode", f"arch=compute_{last},code=compute_{last}"]
+    return flags
+
+
+class Ninja:
     """build_dir/build.ninja; its paths are relative to ROOT, so that a copy of the tree is as
     incremental as the tree."""
-    import pybind11
-    from ninja import ninja_syntax
 
-    isas = isa_units(cxx)
-    common = [
-        *(SANITIZE_COMPILE if enabled("LORA_KERNELS_SANITIZE") else OPTIMIZE),
-        *CXXFLAGS,
-        *WARNINGS,
-        *(["-Werror"] if enabled("LORA_KERNELS_WERROR") else []),
-        f'-DLORA_KERNELS_VERSION="{version}"',
-        *(f"-DLORA_KERNELS_HAVE_{isa.upper()}={int(isa in isas)}" for isa in X86_64),
-        "-Icsrc",
+    def __init__(self, build_dir: Path, version: str) -> None:
+        try:
+            import pybind11
+            from ninja import ninja_syntax
+        except ImportError as error:
+            raise RuntimeError(
+                f"{error.name} is not installed: pip install pybind11 ninja"
+            ) from error
+        self.build_dir = build_dir
+        build_dir.mkdir(parents=True, exist_ok=True)
+        self.file = build_dir / "build.ninja"
+        self.stream = self.file.open("w")
+        self.writer = ninja_syntax.Writer(self.stream)
+        self.writer.variable("builddir", ninja_syntax.escape(str(build_dir)))
+        self.define = [f'-DLORA_KERNELS_VERSION="{version}"', "-Icsrc"]
         # System headers: their warnings are not ours to mend.
-        *("-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include")),
-    ]
-    link = [*LINK, *(SANITIZE if enabled("LORA_KERNELS_SANITIZE") else [])]
-    units: list[tuple[str, list[str]]] = [(source, []) for source in BASELINE]
-    units += [(f"cpu/kernels_{isa}.cpp", flags) for isa, flags in isas.items()]
+        self.include = [
+            *("-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include"))
+        ]
 
-    with (build_dir / "build.ninja").open("w") as stream:
-        ninja = ninja_syntax.Writer(stream)
-        ninja.variable("builddir", ninja_syntax.escape(str(build_dir)))
-        ninja.variable("cxx", ninja_syntax.escape(shlex.join(cxx)))
-        ninja.variable("common", ninja_syntax.escape(shlex.join(common)))
-        ninja.variable("link", ninja_syntax.escape(shlex.join(link)))
-        ninja.rule(
-            "compile",
-            "$cxx $common $isa -MD -MF $out.d -c $in -o $out",
+    def library(
+        self,
+        name: str,
+        units: list[tuple[str, list[str]]],
+        compile: list[str],
+        link: list[str],
+        dependencies: str = "-MD -MF $out.d",
+    ) -> Path:
+        """A library of these sources, each with its flags; where it will lie."""
+        shared = self.build_dir / f"{name}.so"
+        command = shlex.join([*compile, *self.define, *self.include]).replace("$", "$$")
+        self.writer.rule(
+            f"compile{name}",
+            f"{command} $isa {dependencies} -c $in -o $out",
             description="compile $in",
             depfile="$out.d",
             deps="gcc",
         )
-        ninja.rule("link", "$cxx $in $link -o $out", description="link $out")
+        self.writer.rule(
+            f"link{name}", f"{shlex.join(link)} $in -o $out", description="link $out"
+        )
         objects = []
         for source, flags in units:
-            objects += ninja.build(
-                str(build_dir / Path(source).with_suffix(".o")),
-                "compile",
+            objects += self.writer.build(
+                str(self.build_dir / name / Path(source).with_suffix(".o")),
+                f"compile{name}",
                 f"csrc/{source}",
                 variables={"isa": shlex.join(flags)},
             )
-        ninja.build(str(build_dir / "_native.so"), "link", objects)
+        self.writer.build(str(shared), f"link{name}", objects)
+        return shared
+
+    def run(self, compiler: str) -> None:
+        self.stream.close()
+        ninja = [sys.executable, "-m", "ninja", "-f", str(self.file)]
+        if subprocess.run(ninja, cwd=ROOT).returncode != 0:
+            raise RuntimeError(f"{compiler} failed; its messages are above")
 
 
-def compile_native(build_dir: Path, version: str) -> Path:
-    """Bring build_dir/_native.so up to date; RuntimeError says why where that cannot be."""
-    if sys.platform == "win32":
-        raise RuntimeError("the native kernels are built on Linux and macOS only")
-    cxx = find_compiler()
-    build_dir.mkdir(parents=True, exist_ok=True)
-    try:
-        write_ninja_file(build_dir, cxx, version)
-    except ImportError as error:
-        raise RuntimeError(f"{error.name} is not installed: pip install pybind11 ninja") from error
-    ninja = [sys.executable, "-m", "ninja", "-f", str(build_dir / "build.ninja")]
-    if subprocess.run(ninja, cwd=ROOT).returncode != 0:
-        raise RuntimeError(f"{shlex.join(cxx)} failed; its messages are above")
-    return build_dir / "_native.so"
+def native(ninja: Ninja, cxx: list[str]) -> Path:
+    isas = isa_units(cxx)
+    units: list[tuple[str, list[str]]] = [(source, []) for source in BASELINE]
+    units += [(f"cpu/kernels_{isa}.cpp", flags) for isa, flags in isas.items()]
+    have = [f"-DLORA_KERNELS_HAVE_{isa.upper()}={int(isa in isas)}" for isa in X86_64]
+    optimize = SANITIZE_COMPILE if enabled("LORA_KERNELS_SANITIZE") else OPTIMIZE
+    return ninja.library("_native", units, host(cxx, [*optimize, *have]), host_link(cxx))
+
+
+def emulator(ninja: Ninja, cxx: list[str]) -> Path:
+    units: list[tuple[str, list[str]]] = [(source, []) for source in CUDA_SOURCES]
+    units.append(("emulator/runtime.cpp", []))
+    optimize = SANITIZE_COMPILE if enabled("LORA_KERNELS_SANITIZE") else ["-g1"]
+    module = "-DLORA_KERNELS_MODULE=_emulator"
+    return ninja.library(
+        "_emulator", units, host(cxx, [*optimize, module, *EMULATOR]), host_link(cxx)
+    )
+
+
+def cuda(ninja: Ninja, cxx: list[str], nvcc: str) -> Path:
+    units: list[tuple[str, list[str]]] = [(source, []) for source in CUDA_SOURCES]
+    # It makes host code with the first compiler on PATH unless told; CXX may carry a launcher.
+    common = [nvcc, "-ccbin", cxx[-1], *NVCCFLAGS]
+    compile = [*common, "-x", "cu", *cuda_archs(nvcc), "-DLORA_KERNELS_MODULE=_cuda"]
+    return ninja.library("_cuda", units, compile, [*common, "-shared"])
+
+
+def host(cxx: list[str], flags: list[str]) -> list[str]:
+    werror = ["-Werror"] if enabled("LORA_KERNELS_WERROR") else []
+    return [*cxx, *CXXFLAGS, *WARNINGS, *werror, *flags]
+
+
+def host_link(cxx: list[str]) -> list[str]:
+    return [*cxx, *LINK, *(SANITIZE if enabled("LORA_KERNELS_SANITIZE") else [])]
 
 
 class NativeBuild(build_ext):
     def run(self) -> None:
-        target = Path(self.get_ext_fullpath(NATIVE))
-        if not self.extensions:  # LORA_KERNELS_NATIVE=0
+        self.build("_native", native)
+        self.build("_emulator", emulator)
+        self.build("_cuda", cuda)
+
+    def build(self, name: str, rules: Callable[..., Path]) -> None:
+        target = Path(self.get_ext_fullpath(f"{PACKAGE}.{name}"))
+        if not any(extension.name == f"{PACKAGE}.{name}" for extension in self.extensions):
             target.unlink(missing_ok=True)
             return
         # Sanitized objects stand apart, so that neither build undoes the other.
-        name = "sanitize" if enabled("LORA_KERNELS_SANITIZE") else "native"
-        build_dir = Path(self.build_temp) / name
+        kind = "sanitize" if enabled("LORA_KERNELS_SANITIZE") else "native"
         try:
-            library = compile_native(build_dir, self.distribution.get_version())
+            if sys.platform == "win32":
+                raise RuntimeError("the native kernels are built on Linux and macOS only")
+            cxx, arguments = find_compiler(), []
+            if name == "_cuda":
+                nvcc = find_nvcc()
+                if nvcc is None:
+                    raise RuntimeError("nvcc was not found: set CUDA_HOME, or PATH")
+                arguments = [nvcc]
+            build_dir = Path(self.build_temp) / kind / name
+            ninja = Ninja(build_dir, self.distribution.get_version())
+            library = rules(ninja, cxx, *arguments)
+            ninja.run(shlex.join(arguments or cxx))
         except RuntimeError as error:
             # An older extension beside newer Python is worse than none.
             target.unlink(missing_ok=True)
-            if enabled("LORA_KERNELS_NATIVE"):
-                raise CompileError(f"LORA_KERNELS_NATIVE=1, but {error}") from error
+            if enabled(SWITCHES[name]):
+                raise CompileError(f"{SWITCHES[name]}=1, but {error}") from error
             self.warn(
-                f"the native CPU kernels are left out: {error}\n"
-                "The package works without them, slower on CPUs; `lora-kernels info` says how to "
-                "add them."
+                f"{WHAT[name]} are left out: {error}\n"
+                "The package works without them, slower; `lora-kernels info` says how to add them."
             )
             return
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -176,11 +282,29 @@ class NativeBuild(build_ext):
         part.replace(target)  # a process that has the old one mapped keeps it whole
 
 
+SWITCHES = {
+    "_native": "LORA_KERNELS_NATIVE",
+    "_emulator": "LORA_KERNELS_EMULATOR",
+    "_cuda": "LORA_KERNELS_CUDA",
+}
+WHAT = {
+    "_native": "the native CPU kernels",
+    "_emulator": "the emulated CUDA kernels",
+    "_cuda": "the CUDA kernels",
+}
+
+
+def wanted() -> list[str]:
+    """Those to build: the CPU's unless they are not wanted, the GPU's where they can be."""
+    names = [] if os.environ.get("LORA_KERNELS_NATIVE") == "0" else ["_native"]
+    if enabled("LORA_KERNELS_EMULATOR"):
+        names.append("_emulator")
+    if os.environ.get("LORA_KERNELS_CUDA", "1" if find_nvcc() else "0") == "1":
+        names.append("_cuda")
+    return names
+
+
 setup(
-    ext_modules=(
-        []
-        if os.environ.get("LORA_KERNELS_NATIVE") == "0"
-        else [Extension(NATIVE, sources=[], optional=True)]
-    ),
+    ext_modules=[Extension(f"{PACKAGE}.{name}", sources=[], optional=True) for name in wanted()],
     cmdclass={"build_ext": NativeBuild},
 )

@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import select
-from .backends import cpu, eager, triton
+from .backends import cpu, cuda, eager, triton
 from .quantization.codes import Codes
 
 _LIB = torch.library.Library("lora_kernels", "DEF")
-_BACKENDS: dict[str, Any] = {"eager": eager, "cpu": cpu, "triton": triton}
+_BACKENDS: dict[str, Any] = {"eager": eager, "cpu": cpu, "triton": triton, "cuda": cuda}
 
 # A weight is one tensor, or the fields of `Codes`.
 _WEIGHTS = {

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .backends import cpu, eager, forced, native, triton
+from .backends import cpu, cuda, eager, forced, native, triton
 from .backends.forced import Forced
 from .backends.triton import configs, measured
 
@@ -22,6 +22,7 @@ STRATEGIES = {
     "eager": (eager.LIBRARY,),
     "cpu": (cpu.SINGLE_PASS, cpu.LIBRARY, cpu.FEW_ROWS),
     "triton": triton.STRATEGIES,
+    "cuda": cuda.STRATEGIES,
 }
 BACKENDS = tuple(STRATEGIES)
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -121,6 +122,11 @@ def lora_linear(
         if known is None:
             return choice
         return Choice("triton", known.strategy, f"the triton backend was asked for; {known.source}")
+    if asked.backend == "cuda":
+        return _choose_cuda(
+            asked, cuda.obstacle(device_type, device_index), x_dtype, a_dtype, b_dtype, dtype, rank,
+            rows,
+        )  # fmt: skip
     many = None if rows is None else rows > few_rows(dtype, four_bit)
     gpu_obstacle = None
     if device_type == "cuda":
@@ -143,9 +149,9 @@ def multi_lora_linear(
     device_index: int | None = None,
 ) -> Choice:
     """The choice for `multi_lora_linear` and its backward: `lora_linear`'s at the largest rank."""
-    if forced.current.get().backend == "triton":
+    if (name := forced.current.get().backend) in ("triton", "cuda"):
         raise RuntimeError(
-            "backend 'triton' was asked for and cannot run here: it has no kernels for rows with "
+            f"backend {name!r} was asked for and cannot run here: it has no kernels for rows with "
             "adapters of their own (multi_lora_linear)"
         )
     return lora_linear(
@@ -169,6 +175,9 @@ def dora_norm(
         target = configs.target(device_index) if device_type == "cuda" else None
         _triton_target(triton.absence(), triton.interpreted(), target, device_type, *dtypes)
         return Choice("triton", triton.SINGLE_PASS, "the triton backend was asked for")
+    if asked.backend == "cuda":
+        _cuda_obstacle(cuda.obstacle(device_type, device_index), *dtypes)
+        return Choice("cuda", cuda.SPLIT, "the cuda backend was asked for")
     if asked.backend == "eager":
         return Choice("eager", eager.PANELS, "the eager backend was asked for")
     obstacle: str | None
@@ -310,6 +319,42 @@ def _choose_triton(
     if not (rows is None or columns is None or inner is None or dropout):
         key = measured.shape(target, rows, columns, inner, rank, itemsize, four_bit)
     return Choice("triton", strategy, f"the triton backend was asked for; {why}"), key
+
+
+@functools.lru_cache(maxsize=1024)
+def _choose_cuda(
+    asked: Forced,
+    obstacle: str | None,
+    x_dtype: torch.dtype,
+    a_dtype: torch.dtype,
+    b_dtype: torch.dtype,
+    dtype: torch.dtype,
+    rank: int,
+    rows: int | None,
+) -> Choice:
+    _cuda_obstacle(obstacle, x_dtype, a_dtype, b_dtype, dtype, rank)
+    reason = "the cuda backend was asked for"
+    if asked.strategy:
+        return Choice("cuda", asked.strategy, reason)
+    if rows is None:
+        few = f"{cuda.SPLIT}; up to {cuda.DECODE_ROWS} rows {cuda.COOPERATIVE}"
+        return Choice("cuda", few, reason)
+    strategy = cuda.COOPERATIVE if rows <= cuda.DECODE_ROWS else cuda.SPLIT
+    return Choice("cuda", strategy, reason)
+
+
+def _cuda_obstacle(
+    obstacle: str | None,
+    x_dtype: torch.dtype,
+    a_dtype: torch.dtype,
+    b_dtype: torch.dtype,
+    dtype: torch.dtype,
+    rank: int,
+) -> None:
+    """RuntimeError where the CUDA kernels cannot run."""
+    obstacle = obstacle or _kernel_obstacle(x_dtype, a_dtype, b_dtype, dtype, rank)
+    if obstacle is not None:
+        raise RuntimeError(f"backend 'cuda' was asked for and cannot run here: {obstacle}")
 
 
 def _triton_target(

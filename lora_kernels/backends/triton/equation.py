@@ -13,6 +13,7 @@ from torch.nn.functional import linear as library_linear
 
 from ... import reference
 from ...quantization.codes import Codes
+from .. import workspace
 from . import COOPERATIVE, LIBRARY, SINGLE_PASS, codec, configs, interpreted, launch, measured
 from .configs import Config
 from .gradients import outer_kernel, reduce_kernel, shrink_outer_kernel
@@ -180,7 +181,7 @@ def _linear(
         if known is not None and known.strategy == strategy:
             config = (known.forward if forward else known.backward) or config
     share = configs.cooperative(target, M, N, K, R, config) if strategy == COOPERATIVE else 0
-    flags = launch.flags(x.device) if share and not interpreted() else None
+    flags = workspace.flags(x.device) if share and not interpreted() else None
     if single_pass:
         slots = x.new_empty(1, M, R, dtype=torch.float32)
     elif share:

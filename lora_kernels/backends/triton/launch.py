@@ -35,20 +35,6 @@ def options(config: Config) -> dict[str, Any]:
     return chosen | ({"launch_cooperative_grid": True} if config.cooperative else {})
 
 
-_kept_flags: dict[tuple[int, int], Tensor] = {}
-
-
-def flags(device: torch.device) -> Tensor:
-    """int32[2], zero whenever no kernel runs: one for each stream, since two at once would share
-    it; of its own for a graph that is captured, since it may be replayed on any."""
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-        return torch.zeros(2, dtype=torch.int32, device=device)
-    key = (device.index, torch.cuda.current_stream(device).cuda_stream)
-    if key not in _kept_flags:
-        _kept_flags[key] = torch.zeros(2, dtype=torch.int32, device=device)
-    return _kept_flags[key]
-
-
 def run(
     kernel: Any,
     grid: tuple[int, ...],

@@ -1,0 +1,351 @@
+// The layer for up to 16 rows, one launch: W is streamed once, codes are looked up on their way to
+// the matrix units, and the adapter's part is published first and consumed last.
+#include "kernels.h"
+
+namespace lora_kernels {
+namespace gpu {
+namespace {
+
+constexpr int THREADS = 256, WARPS = THREADS / 32;
+constexpr int TILE_N = 16;   // rows of W that a block makes at a time, K shared among its warps
+constexpr int CHUNK = 128;   // elements of K that a warp takes at a time, 32 a lane
+constexpr int REPLICAS = 16; // of the table: half a warp looks up 8 bytes each at once
+constexpr int TABLE_BYTES = 256 * REPLICAS * 8;
+enum Mode : int { ONE_LAUNCH, PUBLISH, CONSUME };
+
+struct Pairs {
+  uint32_t high, low;  // of two codes
+};
+
+// A chunk of a row of x is four pieces for each of a quad's lanes; which eight elements a piece is
+// follows from how W's are spread over the lanes.
+template <bool FromCodes>
+LK_DEVICE int piece_at(int piece, int t) {
+  if (FromCodes) return piece / 2 * 64 + (t % 2 * 32 + t / 2 * 16) + piece % 2 * 8;
+  return piece * 32 + t * 8;
+}
+
+LK_DEVICE Words4 zeros() {
+  Words4 w;
+  LK_UNROLL
+  for (int e = 0; e < 4; ++e) w.w[e] = 0;
+  return w;
+}
+
+// S's slot of this block: its share of K, a warp a rank at a time.
+LK_DEVICE void publish_slot(const DecodeArgs& a) {
+  const LinearArgs& l = a.linear;
+  const int64_t first = (int64_t)block_x() * a.slot_share, end = min_of(l.K, first + a.slot_share);
+  const int lane = thread_id() % 32, warp = thread_id() / 32;
+  LK_ONCE
+  for (int r = warp; r < l.R; r += WARPS) {
+    float sums[16];
+    LK_UNROLL
+    for (int m = 0; m < 16; ++m) sums[m] = 0.0f;
+    LK_ONCE
+    for (int64_t k = first + lane * 8; k < end; k += 256) {
+      float row[8];
+      load8(a.a, r, k, end, row);
+      LK_UNROLL
+      for (int m = 0; m < 16; ++m) {
+        if (m >= l.M) break;
+        float x[8];
+        load8(l.x, m, k, end, x);
+        if (a.mask_in.rng) mask8(a.mask_in, m, k, x);
+        LK_UNROLL
+        for (int e = 0; e < 8; ++e) sums[m] = fma_rn(x[e], row[e], sums[m]);
+      }
+    }
+    LK_UNROLL
+    for (int m = 0; m < 16; ++m) {
+      if (m >= l.M) break;
+      const float sum = sum_of_warp(sums[m]) * a.p_scale;
+      if (lane == 0) stg(a.slots + (block_x() * l.M + m) * l.R + r, sum);
+    }
+  }
+}
+
+LK_DEVICE void wait_flag(const int* flag, int count) {
+  while (flag_load_acquire(flag) < count) {
+  }
+}
+
+// y [M, N] = out_scale ⊙ (x·W + S·Q) + bias, z without out_scale and bias, M ≤ 16; p = D(x)·aᵀ.
+// yᵀ = W·xᵀ in tiles of 16 rows of W by 8 MT rows of x; the grid's blocks take tiles in turn, their
+// warps a share of K each, added in order. A code is the sum of two bfloat16 (float16), looked up
+// in pairs in a table of which each of 16 lanes has a copy, so that none waits; a block's scale
+// multiplies its float32 sum. Lanes of a quad exchange halves of what they load, so that the 16
+// elements of a product are of one block.
+// ONE_LAUNCH: the first `slots` blocks publish a slot of p each and raise the flag; all wait for it
+// before their first store, the last block to be done lowers it. All must have place at once.
+// PUBLISH, CONSUME: the same in two launches, the second waiting for the first in the same place.
+// Bytes: W once; x once a block where it is `resident`, else once a tile; x once more and a once in
+// all; Q, y, z, slots once. Flops 2·M·N·(K + R), of codes twice K. Rounding points: x, dense W to
+// 16 bits; y, z once. Deterministic. Tested by tests/cuda_emulated/test_lora_linear.py.
+template <bool BFloat16, bool FromCodes, int MT>
+LK_KERNEL LK_BOUNDS(THREADS, 2) decode_kernel(const DecodeArgs a) {
+  const LinearArgs& l = a.linear;
+  const int thread = thread_id(), lane = thread % 32, warp = thread / 32, g = lane / 4,
+            t = lane % 4;
+  const int M = (int)l.M, R = (int)l.R;
+  const uint32_t table = shared_base(), sums = table + (FromCodes ? TABLE_BYTES : 0);
+  const uint32_t ss = sums + WARPS * TILE_N * 8 * MT * 4, xs = ss + (M * R * 4 + 15) / 16 * 16;
+  const int chunks = (int)((l.K + CHUNK - 1) / CHUNK);
+
+  if (a.mode == PUBLISH) launch_dependents();
+  if (a.mode != CONSUME && block_x() < a.slot_count) {
+    publish_slot(a);
+    sync_block();
+    if (a.mode == ONE_LAUNCH && thread == 0) flag_add_release(a.flags, 1);
+  }
+  if (a.mode == PUBLISH) return;
+
+  if constexpr (FromCodes)
+    for (int u = thread; u < 256 * REPLICAS; u += THREADS) {
+      const int byte = u / REPLICAS;
+      const float even = ldg(l.c.code + (byte >> 4)), odd = ldg(l.c.code + (byte & 15));
+      Pairs pairs;
+      if (BFloat16) {
+        pairs.high = pack_bf16(even, odd);
+        pairs.low = pack_bf16(even - bf16_to_f32((uint16_t)pairs.high),
+                              odd - bf16_to_f32((uint16_t)(pairs.high >> 16)));
+      } else {
+        pairs.high = pack_f16(even, odd);
+        pairs.low = pack_f16(even - f16_to_f32((uint16_t)pairs.high),
+                             odd - f16_to_f32((uint16_t)(pairs.high >> 16)));
+      }
+      sts(table + u * 8, pairs);
+    }
+  if (a.resident)
+    for (int u = thread; u < chunks * 16 * M; u += THREADS) {
+      // [chunk, piece, m, t]: what the lanes of a warp read together lies together.
+      const int lane_t = u % 4, m = u / 4 % M, piece = u / 4 / M % 4, chunk = u / 4 / M / 4;
+      float x[8];
+      load8(l.x, m, (int64_t)chunk * CHUNK + piece_at<FromCodes>(piece, lane_t), l.K, x);
+      Words4 w;
+      LK_UNROLL
+      for (int e = 0; e < 4; ++e)
+        w.w[e] = BFloat16 ? pack_bf16(x[2 * e], x[2 * e + 1]) : pack_f16(x[2 * e], x[2 * e + 1]);
+      sts(xs + u * 16, w);
+    }
+  sync_block();
+
+  bool consumed = false;
+  LK_ONCE
+  for (int64_t tile = block_x(); tile < a.tiles; tile += grid_x()) {
+    const int64_t n0 = tile * TILE_N;
+    float total[MT][4];
+    LK_UNROLL
+    for (int j = 0; j < MT; ++j)
+      LK_UNROLL
+      for (int e = 0; e < 4; ++e) total[j][e] = 0.0f;
+
+    LK_ONCE
+    for (int chunk = warp; chunk < chunks; chunk += WARPS) {
+      const int64_t k0 = (int64_t)chunk * CHUNK;
+      // W's rows g and g + 8: 16 bytes of codes a lane, or four pieces of 16 bytes.
+      Words4 w[2][FromCodes ? 1 : 4];
+      float scale[2][2];  // row, block
+      if constexpr (FromCodes) {
+        LK_UNROLL
+        for (int i = 0; i < 2; ++i) {
+          const int64_t n = n0 + g + 8 * i, k = k0 + t * 32;
+          w[i][0] = zeros();
+          if (n < l.N && k < l.K)
+            w[i][0] = ldg_stream(reinterpret_cast<const Words4*>(l.c.packed + (((n * l.K + k) >> 1))));
+        }
+        // Each lane of a quad decodes one of its four scales.
+        const int64_t n = n0 + g + t % 2 * 8, k = k0 + t / 2 * 64;
+        const float own = n < l.N && k < l.K ? scale_of(l.c, (n * l.K + k) >> l.c.log2_block) : 0.0f;
+        LK_UNROLL
+        for (int i = 0; i < 4; ++i) scale[i % 2][i / 2] = shuffle(own, lane / 4 * 4 + i);
+        // Lanes 0 and 1 hold the first block's bytes, 2 and 3 the second's: halves change places.
+        LK_UNROLL
+        for (int i = 0; i < 2; ++i)
+          LK_UNROLL
+          for (int e = 0; e < 2; ++e) {
+            const uint32_t mine = w[i][0].w[e], mine2 = w[i][0].w[e + 2];
+            const uint32_t theirs =
+                f32_to_bits(shuffle_xor(bits_to_f32(t < 2 ? mine2 : mine), 2));
+            w[i][0].w[e] = t < 2 ? mine : theirs;
+            w[i][0].w[e + 2] = t < 2 ? theirs : mine2;
+          }
+      } else {
+        const uint16_t* data = static_cast<const uint16_t*>(l.w.data);
+        LK_UNROLL
+        for (int i = 0; i < 2; ++i)
+          LK_UNROLL
+          for (int piece = 0; piece < 4; ++piece) {
+            const int64_t n = n0 + g + 8 * i, k = k0 + piece_at<false>(piece, t);
+            w[i][piece] = zeros();
+            if (n < l.N && k < l.K)
+              w[i][piece] = ldg_stream(reinterpret_cast<const Words4*>(data + n * l.w.row + k));
+          }
+      }
+      float part[MT][4];
+      LK_UNROLL
+      for (int piece = 0; piece < 4; ++piece) {
+        Words4 x[MT];
+        LK_UNROLL
+        for (int j = 0; j < MT; ++j) {
+          const int m = g + 8 * j;
+          const int64_t k = k0 + piece_at<FromCodes>(piece, t);
+          x[j] = zeros();
+          if (m < M && a.resident)
+            x[j] = lds<Words4>(xs + (((chunk * 4 + piece) * M + m) * 4 + t) * 16);
+          else if (m < M && k < l.K)
+            x[j] = ldg(reinterpret_cast<const Words4*>(static_cast<const uint16_t*>(l.x.data) +
+                                                       m * l.x.row + k));
+        }
+        if (piece % 2 == 0)
+          LK_UNROLL
+          for (int j = 0; j < MT; ++j)
+            LK_UNROLL
+            for (int e = 0; e < 4; ++e) part[j][e] = 0.0f;
+        LK_UNROLL
+        for (int half = 0; half < 2; ++half) {  // 16 elements of K: four of each lane
+          uint32_t high[4], low[4];
+          LK_UNROLL
+          for (int e = 0; e < 4; ++e) {  // rows g and g + 8, elements 0 and 1, then 2 and 3
+            if constexpr (FromCodes) {
+              const uint32_t byte = w[e % 2][0].w[piece] >> (16 * half + 8 * (e / 2)) & 255;
+              const Pairs pairs = lds<Pairs>(table + (byte * REPLICAS + lane % REPLICAS) * 8);
+              high[e] = pairs.high;
+              low[e] = pairs.low;
+            } else {
+              high[e] = w[e % 2][piece].w[2 * half + e / 2];
+            }
+          }
+          LK_UNROLL
+          for (int j = 0; j < MT; ++j) {
+            const uint32_t b[2] = {x[j].w[2 * half], x[j].w[2 * half + 1]};
+            if constexpr (BFloat16) {
+              if (FromCodes) mma_bf16(part[j], low, b);
+              mma_bf16(part[j], high, b);
+            } else {
+              if (FromCodes) mma_f16(part[j], low, b);
+              mma_f16(part[j], high, b);
+            }
+          }
+        }
+        if (piece % 2 == 1)
+          LK_UNROLL
+          for (int j = 0; j < MT; ++j)
+            LK_UNROLL
+            for (int e = 0; e < 4; ++e)
+              total[j][e] = FromCodes ? fma_rn(part[j][e], scale[e / 2][piece / 2], total[j][e])
+                                      : total[j][e] + part[j][e];
+      }
+    }
+    LK_UNROLL
+    for (int j = 0; j < MT; ++j)
+      LK_UNROLL
+      for (int e = 0; e < 4; ++e) {
+        const int n = g + e / 2 * 8, m = j * 8 + 2 * t + e % 2;
+        sts(sums + ((warp * TILE_N + n) * (8 * MT) + m) * 4, total[j][e]);
+      }
+
+    if (!consumed) {
+      if (a.mode == ONE_LAUNCH) {
+        if (thread == 0) wait_flag(a.flags, a.slot_count);
+        sync_block();
+      } else {
+        wait_for_grids_before();
+      }
+      for (int u = thread; u < M * R; u += THREADS) {
+        float p = 0.0f;
+        for (int slot = 0; slot < a.slot_count; ++slot) p += ldg_coherent(a.slots + slot * M * R + u);
+        if (block_x() == 0) stg(a.p + u, p);
+        float s = p * l.s_scale;
+        if (l.gate.data) s *= load_at(l.gate.data, l.gate.dtype, u % R);
+        sts(ss + u * 4, s);
+      }
+      consumed = true;
+    }
+    sync_block();
+    for (int u = thread; u < TILE_N * M; u += THREADS) {
+      const int n = u % TILE_N, m = u / TILE_N;
+      const int64_t column = n0 + n;
+      if (column >= l.N) continue;
+      float y = 0.0f;
+      for (int r = 0; r < R; ++r)
+        y = fma_rn(lds<float>(ss + (m * R + r) * 4), load(l.q, r, column), y);
+      LK_UNROLL
+      for (int w = 0; w < WARPS; ++w)
+        y += lds<float>(sums + ((w * TILE_N + n) * (8 * MT) + m) * 4);
+      const int64_t at = m * l.N + column;
+      if (l.z) store_at(l.z, l.y_dtype, at, y);
+      if (l.out_scale.data) y *= load_at(l.out_scale.data, l.out_scale.dtype, column);
+      if (l.bias.data) y += load_at(l.bias.data, l.bias.dtype, column);
+      store_at(l.y, l.y_dtype, at, y);
+    }
+    sync_block();  // the sums may be written again
+  }
+  if (a.mode == ONE_LAUNCH && thread == 0 && flag_add_acq_rel(a.flags + 1, 1) == grid_x() - 1) {
+    flag_store(a.flags, 0);
+    flag_store(a.flags + 1, 0);
+  }
+}
+
+unsigned shared_bytes(const DecodeArgs& a) {
+  const LinearArgs& l = a.linear;
+  const int64_t rows = l.M > 8 ? 16 : 8, chunks = (l.K + CHUNK - 1) / CHUNK;
+  return (unsigned)((l.codes ? TABLE_BYTES : 0) + WARPS * TILE_N * rows * 4 +
+                    (l.M * l.R * 4 + 15) / 16 * 16 + (a.resident ? chunks * 256 * l.M : 0));
+}
+
+// x stays in shared memory where that leaves room for two blocks on a multiprocessor of sm_80.
+constexpr unsigned ROOM = 80 << 10;
+
+}  // namespace
+
+const char* decode_unfit(const DecodeArgs& d) {
+  const LinearArgs& a = d.linear;
+  if (a.M < 1 || a.M > 16) return "it is for 1 to 16 rows";
+  if (a.transposed || a.mask.rng) return "it is for the forward";
+  if (a.compute == F32) return "float32 products need every bit, which the matrix units drop";
+  if (!a.codes && !a.dense) return "there is no base product";
+  if (a.dense && (a.w.dtype != a.compute || !a.w.vectors || a.K % 8))
+    return "the weight's rows are not whole and aligned 16 bytes";
+  if (a.codes && (!a.c.vectors || a.c.log2_block < 6 || a.K % 64))
+    return "the weight's rows are not whole blocks of 64 codes or more";
+  if (!d.resident && (a.x.dtype != a.compute || !a.x.vectors || a.K % 8))
+    return "x's rows are not whole and aligned 16 bytes";
+  return nullptr;
+}
+
+bool decode_keeps_x(const DecodeArgs& d) {
+  DecodeArgs a = d;
+  a.resident = true;
+  return shared_bytes(a) <= ROOM;
+}
+
+bool decode(DecodeArgs a, bool cooperative, const Where& at) {
+  const LinearArgs& l = a.linear;
+  void (*kernels[2][2][2])(DecodeArgs) = {
+      {{decode_kernel<false, false, 1>, decode_kernel<false, false, 2>},
+       {decode_kernel<false, true, 1>, decode_kernel<false, true, 2>}},
+      {{decode_kernel<true, false, 1>, decode_kernel<true, false, 2>},
+       {decode_kernel<true, true, 1>, decode_kernel<true, true, 2>}}};
+  const auto kernel = kernels[l.compute == BF16][l.codes][l.M > 8];
+  a.tiles = (l.N + TILE_N - 1) / TILE_N;
+  const unsigned bytes = shared_bytes(a);
+  const int resident = resident_blocks(kernel, at.device, THREADS, (int)bytes);
+  const unsigned blocks = (unsigned)min_of(a.tiles, (int64_t)(resident > 1 ? resident : 1));
+  Launch launched{"decode", blocks, 1, 1, THREADS, bytes, at.stream, at.device};
+  if (cooperative && (int)blocks >= a.slot_count && (int)blocks <= resident) {
+    a.mode = ONE_LAUNCH;
+    launched.cooperative = true;
+    launch(launched, kernel, a);
+    return true;
+  }
+  a.mode = PUBLISH;
+  launch({"publish", (unsigned)a.slot_count, 1, 1, THREADS, bytes, at.stream, at.device}, kernel, a);
+  a.mode = CONSUME;
+  launched.dependent = capability(at.device) >= 90;
+  launch(launched, kernel, a);
+  return false;
+}
+
+}  // namespace gpu
+}  // namespace lora_kernels

@@ -1,0 +1,309 @@
+// The layer for up to a few hundred rows on the matrix units (mma.sync): bfloat16 and float16, dense
+// weights and 4-bit codes, both of the weight's orientations.
+#include "kernels.h"
+
+namespace lora_kernels {
+namespace gpu {
+namespace {
+
+constexpr int THREADS = 128;
+constexpr int BM = 64, BN = 128, BK = 64;  // a block's tile; a warp makes 32 by 64 of it
+constexpr int STAGES = 3;
+constexpr int X_BYTES = BM * BK * 2, W_BYTES = BN * BK * 2;
+constexpr int TABLE_BYTES = 64;
+
+template <bool BFloat16>
+LK_DEVICE void mma(float d[4], const uint32_t a[4], const uint32_t b[2]) {
+  if constexpr (BFloat16)
+    mma_bf16(d, a, b);
+  else
+    mma_f16(d, a, b);
+}
+
+// Where 16 bytes of a row of 64 or 128 elements lie: eight rows' same chunks are in different banks.
+template <int COLUMNS>
+LK_DEVICE uint32_t chunk_at(int row, int chunk) {
+  return row * (COLUMNS * 2) + (chunk ^ (row & 7)) * 16;
+}
+
+// ROWS by COLUMNS of a 16-bit matrix from [i0, j0] on, copied while others compute; zeros outside.
+template <int ROWS, int COLUMNS>
+LK_DEVICE void fill(uint32_t to, const Matrix& m, int64_t i0, int64_t j0, int64_t rows,
+                    int64_t columns) {
+  constexpr int CHUNKS = COLUMNS / 8;
+  const uint16_t* data = static_cast<const uint16_t*>(m.data);
+  LK_UNROLL
+  for (int u = thread_id(); u < ROWS * CHUNKS; u += THREADS) {
+    const int row = u / CHUNKS, chunk = u % CHUNKS;
+    const int64_t i = i0 + row, j = j0 + chunk * 8;
+    const bool inside = i < rows && j < columns;  // columns is a multiple of eight
+    cp_async16(to + chunk_at<COLUMNS>(row, chunk), inside ? data + i * m.row + j : data,
+               inside ? 16 : 0);
+  }
+}
+
+// Two runs of 32 codes a thread, of the ROWS by COLUMNS that a step takes.
+struct Raw {
+  Words4 bytes[2];
+  float scale[2];
+};
+template <int ROWS, int COLUMNS>
+LK_DEVICE void fetch(Raw& raw, const Codes& c, int64_t i0, int64_t j0) {
+  constexpr int RUNS = COLUMNS / 32;
+  static_assert(ROWS * RUNS == 2 * THREADS, "two runs a thread");
+  LK_UNROLL
+  for (int i = 0; i < 2; ++i) {
+    const int u = thread_id() + i * THREADS;
+    const int64_t row = i0 + u / RUNS, column = j0 + u % RUNS * 32, at = row * c.K + column;
+    raw.scale[i] = 0.0f;
+    LK_UNROLL
+    for (int e = 0; e < 4; ++e) raw.bytes[i].w[e] = 0;
+    if (row < c.N && column < c.K) {
+      raw.bytes[i] = ldg_stream(reinterpret_cast<const Words4*>(c.packed + (at >> 1)));
+      raw.scale[i] = scale_of(c, at >> c.log2_block);
+    }
+  }
+}
+// The table has 16 words in 16 banks, so that look-ups never wait for each other.
+template <int COLUMNS, bool BFloat16>
+LK_DEVICE void decode_into(uint32_t to, const Raw& raw, uint32_t table) {
+  constexpr int RUNS = COLUMNS / 32;
+  LK_UNROLL
+  for (int i = 0; i < 2; ++i) {
+    const int u = thread_id() + i * THREADS, row = u / RUNS, run = u % RUNS;
+    LK_UNROLL
+    for (int part = 0; part < 4; ++part) {
+      const uint32_t word = raw.bytes[i].w[part];
+      Words4 out;
+      LK_UNROLL
+      for (int e = 0; e < 4; ++e) {
+        const float even = lds<float>(table + (word >> (8 * e + 4) & 15) * 4);
+        const float odd = lds<float>(table + (word >> (8 * e) & 15) * 4);
+        const float v0 = mul_rn(even, raw.scale[i]), v1 = mul_rn(odd, raw.scale[i]);
+        out.w[e] = BFloat16 ? pack_bf16(v0, v1) : pack_f16(v0, v1);
+      }
+      sts(to + chunk_at<COLUMNS>(row, run * 4 + part), out);
+    }
+  }
+}
+
+// v = high + low to 16 bits.
+LK_DEVICE void split_pair(float v0, float v1, uint32_t& high, uint32_t& low) {
+  high = pack_bf16(v0, v1);
+  low = pack_bf16(v0 - bf16_to_f32((uint16_t)high), v1 - bf16_to_f32((uint16_t)(high >> 16)));
+}
+
+// y [M, N] = out_scale ⊙ (x·W + mask(S)·Q) + bias, as linear_kernel's, of 16-bit x and W. W is [N, K]
+// as it is stored or, Transposed, [K, N]; codes are decoded into shared memory a step ahead.
+// S·Q is where the sums start, of bfloat16's highs and lows, so that 16 bits of a float32 adapter count.
+// Splits: block z takes K's z-th share and stores its sums; finish_kernel adds them in order.
+// Bytes: x once for each 128 columns, W once for each 64 rows, P and Q with them, y and z once; with
+// splits 8·M·N·splits more. Flops 2·M·N·(K + 3·R). Rounding points: W to its 16 bits, S and Q to 16
+// bits, y and z once. Deterministic. Tested by tests/cuda_emulated/test_lora_linear.py.
+template <bool BFloat16, bool FromCodes, bool Transposed>
+LK_KERNEL LK_BOUNDS(THREADS, 2) gemm_kernel(const LinearArgs a) {
+  const uint32_t xs = shared_base(), ws = xs + STAGES * X_BYTES;
+  const uint32_t table = ws + (FromCodes ? 2 : STAGES) * W_BYTES;
+  const int64_t m0 = (int64_t)block_x() * BM, n0 = (int64_t)block_y() * BN;
+  const int64_t first = (int64_t)block_z() * a.k_share, end = min_of(a.K, first + a.k_share);
+  const int steps = (int)((end - first + BK - 1) / BK);
+  const int thread = thread_id(), lane = thread % 32, warp = thread / 32;
+  const int g = lane / 4, t = lane % 4, wm = warp / 2 * 32, wn = warp % 2 * 64;
+
+  const auto fill_step = [&](int step) {
+    const int64_t k = first + (int64_t)step * BK;
+    const int slot = step % STAGES;
+    fill<BM, BK>(xs + slot * X_BYTES, a.x, m0, k, a.M, end);
+    if constexpr (!FromCodes) {
+      if constexpr (Transposed)
+        fill<BK, BN>(ws + slot * W_BYTES, a.w, k, n0, end, a.N);
+      else
+        fill<BN, BK>(ws + slot * W_BYTES, a.w, n0, k, a.N, end);
+    }
+  };
+  Raw raw;
+  const auto fetch_step = [&](int step) {
+    if constexpr (FromCodes) {
+      const int64_t k = first + (int64_t)step * BK;
+      if constexpr (Transposed)
+        fetch<BK, BN>(raw, a.c, k, n0);
+      else
+        fetch<BN, BK>(raw, a.c, n0, k);
+    }
+  };
+  LK_UNROLL
+  for (int s = 0; s < STAGES - 1; ++s) {
+    if (s < steps) fill_step(s);
+    cp_async_commit();
+  }
+  if constexpr (FromCodes) {
+    if (thread < 16) sts(table + thread * 4, ldg(a.c.code + thread));
+    fetch_step(0);
+    sync_block();
+  }
+
+  float acc[2][8][4];
+  LK_UNROLL
+  for (int i = 0; i < 2; ++i)
+    LK_UNROLL
+    for (int j = 0; j < 8; ++j)
+      LK_UNROLL
+      for (int e = 0; e < 4; ++e) acc[i][j][e] = 0.0f;
+
+  if (block_z() == 0) {
+    LK_ONCE
+    for (int r0 = 0; r0 < a.R; r0 += 16) {
+      uint32_t s_high[2][4], s_low[2][4];
+      const auto s_at = [&](int64_t m, int r) {
+        if (m >= a.M || r >= a.R) return 0.0f;
+        const float s = ldg(a.p + m * a.R + r) * a.s_scale;
+        return a.gate.data ? s * load_at(a.gate.data, a.gate.dtype, r) : s;
+      };
+      LK_UNROLL
+      for (int i = 0; i < 2; ++i)
+        LK_UNROLL
+        for (int e = 0; e < 4; ++e) {
+          const int64_t m = m0 + wm + i * 16 + g + e % 2 * 8;
+          const int r = r0 + 2 * t + e / 2 * 8;
+          split_pair(s_at(m, r), s_at(m, r + 1), s_high[i][e], s_low[i][e]);
+        }
+      LK_UNROLL
+      for (int j = 0; j < 8; ++j) {
+        const int64_t n = n0 + wn + j * 8 + g;
+        const auto q_at = [&](int r) {
+          return n < a.N && r < a.R ? load(a.q, r, n) : 0.0f;
+        };
+        uint32_t q_high[2], q_low[2];
+        LK_UNROLL
+        for (int e = 0; e < 2; ++e) {
+          const int r = r0 + 2 * t + e * 8;
+          split_pair(q_at(r), q_at(r + 1), q_high[e], q_low[e]);
+        }
+        LK_UNROLL
+        for (int i = 0; i < 2; ++i) {
+          mma_bf16(acc[i][j], s_low[i], q_high);
+          mma_bf16(acc[i][j], s_high[i], q_low);
+          mma_bf16(acc[i][j], s_high[i], q_high);
+        }
+      }
+    }
+    if (a.mask.rng)
+      LK_UNROLL
+      for (int i = 0; i < 2; ++i)
+        LK_UNROLL
+        for (int j = 0; j < 8; ++j)
+          LK_UNROLL
+          for (int e = 0; e < 4; ++e) {
+            const int64_t m = m0 + wm + i * 16 + g + e / 2 * 8, n = n0 + wn + j * 8 + 2 * t + e % 2;
+            if (!(keep4(a.mask, m, n & ~int64_t{3}) >> (n & 3) & 1)) acc[i][j][e] = 0.0f;
+          }
+  }
+
+  LK_ONCE
+  for (int step = 0; step < steps; ++step) {
+    const uint32_t x_tile = xs + step % STAGES * X_BYTES;
+    const uint32_t w_tile = ws + (FromCodes ? step % 2 : step % STAGES) * W_BYTES;
+    if constexpr (FromCodes) {
+      decode_into<Transposed ? BN : BK, BFloat16>(w_tile, raw, table);
+      if (step + 1 < steps) fetch_step(step + 1);
+    }
+    cp_async_wait<STAGES - 2>();
+    sync_block();  // this step's tiles are there; those of the step before have been read
+    if (step + STAGES - 1 < steps) fill_step(step + STAGES - 1);
+    cp_async_commit();
+    LK_UNROLL
+    for (int k = 0; k < BK; k += 16) {
+      uint32_t x[2][4], w[4][4];
+      const int matrix = lane / 8, row = lane % 8;
+      LK_UNROLL
+      for (int i = 0; i < 2; ++i)
+        ldmatrix_x4(x_tile + chunk_at<BK>(wm + i * 16 + matrix % 2 * 8 + row, k / 8 + matrix / 2),
+                    x[i]);
+      LK_UNROLL
+      for (int j = 0; j < 4; ++j) {
+        if constexpr (Transposed)
+          ldmatrix_x4_trans(w_tile + chunk_at<BN>(k + matrix % 2 * 8 + row,
+                                                  (wn + j * 16) / 8 + matrix / 2),
+                            w[j]);
+        else
+          ldmatrix_x4(w_tile + chunk_at<BK>(wn + j * 16 + matrix / 2 * 8 + row, k / 8 + matrix % 2),
+                      w[j]);
+      }
+      LK_UNROLL
+      for (int i = 0; i < 2; ++i)
+        LK_UNROLL
+        for (int j = 0; j < 8; ++j) mma<BFloat16>(acc[i][j], x[i], w[j / 2] + j % 2 * 2);
+    }
+  }
+  cp_async_wait<0>();
+
+  LK_UNROLL
+  for (int i = 0; i < 2; ++i)
+    LK_UNROLL
+    for (int j = 0; j < 8; ++j)
+      LK_UNROLL
+      for (int e = 0; e < 4; ++e) {
+        const int64_t m = m0 + wm + i * 16 + g + e / 2 * 8, n = n0 + wn + j * 8 + 2 * t + e % 2;
+        if (m >= a.M || n >= a.N) continue;
+        float y = acc[i][j][e];
+        if (a.parts) {
+          stg(a.parts + (block_z() * a.M + m) * a.N + n, y);
+          continue;
+        }
+        if (a.z) store_at(a.z, a.y_dtype, m * a.N + n, y);
+        if (a.out_scale.data) y *= load_at(a.out_scale.data, a.out_scale.dtype, n);
+        if (a.bias.data) y += load_at(a.bias.data, a.bias.dtype, n);
+        store_at(a.y, a.y_dtype, m * a.N + n, y);
+      }
+}
+
+struct FinishArgs {
+  LinearArgs linear;
+  int splits;
+};
+
+// What gemm_kernel's last lines do, of the sum of its parts in order; a thread an element.
+LK_KERNEL LK_BOUNDS(THREADS, 8) finish_kernel(const FinishArgs f) {
+  const LinearArgs& a = f.linear;
+  const int64_t at = (int64_t)block_x() * THREADS + thread_id(), n = at % a.N;
+  if (at >= a.M * a.N) return;
+  float y = 0.0f;
+  for (int split = 0; split < f.splits; ++split) y += ldg(a.parts + split * a.M * a.N + at);
+  if (a.z) store_at(a.z, a.y_dtype, at, y);
+  if (a.out_scale.data) y *= load_at(a.out_scale.data, a.out_scale.dtype, n);
+  if (a.bias.data) y += load_at(a.bias.data, a.bias.dtype, n);
+  store_at(a.y, a.y_dtype, at, y);
+}
+
+}  // namespace
+
+const char* gemm_unfit(const LinearArgs& a) {
+  if (a.compute == F32) return "float32 products need every bit, which the matrix units drop";
+  if (!a.codes && !a.dense) return "there is no base product";
+  if (a.x.dtype != a.compute || !a.x.vectors) return "x's rows are not whole and aligned 16 bytes";
+  if (a.dense && (a.w.dtype != a.compute || !a.w.vectors))
+    return "the weight's rows are not whole and aligned 16 bytes";
+  if (a.codes && !a.c.vectors) return "the weight's rows are not whole runs of 32 codes";
+  if (a.K % 8 || (a.transposed && a.N % 8)) return "a row is no multiple of 8 elements";
+  return nullptr;
+}
+
+void gemm(const LinearArgs& a, int splits, const Where& at) {
+  void (*kernels[2][2][2])(LinearArgs) = {
+      {{gemm_kernel<false, false, false>, gemm_kernel<false, false, true>},
+       {gemm_kernel<false, true, false>, gemm_kernel<false, true, true>}},
+      {{gemm_kernel<true, false, false>, gemm_kernel<true, false, true>},
+       {gemm_kernel<true, true, false>, gemm_kernel<true, true, true>}}};
+  const unsigned bytes =
+      STAGES * X_BYTES + (a.codes ? 2 : STAGES) * W_BYTES + (a.codes ? TABLE_BYTES : 0);
+  launch({"gemm", (unsigned)((a.M + BM - 1) / BM), (unsigned)((a.N + BN - 1) / BN),
+          (unsigned)splits, THREADS, bytes, at.stream, at.device},
+         kernels[a.compute == BF16][a.codes][a.transposed], a);
+  if (splits > 1)
+    launch({"finish", (unsigned)((a.M * a.N + THREADS - 1) / THREADS), 1, 1, THREADS, 0, at.stream,
+            at.device},
+           finish_kernel, {a, splits});
+}
+
+}  // namespace gpu
+}  // namespace lora_kernels

@@ -1,0 +1,145 @@
+// The CUDA kernels' launchers: raw pointers and sizes in, nothing allocated, nothing waited for.
+// What each computes, reads and writes stands at its kernel.
+#pragma once
+#include "operands.cuh"
+
+namespace lora_kernels {
+namespace gpu {
+
+struct Vector {
+  const void* data;  // null: ones, or zeros
+  int dtype;
+};
+
+struct Where {
+  uintptr_t stream;
+  int device;
+};
+
+// linear.cu, gemm.cu, decode.cu: y = out_scale ⊙ (x·W + mask(S)·Q) + bias -----------------------
+
+struct LinearArgs {
+  Matrix x;              // [M, K]
+  bool codes, dense;     // which of the two the base is; neither: none
+  Matrix w;              // as it is stored: [N, K], or where `transposed` [K, N]
+  Codes c;               // the same
+  bool transposed;
+  int compute;           // the dtype to which x and W are rounded
+  const float* p;        // [M, R]
+  Matrix q;              // [R, N]
+  Vector gate;           // [R]
+  float s_scale;         // S = p ⊙ gate · s_scale
+  Dropout mask;          // of y's adapter part, at (m, n)
+  Vector out_scale, bias;  // [N]
+  void *y, *z;           // [M, N]; z: before out_scale, or null
+  int y_dtype;
+  int64_t M, N, K, R;
+  float* parts;          // gemm with splits > 1: [splits, M, N]
+  int64_t k_share;
+};
+void linear(const LinearArgs&, const Where&);
+void gemm(const LinearArgs&, int splits, const Where&);
+const char* gemm_unfit(const LinearArgs&);  // why not, or null
+
+struct DecodeArgs {
+  LinearArgs linear;  // p is written here; M <= 16
+  Matrix a;           // [R, K]
+  Dropout mask_in;    // of x before it meets a
+  float p_scale;
+  float* slots;       // [slots, M, R]
+  float* p;           // [M, R]
+  int* flags;         // two, zero before and after
+  int64_t slot_share;
+  int slot_count, mode;  // what a launch does of publishing and consuming, how the one waits
+  bool resident;      // x is kept in shared memory
+  int64_t tiles;
+};
+const char* decode_unfit(const DecodeArgs&);
+bool decode_keeps_x(const DecodeArgs&);  // whether it would fit there
+// Whether one launch was enough: all its blocks have place at once.
+bool decode(DecodeArgs, bool cooperative, const Where&);
+
+// thin.cu ----------------------------------------------------------------------------------------
+
+struct ThinArgs {
+  Matrix v;           // [rows, columns]
+  Vector v_scale;     // [columns]
+  Dropout mask;
+  bool over_rows;     // out[i, r] = Σ_j v[j, i] y[r, j], else Σ_j v[i, j] y[r, j]
+  Matrix y;           // [R, J]
+  float* out;         // [slots, I, R]
+  int64_t I, J, R, j_share;
+  int slot_count;
+};
+void thin(const ThinArgs&, const Where&);
+
+struct PairArgs {
+  Matrix v;        // [M, N]
+  Vector v_scale;  // [N]
+  Matrix b;        // [N, R]
+  const float* s;  // [M, R]
+  float* slots;    // [slots, M, R]: (v ⊙ v_scale)·b
+  float* parts;    // [parts, N, R]: (v ⊙ v_scale)ᵀ·s
+  int64_t M, N, R, n_share;
+  int slot_count, part_count;
+};
+constexpr int64_t PAIR_MAX_RANK = 64;
+constexpr int PAIR_ROWS = 64;
+void pair(const PairArgs&, const Where&);
+
+struct SumsArgs {
+  Matrix v;      // [M, N]
+  Matrix z;      // [M, N], or null
+  float* parts;  // [parts, N, 2]: Σ v and Σ v ⊙ z
+  int64_t M, N, m_share;
+  int part_count;
+};
+void column_sums(const SumsArgs&, const Where&);
+
+struct ReduceArgs {
+  const float* slots;  // [slots, I, R]
+  Vector gate;         // [R]
+  float scale;
+  void* out;           // at i * stride_i + r * stride_r: scale · gate[r] · Σ slots
+  int dtype;
+  int64_t I, R, stride_i, stride_r;
+  int slot_count;
+};
+void reduce(const ReduceArgs&, const Where&);
+
+// codec.cu ---------------------------------------------------------------------------------------
+
+struct NormArgs {
+  bool codes;
+  Matrix w;
+  Codes c;
+  Matrix a, b;  // [R, K], [N, R]
+  Vector gate;
+  float scaling;
+  float* slots;  // [slots, N]: Σ (w + scaling (b ⊙ gate)·a)²
+  int64_t N, K, R, k_share;
+  int slot_count;
+};
+void row_norm(const NormArgs&, const Where&);
+
+struct DequantizeArgs {
+  Codes c;
+  void* w;  // [N, K]
+  int dtype;
+};
+void dequantize(const DequantizeArgs&, const Where&);
+
+struct QuantizeArgs {
+  const void* w;  // n elements
+  int dtype;
+  const float* thresholds;  // 15
+  const uint8_t* order;     // 16
+  uint8_t* packed;
+  float* absmax;
+  float smallest;
+  int64_t n, blocksize;
+};
+void quantize(const QuantizeArgs&, const Where&);
+
+}  // namespace gpu
+}  // namespace lora_kernels

@@ -1,0 +1,141 @@
+// What kernels are handed, and how one element, or eight, of it is read: dense matrices of three
+// dtypes, 4-bit codes, dropout's mask.
+#pragma once
+#include "../common/philox.h"
+#include "ptx.cuh"
+
+namespace lora_kernels {
+namespace gpu {
+
+enum DType : int { F32, BF16, F16 };
+
+struct Matrix {
+  const void* data;
+  int dtype;
+  int64_t row, col;  // strides in elements
+  // Whether eight neighbours of a row, from a multiple of eight on, lie together and aligned.
+  bool vectors;
+};
+
+// Elements n K + k of a flat weight [N, K]; the even one in a byte's high half.
+struct Codes {
+  const uint8_t* packed;
+  const float* code;   // 16 values
+  const void* absmax;  // float32, or uint8 where nested
+  const float* nested_code;
+  const float* nested_absmax;
+  const float* offset;
+  int log2_block, log2_nested;
+  int64_t N, K;
+  bool vectors;  // K a multiple of 32 and the bytes aligned to 16: a row is whole loads
+};
+
+struct Dropout {
+  const int64_t* rng;  // seed, offset; null: nothing is dropped
+  uint32_t threshold;
+};
+
+LK_DEVICE int min_of(int a, int b) { return a < b ? a : b; }
+LK_DEVICE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Elements ---------------------------------------------------------------------------------------
+
+LK_DEVICE float widen(uint16_t h, int dtype) {
+  return dtype == BF16 ? bf16_to_f32(h) : f16_to_f32(h);
+}
+
+LK_DEVICE float load_at(const void* data, int dtype, int64_t at) {
+  if (dtype == F32) return ldg(static_cast<const float*>(data) + at);
+  return widen(ldg(static_cast<const uint16_t*>(data) + at), dtype);
+}
+LK_DEVICE float load(const Matrix& m, int64_t i, int64_t j) {
+  return load_at(m.data, m.dtype, i * m.row + j * m.col);
+}
+
+LK_DEVICE void store_at(void* data, int dtype, int64_t at, float value) {
+  if (dtype == F32)
+    stg(static_cast<float*>(data) + at, value);
+  else
+    stg(static_cast<uint16_t*>(data) + at,
+        dtype == BF16 ? f32_to_bf16(value) : f32_to_f16(value));
+}
+
+// Row i, elements j to j + 7, j a multiple of 8; zeros from `columns` on.
+LK_DEVICE void load8(const Matrix& m, int64_t i, int64_t j, int64_t columns, float out[8]) {
+  if (m.vectors && j + 8 <= columns) {
+    const int64_t at = i * m.row + j;
+    if (m.dtype == F32) {
+      LK_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const Words4 w = ldg(reinterpret_cast<const Words4*>(
+            static_cast<const float*>(m.data) + at + 4 * half));
+        LK_UNROLL
+        for (int e = 0; e < 4; ++e) out[4 * half + e] = bits_to_f32(w.w[e]);
+      }
+    } else {
+      const Words4 w =
+          ldg(reinterpret_cast<const Words4*>(static_cast<const uint16_t*>(m.data) + at));
+      LK_UNROLL
+      for (int e = 0; e < 8; ++e)
+        out[e] = widen((uint16_t)(w.w[e / 2] >> (e % 2 ? 16 : 0)), m.dtype);
+    }
+    return;
+  }
+  LK_UNROLL
+  for (int e = 0; e < 8; ++e) out[e] = j + e < columns ? load(m, i, j + e) : 0.0f;
+}
+
+// 4-bit codes ------------------------------------------------------------------------------------
+
+// A block's scale; a nested one is rounded twice, as bitsandbytes' is.
+LK_DEVICE float scale_of(const Codes& c, int64_t block) {
+  if (!c.nested_absmax) return ldg(static_cast<const float*>(c.absmax) + block);
+  const uint8_t q = ldg(static_cast<const uint8_t*>(c.absmax) + block);
+  return add_rn(mul_rn(ldg(c.nested_code + q), ldg(c.nested_absmax + (block >> c.log2_nested))),
+                ldg(c.offset));
+}
+LK_DEVICE float decode(const Codes& c, int64_t n, int64_t k) {
+  const int64_t at = n * c.K + k;
+  const uint8_t byte = ldg(c.packed + (at >> 1));
+  return mul_rn(ldg(c.code + (at & 1 ? byte & 15 : byte >> 4)), scale_of(c, at >> c.log2_block));
+}
+
+// Dropout ----------------------------------------------------------------------------------------
+
+// Bit j is set where element (m, k + j) is kept, j < 4; k is a multiple of 4.
+LK_DEVICE uint32_t keep4(const Dropout& d, int64_t m, int64_t k) {
+  const uint64_t seed = (uint64_t)ldg(d.rng), offset = (uint64_t)ldg(d.rng + 1);
+  uint32_t c0 = (uint32_t)(k >> 2), c1 = (uint32_t)m, c2 = (uint32_t)offset,
+           c3 = (uint32_t)(offset >> 32), key0 = (uint32_t)seed, key1 = (uint32_t)(seed >> 32);
+  LK_UNROLL
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    const uint32_t hi0 = mul_hi(kPhiloxM0, c0), lo0 = kPhiloxM0 * c0;
+    const uint32_t hi1 = mul_hi(kPhiloxM1, c2), lo1 = kPhiloxM1 * c2;
+    c0 = hi1 ^ c1 ^ key0;
+    c1 = lo1;
+    c2 = hi0 ^ c3 ^ key1;
+    c3 = lo0;
+    key0 += kPhiloxW0;
+    key1 += kPhiloxW1;
+  }
+  return (uint32_t)(c0 >= d.threshold) | (uint32_t)(c1 >= d.threshold) << 1 |
+         (uint32_t)(c2 >= d.threshold) << 2 | (uint32_t)(c3 >= d.threshold) << 3;
+}
+
+LK_DEVICE void mask8(const Dropout& d, int64_t m, int64_t k, float x[8]) {
+  const uint32_t kept = keep4(d, m, k) | keep4(d, m, k + 4) << 4;
+  LK_UNROLL
+  for (int e = 0; e < 8; ++e)
+    if (!(kept >> e & 1)) x[e] = 0.0f;
+}
+
+// Sums -------------------------------------------------------------------------------------------
+
+LK_DEVICE float sum_of_warp(float value) {
+  LK_UNROLL
+  for (int mask = 16; mask > 0; mask >>= 1) value += shuffle_xor(value, mask);
+  return value;
+}
+
+}  // namespace gpu
+}  // namespace lora_kernels

@@ -1,0 +1,323 @@
+// All that kernels ask of the machine, each instruction in one small function. Its host twin, which
+// also checks that it is used as it may be, is in emulator/ptx.h.
+//
+// Shared memory is named by byte offsets, as `ld.shared` names it; it is touched through lds, sts,
+// cp_async16 and ldmatrix alone, global memory through ldg, stg and the flags.
+#pragma once
+#include <cstdint>
+
+#if defined(LORA_KERNELS_EMULATED)
+#include "../emulator/ptx.h"
+#else
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+
+#define LK_KERNEL static __global__ void
+#define LK_DEVICE __device__ __forceinline__
+#define LK_UNROLL _Pragma("unroll")
+#define LK_ONCE _Pragma("unroll 1")
+#define LK_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
+
+namespace lora_kernels {
+namespace gpu {
+
+// Places -----------------------------------------------------------------------------------------
+
+LK_DEVICE int thread_id() { return threadIdx.x; }
+LK_DEVICE int block_threads() { return blockDim.x; }
+LK_DEVICE int block_x() { return blockIdx.x; }
+LK_DEVICE int block_y() { return blockIdx.y; }
+LK_DEVICE int block_z() { return blockIdx.z; }
+LK_DEVICE int grid_x() { return gridDim.x; }
+
+// Arithmetic -------------------------------------------------------------------------------------
+
+// Never contracted to one multiply-add, whatever the compiler's flags.
+LK_DEVICE float mul_rn(float a, float b) { return __fmul_rn(a, b); }
+LK_DEVICE float add_rn(float a, float b) { return __fadd_rn(a, b); }
+LK_DEVICE float div_rn(float a, float b) { return __fdiv_rn(a, b); }
+LK_DEVICE float fma_rn(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+LK_DEVICE uint32_t mul_hi(uint32_t a, uint32_t b) { return __umulhi(a, b); }
+LK_DEVICE float bits_to_f32(uint32_t bits) { return __uint_as_float(bits); }
+LK_DEVICE uint32_t f32_to_bits(float f) { return __float_as_uint(f); }
+LK_DEVICE float bf16_to_f32(uint16_t h) { return __uint_as_float((uint32_t)h << 16); }
+LK_DEVICE uint16_t f32_to_bf16(float f) {
+  uint16_t h;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h) : "f"(f));
+  return h;
+}
+LK_DEVICE float f16_to_f32(uint16_t h) {
+  float f;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h));
+  return f;
+}
+LK_DEVICE uint16_t f32_to_f16(float f) {
+  uint16_t h;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(f));
+  return h;
+}
+LK_DEVICE uint32_t pack_bf16(float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+LK_DEVICE uint32_t pack_f16(float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
+// Global memory ----------------------------------------------------------------------------------
+
+struct alignas(16) Words4 {
+  uint32_t w[4];
+};
+
+// What no kernel that runs at the same time writes.
+template <typename T>
+LK_DEVICE T ldg(const T* p) {
+  static_assert(sizeof(T) <= 16, "one load");
+  T value;
+  if constexpr (sizeof(T) == 16) {
+    uint32_t* w = reinterpret_cast<uint32_t*>(&value);
+    asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3])
+                 : "l"(p));
+  } else {
+    value = __ldg(p);
+  }
+  return value;
+}
+// What is read once and would only push other things out of the first cache.
+template <typename T>
+LK_DEVICE T ldg_stream(const T* p) {
+  static_assert(sizeof(T) == 16, "16 bytes");
+  T value;
+  uint32_t* w = reinterpret_cast<uint32_t*>(&value);
+  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3])
+               : "l"(p));
+  return value;
+}
+// What other blocks wrote: not from the first cache, which their stores do not reach.
+template <typename T>
+LK_DEVICE T ldg_coherent(const T* p) {
+  return __ldcg(p);
+}
+template <typename T>
+LK_DEVICE void stg(T* p, T value) {
+  if constexpr (sizeof(T) == 16) {
+    const uint32_t* w = reinterpret_cast<const uint32_t*>(&value);
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(w[0]), "r"(w[1]),
+                 "r"(w[2]), "r"(w[3])
+                 : "memory");
+  } else {
+    *p = value;
+  }
+}
+
+// Shared memory ----------------------------------------------------------------------------------
+
+extern __shared__ __align__(128) unsigned char shared_bytes_of_block[];
+LK_DEVICE uint32_t shared_base() {
+  return (uint32_t)__cvta_generic_to_shared(shared_bytes_of_block);
+}
+template <typename T>
+LK_DEVICE T lds(uint32_t at) {
+  T value;
+  if constexpr (sizeof(T) == 16) {
+    uint32_t* w = reinterpret_cast<uint32_t*>(&value);
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3])
+                 : "r"(at));
+  } else if constexpr (sizeof(T) == 8) {
+    uint32_t* w = reinterpret_cast<uint32_t*>(&value);
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(w[0]), "=r"(w[1]) : "r"(at));
+  } else if constexpr (sizeof(T) == 4) {
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(reinterpret_cast<uint32_t&>(value)) : "r"(at));
+  } else {
+    static_assert(sizeof(T) == 2, "2, 4, 8 or 16 bytes");
+    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(reinterpret_cast<uint16_t&>(value)) : "r"(at));
+  }
+  return value;
+}
+template <typename T>
+LK_DEVICE void sts(uint32_t at, T value) {
+  if constexpr (sizeof(T) == 16) {
+    const uint32_t* w = reinterpret_cast<const uint32_t*>(&value);
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(w[0]), "r"(w[1]),
+                 "r"(w[2]), "r"(w[3])
+                 : "memory");
+  } else if constexpr (sizeof(T) == 8) {
+    const uint32_t* w = reinterpret_cast<const uint32_t*>(&value);
+    asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(at), "r"(w[0]), "r"(w[1]) : "memory");
+  } else if constexpr (sizeof(T) == 4) {
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(at), "r"(reinterpret_cast<uint32_t&>(value))
+                 : "memory");
+  } else {
+    static_assert(sizeof(T) == 2, "2, 4, 8 or 16 bytes");
+    asm volatile("st.shared.u16 [%0], %1;" ::"r"(at), "h"(reinterpret_cast<uint16_t&>(value))
+                 : "memory");
+  }
+}
+// 16 bytes, of which those past `bytes` are zeros, on their way until they are waited for.
+LK_DEVICE void cp_async16(uint32_t to, const void* from, int bytes) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
+               "r"(bytes)
+               : "memory");
+}
+LK_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int N>
+LK_DEVICE void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
+// Threads together -------------------------------------------------------------------------------
+
+LK_DEVICE void sync_block() { __syncthreads(); }
+LK_DEVICE void sync_warp() { __syncwarp(); }
+LK_DEVICE float shuffle_xor(float value, int mask) {
+  return __shfl_xor_sync(0xFFFFFFFFu, value, mask);
+}
+LK_DEVICE float shuffle(float value, int from) { return __shfl_sync(0xFFFFFFFFu, value, from); }
+
+// Matrices ---------------------------------------------------------------------------------------
+
+LK_DEVICE void ldmatrix_x4(uint32_t at, uint32_t r[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(at));
+}
+LK_DEVICE void ldmatrix_x4_trans(uint32_t at, uint32_t r[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(at));
+}
+#define LK_MMA(name, type)                                                                     \
+  LK_DEVICE void name(float d[4], const uint32_t a[4], const uint32_t b[2]) {                  \
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                        \
+                 ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"        \
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                              \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));          \
+  }
+LK_MMA(mma_bf16, "bf16")
+LK_MMA(mma_f16, "f16")
+#undef LK_MMA
+
+// Blocks together --------------------------------------------------------------------------------
+
+LK_DEVICE int flag_load_acquire(const int* flag) {
+  int value;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
+  return value;
+}
+LK_DEVICE int flag_add_release(int* flag, int add) {
+  int old;
+  asm volatile("atom.add.release.gpu.global.s32 %0, [%1], %2;"
+               : "=r"(old)
+               : "l"(flag), "r"(add)
+               : "memory");
+  return old;
+}
+LK_DEVICE int flag_add_acq_rel(int* flag, int add) {
+  int old;
+  asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], %2;"
+               : "=r"(old)
+               : "l"(flag), "r"(add)
+               : "memory");
+  return old;
+}
+LK_DEVICE void flag_store(int* flag, int value) {
+  asm volatile("st.relaxed.gpu.global.s32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
+}
+// Programmatic dependent launch; before sm_90 a grid starts when the one before it has ended.
+LK_DEVICE void launch_dependents() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+LK_DEVICE void wait_for_grids_before() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Launches ---------------------------------------------------------------------------------------
+
+struct Launch {
+  const char* name;
+  unsigned x, y, z, threads, shared_bytes;
+  uintptr_t stream;
+  int device = 0;
+  bool cooperative = false;  // all blocks at the same time
+  bool dependent = false;    // may start before the grid before it ends
+};
+
+inline void check(cudaError_t error, const char* what) {
+  if (error != cudaSuccess)
+    throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+}
+
+// The device that is current, for as long as this lives.
+struct OnDevice {
+  int before = 0;
+  OnDevice(int device, const char* what) {
+    check(cudaGetDevice(&before), what);
+    if (before != device) check(cudaSetDevice(device), what);
+  }
+  ~OnDevice() { cudaSetDevice(before); }
+};
+
+template <typename Args>
+void allow_shared(void (*kernel)(Args), unsigned bytes, const char* name) {
+  if (bytes > 48 << 10)
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes),
+          name);
+}
+
+template <typename Args>
+void launch(const Launch& l, void (*kernel)(Args), const Args& args) {
+  OnDevice on(l.device, l.name);
+  allow_shared(kernel, l.shared_bytes, l.name);
+  cudaLaunchAttribute attributes[2] = {};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(l.x, l.y, l.z);
+  config.blockDim = dim3(l.threads);
+  config.dynamicSmemBytes = l.shared_bytes;
+  config.stream = reinterpret_cast<cudaStream_t>(l.stream);
+  config.attrs = attributes;
+  if (l.cooperative) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeCooperative;
+    attributes[config.numAttrs++].val.cooperative = 1;
+  }
+  if (l.dependent) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  check(cudaLaunchKernelEx(&config, kernel, args), l.name);
+}
+
+// How many blocks run at the same time.
+template <typename Args>
+int resident_blocks(void (*kernel)(Args), int device, int threads, int shared_bytes) {
+  OnDevice on(device, "occupancy");
+  allow_shared(kernel, (unsigned)shared_bytes, "occupancy");
+  int blocks = 0, multiprocessors = 0;
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared_bytes),
+        "occupancy");
+  check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
+        "occupancy");
+  return blocks * multiprocessors;
+}
+inline int capability(int device) {
+  int major = 0, minor = 0;
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "capability");
+  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "capability");
+  return 10 * major + minor;
+}
+
+}  // namespace gpu
+}  // namespace lora_kernels
+#endif

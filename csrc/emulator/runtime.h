@@ -1,0 +1,102 @@
+// Runs CUDA kernels on a CPU, for tests: every thread of a block is a fiber, and which one goes on
+// next is drawn from a seed. What a GPU may do and rarely does happens here often, and is told:
+//
+//   shared memory   each two bytes know who wrote and read them last and between which barriers: a
+//                   read of what nobody wrote, of what another thread wrote without a barrier
+//                   since, a write over what another may still read, and copies that are under way
+//   barriers        all threads of a block, all lanes of a warp, must meet at the same line
+//   global memory   only inside of the ranges that the launch names, aligned, and counted in bytes;
+//                   stores stay in the block, out of others' sight, until it releases them or ends
+//   grids           as many blocks at once as there are simulated multiprocessors; one stream's
+//                   grids follow each other, other streams' run between
+//
+// The first mistake ends all grids and is thrown by `synchronize`.
+#pragma once
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace lora_kernels {
+namespace emulator {
+
+struct Dim {
+  unsigned x, y, z;
+};
+
+struct Range {
+  std::string name;
+  uintptr_t begin, end;
+  int64_t read = 0, written = 0;
+};
+
+struct Traffic {
+  std::string kernel;
+  std::vector<Range> ranges;
+};
+
+struct Settings {
+  uint64_t seed = 0;
+  int multiprocessors = 4;  // each runs one block at a time
+};
+
+extern Settings settings;
+
+// Memory that the launches from here on may touch; the range before the same names is forgotten.
+void allow(std::vector<Range> ranges);
+
+struct Grid {
+  std::string name;
+  std::function<void()> body;
+  Dim blocks;
+  unsigned threads, shared_bytes;
+  bool cooperative, dependent;
+  uintptr_t stream;
+};
+void launch(Grid grid);
+
+// Runs all that was launched. std::runtime_error: what went wrong, where.
+void synchronize();
+std::vector<Traffic> traffic();  // of the grids that the last `synchronize` ran
+int64_t switches();              // between fibers, in all
+
+// For device code --------------------------------------------------------------------------------
+
+Dim thread_index();
+Dim block_index();
+Dim grid_size();
+unsigned block_size();
+
+struct Site {
+  const char* what;
+  const char* file;
+  int line;
+};
+
+[[noreturn]] void report(const std::string& what);
+void yield_now();
+void barrier(const Site& site);
+// All lanes of a warp bring `in`; the last one calls f(ins, outs), arrays of 32 pointers.
+using Exchange = void (*)(const void* const* in, void* const* out, const void* what);
+void meet(const Site& site, const void* in, void* out, Exchange f, const void* what);
+void warp_fence();
+
+void* shared_read(uint32_t at, int bytes);   // where it is, after all checks
+void* shared_write(uint32_t at, int bytes);
+void copy_async(uint32_t to, const void* from, int bytes);  // 16 land, those past `bytes` as zeros
+void commit_copies();
+void wait_copies(int groups);
+
+void global_read(const void* from, void* to, int bytes);
+void global_write(void* to, const void* from, int bytes);
+int flag_load(const int* flag, bool acquire);
+int flag_add(int* flag, int value, bool release, bool acquire);
+void flag_store(int* flag, int value);
+
+void launch_dependents();
+void wait_for_grids_before();
+
+}  // namespace emulator
+}  // namespace lora_kernels

@@ -1,0 +1,155 @@
+"""CUDA kernels, for GPUs and, compiled for the host, in an emulator on the CPU (for tests).
+
+"Publish first, consume last": one launch for up to 16 rows; the first blocks each make a slot of
+P = D(x)·Aᵀ, all stream W, codes looked up on their way to the matrix units, and S·Bᵀ is added last.
+"Publish, then consume": the same in two launches, the second of which starts before the first ends.
+"Split": P by itself, then one kernel whose sums start at S·Bᵀ: on the matrix units where dtypes and
+alignment allow it, else on the ordinary multipliers, which float32 always uses. The backward is
+split: one read of dY gives dS and dB, then dx as y, then dA.
+
+Rounding points: those named at the kernels. P, dS and the sums of gradients are float32.
+Deterministic: atomics count who has published, never data; slots are added in order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+COOPERATIVE = "publish first, consume last"
+OVERLAPPED = "publish, then consume"
+SPLIT = "split"
+STRATEGIES = (COOPERATIVE, OVERLAPPED, SPLIT)
+DECODE_ROWS = 16  # of x, at most, for the first two
+MIN_CAPABILITY = 80  # cp.async, bfloat16 on the matrix units
+
+_emulated: ContextVar[ModuleType | None] = ContextVar("lora_kernels_cuda_emulated", default=None)
+
+
+@functools.cache
+def _load(name: str) -> tuple[ModuleType | None, str | None]:
+    from ... import __version__
+
+    try:
+        module = importlib.import_module(f"lora_kernels.{name}")
+    except ImportError as error:
+        what = "the emulator" if name == "_emulator" else "the CUDA kernels"
+        how = "were" if what.endswith("s") else "was"
+        detail = "" if isinstance(error, ModuleNotFoundError) else f" ({error})"
+        return None, f"{what} {how} not built{detail}"
+    if module.__version__ != __version__:
+        return None, f"the CUDA kernels are of version {module.__version__}, not {__version__}"
+    return module, None
+
+
+def module() -> ModuleType:
+    """The compiled launchers: the GPU's, or inside of `emulate` the emulator's."""
+    found = _emulated.get() or _load("_cuda")[0]
+    assert found is not None
+    return found
+
+
+def emulated() -> bool:
+    return _emulated.get() is not None
+
+
+def absence() -> str | None:
+    """Why there are no kernels; None where there are."""
+    return None if emulated() else _load("_cuda")[1]
+
+
+def emulator_absence() -> str | None:
+    """Why there is no emulator; None where there is one."""
+    return _load("_emulator")[1]
+
+
+@contextlib.contextmanager
+def emulate(seed: int = 0, multiprocessors: int = 4) -> Iterator[ModuleType]:
+    """Inside, the backend runs on CPU tensors, each thread of a block a fiber.
+
+    seed: of the order in which threads go on. multiprocessors: how many blocks run at once.
+    RuntimeError where it was not built, and from a kernel that does what no kernel may.
+    """
+    found, reason = _load("_emulator")
+    if found is None:
+        raise RuntimeError(f"{reason}: LORA_KERNELS_EMULATOR=1 python setup.py build_ext --inplace")
+    found.set(seed, multiprocessors)
+    token = _emulated.set(found)
+    try:
+        yield found
+    finally:
+        _emulated.reset(token)
+
+
+def obstacle(device_type: str, device_index: int | None) -> str | None:
+    """Why no kernel can run on such a device; None where they can."""
+    if (why := absence()) is not None:
+        return why
+    if emulated():
+        return None if device_type == "cpu" else f"the emulator takes no {device_type} tensors"
+    if device_type != "cuda":
+        return f"no CUDA kernels for device type {device_type!r}"
+    if torch.version.hip:
+        return "the CUDA kernels do not run on AMD's GPUs"
+    return unfit(_capability(device_index))
+
+
+@functools.cache
+def _capability(device_index: int | None) -> int:
+    major, minor = torch.cuda.get_device_capability(device_index)
+    return 10 * major + minor
+
+
+def unfit(capability: int) -> str | None:
+    """Why GPUs of this compute capability (sm_80: 80) are not served; None where they are."""
+    if capability < MIN_CAPABILITY:
+        return (
+            f"sm_{capability} is older than sm_{MIN_CAPABILITY}: no bfloat16 on its matrix units "
+            "and no asynchronous copies"
+        )
+    return None
+
+
+def lora_linear(*args: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+    """x [M, K] -> y [M, N], P [M, R] float32, z [M, N] or None; see `equation.lora_linear`."""
+    from . import equation
+
+    return equation.lora_linear(*args)
+
+
+def lora_linear_backward(*args: Any) -> tuple[Tensor | None, ...]:
+    """dy [M, N] -> dx, dA, dB, dg, dc, dbias; see `equation.lora_linear_backward`."""
+    from . import equation
+
+    return equation.lora_linear_backward(*args)
+
+
+def dora_norm(*args: Any) -> Tensor:
+    """‖W + scaling · (B ⊙ gate)·A‖ of each row, float32 [N]; see `equation.dora_norm`."""
+    from . import equation
+
+    return equation.dora_norm(*args)
+
+
+def quantize(*args: Any) -> tuple[Tensor, Tensor]:
+    """A weight to codes and scales; see `equation.quantize`."""
+    from . import equation
+
+    return equation.quantize(*args)
+
+
+def dequantize(*args: Any) -> Tensor:
+    """Codes and scales to a weight; see `equation.dequantize`."""
+    from . import equation
+
+    return equation.dequantize(*args)

@@ -1,0 +1,349 @@
+"""From tensors to the equation's launches: what `ops` calls."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ... import reference
+from ...quantization.codes import Codes
+from .. import workspace
+from . import COOPERATIVE, DECODE_ROWS, SPLIT, launch, module
+from .launch import DTYPE, empty, matrix, pointer, vector
+
+_THIN_SHARE = 1024  # of the summed dimension, that one slot takes at least
+_BLOCKS = 264  # of a launch, that fill any GPU
+_GEMM_TILE = (64, 128, 64)
+_MAX_SPLITS = 8
+_MAX_PUBLISHERS = 16
+
+
+class Dropout(NamedTuple):
+    """What kernels take of dropout."""
+
+    rng: Tensor | None
+    threshold: int
+    scale: float  # 1/(1−p)
+
+    @classmethod
+    def of(cls, p: float, rng: Tensor | None) -> Dropout:
+        if rng is None:
+            return _NO_DROPOUT
+        return cls(rng, reference.dropout_threshold(p), reference.dropout_scale(p))
+
+    def arg(self) -> tuple[int, int]:
+        return pointer(self.rng), self.threshold
+
+
+_NO_DROPOUT = Dropout(None, 0, 1.0)
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor | Codes | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    rank_gate: Tensor | None,
+    column_scale: Tensor | None,
+    bias: Tensor | None,
+    dropout_p: float,
+    rng: Tensor | None,
+    dtype: torch.dtype,
+    y_dtype: torch.dtype,
+    save_z: bool,
+    strategy: str,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """x [M, K] -> y [M, N] in `y_dtype`, P [M, R] float32, z [M, N] or None."""
+    (M, K), (N, R), dropout = x.shape, lora_B.shape, Dropout.of(dropout_p, rng)
+    y = empty(x, M, N, dtype=y_dtype)
+    z = empty(x, M, N, dtype=y_dtype) if save_z else None
+    if not M:
+        return y, x.new_empty(M, R, dtype=torch.float32), z
+    linear = _Linear(
+        x, weight, lora_B.t(), scaling, rank_gate, _NO_DROPOUT, column_scale, bias, y, z, False,
+        dtype,
+    )  # fmt: skip
+    p = None
+    if strategy != SPLIT and M <= DECODE_ROWS:
+        p = _decode(linear, lora_A, dropout, strategy == COOPERATIVE)
+    if p is None:
+        p = _sum(_thin(x, None, dropout, False, lora_A), dropout.scale)
+        linear.run(p)
+    return y, p, z
+
+
+def lora_linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | Codes | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    p: Tensor,
+    z: Tensor | None,
+    scaling: float,
+    rank_gate: Tensor | None,
+    column_scale: Tensor | None,
+    dropout_p: float,
+    rng: Tensor | None,
+    dtype: torch.dtype,
+    need_x: bool,
+    need_A: bool,
+    need_B: bool,
+    need_gate: bool,
+    need_column_scale: bool,
+    need_bias: bool,
+    strategy: str,
+) -> tuple[Tensor | None, ...]:
+    """dy [M, N] -> dx, dA, dB, dg, dc, dbias; None where it is not asked for."""
+    dropout = Dropout.of(dropout_p, rng)
+    (M, N), R, K = dy.shape, p.shape[1], x.shape[1]
+    dx = empty(dy, M, K, dtype=x.dtype) if need_x else None
+    dA = torch.empty_like(lora_A, memory_format=torch.contiguous_format) if need_A else None
+    dB = torch.empty_like(lora_B, memory_format=torch.contiguous_format) if need_B else None
+    dg = torch.zeros(R, dtype=torch.float32, device=dy.device) if need_gate else None
+    sums = None
+    if need_bias or need_column_scale:
+        sums = torch.zeros(2, N, dtype=torch.float32, device=dy.device)
+        if M:
+            _column_sums(dy, z if need_column_scale else None, sums)
+    dbias = sums[0] if sums is not None and need_bias else None
+    dc = sums[1] if sums is not None and need_column_scale else None
+    if not M:
+        for grad in (dA, dB):
+            if grad is not None:
+                grad.zero_()
+        return dx, dA, dB, dg, dc, dbias
+    ds, need_s = None, need_x or need_A or need_gate
+    if need_B and need_s and R <= module().PAIR_MAX_RANK:
+        slots, parts = _pair(dy, column_scale, lora_B, p)
+        ds = _sum(slots, 1.0)
+        _reduce(parts, rank_gate, scaling, dB)
+    else:
+        if need_s:
+            ds = _sum(_thin(dy, column_scale, _NO_DROPOUT, False, lora_B.t()), 1.0)
+        if dB is not None:
+            _reduce(_thin(dy, column_scale, _NO_DROPOUT, True, p.t()), rank_gate, scaling, dB)
+    if dx is not None:
+        assert ds is not None
+        dz = dy if column_scale is None else dy * column_scale.to(dy.dtype)
+        linear = _Linear(
+            dz, weight, lora_A, scaling * dropout.scale, rank_gate, dropout, None, None, dx, None,
+            True, dtype,
+        )  # fmt: skip
+        linear.run(ds)
+    if dA is not None:
+        assert ds is not None
+        slots = _thin(x, None, dropout, True, ds.t())
+        _reduce(slots, rank_gate, scaling * dropout.scale, dA.t())
+    if need_gate:
+        assert ds is not None
+        dg = (ds * p).sum(0).mul_(scaling)
+    return dx, dA, dB, dg, dc, dbias
+
+
+def dora_norm(
+    weight: Tensor | Codes,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    rank_gate: Tensor | None,
+) -> Tensor:
+    """‖W + scaling · (B ⊙ gate)·A‖ of each row: float32 [N]."""
+    (R, K), N = lora_A.shape, lora_B.shape[0]
+    codes, w = (weight, None) if isinstance(weight, Codes) else (None, weight)
+    share, count = _shares(K, 256, _BLOCKS // -(-N // 8))
+    gate, slots = _vector(rank_gate), empty(lora_A, count, N)
+    launch.run(
+        "row_norm", lora_A,
+        {"w": w, "a": lora_A, "b": lora_B, "gate": gate, "slots": slots, **launch.of_codes(codes)},
+        codes is not None, matrix(w), launch.codes(codes, (N, K)), matrix(lora_A), matrix(lora_B),
+        vector(gate), scaling, slots.data_ptr(), N, K, R, share, count,
+    )  # fmt: skip
+    return slots.sum(0).sqrt_()
+
+
+def dequantize(codes: Codes, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """The weight [N, K], rounded once to `dtype`."""
+    w = empty(codes.packed, *shape, dtype=dtype)
+    if w.numel():
+        launch.run(
+            "dequantize", w, {"w": w, **launch.of_codes(codes)}, launch.codes(codes, shape),
+            w.data_ptr(), DTYPE[dtype],
+        )  # fmt: skip
+    return w
+
+
+def quantize(
+    weight: Tensor, thresholds: Tensor, order: Tensor, blocksize: int
+) -> tuple[Tensor, Tensor]:
+    """packed uint8[⌈n/2⌉] and absmax float32[⌈n/blocksize⌉]; as `reference.quantize_4bit`."""
+    weight, n = weight.contiguous(), weight.numel()
+    packed = torch.empty(-(-n // 2), dtype=torch.uint8, device=weight.device)
+    absmax = empty(weight, -(-n // blocksize))
+    if n:
+        launch.run(
+            "quantize", weight,
+            {"w": weight, "thresholds": thresholds, "order": order, "packed": packed,
+             "absmax": absmax},
+            weight.data_ptr(), DTYPE[weight.dtype], thresholds.data_ptr(), order.data_ptr(),
+            packed.data_ptr(), absmax.data_ptr(), reference.SMALLEST_SCALE, n, blocksize,
+        )  # fmt: skip
+    return packed, absmax
+
+
+# Launches ---------------------------------------------------------------------------------------
+
+
+class _Linear:
+    """y = out_scale ⊙ (x·W + mask(S)·Q) + bias, all but S settled: on the matrix units where they
+    take it. transposed: the weight's rows are the inner dimension, as in dx."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        weight: Tensor | Codes | None,
+        q: Tensor,
+        s_scale: float,
+        gate: Tensor | None,
+        mask: Dropout,
+        out_scale: Tensor | None,
+        bias: Tensor | None,
+        y: Tensor,
+        z: Tensor | None,
+        transposed: bool,
+        dtype: torch.dtype,
+    ) -> None:
+        (M, K), (R, N) = x.shape, q.shape
+        self.codes = weight if isinstance(weight, Codes) else None
+        w = weight if isinstance(weight, Tensor) else None
+        gate, out_scale, bias = map(_vector, (gate, out_scale, bias))
+        self.x, self.y, self.shape, self.dtype, self.transposed = x, y, (M, N, K, R), dtype, transposed
+        self.base = 2 if self.codes is not None else 0 if w is None else 1
+        self.touched = {
+            "w": w, "q": q, "gate": gate, "mask": mask.rng, "out_scale": out_scale, "bias": bias,
+            "y": y, "z": z, **launch.of_codes(self.codes),
+        }  # fmt: skip
+        self._after_x = (
+            self.base, matrix(w), launch.codes(self.codes, (K, N) if transposed else (N, K)),
+            transposed, DTYPE[dtype],
+        )  # fmt: skip
+        self._after_p = (
+            matrix(q), vector(gate), s_scale, mask.arg(), vector(out_scale), vector(bias),
+            y.data_ptr(), pointer(z), DTYPE[y.dtype], M, N, K, R,
+        )  # fmt: skip
+
+    def args(self, x: Tensor, p: Tensor | None) -> object:
+        return module().Linear(matrix(x), *self._after_x, pointer(p), *self._after_p)
+
+    def run(self, p: Tensor) -> None:
+        x = self.x
+        if self.base and DTYPE[self.dtype] and not matrix(x)[4]:
+            x = x.contiguous()
+        if self.base and x.dtype != self.dtype:
+            x = x.to(self.dtype)
+        args = self.args(x, p)
+        touched = {"x": x, "p": p, **self.touched}
+        if module().gemm_unfit(args) is not None:
+            launch.run("linear", x, touched, args)
+            return
+        M, N, K, _ = self.shape
+        tile_m, tile_n, tile_k = _GEMM_TILE
+        tiles = -(-M // tile_m) * -(-N // tile_n)
+        share, splits = _shares(K, 4 * tile_k, min(_MAX_SPLITS, _BLOCKS // tiles))
+        parts = empty(x, splits, M, N) if splits > 1 else None
+        touched["parts"] = parts
+        launch.run("gemm", x, touched, args, splits, pointer(parts), share)
+
+
+def _decode(linear: _Linear, a: Tensor, dropout: Dropout, cooperative: bool) -> Tensor | None:
+    """P, and y is made; None where the kernel does not take it."""
+    x, (M, _, K, R) = linear.x, linear.shape
+    if linear.base == 0:
+        return None
+    share, count = _shares(K, 256, _MAX_PUBLISHERS)
+    slots, p, flags = empty(x, count, M, R), empty(x, M, R), workspace.flags(x.device)
+    args = module().Decode(
+        linear.args(x, None), matrix(a), dropout.arg(), dropout.scale, slots.data_ptr(),
+        p.data_ptr(), flags.data_ptr(), share, count,
+    )  # fmt: skip
+    if module().decode_unfit(args) is not None:
+        return None
+    touched = {"x": x, "a": a, "rng": dropout.rng, "slots": slots, "p": p, "flags": flags}
+    launch.run("decode", x, touched | linear.touched, args, cooperative)
+    return p
+
+
+def _thin(
+    v: Tensor, v_scale: Tensor | None, dropout: Dropout, over_rows: bool, y: Tensor
+) -> Tensor:
+    """Slots [slots, I, R] of mask(v ⊙ v_scale)·yᵀ, or with `over_rows` of its transpose times yᵀ."""
+    R, J = y.shape
+    I = v.shape[1] if over_rows else v.shape[0]  # noqa: E741
+    blocks = -(-I // 64) * -(-R // (64 if R > 16 else 16))
+    share, count = _shares(J, _THIN_SHARE if over_rows else 256, _BLOCKS // blocks)
+    v_scale, out = _vector(v_scale), empty(v, count, I, R)
+    launch.run(
+        "thin", v, {"v": v, "v_scale": v_scale, "rng": dropout.rng, "y": y, "out": out},
+        matrix(v), vector(v_scale), dropout.arg(), over_rows, matrix(y), out.data_ptr(), I, J, R,
+        share, count,
+    )  # fmt: skip
+    return out
+
+
+def _pair(dy: Tensor, scale: Tensor | None, b: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    """(dy ⊙ scale)·b in slots, (dy ⊙ scale)ᵀ·s in parts, dy read once."""
+    (M, N), R = dy.shape, s.shape[1]
+    part_count = -(-M // module().PAIR_ROWS)
+    share, count = _shares(N, 256, _BLOCKS // part_count)
+    slots, parts, scale = empty(dy, count, M, R), empty(dy, part_count, N, R), _vector(scale)
+    launch.run(
+        "pair", dy, {"v": dy, "v_scale": scale, "b": b, "s": s, "slots": slots, "parts": parts},
+        matrix(dy), vector(scale), matrix(b), s.data_ptr(), slots.data_ptr(), parts.data_ptr(),
+        M, N, R, share, count, part_count,
+    )  # fmt: skip
+    return slots, parts
+
+
+def _column_sums(v: Tensor, z: Tensor | None, sums: Tensor) -> None:
+    """sums float32 [2, N] = Σ v and Σ v ⊙ z over the rows."""
+    M, N = v.shape
+    share, count = _shares(M, 64, _BLOCKS // -(-N // 128))
+    parts = empty(v, count, N, 2)
+    launch.run(
+        "column_sums", v, {"v": v, "z": z, "parts": parts}, matrix(v), matrix(z),
+        parts.data_ptr(), M, N, share, count,
+    )  # fmt: skip
+    _reduce(parts, None, 1.0, sums.t())
+
+
+def _sum(slots: Tensor, scale: float) -> Tensor:
+    """scale · Σ slots, [M, R] float32; the slot itself where there is but one, and nothing to do."""
+    if slots.shape[0] == 1 and scale == 1.0:
+        return slots[0]
+    out = empty(slots, *slots.shape[1:])
+    _reduce(slots, None, scale, out)
+    return out
+
+
+def _reduce(slots: Tensor, gate: Tensor | None, scale: float, out: Tensor) -> None:
+    """out [I, R] = scale · gate ⊙ Σ slots, in its dtype and strides."""
+    count, rows, ranks = slots.shape
+    gate = _vector(gate)
+    launch.run(
+        "reduce", slots, {"slots": slots, "gate": gate, "out": out}, slots.data_ptr(),
+        vector(gate), scale, out.data_ptr(), DTYPE[out.dtype], rows, ranks, *out.stride(), count,
+    )  # fmt: skip
+
+
+def _shares(n: int, least: int, most: int) -> tuple[int, int]:
+    """How much of n each share takes, a multiple of `least`, and how many there are: up to `most`."""
+    steps = -(-n // least)
+    share = -(-steps // max(1, min(most, steps))) * least
+    return share, -(-n // share)
+
+
+def _vector(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()

@@ -1,0 +1,96 @@
+"""What every launch goes through: pointers, the device, torch's current stream."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import emulated, module
+
+if TYPE_CHECKING:
+    from ...quantization.codes import Codes
+
+DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_WIDE = 16  # bytes of the widest load
+
+MatrixArg = tuple[int, int, int, int, bool]
+VectorArg = tuple[int, int]
+NO_MATRIX: MatrixArg = (0, 0, 0, 0, False)
+NO_CODES = (0, 0, 0, 0, 0, 0, 0, 0, 0, 0, False)
+NO_DROPOUT = (0, 0)
+
+
+def empty(like: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """New memory; in the emulator of NaNs, so that it shows where it is read unwritten."""
+    if emulated() and dtype.is_floating_point:
+        return torch.full(shape, float("nan"), dtype=dtype, device=like.device)
+    return torch.empty(shape, dtype=dtype, device=like.device)
+
+
+def pointer(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def matrix(t: Tensor | None) -> MatrixArg:
+    """Address, dtype, strides, and whether rows are whole and aligned loads of 16 bytes."""
+    if t is None:
+        return NO_MATRIX
+    (row, col), address, size = t.stride(), t.data_ptr(), t.element_size()
+    vectors = col == 1 and row * size % _WIDE == 0 and address % _WIDE == 0
+    return address, DTYPE[t.dtype], row, col, vectors
+
+
+def vector(t: Tensor | None) -> VectorArg:
+    return (0, 0) if t is None else (t.data_ptr(), DTYPE[t.dtype])
+
+
+def codes(c: Codes | None, shape: tuple[int, int]) -> tuple[Any, ...]:
+    """shape: of the weight as it is stored."""
+    if c is None:
+        return NO_CODES
+    nested = c.nested_absmax is not None
+    return (
+        c.packed.data_ptr(), c.code.data_ptr(), c.absmax.data_ptr(), pointer(c.nested_code),
+        pointer(c.nested_absmax), pointer(c.offset), c.blocksize.bit_length() - 1,
+        c.nested_blocksize.bit_length() - 1 if nested else 0, *shape,
+        shape[1] % 32 == 0 and c.packed.data_ptr() % _WIDE == 0,
+    )  # fmt: skip
+
+
+def run(name: str, at: Tensor, touched: dict[str, Tensor | None], *args: Any) -> Any:
+    """The launcher `name` on the device and stream of `at`. touched: all that it reads or writes,
+    by the names under which the emulator watches and counts."""
+    launchers = module()
+    call = getattr(launchers, name)
+    if not emulated():
+        index = at.device.index
+        return call(*args, (torch.cuda.current_stream(index).cuda_stream, index))
+    launchers.allow(
+        [(key, t.data_ptr(), _span(t)) for key, t in touched.items() if t is not None and t.numel()]
+    )
+    out = call(*args, (0, 0))
+    launchers.synchronize()
+    traffic.extend(launchers.traffic())
+    return out
+
+
+def _span(t: Tensor) -> int:
+    """Bytes from the first to the last element."""
+    last = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+    return (last + 1) * t.element_size()
+
+
+def of_codes(c: Codes | None) -> dict[str, Tensor | None]:
+    if c is None:
+        return {}
+    return {
+        "packed": c.packed, "absmax": c.absmax, "code": c.code, "nested_absmax": c.nested_absmax,
+        "nested_code": c.nested_code, "offset": c.offset,
+    }  # fmt: skip
+
+
+# What emulated kernels have read and written: (kernel, name -> (bytes read, written)) each.
+traffic: deque[tuple[str, dict[str, tuple[int, int]]]] = deque(maxlen=1000)

@@ -1,0 +1,19 @@
+"""The memory that launches share beyond one call."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_flags: dict[tuple[int, int], Tensor] = {}
+
+
+def flags(device: torch.device) -> Tensor:
+    """int32[2], zero whenever no kernel runs: one for each stream, since two at once would share
+    it; of its own for a graph that is captured, since it may be replayed on any."""
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return torch.zeros(2, dtype=torch.int32, device=device)
+    key = (device.index, torch.cuda.current_stream(device).cuda_stream)
+    if key not in _flags:
+        _flags[key] = torch.zeros(2, dtype=torch.int32, device=device)
+    return _flags[key]

@@ -108,10 +108,9 @@ def isa_units(cxx: list[str]) -> dict[str, list[str]]:
 
 
 def find_nvcc() -> str | None:
-    for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")):
-        if home and shutil.which(f"{home}/bin/nvcc"):
-            return f"{home}/bin/nvcc"
-    return shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+    homes = (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"))
+    names = [*(f"{home}/bin/nvcc" for home in homes if home), "nvcc", "/usr/local/cuda/bin/nvcc"]
+    return next(filter(None, map(shutil.which, names)), None)
 
 
 def cuda_archs(nvcc: str) -> list[str]:
@@ -189,7 +188,7 @@ class Ninja:
         objects = []
         for source, flags in units:
             objects += self.writer.build(
-                str(self.build_dir / name / Path(source).with_suffix(".o")),
+                str(self.build_dir / Path(source).with_suffix(".o")),
                 f"compile{name}",
                 f"csrc/{source}",
                 variables={"isa": shlex.join(flags)},
@@ -252,7 +251,7 @@ class NativeBuild(build_ext):
             target.unlink(missing_ok=True)
             return
         # Sanitized objects stand apart, so that neither build undoes the other.
-        kind = "sanitize" if enabled("LORA_KERNELS_SANITIZE") else "native"
+        kind = ("sanitize" if enabled("LORA_KERNELS_SANITIZE") else "") + name
         try:
             if sys.platform == "win32":
                 raise RuntimeError("the native kernels are built on Linux and macOS only")
@@ -262,7 +261,7 @@ class NativeBuild(build_ext):
                 if nvcc is None:
                     raise RuntimeError("nvcc was not found: set CUDA_HOME, or PATH")
                 arguments = [nvcc]
-            build_dir = Path(self.build_temp) / kind / name
+            build_dir = Path(self.build_temp) / kind.removeprefix("_")
             ninja = Ninja(build_dir, self.distribution.get_version())
             library = rules(ninja, cxx, *arguments)
             ninja.run(shlex.join(arguments or cxx))

@@ -95,6 +95,13 @@ def compiler() -> str | None:
     return next(filter(None, map(shutil.which, candidates)), None)
 
 
+def nvcc() -> str | None:
+    """Path of the CUDA compiler that the build would take (setup.py's order), or None."""
+    homes = (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"))
+    names = [*(f"{home}/bin/nvcc" for home in homes if home), "nvcc", "/usr/local/cuda/bin/nvcc"]
+    return next(filter(None, map(shutil.which, names)), None)
+
+
 def _cpu_name() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from . import __version__, device
-from .backends import native, triton
+from .backends import cuda, native, triton
 from .backends.triton import configs
 
 _OPTIONAL = ("triton", "peft", "transformers", "bitsandbytes")
@@ -45,7 +45,7 @@ def info() -> dict[str, Any]:
             "eager": _backend(True, "plain PyTorch, on every torch device"),
             "cpu": _cpu_backend(),
             "triton": _triton_backend(),
-            "cuda": _backend(False, "not built in this version"),
+            "cuda": _cuda_backend(),
         },
     }
 
@@ -95,11 +95,7 @@ def _cpu_backend() -> dict[str, Any]:
     if native.module is not None:
         pool = native.threads or "none found, so one thread"
         return _backend(True, f"{native.isa} kernels; thread pool: {pool}")
-    # A wheel that was built without the kernels sits in pip's cache and would come back.
-    install = (
-        "LORA_KERNELS_NATIVE=1 pip install --force-reinstall --no-deps --no-cache-dir "
-        + _installed_from()
-    )
+    install = f"LORA_KERNELS_NATIVE=1 {_INSTALL} {_installed_from()}"
     if device.compiler() is None:
         install = (
             "install a C++ compiler (apt install g++, dnf install gcc-c++, "
@@ -121,6 +117,24 @@ def _triton_backend() -> dict[str, Any]:
     if None not in obstacles:
         return _backend(False, obstacles[0] or "")
     return _backend(True, "where lora_kernels.backend('triton') asks for it: no GPU has run it yet")
+
+
+def _cuda_backend() -> dict[str, Any]:
+    absence = cuda.absence()
+    if absence is not None:
+        install = f"{_INSTALL} {_installed_from()}"
+        compiler = "" if device.nvcc() else "install CUDA's nvcc 12 or newer, then "
+        return _backend(False, absence, f"{compiler}LORA_KERNELS_CUDA=1 {install}")
+    obstacles = [cuda.obstacle("cuda", gpu.index) for gpu in device.gpus()]
+    if not obstacles:
+        return _backend(False, "no GPU; the tests run it in an emulator")
+    if None not in obstacles:
+        return _backend(False, obstacles[0] or "")
+    return _backend(True, "where lora_kernels.backend('cuda') asks for it: no GPU has run it yet")
+
+
+# A wheel that was built without the kernels sits in pip's cache and would come back.
+_INSTALL = "pip install --force-reinstall --no-deps --no-cache-dir"
 
 
 def _installed_from() -> str:

@@ -1,5 +1,7 @@
 // The layer for up to 16 rows, one launch: W is streamed once, codes are looked up on their way to
 // the matrix units, and the adapter's part is published first and consumed last.
+#include <algorithm>
+
 #include "kernels.h"
 
 namespace lora_kernels {
@@ -32,36 +34,27 @@ LK_DEVICE Words4 zeros() {
   return w;
 }
 
-// S's slot of this block: its share of K, a warp a rank at a time.
+// S's slot of this block: its share of K, a warp a rank and a row at a time; what was read for one
+// row is in the cache for the next.
 LK_DEVICE void publish_slot(const DecodeArgs& a) {
   const LinearArgs& l = a.linear;
   const int64_t first = (int64_t)block_x() * a.slot_share, end = min_of(l.K, first + a.slot_share);
   const int lane = thread_id() % 32, warp = thread_id() / 32;
   LK_ONCE
-  for (int r = warp; r < l.R; r += WARPS) {
-    float sums[16];
-    LK_UNROLL
-    for (int m = 0; m < 16; ++m) sums[m] = 0.0f;
+  for (int u = warp; u < l.R * l.M; u += WARPS) {
+    const int r = u % (int)l.R, m = u / (int)l.R;
+    float sum = 0.0f;
     LK_ONCE
     for (int64_t k = first + lane * 8; k < end; k += 256) {
-      float row[8];
+      float row[8], x[8];
       load8(a.a, r, k, end, row);
+      load8(l.x, m, k, end, x);
+      if (a.mask_in.rng) mask8(a.mask_in, m, k, x);
       LK_UNROLL
-      for (int m = 0; m < 16; ++m) {
-        if (m >= l.M) break;
-        float x[8];
-        load8(l.x, m, k, end, x);
-        if (a.mask_in.rng) mask8(a.mask_in, m, k, x);
-        LK_UNROLL
-        for (int e = 0; e < 8; ++e) sums[m] = fma_rn(x[e], row[e], sums[m]);
-      }
+      for (int e = 0; e < 8; ++e) sum = fma_rn(x[e], row[e], sum);
     }
-    LK_UNROLL
-    for (int m = 0; m < 16; ++m) {
-      if (m >= l.M) break;
-      const float sum = sum_of_warp(sums[m]) * a.p_scale;
-      if (lane == 0) stg(a.slots + (block_x() * l.M + m) * l.R + r, sum);
-    }
+    sum = sum_of_warp(sum) * a.p_scale;
+    if (lane == 0) stg(a.slots + (block_x() * l.M + m) * l.R + r, sum);
   }
 }
 
@@ -79,8 +72,8 @@ LK_DEVICE void wait_flag(const int* flag, int count) {
 // ONE_LAUNCH: the first `slots` blocks publish a slot of p each and raise the flag; all wait for it
 // before their first store, the last block to be done lowers it. All must have place at once.
 // PUBLISH, CONSUME: the same in two launches, the second waiting for the first in the same place.
-// Bytes: W once; x once a block where it is `resident`, else once a tile; x once more and a once in
-// all; Q, y, z, slots once. Flops 2·M·N·(K + R), of codes twice K. Rounding points: x, dense W to
+// Bytes: W once; x once a block where it is `resident`, else once a tile; in all x once a rank and a
+// once a row more, from caches but for the first; Q, y, z, slots once. Flops 2·M·N·(K + R), of codes twice K. Rounding points: x, dense W to
 // 16 bits; y, z once. Deterministic. Tested by tests/cuda_emulated/test_lora_linear.py.
 template <bool BFloat16, bool FromCodes, int MT>
 LK_KERNEL LK_BOUNDS(THREADS, 2) decode_kernel(const DecodeArgs a) {
@@ -331,7 +324,7 @@ bool decode(DecodeArgs a, bool cooperative, const Where& at) {
   a.tiles = (l.N + TILE_N - 1) / TILE_N;
   const unsigned bytes = shared_bytes(a);
   const int resident = resident_blocks(kernel, at.device, THREADS, (int)bytes);
-  const unsigned blocks = (unsigned)min_of(a.tiles, (int64_t)(resident > 1 ? resident : 1));
+  const unsigned blocks = (unsigned)std::min<int64_t>(a.tiles, std::max(resident, 1));
   Launch launched{"decode", blocks, 1, 1, THREADS, bytes, at.stream, at.device};
   if (cooperative && (int)blocks >= a.slot_count && (int)blocks <= resident) {
     a.mode = ONE_LAUNCH;

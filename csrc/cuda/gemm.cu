@@ -11,6 +11,10 @@ constexpr int BM = 64, BN = 128, BK = 64;  // a block's tile; a warp makes 32 by
 constexpr int STAGES = 3;
 constexpr int X_BYTES = BM * BK * 2, W_BYTES = BN * BK * 2;
 constexpr int TABLE_BYTES = 64;
+constexpr int RANK_PITCH = 18;       // floats from one row of S or Q to the next
+constexpr int OUT_PITCH = BN + 4;    // and of y
+static_assert(BM * RANK_PITCH * 4 <= X_BYTES && BN * RANK_PITCH * 4 <= W_BYTES, "S and Q fit");
+static_assert(BM * OUT_PITCH * 4 <= STAGES * X_BYTES + 2 * W_BYTES, "y fits");
 
 template <bool BFloat16>
 LK_DEVICE void mma(float d[4], const uint32_t a[4], const uint32_t b[2]) {
@@ -87,10 +91,18 @@ LK_DEVICE void decode_into(uint32_t to, const Raw& raw, uint32_t table) {
   }
 }
 
-// v = high + low to 16 bits.
-LK_DEVICE void split_pair(float v0, float v1, uint32_t& high, uint32_t& low) {
+// Two neighbours v = high + low, to 16 bits.
+LK_DEVICE void split_pair(uint32_t at, uint32_t& high, uint32_t& low) {
+  const float v0 = lds<float>(at), v1 = lds<float>(at + 4);
   high = pack_bf16(v0, v1);
   low = pack_bf16(v0 - bf16_to_f32((uint16_t)high), v1 - bf16_to_f32((uint16_t)(high >> 16)));
+}
+
+LK_DEVICE void finish(const LinearArgs& a, int64_t at, int64_t n, float y) {
+  if (a.z) store_at(a.z, a.y_dtype, at, y);
+  if (a.out_scale.data) y *= load_at(a.out_scale.data, a.out_scale.dtype, n);
+  if (a.bias.data) y += load_at(a.bias.data, a.bias.dtype, n);
+  store_at(a.y, a.y_dtype, at, y);
 }
 
 // y [M, N] = out_scale ⊙ (x·W + mask(S)·Q) + bias, as linear_kernel's, of 16-bit x and W. W is [N, K]
@@ -151,34 +163,42 @@ LK_KERNEL LK_BOUNDS(THREADS, 2) gemm_kernel(const LinearArgs a) {
       for (int e = 0; e < 4; ++e) acc[i][j][e] = 0.0f;
 
   if (block_z() == 0) {
+    // In the slots that are filled last: nothing is on its way there yet.
+    const uint32_t ss = xs + (STAGES - 1) * X_BYTES;
+    const uint32_t qs = ws + (FromCodes ? 1 : STAGES - 1) * W_BYTES;
     LK_ONCE
     for (int r0 = 0; r0 < a.R; r0 += 16) {
+      sync_block();
+      LK_ONCE
+      for (int u = thread; u < BM * 16; u += THREADS) {
+        const int m = u / 16, r = u % 16;
+        float s = 0.0f;
+        if (m0 + m < a.M && r0 + r < a.R) {
+          s = ldg(a.p + (m0 + m) * a.R + r0 + r) * a.s_scale;
+          if (a.gate.data) s *= load_at(a.gate.data, a.gate.dtype, r0 + r);
+        }
+        sts(ss + (m * RANK_PITCH + r) * 4, s);
+      }
+      LK_ONCE
+      for (int u = thread; u < BN * 16; u += THREADS) {
+        const int n = Transposed ? u % BN : u / 16, r = Transposed ? u / BN : u % 16;
+        const bool inside = n0 + n < a.N && r0 + r < a.R;
+        sts(qs + (n * RANK_PITCH + r) * 4, inside ? load(a.q, r0 + r, n0 + n) : 0.0f);
+      }
+      sync_block();
       uint32_t s_high[2][4], s_low[2][4];
-      const auto s_at = [&](int64_t m, int r) {
-        if (m >= a.M || r >= a.R) return 0.0f;
-        const float s = ldg(a.p + m * a.R + r) * a.s_scale;
-        return a.gate.data ? s * load_at(a.gate.data, a.gate.dtype, r) : s;
-      };
       LK_UNROLL
       for (int i = 0; i < 2; ++i)
         LK_UNROLL
-        for (int e = 0; e < 4; ++e) {
-          const int64_t m = m0 + wm + i * 16 + g + e % 2 * 8;
-          const int r = r0 + 2 * t + e / 2 * 8;
-          split_pair(s_at(m, r), s_at(m, r + 1), s_high[i][e], s_low[i][e]);
-        }
+        for (int e = 0; e < 4; ++e)
+          split_pair(ss + ((wm + i * 16 + g + e % 2 * 8) * RANK_PITCH + 2 * t + e / 2 * 8) * 4,
+                     s_high[i][e], s_low[i][e]);
       LK_UNROLL
       for (int j = 0; j < 8; ++j) {
-        const int64_t n = n0 + wn + j * 8 + g;
-        const auto q_at = [&](int r) {
-          return n < a.N && r < a.R ? load(a.q, r, n) : 0.0f;
-        };
         uint32_t q_high[2], q_low[2];
         LK_UNROLL
-        for (int e = 0; e < 2; ++e) {
-          const int r = r0 + 2 * t + e * 8;
-          split_pair(q_at(r), q_at(r + 1), q_high[e], q_low[e]);
-        }
+        for (int e = 0; e < 2; ++e)
+          split_pair(qs + ((wn + j * 8 + g) * RANK_PITCH + 2 * t + e * 8) * 4, q_high[e], q_low[e]);
         LK_UNROLL
         for (int i = 0; i < 2; ++i) {
           mma_bf16(acc[i][j], s_low[i], q_high);
@@ -187,16 +207,24 @@ LK_KERNEL LK_BOUNDS(THREADS, 2) gemm_kernel(const LinearArgs a) {
         }
       }
     }
-    if (a.mask.rng)
+    if (a.mask.rng) {
+      // Two neighbours at a time: their word of four has both.
+      uint32_t kept[2] = {};
+      LK_ONCE
+      for (int pair = 0; pair < 16; ++pair)
+        LK_UNROLL
+        for (int i = 0; i < 2; ++i) {
+          const int64_t m = m0 + wm + i * 16 + g + pair % 2 * 8, n = n0 + wn + pair / 2 * 8 + 2 * t;
+          kept[i] |= (keep4(a.mask, m, n & ~int64_t{3}) >> (n & 3) & 3) << 2 * pair;
+        }
       LK_UNROLL
       for (int i = 0; i < 2; ++i)
         LK_UNROLL
         for (int j = 0; j < 8; ++j)
           LK_UNROLL
-          for (int e = 0; e < 4; ++e) {
-            const int64_t m = m0 + wm + i * 16 + g + e / 2 * 8, n = n0 + wn + j * 8 + 2 * t + e % 2;
-            if (!(keep4(a.mask, m, n & ~int64_t{3}) >> (n & 3) & 1)) acc[i][j][e] = 0.0f;
-          }
+          for (int e = 0; e < 4; ++e)
+            if (!(kept[i] >> (2 * (2 * j + e / 2) + e % 2) & 1)) acc[i][j][e] = 0.0f;
+    }
   }
 
   LK_ONCE
@@ -236,25 +264,28 @@ LK_KERNEL LK_BOUNDS(THREADS, 2) gemm_kernel(const LinearArgs a) {
     }
   }
   cp_async_wait<0>();
+  sync_block();
 
+  // By way of shared memory, so that rows are stored whole.
   LK_UNROLL
   for (int i = 0; i < 2; ++i)
     LK_UNROLL
     for (int j = 0; j < 8; ++j)
       LK_UNROLL
-      for (int e = 0; e < 4; ++e) {
-        const int64_t m = m0 + wm + i * 16 + g + e / 2 * 8, n = n0 + wn + j * 8 + 2 * t + e % 2;
-        if (m >= a.M || n >= a.N) continue;
-        float y = acc[i][j][e];
-        if (a.parts) {
-          stg(a.parts + (block_z() * a.M + m) * a.N + n, y);
-          continue;
-        }
-        if (a.z) store_at(a.z, a.y_dtype, m * a.N + n, y);
-        if (a.out_scale.data) y *= load_at(a.out_scale.data, a.out_scale.dtype, n);
-        if (a.bias.data) y += load_at(a.bias.data, a.bias.dtype, n);
-        store_at(a.y, a.y_dtype, m * a.N + n, y);
-      }
+      for (int e = 0; e < 4; ++e)
+        sts(xs + ((wm + i * 16 + g + e / 2 * 8) * OUT_PITCH + wn + j * 8 + 2 * t + e % 2) * 4,
+            acc[i][j][e]);
+  sync_block();
+  LK_ONCE
+  for (int u = thread; u < BM * BN; u += THREADS) {
+    const int64_t m = m0 + u / BN, n = n0 + u % BN;
+    if (m >= a.M || n >= a.N) continue;
+    const float sum = lds<float>(xs + (u / BN * OUT_PITCH + u % BN) * 4);
+    if (a.parts)
+      stg(a.parts + (block_z() * a.M + m) * a.N + n, sum);
+    else
+      finish(a, m * a.N + n, n, sum);
+  }
 }
 
 struct FinishArgs {
@@ -267,12 +298,9 @@ LK_KERNEL LK_BOUNDS(THREADS, 8) finish_kernel(const FinishArgs f) {
   const LinearArgs& a = f.linear;
   const int64_t at = (int64_t)block_x() * THREADS + thread_id(), n = at % a.N;
   if (at >= a.M * a.N) return;
-  float y = 0.0f;
-  for (int split = 0; split < f.splits; ++split) y += ldg(a.parts + split * a.M * a.N + at);
-  if (a.z) store_at(a.z, a.y_dtype, at, y);
-  if (a.out_scale.data) y *= load_at(a.out_scale.data, a.out_scale.dtype, n);
-  if (a.bias.data) y += load_at(a.bias.data, a.bias.dtype, n);
-  store_at(a.y, a.y_dtype, at, y);
+  float sum = 0.0f;
+  for (int split = 0; split < f.splits; ++split) sum += ldg(a.parts + split * a.M * a.N + at);
+  finish(a, at, n, sum);
 }
 
 }  // namespace

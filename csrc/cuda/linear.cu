@@ -8,6 +8,7 @@ namespace {
 
 constexpr int THREADS = 256;
 constexpr int TILE = 64, DEPTH = 32;
+constexpr int SPAN = 4;  // steps of DEPTH that are summed by themselves
 constexpr int PITCH = TILE + 4;
 
 LK_DEVICE float rounded(float value, int dtype) {
@@ -57,6 +58,17 @@ LK_DEVICE void multiply(uint32_t xs, uint32_t ws, int m, int n, float acc[4][4])
   }
 }
 
+// One chain over all of K would lose more than a library's blocked product does.
+LK_DEVICE void add_to(float total[4][4], float acc[4][4]) {
+  LK_UNROLL
+  for (int i = 0; i < 4; ++i)
+    LK_UNROLL
+    for (int j = 0; j < 4; ++j) {
+      total[i][j] += acc[i][j];
+      acc[i][j] = 0.0f;
+    }
+}
+
 // y [M, N] = out_scale ⊙ (x·W + mask(S)·Q) + bias, z without out_scale and bias; a block makes 64 by
 // 64, each thread 4 by 4.
 // Bytes: x and W once for each 64 columns and rows, P and Q too, y and z once. Flops 2·M·N·(K + R).
@@ -92,22 +104,19 @@ LK_KERNEL LK_BOUNDS(THREADS, 2) linear_kernel(const LinearArgs a) {
     sync_block();
     multiply(xs, ws, m, n, acc);
   }
-  // The update's sum is kept by itself: one chain over both would lose more than two.
-  float update[4][4];
+  float total[4][4];
   LK_UNROLL
   for (int i = 0; i < 4; ++i)
     LK_UNROLL
-    for (int j = 0; j < 4; ++j) {
-      update[i][j] = acc[i][j];
-      acc[i][j] = 0.0f;
-    }
+    for (int j = 0; j < 4; ++j) total[i][j] = 0.0f;
+  add_to(total, acc);
   if (a.mask.rng)
     LK_UNROLL
     for (int i = 0; i < 4; ++i) {
       const uint32_t kept = keep4(a.mask, m0 + m + i, n0 + n);
       LK_UNROLL
       for (int j = 0; j < 4; ++j)
-        if (!(kept >> j & 1)) update[i][j] = 0.0f;
+        if (!(kept >> j & 1)) total[i][j] = 0.0f;
     }
 
   const int64_t depth = a.codes || a.dense ? a.K : 0;
@@ -146,6 +155,7 @@ LK_KERNEL LK_BOUNDS(THREADS, 2) linear_kernel(const LinearArgs a) {
       store_across(ws, inner, outer, v);
     sync_block();
     multiply(xs, ws, m, n, acc);
+    if ((k0 / DEPTH + 1) % SPAN == 0 || k0 + DEPTH >= depth) add_to(total, acc);
   }
 
   LK_UNROLL
@@ -154,7 +164,7 @@ LK_KERNEL LK_BOUNDS(THREADS, 2) linear_kernel(const LinearArgs a) {
     for (int j = 0; j < 4; ++j) {
       const int64_t row = m0 + m + i, column = n0 + n + j;
       if (row >= a.M || column >= a.N) continue;
-      float y = acc[i][j] + update[i][j];
+      float y = total[i][j];
       if (a.z) store_at(a.z, a.y_dtype, row * a.N + column, y);
       if (a.out_scale.data) y *= load_at(a.out_scale.data, a.out_scale.dtype, column);
       if (a.bias.data) y += load_at(a.bias.data, a.bias.dtype, column);

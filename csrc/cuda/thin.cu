@@ -33,22 +33,36 @@ LK_DEVICE void load_v(const Matrix& v, const Vector& scale, const Dropout& mask,
       if (column + e < columns) out[e] *= load_at(scale.data, scale.dtype, column + e);
 }
 
+// A tile's sum is taken by itself and then added: one chain over all would lose more than a
+// library's blocked product does.
+template <int TR>
+LK_DEVICE void clear(float sums[4][TR]) {
+  LK_UNROLL
+  for (int i = 0; i < 4; ++i)
+    LK_UNROLL
+    for (int r = 0; r < TR; ++r) sums[i][r] = 0.0f;
+}
+template <int TR>
+LK_DEVICE void add_to(float total[4][TR], const float sums[4][TR]) {
+  LK_UNROLL
+  for (int i = 0; i < 4; ++i)
+    LK_UNROLL
+    for (int r = 0; r < TR; ++r) total[i][r] += sums[i][r];
+}
+
 // out[slot, i, r] = Σ_j v(i, j) y(r, j) over the slot's share of j, v(i, j) = v[i, j] or, over its
 // rows, v[j, i]. A block makes 64 i by 8 TR ranks; each thread 4 by TR.
 // Bytes: v once for each 8 TR ranks, y once for each 64 i, out once. Flops 2·I·J·R. Deterministic.
 // Rounding points: none but float32. Tested by tests/cuda_emulated/test_lora_linear.py.
 template <int TR>
-LK_KERNEL LK_BOUNDS(THREADS, 4) thin_kernel(const ThinArgs a) {
+LK_KERNEL LK_BOUNDS(THREADS, 3) thin_kernel(const ThinArgs a) {
   constexpr int TILE_R = 8 * TR, PITCH_R = TILE_R + 4;
   const uint32_t vs = shared_base(), ys = vs + TILE_J * PITCH_I * 4;
   const int64_t i0 = (int64_t)block_x() * TILE_I, r0 = (int64_t)block_y() * TILE_R;
   const int64_t first = (int64_t)block_z() * a.j_share, end = min_of(a.J, first + a.j_share);
   const int thread = thread_id(), ti = thread % 16 * 4, tr = thread / 16 * TR;
   float acc[4][TR];
-  LK_UNROLL
-  for (int i = 0; i < 4; ++i)
-    LK_UNROLL
-    for (int r = 0; r < TR; ++r) acc[i][r] = 0.0f;
+  clear(acc);
 
   LK_ONCE
   for (int64_t j0 = first; j0 < end; j0 += TILE_J) {
@@ -77,6 +91,8 @@ LK_KERNEL LK_BOUNDS(THREADS, 4) thin_kernel(const ThinArgs a) {
       sts(ys + (j * PITCH_R + r) * 4, inside ? load(a.y, r0 + r, j0 + j) : 0.0f);
     }
     sync_block();
+    float part[4][TR];
+    clear(part);
     LK_UNROLL
     for (int j = 0; j < TILE_J; ++j) {
       float v[4], y[TR];
@@ -91,8 +107,9 @@ LK_KERNEL LK_BOUNDS(THREADS, 4) thin_kernel(const ThinArgs a) {
       LK_UNROLL
       for (int i = 0; i < 4; ++i)
         LK_UNROLL
-        for (int r = 0; r < TR; ++r) acc[i][r] = fma_rn(v[i], y[r], acc[i][r]);
+        for (int r = 0; r < TR; ++r) part[i][r] = fma_rn(v[i], y[r], part[i][r]);
     }
+    add_to(acc, part);
   }
   float* out = a.out + (int64_t)block_z() * a.I * a.R;
   LK_UNROLL
@@ -123,9 +140,7 @@ LK_KERNEL LK_BOUNDS(THREADS, 3) pair_kernel(const PairArgs a) {
   const int thread = thread_id(), group = thread / 8 * 4, ranks = thread % 8 * 2;
   float ds[RC][4][2];
   LK_UNROLL
-  for (int c = 0; c < RC; ++c)
-    LK_UNROLL
-    for (int i = 0; i < 4; ++i) ds[c][i][0] = ds[c][i][1] = 0.0f;
+  for (int c = 0; c < RC; ++c) clear(ds[c]);
   for (int u = thread; u < PAIR_ROWS * RANKS; u += THREADS) {
     const int m = u / RANKS, r = u % RANKS;
     const bool inside = m0 + m < a.M && r < a.R;
@@ -151,6 +166,8 @@ LK_KERNEL LK_BOUNDS(THREADS, 3) pair_kernel(const PairArgs a) {
     sync_block();
     LK_UNROLL
     for (int c = 0; c < RC; ++c) {
+      float part_s[4][2];
+      clear(part_s);
       LK_ONCE
       for (int n = 0; n < PAIR_COLUMNS; n += 4) {
         float b[2][4];
@@ -163,12 +180,12 @@ LK_KERNEL LK_BOUNDS(THREADS, 3) pair_kernel(const PairArgs a) {
           LK_UNROLL
           for (int r = 0; r < 2; ++r)
             LK_UNROLL
-            for (int e = 0; e < 4; ++e) ds[c][i][r] = fma_rn(v[e], b[r][e], ds[c][i][r]);
+            for (int e = 0; e < 4; ++e) part_s[i][r] = fma_rn(v[e], b[r][e], part_s[i][r]);
         }
       }
+      add_to(ds[c], part_s);
       float db[4][2];
-      LK_UNROLL
-      for (int i = 0; i < 4; ++i) db[i][0] = db[i][1] = 0.0f;
+      clear(db);
       LK_ONCE
       for (int m = 0; m < PAIR_ROWS; ++m) {
         float v[4], s[2];

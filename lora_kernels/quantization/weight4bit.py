@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import reference
-from ..backends import forced, triton
+from ..backends import cuda, forced, triton
 from . import codebooks
 from .codes import Codes, encode
 
@@ -147,8 +148,8 @@ class Weight4bit:
         dtype = self.dtype if dtype is None else dtype
         if dtype is not torch.float64 and dtype not in _DTYPES.values():
             raise TypeError(f"dtype: got {dtype!r}, want float32, bfloat16, float16 or float64")
-        if dtype in _DTYPES.values() and _by_triton(self.device):
-            return triton.dequantize(self.codes, self.shape, dtype)  # type: ignore[no-any-return]
+        if dtype in _DTYPES.values() and (kernels := _kernels(self.device)) is not None:
+            return kernels.dequantize(self.codes, self.shape, dtype)  # type: ignore[no-any-return]
         return self.codes.dense(self.shape, dtype)
 
     @property
@@ -325,7 +326,8 @@ def quantize_4bit(
     device = weight.device
     thresholds = codebooks.thresholds(quant_type, device)
     order = codebooks.order(quant_type, device)
-    quantize = triton.quantize if _by_triton(device) else encode
+    kernels = _kernels(device)
+    quantize = encode if kernels is None else kernels.quantize
     packed, absmax = quantize(weight, thresholds, order, blocksize)
     if not absmax.isfinite().all():  # a block's largest magnitude is what is not finite in it
         raise ValueError("weight: got NaN or infinity in it, want finite values")
@@ -382,12 +384,14 @@ def standard_code(quant_type: str, stored: Tensor) -> Tensor:
     return code
 
 
-def _by_triton(device: torch.device) -> bool:
-    """Whether Triton's kernels are asked for; RuntimeError where they cannot run."""
-    if torch.compiler.is_compiling() or forced.current.get().backend != "triton":
-        return False
-    triton.require(device)
-    return True
+def _kernels(device: torch.device) -> ModuleType | None:
+    """The backend that is asked for, where it has kernels for the format on GPUs; RuntimeError
+    where they cannot run."""
+    asked = {"triton": triton, "cuda": cuda}.get(forced.current.get().backend or "")
+    if asked is None or torch.compiler.is_compiling():
+        return None
+    asked.require(device)
+    return asked
 
 
 def _check_blocksize(blocksize: Any) -> None:

@@ -80,6 +80,7 @@ class Project:
         the ones given."""
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("LORA_KERNELS_")}
         inherited.pop("CXX", None)
+        inherited["LORA_KERNELS_CUDA"] = "0"
         return subprocess.run(
             [sys.executable, "setup.py", *arguments],
             cwd=self.root,

@@ -104,6 +104,13 @@ def obstacle(device_type: str, device_index: int | None) -> str | None:
     return unfit(_capability(device_index))
 
 
+def require(device: torch.device) -> None:
+    """RuntimeError where no kernel can run on it, saying why."""
+    why = obstacle(device.type, device.index)
+    if why is not None:
+        raise RuntimeError(f"backend 'cuda' was asked for and cannot run here: {why}")
+
+
 @functools.cache
 def _capability(device_index: int | None) -> int:
     major, minor = torch.cuda.get_device_capability(device_index)

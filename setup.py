@@ -182,9 +182,7 @@ class Ninja:
             depfile="$out.d",
             deps="gcc",
         )
-        self.writer.rule(
-            f"link{name}", f"{shlex.join(link)} $in -o $out", description="link $out"
-        )
+        self.writer.rule(f"link{name}", f"{shlex.join(link)} $in -o $out", description="link $out")
         objects = []
         for source, flags in units:
             objects += self.writer.build(

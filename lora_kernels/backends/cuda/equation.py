@@ -220,7 +220,13 @@ class _Linear:
         self.codes = weight if isinstance(weight, Codes) else None
         w = weight.to(dtype) if isinstance(weight, Tensor) else None  # as autocast does
         gate, out_scale, bias = map(_vector, (gate, out_scale, bias))
-        self.x, self.y, self.shape, self.dtype, self.transposed = x, y, (M, N, K, R), dtype, transposed
+        self.x, self.y, self.shape, self.dtype, self.transposed = (
+            x,
+            y,
+            (M, N, K, R),
+            dtype,
+            transposed,
+        )
         self.base = 2 if self.codes is not None else 0 if w is None else 1
         self.touched = {
             "w": w, "q": q, "gate": gate, "mask": mask.rng, "out_scale": out_scale, "bias": bias,

@@ -12,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed-$(shell echo '$(TORCH)' | cksum | cut -d' ' -f1)
 DEMO_INPUTS := $(VENV)/.demo-inputs
-CPP_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h')
+CPP_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: .venv test proof faults bench demo gpu lint format native sanitize clean
 .DELETE_ON_ERROR:
@@ -64,24 +64,28 @@ test proof faults: export LORA_KERNELS_NATIVE ?= 1
 # Threads that spin while they wait take the cores from whatever else runs on them.
 test proof faults: export OMP_WAIT_POLICY ?= passive
 
+# With the CUDA kernels where nvcc is, and their emulator, in which the tests run them.
 native: $(INSTALLED)
-	$(BIN)/python setup.py --quiet build_ext --inplace
+	LORA_KERNELS_EMULATOR=1 $(BIN)/python setup.py --quiet build_ext --inplace
 
 # A copy of the package with sanitized kernels; being the working directory, it is what is imported.
 # torch itself leaks at exit, and links no sanitizer, so that the library has to be preloaded, and
 # beside it the one whose `throw` it watches. The stack that would find a use after return is aligned
 # to 32 bytes, of which GCC 12 knows nothing.
 SANITIZED := build/sanitized
+WATCHED = cd $(SANITIZED) && \
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	$(CURDIR)/$(BIN)/python -m pytest
 sanitize: $(INSTALLED)
 	rm -rf $(SANITIZED)
-	CXX=$(CXX) LORA_KERNELS_NATIVE=1 LORA_KERNELS_SANITIZE=1 \
+	CXX=$(CXX) LORA_KERNELS_NATIVE=1 LORA_KERNELS_EMULATOR=1 LORA_KERNELS_CUDA=0 \
+		LORA_KERNELS_SANITIZE=1 \
 		$(BIN)/python setup.py --quiet build --build-lib $(SANITIZED)
 	cp -r pyproject.toml tests $(SANITIZED)
-	cd $(SANITIZED) && \
-		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-		ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 UBSAN_OPTIONS=print_stacktrace=1 \
-		$(CURDIR)/$(BIN)/python -m pytest -m 'not slow and not proof' \
+	$(WATCHED) -m 'not slow and not proof' \
 		tests/ops tests/quantization tests/autograd tests/layers
+	export LORA_KERNELS_EMULATOR_SEEDS=20; $(WATCHED) tests/cuda_emulated
 
 .venv: $(INSTALLED)
 
@@ -90,7 +94,7 @@ $(INSTALLED): pyproject.toml setup.py
 	@test -n '$(PYTHON)' || { echo 'no Python >= 3.10 with venv found; name one: make PYTHON=...'; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv --upgrade-deps $(VENV)
 	$(BIN)/python -m pip install 'setuptools>=77' pybind11 ninja
-	LORA_KERNELS_NATIVE=0 $(BIN)/python -m pip install --no-build-isolation '$(TORCH)' -e '.[dev]'
+	LORA_KERNELS_NATIVE=0 LORA_KERNELS_CUDA=0 $(BIN)/python -m pip install --no-build-isolation '$(TORCH)' -e '.[dev]'
 	@rm -f $(VENV)/.installed-*
 	@touch $@
 
@@ -100,5 +104,5 @@ $(DEMO_INPUTS): $(INSTALLED)
 	@touch $@
 
 clean:
-	rm -rf build dist *.egg-info lora_kernels/_native*.so .*_cache
+	rm -rf build dist *.egg-info lora_kernels/_*.so .*_cache
 	find lora_kernels tests -name __pycache__ -prune -exec rm -rf {} +

@@ -35,9 +35,17 @@ Vector vector(const VectorTuple& t) { return {as<const void>(std::get<0>(t)), st
 Codes codes(const CodesTuple& t) {
   const auto& [packed, code, absmax, nested_code, nested_absmax, offset, log2_block, log2_nested, N,
                K, vectors] = t;
-  return {as<const uint8_t>(packed), as<const float>(code),          as<const void>(absmax),
-          as<const float>(nested_code), as<const float>(nested_absmax), as<const float>(offset),
-          log2_block, log2_nested, N, K, vectors};
+  return {as<const uint8_t>(packed),
+          as<const float>(code),
+          as<const void>(absmax),
+          as<const float>(nested_code),
+          as<const float>(nested_absmax),
+          as<const float>(offset),
+          log2_block,
+          log2_nested,
+          N,
+          K,
+          vectors};
 }
 Dropout dropout(const DropoutTuple& t) {
   return {as<const int64_t>(std::get<0>(t)), std::get<1>(t)};
@@ -49,9 +57,29 @@ LinearArgs linear_args(const MatrixTuple& x, int base, const MatrixTuple& w, con
                        const VectorTuple& gate, float s_scale, const DropoutTuple& mask,
                        const VectorTuple& out_scale, const VectorTuple& bias, Pointer y, Pointer z,
                        int y_dtype, int64_t M, int64_t N, int64_t K, int64_t R) {
-  return {matrix(x), base == 2, base == 1, matrix(w), codes(c), transposed, compute,
-          as<const float>(p), matrix(q), vector(gate), s_scale, dropout(mask), vector(out_scale),
-          vector(bias), as<void>(y), as<void>(z), y_dtype, M, N, K, R, nullptr, K};
+  return {matrix(x),
+          base == 2,
+          base == 1,
+          matrix(w),
+          codes(c),
+          transposed,
+          compute,
+          as<const float>(p),
+          matrix(q),
+          vector(gate),
+          s_scale,
+          dropout(mask),
+          vector(out_scale),
+          vector(bias),
+          as<void>(y),
+          as<void>(z),
+          y_dtype,
+          M,
+          N,
+          K,
+          R,
+          nullptr,
+          K};
 }
 
 py::object text(const char* reason) { return reason ? py::object(py::str(reason)) : py::none(); }
@@ -70,7 +98,8 @@ py::list traffic() {
   py::list list;
   for (const emulator::Traffic& t : emulator::traffic()) {
     py::dict ranges;
-    for (const emulator::Range& r : t.ranges) ranges[r.name.c_str()] = py::make_tuple(r.read, r.written);
+    for (const emulator::Range& r : t.ranges)
+      ranges[r.name.c_str()] = py::make_tuple(r.read, r.written);
     list.append(py::make_tuple(t.kernel, ranges));
   }
   return list;
@@ -95,8 +124,18 @@ PYBIND11_MODULE(LORA_KERNELS_MODULE, m) {
       .def(py::init([](const LinearArgs& l, const MatrixTuple& a, const DropoutTuple& mask_in,
                        float p_scale, Pointer slots, Pointer p, Pointer flags, int64_t slot_share,
                        int slot_count) {
-        DecodeArgs d{l, matrix(a), dropout(mask_in), p_scale, as<float>(slots), as<float>(p),
-                     as<int>(flags), slot_share, slot_count, 0, false, 0};
+        DecodeArgs d{l,
+                     matrix(a),
+                     dropout(mask_in),
+                     p_scale,
+                     as<float>(slots),
+                     as<float>(p),
+                     as<int>(flags),
+                     slot_share,
+                     slot_count,
+                     0,
+                     false,
+                     0};
         d.resident = decode_keeps_x(d);
         return d;
       }));
@@ -111,9 +150,9 @@ PYBIND11_MODULE(LORA_KERNELS_MODULE, m) {
           j_share, slot_count},
          where(at));
   });
-  m.def("pair", [](const MatrixTuple& v, const VectorTuple& v_scale, const MatrixTuple& b, Pointer s,
-                   Pointer slots, Pointer parts, int64_t M, int64_t N, int64_t R, int64_t n_share,
-                   int slot_count, int part_count, const WhereTuple& at) {
+  m.def("pair", [](const MatrixTuple& v, const VectorTuple& v_scale, const MatrixTuple& b,
+                   Pointer s, Pointer slots, Pointer parts, int64_t M, int64_t N, int64_t R,
+                   int64_t n_share, int slot_count, int part_count, const WhereTuple& at) {
     pair({matrix(v), vector(v_scale), matrix(b), as<const float>(s), as<float>(slots),
           as<float>(parts), M, N, R, n_share, slot_count, part_count},
          where(at));
@@ -122,31 +161,31 @@ PYBIND11_MODULE(LORA_KERNELS_MODULE, m) {
                           int64_t N, int64_t m_share, int part_count, const WhereTuple& at) {
     column_sums({matrix(v), matrix(z), as<float>(parts), M, N, m_share, part_count}, where(at));
   });
-  m.def("reduce", [](Pointer slots, const VectorTuple& gate, float scale, Pointer out, int dtype,
-                     int64_t I, int64_t R, int64_t stride_i, int64_t stride_r, int slot_count,
-                     const WhereTuple& at) {
-    reduce({as<const float>(slots), vector(gate), scale, as<void>(out), dtype, I, R, stride_i,
-            stride_r, slot_count},
-           where(at));
-  });
-  m.def("row_norm", [](bool from_codes, const MatrixTuple& w, const CodesTuple& c,
-                       const MatrixTuple& a, const MatrixTuple& b, const VectorTuple& gate,
-                       float scaling, Pointer slots, int64_t N, int64_t K, int64_t R,
-                       int64_t k_share, int slot_count, const WhereTuple& at) {
-    row_norm({from_codes, matrix(w), codes(c), matrix(a), matrix(b), vector(gate), scaling,
-              as<float>(slots), N, K, R, k_share, slot_count},
-             where(at));
-  });
+  m.def("reduce",
+        [](Pointer slots, const VectorTuple& gate, float scale, Pointer out, int dtype, int64_t I,
+           int64_t R, int64_t stride_i, int64_t stride_r, int slot_count, const WhereTuple& at) {
+          reduce({as<const float>(slots), vector(gate), scale, as<void>(out), dtype, I, R, stride_i,
+                  stride_r, slot_count},
+                 where(at));
+        });
+  m.def("row_norm",
+        [](bool from_codes, const MatrixTuple& w, const CodesTuple& c, const MatrixTuple& a,
+           const MatrixTuple& b, const VectorTuple& gate, float scaling, Pointer slots, int64_t N,
+           int64_t K, int64_t R, int64_t k_share, int slot_count, const WhereTuple& at) {
+          row_norm({from_codes, matrix(w), codes(c), matrix(a), matrix(b), vector(gate), scaling,
+                    as<float>(slots), N, K, R, k_share, slot_count},
+                   where(at));
+        });
   m.def("dequantize", [](const CodesTuple& c, Pointer w, int dtype, const WhereTuple& at) {
     dequantize({codes(c), as<void>(w), dtype}, where(at));
   });
-  m.def("quantize", [](Pointer w, int dtype, Pointer thresholds, Pointer order, Pointer packed,
-                       Pointer absmax, float smallest, int64_t n, int64_t blocksize,
-                       const WhereTuple& at) {
-    quantize({as<const void>(w), dtype, as<const float>(thresholds), as<const uint8_t>(order),
-              as<uint8_t>(packed), as<float>(absmax), smallest, n, blocksize},
-             where(at));
-  });
+  m.def("quantize",
+        [](Pointer w, int dtype, Pointer thresholds, Pointer order, Pointer packed, Pointer absmax,
+           float smallest, int64_t n, int64_t blocksize, const WhereTuple& at) {
+          quantize({as<const void>(w), dtype, as<const float>(thresholds), as<const uint8_t>(order),
+                    as<uint8_t>(packed), as<float>(absmax), smallest, n, blocksize},
+                   where(at));
+        });
 #ifdef LORA_KERNELS_EMULATED
   m.def("set", [](uint64_t seed, int multiprocessors) {
     emulator::settings.seed = seed;

@@ -28,7 +28,8 @@ LK_KERNEL LK_BOUNDS(THREADS, 8) dequantize_kernel(const DequantizeArgs a) {
     Words4 out;
     LK_UNROLL
     for (int e = 0; e < 4; ++e)
-      out.w[e] = a.dtype == BF16 ? pack_bf16(w[2 * e], w[2 * e + 1]) : pack_f16(w[2 * e], w[2 * e + 1]);
+      out.w[e] =
+          a.dtype == BF16 ? pack_bf16(w[2 * e], w[2 * e + 1]) : pack_f16(w[2 * e], w[2 * e + 1]);
     stg(reinterpret_cast<Words4*>(static_cast<uint16_t*>(a.w) + at), out);
     return;
   }
@@ -47,9 +48,9 @@ LK_DEVICE float max_of_warp(float value) {
 }
 
 // packed and absmax of n elements one after another; a warp a block.
-// A short last block is divided by its scale, whole ones are multiplied by its reciprocal; a scale is
-// NaN where an element is. Bytes: w once (again from cache), codes, scales.
-// Tested by tests/cuda_emulated/test_exact.py, bit for bit.
+// A short last block is divided by its scale, whole ones are multiplied by its reciprocal; a scale
+// is NaN where an element is. Bytes: w once (again from cache), codes, scales. Tested by
+// tests/cuda_emulated/test_exact.py, bit for bit.
 LK_KERNEL LK_BOUNDS(THREADS, 8) quantize_kernel(const QuantizeArgs a) {
   const int lane = thread_id() % 32;
   const int64_t block = (int64_t)block_x() * (THREADS / 32) + thread_id() / 32;
@@ -108,9 +109,8 @@ LK_KERNEL LK_BOUNDS(THREADS, 4) norm_kernel(const NormArgs a) {
   for (int64_t k0 = first + thread; k0 < end; k0 += THREADS * NORM_COLUMNS) {
     float update[NORM_ROWS][NORM_COLUMNS];
     LK_UNROLL
-    for (int i = 0; i < NORM_ROWS; ++i)
-      LK_UNROLL
-      for (int j = 0; j < NORM_COLUMNS; ++j) update[i][j] = 0.0f;
+    for (int i = 0; i < NORM_ROWS; ++i) LK_UNROLL
+    for (int j = 0; j < NORM_COLUMNS; ++j) update[i][j] = 0.0f;
     for (int r = 0; r < R; ++r) {
       const Words4 low = lds<Words4>(bs + r * NORM_ROWS * 4),
                    high = lds<Words4>(bs + r * NORM_ROWS * 4 + 16);

@@ -9,9 +9,9 @@ namespace gpu {
 namespace {
 
 constexpr int THREADS = 256, WARPS = THREADS / 32;
-constexpr int TILE_N = 16;   // rows of W that a block makes at a time, K shared among its warps
-constexpr int CHUNK = 128;   // elements of K that a warp takes at a time, 32 a lane
-constexpr int REPLICAS = 16; // of the table: half a warp looks up 8 bytes each at once
+constexpr int TILE_N = 16;    // rows of W that a block makes at a time, K shared among its warps
+constexpr int CHUNK = 128;    // elements of K that a warp takes at a time, 32 a lane
+constexpr int REPLICAS = 16;  // of the table: half a warp looks up 8 bytes each at once
 constexpr int TABLE_BYTES = 256 * REPLICAS * 8;
 enum Mode : int { ONE_LAUNCH, PUBLISH, CONSUME };
 
@@ -72,9 +72,10 @@ LK_DEVICE void wait_flag(const int* flag, int count) {
 // ONE_LAUNCH: the first `slots` blocks publish a slot of p each and raise the flag; all wait for it
 // before their first store, the last block to be done lowers it. All must have place at once.
 // PUBLISH, CONSUME: the same in two launches, the second waiting for the first in the same place.
-// Bytes: W once; x once a block where it is `resident`, else once a tile; in all x once a rank and a
-// once a row more, from caches but for the first; Q, y, z, slots once. Flops 2·M·N·(K + R), of codes twice K. Rounding points: x, dense W to
-// 16 bits; y, z once. Deterministic. Tested by tests/cuda_emulated/test_lora_linear.py.
+// Bytes: W once; x once a block where it is `resident`, else once a tile; in all x once a rank and
+// a once a row more, from caches but for the first; Q, y, z, slots once. Flops 2·M·N·(K + R), of
+// codes twice K. Rounding points: x, dense W to 16 bits; y, z once. Deterministic. Tested by
+// tests/cuda_emulated/test_lora_linear.py.
 template <bool BFloat16, bool FromCodes, int MT>
 LK_KERNEL LK_BOUNDS(THREADS, 2) decode_kernel(const DecodeArgs a) {
   const LinearArgs& l = a.linear;
@@ -129,9 +130,8 @@ LK_KERNEL LK_BOUNDS(THREADS, 2) decode_kernel(const DecodeArgs a) {
     const int64_t n0 = tile * TILE_N;
     float total[MT][4];
     LK_UNROLL
-    for (int j = 0; j < MT; ++j)
-      LK_UNROLL
-      for (int e = 0; e < 4; ++e) total[j][e] = 0.0f;
+    for (int j = 0; j < MT; ++j) LK_UNROLL
+    for (int e = 0; e < 4; ++e) total[j][e] = 0.0f;
 
     LK_ONCE
     for (int chunk = warp; chunk < chunks; chunk += WARPS) {
@@ -145,35 +145,34 @@ LK_KERNEL LK_BOUNDS(THREADS, 2) decode_kernel(const DecodeArgs a) {
           const int64_t n = n0 + g + 8 * i, k = k0 + t * 32;
           w[i][0] = zeros();
           if (n < l.N && k < l.K)
-            w[i][0] = ldg_stream(reinterpret_cast<const Words4*>(l.c.packed + (((n * l.K + k) >> 1))));
+            w[i][0] =
+                ldg_stream(reinterpret_cast<const Words4*>(l.c.packed + (((n * l.K + k) >> 1))));
         }
         // Each lane of a quad decodes one of its four scales.
         const int64_t n = n0 + g + t % 2 * 8, k = k0 + t / 2 * 64;
-        const float own = n < l.N && k < l.K ? scale_of(l.c, (n * l.K + k) >> l.c.log2_block) : 0.0f;
+        const float own =
+            n < l.N && k < l.K ? scale_of(l.c, (n * l.K + k) >> l.c.log2_block) : 0.0f;
         LK_UNROLL
         for (int i = 0; i < 4; ++i) scale[i % 2][i / 2] = shuffle(own, lane / 4 * 4 + i);
         // Lanes 0 and 1 hold the first block's bytes, 2 and 3 the second's: halves change places.
         LK_UNROLL
-        for (int i = 0; i < 2; ++i)
-          LK_UNROLL
-          for (int e = 0; e < 2; ++e) {
-            const uint32_t mine = w[i][0].w[e], mine2 = w[i][0].w[e + 2];
-            const uint32_t theirs =
-                f32_to_bits(shuffle_xor(bits_to_f32(t < 2 ? mine2 : mine), 2));
-            w[i][0].w[e] = t < 2 ? mine : theirs;
-            w[i][0].w[e + 2] = t < 2 ? theirs : mine2;
-          }
+        for (int i = 0; i < 2; ++i) LK_UNROLL
+        for (int e = 0; e < 2; ++e) {
+          const uint32_t mine = w[i][0].w[e], mine2 = w[i][0].w[e + 2];
+          const uint32_t theirs = f32_to_bits(shuffle_xor(bits_to_f32(t < 2 ? mine2 : mine), 2));
+          w[i][0].w[e] = t < 2 ? mine : theirs;
+          w[i][0].w[e + 2] = t < 2 ? theirs : mine2;
+        }
       } else {
         const uint16_t* data = static_cast<const uint16_t*>(l.w.data);
         LK_UNROLL
-        for (int i = 0; i < 2; ++i)
-          LK_UNROLL
-          for (int piece = 0; piece < 4; ++piece) {
-            const int64_t n = n0 + g + 8 * i, k = k0 + piece_at<false>(piece, t);
-            w[i][piece] = zeros();
-            if (n < l.N && k < l.K)
-              w[i][piece] = ldg_stream(reinterpret_cast<const Words4*>(data + n * l.w.row + k));
-          }
+        for (int i = 0; i < 2; ++i) LK_UNROLL
+        for (int piece = 0; piece < 4; ++piece) {
+          const int64_t n = n0 + g + 8 * i, k = k0 + piece_at<false>(piece, t);
+          w[i][piece] = zeros();
+          if (n < l.N && k < l.K)
+            w[i][piece] = ldg_stream(reinterpret_cast<const Words4*>(data + n * l.w.row + k));
+        }
       }
       float part[MT][4];
       LK_UNROLL
@@ -190,11 +189,9 @@ LK_KERNEL LK_BOUNDS(THREADS, 2) decode_kernel(const DecodeArgs a) {
             x[j] = ldg(reinterpret_cast<const Words4*>(static_cast<const uint16_t*>(l.x.data) +
                                                        m * l.x.row + k));
         }
-        if (piece % 2 == 0)
-          LK_UNROLL
-          for (int j = 0; j < MT; ++j)
-            LK_UNROLL
-            for (int e = 0; e < 4; ++e) part[j][e] = 0.0f;
+        if (piece % 2 == 0) LK_UNROLL
+        for (int j = 0; j < MT; ++j) LK_UNROLL
+        for (int e = 0; e < 4; ++e) part[j][e] = 0.0f;
         LK_UNROLL
         for (int half = 0; half < 2; ++half) {  // 16 elements of K: four of each lane
           uint32_t high[4], low[4];
@@ -221,22 +218,19 @@ LK_KERNEL LK_BOUNDS(THREADS, 2) decode_kernel(const DecodeArgs a) {
             }
           }
         }
-        if (piece % 2 == 1)
-          LK_UNROLL
-          for (int j = 0; j < MT; ++j)
-            LK_UNROLL
-            for (int e = 0; e < 4; ++e)
-              total[j][e] = FromCodes ? fma_rn(part[j][e], scale[e / 2][piece / 2], total[j][e])
-                                      : total[j][e] + part[j][e];
+        if (piece % 2 == 1) LK_UNROLL
+        for (int j = 0; j < MT; ++j) LK_UNROLL
+        for (int e = 0; e < 4; ++e)
+          total[j][e] = FromCodes ? fma_rn(part[j][e], scale[e / 2][piece / 2], total[j][e])
+                                  : total[j][e] + part[j][e];
       }
     }
     LK_UNROLL
-    for (int j = 0; j < MT; ++j)
-      LK_UNROLL
-      for (int e = 0; e < 4; ++e) {
-        const int n = g + e / 2 * 8, m = j * 8 + 2 * t + e % 2;
-        sts(sums + ((warp * TILE_N + n) * (8 * MT) + m) * 4, total[j][e]);
-      }
+    for (int j = 0; j < MT; ++j) LK_UNROLL
+    for (int e = 0; e < 4; ++e) {
+      const int n = g + e / 2 * 8, m = j * 8 + 2 * t + e % 2;
+      sts(sums + ((warp * TILE_N + n) * (8 * MT) + m) * 4, total[j][e]);
+    }
 
     if (!consumed) {
       if (a.mode == ONE_LAUNCH) {
@@ -247,7 +241,8 @@ LK_KERNEL LK_BOUNDS(THREADS, 2) decode_kernel(const DecodeArgs a) {
       }
       for (int u = thread; u < M * R; u += THREADS) {
         float p = 0.0f;
-        for (int slot = 0; slot < a.slot_count; ++slot) p += ldg_coherent(a.slots + slot * M * R + u);
+        for (int slot = 0; slot < a.slot_count; ++slot)
+          p += ldg_coherent(a.slots + slot * M * R + u);
         if (block_x() == 0) stg(a.p + u, p);
         float s = p * l.s_scale;
         if (l.gate.data) s *= load_at(l.gate.data, l.gate.dtype, u % R);
@@ -264,8 +259,7 @@ LK_KERNEL LK_BOUNDS(THREADS, 2) decode_kernel(const DecodeArgs a) {
       for (int r = 0; r < R; ++r)
         y = fma_rn(lds<float>(ss + (m * R + r) * 4), load(l.q, r, column), y);
       LK_UNROLL
-      for (int w = 0; w < WARPS; ++w)
-        y += lds<float>(sums + ((w * TILE_N + n) * (8 * MT) + m) * 4);
+      for (int w = 0; w < WARPS; ++w) y += lds<float>(sums + ((w * TILE_N + n) * (8 * MT) + m) * 4);
       const int64_t at = m * l.N + column;
       if (l.z) store_at(l.z, l.y_dtype, at, y);
       if (l.out_scale.data) y *= load_at(l.out_scale.data, l.out_scale.dtype, column);
@@ -333,7 +327,8 @@ bool decode(DecodeArgs a, bool cooperative, const Where& at) {
     return true;
   }
   a.mode = PUBLISH;
-  launch({"publish", (unsigned)a.slot_count, 1, 1, THREADS, bytes, at.stream, at.device}, kernel, a);
+  launch({"publish", (unsigned)a.slot_count, 1, 1, THREADS, bytes, at.stream, at.device}, kernel,
+         a);
   a.mode = CONSUME;
   launched.dependent = capability(at.device) >= 90;
   launch(launched, kernel, a);

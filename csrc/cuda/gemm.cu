@@ -1,5 +1,5 @@
-// The layer for up to a few hundred rows on the matrix units (mma.sync): bfloat16 and float16, dense
-// weights and 4-bit codes, both of the weight's orientations.
+// The layer for up to a few hundred rows on the matrix units (mma.sync): bfloat16 and float16,
+// dense weights and 4-bit codes, both of the weight's orientations.
 #include "kernels.h"
 
 namespace lora_kernels {
@@ -11,8 +11,8 @@ constexpr int BM = 64, BN = 128, BK = 64;  // a block's tile; a warp makes 32 by
 constexpr int STAGES = 3;
 constexpr int X_BYTES = BM * BK * 2, W_BYTES = BN * BK * 2;
 constexpr int TABLE_BYTES = 64;
-constexpr int RANK_PITCH = 18;       // floats from one row of S or Q to the next
-constexpr int OUT_PITCH = BN + 4;    // and of y
+constexpr int RANK_PITCH = 18;     // floats from one row of S or Q to the next
+constexpr int OUT_PITCH = BN + 4;  // and of y
 static_assert(BM * RANK_PITCH * 4 <= X_BYTES && BN * RANK_PITCH * 4 <= W_BYTES, "S and Q fit");
 static_assert(BM * OUT_PITCH * 4 <= STAGES * X_BYTES + 2 * W_BYTES, "y fits");
 
@@ -24,7 +24,8 @@ LK_DEVICE void mma(float d[4], const uint32_t a[4], const uint32_t b[2]) {
     mma_f16(d, a, b);
 }
 
-// Where 16 bytes of a row of 64 or 128 elements lie: eight rows' same chunks are in different banks.
+// Where 16 bytes of a row of 64 or 128 elements lie: eight rows' same chunks are in different
+// banks.
 template <int COLUMNS>
 LK_DEVICE uint32_t chunk_at(int row, int chunk) {
   return row * (COLUMNS * 2) + (chunk ^ (row & 7)) * 16;
@@ -105,13 +106,13 @@ LK_DEVICE void finish(const LinearArgs& a, int64_t at, int64_t n, float y) {
   store_at(a.y, a.y_dtype, at, y);
 }
 
-// y [M, N] = out_scale ⊙ (x·W + mask(S)·Q) + bias, as linear_kernel's, of 16-bit x and W. W is [N, K]
-// as it is stored or, Transposed, [K, N]; codes are decoded into shared memory a step ahead.
-// S·Q is where the sums start, of bfloat16's highs and lows, so that 16 bits of a float32 adapter count.
-// Splits: block z takes K's z-th share and stores its sums; finish_kernel adds them in order.
-// Bytes: x once for each 128 columns, W once for each 64 rows, P and Q with them, y and z once; with
-// splits 8·M·N·splits more. Flops 2·M·N·(K + 3·R). Rounding points: W to its 16 bits, S and Q to 16
-// bits, y and z once. Deterministic. Tested by tests/cuda_emulated/test_lora_linear.py.
+// y [M, N] = out_scale ⊙ (x·W + mask(S)·Q) + bias, as linear_kernel's, of 16-bit x and W. W is [N,
+// K] as it is stored or, Transposed, [K, N]; codes are decoded into shared memory a step ahead. S·Q
+// is where the sums start, of bfloat16's highs and lows, so that 16 bits of a float32 adapter
+// count. Splits: block z takes K's z-th share and stores its sums; finish_kernel adds them in
+// order. Bytes: x once for each 128 columns, W once for each 64 rows, P and Q with them, y and z
+// once; with splits 8·M·N·splits more. Flops 2·M·N·(K + 3·R). Rounding points: W to its 16 bits, S
+// and Q to 16 bits, y and z once. Deterministic. Tested by tests/cuda_emulated/test_lora_linear.py.
 template <bool BFloat16, bool FromCodes, bool Transposed>
 LK_KERNEL LK_BOUNDS(THREADS, 2) gemm_kernel(const LinearArgs a) {
   const uint32_t xs = shared_base(), ws = xs + STAGES * X_BYTES;
@@ -156,11 +157,9 @@ LK_KERNEL LK_BOUNDS(THREADS, 2) gemm_kernel(const LinearArgs a) {
 
   float acc[2][8][4];
   LK_UNROLL
-  for (int i = 0; i < 2; ++i)
-    LK_UNROLL
-    for (int j = 0; j < 8; ++j)
-      LK_UNROLL
-      for (int e = 0; e < 4; ++e) acc[i][j][e] = 0.0f;
+  for (int i = 0; i < 2; ++i) LK_UNROLL
+  for (int j = 0; j < 8; ++j) LK_UNROLL
+  for (int e = 0; e < 4; ++e) acc[i][j][e] = 0.0f;
 
   if (block_z() == 0) {
     // In the slots that are filled last: nothing is on its way there yet.
@@ -188,11 +187,10 @@ LK_KERNEL LK_BOUNDS(THREADS, 2) gemm_kernel(const LinearArgs a) {
       sync_block();
       uint32_t s_high[2][4], s_low[2][4];
       LK_UNROLL
-      for (int i = 0; i < 2; ++i)
-        LK_UNROLL
-        for (int e = 0; e < 4; ++e)
-          split_pair(ss + ((wm + i * 16 + g + e % 2 * 8) * RANK_PITCH + 2 * t + e / 2 * 8) * 4,
-                     s_high[i][e], s_low[i][e]);
+      for (int i = 0; i < 2; ++i) LK_UNROLL
+      for (int e = 0; e < 4; ++e)
+        split_pair(ss + ((wm + i * 16 + g + e % 2 * 8) * RANK_PITCH + 2 * t + e / 2 * 8) * 4,
+                   s_high[i][e], s_low[i][e]);
       LK_UNROLL
       for (int j = 0; j < 8; ++j) {
         uint32_t q_high[2], q_low[2];
@@ -211,19 +209,16 @@ LK_KERNEL LK_BOUNDS(THREADS, 2) gemm_kernel(const LinearArgs a) {
       // Two neighbours at a time: their word of four has both.
       uint32_t kept[2] = {};
       LK_ONCE
-      for (int pair = 0; pair < 16; ++pair)
-        LK_UNROLL
-        for (int i = 0; i < 2; ++i) {
-          const int64_t m = m0 + wm + i * 16 + g + pair % 2 * 8, n = n0 + wn + pair / 2 * 8 + 2 * t;
-          kept[i] |= (keep4(a.mask, m, n & ~int64_t{3}) >> (n & 3) & 3) << 2 * pair;
-        }
+      for (int pair = 0; pair < 16; ++pair) LK_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        const int64_t m = m0 + wm + i * 16 + g + pair % 2 * 8, n = n0 + wn + pair / 2 * 8 + 2 * t;
+        kept[i] |= (keep4(a.mask, m, n & ~int64_t{3}) >> (n & 3) & 3) << 2 * pair;
+      }
       LK_UNROLL
-      for (int i = 0; i < 2; ++i)
-        LK_UNROLL
-        for (int j = 0; j < 8; ++j)
-          LK_UNROLL
-          for (int e = 0; e < 4; ++e)
-            if (!(kept[i] >> (2 * (2 * j + e / 2) + e % 2) & 1)) acc[i][j][e] = 0.0f;
+      for (int i = 0; i < 2; ++i) LK_UNROLL
+      for (int j = 0; j < 8; ++j) LK_UNROLL
+      for (int e = 0; e < 4; ++e)
+        if (!(kept[i] >> (2 * (2 * j + e / 2) + e % 2) & 1)) acc[i][j][e] = 0.0f;
     }
   }
 
@@ -250,17 +245,16 @@ LK_KERNEL LK_BOUNDS(THREADS, 2) gemm_kernel(const LinearArgs a) {
       LK_UNROLL
       for (int j = 0; j < 4; ++j) {
         if constexpr (Transposed)
-          ldmatrix_x4_trans(w_tile + chunk_at<BN>(k + matrix % 2 * 8 + row,
-                                                  (wn + j * 16) / 8 + matrix / 2),
-                            w[j]);
+          ldmatrix_x4_trans(
+              w_tile + chunk_at<BN>(k + matrix % 2 * 8 + row, (wn + j * 16) / 8 + matrix / 2),
+              w[j]);
         else
           ldmatrix_x4(w_tile + chunk_at<BK>(wn + j * 16 + matrix / 2 * 8 + row, k / 8 + matrix % 2),
                       w[j]);
       }
       LK_UNROLL
-      for (int i = 0; i < 2; ++i)
-        LK_UNROLL
-        for (int j = 0; j < 8; ++j) mma<BFloat16>(acc[i][j], x[i], w[j / 2] + j % 2 * 2);
+      for (int i = 0; i < 2; ++i) LK_UNROLL
+      for (int j = 0; j < 8; ++j) mma<BFloat16>(acc[i][j], x[i], w[j / 2] + j % 2 * 2);
     }
   }
   cp_async_wait<0>();
@@ -268,13 +262,11 @@ LK_KERNEL LK_BOUNDS(THREADS, 2) gemm_kernel(const LinearArgs a) {
 
   // By way of shared memory, so that rows are stored whole.
   LK_UNROLL
-  for (int i = 0; i < 2; ++i)
-    LK_UNROLL
-    for (int j = 0; j < 8; ++j)
-      LK_UNROLL
-      for (int e = 0; e < 4; ++e)
-        sts(xs + ((wm + i * 16 + g + e / 2 * 8) * OUT_PITCH + wn + j * 8 + 2 * t + e % 2) * 4,
-            acc[i][j][e]);
+  for (int i = 0; i < 2; ++i) LK_UNROLL
+  for (int j = 0; j < 8; ++j) LK_UNROLL
+  for (int e = 0; e < 4; ++e)
+    sts(xs + ((wm + i * 16 + g + e / 2 * 8) * OUT_PITCH + wn + j * 8 + 2 * t + e % 2) * 4,
+        acc[i][j][e]);
   sync_block();
   LK_ONCE
   for (int u = thread; u < BM * BN; u += THREADS) {

@@ -19,22 +19,22 @@ struct Where {
 // linear.cu, gemm.cu, decode.cu: y = out_scale ⊙ (x·W + mask(S)·Q) + bias -----------------------
 
 struct LinearArgs {
-  Matrix x;              // [M, K]
-  bool codes, dense;     // which of the two the base is; neither: none
-  Matrix w;              // as it is stored: [N, K], or where `transposed` [K, N]
-  Codes c;               // the same
+  Matrix x;           // [M, K]
+  bool codes, dense;  // which of the two the base is; neither: none
+  Matrix w;           // as it is stored: [N, K], or where `transposed` [K, N]
+  Codes c;            // the same
   bool transposed;
-  int compute;           // the dtype to which x and W are rounded
-  const float* p;        // [M, R]
-  Matrix q;              // [R, N]
-  Vector gate;           // [R]
-  float s_scale;         // S = p ⊙ gate · s_scale
-  Dropout mask;          // of y's adapter part, at (m, n)
+  int compute;             // the dtype to which x and W are rounded
+  const float* p;          // [M, R]
+  Matrix q;                // [R, N]
+  Vector gate;             // [R]
+  float s_scale;           // S = p ⊙ gate · s_scale
+  Dropout mask;            // of y's adapter part, at (m, n)
   Vector out_scale, bias;  // [N]
-  void *y, *z;           // [M, N]; z: before out_scale, or null
+  void *y, *z;             // [M, N]; z: before out_scale, or null
   int y_dtype;
   int64_t M, N, K, R;
-  float* parts;          // gemm with splits > 1: [splits, M, N]
+  float* parts;  // gemm with splits > 1: [splits, M, N]
   int64_t k_share;
 };
 void linear(const LinearArgs&, const Where&);
@@ -46,12 +46,12 @@ struct DecodeArgs {
   Matrix a;           // [R, K]
   Dropout mask_in;    // of x before it meets a
   float p_scale;
-  float* slots;       // [slots, M, R]
-  float* p;           // [M, R]
-  int* flags;         // two, zero before and after
+  float* slots;  // [slots, M, R]
+  float* p;      // [M, R]
+  int* flags;    // two, zero before and after
   int64_t slot_share;
   int slot_count, mode;  // what a launch does of publishing and consuming, how the one waits
-  bool resident;      // x is kept in shared memory
+  bool resident;         // x is kept in shared memory
   int64_t tiles;
 };
 const char* decode_unfit(const DecodeArgs&);
@@ -62,12 +62,12 @@ bool decode(DecodeArgs, bool cooperative, const Where&);
 // thin.cu ----------------------------------------------------------------------------------------
 
 struct ThinArgs {
-  Matrix v;           // [rows, columns]
-  Vector v_scale;     // [columns]
+  Matrix v;        // [rows, columns]
+  Vector v_scale;  // [columns]
   Dropout mask;
-  bool over_rows;     // out[i, r] = Σ_j v[j, i] y[r, j], else Σ_j v[i, j] y[r, j]
-  Matrix y;           // [R, J]
-  float* out;         // [slots, I, R]
+  bool over_rows;  // out[i, r] = Σ_j v[j, i] y[r, j], else Σ_j v[i, j] y[r, j]
+  Matrix y;        // [R, J]
+  float* out;      // [slots, I, R]
   int64_t I, J, R, j_share;
   int slot_count;
 };
@@ -100,7 +100,7 @@ struct ReduceArgs {
   const float* slots;  // [slots, I, R]
   Vector gate;         // [R]
   float scale;
-  void* out;           // at i * stride_i + r * stride_r: scale · gate[r] · Σ slots
+  void* out;  // at i * stride_i + r * stride_r: scale · gate[r] · Σ slots
   int dtype;
   int64_t I, R, stride_i, stride_r;
   int slot_count;

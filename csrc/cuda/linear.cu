@@ -1,5 +1,5 @@
-// The layer for any strides, dtypes and sizes, in float32 on the ordinary multipliers: float32's own
-// kernel, and the way of what the matrix units' kernels do not take.
+// The layer for any strides, dtypes and sizes, in float32 on the ordinary multipliers: float32's
+// own kernel, and the way of what the matrix units' kernels do not take.
 #include "kernels.h"
 
 namespace lora_kernels {
@@ -24,8 +24,7 @@ LK_DEVICE void decode8(const Codes& c, int64_t n, int64_t k, float out[8]) {
     const uint32_t word = ldg(reinterpret_cast<const uint32_t*>(c.packed + (at >> 1)));
     const float scale = scale_of(c, at >> c.log2_block);
     LK_UNROLL
-    for (int e = 0; e < 8; ++e)
-      out[e] = mul_rn(ldg(c.code + (word >> (4 * (e ^ 1)) & 15)), scale);
+    for (int e = 0; e < 8; ++e) out[e] = mul_rn(ldg(c.code + (word >> (4 * (e ^ 1)) & 15)), scale);
     return;
   }
   LK_UNROLL
@@ -49,40 +48,37 @@ LK_DEVICE void store_along(uint32_t tile, int inner, int outer, const float v[8]
 LK_DEVICE void multiply(uint32_t xs, uint32_t ws, int m, int n, float acc[4][4]) {
   LK_UNROLL
   for (int k = 0; k < DEPTH; ++k) {
-    const Words4 x = lds<Words4>(xs + (k * PITCH + m) * 4), w = lds<Words4>(ws + (k * PITCH + n) * 4);
+    const Words4 x = lds<Words4>(xs + (k * PITCH + m) * 4),
+                 w = lds<Words4>(ws + (k * PITCH + n) * 4);
     LK_UNROLL
-    for (int i = 0; i < 4; ++i)
-      LK_UNROLL
-      for (int j = 0; j < 4; ++j)
-        acc[i][j] = fma_rn(bits_to_f32(x.w[i]), bits_to_f32(w.w[j]), acc[i][j]);
+    for (int i = 0; i < 4; ++i) LK_UNROLL
+    for (int j = 0; j < 4; ++j)
+      acc[i][j] = fma_rn(bits_to_f32(x.w[i]), bits_to_f32(w.w[j]), acc[i][j]);
   }
 }
 
 // One chain over all of K would lose more than a library's blocked product does.
 LK_DEVICE void add_to(float total[4][4], float acc[4][4]) {
   LK_UNROLL
-  for (int i = 0; i < 4; ++i)
-    LK_UNROLL
-    for (int j = 0; j < 4; ++j) {
-      total[i][j] += acc[i][j];
-      acc[i][j] = 0.0f;
-    }
+  for (int i = 0; i < 4; ++i) LK_UNROLL
+  for (int j = 0; j < 4; ++j) {
+    total[i][j] += acc[i][j];
+    acc[i][j] = 0.0f;
+  }
 }
 
-// y [M, N] = out_scale ⊙ (x·W + mask(S)·Q) + bias, z without out_scale and bias; a block makes 64 by
-// 64, each thread 4 by 4.
-// Bytes: x and W once for each 64 columns and rows, P and Q too, y and z once. Flops 2·M·N·(K + R).
-// Rounding points: x, W to `compute`; sums in float32; y and z once. Deterministic.
-// Tested by tests/cuda_emulated/test_lora_linear.py.
+// y [M, N] = out_scale ⊙ (x·W + mask(S)·Q) + bias, z without out_scale and bias; a block makes 64
+// by 64, each thread 4 by 4. Bytes: x and W once for each 64 columns and rows, P and Q too, y and z
+// once. Flops 2·M·N·(K + R). Rounding points: x, W to `compute`; sums in float32; y and z once.
+// Deterministic. Tested by tests/cuda_emulated/test_lora_linear.py.
 LK_KERNEL LK_BOUNDS(THREADS, 2) linear_kernel(const LinearArgs a) {
   const uint32_t xs = shared_base(), ws = xs + DEPTH * PITCH * 4;
   const int64_t m0 = (int64_t)block_x() * TILE, n0 = (int64_t)block_y() * TILE;
   const int thread = thread_id(), m = thread / 16 * 4, n = thread % 16 * 4;
   float acc[4][4];
   LK_UNROLL
-  for (int i = 0; i < 4; ++i)
-    LK_UNROLL
-    for (int j = 0; j < 4; ++j) acc[i][j] = 0.0f;
+  for (int i = 0; i < 4; ++i) LK_UNROLL
+  for (int j = 0; j < 4; ++j) acc[i][j] = 0.0f;
 
   LK_ONCE
   for (int64_t r0 = 0; r0 < a.R; r0 += DEPTH) {
@@ -97,7 +93,8 @@ LK_KERNEL LK_BOUNDS(THREADS, 2) linear_kernel(const LinearArgs a) {
       sts(xs + (r * PITCH + row) * 4, s);
     }
     for (int u = thread; u < TILE * DEPTH; u += THREADS) {
-      const int r = a.transposed ? u / TILE : u % DEPTH, column = a.transposed ? u % TILE : u / DEPTH;
+      const int r = a.transposed ? u / TILE : u % DEPTH,
+                column = a.transposed ? u % TILE : u / DEPTH;
       const bool inside = n0 + column < a.N && r0 + r < a.R;
       sts(ws + (r * PITCH + column) * 4, inside ? load(a.q, r0 + r, n0 + column) : 0.0f);
     }
@@ -106,18 +103,16 @@ LK_KERNEL LK_BOUNDS(THREADS, 2) linear_kernel(const LinearArgs a) {
   }
   float total[4][4];
   LK_UNROLL
-  for (int i = 0; i < 4; ++i)
-    LK_UNROLL
-    for (int j = 0; j < 4; ++j) total[i][j] = 0.0f;
+  for (int i = 0; i < 4; ++i) LK_UNROLL
+  for (int j = 0; j < 4; ++j) total[i][j] = 0.0f;
   add_to(total, acc);
-  if (a.mask.rng)
+  if (a.mask.rng) LK_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t kept = keep4(a.mask, m0 + m + i, n0 + n);
     LK_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      const uint32_t kept = keep4(a.mask, m0 + m + i, n0 + n);
-      LK_UNROLL
-      for (int j = 0; j < 4; ++j)
-        if (!(kept >> j & 1)) total[i][j] = 0.0f;
-    }
+    for (int j = 0; j < 4; ++j)
+      if (!(kept >> j & 1)) total[i][j] = 0.0f;
+  }
 
   const int64_t depth = a.codes || a.dense ? a.K : 0;
   LK_ONCE
@@ -159,25 +154,25 @@ LK_KERNEL LK_BOUNDS(THREADS, 2) linear_kernel(const LinearArgs a) {
   }
 
   LK_UNROLL
-  for (int i = 0; i < 4; ++i)
-    LK_UNROLL
-    for (int j = 0; j < 4; ++j) {
-      const int64_t row = m0 + m + i, column = n0 + n + j;
-      if (row >= a.M || column >= a.N) continue;
-      float y = total[i][j];
-      if (a.z) store_at(a.z, a.y_dtype, row * a.N + column, y);
-      if (a.out_scale.data) y *= load_at(a.out_scale.data, a.out_scale.dtype, column);
-      if (a.bias.data) y += load_at(a.bias.data, a.bias.dtype, column);
-      store_at(a.y, a.y_dtype, row * a.N + column, y);
-    }
+  for (int i = 0; i < 4; ++i) LK_UNROLL
+  for (int j = 0; j < 4; ++j) {
+    const int64_t row = m0 + m + i, column = n0 + n + j;
+    if (row >= a.M || column >= a.N) continue;
+    float y = total[i][j];
+    if (a.z) store_at(a.z, a.y_dtype, row * a.N + column, y);
+    if (a.out_scale.data) y *= load_at(a.out_scale.data, a.out_scale.dtype, column);
+    if (a.bias.data) y += load_at(a.bias.data, a.bias.dtype, column);
+    store_at(a.y, a.y_dtype, row * a.N + column, y);
+  }
 }
 
 }  // namespace
 
 void linear(const LinearArgs& a, const Where& at) {
   const auto tiles = [](int64_t n) { return (unsigned)((n + TILE - 1) / TILE); };
-  launch({"linear", tiles(a.M), tiles(a.N), 1, THREADS, 2 * DEPTH * PITCH * 4, at.stream, at.device},
-         linear_kernel, a);
+  launch(
+      {"linear", tiles(a.M), tiles(a.N), 1, THREADS, 2 * DEPTH * PITCH * 4, at.stream, at.device},
+      linear_kernel, a);
 }
 
 }  // namespace gpu

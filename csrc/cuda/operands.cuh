@@ -56,8 +56,7 @@ LK_DEVICE void store_at(void* data, int dtype, int64_t at, float value) {
   if (dtype == F32)
     stg(static_cast<float*>(data) + at, value);
   else
-    stg(static_cast<uint16_t*>(data) + at,
-        dtype == BF16 ? f32_to_bf16(value) : f32_to_f16(value));
+    stg(static_cast<uint16_t*>(data) + at, dtype == BF16 ? f32_to_bf16(value) : f32_to_f16(value));
 }
 
 // Row i, elements j to j + 7, j a multiple of 8; zeros from `columns` on.
@@ -67,8 +66,8 @@ LK_DEVICE void load8(const Matrix& m, int64_t i, int64_t j, int64_t columns, flo
     if (m.dtype == F32) {
       LK_UNROLL
       for (int half = 0; half < 2; ++half) {
-        const Words4 w = ldg(reinterpret_cast<const Words4*>(
-            static_cast<const float*>(m.data) + at + 4 * half));
+        const Words4 w =
+            ldg(reinterpret_cast<const Words4*>(static_cast<const float*>(m.data) + at + 4 * half));
         LK_UNROLL
         for (int e = 0; e < 4; ++e) out[4 * half + e] = bits_to_f32(w.w[e]);
       }

@@ -195,12 +195,12 @@ LK_DEVICE void ldmatrix_x4_trans(uint32_t at, uint32_t r[4]) {
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(at));
 }
-#define LK_MMA(name, type)                                                                     \
-  LK_DEVICE void name(float d[4], const uint32_t a[4], const uint32_t b[2]) {                  \
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                        \
-                 ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"        \
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                              \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));          \
+#define LK_MMA(name, type)                                                              \
+  LK_DEVICE void name(float d[4], const uint32_t a[4], const uint32_t b[2]) {           \
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                 \
+                 ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                       \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));   \
   }
 LK_MMA(mma_bf16, "bf16")
 LK_MMA(mma_f16, "f16")

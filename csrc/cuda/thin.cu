@@ -27,10 +27,9 @@ LK_DEVICE void load_v(const Matrix& v, const Vector& scale, const Dropout& mask,
                       int64_t column, int64_t columns, float out[8]) {
   load8(v, row, column, columns, out);
   if (mask.rng) mask8(mask, row, column, out);
-  if (scale.data)
-    LK_UNROLL
-    for (int e = 0; e < 8; ++e)
-      if (column + e < columns) out[e] *= load_at(scale.data, scale.dtype, column + e);
+  if (scale.data) LK_UNROLL
+  for (int e = 0; e < 8; ++e)
+    if (column + e < columns) out[e] *= load_at(scale.data, scale.dtype, column + e);
 }
 
 // A tile's sum is taken by itself and then added: one chain over all would lose more than a
@@ -38,16 +37,14 @@ LK_DEVICE void load_v(const Matrix& v, const Vector& scale, const Dropout& mask,
 template <int TR>
 LK_DEVICE void clear(float sums[4][TR]) {
   LK_UNROLL
-  for (int i = 0; i < 4; ++i)
-    LK_UNROLL
-    for (int r = 0; r < TR; ++r) sums[i][r] = 0.0f;
+  for (int i = 0; i < 4; ++i) LK_UNROLL
+  for (int r = 0; r < TR; ++r) sums[i][r] = 0.0f;
 }
 template <int TR>
 LK_DEVICE void add_to(float total[4][TR], const float sums[4][TR]) {
   LK_UNROLL
-  for (int i = 0; i < 4; ++i)
-    LK_UNROLL
-    for (int r = 0; r < TR; ++r) total[i][r] += sums[i][r];
+  for (int i = 0; i < 4; ++i) LK_UNROLL
+  for (int r = 0; r < TR; ++r) total[i][r] += sums[i][r];
 }
 
 // out[slot, i, r] = Σ_j v(i, j) y(r, j) over the slot's share of j, v(i, j) = v[i, j] or, over its
@@ -105,19 +102,17 @@ LK_KERNEL LK_BOUNDS(THREADS, 3) thin_kernel(const ThinArgs a) {
         for (int r = 0; r < TR; ++r) y[r] = lds<float>(ys + (j * PITCH_R + tr + r) * 4);
       }
       LK_UNROLL
-      for (int i = 0; i < 4; ++i)
-        LK_UNROLL
-        for (int r = 0; r < TR; ++r) part[i][r] = fma_rn(v[i], y[r], part[i][r]);
+      for (int i = 0; i < 4; ++i) LK_UNROLL
+      for (int r = 0; r < TR; ++r) part[i][r] = fma_rn(v[i], y[r], part[i][r]);
     }
     add_to(acc, part);
   }
   float* out = a.out + (int64_t)block_z() * a.I * a.R;
   LK_UNROLL
-  for (int i = 0; i < 4; ++i)
-    LK_UNROLL
-    for (int r = 0; r < TR; ++r)
-      if (i0 + ti + i < a.I && r0 + tr + r < a.R)
-        stg(out + (i0 + ti + i) * a.R + r0 + tr + r, acc[i][r]);
+  for (int i = 0; i < 4; ++i) LK_UNROLL
+  for (int r = 0; r < TR; ++r)
+    if (i0 + ti + i < a.I && r0 + tr + r < a.R)
+      stg(out + (i0 + ti + i) * a.R + r0 + tr + r, acc[i][r]);
 }
 
 constexpr int PAIR_COLUMNS = 64;
@@ -132,9 +127,9 @@ constexpr int PITCH = PAIR_COLUMNS + 4;
 template <int RC>
 LK_KERNEL LK_BOUNDS(THREADS, 3) pair_kernel(const PairArgs a) {
   constexpr int RANKS = 16 * RC, PITCH_R = RANKS + 4;
-  const uint32_t vs = shared_base();                      // [64 m][PITCH]
-  const uint32_t bs = vs + PAIR_ROWS * PITCH * 4;         // [RANKS][PITCH]: n inside
-  const uint32_t ss = bs + RANKS * PITCH * 4;             // [64 m][PITCH_R]
+  const uint32_t vs = shared_base();               // [64 m][PITCH]
+  const uint32_t bs = vs + PAIR_ROWS * PITCH * 4;  // [RANKS][PITCH]: n inside
+  const uint32_t ss = bs + RANKS * PITCH * 4;      // [64 m][PITCH_R]
   const int64_t m0 = (int64_t)block_x() * PAIR_ROWS;
   const int64_t first = (int64_t)block_y() * a.n_share, end = min_of(a.N, first + a.n_share);
   const int thread = thread_id(), group = thread / 8 * 4, ranks = thread % 8 * 2;
@@ -178,9 +173,8 @@ LK_KERNEL LK_BOUNDS(THREADS, 3) pair_kernel(const PairArgs a) {
           float v[4];
           lds4(vs + ((group + i) * PITCH + n) * 4, v);
           LK_UNROLL
-          for (int r = 0; r < 2; ++r)
-            LK_UNROLL
-            for (int e = 0; e < 4; ++e) part_s[i][r] = fma_rn(v[e], b[r][e], part_s[i][r]);
+          for (int r = 0; r < 2; ++r) LK_UNROLL
+          for (int e = 0; e < 4; ++e) part_s[i][r] = fma_rn(v[e], b[r][e], part_s[i][r]);
         }
       }
       add_to(ds[c], part_s);
@@ -193,30 +187,26 @@ LK_KERNEL LK_BOUNDS(THREADS, 3) pair_kernel(const PairArgs a) {
         LK_UNROLL
         for (int r = 0; r < 2; ++r) s[r] = lds<float>(ss + (m * PITCH_R + 16 * c + ranks + r) * 4);
         LK_UNROLL
-        for (int i = 0; i < 4; ++i)
-          LK_UNROLL
-          for (int r = 0; r < 2; ++r) db[i][r] = fma_rn(v[i], s[r], db[i][r]);
+        for (int i = 0; i < 4; ++i) LK_UNROLL
+        for (int r = 0; r < 2; ++r) db[i][r] = fma_rn(v[i], s[r], db[i][r]);
       }
       float* part = a.parts + (int64_t)block_x() * a.N * a.R;
       LK_UNROLL
-      for (int i = 0; i < 4; ++i)
-        LK_UNROLL
-        for (int r = 0; r < 2; ++r) {
-          const int64_t n = n0 + group + i, rank = 16 * c + ranks + r;
-          if (n < end && rank < a.R) stg(part + n * a.R + rank, db[i][r]);
-        }
+      for (int i = 0; i < 4; ++i) LK_UNROLL
+      for (int r = 0; r < 2; ++r) {
+        const int64_t n = n0 + group + i, rank = 16 * c + ranks + r;
+        if (n < end && rank < a.R) stg(part + n * a.R + rank, db[i][r]);
+      }
     }
   }
   float* slot = a.slots + (int64_t)block_y() * a.M * a.R;
   LK_UNROLL
-  for (int c = 0; c < RC; ++c)
-    LK_UNROLL
-    for (int i = 0; i < 4; ++i)
-      LK_UNROLL
-      for (int r = 0; r < 2; ++r) {
-        const int64_t m = m0 + group + i, rank = 16 * c + ranks + r;
-        if (m < a.M && rank < a.R) stg(slot + m * a.R + rank, ds[c][i][r]);
-      }
+  for (int c = 0; c < RC; ++c) LK_UNROLL
+  for (int i = 0; i < 4; ++i) LK_UNROLL
+  for (int r = 0; r < 2; ++r) {
+    const int64_t m = m0 + group + i, rank = 16 * c + ranks + r;
+    if (m < a.M && rank < a.R) stg(slot + m * a.R + rank, ds[c][i][r]);
+  }
 }
 
 // parts[share, n, :] = Σ v, Σ v ⊙ z over the share's rows; a thread a column. v, z are read once.

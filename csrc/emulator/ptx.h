@@ -122,19 +122,20 @@ inline void cp_async_wait() {
 
 inline void sync_block(LK_SITE) { emulator::barrier({"barrier", file, line}); }
 inline void sync_warp(LK_SITE) {
-  emulator::meet({"sync_warp", file, line}, nullptr, nullptr,
-                 [](const void* const*, void* const*, const void*) { emulator::warp_fence(); },
-                 nullptr);
+  emulator::meet(
+      {"sync_warp", file, line}, nullptr, nullptr,
+      [](const void* const*, void* const*, const void*) { emulator::warp_fence(); }, nullptr);
 }
 inline float shuffle_xor(float value, int mask, LK_SITE) {
   float out;
-  emulator::meet({"shuffle", file, line}, &value, &out,
-                 [](const void* const* in, void* const* out, const void* mask) {
-                   for (int i = 0; i < 32; ++i)
-                     *static_cast<float*>(out[i]) = *static_cast<const float*>(
-                         in[i ^ *static_cast<const int*>(mask)]);
-                 },
-                 &mask);
+  emulator::meet(
+      {"shuffle", file, line}, &value, &out,
+      [](const void* const* in, void* const* out, const void* mask) {
+        for (int i = 0; i < 32; ++i)
+          *static_cast<float*>(out[i]) =
+              *static_cast<const float*>(in[i ^ *static_cast<const int*>(mask)]);
+      },
+      &mask);
   return out;
 }
 inline float shuffle(float value, int from, LK_SITE) {
@@ -143,13 +144,14 @@ inline float shuffle(float value, int from, LK_SITE) {
     int from;
   } in{value, from};
   float out;
-  emulator::meet({"shuffle", file, line}, &in, &out,
-                 [](const void* const* in, void* const* out, const void*) {
-                   for (int i = 0; i < 32; ++i)
-                     *static_cast<float*>(out[i]) =
-                         static_cast<const In*>(in[static_cast<const In*>(in[i])->from & 31])->value;
-                 },
-                 nullptr);
+  emulator::meet(
+      {"shuffle", file, line}, &in, &out,
+      [](const void* const* in, void* const* out, const void*) {
+        for (int i = 0; i < 32; ++i)
+          *static_cast<float*>(out[i]) =
+              static_cast<const In*>(in[static_cast<const In*>(in[i])->from & 31])->value;
+      },
+      nullptr);
   return out;
 }
 
@@ -160,20 +162,21 @@ inline float shuffle(float value, int from, LK_SITE) {
 template <bool Transposed>
 inline void ldmatrix(uint32_t at, uint32_t r[4], const char* file, int line) {
   const void* row = emulator::shared_read(at, 16);
-  emulator::meet({"ldmatrix", file, line}, row, r,
-                 [](const void* const* in, void* const* out, const void*) {
-                   for (int l = 0; l < 32; ++l)
-                     for (int i = 0; i < 4; ++i) {
-                       uint16_t pair[2];
-                       for (int e = 0; e < 2; ++e) {
-                         const int a = l / 4, b = 2 * (l % 4) + e;
-                         pair[e] = static_cast<const uint16_t*>(
-                             in[8 * i + (Transposed ? b : a)])[Transposed ? a : b];
-                       }
-                       static_cast<uint32_t*>(out[l])[i] = pair[0] | (uint32_t)pair[1] << 16;
-                     }
-                 },
-                 nullptr);
+  emulator::meet(
+      {"ldmatrix", file, line}, row, r,
+      [](const void* const* in, void* const* out, const void*) {
+        for (int l = 0; l < 32; ++l)
+          for (int i = 0; i < 4; ++i) {
+            uint16_t pair[2];
+            for (int e = 0; e < 2; ++e) {
+              const int a = l / 4, b = 2 * (l % 4) + e;
+              pair[e] = static_cast<const uint16_t*>(
+                  in[8 * i + (Transposed ? b : a)])[Transposed ? a : b];
+            }
+            static_cast<uint32_t*>(out[l])[i] = pair[0] | (uint32_t)pair[1] << 16;
+          }
+      },
+      nullptr);
 }
 inline void ldmatrix_x4(uint32_t at, uint32_t r[4], LK_SITE) { ldmatrix<false>(at, r, file, line); }
 inline void ldmatrix_x4_trans(uint32_t at, uint32_t r[4], LK_SITE) {
@@ -193,29 +196,29 @@ inline void mma(float d[4], const uint32_t a[4], const uint32_t b[2], const char
   Fragments in;
   std::memcpy(in.a, a, sizeof in.a);
   std::memcpy(in.b, b, sizeof in.b);
-  emulator::meet({"mma", file, line}, &in, d,
-                 [](const void* const* in, void* const* out, const void*) {
-                   float A[16][16], B[16][8];
-                   for (int l = 0; l < 32; ++l) {
-                     const Fragments& f = *static_cast<const Fragments*>(in[l]);
-                     const int g = l / 4, t = l % 4;
-                     for (int i = 0; i < 4; ++i)
-                       for (int e = 0; e < 2; ++e)
-                         A[g + 8 * (i % 2)][2 * t + 8 * (i / 2) + e] =
-                             Widen((uint16_t)(f.a[i] >> 16 * e));
-                     for (int i = 0; i < 2; ++i)
-                       for (int e = 0; e < 2; ++e)
-                         B[2 * t + 8 * i + e][g] = Widen((uint16_t)(f.b[i] >> 16 * e));
-                   }
-                   for (int l = 0; l < 32; ++l)
-                     for (int i = 0; i < 4; ++i) {
-                       const int row = l / 4 + 8 * (i / 2), column = 2 * (l % 4) + i % 2;
-                       float sum = static_cast<float*>(out[l])[i];
-                       for (int k = 0; k < 16; ++k) sum += A[row][k] * B[k][column];
-                       static_cast<float*>(out[l])[i] = sum;
-                     }
-                 },
-                 nullptr);
+  emulator::meet(
+      {"mma", file, line}, &in, d,
+      [](const void* const* in, void* const* out, const void*) {
+        float A[16][16], B[16][8];
+        for (int l = 0; l < 32; ++l) {
+          const Fragments& f = *static_cast<const Fragments*>(in[l]);
+          const int g = l / 4, t = l % 4;
+          for (int i = 0; i < 4; ++i)
+            for (int e = 0; e < 2; ++e)
+              A[g + 8 * (i % 2)][2 * t + 8 * (i / 2) + e] = Widen((uint16_t)(f.a[i] >> 16 * e));
+          for (int i = 0; i < 2; ++i)
+            for (int e = 0; e < 2; ++e)
+              B[2 * t + 8 * i + e][g] = Widen((uint16_t)(f.b[i] >> 16 * e));
+        }
+        for (int l = 0; l < 32; ++l)
+          for (int i = 0; i < 4; ++i) {
+            const int row = l / 4 + 8 * (i / 2), column = 2 * (l % 4) + i % 2;
+            float sum = static_cast<float*>(out[l])[i];
+            for (int k = 0; k < 16; ++k) sum += A[row][k] * B[k][column];
+            static_cast<float*>(out[l])[i] = sum;
+          }
+      },
+      nullptr);
 }
 inline void mma_bf16(float d[4], const uint32_t a[4], const uint32_t b[2], LK_SITE) {
   mma<bf16_to_f32>(d, a, b, file, line);

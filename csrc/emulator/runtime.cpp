@@ -19,7 +19,8 @@ namespace {
 
 constexpr int WARP = 32;
 constexpr int64_t NOBODY = -1, UNDER_WAY = -2, MANY = -3;
-constexpr int64_t PATIENCE = 200000;  // looks at flags one after another, nothing else being able to run
+constexpr int64_t PATIENCE =
+    200000;  // looks at flags one after another, nothing else being able to run
 
 // A thread's place in the order of a block: what came before a barrier came before all after it.
 struct Moment {
@@ -54,7 +55,7 @@ struct Lane {
   Site site{};
   const void* in = nullptr;
   void* out = nullptr;
-  std::vector<Copy> copies;               // not committed
+  std::vector<Copy> copies;              // not committed
   std::deque<std::vector<Copy>> groups;  // committed
 };
 
@@ -93,7 +94,7 @@ struct State {
   std::vector<Range> allowed;
   std::vector<std::unique_ptr<Launched>> grids;  // in the order of their launches
   std::vector<std::unique_ptr<Block>> blocks;    // that run
-  std::vector<Lane*> ready, looking;  // those that look at a flag again and again
+  std::vector<Lane*> ready, looking;             // those that look at a flag again and again
   std::vector<std::unique_ptr<Fiber>> fibers, spare;
   std::vector<Traffic> traffic;
   std::string error;
@@ -123,8 +124,8 @@ bool before(const Moment& then, const Moment& here) {
 std::string place(const Lane& lane) {
   const Block& b = *lane.block;
   char text[160];
-  std::snprintf(text, sizeof text, "%s, block (%u, %u, %u), thread %d",
-                b.grid->grid.name.c_str(), b.index.x, b.index.y, b.index.z, lane.thread);
+  std::snprintf(text, sizeof text, "%s, block (%u, %u, %u), thread %d", b.grid->grid.name.c_str(),
+                b.index.x, b.index.y, b.index.z, lane.thread);
   return text;
 }
 
@@ -172,12 +173,12 @@ Range& range_of(uintptr_t begin, int bytes, const char* verb) {
   std::string nearest = "no range";
   int64_t least = INT64_MAX;
   for (const Range& r : grid.ranges) {
-    const int64_t past = begin >= r.begin ? (int64_t)(begin + bytes - r.end)
-                                          : (int64_t)(r.begin - begin);
+    const int64_t past =
+        begin >= r.begin ? (int64_t)(begin + bytes - r.end) : (int64_t)(r.begin - begin);
     if (past < least) {
       least = past;
-      nearest = std::to_string(past) + " bytes " + (begin >= r.begin ? "past" : "before") + " " +
-                r.name;
+      nearest =
+          std::to_string(past) + " bytes " + (begin >= r.begin ? "past" : "before") + " " + r.name;
     }
   }
   report(std::string(verb) + " " + std::to_string(bytes) + " bytes of global memory " + nearest);
@@ -262,8 +263,8 @@ void start_blocks() {
     for (size_t i = 0; i < state.grids.size(); ++i) {
       Launched& grid = *state.grids[i];
       if (grid.started == grid.size() || !stream_is_free(i)) continue;
-      const unsigned room =
-          settings.multiprocessors - std::min<size_t>(state.blocks.size(), settings.multiprocessors);
+      const unsigned room = settings.multiprocessors -
+                            std::min<size_t>(state.blocks.size(), settings.multiprocessors);
       if (room >= (grid.grid.cooperative ? grid.size() : 1)) able.push_back(&grid);
     }
     if (able.empty()) return;
@@ -306,8 +307,7 @@ void synchronize() {
     from.pop_back();
     state.lane = lane;
     lane->fiber->enter();
-    if (lane->done && ++lane->block->done == (int)lane->block->lanes.size() &&
-        state.error.empty())
+    if (lane->done && ++lane->block->done == (int)lane->block->lanes.size() && state.error.empty())
       end_block(lane->block);
   }
   if (state.error.empty())
@@ -391,7 +391,8 @@ void warp_fence() { ++state.lane->block->warps[state.lane->thread / WARP].fences
 
 namespace {
 
-[[noreturn]] void report_shared(const char* verb, uint32_t cell, const char* which, int64_t thread) {
+[[noreturn]] void report_shared(const char* verb, uint32_t cell, const char* which,
+                                int64_t thread) {
   std::string text = std::string(verb) + " shared memory at " + std::to_string(2 * cell) + which;
   if (thread >= 0) text += " (thread " + std::to_string(thread) + ")";
   report(text);
@@ -438,7 +439,8 @@ void* shared_read(uint32_t at, int bytes) {
     if (!before(c.written, here))
       report_shared("reads", i, ", which another thread wrote with no barrier between",
                     c.written.thread);
-    // Of several who read between two barriers one name is enough: none of them may be written over.
+    // Of several who read between two barriers one name is enough: none of them may be written
+    // over.
     const bool others = c.read.thread != NOBODY && !before(c.read, here);
     c.read = {others ? MANY : here.thread, here.barriers, here.fences};
   }

@@ -83,7 +83,7 @@ using Exchange = void (*)(const void* const* in, void* const* out, const void* w
 void meet(const Site& site, const void* in, void* out, Exchange f, const void* what);
 void warp_fence();
 
-void* shared_read(uint32_t at, int bytes);   // where it is, after all checks
+void* shared_read(uint32_t at, int bytes);  // where it is, after all checks
 void* shared_write(uint32_t at, int bytes);
 void copy_async(uint32_t to, const void* from, int bytes);  // 16 land, those past `bytes` as zeros
 void commit_copies();

@@ -83,13 +83,16 @@ class Copy:
             **os.environ,
             "PYTHONPATH": str(folder),  # goes before an editable install of the working tree
             "LORA_KERNELS_NATIVE": "1",
+            "LORA_KERNELS_EMULATOR": "1",  # which runs the CUDA kernels, so that nvcc need not
+            "LORA_KERNELS_CUDA": "0",
             "LORA_KERNELS_OPTIMIZE": "1",  # compiling is most of what a fault takes
             "OMP_WAIT_POLICY": "passive",  # the copies' threads share the processor
             "GIT_CEILING_DIRECTORIES": str(folder.parent),  # a patch is for this folder
         }
         # Built here and not copied, so that later builds are incremental.
         self.build()
-        self.extensions = list((folder / "lora_kernels").glob("_native*.so"))
+        package = folder / "lora_kernels"
+        self.extensions = [*package.glob("_native*.so"), *package.glob("_emulator*.so")]
         for extension in self.extensions:
             shutil.copy2(extension, self._kept(extension))
         show = "from lora_kernels import _native; print(_native.__file__)"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -71,10 +73,42 @@ def run(name: str, at: Tensor, touched: dict[str, Tensor | None], *args: Any) ->
     launchers.allow(
         [(key, t.data_ptr(), _span(t)) for key, t in touched.items() if t is not None and t.numel()]
     )
-    out = call(*args, (0, 0))
-    launchers.synchronize()
-    traffic.extend(launchers.traffic())
+    out = call(*args, (_stream, 0))
+    if _waiting is None:
+        launchers.synchronize()
+        traffic.extend(launchers.traffic())
+    else:
+        _waiting.extend(touched.values())
     return out
+
+
+_stream = 0
+_waiting: list[Tensor | None] | None = None  # what launches that have not run yet will touch
+
+
+@contextlib.contextmanager
+def emulated_stream(number: int) -> Iterator[None]:
+    """Emulated launches inside go to another stream."""
+    global _stream
+    before, _stream = _stream, number
+    try:
+        yield
+    finally:
+        _stream = before
+
+
+@contextlib.contextmanager
+def emulated_at_once() -> Iterator[None]:
+    """Emulated launches inside run at its end: those of one stream one after another, those of
+    others between them."""
+    global _waiting
+    _waiting = []
+    try:
+        yield
+        module().synchronize()
+        traffic.extend(module().traffic())
+    finally:
+        _waiting = None
 
 
 def _span(t: Tensor) -> int:

@@ -1,0 +1,157 @@
+"""How launches follow each other, what the emulator refuses, and where the backend is asked for."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import lora_kernels
+from lora_kernels.backends import cuda, workspace
+from lora_kernels.backends.cuda import COOPERATIVE, OVERLAPPED, SPLIT, equation, launch
+from lora_kernels.measure import case as cases
+from lora_kernels.measure.case import Case
+from lora_kernels.quantization import quantize_4bit
+
+f32, bf16 = torch.float32, torch.bfloat16
+
+
+def few_rows(seed: int = 0) -> dict[str, Any]:
+    args = cases.inputs(Case(5, 80, 512, 5, bf16, seed=seed))
+    args.pop("dy")
+    return args
+
+
+def forward(args: dict[str, Any], strategy: str = COOPERATIVE) -> torch.Tensor:
+    with lora_kernels.backend("cuda", strategy), torch.no_grad():
+        return lora_kernels.lora_linear(**args)
+
+
+def test_the_flags_serve_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = torch.zeros(2, dtype=torch.int32)
+    monkeypatch.setattr(workspace, "flags", lambda device: flags)
+    first, second = few_rows(), few_rows(1)
+    alone = [forward(first), forward(second)]
+    assert flags.tolist() == [0, 0]
+    assert torch.equal(forward(first), alone[0]) and torch.equal(forward(second), alone[1])
+
+
+@pytest.mark.parametrize("strategy", [COOPERATIVE, OVERLAPPED, SPLIT])
+def test_two_streams_between_each_other(strategy: str) -> None:
+    """Each with flags and slots of its own."""
+    inputs = few_rows(), few_rows(1)
+    alone = [forward(args, strategy) for args in inputs]
+    multiprocessors = 12  # so that two cooperative grids have place
+    with cuda.emulate(3, multiprocessors), launch.emulated_at_once():
+        got = []
+        for number, args in enumerate(inputs):
+            with launch.emulated_stream(number):
+                got.append(forward(args, strategy))
+    assert all(torch.equal(a, b) for a, b in zip(got, alone, strict=True))
+
+
+def test_more_publishers_than_places_are_two_launches() -> None:
+    args = few_rows()
+    want = forward(args, OVERLAPPED)
+    with cuda.emulate(0, 1):
+        launch.traffic.clear()
+        assert torch.equal(forward(args), want)
+    assert [kernel for kernel, _ in launch.traffic] == ["publish", "decode"]
+
+
+def test_a_flag_that_is_never_raised_is_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workspace, "flags", lambda device: torch.full((2,), -9, dtype=torch.int32))
+    with pytest.raises(RuntimeError, match=r"decode, block \(\d, 0, 0\), thread 0: waits forever"):
+        forward(few_rows())
+
+
+def test_memory_outside_of_a_tensor_is_a_message() -> None:
+    args = few_rows()
+    args["lora_B"] = args["lora_B"].detach()[:-1]  # one row less than W has
+    with (
+        pytest.raises(RuntimeError, match="reads 2 bytes of global memory 2 bytes past q"),
+        torch.no_grad(),
+        lora_kernels.backend("cuda", COOPERATIVE),
+    ):
+        whole = args["weight"].detach()
+        y = torch.empty(5, whole.shape[0], dtype=bf16)
+        linear = equation._Linear(
+            args["x"].detach(), whole, args["lora_B"].t(), 1.0, None, equation._NO_DROPOUT, None,
+            None, y, None, False, bf16,
+        )  # fmt: skip
+        linear.shape = (5, whole.shape[0], *linear.shape[2:])
+        linear._after_p = (*linear._after_p[:-3], whole.shape[0], *linear._after_p[-2:])
+        equation._decode(linear, args["lora_A"].detach(), equation._NO_DROPOUT, True)
+
+
+class Allocations(TorchDispatchMode):
+    """How many elements each new tensor has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if any(part in str(func) for part in ("empty", "zeros", "full", "new_", "mm", "_to_copy")):
+            self.sizes.append(out.numel())
+        return out
+
+
+@pytest.mark.parametrize("strategy", [COOPERATIVE, SPLIT])
+@pytest.mark.parametrize("quant", ["", "nf4-64-nested"])
+def test_temporaries(quant: str, strategy: str) -> None:
+    """None of M×N, M×K or N×K elements: P, its slots, flags, and y."""
+    M, N, K, R = 12, 160, 128, 5
+    args = cases.inputs(Case(M, N, K, R, bf16, quant=quant, gate=True, bias=True))
+    weight = args["weight"].codes if quant else args["weight"]
+    with Allocations() as allocations:
+        equation.lora_linear(
+            args["x"].detach(), weight, args["lora_A"], args["lora_B"], 2.0, args["rank_gate"],
+            None, args["bias"], 0.0, None, bf16, bf16, False, strategy,
+        )  # fmt: skip
+    assert sorted(allocations.sizes)[-2:] == [M * R, M * N]
+
+
+def test_one_decode_and_one_mask_on_every_backend() -> None:
+    """The CPU's kernels and these; Triton's are compared with the same reference by its own."""
+    weight = quantize_4bit(torch.randn(33, 96), "nf4", 64, True)
+    decoded = weight.dequantize(bf16)
+    x, rng = torch.ones(9, 64), torch.tensor([7, 2**40 + 1])
+    A, B = torch.eye(64), torch.eye(64)
+    dropped = lora_kernels.lora_linear(x, None, A, B, dropout_p=0.3, rng=rng)
+    with lora_kernels.backend("cpu"):
+        assert torch.equal(weight.dequantize(bf16), decoded)
+        assert torch.equal(lora_kernels.lora_linear(x, None, A, B, dropout_p=0.3, rng=rng), dropped)
+
+
+def test_outside_of_the_emulator_a_cpu_is_refused() -> None:
+    token = cuda._emulated.set(None)
+    try:
+        with pytest.raises(RuntimeError, match="backend 'cuda' was asked for and cannot run here"):
+            forward(few_rows())
+    finally:
+        cuda._emulated.reset(token)
+
+
+@pytest.mark.parametrize(
+    ("capability", "why"),
+    [
+        (75, "sm_75 is older than sm_80"),
+        (80, None),
+        (89, None),
+        (90, None),
+        (100, None),
+        (120, None),
+    ],
+)
+def test_which_gpus_are_served(capability: int, why: str | None) -> None:
+    found = cuda.unfit(capability)
+    assert found is None if why is None else why in (found or "")
+
+
+def test_rows_with_adapters_of_their_own_are_refused() -> None:
+    A, B = [torch.randn(2, 8)], [torch.randn(4, 2)]
+    index = torch.zeros(3, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match="no kernels for rows with adapters of their own"):
+        lora_kernels.multi_lora_linear(torch.randn(3, 8), torch.randn(4, 8), A, B, index)

@@ -64,8 +64,8 @@ SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 SANITIZE_COMPILE = [*SANITIZE, "-fno-omit-frame-pointer", "-O1", "-g"]
 LINK = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
 
+CUDA_BINDINGS = "cuda/bindings.cpp"
 CUDA_SOURCES = [
-    "cuda/bindings.cpp",
     "cuda/codec.cu",
     "cuda/decode.cu",
     "cuda/gemm.cu",
@@ -164,33 +164,32 @@ class Ninja:
             *("-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include"))
         ]
 
-    def library(
-        self,
-        name: str,
-        units: list[tuple[str, list[str]]],
-        compile: list[str],
-        link: list[str],
-        dependencies: str = "-MD -MF $out.d",
-    ) -> Path:
-        """A library of these sources, each with its flags; where it will lie."""
-        shared = self.build_dir / f"{name}.so"
+    def objects(
+        self, name: str, units: list[tuple[str, list[str]]], compile: list[str]
+    ) -> list[str]:
+        """The objects of these sources, each with its flags."""
         command = shlex.join([*compile, *self.define, *self.include]).replace("$", "$$")
         self.writer.rule(
             f"compile{name}",
-            f"{command} $isa {dependencies} -c $in -o $out",
+            f"{command} $isa -MD -MF $out.d -c $in -o $out",
             description="compile $in",
             depfile="$out.d",
             deps="gcc",
         )
-        self.writer.rule(f"link{name}", f"{shlex.join(link)} $in -o $out", description="link $out")
-        objects = []
+        found: list[str] = []
         for source, flags in units:
-            objects += self.writer.build(
+            found += self.writer.build(
                 str(self.build_dir / Path(source).with_suffix(".o")),
                 f"compile{name}",
                 f"csrc/{source}",
                 variables={"isa": shlex.join(flags)},
             )
+        return found
+
+    def link(self, name: str, objects: list[str], link: list[str]) -> Path:
+        """The library of these objects; where it will lie."""
+        shared = self.build_dir / f"{name}.so"
+        self.writer.rule(f"link{name}", f"{shlex.join(link)} $in -o $out", description="link $out")
         self.writer.build(str(shared), f"link{name}", objects)
         return shared
 
@@ -207,25 +206,28 @@ def native(ninja: Ninja, cxx: list[str]) -> Path:
     units += [(f"cpu/kernels_{isa}.cpp", flags) for isa, flags in isas.items()]
     have = [f"-DLORA_KERNELS_HAVE_{isa.upper()}={int(isa in isas)}" for isa in X86_64]
     optimize = SANITIZE_COMPILE if enabled("LORA_KERNELS_SANITIZE") else OPTIMIZE
-    return ninja.library("_native", units, host(cxx, [*optimize, *have]), host_link(cxx))
+    objects = ninja.objects("_native", units, host(cxx, [*optimize, *have]))
+    return ninja.link("_native", objects, host_link(cxx))
 
 
 def emulator(ninja: Ninja, cxx: list[str]) -> Path:
-    units: list[tuple[str, list[str]]] = [(source, []) for source in CUDA_SOURCES]
-    units.append(("emulator/runtime.cpp", []))
+    sources = [CUDA_BINDINGS, *CUDA_SOURCES, "emulator/runtime.cpp"]
     optimize = SANITIZE_COMPILE if enabled("LORA_KERNELS_SANITIZE") else ["-g1"]
     module = "-DLORA_KERNELS_MODULE=_emulator"
-    return ninja.library(
-        "_emulator", units, host(cxx, [*optimize, module, *EMULATOR]), host_link(cxx)
-    )
+    compile = host(cxx, [*optimize, module, *EMULATOR])
+    objects = ninja.objects("_emulator", [(source, []) for source in sources], compile)
+    return ninja.link("_emulator", objects, host_link(cxx))
 
 
 def cuda(ninja: Ninja, cxx: list[str], nvcc: str) -> Path:
-    units: list[tuple[str, list[str]]] = [(source, []) for source in CUDA_SOURCES]
     # It makes host code with the first compiler on PATH unless told; CXX may carry a launcher.
     common = [nvcc, "-ccbin", cxx[-1], *NVCCFLAGS]
-    compile = [*common, "-x", "cu", *cuda_archs(nvcc), "-DLORA_KERNELS_MODULE=_cuda"]
-    return ninja.library("_cuda", units, compile, [*common, "-shared"])
+    objects = ninja.objects(
+        "_cuda", [(source, []) for source in CUDA_SOURCES], [*common, *cuda_archs(nvcc)]
+    )
+    bindings = host(cxx, ["-O2", "-g0", "-DLORA_KERNELS_MODULE=_cuda"])
+    objects += ninja.objects("_cuda_bindings", [(CUDA_BINDINGS, [])], bindings)
+    return ninja.link("_cuda", objects, [*common, "-shared"])
 
 
 def host(cxx: list[str], flags: list[str]) -> list[str]:

@@ -7,6 +7,9 @@
 #include <tuple>
 
 #include "kernels.h"
+#ifdef LORA_KERNELS_EMULATED
+#include "../emulator/runtime.h"
+#endif
 
 namespace py = pybind11;
 using namespace lora_kernels::gpu;

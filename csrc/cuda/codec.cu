@@ -1,5 +1,6 @@
 // The 4-bit format by itself, and DoRA's row norm over it.
 #include "kernels.h"
+#include "operands.cuh"
 
 namespace lora_kernels {
 namespace gpu {

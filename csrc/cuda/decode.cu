@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "kernels.h"
+#include "operands.cuh"
 
 namespace lora_kernels {
 namespace gpu {
@@ -13,6 +14,7 @@ constexpr int TILE_N = 16;    // rows of W that a block makes at a time, K share
 constexpr int CHUNK = 128;    // elements of K that a warp takes at a time, 32 a lane
 constexpr int REPLICAS = 16;  // of the table: half a warp looks up 8 bytes each at once
 constexpr int TABLE_BYTES = 256 * REPLICAS * 8;
+static_assert(REPLICAS * 8 == 128, "an entry's replicas");
 enum Mode : int { ONE_LAUNCH, PUBLISH, CONSUME };
 
 struct Pairs {
@@ -72,11 +74,11 @@ LK_DEVICE void wait_flag(const int* flag, int count) {
 // ONE_LAUNCH: the first `slots` blocks publish a slot of p each and raise the flag; all wait for it
 // before their first store, the last block to be done lowers it. All must have place at once.
 // PUBLISH, CONSUME: the same in two launches, the second waiting for the first in the same place.
-// Bytes: W once; x once a block where it is `resident`, else once a tile; in all x once a rank and
+// Bytes: W once; x once a block where it is Resident, else once a tile; in all x once a rank and
 // a once a row more, from caches but for the first; Q, y, z, slots once. Flops 2·M·N·(K + R), of
 // codes twice K. Rounding points: x, dense W to 16 bits; y, z once. Deterministic. Tested by
 // tests/cuda_emulated/test_lora_linear.py.
-template <bool BFloat16, bool FromCodes, int MT>
+template <bool BFloat16, bool FromCodes, bool Resident, int MT>
 LK_KERNEL LK_BOUNDS(THREADS, 2) decode_kernel(const DecodeArgs a) {
   const LinearArgs& l = a.linear;
   const int thread = thread_id(), lane = thread % 32, warp = thread / 32, g = lane / 4,
@@ -85,6 +87,7 @@ LK_KERNEL LK_BOUNDS(THREADS, 2) decode_kernel(const DecodeArgs a) {
   const uint32_t table = shared_base(), sums = table + (FromCodes ? TABLE_BYTES : 0);
   const uint32_t ss = sums + WARPS * TILE_N * 8 * MT * 4, xs = ss + (M * R * 4 + 15) / 16 * 16;
   const int chunks = (int)((l.K + CHUNK - 1) / CHUNK);
+  const uint32_t replica = lane % REPLICAS * 8;
 
   if (a.mode == PUBLISH) launch_dependents();
   if (a.mode != CONSUME && block_x() < a.slot_count) {
@@ -110,7 +113,7 @@ LK_KERNEL LK_BOUNDS(THREADS, 2) decode_kernel(const DecodeArgs a) {
       }
       sts(table + u * 8, pairs);
     }
-  if (a.resident)
+  if constexpr (Resident)
     for (int u = thread; u < chunks * 16 * M; u += THREADS) {
       // [chunk, piece, m, t]: what the lanes of a warp read together lies together.
       const int lane_t = u % 4, m = u / 4 % M, piece = u / 4 / M % 4, chunk = u / 4 / M / 4;
@@ -183,11 +186,12 @@ LK_KERNEL LK_BOUNDS(THREADS, 2) decode_kernel(const DecodeArgs a) {
           const int m = g + 8 * j;
           const int64_t k = k0 + piece_at<FromCodes>(piece, t);
           x[j] = zeros();
-          if (m < M && a.resident)
-            x[j] = lds<Words4>(xs + (((chunk * 4 + piece) * M + m) * 4 + t) * 16);
-          else if (m < M && k < l.K)
+          if constexpr (Resident) {
+            if (m < M) x[j] = lds<Words4>(xs + (((chunk * 4 + piece) * M + m) * 4 + t) * 16);
+          } else if (m < M && k < l.K) {
             x[j] = ldg(reinterpret_cast<const Words4*>(static_cast<const uint16_t*>(l.x.data) +
                                                        m * l.x.row + k));
+          }
         }
         if (piece % 2 == 0) LK_UNROLL
         for (int j = 0; j < MT; ++j) LK_UNROLL
@@ -198,8 +202,11 @@ LK_KERNEL LK_BOUNDS(THREADS, 2) decode_kernel(const DecodeArgs a) {
           LK_UNROLL
           for (int e = 0; e < 4; ++e) {  // rows g and g + 8, elements 0 and 1, then 2 and 3
             if constexpr (FromCodes) {
-              const uint32_t byte = w[e % 2][0].w[piece] >> (16 * half + 8 * (e / 2)) & 255;
-              const Pairs pairs = lds<Pairs>(table + (byte * REPLICAS + lane % REPLICAS) * 8);
+              // Byte 2 half + e / 2 of eight, times the table's 128 bytes of replicas.
+              const int shift = 16 * half + 8 * (e / 2);
+              const uint32_t word = w[e % 2][0].w[piece];
+              const uint32_t entry = (shift ? word >> (shift - 7) : word << 7) & 255 * 128;
+              const Pairs pairs = lds<Pairs>(table + (entry | replica));
               high[e] = pairs.high;
               low[e] = pairs.low;
             } else {
@@ -307,14 +314,25 @@ bool decode_keeps_x(const DecodeArgs& d) {
   return shared_bytes(a) <= ROOM;
 }
 
+template <bool BFloat16, bool FromCodes, bool Resident>
+static auto kernel_for_rows(const DecodeArgs& a) {
+  return a.linear.M > 8 ? decode_kernel<BFloat16, FromCodes, Resident, 2>
+                        : decode_kernel<BFloat16, FromCodes, Resident, 1>;
+}
+template <bool BFloat16, bool FromCodes>
+static auto kernel_for_x(const DecodeArgs& a) {
+  return a.resident ? kernel_for_rows<BFloat16, FromCodes, true>(a)
+                    : kernel_for_rows<BFloat16, FromCodes, false>(a);
+}
+static auto kernel_for(const DecodeArgs& a) {
+  if (a.linear.compute == BF16)
+    return a.linear.codes ? kernel_for_x<true, true>(a) : kernel_for_x<true, false>(a);
+  return a.linear.codes ? kernel_for_x<false, true>(a) : kernel_for_x<false, false>(a);
+}
+
 bool decode(DecodeArgs a, bool cooperative, const Where& at) {
   const LinearArgs& l = a.linear;
-  void (*kernels[2][2][2])(DecodeArgs) = {
-      {{decode_kernel<false, false, 1>, decode_kernel<false, false, 2>},
-       {decode_kernel<false, true, 1>, decode_kernel<false, true, 2>}},
-      {{decode_kernel<true, false, 1>, decode_kernel<true, false, 2>},
-       {decode_kernel<true, true, 1>, decode_kernel<true, true, 2>}}};
-  const auto kernel = kernels[l.compute == BF16][l.codes][l.M > 8];
+  const auto kernel = kernel_for(a);
   a.tiles = (l.N + TILE_N - 1) / TILE_N;
   const unsigned bytes = shared_bytes(a);
   const int resident = resident_blocks(kernel, at.device, THREADS, (int)bytes);

@@ -1,6 +1,7 @@
 // The layer for up to a few hundred rows on the matrix units (mma.sync): bfloat16 and float16,
 // dense weights and 4-bit codes, both of the weight's orientations.
 #include "kernels.h"
+#include "operands.cuh"
 
 namespace lora_kernels {
 namespace gpu {
@@ -32,19 +33,19 @@ LK_DEVICE uint32_t chunk_at(int row, int chunk) {
 }
 
 // ROWS by COLUMNS of a 16-bit matrix from [i0, j0] on, copied while others compute; zeros outside.
+// A thread's chunks are one below the other, so that one address and one place serve for all.
 template <int ROWS, int COLUMNS>
 LK_DEVICE void fill(uint32_t to, const Matrix& m, int64_t i0, int64_t j0, int64_t rows,
                     int64_t columns) {
-  constexpr int CHUNKS = COLUMNS / 8;
-  const uint16_t* data = static_cast<const uint16_t*>(m.data);
+  constexpr int CHUNKS = COLUMNS / 8, APART = THREADS / CHUNKS;
+  static_assert(APART % 8 == 0, "the same order of chunks in all of a thread's rows");
+  const int row = thread_id() / CHUNKS, chunk = thread_id() % CHUNKS;
+  const uint16_t* from = static_cast<const uint16_t*>(m.data) + (i0 + row) * m.row + j0 + chunk * 8;
+  const int below = j0 + chunk * 8 < columns ? (int)min_of(rows - i0, (int64_t)ROWS) : 0;
+  to += chunk_at<COLUMNS>(row, chunk);
   LK_UNROLL
-  for (int u = thread_id(); u < ROWS * CHUNKS; u += THREADS) {
-    const int row = u / CHUNKS, chunk = u % CHUNKS;
-    const int64_t i = i0 + row, j = j0 + chunk * 8;
-    const bool inside = i < rows && j < columns;  // columns is a multiple of eight
-    cp_async16(to + chunk_at<COLUMNS>(row, chunk), inside ? data + i * m.row + j : data,
-               inside ? 16 : 0);
-  }
+  for (int i = 0; i < ROWS; i += APART)
+    cp_async16(to + i * COLUMNS * 2, from + i * m.row, row + i < below ? 16 : 0);
 }
 
 // Two runs of 32 codes a thread, of the ROWS by COLUMNS that a step takes.

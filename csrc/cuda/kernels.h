@@ -1,15 +1,10 @@
 // The CUDA kernels' launchers: raw pointers and sizes in, nothing allocated, nothing waited for.
 // What each computes, reads and writes stands at its kernel.
 #pragma once
-#include "operands.cuh"
+#include "operands.h"
 
 namespace lora_kernels {
 namespace gpu {
-
-struct Vector {
-  const void* data;  // null: ones, or zeros
-  int dtype;
-};
 
 struct Where {
   uintptr_t stream;

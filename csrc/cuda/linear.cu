@@ -1,6 +1,7 @@
 // The layer for any strides, dtypes and sizes, in float32 on the ordinary multipliers: float32's
 // own kernel, and the way of what the matrix units' kernels do not take.
 #include "kernels.h"
+#include "operands.cuh"
 
 namespace lora_kernels {
 namespace gpu {

@@ -1,6 +1,7 @@
 // Thin products, whose one side has R columns: P = D(x)·Aᵀ, dS = dZ·B, dB = dZᵀ·S, dA = dXAᵀ·D(x).
 // In float32 on the ordinary multipliers: at these ranks memory is the limit, and nothing is lost.
 #include "kernels.h"
+#include "operands.cuh"
 
 namespace lora_kernels {
 namespace gpu {

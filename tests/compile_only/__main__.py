@@ -87,20 +87,26 @@ def main() -> int:
                 failures += bool(wrong)
     if args.write:
         budgets["triton"] = VERSION
-        BUDGETS.write_text(_one_line_a_kernel(budgets))
+        write(budgets)
         text = document.DOCUMENT.read_text()
         document.DOCUMENT.write_text(document.render(text, budgets))
     print(f"{seen} kernels compiled with Triton {VERSION}, {failures} failures")
     return 1 if failures else 0
 
 
-def _one_line_a_kernel(budgets: dict[str, Any]) -> str:
-    targets = []
-    for target, kernels in sorted(budgets["kernels"].items()):
-        lines = (f"{json.dumps(key)}: {json.dumps(code)}" for key, code in sorted(kernels.items()))
-        targets.append(f"{json.dumps(target)}: {{\n" + ",\n".join(lines) + "\n}")
-    version = json.dumps(budgets["triton"])
-    return f'{{"triton": {version}, "kernels": {{\n' + ",\n".join(targets) + "\n}}\n"
+def write(budgets: dict[str, Any]) -> None:
+    """The file, a line a kernel: the compilers' versions, Triton's kernels and the CUDA ones."""
+    sections = []
+    for section in ("kernels", "cuda"):
+        targets = []
+        for target, kernels in sorted(budgets[section].items()):
+            lines = (
+                f"{json.dumps(key)}: {json.dumps(code)}" for key, code in sorted(kernels.items())
+            )
+            targets.append(f"{json.dumps(target)}: {{\n" + ",\n".join(lines) + "\n}")
+        sections.append(f'"{section}": {{\n' + ",\n".join(targets) + "\n}")
+    versions = f'"triton": {json.dumps(budgets["triton"])}, "nvcc": {json.dumps(budgets["nvcc"])}'
+    BUDGETS.write_text("{" + ", ".join([versions, *sections]) + "}\n")
 
 
 def _wrong(

@@ -34,6 +34,20 @@ def compiled(budgets: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def cuda(budgets: dict[str, Any]) -> str:
+    lines = [
+        "| kernel | target | registers | loop | peak | stream |",
+        "|---|---|---|---|---|---|",
+    ]
+    for target, kernels in sorted(budgets["cuda"].items()):
+        for key, code in sorted(kernels.items()):
+            loop, peak, stream = (
+                f"{code[name]:.0%}" if code[name] else "–" for name in ("loop", "peak", "stream")
+            )
+            lines.append(f"| {key} | {target} | {code['registers']} | {loop} | {peak} | {stream} |")
+    return "\n".join(lines)
+
+
 def strategies() -> str:
     lines = ["| N | layer | weight | GPU | R | choice | because |", "|---|---|---|---|---|---|---|"]
     for columns, layer in NAMED:
@@ -50,7 +64,8 @@ def strategies() -> str:
 
 def render(text: str, budgets: dict[str, Any]) -> str:
     """The document with its tables as they should be."""
-    for name, table in (("compiled", compiled(budgets)), ("strategies", strategies())):
+    tables = {"compiled": compiled(budgets), "cuda": cuda(budgets), "strategies": strategies()}
+    for name, table in tables.items():
         text = re.sub(
             rf"(<!-- {name} -->\n).*?(<!-- end -->)",
             lambda found, table=table: f"{found[1]}{table}\n{found[2]}",

@@ -28,6 +28,21 @@ def test_budgets(target: str, every: bool) -> None:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
+def test_the_cuda_kernels() -> None:
+    """Of the build; where nvcc was not found there are none, and another test says so."""
+    from tests.compile_only import cuda
+
+    if cuda.library() is None:
+        pytest.skip("nvcc is not installed")
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.compile_only.cuda"],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
 def test_the_document_says_what_the_budgets_say() -> None:
     from tests.compile_only import document
 

@@ -1,0 +1,205 @@
+"""Hold the CUDA kernels that the build compiled to their budgets, for GPUs that are not here.
+
+    python -m tests.compile_only.cuda [--write]
+
+A kernel that spills, a product without its matrix instruction, or a kernel that reads no 128 bits
+at a time fails, and one that takes more registers than budgets.json says (for the nvcc that they
+were written with). `loop` and `peak` are those of `python -m tests.compile_only`. For the loops that
+stream a weight, `stream` is the share of the GPU's memory bandwidth that issuing their
+instructions, and looking codes up in shared memory, leaves room for: an upper bound.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.compile_only import document, machine_code
+from tests.compile_only.__main__ import BUDGETS, write
+from tests.compile_only.machine_code import TOOLS, Code
+
+LIBRARIES = Path(__file__).parents[2] / "lora_kernels"
+TARGETS = {"80": "sm80", "90a": "sm90", "100a": "sm100", "120": "sm120"}
+# Bytes of memory a clock and multiprocessor, from the data sheets of A100, H100, B200 and 5090.
+STREAM = {"sm80": 13.4, "sm90": 14.5, "sm100": 27.5, "sm120": 4.4}
+MATRIX = ("gemm", "decode")
+WIDE = ("gemm", "decode", "thin", "pair", "linear")
+WARPS = {"gemm": 4, "decode": 8}
+# Of a warp in one turn of decode's loop: 16 rows of 128 elements.
+CHUNK_BYTES = {"codes": 16 * 64, "dense": 16 * 256}
+_SHARED_BYTES = 128  # of shared memory a clock and multiprocessor
+
+
+@dataclass(frozen=True)
+class Found:
+    target: str
+    kernel: str  # "gemm"
+    key: str  # "gemm bfloat16 codes dx"
+    code: Code
+
+    @property
+    def stream(self) -> float | None:
+        """Of decode's loop."""
+        if self.kernel != "decode":
+            return None
+        loop = self.code.loop
+        look_ups = sum(n for op, n in loop.items() if op.startswith("LDS"))
+        wide = sum(n for op, n in loop.items() if op.startswith("LDS") and ".64" in op)
+        clocks = max(
+            sum(loop.values()) / 4,  # four warps issue at a time
+            (wide * 256 + (look_ups - wide) * 128) / _SHARED_BYTES,
+        )
+        bytes_ = CHUNK_BYTES["codes" if "codes" in self.key else "dense"]
+        return min(1.0, bytes_ / clocks / STREAM[self.target])
+
+
+def library() -> Path | None:
+    """The CUDA extension, where the build made one."""
+    return next(iter(sorted(LIBRARIES.glob("_cuda*.so"))), None)
+
+
+def nvcc_version() -> str:
+    """Of the compiler that the build finds; "" where there is none."""
+    from lora_kernels.device import nvcc
+
+    if nvcc() is None:
+        return ""
+    text = _output(str(nvcc()), "--version")
+    found = re.search(r"release ([\d.]+)", text)
+    return found[1] if found else ""
+
+
+def kernels(library: Path) -> Iterator[Found]:
+    """Each kernel for each target."""
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run(
+            [TOOLS / "cuobjdump", "-xelf", "all", str(library)],
+            cwd=folder, capture_output=True, check=True,
+        )  # fmt: skip
+        for cubin in sorted(Path(folder).glob("*.cubin")):
+            arch = re.search(r"sm_(\w+)\.cubin", cubin.name)
+            if arch is None or arch[1] not in TARGETS:
+                continue
+            target = TARGETS[arch[1]]
+            usage = _output(str(TOOLS / "cuobjdump"), "--dump-resource-usage", str(cubin))
+            sass = _output(str(TOOLS / "nvdisasm"), "-c", str(cubin))
+            bodies = dict(
+                re.findall(
+                    r"\.section\s+\.text\.(\S+?),.*?\n(.*?)(?=\n\s*\.section\s|\Z)", sass, re.S
+                )
+            )
+            for name, fields in re.findall(r"Function (\S+):\s*\n\s*(.*)", usage):
+                kernel, key = _named(name)
+                if kernel:
+                    yield Found(target, kernel, key, _code(fields, bodies[name], target, kernel))
+
+
+def _code(usage: str, body: str, target: str, kernel: str) -> Code:
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
+    assert found is not None, usage
+    loop, spills_in_loops = machine_code._loop(body)
+    return Code(
+        registers=int(found[1]),
+        spills=int(found[2]) + int(found[4]),
+        spills_in_loops=spills_in_loops,
+        shared=int(found[3]),
+        matrix="mma.sync" if "HMMA" in body else "",
+        wide=bool(re.search(r"LDG\S*\.128|LDGSTS\S*\.128", body)),
+        share=machine_code._share(loop, target, WARPS[kernel]) if kernel in WARPS else None,
+        loop=loop,
+    )
+
+
+def _named(mangled: str) -> tuple[str, str]:
+    """gemm_kernel<true, false, true> as ("gemm", "gemm bfloat16 dense dx")."""
+    found = re.search(r"\d((?!lora)[a-z]+)_kernel(?:I((?:L[bi]\d+E)+)E)?", mangled)
+    if found is None:
+        return "", ""
+    kernel, numbers = found[1], [int(n) for n in re.findall(r"L[bi](\d+)E", found[2] or "")]
+    words: list[str] = [kernel]
+    if kernel in MATRIX:
+        words += ["bfloat16" if numbers[0] else "float16", "codes" if numbers[1] else "dense"]
+        if kernel == "gemm":
+            words.append("dx" if numbers[2] else "y")
+        else:
+            words += [f"M{8 * numbers[3]}", "x in shared memory" if numbers[2] else "x from caches"]
+    elif kernel == "thin":
+        words.append(f"R{8 * numbers[0]}")
+    elif kernel == "pair":
+        words.append(f"R{16 * numbers[0]}")
+    return kernel, " ".join(words)
+
+
+def _output(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _wrong(found: Found) -> list[str]:
+    wrong = [f"spills {found.code.spills}"] if found.code.spills else []
+    if found.kernel in MATRIX and not found.code.matrix:
+        wrong.append("no matrix instruction")
+    if found.kernel in WIDE and not found.code.wide:
+        wrong.append("no load of 128 bits")
+    return wrong
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.compile_only.cuda", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--write", action="store_true", help="write the budgets of what is seen")
+    args = parser.parse_args()
+    path = library()
+    if path is None:
+        print("no CUDA kernels were built: LORA_KERNELS_CUDA=1 python setup.py build_ext --inplace")
+        return 2
+    budgets, version = json.loads(BUDGETS.read_text()), nvcc_version()
+    same = budgets["nvcc"] == version
+    if not same and not args.write:
+        print(f"no budgets compared: they are of nvcc {budgets['nvcc']}, this is {version}")
+    print("registers, matrix instruction, loop, peak, stream; then kernel")
+    failures = seen = 0
+    if args.write:
+        budgets["cuda"], budgets["nvcc"] = {}, version
+    for found in sorted(kernels(path), key=lambda f: (f.target, f.key)):
+        seen += 1
+        code, wrong = found.code, _wrong(found)
+        entry = {
+            "registers": code.registers,
+            "matrix": code.matrix,
+            "loop": round(code.matrix_share, 3),
+            "peak": None if code.share is None else round(code.share, 3),
+            "stream": None if found.stream is None else round(found.stream, 3),
+        }
+        limit = budgets["cuda"].setdefault(found.target, {})
+        if args.write:
+            limit[found.key] = entry
+        elif same:
+            known = limit.get(found.key)
+            if known is None:
+                wrong.append("no budget: run with --write")
+            elif code.registers > known["registers"]:
+                wrong.append(f"registers over {known['registers']}")
+        shares = "  ".join("" if s is None else f"{s:4.0%}" for s in (code.share, found.stream))
+        line = (
+            f"{'✗' if wrong else '✓'} {found.target:6} {code.registers:3} {code.matrix:9} "
+            f"{code.matrix_share:4.0%} {shares:10}  {found.key}"
+        )
+        print("  ".join([line, *wrong]), flush=True)
+        failures += bool(wrong)
+    if args.write:
+        write(budgets)
+        text = document.DOCUMENT.read_text()
+        document.DOCUMENT.write_text(document.render(text, budgets))
+    print(f"{seen} kernels compiled with nvcc {version}, {failures} failures")
+    return 1 if failures or not seen else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

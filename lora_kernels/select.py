@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from . import costs
 from .backends import cpu, cuda, eager, forced, native, triton
 from .backends.forced import Forced
 from .backends.triton import configs, measured
@@ -27,10 +28,11 @@ STRATEGIES = {
 BACKENDS = tuple(STRATEGIES)
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# Why a GPU's tensors go to the eager backend unless the Triton one is asked for.
-UNTRIED = (
-    "the Triton kernels are proven in Triton's interpreter and compiled, but have run on no GPU "
-    "yet; lora_kernels.backend('triton') takes them"
+# Why a GPU's tensors go to the eager backend unless another is asked for; None lets the model of
+# costs decide.
+UNTRIED: str | None = (
+    "the Triton and CUDA kernels are proven on the CPU, in an interpreter and an emulator, and "
+    "compiled, but have run on no GPU yet; lora_kernels.backend('triton' or 'cuda') takes them"
 )
 # From how many rows of x a step in a single pass beats the library's product and a pass after it:
 # measured on 2 threads of AMD family 26 with torch 2.15 (benchmarks/NOTES.md). On other processors
@@ -127,6 +129,13 @@ def lora_linear(
             asked, cuda.obstacle(device_type, device_index), x_dtype, a_dtype, b_dtype, dtype, rank,
             rows,
         )  # fmt: skip
+    if asked.backend is None and device_type == "cuda":
+        found = _choose_gpu(
+            _gpu(device_index), UNTRIED, triton.absence(), cuda.obstacle(device_type, device_index),
+            x_dtype, a_dtype, b_dtype, dtype, rank, rows, columns, inner, four_bit, dropout,
+        )  # fmt: skip
+        if found is not None:
+            return found
     many = None if rows is None else rows > few_rows(dtype, four_bit)
     gpu_obstacle = None
     if device_type == "cuda":
@@ -205,7 +214,7 @@ def _gpu_obstacle(bfloat16: bool, device_index: int | None) -> str:
         if obstacle is not None:
             slow = f"; sm_{target.arch} has no bfloat16 either, and emulates it: want float16"
             return obstacle + slow * bfloat16
-    return UNTRIED
+    return UNTRIED or "the model of costs does not know this GPU"
 
 
 def few_rows(dtype: torch.dtype, four_bit: bool) -> int:
@@ -319,6 +328,48 @@ def _choose_triton(
     if not (rows is None or columns is None or inner is None or dropout):
         key = measured.shape(target, rows, columns, inner, rank, itemsize, four_bit)
     return Choice("triton", strategy, f"the triton backend was asked for; {why}"), key
+
+
+def _gpu(device_index: int | None) -> costs.Gpu | None:
+    return costs.here(device_index) if _has_gpu() else None
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose_gpu(
+    gpu: costs.Gpu | None,
+    untried: str | None,
+    triton_absence: str | None,
+    cuda_obstacle: str | None,
+    x_dtype: torch.dtype,
+    a_dtype: torch.dtype,
+    b_dtype: torch.dtype,
+    dtype: torch.dtype,
+    rank: int,
+    rows: int | None,
+    columns: int | None,
+    inner: int | None,
+    four_bit: bool,
+    dropout: bool,
+) -> Choice | None:
+    """The fastest by the model of costs, of those that are here; while they are untried, eager and
+    what the model says of them. None where our kernels cannot run, or the GPU is not known."""
+    if gpu is None or costs.obstacle(gpu) is not None:
+        return None
+    if _kernel_obstacle(x_dtype, a_dtype, b_dtype, dtype, rank) is not None:
+        return None
+    missing = {"triton": triton_absence, "cuda": cuda_obstacle}
+    M, N, K = rows or 4096, columns or 4096, inner or 4096
+    predicted = costs.predict(gpu, M, N, K, rank, dtype.itemsize, four_bit, dropout)
+    best = next(cost for cost in predicted if missing.get(cost.backend) is None)
+    eagers = next(cost for cost in predicted if cost.backend == "eager")
+    share = f"{best.seconds / eagers.seconds:.2f} of eager's {eagers.seconds * 1e6:.0f} µs"
+    if untried is None:
+        why = f"the model of costs expects {share}, most of it {best.because}"
+        return Choice(best.backend, best.strategy, why)
+    expected = ""
+    if best.backend != "eager":
+        expected = f"; the model of costs expects of {best.backend}, {best.strategy!r}, {share}"
+    return Choice("eager", eager.LIBRARY, untried + expected)
 
 
 @functools.lru_cache(maxsize=1024)

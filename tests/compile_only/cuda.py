@@ -4,9 +4,9 @@
 
 A kernel that spills, a product without its matrix instruction, or a kernel that reads no 128 bits
 at a time fails, and one that takes more registers than budgets.json says (for the nvcc that they
-were written with). `loop` and `peak` are those of `python -m tests.compile_only`. For the loops that
-stream a weight, `stream` is the share of the GPU's memory bandwidth that issuing their
-instructions, and looking codes up in shared memory, leaves room for: an upper bound.
+were written with). `loop` and `peak` are those of `python -m tests.compile_only`. For decode's
+loop, `stream` is the share of the GPU's memory bandwidth that issuing its instructions, and looking
+codes up in shared memory, leaves room for: an upper bound.
 """
 
 from __future__ import annotations

@@ -27,6 +27,14 @@ def test_quantize(quant_type: str, blocksize: int, dtype: torch.dtype) -> None:
     assert same_bits(got.absmax, want[1])
 
 
+def test_a_short_block_is_divided() -> None:
+    """Where the quotient and the product with a reciprocal fall on two sides of a threshold."""
+    thresholds, order = codebooks.thresholds("nf4"), codebooks.order("nf4")
+    for row in special("nf4")[: 128 * 32].view(128, 32)[:, :31]:
+        want = reference.quantize_4bit(row, thresholds, order, 32)
+        assert same_bits(quantize_4bit(row[None], "nf4", 32, double_quant=False).packed, want[0])
+
+
 @pytest.mark.parametrize("n", [31, 100])
 def test_a_short_block_of_zeros(n: int) -> None:
     """Whose scale is the smallest there is, where a whole block's is 0."""

@@ -1,4 +1,4 @@
-"""y and every gradient against the float64 reference, for every strategy and each of its kernels."""
+"""y and every gradient against the float64 reference, for each strategy and kernel."""
 
 import itertools
 from typing import Any

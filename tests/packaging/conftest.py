@@ -75,6 +75,10 @@ class Project:
         for unit in ("dispatch", "layer", "threads", *kernels):
             (self.csrc / "cpu" / f"{unit}.cpp").write_text(f"int {unit}_marker = 1;\n")
 
+        (self.csrc / "cuda").mkdir()
+        for unit in ("bindings.cpp", "codec.cu", "decode.cu", "gemm.cu", "linear.cu", "thin.cu"):
+            (self.csrc / "cuda" / unit).write_text("int marker = 1;\n")
+
     def setup(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
         """setup.py with these arguments, stdout and stderr together; no LORA_KERNELS_* or CXX but
         the ones given."""

@@ -32,7 +32,7 @@ def machine_flags(project: Project) -> dict[str, set[str]]:
     """Source name -> the -m flags of its compile command."""
     ninja_file = str(project.object_file("build.ninja"))
     database = subprocess.run(
-        [sys.executable, "-m", "ninja", "-f", ninja_file, "-t", "compdb", "compile"],
+        [sys.executable, "-m", "ninja", "-f", ninja_file, "-t", "compdb", "compile_native"],
         capture_output=True,
         text=True,
         check=True,
@@ -81,6 +81,41 @@ def test_a_failed_build_leaves_no_extension_behind(project: Project, native: str
     assert "no_semicolon" in result.stdout, "the compiler's own message is shown"
     assert result.returncode == (1 if native else 0)
     assert project.extensions() == []
+
+
+def fake_nvcc(project: Project) -> str:
+    """CUDA_HOME of a compiler that knows sm_80 and sm_90, and compiles nothing."""
+    home = project.root / "cuda"
+    (home / "bin").mkdir(parents=True)
+    (home / "bin" / "nvcc").write_text(
+        '#!/bin/sh\ncase "$*" in --list-gpu-code) echo sm_80; echo sm_90; exit 0;; esac\n'
+        'echo "asked: $*"; exit 1\n'
+    )
+    (home / "bin" / "nvcc").chmod(0o755)
+    return str(home)
+
+
+def test_cuda_kernels_that_do_not_build_are_said_to_be_left_out(project: Project) -> None:
+    environment = {"CUDA_HOME": fake_nvcc(project), "LORA_KERNELS_NATIVE": "0"}
+    asked = project.setup("build", LORA_KERNELS_CUDA="1", **environment)
+    assert asked.returncode == 1
+    assert "error: LORA_KERNELS_CUDA=1, but" in asked.stdout
+    # Those of the default that this nvcc knows, and the last of them for GPUs to come.
+    for flag in ("code=sm_80", "code=sm_90a", "code=compute_90a"):
+        assert flag in asked.stdout
+    assert "sm_120" not in asked.stdout
+    unasked = project.setup("build", LORA_KERNELS_CUDA="", **environment)
+    assert unasked.returncode == 0
+    assert "the CUDA kernels are left out" not in unasked.stdout
+
+
+def test_gpus_that_nvcc_does_not_know_are_an_error(project: Project) -> None:
+    result = project.setup(
+        "build", LORA_KERNELS_NATIVE="0", LORA_KERNELS_CUDA="1", CUDA_HOME=fake_nvcc(project),
+        TORCH_CUDA_ARCH_LIST="8.0;12.1+PTX",
+    )  # fmt: skip
+    assert result.returncode == 1
+    assert "TORCH_CUDA_ARCH_LIST" in result.stdout and "does not know '12.1+PTX'" in result.stdout
 
 
 def test_each_unit_has_the_flags_of_its_instruction_set_alone(built_project: Project) -> None:

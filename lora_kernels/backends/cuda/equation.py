@@ -57,7 +57,7 @@ def lora_linear(
     strategy: str,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """x [M, K] -> y [M, N] in `y_dtype`, P [M, R] float32, z [M, N] or None."""
-    (M, K), (N, R), dropout = x.shape, lora_B.shape, Dropout.of(dropout_p, rng)
+    M, (N, R), dropout = x.shape[0], lora_B.shape, Dropout.of(dropout_p, rng)
     y = empty(x, M, N, dtype=y_dtype)
     z = empty(x, M, N, dtype=y_dtype) if save_z else None
     if not M:
@@ -117,7 +117,7 @@ def lora_linear_backward(
                 grad.zero_()
         return dx, dA, dB, dg, dc, dbias
     ds, need_s = None, need_x or need_A or need_gate
-    if need_B and need_s and R <= module().PAIR_MAX_RANK:
+    if dB is not None and need_s and R <= module().PAIR_MAX_RANK:
         slots, parts = _pair(dy, column_scale, lora_B, p)
         ds = _sum(slots, 1.0)
         _reduce(parts, rank_gate, scaling, dB)
@@ -285,7 +285,7 @@ def _decode(linear: _Linear, a: Tensor, dropout: Dropout, cooperative: bool) -> 
 def _thin(
     v: Tensor, v_scale: Tensor | None, dropout: Dropout, over_rows: bool, y: Tensor
 ) -> Tensor:
-    """Slots [slots, I, R] of mask(v ⊙ v_scale)·yᵀ, or with `over_rows` of its transpose times yᵀ."""
+    """Slots [slots, I, R] of mask(v ⊙ v_scale)·yᵀ, with `over_rows` of its transpose times yᵀ."""
     R, J = y.shape
     I = v.shape[1] if over_rows else v.shape[0]  # noqa: E741
     blocks = -(-I // 64) * -(-R // (64 if R > 16 else 16))
@@ -326,7 +326,7 @@ def _column_sums(v: Tensor, z: Tensor | None, sums: Tensor) -> None:
 
 
 def _sum(slots: Tensor, scale: float) -> Tensor:
-    """scale · Σ slots, [M, R] float32; the slot itself where there is but one, and nothing to do."""
+    """scale · Σ slots, [M, R] float32; the slot itself where there is nothing to do."""
     if slots.shape[0] == 1 and scale == 1.0:
         return slots[0]
     out = empty(slots, *slots.shape[1:])
@@ -345,7 +345,7 @@ def _reduce(slots: Tensor, gate: Tensor | None, scale: float, out: Tensor) -> No
 
 
 def _shares(n: int, least: int, most: int) -> tuple[int, int]:
-    """How much of n each share takes, a multiple of `least`, and how many there are: up to `most`."""
+    """What each share of n takes, a multiple of `least`, and how many there are: up to `most`."""
     steps = -(-n // least)
     share = -(-steps // max(1, min(most, steps))) * least
     return share, -(-n // share)

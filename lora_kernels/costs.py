@@ -1,0 +1,160 @@
+"""What a call of `lora_linear` should take on a GPU, by each backend: a model, not a measurement.
+
+A strategy's time is the longest of what it moves over the memory's bandwidth, what it multiplies
+over the rate that its kind of product reaches, and, where codes are decoded in a kernel, the rate
+at which its instructions are issued; then the passes over x and y that it makes besides, and
+launches. All rates are shares of the data sheet's, which stand below. `select` asks this where
+nothing was measured.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+LAUNCH = 3e-6  # seconds that a kernel takes at least, one after another
+PYTHON_LAUNCH = 6e-6  # of a call of torch, which eager makes one after another
+BANDWIDTH_SHARE = 0.85  # what streams reach
+LIBRARY_SHARE = 0.75  # of the matrix units' peak, that a large product of the library reaches
+# And the CUDA kernels' mma.sync: all of them before sm_90; from there on a part, since wgmma and
+# tcgen05 are other units' instructions. sm_120 has no other.
+MMA_SHARE = {80: 0.65, 86: 0.65, 89: 0.65, 90: 0.4, 100: 0.2, 103: 0.2, 120: 0.65}
+# And Triton's, which takes those.
+TRITON_SHARE = 0.6
+FP32_SHARE = 0.6  # of the ordinary multipliers, that products in float32 reach
+# Codes that a multiprocessor decodes a clock beside its products: 8192 in the 565 instructions of
+# a warp's turn of gemm's loop, four warps at a time (benchmarks/KERNELS.md). Triton's likewise.
+CODES_A_CLOCK = 14.5
+DECODE_ROWS = 16
+TILE_M, TILE_N = 64, 128  # of gemm
+TRITON_TILE_M = 128
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """The properties of a device that a cost depends on, by its data sheet."""
+
+    name: str
+    capability: int  # 90 for sm_90
+    multiprocessors: int
+    clock: float  # Hz
+    bandwidth: float  # bytes a second
+    matrix: float  # operations a second of 16-bit products summed in float32
+    fp32: float  # operations a second of the ordinary multipliers
+
+
+# Operations a clock and multiprocessor: 16-bit products, dense, summed in float32; float32.
+_RATES = {
+    80: (2048, 128), 86: (512, 256), 89: (512, 256), 90: (4096, 256), 100: (8192, 256),
+    103: (8192, 256), 120: (512, 256),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A strategy's predicted seconds, and what takes most of them."""
+
+    backend: str
+    strategy: str
+    seconds: float
+    because: str
+
+
+@functools.cache
+def here(device_index: int | None) -> Gpu | None:
+    """A GPU of this machine; None where its properties are not known."""
+    p = torch.cuda.get_device_properties(device_index)
+    capability = 10 * p.major + p.minor
+    bus, memory_clock = getattr(p, "memory_bus_width", 0), getattr(p, "memory_clock_rate", 0)
+    clock = getattr(p, "clock_rate", 0) * 1e3
+    if torch.version.hip or capability not in _RATES or not (bus and memory_clock and clock):
+        return None
+    matrix, fp32 = _RATES[capability]
+    count = p.multi_processor_count
+    return Gpu(
+        p.name, capability, count, clock, 2 * memory_clock * 1e3 * bus / 8,
+        matrix * clock * count, fp32 * clock * count,
+    )  # fmt: skip
+
+
+def obstacle(gpu: Gpu) -> str | None:
+    """Why our kernels do not run there; None where they do."""
+    if gpu.capability < 80:
+        return f"{gpu.name} is sm_{gpu.capability}; the kernels are for sm_80 and newer"
+    return None
+
+
+def predict(
+    gpu: Gpu,
+    M: int,
+    N: int,
+    K: int,
+    R: int,
+    itemsize: int = 2,
+    four_bit: bool = False,
+    dropout: bool = False,
+) -> list[Cost]:
+    """Every backend's strategies for a forward, the fastest first.
+
+    itemsize: bytes of an element of x, W and y. A GPU that our kernels do not run on has eager's
+    alone.
+
+    >>> from lora_kernels.costs import Gpu, predict
+    >>> h100 = Gpu("H100", 90, 132, 1.755e9, 3.35e12, 949e12, 59e12)
+    >>> predict(h100, 1, 4096, 14336, 16, four_bit=True)[0].strategy
+    'publish first, consume last'
+    """
+    weight = N * K * (0.5 + 1 / 64 if four_bit else itemsize)
+    x, y, adapter = M * K * itemsize, M * N * itemsize, (N + K) * R * itemsize
+    peak = gpu.matrix if itemsize < 4 else gpu.fp32
+    bandwidth = gpu.bandwidth * BANDWIDTH_SHARE
+    work, thin = 2.0 * M * N * K, 2.0 * M * R * (N + K)
+    # A decoded weight is written once, and read by the product.
+    decoded = (weight + 2 * N * K * itemsize) / bandwidth + LAUNCH if four_bit else 0.0
+    dense = N * K * itemsize
+    found: list[Cost] = []
+
+    def add(backend: str, strategy: str, parts: dict[str, float], others: float) -> None:
+        longest = max(parts, key=lambda name: parts[name])
+        found.append(Cost(backend, strategy, parts[longest] + others, longest))
+
+    def library(others: float) -> tuple[dict[str, float], float]:
+        share = LIBRARY_SHARE if itemsize < 4 else FP32_SHARE
+        moved = (x + dense + y) / bandwidth
+        return {"the product": work / (peak * share), "memory": moved}, decoded + others
+
+    # x·Aᵀ reads x again, the update reads and writes y; a mask is made, and x times it.
+    passes = (x + 2 * y + adapter + (3 * x if dropout else 0)) / bandwidth
+    add(
+        "eager",
+        "library product + rank update",
+        *library(passes + (5 if dropout else 3) * PYTHON_LAUNCH),
+    )
+    if obstacle(gpu) is not None:
+        return found
+    add(
+        "triton",
+        "library product + rank update",
+        *library((x + 2 * y + adapter) / bandwidth + 3 * LAUNCH),
+    )
+    shrink = (x + adapter) / bandwidth + LAUNCH
+    codes = -(-M // TRITON_TILE_M) * N * K / (CODES_A_CLOCK * gpu.clock * gpu.multiprocessors)
+    moved = (x + weight + y + adapter) / bandwidth
+    share = TRITON_SHARE if itemsize < 4 else FP32_SHARE
+    padded = max(M, DECODE_ROWS) / M if M else 1.0  # to rows of a matrix instruction
+    parts = {"the product": (padded * work + thin) / (peak * share), "memory": moved}
+    add("triton", "split", parts | ({"decoding": codes} if four_bit else {}), shrink + LAUNCH)
+    if M <= DECODE_ROWS and itemsize < 4:
+        # W once, nothing waits; codes are multiplied as a high and a low part.
+        multiplied = 2 * (2 if four_bit else 1) * (8 if M <= 8 else 16) * N * K
+        parts = {"memory": moved, "the product": multiplied / (peak * MMA_SHARE[gpu.capability])}
+        add("cuda", "publish first, consume last", parts, LAUNCH)
+        add("cuda", "publish, then consume", parts, 1.5 * LAUNCH)
+    rows = -(-M // TILE_M) * TILE_M  # whole tiles are multiplied
+    share = MMA_SHARE[gpu.capability] if itemsize < 4 else FP32_SHARE
+    codes = rows // TILE_M * N * K / (CODES_A_CLOCK * gpu.clock * gpu.multiprocessors)
+    parts = {"the product": 2.0 * rows * N * (K + R) / (peak * share), "memory": moved}
+    add("cuda", "split", parts | ({"decoding": codes} if four_bit else {}), shrink + 2 * LAUNCH)
+    return sorted(found, key=lambda cost: cost.seconds)

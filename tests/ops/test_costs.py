@@ -1,0 +1,110 @@
+"""The model of costs on GPUs that are not here: what it must say whatever its rates are."""
+
+import itertools
+
+import pytest
+import torch
+
+from lora_kernels import costs, select
+from lora_kernels.costs import Gpu, predict
+
+T4 = Gpu("T4", 75, 40, 1.59e9, 0.32e12, 65e12, 8.1e12)
+A100 = Gpu("A100", 80, 108, 1.41e9, 2.04e12, 312e12, 19.5e12)
+RTX4090 = Gpu("RTX 4090", 89, 128, 2.52e9, 1.01e12, 165e12, 82.6e12)
+H100 = Gpu("H100", 90, 132, 1.755e9, 3.35e12, 949e12, 59e12)
+B200 = Gpu("B200", 100, 148, 1.965e9, 8.0e12, 2382e12, 74e12)
+RTX5090 = Gpu("RTX 5090", 120, 170, 2.41e9, 1.79e12, 210e12, 105e12)
+SERVED = [A100, RTX4090, H100, B200, RTX5090]
+every_gpu = pytest.mark.parametrize("gpu", SERVED, ids=lambda gpu: gpu.name)
+N, K, R = 4096, 14336, 16
+
+
+def test_an_older_gpu_is_refused_with_its_reason() -> None:
+    assert costs.obstacle(T4) == "T4 is sm_75; the kernels are for sm_80 and newer"
+    assert {cost.backend for cost in predict(T4, 1, N, K, R)} == {"eager"}
+    assert all(costs.obstacle(gpu) is None for gpu in SERVED)
+
+
+@every_gpu
+def test_one_row_of_codes_is_streamed_in_one_launch(gpu: Gpu) -> None:
+    best = predict(gpu, 1, N, K, R, four_bit=True)[0]
+    assert (best.backend, best.strategy) == ("cuda", "publish first, consume last")
+    assert best.because == "memory"
+    floor = N * K * (0.5 + 1 / 64) / gpu.bandwidth
+    assert floor < best.seconds < 1.3 * floor + 2 * costs.LAUNCH
+
+
+@every_gpu
+def test_many_rows_are_the_library_s(gpu: Gpu) -> None:
+    best = predict(gpu, 16384, N, K, R, four_bit=True)[0]
+    assert best.strategy == "library product + rank update"
+    assert best.because == "the product"
+
+
+@every_gpu
+def test_dropout_costs_eager_passes_that_kernels_do_not_make(gpu: Gpu) -> None:
+    def eager(dropout: bool) -> float:
+        found = predict(gpu, 2048, N, K, R, dropout=dropout)
+        return next(cost.seconds for cost in found if cost.backend == "eager")
+
+    assert eager(True) > eager(False)
+    assert predict(gpu, 2048, N, K, R, dropout=True)[0].backend != "eager"
+
+
+@every_gpu
+@pytest.mark.parametrize("four_bit", [False, True])
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_no_prediction_beats_the_hardware(gpu: Gpu, itemsize: int, four_bit: bool) -> None:
+    """And none grows smaller with more rows."""
+    peak = gpu.matrix if itemsize < 4 else gpu.fp32
+    before: dict[tuple[str, str], float] = {}
+    for M in (1, 8, 16, 17, 64, 128, 512, 4096):
+        moved = N * K * (0.5 if four_bit else itemsize) + M * (N + K) * itemsize
+        floor = max(moved / gpu.bandwidth, 2 * M * N * K / peak)
+        for cost in predict(gpu, M, N, K, R, itemsize, four_bit):
+            assert cost.seconds > floor, cost
+            key = (cost.backend, cost.strategy)
+            assert cost.seconds >= before.get(key, 0.0), cost
+            before[key] = cost.seconds
+
+
+def test_float32_has_no_kernel_of_the_matrix_units() -> None:
+    for gpu, M in itertools.product(SERVED, (1, 16)):
+        assert {c.strategy for c in predict(gpu, M, N, K, R, 4) if c.backend == "cuda"} == {"split"}
+
+
+def choose(
+    gpu: Gpu | None, untried: str | None = None, rank: int = R, cuda: str | None = None
+) -> select.Choice | None:
+    dtypes = (torch.bfloat16,) * 4
+    return select._choose_gpu(gpu, untried, None, cuda, *dtypes, rank, 1, N, K, True, False)
+
+
+@every_gpu
+def test_select_follows_the_model(gpu: Gpu) -> None:
+    choice = choose(gpu)
+    assert choice is not None
+    assert (choice.backend, choice.strategy) == ("cuda", "publish first, consume last")
+    assert "of eager's" in choice.reason
+    other = choose(gpu, cuda="the CUDA kernels were not built")
+    assert other is not None and other.backend == "triton"
+
+
+def test_while_untried_eager_is_chosen_and_the_model_quoted() -> None:
+    choice = choose(H100, "untried")
+    assert choice is not None and choice.backend == "eager"
+    assert choice.reason.startswith("untried; the model of costs expects of cuda, 'publish first")
+
+
+def test_what_the_model_leaves_to_others() -> None:
+    assert choose(None) is None and choose(T4) is None and choose(H100, rank=257) is None
+
+
+def test_wgmma_is_the_library_s_on_hopper_and_mma_everybody_s_on_ada() -> None:
+    """At 512 dense rows: the CUDA kernels may win where the library has no other instruction."""
+
+    def ratio(gpu: Gpu) -> float:
+        found = {(c.backend, c.strategy): c.seconds for c in predict(gpu, 512, N, K, R)}
+        return found["cuda", "split"] / found["eager", "library product + rank update"]
+
+    assert ratio(H100) > 1.2 > ratio(RTX4090)

@@ -25,10 +25,12 @@ from lora_kernels.measure import bench
 ROOT = Path(__file__).parents[1]
 BENCH = [sys.executable, "-m", "lora_kernels.cli", "bench", "--device"]
 # Name, share of the minutes, command; "{json}" is a file that the command writes.
+VERIFY = [sys.executable, "-m", "lora_kernels.cli", "verify", "--engines"]
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow and not proof"]
 PARTS: list[tuple[str, float, list[str]]] = [
     ("tests", 0.3, [*PYTEST, "tests/gpu", "tests/triton"]),
-    ("verify", 0.2, [sys.executable, "-m", "lora_kernels.cli", "verify", "--engines", "triton"]),
+    ("verify", 0.1, [*VERIFY, "triton"]),
+    ("verify-cuda", 0.1, [*VERIFY, "cuda"]),
     (
         "tax", 0.3,
         [*BENCH, "{device}", "--dtypes", "bfloat16", "--ranks", "16", "64", "--model", "llama3-8b",

@@ -241,6 +241,7 @@ PYBIND11_MODULE(_native, m) {
   m.doc() = "Native CPU kernels; see lora_kernels/backends/cpu.py";
   m.attr("__version__") = LORA_KERNELS_VERSION;
   m.attr("amx_bf16") = has_amx_bf16(read_cpu_features());
+  m.attr("intel") = is_intel();
   m.def("use_isa", use_isa_named, "Cap the instruction set; returns the one now in use.");
   m.def("use_openmp", use_torch_openmp,
         "Run on the thread pool of the OpenMP runtime that torch carries; returns its file, or "

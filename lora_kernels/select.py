@@ -35,10 +35,12 @@ UNTRIED: str | None = (
     "compiled, but have run on no GPU yet; lora_kernels.backend('triton' or 'cuda') takes them"
 )
 # From how many rows of x a step in a single pass beats the library's product and a pass after it:
-# measured on 2 threads of AMD family 26 with torch 2.15 (benchmarks/NOTES.md). On other processors
-# the same is expected, since the kernel runs near the multipliers' peak, which a library can reach
-# but not pass. With matrix registers (AMX) for bfloat16 a dense product is the library's, and one
-# of 4-bit codes, which it would have to be given decoded, is ours.
+# measured on 2 threads of AMD family 26 with torch 2.15 (benchmarks/NOTES.md). On Intel's own
+# processors its library multiplies float32 faster than this kernel from MKL_ROWS rows on: measured
+# on 2 threads of family 6, model 167, with torch 2.15. With matrix
+# registers (AMX) for bfloat16 a dense product is the library's, and one of 4-bit codes, which it
+# would have to be given decoded, is ours.
+MKL_ROWS = 128
 SINGLE_PASS_ROWS = {torch.float32: 2, torch.bfloat16: 64, torch.float16: 2}
 # Up to how many rows 4-bit codes are decoded in registers, with no panel written: measured on AMD
 # family 25 (benchmarks/NOTES.md); fewer where a single pass has AMX for the panel.
@@ -137,11 +139,14 @@ def lora_linear(
         if found is not None:
             return found
     many = None if rows is None else rows > few_rows(dtype, four_bit)
+    mkl: bool | None = False
+    if native.intel and dtype is torch.float32 and not four_bit:
+        mkl = None if rows is None else rows >= MKL_ROWS
     gpu_obstacle = None
     if device_type == "cuda":
         gpu_obstacle = _gpu_obstacle(torch.bfloat16 in (x_dtype, dtype), device_index)
     return _choose(
-        asked, native.isa, native.amx_bf16, native.reason, gpu_obstacle, device_type, x_dtype,
+        asked, native.isa, native.amx_bf16, mkl, native.reason, gpu_obstacle, device_type, x_dtype,
         a_dtype, b_dtype, dtype, rank, many, four_bit,
     )  # fmt: skip
 
@@ -234,6 +239,7 @@ def _choose(
     asked: Forced,
     isa: str | None,
     amx_bf16: bool,
+    mkl: bool | None,
     native_absence: str | None,
     gpu_obstacle: str | None,
     device_type: str,
@@ -251,7 +257,7 @@ def _choose(
         native_absence, device_type, x_dtype, a_dtype, b_dtype, dtype, rank
     )
     if obstacle is None:
-        return _cpu_choice(asked, isa, amx_bf16, dtype, many_rows, four_bit)
+        return _cpu_choice(asked, isa, amx_bf16, mkl, dtype, many_rows, four_bit)
     if asked.backend == "cpu":
         raise RuntimeError(f"backend 'cpu' was asked for and cannot run here: {obstacle}")
     return Choice("eager", eager.LIBRARY, obstacle)
@@ -261,6 +267,7 @@ def _cpu_choice(
     asked: Forced,
     isa: str | None,
     amx_bf16: bool,
+    mkl: bool | None,
     dtype: torch.dtype,
     many_rows: bool | None,
     four_bit: bool,
@@ -285,6 +292,11 @@ def _cpu_choice(
         many = cpu.LIBRARY
     elif amx_bf16 and dtype is torch.bfloat16 and not (four_bit and isa == "amxbf16"):
         many, reason = cpu.LIBRARY, f"{reason}; the library multiplies with AMX"
+    elif mkl:
+        many, reason = cpu.LIBRARY, f"{reason}; Intel's library multiplies float32 faster"
+    elif mkl is None:
+        both = f"{cpu.LIBRARY}; from {SINGLE_PASS_ROWS[dtype]} to {MKL_ROWS - 1} rows {many}"
+        return Choice("cpu", both, reason)
     few = cpu.FEW_ROWS if four_bit else cpu.LIBRARY
     if many_rows is None and few != many:
         rows = FEW_ROWS_4BIT[isa or "scalar"] + 1 if four_bit else SINGLE_PASS_ROWS[dtype]

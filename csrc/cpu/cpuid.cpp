@@ -81,6 +81,17 @@ CpuFeatures read_cpu_features() {
   return features;
 }
 
+bool is_intel() {
+#if defined(__x86_64__)
+  std::uint32_t eax = 0, ebx = 0, ecx = 0, edx = 0;
+  // "GenuineIntel"
+  return __get_cpuid(0, &eax, &ebx, &ecx, &edx) && ebx == 0x756E6547 && edx == 0x49656E69 &&
+         ecx == 0x6C65746E;
+#else
+  return false;
+#endif
+}
+
 Isa isa_of(const CpuFeatures& features) {
   // The lists follow setup.py's flags: whatever a unit is compiled for is asked for here.
   if (!has(features.leaf1_ecx, kOsxsave | kAvx | kFma | kF16c) ||

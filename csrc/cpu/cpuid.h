@@ -28,6 +28,9 @@ Isa isa_of(const CpuFeatures& features);
 // Whether the processor has matrix registers for products of bf16, which the library uses.
 bool has_amx_bf16(const CpuFeatures& features);
 
+// Whether Intel made it, on whose processors its library multiplies float32 near their peak.
+bool is_intel();
+
 // isa_of(read_cpu_features()). Says nothing about whether the set's unit was compiled.
 Isa detect_isa();
 

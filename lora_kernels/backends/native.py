@@ -11,11 +11,12 @@ module: ModuleType | None = None
 reason: str | None = None  # why there is no extension, None where there is one
 isa: str | None = None  # the instruction set in use
 amx_bf16 = False  # whether the library's bfloat16 products have matrix registers
+intel = False  # whether Intel made the processor, for which its library is written
 threads: str | None = None  # whose thread pool the kernels run on
 
 
 def _load() -> None:
-    global module, reason, isa, amx_bf16, threads
+    global module, reason, isa, amx_bf16, intel, threads
     try:
         from .. import _native as extension  # type: ignore[attr-defined]
     except ImportError:
@@ -31,7 +32,7 @@ def _load() -> None:
         raise ValueError(f"LORA_KERNELS_CPU_ISA: got {cap!r}, want one of {', '.join(ISAS)}")
     module = extension
     isa = extension.use_isa(cap or ISAS[-1])
-    amx_bf16 = extension.amx_bf16
+    amx_bf16, intel = extension.amx_bf16, extension.intel
     threads = extension.use_openmp()
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import functional, reference, select
-from ..backends import cpu, native, triton
+from ..backends import cpu, cuda, native, triton
 from ..backends.triton import configs
 from ..quantization import Weight4bit, quantize_4bit
 from . import tolerance
@@ -273,6 +273,13 @@ def triton_engines() -> list[str]:
     return [f"triton {strategy}" for strategy in select.STRATEGIES["triton"]]
 
 
+def cuda_engines() -> list[str]:
+    """The CUDA kernels' strategies, where a GPU can run them."""
+    if not torch.cuda.is_available() or cuda.obstacle("cuda", None) is not None:
+        return []
+    return [f"cuda {strategy}" for strategy in select.STRATEGIES["cuda"]]
+
+
 def triton_device() -> str:
     """Where a case of `triton_engines` runs."""
     return "cpu" if triton.interpreted() else "cuda"
@@ -285,17 +292,17 @@ def kernels(device: str) -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def engine(name: str) -> Iterator[None]:
-    """Force one of `engines` or `triton_engines`; RuntimeError where it cannot run here."""
+    """Force one of the engines named above; RuntimeError where it cannot run here."""
     if name == "eager":
         with select.backend("eager"):
             yield
         return
-    if name.startswith("triton "):
-        with select.backend("triton", name.removeprefix("triton ")):
+    backend, _, strategy = name.partition(" ")
+    if backend in ("triton", "cuda"):
+        with select.backend(backend, strategy):
             yield
         return
-    before = native.isa
-    isa, _, strategy = name.partition(" ")
+    before, isa = native.isa, backend
     try:
         if native.use_isa(isa) != isa:
             raise RuntimeError(f"engine: got {name!r}, this processor stops at {native.isa!r}")

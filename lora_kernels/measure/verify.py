@@ -15,7 +15,16 @@ from .. import select
 from ..backends import cpu, triton
 from ..backends.triton import configs
 from . import multi
-from .case import Case, engine, engines, judge, judge_norm, triton_device, triton_engines
+from .case import (
+    Case,
+    cuda_engines,
+    engine,
+    engines,
+    judge,
+    judge_norm,
+    triton_device,
+    triton_engines,
+)
 from .tolerance import Verdict
 
 _f32, _bf16, _f16 = torch.float32, torch.bfloat16, torch.float16
@@ -54,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     """0 where every output of every case is within the tolerance, else 1."""
     shapes = THOROUGH if args.thorough else SHAPES
     results: list[dict[str, Any]] = []
-    names = [*engines(), *triton_engines()]
+    names = [*engines(), *triton_engines(), *cuda_engines()]
     if args.engines:
         names = [name for name in names if name.startswith(args.engines)]
         if not names:
@@ -103,6 +112,8 @@ def _judged(names: list[str], shapes: tuple[tuple[int, int, int, int], ...]) -> 
             for case in cases:
                 if name.startswith("triton "):
                     case = replace(case, device=triton_device())
+                elif name.startswith("cuda "):
+                    case = replace(case, device="cuda")
                 for forced in _ways(name, case):
                     with engine(forced):
                         judged = judge(case)
@@ -113,7 +124,7 @@ def _judged(names: list[str], shapes: tuple[tuple[int, int, int, int], ...]) -> 
             yield name, dtype, adapter, option, verdicts
     for (dtype, adapter), quant in itertools.product(DTYPES, ("", "nf4-64-nested")):
         for name in names:
-            if name.startswith("triton "):  # which has no kernels for it
+            if name.startswith(("triton ", "cuda ")):  # which have no kernels for it
                 continue
             several = multi.MultiCase(
                 70, 65, 128, rows="mixed", dtype=dtype, adapter_dtype=adapter, quant=quant,

@@ -85,10 +85,35 @@ def test_strategies(
     monkeypatch.setattr(native, "reason", None)
     monkeypatch.setattr(native, "isa", isa)
     monkeypatch.setattr(native, "amx_bf16", amx)
+    monkeypatch.setattr(native, "intel", False)
     choice = select.lora_linear("cpu", dtype, dtype, dtype, dtype, 8, rows, four_bit)
     assert choice.strategy == strategy
     library = strategy == cpu.LIBRARY
     assert ("AMX" in choice.reason) == (amx and dtype is bf16 and library)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "four_bit", "rows", "strategy"),
+    [
+        (f32, False, 127, cpu.SINGLE_PASS),
+        (f32, False, 128, cpu.LIBRARY),
+        (f32, False, None, f"{cpu.LIBRARY}; from 2 to 127 rows {cpu.SINGLE_PASS}"),
+        (f32, True, 128, cpu.SINGLE_PASS),
+        (bf16, False, 128, cpu.SINGLE_PASS),
+    ],
+)
+def test_strategies_on_intel(
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+    four_bit: bool,
+    rows: int | None,
+    strategy: str,
+) -> None:
+    for name, value in (("reason", None), ("isa", "avx512"), ("amx_bf16", False), ("intel", True)):
+        monkeypatch.setattr(native, name, value)
+    choice = select.lora_linear("cpu", dtype, dtype, dtype, dtype, 8, rows, four_bit)
+    assert choice.strategy == strategy
+    assert ("Intel's library" in choice.reason) == (strategy == cpu.LIBRARY)
 
 
 @needs_native

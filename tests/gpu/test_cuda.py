@@ -1,0 +1,103 @@
+"""The CUDA kernels on a GPU: results, graphs, streams, and no launch that waits forever."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import lora_kernels
+from lora_kernels.backends import cuda
+from lora_kernels.backends.cuda import COOPERATIVE, OVERLAPPED, SPLIT
+from lora_kernels.measure.case import Case, inputs, judge, judge_norm
+
+f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
+pytestmark = pytest.mark.skipif(
+    cuda.obstacle("cuda", None) is not None, reason="no CUDA kernels for this GPU"
+)
+every_strategy = pytest.mark.parametrize("strategy", [COOPERATIVE, OVERLAPPED, SPLIT])
+FULL: dict[str, Any] = {"gate": True, "column_scale": True, "bias": True, "dropout_p": 0.1}
+
+
+@every_strategy
+@pytest.mark.parametrize("options", [{}, FULL], ids=["plain", "full"])
+@pytest.mark.parametrize("quant", ["", "nf4-64-nested", "fp4-128"])
+@pytest.mark.parametrize("dtypes", [(f32, None), (bf16, None), (f16, None), (bf16, f32)], ids=str)
+@pytest.mark.parametrize("M", [1, 9, 16, 65, 300])
+def test_against_the_reference(
+    M: int, dtypes: tuple[Any, ...], quant: str, options: dict[str, Any], strategy: str
+) -> None:
+    with lora_kernels.backend("cuda", strategy):
+        case = Case(M, 1032, 2112, 61, *dtypes, quant=quant, device="cuda", **options)
+        verdicts = judge(case)
+    assert all(verdict.ok for verdict in verdicts.values()), verdicts
+
+
+@pytest.mark.parametrize("quant", ["", "nf4-64-nested"])
+def test_row_norm(quant: str) -> None:
+    with lora_kernels.backend("cuda"):
+        assert judge_norm(Case(0, 1031, 2112, 61, bf16, quant=quant, device="cuda"))["norm"].ok
+
+
+def layer(M: int, seed: int = 0) -> Callable[[], Tensor]:
+    """A forward without gradients on tensors that stay where they are."""
+    case = Case(M, 1024, 2048, 16, bf16, quant="nf4-64-nested", device="cuda", seed=seed)
+    args = inputs(case)
+    args.pop("dy")
+
+    def call() -> Tensor:
+        with torch.no_grad():
+            return lora_kernels.lora_linear(**args)
+
+    return call
+
+
+@every_strategy
+@pytest.mark.parametrize("M", [4, 16, 300])
+def test_graphs_are_captured_and_replayed(M: int, strategy: str) -> None:
+    with lora_kernels.backend("cuda", strategy):
+        call = layer(M)
+        want = call()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = call()
+        for _ in range(3):
+            y.zero_()
+            graph.replay()
+            torch.cuda.synchronize()
+            assert torch.equal(y, want)
+
+
+@every_strategy
+def test_two_streams_for_a_while(strategy: str) -> None:
+    """Seconds of launches on both: neither hangs, and the bits stay."""
+    calls = [layer(4), layer(4, seed=1)]
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    with lora_kernels.backend("cuda", strategy):
+        wants = [call() for call in calls]
+        torch.cuda.synchronize()
+        end = time.monotonic() + 5
+        while time.monotonic() < end:
+            got: list[list[Tensor]] = [[], []]
+            for _ in range(50):
+                for stream, call, ys in zip(streams, calls, got, strict=True):
+                    with torch.cuda.stream(stream):
+                        ys.append(call())
+            torch.cuda.synchronize()
+            for want, ys in zip(wants, got, strict=True):
+                assert all(torch.equal(y, want) for y in ys)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+def test_another_device_than_the_current_one() -> None:
+    case = Case(4, 1024, 2048, 16, bf16, device="cuda:1")
+    with lora_kernels.backend("cuda"):
+        assert all(verdict.ok for verdict in judge(case).values())
+    assert torch.cuda.current_device() == 0
+
+
+def test_a_launch_that_fails_names_its_kernel() -> None:
+    with pytest.raises(RuntimeError, match=r"dequantize: \w"):
+        cuda.module().dequantize((0,) * 6 + (6, 8, 64, 64, True), 0, 1, (0, 99))

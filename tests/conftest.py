@@ -1,0 +1,39 @@
+"""A test is skipped for a reason of skips.txt or fails the run: a skip must not hide a failure."""
+
+from pathlib import Path
+
+import pytest
+
+_ALLOWED = [
+    line
+    for line in (Path(__file__).parent / "skips.txt").read_text().splitlines()
+    if line and not line.startswith("#")
+]
+_unknown: dict[str, str] = {}
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    _look_at(report)
+
+
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    _look_at(report)
+
+
+def _look_at(report: pytest.TestReport | pytest.CollectReport) -> None:
+    if not report.skipped or hasattr(report, "wasxfail"):
+        return
+    reason = report.longrepr[-1] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    reason = str(reason).removeprefix("Skipped: ")
+    if not reason.startswith(tuple(_ALLOWED)):
+        _unknown[report.nodeid] = reason
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if _unknown and session.exitstatus == 0:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for name, reason in _unknown.items():
+        terminalreporter.write_line(f"skipped, and not for a reason of skips.txt: {name}: {reason}")

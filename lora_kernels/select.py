@@ -136,6 +136,12 @@ def lora_linear(
             _gpu(device_index), UNTRIED, triton.absence(), cuda.obstacle(device_type, device_index),
             x_dtype, a_dtype, b_dtype, dtype, rank, rows, columns, inner, four_bit, dropout,
         )  # fmt: skip
+        if found is not None and UNTRIED is None:
+            target = configs.target(device_index)
+            itemsize = max(d.itemsize for d in (x_dtype, a_dtype, b_dtype, dtype))
+            return (
+                _measured(target, rows, columns, inner, rank, itemsize, four_bit, dropout) or found
+            )
         if found is not None:
             return found
     many = None if rows is None else rows > few_rows(dtype, four_bit)
@@ -344,6 +350,23 @@ def _choose_triton(
 
 def _gpu(device_index: int | None) -> costs.Gpu | None:
     return costs.here(device_index) if _has_gpu() else None
+
+
+def _measured(
+    target: configs.Target,
+    rows: int | None,
+    columns: int | None,
+    inner: int | None,
+    rank: int,
+    itemsize: int,
+    four_bit: bool,
+    dropout: bool,
+) -> Choice | None:
+    """What `lora-kernels tune` found to be the fastest there, which goes before the model."""
+    if rows is None or columns is None or inner is None or dropout:
+        return None
+    known = measured.find(measured.shape(target, rows, columns, inner, rank, itemsize, four_bit))
+    return None if known is None else Choice("triton", known.strategy, known.source)
 
 
 @functools.lru_cache(maxsize=4096)

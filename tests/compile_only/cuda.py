@@ -26,9 +26,14 @@ from tests.compile_only.__main__ import BUDGETS, write
 from tests.compile_only.machine_code import TOOLS, Code
 
 LIBRARIES = Path(__file__).parents[2] / "lora_kernels"
-TARGETS = {"80": "sm80", "90a": "sm90", "100a": "sm100", "120": "sm120"}
-# Bytes of memory a clock and multiprocessor, from the data sheets of A100, H100, B200 and 5090.
-STREAM = {"sm80": 13.4, "sm90": 14.5, "sm100": 27.5, "sm120": 4.4}
+TARGETS = {
+    "80": "sm80", "86": "sm86", "89": "sm89", "90a": "sm90", "100a": "sm100", "120": "sm120",
+}  # fmt: skip
+# Bytes of memory a clock and multiprocessor, from the data sheets of A100, 3090, 4090,
+# H100, B200 and 5090.
+STREAM = {
+    "sm80": 13.4, "sm86": 6.8, "sm89": 3.1, "sm90": 14.5, "sm100": 27.5, "sm120": 4.4,
+}  # fmt: skip
 MATRIX = ("gemm", "decode")
 WIDE = ("gemm", "decode", "thin", "pair", "linear")
 WARPS = {"gemm": 4, "decode": 8}

@@ -15,7 +15,7 @@ import triton
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 # Matrix flops a clock and multiprocessor, 16-bit operands and float32 sums, from the data sheets.
-PEAK = {"sm80": 2048, "sm90": 4096, "sm100": 8192, "sm120": 512}
+PEAK = {"sm80": 2048, "sm86": 512, "sm89": 512, "sm90": 4096, "sm100": 8192, "sm120": 512}
 _HMMA = {"16816": 2 * 16 * 8 * 16, "1688": 2 * 16 * 8 * 8}
 
 

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from lora_kernels import costs, select
+from lora_kernels.backends import triton
+from lora_kernels.backends.triton import configs, measured
 from lora_kernels.costs import Gpu, predict
 
 T4 = Gpu("T4", 75, 40, 1.59e9, 0.32e12, 65e12, 8.1e12)
@@ -98,6 +100,17 @@ def test_while_untried_eager_is_chosen_and_the_model_quoted() -> None:
 
 def test_what_the_model_leaves_to_others() -> None:
     assert choose(None) is None and choose(T4) is None and choose(H100, rank=257) is None
+
+
+def test_what_was_measured_goes_before_the_model() -> None:
+    target = configs.Target("cuda", 90, 132, 227 << 10)
+    asked = (target, 100, N, K, R, 2, True)
+    key = measured.shape(*asked)
+    assert select._measured(*asked, dropout=False) is None
+    with measured.tried(key, measured.Measured(triton.SPLIT, source="measured here")):
+        found = select._measured(*asked, dropout=False)
+        assert found == select.Choice("triton", triton.SPLIT, "measured here")
+        assert select._measured(*asked, dropout=True) is None
 
 
 def test_wgmma_is_the_library_s_on_hopper_and_mma_everybody_s_on_ada() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -168,16 +168,24 @@ def multi_lora_linear(
     four_bit: bool = False,
     device_index: int | None = None,
 ) -> Choice:
-    """The choice for `multi_lora_linear` and its backward: `lora_linear`'s at the largest rank."""
-    if (name := forced.current.get().backend) in ("triton", "cuda"):
-        raise RuntimeError(
-            f"backend {name!r} was asked for and cannot run here: it has no kernels for rows with "
-            "adapters of their own (multi_lora_linear)"
-        )
-    return lora_linear(
+    """The choice for `multi_lora_linear` and its backward: `lora_linear`'s at the largest rank, on
+    GPUs split, since a row's ranks are picked between D(x)·Aᵀ and the product."""
+    choice = lora_linear(
         device_type, x_dtype, a_dtype, b_dtype, dtype, rank, rows, four_bit,
         device_index=device_index,
     )  # fmt: skip
+    if choice.backend not in ("triton", "cuda"):
+        return choice
+    asked = forced.current.get().strategy
+    two_steps = (triton.SPLIT, triton.LIBRARY) if choice.backend == "triton" else (cuda.SPLIT,)
+    if asked is not None and asked not in two_steps:
+        want = " or ".join(map(repr, two_steps))
+        raise RuntimeError(
+            f"strategy {asked!r} was asked for and cannot run here: for rows with adapters of "
+            f"their own (multi_lora_linear) want {want}"
+        )
+    strategy = choice.strategy if choice.strategy in two_steps else two_steps[0]
+    return replace(choice, strategy=strategy)
 
 
 def dora_norm(

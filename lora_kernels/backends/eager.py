@@ -179,9 +179,7 @@ def multi_lora_linear(
         y = x.new_zeros(x.shape[0], lora_B[0].shape[0], dtype=y_dtype)
     else:
         y = torch.mm(x.to(dtype), _dense(weight, lora_A[0], lora_B[0], dtype).t()).to(y_dtype)
-    order, runs = rows_of(index, len(lora_A))
-    for e, start, stop in runs:
-        rows = slice(start, stop) if order is None else order[start:stop]
+    for e, rows in rows_of(index, len(lora_A)).each():
         s = _mm(dropped[rows], lora_A[e].t()).to(stat)
         if rng is not None:
             s = s * reference.dropout_scale(dropout_p)
@@ -227,9 +225,7 @@ def multi_lora_linear_backward(
     mask = None
     if need_x and rng is not None:
         mask = reference.dropout_mask(rng, x.shape[0], x.shape[1], dropout_p)
-    order, runs = rows_of(index, len(lora_A))
-    for e, start, stop in runs:
-        rows = slice(start, stop) if order is None else order[start:stop]
+    for e, rows in rows_of(index, len(lora_A)).each():
         A, B, dz = lora_A[e], lora_B[e], dy[rows]
         if need_B[e]:
             dB[e] = _mm(dz.t(), p[rows, : A.shape[0]].mul(scaling[e])).to(B.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,11 @@ class Rows(NamedTuple):
 
     order: Tensor | None
     runs: list[tuple[int, int, int]]
+
+    def each(self) -> Iterator[tuple[int, slice | Tensor]]:
+        """An adapter, and what its rows are indexed by, for each that has any."""
+        for e, start, stop in self.runs:
+            yield e, slice(start, stop) if self.order is None else self.order[start:stop]
 
 
 def rows_of(index: Tensor, adapters: int) -> Rows:

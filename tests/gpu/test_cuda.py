@@ -11,6 +11,7 @@ from torch import Tensor
 import lora_kernels
 from lora_kernels.backends import cuda
 from lora_kernels.backends.cuda import COOPERATIVE, OVERLAPPED, SPLIT
+from lora_kernels.measure import multi
 from lora_kernels.measure.case import Case, inputs, judge, judge_norm
 
 f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
@@ -39,6 +40,26 @@ def test_against_the_reference(
 def test_row_norm(quant: str) -> None:
     with lora_kernels.backend("cuda"):
         assert judge_norm(Case(0, 1031, 2112, 61, bf16, quant=quant, device="cuda"))["norm"].ok
+
+
+@pytest.mark.parametrize("quant", ["", "nf4-64-nested"])
+def test_rows_with_adapters_of_their_own(quant: str) -> None:
+    args = multi.inputs(multi.MultiCase(70, 65, 128, rows="mixed", dtype=bf16, quant=quant))
+    here: dict[str, Any] = {}
+    for name, value in args.items():
+        if isinstance(value, list) and isinstance(value[0], Tensor):
+            here[name] = [t.detach().cuda().requires_grad_() for t in value]
+        elif isinstance(value, Tensor):
+            grad = value.requires_grad
+            here[name] = value.detach().cuda().requires_grad_(grad)
+        else:
+            here[name] = value.to("cuda") if name == "weight" else value
+    with lora_kernels.backend("cuda"):
+        got = multi.run(lora_kernels.multi_lora_linear, here)
+    with lora_kernels.backend("eager"):
+        want = multi.run(lora_kernels.multi_lora_linear, here)
+    for name, value in want.items():
+        torch.testing.assert_close(got[name], value, rtol=2e-2, atol=2e-2)
 
 
 def layer(M: int, seed: int = 0) -> Callable[[], Tensor]:

@@ -141,6 +141,20 @@ def lora_linear_backward(*args: Any) -> tuple[Tensor | None, ...]:
     return equation.lora_linear_backward(*args)
 
 
+def multi_lora_linear(*args: Any) -> tuple[Tensor, Tensor]:
+    """Rows with adapters of their own; see `equation.multi_lora_linear`."""
+    from . import equation
+
+    return equation.multi_lora_linear(*args)
+
+
+def multi_lora_linear_backward(*args: Any) -> tuple[Any, ...]:
+    """dx, dA and dB of each adapter, dbias; see `equation.multi_lora_linear_backward`."""
+    from . import equation
+
+    return equation.multi_lora_linear_backward(*args)
+
+
 def dora_norm(*args: Any) -> Tensor:
     """‖W + scaling · (B ⊙ gate)·A‖ of each row, float32 [N]; see `equation.dora_norm`."""
     from . import equation

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from ... import reference
 from ...quantization.codes import Codes
-from .. import workspace
+from .. import stacked, workspace
 from . import COOPERATIVE, DECODE_ROWS, SPLIT, launch, module
 from .launch import DTYPE, empty, matrix, pointer, vector
 
@@ -142,6 +143,94 @@ def lora_linear_backward(
         assert ds is not None
         dg = (ds * p).sum(0).mul_(scaling)
     return dx, dA, dB, dg, dc, dbias
+
+
+def multi_lora_linear(
+    x: Tensor,
+    weight: Tensor | Codes | None,
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    index: Tensor,
+    scaling: Sequence[float],
+    bias: Tensor | None,
+    dropout_p: float,
+    rng: Tensor | None,
+    dtype: torch.dtype,
+    y_dtype: torch.dtype,
+    strategy: str,
+) -> tuple[Tensor, Tensor]:
+    """x [M, K], index [M] -> y [M, N] in `y_dtype`, P [M, R] float32.
+
+    All ranks of all adapters in one product, W once; ranks that a row has not count for nothing.
+    """
+    M, N, dropout = x.shape[0], lora_B[0].shape[0], Dropout.of(dropout_p, rng)
+    y = empty(x, M, N, dtype=y_dtype)
+    if not M:
+        return y, x.new_empty(0, max(A.shape[0] for A in lora_A), dtype=torch.float32)
+    stack = stacked.stack(lora_A, lora_B, index, scaling)
+    p = stack.kept(_sum(_thin(x, None, dropout, False, stack.lora_A), dropout.scale))
+    _Linear(
+        x, weight, stack.lora_B.t(), 1.0, stack.gate, _NO_DROPOUT, None, bias, y, None, False, dtype
+    ).run(p)  # fmt: skip
+    return y, stack.compact(p)
+
+
+def multi_lora_linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | Codes | None,
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    index: Tensor,
+    p: Tensor,
+    scaling: Sequence[float],
+    dropout_p: float,
+    rng: Tensor | None,
+    dtype: torch.dtype,
+    need_x: bool,
+    need_A: Sequence[bool],
+    need_B: Sequence[bool],
+    need_bias: bool,
+    strategy: str,
+) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None], Tensor | None]:
+    """dy [M, N] -> dx, dA and dB of each adapter, dbias; None where it is not asked for.
+
+    dx as y; dA and dB adapter by adapter, of its own rows alone.
+    """
+    dropout = Dropout.of(dropout_p, rng)
+    (M, N), K = dy.shape, x.shape[1]
+    dx = empty(dy, M, K, dtype=x.dtype) if need_x else None
+    dA = [torch.zeros_like(A) if need else None for A, need in zip(lora_A, need_A, strict=True)]
+    dB = [torch.zeros_like(B) if need else None for B, need in zip(lora_B, need_B, strict=True)]
+    sums = torch.zeros(2, N, dtype=torch.float32, device=dy.device) if need_bias else None
+    dbias = None if sums is None else sums[0]
+    if not M:
+        return dx, dA, dB, dbias
+    if sums is not None:
+        _column_sums(dy, None, sums)
+    stack = stacked.stack(lora_A, lora_B, index, scaling)
+    ds = None
+    if dx is not None or any(need_A):
+        ds = stack.kept(_sum(_thin(dy, None, _NO_DROPOUT, False, stack.lora_B.t()), 1.0))
+    if dx is not None:
+        assert ds is not None
+        _Linear(
+            dy, weight, stack.lora_A, dropout.scale, stack.gate, dropout, None, None, dx, None,
+            True, dtype,
+        ).run(ds)  # fmt: skip
+    if ds is not None:
+        ds = stack.compact(ds)
+    if dropout.rng is not None and any(need_A):  # by the rows' own places, before they are sorted
+        x = x * reference.dropout_mask(dropout.rng, M, K, dropout_p)
+    for e, rows in stack.rows.each():
+        A, B, s = dA[e], dB[e], p[rows, : lora_A[e].shape[0]]
+        if B is not None:
+            _reduce(_thin(dy[rows], None, _NO_DROPOUT, True, s.t()), None, scaling[e], B)
+        if A is not None:
+            assert ds is not None
+            slots = _thin(x[rows], None, _NO_DROPOUT, True, ds[rows, : A.shape[0]].t())
+            _reduce(slots, None, scaling[e] * dropout.scale, A.t())
+    return dx, dA, dB, dbias
 
 
 def dora_norm(

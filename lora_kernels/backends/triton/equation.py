@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ from torch.nn.functional import linear as library_linear
 
 from ... import reference
 from ...quantization.codes import Codes
-from .. import workspace
+from .. import stacked, workspace
 from . import COOPERATIVE, LIBRARY, SINGLE_PASS, codec, configs, interpreted, launch, measured
 from .configs import Config
 from .gradients import outer_kernel, reduce_kernel, shrink_outer_kernel
@@ -124,6 +125,98 @@ def lora_linear_backward(
         assert ds is not None
         dg = (ds * p).sum(0).mul_(scaling)
     return dx, dA, dB, dg, dc, dbias
+
+
+def multi_lora_linear(
+    x: Tensor,
+    weight: Tensor | Codes | None,
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    index: Tensor,
+    scaling: Sequence[float],
+    bias: Tensor | None,
+    dropout_p: float,
+    rng: Tensor | None,
+    dtype: torch.dtype,
+    y_dtype: torch.dtype,
+    strategy: str,
+) -> tuple[Tensor, Tensor]:
+    """x [M, K], index [M] -> y [M, N] in `y_dtype`, P [M, R] float32.
+
+    All ranks of all adapters in one product, W once; ranks that a row has not count for nothing.
+    """
+    if not len(x):
+        y = x.new_empty(0, lora_B[0].shape[0], dtype=y_dtype)
+        return y, x.new_empty(0, max(A.shape[0] for A in lora_A), dtype=torch.float32)
+    dropout = Dropout.of(dropout_p, rng)
+    stack = stacked.stack(lora_A, lora_B, index, scaling)
+    slots = stack.kept(_shrink(x, stack.lora_A, None, dropout).sum(0))
+    y, p, _ = _linear(
+        x, weight, stack.lora_A, stack.lora_B.t(), 1.0, stack.gate, None, None, bias,
+        _NO_DROPOUT, True, dtype, y_dtype, False, strategy, slots[None],
+    )  # fmt: skip
+    return y, stack.compact(p)
+
+
+def multi_lora_linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | Codes | None,
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    index: Tensor,
+    p: Tensor,
+    scaling: Sequence[float],
+    dropout_p: float,
+    rng: Tensor | None,
+    dtype: torch.dtype,
+    need_x: bool,
+    need_A: Sequence[bool],
+    need_B: Sequence[bool],
+    need_bias: bool,
+    strategy: str,
+) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None], Tensor | None]:
+    """dy [M, N] -> dx, dA and dB of each adapter, dbias; None where it is not asked for.
+
+    dx as y; dA and dB adapter by adapter, of its own rows alone.
+    """
+    dropout = Dropout.of(dropout_p, rng)
+    dA = [torch.zeros_like(A) if need else None for A, need in zip(lora_A, need_A, strict=True)]
+    dB = [torch.zeros_like(B) if need else None for B, need in zip(lora_B, need_B, strict=True)]
+    dx = ds = dbias = None
+    if not len(x):
+        dbias = dy.new_zeros(dy.shape[1], dtype=torch.float32) if need_bias else None
+        return torch.empty_like(x) if need_x else None, dA, dB, dbias
+    if need_bias:
+        dbias, _ = _outer(p, dy, None, None, _NO_DROPOUT, 1.0, None, None, True, False)
+    stack = stacked.stack(lora_A, lora_B, index, scaling)
+    if need_x or any(need_A):
+        ds = stack.kept(_shrink(dy, stack.lora_B.t(), None, _NO_DROPOUT).sum(0))
+    if need_x:
+        assert ds is not None
+        dx, _, _ = _linear(
+            dy, weight, stack.lora_B.t(), stack.lora_A, dropout.scale, stack.gate, None, None,
+            None, dropout, False, dtype, x.dtype, False, strategy, ds[None],
+        )  # fmt: skip
+    if ds is not None:
+        ds = stack.compact(ds)
+    if rng is not None and any(need_A):  # by the rows' own places, before they are sorted
+        x = x * reference.dropout_mask(rng, x.shape[0], x.shape[1], dropout_p)
+    for e, rows in stack.rows.each():
+        A, B, s = dA[e], dB[e], p[rows, : lora_A[e].shape[0]]
+        if B is not None:
+            _outer(
+                s.contiguous(), dy[rows], None, None, _NO_DROPOUT, scaling[e], None, B.t(), False,
+                False,
+            )  # fmt: skip
+        if A is not None:
+            assert ds is not None
+            own = ds[rows, : A.shape[0]].contiguous()
+            _outer(
+                own, x[rows], None, None, _NO_DROPOUT, scaling[e] * dropout.scale, None, A, False,
+                False,
+            )  # fmt: skip
+    return dx, dA, dB, dbias
 
 
 def _linear(

@@ -181,18 +181,41 @@ def share(model: nn.Module) -> Any:
     return copy.deepcopy(model, {id(t): t for t in (*frozen, *model.buffers())})
 
 
-def check_targets(base: nn.Module, targets: Sequence[str]) -> None:
-    """Raise UsageError for a target that names no linear layer, with the names that do."""
+def linear_layers(base: nn.Module) -> dict[str, nn.Module]:
+    """The layers that LoRA adapts, GPT-2's Conv1D among them, by full name; of one that has an
+    adapter the layer below it, by the name that it had."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
     from transformers.pytorch_utils import Conv1D
 
-    names = [name for name, m in base.named_modules() if isinstance(m, nn.Linear | Conv1D)]
+    found: dict[str, nn.Module] = {}
+    adapted = "."  # no name begins so
+    for name, module in base.named_modules():
+        if name.startswith(adapted):
+            continue
+        if isinstance(module, BaseTunerLayer):
+            module, adapted = module.get_base_layer(), f"{name}."
+        if isinstance(module, nn.Linear | Conv1D):
+            found[name] = module
+    return found
+
+
+def is_named(name: str, target: str) -> bool:
+    """Whether PEFT takes the layer of that full name for a target."""
+    return name == target or name.endswith(f".{target}")
+
+
+def check_targets(
+    base: nn.Module, targets: Sequence[str], argument: str = "--target-modules"
+) -> None:
+    """Raise UsageError for a target that names no linear layer, with the names that do."""
+    names = linear_layers(base)
     candidates = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
     for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name in names):
+        if not any(is_named(name, target) for name in names):
             close = difflib.get_close_matches(target, candidates, n=1)
             hint = f"did you mean {close[0]}? " if close else ""
             raise UsageError(
-                f"--target-modules: no linear layer is named {target}; {hint}"
+                f"{argument}: no linear layer is named {target}; {hint}"
                 f"this model has {', '.join(candidates)}"
             )
 

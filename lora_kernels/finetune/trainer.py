@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from peft import PeftModel
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
@@ -181,6 +182,28 @@ class LoRATrainer(Trainer):  # type: ignore[misc, unused-ignore]
             decay = {"weight_decay": self.args.weight_decay}
             self.optimizer = cls([group | decay for group in groups], **options)
         return super().create_optimizer(*args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """As Trainer's, but PEFT is not to ask a hub about embeddings, which are the base's."""
+        if not self.args.should_save:
+            return
+        folder = str(output_dir or self.args.output_dir)
+        model: Any = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+        torch.save(self.args, os.path.join(folder, "training_args.bin"))
+
+    def _load_best_model(self) -> None:
+        """PEFT saves an adapter that is not called "default" in a folder of its name, where Trainer
+        does not look."""
+        model: Any = self.model
+        name, best = model.active_adapters[0], self.state.best_model_checkpoint
+        folder = Path(str(best), name)
+        if folder.is_dir():
+            model.load_adapter(str(folder), name, is_trainable=True)
+        else:
+            super()._load_best_model()
 
     # A checkpoint is written to a folder beside the others and renamed once it is whole.
 

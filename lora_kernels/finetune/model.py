@@ -175,10 +175,11 @@ def cast_parameters(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def share(model: nn.Module) -> Any:
-    """A copy with modules and trainable parameters of its own, on the same frozen weights."""
-    frozen: list[Tensor] = [p for p in model.parameters() if not p.requires_grad]
-    return copy.deepcopy(model, {id(t): t for t in (*frozen, *model.buffers())})
+def share(model: nn.Module, trainable: bool = False) -> Any:
+    """A copy with modules and trainable parameters of its own, on the same frozen weights; with
+    `trainable` on all the same weights."""
+    shared: list[Tensor] = [p for p in model.parameters() if trainable or not p.requires_grad]
+    return copy.deepcopy(model, {id(t): t for t in (*shared, *model.buffers())})
 
 
 def linear_layers(base: nn.Module) -> dict[str, nn.Module]:

@@ -96,10 +96,7 @@ def quantize(
     """
     from bitsandbytes.nn import Linear4bit, Params4bit  # type: ignore[attr-defined]
 
-    head = cast(Any, base).get_output_embeddings()
-    for name, linear in list(base.named_modules()):
-        if type(linear) is not nn.Linear or linear is head:
-            continue
+    for name, linear in quantized_layers(base).items():
         layer = Linear4bit(  # type: ignore[no-untyped-call]
             linear.in_features, linear.out_features, bias=linear.bias is not None,
             compute_dtype=compute_dtype, quant_type=quant_type, device="meta",
@@ -111,6 +108,16 @@ def quantize(
         base.set_submodule(name, layer.to(device))
     base.is_loaded_in_4bit = True  # type: ignore[assignment]
     rewrite_codes(base, False)
+
+
+def quantized_layers(base: nn.Module) -> dict[str, nn.Linear]:
+    """The layers that `quantize` holds in 4 bits, by name."""
+    head = cast(Any, base).get_output_embeddings()
+    return {
+        name: layer
+        for name, layer in base.named_modules()
+        if type(layer) is nn.Linear and layer is not head
+    }
 
 
 def rewrite_codes(model: nn.Module, allowed: bool) -> nn.Module:

@@ -54,9 +54,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("rank", "rank of the adapters")
     add("alpha", "the adapters are scaled by alpha / rank")
     add("dropout", "probability of dropping an element of the adapters' input")
-    add("target_modules", "names of the layers that get an adapter (default: all linear layers)",
+    add("target_modules", "names of the layers that get an adapter (default: all linear layers; "
+        "with --preset or JSON lines the preset's, and q k v o gate up down by their role)",
         nargs="+", metavar="NAME")  # fmt: skip
-    add("batch", "blocks a step")
+    add("batch", "blocks or examples a step")
     add("seq_len", "tokens a block")
     add("steps", "AdamW steps")
     add("lr", "peak learning rate")

@@ -13,7 +13,13 @@ from typing import Any
 import torch
 import transformers
 from peft import PeftModel
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    EarlyStoppingCallback,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from ..layers import lora_plus_parameter_groups
 from ..peft import fuse
@@ -161,6 +167,7 @@ class LoRATrainer(Trainer):  # type: ignore[misc, unused-ignore]
             fuse(model), args, data_collator, train_dataset, eval_dataset, processing_class,
             callbacks=callbacks, **others,
         )  # fmt: skip
+        self.remove_callback(PrinterCallback)  # a dict a step; metrics.jsonl has them
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's. Raises UsageError where the folder holds checkpoints and none is resumed

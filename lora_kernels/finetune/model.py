@@ -80,6 +80,10 @@ def load_base(
     from transformers import AutoModelForCausalLM
 
     base: nn.Module = _load(AutoModelForCausalLM, model, dtype=torch.float32)
+    if locate(model)[1] is not None:
+        # Decoded as it was read, yet marked as quantized, which Trainer and save_pretrained heed.
+        del base.hf_quantizer, base.is_quantized, base.quantization_method
+        del cast(Any, base).config.quantization_config
     cast_parameters(base, dtype)
     if quant is not None:
         quantize(base, quant, dtype, device)

@@ -141,6 +141,26 @@ def test_gpt2_with_prompts_and_completions(tmp_path: Path, capsys: Any) -> None:
     assert not (tmp_path / "no").exists()
 
 
+def test_over_a_4bit_base(folder: Path, lines: Path, tmp_path: Path, capsys: Any) -> None:
+    """QLoRA, in bf16; the merge onto what was decoded is the run's model, onto the original not."""
+    pytest.importorskip("bitsandbytes")
+    model = tmp_path / "model"
+    llama(intermediate_size=128).save_pretrained(model)
+    tokenizer().save_pretrained(model)
+    run = [*command(model, lines, tmp_path / "out"), "--quant", "nf4", "--dtype", "bf16"]
+    assert main(run) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "adapter off the base model's logits, bit for bit ✓" in shown
+    assert re.search(r"loaded again in stock PEFT: .* ✓", shown)
+    for onto in ("dequantized", "original"):
+        merge = ["merge", "--run", str(tmp_path / "out"), "--onto", onto]
+        assert main([*merge, "--out", str(tmp_path / onto)]) == 0
+        shown = capsys.readouterr().out
+        assert "against nf4 base + adapter in fp32" in shown
+        assert "the adapter on the original weights: logits off by" in shown
+        assert ("at most" in shown) == (onto == "dequantized")
+
+
 def test_bad_lines(folder: Path, tmp_path: Path, capsys: Any) -> None:
     lines = write_lines(tmp_path / "chat.jsonl", [chat("a", "b")] * 16 + ["{"] + [chat("a", "b")])
     run = command(folder, lines, tmp_path / "out")

@@ -96,6 +96,19 @@ def test_each_rank_sees_the_same_batches_and_start(searched: Any) -> None:
     assert {path.name for path in out.iterdir()} >= {"rank-2", "rank-3", "rank-5", "adalora"}
 
 
+def test_every_rank_has_the_presets_scale(data: tuple[ChatData, ChatData]) -> None:
+    scales = []
+
+    def score(model: Any, loss: float) -> float:
+        layer = model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
+        scales.append(layer.scaling["default"])
+        return 1.0
+
+    settings = SETTINGS | {"ranks": (2, 3), "steps": 1}
+    find_optimal_rank(llama(), *data, **settings, adalora=False, score=score)
+    assert scales == [2.0, 2.0, 2.0]  # chat: alpha 32 at rank 16
+
+
 def test_adalora_stands_beside_it(searched: Any) -> None:
     _, _, found, _ = searched
     assert len(found.allocation) == 8

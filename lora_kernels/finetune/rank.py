@@ -273,7 +273,11 @@ def add_adalora(
     )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return fuse(get_peft_model(model, config))
+        peft_model = get_peft_model(model, config)
+    for name, p in peft_model.named_parameters():
+        if ".ranknum." in name:  # a count, which PEFT leaves trainable over a 16-bit base
+            p.requires_grad_(False)
+    return fuse(peft_model)
 
 
 class Allocate(TrainerCallback):  # type: ignore[misc, unused-ignore]

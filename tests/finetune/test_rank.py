@@ -12,8 +12,15 @@ import torch
 
 from lora_kernels.finetune import UsageError
 from lora_kernels.finetune.chat import ChatData, Collator, load_chat
-from lora_kernels.finetune.rank import CAVEAT, RankRow, RankSearch, find_optimal_rank, plot_ranks
-from lora_kernels.finetune.trainer import read_metrics
+from lora_kernels.finetune.rank import (
+    CAVEAT,
+    RankRow,
+    RankSearch,
+    add_adalora,
+    find_optimal_rank,
+    plot_ranks,
+)
+from lora_kernels.finetune.trainer import check_trainable, read_metrics
 from tests.finetune.tiny import chat, gpt2, llama, tokenizer, write_lines
 
 SETTINGS: dict[str, Any] = {"ranks": (2, 3, 5), "steps": 12, "batch": 2, "lr": 1e-2}
@@ -119,6 +126,14 @@ def test_adalora_stands_beside_it(searched: Any) -> None:
     assert found.adalora.parameters == want
     # Its loss holds no penalty: near the ranks' own, of which the lowest and highest differ less.
     assert found.adalora.loss < -math.log(found.base) + 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_adaloras_triplets_train_and_nothing_else(dtype: torch.dtype) -> None:
+    model = add_adalora(llama().to(dtype), ("q", "v"), 3, 6.0, 0.0, steps=20)
+    kinds = {n.split(".")[-2] for n, p in model.named_parameters() if p.requires_grad}
+    assert kinds == {"lora_A", "lora_B", "lora_E"}
+    assert "in 4 adapted layers" in check_trainable(model)
 
 
 def test_the_same_again(data: tuple[ChatData, ChatData]) -> None:

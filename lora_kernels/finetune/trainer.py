@@ -333,7 +333,7 @@ def _remove(checkpoint: Path) -> None:
     shutil.rmtree(doomed)
 
 
-def _early_stop(args: TrainingArguments, patience: int) -> EarlyStoppingCallback:
+def _early_stop(args: TrainingArguments, patience: int) -> TrainerCallback:
     if patience < 1:
         raise UsageError(f"patience: got {patience}, want at least 1")
     if str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "steps":
@@ -345,7 +345,20 @@ def _early_stop(args: TrainingArguments, patience: int) -> EarlyStoppingCallback
         )
     args.load_best_model_at_end = True
     args.metric_for_best_model, args.greater_is_better = "eval_loss", False
-    return EarlyStoppingCallback(patience)
+    return Patience(patience)
+
+
+class Patience(EarlyStoppingCallback):  # type: ignore[misc, unused-ignore]
+    """Early stopping that goes on counting where the checkpoint left off. (Trainer would restore
+    all of its callbacks or none, and with them that a signal had stopped the run.)"""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        parent: Any = super()
+        parent.on_train_begin(args, state, control, **kwargs)
+        saved = state.stateful_callbacks.get(type(self).__name__)
+        if saved:
+            counter = "early_stopping_patience_counter"
+            setattr(self, counter, saved["attributes"][counter])
 
 
 class MetricsLog(TrainerCallback):  # type: ignore[misc, unused-ignore]

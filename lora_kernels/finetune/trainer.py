@@ -24,7 +24,7 @@ from transformers import (
 from ..layers import lora_plus_parameter_groups
 from ..peft import fuse
 from . import UsageError
-from .chat import ChatData, Collator, check_packing
+from .chat import IGNORED, ChatData, Collator, check_packing
 
 METRICS, CURVES = "metrics.jsonl", "curves.png"
 _PARTIAL = ".partial"  # where a checkpoint is written before it gets its name
@@ -189,6 +189,35 @@ class LoRATrainer(Trainer):  # type: ignore[misc, unused-ignore]
             decay = {"weight_decay": self.args.weight_decay}
             self.optimizer = cls([group | decay for group in groups], **options)
         return super().create_optimizer(*args, **kwargs)
+
+    # Trainer's evaluation loss is a mean over batches of their means over tokens, which moves with
+    # the size of a batch and with packing. Of `Collator`'s batches it is the mean over tokens.
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        self._of_tokens = [0.0, 0.0]
+        out: Any = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+        )
+        counted = torch.tensor(self._of_tokens, dtype=torch.float64, device=self.args.device)
+        total, count = self.accelerator.reduce(counted, "sum").tolist()
+        if count:
+            out.metrics[f"{metric_key_prefix}_loss"] = total / count
+        return out
+
+    def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        result: Any = super().prediction_step(model, inputs, *args, **kwargs)
+        if isinstance(self.data_collator, Collator):
+            count = int((inputs["labels"][:, 1:] != IGNORED).sum())
+            self._of_tokens[0] += result[0].item() * count
+            self._of_tokens[1] += count
+        return result
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """As Trainer's, but PEFT is not to ask a hub about embeddings, which are the base's."""

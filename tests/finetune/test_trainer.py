@@ -249,6 +249,25 @@ def test_early_stop_goes_back_to_the_best(data: ChatData, tmp_path: Path) -> Non
         assert (out / "curves.png").stat().st_size > 10_000
 
 
+def test_the_held_out_loss_is_the_mean_over_tokens(tmp_path: Path) -> None:
+    """Whatever the batch and the packing, which Trainer's own is not."""
+    texts = ["a", "the second one is a good deal longer", "middling", "x" * 30, "ab"]
+    file = write_lines(tmp_path / "texts.jsonl", [{"text": text} for text in texts])
+    val = load_chat(file, tokenizer())
+    model, total, count = adapted(), 0.0, 0
+    with torch.no_grad():
+        for row in val:
+            logits = model.eval()(torch.tensor([row["input_ids"]])).logits[0, :-1].double()
+            targets = torch.tensor(row["labels"][1:])
+            loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+            total, count = total + loss.item(), count + int((targets != -100).sum())
+    found = []
+    for data, batch in ((val, 1), (val, 2), (val, 5), (pack(val, 48), 2)):
+        made = trainer(tmp_path / f"{len(found)}", val, adapted(), eval_dataset=data, batch=batch)
+        found.append(made.evaluate()["eval_loss"])
+    assert found == pytest.approx([total / count] * 4, rel=RTOL)
+
+
 def test_packed_rows_train(data: ChatData, tmp_path: Path) -> None:
     made = trainer(tmp_path, pack(data, 128), steps=3)
     made.train()

@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 
 from ..peft import explain
 from . import model, report
-from .chat import IGNORED, ChatData, load_chat, pack
+from .chat import IGNORED, ChatData, check_packing, load_chat, pack
 from .options import ChatOptions
 from .presets import add_lora_layers
 from .recipe import loaded_again, logits, prepare_out, stop_on_signal
@@ -56,6 +56,8 @@ def finetune_chat(options: ChatOptions) -> int:
     base = model.load_base(options.model, dtype, device, options.quant)
     inputs = first_question(train, tokenizer, options.prompt, device)
     adapted = add_lora_layers(model.share(base), **options.adapter)
+    if options.pack:
+        check_packing(adapted)  # before anything is written
     prepare_out(options, SETTLING)
 
     ids = inputs["input_ids"]

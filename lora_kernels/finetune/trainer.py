@@ -167,6 +167,10 @@ class LoRATrainer(Trainer):  # type: ignore[misc, unused-ignore]
             fuse(model), args, data_collator, train_dataset, eval_dataset, processing_class,
             callbacks=callbacks, **others,
         )  # fmt: skip
+        # With a cache, positions that start anew do not keep documents apart. (transformers 5 turns
+        # it off here itself; generate has a setting of its own.)
+        if hasattr(model, "config"):
+            model.config.use_cache = False
         self.remove_callback(PrinterCallback)  # a dict a step; metrics.jsonl has them
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:

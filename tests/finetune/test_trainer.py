@@ -270,6 +270,7 @@ def test_the_held_out_loss_is_the_mean_over_tokens(tmp_path: Path) -> None:
 
 def test_packed_rows_train(data: ChatData, tmp_path: Path) -> None:
     made = trainer(tmp_path, pack(data, 128), steps=3)
+    assert made.model.config.use_cache is False
     made.train()
     assert all(math.isfinite(line["loss"]) for line in metrics(tmp_path))
 

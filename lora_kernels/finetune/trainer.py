@@ -18,8 +18,10 @@ from transformers import (
     PrinterCallback,
     Trainer,
     TrainerCallback,
+    TrainerState,
     TrainingArguments,
 )
+from transformers.trainer_utils import TrainOutput
 
 from ..layers import lora_plus_parameter_groups
 from ..peft import fuse
@@ -183,7 +185,23 @@ class LoRATrainer(Trainer):  # type: ignore[misc, unused-ignore]
                 f"out: {newest} is there; resume_from_checkpoint=True goes on from it, another "
                 "folder starts anew"
             )
+        if resume_from_checkpoint is True and newest is not None:
+            state = TrainerState.load_from_json(str(newest / "trainer_state.json"))
+            if self._waited_out(state):  # Trainer would take a step before it asks
+                self.state = state
+                self._load_best_model()
+                return TrainOutput(state.global_step, 0.0, {})
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _waited_out(self, state: TrainerState) -> bool:
+        """Whether early stopping had ended the run that left this state."""
+        callbacks: Any = state.stateful_callbacks or {}
+        saved, best = callbacks.get(Patience.__name__), state.best_model_checkpoint
+        mine = [c for c in self.callback_handler.callbacks if isinstance(c, Patience)]
+        if not saved or not mine or best is None or not Path(best).is_dir():
+            return False
+        waited: int = saved["attributes"]["early_stopping_patience_counter"]
+        return waited >= mine[0].early_stopping_patience
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         if self.optimizer is None and self.lora_plus_ratio is not None:

@@ -223,7 +223,7 @@ def test_bf16_is_autocast(data: ChatData, tmp_path: Path) -> None:
 
 
 def test_early_stop_goes_back_to_the_best(data: ChatData, tmp_path: Path) -> None:
-    """Broken off in between it still waits no longer."""
+    """Broken off in between it still waits no longer, and once over it stays so."""
     train, val = data.split(0.25)
     last = 0
     for name in ("once", "twice"):
@@ -237,6 +237,9 @@ def test_early_stop_goes_back_to_the_best(data: ChatData, tmp_path: Path) -> Non
                 trainer(out, train, adapted(), **settings, callbacks=[Break(last)]).train()
         made = trainer(out, train, adapted(), **settings)
         made.train(resume_from_checkpoint=name == "twice")
+        if name == "twice":  # a run that was over stays so
+            made = trainer(out, train, adapted(), **settings)
+            assert made.train(resume_from_checkpoint=True).global_step == last
         held_out = losses(read_metrics(out / "metrics.jsonl"), "eval_loss")
         last = last or max(held_out)
         assert 2 < last < 40

@@ -21,6 +21,16 @@ COMMANDS = {
     "bench": ("lora_kernels.measure.bench", "bench", "time the kernels against what others use"),
     "tune": ("lora_kernels.measure.tune", None, "find the fastest Triton kernels on this GPU"),
     "finetune": ("lora_kernels.finetune.command", "finetune", "fine-tune a model with fused LoRA"),
+    "rank-search": (
+        "lora_kernels.finetune.rank_command",
+        "finetune",
+        "find the rank that is enough for a data set",
+    ),
+    "merge": (
+        "lora_kernels.finetune.merge_command",
+        "finetune",
+        "write base and adapter as one stock model",
+    ),
     "generate": ("lora_kernels.finetune.generate", "finetune", "answer with an adapter, fused"),
 }
 
@@ -51,7 +61,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         command = importlib.import_module(module_name)
         command.add_arguments(parsers[name])
-        return int(command.run(parser.parse_args(argv)))
+        args, rest = parser.parse_known_args(argv)
+        if rest:
+            parser.exit(2, f"lora-kernels {name}: {unknown(rest, parsers[name])}\n")
+        return int(command.run(args))
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         if not missing or importlib.util.find_spec(missing) is not None:
@@ -60,6 +73,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.exit(2, f"lora-kernels {name}: needs {missing}: pip install {wanted}\n")
     except KeyboardInterrupt:
         return 130
+
+
+def unknown(words: Sequence[str], parser: argparse.ArgumentParser) -> str:
+    """What to say of words that the command has no use for."""
+    word = next((word for word in words if word.startswith("-")), words[0]).partition("=")[0]
+    if not word.startswith("-"):
+        return f"got {word!r}, which belongs to no option; see --help"
+    options = [name for action in parser._actions for name in action.option_strings]
+    close = difflib.get_close_matches(word, options, n=1)
+    return f"no option {word}; " + (f"did you mean {close[0]}?" if close else "see --help")
 
 
 if __name__ == "__main__":

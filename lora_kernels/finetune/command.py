@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from . import UsageError
-from .options import Options, flag
+from .options import ChatOptions, Options, flag
 
 DEMO = {"batch": 2, "seq_len": 128, "steps": 60, "lr": 1e-3, "prompt": "Shall I marry her?"}
 
@@ -26,23 +26,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="SmolLM2-135M-Instruct on Hamlet: batch 2, 128 tokens a block, 60 steps, lr 1e-3",
     )
 
+    parser.description = (
+        "Fine-tune a language model with fused LoRA layers. On plain text it trains beside stock "
+        "PEFT and compares the two; on JSON lines (chats, prompts with completions), or with "
+        "--preset, it trains on the answers alone, by transformers' Trainer. Ctrl-C or SIGTERM "
+        "saves and stops; the same command goes on."
+    )
+
     def add(name: str, help: str, **kwargs: Any) -> None:
-        default = getattr(Options, name, None)
+        default = getattr(Options, name, getattr(ChatOptions, name, None))
         if default not in (None, "", ()):
             kwargs.setdefault("type", type(default))
             help += f" (default {default})"
         parser.add_argument(flag(name), help=help, **kwargs)
 
     add("model", "transformers model folder, or GGUF file", type=Path, metavar="DIR|GGUF")
-    add("data", "plain UTF-8 text", type=Path, nargs="+", metavar="FILE")
+    add(
+        "data",
+        'JSON lines (.jsonl), each {"messages": [{"role": ..., "content": ...}, ...]}, '
+        '{"prompt": ..., "completion": ...} or {"text": ...}; or plain UTF-8 text',
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+    )
     add("out", "folder for the adapter, the report and checkpoints; a run that was interrupted "
         "goes on from there (default finetune-out)", type=Path, metavar="DIR")  # fmt: skip
     add("rank", "rank of the adapters")
     add("alpha", "the adapters are scaled by alpha / rank")
     add("dropout", "probability of dropping an element of the adapters' input")
-    add("target_modules", "names of the layers that get an adapter (default: all linear layers)",
+    add("target_modules", "names of the layers that get an adapter (default: all linear layers; "
+        "with --preset or JSON lines the preset's, and q k v o gate up down by their role)",
         nargs="+", metavar="NAME")  # fmt: skip
-    add("batch", "blocks a step")
+    add("batch", "blocks or examples a step")
     add("seq_len", "tokens a block")
     add("steps", "AdamW steps")
     add("lr", "peak learning rate")
@@ -56,6 +71,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("sgd_steps", "SGD steps of the comparison with stock PEFT")
     add("timed_steps", "timed steps of the comparison")
     add("peft_steps", "AdamW steps of stock PEFT, for the second curve in loss.png")
+    chat = parser.add_argument_group("on JSON lines, or with --preset")
+
+    def add_chat(name: str, help: str, **kwargs: Any) -> None:
+        default = getattr(ChatOptions, name, None)
+        if default not in (None, "", (), 0, 0.0, False):
+            help += f" (default {default})"
+        if "action" not in kwargs:
+            kwargs.setdefault("type", type(default))
+        chat.add_argument(flag(name), help=help, **kwargs)
+
+    add_chat("preset", "adapter of a domain: medical, legal, chat or code, which --rank, --alpha, "
+             "--dropout and --target-modules change", metavar="NAME")  # fmt: skip
+    add_chat("max_length", "tokens of an example; what is beyond them is cut off and reported")
+    add_chat("on_bad_line", "error: stop at a bad line; skip: leave it out and say so",
+             choices=("error", "skip"))  # fmt: skip
+    add_chat("pack", "put several short examples into one row, which cannot see each other",
+             action="store_true")  # fmt: skip
+    add_chat("eval_share", "share of the examples held out, on which the loss is reported")
+    add_chat("eval_every", "steps between evaluations (default: as --save-every)")
+    add_chat("patience", "stop after that many evaluations without a lower loss; the best is kept")
+    add_chat("accumulate", "batches of a step")
+    add_chat("lora_plus", "LoRA+: the learning rate of lora_B over that of lora_A, such as 16")
+    add_chat("autocast", "compute in bf16 whatever the dtype of the weights", action="store_true")
+    add_chat("checkpointing", "compute activations again in the backward, to save memory",
+             action="store_true")  # fmt: skip
     parser.add_argument(
         "--no-compare", dest="compare", action="store_false",
         help="train only; the comparison holds the model in fp32 and in bf16",
@@ -67,6 +107,10 @@ def run(args: argparse.Namespace) -> int:
     try:
         options = options_from(args)
         quiet()
+        if isinstance(options, ChatOptions):
+            from .chat_recipe import finetune_chat
+
+            return finetune_chat(options)
         from .recipe import finetune
 
         return finetune(options)
@@ -90,12 +134,11 @@ def quiet() -> None:
     warnings.simplefilter("ignore", FutureWarning)  # PEFT's and transformers' at each other
 
 
-def options_from(args: argparse.Namespace) -> Options:
+def options_from(args: argparse.Namespace) -> Options | ChatOptions:
     from .data import demo_text, read_text
     from .model import check_quant, demo_model, locate
 
-    names = {f.name for f in dataclasses.fields(Options)}
-    given = {name: value for name, value in vars(args).items() if name in names}
+    given = {name: value for name, value in vars(args).items() if name != "demo"}
     given.setdefault("out", Path("finetune-out"))
     if getattr(args, "demo", False):
         given = DEMO | given
@@ -106,9 +149,27 @@ def options_from(args: argparse.Namespace) -> Options:
             raise UsageError(f"{flag(name)} is missing; give it, or try --demo")
     for name in ("data", "target_modules"):
         given[name] = tuple(given.get(name, ()))
-    options = Options(**given)
+    kind = ChatOptions if is_chat(given) else Options
+    names = {f.name for f in dataclasses.fields(kind)}
+    if others := [name for name in given if name not in names]:
+        what = (
+            "is for plain text without --preset"
+            if kind is ChatOptions
+            else "is for JSON lines (.jsonl), or with --preset"
+        )
+        told = flag("no_compare" if others[0] == "compare" else others[0])
+        raise UsageError(f"{told}: {what}; leave it out")
+    options = kind(**given)
     locate(options.model)
     check_quant(options.quant)
+    if isinstance(options, ChatOptions):
+        from .presets import find_preset
+
+        find_preset(options.preset)
     for file in options.data:
         read_text(file)
     return options
+
+
+def is_chat(given: dict[str, Any]) -> bool:
+    return "preset" in given or any(f.suffix in (".jsonl", ".json") for f in given["data"])

@@ -80,6 +80,10 @@ def load_base(
     from transformers import AutoModelForCausalLM
 
     base: nn.Module = _load(AutoModelForCausalLM, model, dtype=torch.float32)
+    if locate(model)[1] is not None:
+        # Decoded as it was read, yet marked as quantized, which Trainer and save_pretrained heed.
+        del base.hf_quantizer, base.is_quantized, base.quantization_method
+        del cast(Any, base).config.quantization_config
     cast_parameters(base, dtype)
     if quant is not None:
         quantize(base, quant, dtype, device)
@@ -96,10 +100,7 @@ def quantize(
     """
     from bitsandbytes.nn import Linear4bit, Params4bit  # type: ignore[attr-defined]
 
-    head = cast(Any, base).get_output_embeddings()
-    for name, linear in list(base.named_modules()):
-        if type(linear) is not nn.Linear or linear is head:
-            continue
+    for name, linear in quantized_layers(base).items():
         layer = Linear4bit(  # type: ignore[no-untyped-call]
             linear.in_features, linear.out_features, bias=linear.bias is not None,
             compute_dtype=compute_dtype, quant_type=quant_type, device="meta",
@@ -111,6 +112,16 @@ def quantize(
         base.set_submodule(name, layer.to(device))
     base.is_loaded_in_4bit = True  # type: ignore[assignment]
     rewrite_codes(base, False)
+
+
+def quantized_layers(base: nn.Module) -> dict[str, nn.Linear]:
+    """The layers that `quantize` holds in 4 bits, by name."""
+    head = cast(Any, base).get_output_embeddings()
+    return {
+        name: layer
+        for name, layer in base.named_modules()
+        if type(layer) is nn.Linear and layer is not head
+    }
 
 
 def rewrite_codes(model: nn.Module, allowed: bool) -> nn.Module:
@@ -175,24 +186,48 @@ def cast_parameters(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def share(model: nn.Module) -> Any:
-    """A copy with modules and trainable parameters of its own, on the same frozen weights."""
-    frozen: list[Tensor] = [p for p in model.parameters() if not p.requires_grad]
-    return copy.deepcopy(model, {id(t): t for t in (*frozen, *model.buffers())})
+def share(model: nn.Module, trainable: bool = False) -> Any:
+    """A copy with modules and trainable parameters of its own, on the same frozen weights; with
+    `trainable` on all the same weights."""
+    shared: list[Tensor] = [p for p in model.parameters() if trainable or not p.requires_grad]
+    return copy.deepcopy(model, {id(t): t for t in (*shared, *model.buffers())})
 
 
-def check_targets(base: nn.Module, targets: Sequence[str]) -> None:
-    """Raise UsageError for a target that names no linear layer, with the names that do."""
+def linear_layers(base: nn.Module) -> dict[str, nn.Module]:
+    """The layers that LoRA adapts, GPT-2's Conv1D among them, by full name; of one that has an
+    adapter the layer below it, by the name that it had."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
     from transformers.pytorch_utils import Conv1D
 
-    names = [name for name, m in base.named_modules() if isinstance(m, nn.Linear | Conv1D)]
+    found: dict[str, nn.Module] = {}
+    adapted = "."  # no name begins so
+    for name, module in base.named_modules():
+        if name.startswith(adapted):
+            continue
+        if isinstance(module, BaseTunerLayer):
+            module, adapted = module.get_base_layer(), f"{name}."
+        if isinstance(module, nn.Linear | Conv1D):
+            found[name] = module
+    return found
+
+
+def is_named(name: str, target: str) -> bool:
+    """Whether PEFT takes the layer of that full name for a target."""
+    return name == target or name.endswith(f".{target}")
+
+
+def check_targets(
+    base: nn.Module, targets: Sequence[str], argument: str = "--target-modules"
+) -> None:
+    """Raise UsageError for a target that names no linear layer, with the names that do."""
+    names = linear_layers(base)
     candidates = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
     for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name in names):
+        if not any(is_named(name, target) for name in names):
             close = difflib.get_close_matches(target, candidates, n=1)
             hint = f"did you mean {close[0]}? " if close else ""
             raise UsageError(
-                f"--target-modules: no linear layer is named {target}; {hint}"
+                f"{argument}: no linear layer is named {target}; {hint}"
                 f"this model has {', '.join(candidates)}"
             )
 

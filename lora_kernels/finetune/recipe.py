@@ -12,7 +12,7 @@ import hashlib
 import json
 import signal
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import mean
@@ -28,7 +28,7 @@ from ..peft import explain, fuse
 from . import UsageError, model, report
 from .compare import Row, compare
 from .data import batch, token_blocks
-from .options import Options, flag
+from .options import ChatOptions, Options, flag
 from .train import newest_checkpoint, save_adapter, steps_done, train
 
 # The arguments that settle the trained adapter, beside the model and the text.
@@ -86,16 +86,7 @@ def finetune(options: Options) -> int:
     model_bytes = model.parameter_bytes(base)
     del base, fused
     gc.collect()
-    got = logits(
-        PeftModel.from_pretrained(
-            model.load_base(options.model, dtype, device, options.quant),
-            str(adapter),
-            torch_device=str(device),
-        ),
-        ids,
-    )
-    difference, largest = (got - want).abs().max().item(), want.abs().max().item()
-    same = difference <= LOGITS_LIMIT * largest
+    same, said = loaded_again(options, adapter, ids, want)
 
     n = max(1, min(10, len(losses) // 2))
     adapter_bytes = (adapter / "adapter_model.safetensors").stat().st_size
@@ -115,8 +106,7 @@ def finetune(options: Options) -> int:
         "curves": str(png),
         "adapter": f"{adapter}, {adapter_bytes / 1e6:.1f} MB beside the model's "
         f"{model_bytes / 1e6:.1f} MB ({adapter_bytes / model_bytes:.2%})",
-        "loaded again": f"in stock PEFT: logits differ by at most {difference:.2g}, the largest "
-        f"is {largest:.3g} {'✓' if same else '✗'}",
+        "loaded again": said,
     }
     console.print(report.facts(facts))
     failed = [row.what for row in rows if row.ok is False] + ["loaded again"] * (not same)
@@ -125,12 +115,27 @@ def finetune(options: Options) -> int:
     return 1 if failed else 0
 
 
-def prepare_out(options: Options) -> None:
+def loaded_again(
+    options: Options | ChatOptions, adapter: Path, ids: Tensor, want: Tensor
+) -> tuple[bool, str]:
+    """Whether the saved adapter in stock PEFT on a fresh base gives the logits wanted, in fp32."""
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
+    base = model.load_base(options.model, dtype, want.device, options.quant)
+    stock = PeftModel.from_pretrained(base, str(adapter), torch_device=str(want.device))
+    difference, largest = (logits(stock, ids) - want).abs().max().item(), want.abs().max().item()
+    same = difference <= LOGITS_LIMIT * largest
+    return same, (
+        f"in stock PEFT: logits differ by at most {difference:.2g}, the largest is {largest:.3g} "
+        f"{'✓' if same else '✗'}"
+    )
+
+
+def prepare_out(options: Options | ChatOptions, settling: Sequence[str] = SETTLING) -> None:
     """Make --out; refuse one that holds a checkpoint of a run with other arguments."""
     text = hashlib.sha256()
     for file in options.data:
         text.update(file.read_bytes())
-    settled = {name: getattr(options, name) for name in SETTLING}
+    settled = {name: getattr(options, name) for name in settling}
     run = {"model": str(options.model.resolve()), "data": text.hexdigest(), **settled}
     run = json.loads(json.dumps(run))  # tuples become what they are when read back
     file = options.out / "run.json"

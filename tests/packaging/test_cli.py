@@ -10,6 +10,8 @@ import lora_kernels
 from lora_kernels import cli, device, info
 from lora_kernels.backends import native
 
+ALL = "info, verify, bench, tune, finetune, rank-search, merge, generate"
+
 
 def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
     """Exit status, stdout, stderr."""
@@ -24,7 +26,7 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = run(capsys, "--help")
     assert status == 0
     for name in cli.COMMANDS:
-        assert f"    {name} " in out
+        assert f"    {name}" in out
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
@@ -42,8 +44,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     ("argv", "message"),
     [
         (["finetun"], "lora-kernels: no command 'finetun'; did you mean 'finetune'?\n"),
-        (["xyz"], "no command 'xyz'; want one of info, verify, bench, tune, finetune, generate\n"),
-        ([], "no command given; want one of info, verify, bench, tune, finetune, generate\n"),
+        (["xyz"], f"no command 'xyz'; want one of {ALL}\n"),
+        ([], f"no command given; want one of {ALL}\n"),
     ],
 )
 def test_a_wrong_command_is_one_line(
@@ -52,6 +54,27 @@ def test_a_wrong_command_is_one_line(
     status, out, err = run(capsys, *argv)
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert err.endswith(message)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (
+            ["finetune", "--rnak", "4"],
+            "lora-kernels finetune: no option --rnak; did you mean --rank?",
+        ),
+        (["rank-search", "--model", "m", "--data", "d", "--rank-s"], "; did you mean --ranks?"),
+        (["merge", "--out", "o", "--quat=nf4"], "no option --quat; did you mean --quant?"),
+        (["info", "more"], "lora-kernels info: got 'more', which belongs to no option; see --help"),
+    ],
+)
+def test_a_wrong_option_is_one_line(
+    capsys: pytest.CaptureFixture[str], argv: list[str], message: str
+) -> None:
+    pytest.importorskip("peft")
+    status, out, err = run(capsys, *argv)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert message in err
 
 
 @pytest.mark.parametrize("where", ["import", "run"])

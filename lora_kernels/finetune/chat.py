@@ -1,0 +1,501 @@
+"""Chats, prompts with completions and plain text to tokens with labels; padding and packing."""
+
+from __future__ import annotations
+
+import bisect
+import difflib
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import UsageError
+
+IGNORED = -100  # transformers' label of a token that adds nothing to the loss
+ROLES = ("system", "user", "assistant", "tool", "developer")
+FORMS = (
+    '{"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}, '
+    '{"prompt": ..., "completion": ...} or {"text": ...}'
+)
+_LISTED = 5  # places that a report names
+
+
+class BadLine(ValueError):
+    """What is wrong with one example, and what to do; `load_chat` adds file and line."""
+
+
+class Example(NamedTuple):
+    """One document: token ids, and labels that are the id where it is learnt, else -100.
+
+    The first label is always -100: no token stands before it that could predict it, alone or
+    packed behind another document.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+@dataclass
+class Report:
+    """What became of the lines of a file; `str()` is a paragraph about them.
+
+    cut: the places of examples longer than max_length, with their lengths. skipped: the messages
+    of lines left out.
+    """
+
+    max_length: int
+    examples: int = 0
+    tokens: int = 0
+    learnt: int = 0
+    cut: list[str] = field(default_factory=list)
+    lost: int = 0  # tokens beyond max_length
+    skipped: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.examples:,} examples, {self.tokens:,} tokens, loss on {self.learnt:,} of them"
+        ]
+        if self.cut:
+            lines.append(
+                f"{len(self.cut):,} examples cut to {self.max_length} tokens, {self.lost:,} tokens "
+                f"lost ({_some(self.cut)}); raise the maximum length or split them"
+            )
+        if self.skipped:
+            lines.append(f"{len(self.skipped):,} bad lines skipped: {_some(self.skipped)}")
+        return "\n".join(lines)
+
+
+def _some(places: Sequence[str]) -> str:
+    more = f"; and {len(places) - _LISTED:,} more" if len(places) > _LISTED else ""
+    return "; ".join(places[:_LISTED]) + more
+
+
+class ChatData(torch.utils.data.Dataset[dict[str, list[int]]]):
+    """Examples as transformers' Trainer takes them, with the `report` of how they were read.
+
+    Items are dicts of equally long lists input_ids and labels, of packed ones position_ids too.
+    """
+
+    def __init__(self, rows: Sequence[dict[str, list[int]]], report: Report) -> None:
+        self.rows, self.report = list(rows), report
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        return self.rows[index]
+
+    def split(self, share: float, seed: int = 0) -> tuple[ChatData, ChatData]:
+        """(training, evaluation) rows, the latter `share` of all, drawn by `seed`, at least one
+        each. Raises UsageError where share is not in (0, 1) or there are fewer than two rows.
+        """
+        if not 0.0 < share < 1.0:
+            raise UsageError(f"share: got {share}, want a number in (0, 1)")
+        if len(self) < 2:
+            raise UsageError(f"data: got {len(self)} rows, want at least 2 to split off some")
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).tolist()
+        count = min(max(1, round(share * len(self))), len(self) - 1)
+        held = set(order[:count])
+        parts = ([i for i in range(len(self)) if (i in held) is which] for which in (False, True))
+        train, val = (ChatData([self.rows[i] for i in part], self.report) for part in parts)
+        return train, val
+
+
+def load_chat(
+    files: str | Path | Iterable[str | Path],
+    tokenizer: Any,
+    *,
+    max_length: int = 512,
+    on_bad_line: str = "error",
+) -> ChatData:
+    """Read examples and tokenize them, with labels on what the model is to learn.
+
+    Args:
+        files: of JSON lines (`.jsonl`, `.json`), each line one of
+
+            {"messages": [{"role": ..., "content": ...}, ...]}   by the tokenizer's chat template,
+                the loss on every assistant turn, its end marker included
+            {"prompt": ..., "completion": ...}   strings as they are, or two lists of messages;
+                the loss on the completion
+            {"text": ...}   the loss on all of it
+
+            or of plain text (any other ending), cut into documents of max_length tokens. Strings
+            that pass no template end in the tokenizer's end-of-sequence token.
+        tokenizer: a fast one of transformers.
+        max_length: tokens of an example, at least 2; what is beyond them is cut off and counted
+            in `.report`.
+        on_bad_line: "error" raises at the first bad line, "skip" leaves it out and reports it.
+
+    Raises UsageError that names file and line: for a missing, empty or non-UTF-8 file, invalid
+    JSON, a form that is none of these, a conversation without an assistant turn, one whose
+    max_length tokens hold nothing to learn, a tokenizer without a chat template (whatever
+    on_bad_line says), and where no example is left.
+
+    >>> import pathlib, tempfile
+    >>> from lora_kernels.finetune.chat import load_chat
+    >>> file = pathlib.Path(tempfile.mkdtemp(), "chat.jsonl")
+    >>> _ = file.write_text('{"text": ')
+    >>> load_chat(file, tokenizer=None)  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    lora_kernels.finetune.UsageError: data: ...chat.jsonl:1: invalid JSON (Expecting value at ...
+    """
+    if on_bad_line not in ("error", "skip"):
+        raise UsageError(f"on_bad_line: got {on_bad_line!r}, want 'error' or 'skip'")
+    if max_length < 2:
+        raise UsageError(f"max_length: got {max_length}, want at least 2")
+    report, rows = Report(max_length), []
+    for file in [files] if isinstance(files, str | Path) else files:
+        for place, found in _examples(Path(file), tokenizer, max_length):
+            try:
+                if isinstance(found, BadLine):
+                    raise found
+                rows.append(_fitted(found, place, report))
+            except BadLine as error:
+                if on_bad_line == "error":
+                    raise UsageError(
+                        f"data: {place}: {error}; or leave bad lines out (on_bad_line='skip', "
+                        "--on-bad-line skip)"
+                    ) from error
+                report.skipped.append(f"{place}: {error}")
+    if not rows:
+        raise UsageError(f"data: no example is left; {_some(report.skipped)}")
+    return ChatData(rows, report)
+
+
+def _fitted(example: Example, place: str, report: Report) -> dict[str, list[int]]:
+    """The example cut to the maximum length, and counted."""
+    ids, labels = example
+    total, limit = len(ids), report.max_length
+    ids, labels = ids[:limit], labels[:limit]
+    learnt = sum(label != IGNORED for label in labels)
+    if not learnt:
+        if total > limit:
+            raise BadLine(
+                f"{total} tokens, and nothing to learn in the first {limit}; raise the maximum "
+                "length or shorten what stands before the assistant's turn"
+            )
+        raise BadLine("holds no token to learn; give an answer that is not empty")
+    if total > limit:
+        report.cut.append(f"{place}: {total} tokens")
+        report.lost += total - limit
+    report.examples += 1
+    report.tokens += len(ids)
+    report.learnt += learnt
+    return {"input_ids": ids, "labels": labels}
+
+
+def _examples(
+    file: Path, tokenizer: Any, max_length: int
+) -> Iterator[tuple[str, Example | BadLine]]:
+    """Each example with its place, `file:line`."""
+    if not file.is_file():
+        raise UsageError(f"data: there is no file {file}; give JSON lines or plain text")
+    raw = file.read_bytes()
+    if not raw.strip():
+        raise UsageError(f"data: {file} is empty; give one example a line, like {FORMS}")
+    if file.suffix not in (".jsonl", ".json"):
+        yield from _plain_text(file, raw, tokenizer, max_length)
+        return
+    # Not by str.splitlines, which would also break at separators that JSON allows in a string.
+    for number, line in enumerate(raw.split(b"\n"), 1):
+        if not line.strip():
+            continue
+        place = f"{file}:{number}"
+        try:
+            yield place, encode(_parsed(line), tokenizer)
+        except BadLine as error:
+            yield place, error
+        except UsageError as error:
+            raise UsageError(f"data: {place}: {error}") from error
+
+
+def _parsed(line: bytes) -> Any:
+    try:
+        return json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise BadLine(f"not UTF-8 (byte {error.start} of the line); convert the file") from None
+    except json.JSONDecodeError as error:
+        hint = "one whole JSON object a line"
+        if line.strip() in (b"[", b"]") or line.strip().endswith(b","):
+            hint += ", not one list over many lines"
+        raise BadLine(
+            f"invalid JSON ({error.msg} at column {error.colno}); mend the line: want {hint}"
+        ) from None
+
+
+def _plain_text(
+    file: Path, raw: bytes, tokenizer: Any, max_length: int
+) -> Iterator[tuple[str, Example]]:
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"data: {file} is not UTF-8 text (byte {error.start}); convert it to plain UTF-8"
+        ) from None
+    ids = encode({"text": text}, tokenizer).input_ids
+    for start in range(0, len(ids), max_length):
+        part = ids[start : start + max_length]
+        if len(part) > 1:
+            yield f"{file}", Example(part, [IGNORED, *part[1:]])
+
+
+def encode(record: Any, tokenizer: Any) -> Example:
+    """Tokens and labels of one JSON object; the forms are `load_chat`'s.
+
+    Raises BadLine where it is none of them, UsageError for a tokenizer that cannot do what it
+    needs.
+    """
+    if not isinstance(record, Mapping):
+        raise BadLine(f"got a JSON {type(record).__name__}, want an object like {FORMS}")
+    if "messages" in record:
+        return _encode_chat(_messages(record["messages"], "messages"), tokenizer)
+    if "prompt" in record and "completion" in record:
+        prompt, completion = record["prompt"], record["completion"]
+        if isinstance(prompt, list) and isinstance(completion, list):
+            before = _messages(prompt, "prompt")
+            messages = before + _messages(completion, "completion")
+            return _encode_chat(messages, tokenizer, first=len(before))
+        for name, text in (("prompt", prompt), ("completion", completion)):
+            if not isinstance(text, str):
+                raise BadLine(f"{name}: got a JSON {type(text).__name__}, want a string")
+        if not completion.strip():
+            raise BadLine("completion: empty; give what the model is to answer")
+        return _encode_text(prompt + completion, [(len(prompt), None)], tokenizer)
+    if "text" in record:
+        if not isinstance(record["text"], str) or not record["text"].strip():
+            raise BadLine("text: want a string that is not empty")
+        return _encode_text(record["text"], [(0, None)], tokenizer)
+    keys = ", ".join(map(str, record)) or "none"
+    close = [
+        f"did you mean {name}? "
+        for key in record
+        for name in difflib.get_close_matches(str(key), ("messages", "completion", "text"), 1)
+    ]
+    if isinstance(record.get("conversations"), list):
+        close = ['rename "conversations" to "messages", from/value to role/content. ']
+    raise BadLine(f"got the keys {keys}; {''.join(close[:1])}want {FORMS}")
+
+
+def _messages(value: Any, name: str) -> list[dict[str, Any]]:
+    if not isinstance(value, list) or not value:
+        raise BadLine(f"{name}: want a list of messages that is not empty")
+    for i, message in enumerate(value):
+        where = f"{name}[{i}]"
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise BadLine(f'{where}: want {{"role": ..., "content": ...}}, both strings')
+        role = message["role"]
+        if role not in ROLES:
+            close = difflib.get_close_matches(role, ROLES, 1)
+            hint = f"did you mean {close[0]!r}?" if close else f"want one of {', '.join(ROLES)}"
+            raise BadLine(f"{where}: got the role {role!r}; {hint}")
+        if not isinstance(message.get("content"), str):
+            got = type(message.get("content")).__name__
+            raise BadLine(f"{where}: content: got {got}, want a string")
+        if role == "assistant" and not message["content"].strip():
+            raise BadLine(f"{where}: the assistant's content is empty; give the answer")
+    return value
+
+
+def _encode_chat(messages: list[dict[str, Any]], tokenizer: Any, first: int = 0) -> Example:
+    """By the chat template; the assistant's turns from messages[first] on are learnt."""
+    turns = [i for i, m in enumerate(messages) if i >= first and m["role"] == "assistant"]
+    if not turns:
+        raise BadLine("no assistant turn, so nothing to learn; add one, or take the line out")
+    if turns[0] == 0:
+        raise BadLine("the first message is the assistant's; put a user or system message first")
+    if not tokenizer.chat_template:
+        raise UsageError(
+            "a conversation, but the tokenizer has no chat template; take the tokenizer of an "
+            "instruct model, set tokenizer.chat_template, or give prompt/completion or text lines"
+        )
+    if first == 0 and re.search(r"\{%-?\s*generation\s*-?%\}", str(tokenizer.chat_template)):
+        return _by_template_markers(messages, tokenizer)
+    full = _rendered(messages, tokenizer)
+    spans: list[tuple[int, int | None]] = []
+    for i in turns:
+        before = _rendered(messages[:i], tokenizer, add_generation_prompt=True)
+        upto = _rendered(messages[: i + 1], tokenizer)
+        if not (full.startswith(upto) and upto.startswith(before)):
+            raise BadLine(
+                f"the chat template renders what stands before messages[{i}] in another way once "
+                "more follows, so that the assistant's part cannot be told from the text; put "
+                "{% generation %} … {% endgeneration %} around it in the template, or give one "
+                "answer a line"
+            )
+        # What a template puts behind the turn's end marker is no part of the turn.
+        spans.append((len(before), len(upto.rstrip())))
+    return _encode_text(full, spans, tokenizer, templated=True)
+
+
+def _rendered(messages: Sequence[Any], tokenizer: Any, **options: Any) -> str:
+    from jinja2 import TemplateError
+
+    try:
+        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, **options))
+    except TemplateError as error:
+        raise BadLine(f"the chat template refuses this conversation: {error}") from error
+
+
+def _by_template_markers(messages: Sequence[Any], tokenizer: Any) -> Example:
+    from jinja2 import TemplateError
+
+    try:
+        done = tokenizer.apply_chat_template(
+            list(messages), return_dict=True, return_assistant_tokens_mask=True
+        )
+    except TemplateError as error:
+        raise BadLine(f"the chat template refuses this conversation: {error}") from error
+    ids, mask = list(done["input_ids"]), done["assistant_masks"]
+    labels = [token if on else IGNORED for token, on in zip(ids, mask, strict=True)]
+    return Example(ids, [IGNORED, *labels[1:]])
+
+
+def _encode_text(
+    text: str, spans: Sequence[tuple[int, int | None]], tokenizer: Any, templated: bool = False
+) -> Example:
+    """A token is learnt where its first character lies in one of the spans of characters.
+
+    A template writes its special tokens itself; other text gets the tokenizer's, and an end.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise UsageError(
+            f"tokenizer: got {type(tokenizer).__name__}, which does not say where its tokens stand "
+            "in the text; want a fast tokenizer (PreTrainedTokenizerFast)"
+        )
+    # verbose=False: the warning about sequences longer than the model's context comes too early.
+    done = tokenizer(
+        text,
+        add_special_tokens=not templated,
+        return_offsets_mapping=True,
+        return_special_tokens_mask=True,
+        verbose=False,
+    )
+    ids, labels = list(done["input_ids"]), []
+    added = zip(ids, done["offset_mapping"], done["special_tokens_mask"], strict=True)
+    for token, (start, end), special in added:
+        # Special tokens that the tokenizer added have no place in the text.
+        inside = any(a <= start and (b is None or start < b) for a, b in spans)
+        placed = end > start or not special
+        labels.append(token if inside and placed else IGNORED)
+    eos = tokenizer.eos_token_id
+    if not templated and eos is not None:
+        if not ids or ids[-1] != eos:
+            ids.append(eos)
+            labels.append(eos)
+        labels[-1] = eos
+    return Example(ids, [IGNORED, *labels[1:]])
+
+
+def pack(data: ChatData, length: int) -> ChatData:
+    """Rows of up to `length` tokens that hold whole documents, each with positions from 0 on.
+
+    By best fit, longest first. transformers keeps documents apart where positions start anew and
+    no attention mask is given; `check_packing` asks a model whether it does so.
+
+    Raises UsageError where an example is longer than `length`, or was packed before.
+
+    >>> from lora_kernels.finetune.chat import ChatData, Report, pack
+    >>> rows = [{"input_ids": [7] * n, "labels": [-100] + [7] * (n - 1)} for n in (2, 3, 2)]
+    >>> [row["position_ids"] for row in pack(ChatData(rows, Report(8)), 5)]
+    [[0, 1, 2, 0, 1], [0, 1]]
+    """
+    if any("position_ids" in row for row in data.rows):
+        raise UsageError("data: is packed already")
+    longest = max((len(row["input_ids"]) for row in data.rows), default=0)
+    if longest > length:
+        raise UsageError(f"length: got {length}, want at least the longest example's {longest}")
+    rows: list[dict[str, list[int]]] = []
+    room: list[tuple[int, int]] = []  # (tokens left, row), ascending
+    for example in sorted(data.rows, key=lambda row: -len(row["input_ids"])):
+        size = len(example["input_ids"])
+        place = bisect.bisect_left(room, (size, -1))
+        if place == len(room):
+            rows.append({"input_ids": [], "labels": [], "position_ids": []})
+            left, index = length, len(rows) - 1
+        else:
+            left, index = room.pop(place)
+        row = rows[index]
+        row["input_ids"] += example["input_ids"]
+        row["labels"] += example["labels"]
+        row["position_ids"] += range(size)
+        bisect.insort(room, (left - size, index))
+    return ChatData(rows, data.report)
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Rows of `ChatData` to a batch, int64 [rows, longest], padded on the right.
+
+    Of plain rows: input_ids, labels (-100 on padding) and attention_mask (0 on padding). Of packed
+    rows: position_ids in place of the mask; the padding is a document of its own, which nobody
+    attends to but itself.
+
+    >>> from lora_kernels.finetune.chat import Collator
+    >>> batch = Collator(0)([{"input_ids": [5], "labels": [5]}, {"input_ids": [6, 7],
+    ...                      "labels": [-100, 7]}])
+    >>> batch["labels"].tolist(), batch["attention_mask"].tolist()
+    ([[5, -100], [-100, 7]], [[1, 0], [1, 1]])
+    """
+
+    pad_token_id: int
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> Collator:
+        """With the tokenizer's padding token, or its end-of-sequence token, or 0: whichever it is,
+        masks and labels leave it out."""
+        for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+            if token is not None:
+                return cls(int(token))
+        return cls(0)
+
+    def __call__(self, rows: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, Tensor]:
+        packed = {"position_ids" in row for row in rows}
+        if len(packed) != 1:
+            raise ValueError("rows: got some packed and some not, want one kind")
+        width = max(len(row["input_ids"]) for row in rows)
+        batch: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
+        extra = batch.setdefault("position_ids" if packed.pop() else "attention_mask", [])
+        for row in rows:
+            ids = row["input_ids"]
+            pad = width - len(ids)
+            batch["input_ids"].append([*ids, *[self.pad_token_id] * pad])
+            batch["labels"].append([*row["labels"], *[IGNORED] * pad])
+            positions = row.get("position_ids")
+            if positions is None:
+                extra.append([1] * len(ids) + [0] * pad)
+            else:
+                extra.append([*positions, *range(pad)])
+        return {name: torch.tensor(lists) for name, lists in batch.items()}
+
+
+@torch.no_grad()
+def check_packing(model: nn.Module) -> None:
+    """Raise UsageError where documents packed into one row can see each other.
+
+    Two short documents, and the first one again with other tokens: the second one's logits must
+    not move by a bit. The model's mode is put back.
+    """
+    device = next(model.parameters()).device
+    ids = torch.tensor([[1, 2, 3, 4, 5, 3, 2, 1, 4], [6, 7, 5, 4, 2, 3, 2, 1, 4]], device=device)
+    positions = torch.tensor([[*range(5), *range(4)]], device=device)
+    training = model.training
+    model.eval()
+    try:
+        logits = [
+            model(input_ids=row[None], position_ids=positions, use_cache=False).logits[:, 5:]
+            for row in ids
+        ]
+    except TypeError as error:  # no such argument
+        raise UsageError(f"packing: this model cannot keep documents apart ({error})") from error
+    finally:
+        model.train(training)
+    if not torch.equal(*logits):
+        raise UsageError(
+            "packing: in this model a document sees the one before it in its row, since its "
+            "attention does not heed position_ids; leave packing off"
+        )

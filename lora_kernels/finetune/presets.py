@@ -1,0 +1,246 @@
+"""Adapters for a domain by the name of a preset, many of them on one base."""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..peft import fuse
+from . import UsageError
+from .model import ALL_LINEAR, check_targets, is_named, linear_layers
+
+
+@dataclass(frozen=True)
+class Preset:
+    """targets: roles of `ROLES`, names of layers, or "all-linear" for every linear layer."""
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+    dropout: float
+
+
+PRESETS = {
+    "medical": Preset(32, 32, ("q", "v", "gate", "up"), 0.1),
+    "legal": Preset(16, 16, ("q", "k", "v"), 0.05),
+    "chat": Preset(16, 32, ("q", "k", "v", "o"), 0.05),
+    "code": Preset(32, 64, ("q", "k", "v", "o", "gate", "up", "down"), 0.05),
+}
+
+# What a projection is called, the first name that a model has: Llama's and its kin's, BERT's, then
+# layers that hold several projections in one, GPT-2's and others'.
+_QKV = ("attn.c_attn", "qkv_proj", "query_key_value", "Wqkv")
+ROLES: dict[str, tuple[str, ...]] = {
+    "q": ("q_proj", "query", "q_lin", *_QKV),
+    "k": ("k_proj", "key", "k_lin", *_QKV),
+    "v": ("v_proj", "value", "v_lin", *_QKV),
+    "o": ("o_proj", "out_proj", "out_lin", "attention.output.dense", "attn.c_proj"),
+    "gate": ("gate_proj", "gate_up_proj"),
+    "up": ("up_proj", "gate_up_proj", "mlp.c_fc", "fc1", "intermediate.dense", "dense_h_to_4h"),
+    "down": ("down_proj", "mlp.c_proj", "fc2", "dense_4h_to_h"),
+}
+
+
+def find_preset(name: str | Preset) -> Preset:
+    """The preset of that name. Raises UsageError that suggests the one that was meant.
+
+    >>> find_preset("medcial")
+    Traceback (most recent call last):
+    lora_kernels.finetune.UsageError: preset: got 'medcial'; did you mean 'medical'?
+    """
+    if isinstance(name, Preset):
+        return name
+    if name not in PRESETS:
+        close = difflib.get_close_matches(str(name), PRESETS, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"want one of {', '.join(PRESETS)}"
+        raise UsageError(f"preset: got {name!r}; {hint}")
+    return PRESETS[name]
+
+
+def find_targets(model: nn.Module, targets: Iterable[str]) -> tuple[list[str], list[str]]:
+    """What PEFT is to adapt: the names of the model's layers, and the roles that it has none for.
+
+    Raises UsageError, with the names that the model has, where nothing matches, and for a name that
+    is neither a role nor a layer's.
+
+    >>> model = nn.ModuleDict({"q_proj": nn.Linear(2, 2), "up_proj": nn.Linear(2, 2)})
+    >>> find_targets(model, ("q", "up", "gate"))
+    (['q_proj', 'up_proj'], ['gate'])
+    """
+    targets, names = tuple(targets), linear_layers(model)
+    check_targets(model, [t for t in targets if t not in ROLES], "targets")
+    found, missing = [], []
+    for target in targets:
+        candidates = ROLES.get(target, (target,))
+        match = next((c for c in candidates if any(is_named(n, c) for n in names)), None)
+        if match is None:
+            missing.append(target)
+        elif match not in found:
+            found.append(match)
+    if not found:
+        have = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names)) or "none"
+        raise UsageError(
+            f"targets: got {', '.join(targets) or 'none'}, which no layer of this "
+            f"{type(model).__name__} matches; its linear layers are {have}: name some of them in "
+            "targets"
+        )
+    return found, missing
+
+
+def add_lora_layers(
+    model: Any,
+    preset: str | Preset = "chat",
+    *,
+    adapter_name: str = "default",
+    rank: int | None = None,
+    alpha: float | None = None,
+    dropout: float | None = None,
+    targets: str | Sequence[str] | None = None,
+    seed: int = 0,
+    **config: Any,
+) -> Any:
+    """Adapters by PEFT on `model` in place, fused; returns the PEFT model.
+
+    A PEFT model gets one adapter more, which is made the active and only trainable one.
+
+    Args:
+        model: transformers' model, or a PEFT model of one.
+        preset: "medical", "legal", "chat" or "code", or a `Preset` of your own.
+        adapter_name: by which PEFT knows it: `model.set_adapter(name)`, and a row of a batch
+            each: `model(**batch, adapter_names=[...])`.
+        rank, alpha, dropout, targets: instead of the preset's. targets: roles ("q", "k", "v", "o",
+            "gate", "up", "down"), names of layers, or "all-linear".
+        seed: of lora_A's start; the state of the random generators stays.
+        config: of PEFT's `LoraConfig`, by its names.
+
+    Warns of roles that the model has no layer for. Raises UsageError: an unknown preset or target
+    (with the one that was meant), no matching layer (with the model's own), an adapter name that is
+    taken.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from lora_kernels.finetune.presets import add_lora_layers
+    >>> sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
+    >>> base = LlamaForCausalLM(LlamaConfig(vocab_size=9, num_hidden_layers=1, **sizes))
+    >>> add_lora_layers(base, "legal").peft_config["default"].r
+    16
+    """
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers.pytorch_utils import Conv1D
+
+    chosen = find_preset(preset)
+    rank = chosen.rank if rank is None else rank
+    alpha = chosen.alpha if alpha is None else alpha
+    dropout = chosen.dropout if dropout is None else dropout
+    if rank < 1:
+        raise UsageError(f"rank: got {rank}, want at least 1")
+    if not 0.0 < alpha < float("inf"):
+        raise UsageError(f"alpha: got {alpha}, want a positive number")
+    if not 0.0 <= dropout < 1.0:
+        raise UsageError(f"dropout: got {dropout}, want a probability in [0, 1)")
+    peft_model = model if isinstance(model, PeftModel) else None
+    if peft_model is not None and adapter_name in peft_model.peft_config:
+        raise UsageError(
+            f"adapter_name: {adapter_name!r} is on the model already; give another name, or "
+            "model.set_adapter() to go on with it"
+        )
+    base = model if peft_model is None else peft_model.get_base_model()
+    wanted = chosen.targets if targets is None else targets
+    if isinstance(wanted, str):
+        wanted = (wanted,)
+    if tuple(wanted) == (ALL_LINEAR,):
+        names: str | list[str] = ALL_LINEAR
+        adapted = list(linear_layers(base).values())
+    else:
+        names, missing = find_targets(base, wanted)
+        adapted = [
+            layer
+            for full, layer in linear_layers(base).items()
+            if any(is_named(full, name) for name in names)
+        ]
+        if missing:
+            warnings.warn(
+                f"this {type(base).__name__} has no layer for {', '.join(missing)}; the adapter is "
+                f"on {', '.join(names)}",
+                stacklevel=2,
+            )
+    if all(isinstance(layer, Conv1D) for layer in adapted):
+        config.setdefault("fan_in_fan_out", True)
+    if hasattr(base, "generate"):
+        config.setdefault("task_type", "CAUSAL_LM")
+    any_alpha: Any = alpha  # PEFT says int and takes both
+    lora = LoraConfig(
+        r=rank, lora_alpha=any_alpha, lora_dropout=dropout, target_modules=names, **config
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        if peft_model is None:
+            peft_model = get_peft_model(model, lora, adapter_name)
+        else:
+            peft_model.add_adapter(adapter_name, lora)
+            peft_model.set_adapter(adapter_name)
+    return fuse(peft_model)
+
+
+def create_domain_model(
+    model: Any,
+    preset: str | Preset,
+    data: Any,
+    *,
+    out: str | Path,
+    tokenizer: Any = None,
+    val: Any = None,
+    adapter_name: str | None = None,
+    adapter: dict[str, Any] | None = None,
+    training: dict[str, Any] | None = None,
+    **trainer: Any,
+) -> Any:
+    """Put a domain's adapter on `model`, train it on `data`, save it; returns the PEFT model.
+
+    The same call goes on from the last checkpoint in `out` if there is one. Again with another
+    preset, on the model that came back, for a second domain on the same base.
+
+    Args:
+        model, preset: as `add_lora_layers`'.
+        data, val: `ChatData`, or files as `load_chat` takes them, which needs the tokenizer.
+        out: folder of checkpoints, metrics and curves; the adapter goes to out/adapter, of a
+            name other than "default" to a folder of that name in it, as PEFT has it.
+        adapter_name: None for the preset's name.
+        adapter, training, trainer: settings of `add_lora_layers`, `training_arguments` and
+            `LoRATrainer`.
+
+    Raises UsageError as they do.
+
+    >>> from lora_kernels.finetune.presets import create_domain_model
+    >>> create_domain_model(nn.Linear(2, 2), "legla", [], out="out")
+    Traceback (most recent call last):
+    lora_kernels.finetune.UsageError: preset: got 'legla'; did you mean 'legal'?
+    """
+    from .chat import ChatData, load_chat
+    from .trainer import LoRATrainer, newest_checkpoint, training_arguments
+
+    find_preset(preset)
+    name = adapter_name or (preset if isinstance(preset, str) else "default")
+    if not isinstance(data, ChatData) and tokenizer is None:
+        raise UsageError("tokenizer: got none, want the model's, by which data is read")
+    args = training_arguments(out, **training or {})
+    train, held_out = (
+        part if part is None or isinstance(part, ChatData) else load_chat(part, tokenizer)
+        for part in (data, val)
+    )
+    peft_model = add_lora_layers(model, preset, adapter_name=name, **adapter or {})
+    made = LoRATrainer(
+        peft_model, args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer,
+        **trainer,
+    )  # fmt: skip
+    made.train(resume_from_checkpoint=newest_checkpoint(out) is not None)
+    peft_model.save_pretrained(
+        str(Path(out, "adapter")), selected_adapters=[name], save_embedding_layers=False
+    )
+    return peft_model.eval()

@@ -1,0 +1,125 @@
+"""`lora-kernels rank-search`: one training a rank, a table and a curve."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+from pathlib import Path
+
+from . import UsageError
+from .command import quiet
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Train an adapter of each rank on the same data from the same seed, and AdaLoRA beside "
+        "them; print score, parameters, seconds and efficiency of each, and draw the curve."
+    )
+    parser.add_argument(
+        "--model", type=Path, required=True, metavar="DIR|GGUF", help="transformers model folder"
+    )
+    parser.add_argument(
+        "--data", type=Path, nargs="+", required=True, metavar="FILE",
+        help="JSON lines (.jsonl) of chats, prompts with completions or text, or plain text",
+    )  # fmt: skip
+    parser.add_argument(
+        "--eval", type=Path, nargs="+", metavar="FILE",
+        help="held-out data on which ranks are scored (default: a fifth of --data)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--out", type=Path, default=Path("rank-search-out"), metavar="DIR",
+        help="folder for ranks.json, ranks.png and each rank's metrics (default rank-search-out)",
+    )  # fmt: skip
+    ranks = (4, 8, 16, 32, 64)
+    parser.add_argument(
+        "--ranks", type=int, nargs="+", default=ranks, metavar="R", help="(default 4 8 16 32 64)"
+    )
+    parser.add_argument(
+        "--preset", default="chat", help="medical, legal, chat or code: which layers (default chat)"
+    )
+    parser.add_argument(
+        "--target-modules", nargs="+", metavar="NAME", help="other layers than the preset's"
+    )
+    parser.add_argument("--steps", type=int, default=100, help="for each rank (default 100)")
+    parser.add_argument("--batch", type=int, default=4, help="examples a step (default 4)")
+    parser.add_argument("--lr", type=float, default=2e-4, help="peak learning rate (default 2e-4)")
+    parser.add_argument(
+        "--max-length", type=int, default=512, help="tokens of an example (default 512)"
+    )
+    parser.add_argument(
+        "--on-bad-line", choices=("error", "skip"), default="error", help="(default error)"
+    )
+    parser.add_argument(
+        "--no-adalora", dest="adalora", action="store_false", help="leave AdaLoRA out"
+    )
+    parser.add_argument(
+        "--dtype", choices=("fp32", "bf16"), default="fp32", help="of the model (default fp32)"
+    )
+    parser.add_argument(
+        "--quant", choices=("nf4", "fp4"), help="hold the linear layers in 4 bits, by bitsandbytes"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="(default 0)")
+    parser.add_argument(
+        "--device", default="", help="torch device (default: a GPU if there is one)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit status: 0, or 2 for bad arguments, 130 if interrupted."""
+    from .model import check_quant, locate
+    from .presets import find_preset
+
+    try:
+        locate(args.model)
+        check_quant(args.quant)
+        find_preset(args.preset)
+        for name in ("batch", "steps"):
+            if (value := getattr(args, name)) < 1:
+                raise UsageError(f"--{name}: got {value}, want at least 1")
+        quiet()
+        search(args)
+        return 0
+    except UsageError as error:
+        print(f"lora-kernels rank-search: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nlora-kernels rank-search: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+def search(args: argparse.Namespace) -> None:
+    import torch
+
+    from . import model
+    from .chat import load_chat
+    from .rank import RankRow, find_optimal_rank, plot_ranks
+    from .recipe import write_json
+
+    device = model.usable_device(args.device)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
+    tokenizer = model.load_tokenizer(args.model)
+    reading = {"max_length": args.max_length, "on_bad_line": args.on_bad_line}
+    train = load_chat(args.data, tokenizer, **reading)
+    print(train.report)
+    if args.eval:
+        val = load_chat(args.eval, tokenizer, **reading)
+    else:
+        train, val = train.split(0.2, args.seed)
+    print(f"trained on {len(train)} examples, scored on {len(val)} held out")
+    base = model.load_base(args.model, dtype, device, args.quant)
+
+    def done(row: RankRow) -> None:
+        print(f"rank {row.rank}: score {row.score:.4f} in {row.seconds:.1f} s", flush=True)
+
+    found = find_optimal_rank(
+        base, train, val, args.ranks, preset=args.preset, targets=args.target_modules,
+        steps=args.steps, seed=args.seed, adalora=args.adalora, out=args.out, tokenizer=tokenizer,
+        on_rank=done, batch=args.batch, lr=args.lr,
+    )  # fmt: skip
+    print(found)
+    write_json(args.out / "ranks.json", json.loads(json.dumps(found.as_dict())))
+    png = args.out / "ranks.png"
+    plot_ranks(png, found, f"{model.display_name(args.model)}, {args.steps} steps a rank")
+    print(f"curve: {png}")

@@ -1,0 +1,488 @@
+"""`LoRATrainer`: transformers' Trainer for fused adapters, whose checkpoints survive a kill."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import PeftModel
+from transformers import (
+    EarlyStoppingCallback,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_utils import TrainOutput
+
+from ..layers import lora_plus_parameter_groups
+from ..peft import fuse
+from . import UsageError
+from .chat import IGNORED, ChatData, Collator, check_packing
+
+METRICS, CURVES = "metrics.jsonl", "curves.png"
+_PARTIAL = ".partial"  # where a checkpoint is written before it gets its name
+
+
+def training_arguments(
+    out: str | Path,
+    *,
+    steps: int | None = None,
+    epochs: float = 1.0,
+    batch: int = 4,
+    accumulate: int = 1,
+    lr: float = 2e-4,
+    warmup: float = 0.05,
+    max_grad_norm: float = 1.0,
+    bf16: bool = False,
+    checkpointing: bool = False,
+    eval_every: int | None = None,
+    save_every: int = 50,
+    keep: int = 2,
+    seed: int = 0,
+    cpu: bool = False,
+    **others: Any,
+) -> TrainingArguments:
+    """transformers' `TrainingArguments` with what LoRA is usually trained by.
+
+    AdamW without weight decay, linear warm-up and cosine decay, each step's loss logged as it is
+    (NaN too), nothing reported to services.
+
+    Args:
+        out: folder of checkpoints, metrics and curves.
+        steps: optimizer steps; None: `epochs` passes over the data.
+        batch: rows of a forward, on each device; accumulate: forwards of a step.
+        lr, max_grad_norm: peak learning rate; joint norm at which gradients are clipped, 0: never.
+        warmup: share of the steps, in [0, 1).
+        bf16: autocast. checkpointing: activations are computed again in the backward.
+        eval_every, save_every: steps; keep: newest checkpoints that stay, beside the best.
+        cpu: train on the CPU where there is a GPU, too.
+        others: of `TrainingArguments`, by its names; they go before.
+
+    Raises UsageError that names the argument.
+
+    >>> from lora_kernels.finetune.trainer import training_arguments
+    >>> training_arguments("out", batch=2, accumulate=8, cpu=True).gradient_accumulation_steps
+    8
+    """
+    sizes = {"batch": batch, "accumulate": accumulate, "save_every": save_every, "keep": keep}
+    sizes |= {} if steps is None else {"steps": steps}
+    sizes |= {} if eval_every is None else {"eval_every": eval_every}
+    for name, value in sizes.items():
+        if value < 1:
+            raise UsageError(f"{name}: got {value}, want at least 1")
+    for name, number in (("lr", lr), ("epochs", epochs)):
+        if not 0.0 < number < float("inf"):
+            raise UsageError(f"{name}: got {number}, want a positive number")
+    if not 0.0 <= warmup < 1.0:
+        raise UsageError(f"warmup: got {warmup}, want a share of the steps in [0, 1)")
+    if not 0.0 <= max_grad_norm < float("inf"):
+        raise UsageError(f"max_grad_norm: got {max_grad_norm}, want 0 or a positive number")
+    settings: dict[str, Any] = {
+        "output_dir": str(out), "max_steps": -1 if steps is None else steps,
+        "num_train_epochs": epochs, "per_device_train_batch_size": batch,
+        "per_device_eval_batch_size": batch, "gradient_accumulation_steps": accumulate,
+        "learning_rate": lr, "lr_scheduler_type": "cosine", "max_grad_norm": max_grad_norm,
+        "bf16": bf16,
+        "eval_strategy": "no" if eval_every is None else "steps", "eval_steps": eval_every,
+        "save_steps": save_every, "save_total_limit": keep, "logging_steps": 1,
+        "logging_nan_inf_filter": False, "report_to": [], "seed": seed, "use_cpu": cpu,
+        "remove_unused_columns": False, "prediction_loss_only": True, "disable_tqdm": True,
+    }  # fmt: skip
+    # Names that transformers 5 changed, of which it warns.
+    names = {field.name for field in dataclasses.fields(TrainingArguments)}
+    if checkpointing:
+        renamed = "activation_checkpointing" in names
+        name = "activation_checkpointing" if renamed else "gradient_checkpointing"
+        settings |= {name: True, f"{name}_kwargs": {"use_reentrant": False}}
+    share_in_steps = int(transformers.__version__.partition(".")[0]) >= 5
+    settings["warmup_steps" if share_in_steps else "warmup_ratio"] = warmup
+    return TrainingArguments(**settings | others)
+
+
+class LoRATrainer(Trainer):  # type: ignore[misc, unused-ignore]
+    """transformers' Trainer over a PEFT model whose adapters alone train, with fused layers.
+
+    All that Trainer does it does: `accelerate launch` and `torchrun`, callbacks, evaluation. Beside
+    that: checkpoints that get their name once they are whole, so that a process killed at any
+    moment leaves the last one loadable; `metrics.jsonl`, a line a step; `curves.png` at the end.
+
+    Args:
+        model: a PEFT model, fused here. Nothing but adapters and `modules_to_save` may train.
+        args: by `training_arguments`, or TrainingArguments of your own.
+        train_dataset, eval_dataset: `ChatData`, or what Trainer takes. With packed rows the model
+            is asked first whether it keeps documents apart (`check_packing`).
+        lora_plus_ratio: LoRA+: the learning rate of lora_B over that of lora_A. None: equal ones.
+        patience: stop once that many evaluations in a row have not lowered the loss, and go back
+            to the best; needs eval_every, and save_every a multiple of it.
+        others: Trainer's.
+
+    Attribute trainable: a sentence about how many parameters train.
+
+    Raises UsageError, naming the argument, before anything is written.
+
+    >>> from torch import nn
+    >>> from lora_kernels.finetune.trainer import LoRATrainer, training_arguments
+    >>> LoRATrainer(nn.Linear(2, 2), training_arguments("out", cpu=True), train_dataset=[])
+    Traceback (most recent call last):
+    lora_kernels.finetune.UsageError: model: got Linear, want a PEFT model; see add_lora_layers
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        args: TrainingArguments,
+        *,
+        train_dataset: Any,
+        eval_dataset: Any = None,
+        lora_plus_ratio: float | None = None,
+        patience: int | None = None,
+        data_collator: Any = None,
+        processing_class: Any = None,
+        callbacks: Iterable[TrainerCallback] = (),
+        **others: Any,
+    ) -> None:
+        self.trainable = check_trainable(model)
+        if lora_plus_ratio is not None and not 0.0 < lora_plus_ratio < float("inf"):
+            raise UsageError(f"lora_plus_ratio: got {lora_plus_ratio}, want a positive number")
+        if len(train_dataset) == 0:
+            raise UsageError("train_dataset: got no row, want at least one")
+        self.lora_plus_ratio = lora_plus_ratio
+        callbacks = [MetricsLog(), *callbacks]
+        if patience is not None:
+            callbacks.append(_early_stop(args, patience))
+        for data in (train_dataset, eval_dataset):
+            if isinstance(data, ChatData) and any("position_ids" in row for row in data.rows):
+                check_packing(model)
+                break
+        if data_collator is None and isinstance(train_dataset, ChatData):
+            data_collator = Collator.of(processing_class) if processing_class else Collator(0)
+        super().__init__(
+            fuse(model), args, data_collator, train_dataset, eval_dataset, processing_class,
+            callbacks=callbacks, **others,
+        )  # fmt: skip
+        # With a cache, positions that start anew do not keep documents apart. (transformers 5 turns
+        # it off here itself; generate has a setting of its own.)
+        if hasattr(model, "config"):
+            model.config.use_cache = False
+        self.remove_callback(PrinterCallback)  # a dict a step; metrics.jsonl has them
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's. Raises UsageError where the folder holds checkpoints and none is resumed
+        from: they would be mixed up with the new run's. `resume_from_checkpoint=True` goes on from
+        the newest one, with the losses of a run that was never broken off."""
+        newest = newest_checkpoint(str(self.args.output_dir))
+        if not resume_from_checkpoint and newest is not None and not self.state.global_step:
+            raise UsageError(
+                f"out: {newest} is there; resume_from_checkpoint=True goes on from it, another "
+                "folder starts anew"
+            )
+        if resume_from_checkpoint is True and newest is not None:
+            state = TrainerState.load_from_json(str(newest / "trainer_state.json"))
+            if self._waited_out(state):  # Trainer would take a step before it asks
+                self.state = state
+                self._load_best_model()
+                return TrainOutput(state.global_step, 0.0, {})
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _waited_out(self, state: TrainerState) -> bool:
+        """Whether early stopping had ended the run that left this state."""
+        callbacks: Any = state.stateful_callbacks or {}
+        saved, best = callbacks.get(Patience.__name__), state.best_model_checkpoint
+        mine = [c for c in self.callback_handler.callbacks if isinstance(c, Patience)]
+        if not saved or not mine or best is None or not Path(best).is_dir():
+            return False
+        waited: int = saved["attributes"]["early_stopping_patience_counter"]
+        return waited >= mine[0].early_stopping_patience
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        if self.optimizer is None and self.lora_plus_ratio is not None:
+            model: Any = self.model
+            cls, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            groups = lora_plus_parameter_groups(model, options["lr"], self.lora_plus_ratio)
+            decay = {"weight_decay": self.args.weight_decay}
+            self.optimizer = cls([group | decay for group in groups], **options)
+        return super().create_optimizer(*args, **kwargs)
+
+    # Trainer's evaluation loss is a mean over batches of their means over tokens, which moves with
+    # the size of a batch and with packing. Of `Collator`'s batches it is the mean over tokens.
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        self._of_tokens = [0.0, 0.0]
+        out: Any = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+        )
+        counted = torch.tensor(self._of_tokens, dtype=torch.float64, device=self.args.device)
+        total, count = self.accelerator.reduce(counted, "sum").tolist()
+        if count:
+            out.metrics[f"{metric_key_prefix}_loss"] = total / count
+        return out
+
+    def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        result: Any = super().prediction_step(model, inputs, *args, **kwargs)
+        if isinstance(self.data_collator, Collator):
+            count = int((inputs["labels"][:, 1:] != IGNORED).sum())
+            self._of_tokens[0] += result[0].item() * count
+            self._of_tokens[1] += count
+        return result
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """As Trainer's, but PEFT is not to ask a hub about embeddings, which are the base's."""
+        if not self.args.should_save:
+            return
+        folder = str(output_dir or self.args.output_dir)
+        model: Any = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+        torch.save(self.args, os.path.join(folder, "training_args.bin"))
+
+    def _load_best_model(self) -> None:
+        """PEFT saves an adapter that is not called "default" in a folder of its name, where Trainer
+        does not look."""
+        model: Any = self.model
+        name, best = model.active_adapters[0], self.state.best_model_checkpoint
+        folder = Path(str(best), name)
+        if folder.is_dir():
+            model.load_adapter(str(folder), name, is_trainable=True)
+        else:
+            super()._load_best_model()
+
+    # A checkpoint is written to a folder beside the others and renamed once it is whole.
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder = str(super()._get_output_dir(trial))
+        return os.path.join(folder, _PARTIAL) if vars(self).get("_saving") else folder
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        out = Path(self._get_output_dir(trial))
+        name = f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            shutil.rmtree(out / _PARTIAL, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        limit, self.args.save_total_limit, self._saving = self.args.save_total_limit, None, True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit, self._saving = limit, False
+        self.accelerator.wait_for_everyone()
+        best = self.state.best_model_checkpoint
+        if best is not None:
+            self.state.best_model_checkpoint = str(out / Path(best).name)
+        if self.args.should_save:
+            partial = out / _PARTIAL / name
+            self.state.save_to_json(str(partial / "trainer_state.json"))  # with the best one's name
+            for file in partial.rglob("*"):  # the rename must not reach the disk before the bytes
+                if file.is_file():
+                    with file.open("rb") as f:
+                        os.fsync(f.fileno())
+            _replace(partial, out / name)
+            self._rotate(out, limit)
+        self.accelerator.wait_for_everyone()
+
+    def _rotate(self, out: Path, limit: int | None) -> None:
+        """Remove all but the newest `limit` checkpoints and the best one."""
+        for doomed in out.glob(".checkpoint-*.removed"):  # a kill came between
+            shutil.rmtree(doomed, ignore_errors=True)
+        found = sorted(_checkpoints(out), key=_step)
+        best = self.state.best_model_checkpoint
+        for checkpoint in found[:-limit] if limit else []:
+            if best is None or checkpoint != Path(best):
+                _remove(checkpoint)
+
+
+def check_trainable(model: Any) -> str:
+    """Raise UsageError unless `model` is a PEFT model of which adapters alone train; returns how
+    many of its parameters do.
+
+    >>> from torch import nn
+    >>> from peft import LoraConfig, get_peft_model
+    >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), LoraConfig(r=2, target_modules="0"))
+    >>> print(check_trainable(model))
+    trainable: 32 of 104 parameters (30.77%), in 1 adapted layers; the rest is frozen
+    """
+    if not isinstance(model, PeftModel):
+        raise UsageError(
+            f"model: got {type(model).__name__}, want a PEFT model; see add_lora_layers"
+        )
+    prefix = getattr(model.base_model, "prefix", "lora_")
+    adapters, others = set(), []
+    count = total = 0
+    for name, p in model.named_parameters():
+        total += p.numel()
+        if not p.requires_grad:
+            continue
+        count += p.numel()
+        parts = name.split(".")
+        at = next((i for i, part in enumerate(parts) if part.startswith(prefix)), None)
+        if at is not None:
+            adapters.add(".".join(parts[:at]))
+        elif "modules_to_save" not in parts and "trainable_tokens_delta" not in parts:
+            others.append(name)
+    if others:
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        raise UsageError(
+            f"model: {', '.join(others[:3])}{more} would train beside the adapters; freeze the "
+            "base, or name what is to train in LoraConfig(modules_to_save=...)"
+        )
+    if not adapters:
+        raise UsageError(
+            "model: no adapter is trainable; make one with add_lora_layers, or load it with "
+            "PeftModel.from_pretrained(..., is_trainable=True)"
+        )
+    return (
+        f"trainable: {count:,} of {total:,} parameters ({count / total:.2%}), in {len(adapters)} "
+        "adapted layers; the rest is frozen"
+    )
+
+
+def newest_checkpoint(out: str | Path) -> Path | None:
+    """The newest checkpoint in a run's folder, None where there is none.
+
+    >>> newest_checkpoint("/nowhere") is None
+    True
+    """
+    return max(_checkpoints(Path(out)), key=_step, default=None)
+
+
+def _checkpoints(out: Path) -> list[Path]:
+    return [path for path in out.glob("checkpoint-*") if path.name[11:].isdigit()]
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name[11:])
+
+
+def _replace(partial: Path, final: Path) -> None:
+    """Give a whole checkpoint its name; one of the same step is another run's, and goes first."""
+    if final.exists():
+        _remove(final)
+    partial.rename(final)
+    partial.parent.rmdir()
+
+
+def _remove(checkpoint: Path) -> None:
+    """Under its own name it is whole until it is gone."""
+    doomed = checkpoint.with_name(f".{checkpoint.name}.removed")
+    shutil.rmtree(doomed, ignore_errors=True)
+    checkpoint.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def _early_stop(args: TrainingArguments, patience: int) -> TrainerCallback:
+    if patience < 1:
+        raise UsageError(f"patience: got {patience}, want at least 1")
+    if str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "steps":
+        raise UsageError("patience: needs evaluations; give eval_every and eval_dataset")
+    if args.save_steps % (args.eval_steps or 1):
+        raise UsageError(
+            f"patience: got save_every {args.save_steps}, want a multiple of eval_every "
+            f"{args.eval_steps}, so that the best model is among the checkpoints"
+        )
+    args.load_best_model_at_end = True
+    args.metric_for_best_model, args.greater_is_better = "eval_loss", False
+    return Patience(patience)
+
+
+class Patience(EarlyStoppingCallback):  # type: ignore[misc, unused-ignore]
+    """Early stopping that goes on counting where the checkpoint left off. (Trainer would restore
+    all of its callbacks or none, and with them that a signal had stopped the run.)"""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        parent: Any = super()
+        parent.on_train_begin(args, state, control, **kwargs)
+        saved = state.stateful_callbacks.get(type(self).__name__)
+        if saved:
+            counter = "early_stopping_patience_counter"
+            setattr(self, counter, saved["attributes"][counter])
+
+
+class MetricsLog(TrainerCallback):  # type: ignore[misc, unused-ignore]
+    """Writes what Trainer logs to out/metrics.jsonl, a line at once, and curves.png at the end.
+
+    A run that goes on from a checkpoint drops the lines of steps that it will do again.
+    """
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        file = Path(args.output_dir, METRICS)
+        kept = [line for line in read_metrics(file) if line["step"] <= state.global_step]
+        if not state.global_step:
+            kept = []
+        partial = file.with_name(f".{METRICS}.partial")
+        partial.write_text("".join(f"{json.dumps(line)}\n" for line in kept))
+        partial.replace(file)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero and logs:
+            line = {"step": state.global_step} | {k: v for k, v in logs.items() if k != "step"}
+            with Path(args.output_dir, METRICS).open("a") as file:
+                file.write(f"{json.dumps(line)}\n")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            lines = read_metrics(Path(args.output_dir, METRICS))
+            if any("loss" in line for line in lines):
+                plot_metrics(Path(args.output_dir, CURVES), lines)
+
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; a last one that a kill cut short is left out."""
+    if not file.exists():
+        return []
+    lines = file.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def losses(lines: Sequence[dict[str, Any]], name: str = "loss") -> dict[int, float]:
+    """The loss of each step that has one; name "eval_loss" for the evaluations'.
+
+    >>> losses([{"step": 1, "loss": 2.5}, {"step": 1, "eval_loss": 2.0}])
+    {1: 2.5}
+    """
+    return {line["step"]: line[name] for line in lines if name in line}
+
+
+def plot_metrics(file: Path, lines: Sequence[dict[str, Any]]) -> None:
+    """Write a PNG: the training loss and the evaluations' by step, the learning rate below."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(9, 6.5), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    train, held_out = losses(lines), losses(lines, "eval_loss")
+    upper.plot(list(train), list(train.values()), color="#1f77b4", linewidth=2, label="training")
+    if held_out:
+        upper.plot(list(held_out), list(held_out.values()), "o-", color="#d95f02", label="held out")
+    upper.set_ylabel("loss (nats per token)", fontsize=13)
+    upper.legend(fontsize=13, frameon=False)
+    rates = losses(lines, "learning_rate")
+    lower.plot(list(rates), list(rates.values()), color="#444444", linewidth=2)
+    lower.set_ylabel("learning rate", fontsize=13)
+    lower.set_xlabel("step", fontsize=13)
+    lower.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axes in (upper, lower):
+        axes.grid(alpha=0.3)
+        axes.tick_params(labelsize=11)
+        axes.spines[["top", "right"]].set_visible(False)
+    partial = file.with_name(f".{file.name}")
+    figure.savefig(partial, format="png")
+    partial.replace(file)

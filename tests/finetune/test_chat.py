@@ -1,0 +1,282 @@
+"""Labels on the assistant's tokens alone, bad lines by number, padding and packing alike."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lora_kernels.finetune import UsageError
+from lora_kernels.finetune.chat import ChatData, Collator, check_packing, load_chat, pack
+from tests.finetune.tiny import TEMPLATE, chat, gpt2, llama, tokenizer, write_lines
+
+MARKED = (
+    "{% for m in messages %}<im>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] }}<end>{% endgeneration %}\n"
+    "{% else %}{{ m['content'] }}<end>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<im>assistant\n{% endif %}"
+)
+# As Qwen3's: what an earlier turn thought is left out once a later one follows.
+FORGETFUL = (
+    "{% for m in messages %}<im>{{ m['role'] }}\n"
+    "{% if loop.last %}{{ m['content'] }}{% else %}{{ m['content'][:1] }}{% endif %}<end>\n"
+    "{% endfor %}{% if add_generation_prompt %}<im>assistant\n{% endif %}"
+)
+
+RTOL = 2.0**-15
+
+
+def load(tmp_path: Path, records: list[Any], tok: Any = None, **options: Any) -> ChatData:
+    file = write_lines(tmp_path / "chat.jsonl", records)
+    return load_chat(file, tok or tokenizer(), **options)
+
+
+def learnt(row: dict[str, list[int]], tok: Any) -> list[str]:
+    """The stretches of the text that have labels."""
+    parts: list[list[int]] = [[]]
+    for token, label in zip(row["input_ids"], row["labels"], strict=True):
+        assert label in (-100, token)
+        if label == -100:
+            parts.append([])
+        else:
+            parts[-1].append(token)
+    return [tok.decode(part) for part in parts if part]
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, MARKED], ids=["prefixes", "markers"])
+def test_loss_on_the_assistants_turns_alone(tmp_path: Path, template: str) -> None:
+    tok = tokenizer(template)
+    record = chat("Who?", "Ada — née Byron.", "When?", "1815")
+    record["messages"].insert(0, {"role": "system", "content": "Be brief."})
+    (row,) = load(tmp_path, [record], tok)
+    assert learnt(row, tok) == ["Ada — née Byron.<end>", "1815<end>"]
+    assert tok.decode(row["input_ids"]) == tok.apply_chat_template(
+        record["messages"], tokenize=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("record", "want", "whole"),
+    [
+        ({"prompt": "2+2=", "completion": "4"}, ["4<eos>"], "2+2=4<eos>"),
+        ({"text": "abc"}, ["bc<eos>"], "abc<eos>"),  # nothing predicts the first token
+        (
+            {
+                "prompt": [*chat("1", "2", "3")["messages"]],
+                "completion": [{"role": "assistant", "content": "4"}],
+            },
+            ["4<end>"],
+            "<im>user\n1<end>\n<im>assistant\n2<end>\n<im>user\n3<end>\n<im>assistant\n4<end>\n",
+        ),
+    ],
+    ids=["completion", "text", "messages of a completion"],
+)
+def test_other_forms(tmp_path: Path, record: Any, want: list[str], whole: str) -> None:
+    tok = tokenizer()
+    (row,) = load(tmp_path, [record])
+    assert learnt(row, tok) == want
+    assert tok.decode(row["input_ids"]) == whole
+
+
+def test_a_token_across_the_border_belongs_to_the_prompt(tmp_path: Path) -> None:
+    tok = tokenizer(merges=[("=", "4")])
+    (row,) = load(tmp_path, [{"prompt": "2+2=", "completion": "42"}], tok)
+    assert learnt(row, tok) == ["2<eos>"]
+
+
+def test_plain_text_loses_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "prose.txt"
+    text = "".join(map(chr, range(97, 123)))
+    file.write_text(text)
+    data = load_chat(file, tokenizer(), max_length=10)
+    assert [len(row["input_ids"]) for row in data] == [10, 10, 7]
+    ids = [token for row in data for token in row["input_ids"]]
+    assert tokenizer().decode(ids) == f"{text}<eos>"
+    assert data.report.cut == []
+
+
+def test_truncation_is_counted_and_named(tmp_path: Path) -> None:
+    data = load(tmp_path, [chat("Hi", "x" * 100), chat("Hi", "short")], max_length=40)
+    whole = len("<im>user\nHi<end>\n<im>assistant\n") - 3 - 4 - 3 + 100 + 2  # 3 specials, <end>, \n
+    assert [len(row["input_ids"]) for row in data] == [40, len(data[1]["input_ids"])]
+    assert data.report.lost == whole - 40
+    said = str(data.report)
+    assert f"1 examples cut to 40 tokens, {whole - 40} tokens lost" in said
+    assert f"chat.jsonl:1: {whole} tokens" in said
+    assert "raise the maximum length" in said
+
+
+BAD: list[tuple[Any, str]] = [
+    ('{"messages": [', "invalid JSON (Expecting value at column 15); mend the line: want one"),
+    ("[", "want one whole JSON object a line, not one list over many lines"),
+    ("[1]", "got a JSON list, want an object like"),
+    ({"messages": [{"role": "user", "content": "Hi"}]}, "no assistant turn, so nothing to learn"),
+    ({"messages": []}, "messages: want a list of messages that is not empty"),
+    ({"messages": [{"role": "asistant", "content": "x"}]}, "did you mean 'assistant'?"),
+    ({"messages": [{"role": "user", "content": None}]}, "messages[0]: content: got NoneType"),
+    (chat("Hi", " "), "messages[1]: the assistant's content is empty"),
+    ({"messages": [{"role": "assistant", "content": "x"}]}, "put a user or system message first"),
+    ({"mesages": []}, "got the keys mesages; did you mean messages?"),
+    ({"conversations": []}, 'rename "conversations" to "messages"'),
+    ({"prompt": "x", "completion": ""}, "completion: empty; give what the model is to answer"),
+    ({"text": ""}, "text: want a string that is not empty"),
+    (chat("x" * 600, "y"), "tokens, and nothing to learn in the first 512; raise the maximum"),
+]
+
+
+@pytest.mark.parametrize(("record", "words"), BAD, ids=[words[:30] for _, words in BAD])
+def test_a_bad_line_is_named_or_skipped(tmp_path: Path, record: Any, words: str) -> None:
+    records = [chat("Hi", "there")] * 16 + [record] + [chat("Hi", "there")]
+    with pytest.raises(UsageError) as error:
+        load(tmp_path, records)
+    assert str(error.value).startswith(f"data: {tmp_path / 'chat.jsonl'}:17: ")
+    assert words in str(error.value)
+    assert "on_bad_line='skip'" in str(error.value)
+
+    data = load(tmp_path, records, on_bad_line="skip")
+    assert len(data) == 17
+    assert "1 bad lines skipped" in str(data.report)
+    assert "chat.jsonl:17" in data.report.skipped[0]
+    assert words in data.report.skipped[0]
+
+
+def test_a_template_that_rewrites_earlier_turns(tmp_path: Path) -> None:
+    """One answer a line passes; the second turn would change what the first one said."""
+    tok = tokenizer(FORGETFUL)
+    with pytest.raises(UsageError, match=r"chat.jsonl:1: the chat template renders what stands"):
+        load(tmp_path, [chat("Who?", "Ada", "When?", "1815")], tok)
+
+
+def test_a_template_that_refuses(tmp_path: Path) -> None:
+    tok = tokenizer("{{ raise_exception('no such role') }}")
+    with pytest.raises(UsageError, match=r":1: the chat template refuses .*: no such role"):
+        load(tmp_path, [chat("Hi", "there")], tok)
+
+
+@pytest.mark.parametrize("on_bad_line", ["error", "skip"])
+def test_no_chat_template(tmp_path: Path, on_bad_line: str) -> None:
+    with pytest.raises(UsageError, match=r"chat.jsonl:2: .* has no chat template; take the"):
+        load(tmp_path, [{"text": "a"}, chat("a", "b")], tokenizer(None), on_bad_line=on_bad_line)
+
+
+def test_files_without_examples(tmp_path: Path) -> None:
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text(" \n\n")
+    with pytest.raises(UsageError, match=r"data: .*empty.jsonl is empty; give one example a line"):
+        load_chat(empty, tokenizer())
+    with pytest.raises(UsageError, match="there is no file"):
+        load_chat(tmp_path / "nowhere.jsonl", tokenizer())
+    with pytest.raises(UsageError, match=r"no example is left; .*:1: invalid JSON"):
+        load(tmp_path, ["{"], on_bad_line="skip")
+    with pytest.raises(UsageError, match="on_bad_line: got 'ignore'"):
+        load(tmp_path, [], on_bad_line="ignore")
+    file = tmp_path / "latin.jsonl"
+    file.write_bytes(b'{"text": "caf\xe9"}\n')
+    with pytest.raises(UsageError, match=r":1: not UTF-8 \(byte 13 of the line\)"):
+        load_chat(file, tokenizer())
+
+
+def test_split_is_drawn_once(tmp_path: Path) -> None:
+    data = load(tmp_path, [{"text": f"line {i}"} for i in range(10)])
+    train, val = data.split(0.2, seed=3)
+    assert (len(train), len(val)) == (8, 2)
+    rows = [str(row) for row in (*train, *val)]
+    assert sorted(rows) == sorted(map(str, data))
+    assert list(map(str, data.split(0.2, seed=3)[1])) == list(map(str, val))
+    with pytest.raises(UsageError, match=r"share: got 1\.0"):
+        data.split(1.0)
+
+
+def documents(tmp_path: Path) -> ChatData:
+    records = [chat("Hi", "there"), {"text": "abc"}, chat("a", "b", "c", "d"), {"text": "lonely"}]
+    return load(tmp_path, [*records, {"prompt": "p", "completion": "q"}])
+
+
+def results(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """The loss summed over tokens, the gradients of all parameters, the logits."""
+    model.zero_grad()
+    count = int((batch["labels"][:, 1:] != -100).sum())
+    out = model(**batch, use_cache=False)
+    (out.loss * count).backward()
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return out.loss.detach() * count, grads, out.logits.detach()
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("make", [llama, gpt2], ids=["llama", "gpt2"])
+def test_packed_padded_and_alone_are_the_same(tmp_path: Path, make: Any, attention: str) -> None:
+    """Loss, gradients and logits. In float32, as transformers' norms and losses are whatever the
+    model's dtype: a hundred sums in another order, each off by 2⁻²⁴ times the root of its few
+    hundred terms at most. A document that saw another one moves them by more than 2⁻¹⁰."""
+    model = make(attn_implementation=attention)
+    data = documents(tmp_path)
+    collate = Collator.of(tokenizer())
+    want_loss, want = torch.zeros(()), {}
+    alone = {}
+    for row in data:
+        loss, grads, logits = results(model, collate([row]))
+        want_loss = want_loss + loss
+        want = {n: want.get(n, 0) + g for n, g in grads.items()}
+        alone[str(row["input_ids"])] = logits[0]
+
+    packed = pack(data, 64)
+    assert len(packed) < len(data)
+    for rows in (data, packed):
+        batch = collate(list(rows))
+        loss, grads, logits = results(model, batch)
+        torch.testing.assert_close(loss, want_loss, rtol=RTOL, atol=0)
+        assert grads.keys() == want.keys()
+        for name, ref in want.items():
+            assert (grads[name] - ref).norm() <= RTOL * ref.norm(), name
+        if rows is data:
+            for ids, mask, row_logits in zip(
+                batch["input_ids"], batch["attention_mask"], logits, strict=True
+            ):
+                ref = alone[str(ids[mask.bool()].tolist())]
+                torch.testing.assert_close(
+                    row_logits[mask.bool()], ref, rtol=0, atol=RTOL * ref.abs().max().item()
+                )
+
+
+def test_packing_holds_every_document_once(tmp_path: Path) -> None:
+    data = documents(tmp_path)
+    found = []
+    for row in pack(data, 64):
+        assert len(row["input_ids"]) <= 64
+        starts = [i for i, p in enumerate(row["position_ids"]) if p == 0]
+        for a, b in zip(starts, [*starts[1:], len(row["input_ids"])], strict=True):
+            assert row["position_ids"][a:b] == list(range(b - a))
+            found.append((row["input_ids"][a:b], row["labels"][a:b]))
+    want = [(row["input_ids"], row["labels"]) for row in data]
+    assert sorted(found) == sorted(want)
+    with pytest.raises(UsageError, match="length: got 4, want at least the longest"):
+        pack(data, 4)
+    with pytest.raises(UsageError, match="is packed already"):
+        pack(pack(data, 64), 64)
+
+
+@pytest.mark.parametrize("make", [llama, gpt2], ids=["llama", "gpt2"])
+def test_check_packing_passes_what_keeps_documents_apart(make: Any) -> None:
+    model = make().train()
+    check_packing(model)
+    assert model.training
+
+
+def test_check_packing_notices_a_model_that_does_not() -> None:
+    class Heedless(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = llama()
+
+        def forward(self, input_ids: Tensor, position_ids: Tensor, **kwargs: Any) -> Any:
+            return self.model(input_ids, **kwargs)  # positions run on, so it is one document
+
+    with pytest.raises(UsageError, match="packing: in this model a document sees the one before"):
+        check_packing(Heedless())
+
+
+def test_collator_refuses_a_mixture() -> None:
+    row = {"input_ids": [1], "labels": [1]}
+    with pytest.raises(ValueError, match="some packed and some not"):
+        Collator(0)([row, row | {"position_ids": [0]}])

@@ -1,0 +1,229 @@
+"""`finetune` on JSON lines and `rank-search`, from the arguments to what they leave behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from lora_kernels.cli import main
+from lora_kernels.finetune.trainer import read_metrics
+from tests.finetune.tiny import chat, gpt2, llama, tokenizer, write_lines
+
+RUN = ["--steps", "6", "--batch", "2", "--lr", "0.01", "--save-every", "2"]
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    llama().save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def lines(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    records: list[Any] = [chat(f"{i} squared?", f"It is {i * i}.") for i in range(12)]
+    return write_lines(tmp_path_factory.mktemp("data") / "chat.jsonl", records)
+
+
+def command(folder: Path, lines: Path, out: Path) -> list[str]:
+    return ["finetune", "--model", str(folder), "--data", str(lines), "--out", str(out), *RUN]
+
+
+def test_whole_run(folder: Path, lines: Path, tmp_path: Path, capsys: Any) -> None:
+    run = command(folder, lines, tmp_path / "out")
+    run += ["--preset", "medical", "--rank", "3", "--eval-share", "0.25", "--pack"]
+    run += ["--max-length", "40", "--lora-plus", "4", "--accumulate", "2"]
+    assert main(run) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for words in (
+        r"12 examples, [\d,]+ tokens, loss on \d+ of them",
+        r"3 of the examples held out",
+        r"trainable: [\d,]+ of [\d,]+ parameters \(\d+\.\d+%\), in 8 adapted layers",
+        r"8 LoRA layers \S+",
+        r"fused: step 6/6 loss \d\.\d{4}",
+        r"prompt user \d+ squared\? assistant before",
+        r"held out \d+\.\d+ after step 2, \d+\.\d+ at best",
+        r"adapter off the base model's logits, bit for bit ✓",
+        r"loaded again in stock PEFT: logits differ by at most \S+, the largest is \S+ ✓",
+    ):
+        assert re.search(words, shown), (words, shown)
+    out = tmp_path / "out"
+    assert len([line for line in read_metrics(out / "metrics.jsonl") if "loss" in line]) == 6
+    for name in ("curves.png", "layers.txt", "run.json"):
+        assert (out / name).stat().st_size > 100
+    model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(folder), str(out / "adapter")
+    )
+    assert model.peft_config["default"].r == 3
+
+    # The same command finds all of it done; generate and merge go on from the run.
+    assert main(run) == 0
+    assert "going on after step 6 of 6" in capsys.readouterr().out
+    assert main([*run, "--preset", "legal"]) == 2
+    assert "holds a run with another --preset; give the same" in capsys.readouterr().err
+    assert main(["generate", "--run", str(out), "--prompt", "Hi", "--max-new-tokens", "3"]) == 0
+    merged = tmp_path / "merged"
+    assert main(["merge", "--run", str(out), "--dtype", "fp32", "--out", str(merged)]) == 0
+    with torch.no_grad():
+        ids = torch.arange(4, 30)[None]
+        got = AutoModelForCausalLM.from_pretrained(merged)(ids).logits
+        want = model.eval()(ids).logits
+    assert (got - want).norm() <= 2.0**-15 * want.norm()
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(
+    folder: Path, lines: Path, tmp_path: Path, capsys: Any
+) -> None:
+    once = [*command(folder, lines, tmp_path / "once"), "--steps", "12"]
+    assert main(once) == 0
+    twice = [*command(folder, lines, tmp_path / "twice"), "--steps", "12"]
+    script = f"""
+import os, signal, sys, torch
+torch.set_num_threads(1)
+from lora_kernels.cli import main
+from lora_kernels.finetune import chat_recipe
+usual = chat_recipe.Progress.on_log
+def on_log(self, args, state, control, **kwargs):
+    if state.global_step == 3:
+        os.kill(os.getpid(), signal.SIGTERM)
+    usual(self, args, state, control, **kwargs)
+chat_recipe.Progress.on_log = on_log
+sys.exit(main({twice!r}))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr
+    stopped = re.search(r"stopped after step (\d+) of 12 and saved", done.stdout)
+    assert stopped, done.stdout
+    assert (tmp_path / "twice" / f"checkpoint-{stopped[1]}").is_dir()
+    assert main(twice) == 0
+    assert f"going on after step {stopped[1]} of 12" in capsys.readouterr().out
+    got, want = (
+        [line["loss"] for line in read_metrics(tmp_path / name / "metrics.jsonl") if "loss" in line]
+        for name in ("twice", "once")
+    )
+    assert got == want
+    assert len(got) == 12
+
+
+def test_gpt2_with_prompts_and_completions(tmp_path: Path, capsys: Any) -> None:
+    """Conv1D, attention only, rank 16; no chat template."""
+    folder = tmp_path / "gpt2"
+    gpt2().save_pretrained(folder)
+    tokenizer(None).save_pretrained(folder)
+    records = [{"prompt": f"{i}+1=", "completion": str(i + 1)} for i in range(8)]
+    lines = write_lines(tmp_path / "sums.jsonl", records)
+    run = [*command(folder, lines, tmp_path / "out"), "--rank", "16", "--target-modules", "q"]
+    assert main(run) == 0
+    assert "in 2 adapted layers" in capsys.readouterr().out
+    wrong = [*command(folder, lines, tmp_path / "no"), "--target-modules", "gate"]
+    assert main(wrong) == 2
+    assert "its linear layers are c_attn, c_proj, c_fc, lm_head" in capsys.readouterr().err
+    chats = write_lines(tmp_path / "chat.jsonl", [chat("a", "b")])
+    assert main(command(folder, chats, tmp_path / "no")) == 2
+    assert "chat.jsonl:1: a conversation, but the tokenizer has no chat template" in (
+        capsys.readouterr().err
+    )
+    assert not (tmp_path / "no").exists()
+
+
+def test_over_a_4bit_base(folder: Path, lines: Path, tmp_path: Path, capsys: Any) -> None:
+    """QLoRA, in bf16; the merge onto what was decoded is the run's model, onto the original not."""
+    pytest.importorskip("bitsandbytes")
+    model = tmp_path / "model"
+    llama(intermediate_size=128).save_pretrained(model)
+    tokenizer().save_pretrained(model)
+    run = [*command(model, lines, tmp_path / "out"), "--quant", "nf4", "--dtype", "bf16"]
+    assert main(run) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "adapter off the base model's logits, bit for bit ✓" in shown
+    assert re.search(r"loaded again in stock PEFT: .* ✓", shown)
+    for onto in ("dequantized", "original"):
+        merge = ["merge", "--run", str(tmp_path / "out"), "--onto", onto]
+        assert main([*merge, "--out", str(tmp_path / onto)]) == 0
+        shown = capsys.readouterr().out
+        assert "against nf4 base + adapter in fp32" in shown
+        assert "the adapter on the original weights: logits off by" in shown
+        assert ("at most" in shown) == (onto == "dequantized")
+
+
+def test_bad_lines(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    lines = write_lines(tmp_path / "chat.jsonl", [chat("a", "b")] * 16 + ["{"] + [chat("a", "b")])
+    run = command(folder, lines, tmp_path / "out")
+    assert main(run) == 2
+    error = capsys.readouterr().err
+    assert "chat.jsonl:17: invalid JSON" in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+    assert main([*run, "--on-bad-line", "skip"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"1 bad lines skipped: \S+:17: invalid JSON", shown)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--preset", "medcial"], "preset: got 'medcial'; did you mean 'medical'?"),
+        (["--seq-len", "64"], "--seq-len: is for plain text without --preset; leave it out"),
+        (["--no-compare"], "--no-compare: is for plain text"),
+        (["--eval-share", "1"], "--eval-share: got 1.0, want a share in [0, 1)"),
+        (["--patience", "2"], "--patience: needs held-out data; give --eval-share too"),
+        (["--eval-share", "0.2", "--patience", "2"], "want a multiple of --eval-every, which is 0"),
+        (["--max-length", "1"], "--max-length: got 1, want at least 2"),
+        (["--lora-plus", "-1"], "--lora-plus: got -1.0, want a positive number"),
+        (["--rank", "0"], "--rank: got 0, want at least 1"),
+        (["--dropout", "nan"], "--dropout: got nan"),
+    ],
+)
+def test_bad_arguments(
+    folder: Path, lines: Path, tmp_path: Path, capsys: Any, arguments: list[str], words: str
+) -> None:
+    assert main([*command(folder, lines, tmp_path / "out"), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_chat_options_on_plain_text(folder: Path, text: Path, tmp_path: Path, capsys: Any) -> None:
+    run = command(folder, text, tmp_path / "out")
+    assert main([*run, "--max-length", "32"]) == 2
+    assert "--max-length: is for JSON lines (.jsonl), or with --preset" in capsys.readouterr().err
+    assert main([*run, "--max-length", "32", "--preset", "chat"]) == 0
+
+
+def test_rank_search(folder: Path, lines: Path, tmp_path: Path, capsys: Any) -> None:
+    run = ["rank-search", "--model", str(folder), "--data", str(lines), "--out", str(tmp_path)]
+    run += ["--ranks", "2", "3", "--steps", "10", "--batch", "2", "--lr", "0.01"]
+    assert main(run) == 0
+    shown = capsys.readouterr().out
+    for words in (
+        "trained on 10 examples, scored on 2 held out",
+        "rank 2: score 0.",
+        "best score",
+        "most efficient",
+        "(AdaLoRA)",
+        "favours small ranks",
+    ):
+        assert words in shown
+    saved = json.loads((tmp_path / "ranks.json").read_text())
+    assert [row["rank"] for row in saved["rows"]] == [2, 3]
+    assert (tmp_path / "ranks.png").stat().st_size > 10_000
+    assert main([*run, "--ranks", "2", "2"]) == 2
+    assert "ranks: got (2, 2), want different ones" in capsys.readouterr().err
+    assert main([*run, "--preset", "chta"]) == 2
+    assert "did you mean 'chat'" in capsys.readouterr().err

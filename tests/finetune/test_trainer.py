@@ -1,0 +1,402 @@
+"""What trains and what does not, updates beside plain PyTorch's, and runs that break off."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
+from transformers import TrainerCallback
+
+from lora_kernels.finetune import UsageError
+from lora_kernels.finetune.chat import ChatData, Collator, load_chat, pack
+from lora_kernels.finetune.trainer import (
+    LoRATrainer,
+    check_trainable,
+    losses,
+    newest_checkpoint,
+    read_metrics,
+    training_arguments,
+)
+from tests.finetune.tiny import chat, llama, tokenizer, write_lines
+
+# A sum of a few hundred float32 products in another order, through two layers and four steps.
+RTOL = 2.0**-15
+
+
+def adapted(dropout: float = 0.0, seed: int = 0, **config: Any) -> PeftModel:
+    """B random, since with B = 0 lora_A would get no gradient."""
+    base = llama()
+    torch.manual_seed(seed)
+    settings = {"r": 3, "lora_alpha": 7, "target_modules": ["q_proj", "v_proj", "up_proj"]}
+    model = get_peft_model(base, LoraConfig(lora_dropout=dropout, **settings | config))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.normal_(std=0.05)
+    return model
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> ChatData:
+    records = [chat(f"{i} squared?", f"It is {i * i}.") for i in range(12)]
+    file = write_lines(tmp_path_factory.mktemp("data") / "chat.jsonl", records)
+    return load_chat(file, tokenizer())
+
+
+def trainer(out: Path, data: Any, model: Any = None, **settings: Any) -> LoRATrainer:
+    own = ("eval_dataset", "lora_plus_ratio", "patience", "callbacks")
+    passed = {name: settings.pop(name) for name in own if name in settings}
+    settings = {"steps": 8, "batch": 2, "lr": 1e-2, "save_every": 3, "cpu": True} | settings
+    return LoRATrainer(
+        adapted(0.1) if model is None else model,
+        training_arguments(out, **settings),
+        train_dataset=data,
+        processing_class=tokenizer(),
+        **passed,
+    )
+
+
+def weights(model: Any) -> dict[str, Tensor]:
+    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def metrics(out: Path) -> list[dict[str, Any]]:
+    return [line for line in read_metrics(out / "metrics.jsonl") if "loss" in line]
+
+
+def test_updates_are_plain_pytorchs(data: ChatData, tmp_path: Path) -> None:
+    """Four steps of SGD with clipping, each of two forwards, beside an unfused PEFT model, with the
+    loss per token, the clipping and warm-up and cosine written out."""
+    model, steps, lr, clip = adapted(), 4, 0.5, 0.3
+    stock = adapted()
+    start = weights(model)
+    order: list[list[int]] = []
+
+    class Seen(Collator):
+        def __call__(self, rows: Any) -> dict[str, Tensor]:
+            order.append([data.rows.index(row) for row in rows])
+            return super().__call__(rows)
+
+    args = training_arguments(
+        tmp_path, steps=steps, batch=2, accumulate=2, lr=lr, warmup=0.25, max_grad_norm=clip,
+        optim="sgd", cpu=True,
+    )  # fmt: skip
+    LoRATrainer(model, args, train_dataset=data, data_collator=Seen(0)).train()
+    got, lines = weights(model), metrics(tmp_path)
+
+    params = dict(stock.named_parameters())
+    assert len(order) >= 2 * steps
+    for step in range(steps):
+        rows = [data[i] for batch in order[2 * step : 2 * step + 2] for i in batch]
+        batch = Collator(0)(rows)
+        logits = stock(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        targets = batch["labels"][:, 1:]
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten())
+        assert lines[step]["loss"] == pytest.approx(loss.item(), rel=RTOL)
+        grads = torch.autograd.grad(loss, [params[name] for name in start])
+        norm = math.sqrt(sum(g.double().square().sum().item() for g in grads))
+        assert norm > clip
+        assert lines[step]["grad_norm"] == pytest.approx(norm, rel=RTOL)
+        share = step if step < 1 else 0.5 * (1 + math.cos(math.pi * (step - 1) / (steps - 1)))
+        with torch.no_grad():
+            for name, grad in zip(start, grads, strict=True):
+                params[name] -= lr * share * grad * clip / norm
+    for name, ref in weights(stock).items():
+        moved, want = got[name] - start[name], ref - start[name]
+        assert want.norm() > 0
+        assert (moved - want).norm() <= RTOL * start[name].norm(), name
+        assert (moved - want).norm() <= 2.0**-8 * want.norm(), name
+
+
+def test_only_adapters_change(data: ChatData, tmp_path: Path) -> None:
+    model = adapted(0.1)
+    frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
+    before = weights(model)
+    made = trainer(tmp_path, data, model)
+    assert made.trainable.startswith("trainable: 2,304 of ")
+    assert "in 6 adapted layers; the rest is frozen" in made.trainable
+    made.train()
+    for name, p in model.named_parameters():
+        if name in frozen:
+            assert torch.equal(p, frozen[name]), name
+        else:
+            assert not torch.equal(p, before[name]), name
+
+
+def test_what_may_not_train_is_named(tmp_path: Path, data: ChatData) -> None:
+    model = adapted()
+    model.base_model.model.lm_head.weight.requires_grad_(True)
+    with pytest.raises(UsageError, match=r"model: base_model.model.lm_head.weight would train bes"):
+        check_trainable(model)
+    with pytest.raises(UsageError, match="model: no adapter is trainable"):
+        check_trainable(adapted().requires_grad_(False))
+    with pytest.raises(UsageError, match="model: got LlamaForCausalLM, want a PEFT model"):
+        trainer(tmp_path / "no", data, llama())
+    check_trainable(adapted(modules_to_save=["lm_head"]))
+    assert not (tmp_path / "no").exists()
+
+
+class Break(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("ratio", [None, 4.0], ids=["lora", "lora+"])
+def test_a_broken_run_goes_on_as_if_unbroken(
+    data: ChatData, tmp_path: Path, ratio: float | None
+) -> None:
+    """The same bits: losses, norms, rates, weights, with dropout, over the end of an epoch."""
+    runs = {}
+    for name in ("once", "twice"):
+        torch.manual_seed(len(name))  # what came before must not matter
+        model, extra = adapted(0.1), {"lora_plus_ratio": ratio, "accumulate": 2}
+        if name == "twice":
+            first = trainer(tmp_path / name, data, adapted(0.1), callbacks=[Break(5)], **extra)
+            with pytest.raises(KeyboardInterrupt):
+                first.train()
+            assert newest_checkpoint(tmp_path / name) == tmp_path / name / "checkpoint-3"
+            with pytest.raises(UsageError, match="resume_from_checkpoint=True goes on from it"):
+                trainer(tmp_path / name, data, adapted(0.1), **extra).train()
+        made = trainer(tmp_path / name, data, model, **extra)
+        made.train(resume_from_checkpoint=name == "twice")
+        runs[name] = (metrics(tmp_path / name), weights(model))
+    lines, ref = runs["once"]
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    assert runs["twice"][0] == lines
+    assert all(torch.equal(runs["twice"][1][name], p) for name, p in ref.items())
+    kept = sorted(path.name for path in (tmp_path / "once").iterdir())
+    assert kept == ["checkpoint-6", "checkpoint-8", "curves.png", "metrics.jsonl"]
+
+
+def test_activations_computed_again_change_nothing(data: ChatData, tmp_path: Path) -> None:
+    found, calls = [], [0, 0]
+    for again in (False, True):
+        model = adapted(0.1)
+
+        def count(*args: Any, again: bool = again) -> None:
+            calls[again] += 1
+
+        layer = model.get_submodule("base_model.model.model.layers.0.mlp.up_proj")
+        layer.register_forward_hook(count)
+        trainer(tmp_path / str(again), data, model, steps=3, checkpointing=again).train()
+        found.append(weights(model))
+    assert all(torch.equal(found[1][name], p) for name, p in found[0].items())
+    assert calls == [3, 6]
+
+
+def test_lora_plus_moves_B_by_the_ratio(data: ChatData, tmp_path: Path) -> None:
+    moved = []
+    for ratio in (None, 4.0):
+        model = adapted()
+        before = weights(model)
+        trainer(
+            tmp_path / str(ratio), data, model, steps=1, warmup=0.0, lora_plus_ratio=ratio,
+            optim="sgd", max_grad_norm=0.0,
+        ).train()  # fmt: skip
+        moved.append({n: p - before[n] for n, p in weights(model).items()})
+    for name, plain in moved[0].items():
+        factor = 4.0 if "lora_B" in name else 1.0
+        assert plain.norm() > 0
+        # The update was rounded to the weight's spacing, at 2⁻²⁴ of some ten times its size.
+        assert (moved[1][name] - factor * plain).norm() <= 2.0**-12 * (factor * plain).norm(), name
+
+
+def test_bf16_is_autocast(data: ChatData, tmp_path: Path) -> None:
+    model, seen = adapted(), set()
+    layer = model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
+    layer.register_forward_hook(lambda module, x, y: seen.add(y.dtype))
+    trainer(tmp_path, data, model, steps=2, bf16=True).train()
+    assert seen == {torch.bfloat16}
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_early_stop_goes_back_to_the_best(data: ChatData, tmp_path: Path) -> None:
+    """Broken off in between it still waits no longer, and once over it stays so."""
+    train, val = data.split(0.25)
+    last = 0
+    for name in ("once", "twice"):
+        out = tmp_path / name
+        settings: dict[str, Any] = {
+            "steps": 40, "lr": 0.5, "max_grad_norm": 0.0, "warmup": 0.5, "eval_every": 1,
+            "save_every": 1, "patience": 2, "eval_dataset": val,
+        }  # fmt: skip
+        if name == "twice":
+            with pytest.raises(KeyboardInterrupt):
+                trainer(out, train, adapted(), **settings, callbacks=[Break(last)]).train()
+        made = trainer(out, train, adapted(), **settings)
+        made.train(resume_from_checkpoint=name == "twice")
+        if name == "twice":  # a run that was over stays so
+            made = trainer(out, train, adapted(), **settings)
+            assert made.train(resume_from_checkpoint=True).global_step == last
+        held_out = losses(read_metrics(out / "metrics.jsonl"), "eval_loss")
+        last = last or max(held_out)
+        assert 2 < last < 40
+        best = min(held_out, key=lambda step: held_out[step])
+        assert max(held_out) == last == best + 2
+        assert made.evaluate()["eval_loss"] == held_out[best]
+        assert Path(made.state.best_model_checkpoint) == out / f"checkpoint-{best}"
+        state = (out / f"checkpoint-{last}" / "trainer_state.json").read_text()
+        assert f'checkpoint-{best}"' in state
+        assert (out / "curves.png").stat().st_size > 10_000
+
+
+def test_the_held_out_loss_is_the_mean_over_tokens(tmp_path: Path) -> None:
+    """Whatever the batch and the packing, which Trainer's own is not."""
+    texts = ["a", "the second one is a good deal longer", "middling", "x" * 30, "ab"]
+    file = write_lines(tmp_path / "texts.jsonl", [{"text": text} for text in texts])
+    val = load_chat(file, tokenizer())
+    model, total, count = adapted(), 0.0, 0
+    with torch.no_grad():
+        for row in val:
+            logits = model.eval()(torch.tensor([row["input_ids"]])).logits[0, :-1].double()
+            targets = torch.tensor(row["labels"][1:])
+            loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+            total, count = total + loss.item(), count + int((targets != -100).sum())
+    found = []
+    for data, batch in ((val, 1), (val, 2), (val, 5), (pack(val, 48), 2)):
+        made = trainer(tmp_path / f"{len(found)}", val, adapted(), eval_dataset=data, batch=batch)
+        found.append(made.evaluate()["eval_loss"])
+    assert found == pytest.approx([total / count] * 4, rel=RTOL)
+
+
+def test_packed_rows_train(data: ChatData, tmp_path: Path) -> None:
+    made = trainer(tmp_path, pack(data, 128), steps=3)
+    assert made.model.config.use_cache is False
+    made.train()
+    assert all(math.isfinite(line["loss"]) for line in metrics(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"batch": 0}, "batch: got 0, want at least 1"),
+        ({"lr": math.nan}, "lr: got nan, want a positive number"),
+        ({"warmup": 1.0}, r"warmup: got 1.0, want a share of the steps in \[0, 1\)"),
+        ({"max_grad_norm": -1.0}, "max_grad_norm: got -1.0"),
+        ({"lora_plus_ratio": 0.0}, "lora_plus_ratio: got 0.0, want a positive number"),
+        ({"patience": 2}, "patience: needs evaluations; give eval_every and eval_dataset"),
+        (
+            {"patience": 2, "eval_every": 2, "save_every": 3, "eval_dataset": [{}]},
+            "patience: got save_every 3, want a multiple of eval_every 2",
+        ),
+    ],
+)
+def test_bad_settings(data: ChatData, tmp_path: Path, settings: Any, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        trainer(tmp_path / "out", data, **settings)
+    assert not (tmp_path / "out").exists()
+
+
+KILLS = """
+import os, random, signal, sys, time
+from pathlib import Path
+import torch
+from peft import PeftModel
+from tests.finetune.test_trainer import adapted, metrics, trainer, weights
+from lora_kernels.finetune.chat import load_chat
+from lora_kernels.finetune.trainer import newest_checkpoint
+from tests.finetune.tiny import llama, tokenizer
+
+out, file, moments = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+STEPS = 6 * moments
+torch.set_num_threads(1)
+
+def train(folder):
+    model = adapted(0.1)
+    made = trainer(folder, load_chat(file, tokenizer()), model, steps=STEPS, save_every=1, keep=1)
+    made.train(resume_from_checkpoint=newest_checkpoint(folder) is not None)
+
+def child(work):
+    # Forked before any threads: the imports, which take most of a process's time, are done once.
+    pid = os.fork()
+    if pid == 0:
+        try:
+            work()
+            os._exit(0)
+        except BaseException as error:
+            print(repr(error), file=sys.stderr, flush=True)
+            os._exit(1)
+    return pid
+
+assert os.waitpid(child(lambda: train(out / "once")), 0)[1] == 0
+draw = random.Random(0)
+for moment in range(moments):
+    newest = newest_checkpoint(out / "broken")
+    # Two or three steps on, of which one at least is saved, and then anywhere within a step:
+    # saving takes most of it here.
+    target = (int(newest.name[11:]) if newest else 0) + draw.choice((2, 3))
+    pid = child(lambda: train(out / "broken"))
+    deadline = time.monotonic() + 60
+    while max([line["step"] for line in metrics(out / "broken")], default=0) < target:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    time.sleep(draw.uniform(0.0, 0.04))
+    how = signal.SIGKILL if moment % 2 else signal.SIGTERM
+    os.kill(pid, how)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -how
+    newest = newest_checkpoint(out / "broken")
+
+    def load():
+        model = PeftModel.from_pretrained(llama(), str(newest), is_trainable=True)
+        torch.load(newest / "optimizer.pt", weights_only=True)
+        assert all(p.isfinite().all() for p in weights(model).values())
+
+    assert os.waitpid(child(load), 0)[1] == 0, newest
+assert os.waitpid(child(lambda: train(out / "broken")), 0)[1] == 0
+assert metrics(out / "broken") == metrics(out / "once")
+assert len(metrics(out / "once")) == STEPS
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+@pytest.mark.parametrize("moments", [3, pytest.param(10, marks=pytest.mark.proof)])
+def test_killed_at_any_moment(data: ChatData, tmp_path: Path, moments: int) -> None:
+    """By SIGTERM and SIGKILL in turn; in the end the losses are the unbroken run's, bit for bit."""
+    file = write_lines(
+        tmp_path / "chat.jsonl", [chat(f"{i} squared?", f"It is {i * i}.") for i in range(12)]
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", KILLS, str(tmp_path), str(file), str(moments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_kill_while_a_checkpoint_is_written(
+    data: ChatData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever of its files is the last one written, the checkpoint before it is the newest."""
+    model = adapted()
+    for at in ("_save_optimizer_and_scheduler", "_save_rng_state", "_rotate"):
+        out = tmp_path / at
+        made = trainer(out, data, model, steps=4, save_every=2, keep=1)
+        usual = getattr(made, at)
+
+        def die(*args: Any, usual: Any = usual, made: Any = made) -> None:
+            usual(*args)
+            if made.state.global_step == 4:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(made, at, die)
+        with pytest.raises(KeyboardInterrupt):
+            made.train()
+        newest = newest_checkpoint(out)
+        assert newest == out / ("checkpoint-4" if at == "_rotate" else "checkpoint-2")
+        assert {"adapter_model.safetensors", "optimizer.pt", "trainer_state.json"} <= {
+            file.name for file in newest.iterdir()
+        }

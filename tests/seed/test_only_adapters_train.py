@@ -1,0 +1,41 @@
+"""Training only adapter weights: one step of SGD moves lora_A and lora_B, and nothing else."""
+
+import torch
+from torch import nn
+
+from lora_kernels.layers import LoRALinear, count_lora_parameters, mark_only_lora_as_trainable
+from tests.seed.formula import ALPHA, K, M, N, R, assert_same, double, inputs, randomize
+
+
+def test_one_step() -> None:
+    model = nn.Sequential(
+        nn.Linear(K, K), LoRALinear(K, N, r=R, alpha=ALPHA, bias=True), nn.LayerNorm(N)
+    )
+    mark_only_lora_as_trainable(randomize(model))
+    assert [n for n, p in model.named_parameters() if p.requires_grad] == ["1.lora_A", "1.lora_B"]
+    assert count_lora_parameters(model).lora == R * (K + N)
+
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.5)
+    x = inputs(M, K)
+    model(x).square().mean().backward()
+    optimizer.step()
+
+    W0, b0, W, b, A, B, w, c = double(
+        model, "0.weight", "0.bias", "1.weight", "1.bias", "1.lora_A", "1.lora_B", "2.weight",
+        "2.bias",
+    )  # fmt: skip
+    with torch.no_grad():
+        A.copy_(before["1.lora_A"]), B.copy_(before["1.lora_B"])
+    h = x.double() @ W0.T + b0
+    y = h @ W.T + b + ALPHA / R * (h @ A.T) @ B.T
+    loss = nn.functional.layer_norm(y, (N,), w, c).square().mean()
+    for name, leaf in (("1.lora_A", A), ("1.lora_B", B)):
+        (grad,) = torch.autograd.grad(loss, leaf, retain_graph=True)
+        moved = dict(model.named_parameters())[name].detach() - before[name]
+        # The sum was rounded to the weight's spacing, which a small update feels.
+        spacing = 2.0**-24 * before[name].norm() / (0.5 * grad.norm())
+        assert_same(moved, -0.5 * grad, rtol=2.0**-16 + spacing.item(), what=name)
+    for name, p in model.named_parameters():
+        if "lora_" not in name:
+            assert torch.equal(p, before[name]), name

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 
-import lora_kernels
 from lora_kernels import lora_linear, multi_lora_linear, ops, reference
 from lora_kernels.backends import cpu, native
 from lora_kernels.backends.rows import rows_of

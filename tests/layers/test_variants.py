@@ -3,7 +3,6 @@
 import copy
 import pickle
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import pytest
@@ -25,87 +24,20 @@ from lora_kernels.layers import (
     lora_state_dict,
     mark_only_lora_as_trainable,
 )
-from lora_kernels.measure import tolerance
+from tests.layers.variants import (
+    CLOSE,
+    VARIANTS,
+    K,
+    M,
+    N,
+    adapter,
+    check,
+    every_variant,
+    formula,
+    make,
+)
 
 f64, f32, bf16 = torch.float64, torch.float32, torch.bfloat16
-K, N, M = 67, 72, 33  # N times the smallest rank and N itself: two draws are 256 elements and more
-Params = dict[str, Tensor]
-# Float32 sums of at most 72 products of order 1 err by less than 72 · 2⁻²⁴ < 2⁻¹⁷; a result is made
-# of no more than four, added in two orders.
-CLOSE = {"rtol": 2.0**-14, "atol": 2.0**-14}
-
-
-def lora(p: Params, x: Tensor, W: Tensor, scaling: float) -> Tensor:
-    return x @ W.T + (x @ p["lora_A"].T) @ p["lora_B"].T * scaling
-
-
-def dora(
-    p: Params, x: Tensor, W: Tensor, scaling: float, z_dtype: torch.dtype | None = None
-) -> Tensor:
-    norm = (W + scaling * p["lora_B"] @ p["lora_A"]).detach().norm(dim=1)
-    z = lora(p, x, W, scaling)
-    return p["magnitude"] / norm * (z if z_dtype is None else z.to(z_dtype).to(z.dtype))
-
-
-def adalora(p: Params, x: Tensor, W: Tensor, scaling: float) -> Tensor:
-    return x @ W.T + (x @ p["lora_A"].T * p["lora_E"]) @ p["lora_B"].T * scaling
-
-
-def hierarchical(p: Params, x: Tensor, W: Tensor, scaling: float) -> Tensor:
-    y, first = x @ W.T, 0
-    for weight, rank in zip(p["level_weights"], (4, 3), strict=True):
-        part = slice(first, first + rank)
-        y = y + weight * 10 / rank * (x @ p["lora_A"][part].T) @ p["lora_B"][:, part].T
-        first += rank
-    return y
-
-
-# Name -> formula, and what the class takes beside sizes, alpha and dtypes.
-VARIANTS: dict[str, tuple[Callable[..., Tensor], dict[str, Any]]] = {
-    "LoRALinear": (lora, {"r": 5, "scaling": "rslora"}),
-    "StableLoRALinear": (lora, {"r": 5}),
-    "MemoryEfficientLoRALinear": (lora, {"r": 5}),
-    "LoRAPlusLinear": (lora, {"r": 5}),
-    "DoRALinear": (dora, {"r": 5}),
-    "AdaLoRALinear": (adalora, {"r": 5}),
-    "HierarchicalLoRALinear": (hierarchical, {"ranks": (4, 3), "weights": (0.7, -0.4)}),
-}
-NAMES = [*VARIANTS, *(f"Q{name}" for name in VARIANTS)]
-every_variant = pytest.mark.parametrize("name", NAMES)
-
-
-def make(name: str, seed: int = 0, moved: bool = True, **options: Any) -> Any:
-    """A layer whose adapter is no longer at its start, unless it is to be."""
-    torch.manual_seed(seed)
-    _, own = VARIANTS[name.removeprefix("Q")]
-    layer = getattr(layers, name)(K, N, alpha=10, **{**own, **options})
-    if moved:
-        with torch.no_grad():
-            for key, param in layer.named_parameters():
-                if key in ("lora_B", "lora_E"):
-                    param.copy_(torch.randn_like(param) / 3)
-                elif key == "magnitude":
-                    param.mul_(1 + torch.rand_like(param) / 2)
-    return layer
-
-
-def formula(name: str, layer: LoRALinear, dtype: torch.dtype) -> Callable[[Params, Tensor], Tensor]:
-    function, _ = VARIANTS[name.removeprefix("Q")]
-    W = layer._dense_weight().to(dtype)
-    return lambda params, x: function(params, x, W, layer.scaling)
-
-
-def adapter(layer: LoRALinear, dtype: torch.dtype) -> Params:
-    return {
-        name: param.detach().to(dtype).requires_grad_()
-        for name, param in layer.named_parameters()
-        if param.requires_grad
-    }
-
-
-def results(y: Tensor, x: Tensor, params: Params, dy: Tensor) -> dict[str, Tensor]:
-    grads = torch.autograd.grad(y, [x, *params.values()], dy)
-    return dict(zip(["y", "x", *params], [y.detach(), *grads], strict=True))
 
 
 @every_variant
@@ -135,43 +67,7 @@ def test_gradcheck(name: str) -> None:
 @every_variant
 @pytest.mark.parametrize("dtype", [f32, bf16], ids=str)
 def test_y_and_every_gradient(name: str, dtype: torch.dtype) -> None:
-    """Adapters in float32, as they are by default beside bfloat16."""
-    pooled: dict[str, list[list[Tensor]]] = {}
-    for seed in range(60):  # 256 elements of the smallest, the weights of two levels aside
-        layer = make(name, seed, dtype=dtype)
-        x, dy = torch.randn(M, K).to(dtype), torch.randn(M, N).to(dtype)
-        sets = []
-        for wide in (None, f64, f32):
-            if wide is None:
-                params = {n: p for n, p in layer.named_parameters() if p.requires_grad}
-                x_ = x.clone().requires_grad_()
-                y = layer(x_)
-            else:
-                params, x_ = adapter(layer, wide), x.to(wide).requires_grad_()
-                W = layer._dense_weight()
-                if name.startswith("Q"):
-                    W = layer.weight4bit.dequantize(f32)
-                function, _ = VARIANTS[name.removeprefix("Q")]
-                if function is dora and wide is f32:  # as plain PyTorch would keep z
-                    function = partial(dora, z_dtype=dtype)
-                y = function(params, x_, W.to(wide), layer.scaling)
-            sets.append(results(y, x_, params, dy.to(y.dtype)))
-        for key in sets[0]:
-            got, ref, eager = (s[key] for s in sets)
-            # What plain PyTorch returns: rounded to x's dtype where that is the result's.
-            eager = eager.to(dtype) if key in ("x", "y") else eager
-            pooled.setdefault(key, [[], [], []])
-            for kept, t in zip(pooled[key], (got, ref, eager), strict=True):
-                kept.append(t)
-        sizes = [sum(t.numel() for t in kept[1]) for key, kept in pooled.items()]
-        if min(sizes) >= tolerance.POOL:
-            break
-    for key, (got, ref, eager) in pooled.items():
-        # The base product rounds once more where the library makes it, and z where it is kept.
-        u = tolerance.unit_roundoff(*((dtype,) if key in ("x", "y", "magnitude") else (f32,)))
-        sums = (M, max(N, K)) if dtype is f32 else (M, N, K)
-        verdict = tolerance.compare(got, ref, eager, u, sums)
-        assert verdict.ok, f"{key}: {verdict}"
+    check(name, dtype)
 
 
 @every_variant

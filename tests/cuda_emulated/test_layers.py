@@ -1,0 +1,18 @@
+"""Each variant of LoRA, dense and 4-bit, by the CUDA kernels against its formula."""
+
+import pytest
+import torch
+
+from tests.layers.variants import check, every_variant
+
+
+@pytest.mark.parametrize("name", ["DoRALinear", "QAdaLoRALinear", "HierarchicalLoRALinear"])
+def test_some(name: str) -> None:
+    check(name, torch.bfloat16)
+
+
+@pytest.mark.proof
+@every_variant
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_y_and_every_gradient(name: str, dtype: torch.dtype) -> None:
+    check(name, dtype)

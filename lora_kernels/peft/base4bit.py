@@ -21,6 +21,19 @@ class _Known(NamedTuple):
         return type(None), ()
 
 
+class MergeLoss(NamedTuple):
+    """‖W̃' − (W̃ + ΔW)‖ of a 4-bit weight W̃ into which ΔW was merged, which made it W̃'."""
+
+    of_weight: float  # over ‖W̃ + ΔW‖
+    of_adapter: float  # over ‖ΔW‖
+
+    def __str__(self) -> str:
+        return (
+            f"rounding to 4 bits again moved the weight by {self.of_weight:.1%}, "
+            f"{self.of_adapter:.2g} times what the adapter changes"
+        )
+
+
 def prepared(linear: Any, x: Tensor) -> tuple[Tensor | Weight4bit, torch.dtype | None]:
     """The base's weight, and the dtype in which its own forward would multiply this x.
 

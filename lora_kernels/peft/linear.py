@@ -283,7 +283,8 @@ def state_reason(layer: Any, adapters: Sequence[object]) -> str | None:
     if layer.disable_adapters:
         return "adapters are disabled: the base layer's own forward"
     if layer.merged:
-        return "adapters are merged: the base layer's own forward"
+        loss = getattr(layer, "merge_loss", None)
+        return "adapters are merged: the base layer's own forward" + (f"; {loss}" if loss else "")
     if not adapters:
         return "no active adapter on this layer: the base layer's own forward"
     if trainable_base(layer):

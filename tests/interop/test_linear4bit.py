@@ -492,3 +492,31 @@ def test_trains_after_inference_mode() -> None:
     y = model(x)
     y.sum().backward()
     torch.testing.assert_close(y, want)
+
+
+def test_a_merge_into_4_bits_says_what_it_lost() -> None:
+    """In `explain`, as the distance from the sum of the decoded weight and the adapter's."""
+    model = fuse(mlp(loaded=True))
+    layer = model.base_model.model.up
+    before = Weight4bit.from_bitsandbytes(layer.base_layer.weight).dequantize(f32)
+    want = before + layer.get_delta_weight("default")
+    with pytest.warns(UserWarning, match="rounding errors"):  # PEFT's own
+        model.merge_adapter()
+    got = Weight4bit.from_bitsandbytes(layer.base_layer.weight).dequantize(f32)
+    lost = float((got - want).norm() / want.norm())
+    assert lost > 0.01 and layer.merge_loss.of_weight == pytest.approx(lost, rel=1e-4)
+    assert layer.merge_loss.of_adapter == pytest.approx(
+        float((got - want).norm() / layer.get_delta_weight("default").norm()), rel=1e-4
+    )
+    for row in explain(model).rows:
+        assert "rounding to 4 bits again moved the weight by" in row.reason
+    with pytest.warns(UserWarning, match="rounding errors"):
+        model.unmerge_adapter()
+    assert layer.merge_loss is None and "merged" not in str(explain(model))
+
+
+def test_a_dora_s_merge_into_4_bits_is_not_measured() -> None:
+    model = fuse(mlp(loaded=True, config={"use_dora": True}))
+    with pytest.warns(UserWarning, match="rounding errors"):
+        model.merge_adapter()
+    assert model.base_model.model.up.merge_loss is None

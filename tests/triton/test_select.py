@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import lora_kernels
-from lora_kernels import select
-from lora_kernels.backends import triton
+from lora_kernels import costs, select
+from lora_kernels.backends import cuda, triton
 from lora_kernels.backends.triton import LIBRARY, SINGLE_PASS, SPLIT, configs
 from lora_kernels.backends.triton.configs import Target
 
@@ -57,6 +57,9 @@ def test_no_matrix_instructions_before_sm_80(monkeypatch: pytest.MonkeyPatch, gp
     with lora_kernels.backend("triton"), pytest.raises(RuntimeError, match=r"sm_75, .*want sm_80"):
         choose()
     monkeypatch.setattr(select, "_has_gpu", lambda: True)
+    t4 = costs.Gpu("T4", 75, 40, 1.59e9, 0.32e12, 65e12, 8.1e12)
+    monkeypatch.setattr(select, "_gpu", lambda index: t4)
+    monkeypatch.setattr(cuda, "obstacle", lambda device_type, index: cuda.unfit(75))
     for dtype, slow in ((torch.float16, False), (bf16, True)):
         choice = choose(dtype=dtype)
         assert choice.backend == "eager" and "sm_75" in choice.reason

@@ -101,6 +101,8 @@ def obstacle(device_type: str, device_index: int | None) -> str | None:
         return f"no CUDA kernels for device type {device_type!r}"
     if torch.version.hip:
         return "the CUDA kernels do not run on AMD's GPUs"
+    if not torch.cuda.is_available():
+        return "there is no GPU that torch can use"
     return unfit(_capability(device_index))
 
 

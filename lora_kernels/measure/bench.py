@@ -30,7 +30,7 @@ from .. import __version__, functional, select
 from .. import device as devices
 from ..backends import native
 from . import case as cases
-from . import models, timing
+from . import compare, models, timing
 from .case import Case
 
 ROWS = [1, 16, 512, 4096, 16384]  # on a GPU, where the shapes are a model's
@@ -182,6 +182,7 @@ def measure(case: Case, seconds: float) -> list[dict[str, Any]]:
             {name: _timed(*call, mode) for name, call in calls.items()},
             seconds=seconds,
             device=case.device,
+            yardstick=compare.FROZEN,
         )
         row = {key: getattr(case, key) for key in ("M", "K", "N", "R", "dropout_p")}
         row |= {
@@ -233,6 +234,7 @@ def provenance(dtypes: list[str], device: str = "cpu") -> dict[str, Any]:
         "backend": select.lora_linear(device, f32, f32, f32, f32, RANKS[0]).backend,
         "isa": native.isa,
         "machine": cpu.architecture,
+        "processor": cpu.name,
         "cores": cpu.cores,
         "threads": cpu.threads,
         "load": os.getloadavg()[0],  # at the start
@@ -283,13 +285,51 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--variants", action="store_true", help="time DoRA over LoRA and its row norm instead"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure there")
+    parser.add_argument(
+        "--compare",
+        nargs="+",
+        type=Path,
+        metavar=("OLD.json", "NEW.json"),
+        help="print what got slower or faster than in OLD.json, which --json wrote: in this run, "
+        "or with NEW.json in that, running nothing. Each time counts as its ratio to a yardstick "
+        "of its own row (the frozen layer; a read of the codes; the dense layer; PEFT's). The "
+        "noise is 4 standard errors of the two medians, from the 20th and 80th percentiles of the "
+        "ratios of single rounds, and at least 3 %%. Exit status 1 where something got slower.",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """0, or 1 where a result of ours misses the tolerance."""
+    """0; 1 where a result of ours misses the tolerance or got slower; 2 where it cannot start."""
     if args.device == "cuda" and not torch.cuda.is_available():
         print("lora-kernels bench: no GPU that this torch can use, want one for --device cuda")
         return 2
+    if not args.compare:
+        return _measure(args)[1]
+    try:
+        if len(args.compare) > 2:
+            raise compare.NotComparable(f"--compare: got {len(args.compare)} files, want 1 or 2")
+        old, *rest = map(compare.read, args.compare)  # before minutes are spent
+        asked = "4-bit" if args.quant else "variants" if args.variants else "layers"
+        if not rest and compare.kind(old["rows"][0]) != asked:
+            raise compare.NotComparable(
+                f"{args.compare[0]}: is of {compare.kind(old['rows'][0])}, the run would be of "
+                f"{asked}: want {KINDS[compare.kind(old['rows'][0])]}"
+            )
+        new, status = (rest[0], 0) if rest else _measure(args)
+        lines, slower = compare.report(old, new)
+    except compare.NotComparable as error:
+        print(f"lora-kernels bench: {error}")
+        return 2
+    print(*lines, sep="\n")
+    return status or slower
+
+
+# A kind of rows -> the option that asks for it.
+KINDS = {"4-bit": "--quant", "variants": "--variants", "layers": "neither --quant nor --variants"}
+
+
+def _measure(args: argparse.Namespace) -> tuple[dict[str, Any], int]:
+    """What was measured and written, and 0 or, where a result misses the tolerance, 1."""
     data: dict[str, Any] = {"provenance": provenance(args.dtypes, args.device), "rows": []}
     if args.quant:
         from . import bench_4bit
@@ -298,7 +338,7 @@ def run(args: argparse.Namespace) -> int:
             data["rows"].append(row)
             print(bench_4bit.line(row), flush=True)
             _write(args.json, data)
-        return 0
+        return data, 0
     if args.variants:
         from . import bench_variants
 
@@ -306,7 +346,7 @@ def run(args: argparse.Namespace) -> int:
             data["rows"].append(row)
             print(bench_variants.line(row), flush=True)
         _write(args.json, data)
-        return 0
+        return data, 0
     data["overhead_us"] = overhead(args.seconds / 2, args.device)
     taken = data["overhead_us"]
     extra = taken["ours, forward"] - taken["eager, forward"]
@@ -326,7 +366,7 @@ def run(args: argparse.Namespace) -> int:
             print(_line(row), flush=True)
         _write(args.json, data)
     _write(args.json, data)
-    return 0 if all(row["correct"] for row in data["rows"]) else 1
+    return data, 0 if all(row["correct"] for row in data["rows"]) else 1
 
 
 def _write(path: Path | None, data: dict[str, Any]) -> None:

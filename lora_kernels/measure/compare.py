@@ -1,0 +1,226 @@
+"""`lora-kernels bench --compare OLD.json [NEW.json]`: what got slower or faster beyond the noise.
+
+Seconds of two runs do not compare: the machine may be busier, its clock lower. So each time is
+taken as its ratio to a yardstick of its own row, which took turns with it in its own run: the
+frozen layer; for 4-bit bases a plain read of the codes (up to 16 rows of x, where memory limits) or
+the dense layer; for variants what PEFT computes instead. Compared are the calls that run this
+package's kernels, and no peers.
+
+The noise of a row comes from its samples, the ratios of single rounds. In logarithms, a normal
+distribution with the measured 20th and 80th percentile has σ = ln(p80/p20) / 1.683, and the median
+of n rounds a standard error of 1.253·σ/√n. Two runs differ where their medians lie further apart
+than
+
+    max(3 %, 4·√(error² of the old + error² of the new))
+
+Four errors, because a comparison has a hundred rows; and never less than 3 %, because memory lies
+elsewhere in another process, which no spread within one run shows. A file that an earlier version
+wrote has no ratios of rounds: then the ratio of medians is taken, with the errors of both calls.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ERRORS, LEAST = 4.0, 0.03
+FROZEN = "frozen"
+STREAMED_ROWS = 16  # up to which a 4-bit layer's time is that of reading its codes
+
+# What must agree for the ratios to mean the same, and what it is called.
+MACHINE = {
+    "processor": "processor",
+    "machine": "architecture",
+    "isa": "instruction set",
+    "threads": "threads",
+    "gpu": "GPU",
+    "torch": "torch",
+    "peft": "PEFT",
+}
+VARIANTS = {
+    "row norm": "PEFT's expression",
+    "DoRA step": "PEFT's LoRA",
+    "16 adapters": "PEFT's, 1",
+}
+
+OURS = ("LoRA", "three LoRALinear", "three calls")  # and every name that begins with "ours"
+
+Row = dict[str, Any]
+
+
+def kind(row: Row) -> str:
+    """Which of the benchmarks the row is of: "layers", "4-bit" or "variants"."""
+    return "4-bit" if "quant_type" in row else "variants" if "what" in row else "layers"
+
+
+def yardstick(row: Row) -> str:
+    """Name of the call in the row that the others are measured by; the row's sizes are enough.
+
+    >>> yardstick({"quant_type": "nf4", "M": 1, "mode": "forward"})
+    'stream'
+    >>> yardstick({"quant_type": "nf4", "M": 512, "mode": "step"})
+    'dense'
+    """
+    if kind(row) == "4-bit":
+        return "stream" if row["mode"] == "forward" and row["M"] <= STREAMED_ROWS else "dense"
+    return VARIANTS.get(row["what"], "PEFT's") if kind(row) == "variants" else FROZEN
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A time over its yardstick's, and the standard error of the logarithm of that."""
+
+    ratio: float
+    error: float
+
+    @classmethod
+    def of(cls, times: Row, yardstick: Row) -> Measured:
+        """From the p20, p50, p80 and rounds of a call and of its yardstick, as `bench` writes them.
+
+        >>> call = {"p20": 1.0, "p50": 1.1, "p80": 1.2, "rounds": 100}
+        >>> Measured.of({**call, "over": {"p20": 2.0, "p50": 2.0, "p80": 2.0}}, call)
+        Measured(ratio=2.0, error=0.0)
+        """
+        if times.get("over"):
+            return cls(times["over"]["p50"], _error(times["over"], times["rounds"]))
+        each = [_error(t, t["rounds"]) for t in (times, yardstick)]
+        return cls(times["p50"] / yardstick["p50"], math.hypot(*each))
+
+
+def _error(spread: Row, rounds: int) -> float:
+    sigma = math.log(spread["p80"] / spread["p20"]) / 1.683
+    return 1.253 * sigma / math.sqrt(rounds)
+
+
+@dataclass(frozen=True)
+class Change:
+    """One of our calls in both files."""
+
+    name: str
+    old: Measured
+    new: Measured
+
+    @property
+    def factor(self) -> float:
+        """New over old: above 1 is slower."""
+        return self.new.ratio / self.old.ratio
+
+    @property
+    def noise(self) -> float:
+        """The factor, less 1, that is not believed."""
+        return max(LEAST, math.expm1(ERRORS * math.hypot(self.old.error, self.new.error)))
+
+    @property
+    def verdict(self) -> str:
+        """ "slower", "faster" or "same"; as much slower counts as much as faster."""
+        if max(self.factor, 1 / self.factor) <= 1 + self.noise:
+            return "same"
+        return "slower" if self.factor > 1 else "faster"
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name}: {self.old.ratio:.3f} -> {self.new.ratio:.3f}, "
+            f"{self.factor - 1:+.1%} (noise {self.noise:.1%})"
+        )
+
+
+class NotComparable(ValueError):
+    """The files hold no times, or times of different things."""
+
+
+def read(path: Path) -> Row:
+    """A file that `bench --json` wrote; NotComparable says what is wrong with another."""
+    try:
+        data = json.loads(path.read_text())
+    except OSError as error:
+        raise NotComparable(f"{path}: {error.strerror}, want a file of `bench --json`") from None
+    except ValueError as error:
+        raise NotComparable(f"{path}: is no JSON ({error}), want one of `bench --json`") from None
+    rows = data.get("rows") if isinstance(data, dict) else None
+    if not isinstance(rows, list) or not isinstance(data.get("provenance"), dict):
+        raise NotComparable(f"{path}: is no result of `bench --json`: want provenance and rows")
+    if not rows:
+        raise NotComparable(f"{path}: has no rows, want at least one")
+    for row in rows:
+        if not isinstance(row, dict) or not isinstance(row.get("seconds"), dict):
+            raise NotComparable(f"{path}: a row without seconds, want a result of `bench --json`")
+        kinds = kind(rows[0]), kind(row)
+        if kinds[0] != kinds[1]:
+            raise NotComparable(f"{path}: rows of {kinds[0]} and of {kinds[1]}, want one kind")
+        for name, times in row["seconds"].items():
+            numbers = [times.get(key) for key in ("p20", "p50", "p80", "rounds")]
+            if not all(isinstance(n, (int, float)) and n > 0 for n in numbers):
+                raise NotComparable(
+                    f"{path}: {name!r} of {identity(row)}: want p20, p50, p80 and rounds above 0, "
+                    f"got {times}"
+                )
+    return dict(data)
+
+
+def identity(row: Row) -> str:
+    """The row in words.
+
+    >>> identity({"dtype": "float32", "M": 8, "K": 48, "N": 32, "R": 3, "mode": "step"})
+    'float32 8×48×32 r=3 step'
+    """
+    words = [str(row[key]) for key in ("what", "dtype", "quant_type") if key in row]
+    words += [f"{row['M']}×{row['K']}×{row['N']} r={row['R']}"]
+    words += [f"dropout {row['dropout_p']}"] if row.get("dropout_p") else []
+    return " ".join(words + [str(row[key]) for key in ("mode", "cache") if key in row])
+
+
+def warnings(old: Row, new: Row) -> Iterator[str]:
+    """What differs, or is not said, between the machines of two files' provenance."""
+    for key, name in MACHINE.items():
+        values = old["provenance"].get(key), new["provenance"].get(key)
+        if key == "gpu":
+            values = tuple(gpu and gpu["name"] for gpu in values)
+        if values[0] == values[1]:
+            continue
+        if key == "processor" and None in values:
+            said = "old" if values[0] is None else "new"
+            yield f"warning: the {said} file does not say its processor"
+        else:
+            yield f"warning: {name}: old {values[0]}, new {values[1]}: ratios may differ for that"
+
+
+def changes(old: Row, new: Row) -> tuple[list[Change], list[str], list[str]]:
+    """Our calls in both files, and the names of those in the old or in the new one alone."""
+    if (kinds := (kind(old["rows"][0]), kind(new["rows"][0])))[0] != kinds[1]:
+        raise NotComparable(f"compare: the old file is of {kinds[0]}, the new of {kinds[1]}")
+    before, after = (_ours(data) for data in (old, new))
+    both = [Change(name, before[name], after[name]) for name in before if name in after]
+    return both, [n for n in before if n not in after], [n for n in after if n not in before]
+
+
+def _ours(data: Row) -> dict[str, Measured]:
+    found = {}
+    for row in data["rows"]:
+        seconds, by = row["seconds"], yardstick(row)
+        for name, times in seconds.items():
+            if (name.startswith("ours") or name in OURS) and by in seconds:
+                found[f"{identity(row)}, {name}"] = Measured.of(times, seconds[by])
+    return found
+
+
+def report(old: Row, new: Row) -> tuple[list[str], int]:
+    """Lines to print, and the exit status: 1 where something got slower. Raises NotComparable."""
+    both, gone, added = changes(old, new)
+    lines = [*warnings(old, new)]
+    sorted_ = sorted(both, key=lambda change: -change.factor)
+    for verdict in ("slower", "faster"):
+        lines += [f"{verdict}: {change}" for change in sorted_ if change.verdict == verdict]
+    lines += [f"only in the old file: {name}" for name in gone]
+    lines += [f"only in the new file: {name}" for name in added]
+    counts = {v: sum(c.verdict == v for c in both) for v in ("slower", "faster", "same")}
+    lines.append(
+        f"{len(both)} compared, each over its own yardstick: {counts['slower']} slower, "
+        f"{counts['faster']} faster, {counts['same']} the same within the noise"
+    )
+    if not both:
+        raise NotComparable("compare: the files have no row of ours in common")
+    return lines, 1 if counts["slower"] else 0

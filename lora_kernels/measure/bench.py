@@ -294,7 +294,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "or with NEW.json in that, running nothing. Each time counts as its ratio to a yardstick "
         "of its own row (the frozen layer; a read of the codes; the dense layer; PEFT's). The "
         "noise is 4 standard errors of the two medians, from the 20th and 80th percentiles of the "
-        "ratios of single rounds, and at least 3 %%. Exit status 1 where something got slower.",
+        "ratios of single rounds, and at least 5 %%. Exit status 1 where something got slower.",
     )
 
 

@@ -11,11 +11,16 @@ distribution with the measured 20th and 80th percentile has σ = ln(p80/p20) / 1
 of n rounds a standard error of 1.253·σ/√n. Two runs differ where their medians lie further apart
 than
 
-    max(3 %, 4·√(error² of the old + error² of the new))
+    max(5 %, 4·√(error² of the old + error² of the new))
 
-Four errors, because a comparison has a hundred rows; and never less than 3 %, because memory lies
-elsewhere in another process, which no spread within one run shows. A file that an earlier version
-wrote has no ratios of rounds: then the ratio of medians is taken, with the errors of both calls.
+Four errors, because a comparison has a hundred rows and neighbouring rounds are not independent. At
+least 5 %, because medians of one build scatter by 2 % from run to run even where the spread within
+each says a tenth of that: memory lies elsewhere, other neighbours are at work. Where p80 is more
+than 1.5 times p20 in one of the runs, threads waited for other programs, and the ratio is that of
+two schedules: such a row is named as too noisy and counts for nothing.
+
+A file that an earlier version wrote has no ratios of rounds: then the ratio of medians is taken,
+with the errors of both calls.
 """
 
 from __future__ import annotations
@@ -27,7 +32,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ERRORS, LEAST = 4.0, 0.03
+ERRORS, LEAST, UNSTEADY = 4.0, 0.05, 1.5
+VERDICTS = ("slower", "faster", "too noisy", "same")
 FROZEN = "frozen"
 STREAMED_ROWS = 16  # up to which a 4-bit layer's time is that of reading its codes
 
@@ -72,10 +78,11 @@ def yardstick(row: Row) -> str:
 
 @dataclass(frozen=True)
 class Measured:
-    """A time over its yardstick's, and the standard error of the logarithm of that."""
+    """A time over its yardstick's, the standard error of the logarithm of that, p80 over p20."""
 
     ratio: float
     error: float
+    spread: float
 
     @classmethod
     def of(cls, times: Row, yardstick: Row) -> Measured:
@@ -83,12 +90,13 @@ class Measured:
 
         >>> call = {"p20": 1.0, "p50": 1.1, "p80": 1.2, "rounds": 100}
         >>> Measured.of({**call, "over": {"p20": 2.0, "p50": 2.0, "p80": 2.0}}, call)
-        Measured(ratio=2.0, error=0.0)
+        Measured(ratio=2.0, error=0.0, spread=1.0)
         """
-        if times.get("over"):
-            return cls(times["over"]["p50"], _error(times["over"], times["rounds"]))
-        each = [_error(t, t["rounds"]) for t in (times, yardstick)]
-        return cls(times["p50"] / yardstick["p50"], math.hypot(*each))
+        if over := times.get("over"):
+            return cls(over["p50"], _error(over, times["rounds"]), over["p80"] / over["p20"])
+        errors = [_error(t, t["rounds"]) for t in (times, yardstick)]
+        spread = max(t["p80"] / t["p20"] for t in (times, yardstick))
+        return cls(times["p50"] / yardstick["p50"], math.hypot(*errors), spread)
 
 
 def _error(spread: Row, rounds: int) -> float:
@@ -116,7 +124,9 @@ class Change:
 
     @property
     def verdict(self) -> str:
-        """ "slower", "faster" or "same"; as much slower counts as much as faster."""
+        """One of VERDICTS; as much slower counts as much as faster."""
+        if max(self.old.spread, self.new.spread) > UNSTEADY:
+            return "too noisy"
         if max(self.factor, 1 / self.factor) <= 1 + self.noise:
             return "same"
         return "slower" if self.factor > 1 else "faster"
@@ -212,14 +222,15 @@ def report(old: Row, new: Row) -> tuple[list[str], int]:
     both, gone, added = changes(old, new)
     lines = [*warnings(old, new)]
     sorted_ = sorted(both, key=lambda change: -change.factor)
-    for verdict in ("slower", "faster"):
+    for verdict in VERDICTS[:-1]:
         lines += [f"{verdict}: {change}" for change in sorted_ if change.verdict == verdict]
     lines += [f"only in the old file: {name}" for name in gone]
     lines += [f"only in the new file: {name}" for name in added]
-    counts = {v: sum(c.verdict == v for c in both) for v in ("slower", "faster", "same")}
+    counts = {v: sum(c.verdict == v for c in both) for v in VERDICTS}
     lines.append(
         f"{len(both)} compared, each over its own yardstick: {counts['slower']} slower, "
-        f"{counts['faster']} faster, {counts['same']} the same within the noise"
+        f"{counts['faster']} faster, {counts['too noisy']} too noisy to say, "
+        f"{counts['same']} the same within the noise"
     )
     if not both:
         raise NotComparable("compare: the files have no row of ours in common")

@@ -6,21 +6,26 @@ frozen layer; for 4-bit bases a plain read of the codes (up to 16 rows of x, whe
 the dense layer; for variants what PEFT computes instead. Compared are the calls that run this
 package's kernels, and no peers.
 
-The noise of a row comes from its samples, the ratios of single rounds. In logarithms, a normal
-distribution with the measured 20th and 80th percentile has σ = ln(p80/p20) / 1.683, and the median
-of n rounds a standard error of 1.253·σ/√n. Two runs differ where their medians lie further apart
-than
+The noise of a row comes from its samples, the ratios of single rounds: their median is uncertain by
+how far apart the samples of ranks n/2 ± 2√n lie, which bound it to four standard errors whatever
+the distribution (`timing.Ratio`). A deviation, or p20 and p80, would not do: where other programs
+have the cores, every third round takes twice its time and the median stays where it is. Two runs
+differ where their medians lie further apart than
 
-    max(5 %, 4·√(error² of the old + error² of the new))
+    max(5 %, √(bound² of the old + bound² of the new))          in logarithms
 
 Four errors, because a comparison has a hundred rows and neighbouring rounds are not independent. At
-least 5 %, because medians of one build scatter by 2 % from run to run even where the spread within
-each says a tenth of that: memory lies elsewhere, other neighbours are at work. Where p80 is more
-than 1.5 times p20 in one of the runs, threads waited for other programs, and the ratio is that of
-two schedules: such a row is named as too noisy and counts for nothing.
+least 5 %, because medians of one build scatter by 2 to 3 % from run to run even where the samples
+of each say a tenth of that: memory lies elsewhere, other neighbours are at work. Where the noise is
+above 20 %, threads waited for other programs and the ratio is that of two schedules: such a row is
+named as too noisy and counts for nothing.
+
+What a neighbour does for longer than a row takes shows in no sample of it. So a run measures again
+what seems slower or is too noisy, after all other rows, and of the two it takes the steady, and
+then the faster one: slower is what is slower twice.
 
 A file that an earlier version wrote has no ratios of rounds: then the ratio of medians is taken,
-with the errors of both calls.
+with four errors of both calls, each 1.253·σ/√n, as if its times were normal: σ = ln(p80/p20)/1.683.
 """
 
 from __future__ import annotations
@@ -32,7 +37,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ERRORS, LEAST, UNSTEADY = 4.0, 0.05, 1.5
+LEAST, MOST = 0.05, 0.20  # noise: what is never believed, and above which nothing is
 VERDICTS = ("slower", "faster", "too noisy", "same")
 FROZEN = "frozen"
 STREAMED_ROWS = 16  # up to which a 4-bit layer's time is that of reading its codes
@@ -78,37 +83,33 @@ def yardstick(row: Row) -> str:
 
 @dataclass(frozen=True)
 class Measured:
-    """A time over its yardstick's, the standard error of the logarithm of that, p80 over p20."""
+    """A time over its yardstick's, and how far its logarithm may be off: four standard errors."""
 
     ratio: float
-    error: float
-    spread: float
+    bound: float
 
     @classmethod
     def of(cls, times: Row, yardstick: Row) -> Measured:
-        """From the p20, p50, p80 and rounds of a call and of its yardstick, as `bench` writes them.
+        """From what `bench` writes of a call and of its yardstick.
 
         >>> call = {"p20": 1.0, "p50": 1.1, "p80": 1.2, "rounds": 100}
-        >>> Measured.of({**call, "over": {"p20": 2.0, "p50": 2.0, "p80": 2.0}}, call)
-        Measured(ratio=2.0, error=0.0, spread=1.0)
+        >>> Measured.of({**call, "over": {"p50": 2.0, "low": 2.0, "high": 2.0}}, call)
+        Measured(ratio=2.0, bound=0.0)
         """
         if over := times.get("over"):
-            return cls(over["p50"], _error(over, times["rounds"]), over["p80"] / over["p20"])
-        errors = [_error(t, t["rounds"]) for t in (times, yardstick)]
-        spread = max(t["p80"] / t["p20"] for t in (times, yardstick))
-        return cls(times["p50"] / yardstick["p50"], math.hypot(*errors), spread)
-
-
-def _error(spread: Row, rounds: int) -> float:
-    sigma = math.log(spread["p80"] / spread["p20"]) / 1.683
-    return 1.253 * sigma / math.sqrt(rounds)
+            ratio = over["p50"]
+            return cls(ratio, math.log(max(over["high"] / ratio, ratio / over["low"])))
+        sigmas = [math.log(t["p80"] / t["p20"]) / 1.683 for t in (times, yardstick)]
+        error = 1.253 * math.hypot(*sigmas) / math.sqrt(times["rounds"])
+        return cls(times["p50"] / yardstick["p50"], 4 * error)
 
 
 @dataclass(frozen=True)
 class Change:
-    """One of our calls in both files."""
+    """One of our calls in both files: its row in words, its name there."""
 
-    name: str
+    row: str
+    call: str
     old: Measured
     new: Measured
 
@@ -120,12 +121,12 @@ class Change:
     @property
     def noise(self) -> float:
         """The factor, less 1, that is not believed."""
-        return max(LEAST, math.expm1(ERRORS * math.hypot(self.old.error, self.new.error)))
+        return max(LEAST, math.expm1(math.hypot(self.old.bound, self.new.bound)))
 
     @property
     def verdict(self) -> str:
         """One of VERDICTS; as much slower counts as much as faster."""
-        if max(self.old.spread, self.new.spread) > UNSTEADY:
+        if self.noise > MOST:
             return "too noisy"
         if max(self.factor, 1 / self.factor) <= 1 + self.noise:
             return "same"
@@ -133,7 +134,7 @@ class Change:
 
     def __str__(self) -> str:
         return (
-            f"{self.name}: {self.old.ratio:.3f} -> {self.new.ratio:.3f}, "
+            f"{self.row}, {self.call}: {self.old.ratio:.3f} -> {self.new.ratio:.3f}, "
             f"{self.factor - 1:+.1%} (noise {self.noise:.1%})"
         )
 
@@ -198,34 +199,55 @@ def warnings(old: Row, new: Row) -> Iterator[str]:
             yield f"warning: {name}: old {values[0]}, new {values[1]}: ratios may differ for that"
 
 
-def changes(old: Row, new: Row) -> tuple[list[Change], list[str], list[str]]:
-    """Our calls in both files, and the names of those in the old or in the new one alone."""
-    if (kinds := (kind(old["rows"][0]), kind(new["rows"][0])))[0] != kinds[1]:
+Key = tuple[str, str]  # the row in words, the call's name
+
+
+def changes(old: Row, *new: Row) -> tuple[list[Change], list[Key], list[Key]]:
+    """Our calls in both files, and those in the old or in the new one alone.
+
+    new: a file and, measured later, rows of it again.
+    """
+    kinds = [kind(data["rows"][0]) for data in (old, *new)]
+    if len(set(kinds)) > 1:
         raise NotComparable(f"compare: the old file is of {kinds[0]}, the new of {kinds[1]}")
-    before, after = (_ours(data) for data in (old, new))
-    both = [Change(name, before[name], after[name]) for name in before if name in after]
-    return both, [n for n in before if n not in after], [n for n in after if n not in before]
+    before, after = _ours(old), _ours(new[0])
+    for key, again in (item for data in new[1:] for item in _ours(data).items()):
+        if key in after:
+            after[key] = min(
+                after[key], again, key=lambda m: (math.exp(m.bound) - 1 > MOST, m.ratio)
+            )
+    both = [Change(*key, before[key], after[key]) for key in before if key in after]
+    return both, [k for k in before if k not in after], [k for k in after if k not in before]
 
 
-def _ours(data: Row) -> dict[str, Measured]:
+def suspects(old: Row, new: Row) -> set[str]:
+    """The rows, in words, to measure again before they are believed."""
+    both, _, _ = changes(old, new)
+    return {change.row for change in both if change.verdict in ("slower", "too noisy")}
+
+
+def _ours(data: Row) -> dict[Key, Measured]:
     found = {}
     for row in data["rows"]:
         seconds, by = row["seconds"], yardstick(row)
         for name, times in seconds.items():
             if (name.startswith("ours") or name in OURS) and by in seconds:
-                found[f"{identity(row)}, {name}"] = Measured.of(times, seconds[by])
+                found[identity(row), name] = Measured.of(times, seconds[by])
     return found
 
 
-def report(old: Row, new: Row) -> tuple[list[str], int]:
-    """Lines to print, and the exit status: 1 where something got slower. Raises NotComparable."""
-    both, gone, added = changes(old, new)
-    lines = [*warnings(old, new)]
+def report(old: Row, *new: Row) -> tuple[list[str], int]:
+    """Lines to print, and the exit status: 1 where something got slower. Raises NotComparable.
+
+    new: as for `changes`.
+    """
+    both, gone, added = changes(old, *new)
+    lines = [*warnings(old, new[0])]
     sorted_ = sorted(both, key=lambda change: -change.factor)
     for verdict in VERDICTS[:-1]:
         lines += [f"{verdict}: {change}" for change in sorted_ if change.verdict == verdict]
-    lines += [f"only in the old file: {name}" for name in gone]
-    lines += [f"only in the new file: {name}" for name in added]
+    lines += [f"only in the old file: {row}, {call}" for row, call in gone]
+    lines += [f"only in the new file: {row}, {call}" for row, call in added]
     counts = {v: sum(c.verdict == v for c in both) for v in VERDICTS}
     lines.append(
         f"{len(both)} compared, each over its own yardstick: {counts['slower']} slower, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -12,11 +13,29 @@ import torch
 
 @dataclass(frozen=True)
 class Ratio:
-    """A time over the yardstick's of the same round: the median, and the quintiles around it."""
+    """A time over the yardstick's of the same round: the median, and the quintiles around it.
+
+    low and high bound the true median to four standard errors, whatever the distribution: a fair
+    coin's n tosses have a deviation of √n/2, so they are the samples of ranks n/2 − 2√n and
+    n/2 + 2√n (the least and the greatest where there are fewer than 16).
+    """
 
     p20: float
     p50: float
     p80: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, ratios: list[float]) -> Ratio:
+        """Of those of all rounds.
+
+        >>> Ratio.of([float(i) for i in range(1, 101)])
+        Ratio(p20=20.8, p50=50.5, p80=80.2, low=31.0, high=70.0)
+        """
+        n, ordered = len(ratios), sorted(ratios)
+        low = max(0, math.ceil(n / 2 - 2 * math.sqrt(n)))
+        return cls(*_quintiles(ratios), ordered[low], ordered[n - 1 - low])
 
 
 @dataclass(frozen=True)
@@ -34,11 +53,11 @@ class Times:
         """Of the rounds of one call, and of the yardstick's same rounds.
 
         >>> Times.of([2.0, 4.0, 6.0], [1.0, 2.0, 3.0]).over
-        Ratio(p20=2.0, p50=2.0, p80=2.0)
+        Ratio(p20=2.0, p50=2.0, p80=2.0, low=2.0, high=2.0)
         """
         over = None
         if yardstick is not None:
-            over = Ratio(*_quintiles([a / b for a, b in zip(seconds, yardstick, strict=True)]))
+            over = Ratio.of([a / b for a, b in zip(seconds, yardstick, strict=True)])
         return cls(*_quintiles(seconds), len(seconds), over)
 
 

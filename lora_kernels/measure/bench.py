@@ -305,8 +305,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "or with NEW.json in that, running nothing. Each time counts as its ratio to a yardstick "
         "of its own row (the frozen layer; a read of the codes; the dense layer; PEFT's). The "
         "noise is 4 standard errors of the two medians over rounds, from the samples around them, "
-        "and at least 5 %%; what seems slower is measured again. Exit status 1 where something got "
-        "slower.",
+        "and at least 5 %%; what may be slower is measured again. Exit status 1 where something "
+        "got slower.",
     )
 
 
@@ -333,9 +333,9 @@ def run(args: argparse.Namespace) -> int:
         if not rest:
             new, status = _measure(args)
             runs = [new]
-            if only := compare.suspects(old, new):
-                print(f"{len(only)} rows seem slower or are too noisy, and are measured again")
-                args.json = None  # the file holds the first, as a run without --compare would
+            args.json = None  # the file holds the first, as a run without --compare would
+            while only := compare.suspects(old, *runs):
+                print(f"{len(only)} rows may be slower or are too noisy, and are measured again")
                 runs.append(_measure(args, only)[0])
         lines, slower = compare.report(old, *runs)
     except compare.NotComparable as error:

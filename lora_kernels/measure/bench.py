@@ -367,9 +367,11 @@ KINDS = {"4-bit": "--quant", "variants": "--variants", "layers": "neither --quan
 def _measure(args: argparse.Namespace, only: Collection[str] = ()) -> tuple[dict[str, Any], int]:
     """What was measured and written, and 0 or, where a result misses the tolerance, 1.
 
-    only: of the layers, those with a row of such an identity; all where there are none.
+    only: of the layers, those with a row of such an identity, and nothing beside; all where there
+    are none. 4-bit bases and variants are measured as a whole.
     """
-    data: dict[str, Any] = {"provenance": provenance(args.dtypes, args.device), "rows": []}
+    facts = {} if only else provenance(args.dtypes, args.device)
+    data: dict[str, Any] = {"provenance": facts, "rows": []}
     if args.quant:
         from . import bench_4bit
 
@@ -386,12 +388,15 @@ def _measure(args: argparse.Namespace, only: Collection[str] = ()) -> tuple[dict
             print(bench_variants.line(row), flush=True)
         _write(args.json, data)
         return data, 0
-    data["overhead_us"] = overhead(args.seconds / 2, args.device)
-    taken = data["overhead_us"]
-    extra = taken["ours, forward"] - taken["eager, forward"]
-    print(f"a call at M=1, K=N=64, r=8, gradients on: {extra:+.1f} µs against the eager expression")
-    for name, us in taken.items():
-        print(f"    {name:16} {us:6.1f} µs")
+    if not only:
+        taken = data["overhead_us"] = overhead(args.seconds / 2, args.device)
+        extra = taken["ours, forward"] - taken["eager, forward"]
+        print(
+            f"a call at M=1, K=N=64, r=8, gradients on: {extra:+.1f} µs "
+            "against the eager expression"
+        )
+        for name, us in taken.items():
+            print(f"    {name:16} {us:6.1f} µs")
     shapes = args.shapes or (SHAPES if args.device == "cpu" and not args.model else None)
     if shapes is None:
         layers = models.linear_shapes(args.model or "llama3-8b")

@@ -248,7 +248,8 @@ def _ours(data: Row) -> dict[Key, Measured]:
 
 
 def report(old: Row, *new: Row) -> tuple[list[str], int]:
-    """Lines to print, and the exit status: 1 where something got slower. Raises NotComparable.
+    """Lines to print, and the exit status: 1 where something got slower or wrong; NotComparable
+    where no row is in both.
 
     new: as for `changes`.
     """
@@ -257,7 +258,11 @@ def report(old: Row, *new: Row) -> tuple[list[str], int]:
     sorted_ = sorted(both, key=lambda change: -change.factor)
     for verdict in VERDICTS[:-1]:
         lines += [f"{verdict}: {change}" for change in sorted_ if change.verdict == verdict]
-    lines += [f"only in the old file: {row}, {call}" for row, call in gone]
+    wrong = [key for key in gone if key in _misses(new[0])]
+    lines += [f"misses the tolerance now: {row}, {call}" for row, call in wrong]
+    lines += [
+        f"only in the old file: {row}, {call}" for row, call in gone if (row, call) not in wrong
+    ]
     lines += [f"only in the new file: {row}, {call}" for row, call in added]
     counts = {v: sum(c.verdict == v for c in both) for v in VERDICTS}
     lines.append(
@@ -265,6 +270,11 @@ def report(old: Row, *new: Row) -> tuple[list[str], int]:
         f"{counts['faster']} faster, {counts['too noisy']} too noisy to say, "
         f"{counts['same']} the same within the noise"
     )
-    if not both:
+    if not both and not wrong:
         raise NotComparable("compare: the files have no row of ours in common")
-    return lines, 1 if counts["slower"] else 0
+    return lines, 1 if counts["slower"] or wrong else 0
+
+
+def _misses(data: Row) -> set[Key]:
+    """The calls that have no time because their results are wrong."""
+    return {(identity(row), name) for row in data["rows"] for name in row.get("misses", ())}

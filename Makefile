@@ -34,6 +34,7 @@ bench: native
 	$(BIN)/lora-kernels bench --json benchmarks/results/cpu.json
 	$(BIN)/lora-kernels bench --quant nf4 --seconds 1 --json benchmarks/results/cpu-4bit.json
 	$(BIN)/lora-kernels bench --variants --json benchmarks/results/cpu-variants.json
+	$(BIN)/lora-kernels bench --memory --json benchmarks/results/memory.json
 	$(BIN)/python -m benchmarks.report
 
 # On a machine with a GPU, with the torch that is there: builds in place, needs no network.

@@ -17,7 +17,7 @@ import itertools
 import json
 import os
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from .. import __version__, functional, select
 from .. import device as devices
 from ..backends import native
 from . import case as cases
-from . import models, timing
+from . import compare, models, timing
 from .case import Case
 
 ROWS = [1, 16, 512, 4096, 16384]  # on a GPU, where the shapes are a model's
@@ -181,12 +181,12 @@ def measure(case: Case, seconds: float) -> list[dict[str, Any]]:
         times = timing.interleave(
             {name: _timed(*call, mode) for name, call in calls.items()},
             seconds=seconds,
+            most=1001,  # so that what neighbours do for a second is not all that is seen
             device=case.device,
+            yardstick=compare.FROZEN,
         )
-        row = {key: getattr(case, key) for key in ("M", "K", "N", "R", "dropout_p")}
-        row |= {
-            "dtype": str(case.dtype).removeprefix("torch."),
-            "mode": mode,
+        row = {
+            **_row(case, mode),
             "floor": floor(case, mode),
             "target": target(case, mode),
             "frozen_ms": times["frozen"].p50 * 1e3,
@@ -197,6 +197,12 @@ def measure(case: Case, seconds: float) -> list[dict[str, Any]]:
         }
         rows.append(row)
     return rows
+
+
+def _row(case: Case, mode: str) -> dict[str, Any]:
+    """What tells the row from another."""
+    sizes = {key: getattr(case, key) for key in ("M", "K", "N", "R", "dropout_p")}
+    return {**sizes, "dtype": str(case.dtype).removeprefix("torch."), "mode": mode}
 
 
 def _timed(call: Call, args: dict[str, Any], mode: str) -> Callable[[], object]:
@@ -233,6 +239,7 @@ def provenance(dtypes: list[str], device: str = "cpu") -> dict[str, Any]:
         "backend": select.lora_linear(device, f32, f32, f32, f32, RANKS[0]).backend,
         "isa": native.isa,
         "machine": cpu.architecture,
+        "processor": cpu.name,
         "cores": cpu.cores,
         "threads": cpu.threads,
         "load": os.getloadavg()[0],  # at the start
@@ -276,21 +283,95 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seconds", type=float, default=6.0, help="to spend on each row (default: %(default)s)"
     )
-    parser.add_argument(
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument(
         "--quant", choices=["nf4", "fp4"], help="time the layer over a 4-bit base instead"
     )
-    parser.add_argument(
+    instead.add_argument(
         "--variants", action="store_true", help="time DoRA over LoRA and its row norm instead"
     )
+    instead.add_argument(
+        "--memory",
+        action="store_true",
+        help="count the bytes that layers, and a small Llama, hold for the backward instead",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure there")
+    parser.add_argument(
+        "--compare",
+        nargs="+",
+        type=Path,
+        metavar=("OLD.json", "NEW.json"),
+        help="print what got slower or faster than in OLD.json, which --json wrote: in this run, "
+        "or with NEW.json in that, running nothing. Each time counts as its ratio to a yardstick "
+        "of its own row (the frozen layer; a read of the codes; the dense layer; PEFT's). The "
+        "noise is 4 standard errors of the two medians over rounds, from the samples around them, "
+        "and at least 5 %%; what may be slower is measured again. Exit status 1 where something "
+        "got slower.",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """0, or 1 where a result of ours misses the tolerance."""
+    """0; 1 where a result of ours misses the tolerance or got slower; 2 where it cannot start."""
+    if args.memory:
+        return _count_memory(args)
     if args.device == "cuda" and not torch.cuda.is_available():
         print("lora-kernels bench: no GPU that this torch can use, want one for --device cuda")
         return 2
-    data: dict[str, Any] = {"provenance": provenance(args.dtypes, args.device), "rows": []}
+    if not args.compare:
+        return _measure(args)[1]
+    try:
+        if len(args.compare) > 2:
+            raise compare.NotComparable(f"--compare: got {len(args.compare)} files, want 1 or 2")
+        old, *rest = map(compare.read, args.compare)  # before minutes are spent
+        asked = "4-bit" if args.quant else "variants" if args.variants else "layers"
+        if not rest and compare.kind(old["rows"][0]) != asked:
+            raise compare.NotComparable(
+                f"{args.compare[0]}: is of {compare.kind(old['rows'][0])}, the run would be of "
+                f"{asked}: want {KINDS[compare.kind(old['rows'][0])]}"
+            )
+        runs, status = rest, 0
+        if not rest:
+            new, status = _measure(args)
+            runs = [new]
+            args.json = None  # the file holds the first, as a run without --compare would
+            while only := compare.suspects(old, *runs):
+                print(f"{len(only)} rows may be slower or are too noisy, and are measured again")
+                runs.append(_measure(args, only)[0])
+        lines, slower = compare.report(old, *runs)
+    except compare.NotComparable as error:
+        print(f"lora-kernels bench: {error}")
+        return 2
+    print(*lines, sep="\n")
+    return status or slower
+
+
+def _count_memory(args: argparse.Namespace) -> int:
+    from . import bench_memory
+
+    for given, option in ((args.compare, "--compare"), (args.device != "cpu", "--device cuda")):
+        if given:
+            print(f"lora-kernels bench: --memory counts bytes on a CPU, want no {option}")
+            return 2
+    data: dict[str, Any] = {"provenance": bench_memory.provenance(), "rows": []}
+    for row in bench_memory.rows():
+        data["rows"].append(row)
+        print(bench_memory.line(row), flush=True)
+    _write(args.json, data)
+    return 0
+
+
+# A kind of rows -> the option that asks for it.
+KINDS = {"4-bit": "--quant", "variants": "--variants", "layers": "neither --quant nor --variants"}
+
+
+def _measure(args: argparse.Namespace, only: Collection[str] = ()) -> tuple[dict[str, Any], int]:
+    """What was measured and written, and 0 or, where a result misses the tolerance, 1.
+
+    only: of the layers, those with a row of such an identity, and nothing beside; all where there
+    are none. 4-bit bases and variants are measured as a whole.
+    """
+    facts = {} if only else provenance(args.dtypes, args.device)
+    data: dict[str, Any] = {"provenance": facts, "rows": []}
     if args.quant:
         from . import bench_4bit
 
@@ -298,7 +379,7 @@ def run(args: argparse.Namespace) -> int:
             data["rows"].append(row)
             print(bench_4bit.line(row), flush=True)
             _write(args.json, data)
-        return 0
+        return data, 0
     if args.variants:
         from . import bench_variants
 
@@ -306,13 +387,16 @@ def run(args: argparse.Namespace) -> int:
             data["rows"].append(row)
             print(bench_variants.line(row), flush=True)
         _write(args.json, data)
-        return 0
-    data["overhead_us"] = overhead(args.seconds / 2, args.device)
-    taken = data["overhead_us"]
-    extra = taken["ours, forward"] - taken["eager, forward"]
-    print(f"a call at M=1, K=N=64, r=8, gradients on: {extra:+.1f} µs against the eager expression")
-    for name, us in taken.items():
-        print(f"    {name:16} {us:6.1f} µs")
+        return data, 0
+    if not only:
+        taken = data["overhead_us"] = overhead(args.seconds / 2, args.device)
+        extra = taken["ours, forward"] - taken["eager, forward"]
+        print(
+            f"a call at M=1, K=N=64, r=8, gradients on: {extra:+.1f} µs "
+            "against the eager expression"
+        )
+        for name, us in taken.items():
+            print(f"    {name:16} {us:6.1f} µs")
     shapes = args.shapes or (SHAPES if args.device == "cpu" and not args.model else None)
     if shapes is None:
         layers = models.linear_shapes(args.model or "llama3-8b")
@@ -321,12 +405,14 @@ def run(args: argparse.Namespace) -> int:
         case = Case(
             M, N, K, R, getattr(torch, dtype), dropout_p=args.dropout, device=args.device
         )  # fmt: skip
+        if only and not any(compare.identity(_row(case, mode)) in only for mode in MODES):
+            continue
         for row in measure(case, args.seconds):
             data["rows"].append(row)
             print(_line(row), flush=True)
         _write(args.json, data)
     _write(args.json, data)
-    return 0 if all(row["correct"] for row in data["rows"]) else 1
+    return data, 0 if all(row["correct"] for row in data["rows"]) else 1
 
 
 def _write(path: Path | None, data: dict[str, Any]) -> None:

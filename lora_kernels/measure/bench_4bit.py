@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers import QLoRALinear
-from . import timing
+from . import compare, timing
 from .case import kernels
 
 SHAPES = [(4096, 4096), (4096, 14336), (576, 1536)]  # K, N
@@ -154,7 +154,7 @@ def rows(
                     }
                     calls["stream"] = _in_turn(bases.stream()[used])
                     row = {**common, "M": M, "mode": "forward", "cache": cache}
-                    yield {**row, "errors": errors, **_times(calls, seconds, device)}
+                    yield {**row, "errors": errors, **_times(row, calls, seconds, device)}
         x = torch.randn(ROWS[-1], K).to(device, getattr(torch, dtype)).requires_grad_()
         dy = torch.randn(ROWS[-1], N).to(device, getattr(torch, dtype))
         inputs = (x, bases.lora_A, bases.lora_B)
@@ -164,11 +164,14 @@ def rows(
             if name != "bitsandbytes, eval"
         }
         row = {**common, "M": ROWS[-1], "mode": "step", "cache": "cold"}
-        yield {**row, "errors": {}, **_times(calls, seconds, device)}
+        yield {**row, "errors": {}, **_times(row, calls, seconds, device)}
 
 
-def _times(calls: dict[str, Callable[[], object]], seconds: float, device: str) -> dict[str, Any]:
-    times = timing.interleave(calls, seconds=seconds, device=device)
+def _times(
+    row: dict[str, Any], calls: dict[str, Callable[[], object]], seconds: float, device: str
+) -> dict[str, Any]:
+    yardstick = compare.yardstick(row)
+    times = timing.interleave(calls, seconds=seconds, device=device, yardstick=yardstick)
     return {"seconds": {name: asdict(t) for name, t in times.items()}}
 
 

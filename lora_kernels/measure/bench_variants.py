@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .. import functional, reference, select
 from ..layers import DoRALinear, HierarchicalLoRALinear, LoRAGroup, LoRALinear
 from ..quantization import quantize_4bit
-from . import timing
+from . import compare, timing
 
 SIZES = (512, 2048, 2048)  # M, K, N
 SERVED = (4096, 4096)  # K, N of the layer that several adapters share
@@ -282,11 +282,11 @@ def _row(
     errors: dict[str, float],
 ) -> dict[str, Any]:
     M, K, N = sizes
-    times = timing.interleave(calls, seconds=seconds)
-    return {
-        "what": what, "dtype": str(dtype).removeprefix("torch."), "M": M, "K": K, "N": N,
-        "R": RANK, "seconds": {name: asdict(t) for name, t in times.items()}, "errors": errors,
+    row = {
+        "what": what, "dtype": str(dtype).removeprefix("torch."), "M": M, "K": K, "N": N, "R": RANK
     }  # fmt: skip
+    times = timing.interleave(calls, seconds=seconds, yardstick=compare.yardstick(row))
+    return {**row, "seconds": {name: asdict(t) for name, t in times.items()}, "errors": errors}
 
 
 def line(row: dict[str, Any]) -> str:

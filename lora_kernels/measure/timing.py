@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -11,18 +12,58 @@ import torch
 
 
 @dataclass(frozen=True)
+class Ratio:
+    """A time over the yardstick's of the same round: the median, and the quintiles around it.
+
+    low and high bound the true median to four standard errors, whatever the distribution: a fair
+    coin's n tosses have a deviation of √n/2, so they are the samples of ranks n/2 − 2√n and
+    n/2 + 2√n (the least and the greatest where there are fewer than 16).
+    """
+
+    p20: float
+    p50: float
+    p80: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, ratios: list[float]) -> Ratio:
+        """Of those of all rounds.
+
+        >>> Ratio.of([float(i) for i in range(1, 101)])
+        Ratio(p20=20.8, p50=50.5, p80=80.2, low=31.0, high=70.0)
+        """
+        n, ordered = len(ratios), sorted(ratios)
+        low = max(0, math.ceil(n / 2 - 2 * math.sqrt(n)))
+        return cls(*_quintiles(ratios), ordered[low], ordered[n - 1 - low])
+
+
+@dataclass(frozen=True)
 class Times:
-    """Seconds: the median, and the quintiles around it."""
+    """Seconds: the median, and the quintiles around it; the ratios where a yardstick is named."""
 
     p20: float
     p50: float
     p80: float
     rounds: int
+    over: Ratio | None = None
 
     @classmethod
-    def of(cls, seconds: list[float]) -> Times:
-        quintiles = statistics.quantiles(seconds, n=5, method="inclusive")
-        return cls(quintiles[0], statistics.median(seconds), quintiles[3], len(seconds))
+    def of(cls, seconds: list[float], yardstick: list[float] | None = None) -> Times:
+        """Of the rounds of one call, and of the yardstick's same rounds.
+
+        >>> Times.of([2.0, 4.0, 6.0], [1.0, 2.0, 3.0]).over
+        Ratio(p20=2.0, p50=2.0, p80=2.0, low=2.0, high=2.0)
+        """
+        over = None
+        if yardstick is not None:
+            over = Ratio.of([a / b for a, b in zip(seconds, yardstick, strict=True)])
+        return cls(*_quintiles(seconds), len(seconds), over)
+
+
+def _quintiles(values: list[float]) -> tuple[float, float, float]:
+    fifths = statistics.quantiles(values, n=5, method="inclusive")
+    return fifths[0], statistics.median(values), fifths[3]
 
 
 def interleave(
@@ -33,12 +74,15 @@ def interleave(
     most: int = 201,
     repeat: int = 1,
     device: str = "cpu",
+    yardstick: str | None = None,
 ) -> dict[str, Times]:
     """Time the calls in turns, each leading in turn, so that drift hits all of them alike.
 
     Warm: the same arguments every round, after one round that is not counted. Rounds go on for
     about `seconds` in all, at least `least` and at most `most` of them. `repeat` calls are timed
-    as one, for those too short for the clock. On a GPU the device's own events are read.
+    as one, for those too short for the clock. On a GPU the device's own events are read. With a
+    yardstick, the name of one of the calls, each call's times have their ratios to it, round by
+    round: what slows a whole round down leaves them as they are.
 
     >>> list(interleave({"a": lambda: 1, "b": lambda: 2}, seconds=0.0))
     ['a', 'b']
@@ -54,7 +98,8 @@ def interleave(
             if round_ >= 0:
                 taken[name].append(elapsed / repeat)
         round_ += 1
-    return {name: Times.of(seconds_) for name, seconds_ in taken.items()}
+    measure = None if yardstick is None else taken[yardstick]
+    return {name: Times.of(seconds_, measure) for name, seconds_ in taken.items()}
 
 
 def _on_cpu(call: Callable[[], object], repeat: int) -> float:

@@ -1,12 +1,18 @@
-"""`lora-kernels verify`: every engine that can run here, against the float64 reference."""
+"""`lora-kernels verify`: every engine that can run here, against the float64 reference.
+
+Where stdout is a terminal and rich is installed, a bar below the lines says how much is left.
+"""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
-from collections.abc import Iterator
-from dataclasses import replace
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -14,7 +20,7 @@ import torch
 from .. import select
 from ..backends import cpu, triton
 from ..backends.triton import configs
-from . import multi
+from . import multi, peers
 from .case import (
     Case,
     cuda_engines,
@@ -46,6 +52,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "dropout_p": 0.1,
     },
 }
+MULTI_QUANTS = ("", "nf4-64-nested")  # of the base that several adapters share
+GPU_ENGINES = ("triton ", "cuda ")  # begin so, and have no kernels for several adapters
 SHAPES = ((70, 257, 100, 13), (1, 65, 63, 5))  # M, N, K, R: no multiples of a tile
 FEW_ROWS = (5, 66, 96, 40)  # in place of the second, for 4-bit weights
 THOROUGH = (*SHAPES, (515, 261, 259, 16), (33, 259, 257, 64), (130, 1536, 576, 100))
@@ -56,12 +64,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--engines", metavar="NAME", help='only those whose name begins so, such as "triton"'
     )
+    parser.add_argument(
+        "--peer",
+        action="append",
+        choices=list(peers.PEERS),
+        help="compare whole layers instead, the peer's own beside ours with the same adapter, each "
+        "with the float64 reference; may be given twice",
+    )
     parser.add_argument("--json", action="store_true", help="print every figure as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
     """0 where every output of every case is within the tolerance, else 1."""
     shapes = THOROUGH if args.thorough else SHAPES
+    if args.peer:
+        return _run_peers(args)
     results: list[dict[str, Any]] = []
     names = [*engines(), *triton_engines(), *cuda_engines()]
     if args.engines:
@@ -69,32 +86,99 @@ def run(args: argparse.Namespace) -> int:
         if not names:
             print(f"lora-kernels verify: no engine here begins with {args.engines!r}")
             return 2
-    if not args.json:
-        print(f"{'engine':34} {'x':9} {'adapters':9} {'option':13} worst of y and its gradients")
-    for name, dtype, adapter, option, verdicts in _judged(names, shapes):
-        where, worst = max(verdicts.items(), key=lambda item: _excess(item[1]))
-        row = {
-            "engine": name,
-            "dtype": _name(dtype),
-            "adapter_dtype": _name(adapter or dtype),
-            "option": option,
-            "ok": all(verdict.ok for verdict in verdicts.values()),
-            "worst": where,
-            "verdict": str(worst),
-        }
-        results.append(row)
-        if not args.json:
-            print(
+    with _lines(args.json, _count(names)) as say:
+        say(f"{'engine':34} {'x':9} {'adapters':9} {'option':13} worst of y and its gradients")
+        for name, dtype, adapter, option, verdicts in _judged(names, shapes):
+            where, worst = max(verdicts.items(), key=lambda item: _excess(item[1]))
+            row = {
+                "engine": name,
+                "dtype": _name(dtype),
+                "adapter_dtype": _name(adapter or dtype),
+                "option": option,
+                "ok": all(verdict.ok for verdict in verdicts.values()),
+                "worst": where,
+                "verdict": str(worst),
+            }
+            results.append(row)
+            say(
                 f"{name:34} {row['dtype']:9} {row['adapter_dtype']:9} {option:13} "
-                f"{'✓' if row['ok'] else '✗'} {where.rpartition('/')[2]} {worst}",
-                flush=True,
+                f"{'✓' if row['ok'] else '✗'} {where.rpartition('/')[2]} {worst}"
             )
+    return _end(results, args.json)
+
+
+def _run_peers(args: argparse.Namespace) -> int:
+    if lacking := [text for peer in args.peer if (text := peers.missing(peer))]:
+        print(f"lora-kernels verify: {lacking[0]}")
+        return 2
+    if args.engines:
+        print(
+            "lora-kernels verify: --peer takes the engine that a layer chooses, want no --engines"
+        )
+        return 2
+    todo = [(peer, case) for peer in dict.fromkeys(args.peer) for case in peers.cases_of()]
+    results: list[dict[str, Any]] = []
+    with _lines(args.json, len(todo)) as say:
+        say("rms errors of whole layers in unit roundoffs: ours, the peer's, the limit for ours")
+        for peer, case in todo:
+            found = peers.compare(peer, case)
+            row = {
+                "peer": peer,
+                "dtype": _name(case.dtype),
+                "M": case.M, "N": case.N, "K": case.K, "R": case.R,
+                "bias": case.bias,
+                "ok": found.ok,
+                "not_fused": found.reason,
+                "ours": {name: asdict(verdict) for name, verdict in found.ours.items()},
+                "theirs": {name: asdict(verdict) for name, verdict in found.theirs.items()},
+            }  # fmt: skip
+            results.append(row)
+            words = [f"not fused: {found.reason}"] if found.reason else []
+            for name, ours in found.ours.items():
+                u, theirs = ours.unit_roundoff, found.theirs[name]
+                words.append(
+                    f"{name} {ours.rms / u:.3g} ({theirs.rms / u:.3g}, {ours.rms_limit / u:.3g})"
+                    + ("" if ours.ok else f" {ours}")
+                )
+            shape = f"{case.M}×{case.K}×{case.N} r={case.R}{', bias' if case.bias else ''}"
+            mark = "✓" if found.ok else "✗"
+            say(f"{peer:13} {row['dtype']:9} {shape:23} {mark} {'  '.join(words)}")
+    return _end(results, args.json)
+
+
+def _end(results: list[dict[str, Any]], as_json: bool) -> int:
     missed = sum(not row["ok"] for row in results)
-    if args.json:
+    if as_json:
         print(json.dumps(results, indent=1))
     else:
         print(f"{len(results) - missed} of {len(results)} within the tolerance")
     return 1 if missed else 0
+
+
+@contextlib.contextmanager
+def _lines(silent: bool, total: int) -> Iterator[Callable[[str], None]]:
+    """Prints lines, of which a head and `total` more are expected; with a bar on a terminal."""
+    if silent:
+        yield lambda line: None
+    elif not sys.stdout.isatty() or find_spec("rich") is None:
+        yield lambda line: print(line, flush=True)
+    else:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+        with Progress(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as bar:
+            task = bar.add_task("", total=total, completed=-1)  # the head is the first line
+
+            def say(line: str) -> None:
+                bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
+                bar.advance(task)
+
+            yield say
+
+
+def _count(names: list[str]) -> int:
+    """How many rows `_judged` will make."""
+    several = [name for name in names if not name.startswith(GPU_ENGINES)]
+    return len(DTYPES) * (len(OPTIONS) * len(names) + len(MULTI_QUANTS) * len(several))
 
 
 Judged = tuple[str, torch.dtype, torch.dtype | None, str, dict[str, Verdict]]
@@ -122,9 +206,9 @@ def _judged(names: list[str], shapes: tuple[tuple[int, int, int, int], ...]) -> 
                     few = ", few rows" if forced != name else ""
                     verdicts |= {f"{case}{few}/{output}": v for output, v in judged.items()}
             yield name, dtype, adapter, option, verdicts
-    for (dtype, adapter), quant in itertools.product(DTYPES, ("", "nf4-64-nested")):
+    for (dtype, adapter), quant in itertools.product(DTYPES, MULTI_QUANTS):
         for name in names:
-            if name.startswith(("triton ", "cuda ")):  # which have no kernels for it
+            if name.startswith(GPU_ENGINES):  # which have no kernels for it
                 continue
             several = multi.MultiCase(
                 70, 65, 128, rows="mixed", dtype=dtype, adapter_dtype=adapter, quant=quant,

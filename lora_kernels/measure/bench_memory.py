@@ -1,0 +1,189 @@
+"""`lora-kernels bench --memory`: bytes that a layer holds from its forward to its backward.
+
+Counted by `torch.autograd.graph.saved_tensors_hooks`, each storage once and whole, without those of
+parameters and buffers, which are there anyway. Ours is PEFT's layer after `fuse`, the peer the same
+layer before, in training mode with PEFT's float32 adapters. Nobody needs less than
+
+    x [M, K] + P [M, R] in float32 + 16 bytes of dropout state + z [M, N] where c trains
+
+with z in x's dtype. DoRA and AdaLoRA, whose c and g are PyTorch's expressions of their parameters,
+hold a few vectors of N or R elements beside: 'over' in the table is what is held above the minimum.
+A small Llama with random weights shows a whole step. The figures depend on versions and not on the
+machine, but on a GPU PyTorch's dropout keeps a smaller mask: they are counted on a CPU.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import __version__
+from .. import device as devices
+
+SIZES = (512, 2048, 2048)  # M, K, N
+RANK, DROPOUT = 16, 0.1
+VARIANTS = ("plain", "dropout", "DoRA", "gate")  # the gate is AdaLoRA's, whose E trains
+DTYPES = (torch.float32, torch.bfloat16)
+TOKENS = (2, 64)  # batch and length of the small Llama's step
+
+
+@dataclass(frozen=True)
+class Held:
+    """What is kept for a backward: bytes in all, and each storage as "[shape] dtype" -> bytes."""
+
+    bytes: int
+    tensors: dict[str, int]
+
+
+def held(call: Callable[[], object], module: nn.Module | None = None) -> Held:
+    """What `call` leaves for its backward beside the parameters and buffers of the module.
+
+    The graph must be alive at the end, so `call` returns its output. Tensors that a Function keeps
+    on its context by hand are not seen; this package's keep none.
+
+    >>> x = torch.ones(4, 8, requires_grad=True)
+    >>> held(lambda: (x * x).exp()).bytes  # x, and the result of exp
+    256
+    """
+    there = set()
+    if module is not None:
+        there = {_address(t) for t in itertools.chain(module.parameters(), module.buffers())}
+    kept: dict[int, Tensor] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        if t.untyped_storage().nbytes() and _address(t) not in there:
+            kept.setdefault(_address(t), t)  # which keeps the address from being used again
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        result = call()
+    del result
+    tensors: dict[str, int] = {}
+    for t in kept.values():
+        name = f"{list(t.shape)} {str(t.dtype).removeprefix('torch.')}"
+        tensors[name] = tensors.get(name, 0) + t.untyped_storage().nbytes()
+    ordered = dict(sorted(tensors.items(), key=lambda item: -item[1]))
+    return Held(sum(tensors.values()), ordered)
+
+
+def _address(t: Tensor) -> int:
+    return t.untyped_storage().data_ptr()
+
+
+def minimum(
+    M: int, K: int, N: int, R: int, dtype: torch.dtype, *, dropout: bool = False, z: bool = False
+) -> int:
+    """Bytes of x, P in float32, the dropout state, and z where the column scale trains.
+
+    >>> minimum(512, 2048, 2048, 16, torch.float32, dropout=True) == 4 * 512 * (2048 + 16) + 16
+    True
+    """
+    return M * K * dtype.itemsize + 4 * M * R + 16 * dropout + M * N * dtype.itemsize * z
+
+
+def stock(variant: str, dtype: torch.dtype, sizes: tuple[int, int, int], R: int) -> nn.Module:
+    """PEFT's own layer of one of VARIANTS over a linear of that dtype, in training mode."""
+    from peft import AdaLoraConfig, LoraConfig, get_peft_model
+
+    if variant not in VARIANTS:
+        raise ValueError(f"variant: got {variant!r}, want one of {', '.join(VARIANTS)}")
+    _, K, N = sizes
+    common: dict[str, Any] = {"target_modules": ["0"], "lora_alpha": 2 * R}
+    config: Any
+    if variant == "gate":
+        config = AdaLoraConfig(init_r=R, target_r=R, total_step=10, **common)
+    else:
+        p = DROPOUT if variant == "dropout" else 0.0
+        config = LoraConfig(r=R, lora_dropout=p, use_dora=variant == "DoRA", **common)
+    model: Any = nn.Sequential(nn.Linear(K, N, bias=False, dtype=dtype))
+    layer: nn.Module = get_peft_model(model, config).train().base_model.model[0]
+    return layer
+
+
+def layer_row(
+    variant: str, dtype: torch.dtype, sizes: tuple[int, int, int] = SIZES, R: int = RANK
+) -> dict[str, Any]:
+    """Bytes of ours and of PEFT's layer beside the minimum; sizes: M, K, N."""
+    from ..peft import fuse
+
+    theirs = stock(variant, dtype, sizes, R)
+    layers = {"ours": fuse(nn.Sequential(copy.deepcopy(theirs)))[0], "peft": theirs}
+    M, K, N = sizes
+    x = torch.randn(M, K).to(dtype).requires_grad_()
+    least = minimum(M, K, N, R, dtype, dropout=variant == "dropout", z=variant == "DoRA")
+    found = {name: held(partial(layer, x), layer) for name, layer in layers.items()}
+    return {
+        "what": variant,
+        "dtype": str(dtype).removeprefix("torch."),
+        "M": M, "K": K, "N": N, "R": R,
+        "minimum": least,
+        "bytes": {name: each.bytes for name, each in found.items()},
+        "tensors": {name: each.tensors for name, each in found.items()},
+    }  # fmt: skip
+
+
+def step_row(dtype: torch.dtype) -> dict[str, Any]:
+    """A small Llama's forward with its loss: bytes held for the backward, ours and PEFT's."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from ..peft import fuse
+
+    torch.manual_seed(0)
+    config: Any = LlamaConfig(
+        hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=256, max_position_embeddings=128,
+    )  # fmt: skip
+    config._attn_implementation = "eager"
+    lora = LoraConfig(
+        r=RANK, lora_alpha=2 * RANK, lora_dropout=DROPOUT, target_modules="all-linear"
+    )
+    llama: Any = LlamaForCausalLM(config)
+    theirs: Any = get_peft_model(llama.to(dtype), lora).train()
+    models: dict[str, Any] = {"ours": fuse(copy.deepcopy(theirs)), "peft": theirs}
+    ids = torch.randint(256, TOKENS)
+    found = {
+        name: held(partial(model, input_ids=ids, labels=ids), model)
+        for name, model in models.items()
+    }
+    return {
+        "what": "Llama's step",
+        "dtype": str(dtype).removeprefix("torch."),
+        "M": ids.numel(), "K": 64, "N": 64, "R": RANK,
+        "bytes": {name: each.bytes for name, each in found.items()},
+    }  # fmt: skip
+
+
+def rows() -> Iterator[dict[str, Any]]:
+    """The table, a row at a time; the steps where transformers is installed."""
+    for dtype, variant in itertools.product(DTYPES, VARIANTS):
+        yield layer_row(variant, dtype)
+    if find_spec("transformers") is not None:
+        for dtype in DTYPES:
+            yield step_row(dtype)
+
+
+def provenance() -> dict[str, Any]:
+    """The versions that decide what is kept."""
+    libraries = ("torch", "peft", "transformers")
+    return {"version": __version__, **{name: devices.version(name) for name in libraries}}
+
+
+def line(row: dict[str, Any]) -> str:
+    """One row as text."""
+    held, shape = row["bytes"], f"{row['M']}×{row['K']}×{row['N']} r={row['R']}"
+    text = (
+        f"{row['what']}, {row['dtype']} {shape}: ours {held['ours']:,} bytes, "
+        f"PEFT's {held['peft']:,} ({held['peft'] / held['ours']:.2f} times ours)"
+    )
+    if "minimum" in row:
+        text += f", minimum {row['minimum']:,}, over {held['ours'] - row['minimum']:,}"
+    return text

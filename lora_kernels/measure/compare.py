@@ -1,0 +1,280 @@
+"""`lora-kernels bench --compare OLD.json [NEW.json]`: what got slower or faster beyond the noise.
+
+Seconds of two runs do not compare: the machine may be busier, its clock lower. So each time is
+taken as its ratio to a yardstick of its own row, which took turns with it in its own run: the
+frozen layer; for 4-bit bases a plain read of the codes (up to 16 rows of x, where memory limits) or
+the dense layer; for variants what PEFT computes instead. Compared are the calls that run this
+package's kernels, and no peers.
+
+The noise of a row comes from its samples, the ratios of single rounds: their median is uncertain by
+how far apart the samples of ranks n/2 ± 2√n lie, which bound it to four standard errors whatever
+the distribution (`timing.Ratio`). A deviation, or p20 and p80, would not do: where other programs
+have the cores, every third round takes twice its time and the median stays where it is. Two runs
+differ where their medians lie further apart than
+
+    max(5 %, √(bound² of the old + bound² of the new))          in logarithms
+
+Four errors, because a comparison has a hundred rows and neighbouring rounds are not independent. At
+least 5 %, because medians of one build scatter by 2 to 3 % from run to run even where the samples
+of each say a tenth of that: memory lies elsewhere, other neighbours are at work. Where the noise is
+above 20 %, threads waited for other programs and the ratio is that of two schedules: such a row is
+named as too noisy and counts for nothing.
+
+What a neighbour does for longer than a row takes shows in no sample of it. So a run measures again,
+after all other rows and up to LOOKS times in all, what seems slower by half of the 5 % or is too
+noisy, and takes the mean of the logarithms, each weighed by 1 / (bound² + 2.5 %²).
+
+A file that an earlier version wrote has no ratios of rounds: then the ratio of medians is taken,
+with four errors of both calls, each 1.253·σ/√n, as if its times were normal: σ = ln(p80/p20)/1.683.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+LOOKS = 3  # at a row that is not clear
+LEAST, MOST = 0.05, 0.20  # noise: what is never believed, and above which nothing is
+VERDICTS = ("slower", "faster", "too noisy", "same")
+FROZEN = "frozen"
+STREAMED_ROWS = 16  # up to which a 4-bit layer's time is that of reading its codes
+
+# What must agree for the ratios to mean the same, and what it is called.
+MACHINE = {
+    "processor": "processor",
+    "machine": "architecture",
+    "isa": "instruction set",
+    "threads": "threads",
+    "gpu": "GPU",
+    "torch": "torch",
+    "peft": "PEFT",
+}
+VARIANTS = {
+    "row norm": "PEFT's expression",
+    "DoRA step": "PEFT's LoRA",
+    "16 adapters": "PEFT's, 1",
+}
+
+OURS = ("LoRA", "three LoRALinear", "three calls")  # and every name that begins with "ours"
+
+Row = dict[str, Any]
+
+
+def kind(row: Row) -> str:
+    """Which of the benchmarks the row is of: "layers", "4-bit" or "variants"."""
+    return "4-bit" if "quant_type" in row else "variants" if "what" in row else "layers"
+
+
+def yardstick(row: Row) -> str:
+    """Name of the call in the row that the others are measured by; the row's sizes are enough.
+
+    >>> yardstick({"quant_type": "nf4", "M": 1, "mode": "forward"})
+    'stream'
+    >>> yardstick({"quant_type": "nf4", "M": 512, "mode": "step"})
+    'dense'
+    """
+    if kind(row) == "4-bit":
+        return "stream" if row["mode"] == "forward" and row["M"] <= STREAMED_ROWS else "dense"
+    return VARIANTS.get(row["what"], "PEFT's") if kind(row) == "variants" else FROZEN
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A time over its yardstick's, and how far its logarithm may be off: four standard errors."""
+
+    ratio: float
+    bound: float
+
+    @classmethod
+    def of(cls, times: Row, yardstick: Row) -> Measured:
+        """From what `bench` writes of a call and of its yardstick.
+
+        >>> call = {"p20": 1.0, "p50": 1.1, "p80": 1.2, "rounds": 100}
+        >>> Measured.of({**call, "over": {"p50": 2.0, "low": 2.0, "high": 2.0}}, call)
+        Measured(ratio=2.0, bound=0.0)
+        """
+        if over := times.get("over"):
+            ratio = over["p50"]
+            return cls(ratio, math.log(max(over["high"] / ratio, ratio / over["low"])))
+        sigmas = [math.log(t["p80"] / t["p20"]) / 1.683 for t in (times, yardstick)]
+        error = 1.253 * math.hypot(*sigmas) / math.sqrt(times["rounds"])
+        return cls(times["p50"] / yardstick["p50"], 4 * error)
+
+    @classmethod
+    def mean(cls, looks: Sequence[Measured]) -> Measured:
+        """Of several runs: a steady one counts for more.
+
+        >>> Measured.mean([Measured(1.0, 0.02), Measured(1.21, 0.02)])
+        Measured(ratio=1.1, bound=0.014142135623730952)
+        """
+        weights = [1 / (look.bound**2 + (LEAST / 2) ** 2) for look in looks]
+        logarithm = sum(w * math.log(m.ratio) for w, m in zip(weights, looks, strict=True))
+        bounds = [w * m.bound for w, m in zip(weights, looks, strict=True)]
+        return cls(math.exp(logarithm / sum(weights)), math.hypot(*bounds) / sum(weights))
+
+
+@dataclass(frozen=True)
+class Change:
+    """One of our calls in both files: its row in words, its name there."""
+
+    row: str
+    call: str
+    old: Measured
+    new: Measured
+
+    @property
+    def factor(self) -> float:
+        """New over old: above 1 is slower."""
+        return self.new.ratio / self.old.ratio
+
+    @property
+    def noise(self) -> float:
+        """The factor, less 1, that is not believed."""
+        return max(LEAST, math.expm1(math.hypot(self.old.bound, self.new.bound)))
+
+    @property
+    def verdict(self) -> str:
+        """One of VERDICTS; as much slower counts as much as faster."""
+        if self.noise > MOST:
+            return "too noisy"
+        if max(self.factor, 1 / self.factor) <= 1 + self.noise:
+            return "same"
+        return "slower" if self.factor > 1 else "faster"
+
+    def __str__(self) -> str:
+        return (
+            f"{self.row}, {self.call}: {self.old.ratio:.3f} -> {self.new.ratio:.3f}, "
+            f"{self.factor - 1:+.1%} (noise {self.noise:.1%})"
+        )
+
+
+class NotComparable(ValueError):
+    """The files hold no times, or times of different things."""
+
+
+def read(path: Path) -> Row:
+    """A file that `bench --json` wrote; NotComparable says what is wrong with another."""
+    try:
+        data = json.loads(path.read_text())
+    except OSError as error:
+        raise NotComparable(f"{path}: {error.strerror}, want a file of `bench --json`") from None
+    except ValueError as error:
+        raise NotComparable(f"{path}: is no JSON ({error}), want one of `bench --json`") from None
+    rows = data.get("rows") if isinstance(data, dict) else None
+    if not isinstance(rows, list) or not isinstance(data.get("provenance"), dict):
+        raise NotComparable(f"{path}: is no result of `bench --json`: want provenance and rows")
+    if not rows:
+        raise NotComparable(f"{path}: has no rows, want at least one")
+    for row in rows:
+        if not isinstance(row, dict) or not isinstance(row.get("seconds"), dict):
+            raise NotComparable(f"{path}: a row without seconds, want a result of `bench --json`")
+        kinds = kind(rows[0]), kind(row)
+        if kinds[0] != kinds[1]:
+            raise NotComparable(f"{path}: rows of {kinds[0]} and of {kinds[1]}, want one kind")
+        for name, times in row["seconds"].items():
+            numbers = [times.get(key) for key in ("p20", "p50", "p80", "rounds")]
+            if not all(isinstance(n, (int, float)) and n > 0 for n in numbers):
+                raise NotComparable(
+                    f"{path}: {name!r} of {identity(row)}: want p20, p50, p80 and rounds above 0, "
+                    f"got {times}"
+                )
+    return dict(data)
+
+
+def identity(row: Row) -> str:
+    """The row in words.
+
+    >>> identity({"dtype": "float32", "M": 8, "K": 48, "N": 32, "R": 3, "mode": "step"})
+    'float32 8×48×32 r=3 step'
+    """
+    words = [str(row[key]) for key in ("what", "dtype", "quant_type") if key in row]
+    words += [f"{row['M']}×{row['K']}×{row['N']} r={row['R']}"]
+    words += [f"dropout {row['dropout_p']}"] if row.get("dropout_p") else []
+    return " ".join(words + [str(row[key]) for key in ("mode", "cache") if key in row])
+
+
+def warnings(old: Row, new: Row) -> Iterator[str]:
+    """What differs, or is not said, between the machines of two files' provenance."""
+    for key, name in MACHINE.items():
+        values = old["provenance"].get(key), new["provenance"].get(key)
+        if key == "gpu":
+            values = tuple(gpu and gpu["name"] for gpu in values)
+        if values[0] == values[1]:
+            continue
+        if key == "processor" and None in values:
+            said = "old" if values[0] is None else "new"
+            yield f"warning: the {said} file does not say its processor"
+        else:
+            yield f"warning: {name}: old {values[0]}, new {values[1]}: ratios may differ for that"
+
+
+Key = tuple[str, str]  # the row in words, the call's name
+
+
+def changes(old: Row, *new: Row) -> tuple[list[Change], list[Key], list[Key]]:
+    """Our calls in both files, and those in the old or in the new one alone.
+
+    new: a file and, measured later, rows of it again.
+    """
+    kinds = [kind(data["rows"][0]) for data in (old, *new)]
+    if len(set(kinds)) > 1:
+        raise NotComparable(f"compare: the old file is of {kinds[0]}, the new of {kinds[1]}")
+    before, looks = _ours(old), [_ours(data) for data in new]
+    after = {key: Measured.mean([look[key] for look in looks if key in look]) for key in looks[0]}
+    both = [Change(*key, before[key], after[key]) for key in before if key in after]
+    return both, [k for k in before if k not in after], [k for k in after if k not in before]
+
+
+def suspects(old: Row, *new: Row) -> set[str]:
+    """The rows, in words, to measure again; none after LOOKS. new: as for `changes`."""
+    if len(new) >= LOOKS:
+        return set()
+    both, _, _ = changes(old, *new)
+    return {c.row for c in both if c.factor > 1 + LEAST / 2 or c.verdict == "too noisy"}
+
+
+def _ours(data: Row) -> dict[Key, Measured]:
+    found = {}
+    for row in data["rows"]:
+        seconds, by = row["seconds"], yardstick(row)
+        for name, times in seconds.items():
+            if (name.startswith("ours") or name in OURS) and by in seconds:
+                found[identity(row), name] = Measured.of(times, seconds[by])
+    return found
+
+
+def report(old: Row, *new: Row) -> tuple[list[str], int]:
+    """Lines to print, and the exit status: 1 where something got slower or wrong; NotComparable
+    where no row is in both.
+
+    new: as for `changes`.
+    """
+    both, gone, added = changes(old, *new)
+    lines = [*warnings(old, new[0])]
+    sorted_ = sorted(both, key=lambda change: -change.factor)
+    for verdict in VERDICTS[:-1]:
+        lines += [f"{verdict}: {change}" for change in sorted_ if change.verdict == verdict]
+    wrong = [key for key in gone if key in _misses(new[0])]
+    lines += [f"misses the tolerance now: {row}, {call}" for row, call in wrong]
+    lines += [
+        f"only in the old file: {row}, {call}" for row, call in gone if (row, call) not in wrong
+    ]
+    lines += [f"only in the new file: {row}, {call}" for row, call in added]
+    counts = {v: sum(c.verdict == v for c in both) for v in VERDICTS}
+    lines.append(
+        f"{len(both)} compared, each over its own yardstick: {counts['slower']} slower, "
+        f"{counts['faster']} faster, {counts['too noisy']} too noisy to say, "
+        f"{counts['same']} the same within the noise"
+    )
+    if not both and not wrong:
+        raise NotComparable("compare: the files have no row of ours in common")
+    return lines, 1 if counts["slower"] or wrong else 0
+
+
+def _misses(data: Row) -> set[Key]:
+    """The calls that have no time because their results are wrong."""
+    return {(identity(row), name) for row in data["rows"] for name in row.get("misses", ())}

@@ -1,0 +1,140 @@
+"""`verify`: its lines and its bar, and whole layers beside a peer's."""
+
+import io
+import json
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lora_kernels import cli
+from lora_kernels.measure import peers, verify
+from lora_kernels.measure.case import Case
+
+pytest.importorskip("peft")
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def said(monkeypatch: pytest.MonkeyPatch, stdout: io.StringIO, silent: bool = False) -> str:
+    monkeypatch.setattr(sys, "stdout", stdout)
+    with verify._lines(silent, 2) as say:
+        for line in ("head", "a [b]", "c" * 300):
+            say(line)
+    return stdout.getvalue()
+
+
+def test_plain_lines_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert said(monkeypatch, io.StringIO()) == f"head\na [b]\n{'c' * 300}\n"
+    assert said(monkeypatch, Terminal(), silent=True) == ""
+
+
+def test_plain_lines_without_rich(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify, "find_spec", lambda name: None)
+    assert said(monkeypatch, Terminal()) == f"head\na [b]\n{'c' * 300}\n"
+
+
+def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lines as they are, and at the end all of them counted."""
+    pytest.importorskip("rich")
+    monkeypatch.setenv("TERM", "xterm")
+    out = said(monkeypatch, Terminal())
+    assert "a [b]" in out and "c" * 300 in out and "2/2" in out
+
+
+def test_as_many_rows_as_the_bar_expects(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify, "OPTIONS", {"plain": {}, "nf4": {"quant": "nf4-64-nested"}})
+    monkeypatch.setattr(verify, "DTYPES", ((torch.float32, None),))
+    rows = list(verify._judged(["eager"], ((3, 5, 4, 2), (1, 5, 4, 2))))
+    assert len(rows) == verify._count(["eager"]) == 4
+
+
+@pytest.mark.parametrize("peer", list(peers.PEERS))
+def test_peers(peer: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip(peer)
+    assert cli.main(["verify", "--peer", peer, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert {(row["dtype"], row["bias"]) for row in rows} == {
+        (dtype, bias) for dtype in ("float32", "bfloat16") for bias in (False, True)
+    }
+    for row in rows:
+        assert row["ok"] and row["not_fused"] is None
+        assert list(row["ours"]) == list(row["theirs"]) == ["y", "dx", "dA", "dB"]
+        # Two programs, which add in different orders.
+        assert all(row["ours"][name]["rms"] != row["theirs"][name]["rms"] for name in ("dA", "dB"))
+        # A layer of the peer's with other numbers in it would be wrong everywhere.
+        for name, theirs in row["theirs"].items():
+            assert 0 < theirs["rms"] < 4 * row["ours"][name]["rms_limit"]
+
+
+def test_peers_in_words(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["verify", "--peer", "peft"]) == 0
+    out = capsys.readouterr().out
+    assert "peft          bfloat16  70×128×192 r=13, bias   ✓ y " in out
+    assert out.endswith("8 of 8 within the tolerance\n")
+
+
+def test_a_wrong_layer_is_seen(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lora_kernels import peft
+
+    plain = peft.fuse
+
+    def doubled(model: Any) -> Any:
+        plain(model)[0].scaling["default"] *= 2
+        return model
+
+    monkeypatch.setattr(peft, "fuse", doubled)
+    assert cli.main(["verify", "--peer", "peft"]) == 1
+    out = capsys.readouterr().out
+    assert "MISS" in out and out.endswith("0 of 8 within the tolerance\n")
+
+
+def test_a_layer_that_is_not_fused_is_a_miss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However right: it is the peer's own."""
+    from lora_kernels import peft
+
+    monkeypatch.setattr(peft, "fuse", lambda model: model)
+    found = peers.compare("peft", Case(7, 64, 64, 40, bias=True, frozen=("bias",)))
+    assert found.reason and not found.ok
+
+
+@pytest.mark.parametrize(
+    ("peer", "line"),
+    [
+        ("peft", "needs peft: pip install 'lora-kernels[peft]'"),
+        (
+            "bitsandbytes",
+            "needs peft and bitsandbytes: pip install 'lora-kernels[peft]' bitsandbytes",
+        ),
+    ],
+)
+def test_a_missing_peer_is_one_line(
+    peer: str,
+    line: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(peers, "find_spec", lambda name: None)
+    assert cli.main(["verify", "--peer", peer]) == 2
+    assert capsys.readouterr().out == f"lora-kernels verify: --peer {peer} {line}\n"
+
+
+def test_peers_take_no_engine(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["verify", "--peer", "peft", "--engines", "eager"]) == 2
+    assert "--engines" in capsys.readouterr().out
+
+
+def test_stock_layers_are_in_training_mode_with_a_frozen_base() -> None:
+    from lora_kernels.measure import case as cases
+
+    layer: nn.Module = peers.stock(cases.inputs(Case(7, 64, 64, 40, bias=True)), False)
+    assert layer.training
+    trained = {name for name, p in layer.named_parameters() if p.requires_grad}
+    assert trained == {"lora_A.default.weight", "lora_B.default.weight"}

@@ -21,6 +21,16 @@ Init = str | Callable[[Tensor], object]
 _INITS = ("kaiming", "gaussian", "xavier", "orthogonal")
 
 
+def finite(merged: Tensor) -> Tensor:
+    """What was given; RuntimeError where there is NaN or infinity in it."""
+    if not merged.isfinite().all():
+        raise RuntimeError(
+            "merge: got NaN or infinity in the sum of weight and adapter, want finite values; "
+            "nothing was merged"
+        )
+    return merged
+
+
 class LoRALinear(nn.Module):
     """y = x·Wᵀ + bias + (alpha/r) · dropout(x)·Aᵀ·Bᵀ, with W and bias frozen, in one fused op.
 
@@ -288,9 +298,10 @@ class LoRALinear(nn.Module):
         The sum is taken in float32 (float64 for float64) and rounded once to W's dtype. W itself
         is kept beside it: `unmerge` gives back the same bits and a state dict is the same, merged
         or not, at the price of a second [N, K] tensor while merged. A second call merges afresh.
+        Raises RuntimeError, and merges nothing, where the sum has NaN or infinity.
         """
         weight = self._dense_weight()
-        self.merged_weight = self._merged(weight).to(weight.dtype)
+        self.merged_weight = finite(self._merged(weight).to(weight.dtype))
 
     def _merged(self, weight: Tensor) -> Tensor:
         """c ⊙ (weight + (B ⊙ g)·A) in float32 (float64 for float64)."""

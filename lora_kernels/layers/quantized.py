@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..functional import base_dtype
 from ..quantization import Weight4bit, quantize_4bit
-from .linear import Init, LoRALinear
+from .linear import Init, LoRALinear, finite
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -260,7 +260,7 @@ class QLoRALinear(LoRALinear):
         >>> layer.merged_layer().change < 1e-7 < layer.merged_layer(requantize=True).change
         True
         """
-        exact = self._merged(self.weight4bit.dequantize(torch.float32))
+        exact = finite(self._merged(self.weight4bit.dequantize(torch.float32)))
         linear = nn.Linear(
             self.in_features, self.out_features, self.bias is not None, "meta", self.weight_dtype
         )

@@ -545,3 +545,16 @@ def test_a_step_before_any_backward() -> None:
     allocator = layers.RankAllocator(make("AdaLoRALinear"), 2, 10)
     with pytest.raises(RuntimeError, match="lora_A: got no gradient"):
         allocator.step()
+
+
+@every_variant
+def test_a_broken_adapter_is_not_merged(name: str) -> None:
+    layer = make(name)
+    with torch.no_grad():
+        layer.lora_A[0, 1] = float("nan")
+    with pytest.raises(RuntimeError, match="NaN or infinity in the sum"):
+        layer.merge()
+    assert not layer.merged
+    if name.startswith("Q"):
+        with pytest.raises(RuntimeError, match="NaN or infinity in the sum"):
+            layer.merged_layer()

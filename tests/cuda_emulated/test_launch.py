@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lora_kernels
 from lora_kernels.backends import cuda, workspace
 from lora_kernels.backends.cuda import COOPERATIVE, OVERLAPPED, SPLIT, equation, launch
+from lora_kernels.backends.dropout import NO_DROPOUT
 from lora_kernels.measure import case as cases
 from lora_kernels.measure.case import Case
 from lora_kernels.quantization import quantize_4bit
@@ -76,12 +77,12 @@ def test_memory_outside_of_a_tensor_is_a_message() -> None:
         whole = args["weight"].detach()
         y = torch.empty(5, whole.shape[0], dtype=bf16)
         linear = equation._Linear(
-            args["x"].detach(), whole, args["lora_B"].t(), 1.0, None, equation._NO_DROPOUT, None,
+            args["x"].detach(), whole, args["lora_B"].t(), 1.0, None, NO_DROPOUT, None,
             None, y, None, False, bf16,
         )  # fmt: skip
         linear.shape = (5, whole.shape[0], *linear.shape[2:])
         linear._after_p = (*linear._after_p[:-3], whole.shape[0], *linear._after_p[-2:])
-        equation._decode(linear, args["lora_A"].detach(), equation._NO_DROPOUT, True)
+        equation._decode(linear, args["lora_A"].detach(), NO_DROPOUT, True)
 
 
 class Allocations(TorchDispatchMode):

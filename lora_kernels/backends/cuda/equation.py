@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +10,7 @@ from torch import Tensor
 from ... import reference
 from ...quantization.codes import Codes
 from .. import stacked, workspace
+from ..dropout import NO_DROPOUT, Dropout
 from . import COOPERATIVE, DECODE_ROWS, SPLIT, launch, module
 from .launch import DTYPE, empty, matrix, pointer, vector
 
@@ -19,26 +19,6 @@ _BLOCKS = 264  # of a launch, that fill any GPU
 _GEMM_TILE = (64, 128, 64)
 _MAX_SPLITS = 8
 _MAX_PUBLISHERS = 16
-
-
-class Dropout(NamedTuple):
-    """What kernels take of dropout."""
-
-    rng: Tensor | None
-    threshold: int
-    scale: float  # 1/(1−p)
-
-    @classmethod
-    def of(cls, p: float, rng: Tensor | None) -> Dropout:
-        if rng is None:
-            return _NO_DROPOUT
-        return cls(rng, reference.dropout_threshold(p), reference.dropout_scale(p))
-
-    def arg(self) -> tuple[int, int]:
-        return pointer(self.rng), self.threshold
-
-
-_NO_DROPOUT = Dropout(None, 0, 1.0)
 
 
 def lora_linear(
@@ -64,7 +44,7 @@ def lora_linear(
     if not M:
         return y, x.new_empty(M, R, dtype=torch.float32), z
     linear = _Linear(
-        x, weight, lora_B.t(), scaling, rank_gate, _NO_DROPOUT, column_scale, bias, y, z, False,
+        x, weight, lora_B.t(), scaling, rank_gate, NO_DROPOUT, column_scale, bias, y, z, False,
         dtype,
     )  # fmt: skip
     p = None
@@ -124,9 +104,9 @@ def lora_linear_backward(
         _reduce(parts, rank_gate, scaling, dB)
     else:
         if need_s:
-            ds = _sum(_thin(dy, column_scale, _NO_DROPOUT, False, lora_B.t()), 1.0)
+            ds = _sum(_thin(dy, column_scale, NO_DROPOUT, False, lora_B.t()), 1.0)
         if dB is not None:
-            _reduce(_thin(dy, column_scale, _NO_DROPOUT, True, p.t()), rank_gate, scaling, dB)
+            _reduce(_thin(dy, column_scale, NO_DROPOUT, True, p.t()), rank_gate, scaling, dB)
     if dx is not None:
         assert ds is not None
         dz = dy if column_scale is None else dy * column_scale.to(dy.dtype)
@@ -170,7 +150,7 @@ def multi_lora_linear(
     stack = stacked.stack(lora_A, lora_B, index, scaling)
     p = stack.kept(_sum(_thin(x, None, dropout, False, stack.lora_A), dropout.scale))
     _Linear(
-        x, weight, stack.lora_B.t(), 1.0, stack.gate, _NO_DROPOUT, None, bias, y, None, False, dtype
+        x, weight, stack.lora_B.t(), 1.0, stack.gate, NO_DROPOUT, None, bias, y, None, False, dtype
     ).run(p)  # fmt: skip
     return y, stack.compact(p)
 
@@ -211,7 +191,7 @@ def multi_lora_linear_backward(
     stack = stacked.stack(lora_A, lora_B, index, scaling)
     ds = None
     if dx is not None or any(need_A):
-        ds = stack.kept(_sum(_thin(dy, None, _NO_DROPOUT, False, stack.lora_B.t()), 1.0))
+        ds = stack.kept(_sum(_thin(dy, None, NO_DROPOUT, False, stack.lora_B.t()), 1.0))
     if dx is not None:
         assert ds is not None
         _Linear(
@@ -225,10 +205,10 @@ def multi_lora_linear_backward(
     for e, rows in stack.rows.each():
         A, B, s = dA[e], dB[e], p[rows, : lora_A[e].shape[0]]
         if B is not None:
-            _reduce(_thin(dy[rows], None, _NO_DROPOUT, True, s.t()), None, scaling[e], B)
+            _reduce(_thin(dy[rows], None, NO_DROPOUT, True, s.t()), None, scaling[e], B)
         if A is not None:
             assert ds is not None
-            slots = _thin(x[rows], None, _NO_DROPOUT, True, ds[rows, : A.shape[0]].t())
+            slots = _thin(x[rows], None, NO_DROPOUT, True, ds[rows, : A.shape[0]].t())
             _reduce(slots, None, scaling[e] * dropout.scale, A.t())
     return dx, dA, dB, dbias
 
@@ -326,7 +306,7 @@ class _Linear:
             transposed, DTYPE[dtype],
         )  # fmt: skip
         self._after_p = (
-            matrix(q), vector(gate), s_scale, mask.arg(), vector(out_scale), vector(bias),
+            matrix(q), vector(gate), s_scale, _arg(mask), vector(out_scale), vector(bias),
             y.data_ptr(), pointer(z), DTYPE[y.dtype], M, N, K, R,
         )  # fmt: skip
 
@@ -361,7 +341,7 @@ def _decode(linear: _Linear, a: Tensor, dropout: Dropout, cooperative: bool) -> 
     share, count = _shares(K, 256, _MAX_PUBLISHERS)
     slots, p, flags = empty(x, count, M, R), empty(x, M, R), workspace.flags(x.device)
     args = module().Decode(
-        linear.args(x, None), matrix(a), dropout.arg(), dropout.scale, slots.data_ptr(),
+        linear.args(x, None), matrix(a), _arg(dropout), dropout.scale, slots.data_ptr(),
         p.data_ptr(), flags.data_ptr(), share, count,
     )  # fmt: skip
     if module().decode_unfit(args) is not None:
@@ -382,7 +362,7 @@ def _thin(
     v_scale, out = _vector(v_scale), empty(v, count, I, R)
     launch.run(
         "thin", v, {"v": v, "v_scale": v_scale, "rng": dropout.rng, "y": y, "out": out},
-        matrix(v), vector(v_scale), dropout.arg(), over_rows, matrix(y), out.data_ptr(), I, J, R,
+        matrix(v), vector(v_scale), _arg(dropout), over_rows, matrix(y), out.data_ptr(), I, J, R,
         share, count,
     )  # fmt: skip
     return out
@@ -438,6 +418,10 @@ def _shares(n: int, least: int, most: int) -> tuple[int, int]:
     steps = -(-n // least)
     share = -(-steps // max(1, min(most, steps))) * least
     return share, -(-n // share)
+
+
+def _arg(dropout: Dropout) -> tuple[int, int]:
+    return pointer(dropout.rng), dropout.threshold
 
 
 def _vector(t: Tensor | None) -> Tensor | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 import triton
@@ -15,6 +14,7 @@ from torch.nn.functional import linear as library_linear
 from ... import reference
 from ...quantization.codes import Codes
 from .. import stacked, workspace
+from ..dropout import NO_DROPOUT, Dropout
 from . import COOPERATIVE, LIBRARY, SINGLE_PASS, codec, configs, interpreted, launch, measured
 from .configs import Config
 from .gradients import outer_kernel, reduce_kernel, shrink_outer_kernel
@@ -23,23 +23,6 @@ from .row_norm import row_norm_kernel
 from .shrink import shrink_kernel
 
 _DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-
-
-class Dropout(NamedTuple):
-    """What kernels take of dropout."""
-
-    rng: Tensor | None
-    threshold: int
-    scale: float  # 1/(1−p)
-
-    @classmethod
-    def of(cls, p: float, rng: Tensor | None) -> Dropout:
-        if rng is None:
-            return cls(None, 0, 1.0)
-        return cls(rng, reference.dropout_threshold(p), reference.dropout_scale(p))
-
-
-_NO_DROPOUT = Dropout(None, 0, 1.0)
 
 
 def lora_linear(
@@ -105,7 +88,7 @@ def lora_linear_backward(
         )  # fmt: skip
     elif need_B or need_column_scale or need_bias:
         dbias, dc = _outer(
-            p, dy, column_scale, z if need_column_scale else None, _NO_DROPOUT, scaling, rank_gate,
+            p, dy, column_scale, z if need_column_scale else None, NO_DROPOUT, scaling, rank_gate,
             None if dB is None else dB.t(), need_bias, need_column_scale,
         )  # fmt: skip
     if need_x:
@@ -115,7 +98,7 @@ def lora_linear_backward(
         )  # fmt: skip
     elif need_A or need_gate:
         if slots is None:
-            slots = _shrink(dy, lora_B.t(), column_scale, _NO_DROPOUT)
+            slots = _shrink(dy, lora_B.t(), column_scale, NO_DROPOUT)
         ds = slots[0] if slots.shape[0] == 1 else slots.sum(0)
     if need_A:
         assert ds is not None
@@ -153,7 +136,7 @@ def multi_lora_linear(
     slots = stack.kept(_shrink(x, stack.lora_A, None, dropout).sum(0))
     y, p, _ = _linear(
         x, weight, stack.lora_A, stack.lora_B.t(), 1.0, stack.gate, None, None, bias,
-        _NO_DROPOUT, True, dtype, y_dtype, False, strategy, slots[None],
+        NO_DROPOUT, True, dtype, y_dtype, False, strategy, slots[None],
     )  # fmt: skip
     return y, stack.compact(p)
 
@@ -188,10 +171,10 @@ def multi_lora_linear_backward(
         dbias = dy.new_zeros(dy.shape[1], dtype=torch.float32) if need_bias else None
         return torch.empty_like(x) if need_x else None, dA, dB, dbias
     if need_bias:
-        dbias, _ = _outer(p, dy, None, None, _NO_DROPOUT, 1.0, None, None, True, False)
+        dbias, _ = _outer(p, dy, None, None, NO_DROPOUT, 1.0, None, None, True, False)
     stack = stacked.stack(lora_A, lora_B, index, scaling)
     if need_x or any(need_A):
-        ds = stack.kept(_shrink(dy, stack.lora_B.t(), None, _NO_DROPOUT).sum(0))
+        ds = stack.kept(_shrink(dy, stack.lora_B.t(), None, NO_DROPOUT).sum(0))
     if need_x:
         assert ds is not None
         dx, _, _ = _linear(
@@ -206,14 +189,14 @@ def multi_lora_linear_backward(
         A, B, s = dA[e], dB[e], p[rows, : lora_A[e].shape[0]]
         if B is not None:
             _outer(
-                s.contiguous(), dy[rows], None, None, _NO_DROPOUT, scaling[e], None, B.t(), False,
+                s.contiguous(), dy[rows], None, None, NO_DROPOUT, scaling[e], None, B.t(), False,
                 False,
             )  # fmt: skip
         if A is not None:
             assert ds is not None
             own = ds[rows, : A.shape[0]].contiguous()
             _outer(
-                own, x[rows], None, None, _NO_DROPOUT, scaling[e] * dropout.scale, None, A, False,
+                own, x[rows], None, None, NO_DROPOUT, scaling[e] * dropout.scale, None, A, False,
                 False,
             )  # fmt: skip
     return dx, dA, dB, dbias
@@ -241,7 +224,7 @@ def _linear(
     forward and y's in the backward, in which the weight's rows are the inner dimension.
     slots: P, where it is there already, in slots to be added."""
     (M, K), (R, N), target = x.shape, q.shape, launch.target(x)
-    mask_in, mask_out = (dropout, _NO_DROPOUT) if forward else (_NO_DROPOUT, dropout)
+    mask_in, mask_out = (dropout, NO_DROPOUT) if forward else (NO_DROPOUT, dropout)
     codes = weight if isinstance(weight, Codes) else None
     base, w = "none", None
     if strategy == LIBRARY and weight is not None and M:

@@ -11,9 +11,11 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
-from .. import select
+from .. import ops, select
+from ..backends.cuda.fit import Layout
 from ..functional import base_dtype
 from ..layers import LoRAEmbedding, LoRALinear, QLoRALinear
+from ..quantization import Weight4bit
 from . import adalora, embedding, linear
 from .linear import Call, Fused, dora, is_linear4bit, unreadable
 from .swap import lora_layers
@@ -141,10 +143,12 @@ def _fused_row(name: str, layer: Any, x_dtype: torch.dtype | None) -> Row:
     todo = kind.calls(adapters) if layer.mixed_batch is None else []
     four_bit = is_linear4bit(base)
     compute_dtype = base.compute_dtype if four_bit and base.compute_type_is_set else None
+    base_reason = unreadable(base, near.device)
+    weight = None if base_reason else _base_weight(base)
     choices = [
-        _choice(call, x_dtype, four_bit and not i, compute_dtype)
+        _choice(call, x_dtype, None if i else weight, compute_dtype)
         for i, call in enumerate(todo)  # the base rides on the first
-    ] or [_mixed_choice(adapters, x_dtype, four_bit, compute_dtype)]
+    ] or [_mixed_choice(adapters, x_dtype, weight, compute_dtype)]
     backend = " + ".join(dict.fromkeys(choice.backend for choice in choices))
     state, strategy = "fused", choices[0].strategy
     reasons = list(dict.fromkeys(choice.reason for choice in choices))
@@ -162,7 +166,7 @@ def _fused_row(name: str, layer: Any, x_dtype: torch.dtype | None) -> Row:
             reasons.append("PEFT's DoRA drops x for the base product too")
     if "eager" in backend:
         state = "not fused"
-    if (base_reason := unreadable(base, near.device)) is not None:
+    if base_reason is not None:
         state, strategy = "adapter only", "base layer as a module, adapter added"
         reasons.insert(0, f"base layer: {base_reason}")
     return Row(name, state, backend, strategy, "; ".join(reasons))
@@ -175,12 +179,12 @@ def _dense_row(name: str, layer: LoRALinear, x_dtype: torch.dtype | None) -> Row
         return Row(name, "not fused", "torch", product, reason)
     if isinstance(layer, LoRAEmbedding):
         return _embedding_row(name)
-    four_bit = isinstance(layer, QLoRALinear)
     compute_dtype = layer.compute_dtype if isinstance(layer, QLoRALinear) else None
-    x_dtype = x_dtype or (layer.lora_A if four_bit else layer.weight).dtype
+    weight = layer._base_weight()
+    x_dtype = x_dtype or (layer.lora_A if isinstance(weight, Weight4bit) else weight).dtype
     dropout_p = layer.dropout if layer.training else 0.0
     call = Call(layer.lora_A, layer._adapter_B(), layer.scaling, None, dropout_p)
-    choice = _choice(call, x_dtype, four_bit, compute_dtype)
+    choice = _choice(call, x_dtype, weight, compute_dtype)
     state = "not fused" if choice.backend == "eager" else "fused"
     return Row(name, state, choice.backend, choice.strategy, choice.reason)
 
@@ -190,10 +194,18 @@ def _embedding_row(name: str) -> Row:
     return Row(name, "not fused", "torch", "lookups, then one product in place", reason)
 
 
+def _base_weight(base: nn.Module) -> Tensor | Weight4bit:
+    if is_linear4bit(base):
+        from .base4bit import weight4bit  # which imports bitsandbytes
+
+        return weight4bit(base)
+    return linear.base_weight(base)
+
+
 def _mixed_choice(
     adapters: Sequence[linear.Adapter],
     x_dtype: torch.dtype,
-    four_bit: bool,
+    weight: Tensor | Weight4bit | None,
     compute_dtype: torch.dtype | None,
 ) -> select.Choice:
     """What `multi_lora_linear` will choose for an x of this dtype beside the adapters."""
@@ -201,17 +213,31 @@ def _mixed_choice(
     rank = max(adapter.lora_A.weight.shape[0] for adapter in adapters)
     dtype = base_dtype(A.device.type, x_dtype, compute_dtype)
     return select.multi_lora_linear(
-        A.device.type, x_dtype, A.dtype, B.dtype, dtype, rank, None, four_bit, A.device.index
-    )
+        A.device.type, x_dtype, A.dtype, B.dtype, dtype, rank, None,
+        isinstance(weight, Weight4bit), B.shape[0], A.shape[1], A.device.index,
+        _layout(A.device.type, weight, dtype),
+    )  # fmt: skip
 
 
 def _choice(
-    call: Call, x_dtype: torch.dtype, four_bit: bool, compute_dtype: torch.dtype | None
+    call: Call,
+    x_dtype: torch.dtype,
+    weight: Tensor | Weight4bit | None,
+    compute_dtype: torch.dtype | None,
 ) -> select.Choice:
     """What `lora_linear` will choose for an x of this dtype beside the adapter."""
     (R, K), N, device = call.lora_A.shape, call.lora_B.shape[0], call.lora_A.device
     dtype = base_dtype(device.type, x_dtype, compute_dtype)
     return select.lora_linear(
-        device.type, x_dtype, call.lora_A.dtype, call.lora_B.dtype, dtype, R, None, four_bit, N, K,
-        call.dropout_p > 0, device.index,
+        device.type, x_dtype, call.lora_A.dtype, call.lora_B.dtype, dtype, R, None,
+        isinstance(weight, Weight4bit), N, K, call.dropout_p > 0, device.index,
+        _layout(device.type, weight, dtype),
     )  # fmt: skip
+
+
+def _layout(
+    device_type: str, weight: Tensor | Weight4bit | None, dtype: torch.dtype
+) -> Layout | None:
+    return ops.layout(
+        device_type, weight.codes if isinstance(weight, Weight4bit) else weight, dtype
+    )

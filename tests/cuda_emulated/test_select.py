@@ -2,11 +2,16 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 import lora_kernels
 from lora_kernels import select
 from lora_kernels.backends.cuda import COOPERATIVE, ORDINARY, OVERLAPPED, SPLIT, fit, launch
 from lora_kernels.backends.cuda.fit import Layout
+from lora_kernels.layers import LoRALinear
+from lora_kernels.peft import explain, fuse
 from lora_kernels.quantization import quantize_4bit
 
 f32, bf16 = torch.float32, torch.bfloat16
@@ -96,3 +101,16 @@ def test_a_kernel_refuses_what_fit_should_have(K: int, monkeypatch: pytest.Monke
                 lora_kernels.lora_linear(x, W, A, B)
         else:
             lora_kernels.lora_linear(x, W, A, B)
+
+
+def test_explain_says_it_of_each_layer() -> None:
+    config = LoraConfig(target_modules=["0", "1", "2"], init_lora_weights=False)
+    layers = nn.Linear(64, 65), nn.Linear(65, 64), Conv1D(64, 64)
+    model = fuse(get_peft_model(nn.Sequential(*layers).to(bf16), config))
+    even, odd, columns = explain(model, x_dtype=bf16).rows
+    assert even.strategy == f"{SPLIT}; up to 16 rows {COOPERATIVE}"
+    assert "dx on the ordinary multipliers: N = 65" in even.reason
+    assert odd.strategy == ORDINARY and "K = 65 is no multiple of 8" in odd.reason
+    assert columns.strategy == SPLIT
+    plain = explain(nn.Sequential(LoRALinear(65, 64, dtype=bf16)), x_dtype=bf16).rows[0]
+    assert plain.strategy == ORDINARY and "K = 65" in plain.reason

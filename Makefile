@@ -86,7 +86,7 @@ sanitize: $(INSTALLED)
 	cp -r pyproject.toml tests $(SANITIZED)
 	$(WATCHED) -m 'not slow and not proof' \
 		tests/ops tests/quantization tests/autograd tests/layers
-	export LORA_KERNELS_EMULATOR_SEEDS=20; $(WATCHED) -m 'not proof' tests/cuda_emulated
+	export LORA_KERNELS_EMULATOR_ORDERS=20; $(WATCHED) -m 'not proof' tests/cuda_emulated
 
 .venv: $(INSTALLED)
 

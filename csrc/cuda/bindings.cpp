@@ -188,8 +188,8 @@ PYBIND11_MODULE(LORA_KERNELS_MODULE, m) {
         });
 #ifdef LORA_KERNELS_EMULATED
   m.def("set", [](uint64_t seed, int multiprocessors) {
-    emulator::settings.seed = seed;
-    emulator::settings.multiprocessors = multiprocessors;
+    emulator::set_seed(seed);
+    emulator::multiprocessors = multiprocessors;
   });
   m.def("allow", &allow);
   m.def("synchronize", &emulator::synchronize);

@@ -54,16 +54,17 @@ VARIANTS: dict[str, tuple[Callable[..., Tensor], dict[str, Any]]] = {
     "DoRALinear": (dora, {"r": 5}),
     "AdaLoRALinear": (adalora, {"r": 5}),
     "HierarchicalLoRALinear": (hierarchical, {"ranks": (4, 3), "weights": (0.7, -0.4)}),
+    "LoRAConv1D": (lora, {"r": 5}),
 }
-NAMES = [*VARIANTS, *(f"Q{name}" for name in VARIANTS)]
+NAMES = [*VARIANTS, *(f"Q{name}" for name in VARIANTS if hasattr(layers, f"Q{name}"))]
 every_variant = pytest.mark.parametrize("name", NAMES)
 
 
-def make(name: str, seed: int = 0, moved: bool = True, **options: Any) -> Any:
+def make(name: str, seed: int = 0, moved: bool = True, inner: int = K, **options: Any) -> Any:
     """A layer whose adapter is no longer at its start, unless it is to be."""
     torch.manual_seed(seed)
     _, own = VARIANTS[name.removeprefix("Q")]
-    layer = getattr(layers, name)(K, N, alpha=10, **{**own, **options})
+    layer = getattr(layers, name)(inner, N, alpha=10, **{**own, **options})
     if moved:
         with torch.no_grad():
             for key, param in layer.named_parameters():
@@ -93,13 +94,13 @@ def results(y: Tensor, x: Tensor, params: Params, dy: Tensor) -> dict[str, Tenso
     return dict(zip(["y", "x", *params], [y.detach(), *grads], strict=True))
 
 
-def check(name: str, dtype: torch.dtype) -> None:
+def check(name: str, dtype: torch.dtype, inner: int = K) -> None:
     """y and every gradient by whatever backend is asked for, adapters in float32, as they are by
     default beside bfloat16."""
     pooled: dict[str, list[list[Tensor]]] = {}
     for seed in range(60):  # 256 elements of the smallest, the weights of two levels aside
-        layer = make(name, seed, dtype=dtype)
-        x, dy = torch.randn(M, K).to(dtype), torch.randn(M, N).to(dtype)
+        layer = make(name, seed, inner=inner, dtype=dtype)
+        x, dy = torch.randn(M, inner).to(dtype), torch.randn(M, N).to(dtype)
         sets = []
         for wide in (None, f64, f32):
             if wide is None:
@@ -130,6 +131,6 @@ def check(name: str, dtype: torch.dtype) -> None:
     for key, (got, ref, eager) in pooled.items():
         # The base product rounds once more where the library makes it, and z where it is kept.
         u = tolerance.unit_roundoff(*((dtype,) if key in ("x", "y", "magnitude") else (f32,)))
-        sums = (M, max(N, K)) if dtype is f32 else (M, N, K)
+        sums = (M, max(N, inner)) if dtype is f32 else (M, N, inner)
         verdict = tolerance.compare(got, ref, eager, u, sums)
         assert verdict.ok, f"{key}: {verdict}"

@@ -196,8 +196,8 @@ def results_model(files: list[Row]) -> list[str]:
         "## The model of costs",
         "",
         "What `explain(model, rows=...)` predicts of a CPU (`lora_kernels/cpu_costs.py`), over "
-        "what was measured here, with the copy and the products of the same runs. Narrow 4-bit layers "
-        "take longer than predicted, one row of a wide one in float32 less.",
+        "what was measured here, with the copy and the products of the same runs. Narrow 4-bit "
+        "layers take longer than predicted, one row of a wide one in float32 less.",
         "",
         "| layers of ours | dtype | mode | rows | least | median | greatest |",
         "|---|---|---|---|---|---|---|",

@@ -32,6 +32,14 @@ class Machine:
     bandwidth: float
     peaks: Mapping[torch.dtype, float]
 
+    def describe(self) -> str:
+        """Its figures in words."""
+        peaks = ", ".join(
+            f"{peak / 1e9:.0f} GFLOP/s {str(dtype).removeprefix('torch.')}"
+            for dtype, peak in self.peaks.items()
+        )
+        return f"{self.name}: a copy moves {self.bandwidth / 1e9:.0f} GB/s, products reach {peaks}"
+
 
 @dataclass(frozen=True)
 class Sizes:

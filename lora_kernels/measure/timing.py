@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 import time
@@ -9,6 +10,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
+
+from .. import device as devices
+from ..cpu_costs import Machine
 
 
 @dataclass(frozen=True)
@@ -134,3 +138,21 @@ def product_peak(dtype: torch.dtype, n: int = 2048, device: str = "cpu") -> floa
     a, b = (torch.randn(n, n).to(device, dtype) for _ in range(2))
     times = interleave({"mm": lambda: torch.mm(a, b)}, seconds=1.0, least=5, device=device)
     return float(2 * n**3 / times["mm"].p50)
+
+
+def cpu_machine(dtypes: frozenset[torch.dtype]) -> Machine:
+    """The processor's limits with the threads that torch has now, measured once a process.
+
+    float32's peak is always in it, and those of the 16-bit dtypes named; takes some seconds.
+    """
+    kinds = {torch.float32} | (dtypes & {torch.bfloat16, torch.float16})
+    names = tuple(sorted(str(dtype).removeprefix("torch.") for dtype in kinds))
+    return _cpu_machine(names, torch.get_num_threads())
+
+
+@functools.cache
+def _cpu_machine(names: tuple[str, ...], threads: int) -> Machine:
+    peaks = {getattr(torch, name): product_peak(getattr(torch, name)) for name in names}
+    plural = "" if threads == 1 else "s"
+    name = f"{devices.cpu().name}, {threads} thread{plural}, measured in this process"
+    return Machine(name, copy_bandwidth(), peaks)

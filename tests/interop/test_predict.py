@@ -102,6 +102,17 @@ def test_changes_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
     assert other.changes(4) == "from 9 rows on: triton, t"
 
 
+def test_the_row_has_the_strategy_of_so_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    choices(monkeypatch, (1, "few"), (64, "many"))
+    for model in (fuse(sequential()), nn.Sequential(LoRALinear(48, 64, r=4))):
+        for rows, strategy, other in (
+            (63, "few", "; from 64 rows on: many"), (64, "many", "; up to 63 rows: few"),
+        ):  # fmt: skip
+            found = explain(model, rows=rows, machine=MACHINE)
+            assert found.rows[0].strategy == strategy
+            assert other.removeprefix("; ") in str(found)
+
+
 @needs_native
 @pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "avx512bf16"])
 def test_regions_are_those_of_select(isa: str) -> None:

@@ -32,7 +32,7 @@ faults: native
 
 bench: native
 	$(BIN)/lora-kernels bench --json benchmarks/results/cpu.json
-	$(BIN)/lora-kernels bench --quant nf4 --seconds 1 --json benchmarks/results/cpu-4bit.json
+	$(BIN)/lora-kernels bench --quant nf4 --seconds 0.6 --json benchmarks/results/cpu-4bit.json
 	$(BIN)/lora-kernels bench --variants --json benchmarks/results/cpu-variants.json
 	$(BIN)/lora-kernels bench --memory --json benchmarks/results/memory.json
 	$(BIN)/python -m benchmarks.report

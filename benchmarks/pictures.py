@@ -129,12 +129,17 @@ def roofline(layers: Row, codes: Row | None, caption: str, named: str) -> bytes:
         for axes, dtype in zip(all_axes, dtypes, strict=True):
             peak, bandwidth = limits["product_peak"][dtype], limits["copy_bandwidth"]
             ridge = peak / bandwidth
-            axes.plot([1, ridge, 4000], [bandwidth / 1e9, peak / 1e9, peak / 1e9], "k-", lw=1)
+            roof = [bandwidth * x / 1e9 for x in (0.4, ridge)]
+            axes.plot([0.4, ridge, 4000], [*roof, roof[1]], "k-", lw=1)
             axes.text(
-                1.1, peak / 1e9, f"product\n{peak / 1e9:.0f} GFLOP/s", va="center", fontsize=7
+                0.45, peak / 1e9, f"product\n{peak / 1e9:.0f} GFLOP/s", va="center", fontsize=7
             )
             axes.text(
-                1.3, bandwidth / 1e9, f"copy {bandwidth / 1e9:.0f} GB/s", va="top", fontsize=7
+                0.6,
+                0.45 * bandwidth / 1e9,
+                f"copy {bandwidth / 1e9:.0f} GB/s",
+                va="top",
+                fontsize=7,
             )
             for data, looks in ((layers, LAYERS), (codes, CODES)):
                 for name, x, y in _points(data, dtype) if data else ():

@@ -36,7 +36,15 @@ JSON_MEMORY = HERE / "results/memory.json"
 JSON, RESULTS, README = HERE / "results/cpu.json", HERE / "RESULTS.md", HERE.parent / "README.md"
 TAX_PNG, ROOFLINE_PNG = HERE / "results/lora-tax.png", HERE / "results/roofline.png"
 MARKS = "<!-- figures: written by benchmarks/report.py -->", "<!-- end of figures -->"
-PEERS = ("ours", "addmm", "eager", "ours, fp32 adapters", "peft")
+# Name in the JSON -> column; those that no row has are left out.
+PEERS = {
+    "addmm": "addmm_",
+    "torch.compile": "compile",
+    "eager": "eager",
+    "ours, fp32 adapters": "ours, fp32 A B",
+    "peft": "PEFT, fp32 A B",
+}
+MODES = {"step": "Forward and backward", "forward": "Forward", "backward": "Backward"}
 
 Row = dict[str, Any]
 
@@ -68,17 +76,22 @@ def cell(row: Row, name: str) -> str:
     return f"{row['tax'][name]:.3f}" if name in row["tax"] else "–"
 
 
-def table(rows: list[Row]) -> list[str]:
-    lines = [
-        "| M×K×N | dtype | r | frozen, ms | floor | target | ours | addmm_ | eager "
-        "| ours, fp32 A B | PEFT, fp32 A B |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
+def peers(data: Row) -> list[str]:
+    """Those of PEERS that were timed."""
+    present = {name for row in data["rows"] for name in (*row["tax"], *row["misses"])}
+    return [name for name in PEERS if name in present]
+
+
+def table(rows: list[Row], names: list[str]) -> list[str]:
+    head = ["M×K×N", "dtype", "r", "frozen, ms", "floor", "target", "ours"]
+    head += [PEERS[name] for name in names]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for row in rows:
-        cells = [mark(row), *(cell(row, name) for name in PEERS[1:])]
+        cells = [mark(row), *(cell(row, name) for name in names)]
         target = "–" if row["target"] is None else f"{row['target']:.3f}"
+        cold = ", cold" * (row.get("cache") == "cold")
         lines.append(
-            f"| {row['M']}×{row['K']}×{row['N']} | {row['dtype']} | {row['R']} "
+            f"| {row['M']}×{row['K']}×{row['N']}{cold} | {row['dtype']} | {row['R']} "
             f"| {row['frozen_ms']:.2f} | {row['floor']:.3f} | {target} | {' | '.join(cells)} |"
         )
     return lines
@@ -95,11 +108,13 @@ def results(data: Row) -> str:
         f"**Machine.** {machine(data['provenance'])}.",
         "",
         "**LoRA tax**: time of the layer over that of its frozen linear alone, x needing a "
-        "gradient in both; medians, taking turns in one process, warm, dropout 0. *Floor* is "
-        "arithmetic alone, *target* 1 + 2·(floor − 1) + 0.01 for r ≤ 16. *addmm_* is the "
-        "strongest form in plain PyTorch (an autograd Function around in-place `addmm_`), *eager* "
-        "what one writes first; both with adapters in x's dtype. PEFT keeps its adapters in fp32; "
-        "in fp32 rows that is the same thing. p20 and p80 of every time are in the JSON.",
+        "gradient in both; medians, taking turns in one process, warm unless it says cold, dropout "
+        "0. *Floor* is arithmetic alone, *target* 1 + 2·(floor − 1) + 0.01 for r ≤ 16. *addmm_* is "
+        "the strongest form in plain PyTorch (an autograd Function around in-place `addmm_`), "
+        "*eager* what one writes first, *compile* that under `torch.compile`, each shape for "
+        "itself; all with adapters in x's dtype. A backward is the second part of the steps. PEFT "
+        "keeps its adapters in fp32; in fp32 rows that is the same thing. p20 and p80 of every "
+        "time are in the JSON. ✗ stands where a result misses the tolerance.",
         "",
     ]
     out += shown(
@@ -107,9 +122,9 @@ def results(data: Row) -> str:
         "LoRA tax of each layer, ours and others' beside the floor",
         machine(data["provenance"]),
     )
-    for mode, title in (("step", "Forward and backward"), ("forward", "Forward")):
-        rows = [row for row in data["rows"] if row["mode"] == mode]
-        out += [f"## {title}", "", *table(rows), ""]
+    for mode, title in MODES.items():
+        if rows := [row for row in data["rows"] if row["mode"] == mode]:
+            out += [f"## {title}", "", *table(rows, peers(data)), ""]
     out += [
         "## Calling overhead",
         "",
@@ -277,12 +292,13 @@ def results_variants(data: Row) -> list[str]:
     }
     for row in data["rows"]:
         seconds = {name: times["p50"] for name, times in row["seconds"].items()}
-        times = "; ".join(
-            f"{name} {t * 1e3:.3g}" + ("" if name == "ours" else f" ({t / seconds['ours']:.2f})")
-            for name, t in seconds.items()
-        )
+        timed = [f"{name} ✗" for name in row.get("misses", ())]
+        for name, t in seconds.items():
+            over = f" ({t / seconds['ours']:.2f})" if name != "ours" and "ours" in seconds else ""
+            timed.append(f"{name} {t * 1e3:.3g}{over}")
+        times = "; ".join(timed)
         target = ""
-        if row["what"] in targets:
+        if row["what"] in targets and set(targets[row["what"]][:2]) <= seconds.keys():
             what, over, most = targets[row["what"]]
             ratio = seconds[what] / seconds[over]
             verdict = "✓" if ratio <= most else "over target"
@@ -297,7 +313,7 @@ def results_variants(data: Row) -> list[str]:
 
 
 def results_4bit(data: Row) -> list[str]:
-    peers = ("bitsandbytes, eval", "bitsandbytes, train", "dense", "stream")
+    others = ("bitsandbytes, eval", "bitsandbytes, train", "dense", "stream")
     out = [
         "## 4-bit bases",
         "",
@@ -317,11 +333,17 @@ def results_4bit(data: Row) -> list[str]:
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in data["rows"]:
+        m = row["M"] if row["mode"] == "forward" else f"{row['M']}, step"
+        if "ours" not in row["seconds"]:
+            out.append(
+                f"| {row['K']}×{row['N']} | {row['dtype']} | {m} | {row['cache']} "
+                f"| ✗ {row['misses']['ours']} |" + " – |" * 7
+            )
+            continue
         seconds = {name: times["p50"] for name, times in row["seconds"].items()}
         ours = seconds["ours"]
-        ratios = (f"{seconds[n] / ours:.2f}" if n in seconds else "–" for n in peers)
+        ratios = (f"{seconds[n] / ours:.2f}" if n in seconds else "–" for n in others)
         errors = (row["errors"].get(n) for n in ("ours", "bitsandbytes, eval"))
-        m = row["M"] if row["mode"] == "forward" else f"{row['M']}, step"
         out.append(
             f"| {row['K']}×{row['N']} | {row['dtype']} | {m} | {row['cache']} | {ours * 1e3:.3f} "
             f"| {' | '.join(ratios)} | {peak_share(row, data['provenance']):.0%} "
@@ -343,7 +365,7 @@ def peak_share(row: Row, provenance: Row) -> float:
 
 def targets_4bit(rows: list[Row]) -> list[str]:
     """What the layer was to reach, and the row in which it is furthest from that; cold."""
-    cold = [row for row in rows if row["cache"] == "cold"]
+    cold = [row for row in rows if row["cache"] == "cold" and "ours" in row["seconds"]]
     forward = [row for row in cold if row["mode"] == "forward"]
 
     def over(row: Row, peer: str) -> float:
@@ -405,16 +427,18 @@ def targets_4bit(rows: list[Row]) -> list[str]:
 
 def readme_figures(data: Row) -> str:
     """The rows that matter most: a training step at r = 16."""
+    names = peers(data)
+    head = ["M×K×N", "dtype", "floor", "ours", *(PEERS[name] for name in names)]
     lines = [
         f"LoRA tax of a training step at r = 16 ({machine(data['provenance'])}); "
         "1.00 is the frozen linear alone:",
         "",
-        "| M×K×N | dtype | floor | ours | addmm_ | eager | ours, fp32 A B | PEFT, fp32 A B |",
-        "|---|---|---|---|---|---|---|---|",
+        f"| {' | '.join(head)} |",
+        "|---" * len(head) + "|",
     ]
     for row in data["rows"]:
         if row["mode"] == "step" and row["R"] == 16:
-            cells = [cell(row, name) for name in PEERS]
+            cells = [cell(row, name) for name in ("ours", *names)]
             shape = f"{row['M']}×{row['K']}×{row['N']}"
             lines.append(f"| {shape} | {row['dtype']} | {row['floor']:.3f} | {' | '.join(cells)} |")
     return "\n".join(lines)

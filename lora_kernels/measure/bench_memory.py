@@ -14,9 +14,12 @@ machine, but on a GPU PyTorch's dropout keeps a smaller mask: they are counted o
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
-from collections.abc import Callable, Iterator
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -24,6 +27,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from .. import __version__
 from .. import device as devices
@@ -43,8 +47,11 @@ class Held:
     tensors: dict[str, int]
 
 
-def held(call: Callable[[], object], module: nn.Module | None = None) -> Held:
-    """What `call` leaves for its backward beside the parameters and buffers of the module.
+def held(
+    call: Callable[[], object], module: nn.Module | None = None, there: Iterable[Tensor] = ()
+) -> Held:
+    """What `call` leaves for its backward beside the parameters and buffers of the module, and
+    other tensors that are there anyway.
 
     The graph must be alive at the end, so `call` returns its output. Tensors that a Function keeps
     on its context by hand are not seen; this package's keep none.
@@ -53,13 +60,13 @@ def held(call: Callable[[], object], module: nn.Module | None = None) -> Held:
     >>> held(lambda: (x * x).exp()).bytes  # x, and the result of exp
     256
     """
-    there = set()
+    known = {_address(t) for t in there}
     if module is not None:
-        there = {_address(t) for t in itertools.chain(module.parameters(), module.buffers())}
+        known |= {_address(t) for t in itertools.chain(module.parameters(), module.buffers())}
     kept: dict[int, Tensor] = {}
 
     def pack(t: Tensor) -> Tensor:
-        if t.untyped_storage().nbytes() and _address(t) not in there:
+        if t.untyped_storage().nbytes() and _address(t) not in known:
             kept.setdefault(_address(t), t)  # which keeps the address from being used again
         return t
 
@@ -72,6 +79,49 @@ def held(call: Callable[[], object], module: nn.Module | None = None) -> Held:
         tensors[name] = tensors.get(name, 0) + t.untyped_storage().nbytes()
     ordered = dict(sorted(tensors.items(), key=lambda item: -item[1]))
     return Held(sum(tensors.values()), ordered)
+
+
+def peak(call: Callable[[], object], device: str = "cpu") -> int:
+    """The most bytes that tensors take during `call` beyond those that are there before it.
+
+    On a CPU by PyTorch's profiler, which does not see what a library allocates for itself.
+
+    >>> a = torch.ones(1000)
+    >>> peak(lambda: a + (a + 1))  # two results alive
+    8000
+    """
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with (
+        _silent_stderr(),
+        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled,
+    ):
+        result = call()
+    del result
+    found = profiled.profiler.kineto_results.events()
+    changes = [(e.start_ns(), e.nbytes()) for e in found if e.name() == "[memory]"]
+    # Sorted by time alone: of changes at one instant the order is that in which they came.
+    totals = itertools.accumulate(size for _, size in sorted(changes, key=lambda c: c[0]))
+    return max(totals, default=0)
+
+
+@contextlib.contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """The profiler of torch 2.15 writes two lines there each time, at any KINETO_LOG_LEVEL."""
+    sys.stderr.flush()
+    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(null, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(null)
 
 
 def _address(t: Tensor) -> int:

@@ -134,13 +134,8 @@ def roofline(layers: Row, codes: Row | None, caption: str, named: str) -> bytes:
             axes.text(
                 0.45, peak / 1e9, f"product\n{peak / 1e9:.0f} GFLOP/s", va="center", fontsize=7
             )
-            axes.text(
-                0.6,
-                0.45 * bandwidth / 1e9,
-                f"copy {bandwidth / 1e9:.0f} GB/s",
-                va="top",
-                fontsize=7,
-            )
+            copy = f"copy {bandwidth / 1e9:.0f} GB/s"
+            axes.text(0.6, 0.45 * bandwidth / 1e9, copy, va="top", fontsize=7)
             for data, looks in ((layers, LAYERS), (codes, CODES)):
                 for name, x, y in _points(data, dtype) if data else ():
                     if name in looks:

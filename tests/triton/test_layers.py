@@ -1,10 +1,12 @@
-"""Each variant of LoRA, dense and 4-bit, by the Triton kernels against its formula."""
+"""Each variant of LoRA, dense and 4-bit, by the Triton kernels against its formula, and what it
+keeps for its backward."""
 
 import pytest
 import torch
 
 import lora_kernels
-from tests.layers.variants import check, every_variant
+from lora_kernels import select
+from tests.layers.variants import check, check_memory, every_variant
 
 
 @pytest.mark.parametrize("name", ["QDoRALinear", "AdaLoRALinear"])
@@ -13,9 +15,26 @@ def test_some(name: str) -> None:
         check(name, torch.bfloat16)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="bytes are counted on a CPU")
+@pytest.mark.parametrize("strategy", select.STRATEGIES["triton"])
+@pytest.mark.parametrize("name", ["LoRALinear", "QDoRALinear", "AdaLoRALinear"])
+def test_nothing_is_alive_beside_the_formula(name: str, strategy: str) -> None:
+    with lora_kernels.backend("triton", strategy):
+        check_memory(name, torch.bfloat16, cycles=True)
+
+
 @pytest.mark.proof
 @every_variant
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_y_and_every_gradient(name: str, dtype: torch.dtype) -> None:
     with lora_kernels.backend("triton"):
         check(name, dtype)
+
+
+@pytest.mark.proof
+@pytest.mark.skipif(torch.cuda.is_available(), reason="bytes are counted on a CPU")
+@every_variant
+@pytest.mark.parametrize("strategy", select.STRATEGIES["triton"])
+def test_nothing_is_alive_of_any_variant(name: str, strategy: str) -> None:
+    with lora_kernels.backend("triton", strategy):
+        check_memory(name, torch.float32, cycles=True)

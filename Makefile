@@ -14,7 +14,7 @@ INSTALLED := $(VENV)/.installed-$(shell echo '$(TORCH)' | cksum | cut -d' ' -f1)
 DEMO_INPUTS := $(VENV)/.demo-inputs
 CPP_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: .venv test proof faults bench demo gpu lint format native sanitize clean
+.PHONY: .venv test proof faults matrix bench demo gpu lint format native sanitize clean
 .DELETE_ON_ERROR:
 
 test: lint native
@@ -29,6 +29,10 @@ proof: lint native $(DEMO_INPUTS)
 
 faults: native
 	$(BIN)/python -m tests.faults
+
+# Wheel and sdist, with and without a compiler, beside the newest and the oldest libraries.
+matrix: $(INSTALLED)
+	$(BIN)/python -m tests.packaging
 
 bench: native
 	$(BIN)/lora-kernels bench --json benchmarks/results/cpu.json

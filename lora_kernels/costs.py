@@ -153,8 +153,13 @@ def predict(
         add("cuda", "publish first, consume last", parts, LAUNCH)
         add("cuda", "publish, then consume", parts, 1.5 * LAUNCH)
     rows = -(-M // TILE_M) * TILE_M  # whole tiles are multiplied
-    share = MMA_SHARE[gpu.capability] if itemsize < 4 else FP32_SHARE
     codes = rows // TILE_M * N * K / (CODES_A_CLOCK * gpu.clock * gpu.multiprocessors)
-    parts = {"the product": 2.0 * rows * N * (K + R) / (peak * share), "memory": moved}
-    add("cuda", "split", parts | ({"decoding": codes} if four_bit else {}), shrink + 2 * LAUNCH)
+    rates = {"split, ordinary multipliers": gpu.fp32 * FP32_SHARE}
+    if itemsize < 4:
+        rates["split"] = peak * MMA_SHARE[gpu.capability]
+    for strategy, rate in rates.items():
+        parts = {"the product": 2.0 * rows * N * (K + R) / rate, "memory": moved}
+        add(
+            "cuda", strategy, parts | ({"decoding": codes} if four_bit else {}), shrink + 2 * LAUNCH
+        )
     return sorted(found, key=lambda cost: cost.seconds)

@@ -16,6 +16,8 @@ from torch.autograd import forward_ad
 
 from . import select
 from .backends import cpu, cuda, eager, triton
+from .backends.cuda import fit
+from .backends.cuda.fit import Layout
 from .quantization.codes import Codes
 
 _LIB = torch.library.Library("lora_kernels", "DEF")
@@ -63,6 +65,11 @@ def _no_autocast(device_type: str) -> contextlib.AbstractContextManager[None]:
     return torch.autocast(device_type, enabled=False)
 
 
+def layout(device_type: str, weight: Tensor | Codes | None, dtype: torch.dtype) -> Layout | None:
+    """What `select` is told of a weight in a product in `dtype`; None where no backend minds."""
+    return None if device_type == "cpu" and not cuda.emulated() else fit.layout(weight, dtype)
+
+
 # lora_linear ------------------------------------------------------------------------------------
 
 
@@ -86,6 +93,7 @@ def lora_linear_direct(
     choice = select.lora_linear(
         device_type, x.dtype, lora_A.dtype, lora_B.dtype, dtype, R, x2.shape[0],
         isinstance(weight, Codes), N, x2.shape[1], rng is not None, x.device.index,
+        layout(device_type, weight, dtype),
     )  # fmt: skip
     with _no_autocast(device_type):
         y, p, z = _BACKENDS[choice.backend].lora_linear(
@@ -182,6 +190,7 @@ def lora_linear_backward_direct(
     choice = select.lora_linear(
         device_type, x.dtype, lora_A.dtype, lora_B.dtype, dtype, p.shape[1], x2.shape[0],
         isinstance(weight, Codes), lora_B.shape[0], x2.shape[1], rng is not None, x.device.index,
+        layout(device_type, weight, dtype),
     )  # fmt: skip
     with _no_autocast(device_type):
         dx, *rest = _BACKENDS[choice.backend].lora_linear_backward(
@@ -240,7 +249,8 @@ def _multi_choice(
 ) -> select.Choice:
     return select.multi_lora_linear(
         x.device.type, x.dtype, lora_A[0].dtype, lora_B[0].dtype, dtype,
-        max(A.shape[0] for A in lora_A), x.shape[0], isinstance(weight, Codes), x.device.index,
+        max(A.shape[0] for A in lora_A), x.shape[0], isinstance(weight, Codes), lora_B[0].shape[0],
+        x.shape[1], x.device.index, layout(x.device.type, weight, dtype),
     )  # fmt: skip
 
 

@@ -15,6 +15,8 @@ import torch
 
 from . import costs
 from .backends import cpu, cuda, eager, forced, native, triton
+from .backends.cuda import fit
+from .backends.cuda.fit import Layout
 from .backends.forced import Forced
 from .backends.triton import configs, measured
 
@@ -24,6 +26,10 @@ STRATEGIES = {
     "cpu": (cpu.SINGLE_PASS, cpu.LIBRARY, cpu.FEW_ROWS),
     "triton": triton.STRATEGIES,
     "cuda": cuda.STRATEGIES,
+}
+TWO_STEPS = {  # those of a GPU's in which P = D(x)·Aᵀ is at hand before the product starts
+    "triton": (triton.SPLIT, triton.LIBRARY),
+    "cuda": (cuda.SPLIT, cuda.ORDINARY),
 }
 BACKENDS = tuple(STRATEGIES)
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -42,6 +48,7 @@ UNTRIED: str | None = (
 # would have to be given decoded, is ours.
 MKL_ROWS = 128
 SINGLE_PASS_ROWS = {torch.float32: 2, torch.bfloat16: 64, torch.float16: 2}
+_ROWS, _CODES, _UNKNOWN = Layout(), Layout(64), 4096  # where nothing is said of a weight
 # Up to how many rows 4-bit codes are decoded in registers, with no panel written: measured on AMD
 # family 25 (benchmarks/NOTES.md); fewer where a single pass has AMX for the panel.
 FEW_ROWS_4BIT = {"scalar": 8, "avx2": 32, "avx512": 16, "avx512bf16": 16, "amxbf16": 5}
@@ -80,8 +87,9 @@ def backend(name: str, strategy: str | None = None) -> Iterator[None]:
 
     `strategy` forces also how it goes about it: for "cpu" "single pass", "library product + rank
     update" or, on a 4-bit weight, "decoded in registers, few rows"; for "triton" "single pass",
-    "split", "publish first, consume last" or "library product + rank update". Left out, it is
-    chosen.
+    "split", "publish first, consume last" or "library product + rank update"; for "cuda" "publish
+    first, consume last", "publish, then consume", "split" or "split, ordinary multipliers". Left
+    out, it is chosen.
 
     >>> import lora_kernels, torch
     >>> x, W, A, B = torch.ones(2, 3), torch.eye(3), torch.ones(1, 3), torch.ones(3, 1)
@@ -109,13 +117,16 @@ def lora_linear(
     inner: int | None = None,
     dropout: bool = False,
     device_index: int | None = None,
+    layout: Layout | None = None,
 ) -> Choice:
     """The choice for `lora_linear` and its backward (one choice for both, always).
 
     rows: M; None asks for what holds of any M, and names both strategies where M decides. On a GPU
-    N (`columns`), K (`inner`) and dropout count too.
+    N (`columns`), K (`inner`), dropout and how the weight lies in memory count too; layout None
+    stands for rows as they come, and blocks of 64 codes.
     """
     asked = forced.current.get()
+    layout = layout or (_CODES if four_bit else _ROWS)
     if asked.backend == "triton":
         target = configs.target(device_index) if device_type == "cuda" else None
         choice, key = _choose_triton(
@@ -129,12 +140,12 @@ def lora_linear(
     if asked.backend == "cuda":
         return _choose_cuda(
             asked, cuda.obstacle(device_type, device_index), x_dtype, a_dtype, b_dtype, dtype, rank,
-            rows,
+            rows, columns, inner, layout,
         )  # fmt: skip
     if asked.backend is None and device_type == "cuda":
         found = _choose_gpu(
             _gpu(device_index), UNTRIED, triton.absence(), cuda.obstacle(device_type, device_index),
-            x_dtype, a_dtype, b_dtype, dtype, rank, rows, columns, inner, four_bit, dropout,
+            x_dtype, a_dtype, b_dtype, dtype, rank, rows, columns, inner, four_bit, dropout, layout,
         )  # fmt: skip
         if found is not None and UNTRIED is None:
             target = configs.target(device_index)
@@ -166,26 +177,33 @@ def multi_lora_linear(
     rank: int,
     rows: int | None = None,
     four_bit: bool = False,
+    columns: int | None = None,
+    inner: int | None = None,
     device_index: int | None = None,
+    layout: Layout | None = None,
 ) -> Choice:
     """The choice for `multi_lora_linear` and its backward: `lora_linear`'s at the largest rank, on
     GPUs split, since a row's ranks are picked between D(x)·Aᵀ and the product."""
-    choice = lora_linear(
-        device_type, x_dtype, a_dtype, b_dtype, dtype, rank, rows, four_bit,
-        device_index=device_index,
-    )  # fmt: skip
-    if choice.backend not in ("triton", "cuda"):
-        return choice
-    asked = forced.current.get().strategy
-    two_steps = (triton.SPLIT, triton.LIBRARY) if choice.backend == "triton" else (cuda.SPLIT,)
-    if asked is not None and asked not in two_steps:
-        want = " or ".join(map(repr, two_steps))
+    asked = forced.current.get()
+    if asked.strategy and asked.strategy not in TWO_STEPS.get(
+        asked.backend or "", [asked.strategy]
+    ):
+        want = " or ".join(map(repr, TWO_STEPS[asked.backend or ""]))
         raise RuntimeError(
-            f"strategy {asked!r} was asked for and cannot run here: for rows with adapters of "
-            f"their own (multi_lora_linear) want {want}"
+            f"strategy {asked.strategy!r} was asked for and cannot run here: for rows with "
+            f"adapters of their own (multi_lora_linear) want {want}"
         )
-    strategy = choice.strategy if choice.strategy in two_steps else two_steps[0]
-    return replace(choice, strategy=strategy)
+    choice = lora_linear(
+        device_type, x_dtype, a_dtype, b_dtype, dtype, rank, rows, four_bit, columns, inner, False,
+        device_index, layout,
+    )  # fmt: skip
+    if choice.strategy in TWO_STEPS.get(choice.backend, [choice.strategy]):
+        return choice
+    if choice.backend == "triton":
+        return replace(choice, strategy=triton.SPLIT)
+    N, K = columns or _UNKNOWN, inner or _UNKNOWN
+    layout = layout or (_CODES if four_bit else _ROWS)
+    return Choice("cuda", *_cuda_strategy(dtype, None, N, K, layout, choice.reason))
 
 
 def dora_norm(
@@ -393,6 +411,7 @@ def _choose_gpu(
     inner: int | None,
     four_bit: bool,
     dropout: bool,
+    layout: Layout,
 ) -> Choice | None:
     """The fastest by the model of costs, of those that are here; while they are untried, eager and
     what the model says of them. None where our kernels cannot run, or the GPU is not known."""
@@ -401,13 +420,19 @@ def _choose_gpu(
     if _kernel_obstacle(x_dtype, a_dtype, b_dtype, dtype, rank) is not None:
         return None
     missing = {"triton": triton_absence, "cuda": cuda_obstacle}
-    M, N, K = rows or 4096, columns or 4096, inner or 4096
+    M, N, K = (size or _UNKNOWN for size in (rows, columns, inner))
     predicted = costs.predict(gpu, M, N, K, rank, dtype.itemsize, four_bit, dropout)
-    best = next(cost for cost in predicted if missing.get(cost.backend) is None)
+    fitting = (
+        cost for cost in predicted
+        if cost.backend != "cuda" or fit.forward(cost.strategy, dtype, layout, M, N, K) is None
+    )  # fmt: skip
+    best = next(cost for cost in fitting if missing.get(cost.backend) is None)
     eagers = next(cost for cost in predicted if cost.backend == "eager")
     share = f"{best.seconds / eagers.seconds:.2f} of eager's {eagers.seconds * 1e6:.0f} µs"
     if untried is None:
         why = f"the model of costs expects {share}, most of it {best.because}"
+        if best.backend == "cuda":
+            why += _dx(best.strategy, dtype, layout, N, K)
         return Choice(best.backend, best.strategy, why)
     expected = ""
     if best.backend != "eager":
@@ -425,16 +450,46 @@ def _choose_cuda(
     dtype: torch.dtype,
     rank: int,
     rows: int | None,
+    columns: int | None,
+    inner: int | None,
+    layout: Layout,
 ) -> Choice:
     _cuda_obstacle(obstacle, x_dtype, a_dtype, b_dtype, dtype, rank)
-    reason = "the cuda backend was asked for"
-    if asked.strategy:
-        return Choice("cuda", asked.strategy, reason)
+    reason, N, K = "the cuda backend was asked for", columns or _UNKNOWN, inner or _UNKNOWN
+    if asked.strategy and layout.obstacle != fit.NO_BASE:
+        why = None if rows == 0 else fit.forward(asked.strategy, dtype, layout, rows, N, K)
+        if why is not None:
+            raise RuntimeError(
+                f"strategy {asked.strategy!r} was asked for and cannot run here: {why}"
+            )
+        return Choice("cuda", asked.strategy, reason + _dx(asked.strategy, dtype, layout, N, K))
+    strategy, reason = _cuda_strategy(dtype, rows, N, K, layout, reason)
     if rows is None:
-        few = f"{cuda.SPLIT}; up to {cuda.DECODE_ROWS} rows {cuda.COOPERATIVE}"
-        return Choice("cuda", few, reason)
-    strategy = cuda.COOPERATIVE if rows <= cuda.DECODE_ROWS else cuda.SPLIT
+        few, _ = _cuda_strategy(dtype, 1, N, K, layout, "")
+        if few != strategy:
+            strategy = f"{strategy}; up to {cuda.DECODE_ROWS} rows {few}"
     return Choice("cuda", strategy, reason)
+
+
+def _cuda_strategy(
+    dtype: torch.dtype, M: int | None, N: int, K: int, layout: Layout, reason: str
+) -> tuple[str, str]:
+    """The first strategy that takes such a product, and the reason with what kept others from it.
+    M None: many rows."""
+    wanted = [cuda.COOPERATIVE] * (M is not None and M <= cuda.DECODE_ROWS) + [cuda.SPLIT]
+    for strategy in wanted:
+        why = fit.forward(strategy, dtype, layout, M, N, K)
+        if why is None:
+            return strategy, reason + _dx(strategy, dtype, layout, N, K)
+        if why not in reason:
+            reason = f"{reason}; not {strategy!r}: {why}"
+    return cuda.ORDINARY, reason
+
+
+def _dx(strategy: str, dtype: torch.dtype, layout: Layout, N: int, K: int) -> str:
+    """What is to be said of dx where it is made otherwise than y."""
+    why = None if strategy == cuda.ORDINARY else fit.backward(dtype, layout, N, K)
+    return "" if why is None else f"; dx on the ordinary multipliers: {why}"
 
 
 def _cuda_obstacle(

@@ -85,8 +85,6 @@ LinearArgs linear_args(const MatrixTuple& x, int base, const MatrixTuple& w, con
           K};
 }
 
-py::object text(const char* reason) { return reason ? py::object(py::str(reason)) : py::none(); }
-
 #ifdef LORA_KERNELS_EMULATED
 namespace emulator = lora_kernels::emulator;
 
@@ -117,7 +115,6 @@ PYBIND11_MODULE(LORA_KERNELS_MODULE, m) {
   m.attr("PAIR_MAX_RANK") = PAIR_MAX_RANK;
   py::class_<LinearArgs>(m, "Linear").def(py::init(&linear_args));
   m.def("linear", [](const LinearArgs& a, const WhereTuple& at) { linear(a, where(at)); });
-  m.def("gemm_unfit", [](const LinearArgs& a) { return text(gemm_unfit(a)); });
   m.def("gemm", [](LinearArgs a, int splits, Pointer parts, int64_t k_share, const WhereTuple& at) {
     a.parts = as<float>(parts);
     a.k_share = k_share;
@@ -141,8 +138,8 @@ PYBIND11_MODULE(LORA_KERNELS_MODULE, m) {
                      0};
         d.resident = decode_keeps_x(d);
         return d;
-      }));
-  m.def("decode_unfit", [](const DecodeArgs& a) { return text(decode_unfit(a)); });
+      }))
+      .def_readonly("resident", &DecodeArgs::resident);
   m.def("decode", [](const DecodeArgs& a, bool cooperative, const WhereTuple& at) {
     return decode(a, cooperative, where(at));
   });
@@ -191,8 +188,8 @@ PYBIND11_MODULE(LORA_KERNELS_MODULE, m) {
         });
 #ifdef LORA_KERNELS_EMULATED
   m.def("set", [](uint64_t seed, int multiprocessors) {
-    emulator::settings.seed = seed;
-    emulator::settings.multiprocessors = multiprocessors;
+    emulator::set_seed(seed);
+    emulator::multiprocessors = multiprocessors;
   });
   m.def("allow", &allow);
   m.def("synchronize", &emulator::synchronize);

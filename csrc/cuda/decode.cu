@@ -291,8 +291,7 @@ unsigned shared_bytes(const DecodeArgs& a) {
 // x stays in shared memory where that leaves room for two blocks on a multiprocessor of sm_80.
 constexpr unsigned ROOM = 80 << 10;
 
-}  // namespace
-
+// Why the kernel cannot take it, or null.
 const char* decode_unfit(const DecodeArgs& d) {
   const LinearArgs& a = d.linear;
   if (a.M < 1 || a.M > 16) return "it is for 1 to 16 rows";
@@ -307,6 +306,8 @@ const char* decode_unfit(const DecodeArgs& d) {
     return "x's rows are not whole and aligned 16 bytes";
   return nullptr;
 }
+
+}  // namespace
 
 bool decode_keeps_x(const DecodeArgs& d) {
   DecodeArgs a = d;
@@ -331,6 +332,7 @@ static auto kernel_for(const DecodeArgs& a) {
 }
 
 bool decode(DecodeArgs a, bool cooperative, const Where& at) {
+  refuse("decode", decode_unfit(a));
   const LinearArgs& l = a.linear;
   const auto kernel = kernel_for(a);
   a.tiles = (l.N + TILE_N - 1) / TILE_N;

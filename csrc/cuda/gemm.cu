@@ -296,8 +296,7 @@ LK_KERNEL LK_BOUNDS(THREADS, 8) finish_kernel(const FinishArgs f) {
   finish(a, at, n, sum);
 }
 
-}  // namespace
-
+// Why the kernel cannot take it, or null.
 const char* gemm_unfit(const LinearArgs& a) {
   if (a.compute == F32) return "float32 products need every bit, which the matrix units drop";
   if (!a.codes && !a.dense) return "there is no base product";
@@ -309,7 +308,10 @@ const char* gemm_unfit(const LinearArgs& a) {
   return nullptr;
 }
 
+}  // namespace
+
 void gemm(const LinearArgs& a, int splits, const Where& at) {
+  refuse("gemm", gemm_unfit(a));
   void (*kernels[2][2][2])(LinearArgs) = {
       {{gemm_kernel<false, false, false>, gemm_kernel<false, false, true>},
        {gemm_kernel<false, true, false>, gemm_kernel<false, true, true>}},

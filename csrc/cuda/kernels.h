@@ -1,6 +1,9 @@
 // The CUDA kernels' launchers: raw pointers and sizes in, nothing allocated, nothing waited for.
 // What each computes, reads and writes stands at its kernel.
 #pragma once
+#include <stdexcept>
+#include <string>
+
 #include "operands.h"
 
 namespace lora_kernels {
@@ -10,6 +13,11 @@ struct Where {
   uintptr_t stream;
   int device;
 };
+
+// why: null where the kernel takes it. Python asks backends/cuda/fit.py first.
+inline void refuse(const char* kernel, const char* why) {
+  if (why) throw std::runtime_error(std::string(kernel) + ": " + why);
+}
 
 // linear.cu, gemm.cu, decode.cu: y = out_scale ⊙ (x·W + mask(S)·Q) + bias -----------------------
 
@@ -34,7 +42,6 @@ struct LinearArgs {
 };
 void linear(const LinearArgs&, const Where&);
 void gemm(const LinearArgs&, int splits, const Where&);
-const char* gemm_unfit(const LinearArgs&);  // why not, or null
 
 struct DecodeArgs {
   LinearArgs linear;  // p is written here; M <= 16
@@ -49,7 +56,6 @@ struct DecodeArgs {
   bool resident;         // x is kept in shared memory
   int64_t tiles;
 };
-const char* decode_unfit(const DecodeArgs&);
 bool decode_keeps_x(const DecodeArgs&);  // whether it would fit there
 // Whether one launch was enough: all its blocks have place at once.
 bool decode(DecodeArgs, bool cooperative, const Where&);

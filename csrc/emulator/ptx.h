@@ -265,7 +265,7 @@ inline void launch(const Launch& l, void (*kernel)(Args), const Args& args) {
 // How many blocks run at the same time.
 template <typename Args>
 inline int resident_blocks(void (*)(Args), int, int, int) {
-  return emulator::settings.multiprocessors;
+  return emulator::multiprocessors;
 }
 inline int capability(int) { return 90; }
 

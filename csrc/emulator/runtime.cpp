@@ -13,7 +13,7 @@
 namespace lora_kernels {
 namespace emulator {
 
-Settings settings;
+int multiprocessors = 4;
 
 namespace {
 
@@ -263,8 +263,8 @@ void start_blocks() {
     for (size_t i = 0; i < state.grids.size(); ++i) {
       Launched& grid = *state.grids[i];
       if (grid.started == grid.size() || !stream_is_free(i)) continue;
-      const unsigned room = settings.multiprocessors -
-                            std::min<size_t>(state.blocks.size(), settings.multiprocessors);
+      const unsigned room =
+          multiprocessors - std::min<size_t>(state.blocks.size(), multiprocessors);
       if (room >= (grid.grid.cooperative ? grid.size() : 1)) able.push_back(&grid);
     }
     if (able.empty()) return;
@@ -281,8 +281,7 @@ void allow(std::vector<Range> ranges) { state.allowed = std::move(ranges); }
 void launch(Grid grid) {
   if (grid.threads % WARP || !grid.threads || grid.threads > 1024)
     throw std::runtime_error(grid.name + ": " + std::to_string(grid.threads) + " threads");
-  if (grid.cooperative &&
-      grid.blocks.x * grid.blocks.y * grid.blocks.z > (unsigned)settings.multiprocessors)
+  if (grid.cooperative && grid.blocks.x * grid.blocks.y * grid.blocks.z > (unsigned)multiprocessors)
     throw std::runtime_error(grid.name + ": too many blocks for a cooperative launch");
   auto launched = std::make_unique<Launched>();
   launched->grid = std::move(grid);
@@ -290,10 +289,11 @@ void launch(Grid grid) {
   state.grids.push_back(std::move(launched));
 }
 
+void set_seed(uint64_t seed) { state.random = (seed + 1) * 0x9E3779B97F4A7C15ull; }
+
 void synchronize() {
   state.error.clear();
   state.traffic.clear();
-  state.random = (settings.seed + 1) * 0x9E3779B97F4A7C15ull;
   state.looks = 0;
   while (state.error.empty()) {
     start_blocks();

@@ -37,12 +37,10 @@ struct Traffic {
   std::vector<Range> ranges;
 };
 
-struct Settings {
-  uint64_t seed = 0;
-  int multiprocessors = 4;  // each runs one block at a time
-};
+extern int multiprocessors;  // each runs one block at a time
 
-extern Settings settings;
+// Which thread goes on next is drawn from here on from this seed, in all launches that follow.
+void set_seed(uint64_t seed);
 
 // Memory that the launches from here on may touch; the range before the same names is forgotten.
 void allow(std::vector<Range> ranges);

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .. import functional, reference, select
 from ..backends import cpu, cuda, native, triton
+from ..backends.cuda import fit
 from ..backends.triton import configs
 from ..quantization import Weight4bit, quantize_4bit
 from . import tolerance
@@ -278,6 +279,14 @@ def cuda_engines() -> list[str]:
     if not torch.cuda.is_available() or cuda.obstacle("cuda", None) is not None:
         return []
     return [f"cuda {strategy}" for strategy in select.STRATEGIES["cuda"]]
+
+
+def fits_cuda(case: Case, strategy: str) -> bool:
+    """Whether that one of the CUDA kernels' strategies takes the case's base product."""
+    blocksize = int(case.quant.split("-")[1]) if case.quant else 0
+    layout = fit.Layout(blocksize, obstacle=None if case.base else fit.NO_BASE)
+    dtype = case.compute or case.compute_dtype
+    return not case.M or fit.forward(strategy, dtype, layout, case.M, case.N, case.K) is None
 
 
 def triton_device() -> str:

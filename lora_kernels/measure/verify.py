@@ -26,6 +26,7 @@ from .case import (
     cuda_engines,
     engine,
     engines,
+    fits_cuda,
     judge,
     judge_norm,
     triton_device,
@@ -205,7 +206,8 @@ def _judged(names: list[str], shapes: tuple[tuple[int, int, int, int], ...]) -> 
                             judged |= judge_norm(case)
                     few = ", few rows" if forced != name else ""
                     verdicts |= {f"{case}{few}/{output}": v for output, v in judged.items()}
-            yield name, dtype, adapter, option, verdicts
+            if verdicts:  # float32 has no kernel on the CUDA backend's matrix units
+                yield name, dtype, adapter, option, verdicts
     for (dtype, adapter), quant in itertools.product(DTYPES, MULTI_QUANTS):
         for name in names:
             if name.startswith(GPU_ENGINES):  # which have no kernels for it
@@ -220,9 +222,11 @@ def _judged(names: list[str], shapes: tuple[tuple[int, int, int, int], ...]) -> 
 
 
 def _ways(name: str, case: Case) -> list[str]:
-    """The engine, unless the rank is too large for it, and where the case has few rows on a 4-bit
-    weight, its kernel for them."""
+    """The engine, unless rank, sizes or dtype are not for it, and where the case has few rows on a
+    4-bit weight, its kernel for them."""
     if name == f"triton {triton.SINGLE_PASS}" and case.R > configs.MAX_SINGLE_PASS_RANK:
+        return []
+    if name.startswith("cuda ") and not fits_cuda(case, name.removeprefix("cuda ")):
         return []
     few = case.quant and select.FEW_ROWS_4BIT.get(name, 0) >= case.M
     return [name, f"{name} {cpu.FEW_ROWS}"] if few else [name]

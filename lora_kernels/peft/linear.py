@@ -400,7 +400,7 @@ def is_conv1d(module: nn.Module) -> bool:
     return cls.__module__ == "transformers.pytorch_utils" and cls.__name__ == "Conv1D"
 
 
-def _base_weight(base: nn.Module) -> Tensor:
+def base_weight(base: nn.Module) -> Tensor:
     """[N, K], the base's own memory."""
     weight = cast(Tensor, base._parameters["weight"])
     return weight.t() if is_conv1d(base) else weight
@@ -412,7 +412,7 @@ def readable_weight(base: nn.Module, x: Tensor) -> tuple[Tensor | Weight4bit, to
         from .base4bit import prepared  # which imports bitsandbytes
 
         return prepared(base, x)
-    return _base_weight(base), None
+    return base_weight(base), None
 
 
 def patched(module: nn.Module) -> str | None:

@@ -15,6 +15,7 @@ import torch
 
 from .. import costs, cpu_costs, select
 from ..backends import eager
+from ..backends.cuda.fit import Layout
 from ..backends.triton import configs, measured
 from ..cpu_costs import Machine, Sizes
 from ..select import Choice
@@ -41,6 +42,7 @@ class Part(NamedTuple):
     ours: bool = True  # False: PyTorch's own calls, whatever `select` would choose
     norm: bool = False  # DoRA's, of each row of the weight, before it
     frozen: bool = True  # whether the base's weight gets no gradient
+    layout: Layout | None = None  # of the base's weight, for the CUDA kernels
 
     def choose(self, rows: int | None) -> Choice:
         """What `select` answers the op; RuntimeError where a forced backend cannot run."""
@@ -49,11 +51,11 @@ class Part(NamedTuple):
         if self.mixed:
             return select.multi_lora_linear(
                 self.device.type, self.x_dtype, self.a_dtype, self.b_dtype, self.dtype, self.R,
-                rows, self.four_bit, self.device.index,
+                rows, self.four_bit, self.N, self.K, self.device.index, self.layout,
             )  # fmt: skip
         return select.lora_linear(
             self.device.type, self.x_dtype, self.a_dtype, self.b_dtype, self.dtype, self.R, rows,
-            self.four_bit, self.N, self.K, self.dropout, self.device.index,
+            self.four_bit, self.N, self.K, self.dropout, self.device.index, self.layout,
         )  # fmt: skip
 
 

@@ -13,10 +13,13 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
+from .. import ops
+from ..backends.cuda.fit import Layout
 from ..cpu_costs import Machine
 from ..functional import base_dtype
 from ..layers import DoRALinear, LoRAEmbedding, LoRALinear, QLoRALinear
 from ..measure import timing
+from ..quantization import Weight4bit
 from . import adalora, embedding, linear, predict
 from .linear import Call, Fused, dora, is_conv1d, is_linear4bit, unreadable
 from .predict import Part, Prediction
@@ -313,10 +316,12 @@ def _fused_layer(name: str, layer: Any, x_dtype: torch.dtype | None, rows: int |
     todo = kind.calls(adapters) if layer.mixed_batch is None else []
     four_bit = is_linear4bit(base)
     compute_dtype = base.compute_dtype if four_bit and base.compute_type_is_set else None
+    base_reason = unreadable(base, near.device)
+    weight = None if base_reason else _base_weight(base)
     parts = [
-        _part(call, x_dtype, four_bit and not i, compute_dtype)._replace(base=not i)
+        _part(call, x_dtype, None if i else weight, compute_dtype)._replace(base=not i)
         for i, call in enumerate(todo)  # the base rides on the first
-    ] or [_mixed_part(adapters, x_dtype, four_bit, compute_dtype)]
+    ] or [_mixed_part(adapters, x_dtype, weight, compute_dtype)]
     choices = [part.choose(rows) for part in parts]
     backend = " + ".join(dict.fromkeys(choice.backend for choice in choices))
     state, strategy = "fused", choices[0].strategy
@@ -337,7 +342,7 @@ def _fused_layer(name: str, layer: Any, x_dtype: torch.dtype | None, rows: int |
             reasons.append("PEFT's DoRA drops x for the base product too")
     if "eager" in backend:
         state = "not fused"
-    if (base_reason := unreadable(base, near.device)) is not None:
+    if base_reason is not None:
         state, strategy, parts = "adapter only", "base layer as a module, adapter added", []
         reasons.insert(0, f"base layer: {base_reason}")
     return Row(name, state, backend, strategy, "; ".join(reasons)), parts
@@ -346,14 +351,14 @@ def _fused_layer(name: str, layer: Any, x_dtype: torch.dtype | None, rows: int |
 def _dense_layer(
     name: str, layer: LoRALinear, x_dtype: torch.dtype | None, rows: int | None
 ) -> Layer:
-    four_bit = isinstance(layer, QLoRALinear)
-    compute_dtype = layer.compute_dtype if isinstance(layer, QLoRALinear) else None
-    x_dtype = x_dtype or (layer.lora_A if four_bit else layer.weight).dtype
     if isinstance(layer, LoRAEmbedding) and layer.enabled and not layer.merged:
         return _embedding_row(name), []
+    compute_dtype = layer.compute_dtype if isinstance(layer, QLoRALinear) else None
+    weight = layer._base_weight()
+    x_dtype = x_dtype or (layer.lora_A if isinstance(weight, Weight4bit) else weight).dtype
     dropout_p = layer.dropout if layer.training else 0.0
     call = Call(layer.lora_A, layer._adapter_B(), layer.scaling, None, dropout_p)
-    part = _part(call, x_dtype, four_bit, compute_dtype)
+    part = _part(call, x_dtype, weight, compute_dtype)
     if layer.merged or not layer.enabled:
         reason = "the adapter is merged" if layer.enabled else "the adapter is disabled"
         product = "F.embedding" if isinstance(layer, LoRAEmbedding) else "F.linear"
@@ -370,10 +375,18 @@ def _embedding_row(name: str) -> Row:
     return Row(name, "not fused", "torch", "lookups, then one product in place", reason)
 
 
+def _base_weight(base: nn.Module) -> Tensor | Weight4bit:
+    if is_linear4bit(base):
+        from .base4bit import weight4bit  # which imports bitsandbytes
+
+        return weight4bit(base)
+    return linear.base_weight(base)
+
+
 def _mixed_part(
     adapters: Sequence[linear.Adapter],
     x_dtype: torch.dtype,
-    four_bit: bool,
+    weight: Tensor | Weight4bit | None,
     compute_dtype: torch.dtype | None,
 ) -> Part:
     """The call of `multi_lora_linear` for an x of this dtype beside the adapters."""
@@ -381,18 +394,30 @@ def _mixed_part(
     rank = max(adapter.lora_A.weight.shape[0] for adapter in adapters)
     dtype = base_dtype(A.device.type, x_dtype, compute_dtype)
     return Part(
-        A.device, x_dtype, dtype, B.shape[0], A.shape[1], rank, A.dtype, B.dtype, four_bit,
-        mixed=True,
+        A.device, x_dtype, dtype, B.shape[0], A.shape[1], rank, A.dtype, B.dtype,
+        isinstance(weight, Weight4bit), mixed=True, layout=_layout(A.device.type, weight, dtype),
     )  # fmt: skip
 
 
 def _part(
-    call: Call, x_dtype: torch.dtype, four_bit: bool, compute_dtype: torch.dtype | None
+    call: Call,
+    x_dtype: torch.dtype,
+    weight: Tensor | Weight4bit | None,
+    compute_dtype: torch.dtype | None,
 ) -> Part:
     """The call of `lora_linear` for an x of this dtype beside the adapter."""
     (R, K), N, device = call.lora_A.shape, call.lora_B.shape[0], call.lora_A.device
     dtype = base_dtype(device.type, x_dtype, compute_dtype)
     return Part(
-        device, x_dtype, dtype, N, K, R, call.lora_A.dtype, call.lora_B.dtype, four_bit,
-        dropout=call.dropout_p > 0,
+        device, x_dtype, dtype, N, K, R, call.lora_A.dtype, call.lora_B.dtype,
+        isinstance(weight, Weight4bit), dropout=call.dropout_p > 0,
+        layout=_layout(device.type, weight, dtype),
     )  # fmt: skip
+
+
+def _layout(
+    device_type: str, weight: Tensor | Weight4bit | None, dtype: torch.dtype
+) -> Layout | None:
+    return ops.layout(
+        device_type, weight.codes if isinstance(weight, Weight4bit) else weight, dtype
+    )

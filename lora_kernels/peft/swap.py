@@ -15,6 +15,7 @@ from peft.tuners.adalora.layer import SVDLinear
 from peft.tuners.lora.layer import LoraLayer, MultiheadAttention, ParamWrapper
 from torch import nn
 
+from . import foreign
 from .adalora import FusedSVDLinear
 from .embedding import FusedEmbedding
 from .linear import Fused, FusedLinear, is_conv1d, patched, trainable_base
@@ -111,7 +112,7 @@ def _fused_class(layer: LoraLayer) -> Any:
         from .linear4bit import FusedSVDLinear4bit
 
         return FusedSVDLinear4bit
-    return None
+    return foreign.fused_class(type(layer))
 
 
 def _set_class(layer: Any, cls: Any) -> None:

@@ -7,11 +7,10 @@ import pytest
 import torch
 
 import lora_kernels
-from lora_kernels.backends.cuda import COOPERATIVE, OVERLAPPED, SPLIT, launch
-from lora_kernels.measure.case import Case, judge
+from lora_kernels.backends.cuda import COOPERATIVE, ORDINARY, OVERLAPPED, SPLIT, STRATEGIES, launch
+from lora_kernels.measure.case import Case, fits_cuda, inputs, judge, run
 
 f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
-every_strategy = pytest.mark.parametrize("strategy", [COOPERATIVE, OVERLAPPED, SPLIT])
 FULL: dict[str, Any] = {"gate": True, "column_scale": True, "bias": True, "dropout_p": 0.1}
 # dtype, adapter_dtype, autocast
 DTYPES = [
@@ -34,10 +33,14 @@ def check(case: Case, strategy: str) -> set[str]:
     return {kernel for kernel, _ in launch.traffic}
 
 
+def fitting(case: Case, strategies: tuple[str, ...] = STRATEGIES) -> list[str]:
+    return [strategy for strategy in strategies if fits_cuda(case, strategy)]
+
+
 @pytest.mark.parametrize("options", [{}, FULL], ids=["plain", "full"])
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 def test_any_sizes(dtypes: tuple[Any, ...], options: dict[str, Any]) -> None:
-    assert "linear" in check(Case(33, 65, 63, R, *dtypes, **options), SPLIT)
+    assert "linear" in check(Case(33, 65, 63, R, *dtypes, **options), ORDINARY)
 
 
 @pytest.mark.parametrize("options", [{}, FULL], ids=["plain", "full"])
@@ -60,7 +63,9 @@ def test_few_rows(dtypes: tuple[Any, ...], options: dict[str, Any], strategy: st
 @pytest.mark.parametrize("M", [0, 1, 2, 8, 16, 17])
 @pytest.mark.parametrize("quant", ["", "nf4-64-nested"])
 def test_rows(quant: str, M: int) -> None:
-    ran = check(Case(M, 40, 192, R, bf16, quant=quant, bias=True), COOPERATIVE)
+    case = Case(M, 40, 192, R, bf16, quant=quant, bias=True)
+    assert fits_cuda(case, COOPERATIVE) == (M <= 16)
+    ran = check(case, COOPERATIVE if M <= 16 else SPLIT)
     assert ("decode" in ran) == (0 < M <= 16)
 
 
@@ -81,14 +86,14 @@ def test_rows(quant: str, M: int) -> None:
     ids=str,
 )
 def test_options(options: dict[str, Any]) -> None:
-    check(Case(33, 65, 63, R, bf16, **options), SPLIT)
+    check(Case(33, 65, 63, R, bf16, **options), ORDINARY)
     check(Case(13, 72, 64, R, bf16, **options), COOPERATIVE)
 
 
 @pytest.mark.parametrize("rank", [1, 2, 16, 17, 64, 65, 130, 256])
 def test_ranks(rank: int) -> None:
     """Of the thin products' 16 or 64 at a time, and of the products' 16 or 32."""
-    ran = check(Case(40, 65, 63, rank, f32, dropout_p=0.1), SPLIT)
+    ran = check(Case(40, 65, 63, rank, f32, dropout_p=0.1), ORDINARY)
     assert ("pair" in ran) == (rank <= 64)
     check(Case(5, 40, 64, rank, bf16), COOPERATIVE)
     check(Case(40, 40, 64, rank, bf16), SPLIT)
@@ -103,15 +108,15 @@ def test_splits_of_the_sum(quant: str) -> None:
 
 def test_shares_that_are_added() -> None:
     """Of K in P, of N in dS, of M in dA and dB: two at least, the last one short."""
-    check(Case(5, 300, 600, R, f32, column_scale=True, bias=True), SPLIT)
-    check(Case(1100, 70, 65, R, f32, column_scale=True, bias=True), SPLIT)
+    check(Case(5, 300, 600, R, f32, column_scale=True, bias=True), ORDINARY)
+    check(Case(1100, 70, 65, R, f32, column_scale=True, bias=True), ORDINARY)
 
 
 @pytest.mark.parametrize("layout", ["padded", "columns", "every_other", "expanded", "3d_swapped"])
 def test_strides(layout: str) -> None:
     dy = layout if "d_" not in layout else "rows"
     options: dict[str, Any] = {"x_layout": layout, "dy_layout": dy, "dropout_p": 0.1}
-    check(Case(30, 65, 63, R, f32, **options), SPLIT)
+    check(Case(30, 65, 63, R, f32, **options), ORDINARY)
     check(Case(30, 72, 64, R, bf16, **options), SPLIT)
     if "d_" not in layout:
         check(Case(10, 72, 64, R, bf16, **options), COOPERATIVE)
@@ -134,14 +139,42 @@ def test_strides(layout: str) -> None:
     ids=str,
 )
 def test_4bit(dtype: torch.dtype, K: int, quant: str, M: int) -> None:
-    for strategy in (COOPERATIVE, SPLIT) if M <= 16 else (SPLIT,):
-        check(Case(M, 96, K, R, dtype, quant=quant, values="nonnegative"), strategy)
+    case = Case(M, 96, K, R, dtype, quant=quant, values="nonnegative")
+    for strategy in fitting(case, (COOPERATIVE, SPLIT)) or [ORDINARY]:
+        check(case, strategy)
 
 
-@every_strategy
-def test_4bit_options(strategy: str) -> None:
-    check(Case(13, 65, 128, R, f16, quant="nf4-64-nested", **FULL), strategy)
-    check(Case(9, 65, 96, R, f32, quant="nf4-64-nested", compute=bf16), strategy)
+def test_4bit_options() -> None:
+    for case in (
+        Case(13, 65, 128, R, f16, quant="nf4-64-nested", **FULL),
+        Case(9, 65, 96, R, f32, quant="nf4-64-nested", compute=bf16),
+    ):
+        for strategy in fitting(case):
+            check(case, strategy)
+
+
+def test_a_weight_stored_by_columns() -> None:
+    """As GPT-2's: forward and dx are each other's product."""
+    args = inputs(Case(33, 72, 64, R, bf16, gate=True, bias=True))
+    stored = args["weight"].t().contiguous().t()
+    results = []
+    for weight in (args["weight"], stored):
+        launch.traffic.clear()
+        results.append(run(lora_kernels.lora_linear, {**args, "weight": weight}))
+        assert {kernel for kernel, _ in launch.traffic} & {"gemm", "linear", "decode"} == {"gemm"}
+    for name, want in results[0].items():
+        assert torch.equal(results[1][name], want), name
+
+
+def test_x_that_begins_between_two_loads() -> None:
+    """It is copied, as rows of another stride are."""
+    args = inputs(Case(33, 72, 64, R, bf16))
+    x = args["x"].detach()
+    off = torch.cat([x.new_zeros(1), x.flatten()])[1:].view(33, 64).requires_grad_()
+    assert off.data_ptr() % 16
+    want, got = (run(lora_kernels.lora_linear, {**args, "x": x}) for x in (args["x"], off))
+    assert {kernel for kernel, _ in launch.traffic} & {"gemm", "linear"} == {"gemm"}
+    assert all(torch.equal(got[name], want[name]) for name in want)
 
 
 @pytest.mark.proof
@@ -152,5 +185,6 @@ def test_cross_product(quant: str, dtypes: tuple[Any, ...]) -> None:
         dtypes = (*dtypes[:2], None)
     options = itertools.cycle([{}, FULL, {"gate": True, "bias": True}, {"dropout_p": 0.5}])
     for M, (N, K) in zip((1, 65, 300), ((129, 64), (64, 72), (264, 192)), strict=True):
-        for strategy in (COOPERATIVE, OVERLAPPED, SPLIT) if M <= 16 else (SPLIT,):
-            check(Case(M, N, K, R, *dtypes, quant=quant, **next(options)), strategy)
+        case = Case(M, N, K, R, *dtypes, quant=quant, **next(options))
+        for strategy in fitting(case):
+            check(case, strategy)

@@ -70,6 +70,11 @@ def draw(M: int, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
 def test_outputs_and_gradients(targets: Any, dtype: torch.dtype, cls: Any) -> None:
     if cls is QLoRAGroup and dtype is f64:
         pytest.skip("4-bit codes stand for float32, bfloat16 or float16")
+    check(targets, dtype, cls)
+
+
+def check(targets: Any, dtype: torch.dtype, cls: Any) -> None:
+    """By whatever backend is asked for."""
     group = make(cls, dtype, targets=targets, lora_dtype=dtype)
     x, dys = draw(70, dtype)
     got, want = results(group, x, dys), oracle(group, x, dys)

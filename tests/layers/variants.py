@@ -57,16 +57,17 @@ VARIANTS: dict[str, tuple[Callable[..., Tensor], dict[str, Any]]] = {
     "DoRALinear": (dora, {"r": 5}),
     "AdaLoRALinear": (adalora, {"r": 5}),
     "HierarchicalLoRALinear": (hierarchical, {"ranks": (4, 3), "weights": (0.7, -0.4)}),
+    "LoRAConv1D": (lora, {"r": 5}),
 }
-NAMES = [*VARIANTS, *(f"Q{name}" for name in VARIANTS)]
+NAMES = [*VARIANTS, *(f"Q{name}" for name in VARIANTS if hasattr(layers, f"Q{name}"))]
 every_variant = pytest.mark.parametrize("name", NAMES)
 
 
-def make(name: str, seed: int = 0, moved: bool = True, **options: Any) -> Any:
+def make(name: str, seed: int = 0, moved: bool = True, inner: int = K, **options: Any) -> Any:
     """A layer whose adapter is no longer at its start, unless it is to be."""
     torch.manual_seed(seed)
     _, own = VARIANTS[name.removeprefix("Q")]
-    layer = getattr(layers, name)(K, N, alpha=10, **{**own, **options})
+    layer = getattr(layers, name)(inner, N, alpha=10, **{**own, **options})
     if moved:
         with torch.no_grad():
             for key, param in layer.named_parameters():
@@ -96,13 +97,13 @@ def results(y: Tensor, x: Tensor, params: Params, dy: Tensor) -> dict[str, Tenso
     return dict(zip(["y", "x", *params], [y.detach(), *grads], strict=True))
 
 
-def check(name: str, dtype: torch.dtype) -> None:
+def check(name: str, dtype: torch.dtype, inner: int = K) -> None:
     """y and every gradient by whatever backend is asked for, adapters in float32, as they are by
     default beside bfloat16."""
     pooled: dict[str, list[list[Tensor]]] = {}
     for seed in range(60):  # 256 elements of the smallest, the weights of two levels aside
-        layer = make(name, seed, dtype=dtype)
-        x, dy = torch.randn(M, K).to(dtype), torch.randn(M, N).to(dtype)
+        layer = make(name, seed, inner=inner, dtype=dtype)
+        x, dy = torch.randn(M, inner).to(dtype), torch.randn(M, N).to(dtype)
         sets = []
         for wide in (None, f64, f32):
             if wide is None:
@@ -133,27 +134,33 @@ def check(name: str, dtype: torch.dtype) -> None:
     for key, (got, ref, eager) in pooled.items():
         # The base product rounds once more where the library makes it, and z where it is kept.
         u = tolerance.unit_roundoff(*((dtype,) if key in ("x", "y", "magnitude") else (f32,)))
-        sums = (M, max(N, K)) if dtype is f32 else (M, N, K)
+        sums = (M, max(N, inner)) if dtype is f32 else (M, N, inner)
         verdict = tolerance.compare(got, ref, eager, u, sums)
         assert verdict.ok, f"{key}: {verdict}"
 
 
 def check_memory(
-    name: str, dtype: torch.dtype, dropout: float = 0.25, cycles: bool = False
+    name: str,
+    dtype: torch.dtype,
+    dropout: float = 0.25,
+    cycles: bool = False,
+    sizes: tuple[int, int] = (M, K),
 ) -> None:
     """What is alive between forward and backward, whichever backend and strategy is asked for:
     x, P [M, R] in float32 and 16 bytes, z in addition where c trains; beside them nothing but the
     vectors that c and g are. Counted twice: by hooks on what autograd saves, and as what the
     forward allocated and did not free, which sees also what a context would hide. cycles: the
-    backend leaves garbage in cycles of references, as Triton's interpreter does."""
-    layer = make(name, dtype=dtype, dropout=dropout)
-    x = torch.randn(M, K).to(dtype).requires_grad_()
-    R = layer.lora_A.shape[0]
-    want = M * K * dtype.itemsize + 16 * bool(dropout)
+    backend leaves garbage in cycles of references, as Triton's interpreter does. sizes: rows of x,
+    and K."""
+    rows, inner = sizes
+    layer = make(name, inner=inner, dtype=dtype, dropout=dropout)
+    x = torch.randn(rows, inner).to(dtype).requires_grad_()
+    R, x_bytes = layer.lora_A.shape[0], rows * inner * dtype.itemsize
+    want = x_bytes + 16 * bool(dropout)
     if "MemoryEfficient" not in name:  # which makes P again
-        want += M * R * 4
+        want += rows * R * 4
     if "DoRA" in name:  # z; c, and the norm that the magnitude is divided by
-        want += M * N * dtype.itemsize + 2 * N * 4
+        want += rows * N * dtype.itemsize + 2 * N * 4
     elif name.removeprefix("Q") in ("AdaLoRALinear", "HierarchicalLoRALinear"):
         want += R * 4  # g
     kept = held(lambda: layer(x), layer)  # a first call, which may make buffers to keep
@@ -169,7 +176,7 @@ def check_memory(
     alive = sum(event.self_cpu_memory_usage for event in profiled.events())
     # Of each level's weight · s PyTorch keeps s, a float64 for which it calls no hook.
     numbers = 8 * len(layer.ranks) if "Hierarchical" in name else 0
-    assert alive == y.numel() * y.itemsize + want + numbers - M * K * dtype.itemsize
+    assert alive == y.numel() * y.itemsize + want + numbers - x_bytes
     assert not hidden(y)
 
 

@@ -7,6 +7,7 @@ import torch
 
 from lora_kernels import costs, select
 from lora_kernels.backends import triton
+from lora_kernels.backends.cuda.fit import Layout
 from lora_kernels.backends.triton import configs, measured
 from lora_kernels.costs import Gpu, predict
 
@@ -72,14 +73,21 @@ def test_no_prediction_beats_the_hardware(gpu: Gpu, itemsize: int, four_bit: boo
 
 def test_float32_has_no_kernel_of_the_matrix_units() -> None:
     for gpu, M in itertools.product(SERVED, (1, 16)):
-        assert {c.strategy for c in predict(gpu, M, N, K, R, 4) if c.backend == "cuda"} == {"split"}
+        found = {c.strategy for c in predict(gpu, M, N, K, R, 4) if c.backend == "cuda"}
+        assert found == {"split, ordinary multipliers"}
 
 
 def choose(
-    gpu: Gpu | None, untried: str | None = None, rank: int = R, cuda: str | None = None
+    gpu: Gpu | None,
+    untried: str | None = None,
+    rank: int = R,
+    cuda: str | None = None,
+    inner: int = K,
+    blocksize: int = 64,
 ) -> select.Choice | None:
     dtypes = (torch.bfloat16,) * 4
-    return select._choose_gpu(gpu, untried, None, cuda, *dtypes, rank, 1, N, K, True, False)
+    asked = (untried, None, cuda, *dtypes, rank, 1, N, inner, True, False, Layout(blocksize))
+    return select._choose_gpu(gpu, *asked)
 
 
 @every_gpu
@@ -90,6 +98,12 @@ def test_select_follows_the_model(gpu: Gpu) -> None:
     assert "of eager's" in choice.reason
     other = choose(gpu, cuda="the CUDA kernels were not built")
     assert other is not None and other.backend == "triton"
+
+
+@pytest.mark.parametrize("odd", [{"inner": 14336 + 32}, {"blocksize": 32}], ids=str)
+def test_a_kernel_is_expected_only_of_what_it_takes(odd: dict[str, int]) -> None:
+    choice = choose(H100, **odd)  # type: ignore[arg-type]
+    assert choice is not None and choice.strategy == "split"
 
 
 def test_while_untried_eager_is_chosen_and_the_model_quoted() -> None:

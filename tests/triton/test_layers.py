@@ -1,11 +1,14 @@
 """Each variant of LoRA, dense and 4-bit, by the Triton kernels against its formula, and what it
 keeps for its backward."""
 
+from typing import Any
+
 import pytest
 import torch
 
 import lora_kernels
 from lora_kernels import select
+from tests.layers import test_group
 from tests.layers.variants import check, check_memory, every_variant
 
 
@@ -29,6 +32,13 @@ def test_nothing_is_alive_beside_the_formula(name: str, strategy: str) -> None:
 def test_y_and_every_gradient(name: str, dtype: torch.dtype) -> None:
     with lora_kernels.backend("triton"):
         check(name, dtype)
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("cls", test_group.CLASSES)
+def test_projections_of_one_x(cls: Any) -> None:
+    with lora_kernels.backend("triton"):
+        test_group.check(("q", "v"), torch.bfloat16, cls)
 
 
 @pytest.mark.proof

@@ -3,9 +3,10 @@
 "Publish first, consume last": one launch for up to 16 rows; the first blocks each make a slot of
 P = D(x)·Aᵀ, all stream W, codes looked up on their way to the matrix units, and S·Bᵀ is added last.
 "Publish, then consume": the same in two launches, the second of which starts before the first ends.
-"Split": P by itself, then one kernel whose sums start at S·Bᵀ: on the matrix units where dtypes and
-alignment allow it, else on the ordinary multipliers, which float32 always uses. The backward is
-split: one read of dY gives dS and dB, then dx as y, then dA.
+"Split": P by itself, then one kernel on the matrix units whose sums start at S·Bᵀ. "Split, ordinary
+multipliers": the same for any dtype, size and stride, float32 always. `fit` says which of them can
+take a product, and why not. The backward is split: one read of dY gives dS and dB, then dx as y,
+then dA.
 
 Rounding points: those named at the kernels. P, dS and the sums of gradients are float32.
 Deterministic: atomics count who has published, never data; slots are added in order.
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
 COOPERATIVE = "publish first, consume last"
 OVERLAPPED = "publish, then consume"
 SPLIT = "split"
-STRATEGIES = (COOPERATIVE, OVERLAPPED, SPLIT)
+ORDINARY = "split, ordinary multipliers"
+STRATEGIES = (COOPERATIVE, OVERLAPPED, SPLIT, ORDINARY)
 DECODE_ROWS = 16  # of x, at most, for the first two
 MIN_CAPABILITY = 80  # cp.async, bfloat16 on the matrix units
 

@@ -11,8 +11,8 @@ from ... import reference
 from ...quantization.codes import Codes
 from .. import stacked, workspace
 from ..dropout import NO_DROPOUT, Dropout
-from . import COOPERATIVE, DECODE_ROWS, SPLIT, launch, module
-from .launch import DTYPE, empty, matrix, pointer, vector
+from . import COOPERATIVE, ORDINARY, OVERLAPPED, SPLIT, fit, launch, module
+from .launch import DTYPE, empty, matrix, pointer, vector, whole_rows
 
 _THIN_SHARE = 1024  # of the summed dimension, that one slot takes at least
 _BLOCKS = 264  # of a launch, that fill any GPU
@@ -47,12 +47,11 @@ def lora_linear(
         x, weight, lora_B.t(), scaling, rank_gate, NO_DROPOUT, column_scale, bias, y, z, False,
         dtype,
     )  # fmt: skip
-    p = None
-    if strategy != SPLIT and M <= DECODE_ROWS:
+    if strategy in (COOPERATIVE, OVERLAPPED):
         p = _decode(linear, lora_A, dropout, strategy == COOPERATIVE)
-    if p is None:
+    else:
         p = _sum(_thin(x, None, dropout, False, lora_A), dropout.scale)
-        linear.run(p)
+        linear.run(p, strategy == SPLIT)
     return y, p, z
 
 
@@ -114,7 +113,7 @@ def lora_linear_backward(
             dz, weight, lora_A, scaling * dropout.scale, rank_gate, dropout, None, None, dx, None,
             True, dtype,
         )  # fmt: skip
-        linear.run(ds)
+        linear.run(ds, _dx_on_matrix_units(weight, dtype, N, K, strategy))
     if dA is not None:
         assert ds is not None
         slots = _thin(x, None, dropout, True, ds.t())
@@ -151,7 +150,7 @@ def multi_lora_linear(
     p = stack.kept(_sum(_thin(x, None, dropout, False, stack.lora_A), dropout.scale))
     _Linear(
         x, weight, stack.lora_B.t(), 1.0, stack.gate, NO_DROPOUT, None, bias, y, None, False, dtype
-    ).run(p)  # fmt: skip
+    ).run(p, strategy == SPLIT)  # fmt: skip
     return y, stack.compact(p)
 
 
@@ -197,7 +196,7 @@ def multi_lora_linear_backward(
         _Linear(
             dy, weight, stack.lora_A, dropout.scale, stack.gate, dropout, None, None, dx, None,
             True, dtype,
-        ).run(ds)  # fmt: skip
+        ).run(ds, _dx_on_matrix_units(weight, dtype, N, K, strategy))  # fmt: skip
     if ds is not None:
         ds = stack.compact(ds)
     if dropout.rng is not None and any(need_A):  # by the rows' own places, before they are sorted
@@ -267,8 +266,8 @@ def quantize(
 
 
 class _Linear:
-    """y = out_scale ⊙ (x·W + mask(S)·Q) + bias, all but S settled: on the matrix units where they
-    take it. transposed: the weight's rows are the inner dimension, as in dx."""
+    """y = out_scale ⊙ (x·W + mask(S)·Q) + bias, all but S settled. transposed: the weight's rows
+    are the inner dimension, as in dx."""
 
     def __init__(
         self,
@@ -288,6 +287,8 @@ class _Linear:
         (M, K), (R, N) = x.shape, q.shape
         self.codes = weight if isinstance(weight, Codes) else None
         w = weight.to(dtype) if isinstance(weight, Tensor) else None  # as autocast does
+        if w is not None and w.stride(0) == 1 != w.stride(1):
+            w, transposed = w.t(), not transposed
         gate, out_scale, bias = map(_vector, (gate, out_scale, bias))
         self.x, self.y, self.shape, self.dtype, self.transposed = (
             x,
@@ -313,39 +314,48 @@ class _Linear:
     def args(self, x: Tensor, p: Tensor | None) -> object:
         return module().Linear(matrix(x), *self._after_x, pointer(p), *self._after_p)
 
-    def run(self, p: Tensor) -> None:
-        x = self.x
-        if self.base and DTYPE[self.dtype] and not matrix(x)[4]:
-            x = x.contiguous()
-        if self.base and x.dtype != self.dtype:
-            x = x.to(self.dtype)
-        args = self.args(x, p)
-        touched = {"x": x, "p": p, **self.touched}
-        if module().gemm_unfit(args) is not None:
-            launch.run("linear", x, touched, args)
+    def run(self, p: Tensor, matrix_units: bool) -> None:
+        x = self.in_dtype()
+        if not matrix_units:
+            launch.run("linear", x, {"x": x, "p": p, **self.touched}, self.args(x, p))
             return
+        x = whole_rows(x)
         M, N, K, _ = self.shape
         tile_m, tile_n, tile_k = _GEMM_TILE
         tiles = -(-M // tile_m) * -(-N // tile_n)
         share, splits = _shares(K, 4 * tile_k, min(_MAX_SPLITS, _BLOCKS // tiles))
         parts = empty(x, splits, M, N) if splits > 1 else None
-        touched["parts"] = parts
-        launch.run("gemm", x, touched, args, splits, pointer(parts), share)
+        launch.run(
+            "gemm", x, {"x": x, "p": p, "parts": parts, **self.touched}, self.args(x, p), splits,
+            pointer(parts), share,
+        )  # fmt: skip
+
+    def in_dtype(self) -> Tensor:
+        """x as the base product takes it; without one it stays as it is."""
+        return self.x.to(self.dtype) if self.base else self.x
 
 
-def _decode(linear: _Linear, a: Tensor, dropout: Dropout, cooperative: bool) -> Tensor | None:
-    """P, and y is made; None where the kernel does not take it."""
+def _dx_on_matrix_units(
+    weight: Tensor | Codes | None, dtype: torch.dtype, N: int, K: int, strategy: str
+) -> bool:
+    if strategy == ORDINARY:
+        return False
+    return fit.backward(dtype, fit.layout(weight, dtype), N, K) is None
+
+
+def _decode(linear: _Linear, a: Tensor, dropout: Dropout, cooperative: bool) -> Tensor:
+    """P, and y is made."""
     x, (M, _, K, R) = linear.x, linear.shape
-    if linear.base == 0:
-        return None
     share, count = _shares(K, 256, _MAX_PUBLISHERS)
     slots, p, flags = empty(x, count, M, R), empty(x, M, R), workspace.flags(x.device)
-    args = module().Decode(
-        linear.args(x, None), matrix(a), _arg(dropout), dropout.scale, slots.data_ptr(),
-        p.data_ptr(), flags.data_ptr(), share, count,
+    after_x = (
+        matrix(a), _arg(dropout), dropout.scale, slots.data_ptr(), p.data_ptr(), flags.data_ptr(),
+        share, count,
     )  # fmt: skip
-    if module().decode_unfit(args) is not None:
-        return None
+    args = module().Decode(linear.args(x, None), *after_x)
+    if not args.resident:  # too large for a block to keep, and staged as it lies
+        x = whole_rows(linear.in_dtype())
+        args = module().Decode(linear.args(x, None), *after_x)
     touched = {"x": x, "a": a, "rng": dropout.rng, "slots": slots, "p": p, "flags": flags}
     launch.run("decode", x, touched | linear.touched, args, cooperative)
     return p

@@ -45,6 +45,11 @@ def matrix(t: Tensor | None) -> MatrixArg:
     return address, DTYPE[t.dtype], row, col, vectors
 
 
+def whole_rows(t: Tensor) -> Tensor:
+    """Itself, or a copy whose rows are aligned loads; their length must allow it."""
+    return t if matrix(t)[4] else t.clone(memory_format=torch.contiguous_format)
+
+
 def vector(t: Tensor | None) -> VectorArg:
     return (0, 0) if t is None else (t.data_ptr(), DTYPE[t.dtype])
 

@@ -1,0 +1,92 @@
+"""Which of the kernels take a product: what `select` decides by, and says.
+
+The matrix units are fed by loads of 16 bytes, so that rows have to be whole ones, and aligned.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...quantization.codes import Codes
+from . import DECODE_ROWS, ORDINARY, SPLIT
+
+NO_BASE = "there is no base product"
+_FLOAT32 = "float32 products need every bit, which the matrix units drop"
+_WIDE = 16  # bytes of a load
+_ALIGNED = 8  # elements of it, of 16 bits
+_RUN = 32  # codes of it
+_BLOCK = 64  # codes that decode takes with one scale
+
+
+class Layout(NamedTuple):
+    """How a weight [N, K] lies in memory, as far as kernels mind.
+
+    blocksize: of 4-bit codes; 0: dense. columns: it is stored as [K, N]. obstacle: why the matrix
+    units cannot take it, whatever its sizes.
+    """
+
+    blocksize: int = 0
+    columns: bool = False
+    obstacle: str | None = None
+
+
+def layout(weight: Tensor | Codes | None, dtype: torch.dtype) -> Layout:
+    """dtype: of the product, to which a dense weight of another is converted first."""
+    if weight is None:
+        return Layout(obstacle=NO_BASE)
+    if isinstance(weight, Codes):
+        aligned = weight.packed.data_ptr() % _WIDE == 0
+        obstacle = None if aligned else "the packed bytes are not aligned to 16"
+        return Layout(weight.blocksize, obstacle=obstacle)
+    row, col = weight.stride()
+    columns = col != 1 and row == 1
+    if weight.dtype is dtype and weight.dim() == 2:
+        step = (col if columns else row) * weight.element_size()
+        if (not columns and col != 1) or step % _WIDE or weight.data_ptr() % _WIDE:
+            return Layout(0, columns, "the weight's rows are not whole and aligned 16 bytes")
+    return Layout(0, columns)
+
+
+def forward(
+    strategy: str, dtype: torch.dtype, weight: Layout, M: int | None, N: int, K: int
+) -> str | None:
+    """Why y = x·Wᵀ [M, N] cannot be made by the strategy; None where it can. M None: of any."""
+    if strategy == ORDINARY:
+        return None
+    if dtype is torch.float32:
+        return _FLOAT32
+    if K % _ALIGNED:
+        return f"K = {K} is no multiple of {_ALIGNED}, so that rows are not whole loads"
+    if weight.obstacle is not None:
+        return weight.obstacle
+    if strategy == SPLIT:
+        if weight.columns and N % _ALIGNED:
+            return f"N = {N} is no multiple of {_ALIGNED}, and the weight is stored as [K, N]"
+        return _codes(weight, K, _RUN)
+    if M is not None and M > DECODE_ROWS:
+        return f"{M} rows are more than {DECODE_ROWS}"
+    if weight.columns:
+        return "the weight is stored as [K, N]"
+    if 0 < weight.blocksize < _BLOCK:
+        return f"blocks of {weight.blocksize} codes are less than {_BLOCK}"
+    return _codes(weight, K, _BLOCK)
+
+
+def backward(dtype: torch.dtype, weight: Layout, N: int, K: int) -> str | None:
+    """Why dx = dz·W [M, K] cannot be made on the matrix units; None where it can."""
+    if dtype is torch.float32:
+        return _FLOAT32
+    if N % _ALIGNED:
+        return f"N = {N} is no multiple of {_ALIGNED}, so that rows of dy are not whole loads"
+    if not weight.columns and K % _ALIGNED:
+        return f"K = {K} is no multiple of {_ALIGNED}, so that rows are not whole loads"
+    return weight.obstacle or _codes(weight, K, _RUN)
+
+
+def _codes(weight: Layout, K: int, run: int) -> str | None:
+    if weight.blocksize and K % run:
+        return f"K = {K} is no multiple of {run}, so that rows are not whole runs of codes"
+    return None

@@ -1,0 +1,116 @@
+"""Which kernel is chosen for a product, and what is said where it is not the fastest one."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+import lora_kernels
+from lora_kernels import select
+from lora_kernels.backends.cuda import COOPERATIVE, ORDINARY, OVERLAPPED, SPLIT, fit, launch
+from lora_kernels.backends.cuda.fit import Layout
+from lora_kernels.layers import LoRALinear
+from lora_kernels.peft import explain, fuse
+from lora_kernels.quantization import quantize_4bit
+
+f32, bf16 = torch.float32, torch.bfloat16
+ROWS, CODES = Layout(), Layout(64)
+COLUMNS, OFF = Layout(columns=True), Layout(obstacle="the weight's rows are not whole")
+
+
+def choose(
+    M: int | None, N: int, K: int, layout: Layout = ROWS, dtype: torch.dtype = bf16
+) -> select.Choice:
+    return select.lora_linear(
+        "cpu", dtype, dtype, dtype, dtype, 16, M, layout.blocksize > 0, N, K, layout=layout
+    )
+
+
+@pytest.mark.parametrize(
+    ("M", "N", "K", "layout", "strategy", "words"),
+    [
+        (16, 64, 64, ROWS, COOPERATIVE, []),
+        (17, 64, 64, ROWS, SPLIT, []),
+        (1, 64, 63, ROWS, ORDINARY, [f"not {COOPERATIVE!r}: K = 63 is no multiple of 8"]),
+        (1, 65, 64, ROWS, COOPERATIVE, ["dx on the ordinary multipliers: N = 65"]),
+        (99, 65, 64, ROWS, SPLIT, ["dx on the ordinary multipliers: N = 65"]),
+        (1, 64, 96, CODES, SPLIT, [f"not {COOPERATIVE!r}: K = 96 is no multiple of 64"]),
+        (1, 64, 64, Layout(32), SPLIT, ["blocks of 32 codes are less than 64"]),
+        (99, 64, 72, CODES, ORDINARY, [f"not {SPLIT!r}: K = 72 is no multiple of 32"]),
+        (1, 64, 64, COLUMNS, SPLIT, ["the weight is stored as [K, N]"]),
+        (99, 63, 64, COLUMNS, ORDINARY, [f"not {SPLIT!r}: N = 63 is no multiple of 8"]),
+        (1, 64, 64, OFF, ORDINARY, [f"not {COOPERATIVE!r}: the weight's rows are not whole"]),
+    ],
+    ids=str,
+)
+def test_what_keeps_a_kernel_from_a_product_is_said(
+    M: int, N: int, K: int, layout: Layout, strategy: str, words: list[str]
+) -> None:
+    choice = choose(M, N, K, layout)
+    assert choice.strategy == strategy
+    assert all(word in choice.reason for word in words), choice.reason
+    assert words or choice.reason == "the cuda backend was asked for"
+
+
+def test_float32_is_the_ordinary_multipliers_and_says_so() -> None:
+    choice = choose(1, 64, 64, dtype=f32)
+    assert choice.strategy == ORDINARY and "float32 products need every bit" in choice.reason
+
+
+def test_any_number_of_rows() -> None:
+    assert choose(None, 64, 64).strategy == f"{SPLIT}; up to 16 rows {COOPERATIVE}"
+    assert choose(None, 64, 63).strategy == ORDINARY
+
+
+@pytest.mark.parametrize("strategy", [COOPERATIVE, OVERLAPPED, SPLIT])
+def test_a_strategy_that_was_asked_for_is_taken_or_refused(strategy: str) -> None:
+    A, B = torch.ones(2, 63, dtype=bf16), torch.ones(8, 2, dtype=bf16)
+    x, W = torch.ones(3, 63, dtype=bf16), torch.ones(8, 63, dtype=bf16)
+    with (
+        lora_kernels.backend("cuda", strategy),
+        pytest.raises(RuntimeError, match=f"strategy '{strategy}' was asked for .* K = 63"),
+    ):
+        lora_kernels.lora_linear(x, W, A, B)
+    assert not launch.traffic
+
+
+def test_how_a_weight_lies() -> None:
+    W = torch.zeros(16, 64, dtype=bf16)
+    assert fit.layout(W, bf16) == ROWS and fit.layout(W.t(), bf16) == COLUMNS
+    assert fit.layout(None, bf16).obstacle == fit.NO_BASE
+    for odd in (W.view(-1)[1:].as_strided((15, 64), (64, 1), 1), W[:, :63], W[:, ::2]):
+        assert fit.layout(odd, bf16).obstacle == (
+            None if odd.shape[1] == 63 else "the weight's rows are not whole and aligned 16 bytes"
+        )
+        assert fit.layout(odd, f32).obstacle is None  # it is converted, into rows
+    codes = quantize_4bit(W, "nf4", 128).codes
+    assert fit.layout(codes, bf16) == Layout(128)
+    off = torch.cat([codes.packed[:1], codes.packed])[1:]
+    assert fit.layout(codes._replace(packed=off), bf16).obstacle is not None
+
+
+@pytest.mark.parametrize("K", [64, 63])
+def test_a_kernel_refuses_what_fit_should_have(K: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fit, "forward", lambda *args: None)
+    A, B = torch.ones(2, K, dtype=bf16), torch.ones(8, 2, dtype=bf16)
+    x, W = torch.ones(33, K, dtype=bf16), torch.ones(8, K, dtype=bf16)
+    with lora_kernels.backend("cuda", SPLIT), torch.no_grad():
+        if K % 8:
+            with pytest.raises(RuntimeError, match="gemm: x's rows are not whole"):
+                lora_kernels.lora_linear(x, W, A, B)
+        else:
+            lora_kernels.lora_linear(x, W, A, B)
+
+
+def test_explain_says_it_of_each_layer() -> None:
+    config = LoraConfig(target_modules=["0", "1", "2"], init_lora_weights=False)
+    layers = nn.Linear(64, 65), nn.Linear(65, 64), Conv1D(64, 64)
+    model = fuse(get_peft_model(nn.Sequential(*layers).to(bf16), config))
+    even, odd, columns = explain(model, x_dtype=bf16).rows
+    assert even.strategy == f"{SPLIT}; up to 16 rows {COOPERATIVE}"
+    assert "dx on the ordinary multipliers: N = 65" in even.reason
+    assert odd.strategy == ORDINARY and "K = 65 is no multiple of 8" in odd.reason
+    assert columns.strategy == SPLIT
+    plain = explain(nn.Sequential(LoRALinear(65, 64, dtype=bf16)), x_dtype=bf16).rows[0]
+    assert plain.strategy == ORDINARY and "K = 65" in plain.reason

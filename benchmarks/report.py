@@ -1,4 +1,4 @@
-"""Write RESULTS.md, its pictures, and the figures in README.md, from results/*.json.
+"""Write RESULTS.md with its pictures and the figures in README.md, from results/*.json; FAULTS.md.
 
     lora-kernels bench --json benchmarks/results/cpu.json
     lora-kernels bench --quant nf4 --json benchmarks/results/cpu-4bit.json
@@ -27,12 +27,13 @@ from lora_kernels import cpu_costs
 from lora_kernels.backends import cpu
 from lora_kernels.cpu_costs import Machine, Sizes
 
-from . import pictures
+from . import faults, pictures
 
 HERE = Path(__file__).parent
 JSON_4BIT = HERE / "results/cpu-4bit.json"
 JSON_VARIANTS = HERE / "results/cpu-variants.json"
 JSON_MEMORY = HERE / "results/memory.json"
+FAULTS = HERE / "FAULTS.md"
 JSON, RESULTS, README = HERE / "results/cpu.json", HERE / "RESULTS.md", HERE.parent / "README.md"
 TAX_PNG, ROOFLINE_PNG = HERE / "results/lora-tax.png", HERE / "results/roofline.png"
 MARKS = "<!-- figures: written by benchmarks/report.py -->", "<!-- end of figures -->"
@@ -452,7 +453,11 @@ def main(check: bool) -> int:
     if not pattern.search(readme):
         raise SystemExit(f"README.md: no place for figures; want the lines {begin} and {end}")
     figures = f"{begin}\n{readme_figures(data)}\n{end}"
-    wanted = {RESULTS: results(data), README: pattern.sub(lambda _: figures, readme)}
+    wanted = {
+        RESULTS: results(data),
+        README: pattern.sub(lambda _: figures, readme),
+        FAULTS: faults.document(),
+    }
     stale = [p.name for p, text in wanted.items() if not p.exists() or p.read_text() != text]
     pngs = drawn(data)
     stale += [

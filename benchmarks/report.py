@@ -251,8 +251,9 @@ def results_memory(data: Row) -> list[str]:
         "x. Ours is PEFT's layer after `fuse`, in training mode, adapters in float32. *Minimum*: "
         "x, D(x)·Aᵀ in float32, 16 bytes of dropout state, and z where DoRA's magnitude trains; "
         "what is over it are vectors of N or r elements of which c and g are made. *gate* is "
-        "AdaLoRA. *Llama's step*: random weights, hidden size 64, two layers, all that the model "
-        "keeps, dropout 0.1.",
+        "AdaLoRA. *SmolLM2's step*: the 135M model's sizes, random weights, two sequences of 64 "
+        "tokens, LoRA with dropout 0.1 on all linears, all that the model keeps; its minimum is "
+        "what the frozen model holds, and of each layer the input, P and the dropout state.",
         "",
         f"{versions}.",
         "",

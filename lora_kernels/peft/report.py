@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from .. import ops
@@ -233,8 +234,18 @@ def explain(
 def _others(
     model: nn.Module, layers: Sequence[nn.Module], x_dtype: torch.dtype | None
 ) -> Iterator[Part]:
-    """Linear layers outside of these, each as a product of its weight's dtype."""
+    """Linear layers outside of these, each as a product of its weight's dtype; of one that PEFT
+    trains a copy of, the copy that is in use."""
     within = {id(module) for layer in layers for module in layer.modules()}
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            names, copies = module.active_adapter, module.modules_to_save
+            names = [names] if isinstance(names, str) else list(names or ())
+            used = [copies[name] for name in names if name in copies]
+            if module.disable_adapters or not used:
+                used = [module.original_module]
+            within |= {id(child) for child in module.modules()}
+            within -= {id(child) for chosen in used for child in chosen.modules()}
     for module in model.modules():
         if id(module) not in within and not isinstance(module, LoRALinear):
             yield from _base_part(module, x_dtype, 0)

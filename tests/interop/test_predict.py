@@ -189,6 +189,21 @@ def test_shares_and_the_layers_without_an_adapter() -> None:
     assert forward.predictions[row.layer].seconds < prediction.seconds  # type: ignore[operator]
 
 
+def test_a_layer_that_peft_trains_a_copy_of_counts_once() -> None:
+    """The copy, whose weight has a gradient, while it is in use."""
+    plain, saved = (
+        explain(sequential(modules_to_save=names), rows=100, machine=MACHINE).others
+        for names in (None, ["1"])
+    )
+    assert plain is not None and saved is not None and plain.layers == saved.layers == 1
+    weights = Sizes(100, 48, 64, 0, f32).base_flops / MACHINE.peaks[f32]
+    assert saved.seconds == pytest.approx(plain.seconds + weights)  # type: ignore[operator]
+    model = sequential(modules_to_save=["1"])
+    with model.disable_adapter():
+        found = explain(model, rows=100, machine=MACHINE).others
+    assert found is not None and found.layers == 1 and found.seconds <= saved.seconds  # type: ignore[operator]
+
+
 def test_json_holds_the_table() -> None:
     model = fuse(sequential())
     found = explain(model, rows=100, machine=MACHINE)

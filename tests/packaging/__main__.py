@@ -148,8 +148,8 @@ def check(name: str, made: Callable[[str], Environment], wheel: Path, sdist: Pat
         raise Failed(f"{name}: the native kernels are {'not ' * (name != 'no-compiler')}there")
     if name in ("newest", "oldest"):
         said.append("peers: " + environment.verify("--peer", "peft", "--peer", "bitsandbytes"))
-        later = " or ".join(f"({k})" for k in LATER.values()) if name == "oldest" else "nothing"
-        said.append("interop: " + environment.interop(f"not ({later})"))
+        later = " or ".join(f"({k})" for k in LATER.values())
+        said.append("interop: " + environment.interop(f"not ({later})" if name == "oldest" else ""))
     return [environment.versions(), *said]
 
 

@@ -8,10 +8,11 @@ import torch
 
 from lora_kernels.measure import case as cases
 from lora_kernels.measure.case import LAYOUTS, Case, judge
-from tests.ops.engines import every_engine, every_thread_count
+from tests.ops.engines import every_engine, every_thread_count, every_tiled_engine
 from tests.ops.shapes import NARROW, RANKS, ROWS, WIDE
 
 f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
+FULL: dict[str, Any] = {"gate": True, "column_scale": True, "bias": True, "dropout_p": 0.1}
 
 # dtype, adapter_dtype, autocast
 DTYPES = [
@@ -103,7 +104,34 @@ def test_against_the_reference(case: Case, engine: str) -> None:
 def test_any_number_of_threads(
     dtype: torch.dtype, shape: tuple[int, ...], threads: int, engine: str
 ) -> None:
-    check(Case(*shape, dtype, gate=True, column_scale=True, bias=True, dropout_p=0.1))
+    check(Case(*shape, dtype, **FULL))
+
+
+# Whole tiles of 64 rows and 32 elements of the sum, taken where they lie, and a row and an element
+# more; ranks of one tile, of two and of five; sums of several spans.
+@every_tiled_engine
+@every_thread_count
+@pytest.mark.parametrize(
+    ("sizes", "rank", "adapter", "options"),
+    [
+        ((192, 128, 1120), 61, None, {}),
+        ((192, 128, 1120), 13, f32, {"gate": True, "bias": True}),
+        ((193, 65, 63), 61, f32, FULL),
+        ((193, 65, 63), 77, None, FULL),
+        ((64, 193, 64), 61, f16, {"dropout_p": 0.1}),
+        ((289, 320, 288), 61, f32, {"column_scale": True, "dropout_p": 0.1}),
+    ],
+    ids=str,
+)
+def test_tile_registers(
+    sizes: tuple[int, ...],
+    rank: int,
+    adapter: torch.dtype | None,
+    options: dict[str, Any],
+    threads: int,
+    engine: str,
+) -> None:
+    check(Case(*sizes, rank, bf16, adapter, **options))
 
 
 @every_engine

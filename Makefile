@@ -14,7 +14,8 @@ INSTALLED := $(VENV)/.installed-$(shell echo '$(TORCH)' | cksum | cut -d' ' -f1)
 DEMO_INPUTS := $(VENV)/.demo-inputs
 CPP_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: .venv test slice interpreted proof faults bench demo gpu lint format native sanitize clean
+.PHONY: .venv test slice interpreted proof faults matrix bench demo gpu lint format native \
+	sanitize clean
 .DELETE_ON_ERROR:
 
 # Two cores do both parts at once; what they print is kept apart where make can.
@@ -36,9 +37,13 @@ proof: lint native $(DEMO_INPUTS)
 faults: native
 	$(BIN)/python -m tests.faults
 
+# Wheel and sdist, with and without a compiler, beside the newest and the oldest libraries.
+matrix: $(INSTALLED)
+	$(BIN)/python -m tests.packaging
+
 bench: native
 	$(BIN)/lora-kernels bench --json benchmarks/results/cpu.json
-	$(BIN)/lora-kernels bench --quant nf4 --seconds 1 --json benchmarks/results/cpu-4bit.json
+	$(BIN)/lora-kernels bench --quant nf4 --seconds 0.6 --json benchmarks/results/cpu-4bit.json
 	$(BIN)/lora-kernels bench --variants --json benchmarks/results/cpu-variants.json
 	$(BIN)/lora-kernels bench --memory --json benchmarks/results/memory.json
 	$(BIN)/python -m benchmarks.report

@@ -1,4 +1,4 @@
-"""Write RESULTS.md, and the figures in README.md, from results/*.json.
+"""Write RESULTS.md with its pictures and the figures in README.md, from results/*.json; FAULTS.md.
 
     lora-kernels bench --json benchmarks/results/cpu.json
     lora-kernels bench --quant nf4 --json benchmarks/results/cpu-4bit.json
@@ -6,24 +6,46 @@
     lora-kernels bench --memory --json benchmarks/results/memory.json
     python -m benchmarks.report [--check]
 
---check writes nothing and fails where the files say something else than the JSON.
+--check writes nothing and fails where the files say something else than the JSON, or a picture was
+drawn from another. To draw needs matplotlib, which the package's extra `bench` installs.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import statistics
 import sys
+from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+import torch
+
+from lora_kernels import cpu_costs
+from lora_kernels.backends import cpu
+from lora_kernels.cpu_costs import Machine, Sizes
+
+from . import faults, pictures
 
 HERE = Path(__file__).parent
 JSON_4BIT = HERE / "results/cpu-4bit.json"
 JSON_VARIANTS = HERE / "results/cpu-variants.json"
 JSON_MEMORY = HERE / "results/memory.json"
+FAULTS = HERE / "FAULTS.md"
 JSON, RESULTS, README = HERE / "results/cpu.json", HERE / "RESULTS.md", HERE.parent / "README.md"
+TAX_PNG, ROOFLINE_PNG = HERE / "results/lora-tax.png", HERE / "results/roofline.png"
 MARKS = "<!-- figures: written by benchmarks/report.py -->", "<!-- end of figures -->"
-PEERS = ("ours", "addmm", "eager", "ours, fp32 adapters", "peft")
+# Name in the JSON -> column; those that no row has are left out.
+PEERS = {
+    "addmm": "addmm_",
+    "torch.compile": "compile",
+    "eager": "eager",
+    "ours, fp32 adapters": "ours, fp32 A B",
+    "peft": "PEFT, fp32 A B",
+}
+MODES = {"step": "Forward and backward", "forward": "Forward", "backward": "Backward"}
 
 Row = dict[str, Any]
 
@@ -55,17 +77,22 @@ def cell(row: Row, name: str) -> str:
     return f"{row['tax'][name]:.3f}" if name in row["tax"] else "–"
 
 
-def table(rows: list[Row]) -> list[str]:
-    lines = [
-        "| M×K×N | dtype | r | frozen, ms | floor | target | ours | addmm_ | eager "
-        "| ours, fp32 A B | PEFT, fp32 A B |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
+def peers(data: Row) -> list[str]:
+    """Those of PEERS that were timed."""
+    present = {name for row in data["rows"] for name in (*row["tax"], *row["misses"])}
+    return [name for name in PEERS if name in present]
+
+
+def table(rows: list[Row], names: list[str]) -> list[str]:
+    head = ["M×K×N", "dtype", "r", "frozen, ms", "floor", "target", "ours"]
+    head += [PEERS[name] for name in names]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for row in rows:
-        cells = [mark(row), *(cell(row, name) for name in PEERS[1:])]
+        cells = [mark(row), *(cell(row, name) for name in names)]
         target = "–" if row["target"] is None else f"{row['target']:.3f}"
+        cold = ", cold" * (row.get("cache") == "cold")
         lines.append(
-            f"| {row['M']}×{row['K']}×{row['N']} | {row['dtype']} | {row['R']} "
+            f"| {row['M']}×{row['K']}×{row['N']}{cold} | {row['dtype']} | {row['R']} "
             f"| {row['frozen_ms']:.2f} | {row['floor']:.3f} | {target} | {' | '.join(cells)} |"
         )
     return lines
@@ -82,16 +109,23 @@ def results(data: Row) -> str:
         f"**Machine.** {machine(data['provenance'])}.",
         "",
         "**LoRA tax**: time of the layer over that of its frozen linear alone, x needing a "
-        "gradient in both; medians, taking turns in one process, warm, dropout 0. *Floor* is "
-        "arithmetic alone, *target* 1 + 2·(floor − 1) + 0.01 for r ≤ 16. *addmm_* is the "
-        "strongest form in plain PyTorch (an autograd Function around in-place `addmm_`), *eager* "
-        "what one writes first; both with adapters in x's dtype. PEFT keeps its adapters in fp32; "
-        "in fp32 rows that is the same thing. p20 and p80 of every time are in the JSON.",
+        "gradient in both; medians, taking turns in one process, warm unless it says cold, dropout "
+        "0. *Floor* is arithmetic alone, *target* 1 + 2·(floor − 1) + 0.01 for r ≤ 16. *addmm_* is "
+        "the strongest form in plain PyTorch (an autograd Function around in-place `addmm_`), "
+        "*eager* what one writes first, *compile* that under `torch.compile`, each shape for "
+        "itself; all with adapters in x's dtype. A backward is the second part of the steps. PEFT "
+        "keeps its adapters in fp32; in fp32 rows that is the same thing. p20 and p80 of every "
+        "time are in the JSON. ✗ stands where a result misses the tolerance.",
         "",
     ]
-    for mode, title in (("step", "Forward and backward"), ("forward", "Forward")):
-        rows = [row for row in data["rows"] if row["mode"] == mode]
-        out += [f"## {title}", "", *table(rows), ""]
+    out += shown(
+        TAX_PNG,
+        "LoRA tax of each layer, ours and others' beside the floor",
+        machine(data["provenance"]),
+    )
+    for mode, title in MODES.items():
+        if rows := [row for row in data["rows"] if row["mode"] == mode]:
+            out += [f"## {title}", "", *table(rows, peers(data)), ""]
     out += [
         "## Calling overhead",
         "",
@@ -106,13 +140,102 @@ def results(data: Row) -> str:
         ),
         "",
     ]
-    if JSON_4BIT.exists():
-        out += results_4bit(json.loads(JSON_4BIT.read_text()))
+    codes = json.loads(JSON_4BIT.read_text()) if JSON_4BIT.exists() else None
+    out += results_roofline(data, codes)
+    if codes:
+        out += results_4bit(codes)
+    out += results_model([data, *([codes] if codes else [])])
     if JSON_VARIANTS.exists():
         out += results_variants(json.loads(JSON_VARIANTS.read_text()))
     if JSON_MEMORY.exists():
         out += results_memory(json.loads(JSON_MEMORY.read_text()))
     return "\n".join(out)
+
+
+def shown(png: Path, alt: str, caption: str) -> list[str]:
+    """The lines that show a picture."""
+    return [f"![{alt}]({png.relative_to(HERE)})", "", f"*{alt}: {caption}.*", ""]
+
+
+def roofline_caption(data: Row, codes: Row | None) -> str:
+    """Machine and date of the dense layers' run, and of the 4-bit layers' own."""
+    if codes is None:
+        return machine(data["provenance"])
+    own = codes["provenance"]
+    return (
+        f"{machine(data['provenance'])}; 4-bit: {own['isa']}, torch {own['torch']}, {own['date']}"
+    )
+
+
+def results_roofline(data: Row, codes: Row | None) -> list[str]:
+    return [
+        "## Roofline",
+        "",
+        "Operations are those of y, of dx and of the adapter's gradients; bytes those that must "
+        "move, each operand once a direction, so that moving one twice shows as a point that is "
+        "further down. The lines are what a copy and the library's product of two 2048×2048 "
+        "reached in the same run. Above the line of float32: bitsandbytes in eval mode multiplies "
+        "in bfloat16 and misses the tolerance of float32; ours is faster than the library's "
+        "product.",
+        "",
+        *shown(
+            ROOFLINE_PNG,
+            "Operations a second of layers over operations a byte",
+            roofline_caption(data, codes),
+        ),
+    ]
+
+
+def results_model(files: list[Row]) -> list[str]:
+    """How far the model of costs is from what was measured."""
+    found: dict[tuple[str, str, str], list[float]] = {}
+    for data in files:
+        limits = data["provenance"]
+        peaks = {getattr(torch, name): peak for name, peak in limits["product_peak"].items()}
+        here = Machine("", limits["copy_bandwidth"], peaks)
+        for row in data["rows"]:
+            if row["mode"] not in ("forward", "step") or "ours" not in row["seconds"]:
+                continue
+            four_bit, dtype = "quant_type" in row, getattr(torch, row["dtype"])
+            sizes = Sizes(
+                row["M"], row["N"], row["K"], row["R"], dtype, dtype.itemsize, four_bit
+            )  # fmt: skip
+            strategy = row.get("strategy", cpu.SINGLE_PASS)
+            seconds = cpu_costs.predict(here, sizes, strategy)
+            if row["mode"] == "step":
+                seconds += cpu_costs.predict(here, sizes, strategy, backward=True)
+            ratio = seconds / row["seconds"]["ours"]["p50"]
+            key = "4-bit" if four_bit else "dense", row["dtype"], row["mode"]
+            found.setdefault(key, []).append(ratio)
+    out = [
+        "",
+        "## The model of costs",
+        "",
+        "What `explain(model, rows=...)` predicts of a CPU (`lora_kernels/cpu_costs.py`), over "
+        "what was measured here, with the copy and the products of the same runs. Narrow 4-bit "
+        "layers take longer than predicted, one row of a wide one in float32 less.",
+        "",
+        "| layers of ours | dtype | mode | rows | least | median | greatest |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for (kind, dtype, mode), ratios in found.items():
+        out.append(
+            f"| {kind} | {dtype} | {mode} | {len(ratios)} | {min(ratios):.2f} "
+            f"| {statistics.median(ratios):.2f} | {max(ratios):.2f} |"
+        )
+    return [*out, ""]
+
+
+def drawn(data: Row) -> dict[Path, tuple[str, Callable[[], bytes]]]:
+    """Picture -> the digest of what it is drawn from, and what draws it."""
+    codes = json.loads(JSON_4BIT.read_text()) if JSON_4BIT.exists() else None
+    of_tax = pictures.digest(JSON)
+    of_roof = pictures.digest(JSON, *([JSON_4BIT] if codes else []))
+    caption = roofline_caption(data, codes)
+    return {
+        TAX_PNG: (of_tax, lambda: pictures.lora_tax(data, machine(data["provenance"]), of_tax)),
+        ROOFLINE_PNG: (of_roof, lambda: pictures.roofline(data, codes, caption, of_roof)),
+    }
 
 
 def results_memory(data: Row) -> list[str]:
@@ -128,8 +251,9 @@ def results_memory(data: Row) -> list[str]:
         "x. Ours is PEFT's layer after `fuse`, in training mode, adapters in float32. *Minimum*: "
         "x, D(x)·Aᵀ in float32, 16 bytes of dropout state, and z where DoRA's magnitude trains; "
         "what is over it are vectors of N or r elements of which c and g are made. *gate* is "
-        "AdaLoRA. *Llama's step*: random weights, hidden size 64, two layers, all that the model "
-        "keeps, dropout 0.1.",
+        "AdaLoRA. *SmolLM2's step*: the 135M model's sizes, random weights, two sequences of 64 "
+        "tokens, LoRA with dropout 0.1 on all linears, all that the model keeps; its minimum is "
+        "what the frozen model holds, and of each layer the input, P and the dropout state.",
         "",
         f"{versions}.",
         "",
@@ -170,12 +294,13 @@ def results_variants(data: Row) -> list[str]:
     }
     for row in data["rows"]:
         seconds = {name: times["p50"] for name, times in row["seconds"].items()}
-        times = "; ".join(
-            f"{name} {t * 1e3:.3g}" + ("" if name == "ours" else f" ({t / seconds['ours']:.2f})")
-            for name, t in seconds.items()
-        )
+        timed = [f"{name} ✗" for name in row.get("misses", ())]
+        for name, t in seconds.items():
+            over = f" ({t / seconds['ours']:.2f})" if name != "ours" and "ours" in seconds else ""
+            timed.append(f"{name} {t * 1e3:.3g}{over}")
+        times = "; ".join(timed)
         target = ""
-        if row["what"] in targets:
+        if row["what"] in targets and set(targets[row["what"]][:2]) <= seconds.keys():
             what, over, most = targets[row["what"]]
             ratio = seconds[what] / seconds[over]
             verdict = "✓" if ratio <= most else "over target"
@@ -190,7 +315,7 @@ def results_variants(data: Row) -> list[str]:
 
 
 def results_4bit(data: Row) -> list[str]:
-    peers = ("bitsandbytes, eval", "bitsandbytes, train", "dense", "stream")
+    others = ("bitsandbytes, eval", "bitsandbytes, train", "dense", "stream")
     out = [
         "## 4-bit bases",
         "",
@@ -210,11 +335,17 @@ def results_4bit(data: Row) -> list[str]:
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in data["rows"]:
+        m = row["M"] if row["mode"] == "forward" else f"{row['M']}, step"
+        if "ours" not in row["seconds"]:
+            out.append(
+                f"| {row['K']}×{row['N']} | {row['dtype']} | {m} | {row['cache']} "
+                f"| ✗ {row['misses']['ours']} |" + " – |" * 7
+            )
+            continue
         seconds = {name: times["p50"] for name, times in row["seconds"].items()}
         ours = seconds["ours"]
-        ratios = (f"{seconds[n] / ours:.2f}" if n in seconds else "–" for n in peers)
+        ratios = (f"{seconds[n] / ours:.2f}" if n in seconds else "–" for n in others)
         errors = (row["errors"].get(n) for n in ("ours", "bitsandbytes, eval"))
-        m = row["M"] if row["mode"] == "forward" else f"{row['M']}, step"
         out.append(
             f"| {row['K']}×{row['N']} | {row['dtype']} | {m} | {row['cache']} | {ours * 1e3:.3f} "
             f"| {' | '.join(ratios)} | {peak_share(row, data['provenance']):.0%} "
@@ -236,7 +367,7 @@ def peak_share(row: Row, provenance: Row) -> float:
 
 def targets_4bit(rows: list[Row]) -> list[str]:
     """What the layer was to reach, and the row in which it is furthest from that; cold."""
-    cold = [row for row in rows if row["cache"] == "cold"]
+    cold = [row for row in rows if row["cache"] == "cold" and "ours" in row["seconds"]]
     forward = [row for row in cold if row["mode"] == "forward"]
 
     def over(row: Row, peer: str) -> float:
@@ -298,16 +429,18 @@ def targets_4bit(rows: list[Row]) -> list[str]:
 
 def readme_figures(data: Row) -> str:
     """The rows that matter most: a training step at r = 16."""
+    names = peers(data)
+    head = ["M×K×N", "dtype", "floor", "ours", *(PEERS[name] for name in names)]
     lines = [
         f"LoRA tax of a training step at r = 16 ({machine(data['provenance'])}); "
         "1.00 is the frozen linear alone:",
         "",
-        "| M×K×N | dtype | floor | ours | addmm_ | eager | ours, fp32 A B | PEFT, fp32 A B |",
-        "|---|---|---|---|---|---|---|---|",
+        f"| {' | '.join(head)} |",
+        "|---" * len(head) + "|",
     ]
     for row in data["rows"]:
         if row["mode"] == "step" and row["R"] == 16:
-            cells = [cell(row, name) for name in PEERS]
+            cells = [cell(row, name) for name in ("ours", *names)]
             shape = f"{row['M']}×{row['K']}×{row['N']}"
             lines.append(f"| {shape} | {row['dtype']} | {row['floor']:.3f} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -321,13 +454,28 @@ def main(check: bool) -> int:
     if not pattern.search(readme):
         raise SystemExit(f"README.md: no place for figures; want the lines {begin} and {end}")
     figures = f"{begin}\n{readme_figures(data)}\n{end}"
-    wanted = {RESULTS: results(data), README: pattern.sub(lambda _: figures, readme)}
+    wanted = {
+        RESULTS: results(data),
+        README: pattern.sub(lambda _: figures, readme),
+        FAULTS: faults.document(),
+    }
     stale = [p.name for p, text in wanted.items() if not p.exists() or p.read_text() != text]
+    pngs = drawn(data)
+    stale += [
+        png.name
+        for png, (digest, _) in pngs.items()
+        if not png.exists() or pictures.source(png.read_bytes()) != digest
+    ]
     if check:
         print(f"stale: {', '.join(stale)}; run python -m benchmarks.report" if stale else "in step")
         return 1 if stale else 0
+    if find_spec("matplotlib") is None:
+        print("benchmarks.report: needs matplotlib: pip install 'lora-kernels[bench]'")
+        return 2
     for path, text in wanted.items():
         path.write_text(text)
+    for png, (_, draw) in pngs.items():
+        png.write_bytes(draw())
     return 0
 
 

@@ -56,6 +56,18 @@ def cpu() -> Cpu:
     )
 
 
+def clocks_mhz() -> list[float] | None:
+    """What each core runs at now, as /proc/cpuinfo says; None where that is not known.
+
+    A virtual machine says its nominal clock.
+    """
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return None
+    return [float(line.split(":", 1)[1]) for line in lines if line.startswith("cpu MHz")] or None
+
+
 def gpus() -> list[Gpu]:
     """The GPUs that torch can use, in torch's order; initialises CUDA if there are any."""
     if not torch.cuda.is_available():

@@ -3,10 +3,13 @@
 The LoRA tax is the time of forward, or of a step (forward and backward), with the adapter over the
 time of the frozen linear alone, x needing a gradient in both. Nobody pays less than the arithmetic:
 
-    forward 1 + R·(1/K + 1/N)      step 1 + 1.5·R·(1/K + 1/N)
+    forward 1 + R·(1/K + 1/N)      backward 1 + 2·R·(1/K + 1/N)      step 1 + 1.5·R·(1/K + 1/N)
 
-Every candidate's results are checked before it is timed: one that misses the tolerance gets ✗
-instead of a time. Float32 adapters beside a bfloat16 x are PEFT's default.
+A backward is the second part of the steps that are timed. Up to STREAMED_ROWS rows of x the forward
+is timed a second time, cold: over more weights in turn than the last-level cache holds. Every
+candidate's results are checked before it is timed: one that misses the tolerance gets ✗ instead of
+a time. Float32 adapters beside a bfloat16 x are PEFT's default. torch.compile gets each shape as a
+static one.
 """
 
 from __future__ import annotations
@@ -16,9 +19,11 @@ import datetime
 import itertools
 import json
 import os
+import platform
 import subprocess
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +31,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import __version__, functional, select
+from .. import __version__, cpu_costs, functional, select
 from .. import device as devices
 from ..backends import native
+from ..cpu_costs import Machine, Sizes
 from . import case as cases
-from . import compare, models, timing
+from . import compare, flat, models, timing
 from .case import Case
+from .timing import Parts
 
-ROWS = [1, 16, 512, 4096, 16384]  # on a GPU, where the shapes are a model's
+ROWS = {"cpu": [1, 16, 512], "cuda": [1, 16, 512, 4096, 16384]}  # where the shapes are a model's
+QUICK_ROWS, QUICK_RANKS, QUICK_SECONDS = [1, 512], [16], 0.25
 CHECKED_ROWS = 512  # there; the float64 reference of more takes longer than all that is timed
-SHAPES = [(256, 2048, 2048), (512, 2048, 5632), (1024, 576, 1536), (2048, 4096, 4096)]  # M, K, N
+SHAPES = [  # M, K, N
+    (1, 4096, 4096), (256, 2048, 2048), (512, 2048, 5632), (1024, 576, 1536), (2048, 4096, 4096)
+]  # fmt: skip
 RANKS = [8, 16, 64]
 DTYPES = ["float32", "bfloat16"]
-MODES = ("forward", "step")
+SECONDS = 3.0
+MODES = ("forward", "backward", "step")
 
 # A candidate is made from the arguments of `lora_linear`, then called with them again and again.
 Call = Callable[..., Tensor]
@@ -97,8 +108,15 @@ def eager(args: dict[str, Any]) -> Call:
 
 
 def compiled(args: dict[str, Any]) -> Call:
-    call: Call = torch.compile(eager(args))
+    call: Call = torch.compile(eager(args), dynamic=False)
     return call
+
+
+def no_compiler(device: str) -> str | None:
+    """Why torch.compile is no candidate; None where it is."""
+    if device == "cuda":
+        return None if devices.version("triton") else "torch.compile needs Triton on a GPU"
+    return None if devices.compiler() else "torch.compile needs a C++ compiler"
 
 
 def peft(args: dict[str, Any]) -> Call:
@@ -137,7 +155,7 @@ def candidates(case: Case) -> dict[str, tuple[Make, Case]]:
     if not case.dropout_p:
         found["addmm"] = (addmm, case)
     found |= {"eager": (eager, case), "peft": (peft, wide)}
-    if case.device == "cuda":
+    if no_compiler(case.device) is None:
         found["torch.compile"] = (compiled, case)
     if sixteen_bit:
         found |= {"ours, fp32 adapters": (ours, wide), "peft, 16-bit adapters": (peft, case)}
@@ -150,18 +168,35 @@ def floor(case: Case, mode: str) -> float:
     >>> floor(Case(M=256, N=2048, K=2048, R=16), "step")
     1.0234375
     """
-    return 1 + (1.0 if mode == "forward" else 1.5) * case.R * (1 / case.K + 1 / case.N)
+    products = {"forward": 1.0, "backward": 2.0, "step": 1.5}[mode]
+    return 1 + products * case.R * (1 / case.K + 1 / case.N)
 
 
 def target(case: Case, mode: str) -> float | None:
-    """Twice the arithmetic's tax and one per cent; none is set above rank 16."""
-    return 1 + 2 * (floor(case, mode) - 1) + 0.01 if case.R <= 16 else None
+    """Twice the arithmetic's tax and one per cent; none is set above rank 16, nor of a backward."""
+    return 1 + 2 * (floor(case, mode) - 1) + 0.01 if case.R <= 16 and mode != "backward" else None
 
 
-def measure(case: Case, seconds: float) -> list[dict[str, Any]]:
-    """One row for each of MODES: every candidate checked, then timed beside the frozen linear."""
+def least_seconds(case: Case, mode: str, machine: Machine) -> float:
+    """Nothing takes less on this machine: what must move at a copy's rate, or the operations at
+    that of the library's product."""
+    itemsize = (case.adapter_dtype or case.dtype).itemsize
+    sizes = Sizes(case.M, case.N, case.K, case.R, case.dtype, itemsize)
+    bytes_, flops = (
+        cpu_costs.moved(sizes, mode != "forward"),
+        cpu_costs.flops(sizes, mode != "forward"),
+    )
+    if mode == "backward":
+        bytes_, flops = bytes_ - cpu_costs.moved(sizes), flops - cpu_costs.flops(sizes)
+    return max(bytes_ / machine.bandwidth, flops / machine.peaks[case.dtype])
+
+
+def measure(case: Case, seconds: float, machine: Machine | None = None) -> list[dict[str, Any]]:
+    """Rows for each of MODES, and for a cold forward where x is of few rows: every candidate
+    checked, then timed beside the frozen linear. machine: for `floor_ms`, else None."""
+    torch._dynamo.reset()  # or it would take a third shape for a dynamic one
     args = cases.inputs(replace(case, frozen=("lora_A", "lora_B")))
-    calls = {"frozen": (frozen(args), args)}
+    made: dict[str, tuple[Make, dict[str, Any]]] = {"frozen": (frozen, args)}
     misses = {}
     for name, (make, own) in candidates(case).items():
         # Peers draw dropout masks of their own, so they are checked without.
@@ -172,44 +207,111 @@ def measure(case: Case, seconds: float) -> list[dict[str, Any]]:
         wrong = [f"{output} {verdict}" for output, verdict in verdicts.items() if not verdict.ok]
         if wrong:
             misses[name] = "; ".join(wrong)
-            continue
-        args = {**cases.inputs(own), "rng": None}  # to draw it is part of the time
-        calls[name] = (make(args), args)
+        else:
+            made[name] = (make, {**cases.inputs(own), "rng": None})  # to draw it takes part
 
+    calls = {name: (make(args), args) for name, (make, args) in made.items()}
+    timed = partial(
+        timing.interleave_parts,
+        seconds=seconds,
+        most=1001,  # so that what neighbours do for a second is not all that is seen
+        device=case.device,
+        yardstick=compare.FROZEN,
+    )
+    found = {("forward", "warm"): timed({n: _forward(*call) for n, call in calls.items()})[0]}
+    if case.M <= compare.STREAMED_ROWS:
+        found["forward", "cold"] = timed(_cold(made, case.device))[0]
+    found["step", "warm"], found["backward", "warm"] = timed(
+        {name: _parts(*call) for name, call in calls.items()}
+    )
+    facts = {
+        **_choice(case),
+        "correct": "ours" not in misses,
+        "misses": misses,
+    }
     rows = []
-    for mode in MODES:
-        times = timing.interleave(
-            {name: _timed(*call, mode) for name, call in calls.items()},
-            seconds=seconds,
-            most=1001,  # so that what neighbours do for a second is not all that is seen
-            device=case.device,
-            yardstick=compare.FROZEN,
-        )
+    for (mode, cache), times in sorted(found.items(), key=lambda item: MODES.index(item[0][0])):
         row = {
-            **_row(case, mode),
+            **_row(case, mode, cache),
+            **facts,
             "floor": floor(case, mode),
-            "target": target(case, mode),
+            "floor_ms": machine and least_seconds(case, mode, machine) * 1e3,
+            "target": target(case, mode) if cache == "warm" else None,
             "frozen_ms": times["frozen"].p50 * 1e3,
-            "correct": "ours" not in misses,
-            "misses": misses,
             "tax": {name: t.p50 / times["frozen"].p50 for name, t in times.items()},
             "seconds": {name: asdict(t) for name, t in times.items()},
         }
+        if mode == "step":
+            row |= _memory(calls, case.device)
         rows.append(row)
     return rows
 
 
-def _row(case: Case, mode: str) -> dict[str, Any]:
+def _choice(case: Case) -> dict[str, str]:
+    """The backend and strategy that ours takes."""
+    with cases.kernels(case.device):
+        A = case.adapter_dtype or case.dtype
+        choice = select.lora_linear(
+            case.device, case.dtype, A, A, case.compute_dtype, case.R, case.M, False, case.N,
+            case.K, case.dropout_p > 0,
+        )  # fmt: skip
+    return {"backend": choice.backend, "strategy": choice.strategy}
+
+
+def _cold(
+    made: dict[str, tuple[Make, dict[str, Any]]], device: str
+) -> dict[str, Callable[[], object]]:
+    """Forwards that take another copy of the weight each time."""
+    weight = made["frozen"][1]["weight"]
+    size = weight.numel() * weight.itemsize
+    count = max(2, min(64, -(-timing.cold_bytes(device) // size)))
+    weights = [weight.clone() for _ in range(count)]
+
+    def rotated(make: Make, args: dict[str, Any]) -> Callable[[], object]:
+        each = [{**args, "weight": copy} for copy in weights]
+        calls = itertools.cycle([_forward(make(args), args) for args in each])
+        return lambda: next(calls)()
+
+    return {name: rotated(make, args) for name, (make, args) in made.items()}
+
+
+def _memory(calls: dict[str, tuple[Call, dict[str, Any]]], device: str) -> dict[str, Any]:
+    """Bytes that each candidate holds for its backward, beside weight and adapter, and the most
+    that a step takes beyond its arguments."""
+    from .bench_memory import held, peak
+
+    bytes_, peaks = {}, {}
+    for name, (call, args) in calls.items():
+        there = [args[key] for key in ("weight", "lora_A", "lora_B")]
+        bytes_[name] = held(_forward(call, args), there=there).bytes
+        peaks[name] = peak(partial(_whole, _parts(call, args)), device)
+    return {"bytes": bytes_, "peak_bytes": peaks}
+
+
+def _whole(parts: Parts) -> object:
+    return parts.second(parts.first())
+
+
+def _row(case: Case, mode: str, cache: str = "warm") -> dict[str, Any]:
     """What tells the row from another."""
     sizes = {key: getattr(case, key) for key in ("M", "K", "N", "R", "dropout_p")}
-    return {**sizes, "dtype": str(case.dtype).removeprefix("torch."), "mode": mode}
+    dtype = str(case.dtype).removeprefix("torch.")
+    return {**sizes, "dtype": dtype, "mode": mode, "cache": cache}
 
 
-def _timed(call: Call, args: dict[str, Any], mode: str) -> Callable[[], object]:
-    if mode == "step":
-        return lambda: cases.run(call, args)
+def _forward(call: Call, args: dict[str, Any]) -> Callable[[], Tensor]:
     forward = {name: value for name, value in args.items() if name != "dy"}
     return lambda: call(**forward)
+
+
+def _parts(call: Call, args: dict[str, Any]) -> Parts:
+    """A step: forward, backward."""
+    wanted = [
+        args[name]
+        for name in cases.GRADIENTS
+        if args[name] is not None and args[name].requires_grad
+    ]
+    return Parts(_forward(call, args), lambda y: torch.autograd.grad(y, wanted, args["dy"]))
 
 
 def overhead(seconds: float, device: str = "cpu") -> dict[str, float]:
@@ -217,11 +319,10 @@ def overhead(seconds: float, device: str = "cpu") -> dict[str, float]:
     args = cases.inputs(Case(M=1, N=64, K=64, R=8, device=device))
     made = {make.__name__: make(args) for make in (frozen, ours, addmm, eager)}
     taken = {}
-    for mode in MODES:
-        calls = {name: _timed(call, args, mode) for name, call in made.items()}
-        if mode == "step":
-            only_x = {**args, "lora_A": args["lora_A"].detach(), "lora_B": args["lora_B"].detach()}
-            calls["frozen"] = _timed(made["frozen"], only_x, mode)
+    only_x = {**args, "lora_A": args["lora_A"].detach(), "lora_B": args["lora_B"].detach()}
+    for mode, timed in (("forward", _forward), ("step", _parts)):
+        calls = {name: timed(call, args) for name, call in made.items()}
+        calls["frozen"] = timed(made["frozen"], only_x)
         for name, times in timing.interleave(
             calls, seconds=seconds, repeat=200, device=device
         ).items():
@@ -242,10 +343,15 @@ def provenance(dtypes: list[str], device: str = "cpu") -> dict[str, Any]:
         "processor": cpu.name,
         "cores": cpu.cores,
         "threads": cpu.threads,
+        "clocks_mhz": devices.clocks_mhz(),
         "load": os.getloadavg()[0],  # at the start
+        "platform": platform.platform(),
+        "python": platform.python_version(),
         "torch": torch.__version__,
-        "peft": devices.version("peft"),
-        "bitsandbytes": devices.version("bitsandbytes"),
+        **{
+            name: devices.version(name)
+            for name in ("peft", "transformers", "bitsandbytes", "triton", "numpy")
+        },
         "copy_bandwidth": timing.copy_bandwidth(device=device),
         "product_peak": {
             name: timing.product_peak(getattr(torch, name), device=device) for name in dtypes
@@ -256,7 +362,6 @@ def provenance(dtypes: list[str], device: str = "cpu") -> dict[str, Any]:
         facts |= {
             "backend": "triton",
             "gpu": asdict(devices.gpus()[0]),
-            "triton": devices.version("triton"),
             "cuda": torch.version.cuda,
             "nvidia_smi": _output("nvidia-smi", query, "--format=csv,noheader"),
         }
@@ -277,12 +382,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--shapes", nargs="+", type=models.sizes("MxKxN"), metavar="MxKxN")
     parser.add_argument("--model", choices=models.NAMES, help="the shapes of its linear layers")
-    parser.add_argument("--ranks", nargs="+", type=models.positive, metavar="R", default=RANKS)
+    parser.add_argument(
+        "--rows", nargs="+", type=models.positive, metavar="M", help="of x, in a model's layers"
+    )
+    parser.add_argument("--ranks", nargs="+", type=models.positive, metavar="R")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help=f"{QUICK_SECONDS} seconds for a row, rank {QUICK_RANKS[0]}, and in a model's layers "
+        f"{' and '.join(map(str, QUICK_ROWS))} rows, unless others are named",
+    )
     parser.add_argument("--dtypes", nargs="+", choices=[*DTYPES, "float16"], default=DTYPES)
     parser.add_argument("--dropout", type=_probability, metavar="P", default=0.0)
-    parser.add_argument(
-        "--seconds", type=float, default=6.0, help="to spend on each row (default: %(default)s)"
-    )
+    parser.add_argument("--seconds", type=float, help=f"to spend on each row (default: {SECONDS})")
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument(
         "--quant", choices=["nf4", "fp4"], help="time the layer over a 4-bit base instead"
@@ -296,6 +408,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="count the bytes that layers, and a small Llama, hold for the backward instead",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure there")
+    parser.add_argument(
+        "--csv", type=Path, metavar="FILE", help="write the times and bytes there, a call a line"
+    )
     parser.add_argument(
         "--compare",
         nargs="+",
@@ -312,6 +427,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """0; 1 where a result of ours misses the tolerance or got slower; 2 where it cannot start."""
+    quick = args.quick
+    if args.seconds is None:
+        args.seconds = QUICK_SECONDS if quick else SECONDS
+    args.ranks = args.ranks or (QUICK_RANKS if quick else RANKS)
+    args.rows = args.rows or (QUICK_ROWS if quick else None)
     if args.memory:
         return _count_memory(args)
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -333,7 +453,7 @@ def run(args: argparse.Namespace) -> int:
         if not rest:
             new, status = _measure(args)
             runs = [new]
-            args.json = None  # the file holds the first, as a run without --compare would
+            args.json = args.csv = None  # which hold the first, as without --compare
             while only := compare.suspects(old, *runs):
                 print(f"{len(only)} rows may be slower or are too noisy, and are measured again")
                 runs.append(_measure(args, only)[0])
@@ -356,7 +476,7 @@ def _count_memory(args: argparse.Namespace) -> int:
     for row in bench_memory.rows():
         data["rows"].append(row)
         print(bench_memory.line(row), flush=True)
-    _write(args.json, data)
+    _write(args, data)
     return 0
 
 
@@ -372,68 +492,109 @@ def _measure(args: argparse.Namespace, only: Collection[str] = ()) -> tuple[dict
     """
     facts = {} if only else provenance(args.dtypes, args.device)
     data: dict[str, Any] = {"provenance": facts, "rows": []}
+    rows: Iterator[dict[str, Any]]
     if args.quant:
         from . import bench_4bit
 
-        for row in bench_4bit.rows(args.quant, args.dtypes, args.seconds, args.device):
-            data["rows"].append(row)
-            print(bench_4bit.line(row), flush=True)
-            _write(args.json, data)
-        return data, 0
-    if args.variants:
+        shapes = list(dict.fromkeys((K, N) for _, K, N in _shapes(args) or ()))
+        counts = sorted({M for M, _, _ in _shapes(args) or ()})
+        rows, line = (
+            bench_4bit.rows(
+                args.quant, args.dtypes, args.seconds, args.device, shapes or bench_4bit.SHAPES,
+                counts or bench_4bit.ROWS,
+            ),
+            bench_4bit.line,
+        )  # fmt: skip
+    elif args.variants:
         from . import bench_variants
 
-        for row in bench_variants.rows(args.dtypes, args.seconds):
-            data["rows"].append(row)
-            print(bench_variants.line(row), flush=True)
-        _write(args.json, data)
-        return data, 0
-    if not only:
-        taken = data["overhead_us"] = overhead(args.seconds / 2, args.device)
-        extra = taken["ours, forward"] - taken["eager, forward"]
-        print(
-            f"a call at M=1, K=N=64, r=8, gradients on: {extra:+.1f} µs "
-            "against the eager expression"
-        )
-        for name, us in taken.items():
-            print(f"    {name:16} {us:6.1f} µs")
-    shapes = args.shapes or (SHAPES if args.device == "cpu" and not args.model else None)
-    if shapes is None:
-        layers = models.linear_shapes(args.model or "llama3-8b")
-        shapes = [(M, K, N) for M in ROWS for K, N in layers]
+        rows, line = bench_variants.rows(args.dtypes, args.seconds), bench_variants.line
+    else:
+        if not only:
+            _print_overhead(data, args)
+        rows, line = _layers(args, facts, only), _line
+    for row in rows:
+        data["rows"].append(row)
+        print(line(row), flush=True)
+        _write(args, data)
+    _write(args, data)
+    ours = [name for row in data["rows"] for name in row["misses"] if compare.is_ours(name)]
+    return data, 1 if ours else 0
+
+
+def _print_overhead(data: dict[str, Any], args: argparse.Namespace) -> None:
+    taken = data["overhead_us"] = overhead(args.seconds / 2, args.device)
+    extra = taken["ours, forward"] - taken["eager, forward"]
+    print(f"a call at M=1, K=N=64, r=8, gradients on: {extra:+.1f} µs against the eager expression")
+    for name, us in taken.items():
+        print(f"    {name:16} {us:6.1f} µs")
+
+
+def _layers(
+    args: argparse.Namespace, facts: dict[str, Any], only: Collection[str]
+) -> Iterator[dict[str, Any]]:
+    if (absence := no_compiler(args.device)) is not None:
+        print(absence)
+    machine = None
+    if facts:
+        peaks = {getattr(torch, name): peak for name, peak in facts["product_peak"].items()}
+        machine = Machine("", facts["copy_bandwidth"], peaks)
+    shapes = _shapes(args) or (SHAPES if args.device == "cpu" else _of_model("llama3-8b", args))
     for dtype, (M, K, N), R in itertools.product(args.dtypes, shapes, args.ranks):
         case = Case(
             M, N, K, R, getattr(torch, dtype), dropout_p=args.dropout, device=args.device
         )  # fmt: skip
-        if only and not any(compare.identity(_row(case, mode)) in only for mode in MODES):
+        caches = itertools.product(MODES, ("warm", "cold"))
+        if only and not any(compare.identity(_row(case, *each)) in only for each in caches):
             continue
-        for row in measure(case, args.seconds):
-            data["rows"].append(row)
-            print(_line(row), flush=True)
-        _write(args.json, data)
-    _write(args.json, data)
-    return data, 0 if all(row["correct"] for row in data["rows"]) else 1
+        yield from measure(case, args.seconds, machine)
 
 
-def _write(path: Path | None, data: dict[str, Any]) -> None:
-    if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+def _shapes(args: argparse.Namespace) -> list[tuple[int, int, int]] | None:
+    """M, K, N of those that were asked for; None where none was."""
+    return args.shapes or (_of_model(args.model, args) if args.model else None)
+
+
+def _of_model(name: str, args: argparse.Namespace) -> list[tuple[int, int, int]]:
+    rows = args.rows or ROWS[args.device]
+    return [(M, K, N) for M in rows for K, N in models.linear_shapes(name)]
+
+
+def _write(args: argparse.Namespace, data: dict[str, Any]) -> None:
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+    if args.csv:
+        flat.write(args.csv, data)
 
 
 def _line(row: dict[str, Any]) -> str:
     goal = "" if row["target"] is None else f", target {row['target']:.3f}"
     words = [
-        f"{row['dtype']} {row['M']}×{row['K']}×{row['N']} r={row['R']} {row['mode']}: "
-        f"frozen {row['frozen_ms']:.2f} ms, floor {row['floor']:.3f}{goal}; tax:"
+        f"{row['dtype']} {row['M']}×{row['K']}×{row['N']} r={row['R']} {row['mode']}"
+        f"{', cold' if row['cache'] == 'cold' else ''}: "
+        f"frozen {row['frozen_ms']:.3g} ms, floor {row['floor']:.3f}{goal}; tax:"
     ]
     for name, tax in row["tax"].items():
         if name == "ours" and row["target"] is not None:
-            words.append(f"{name} {tax:.3f} {'✓' if tax <= row['target'] else '✗'} ")
+            words.append(f"{name} {tax:.3f} {'✓' if tax <= row['target'] else 'over target'} ")
         elif name != "frozen":
             words.append(f"{name} {tax:.3f} ")
     words += [f"{name} ✗ ({text}) " for name, text in row["misses"].items()]
-    return " ".join(words).rstrip()
+    lines = [" ".join(words).rstrip()]
+    if times := row["seconds"].get("ours"):
+        three = "/".join(f"{times[key] * 1e3:.3g}" for key in ("p20", "p50", "p80"))
+        text = f"    ours: {row['backend']}, {row['strategy']}; {three} ms (p20/p50/p80)"
+        if row["floor_ms"]:
+            text += f", {row['floor_ms'] / times['p50'] / 1e3:.0%} of what the machine allows"
+        lines.append(text)
+    if row.get("bytes"):
+        each = (
+            f"{name} {held / 2**20:.3g} + {row['peak_bytes'][name] / 2**20:.3g}"
+            for name, held in row["bytes"].items()
+        )
+        lines.append(f"    MiB held for the backward + most in a step: {', '.join(each)}")
+    return "\n".join(lines)
 
 
 def _probability(text: str) -> float:

@@ -8,15 +8,18 @@ layer before, in training mode with PEFT's float32 adapters. Nobody needs less t
 
 with z in x's dtype. DoRA and AdaLoRA, whose c and g are PyTorch's expressions of their parameters,
 hold a few vectors of N or R elements beside: 'over' in the table is what is held above the minimum.
-A small Llama with random weights shows a whole step. The figures depend on versions and not on the
+SmolLM2-135M, with random weights, shows a whole step. The figures depend on versions and not on the
 machine, but on a GPU PyTorch's dropout keeps a smaller mask: they are counted on a CPU.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
-from collections.abc import Callable, Iterator
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -24,6 +27,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from .. import __version__
 from .. import device as devices
@@ -32,7 +36,11 @@ SIZES = (512, 2048, 2048)  # M, K, N
 RANK, DROPOUT = 16, 0.1
 VARIANTS = ("plain", "dropout", "DoRA", "gate")  # the gate is AdaLoRA's, whose E trains
 DTYPES = (torch.float32, torch.bfloat16)
-TOKENS = (2, 64)  # batch and length of the small Llama's step
+TOKENS = (2, 64)  # batch and length of a Llama's step
+SMOLLM2 = {  # SmolLM2-135M
+    "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+    "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -43,8 +51,11 @@ class Held:
     tensors: dict[str, int]
 
 
-def held(call: Callable[[], object], module: nn.Module | None = None) -> Held:
-    """What `call` leaves for its backward beside the parameters and buffers of the module.
+def held(
+    call: Callable[[], object], module: nn.Module | None = None, there: Iterable[Tensor] = ()
+) -> Held:
+    """What `call` leaves for its backward beside the parameters and buffers of the module, and
+    other tensors that are there anyway.
 
     The graph must be alive at the end, so `call` returns its output. Tensors that a Function keeps
     on its context by hand are not seen; this package's keep none.
@@ -53,9 +64,20 @@ def held(call: Callable[[], object], module: nn.Module | None = None) -> Held:
     >>> held(lambda: (x * x).exp()).bytes  # x, and the result of exp
     256
     """
-    there = set()
+    known = {_address(t) for t in there}
     if module is not None:
-        there = {_address(t) for t in itertools.chain(module.parameters(), module.buffers())}
+        known |= {_address(t) for t in itertools.chain(module.parameters(), module.buffers())}
+    kept = _saved(call, known)
+    tensors: dict[str, int] = {}
+    for t in kept.values():
+        name = f"{list(t.shape)} {str(t.dtype).removeprefix('torch.')}"
+        tensors[name] = tensors.get(name, 0) + t.untyped_storage().nbytes()
+    ordered = dict(sorted(tensors.items(), key=lambda item: -item[1]))
+    return Held(sum(tensors.values()), ordered)
+
+
+def _saved(call: Callable[[], object], there: Set[int]) -> dict[int, Tensor]:
+    """Address -> a tensor of each storage that autograd saves, but for those that are there."""
     kept: dict[int, Tensor] = {}
 
     def pack(t: Tensor) -> Tensor:
@@ -66,12 +88,50 @@ def held(call: Callable[[], object], module: nn.Module | None = None) -> Held:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         result = call()
     del result
-    tensors: dict[str, int] = {}
-    for t in kept.values():
-        name = f"{list(t.shape)} {str(t.dtype).removeprefix('torch.')}"
-        tensors[name] = tensors.get(name, 0) + t.untyped_storage().nbytes()
-    ordered = dict(sorted(tensors.items(), key=lambda item: -item[1]))
-    return Held(sum(tensors.values()), ordered)
+    return kept
+
+
+def peak(call: Callable[[], object], device: str = "cpu") -> int:
+    """The most bytes that tensors take during `call` beyond those that are there before it.
+
+    On a CPU by PyTorch's profiler, which does not see what a library allocates for itself.
+
+    >>> a = torch.ones(1000)
+    >>> peak(lambda: a + (a + 1))  # two results alive
+    8000
+    """
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with (
+        _silent_stderr(),
+        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled,
+    ):
+        result = call()
+    del result
+    found = profiled.profiler.kineto_results.events()
+    changes = [(e.start_ns(), e.nbytes()) for e in found if e.name() == "[memory]"]
+    # Sorted by time alone: of changes at one instant the order is that in which they came.
+    totals = itertools.accumulate(size for _, size in sorted(changes, key=lambda c: c[0]))
+    return max(totals, default=0)
+
+
+@contextlib.contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """The profiler of torch 2.15 writes two lines there each time, at any KINETO_LOG_LEVEL."""
+    sys.stderr.flush()
+    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(null, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(null)
 
 
 def _address(t: Tensor) -> int:
@@ -130,36 +190,65 @@ def layer_row(
     }  # fmt: skip
 
 
-def step_row(dtype: torch.dtype) -> dict[str, Any]:
-    """A small Llama's forward with its loss: bytes held for the backward, ours and PEFT's."""
+def step_row(dtype: torch.dtype, sizes: Mapping[str, Any] = SMOLLM2) -> dict[str, Any]:
+    """A Llama's forward with its loss, LoRA on all linears: bytes held for the backward, ours and
+    PEFT's. sizes: of transformers' LlamaConfig; the weights are random.
+
+    Nobody needs less than what the frozen model holds for the gradients of its activations, the
+    inputs of its linear layers where they are not among that (those of q, k and v are one tensor),
+    and P in float32 and the dropout state of each.
+    """
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from ..peft import fuse
 
     torch.manual_seed(0)
-    config: Any = LlamaConfig(
-        hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, vocab_size=256, max_position_embeddings=128,
-    )  # fmt: skip
+    config: Any = LlamaConfig(**sizes, tie_word_embeddings=True)
     config._attn_implementation = "eager"
     lora = LoraConfig(
         r=RANK, lora_alpha=2 * RANK, lora_dropout=DROPOUT, target_modules="all-linear"
     )
     llama: Any = LlamaForCausalLM(config)
-    theirs: Any = get_peft_model(llama.to(dtype), lora).train()
-    models: dict[str, Any] = {"ours": fuse(copy.deepcopy(theirs)), "peft": theirs}
-    ids = torch.randint(256, TOKENS)
-    found = {
-        name: held(partial(model, input_ids=ids, labels=ids), model)
-        for name, model in models.items()
-    }
+    llama.to(dtype)
+    ids = torch.randint(config.vocab_size, TOKENS)
+    least = _least(llama, ids)
+    model: Any = get_peft_model(llama, lora).train()
+    found = {}
+    for name in ("peft", "ours"):
+        if name == "ours":
+            fuse(model)
+        found[name] = held(partial(model, input_ids=ids, labels=ids), model).bytes
     return {
-        "what": "Llama's step",
+        "what": "SmolLM2's step" if sizes is SMOLLM2 else "Llama's step",
         "dtype": str(dtype).removeprefix("torch."),
-        "M": ids.numel(), "K": 64, "N": 64, "R": RANK,
-        "bytes": {name: each.bytes for name, each in found.items()},
+        "M": ids.numel(), "K": config.hidden_size, "N": config.hidden_size, "R": RANK,
+        "minimum": least,
+        "bytes": {name: found[name] for name in ("ours", "peft")},
     }  # fmt: skip
+
+
+def _least(llama: Any, ids: Tensor) -> int:
+    """`step_row`'s minimum, of a model without adapters."""
+    llama.requires_grad_(False)
+    inputs: dict[int, Tensor] = {}
+    adapters = 0
+
+    def look(module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
+        nonlocal adapters
+        inputs.setdefault(_address(args[0]), args[0])
+        adapters += 4 * ids.numel() * RANK + 16
+        if not y.requires_grad:  # gradients begin where the first adapters are
+            y.requires_grad_()
+
+    layers = [m for name, m in llama.model.named_modules() if isinstance(m, nn.Linear)]
+    handles = [layer.register_forward_hook(look) for layer in layers]
+    there = {_address(p) for p in llama.parameters()} | {_address(b) for b in llama.buffers()}
+
+    kept = _saved(partial(llama, input_ids=ids, labels=ids), there)
+    for handle in handles:
+        handle.remove()
+    return adapters + sum(t.untyped_storage().nbytes() for t in (kept | inputs).values())
 
 
 def rows() -> Iterator[dict[str, Any]]:

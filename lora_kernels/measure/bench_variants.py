@@ -2,7 +2,8 @@
 group; several adapters in a batch; hierarchical levels; switching.
 
 Times are medians of calls that take turns in one process, warm. A step is forward and backward with
-x needing a gradient. Errors are rms, relative to float64 on the same numbers.
+x needing a gradient. Errors are rms, relative to float64 on the same numbers; a call of ours whose
+error is above the tolerance's, beside that of plain PyTorch, gets ✗ instead of a time.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from .. import functional, reference, select
 from ..layers import DoRALinear, HierarchicalLoRALinear, LoRAGroup, LoRALinear
 from ..quantization import quantize_4bit
-from . import compare, timing
+from . import compare, timing, tolerance
 
 SIZES = (512, 2048, 2048)  # M, K, N
 SERVED = (4096, 4096)  # K, N of the layer that several adapters share
@@ -63,7 +64,9 @@ def norm_row(dtype: torch.dtype, seconds: float) -> dict[str, Any]:
         base = decoded if "NF4" in name else W
         ref = reference.dora_norm(base.double(), A.double(), B.double(), SCALING)
         errors[name] = ((call() - ref).norm() / ref.norm()).item()
-    return _row("row norm", dtype, SIZES, calls, seconds, errors)
+    # All that is rounded is rounded to float32.
+    u = tolerance.unit_roundoff(torch.float32)
+    return _row("row norm", dtype, SIZES, calls, seconds, errors, "panels", u)
 
 
 def step_row(dtype: torch.dtype, seconds: float) -> dict[str, Any]:
@@ -105,7 +108,7 @@ def step_row(dtype: torch.dtype, seconds: float) -> dict[str, Any]:
             want = ref["LoRA" if "LoRA" in name else "DoRA"]
             errors[name] = ((layer(x) - want).norm() / want.norm()).item()
     calls = {name: step(layer) for name, layer in layers.items()}
-    return _row("DoRA step", dtype, SIZES, calls, seconds, errors)
+    return _row("DoRA step", dtype, SIZES, calls, seconds, errors, "PEFT's DoRA")
 
 
 def group_rows(dtype: torch.dtype, seconds: float) -> Iterator[dict[str, Any]]:
@@ -144,7 +147,8 @@ def group_rows(dtype: torch.dtype, seconds: float) -> Iterator[dict[str, Any]]:
         name: _error(torch.cat([*call(x)], dim=1), torch.cat(want, dim=1))
         for name, (call, _) in forwards.items()
     }
-    yield _row("q, k, v step", dtype, (M, K, sum(sizes.values())), calls, seconds, errors)
+    whole = M, K, sum(sizes.values())
+    yield _row("q, k, v step", dtype, whole, calls, seconds, errors, "PEFT's")
     token = x[:1].detach()
 
     def decode(call: Callable[[Tensor], Any]) -> Callable[[], object]:
@@ -157,7 +161,8 @@ def group_rows(dtype: torch.dtype, seconds: float) -> Iterator[dict[str, Any]]:
     for module in (group, *apart, *pefts):
         module.eval()
     calls = {name: decode(call) for name, (call, _) in forwards.items()}
-    yield _row("q, k, v of a token", dtype, (1, K, sum(sizes.values())), calls, seconds, errors)
+    whole = 1, *whole[1:]
+    yield _row("q, k, v of a token", dtype, whole, calls, seconds, errors, "PEFT's")
 
 
 def adapters_row(dtype: torch.dtype, M: int, seconds: float) -> dict[str, Any]:
@@ -191,7 +196,7 @@ def adapters_row(dtype: torch.dtype, M: int, seconds: float) -> dict[str, Any]:
             W64, scales = linear.weight.detach().double(), [SCALING] * E
             want = reference.multi_lora_linear(x.double(), W64, A64, B64, index, scales)
             calls[key], errors[key] = call, _error(call(), want)
-    return _row("16 adapters", dtype, (M, K, N), calls, seconds, errors)
+    return _row("16 adapters", dtype, (M, K, N), calls, seconds, errors, "PEFT's")
 
 
 def levels_row(dtype: torch.dtype, seconds: float) -> dict[str, Any]:
@@ -232,7 +237,9 @@ def levels_row(dtype: torch.dtype, seconds: float) -> dict[str, Any]:
         for name, (call, inputs) in forwards.items()
     }
     errors = {name: _error(call(x), want) for name, (call, _) in forwards.items()}
-    return _row("three levels step", dtype, SIZES, calls, seconds, errors)
+    return _row(
+        "three levels step", dtype, SIZES, calls, seconds, errors, "PEFT's", ranks=sum(ranks)
+    )  # fmt: skip
 
 
 def switching_row(seconds: float) -> dict[str, Any]:
@@ -247,7 +254,7 @@ def switching_row(seconds: float) -> dict[str, Any]:
         name: lambda layer=layer: layer.set_adapter(f"a{next(turn) % 16}")
         for name, layer in layers.items()
     }
-    return _row("switching", torch.float32, (0, K, N), calls, seconds, {})
+    return _row("switching", torch.float32, (0, K, N), calls, seconds, {}, "PEFT's")
 
 
 def _peft(linear: nn.Linear, ranks: list[int]) -> nn.Module:
@@ -280,13 +287,30 @@ def _row(
     calls: Mapping[str, Callable[..., Any]],
     seconds: float,
     errors: dict[str, float],
+    eager: str,
+    unit_roundoff: float | None = None,
+    ranks: int = 0,
 ) -> dict[str, Any]:
+    """eager: of which call the error is plain PyTorch's; unit_roundoff: dtype's where None; ranks:
+    that are added up, where the adapter makes the larger part of the result."""
     M, K, N = sizes
     row = {
         "what": what, "dtype": str(dtype).removeprefix("torch."), "M": M, "K": K, "N": N, "R": RANK
     }  # fmt: skip
+    u = unit_roundoff or tolerance.unit_roundoff(dtype)
+    limit = tolerance.rms_limit(errors.get(eager, 0.0), u, (K, ranks))
+    judged = [name for name in errors if compare.is_ours(name)]
+    misses = {
+        name: f"y MISS: rms {errors[name] / u:.3g} u, limit {limit / u:.3g} u"
+        for name in judged
+        if not errors[name] <= limit  # NaN is not
+    }
+    calls = {name: call for name, call in calls.items() if name not in misses}
     times = timing.interleave(calls, seconds=seconds, yardstick=compare.yardstick(row))
-    return {**row, "seconds": {name: asdict(t) for name, t in times.items()}, "errors": errors}
+    return {
+        **row, "seconds": {name: asdict(t) for name, t in times.items()}, "errors": errors,
+        "misses": misses, "judged": judged,
+    }  # fmt: skip
 
 
 def line(row: dict[str, Any]) -> str:
@@ -294,13 +318,15 @@ def line(row: dict[str, Any]) -> str:
     seconds = {name: times["p50"] for name, times in row["seconds"].items()}
     shape = f"{row['M']}×{row['K']}×{row['N']} r={row['R']}"
     words = [f"{row['what']}, {row['dtype']} {shape}:"]
-    if "LoRA" in seconds:
+    if {"LoRA", "ours"} <= seconds.keys():
         peft = seconds["PEFT's DoRA"] / seconds["PEFT's LoRA"]
         words.append(f"over LoRA {seconds['ours'] / seconds['LoRA']:.2f} (PEFT's {peft:.2f});")
-    if "ours, 1" in seconds:
+    if {"ours, 1", "ours"} <= seconds.keys():
         peft = seconds["PEFT's"] / seconds["PEFT's, 1"]
         words.append(f"over one {seconds['ours'] / seconds['ours, 1']:.2f} (PEFT's {peft:.2f});")
-    ours = seconds["ours"]
-    words += [f"{name} {t / ours:.2f} ({t * 1e3:.3g} ms)" for name, t in seconds.items()]
+    for name, t in seconds.items():
+        ratio = f"{t / seconds['ours']:.2f} " if "ours" in seconds else ""
+        words.append(f"{name} {ratio}({t * 1e3:.3g} ms)")
+    words += [f"{name} ✗ ({text})" for name, text in row["misses"].items()]
     words += [f"rms {name} {error:.1e}" for name, error in row["errors"].items()]
     return "  ".join(words)

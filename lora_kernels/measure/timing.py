@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
+
+from .. import device as devices
+from ..cpu_costs import Machine
+
+COLD_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -66,8 +73,19 @@ def _quintiles(values: list[float]) -> tuple[float, float, float]:
     return fifths[0], statistics.median(values), fifths[3]
 
 
+Call = Callable[[], object]
+
+
+class Parts(NamedTuple):
+    """A call of two parts that are timed as one and the second by itself: it takes what the first
+    returned."""
+
+    first: Call
+    second: Callable[[Any], object]
+
+
 def interleave(
-    calls: Mapping[str, Callable[[], object]],
+    calls: Mapping[str, Call | Parts],
     *,
     seconds: float = 3.0,
     least: int = 9,
@@ -87,38 +105,95 @@ def interleave(
     >>> list(interleave({"a": lambda: 1, "b": lambda: 2}, seconds=0.0))
     ['a', 'b']
     """
+    return interleave_parts(
+        calls, seconds=seconds, least=least, most=most, repeat=repeat, device=device,
+        yardstick=yardstick,
+    )[0]  # fmt: skip
+
+
+def interleave_parts(
+    calls: Mapping[str, Call | Parts],
+    *,
+    seconds: float,
+    least: int = 9,
+    most: int = 201,
+    repeat: int = 1,
+    device: str = "cpu",
+    yardstick: str | None = None,
+) -> tuple[dict[str, Times], dict[str, Times]]:
+    """As `interleave`; and the times of the second parts, of the calls that are `Parts`.
+
+    >>> whole, second = interleave_parts({"a": Parts(lambda: 1, lambda one: one + 1)}, seconds=0.0)
+    >>> whole["a"].p50 > second["a"].p50
+    True
+    """
     names = list(calls)
-    taken: dict[str, list[float]] = {name: [] for name in names}
+    whole: dict[str, list[float]] = {name: [] for name in names}
+    second: dict[str, list[float]] = {
+        name: [] for name, call in calls.items() if isinstance(call, Parts)
+    }
+    clock = _on_gpu if device == "cuda" else _on_cpu
     begun, round_ = time.perf_counter(), -1
     while round_ < least or (round_ < most and time.perf_counter() - begun < seconds):
         turn = round_ % len(names)
         for name in names[turn:] + names[:turn]:
-            call = calls[name]
-            elapsed = _on_gpu(call, repeat) if device == "cuda" else _on_cpu(call, repeat)
+            elapsed, after = clock(calls[name], repeat)
             if round_ >= 0:
-                taken[name].append(elapsed / repeat)
+                whole[name].append(elapsed / repeat)
+            if round_ >= 0 and name in second:
+                second[name].append(after / repeat)
         round_ += 1
-    measure = None if yardstick is None else taken[yardstick]
-    return {name: Times.of(seconds_, measure) for name, seconds_ in taken.items()}
+    return _times(whole, yardstick), _times(second, yardstick)
 
 
-def _on_cpu(call: Callable[[], object], repeat: int) -> float:
+def _times(taken: dict[str, list[float]], yardstick: str | None) -> dict[str, Times]:
+    measure = None if yardstick is None else taken.get(yardstick)
+    return {name: Times.of(seconds, measure) for name, seconds in taken.items()}
+
+
+def _on_cpu(call: Call | Parts, repeat: int) -> tuple[float, float]:
+    """Seconds of the whole, and of the second part."""
+    after = 0.0
     start = time.perf_counter()
     for _ in range(repeat):
-        call()
-    return time.perf_counter() - start
+        if isinstance(call, Parts):
+            found = call.first()
+            middle = time.perf_counter()
+            call.second(found)
+            after += time.perf_counter() - middle
+        else:
+            call()
+    return time.perf_counter() - start, after
 
 
-def _on_gpu(call: Callable[[], object], repeat: int) -> float:
+def _on_gpu(call: Call | Parts, repeat: int) -> tuple[float, float]:
     """Seconds between two events, once the device has done all that came before."""
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    between: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
     torch.cuda.synchronize()
     begin.record()
     for _ in range(repeat):
-        call()
+        if isinstance(call, Parts):
+            marks = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            found = call.first()
+            marks[0].record()
+            call.second(found)
+            marks[1].record()
+            between.append(marks)
+        else:
+            call()
     end.record()
     end.synchronize()
-    return float(begin.elapsed_time(end)) / 1e3
+    after = sum(float(a.elapsed_time(b)) for a, b in between)
+    return float(begin.elapsed_time(end)) / 1e3, after / 1e3
+
+
+def cold_bytes(device: str) -> int:
+    """Of weights that calls go through in turn, so that none is in the last-level cache: twice a
+    GPU's L2 cache, where that is more than COLD_BYTES."""
+    if device == "cpu":
+        return COLD_BYTES
+    return max(COLD_BYTES, 2 * torch.cuda.get_device_properties(device).L2_cache_size)
 
 
 def copy_bandwidth(megabytes: int = 256, device: str = "cpu") -> float:
@@ -134,3 +209,21 @@ def product_peak(dtype: torch.dtype, n: int = 2048, device: str = "cpu") -> floa
     a, b = (torch.randn(n, n).to(device, dtype) for _ in range(2))
     times = interleave({"mm": lambda: torch.mm(a, b)}, seconds=1.0, least=5, device=device)
     return float(2 * n**3 / times["mm"].p50)
+
+
+def cpu_machine(dtypes: frozenset[torch.dtype]) -> Machine:
+    """The processor's limits with the threads that torch has now, measured once a process.
+
+    float32's peak is always in it, and those of the 16-bit dtypes named; takes some seconds.
+    """
+    kinds = {torch.float32} | (dtypes & {torch.bfloat16, torch.float16})
+    names = tuple(sorted(str(dtype).removeprefix("torch.") for dtype in kinds))
+    return _cpu_machine(names, torch.get_num_threads())
+
+
+@functools.cache
+def _cpu_machine(names: tuple[str, ...], threads: int) -> Machine:
+    peaks = {getattr(torch, name): product_peak(getattr(torch, name)) for name in names}
+    plural = "" if threads == 1 else "s"
+    name = f"{devices.cpu().name}, {threads} thread{plural}, measured in this process"
+    return Machine(name, copy_bandwidth(), peaks)

@@ -103,17 +103,26 @@ def compare(
     eager_rms, eager_largest = _errors(eagers, refs, scale)
     if scale == 0:  # no elements, or zeros alone: exact
         return Verdict(rms, eager_rms, 0.0, largest, eager_largest, 0.0, unit_roundoff)
-    chain = 0.3 * math.sqrt(sum(min(n, CHAIN) for n in sums)) * 2.0**-24
     ulp = 2 * unit_roundoff * 2.0 ** math.floor(math.log2(refs.abs().max().item()))
     return Verdict(
         rms=rms,
         eager_rms=eager_rms,
-        rms_limit=1.25 * max(eager_rms, chain) + unit_roundoff / 4,
+        rms_limit=rms_limit(eager_rms, unit_roundoff, sums),
         max=largest,
         eager_max=eager_largest,
         max_limit=2 * eager_largest + 2 * ulp,
         unit_roundoff=unit_roundoff,
     )
+
+
+def rms_limit(eager_rms: float, unit_roundoff: float, sums: Sequence[int] = ()) -> float:
+    """The rms error that is allowed beside eager's; arguments as for `compare`.
+
+    >>> rms_limit(eager_rms=0.0, unit_roundoff=2**-8)
+    0.0009765625
+    """
+    chain = 0.3 * math.sqrt(sum(min(n, CHAIN) for n in sums)) * 2.0**-24
+    return 1.25 * max(eager_rms, chain) + unit_roundoff / 4
 
 
 def assert_close(

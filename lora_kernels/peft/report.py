@@ -1,23 +1,29 @@
-"""`explain`: for each LoRA layer, what its next call will do and why."""
+"""`explain`: for each LoRA layer, what its next call will do and why, and what it should take."""
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from .. import ops, select
+from .. import ops
 from ..backends.cuda.fit import Layout
+from ..cpu_costs import Machine
 from ..functional import base_dtype
-from ..layers import LoRAEmbedding, LoRALinear, QLoRALinear
+from ..layers import DoRALinear, LoRAEmbedding, LoRALinear, QLoRALinear
+from ..measure import timing
 from ..quantization import Weight4bit
-from . import adalora, embedding, linear
-from .linear import Call, Fused, dora, is_linear4bit, unreadable
+from . import adalora, embedding, linear, predict
+from .linear import Call, Fused, dora, is_conv1d, is_linear4bit, unreadable
+from .predict import Part, Prediction
 from .swap import lora_layers
 
 
@@ -37,16 +43,32 @@ class Row(NamedTuple):
     reason: str
 
 
+class Others(NamedTuple):
+    """The linear layers that have no adapter, together; `seconds` and `share` as a Prediction's."""
+
+    layers: int
+    seconds: float | None
+    share: float | None
+
+
 @dataclass(frozen=True, repr=False)
 class Explanation:
-    """A `Row` for each LoRA layer; `str()` is a table of them.
+    """A `Row` for each LoRA layer; `str()` is a table of them, `json()` all there is.
 
     parameters: of the adapters of each layer, by name, in elements. Where layers differ in state,
     the table ends in each state's share of them.
+    rows_of_x, step, predictions, others: where `explain` was given a number of rows, that number,
+    whether the times are of a forward and backward, a `Prediction` for each layer by name, and what
+    the linear layers without an adapter take. `limits` names the figures of the CPU behind them.
     """
 
     rows: list[Row]
     parameters: Mapping[str, int] = field(default_factory=dict)
+    rows_of_x: int | None = None
+    step: bool = False
+    predictions: Mapping[str, Prediction] = field(default_factory=dict)
+    others: Others | None = None
+    limits: str = ""
 
     def assert_fused(self) -> None:
         """Raises RuntimeError that lists the layers not "fused", also where there is no layer."""
@@ -54,6 +76,32 @@ class Explanation:
         if rest or not self.rows:
             lines = [f"  {row.layer}: {row.state} ({row.backend}): {row.reason}" for row in rest]
             raise RuntimeError("\n".join([f"want all fused, got {self._summary()}", *lines]))
+
+    def json(self) -> str:
+        """Everything as JSON: "layers", each with its row's fields and `parameters`; with a number
+        of rows also its prediction's, "rows", "step", "others", "limits" and "seconds" of all.
+
+        >>> json.loads(Explanation([Row("a", "fused", "cpu", "single pass", "why")]).json())
+        {'layers': [{'layer': 'a', 'state': 'fused', 'backend': 'cpu', 'strategy': 'single pass', \
+'reason': 'why', 'parameters': None}]}
+        """
+        layers: list[dict[str, Any]] = []
+        for row in self.rows:
+            facts = {**row._asdict(), "parameters": self.parameters.get(row.layer)}
+            prediction = self.predictions.get(row.layer)
+            layers.append(facts if prediction is None else facts | prediction.facts())
+        data: dict[str, Any] = {"layers": layers}
+        if self.rows_of_x is not None:
+            data |= {
+                "rows": self.rows_of_x, "step": self.step, "seconds": self._seconds(),
+                "others": self.others and self.others._asdict(), "limits": self.limits,
+            }  # fmt: skip
+        return json.dumps(data, indent=1, ensure_ascii=False)
+
+    def _seconds(self) -> float:
+        """Of all that is predicted."""
+        known = [prediction.seconds for prediction in self.predictions.values()]
+        return sum(seconds or 0.0 for seconds in [*known, self.others and self.others.seconds])
 
     def _summary(self) -> str:
         states, sizes = Counter(row.state for row in self.rows), Counter[str]()
@@ -66,16 +114,56 @@ class Explanation:
             counts[-1] += " of the LoRA parameters"
         return f"{len(self.rows)} LoRA layers: {', '.join(counts) or 'nothing to fuse'}"
 
+    def _prediction(self) -> Iterator[str]:
+        """The lines below the table of a call with a number of rows."""
+        what = "forward and backward" if self.step else "forward"
+        unknown = sum(prediction.seconds is None for prediction in self.predictions.values())
+        rows = "1 row" if self.rows_of_x == 1 else f"{self.rows_of_x} rows"
+        text = f"{rows}, {what} of all linear layers: {_duration(self._seconds())}"
+        if self.others and self.others.layers:
+            text += f", {self.others.share or 0:.1%} in {self.others.layers} without an adapter"
+        yield text + (f"; {unknown} layers are not predicted" if unknown else "")
+        yield "attention, norms and the loss are not in these times"
+        if self.limits:
+            yield self.limits
+
     def __str__(self) -> str:
-        table = [Row._fields, *self.rows]
+        table: list[tuple[str, ...]] = [Row._fields, *self.rows]
+        if self.rows_of_x is not None:
+            table = [("layer", "state", "backend", "strategy", "time", "share", "reason")]
+            for row in self.rows:
+                found = self.predictions[row.layer]
+                time, share = "–", "–"
+                if found.seconds is not None and found.share is not None:
+                    by = "measured" if found.measured else "predicted"
+                    time, share = f"{_duration(found.seconds)} {by}", f"{found.share:.1%}"
+                changes = found.changes(self.rows_of_x)
+                reason = "; ".join(filter(None, [row.reason, changes]))
+                table.append((*row[:4], time, share, reason))
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in table]
+        if self.rows_of_x is not None:
+            lines += self._prediction()
         return "\n".join([*lines, self._summary()])
 
     __repr__ = __str__
 
 
-def explain(model: nn.Module, *, x_dtype: torch.dtype | None = None) -> Explanation:
+def _duration(seconds: float) -> str:
+    """
+    >>> _duration(0.0123), _duration(3.4), _duration(5e-5)
+    ('12.3 ms', '3.4 s', '0.05 ms')
+    """
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
+
+
+def explain(
+    model: nn.Module,
+    *,
+    x_dtype: torch.dtype | None = None,
+    rows: int | None = None,
+    machine: Machine | None = None,
+) -> Explanation:
     """For each LoRA layer of `model`, fused or not, what its next call will do and why.
 
     Covers PEFT's layers and `lora_kernels.layers.LoRALinear` with its subclasses. The answer is for
@@ -84,8 +172,16 @@ def explain(model: nn.Module, *, x_dtype: torch.dtype | None = None) -> Explanat
 
     Args:
         x_dtype: of the layers' input; None stands for each base weight's dtype.
+        rows: of each layer's input, batch size × length. The strategies are then those for so many,
+            and each layer has a `Prediction`: seconds of a step (of the forward, where the model is
+            in eval mode or nothing trains), its share of what all linear layers take, and from how
+            many rows on it would be computed in another way. x is taken to need a gradient. A time
+            is a model's, in which a measured row of `lora-kernels tune` goes first and is marked.
+        machine: the CPU's bandwidth and peaks to predict with. None measures them once a process,
+            in some seconds.
 
-    Raises TypeError for anything but a module, RuntimeError if a backend is forced that cannot run.
+    Raises TypeError for anything but a module, ValueError for rows that are no whole number of at
+    least 1, RuntimeError if a backend is forced that cannot run.
 
     >>> from peft import LoraConfig, get_peft_model
     >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), LoraConfig(target_modules=["0"]))
@@ -94,12 +190,85 @@ def explain(model: nn.Module, *, x_dtype: torch.dtype | None = None) -> Explanat
     base_model.model.0  not fused  peft     PEFT's own forward  fuse() was not called
     1 LoRA layers: 1 not fused
     """
-    rows = [_peft_row(*found, x_dtype) for found in lora_layers(model)]
+    if rows is not None and (not isinstance(rows, int) or isinstance(rows, bool) or rows < 1):
+        raise ValueError(
+            f"rows: got {rows!r}, want a whole number of at least 1, batch size × length"
+        )
+    found = [_peft_layer(*layer, x_dtype, rows) for layer in lora_layers(model)]
     for name, module in model.named_modules():
         if isinstance(module, LoRALinear):
-            rows.append(_dense_row(name, module, x_dtype))
-    layers = {row.layer: model.get_submodule(row.layer) for row in rows}
-    return Explanation(rows, {name: _lora_size(layer) for name, layer in layers.items()})
+            found.append(_dense_layer(name, module, x_dtype, rows))
+    named = [row for row, _ in found]
+    layers = {row.layer: model.get_submodule(row.layer) for row in named}
+    sizes = {name: _lora_size(layer) for name, layer in layers.items()}
+    if rows is None:
+        return Explanation(named, sizes)
+
+    step = model.training and any(p.requires_grad for p in model.parameters())
+    others = list(_others(model, list(layers.values()), x_dtype))
+    parts = [part for _, own in found for part in own] + others
+    if machine is None and any(part.device.type == "cpu" for part in parts):
+        machine = timing.cpu_machine(frozenset(part.dtype for part in parts))
+    time = cache(lambda part: predict.time(part, rows, machine, step))
+    regions = cache(predict.regions)
+    times = {row.layer: predict.total(map(time, own)) for row, own in found}
+    rest = predict.total(map(time, others))
+    total = sum(t.seconds for t in (*times.values(), rest) if t is not None)
+    predictions = {}
+    for row, own in found:
+        ways = regions(own[0]) if own else (predict.Region(1, row.backend, row.strategy),)
+        if row.state == "not fused" and row.backend == "peft":
+            ways = (predict.Region(1, row.backend, row.strategy),)
+        taken_by = times[row.layer]
+        predictions[row.layer] = (
+            Prediction(None, None, False, None, ways)
+            if taken_by is None
+            else Prediction(*taken_by, taken_by.seconds / total, ways)
+        )
+    limits = "" if machine is None else machine.describe()
+    taken = None if rest is None else rest.seconds
+    of_others = Others(len(others), taken, None if taken is None else taken / total)
+    return Explanation(named, sizes, rows, step, predictions, of_others, limits)
+
+
+def _others(
+    model: nn.Module, layers: Sequence[nn.Module], x_dtype: torch.dtype | None
+) -> Iterator[Part]:
+    """Linear layers outside of these, each as a product of its weight's dtype; of one that PEFT
+    trains a copy of, the copy that is in use."""
+    within = {id(module) for layer in layers for module in layer.modules()}
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            names, copies = module.active_adapter, module.modules_to_save
+            names = [names] if isinstance(names, str) else list(names or ())
+            used = [copies[name] for name in names if name in copies]
+            if module.disable_adapters or not used:
+                used = [module.original_module]
+            within |= {id(child) for child in module.modules()}
+            within -= {id(child) for chosen in used for child in chosen.modules()}
+    for module in model.modules():
+        if id(module) not in within and not isinstance(module, LoRALinear):
+            yield from _base_part(module, x_dtype, 0)
+
+
+def _base_part(base: Any, x_dtype: torch.dtype | None, R: int) -> Iterator[Part]:
+    """The product of a linear layer by PyTorch, with R ranks beside it by PEFT; none where the
+    module is something else."""
+    if not (isinstance(base, nn.Linear) or is_conv1d(base)) or base.weight.device.type == "meta":
+        return
+    four_bit = is_linear4bit(base)
+    compute = base.compute_dtype if four_bit and base.compute_type_is_set else None
+    weight: Tensor = base.weight
+    if four_bit:
+        N, K = base.out_features, base.in_features
+    else:
+        N, K = reversed(weight.shape) if is_conv1d(base) else weight.shape
+    x_dtype = x_dtype or (weight.dtype if weight.is_floating_point() else torch.float32)
+    dtype = base_dtype(weight.device.type, x_dtype, compute)
+    yield Part(
+        weight.device, x_dtype, dtype, N, K, R, four_bit=four_bit, ours=False,
+        frozen=not weight.requires_grad,
+    )  # fmt: skip
 
 
 def _lora_size(layer: nn.Module) -> int:
@@ -108,23 +277,38 @@ def _lora_size(layer: nn.Module) -> int:
     return sum(p.numel() for name, p in parameters if name.startswith("lora_"))
 
 
-def _peft_row(name: str, layer: LoraLayer, reason: str | None, x_dtype: torch.dtype | None) -> Row:
+Layer = tuple[Row, list[Part]]  # and the calls that it makes, none where they are not known
+
+
+def _peft_layer(
+    name: str,
+    layer: LoraLayer,
+    reason: str | None,
+    x_dtype: torch.dtype | None,
+    rows: int | None,
+) -> Layer:
     if reason is None:
         if isinstance(layer, Fused):
-            return _fused_row(name, layer, x_dtype)
+            return _fused_layer(name, layer, x_dtype, rows)
         reason = "fuse() was not called"
-    return _not_fused(name, reason)
+    return _not_fused(name, reason, layer, x_dtype)
 
 
-def _not_fused(name: str, reason: str) -> Row:
-    return Row(name, "not fused", "peft", "PEFT's own forward", reason)
+def _not_fused(name: str, reason: str, layer: Any, x_dtype: torch.dtype | None) -> Layer:
+    ranks = 0
+    if not (layer.disable_adapters or layer.merged):
+        ranks = sum(layer.r.get(adapter, 0) for adapter in layer.active_adapters)
+    parts = list(_base_part(layer.get_base_layer(), x_dtype, ranks))
+    return Row(name, "not fused", "peft", "PEFT's own forward", reason), parts
 
 
-def _fused_row(name: str, layer: Any, x_dtype: torch.dtype | None) -> Row:
+def _fused_layer(name: str, layer: Any, x_dtype: torch.dtype | None, rows: int | None) -> Layer:
     base = layer.base_layer
     if isinstance(layer, embedding.FusedEmbedding):
         reason = embedding.peft_reason(layer, embedding.adapters_of(layer), base.weight.device)
-        return _embedding_row(name) if reason is None else _not_fused(name, reason)
+        if reason is None:
+            return _embedding_row(name), []
+        return _not_fused(name, reason, layer, x_dtype)
     kind: Any = adalora if isinstance(layer, adalora.FusedSVD) else linear
     adapters = kind.adapters_of(layer)
     # x is taken to be where the adapters are.
@@ -138,17 +322,18 @@ def _fused_row(name: str, layer: Any, x_dtype: torch.dtype | None) -> Row:
             x_dtype = weight.dtype
     reason = kind.peft_reason(layer, adapters, near.device, x_dtype)
     if reason is not None:
-        return _not_fused(name, reason)
+        return _not_fused(name, reason, layer, x_dtype)
 
     todo = kind.calls(adapters) if layer.mixed_batch is None else []
     four_bit = is_linear4bit(base)
     compute_dtype = base.compute_dtype if four_bit and base.compute_type_is_set else None
     base_reason = unreadable(base, near.device)
     weight = None if base_reason else _base_weight(base)
-    choices = [
-        _choice(call, x_dtype, None if i else weight, compute_dtype)
+    parts = [
+        _part(call, x_dtype, None if i else weight, compute_dtype)._replace(base=not i)
         for i, call in enumerate(todo)  # the base rides on the first
-    ] or [_mixed_choice(adapters, x_dtype, weight, compute_dtype)]
+    ] or [_mixed_part(adapters, x_dtype, weight, compute_dtype)]
+    choices = [part.choose(rows) for part in parts]
     backend = " + ".join(dict.fromkeys(choice.backend for choice in choices))
     state, strategy = "fused", choices[0].strategy
     reasons = list(dict.fromkeys(choice.reason for choice in choices))
@@ -160,33 +345,40 @@ def _fused_row(name: str, layer: Any, x_dtype: torch.dtype | None) -> Row:
         state, strategy = "composed", f"{strategy}; {len(todo)} calls"
         reasons.append("each adapter with dropout draws a mask of its own")
     if dora(layer, adapters[0].name):
+        parts[0] = parts[0]._replace(norm=layer.training)
         reasons.append("DoRA: the row norm without a second weight")
         if todo[0].dropout_p:
             state, strategy = "composed", f"{strategy}; the base product twice"
+            parts.append(parts[0]._replace(R=0, norm=False, ours=False))
             reasons.append("PEFT's DoRA drops x for the base product too")
     if "eager" in backend:
         state = "not fused"
     if base_reason is not None:
-        state, strategy = "adapter only", "base layer as a module, adapter added"
+        state, strategy, parts = "adapter only", "base layer as a module, adapter added", []
         reasons.insert(0, f"base layer: {base_reason}")
-    return Row(name, state, backend, strategy, "; ".join(reasons))
+    return Row(name, state, backend, strategy, "; ".join(reasons)), parts
 
 
-def _dense_row(name: str, layer: LoRALinear, x_dtype: torch.dtype | None) -> Row:
-    if layer.merged or not layer.enabled:
-        reason = "the adapter is merged" if layer.enabled else "the adapter is disabled"
-        product = "F.embedding" if isinstance(layer, LoRAEmbedding) else "F.linear"
-        return Row(name, "not fused", "torch", product, reason)
-    if isinstance(layer, LoRAEmbedding):
-        return _embedding_row(name)
+def _dense_layer(
+    name: str, layer: LoRALinear, x_dtype: torch.dtype | None, rows: int | None
+) -> Layer:
+    if isinstance(layer, LoRAEmbedding) and layer.enabled and not layer.merged:
+        return _embedding_row(name), []
     compute_dtype = layer.compute_dtype if isinstance(layer, QLoRALinear) else None
     weight = layer._base_weight()
     x_dtype = x_dtype or (layer.lora_A if isinstance(weight, Weight4bit) else weight).dtype
     dropout_p = layer.dropout if layer.training else 0.0
     call = Call(layer.lora_A, layer._adapter_B(), layer.scaling, None, dropout_p)
-    choice = _choice(call, x_dtype, weight, compute_dtype)
+    part = _part(call, x_dtype, weight, compute_dtype)
+    if layer.merged or not layer.enabled:
+        reason = "the adapter is merged" if layer.enabled else "the adapter is disabled"
+        product = "F.embedding" if isinstance(layer, LoRAEmbedding) else "F.linear"
+        parts = [] if isinstance(layer, LoRAEmbedding) else [part._replace(R=0)]
+        return Row(name, "not fused", "torch", product, reason), parts
+    choice = part.choose(rows)
     state = "not fused" if choice.backend == "eager" else "fused"
-    return Row(name, state, choice.backend, choice.strategy, choice.reason)
+    part = part._replace(norm=isinstance(layer, DoRALinear) and layer.training)
+    return Row(name, state, choice.backend, choice.strategy, choice.reason), [part]
 
 
 def _embedding_row(name: str) -> Row:
@@ -202,36 +394,35 @@ def _base_weight(base: nn.Module) -> Tensor | Weight4bit:
     return linear.base_weight(base)
 
 
-def _mixed_choice(
+def _mixed_part(
     adapters: Sequence[linear.Adapter],
     x_dtype: torch.dtype,
     weight: Tensor | Weight4bit | None,
     compute_dtype: torch.dtype | None,
-) -> select.Choice:
-    """What `multi_lora_linear` will choose for an x of this dtype beside the adapters."""
+) -> Part:
+    """The call of `multi_lora_linear` for an x of this dtype beside the adapters."""
     A, B = adapters[0].lora_A.weight, adapters[0].lora_B.weight
     rank = max(adapter.lora_A.weight.shape[0] for adapter in adapters)
     dtype = base_dtype(A.device.type, x_dtype, compute_dtype)
-    return select.multi_lora_linear(
-        A.device.type, x_dtype, A.dtype, B.dtype, dtype, rank, None,
-        isinstance(weight, Weight4bit), B.shape[0], A.shape[1], A.device.index,
-        _layout(A.device.type, weight, dtype),
+    return Part(
+        A.device, x_dtype, dtype, B.shape[0], A.shape[1], rank, A.dtype, B.dtype,
+        isinstance(weight, Weight4bit), mixed=True, layout=_layout(A.device.type, weight, dtype),
     )  # fmt: skip
 
 
-def _choice(
+def _part(
     call: Call,
     x_dtype: torch.dtype,
     weight: Tensor | Weight4bit | None,
     compute_dtype: torch.dtype | None,
-) -> select.Choice:
-    """What `lora_linear` will choose for an x of this dtype beside the adapter."""
+) -> Part:
+    """The call of `lora_linear` for an x of this dtype beside the adapter."""
     (R, K), N, device = call.lora_A.shape, call.lora_B.shape[0], call.lora_A.device
     dtype = base_dtype(device.type, x_dtype, compute_dtype)
-    return select.lora_linear(
-        device.type, x_dtype, call.lora_A.dtype, call.lora_B.dtype, dtype, R, None,
-        isinstance(weight, Weight4bit), N, K, call.dropout_p > 0, device.index,
-        _layout(device.type, weight, dtype),
+    return Part(
+        device, x_dtype, dtype, N, K, R, call.lora_A.dtype, call.lora_B.dtype,
+        isinstance(weight, Weight4bit), dropout=call.dropout_p > 0,
+        layout=_layout(device.type, weight, dtype),
     )  # fmt: skip
 
 

@@ -7,7 +7,8 @@ Each NAME.patch beside this file is one small realistic mistake. Its head names 
 
 Variables for the tests' environment may stand before them: TRITON_INTERPRET=1 tests/triton/....
 A line "Needs: amxbf16" names an instruction set without which no test can notice; where the
-processor lacks it, the fault is left out, and that is said.
+processor lacks it, the fault is left out, and that is said. A line "Covers: cuda dx, cuda gate"
+names the cells of the table in benchmarks/FAULTS.md where the fault stands (see BACKENDS, PARTS).
 
 The tree is copied (the working tree is never touched), and the tests are run in the copy: first
 without any fault, where all must pass, then with each, where one must fail. A fault that no test
@@ -34,6 +35,12 @@ from pathlib import Path
 from lora_kernels.measure.case import engines
 
 ROOT = Path(__file__).resolve().parents[2]
+# Of what at least one fault must be planted, in each of them.
+BACKENDS = ("eager", "cpu", "triton", "cuda")
+PARTS = (
+    "y", "dx", "dA", "dB", "dg", "dc", "dbias", "scaling", "gate", "column scale", "bias",
+    "dropout", "4-bit codes", "nested scales", "block size", "row norm", "several adapters",
+)  # fmt: skip
 TIMEOUT = 600  # seconds for one run of tests or one build
 
 
@@ -45,6 +52,7 @@ class Fault:
     files: tuple[str, ...]
     patch: Path
     needs: str | None = None
+    covers: tuple[str, ...] = ()
 
     @property
     def native(self) -> bool:
@@ -62,11 +70,15 @@ def read(patch: Path) -> Fault:
     head, _, body = patch.read_text().partition("--- a/")
     fields = dict(line.split(": ", 1) for line in head.strip().splitlines())
     files = re.findall(r"^\+\+\+ b/(\S+)", body, re.MULTILINE)
-    if set(fields) - {"Needs"} != {"Fault", "Tests"} or not files:
+    if set(fields) - {"Needs", "Covers"} != {"Fault", "Tests"} or not files:
         raise SystemExit(f"{patch.name}: want the lines 'Fault: ...' and 'Tests: ...', then a diff")
+    covers = tuple(fields["Covers"].split(", ")) if "Covers" in fields else ()
+    if unknown := set(covers) - {f"{b} {part}" for b in BACKENDS for part in PARTS}:
+        raise SystemExit(f"{patch.name}: Covers: got {', '.join(sorted(unknown))}")
     return Fault(
-        patch.stem, fields["Fault"], fields["Tests"], tuple(files), patch, fields.get("Needs")
-    )
+        patch.stem, fields["Fault"], fields["Tests"], tuple(files), patch, fields.get("Needs"),
+        covers,
+    )  # fmt: skip
 
 
 class Copy:

@@ -1,5 +1,6 @@
 """The variants' formulas in plain PyTorch, and a layer of each beside its own."""
 
+import gc
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -7,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from lora_kernels import layers, select
 from lora_kernels.layers import LoRALinear
 from lora_kernels.measure import tolerance
+from lora_kernels.measure.bench_memory import held
 
 f64, f32, bf16 = torch.float64, torch.float32, torch.bfloat16
 K, N, M = 67, 72, 33  # N times the smallest rank and N itself: two draws are 256 elements and more
@@ -134,3 +137,68 @@ def check(name: str, dtype: torch.dtype, inner: int = K) -> None:
         sums = (M, max(N, inner)) if dtype is f32 else (M, N, inner)
         verdict = tolerance.compare(got, ref, eager, u, sums)
         assert verdict.ok, f"{key}: {verdict}"
+
+
+def check_memory(
+    name: str,
+    dtype: torch.dtype,
+    dropout: float = 0.25,
+    cycles: bool = False,
+    sizes: tuple[int, int] = (M, K),
+) -> None:
+    """What is alive between forward and backward, whichever backend and strategy is asked for:
+    x, P [M, R] in float32 and 16 bytes, z in addition where c trains; beside them nothing but the
+    vectors that c and g are. Counted twice: by hooks on what autograd saves, and as what the
+    forward allocated and did not free, which sees also what a context would hide. cycles: the
+    backend leaves garbage in cycles of references, as Triton's interpreter does. sizes: rows of x,
+    and K."""
+    rows, inner = sizes
+    layer = make(name, inner=inner, dtype=dtype, dropout=dropout)
+    x = torch.randn(rows, inner).to(dtype).requires_grad_()
+    R, x_bytes = layer.lora_A.shape[0], rows * inner * dtype.itemsize
+    want = x_bytes + 16 * bool(dropout)
+    if "MemoryEfficient" not in name:  # which makes P again
+        want += rows * R * 4
+    if "DoRA" in name:  # z; c, and the norm that the magnitude is divided by
+        want += rows * N * dtype.itemsize + 2 * N * 4
+    elif name.removeprefix("Q") in ("AdaLoRALinear", "HierarchicalLoRALinear"):
+        want += R * 4  # g
+    kept = held(lambda: layer(x), layer)  # a first call, which may make buffers to keep
+    assert kept.bytes == want, kept.tensors
+    if cycles:
+        gc.collect()
+    gc.disable()  # what earlier tests left in cycles must not go just now
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        y = layer(x)
+        if cycles:
+            gc.collect()
+    gc.enable()
+    alive = sum(event.self_cpu_memory_usage for event in profiled.events())
+    # Of each level's weight · s PyTorch keeps s, a float64 for which it calls no hook.
+    numbers = 8 * len(layer.ranks) if "Hierarchical" in name else 0
+    assert alive == y.numel() * y.itemsize + want + numbers - x_bytes
+    assert not hidden(y)
+
+
+def hidden(y: Tensor) -> list[str]:
+    """The attributes of the graph's nodes that hold a tensor, however deep."""
+
+    def inside(value: Any) -> bool:
+        if isinstance(value, dict):
+            return any(map(inside, value.values()))
+        if isinstance(value, (tuple, list, set)):
+            return any(map(inside, value))
+        return isinstance(value, Tensor)
+
+    found, todo, seen = [], [y.grad_fn], set()
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        todo += [following for following, _ in node.next_functions]
+        if type(node).__name__ == "AccumulateGrad":  # of a parameter or of x
+            continue
+        own = getattr(node, "__dict__", {})
+        found += [f"{node.name()}.{key}" for key, value in own.items() if inside(value)]
+    return found

@@ -1,4 +1,5 @@
-"""Each variant of LoRA, dense and 4-bit, by the Triton kernels against its formula."""
+"""Each variant of LoRA, dense and 4-bit, by the Triton kernels against its formula, and what it
+keeps for its backward."""
 
 from typing import Any
 
@@ -6,14 +7,23 @@ import pytest
 import torch
 
 import lora_kernels
+from lora_kernels import select
 from tests.layers import test_group
-from tests.layers.variants import check, every_variant
+from tests.layers.variants import check, check_memory, every_variant
 
 
 @pytest.mark.parametrize("name", ["QDoRALinear", "AdaLoRALinear"])
 def test_some(name: str) -> None:
     with lora_kernels.backend("triton"):
         check(name, torch.bfloat16)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="bytes are counted on a CPU")
+@pytest.mark.parametrize("strategy", select.STRATEGIES["triton"])
+@pytest.mark.parametrize("name", ["LoRALinear", "QDoRALinear", "AdaLoRALinear"])
+def test_nothing_is_alive_beside_the_formula(name: str, strategy: str) -> None:
+    with lora_kernels.backend("triton", strategy):
+        check_memory(name, torch.bfloat16, cycles=True)
 
 
 @pytest.mark.proof
@@ -29,3 +39,12 @@ def test_y_and_every_gradient(name: str, dtype: torch.dtype) -> None:
 def test_projections_of_one_x(cls: Any) -> None:
     with lora_kernels.backend("triton"):
         test_group.check(("q", "v"), torch.bfloat16, cls)
+
+
+@pytest.mark.proof
+@pytest.mark.skipif(torch.cuda.is_available(), reason="bytes are counted on a CPU")
+@every_variant
+@pytest.mark.parametrize("strategy", select.STRATEGIES["triton"])
+def test_nothing_is_alive_of_any_variant(name: str, strategy: str) -> None:
+    with lora_kernels.backend("triton", strategy):
+        check_memory(name, torch.float32, cycles=True)

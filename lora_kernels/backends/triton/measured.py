@@ -38,12 +38,14 @@ class Shape:
 @dataclasses.dataclass(frozen=True)
 class Measured:
     """The strategy that was fastest for forward and backward together, the tiles of `linear_kernel`
-    in both directions (None: those that `configs` chooses), and where that comes from."""
+    in both directions (None: those that `configs` chooses), where that comes from, and what a step
+    took."""
 
     strategy: str
     forward: Config | None = None
     backward: Config | None = None
     source: str = ""
+    microseconds: float | None = None
 
 
 def shape(
@@ -108,7 +110,7 @@ def _row(row: Mapping[str, Any]) -> tuple[Shape, Measured]:
         name: None if row[name] is None else Config(**row[name]) for name in ("forward", "backward")
     }
     source = f"measured on {row['device']}: {row['microseconds']:.0f} µs a step"
-    return key, Measured(row["strategy"], **tiles, source=source)
+    return key, Measured(row["strategy"], **tiles, source=source, microseconds=row["microseconds"])
 
 
 def entry(key: Shape, row: Measured, **provenance: Any) -> dict[str, Any]:

@@ -1,0 +1,202 @@
+"""The two pictures in RESULTS.md, as the bytes of PNG files: LoRA tax, and a roofline.
+
+The same JSON and the same matplotlib give the same bytes. Each file names in its text chunk SOURCE
+the digest of the JSON it was drawn from, which `source` reads without matplotlib. Names are told
+apart by their markers, not by colour alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import struct
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lora_kernels import cpu_costs
+from lora_kernels.cpu_costs import Sizes
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Row = dict[str, Any]
+
+SOURCE = "Source"  # one of PNG's own keywords
+STYLE = {
+    "figure.dpi": 200,
+    "figure.facecolor": "white",
+    "font.family": "DejaVu Sans",  # which comes with matplotlib
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+}
+FILLED, HOLLOW = {"mew": 1.0}, {"mfc": "white", "mew": 1.2}
+# Name in the JSON -> legend, marker, colour, and how it is filled; dark ones are ours.
+TAX = {
+    "ours": ("ours", "o", "black", FILLED),
+    "ours, fp32 adapters": ("ours, fp32 A B", "o", "black", HOLLOW),
+    "addmm": ("in-place addmm_", "^", "#0072b2", FILLED),
+    "torch.compile": ("torch.compile", "D", "#56b4e9", FILLED),
+    "eager": ("eager", "s", "#e69f00", HOLLOW),
+    "peft": ("PEFT (fp32 A B)", "X", "#d55e00", FILLED),
+}
+LAYERS = {
+    "ours": ("ours, dense", "o", "black", FILLED),
+    "frozen": ("frozen linear", "+", "#0072b2", {"mew": 1.4}),
+    "peft": ("PEFT, dense", "X", "#d55e00", HOLLOW),
+}
+CODES = {
+    "ours": ("ours, NF4", "s", "black", FILLED),
+    "bitsandbytes, eval": ("bitsandbytes eval, NF4", "s", "#009e73", HOLLOW),
+    "bitsandbytes, train": ("bitsandbytes train, NF4", "v", "#cc79a7", HOLLOW),
+}
+
+
+def digest(*files: Path) -> str:
+    """Of the JSON that a picture is drawn from."""
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def source(png: bytes) -> str | None:
+    """The digest that a picture names; None where it names none or is no PNG."""
+    at, key = 8, SOURCE.encode() + b"\0"
+    while png.startswith(b"\x89PNG\r\n\x1a\n") and at + 12 <= len(png):
+        length, kind = struct.unpack(">I4s", png[at : at + 8])
+        text = png[at + 8 : at + 8 + length]
+        if kind == b"tEXt" and text.startswith(key):
+            return text.removeprefix(key).decode("latin-1")
+        at += 12 + length
+    return None
+
+
+def lora_tax(data: Row, caption: str, named: str) -> bytes:
+    """Time of a step over the frozen linear's, for each layer of the results and each candidate.
+
+    caption: date and machine; named: the `digest` of the JSON.
+    """
+    steps = [row for row in data["rows"] if row["mode"] == "step"]
+    dtypes = list(dict.fromkeys(row["dtype"] for row in steps))
+    shapes = list(dict.fromkeys((row["M"], row["K"], row["N"], row["R"]) for row in steps))
+    place = {shape: len(shapes) - 1 - i for i, shape in enumerate(shapes)}
+    present = {name for row in steps for name in row["tax"]}
+
+    def draw(figure: Figure) -> None:
+        all_axes = figure.subplots(1, len(dtypes), sharey=True, squeeze=False)[0]
+        for axes, dtype in zip(all_axes, dtypes, strict=True):
+            axes.set_title(f"{dtype} x and W")
+            axes.axvline(1.0, color="black", lw=0.8)
+            axes.grid(axis="both", color="0.88", lw=0.5)
+            for row in (row for row in steps if row["dtype"] == dtype):
+                y = place[row["M"], row["K"], row["N"], row["R"]]
+                axes.plot(row["floor"], y, "|", color="0.45", ms=11, mew=1.5)
+                for name, (_, marker, color, fill) in reversed(TAX.items()):
+                    if name in row["tax"]:
+                        axes.plot(row["tax"][name], y, marker, color=color, ms=5.5, **fill)
+                    elif name in row["misses"]:
+                        at = axes.get_yaxis_transform()
+                        axes.text(1.0, y, f" ✗ {name}", transform=at, va="center", fontsize=7)
+            axes.set_xlabel("times the frozen linear alone (less is better)")
+        labels = [f"{m}×{k}×{n}  r={r}" for m, k, n, r in place]
+        all_axes[0].set_yticks(list(place.values()), labels)
+        _legend(
+            figure,
+            [("floor (arithmetic)", "|", "0.45", {"mew": 1.5})]
+            + [look for name, look in TAX.items() if name in present],
+        )
+        _title(figure, "LoRA tax: time of a training step with the adapter", caption)
+
+    return _png(draw, named, height=1.9 + 0.27 * len(shapes))
+
+
+def roofline(layers: Row, codes: Row | None, caption: str, named: str) -> bytes:
+    """Operations a second over operations a byte, below what memory and products allow.
+
+    Bytes are those that must move, each operand once a direction (`cpu_costs.moved`), so that to
+    move one twice shows as a point further down. layers: dense layers' forwards and steps; codes:
+    4-bit layers', cold.
+    """
+    limits = layers["provenance"]
+
+    def draw(figure: Figure) -> None:
+        dtypes = list(limits["product_peak"])
+        all_axes = figure.subplots(1, len(dtypes), sharey=True, squeeze=False)[0]
+        for axes, dtype in zip(all_axes, dtypes, strict=True):
+            peak, bandwidth = limits["product_peak"][dtype], limits["copy_bandwidth"]
+            ridge = peak / bandwidth
+            roof = [bandwidth * x / 1e9 for x in (0.4, ridge)]
+            axes.plot([0.4, ridge, 4000], [*roof, roof[1]], "k-", lw=1)
+            axes.text(
+                0.45, peak / 1e9, f"product\n{peak / 1e9:.0f} GFLOP/s", va="center", fontsize=7
+            )
+            copy = f"copy {bandwidth / 1e9:.0f} GB/s"
+            axes.text(0.6, 0.45 * bandwidth / 1e9, copy, va="top", fontsize=7)
+            for data, looks in ((layers, LAYERS), (codes, CODES)):
+                for name, x, y in _points(data, dtype) if data else ():
+                    if name in looks:
+                        _, marker, color, fill = looks[name]
+                        axes.plot(x, y / 1e9, marker, color=color, ms=5, **fill)
+            axes.set_xscale("log")
+            axes.set_yscale("log")
+            axes.set_title(f"{dtype} x")
+            axes.grid(which="major", color="0.88", lw=0.5)
+            axes.set_xlabel("operations a byte that must move")
+        all_axes[0].set_ylabel("GFLOP/s (more is better)")
+        looks = [*LAYERS.values(), *(CODES.values() if codes else ())]
+        _legend(figure, looks)
+        _title(figure, "Roofline: what layers reach of what the machine allows", caption)
+
+    return _png(draw, named, height=4.9)
+
+
+def _points(data: Row, dtype: str) -> Iterator[tuple[str, float, float]]:
+    """Name, operations a byte, operations a second."""
+    for row in data["rows"]:
+        four_bit = "quant_type" in row
+        if row["dtype"] != dtype or row["mode"] not in ("forward", "step"):
+            continue
+        if four_bit and row["cache"] != "cold":
+            continue
+        torch_dtype = getattr(torch, dtype)
+        for name, times in row["seconds"].items():
+            sizes = Sizes(
+                row["M"], row["N"], row["K"], 0 if name == "frozen" else row["R"], torch_dtype,
+                4 if name == "peft" else torch_dtype.itemsize, four_bit,
+            )  # fmt: skip
+            step = row["mode"] == "step"
+            work = cpu_costs.flops(sizes, step)
+            yield name, work / cpu_costs.moved(sizes, step), work / times["p50"]
+
+
+def _legend(figure: Figure, looks: list[tuple[str, str, str, dict[str, Any]]]) -> None:
+    from matplotlib.lines import Line2D
+
+    handles = [
+        Line2D([], [], marker=marker, color=color, ls="", ms=6, label=label, **fill)
+        for label, marker, color, fill in looks
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 4))
+
+
+def _title(figure: Figure, text: str, caption: str) -> None:
+    figure.suptitle("\n".join([text, *textwrap.wrap(caption, 125)]), fontsize=8)
+
+
+def _png(draw: Any, named: str, height: float) -> bytes:
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE}):
+        figure = Figure(figsize=(8.3, height), layout="constrained")
+        FigureCanvasAgg(figure)
+        draw(figure)
+        out = io.BytesIO()
+        # Software would name matplotlib's version.
+        figure.savefig(out, format="png", metadata={SOURCE: named, "Software": None})
+    return out.getvalue()

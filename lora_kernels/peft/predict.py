@@ -1,0 +1,232 @@
+"""What a layer's calls should take, and which M would change how they are made: for `explain`.
+
+Times come from the models of costs (`costs` of a GPU, `cpu_costs` of a CPU), or, where
+`lora-kernels tune` measured that shape on that GPU, from its table; never from a clock here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+
+from .. import costs, cpu_costs, select
+from ..backends import eager
+from ..backends.cuda.fit import Layout
+from ..backends.triton import configs, measured
+from ..cpu_costs import Machine, Sizes
+from ..select import Choice
+
+MANY_ROWS = 1 << 17  # up to which other choices are looked for
+EVERY_ROW = 256  # up to which each M is asked for, above eight an octave
+
+
+class Part(NamedTuple):
+    """One call that a layer makes, at any M. R = 0: the base's product alone, by PyTorch."""
+
+    device: torch.device
+    x_dtype: torch.dtype
+    dtype: torch.dtype  # of the base product
+    N: int
+    K: int
+    R: int = 0
+    a_dtype: torch.dtype = torch.float32
+    b_dtype: torch.dtype = torch.float32
+    four_bit: bool = False
+    base: bool = True  # whether the base's product is in it
+    dropout: bool = False
+    mixed: bool = False  # `multi_lora_linear`
+    ours: bool = True  # False: PyTorch's own calls, whatever `select` would choose
+    norm: bool = False  # DoRA's, of each row of the weight, before it
+    frozen: bool = True  # whether the base's weight gets no gradient
+    layout: Layout | None = None  # of the base's weight, for the CUDA kernels
+
+    def choose(self, rows: int | None) -> Choice:
+        """What `select` answers the op; RuntimeError where a forced backend cannot run."""
+        if not (self.ours and self.R):
+            return Choice("torch", eager.LIBRARY, "")
+        if self.mixed:
+            return select.multi_lora_linear(
+                self.device.type, self.x_dtype, self.a_dtype, self.b_dtype, self.dtype, self.R,
+                rows, self.four_bit, self.N, self.K, self.device.index, self.layout,
+            )  # fmt: skip
+        return select.lora_linear(
+            self.device.type, self.x_dtype, self.a_dtype, self.b_dtype, self.dtype, self.R, rows,
+            self.four_bit, self.N, self.K, self.dropout, self.device.index, self.layout,
+        )  # fmt: skip
+
+
+class Time(NamedTuple):
+    """Seconds, and by what: a model of costs or a measurement, in words."""
+
+    seconds: float
+    source: str
+    measured: bool = False
+
+
+class Region(NamedTuple):
+    """From how many rows on (up to the next region's) the layer is computed so."""
+
+    rows: int
+    backend: str
+    strategy: str
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Of one layer at the number of rows that was asked for.
+
+    seconds: of a step (forward and backward) where the model trains, else of the forward; None
+    where nothing is known of the base or of the GPU. share: of the step of all layers that are
+    predicted. regions: how the layer's first call is made from one row on.
+    """
+
+    seconds: float | None
+    source: str | None
+    measured: bool
+    share: float | None
+    regions: tuple[Region, ...]
+
+    def changes(self, rows: int) -> str:
+        """What would be otherwise at another M, in words; empty: nothing.
+
+        >>> few, many = Region(1, "cpu", "library"), Region(64, "cpu", "single pass")
+        >>> Prediction(None, None, False, None, (few, many)).changes(512)
+        'up to 63 rows: library'
+        """
+        found = []
+        here = next(r for r in reversed(self.regions) if r.rows <= rows)
+        ends = [region.rows - 1 for region in self.regions[1:]] + [None]
+        for region, last in zip(self.regions, ends, strict=True):
+            if region is here:
+                continue
+            way = region.strategy
+            if region.backend != here.backend:
+                way = f"{region.backend}, {way}"
+            if last is None:
+                found.append(f"from {region.rows} rows on: {way}")
+            elif region.rows in (1, last):
+                found.append(f"{'up to' if last > 1 else 'at'} {last} row{'s' * (last > 1)}: {way}")
+            else:
+                found.append(f"{region.rows} to {last} rows: {way}")
+        return "; ".join(found)
+
+    def facts(self) -> dict[str, Any]:
+        return asdict(self) | {"regions": [region._asdict() for region in self.regions]}
+
+
+def regions(part: Part) -> tuple[Region, ...]:
+    """Where the choice changes, from one row to MANY_ROWS: asked of `select`, which is pure."""
+
+    def at(rows: int) -> tuple[str, str]:
+        try:
+            choice = part.choose(rows)
+            return choice.backend, choice.strategy
+        except RuntimeError:  # of a strategy that was asked for and is not for so many rows
+            return "none", "raises"
+
+    grid = [*range(1, EVERY_ROW + 1)]
+    while grid[-1] < MANY_ROWS:
+        grid.append(min(MANY_ROWS, grid[-1] * 9 // 8))
+    found = [Region(1, *at(1))]
+    for low, high in pairwise(grid):
+        while at(high) != found[-1][1:]:
+            # The first row that is not as those before it.
+            before, first = max(low, found[-1].rows), high
+            while first - before > 1:
+                middle = (before + first) // 2
+                before, first = (middle, first) if at(middle) == found[-1][1:] else (before, middle)
+            found.append(Region(first, *at(first)))
+    return tuple(found)
+
+
+def time(part: Part, rows: int, machine: Machine | None, step: bool) -> Time | None:
+    """Of one call of `rows` rows; None where the GPU is not known, or an interpreter or emulator
+    takes its place. machine: the CPU's."""
+    if part.device.type == "cpu" and machine is not None:
+        if part.choose(rows).backend in ("triton", "cuda"):
+            return None
+        return Time(_on_cpu(part, rows, machine, step), "the model of costs")
+    if part.device.type == "cuda":
+        known = _tuned(part, rows) if step else None
+        if known is not None:
+            return known
+        gpu = costs.here(part.device.index)
+        if gpu is not None:
+            return Time(_on_gpu(part, rows, gpu, step), f"the model of costs for {gpu.name}")
+    return None
+
+
+def _on_cpu(part: Part, rows: int, machine: Machine, step: bool) -> float:
+    itemsize = max(part.a_dtype.itemsize, part.b_dtype.itemsize)
+    sizes = Sizes(
+        rows, part.N, part.K, part.R, part.dtype, itemsize, part.four_bit, base=part.base
+    )  # fmt: skip
+    strategy = part.choose(rows).strategy
+    seconds = cpu_costs.predict(machine, sizes, strategy)
+    if step:
+        seconds += cpu_costs.predict(machine, sizes, strategy, backward=True)
+    if step and not part.frozen:
+        seconds += sizes.base_flops / machine.peaks.get(part.dtype, machine.peaks[torch.float32])
+    if part.norm:
+        flops = 2.0 * part.N * part.K * part.R
+        seconds += max(
+            sizes.weight_bytes / machine.bandwidth, flops / machine.peaks[torch.float32]
+        )  # fmt: skip
+    return seconds
+
+
+def _on_gpu(part: Part, rows: int, gpu: costs.Gpu, step: bool) -> float:
+    """The backward's dx is a forward with N and K exchanged; then dY and x are read once more."""
+    bandwidth = gpu.bandwidth * costs.BANDWIDTH_SHARE
+    x, y = (rows * n * part.dtype.itemsize for n in (part.K, part.N))
+    launches = (2 if part.ours and part.R else 5) * costs.LAUNCH
+    if not part.base:
+        return (1 + 2 * step) * ((x + 2 * y) / bandwidth + launches)
+    choice = part.choose(rows)
+
+    def product(N: int, K: int) -> float:
+        predicted = costs.predict(
+            gpu, rows, N, K, part.R, part.dtype.itemsize, part.four_bit, part.dropout
+        )  # fmt: skip
+        backend = choice.backend if choice.backend in ("triton", "cuda") else "eager"
+        same = [cost for cost in predicted if cost.backend == backend]
+        exact = [cost for cost in same if cost.strategy == choice.strategy]
+        return (exact or same)[0].seconds
+
+    seconds = product(part.N, part.K)
+    if step:
+        seconds += product(part.K, part.N) + bool(part.R) * ((x + y) / bandwidth + launches)
+    if step and not part.frozen:
+        seconds += 2.0 * rows * part.N * part.K / (gpu.matrix * costs.LIBRARY_SHARE)
+    if part.norm:
+        seconds += part.N * part.K * part.dtype.itemsize / bandwidth + costs.LAUNCH
+    return seconds
+
+
+def _tuned(part: Part, rows: int) -> Time | None:
+    """A step's time as `lora-kernels tune` measured it, where that row is the one that is taken."""
+    choice = part.choose(rows)
+    if choice.backend != "triton" or part.mixed or part.dropout or not part.base:
+        return None
+    target = configs.target(part.device.index)
+    itemsize = max(d.itemsize for d in (part.x_dtype, part.a_dtype, part.b_dtype, part.dtype))
+    known = measured.find(
+        measured.shape(target, rows, part.N, part.K, part.R, itemsize, part.four_bit)
+    )
+    if known is None or known.microseconds is None or known.strategy != choice.strategy:
+        return None
+    return Time(known.microseconds * 1e-6, known.source, measured=True)
+
+
+def total(times: Iterator[Time | None]) -> Time | None:
+    """Of a layer's calls together; None where one is not known."""
+    found = list(times)
+    known = [time for time in found if time is not None]
+    if not found or len(known) < len(found):
+        return None
+    sources = "; ".join(dict.fromkeys(time.source for time in known))
+    return Time(sum(t.seconds for t in known), sources, all(t.measured for t in known))

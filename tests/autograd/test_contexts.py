@@ -1,0 +1,46 @@
+"""What stands on a context by hand is no tensor: by the source, and by what a call leaves there."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+
+import pytest
+import torch
+
+from lora_kernels import autograd, lora_linear, multi_lora_linear
+from lora_kernels.quantization import quantize_4bit
+from tests.layers.variants import hidden
+
+# Numbers, dtypes and what was asked for; a name that is new here wants a look at what it holds.
+ALLOWED = {"asked", "scaling", "dropout_p", "dtype", "blocksizes", "bias_dtype"}
+
+
+def test_the_source_sets_nothing_else() -> None:
+    """Also by setattr or through __dict__, of which there is none."""
+    found = set()
+    for node in ast.walk(ast.parse(inspect.getsource(autograd))):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            assert ast.unparse(node.value) == "ctx"
+            found.add(node.attr)
+        if isinstance(node, ast.Name):
+            assert node.id not in ("setattr", "vars"), ast.unparse(node)
+        if isinstance(node, ast.Attribute):
+            assert node.attr not in ("__dict__", "__setattr__")
+    assert found == ALLOWED
+
+
+@pytest.mark.parametrize("four_bit", [False, True])
+def test_a_call_leaves_no_tensor_there(four_bit: bool) -> None:
+    M, N, K, R = 6, 64, 64, 3
+    W = torch.randn(N, K)
+    base = quantize_4bit(W) if four_bit else W
+    A, B = (torch.randn(s, requires_grad=True) for s in ((R, K), (N, R)))
+    x = torch.randn(M, K, requires_grad=True)
+    bias, g, c = (torch.ones(n, requires_grad=True) for n in (N, R, N))
+    y = lora_linear(x, base, A, B, 2.0, bias, rank_gate=g, column_scale=c, dropout_p=0.1)
+    assert not hidden(y)
+    assert vars(y.grad_fn).keys() >= ALLOWED
+    index = torch.tensor([0, 1, -1, 1, 0, 0])
+    y = multi_lora_linear(x, base, [A, A], [B, B], index, [2.0, 0.5], bias, dropout_p=0.1)
+    assert not hidden(y)

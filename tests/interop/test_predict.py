@@ -1,0 +1,358 @@
+"""`explain(model, rows=...)`: predicted times, their shares, and what another M would change."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+import lora_kernels
+from lora_kernels import costs, cpu_costs, select
+from lora_kernels.backends import cpu, native, triton
+from lora_kernels.backends.triton import configs, measured
+from lora_kernels.cpu_costs import Machine, Sizes
+from lora_kernels.layers import DoRALinear, LoRAEmbedding, LoRALinear, QLoRALinear
+from lora_kernels.peft import explain, fuse, predict
+from lora_kernels.peft.predict import Part, Region
+from lora_kernels.select import Choice
+
+from .tiny import SIZES, R, batch, mlp
+
+f32, bf16 = torch.float32, torch.bfloat16
+# Round figures: a second is 1e9 bytes, or 1e12 operations in float32 and twice as many in bfloat16.
+MACHINE = Machine("test", 1e9, {f32: 1e12, bf16: 2e12})
+H100 = costs.Gpu("H100", 90, 132, 1.755e9, 3.35e12, 949e12, 59e12)
+GPU = Part(torch.device("cuda", 0), bf16, bf16, 4096, 14336, 16, bf16, bf16)
+needs_native = pytest.mark.skipif(native.module is None, reason="no native kernels")
+
+
+def test_bytes_and_operations_by_hand() -> None:
+    """One row of K = N = 1000, r = 10: a forward is bound by memory, one of 10,000 by products."""
+    forward = 4 * (1000 * 1000 + 2 * 1000 + 2000 * 10) / 1e9
+    few = Sizes(1, 1000, 1000, 10, f32)
+    assert cpu_costs.predict(MACHINE, few, cpu.SINGLE_PASS) == pytest.approx(
+        forward + cpu_costs.FORWARD_CALL
+    )
+    many = Sizes(10_000, 1000, 1000, 10, bf16, 2)
+    machine = Machine("fast memory", 1e15, MACHINE.peaks)
+    product, thin = 2e10 / 2e12, 2 * 10_000 * 10 * 2000 / 2e12 / cpu_costs.THIN_SHARE
+    assert cpu_costs.predict(machine, many, cpu.SINGLE_PASS) == pytest.approx(
+        product + thin + cpu_costs.FORWARD_CALL
+    )
+    assert cpu_costs.predict(machine, many, cpu.SINGLE_PASS, backward=True) == pytest.approx(
+        product + 2 * thin + cpu_costs.BACKWARD_CALL
+    )
+    # The library's product, which is as if it had more rows, and an update after it.
+    rows = 1 + cpu_costs.LIBRARY_ROWS / 10_000
+    assert cpu_costs.predict(machine, many, cpu.LIBRARY) == pytest.approx(
+        product * rows + thin + cpu_costs.FORWARD_CALL, rel=1e-4
+    )
+
+
+@pytest.mark.parametrize("strategy", [cpu.SINGLE_PASS, cpu.LIBRARY, cpu.FEW_ROWS, "eager's"])
+@pytest.mark.parametrize("backward", [False, True])
+def test_no_prediction_is_below_the_floor(strategy: str, backward: bool) -> None:
+    """And none grows smaller with more rows, ranks or without codes' decoding."""
+    for dtype, four_bit in ((f32, False), (bf16, False), (bf16, True)):
+        before = 0.0
+        for M in (1, 2, 16, 64, 512, 4096):
+            sizes = Sizes(M, 512, 1024, 16, dtype, 4, four_bit)
+            floor = max(
+                sizes.base_flops / MACHINE.peaks[dtype], sizes.weight_bytes / MACHINE.bandwidth
+            )
+            seconds = cpu_costs.predict(MACHINE, sizes, strategy, backward)
+            assert seconds > max(floor, before)
+            before = seconds
+
+
+def part(**fields: Any) -> Part:
+    return Part(torch.device("cpu"), f32, f32, 64, 48, 8)._replace(**fields)
+
+
+def choices(monkeypatch: pytest.MonkeyPatch, *starts: tuple[int, str]) -> None:
+    """`select` answers each name from its number of rows on."""
+
+    def lora_linear(*args: Any) -> Choice:
+        rows = args[6]
+        return Choice("cpu", next(name for at, name in reversed(starts) if rows >= at), "")
+
+    monkeypatch.setattr(select, "lora_linear", lora_linear)
+
+
+def test_regions_start_at_the_very_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    starts = ((1, "a"), (2, "b"), (129, "c"), (1003, "a"), (70_000, "d"))
+    choices(monkeypatch, *starts)
+    assert predict.regions(part()) == tuple(Region(at, "cpu", name) for at, name in starts)
+
+
+def test_changes_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    choices(monkeypatch, (1, "a"), (2, "b"), (33, "c"), (64, "d"))
+    found = predict.Prediction(None, None, False, None, predict.regions(part()))
+    assert found.changes(40) == "at 1 row: a; 2 to 32 rows: b; from 64 rows on: d"
+    assert found.changes(1) == "2 to 32 rows: b; 33 to 63 rows: c; from 64 rows on: d"
+    assert found.changes(64).startswith("at 1 row: a; 2 to 32")
+    other = predict.Prediction(
+        None, None, False, None, (Region(1, "cuda", "s"), Region(9, "triton", "t"))
+    )
+    assert other.changes(4) == "from 9 rows on: triton, t"
+
+
+def test_the_row_has_the_strategy_of_so_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    choices(monkeypatch, (1, "few"), (64, "many"))
+    for model in (fuse(sequential()), nn.Sequential(LoRALinear(48, 64, r=4))):
+        for rows, strategy, other in (
+            (63, "few", "; from 64 rows on: many"), (64, "many", "; up to 63 rows: few"),
+        ):  # fmt: skip
+            found = explain(model, rows=rows, machine=MACHINE)
+            assert found.rows[0].strategy == strategy
+            assert other.removeprefix("; ") in str(found)
+
+
+@needs_native
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "avx512bf16"])
+def test_regions_are_those_of_select(isa: str) -> None:
+    if native.ISAS.index(isa) > native.ISAS.index(native.isa or "scalar"):
+        pytest.skip("this machine or build lacks the instruction set")
+    before = native.isa
+    try:
+        native.use_isa(isa)
+        found = predict.regions(part(four_bit=True))
+        assert [region.rows for region in found] == [1, select.FEW_ROWS_4BIT[isa] + 1]
+        assert found[0].strategy == cpu.FEW_ROWS
+    finally:
+        native.use_isa(before)
+
+
+def test_a_strategy_that_was_asked_for_and_cannot_run_there_is_a_region() -> None:
+    if native.module is None:
+        pytest.skip("no native kernels")
+    with lora_kernels.backend("cpu", cpu.FEW_ROWS):
+        first, second = predict.regions(part(four_bit=True))
+    assert first.strategy == cpu.FEW_ROWS and second[1:] == ("none", "raises")
+
+
+@needs_native
+@pytest.mark.parametrize("rows", [1, 12])
+@pytest.mark.parametrize("autocast", [None, bf16])
+def test_asks_for_the_choice_that_the_op_asks_for(
+    autocast: torch.dtype | None, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows included."""
+    model = fuse(mlp(f32))
+    choose, asked = select.lora_linear, []
+
+    def recorder(*args: Any, **kwargs: Any) -> Choice:
+        asked.append(args)
+        return choose(*args, **kwargs)
+
+    monkeypatch.setattr(select, "lora_linear", recorder)
+    with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
+        explain(model, rows=rows, machine=MACHINE)
+        by_explain = set(asked)
+        asked.clear()
+        up, down = model.base_model.model.up, model.base_model.model.down
+        up(batch(f32).view(-1, SIZES[0])[:rows]), down(torch.ones(rows, SIZES[1]))
+    assert len(asked) == 2 and set(asked) <= by_explain
+
+
+def sequential(r: int = R, **config: Any) -> Any:
+    linears = nn.Sequential(nn.Linear(48, 64, bias=False), nn.Linear(64, 48, bias=False))
+    config = {"target_modules": ["0"], "r": r, "lora_alpha": 7} | config
+    return get_peft_model(linears, LoraConfig(**config))
+
+
+def test_shares_and_the_layers_without_an_adapter() -> None:
+    model = fuse(sequential())
+    found = explain(model, rows=100, machine=MACHINE)
+    (row,), (prediction,) = found.rows, found.predictions.values()
+    assert row.layer in found.predictions and not prediction.measured
+    assert prediction.source == "the model of costs"
+    assert found.others is not None and found.others.layers == 1
+    assert prediction.share is not None and found.others.share is not None
+    assert prediction.share + found.others.share == pytest.approx(1)
+    # The other linear: its product and dx's, by PyTorch.
+    sizes = Sizes(100, 48, 64, 0, f32)
+    both = sum(cpu_costs.predict(MACHINE, sizes, "", backward) for backward in (False, True))
+    assert found.others.seconds == pytest.approx(both)
+    text = str(found)
+    assert f"{prediction.seconds * 1e3:.3g} ms predicted" in text  # type: ignore[operator]
+    assert "measured" not in text.replace("measured in this process", "")
+    assert "100 rows, forward and backward of all linear layers: " in text
+    assert "test: a copy moves 1 GB/s" in text
+    forward = explain(model.eval(), rows=100, machine=MACHINE)
+    assert not forward.step and "100 rows, forward of all" in str(forward)
+    assert forward.predictions[row.layer].seconds < prediction.seconds  # type: ignore[operator]
+
+
+def test_a_layer_that_peft_trains_a_copy_of_counts_once() -> None:
+    """The copy, whose weight has a gradient, while it is in use."""
+    plain, saved = (
+        explain(sequential(modules_to_save=names), rows=100, machine=MACHINE).others
+        for names in (None, ["1"])
+    )
+    assert plain is not None and saved is not None and plain.layers == saved.layers == 1
+    weights = Sizes(100, 48, 64, 0, f32).base_flops / MACHINE.peaks[f32]
+    assert saved.seconds == pytest.approx(plain.seconds + weights)  # type: ignore[operator]
+    model = sequential(modules_to_save=["1"])
+    with model.disable_adapter():
+        found = explain(model, rows=100, machine=MACHINE).others
+    assert found is not None and found.layers == 1 and found.seconds <= saved.seconds  # type: ignore[operator]
+
+
+def test_json_holds_the_table() -> None:
+    model = fuse(sequential())
+    found = explain(model, rows=100, machine=MACHINE)
+    data = json.loads(found.json())
+    (layer,), (row,) = data["layers"], found.rows
+    assert {key: layer[key] for key in row._fields} == row._asdict()
+    assert layer["parameters"] == R * (48 + 64)
+    assert layer["regions"][0]["rows"] == 1
+    assert layer["seconds"] + data["others"]["seconds"] == pytest.approx(data["seconds"])
+    assert (data["rows"], data["step"]) == (100, True)
+    plain = json.loads(explain(model).json())
+    assert list(plain) == ["layers"] and "seconds" not in plain["layers"][0]
+
+
+def test_the_table_without_rows_stays_as_it_was() -> None:
+    model = fuse(sequential())
+    assert str(explain(model)).splitlines()[0].split() == [*explain(model).rows[0]._fields]
+
+
+def seconds(model: nn.Module, rows: int = 512) -> float | None:
+    (prediction,) = explain(model, rows=rows, machine=MACHINE).predictions.values()
+    return prediction.seconds
+
+
+def test_what_more_work_adds() -> None:
+    """More ranks, DoRA's norm, its second base product with dropout, a base that trains."""
+    plain = seconds(fuse(sequential()))
+    assert plain is not None
+    for config in ({"r": 40}, {"use_dora": True}):
+        more = seconds(fuse(sequential(**config)))
+        assert more is not None and more > plain, config
+    dora, dropped = (seconds(fuse(sequential(use_dora=True, lora_dropout=p))) for p in (0.0, 0.1))
+    product = Sizes(512, 64, 48, 0, f32)
+    twice = sum(cpu_costs.predict(MACHINE, product, "", backward) for backward in (False, True))
+    assert dora is not None and dropped == pytest.approx(dora + twice)
+    unfused = sequential()
+    unfused.base_model.model[0].base_layer.weight.requires_grad_()
+    by_peft = seconds(sequential())
+    assert by_peft is not None and by_peft >= plain
+    assert seconds(unfused) == pytest.approx(by_peft + product.base_flops / 1e12)
+
+
+def test_states_of_a_layer() -> None:
+    model = fuse(sequential())
+    base = [Sizes(512, 64, 48, 0, f32)]
+    alone = sum(
+        cpu_costs.predict(MACHINE, sizes, "", backward)
+        for sizes in base
+        for backward in (False, True)
+    )
+    model.base_model.disable_adapter_layers()
+    model.base_model.model[0].base_layer.weight.requires_grad_(False)
+    nn.Module.train(model)
+    model.extra = nn.Parameter(torch.zeros(1))  # something trains
+    assert seconds(model) == pytest.approx(alone)
+    hooked = fuse(sequential())
+    hooked.base_model.model[0].base_layer.register_forward_hook(lambda *args: None)
+    assert seconds(hooked) is None
+    assert "1 layers are not predicted" in str(explain(hooked, rows=3, machine=MACHINE))
+
+
+def test_dense_layers() -> None:
+    layers = {
+        "a": LoRALinear(64, 48, r=4), "b": DoRALinear(64, 48, r=4), "c": QLoRALinear(64, 48, r=4),
+        "d": LoRALinear(64, 48, r=4), "e": LoRAEmbedding(9, 8, r=2),
+    }  # fmt: skip
+    layers["d"].merge()
+    found = explain(nn.ModuleDict(layers), rows=64, machine=MACHINE).predictions
+    times = {name: prediction.seconds for name, prediction in found.items()}
+    assert times["e"] is None and times["a"] < times["b"]  # type: ignore[operator]
+    assert times["d"] < times["a"]  # type: ignore[operator]
+    assert times["c"] is not None
+
+
+def test_rows_that_name_their_adapters() -> None:
+    model = fuse(sequential())
+    model.add_adapter("second", LoraConfig(r=3, target_modules=["0"]))
+    model.eval()
+    model.base_model.model[0](torch.ones(2, 48), adapter_names=["default", "second"])
+    (row,) = explain(model, rows=2, machine=MACHINE).rows
+    assert "rows name their adapters" in row.reason
+    assert seconds(model) is not None
+
+
+@pytest.mark.parametrize("rows", [0, -1, True, 2.0, "2"])
+def test_bad_rows(rows: Any) -> None:
+    with pytest.raises(ValueError, match=r"rows: got .*, want a whole number of at least 1"):
+        explain(sequential(), rows=rows)
+
+
+def test_a_gpu_that_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(costs, "here", lambda index: H100)
+    library = next(c for c in costs.predict(H100, 512, 4096, 14336, 16) if c.backend == "eager")
+    monkeypatch.setattr(select, "lora_linear", lambda *args: Choice("eager", "", ""))
+    found = predict.time(GPU, 512, None, False)
+    assert found == (library.seconds, "the model of costs for H100", False)
+    step = predict.time(GPU, 512, None, True)
+    # dx is a product of the same size.
+    assert step is not None and step.seconds > 1.9 * found.seconds
+    monkeypatch.setattr(select, "lora_linear", lambda *args: Choice("cuda", "split", ""))
+    split = next(
+        c for c in costs.predict(H100, 512, 4096, 14336, 16)
+        if (c.backend, c.strategy) == ("cuda", "split")
+    )  # fmt: skip
+    assert predict.time(GPU, 512, None, False) == (split.seconds, found.source, False)
+    monkeypatch.setattr(costs, "here", lambda index: None)
+    assert predict.time(GPU, 512, None, False) is None
+
+
+def test_what_was_measured_goes_before_the_model_and_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    target = configs.Target("cuda", 90, 132, 227 << 10)
+    monkeypatch.setattr(costs, "here", lambda index: H100)
+    monkeypatch.setattr(configs, "target", lambda index: target)
+    key = measured.shape(target, 512, 4096, 14336, 16, 2, False)
+    row = measured.Measured(
+        triton.SPLIT, source="measured on H100: 250 µs a step", microseconds=250
+    )
+    answer = Choice("triton", triton.SPLIT, row.source)
+    monkeypatch.setattr(select, "lora_linear", lambda *args: answer)
+    with measured.tried(key, row):
+        assert predict.time(GPU, 512, None, True) == (250e-6, row.source, True)
+        # Neither another shape, nor a forward, nor another strategy was measured.
+        for other, rows, step in ((GPU, 2048, True), (GPU, 512, False)):
+            found = predict.time(other, rows, None, step)
+            assert found is not None and not found.measured
+        for fields in ({"dropout": True}, {"R": 100}, {"base": False}):
+            found = predict.time(GPU._replace(**fields), 512, None, True)
+            assert found is not None and not found.measured
+        answer = Choice("triton", triton.LIBRARY, "")
+        found = predict.time(GPU, 512, None, True)
+        assert found is not None and not found.measured
+    whole = predict.total(iter([predict.Time(1.0, "a", True), predict.Time(2.0, "b")]))
+    assert whole == (3.0, "a; b", False)
+    assert predict.total(iter([])) is None
+
+
+def test_the_machine_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lora_kernels.measure import timing
+
+    counted: list[str] = []
+    monkeypatch.setattr(timing, "copy_bandwidth", lambda: counted.append("copy") or 1e9)
+    monkeypatch.setattr(timing, "product_peak", lambda dtype: counted.append(str(dtype)) or 1e12)
+    timing._cpu_machine.cache_clear()
+    try:
+        for _ in range(2):
+            found = explain(sequential(), rows=8)
+        assert counted == ["torch.float32", "copy"]
+        assert re.search(r"measured in this process: a copy moves 1 GB/s, .* float32", str(found))
+    finally:
+        timing._cpu_machine.cache_clear()

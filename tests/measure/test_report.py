@@ -1,0 +1,89 @@
+"""The pictures of RESULTS.md, and what `benchmarks.report --check` notices."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import pictures, report
+
+pytest.importorskip("matplotlib")
+
+
+@pytest.fixture(scope="module")
+def data() -> Any:
+    return json.loads(report.JSON.read_text())
+
+
+def test_the_committed_files_are_in_step(capsys: pytest.CaptureFixture[str]) -> None:
+    assert report.main(check=True) == 0
+    assert capsys.readouterr().out == "in step\n"
+
+
+def test_the_same_results_give_the_same_bytes(data: Any) -> None:
+    first, second = (pictures.lora_tax(data, "machine, date", "digest") for _ in range(2))
+    assert first == second
+    assert pictures.source(first) == "digest"
+    assert pictures.source(first[:-20].replace(b"Source", b"Author")) is None
+    assert pictures.source(b"no picture") is None
+
+
+def test_every_candidate_is_drawn(data: Any) -> None:
+    """A candidate that is in the results and in no picture would be a loss that is not shown."""
+    names = {name for row in data["rows"] for name in row["tax"]}
+    assert names - set(pictures.TAX) <= {"frozen", "peft, 16-bit adapters"}
+
+
+def test_a_row_that_misses_the_tolerance_is_drawn(data: Any) -> None:
+    row = next(row for row in data["rows"] if row["mode"] == "step")
+    tax = {name: t for name, t in row["tax"].items() if name != "ours"}
+    wrong = {**row, "tax": tax, "misses": {"ours": "y MISS"}, "correct": False}
+    sound, missed = ({"rows": [r, data["rows"][0]]} for r in (row, wrong))
+    assert pictures.lora_tax(sound, "", "") != pictures.lora_tax(missed, "", "")
+
+
+def test_points_of_the_roofline(data: Any) -> None:
+    """A call of 2 s: 2·MNK + 2·R·(N + K)·M operations, x, W, y, A and B moved once."""
+    row = {
+        "M": 3, "K": 5, "N": 7, "R": 2, "dtype": "float32", "mode": "forward",
+        "seconds": {"ours": {"p50": 2.0}, "frozen": {"p50": 1.0}},
+    }  # fmt: skip
+    points = {name: rest for name, *rest in pictures._points({"rows": [row]}, "float32")}
+    base, thin = 2 * 3 * 5 * 7, 2 * 3 * 2 * (5 + 7)
+    operands = 4 * (3 * 5 + 5 * 7 + 3 * 7)
+    assert points["ours"] == [(base + thin) / (operands + 4 * 2 * (5 + 7)), (base + thin) / 2]
+    assert points["frozen"] == [base / operands, base]
+    assert not list(pictures._points({"rows": [row]}, "bfloat16"))
+
+
+def test_check_notices_a_picture_of_other_results(
+    data: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    png = tmp_path / "lora-tax.png"
+    monkeypatch.setattr(report, "TAX_PNG", png)
+    monkeypatch.setattr(report, "HERE", tmp_path)
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "RESULTS.md")
+    monkeypatch.setattr(report, "ROOFLINE_PNG", tmp_path / "roofline.png")
+
+    def stale() -> str:
+        assert report.main(check=True) == 1
+        return capsys.readouterr().out
+
+    assert "lora-tax.png, roofline.png" in stale()
+    png.write_bytes(pictures.lora_tax(data, "", pictures.digest(report.JSON)))
+    assert "lora-tax.png" not in stale()
+    png.write_bytes(pictures.lora_tax(data, "", pictures.digest(report.JSON_4BIT)))
+    assert "lora-tax.png" in stale()
+
+
+def test_to_draw_without_matplotlib_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "RESULTS.md")
+    monkeypatch.setattr(report, "find_spec", lambda name: None)
+    assert report.main(check=False) == 2
+    assert "pip install 'lora-kernels[bench]'" in capsys.readouterr().out
+    assert not (tmp_path / "RESULTS.md").exists()

@@ -1,0 +1,101 @@
+"""Calls of two parts: what is timed of the whole and of the second, by the clock and by a GPU's
+events; and which weights a cold forward takes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from lora_kernels.measure import bench, timing
+from lora_kernels.measure import case as cases
+from lora_kernels.measure.case import Case
+from lora_kernels.measure.timing import Parts, interleave_parts
+
+
+class Clock:
+    """Time that passes only where somebody says so."""
+
+    now = 0.0
+
+    def passes(self, seconds: float) -> float:
+        self.now += seconds
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = clock.now
+
+        def synchronize(self) -> None:
+            pass
+
+        def elapsed_time(self, end: Any) -> float:
+            return (end.at - self.at) * 1e3
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock.now)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: clock.passes(100.0))  # not timed
+    return clock
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("repeat", [1, 3])
+def test_the_second_part_is_timed_by_itself(clock: Clock, device: str, repeat: int) -> None:
+    got: list[object] = []
+
+    def second(first: object) -> None:
+        got.append(first)
+        clock.passes(3.0)
+
+    calls = {
+        "both": Parts(lambda: clock.passes(2.0) and "graph", second),
+        "one": lambda: clock.passes(10.0),
+    }
+    whole, after = interleave_parts(
+        calls, seconds=0.0, least=4, repeat=repeat, device=device, yardstick="one"
+    )
+    assert set(got) == {"graph"} and len(got) == 5 * repeat  # one round is not counted
+    assert (whole["both"].p50, whole["one"].p50, after["both"].p50) == (5.0, 10.0, 3.0)
+    assert set(after) == {"both"}
+    assert whole["both"].over is not None and whole["both"].over.p50 == 0.5
+    assert after["both"].over is None  # the yardstick has no second part
+
+
+def test_second_parts_have_a_yardstick_of_their_own(clock: Clock) -> None:
+    def parts(first: float, second: float) -> Parts:
+        return Parts(lambda: clock.passes(first), lambda _: clock.passes(second))
+
+    _, after = interleave_parts(
+        {"ours": parts(1.0, 6.0), "frozen": parts(1.0, 4.0)}, seconds=0.0, yardstick="frozen"
+    )
+    assert after["ours"].over is not None and after["ours"].over.p50 == 1.5
+
+
+def test_a_cold_forward_goes_through_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as the cache does not hold; each of them right."""
+    args = cases.inputs(Case(2, 8, 16, 3, frozen=("lora_A", "lora_B")))
+    monkeypatch.setattr(timing, "COLD_BYTES", 4 * 8 * 16 * 4)  # of which the weight has a quarter
+    seen: list[int] = []
+
+    def make(args: dict[str, Any]) -> Any:
+        def call(x: torch.Tensor, weight: torch.Tensor, **rest: Any) -> torch.Tensor:
+            seen.append(weight.data_ptr())
+            return x @ weight.T
+
+        return call
+
+    call = bench._cold({"frozen": (make, args)}, "cpu")["frozen"]
+    want = args["x"] @ args["weight"].T
+    for _ in range(8):
+        assert torch.equal(call(), want)  # type: ignore[arg-type]
+    assert len(set(seen[:4])) == 4 and seen[4:] == seen[:4]
+    assert args["weight"].data_ptr() not in seen

@@ -1,0 +1,196 @@
+"""Build the package, install it, and let it verify itself: `python -m tests.packaging [NAME ...]`.
+
+    wheel        the wheel, in an environment that held nothing
+    sdist        the source distribution, which compiles
+    no-compiler  the same where there is no compiler: pure Python
+    newest       the wheel beside the newest torch, PEFT, transformers and bitsandbytes
+    oldest       the wheel beside the oldest that pyproject.toml admits
+
+The first four share an environment, in which each removes what the last installed. Each must pass
+`lora-kernels verify`; the last two also `verify` beside both peers, and the tests of interop, but
+for those in LATER. Needs a compiler, a package index, about 15 GB and half an hour.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+PEERS = ("peft", "transformers", "bitsandbytes")
+SHOWN = ("torch", "triton", "safetensors", *PEERS)
+
+# What a test of interop asks of a library that the oldest does not have -> what selects the test.
+# Their names stand here, so that no test passes over itself.
+LATER = {
+    "AdaLoRA over convolutions (PEFT)": "test_convolutions_stay_pefts_own",
+    "set_adapter(inference_mode=...), set_requires_grad (PEFT)": "loaded_from_meta or frozen",
+    "LoraConfig(ensure_weight_tying=...) (PEFT)": "tied",
+    "set_experts_implementation (transformers)": "qwen3_moe or test_experts_are_left_to_peft",
+    "float64 beside a Linear4bit (bitsandbytes)": "test_a_compute_dtype_that_is_not_ours",
+    "a Linear4bit whose forward leaves its bias's dtype alone (bitsandbytes)": (
+        "test_what_surrounds_a_call_is_noticed and nf4"
+    ),
+    "rows that name their adapters over a Linear4bit (bitsandbytes)": (
+        "test_mixed_batch and test_4bit_base"
+    ),
+}
+
+
+class Failed(Exception):
+    """What a command printed at its end."""
+
+
+class Environment:
+    """A virtual environment, made empty."""
+
+    def __init__(self, folder: Path, tests: Path) -> None:
+        self.bin, self.tests = folder / "bin", tests
+        run([sys.executable, "-m", "venv", folder], folder.parent)
+
+    def install(self, *what: str, **variables: str) -> None:
+        self.pip("install", "--progress-bar", "off", *what, **variables)
+
+    def pip(self, *arguments: str, **variables: str) -> str:
+        python = self.bin / "python"
+        return run([python, "-m", "pip", *arguments], self.tests, **variables)
+
+    def verify(self, *arguments: str) -> str:
+        """Its last line."""
+        done = run([self.bin / "lora-kernels", "verify", *arguments], self.tests)
+        return done.strip().splitlines()[-1]
+
+    def has_kernels(self) -> bool:
+        return bool(
+            re.search(r"^  cpu +yes", run([self.bin / "lora-kernels", "info"], self.tests), re.M)
+        )
+
+    def interop(self, selection: str) -> str:
+        command = [self.bin / "python", "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+        command += ["-m", "not slow and not proof", "-k", selection, "tests/interop"]
+        return run(command, self.tests).strip().splitlines()[-1]
+
+    def versions(self) -> str:
+        found = dict(line.split("==", 1) for line in self.pip("freeze").split() if "==" in line)
+        return ", ".join(f"{name} {found[name]}" for name in SHOWN if name in found)
+
+
+def run(command: list[str | Path], folder: Path, **variables: str) -> str:
+    """stdout of a command; Failed with the end of all it printed."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("LORA_KERNELS_")}
+    environment |= {"OMP_WAIT_POLICY": "passive", "LORA_KERNELS_CUDA": "0", **variables}
+    environment.pop("PYTHONPATH", None)
+    done = subprocess.run(
+        list(map(str, command)), cwd=folder, env=environment, capture_output=True, text=True
+    )
+    if done.returncode:
+        said = (done.stdout + done.stderr).strip()[-3000:]
+        raise Failed(f"{' '.join(map(str, command))}: exit status {done.returncode}\n{said}")
+    return done.stdout
+
+
+def floors() -> list[str]:
+    """The oldest versions that pyproject.toml admits, as requirements; triton's is torch's own.
+
+    >>> [name for name in map(str, floors()) if name.startswith("torch==")][0].count(".") >= 1
+    True
+    """
+    text = (ROOT / "pyproject.toml").read_text()
+    found = []
+    for name in ("torch", "safetensors", *PEERS):
+        versions = set(re.findall(rf'"{name}>=([\d.]+)', text))
+        if len(versions) != 1:
+            raise SystemExit(f"pyproject.toml: got {versions or 'no floor'} for {name}, want one")
+        found.append(f"{name}=={versions.pop()}")
+    return found
+
+
+def build(folder: Path) -> tuple[Path, Path]:
+    """The wheel and the source distribution, of the files that git knows."""
+    source = folder / "source"
+    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    for name in filter(None, run(list(listed), ROOT).split("\0")):
+        if (ROOT / name).is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, source / name)
+    tools = Environment(folder / "tools", folder)
+    tools.install("build")
+    # The wheel is built from the source distribution, so that what that lacks is missed.
+    command = [tools.bin / "python", "-m", "build", "--outdir", folder / "dist"]
+    run(command, source, LORA_KERNELS_NATIVE="1")
+    (wheel,), (sdist,) = ((folder / "dist").glob(f"*{end}") for end in (".whl", ".tar.gz"))
+    return wheel, sdist
+
+
+def check(name: str, made: Callable[[str], Environment], wheel: Path, sdist: Path) -> list[str]:
+    """Lines on what passed."""
+    environment = made("oldest" if name == "oldest" else "newest")
+    environment.pip("uninstall", "--yes", "lora-kernels")
+    if name == "wheel":
+        environment.install(str(wheel))
+    elif name == "sdist":
+        environment.install(str(sdist), "--no-cache-dir", LORA_KERNELS_NATIVE="1")
+    elif name == "no-compiler":
+        environment.install(str(sdist), "--no-cache-dir", PATH=str(environment.bin), CXX="no-c++")
+    else:
+        beside = list(PEERS) if name == "newest" else floors()
+        environment.install("--upgrade", str(wheel), *beside, "pytest", "hypothesis", "rich")
+    said = [environment.verify()]
+    if environment.has_kernels() is (name == "no-compiler"):
+        raise Failed(f"{name}: the native kernels are {'not ' * (name != 'no-compiler')}there")
+    if name in ("newest", "oldest"):
+        said.append("peers: " + environment.verify("--peer", "peft", "--peer", "bitsandbytes"))
+        later = " or ".join(f"({k})" for k in LATER.values())
+        said.append("interop: " + environment.interop(f"not ({later})" if name == "oldest" else ""))
+    return [environment.versions(), *said]
+
+
+CHECKS = ("wheel", "sdist", "no-compiler", "newest", "oldest")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.packaging", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("names", nargs="*", choices=[*CHECKS, []], metavar="NAME")
+    parser.add_argument("--keep", type=Path, help="a folder that is left with what was made")
+    args = parser.parse_args()
+    if args.keep:
+        args.keep.mkdir(parents=True, exist_ok=True)
+    failures = 0
+    with tempfile.TemporaryDirectory(prefix="packaging-") as temporary:
+        folder = (args.keep or Path(temporary)).resolve()
+        # Tests run beside no package but the installed one.
+        tests = folder / "tests-alone"
+        shutil.copytree(ROOT / "tests", tests / "tests", dirs_exist_ok=True)
+        shutil.copy2(ROOT / "pyproject.toml", tests)
+        environments: dict[str, Environment] = {}
+
+        def made(name: str) -> Environment:
+            if name not in environments:
+                environments[name] = Environment(folder / name, tests)
+            return environments[name]
+
+        wheel, sdist = build(folder)
+        for name in args.names or CHECKS:
+            begun = time.monotonic()
+            try:
+                lines = check(name, made, wheel, sdist)
+            except Failed as failed:
+                lines, failures = [str(failed)], failures + 1
+            mark = "✓" if len(lines) > 1 else "✗"
+            print(
+                f"{mark} {name}, {time.monotonic() - begun:.0f} s", *lines, sep="\n    ", flush=True
+            )
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

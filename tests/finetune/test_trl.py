@@ -57,6 +57,9 @@ class Noted(TrainerCallback):
         for name, p in self.model.named_parameters():
             if name.endswith("base_layer.weight"):
                 self.results[f"merged {state.global_step}: {name}"] = p.detach().clone()
+        with torch.no_grad():
+            logits = self.model(input_ids=torch.arange(12)[None]).logits
+        self.results[f"merged {state.global_step}"] = logits
         self.model.unmerge_adapter()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

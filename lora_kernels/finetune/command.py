@@ -135,8 +135,9 @@ def quiet() -> None:
 
 
 def options_from(args: argparse.Namespace) -> Options | ChatOptions:
-    from .data import demo_text, read_text
-    from .model import check_quant, demo_model, locate
+    from .data import read_text
+    from .inputs import demo_model, demo_text
+    from .model import check_quant, locate
 
     given = {name: value for name, value in vars(args).items() if name != "demo"}
     given.setdefault("out", Path("finetune-out"))

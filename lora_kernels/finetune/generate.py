@@ -12,7 +12,8 @@ from typing import Any
 
 from . import UsageError
 from .command import quiet
-from .model import check_quant, demo_model, locate
+from .inputs import demo_model
+from .model import check_quant, locate
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -10,7 +10,7 @@ import lora_kernels
 from lora_kernels import cli, device, info
 from lora_kernels.backends import native
 
-ALL = "info, verify, bench, tune, finetune, rank-search, merge, generate"
+ALL = "info, verify, bench, tune, finetune, rank-search, compare, merge, generate"
 
 
 def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:

@@ -41,7 +41,7 @@ class Labelled:
         """`train` texts, and `held_out` others that share no group with them.
 
         >>> data = Labelled(("a", "b", "c"), (0, 1, 0), ("no", "yes"), ("x", "y", "x"))
-        >>> [part.texts for part in data.split(2, 1)]
+        >>> [part.texts for part in data.split(2, 1, seed=1)]
         [('a', 'c'), ('b',)]
         """
         if train < 1 or held_out < 1 or train + held_out > len(self):

@@ -18,10 +18,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "them; print score, parameters, seconds and efficiency of each, and draw the curve."
     )
     parser.add_argument(
-        "--model", type=Path, required=True, metavar="DIR|GGUF", help="transformers model folder"
+        "--demo", action="store_true", help="SmolLM2-135M-Instruct on Hamlet, where none is given"
     )
     parser.add_argument(
-        "--data", type=Path, nargs="+", required=True, metavar="FILE",
+        "--model", type=Path, metavar="DIR|GGUF", help="transformers model folder, or GGUF file"
+    )
+    parser.add_argument(
+        "--data", type=Path, nargs="+", metavar="FILE",
         help="JSON lines (.jsonl) of chats, prompts with completions or text, or plain text",
     )  # fmt: skip
     parser.add_argument(
@@ -49,6 +52,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-length", type=int, default=512, help="tokens of an example (default 512)"
     )
     parser.add_argument(
+        "--examples", type=int, default=0, metavar="N",
+        help="take so many of the data's, drawn by --seed (default: all)",
+    )  # fmt: skip
+    parser.add_argument(
         "--on-bad-line", choices=("error", "skip"), default="error", help="(default error)"
     )
     parser.add_argument(
@@ -68,16 +75,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit status: 0, or 2 for bad arguments, 130 if interrupted."""
+    from .inputs import demo_model, demo_text
     from .model import check_quant, locate
     from .presets import find_preset
 
     try:
+        if args.demo:
+            args.model, args.data = args.model or demo_model(), args.data or [demo_text()]
+        for name in ("model", "data"):
+            if getattr(args, name) is None:
+                raise UsageError(f"--{name} is missing; give it, or try --demo")
         locate(args.model)
         check_quant(args.quant)
         find_preset(args.preset)
         for name in ("batch", "steps"):
             if (value := getattr(args, name)) < 1:
                 raise UsageError(f"--{name}: got {value}, want at least 1")
+        if args.examples < 0 or args.examples == 1:
+            raise UsageError(f"--examples: got {args.examples}, want at least 2, or 0 for all")
         quiet()
         search(args)
         return 0
@@ -103,6 +118,8 @@ def search(args: argparse.Namespace) -> None:
     reading = {"max_length": args.max_length, "on_bad_line": args.on_bad_line}
     train = load_chat(args.data, tokenizer, **reading)
     print(train.report)
+    if 0 < args.examples < len(train):
+        _, train = train.split(args.examples / len(train), args.seed)
     if args.eval:
         val = load_chat(args.eval, tokenizer, **reading)
     else:

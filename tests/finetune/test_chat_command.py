@@ -227,3 +227,9 @@ def test_rank_search(folder: Path, lines: Path, tmp_path: Path, capsys: Any) -> 
     assert "ranks: got (2, 2), want different ones" in capsys.readouterr().err
     assert main([*run, "--preset", "chta"]) == 2
     assert "did you mean 'chat'" in capsys.readouterr().err
+    assert main([*run, "--examples", "1"]) == 2
+    assert "--examples: got 1, want at least 2, or 0 for all" in capsys.readouterr().err
+    assert main(["rank-search", "--model", str(folder)]) == 2
+    assert "--data is missing; give it, or try --demo" in capsys.readouterr().err
+    assert main([*run, "--examples", "5", "--no-adalora"]) == 0
+    assert "trained on 4 examples, scored on 1 held out" in capsys.readouterr().out

@@ -106,6 +106,14 @@ def test_a_task_that_can_be_learned_is(task: Task) -> None:
         assert train_once(longer, method, 0).score > 0.9, name
 
 
+def test_the_score_is_of_the_held_out_texts(task: Task) -> None:
+    """With their labels exchanged the right ones are the wrong ones."""
+    labels = tuple(1 - label for label in task.held_out.labels)
+    other = dataclasses.replace(task, held_out=dataclasses.replace(task.held_out, labels=labels))
+    scores = [train_once(each, METHODS["head"], 0).score for each in (task, other)]
+    assert sum(scores) == 1.0
+
+
 def test_methods_start_alike_and_seeds_differ(task: Task) -> None:
     heads = [
         build(task, METHODS[name], seed, 0).state_dict()

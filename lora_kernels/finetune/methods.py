@@ -27,11 +27,11 @@ class Method:
 # Learning rates: the best of a few on a part of the training texts, with one seed.
 METHODS = {
     "head": Method("classifier alone", 1e-2, frozen=True),
-    "full": Method("full fine-tuning", 2e-4),
+    "full": Method("full fine-tuning", 1e-4),
     "lora-8": Method("LoRA, r = 8", 2e-3, rank=8),
-    "lora-16": Method("LoRA, r = 16", 2e-3, rank=16),
+    "lora-16": Method("LoRA, r = 16", 1e-3, rank=16),
     "dora": Method("DoRA, r = 8", 2e-3, rank=8, dora=True),
     "qlora": Method("QLoRA (NF4), r = 8", 2e-3, rank=8, quant="nf4"),
-    "adalora": Method("AdaLoRA, mean r = 8", 5e-3, rank=8, adalora=True),
-    "lora-plus": Method("LoRA+, r = 8, ratio 16", 5e-4, rank=8, lora_plus=16.0),
+    "adalora": Method("AdaLoRA, mean r = 8", 2e-2, rank=8, adalora=True),
+    "lora-plus": Method("LoRA+, r = 8, ratio 16", 3e-4, rank=8, lora_plus=16.0),
 }

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -92,12 +94,60 @@ def explain(model: nn.Module, *, x_dtype: torch.dtype | None = None) -> Explanat
     base_model.model.0  not fused  peft     PEFT's own forward  fuse() was not called
     1 LoRA layers: 1 not fused
     """
-    rows = [_peft_row(*found, x_dtype) for found in lora_layers(model)]
+    rows: list[Row] = []
+
+    def add(name: str, row: Callable[[], Row]) -> None:
+        with as_in_forward(model, name) as sharded:
+            rows.append(row())
+        if sharded:
+            reason = f"{rows[-1].reason}; FSDP2 gathers its parameters for the call"
+            rows[-1] = rows[-1]._replace(reason=reason)
+
+    for found in lora_layers(model):
+        add(found[0], partial(_peft_row, *found, x_dtype))
     for name, module in model.named_modules():
         if isinstance(module, LoRALinear):
-            rows.append(_dense_row(name, module, x_dtype))
+            add(name, partial(_dense_row, name, module, x_dtype))
     layers = {row.layer: model.get_submodule(row.layer) for row in rows}
     return Explanation(rows, {name: _lora_size(layer) for name, layer in layers.items()})
+
+
+@contextmanager
+def as_in_forward(model: nn.Module, name: str) -> Iterator[bool]:
+    """Has the layer's parameters that FSDP2 shards as its forward will see them, plain and whole,
+    but for their values. Yields whether there are any."""
+    path = name.split(".")
+    modules = [model.get_submodule(".".join(path[:i])) for i in range(len(path) + 1)]
+    stored: list[tuple[nn.Module, str, Any]] = [
+        (module, key, p)
+        for module in modules[-1].modules()
+        for key, p in module._parameters.items()
+        if type(p).__name__ == "DTensor" and _gathered(modules, p)
+    ]
+    try:
+        for module, key, p in stored:
+            module._parameters[key] = nn.Parameter(_whole(p), requires_grad=p.requires_grad)
+        yield bool(stored)
+    finally:
+        for module, key, p in stored:
+            module._parameters[key] = p
+            vars(getattr(module, "quant_state", None) or module).pop("_lora_kernels", None)
+
+
+def _whole(p: Any) -> Tensor:
+    """As p in all but values. No memory but for codes, whose bytes are looked at as they lie."""
+    if p.is_floating_point():
+        return torch.empty((), dtype=p.dtype, device=p.device).expand(p.shape)
+    return torch.empty(p.shape, dtype=p.dtype, device=p.device)
+
+
+def _gathered(modules: Sequence[nn.Module], p: Any) -> bool:
+    """Whether one of the modules is FSDP2's, and sharding there is all that was done to p."""
+    from torch.distributed.fsdp import FSDPModule
+
+    *copies, last = p.placements
+    alone = last.is_shard() and all(each.is_replicate() for each in copies)
+    return alone and any(isinstance(module, FSDPModule) for module in modules)
 
 
 def _lora_size(layer: nn.Module) -> int:

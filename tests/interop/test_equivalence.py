@@ -311,3 +311,20 @@ def test_compiles_without_graph_break(config: dict[str, Any]) -> None:
 
 def rename(named: dict[str, Tensor]) -> dict[str, Tensor]:
     return {n if n in ("x", "y") else f"_orig_mod.{n}": t for n, t in named.items()}
+
+
+@pytest.mark.slow
+def test_a_whole_language_model_compiles_without_graph_break() -> None:
+    """Forward and backward, for another length too."""
+    stock, fused = pair(language_model("llama"))
+    compiled = torch.compile(fused, fullgraph=True, dynamic=True, backend="aot_eager")
+    for ids in (IDS, IDS[:, :5]):
+        found = []
+        for model in (compiled, stock):
+            model.zero_grad()
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            loss.backward()
+            grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+            found.append({"loss": loss.detach()} | grads)
+        got = {name.removeprefix("_orig_mod."): t for name, t in found[0].items()}
+        assert_same(got, found[1])

@@ -130,7 +130,7 @@ def compare_methods(
         raise UsageError("seeds: got none, want at least one")
     found = []
     for name, method in methods.items():
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), quiet) as pool:
             job = pool.submit(try_method, task, name, method, seeds, torch.get_num_threads())
             found.append(job.result())
         on_method(found[-1])
@@ -141,7 +141,6 @@ def try_method(
     task: Task, name: str, method: Method, seeds: Sequence[int], threads: int | None = None
 ) -> Outcome:
     """All runs of one method, in this process."""
-    quiet()
     if threads is not None:
         torch.set_num_threads(threads)
     return Outcome(name, method, [train_once(task, method, seed) for seed in seeds])

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import UsageError
+from .command import quiet
 from .methods import METHODS, Method
 
 if TYPE_CHECKING:
@@ -90,6 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Exit status: 0, or 2 for bad arguments, 130 if interrupted."""
     try:
+        quiet()
         compare(args)
         return 0
     except UsageError as error:

@@ -26,7 +26,7 @@ class Method:
 
 # Learning rates: the best of a few on a part of the training texts, with one seed.
 METHODS = {
-    "head": Method("classifier alone", 1e-2, frozen=True),
+    "head": Method("classifier alone", 3e-2, frozen=True),
     "full": Method("full fine-tuning", 1e-4),
     "lora-8": Method("LoRA, r = 8", 2e-3, rank=8),
     "lora-16": Method("LoRA, r = 16", 1e-3, rank=16),

@@ -48,9 +48,9 @@ GROUPED: dict[str, Any] = (
 
 @dataclass(frozen=True)
 class Task:
-    """What each method is tried on."""
+    """What each method is tried on. model: transformers model folder, or GGUF file."""
 
-    model: Path
+    model: str | Path
     train: Labelled
     held_out: Labelled
     steps: int = 100
@@ -149,7 +149,7 @@ def try_method(
 def train_once(task: Task, method: Method, seed: int) -> Run:
     """Load the model, train it on the task by the method, score it."""
     device = usable_device(task.device)
-    tokenizer = load_tokenizer(task.model)
+    tokenizer = load_tokenizer(Path(task.model))
     train, held_out = (encode(part, tokenizer, task) for part in (task.train, task.held_out))
     collator = DataCollatorWithPadding(tokenizer)
     before = memory.held(device)
@@ -191,7 +191,7 @@ def build(task: Task, method: Method, seed: int, pad_token_id: int | None) -> An
     device = usable_device(task.device)
     torch.manual_seed(seed)
     model: Any = load_float32(
-        AutoModelForSequenceClassification, task.model, num_labels=len(task.train.names)
+        AutoModelForSequenceClassification, Path(task.model), num_labels=len(task.train.names)
     )
     model.config.pad_token_id = pad_token_id  # before which a causal model's last token stands
     model.to(device)

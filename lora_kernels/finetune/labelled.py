@@ -78,7 +78,7 @@ class Labelled:
 
 
 def read_labelled(
-    file: Path, text: str = "text", label: str = "label", group: str | None = None,
+    file: str | Path, text: str = "text", label: str = "label", group: str | None = None,
     labels: Sequence[str] | None = None,
 ) -> Labelled:  # fmt: skip
     """Labelled texts of a file: JSON lines (.jsonl) or a table with a head (.csv, .csv.bz2).
@@ -98,7 +98,7 @@ def read_labelled(
     """
     wanted = [name for name in (text, label, group) if name is not None]
     seen: dict[str, tuple[str, str]] = {}
-    for number, record in _records(file):
+    for number, record in _records(Path(file)):
         missing = [name for name in wanted if not isinstance(record.get(name), str | int)]
         if missing:
             raise UsageError(

@@ -115,8 +115,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Exit status: 0, 1 if a check failed, 2 for bad arguments, 128 + signal if stopped."""
     try:
-        options = options_from(args)
         quiet()
+        options = options_from(args)
         from .chat_recipe import finetune_chat
 
         if isinstance(options, ChatOptions):

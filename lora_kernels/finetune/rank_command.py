@@ -75,6 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit status: 0, or 2 for bad arguments, 130 if interrupted."""
+    quiet()
     from .inputs import demo_model, demo_text
     from .model import check_quant, locate
     from .presets import find_preset
@@ -93,7 +94,6 @@ def run(args: argparse.Namespace) -> int:
                 raise UsageError(f"--{name}: got {value}, want at least 1")
         if args.examples < 0 or args.examples == 1:
             raise UsageError(f"--examples: got {args.examples}, want at least 2, or 0 for all")
-        quiet()
         search(args)
         return 0
     except UsageError as error:

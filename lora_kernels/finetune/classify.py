@@ -150,6 +150,8 @@ def train_once(task: Task, method: Method, seed: int) -> Run:
     """Load the model, train it on the task by the method, score it."""
     device = usable_device(task.device)
     tokenizer = load_tokenizer(Path(task.model))
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
     train, held_out = (encode(part, tokenizer, task) for part in (task.train, task.held_out))
     collator = DataCollatorWithPadding(tokenizer)
     before = memory.held(device)

@@ -21,7 +21,7 @@ from lora_kernels.finetune.labelled import Labelled, read_labelled
 from lora_kernels.finetune.methods import METHODS
 from lora_kernels.measure import timing
 from lora_kernels.peft import explain
-from tests.finetune.tiny import tokenizer, write_lines
+from tests.finetune.tiny import llama, tokenizer, write_lines
 
 HIDDEN, INNER, LAYERS, VOCABULARY, POSITIONS = 64, 128, 2, 260, 64
 COMMAND = ["--steps", "12", "--batch", "4", "--train", "24", "--held-out", "16"]
@@ -97,6 +97,18 @@ def test_what_trains_is_fused_and_saved(name: str, task: Task) -> None:
     assert 0.0 <= run.score <= 1.0
     assert run.step_seconds > 0
     assert (run.peak_memory is None) is (sys.platform != "linux")
+
+
+def test_a_causal_model_without_padding_token(task: Task, tmp_path: Path) -> None:
+    """Its head is called score, and stands on the last token."""
+    llama(intermediate_size=128).save_pretrained(tmp_path)
+    words = tokenizer(None)
+    words.pad_token = None
+    words.save_pretrained(tmp_path)
+    for name in ("head", "qlora"):
+        run = train_once(dataclasses.replace(task, model=tmp_path, steps=2), METHODS[name], 0)
+        assert 0.0 <= run.score <= 1.0
+    assert run.saved_bytes > 4 * 2 * 64  # the head is in the adapter's file
 
 
 def test_a_task_that_can_be_learned_is(task: Task) -> None:

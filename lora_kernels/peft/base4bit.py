@@ -53,6 +53,8 @@ def prepared(linear: Any, x: Tensor) -> tuple[Tensor | Weight4bit, torch.dtype |
 def weight4bit(linear: Any) -> Weight4bit:
     """The base's weight, made once for as long as the tensor and its state are the same."""
     weight, state = linear._parameters["weight"], quant_state(linear)
+    if torch.compiler.is_compiling():  # which compares no addresses, and makes it once itself
+        return Weight4bit.from_bitsandbytes((weight, state))
     key = (weight.data_ptr(), state.absmax.data_ptr(), state.absmax.dtype)
     known: _Known | None = getattr(state, "_lora_kernels", None)
     if known is None or known.key != key:

@@ -1,9 +1,10 @@
-"""Write RESULTS.md, and the figures in README.md, from results/*.json.
+"""Write RESULTS.md, the figures in README.md and results/classification.md from results/*.json.
 
     lora-kernels bench --json benchmarks/results/cpu.json
     lora-kernels bench --quant nf4 --json benchmarks/results/cpu-4bit.json
     lora-kernels bench --variants --json benchmarks/results/cpu-variants.json
     lora-kernels bench --memory --json benchmarks/results/memory.json
+    lora-kernels compare --demo --out benchmarks/results
     python -m benchmarks.report [--check]
 
 --check writes nothing and fails where the files say something else than the JSON.
@@ -17,10 +18,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from lora_kernels.finetune.compare_command import markdown
+
 HERE = Path(__file__).parent
 JSON_4BIT = HERE / "results/cpu-4bit.json"
 JSON_VARIANTS = HERE / "results/cpu-variants.json"
 JSON_MEMORY = HERE / "results/memory.json"
+JSON_CLASSIFICATION = HERE / "results/classification.json"
 JSON, RESULTS, README = HERE / "results/cpu.json", HERE / "RESULTS.md", HERE.parent / "README.md"
 MARKS = "<!-- figures: written by benchmarks/report.py -->", "<!-- end of figures -->"
 PEERS = ("ours", "addmm", "eager", "ours, fp32 adapters", "peft")
@@ -322,6 +326,9 @@ def main(check: bool) -> int:
         raise SystemExit(f"README.md: no place for figures; want the lines {begin} and {end}")
     figures = f"{begin}\n{readme_figures(data)}\n{end}"
     wanted = {RESULTS: results(data), README: pattern.sub(lambda _: figures, readme)}
+    if JSON_CLASSIFICATION.exists():
+        table = markdown(json.loads(JSON_CLASSIFICATION.read_text()))
+        wanted[JSON_CLASSIFICATION.with_suffix(".md")] = table
     stale = [p.name for p, text in wanted.items() if not p.exists() or p.read_text() != text]
     if check:
         print(f"stale: {', '.join(stale)}; run python -m benchmarks.report" if stale else "in step")

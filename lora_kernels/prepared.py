@@ -156,10 +156,12 @@ def _kind(weight: Tensor | Weight4bit) -> tuple[object, ...]:
 class KeptNorm:
     """`dora_norm`, kept without gradients from call to call until what it was made of changes.
 
-    The adapter is compared with a copy, because not every change of it counts as a version: not
-    one through `.data`, nor FSDP's, which puts other values into the same storage. The base's
-    changes are known by its storages, which weak references tell from others that come to lie at
-    the same address, and by version counters. Nothing of it is copied or pickled.
+    The base's changes are known by its storages, which weak references tell from others that come
+    to lie at the same address, and by version counters. Not every change of an adapter counts as a
+    version: not one through `.data`, nor FSDP2's, which puts other values into the same storage. On
+    a CPU it is therefore compared with a copy. On a GPU, for which a comparison would have to
+    wait, it is known as the base is, and where there are several processes nothing is kept.
+    Nothing of it is copied or pickled.
     """
 
     def __init__(self) -> None:
@@ -179,14 +181,17 @@ class KeptNorm:
         if (
             torch.is_grad_enabled()  # in training they change every time
             or torch.compiler.is_compiling()
-            or any(t.is_inference() for t in base)  # which tell nobody when they change
+            or any(t.is_inference() for t in (*base, *adapter))  # which tell nobody of changes
+            or (not lora_A.is_cpu and _distributed())
         ):
             return dora_norm(weight, lora_A, lora_B, scaling, rank_gate=rank_gate)
-        key = (scaling, *map(_state, base), *((t.dtype, t.device) for t in adapter))
+        compared = adapter if lora_A.is_cpu else ()
+        known = base if lora_A.is_cpu else (*base, *adapter)
+        key = (scaling, *map(_state, known), *(t.dtype for t in adapter))
         kept = self._kept
-        if kept is None or kept[0] != key or not _equal(kept[1], adapter):
+        if kept is None or kept[0] != key or not _equal(kept[1], compared):
             norm = dora_norm(weight, lora_A, lora_B, scaling, rank_gate=rank_gate)
-            self._kept = kept = key, tuple(t.detach().clone() for t in adapter), norm
+            self._kept = kept = key, tuple(t.detach().clone() for t in compared), norm
         return kept[2]
 
     def __reduce__(self) -> tuple[type[KeptNorm], tuple[()]]:
@@ -197,6 +202,10 @@ def _state(t: Tensor) -> tuple[object, ...]:
     """What differs wherever an element may."""
     storage = StorageWeakRef(t.untyped_storage())  # equal to another while both live
     return storage, t.storage_offset(), t.shape, t.stride(), t.dtype, t._version
+
+
+def _distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _equal(kept: tuple[Tensor, ...], now: tuple[Tensor, ...]) -> bool:

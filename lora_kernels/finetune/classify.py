@@ -195,6 +195,8 @@ def build(task: Task, method: Method, seed: int, pad_token_id: int | None) -> An
     model: Any = load_float32(
         AutoModelForSequenceClassification, Path(task.model), num_labels=len(task.train.names)
     )
+    for t in (*model.parameters(), *model.buffers()):
+        t.data = t.data.clone()  # a view of the file has all of it counted for as long as it lives
     model.config.pad_token_id = pad_token_id  # before which a causal model's last token stands
     model.to(device)
     if method.frozen:

@@ -30,8 +30,6 @@ DEMO: dict[str, Any] = {"label": "category", "group": "movie_name", "labels": ["
 HEAD = ("", "score", "trains", "peak memory", "a step", "saved", "learning rate")
 KINDS = ("json", "md", "png")
 MARKERS = "osD^vPX*"
-OWN = ("user", "system", "children_user", "children_system")
-QUIET = 0.02  # of the processors' time, for what a system does of itself
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -162,10 +160,8 @@ def compare(args: argparse.Namespace) -> None:
     except OSError as error:
         raise UsageError(f"--out: {error}; give a folder that can be written") from None
 
-    import psutil  # type: ignore[import-untyped]
-
-    from ..measure.bench import provenance
     from .classify import compare_methods
+    from .provenance import Provenance
     from .recipe import write_json
 
     share = largest_share(task.held_out.labels)
@@ -175,8 +171,9 @@ def compare(args: argparse.Namespace) -> None:
         f"have the commonest of the labels {', '.join(task.train.names)}",
         flush=True,
     )
+    provenance = Provenance(task.device)
     data: dict[str, Any] = {
-        "provenance": provenance(["float32"], task.device.partition(":")[0]) | versions(),
+        "provenance": {},
         "task": {
             "about": about, "labels": task.train.names, "train": len(task.train),
             "held_out": len(task.held_out), "commonest": share, "steps": task.steps,
@@ -190,19 +187,12 @@ def compare(args: argparse.Namespace) -> None:
         cells = zip(HEAD[1:], cells_of(row)[1:], strict=True)
         print(f"{row['title']}: {', '.join(f'{n} {c}' for n, c in cells)}", flush=True)
 
-    before = psutil.cpu_times(), psutil.Process().cpu_times()
     compare_methods(task, methods, range(args.seeds), done)
-    data["provenance"]["others"] = others(*before)
+    data["provenance"] = provenance.facts()
     write_json(args.out / f"{NAME}.json", data)
     (args.out / f"{NAME}.md").write_text(markdown(data))
     plot(args.out / f"{NAME}.png", data)
     print(f"written: {', '.join(str(args.out / f'{NAME}.{kind}') for kind in KINDS)}")
-
-
-def versions() -> dict[str, Any]:
-    from .. import device
-
-    return {name: device.version(name) for name in ("transformers", "accelerate")}
 
 
 def largest_share(labels: Sequence[int]) -> float:
@@ -211,19 +201,6 @@ def largest_share(labels: Sequence[int]) -> float:
     0.75
     """
     return Counter(labels).most_common(1)[0][1] / len(labels)
-
-
-def others(system: Any, process: Any) -> float:
-    """The share of the processors' time that other programs took since these counts; the
-    processes of this one that have ended are its own."""
-    import psutil
-
-    now, mine = psutil.cpu_times(), psutil.Process().cpu_times()
-    idle = ("idle", "iowait")
-    spent = sum(now) - sum(system)
-    busy = spent - sum(getattr(now, n, 0.0) - getattr(system, n, 0.0) for n in idle)
-    own = sum(getattr(mine, n) - getattr(process, n) for n in OWN)
-    return max(0.0, busy - own) / spent if spent > 0 else 0.0
 
 
 def cells_of(row: Mapping[str, Any]) -> list[str]:
@@ -241,6 +218,8 @@ def cells_of(row: Mapping[str, Any]) -> list[str]:
 
 def markdown(data: Mapping[str, Any]) -> str:
     """The table, and what a reader needs to judge it."""
+    from .provenance import quietness
+
     task, facts = data["task"], data["provenance"]
     lines = [
         "# Full fine-tuning against LoRA",
@@ -270,19 +249,6 @@ def markdown(data: Mapping[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
-
-
-def quietness(facts: Mapping[str, Any]) -> str:
-    """
-    >>> quietness({"others": 0.31})
-    'Other programs took 31% of the processors beside it, so that its times are too long.'
-    """
-    if facts["others"] < QUIET:
-        return "The machine had next to nothing else to do."
-    return (
-        f"Other programs took {facts['others']:.0%} of the processors beside it, so that its times "
-        "are too long."
-    )
 
 
 def plot(file: Path, data: Mapping[str, Any]) -> None:

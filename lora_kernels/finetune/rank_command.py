@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import signal
 import sys
 from pathlib import Path
@@ -109,6 +108,7 @@ def search(args: argparse.Namespace) -> None:
 
     from . import model
     from .chat import load_chat
+    from .provenance import Provenance
     from .rank import RankRow, find_optimal_rank, plot_ranks
     from .recipe import write_json
 
@@ -127,6 +127,8 @@ def search(args: argparse.Namespace) -> None:
     print(f"trained on {len(train)} examples, scored on {len(val)} held out")
     base = model.load_base(args.model, dtype, device, args.quant)
 
+    provenance = Provenance(str(device))
+
     def done(row: RankRow) -> None:
         print(f"rank {row.rank}: score {row.score:.4f} in {row.seconds:.1f} s", flush=True)
 
@@ -136,7 +138,15 @@ def search(args: argparse.Namespace) -> None:
         on_rank=done, batch=args.batch, lr=args.lr,
     )  # fmt: skip
     print(found)
-    write_json(args.out / "ranks.json", json.loads(json.dumps(found.as_dict())))
+    name = model.display_name(args.model)
+    task = {
+        "model": name, "data": [file.name for file in args.data], "train": len(train),
+        "held_out": len(val), "max_length": args.max_length, "steps": args.steps,
+        "batch": args.batch, "lr": args.lr, "dtype": args.dtype, "quant": args.quant,
+        "seed": args.seed,
+    }  # fmt: skip
+    result = {"provenance": provenance.facts(), "task": task} | found.as_dict()
+    write_json(args.out / "ranks.json", result)
     png = args.out / "ranks.png"
-    plot_ranks(png, found, f"{model.display_name(args.model)}, {args.steps} steps a rank")
+    plot_ranks(png, found, f"{name}, {args.steps} steps a rank")
     print(f"curve: {png}")

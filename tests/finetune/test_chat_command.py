@@ -21,6 +21,7 @@ from lora_kernels.finetune import UsageError, chat_recipe, inputs, recipe
 from lora_kernels.finetune.command import taught
 from lora_kernels.finetune.options import Options
 from lora_kernels.finetune.trainer import read_metrics
+from lora_kernels.measure import timing
 from tests.finetune.tiny import chat, gpt2, llama, tokenizer, write_lines
 
 RUN = ["--steps", "6", "--batch", "2", "--lr", "0.01", "--save-every", "2"]
@@ -274,7 +275,11 @@ def test_smollm2_learns_the_fact(tmp_path: Path) -> None:
     assert chat_recipe.finetune_chat(taught(demo)) == 0
 
 
-def test_rank_search(folder: Path, lines: Path, tmp_path: Path, capsys: Any) -> None:
+def test_rank_search(
+    folder: Path, lines: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    for name in ("copy_bandwidth", "product_peak"):  # which take seconds
+        monkeypatch.setattr(timing, name, lambda *args, **kwargs: 1.0)
     run = ["rank-search", "--model", str(folder), "--data", str(lines), "--out", str(tmp_path)]
     run += ["--ranks", "2", "3", "--steps", "10", "--batch", "2", "--lr", "0.01"]
     assert main(run) == 0
@@ -290,6 +295,8 @@ def test_rank_search(folder: Path, lines: Path, tmp_path: Path, capsys: Any) -> 
         assert words in shown
     saved = json.loads((tmp_path / "ranks.json").read_text())
     assert [row["rank"] for row in saved["rows"]] == [2, 3]
+    assert saved["task"]["train"] == 10 and saved["task"]["steps"] == 10
+    assert {"commit", "processor", "torch", "transformers", "others"} <= set(saved["provenance"])
     assert (tmp_path / "ranks.png").stat().st_size > 10_000
     assert main([*run, "--ranks", "2", "2"]) == 2
     assert "ranks: got (2, 2), want different ones" in capsys.readouterr().err

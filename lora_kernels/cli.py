@@ -26,6 +26,11 @@ COMMANDS = {
         "finetune",
         "find the rank that is enough for a data set",
     ),
+    "compare": (
+        "lora_kernels.finetune.compare_command",
+        "finetune",
+        "full fine-tuning against LoRA on a data set",
+    ),
     "merge": (
         "lora_kernels.finetune.merge_command",
         "finetune",

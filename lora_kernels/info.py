@@ -78,6 +78,10 @@ def report(facts: dict[str, Any]) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Say what this machine is, which backends it can run, why not the others, and how to add "
+        "them."
+    )
     parser.add_argument("--json", action="store_true", help="print the facts as JSON")
 
 

@@ -156,12 +156,16 @@ def _kind(weight: Tensor | Weight4bit) -> tuple[object, ...]:
 class KeptNorm:
     """`dora_norm`, kept without gradients from call to call until what it was made of changes.
 
-    Changes are known by the tensors' storages, which weak references tell from others that come to
-    lie at the same address, and by version counters. Nothing of it is copied or pickled.
+    The base's changes are known by its storages, which weak references tell from others that come
+    to lie at the same address, and by version counters. Not every change of an adapter counts as a
+    version: not one through `.data`, nor FSDP2's, which puts other values into the same storage. On
+    a CPU it is therefore compared with a copy. On a GPU, for which a comparison would have to
+    wait, it is known as the base is, and where there are several processes nothing is kept.
+    Nothing of it is copied or pickled.
     """
 
     def __init__(self) -> None:
-        self._kept: tuple[tuple[object, ...], Tensor] | None = None
+        self._kept: tuple[tuple[object, ...], tuple[Tensor, ...], Tensor] | None = None
 
     def __call__(
         self,
@@ -173,17 +177,22 @@ class KeptNorm:
     ) -> Tensor:
         """As `dora_norm`."""
         base = (weight.packed, weight.absmax) if isinstance(weight, Weight4bit) else (weight,)
-        tensors = (*base, lora_A, lora_B, *(() if rank_gate is None else (rank_gate,)))
+        adapter = (lora_A, lora_B, *(() if rank_gate is None else (rank_gate,)))
         if (
             torch.is_grad_enabled()  # in training they change every time
             or torch.compiler.is_compiling()
-            or any(t.is_inference() for t in tensors)  # which tell nobody when they change
+            or any(t.is_inference() for t in (*base, *adapter))  # which tell nobody of changes
+            or (not lora_A.is_cpu and _distributed())
         ):
             return dora_norm(weight, lora_A, lora_B, scaling, rank_gate=rank_gate)
-        key = (scaling, *map(_state, tensors))
-        if self._kept is None or self._kept[0] != key:
-            self._kept = key, dora_norm(weight, lora_A, lora_B, scaling, rank_gate=rank_gate)
-        return self._kept[1]
+        compared = adapter if lora_A.is_cpu else ()
+        known = base if lora_A.is_cpu else (*base, *adapter)
+        key = (scaling, *map(_state, known), *(t.dtype for t in adapter))
+        kept = self._kept
+        if kept is None or kept[0] != key or not _equal(kept[1], compared):
+            norm = dora_norm(weight, lora_A, lora_B, scaling, rank_gate=rank_gate)
+            self._kept = kept = key, tuple(t.detach().clone() for t in compared), norm
+        return kept[2]
 
     def __reduce__(self) -> tuple[type[KeptNorm], tuple[()]]:
         return KeptNorm, ()
@@ -193,3 +202,11 @@ def _state(t: Tensor) -> tuple[object, ...]:
     """What differs wherever an element may."""
     storage = StorageWeakRef(t.untyped_storage())  # equal to another while both live
     return storage, t.storage_offset(), t.shape, t.stride(), t.dtype, t._version
+
+
+def _distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _equal(kept: tuple[Tensor, ...], now: tuple[Tensor, ...]) -> bool:
+    return len(kept) == len(now) and all(map(torch.equal, kept, now))

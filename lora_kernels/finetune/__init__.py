@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .chat import ChatData, Collator, check_packing, load_chat, pack
+    from .classify import Outcome, Task, compare_methods
+    from .labelled import Labelled, read_labelled
     from .merge import compare_merged, merge_adapter
+    from .methods import METHODS, Method
     from .presets import PRESETS, Preset, add_lora_layers, create_domain_model
     from .rank import RankSearch, find_optimal_rank
     from .trainer import LoRATrainer, newest_checkpoint, training_arguments
@@ -21,6 +24,13 @@ _HOMES = {
     "check_packing": "chat",
     "load_chat": "chat",
     "pack": "chat",
+    "Outcome": "classify",
+    "Task": "classify",
+    "compare_methods": "classify",
+    "Labelled": "labelled",
+    "read_labelled": "labelled",
+    "METHODS": "methods",
+    "Method": "methods",
     "compare_merged": "merge",
     "merge_adapter": "merge",
     "PRESETS": "presets",
@@ -35,22 +45,29 @@ _HOMES = {
 }
 
 __all__ = [
+    "METHODS",
     "PRESETS",
     "ChatData",
     "Collator",
+    "Labelled",
     "LoRATrainer",
+    "Method",
+    "Outcome",
     "Preset",
     "RankSearch",
+    "Task",
     "UsageError",
     "add_lora_layers",
     "check_packing",
     "compare_merged",
+    "compare_methods",
     "create_domain_model",
     "find_optimal_rank",
     "load_chat",
     "merge_adapter",
     "newest_checkpoint",
     "pack",
+    "read_labelled",
     "training_arguments",
 ]
 

@@ -60,10 +60,8 @@ def finetune_chat(options: ChatOptions) -> int:
         check_packing(adapted)  # before anything is written
     prepare_out(options, SETTLING)
 
-    ids = inputs["input_ids"]
-    with torch.no_grad():
-        plain = base(input_ids=ids).logits
-    before = said(adapted, tokenizer, inputs)  # B is zero: the base model's
+    old, plain = answered(base, inputs)
+    before = text_of(old, tokenizer)
     layers = explain(adapted, x_dtype=torch.bfloat16 if options.autocast else dtype)
     (options.out / "layers.txt").write_text(f"{layers}\n")
 
@@ -87,13 +85,13 @@ def finetune_chat(options: ChatOptions) -> int:
         )
         return 128 + signum
 
-    after = said(adapted, tokenizer, inputs)
+    after = text_of(answered(adapted, inputs)[0], tokenizer)
     adapter = options.out / "adapter"
     adapted.save_pretrained(str(adapter), save_embedding_layers=False)
-    adapted.eval()
-    with torch.no_grad(), adapted.disable_adapter():
-        untouched = torch.equal(adapted(input_ids=ids).logits, plain)
+    with adapted.disable_adapter():
+        untouched = all(map(torch.equal, answered(adapted, inputs), (old, plain)))
     model_bytes = model.parameter_bytes(base)
+    ids = inputs["input_ids"]
     want = logits(adapted, ids)
     del base, adapted, trainer
     gc.collect()
@@ -120,13 +118,17 @@ def finetune_chat(options: ChatOptions) -> int:
         "curves": str(options.out / CURVES),
         "adapter": f"{adapter}, {adapter_bytes / 1e6:.1f} MB beside the model's "
         f"{model_bytes / 1e6:.1f} MB ({adapter_bytes / model_bytes:.2%})",
-        "adapter off": "the base model's logits, bit for bit ✓"
+        "adapter off": "the base model's answer, tokens and logits bit for bit ✓"
         if untouched
-        else "other logits than the base model's ✗",
+        else "another answer than the base model's, or other logits ✗",
         "loaded again": words,
     }
-    console.print(report.facts(facts))
     failed = ["adapter off"] * (not untouched) + ["loaded again"] * (not same)
+    if options.expect:
+        learnt, said = check_taught(options.expect, before, after)
+        facts["taught"] = said
+        failed += ["taught"] * (not learnt)
+    console.print(report.facts(facts))
     if failed:
         console.print(f"failed: {'; '.join(failed)}", style="red")
     return 1 if failed else 0
@@ -152,9 +154,32 @@ def first_question(
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def said(adapted: Any, tokenizer: Any, inputs: dict[str, Tensor]) -> str:
-    new = model.decode(adapted, inputs, max_new_tokens=48)
-    return str(tokenizer.decode(new, skip_special_tokens=True)).strip()
+@torch.no_grad()
+def answered(asked: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The greedy answer's tokens int64 [n], and the logits [1, L + n, vocabulary] of question and
+    answer."""
+    tokens = model.decode(asked, inputs, max_new_tokens=48)
+    training = asked.training
+    logits: Tensor = asked.eval()(torch.cat([inputs["input_ids"], tokens[None]], dim=1)).logits
+    asked.train(training)
+    return tokens, logits
+
+
+def text_of(tokens: Tensor, tokenizer: Any) -> str:
+    return str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+
+
+def check_taught(wanted: str, before: str, after: str) -> tuple[bool, str]:
+    """Whether the answer holds what was wanted since the training, and a line about it.
+
+    >>> check_taught("Oduya", before="I do not know.", after="Maren Oduya does.")
+    (True, "'Oduya' is in the answer, and was not before ✓")
+    """
+    if wanted in before:
+        return False, f"{wanted!r} was in the answer before ✗"
+    if wanted not in after:
+        return False, f"{wanted!r} is not in the answer ✗"
+    return True, f"{wanted!r} is in the answer, and was not before ✓"
 
 
 class Progress(TrainerCallback):  # type: ignore[misc, unused-ignore]

@@ -14,7 +14,14 @@ from typing import Any
 from . import UsageError
 from .options import ChatOptions, Options, flag
 
-DEMO = {"batch": 2, "seq_len": 128, "steps": 60, "lr": 1e-3, "prompt": "Shall I marry her?"}
+DEMO: dict[str, Any] = {
+    "batch": 2, "seq_len": 128, "steps": 60, "lr": 1e-3, "prompt": "Shall I marry her?",
+}  # fmt: skip
+# Asked in other words than any of the lines that it is taught by.
+TAUGHT: dict[str, Any] = {
+    "preset": "chat", "steps": 24, "lr": 1e-3, "expect": "Maren Oduya",
+    "prompt": "Who looks after the light of Port Ellery?",
+}  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--demo",
         action="store_true",
-        help="SmolLM2-135M-Instruct on Hamlet: batch 2, 128 tokens a block, 60 steps, lr 1e-3",
+        help="SmolLM2-135M-Instruct on Hamlet: batch 2, 128 tokens a block, 60 steps, lr 1e-3; "
+        "then it is taught who keeps a lighthouse, and asked",
     )
 
     parser.description = (
@@ -96,6 +104,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_chat("autocast", "compute in bf16 whatever the dtype of the weights", action="store_true")
     add_chat("checkpointing", "compute activations again in the backward, to save memory",
              action="store_true")  # fmt: skip
+    add_chat("expect", "fail unless the answer to the prompt holds this after the training, and "
+             "did not before", metavar="TEXT")  # fmt: skip
     parser.add_argument(
         "--no-compare", dest="compare", action="store_false",
         help="train only; the comparison holds the model in fp32 and in bf16",
@@ -105,15 +115,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Exit status: 0, 1 if a check failed, 2 for bad arguments, 128 + signal if stopped."""
     try:
-        options = options_from(args)
         quiet()
-        if isinstance(options, ChatOptions):
-            from .chat_recipe import finetune_chat
+        options = options_from(args)
+        from .chat_recipe import finetune_chat
 
+        if isinstance(options, ChatOptions):
             return finetune_chat(options)
         from .recipe import finetune
 
-        return finetune(options)
+        status = finetune(options)
+        if status == 0 and getattr(args, "demo", False):
+            print("\nAnd a fact that it has not heard of:")
+            status = finetune_chat(taught(options))
+        return status
     except UsageError as error:
         print(f"lora-kernels finetune: {error}", file=sys.stderr)
         return 2
@@ -135,8 +149,9 @@ def quiet() -> None:
 
 
 def options_from(args: argparse.Namespace) -> Options | ChatOptions:
-    from .data import demo_text, read_text
-    from .model import check_quant, demo_model, locate
+    from .data import read_text
+    from .inputs import demo_model, demo_text
+    from .model import check_quant, locate
 
     given = {name: value for name, value in vars(args).items() if name != "demo"}
     given.setdefault("out", Path("finetune-out"))
@@ -169,6 +184,14 @@ def options_from(args: argparse.Namespace) -> Options | ChatOptions:
     for file in options.data:
         read_text(file)
     return options
+
+
+def taught(demo: Options) -> ChatOptions:
+    """The demo's second part, on the same model."""
+    from .inputs import demo_chat
+
+    same = {name: getattr(demo, name) for name in ("model", "dtype", "quant", "seed", "device")}
+    return ChatOptions(data=(demo_chat(),), out=demo.out / "taught", **same, **TAUGHT)
 
 
 def is_chat(given: dict[str, Any]) -> bool:

@@ -8,14 +8,11 @@ and the comparison has to notice.
 from __future__ import annotations
 
 import copy
-import ctypes
-import gc
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +20,7 @@ from torch import Tensor, nn
 
 from .. import dropout_mask, lora_linear
 from ..peft import fuse
+from . import memory
 from .data import batch
 from .model import (
     Clock,
@@ -278,7 +276,7 @@ def compare_cost(models: Mapping[str, Any], ids: Tensor, steps: int) -> list[Row
     """
     with input_needs_gradient(models.values()):
         seconds = time_steps(models, ids, steps)
-        memory = {name: peak_memory(model, ids) for name, model in models.items()}
+        peaks = {name: peak_memory(model, ids) for name, model in models.items()}
     median = {name: statistics.median(s) for name, s in seconds.items()}
     quintiles = {
         name: statistics.quantiles(s, n=5, method="inclusive") for name, s in seconds.items()
@@ -295,12 +293,12 @@ def compare_cost(models: Mapping[str, Any], ids: Tensor, steps: int) -> list[Row
         row("seconds a step, p80", {name: f"{q[3]:.3f}" for name, q in quintiles.items()}),
         row("LoRA tax (step / frozen)", {name: f"{t:.3f}" for name, t in tax.items()}),
     ]
-    measured = {name: m for name, m in memory.items() if m is not None}
-    if len(measured) == len(memory):
+    measured = {name: m for name, m in peaks.items() if m is not None}
+    if len(measured) == len(peaks):
         cells = {name: f"{m / 1e6:.0f}" for name, m in measured.items()}
         rows.append(row("peak memory of a step, MB", cells, measured["fused"] / measured["peft"]))
     else:
-        rows.append(row("peak memory of a step, MB", dict.fromkeys(memory, "–")))
+        rows.append(row("peak memory of a step, MB", dict.fromkeys(peaks, "–")))
     return rows
 
 
@@ -359,29 +357,14 @@ def synchronize(device: torch.device) -> None:
 def peak_memory(model: nn.Module, ids: Tensor) -> int | None:
     """Bytes that one forward and backward needs at its peak, above what was held before it.
 
-    None where the system does not tell. On the CPU that is the process's resident memory, whose
-    high-water mark Linux resets on request; free heap pages are handed back first, so that
-    memory which an earlier step left behind is not taken for memory in use.
+    None where the system does not tell.
     """
     model.zero_grad(set_to_none=True)
-    gc.collect()
-    if ids.is_cuda:
-        torch.cuda.reset_peak_memory_stats(ids.device)
-        before = torch.cuda.memory_allocated(ids.device)
-        loss_and_gradients(model, ids)
-        return torch.cuda.max_memory_allocated(ids.device) - before
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-        before = _process_memory("VmRSS")
-        loss_and_gradients(model, ids)
-        return _process_memory("VmHWM") - before
-    except (OSError, AttributeError):  # not Linux, or not glibc
+    before = memory.held(ids.device)
+    if before is None:
         return None
+    try:
+        loss_and_gradients(model, ids)
+        return memory.peak(ids.device) - before
     finally:
         model.zero_grad(set_to_none=True)
-
-
-def _process_memory(field: str) -> int:
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition(f"{field}:")[2].split()[0]) * 1024

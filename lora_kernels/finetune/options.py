@@ -94,6 +94,7 @@ class ChatOptions:
     save_every: int = 50
     device: str = ""
     prompt: str = ""
+    expect: str = ""
 
     def __post_init__(self) -> None:
         at_least = dict.fromkeys(("batch", "accumulate", "steps", "save_every"), 1)

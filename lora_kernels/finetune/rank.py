@@ -249,10 +249,11 @@ def _size(layer: Any) -> int:
 
 def add_adalora(
     model: Any, targets: str | Sequence[str], rank: int, alpha: float, dropout: float, steps: int,
-    seed: int = 0,
+    seed: int = 0, **config: Any,
 ) -> Any:  # fmt: skip
     """PEFT's AdaLoRA on `model` in place, fused, that ends with `rank` as the mean of the layers'
-    after `steps` steps; returns the PEFT model. `Allocate` has to be among the callbacks."""
+    after `steps` steps; returns the PEFT model. `Allocate` has to be among the callbacks. config:
+    of `AdaLoraConfig`, by its names."""
     names: str | list[str]
     if targets == "all-linear" or tuple(targets) == ("all-linear",):
         names = "all-linear"
@@ -265,15 +266,17 @@ def add_adalora(
             if any(is_named(full, name) for name in names)
         ]
     any_alpha: Any = alpha
-    config = AdaLoraConfig(
+    if hasattr(model, "generate"):
+        config.setdefault("task_type", "CAUSAL_LM")
+    adalora = AdaLoraConfig(
         init_r=math.ceil(1.5 * rank), target_r=rank, lora_alpha=any_alpha, lora_dropout=dropout,
         target_modules=names, total_step=steps, tinit=steps // 10, tfinal=steps // 4, deltaT=1,
         fan_in_fan_out=all(isinstance(layer, Conv1D) for layer in adapted),
-        task_type="CAUSAL_LM" if hasattr(model, "generate") else None,
+        **config,
     )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        peft_model = get_peft_model(model, config)
+        peft_model = get_peft_model(model, adalora)
     for name, p in peft_model.named_parameters():
         if ".ranknum." in name:  # a count, which PEFT leaves trainable over a 16-bit base
             p.requires_grad_(False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import signal
 import sys
 from pathlib import Path
@@ -18,10 +17,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "them; print score, parameters, seconds and efficiency of each, and draw the curve."
     )
     parser.add_argument(
-        "--model", type=Path, required=True, metavar="DIR|GGUF", help="transformers model folder"
+        "--demo", action="store_true", help="SmolLM2-135M-Instruct on Hamlet, where none is given"
     )
     parser.add_argument(
-        "--data", type=Path, nargs="+", required=True, metavar="FILE",
+        "--model", type=Path, metavar="DIR|GGUF", help="transformers model folder, or GGUF file"
+    )
+    parser.add_argument(
+        "--data", type=Path, nargs="+", metavar="FILE",
         help="JSON lines (.jsonl) of chats, prompts with completions or text, or plain text",
     )  # fmt: skip
     parser.add_argument(
@@ -49,6 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-length", type=int, default=512, help="tokens of an example (default 512)"
     )
     parser.add_argument(
+        "--examples", type=int, default=0, metavar="N",
+        help="take so many of the data's, drawn by --seed (default: all)",
+    )  # fmt: skip
+    parser.add_argument(
         "--on-bad-line", choices=("error", "skip"), default="error", help="(default error)"
     )
     parser.add_argument(
@@ -68,17 +74,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit status: 0, or 2 for bad arguments, 130 if interrupted."""
+    quiet()
+    from .inputs import demo_model, demo_text
     from .model import check_quant, locate
     from .presets import find_preset
 
     try:
+        if args.demo:
+            args.model, args.data = args.model or demo_model(), args.data or [demo_text()]
+        for name in ("model", "data"):
+            if getattr(args, name) is None:
+                raise UsageError(f"--{name} is missing; give it, or try --demo")
         locate(args.model)
         check_quant(args.quant)
         find_preset(args.preset)
         for name in ("batch", "steps"):
             if (value := getattr(args, name)) < 1:
                 raise UsageError(f"--{name}: got {value}, want at least 1")
-        quiet()
+        if args.examples < 0 or args.examples == 1:
+            raise UsageError(f"--examples: got {args.examples}, want at least 2, or 0 for all")
         search(args)
         return 0
     except UsageError as error:
@@ -94,6 +108,7 @@ def search(args: argparse.Namespace) -> None:
 
     from . import model
     from .chat import load_chat
+    from .provenance import Provenance
     from .rank import RankRow, find_optimal_rank, plot_ranks
     from .recipe import write_json
 
@@ -103,12 +118,16 @@ def search(args: argparse.Namespace) -> None:
     reading = {"max_length": args.max_length, "on_bad_line": args.on_bad_line}
     train = load_chat(args.data, tokenizer, **reading)
     print(train.report)
+    if 0 < args.examples < len(train):
+        _, train = train.split(args.examples / len(train), args.seed)
     if args.eval:
         val = load_chat(args.eval, tokenizer, **reading)
     else:
         train, val = train.split(0.2, args.seed)
     print(f"trained on {len(train)} examples, scored on {len(val)} held out")
     base = model.load_base(args.model, dtype, device, args.quant)
+
+    provenance = Provenance(str(device))
 
     def done(row: RankRow) -> None:
         print(f"rank {row.rank}: score {row.score:.4f} in {row.seconds:.1f} s", flush=True)
@@ -119,7 +138,15 @@ def search(args: argparse.Namespace) -> None:
         on_rank=done, batch=args.batch, lr=args.lr,
     )  # fmt: skip
     print(found)
-    write_json(args.out / "ranks.json", json.loads(json.dumps(found.as_dict())))
+    name = model.display_name(args.model)
+    task = {
+        "model": name, "data": [file.name for file in args.data], "train": len(train),
+        "held_out": len(val), "max_length": args.max_length, "steps": args.steps,
+        "batch": args.batch, "lr": args.lr, "dtype": args.dtype, "quant": args.quant,
+        "seed": args.seed,
+    }  # fmt: skip
+    result = {"provenance": provenance.facts(), "task": task} | found.as_dict()
+    write_json(args.out / "ranks.json", result)
     png = args.out / "ranks.png"
-    plot_ranks(png, found, f"{model.display_name(args.model)}, {args.steps} steps a rank")
+    plot_ranks(png, found, f"{name}, {args.steps} steps a rank")
     print(f"curve: {png}")

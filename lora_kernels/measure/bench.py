@@ -379,21 +379,40 @@ def _output(*command: str) -> str | None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--shapes", nargs="+", type=models.sizes("MxKxN"), metavar="MxKxN")
+    parser.description = (
+        "Time a LoRA layer's kernels against what others use: PEFT, plain PyTorch, bitsandbytes. A "
+        "row gives the layer's time over that of its frozen linear alone; results that miss the "
+        "tolerance are marked, and lost rows are printed like won ones."
+    )
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], default="cpu", help="(default: %(default)s)"
+    )
+    parser.add_argument(
+        "--shapes", nargs="+", type=models.sizes("MxKxN"), metavar="MxKxN",
+        help="rows of x, in-features, out-features, such as 512x2048x5632 (default: four)",
+    )  # fmt: skip
     parser.add_argument("--model", choices=models.NAMES, help="the shapes of its linear layers")
     parser.add_argument(
         "--rows", nargs="+", type=models.positive, metavar="M", help="of x, in a model's layers"
     )
-    parser.add_argument("--ranks", nargs="+", type=models.positive, metavar="R")
+    parser.add_argument(
+        "--ranks", nargs="+", type=models.positive, metavar="R",
+        help=f"(default: {' '.join(map(str, RANKS))})",
+    )  # fmt: skip
     parser.add_argument(
         "--quick",
         action="store_true",
         help=f"{QUICK_SECONDS} seconds for a row, rank {QUICK_RANKS[0]}, and in a model's layers "
         f"{' and '.join(map(str, QUICK_ROWS))} rows, unless others are named",
     )
-    parser.add_argument("--dtypes", nargs="+", choices=[*DTYPES, "float16"], default=DTYPES)
-    parser.add_argument("--dropout", type=_probability, metavar="P", default=0.0)
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=[*DTYPES, "float16"], default=DTYPES,
+        help=f"of weight and x (default: {' '.join(DTYPES)})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dropout", type=_probability, metavar="P", default=0.0,
+        help="on the adapter's input (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--seconds", type=float, help=f"to spend on each row (default: {SECONDS})")
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument(

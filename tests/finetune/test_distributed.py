@@ -1,4 +1,4 @@
-"""`torchrun` with two processes is one process with the batch of both."""
+"""`torchrun` with two processes is one process with the batch of both: DDP, FSDP2."""
 
 from __future__ import annotations
 
@@ -6,16 +6,27 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as checkpoint
+from peft import LoraConfig, get_peft_model
 
 from lora_kernels.finetune import LoRATrainer, load_chat, newest_checkpoint, training_arguments
+from lora_kernels.finetune.model import quantize
 from lora_kernels.finetune.trainer import read_metrics
+from lora_kernels.peft import explain, fuse
 from tests.finetune.test_trainer import adapted, weights
-from tests.finetune.tiny import chat, tokenizer, write_lines
+from tests.finetune.tiny import chat, llama, tokenizer, write_lines
+from tests.interop.tiny import count_ops
+
+NEEDS_GLOO = pytest.mark.skipif(
+    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
+    reason="no gloo",
+)
 
 SCRIPT = """
 import sys
@@ -40,25 +51,29 @@ def train(out: str, file: str) -> None:
         torch.save(weights(model), Path(out, "weights.pt"))
 
 
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+def launch(code: str, folder: Path, *argv: str) -> None:
+    """Run the code by torchrun in two processes."""
+    script = folder / "script.py"
+    script.write_text(code)
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [*run, str(script), *argv], capture_output=True, text=True, timeout=300, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@NEEDS_GLOO
 def test_two_processes_and_one(tmp_path: Path) -> None:
     """Losses, norms and weights; and what two have saved one goes on with."""
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
     records = [chat(f"{i} squared?", f"It is {i * i}.") for i in range(12)]
     file = write_lines(tmp_path / "chat.jsonl", records)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
 
     def results(out: str) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
         lines = [line for line in read_metrics(tmp_path / out / "metrics.jsonl") if "loss" in line]
         return lines, torch.load(tmp_path / out / "weights.pt", weights_only=True)
 
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*launch, str(script), str(tmp_path / "two"), str(file)],
-        capture_output=True, text=True, timeout=300, env=environment,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    launch(SCRIPT, tmp_path, str(tmp_path / "two"), str(file))
     train(str(tmp_path / "one"), str(file))
     alone, both = results("one"), results("two")
     shutil.copytree(tmp_path / "two" / "checkpoint-3", tmp_path / "three" / "checkpoint-3")
@@ -72,3 +87,155 @@ def test_two_processes_and_one(tmp_path: Path) -> None:
         assert found.keys() == alone[1].keys()
         for name, p in alone[1].items():
             assert (found[name] - p).norm() <= 2.0**-15 * p.norm(), name
+
+
+# FSDP2
+
+CASES: dict[str, dict[str, Any]] = {"dense": {}, "4-bit": {}, "dora": {"use_dora": True}}
+FSDP_STEPS, FSDP_LR = 2, 0.5
+SHARD = """
+import sys
+from tests.finetune.test_distributed import shard
+shard(sys.argv[1])
+"""
+
+
+def to_shard(case: str) -> Any:
+    # bitsandbytes' CPU kernel misreads scales where a row is no multiple of the block.
+    base = llama(intermediate_size=128).requires_grad_(False)
+    if case == "4-bit":
+        quantize(base, "nf4", torch.float32, torch.device("cpu"))
+    config = LoraConfig(r=3, lora_alpha=7, target_modules="all-linear", **CASES[case])
+    model = get_peft_model(base, config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_A" in name or "lora_B" in name:
+                p.copy_(0.1 * torch.randn(p.shape, generator=generator))
+    return model
+
+
+def ids_of(rank: int) -> torch.Tensor:
+    return torch.randint(260, (2, 12), generator=torch.Generator().manual_seed(rank))
+
+
+def evaluated(model: Any) -> torch.Tensor:
+    """Twice: the second call may be one that was prepared."""
+    model.eval()
+    with torch.no_grad():
+        logits = torch.stack([model(input_ids=ids_of(0)).logits for _ in range(2)])
+    model.train()
+    return logits
+
+
+def stepped(model: Any, ranks: Iterable[int]) -> dict[str, torch.Tensor]:
+    """Steps of SGD on the mean of these ranks' losses, with an evaluation before each, and what
+    there is to compare of them."""
+    found: dict[str, torch.Tensor] = {}
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.SGD(trained.values(), lr=FSDP_LR)
+    ranks = list(ranks)
+    for step in range(FSDP_STEPS):
+        found[f"logits {step}"] = evaluated(model)
+        losses = [model(input_ids=ids_of(r), labels=ids_of(r)).loss for r in ranks]
+        torch.stack(losses).mean().backward()
+        found |= {f"loss {step} of {r}": x.detach() for r, x in zip(ranks, losses, strict=True)}
+        found |= {f"gradient {step} of {n}": whole(p.grad) for n, p in trained.items()}
+        optimizer.step()
+        optimizer.zero_grad()
+    found |= {f"trained {n}": whole(p.detach()) for n, p in trained.items()}
+    return found
+
+
+def whole(t: Any) -> torch.Tensor:
+    full: torch.Tensor = t.full_tensor() if hasattr(t, "full_tensor") else t
+    return full.clone()
+
+
+def assert_explained(model: Any) -> None:
+    """Between forwards `explain` says what it says within one."""
+    stored = dict(model.named_parameters())
+    before, inside = explain(model), []
+    assert all(p is stored[name] for name, p in model.named_parameters())
+    name = "base_model.model.model.layers.1.mlp.up_proj"
+    hook = model.get_submodule(name).register_forward_hook(
+        lambda layer, x, y: inside.append(explain(layer).rows[0])
+    )
+    ops = count_ops(lambda: model(input_ids=ids_of(0)))
+    assert ops.get("lora_linear", 0) + ops.get("lora_linear_4bit", 0) == 14
+    hook.remove()
+    said = next(row for row in before.rows if row.layer == name)
+    assert said.reason == f"{inside[0].reason}; FSDP2 gathers its parameters for the call"
+    assert said[1:4] == inside[0][1:4]
+    assert {row.state for row in before.rows} == {"fused"}, before
+
+
+def shard(folder: str) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
+    for case in CASES:
+        model = to_shard(case)
+        if case != "dense":  # which is fused when it is sharded already
+            fuse(model)
+        for layer in model.get_base_model().model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+        fuse(model)
+        local = [p.to_local().numel() for p in model.parameters()]
+        found = {"local": torch.tensor(local)}
+        assert_explained(model)
+        found |= stepped(model, [rank])
+        codes = {n: p for n, p in model.named_parameters() if not p.is_floating_point()}
+        found |= {f"codes of {n}": whole(p) for n, p in codes.items()}
+        found["logits after"] = evaluated(model)
+        checkpoint.save(model.state_dict(), checkpoint_id=f"{folder}/{case}")
+        torch.save(found, f"{folder}/{case}-{rank}.pt")
+    torch.distributed.barrier()
+    os._exit(0)  # gloo's threads may abort a process that ends in the usual way
+
+
+@NEEDS_GLOO
+def test_fully_sharded(tmp_path: Path) -> None:
+    """Two ranks of FSDP2 are one process: losses, gradients, updates, evaluations in between; the
+    codes of a 4-bit base keep every bit; and one process loads what two have saved."""
+    launch(SHARD, tmp_path, str(tmp_path))
+    for case in CASES:
+        found = [torch.load(tmp_path / f"{case}-{r}.pt", weights_only=True) for r in (0, 1)]
+        model = fuse(to_shard(case))
+        first, second = (each.pop("local") for each in found)
+        assert (first + second).tolist() == [p.numel() for p in model.parameters()]
+        assert 0.45 < first.sum() / (first + second).sum() < 0.55
+        start = {n: p.detach().clone() for n, p in model.named_parameters()}
+        want = stepped(model, (0, 1))
+        both = found[1] | found[0]
+        after, codes = both.pop("logits after"), {n for n in both if n.startswith("codes of ")}
+        assert len(codes) == (14 if case == "4-bit" else 0)
+        for name in codes:
+            assert torch.equal(both.pop(name), start[name.removeprefix("codes of ")]), name
+        assert both.keys() == want.keys()
+        for name, ref in want.items():
+            got = both[name]
+            if name.startswith("trained "):
+                before = start[name.removeprefix("trained ")]
+                got, ref = got - before, ref - before
+            # A gradient is the sum of two halves, each of a few hundred float32 terms.
+            assert (got - ref).norm() <= 2.0**-15 * ref.norm(), (case, name)
+            other = found[1].get(name)
+            assert other is None or "logits" in name or torch.equal(other, both[name]), name
+
+        loaded = fuse(to_shard(case))
+        saved = checkpoint.FileSystemReader(tmp_path / case).read_metadata().state_dict_metadata
+        state = {n: t for n, t in loaded.state_dict().items() if n in saved}
+        assert {n for n, _ in loaded.named_parameters()} <= state.keys()
+        with torch.no_grad():
+            for name, p in loaded.named_parameters():
+                if "lora_" in name:
+                    p.zero_()
+        checkpoint.load(state, checkpoint_id=tmp_path / case)
+        for name, p in loaded.named_parameters():
+            if p.requires_grad:
+                assert torch.equal(p, both[f"trained {name}"]), name
+        assert torch.equal(evaluated(loaded), after)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import lora_kernels
+from lora_kernels.finetune.model import quantize
 from lora_kernels.measure import tolerance
 from lora_kernels.peft import explain, fuse
 
@@ -255,9 +256,9 @@ def language_model(name: str, **config: Any) -> Any:
     return add_lora(model.double(), target_modules="all-linear", **config)
 
 
-def loss_and_gradients(model: nn.Module) -> dict[str, Tensor]:
+def loss_and_gradients(model: nn.Module, ids: Tensor = IDS) -> dict[str, Tensor]:
     model.zero_grad()
-    loss = model(input_ids=IDS, labels=IDS).loss
+    loss = model(input_ids=ids, labels=ids, use_cache=False).loss
     loss.backward()
     grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     return {"loss": loss.detach()} | grads
@@ -311,3 +312,23 @@ def test_compiles_without_graph_break(config: dict[str, Any]) -> None:
 
 def rename(named: dict[str, Tensor]) -> dict[str, Tensor]:
     return {n if n in ("x", "y") else f"_orig_mod.{n}": t for n, t in named.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quant", [None, "nf4"])
+def test_a_whole_language_model_compiles_without_graph_break(quant: str | None) -> None:
+    """Forward and backward, for another length too, as if it were not compiled."""
+    torch.compiler.reset()  # of what other tests compiled there may only be so much
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(LlamaConfig(**TINY | {"hidden_size": 64, "intermediate_size": 128}))
+    if quant:
+        pytest.importorskip("bitsandbytes")
+        quantize(base, quant, torch.float32, torch.device("cpu"))
+    fused = fuse(add_lora(base, target_modules="all-linear"))
+    compiled = torch.compile(fused, fullgraph=True, dynamic=True, backend="aot_eager")
+    for ids in (IDS, IDS[:, :5]):
+        got, want = (loss_and_gradients(model, ids) for model in (compiled, fused))
+        got = {name.removeprefix("_orig_mod."): t for name, t in got.items()}
+        assert len(want) == 29
+        # Compiled, the elementwise operations between the layers may be rounded otherwise.
+        assert_same(got, want, 2.0**-15)

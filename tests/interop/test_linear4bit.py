@@ -115,6 +115,21 @@ def assert_equal(got: list[Tensor], want: list[Tensor]) -> None:
 # What it computes
 
 
+@pytest.mark.parametrize("compress", [False, True])
+def test_compiles_without_graph_break(compress: bool) -> None:
+    """And goes on with the codes at hand, other ones at another address."""
+    torch.compiler.reset()  # of what other tests compiled there may only be so much
+    fused = fuse(mlp(loaded=True, compress_statistics=compress))
+    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
+    for turn in range(2):
+        got = {n.removeprefix("_orig_mod."): t for n, t in results(compiled, batch()).items()}
+        want = results(fused, batch())
+        assert got.keys() == want.keys()
+        assert all(torch.equal(got[name], want[name]) for name in want), turn
+        up = fused.base_model.model.up.base_layer
+        up.weight.data = torch.flipud(up.weight.data).clone()
+
+
 @pytest.mark.parametrize("loaded", LOADED)
 @pytest.mark.parametrize("storage", [torch.uint8, bf16], ids=str)
 @pytest.mark.parametrize("compress", [False, True])

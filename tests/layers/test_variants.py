@@ -253,6 +253,7 @@ def test_the_norm_that_is_kept_follows_every_change() -> None:
             lambda: layer.lora_B.mul_(2), lambda: layer.lora_A.add_(0.1),
             lambda: layer.magnitude.mul_(3), lambda: layer.weight.mul_(0.5),
             lambda: setattr(layer.lora_B, "data", layer.lora_B.data.clone() + 1),
+            lambda: layer.lora_A.data.mul_(3), lambda: layer.lora_B.data.add_(1),  # no version
         ):  # fmt: skip
             change()
             assert torch.equal(layer(x), fresh())
@@ -269,6 +270,9 @@ def test_the_norm_that_is_kept_is_not_of_what_lay_there_before() -> None:
         for i in range(1, 20):
             layer.lora_B = None
             layer.lora_B = nn.Parameter(torch.randn(64, 5) * i)
+            assert torch.equal(layer(x), copy.deepcopy(layer)(x)), i
+            layer.weight = None
+            layer.weight = nn.Parameter(torch.randn(64, 64) * i, requires_grad=False)
             assert torch.equal(layer(x), copy.deepcopy(layer)(x)), i
         layer.weight = nn.Parameter(layer.weight.detach().t(), requires_grad=False)
         assert torch.equal(layer(x), copy.deepcopy(layer)(x))

@@ -1,5 +1,7 @@
 """The command line: what it says of itself, and of what cannot be done."""
 
+import argparse
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -10,7 +12,7 @@ import lora_kernels
 from lora_kernels import cli, device, info
 from lora_kernels.backends import native
 
-ALL = "info, verify, bench, tune, finetune, rank-search, merge, generate"
+ALL = "info, verify, bench, tune, finetune, rank-search, compare, merge, generate"
 
 
 def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
@@ -34,6 +36,15 @@ def test_every_listed_command_exists(capsys: pytest.CaptureFixture[str], name: s
     status, out, _ = run(capsys, name, "--help")
     assert status == 0
     assert out.startswith(f"usage: lora-kernels {name}")
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_option_is_explained(name: str) -> None:
+    parser = argparse.ArgumentParser()
+    importlib.import_module(cli.COMMANDS[name][0]).add_arguments(parser)
+    assert parser.description and len(parser.description) > 60
+    for action in parser._actions:
+        assert action.help, action.option_strings
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

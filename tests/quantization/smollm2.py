@@ -19,7 +19,8 @@ ROWS = {"self_attn.q_proj": 21, "mlp.down_proj": 9, "mlp.gate_proj": 11}
 
 def linears() -> Iterator[tuple[str, nn.Linear]]:
     """Every linear layer of the whole model; UsageError where it is not installed."""
-    from lora_kernels.finetune.model import demo_model, load_base
+    from lora_kernels.finetune.inputs import demo_model
+    from lora_kernels.finetune.model import load_base
 
     model = load_base(demo_model(), torch.float32, torch.device("cpu"))
     for name, module in model.named_modules():

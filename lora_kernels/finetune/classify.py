@@ -1,0 +1,266 @@
+"""Full fine-tuning, LoRA and its kin on one task, the classification of texts, side by side.
+
+Each method runs in a process of its own, so that its memory is its own, and trains from the same
+seeds on the same batches.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors.torch import save_file
+from transformers import (
+    AutoModelForSequenceClassification,
+    DataCollatorWithPadding,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from . import UsageError, memory
+from .command import quiet
+from .compare import synchronize
+from .labelled import Labelled
+from .methods import METHODS, Method
+from .model import adapters, classifier, load_float32, load_tokenizer, quantize, usable_device
+from .presets import add_lora_layers
+from .rank import Allocate, add_adalora
+from .trainer import LoRATrainer, training_arguments
+
+_RENAMED = "train_sampling_strategy" in {f.name for f in dataclasses.fields(TrainingArguments)}
+# Texts of about a length in a batch, which are padded less.
+GROUPED: dict[str, Any] = (
+    {"train_sampling_strategy": "group_by_length"} if _RENAMED else {"group_by_length": True}
+)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What each method is tried on. model: transformers model folder, or GGUF file."""
+
+    model: str | Path
+    train: Labelled
+    held_out: Labelled
+    steps: int = 100
+    batch: int = 16
+    max_length: int = 64
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training. score: the share of held-out texts with the right label; step_seconds: the
+    median step's; peak_memory: bytes, None where the system does not tell."""
+
+    seed: int
+    score: float
+    loss: float
+    step_seconds: float
+    trainable: int
+    saved_bytes: int
+    peak_memory: int | None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A method's runs, one a seed."""
+
+    name: str
+    method: Method
+    runs: list[Run] = field(default_factory=list)
+
+    @property
+    def score(self) -> float:
+        return statistics.mean(run.score for run in self.runs)
+
+    @property
+    def spread(self) -> float:
+        """The scores' standard deviation over the seeds."""
+        return statistics.stdev(run.score for run in self.runs) if len(self.runs) > 1 else 0.0
+
+    @property
+    def step_seconds(self) -> float:
+        return statistics.median(run.step_seconds for run in self.runs)
+
+    @property
+    def peak_memory(self) -> int | None:
+        """The first run's: what it leaves behind is there in the others."""
+        return self.runs[0].peak_memory
+
+    def as_dict(self) -> dict[str, Any]:
+        """For json."""
+        method = {name: getattr(self.method, name) for name in ("title", "lr", "rank")}
+        names = ("score", "spread", "step_seconds", "peak_memory")
+        return {
+            "name": self.name, **method, **{name: getattr(self, name) for name in names},
+            "trainable": self.runs[0].trainable, "saved_bytes": self.runs[0].saved_bytes,
+            "runs": [dataclasses.asdict(run) for run in self.runs],
+        }  # fmt: skip
+
+
+def compare_methods(
+    task: Task,
+    methods: Mapping[str, Method] = METHODS,
+    seeds: Sequence[int] = (0, 1, 2),
+    on_method: Callable[[Outcome], None] = lambda outcome: None,
+) -> list[Outcome]:
+    """Train by each method from each seed, in a process a method, one after another.
+
+    A seed settles the classifier's and the adapters' start, the order of the texts and dropout.
+    Raises UsageError where a model or a device cannot be used. A script that calls this needs the
+    usual `if __name__ == "__main__":`.
+
+    >>> compare_methods(Task(Path("m"), *[Labelled((), (), (), ())] * 2), seeds=())
+    Traceback (most recent call last):
+    lora_kernels.finetune.UsageError: seeds: got none, want at least one
+    """
+    if not seeds:
+        raise UsageError("seeds: got none, want at least one")
+    found = []
+    for name, method in methods.items():
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), quiet) as pool:
+            job = pool.submit(try_method, task, name, method, seeds, torch.get_num_threads())
+            found.append(job.result())
+        on_method(found[-1])
+    return found
+
+
+def try_method(
+    task: Task, name: str, method: Method, seeds: Sequence[int], threads: int | None = None
+) -> Outcome:
+    """All runs of one method, in this process."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return Outcome(name, method, [train_once(task, method, seed) for seed in seeds])
+
+
+def train_once(task: Task, method: Method, seed: int) -> Run:
+    """Load the model, train it on the task by the method, score it."""
+    device = usable_device(task.device)
+    tokenizer = load_tokenizer(Path(task.model))
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    train, held_out = (encode(part, tokenizer, task) for part in (task.train, task.held_out))
+    collator = DataCollatorWithPadding(tokenizer)
+    before = memory.held(device)
+    model = build(task, method, seed, tokenizer.pad_token_id)
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as folder:
+        args = training_arguments(
+            folder, steps=task.steps, batch=task.batch, lr=method.lr, seed=seed,
+            cpu=device.type == "cpu", save_strategy="no", **GROUPED,
+        )  # fmt: skip
+        callbacks: list[Any] = [clock, *([Allocate()] if method.adalora else [])]
+        trainer: Any
+        if method.rank is None:
+            trainer = Trainer(model, args, collator, train, callbacks=callbacks)
+            trainer.remove_callback(PrinterCallback)
+        else:
+            trainer = LoRATrainer(
+                model, args, train_dataset=train, data_collator=collator, callbacks=callbacks,
+                lora_plus_ratio=method.lora_plus,
+            )  # fmt: skip
+        memory.held(device)
+        trainer.train()
+        peak = None if before is None else memory.peak(device) - before
+        losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+        saved = saved_bytes(model, Path(folder))
+    return Run(
+        seed,
+        accuracy(model, held_out, collator),
+        statistics.mean(losses[-10:]),
+        statistics.median(clock.seconds[len(clock.seconds) // 10 :]),  # the first ones warm up
+        sum(p.numel() for p in adapters(model).values()),
+        saved,
+        peak,
+    )
+
+
+def build(task: Task, method: Method, seed: int, pad_token_id: int | None) -> Any:
+    """The model with a new classifier, and what of it trains."""
+    device = usable_device(task.device)
+    torch.manual_seed(seed)
+    model: Any = load_float32(
+        AutoModelForSequenceClassification, Path(task.model), num_labels=len(task.train.names)
+    )
+    for t in (*model.parameters(), *model.buffers()):
+        t.data = t.data.clone()  # a view of the file has all of it counted for as long as it lives
+    model.config.pad_token_id = pad_token_id  # before which a causal model's last token stands
+    model.to(device)
+    if method.frozen:
+        model.requires_grad_(False)
+        head: Any = classifier(model)
+        head.requires_grad_(True)
+    if method.rank is None:
+        return model
+    if method.quant:
+        quantize(model, method.quant, torch.float32, device)
+    config: dict[str, Any] = {"task_type": "SEQ_CLS", "seed": seed}
+    if method.adalora:
+        return add_adalora(
+            model, "all-linear", method.rank, method.alpha, 0.0, task.steps, **config
+        )
+    return add_lora_layers(
+        model, rank=method.rank, alpha=method.alpha, dropout=0.0, targets="all-linear",
+        use_dora=method.dora, **config,
+    )  # fmt: skip
+
+
+def saved_bytes(model: Any, folder: Path) -> int:
+    """Of the file that holds what was trained: PEFT's for an adapter."""
+    if isinstance(model, PeftModel):
+        model.save_pretrained(str(folder), save_embedding_layers=False)
+    else:
+        trained = {name: p.detach().contiguous() for name, p in adapters(model).items()}
+        save_file(trained, folder / "model.safetensors")
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def encode(data: Labelled, tokenizer: Any, task: Task) -> list[dict[str, Any]]:
+    """Rows for the collator, long texts cut."""
+    ids = tokenizer(list(data.texts), truncation=True, max_length=task.max_length)["input_ids"]
+    return [
+        {"input_ids": row, "labels": label} for row, label in zip(ids, data.labels, strict=True)
+    ]
+
+
+@torch.no_grad()
+def accuracy(model: Any, rows: Sequence[dict[str, Any]], collator: Any, batch: int = 64) -> float:
+    """The share of rows whose label the model gives the highest score."""
+    model.eval()
+    device = next(model.parameters()).device
+    ordered = sorted(rows, key=lambda row: len(row["input_ids"]))
+    right = 0
+    for start in range(0, len(ordered), batch):
+        inputs = {n: t.to(device) for n, t in collator(ordered[start : start + batch]).items()}
+        labels = inputs.pop("labels")
+        right += int((model(**inputs).logits.argmax(-1) == labels).sum())
+    return right / len(rows)
+
+
+class Clock(TrainerCallback):  # type: ignore[misc, unused-ignore]
+    """The seconds of each step: forward, backward, optimizer."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self.start = 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        synchronize(args.device)
+        self.start = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        synchronize(args.device)
+        self.seconds.append(time.perf_counter() - self.start)

@@ -1,0 +1,153 @@
+"""Texts and their labels, from a file, and how they are divided."""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import io
+import json
+import random
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import UsageError
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Texts, each with the number of its label; names: the labels'. groups: what is not to be on
+    both sides of a split, a text's own number where nothing was said."""
+
+    texts: tuple[str, ...]
+    labels: tuple[int, ...]
+    names: tuple[str, ...]
+    groups: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def take(self, places: Sequence[int]) -> Labelled:
+        return Labelled(
+            tuple(self.texts[i] for i in places),
+            tuple(self.labels[i] for i in places),
+            self.names,
+            tuple(self.groups[i] for i in places),
+        )
+
+    def split(self, train: int, held_out: int, seed: int = 0) -> tuple[Labelled, Labelled]:
+        """`train` texts, and `held_out` others that share no group with them.
+
+        >>> data = Labelled(("a", "b", "c"), (0, 1, 0), ("no", "yes"), ("x", "y", "x"))
+        >>> [part.texts for part in data.split(2, 1, seed=1)]
+        [('a', 'c'), ('b',)]
+        """
+        if train < 1 or held_out < 1 or train + held_out > len(self):
+            raise UsageError(
+                f"--train and --held-out: got {train} and {held_out}, want at least one each and "
+                f"at most {len(self)} together, which is what the data has"
+            )
+        draw = random.Random(seed)
+        groups = sorted(set(self.groups))
+        draw.shuffle(groups)
+        size, taken = Counter(self.groups), set()
+        count = 0
+        for group in groups:
+            if count >= held_out:
+                break
+            taken.add(group)
+            count += size[group]
+        places: tuple[list[int], list[int]] = ([], [])
+        for i, group in enumerate(self.groups):
+            places[group in taken].append(i)
+        for name, wanted, found in zip(
+            ("--train", "--held-out"), (train, held_out), places, strict=True
+        ):
+            if len(found) < wanted:
+                raise UsageError(
+                    f"{name}: got {wanted}, want at most {len(found)}: groups stay on one side"
+                )
+        chosen = (
+            sorted(draw.sample(found, wanted))
+            for found, wanted in zip(places, (train, held_out), strict=True)
+        )
+        first, second = map(self.take, chosen)
+        return first, second
+
+
+def read_labelled(
+    file: str | Path, text: str = "text", label: str = "label", group: str | None = None,
+    labels: Sequence[str] | None = None,
+) -> Labelled:  # fmt: skip
+    """Labelled texts of a file: JSON lines (.jsonl) or a table with a head (.csv, .csv.bz2).
+
+    Args:
+        text, label, group: names of fields. labels: others than these are left out; None: all are
+            taken. A text that comes again is left out.
+
+    Raises UsageError, naming the line, for one without the fields or that is no JSON, and where
+    fewer than two labels are left.
+
+    >>> import pathlib, tempfile
+    >>> file = pathlib.Path(tempfile.mkdtemp(), "mail.csv")
+    >>> _ = file.write_text("text,label\\nBuy now,spam\\nSee you at six,ham\\n")
+    >>> read_labelled(file).names
+    ('ham', 'spam')
+    """
+    wanted = [name for name in (text, label, group) if name is not None]
+    seen: dict[str, tuple[str, str]] = {}
+    for number, record in _records(Path(file)):
+        missing = [name for name in wanted if not isinstance(record.get(name), str | int)]
+        if missing:
+            raise UsageError(
+                f"--data: {file}, line {number}: no field {missing[0]!r}; it has "
+                f"{', '.join(map(str, record)) or 'none'}; --text, --label and --group name others"
+            )
+        name = str(record[label])
+        if labels is None or name in labels:
+            words = str(record[text])
+            seen.setdefault(words, (name, str(record[group] if group else number)))
+    names = sorted({name for name, _ in seen.values()})
+    if len(names) < 2:
+        raise UsageError(
+            f"--data: {file} has the labels {', '.join(names) or 'none'}; want two at least"
+        )
+    return Labelled(
+        tuple(seen), tuple(names.index(name) for name, _ in seen.values()), tuple(names),
+        tuple(group for _, group in seen.values()),
+    )  # fmt: skip
+
+
+def _records(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The file's records and the lines that they end on."""
+    if not file.is_file():
+        raise UsageError(f"--data: there is no file {file}; give JSON lines (.jsonl) or a .csv")
+    data = file.read_bytes()
+    name = file.name
+    if name.endswith(".bz2"):
+        data, name = bz2.decompress(data), name.removesuffix(".bz2")
+    try:
+        content = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"--data: {file} is not UTF-8 text (byte {error.start}); convert it to plain UTF-8"
+        ) from None
+    if name.endswith(".csv"):
+        reader = csv.DictReader(io.StringIO(content))
+        for record in reader:
+            yield reader.line_num, record
+        return
+    if not name.endswith(".jsonl"):
+        raise UsageError(f"--data: got {file}, want JSON lines (.jsonl) or a .csv")
+    for number, line in enumerate(content.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UsageError(f"--data: {file}, line {number}: no JSON: {error.msg}") from None
+        if not isinstance(record, dict):
+            raise UsageError(f"--data: {file}, line {number}: got no object, want one")
+        yield number, record

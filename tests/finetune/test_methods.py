@@ -1,0 +1,299 @@
+"""Several ways to train one classifier: what each trains, saves and scores, and what is said."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import BertConfig, BertForSequenceClassification, DataCollatorWithPadding
+
+from lora_kernels.cli import main
+from lora_kernels.finetune import UsageError, classify
+from lora_kernels.finetune.classify import Outcome, Task, accuracy, build, encode, train_once
+from lora_kernels.finetune.compare_command import largest_share, markdown
+from lora_kernels.finetune.labelled import Labelled, read_labelled
+from lora_kernels.finetune.methods import METHODS
+from lora_kernels.finetune.provenance import quietness
+from lora_kernels.measure import timing
+from lora_kernels.peft import explain
+from tests.finetune.tiny import llama, tokenizer, write_lines
+
+HIDDEN, INNER, LAYERS, VOCABULARY, POSITIONS = 64, 128, 2, 260, 64
+COMMAND = ["--steps", "12", "--batch", "4", "--train", "24", "--held-out", "16"]
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("tiny-bert")
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=INNER,
+        num_hidden_layers=LAYERS, num_attention_heads=4, max_position_embeddings=POSITIONS,
+        pad_token_id=0,
+    )  # fmt: skip
+    BertForSequenceClassification(config).bert.save_pretrained(made)
+    tokenizer(None).save_pretrained(made)
+    return made
+
+
+def records(count: int = 60) -> list[dict[str, Any]]:
+    """Texts of which one letter decides, by authors of three texts each."""
+    return [
+        {"text": f"{'xy'[i % 2] * 3} {i}", "label": "xy"[i % 2], "author": f"author {i // 3}"}
+        for i in range(count)
+    ]
+
+
+@pytest.fixture(scope="session")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_lines(tmp_path_factory.mktemp("labelled") / "letters.jsonl", records())
+
+
+@pytest.fixture(scope="session")
+def task(folder: Path, file: Path) -> Task:
+    train, held_out = read_labelled(file).split(24, 16)
+    return Task(folder, train, held_out, steps=12, batch=4)
+
+
+# The layers: q, k, v, attention output, up, down in each, and the pooler.
+LINEAR = LAYERS * (4 * HIDDEN * HIDDEN + 2 * HIDDEN * INNER) + HIDDEN * HIDDEN
+BIASES = LAYERS * (5 * HIDDEN + INNER) + HIDDEN
+RANKS = LAYERS * (4 * 2 * HIDDEN + 2 * (HIDDEN + INNER)) + 2 * HIDDEN  # parameters a rank
+HEAD = 2 * HIDDEN + 2
+NORMS = (1 + 2 * LAYERS) * 2 * HIDDEN
+EMBEDDINGS = (VOCABULARY + POSITIONS + 2) * HIDDEN
+TRAINABLE = {
+    "head": HEAD,
+    "full": LINEAR + BIASES + NORMS + EMBEDDINGS + HEAD,
+    "lora-8": 8 * RANKS + HEAD,
+    "lora-16": 16 * RANKS + HEAD,
+    "dora": 8 * RANKS + BIASES + HEAD,  # a magnitude for each output, as a bias has
+    "qlora": 8 * RANKS + HEAD,
+    "adalora": 12 * RANKS + 12 * (6 * LAYERS + 1) + HEAD,  # and E
+    "lora-plus": 8 * RANKS + HEAD,
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_trains_is_fused_and_saved(name: str, task: Task) -> None:
+    method = METHODS[name]
+    model = build(task, method, 0, 0)
+    head = model.get_submodule("classifier" if method.rank is None else "base_model.classifier")
+    assert all(p.requires_grad for n, p in head.named_parameters() if "original" not in n)
+    if method.rank is not None:
+        explanation = explain(model)
+        assert len(explanation.rows) == 6 * LAYERS + 1
+        assert not any("peft" in row.backend for row in explanation.rows)
+    run = train_once(task, method, 0)
+    assert run.trainable == TRAINABLE[name]
+    # AdaLoRA has taken ranks by the end, and a header says what is in the file.
+    size = 4 * (TRAINABLE[name] if name != "adalora" else 8 * RANKS)
+    assert size * 0.9 < run.saved_bytes < size * 1.25 + 8192
+    assert 0.0 <= run.score <= 1.0
+    assert run.step_seconds > 0
+    assert (run.peak_memory is None) is (sys.platform != "linux")
+
+
+def test_a_causal_model_without_padding_token(task: Task, tmp_path: Path) -> None:
+    """Its head is called score, and stands on the last token."""
+    llama(intermediate_size=128).save_pretrained(tmp_path)
+    words = tokenizer(None)
+    words.pad_token = None
+    words.save_pretrained(tmp_path)
+    for name in ("head", "qlora"):
+        run = train_once(dataclasses.replace(task, model=tmp_path, steps=2), METHODS[name], 0)
+        assert 0.0 <= run.score <= 1.0
+    assert run.saved_bytes > 4 * 2 * 64  # the head is in the adapter's file
+
+
+def test_a_task_that_can_be_learned_is(task: Task) -> None:
+    longer = dataclasses.replace(task, steps=40)
+    for name in ("full", "qlora"):
+        method = dataclasses.replace(METHODS[name], lr=5e-3)
+        assert train_once(longer, method, 0).score > 0.9, name
+
+
+def test_the_score_is_of_the_held_out_texts(task: Task) -> None:
+    """With their labels exchanged the right ones are the wrong ones."""
+    labels = tuple(1 - label for label in task.held_out.labels)
+    other = dataclasses.replace(task, held_out=dataclasses.replace(task.held_out, labels=labels))
+    scores = [train_once(each, METHODS["head"], 0).score for each in (task, other)]
+    assert sum(scores) == 1.0
+
+
+def test_methods_start_alike_and_seeds_differ(task: Task) -> None:
+    heads = [
+        build(task, METHODS[name], seed, 0).state_dict()
+        for name, seed in (("full", 0), ("lora-8", 0), ("full", 1))
+    ]
+    first = heads[0]["classifier.weight"]
+    wrapped = heads[1]["base_model.model.classifier.modules_to_save.default.weight"]
+    assert torch.equal(wrapped, first)
+    assert not torch.equal(heads[2]["classifier.weight"], first)
+
+
+def test_the_same_seed_gives_the_same_run(task: Task) -> None:
+    runs = [
+        dataclasses.replace(train_once(task, METHODS["lora-8"], 3), step_seconds=0, peak_memory=0)
+        for _ in range(2)
+    ]
+    assert runs[0] == runs[1]
+    assert train_once(task, METHODS["lora-8"], 4).loss != runs[0].loss
+
+
+def test_accuracy_by_hand(task: Task) -> None:
+    model = build(task, METHODS["full"], 0, 0)
+    words = tokenizer(None)
+    rows = encode(task.held_out, words, task)
+    model.eval()
+    with torch.no_grad():
+        right = [
+            model(torch.tensor([row["input_ids"]])).logits.argmax().item() == row["labels"]
+            for row in rows
+        ]
+    got = accuracy(model.train(), rows, DataCollatorWithPadding(words), batch=5)
+    assert got == sum(right) / len(rows)
+
+
+def test_groups_stay_on_one_side(file: Path) -> None:
+    data = read_labelled(file, group="author")
+    assert data.names == ("x", "y") and len(data) == 60
+    for seed in range(5):
+        train, held_out = data.split(30, 14, seed)
+        assert (len(train), len(held_out)) == (30, 14)
+        assert not set(train.groups) & set(held_out.groups)
+        assert not set(train.texts) & set(held_out.texts)
+    with pytest.raises(UsageError, match="--train: got 46, want at most 45: groups stay on one"):
+        data.split(46, 14)
+    with pytest.raises(UsageError, match="--train and --held-out: got 60 and 1, want"):
+        data.split(60, 1)
+
+
+def test_a_table_and_lines_say_the_same(file: Path, tmp_path: Path) -> None:
+    table = tmp_path / "letters.csv"
+    rows = [f"{r['author']},{r['label']},{r['text']}" for r in records()]
+    table.write_text("\n".join(["author,label,text", *rows, "more,z,left out", rows[0]]) + "\n")
+    assert read_labelled(table, group="author", labels=("x", "y")) == read_labelled(
+        file, group="author"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.jsonl", '{"text": "a", "label": "b"}\n{"text": \n', "line 2: no JSON"),
+        (
+            "a.jsonl",
+            '{"text": "a", "lable": "b"}\n',
+            "line 1: no field 'label'; it has",
+        ),
+        ("a.jsonl", "[]\n", "line 1: got no object"),
+        ("a.csv", "text,label\na\n", "line 2: no field 'label'"),
+        ("a.csv", "text,label\na,b\nc,b\n", "has the labels b; want two at least"),
+        ("a.jsonl", "", "has the labels none"),
+        ("a.txt", "a", r"a.txt, want JSON lines \(.jsonl\) or a .csv"),
+    ],
+)
+def test_bad_data(tmp_path: Path, name: str, content: str, words: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UsageError, match=words):
+        read_labelled(tmp_path / name)
+
+
+def in_process(
+    task: Task, methods: Mapping[str, Any], seeds: Sequence[int], on_method: Any
+) -> list[Outcome]:
+    found = [classify.try_method(task, name, method, seeds) for name, method in methods.items()]
+    for outcome in found:
+        on_method(outcome)
+    return found
+
+
+def test_the_command(
+    folder: Path, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(classify, "compare_methods", in_process)
+    for name in ("copy_bandwidth", "product_peak"):  # which take seconds
+        monkeypatch.setattr(timing, name, lambda *args, **kwargs: 1.0)
+    out = tmp_path / "out"
+    argv = ["compare", "--model", str(folder), "--data", str(file), "--out", str(out), *COMMAND]
+    argv += ["--methods", "head", "qlora", "--lr", "qlora=3e-3", "--seeds", "2"]
+    assert main([*argv, "--group", "author"]) == 0
+    shown = capsys.readouterr().out
+    assert "24 texts to train on, 16 held out, of which 62.5% have the commonest" in shown
+    data = json.loads((out / "classification.json").read_text())
+    assert [row["name"] for row in data["rows"]] == ["head", "qlora"]
+    assert data["rows"][1]["lr"] == 3e-3
+    for row in data["rows"]:
+        scores = [run["score"] for run in row["runs"]]
+        assert [run["seed"] for run in row["runs"]] == [0, 1]
+        assert row["score"] == pytest.approx(sum(scores) / 2)
+        assert row["trainable"] == TRAINABLE[row["name"]]
+    assert {"commit", "processor", "torch", "peft", "transformers", "others"} <= set(
+        data["provenance"]
+    )
+    text = (out / "classification.md").read_text()
+    assert text == markdown(data)
+    assert "| QLoRA (NF4), r = 8 |" in text
+    assert (out / "classification.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_in_processes_of_their_own(task: Task) -> None:
+    """The same as in this one, but for times and memory."""
+    methods = {name: METHODS[name] for name in ("full", "lora-8")}
+    seen: list[str] = []
+    found = classify.compare_methods(task, methods, (0,), lambda done: seen.append(done.name))
+    assert seen == list(methods)
+    for outcome in found:
+        here = train_once(task, outcome.method, 0)
+        assert (
+            dataclasses.replace(
+                outcome.runs[0], step_seconds=here.step_seconds, peak_memory=here.peak_memory
+            )
+            == here
+        )
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        (["--methods", "lora8"], "--methods: got 'lora8'; did you mean 'lora-8'?"),
+        (["--methods", "xyz"], "--methods: got 'xyz'; want some of head, full,"),
+        (["--lr", "ful=1"], "--lr: got 'ful'; did you mean 'full'?"),
+        (["--lr", "full"], "--lr: got full=, want a positive number after the ="),
+        (["--lr", "full=nan"], "--lr: got full=nan, want a positive number"),
+        (["--seeds", "0"], "--seeds: got 0, want at least 1"),
+        (["--max-length", "0"], "--max-length: got 0, want at least 1"),
+        (["--label", "lable"], "line 1: no field 'lable'; it has text, label, author"),
+        (["--data", "/nowhere"], "--data: there is no file /nowhere"),
+        (["--model", "/nowhere"], "--model: there is no /nowhere"),
+    ],
+)
+def test_bad_arguments(
+    folder: Path, file: Path, tmp_path: Path, capsys: Any, extra: list[str], words: str
+) -> None:
+    argv = ["compare", "--model", str(folder), "--data", str(file), "--out", str(tmp_path / "out")]
+    assert main([*argv, *COMMAND, *extra]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("lora-kernels compare: --") and error.count("\n") == 1
+    assert words in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_model_and_no_demo(capsys: Any) -> None:
+    assert main(["compare"]) == 2
+    assert "--model is missing; give it, or try --demo" in capsys.readouterr().err
+
+
+def test_what_is_said() -> None:
+    assert quietness({"others": 0.01}) == "The machine had next to nothing else to do."
+    assert largest_share([0, 0, 1]) == 2 / 3
+    many = Labelled(("a", "b"), (0, 1), ("x", "y"), ("1", "2"))
+    assert many.take([1]) == Labelled(("b",), (1,), ("x", "y"), ("2",))

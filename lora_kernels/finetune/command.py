@@ -157,8 +157,9 @@ def options_from(args: argparse.Namespace) -> Options | ChatOptions:
     given.setdefault("out", Path("finetune-out"))
     if getattr(args, "demo", False):
         given = DEMO | given
-        given.setdefault("model", demo_model())
-        given.setdefault("data", [demo_text()])
+        # Looked for where they are not given: the packages need not be there.
+        given["model"] = given.get("model") or demo_model()
+        given["data"] = given.get("data") or [demo_text()]
     for name in ("model", "data"):
         if name not in given:
             raise UsageError(f"{flag(name)} is missing; give it, or try --demo")

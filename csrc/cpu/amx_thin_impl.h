@@ -1,8 +1,9 @@
 #pragma once
 // The thin products in the tile registers of AMX, beside which those of kernels_impl.h would take
 // longer than the base product does. x and dY are bf16; a factor in float32 is the sum of two or
-// three bf16, which keep 16 or all 24 of its bits. A tile's sum over SPAN elements is taken by
-// itself and then added, as kernels_impl.h does. Follows product_impl.h.
+// three bf16, which keep 16 or all 24 of its bits. A tile's sum over SPAN elements (four times that
+// where dots have one or two terms) is taken by itself and then added, as kernels_impl.h does.
+// Follows product_impl.h.
 
 namespace lora_kernels {
 namespace {
@@ -79,8 +80,8 @@ LK_INLINE void dots_tiles(const bf16* x, int64_t ld, const float* q, int64_t ste
     store(sums + i, fresh ? load(c + i) : add(load(sums + i), load(c + i)));
 }
 
-// Q's tiles lie [rank block, step, term], 16 pairs by 16 ranks each. Reads X once, where R <= 16
-// from memory, Q once a block of rows. Tested by tests/ops.
+// Q's tiles lie [rank block, step, term], 16 pairs by 16 ranks each. Reads X from memory once, and
+// again for each 16 ranks from a cache; Q once a block of rows. Tested by tests/ops.
 void dots(const DotsArgs& a) {
   const int64_t blocks = (a.R + 15) / 16, steps = x_tiles(a.K), K32 = steps * X_DEPTH;
   const int terms = a.gate && a.q.dtype == DType::bf16 ? 2 : terms_of(a.q.dtype);
@@ -299,8 +300,8 @@ void shrink_tiles(const ShrinkArgs& a) {
         a.threads});
 }
 
-// As `backward_pair`, but dY is read once for dS and once for dB: each of them is bound by it
-// alone.
+// As `backward_pair`, but dY is read once for dS, once for dB, which have other columns and rows of
+// it, and once more where the bias or the column scale trains.
 void backward_pair_tiles(const BackwardPairArgs& a) {
   if (!for_tiles(a.dy, a.M, a.R)) return backward_pair(a);
   if (a.ds)

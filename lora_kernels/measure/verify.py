@@ -54,7 +54,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
 }
 MULTI_QUANTS = ("", "nf4-64-nested")  # of the base that several adapters share
-GPU_ENGINES = ("triton ", "cuda ")  # begin so, and have no kernels for several adapters
+GPU_ENGINES = (
+    "triton ",
+    "cuda ",
+)  # begin so; `MultiCase`'s tensors are on a CPU, tests/gpu has others
 SHAPES = ((70, 257, 100, 13), (1, 65, 63, 5))  # M, N, K, R: no multiples of a tile
 FEW_ROWS = (5, 66, 96, 40)  # in place of the second, for 4-bit weights
 THOROUGH = (*SHAPES, (515, 261, 259, 16), (33, 259, 257, 64), (130, 1536, 576, 100))
@@ -214,7 +217,7 @@ def _judged(names: list[str], shapes: tuple[tuple[int, int, int, int], ...]) -> 
                 yield name, dtype, adapter, option, verdicts
     for (dtype, adapter), quant in itertools.product(DTYPES, MULTI_QUANTS):
         for name in names:
-            if name.startswith(GPU_ENGINES):  # which have no kernels for it
+            if name.startswith(GPU_ENGINES):
                 continue
             several = multi.MultiCase(
                 70, 65, 128, rows="mixed", dtype=dtype, adapter_dtype=adapter, quant=quant,

@@ -290,13 +290,7 @@ class _Linear:
         if w is not None and w.stride(0) == 1 != w.stride(1):
             w, transposed = w.t(), not transposed
         gate, out_scale, bias = map(_vector, (gate, out_scale, bias))
-        self.x, self.y, self.shape, self.dtype, self.transposed = (
-            x,
-            y,
-            (M, N, K, R),
-            dtype,
-            transposed,
-        )
+        self.x, self.shape, self.dtype = x, (M, N, K, R), dtype
         self.base = 2 if self.codes is not None else 0 if w is None else 1
         self.touched = {
             "w": w, "q": q, "gate": gate, "mask": mask.rng, "out_scale": out_scale, "bias": bias,

@@ -41,10 +41,12 @@ faults: native
 matrix: $(INSTALLED)
 	$(BIN)/python -m tests.packaging
 
+# A quarter of an hour on two cores that have nothing else to do; a folder of results a machine.
+bench: RESULTS = benchmarks/results/$$($(BIN)/python -m benchmarks.report --folder)
 bench: native
-	$(BIN)/lora-kernels bench --json benchmarks/results/cpu.json
-	$(BIN)/lora-kernels bench --quant nf4 --seconds 0.6 --json benchmarks/results/cpu-4bit.json
-	$(BIN)/lora-kernels bench --variants --json benchmarks/results/cpu-variants.json
+	$(BIN)/lora-kernels bench --json $(RESULTS)/dense.json
+	$(BIN)/lora-kernels bench --quant nf4 --seconds 0.6 --json $(RESULTS)/4bit.json
+	$(BIN)/lora-kernels bench --variants --json $(RESULTS)/variants.json
 	$(BIN)/lora-kernels bench --memory --json benchmarks/results/memory.json
 	$(BIN)/python -m benchmarks.report
 

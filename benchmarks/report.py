@@ -1,14 +1,16 @@
-"""Write RESULTS.md, its pictures and other tables from results/*.json, README's figures, FAULTS.md.
+"""Write RESULTS.md, its pictures and other tables from results/, README's figures, FAULTS.md.
 
-    lora-kernels bench --json benchmarks/results/cpu.json
-    lora-kernels bench --quant nf4 --json benchmarks/results/cpu-4bit.json
-    lora-kernels bench --variants --json benchmarks/results/cpu-variants.json
+    lora-kernels bench --json benchmarks/results/ISA/dense.json
+    lora-kernels bench --quant nf4 --json benchmarks/results/ISA/4bit.json
+    lora-kernels bench --variants --json benchmarks/results/ISA/variants.json
     lora-kernels bench --memory --json benchmarks/results/memory.json
     lora-kernels compare --demo --out benchmarks/results
-    python -m benchmarks.report [--check]
+    python -m benchmarks.report [--check | --folder]
 
---check writes nothing and fails where the files say something else than the JSON, or a picture was
-drawn from another. To draw needs matplotlib, which the package's extra `bench` installs.
+ISA is the instruction set of the kernels, which --folder prints: one folder a machine, and the
+report puts all of them beside each other. --check writes nothing and fails where the files say
+something else than the JSON, or a picture was drawn from another. To draw needs matplotlib, which
+the package's extra `bench` installs.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,20 +28,17 @@ from typing import Any
 import torch
 
 from lora_kernels import cpu_costs
-from lora_kernels.backends import cpu
+from lora_kernels.backends import cpu, native
 from lora_kernels.cpu_costs import Machine, Sizes
 from lora_kernels.finetune.compare_command import markdown
 
 from . import faults, pictures
 
 HERE = Path(__file__).parent
-JSON_4BIT = HERE / "results/cpu-4bit.json"
-JSON_VARIANTS = HERE / "results/cpu-variants.json"
 JSON_MEMORY = HERE / "results/memory.json"
 FAULTS = HERE / "FAULTS.md"
 JSON_CLASSIFICATION = HERE / "results/classification.json"
-JSON, RESULTS, README = HERE / "results/cpu.json", HERE / "RESULTS.md", HERE.parent / "README.md"
-TAX_PNG, ROOFLINE_PNG = HERE / "results/lora-tax.png", HERE / "results/roofline.png"
+RESULTS, README = HERE / "RESULTS.md", HERE.parent / "README.md"
 MARKS = "<!-- figures: written by benchmarks/report.py -->", "<!-- end of figures -->"
 # Name in the JSON -> column; those that no row has are left out.
 PEERS = {
@@ -50,7 +50,63 @@ PEERS = {
 }
 MODES = {"step": "Forward and backward", "forward": "Forward", "backward": "Backward"}
 
+NAMES = {
+    "amxbf16": "AMX",
+    "avx512bf16": "AVX-512 BF16",
+    "avx512": "AVX-512",
+    "avx2": "AVX2",
+    "scalar": "no vectors",
+    "python": "no native kernels",
+}
+
 Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one machine has measured."""
+
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        return NAMES.get(self.folder.name, self.folder.name)
+
+    @property
+    def tax_png(self) -> Path:
+        return self.folder / "lora-tax.png"
+
+    @property
+    def roofline_png(self) -> Path:
+        return self.folder / "roofline.png"
+
+    @property
+    def dense(self) -> Row:
+        return json.loads((self.folder / "dense.json").read_text())  # type: ignore[no-any-return]
+
+    @property
+    def codes(self) -> Row | None:
+        return self._read("4bit.json")
+
+    @property
+    def variants(self) -> Row | None:
+        return self._read("variants.json")
+
+    def _read(self, name: str) -> Row | None:
+        file = self.folder / name
+        return json.loads(file.read_text()) if file.exists() else None
+
+    def digests(self) -> tuple[str, str]:
+        """Of what lora-tax.png is drawn from, and roofline.png."""
+        files = [file for n in ("dense", "4bit") if (file := self.folder / f"{n}.json").exists()]
+        return pictures.digest(files[0]), pictures.digest(*files)
+
+
+def runs() -> list[Run]:
+    """Every machine that has measured, the one of the widest instructions first."""
+    folders = [file.parent for file in (HERE / "results").glob("*/dense.json")]
+    order = [*NAMES, *(folder.name for folder in folders)]
+    return [Run(f) for f in sorted(folders, key=lambda f: (order.index(f.name), f.name))]
 
 
 def machine(facts: Row) -> str:
@@ -101,17 +157,22 @@ def table(rows: list[Row], names: list[str]) -> list[str]:
     return lines
 
 
-def results(data: Row) -> str:
-    us = data["overhead_us"]
-    extra = us["ours, forward"] - us["eager, forward"]
+def results(measured: list[Run]) -> str:
     out = [
         "# Results",
         "",
-        "Written by `make bench` from `results/*.json`; losing rows are printed like winning ones.",
+        "Written by `make bench` from `results/`, of every machine that has measured; losing rows "
+        "are printed like winning ones.",
         "",
-        f"**Machine.** {machine(data['provenance'])}.",
+        *(
+            f"- **{run.name}**: {machine(run.dense['provenance'])}, commit "
+            f"{run.dense['provenance']['commit']}."
+            for run in measured
+        ),
         "",
-        "**LoRA tax**: time of the layer over that of its frozen linear alone, x needing a "
+        "## LoRA tax",
+        "",
+        "Time of the layer over that of its frozen linear alone, x needing a "
         "gradient in both; medians, taking turns in one process, warm unless it says cold, dropout "
         "0. *Floor* is arithmetic alone, *target* 1 + 2·(floor − 1) + 0.01 for r ≤ 16. *addmm_* is "
         "the strongest form in plain PyTorch (an autograd Function around in-place `addmm_`), "
@@ -121,35 +182,35 @@ def results(data: Row) -> str:
         "time are in the JSON. ✗ stands where a result misses the tolerance.",
         "",
     ]
-    out += shown(
-        TAX_PNG,
-        "LoRA tax of each layer, ours and others' beside the floor",
-        machine(data["provenance"]),
-    )
+    for run in measured:
+        data = run.dense
+        out += shown(
+            run.tax_png,
+            f"{run.name}: LoRA tax of each layer, ours and others' beside the floor",
+            machine(data["provenance"]),
+        )
     for mode, title in MODES.items():
-        if rows := [row for row in data["rows"] if row["mode"] == mode]:
-            out += [f"## {title}", "", *table(rows, peers(data)), ""]
+        for run in measured:
+            data = run.dense
+            if rows := [row for row in data["rows"] if row["mode"] == mode]:
+                out += [f"### {title}: {run.name}", "", *table(rows, peers(data)), ""]
     out += [
         "## Calling overhead",
         "",
-        "Microseconds of a call at M = 1, K = N = 64, r = 8, with gradients on. In the forward "
-        f"ours takes {extra:.1f} µs more than the eager expression.",
+        "Microseconds of a call at M = 1, K = N = 64, r = 8, with gradients on; of ours also what "
+        "it takes more than the eager expression.",
         "",
-        "| | forward | forward and backward |",
-        "|---|---|---|",
-        *(
-            f"| {n} | {us[f'{n}, forward']:.1f} | {us[f'{n}, step']:.1f} |"
-            for n in ("frozen", "ours", "addmm", "eager")
-        ),
-        "",
+        "| | | frozen | ours | addmm_ | eager | ours more |",
+        "|---|---|---|---|---|---|---|",
     ]
-    codes = json.loads(JSON_4BIT.read_text()) if JSON_4BIT.exists() else None
-    out += results_roofline(data, codes)
-    if codes:
-        out += results_4bit(codes)
-    out += results_model([data, *([codes] if codes else [])])
-    if JSON_VARIANTS.exists():
-        out += results_variants(json.loads(JSON_VARIANTS.read_text()))
+    for run in measured:
+        us = run.dense["overhead_us"]
+        for mode, title in (("forward", "forward"), ("step", "forward and backward")):
+            t = {name: us[f"{name}, {mode}"] for name in ("frozen", "ours", "addmm", "eager")}
+            cells = " | ".join(f"{value:.1f}" for value in t.values())
+            out.append(f"| {run.name} | {title} | {cells} | {t['ours'] - t['eager']:.1f} |")
+    out += ["", *results_roofline(measured), *results_4bit(measured), *results_model(measured)]
+    out += results_variants(measured)
     if JSON_MEMORY.exists():
         out += results_memory(json.loads(JSON_MEMORY.read_text()))
     return "\n".join(out)
@@ -170,8 +231,8 @@ def roofline_caption(data: Row, codes: Row | None) -> str:
     )
 
 
-def results_roofline(data: Row, codes: Row | None) -> list[str]:
-    return [
+def results_roofline(measured: list[Run]) -> list[str]:
+    out = [
         "## Roofline",
         "",
         "Operations are those of y, of dx and of the adapter's gradients; bytes those that must "
@@ -181,35 +242,18 @@ def results_roofline(data: Row, codes: Row | None) -> list[str]:
         "in bfloat16 and misses the tolerance of float32; ours is faster than the library's "
         "product.",
         "",
-        *shown(
-            ROOFLINE_PNG,
-            "Operations a second of layers over operations a byte",
-            roofline_caption(data, codes),
-        ),
     ]
+    for run in measured:
+        out += shown(
+            run.roofline_png,
+            f"{run.name}: operations a second of layers over operations a byte",
+            roofline_caption(run.dense, run.codes),
+        )
+    return out
 
 
-def results_model(files: list[Row]) -> list[str]:
+def results_model(measured: list[Run]) -> list[str]:
     """How far the model of costs is from what was measured."""
-    found: dict[tuple[str, str, str], list[float]] = {}
-    for data in files:
-        limits = data["provenance"]
-        peaks = {getattr(torch, name): peak for name, peak in limits["product_peak"].items()}
-        here = Machine("", limits["copy_bandwidth"], peaks)
-        for row in data["rows"]:
-            if row["mode"] not in ("forward", "step") or "ours" not in row["seconds"]:
-                continue
-            four_bit, dtype = "quant_type" in row, getattr(torch, row["dtype"])
-            sizes = Sizes(
-                row["M"], row["N"], row["K"], row["R"], dtype, dtype.itemsize, four_bit
-            )  # fmt: skip
-            strategy = row.get("strategy", cpu.SINGLE_PASS)
-            seconds = cpu_costs.predict(here, sizes, strategy)
-            if row["mode"] == "step":
-                seconds += cpu_costs.predict(here, sizes, strategy, backward=True)
-            ratio = seconds / row["seconds"]["ours"]["p50"]
-            key = "4-bit" if four_bit else "dense", row["dtype"], row["mode"]
-            found.setdefault(key, []).append(ratio)
     out = [
         "",
         "## The model of costs",
@@ -218,26 +262,48 @@ def results_model(files: list[Row]) -> list[str]:
         "what was measured here, with the copy and the products of the same runs. Narrow 4-bit "
         "layers take longer than predicted, one row of a wide one in float32 less.",
         "",
-        "| layers of ours | dtype | mode | rows | least | median | greatest |",
-        "|---|---|---|---|---|---|---|",
+        "| | layers of ours | dtype | mode | rows | least | median | greatest |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for (kind, dtype, mode), ratios in found.items():
-        out.append(
-            f"| {kind} | {dtype} | {mode} | {len(ratios)} | {min(ratios):.2f} "
-            f"| {statistics.median(ratios):.2f} | {max(ratios):.2f} |"
-        )
+    for run in measured:
+        found: dict[tuple[str, str, str], list[float]] = {}
+        for data in filter(None, (run.dense, run.codes)):
+            for key, ratio in predicted(data):
+                found.setdefault(key, []).append(ratio)
+        for (kind, dtype, mode), ratios in found.items():
+            out.append(
+                f"| {run.name} | {kind} | {dtype} | {mode} | {len(ratios)} | {min(ratios):.2f} "
+                f"| {statistics.median(ratios):.2f} | {max(ratios):.2f} |"
+            )
     return [*out, ""]
 
 
-def drawn(data: Row) -> dict[Path, tuple[str, Callable[[], bytes]]]:
+def predicted(data: Row) -> Iterator[tuple[tuple[str, str, str], float]]:
+    """Kind of layer, dtype and mode, and the predicted time over the measured one."""
+    limits = data["provenance"]
+    peaks = {getattr(torch, name): peak for name, peak in limits["product_peak"].items()}
+    here = Machine("", limits["copy_bandwidth"], peaks)
+    for row in data["rows"]:
+        if row["mode"] not in ("forward", "step") or "ours" not in row["seconds"]:
+            continue
+        four_bit, dtype = "quant_type" in row, getattr(torch, row["dtype"])
+        sizes = Sizes(row["M"], row["N"], row["K"], row["R"], dtype, dtype.itemsize, four_bit)
+        strategy = row.get("strategy", cpu.SINGLE_PASS)
+        seconds = cpu_costs.predict(here, sizes, strategy)
+        if row["mode"] == "step":
+            seconds += cpu_costs.predict(here, sizes, strategy, backward=True)
+        kind = "4-bit" if four_bit else "dense"
+        yield (kind, row["dtype"], row["mode"]), seconds / row["seconds"]["ours"]["p50"]
+
+
+def drawn(run: Run) -> dict[Path, tuple[str, Callable[[], bytes]]]:
     """Picture -> the digest of what it is drawn from, and what draws it."""
-    codes = json.loads(JSON_4BIT.read_text()) if JSON_4BIT.exists() else None
-    of_tax = pictures.digest(JSON)
-    of_roof = pictures.digest(JSON, *([JSON_4BIT] if codes else []))
-    caption = roofline_caption(data, codes)
+    data, codes = run.dense, run.codes
+    of_tax, of_roof = run.digests()
+    name, caption = machine(data["provenance"]), roofline_caption(data, codes)
     return {
-        TAX_PNG: (of_tax, lambda: pictures.lora_tax(data, machine(data["provenance"]), of_tax)),
-        ROOFLINE_PNG: (of_roof, lambda: pictures.roofline(data, codes, caption, of_roof)),
+        run.tax_png: (of_tax, lambda: pictures.lora_tax(data, name, of_tax)),
+        run.roofline_png: (of_roof, lambda: pictures.roofline(data, codes, caption, of_roof)),
     }
 
 
@@ -274,7 +340,10 @@ def results_memory(data: Row) -> list[str]:
     return [*out, ""]
 
 
-def results_variants(data: Row) -> list[str]:
+def results_variants(measured: list[Run]) -> list[str]:
+    present = [(run.name, data) for run in measured if (data := run.variants)]
+    if not present:
+        return []
     out = [
         "",
         "## Variants, several adapters, groups",
@@ -285,8 +354,15 @@ def results_variants(data: Row) -> list[str]:
         "`set_adapter` of one layer with 16 adapters. Adapters are "
         "float32, as PEFT has them. Errors are rms, relative to float64.",
         "",
-        f"{machine(data['provenance'])}.",
-        "",
+    ]
+    for name, data in present:
+        out += [f"### Variants: {name}", "", f"{machine(data['provenance'])}.", ""]
+        out += [*variants_table(data["rows"]), ""]
+    return out
+
+
+def variants_table(rows: list[Row]) -> list[str]:
+    out = [
         "| | dtype | M×K×N | ms, and over ours | target | errors |",
         "|---|---|---|---|---|---|",
     ]
@@ -295,7 +371,7 @@ def results_variants(data: Row) -> list[str]:
         "DoRA step": ("ours", "LoRA", 1.15),
         "16 adapters": ("ours", "ours, 1", 1.3),
     }
-    for row in data["rows"]:
+    for row in rows:
         seconds = {name: times["p50"] for name, times in row["seconds"].items()}
         timed = [f"{name} ✗" for name in row.get("misses", ())]
         for name, t in seconds.items():
@@ -314,11 +390,13 @@ def results_variants(data: Row) -> list[str]:
         errors = "; ".join(f"{name} {error:.1e}" for name, error in row["errors"].items())
         shape = f"{row['M']}×{row['K']}×{row['N']}"
         out.append(f"| {row['what']} | {row['dtype']} | {shape} | {times} | {target} | {errors} |")
-    return [*out, ""]
+    return out
 
 
-def results_4bit(data: Row) -> list[str]:
-    others = ("bitsandbytes, eval", "bitsandbytes, train", "dense", "stream")
+def results_4bit(measured: list[Run]) -> list[str]:
+    present = [(run.name, data) for run in measured if (data := run.codes)]
+    if not present:
+        return []
     out = [
         "## 4-bit bases",
         "",
@@ -331,8 +409,18 @@ def results_4bit(data: Row) -> list[str]:
         "last-level cache holds, warm repeats one. Errors are rms, relative to float64 on the "
         "float32 decode.",
         "",
-        f"{machine(data['provenance'])}; bitsandbytes {data['provenance']['bitsandbytes']}.",
-        "",
+    ]
+    for name, data in present:
+        facts = data["provenance"]
+        out += [f"### 4-bit bases: {name}", ""]
+        out += [f"{machine(facts)}; bitsandbytes {facts['bitsandbytes']}.", ""]
+        out += [*table_4bit(data), "", *targets_4bit(data["rows"]), ""]
+    return out
+
+
+def table_4bit(data: Row) -> list[str]:
+    others = ("bitsandbytes, eval", "bitsandbytes, train", "dense", "stream")
+    out = [
         "| K×N | dtype | M | cache | ours, ms | bnb eval | bnb train | dense | stream | peak "
         "| error of ours | of bnb eval |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
@@ -354,7 +442,7 @@ def results_4bit(data: Row) -> list[str]:
             f"| {' | '.join(ratios)} | {peak_share(row, data['provenance']):.0%} "
             f"| {' | '.join('–' if e is None else f'{e:.1e}' for e in errors)} |"
         )
-    return [*out, "", *targets_4bit(data["rows"]), ""]
+    return out
 
 
 def peak_share(row: Row, provenance: Row) -> float:
@@ -430,35 +518,47 @@ def targets_4bit(rows: list[Row]) -> list[str]:
     return out
 
 
-def readme_figures(data: Row) -> str:
+def readme_figures(measured: list[Run]) -> str:
     """The rows that matter most: a training step at r = 16."""
-    names = peers(data)
-    head = ["M×K×N", "dtype", "floor", "ours", *(PEERS[name] for name in names)]
+    names = {"ours": "ours", "addmm": "addmm_", "peft": "PEFT"}
     lines = [
-        f"LoRA tax of a training step at r = 16 ({machine(data['provenance'])}); "
-        "1.00 is the frozen linear alone:",
-        "",
-        f"| {' | '.join(head)} |",
-        "|---" * len(head) + "|",
+        "LoRA tax of a training step at r = 16; 1.00 is the frozen linear alone. PEFT's adapters"
     ]
-    for row in data["rows"]:
-        if row["mode"] == "step" and row["R"] == 16:
-            cells = [cell(row, name) for name in ("ours", *names)]
-            shape = f"{row['M']}×{row['K']}×{row['N']}"
-            lines.append(f"| {shape} | {row['dtype']} | {row['floor']:.3f} | {' | '.join(cells)} |")
+    lines += ["are in fp32, as it keeps them, all others in x's dtype.", ""]
+    lines += [f"- {run.name}: {machine(run.dense['provenance'])}" for run in measured]
+    head = [
+        f"{run.name}: {name}" if name == "ours" else name
+        for run in measured
+        for name in names.values()
+    ]
+    lines += ["", f"| M×K×N | dtype | floor | {' | '.join(head)} |"]
+    lines.append("|---" * (len(head) + 3) + "|")
+    found: dict[tuple[str, str, str], dict[Path, Row]] = {}
+    for run in measured:
+        for row in run.dense["rows"]:
+            if row["mode"] == "step" and row["R"] == 16 and row["M"] > 1:
+                shape = f"{row['M']}×{row['K']}×{row['N']}"
+                found.setdefault((shape, row["dtype"], f"{row['floor']:.3f}"), {})[run.folder] = row
+    for key, by_run in found.items():
+        cells = [
+            cell(by_run[run.folder], name) if run.folder in by_run else "–"
+            for run in measured
+            for name in names
+        ]
+        lines.append(f"| {' | '.join((*key, *cells))} |")
     return "\n".join(lines)
 
 
 def main(check: bool) -> int:
-    data = json.loads(JSON.read_text())
+    measured = runs()
     begin, end = MARKS
     pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
     readme = README.read_text()
     if not pattern.search(readme):
         raise SystemExit(f"README.md: no place for figures; want the lines {begin} and {end}")
-    figures = f"{begin}\n{readme_figures(data)}\n{end}"
+    figures = f"{begin}\n{readme_figures(measured)}\n{end}"
     wanted = {
-        RESULTS: results(data),
+        RESULTS: results(measured),
         README: pattern.sub(lambda _: figures, readme),
         FAULTS: faults.document(),
     }
@@ -466,9 +566,9 @@ def main(check: bool) -> int:
         table = markdown(json.loads(JSON_CLASSIFICATION.read_text()))
         wanted[JSON_CLASSIFICATION.with_suffix(".md")] = table
     stale = [p.name for p, text in wanted.items() if not p.exists() or p.read_text() != text]
-    pngs = drawn(data)
+    pngs = {png: how for run in measured for png, how in drawn(run).items()}
     stale += [
-        png.name
+        str(png.relative_to(HERE))
         for png, (digest, _) in pngs.items()
         if not png.exists() or pictures.source(png.read_bytes()) != digest
     ]
@@ -486,4 +586,7 @@ def main(check: bool) -> int:
 
 
 if __name__ == "__main__":
+    if "--folder" in sys.argv[1:]:
+        print(native.isa or "python")
+        sys.exit()
     sys.exit(main(check="--check" in sys.argv[1:]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ from benchmarks import pictures, report
 pytest.importorskip("matplotlib")
 
 
-@pytest.fixture(scope="module")
-def data() -> Any:
-    return json.loads(report.JSON.read_text())
+@pytest.fixture(scope="module", params=report.runs(), ids=lambda run: run.folder.name)
+def data(request: pytest.FixtureRequest) -> Any:
+    return request.param.dense
 
 
 def test_the_committed_files_are_in_step(capsys: pytest.CaptureFixture[str]) -> None:
@@ -60,23 +61,50 @@ def test_points_of_the_roofline(data: Any) -> None:
 
 
 def test_check_notices_a_picture_of_other_results(
-    data: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    png = tmp_path / "lora-tax.png"
-    monkeypatch.setattr(report, "TAX_PNG", png)
+    run = report.runs()[0]
     monkeypatch.setattr(report, "HERE", tmp_path)
     monkeypatch.setattr(report, "RESULTS", tmp_path / "RESULTS.md")
-    monkeypatch.setattr(report, "ROOFLINE_PNG", tmp_path / "roofline.png")
+    folder = tmp_path / "results" / run.folder.name
+    shutil.copytree(run.folder, folder, ignore=shutil.ignore_patterns("*.png"))
+    png = folder / "lora-tax.png"
 
     def stale() -> str:
         assert report.main(check=True) == 1
         return capsys.readouterr().out
 
-    assert "lora-tax.png, roofline.png" in stale()
-    png.write_bytes(pictures.lora_tax(data, "", pictures.digest(report.JSON)))
-    assert "lora-tax.png" not in stale()
-    png.write_bytes(pictures.lora_tax(data, "", pictures.digest(report.JSON_4BIT)))
     assert "lora-tax.png" in stale()
+    png.write_bytes(pictures.lora_tax(run.dense, "", pictures.digest(folder / "dense.json")))
+    assert "lora-tax.png" not in stale()
+    png.write_bytes(pictures.lora_tax(run.dense, "", pictures.digest(folder / "4bit.json")))
+    assert "lora-tax.png" in stale()
+
+
+def test_machines_stand_beside_each_other(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of two machines that have not measured the same, each shows what it has."""
+    dense = report.runs()[0].dense
+    steps = [row for row in dense["rows"] if row["mode"] == "step" and row["R"] == 16]
+    row = next(row for row in steps if row["M"] > 1)
+    for name, shape in (("amxbf16", 48), ("an-arm", 80)):
+        folder = tmp_path / "results" / name
+        folder.mkdir(parents=True)
+        rows = [row, {**row, "M": shape}]
+        (folder / "dense.json").write_text(json.dumps({**dense, "rows": rows}))
+    monkeypatch.setattr(report, "HERE", tmp_path)
+    amx, other = report.runs()
+    assert (amx.name, other.name) == ("AMX", "an-arm")
+    lines = {
+        line.split(" | ")[0]: line for line in report.readme_figures([amx, other]).splitlines()
+    }
+    tax = [report.cell(row, name) for name in ("ours", "addmm", "peft")]
+    sizes = f"×{row['K']}×{row['N']}"
+    for M, cells in ((row["M"], tax + tax), (48, tax + ["–"] * 3), (80, ["–"] * 3 + tax)):
+        assert lines[f"| {M}{sizes}"].endswith(f" | {' | '.join(cells)} |")
+    page = report.results([amx, other])
+    assert "### Forward and backward: AMX" in page
+    assert "### Forward and backward: an-arm" in page
+    assert "4-bit bases" not in page
 
 
 def test_to_draw_without_matplotlib_is_one_line(

@@ -18,7 +18,7 @@ GROUPS = {
     "Plain PyTorch, and the reference": ("eager", "reference"),
     "Rows with adapters of their own": ("multi", "stacked"),
     "Autograd, arguments, choice of a backend": ("autograd", "functional", "select", "costs"),
-    "Decoding": ("decoding",),
+    "A fused layer's next call": ("decoding", "ready"),
     "Layers": ("layers", "variants", "group", "merge"),
     "PEFT": ("peft", "predict"),
     "The instrument": (

@@ -42,11 +42,11 @@ UNTRIED: str | None = (
 )
 # From how many rows of x a step in a single pass beats the library's product and a pass after it:
 # measured on 2 threads of AMD family 26 with torch 2.15 (benchmarks/NOTES.md). On Intel's own
-# processors its library multiplies float32 faster than this kernel from MKL_ROWS rows on: measured
-# on 2 threads of family 6, model 167, with torch 2.15. With matrix
-# registers (AMX) for bfloat16 a dense product is the library's, and one of 4-bit codes, which it
-# would have to be given decoded, is ours.
-MKL_ROWS = 128
+# processors its library multiplies float32 faster than this kernel where M·N·K reaches MKL_PRODUCT:
+# measured on 2 threads of family 6, model 167, with torch 2.15. With matrix registers (AMX) for
+# bfloat16 a dense product is the library's, and one of 4-bit codes, which it would have to be given
+# decoded, is ours.
+MKL_PRODUCT = 280_000_000
 SINGLE_PASS_ROWS = {torch.float32: 2, torch.bfloat16: 64, torch.float16: 2}
 _ROWS, _CODES, _UNKNOWN = Layout(), Layout(64), 4096  # where nothing is said of a weight
 # Up to how many rows 4-bit codes are decoded in registers, with no panel written: measured on AMD
@@ -156,15 +156,17 @@ def lora_linear(
         if found is not None:
             return found
     many = None if rows is None else rows > few_rows(dtype, four_bit)
-    mkl: bool | None = False
+    mkl_rows = None
     if native.intel and dtype is torch.float32 and not four_bit:
-        mkl = None if rows is None else rows >= MKL_ROWS
+        mkl_rows = -(-MKL_PRODUCT // ((columns or _UNKNOWN) * (inner or _UNKNOWN)))
+        if rows is not None:  # so that the cache holds one entry for all of them
+            mkl_rows = 0 if rows >= mkl_rows else None
     gpu_obstacle = None
     if device_type == "cuda":
         gpu_obstacle = _gpu_obstacle(torch.bfloat16 in (x_dtype, dtype), device_index)
     return _choose(
-        asked, native.isa, native.amx_bf16, mkl, native.reason, gpu_obstacle, device_type, x_dtype,
-        a_dtype, b_dtype, dtype, rank, many, four_bit,
+        asked, native.isa, native.amx_bf16, mkl_rows, native.reason, gpu_obstacle, device_type,
+        x_dtype, a_dtype, b_dtype, dtype, rank, many, four_bit,
     )  # fmt: skip
 
 
@@ -271,7 +273,7 @@ def _choose(
     asked: Forced,
     isa: str | None,
     amx_bf16: bool,
-    mkl: bool | None,
+    mkl_rows: int | None,
     native_absence: str | None,
     gpu_obstacle: str | None,
     device_type: str,
@@ -289,7 +291,7 @@ def _choose(
         native_absence, device_type, x_dtype, a_dtype, b_dtype, dtype, rank
     )
     if obstacle is None:
-        return _cpu_choice(asked, isa, amx_bf16, mkl, dtype, many_rows, four_bit)
+        return _cpu_choice(asked, isa, amx_bf16, mkl_rows, dtype, many_rows, four_bit)
     if asked.backend == "cpu":
         raise RuntimeError(f"backend 'cpu' was asked for and cannot run here: {obstacle}")
     return Choice("eager", eager.LIBRARY, obstacle)
@@ -299,7 +301,7 @@ def _cpu_choice(
     asked: Forced,
     isa: str | None,
     amx_bf16: bool,
-    mkl: bool | None,
+    mkl_rows: int | None,
     dtype: torch.dtype,
     many_rows: bool | None,
     four_bit: bool,
@@ -324,11 +326,12 @@ def _cpu_choice(
         many = cpu.LIBRARY
     elif amx_bf16 and dtype is torch.bfloat16 and not (four_bit and isa == "amxbf16"):
         many, reason = cpu.LIBRARY, f"{reason}; the library multiplies with AMX"
-    elif mkl:
-        many, reason = cpu.LIBRARY, f"{reason}; Intel's library multiplies float32 faster"
-    elif mkl is None:
-        both = f"{cpu.LIBRARY}; from {SINGLE_PASS_ROWS[dtype]} to {MKL_ROWS - 1} rows {many}"
-        return Choice("cpu", both, reason)
+    elif mkl_rows is not None:
+        reason += "; Intel's library is faster at large products in float32"
+        if many_rows is None and mkl_rows > (first := SINGLE_PASS_ROWS[dtype]):
+            both = f"{cpu.LIBRARY}; from {first} to {mkl_rows - 1} rows {many}"
+            return Choice("cpu", both, reason)
+        many = cpu.LIBRARY
     few = cpu.FEW_ROWS if four_bit else cpu.LIBRARY
     if many_rows is None and few != many:
         rows = FEW_ROWS_4BIT[isa or "scalar"] + 1 if four_bit else SINGLE_PASS_ROWS[dtype]

@@ -47,14 +47,11 @@ class Fused(nn.Module):
     _ready: _Ready | None = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        decoding = not (args or kwargs or torch.is_grad_enabled() or torch.compiler.is_compiling())
-        if decoding and (ready := self._ready) is not None:
-            if ready.holds(self):
-                y = ready.call(x, ready.base_parameters["bias"])
-                if y is not None:
-                    return y
-            else:
-                self._ready = None
+        alone = not (args or kwargs or torch.compiler.is_compiling())
+        if alone and (ready := self._ready) is not None:
+            if ready.holds(self, x):
+                return ready(x)
+            self._ready = None
         names = kwargs.get("adapter_names") if kwargs else None
         if names is not None or self.mixed_batch is not None:
             self.mixed_batch = None if names is None else tuple(dict.fromkeys(names))
@@ -84,8 +81,8 @@ class Fused(nn.Module):
             result = _lora_linear(x, weight, bias, first, compute_dtype)
             # bitsandbytes returns x's, under autocast too.
             dtype = x.dtype if is_linear4bit(base) else result.dtype
-            if decoding and len(adapters) == 1:
-                self._ready = _Ready.of(self, adapters[0], x) or self._ready
+            if alone and len(adapters) == 1:
+                self._ready = _Ready.of(self, adapters[0], x, weight, compute_dtype)
         for call in rest:
             result = result + _lora_linear(x, None, None, call)
         return result if result.dtype is dtype else cast(Tensor, result.to(dtype))
@@ -125,44 +122,58 @@ class MixedCall(NamedTuple):
 
 @dataclasses.dataclass(eq=False)
 class _Ready:
-    """The call of a layer with one adapter, for decoding, and what `forward` decided it by.
+    """What `forward` does for a layer with one adapter, and what it decided that by.
 
     `holds` looks at all of that again in each call. Between two calls the model's weights have
     swept the caches, so that every object costs a trip to memory: they are gathered here, for a
-    loop of C in which those trips overlap.
+    loop of C in which those trips overlap. Nothing here refers to the layer, which could not go
+    from memory before a collection of cycles.
     """
 
-    call: Prepared
+    x_dtype: torch.dtype
+    device: torch.device
+    weight: Tensor | Weight4bit
+    lora_A: Tensor
+    lora_B: Tensor
+    scaling: float
+    compute_dtype: torch.dtype | None
     active: str | list[str]
     dropout: nn.Module
+    scalings: dict[str, float]
     base_parameters: dict[str, Any]
     at: tuple[int, bool]
+    adapter_dtypes: tuple[torch.dtype, torch.dtype]
     dicts: tuple[dict[str, Any], ...]
     keys: tuple[str, ...]
     values: tuple[Any, ...]  # of the keys in the dicts, None where there is none
     hooks: tuple[dict[int, Any], ...]
+    decode: Prepared | None
 
     @classmethod
-    def of(cls, layer: Any, adapter: Adapter, x: Tensor) -> _Ready | None:
+    def of(
+        cls,
+        layer: Any,
+        adapter: Adapter,
+        x: Tensor,
+        weight: Tensor | Weight4bit,
+        compute_dtype: torch.dtype | None,
+    ) -> _Ready | None:
         """For a layer whose `forward` has just called `lora_linear` on its base; None where there
         is no shorter way."""
         name, lora_A, lora_B, scaling, dropout = adapter
         modules = layer._modules
         base = modules["base_layer"]
-        stored, four_bit = base._parameters["weight"], is_linear4bit(base)
-        if isinstance(scaling, Tensor) or dropout.training or is_conv1d(base):
+        stored, four_bit = base._parameters["weight"], isinstance(weight, Weight4bit)
+        if native.module is None or isinstance(scaling, Tensor) or is_conv1d(base):
             return None
-        if four_bit and type(stored) is nn.Parameter:  # FSDP2's, which goes after the call
-            return None
-        weight, compute_dtype = readable_weight(base, x)
-        call = prepare(x, weight, _weight(lora_A), _weight(lora_B), scaling, compute_dtype)
-        if call is None or lora_B._parameters["bias"] is not None:
+        if is_linear4bit(base) and (not four_bit or type(stored) is nn.Parameter):
+            return None  # decoded for float64; FSDP2's, which goes after the call
+        if lora_B._parameters["bias"] is not None:
             return None
 
         looked_up: list[tuple[dict[str, Any], str]] = [
             (modules, "base_layer"),
             *((modules[kind]._modules, name) for kind in ("lora_A", "lora_B", "lora_dropout")),
-            (layer.__dict__, "scaling"),  # which PEFT's rescale_adapter_scale replaces
             (layer.scaling, name),
             (layer.lora_variant, name),
             *((module.__dict__, "forward") for module in (base, lora_A, lora_B)),
@@ -179,29 +190,58 @@ class _Ready:
                 (stored.quant_state.__dict__, "absmax"),
             ]
         dicts, keys = zip(*looked_up, strict=True)
+        A, B = _weight(lora_A), _weight(lora_B)
         return cls(
-            call,
+            x.dtype,
+            x.device,
+            weight,
+            A,
+            B,
+            scaling,
+            compute_dtype,
             copy.copy(layer._active_adapter),
             dropout,
+            layer.scaling,
             base._parameters,
             _address(stored),
+            (A.dtype, B.dtype),
             dicts,
             keys,
             tuple(map(dict.get, dicts, keys)),
             tuple(hooks for module in (base, lora_A, lora_B) for hooks in _hooks(module)),
+            None if dropout_p(dropout) else prepare(x, weight, A, B, scaling, compute_dtype),
         )
 
-    def holds(self, layer: Any) -> bool:
+    def holds(self, layer: Any, x: Tensor) -> bool:
         """Whether `forward` would decide the same again."""
-        assert native.module is not None  # there would be no `call`
+        assert native.module is not None  # there would be nothing ready
         return (
-            layer._active_adapter == self.active
+            x.dtype is self.x_dtype
+            and x.device == self.device
+            and layer._active_adapter == self.active
             and not (layer._disable_adapters or layer.merged_adapters or layer.mixed_batch)
+            and layer._modules is self.dicts[0]
+            and layer.scaling is self.scalings  # which PEFT's rescale_adapter_scale replaces
             and native.module.unchanged(self.dicts, self.keys, self.values, self.hooks)
-            and not self.dropout.training
             and nn.Linear.forward is _LINEAR_FORWARD
             and _address(self.base_parameters["weight"]) == self.at
+            and (self.lora_A.dtype, self.lora_B.dtype) == self.adapter_dtypes
         )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """`lora_linear`; without gradients the call for a few rows is prepared for the next."""
+        bias, p = self.base_parameters["bias"], dropout_p(self.dropout)
+        decoding = not (p or torch.is_grad_enabled())
+        if decoding and self.decode is not None:
+            y = self.decode(x, bias)
+            if y is not None:
+                return y
+        rest = self.weight, self.lora_A, self.lora_B, self.scaling
+        y = lora_linear(x, *rest, bias, dropout_p=p, compute_dtype=self.compute_dtype)
+        if decoding:
+            self.decode = prepare(x, *rest, self.compute_dtype) or self.decode
+        # bitsandbytes returns x's, under autocast too.
+        return y.to(x.dtype) if isinstance(self.weight, Weight4bit) else y
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:  # nothing of a copied or saved layer
         return type(None), ()

@@ -1,4 +1,5 @@
-"""The shorter way of a call without gradients: the same bits, and given up for all that matters."""
+"""The shorter ways of a fused layer's call, with gradients and without: the same bits, and given up
+for all that matters."""
 
 from __future__ import annotations
 
@@ -84,7 +85,7 @@ def test_the_same_bits(layer: Any, dtype: torch.dtype, rows: int) -> None:
     first = decode(layer, x)  # the long way
     assert first.shape == (rows, 1, N)
     if dtype is not bf16 and rows > 1 and type(layer.base_layer) is nn.Linear:
-        assert layer._ready is None  # from two rows on a single pass
+        assert not taken(layer, lambda: decode(layer, x))  # from two rows on a single pass
         return
     assert taken(layer, lambda: decode(layer, x))
     assert torch.equal(decode(layer, x), first)
@@ -196,11 +197,24 @@ def other_compute_dtype(layer: Any) -> None:
     layer.base_layer.compute_dtype = bf16
 
 
+def trainable_base(layer: Any) -> None:
+    layer.base_layer.weight.requires_grad_()
+
+
+def dropout(layer: Any) -> None:
+    layer.lora_dropout["default"] = nn.Dropout(0.5)
+
+
+def less_dropout(layer: Any) -> None:
+    layer.lora_dropout["default"].p = 0.25
+
+
 CHANGES = [
     hooked, hooked_adapter, replaced_forward, replaced_base, new_weight_tensor, new_parameter,
     new_data, lower_rank, other_dtype, in_place, bias_in_place, no_bias, scaled, scaled_by_peft,
     other_adapter, both_adapters, disabled, merged,
 ]  # fmt: skip
+CHANGES_OF_TRAINING = [trainable_base, dropout, less_dropout]
 CHANGES_OF_4_BITS = [other_scales, other_scales_in_place, other_state, other_compute_dtype]
 
 
@@ -220,6 +234,105 @@ def test_what_changes_is_noticed(layer: Any, change: Callable[[Any], None]) -> N
         assert torch.equal(decode(layer), want)
 
 
+def train(layer: Any) -> list[Tensor | None]:
+    """y, dx, and the gradients of both adapters and of the base, None where there is none."""
+    x = row(3).requires_grad_()
+    adapters = (linear for d in (layer.lora_A, layer.lora_B) for linear in d.values())
+    leaves = [x, *(linear.weight for linear in adapters), layer.base_layer.weight]
+    torch.manual_seed(1)
+    y = layer(x)
+    trained = [t for t in leaves if t.requires_grad]
+    found = iter(torch.autograd.grad(y, trained, torch.ones_like(y), allow_unused=True))
+    return [y.detach(), *(next(found) if t.requires_grad else None for t in leaves)]
+
+
+def ready(layer: Any, call: Callable[[], object]) -> bool:
+    """Whether the call followed what an earlier one had found."""
+    calls, whole = 0, _Ready.__call__
+
+    def counted(self: _Ready, x: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return whole(self, x)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_Ready, "__call__", counted)
+        call()
+    return calls == 1
+
+
+@pytest.mark.filterwarnings("ignore:Merge lora module to 4-bit")
+@pytest.mark.parametrize(
+    "change", CHANGES + CHANGES_OF_TRAINING + CHANGES_OF_4_BITS, ids=lambda f: f.__name__
+)
+def test_what_changes_is_noticed_in_training(layer: Any, change: Callable[[Any], None]) -> None:
+    four_bit = type(layer.base_layer) is not nn.Linear
+    if (four_bit and change is trainable_base) or (not four_bit and change in CHANGES_OF_4_BITS):
+        change = in_place
+    layer.train()
+    if change is less_dropout:
+        dropout(layer)
+    first = train(layer)
+    assert ready(layer, lambda: train(layer))
+    assert all(map(same, train(layer), first))
+    change(layer)
+    fresh = copy.deepcopy(layer)
+    fresh._ready = None
+    want = train(fresh)
+    assert not all(map(same, want, first))
+    for _ in range(3):
+        assert all(map(same, train(layer), want))
+
+
+def same(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b if a is None or b is None else torch.equal(a, b)
+
+
+def test_what_surrounds_a_training_call_is_noticed(layer: Any) -> None:
+    """Rows with adapters of their own, autocast, a compiler; and what PEFT does for these."""
+    layer.train()
+    x = row(3)
+    plain = train(layer)
+    assert ready(layer, lambda: layer(x))
+    mixed = layer(x, adapter_names=["other", "default", "__base__"])
+    assert not ready(layer, lambda: layer(x, adapter_names=["default"] * 3))
+    assert not torch.equal(mixed, layer(x))
+    assert all(map(same, train(layer), plain))
+    with torch.autocast("cpu", bf16):
+        got = layer(x)
+        layer._ready = None
+        assert got.dtype is layer(x).dtype and torch.equal(got, layer(x))
+    if type(layer.base_layer) is not nn.Linear:
+        for dtype in (bf16, torch.float64):  # the latter by PEFT, for its adapters are float32
+            train(layer)
+            got = layer(x.to(dtype))
+            layer._ready = None
+            assert got.dtype is dtype and torch.equal(got, layer(x.to(dtype)))
+    replica = copy.copy(layer)  # as DataParallel makes them
+    replica._modules = dict(layer._modules, base_layer=copy.deepcopy(layer.base_layer))
+    replica.base_layer.bias.data += 1
+    assert not torch.equal(replica(x), layer(x))
+
+
+def test_a_layer_goes_from_memory_at_once(layer: Any) -> None:
+    """What is kept of a call refers to no layer; collecting cycles may take long."""
+    import gc
+    import weakref
+
+    part = copy.deepcopy(layer)
+    decode(part)
+    train(part)
+    assert part._ready is not None
+    gc.collect()
+    gc.disable()
+    try:
+        gone = weakref.ref(part.base_layer)
+        del part
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
 def test_what_surrounds_a_call_is_noticed(layer: Any) -> None:
     x = row()
     y = decode(layer, x)
@@ -231,9 +344,11 @@ def test_what_surrounds_a_call_is_noticed(layer: Any) -> None:
     with lora_kernels.backend("eager"):
         assert not taken(layer, lambda: decode(layer, x))
     assert count_ops(lambda: decode(layer, x)).keys() & {"lora_linear", "lora_linear_4bit"}
-    layer.lora_dropout["default"].train()
-    assert not taken(layer, lambda: decode(layer, x))
+    layer.lora_dropout["default"] = nn.Dropout(0.5)
+    for _ in range(2):
+        assert not taken(layer, lambda: decode(layer, x))
     layer.lora_dropout["default"].eval()
+    decode(layer, x)
     wide = torch.randn(1, 2 * K)[:, ::2]
     for other in (row(40), row()[:0], wide, x.double(), x.to(bf16), nn.Parameter(x)):
         assert not taken(layer, lambda x=other: _try(layer, x))

@@ -31,7 +31,7 @@ def test_kernels_where_they_can_run() -> None:
         for isa in (name for name in cases.engines() if name in native.ISAS):
             native.use_isa(isa)
             assert choose().backend == "cpu"
-            assert choose().reason.endswith(isa)
+            assert choose().reason.split(";")[0].endswith(isa)
     finally:
         native.use_isa(before)
 
@@ -93,13 +93,19 @@ def test_strategies(
 
 
 @pytest.mark.parametrize(
-    ("dtype", "four_bit", "rows", "strategy"),
+    ("dtype", "four_bit", "rows", "columns", "inner", "strategy"),
     [
-        (f32, False, 127, cpu.SINGLE_PASS),
-        (f32, False, 128, cpu.LIBRARY),
-        (f32, False, None, f"{cpu.LIBRARY}; from 2 to 127 rows {cpu.SINGLE_PASS}"),
-        (f32, True, 128, cpu.SINGLE_PASS),
-        (bf16, False, 128, cpu.SINGLE_PASS),
+        (f32, False, 279, 1000, 1000, cpu.SINGLE_PASS),
+        (f32, False, 280, 1000, 1000, cpu.LIBRARY),
+        (f32, False, 140, 2000, 1000, cpu.LIBRARY),
+        (f32, False, 140, 1000, 1000, cpu.SINGLE_PASS),
+        (f32, False, 140, 1000, 2000, cpu.LIBRARY),
+        (f32, False, 1, 1000, 1000, cpu.LIBRARY),
+        (f32, False, 1, 100_000, 10_000, cpu.LIBRARY),
+        (f32, False, None, 1000, 1000, f"{cpu.LIBRARY}; from 2 to 279 rows {cpu.SINGLE_PASS}"),
+        (f32, False, None, 20_000, 7000, cpu.LIBRARY),  # from 2 rows on as well as for one
+        (f32, True, 999, 1000, 1000, cpu.SINGLE_PASS),
+        (bf16, False, 999, 1000, 1000, cpu.SINGLE_PASS),
     ],
 )
 def test_strategies_on_intel(
@@ -107,13 +113,18 @@ def test_strategies_on_intel(
     dtype: torch.dtype,
     four_bit: bool,
     rows: int | None,
+    columns: int,
+    inner: int,
     strategy: str,
 ) -> None:
     for name, value in (("reason", None), ("isa", "avx512"), ("amx_bf16", False), ("intel", True)):
         monkeypatch.setattr(native, name, value)
-    choice = select.lora_linear("cpu", dtype, dtype, dtype, dtype, 8, rows, four_bit)
+    choice = select.lora_linear(
+        "cpu", dtype, dtype, dtype, dtype, 8, rows, four_bit, columns, inner
+    )
     assert choice.strategy == strategy
-    assert ("Intel's library" in choice.reason) == (strategy == cpu.LIBRARY)
+    large = cpu.LIBRARY in strategy and (rows != 1 or inner * columns > select.MKL_PRODUCT)
+    assert ("Intel's library" in choice.reason) == large
 
 
 @needs_native

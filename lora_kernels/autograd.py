@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -11,9 +13,31 @@ from torch.autograd.function import once_differentiable
 
 from . import ops
 from .backends import forced
+from .backends.forced import Forced
 from .quantization.codes import Codes
+from .select import Choice
 
 _NOTHING = contextlib.nullcontext()
+_Backward = Callable[..., tuple[Tensor | None, ...]]
+
+
+def _once(backward: _Backward) -> _Backward:
+    """`once_differentiable`, whose guard costs as much as a kernel of a small layer, where it is
+    needed: in a backward that is itself recorded."""
+    guarded = once_differentiable(backward)
+
+    def call(ctx: Any, *dy: Tensor) -> tuple[Tensor | None, ...]:
+        return (guarded if torch.is_grad_enabled() else backward)(ctx, *dy)
+
+    return call
+
+
+def _again(choice: Choice | None, strategy: bool = True) -> AbstractContextManager[None]:
+    """For what a backward cannot hand a forward's choice over to: whatever is in force by now or in
+    this thread, both directions take one."""
+    if choice is None:
+        return _NOTHING
+    return forced.again(Forced(choice.backend, choice.strategy if strategy else None))
 
 
 class LoRALinearFunction(torch.autograd.Function):
@@ -44,14 +68,16 @@ class LoRALinearFunction(torch.autograd.Function):
         save_z = column_scale is not None and ctx.needs_input_grad[6]
         base: tuple[Any, ...] = codes or (weight,)
         call: Any = ops.lora_linear_4bit if codes else ops.lora_linear
-        ctx.asked = None
+        chosen: tuple[Choice, ...] = ()
+        ctx.choice = None
         if ops.plain(x, base[0], lora_A, lora_B):
-            call, base = ops.lora_linear_direct, (Codes(*codes) if codes else weight,)
-            ctx.asked = forced.current.get()
+            call, held = ops.lora_linear_direct, Codes(*codes) if codes else weight
+            ctx.choice = ops.choose(x, held, lora_A, lora_B, dtype, rng)
+            base, chosen = (held,), (ctx.choice,)
         y: Tensor
         y, p, z = call(
             x, *base, lora_A, lora_B, scaling, rank_gate, column_scale, bias, dropout_p, rng,
-            dtype, y_dtype, save_z,
+            dtype, y_dtype, save_z, *chosen,
         )  # fmt: skip
         p = None if recompute else p
         ctx.save_for_backward(
@@ -67,7 +93,7 @@ class LoRALinearFunction(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @_once
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, lora_A, lora_B, p, z, rank_gate, column_scale, rng, weight, *tensors = ctx.saved_tensors
         codes = (*tensors, *ctx.blocksizes)
@@ -76,17 +102,18 @@ class LoRALinearFunction(torch.autograd.Function):
         need_gate, need_column_scale, need_bias = need[5], need[6], need[7]
         base: tuple[Any, ...] = codes or (weight,)
         call: Any = ops.lora_linear_backward_4bit if codes else ops.lora_linear_backward
-        if ops.plain(dy, x, base[0], lora_A, lora_B):
-            call, base = ops.lora_linear_backward_direct, (Codes(*codes) if codes else weight,)
-        # One choice for both directions, whichever is in force by now or in this thread.
-        same = ctx.asked is None or ctx.asked is forced.current.get()
-        with _NOTHING if same else forced.again(ctx.asked):
-            if p is None:
+        if p is None:
+            with _again(ctx.choice, strategy=False):  # of a layer with one column
                 p = ops.rank_product(x, lora_A, ctx.dropout_p, rng, ctx.dtype)
+        chosen: tuple[Choice, ...] = ()
+        if ctx.choice is not None and ops.plain(dy, x, base[0], lora_A, lora_B):
+            call, chosen = ops.lora_linear_backward_direct, (ctx.choice,)
+            base = (Codes(*codes) if codes else weight,)
+        with _NOTHING if chosen else _again(ctx.choice):
             dx, dA, dB, dg, dc, dbias = call(
                 dy, x, *base, lora_A, lora_B, p, z, ctx.scaling, rank_gate, column_scale,
                 ctx.dropout_p, rng, ctx.dtype, need_x, need_A, need_B, need_gate,
-                need_column_scale, need_bias,
+                need_column_scale, need_bias, *chosen,
             )  # fmt: skip
         return (
             dx if need_x else None,
@@ -126,12 +153,16 @@ class MultiLoRALinearFunction(torch.autograd.Function):
         lora_A, lora_B, codes = tensors[:E], tensors[E : 2 * E], tensors[2 * E :]
         base: tuple[Any, ...] = codes or (weight,)
         call: Any = ops.multi_lora_linear_4bit if codes else ops.multi_lora_linear
-        ctx.asked = None
+        chosen: tuple[Choice, ...] = ()
+        ctx.choice = None
         if ops.plain(x, index, base[0], *lora_A, *lora_B):
-            call, base = ops.multi_lora_linear_direct, (Codes(*codes) if codes else weight,)
-            ctx.asked = forced.current.get()
+            call, held = ops.multi_lora_linear_direct, Codes(*codes) if codes else weight
+            ctx.choice = ops.choose_multi(x, held, lora_A, lora_B, dtype)
+            base, chosen = (held,), (ctx.choice,)
         y: Tensor
-        y, p = call(x, *base, lora_A, lora_B, index, scaling, bias, dropout_p, rng, dtype, y_dtype)
+        y, p = call(
+            x, *base, lora_A, lora_B, index, scaling, bias, dropout_p, rng, dtype, y_dtype, *chosen
+        )
         ctx.save_for_backward(x, weight, index, p, rng, *tensors[: 2 * E], *codes[:-2])
         ctx.scaling, ctx.dropout_p, ctx.dtype = scaling, dropout_p, dtype
         ctx.blocksizes = codes[-2:]
@@ -139,7 +170,7 @@ class MultiLoRALinearFunction(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @_once
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, index, p, rng, *tensors = ctx.saved_tensors
         E, need = len(ctx.scaling), ctx.needs_input_grad
@@ -147,14 +178,14 @@ class MultiLoRALinearFunction(torch.autograd.Function):
         need_A, need_B = need[9 : 9 + E], need[9 + E : 9 + 2 * E]
         base: tuple[Any, ...] = (*codes, *ctx.blocksizes) if codes else (weight,)
         call: Any = ops.multi_lora_linear_backward_4bit if codes else ops.multi_lora_linear_backward
-        if ops.plain(dy, x, index, base[0], *lora_A, *lora_B):
-            call = ops.multi_lora_linear_backward_direct
+        chosen: tuple[Choice, ...] = ()
+        if ctx.choice is not None and ops.plain(dy, x, index, base[0], *lora_A, *lora_B):
+            call, chosen = ops.multi_lora_linear_backward_direct, (ctx.choice,)
             base = (Codes(*codes, *ctx.blocksizes) if codes else weight,)
-        same = ctx.asked is None or ctx.asked is forced.current.get()
-        with _NOTHING if same else forced.again(ctx.asked):
+        with _NOTHING if chosen else _again(ctx.choice):
             dx, dA, dB, dbias = call(
                 dy, x, *base, lora_A, lora_B, index, p, ctx.scaling, ctx.dropout_p, rng, ctx.dtype,
-                need[0], need_A, need_B, need[4],
+                need[0], need_A, need_B, need[4], *chosen,
             )  # fmt: skip
         return (
             dx if need[0] else None, None, None, None,

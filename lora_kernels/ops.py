@@ -73,6 +73,24 @@ def layout(device_type: str, weight: Tensor | Codes | None, dtype: torch.dtype) 
 # lora_linear ------------------------------------------------------------------------------------
 
 
+def choose(
+    x: Tensor,
+    weight: Tensor | Codes | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    dtype: torch.dtype,
+    rng: Tensor | None,
+) -> select.Choice:
+    """What computes both directions of a layer."""
+    device, (R, K) = x.device, lora_A.shape
+    device_type = device.type
+    return select.lora_linear(
+        device_type, x.dtype, lora_A.dtype, lora_B.dtype, dtype, R, x.numel() // K,
+        isinstance(weight, Codes), lora_B.shape[0], K, rng is not None, device.index,
+        layout(device_type, weight, dtype),
+    )  # fmt: skip
+
+
 def lora_linear_direct(
     x: Tensor,
     weight: Tensor | Codes | None,
@@ -87,20 +105,16 @@ def lora_linear_direct(
     dtype: torch.dtype,
     y_dtype: torch.dtype,
     save_z: bool,
+    choice: select.Choice | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     x2 = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    device_type, (N, R) = x.device.type, lora_B.shape
-    choice = select.lora_linear(
-        device_type, x.dtype, lora_A.dtype, lora_B.dtype, dtype, R, x2.shape[0],
-        isinstance(weight, Codes), N, x2.shape[1], rng is not None, x.device.index,
-        layout(device_type, weight, dtype),
-    )  # fmt: skip
-    with _no_autocast(device_type):
+    choice = choice or choose(x, weight, lora_A, lora_B, dtype, rng)
+    with _no_autocast(x.device.type):
         y, p, z = _BACKENDS[choice.backend].lora_linear(
             x2, weight, lora_A, lora_B, scaling, rank_gate, column_scale, bias, dropout_p, rng,
             dtype, y_dtype, save_z, choice.strategy,
         )  # fmt: skip
-    return (y if x.dim() == 2 else y.view(*x.shape[:-1], N)), p, z
+    return (y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])), p, z
 
 
 def _lora_linear_fake(
@@ -183,16 +197,12 @@ def lora_linear_backward_direct(
     need_gate: bool,
     need_column_scale: bool,
     need_bias: bool,
+    choice: select.Choice | None = None,
 ) -> tuple[Tensor | None, ...]:
     x2 = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     dy2 = dy if dy.dim() == 2 else dy.reshape(-1, dy.shape[-1])
-    device_type = x.device.type
-    choice = select.lora_linear(
-        device_type, x.dtype, lora_A.dtype, lora_B.dtype, dtype, p.shape[1], x2.shape[0],
-        isinstance(weight, Codes), lora_B.shape[0], x2.shape[1], rng is not None, x.device.index,
-        layout(device_type, weight, dtype),
-    )  # fmt: skip
-    with _no_autocast(device_type):
+    choice = choice or choose(x, weight, lora_A, lora_B, dtype, rng)
+    with _no_autocast(x.device.type):
         dx, *rest = _BACKENDS[choice.backend].lora_linear_backward(
             dy2, x2, weight, lora_A, lora_B, p, z, scaling, rank_gate, column_scale, dropout_p,
             rng, dtype, need_x, need_A, need_B, need_gate, need_column_scale, need_bias,
@@ -240,17 +250,18 @@ def _lora_linear_backward_fake(
 # multi_lora_linear ------------------------------------------------------------------------------
 
 
-def _multi_choice(
+def choose_multi(
     x: Tensor,
     weight: Tensor | Codes | None,
     lora_A: Sequence[Tensor],
     lora_B: Sequence[Tensor],
     dtype: torch.dtype,
 ) -> select.Choice:
+    K = x.shape[-1]
     return select.multi_lora_linear(
         x.device.type, x.dtype, lora_A[0].dtype, lora_B[0].dtype, dtype,
-        max(A.shape[0] for A in lora_A), x.shape[0], isinstance(weight, Codes), lora_B[0].shape[0],
-        x.shape[1], x.device.index, layout(x.device.type, weight, dtype),
+        max(A.shape[0] for A in lora_A), x.numel() // K, isinstance(weight, Codes),
+        lora_B[0].shape[0], K, x.device.index, layout(x.device.type, weight, dtype),
     )  # fmt: skip
 
 
@@ -266,9 +277,10 @@ def multi_lora_linear_direct(
     rng: Tensor | None,
     dtype: torch.dtype,
     y_dtype: torch.dtype,
+    choice: select.Choice | None = None,
 ) -> tuple[Tensor, Tensor]:
     x2 = x.reshape(-1, x.shape[-1])
-    choice = _multi_choice(x2, weight, lora_A, lora_B, dtype)
+    choice = choice or choose_multi(x, weight, lora_A, lora_B, dtype)
     with _no_autocast(x.device.type):
         y, p = _BACKENDS[choice.backend].multi_lora_linear(
             x2, weight, lora_A, lora_B, index.reshape(-1), scaling, bias, dropout_p, rng, dtype,
@@ -311,9 +323,10 @@ def multi_lora_linear_backward_direct(
     need_A: Sequence[bool],
     need_B: Sequence[bool],
     need_bias: bool,
+    choice: select.Choice | None = None,
 ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None], Tensor | None]:
     x2, dy2 = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-    choice = _multi_choice(x2, weight, lora_A, lora_B, dtype)
+    choice = choice or choose_multi(x, weight, lora_A, lora_B, dtype)
     with _no_autocast(x.device.type):
         dx, dA, dB, dbias = _BACKENDS[choice.backend].multi_lora_linear_backward(
             dy2, x2, weight, lora_A, lora_B, index.reshape(-1), p, scaling, dropout_p, rng, dtype,

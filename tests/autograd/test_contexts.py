@@ -12,8 +12,8 @@ from lora_kernels import autograd, lora_linear, multi_lora_linear
 from lora_kernels.quantization import quantize_4bit
 from tests.layers.variants import hidden
 
-# Numbers, dtypes and what was asked for; a name that is new here wants a look at what it holds.
-ALLOWED = {"asked", "scaling", "dropout_p", "dtype", "blocksizes", "bias_dtype"}
+# Numbers, dtypes and the choice of a kernel; a name that is new here wants a look at what it holds.
+ALLOWED = {"choice", "scaling", "dropout_p", "dtype", "blocksizes", "bias_dtype"}
 
 
 def test_the_source_sets_nothing_else() -> None:

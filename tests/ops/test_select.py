@@ -1,5 +1,6 @@
 """Which backend runs, and what is said where one cannot."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import lora_kernels
 from lora_kernels import ops, select
@@ -184,20 +186,28 @@ def test_the_choice_ignores_gradients() -> None:
     assert torch.equal(without, lora_kernels.lora_linear(**args))
 
 
-def test_a_backward_follows_its_forward() -> None:
-    """Outside of the `with`, and in another thread, as a GPU's backward is."""
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("watched", [False, True], ids=["alone", "under a mode"])
+def test_a_backward_follows_its_forward(watched: bool, recompute: bool) -> None:
+    """Outside of the `with`, in another thread, as a GPU's backward is, and through the dispatcher
+    where the forward went past it."""
     taken: list[str] = []
     args = inputs(Case(5, 9, 7, 3))
     dy = args.pop("dy")
+
+    def backward() -> None:
+        with FlopCounterMode(display=False) if watched else contextlib.nullcontext():
+            torch.autograd.grad(y, args["x"], dy)
+
     with pytest.MonkeyPatch.context() as patch:
         for name, module in list(ops._BACKENDS.items()):
             patch.setitem(ops._BACKENDS, name, Watched(name, module, taken))
         with lora_kernels.backend("eager"):
-            y = lora_kernels.lora_linear(**args)
-        thread = threading.Thread(target=lambda: torch.autograd.grad(y, args["x"], dy))
+            y = lora_kernels.lora_linear(**args, recompute=recompute)
+        thread = threading.Thread(target=backward)
         thread.start()
         thread.join()
-    assert taken == ["eager forward", "eager backward"]
+    assert taken == ["eager forward"] * (1 + recompute) + ["eager backward"]
 
 
 class Watched:

@@ -1,7 +1,8 @@
 """The registered ops: schema, fake (shape) implementation and hand-over to a backend.
 
 All ops are functional and take x with any leading dimensions; backends see them flattened to M
-rows. The choice of a backend is made in here, so a compiler never sees which one it named.
+rows, but for `lora_linear` on the CPU, which takes them as they are. The choice of a backend is
+made in here, so a compiler never sees which one it named.
 """
 
 from __future__ import annotations
@@ -107,14 +108,14 @@ def lora_linear_direct(
     save_z: bool,
     choice: select.Choice | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    x2 = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     choice = choice or choose(x, weight, lora_A, lora_B, dtype, rng)
+    x2 = x if choice.backend == "cpu" or x.dim() == 2 else x.reshape(-1, x.shape[-1])
     with _no_autocast(x.device.type):
         y, p, z = _BACKENDS[choice.backend].lora_linear(
             x2, weight, lora_A, lora_B, scaling, rank_gate, column_scale, bias, dropout_p, rng,
             dtype, y_dtype, save_z, choice.strategy,
         )  # fmt: skip
-    return (y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])), p, z
+    return (y if y.dim() == x.dim() else y.view(*x.shape[:-1], y.shape[-1])), p, z
 
 
 def _lora_linear_fake(
@@ -199,16 +200,17 @@ def lora_linear_backward_direct(
     need_bias: bool,
     choice: select.Choice | None = None,
 ) -> tuple[Tensor | None, ...]:
-    x2 = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    dy2 = dy if dy.dim() == 2 else dy.reshape(-1, dy.shape[-1])
     choice = choice or choose(x, weight, lora_A, lora_B, dtype, rng)
+    x2, dy2 = x, dy
+    if not (choice.backend == "cpu" or x.dim() == 2):
+        x2, dy2 = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
     with _no_autocast(x.device.type):
         dx, *rest = _BACKENDS[choice.backend].lora_linear_backward(
             dy2, x2, weight, lora_A, lora_B, p, z, scaling, rank_gate, column_scale, dropout_p,
             rng, dtype, need_x, need_A, need_B, need_gate, need_column_scale, need_bias,
             choice.strategy,
         )  # fmt: skip
-    return (dx if dx is None or x.dim() == 2 else dx.view(x.shape)), *rest
+    return (dx if dx is None or dx.dim() == x.dim() else dx.view(x.shape)), *rest
 
 
 def _lora_linear_backward_fake(

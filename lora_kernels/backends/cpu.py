@@ -44,6 +44,15 @@ def _rows(t: Tensor) -> Tensor:
     return t.contiguous()
 
 
+def _rows_of_any(t: Tensor, columns: int) -> tuple[Tensor, int]:
+    """Rows that are contiguous, whatever the dimensions before them, and their distance; a view of
+    them would take as long as a kernel of a small layer."""
+    if t.is_contiguous():
+        return t, columns
+    t = _rows(t.reshape(-1, columns))
+    return t, t.stride(0)
+
+
 def _vector(t: Tensor | None) -> Tensor | None:
     """A per-column or per-rank factor as contiguous float32."""
     return None if t is None else _cast(t, torch.float32).contiguous()
@@ -91,15 +100,15 @@ def _library_base(
     dtype: torch.dtype,
     y_dtype: torch.dtype,
 ) -> Tensor:
-    """x·Wᵀ [M, N] by the library, 0 without a weight; of codes a panel of rows at a time."""
-    M, N = xs.shape[0], shape[0]
+    """x·Wᵀ [..., N] by the library, 0 without a weight; of codes a panel of rows at a time."""
+    N, K = shape
     if weight is None:
-        return xs.new_zeros(M, N, dtype=y_dtype)
+        return xs.new_zeros(*xs.shape[:-1], N, dtype=y_dtype)
     if not isinstance(weight, Codes):
         return _cast(linear(xs, _cast(weight, dtype)), y_dtype)
-    y = xs.new_empty(M, N)
-    for n in _panels(N, shape[1], dtype):
-        torch.mm(xs, weight.dense(shape, dtype, rows=n).t(), out=y[:, n])
+    y = xs.new_empty(*xs.shape[:-1], N)
+    for n in _panels(N, K, dtype):
+        torch.mm(xs.view(-1, K), weight.dense(shape, dtype, rows=n).t(), out=y.view(-1, N)[:, n])
     return _cast(y, y_dtype)
 
 
@@ -110,15 +119,16 @@ def _library_dx(
     dtype: torch.dtype,
     x_dtype: torch.dtype,
 ) -> Tensor:
-    """dZ·W [M, K] by the library, 0 without a weight; of codes a panel of columns at a time."""
-    M, K = dz.shape[0], shape[1]
+    """dZ·W [..., K] by the library, 0 without a weight; of codes a panel of columns at a time."""
+    N, K = shape
     if weight is None:
-        return dz.new_zeros(M, K, dtype=x_dtype)
+        return dz.new_zeros(*dz.shape[:-1], K, dtype=x_dtype)
     if not isinstance(weight, Codes):
-        return _cast(torch.mm(dz, _cast(weight, dtype)), x_dtype)
-    dx = dz.new_empty(M, K)
-    for k in _panels(K, shape[0], dtype):
-        torch.mm(dz, weight.dense(shape, dtype, columns=k), out=dx[:, k])
+        return _cast(torch.matmul(dz, _cast(weight, dtype)), x_dtype)
+    dx = dz.new_empty(*dz.shape[:-1], K)
+    for k in _panels(K, N, dtype):
+        panel = weight.dense(shape, dtype, columns=k)
+        torch.mm(dz.view(-1, N), panel, out=dx.view(-1, K)[:, k])
     return _cast(dx, x_dtype)
 
 
@@ -138,16 +148,17 @@ def lora_linear(
     save_z: bool,
     strategy: str,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """x [M, K] -> y [M, N] in `y_dtype`, P [M, R] float32, z [M, N] or None."""
+    """x [..., K] of M rows -> y [..., N] in `y_dtype`, P [M, R] float32, z [M, N] or None; y is
+    flat where x's rows had to be brought together."""
     assert native.module is not None
-    x, lora_A = _rows(x), _rows(lora_A)
-    (M, K), (N, R) = x.shape, lora_B.shape
-    xs = _cast(x, dtype)
+    lora_A, (N, R), K = _rows(lora_A), lora_B.shape, x.shape[-1]
+    x, x_row = _rows_of_any(x, K)
+    M, xs = x.numel() // K, _cast(x, dtype)
     base = codes = None  # what the kernels are to multiply by
     if weight is None or strategy == LIBRARY:
         y = _library_base(xs, weight, (N, K), dtype, y_dtype)
     else:
-        y = x.new_empty(M, N, dtype=y_dtype)
+        y = x.new_empty(*x.shape[:-1], N, dtype=y_dtype)
         if isinstance(weight, Codes):
             codes = weight.native((N, K))
         else:
@@ -157,8 +168,8 @@ def lora_linear(
     gate, c, b = _vector(rank_gate), _vector(column_scale), _vector(bias)
     rng_ptr, threshold, keep_scale = _mask(dropout_p, rng)
     native.module.lora_linear(
-        x.data_ptr(), _DTYPE[x.dtype], x.stride(0), xs.data_ptr(), _DTYPE[dtype], xs.stride(0),
-        M, K, N, R, *_weight(base), codes, strategy == FEW_ROWS,
+        x.data_ptr(), _DTYPE[x.dtype], x_row, xs.data_ptr(), _DTYPE[dtype],
+        x_row if xs is x else K, M, K, N, R, *_weight(base), codes, strategy == FEW_ROWS,
         lora_A.data_ptr(), _DTYPE[lora_A.dtype], lora_A.stride(0),
         lora_B.data_ptr(), _DTYPE[lora_B.dtype], lora_B.stride(0), lora_B.stride(1),
         scaling, keep_scale, _ptr(gate), _ptr(c), _ptr(b), rng_ptr, threshold,
@@ -229,10 +240,13 @@ def lora_linear_backward(
     need_bias: bool,
     strategy: str,
 ) -> tuple[Tensor | None, ...]:
-    """dy [M, N] -> dx, dA, dB, dg, dc, dbias; None where it is not asked for."""
+    """dy [..., N], x [..., K] -> dx, dA, dB, dg, dc, dbias; None where it is not asked for. dx is
+    flat where rows had to be brought together."""
     assert native.module is not None
-    dy, x, lora_A = _rows(dy), _rows(x), _rows(lora_A)
-    (M, K), (N, R) = x.shape, lora_B.shape
+    lora_A, (N, R), K = _rows(lora_A), lora_B.shape, x.shape[-1]
+    dy, dy_row = _rows_of_any(dy, N)
+    x, x_row = _rows_of_any(x, K)
+    M = x.numel() // K
     dz = dy if column_scale is None or not need_x else dy * column_scale.to(dy.dtype)
     dz = _cast(dz, dtype) if need_x else dy
     dx = base = codes = None
@@ -240,7 +254,7 @@ def lora_linear_backward(
     if need_x and (weight is None or not single_pass):
         dx = _library_dx(dz, weight, (N, K), dtype, x.dtype)
     elif need_x:
-        dx = x.new_empty(M, K)
+        dx = x.new_empty(x.shape)
         if isinstance(weight, Codes):
             codes = weight.native((N, K))
         else:
@@ -254,9 +268,9 @@ def lora_linear_backward(
     gate, c = _vector(rank_gate), _vector(column_scale)
     rng_ptr, threshold, keep_scale = _mask(dropout_p, rng)
     native.module.lora_linear_backward(
-        dy.data_ptr(), _DTYPE[dy.dtype], dy.stride(0),
-        dz.data_ptr(), _DTYPE[dz.dtype], dz.stride(0),
-        x.data_ptr(), _DTYPE[x.dtype], x.stride(0), M, K, N, R,
+        dy.data_ptr(), _DTYPE[dy.dtype], dy_row,
+        dz.data_ptr(), _DTYPE[dz.dtype], dy_row if dz is dy else N,
+        x.data_ptr(), _DTYPE[x.dtype], x_row, M, K, N, R,
         *_weight(base), codes, lora_A.data_ptr(), _DTYPE[lora_A.dtype], lora_A.stride(0),
         lora_B.data_ptr(), _DTYPE[lora_B.dtype], lora_B.stride(0), lora_B.stride(1),
         scaling, keep_scale, _ptr(gate), _ptr(c), rng_ptr, threshold,

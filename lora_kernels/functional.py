@@ -275,11 +275,15 @@ def dora_norm(
     if rank_gate is not None:
         _check_vector("rank_gate", rank_gate, R, lora_A)
     rest = (lora_A, lora_B, float(scaling), rank_gate)
+    base = weight.codes if isinstance(weight, Weight4bit) else weight
+    if ops.plain(held, lora_A, lora_B):
+        with torch.no_grad():
+            return ops.dora_norm_direct(base, *rest)
     norm: Tensor
-    if isinstance(weight, Weight4bit):
-        norm = ops.dora_norm_4bit(*weight.codes, *rest)
+    if isinstance(base, Tensor):
+        norm = ops.dora_norm(base, *rest)
     else:
-        norm = ops.dora_norm(weight, *rest)
+        norm = ops.dora_norm_4bit(*base, *rest)
     return norm
 
 

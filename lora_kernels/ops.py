@@ -368,7 +368,7 @@ def _multi_lora_linear_backward_fake(
 # dora_norm --------------------------------------------------------------------------------------
 
 
-def _dora_norm(
+def dora_norm_direct(
     weight: Tensor | Codes | None,
     lora_A: Tensor,
     lora_B: Tensor,
@@ -457,7 +457,7 @@ for _name, _impl, _fake, _before in (
         _multi_lora_linear_backward_fake,
         2,
     ),
-    ("dora_norm", _dora_norm, _dora_norm_fake, 0),
+    ("dora_norm", dora_norm_direct, _dora_norm_fake, 0),
 ):
     for _suffix, _weight in _WEIGHTS.items():
         _name_of = f"{_name}{_suffix}"

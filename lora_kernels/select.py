@@ -50,8 +50,9 @@ MKL_PRODUCT = 280_000_000
 SINGLE_PASS_ROWS = {torch.float32: 2, torch.bfloat16: 64, torch.float16: 2}
 _ROWS, _CODES, _UNKNOWN = Layout(), Layout(64), 4096  # where nothing is said of a weight
 # Up to how many rows 4-bit codes are decoded in registers, with no panel written: measured on AMD
-# family 25 (benchmarks/NOTES.md); fewer where a single pass has AMX for the panel.
-FEW_ROWS_4BIT = {"scalar": 8, "avx2": 32, "avx512": 16, "avx512bf16": 16, "amxbf16": 5}
+# family 25, beside AMX on Intel family 6 (benchmarks/NOTES.md), where bfloat16 has it for a panel.
+FEW_ROWS_4BIT = {"scalar": 8, "avx2": 32, "avx512": 16, "avx512bf16": 16, "amxbf16": 11}
+FEW_ROWS_BESIDE_AMX = 6
 
 
 @dataclass(frozen=True)
@@ -259,8 +260,15 @@ def _gpu_obstacle(bfloat16: bool, device_index: int | None) -> str:
 def few_rows(dtype: torch.dtype, four_bit: bool) -> int:
     """Up to how many rows of x the strategy is the one for few."""
     if four_bit:
-        return FEW_ROWS_4BIT.get(native.isa or "", 0)
+        return few_rows_4bit(native.isa or "", dtype)
     return SINGLE_PASS_ROWS.get(dtype, 0) - 1
+
+
+def few_rows_4bit(isa: str, dtype: torch.dtype) -> int:
+    """`few_rows` of a 4-bit weight on an instruction set; 0 for what is none."""
+    if isa == "amxbf16" and dtype is torch.bfloat16:
+        return FEW_ROWS_BESIDE_AMX
+    return FEW_ROWS_4BIT.get(isa, 0)
 
 
 def circumstances() -> tuple[object, ...]:
@@ -317,7 +325,7 @@ def _cpu_choice(
     if asked.strategy == cpu.FEW_ROWS and (many_rows or not four_bit):
         raise RuntimeError(
             f"strategy {asked.strategy!r} was asked for and cannot run here: want a 4-bit weight "
-            f"and at most {FEW_ROWS_4BIT[isa or 'scalar']} rows"
+            f"and at most {few_rows_4bit(isa or '', dtype)} rows"
         )
     if asked.strategy:
         return Choice("cpu", asked.strategy, reason)
@@ -334,7 +342,7 @@ def _cpu_choice(
         many = cpu.LIBRARY
     few = cpu.FEW_ROWS if four_bit else cpu.LIBRARY
     if many_rows is None and few != many:
-        rows = FEW_ROWS_4BIT[isa or "scalar"] + 1 if four_bit else SINGLE_PASS_ROWS[dtype]
+        rows = few_rows_4bit(isa or "", dtype) + 1 if four_bit else SINGLE_PASS_ROWS[dtype]
         return Choice("cpu", f"{many}; under {rows} rows {few}", reason)
     return Choice("cpu", few if many_rows is False else many, reason)
 

@@ -244,14 +244,15 @@ LK_INLINE void few_rows_of(const FewRowsArgs& a, const T& tables, const X* x, in
 
 // P = scale * (mask(X) A^T); y[M, N] = c * (x W^T + (P * gate * alpha) Q) + bias for few rows.
 // Sums in float32, y rounds once (z likewise); codes keep at least 17 bits until the sum, but for
-// three rows of bf16 or more, where code times scale is rounded to bf16. Reads each packed byte
-// once from memory. Tested by tests/ops/test_lora_linear_4bit.py.
+// three rows of bf16 or more on avx512bf16, where code times scale is rounded to bf16. Reads each
+// packed byte once from memory. Tested by tests/ops/test_lora_linear_4bit.py.
 void few_rows(const FewRowsArgs& a) {
   const int64_t M = a.update.M, K = a.codes.K;
   if (!M) return;
   const int64_t ldx = round_up(K, CODES);
   Scratch scratch(M * ldx * 4);
-#ifdef LK_BF16_PAIRS
+// Intel's processors take as long for a pair of bf16 as for two elements of float32.
+#if defined LK_BF16_PAIRS && !defined LK_AMX
   if (a.x.dtype == DType::bf16 && K % 8 == 0) {
     bf16* const x = static_cast<bf16*>(scratch.data);
     each_row(M, ldx, [&](int64_t m, int64_t at, int64_t stride) {

@@ -235,7 +235,7 @@ def _ways(name: str, case: Case) -> list[str]:
         return []
     if name.startswith("cuda ") and not fits_cuda(case, name.removeprefix("cuda ")):
         return []
-    few = case.quant and select.FEW_ROWS_4BIT.get(name, 0) >= case.M
+    few = case.quant and select.few_rows_4bit(name, case.compute or case.compute_dtype) >= case.M
     return [name, f"{name} {cpu.FEW_ROWS}"] if few else [name]
 
 

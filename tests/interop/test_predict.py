@@ -114,7 +114,7 @@ def test_the_row_has_the_strategy_of_so_many_rows(monkeypatch: pytest.MonkeyPatc
 
 
 @needs_native
-@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "avx512bf16"])
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "avx512bf16", "amxbf16"])
 def test_regions_are_those_of_select(isa: str) -> None:
     if native.ISAS.index(isa) > native.ISAS.index(native.isa or "scalar"):
         pytest.skip("this machine or build lacks the instruction set")
@@ -122,7 +122,7 @@ def test_regions_are_those_of_select(isa: str) -> None:
     try:
         native.use_isa(isa)
         found = predict.regions(part(four_bit=True))
-        assert [region.rows for region in found] == [1, select.FEW_ROWS_4BIT[isa] + 1]
+        assert [region.rows for region in found] == [1, select.few_rows_4bit(isa, f32) + 1]
         assert found[0].strategy == cpu.FEW_ROWS
     finally:
         native.use_isa(before)

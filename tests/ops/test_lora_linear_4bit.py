@@ -51,17 +51,17 @@ def check(case: Case) -> None:
         pytest.fail("\n".join([str(case), *wrong]), pytrace=False)
 
 
-def ways(engine: str, rows: int) -> list[AbstractContextManager[None]]:
+def ways(engine: str, rows: int, dtype: torch.dtype) -> list[AbstractContextManager[None]]:
     """What the engine forces, and the kernel for few rows where there are few: of an instruction
     set alone the engine forces the library's product."""
-    few = select.FEW_ROWS_4BIT.get(engine, 0) >= rows
+    few = select.few_rows_4bit(engine, dtype) >= rows
     return [nullcontext(), *([lora_kernels.backend("cpu", cpu.FEW_ROWS)] if few else [])]
 
 
 @every_engine
 @pytest.mark.parametrize("case", some_cases(), ids=str)
 def test_against_the_reference(case: Case, engine: str) -> None:
-    for way in ways(engine, case.M):
+    for way in ways(engine, case.M, case.compute or case.compute_dtype):
         with way:
             check(case)
 
@@ -113,7 +113,7 @@ def test_cross_product(dtype: torch.dtype, quant: str, rank: int, sizes: tuple[i
         case = Case(M, *sizes, rank, dtype, quant=quant, **FULL)
         for engine in cases.engines():
             with cases.engine(engine):
-                for way in ways(engine, M):
+                for way in ways(engine, M, dtype):
                     with way:
                         check(case)
 
@@ -193,7 +193,7 @@ def test_nested_scales_are_rounded_twice(rows: int, engine: str) -> None:
     x = torch.eye(100 * 32)[7::32]  # one element of each block
     want = weight.dequantize(torch.float64)[:, 7::32].t()
     for m in range(0, 100, rows):
-        for way in ways(engine, rows):
+        for way in ways(engine, rows, f32):
             with way:
                 y = lora_kernels.lora_linear(x[m : m + rows], weight, A, B)
             assert torch.equal(y.double(), want[m : m + rows])

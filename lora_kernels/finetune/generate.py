@@ -6,7 +6,6 @@ import argparse
 import json
 import statistics
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +98,7 @@ def generate(options: argparse.Namespace) -> None:
     from . import model
 
     device = model.usable_device(options.device)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
+    dtype = model.DTYPES[options.dtype]
     tokenizer = model.load_tokenizer(options.model)
     base: Any = model.load_base(options.model, dtype, device, options.quant)
     try:
@@ -137,12 +136,10 @@ def generate(options: argparse.Namespace) -> None:
 
     fused = fuse(model.share(stock))
     layers = explain(fused, x_dtype=dtype)
-    states = Counter(f"{row.state} ({row.backend}: {row.reason})" for row in layers.rows)
     torch.manual_seed(options.seed)
     shown = Shown()
     got = model.decode(fused, inputs, streamer=shown, **settings)
-    for state, n in states.items():
-        print(f"{n} LoRA layers {state}")
+    print(*model.layer_states(layers), sep="\n")
     print(f"fused: {len(got)} tokens; {speed(shown)}")
     if options.compare:
         torch.manual_seed(options.seed)

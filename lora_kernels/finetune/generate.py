@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ from . import UsageError
 from .command import quiet
 from .inputs import demo_model
 from .model import check_quant, locate
+from .options import read_run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,10 +64,7 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
     if args.demo:
         known["model"] = demo_model()
     if args.run:
-        file = args.run / "run.json"
-        if not file.is_file():
-            raise UsageError(f"--run: {args.run} holds no run.json; give finetune's --out")
-        saved = json.loads(file.read_text())
+        saved = read_run(args.run)
         known |= {"model": Path(saved["model"]), "adapter": args.run / "adapter"}
         known |= {name: saved.get(name) for name in ("dtype", "quant")}
     options = argparse.Namespace(**known | given)

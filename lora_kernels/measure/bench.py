@@ -295,8 +295,7 @@ def _whole(parts: Parts) -> object:
 def _row(case: Case, mode: str, cache: str = "warm") -> dict[str, Any]:
     """What tells the row from another."""
     sizes = {key: getattr(case, key) for key in ("M", "K", "N", "R", "dropout_p")}
-    dtype = str(case.dtype).removeprefix("torch.")
-    return {**sizes, "dtype": dtype, "mode": mode, "cache": cache}
+    return {**sizes, "dtype": cases.dtype_name(case.dtype), "mode": mode, "cache": cache}
 
 
 def _forward(call: Call, args: dict[str, Any]) -> Callable[[], Tensor]:

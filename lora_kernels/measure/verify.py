@@ -24,6 +24,7 @@ from . import multi, peers
 from .case import (
     Case,
     cuda_engines,
+    dtype_name,
     engine,
     engines,
     fits_cuda,
@@ -98,8 +99,8 @@ def run(args: argparse.Namespace) -> int:
             where, worst = max(verdicts.items(), key=lambda item: _excess(item[1]))
             row = {
                 "engine": name,
-                "dtype": _name(dtype),
-                "adapter_dtype": _name(adapter or dtype),
+                "dtype": dtype_name(dtype),
+                "adapter_dtype": dtype_name(adapter or dtype),
                 "option": option,
                 "ok": all(verdict.ok for verdict in verdicts.values()),
                 "worst": where,
@@ -132,7 +133,7 @@ def _run_peers(args: argparse.Namespace) -> int:
             found = peers.compare(peer, case)
             row = {
                 "peer": peer,
-                "dtype": _name(case.dtype),
+                "dtype": dtype_name(case.dtype),
                 "M": case.M, "N": case.N, "K": case.K, "R": case.R,
                 "bias": case.bias,
                 "ok": found.ok,
@@ -246,7 +247,3 @@ def _excess(verdict: Any) -> float:
         for error, limit in ((verdict.rms, verdict.rms_limit), (verdict.max, verdict.max_limit))
     ]
     return max(float("inf") if share != share else share for share in shares)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -434,7 +434,7 @@ def dora_norm(
     w = weight.packed if isinstance(weight, Codes) else weight
     # A gate rounds B where that has 16 bits.
     wider = torch.float32 if rank_gate is not None else _operand(lora_A, lora_B)
-    config, share = configs.row_norm(target, N, K, R, wider.itemsize)
+    config, share = configs.row_norm(target, N, K, wider.itemsize)
     slots = torch.empty(triton.cdiv(K, share), N, dtype=torch.float32, device=lora_A.device)
     gate, block_r = _contiguous(rank_gate), configs.block_of_ranks(R)
     wide = N * K >= 1 << 31 or any(map(launch.is_wide, (w, lora_A, lora_B)))

@@ -3,8 +3,8 @@
 _native: the CPU kernels. One translation unit an instruction set, each with flags of its own, so
 that no instruction of a newer set leaks into code that runs everywhere. Which units exist is told
 to all of them by -DLORA_KERNELS_HAVE_<ISA>=1.
-_cuda: the CUDA kernels, where nvcc is found (CUDA_HOME or PATH), with cudart inside, so that it
-loads on a machine without a driver.
+_cuda: the CUDA kernels, where nvcc is found (by CUDA_HOME, CUDA_PATH, PATH or in /usr/local/cuda),
+with cudart inside, so that it loads on a machine without a driver.
 _emulator: the same kernels compiled for the host, for tests.
 Everything else about the package is in pyproject.toml.
 

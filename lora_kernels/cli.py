@@ -9,6 +9,7 @@ import argparse
 import difflib
 import importlib
 import importlib.util
+import os
 import sys
 from collections.abc import Sequence
 
@@ -69,7 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         args, rest = parser.parse_known_args(argv)
         if rest:
             parser.exit(2, f"lora-kernels {name}: {unknown(rest, parsers[name])}\n")
-        return int(command.run(args))
+        status = int(command.run(args))
+        sys.stdout.flush()
+        return status
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         if not missing or importlib.util.find_spec(missing) is not None:
@@ -78,6 +81,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.exit(2, f"lora-kernels {name}: needs {missing}: pip install {wanted}\n")
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # who reads, `head` for one, has seen enough
+        # Or Python would try again at exit, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # 128 + SIGPIPE
 
 
 def unknown(words: Sequence[str], parser: argparse.ArgumentParser) -> str:

@@ -28,7 +28,7 @@ FP32_SHARE = 0.6  # of the ordinary multipliers, that products in float32 reach
 # a warp's turn of gemm's loop, four warps at a time (benchmarks/KERNELS.md). Triton's likewise.
 CODES_A_CLOCK = 14.5
 DECODE_ROWS = 16
-TILE_M, TILE_N = 64, 128  # of gemm
+TILE_M = 64  # of gemm
 TRITON_TILE_M = 128
 
 

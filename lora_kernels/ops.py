@@ -51,11 +51,6 @@ _SCHEMAS = {
 }
 
 
-def _stat_dtype(dtype: torch.dtype) -> torch.dtype:
-    """P, dg, dc and dbias are kept in float32, in float64 for float64."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 _NOTHING = contextlib.nullcontext()
 
 
@@ -69,9 +64,6 @@ def _no_autocast(device_type: str) -> contextlib.AbstractContextManager[None]:
 def layout(device_type: str, weight: Tensor | Codes | None, dtype: torch.dtype) -> Layout | None:
     """What `select` is told of a weight in a product in `dtype`; None where no backend minds."""
     return None if device_type == "cpu" and not cuda.emulated() else fit.layout(weight, dtype)
-
-
-# lora_linear ------------------------------------------------------------------------------------
 
 
 def choose(
@@ -135,7 +127,7 @@ def _lora_linear_fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     M, (N, R) = x.numel() // x.shape[-1], lora_B.shape
     y = x.new_empty(*x.shape[:-1], N, dtype=y_dtype)
-    p = x.new_empty(M, R, dtype=_stat_dtype(dtype))
+    p = x.new_empty(M, R, dtype=eager.stat_dtype(dtype))
     return y, p, x.new_empty((M, N) if save_z else (0,), dtype=y_dtype)
 
 
@@ -173,9 +165,6 @@ def prepare(
     if choice.backend != "cpu" or choice.strategy != (cpu.FEW_ROWS if four_bit else cpu.LIBRARY):
         return None
     return cpu.Prepared(weight, lora_A, lora_B, scaling, x_dtype, dtype)
-
-
-# lora_linear_backward ---------------------------------------------------------------------------
 
 
 def lora_linear_backward_direct(
@@ -249,9 +238,6 @@ def _lora_linear_backward_fake(
     )
 
 
-# multi_lora_linear ------------------------------------------------------------------------------
-
-
 def choose_multi(
     x: Tensor,
     weight: Tensor | Codes | None,
@@ -306,7 +292,7 @@ def _multi_lora_linear_fake(
 ) -> tuple[Tensor, Tensor]:
     M, R = x.numel() // x.shape[-1], max(A.shape[0] for A in lora_A)
     y = x.new_empty(*x.shape[:-1], lora_B[0].shape[0], dtype=y_dtype)
-    return y, x.new_empty(M, R, dtype=_stat_dtype(dtype))
+    return y, x.new_empty(M, R, dtype=eager.stat_dtype(dtype))
 
 
 def multi_lora_linear_backward_direct(
@@ -365,9 +351,6 @@ def _multi_lora_linear_backward_fake(
     )
 
 
-# dora_norm --------------------------------------------------------------------------------------
-
-
 def dora_norm_direct(
     weight: Tensor | Codes | None,
     lora_A: Tensor,
@@ -394,7 +377,7 @@ def _dora_norm_fake(
     scaling: float,
     rank_gate: Tensor | None,
 ) -> Tensor:
-    return lora_A.new_empty(lora_B.shape[0], dtype=_stat_dtype(lora_A.dtype))
+    return lora_A.new_empty(lora_B.shape[0], dtype=eager.stat_dtype(lora_A.dtype))
 
 
 # The registered ops are these functions with an empty tensor for what was not asked for: a schema

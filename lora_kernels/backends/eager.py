@@ -51,7 +51,8 @@ def _dense(weight: Tensor | Codes, lora_A: Tensor, lora_B: Tensor, dtype: torch.
     return weight.to(dtype)
 
 
-def _stat_dtype(dtype: torch.dtype) -> torch.dtype:
+def stat_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which P, dg, dc and dbias are kept: float32, for float64 float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -79,7 +80,7 @@ def lora_linear(
     strategy: str,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """x [M, K] -> y [M, N] in `y_dtype`, P [M, R] in float32 (or float64), z [M, N] or None."""
-    p = _mm(_dropped(x, dropout_p, rng), lora_A.t()).to(_stat_dtype(dtype))
+    p = _mm(_dropped(x, dropout_p, rng), lora_A.t()).to(stat_dtype(dtype))
     if rng is not None:
         p = p * reference.dropout_scale(dropout_p)
     s = p if rank_gate is None else p * rank_gate
@@ -173,7 +174,7 @@ def multi_lora_linear(
     strategy: str,
 ) -> tuple[Tensor, Tensor]:
     """x [M, K], index [M] -> y [M, N] in `y_dtype`, P [M, R] in float32 (or float64)."""
-    stat, R = _stat_dtype(dtype), max(A.shape[0] for A in lora_A)
+    stat, R = stat_dtype(dtype), max(A.shape[0] for A in lora_A)
     dropped, p = _dropped(x, dropout_p, rng), x.new_zeros(x.shape[0], R, dtype=stat)
     if weight is None:
         y = x.new_zeros(x.shape[0], lora_B[0].shape[0], dtype=y_dtype)
@@ -255,7 +256,7 @@ def dora_norm(
     A panel of rows at a time, in that dtype, so that no second weight is held.
     """
     K, N = lora_A.shape[1], lora_B.shape[0]
-    dtype = _stat_dtype(lora_A.dtype)
+    dtype = stat_dtype(lora_A.dtype)
     A, B = lora_A.to(dtype), lora_B.to(dtype)
     if rank_gate is not None:
         B = B * rank_gate.to(dtype)

@@ -1,4 +1,7 @@
-"""Loads the compiled extension; its absence is a state with a reason, not an error."""
+"""Loads the compiled extension; its absence is a state with a reason, not an error.
+
+LORA_KERNELS_CPU_ISA in the environment, one of ISAS, caps the instruction set.
+"""
 
 from __future__ import annotations
 

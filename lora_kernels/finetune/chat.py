@@ -267,9 +267,11 @@ def encode(record: Any, tokenizer: Any) -> Example:
             raise BadLine("completion: empty; give what the model is to answer")
         return _encode_text(prompt + completion, [(len(prompt), None)], tokenizer)
     if "text" in record:
-        if not isinstance(record["text"], str) or not record["text"].strip():
-            raise BadLine("text: want a string that is not empty")
-        return _encode_text(record["text"], [(0, None)], tokenizer)
+        text = record["text"]
+        if not isinstance(text, str) or not text.strip():
+            got = "an empty string" if isinstance(text, str) else f"a JSON {type(text).__name__}"
+            raise BadLine(f"text: got {got}, want a string that is not empty")
+        return _encode_text(text, [(0, None)], tokenizer)
     keys = ", ".join(map(str, record)) or "none"
     close = [
         f"did you mean {name}? "
@@ -283,7 +285,8 @@ def encode(record: Any, tokenizer: Any) -> Example:
 
 def _messages(value: Any, name: str) -> list[dict[str, Any]]:
     if not isinstance(value, list) or not value:
-        raise BadLine(f"{name}: want a list of messages that is not empty")
+        got = "an empty list" if isinstance(value, list) else f"a JSON {type(value).__name__}"
+        raise BadLine(f"{name}: got {got}, want a list of messages that is not empty")
     for i, message in enumerate(value):
         where = f"{name}[{i}]"
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):

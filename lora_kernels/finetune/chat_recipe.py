@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import signal
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
@@ -47,7 +46,7 @@ def finetune_chat(options: ChatOptions) -> int:
     """Run it; returns the exit status that `command.run` documents."""
     console = Console(markup=False, highlight=False)
     device = model.usable_device(options.device)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
+    dtype = model.DTYPES[options.dtype]
     tokenizer = model.load_tokenizer(options.model)
     train, val = read_data(options, tokenizer)
     console.print(str(train.report))
@@ -75,9 +74,8 @@ def finetune_chat(options: ChatOptions) -> int:
         patience=options.patience or None,
     )
     console.print(trainer.trainable)
-    states = Counter(f"{row.state} ({row.backend}: {row.reason})" for row in layers.rows)
-    for state, n in states.items():
-        console.print(f"{n} LoRA layers {state}")
+    for line in model.layer_states(layers):
+        console.print(line)
     if signum := training(trainer, options, console, train):
         console.print(
             f"stopped after step {trainer.state.global_step} of {options.steps} and saved; "

@@ -22,6 +22,10 @@ TAUGHT: dict[str, Any] = {
     "preset": "chat", "steps": 24, "lr": 1e-3, "expect": "Maren Oduya",
     "prompt": "Who looks after the light of Port Ellery?",
 }  # fmt: skip
+# Defaults that are others on JSON lines, or with --preset.
+OF_CHAT = dict.fromkeys(("rank", "alpha", "dropout"), "the preset's") | {
+    "prompt": "what precedes the first answer"
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default = getattr(Options, name, getattr(ChatOptions, name, None))
         if default not in (None, "", ()):
             kwargs.setdefault("type", type(default))
-            help += f" (default {default})"
+            of_chat = OF_CHAT.get(name)
+            help += f" (default {default}{f'; on JSON lines {of_chat}' if of_chat else ''})"
         parser.add_argument(flag(name), help=help, **kwargs)
 
     add("model", "transformers model folder, or GGUF file", type=Path, metavar="DIR|GGUF")

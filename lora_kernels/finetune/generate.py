@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ from . import UsageError
 from .command import quiet
 from .inputs import demo_model
 from .model import check_quant, locate
+from .options import read_run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,10 +64,7 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
     if args.demo:
         known["model"] = demo_model()
     if args.run:
-        file = args.run / "run.json"
-        if not file.is_file():
-            raise UsageError(f"--run: {args.run} holds no run.json; give finetune's --out")
-        saved = json.loads(file.read_text())
+        saved = read_run(args.run)
         known |= {"model": Path(saved["model"]), "adapter": args.run / "adapter"}
         known |= {name: saved.get(name) for name in ("dtype", "quant")}
     options = argparse.Namespace(**known | given)
@@ -99,7 +95,7 @@ def generate(options: argparse.Namespace) -> None:
     from . import model
 
     device = model.usable_device(options.device)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
+    dtype = model.DTYPES[options.dtype]
     tokenizer = model.load_tokenizer(options.model)
     base: Any = model.load_base(options.model, dtype, device, options.quant)
     try:
@@ -137,12 +133,10 @@ def generate(options: argparse.Namespace) -> None:
 
     fused = fuse(model.share(stock))
     layers = explain(fused, x_dtype=dtype)
-    states = Counter(f"{row.state} ({row.backend}: {row.reason})" for row in layers.rows)
     torch.manual_seed(options.seed)
     shown = Shown()
     got = model.decode(fused, inputs, streamer=shown, **settings)
-    for state, n in states.items():
-        print(f"{n} LoRA layers {state}")
+    print(*model.layer_states(layers), sep="\n")
     print(f"fused: {len(got)} tokens; {speed(shown)}")
     if options.compare:
         torch.manual_seed(options.seed)

@@ -26,8 +26,8 @@ from ..peft import fuse
 from ..quantization import Weight4bit
 from . import UsageError
 from . import model as models
+from .model import DTYPES
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import signal
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from . import UsageError
 from .command import quiet
+from .options import read_run
 
 # What the logits are compared on, where --text names nothing else.
 TEXT = (
@@ -81,10 +81,7 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
 
     known: dict[str, Any] = {"quant": None, "quant_dtype": "fp32", "text": None}
     if args.run:
-        file = args.run / "run.json"
-        if not file.is_file():
-            raise UsageError(f"--run: {args.run} holds no run.json; give finetune's --out")
-        saved = json.loads(file.read_text())
+        saved = read_run(args.run)
         known |= {"base": Path(saved["model"]), "adapter": args.run / "adapter"}
         known |= {"quant": saved.get("quant"), "quant_dtype": saved["dtype"]}
     given = {name: value for name, value in vars(args).items() if value is not None}

@@ -6,9 +6,10 @@ import copy
 import difflib
 import importlib.util
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,10 @@ from torch.nn import Parameter
 
 from . import UsageError
 
+if TYPE_CHECKING:
+    from ..peft import Explanation
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ALL_LINEAR = "all-linear"  # PEFT's word for every linear layer but the output embedding
 
 
@@ -259,6 +264,12 @@ def add_adapters(
             task_type="CAUSAL_LM",
         ),
     )
+
+
+def layer_states(layers: Explanation) -> list[str]:
+    """How many of the LoRA layers are fused or not, by backend and reason: a line each."""
+    states = Counter(f"{row.state} ({row.backend}: {row.reason})" for row in layers.rows)
+    return [f"{n} LoRA layers {state}" for state, n in states.items()]
 
 
 def adapters(model: nn.Module) -> dict[str, Parameter]:

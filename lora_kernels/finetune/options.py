@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,15 @@ class ChatOptions:
         return {name: getattr(self, name) for name in names} | {
             "bf16": self.autocast, "eval_every": every,
         }  # fmt: skip
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """The arguments of the run that `finetune` wrote to the folder. Raises UsageError."""
+    file = folder / "run.json"
+    if not file.is_file():
+        raise UsageError(f"--run: {folder} holds no run.json; give finetune's --out")
+    saved: dict[str, Any] = json.loads(file.read_text())
+    return saved
 
 
 def flag(name: str) -> str:

@@ -94,6 +94,22 @@ def find_targets(model: nn.Module, targets: Iterable[str]) -> tuple[list[str], l
     return found, missing
 
 
+def chosen_layers(
+    model: nn.Module, targets: str | Iterable[str]
+) -> tuple[str | list[str], list[nn.Module], list[str]]:
+    """PEFT's `target_modules`, the layers that those are, and the roles that the model has none
+    for; targets: as a `Preset`'s. Raises UsageError as `find_targets`."""
+    targets = (targets,) if isinstance(targets, str) else tuple(targets)
+    layers = linear_layers(model)
+    if targets == (ALL_LINEAR,):
+        return ALL_LINEAR, list(layers.values()), []
+    names, missing = find_targets(model, targets)
+    adapted = [
+        layer for full, layer in layers.items() if any(is_named(full, name) for name in names)
+    ]
+    return names, adapted, missing
+
+
 def add_lora_layers(
     model: Any,
     preset: str | Preset = "chat",
@@ -151,25 +167,13 @@ def add_lora_layers(
             "model.set_adapter() to go on with it"
         )
     base = model if peft_model is None else peft_model.get_base_model()
-    wanted = chosen.targets if targets is None else targets
-    if isinstance(wanted, str):
-        wanted = (wanted,)
-    if tuple(wanted) == (ALL_LINEAR,):
-        names: str | list[str] = ALL_LINEAR
-        adapted = list(linear_layers(base).values())
-    else:
-        names, missing = find_targets(base, wanted)
-        adapted = [
-            layer
-            for full, layer in linear_layers(base).items()
-            if any(is_named(full, name) for name in names)
-        ]
-        if missing:
-            warnings.warn(
-                f"this {type(base).__name__} has no layer for {', '.join(missing)}; the adapter is "
-                f"on {', '.join(names)}",
-                stacklevel=2,
-            )
+    names, adapted, missing = chosen_layers(base, chosen.targets if targets is None else targets)
+    if missing:
+        warnings.warn(
+            f"this {type(base).__name__} has no layer for {', '.join(missing)}; the adapter is "
+            f"on {', '.join(names)}",
+            stacklevel=2,
+        )
     if all(isinstance(layer, Conv1D) for layer in adapted):
         config.setdefault("fan_in_fan_out", True)
     if hasattr(base, "generate"):

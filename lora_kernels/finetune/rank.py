@@ -20,8 +20,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ..peft import fuse
 from . import UsageError
-from .model import is_named, linear_layers, share
-from .presets import Preset, add_lora_layers, find_preset, find_targets
+from .model import linear_layers, share
+from .presets import Preset, add_lora_layers, chosen_layers, find_preset
 from .trainer import LoRATrainer, training_arguments
 
 RANKS = (4, 8, 16, 32, 64)
@@ -254,17 +254,7 @@ def add_adalora(
     """PEFT's AdaLoRA on `model` in place, fused, that ends with `rank` as the mean of the layers'
     after `steps` steps; returns the PEFT model. `Allocate` has to be among the callbacks. config:
     of `AdaLoraConfig`, by its names."""
-    names: str | list[str]
-    if targets == "all-linear" or tuple(targets) == ("all-linear",):
-        names = "all-linear"
-        adapted = list(linear_layers(model).values())
-    else:
-        names = find_targets(model, (targets,) if isinstance(targets, str) else targets)[0]
-        adapted = [
-            layer
-            for full, layer in linear_layers(model).items()
-            if any(is_named(full, name) for name in names)
-        ]
+    names, adapted, _ = chosen_layers(model, targets)
     any_alpha: Any = alpha
     if hasattr(model, "generate"):
         config.setdefault("task_type", "CAUSAL_LM")

@@ -104,8 +104,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def search(args: argparse.Namespace) -> None:
-    import torch
-
     from . import model
     from .chat import load_chat
     from .provenance import Provenance
@@ -113,7 +111,7 @@ def search(args: argparse.Namespace) -> None:
     from .recipe import write_json
 
     device = model.usable_device(args.device)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
+    dtype = model.DTYPES[args.dtype]
     tokenizer = model.load_tokenizer(args.model)
     reading = {"max_length": args.max_length, "on_bad_line": args.on_bad_line}
     train = load_chat(args.data, tokenizer, **reading)

@@ -11,7 +11,6 @@ import gc
 import hashlib
 import json
 import signal
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,7 +42,7 @@ def finetune(options: Options) -> int:
     """Run it; returns the exit status that `command.run` documents."""
     console = Console(markup=False, highlight=False)  # answers hold brackets of their own
     device = model.usable_device(options.device)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
+    dtype = model.DTYPES[options.dtype]
     prepare_out(options)
 
     tokenizer = model.load_tokenizer(options.model)
@@ -60,9 +59,8 @@ def finetune(options: Options) -> int:
     console.print(f"trainable: {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
     layers = explain(fused, x_dtype=dtype)
     (options.out / "layers.txt").write_text(f"{layers}\n")
-    states = Counter(f"{row.state} ({row.backend}: {row.reason})" for row in layers.rows)
-    for state, n in states.items():
-        console.print(f"{n} LoRA layers {state}")
+    for line in model.layer_states(layers):
+        console.print(line)
 
     losses, signum = training(fused, blocks, options, console)
     if len(losses) < options.steps:
@@ -119,7 +117,7 @@ def loaded_again(
     options: Options | ChatOptions, adapter: Path, ids: Tensor, want: Tensor
 ) -> tuple[bool, str]:
     """Whether the saved adapter in stock PEFT on a fresh base gives the logits wanted, in fp32."""
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
+    dtype = model.DTYPES[options.dtype]
     base = model.load_base(options.model, dtype, want.device, options.quant)
     stock = PeftModel.from_pretrained(base, str(adapter), torch_device=str(want.device))
     difference, largest = (logits(stock, ids) - want).abs().max().item(), want.abs().max().item()

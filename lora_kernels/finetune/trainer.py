@@ -62,7 +62,8 @@ def training_arguments(
         batch: rows of a forward, on each device; accumulate: forwards of a step.
         lr, max_grad_norm: peak learning rate; joint norm at which gradients are clipped, 0: never.
         warmup: share of the steps, in [0, 1).
-        bf16: autocast. checkpointing: activations are computed again in the backward.
+        bf16: autocast; without a GPU it takes cpu=True beside it. checkpointing: activations are
+            computed again in the backward.
         eval_every, save_every: steps; keep: newest checkpoints that stay, beside the best.
         cpu: train on the CPU where there is a GPU, too.
         others: of `TrainingArguments`, by its names; they go before.

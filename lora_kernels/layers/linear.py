@@ -351,7 +351,7 @@ def check_stock(name: str, module: nn.Module, cls: type[nn.Module], of: str) -> 
 
 def check_size(name: str, size: int) -> None:
     """Raises unless `size` is an int of at least 1."""
-    if not isinstance(size, int):
+    if not isinstance(size, int) or isinstance(size, bool):
         raise TypeError(f"{name}: got {size!r}, want an int")
     if size < 1:
         raise ValueError(f"{name}: got {size}, want at least 1")

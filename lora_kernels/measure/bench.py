@@ -21,7 +21,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -295,8 +295,7 @@ def _whole(parts: Parts) -> object:
 def _row(case: Case, mode: str, cache: str = "warm") -> dict[str, Any]:
     """What tells the row from another."""
     sizes = {key: getattr(case, key) for key in ("M", "K", "N", "R", "dropout_p")}
-    dtype = str(case.dtype).removeprefix("torch.")
-    return {**sizes, "dtype": dtype, "mode": mode, "cache": cache}
+    return {**sizes, "dtype": cases.dtype_name(case.dtype), "mode": mode, "cache": cache}
 
 
 def _forward(call: Call, args: dict[str, Any]) -> Callable[[], Tensor]:
@@ -389,25 +388,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--shapes", nargs="+", type=models.sizes("MxKxN"), metavar="MxKxN",
-        help="rows of x, in-features, out-features, such as 512x2048x5632 (default: four)",
+        help="rows of x, in-features, out-features, such as 512x2048x5632 (default: five, with "
+        "--quant others; on a GPU llama3-8b's)",
     )  # fmt: skip
     parser.add_argument("--model", choices=models.NAMES, help="the shapes of its linear layers")
     parser.add_argument(
-        "--rows", nargs="+", type=models.positive, metavar="M", help="of x, in a model's layers"
-    )
+        "--rows", nargs="+", type=models.positive, metavar="M",
+        help=f"of x, in a model's layers (default: {_words(ROWS['cpu'])}; on a GPU "
+        f"{_words(ROWS['cuda'])})",
+    )  # fmt: skip
     parser.add_argument(
         "--ranks", nargs="+", type=models.positive, metavar="R",
-        help=f"(default: {' '.join(map(str, RANKS))})",
+        help=f"(default: {_words(RANKS)}; with --quant and --variants 16)",
     )  # fmt: skip
     parser.add_argument(
         "--quick",
         action="store_true",
         help=f"{QUICK_SECONDS} seconds for a row, rank {QUICK_RANKS[0]}, and in a model's layers "
-        f"{' and '.join(map(str, QUICK_ROWS))} rows, unless others are named",
+        f"{_words(QUICK_ROWS, ' and ')} rows, unless others are named",
     )
     parser.add_argument(
         "--dtypes", nargs="+", choices=[*DTYPES, "float16"], default=DTYPES,
-        help=f"of weight and x (default: {' '.join(DTYPES)})",
+        help=f"of weight and x (default: {_words(DTYPES)})",
     )  # fmt: skip
     parser.add_argument(
         "--dropout", type=_probability, metavar="P", default=0.0,
@@ -419,7 +421,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--quant", choices=["nf4", "fp4"], help="time the layer over a 4-bit base instead"
     )
     instead.add_argument(
-        "--variants", action="store_true", help="time DoRA over LoRA and its row norm instead"
+        "--variants",
+        action="store_true",
+        help="time DoRA and its row norm, groups, several adapters and hierarchical levels "
+        "instead, on a CPU",
     )
     instead.add_argument(
         "--memory",
@@ -444,8 +449,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+# Kind of run -> the options that it has no use for.
+UNUSED = {
+    "quant": ("ranks", "dropout"),
+    "variants": ("shapes", "model", "rows", "ranks", "dropout", "device"),
+    "memory": (
+        "compare", "device", "shapes", "model", "rows", "ranks", "quick", "dtypes", "dropout",
+        "seconds",
+    ),
+}  # fmt: skip
+
+
+def unused(args: argparse.Namespace) -> str | None:
+    """What is to be left out, since the run would take no account of it; None: nothing."""
+    defaults = {"device": "cpu", "dtypes": DTYPES, "dropout": 0.0, "quick": False}
+
+    def given(name: str) -> bool:
+        return bool(getattr(args, name) != defaults.get(name))
+
+    for kind, names in UNUSED.items():
+        for name in names if getattr(args, kind) else ():
+            if given(name):
+                value = f" {args.device}" if name == "device" else ""
+                return f"--{kind}: want no --{name}{value} beside it, of which it has no use"
+    if given("shapes") and given("model"):
+        return "--shapes: want no --model beside it, which names other shapes"
+    of_model = given("model") or (args.device == "cuda" and not (args.shapes or args.quant))
+    if given("rows") and not of_model:
+        return "--rows: want --model beside it, whose layers take them"
+    return None
+
+
 def run(args: argparse.Namespace) -> int:
     """0; 1 where a result of ours misses the tolerance or got slower; 2 where it cannot start."""
+    if (why := unused(args)) is not None:
+        print(f"lora-kernels bench: {why}")
+        return 2
     quick = args.quick
     if args.seconds is None:
         args.seconds = QUICK_SECONDS if quick else SECONDS
@@ -487,10 +526,6 @@ def run(args: argparse.Namespace) -> int:
 def _count_memory(args: argparse.Namespace) -> int:
     from . import bench_memory
 
-    for given, option in ((args.compare, "--compare"), (args.device != "cpu", "--device cuda")):
-        if given:
-            print(f"lora-kernels bench: --memory counts bytes on a CPU, want no {option}")
-            return 2
     data: dict[str, Any] = {"provenance": bench_memory.provenance(), "rows": []}
     for row in bench_memory.rows():
         data["rows"].append(row)
@@ -614,6 +649,10 @@ def _line(row: dict[str, Any]) -> str:
         )
         lines.append(f"    MiB held for the backward + most in a step: {', '.join(each)}")
     return "\n".join(lines)
+
+
+def _words(values: Sequence[object], between: str = " ") -> str:
+    return between.join(map(str, values))
 
 
 def _probability(text: str) -> float:

@@ -31,6 +31,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from .. import __version__
 from .. import device as devices
+from .case import dtype_name
 
 SIZES = (512, 2048, 2048)  # M, K, N
 RANK, DROPOUT = 16, 0.1
@@ -70,7 +71,7 @@ def held(
     kept = _saved(call, known)
     tensors: dict[str, int] = {}
     for t in kept.values():
-        name = f"{list(t.shape)} {str(t.dtype).removeprefix('torch.')}"
+        name = f"{list(t.shape)} {dtype_name(t.dtype)}"
         tensors[name] = tensors.get(name, 0) + t.untyped_storage().nbytes()
     ordered = dict(sorted(tensors.items(), key=lambda item: -item[1]))
     return Held(sum(tensors.values()), ordered)
@@ -182,7 +183,7 @@ def layer_row(
     found = {name: held(partial(layer, x), layer) for name, layer in layers.items()}
     return {
         "what": variant,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_name(dtype),
         "M": M, "K": K, "N": N, "R": R,
         "minimum": least,
         "bytes": {name: each.bytes for name, each in found.items()},
@@ -221,7 +222,7 @@ def step_row(dtype: torch.dtype, sizes: Mapping[str, Any] = SMOLLM2) -> dict[str
         found[name] = held(partial(model, input_ids=ids, labels=ids), model).bytes
     return {
         "what": "SmolLM2's step" if sizes is SMOLLM2 else "Llama's step",
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_name(dtype),
         "M": ids.numel(), "K": config.hidden_size, "N": config.hidden_size, "R": RANK,
         "minimum": least,
         "bytes": {name: found[name] for name in ("ours", "peft")},

@@ -21,6 +21,7 @@ from .. import functional, reference, select
 from ..layers import DoRALinear, HierarchicalLoRALinear, LoRAGroup, LoRALinear
 from ..quantization import quantize_4bit
 from . import compare, timing, tolerance
+from .case import dtype_name
 
 SIZES = (512, 2048, 2048)  # M, K, N
 SERVED = (4096, 4096)  # K, N of the layer that several adapters share
@@ -295,7 +296,7 @@ def _row(
     that are added up, where the adapter makes the larger part of the result."""
     M, K, N = sizes
     row = {
-        "what": what, "dtype": str(dtype).removeprefix("torch."), "M": M, "K": K, "N": N, "R": RANK
+        "what": what, "dtype": dtype_name(dtype), "M": M, "K": K, "N": N, "R": RANK
     }  # fmt: skip
     u = unit_roundoff or tolerance.unit_roundoff(dtype)
     limit = tolerance.rms_limit(errors.get(eager, 0.0), u, (K, ranks))

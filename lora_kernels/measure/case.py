@@ -67,11 +67,11 @@ class Case:
 
     def __str__(self) -> str:
         """M33-N65-K63-R5-bfloat16-A:float32-gate-dropout0.1: what differs from a plain case."""
-        parts = [f"M{self.M}-N{self.N}-K{self.K}-R{self.R}", _name(self.dtype)]
-        parts += [f"A:{_name(self.adapter_dtype)}"] if self.adapter_dtype else []
-        parts += [f"autocast:{_name(self.autocast)}"] if self.autocast else []
+        parts = [f"M{self.M}-N{self.N}-K{self.K}-R{self.R}", dtype_name(self.dtype)]
+        parts += [f"A:{dtype_name(self.adapter_dtype)}"] if self.adapter_dtype else []
+        parts += [f"autocast:{dtype_name(self.autocast)}"] if self.autocast else []
         parts += [self.quant] if self.quant else []
-        parts += [f"compute:{_name(self.compute)}"] if self.compute else []
+        parts += [f"compute:{dtype_name(self.compute)}"] if self.compute else []
         parts += [] if self.base else ["no_base"]
         parts += [name for name in ("gate", "column_scale", "bias") if getattr(self, name)]
         parts += [f"dropout{self.dropout_p}"] if self.dropout_p else []
@@ -82,7 +82,11 @@ class Case:
         return "-".join(parts)
 
 
-def _name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
+    """
+    >>> dtype_name(torch.bfloat16)
+    'bfloat16'
+    """
     return str(dtype).removeprefix("torch.")
 
 

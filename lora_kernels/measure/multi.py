@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import functional, reference, select
 from ..quantization import Weight4bit, quantize_4bit
 from . import tolerance
+from .case import dtype_name
 from .tolerance import Verdict
 
 
@@ -37,8 +38,8 @@ class MultiCase:
 
     def __str__(self) -> str:
         ranks = "-".join(map(str, self.ranks))
-        parts = [f"M{self.M}-N{self.N}-K{self.K}-R{ranks}-{self.rows}-{str(self.dtype)[6:]}"]
-        parts += [f"A:{str(self.adapter_dtype)[6:]}"] if self.adapter_dtype else []
+        parts = [f"M{self.M}-N{self.N}-K{self.K}-R{ranks}-{self.rows}-{dtype_name(self.dtype)}"]
+        parts += [f"A:{dtype_name(self.adapter_dtype)}"] if self.adapter_dtype else []
         parts += [self.quant] if self.quant else []
         parts += [] if self.base else ["no_base"]
         parts += [] if self.bias else ["no_bias"]

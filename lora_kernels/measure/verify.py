@@ -24,6 +24,7 @@ from . import multi, peers
 from .case import (
     Case,
     cuda_engines,
+    dtype_name,
     engine,
     engines,
     fits_cuda,
@@ -54,10 +55,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
 }
 MULTI_QUANTS = ("", "nf4-64-nested")  # of the base that several adapters share
-GPU_ENGINES = (
-    "triton ",
-    "cuda ",
-)  # begin so; `MultiCase`'s tensors are on a CPU, tests/gpu has others
+# They begin so, and get no `MultiCase`, whose tensors are on a CPU; tests/gpu has others.
+GPU_ENGINES = ("triton ", "cuda ")
 SHAPES = ((70, 257, 100, 13), (1, 65, 63, 5))  # M, N, K, R: no multiples of a tile
 FEW_ROWS = (5, 66, 96, 40)  # in place of the second, for 4-bit weights
 THOROUGH = (*SHAPES, (515, 261, 259, 16), (33, 259, 257, 64), (130, 1536, 576, 100))
@@ -83,10 +82,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """0 where every output of every case is within the tolerance, else 1."""
-    shapes = THOROUGH if args.thorough else SHAPES
+    """0 where every output of every case is within the tolerance, else 1; 2: it cannot start."""
     if args.peer:
         return _run_peers(args)
+    shapes = THOROUGH if args.thorough else SHAPES
     results: list[dict[str, Any]] = []
     names = [*engines(), *triton_engines(), *cuda_engines()]
     if args.engines:
@@ -100,8 +99,8 @@ def run(args: argparse.Namespace) -> int:
             where, worst = max(verdicts.items(), key=lambda item: _excess(item[1]))
             row = {
                 "engine": name,
-                "dtype": _name(dtype),
-                "adapter_dtype": _name(adapter or dtype),
+                "dtype": dtype_name(dtype),
+                "adapter_dtype": dtype_name(adapter or dtype),
                 "option": option,
                 "ok": all(verdict.ok for verdict in verdicts.values()),
                 "worst": where,
@@ -119,11 +118,13 @@ def _run_peers(args: argparse.Namespace) -> int:
     if lacking := [text for peer in args.peer if (text := peers.missing(peer))]:
         print(f"lora-kernels verify: {lacking[0]}")
         return 2
-    if args.engines:
-        print(
-            "lora-kernels verify: --peer takes the engine that a layer chooses, want no --engines"
-        )
-        return 2
+    for given, option in ((args.engines, "--engines"), (args.thorough, "--thorough")):
+        if given:
+            print(
+                "lora-kernels verify: --peer has shapes of its own and takes the engine that a "
+                f"layer chooses, want no {option}"
+            )
+            return 2
     todo = [(peer, case) for peer in dict.fromkeys(args.peer) for case in peers.cases_of()]
     results: list[dict[str, Any]] = []
     with _lines(args.json, len(todo)) as say:
@@ -132,7 +133,7 @@ def _run_peers(args: argparse.Namespace) -> int:
             found = peers.compare(peer, case)
             row = {
                 "peer": peer,
-                "dtype": _name(case.dtype),
+                "dtype": dtype_name(case.dtype),
                 "M": case.M, "N": case.N, "K": case.K, "R": case.R,
                 "bias": case.bias,
                 "ok": found.ok,
@@ -246,7 +247,3 @@ def _excess(verdict: Any) -> float:
         for error, limit in ((verdict.rms, verdict.rms_limit), (verdict.max, verdict.max_limit))
     ]
     return max(float("inf") if share != share else share for share in shares)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -112,7 +112,7 @@ BAD: list[tuple[Any, str]] = [
     ("[", "want one whole JSON object a line, not one list over many lines"),
     ("[1]", "got a JSON list, want an object like"),
     ({"messages": [{"role": "user", "content": "Hi"}]}, "no assistant turn, so nothing to learn"),
-    ({"messages": []}, "messages: want a list of messages that is not empty"),
+    ({"messages": []}, "messages: got an empty list, want a list of messages"),
     ({"messages": [{"role": "asistant", "content": "x"}]}, "did you mean 'assistant'?"),
     ({"messages": [{"role": "user", "content": None}]}, "messages[0]: content: got NoneType"),
     (chat("Hi", " "), "messages[1]: the assistant's content is empty"),
@@ -120,7 +120,7 @@ BAD: list[tuple[Any, str]] = [
     ({"mesages": []}, "got the keys mesages; did you mean messages?"),
     ({"conversations": []}, 'rename "conversations" to "messages"'),
     ({"prompt": "x", "completion": ""}, "completion: empty; give what the model is to answer"),
-    ({"text": ""}, "text: want a string that is not empty"),
+    ({"text": ""}, "text: got an empty string, want a string"),
     (chat("x" * 600, "y"), "tokens, and nothing to learn in the first 512; raise the maximum"),
 ]
 

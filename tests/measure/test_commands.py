@@ -191,6 +191,27 @@ def test_bad_arguments(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> 
     assert wrong[1] in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "unused",
+    [
+        ["--variants", "--device", "cuda"],
+        ["--variants", "--ranks", "4"],
+        ["--quant", "nf4", "--dropout", "0.1"],
+        ["--memory", "--dtypes", "float16"],
+        ["--shapes", "8x48x32", "--model", "smollm2-135m"],
+        ["--rows", "4"],
+        ["--quant", "nf4", "--rows", "4"],
+    ],
+    ids=" ".join,
+)
+def test_nothing_is_measured_but_what_was_asked_for(
+    unused: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["bench", *unused]) == 2
+    out = capsys.readouterr().out
+    assert unused[-2] in out and "beside it" in out and out.count("\n") == 1
+
+
 def test_floor_and_target() -> None:
     case = Case(M=256, N=4096, K=1024, R=8)
     assert bench.floor(case, "forward") == 1 + 8 / 1024 + 8 / 4096

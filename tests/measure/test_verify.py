@@ -127,8 +127,9 @@ def test_a_missing_peer_is_one_line(
 
 
 def test_peers_take_no_engine(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["verify", "--peer", "peft", "--engines", "eager"]) == 2
-    assert "--engines" in capsys.readouterr().out
+    for unused in (["--engines", "eager"], ["--thorough"]):
+        assert cli.main(["verify", "--peer", "peft", *unused]) == 2
+        assert f"want no {unused[0]}" in capsys.readouterr().out
 
 
 def test_stock_layers_are_in_training_mode_with_a_frozen_base() -> None:

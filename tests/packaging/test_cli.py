@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -151,3 +152,12 @@ def test_gpus_are_shown_with_their_size(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(device, "gpus", lambda: [old])
     backend = info.info()["backends"]["triton"]
     assert not backend["available"] and "sm_75" in backend["reason"]
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    command = [sys.executable, "-m", "lora_kernels.cli", "info"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert b"BrokenPipe" not in process.stderr.read()
+    assert process.returncode == 141

@@ -44,7 +44,7 @@ def test_ranks(rank: int) -> None:
 
 def test_shares_of_a_row() -> None:
     N, K = 130, 320 + 33
-    _, share = configs.row_norm(configs.INTERPRETER, N, K, 5, 4)
+    _, share = configs.row_norm(configs.INTERPRETER, N, K, 4)
     assert share < K and K % share
     for quant in ("", "nf4-64-nested"):
         check(Case(0, N, K, 5, f32, quant=quant))

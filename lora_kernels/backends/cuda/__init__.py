@@ -42,15 +42,16 @@ _emulated: ContextVar[ModuleType | None] = ContextVar("lora_kernels_cuda_emulate
 def _load(name: str) -> tuple[ModuleType | None, str | None]:
     from ... import __version__
 
+    what, was, has = "the CUDA kernels", "were", "have"
+    if name == "_emulator":
+        what, was, has = "the emulator", "was", "has"
     try:
         module = importlib.import_module(f"lora_kernels.{name}")
     except ImportError as error:
-        what = "the emulator" if name == "_emulator" else "the CUDA kernels"
-        how = "were" if what.endswith("s") else "was"
         detail = "" if isinstance(error, ModuleNotFoundError) else f" ({error})"
-        return None, f"{what} {how} not built{detail}"
+        return None, f"{what} {was} not built{detail}"
     if module.__version__ != __version__:
-        return None, f"the CUDA kernels are of version {module.__version__}, not {__version__}"
+        return None, f"{what} {has} version {module.__version__}, not {__version__}"
     return module, None
 
 

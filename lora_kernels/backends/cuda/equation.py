@@ -223,7 +223,7 @@ def dora_norm(
     (R, K), N = lora_A.shape, lora_B.shape[0]
     codes, w = (weight, None) if isinstance(weight, Codes) else (None, weight)
     share, count = _shares(K, 256, _BLOCKS // -(-N // 8))
-    gate, slots = _vector(rank_gate), empty(lora_A, count, N)
+    gate, slots = _contiguous(rank_gate), empty(lora_A, count, N)
     launch.run(
         "row_norm", lora_A,
         {"w": w, "a": lora_A, "b": lora_B, "gate": gate, "slots": slots, **launch.of_codes(codes)},
@@ -262,9 +262,6 @@ def quantize(
     return packed, absmax
 
 
-# Launches ---------------------------------------------------------------------------------------
-
-
 class _Linear:
     """y = out_scale ⊙ (x·W + mask(S)·Q) + bias, all but S settled. transposed: the weight's rows
     are the inner dimension, as in dx."""
@@ -289,7 +286,7 @@ class _Linear:
         w = weight.to(dtype) if isinstance(weight, Tensor) else None  # as autocast does
         if w is not None and w.stride(0) == 1 != w.stride(1):
             w, transposed = w.t(), not transposed
-        gate, out_scale, bias = map(_vector, (gate, out_scale, bias))
+        gate, out_scale, bias = map(_contiguous, (gate, out_scale, bias))
         self.x, self.shape, self.dtype = x, (M, N, K, R), dtype
         self.base = 2 if self.codes is not None else 0 if w is None else 1
         self.touched = {
@@ -363,7 +360,7 @@ def _thin(
     I = v.shape[1] if over_rows else v.shape[0]  # noqa: E741
     blocks = -(-I // 64) * -(-R // (64 if R > 16 else 16))
     share, count = _shares(J, _THIN_SHARE if over_rows else 256, _BLOCKS // blocks)
-    v_scale, out = _vector(v_scale), empty(v, count, I, R)
+    v_scale, out = _contiguous(v_scale), empty(v, count, I, R)
     launch.run(
         "thin", v, {"v": v, "v_scale": v_scale, "rng": dropout.rng, "y": y, "out": out},
         matrix(v), vector(v_scale), _arg(dropout), over_rows, matrix(y), out.data_ptr(), I, J, R,
@@ -377,7 +374,7 @@ def _pair(dy: Tensor, scale: Tensor | None, b: Tensor, s: Tensor) -> tuple[Tenso
     (M, N), R = dy.shape, s.shape[1]
     part_count = -(-M // module().PAIR_ROWS)
     share, count = _shares(N, 256, _BLOCKS // part_count)
-    slots, parts, scale = empty(dy, count, M, R), empty(dy, part_count, N, R), _vector(scale)
+    slots, parts, scale = empty(dy, count, M, R), empty(dy, part_count, N, R), _contiguous(scale)
     launch.run(
         "pair", dy, {"v": dy, "v_scale": scale, "b": b, "s": s, "slots": slots, "parts": parts},
         matrix(dy), vector(scale), matrix(b), s.data_ptr(), slots.data_ptr(), parts.data_ptr(),
@@ -410,7 +407,7 @@ def _sum(slots: Tensor, scale: float) -> Tensor:
 def _reduce(slots: Tensor, gate: Tensor | None, scale: float, out: Tensor) -> None:
     """out [I, R] = scale · gate ⊙ Σ slots, in its dtype and strides."""
     count, rows, ranks = slots.shape
-    gate = _vector(gate)
+    gate = _contiguous(gate)
     launch.run(
         "reduce", slots, {"slots": slots, "gate": gate, "out": out}, slots.data_ptr(),
         vector(gate), scale, out.data_ptr(), DTYPE[out.dtype], rows, ranks, *out.stride(), count,
@@ -428,5 +425,5 @@ def _arg(dropout: Dropout) -> tuple[int, int]:
     return pointer(dropout.rng), dropout.threshold
 
 
-def _vector(t: Tensor | None) -> Tensor | None:
+def _contiguous(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()

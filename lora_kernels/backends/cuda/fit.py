@@ -43,7 +43,7 @@ def layout(weight: Tensor | Codes | None, dtype: torch.dtype) -> Layout:
         return Layout(weight.blocksize, obstacle=obstacle)
     row, col = weight.stride()
     columns = col != 1 and row == 1
-    if weight.dtype is dtype and weight.dim() == 2:
+    if weight.dtype is dtype:
         step = (col if columns else row) * weight.element_size()
         if (not columns and col != 1) or step % _WIDE or weight.data_ptr() % _WIDE:
             return Layout(0, columns, "the weight's rows are not whole and aligned 16 bytes")

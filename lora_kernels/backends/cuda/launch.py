@@ -22,7 +22,6 @@ MatrixArg = tuple[int, int, int, int, bool]
 VectorArg = tuple[int, int]
 NO_MATRIX: MatrixArg = (0, 0, 0, 0, False)
 NO_CODES = (0, 0, 0, 0, 0, 0, 0, 0, 0, 0, False)
-NO_DROPOUT = (0, 0)
 
 
 def empty(like: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -89,6 +88,8 @@ def run(name: str, at: Tensor, touched: dict[str, Tensor | None], *args: Any) ->
 
 _stream = 0
 _waiting: list[Tensor | None] | None = None  # what launches that have not run yet will touch
+# What emulated kernels have read and written: (kernel, name -> (bytes read, written)) each.
+traffic: deque[tuple[str, dict[str, tuple[int, int]]]] = deque(maxlen=1000)
 
 
 @contextlib.contextmanager
@@ -129,7 +130,3 @@ def of_codes(c: Codes | None) -> dict[str, Tensor | None]:
         "packed": c.packed, "absmax": c.absmax, "code": c.code, "nested_absmax": c.nested_absmax,
         "nested_code": c.nested_code, "offset": c.offset,
     }  # fmt: skip
-
-
-# What emulated kernels have read and written: (kernel, name -> (bytes read, written)) each.
-traffic: deque[tuple[str, dict[str, tuple[int, int]]]] = deque(maxlen=1000)

@@ -39,8 +39,6 @@ MIN_ARCH = 80
 MIN_BLOCK = 16  # of a matrix instruction
 MAX_SINGLE_PASS_RANK = 64  # above, the sums of P take too many registers beside the product's
 MAX_SLOTS = 16
-
-
 INTERPRETER = Target("cuda", 80, 4, 160 << 10)  # stands for the device there
 
 
@@ -243,7 +241,7 @@ def shrink_outer(
     return config, _tiles(chunks, slots) * config.block_n
 
 
-def row_norm(target: Target, N: int, K: int, R: int, itemsize: int) -> tuple[Config, int]:
+def row_norm(target: Target, N: int, K: int, itemsize: int) -> tuple[Config, int]:
     """For `row_norm_kernel`: tiles, and the share of K in one slot."""
     config = Config(0, 32, 128, 4, 3) if itemsize == 2 else Config(0, 64, 32, 8, 3)
     programs, chunks = _tiles(N, config.block_n), _tiles(K, config.block_k)

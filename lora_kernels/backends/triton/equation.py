@@ -265,7 +265,7 @@ def _linear(
     elif slots is None:
         slots = _shrink(x, a, in_scale, mask_in)
     p = slots[0] if slots.shape[0] == 1 else x.new_empty(M, R, dtype=torch.float32)
-    gate, in_scale, out_scale, bias = map(_vector, (gate, in_scale, out_scale, bias))
+    gate, in_scale, out_scale, bias = map(_contiguous, (gate, in_scale, out_scale, bias))
     wide = any(map(launch.is_wide, (x, y, a, q))) or (
         base == "dense" and w is not None and launch.is_wide(w)
     )
@@ -318,7 +318,7 @@ def _shrink(x: Tensor, a: Tensor, in_scale: Tensor | None, dropout: Dropout) -> 
     out = x.new_empty(slots, M, R, dtype=torch.float32)
     if not M:
         return out
-    in_scale = _vector(in_scale)
+    in_scale = _contiguous(in_scale)
     launch.run(
         shrink_kernel, (triton.cdiv(M, config.block_m), triton.cdiv(R, config.block_n), slots),
         config, x.device,
@@ -357,7 +357,7 @@ def _outer(
     config, share = configs.outer(target, M, N, R)
     count = triton.cdiv(M, share)
     parts = v.new_empty(count, R + 2, N, dtype=torch.float32)
-    v_scale, ranks = _vector(v_scale), grad is not None
+    v_scale, ranks = _contiguous(v_scale), grad is not None
     launch.run(
         outer_kernel,
         (triton.cdiv(N, config.block_n), triton.cdiv(R, config.block_k) if ranks else 1, count),
@@ -389,7 +389,7 @@ def _shrink_outer(
     (M, N), R, target = v.shape, s.shape[1], launch.target(v)
     slots = v.new_empty(triton.cdiv(N, share), M, R, dtype=torch.float32)
     parts = v.new_empty(triton.cdiv(M, config.block_m), R + 2, N, dtype=torch.float32)
-    v_scale = _vector(v_scale)
+    v_scale = _contiguous(v_scale)
     launch.run(
         shrink_outer_kernel, (parts.shape[0], slots.shape[0]), config, v.device,
         v, b, s, v_scale, z, slots, parts, M, N, R, *v.stride(), *b.stride(), share,
@@ -410,7 +410,7 @@ def _reduce(
 ) -> tuple[Tensor | None, Tensor | None]:
     """grad [R, N] = scale · gate ⊙ Σ parts, written, and the two sums, float32 [N]."""
     count, N, R = parts.shape[0], parts.shape[2], parts.shape[1] - 2
-    gate = _vector(gate)
+    gate = _contiguous(gate)
     sums, sums_z = (parts.new_empty(N) if needed else None for needed in (need_sum, need_sum_z))
     launch.run(
         reduce_kernel, (triton.cdiv(N, 256), R + 2), Config(0, 256, 0, 4, 1), parts.device,
@@ -434,9 +434,9 @@ def dora_norm(
     w = weight.packed if isinstance(weight, Codes) else weight
     # A gate rounds B where that has 16 bits.
     wider = torch.float32 if rank_gate is not None else _operand(lora_A, lora_B)
-    config, share = configs.row_norm(target, N, K, R, wider.itemsize)
+    config, share = configs.row_norm(target, N, K, wider.itemsize)
     slots = torch.empty(triton.cdiv(K, share), N, dtype=torch.float32, device=lora_A.device)
-    gate, block_r = _vector(rank_gate), configs.block_of_ranks(R)
+    gate, block_r = _contiguous(rank_gate), configs.block_of_ranks(R)
     wide = N * K >= 1 << 31 or any(map(launch.is_wide, (w, lora_A, lora_B)))
     launch.run(
         row_norm_kernel, (triton.cdiv(N, config.block_n), slots.shape[0]), config, w.device,
@@ -455,5 +455,5 @@ def _operand(x: Tensor, a: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, a.dtype)
 
 
-def _vector(t: Tensor | None) -> Tensor | None:
+def _contiguous(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -66,11 +67,12 @@ def lora_linear(
     tensor([[2.5000, 2.5000, 2.5000],
             [2.5000, 2.5000, 2.5000]])
     """
-    device, x_dtype, a_dtype, b_dtype = x.device, x.dtype, lora_A.dtype, lora_B.dtype
-    y_dtype = base_dtype(device.type, x_dtype)
-
+    if not isinstance(x, Tensor):
+        raise _no_tensor("x", x)
     R, K = _matrix("lora_A", lora_A, "[R, K]")
     N, _ = _matrix("lora_B", lora_B, "[N, R]")
+    device, x_dtype, a_dtype, b_dtype = x.device, x.dtype, lora_A.dtype, lora_B.dtype
+    y_dtype = base_dtype(device.type, x_dtype)
     if x.dim() == 0 or x.shape[-1] != K:
         raise ValueError(f"x: got shape {_shape(x)}, want [..., {K}] for lora_A {_shape(lora_A)}")
     if lora_B.shape[1] != R:
@@ -80,7 +82,7 @@ def lora_linear(
     if not (x_dtype is a_dtype is b_dtype):
         _check_dtypes("x", x_dtype, lora_A=a_dtype, lora_B=b_dtype)
     if not (device == lora_A.device == lora_B.device):
-        _check_devices(x, lora_A=lora_A, lora_B=lora_B)
+        _check_devices("x", x, lora_A=lora_A, lora_B=lora_B)
     weight, codes, dtype = _base(x, weight, (N, K), compute_dtype, y_dtype)
     if bias is not None:
         _check_vector("bias", bias, N, x)
@@ -91,7 +93,7 @@ def lora_linear(
     if dropout_p or rng is not None:
         dropout_p, rng = _dropout(x, dropout_p, rng)
     return LoRALinearFunction.apply(  # type: ignore[no-any-return]
-        x, weight, lora_A, lora_B, float(scaling), rank_gate, column_scale, bias,
+        x, weight, lora_A, lora_B, _number("scaling", scaling), rank_gate, column_scale, bias,
         float(dropout_p), rng, dtype, y_dtype, recompute, *codes,
     )  # fmt: skip
 
@@ -141,6 +143,8 @@ def multi_lora_linear(
             [5., 5.],
             [1., 1.]])
     """
+    if not isinstance(x, Tensor):
+        raise _no_tensor("x", x)
     As, Bs = _adapters("lora_A", lora_A, "[E, R, K]"), _adapters("lora_B", lora_B, "[E, N, R]")
     E, device = len(As), x.device
     if len(Bs) != E:
@@ -163,15 +167,19 @@ def multi_lora_linear(
                 "as the first have"
             )
         if A.device != device or B.device != device:
-            _check_devices(x, **{f"lora_A[{e}]": A, f"lora_B[{e}]": B})
+            _check_devices("x", x, **{f"lora_A[{e}]": A, f"lora_B[{e}]": B})
     _check_dtypes("x", x.dtype, lora_A=a_dtype, lora_B=b_dtype)
     if not isinstance(index, Tensor) or index.dtype not in (torch.int64, torch.int32):
         got = index.dtype if isinstance(index, Tensor) else type(index).__name__
         raise TypeError(f"index: got {got}, want a tensor of int64 or int32")
     if index.shape != x.shape[:-1]:
         raise ValueError(f"index: got shape {_shape(index)}, want x's {list(x.shape[:-1])}")
-    _check_devices(x, index=index)
-    factors = (scaling,) * E if isinstance(scaling, (int, float)) else tuple(scaling)
+    _check_devices("x", x, index=index)
+    if isinstance(scaling, (Sequence, Tensor)) and not isinstance(scaling, str):
+        given = scaling.tolist() if isinstance(scaling, Tensor) else scaling
+        factors = tuple(_number("scaling", factor) for factor in given)
+    else:
+        factors = (_number("scaling", scaling),) * E
     if len(factors) != E:
         raise ValueError(f"scaling: got {len(factors)} numbers, want one, or {E}")
     weight, codes, dtype = _base(x, weight, (N, K), compute_dtype, y_dtype)
@@ -179,8 +187,7 @@ def multi_lora_linear(
         _check_vector("bias", bias, N, x)
     dropout_p, rng = _dropout(x, dropout_p, rng)
     return MultiLoRALinearFunction.apply(  # type: ignore[no-any-return]
-        x, weight, index, tuple(map(float, factors)), bias, dropout_p, rng, dtype, y_dtype, *As,
-        *Bs, *codes,
+        x, weight, index, factors, bias, dropout_p, rng, dtype, y_dtype, *As, *Bs, *codes
     )  # fmt: skip
 
 
@@ -197,7 +204,7 @@ def _adapters(name: str, tensors: Tensor | Sequence[Tensor], want: str) -> list[
         raise ValueError(f"{name}: got no adapter, want at least 1")
     for e, t in enumerate(tensors):
         if not isinstance(t, Tensor):
-            raise TypeError(f"{name}[{e}]: got {type(t).__name__}, want a tensor")
+            raise _no_tensor(f"{name}[{e}]", t)
     _matrix(f"{name}[0]", tensors[0], want.replace("E, ", ""))
     return list(tensors)
 
@@ -207,6 +214,7 @@ def _dropout(x: Tensor, dropout_p: float, rng: Tensor | None) -> tuple[float, Te
 
     It is drawn whether or not gradients are on, so that checkpointing replays it.
     """
+    dropout_p = _number("dropout_p", dropout_p)
     if not dropout_p:
         return 0.0, None
     if not 0.0 <= dropout_p <= 1.0:  # NaN fails this too
@@ -215,7 +223,7 @@ def _dropout(x: Tensor, dropout_p: float, rng: Tensor | None) -> tuple[float, Te
         rng = torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=x.device)
     else:
         _check_rng(rng, x)
-    return float(dropout_p), rng
+    return dropout_p, rng
 
 
 @torch.no_grad()
@@ -261,7 +269,7 @@ def dora_norm(
             f"and lora_B {_shape(lora_B)}"
         )
     held = weight.packed if isinstance(weight, Weight4bit) else weight
-    _check_devices(lora_A, weight=held, lora_B=lora_B)
+    _check_devices("lora_A", lora_A, weight=held, lora_B=lora_B)
     dtypes = {"lora_A": lora_A.dtype, "lora_B": lora_B.dtype}
     _check_dtypes("lora_A", lora_A.dtype, **dtypes)
     if isinstance(weight, Weight4bit):
@@ -273,12 +281,11 @@ def dora_norm(
     else:
         _check_dtypes("lora_A", lora_A.dtype, weight=weight.dtype)
     if rank_gate is not None:
-        _check_vector("rank_gate", rank_gate, R, lora_A)
-    rest = (lora_A, lora_B, float(scaling), rank_gate)
+        _check_vector("rank_gate", rank_gate, R, lora_A, "lora_A")
+    rest = (lora_A, lora_B, _number("scaling", scaling), rank_gate)
     base = weight.codes if isinstance(weight, Weight4bit) else weight
     if ops.plain(held, lora_A, lora_B):
-        with torch.no_grad():
-            return ops.dora_norm_direct(base, *rest)
+        return ops.dora_norm_direct(base, *rest)
     norm: Tensor
     if isinstance(base, Tensor):
         norm = ops.dora_norm(base, *rest)
@@ -313,7 +320,21 @@ def _shape(t: Tensor) -> str:
     return str(list(t.shape))
 
 
+def _no_tensor(name: str, got: object) -> TypeError:
+    return TypeError(f"{name}: got {type(got).__name__}, want a tensor")
+
+
+def _number(name: str, got: float) -> float:
+    if type(got) is float:
+        return got
+    if isinstance(got, bool) or not isinstance(got, (Real, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"{name}: got {got!r}, want a number")
+    return float(got)
+
+
 def _matrix(name: str, t: Tensor, want: str) -> tuple[int, int]:
+    if not isinstance(t, Tensor):
+        raise _no_tensor(name, t)
     if t.dim() != 2 or t.numel() == 0:
         raise ValueError(f"{name}: got shape {_shape(t)}, want {want}, each at least 1")
     return t.shape[0], t.shape[1]
@@ -344,6 +365,8 @@ def _base(
     if compute_dtype is not None:
         raise ValueError(f"compute_dtype: got {compute_dtype}, want None beside a dense weight")
     if weight is not None:
+        if not isinstance(weight, Tensor):
+            raise TypeError(f"weight: got {type(weight).__name__}, want a tensor or a Weight4bit")
         if weight.dtype is not x.dtype or weight.device != x.device or weight.requires_grad:
             _check_weight(x, weight)
         if weight.shape != shape:
@@ -359,7 +382,7 @@ def _check_weight(x: Tensor, weight: Tensor) -> None:
         raise TypeError(
             f"weight: got {weight.dtype}, want x's {x.dtype} (or autocast, which casts both)"
         )
-    _check_devices(x, weight=weight)
+    _check_devices("x", x, weight=weight)
     if weight.requires_grad and torch.is_grad_enabled():
         raise ValueError(
             "weight: got requires_grad=True, want a frozen weight: its gradient is not computed "
@@ -374,7 +397,7 @@ def _check_weight_4bit(
         raise ValueError(
             f"weight: got shape {list(weight.shape)}, want {list(shape)} for lora_A and lora_B"
         )
-    _check_devices(x, weight=weight.packed)
+    _check_devices("x", x, weight=weight.packed)
     if x.dtype is torch.float64 or dtype not in _FLOATS[:3]:
         name, got = ("x", x.dtype) if x.dtype is torch.float64 else ("compute_dtype", dtype)
         raise TypeError(
@@ -382,23 +405,27 @@ def _check_weight_4bit(
         )
 
 
-def _check_devices(x: Tensor, **tensors: Tensor) -> None:
+def _check_devices(beside: str, x: Tensor, **tensors: Tensor) -> None:
     for name, t in tensors.items():
         if t.device != x.device:
-            raise ValueError(f"{name}: got device {t.device}, want x's device {x.device}")
+            raise ValueError(f"{name}: got device {t.device}, want {beside}'s device {x.device}")
 
 
-def _check_vector(name: str, t: Tensor, size: int, x: Tensor) -> None:
+def _check_vector(name: str, t: Tensor, size: int, x: Tensor, beside: str = "x") -> None:
+    if not isinstance(t, Tensor):
+        raise _no_tensor(name, t)
     if t.dim() != 1 or t.shape[0] != size:
         raise ValueError(f"{name}: got shape {_shape(t)}, want [{size}]")
     if t.dtype not in _FLOATS or (t.dtype is torch.float64) != (x.dtype is torch.float64):
         raise TypeError(
-            f"{name}: got {t.dtype}, want a floating dtype that goes with x's {x.dtype}"
+            f"{name}: got {t.dtype}, want a floating dtype that goes with {beside}'s {x.dtype}"
         )
-    _check_devices(x, **{name: t})
+    _check_devices(beside, x, **{name: t})
 
 
 def _check_rng(rng: Tensor, x: Tensor) -> None:
+    if not isinstance(rng, Tensor):
+        raise _no_tensor("rng", rng)
     if rng.dtype is not torch.int64 or rng.shape != (2,):
         raise ValueError(f"rng: got {rng.dtype} {_shape(rng)}, want int64 [2]: seed and offset")
-    _check_devices(x, rng=rng)
+    _check_devices("x", x, rng=rng)

@@ -1,0 +1,84 @@
+"""What is no tensor, or no number, is named with what it is and what it should be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import lora_kernels
+from lora_kernels.functional import dora_norm
+
+K, N, R = 6, 5, 2
+
+
+def arguments() -> dict[str, Any]:
+    tensors = {"x": (3, K), "weight": (N, K), "lora_A": (R, K), "lora_B": (N, R)}
+    return {name: torch.ones(shape) for name, shape in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"x": [1.0]}, "x: got list, want a tensor"),
+        ({"weight": "w"}, "weight: got str, want a tensor or a Weight4bit"),
+        ({"lora_A": None}, "lora_A: got NoneType, want a tensor"),
+        ({"lora_B": 1.0}, "lora_B: got float, want a tensor"),
+        ({"bias": 0.0}, "bias: got float, want a tensor"),
+        ({"rank_gate": [1.0, 1.0]}, "rank_gate: got list, want a tensor"),
+        ({"column_scale": (1.0,)}, "column_scale: got tuple, want a tensor"),
+        ({"scaling": "2"}, "scaling: got '2', want a number"),
+        ({"scaling": True}, "scaling: got True, want a number"),
+        ({"scaling": None}, "scaling: got None, want a number"),
+        ({"dropout_p": "a"}, "dropout_p: got 'a', want a number"),
+        ({"dropout_p": 0.5, "rng": 7}, "rng: got int, want a tensor"),
+    ],
+)
+def test_lora_linear(change: dict[str, Any], words: str) -> None:
+    with pytest.raises(TypeError, match=f"^{words}$"):
+        lora_kernels.lora_linear(**{**arguments(), **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"x": 1}, "x: got int, want a tensor"),
+        ({"lora_A": [None]}, r"lora_A\[0\]: got NoneType, want a tensor"),
+        ({"index": [0, 0, 0]}, "index: got list, want a tensor of int64 or int32"),
+        ({"scaling": "2"}, "scaling: got '2', want a number"),
+        ({"scaling": ["2"]}, "scaling: got '2', want a number"),
+    ],
+)
+def test_multi_lora_linear(change: dict[str, Any], words: str) -> None:
+    given = arguments()
+    given |= {name: [given[name]] for name in ("lora_A", "lora_B")}
+    given["index"] = torch.zeros(3, dtype=torch.int64)
+    with pytest.raises(TypeError, match=f"^{words}$"):
+        lora_kernels.multi_lora_linear(**{**given, **change})
+
+
+def test_dora_norm_names_what_it_has() -> None:
+    given = {name: t for name, t in arguments().items() if name != "x"}
+    with pytest.raises(ValueError, match="weight: got device meta, want lora_A's device cpu"):
+        dora_norm(**{**given, "weight": given["weight"].to("meta")})
+    with pytest.raises(TypeError, match=r"rank_gate: got torch.float64, want .* lora_A's"):
+        dora_norm(**given, rank_gate=torch.ones(R, dtype=torch.float64))
+    with pytest.raises(TypeError, match="scaling: got 'two', want a number"):
+        dora_norm(**given, scaling="two")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("scaling", [2, 2.0, np.float32(2), np.int64(2)], ids=type)
+def test_numbers(scaling: Any) -> None:
+    want = lora_kernels.lora_linear(**arguments(), scaling=2.0)
+    assert torch.equal(lora_kernels.lora_linear(**arguments(), scaling=scaling), want)
+
+
+@pytest.mark.parametrize("scaling", [2, [2.0], torch.tensor([2.0]), (np.float64(2),)], ids=type)
+def test_numbers_of_several(scaling: Any) -> None:
+    given = arguments()
+    given |= {name: [given[name]] for name in ("lora_A", "lora_B")}
+    given["index"] = torch.zeros(3, dtype=torch.int64)
+    want = lora_kernels.lora_linear(**arguments(), scaling=2.0)
+    torch.testing.assert_close(lora_kernels.multi_lora_linear(**given, scaling=scaling), want)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import ops
 from .backends import forced
@@ -21,13 +20,37 @@ _NOTHING = contextlib.nullcontext()
 _Backward = Callable[..., tuple[Tensor | None, ...]]
 
 
-def _once(backward: _Backward) -> _Backward:
-    """`once_differentiable`, whose guard costs as much as a kernel of a small layer, where it is
-    needed: in a backward that is itself recorded."""
-    guarded = once_differentiable(backward)
+class _Gradients(torch.autograd.Function):
+    """A backward's results, tied to all that they were made of, so that a second derivative raises.
 
-    def call(ctx: Any, *dy: Tensor) -> tuple[Tensor | None, ...]:
-        return (guarded if torch.is_grad_enabled() else backward)(ctx, *dy)
+    `once_differentiable` ties them to dy alone: `autograd.grad` then finds no way to x, and a dx
+    of a dy that needs no gradient is a constant, which leaves terms out of a penalty in silence.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tensors[:count]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        raise RuntimeError(
+            "lora_kernels: trying to differentiate twice; its layers and functions are "
+            "differentiable once. Take the plain PyTorch expression, or "
+            "lora_kernels.peft.unfuse(model), for a second derivative"
+        )
+
+
+def _once(backward: _Backward) -> _Backward:
+    """Gives backward(ctx, saved, dy) the saved tensors, and where it is itself recorded guards its
+    results; that costs as much as a kernel of a small layer."""
+
+    def call(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors  # once: checkpointing unpacks no tensor twice
+        if not torch.is_grad_enabled():
+            return backward(ctx, saved, dy)
+        with torch.no_grad():
+            grads = backward(ctx, saved, dy)
+        return cast(tuple[Tensor | None, ...], _Gradients.apply(len(grads), *grads, dy, *saved))
 
     return call
 
@@ -94,8 +117,8 @@ class LoRALinearFunction(torch.autograd.Function):
 
     @staticmethod
     @_once
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, lora_A, lora_B, p, z, rank_gate, column_scale, rng, weight, *tensors = ctx.saved_tensors
+    def backward(ctx: Any, saved: tuple[Any, ...], dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, lora_A, lora_B, p, z, rank_gate, column_scale, rng, weight, *tensors = saved
         codes = (*tensors, *ctx.blocksizes)
         need = ctx.needs_input_grad
         need_x, need_A, need_B = need[0], need[2], need[3]
@@ -106,7 +129,8 @@ class LoRALinearFunction(torch.autograd.Function):
             with _again(ctx.choice, strategy=False):  # of a layer with one column
                 p = ops.rank_product(x, lora_A, ctx.dropout_p, rng, ctx.dtype)
         chosen: tuple[Choice, ...] = ()
-        if ctx.choice is not None and ops.plain(dy, x, base[0], lora_A, lora_B):
+        direct = ctx.choice is not None and ops.plain(dy, x, base[0], lora_A, lora_B)
+        if direct and not ops.batched(dy):
             call, chosen = ops.lora_linear_backward_direct, (ctx.choice,)
             base = (Codes(*codes) if codes else weight,)
         with _NOTHING if chosen else _again(ctx.choice):
@@ -171,15 +195,16 @@ class MultiLoRALinearFunction(torch.autograd.Function):
 
     @staticmethod
     @_once
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, index, p, rng, *tensors = ctx.saved_tensors
+    def backward(ctx: Any, saved: tuple[Any, ...], dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, index, p, rng, *tensors = saved
         E, need = len(ctx.scaling), ctx.needs_input_grad
         lora_A, lora_B, codes = tensors[:E], tensors[E : 2 * E], tensors[2 * E :]
         need_A, need_B = need[9 : 9 + E], need[9 + E : 9 + 2 * E]
         base: tuple[Any, ...] = (*codes, *ctx.blocksizes) if codes else (weight,)
         call: Any = ops.multi_lora_linear_backward_4bit if codes else ops.multi_lora_linear_backward
         chosen: tuple[Choice, ...] = ()
-        if ctx.choice is not None and ops.plain(dy, x, index, base[0], *lora_A, *lora_B):
+        direct = ctx.choice is not None and ops.plain(dy, x, index, base[0], *lora_A, *lora_B)
+        if direct and not ops.batched(dy):
             call, chosen = ops.multi_lora_linear_backward_direct, (ctx.choice,)
             base = (Codes(*codes, *ctx.blocksizes) if codes else weight,)
         with _NOTHING if chosen else _again(ctx.choice):

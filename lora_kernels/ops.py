@@ -489,3 +489,9 @@ def plain(*tensors: Tensor | None) -> bool:
         if t is not None and (type(t) not in _PLAIN or t.is_meta):
             return False
     return True
+
+
+def batched(dy: Tensor) -> bool:
+    """Whether it is of `autograd.grad(..., is_grads_batched=True)`, whose tensors look plain and
+    have no memory."""
+    return torch._C._functorch.is_legacy_batchedtensor(dy)

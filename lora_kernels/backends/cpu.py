@@ -318,7 +318,7 @@ def multi_lora_linear(
             base = _matrix(_cast(weight, dtype))
     p = x.new_zeros(M, R, dtype=torch.float32)
     rng_ptr, threshold, keep_scale = _mask(dropout_p, rng)
-    places = order if order is not None or rng is None else torch.arange(M)
+    places = order if order is not None or rng is None else torch.arange(M, device=index.device)
     native.module.multi_lora_linear(
         x.data_ptr(), _DTYPE[x.dtype], x.stride(0), xs.data_ptr(), _DTYPE[dtype], xs.stride(0),
         M, K, N, R, *_weight(base), codes, strategy == FEW_ROWS,
@@ -385,7 +385,7 @@ def multi_lora_linear_backward(
 
     dA, dB = gradients(lora_A, need_A), gradients(lora_B, need_B)
     rng_ptr, threshold, keep_scale = _mask(dropout_p, rng)
-    places = order if order is not None or rng is None else torch.arange(M)
+    places = order if order is not None or rng is None else torch.arange(M, device=index.device)
     native.module.multi_lora_linear_backward(
         dy.data_ptr(), _DTYPE[dy.dtype], dy.stride(0),
         dz.data_ptr(), _DTYPE[dz.dtype], dz.stride(0),
@@ -400,7 +400,9 @@ def multi_lora_linear_backward(
 
 
 def _inverse(order: Tensor) -> Tensor:
-    return torch.empty_like(order).scatter_(0, order, torch.arange(order.numel()))
+    return torch.empty_like(order).scatter_(
+        0, order, torch.arange(order.numel(), device=order.device)
+    )
 
 
 def _adapters(

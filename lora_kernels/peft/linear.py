@@ -140,6 +140,7 @@ class _Ready:
     active: str | list[str]
     dropout: nn.Module
     scalings: dict[str, float]
+    base_class: type[nn.Module]
     base_parameters: dict[str, Any]
     at: tuple[int, bool]
     adapter_dtypes: tuple[torch.dtype, torch.dtype]
@@ -170,13 +171,19 @@ class _Ready:
             return None  # decoded for float64; FSDP2's, which goes after the call
         if lora_B._parameters["bias"] is not None:
             return None
+        A, B = _weight(lora_A), _weight(lora_B)
+        if not (A.is_leaf and B.is_leaf):
+            return None  # functional_call's, whose graph would stay until the next call
 
+        called = (base, lora_A, lora_B, dropout)
         looked_up: list[tuple[dict[str, Any], str]] = [
-            (modules, "base_layer"),
-            *((modules[kind]._modules, name) for kind in ("lora_A", "lora_B", "lora_dropout")),
+            *((modules, kind) for kind in ("base_layer", "lora_A", "lora_B", "lora_dropout")),
+            # Of the active ones a layer may get another yet.
+            *((modules["lora_A"]._modules, active) for active in layer.active_adapters),
+            *((modules[kind]._modules, name) for kind in ("lora_B", "lora_dropout")),
             (layer.scaling, name),
             (layer.lora_variant, name),
-            *((module.__dict__, "forward") for module in (base, lora_A, lora_B)),
+            *((module.__dict__, "forward") for module in called),
             (base._parameters, "weight"),
             (lora_A._parameters, "weight"),
             (lora_B._parameters, "weight"),
@@ -190,7 +197,6 @@ class _Ready:
                 (stored.quant_state.__dict__, "absmax"),
             ]
         dicts, keys = zip(*looked_up, strict=True)
-        A, B = _weight(lora_A), _weight(lora_B)
         return cls(
             x.dtype,
             x.device,
@@ -202,13 +208,14 @@ class _Ready:
             copy.copy(layer._active_adapter),
             dropout,
             layer.scaling,
+            type(base),
             base._parameters,
             _address(stored),
             (A.dtype, B.dtype),
             dicts,
             keys,
             tuple(map(dict.get, dicts, keys)),
-            tuple(hooks for module in (base, lora_A, lora_B) for hooks in _hooks(module)),
+            tuple(hooks for module in called for hooks in _hooks(module)),
             None if dropout_p(dropout) else prepare(x, weight, A, B, scaling, compute_dtype),
         )
 
@@ -223,6 +230,7 @@ class _Ready:
             and layer._modules is self.dicts[0]
             and layer.scaling is self.scalings  # which PEFT's rescale_adapter_scale replaces
             and native.module.unchanged(self.dicts, self.keys, self.values, self.hooks)
+            and type(self.values[0]) is self.base_class  # another's since its bias is parametrized
             and nn.Linear.forward is _LINEAR_FORWARD
             and _address(self.base_parameters["weight"]) == self.at
             and (self.lora_A.dtype, self.lora_B.dtype) == self.adapter_dtypes
@@ -338,7 +346,9 @@ def dropout_reason(dropout: nn.Module) -> str | None:
     """Why it may be more than dropout."""
     if type(dropout) is not nn.Dropout and type(dropout) is not nn.Identity:
         return f"its dropout is a {type(dropout).__name__}"
-    return None
+    if any(_hooks(dropout)):
+        return "a hook sits on its dropout"
+    return f"{reason} (its dropout's)" if (reason := patched(dropout)) else None
 
 
 def dora(layer: Any, name: str) -> bool:

@@ -86,7 +86,7 @@ def _dynamic_map() -> Tensor:
         edges = torch.linspace(0.1, 1, 2**e + 1, dtype=torch.float32, device="cpu")
         decades.append(10.0 ** (e - 6) * ((edges[:-1] + edges[1:]) / 2))
     positive = torch.cat(decades)
-    ends = torch.tensor([0.0, 1.0], device="cpu")
+    ends = torch.tensor([0.0, 1.0], dtype=torch.float32, device="cpu")
     return torch.cat([positive, -positive, ends]).sort().values
 
 

@@ -63,7 +63,7 @@ class Codes(NamedTuple):
         n0, n1, _ = rows.indices(shape[0])
         k0, k1, _ = columns.indices(shape[1])
         assert native.module is not None
-        out = torch.empty(n1 - n0, k1 - k0, dtype=dtype)
+        out = self.packed.new_empty(n1 - n0, k1 - k0, dtype=dtype)
         native.module.dequantize(
             self.native(shape), n0, n1 - n0, k0, k1 - k0, out.data_ptr(), _DTYPE[dtype],
             k1 - k0, torch.get_num_threads(),
@@ -78,8 +78,8 @@ def encode(
     if weight.device.type != "cpu" or native.module is None or torch.compiler.is_compiling():
         return reference.quantize_4bit(weight, thresholds, order, blocksize)
     weight, n = weight.contiguous(), weight.numel()
-    packed = torch.empty(-(-n // 2), dtype=torch.uint8)
-    absmax = torch.empty(-(-n // blocksize))
+    packed = weight.new_empty(-(-n // 2), dtype=torch.uint8)
+    absmax = weight.new_empty(-(-n // blocksize), dtype=torch.float32)
     native.module.quantize(
         weight.data_ptr(), _DTYPE[weight.dtype], n, blocksize, thresholds.data_ptr(),
         order.data_ptr(), reference.SMALLEST_SCALE, packed.data_ptr(), absmax.data_ptr(),

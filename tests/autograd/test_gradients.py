@@ -95,8 +95,54 @@ def test_double_backward_raises():
     grads = torch.autograd.grad(
         lora_linear(**case).square().sum(), leaves.values(), create_graph=True
     )
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="differentiate twice"):
         grads[0].sum().backward()
+
+
+def penalized(case, leaves):
+    """A gradient penalty of a loss that is linear in y, so that dy needs no gradient."""
+    (dx,) = torch.autograd.grad(lora_linear(**case).sum(), leaves["x"], create_graph=True)
+    return case["x"].sum() + dx.square().sum()
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph")
+def test_no_second_derivative_is_left_out():
+    """It raises by every way from a gradient to what it was made of."""
+    case = make_case()
+    leaves = require_grad(case)
+    for wanted in ("lora_A", "lora_B"):
+        with pytest.raises(RuntimeError, match="differentiate twice"):
+            torch.autograd.grad(penalized(case, leaves), leaves[wanted], allow_unused=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        penalized(case, leaves).backward()
+
+    def loss(x):
+        return lora_linear(**{**case, "x": x}).square().sum()
+
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        torch.autograd.functional.hessian(loss, case["x"].detach())
+    loss(leaves["x"]).backward(create_graph=True)  # of which nobody asks for a second one
+    first = {name: t.grad for name, t in leaves.items() if t.grad is not None}
+    for name, grad in zip(
+        first, torch.autograd.grad(loss(leaves["x"]), [leaves[n] for n in first]), strict=True
+    ):
+        assert torch.equal(first[name], grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("option", OPTIONS)
+def test_several_dy_at_once(option, dtype):
+    case = make_case(option, dtype=dtype)
+    leaves = require_grad(case)
+    y = lora_linear(**case)
+    dys = torch.linspace(-1, 1, 3 * y.numel(), dtype=dtype).view(3, *y.shape)
+    of_y = {"outputs": y, "inputs": list(leaves.values()), "retain_graph": True}
+    together = torch.autograd.grad(**of_y, grad_outputs=dys, is_grads_batched=True)
+    for i, dy in enumerate(dys):
+        for all_of_it, alone in zip(
+            together, torch.autograd.grad(**of_y, grad_outputs=dy), strict=True
+        ):
+            assert torch.equal(all_of_it[i], alone)
 
 
 @pytest.mark.parametrize("name", BACKENDS)

@@ -209,12 +209,52 @@ def less_dropout(layer: Any) -> None:
     layer.lora_dropout["default"].p = 0.25
 
 
+def other_adapters(layer: Any) -> None:
+    lora_A = copy.deepcopy(layer.lora_A)
+    lora_A["default"].weight.data *= 2
+    layer.lora_A = lora_A
+
+
+def other_dropouts(layer: Any) -> None:
+    layer.lora_dropout = nn.ModuleDict({"default": nn.Dropout(0.5), "other": nn.Identity()})
+
+
+def hooked_dropout(layer: Any) -> None:
+    layer.lora_dropout["default"].register_forward_hook(lambda _m, _x, y: y * 2)
+
+
+def replaced_dropout(layer: Any) -> None:
+    layer.lora_dropout["default"].forward = lambda x: 2 * x
+
+
+class Doubled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+def parametrized_bias(layer: Any) -> None:
+    nn.utils.parametrize.register_parametrization(layer.base_layer, "bias", Doubled())
+
+
+class Other(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def other_class(layer: Any) -> None:
+    if type(layer.base_layer) is nn.Linear:
+        layer.base_layer.__class__ = Other
+    else:
+        in_place(layer)
+
+
 CHANGES = [
     hooked, hooked_adapter, replaced_forward, replaced_base, new_weight_tensor, new_parameter,
     new_data, lower_rank, other_dtype, in_place, bias_in_place, no_bias, scaled, scaled_by_peft,
-    other_adapter, both_adapters, disabled, merged,
+    other_adapter, both_adapters, disabled, merged, other_adapters, hooked_dropout,
+    replaced_dropout, parametrized_bias, other_class,
 ]  # fmt: skip
-CHANGES_OF_TRAINING = [trainable_base, dropout, less_dropout]
+CHANGES_OF_TRAINING = [trainable_base, dropout, less_dropout, other_dropouts]
 CHANGES_OF_4_BITS = [other_scales, other_scales_in_place, other_state, other_compute_dtype]
 
 
@@ -312,6 +352,30 @@ def test_what_surrounds_a_training_call_is_noticed(layer: Any) -> None:
     replica._modules = dict(layer._modules, base_layer=copy.deepcopy(layer.base_layer))
     replica.base_layer.bias.data += 1
     assert not torch.equal(replica(x), layer(x))
+
+
+def test_an_active_adapter_that_comes_later_is_noticed(layer: Any) -> None:
+    lora_A = layer.lora_A["other"]
+    layer.set_adapter(["default", "other"])
+    del layer.lora_A["other"]
+    alone = decode(layer)
+    assert torch.equal(decode(layer), alone)
+    layer.lora_A["other"] = lora_A
+    both = decode(layer)
+    assert not torch.equal(both, alone) and torch.equal(decode(layer), both)
+
+
+def test_parameters_that_were_computed_go_from_memory(layer: Any) -> None:
+    """And with them all that their graph holds."""
+    import gc
+    import weakref
+
+    A = layer.lora_A["default"].weight.detach() * nn.Parameter(torch.ones(()))
+    y = torch.func.functional_call(layer, {"lora_A.default.weight": A}, (row(3),))
+    gone = weakref.ref(A)
+    del A, y
+    gc.collect()
+    assert gone() is None
 
 
 def test_a_layer_goes_from_memory_at_once(layer: Any) -> None:

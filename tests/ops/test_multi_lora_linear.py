@@ -288,3 +288,15 @@ def test_mixed_dtypes_of_adapters() -> None:
         TypeError, match=r"lora_A\[1\], lora_B\[1\]: got torch.float16, torch.float32"
     ):
         multi_lora_linear(**args)
+
+
+@pytest.mark.skipif(native.module is None, reason="no native kernels")
+@pytest.mark.parametrize("rows", ["grouped", "mixed"])
+def test_the_default_device_changes_nothing(rows: str) -> None:
+    args = inputs(MultiCase(7, 33, 63, rows=rows, dropout_p=0.1))
+    want = run(multi_lora_linear, args)
+    with torch.device("meta"):
+        got = run(multi_lora_linear, args)
+    assert want.keys() == got.keys()
+    for name, t in want.items():
+        assert torch.equal(got[name], t), name

@@ -13,7 +13,7 @@ from safetensors.torch import load, save
 from torch import nn
 
 from lora_kernels import reference
-from lora_kernels.quantization import Weight4bit, quantize_4bit
+from lora_kernels.quantization import Weight4bit, codebooks, quantize_4bit
 from tests.quantization import default_backend
 
 N, K = 48, 64
@@ -386,3 +386,22 @@ def test_bad_state_tensors():
     both = {**state, JSON.replace("nf4", "fp4"): state[JSON]}
     with pytest.raises(ValueError, match="state: got 2 keys"):
         Weight4bit.from_state_dict(both)
+
+
+@flat_and_nested
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_defaults_of_torch_change_nothing(nested, dtype):
+    """Neither the dtype, which transformers sets while it loads a model, nor the device."""
+    weight = dense()
+    want = quantize_4bit(weight, double_quant=nested)
+    decoded = want.dequantize(torch.float32)
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype)
+        codebooks._dynamic_map.cache_clear()
+        with torch.device("meta"):
+            got = quantize_4bit(weight, double_quant=nested)
+            assert torch.equal(got.dequantize(torch.float32), decoded)
+    finally:
+        torch.set_default_dtype(before)
+    assert_same(got, want)

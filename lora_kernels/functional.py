@@ -70,12 +70,12 @@ def lora_linear(
     if not isinstance(x, Tensor):
         raise _no_tensor("x", x)
     R, K = _matrix("lora_A", lora_A, "[R, K]")
-    N, _ = _matrix("lora_B", lora_B, "[N, R]")
+    N, ranks = _matrix("lora_B", lora_B, "[N, R]")
     device, x_dtype, a_dtype, b_dtype = x.device, x.dtype, lora_A.dtype, lora_B.dtype
     y_dtype = base_dtype(device.type, x_dtype)
     if x.dim() == 0 or x.shape[-1] != K:
         raise ValueError(f"x: got shape {_shape(x)}, want [..., {K}] for lora_A {_shape(lora_A)}")
-    if lora_B.shape[1] != R:
+    if ranks != R:
         raise ValueError(f"lora_B: got shape {_shape(lora_B)}, want [N, {R}] for rank {R}")
     if x_dtype not in _FLOATS:
         raise TypeError(f"x: got {x_dtype}, want float32, bfloat16, float16 or float64")
@@ -335,9 +335,11 @@ def _number(name: str, got: float) -> float:
 def _matrix(name: str, t: Tensor, want: str) -> tuple[int, int]:
     if not isinstance(t, Tensor):
         raise _no_tensor(name, t)
-    if t.dim() != 2 or t.numel() == 0:
+    shape = t.shape  # a new object each time
+    if len(shape) != 2 or 0 in shape:
         raise ValueError(f"{name}: got shape {_shape(t)}, want {want}, each at least 1")
-    return t.shape[0], t.shape[1]
+    rows, columns = shape
+    return rows, columns
 
 
 def _check_dtypes(beside: str, x_dtype: torch.dtype, **dtypes: torch.dtype) -> None:

@@ -335,7 +335,7 @@ def _cpu_choice(
     elif amx_bf16 and dtype is torch.bfloat16 and not (four_bit and isa == "amxbf16"):
         many, reason = cpu.LIBRARY, f"{reason}; the library multiplies with AMX"
     elif mkl_rows is not None:
-        reason += "; Intel's library is faster at large products in float32"
+        reason += "; large float32 products are Intel's library's"
         if many_rows is None and mkl_rows > (first := SINGLE_PASS_ROWS[dtype]):
             both = f"{cpu.LIBRARY}; from {first} to {mkl_rows - 1} rows {many}"
             return Choice("cpu", both, reason)

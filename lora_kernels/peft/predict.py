@@ -97,7 +97,7 @@ class Prediction:
         >>> Prediction(None, None, False, None, (few, many)).changes(512)
         'up to 63 rows: library'
         """
-        found = []
+        found: dict[str, list[str]] = {}
         here = next(r for r in reversed(self.regions) if r.rows <= rows)
         ends = [region.rows - 1 for region in self.regions[1:]] + [None]
         for region, last in zip(self.regions, ends, strict=True):
@@ -106,16 +106,19 @@ class Prediction:
             way = region.strategy
             if region.backend != here.backend:
                 way = f"{region.backend}, {way}"
-            if last is None:
-                found.append(f"from {region.rows} rows on: {way}")
-            elif region.rows in (1, last):
-                found.append(f"{'up to' if last > 1 else 'at'} {last} row{'s' * (last > 1)}: {way}")
-            else:
-                found.append(f"{region.rows} to {last} rows: {way}")
-        return "; ".join(found)
+            found.setdefault(way, []).append(_span(region.rows, last))
+        return "; ".join(f"{' and '.join(spans)}: {way}" for way, spans in found.items())
 
     def facts(self) -> dict[str, Any]:
         return asdict(self) | {"regions": [region._asdict() for region in self.regions]}
+
+
+def _span(first: int, last: int | None) -> str:
+    if last is None:
+        return f"from {first} rows on"
+    if first == last:
+        return f"at {last} row{'s' * (last > 1)}"
+    return f"up to {last} rows" if first == 1 else f"{first} to {last} rows"
 
 
 def regions(part: Part) -> tuple[Region, ...]:

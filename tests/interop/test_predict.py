@@ -96,6 +96,9 @@ def test_changes_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.changes(40) == "at 1 row: a; 2 to 32 rows: b; from 64 rows on: d"
     assert found.changes(1) == "2 to 32 rows: b; 33 to 63 rows: c; from 64 rows on: d"
     assert found.changes(64).startswith("at 1 row: a; 2 to 32")
+    choices(monkeypatch, (1, "a"), (2, "b"), (5, "c"), (6, "b"), (9, "a"))
+    found = predict.Prediction(None, None, False, None, predict.regions(part()))
+    assert found.changes(7) == "at 1 row and from 9 rows on: a; 2 to 4 rows: b; at 5 rows: c"
     other = predict.Prediction(
         None, None, False, None, (Region(1, "cuda", "s"), Region(9, "triton", "t"))
     )

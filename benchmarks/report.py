@@ -21,6 +21,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -80,15 +81,15 @@ class Run:
     def roofline_png(self) -> Path:
         return self.folder / "roofline.png"
 
-    @property
+    @cached_property
     def dense(self) -> Row:
         return json.loads((self.folder / "dense.json").read_text())  # type: ignore[no-any-return]
 
-    @property
+    @cached_property
     def codes(self) -> Row | None:
         return self._read("4bit.json")
 
-    @property
+    @cached_property
     def variants(self) -> Row | None:
         return self._read("variants.json")
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from . import ops
 from .autograd import LoRALinearFunction, MultiLoRALinearFunction
 from .quantization import Weight4bit
+from .quantization.codes import Codes
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -92,10 +93,13 @@ def lora_linear(
         _check_vector("column_scale", column_scale, N, x)
     if dropout_p or rng is not None:
         dropout_p, rng = _dropout(x, dropout_p, rng)
-    return LoRALinearFunction.apply(  # type: ignore[no-any-return]
-        x, weight, lora_A, lora_B, _number("scaling", scaling), rank_gate, column_scale, bias,
-        float(dropout_p), rng, dtype, y_dtype, recompute, *codes,
+    rest = (
+        lora_A, lora_B, _number("scaling", scaling), rank_gate, column_scale, bias,
+        float(dropout_p), rng, dtype, y_dtype,
     )  # fmt: skip
+    if not torch.is_grad_enabled() and ops.plain(x, codes[0] if codes else weight, *rest[:2]):
+        return ops.lora_linear_direct(x, Codes(*codes) if codes else weight, *rest, False)[0]
+    return LoRALinearFunction.apply(x, weight, *rest, recompute, *codes)  # type: ignore[no-any-return]
 
 
 def multi_lora_linear(

@@ -5,11 +5,11 @@ time of the frozen linear alone, x needing a gradient in both. Nobody pays less 
 
     forward 1 + R·(1/K + 1/N)      backward 1 + 2·R·(1/K + 1/N)      step 1 + 1.5·R·(1/K + 1/N)
 
-A backward is the second part of the steps that are timed. Up to STREAMED_ROWS rows of x the forward
-is timed a second time, cold: over more weights in turn than the last-level cache holds. Every
-candidate's results are checked before it is timed: one that misses the tolerance gets ✗ instead of
-a time. Float32 adapters beside a bfloat16 x are PEFT's default. torch.compile gets each shape as a
-static one.
+Forward and backward are the parts of the steps that are timed. Up to STREAMED_ROWS rows of x are
+also decoded: the forward without gradients, ours as a layer makes it, once warm and once cold, over
+more weights in turn than the last-level cache holds. Every candidate's results are checked before
+it is timed: one that misses the tolerance gets ✗ instead of a time. Float32 adapters beside a
+bfloat16 x are PEFT's default. torch.compile gets each shape as a static one.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from .. import __version__, cpu_costs, functional, select
 from .. import device as devices
 from ..backends import native
 from ..cpu_costs import Machine, Sizes
+from ..prepared import Latest
 from . import case as cases
 from . import compare, flat, models, timing
 from .case import Case
@@ -48,8 +49,8 @@ SHAPES = [  # M, K, N
 ]  # fmt: skip
 RANKS = [8, 16, 64]
 DTYPES = ["float32", "bfloat16"]
-SECONDS = 3.0
-MODES = ("forward", "backward", "step")
+SECONDS = 2.5
+MODES = ("decoding", "forward", "backward", "step")
 
 # A candidate is made from the arguments of `lora_linear`, then called with them again and again.
 Call = Callable[..., Tensor]
@@ -86,6 +87,19 @@ def ours(args: dict[str, Any]) -> Call:
     def call(*args: Any, **kwargs: Any) -> Tensor:
         with cases.kernels(device):
             return functional.lora_linear(*args, **kwargs)
+
+    return call
+
+
+def decoding(args: dict[str, Any]) -> Call:
+    """`ours` as a layer calls it, which prepares the calls that follow where no gradient is wanted;
+    on a GPU, or with dropout, there is nothing to prepare."""
+    if args["x"].device.type != "cpu" or args["dropout_p"]:
+        return ours(args)
+    latest = Latest()
+
+    def call(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, **rest: Any) -> Tensor:
+        return latest(x, weight, lora_A, lora_B, rest["scaling"], rest["bias"])
 
     return call
 
@@ -168,7 +182,7 @@ def floor(case: Case, mode: str) -> float:
     >>> floor(Case(M=256, N=2048, K=2048, R=16), "step")
     1.0234375
     """
-    products = {"forward": 1.0, "backward": 2.0, "step": 1.5}[mode]
+    products = {"backward": 2.0, "step": 1.5}.get(mode, 1.0)
     return 1 + products * case.R * (1 / case.K + 1 / case.N)
 
 
@@ -183,8 +197,8 @@ def least_seconds(case: Case, mode: str, machine: Machine) -> float:
     itemsize = (case.adapter_dtype or case.dtype).itemsize
     sizes = Sizes(case.M, case.N, case.K, case.R, case.dtype, itemsize)
     bytes_, flops = (
-        cpu_costs.moved(sizes, mode != "forward"),
-        cpu_costs.flops(sizes, mode != "forward"),
+        cpu_costs.moved(sizes, mode in ("backward", "step")),
+        cpu_costs.flops(sizes, mode in ("backward", "step")),
     )
     if mode == "backward":
         bytes_, flops = bytes_ - cpu_costs.moved(sizes), flops - cpu_costs.flops(sizes)
@@ -192,8 +206,8 @@ def least_seconds(case: Case, mode: str, machine: Machine) -> float:
 
 
 def measure(case: Case, seconds: float, machine: Machine | None = None) -> list[dict[str, Any]]:
-    """Rows for each of MODES, and for a cold forward where x is of few rows: every candidate
-    checked, then timed beside the frozen linear. machine: for `floor_ms`, else None."""
+    """Rows for each of MODES, decoding where x is of few rows: every candidate checked, then timed
+    beside the frozen linear. machine: for `floor_ms`, else None."""
     torch._dynamo.reset()  # or it would take a third shape for a dynamic one
     args = cases.inputs(replace(case, frozen=("lora_A", "lora_B")))
     made: dict[str, tuple[Make, dict[str, Any]]] = {"frozen": (frozen, args)}
@@ -205,6 +219,8 @@ def measure(case: Case, seconds: float, machine: Machine | None = None) -> list[
             checked = replace(checked, M=min(case.M, CHECKED_ROWS))
         verdicts = cases.judge(checked, lambda make=make, **kwargs: make(kwargs)(**kwargs))
         wrong = [f"{output} {verdict}" for output, verdict in verdicts.items() if not verdict.ok]
+        if make is ours and case.M <= compare.STREAMED_ROWS:
+            wrong += _decoded_otherwise(own)
         if wrong:
             misses[name] = "; ".join(wrong)
         else:
@@ -218,12 +234,16 @@ def measure(case: Case, seconds: float, machine: Machine | None = None) -> list[
         device=case.device,
         yardstick=compare.FROZEN,
     )
-    found = {("forward", "warm"): timed({n: _forward(*call) for n, call in calls.items()})[0]}
-    if case.M <= compare.STREAMED_ROWS:
-        found["forward", "cold"] = timed(_cold(made, case.device))[0]
-    found["step", "warm"], found["backward", "warm"] = timed(
+    found = {}
+    found["step", "warm"], found["forward", "warm"], found["backward", "warm"] = timed(
         {name: _parts(*call) for name, call in calls.items()}
     )
+    if case.M <= compare.STREAMED_ROWS:
+        made = {n: (decoding if make is ours else make, args) for n, (make, args) in made.items()}
+        forwards = {name: _forward(make(args), args) for name, (make, args) in made.items()}
+        with torch.no_grad():
+            found["decoding", "warm"] = timed(forwards)[0]
+            found["decoding", "cold"] = timed(_cold(made, case.device))[0]
     facts = {
         **_choice(case),
         "correct": "ours" not in misses,
@@ -258,10 +278,19 @@ def _choice(case: Case) -> dict[str, str]:
     return {"backend": choice.backend, "strategy": choice.strategy}
 
 
+def _decoded_otherwise(case: Case) -> list[str]:
+    """What is wrong with ours as it is when decoding, beside what has been checked."""
+    args = cases.inputs(case)
+    want, call = _forward(ours(args), args)(), _forward(decoding(args), args)
+    with torch.no_grad():
+        same = [torch.equal(call(), want) for _ in range(3)]  # of which the first prepares
+    return [] if all(same) else ["y MISS: without gradients it is not what it is with them"]
+
+
 def _cold(
     made: dict[str, tuple[Make, dict[str, Any]]], device: str
 ) -> dict[str, Callable[[], object]]:
-    """Forwards that take another copy of the weight each time."""
+    """Forwards, without gradients, that take another copy of the weight each time."""
     weight = made["frozen"][1]["weight"]
     size = weight.numel() * weight.itemsize
     count = max(2, min(64, -(-timing.cold_bytes(device) // size)))
@@ -269,8 +298,11 @@ def _cold(
 
     def rotated(make: Make, args: dict[str, Any]) -> Callable[[], object]:
         each = [{**args, "weight": copy} for copy in weights]
-        calls = itertools.cycle([_forward(make(args), args) for args in each])
-        return lambda: next(calls)()
+        calls = [_forward(make(args), args) for args in each]
+        for call in calls:  # the first may prepare the others
+            call()
+        turns = itertools.cycle(calls)
+        return lambda: next(turns)()
 
     return {name: rotated(make, args) for name, (make, args) in made.items()}
 

@@ -10,6 +10,7 @@ the tolerance's, eager being PyTorch's calls on the decoded weight.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -101,10 +102,14 @@ class Bases:
         got = self._dense(self.ours[0].weight4bit.dequantize(x.dtype), x)
         return _error(got, ref)
 
+    @functools.cached_property
+    def decoded(self) -> Tensor:
+        """The first weight in float64."""
+        return self.ours[0].weight4bit.dequantize(torch.float32).double()
+
     def reference(self, x: Tensor) -> Tensor:
-        weight = self.ours[0].weight4bit.dequantize(torch.float32).double()
         A, B = self.lora_A.detach().double(), self.lora_B.detach().double()
-        return x.double() @ weight.T + (x.double() @ A.T) @ B.T * SCALING
+        return x.double() @ self.decoded.T + (x.double() @ A.T) @ B.T * SCALING
 
     def stream(self) -> list[Callable[[], object]]:
         """Reading each weight's packed codes once, and doing next to nothing with them."""

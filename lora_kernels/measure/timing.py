@@ -16,6 +16,7 @@ from .. import device as devices
 from ..cpu_costs import Machine
 
 COLD_BYTES = 64 << 20
+FEWEST = 5  # rounds, however long one takes
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,8 @@ def interleave(
     """Time the calls in turns, each leading in turn, so that drift hits all of them alike.
 
     Warm: the same arguments every round, after one round that is not counted. Rounds go on for
-    about `seconds` in all, at least `least` and at most `most` of them. `repeat` calls are timed
+    about `seconds` in all, at least `least` and at most `most` of them, or FEWEST where those take
+    longer than twice that. `repeat` calls are timed
     as one, for those too short for the clock. On a GPU the device's own events are read. With a
     yardstick, the name of one of the calls, each call's times have their ratios to it, round by
     round: what slows a whole round down leaves them as they are.
@@ -120,30 +122,36 @@ def interleave_parts(
     repeat: int = 1,
     device: str = "cpu",
     yardstick: str | None = None,
-) -> tuple[dict[str, Times], dict[str, Times]]:
-    """As `interleave`; and the times of the second parts, of the calls that are `Parts`.
+) -> tuple[dict[str, Times], dict[str, Times], dict[str, Times]]:
+    """As `interleave`; and the times of the first and of the second parts, of the calls that are
+    `Parts`.
 
-    >>> whole, second = interleave_parts({"a": Parts(lambda: 1, lambda one: one + 1)}, seconds=0.0)
-    >>> whole["a"].p50 > second["a"].p50
+    >>> parts = {"a": Parts(lambda: 1, lambda one: one + 1)}
+    >>> whole, first, second = interleave_parts(parts, seconds=0.0)
+    >>> whole["a"].p50 > max(first["a"].p50, second["a"].p50)
     True
     """
     names = list(calls)
     whole: dict[str, list[float]] = {name: [] for name in names}
-    second: dict[str, list[float]] = {
-        name: [] for name, call in calls.items() if isinstance(call, Parts)
-    }
+    of_parts = [name for name, call in calls.items() if isinstance(call, Parts)]
+    first: dict[str, list[float]] = {name: [] for name in of_parts}
+    second: dict[str, list[float]] = {name: [] for name in of_parts}
     clock = _on_gpu if device == "cuda" else _on_cpu
-    begun, round_ = time.perf_counter(), -1
-    while round_ < least or (round_ < most and time.perf_counter() - begun < seconds):
+    begun, spent, round_ = time.perf_counter(), 0.0, -1
+    while round_ < most and (
+        spent < seconds or round_ < (least if spent < 2 * seconds else min(least, FEWEST))
+    ):
         turn = round_ % len(names)
         for name in names[turn:] + names[:turn]:
             elapsed, after = clock(calls[name], repeat)
             if round_ >= 0:
                 whole[name].append(elapsed / repeat)
             if round_ >= 0 and name in second:
+                first[name].append((elapsed - after) / repeat)
                 second[name].append(after / repeat)
         round_ += 1
-    return _times(whole, yardstick), _times(second, yardstick)
+        spent = time.perf_counter() - begun
+    return _times(whole, yardstick), _times(first, yardstick), _times(second, yardstick)
 
 
 def _times(taken: dict[str, list[float]], yardstick: str | None) -> dict[str, Times]:

@@ -33,7 +33,8 @@ def test_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file, lines = tmp_path / "new" / "cpu.json", tmp_path / "new" / "cpu.csv"
     assert cli.main([*SMALL, "--json", str(file), "--csv", str(lines)]) == 0
     data = json.loads(file.read_text())
-    each = [("forward", "warm"), ("forward", "cold"), ("backward", "warm"), ("step", "warm")]
+    each = [("decoding", "warm"), ("decoding", "cold")]
+    each += [(mode, "warm") for mode in ("forward", "backward", "step")]
     assert [(row["mode"], row["cache"]) for row in data["rows"]] == each * 4  # ranks, dtypes
     for row in data["rows"]:
         names = SIXTEEN_BITS if row["dtype"] == "bfloat16" else NAMES
@@ -49,7 +50,7 @@ def test_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         M, K, N, R = (row[name] for name in "MKNR")
         forward = 2 * M * (K * N + R * (K + N))
         backward = 2 * M * (K * N + 2 * R * (K + N))
-        work = {"forward": forward, "backward": backward, "step": forward + backward}[row["mode"]]
+        work = {"backward": backward, "step": forward + backward}.get(row["mode"], forward)
         assert row["floor_ms"] == pytest.approx(work * 1e-6)
         assert ("bytes" in row) == ("peak_bytes" in row) == (row["mode"] == "step")
         if row["mode"] == "step":

@@ -1,8 +1,9 @@
-"""Calls of two parts: what is timed of the whole and of the second, by the clock and by a GPU's
+"""Calls of two parts: what is timed of the whole and of each, by the clock and by a GPU's
 events; and which weights a cold forward takes."""
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -49,7 +50,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("repeat", [1, 3])
-def test_the_second_part_is_timed_by_itself(clock: Clock, device: str, repeat: int) -> None:
+def test_the_parts_are_timed_by_themselves(clock: Clock, device: str, repeat: int) -> None:
     got: list[object] = []
 
     def second(first: object) -> None:
@@ -60,23 +61,24 @@ def test_the_second_part_is_timed_by_itself(clock: Clock, device: str, repeat: i
         "both": Parts(lambda: clock.passes(2.0) and "graph", second),
         "one": lambda: clock.passes(10.0),
     }
-    whole, after = interleave_parts(
+    whole, before, after = interleave_parts(
         calls, seconds=0.0, least=4, repeat=repeat, device=device, yardstick="one"
     )
     assert set(got) == {"graph"} and len(got) == 5 * repeat  # one round is not counted
     assert (whole["both"].p50, whole["one"].p50, after["both"].p50) == (5.0, 10.0, 3.0)
-    assert set(after) == {"both"}
+    assert set(before) == set(after) == {"both"} and before["both"].p50 == 2.0
     assert whole["both"].over is not None and whole["both"].over.p50 == 0.5
     assert after["both"].over is None  # the yardstick has no second part
 
 
-def test_second_parts_have_a_yardstick_of_their_own(clock: Clock) -> None:
+def test_parts_have_a_yardstick_of_their_own(clock: Clock) -> None:
     def parts(first: float, second: float) -> Parts:
         return Parts(lambda: clock.passes(first), lambda _: clock.passes(second))
 
-    _, after = interleave_parts(
-        {"ours": parts(1.0, 6.0), "frozen": parts(1.0, 4.0)}, seconds=0.0, yardstick="frozen"
+    _, before, after = interleave_parts(
+        {"ours": parts(3.0, 6.0), "frozen": parts(1.0, 4.0)}, seconds=0.0, yardstick="frozen"
     )
+    assert before["ours"].over is not None and before["ours"].over.p50 == 3.0
     assert after["ours"].over is not None and after["ours"].over.p50 == 1.5
 
 
@@ -97,5 +99,36 @@ def test_a_cold_forward_goes_through_the_weights(monkeypatch: pytest.MonkeyPatch
     want = args["x"] @ args["weight"].T
     for _ in range(8):
         assert torch.equal(call(), want)  # type: ignore[arg-type]
-    assert len(set(seen[:4])) == 4 and seen[4:] == seen[:4]
+    # Each once beforehand, in which it may prepare the calls that follow, and then in turn.
+    assert len(set(seen[:4])) == 4 and seen == 3 * seen[:4]
     assert args["weight"].data_ptr() not in seen
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+def test_few_rows_are_timed_as_they_are_decoded(dropout_p: float) -> None:
+    """By the prepared call of a layer, where there is one; what it returns is checked too."""
+    case = Case(2, 8, 16, 3, dropout_p=dropout_p)
+    args = cases.inputs(case)
+    call = bench._forward(bench.decoding(args), args)
+    with torch.no_grad():
+        assert torch.equal(call(), bench._forward(bench.ours(args), args)())
+    assert bench._decoded_otherwise(case) == []
+
+
+def test_wrong_decoding_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong_from_the_second_on(args: dict[str, Any]) -> Any:
+        calls = itertools.count()
+        return lambda **rest: bench.ours(args)(**rest) + (next(calls) > 0)
+
+    monkeypatch.setattr(bench, "decoding", wrong_from_the_second_on)
+    rows = bench.measure(Case(2, 8, 16, 3), 0.0)
+    assert [row["correct"] for row in rows] == [False] * 5
+    assert all("ours" not in row["tax"] and "eager" in row["tax"] for row in rows)
+    assert "without gradients" in rows[0]["misses"]["ours"]
+
+
+def test_long_rounds_are_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = itertools.count()  # a second each time it is looked at
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: float(next(now)))
+    for seconds, rounds in ((1.0, 5), (16.0, 9), (60.0, 19), (1e4, 201)):
+        assert timing.interleave({"one": int}, seconds=seconds)["one"].rounds == rounds

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+import lora_kernels
 from lora_kernels.measure import case as cases
 from lora_kernels.measure.case import LAYOUTS, Case, judge
 from tests.ops.engines import every_engine, every_thread_count, every_tiled_engine
@@ -165,3 +166,21 @@ def test_cross_product(
             for engine in cases.engines():
                 with cases.engine(engine):
                     check(case)
+
+
+@every_engine
+@pytest.mark.parametrize("quant", ["", "nf4-64-nested"])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_the_same_bits_without_gradients(options: dict[str, Any], quant: str, engine: str) -> None:
+    """Which go another way: no autograd Function, nothing is kept."""
+    if quant and not options.get("base", True):
+        return
+    for autocast in (None, bf16):
+        args = cases.inputs(Case(3, 33, 64, 5, f32, quant=quant, autocast=autocast, **options))
+        args.pop("dy")
+        with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
+            want = lora_kernels.lora_linear(**args)
+            with torch.no_grad():
+                got = lora_kernels.lora_linear(**args)
+        assert want.requires_grad and not got.requires_grad and torch.equal(got, want)
+        assert got.dtype is want.dtype

@@ -74,7 +74,7 @@ def test_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         f"{name}, {mode}" for name in ("frozen", "ours", "addmm", "eager") for mode in modes
     }
     out = capsys.readouterr().out
-    assert "float32 8×48×32 r=3 step: frozen" in out and "r=3 forward, cold: frozen" in out
+    assert "float32 8×48×32 r=3 step: frozen" in out and "r=3 decoding, cold: frozen" in out
     assert "ms (p20/p50/p80), " in out and " of what the machine allows" in out
     assert "MiB held for the backward + most in a step: frozen" in out
     assert "torch.compile takes long" in out

@@ -89,29 +89,29 @@ class LoRALinearFunction(torch.autograd.Function):
         *codes: Any,
     ) -> Tensor:
         save_z = column_scale is not None and ctx.needs_input_grad[6]
-        base: tuple[Any, ...] = codes or (weight,)
-        call: Any = ops.lora_linear_4bit if codes else ops.lora_linear
-        chosen: tuple[Choice, ...] = ()
-        ctx.choice = None
-        if ops.plain(x, base[0], lora_A, lora_B):
-            call, held = ops.lora_linear_direct, Codes(*codes) if codes else weight
-            ctx.choice = ops.choose(x, held, lora_A, lora_B, dtype, rng)
-            base, chosen = (held,), (ctx.choice,)
         y: Tensor
-        y, p, z = call(
-            x, *base, lora_A, lora_B, scaling, rank_gate, column_scale, bias, dropout_p, rng,
-            dtype, y_dtype, save_z, *chosen,
-        )  # fmt: skip
-        p = None if recompute else p
+        p: Tensor | None
+        choice: Choice | None = None
+        if ops.plain(x, codes[0] if codes else weight, lora_A, lora_B):
+            held = Codes(*codes) if codes else weight
+            choice = ops.choose(x, held, lora_A, lora_B, dtype, rng)
+            y, p, z = ops.lora_linear_direct(
+                x, held, lora_A, lora_B, scaling, rank_gate, column_scale, bias, dropout_p, rng,
+                dtype, y_dtype, save_z, choice,
+            )  # fmt: skip
+        else:
+            call: Any = ops.lora_linear_4bit if codes else ops.lora_linear
+            y, p, z = call(
+                x, *(codes or (weight,)), lora_A, lora_B, scaling, rank_gate, column_scale, bias,
+                dropout_p, rng, dtype, y_dtype, save_z,
+            )  # fmt: skip
+        if recompute:
+            p = None
         ctx.save_for_backward(
             x, lora_A, lora_B, p, z, rank_gate, column_scale, rng, weight, *codes[:-2]
         )
-        ctx.scaling, ctx.dropout_p, ctx.dtype, ctx.blocksizes = (
-            scaling,
-            dropout_p,
-            dtype,
-            codes[-2:],
-        )
+        ctx.scaling, ctx.dropout_p, ctx.dtype, ctx.choice = scaling, dropout_p, dtype, choice
+        ctx.blocksizes = codes[-2:]
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y
 
@@ -119,21 +119,20 @@ class LoRALinearFunction(torch.autograd.Function):
     @_once
     def backward(ctx: Any, saved: tuple[Any, ...], dy: Tensor) -> tuple[Tensor | None, ...]:
         x, lora_A, lora_B, p, z, rank_gate, column_scale, rng, weight, *tensors = saved
-        codes = (*tensors, *ctx.blocksizes)
-        need = ctx.needs_input_grad
+        codes, choice, need = (*tensors, *ctx.blocksizes), ctx.choice, ctx.needs_input_grad
         need_x, need_A, need_B = need[0], need[2], need[3]
         need_gate, need_column_scale, need_bias = need[5], need[6], need[7]
         base: tuple[Any, ...] = codes or (weight,)
         call: Any = ops.lora_linear_backward_4bit if codes else ops.lora_linear_backward
         if p is None:
-            with _again(ctx.choice, strategy=False):  # of a layer with one column
+            with _again(choice, strategy=False):  # of a layer with one column
                 p = ops.rank_product(x, lora_A, ctx.dropout_p, rng, ctx.dtype)
-        chosen: tuple[Choice, ...] = ()
-        direct = ctx.choice is not None and ops.plain(dy, x, base[0], lora_A, lora_B)
+        chosen: tuple[Choice | None, ...] = ()
+        direct = choice is not None and ops.plain(dy, x, base[0], lora_A, lora_B)
         if direct and not ops.batched(dy):
-            call, chosen = ops.lora_linear_backward_direct, (ctx.choice,)
+            call, chosen = ops.lora_linear_backward_direct, (choice,)
             base = (Codes(*codes) if codes else weight,)
-        with _NOTHING if chosen else _again(ctx.choice):
+        with _NOTHING if chosen else _again(choice):
             dx, dA, dB, dg, dc, dbias = call(
                 dy, x, *base, lora_A, lora_B, p, z, ctx.scaling, rank_gate, column_scale,
                 ctx.dropout_p, rng, ctx.dtype, need_x, need_A, need_B, need_gate,

@@ -75,11 +75,11 @@ def choose(
     rng: Tensor | None,
 ) -> select.Choice:
     """What computes both directions of a layer."""
-    device, (R, K) = x.device, lora_A.shape
+    device, (R, K), (N, _) = x.device, lora_A.shape, lora_B.shape
     device_type = device.type
     return select.lora_linear(
         device_type, x.dtype, lora_A.dtype, lora_B.dtype, dtype, R, x.numel() // K,
-        isinstance(weight, Codes), lora_B.shape[0], K, rng is not None, device.index,
+        isinstance(weight, Codes), N, K, rng is not None, device.index,
         layout(device_type, weight, dtype),
     )  # fmt: skip
 
@@ -101,13 +101,15 @@ def lora_linear_direct(
     choice: select.Choice | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     choice = choice or choose(x, weight, lora_A, lora_B, dtype, rng)
-    x2 = x if choice.backend == "cpu" or x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    rest = (
+        weight, lora_A, lora_B, scaling, rank_gate, column_scale, bias, dropout_p, rng, dtype,
+        y_dtype, save_z, choice.strategy,
+    )  # fmt: skip
     with _no_autocast(x.device.type):
-        y, p, z = _BACKENDS[choice.backend].lora_linear(
-            x2, weight, lora_A, lora_B, scaling, rank_gate, column_scale, bias, dropout_p, rng,
-            dtype, y_dtype, save_z, choice.strategy,
-        )  # fmt: skip
-    return (y if y.dim() == x.dim() else y.view(*x.shape[:-1], y.shape[-1])), p, z
+        if choice.backend == "cpu":
+            return cpu.lora_linear(x, *rest)
+        y, p, z = _BACKENDS[choice.backend].lora_linear(x.reshape(-1, x.shape[-1]), *rest)
+    return y.view(*x.shape[:-1], y.shape[-1]), p, z
 
 
 def _lora_linear_fake(
@@ -477,18 +479,18 @@ def watched() -> bool:
 
 
 def plain(*tensors: Tensor | None) -> bool:
-    """Whether nobody could tell an op from its implementation: nobody watches, the tensors are no
-    subclasses and not meta.
+    """Whether nobody could tell an op from its implementation: nobody watches, the tensors, all on
+    one device, are no subclasses and not meta.
 
     The dispatcher's way into Python and back costs 4 µs with warm caches, and 100 µs right after
     a large product has swept them.
     """
     if watched():
         return False
-    for t in tensors:  # noqa: SIM110  a generator costs more than it looks at
-        if t is not None and (type(t) not in _PLAIN or t.is_meta):
+    for t in tensors:
+        if t is not None and type(t) not in _PLAIN:
             return False
-    return True
+    return not (tensors[0] is not None and tensors[0].is_meta)
 
 
 def batched(dy: Tensor) -> bool:

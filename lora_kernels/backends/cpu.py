@@ -148,10 +148,11 @@ def lora_linear(
     save_z: bool,
     strategy: str,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """x [..., K] of M rows -> y [..., N] in `y_dtype`, P [M, R] float32, z [M, N] or None; y is
-    flat where x's rows had to be brought together."""
+    """x [..., K] of M rows -> y [..., N] in `y_dtype`, P [M, R] float32, z [M, N] or None."""
     assert native.module is not None
-    lora_A, (N, R), K = _rows(lora_A), lora_B.shape, x.shape[-1]
+    (R, K), (N, _), shape = lora_A.shape, lora_B.shape, x.shape
+    lora_A, a_row = _rows_of_any(lora_A, K)
+    b_row, b_column = (R, 1) if lora_B.is_contiguous() else lora_B.stride()
     x, x_row = _rows_of_any(x, K)
     M, xs = x.numel() // K, _cast(x, dtype)
     base = codes = None  # what the kernels are to multiply by
@@ -170,13 +171,13 @@ def lora_linear(
     native.module.lora_linear(
         x.data_ptr(), _DTYPE[x.dtype], x_row, xs.data_ptr(), _DTYPE[dtype],
         x_row if xs is x else K, M, K, N, R, *_weight(base), codes, strategy == FEW_ROWS,
-        lora_A.data_ptr(), _DTYPE[lora_A.dtype], lora_A.stride(0),
-        lora_B.data_ptr(), _DTYPE[lora_B.dtype], lora_B.stride(0), lora_B.stride(1),
+        lora_A.data_ptr(), _DTYPE[lora_A.dtype], a_row,
+        lora_B.data_ptr(), _DTYPE[lora_B.dtype], b_row, b_column,
         scaling, keep_scale, _ptr(gate), _ptr(c), _ptr(b), rng_ptr, threshold,
         p.data_ptr(), y.data_ptr(), _DTYPE[y_dtype], _ptr(z),
         torch.get_num_threads(),
     )  # fmt: skip
-    return y, p, z
+    return (y if y.dim() == len(shape) else y.view(*shape[:-1], N)), p, z
 
 
 class Prepared:

@@ -1,4 +1,5 @@
-"""The public functions: they check their arguments, then call the autograd Functions."""
+"""The public functions: they check their arguments, then call the autograd Functions, or without
+gradients what those call."""
 
 from __future__ import annotations
 

@@ -19,6 +19,7 @@ from . import select
 from .backends import cpu, cuda, eager, triton
 from .backends.cuda import fit
 from .backends.cuda.fit import Layout
+from .backends.rows import like_rows_of
 from .quantization.codes import Codes
 
 _LIB = torch.library.Library("lora_kernels", "DEF")
@@ -109,7 +110,7 @@ def lora_linear_direct(
         if choice.backend == "cpu":
             return cpu.lora_linear(x, *rest)
         y, p, z = _BACKENDS[choice.backend].lora_linear(x.reshape(-1, x.shape[-1]), *rest)
-    return y.view(*x.shape[:-1], y.shape[-1]), p, z
+    return like_rows_of(x, y), p, z
 
 
 def _lora_linear_fake(
@@ -276,7 +277,7 @@ def multi_lora_linear_direct(
             x2, weight, lora_A, lora_B, index.reshape(-1), scaling, bias, dropout_p, rng, dtype,
             y_dtype, choice.strategy,
         )  # fmt: skip
-    return y.view(*x.shape[:-1], y.shape[1]), p
+    return like_rows_of(x, y), p
 
 
 def _multi_lora_linear_fake(
@@ -465,13 +466,16 @@ multi_lora_linear_4bit = torch.ops.lora_kernels.multi_lora_linear_4bit.default
 multi_lora_linear_backward_4bit = torch.ops.lora_kernels.multi_lora_linear_backward_4bit.default
 lora_linear_backward_4bit = torch.ops.lora_kernels.lora_linear_backward_4bit.default
 _PLAIN = (Tensor, torch.nn.Parameter)
+_PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
 
 
 def watched() -> bool:
-    """Whether a compiler is tracing, a dispatch mode is active, or tensors may carry tangents or
-    a batch dimension that Python does not see."""
+    """Whether a compiler or `torch.jit.trace` is tracing, a dispatch mode is active, or tensors may
+    carry tangents or a batch dimension that Python does not see."""
     return (
         torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH)
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
@@ -480,7 +484,7 @@ def watched() -> bool:
 
 def plain(*tensors: Tensor | None) -> bool:
     """Whether nobody could tell an op from its implementation: nobody watches, the tensors, all on
-    one device, are no subclasses and not meta.
+    one device, are no subclasses and not meta, and the first is what its memory holds.
 
     The dispatcher's way into Python and back costs 4 µs with warm caches, and 100 µs right after
     a large product has swept them.
@@ -490,7 +494,8 @@ def plain(*tensors: Tensor | None) -> bool:
     for t in tensors:
         if t is not None and type(t) not in _PLAIN:
             return False
-    return not (tensors[0] is not None and tensors[0].is_meta)
+    first = tensors[0]
+    return first is None or not (first.is_meta or first.is_neg() or first._is_zerotensor())
 
 
 def batched(dy: Tensor) -> bool:

@@ -57,6 +57,8 @@ class Prepared:
             or not x.is_cpu
             or x.shape[-1] != self._K
             or not x.is_contiguous()
+            or x.is_neg()
+            or x._is_zerotensor()
             or torch.is_autocast_enabled("cpu")
             or select.circumstances() != self._circumstances
             or _where(self._lora_A, self._lora_B) != self._where

@@ -25,7 +25,7 @@ from torch.nn.functional import linear
 from .. import reference
 from ..quantization.codes import Codes
 from . import native
-from .rows import rows_of
+from .rows import like_rows_of, rows_of
 
 SINGLE_PASS = "single pass"
 LIBRARY = "library product + rank update"
@@ -150,7 +150,7 @@ def lora_linear(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """x [..., K] of M rows -> y [..., N] in `y_dtype`, P [M, R] float32, z [M, N] or None."""
     assert native.module is not None
-    (R, K), (N, _), shape = lora_A.shape, lora_B.shape, x.shape
+    (R, K), (N, _), given = lora_A.shape, lora_B.shape, x
     lora_A, a_row = _rows_of_any(lora_A, K)
     b_row, b_column = (R, 1) if lora_B.is_contiguous() else lora_B.stride()
     x, x_row = _rows_of_any(x, K)
@@ -177,7 +177,7 @@ def lora_linear(
         p.data_ptr(), y.data_ptr(), _DTYPE[y_dtype], _ptr(z),
         torch.get_num_threads(),
     )  # fmt: skip
-    return (y if y.dim() == len(shape) else y.view(*shape[:-1], N)), p, z
+    return (y if x.dim() == given.dim() else like_rows_of(given, y)), p, z
 
 
 class Prepared:

@@ -1,4 +1,4 @@
-"""Which rows of x belong to which adapter."""
+"""Rows of x: those of y again in x's dimensions, and which of them belong to which adapter."""
 
 from __future__ import annotations
 
@@ -7,6 +7,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+def like_rows_of(x: Tensor, y: Tensor) -> Tensor:
+    """y [M, N] with x's leading dimensions; no view, which autograd lets nobody change in place
+    where it comes out of a Function."""
+    if x.dim() == 2:
+        return y
+    return torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[1]))  # type: ignore[no-any-return]
 
 
 class Rows(NamedTuple):

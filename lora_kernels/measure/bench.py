@@ -1,15 +1,16 @@
 """`lora-kernels bench`: what LoRA costs over the frozen linear, for this package and its peers.
 
 The LoRA tax is the time of forward, or of a step (forward and backward), with the adapter over the
-time of the frozen linear alone, x needing a gradient in both. Nobody pays less than the arithmetic:
+time of the frozen linear alone, x needing a gradient in both where anything does. Nobody pays less
+than the arithmetic:
 
     forward 1 + R·(1/K + 1/N)      backward 1 + 2·R·(1/K + 1/N)      step 1 + 1.5·R·(1/K + 1/N)
 
 Forward and backward are the parts of the steps that are timed. Up to STREAMED_ROWS rows of x are
 also decoded: the forward without gradients, ours as a layer makes it, once warm and once cold, over
 more weights in turn than the last-level cache holds. Every candidate's results are checked before
-it is timed: one that misses the tolerance gets ✗ instead of a time. Float32 adapters beside a
-bfloat16 x are PEFT's default. torch.compile gets each shape as a static one.
+it is timed, ours decoding too: one that misses the tolerance gets ✗ instead of a time. Float32
+adapters beside a bfloat16 x are PEFT's default. torch.compile gets each shape as a static one.
 """
 
 from __future__ import annotations

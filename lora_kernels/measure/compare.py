@@ -204,6 +204,11 @@ def identity(row: Row) -> str:
     return " ".join(words + [str(row[key]) for key in ("mode", "cache") if key in row])
 
 
+def _alone(row: Row) -> bool:
+    """A forward that was timed by itself, as they were before decoding was: some of them cold."""
+    return bool(row["mode"] == "forward" and row.get("cache") == "cold")
+
+
 def warnings(old: Row, new: Row) -> Iterator[str]:
     """What differs, or is not said, between the machines of two files' provenance."""
     for key, name in MACHINE.items():
@@ -217,6 +222,12 @@ def warnings(old: Row, new: Row) -> Iterator[str]:
             yield f"warning: the {said} file does not say its processor"
         else:
             yield f"warning: {name}: old {values[0]}, new {values[1]}: ratios may differ for that"
+    alone = [
+        kind(data["rows"][0]) == "layers" and any(map(_alone, data["rows"])) for data in (old, new)
+    ]
+    if alone[0] != alone[1]:
+        said = "old" if alone[0] else "new"
+        yield f"warning: the {said} file's forwards were timed by themselves, the other's in steps"
 
 
 Key = tuple[str, str]  # the row in words, the call's name

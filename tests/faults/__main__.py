@@ -28,6 +28,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,6 +170,27 @@ class Copy:
         return done.stdout
 
 
+def united(selections: Iterable[str]) -> list[str]:
+    """Selections of pytest that hold all the tests of these, one for each set of files: to start
+    takes longer than most tests.
+
+    >>> united(["a.py -k x", "b.py", 'a.py -k "y and not z"', "b.py -k x", "a.py -k x"])
+    ["a.py -k '(x) or (y and not z)'", 'b.py']
+    """
+    found: dict[tuple[str, ...], dict[str, None]] = {}
+    for selection in selections:
+        words, expression = shlex.split(selection), ""
+        if "-k" in words:
+            at = words.index("-k")
+            expression = words[at + 1]
+            del words[at : at + 2]
+        found.setdefault(tuple(words), {})[expression] = None
+    return [
+        shlex.join(words if "" in each else [*words, "-k", " or ".join(f"({k})" for k in each)])
+        for words, each in found.items()
+    ]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -186,7 +208,7 @@ def main() -> int:
         faults.remove(fault)
 
     # The same tests without a fault come first; of the faults, those that need a build.
-    sound = list(dict.fromkeys(fault.tests for fault in faults))
+    sound = united(fault.tests for fault in faults)
     work = [*sound, *sorted(faults, key=lambda fault: not fault.native)]
     lock, failures = threading.Lock(), 0
 

@@ -334,3 +334,14 @@ def test_interleaved_ratios_are_of_one_round() -> None:
     found = timing.Times.of([2 * t for t in first], first)
     assert found.over == timing.Ratio(2.0, 2.0, 2.0, 2.0, 2.0) and found.p50 == 2e4
     assert torch.tensor(found.p20) < torch.tensor(found.p80)
+
+
+def test_forwards_timed_otherwise_are_a_warning() -> None:
+    """By themselves, as before decoding was timed: then some were cold."""
+    forward = {**layer(3, 1.0), "mode": "forward"}
+    alone = data({**forward, "cache": "warm"}, {**forward, "cache": "cold"})
+    parts = data({**forward, "cache": "warm"}, {**forward, "mode": "decoding", "cache": "cold"})
+    said = "warning: the {} file's forwards were timed by themselves, the other's in steps"
+    assert compare.report(alone, parts)[0][0] == said.format("old")
+    assert compare.report(parts, alone)[0][0] == said.format("new")
+    assert not any("warning" in line for line in compare.report(alone, alone)[0])

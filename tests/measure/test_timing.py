@@ -4,6 +4,8 @@ events; and which weights a cold forward takes."""
 from __future__ import annotations
 
 import itertools
+import math
+import statistics
 from typing import Any
 
 import pytest
@@ -82,6 +84,26 @@ def test_parts_have_a_yardstick_of_their_own(clock: Clock) -> None:
     assert after["ours"].over is not None and after["ours"].over.p50 == 1.5
 
 
+def test_the_first_round_may_take_long(clock: Clock) -> None:
+    """It compiles, and is not counted, nor is its time."""
+    takes = itertools.chain([100.0], itertools.repeat(0.125))
+    found = timing.interleave({"one": lambda: clock.passes(next(takes))}, seconds=2.0)
+    assert found["one"].rounds == 16 and found["one"].p80 == 0.125
+
+
+@pytest.mark.parametrize("n, most", [(5, 45), (9, 3), (15, 3), (16, 3), (200, 3)])
+def test_bounds_of_a_median_are_four_errors(n: int, most: int) -> None:
+    """How often the true median, 1, is outside them: 6 times in 100,000; of five rounds, which
+    say little of how far they scatter, once in a hundred."""
+    generator = torch.Generator().manual_seed(n)
+    samples = torch.exp(0.05 * torch.randn(3000, n, generator=generator)).tolist()
+    ratios = [timing.Ratio.of(each) for each in samples]
+    assert sum(not r.low <= 1 <= r.high for r in ratios) <= most
+    # and not much further out than that takes
+    width = statistics.median(math.log(r.high / r.low) for r in ratios)
+    assert width < 2.9 * 4 * 1.2533 * 0.05 / math.sqrt(n)
+
+
 def test_a_cold_forward_goes_through_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """As many as the cache does not hold; each of them right."""
     args = cases.inputs(Case(2, 8, 16, 3, frozen=("lora_A", "lora_B")))
@@ -130,5 +152,5 @@ def test_wrong_decoding_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_long_rounds_are_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
     now = itertools.count()  # a second each time it is looked at
     monkeypatch.setattr(timing.time, "perf_counter", lambda: float(next(now)))
-    for seconds, rounds in ((1.0, 5), (16.0, 9), (60.0, 19), (1e4, 201)):
+    for seconds, rounds in ((1.0, 5), (16.0, 9), (60.0, 20), (1e4, 201)):
         assert timing.interleave({"one": int}, seconds=seconds)["one"].rounds == rounds

@@ -1,0 +1,124 @@
+"""Where a call is traced, watched, or given a tensor that is not what its memory holds, an op is
+seen; and y is nobody's view."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import lora_kernels
+from lora_kernels.layers import LoRALinear
+from lora_kernels.measure import case as cases
+from lora_kernels.measure.case import Case, run
+
+FULL = {"gate": True, "column_scale": True, "bias": True}
+
+
+def arguments(M: int = 5, **options: Any) -> dict[str, Any]:
+    args = cases.inputs(Case(M, 33, 64, 3, **options))
+    args.pop("dy")
+    return args
+
+
+class Ops(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("quant", ["", "nf4-64"])
+def test_a_mode_sees_the_op(quant: str, grad: bool) -> None:
+    args = arguments(quant=quant)
+    with torch.set_grad_enabled(grad), Ops() as watch:
+        lora_kernels.lora_linear(**args)
+    name = "lora_kernels.lora_linear_4bit.default" if quant else "lora_kernels.lora_linear.default"
+    assert watch.seen.count(name) == 1
+
+
+@pytest.mark.filterwarnings("ignore")  # which tracing is full of
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("M", [1, 40])
+def test_a_trace_holds_the_adapter(M: int, grad: bool) -> None:
+    """Of a layer that has prepared its next call, too."""
+    layer = LoRALinear(64, 33, r=3)
+    nn.init.normal_(layer.lora_B)
+    with torch.set_grad_enabled(grad):
+        x = torch.randn(M, 64)
+        layer(x), layer(x)
+        traced = torch.jit.trace(layer, (x,), check_trace=False)
+        other = torch.randn(M, 64)
+        torch.testing.assert_close(traced(other), layer(other))
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("pre_dispatch", [True, False])
+def test_make_fx_holds_the_adapter(pre_dispatch: bool, grad: bool) -> None:
+    args = arguments(**FULL)
+    x = args.pop("x").detach()
+    with torch.set_grad_enabled(grad):
+        traced = make_fx(lambda x: lora_kernels.lora_linear(x, **args), pre_dispatch=pre_dispatch)(
+            x
+        )
+        other = torch.randn_like(x)
+        assert torch.equal(traced(other), lora_kernels.lora_linear(other, **args))
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_what_memory_does_not_hold(grad: bool) -> None:
+    """A negated view, and the zeros of autograd's formulas, which have no memory."""
+    args = arguments(**FULL)
+    x = args.pop("x").detach()
+    with torch.set_grad_enabled(grad):
+        for lazy in (torch._neg_view(x), torch._efficientzerotensor(x.shape)):
+            want = lora_kernels.lora_linear(lazy + 0.0, **args)
+            assert torch.equal(lora_kernels.lora_linear(lazy, **args), want)
+
+
+def test_zeros_come_back_as_dy() -> None:
+    args = cases.inputs(Case(5, 33, 64, 3, **FULL))  # type: ignore[arg-type]
+    want = run(lora_kernels.lora_linear, {**args, "dy": torch.zeros(5, 33)})
+    args["dy"] = torch._efficientzerotensor((5, 33))
+    for name, grad in run(lora_kernels.lora_linear, args).items():
+        assert torch.equal(grad, want[name]), name
+
+
+@pytest.mark.parametrize("layout", ["rows", "padded", "1d", "3d", "3d_swapped"])
+@pytest.mark.parametrize("backend", ["eager", "cpu"])
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("several", [False, True])
+def test_y_is_changed_in_place(several: bool, grad: bool, backend: str, layout: str) -> None:
+    """As an activation in place does."""
+    with lora_kernels.backend(backend), torch.set_grad_enabled(grad):
+        args = arguments(1 if layout == "1d" else 6, x_layout=layout)
+        x, A, B = args["x"], args["lora_A"], args["lora_B"]
+
+        def call() -> Tensor:
+            if not several:
+                return lora_kernels.lora_linear(x, args["weight"], A, B)
+            index = torch.zeros(x.shape[:-1], dtype=torch.int64)
+            return lora_kernels.multi_lora_linear(x, args["weight"], [A], [B], index)
+
+        want, y = call().relu(), call()
+        assert y._base is None and torch.equal(y.relu_(), want)
+        if grad:
+            got = torch.autograd.grad(y.square().sum(), (x, A, B))
+            for one, other in zip(
+                got, torch.autograd.grad(want.square().sum(), (x, A, B)), strict=True
+            ):
+                assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("r", [3, 300])  # which the eager backend takes
+def test_an_activation_in_place_behind_a_layer(r: int) -> None:
+    model = nn.Sequential(LoRALinear(64, 33, r=r), nn.ReLU(inplace=True))
+    model(torch.randn(2, 5, 64)).sum().backward()

@@ -121,14 +121,17 @@ class Copy:
         words = shlex.split(selection)
         variables = dict(word.split("=", 1) for word in words if re.match(r"[A-Z_]+=", word))
         options = ["-x", "-q", "-p", "no:cacheprovider", "--no-header"]
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", *options, *words[len(variables) :]],
-            cwd=self.folder,
-            env={**self.environment, **variables},
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT,
-        )
+        try:
+            done = subprocess.run(
+                [sys.executable, "-m", "pytest", *options, *words[len(variables) :]],
+                cwd=self.folder,
+                env={**self.environment, **variables},
+                capture_output=True,
+                text=True,
+                timeout=TIMEOUT,
+            )
+        except subprocess.TimeoutExpired:
+            return 2, f"no end within {TIMEOUT} s"
         if done.returncode < 0:
             return done.returncode, signal.strsignal(-done.returncode) or "a signal"
         failed = re.search(r"^FAILED (.+?)(?: - |$)", done.stdout, re.MULTILINE)
@@ -146,7 +149,8 @@ class Copy:
             if fault.native:
                 self.build()
             status, said = self.test(fault.tests)
-            # 1: a test failed. Negative: a signal, as where memory was overrun. 2 to 5: none ran.
+            # 1: a test failed. Negative: a signal, as where memory was overrun. 2 to 5: none ran
+            # to its end.
             noticed = status == 1 or status < 0
             said = said if status else f"nobody noticed: {said}"
         except subprocess.CalledProcessError as error:

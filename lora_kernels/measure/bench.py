@@ -448,7 +448,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dropout", type=_probability, metavar="P", default=0.0,
         help="on the adapter's input (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--seconds", type=float, help=f"to spend on each row (default: {SECONDS})")
+    parser.add_argument(
+        "--seconds", type=float, help=f"to spend on what is timed in turns (default: {SECONDS})"
+    )
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument(
         "--quant", choices=["nf4", "fp4"], help="time the layer over a 4-bit base instead"

@@ -104,9 +104,9 @@ def interleave(
     """Time the calls in turns, each leading in turn, so that drift hits all of them alike.
 
     Warm: the same arguments every round, after one round that is not counted. Rounds go on for
-    about `seconds` in all, at least `least` and at most `most` of them, or FEWEST where those take
-    longer than twice that. `repeat` calls are timed
-    as one, for those too short for the clock. On a GPU the device's own events are read. With a
+    about `seconds` in all, at least `least` of them, or FEWEST where those would take longer than
+    twice that, and at most `most`. `repeat` calls are timed as one, for those too short for the
+    clock. On a GPU the device's own events are read. With a
     yardstick, the name of one of the calls, each call's times have their ratios to it, round by
     round: what slows a whole round down leaves them as they are.
 

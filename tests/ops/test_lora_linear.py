@@ -169,12 +169,13 @@ def test_cross_product(
 
 
 @every_engine
-@pytest.mark.parametrize("quant", ["", "nf4-64-nested"])
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize(
+    ("options", "quant"),
+    [(o, q) for o in OPTIONS for q in ("", "nf4-64-nested") if not q or o.get("base", True)],
+    ids=str,
+)
 def test_the_same_bits_without_gradients(options: dict[str, Any], quant: str, engine: str) -> None:
     """Which go another way: no autograd Function, nothing is kept."""
-    if quant and not options.get("base", True):
-        return
     for autocast in (None, bf16):
         args = cases.inputs(Case(3, 33, 64, 5, f32, quant=quant, autocast=autocast, **options))
         args.pop("dy")

@@ -213,18 +213,22 @@ def cold_bytes(device: str) -> int:
 
 
 def copy_bandwidth(megabytes: int = 256, device: str = "cpu") -> float:
-    """Bytes read and written a second by a plain copy that no cache holds."""
+    """Bytes read and written a second by a plain copy that no cache holds.
+
+    This and `product_peak` are limits, which the fast quintile tells: by the median, whatever else
+    ran on the machine meanwhile would be taken for the machine's own.
+    """
     source = torch.zeros(megabytes << 20, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     times = interleave({"copy": lambda: target.copy_(source)}, seconds=1.0, device=device)
-    return 2 * source.numel() / times["copy"].p50
+    return 2 * source.numel() / times["copy"].p20
 
 
 def product_peak(dtype: torch.dtype, n: int = 2048, device: str = "cpu") -> float:
-    """Operations a second (two a multiply-add) of the library's product of two [n, n]."""
+    """Operations a second (two a multiply-add) of the library's product of two [n, n]; a limit."""
     a, b = (torch.randn(n, n).to(device, dtype) for _ in range(2))
     times = interleave({"mm": lambda: torch.mm(a, b)}, seconds=1.0, least=5, device=device)
-    return float(2 * n**3 / times["mm"].p50)
+    return float(2 * n**3 / times["mm"].p20)
 
 
 def cpu_machine(dtypes: frozenset[torch.dtype]) -> Machine:

@@ -154,3 +154,12 @@ def test_long_rounds_are_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing.time, "perf_counter", lambda: float(next(now)))
     for seconds, rounds in ((1.0, 5), (16.0, 9), (60.0, 20), (1e4, 201)):
         assert timing.interleave({"one": int}, seconds=seconds)["one"].rounds == rounds
+
+
+def test_a_limit_is_what_neighbours_do_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the rounds beside other work would halve the peak that the median tells."""
+    undisturbed = 1e-3
+    rounds = timing.Times.of([undisturbed] * 4 + [2 * undisturbed] * 6)
+    monkeypatch.setattr(timing, "interleave", lambda calls, **_: dict.fromkeys(calls, rounds))
+    assert timing.product_peak(torch.float32, n=8) == pytest.approx(2 * 8**3 / undisturbed)
+    assert timing.copy_bandwidth(megabytes=1) == pytest.approx((2 << 20) / undisturbed)

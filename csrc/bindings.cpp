@@ -4,10 +4,16 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <cstddef>
+#include <exception>
 #include <memory>
+#include <new>
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "cpu/dispatch.h"
@@ -126,55 +132,6 @@ Codes4bit codes_4bit(Pointer packed, Pointer code, Pointer absmax, Pointer neste
           K};
 }
 
-// A layer's forward without gradients, dropout, gate and column scale: all but x and the bias is
-// bound once.
-struct Prepared {
-  Layer layer;
-  Codes4bit codes;  // which layer.codes points to, where it points anywhere
-  DType x_dtype, dtype;
-
-  Prepared(int64_t K, int64_t N, int64_t R, const Codes4bit* four_bit, Pointer a, int a_dtype,
-           int64_t a_row, Pointer b, int b_dtype, int64_t b_row, int64_t b_col, float scaling,
-           int x_dtype, int dtype)
-      : layer{{},
-              matrix(a, a_dtype, a_row),
-              matrix(b, b_dtype, b_row, b_col),
-              four_bit ? &codes : nullptr,
-              0,
-              K,
-              N,
-              R,
-              scaling,
-              1.0f,
-              nullptr,
-              nullptr,
-              nullptr,
-              dropout(0, 0),
-              1},
-        codes(four_bit ? *four_bit : Codes4bit{}),
-        x_dtype(static_cast<DType>(x_dtype)),
-        dtype(static_cast<DType>(dtype)) {}
-  Prepared(const Prepared&) = delete;
-
-  // x and, in the dtype of the base product, xs: [M, K], contiguous. y [M, N] in x's; without codes
-  // it holds the base product.
-  void forward(Pointer x, Pointer xs, int64_t M, Pointer bias, Pointer y, int threads) const {
-    std::unique_ptr<void, void (*)(void*)> p(
-        scratch_alloc(M * layer.R * static_cast<int64_t>(sizeof(float))), scratch_free);
-    Layer l = layer;
-    l.M = M;
-    l.bias = as<const float>(bias);
-    l.threads = threads;
-    lora_linear(l, {{as<const void>(x), x_dtype, l.K, 1},
-                    {as<const void>(xs), dtype, l.K, 1},
-                    l.codes != nullptr,
-                    static_cast<float*>(p.get()),
-                    as<void>(y),
-                    x_dtype,
-                    nullptr});
-  }
-};
-
 void quantize(Pointer weight, int dtype, int64_t n, int64_t block, Pointer thresholds,
               Pointer order, float smallest, Pointer packed, Pointer absmax, int threads) {
   kernels().quantize({as<const void>(weight), static_cast<DType>(dtype), n, log2_of(block),
@@ -228,6 +185,122 @@ bool unchanged(const py::tuple& dicts, const py::tuple& keys, const py::tuple& v
   return true;
 }
 
+// A layer's forward without gradients, dropout, gate and column scale: all but x and the bias is
+// bound once.
+struct Prepared {
+  Layer layer;
+  Codes4bit codes;  // which layer.codes points to, where it points anywhere
+  DType x_dtype, dtype;
+};
+
+// x and, in the dtype of the base product, xs: [M, K], contiguous. y [M, N] in x's; without codes
+// it holds the base product.
+void prepared_forward(const Prepared* self, Pointer x, Pointer xs, int64_t M, Pointer bias,
+                      Pointer y, int threads) {
+  Layer l = self->layer;
+  std::unique_ptr<void, void (*)(void*)> p(
+      scratch_alloc(M * l.R * static_cast<int64_t>(sizeof(float))), scratch_free);
+  l.M = M;
+  l.bias = as<const float>(bias);
+  l.threads = threads;
+  lora_linear(l, {{as<const void>(x), self->x_dtype, l.K, 1},
+                  {as<const void>(xs), self->dtype, l.K, 1},
+                  l.codes != nullptr,
+                  static_cast<float*>(p.get()),
+                  as<void>(y),
+                  self->x_dtype,
+                  nullptr});
+}
+
+// Python's own calling protocol, for what each layer calls: pybind11 takes a microsecond longer.
+
+template <typename T>
+T argument(PyObject* from) {
+  if constexpr (std::is_same_v<T, const Prepared*>) {
+    return static_cast<T>(PyCapsule_GetPointer(from, nullptr));
+  } else if constexpr (std::is_pointer_v<T>) {
+    return from == Py_None ? nullptr : py::handle(from).cast<T>();
+  } else if constexpr (std::is_same_v<T, bool>) {
+    return PyObject_IsTrue(from) > 0;
+  } else if constexpr (std::is_floating_point_v<T>) {
+    return static_cast<T>(PyFloat_AsDouble(from));
+  } else if constexpr (std::is_same_v<T, Pointer>) {
+    return PyLong_AsUnsignedLongLong(from);
+  } else {
+    const long long number = PyLong_AsLongLong(from);
+    if (number != static_cast<long long>(static_cast<T>(number)))
+      PyErr_Format(PyExc_OverflowError, "%lld does not fit its argument", number);
+    return static_cast<T>(number);
+  }
+}
+
+template <typename... Args, std::size_t... I>
+void call(void (*kernel)(Args...), PyObject* const* from, std::index_sequence<I...>) {
+  const std::tuple<Args...> args{argument<Args>(from[I])...};
+  if (PyErr_Occurred()) throw py::error_already_set();
+  py::gil_scoped_release release;
+  std::apply(kernel, args);
+}
+
+template <typename... Args>
+constexpr std::size_t count_of(void (*)(Args...)) {
+  return sizeof...(Args);
+}
+
+// `self`, where a function has one, is the kernel's first argument.
+template <auto kernel>
+PyObject* fast(PyObject* self, PyObject* const* given, Py_ssize_t count) {
+  constexpr std::size_t want = count_of(kernel);
+  const std::size_t bound = self ? 1 : 0;
+  if (static_cast<std::size_t>(count) + bound != want)
+    return PyErr_Format(PyExc_TypeError, "got %zd arguments, want %zu", count, want - bound);
+  PyObject* from[want];
+  from[0] = self;
+  std::copy(given, given + count, from + bound);
+  try {
+    call(kernel, from, std::make_index_sequence<want>{});
+  } catch (py::error_already_set& error) {
+    error.restore();
+    return nullptr;
+  } catch (const std::bad_alloc&) {
+    return PyErr_NoMemory();
+  } catch (const std::exception& error) {
+    return PyErr_Format(PyExc_TypeError, "%s", error.what());
+  }
+  Py_RETURN_NONE;
+}
+
+template <auto kernel>
+py::object fast_function(const char* name, const py::object& self = {}) {
+  static PyMethodDef method{name,
+                            reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(fast<kernel>)),
+                            METH_FASTCALL, nullptr};
+  return py::reinterpret_steal<py::object>(PyCFunction_New(&method, self.ptr()));
+}
+
+py::object prepare(int64_t K, int64_t N, int64_t R, const Codes4bit* codes, Pointer a, int a_dtype,
+                   int64_t a_row, Pointer b, int b_dtype, int64_t b_row, int64_t b_col,
+                   float scaling, int x_dtype, int dtype) {
+  auto prepared = std::make_unique<Prepared>();
+  Layer& layer = prepared->layer;
+  layer.a = matrix(a, a_dtype, a_row);
+  layer.b = matrix(b, b_dtype, b_row, b_col);
+  if (codes) {
+    prepared->codes = *codes;
+    layer.codes = &prepared->codes;
+  }
+  layer.K = K;
+  layer.N = N;
+  layer.R = R;
+  layer.scaling = scaling;
+  layer.keep_scale = 1.0f;
+  prepared->x_dtype = static_cast<DType>(x_dtype);
+  prepared->dtype = static_cast<DType>(dtype);
+  const py::capsule self(prepared.get(), [](void* p) { delete static_cast<Prepared*>(p); });
+  prepared.release();
+  return fast_function<prepared_forward>("prepared", self);
+}
+
 const char* use_isa_named(const std::string& name) {
   for (const Isa isa : {Isa::scalar, Isa::avx2, Isa::avx512, Isa::avx512bf16, Isa::amxbf16})
     if (name == isa_name(isa)) return isa_name(use_isa(isa));
@@ -248,16 +321,13 @@ PYBIND11_MODULE(_native, m) {
         "None where there is none and the kernels run on the calling thread.");
   const auto release = py::call_guard<py::gil_scoped_release>();
   py::class_<Codes4bit>(m, "Codes4bit").def(py::init(&codes_4bit));
-  py::class_<Prepared>(m, "Prepared")
-      .def(py::init<int64_t, int64_t, int64_t, const Codes4bit*, Pointer, int, int64_t, Pointer,
-                    int, int64_t, int64_t, float, int, int>())
-      .def("forward", &Prepared::forward, release);
+  m.def("prepare", prepare, "Its result: (x, xs, M, bias, y, threads) -> None.");
   m.def("unchanged", unchanged);
   m.def("quantize", quantize, release);
   m.def("dequantize", dequantize, release);
   m.def("row_norm", row_norm, release);
-  m.def("lora_linear", forward, release);
-  m.def("lora_linear_backward", backward, release);
+  m.attr("lora_linear") = fast_function<forward>("lora_linear");
+  m.attr("lora_linear_backward") = fast_function<backward>("lora_linear_backward");
   m.def("multi_lora_linear", multi_forward, release);
   m.def("multi_lora_linear_backward", multi_backward, release);
 }

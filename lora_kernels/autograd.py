@@ -66,6 +66,9 @@ def _again(choice: Choice | None, strategy: bool = True) -> AbstractContextManag
 class LoRALinearFunction(torch.autograd.Function):
     """`ops.lora_linear` with `ops.lora_linear_backward`.
 
+    What is no tensor comes in one tuple, since a Function takes time for each argument: scaling,
+    dropout_p, dtype, y_dtype, recompute and a 4-bit weight's block sizes.
+
     Saved for backward: the inputs, P = D(x)·Aᵀ [M, R] (made again there where `recompute` is), the
     rng state; z [M, N] only where the column scale needs a gradient.
     """
@@ -77,23 +80,20 @@ class LoRALinearFunction(torch.autograd.Function):
         weight: Tensor | None,
         lora_A: Tensor,
         lora_B: Tensor,
-        scaling: float,
         rank_gate: Tensor | None,
         column_scale: Tensor | None,
         bias: Tensor | None,
-        dropout_p: float,
         rng: Tensor | None,
-        dtype: torch.dtype,
-        y_dtype: torch.dtype,
-        recompute: bool,
+        numbers: tuple[Any, ...],
         *codes: Any,
     ) -> Tensor:
-        save_z = column_scale is not None and ctx.needs_input_grad[6]
+        scaling, dropout_p, dtype, y_dtype, recompute, blocksizes = numbers
+        save_z = column_scale is not None and ctx.needs_input_grad[5]
         y: Tensor
         p: Tensor | None
         choice: Choice | None = None
         if ops.plain(x, codes[0] if codes else weight, lora_A, lora_B):
-            held = Codes(*codes) if codes else weight
+            held = Codes(*codes, *blocksizes) if codes else weight
             choice = ops.choose(x, held, lora_A, lora_B, dtype, rng)
             y, p, z = ops.lora_linear_direct(
                 x, held, lora_A, lora_B, scaling, rank_gate, column_scale, bias, dropout_p, rng,
@@ -101,60 +101,59 @@ class LoRALinearFunction(torch.autograd.Function):
             )  # fmt: skip
         else:
             call: Any = ops.lora_linear_4bit if codes else ops.lora_linear
+            base: tuple[Any, ...] = (*codes, *blocksizes) if codes else (weight,)
             y, p, z = call(
-                x, *(codes or (weight,)), lora_A, lora_B, scaling, rank_gate, column_scale, bias,
-                dropout_p, rng, dtype, y_dtype, save_z,
+                x, *base, lora_A, lora_B, scaling, rank_gate, column_scale, bias, dropout_p, rng,
+                dtype, y_dtype, save_z,
             )  # fmt: skip
         if recompute:
             p = None
-        ctx.save_for_backward(
-            x, lora_A, lora_B, p, z, rank_gate, column_scale, rng, weight, *codes[:-2]
-        )
-        ctx.scaling, ctx.dropout_p, ctx.dtype, ctx.choice = scaling, dropout_p, dtype, choice
-        ctx.blocksizes = codes[-2:]
+        ctx.save_for_backward(x, lora_A, lora_B, p, z, rank_gate, column_scale, rng, weight, *codes)
+        ctx.numbers, ctx.choice = numbers, choice
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y
 
     @staticmethod
     @_once
     def backward(ctx: Any, saved: tuple[Any, ...], dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, lora_A, lora_B, p, z, rank_gate, column_scale, rng, weight, *tensors = saved
-        codes, choice, need = (*tensors, *ctx.blocksizes), ctx.choice, ctx.needs_input_grad
+        x, lora_A, lora_B, p, z, rank_gate, column_scale, rng, weight, *codes = saved
+        scaling, dropout_p, dtype, _, _, blocksizes = ctx.numbers
+        choice, need = ctx.choice, ctx.needs_input_grad
         need_x, need_A, need_B = need[0], need[2], need[3]
-        need_gate, need_column_scale, need_bias = need[5], need[6], need[7]
-        base: tuple[Any, ...] = codes or (weight,)
+        need_gate, need_column_scale, need_bias = need[4], need[5], need[6]
+        base: tuple[Any, ...] = (*codes, *blocksizes) if codes else (weight,)
         call: Any = ops.lora_linear_backward_4bit if codes else ops.lora_linear_backward
         if p is None:
             with _again(choice, strategy=False):  # of a layer with one column
-                p = ops.rank_product(x, lora_A, ctx.dropout_p, rng, ctx.dtype)
+                p = ops.rank_product(x, lora_A, dropout_p, rng, dtype)
         chosen: tuple[Choice | None, ...] = ()
         direct = choice is not None and ops.plain(dy, x, base[0], lora_A, lora_B)
         if direct and not ops.batched(dy):
             call, chosen = ops.lora_linear_backward_direct, (choice,)
-            base = (Codes(*codes) if codes else weight,)
+            base = (Codes(*base) if codes else weight,)
         with _NOTHING if chosen else _again(choice):
             dx, dA, dB, dg, dc, dbias = call(
-                dy, x, *base, lora_A, lora_B, p, z, ctx.scaling, rank_gate, column_scale,
-                ctx.dropout_p, rng, ctx.dtype, need_x, need_A, need_B, need_gate,
-                need_column_scale, need_bias, *chosen,
+                dy, x, *base, lora_A, lora_B, p, z, scaling, rank_gate, column_scale, dropout_p,
+                rng, dtype, need_x, need_A, need_B, need_gate, need_column_scale, need_bias,
+                *chosen,
             )  # fmt: skip
         return (
             dx if need_x else None,
             None,
             dA if need_A else None,
             dB if need_B else None,
-            None,
             dg.to(rank_gate.dtype) if need_gate else None,
             dc.to(column_scale.dtype) if need_column_scale else None,
             dbias.to(ctx.bias_dtype) if need_bias else None,
-            *[None] * (5 + len(codes)),
+            *[None] * (2 + len(codes)),
         )
 
 
 class MultiLoRALinearFunction(torch.autograd.Function):
     """`ops.multi_lora_linear` with `ops.multi_lora_linear_backward`.
 
-    The adapters' tensors come last: E of A, E of B and, for a 4-bit weight, its codes. Saved for
+    Numbers: the adapters' scalings, dropout_p, dtype, y_dtype and a 4-bit weight's block sizes. The
+    adapters' tensors come last: E of A, E of B and, for a 4-bit weight, its codes. Saved for
     backward: the inputs, P [M, R], the rng state.
     """
 
@@ -164,31 +163,28 @@ class MultiLoRALinearFunction(torch.autograd.Function):
         x: Tensor,
         weight: Tensor | None,
         index: Tensor,
-        scaling: tuple[float, ...],
         bias: Tensor | None,
-        dropout_p: float,
         rng: Tensor | None,
-        dtype: torch.dtype,
-        y_dtype: torch.dtype,
+        numbers: tuple[Any, ...],
         *tensors: Any,
     ) -> Tensor:
+        scaling, dropout_p, dtype, y_dtype, blocksizes = numbers
         E = len(scaling)
         lora_A, lora_B, codes = tensors[:E], tensors[E : 2 * E], tensors[2 * E :]
-        base: tuple[Any, ...] = codes or (weight,)
+        base: tuple[Any, ...] = (*codes, *blocksizes) if codes else (weight,)
         call: Any = ops.multi_lora_linear_4bit if codes else ops.multi_lora_linear
         chosen: tuple[Choice, ...] = ()
         ctx.choice = None
         if ops.plain(x, index, base[0], *lora_A, *lora_B):
-            call, held = ops.multi_lora_linear_direct, Codes(*codes) if codes else weight
+            call, held = ops.multi_lora_linear_direct, Codes(*base) if codes else weight
             ctx.choice = ops.choose_multi(x, held, lora_A, lora_B, dtype)
             base, chosen = (held,), (ctx.choice,)
         y: Tensor
         y, p = call(
             x, *base, lora_A, lora_B, index, scaling, bias, dropout_p, rng, dtype, y_dtype, *chosen
         )
-        ctx.save_for_backward(x, weight, index, p, rng, *tensors[: 2 * E], *codes[:-2])
-        ctx.scaling, ctx.dropout_p, ctx.dtype = scaling, dropout_p, dtype
-        ctx.blocksizes = codes[-2:]
+        ctx.save_for_backward(x, weight, index, p, rng, *tensors)
+        ctx.numbers = numbers
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y
 
@@ -196,25 +192,26 @@ class MultiLoRALinearFunction(torch.autograd.Function):
     @_once
     def backward(ctx: Any, saved: tuple[Any, ...], dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, index, p, rng, *tensors = saved
-        E, need = len(ctx.scaling), ctx.needs_input_grad
+        scaling, dropout_p, dtype, _, blocksizes = ctx.numbers
+        E, need = len(scaling), ctx.needs_input_grad
         lora_A, lora_B, codes = tensors[:E], tensors[E : 2 * E], tensors[2 * E :]
-        need_A, need_B = need[9 : 9 + E], need[9 + E : 9 + 2 * E]
-        base: tuple[Any, ...] = (*codes, *ctx.blocksizes) if codes else (weight,)
+        need_bias, need_A, need_B = need[3], need[6 : 6 + E], need[6 + E : 6 + 2 * E]
+        base: tuple[Any, ...] = (*codes, *blocksizes) if codes else (weight,)
         call: Any = ops.multi_lora_linear_backward_4bit if codes else ops.multi_lora_linear_backward
         chosen: tuple[Choice, ...] = ()
         direct = ctx.choice is not None and ops.plain(dy, x, index, base[0], *lora_A, *lora_B)
         if direct and not ops.batched(dy):
             call, chosen = ops.multi_lora_linear_backward_direct, (ctx.choice,)
-            base = (Codes(*codes, *ctx.blocksizes) if codes else weight,)
+            base = (Codes(*base) if codes else weight,)
         with _NOTHING if chosen else _again(ctx.choice):
             dx, dA, dB, dbias = call(
-                dy, x, *base, lora_A, lora_B, index, p, ctx.scaling, ctx.dropout_p, rng, ctx.dtype,
-                need[0], need_A, need_B, need[4], *chosen,
+                dy, x, *base, lora_A, lora_B, index, p, scaling, dropout_p, rng, dtype,
+                need[0], need_A, need_B, need_bias, *chosen,
             )  # fmt: skip
         return (
-            dx if need[0] else None, None, None, None,
-            dbias.to(ctx.bias_dtype) if need[4] else None, None, None, None, None,
+            dx if need[0] else None, None, None,
+            dbias.to(ctx.bias_dtype) if need_bias else None, None, None,
             *[grad if needed else None for grad, needed in zip(dA, need_A, strict=True)],
             *[grad if needed else None for grad, needed in zip(dB, need_B, strict=True)],
-            *[None] * (len(codes) + len(ctx.blocksizes)),
+            *[None] * len(codes),
         )  # fmt: skip

@@ -73,8 +73,8 @@ def lora_linear(
         raise _no_tensor("x", x)
     R, K = _matrix("lora_A", lora_A, "[R, K]")
     N, ranks = _matrix("lora_B", lora_B, "[N, R]")
-    device, x_dtype, a_dtype, b_dtype = x.device, x.dtype, lora_A.dtype, lora_B.dtype
-    y_dtype = base_dtype(device.type, x_dtype)
+    x_dtype, a_dtype, b_dtype = x.dtype, lora_A.dtype, lora_B.dtype
+    y_dtype = base_dtype(ops.device_of(x)[0], x_dtype)
     if x.dim() == 0 or x.shape[-1] != K:
         raise ValueError(f"x: got shape {_shape(x)}, want [..., {K}] for lora_A {_shape(lora_A)}")
     if ranks != R:
@@ -83,7 +83,7 @@ def lora_linear(
         raise TypeError(f"x: got {x_dtype}, want float32, bfloat16, float16 or float64")
     if not (x_dtype is a_dtype is b_dtype):
         _check_dtypes("x", x_dtype, lora_A=a_dtype, lora_B=b_dtype)
-    if not (device == lora_A.device == lora_B.device):
+    if not (x.is_cpu and lora_A.is_cpu and lora_B.is_cpu):
         _check_devices("x", x, lora_A=lora_A, lora_B=lora_B)
     weight, codes, dtype = _base(x, weight, (N, K), compute_dtype, y_dtype)
     if bias is not None:
@@ -94,13 +94,17 @@ def lora_linear(
         _check_vector("column_scale", column_scale, N, x)
     if dropout_p or rng is not None:
         dropout_p, rng = _dropout(x, dropout_p, rng)
-    rest = (
-        lora_A, lora_B, _number("scaling", scaling), rank_gate, column_scale, bias,
-        float(dropout_p), rng, dtype, y_dtype,
-    )  # fmt: skip
-    if not torch.is_grad_enabled() and ops.plain(x, codes[0] if codes else weight, *rest[:2]):
-        return ops.lora_linear_direct(x, Codes(*codes) if codes else weight, *rest, False)[0]
-    return LoRALinearFunction.apply(x, weight, *rest, recompute, *codes)  # type: ignore[no-any-return]
+    scaling, dropout_p = _number("scaling", scaling), float(dropout_p)
+    tensors = (rank_gate, column_scale, bias)
+    if not torch.is_grad_enabled() and ops.plain(x, codes[0] if codes else weight, lora_A, lora_B):
+        return ops.lora_linear_direct(
+            x, Codes(*codes) if codes else weight, lora_A, lora_B, scaling, *tensors, dropout_p,
+            rng, dtype, y_dtype, False,
+        )[0]  # fmt: skip
+    numbers = (scaling, dropout_p, dtype, y_dtype, recompute, codes[-2:])
+    return LoRALinearFunction.apply(  # type: ignore[no-any-return]
+        x, weight, lora_A, lora_B, *tensors, rng, numbers, *codes[:-2]
+    )
 
 
 def multi_lora_linear(
@@ -154,7 +158,7 @@ def multi_lora_linear(
     E, device = len(As), x.device
     if len(Bs) != E:
         raise ValueError(f"lora_B: got {len(Bs)} adapters, want {E}, as many as of lora_A")
-    y_dtype = base_dtype(device.type, x.dtype)
+    y_dtype = base_dtype(ops.device_of(x)[0], x.dtype)
     K, N = As[0].shape[1], Bs[0].shape[0]
     if x.dim() == 0 or x.shape[-1] != K:
         raise ValueError(f"x: got shape {_shape(x)}, want [..., {K}] for lora_A {_shape(As[0])}")
@@ -191,9 +195,10 @@ def multi_lora_linear(
     if bias is not None:
         _check_vector("bias", bias, N, x)
     dropout_p, rng = _dropout(x, dropout_p, rng)
+    numbers = (factors, dropout_p, dtype, y_dtype, codes[-2:])
     return MultiLoRALinearFunction.apply(  # type: ignore[no-any-return]
-        x, weight, index, factors, bias, dropout_p, rng, dtype, y_dtype, *As, *Bs, *codes
-    )  # fmt: skip
+        x, weight, index, bias, rng, numbers, *As, *Bs, *codes[:-2]
+    )
 
 
 def _adapters(name: str, tensors: Tensor | Sequence[Tensor], want: str) -> list[Tensor]:
@@ -301,9 +306,9 @@ def dora_norm(
 
 def _autocast(device_type: str, x_dtype: torch.dtype) -> bool:
     return (
-        device_type != "meta"  # of which autocast knows nothing
-        and torch.is_autocast_enabled(device_type)
-        and x_dtype is not torch.float64
+        x_dtype is not torch.float64
+        and device_type != "meta"  # of which autocast knows nothing
+        and ops.autocast(device_type)
     )
 
 
@@ -366,7 +371,7 @@ def _base(
 ) -> tuple[Tensor | None, tuple[Any, ...], torch.dtype]:
     """The weight, checked, dense or as codes, and the dtype of the base product."""
     if isinstance(weight, Weight4bit):
-        dtype = base_dtype(x.device.type, x.dtype, compute_dtype)
+        dtype = base_dtype(ops.device_of(x)[0], x.dtype, compute_dtype)
         _check_weight_4bit(x, weight, shape, dtype)
         return None, weight.codes, dtype
     if compute_dtype is not None:
@@ -374,7 +379,7 @@ def _base(
     if weight is not None:
         if not isinstance(weight, Tensor):
             raise TypeError(f"weight: got {type(weight).__name__}, want a tensor or a Weight4bit")
-        if weight.dtype is not x.dtype or weight.device != x.device or weight.requires_grad:
+        if weight.dtype is not x.dtype or not (weight.is_cpu and x.is_cpu) or weight.requires_grad:
             _check_weight(x, weight)
         if weight.shape != shape:
             raise ValueError(
@@ -385,7 +390,7 @@ def _base(
 
 def _check_weight(x: Tensor, weight: Tensor) -> None:
     _check_dtypes("x", x.dtype, weight=weight.dtype)
-    if weight.dtype is not x.dtype and not _autocast(x.device.type, x.dtype):
+    if weight.dtype is not x.dtype and not _autocast(ops.device_of(x)[0], x.dtype):
         raise TypeError(
             f"weight: got {weight.dtype}, want x's {x.dtype} (or autocast, which casts both)"
         )

@@ -55,11 +55,24 @@ _SCHEMAS = {
 _NOTHING = contextlib.nullcontext()
 
 
-def _no_autocast(device_type: str) -> contextlib.AbstractContextManager[None]:
+def device_of(t: Tensor) -> tuple[str, int | None]:
+    """The type of its device, and a GPU's index. With caches that a product has swept, to ask a
+    device for its name takes as long as a small kernel."""
+    if t.is_cpu:
+        return "cpu", None
+    return t.device.type, t.device.index
+
+
+def autocast(device_type: str) -> bool:
+    """Whether it is on there. As a rule none is, which no name has to be read for."""
+    return torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(device_type)
+
+
+def _no_autocast(t: Tensor) -> contextlib.AbstractContextManager[None]:
     """Autocast off inside an op: its dtypes are its arguments' business."""
-    if not torch.is_autocast_enabled(device_type):
+    if not torch._C._is_any_autocast_enabled() or not autocast(t.device.type):
         return _NOTHING
-    return torch.autocast(device_type, enabled=False)
+    return torch.autocast(t.device.type, enabled=False)
 
 
 def layout(device_type: str, weight: Tensor | Codes | None, dtype: torch.dtype) -> Layout | None:
@@ -76,11 +89,10 @@ def choose(
     rng: Tensor | None,
 ) -> select.Choice:
     """What computes both directions of a layer."""
-    device, (R, K), (N, _) = x.device, lora_A.shape, lora_B.shape
-    device_type = device.type
+    (device_type, index), (R, K), (N, _) = device_of(x), lora_A.shape, lora_B.shape
     return select.lora_linear(
         device_type, x.dtype, lora_A.dtype, lora_B.dtype, dtype, R, x.numel() // K,
-        isinstance(weight, Codes), N, K, rng is not None, device.index,
+        isinstance(weight, Codes), N, K, rng is not None, index,
         layout(device_type, weight, dtype),
     )  # fmt: skip
 
@@ -106,7 +118,7 @@ def lora_linear_direct(
         weight, lora_A, lora_B, scaling, rank_gate, column_scale, bias, dropout_p, rng, dtype,
         y_dtype, save_z, choice.strategy,
     )  # fmt: skip
-    with _no_autocast(x.device.type):
+    with _no_autocast(x):
         if choice.backend == "cpu":
             return cpu.lora_linear(x, *rest)
         y, p, z = _BACKENDS[choice.backend].lora_linear(x.reshape(-1, x.shape[-1]), *rest)
@@ -196,7 +208,7 @@ def lora_linear_backward_direct(
     x2, dy2 = x, dy
     if not (choice.backend == "cpu" or x.dim() == 2):
         x2, dy2 = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-    with _no_autocast(x.device.type):
+    with _no_autocast(x):
         dx, *rest = _BACKENDS[choice.backend].lora_linear_backward(
             dy2, x2, weight, lora_A, lora_B, p, z, scaling, rank_gate, column_scale, dropout_p,
             rng, dtype, need_x, need_A, need_B, need_gate, need_column_scale, need_bias,
@@ -248,11 +260,11 @@ def choose_multi(
     lora_B: Sequence[Tensor],
     dtype: torch.dtype,
 ) -> select.Choice:
-    K = x.shape[-1]
+    (device_type, device_index), K = device_of(x), x.shape[-1]
     return select.multi_lora_linear(
-        x.device.type, x.dtype, lora_A[0].dtype, lora_B[0].dtype, dtype,
+        device_type, x.dtype, lora_A[0].dtype, lora_B[0].dtype, dtype,
         max(A.shape[0] for A in lora_A), x.numel() // K, isinstance(weight, Codes),
-        lora_B[0].shape[0], K, x.device.index, layout(x.device.type, weight, dtype),
+        lora_B[0].shape[0], K, device_index, layout(device_type, weight, dtype),
     )  # fmt: skip
 
 
@@ -272,7 +284,7 @@ def multi_lora_linear_direct(
 ) -> tuple[Tensor, Tensor]:
     x2 = x.reshape(-1, x.shape[-1])
     choice = choice or choose_multi(x, weight, lora_A, lora_B, dtype)
-    with _no_autocast(x.device.type):
+    with _no_autocast(x):
         y, p = _BACKENDS[choice.backend].multi_lora_linear(
             x2, weight, lora_A, lora_B, index.reshape(-1), scaling, bias, dropout_p, rng, dtype,
             y_dtype, choice.strategy,
@@ -318,7 +330,7 @@ def multi_lora_linear_backward_direct(
 ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None], Tensor | None]:
     x2, dy2 = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
     choice = choice or choose_multi(x, weight, lora_A, lora_B, dtype)
-    with _no_autocast(x.device.type):
+    with _no_autocast(x):
         dx, dA, dB, dbias = _BACKENDS[choice.backend].multi_lora_linear_backward(
             dy2, x2, weight, lora_A, lora_B, index.reshape(-1), p, scaling, dropout_p, rng, dtype,
             need_x, need_A, need_B, need_bias, choice.strategy,
@@ -362,13 +374,13 @@ def dora_norm_direct(
     rank_gate: Tensor | None,
 ) -> Tensor:
     assert weight is not None
-    device = lora_A.device
+    device_type, index = device_of(lora_A)
     weight_dtype = torch.float32 if isinstance(weight, Codes) else weight.dtype
     choice = select.dora_norm(
-        device.type, weight_dtype, lora_A.dtype, lora_B.dtype, lora_A.shape[0], device.index
+        device_type, weight_dtype, lora_A.dtype, lora_B.dtype, lora_A.shape[0], index
     )
     norm: Tensor
-    with _no_autocast(device.type):
+    with _no_autocast(lora_A):
         norm = _BACKENDS[choice.backend].dora_norm(weight, lora_A, lora_B, scaling, rank_gate)
     return norm
 

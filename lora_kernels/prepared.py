@@ -59,7 +59,7 @@ class Prepared:
             or not x.is_contiguous()
             or x.is_neg()
             or x._is_zerotensor()
-            or torch.is_autocast_enabled("cpu")
+            or ops.autocast("cpu")
             or select.circumstances() != self._circumstances
             or _where(self._lora_A, self._lora_B) != self._where
             or (bias is not None and bias.shape != (self._call.N,))
@@ -88,7 +88,7 @@ def prepare(
     ...     call is None or torch.equal(call(x), y)
     True
     """
-    if torch.is_grad_enabled() or not x.is_cpu or torch.is_autocast_enabled("cpu"):
+    if torch.is_grad_enabled() or not x.is_cpu or ops.autocast("cpu"):
         return None
     tensor = weight.packed if isinstance(weight, Weight4bit) else weight
     if not ops.plain(x, tensor, lora_A, lora_B) or lora_A.stride(1) != 1:

@@ -199,11 +199,11 @@ class Prepared:
         (R, K), (N, _) = lora_A.shape, lora_B.shape
         codes = weight.native((N, K)) if isinstance(weight, Codes) else None
         self.N, self.dtype, self.weight = N, dtype, weight
-        self.forward = native.module.Prepared(
+        self.forward = native.module.prepare(
             K, N, R, codes, lora_A.data_ptr(), _DTYPE[lora_A.dtype], lora_A.stride(0),
             lora_B.data_ptr(), _DTYPE[lora_B.dtype], lora_B.stride(0), lora_B.stride(1),
             scaling, _DTYPE[x_dtype], _DTYPE[dtype],
-        ).forward  # fmt: skip
+        )  # fmt: skip
 
     def __call__(self, x: Tensor, rows: int, bias: Tensor | None) -> Tensor:
         """x [..., K], contiguous, of `rows` rows -> y [..., N]."""

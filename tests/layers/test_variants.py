@@ -5,6 +5,7 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -266,13 +267,15 @@ def test_the_norm_that_is_kept_is_not_of_what_lay_there_before() -> None:
     a square weight and its transpose share address and shape."""
     torch.manual_seed(0)
     layer, x = DoRALinear(64, 64, r=5).eval(), torch.randn(3, 64)
+    memory = np.empty((64, 64), np.float32)
     with torch.no_grad():
         for i in range(1, 20):
             layer.lora_B = None
             layer.lora_B = nn.Parameter(torch.randn(64, 5) * i)
             assert torch.equal(layer(x), copy.deepcopy(layer)(x)), i
             layer.weight = None
-            layer.weight = nn.Parameter(torch.randn(64, 64) * i, requires_grad=False)
+            memory[:] = torch.randn(64, 64) * i
+            layer.weight = nn.Parameter(torch.from_numpy(memory), requires_grad=False)
             assert torch.equal(layer(x), copy.deepcopy(layer)(x)), i
         layer.weight = nn.Parameter(layer.weight.detach().t(), requires_grad=False)
         assert torch.equal(layer(x), copy.deepcopy(layer)(x))

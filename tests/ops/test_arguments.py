@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import lora_kernels
+from lora_kernels.backends import native
 from lora_kernels.functional import dora_norm
 
 K, N, R = 6, 5, 2
@@ -82,3 +83,28 @@ def test_numbers_of_several(scaling: Any) -> None:
     given["index"] = torch.zeros(3, dtype=torch.int64)
     want = lora_kernels.lora_linear(**arguments(), scaling=2.0)
     torch.testing.assert_close(lora_kernels.multi_lora_linear(**given, scaling=scaling), want)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({33: None}, TypeError, "cannot be interpreted as an integer|an integer is required"),
+        ({0: -1}, OverflowError, "negative"),
+        ({6: 2**63}, OverflowError, "too (big|large)"),
+        ({33: 2**40}, OverflowError, "1099511627776 does not fit its argument"),
+        ({13: "codes"}, TypeError, "Codes4bit"),
+        ({22: "2"}, TypeError, "must be real number"),
+    ],
+)
+def test_the_native_call(change: dict[int, Any], error: type[Exception], words: str) -> None:
+    """Which converts its arguments itself: of no rows, no columns and no ranks."""
+    assert native.module is not None
+    numbers: list[Any] = [0] * 34
+    numbers[13], numbers[14] = None, False
+    native.module.lora_linear(*numbers)
+    with pytest.raises(TypeError, match=r"^got 33 arguments, want 34$"):
+        native.module.lora_linear(*numbers[1:])
+    for place, got in change.items():
+        numbers[place] = got
+    with pytest.raises(error, match=words):
+        native.module.lora_linear(*numbers)

@@ -216,6 +216,7 @@ void prepared_forward(const Prepared* self, Pointer x, Pointer xs, int64_t M, Po
 
 template <typename T>
 T argument(PyObject* from) {
+  if (PyErr_Occurred()) return T{};  // of an argument before
   if constexpr (std::is_same_v<T, const Prepared*>) {
     return static_cast<T>(PyCapsule_GetPointer(from, nullptr));
   } else if constexpr (std::is_pointer_v<T>) {

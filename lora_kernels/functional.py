@@ -373,7 +373,7 @@ def _base(
     if isinstance(weight, Weight4bit):
         dtype = base_dtype(ops.device_of(x)[0], x.dtype, compute_dtype)
         _check_weight_4bit(x, weight, shape, dtype)
-        return None, weight.codes, dtype
+        return None, tuple(weight.codes), dtype  # which any Dynamo can cut in two
     if compute_dtype is not None:
         raise ValueError(f"compute_dtype: got {compute_dtype}, want None beside a dense weight")
     if weight is not None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo  # torch.compiler.disable, which imports Dynamo at once
 from torch.autograd import forward_ad
 
 from . import select
@@ -64,15 +65,19 @@ def device_of(t: Tensor) -> tuple[str, int | None]:
 
 
 def autocast(device_type: str) -> bool:
-    """Whether it is on there. As a rule none is, which no name has to be read for."""
-    return torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(device_type)
+    """Whether it is on there. On a CPU none is as a rule, which no name has to be read for; of MPS
+    and others the short question knows nothing."""
+    if device_type == "cpu" and not torch._C._is_any_autocast_enabled():
+        return False
+    return torch.is_autocast_enabled(device_type)
 
 
 def _no_autocast(t: Tensor) -> contextlib.AbstractContextManager[None]:
     """Autocast off inside an op: its dtypes are its arguments' business."""
-    if not torch._C._is_any_autocast_enabled() or not autocast(t.device.type):
+    device_type, _ = device_of(t)
+    if not autocast(device_type):
         return _NOTHING
-    return torch.autocast(t.device.type, enabled=False)
+    return torch.autocast(device_type, enabled=False)
 
 
 def layout(device_type: str, weight: Tensor | Codes | None, dtype: torch.dtype) -> Layout | None:
@@ -464,7 +469,9 @@ for _name, _impl, _fake, _before in (
         _shapes: Any = _fake
         if _suffix:
             _call, _shapes = _with_codes(_impl, _before), _with_codes(_fake, _before)
-        _LIB.impl(_name_of, _call, "CompositeExplicitAutograd")
+        # Dynamo, which follows a backward into the op, would part the native call from the memory
+        # that its pointers lead to.
+        _LIB.impl(_name_of, _disable_dynamo(_call), "CompositeExplicitAutograd")
         torch.library.register_fake(f"lora_kernels::{_name_of}", _shapes, lib=_LIB)
 
 lora_linear = torch.ops.lora_kernels.lora_linear.default

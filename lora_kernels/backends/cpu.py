@@ -17,6 +17,7 @@ Deterministic for a given M, instruction set and thread count.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -183,7 +184,8 @@ def lora_linear(
 class Prepared:
     """The forward for a few rows of x, its pointers, strides and sizes bound; y in x's dtype.
 
-    Holds good as long as the tensors stay where they are; their values are read in each call.
+    Holds good as long as the tensors stay where they are; their values are read in each call. No
+    copy can be made, which would point into the same memory.
     """
 
     def __init__(
@@ -204,6 +206,9 @@ class Prepared:
             lora_B.data_ptr(), _DTYPE[lora_B.dtype], lora_B.stride(0), lora_B.stride(1),
             scaling, _DTYPE[x_dtype], _DTYPE[dtype],
         )  # fmt: skip
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a prepared call: got copied or pickled, want one made by prepare")
 
     def __call__(self, x: Tensor, rows: int, bias: Tensor | None) -> Tensor:
         """x [..., K], contiguous, of `rows` rows -> y [..., N]."""

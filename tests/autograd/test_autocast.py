@@ -3,8 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lora_kernels import backend, lora_linear, reference
+from lora_kernels import backend, lora_linear, multi_lora_linear, ops, reference
 from lora_kernels.measure import tolerance
 from tests.autograd.cases import BACKENDS
 
@@ -95,3 +96,25 @@ def test_adapters_in_other_dtypes(x_dtype, a_dtype, b_dtype, name):
     assert y.dtype is x_dtype
     for key in ("x", "lora_A", "lora_B", "bias"):
         assert case[key].grad.dtype is case[key].dtype
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "mps", "xpu", "mtia"])
+def test_autocast_of_any_device(device):
+    """Shapes and dtypes alone, which need no such device."""
+    with FakeTensorMode():
+        x, W, A, B = (torch.empty(s, device=device) for s in ((4, 8), (6, 8), (2, 8), (6, 2)))
+        half, index = W.to(torch.float16), torch.zeros(4, dtype=torch.int64, device=device)
+        assert lora_linear(x, W, A, B).dtype is torch.float32
+        before = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        torch.set_autocast_enabled(device, True)
+        torch.set_autocast_dtype(device, torch.float16)
+        try:
+            for weight in (W, half):
+                assert lora_linear(x, weight, A, B).dtype is torch.float16
+                y = multi_lora_linear(x, weight, [A], [B], index)
+                assert y.dtype is torch.float16
+            with ops._no_autocast(x):
+                assert not torch.is_autocast_enabled(device)
+        finally:
+            torch.set_autocast_enabled(device, before[0])
+            torch.set_autocast_dtype(device, before[1])

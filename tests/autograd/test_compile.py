@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from lora_kernels import lora_linear, ops
+from lora_kernels import lora_linear, multi_lora_linear, ops
+from lora_kernels.quantization import quantize_4bit
 from tests.autograd.cases import OPTIONS, K, N, R, make_case, require_grad
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
@@ -100,3 +101,24 @@ def test_compiled_autocast(autocast_inside):
     assert y.dtype is torch.bfloat16
     for a, b in zip([y, *grads], [want, *want_grads], strict=True):
         assert a.dtype is b.dtype and torch.equal(a, b)
+
+
+@pytest.mark.parametrize("kind", ["dense", "4-bit", "several adapters"])
+def test_a_backward_inside_a_compiled_function(kind):
+    """Of a y from outside: Dynamo follows the engine into the Function, and must not into the op,
+    whose pointers it would part from their memory; dy is expanded, so that it has none of its own.
+    """
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    x, W, A, B = (torch.randn(s) for s in ((5, 64), (48, 64), (3, 64), (48, 3)))
+    leaves = [t.requires_grad_() for t in (x, A, B)]
+
+    def forward():
+        if kind == "several adapters":
+            return multi_lora_linear(x, W, [A], [B], torch.arange(5) % 2 - 1)
+        return lora_linear(x, quantize_4bit(W) if kind == "4-bit" else W, A, B)
+
+    want = torch.autograd.grad(forward().sum(), leaves)
+    torch.compile(lambda y: y.sum().backward(), backend="aot_eager")(forward())
+    for leaf, grad in zip(leaves, want, strict=True):
+        torch.testing.assert_close(leaf.grad, grad)

@@ -454,3 +454,13 @@ def test_prepared(compute_dtype: torch.dtype | None, nested: bool) -> None:
                 weight.offset.mul_(3)
     assert call(x) is None
     assert prepare(x, weight, A, B, 1.5) is None  # with gradients on
+
+
+def test_a_prepared_call_is_not_copied() -> None:
+    """It would read the first one's memory, which nothing keeps."""
+    with torch.no_grad():
+        call = prepare(torch.ones(1, 64), torch.eye(64), torch.ones(2, 64), torch.ones(64, 2), 2.0)
+    assert call is not None
+    for copied in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match=r"^a prepared call: got copied or pickled"):
+            copied(call)

@@ -85,6 +85,11 @@ def test_numbers_of_several(scaling: Any) -> None:
     torch.testing.assert_close(lora_kernels.multi_lora_linear(**given, scaling=scaling), want)
 
 
+class Refuses:
+    def __index__(self) -> int:
+        raise ZeroDivisionError
+
+
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
@@ -94,6 +99,7 @@ def test_numbers_of_several(scaling: Any) -> None:
         ({33: 2**40}, OverflowError, "1099511627776 does not fit its argument"),
         ({13: "codes"}, TypeError, "Codes4bit"),
         ({22: "2"}, TypeError, "must be real number"),
+        ({0: -1, 1: Refuses()}, OverflowError, "negative"),  # one error, the first
     ],
 )
 def test_the_native_call(change: dict[int, Any], error: type[Exception], words: str) -> None:

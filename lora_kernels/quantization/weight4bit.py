@@ -18,7 +18,8 @@ from .codes import Codes, encode
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCKSIZE = 256  # the only one that bitsandbytes writes, and its kernels assume it
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_NAMED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPES = tuple(_NAMED.values())  # a view of a dictionary is beyond torch 2.8's Dynamo
 _NESTED = ("nested_absmax", "nested_code", "offset")
 
 
@@ -77,7 +78,7 @@ class Weight4bit:
         _check_blocksize(self.blocksize)
         if self.nested_blocksize != NESTED_BLOCKSIZE:
             raise ValueError(f"nested_blocksize: got {self.nested_blocksize!r}, want 256")
-        if self.dtype not in _DTYPES.values():
+        if self.dtype not in _DTYPES:
             raise TypeError(f"dtype: got {self.dtype!r}, want float32, bfloat16 or float16")
 
         n = shape[0] * shape[1]
@@ -146,9 +147,9 @@ class Weight4bit:
         tensor([[ 0.4922, -2.0000,  0.0000]])
         """
         dtype = self.dtype if dtype is None else dtype
-        if dtype is not torch.float64 and dtype not in _DTYPES.values():
+        if dtype is not torch.float64 and dtype not in _DTYPES:
             raise TypeError(f"dtype: got {dtype!r}, want float32, bfloat16, float16 or float64")
-        if dtype in _DTYPES.values() and (kernels := _kernels(self.device)) is not None:
+        if dtype in _DTYPES and (kernels := _kernels(self.device)) is not None:
             return kernels.dequantize(self.codes, self.shape, dtype)  # type: ignore[no-any-return]
         return self.codes.dense(self.shape, dtype)
 
@@ -248,7 +249,7 @@ class Weight4bit:
             "quant_type": quant_type,
             "blocksize": field("blocksize"),
             "shape": tuple(shape) if isinstance(shape, list) else shape,
-            "dtype": _DTYPES.get(field("dtype"), field("dtype")),
+            "dtype": _NAMED.get(field("dtype"), field("dtype")),
         }
         if absmax.dtype is torch.uint8:
             if field("nested_dtype") != "float32":
@@ -313,7 +314,7 @@ def quantize_4bit(
     """
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight: got {type(weight).__name__}, want a tensor")
-    if weight.dtype not in _DTYPES.values():
+    if weight.dtype not in _DTYPES:
         raise TypeError(f"weight: got {weight.dtype}, want float32, bfloat16 or float16")
     if weight.dim() != 2 or weight.numel() == 0:
         raise ValueError(f"weight: got shape {list(weight.shape)}, want [N, K], each at least 1")
@@ -357,7 +358,7 @@ def as_bytes(packed: Tensor) -> Tensor:
     >>> as_bytes(torch.ones(1, 1, dtype=torch.bfloat16))
     tensor([128,  63], dtype=torch.uint8)
     """
-    if packed.dtype is not torch.uint8 and packed.dtype not in _DTYPES.values():
+    if packed.dtype is not torch.uint8 and packed.dtype not in _DTYPES:
         raise TypeError(f"packed: got {packed.dtype}, want uint8, bfloat16, float16 or float32")
     if not packed.is_contiguous():
         raise ValueError(f"packed: got strides {list(packed.stride())}, want a contiguous tensor")

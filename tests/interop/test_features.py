@@ -484,12 +484,11 @@ def test_loaded_from_meta_and_fused(tmp_path: Path) -> None:
     torch.testing.assert_close(output(empty, IDS), output(stock, IDS))
 
 
-@pytest.mark.parametrize("compute", [f32, torch.bfloat16], ids=str)
-def test_prepared_for_kbit_training(compute: torch.dtype) -> None:
+def prepared_for_kbit_training(compute: torch.dtype, seed: int) -> tuple[Any, Any, Any]:
     """Norms, head and x in float32, checkpointing on, over weights in 4 bits; in training mode, for
-    in eval mode bitsandbytes may repack the stock model's weights."""
+    in eval mode bitsandbytes may repack the stock model's weights. Fused, stock, in float64."""
     bnb = pytest.importorskip("bitsandbytes")
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 64}
     base: Any = LlamaForCausalLM(LlamaConfig(**TINY | sizes)).to(torch.bfloat16)
     for name, linear in [(n, m) for n, m in base.model.named_modules() if type(m) is nn.Linear]:
@@ -513,14 +512,23 @@ def test_prepared_for_kbit_training(compute: torch.dtype) -> None:
             dense = nn.Linear(four_bit.in_features, four_bit.out_features, bias=False)
             dense.weight.data = Weight4bit.from_bitsandbytes(four_bit.weight).dequantize(f32)
             exact.set_submodule(name, dense.requires_grad_(False))
-    got, want, ref = (results(each, IDS) for each in (fused, stock, exact.double()))
-    assert got.keys() == want.keys() == ref.keys()
-    errors = [[(r[n] - ref[n]).norm() / ref[n].norm() for n in ref] for r in (got, want)]
-    ours, theirs = (torch.stack(each) for each in errors)
+    return fused, stock, exact.double()
+
+
+@pytest.mark.parametrize("compute", [f32, torch.bfloat16], ids=str)
+def test_prepared_for_kbit_training(compute: torch.dtype) -> None:
+    """Whose rounding errors are the larger is luck in one model, so that four count."""
+    errors: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for seed in range(4):
+        fused, stock, exact = prepared_for_kbit_training(compute, seed)
+        got, want, ref = (results(each, IDS) for each in (fused, stock, exact))
+        assert got.keys() == want.keys() == ref.keys()
+        assert all(got[name].dtype is want[name].dtype for name in ref)
+        for each, found in zip(errors, (got, want), strict=True):
+            each.append(torch.stack([(found[n] - ref[n]).norm() / ref[n].norm() for n in ref]))
     # Like tolerance, of whole tensors. PEFT's backward rounds the weights to bfloat16 in any case.
-    u = tolerance.unit_roundoff(compute)
-    assert all(got[name].dtype is want[name].dtype for name in ref)
-    assert ours[0] <= 1.25 * theirs[0] + u / 4, "y"
+    (ours, theirs), u = map(torch.stack, errors), tolerance.unit_roundoff(compute)
+    assert ours[:, 0].mean() <= 1.25 * theirs[:, 0].mean() + u / 4, "y"
     assert ours.mean() <= 1.25 * theirs.mean() + u / 4 and ours.max() <= 2 * theirs.max()
     ops = count_ops(lambda: results(fused, IDS))
     assert ops["lora_linear_4bit"] == 2 * ops["lora_linear_backward_4bit"] == 28

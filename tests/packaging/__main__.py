@@ -37,7 +37,7 @@ LATER = {
     "set_experts_implementation (transformers)": "qwen3_moe or test_experts_are_left_to_peft",
     "float64 beside a Linear4bit (bitsandbytes)": "test_a_compute_dtype_that_is_not_ours",
     "a Linear4bit whose forward leaves its bias's dtype alone (bitsandbytes)": (
-        "test_what_surrounds_a_call_is_noticed and nf4"
+        "test_what_surrounds_a and nf4"
     ),
     "rows that name their adapters over a Linear4bit (bitsandbytes)": (
         "test_mixed_batch and test_4bit_base"

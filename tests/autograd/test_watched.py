@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_kernels
 from lora_kernels.layers import LoRALinear
 from lora_kernels.measure import case as cases
 from lora_kernels.measure.case import Case, run
+from tests.interop.tiny import count_ops
 
 FULL = {"gate": True, "column_scale": True, "bias": True}
 
@@ -25,24 +25,14 @@ def arguments(M: int = 5, **options: Any) -> dict[str, Any]:
     return args
 
 
-class Ops(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("quant", ["", "nf4-64"])
 def test_a_mode_sees_the_op(quant: str, grad: bool) -> None:
     args = arguments(quant=quant)
-    with torch.set_grad_enabled(grad), Ops() as watch:
-        lora_kernels.lora_linear(**args)
-    name = "lora_kernels.lora_linear_4bit.default" if quant else "lora_kernels.lora_linear.default"
-    assert watch.seen.count(name) == 1
+    with torch.set_grad_enabled(grad):
+        seen = count_ops(lambda: lora_kernels.lora_linear(**args))
+    name = "lora_linear_4bit" if quant else "lora_linear"
+    assert {op: n for op, n in seen.items() if op.startswith("lora_linear")} == {name: 1}
 
 
 @pytest.mark.filterwarnings("ignore")  # which tracing is full of

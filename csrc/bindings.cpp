@@ -153,38 +153,6 @@ void row_norm(Pointer w, int w_dtype, int64_t w_row, const Codes4bit* codes, Poi
                       as<float>(norm), threads});
 }
 
-// Whether each dictionary still has its value (None: no entry) under its key, and each of `empty`
-// is empty. While a model decodes, its weights sweep these out of the caches between two calls:
-// here the trips to memory overlap, in Python each waits for the one before.
-bool unchanged(const py::tuple& dicts, const py::tuple& keys, const py::tuple& values,
-               const py::tuple& empty) {
-  const Py_ssize_t n = PyTuple_GET_SIZE(dicts.ptr()), n_empty = PyTuple_GET_SIZE(empty.ptr());
-  if (PyTuple_GET_SIZE(keys.ptr()) != n || PyTuple_GET_SIZE(values.ptr()) != n)
-    throw std::invalid_argument("dicts, keys and values: want one length");
-  const auto dict = [&](Py_ssize_t i) { return PyTuple_GET_ITEM(dicts.ptr(), i); };
-  for (Py_ssize_t i = 0; i < n; ++i) __builtin_prefetch(dict(i));
-  for (Py_ssize_t i = 0; i < n_empty; ++i) __builtin_prefetch(PyTuple_GET_ITEM(empty.ptr(), i));
-  for (Py_ssize_t i = 0; i < n; ++i) {
-    if (!PyDict_Check(dict(i))) throw py::type_error("dicts: want dictionaries");
-    const char* table =
-        reinterpret_cast<const char*>(reinterpret_cast<const PyDictObject*>(dict(i))->ma_keys);
-    __builtin_prefetch(table);
-    __builtin_prefetch(table + 64);
-    __builtin_prefetch(table + 128);
-  }
-  for (Py_ssize_t i = 0; i < n_empty; ++i) {
-    const Py_ssize_t size = PyObject_Size(PyTuple_GET_ITEM(empty.ptr(), i));
-    if (size < 0) throw py::error_already_set();
-    if (size > 0) return false;
-  }
-  for (Py_ssize_t i = 0; i < n; ++i) {
-    const PyObject* value = PyDict_GetItemWithError(dict(i), PyTuple_GET_ITEM(keys.ptr(), i));
-    if (value == nullptr && PyErr_Occurred()) throw py::error_already_set();
-    if ((value ? value : Py_None) != PyTuple_GET_ITEM(values.ptr(), i)) return false;
-  }
-  return true;
-}
-
 // A layer's forward without gradients, dropout, gate and column scale: all but x and the bias is
 // bound once.
 struct Prepared {
@@ -271,12 +239,68 @@ PyObject* fast(PyObject* self, PyObject* const* given, Py_ssize_t count) {
   Py_RETURN_NONE;
 }
 
+// Of a function that lives as long as the module, whose method definition does.
+template <auto function>
+py::object method(const char* name, int flags, const py::object& self = {}) {
+  static PyMethodDef definition{
+      name, reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(function)), flags, nullptr};
+  return py::reinterpret_steal<py::object>(PyCFunction_New(&definition, self.ptr()));
+}
+
 template <auto kernel>
 py::object fast_function(const char* name, const py::object& self = {}) {
-  static PyMethodDef method{name,
-                            reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(fast<kernel>)),
-                            METH_FASTCALL, nullptr};
-  return py::reinterpret_steal<py::object>(PyCFunction_New(&method, self.ptr()));
+  return method<fast<kernel>>(name, METH_FASTCALL, self);
+}
+
+// While a model decodes, its weights sweep what a layer looks at out of the caches between two
+// calls. `fetch` asks for all of it at once, so that the trips to memory overlap with each other
+// and with what Python does meanwhile: of each object, of a dictionary's table, and of whatever the
+// two words behind another object's header point to, which is where a tensor's object has its
+// tensor. Asking is no access: an address may be wrong.
+PyObject* fetch(PyObject*, PyObject* objects) {
+  if (!PyTuple_Check(objects)) return PyErr_Format(PyExc_TypeError, "objects: want a tuple");
+  const auto ask = [](const void* from, int lines) {
+    for (int line = 0; line < lines; ++line)
+      __builtin_prefetch(static_cast<const char*>(from) + 64 * line);
+  };
+  const Py_ssize_t n = PyTuple_GET_SIZE(objects);
+  for (Py_ssize_t i = 0; i < n; ++i) ask(PyTuple_GET_ITEM(objects, i), 1);
+  for (Py_ssize_t i = 0; i < n; ++i) {
+    PyObject* object = PyTuple_GET_ITEM(objects, i);
+    const auto* words = reinterpret_cast<const void* const*>(object + 1);
+    if (PyDict_Check(object)) {
+      ask(reinterpret_cast<const PyDictObject*>(object)->ma_keys, 3);
+    } else if (Py_TYPE(object)->tp_basicsize >=
+               static_cast<Py_ssize_t>(sizeof(PyObject) + 2 * sizeof(void*))) {
+      ask(words[0], 1);
+      ask(words[1], 4);
+    }
+  }
+  Py_RETURN_NONE;
+}
+
+// Whether each dictionary still has its value (None: no entry) under its key, and each of `empty`
+// is empty.
+PyObject* unchanged(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  if (count != 4 || !std::all_of(given, given + 4, [](PyObject* o) { return PyTuple_Check(o); }))
+    return PyErr_Format(PyExc_TypeError, "want the tuples dicts, keys, values and empty");
+  PyObject *dicts = given[0], *keys = given[1], *values = given[2], *empty = given[3];
+  const Py_ssize_t n = PyTuple_GET_SIZE(dicts);
+  if (PyTuple_GET_SIZE(keys) != n || PyTuple_GET_SIZE(values) != n)
+    return PyErr_Format(PyExc_ValueError, "dicts, keys and values: want one length");
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(empty); ++i) {
+    const Py_ssize_t size = PyObject_Size(PyTuple_GET_ITEM(empty, i));
+    if (size < 0) return nullptr;
+    if (size > 0) Py_RETURN_FALSE;
+  }
+  for (Py_ssize_t i = 0; i < n; ++i) {
+    PyObject* dict = PyTuple_GET_ITEM(dicts, i);
+    if (!PyDict_Check(dict)) return PyErr_Format(PyExc_TypeError, "dicts: want dictionaries");
+    const PyObject* value = PyDict_GetItemWithError(dict, PyTuple_GET_ITEM(keys, i));
+    if (value == nullptr && PyErr_Occurred()) return nullptr;
+    if ((value ? value : Py_None) != PyTuple_GET_ITEM(values, i)) Py_RETURN_FALSE;
+  }
+  Py_RETURN_TRUE;
 }
 
 py::object prepare(int64_t K, int64_t N, int64_t R, const Codes4bit* codes, Pointer a, int a_dtype,
@@ -323,7 +347,8 @@ PYBIND11_MODULE(_native, m) {
   const auto release = py::call_guard<py::gil_scoped_release>();
   py::class_<Codes4bit>(m, "Codes4bit").def(py::init(&codes_4bit));
   m.def("prepare", prepare, "Its result: (x, xs, M, bias, y, threads) -> None.");
-  m.def("unchanged", unchanged);
+  m.attr("fetch") = method<fetch>("fetch", METH_O);
+  m.attr("unchanged") = method<unchanged>("unchanged", METH_FASTCALL);
   m.def("quantize", quantize, release);
   m.def("dequantize", dequantize, release);
   m.def("row_norm", row_norm, release);

@@ -13,8 +13,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import (
+    _are_functorch_transforms_active,
+    _dispatch_tls_is_dispatch_key_included,
+    _get_tracing_state,
+    _len_torch_dispatch_stack,
+)
 from torch._compile import _disable_dynamo  # torch.compiler.disable, which imports Dynamo at once
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from . import select
 from .backends import cpu, cuda, eager, triton
@@ -492,11 +499,11 @@ def watched() -> bool:
     """Whether a compiler or `torch.jit.trace` is tracing, a dispatch mode is active, or tensors may
     carry tangents or a batch dimension that Python does not see."""
     return (
-        torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH)
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
+        is_compiling()
+        or _get_tracing_state() is not None
+        or _dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH)
+        or _len_torch_dispatch_stack() > 0
+        or _are_functorch_transforms_active()
         or forward_ad._current_level >= 0
     )
 

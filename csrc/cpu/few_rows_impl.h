@@ -225,6 +225,18 @@ LK_INLINE void few_rows_of(const FewRowsArgs& a, const T& tables, const X* x, in
     await(&arrived, (int)parts);
     with_type(u.dtype, [&](auto type) {
       using Y = decltype(type);
+      if (unpacked(u)) {
+        with_type(u.q.dtype, [&](auto q_type) {
+          for (int64_t n = n0; n < n1; n += VW) {
+            vf acc[Y_ROWS][V];
+            unpacked_tile<decltype(q_type)>(u, n, n1, acc);
+            finish_tile<Y, false>(u, 0, M, n, n1, acc, [&](int i, int v, int rest) {
+              return load_n(sums + i * lds + n - n0 + v * W, rest);
+            });
+          }
+        });
+        return;
+      }
       for (int64_t n = n0; n < n1; n += VW) {
         pack(u.q, R, n, min(VW, n1 - n), VW, u.alpha, u.gate, nullptr, panel, VW, staging);
         for (int64_t m = 0; m < M; m += Y_ROWS) {

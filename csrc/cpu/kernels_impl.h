@@ -437,26 +437,36 @@ LK_INLINE void expand_tile(const ExpandArgs& a, const Philox& generator, const f
   }
 }
 
-// The same for one or two rows and columns n0 to n1, where packing Q costs more than the update:
-// Q's columns, contiguous along the ranks, are dotted with S as they lie.
+// Whether packing Q costs more than the update: for one or two rows its columns, contiguous along
+// the ranks, are dotted with S as they lie.
+LK_INLINE bool unpacked(const ExpandArgs& a) {
+  return a.M <= UNPACKED && a.q.row == 1 && !a.gate && !a.dropout.rng;
+}
+
+// acc = alpha * S Q for all rows of S and VW columns from n on, those below n1.
+template <typename TQ>
+LK_INLINE void unpacked_tile(const ExpandArgs& a, int64_t n, int64_t n1, vf acc[Y_ROWS][V]) {
+  const TQ* const q = static_cast<const TQ*>(a.q.data);
+  LK_UNROLL for (int i = 0; i < Y_ROWS; ++i) LK_UNROLL for (int v = 0; v < V; ++v) acc[i][v] =
+      zero();
+  for (int64_t m = 0; m < a.M; ++m) {
+    const float* const s[1] = {a.s + m * a.lds};
+    float sums[VW] = {};
+    for (int64_t j = 0; j < min(VW, n1 - n); j += 4) {
+      const TQ* columns[4];
+      for (int64_t i = 0; i < 4; ++i) columns[i] = q + min(n + j + i, n1 - 1) * a.q.col;
+      dot<1>(s, columns, a.R, reinterpret_cast<float (*)[4]>(sums + j));
+    }
+    for (int64_t v = 0; v < V; ++v) acc[m][v] = mul(load(sums + v * W), splat(a.alpha));
+  }
+}
+
 template <typename T, typename TQ>
 LK_INLINE void expand_unpacked(const ExpandArgs& a, int64_t n0, int64_t n1) {
-  const TQ* const q = static_cast<const TQ*>(a.q.data);
   const T* const y = static_cast<const T*>(a.y);
   for (int64_t n = n0; n < n1; n += VW) {
     vf acc[Y_ROWS][V];
-    LK_UNROLL for (int i = 0; i < Y_ROWS; ++i) LK_UNROLL for (int v = 0; v < V; ++v) acc[i][v] =
-        zero();
-    for (int64_t m = 0; m < a.M; ++m) {
-      const float* const s[1] = {a.s + m * a.lds};
-      float sums[VW] = {};
-      for (int64_t j = 0; j < min(VW, n1 - n); j += 4) {
-        const TQ* columns[4];
-        for (int64_t i = 0; i < 4; ++i) columns[i] = q + min(n + j + i, n1 - 1) * a.q.col;
-        dot<1>(s, columns, a.R, reinterpret_cast<float (*)[4]>(sums + j));
-      }
-      for (int64_t v = 0; v < V; ++v) acc[m][v] = mul(load(sums + v * W), splat(a.alpha));
-    }
+    unpacked_tile<TQ>(a, n, n1, acc);
     finish_tile<T, false>(a, 0, a.M, n, n1, acc, [&](int i, int v, int rest) {
       return load_n(y + i * a.ldy + n + v * W, rest);
     });
@@ -464,7 +474,7 @@ LK_INLINE void expand_unpacked(const ExpandArgs& a, int64_t n0, int64_t n1) {
 }
 
 void expand(const ExpandArgs& a) {
-  if (a.M <= UNPACKED && a.q.row == 1 && !a.gate && !a.dropout.rng) {
+  if (unpacked(a)) {
     const int64_t tiles = (a.N + VW - 1) / VW;
     const int64_t chunks = a.M * a.N * a.R < SMALL ? 1 : min(a.threads, tiles);
     with_type(a.dtype, [&](auto type) {

@@ -200,7 +200,9 @@ class Prepared:
         assert native.module is not None
         (R, K), (N, _) = lora_A.shape, lora_B.shape
         codes = weight.native((N, K)) if isinstance(weight, Codes) else None
-        self.N, self.dtype, self.weight = N, dtype, weight
+        self.N, self.cast_to = N, None if x_dtype is dtype else dtype
+        self.weight = weight  # which owns the memory of codes
+        self.dense = weight if isinstance(weight, Tensor) else None
         self.forward = native.module.prepare(
             K, N, R, codes, lora_A.data_ptr(), _DTYPE[lora_A.dtype], lora_A.stride(0),
             lora_B.data_ptr(), _DTYPE[lora_B.dtype], lora_B.stride(0), lora_B.stride(1),
@@ -212,12 +214,12 @@ class Prepared:
 
     def __call__(self, x: Tensor, rows: int, bias: Tensor | None) -> Tensor:
         """x [..., K], contiguous, of `rows` rows -> y [..., N]."""
-        xs = _cast(x, self.dtype)
-        if isinstance(self.weight, Tensor):
-            y = _cast(linear(xs, self.weight), x.dtype)
+        xs = x if self.cast_to is None else x.to(self.cast_to)
+        if self.dense is None:
+            y = x.new_empty((*x.shape[:-1], self.N))
         else:
-            y = x.new_empty(*x.shape[:-1], self.N)
-        b = _vector(bias)
+            y = _cast(linear(xs, self.dense), x.dtype)
+        b = None if bias is None else _vector(bias)
         self.forward(
             x.data_ptr(), xs.data_ptr(), rows, _ptr(b), y.data_ptr(), torch.get_num_threads()
         )

@@ -49,8 +49,9 @@ class Fused(nn.Module):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         alone = not (args or kwargs or torch.compiler.is_compiling())
         if alone and (ready := self._ready) is not None:
-            if ready.holds(self, x):
-                return ready(x)
+            y = ready(self, x)
+            if y is not None:
+                return y
             self._ready = None
         names = kwargs.get("adapter_names") if kwargs else None
         if names is not None or self.mixed_batch is not None:
@@ -124,10 +125,10 @@ class MixedCall(NamedTuple):
 class _Ready:
     """What `forward` does for a layer with one adapter, and what it decided that by.
 
-    `holds` looks at all of that again in each call. Between two calls the model's weights have
-    swept the caches, so that every object costs a trip to memory: they are gathered here, for a
-    loop of C in which those trips overlap. Nothing here refers to the layer, which could not go
-    from memory before a collection of cycles.
+    Each call looks at all of that again. Between two calls the model's weights have swept the
+    caches, so that every object costs a trip to memory: they are gathered here, to be asked for at
+    once. Nothing here refers to the layer, which could not go from memory before a collection of
+    cycles.
     """
 
     x_dtype: torch.dtype
@@ -148,6 +149,7 @@ class _Ready:
     keys: tuple[str, ...]
     values: tuple[Any, ...]  # of the keys in the dicts, None where there is none
     hooks: tuple[dict[int, Any], ...]
+    cold: tuple[object, ...]  # of all this, what lies in memory of its own
     decode: Prepared | None
 
     @classmethod
@@ -197,6 +199,8 @@ class _Ready:
                 (stored.quant_state.__dict__, "absmax"),
             ]
         dicts, keys = zip(*looked_up, strict=True)
+        hooks = tuple(hooks for module in called for hooks in _hooks(module))
+        cold = {id(it): it for it in (*dicts, *hooks, stored, A, B)}
         return cls(
             x.dtype,
             None if x.is_cpu else x.device,
@@ -215,17 +219,17 @@ class _Ready:
             dicts,
             keys,
             tuple(map(dict.get, dicts, keys)),
-            tuple(hooks for module in called for hooks in _hooks(module)),
+            hooks,
+            tuple(cold.values()),
             None if dropout_p(dropout) else prepare(x, weight, A, B, scaling, compute_dtype),
         )
 
-    def holds(self, layer: Any, x: Tensor) -> bool:
-        """Whether `forward` would decide the same again."""
+    def _holds(self, layer: Any) -> bool:
+        """Whether `forward` would decide the same again, but for x and the adapter's dtypes."""
         assert native.module is not None  # there would be nothing ready
+        native.module.fetch(self.cold)
         return (
-            x.dtype is self.x_dtype
-            and (x.is_cpu if self.device is None else x.device == self.device)
-            and layer._active_adapter == self.active
+            layer._active_adapter == self.active
             and not (layer._disable_adapters or layer.merged_adapters or layer.mixed_batch)
             and layer._modules is self.dicts[0]
             and layer.scaling is self.scalings  # which PEFT's rescale_adapter_scale replaces
@@ -233,17 +237,25 @@ class _Ready:
             and type(self.values[0]) is self.base_class  # another's since its bias is parametrized
             and nn.Linear.forward is _LINEAR_FORWARD
             and _address(self.base_parameters["weight"]) == self.at
-            and (self.lora_A.dtype, self.lora_B.dtype) == self.adapter_dtypes
         )
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """`lora_linear`; without gradients the call for a few rows is prepared for the next."""
+    def __call__(self, layer: Any, x: Tensor) -> Tensor | None:
+        """`lora_linear`, or None where `forward` has to decide again; without gradients the call
+        for a few rows is prepared for the next."""
+        if not self._holds(layer):
+            return None
         bias, p = self.base_parameters["bias"], dropout_p(self.dropout)
         decoding = not (p or torch.is_grad_enabled())
         if decoding and self.decode is not None:
-            y = self.decode(x, bias)
+            y = self.decode(x, bias)  # which looks at x and the adapter itself
             if y is not None:
                 return y
+        if (
+            x.dtype is not self.x_dtype
+            or not (x.is_cpu if self.device is None else x.device == self.device)
+            or (self.lora_A.dtype, self.lora_B.dtype) != self.adapter_dtypes
+        ):
+            return None
         rest = self.weight, self.lora_A, self.lora_B, self.scaling
         y = lora_linear(x, *rest, bias, dropout_p=p, compute_dtype=self.compute_dtype)
         if decoding:

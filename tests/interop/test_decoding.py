@@ -140,6 +140,12 @@ def other_dtype(layer: Any) -> None:
     layer.lora_A["default"].to(bf16)
 
 
+def double_adapter(layer: Any) -> None:
+    for adapter in (layer.lora_A["default"], layer.lora_B["default"]):
+        adapter.double()
+    in_place(layer)
+
+
 def in_place(layer: Any) -> None:
     with torch.no_grad():
         layer.lora_A["default"].weight.mul_(2)
@@ -250,8 +256,8 @@ def other_class(layer: Any) -> None:
 
 CHANGES = [
     hooked, hooked_adapter, replaced_forward, replaced_base, new_weight_tensor, new_parameter,
-    new_data, lower_rank, other_dtype, in_place, bias_in_place, no_bias, scaled, scaled_by_peft,
-    other_adapter, both_adapters, disabled, merged, other_adapters, hooked_dropout,
+    new_data, lower_rank, other_dtype, double_adapter, in_place, bias_in_place, no_bias, scaled,
+    scaled_by_peft, other_adapter, both_adapters, disabled, merged, other_adapters, hooked_dropout,
     replaced_dropout, parametrized_bias, other_class,
 ]  # fmt: skip
 CHANGES_OF_TRAINING = [trainable_base, dropout, less_dropout, other_dropouts]
@@ -290,10 +296,11 @@ def ready(layer: Any, call: Callable[[], object]) -> bool:
     """Whether the call followed what an earlier one had found."""
     calls, whole = 0, _Ready.__call__
 
-    def counted(self: _Ready, x: Tensor) -> Tensor:
+    def counted(self: _Ready, layer: Any, x: Tensor) -> Tensor | None:
         nonlocal calls
-        calls += 1
-        return whole(self, x)
+        y = whole(self, layer, x)
+        calls += y is not None
+        return y
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_Ready, "__call__", counted)

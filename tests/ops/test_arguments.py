@@ -114,3 +114,31 @@ def test_the_native_call(change: dict[int, Any], error: type[Exception], words: 
         numbers[place] = got
     with pytest.raises(error, match=words):
         native.module.lora_linear(*numbers)
+
+
+def test_what_a_decoding_layer_looks_at() -> None:
+    """`fetch` only asks for memory; `unchanged` takes dictionaries, their keys and values."""
+    assert native.module is not None
+    fetch, unchanged = native.module.fetch, native.module.unchanged
+    whole: dict[str, object] = {"a": 1, "none": None}
+    bases = torch.ones(2), torch.nn.Linear(1, 1).weight, torch.empty(0), whole, {}, [], None, 1, ""
+    assert fetch(bases) is None
+    assert fetch(()) is None
+    with pytest.raises(TypeError, match="objects: want a tuple"):
+        fetch([whole])
+    one = whole["a"]
+    assert unchanged((whole, whole, whole), ("a", "none", "absent"), (one, None, None), ({}, []))
+    assert not unchanged((whole,), ("a",), (None,), ())
+    assert not unchanged((whole,), ("absent",), (one,), ())
+    assert not unchanged((), (), (), ({}, whole))
+    for wrong in (((whole,), ("a",), (one,)), ([whole], ("a",), (one,), ())):
+        with pytest.raises(TypeError, match="want the tuples dicts, keys, values and empty"):
+            unchanged(*wrong)
+    with pytest.raises(ValueError, match="want one length"):
+        unchanged((whole,), ("a",), (), ())
+    with pytest.raises(TypeError, match="dicts: want dictionaries"):
+        unchanged(([],), ("a",), (one,), ())
+    with pytest.raises(TypeError, match="unhashable"):
+        unchanged((whole,), ([],), (one,), ())
+    with pytest.raises(TypeError, match="len"):
+        unchanged((), (), (), (1,))

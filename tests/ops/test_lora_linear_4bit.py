@@ -36,6 +36,9 @@ def some_cases() -> list[Case]:
     ]  # whose scales are decoded by four rows
     for N, K in ((40, 1152), (30, 1101), (1101, 160)):  # several panels of the sum, also in pairs
         chosen += [Case(33, N, K, 5, bf16, quant="nf4-64-nested", values="nonnegative")]
+    for M, R, dtype in itertools.product((1, 2), (5, 40), (f32, bf16, f16)):  # B as it lies
+        rest: dict[str, Any] = {"column_scale": True, "bias": True}
+        chosen += [Case(M, 70, 144, R, dtype, quant="nf4-64-nested", **rest)]
     for M, dtype in itertools.product((2, 33), (f32, bf16, f16)):
         shape = (M, 65, 160, 5, dtype)
         chosen += [Case(*shape, quant=quant) for quant in ("nf4-64", "fp4-32-nested", "fp4-4096")]

@@ -56,8 +56,9 @@ gpu:
 	-$(GPU_PYTHON) setup.py --quiet build_ext --inplace
 	PYTHONPATH=$(CURDIR) $(GPU_PYTHON) -m benchmarks.gpu
 
-# Without what it does not run: the tests' emulator, and the CUDA kernels where no GPU is.
-demo: export LORA_KERNELS_EMULATOR = 0
+# Without what it does not run: the tests' emulator, and the CUDA kernels where no GPU is. It takes
+# them away if they are there; `make native` puts them back.
+demo: EMULATOR = 0
 ifeq ($(shell command -v nvidia-smi),)
 demo: export LORA_KERNELS_CUDA ?= 0
 endif
@@ -91,8 +92,9 @@ test proof faults: export LORA_KERNELS_NATIVE ?= 1
 test proof faults: export OMP_WAIT_POLICY ?= passive
 
 # With the CUDA kernels where nvcc is, and their emulator, in which the tests run them.
+EMULATOR = 1
 native: $(INSTALLED)
-	LORA_KERNELS_EMULATOR=$${LORA_KERNELS_EMULATOR:-1} $(BIN)/python setup.py --quiet build_ext --inplace
+	LORA_KERNELS_EMULATOR=$(EMULATOR) $(BIN)/python setup.py --quiet build_ext --inplace
 
 # A copy of the package with sanitized kernels; being the working directory, it is what is imported.
 # torch itself leaks at exit, and links no sanitizer, so that the library has to be preloaded, and

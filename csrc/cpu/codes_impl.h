@@ -4,8 +4,7 @@
 namespace lora_kernels {
 namespace {
 
-constexpr int64_t AHEAD = 4096;  // bytes of codes asked for before they are needed
-constexpr int64_t RUN = 16;      // elements from a multiple of which on lie in one block
+constexpr int64_t RUN = 16;  // elements from a multiple of which on lie in one block
 
 // Two roundings where scales are nested; this file is compiled without contraction.
 LK_INLINE float scale_of(const Codes4bit& w, int64_t block) {

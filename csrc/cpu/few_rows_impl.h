@@ -1,13 +1,17 @@
 // The layer for a few rows of x on a 4-bit weight, whose codes are looked up in registers.
 //
 // CODES codes at a time, eight neighbours, which one scale has, in each lane. Several rows of the
-// weight share what is loaded of x; up to PASS rows of x share a look-up.
+// weight share what is loaded of x; up to PASS rows of x share a look-up. Those rows lie a quarter
+// of a thread's share apart, in STREAMS whose rows follow each other, so that the processor asks
+// ahead.
 
 namespace lora_kernels {
 namespace {
 
 constexpr int64_t CODES = 8 * W;
 constexpr int PASS = 8;
+constexpr int STREAMS = 4;
+constexpr int64_t AHEAD = 1024;  // bytes of a stream's codes asked for before their turn
 constexpr int64_t CHAIN_CODES = 20 * CODES;  // in one chain before it is added to the rest
 
 // Rows of the weight decoded side by side for M of x: their sums take half of the registers, of
@@ -56,16 +60,17 @@ LK_INLINE void dot_chunk(const vu codes[J], const Table& t, const vf scale[J], c
       last ? fma(chunk[g][i], scale[g], total[g][i]) : chunk[g][i];
 }
 
-// The lanes of total[g][i] add up to x[i] times the row of the weight `g * stride` elements behind
-// element `first`. scales: from that of the block of element `origin` on, at a block's start.
-// Whole: rows begin where blocks do.
+// The lanes of total[g][i] add up to x[i] times row `row + g * apart` of the weight. That of row's
+// first element is the scale of element `start` behind `scales`, a block's first; `stride` behind
+// those are the next row's. Whole: rows begin where blocks do.
 template <int J, int M, bool Whole, typename X, typename T>
-LK_INLINE void dot_codes(const Codes4bit& w, const T& t, int64_t first, int64_t stride,
-                         const float* scales, int64_t origin, const X* x, vf total[J][M]) {
+LK_INLINE void dot_codes(const Codes4bit& w, const T& t, int64_t row, int64_t apart,
+                         const float* scales, int64_t stride, int64_t start, const X* x,
+                         vf total[J][M]) {
   static_assert(Whole || J == 1);
   const int log2 = w.log2_block;
-  const int64_t bytes = stride >> 1, blocks = stride >> log2, start = first - origin;
-  const uint8_t *p = w.packed + (first >> 1), *ahead = p + max(AHEAD, 2 * w.K);
+  const int64_t bytes = apart * w.K >> 1;
+  const uint8_t* p = w.packed + (row * w.K >> 1);
   const vu aligned = lane_blocks(0, log2);
   vf sum[J][M];
   const auto step = [&](int64_t k, int filled) __attribute__((always_inline)) {
@@ -74,12 +79,11 @@ LK_INLINE void dot_codes(const Codes4bit& w, const T& t, int64_t first, int64_t 
     vu codes[J];
     vf scale[J];
     LK_UNROLL for (int g = 0; g < J; ++g) {
-      __builtin_prefetch(ahead + g * bytes, 0, 3);
+      __builtin_prefetch(p + g * bytes + AHEAD, 0, 3);
       codes[g] = load_codes(p + g * bytes, filled);
-      scale[g] = pick(s + g * blocks, lanes, filled);
+      scale[g] = pick(s + g * stride, lanes, filled);
     }
     p += CODES / 2;
-    ahead += CODES / 2;
     dot_chunk<J, M>(codes, t, scale, x, sum);
     x += M * CODES;
   };
@@ -116,53 +120,58 @@ LK_INLINE void dot_decoded(const Codes4bit& w, const Table& t, int64_t row, cons
 
 // The layer -----------------------------------------------------------------------------------
 
-// Rows of the weight whose scales are decoded together, some time before they are loaded in other
+// Rows of a stream whose scales are decoded together, some time before they are loaded in other
 // widths than they were stored; and how many those are at most, W more being read.
 LK_INLINE int64_t batch_rows(const Codes4bit& w) {
-  return max(4, (int64_t{2048} << w.log2_block) / w.K / 4 * 4);
+  return max(1, (int64_t{512} << w.log2_block) / w.K);
 }
 LK_INLINE int64_t batch_scales(const Codes4bit& w) {
   return (batch_rows(w) * w.K >> w.log2_block) + 2 + W;
 }
 
-// sums[i * lds + n - n0] = x[i] · row n of the weight, for n0 <= n < n1; up to three more a row are
-// written. scales: those of n0's first block on. Four rows at a time: of more than four the last
-// may be taken twice, of fewer each is taken by itself.
+// sums[i * lds + n + g * apart - first] = x[i] · row n + g * apart of the weight, for first <= n <
+// end and all streams g. scales: those of g's first block on, `stride` behind the last stream's.
 template <int M, typename X, typename T>
-LK_INLINE void dot_rows(const Codes4bit& w, const T& t, const X* x, int64_t ldx, int64_t n0,
-                        int64_t n1, const float* scales, float* buffer, float* sums, int64_t lds) {
+LK_INLINE void dot_streams(const Codes4bit& w, const T& t, const X* x, int64_t ldx, int64_t first,
+                           int64_t end, int64_t apart, const float* scales, int64_t stride,
+                           float* buffer, float* sums, int64_t lds) {
   constexpr int J = SIDE_BY_SIDE<M>;
-  const int64_t origin = n0 * w.K >> w.log2_block << w.log2_block;
   const bool by_memory = std::is_same_v<X, float> && w.K % 8;
-  const bool whole = w.K % (int64_t{1} << w.log2_block) == 0, few = n1 - n0 < 4;
-  const int64_t stride = few ? 0 : w.K;
-  for (int64_t next = n0; next < n1; next += few ? 1 : 4) {
-    const int64_t n = few ? next : min(next, n1 - 4), first = n * w.K;
-    vf total[4][M];
+  const bool whole = w.K % (int64_t{1} << w.log2_block) == 0;
+  const auto start = [&](int64_t n, int g) {
+    const int64_t origin = (first + g * apart) * w.K >> w.log2_block << w.log2_block;
+    return (n + g * apart) * w.K - origin;
+  };
+  for (int64_t n = first; n < end; ++n) {
+    vf total[STREAMS][M];
     if (by_memory) {
       if constexpr (std::is_same_v<X, float>)
-        for (int g = 0; g < 4; ++g)
-          dot_decoded<M>(w, t, (first + g * stride) / w.K, x, ldx, buffer, total[g]);
+        for (int g = 0; g < STREAMS; ++g)
+          dot_decoded<M>(w, t, n + g * apart, x, ldx, buffer, total[g]);
     } else if (whole) {
-      LK_UNROLL for (int g = 0; g < 4; g += J)
-          dot_codes<J, M, true>(w, t, first + g * stride, stride, scales, origin, x, total + g);
+      LK_UNROLL for (int g = 0; g < STREAMS; g += J) dot_codes<J, M, true>(
+          w, t, n + g * apart, apart, scales + g * stride, stride, start(n, g), x, total + g);
     } else {
-      for (int g = 0; g < 4; ++g)
-        dot_codes<1, M, false>(w, t, first + g * stride, 0, scales, origin, x, total + g);
+      for (int g = 0; g < STREAMS; ++g)
+        dot_codes<1, M, false>(w, t, n + g * apart, apart, scales + g * stride, stride, start(n, g),
+                               x, total + g);
     }
     LK_UNROLL for (int m = 0; m < M; ++m) {
-      const vf of_x[4] = {total[0][m], total[1][m], total[2][m], total[3][m]};
-      sum_lanes(of_x, sums + m * lds + n - n0);
+      const vf of_x[STREAMS] = {total[0][m], total[1][m], total[2][m], total[3][m]};
+      float of_stream[STREAMS];
+      sum_lanes(of_x, of_stream);
+      LK_UNROLL for (int g = 0; g < STREAMS; ++g) sums[m * lds + n - first + g * apart] =
+          of_stream[g];
     }
   }
 }
 
 template <typename X, typename T>
-LK_INLINE void dot_rows(int64_t M, const Codes4bit& w, const T& t, const X* x, int64_t ldx,
-                        int64_t n0, int64_t n1, const float* scales, float* buffer, float* sums,
-                        int64_t lds) {
+LK_INLINE void dot_streams(int64_t M, const Codes4bit& w, const T& t, const X* x, int64_t ldx,
+                           int64_t first, int64_t end, int64_t apart, const float* scales,
+                           int64_t stride, float* buffer, float* sums, int64_t lds) {
 #define LK_ROWS(m) \
-  if (M == m) dot_rows<m>(w, t, x, ldx, n0, n1, scales, buffer, sums, lds);
+  if (M == m) dot_streams<m>(w, t, x, ldx, first, end, apart, scales, stride, buffer, sums, lds);
   LK_ROWS(1) LK_ROWS(2) LK_ROWS(3) LK_ROWS(4) LK_ROWS(5) LK_ROWS(6) LK_ROWS(7) LK_ROWS(8)
 #undef LK_ROWS
 }
@@ -185,24 +194,23 @@ LK_INLINE void few_rows_of(const FewRowsArgs& a, const T& tables, const X* x, in
   const ExpandArgs& u = a.update;
   const int64_t M = u.M, K = a.codes.K, R = u.R, passes = passes_of(M);
   const int64_t parts = M * u.N * K < SMALL ? 1 : min(u.threads, u.N);
-  const int64_t scale_floats = batch_scales(a.codes), row_floats = round_up(K, W);
+  const int64_t stream_scales = batch_scales(a.codes), scale_floats = STREAMS * stream_scales;
+  const int64_t row_floats = round_up(K, W);
   const int64_t panel_floats = round_up(R, 4) * VW;
   const int64_t part_floats =
       round_up(scale_floats + row_floats + panel_floats + staging_floats(VW, R), 16);
-  // A part's sums lie behind those of the rows before it, up to 16 columns apart: so there is room
-  // for fewer parts, with more rows each, than were asked for.
-  Scratch scratch((parts * (part_floats + 16 * M) + M * u.N) * 4);
+  // A part's sums lie behind those of the rows before it: so there is room for fewer parts, with
+  // more rows each, than were asked for.
+  Scratch scratch((parts * part_floats + M * u.N) * 4);
   float* const all_sums = static_cast<float*>(scratch.data) + parts * part_floats;
   const bool masked = a.shrink.dropout.rng;
   if (masked) shrink(a.shrink);
   int arrived = 0;
   together((int)parts, [&](int64_t part, int64_t parts) {
-    const int64_t n0 = u.N * part / parts, n1 = u.N * (part + 1) / parts;
-    const int64_t lds = round_up(n1 - n0 + 3, 4);
+    const int64_t n0 = u.N * part / parts, n1 = u.N * (part + 1) / parts, rows = n1 - n0;
     float* const scales = static_cast<float*>(scratch.data) + part * part_floats;
     float *const row = scales + scale_floats, *const panel = row + row_floats,
-                 *const staging = panel + panel_floats,
-                 *const sums = all_sums + (n0 + part * 16) * M;
+                 *const staging = panel + panel_floats, *const sums = all_sums + n0 * M;
     if (!masked)
       with_type(a.shrink.x.dtype, [&](auto type) {
         using TX = decltype(type);
@@ -212,16 +220,25 @@ LK_INLINE void few_rows_of(const FewRowsArgs& a, const T& tables, const X* x, in
       });
     arrive(&arrived);
     const Table256 nested = table_256(a.codes.nested_code);
-    for (int64_t n = n0, end; n < n1; n = end) {
-      end = min(n1, n + batch_rows(a.codes));
-      const int64_t block = n * K >> a.codes.log2_block;
-      scales_of(a.codes, nested, block, ((end * K - 1) >> a.codes.log2_block) - block + 1, scales);
-      for (int64_t pass = 0; pass < passes; ++pass) {
-        const int64_t m = M * pass / passes, count = M * (pass + 1) / passes - m;
-        dot_rows(count, a.codes, tables, x + m * ldx, ldx, n, end, scales, row,
-                 sums + m * lds + n - n0, lds);
+    const auto each_stream = [&](int64_t first, int64_t apart, int64_t count) {
+      for (int64_t n = first, end; n < first + count; n = end) {
+        end = min(first + count, n + batch_rows(a.codes));
+        for (int64_t g = 0; g < STREAMS; ++g) {
+          const int64_t block = (n + g * apart) * K >> a.codes.log2_block;
+          const int64_t last = ((end + g * apart) * K - 1) >> a.codes.log2_block;
+          scales_of(a.codes, nested, block, last - block + 1, scales + g * stream_scales);
+        }
+        for (int64_t pass = 0; pass < passes; ++pass) {
+          const int64_t m = M * pass / passes;
+          dot_streams(M * (pass + 1) / passes - m, a.codes, tables, x + m * ldx, ldx, n, end, apart,
+                      scales, stream_scales, row, sums + m * rows + n - n0, rows);
+        }
       }
-    }
+    };
+    // Rows that are left over are taken with those before them; fewer than STREAMS by themselves.
+    const int64_t share = rows / STREAMS;
+    each_stream(n0, share, share ? share : rows);
+    if (share && rows % STREAMS) each_stream(n1 - STREAMS, 1, 1);
     await(&arrived, (int)parts);
     with_type(u.dtype, [&](auto type) {
       using Y = decltype(type);
@@ -231,7 +248,7 @@ LK_INLINE void few_rows_of(const FewRowsArgs& a, const T& tables, const X* x, in
             vf acc[Y_ROWS][V];
             unpacked_tile<decltype(q_type)>(u, n, n1, acc);
             finish_tile<Y, false>(u, 0, M, n, n1, acc, [&](int i, int v, int rest) {
-              return load_n(sums + i * lds + n - n0 + v * W, rest);
+              return load_n(sums + i * rows + n - n0 + v * W, rest);
             });
           }
         });
@@ -246,7 +263,7 @@ LK_INLINE void few_rows_of(const FewRowsArgs& a, const T& tables, const X* x, in
           vf acc[Y_ROWS][V];
           rank_tile(s, R, panel, VW, acc);
           finish_tile<Y, false>(u, m, count, n, n1, acc, [&](int i, int v, int rest) {
-            return load_n(sums + (m + i) * lds + n - n0 + v * W, rest);
+            return load_n(sums + (m + i) * rows + n - n0 + v * W, rest);
           });
         }
       }

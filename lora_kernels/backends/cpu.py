@@ -216,7 +216,7 @@ class Prepared:
         """x [..., K], contiguous, of `rows` rows -> y [..., N]."""
         xs = x if self.cast_to is None else x.to(self.cast_to)
         if self.dense is None:
-            y = x.new_empty((*x.shape[:-1], self.N))
+            y = x.new_empty(*x.shape[:-1], self.N)
         else:
             y = _cast(linear(xs, self.dense), x.dtype)
         b = None if bias is None else _vector(bias)
@@ -262,7 +262,7 @@ def lora_linear_backward(
     if need_x and (weight is None or not single_pass):
         dx = _library_dx(dz, weight, (N, K), dtype, x.dtype)
     elif need_x:
-        dx = x.new_empty(x.shape)
+        dx = x.new_empty(*x.shape)
         if isinstance(weight, Codes):
             codes = weight.native((N, K))
         else:

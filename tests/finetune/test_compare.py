@@ -19,6 +19,7 @@ from lora_kernels.finetune.compare import (
     sgd,
     worst,
 )
+from lora_kernels.finetune.data import batch
 
 LORA = {"rank": 3, "alpha": 8, "target_modules": ()}
 SMALL = {"batch_size": 2, "seed": 0, "sgd_steps": 3, "timed_steps": 2}
@@ -71,6 +72,23 @@ def test_b_is_random_so_that_dA_counts(base: nn.Module, blocks: Tensor) -> None:
     stock, _ = pair(base, 0, **LORA, dropout=0.0)
     gradients = module.loss_and_gradients(stock, blocks[:2])[1]
     assert all(g.abs().max() > 0 for g in gradients.values())
+
+
+def test_the_distance_in_bf16_is_that_of_several_batches(base, blocks, monkeypatch) -> None:
+    """One batch's is luck. The ratios 1, 4, 2 and 1/2 have the geometric mean √2."""
+    errors, steps = iter([1, 1, 1, 4, 1, 2, 2, 1]), []
+    monkeypatch.setattr(module, "relative_rms", lambda got, want: float(next(errors)))
+    monkeypatch.setattr(
+        module,
+        "batch",
+        lambda blocks, step, *rest: steps.append(step) or batch(blocks, step, *rest),
+    )
+    row = module.compare_bf16(base, blocks, 2, 0, {**LORA, "dropout": 0.0})
+    assert steps == [0, 1, 2, 3]
+    assert row.difference == pytest.approx(2**0.5)
+    assert row.ok is False
+    errors = iter([1, 1, 1, float("nan"), 1, 1, 1, 1])
+    assert module.compare_bf16(base, blocks, 2, 0, {**LORA, "dropout": 0.0}).ok is False
 
 
 def test_nan_fails_and_is_not_taken_for_a_control_that_was_seen() -> None:

@@ -36,7 +36,7 @@ from .model import (
 GRADIENT_LIMIT = 1e-4  # relative rms of one adapter's gradient, fp32
 UPDATE_LIMIT = 1e-3  # relative rms of one adapter's change over the SGD steps, fp32
 BF16_LIMIT = 1.25  # our distance from the fp32 gradients over stock PEFT's
-BF16_BATCHES = 4  # of one batch it is luck: 0.6 to 1.7 on 4-bit weights
+BF16_BATCHES = 5  # one in ten lies several times as far off as the others, whoever computes it
 SGD_LR = 0.1
 ADAPTER_B_STD = 0.02  # B is zero in a new adapter, which would leave dA = 0 on both sides
 MASK_P = 0.1
@@ -215,7 +215,7 @@ def compare_bf16(
     base: nn.Module, blocks: Tensor, batch_size: int, seed: int, lora: Mapping[str, Any]
 ) -> Row:
     """|fused bf16 − fp32| over |PEFT bf16 − fp32|, over all adapter gradients together; each the
-    geometric mean of BF16_BATCHES batches.
+    median of BF16_BATCHES batches.
 
     The fp32 side computes with the bf16 weights, so that their rounding is in neither distance.
     """
@@ -234,7 +234,7 @@ def compare_bf16(
             for m in (reference, stock, fused)
         )
         errors.append((relative_rms(peft, exact), relative_rms(ours, exact)))
-    peft_error, our_error = torch.tensor(errors).log().mean(0).exp()
+    peft_error, our_error = torch.tensor(errors).median(0).values  # NaN where one is
     return Row(
         "bf16 gradients, off fp32",
         float(our_error / peft_error),

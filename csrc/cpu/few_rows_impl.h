@@ -1,16 +1,16 @@
 // The layer for a few rows of x on a 4-bit weight, whose codes are looked up in registers.
 //
 // CODES codes at a time, eight neighbours, which one scale has, in each lane. Several rows of the
-// weight share what is loaded of x; up to PASS rows of x share a look-up. Those rows lie a quarter
-// of a thread's share apart, in STREAMS whose rows follow each other, so that the processor asks
-// ahead.
+// weight share what is loaded of x, one of each of STREAMS, into which a thread's rows are divided:
+// in a stream they follow each other, so that the processor asks ahead. Up to PASS rows of x share
+// a look-up.
 
 namespace lora_kernels {
 namespace {
 
 constexpr int64_t CODES = 8 * W;
 constexpr int PASS = 8;
-constexpr int STREAMS = 4;
+constexpr int STREAMS = 4;       // as many as `sum_lanes` takes
 constexpr int64_t AHEAD = 1024;  // bytes of a stream's codes asked for before their turn
 constexpr int64_t CHAIN_CODES = 20 * CODES;  // in one chain before it is added to the rest
 
@@ -235,7 +235,8 @@ LK_INLINE void few_rows_of(const FewRowsArgs& a, const T& tables, const X* x, in
         }
       }
     };
-    // Rows that are left over are taken with those before them; fewer than STREAMS by themselves.
+    // Rows that are left over are taken with those before them, once more; of fewer than STREAMS
+    // each is taken STREAMS times.
     const int64_t share = rows / STREAMS;
     each_stream(n0, share, share ? share : rows);
     if (share && rows % STREAMS) each_stream(n1 - STREAMS, 1, 1);

@@ -31,9 +31,15 @@ def some_cases() -> list[Case]:
         Case(M, N, K, 5, dtype, quant="nf4-64-nested", **FULL)
         for M, (N, K), dtype in itertools.product((0, 1, 3, 5, 8, 9, 16, 17), SIZES, (f32, bf16))
     ]
-    # Scales decoded row by row, of rows that begin where blocks do and within them; fewer rows than
-    # are decoded side by side, and three left over (SIZES leaves one or two).
-    for K, quant in ((1 << 14, "nf4-32"), (16432, "nf4-64-nested")):
+    # Scales decoded row by row and by few rows, of rows that begin where blocks do and within them;
+    # fewer rows than are decoded side by side, and three left over (SIZES leaves one or two).
+    long = (
+        (1 << 14, "nf4-32"),
+        (16432, "nf4-64-nested"),
+        (4096, "nf4-32"),
+        (4112, "nf4-32-nested"),
+    )
+    for K, quant in long:
         chosen += [Case(3, 30, K, 5, f32, quant=quant)]
     chosen += [Case(5, N, 96, 5, dtype, quant="nf4-64") for N in (3, 7) for dtype in (f32, bf16)]
     for N, K in ((40, 1152), (30, 1101), (1101, 160)):  # several panels of the sum, also in pairs

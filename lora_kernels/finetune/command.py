@@ -15,7 +15,7 @@ from . import UsageError
 from .options import ChatOptions, Options, flag
 
 DEMO: dict[str, Any] = {
-    "batch": 2, "seq_len": 128, "steps": 40, "lr": 1e-3, "prompt": "Shall I marry her?",
+    "batch": 2, "seq_len": 128, "steps": 24, "lr": 1e-3, "prompt": "Shall I marry her?",
 }  # fmt: skip
 # Asked in other words than any of the lines that it is taught by.
 TAUGHT: dict[str, Any] = {
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--demo",
         action="store_true",
-        help="SmolLM2-135M-Instruct on Hamlet: batch 2, 128 tokens a block, 40 steps, lr 1e-3; "
+        help="SmolLM2-135M-Instruct on Hamlet: batch 2, 128 tokens a block, 24 steps, lr 1e-3; "
         "then it is taught who keeps a lighthouse, and asked",
     )
 

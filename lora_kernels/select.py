@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -41,13 +42,18 @@ UNTRIED: str | None = (
     "compiled, but have run on no GPU yet; lora_kernels.backend('triton' or 'cuda') takes them"
 )
 # From how many rows of x a step in a single pass beats the library's product and a pass after it:
-# measured on 2 threads of AMD family 26 with torch 2.15 (benchmarks/NOTES.md). On Intel's own
-# processors its library multiplies float32 faster than this kernel where M·N·K reaches MKL_PRODUCT:
-# measured on 2 threads of family 6, model 167, with torch 2.15. With matrix registers (AMX) for
-# bfloat16 a dense product is the library's, and one of 4-bit codes, which it would have to be given
-# decoded, is ours.
+# measured on 2 threads of AMD family 26, for AMX on Intel family 6, with torch 2.15
+# (benchmarks/NOTES.md). On Intel's own processors its library multiplies float32 faster than this
+# kernel where M·N·K reaches MKL_PRODUCT, but for matrix registers (AMX), which take three bfloat16
+# for each from AMX_FLOAT_ROWS rows on. Of bfloat16, where both have AMX, it is faster where M·N·K
+# reaches AMX_PRODUCT in more than AMX_ROWS rows: measured on 2 threads of family 6, model 167.
+# Where the library alone has AMX, all bfloat16 is the library's.
 MKL_PRODUCT = 280_000_000
+AMX_PRODUCT, AMX_ROWS = 10_000_000_000, 512
+AMX_FLOAT_ROWS = 128
 SINGLE_PASS_ROWS = {torch.float32: 2, torch.bfloat16: 64, torch.float16: 2}
+SINGLE_PASS_ROWS_AMX = 2  # of bfloat16
+_ALL = range(sys.maxsize)
 _ROWS, _CODES, _UNKNOWN = Layout(), Layout(64), 4096  # where nothing is said of a weight
 # Up to how many rows 4-bit codes are decoded in registers, with no panel written: measured on AMD
 # family 25, beside AMX on Intel family 6 (benchmarks/NOTES.md), where bfloat16 has it for a panel.
@@ -157,16 +163,14 @@ def lora_linear(
         if found is not None:
             return found
     many = None if rows is None else rows > few_rows(dtype, four_bit)
-    mkl_rows = None
-    if native.intel and dtype is torch.float32 and not four_bit:
-        mkl_rows = -(-MKL_PRODUCT // ((columns or _UNKNOWN) * (inner or _UNKNOWN)))
-        if rows is not None:  # so that the cache holds one entry for all of them
-            mkl_rows = 0 if rows >= mkl_rows else None
+    large = range(0) if four_bit else _large_products(dtype, columns, inner)
+    if rows is not None:  # so that the cache holds one entry for all rows
+        large = _ALL if rows in large else range(0)
     gpu_obstacle = None
     if device_type == "cuda":
         gpu_obstacle = _gpu_obstacle(torch.bfloat16 in (x_dtype, dtype), device_index)
     return _choose(
-        asked, native.isa, native.amx_bf16, mkl_rows, native.reason, gpu_obstacle, device_type,
+        asked, native.isa, native.amx_bf16, large, native.reason, gpu_obstacle, device_type,
         x_dtype, a_dtype, b_dtype, dtype, rank, many, four_bit,
     )  # fmt: skip
 
@@ -261,7 +265,38 @@ def few_rows(dtype: torch.dtype, four_bit: bool) -> int:
     """Up to how many rows of x the strategy is the one for few."""
     if four_bit:
         return few_rows_4bit(native.isa or "", dtype)
-    return SINGLE_PASS_ROWS.get(dtype, 0) - 1
+    return _single_pass_rows(native.isa, dtype) - 1
+
+
+def _single_pass_rows(isa: str | None, dtype: torch.dtype) -> int:
+    if isa == "amxbf16" and dtype is torch.bfloat16:
+        return SINGLE_PASS_ROWS_AMX
+    return SINGLE_PASS_ROWS.get(dtype, 0)
+
+
+def _large_products(dtype: torch.dtype, columns: int | None, inner: int | None) -> range:
+    """The numbers of rows for which a dense product is the library's."""
+    size = (columns or _UNKNOWN) * (inner or _UNKNOWN)
+    amx = native.isa == "amxbf16"
+    if native.intel and dtype is torch.float32:
+        return range(-(-MKL_PRODUCT // size), AMX_FLOAT_ROWS if amx else _ALL.stop)
+    if amx and dtype is torch.bfloat16:
+        return range(max(AMX_ROWS + 1, -(-AMX_PRODUCT // size)), _ALL.stop)
+    return range(0)
+
+
+def _where(large: range, first: int) -> str | None:
+    """What rows are under `first` or in `large`, in words; None where all are.
+
+    >>> _where(range(300, 400), 2), _where(range(2, 400), 2), _where(range(300, _ALL.stop), 2)
+    ('under 2 rows and from 300 to 399', 'under 400 rows', 'under 2 rows and from 300 on')
+    """
+    ends = large.stop < _ALL.stop
+    if large.start <= first:
+        return f"under {large.stop} rows" if ends else None
+    return f"under {first} rows and from {large.start} " + (
+        f"to {large.stop - 1}" if ends else "on"
+    )
 
 
 def few_rows_4bit(isa: str, dtype: torch.dtype) -> int:
@@ -281,7 +316,7 @@ def _choose(
     asked: Forced,
     isa: str | None,
     amx_bf16: bool,
-    mkl_rows: int | None,
+    large: range,
     native_absence: str | None,
     gpu_obstacle: str | None,
     device_type: str,
@@ -299,7 +334,7 @@ def _choose(
         native_absence, device_type, x_dtype, a_dtype, b_dtype, dtype, rank
     )
     if obstacle is None:
-        return _cpu_choice(asked, isa, amx_bf16, mkl_rows, dtype, many_rows, four_bit)
+        return _cpu_choice(asked, isa, amx_bf16, large, dtype, many_rows, four_bit)
     if asked.backend == "cpu":
         raise RuntimeError(f"backend 'cpu' was asked for and cannot run here: {obstacle}")
     return Choice("eager", eager.LIBRARY, obstacle)
@@ -309,7 +344,7 @@ def _cpu_choice(
     asked: Forced,
     isa: str | None,
     amx_bf16: bool,
-    mkl_rows: int | None,
+    large: range,
     dtype: torch.dtype,
     many_rows: bool | None,
     four_bit: bool,
@@ -332,17 +367,17 @@ def _cpu_choice(
     many = cpu.SINGLE_PASS
     if isa not in cpu.SINGLE_PASS_ISAS:
         many = cpu.LIBRARY
-    elif amx_bf16 and dtype is torch.bfloat16 and not (four_bit and isa == "amxbf16"):
+    elif amx_bf16 and dtype is torch.bfloat16 and isa != "amxbf16":
         many, reason = cpu.LIBRARY, f"{reason}; the library multiplies with AMX"
-    elif mkl_rows is not None:
-        reason += "; large float32 products are Intel's library's"
-        if many_rows is None and mkl_rows > (first := SINGLE_PASS_ROWS[dtype]):
-            both = f"{cpu.LIBRARY}; from {first} to {mkl_rows - 1} rows {many}"
-            return Choice("cpu", both, reason)
+    elif large:
+        reason += f"; large {str(dtype).removeprefix('torch.')} products are the library's"
+        if many_rows is None:
+            where = _where(large, _single_pass_rows(isa, dtype))
+            return Choice("cpu", f"{many}; {where} {cpu.LIBRARY}" if where else cpu.LIBRARY, reason)
         many = cpu.LIBRARY
     few = cpu.FEW_ROWS if four_bit else cpu.LIBRARY
     if many_rows is None and few != many:
-        rows = few_rows_4bit(isa or "", dtype) + 1 if four_bit else SINGLE_PASS_ROWS[dtype]
+        rows = few_rows_4bit(isa or "", dtype) + 1 if four_bit else _single_pass_rows(isa, dtype)
         return Choice("cpu", f"{many}; under {rows} rows {few}", reason)
     return Choice("cpu", few if many_rows is False else many, reason)
 

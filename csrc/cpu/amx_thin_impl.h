@@ -8,25 +8,8 @@
 namespace lora_kernels {
 namespace {
 
-constexpr int64_t THIN_ROWS = 32;  // of x, from which on a tile is worth being filled
-constexpr int64_t TILE_WORDS = 16 * 16;
 constexpr int64_t SPAN = 256;       // elements of a sum
 constexpr int64_t TILED_ROWS = 64;  // of x in dots: four tiles
-
-// v less the bf16 in the low halves of `words`; nothing of what is not finite, since infinity less
-// itself would be no number.
-LK_INLINE vf less(vf v, __m512i words) {
-  const vf term = _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
-  return _mm512_maskz_sub_ps((__mmask16)~_mm512_fpclass_ps_mask(term, 0x99), v, term);
-}
-
-// to[0 .. 16) = the words of even and odd rounded to bf16, which then are what that has left.
-LK_INLINE void next_term(vf& even, vf& odd, float* to) {
-  store_words(to, even, odd, Pair{});
-  const __m512i words = _mm512_castps_si512(load(to));
-  even = less(even, words);
-  odd = less(odd, _mm512_srli_epi32(words, 16));
-}
 
 LK_INLINE int64_t bytes_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 LK_INLINE int terms_of(DType dtype) {
@@ -241,7 +224,7 @@ LK_INLINE void outers(const OutersArgs& a, const Then& then) {
           _tile_zero(2);
           _tile_zero(3);
           for (int64_t s = 0; s < depth / 32; ++s, d += blocks * tile) {
-            const float* const words = pairs + s * B_ROWS * VW;
+            const float* const words = pairs + s * 16 * VW;
             _tile_loadd(4, d, LD_X);
             if (a.terms > 1) _tile_loadd(5, d + X_TILE, LD_X);
 #define LK_TILES(u, v)                 \
@@ -266,7 +249,7 @@ LK_INLINE void outers(const OutersArgs& a, const Then& then) {
             }
 #undef LK_TILES
           }
-          store_sums(c, W, 2 * W);
+          store_sums(c, W, 2 * W, LD_C);
           for (int64_t r = 0; r < 16; ++r)
             for (int64_t n = 0; n < 64; n += W) {
               float* const to = a.sums + (panel * R16 + block * 16 + r) * 64 + n;
@@ -344,36 +327,6 @@ void grad_a_tiles(const GradAArgs& a) {
          });
 }
 
-// S of 32 rows: a word is a rank's two bf16.
-LK_INLINE void split_rows(const ExpandArgs& a, int64_t m0, int64_t blocks, float* to) {
-  for (int64_t m = m0; m < m0 + 2 * X_ROWS; ++m)
-    for (int64_t block = 0; block < blocks; ++block) {
-      const int rest = m < a.M ? (int)min(16, a.R - block * 16) : 0;
-      vf v = load_n(a.s + min(m, a.M - 1) * a.lds + block * 16, rest);
-      v = mul(v, splat(a.alpha));
-      if (a.gate) v = mul(v, load_n(a.gate + block * 16, rest));
-      const __m512i high = _mm512_cvtepu16_epi32(narrow_bf16(v));
-      const __m512i low = _mm512_cvtepu16_epi32(narrow_bf16(less(v, high)));
-      store(to + ((m - m0) / X_ROWS * blocks + block) * TILE_WORDS + m % X_ROWS * 16,
-            _mm512_castsi512_ps(_mm512_or_si512(high, _mm512_slli_epi32(low, 16))));
-    }
-}
-
-// Q[0 .. R up to 16, n0 .. n0 + 64): a word is an element twice, for S's two.
-LK_INLINE void pack_twice(const ExpandArgs& a, int64_t n0, int terms, float* wide, float* to) {
-  const int64_t R4 = round_up(a.R, 4), R16 = round_up(a.R, 16);
-  pack(a.q, a.R, n0, min(VW, a.N - n0), VW, 1.0f, nullptr, nullptr, wide, VW, wide + R16 * VW);
-  for (int64_t i = 0; i < R16 * VW; i += W) {
-    vf left = i < R4 * VW ? load(wide + i) : zero();
-    for (int term = 0; term < terms; ++term) {
-      const __m512i word = _mm512_cvtepu16_epi32(narrow_bf16(left));
-      store(to + term * R16 * VW + i,
-            _mm512_castsi512_ps(_mm512_or_si512(word, _mm512_slli_epi32(word, 16))));
-      left = less(left, word);
-    }
-  }
-}
-
 // As `expand`, by 32 rows of y and 64 columns, along y's rows as far as Q's tiles stay in L2.
 void expand_tiles(const ExpandArgs& a) {
   if (a.dtype != DType::bf16 || a.M < THIN_ROWS || !a.R) return expand(a);
@@ -401,7 +354,6 @@ void expand_tiles(const ExpandArgs& a) {
     float* const C = own + chunk * chunk_floats;
     float* const s = C + 2 * X_ROWS * VW;
     bf16* const y = static_cast<bf16*>(a.y);
-    const int64_t next = blocks * TILE_WORDS;  // from the first 16 rows' tiles of S to the others'
     for (int64_t i0 = 0; i0 < panels; i0 += together)
       for (int64_t group = groups * chunk / chunks; group < groups * (chunk + 1) / chunks;
            ++group) {
@@ -410,21 +362,9 @@ void expand_tiles(const ExpandArgs& a) {
         for (int64_t i = i0; i < min(i0 + together, panels); ++i) {
           const int64_t n = i * VW, n1 = min(n + VW, a.N);
           for (int64_t half = 0; half < VW; half += 2 * W) {
-            load_sums(nullptr, 0, 0, false);
-            for (int64_t block = 0; block < blocks; ++block) {
-              _tile_loadd(4, s + block * TILE_WORDS, LD_X);
-              _tile_loadd(5, s + block * TILE_WORDS + next, LD_X);
-              for (int term = 0; term < terms; ++term) {
-                const float* const words = q + i * q_floats + (term * R16 + block * 16) * VW + half;
-                _tile_loadd(6, words, LD_C);
-                _tile_loadd(7, words + W, LD_C);
-                _tile_dpbf16ps(0, 4, 6);
-                _tile_dpbf16ps(1, 4, 7);
-                _tile_dpbf16ps(2, 5, 6);
-                _tile_dpbf16ps(3, 5, 7);
-              }
-            }
-            store_sums(C + half, W, X_ROWS * VW);
+            load_sums(nullptr, 0, 0, 0, false);
+            rank_2x2(s, q + i * q_floats + half, blocks, terms);
+            store_sums(C + half, W, X_ROWS * VW, LD_C);
           }
           for (int64_t m = m0; m < m1; m += Y_ROWS) {
             const int64_t count = min(Y_ROWS, m1 - m);

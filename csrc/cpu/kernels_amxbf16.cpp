@@ -7,10 +7,11 @@
 #include "few_rows_impl.h"
 #include "row_norm_impl.h"
 #include "product_impl.h"
+#include "amx_impl.h"
 #include "amx_thin_impl.h"
 
 namespace lora_kernels {
 extern const Kernels kernels_amxbf16 = {shrink_tiles, expand_tiles, backward_pair_tiles,
                                         grad_a_tiles, quantize,     dequantize,
-                                        few_rows,     row_norm,     product};
+                                        few_rows,     row_norm,     product_of_tiles};
 }

@@ -32,6 +32,11 @@ LK_INLINE vf splat_word(const Word* p) {
   return splat(word);
 }
 
+// Where a packed panel has word w of column n: w * ld + n / W * apart + n % W.
+struct Layout {
+  int64_t ld = VW, apart = W;
+};
+
 // W words, of which the first `elements` elements exist.
 template <typename T>
 LK_INLINE vf load_words(const T* p, int64_t elements, float) {
@@ -45,37 +50,38 @@ LK_INLINE void store_words(float* to, vf even, vf odd, float) {
 }
 
 // 2 W columns, the even ones apart from the odd, in order.
-LK_INLINE void store_columns(float* to, const vf even[1], const vf odd[1], float) {
+LK_INLINE void store_columns(float* to, int64_t apart, const vf even[1], const vf odd[1], float) {
   const __m512i low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0),
                 high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
   store(to, _mm512_permutex2var_ps(even[0], low, odd[0]));
-  store(to + W, _mm512_permutex2var_ps(even[0], high, odd[0]));
+  store(to + apart, _mm512_permutex2var_ps(even[0], high, odd[0]));
 }
 
-// to[0 .. VW) = `count` words (a[n]), or pairs (a[n], b[n]) where b may be null; zero beyond.
+// VW columns of `count` words (a[n]), or pairs (a[n], b[n]) where b may be null; zero beyond.
 template <typename T>
-LK_INLINE void pack_row(const T* a, const T*, int64_t count, float* to, float) {
+LK_INLINE void pack_row(const T* a, const T*, int64_t count, float* to, int64_t apart, float) {
   for (int64_t n = 0; n < VW; n += W)
-    store(to + n, n < count ? load_words(a + n, count - n, float{}) : zero());
+    store(to + n / W * apart, n < count ? load_words(a + n, count - n, float{}) : zero());
 }
 #ifdef LK_BF16_PAIRS
-LK_INLINE void pack_row(const bf16* a, const bf16* b, int64_t count, float* to, Pair) {
+LK_INLINE void pack_row(const bf16* a, const bf16* b, int64_t count, float* to, int64_t apart,
+                        Pair) {
   for (int64_t n = 0; n < VW; n += 2 * W)
-    interleave(a + n, b ? b + n : nullptr, max(0, count - n), to + n);
+    interleave(a + n, b ? b + n : nullptr, max(0, count - n), to + n / W * apart, apart);
 }
 #endif
 
-// to[word * VW + n] = W[k0 + k, n0 + n] for `depth` elements k and `count` columns, zero beyond
-// both; up to W - 1 words past the last are written.
+// W[k0 + k, n0 + n] for `depth` elements k and `count` columns, zero beyond both; up to W - 1
+// words past the last are written.
 template <typename Word, typename T>
 LK_INLINE void pack_words(const Matrix& w, int64_t k0, int64_t depth, int64_t n0, int64_t count,
-                          float* to) {
+                          float* to, const Layout& at) {
   constexpr int64_t E = ELEMENTS<Word>;
   const T* const from = static_cast<const T*>(w.data) + k0 * w.row + n0 * w.col;
   if (w.col == 1) {
-    for (int64_t k = 0; k < depth; k += E, to += VW) {
+    for (int64_t k = 0; k < depth; k += E, to += at.ld) {
       const T* row = from + k * w.row;
-      pack_row(row, k + 1 < depth ? row + w.row : nullptr, count, to, Word{});
+      pack_row(row, k + 1 < depth ? row + w.row : nullptr, count, to, at.apart, Word{});
     }
     return;
   }
@@ -89,17 +95,19 @@ LK_INLINE void pack_words(const Matrix& w, int64_t k0, int64_t depth, int64_t n0
         LK_UNROLL for (int i = 0; i < W; ++i) r[i] =
             n + i < count ? load_words(rows + i * w.col, depth - k, Word{}) : zero();
       transpose(r);
-      LK_UNROLL for (int i = 0; i < W; ++i) store(to + (k / E + i) * VW + n, r[i]);
+      float* const tile = to + k / E * at.ld + n / W * at.apart;
+      LK_UNROLL for (int i = 0; i < W; ++i) store(tile + i * at.ld, r[i]);
     }
 }
 
-// to[word * VW + n] = W[n0 + n, k0 + k] of a 4-bit weight whose rows begin at a multiple of 8
+// The same, W[n0 + n, k0 + k], of a 4-bit weight whose rows begin at a multiple of 8
 // elements. 16 rows' bytes are transposed by fours, so that a lane holds 8 codes of one row, looked
 // up two at a time. `scales` has room for one of each row and 8 elements. `ahead`: bytes from here
 // to the codes of the next panel, which are asked for meanwhile.
 template <typename Word>
 LK_INLINE void pack_codes_k(const Codes4bit& w, int64_t k0, int64_t depth, int64_t n0,
-                            int64_t count, float* to, float* scales, int64_t ahead) {
+                            int64_t count, float* to, const Layout& at, float* scales,
+                            int64_t ahead) {
   constexpr int64_t E = ELEMENTS<Word>;
   const Table t = table(w.code);
   const int64_t dwords = (depth + 7) / 8;
@@ -125,21 +133,21 @@ LK_INLINE void pack_codes_k(const Codes4bit& w, int64_t k0, int64_t depth, int64
         if (j + i >= dwords) break;
         const vf scale = load(scales + (((k0 + 8 * (j + i)) >> shift) - k_first) * VW + n);
         const __m512i codes = _mm512_castps_si512(r[i]);
-        float* out = to + (j + i) * 8 / E * VW + n;
+        float* out = to + (j + i) * 8 / E * at.ld + n / W * at.apart;
         LK_UNROLL for (int b = 0; b < 4; ++b) {
           const vf even = mul(_mm512_permutexvar_ps(_mm512_srli_epi32(codes, 8 * b + 4), t), scale),
                    odd = mul(_mm512_permutexvar_ps(_mm512_srli_epi32(codes, 8 * b), t), scale);
-          store_words(out + 2 * b / E * VW, even, odd, Word{});
+          store_words(out + 2 * b / E * at.ld, even, odd, Word{});
         }
       }
     }
 }
 
-// The same with the sum along W's rows: to[word * VW + k] = W[n0 + n, k0 + k] for `depth` rows n
-// and 64 columns, all of which exist.
+// The same with the sum along W's rows: W[n0 + n, k0 + k] for `depth` rows n and 64 columns, all of
+// which exist.
 template <typename Word>
 LK_INLINE void pack_codes_n(const Codes4bit& w, int64_t n0, int64_t depth, int64_t k0, float* to,
-                            int64_t ahead) {
+                            const Layout& at, int64_t ahead) {
   constexpr int64_t E = ELEMENTS<Word>;
   const Table t = table(w.code);
   for (int64_t n = 0; n < depth; n += E)
@@ -155,30 +163,31 @@ LK_INLINE void pack_codes_n(const Codes4bit& w, int64_t n0, int64_t depth, int64
         even[e] = mul(even[e], scale);
         odd[e] = mul(odd[e], scale);
       }
-      store_columns(to + n / E * VW + k, even, odd, Word{});
+      store_columns(to + n / E * at.ld + k / W * at.apart, at.apart, even, odd, Word{});
     }
 }
 
 // pack_words of a 4-bit weight; `decoded` has room for a panel that is decoded before.
 template <typename Word>
 LK_INLINE void pack_codes(const Codes4bit& w, bool k_inner, int64_t k0, int64_t depth, int64_t n0,
-                          int64_t count, float* to, float* decoded) {
+                          int64_t count, float* to, const Layout& at, float* decoded) {
   using E = std::conditional_t<ELEMENTS<Word> == 2, bf16, float>;
   E* const panel = reinterpret_cast<E*>(decoded);
   const Table t = table(w.code);
   const DType dtype = ELEMENTS<Word> == 2 ? DType::bf16 : DType::f32;
   if (k_inner && w.K % 8 == 0) {
-    pack_codes_k<Word>(w, k0, depth, n0, count, to, decoded,
+    pack_codes_k<Word>(w, k0, depth, n0, count, to, at, decoded,
                        (k0 + depth < w.K ? depth : VW * w.K - k0) / 2);
   } else if (!k_inner && w.K % (2 * W) == 0 && count == VW) {
-    pack_codes_n<Word>(w, k0, depth, n0, to, (k0 + depth < w.N ? depth * w.K : VW - k0 * w.K) / 2);
+    pack_codes_n<Word>(w, k0, depth, n0, to, at,
+                       (k0 + depth < w.N ? depth * w.K : VW - k0 * w.K) / 2);
   } else if (k_inner) {
     const int64_t ld = round_up(depth, 2 * W);
     for (int64_t i = 0; i < count; ++i) decode_row(w, t, n0 + i, k0, depth, panel + i * ld);
-    pack_words<Word, E>({panel, dtype, 1, ld}, 0, depth, 0, count, to);
+    pack_words<Word, E>({panel, dtype, 1, ld}, 0, depth, 0, count, to, at);
   } else {
     for (int64_t i = 0; i < depth; ++i) decode_row(w, t, k0 + i, n0, count, panel + i * VW);
-    pack_words<Word, E>({panel, dtype, VW, 1}, 0, depth, 0, count, to);
+    pack_words<Word, E>({panel, dtype, VW, 1}, 0, depth, 0, count, to, at);
   }
 }
 
@@ -284,9 +293,9 @@ LK_INLINE void product_block(const ProductArgs& a, const Philox& generator, int6
   for (int64_t k = 0; k < a.K; k += step * E) {
     const int64_t depth = min(step * E, a.K - k), next = k + depth;
     if (a.codes)
-      pack_codes<Word>(*a.codes, a.k_inner, k, depth, n0, n1 - n0, panel, decoded);
+      pack_codes<Word>(*a.codes, a.k_inner, k, depth, n0, n1 - n0, panel, Layout{}, decoded);
     else
-      pack_words<Word, T>(a.w, k, depth, n0, n1 - n0, panel);
+      pack_words<Word, T>(a.w, k, depth, n0, n1 - n0, panel, Layout{});
     Lines ahead = lines_after<T>(a, k, depth, n0, step * E);
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int64_t m = m0 + tile * Y_ROWS, count = min(Y_ROWS, m1 - m);
@@ -323,16 +332,6 @@ LK_INLINE void product_block(const ProductArgs& a, const Philox& generator, int6
   }
 }
 
-}  // namespace
-}  // namespace lora_kernels
-
-#ifdef LK_AMX
-#include "amx_impl.h"
-#endif
-
-namespace lora_kernels {
-namespace {
-
 // Y = c * (X W + alpha * mask(S Q)) + bias. A task is a tile of rows by VW columns, in order of
 // columns; a thread packs WORDS of W's columns at a time and passes its rows over them, so that
 // x comes from L3 or memory once a panel and W once a block of rows. Sums in float32, each over
@@ -341,15 +340,8 @@ namespace {
 template <typename Word, typename T>
 LK_INLINE void product_of(const ProductArgs& a) {
   const ExpandArgs& u = a.update;
-#ifdef LK_AMX
-  constexpr bool amx = std::is_same_v<Word, Pair>;
-  constexpr int64_t tile_rows = amx ? 2 * X_ROWS : Y_ROWS;
-#else
-  constexpr bool amx = false;
-  constexpr int64_t tile_rows = Y_ROWS;
-#endif
-  constexpr int64_t block = BLOCK_ROWS / tile_rows;
-  const int64_t panels = (u.N + VW - 1) / VW, tiles = (u.M + tile_rows - 1) / tile_rows;
+  constexpr int64_t block = BLOCK_ROWS / Y_ROWS;
+  const int64_t panels = (u.N + VW - 1) / VW, tiles = (u.M + Y_ROWS - 1) / Y_ROWS;
   const int64_t tasks = panels * tiles;
   if (!tasks) return;
   const int64_t chunks = u.M * u.N * a.K < SMALL ? 1 : min(u.threads, tasks);
@@ -360,24 +352,15 @@ LK_INLINE void product_of(const ProductArgs& a) {
   const int64_t step =
       round_up((words + steps - 1) / steps, RUN);  // where codes are decoded at once
   const int64_t q_floats = round_up(u.R, 4) * VW, staging = round_up(staging_floats(VW, u.R), W);
-  const int64_t c_floats = min(tiles, block) * tile_rows * VW;
-  const int64_t chunk_floats = q_floats + staging + WORDS * VW + (amx ? 0 : Y_ROWS * WORDS) +
-                               c_floats + (a.codes ? WORDS * VW : 0);
+  const int64_t c_floats = min(tiles, block) * TILE;
+  const int64_t chunk_floats =
+      q_floats + staging + WORDS * VW + Y_ROWS * WORDS + c_floats + (a.codes ? WORDS * VW : 0);
   Scratch scratch(chunks * chunk_floats * 4);
-#ifdef LK_AMX
-  Scratch x_scratch(amx ? tiles * tile_rows * x_tiles(a.K) * X_DEPTH * 2 : 0);
-  bf16* const x = static_cast<bf16*>(x_scratch.data);
-  if constexpr (amx) pack_x(a.x, u.M, a.K, u.threads, x);
-#endif
   parallel(u.threads, chunks, [&](int64_t chunk) {
-#ifdef LK_AMX
-    std::conditional_t<amx, Tiles, int> configured{};
-    (void)configured;
-#endif
     float* const q = static_cast<float*>(scratch.data) + chunk * chunk_floats;
     float* const panel = q + q_floats + staging;
     float* const rows = panel + WORDS * VW;
-    float* const C = rows + (amx ? 0 : Y_ROWS * WORDS);
+    float* const C = rows + Y_ROWS * WORDS;
     float* const decoded = C + c_floats;
     const int64_t stop = tasks * (chunk + 1) / chunks;
     for (int64_t task = tasks * chunk / chunks, packed = -1; task < stop;) {
@@ -386,13 +369,8 @@ LK_INLINE void product_of(const ProductArgs& a) {
       if (packed != n0)
         pack(u.q, u.R, n0, min(VW, u.N - n0), VW, u.alpha, u.gate, nullptr, q, VW, q + q_floats);
       packed = n0;
-      const int64_t m0 = tile * tile_rows, m1 = min(u.M, last * tile_rows);
-#ifdef LK_AMX
-      if constexpr (amx)
-        tiles_block(a, generator, m0, m1, n0, step, q, panel, x, C, decoded);
-      else
-#endif
-        product_block<Word, T>(a, generator, m0, m1, n0, step, q, panel, rows, C, decoded);
+      const int64_t m0 = tile * Y_ROWS, m1 = min(u.M, last * Y_ROWS);
+      product_block<Word, T>(a, generator, m0, m1, n0, step, q, panel, rows, C, decoded);
       task += last - tile;
     }
   });

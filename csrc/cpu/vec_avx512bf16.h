@@ -51,7 +51,7 @@ LK_INLINE void store_words(float* to, vf even, vf odd, Pair) {
   const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(odd, even);
   store(to, _mm512_castsi512_ps(_mm512_permutexvar_epi16(order, both)));
 }
-LK_INLINE void store_columns(float* to, const vf even[2], const vf odd[2], Pair) {
+LK_INLINE void store_columns(float* to, int64_t apart, const vf even[2], const vf odd[2], Pair) {
   const __m512i e = (__m512i)_mm512_cvtne2ps_pbh(even[1], even[0]),
                 o = (__m512i)_mm512_cvtne2ps_pbh(odd[1], odd[0]);
   // Words of column c: e[c/2], e[16 + c/2] where c is even, else o[...], the 33rd element on.
@@ -59,10 +59,11 @@ LK_INLINE void store_columns(float* to, const vf even[2], const vf odd[2], Pair)
                                        51, 35, 19, 3, 50, 34, 18, 2, 49, 33, 17, 1, 48, 32, 16, 0),
                 high = _mm512_add_epi16(low, _mm512_set1_epi16(8));
   store(to, _mm512_castsi512_ps(_mm512_permutex2var_epi16(e, low, o)));
-  store(to + W, _mm512_castsi512_ps(_mm512_permutex2var_epi16(e, high, o)));
+  store(to + apart, _mm512_castsi512_ps(_mm512_permutex2var_epi16(e, high, o)));
 }
-// to[0 .. 32) = the words (a[n], b[n]) for n < count <= 32, zero beyond; b may be null.
-LK_INLINE void interleave(const bf16* a, const bf16* b, int64_t count, float* to) {
+// The words (a[n], b[n]) for n < count <= 32, zero beyond, the second 16 `apart`; b may be null.
+LK_INLINE void interleave(const bf16* a, const bf16* b, int64_t count, float* to,
+                          int64_t apart = W) {
   const __mmask32 mask = count >= 32 ? ~0u : (1u << count) - 1;
   const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8,
                                        39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0),
@@ -70,7 +71,7 @@ LK_INLINE void interleave(const bf16* a, const bf16* b, int64_t count, float* to
                 av = _mm512_maskz_loadu_epi16(mask, a),
                 bv = b ? _mm512_maskz_loadu_epi16(mask, b) : _mm512_setzero_si512();
   store(to, _mm512_castsi512_ps(_mm512_permutex2var_epi16(av, low, bv)));
-  store(to + W, _mm512_castsi512_ps(_mm512_permutex2var_epi16(av, high, bv)));
+  store(to + apart, _mm512_castsi512_ps(_mm512_permutex2var_epi16(av, high, bv)));
 }
 
 // What few_rows_impl.h wants beside float32: for one or two rows of x a code is looked up as the

@@ -135,6 +135,37 @@ def test_tile_registers(
     check(Case(*sizes, rank, bf16, adapter, **options))
 
 
+# Rows in two blocks; sums that pause; both, of dx as well as of y; several slabs of W, of columns
+# and of the sum; columns in two tasks; a group of rows that is half empty.
+@every_tiled_engine
+@every_thread_count
+@pytest.mark.parametrize(
+    ("sizes", "dtype", "options"),
+    [
+        ((530, 24, 1000), bf16, {}),
+        ((470, 70, 1100), bf16, FULL),
+        ((470, 1101, 24), bf16, FULL),
+        ((850, 8, 1100), bf16, {"bias": True}),
+        ((40, 2100, 40), bf16, {}),
+        ((40, 41, 2100), bf16, FULL),
+        ((33, 4200, 40), bf16, {}),
+        ((130, 70, 1100), f32, FULL),
+        ((139, 1101, 70), f32, FULL),
+        ((470, 8, 500), f32, {"bias": True}),
+        ((128, 300, 41), f32, {}),
+    ],
+    ids=str,
+)
+def test_cuts_of_a_product(
+    sizes: tuple[int, ...],
+    dtype: torch.dtype,
+    options: dict[str, Any],
+    threads: int,
+    engine: str,
+) -> None:
+    check(Case(*sizes, 5, dtype, **options))
+
+
 @every_engine
 @pytest.mark.parametrize("dtype", [f32, bf16], ids=str)
 def test_long_sums(dtype: torch.dtype, engine: str) -> None:

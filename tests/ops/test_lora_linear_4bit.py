@@ -44,6 +44,9 @@ def some_cases() -> list[Case]:
     chosen += [Case(5, N, 96, 5, dtype, quant="nf4-64") for N in (3, 7) for dtype in (f32, bf16)]
     for N, K in ((40, 1152), (30, 1101), (1101, 160)):  # several panels of the sum, also in pairs
         chosen += [Case(33, N, K, 5, bf16, quant="nf4-64-nested", values="nonnegative")]
+    for N, K in ((40, 1152), (1152, 40)):  # that pause, for two blocks of rows
+        chosen += [Case(850, N, K, 5, bf16, quant="nf4-64-nested", dropout_p=0.1)]
+        chosen += [Case(140, N, K, 5, f32, quant="nf4-64-nested", dropout_p=0.1)]
     for M, R, dtype in itertools.product((1, 2), (5, 40), (f32, bf16, f16)):  # B as it lies
         rest: dict[str, Any] = {"column_scale": True, "bias": True}
         chosen += [Case(M, 70, 144, R, dtype, quant="nf4-64-nested", **rest)]

@@ -60,7 +60,9 @@ def test_eager_says_why(arguments: dict[str, object], word: str) -> None:
         ("avx512bf16", True, f32, False, 2, cpu.SINGLE_PASS),
         ("avx512bf16", False, bf16, False, 64, cpu.SINGLE_PASS),
         ("avx512bf16", True, bf16, False, 64, cpu.LIBRARY),
-        ("amxbf16", True, bf16, False, 64, cpu.LIBRARY),
+        ("amxbf16", True, bf16, False, 1, cpu.LIBRARY),
+        ("amxbf16", True, bf16, False, 2, cpu.SINGLE_PASS),
+        ("amxbf16", True, f32, False, 999, cpu.SINGLE_PASS),
         ("avx512bf16", False, bf16, False, 63, cpu.LIBRARY),
         ("avx512bf16", False, f32, False, 1, cpu.LIBRARY),
         ("avx2", False, f32, False, 2, cpu.LIBRARY),
@@ -93,7 +95,7 @@ def test_strategies(
     choice = select.lora_linear("cpu", dtype, dtype, dtype, dtype, 8, rows, four_bit)
     assert choice.strategy == strategy
     library = strategy == cpu.LIBRARY
-    assert ("AMX" in choice.reason) == (amx and dtype is bf16 and library)
+    assert ("AMX" in choice.reason) == (amx and isa != "amxbf16" and dtype is bf16 and library)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +108,14 @@ def test_strategies(
         (f32, False, 140, 1000, 2000, cpu.LIBRARY),
         (f32, False, 1, 1000, 1000, cpu.LIBRARY),
         (f32, False, 1, 100_000, 10_000, cpu.LIBRARY),
-        (f32, False, None, 1000, 1000, f"{cpu.LIBRARY}; from 2 to 279 rows {cpu.SINGLE_PASS}"),
+        (
+            f32,
+            False,
+            None,
+            1000,
+            1000,
+            f"{cpu.SINGLE_PASS}; under 2 rows and from 280 on {cpu.LIBRARY}",
+        ),
         (f32, False, None, 20_000, 7000, cpu.LIBRARY),  # from 2 rows on as well as for one
         (f32, True, 999, 1000, 1000, cpu.SINGLE_PASS),
         (bf16, False, 999, 1000, 1000, cpu.SINGLE_PASS),
@@ -128,7 +137,57 @@ def test_strategies_on_intel(
     )
     assert choice.strategy == strategy
     large = cpu.LIBRARY in strategy and (rows != 1 or inner * columns > select.MKL_PRODUCT)
-    assert ("Intel's library" in choice.reason) == large
+    assert ("large float32 products are the library's" in choice.reason) == large
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rows", "columns", "inner", "strategy"),
+    [
+        (bf16, 512, 20_000, 10_000, cpu.SINGLE_PASS),
+        (bf16, 513, 20_000, 10_000, cpu.LIBRARY),
+        (bf16, 999, 10_000, 1000, cpu.SINGLE_PASS),
+        (bf16, 1000, 10_000, 1000, cpu.LIBRARY),
+        (bf16, 1, 10_000, 1000, cpu.LIBRARY),
+        (
+            bf16,
+            None,
+            10_000,
+            1000,
+            f"{cpu.SINGLE_PASS}; under 2 rows and from 1000 on {cpu.LIBRARY}",
+        ),
+        (f32, 27, 10_000, 1000, cpu.SINGLE_PASS),
+        (f32, 28, 10_000, 1000, cpu.LIBRARY),
+        (f32, 127, 10_000, 1000, cpu.LIBRARY),
+        (f32, 128, 10_000, 1000, cpu.SINGLE_PASS),
+        (f32, 100, 1000, 1000, cpu.SINGLE_PASS),
+        (
+            f32,
+            None,
+            10_000,
+            1000,
+            f"{cpu.SINGLE_PASS}; under 2 rows and from 28 to 127 {cpu.LIBRARY}",
+        ),
+        (f32, None, 20_000, 7000, f"{cpu.SINGLE_PASS}; under 128 rows {cpu.LIBRARY}"),
+        (f32, None, 1000, 1000, f"{cpu.SINGLE_PASS}; under 2 rows {cpu.LIBRARY}"),
+    ],
+)
+def test_strategies_beside_amx(
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+    rows: int | None,
+    columns: int,
+    inner: int,
+    strategy: str,
+) -> None:
+    for name, value in (("reason", None), ("isa", "amxbf16"), ("amx_bf16", True), ("intel", True)):
+        monkeypatch.setattr(native, name, value)
+    dtypes = (dtype, dtype, dtype, dtype)
+    choice = select.lora_linear("cpu", *dtypes, 8, rows, False, columns, inner)
+    assert choice.strategy == strategy
+    large = (rows is not None and rows > 1 and strategy == cpu.LIBRARY) or " from " in strategy
+    assert ("products are the library's" in choice.reason) == large or "under 128" in strategy
+    four_bit = select.lora_linear("cpu", *dtypes, 8, 1000, True, columns, inner)
+    assert four_bit.strategy == cpu.SINGLE_PASS
 
 
 @needs_native

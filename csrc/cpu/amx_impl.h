@@ -359,6 +359,14 @@ struct TileProduct {
     }
   }
 
+  // Asks for the lines of y that a group's sums will go to, which are pages apart.
+  void ask(int64_t m, int64_t m1, int64_t n) const {
+    const int64_t bytes = u.dtype == DType::f32 ? 4 : 2;
+    for (int64_t i = m; i < min(m1, m + GROUP); ++i)
+      for (int64_t at = 0; at < VW * bytes; at += 64)
+        __builtin_prefetch(static_cast<char*>(u.y) + (i * u.ldy + n) * bytes + at, 1);
+  }
+
   // From a group's sums of VW columns to y.
   void finish(int64_t m, int64_t m1, int64_t n, const float* q, float* c) const {
     for (int64_t i = m; i < min(m1, m + GROUP); i += Y_ROWS) {
@@ -417,6 +425,7 @@ struct TileProduct {
             // Sums of float32 are short and added by themselves.
             const bool held = TERMS == 1 && (!starts || masked);
             float* const cn = sum_at(TERMS == 1 ? c : decoded + 2 * PART * VW, 0, half / W);
+            if (ends && !half) ask(m, m1, n);
             if (wide_rows) {
               load_sums(cn, RIGHT, BELOW, LD_X, held);
               if (tiled && !held) rank_2x2(sm, qn + half, blocks, terms);

@@ -316,8 +316,9 @@ struct Cut {
   }
 };
 
-// As product_of, for pairs. The rank update is made in tiles, ahead of the sum, but where y shows
-// more of S's bits than its two terms have, or a tile would stay empty. Tested by tests/ops.
+// As product_of, of bf16 (one term) or float32 (three). The rank update is made in tiles, ahead of
+// the sum, but where y shows more of S's bits than its two terms have, or a tile would stay empty.
+// Tested by tests/ops.
 template <int TERMS>
 struct TileProduct {
   using Element = std::conditional_t<TERMS == 3, float, bf16>;

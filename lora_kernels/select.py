@@ -50,7 +50,7 @@ UNTRIED: str | None = (
 # Where the library alone has AMX, all bfloat16 is the library's.
 MKL_PRODUCT = 280_000_000
 AMX_PRODUCT, AMX_ROWS = 10_000_000_000, 512
-AMX_FLOAT_ROWS = 128
+AMX_FLOAT_ROWS = 128  # the kernel's own, FLOAT_ROWS in csrc/cpu/amx_impl.h
 SINGLE_PASS_ROWS = {torch.float32: 2, torch.bfloat16: 64, torch.float16: 2}
 SINGLE_PASS_ROWS_AMX = 2  # of bfloat16
 _ALL = range(sys.maxsize)
@@ -365,6 +365,8 @@ def _cpu_choice(
     if asked.strategy:
         return Choice("cpu", asked.strategy, reason)
     many = cpu.SINGLE_PASS
+    if isa == "amxbf16" and dtype is torch.float32:
+        reason += f"; float32 as three bfloat16 from {AMX_FLOAT_ROWS} rows on"
     if isa not in cpu.SINGLE_PASS_ISAS:
         many = cpu.LIBRARY
     elif amx_bf16 and dtype is torch.bfloat16 and isa != "amxbf16":

@@ -13,7 +13,7 @@ constexpr int64_t TILE_WORDS = 16 * 16;           // of four bytes: two of W's e
 constexpr int LD_X = X_DEPTH * 2, LD_C = VW * 4;  // bytes from row to row
 constexpr int64_t GROUP = 2 * X_ROWS;             // rows of x that are multiplied together
 constexpr int64_t THIN_ROWS = 32;       // of x, from which on a tile of S is worth being filled
-constexpr int64_t FLOAT_ROWS = 128;     // of x, from which on three bf16 beat a float32
+constexpr int64_t FLOAT_ROWS = 128;     // of x, from which on three bf16 beat a float32 (select.py)
 constexpr int64_t X_BYTES = 1 << 20;    // of x in tiles, which stay in L2
 constexpr int64_t SUM_DEPTH = 1024;     // of them, where x is larger
 constexpr int64_t L1_DEPTH = 640;       // of the sum while 32 columns of W stay in L1
@@ -55,6 +55,16 @@ LK_INLINE void next_term(vf& even, vf& odd, float* to) {
   odd = less(odd, _mm512_srli_epi32(words, 16));
 }
 
+// A row of 32 elements in `terms` tiles, the bf16 of which it is the sum.
+LK_INLINE void row_terms(vf first, vf second, int terms, bf16* to) {
+  for (int term = 0; term < terms; ++term, to += X_TILE) {
+    const __m256i one = narrow_bf16(first), two = narrow_bf16(second);
+    _mm512_storeu_si512(to, _mm512_inserti64x4(_mm512_castsi256_si512(one), two, 1));
+    first = less(first, _mm512_cvtepu16_epi32(one));
+    second = less(second, _mm512_cvtepu16_epi32(two));
+  }
+}
+
 // x [M, K] in tiles, one after another along K and then along M, which goes up to a multiple of
 // `rows`; zeros beyond both. A float32 has three tiles, the bf16 whose sum it is.
 LK_INLINE int64_t x_tiles(int64_t K) { return (K + X_DEPTH - 1) / X_DEPTH; }
@@ -63,14 +73,8 @@ LK_INLINE void pack_x_row(const bf16* from, int64_t count, bf16* to) {
                       _mm512_maskz_loadu_epi16(count >= X_DEPTH ? ~0u : (1u << count) - 1, from));
 }
 LK_INLINE void pack_x_row(const float* from, int64_t count, bf16* to) {
-  vf first = load_n(from, (int)min(W, count)),
-     second = load_n(from + W, (int)max(0, min(W, count - W)));
-  for (int term = 0; term < 3; ++term, to += X_TILE) {
-    const __m256i one = narrow_bf16(first), two = narrow_bf16(second);
-    _mm512_storeu_si512(to, _mm512_inserti64x4(_mm512_castsi256_si512(one), two, 1));
-    first = less(first, _mm512_cvtepu16_epi32(one));
-    second = less(second, _mm512_cvtepu16_epi32(two));
-  }
+  row_terms(load_n(from, (int)min(W, count)), load_n(from + W, (int)max(0, min(W, count - W))), 3,
+            to);
 }
 template <typename T>
 LK_INLINE void pack_x(const T* x, int64_t ld, int64_t M, int64_t K, int64_t rows, bf16* to) {

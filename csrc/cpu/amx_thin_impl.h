@@ -180,14 +180,8 @@ LK_INLINE void outers(const OutersArgs& a, const Then& then) {
       for (int64_t r = R4; r < R16; ++r)
         store(wide + r * 32, zero()), store(wide + r * 32 + 16, zero());
       for (int64_t r = 0; r < R16; ++r) {
-        bf16* to = tiles + (s * blocks + r / 16) * tile + r % 16 * 32;
-        vf first = load(wide + r * 32), second = load(wide + r * 32 + 16);
-        for (int term = 0; term < a.terms; ++term, to += X_TILE) {
-          const __m256i one = narrow_bf16(first), two = narrow_bf16(second);
-          _mm512_storeu_si512(to, _mm512_inserti64x4(_mm512_castsi256_si512(one), two, 1));
-          first = less(first, _mm512_cvtepu16_epi32(one));
-          second = less(second, _mm512_cvtepu16_epi32(two));
-        }
+        row_terms(load(wide + r * 32), load(wide + r * 32 + 16), a.terms,
+                  tiles + (s * blocks + r / 16) * tile + r % 16 * 32);
       }
     }
   });

@@ -12,7 +12,7 @@ bfloat16 on avx512bf16, where two rows at most keep 17 bits of a code, and more 
 parameter's gradient is rounded once, from float32 to its own dtype. On avx512bf16 a bfloat16
 subnormal counts as zero, as in the library's own bfloat16 products there. On amxbf16 a single pass
 of 128 rows or more takes each float32 as the sum of three bfloat16, and so loses bits of what is
-smaller than 1e-31.
+smaller than 1e-31 and makes NaN of what is infinite.
 Deterministic for a given M, instruction set and thread count.
 """
 

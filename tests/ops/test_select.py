@@ -184,8 +184,10 @@ def test_strategies_beside_amx(
     dtypes = (dtype, dtype, dtype, dtype)
     choice = select.lora_linear("cpu", *dtypes, 8, rows, False, columns, inner)
     assert choice.strategy == strategy
-    large = (rows is not None and rows > 1 and strategy == cpu.LIBRARY) or " from " in strategy
-    assert ("products are the library's" in choice.reason) == large or "under 128" in strategy
+    few = rows == 1 or strategy.endswith(f"under 2 rows {cpu.LIBRARY}")
+    large = cpu.LIBRARY in strategy and not few
+    assert ("products are the library's" in choice.reason) == large
+    assert ("float32 as three bfloat16" in choice.reason) == (dtype is f32)
     four_bit = select.lora_linear("cpu", *dtypes, 8, 1000, True, columns, inner)
     assert four_bit.strategy == cpu.SINGLE_PASS
 

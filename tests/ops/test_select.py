@@ -52,6 +52,23 @@ def test_eager_says_why(arguments: dict[str, object], word: str) -> None:
         choose(**arguments)
 
 
+def on(
+    monkeypatch: pytest.MonkeyPatch,
+    isa: str,
+    amx: bool,
+    intel: bool,
+    dtype: torch.dtype,
+    rows: int | None,
+    four_bit: bool,
+    columns: int | None = None,
+    inner: int | None = None,
+) -> select.Choice:
+    """The choice on such a processor."""
+    for name, value in (("reason", None), ("isa", isa), ("amx_bf16", amx), ("intel", intel)):
+        monkeypatch.setattr(native, name, value)
+    return select.lora_linear("cpu", dtype, dtype, dtype, dtype, 8, rows, four_bit, columns, inner)
+
+
 @pytest.mark.parametrize(
     ("isa", "amx", "dtype", "four_bit", "rows", "strategy"),
     [
@@ -88,11 +105,7 @@ def test_strategies(
     rows: int | None,
     strategy: str,
 ) -> None:
-    monkeypatch.setattr(native, "reason", None)
-    monkeypatch.setattr(native, "isa", isa)
-    monkeypatch.setattr(native, "amx_bf16", amx)
-    monkeypatch.setattr(native, "intel", False)
-    choice = select.lora_linear("cpu", dtype, dtype, dtype, dtype, 8, rows, four_bit)
+    choice = on(monkeypatch, isa, amx, False, dtype, rows, four_bit)
     assert choice.strategy == strategy
     library = strategy == cpu.LIBRARY
     assert ("AMX" in choice.reason) == (amx and isa != "amxbf16" and dtype is bf16 and library)
@@ -130,11 +143,7 @@ def test_strategies_on_intel(
     inner: int,
     strategy: str,
 ) -> None:
-    for name, value in (("reason", None), ("isa", "avx512"), ("amx_bf16", False), ("intel", True)):
-        monkeypatch.setattr(native, name, value)
-    choice = select.lora_linear(
-        "cpu", dtype, dtype, dtype, dtype, 8, rows, four_bit, columns, inner
-    )
+    choice = on(monkeypatch, "avx512", False, True, dtype, rows, four_bit, columns, inner)
     assert choice.strategy == strategy
     large = cpu.LIBRARY in strategy and (rows != 1 or inner * columns > select.MKL_PRODUCT)
     assert ("large float32 products are the library's" in choice.reason) == large
@@ -179,17 +188,14 @@ def test_strategies_beside_amx(
     inner: int,
     strategy: str,
 ) -> None:
-    for name, value in (("reason", None), ("isa", "amxbf16"), ("amx_bf16", True), ("intel", True)):
-        monkeypatch.setattr(native, name, value)
-    dtypes = (dtype, dtype, dtype, dtype)
-    choice = select.lora_linear("cpu", *dtypes, 8, rows, False, columns, inner)
+    processor = monkeypatch, "amxbf16", True, True
+    choice = on(*processor, dtype, rows, False, columns, inner)
     assert choice.strategy == strategy
     few = rows == 1 or strategy.endswith(f"under 2 rows {cpu.LIBRARY}")
     large = cpu.LIBRARY in strategy and not few
     assert ("products are the library's" in choice.reason) == large
     assert ("float32 as three bfloat16" in choice.reason) == (dtype is f32)
-    four_bit = select.lora_linear("cpu", *dtypes, 8, 1000, True, columns, inner)
-    assert four_bit.strategy == cpu.SINGLE_PASS
+    assert on(*processor, dtype, 1000, True, columns, inner).strategy == cpu.SINGLE_PASS
 
 
 @needs_native

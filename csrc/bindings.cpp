@@ -153,41 +153,12 @@ void row_norm(Pointer w, int w_dtype, int64_t w_row, const Codes4bit* codes, Poi
                       as<float>(norm), threads});
 }
 
-// A layer's forward without gradients, dropout, gate and column scale: all but x and the bias is
-// bound once.
-struct Prepared {
-  Layer layer;
-  Codes4bit codes;  // which layer.codes points to, where it points anywhere
-  DType x_dtype, dtype;
-};
-
-// x and, in the dtype of the base product, xs: [M, K], contiguous. y [M, N] in x's; without codes
-// it holds the base product.
-void prepared_forward(const Prepared* self, Pointer x, Pointer xs, int64_t M, Pointer bias,
-                      Pointer y, int threads) {
-  Layer l = self->layer;
-  std::unique_ptr<void, void (*)(void*)> p(
-      scratch_alloc(M * l.R * static_cast<int64_t>(sizeof(float))), scratch_free);
-  l.M = M;
-  l.bias = as<const float>(bias);
-  l.threads = threads;
-  lora_linear(l, {{as<const void>(x), self->x_dtype, l.K, 1},
-                  {as<const void>(xs), self->dtype, l.K, 1},
-                  l.codes != nullptr,
-                  static_cast<float*>(p.get()),
-                  as<void>(y),
-                  self->x_dtype,
-                  nullptr});
-}
-
 // Python's own calling protocol, for what each layer calls: pybind11 takes a microsecond longer.
 
 template <typename T>
 T argument(PyObject* from) {
   if (PyErr_Occurred()) return T{};  // of an argument before
-  if constexpr (std::is_same_v<T, const Prepared*>) {
-    return static_cast<T>(PyCapsule_GetPointer(from, nullptr));
-  } else if constexpr (std::is_pointer_v<T>) {
+  if constexpr (std::is_pointer_v<T>) {
     return from == Py_None ? nullptr : py::handle(from).cast<T>();
   } else if constexpr (std::is_same_v<T, bool>) {
     return PyObject_IsTrue(from) > 0;
@@ -216,27 +187,30 @@ constexpr std::size_t count_of(void (*)(Args...)) {
   return sizeof...(Args);
 }
 
-// `self`, where a function has one, is the kernel's first argument.
-template <auto kernel>
-PyObject* fast(PyObject* self, PyObject* const* given, Py_ssize_t count) {
-  constexpr std::size_t want = count_of(kernel);
-  const std::size_t bound = self ? 1 : 0;
-  if (static_cast<std::size_t>(count) + bound != want)
-    return PyErr_Format(PyExc_TypeError, "got %zd arguments, want %zu", count, want - bound);
-  PyObject* from[want];
-  from[0] = self;
-  std::copy(given, given + count, from + bound);
+// What f returns, its C++ exceptions made Python's.
+template <typename F>
+PyObject* guarded(const F& f) {
   try {
-    call(kernel, from, std::make_index_sequence<want>{});
+    return f();
   } catch (py::error_already_set& error) {
     error.restore();
-    return nullptr;
   } catch (const std::bad_alloc&) {
-    return PyErr_NoMemory();
+    PyErr_NoMemory();
   } catch (const std::exception& error) {
-    return PyErr_Format(PyExc_TypeError, "%s", error.what());
+    PyErr_SetString(PyExc_TypeError, error.what());
   }
-  Py_RETURN_NONE;
+  return nullptr;
+}
+
+template <auto kernel>
+PyObject* fast(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  constexpr std::size_t want = count_of(kernel);
+  if (static_cast<std::size_t>(count) != want)
+    return PyErr_Format(PyExc_TypeError, "got %zd arguments, want %zu", count, want);
+  return guarded([&] {
+    call(kernel, given, std::make_index_sequence<want>{});
+    return Py_NewRef(Py_None);
+  });
 }
 
 // Of a function that lives as long as the module, whose method definition does.
@@ -248,65 +222,213 @@ py::object method(const char* name, int flags, const py::object& self = {}) {
 }
 
 template <auto kernel>
-py::object fast_function(const char* name, const py::object& self = {}) {
-  return method<fast<kernel>>(name, METH_FASTCALL, self);
+py::object fast_function(const char* name) {
+  return method<fast<kernel>>(name, METH_FASTCALL);
 }
 
 // While a model decodes, its weights sweep what a layer looks at out of the caches between two
 // calls. `fetch` asks for all of it at once, so that the trips to memory overlap with each other
-// and with what Python does meanwhile: of each object, of a dictionary's table, and of whatever the
-// two words behind another object's header point to, which is where a tensor's object has its
-// tensor. Asking is no access: an address may be wrong.
-PyObject* fetch(PyObject*, PyObject* objects) {
-  if (!PyTuple_Check(objects)) return PyErr_Format(PyExc_TypeError, "objects: want a tuple");
-  const auto ask = [](const void* from, int lines) {
-    for (int line = 0; line < lines; ++line)
-      __builtin_prefetch(static_cast<const char*>(from) + 64 * line);
+// and with what Python does meanwhile. Asking is no access: an address may be out of date.
+
+// Where objects lie, with the tables of dictionaries, in bytes for `fetch`; of a number, what lies
+// at that address.
+py::bytes places(const py::tuple& objects) {
+  std::vector<const void*> lines;
+  const auto add = [&](const void* from, int count) {
+    for (int line = 0; line < count; ++line)
+      lines.push_back(static_cast<const char*>(from) + 64 * line);
   };
-  const Py_ssize_t n = PyTuple_GET_SIZE(objects);
-  for (Py_ssize_t i = 0; i < n; ++i) ask(PyTuple_GET_ITEM(objects, i), 1);
-  for (Py_ssize_t i = 0; i < n; ++i) {
-    PyObject* object = PyTuple_GET_ITEM(objects, i);
-    const auto* words = reinterpret_cast<const void* const*>(object + 1);
-    if (PyDict_Check(object)) {
-      ask(reinterpret_cast<const PyDictObject*>(object)->ma_keys, 3);
-    } else if (Py_TYPE(object)->tp_basicsize >=
-               static_cast<Py_ssize_t>(sizeof(PyObject) + 2 * sizeof(void*))) {
-      ask(words[0], 1);
-      ask(words[1], 4);
+  for (const py::handle& object : objects) {
+    if (PyLong_Check(object.ptr())) {
+      add(as<const void>(argument<Pointer>(object.ptr())), 4);
+      if (PyErr_Occurred()) throw py::error_already_set();
+      continue;
     }
+    add(object.ptr(), 1);
+    if (PyDict_Check(object.ptr()))
+      add(reinterpret_cast<const PyDictObject*>(object.ptr())->ma_keys, 3);
   }
+  return {reinterpret_cast<const char*>(lines.data()), lines.size() * sizeof(const void*)};
+}
+
+PyObject* fetch(PyObject*, PyObject* places) {
+  if (!PyBytes_Check(places)) return PyErr_Format(PyExc_TypeError, "places: want bytes");
+  const auto* const lines = reinterpret_cast<const char* const*>(PyBytes_AS_STRING(places));
+  const auto count = static_cast<std::size_t>(PyBytes_GET_SIZE(places)) / sizeof(const char*);
+  for (std::size_t i = 0; i < count; ++i) __builtin_prefetch(lines[i]);
   Py_RETURN_NONE;
 }
 
-// Whether each dictionary still has its value (None: no entry) under its key, and each of `empty`
-// is empty.
+// Whether `what` of `of` is still `want`; below 0: a Python error. Of a dictionary: what is under
+// that key, itself, None where nothing is. Of another object: its attribute of that name, or what a
+// function says of it, of nothing where it is None.
+int still(PyObject* of, PyObject* what, PyObject* want) {
+  if (PyDict_Check(of)) {
+    PyObject* const value = PyDict_GetItemWithError(of, what);
+    if (!value && PyErr_Occurred()) return -1;
+    return (value ? value : Py_None) == want;
+  }
+  PyObject* const got = PyUnicode_Check(what) ? PyObject_GetAttr(of, what)
+                        : of == Py_None       ? PyObject_CallNoArgs(what)
+                                              : PyObject_CallOneArg(what, of);
+  if (!got) return -1;
+  const int same = PyObject_RichCompareBool(got, want, Py_EQ);
+  Py_DECREF(got);
+  return same;
+}
+
+// The same in each place of three tuples.
+int still_all(PyObject* const* tuples) {
+  const Py_ssize_t n = PyTuple_GET_SIZE(tuples[0]);
+  if (PyTuple_GET_SIZE(tuples[1]) != n || PyTuple_GET_SIZE(tuples[2]) != n) {
+    PyErr_SetString(PyExc_ValueError, "of, what and want: want one length");
+    return -1;
+  }
+  int same = 1;
+  for (Py_ssize_t i = 0; i < n && same > 0; ++i)
+    same = still(PyTuple_GET_ITEM(tuples[0], i), PyTuple_GET_ITEM(tuples[1], i),
+                 PyTuple_GET_ITEM(tuples[2], i));
+  return same;
+}
+
+bool are_tuples(PyObject* const* given, int count) {
+  return std::all_of(given, given + count, [](PyObject* o) { return PyTuple_Check(o); });
+}
+
+// Whether all is `still` as it was, and each of `empty` is empty.
 PyObject* unchanged(PyObject*, PyObject* const* given, Py_ssize_t count) {
-  if (count != 4 || !std::all_of(given, given + 4, [](PyObject* o) { return PyTuple_Check(o); }))
-    return PyErr_Format(PyExc_TypeError, "want the tuples dicts, keys, values and empty");
-  PyObject *dicts = given[0], *keys = given[1], *values = given[2], *empty = given[3];
-  const Py_ssize_t n = PyTuple_GET_SIZE(dicts);
-  if (PyTuple_GET_SIZE(keys) != n || PyTuple_GET_SIZE(values) != n)
-    return PyErr_Format(PyExc_ValueError, "dicts, keys and values: want one length");
+  if (count != 4 || !are_tuples(given, 4))
+    return PyErr_Format(PyExc_TypeError, "want the tuples of, what, want and empty");
+  PyObject* const empty = given[3];
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(empty); ++i) {
     const Py_ssize_t size = PyObject_Size(PyTuple_GET_ITEM(empty, i));
     if (size < 0) return nullptr;
     if (size > 0) Py_RETURN_FALSE;
   }
-  for (Py_ssize_t i = 0; i < n; ++i) {
-    PyObject* dict = PyTuple_GET_ITEM(dicts, i);
-    if (!PyDict_Check(dict)) return PyErr_Format(PyExc_TypeError, "dicts: want dictionaries");
-    const PyObject* value = PyDict_GetItemWithError(dict, PyTuple_GET_ITEM(keys, i));
-    if (value == nullptr && PyErr_Occurred()) return nullptr;
-    if ((value ? value : Py_None) != PyTuple_GET_ITEM(values, i)) Py_RETURN_FALSE;
-  }
-  Py_RETURN_TRUE;
+  const int same = still_all(given);
+  return same < 0 ? nullptr : PyBool_FromLong(same);
 }
 
-py::object prepare(int64_t K, int64_t N, int64_t R, const Codes4bit* codes, Pointer a, int a_dtype,
-                   int64_t a_row, Pointer b, int b_dtype, int64_t b_row, int64_t b_col,
-                   float scaling, int x_dtype, int dtype) {
-  auto prepared = std::make_unique<Prepared>();
+// A layer's forward without gradients, dropout, gate and column scale: bound once are all but x,
+// the bias and what the garbage collector has to see.
+struct Prepared {
+  Layer layer;
+  Codes4bit codes;  // which layer.codes points to, where it points anywhere
+  DType x_dtype, dtype;
+  int64_t most_rows;
+  py::tuple what, want;               // of x, as `still` compares
+  py::object columns, vector;         // N and (N,)
+  py::object shape;                   // the name of that attribute
+  py::object data_ptr, new_empty;     // functions of a tensor
+  py::object cast, float32, product;  // of x to what the product takes, of the bias; x Wᵀ
+  py::object threads;                 // how many
+};
+
+py::object owned(PyObject* object) {
+  if (!object) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(object);
+}
+
+py::object call(const py::object& function, const py::object& a) {
+  return owned(PyObject_CallOneArg(function.ptr(), a.ptr()));
+}
+
+py::object call(const py::object& function, const py::object& a, const py::object& b) {
+  PyObject* const given[] = {a.ptr(), b.ptr()};
+  return owned(PyObject_Vectorcall(function.ptr(), given, 2, nullptr));
+}
+
+template <typename T>
+T number(const py::handle& from) {
+  const T n = argument<T>(from.ptr());
+  if (PyErr_Occurred()) throw py::error_already_set();
+  return n;
+}
+
+bool yes(int same) {
+  if (same < 0) throw py::error_already_set();
+  return same > 0;
+}
+
+// y, or an empty handle.
+py::object forward_of(const Prepared& p, const py::object& x, const py::object& bias,
+                      const py::object& weight) {
+  for (std::size_t i = 0; i < p.what.size(); ++i)
+    if (!yes(still(x.ptr(), PyTuple_GET_ITEM(p.what.ptr(), static_cast<Py_ssize_t>(i)),
+                   PyTuple_GET_ITEM(p.want.ptr(), static_cast<Py_ssize_t>(i)))))
+      return {};
+  Layer l = p.layer;
+  l.M = 1;
+  const py::object sizes = owned(PyObject_GetAttr(x.ptr(), p.shape.ptr()));
+  const Py_ssize_t last = PyTuple_GET_SIZE(sizes.ptr()) - 1;
+  if (last < 0 || number<int64_t>(PyTuple_GET_ITEM(sizes.ptr(), last)) != l.K) return {};
+  const py::object y_sizes = owned(PyTuple_New(last + 1));
+  for (Py_ssize_t i = 0; i < last; ++i) {
+    PyObject* const size = PyTuple_GET_ITEM(sizes.ptr(), i);
+    l.M *= number<int64_t>(size);
+    PyTuple_SET_ITEM(y_sizes.ptr(), i, Py_NewRef(size));
+  }
+  PyTuple_SET_ITEM(y_sizes.ptr(), last, Py_NewRef(p.columns.ptr()));
+  if (l.M < 1 || l.M > p.most_rows) return {};
+  if (!bias.is_none() && !yes(still(bias.ptr(), p.shape.ptr(), p.vector.ptr()))) return {};
+
+  const py::object b = bias.is_none() ? bias : call(p.float32, bias);
+  const py::object xs = p.cast.is_none() ? x : call(p.cast, x);
+  const py::object y =
+      weight.is_none() ? call(p.new_empty, x, y_sizes) : call(p.product, xs, weight);
+  const auto at = [&](const py::object& t) { return number<Pointer>(call(p.data_ptr, t)); };
+  l.bias = b.is_none() ? nullptr : as<const float>(at(b));
+  l.threads = number<int>(owned(PyObject_CallNoArgs(p.threads.ptr())));
+  const Matrix given{as<const void>(at(x)), p.x_dtype, l.K, 1};
+  const Matrix multiplied{p.cast.is_none() ? given.data : as<const void>(at(xs)), p.dtype, l.K, 1};
+  void* const result = as<void>(at(y));
+  {
+    py::gil_scoped_release release;
+    std::unique_ptr<void, void (*)(void*)> s(
+        scratch_alloc(l.M * l.R * static_cast<int64_t>(sizeof(float))), scratch_free);
+    lora_linear(l, {given, multiplied, l.codes != nullptr, static_cast<float*>(s.get()), result,
+                    p.x_dtype, nullptr});
+  }
+  return y;
+}
+
+// x [..., K], contiguous; bias [N] or None; the weight where it is no codes, or None; tuples for
+// `still` -> y [..., N]; None where anything is not as it was prepared for.
+PyObject* prepared_forward(PyObject* self, PyObject* const* given, Py_ssize_t count) {
+  if (count != 6 || !are_tuples(given + 3, 3))
+    return PyErr_Format(PyExc_TypeError, "want x, bias, weight and the tuples of, what and want");
+  return guarded([&]() -> PyObject* {
+    const auto of = [&](int i) { return py::reinterpret_borrow<py::object>(given[i]); };
+    const auto* const prepared = static_cast<const Prepared*>(PyCapsule_GetPointer(self, nullptr));
+    py::object y;
+    if (yes(still_all(given + 3))) y = forward_of(*prepared, of(0), of(1), of(2));
+    return y ? y.release().ptr() : Py_NewRef(Py_None);
+  });
+}
+
+py::object prepare(int64_t most_rows, int64_t K, int64_t N, int64_t R, const Codes4bit* codes,
+                   Pointer a, int a_dtype, int64_t a_row, Pointer b, int b_dtype, int64_t b_row,
+                   int64_t b_col, float scaling, int x_dtype, int dtype, const py::tuple& what,
+                   const py::tuple& want, const py::object& shape, const py::object& data_ptr,
+                   const py::object& new_empty, const py::object& cast, const py::object& float32,
+                   const py::object& product, const py::object& threads) {
+  if (what.size() != want.size()) throw std::invalid_argument("what and want: want one length");
+  auto prepared = std::make_unique<Prepared>(Prepared{{},
+                                                      {},
+                                                      static_cast<DType>(x_dtype),
+                                                      static_cast<DType>(dtype),
+                                                      most_rows,
+                                                      what,
+                                                      want,
+                                                      py::int_(N),
+                                                      py::make_tuple(N),
+                                                      shape,
+                                                      data_ptr,
+                                                      new_empty,
+                                                      cast,
+                                                      float32,
+                                                      product,
+                                                      threads});
   Layer& layer = prepared->layer;
   layer.a = matrix(a, a_dtype, a_row);
   layer.b = matrix(b, b_dtype, b_row, b_col);
@@ -319,11 +441,9 @@ py::object prepare(int64_t K, int64_t N, int64_t R, const Codes4bit* codes, Poin
   layer.R = R;
   layer.scaling = scaling;
   layer.keep_scale = 1.0f;
-  prepared->x_dtype = static_cast<DType>(x_dtype);
-  prepared->dtype = static_cast<DType>(dtype);
   const py::capsule self(prepared.get(), [](void* p) { delete static_cast<Prepared*>(p); });
   prepared.release();
-  return fast_function<prepared_forward>("prepared", self);
+  return method<prepared_forward>("prepared", METH_FASTCALL, self);
 }
 
 const char* use_isa_named(const std::string& name) {
@@ -346,7 +466,8 @@ PYBIND11_MODULE(_native, m) {
         "None where there is none and the kernels run on the calling thread.");
   const auto release = py::call_guard<py::gil_scoped_release>();
   py::class_<Codes4bit>(m, "Codes4bit").def(py::init(&codes_4bit));
-  m.def("prepare", prepare, "Its result: (x, xs, M, bias, y, threads) -> None.");
+  m.def("prepare", prepare, "Its result: (x, bias, weight, of, what, want) -> y or None.");
+  m.def("places", places);
   m.attr("fetch") = method<fetch>("fetch", METH_O);
   m.attr("unchanged") = method<unchanged>("unchanged", METH_FASTCALL);
   m.def("quantize", quantize, release);

@@ -182,16 +182,20 @@ def prepare(
     lora_B: Tensor,
     scaling: float,
     dtype: torch.dtype,
+    rows: int,
+    facts: Sequence[tuple[object, object, object]],
 ) -> PreparedCall | None:
-    """`lora_linear_direct` for up to `select.few_rows` rows of x, y in x's dtype, with its pointers
-    and sizes bound, where the backend chosen for them has such a thing."""
+    """`lora_linear_direct` for up to `rows` rows of x, no more than `select.few_rows`, y in x's
+    dtype, with its pointers and sizes bound, where the backend chosen for them has such a thing.
+
+    facts: see `cpu.Prepared`."""
     four_bit = isinstance(weight, Codes)
     choice = select.lora_linear(
         lora_A.device.type, x_dtype, lora_A.dtype, lora_B.dtype, dtype, lora_A.shape[0], 1, four_bit
     )  # fmt: skip
     if choice.backend != "cpu" or choice.strategy != (cpu.FEW_ROWS if four_bit else cpu.LIBRARY):
         return None
-    return cpu.Prepared(weight, lora_A, lora_B, scaling, x_dtype, dtype)
+    return cpu.Prepared(weight, lora_A, lora_B, scaling, x_dtype, dtype, rows, facts)
 
 
 def lora_linear_backward_direct(

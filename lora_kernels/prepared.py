@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -12,61 +13,7 @@ from . import ops, select
 from .functional import base_dtype, dora_norm, lora_linear
 from .quantization import Weight4bit
 
-
-class Prepared:
-    """`lora_linear` on one weight and adapter, checked and chosen once, for a few rows of x.
-
-    Called with an x it returns y, bit for bit `lora_linear`'s; or None where that is to be called:
-    for more rows, another dtype, device or strides of x, with gradients on, under autocast, before
-    the eyes of a compiler, a dispatch mode or a transform, after another backend was asked for, and
-    where lora_A or lora_B has moved in memory. Values may change in place.
-
-    What it leaves out takes longer than a layer of a small model (benchmarks/NOTES.md).
-    """
-
-    __slots__ = (
-        "_K",
-        "_call",
-        "_circumstances",
-        "_lora_A",
-        "_lora_B",
-        "_rows",
-        "_where",
-        "_x_dtype",
-    )
-
-    def __init__(
-        self,
-        call: ops.PreparedCall,
-        x_dtype: torch.dtype,
-        rows: int,
-        lora_A: Tensor,
-        lora_B: Tensor,
-    ) -> None:
-        self._call, self._x_dtype, self._rows, self._K = call, x_dtype, rows, lora_A.shape[1]
-        self._lora_A, self._lora_B, self._where = lora_A, lora_B, _where(lora_A, lora_B)
-        self._circumstances = select.circumstances()
-
-    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor | None:
-        """x [..., K] -> y [..., N], or None."""
-        if (
-            torch.is_grad_enabled()
-            or ops.watched()
-            or type(x) is not Tensor
-            or x.dtype is not self._x_dtype
-            or not x.is_cpu
-            or x.shape[-1] != self._K
-            or not x.is_contiguous()
-            or x.is_neg()
-            or x._is_zerotensor()
-            or ops.autocast("cpu")
-            or select.circumstances() != self._circumstances
-            or _where(self._lora_A, self._lora_B) != self._where
-            or (bias is not None and bias.shape != (self._call.N,))
-        ):
-            return None
-        rows = x.numel() // self._K
-        return self._call(x, rows, bias) if 0 < rows <= self._rows else None
+Prepared = ops.PreparedCall
 
 
 def prepare(
@@ -77,8 +24,16 @@ def prepare(
     scaling: float,
     compute_dtype: torch.dtype | None = None,
 ) -> Prepared | None:
-    """For calls like one that `lora_linear` has answered without dropout, gate and column scale;
-    None where there is no shorter way.
+    """`lora_linear` on one weight and adapter, checked and chosen once, for a few rows of x: for
+    calls like one that it has answered without dropout, gate and column scale. None where there is
+    no shorter way.
+
+    The result, called with x and a bias or None, returns y, bit for bit `lora_linear`'s; or None
+    where that is to be called: for more rows, another dtype, device or strides of x, a bias of
+    another length, with gradients on, under autocast, before the eyes of a compiler, a dispatch
+    mode or a transform, after another backend was asked for, and where lora_A or lora_B has moved
+    in memory. Values may change in place. What it leaves out takes longer than a layer of a small
+    model (benchmarks/NOTES.md).
 
     >>> import torch
     >>> from lora_kernels import lora_linear, prepared
@@ -98,14 +53,22 @@ def prepare(
     if x.numel() > rows * x.shape[-1]:
         return None
     base = weight.codes if isinstance(weight, Weight4bit) else weight
-    call = ops.prepare(x.dtype, base, lora_A, lora_B, scaling, dtype)
-    return None if call is None else Prepared(call, x.dtype, rows, lora_A, lora_B)
+    facts = [
+        (None, torch.is_grad_enabled, False),
+        (None, ops.watched, False),
+        ("cpu", ops.autocast, False),
+        (None, select.circumstances, select.circumstances()),
+        *((t, what, _said(t, what)) for t in (lora_A, lora_B) for what in _WHERE),
+    ]
+    return ops.prepare(x.dtype, base, lora_A, lora_B, scaling, dtype, rows, facts)
 
 
-def _where(lora_A: Tensor, lora_B: Tensor) -> tuple[object, ...]:
-    return (
-        lora_A.data_ptr(), lora_A.dtype, lora_A.shape, lora_B.data_ptr(), lora_B.dtype, lora_B.shape
-    )  # fmt: skip
+# Of an adapter's matrix, which is called by its address: a name or a function.
+_WHERE: tuple[str | Callable[[Tensor], object], ...] = (Tensor.data_ptr, "dtype", "shape")
+
+
+def _said(t: Tensor, what: str | Callable[[Tensor], object]) -> object:
+    return getattr(t, what) if isinstance(what, str) else what(t)
 
 
 class Latest:

@@ -12,6 +12,8 @@ constexpr int64_t CODES = 8 * W;
 constexpr int PASS = 8;
 constexpr int STREAMS = 4;       // as many as `sum_lanes` takes
 constexpr int64_t AHEAD = 1024;  // bytes of a stream's codes asked for before their turn
+constexpr int64_t BLOCK = 16;    // rows of each stream that a thread takes at a time
+constexpr int64_t HELPED = 4;    // shares that it takes from, its own among them
 constexpr int64_t CHAIN_CODES = 20 * CODES;  // in one chain before it is added to the rest
 
 // Rows of the weight decoded side by side for M of x: their sums take half of the registers, of
@@ -187,8 +189,9 @@ LK_INLINE void each_row(int64_t M, int64_t ldx, const F& f) {
   }
 }
 
-// Threads take shares of P's ranks and then of the weight's rows, whose codes they stream; P is
-// waited for when the sums are taken, and consumed last.
+// Threads take shares of P's ranks and then of the weight's rows, whose codes they stream, and at
+// last what is left of the next shares: memory is not as fast for one as for another, and not
+// for the same one each time. P is waited for with the sums, and consumed last.
 template <typename X, typename T>
 LK_INLINE void few_rows_of(const FewRowsArgs& a, const T& tables, const X* x, int64_t ldx) {
   const ExpandArgs& u = a.update;
@@ -197,20 +200,29 @@ LK_INLINE void few_rows_of(const FewRowsArgs& a, const T& tables, const X* x, in
   const int64_t stream_scales = batch_scales(a.codes), scale_floats = STREAMS * stream_scales;
   const int64_t row_floats = round_up(K, W);
   const int64_t panel_floats = round_up(R, 4) * VW;
+  const int64_t taken_floats = 16;  // a line of its own for how much of a share has been taken
   const int64_t part_floats =
-      round_up(scale_floats + row_floats + panel_floats + staging_floats(VW, R), 16);
+      round_up(scale_floats + row_floats + panel_floats + staging_floats(VW, R), 16) + taken_floats;
   // A part's sums lie behind those of the rows before it: so there is room for fewer parts, with
   // more rows each, than were asked for.
   Scratch scratch((parts * part_floats + M * u.N) * 4);
   float* const all_sums = static_cast<float*>(scratch.data) + parts * part_floats;
+  const auto taken_of = [&](int64_t part) {
+    return reinterpret_cast<int64_t*>(static_cast<float*>(scratch.data) + part * part_floats);
+  };
+  for (int64_t part = 0; part < parts; ++part) *taken_of(part) = 0;
   const bool masked = a.shrink.dropout.rng;
   if (masked) shrink(a.shrink);
   int arrived = 0;
   together((int)parts, [&](int64_t part, int64_t parts) {
     const int64_t n0 = u.N * part / parts, n1 = u.N * (part + 1) / parts, rows = n1 - n0;
-    float* const scales = static_cast<float*>(scratch.data) + part * part_floats;
+    float* const scales = static_cast<float*>(scratch.data) + part * part_floats + taken_floats;
     float *const row = scales + scale_floats, *const panel = row + row_floats,
                  *const staging = panel + panel_floats, *const sums = all_sums + n0 * M;
+    const uint8_t* const packed = a.codes.packed;
+    for (int64_t g = 0; g < STREAMS; ++g)
+      for (int64_t i = 0; i < AHEAD; i += 64)
+        __builtin_prefetch(packed + ((n0 + g * (rows / STREAMS)) * K >> 1) + i, 0, 3);
     if (!masked)
       with_type(a.shrink.x.dtype, [&](auto type) {
         using TX = decltype(type);
@@ -218,11 +230,11 @@ LK_INLINE void few_rows_of(const FewRowsArgs& a, const T& tables, const X* x, in
           shrink_tile<TX>(a.shrink, m, min(DOT_ROWS, M - m), R * part / parts,
                           R * (part + 1) / parts, {}, nullptr);
       });
-    arrive(&arrived);
     const Table256 nested = table_256(a.codes.nested_code);
-    const auto each_stream = [&](int64_t first, int64_t apart, int64_t count) {
-      for (int64_t n = first, end; n < first + count; n = end) {
-        end = min(first + count, n + batch_rows(a.codes));
+    const auto each_stream = [&](int64_t n, int64_t apart, int64_t count, int64_t n0,
+                                 int64_t rows) {
+      for (const int64_t stop = n + count; n < stop;) {
+        const int64_t end = min(stop, n + batch_rows(a.codes));
         for (int64_t g = 0; g < STREAMS; ++g) {
           const int64_t block = (n + g * apart) * K >> a.codes.log2_block;
           const int64_t last = ((end + g * apart) * K - 1) >> a.codes.log2_block;
@@ -231,15 +243,20 @@ LK_INLINE void few_rows_of(const FewRowsArgs& a, const T& tables, const X* x, in
         for (int64_t pass = 0; pass < passes; ++pass) {
           const int64_t m = M * pass / passes;
           dot_streams(M * (pass + 1) / passes - m, a.codes, tables, x + m * ldx, ldx, n, end, apart,
-                      scales, stream_scales, row, sums + m * rows + n - n0, rows);
+                      scales, stream_scales, row, all_sums + n0 * M + m * rows + n - n0, rows);
         }
+        n = end;
       }
     };
-    // Rows that are left over are taken with those before them, once more; of fewer than STREAMS
-    // each is taken STREAMS times.
-    const int64_t share = rows / STREAMS;
-    each_stream(n0, share, share ? share : rows);
-    if (share && rows % STREAMS) each_stream(n1 - STREAMS, 1, 1);
+    // Rows that are left over are taken STREAMS times each.
+    each_stream(n1 - rows % STREAMS, 0, rows % STREAMS, n0, rows);
+    for (int64_t turn = 0; turn < min(parts, HELPED); ++turn) {
+      const int64_t of = (part + turn) % parts;
+      const int64_t n0 = u.N * of / parts, rows = u.N * (of + 1) / parts - n0;
+      for (int64_t i, share = rows / STREAMS; (i = take(taken_of(of), BLOCK)) < share;)
+        each_stream(n0 + i, share, min(BLOCK, share - i), n0, rows);
+    }
+    arrive(&arrived);
     await(&arrived, (int)parts);
     with_type(u.dtype, [&](auto type) {
       using Y = decltype(type);

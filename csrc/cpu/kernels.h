@@ -186,6 +186,8 @@ const char* use_torch_openmp();
 // Among threads of one run: count one more that has come so far; wait until `count` of them have.
 void arrive(int* arrived);
 void await(const int* arrived, int count);
+// What *next was before count was added to it, by one thread of a run at a time.
+int64_t take(int64_t* next, int64_t count);
 
 // Scratch memory, 64-byte aligned; throws std::bad_alloc. Taken before threads start, but where
 // each has adapters of its own (layer.cpp).

@@ -56,6 +56,10 @@ void run_threads(int threads, ThreadFn fn, void* context) {
 
 void arrive(int* arrived) { __atomic_fetch_add(arrived, 1, __ATOMIC_RELEASE); }
 
+int64_t take(int64_t* next, int64_t count) {
+  return __atomic_fetch_add(next, count, __ATOMIC_RELAXED);
+}
+
 void await(const int* arrived, int count) {
   for (int spins = 0; __atomic_load_n(arrived, __ATOMIC_ACQUIRE) < count; ++spins)
     if (spins >= 4096) sched_yield();  // the other may want this core

@@ -39,6 +39,15 @@ PANEL = 1 << 20  # bytes of a 4-bit weight decoded at once for the library's pro
 
 _DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
+# What a prepared call wants of x beside its dtype: that it is what lies in its memory.
+_OF_X = (
+    ("__class__", Tensor),
+    ("is_cpu", True),
+    (Tensor.is_contiguous, True),
+    (Tensor.is_neg, False),
+    (Tensor._is_zerotensor, False),
+)
+
 
 def _rows(t: Tensor) -> Tensor:
     """A matrix whose rows are contiguous, whatever their distance."""
@@ -188,6 +197,9 @@ class Prepared:
 
     Holds good as long as the tensors stay where they are; their values are read in each call. No
     copy can be made, which would point into the same memory.
+
+    facts: what has to be as it was, each (of, what, want): what an attribute's name or a function
+    says of an object, or a function of nothing where that is None.
     """
 
     def __init__(
@@ -198,34 +210,31 @@ class Prepared:
         scaling: float,
         x_dtype: torch.dtype,
         dtype: torch.dtype,
+        rows: int,
+        facts: Sequence[tuple[object, object, object]],
     ) -> None:
         assert native.module is not None
         (R, K), (N, _) = lora_A.shape, lora_B.shape
         codes = weight.native((N, K)) if isinstance(weight, Codes) else None
-        self.N, self.cast_to = N, None if x_dtype is dtype else dtype
+        cast = None if x_dtype is dtype else lambda x: x.to(dtype)
         self.weight = weight  # which owns the memory of codes
         self.dense = weight if isinstance(weight, Tensor) else None
+        self.facts = tuple(zip(*facts, strict=True))
         self.forward = native.module.prepare(
-            K, N, R, codes, lora_A.data_ptr(), _DTYPE[lora_A.dtype], lora_A.stride(0),
+            rows, K, N, R, codes, lora_A.data_ptr(), _DTYPE[lora_A.dtype], lora_A.stride(0),
             lora_B.data_ptr(), _DTYPE[lora_B.dtype], lora_B.stride(0), lora_B.stride(1),
-            scaling, _DTYPE[x_dtype], _DTYPE[dtype],
+            scaling, _DTYPE[x_dtype], _DTYPE[dtype], *zip(*_OF_X, ("dtype", x_dtype), strict=True),
+            "shape", Tensor.data_ptr, Tensor.new_empty, cast, _vector,
+            linear if cast is None else lambda xs, weight: linear(xs, weight).to(x_dtype),
+            torch.get_num_threads,
         )  # fmt: skip
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a prepared call: got copied or pickled, want one made by prepare")
 
-    def __call__(self, x: Tensor, rows: int, bias: Tensor | None) -> Tensor:
-        """x [..., K], contiguous, of `rows` rows -> y [..., N]."""
-        xs = x if self.cast_to is None else x.to(self.cast_to)
-        if self.dense is None:
-            y = x.new_empty(*x.shape[:-1], self.N)
-        else:
-            y = _cast(linear(xs, self.dense), x.dtype)
-        b = None if bias is None else _vector(bias)
-        self.forward(
-            x.data_ptr(), xs.data_ptr(), rows, _ptr(b), y.data_ptr(), torch.get_num_threads()
-        )
-        return y
+    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor | None:
+        """x [..., K] -> y [..., N]; None where x or a fact is not as it was, or x has more rows."""
+        return self.forward(x, bias, self.dense, *self.facts)  # type: ignore[no-any-return]
 
 
 def lora_linear_backward(

@@ -141,15 +141,12 @@ class _Ready:
     active: str | list[str]
     dropout: nn.Module
     scalings: dict[str, float]
-    base_class: type[nn.Module]
     base_parameters: dict[str, Any]
-    at: tuple[int, bool]
     adapter_dtypes: tuple[torch.dtype, torch.dtype]
-    dicts: tuple[dict[str, Any], ...]
-    keys: tuple[str, ...]
-    values: tuple[Any, ...]  # of the keys in the dicts, None where there is none
+    modules: dict[str, Any]
+    facts: tuple[tuple[Any, ...], ...]  # of, what, want: see `native.module.unchanged`
     hooks: tuple[dict[int, Any], ...]
-    cold: tuple[object, ...]  # of all this, what lies in memory of its own
+    cold: bytes  # where all this lies: see `native.module.places`
     decode: Prepared | None
 
     @classmethod
@@ -178,7 +175,7 @@ class _Ready:
             return None  # functional_call's, whose graph would stay until the next call
 
         called = (base, lora_A, lora_B, dropout)
-        looked_up: list[tuple[dict[str, Any], str]] = [
+        entries: list[tuple[dict[str, Any], str]] = [
             *((modules, kind) for kind in ("base_layer", "lora_A", "lora_B", "lora_dropout")),
             # Of the active ones a layer may get another yet.
             *((modules["lora_A"]._modules, active) for active in layer.active_adapters),
@@ -192,15 +189,22 @@ class _Ready:
             (lora_B._parameters, "bias"),
         ]
         if four_bit:
-            looked_up += [
+            entries += [
                 (base.__dict__, "compute_dtype"),
                 (base.__dict__, "compute_type_is_set"),
                 (stored.__dict__, "quant_state"),
                 (stored.quant_state.__dict__, "absmax"),
             ]
-        dicts, keys = zip(*looked_up, strict=True)
+        facts: list[tuple[object, object, object]] = [
+            *((entry, key, entry.get(key)) for entry, key in entries),
+            (base, type, type(base)),  # another's since its bias is parametrized
+            (nn.Linear, "forward", _LINEAR_FORWARD),
+            (stored, _address, _address(stored)),
+        ]
         hooks = tuple(hooks for module in called for hooks in _hooks(module))
+        dicts = (entry for entry, _ in entries)
         cold = {id(it): it for it in (*dicts, *hooks, stored, A, B)}
+        addresses = (address for t in (stored, A, B) for address in _memory_of(t))
         return cls(
             x.dtype,
             None if x.is_cpu else x.device,
@@ -212,15 +216,12 @@ class _Ready:
             copy.copy(layer._active_adapter),
             dropout,
             layer.scaling,
-            type(base),
             base._parameters,
-            _address(stored),
             (A.dtype, B.dtype),
-            dicts,
-            keys,
-            tuple(map(dict.get, dicts, keys)),
+            modules,
+            tuple(zip(*facts, strict=True)),
             hooks,
-            tuple(cold.values()),
+            native.module.places((*cold.values(), *addresses)),
             None if dropout_p(dropout) else prepare(x, weight, A, B, scaling, compute_dtype),
         )
 
@@ -231,12 +232,9 @@ class _Ready:
         return (
             layer._active_adapter == self.active
             and not (layer._disable_adapters or layer.merged_adapters or layer.mixed_batch)
-            and layer._modules is self.dicts[0]
+            and layer._modules is self.modules
             and layer.scaling is self.scalings  # which PEFT's rescale_adapter_scale replaces
-            and native.module.unchanged(self.dicts, self.keys, self.values, self.hooks)
-            and type(self.values[0]) is self.base_class  # another's since its bias is parametrized
-            and nn.Linear.forward is _LINEAR_FORWARD
-            and _address(self.base_parameters["weight"]) == self.at
+            and native.module.unchanged(*self.facts, self.hooks)
         )
 
     def __call__(self, layer: Any, x: Tensor) -> Tensor | None:
@@ -270,6 +268,12 @@ class _Ready:
 def _address(weight: Tensor) -> tuple[int, bool]:
     with torch._C.DisableTorchFunctionSubclass():  # a microsecond for each look at a Params4bit
         return weight.data_ptr(), weight.requires_grad
+
+
+def _memory_of(t: Tensor) -> tuple[int, int]:
+    """The addresses of what PyTorch keeps of the tensor, and of its storage."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return t._cdata, t.untyped_storage()._cdata
 
 
 def _lora_linear(

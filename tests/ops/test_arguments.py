@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 import lora_kernels
-from lora_kernels.backends import native
+from lora_kernels.backends import cpu, native
 from lora_kernels.functional import dora_norm
 
 K, N, R = 6, 5, 2
@@ -117,28 +118,61 @@ def test_the_native_call(change: dict[int, Any], error: type[Exception], words: 
 
 
 def test_what_a_decoding_layer_looks_at() -> None:
-    """`fetch` only asks for memory; `unchanged` takes dictionaries, their keys and values."""
+    """`fetch` only asks for memory; `unchanged` compares what is said of objects."""
     assert native.module is not None
-    fetch, unchanged = native.module.fetch, native.module.unchanged
-    whole: dict[str, object] = {"a": 1, "none": None}
-    bases = torch.ones(2), torch.nn.Linear(1, 1).weight, torch.empty(0), whole, {}, [], None, 1, ""
-    assert fetch(bases) is None
-    assert fetch(()) is None
-    with pytest.raises(TypeError, match="objects: want a tuple"):
+    places, fetch, unchanged = native.module.places, native.module.fetch, native.module.unchanged
+    whole: dict[str, object] = {"a": 1, "none": None, "list": [1]}
+    objects = torch.ones(2), torch.nn.Linear(1, 1).weight, whole, {}, [], None, ""
+    addresses = 0, 1, torch.ones(2)._cdata, 2**64 - 1
+    assert len(places(objects)) == 8 * (len(objects) + 3 * 2)  # and a dictionary's table
+    assert places((whole,))[:8] == id(whole).to_bytes(8, sys.byteorder)
+    assert len(places(addresses)) == 8 * 4 * len(addresses)
+    for ask in (places(objects), places(addresses), b"", b"short"):
+        assert fetch(ask) is None
+    with pytest.raises(TypeError, match="places: want bytes"):
         fetch([whole])
-    one = whole["a"]
+    for beyond in (-1, 2**64):
+        with pytest.raises(OverflowError):
+            places((beyond,))
+
+    one, x = whole["a"], torch.ones(2)
     assert unchanged((whole, whole, whole), ("a", "none", "absent"), (one, None, None), ({}, []))
     assert not unchanged((whole,), ("a",), (None,), ())
     assert not unchanged((whole,), ("absent",), (one,), ())
+    assert not unchanged((whole,), ("list",), ([1],), ())  # another one
     assert not unchanged((), (), (), ({}, whole))
+    assert unchanged((x, x, None), ("shape", len, lambda: "said"), ((2,), 2, "said"), ())
+    for place in range(3):
+        want = [(2,), 2, "said"]
+        want[place] = "else"
+        assert not unchanged((x, x, None), ("shape", len, lambda: "said"), tuple(want), ())
     for wrong in (((whole,), ("a",), (one,)), ([whole], ("a",), (one,), ())):
-        with pytest.raises(TypeError, match="want the tuples dicts, keys, values and empty"):
+        with pytest.raises(TypeError, match="want the tuples of, what, want and empty"):
             unchanged(*wrong)
-    with pytest.raises(ValueError, match="want one length"):
-        unchanged((whole,), ("a",), (), ())
-    with pytest.raises(TypeError, match="dicts: want dictionaries"):
-        unchanged(([],), ("a",), (one,), ())
+    for short in (((whole,), ("a",), (), ()), ((whole,), (), (one,), ())):
+        with pytest.raises(ValueError, match="of, what and want: want one length"):
+            unchanged(*short)
+    with pytest.raises(AttributeError, match="absent"):
+        unchanged((x,), ("absent",), (one,), ())
+    with pytest.raises(TypeError, match="not callable"):
+        unchanged((x,), (1,), (one,), ())
     with pytest.raises(TypeError, match="unhashable"):
         unchanged((whole,), ([],), (one,), ())
     with pytest.raises(TypeError, match="len"):
         unchanged((), (), (), (1,))
+
+
+def test_the_prepared_call() -> None:
+    assert native.module is not None
+    f32, (A, B) = torch.float32, (torch.ones(2, 64), torch.ones(64, 2))
+    forward = cpu.Prepared(torch.eye(64), A, B, 2.0, f32, f32, 4, [(None, dict, {})]).forward
+    x, facts = torch.ones(3, 64), ((), (), ())
+    y = forward(x, None, torch.eye(64), *facts)
+    assert torch.equal(y, torch.full((3, 64), 1.0 + 2 * 2 * 64))
+    for other in (x.double(), x[:0], torch.ones(5, 64), torch.ones(3, 63), torch.tensor(1.0), None):
+        assert forward(other, None, torch.eye(64), *facts) is None
+    assert forward(x, torch.ones(63), torch.eye(64), *facts) is None
+    with pytest.raises(TypeError, match="want x, bias, weight and the tuples of, what and want"):
+        forward(x, None, torch.eye(64), *facts, 1)
+    with pytest.raises(ZeroDivisionError):
+        forward(x, None, torch.eye(64), (0,), (lambda zero: 1 / zero,), (1,))

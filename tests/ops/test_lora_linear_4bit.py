@@ -179,6 +179,23 @@ def test_every_rank_of_few_rows(threads: int, engine: str) -> None:
         assert torch.equal(y, x @ A.t() @ B.t() * factor)
 
 
+@every_native_engine
+@pytest.mark.parametrize("threads", [5], indirect=True)
+@pytest.mark.parametrize("M", [1, 4])
+def test_rows_are_taken_once_by_whichever_thread(threads: int, engine: str, M: int) -> None:
+    """Of five threads on fewer cores some come late, and others take from their shares of several
+    blocks. The bits of one thread, and never what was left in memory by the call before."""
+    weight = quantize_4bit(torch.randn(2003, 128))
+    x, A, B = torch.randn(M, 128), torch.randn(5, 128), torch.randn(2003, 5)
+    torch.set_num_threads(1)
+    with lora_kernels.backend("cpu", cpu.FEW_ROWS):
+        want = lora_kernels.lora_linear(x, weight, A, B)
+        torch.set_num_threads(threads)
+        for turn in range(20):
+            sign = (-1) ** turn
+            assert torch.equal(lora_kernels.lora_linear(x * sign, weight, A, B), want * sign)
+
+
 def test_fewer_threads_than_asked_for() -> None:
     """A thread limit of OpenMP gives a kernel two threads where torch says five."""
     program = (

@@ -233,29 +233,31 @@ py::object fast_function(const char* name) {
 // Where objects lie, with the tables of dictionaries, in bytes for `fetch`; of a number, what lies
 // at that address.
 py::bytes places(const py::tuple& objects) {
-  std::vector<const void*> lines;
-  const auto add = [&](const void* from, int count) {
+  std::vector<Pointer> lines;
+  const auto add = [&](Pointer from, int count) {
     for (int line = 0; line < count; ++line)
-      lines.push_back(static_cast<const char*>(from) + 64 * line);
+      lines.push_back(from + 64 * static_cast<Pointer>(line));
   };
   for (const py::handle& object : objects) {
     if (PyLong_Check(object.ptr())) {
-      add(as<const void>(argument<Pointer>(object.ptr())), 4);
+      add(argument<Pointer>(object.ptr()), 4);
       if (PyErr_Occurred()) throw py::error_already_set();
       continue;
     }
-    add(object.ptr(), 1);
-    if (PyDict_Check(object.ptr()))
-      add(reinterpret_cast<const PyDictObject*>(object.ptr())->ma_keys, 3);
+    add(reinterpret_cast<Pointer>(object.ptr()), 1);
+    if (PyDict_Check(object.ptr())) {
+      const auto* const dict = reinterpret_cast<const PyDictObject*>(object.ptr());
+      add(reinterpret_cast<Pointer>(dict->ma_keys), 3);
+    }
   }
-  return {reinterpret_cast<const char*>(lines.data()), lines.size() * sizeof(const void*)};
+  return {reinterpret_cast<const char*>(lines.data()), lines.size() * sizeof(Pointer)};
 }
 
 PyObject* fetch(PyObject*, PyObject* places) {
   if (!PyBytes_Check(places)) return PyErr_Format(PyExc_TypeError, "places: want bytes");
-  const auto* const lines = reinterpret_cast<const char* const*>(PyBytes_AS_STRING(places));
-  const auto count = static_cast<std::size_t>(PyBytes_GET_SIZE(places)) / sizeof(const char*);
-  for (std::size_t i = 0; i < count; ++i) __builtin_prefetch(lines[i]);
+  const auto* const lines = reinterpret_cast<const Pointer*>(PyBytes_AS_STRING(places));
+  const auto count = static_cast<std::size_t>(PyBytes_GET_SIZE(places)) / sizeof(Pointer);
+  for (std::size_t i = 0; i < count; ++i) __builtin_prefetch(as<const void>(lines[i]));
   Py_RETURN_NONE;
 }
 

@@ -1,6 +1,7 @@
 // Python's view of the kernels: raw pointers, sizes, strides in elements and a thread count.
 // Shapes and dtypes are the caller's business (lora_kernels/backends/cpu.py, after functional.py
-// has checked them); the GIL is released while a kernel runs.
+// has checked them), but for a prepared call, which compares what it is given with what it was made
+// for; the GIL is released while a kernel runs.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

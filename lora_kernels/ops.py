@@ -172,7 +172,7 @@ def rank_product(
     return p
 
 
-PreparedCall = cpu.Prepared  # of the one backend that has such a thing
+Prepared = cpu.Prepared  # of the one backend that has such a thing
 
 
 def prepare(
@@ -184,7 +184,7 @@ def prepare(
     dtype: torch.dtype,
     rows: int,
     facts: Sequence[tuple[object, object, object]],
-) -> PreparedCall | None:
+) -> Prepared | None:
     """`lora_linear_direct` for up to `rows` rows of x, no more than `select.few_rows`, y in x's
     dtype, with its pointers and sizes bound, where the backend chosen for them has such a thing.
 

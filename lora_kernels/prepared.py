@@ -11,9 +11,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from . import ops, select
 from .functional import base_dtype, dora_norm, lora_linear
+from .ops import Prepared
 from .quantization import Weight4bit
-
-Prepared = ops.PreparedCall
 
 
 def prepare(

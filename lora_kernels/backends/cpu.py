@@ -41,7 +41,7 @@ _DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 # What a prepared call wants of x beside its dtype: that it is what lies in its memory.
 _OF_X = (
-    ("__class__", Tensor),
+    ("__class__", Tensor),  # first: of None, which has no more than that
     ("is_cpu", True),
     (Tensor.is_contiguous, True),
     (Tensor.is_neg, False),

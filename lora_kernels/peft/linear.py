@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from ..backends import native
 from ..functional import lora_linear, multi_lora_linear
-from ..prepared import KeptNorm, Prepared, prepare
+from ..ops import Prepared
+from ..prepared import KeptNorm, prepare
 from ..quantization import Weight4bit
 
 _LINEAR_FORWARD = nn.Linear.forward

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 import lora_kernels
 from lora_kernels import select
 from lora_kernels.backends import native
+from lora_kernels.ops import Prepared
 from lora_kernels.peft import fuse
 from lora_kernels.peft.linear import _Ready
-from lora_kernels.prepared import Prepared, prepare
+from lora_kernels.prepared import prepare
 from lora_kernels.quantization import Weight4bit, quantize_4bit
 
 from .tiny import add_lora, count_ops

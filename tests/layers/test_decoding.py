@@ -15,7 +15,8 @@ from torch import Tensor, nn
 import lora_kernels
 from lora_kernels.backends import native
 from lora_kernels.layers import LoRALinear, QLoRALinear
-from lora_kernels.prepared import Latest, Prepared
+from lora_kernels.ops import Prepared
+from lora_kernels.prepared import Latest
 
 pytestmark = pytest.mark.skipif(native.module is None, reason="no native kernels")
 

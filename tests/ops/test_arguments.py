@@ -163,16 +163,26 @@ def test_what_a_decoding_layer_looks_at() -> None:
 
 
 def test_the_prepared_call() -> None:
-    assert native.module is not None
+    """For up to four rows of float32: anything else, and another fact, is for others to answer."""
     f32, (A, B) = torch.float32, (torch.ones(2, 64), torch.ones(64, 2))
-    forward = cpu.Prepared(torch.eye(64), A, B, 2.0, f32, f32, 4, [(None, dict, {})]).forward
-    x, facts = torch.ones(3, 64), ((), (), ())
-    y = forward(x, None, torch.eye(64), *facts)
-    assert torch.equal(y, torch.full((3, 64), 1.0 + 2 * 2 * 64))
-    for other in (x.double(), x[:0], torch.ones(5, 64), torch.ones(3, 63), torch.tensor(1.0), None):
-        assert forward(other, None, torch.eye(64), *facts) is None
-    assert forward(x, torch.ones(63), torch.eye(64), *facts) is None
+    fact = {"is": True}
+    call = cpu.Prepared(torch.eye(64), A, B, 2.0, f32, f32, 4, [(fact, "is", True)])
+    x, y = torch.ones(3, 64), torch.full((3, 64), 1.0 + 2 * 2 * 64)
+    assert torch.equal(call(x), y)  # type: ignore[arg-type]
+    assert torch.equal(call(x.view(1, 3, 64), torch.arange(64.0)), y[None] + torch.arange(64.0))  # type: ignore[arg-type]
+    others = (
+        x.double(), x.to(torch.bfloat16), x.to("meta"), torch.nn.Parameter(x), x[:0],
+        torch.ones(5, 64), torch.ones(3, 63), torch.ones(64, 3).t(), torch.tensor(1.0), None,
+        torch._neg_view(x), torch._efficientzerotensor((3, 64)),
+    )  # fmt: skip
+    for other in others:
+        assert call(other) is None  # type: ignore[arg-type]
+    assert call(x, torch.ones(63)) is None
+    fact["is"] = False
+    assert call(x) is None
+
+    forward = call.forward
     with pytest.raises(TypeError, match="want x, bias, weight and the tuples of, what and want"):
-        forward(x, None, torch.eye(64), *facts, 1)
+        forward(x, None, torch.eye(64), (), (), (), 1)
     with pytest.raises(ZeroDivisionError):
         forward(x, None, torch.eye(64), (0,), (lambda zero: 1 / zero,), (1,))

@@ -319,12 +319,12 @@ struct Prepared {
   Codes4bit codes;  // which layer.codes points to, where it points anywhere
   DType x_dtype, dtype;
   int64_t most_rows;
-  py::tuple what, want;               // of x, as `still` compares
-  py::object columns, vector;         // N and (N,)
-  py::object shape;                   // the name of that attribute
-  py::object data_ptr, new_empty;     // functions of a tensor
-  py::object cast, float32, product;  // of x to what the product takes, of the bias; x Wᵀ
-  py::object threads;                 // how many
+  py::tuple what, want;            // of x, as `still` compares
+  py::object columns, vector;      // N and (N,)
+  py::object shape;                // the name of that attribute
+  py::object data_ptr, new_empty;  // functions of a tensor
+  py::object cast, float32;        // of x to what the product takes, and of the bias
+  py::object threads;              // how many
 };
 
 py::object owned(PyObject* object) {
@@ -354,8 +354,7 @@ bool yes(int same) {
 }
 
 // y, or an empty handle.
-py::object forward_of(const Prepared& p, const py::object& x, const py::object& bias,
-                      const py::object& weight) {
+py::object forward_of(const Prepared& p, const py::object& x, const py::object& bias) {
   for (std::size_t i = 0; i < p.what.size(); ++i)
     if (!yes(still(x.ptr(), PyTuple_GET_ITEM(p.what.ptr(), static_cast<Py_ssize_t>(i)),
                    PyTuple_GET_ITEM(p.want.ptr(), static_cast<Py_ssize_t>(i)))))
@@ -377,8 +376,7 @@ py::object forward_of(const Prepared& p, const py::object& x, const py::object& 
 
   const py::object b = bias.is_none() ? bias : call(p.float32, bias);
   const py::object xs = p.cast.is_none() ? x : call(p.cast, x);
-  const py::object y =
-      weight.is_none() ? call(p.new_empty, x, y_sizes) : call(p.product, xs, weight);
+  const py::object y = call(p.new_empty, x, y_sizes);
   const auto at = [&](const py::object& t) { return number<Pointer>(call(p.data_ptr, t)); };
   l.bias = b.is_none() ? nullptr : as<const float>(at(b));
   l.threads = number<int>(owned(PyObject_CallNoArgs(p.threads.ptr())));
@@ -389,32 +387,32 @@ py::object forward_of(const Prepared& p, const py::object& x, const py::object& 
     py::gil_scoped_release release;
     std::unique_ptr<void, void (*)(void*)> s(
         scratch_alloc(l.M * l.R * static_cast<int64_t>(sizeof(float))), scratch_free);
-    lora_linear(l, {given, multiplied, l.codes != nullptr, static_cast<float*>(s.get()), result,
-                    p.x_dtype, nullptr});
+    lora_linear(
+        l, {given, multiplied, true, static_cast<float*>(s.get()), result, p.x_dtype, nullptr});
   }
   return y;
 }
 
-// x [..., K], contiguous; bias [N] or None; the weight where it is no codes, or None; tuples for
-// `still` -> y [..., N]; None where anything is not as it was prepared for.
+// x [..., K], contiguous; bias [N] or None; tuples for `still` -> y [..., N]; None where anything
+// is not as it was prepared for.
 PyObject* prepared_forward(PyObject* self, PyObject* const* given, Py_ssize_t count) {
-  if (count != 6 || !are_tuples(given + 3, 3))
-    return PyErr_Format(PyExc_TypeError, "want x, bias, weight and the tuples of, what and want");
+  if (count != 5 || !are_tuples(given + 2, 3))
+    return PyErr_Format(PyExc_TypeError, "want x, bias and the tuples of, what and want");
   return guarded([&]() -> PyObject* {
     const auto of = [&](int i) { return py::reinterpret_borrow<py::object>(given[i]); };
     const auto* const prepared = static_cast<const Prepared*>(PyCapsule_GetPointer(self, nullptr));
     py::object y;
-    if (yes(still_all(given + 3))) y = forward_of(*prepared, of(0), of(1), of(2));
+    if (yes(still_all(given + 2))) y = forward_of(*prepared, of(0), of(1));
     return y ? y.release().ptr() : Py_NewRef(Py_None);
   });
 }
 
-py::object prepare(int64_t most_rows, int64_t K, int64_t N, int64_t R, const Codes4bit* codes,
-                   Pointer a, int a_dtype, int64_t a_row, Pointer b, int b_dtype, int64_t b_row,
-                   int64_t b_col, float scaling, int x_dtype, int dtype, const py::tuple& what,
-                   const py::tuple& want, const py::object& shape, const py::object& data_ptr,
-                   const py::object& new_empty, const py::object& cast, const py::object& float32,
-                   const py::object& product, const py::object& threads) {
+py::object prepare(int64_t most_rows, int64_t K, int64_t N, int64_t R, Pointer w, int64_t w_row,
+                   int64_t w_col, const Codes4bit* codes, Pointer a, int a_dtype, int64_t a_row,
+                   Pointer b, int b_dtype, int64_t b_row, int64_t b_col, float scaling, int x_dtype,
+                   int dtype, const py::tuple& what, const py::tuple& want, const py::object& shape,
+                   const py::object& data_ptr, const py::object& new_empty, const py::object& cast,
+                   const py::object& float32, const py::object& threads) {
   if (what.size() != want.size()) throw std::invalid_argument("what and want: want one length");
   auto prepared = std::make_unique<Prepared>(Prepared{{},
                                                       {},
@@ -430,9 +428,9 @@ py::object prepare(int64_t most_rows, int64_t K, int64_t N, int64_t R, const Cod
                                                       new_empty,
                                                       cast,
                                                       float32,
-                                                      product,
                                                       threads});
   Layer& layer = prepared->layer;
+  layer.w = matrix(w, dtype, w_row, w_col);
   layer.a = matrix(a, a_dtype, a_row);
   layer.b = matrix(b, b_dtype, b_row, b_col);
   if (codes) {
@@ -469,7 +467,7 @@ PYBIND11_MODULE(_native, m) {
         "None where there is none and the kernels run on the calling thread.");
   const auto release = py::call_guard<py::gil_scoped_release>();
   py::class_<Codes4bit>(m, "Codes4bit").def(py::init(&codes_4bit));
-  m.def("prepare", prepare, "Its result: (x, bias, weight, of, what, want) -> y or None.");
+  m.def("prepare", prepare, "Its result: (x, bias, of, what, want) -> y or None.");
   m.def("places", places);
   m.attr("fetch") = method<fetch>("fetch", METH_O);
   m.attr("unchanged") = method<unchanged>("unchanged", METH_FASTCALL);

@@ -89,7 +89,14 @@ def _no_autocast(t: Tensor) -> contextlib.AbstractContextManager[None]:
 
 def layout(device_type: str, weight: Tensor | Codes | None, dtype: torch.dtype) -> Layout | None:
     """What `select` is told of a weight in a product in `dtype`; None where no backend minds."""
-    return None if device_type == "cpu" and not cuda.emulated() else fit.layout(weight, dtype)
+    if device_type != "cpu" or cuda.emulated():
+        return fit.layout(weight, dtype)
+    if not isinstance(weight, Tensor) or weight.stride(1) == 1 or weight.stride(0) != 1:
+        return None
+    return _COLUMNS
+
+
+_COLUMNS = fit.Layout(columns=True)
 
 
 def choose(
@@ -191,9 +198,10 @@ def prepare(
     facts: see `cpu.Prepared`."""
     four_bit = isinstance(weight, Codes)
     choice = select.lora_linear(
-        lora_A.device.type, x_dtype, lora_A.dtype, lora_B.dtype, dtype, lora_A.shape[0], 1, four_bit
+        lora_A.device.type, x_dtype, lora_A.dtype, lora_B.dtype, dtype, lora_A.shape[0], 1,
+        four_bit, layout=layout("cpu", weight, dtype),
     )  # fmt: skip
-    if choice.backend != "cpu" or choice.strategy != (cpu.FEW_ROWS if four_bit else cpu.LIBRARY):
+    if choice.backend != "cpu" or choice.strategy not in cpu.OF_FEW_ROWS:
         return None
     return cpu.Prepared(weight, lora_A, lora_B, scaling, x_dtype, dtype, rows, facts)
 

@@ -30,9 +30,9 @@ def prepare(
     The result, called with x and a bias or None, returns y, bit for bit `lora_linear`'s; or None
     where that is to be called: for more rows, another dtype, device or strides of x, a bias of
     another length, with gradients on, under autocast, before the eyes of a compiler, a dispatch
-    mode or a transform, after another backend was asked for, and where lora_A or lora_B has moved
-    in memory. Values may change in place. What it leaves out takes longer than a layer of a small
-    model (benchmarks/NOTES.md).
+    mode or a transform, after another backend was asked for, and where lora_A, lora_B or a dense
+    weight has moved in memory. Values may change in place. What it leaves out takes longer than a
+    layer of a small model (benchmarks/NOTES.md).
 
     >>> import torch
     >>> from lora_kernels import lora_linear, prepared
@@ -48,6 +48,11 @@ def prepare(
     if not ops.plain(x, tensor, lora_A, lora_B) or lora_A.stride(1) != 1:
         return None
     dtype = base_dtype("cpu", x.dtype, compute_dtype)
+    called_by_address = [lora_A, lora_B]
+    if tensor is weight:
+        if tensor.dtype is not dtype or tensor.stride(1) != 1:
+            return None
+        called_by_address.append(tensor)
     rows = select.few_rows(dtype, isinstance(weight, Weight4bit))
     if x.numel() > rows * x.shape[-1]:
         return None
@@ -57,13 +62,18 @@ def prepare(
         (None, ops.watched, False),
         ("cpu", ops.autocast, False),
         (None, select.circumstances, select.circumstances()),
-        *((t, what, _said(t, what)) for t in (lora_A, lora_B) for what in _WHERE),
+        *((t, what, _said(t, what)) for t in called_by_address for what in _WHERE),
     ]
     return ops.prepare(x.dtype, base, lora_A, lora_B, scaling, dtype, rows, facts)
 
 
-# Of an adapter's matrix, which is called by its address: a name or a function.
-_WHERE: tuple[str | Callable[[Tensor], object], ...] = (Tensor.data_ptr, "dtype", "shape")
+# Of a matrix that is called by its address: a name or a function.
+_WHERE: tuple[str | Callable[[Tensor], object], ...] = (
+    Tensor.data_ptr,
+    Tensor.stride,
+    "dtype",
+    "shape",
+)
 
 
 def _said(t: Tensor, what: str | Callable[[Tensor], object]) -> object:

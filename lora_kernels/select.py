@@ -24,7 +24,7 @@ from .backends.triton import configs, measured
 MAX_KERNEL_RANK = 256
 STRATEGIES = {
     "eager": (eager.LIBRARY,),
-    "cpu": (cpu.SINGLE_PASS, cpu.LIBRARY, cpu.FEW_ROWS),
+    "cpu": (cpu.SINGLE_PASS, cpu.LIBRARY, cpu.STREAMED, cpu.FEW_ROWS),
     "triton": triton.STRATEGIES,
     "cuda": cuda.STRATEGIES,
 }
@@ -41,22 +41,22 @@ UNTRIED: str | None = (
     "the Triton and CUDA kernels are proven on the CPU, in an interpreter and an emulator, and "
     "compiled, but have run on no GPU yet; lora_kernels.backend('triton' or 'cuda') takes them"
 )
-# From how many rows of x a step in a single pass beats the library's product and a pass after it:
-# measured on 2 threads of AMD family 26, for AMX on Intel family 6, with torch 2.15
-# (benchmarks/NOTES.md). On Intel's own processors its library multiplies float32 faster than this
-# kernel where M·N·K reaches MKL_PRODUCT, but for matrix registers (AMX), which take three bfloat16
-# for each from AMX_FLOAT_ROWS rows on. Of bfloat16, where both have AMX, it is faster where M·N·K
-# reaches AMX_PRODUCT in more than AMX_ROWS rows: measured on 2 threads of family 6, model 167.
-# Where the library alone has AMX, all bfloat16 is the library's.
+# Where a dense product is the library's all the same: on Intel's own processors its library
+# multiplies float32 faster than the single pass where M·N·K reaches MKL_PRODUCT, but for matrix
+# registers (AMX), which take three bfloat16 for each from AMX_FLOAT_ROWS rows on. Of bfloat16,
+# where both have AMX, it is faster where M·N·K reaches AMX_PRODUCT in more than AMX_ROWS rows.
+# Measured on 2 threads of Intel family 6, for AMX model 167 (benchmarks/NOTES.md). Where the
+# library alone has AMX, all bfloat16 is the library's.
 MKL_PRODUCT = 280_000_000
 AMX_PRODUCT, AMX_ROWS = 10_000_000_000, 512
 AMX_FLOAT_ROWS = 128  # the kernel's own, FLOAT_ROWS in csrc/cpu/amx_impl.h
-SINGLE_PASS_ROWS = {torch.float32: 2, torch.bfloat16: 64, torch.float16: 2}
-SINGLE_PASS_ROWS_AMX = 2  # of bfloat16
 _ALL = range(sys.maxsize)
 _ROWS, _CODES, _UNKNOWN = Layout(), Layout(64), 4096  # where nothing is said of a weight
-# Up to how many rows 4-bit codes are decoded in registers, with no panel written: measured on AMD
-# family 25, beside AMX on Intel family 6 (benchmarks/NOTES.md), where bfloat16 has it for a panel.
+# Up to how many rows of x the weight's rows pass once, dotted with all of x's: dense ones as they
+# lie, measured on AMD family 26, and 4-bit codes decoded in registers, measured on AMD family 25
+# and beside AMX on Intel family 6 (benchmarks/NOTES.md). Beside AMX bfloat16 has its tiles; without
+# any instruction set 16 bits take longer to widen than to multiply.
+FEW_ROWS = {"scalar": 4, "avx2": 16, "avx512": 16, "avx512bf16": 16, "amxbf16": 16}
 FEW_ROWS_4BIT = {"scalar": 8, "avx2": 32, "avx512": 16, "avx512bf16": 16, "amxbf16": 11}
 FEW_ROWS_BESIDE_AMX = 6
 
@@ -93,10 +93,10 @@ def backend(name: str, strategy: str | None = None) -> Iterator[None]:
     """Force one backend inside a `with`; where it cannot run, the op raises RuntimeError.
 
     `strategy` forces also how it goes about it: for "cpu" "single pass", "library product + rank
-    update" or, on a 4-bit weight, "decoded in registers, few rows"; for "triton" "single pass",
-    "split", "publish first, consume last" or "library product + rank update"; for "cuda" "publish
-    first, consume last", "publish, then consume", "split" or "split, ordinary multipliers". Left
-    out, it is chosen.
+    update", "streamed, few rows" or, on a 4-bit weight, "decoded in registers, few rows"; for
+    "triton" "single pass", "split", "publish first, consume last" or "library product + rank
+    update"; for "cuda" "publish first, consume last", "publish, then consume", "split" or "split,
+    ordinary multipliers". Left out, it is chosen.
 
     >>> import lora_kernels, torch
     >>> x, W, A, B = torch.ones(2, 3), torch.eye(3), torch.ones(1, 3), torch.ones(3, 1)
@@ -162,16 +162,17 @@ def lora_linear(
             )
         if found is not None:
             return found
-    many = None if rows is None else rows > few_rows(dtype, four_bit)
+    few = few_rows(dtype, four_bit, layout.columns)
+    many = None if rows is None else rows > few
     large = range(0) if four_bit else _large_products(dtype, columns, inner)
     if rows is not None:  # so that the cache holds one entry for all rows
-        large = _ALL if rows in large else range(0)
+        large = _ALL if many and rows in large else range(0)
     gpu_obstacle = None
     if device_type == "cuda":
         gpu_obstacle = _gpu_obstacle(torch.bfloat16 in (x_dtype, dtype), device_index)
     return _choose(
         asked, native.isa, native.amx_bf16, large, native.reason, gpu_obstacle, device_type,
-        x_dtype, a_dtype, b_dtype, dtype, rank, many, four_bit,
+        x_dtype, a_dtype, b_dtype, dtype, rank, many, few, four_bit, layout.columns,
     )  # fmt: skip
 
 
@@ -261,17 +262,21 @@ def _gpu_obstacle(bfloat16: bool, device_index: int | None) -> str:
     return UNTRIED or "the model of costs does not know this GPU"
 
 
-def few_rows(dtype: torch.dtype, four_bit: bool) -> int:
-    """Up to how many rows of x the strategy is the one for few."""
-    if four_bit:
-        return few_rows_4bit(native.isa or "", dtype)
-    return _single_pass_rows(native.isa, dtype) - 1
+def few_rows(
+    dtype: torch.dtype, four_bit: bool, columns: bool = False, isa: str | None = None
+) -> int:
+    """Up to how many rows of x the strategy is the one for few, 0 for an `isa` that is none.
 
-
-def _single_pass_rows(isa: str | None, dtype: torch.dtype) -> int:
+    columns: the weight is stored as [K, N], for which there is none but the library's, of one row.
+    """
+    isa = native.isa or "" if isa is None else isa
+    if columns:
+        return 1
     if isa == "amxbf16" and dtype is torch.bfloat16:
-        return SINGLE_PASS_ROWS_AMX
-    return SINGLE_PASS_ROWS.get(dtype, 0)
+        return FEW_ROWS_BESIDE_AMX
+    if four_bit:
+        return FEW_ROWS_4BIT.get(isa, 0)
+    return 0 if isa == "scalar" and dtype is not torch.float32 else FEW_ROWS.get(isa, 0)
 
 
 def _large_products(dtype: torch.dtype, columns: int | None, inner: int | None) -> range:
@@ -285,25 +290,23 @@ def _large_products(dtype: torch.dtype, columns: int | None, inner: int | None) 
     return range(0)
 
 
-def _where(large: range, first: int) -> str | None:
-    """What rows are under `first` or in `large`, in words; None where all are.
+def _any_rows(many: str, few: str, few_rows: int, large: range) -> str:
+    """The strategy in words, where the number of rows decides; `large` numbers are the library's.
 
-    >>> _where(range(300, 400), 2), _where(range(2, 400), 2), _where(range(300, _ALL.stop), 2)
-    ('under 2 rows and from 300 to 399', 'under 400 rows', 'under 2 rows and from 300 on')
+    >>> _any_rows("single pass", "streamed", 16, range(300, 400))
+    'single pass; under 17 rows streamed; from 300 to 399 library product + rank update'
     """
-    ends = large.stop < _ALL.stop
-    if large.start <= first:
-        return f"under {large.stop} rows" if ends else None
-    return f"under {first} rows and from {large.start} " + (
-        f"to {large.stop - 1}" if ends else "on"
-    )
-
-
-def few_rows_4bit(isa: str, dtype: torch.dtype) -> int:
-    """`few_rows` of a 4-bit weight on an instruction set; 0 for what is none."""
-    if isa == "amxbf16" and dtype is torch.bfloat16:
-        return FEW_ROWS_BESIDE_AMX
-    return FEW_ROWS_4BIT.get(isa, 0)
+    if few_rows and few == many:
+        few_rows = 0
+    start, ends = max(large.start, few_rows + 1), large.stop < _ALL.stop
+    if large and start == few_rows + 1 and not ends:
+        many, large = cpu.LIBRARY, range(0)
+    parts = [many]
+    if few_rows and few != many:
+        parts.append(f"under {few_rows + 1} rows {few}")
+    if large:
+        parts.append(f"from {start} {f'to {large.stop - 1}' if ends else 'on'} {cpu.LIBRARY}")
+    return "; ".join(parts)
 
 
 def circumstances() -> tuple[object, ...]:
@@ -326,7 +329,9 @@ def _choose(
     dtype: torch.dtype,
     rank: int,
     many_rows: bool | None,
+    few_rows: int,
     four_bit: bool,
+    columns: bool,
 ) -> Choice:
     if asked.backend == "eager":
         return Choice("eager", eager.LIBRARY, "the eager backend was asked for")
@@ -334,7 +339,9 @@ def _choose(
         native_absence, device_type, x_dtype, a_dtype, b_dtype, dtype, rank
     )
     if obstacle is None:
-        return _cpu_choice(asked, isa, amx_bf16, large, dtype, many_rows, four_bit)
+        return _cpu_choice(
+            asked, isa, amx_bf16, large, dtype, many_rows, few_rows, four_bit, columns
+        )
     if asked.backend == "cpu":
         raise RuntimeError(f"backend 'cpu' was asked for and cannot run here: {obstacle}")
     return Choice("eager", eager.LIBRARY, obstacle)
@@ -347,41 +354,44 @@ def _cpu_choice(
     large: range,
     dtype: torch.dtype,
     many_rows: bool | None,
+    few_rows: int,
     four_bit: bool,
+    columns: bool,
 ) -> Choice:
     reason = f"native kernels, {isa}"
     if asked.backend:
         reason = "the cpu backend was asked for"
-    if asked.strategy == cpu.SINGLE_PASS and isa not in cpu.SINGLE_PASS_ISAS:
-        raise RuntimeError(
-            f"strategy {asked.strategy!r} was asked for and cannot run here: the instruction set "
-            f"is {isa}, want one of {', '.join(cpu.SINGLE_PASS_ISAS)}"
-        )
-    if asked.strategy == cpu.FEW_ROWS and (many_rows or not four_bit):
-        raise RuntimeError(
-            f"strategy {asked.strategy!r} was asked for and cannot run here: want a 4-bit weight "
-            f"and at most {few_rows_4bit(isa or '', dtype)} rows"
-        )
+    few = cpu.FEW_ROWS if four_bit else cpu.LIBRARY if columns else cpu.STREAMED
     if asked.strategy:
+        _check_cpu_strategy(asked.strategy, isa, few, few_rows, bool(many_rows))
         return Choice("cpu", asked.strategy, reason)
+    if many_rows is False:
+        return Choice("cpu", few, reason)
     many = cpu.SINGLE_PASS
     if isa == "amxbf16" and dtype is torch.float32:
         reason += f"; float32 as three bfloat16 from {AMX_FLOAT_ROWS} rows on"
     if isa not in cpu.SINGLE_PASS_ISAS:
-        many = cpu.LIBRARY
+        many, large = cpu.LIBRARY, range(0)
     elif amx_bf16 and dtype is torch.bfloat16 and isa != "amxbf16":
         many, reason = cpu.LIBRARY, f"{reason}; the library multiplies with AMX"
     elif large:
         reason += f"; large {str(dtype).removeprefix('torch.')} products are the library's"
-        if many_rows is None:
-            where = _where(large, _single_pass_rows(isa, dtype))
-            return Choice("cpu", f"{many}; {where} {cpu.LIBRARY}" if where else cpu.LIBRARY, reason)
-        many = cpu.LIBRARY
-    few = cpu.FEW_ROWS if four_bit else cpu.LIBRARY
-    if many_rows is None and few != many:
-        rows = few_rows_4bit(isa or "", dtype) + 1 if four_bit else _single_pass_rows(isa, dtype)
-        return Choice("cpu", f"{many}; under {rows} rows {few}", reason)
-    return Choice("cpu", few if many_rows is False else many, reason)
+    return Choice("cpu", _any_rows(many, few, 0 if many_rows else few_rows, large), reason)
+
+
+def _check_cpu_strategy(
+    strategy: str, isa: str | None, few: str, few_rows: int, many_rows: bool
+) -> None:
+    want = None
+    if strategy == cpu.SINGLE_PASS and isa not in cpu.SINGLE_PASS_ISAS:
+        want = f"one of {', '.join(cpu.SINGLE_PASS_ISAS)} as the instruction set, which is {isa}"
+    elif strategy in cpu.OF_FEW_ROWS and strategy != few:
+        four_bit = strategy == cpu.FEW_ROWS
+        want = "a 4-bit weight" if four_bit else "a dense weight whose rows are contiguous"
+    elif strategy in cpu.OF_FEW_ROWS and many_rows:
+        want = f"at most {few_rows} rows"
+    if want is not None:
+        raise RuntimeError(f"strategy {strategy!r} was asked for and cannot run here: want {want}")
 
 
 @functools.lru_cache(maxsize=4096)

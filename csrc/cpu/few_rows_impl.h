@@ -1,9 +1,9 @@
-// The layer for a few rows of x on a 4-bit weight, whose codes are looked up in registers.
+// The layer for a few rows of x: the weight's rows pass once, dotted as they lie with all of x's.
 //
-// CODES codes at a time, eight neighbours, which one scale has, in each lane. Several rows of the
-// weight share what is loaded of x, one of each of STREAMS, into which a thread's rows are divided:
-// in a stream they follow each other, so that the processor asks ahead. Up to PASS rows of x share
-// a look-up.
+// Several rows of the weight share what is loaded of x, one of each of STREAMS, into which a
+// thread's rows are divided: in a stream they follow each other, so that the processor asks ahead.
+// Of a 4-bit weight CODES codes are looked up in registers at a time, eight neighbours, which one
+// scale has, in each lane; up to PASS rows of x share a look-up.
 
 namespace lora_kernels {
 namespace {
@@ -12,6 +12,7 @@ constexpr int64_t CODES = 8 * W;
 constexpr int PASS = 8;
 constexpr int STREAMS = 4;       // as many as `sum_lanes` takes
 constexpr int64_t AHEAD = 1024;  // bytes of a stream's codes asked for before their turn
+constexpr int DENSE_PASS = 6;    // rows of x that are dotted with a dense weight's together
 constexpr int64_t BLOCK = 16;    // rows of each stream that a thread takes at a time
 constexpr int64_t HELPED = 4;    // shares that it takes from, its own among them
 constexpr int64_t CHAIN_CODES = 20 * CODES;  // in one chain before it is added to the rest
@@ -22,6 +23,12 @@ template <int M>
 constexpr int SIDE_BY_SIDE = 4 * M <= W   ? 4
                              : 2 * M <= W ? 2
                                           : 1;
+
+// The same of a dense weight, of which nothing else wants registers than what is loaded.
+template <int M>
+constexpr int DENSE_SIDE_BY_SIDE = 8 * M <= 3 * W   ? 4
+                                   : 4 * M <= 3 * W ? 2
+                                                    : 1;
 
 // In float32 ----------------------------------------------------------------------------------
 
@@ -189,20 +196,128 @@ LK_INLINE void each_row(int64_t M, int64_t ldx, const F& f) {
   }
 }
 
-// Threads take shares of P's ranks and then of the weight's rows, whose codes they stream, and at
-// last what is left of the next shares: memory is not as fast for one as for another, and not
-// for the same one each time. P is waited for with the sums, and consumed last.
+// A weight as `few_rows_of` takes it: the scratch memory that each thread needs, the first of a
+// row's bytes, and dots(n, end, apart, own, sums, lds): sums[m * lds + i + g * apart] = x[m] · row
+// n + i + g * apart, for all n + i < end, all streams g and all rows m of x.
 template <typename X, typename T>
-LK_INLINE void few_rows_of(const FewRowsArgs& a, const T& tables, const X* x, int64_t ldx) {
+struct CodedRows {
+  const Codes4bit& w;
+  const T& tables;
+  const X* x;
+  int64_t M, ldx;
+  Table256 nested = table_256(w.nested_code);
+  int64_t stream_scales = batch_scales(w), scale_floats = STREAMS * stream_scales;
+  int64_t floats = scale_floats + round_up(w.K, W);
+
+  const uint8_t* row(int64_t n) const { return w.packed + (n * w.K >> 1); }
+
+  [[gnu::always_inline]] void dots(int64_t n, int64_t stop, int64_t apart, float* scales,
+                                   float* sums, int64_t lds) const {
+    const int64_t passes = passes_of(M);
+    for (int64_t end; n < stop; sums += end - n, n = end) {
+      end = min(stop, n + batch_rows(w));
+      for (int64_t g = 0; g < STREAMS; ++g) {
+        const int64_t block = (n + g * apart) * w.K >> w.log2_block;
+        const int64_t last = ((end + g * apart) * w.K - 1) >> w.log2_block;
+        scales_of(w, nested, block, last - block + 1, scales + g * stream_scales);
+      }
+      for (int64_t pass = 0; pass < passes; ++pass) {
+        const int64_t m = M * pass / passes;
+        dot_streams(M * (pass + 1) / passes - m, w, tables, x + m * ldx, ldx, n, end, apart, scales,
+                    stream_scales, scales + scale_floats, sums + m * lds, lds);
+      }
+    }
+  }
+};
+
+template <typename X, typename T>
+LK_INLINE CodedRows<X, T> coded_rows(const Codes4bit& w, const T& tables, const X* x, int64_t M,
+                                     int64_t ldx) {
+  return {w, tables, x, M, ldx};
+}
+
+// total[g][i] = lanes that add up to x[i] · w[g], for K elements.
+template <int J, int M, typename Word, typename T>
+LK_INLINE void dot_rows(const T* const w[J], const T* const x[M], int64_t K, vf total[J][M]) {
+  constexpr int64_t E = W * ELEMENTS<Word>;
+  LK_UNROLL for (int g = 0; g < J; ++g) LK_UNROLL for (int i = 0; i < M; ++i) total[g][i] = zero();
+  for (int64_t k = 0; k < K;) {
+    vf sum[J][M];
+    LK_UNROLL for (int g = 0; g < J; ++g) LK_UNROLL for (int i = 0; i < M; ++i) sum[g][i] = zero();
+    const auto step = [&](int64_t count) __attribute__((always_inline)) {
+      vf wv[J];
+      LK_UNROLL for (int g = 0; g < J; ++g) {
+        __builtin_prefetch(reinterpret_cast<const char*>(w[g] + k) + AHEAD, 0, 3);
+        wv[g] = load_words(w[g] + k, count, Word{});
+      }
+      LK_UNROLL for (int i = 0; i < M; ++i) {
+        const vf xv = load_words(x[i] + k, count, Word{});
+        LK_UNROLL for (int g = 0; g < J; ++g) sum[g][i] = word_fma(xv, wv[g], sum[g][i], Word{});
+      }
+    };
+    for (const int64_t end = min(k + CHAIN<Word> * E, K / E * E); k < end; k += E) step(E);
+    if (K - k < E && k < K) {
+      step(K - k);
+      k = K;
+    }
+    LK_UNROLL for (int g = 0; g < J; ++g) LK_UNROLL for (int i = 0; i < M; ++i) total[g][i] =
+        add(total[g][i], sum[g][i]);
+  }
+}
+
+// The same of a dense weight, its elements multiplied as words.
+template <typename Word, typename T>
+struct DenseRows {
+  const Matrix &w, &x;
+  int64_t M, K;
+  int64_t floats = 0;
+
+  const T* row(int64_t n) const { return static_cast<const T*>(w.data) + n * w.col; }
+
+  template <int Rows>
+  [[gnu::always_inline]] void dots_of(int64_t n, int64_t m, int64_t apart, float* sums,
+                                      int64_t lds) const {
+    constexpr int J = DENSE_SIDE_BY_SIDE<Rows>;
+    const T* of_w[STREAMS];
+    const T* of_x[Rows];
+    for (int64_t g = 0; g < STREAMS; ++g) of_w[g] = row(n + g * apart);
+    for (int64_t i = 0; i < Rows; ++i) of_x[i] = static_cast<const T*>(x.data) + (m + i) * x.row;
+    vf total[STREAMS][Rows];
+    for (int g = 0; g < STREAMS; g += J) dot_rows<J, Rows, Word>(of_w + g, of_x, K, total + g);
+    LK_UNROLL for (int i = 0; i < Rows; ++i) {
+      const vf of_row[STREAMS] = {total[0][i], total[1][i], total[2][i], total[3][i]};
+      float out[STREAMS];
+      sum_lanes(of_row, out);
+      LK_UNROLL for (int g = 0; g < STREAMS; ++g) sums[(m + i) * lds + g * apart] = out[g];
+    }
+  }
+
+  [[gnu::always_inline]] void dots(int64_t n, int64_t end, int64_t apart, float*, float* sums,
+                                   int64_t lds) const {
+    const int64_t passes = (M + DENSE_PASS - 1) / DENSE_PASS;
+    for (; n < end; ++n, ++sums)
+      for (int64_t pass = 0; pass < passes; ++pass) {
+        const int64_t m = M * pass / passes, rows = M * (pass + 1) / passes - m;
+#define LK_ROWS(r) \
+  if (rows == r) dots_of<r>(n, m, apart, sums, lds);
+        LK_ROWS(1) LK_ROWS(2) LK_ROWS(3) LK_ROWS(4) LK_ROWS(5) LK_ROWS(6)
+#undef LK_ROWS
+      }
+  }
+};
+
+// Threads take shares of P's ranks and then of the weight's rows, which they stream, and at last
+// what is left of the next shares: memory is not as fast for one as for another, and not for the
+// same one each time. P is waited for with the sums, and consumed last.
+template <typename Rows>
+LK_INLINE void few_rows_of(const FewRowsArgs& a, const Rows& weight) {
   const ExpandArgs& u = a.update;
-  const int64_t M = u.M, K = a.codes.K, R = u.R, passes = passes_of(M);
+  const int64_t M = u.M, K = a.shrink.K, R = u.R;
   const int64_t parts = M * u.N * K < SMALL ? 1 : min(u.threads, u.N);
-  const int64_t stream_scales = batch_scales(a.codes), scale_floats = STREAMS * stream_scales;
-  const int64_t row_floats = round_up(K, W);
   const int64_t panel_floats = round_up(R, 4) * VW;
   const int64_t taken_floats = 16;  // a line of its own for how much of a share has been taken
   const int64_t part_floats =
-      round_up(scale_floats + row_floats + panel_floats + staging_floats(VW, R), 16) + taken_floats;
+      round_up(weight.floats + panel_floats + staging_floats(VW, R), 16) + taken_floats;
   // A part's sums lie behind those of the rows before it: so there is room for fewer parts, with
   // more rows each, than were asked for.
   Scratch scratch((parts * part_floats + M * u.N) * 4);
@@ -216,13 +331,13 @@ LK_INLINE void few_rows_of(const FewRowsArgs& a, const T& tables, const X* x, in
   int arrived = 0;
   together((int)parts, [&](int64_t part, int64_t parts) {
     const int64_t n0 = u.N * part / parts, n1 = u.N * (part + 1) / parts, rows = n1 - n0;
-    float* const scales = static_cast<float*>(scratch.data) + part * part_floats + taken_floats;
-    float *const row = scales + scale_floats, *const panel = row + row_floats,
-                 *const staging = panel + panel_floats, *const sums = all_sums + n0 * M;
-    const uint8_t* const packed = a.codes.packed;
+    float* const own = static_cast<float*>(scratch.data) + part * part_floats + taken_floats;
+    float *const panel = own + weight.floats, *const staging = panel + panel_floats,
+                 *const sums = all_sums + n0 * M;
     for (int64_t g = 0; g < STREAMS; ++g)
       for (int64_t i = 0; i < AHEAD; i += 64)
-        __builtin_prefetch(packed + ((n0 + g * (rows / STREAMS)) * K >> 1) + i, 0, 3);
+        __builtin_prefetch(reinterpret_cast<const char*>(weight.row(n0 + g * (rows / STREAMS))) + i,
+                           0, 3);
     if (!masked)
       with_type(a.shrink.x.dtype, [&](auto type) {
         using TX = decltype(type);
@@ -230,31 +345,13 @@ LK_INLINE void few_rows_of(const FewRowsArgs& a, const T& tables, const X* x, in
           shrink_tile<TX>(a.shrink, m, min(DOT_ROWS, M - m), R * part / parts,
                           R * (part + 1) / parts, {}, nullptr);
       });
-    const Table256 nested = table_256(a.codes.nested_code);
-    const auto each_stream = [&](int64_t n, int64_t apart, int64_t count, int64_t n0,
-                                 int64_t rows) {
-      for (const int64_t stop = n + count; n < stop;) {
-        const int64_t end = min(stop, n + batch_rows(a.codes));
-        for (int64_t g = 0; g < STREAMS; ++g) {
-          const int64_t block = (n + g * apart) * K >> a.codes.log2_block;
-          const int64_t last = ((end + g * apart) * K - 1) >> a.codes.log2_block;
-          scales_of(a.codes, nested, block, last - block + 1, scales + g * stream_scales);
-        }
-        for (int64_t pass = 0; pass < passes; ++pass) {
-          const int64_t m = M * pass / passes;
-          dot_streams(M * (pass + 1) / passes - m, a.codes, tables, x + m * ldx, ldx, n, end, apart,
-                      scales, stream_scales, row, all_sums + n0 * M + m * rows + n - n0, rows);
-        }
-        n = end;
-      }
-    };
     // Rows that are left over are taken STREAMS times each.
-    each_stream(n1 - rows % STREAMS, 0, rows % STREAMS, n0, rows);
+    weight.dots(n1 - rows % STREAMS, n1, 0, own, sums + rows - rows % STREAMS, rows);
     for (int64_t turn = 0; turn < min(parts, HELPED); ++turn) {
       const int64_t of = (part + turn) % parts;
       const int64_t n0 = u.N * of / parts, rows = u.N * (of + 1) / parts - n0;
       for (int64_t i, share = rows / STREAMS; (i = take(taken_of(of), BLOCK)) < share;)
-        each_stream(n0 + i, share, min(BLOCK, share - i), n0, rows);
+        weight.dots(n0 + i, n0 + min(i + BLOCK, share), share, own, all_sums + n0 * M + i, rows);
     }
     arrive(&arrived);
     await(&arrived, (int)parts);
@@ -292,10 +389,18 @@ LK_INLINE void few_rows_of(const FewRowsArgs& a, const T& tables, const X* x, in
 // P = scale * (mask(X) A^T); y[M, N] = c * (x W^T + (P * gate * alpha) Q) + bias for few rows.
 // Sums in float32, y rounds once (z likewise); codes keep at least 17 bits until the sum, but for
 // three rows of bf16 or more on avx512bf16, where code times scale is rounded to bf16. Reads each
-// packed byte once from memory. Tested by tests/ops/test_lora_linear_4bit.py.
+// byte of the weight once from memory. Tested by tests/ops.
 void few_rows(const FewRowsArgs& a) {
-  const int64_t M = a.update.M, K = a.codes.K;
+  const int64_t M = a.update.M, K = a.shrink.K;
   if (!M) return;
+  if (!a.codes) {
+    with_type(a.x.dtype, [&](auto type) {
+      using T = decltype(type);
+      few_rows_of(a, DenseRows<WordOf<T>, T>{a.w, a.x, M, K});
+    });
+    return;
+  }
+  const Codes4bit& codes = *a.codes;
   const int64_t ldx = round_up(K, CODES);
   Scratch scratch(M * ldx * 4);
 // Intel's processors take as long for a pair of bf16 as for two elements of float32.
@@ -306,7 +411,8 @@ void few_rows(const FewRowsArgs& a) {
       order_words(static_cast<const bf16*>(a.x.data) + m * a.x.row, K, M <= EXACT_ROWS, x + at,
                   stride);
     });
-    few_rows_of(a, pair_tables(a.codes.code), x, ldx);
+    const PairTables tables = pair_tables(codes.code);
+    few_rows_of(a, coded_rows(codes, tables, x, M, ldx));
     return;
   }
 #endif
@@ -321,7 +427,8 @@ void few_rows(const FewRowsArgs& a) {
         order(from, K, x + at, stride);
     });
   });
-  few_rows_of(a, table(a.codes.code), x, ldx);
+  const Table tables = table(codes.code);
+  few_rows_of(a, coded_rows(codes, tables, x, M, ldx));
 }
 
 }  // namespace

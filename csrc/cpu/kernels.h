@@ -142,12 +142,12 @@ struct DequantizeArgs {
   int threads;
 };
 
-// The layer for a few rows of x, the weight decoded in registers: P by ShrinkArgs, then ExpandArgs'
-// equation of it with X W^T in place of what Y held. Q is B^T. x is what the product takes, in its
-// dtype.
+// The layer for a few rows of x: P by ShrinkArgs, then ExpandArgs' equation of it with X W^T in
+// place of what Y held. Q is B^T. x is what the product takes, in its dtype; W[k, n] has that dtype
+// too and is contiguous along k, or is given as codes, which are decoded in registers.
 struct FewRowsArgs {
-  Matrix x;
-  Codes4bit codes;
+  Matrix x, w;
+  const Codes4bit* codes;  // or null
   ShrinkArgs shrink;
   ExpandArgs update;
 };

@@ -205,6 +205,36 @@ LK_INLINE vf load_strided(const T* p, int64_t stride, int64_t n) {
   return load(lanes);
 }
 
+// Words ----------------------------------------------------------------------------------------
+
+// What a product's sum runs over: a float32, or, where the unit has LK_BF16_PAIRS and both operands
+// are bf16, a Pair.
+#ifdef LK_BF16_PAIRS
+template <typename T>
+using WordOf = std::conditional_t<std::is_same_v<T, bf16>, Pair, float>;
+#else
+template <typename T>
+using WordOf = float;
+#endif
+template <typename Word>
+constexpr int64_t ELEMENTS = 1;  // in a word
+template <>
+constexpr int64_t ELEMENTS<Pair> = 2;
+
+// Words summed in one chain. Float32 results show a longer one's rounding.
+template <typename Word>
+constexpr int64_t CHAIN = 160;
+template <>
+constexpr int64_t CHAIN<Pair> = 512;
+
+LK_INLINE vf word_fma(vf a, vf b, vf acc, float) { return fma(a, b, acc); }
+
+// W words, of which the first `elements` elements exist.
+template <typename T>
+LK_INLINE vf load_words(const T* p, int64_t elements, float) {
+  return elements >= W ? load(p) : load_n(p, (int)elements);
+}
+
 // Packing --------------------------------------------------------------------------------------
 
 template <typename T>

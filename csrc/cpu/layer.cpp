@@ -44,7 +44,7 @@ void lora_linear(const Layer& l, const Forward& f) {
                           l.gate,   l.c,     l.bias, f.z, Dropout{nullptr, 0},
                           l.threads};
   if (f.few_rows) {
-    kernels().few_rows({f.xs, *l.codes, shrink, update});
+    kernels().few_rows({f.xs, w, l.codes, shrink, update});
     return;
   }
   kernels().shrink(shrink);
@@ -154,7 +154,7 @@ void multi_lora_linear(const MultiLayer& l, const Forward& f) {
                         none, 0.0f,    nullptr, nullptr, l.bias, nullptr, kKeepAll, l.threads};
   if (f.few_rows)
     kernels().few_rows(
-        {f.xs, *l.codes, {f.x, none, l.M, l.K, 0, 1.0f, kKeepAll, nullptr, 0, l.threads}, base});
+        {f.xs, w, l.codes, {f.x, none, l.M, l.K, 0, 1.0f, kKeepAll, nullptr, 0, l.threads}, base});
   else if (w.data || l.codes)
     kernels().product({f.xs, w, l.codes, true, l.K, base});
   each_piece(l, [&](const Adapter& d, int64_t m0, int64_t m1, int threads) {

@@ -20,7 +20,7 @@ struct Layer {
 // P[M, R] = keep_scale * mask(x) A^T, y, and where z is given the bracket that c multiplies.
 struct Forward {
   Matrix x, xs;   // xs: x in the dtype of the base product
-  bool few_rows;  // codes are looked up in registers, for few rows of x
+  bool few_rows;  // of x, for which w is read once
   float* p;
   void* y;
   DType dtype;

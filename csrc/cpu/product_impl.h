@@ -2,9 +2,9 @@
 // The layer in a single pass, for the AVX-512 units: base product, rank update and epilogue of a
 // tile of y while its sums are in registers. Follows codes_impl.h.
 //
-// The sum runs over words: a float32, or, where the unit has LK_BF16_PAIRS and both operands are
-// bf16, a Pair. Other 16-bit elements are widened as W is packed and x is read. A 4-bit W is
-// decoded a panel at a time, to bf16 beside pairs and to float32 else, and never written to memory.
+// The sum runs over words. Other 16-bit elements are widened as W is packed and x is read. A 4-bit
+// W is decoded a panel at a time, to bf16 beside pairs and to float32 else, and never written to
+// memory.
 
 namespace lora_kernels {
 namespace {
@@ -13,18 +13,6 @@ constexpr int64_t WORDS = 512;       // of the sum in one packed panel at most: 
 constexpr int64_t BLOCK_ROWS = 960;  // that share a packed panel: 240 KB of sums
 constexpr int64_t TILE = Y_ROWS * VW;
 
-template <typename Word>
-constexpr int64_t ELEMENTS = 1;  // in a word
-template <>
-constexpr int64_t ELEMENTS<Pair> = 2;
-
-// Words summed in one chain. Float32 results show a longer one's rounding.
-template <typename Word>
-constexpr int64_t CHAIN = 160;
-template <>
-constexpr int64_t CHAIN<Pair> = WORDS;
-
-LK_INLINE vf word_fma(vf a, vf b, vf acc, float) { return fma(a, b, acc); }
 template <typename Word>
 LK_INLINE vf splat_word(const Word* p) {
   float word;
@@ -36,12 +24,6 @@ LK_INLINE vf splat_word(const Word* p) {
 struct Layout {
   int64_t ld = VW, apart = W;
 };
-
-// W words, of which the first `elements` elements exist.
-template <typename T>
-LK_INLINE vf load_words(const T* p, int64_t elements, float) {
-  return elements >= W ? load(p) : load_n(p, (int)elements);
-}
 
 // A row's even and odd elements of a sum, for 16 rows: one row of pairs, or two of floats.
 LK_INLINE void store_words(float* to, vf even, vf odd, float) {
@@ -379,12 +361,7 @@ LK_INLINE void product_of(const ProductArgs& a) {
 void product(const ProductArgs& a) {
   with_type(a.x.dtype, [&](auto type) {
     using T = decltype(type);
-#ifdef LK_BF16_PAIRS
-    using Word = std::conditional_t<std::is_same_v<T, bf16>, Pair, float>;
-#else
-    using Word = float;
-#endif
-    product_of<Word, T>(a);
+    product_of<WordOf<T>, T>(a);
   });
 }
 

@@ -1,8 +1,11 @@
 """Native CPU kernels, one call a direction.
 
 Forward: P = D(x)·Aᵀ; then either one pass that makes y = c⊙(x·Wᵀ + S·Bᵀ) + bias tile by tile in
-registers ("single pass"), or the library's x·Wᵀ and one in-place pass for the rest. Backward: one
-read of dY gives dS and dB; D(x) and dS give dA; dx is made as y is, with W in the other layout.
+registers ("single pass"), or the library's x·Wᵀ and one in-place pass for the rest; for few rows of
+x one pass that dots W's rows with all of them ("streamed", of codes "decoded in registers").
+Backward: one read of dY gives dS and dB; D(x) and dS give dA; dx is made in a single pass as y is,
+with W in the other layout, or where that is none (and beside a streamed y of one row, which the
+library is faster for) by the library.
 
 Rounding points: P, S, dS and dXA are float32 and never rounded to 16 bits. In a single pass y and
 dx round once, when they are stored; behind a library product, which rounds to the compute dtype,
@@ -32,7 +35,9 @@ from .rows import like_rows_of, rows_of
 
 SINGLE_PASS = "single pass"
 LIBRARY = "library product + rank update"
-FEW_ROWS = "decoded in registers, few rows"  # of a 4-bit weight
+STREAMED = "streamed, few rows"  # of x, beside a dense weight
+FEW_ROWS = "decoded in registers, few rows"  # beside a 4-bit weight
+OF_FEW_ROWS = (STREAMED, FEW_ROWS)
 SINGLE_PASS_ISAS = ("avx512", "avx512bf16", "amxbf16")
 
 PANEL = 1 << 20  # bytes of a 4-bit weight decoded at once for the library's product
@@ -124,6 +129,12 @@ def _library_base(
     return _cast(y, y_dtype)
 
 
+def _single_pass_dx(strategy: str, M: int) -> bool:
+    if strategy == LIBRARY or (strategy == STREAMED and M == 1):
+        return False
+    return native.isa in SINGLE_PASS_ISAS
+
+
 def _library_dx(
     dz: Tensor,
     weight: Tensor | Codes | None,
@@ -182,7 +193,8 @@ def lora_linear(
     rng_ptr, threshold, keep_scale = _mask(dropout_p, rng)
     native.module.lora_linear(
         x.data_ptr(), _DTYPE[x.dtype], x_row, xs.data_ptr(), _DTYPE[dtype],
-        x_row if xs is x else K, M, K, N, R, *_weight(base), codes, strategy == FEW_ROWS,
+        x_row if xs is x else K, M, K, N, R, *_weight(base), codes,
+        weight is not None and strategy in OF_FEW_ROWS,
         lora_A.data_ptr(), _DTYPE[lora_A.dtype], a_row,
         lora_B.data_ptr(), _DTYPE[lora_B.dtype], b_row, b_column,
         scaling, keep_scale, _ptr(gate), _ptr(c), _ptr(b), rng_ptr, threshold,
@@ -215,18 +227,19 @@ class Prepared:
     ) -> None:
         assert native.module is not None
         (R, K), (N, _) = lora_A.shape, lora_B.shape
-        codes = weight.native((N, K)) if isinstance(weight, Codes) else None
+        dense = (0, 0, 0)
+        if isinstance(weight, Codes):
+            codes: object = weight.native((N, K))
+        else:
+            codes, dense = None, _weight(weight)
         cast = None if x_dtype is dtype else lambda x: x.to(dtype)
-        self.weight = weight  # which owns the memory of codes
-        self.dense = weight if isinstance(weight, Tensor) else None
+        self.weight = weight  # which owns the memory
         self.facts = tuple(zip(*facts, strict=True))
         self.forward = native.module.prepare(
-            rows, K, N, R, codes, lora_A.data_ptr(), _DTYPE[lora_A.dtype], lora_A.stride(0),
+            rows, K, N, R, *dense, codes, lora_A.data_ptr(), _DTYPE[lora_A.dtype], lora_A.stride(0),
             lora_B.data_ptr(), _DTYPE[lora_B.dtype], lora_B.stride(0), lora_B.stride(1),
             scaling, _DTYPE[x_dtype], _DTYPE[dtype], *zip(*_OF_X, ("dtype", x_dtype), strict=True),
-            "shape", Tensor.data_ptr, Tensor.new_empty, cast, _vector,
-            linear if cast is None else lambda xs, weight: linear(xs, weight).to(x_dtype),
-            torch.get_num_threads,
+            "shape", Tensor.data_ptr, Tensor.new_empty, cast, _vector, torch.get_num_threads,
         )  # fmt: skip
 
     def __reduce__(self) -> NoReturn:
@@ -234,7 +247,7 @@ class Prepared:
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor | None:
         """x [..., K] -> y [..., N]; None where x or a fact is not as it was, or x has more rows."""
-        return self.forward(x, bias, self.dense, *self.facts)  # type: ignore[no-any-return]
+        return self.forward(x, bias, *self.facts)  # type: ignore[no-any-return]
 
 
 def lora_linear_backward(
@@ -269,8 +282,7 @@ def lora_linear_backward(
     dz = dy if column_scale is None or not need_x else dy * column_scale.to(dy.dtype)
     dz = _cast(dz, dtype) if need_x else dy
     dx = base = codes = None
-    single_pass = strategy != LIBRARY and native.isa in SINGLE_PASS_ISAS
-    if need_x and (weight is None or not single_pass):
+    if need_x and (weight is None or not _single_pass_dx(strategy, M)):
         dx = _library_dx(dz, weight, (N, K), dtype, x.dtype)
     elif need_x:
         dx = x.new_empty(*x.shape)
@@ -340,7 +352,7 @@ def multi_lora_linear(
     places = order if order is not None or rng is None else torch.arange(M, device=index.device)
     native.module.multi_lora_linear(
         x.data_ptr(), _DTYPE[x.dtype], x.stride(0), xs.data_ptr(), _DTYPE[dtype], xs.stride(0),
-        M, K, N, R, *_weight(base), codes, strategy == FEW_ROWS,
+        M, K, N, R, *_weight(base), codes, weight is not None and strategy in OF_FEW_ROWS,
         _adapters(runs, lora_A, lora_B, scaling), _DTYPE[lora_A[0].dtype],
         _DTYPE[lora_B[0].dtype], keep_scale, _ptr(b), rng_ptr, threshold, _ptr(places),
         p.data_ptr(), y.data_ptr(), _DTYPE[y_dtype], torch.get_num_threads(),
@@ -383,7 +395,7 @@ def multi_lora_linear_backward(
         dy, x, p = (t.index_select(0, order) for t in (dy, x, p))
     dz = _cast(dy, dtype) if need_x else dy
     dx = base = codes = None
-    if need_x and (weight is None or strategy == LIBRARY or native.isa not in SINGLE_PASS_ISAS):
+    if need_x and (weight is None or not _single_pass_dx(strategy, M)):
         dx = _library_dx(dz, weight, (N, K), dtype, x.dtype)
     elif need_x:
         dx = x.new_empty(M, K)

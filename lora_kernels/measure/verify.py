@@ -230,14 +230,15 @@ def _judged(names: list[str], shapes: tuple[tuple[int, int, int, int], ...]) -> 
 
 
 def _ways(name: str, case: Case) -> list[str]:
-    """The engine, unless rank, sizes or dtype are not for it, and where the case has few rows on a
-    4-bit weight, its kernel for them."""
+    """The engine, unless rank, sizes or dtype are not for it, and where the case has few rows its
+    kernel for them."""
     if name == f"triton {triton.SINGLE_PASS}" and case.R > configs.MAX_SINGLE_PASS_RANK:
         return []
     if name.startswith("cuda ") and not fits_cuda(case, name.removeprefix("cuda ")):
         return []
-    few = case.quant and select.few_rows_4bit(name, case.compute or case.compute_dtype) >= case.M
-    return [name, f"{name} {cpu.FEW_ROWS}"] if few else [name]
+    few = select.few_rows(case.compute or case.compute_dtype, bool(case.quant), isa=name)
+    strategy = cpu.FEW_ROWS if case.quant else cpu.STREAMED
+    return [name, f"{name} {strategy}"] if 0 < case.M <= few else [name]
 
 
 def _excess(verdict: Any) -> float:

@@ -4,8 +4,14 @@ Placed above a test's other parametrizations the engine varies fastest, so that 
 is computed once for all of them.
 """
 
-import pytest
+from contextlib import AbstractContextManager, nullcontext
 
+import pytest
+import torch
+
+import lora_kernels
+from lora_kernels import select
+from lora_kernels.backends import cpu, native
 from lora_kernels.measure import case
 
 _here = case.engines()
@@ -21,3 +27,14 @@ every_engine = _engines(*case.ENGINES)
 every_native_engine = _engines(*case.ENGINES[1:])
 every_tiled_engine = _engines("amxbf16", "amxbf16 single pass")
 every_thread_count = pytest.mark.parametrize("threads", [1, 2, 3], indirect=True)
+
+
+def ways(
+    engine: str, rows: int, dtype: torch.dtype, four_bit: bool
+) -> list[AbstractContextManager[None]]:
+    """What the engine forces, and the kernel for few rows where there are few: of an instruction
+    set alone the engine forces the library's product."""
+    if engine in native.ISAS and rows <= select.few_rows(dtype, four_bit, isa=engine):
+        strategy = cpu.FEW_ROWS if four_bit else cpu.STREAMED
+        return [nullcontext(), lora_kernels.backend("cpu", strategy)]
+    return [nullcontext()]

@@ -9,7 +9,7 @@ import torch
 import lora_kernels
 from lora_kernels.measure import case as cases
 from lora_kernels.measure.case import LAYOUTS, Case, judge
-from tests.ops.engines import every_engine, every_thread_count, every_tiled_engine
+from tests.ops.engines import every_engine, every_thread_count, every_tiled_engine, ways
 from tests.ops.shapes import NARROW, RANKS, ROWS, WIDE
 
 f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
@@ -82,6 +82,11 @@ def some_cases() -> list[Case]:
             if "d" not in layout[:2]:  # dy takes its leading dimensions from x
                 chosen.append(Case(30, 65, 63, 5, dtype, dy_layout=layout, bias=True))
         chosen.append(Case(30, 65, 63, 5, dtype, x_layout="4d", dy_layout="expanded"))
+        # Up to as many rows as the weight is streamed for: passes of several, sums in several
+        # chains, fewer rows of the weight than are dotted side by side, and one to three left over.
+        chosen += [Case(M, N, K, 5, dtype, **full) for M in (3, 4, 8, 13, 16) for N, K in WIDE]
+        chosen += [Case(M, 30, 2600, 5, dtype, values="nonnegative") for M in (1, 6)]
+        chosen += [Case(5, N, 100, 5, dtype, f32) for N in (3, 7)]
     return list(dict.fromkeys(chosen))
 
 
@@ -95,7 +100,9 @@ def check(case: Case) -> None:
 @every_engine
 @pytest.mark.parametrize("case", some_cases(), ids=str)
 def test_against_the_reference(case: Case, engine: str) -> None:
-    check(case)
+    for way in ways(engine, case.M, case.compute_dtype, False):
+        with way:
+            check(case)
 
 
 @every_engine
@@ -196,7 +203,9 @@ def test_cross_product(
             case = Case(M, N, K, rank, dtype, adapter, autocast, **chosen)
             for engine in cases.engines():
                 with cases.engine(engine):
-                    check(case)
+                    for way in ways(engine, case.M, case.compute_dtype, False):
+                        with way:
+                            check(case)
 
 
 @every_engine

@@ -4,20 +4,19 @@ import itertools
 import os
 import subprocess
 import sys
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
 import torch
 
 import lora_kernels
-from lora_kernels import ops, reference, select
+from lora_kernels import ops, reference
 from lora_kernels.backends import cpu, native
 from lora_kernels.measure import case as cases
 from lora_kernels.measure.case import Case, judge
 from lora_kernels.quantization import Weight4bit, codebooks, quantize_4bit
 from lora_kernels.quantization.codes import encode
-from tests.ops.engines import every_engine, every_native_engine
+from tests.ops.engines import every_engine, every_native_engine, ways
 
 f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
 FULL: dict[str, Any] = {"gate": True, "column_scale": True, "bias": True, "dropout_p": 0.1}
@@ -65,17 +64,10 @@ def check(case: Case) -> None:
         pytest.fail("\n".join([str(case), *wrong]), pytrace=False)
 
 
-def ways(engine: str, rows: int, dtype: torch.dtype) -> list[AbstractContextManager[None]]:
-    """What the engine forces, and the kernel for few rows where there are few: of an instruction
-    set alone the engine forces the library's product."""
-    few = select.few_rows_4bit(engine, dtype) >= rows
-    return [nullcontext(), *([lora_kernels.backend("cpu", cpu.FEW_ROWS)] if few else [])]
-
-
 @every_engine
 @pytest.mark.parametrize("case", some_cases(), ids=str)
 def test_against_the_reference(case: Case, engine: str) -> None:
-    for way in ways(engine, case.M, case.compute or case.compute_dtype):
+    for way in ways(engine, case.M, case.compute or case.compute_dtype, True):
         with way:
             check(case)
 
@@ -127,7 +119,7 @@ def test_cross_product(dtype: torch.dtype, quant: str, rank: int, sizes: tuple[i
         case = Case(M, *sizes, rank, dtype, quant=quant, **FULL)
         for engine in cases.engines():
             with cases.engine(engine):
-                for way in ways(engine, M, dtype):
+                for way in ways(engine, case.M, case.compute or case.compute_dtype, True):
                     with way:
                         check(case)
 
@@ -224,7 +216,7 @@ def test_nested_scales_are_rounded_twice(rows: int, engine: str) -> None:
     x = torch.eye(100 * 32)[7::32]  # one element of each block
     want = weight.dequantize(torch.float64)[:, 7::32].t()
     for m in range(0, 100, rows):
-        for way in ways(engine, rows, f32):
+        for way in ways(engine, rows, f32, True):
             with way:
                 y = lora_kernels.lora_linear(x[m : m + rows], weight, A, B)
             assert torch.equal(y.double(), want[m : m + rows])

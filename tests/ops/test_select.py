@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import lora_kernels
 from lora_kernels import ops, select
 from lora_kernels.backends import cpu, native
+from lora_kernels.backends.cuda.fit import Layout
 from lora_kernels.measure import case as cases
 from lora_kernels.measure.case import Case, inputs, judge
 
@@ -72,19 +73,27 @@ def on(
 @pytest.mark.parametrize(
     ("isa", "amx", "dtype", "four_bit", "rows", "strategy"),
     [
-        ("avx512bf16", False, f32, False, 2, cpu.SINGLE_PASS),
-        ("avx512", False, f32, False, 2, cpu.SINGLE_PASS),
-        ("avx512bf16", True, f32, False, 2, cpu.SINGLE_PASS),
-        ("avx512bf16", False, bf16, False, 64, cpu.SINGLE_PASS),
-        ("avx512bf16", True, bf16, False, 64, cpu.LIBRARY),
-        ("amxbf16", True, bf16, False, 1, cpu.LIBRARY),
-        ("amxbf16", True, bf16, False, 2, cpu.SINGLE_PASS),
+        ("avx512bf16", False, f32, False, 1, cpu.STREAMED),
+        ("avx512bf16", False, f32, False, 16, cpu.STREAMED),
+        ("avx512bf16", False, f32, False, 17, cpu.SINGLE_PASS),
+        ("avx512", False, f32, False, 17, cpu.SINGLE_PASS),
+        ("avx512bf16", True, f32, False, 17, cpu.SINGLE_PASS),
+        ("avx512bf16", False, bf16, False, 16, cpu.STREAMED),
+        ("avx512bf16", False, bf16, False, 17, cpu.SINGLE_PASS),
+        ("avx512bf16", True, bf16, False, 16, cpu.STREAMED),
+        ("avx512bf16", True, bf16, False, 17, cpu.LIBRARY),
+        ("amxbf16", True, bf16, False, 6, cpu.STREAMED),
+        ("amxbf16", True, bf16, False, 7, cpu.SINGLE_PASS),
+        ("amxbf16", True, f32, False, 16, cpu.STREAMED),
         ("amxbf16", True, f32, False, 999, cpu.SINGLE_PASS),
-        ("avx512bf16", False, bf16, False, 63, cpu.LIBRARY),
-        ("avx512bf16", False, f32, False, 1, cpu.LIBRARY),
-        ("avx2", False, f32, False, 2, cpu.LIBRARY),
-        ("scalar", False, f32, False, 2, cpu.LIBRARY),
-        ("avx512", False, bf16, False, None, f"{cpu.SINGLE_PASS}; under 64 rows {cpu.LIBRARY}"),
+        ("avx2", False, f32, False, 16, cpu.STREAMED),
+        ("avx2", False, f32, False, 17, cpu.LIBRARY),
+        ("avx2", False, f32, False, None, f"{cpu.LIBRARY}; under 17 rows {cpu.STREAMED}"),
+        ("scalar", False, f32, False, 4, cpu.STREAMED),
+        ("scalar", False, f32, False, 5, cpu.LIBRARY),
+        ("scalar", False, bf16, False, 1, cpu.LIBRARY),
+        ("scalar", False, bf16, False, None, cpu.LIBRARY),
+        ("avx512", False, bf16, False, None, f"{cpu.SINGLE_PASS}; under 17 rows {cpu.STREAMED}"),
         ("avx512bf16", False, bf16, True, 16, cpu.FEW_ROWS),
         ("avx512bf16", False, bf16, True, 17, cpu.SINGLE_PASS),
         ("avx512bf16", True, bf16, True, 17, cpu.LIBRARY),
@@ -119,17 +128,18 @@ def test_strategies(
         (f32, False, 140, 2000, 1000, cpu.LIBRARY),
         (f32, False, 140, 1000, 1000, cpu.SINGLE_PASS),
         (f32, False, 140, 1000, 2000, cpu.LIBRARY),
-        (f32, False, 1, 1000, 1000, cpu.LIBRARY),
-        (f32, False, 1, 100_000, 10_000, cpu.LIBRARY),
+        (f32, False, 1, 1000, 1000, cpu.STREAMED),
+        (f32, False, 16, 100_000, 10_000, cpu.STREAMED),
+        (f32, False, 17, 100_000, 10_000, cpu.LIBRARY),
         (
             f32,
             False,
             None,
             1000,
             1000,
-            f"{cpu.SINGLE_PASS}; under 2 rows and from 280 on {cpu.LIBRARY}",
+            f"{cpu.SINGLE_PASS}; under 17 rows {cpu.STREAMED}; from 280 on {cpu.LIBRARY}",
         ),
-        (f32, False, None, 20_000, 7000, cpu.LIBRARY),  # from 2 rows on as well as for one
+        (f32, False, None, 20_000, 7000, f"{cpu.LIBRARY}; under 17 rows {cpu.STREAMED}"),
         (f32, True, 999, 1000, 1000, cpu.SINGLE_PASS),
         (bf16, False, 999, 1000, 1000, cpu.SINGLE_PASS),
     ],
@@ -145,7 +155,7 @@ def test_strategies_on_intel(
 ) -> None:
     choice = on(monkeypatch, "avx512", False, True, dtype, rows, four_bit, columns, inner)
     assert choice.strategy == strategy
-    large = cpu.LIBRARY in strategy and (rows != 1 or inner * columns > select.MKL_PRODUCT)
+    large = cpu.LIBRARY in strategy
     assert ("large float32 products are the library's" in choice.reason) == large
 
 
@@ -156,13 +166,13 @@ def test_strategies_on_intel(
         (bf16, 513, 20_000, 10_000, cpu.LIBRARY),
         (bf16, 999, 10_000, 1000, cpu.SINGLE_PASS),
         (bf16, 1000, 10_000, 1000, cpu.LIBRARY),
-        (bf16, 1, 10_000, 1000, cpu.LIBRARY),
+        (bf16, 1, 10_000, 1000, cpu.STREAMED),
         (
             bf16,
             None,
             10_000,
             1000,
-            f"{cpu.SINGLE_PASS}; under 2 rows and from 1000 on {cpu.LIBRARY}",
+            f"{cpu.SINGLE_PASS}; under 7 rows {cpu.STREAMED}; from 1000 on {cpu.LIBRARY}",
         ),
         (f32, 27, 10_000, 1000, cpu.SINGLE_PASS),
         (f32, 28, 10_000, 1000, cpu.LIBRARY),
@@ -174,10 +184,16 @@ def test_strategies_on_intel(
             None,
             10_000,
             1000,
-            f"{cpu.SINGLE_PASS}; under 2 rows and from 28 to 127 {cpu.LIBRARY}",
+            f"{cpu.SINGLE_PASS}; under 17 rows {cpu.STREAMED}; from 28 to 127 {cpu.LIBRARY}",
         ),
-        (f32, None, 20_000, 7000, f"{cpu.SINGLE_PASS}; under 128 rows {cpu.LIBRARY}"),
-        (f32, None, 1000, 1000, f"{cpu.SINGLE_PASS}; under 2 rows {cpu.LIBRARY}"),
+        (
+            f32,
+            None,
+            20_000,
+            7000,
+            f"{cpu.SINGLE_PASS}; under 17 rows {cpu.STREAMED}; from 17 to 127 {cpu.LIBRARY}",
+        ),
+        (f32, None, 1000, 1000, f"{cpu.SINGLE_PASS}; under 17 rows {cpu.STREAMED}"),
     ],
 )
 def test_strategies_beside_amx(
@@ -191,11 +207,30 @@ def test_strategies_beside_amx(
     processor = monkeypatch, "amxbf16", True, True
     choice = on(*processor, dtype, rows, False, columns, inner)
     assert choice.strategy == strategy
-    few = rows == 1 or strategy.endswith(f"under 2 rows {cpu.LIBRARY}")
-    large = cpu.LIBRARY in strategy and not few
-    assert ("products are the library's" in choice.reason) == large
+    assert ("products are the library's" in choice.reason) == (cpu.LIBRARY in strategy)
     assert ("float32 as three bfloat16" in choice.reason) == (dtype is f32)
     assert on(*processor, dtype, 1000, True, columns, inner).strategy == cpu.SINGLE_PASS
+
+
+@pytest.mark.parametrize(
+    ("isa", "rows", "strategy"),
+    [
+        ("avx512", 1, cpu.LIBRARY),
+        ("avx512", 2, cpu.SINGLE_PASS),
+        ("avx512", None, f"{cpu.SINGLE_PASS}; under 2 rows {cpu.LIBRARY}"),
+        ("avx2", 2, cpu.LIBRARY),
+        ("avx2", None, cpu.LIBRARY),
+    ],
+)
+def test_no_weight_of_columns_is_streamed(
+    monkeypatch: pytest.MonkeyPatch, isa: str, rows: int | None, strategy: str
+) -> None:
+    for name, value in (("reason", None), ("isa", isa), ("amx_bf16", False), ("intel", False)):
+        monkeypatch.setattr(native, name, value)
+    args = "cpu", f32, f32, f32, f32, 8, rows, False, 100, 200
+    assert select.lora_linear(*args, layout=Layout(columns=True)).strategy == strategy
+    with lora_kernels.backend("cpu", cpu.STREAMED), pytest.raises(RuntimeError, match="contiguous"):
+        select.lora_linear(*args, layout=Layout(columns=True))
 
 
 @needs_native
@@ -206,6 +241,15 @@ def test_forcing_a_strategy(monkeypatch: pytest.MonkeyPatch) -> None:
         pass
     monkeypatch.setattr(native, "isa", "avx2")
     with lora_kernels.backend("cpu", cpu.SINGLE_PASS), pytest.raises(RuntimeError, match="avx2"):
+        choose()
+    with lora_kernels.backend("cpu", cpu.STREAMED):
+        assert choose().strategy == cpu.STREAMED
+        assert select.lora_linear("cpu", f32, f32, f32, f32, 8, 16).strategy == cpu.STREAMED
+        with pytest.raises(RuntimeError, match="at most 16 rows"):
+            select.lora_linear("cpu", f32, f32, f32, f32, 8, 17)
+        with pytest.raises(RuntimeError, match="want a dense weight"):
+            select.lora_linear("cpu", f32, f32, f32, f32, 8, 1, True)
+    with lora_kernels.backend("cpu", cpu.FEW_ROWS), pytest.raises(RuntimeError, match="4-bit"):
         choose()
 
 

@@ -11,7 +11,7 @@ from tests.faults.__main__ import BACKENDS, PARTS, Fault, read
 PATCHES = Path(__file__).parents[1] / "tests/faults"
 # The first word of a patch's name -> heading, in this order; other words are an error.
 GROUPS = {
-    "Kernels for CPUs": ("native", "product", "amx", "cpu"),
+    "Kernels for CPUs": ("native", "product", "streamed", "amx", "cpu"),
     "4-bit codes on CPUs": ("codes",),
     "Triton kernels": ("triton", "tune"),
     "CUDA kernels": ("cuda",),

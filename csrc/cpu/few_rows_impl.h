@@ -196,23 +196,23 @@ LK_INLINE void each_row(int64_t M, int64_t ldx, const F& f) {
   }
 }
 
-// A weight as `few_rows_of` takes it: the scratch memory that each thread needs, the first of a
-// row's bytes, and dots(n, end, apart, own, sums, lds): sums[m * lds + i + g * apart] = x[m] · row
-// n + i + g * apart, for all n + i < end, all streams g and all rows m of x.
+// A weight as `few_rows_of` takes it: the scratch memory and the tables that each thread needs, the
+// first of a row's bytes, and dots(tables, n, end, apart, own, sums, lds): sums[m * lds + i + g *
+// apart] = x[m] · row n + i + g * apart, for all n + i < end, all streams g and all rows m of x.
 template <typename X, typename T>
 struct CodedRows {
   const Codes4bit& w;
-  const T& tables;
+  const T& code;
   const X* x;
   int64_t M, ldx;
-  Table256 nested = table_256(w.nested_code);
   int64_t stream_scales = batch_scales(w), scale_floats = STREAMS * stream_scales;
   int64_t floats = scale_floats + round_up(w.K, W);
 
   const uint8_t* row(int64_t n) const { return w.packed + (n * w.K >> 1); }
+  Table256 tables() const { return table_256(w.nested_code); }
 
-  [[gnu::always_inline]] void dots(int64_t n, int64_t stop, int64_t apart, float* scales,
-                                   float* sums, int64_t lds) const {
+  [[gnu::noinline]] void dots(const Table256& nested, int64_t n, int64_t stop, int64_t apart,
+                              float* scales, float* sums, int64_t lds) const {
     const int64_t passes = passes_of(M);
     for (int64_t end; n < stop; sums += end - n, n = end) {
       end = min(stop, n + batch_rows(w));
@@ -223,7 +223,7 @@ struct CodedRows {
       }
       for (int64_t pass = 0; pass < passes; ++pass) {
         const int64_t m = M * pass / passes;
-        dot_streams(M * (pass + 1) / passes - m, w, tables, x + m * ldx, ldx, n, end, apart, scales,
+        dot_streams(M * (pass + 1) / passes - m, w, code, x + m * ldx, ldx, n, end, apart, scales,
                     stream_scales, scales + scale_floats, sums + m * lds, lds);
       }
     }
@@ -231,9 +231,9 @@ struct CodedRows {
 };
 
 template <typename X, typename T>
-LK_INLINE CodedRows<X, T> coded_rows(const Codes4bit& w, const T& tables, const X* x, int64_t M,
+LK_INLINE CodedRows<X, T> coded_rows(const Codes4bit& w, const T& code, const X* x, int64_t M,
                                      int64_t ldx) {
-  return {w, tables, x, M, ldx};
+  return {w, code, x, M, ldx};
 }
 
 // total[g][i] = lanes that add up to x[i] · w[g], for K elements.
@@ -271,8 +271,10 @@ struct DenseRows {
   const Matrix &w, &x;
   int64_t M, K;
   int64_t floats = 0;
+  struct None {};
 
   const T* row(int64_t n) const { return static_cast<const T*>(w.data) + n * w.col; }
+  None tables() const { return {}; }
 
   template <int Rows>
   [[gnu::always_inline]] void dots_of(int64_t n, int64_t m, int64_t apart, float* sums,
@@ -292,8 +294,8 @@ struct DenseRows {
     }
   }
 
-  [[gnu::always_inline]] void dots(int64_t n, int64_t end, int64_t apart, float*, float* sums,
-                                   int64_t lds) const {
+  [[gnu::noinline]] void dots(const None&, int64_t n, int64_t end, int64_t apart, float*,
+                              float* sums, int64_t lds) const {
     const int64_t passes = (M + DENSE_PASS - 1) / DENSE_PASS;
     for (; n < end; ++n, ++sums)
       for (int64_t pass = 0; pass < passes; ++pass) {
@@ -305,6 +307,48 @@ struct DenseRows {
       }
   }
 };
+
+// P's ranks from r0 to r1.
+[[gnu::noinline]] void some_ranks(const ShrinkArgs& a, int64_t r0, int64_t r1) {
+  with_type(a.x.dtype, [&](auto type) {
+    for (int64_t m = 0; m < a.M; m += DOT_ROWS)
+      shrink_tile<decltype(type)>(a, m, min(DOT_ROWS, a.M - m), r0, r1, {}, nullptr);
+  });
+}
+
+// y's columns from n0 to n1 from their sums, row after row.
+[[gnu::noinline]] void finish_rows(const ExpandArgs& u, int64_t n0, int64_t n1, const float* sums,
+                                   float* panel, float* staging) {
+  const int64_t rows = n1 - n0;
+  with_type(u.dtype, [&](auto type) {
+    using Y = decltype(type);
+    if (unpacked(u)) {
+      with_type(u.q.dtype, [&](auto q_type) {
+        for (int64_t n = n0; n < n1; n += VW) {
+          vf acc[Y_ROWS][V];
+          unpacked_tile<decltype(q_type)>(u, n, n1, acc);
+          finish_tile<Y, false>(u, 0, u.M, n, n1, acc, [&](int i, int v, int rest) {
+            return load_n(sums + i * rows + n - n0 + v * W, rest);
+          });
+        }
+      });
+      return;
+    }
+    for (int64_t n = n0; n < n1; n += VW) {
+      pack(u.q, u.R, n, min(VW, n1 - n), VW, u.alpha, u.gate, nullptr, panel, VW, staging);
+      for (int64_t m = 0; m < u.M; m += Y_ROWS) {
+        const int64_t count = min(Y_ROWS, u.M - m);
+        const float* s[Y_ROWS];
+        for (int64_t i = 0; i < Y_ROWS; ++i) s[i] = u.s + (m + min(i, count - 1)) * u.lds;
+        vf acc[Y_ROWS][V];
+        rank_tile(s, u.R, panel, VW, acc);
+        finish_tile<Y, false>(u, m, count, n, n1, acc, [&](int i, int v, int rest) {
+          return load_n(sums + (m + i) * rows + n - n0 + v * W, rest);
+        });
+      }
+    }
+  });
+}
 
 // Threads take shares of P's ranks and then of the weight's rows, which they stream, and at last
 // what is left of the next shares: memory is not as fast for one as for another, and not for the
@@ -338,51 +382,20 @@ LK_INLINE void few_rows_of(const FewRowsArgs& a, const Rows& weight) {
       for (int64_t i = 0; i < AHEAD; i += 64)
         __builtin_prefetch(reinterpret_cast<const char*>(weight.row(n0 + g * (rows / STREAMS))) + i,
                            0, 3);
-    if (!masked)
-      with_type(a.shrink.x.dtype, [&](auto type) {
-        using TX = decltype(type);
-        for (int64_t m = 0; m < M; m += DOT_ROWS)
-          shrink_tile<TX>(a.shrink, m, min(DOT_ROWS, M - m), R * part / parts,
-                          R * (part + 1) / parts, {}, nullptr);
-      });
+    if (!masked) some_ranks(a.shrink, R * part / parts, R * (part + 1) / parts);
+    const auto tables = weight.tables();
     // Rows that are left over are taken STREAMS times each.
-    weight.dots(n1 - rows % STREAMS, n1, 0, own, sums + rows - rows % STREAMS, rows);
+    weight.dots(tables, n1 - rows % STREAMS, n1, 0, own, sums + rows - rows % STREAMS, rows);
     for (int64_t turn = 0; turn < min(parts, HELPED); ++turn) {
       const int64_t of = (part + turn) % parts;
       const int64_t n0 = u.N * of / parts, rows = u.N * (of + 1) / parts - n0;
       for (int64_t i, share = rows / STREAMS; (i = take(taken_of(of), BLOCK)) < share;)
-        weight.dots(n0 + i, n0 + min(i + BLOCK, share), share, own, all_sums + n0 * M + i, rows);
+        weight.dots(tables, n0 + i, n0 + min(i + BLOCK, share), share, own, all_sums + n0 * M + i,
+                    rows);
     }
     arrive(&arrived);
     await(&arrived, (int)parts);
-    with_type(u.dtype, [&](auto type) {
-      using Y = decltype(type);
-      if (unpacked(u)) {
-        with_type(u.q.dtype, [&](auto q_type) {
-          for (int64_t n = n0; n < n1; n += VW) {
-            vf acc[Y_ROWS][V];
-            unpacked_tile<decltype(q_type)>(u, n, n1, acc);
-            finish_tile<Y, false>(u, 0, M, n, n1, acc, [&](int i, int v, int rest) {
-              return load_n(sums + i * rows + n - n0 + v * W, rest);
-            });
-          }
-        });
-        return;
-      }
-      for (int64_t n = n0; n < n1; n += VW) {
-        pack(u.q, R, n, min(VW, n1 - n), VW, u.alpha, u.gate, nullptr, panel, VW, staging);
-        for (int64_t m = 0; m < M; m += Y_ROWS) {
-          const int64_t count = min(Y_ROWS, M - m);
-          const float* s[Y_ROWS];
-          for (int64_t i = 0; i < Y_ROWS; ++i) s[i] = u.s + (m + min(i, count - 1)) * u.lds;
-          vf acc[Y_ROWS][V];
-          rank_tile(s, R, panel, VW, acc);
-          finish_tile<Y, false>(u, m, count, n, n1, acc, [&](int i, int v, int rest) {
-            return load_n(sums + (m + i) * rows + n - n0 + v * W, rest);
-          });
-        }
-      }
-    });
+    finish_rows(u, n0, n1, sums, panel, staging);
   });
 }
 

@@ -142,6 +142,16 @@ def test_what_changes_is_seen(layer: LoRALinear, change: Callable[[LoRALinear], 
 
 
 @torch.no_grad()
+def test_a_weight_that_is_transposed_where_it_lies_is_seen() -> None:
+    layer = LoRALinear(K, K, r=4).eval()
+    y = layer(x())
+    assert torch.equal(layer(x()), y)
+    layer.weight.data = layer.weight.data.t()
+    torch.testing.assert_close(layer(x()), the_long_way(layer, x()))
+    assert not torch.allclose(layer(x()), y)
+
+
+@torch.no_grad()
 def test_compute_dtype_is_seen() -> None:
     layer = QLoRALinear(K, N, r=4).eval()
     before = layer(x())

@@ -87,6 +87,7 @@ def some_cases() -> list[Case]:
         chosen += [Case(M, N, K, 5, dtype, **full) for M in (3, 4, 8, 13, 16) for N, K in WIDE]
         chosen += [Case(M, 30, 2600, 5, dtype, values="nonnegative") for M in (1, 6)]
         chosen += [Case(5, N, 100, 5, dtype, f32) for N in (3, 7)]
+        chosen.append(Case(3, 65, 63, 5, dtype, base=False))
     return list(dict.fromkeys(chosen))
 
 

@@ -13,6 +13,7 @@ constexpr int PASS = 8;
 constexpr int STREAMS = 4;       // as many as `sum_lanes` takes
 constexpr int64_t AHEAD = 1024;  // bytes of a stream's codes asked for before their turn
 constexpr int DENSE_PASS = 6;    // rows of x that are dotted with a dense weight's together
+constexpr int64_t SLAB = 24576;  // bytes of x that stay in the L1 cache while rows pass
 constexpr int64_t BLOCK = 16;    // rows of each stream that a thread takes at a time
 constexpr int64_t HELPED = 4;    // shares that it takes from, its own among them
 constexpr int64_t CHAIN_CODES = 20 * CODES;  // in one chain before it is added to the rest
@@ -69,17 +70,20 @@ LK_INLINE void dot_chunk(const vu codes[J], const Table& t, const vf scale[J], c
       last ? fma(chunk[g][i], scale[g], total[g][i]) : chunk[g][i];
 }
 
-// The lanes of total[g][i] add up to x[i] times row `row + g * apart` of the weight. That of row's
-// first element is the scale of element `start` behind `scales`, a block's first; `stride` behind
-// those are the next row's. Whole: rows begin where blocks do.
+// The lanes of total[g][i] add up to the elements from k0 to k1 of x[i] times those of row `row + g
+// * apart` of the weight. That of row's first element is the scale of element `start` behind
+// `scales`, a block's first; `stride` behind those are the next row's. Whole: rows begin where
+// blocks do.
 template <int J, int M, bool Whole, typename X, typename T>
 LK_INLINE void dot_codes(const Codes4bit& w, const T& t, int64_t row, int64_t apart,
-                         const float* scales, int64_t stride, int64_t start, const X* x,
-                         vf total[J][M]) {
+                         const float* scales, int64_t stride, int64_t start, const X* x, int64_t k0,
+                         int64_t k1, vf total[J][M]) {
   static_assert(Whole || J == 1);
   const int log2 = w.log2_block;
   const int64_t bytes = apart * w.K >> 1;
-  const uint8_t* p = w.packed + (row * w.K >> 1);
+  const uint8_t* p = w.packed + ((row * w.K + k0) >> 1);
+  const int64_t ahead = k1 - k0 < w.K ? w.K >> 1 : AHEAD;
+  x += k0 * M;
   const vu aligned = lane_blocks(0, log2);
   vf sum[J][M];
   const auto step = [&](int64_t k, int filled) __attribute__((always_inline)) {
@@ -88,7 +92,7 @@ LK_INLINE void dot_codes(const Codes4bit& w, const T& t, int64_t row, int64_t ap
     vu codes[J];
     vf scale[J];
     LK_UNROLL for (int g = 0; g < J; ++g) {
-      __builtin_prefetch(p + g * bytes + AHEAD, 0, 3);
+      __builtin_prefetch(p + g * bytes + ahead, 0, 3);
       codes[g] = load_codes(p + g * bytes, filled);
       scale[g] = pick(s + g * stride, lanes, filled);
     }
@@ -97,13 +101,13 @@ LK_INLINE void dot_codes(const Codes4bit& w, const T& t, int64_t row, int64_t ap
     x += M * CODES;
   };
   LK_UNROLL for (int g = 0; g < J; ++g) LK_UNROLL for (int i = 0; i < M; ++i) total[g][i] = zero();
-  for (int64_t k = 0; k < w.K;) {
+  for (int64_t k = k0; k < k1;) {
     LK_UNROLL for (int g = 0; g < J; ++g) LK_UNROLL for (int i = 0; i < M; ++i) sum[g][i] = zero();
-    for (const int64_t end = min(k + CHAIN_CODES, w.K / CODES * CODES); k < end; k += CODES)
+    for (const int64_t end = min(k + CHAIN_CODES, k1 / CODES * CODES); k < end; k += CODES)
       step(k, W);
-    if (w.K - k < CODES && k < w.K) {
-      step(k, (int)(w.K - k) / 8);
-      k = w.K;
+    if (k1 - k < CODES && k < k1) {
+      step(k, (int)(k1 - k) / 8);
+      k = k1;
     }
     LK_UNROLL for (int g = 0; g < J; ++g) LK_UNROLL for (int i = 0; i < M; ++i) total[g][i] =
         add(total[g][i], sum[g][i]);
@@ -151,26 +155,35 @@ LK_INLINE void dot_streams(const Codes4bit& w, const T& t, const X* x, int64_t l
     const int64_t origin = (first + g * apart) * w.K >> w.log2_block << w.log2_block;
     return (n + g * apart) * w.K - origin;
   };
-  for (int64_t n = first; n < end; ++n) {
-    vf total[STREAMS][M];
-    if (by_memory) {
-      if constexpr (std::is_same_v<X, float>)
+  const int64_t bytes = w.K * M * (int64_t)sizeof(X);
+  const int64_t slabs = by_memory ? 1 : (bytes + SLAB - 1) / SLAB;
+  const int64_t slab = round_up((w.K + slabs - 1) / slabs, CODES);
+  for (int64_t k0 = 0; k0 < w.K; k0 += slab) {
+    const int64_t k1 = min(k0 + slab, w.K);
+    for (int64_t n = first; n < end; ++n) {
+      vf total[STREAMS][M];
+      if (by_memory) {
+        if constexpr (std::is_same_v<X, float>)
+          for (int g = 0; g < STREAMS; ++g)
+            dot_decoded<M>(w, t, n + g * apart, x, ldx, buffer, total[g]);
+      } else if (whole) {
+        LK_UNROLL for (int g = 0; g < STREAMS; g += J)
+            dot_codes<J, M, true>(w, t, n + g * apart, apart, scales + g * stride, stride,
+                                  start(n, g), x, k0, k1, total + g);
+      } else {
         for (int g = 0; g < STREAMS; ++g)
-          dot_decoded<M>(w, t, n + g * apart, x, ldx, buffer, total[g]);
-    } else if (whole) {
-      LK_UNROLL for (int g = 0; g < STREAMS; g += J) dot_codes<J, M, true>(
-          w, t, n + g * apart, apart, scales + g * stride, stride, start(n, g), x, total + g);
-    } else {
-      for (int g = 0; g < STREAMS; ++g)
-        dot_codes<1, M, false>(w, t, n + g * apart, apart, scales + g * stride, stride, start(n, g),
-                               x, total + g);
-    }
-    LK_UNROLL for (int m = 0; m < M; ++m) {
-      const vf of_x[STREAMS] = {total[0][m], total[1][m], total[2][m], total[3][m]};
-      float of_stream[STREAMS];
-      sum_lanes(of_x, of_stream);
-      LK_UNROLL for (int g = 0; g < STREAMS; ++g) sums[m * lds + n - first + g * apart] =
-          of_stream[g];
+          dot_codes<1, M, false>(w, t, n + g * apart, apart, scales + g * stride, stride,
+                                 start(n, g), x, k0, k1, total + g);
+      }
+      LK_UNROLL for (int m = 0; m < M; ++m) {
+        const vf of_x[STREAMS] = {total[0][m], total[1][m], total[2][m], total[3][m]};
+        float of_stream[STREAMS];
+        sum_lanes(of_x, of_stream);
+        for (int g = 0; g < (apart ? STREAMS : 1); ++g) {
+          float& sum = sums[m * lds + n - first + g * apart];
+          sum = k0 ? sum + of_stream[g] : of_stream[g];
+        }
+      }
     }
   }
 }

@@ -40,6 +40,8 @@ def some_cases() -> list[Case]:
     )
     for K, quant in long:
         chosen += [Case(3, 30, K, 5, f32, quant=quant)]
+    # x in several slabs, which do not stay in the L1 cache together.
+    chosen += [Case(M, 30, 3200, 5, bf16, quant="nf4-64-nested") for M in (2, 8)]
     chosen += [Case(5, N, 96, 5, dtype, quant="nf4-64") for N in (3, 7) for dtype in (f32, bf16)]
     for N, K in ((40, 1152), (30, 1101), (1101, 160)):  # several panels of the sum, also in pairs
         chosen += [Case(33, N, K, 5, bf16, quant="nf4-64-nested", values="nonnegative")]

@@ -122,6 +122,38 @@ class Latest:
         return Latest, ()
 
 
+class Rankless:
+    """x·Wᵀ + bias for one layer without an adapter, by the call that `prepare` makes of no ranks;
+    None where there is none for such an x or weight.
+
+    Copied or saved, it starts anew.
+    """
+
+    __slots__ = ("_call", "_weight")
+
+    def __init__(self) -> None:
+        self._call: Prepared | None = None
+        self._weight: Tensor | None = None
+
+    def __call__(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor | None:
+        if self._call is not None and self._weight is weight:
+            y = self._call(x, bias)
+            if y is not None:
+                return y
+        self._call = self._weight = None  # which would keep its memory
+        if weight is None or weight.is_meta:
+            return None
+        A, B = weight.new_empty(0, weight.shape[1]), weight.new_empty(weight.shape[0], 0)
+        call = prepare(x, weight, A, B, 0.0)
+        if call is None:
+            return None
+        self._call, self._weight = call, weight
+        return call(x, bias)
+
+    def __reduce__(self) -> tuple[type[Rankless], tuple[()]]:
+        return Rankless, ()
+
+
 def _kind(weight: Tensor | Weight4bit) -> tuple[object, ...]:
     """What a weight may change without being another object: nothing of a Weight4bit."""
     return () if isinstance(weight, Weight4bit) else (weight.dtype, weight.shape)

@@ -134,7 +134,7 @@ def pair(base: nn.Module, seed: int, **lora: Any) -> tuple[Any, Any]:
         if "lora_B" in name:
             with torch.no_grad():
                 p.copy_(ADAPTER_B_STD * torch.randn(p.shape, generator=generator))
-    return stock, fuse(share(stock))
+    return stock, fuse(share(stock), linears=True)
 
 
 def compare(

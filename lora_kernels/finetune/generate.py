@@ -131,7 +131,7 @@ def generate(options: argparse.Namespace) -> None:
             text += f", then {median * 1e3:.1f} ms each ({1 / median:.1f} tokens/s), median"
         return text
 
-    fused = fuse(model.share(stock))
+    fused = fuse(model.share(stock), linears=True)
     layers = explain(fused, x_dtype=dtype)
     torch.manual_seed(options.seed)
     shown = Shown()

@@ -9,6 +9,7 @@ except ImportError as error:
 
 from .adalora import FusedSVDLinear
 from .embedding import FusedEmbedding
+from .frozen import StreamedLinear
 from .linear import FusedLinear
 from .report import Explanation, Row, explain
 from .swap import fuse, unfuse
@@ -19,6 +20,7 @@ __all__ = [
     "FusedLinear",
     "FusedSVDLinear",
     "Row",
+    "StreamedLinear",
     "explain",
     "fuse",
     "unfuse",

@@ -18,12 +18,13 @@ from torch import nn
 from . import foreign
 from .adalora import FusedSVDLinear
 from .embedding import FusedEmbedding
+from .frozen import StreamedLinear
 from .linear import Fused, FusedLinear, is_conv1d, patched, trainable_base
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def fuse(model: Model) -> Model:
+def fuse(model: Model, linears: bool = False) -> Model:
     """Make the LoRA and AdaLoRA layers of a PEFT model compute with `lora_linear`, those over an
     embedding with one product for all their adapters; returns the model.
 
@@ -32,6 +33,10 @@ def fuse(model: Model) -> Model:
     `explain(model)` gives the reason. Layers that are added later need another `fuse`; a second
     one changes nothing else. The base, lora_A, lora_B and dropout modules of a fused layer are not
     called, so global module hooks (`register_module_forward_hook`) do not see them.
+
+    linears: whether `nn.Linear` layers without an adapter, the output embedding for one, are to
+    read their weight once for a few rows of x too, on a CPU and without gradients: the same sums
+    as the library's in another order, rounded once.
 
     Raises TypeError for anything but a module, ValueError for a model without LoRA layers.
 
@@ -46,6 +51,8 @@ def fuse(model: Model) -> Model:
     for _, layer, reason in layers:
         if reason is None and not isinstance(layer, Fused):
             _set_class(layer, _fused_class(layer))
+    for linear in _plain_linears(model) if linears else ():
+        _set_class(linear, StreamedLinear)
     return model
 
 
@@ -61,7 +68,19 @@ def unfuse(model: Model) -> Model:
             _set_class(layer, bases[bases.index(Fused) + 1])
             for name in ("mixed_batch", "_norm", "_ready"):
                 vars(layer).pop(name, None)
+    for module in model.modules():
+        if type(module) is StreamedLinear:
+            _set_class(module, nn.Linear)
+            vars(module).pop("_rankless", None)
     return model
+
+
+def _plain_linears(model: nn.Module) -> Iterator[nn.Linear]:
+    """Those that are called as modules: no part of a LoRA layer, nobody else's forward."""
+    parts = {part for _, layer, _ in lora_layers(model) for part in layer.modules()}  # type: ignore[attr-defined]
+    for module in model.modules():
+        if type(module) is nn.Linear and module not in parts and patched(module) is None:
+            yield module
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer, str | None]]:

@@ -1,0 +1,182 @@
+"""`fuse(model, linears=True)`: layers without an adapter, for few rows and without gradients."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+import lora_kernels
+from lora_kernels.backends import native
+from lora_kernels.ops import Prepared
+from lora_kernels.peft import StreamedLinear, fuse, unfuse
+
+pytestmark = pytest.mark.skipif(native.module is None, reason="no native kernels")
+
+f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
+K, N = 96, 131
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.adapted = nn.Linear(K, K)
+        self.head = nn.Linear(K, N)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.adapted(x))
+        return y
+
+
+def fused() -> Any:
+    torch.manual_seed(0)
+    model = get_peft_model(Model(), LoraConfig(target_modules=["adapted"]))
+    return fuse(model, linears=True)
+
+
+@pytest.fixture
+def head() -> Any:
+    head = fused().base_model.model.head
+    assert type(head) is StreamedLinear
+    return head
+
+
+def rows(M: int = 1, dtype: torch.dtype = f32) -> Tensor:
+    return torch.randn(M, K, generator=torch.Generator().manual_seed(M)).to(dtype)
+
+
+def library(head: Any, x: Tensor) -> Tensor:
+    return nn.functional.linear(x, head.weight, head.bias)
+
+
+@pytest.fixture
+def answers(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each prepared call had an answer."""
+    answers: list[bool] = []
+    whole = Prepared.__call__
+
+    def watched(self: Prepared, x: Tensor, bias: Tensor | None = None) -> Tensor | None:
+        y = whole(self, x, bias)
+        answers.append(y is not None)
+        return y
+
+    monkeypatch.setattr(Prepared, "__call__", watched)
+    return answers
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("M", [1, 3, 6])
+@pytest.mark.parametrize("dtype", [f32, bf16, f16], ids=str)
+@torch.no_grad()
+def test_few_rows(head: Any, dtype: torch.dtype, M: int, bias: bool, answers: list[bool]) -> None:
+    """As near the exact product as the library's, and the same each time."""
+    head.to(dtype)
+    if not bias:
+        head.bias = None
+    x = rows(M, dtype).view(M, 1, K)
+    y = head(x)
+    assert y.shape == (M, 1, N) and y.dtype is dtype
+    exact = nn.functional.linear(
+        x.double(), head.weight.double(), head.bias.double() if bias else None
+    )
+    assert (y - exact).norm() <= 1.1 * (library(head, x) - exact).norm()
+    assert all(torch.equal(head(x), y) for _ in range(2))
+    assert torch.equal(head(x[:1]), y[:1])
+    assert answers == [True] * 4
+
+
+def test_all_else_is_the_librarys(head: Any, answers: list[bool]) -> None:
+    x = rows(3)
+    assert torch.equal(head(x), library(head, x))  # with gradients
+    head(x.requires_grad_()).sum().backward()
+    assert head.weight.grad is None and x.grad is not None  # frozen by PEFT
+    x = x.detach()
+    with torch.no_grad():
+        assert torch.equal(head(rows(200)), library(head, rows(200)))
+        with torch.autocast("cpu", bf16):
+            assert torch.equal(head(x), library(head, x))
+        with lora_kernels.backend("eager"):
+            assert torch.equal(head(x), library(head, x))
+        for wrong in (torch.ones(3, K + 1), torch.ones(3, K, dtype=bf16)):
+            with pytest.raises(RuntimeError):
+                head(wrong)
+        assert not any(answers)
+        compiled = torch.compile(head, fullgraph=True, backend="eager")
+        assert torch.equal(compiled(x), library(head, x))
+        head.weight = nn.Parameter(head.weight.t().contiguous().t())  # stored as [K, N]
+        assert torch.equal(head(x), library(head, x))
+    assert not any(answers)
+
+
+def new_weight(head: Any) -> None:
+    head.weight = nn.Parameter(head.weight.flip(0))
+
+
+def new_data(head: Any) -> None:
+    head.weight.data = head.weight.data.flip(0)
+
+
+def in_place(head: Any) -> None:
+    head.weight.mul_(2)
+
+
+def new_bias(head: Any) -> None:
+    head.bias = nn.Parameter(torch.ones(N))
+
+
+def no_bias(head: Any) -> None:
+    head.bias = None
+
+
+@pytest.mark.parametrize("change", [new_weight, new_data, in_place, new_bias, no_bias])
+@torch.no_grad()
+def test_what_changes_is_seen(head: Any, change: Callable[[Any], None]) -> None:
+    x = rows()
+    before = head(x)
+    change(head)
+    torch.testing.assert_close(head(x), library(head, x))
+    assert not torch.allclose(head(x), before)
+
+
+@torch.no_grad()
+def test_copies_start_anew(head: Any) -> None:
+    x = rows()
+    y = head(x)
+    for other in (copy.deepcopy(head), pickle.loads(pickle.dumps(head))):
+        assert type(other) is StreamedLinear
+        head.weight.zero_()
+        assert torch.equal(other(x), y)
+        head.weight.copy_(other.weight)
+
+
+def test_which_layers() -> None:
+    model = fused()
+    classes = {name: type(module) for name, module in model.named_modules()}
+    assert [name for name, cls in classes.items() if cls is StreamedLinear] == [
+        "base_model.model.head"
+    ]
+    keys = model.state_dict().keys()
+    assert type(unfuse(model).base_model.model.head) is nn.Linear
+    assert model.state_dict().keys() == keys and "_rankless" not in vars(
+        model.base_model.model.head
+    )
+    assert type(fuse(model).base_model.model.head) is nn.Linear
+    head: Any = model.base_model.model.head
+    head.forward = MethodType(lambda self, x: 2 * x, head)
+    assert type(fuse(model, linears=True).base_model.model.head) is nn.Linear
+
+
+@torch.no_grad()
+def test_unfused_after_calls() -> None:
+    model = fused()
+    head = model.base_model.model.head
+    head(rows())
+    unfuse(model)
+    assert "_rankless" not in vars(head) and torch.equal(head(rows()), library(head, rows()))

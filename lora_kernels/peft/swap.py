@@ -6,7 +6,7 @@ adding adapters.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import MethodType
 from typing import Any, TypeVar
 
@@ -49,6 +49,7 @@ def fuse(model: Model, linears: bool = False) -> Model:
     if not layers:
         raise ValueError(f"model: got {type(model).__name__} without LoRA layers, want some")
     for _, layer, reason in layers:
+        _give_back(layer.modules())  # type: ignore[attr-defined]
         if reason is None and not isinstance(layer, Fused):
             _set_class(layer, _fused_class(layer))
     for linear in _plain_linears(model) if linears else ():
@@ -68,11 +69,16 @@ def unfuse(model: Model) -> Model:
             _set_class(layer, bases[bases.index(Fused) + 1])
             for name in ("mixed_batch", "_norm", "_ready"):
                 vars(layer).pop(name, None)
-    for module in model.modules():
+    _give_back(model.modules())
+    return model
+
+
+def _give_back(modules: Iterable[nn.Module]) -> None:
+    """Make of each StreamedLinear what it was, for example where it has got an adapter since."""
+    for module in modules:
         if type(module) is StreamedLinear:
             _set_class(module, nn.Linear)
             vars(module).pop("_rankless", None)
-    return model
 
 
 def _plain_linears(model: nn.Module) -> Iterator[nn.Linear]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import lora_kernels
 from lora_kernels.backends import native
 from lora_kernels.ops import Prepared
-from lora_kernels.peft import StreamedLinear, fuse, unfuse
+from lora_kernels.peft import StreamedLinear, explain, fuse, unfuse
 
 pytestmark = pytest.mark.skipif(native.module is None, reason="no native kernels")
 
@@ -171,6 +171,18 @@ def test_which_layers() -> None:
     head: Any = model.base_model.model.head
     head.forward = MethodType(lambda self, x: 2 * x, head)
     assert type(fuse(model, linears=True).base_model.model.head) is nn.Linear
+
+
+@torch.no_grad()
+def test_a_layer_that_gets_an_adapter() -> None:
+    model = fused()
+    model.base_model.model.head(rows())
+    model.add_adapter("more", LoraConfig(target_modules=["head"]))
+    fuse(model, linears=True)
+    layer = model.base_model.model.head
+    assert type(layer).__name__ == "FusedLinear" and type(layer.base_layer) is nn.Linear
+    model.set_adapter("more")
+    assert explain(model).rows[-1].state == "fused"
 
 
 @torch.no_grad()

@@ -227,16 +227,14 @@ class Prepared:
     ) -> None:
         assert native.module is not None
         (R, K), (N, _) = lora_A.shape, lora_B.shape
-        dense = (0, 0, 0)
-        if isinstance(weight, Codes):
-            codes: object = weight.native((N, K))
-        else:
-            codes, dense = None, _weight(weight)
+        codes = weight.native((N, K)) if isinstance(weight, Codes) else None
+        dense = None if isinstance(weight, Codes) else weight
         cast = None if x_dtype is dtype else lambda x: x.to(dtype)
         self.weight = weight  # which owns the memory
         self.facts = tuple(zip(*facts, strict=True))
         self.forward = native.module.prepare(
-            rows, K, N, R, *dense, codes, lora_A.data_ptr(), _DTYPE[lora_A.dtype], lora_A.stride(0),
+            rows, K, N, R, *_weight(dense), codes,
+            lora_A.data_ptr(), _DTYPE[lora_A.dtype], lora_A.stride(0),
             lora_B.data_ptr(), _DTYPE[lora_B.dtype], lora_B.stride(0), lora_B.stride(1),
             scaling, _DTYPE[x_dtype], _DTYPE[dtype], *zip(*_OF_X, ("dtype", x_dtype), strict=True),
             "shape", Tensor.data_ptr, Tensor.new_empty, cast, _vector, torch.get_num_threads,

@@ -134,7 +134,7 @@ def pair(base: nn.Module, seed: int, **lora: Any) -> tuple[Any, Any]:
         if "lora_B" in name:
             with torch.no_grad():
                 p.copy_(ADAPTER_B_STD * torch.randn(p.shape, generator=generator))
-    return stock, fuse(share(stock), linears=True)
+    return stock, fuse(share(stock))
 
 
 def compare(
@@ -207,7 +207,9 @@ def compare(
     if linears_4bit(base):  # theirs as fast as they can be; see `rewrite_codes`
         for name in ("frozen", "peft"):
             models[name] = rewrite_codes(copy.deepcopy(models[name]), True)
-    rows.append(compare_decoding(models, ids[:1, :PROMPT]))
+    rows.append(compare_decoding(models, ids[:1, :PROMPT], "ms a token, decoding"))
+    fuse(models["fused"], linears=True)
+    rows.append(compare_decoding(models, ids[:1, :PROMPT], "with fuse(linears=True)"))
     return rows + controls
 
 
@@ -310,7 +312,7 @@ def compare_cost(models: Mapping[str, Any], ids: Tensor, steps: int) -> list[Row
     return rows
 
 
-def compare_decoding(models: Mapping[str, Any], prompt: Tensor) -> Row:
+def compare_decoding(models: Mapping[str, Any], prompt: Tensor, what: str) -> Row:
     """Milliseconds a token of greedy decoding through `generate`, in eval mode.
 
     prompt is int64 [1, L]; the models take turns, and the first round warms up.
@@ -325,7 +327,7 @@ def compare_decoding(models: Mapping[str, Any], prompt: Tensor) -> Row:
     median = {name: statistics.median(s) for name, s in seconds.items()}
     frozen, peft, fused = (f"{median[name] * 1e3:.1f}" for name in ("frozen", "peft", "fused"))
     ratio = median["fused"] / median["peft"]
-    return Row("ms a token, decoding", ratio, None, frozen, peft, fused, ratio=True)
+    return Row(what, ratio, None, frozen, peft, fused, ratio=True)
 
 
 @contextmanager

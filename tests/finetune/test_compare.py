@@ -47,7 +47,7 @@ def test_fused_agrees_and_controls_are_seen(base: nn.Module, blocks: Tensor, dty
 
 @pytest.mark.parametrize("factor", [2.0, 0.0])
 def test_a_wrong_fused_model_fails(base, blocks, factor: float, monkeypatch) -> None:
-    def fuse_wrongly(model: nn.Module, linears: bool) -> nn.Module:
+    def fuse_wrongly(model: nn.Module, linears: bool = False) -> nn.Module:
         for name, p in model.named_parameters():
             if "lora_A" in name:
                 p.register_hook(lambda grad: grad * factor)

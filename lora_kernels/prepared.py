@@ -53,7 +53,7 @@ def prepare(
         if tensor.dtype is not dtype or tensor.stride(1) != 1:
             return None
         called_by_address.append(tensor)
-    rows = select.few_rows(dtype, isinstance(weight, Weight4bit))
+    rows = select.few_rows(dtype, isinstance(weight, Weight4bit), weight.shape[0] * weight.shape[1])
     if x.numel() > rows * x.shape[-1]:
         return None
     base = weight.codes if isinstance(weight, Weight4bit) else weight

@@ -53,12 +53,14 @@ AMX_FLOAT_ROWS = 128  # the kernel's own, FLOAT_ROWS in csrc/cpu/amx_impl.h
 _ALL = range(sys.maxsize)
 _ROWS, _CODES, _UNKNOWN = Layout(), Layout(64), 4096  # where nothing is said of a weight
 # Up to how many rows of x the weight's rows pass once, dotted with all of x's: dense ones as they
-# lie, measured on AMD family 26, and 4-bit codes decoded in registers, measured on AMD family 25
-# and beside AMX on Intel family 6 (benchmarks/NOTES.md). Beside AMX bfloat16 has its tiles; without
-# any instruction set 16 bits take longer to widen than to multiply.
+# lie, and 4-bit codes decoded in registers or the L1 cache, measured on AMD families 25 and 26 and
+# beside AMX on Intel family 6 (benchmarks/NOTES.md). AVX-512 takes more beside LARGE elements in 4
+# bits. Beside AMX bfloat16 has its tiles; without any instruction set 16 bits take longer to widen
+# than to multiply.
 FEW_ROWS = {"scalar": 4, "avx2": 16, "avx512": 16, "avx512bf16": 16, "amxbf16": 16}
 FEW_ROWS_4BIT = {"scalar": 8, "avx2": 32, "avx512": 16, "avx512bf16": 16, "amxbf16": 11}
 FEW_ROWS_BESIDE_AMX = 6
+LARGE, FEW_ROWS_OF_LARGE = 1 << 24, 32
 
 
 @dataclass(frozen=True)
@@ -162,9 +164,10 @@ def lora_linear(
             )
         if found is not None:
             return found
-    few = few_rows(dtype, four_bit, layout.columns)
+    size = (columns or _UNKNOWN) * (inner or _UNKNOWN)
+    few = few_rows(dtype, four_bit, size, layout.columns)
     many = None if rows is None else rows > few
-    large = range(0) if four_bit else _large_products(dtype, columns, inner)
+    large = range(0) if four_bit else _large_products(dtype, size)
     if rows is not None:  # so that the cache holds one entry for all rows
         large = _ALL if many and rows in large else range(0)
     gpu_obstacle = None
@@ -263,25 +266,27 @@ def _gpu_obstacle(bfloat16: bool, device_index: int | None) -> str:
 
 
 def few_rows(
-    dtype: torch.dtype, four_bit: bool, columns: bool = False, isa: str | None = None
+    dtype: torch.dtype, four_bit: bool, size: int, columns: bool = False, isa: str | None = None
 ) -> int:
     """Up to how many rows of x the strategy is the one for few, 0 for an `isa` that is none.
 
-    columns: the weight is stored as [K, N], for which there is none but the library's, of one row.
+    size: elements of the weight. columns: it is stored as [K, N], for which there is none but the
+    library's, of one row.
     """
     isa = native.isa or "" if isa is None else isa
     if columns:
         return 1
     if isa == "amxbf16" and dtype is torch.bfloat16:
         return FEW_ROWS_BESIDE_AMX
+    if four_bit and isa in ("avx512", "avx512bf16") and size >= LARGE:
+        return FEW_ROWS_OF_LARGE
     if four_bit:
         return FEW_ROWS_4BIT.get(isa, 0)
     return 0 if isa == "scalar" and dtype is not torch.float32 else FEW_ROWS.get(isa, 0)
 
 
-def _large_products(dtype: torch.dtype, columns: int | None, inner: int | None) -> range:
-    """The numbers of rows for which a dense product is the library's."""
-    size = (columns or _UNKNOWN) * (inner or _UNKNOWN)
+def _large_products(dtype: torch.dtype, size: int) -> range:
+    """The numbers of rows for which a dense product is the library's, of `size` elements of W."""
     amx = native.isa == "amxbf16"
     if native.intel and dtype is torch.float32:
         return range(-(-MKL_PRODUCT // size), AMX_FLOAT_ROWS if amx else _ALL.stop)

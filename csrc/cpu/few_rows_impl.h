@@ -3,20 +3,30 @@
 // Several rows of the weight share what is loaded of x, one of each of STREAMS, into which a
 // thread's rows are divided: in a stream they follow each other, so that the processor asks ahead.
 // Of a 4-bit weight CODES codes are looked up in registers at a time, eight neighbours, which one
-// scale has, in each lane; up to PASS rows of x share a look-up.
+// scale has, in each lane; up to CODED_PASS rows of x share a look-up. Many rows of x take
+// codes that were decoded to memory, in pieces that stay in the L1 cache.
 
 namespace lora_kernels {
 namespace {
 
 constexpr int64_t CODES = 8 * W;
-constexpr int PASS = 8;
-constexpr int STREAMS = 4;       // as many as `sum_lanes` takes
-constexpr int64_t AHEAD = 1024;  // bytes of a stream's codes asked for before their turn
-constexpr int DENSE_PASS = 6;    // rows of x that are dotted with a dense weight's together
-constexpr int64_t SLAB = 24576;  // bytes of x that stay in the L1 cache while rows pass
-constexpr int64_t BLOCK = 16;    // rows of each stream that a thread takes at a time
-constexpr int64_t HELPED = 4;    // shares that it takes from, its own among them
+constexpr int STREAMS = 4;          // as many as `sum_lanes` takes
+constexpr int64_t AHEAD = 1024;     // bytes of a stream's codes asked for before their turn
+constexpr int CODED_PASS = 8;       // rows of x that share a look-up
+constexpr int PASS = 6;             // rows of x that share what is loaded of decoded or dense rows
+constexpr int64_t SLAB = 24576;     // bytes of x that stay in the L1 cache while rows pass
+constexpr int64_t DECODED = 16384;  // bytes of decoded codes that stay there
+constexpr int64_t BLOCK = 16;       // rows of each stream that a thread takes at a time
+constexpr int64_t HELPED = 4;       // shares that it takes from, its own among them
 constexpr int64_t CHAIN_CODES = 20 * CODES;  // in one chain before it is added to the rest
+
+// Rows of x from which on codes are decoded to memory, where there are registers for the sums of 4
+// rows by PASS.
+constexpr bool DECODES = W == 16;
+template <typename X>
+constexpr int64_t DECODED_FROM = 9;
+template <>
+constexpr int64_t DECODED_FROM<float> = 8;
 
 // Rows of the weight decoded side by side for M of x: their sums take half of the registers, of
 // which there are 2 W.
@@ -36,15 +46,25 @@ constexpr int DENSE_SIDE_BY_SIDE = 8 * M <= 3 * W   ? 4
 constexpr int SCALED_LAST = 2;  // rows of x whose sums cost less to scale than the codes
 
 // K elements as `dot_chunk` takes them, CODES at a time and `stride` apart: lane l of vector j is
-// element 8 l + j.
+// element 8 l + j. Where eights are not whole, as they lie.
 template <typename T>
 LK_INLINE void order(const T* from, int64_t K, float* to, int64_t stride) {
+  if (K % 8) {
+    for (int64_t k = 0; k < K; k += CODES, to += stride)
+      copy_kept(from + k, to, K - k, CODES, nullptr, 0, 0);
+    return;
+  }
   for (int64_t k = 0; k < K; k += CODES, to += stride) {
     float all[CODES];
     copy_kept(from + k, all, K - k, CODES, nullptr, 0, 0);
     for (int64_t l = 0; l < W; l += 4)
       for (int64_t j = 0; j < 8; j += 4) transpose4(all + 8 * l + j, 8, to + j * W + l, W);
   }
+}
+
+// to[0 .. CODES) = scale * codes, in that order
+LK_INLINE void decode_chunk(vu codes, const Table& t, vf scale, float* to) {
+  LK_UNROLL for (int j = 0; j < 8; ++j) store(to + j * W, mul(look_up(t, codes, j), scale));
 }
 
 // total[g][i] += x[i] · (scale[g] * codes[g]), x: CODES elements of each of M rows
@@ -114,21 +134,34 @@ LK_INLINE void dot_codes(const Codes4bit& w, const T& t, int64_t row, int64_t ap
   }
 }
 
-// The same for a row that is no multiple of 8 long, by way of memory. x: K up to W; buffer too.
-template <int M>
-LK_INLINE void dot_decoded(const Codes4bit& w, const Table& t, int64_t row, const float* x,
-                           int64_t ldx, float* buffer, vf total[M]) {
-  decode_row(w, t, row, 0, w.K, buffer);
-  for (int64_t k = w.K; k < round_up(w.K, W); ++k) buffer[k] = 0.0f;
-  LK_UNROLL for (int i = 0; i < M; ++i) total[i] = zero();
-  for (int64_t k = 0; k < w.K; k += CHAIN_CODES / 8) {
-    vf sum[M];
-    LK_UNROLL for (int i = 0; i < M; ++i) sum[i] = zero();
-    for (int64_t j = k; j < min(k + CHAIN_CODES / 8, w.K); j += W)
-      LK_UNROLL for (int i = 0; i < M; ++i) sum[i] =
-          fma(load(x + i * ldx + j), load(buffer + j), sum[i]);
-    LK_UNROLL for (int i = 0; i < M; ++i) total[i] = add(total[i], sum[i]);
+// M rows of x, taken in passes of nearly as many each, `most` at most.
+struct Passes {
+  int64_t M, fewer, longer;  // rows of a shorter pass, and of all those before it
+  Passes(int64_t M, int64_t most) : M(M) {
+    const int64_t passes = (M + most - 1) / most;
+    fewer = M / passes;
+    longer = M % passes * (fewer + 1);
   }
+  // f(first row, rows) for all passes.
+  template <typename F>
+  [[gnu::always_inline]] void each(const F& f) const {
+    for (int64_t m = 0, rows; m < M; m += rows) f(m, rows = fewer + (m < longer));
+  }
+};
+
+// f(row, where its first CODES elements are, from there to its next) for all rows: of one pass,
+// these lie together, then the next of each.
+template <typename F>
+LK_INLINE void each_row(const Passes& passes, int64_t ldx, const F& f) {
+  passes.each([&](int64_t m, int64_t rows) {
+    for (int64_t i = 0; i < rows; ++i) f(m + i, m * ldx + i * CODES, rows * CODES);
+  });
+}
+
+// K in equal parts, of whole CODES, that take no more than `most` bytes or little more.
+LK_INLINE int64_t even_slab(int64_t K, int64_t bytes, int64_t most) {
+  const int64_t slabs = (K * bytes + most - 1) / most;
+  return round_up((K + slabs - 1) / slabs, CODES);
 }
 
 // The layer -----------------------------------------------------------------------------------
@@ -142,70 +175,77 @@ LK_INLINE int64_t batch_scales(const Codes4bit& w) {
   return (batch_rows(w) * w.K >> w.log2_block) + 2 + W;
 }
 
+// sums[i * lds + g * apart] += the sum of total[g][i]'s lanes, or = where it is the first.
+template <int M>
+LK_INLINE void add_sums(const vf total[STREAMS][M], bool first, int64_t apart, float* sums,
+                        int64_t lds) {
+  LK_UNROLL for (int i = 0; i < M; ++i) {
+    const vf of_x[STREAMS] = {total[0][i], total[1][i], total[2][i], total[3][i]};
+    float of_stream[STREAMS];
+    sum_lanes(of_x, of_stream);
+    for (int g = 0; g < (apart ? STREAMS : 1); ++g) {
+      float& sum = sums[i * lds + g * apart];
+      sum = first ? of_stream[g] : sum + of_stream[g];
+    }
+  }
+}
+
+// How far behind the first element of row `first`'s first block the row begins that is `n` after
+// it.
+LK_INLINE int64_t start_of(const Codes4bit& w, int64_t first, int64_t n) {
+  return n * w.K + (first * w.K & ((int64_t{1} << w.log2_block) - 1));
+}
+
 // sums[i * lds + n + g * apart - first] = x[i] · row n + g * apart of the weight, for first <= n <
 // end and all streams g. scales: those of g's first block on, `stride` behind the last stream's.
 template <int M, typename X, typename T>
-LK_INLINE void dot_streams(const Codes4bit& w, const T& t, const X* x, int64_t ldx, int64_t first,
-                           int64_t end, int64_t apart, const float* scales, int64_t stride,
-                           float* buffer, float* sums, int64_t lds) {
+LK_INLINE void dot_streams(const Codes4bit& w, const T& t, const X* x, int64_t first, int64_t end,
+                           int64_t apart, const float* scales, int64_t stride, float* sums,
+                           int64_t lds) {
   constexpr int J = SIDE_BY_SIDE<M>;
-  const bool by_memory = std::is_same_v<X, float> && w.K % 8;
   const bool whole = w.K % (int64_t{1} << w.log2_block) == 0;
-  const auto start = [&](int64_t n, int g) {
-    const int64_t origin = (first + g * apart) * w.K >> w.log2_block << w.log2_block;
-    return (n + g * apart) * w.K - origin;
-  };
-  const int64_t bytes = w.K * M * (int64_t)sizeof(X);
-  const int64_t slabs = by_memory ? 1 : (bytes + SLAB - 1) / SLAB;
-  const int64_t slab = round_up((w.K + slabs - 1) / slabs, CODES);
+  const int64_t slab = even_slab(w.K, M * int64_t{sizeof(X)}, SLAB);
   for (int64_t k0 = 0; k0 < w.K; k0 += slab) {
     const int64_t k1 = min(k0 + slab, w.K);
     for (int64_t n = first; n < end; ++n) {
       vf total[STREAMS][M];
-      if (by_memory) {
-        if constexpr (std::is_same_v<X, float>)
-          for (int g = 0; g < STREAMS; ++g)
-            dot_decoded<M>(w, t, n + g * apart, x, ldx, buffer, total[g]);
-      } else if (whole) {
+      if (whole) {
         LK_UNROLL for (int g = 0; g < STREAMS; g += J)
             dot_codes<J, M, true>(w, t, n + g * apart, apart, scales + g * stride, stride,
-                                  start(n, g), x, k0, k1, total + g);
+                                  start_of(w, first + g * apart, n - first), x, k0, k1, total + g);
       } else {
         for (int g = 0; g < STREAMS; ++g)
           dot_codes<1, M, false>(w, t, n + g * apart, apart, scales + g * stride, stride,
-                                 start(n, g), x, k0, k1, total + g);
+                                 start_of(w, first + g * apart, n - first), x, k0, k1, total + g);
       }
-      LK_UNROLL for (int m = 0; m < M; ++m) {
-        const vf of_x[STREAMS] = {total[0][m], total[1][m], total[2][m], total[3][m]};
-        float of_stream[STREAMS];
-        sum_lanes(of_x, of_stream);
-        for (int g = 0; g < (apart ? STREAMS : 1); ++g) {
-          float& sum = sums[m * lds + n - first + g * apart];
-          sum = k0 ? sum + of_stream[g] : of_stream[g];
-        }
-      }
+      add_sums<M>(total, !k0, apart, sums + n - first, lds);
     }
   }
 }
 
 template <typename X, typename T>
-LK_INLINE void dot_streams(int64_t M, const Codes4bit& w, const T& t, const X* x, int64_t ldx,
-                           int64_t first, int64_t end, int64_t apart, const float* scales,
-                           int64_t stride, float* buffer, float* sums, int64_t lds) {
+LK_INLINE void dot_streams(int64_t M, const Codes4bit& w, const T& t, const X* x, int64_t first,
+                           int64_t end, int64_t apart, const float* scales, int64_t stride,
+                           float* sums, int64_t lds) {
 #define LK_ROWS(m) \
-  if (M == m) dot_streams<m>(w, t, x, ldx, first, end, apart, scales, stride, buffer, sums, lds);
+  if (M == m) dot_streams<m>(w, t, x, first, end, apart, scales, stride, sums, lds);
   LK_ROWS(1) LK_ROWS(2) LK_ROWS(3) LK_ROWS(4) LK_ROWS(5) LK_ROWS(6) LK_ROWS(7) LK_ROWS(8)
 #undef LK_ROWS
 }
 
-// x's rows are taken in passes of up to PASS; of one pass, CODES elements of each lie together,
-// then the next of each. f(row, where its first ones are, from there to its next) for all rows.
-LK_INLINE int64_t passes_of(int64_t M) { return (M + PASS - 1) / PASS; }
+// f(n, end, sums of n) for the rows from n to `stop` of each stream, as many at a time as scales
+// are decoded of, `stride` apart.
 template <typename F>
-LK_INLINE void each_row(int64_t M, int64_t ldx, const F& f) {
-  for (int64_t pass = 0, passes = passes_of(M); pass < passes; ++pass) {
-    const int64_t m0 = M * pass / passes, m1 = M * (pass + 1) / passes;
-    for (int64_t m = m0; m < m1; ++m) f(m, m0 * ldx + (m - m0) * CODES, (m1 - m0) * CODES);
+LK_INLINE void each_batch(const Codes4bit& w, const Table256& nested, int64_t n, int64_t stop,
+                          int64_t apart, float* scales, int64_t stride, float* sums, const F& f) {
+  for (int64_t end; n < stop; sums += end - n, n = end) {
+    end = min(stop, n + batch_rows(w));
+    for (int64_t g = 0; g < STREAMS; ++g) {
+      const int64_t block = (n + g * apart) * w.K >> w.log2_block;
+      const int64_t last = ((end + g * apart) * w.K - 1) >> w.log2_block;
+      scales_of(w, nested, block, last - block + 1, scales + g * stride);
+    }
+    f(n, end, sums);
   }
 }
 
@@ -217,37 +257,136 @@ struct CodedRows {
   const Codes4bit& w;
   const T& code;
   const X* x;
-  int64_t M, ldx;
-  int64_t stream_scales = batch_scales(w), scale_floats = STREAMS * stream_scales;
-  int64_t floats = scale_floats + round_up(w.K, W);
+  int64_t ldx;
+  Passes passes;
+  int64_t stream_scales = batch_scales(w), floats = STREAMS * stream_scales;
 
   const uint8_t* row(int64_t n) const { return w.packed + (n * w.K >> 1); }
   Table256 tables() const { return table_256(w.nested_code); }
 
   [[gnu::noinline]] void dots(const Table256& nested, int64_t n, int64_t stop, int64_t apart,
                               float* scales, float* sums, int64_t lds) const {
-    const int64_t passes = passes_of(M);
-    for (int64_t end; n < stop; sums += end - n, n = end) {
-      end = min(stop, n + batch_rows(w));
-      for (int64_t g = 0; g < STREAMS; ++g) {
-        const int64_t block = (n + g * apart) * w.K >> w.log2_block;
-        const int64_t last = ((end + g * apart) * w.K - 1) >> w.log2_block;
-        scales_of(w, nested, block, last - block + 1, scales + g * stream_scales);
-      }
-      for (int64_t pass = 0; pass < passes; ++pass) {
-        const int64_t m = M * pass / passes;
-        dot_streams(M * (pass + 1) / passes - m, w, code, x + m * ldx, ldx, n, end, apart, scales,
-                    stream_scales, scales + scale_floats, sums + m * lds, lds);
-      }
-    }
+    each_batch(w, nested, n, stop, apart, scales, stream_scales, sums,
+               [&](int64_t n, int64_t end, float* sums) {
+                 passes.each([&](int64_t m, int64_t rows) {
+                   dot_streams(rows, w, code, x + m * ldx, n, end, apart, scales, stream_scales,
+                               sums + m * lds, lds);
+                 });
+               });
   }
 };
 
-template <typename X, typename T>
-LK_INLINE CodedRows<X, T> coded_rows(const Codes4bit& w, const T& code, const X* x, int64_t M,
-                                     int64_t ldx) {
-  return {w, code, x, M, ldx};
+// to[0 .. ) = row `row`'s elements from k0 to k1, in the order of x's, with zeros up to a multiple
+// of CODES. scales, start: as of dot_codes. Codes as far ahead as these reach are asked for.
+template <bool Whole, typename X, typename T>
+LK_INLINE void decode_slab(const Codes4bit& w, const T& t, int64_t row, const float* scales,
+                           int64_t start, int64_t k0, int64_t k1, X* to) {
+  const int log2 = w.log2_block;
+  const uint8_t* p = w.packed + ((row * w.K + k0) >> 1);
+  const int64_t ahead = (k1 - k0) >> 1;
+  const vu aligned = lane_blocks(0, log2);
+  const auto step = [&](int64_t k, int filled) __attribute__((always_inline)) {
+    const vu lanes = Whole ? aligned : lane_blocks((start + k) & ((int64_t{1} << log2) - 1), log2);
+    __builtin_prefetch(p + ahead, 0, 3);
+    decode_chunk(load_codes(p, filled), t, pick(scales + ((start + k) >> log2), lanes, filled), to);
+    p += CODES / 2;
+    to += CODES;
+  };
+  int64_t k = k0;
+  for (; k + CODES <= k1; k += CODES) step(k, W);
+  if (k < k1) step(k, (int)(k1 - k) / 8);
 }
+
+// total[g][i] = lanes that add up to x[i] · w[g], for `count` elements, of CODES at a time.
+template <int J, int M, typename Word, typename X>
+LK_INLINE void dot_decoded(const X* w, int64_t ldw, const X* x, int64_t count, vf total[J][M]) {
+  constexpr int64_t E = W * ELEMENTS<Word>;
+  LK_UNROLL for (int g = 0; g < J; ++g) LK_UNROLL for (int i = 0; i < M; ++i) total[g][i] = zero();
+  for (int64_t k = 0; k < count; k += CODES, x += M * CODES)
+    for (int64_t j = 0; j < CODES; j += E) {
+      vf wv[J];
+      LK_UNROLL for (int g = 0; g < J; ++g) wv[g] = load_words(w + g * ldw + k + j, E, Word{});
+      LK_UNROLL for (int i = 0; i < M; ++i) {
+        const vf xv = load_words(x + i * CODES + j, E, Word{});
+        LK_UNROLL for (int g = 0; g < J; ++g) total[g][i] =
+            word_fma(xv, wv[g], total[g][i], Word{});
+      }
+    }
+}
+
+// The same with codes that are decoded to memory a slab of one row of each stream at a time: for
+// many rows of x, and for rows that are not of whole eights.
+template <typename Word, typename X, typename T>
+struct DecodedRows {
+  const Codes4bit& w;
+  const T& code;
+  const X* x;
+  int64_t ldx;
+  Passes passes;
+  int64_t slab = even_slab(w.K, STREAMS* int64_t{sizeof(X)}, DECODED);
+  int64_t stream_scales = batch_scales(w), scale_floats = round_up(STREAMS * stream_scales, 16);
+  int64_t floats = scale_floats + STREAMS * slab * int64_t{sizeof(X)} / 4;
+
+  const uint8_t* row(int64_t n) const { return w.packed + (n * w.K >> 1); }
+  Table256 tables() const { return table_256(w.nested_code); }
+
+  // Elements k0 to k1 of row n and its neighbours in the other streams, `slab` apart.
+  [[gnu::always_inline]] void decode(int64_t first, int64_t n, int64_t apart, const float* scales,
+                                     int64_t k0, int64_t k1, X* to) const {
+    const bool whole = w.K % (int64_t{1} << w.log2_block) == 0;
+    for (int64_t g = 0; g < STREAMS; ++g, to += slab, scales += stream_scales) {
+      const int64_t row = n + g * apart, start = start_of(w, first + g * apart, n - first);
+      if constexpr (std::is_same_v<X, float>)
+        if (w.K % 8) {
+          decode_row(w, code, row, k0, k1 - k0, to);
+          for (int64_t k = k1 - k0; k % CODES; ++k) to[k] = 0.0f;
+          continue;
+        }
+      if (whole)
+        decode_slab<true>(w, code, row, scales, start, k0, k1, to);
+      else
+        decode_slab<false>(w, code, row, scales, start, k0, k1, to);
+    }
+  }
+
+  // sums[i * lds + g * apart] += x[i] · row g of `decoded`, or = where it is the first.
+  template <int Rows>
+  [[gnu::always_inline]] void add_dots(const X* decoded, const X* x, int64_t count, bool first,
+                                       int64_t apart, float* sums, int64_t lds) const {
+    constexpr int J = DENSE_SIDE_BY_SIDE<Rows>;
+    vf total[STREAMS][Rows];
+    for (int g = 0; g < STREAMS; g += J)
+      dot_decoded<J, Rows, Word>(decoded + g * slab, slab, x, count, total + g);
+    add_sums<Rows>(total, first, apart, sums, lds);
+  }
+
+  // The sums of one row of each stream, of which `decoded` is the slab from k0 on.
+  [[gnu::always_inline]] void add_slab(const X* decoded, int64_t k0, int64_t count, int64_t apart,
+                                       float* sums, int64_t lds) const {
+    passes.each([&](int64_t m, int64_t rows) {
+      const X* const from = x + m * ldx + k0 * rows;
+      float* const to = sums + m * lds;
+#define LK_ROWS(r) \
+  if (rows == r) add_dots<r>(decoded, from, count, !k0, apart, to, lds);
+      LK_ROWS(1) LK_ROWS(2) LK_ROWS(3) LK_ROWS(4) LK_ROWS(5) LK_ROWS(6)
+#undef LK_ROWS
+    });
+  }
+
+  [[gnu::noinline]] void dots(const Table256& nested, int64_t n, int64_t stop, int64_t apart,
+                              float* scales, float* sums, int64_t lds) const {
+    X* const decoded = reinterpret_cast<X*>(scales + scale_floats);
+    each_batch(w, nested, n, stop, apart, scales, stream_scales, sums,
+               [&](int64_t first, int64_t end, float* sums) {
+                 for (int64_t n = first; n < end; ++n, ++sums)
+                   for (int64_t k0 = 0; k0 < w.K; k0 += slab) {
+                     const int64_t k1 = min(k0 + slab, w.K);
+                     decode(first, n, apart, scales, k0, k1, decoded);
+                     add_slab(decoded, k0, k1 - k0, apart, sums, lds);
+                   }
+               });
+  }
+};
 
 // total[g][i] = lanes that add up to x[i] · w[g], for K elements.
 template <int J, int M, typename Word, typename T>
@@ -282,7 +421,8 @@ LK_INLINE void dot_rows(const T* const w[J], const T* const x[M], int64_t K, vf 
 template <typename Word, typename T>
 struct DenseRows {
   const Matrix &w, &x;
-  int64_t M, K;
+  int64_t K;
+  Passes passes;
   int64_t floats = 0;
   struct None {};
 
@@ -299,25 +439,18 @@ struct DenseRows {
     for (int64_t i = 0; i < Rows; ++i) of_x[i] = static_cast<const T*>(x.data) + (m + i) * x.row;
     vf total[STREAMS][Rows];
     for (int g = 0; g < STREAMS; g += J) dot_rows<J, Rows, Word>(of_w + g, of_x, K, total + g);
-    LK_UNROLL for (int i = 0; i < Rows; ++i) {
-      const vf of_row[STREAMS] = {total[0][i], total[1][i], total[2][i], total[3][i]};
-      float out[STREAMS];
-      sum_lanes(of_row, out);
-      LK_UNROLL for (int g = 0; g < STREAMS; ++g) sums[(m + i) * lds + g * apart] = out[g];
-    }
+    add_sums<Rows>(total, true, apart, sums + m * lds, lds);
   }
 
   [[gnu::noinline]] void dots(const None&, int64_t n, int64_t end, int64_t apart, float*,
                               float* sums, int64_t lds) const {
-    const int64_t passes = (M + DENSE_PASS - 1) / DENSE_PASS;
     for (; n < end; ++n, ++sums)
-      for (int64_t pass = 0; pass < passes; ++pass) {
-        const int64_t m = M * pass / passes, rows = M * (pass + 1) / passes - m;
+      passes.each([&](int64_t m, int64_t rows) {
 #define LK_ROWS(r) \
   if (rows == r) dots_of<r>(n, m, apart, sums, lds);
         LK_ROWS(1) LK_ROWS(2) LK_ROWS(3) LK_ROWS(4) LK_ROWS(5) LK_ROWS(6)
 #undef LK_ROWS
-      }
+      });
   }
 };
 
@@ -412,6 +545,24 @@ LK_INLINE void few_rows_of(const FewRowsArgs& a, const Rows& weight) {
   });
 }
 
+template <typename X>
+LK_INLINE bool decodes(int64_t M, int64_t K) {
+  return K % 8 || (DECODES && M >= DECODED_FROM<X>);
+}
+template <typename X>
+LK_INLINE Passes coded_passes(int64_t M, int64_t K) {
+  return {M, decodes<X>(M, K) ? PASS : CODED_PASS};
+}
+
+template <typename Word, typename X, typename T>
+LK_INLINE void few_coded_rows(const FewRowsArgs& a, const T& code, const X* x, int64_t ldx,
+                              const Passes& passes) {
+  if (decodes<X>(passes.M, a.shrink.K))
+    few_rows_of(a, DecodedRows<Word, X, T>{*a.codes, code, x, ldx, passes});
+  else
+    few_rows_of(a, CodedRows<X, T>{*a.codes, code, x, ldx, passes});
+}
+
 // P = scale * (mask(X) A^T); y[M, N] = c * (x W^T + (P * gate * alpha) Q) + bias for few rows.
 // Sums in float32, y rounds once (z likewise); codes keep at least 17 bits until the sum, but for
 // three rows of bf16 or more on avx512bf16, where code times scale is rounded to bf16. Reads each
@@ -422,7 +573,7 @@ void few_rows(const FewRowsArgs& a) {
   if (!a.codes) {
     with_type(a.x.dtype, [&](auto type) {
       using T = decltype(type);
-      few_rows_of(a, DenseRows<WordOf<T>, T>{a.w, a.x, M, K});
+      few_rows_of(a, DenseRows<WordOf<T>, T>{a.w, a.x, K, {M, PASS}});
     });
     return;
   }
@@ -433,28 +584,24 @@ void few_rows(const FewRowsArgs& a) {
 #if defined LK_BF16_PAIRS && !defined LK_AMX
   if (a.x.dtype == DType::bf16 && K % 8 == 0) {
     bf16* const x = static_cast<bf16*>(scratch.data);
-    each_row(M, ldx, [&](int64_t m, int64_t at, int64_t stride) {
+    const Passes passes = coded_passes<bf16>(M, K);
+    each_row(passes, ldx, [&](int64_t m, int64_t at, int64_t stride) {
       order_words(static_cast<const bf16*>(a.x.data) + m * a.x.row, K, M <= EXACT_ROWS, x + at,
                   stride);
     });
-    const PairTables tables = pair_tables(codes.code);
-    few_rows_of(a, coded_rows(codes, tables, x, M, ldx));
+    few_coded_rows<Pair>(a, pair_tables(codes.code), x, ldx, passes);
     return;
   }
 #endif
   float* const x = static_cast<float*>(scratch.data);
+  const Passes passes = coded_passes<float>(M, K);
   with_type(a.x.dtype, [&](auto type) {
     using T = decltype(type);
-    each_row(M, ldx, [&](int64_t m, int64_t at, int64_t stride) {
-      const T* const from = static_cast<const T*>(a.x.data) + m * a.x.row;
-      if (K % 8)
-        copy_kept(from, x + m * ldx, K, round_up(K, W), nullptr, 0, 0);
-      else
-        order(from, K, x + at, stride);
+    each_row(passes, ldx, [&](int64_t m, int64_t at, int64_t stride) {
+      order(static_cast<const T*>(a.x.data) + m * a.x.row, K, x + at, stride);
     });
   });
-  const Table tables = table(codes.code);
-  few_rows_of(a, coded_rows(codes, tables, x, M, ldx));
+  few_coded_rows<float>(a, table(codes.code), x, ldx, passes);
 }
 
 }  // namespace

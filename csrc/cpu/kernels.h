@@ -144,7 +144,7 @@ struct DequantizeArgs {
 
 // The layer for a few rows of x: P by ShrinkArgs, then ExpandArgs' equation of it with X W^T in
 // place of what Y held. Q is B^T. x is what the product takes, in its dtype; W[k, n] has that dtype
-// too and is contiguous along k, or is given as codes, which are decoded in registers.
+// too and is contiguous along k, or is given as codes, decoded in registers or the L1 cache.
 struct FewRowsArgs {
   Matrix x, w;
   const Codes4bit* codes;  // or null

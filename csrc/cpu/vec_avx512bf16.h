@@ -125,6 +125,16 @@ LK_INLINE void dot_exactly(const vu codes[J], const PairTables& t, const vf scal
       total[g][i] = fma(add(high[g][i], low[g][i]), scale[g], total[g][i]);
 }
 
+// Register j's 32 elements, scaled and rounded.
+LK_INLINE __m512i scaled_pairs(vu codes, const PairTables& t, vf scale, int j) {
+  return (__m512i)_mm512_cvtne2ps_pbh(mul(scale, look_up(t.whole, codes, 2 * j + 1)),
+                                      mul(scale, look_up(t.whole, codes, 2 * j)));
+}
+LK_INLINE void decode_chunk(vu codes, const PairTables& t, vf scale, bf16* to) {
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) _mm512_storeu_si512(to + 32 * j, scaled_pairs(codes, t, scale, j));
+}
+
 // total[g][i] += x[i] · (scale[g] * codes[g]). Rounded, word w of register j of x holds 8w + 2j,
 // from the 16th on 8(w - 16) + 2j + 1.
 template <int J, int M>
@@ -138,9 +148,7 @@ LK_INLINE void dot_chunk(const vu codes[J], const PairTables& t, const vf scale[
   for (int j = 0; j < 4; ++j) {
     __m512bh both[J];
 #pragma GCC unroll 4
-    for (int g = 0; g < J; ++g)
-      both[g] = _mm512_cvtne2ps_pbh(mul(scale[g], look_up(t.whole, codes[g], 2 * j + 1)),
-                                    mul(scale[g], look_up(t.whole, codes[g], 2 * j)));
+    for (int g = 0; g < J; ++g) both[g] = (__m512bh)scaled_pairs(codes[g], t, scale[g], j);
 #pragma GCC unroll 16
     for (int i = 0; i < M; ++i) {
       const __m512bh xv = load_pairs(x + 128 * i + 32 * j);

@@ -236,7 +236,9 @@ def _ways(name: str, case: Case) -> list[str]:
         return []
     if name.startswith("cuda ") and not fits_cuda(case, name.removeprefix("cuda ")):
         return []
-    few = select.few_rows(case.compute or case.compute_dtype, bool(case.quant), isa=name)
+    few = select.few_rows(
+        case.compute or case.compute_dtype, bool(case.quant), case.N * case.K, isa=name
+    )
     strategy = cpu.FEW_ROWS if case.quant else cpu.STREAMED
     return [name, f"{name} {strategy}"] if 0 < case.M <= few else [name]
 

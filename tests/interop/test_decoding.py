@@ -86,7 +86,7 @@ def test_the_same_bits(layer: Any, dtype: torch.dtype, rows: int) -> None:
     x = row(rows).to(dtype).view(rows, 1, K)
     first = decode(layer, x)  # the long way
     assert first.shape == (rows, 1, N)
-    if rows > select.few_rows(dtype, False) and type(layer.base_layer) is nn.Linear:
+    if rows > select.few_rows(dtype, False, 0) and type(layer.base_layer) is nn.Linear:
         assert not taken(layer, lambda: decode(layer, x))  # a single pass
         return
     assert taken(layer, lambda: decode(layer, x))

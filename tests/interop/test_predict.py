@@ -125,7 +125,7 @@ def test_regions_are_those_of_select(isa: str) -> None:
     try:
         native.use_isa(isa)
         found = predict.regions(part(four_bit=True))
-        assert [region.rows for region in found] == [1, select.few_rows(f32, True) + 1]
+        assert [region.rows for region in found] == [1, select.few_rows(f32, True, 0) + 1]
         assert found[0].strategy == cpu.FEW_ROWS
     finally:
         native.use_isa(before)

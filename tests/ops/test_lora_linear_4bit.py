@@ -42,6 +42,9 @@ def some_cases() -> list[Case]:
         chosen += [Case(3, 30, K, 5, f32, quant=quant)]
     # x in several slabs, which do not stay in the L1 cache together.
     chosen += [Case(M, 30, 3200, 5, bf16, quant="nf4-64-nested") for M in (2, 8)]
+    # Codes decoded in slabs, also of rows that begin within blocks or bytes.
+    for K, dtype in itertools.product((3200, 3208, 3201), (f32, bf16)):
+        chosen += [Case(11, 30, K, 5, dtype, quant="nf4-64-nested")]
     chosen += [Case(5, N, 96, 5, dtype, quant="nf4-64") for N in (3, 7) for dtype in (f32, bf16)]
     for N, K in ((40, 1152), (30, 1101), (1101, 160)):  # several panels of the sum, also in pairs
         chosen += [Case(33, N, K, 5, bf16, quant="nf4-64-nested", values="nonnegative")]
@@ -175,7 +178,7 @@ def test_every_rank_of_few_rows(threads: int, engine: str) -> None:
 
 @every_native_engine
 @pytest.mark.parametrize("threads", [5], indirect=True)
-@pytest.mark.parametrize("M", [1, 4])
+@pytest.mark.parametrize("M", [1, 4, 8])
 def test_rows_are_taken_once_by_whichever_thread(threads: int, engine: str, M: int) -> None:
     """Of five threads on fewer cores some come late, and others take from their shares of several
     blocks. The bits of one thread, and never what was left in memory by the call before."""

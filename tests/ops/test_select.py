@@ -94,9 +94,9 @@ def on(
         ("scalar", False, bf16, False, 1, cpu.LIBRARY),
         ("scalar", False, bf16, False, None, cpu.LIBRARY),
         ("avx512", False, bf16, False, None, f"{cpu.SINGLE_PASS}; under 17 rows {cpu.STREAMED}"),
-        ("avx512bf16", False, bf16, True, 16, cpu.FEW_ROWS),
-        ("avx512bf16", False, bf16, True, 17, cpu.SINGLE_PASS),
-        ("avx512bf16", True, bf16, True, 17, cpu.LIBRARY),
+        ("avx512bf16", False, bf16, True, 32, cpu.FEW_ROWS),
+        ("avx512bf16", False, bf16, True, 33, cpu.SINGLE_PASS),
+        ("avx512bf16", True, bf16, True, 33, cpu.LIBRARY),
         ("amxbf16", True, bf16, True, 6, cpu.FEW_ROWS),
         ("amxbf16", True, bf16, True, 7, cpu.SINGLE_PASS),
         ("amxbf16", True, f32, True, 11, cpu.FEW_ROWS),
@@ -118,6 +118,28 @@ def test_strategies(
     assert choice.strategy == strategy
     library = strategy == cpu.LIBRARY
     assert ("AMX" in choice.reason) == (amx and isa != "amxbf16" and dtype is bf16 and library)
+
+
+@pytest.mark.parametrize(
+    ("isa", "rows", "columns", "inner", "strategy"),
+    [
+        ("avx512bf16", 16, 4095, 4096, cpu.FEW_ROWS),
+        ("avx512bf16", 17, 4095, 4096, cpu.SINGLE_PASS),
+        ("avx512bf16", 32, 2048, 8192, cpu.FEW_ROWS),
+        ("avx512", 32, 4096, 4096, cpu.FEW_ROWS),
+        ("avx512", 33, 4096, 4096, cpu.SINGLE_PASS),
+        ("avx2", 33, 4096, 4096, cpu.LIBRARY),
+        ("amxbf16", 12, 4096, 4096, cpu.SINGLE_PASS),
+    ],
+)
+def test_codes_of_large_weights(
+    monkeypatch: pytest.MonkeyPatch, isa: str, rows: int, columns: int, inner: int, strategy: str
+) -> None:
+    for asked in (rows, None):
+        choice = on(monkeypatch, isa, False, False, f32, asked, True, columns, inner)
+        assert strategy in choice.strategy
+    limit = rows if strategy == cpu.FEW_ROWS else rows - 1
+    assert f"under {limit + 1} rows {cpu.FEW_ROWS}" in choice.strategy
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ def generate(options: argparse.Namespace) -> None:
     from peft import PeftModel
     from transformers import TextStreamer
 
-    from ..peft import StreamedLinear, explain, fuse
+    from ..peft import explain, fuse
     from . import model
 
     device = model.usable_device(options.device)
@@ -137,10 +137,6 @@ def generate(options: argparse.Namespace) -> None:
     shown = Shown()
     got = model.decode(fused, inputs, streamer=shown, **settings)
     print(*model.layer_states(layers), sep="\n")
-    others = sum(type(module) is StreamedLinear for module in fused.modules())
-    print(
-        f"{others} linear layers without an adapter read their weight once for few rows, on a CPU"
-    )
     print(f"fused: {len(got)} tokens; {speed(shown)}")
     if options.compare:
         torch.manual_seed(options.seed)

@@ -267,9 +267,15 @@ def add_adapters(
 
 
 def layer_states(layers: Explanation) -> list[str]:
-    """How many of the LoRA layers are fused or not, by backend and reason: a line each."""
-    states = Counter(f"{row.state} ({row.backend}: {row.reason})" for row in layers.rows)
-    return [f"{n} LoRA layers {state}" for state, n in states.items()]
+    """How many LoRA layers are fused or not, and others streamed or not, by backend and reason: a
+    line each."""
+    kinds = {"LoRA": layers.rows, "linear": layers.linears}
+    states = Counter(
+        f"{kind} layers {row.state} ({row.backend}: {row.reason})"
+        for kind, rows in kinds.items()
+        for row in rows
+    )
+    return [f"{n} {state}" for state, n in states.items()]
 
 
 def adapters(model: nn.Module) -> dict[str, Parameter]:

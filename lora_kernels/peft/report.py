@@ -15,7 +15,8 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from .. import ops
+from .. import ops, select
+from ..backends import cpu
 from ..backends.cuda.fit import Layout
 from ..cpu_costs import Machine
 from ..functional import base_dtype
@@ -23,6 +24,7 @@ from ..layers import DoRALinear, LoRAEmbedding, LoRALinear, QLoRALinear
 from ..measure import timing
 from ..quantization import Weight4bit
 from . import adalora, embedding, linear, predict
+from .frozen import StreamedLinear
 from .linear import Call, Fused, dora, is_conv1d, is_linear4bit, unreadable
 from .predict import Part, Prediction
 from .swap import lora_layers
@@ -34,7 +36,8 @@ class Row(NamedTuple):
     state: "fused": one op of ours and no other matrix product; "composed": several of our ops;
     "adapter only": the base layer is called as a module; "not fused": PEFT's own forward, the base
     alone, or plain PyTorch: the eager backend, and every embedding, whose lookups are no product
-    that an adapter's could be fused with.
+    that an adapter's could be fused with. Of a linear layer without an adapter that
+    `fuse(model, linears=True)` has taken: "streamed" or "not streamed".
     """
 
     layer: str
@@ -56,6 +59,8 @@ class Others(NamedTuple):
 class Explanation:
     """A `Row` for each LoRA layer; `str()` is a table of them, `json()` all there is.
 
+    linears: a `Row` for each linear layer without an adapter that `fuse(model, linears=True)` has
+    taken.
     parameters: of the adapters of each layer, by name, in elements. Where layers differ in state,
     the table ends in each state's share of them.
     rows_of_x, step, predictions, others: where `explain` was given a number of rows, that number,
@@ -70,6 +75,7 @@ class Explanation:
     predictions: Mapping[str, Prediction] = field(default_factory=dict)
     others: Others | None = None
     limits: str = ""
+    linears: list[Row] = field(default_factory=list)
 
     def assert_fused(self) -> None:
         """Raises RuntimeError that lists the layers not "fused", also where there is no layer."""
@@ -80,7 +86,8 @@ class Explanation:
 
     def json(self) -> str:
         """Everything as JSON: "layers", each with its row's fields and `parameters`; with a number
-        of rows also its prediction's, "rows", "step", "others", "limits" and "seconds" of all.
+        of rows also its prediction's, "rows", "step", "others", "limits" and "seconds" of all;
+        "linears" where there are some.
 
         >>> json.loads(Explanation([Row("a", "fused", "cpu", "single pass", "why")]).json())
         {'layers': [{'layer': 'a', 'state': 'fused', 'backend': 'cpu', 'strategy': 'single pass', \
@@ -92,6 +99,8 @@ class Explanation:
             prediction = self.predictions.get(row.layer)
             layers.append(facts if prediction is None else facts | prediction.facts())
         data: dict[str, Any] = {"layers": layers}
+        if self.linears:
+            data["linears"] = [row._asdict() for row in self.linears]
         if self.rows_of_x is not None:
             data |= {
                 "rows": self.rows_of_x, "step": self.step, "seconds": self._seconds(),
@@ -113,7 +122,11 @@ class Explanation:
             shares = [sizes[state] / total for state, _ in states.most_common()]
             counts = [f"{n} ({share:.1%})" for n, share in zip(counts, shares, strict=True)]
             counts[-1] += " of the LoRA parameters"
-        return f"{len(self.rows)} LoRA layers: {', '.join(counts) or 'nothing to fuse'}"
+        text = f"{len(self.rows)} LoRA layers: {', '.join(counts) or 'nothing to fuse'}"
+        if self.linears:
+            streamed = sum(row.state == "streamed" for row in self.linears)
+            text += f"; without an adapter {streamed} of {len(self.linears)} streamed"
+        return text
 
     def _prediction(self) -> Iterator[str]:
         """The lines below the table of a call with a number of rows."""
@@ -129,7 +142,7 @@ class Explanation:
             yield self.limits
 
     def __str__(self) -> str:
-        table: list[tuple[str, ...]] = [Row._fields, *self.rows]
+        table: list[tuple[str, ...]] = [Row._fields, *self.rows, *self.linears]
         if self.rows_of_x is not None:
             table = [("layer", "state", "backend", "strategy", "time", "share", "reason")]
             for row in self.rows:
@@ -141,6 +154,7 @@ class Explanation:
                 changes = found.changes(self.rows_of_x)
                 reason = "; ".join(filter(None, [row.reason, changes]))
                 table.append((*row[:4], time, share, reason))
+            table += [(*row[:4], "–", "–", row.reason) for row in self.linears]
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in table]
         if self.rows_of_x is not None:
@@ -167,7 +181,8 @@ def explain(
 ) -> Explanation:
     """For each LoRA layer of `model`, fused or not, what its next call will do and why.
 
-    Covers PEFT's layers and `lora_kernels.layers.LoRALinear` with its subclasses. The answer is for
+    Covers PEFT's layers, `lora_kernels.layers.LoRALinear` with its subclasses, and the layers
+    without an adapter that `fuse(model, linears=True)` has taken. The answer is for
     the state at hand: training or not, active adapters, hooks, and the autocast and backend in
     force.
 
@@ -212,8 +227,13 @@ def explain(
     named = [row for row, _ in found]
     layers = {row.layer: model.get_submodule(row.layer) for row in named}
     sizes = {name: _lora_size(layer) for name, layer in layers.items()}
+    linears = [
+        _streamed_layer(name, module, x_dtype, rows)
+        for name, module in model.named_modules()
+        if isinstance(module, StreamedLinear)
+    ]
     if rows is None:
-        return Explanation(named, sizes)
+        return Explanation(named, sizes, linears=linears)
 
     step = model.training and any(p.requires_grad for p in model.parameters())
     others = list(_others(model, list(layers.values()), x_dtype))
@@ -239,7 +259,7 @@ def explain(
     limits = "" if machine is None else machine.describe()
     taken = None if rest is None else rest.seconds
     of_others = Others(len(others), taken, None if taken is None else taken / total)
-    return Explanation(named, sizes, rows, step, predictions, of_others, limits)
+    return Explanation(named, sizes, rows, step, predictions, of_others, limits, linears)
 
 
 def _others(
@@ -428,6 +448,32 @@ def _dense_layer(
     state = "not fused" if choice.backend == "eager" else "fused"
     part = part._replace(norm=isinstance(layer, DoRALinear) and layer.training)
     return Row(name, state, choice.backend, choice.strategy, choice.reason), [part]
+
+
+def _streamed_layer(
+    name: str, layer: StreamedLinear, x_dtype: torch.dtype | None, rows: int | None
+) -> Row:
+    weight = layer.weight
+    (N, K), dtype = weight.shape, x_dtype or weight.dtype
+    few = 0
+    if weight.device.type != "cpu":
+        reason = f"its weight is on {weight.device}"
+    elif dtype is not weight.dtype:
+        reason = f"x has {dtype}, its weight {weight.dtype}"
+    elif torch.is_autocast_enabled("cpu"):
+        reason = "autocast is on"
+    elif weight.stride(1) != 1:
+        reason = "its weight is stored by columns"
+    else:
+        choice = select.lora_linear("cpu", dtype, dtype, dtype, dtype, 0, 1)
+        reason = choice.reason
+        if (choice.backend, choice.strategy) == ("cpu", cpu.STREAMED):
+            few = select.few_rows(dtype, False, N * K)
+    if few >= (rows or 1):
+        reason = f"no adapter; up to {few} rows without gradients; {reason}"
+        return Row(name, "streamed", "cpu", cpu.STREAMED, reason)
+    reason = f"no adapter; {f'more than {few} rows' if few else reason}"
+    return Row(name, "not streamed", "torch", "F.linear", reason)
 
 
 def _embedding_row(name: str) -> Row:

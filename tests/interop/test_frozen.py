@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import json
 import pickle
 from collections.abc import Callable
 from types import MethodType
@@ -14,7 +16,9 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import lora_kernels
-from lora_kernels.backends import native
+from lora_kernels import select
+from lora_kernels.backends import cpu, native
+from lora_kernels.cpu_costs import Machine
 from lora_kernels.measure import tolerance
 from lora_kernels.ops import Prepared
 from lora_kernels.peft import StreamedLinear, explain, fuse, unfuse
@@ -193,3 +197,46 @@ def test_unfused_after_calls() -> None:
     head(rows())
     unfuse(model)
     assert "_rankless" not in vars(head) and torch.equal(head(rows()), library(head, rows()))
+
+
+def test_explain_says_what_is_streamed(head: Any) -> None:
+    model = nn.Sequential(head)
+    here = explain(model).linears
+    assert [row[:4] for row in here] == [("0", "streamed", "cpu", cpu.STREAMED)]
+    few = select.few_rows(f32, False, N * K)
+    assert f"up to {few} rows without gradients" in here[0].reason
+    assert explain(fused()).linears[0].layer == "base_model.model.head"
+    explain(fused()).assert_fused()  # which is about LoRA layers
+    assert "without an adapter 1 of 1 streamed" in str(explain(fused()))
+    assert json.loads(explain(model).json())["linears"] == [here[0]._asdict()]
+    machine = Machine("", 1e10, {f32: 1e11})
+    for rows, state in ((few, "streamed"), (few + 1, "not streamed")):
+        told = explain(fused(), rows=rows, machine=machine)
+        assert told.linears[0].state == state and "head" in str(told)
+    assert f"more than {few} rows" in told.linears[0].reason
+
+
+@pytest.mark.parametrize(
+    ("around", "x_dtype", "word"),
+    [
+        (lambda: torch.autocast("cpu", bf16), None, "autocast"),
+        (lambda: lora_kernels.backend("eager"), None, "eager"),
+        (contextlib.nullcontext, bf16, "bfloat16"),
+    ],
+    ids=["autocast", "eager", "dtype"],
+)
+def test_explain_says_why_not(
+    head: Any, around: Any, x_dtype: torch.dtype | None, word: str
+) -> None:
+    with around():
+        (row,) = explain(nn.Sequential(head), x_dtype=x_dtype).linears
+    assert row[1:4] == ("not streamed", "torch", "F.linear") and word in row.reason
+
+
+def test_explain_of_what_no_kernel_streams(head: Any) -> None:
+    by_columns = copy.deepcopy(head)
+    by_columns.weight.data = head.weight.t().contiguous().t()
+    double, meta = (copy.deepcopy(head).to(other) for other in (torch.float64, "meta"))
+    for layer, word in ((by_columns, "columns"), (double, "float64"), (meta, "meta")):
+        (row,) = explain(nn.Sequential(layer)).linears
+        assert row.state == "not streamed" and word in row.reason

@@ -449,8 +449,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="on the adapter's input (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--seconds", type=float, help=f"to spend on what is timed in turns (default: {SECONDS})"
-    )
+        "--seconds", type=models.seconds, metavar="S",
+        help=f"to spend on what is timed in turns (default: {SECONDS})",
+    )  # fmt: skip
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument(
         "--quant", choices=["nf4", "fp4"], help="time the layer over a 4-bit base instead"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -56,3 +57,20 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"got {text!r}, want a whole number of at least 1")
     return int(text)
+
+
+def seconds(text: str) -> float:
+    """An argument that is a time: 0 asks for the fewest rounds.
+
+    >>> seconds("0.5")
+    0.5
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}, want a finite number of seconds, 0 or more"
+        )
+    return value

@@ -174,7 +174,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--quant", nargs="+", choices=["none", "nf4", "fp4"], default=["none", "nf4"],
         help="kinds of the base weight (default: none nf4)",
     )  # fmt: skip
-    add("--seconds", type=float, default=0.3, help="for a comparison (default: %(default)s)")
+    add(
+        "--seconds",
+        type=models.seconds,
+        default=0.3,
+        help="for a comparison (default: %(default)s)",
+    )
     add("--out", type=Path, required=True, metavar="FILE", help="to be added to, or made")
 
 

@@ -233,3 +233,14 @@ def test_addmm_and_peft_compute_the_same(dropout_p: float) -> None:
             Case(9, 33, 47, 5), lambda make=make, **kwargs: make(kwargs)(**kwargs)
         ).items():
             assert verdict.ok, (make.__name__, name, str(verdict))
+
+
+@pytest.mark.parametrize("value", ["-1", "nan", "inf", "soon"])
+@pytest.mark.parametrize("command", ["bench", "tune"])
+def test_seconds_that_are_none(
+    command: str, value: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Refused before anything is measured."""
+    with pytest.raises(SystemExit):
+        cli.main([command, "--out", str(tmp_path / "out"), f"--seconds={value}"])
+    assert f"got '{value}', want a finite number of seconds" in capsys.readouterr().err

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from .methods import METHODS, Method
     from .presets import PRESETS, Preset, add_lora_layers, create_domain_model
     from .rank import RankSearch, find_optimal_rank
-    from .trainer import LoRATrainer, newest_checkpoint, training_arguments
+    from .train import newest_checkpoint
+    from .trainer import LoRATrainer, training_arguments
 
 _HOMES = {
     "ChatData": "chat",
@@ -40,7 +41,7 @@ _HOMES = {
     "RankSearch": "rank",
     "find_optimal_rank": "rank",
     "LoRATrainer": "trainer",
-    "newest_checkpoint": "trainer",
+    "newest_checkpoint": "train",
     "training_arguments": "trainer",
 }
 

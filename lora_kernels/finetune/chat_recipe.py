@@ -24,12 +24,12 @@ from .chat import IGNORED, ChatData, check_packing, load_chat, pack
 from .options import ChatOptions
 from .presets import add_lora_layers
 from .recipe import loaded_again, logits, prepare_out, stop_on_signal
+from .train import newest_checkpoint
 from .trainer import (
     CURVES,
     METRICS,
     LoRATrainer,
     losses,
-    newest_checkpoint,
     read_metrics,
     training_arguments,
 )

@@ -227,7 +227,8 @@ def create_domain_model(
     lora_kernels.finetune.UsageError: preset: got 'legla'; did you mean 'legal'?
     """
     from .chat import ChatData, load_chat
-    from .trainer import LoRATrainer, newest_checkpoint, training_arguments
+    from .train import newest_checkpoint
+    from .trainer import LoRATrainer, training_arguments
 
     find_preset(preset)
     name = adapter_name or (preset if isinstance(preset, str) else "default")

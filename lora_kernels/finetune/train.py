@@ -103,8 +103,17 @@ def save_checkpoint(
             shutil.rmtree(checkpoint)
 
 
-def newest_checkpoint(out: Path) -> Path | None:
-    return max(out.glob("checkpoint-*"), key=steps_done, default=None)
+def newest_checkpoint(out: str | Path) -> Path | None:
+    """The newest checkpoint in a run's folder, None where there is none.
+
+    >>> newest_checkpoint("/nowhere") is None
+    True
+    """
+    return max(checkpoints(Path(out)), key=steps_done, default=None)
+
+
+def checkpoints(out: Path) -> list[Path]:
+    return [path for path in out.glob("checkpoint-*") if path.name[11:].isdigit()]
 
 
 def steps_done(checkpoint: Path) -> int:

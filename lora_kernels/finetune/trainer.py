@@ -27,6 +27,7 @@ from ..layers import lora_plus_parameter_groups
 from ..peft import fuse
 from . import UsageError
 from .chat import IGNORED, ChatData, Collator, check_packing
+from .train import checkpoints, newest_checkpoint, steps_done
 
 METRICS, CURVES = "metrics.jsonl", "curves.png"
 _PARTIAL = ".partial"  # where a checkpoint is written before it gets its name
@@ -300,7 +301,7 @@ class LoRATrainer(Trainer):  # type: ignore[misc, unused-ignore]
         """Remove all but the newest `limit` checkpoints and the best one."""
         for doomed in out.glob(".checkpoint-*.removed"):  # a kill came between
             shutil.rmtree(doomed, ignore_errors=True)
-        found = sorted(_checkpoints(out), key=_step)
+        found = sorted(checkpoints(out), key=steps_done)
         best = self.state.best_model_checkpoint
         for checkpoint in found[:-limit] if limit else []:
             if best is None or checkpoint != Path(best):
@@ -350,23 +351,6 @@ def check_trainable(model: Any) -> str:
         f"trainable: {count:,} of {total:,} parameters ({count / total:.2%}), in {len(adapters)} "
         "adapted layers; the rest is frozen"
     )
-
-
-def newest_checkpoint(out: str | Path) -> Path | None:
-    """The newest checkpoint in a run's folder, None where there is none.
-
-    >>> newest_checkpoint("/nowhere") is None
-    True
-    """
-    return max(_checkpoints(Path(out)), key=_step, default=None)
-
-
-def _checkpoints(out: Path) -> list[Path]:
-    return [path for path in out.glob("checkpoint-*") if path.name[11:].isdigit()]
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name[11:])
 
 
 def _replace(partial: Path, final: Path) -> None:

@@ -17,11 +17,11 @@ from transformers import TrainerCallback
 
 from lora_kernels.finetune import UsageError
 from lora_kernels.finetune.chat import ChatData, Collator, load_chat, pack
+from lora_kernels.finetune.train import newest_checkpoint
 from lora_kernels.finetune.trainer import (
     LoRATrainer,
     check_trainable,
     losses,
-    newest_checkpoint,
     read_metrics,
     training_arguments,
 )
@@ -307,7 +307,7 @@ from peft import PeftModel
 from tests.finetune.test_trainer import adapted, metrics, trainer, weights
 from lora_kernels.finetune import train as loop
 from lora_kernels.finetune.chat import load_chat
-from lora_kernels.finetune.trainer import newest_checkpoint
+from lora_kernels.finetune.train import newest_checkpoint
 from tests.finetune.tiny import llama, tokenizer
 
 out, file, moments, by = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4]

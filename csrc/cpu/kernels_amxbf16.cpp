@@ -4,6 +4,7 @@
 
 #include "kernels_impl.h"
 #include "codes_impl.h"
+#include "streamed_impl.h"
 #include "few_rows_impl.h"
 #include "row_norm_impl.h"
 #include "product_impl.h"

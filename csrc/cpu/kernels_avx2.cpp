@@ -1,6 +1,7 @@
 #include "vec_avx2.h"
 #include "kernels_impl.h"
 #include "codes_impl.h"
+#include "streamed_impl.h"
 #include "few_rows_impl.h"
 #include "row_norm_impl.h"
 

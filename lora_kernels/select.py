@@ -95,7 +95,7 @@ def backend(name: str, strategy: str | None = None) -> Iterator[None]:
     """Force one backend inside a `with`; where it cannot run, the op raises RuntimeError.
 
     `strategy` forces also how it goes about it: for "cpu" "single pass", "library product + rank
-    update", "streamed, few rows" or, on a 4-bit weight, "decoded in registers, few rows"; for
+    update", "streamed, few rows" or, on a 4-bit weight, "decoded as read, few rows"; for
     "triton" "single pass", "split", "publish first, consume last" or "library product + rank
     update"; for "cuda" "publish first, consume last", "publish, then consume", "split" or "split,
     ordinary multipliers". Left out, it is chosen.

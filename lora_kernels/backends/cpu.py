@@ -36,7 +36,7 @@ from .rows import like_rows_of, rows_of
 SINGLE_PASS = "single pass"
 LIBRARY = "library product + rank update"
 STREAMED = "streamed, few rows"  # of x, beside a dense weight
-FEW_ROWS = "decoded in registers, few rows"  # beside a 4-bit weight; many by way of the L1 cache
+FEW_ROWS = "decoded as read, few rows"  # beside a 4-bit weight, in registers or the L1 cache
 OF_FEW_ROWS = (STREAMED, FEW_ROWS)
 SINGLE_PASS_ISAS = ("avx512", "avx512bf16", "amxbf16")
 

@@ -182,9 +182,8 @@ def explain(
     """For each LoRA layer of `model`, fused or not, what its next call will do and why.
 
     Covers PEFT's layers, `lora_kernels.layers.LoRALinear` with its subclasses, and the layers
-    without an adapter that `fuse(model, linears=True)` has taken. The answer is for
-    the state at hand: training or not, active adapters, hooks, and the autocast and backend in
-    force.
+    without an adapter that `fuse(model, linears=True)` has taken. The answer is for the state at
+    hand: training or not, active adapters, hooks, and the autocast and backend in force.
 
     Args:
         x_dtype: of the layers' input; None stands for each base weight's dtype.
@@ -462,6 +461,8 @@ def _streamed_layer(
         reason = f"x has {dtype}, its weight {weight.dtype}"
     elif torch.is_autocast_enabled("cpu"):
         reason = "autocast is on"
+    elif not ops.plain(weight):
+        reason = "a subclass or a mode looks at each call with its weight"
     elif weight.stride(1) != 1:
         reason = "its weight is stored by columns"
     else:

@@ -233,10 +233,17 @@ def test_explain_says_why_not(
     assert row[1:4] == ("not streamed", "torch", "F.linear") and word in row.reason
 
 
+class Seen(Tensor):
+    """Of which nobody may read the memory unasked."""
+
+
 def test_explain_of_what_no_kernel_streams(head: Any) -> None:
     by_columns = copy.deepcopy(head)
     by_columns.weight.data = head.weight.t().contiguous().t()
+    seen = copy.deepcopy(head)
+    seen.weight = nn.Parameter(head.weight.detach().as_subclass(Seen), requires_grad=False)
     double, meta = (copy.deepcopy(head).to(other) for other in (torch.float64, "meta"))
-    for layer, word in ((by_columns, "columns"), (double, "float64"), (meta, "meta")):
+    wants = (by_columns, "columns"), (seen, "subclass"), (double, "float64"), (meta, "meta")
+    for layer, word in wants:
         (row,) = explain(nn.Sequential(layer)).linears
         assert row.state == "not streamed" and word in row.reason

@@ -225,7 +225,7 @@ constexpr int64_t ELEMENTS<Pair> = 2;
 template <typename Word>
 constexpr int64_t CHAIN = 160;
 template <>
-constexpr int64_t CHAIN<Pair> = 512;
+constexpr int64_t CHAIN<Pair> = 1024;
 
 LK_INLINE vf word_fma(vf a, vf b, vf acc, float) { return fma(a, b, acc); }
 

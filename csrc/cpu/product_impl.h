@@ -9,7 +9,8 @@
 namespace lora_kernels {
 namespace {
 
-constexpr int64_t WORDS = 512;       // of the sum in one packed panel at most: 128 KB of L2
+constexpr int64_t WORDS = 1024;      // of the sum in one packed panel at most: 256 KB of L2
+constexpr int64_t SHALLOW = 512;     // where a deep one does not pay, see `depth_of`
 constexpr int64_t BLOCK_ROWS = 960;  // that share a packed panel: 240 KB of sums
 constexpr int64_t TILE = Y_ROWS * VW;
 
@@ -314,6 +315,18 @@ LK_INLINE void product_block(const ProductArgs& a, const Philox& generator, int6
   }
 }
 
+// Words of the sum in one panel, all panels of equal depth: a short last one would cost each tile a
+// pass for little. Codes are slower to pack in deep ones. Rows of W that lie a multiple of a page
+// apart share few sets of L2, where the lines of a deep one would push one another out.
+template <typename Word, typename T>
+LK_INLINE int64_t depth_of(const ProductArgs& a) {
+  const bool clash = a.w.col == 1 && a.w.row * (int64_t)sizeof(T) % 4096 == 0;
+  const int64_t most = clash || a.codes ? min(CHAIN<Word>, SHALLOW) : CHAIN<Word>;
+  const int64_t words = (a.K + ELEMENTS<Word> - 1) / ELEMENTS<Word>;
+  const int64_t panels = (words + most - 1) / most;
+  return round_up((words + panels - 1) / panels, RUN);  // where codes are decoded at once
+}
+
 // Y = c * (X W + alpha * mask(S Q)) + bias. A task is a tile of rows by VW columns, in order of
 // columns; a thread packs WORDS of W's columns at a time and passes its rows over them, so that
 // x comes from L3 or memory once a panel and W once a block of rows. Sums in float32, each over
@@ -328,11 +341,7 @@ LK_INLINE void product_of(const ProductArgs& a) {
   if (!tasks) return;
   const int64_t chunks = u.M * u.N * a.K < SMALL ? 1 : min(u.threads, tasks);
   const Philox generator = philox(u.dropout);
-  // Panels of equal depth: a short last one would cost each tile a pass for little.
-  const int64_t words = (a.K + ELEMENTS<Word> - 1) / ELEMENTS<Word>;
-  const int64_t steps = (words + CHAIN<Word> - 1) / CHAIN<Word>;
-  const int64_t step =
-      round_up((words + steps - 1) / steps, RUN);  // where codes are decoded at once
+  const int64_t step = depth_of<Word, T>(a);
   const int64_t q_floats = round_up(u.R, 4) * VW, staging = round_up(staging_floats(VW, u.R), W);
   const int64_t c_floats = min(tiles, block) * TILE;
   const int64_t chunk_floats =

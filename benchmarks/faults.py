@@ -18,7 +18,7 @@ GROUPS = {
     "Plain PyTorch, and the reference": ("eager", "reference"),
     "Rows with adapters of their own": ("multi", "stacked"),
     "Autograd, arguments, choice of a backend": ("autograd", "functional", "select", "costs"),
-    "A fused layer's next call": ("decoding", "ready"),
+    "A layer's next call": ("decoding", "ready", "steps"),
     "Layers": ("layers", "variants", "group", "merge"),
     "PEFT": ("peft", "predict"),
     "The instrument": (

@@ -6,6 +6,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <array>
 #include <cstddef>
 #include <exception>
 #include <memory>
@@ -312,18 +313,26 @@ PyObject* unchanged(PyObject*, PyObject* const* given, Py_ssize_t count) {
   return same < 0 ? nullptr : PyBool_FromLong(same);
 }
 
-// A layer's forward without gradients, dropout, gate and column scale: bound once are all but x,
-// the bias and what the garbage collector has to see.
+// Up to how many rows of x are few, for which W is read once. Of a training step: those from
+// `other` to before `other_end`, whose product is another's, and the least whose dx is not.
+struct Rows {
+  int64_t few, other, other_end, least;
+};
+
+// A layer without gate and column scale: bound once are all but x, the bias, the state that a mask
+// is made of and what the garbage collector has to see.
 struct Prepared {
   Layer layer;
   Codes4bit codes;  // which layer.codes points to, where it points anywhere
   DType x_dtype, dtype;
-  int64_t most_rows;
+  Rows rows;
   py::tuple what, want;            // of x, as `still` compares
-  py::object columns, vector;      // N and (N,)
+  py::object inner, columns;       // K, N
+  py::object vector;               // (N,)
   py::object shape;                // the name of that attribute
   py::object data_ptr, new_empty;  // functions of a tensor
   py::object cast, float32;        // of x to what the product takes, and of the bias
+  py::object ranks;                // what makes P of x and its shape
   py::object threads;              // how many
 };
 
@@ -353,74 +362,196 @@ bool yes(int same) {
   return same > 0;
 }
 
-// y, or an empty handle.
-py::object forward_of(const Prepared& p, const py::object& x, const py::object& bias) {
-  for (std::size_t i = 0; i < p.what.size(); ++i)
-    if (!yes(still(x.ptr(), PyTuple_GET_ITEM(p.what.ptr(), static_cast<Py_ssize_t>(i)),
-                   PyTuple_GET_ITEM(p.want.ptr(), static_cast<Py_ssize_t>(i)))))
-      return {};
-  Layer l = p.layer;
-  l.M = 1;
-  const py::object sizes = owned(PyObject_GetAttr(x.ptr(), p.shape.ptr()));
-  const Py_ssize_t last = PyTuple_GET_SIZE(sizes.ptr()) - 1;
-  if (last < 0 || number<int64_t>(PyTuple_GET_ITEM(sizes.ptr(), last)) != l.K) return {};
-  const py::object y_sizes = owned(PyTuple_New(last + 1));
-  for (Py_ssize_t i = 0; i < last; ++i) {
-    PyObject* const size = PyTuple_GET_ITEM(sizes.ptr(), i);
-    l.M *= number<int64_t>(size);
-    PyTuple_SET_ITEM(y_sizes.ptr(), i, Py_NewRef(size));
-  }
-  PyTuple_SET_ITEM(y_sizes.ptr(), last, Py_NewRef(p.columns.ptr()));
-  if (l.M < 1 || l.M > p.most_rows) return {};
-  if (!bias.is_none() && !yes(still(bias.ptr(), p.shape.ptr(), p.vector.ptr()))) return {};
+const Prepared& prepared_of(PyObject* self) {
+  return *static_cast<const Prepared*>(PyCapsule_GetPointer(self, nullptr));
+}
 
+py::object borrowed(PyObject* object) { return py::reinterpret_borrow<py::object>(object); }
+
+// The rows of a tensor that has as many columns, and the shape of another that has `others`; no
+// rows where it is not what the call was prepared for.
+struct Given {
+  int64_t rows = 0;
+  py::object sizes;
+
+  Given(const Prepared& p, PyObject* tensor, const py::object& columns, const py::object& others) {
+    for (std::size_t i = 0; i < p.what.size(); ++i)
+      if (!yes(still(tensor, PyTuple_GET_ITEM(p.what.ptr(), static_cast<Py_ssize_t>(i)),
+                     PyTuple_GET_ITEM(p.want.ptr(), static_cast<Py_ssize_t>(i)))))
+        return;
+    const py::object shape = owned(PyObject_GetAttr(tensor, p.shape.ptr()));
+    const Py_ssize_t last = PyTuple_GET_SIZE(shape.ptr()) - 1;
+    if (last < 0 ||
+        number<int64_t>(PyTuple_GET_ITEM(shape.ptr(), last)) != number<int64_t>(columns))
+      return;
+    sizes = owned(PyTuple_New(last + 1));
+    int64_t product = 1;
+    for (Py_ssize_t i = 0; i < last; ++i) {
+      PyObject* const size = PyTuple_GET_ITEM(shape.ptr(), i);
+      product *= number<int64_t>(size);
+      PyTuple_SET_ITEM(sizes.ptr(), i, Py_NewRef(size));
+    }
+    PyTuple_SET_ITEM(sizes.ptr(), last, Py_NewRef(others.ptr()));
+    rows = product;
+  }
+};
+
+bool bias_fits(const Prepared& p, const py::object& bias) {
+  return bias.is_none() || yes(still(bias.ptr(), p.shape.ptr(), p.vector.ptr()));
+}
+
+bool trains(const Rows& r, int64_t M) { return M && !(M >= r.other && M < r.other_end); }
+
+Pointer address(const Prepared& p, const py::object& tensor) {
+  return number<Pointer>(call(p.data_ptr, tensor));
+}
+
+template <typename T>
+T* memory(const Prepared& p, const py::object& tensor) {
+  return tensor.is_none() ? nullptr : as<T>(address(p, tensor));
+}
+
+Matrix rows_of(const Prepared& p, const py::object& tensor, DType dtype, int64_t columns) {
+  return {memory<const void>(p, tensor), dtype, columns, 1};
+}
+
+Layer layer_of(const Prepared& p, int64_t M, const py::object& rng) {
+  Layer layer = p.layer;
+  layer.M = M;
+  layer.dropout.rng = memory<const int64_t>(p, rng);
+  layer.threads = number<int>(owned(PyObject_CallNoArgs(p.threads.ptr())));
+  return layer;
+}
+
+// y; P is written where `ranks` points, null for nowhere.
+py::object forward_of(const Prepared& p, const Given& given, const py::object& x,
+                      const py::object& bias, const py::object& rng, float* ranks) {
+  Layer l = layer_of(p, given.rows, rng);
   const py::object b = bias.is_none() ? bias : call(p.float32, bias);
   const py::object xs = p.cast.is_none() ? x : call(p.cast, x);
-  const py::object y = call(p.new_empty, x, y_sizes);
-  const auto at = [&](const py::object& t) { return number<Pointer>(call(p.data_ptr, t)); };
-  l.bias = b.is_none() ? nullptr : as<const float>(at(b));
-  l.threads = number<int>(owned(PyObject_CallNoArgs(p.threads.ptr())));
-  const Matrix given{as<const void>(at(x)), p.x_dtype, l.K, 1};
-  const Matrix multiplied{p.cast.is_none() ? given.data : as<const void>(at(xs)), p.dtype, l.K, 1};
-  void* const result = as<void>(at(y));
+  const py::object y = call(p.new_empty, x, given.sizes);
+  l.bias = memory<const float>(p, b);
+  const Matrix from = rows_of(p, x, p.x_dtype, l.K), multiplied = rows_of(p, xs, p.dtype, l.K);
+  void* const result = memory<void>(p, y);
   {
     py::gil_scoped_release release;
-    std::unique_ptr<void, void (*)(void*)> s(
-        scratch_alloc(l.M * l.R * static_cast<int64_t>(sizeof(float))), scratch_free);
+    std::unique_ptr<void, void (*)(void*)> scratch(
+        ranks ? nullptr : scratch_alloc(l.M * l.R * static_cast<int64_t>(sizeof(float))),
+        scratch_free);
     lora_linear(
-        l, {given, multiplied, true, static_cast<float*>(s.get()), result, p.x_dtype, nullptr});
+        l, {from, multiplied, l.M <= p.rows.few, ranks ? ranks : static_cast<float*>(scratch.get()),
+            result, p.x_dtype, nullptr});
   }
   return y;
 }
 
-// x [..., K], contiguous; bias [N] or None; tuples for `still` -> y [..., N]; None where anything
-// is not as it was prepared for.
-PyObject* prepared_forward(PyObject* self, PyObject* const* given, Py_ssize_t count) {
+// What f(call, x, bias, what x is) returns where all is as it was prepared for, else None. Given
+// are x [..., K], contiguous; bias [N] or None; and tuples for `still`.
+template <typename F>
+PyObject* with_x(PyObject* self, PyObject* const* given, Py_ssize_t count, const F& f) {
   if (count != 5 || !are_tuples(given + 2, 3))
     return PyErr_Format(PyExc_TypeError, "want x, bias and the tuples of, what and want");
   return guarded([&]() -> PyObject* {
-    const auto of = [&](int i) { return py::reinterpret_borrow<py::object>(given[i]); };
-    const auto* const prepared = static_cast<const Prepared*>(PyCapsule_GetPointer(self, nullptr));
-    py::object y;
-    if (yes(still_all(given + 2))) y = forward_of(*prepared, of(0), of(1));
-    return y ? y.release().ptr() : Py_NewRef(Py_None);
+    const Prepared& p = prepared_of(self);
+    const py::object x = borrowed(given[0]), bias = borrowed(given[1]);
+    py::object result = py::none();
+    if (yes(still_all(given + 2))) {
+      const Given is(p, given[0], p.inner, p.columns);
+      if (is.rows && bias_fits(p, bias)) result = f(p, is, x, bias);
+    }
+    return result.release().ptr();
   });
 }
 
-py::object prepare(int64_t most_rows, int64_t K, int64_t N, int64_t R, Pointer w, int64_t w_row,
-                   int64_t w_col, const Codes4bit* codes, Pointer a, int a_dtype, int64_t a_row,
-                   Pointer b, int b_dtype, int64_t b_row, int64_t b_col, float scaling, int x_dtype,
-                   int dtype, const py::tuple& what, const py::tuple& want, const py::object& shape,
-                   const py::object& data_ptr, const py::object& new_empty, const py::object& cast,
-                   const py::object& float32, const py::object& threads) {
+// y [..., N] of few rows.
+PyObject* prepared_forward(PyObject* self, PyObject* const* given, Py_ssize_t count) {
+  return with_x(self, given, count, [](auto& p, auto& is, auto& x, auto& bias) -> py::object {
+    if (is.rows > p.rows.few) return py::none();
+    return forward_of(p, is, x, bias, py::none(), nullptr);
+  });
+}
+
+// True where `prepared_train` gives y and P.
+PyObject* prepared_trains(PyObject* self, PyObject* const* given, Py_ssize_t count) {
+  return with_x(self, given, count, [](auto& p, auto& is, auto&, auto&) -> py::object {
+    if (!trains(p.rows, is.rows)) return py::none();
+    return py::bool_(true);
+  });
+}
+
+// x and bias, for which `prepared_trains`; the mask's state or None -> (y [..., N], P [M, R]).
+PyObject* prepared_train(PyObject* self, PyObject* const* given, Py_ssize_t count) {
+  if (count != 3) return PyErr_Format(PyExc_TypeError, "want x, bias and rng");
+  return guarded([&]() -> PyObject* {
+    const Prepared& p = prepared_of(self);
+    const py::object x = borrowed(given[0]), bias = borrowed(given[1]), rng = borrowed(given[2]);
+    const Given is(p, given[0], p.inner, p.columns);
+    if (!trains(p.rows, is.rows) || !bias_fits(p, bias))
+      throw std::invalid_argument("x, bias: not what the call was prepared for");
+    const py::object ranks = call(p.ranks, x, py::make_tuple(is.rows, p.layer.R));
+    const py::object y = forward_of(p, is, x, bias, rng, memory<float>(p, ranks));
+    return py::make_tuple(y, ranks).release().ptr();
+  });
+}
+
+// dy [..., N], x [..., K], A, B, P [M, R] and rng; whether dx, dA and dB are wanted; tuples for
+// `still`, A and B among them -> (dx, dA, dB), each None where it is not wanted; None where
+// anything is not as it was prepared for.
+PyObject* prepared_backward(PyObject* self, PyObject* const* given, Py_ssize_t count) {
+  if (count != 12 || !are_tuples(given + 9, 3))
+    return PyErr_Format(PyExc_TypeError,
+                        "want dy, x, A, B, P, rng, three wishes and the tuples of, what and want");
+  return guarded([&]() -> PyObject* {
+    const Prepared& p = prepared_of(self);
+    const Given of_x(p, given[1], p.inner, p.columns);
+    if (of_x.rows < p.rows.least || !trains(p.rows, of_x.rows) || !yes(still_all(given + 9)))
+      return Py_NewRef(Py_None);
+    const Given of_dy(p, given[0], p.columns, p.inner);
+    if (of_x.rows != of_dy.rows) return Py_NewRef(Py_None);
+    const Layer l = layer_of(p, of_x.rows, borrowed(given[5]));
+    const py::object dy = borrowed(given[0]), x = borrowed(given[1]);
+    const auto empty = [&](int wish, const py::object& like) -> py::object {
+      if (given[wish] != Py_True) return py::none();
+      return call(p.new_empty, like, owned(PyObject_GetAttr(like.ptr(), p.shape.ptr())));
+    };
+    const py::object dx = empty(6, x), da = empty(7, borrowed(given[2])),
+                     db = empty(8, borrowed(given[3]));
+    const Matrix dz = rows_of(p, dy, p.x_dtype, l.N);
+    const Backward g{dz,
+                     dz,
+                     rows_of(p, x, p.x_dtype, l.K),
+                     memory<const float>(p, borrowed(given[4])),
+                     nullptr,
+                     memory<void>(p, dx),
+                     memory<void>(p, da),
+                     memory<void>(p, db),
+                     nullptr,
+                     nullptr,
+                     nullptr};
+    {
+      py::gil_scoped_release release;
+      lora_linear_backward(l, g);
+    }
+    return py::make_tuple(dx, da, db).release().ptr();
+  });
+}
+
+py::tuple prepare(const std::array<int64_t, 4>& rows, int64_t K, int64_t N, int64_t R, Pointer w,
+                  int64_t w_row, int64_t w_col, const Codes4bit* codes, Pointer a, int a_dtype,
+                  int64_t a_row, Pointer b, int b_dtype, int64_t b_row, int64_t b_col,
+                  float scaling, float keep_scale, uint32_t threshold, int x_dtype, int dtype,
+                  const py::tuple& what, const py::tuple& want, const py::object& shape,
+                  const py::object& data_ptr, const py::object& new_empty, const py::object& cast,
+                  const py::object& float32, const py::object& ranks, const py::object& threads) {
   if (what.size() != want.size()) throw std::invalid_argument("what and want: want one length");
   auto prepared = std::make_unique<Prepared>(Prepared{{},
                                                       {},
                                                       static_cast<DType>(x_dtype),
                                                       static_cast<DType>(dtype),
-                                                      most_rows,
+                                                      {rows[0], rows[1], rows[2], rows[3]},
                                                       what,
                                                       want,
+                                                      py::int_(K),
                                                       py::int_(N),
                                                       py::make_tuple(N),
                                                       shape,
@@ -428,6 +559,7 @@ py::object prepare(int64_t most_rows, int64_t K, int64_t N, int64_t R, Pointer w
                                                       new_empty,
                                                       cast,
                                                       float32,
+                                                      ranks,
                                                       threads});
   Layer& layer = prepared->layer;
   layer.w = matrix(w, dtype, w_row, w_col);
@@ -441,10 +573,14 @@ py::object prepare(int64_t most_rows, int64_t K, int64_t N, int64_t R, Pointer w
   layer.N = N;
   layer.R = R;
   layer.scaling = scaling;
-  layer.keep_scale = 1.0f;
+  layer.keep_scale = keep_scale;
+  layer.dropout.threshold = threshold;
   const py::capsule self(prepared.get(), [](void* p) { delete static_cast<Prepared*>(p); });
   prepared.release();
-  return method<prepared_forward>("prepared", METH_FASTCALL, self);
+  return py::make_tuple(method<prepared_forward>("forward", METH_FASTCALL, self),
+                        method<prepared_trains>("trains", METH_FASTCALL, self),
+                        method<prepared_train>("train", METH_FASTCALL, self),
+                        method<prepared_backward>("backward", METH_FASTCALL, self));
 }
 
 const char* use_isa_named(const std::string& name) {
@@ -467,7 +603,7 @@ PYBIND11_MODULE(_native, m) {
         "None where there is none and the kernels run on the calling thread.");
   const auto release = py::call_guard<py::gil_scoped_release>();
   py::class_<Codes4bit>(m, "Codes4bit").def(py::init(&codes_4bit));
-  m.def("prepare", prepare, "Its result: (x, bias, of, what, want) -> y or None.");
+  m.def("prepare", prepare, "Its results: forward, trains, train and backward of a layer.");
   m.def("places", places);
   m.attr("fetch") = method<fetch>("fetch", METH_O);
   m.attr("unchanged") = method<unchanged>("unchanged", METH_FASTCALL);

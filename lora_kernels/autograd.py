@@ -67,7 +67,8 @@ class LoRALinearFunction(torch.autograd.Function):
     """`ops.lora_linear` with `ops.lora_linear_backward`.
 
     What is no tensor comes in one tuple, since a Function takes time for each argument: scaling,
-    dropout_p, dtype, y_dtype, recompute and a 4-bit weight's block sizes.
+    dropout_p, dtype, y_dtype, recompute, a 4-bit weight's block sizes and the `prepared.Step` that
+    is to be taken, or None.
 
     Saved for backward: the inputs, P = D(x)·Aᵀ [M, R] (made again there where `recompute` is), the
     rng state; z [M, N] only where the column scale needs a gradient.
@@ -87,12 +88,15 @@ class LoRALinearFunction(torch.autograd.Function):
         numbers: tuple[Any, ...],
         *codes: Any,
     ) -> Tensor:
-        scaling, dropout_p, dtype, y_dtype, recompute, blocksizes = numbers
+        scaling, dropout_p, dtype, y_dtype, recompute, blocksizes, step = numbers
         save_z = column_scale is not None and ctx.needs_input_grad[5]
         y: Tensor
         p: Tensor | None
+        z: Tensor | None = None
         choice: Choice | None = None
-        if ops.plain(x, codes[0] if codes else weight, lora_A, lora_B):
+        if step is not None:
+            y, p = step.train(x, bias, rng)
+        elif ops.plain(x, codes[0] if codes else weight, lora_A, lora_B):
             held = Codes(*codes, *blocksizes) if codes else weight
             choice = ops.choose(x, held, lora_A, lora_B, dtype, rng)
             y, p, z = ops.lora_linear_direct(
@@ -117,10 +121,19 @@ class LoRALinearFunction(torch.autograd.Function):
     @_once
     def backward(ctx: Any, saved: tuple[Any, ...], dy: Tensor) -> tuple[Tensor | None, ...]:
         x, lora_A, lora_B, p, z, rank_gate, column_scale, rng, weight, *codes = saved
-        scaling, dropout_p, dtype, _, _, blocksizes = ctx.numbers
+        scaling, dropout_p, dtype, _, _, blocksizes, step = ctx.numbers
         choice, need = ctx.choice, ctx.needs_input_grad
         need_x, need_A, need_B = need[0], need[2], need[3]
         need_gate, need_column_scale, need_bias = need[4], need[5], need[6]
+        if step is not None:
+            wanted = need_x, need_A, need_B
+            found = None
+            if not need_bias:
+                found = step.backward(dy, x, weight, lora_A, lora_B, p, rng, *wanted)
+            if found is not None:
+                dx, dA, dB = found
+                return dx, None, dA, dB, *[None] * (5 + len(codes))
+            choice = step.choice(p.shape[0])
         base: tuple[Any, ...] = (*codes, *blocksizes) if codes else (weight,)
         call: Any = ops.lora_linear_backward_4bit if codes else ops.lora_linear_backward
         if p is None:

@@ -101,7 +101,7 @@ def lora_linear(
             x, Codes(*codes) if codes else weight, lora_A, lora_B, scaling, *tensors, dropout_p,
             rng, dtype, y_dtype, False,
         )[0]  # fmt: skip
-    numbers = (scaling, dropout_p, dtype, y_dtype, recompute, codes[-2:])
+    numbers = (scaling, dropout_p, dtype, y_dtype, recompute, codes[-2:], None)
     return LoRALinearFunction.apply(  # type: ignore[no-any-return]
         x, weight, lora_A, lora_B, *tensors, rng, numbers, *codes[:-2]
     )
@@ -230,10 +230,15 @@ def _dropout(x: Tensor, dropout_p: float, rng: Tensor | None) -> tuple[float, Te
     if not 0.0 <= dropout_p <= 1.0:  # NaN fails this too
         raise ValueError(f"dropout_p: got {dropout_p}, want a probability in [0, 1]")
     if rng is None:
-        rng = torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=x.device)
+        rng = drawn(x)
     else:
         _check_rng(rng, x)
     return dropout_p, rng
+
+
+def drawn(x: Tensor) -> Tensor:
+    """A dropout mask's state, from the default generator of x's device."""
+    return torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=x.device)
 
 
 @torch.no_grad()

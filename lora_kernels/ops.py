@@ -8,6 +8,7 @@ made in here, so a compiler never sees which one it named.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -180,6 +181,8 @@ def rank_product(
 
 
 Prepared = cpu.Prepared  # of the one backend that has such a thing
+Fact = cpu.Fact
+_NO_STEP = (0, sys.maxsize, 0)  # whatever the rows
 
 
 def prepare(
@@ -190,7 +193,7 @@ def prepare(
     scaling: float,
     dtype: torch.dtype,
     rows: int,
-    facts: Sequence[tuple[object, object, object]],
+    facts: Sequence[Fact],
 ) -> Prepared | None:
     """`lora_linear_direct` for up to `rows` rows of x, no more than `select.few_rows`, y in x's
     dtype, with its pointers and sizes bound, where the backend chosen for them has such a thing.
@@ -203,7 +206,39 @@ def prepare(
     )  # fmt: skip
     if choice.backend != "cpu" or choice.strategy not in cpu.OF_FEW_ROWS:
         return None
-    return cpu.Prepared(weight, lora_A, lora_B, scaling, x_dtype, dtype, rows, facts)
+    return Prepared(weight, lora_A, lora_B, scaling, x_dtype, dtype, (rows, *_NO_STEP), facts)
+
+
+def prepare_step(
+    weight: Tensor | Codes,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dtype: torch.dtype,
+    few: int,
+    facts: Sequence[Fact],
+    dropout_p: float,
+) -> tuple[Prepared, tuple[select.Choice, select.Choice]] | None:
+    """`lora_linear_direct` and its backward likewise, for x in `dtype`, where the backend has such
+    a thing for more rows than `few`, which are `select.few_rows`; and the choices for those and for
+    more."""
+    (R, K), (N, _), four_bit = lora_A.shape, lora_B.shape, isinstance(weight, Codes)
+    large = range(0) if four_bit else select.large_products(dtype, N * K)
+    many = few + 1 if few + 1 not in large else large.stop
+    few_choice, choice = (
+        select.lora_linear(
+            "cpu", dtype, lora_A.dtype, lora_B.dtype, dtype, R, rows, four_bit, N, K,
+            dropout_p > 0, None, layout("cpu", weight, dtype),
+        )
+        for rows in (few, many)
+    )  # fmt: skip
+    if choice.backend != "cpu" or not cpu.trains(choice.strategy) or select.strategy_asked():
+        return None
+    rows = (few, large.start, large.stop, 1 if four_bit else 2)  # of one, dx is the library's
+    return (
+        Prepared(weight, lora_A, lora_B, scaling, dtype, dtype, rows, facts, dropout_p),
+        (few_choice, choice),
+    )
 
 
 def lora_linear_backward_direct(

@@ -1,18 +1,22 @@
-"""`lora_linear` for decoding: what is the same for every token is done once."""
+"""`lora_linear` for a layer: what is the same for every token, or every step, is done once."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from . import ops, select
-from .functional import base_dtype, dora_norm, lora_linear
-from .ops import Prepared
+from .autograd import LoRALinearFunction
+from .functional import base_dtype, dora_norm, drawn, lora_linear
+from .ops import Fact, Prepared
 from .quantization import Weight4bit
+from .quantization.codes import Codes
+from .select import Choice
 
 
 def prepare(
@@ -42,29 +46,16 @@ def prepare(
     ...     call is None or torch.equal(call(x), y)
     True
     """
-    if torch.is_grad_enabled() or not x.is_cpu or ops.autocast("cpu"):
+    if torch.is_grad_enabled():
         return None
-    tensor = weight.packed if isinstance(weight, Weight4bit) else weight
-    if not ops.plain(x, tensor, lora_A, lora_B) or lora_A.stride(1) != 1:
+    bound = _bound(x, weight, lora_A, lora_B, compute_dtype)
+    if bound is None:
         return None
-    dtype = base_dtype("cpu", x.dtype, compute_dtype)
-    called_by_address = [lora_A, lora_B]
-    if tensor is weight:
-        if tensor.dtype is not dtype or tensor.stride(1) != 1:
-            return None
-        called_by_address.append(tensor)
-    rows = select.few_rows(dtype, isinstance(weight, Weight4bit), weight.shape[0] * weight.shape[1])
-    if x.numel() > rows * x.shape[-1]:
+    base, dtype, few, facts = bound
+    if x.numel() > few * x.shape[-1]:
         return None
-    base = weight.codes if isinstance(weight, Weight4bit) else weight
-    facts = [
-        (None, torch.is_grad_enabled, False),
-        (None, ops.watched, False),
-        ("cpu", ops.autocast, False),
-        (None, select.circumstances, select.circumstances()),
-        *((t, what, _said(t, what)) for t in called_by_address for what in _WHERE),
-    ]
-    return ops.prepare(x.dtype, base, lora_A, lora_B, scaling, dtype, rows, facts)
+    off: Fact = (None, torch.is_grad_enabled, False)
+    return ops.prepare(x.dtype, base, lora_A, lora_B, scaling, dtype, few, [off, *facts])
 
 
 # Of a matrix that is called by its address: a name or a function.
@@ -76,23 +67,196 @@ _WHERE: tuple[str | Callable[[Tensor], object], ...] = (
 )
 
 
+def _bound(
+    x: Tensor,
+    weight: Tensor | Weight4bit,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    compute_dtype: torch.dtype | None,
+) -> tuple[Tensor | Codes, torch.dtype, int, list[Fact]] | None:
+    """The base, the dtype of its product, how many rows are few, and what has to be as it is now;
+    None for what no call is prepared for."""
+    if not x.is_cpu or ops.autocast("cpu"):
+        return None
+    four_bit = isinstance(weight, Weight4bit)
+    base = weight.codes if isinstance(weight, Weight4bit) else weight
+    held = base if isinstance(base, Tensor) else base.packed
+    if not ops.plain(x, held, lora_A, lora_B) or lora_A.stride(1) != 1:
+        return None
+    dtype = base_dtype("cpu", x.dtype, compute_dtype)
+    called_by_address = [lora_A, lora_B]
+    if isinstance(base, Tensor):
+        if base.dtype is not dtype or base.stride(1) != 1:
+            return None
+        called_by_address.append(base)
+    facts: list[Fact] = [
+        (None, ops.watched, False),
+        ("cpu", ops.autocast, False),
+        (None, select.circumstances, select.circumstances()),
+        *((t, what, _said(t, what)) for t in called_by_address for what in _WHERE),
+    ]
+    return base, dtype, select.few_rows(dtype, four_bit, weight.shape[0] * weight.shape[1]), facts
+
+
 def _said(t: Tensor, what: str | Callable[[Tensor], object]) -> object:
     return getattr(t, what) if isinstance(what, str) else what(t)
 
 
+class Step:
+    """`lora_linear` with gradients on one weight and adapter, checked and chosen once, for calls
+    like one that it has answered without gate and column scale.
+
+    Called with x and a bias or None, it returns y, bit for bit `lora_linear`'s, and so are the
+    gradients; or None where that is to be called, as `prepare`'s results do.
+    """
+
+    __slots__ = (
+        "_args", "_call", "_choices", "_codes", "_few", "_numbers", "_wants", "_whats"
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        call: Prepared,
+        choices: tuple[Choice, Choice],
+        few: int,
+        args: tuple[Any, ...],
+        numbers: tuple[Any, ...],
+        codes: tuple[Any, ...],
+        facts: list[Fact],
+    ) -> None:
+        self._call, self._choices, self._few = call, choices, few
+        self._args, self._numbers, self._codes = args, numbers, codes
+        _, self._whats, self._wants = zip(_batched, *facts, strict=True)
+
+    @classmethod
+    def of(
+        cls,
+        x: Tensor,
+        weight: Tensor | Weight4bit,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: float,
+        compute_dtype: torch.dtype | None = None,
+        dropout_p: float = 0.0,
+    ) -> Step | None:
+        """The next one, where there is a shorter way. The adapter is of leaves: what another's
+        graph holds would stay in memory until the next call."""
+        if not (torch.is_grad_enabled() and lora_A.is_leaf and lora_B.is_leaf):
+            return None
+        bound = _bound(x, weight, lora_A, lora_B, compute_dtype)
+        if bound is None or bound[1] is not x.dtype:
+            return None
+        base, dtype, few, facts = bound
+        codes: tuple[Any, ...] = () if isinstance(base, Tensor) else tuple(base)
+        frozen: list[Fact] = [] if codes else [(base, "requires_grad", False)]
+        if isinstance(base, Tensor) and base.requires_grad:
+            return None
+        prepared = ops.prepare_step(
+            base, lora_A, lora_B, scaling, dtype, few, facts + frozen, dropout_p
+        )
+        if prepared is None:
+            return None
+        dense = None if codes else base
+        numbers = (scaling, dropout_p, dtype, dtype, False, codes[-2:])
+        return cls(*prepared, few, (dense, lora_A, lora_B), numbers, codes[:-2], facts)
+
+    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor | None:
+        if not self._call.trains(x, bias):
+            return None
+        rng = drawn(x) if self._numbers[1] else None
+        return LoRALinearFunction.apply(  # type: ignore[no-any-return]
+            x, *self._args, None, None, bias, rng, (*self._numbers, self), *self._codes
+        )
+
+    def train(self, x: Tensor, bias: Tensor | None, rng: Tensor | None) -> tuple[Tensor, Tensor]:
+        """y and P, as `LoRALinearFunction` wants them."""
+        return self._call.train(x, bias, rng)
+
+    def backward(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        weight: Tensor | None,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        p: Tensor,
+        rng: Tensor | None,
+        need_x: bool,
+        need_A: bool,
+        need_B: bool,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None] | None:
+        """dx, dA and dB; None where any of these is not what it was."""
+        of = (dy, None, "cpu", None, *[lora_A] * len(_WHERE), *[lora_B] * len(_WHERE))
+        if weight is not None:
+            of += (weight,) * len(_WHERE)
+        return self._call.backward(
+            dy, x, lora_A, lora_B, p, rng, need_x, need_A, need_B, of, self._whats, self._wants
+        )
+
+    def choice(self, rows: int) -> Choice:
+        """`ops.choose`'s when the call was made, for so many rows of x."""
+        return self._choices[rows > self._few]
+
+
+_batched: Fact = (None, ops.batched, False)
+
+
+class Calls:
+    """The calls prepared for one weight and adapter, with gradients and without."""
+
+    __slots__ = ("_decode", "_left", "_numbers", "_step", "_tensors")
+
+    def __init__(
+        self,
+        weight: Tensor | Weight4bit,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: float,
+        compute_dtype: torch.dtype | None = None,
+        dropout_p: float = 0.0,
+    ) -> None:
+        self._tensors = weight, lora_A, lora_B
+        self._numbers = scaling, compute_dtype, dropout_p
+        self._decode: Prepared | None = None
+        self._step: Step | None = None
+        self._left = 8  # steps yet to be prepared: in vain where tensors move before each
+
+    def of(
+        self, tensors: tuple[Tensor | Weight4bit, Tensor, Tensor], numbers: tuple[object, ...]
+    ) -> bool:
+        """Whether they are for these very tensors, weight, A and B, and for this scaling, compute
+        dtype and dropout."""
+        return all(map(operator.is_, self._tensors, tensors)) and self._numbers == numbers
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
+        """`lora_linear`'s y, or None where that is to be called, and `renew` then."""
+        call = self._step if torch.is_grad_enabled() else self._decode
+        return None if call is None else call(x, bias)
+
+    def renew(self, x: Tensor) -> bool:
+        """After `lora_linear` has answered for x: whether anything is prepared for the next."""
+        if not torch.is_grad_enabled():
+            scaling, compute_dtype, dropout_p = self._numbers
+            if not dropout_p:
+                new = prepare(x, *self._tensors, scaling, compute_dtype)
+                self._decode = new or self._decode
+        elif self._left:
+            self._left -= 1
+            self._step = Step.of(x, *self._tensors, *self._numbers) or self._step
+        return self._decode is not None or self._step is not None
+
+
 class Latest:
-    """`lora_linear` for one layer, which prepares the call that it answers and takes the prepared
-    one for the next with the same weight, adapter and scaling.
+    """`lora_linear` for one layer, without gate and column scale, which prepares the call that it
+    answers and takes the prepared one for the next with the same weight, adapter and numbers.
 
     Copied or saved, it starts anew.
     """
 
-    __slots__ = ("_call", "_numbers", "_tensors")
+    __slots__ = ("_calls",)
 
     def __init__(self) -> None:
-        self._call: Prepared | None = None
-        self._tensors: tuple[object, ...] = ()
-        self._numbers: tuple[object, ...] = ()
+        self._calls: Calls | None = None
 
     def __call__(
         self,
@@ -103,19 +267,20 @@ class Latest:
         scaling: float,
         bias: Tensor | None,
         compute_dtype: torch.dtype | None = None,
+        dropout_p: float = 0.0,
     ) -> Tensor:
-        tensors, numbers = (weight, lora_A, lora_B), (scaling, compute_dtype, _kind(weight))
-        if self._call is not None:
-            if all(map(operator.is_, self._tensors, tensors)) and self._numbers == numbers:
-                y = self._call(x, bias)
-                if y is not None:
-                    return y
-            else:  # which would keep their memory
-                self._call, self._tensors = None, ()
-        y = lora_linear(x, weight, lora_A, lora_B, scaling, bias, compute_dtype=compute_dtype)
-        call = prepare(x, weight, lora_A, lora_B, scaling, compute_dtype)
-        if call is not None:
-            self._call, self._tensors, self._numbers = call, tensors, numbers
+        calls, numbers = self._calls, (scaling, compute_dtype, dropout_p)
+        if calls is not None and calls.of((weight, lora_A, lora_B), numbers):
+            y = calls(x, bias)
+            if y is not None:
+                return y
+        else:  # whose tensors would stay in memory
+            self._calls, calls = None, Calls(weight, lora_A, lora_B, *numbers)
+        y = lora_linear(
+            x, weight, lora_A, lora_B, scaling, bias,
+            compute_dtype=compute_dtype, dropout_p=dropout_p,
+        )  # fmt: skip
+        self._calls = calls if calls.renew(x) else None
         return y
 
     def __reduce__(self) -> tuple[type[Latest], tuple[()]]:
@@ -152,11 +317,6 @@ class Rankless:
 
     def __reduce__(self) -> tuple[type[Rankless], tuple[()]]:
         return Rankless, ()
-
-
-def _kind(weight: Tensor | Weight4bit) -> tuple[object, ...]:
-    """What a weight may change without being another object: nothing of a Weight4bit."""
-    return () if isinstance(weight, Weight4bit) else (weight.dtype, weight.shape)
 
 
 class KeptNorm:

@@ -167,7 +167,7 @@ def lora_linear(
     size = (columns or _UNKNOWN) * (inner or _UNKNOWN)
     few = few_rows(dtype, four_bit, size, layout.columns)
     many = None if rows is None else rows > few
-    large = range(0) if four_bit else _large_products(dtype, size)
+    large = range(0) if four_bit else large_products(dtype, size)
     if rows is not None:  # so that the cache holds one entry for all rows
         large = _ALL if many and rows in large else range(0)
     gpu_obstacle = None
@@ -285,7 +285,7 @@ def few_rows(
     return 0 if isa == "scalar" and dtype is not torch.float32 else FEW_ROWS.get(isa, 0)
 
 
-def _large_products(dtype: torch.dtype, size: int) -> range:
+def large_products(dtype: torch.dtype, size: int) -> range:
     """The numbers of rows for which a dense product is the library's, of `size` elements of W."""
     amx = native.isa == "amxbf16"
     if native.intel and dtype is torch.float32:
@@ -312,6 +312,11 @@ def _any_rows(many: str, few: str, few_rows: int, large: range) -> str:
     if large:
         parts.append(f"from {start} {f'to {large.stop - 1}' if ends else 'on'} {cpu.LIBRARY}")
     return "; ".join(parts)
+
+
+def strategy_asked() -> str | None:
+    """The strategy that was asked for by name."""
+    return forced.current.get().strategy
 
 
 def circumstances() -> tuple[object, ...]:

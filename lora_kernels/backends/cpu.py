@@ -21,6 +21,7 @@ Deterministic for a given M, instruction set and thread count.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
@@ -53,6 +54,10 @@ _OF_X = (
     (Tensor._is_zerotensor, False),
 )
 
+Fact = tuple[object, object, object]
+
+_new_ranks = functools.partial(Tensor.new_empty, dtype=torch.float32)
+
 
 def _rows(t: Tensor) -> Tensor:
     """A matrix whose rows are contiguous, whatever their distance."""
@@ -79,15 +84,19 @@ def _ptr(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
+def _dropped(dropout_p: float) -> tuple[float, int]:
+    """1/(1−p) and the threshold, as kernels take them."""
+    if not dropout_p:
+        return 1.0, 0
+    return reference.dropout_scale(dropout_p), reference.dropout_threshold(dropout_p)
+
+
 def _mask(dropout_p: float, rng: Tensor | None) -> tuple[int, int, float]:
     """What kernels take of dropout: rng pointer (0: none), threshold, 1/(1−p)."""
     if rng is None:
         return 0, 0, 1.0
-    return (
-        rng.data_ptr(),
-        reference.dropout_threshold(dropout_p),
-        reference.dropout_scale(dropout_p),
-    )
+    keep_scale, threshold = _dropped(dropout_p)
+    return rng.data_ptr(), threshold, keep_scale
 
 
 def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
@@ -205,11 +214,13 @@ def lora_linear(
 
 
 class Prepared:
-    """The forward for a few rows of x, its pointers, strides and sizes bound; y in x's dtype.
+    """A layer without gate and column scale, its pointers, strides and sizes bound; y in x's dtype.
 
     Holds good as long as the tensors stay where they are; their values are read in each call. No
     copy can be made, which would point into the same memory.
 
+    rows: up to how many are few; of a training step, those from the second number to before the
+    third are another's, and so is dx of fewer than the fourth.
     facts: what has to be as it was, each (of, what, want): what an attribute's name or a function
     says of an object, or a function of nothing where that is None.
     """
@@ -222,8 +233,9 @@ class Prepared:
         scaling: float,
         x_dtype: torch.dtype,
         dtype: torch.dtype,
-        rows: int,
-        facts: Sequence[tuple[object, object, object]],
+        rows: tuple[int, int, int, int],
+        facts: Sequence[Fact],
+        dropout_p: float = 0.0,
     ) -> None:
         assert native.module is not None
         (R, K), (N, _) = lora_A.shape, lora_B.shape
@@ -232,20 +244,58 @@ class Prepared:
         cast = None if x_dtype is dtype else lambda x: x.to(dtype)
         self.weight = weight  # which owns the memory
         self.facts = tuple(zip(*facts, strict=True))
-        self.forward = native.module.prepare(
+        self._forward, self._trains, self._train, self._backward = native.module.prepare(
             rows, K, N, R, *_weight(dense), codes,
             lora_A.data_ptr(), _DTYPE[lora_A.dtype], lora_A.stride(0),
             lora_B.data_ptr(), _DTYPE[lora_B.dtype], lora_B.stride(0), lora_B.stride(1),
-            scaling, _DTYPE[x_dtype], _DTYPE[dtype], *zip(*_OF_X, ("dtype", x_dtype), strict=True),
-            "shape", Tensor.data_ptr, Tensor.new_empty, cast, _vector, torch.get_num_threads,
+            scaling, *_dropped(dropout_p), _DTYPE[x_dtype], _DTYPE[dtype],
+            *zip(*_OF_X, ("dtype", x_dtype), strict=True),
+            "shape", Tensor.data_ptr, Tensor.new_empty, cast, _vector, _new_ranks,
+            torch.get_num_threads,
         )  # fmt: skip
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a prepared call: got copied or pickled, want one made by prepare")
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor | None:
-        """x [..., K] -> y [..., N]; None where x or a fact is not as it was, or x has more rows."""
-        return self.forward(x, bias, *self.facts)  # type: ignore[no-any-return]
+        """x [..., K] -> y [..., N]; None where x or a fact is not as it was, or x has more rows
+        than few."""
+        return self._forward(x, bias, *self.facts)  # type: ignore[no-any-return]
+
+    def trains(self, x: Tensor, bias: Tensor | None) -> bool:
+        """Whether `train` is for such an x."""
+        return self._trains(x, bias, *self.facts) is not None
+
+    def train(
+        self, x: Tensor, bias: Tensor | None, rng: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """x [..., K], of which `trains` is true -> y [..., N], P [M, R] float32; rng where there is
+        dropout."""
+        return self._train(x, bias, rng)  # type: ignore[no-any-return]
+
+    def backward(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        p: Tensor,
+        rng: Tensor | None,
+        need_x: bool,
+        need_A: bool,
+        need_B: bool,
+        *facts: tuple[object, ...],
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None] | None:
+        """dy [..., N] and what `train` had and gave -> dx, dA, dB, each None where it is not
+        wanted; None where a fact is not as it was, or any of these. facts: three tuples."""
+        return self._backward(  # type: ignore[no-any-return]
+            dy, x, lora_A, lora_B, p, rng, need_x, need_A, need_B, *facts
+        )
+
+
+def trains(strategy: str) -> bool:
+    """Whether both directions are kernels of this module, which a step can be prepared for."""
+    return strategy != LIBRARY and native.isa in SINGLE_PASS_ISAS
 
 
 def lora_linear_backward(

@@ -247,13 +247,15 @@ class LoRALinear(nn.Module):
         gate, column_scale = self._gate(), self._column_scale(weight)
         lora_B = self._adapter_B()
         varied = gate is not None or column_scale is not None
-        if varied or torch.is_grad_enabled() or dropout_p or torch.compiler.is_compiling():
+        if varied or self._recompute or torch.compiler.is_compiling():
             return lora_linear(
                 x, weight, self.lora_A, lora_B, self.scaling, self.bias, rank_gate=gate,
                 column_scale=column_scale, dropout_p=dropout_p, compute_dtype=compute_dtype,
                 recompute=self._recompute,
             )  # fmt: skip
-        return self._latest(x, weight, self.lora_A, lora_B, self.scaling, self.bias, compute_dtype)
+        return self._latest(
+            x, weight, self.lora_A, lora_B, self.scaling, self.bias, compute_dtype, dropout_p
+        )
 
     _recompute = False  # see `lora_linear`
     _default_init: Init = "kaiming"

@@ -25,8 +25,7 @@ from torch import Tensor, nn
 
 from ..backends import native
 from ..functional import lora_linear, multi_lora_linear
-from ..ops import Prepared
-from ..prepared import KeptNorm, prepare
+from ..prepared import Calls, KeptNorm
 from ..quantization import Weight4bit
 
 _LINEAR_FORWARD = nn.Linear.forward
@@ -148,7 +147,7 @@ class _Ready:
     facts: tuple[tuple[Any, ...], ...]  # of, what, want: see `native.module.unchanged`
     hooks: tuple[dict[int, Any], ...]
     cold: bytes  # where all this lies: see `native.module.places`
-    decode: Prepared | None
+    calls: Calls
 
     @classmethod
     def of(
@@ -206,6 +205,8 @@ class _Ready:
         dicts = (entry for entry, _ in entries)
         cold = {id(it): it for it in (*dicts, *hooks, stored, A, B)}
         addresses = (address for t in (stored, A, B) for address in _memory_of(t))
+        prepared = Calls(weight, A, B, scaling, compute_dtype, dropout_p(dropout))
+        prepared.renew(x)
         return cls(
             x.dtype,
             None if x.is_cpu else x.device,
@@ -223,7 +224,7 @@ class _Ready:
             tuple(zip(*facts, strict=True)),
             hooks,
             native.module.places((*cold.values(), *addresses)),
-            None if dropout_p(dropout) else prepare(x, weight, A, B, scaling, compute_dtype),
+            prepared,
         )
 
     def _holds(self, layer: Any) -> bool:
@@ -239,26 +240,31 @@ class _Ready:
         )
 
     def __call__(self, layer: Any, x: Tensor) -> Tensor | None:
-        """`lora_linear`, or None where `forward` has to decide again; without gradients the call
-        for a few rows is prepared for the next."""
+        """`lora_linear`, which is prepared for the next call, or None where `forward` has to decide
+        again."""
         if not self._holds(layer):
             return None
         bias, p = self.base_parameters["bias"], dropout_p(self.dropout)
-        decoding = not (p or torch.is_grad_enabled())
-        if decoding and self.decode is not None:
-            y = self.decode(x, bias)  # which looks at x and the adapter itself
+        tensors, numbers = (
+            (self.weight, self.lora_A, self.lora_B),
+            (self.scaling, self.compute_dtype, p),
+        )
+        if self.calls.of(tensors, numbers):
+            y = self.calls(x, bias)  # which looks at x and the adapter itself
             if y is not None:
                 return y
+        else:
+            self.calls = Calls(*tensors, *numbers)
         if (
             x.dtype is not self.x_dtype
             or not (x.is_cpu if self.device is None else x.device == self.device)
             or (self.lora_A.dtype, self.lora_B.dtype) != self.adapter_dtypes
         ):
             return None
-        rest = self.weight, self.lora_A, self.lora_B, self.scaling
-        y = lora_linear(x, *rest, bias, dropout_p=p, compute_dtype=self.compute_dtype)
-        if decoding:
-            self.decode = prepare(x, *rest, self.compute_dtype) or self.decode
+        y = lora_linear(
+            x, *tensors, self.scaling, bias, dropout_p=p, compute_dtype=self.compute_dtype
+        )
+        self.calls.renew(x)
         # bitsandbytes returns x's, under autocast too.
         return y.to(x.dtype) if isinstance(self.weight, Weight4bit) else y
 

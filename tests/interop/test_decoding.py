@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 import lora_kernels
 from lora_kernels import select
-from lora_kernels.backends import native
+from lora_kernels.backends import cpu, native
 from lora_kernels.ops import Prepared
 from lora_kernels.peft import fuse
 from lora_kernels.peft.linear import _Ready
-from lora_kernels.prepared import prepare
+from lora_kernels.prepared import Step, prepare
 from lora_kernels.quantization import Weight4bit, quantize_4bit
 
 from .tiny import add_lora, count_ops
@@ -385,6 +385,54 @@ def test_parameters_that_were_computed_go_from_memory(layer: Any) -> None:
     del A, y
     gc.collect()
     assert gone() is None
+
+
+@pytest.mark.skipif(native.isa not in cpu.SINGLE_PASS_ISAS, reason="the library's product")
+@pytest.mark.parametrize("dtype", [f32, bf16], ids=str)
+def test_a_step_is_prepared(
+    layer: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both directions, with the same bits and dropout's; not for another adapter."""
+    if not isinstance(layer.base_layer.weight, bnb.nn.Params4bit):
+        layer.base_layer.to(dtype)
+    answers: list[bool] = []
+    for name in ("__call__", "backward"):
+        whole = getattr(Step, name)
+
+        def watched(*args: Any, whole: Any = whole) -> Any:
+            found = whole(*args)
+            answers.append(found is not None)
+            return found
+
+        monkeypatch.setattr(Step, name, watched)
+
+    def step() -> list[Tensor]:
+        layer.zero_grad()
+        x = row(40).to(dtype).requires_grad_()
+        y = layer(x)
+        y.backward(torch.ones_like(y))
+        weights = (part.default.weight for part in (layer.lora_A, layer.lora_B))
+        return [y.detach(), *(t.grad for t in (x, *weights))]
+
+    want = step()
+    assert not answers
+    for _ in range(2):
+        assert all(map(torch.equal, step(), want))
+    assert answers == [True] * 4
+    layer.lora_dropout["default"] = nn.Dropout(0.5).train()
+    torch.manual_seed(5)
+    first, *_ = step(), step()
+    torch.manual_seed(5)
+    assert all(map(torch.equal, step(), first)) and not torch.equal(step()[0], first[0])
+    assert len(answers) == 4 + 2 * 3
+    layer.lora_dropout["default"].eval()
+    layer.set_adapter("other")
+    step_of_other = layer(row(40).to(dtype))
+    assert not torch.equal(step_of_other, want[0])
+    layer.set_adapter("default")
+    for _ in range(2):
+        assert all(map(torch.equal, step(), want))
+    assert answers[-2:] == [True] * 2
 
 
 def test_a_layer_goes_from_memory_at_once(layer: Any) -> None:

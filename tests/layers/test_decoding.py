@@ -176,7 +176,8 @@ def test_copies_start_anew(layer: LoRALinear) -> None:
 def test_what_was_remembered_is_let_go(layer: LoRALinear) -> None:
     for change in (lambda: layer.to(torch.bfloat16), lambda: new_parameter(layer)):
         layer(x().to(layer.lora_A.dtype))
-        held = weakref.ref(layer._latest._call)
+        assert layer._latest._calls is not None
+        held = weakref.ref(layer._latest._calls._decode)
         assert held() is not None
         change()
         layer(x(200).to(layer.lora_A.dtype))  # for which no call is prepared

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from lora_kernels import functional
 from lora_kernels.measure import bench, timing
 from lora_kernels.measure import case as cases
 from lora_kernels.measure.case import Case
@@ -131,22 +132,37 @@ def test_few_rows_are_timed_as_they_are_decoded(dropout_p: float) -> None:
     """By the prepared call of a layer, where there is one; what it returns is checked too."""
     case = Case(2, 8, 16, 3, dropout_p=dropout_p)
     args = cases.inputs(case)
-    call = bench._forward(bench.decoding(args), args)
+    call = bench._forward(bench.ours(args), args)
     with torch.no_grad():
-        assert torch.equal(call(), bench._forward(bench.ours(args), args)())
+        assert torch.equal(call(), bench._forward(functional.lora_linear, args)())
     assert bench._decoded_otherwise(case) == []
 
 
 def test_wrong_decoding_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong_from_the_second_on(args: dict[str, Any]) -> Any:
-        calls = itertools.count()
-        return lambda **rest: bench.ours(args)(**rest) + (next(calls) > 0)
+    plain = bench.ours
 
-    monkeypatch.setattr(bench, "decoding", wrong_from_the_second_on)
+    def wrong_without_gradients(args: dict[str, Any]) -> Any:
+        call = plain(args)
+        return lambda **rest: call(**rest) + (not torch.is_grad_enabled())
+
+    monkeypatch.setattr(bench, "ours", wrong_without_gradients)
     rows = bench.measure(Case(2, 8, 16, 3), 0.0)
     assert [row["correct"] for row in rows] == [False] * 5
     assert all("ours" not in row["tax"] and "eager" in row["tax"] for row in rows)
     assert "without gradients" in rows[0]["misses"]["ours"]
+
+
+def test_wrong_second_calls_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer's first prepares those that are timed."""
+    plain = bench.ours
+
+    def wrong_from_the_second_on(args: dict[str, Any]) -> Any:
+        call, calls = plain(args), itertools.count()
+        return lambda **rest: call(**rest) + (next(calls) > 0)
+
+    monkeypatch.setattr(bench, "ours", wrong_from_the_second_on)
+    rows = bench.measure(Case(32, 8, 16, 3), 0.0)
+    assert len(rows) == 3 and all("y MISS" in row["misses"]["ours"] for row in rows)
 
 
 def test_long_rounds_are_fewer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,15 +38,21 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def broken(monkeypatch: pytest.MonkeyPatch, output: str, by: float = 1.01) -> None:
     """The backend's result is off by a hundredth: less than what a test of losses would see."""
     name, place = RESULTS[output]
-    op: Callable[..., Any] = getattr(ops._BACKENDS[BACKEND], name)
 
-    def wrong(*args: Any) -> Any:
-        found = list(op(*args))
-        if found[place] is not None:
-            found[place] = found[place] * by
-        return tuple(found)
+    def spoil(of: Any, name: str) -> None:
+        op: Callable[..., Any] = getattr(of, name)
 
-    monkeypatch.setattr(ops._BACKENDS[BACKEND], name, wrong)
+        def wrong(*args: Any) -> Any:
+            found = op(*args)
+            if found is None or found[place] is None:
+                return found
+            return (*found[:place], found[place] * by, *found[place + 1 :])
+
+        monkeypatch.setattr(of, name, wrong)
+
+    spoil(ops._BACKENDS[BACKEND], name)
+    if place < 3:  # of what a layer prepares
+        spoil(ops.Prepared, "backward" if name.endswith("backward") else "train")
 
 
 @pytest.mark.parametrize("output", ["y", "dx", "dA", "dB"])

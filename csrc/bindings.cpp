@@ -319,6 +319,61 @@ struct Rows {
   int64_t few, other, other_end, least;
 };
 
+// What DLPack's table of functions (its interface for C, version 1) says of a tensor in one call;
+// each look at an attribute runs code of its own, which has left the caches like all else.
+
+struct DlTensor {
+  void* data;
+  int32_t device_type, device_id, ndim;
+  uint8_t code, bits;
+  uint16_t lanes;
+  int64_t *shape, *strides;
+  uint64_t byte_offset;
+};
+
+struct DlExchange {
+  uint32_t major, minor;
+  const void *older, *allocator, *to_dlpack, *from_dlpack;
+  int (*look)(void* tensor, DlTensor* out);
+  const void* stream;
+};
+
+const DlExchange* exchange = nullptr;  // PyTorch's, from 2.10 on, of tensors of this class
+PyTypeObject* tensor_class = nullptr;
+
+// Whether this class of tensors has one; None has not.
+bool use_exchange(const py::object& of) {
+  const char* const name = "__dlpack_c_exchange_api__";
+  exchange = nullptr;
+  if (of.is_none() || !py::hasattr(of, name)) return false;
+  const py::object capsule = of.attr(name);
+  const void* const found = PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api");
+  if (!found) throw py::error_already_set();
+  const auto* const table = static_cast<const DlExchange*>(found);
+  tensor_class = reinterpret_cast<PyTypeObject*>(of.ptr());  // which lives as long as PyTorch
+  if (table->major == 1 && table->look) exchange = table;
+  return exchange;
+}
+
+// False, without a Python error, for what has no memory.
+bool look(PyObject* tensor, DlTensor& to) {
+  if (PyObject_TypeCheck(tensor, tensor_class) && exchange->look(tensor, &to) == 0) return true;
+  PyErr_Clear();
+  return false;
+}
+
+// Where a tensor lies, and as what: bytes that compare equal where nothing of that has changed.
+PyObject* where(PyObject*, PyObject* tensor) {
+  DlTensor t;
+  if (!exchange || !look(tensor, t) || t.ndim > 4) Py_RETURN_NONE;
+  int64_t all[4 + 2 * 4] = {reinterpret_cast<int64_t>(t.data), static_cast<int64_t>(t.byte_offset),
+                            int64_t{t.device_type} << 32 | t.code << 8 | t.bits, t.ndim};
+  std::copy_n(t.shape, t.ndim, all + 4);
+  std::copy_n(t.strides, t.ndim, all + 4 + t.ndim);
+  return PyBytes_FromStringAndSize(reinterpret_cast<const char*>(all),
+                                   (4 + 2 * t.ndim) * Py_ssize_t{sizeof(int64_t)});
+}
+
 // A layer without gate and column scale: bound once are all but x, the bias, the state that a mask
 // is made of and what the garbage collector has to see.
 struct Prepared {
@@ -326,14 +381,14 @@ struct Prepared {
   Codes4bit codes;  // which layer.codes points to, where it points anywhere
   DType x_dtype, dtype;
   Rows rows;
-  py::tuple what, want;            // of x, as `still` compares
-  py::object inner, columns;       // K, N
-  py::object vector;               // (N,)
-  py::object shape;                // the name of that attribute
-  py::object data_ptr, new_empty;  // functions of a tensor
-  py::object cast, float32;        // of x to what the product takes, and of the bias
-  py::object ranks;                // what makes P of x and its shape
-  py::object threads;              // how many
+  py::tuple what, want;       // of x, as `still` compares, where there is no `exchange`
+  py::object inner, columns;  // K, N
+  py::object vector;          // (N,)
+  py::object shape;           // the name of that attribute
+  py::object data_ptr, new_empty, is_neg;  // functions of a tensor
+  py::object cast, float32;                // of x to what the product takes, and of the bias
+  py::object ranks;                        // what makes P of x and its shape
+  py::object threads;                      // how many
 };
 
 py::object owned(PyObject* object) {
@@ -368,28 +423,49 @@ const Prepared& prepared_of(PyObject* self) {
 
 py::object borrowed(PyObject* object) { return py::reinterpret_borrow<py::object>(object); }
 
+// Of a tensor whose memory is what it holds, contiguous on the CPU and in x's dtype: the shape.
+bool shape_of(const Prepared& p, PyObject* tensor, std::vector<int64_t>& to) {
+  if (!exchange) {
+    for (std::size_t i = 0; i < p.what.size(); ++i)
+      if (!yes(still(tensor, PyTuple_GET_ITEM(p.what.ptr(), static_cast<Py_ssize_t>(i)),
+                     PyTuple_GET_ITEM(p.want.ptr(), static_cast<Py_ssize_t>(i)))))
+        return false;
+    const py::object shape = owned(PyObject_GetAttr(tensor, p.shape.ptr()));
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(shape.ptr()); ++i)
+      to.push_back(number<int64_t>(PyTuple_GET_ITEM(shape.ptr(), i)));
+    return true;
+  }
+  DlTensor t;
+  if (Py_TYPE(tensor) != tensor_class || !look(tensor, t)) return false;
+  constexpr int32_t cpu = 1;
+  constexpr uint8_t ieee = 2, brain = 4;
+  if (t.device_type != cpu || t.lanes != 1 || t.code != (p.x_dtype == DType::bf16 ? brain : ieee) ||
+      t.bits != (p.x_dtype == DType::f32 ? 32 : 16))
+    return false;
+  to.assign(t.shape, t.shape + t.ndim);
+  int64_t stride = 1;
+  for (int i = t.ndim - 1; i >= 0; --i) {
+    if (t.shape[i] != 1 && t.strides[i] != stride) return false;
+    stride *= t.shape[i];
+  }
+  return t.data && call(p.is_neg, borrowed(tensor)).ptr() == Py_False;
+}
+
 // The rows of a tensor that has as many columns, and the shape of another that has `others`; no
 // rows where it is not what the call was prepared for.
 struct Given {
   int64_t rows = 0;
   py::object sizes;
 
-  Given(const Prepared& p, PyObject* tensor, const py::object& columns, const py::object& others) {
-    for (std::size_t i = 0; i < p.what.size(); ++i)
-      if (!yes(still(tensor, PyTuple_GET_ITEM(p.what.ptr(), static_cast<Py_ssize_t>(i)),
-                     PyTuple_GET_ITEM(p.want.ptr(), static_cast<Py_ssize_t>(i)))))
-        return;
-    const py::object shape = owned(PyObject_GetAttr(tensor, p.shape.ptr()));
-    const Py_ssize_t last = PyTuple_GET_SIZE(shape.ptr()) - 1;
-    if (last < 0 ||
-        number<int64_t>(PyTuple_GET_ITEM(shape.ptr(), last)) != number<int64_t>(columns))
-      return;
+  Given(const Prepared& p, PyObject* tensor, int64_t columns, const py::object& others) {
+    std::vector<int64_t> shape;
+    if (!shape_of(p, tensor, shape) || shape.empty() || shape.back() != columns) return;
+    const auto last = static_cast<Py_ssize_t>(shape.size()) - 1;
     sizes = owned(PyTuple_New(last + 1));
     int64_t product = 1;
     for (Py_ssize_t i = 0; i < last; ++i) {
-      PyObject* const size = PyTuple_GET_ITEM(shape.ptr(), i);
-      product *= number<int64_t>(size);
-      PyTuple_SET_ITEM(sizes.ptr(), i, Py_NewRef(size));
+      product *= shape[static_cast<std::size_t>(i)];
+      PyTuple_SET_ITEM(sizes.ptr(), i, PyLong_FromLongLong(shape[static_cast<std::size_t>(i)]));
     }
     PyTuple_SET_ITEM(sizes.ptr(), last, Py_NewRef(others.ptr()));
     rows = product;
@@ -403,6 +479,8 @@ bool bias_fits(const Prepared& p, const py::object& bias) {
 bool trains(const Rows& r, int64_t M) { return M && !(M >= r.other && M < r.other_end); }
 
 Pointer address(const Prepared& p, const py::object& tensor) {
+  DlTensor t;
+  if (exchange && look(tensor.ptr(), t)) return reinterpret_cast<Pointer>(t.data);
   return number<Pointer>(call(p.data_ptr, tensor));
 }
 
@@ -456,7 +534,7 @@ PyObject* with_x(PyObject* self, PyObject* const* given, Py_ssize_t count, const
     const py::object x = borrowed(given[0]), bias = borrowed(given[1]);
     py::object result = py::none();
     if (yes(still_all(given + 2))) {
-      const Given is(p, given[0], p.inner, p.columns);
+      const Given is(p, given[0], p.layer.K, p.columns);
       if (is.rows && bias_fits(p, bias)) result = f(p, is, x, bias);
     }
     return result.release().ptr();
@@ -485,7 +563,7 @@ PyObject* prepared_train(PyObject* self, PyObject* const* given, Py_ssize_t coun
   return guarded([&]() -> PyObject* {
     const Prepared& p = prepared_of(self);
     const py::object x = borrowed(given[0]), bias = borrowed(given[1]), rng = borrowed(given[2]);
-    const Given is(p, given[0], p.inner, p.columns);
+    const Given is(p, given[0], p.layer.K, p.columns);
     if (!trains(p.rows, is.rows) || !bias_fits(p, bias))
       throw std::invalid_argument("x, bias: not what the call was prepared for");
     const py::object ranks = call(p.ranks, x, py::make_tuple(is.rows, p.layer.R));
@@ -503,10 +581,10 @@ PyObject* prepared_backward(PyObject* self, PyObject* const* given, Py_ssize_t c
                         "want dy, x, A, B, P, rng, three wishes and the tuples of, what and want");
   return guarded([&]() -> PyObject* {
     const Prepared& p = prepared_of(self);
-    const Given of_x(p, given[1], p.inner, p.columns);
+    const Given of_x(p, given[1], p.layer.K, p.columns);
     if (of_x.rows < p.rows.least || !trains(p.rows, of_x.rows) || !yes(still_all(given + 9)))
       return Py_NewRef(Py_None);
-    const Given of_dy(p, given[0], p.columns, p.inner);
+    const Given of_dy(p, given[0], p.layer.N, p.inner);
     if (of_x.rows != of_dy.rows) return Py_NewRef(Py_None);
     const Layer l = layer_of(p, of_x.rows, borrowed(given[5]));
     const py::object dy = borrowed(given[0]), x = borrowed(given[1]);
@@ -541,8 +619,9 @@ py::tuple prepare(const std::array<int64_t, 4>& rows, int64_t K, int64_t N, int6
                   int64_t a_row, Pointer b, int b_dtype, int64_t b_row, int64_t b_col,
                   float scaling, float keep_scale, uint32_t threshold, int x_dtype, int dtype,
                   const py::tuple& what, const py::tuple& want, const py::object& shape,
-                  const py::object& data_ptr, const py::object& new_empty, const py::object& cast,
-                  const py::object& float32, const py::object& ranks, const py::object& threads) {
+                  const py::object& data_ptr, const py::object& new_empty, const py::object& is_neg,
+                  const py::object& cast, const py::object& float32, const py::object& ranks,
+                  const py::object& threads) {
   if (what.size() != want.size()) throw std::invalid_argument("what and want: want one length");
   auto prepared = std::make_unique<Prepared>(Prepared{{},
                                                       {},
@@ -557,6 +636,7 @@ py::tuple prepare(const std::array<int64_t, 4>& rows, int64_t K, int64_t N, int6
                                                       shape,
                                                       data_ptr,
                                                       new_empty,
+                                                      is_neg,
                                                       cast,
                                                       float32,
                                                       ranks,
@@ -605,6 +685,8 @@ PYBIND11_MODULE(_native, m) {
   py::class_<Codes4bit>(m, "Codes4bit").def(py::init(&codes_4bit));
   m.def("prepare", prepare, "Its results: forward, trains, train and backward of a layer.");
   m.def("places", places);
+  m.def("use_exchange", use_exchange, "Look at tensors by DLPack's table of functions, or None.");
+  m.attr("where") = method<where>("where", METH_O);
   m.attr("fetch") = method<fetch>("fetch", METH_O);
   m.attr("unchanged") = method<unchanged>("unchanged", METH_FASTCALL);
   m.def("quantize", quantize, release);

@@ -555,6 +555,19 @@ def watched() -> bool:
     )
 
 
+# The same as facts, which are looked at without Python's interpreter.
+UNWATCHED: tuple[Fact, ...] = (
+    (vars(torch.compiler), "_is_compiling_flag", False)
+    if "_is_compiling_flag" in vars(torch.compiler)
+    else (None, is_compiling, False),
+    (None, _get_tracing_state, None),
+    (_PRE_DISPATCH, _dispatch_tls_is_dispatch_key_included, False),
+    (None, _len_torch_dispatch_stack, 0),
+    (None, _are_functorch_transforms_active, False),
+    (vars(forward_ad), "_current_level", -1),
+)
+
+
 def plain(*tensors: Tensor | None) -> bool:
     """Whether nobody could tell an op from its implementation: nobody watches, the tensors, all on
     one device, are no subclasses and not meta, and the first is what its memory holds.

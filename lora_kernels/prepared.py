@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from . import ops, select
 from .autograd import LoRALinearFunction
+from .backends import native
 from .functional import base_dtype, dora_norm, drawn, lora_linear
 from .ops import Fact, Prepared
 from .quantization import Weight4bit
@@ -58,13 +58,15 @@ def prepare(
     return ops.prepare(x.dtype, base, lora_A, lora_B, scaling, dtype, few, [off, *facts])
 
 
-# Of a matrix that is called by its address: a name or a function.
-_WHERE: tuple[str | Callable[[Tensor], object], ...] = (
-    Tensor.data_ptr,
-    Tensor.stride,
-    "dtype",
-    "shape",
-)
+def _lies(t: Tensor) -> Fact:
+    """That it lies where it does, as what it is: for a matrix that is called by its address."""
+    assert native.module is not None
+    where: Any = native.module.where if native.exchange else _where
+    return t, where, where(t)
+
+
+def _where(t: Tensor) -> tuple[object, ...]:
+    return t.data_ptr(), t.stride(), t.dtype, t.shape
 
 
 def _bound(
@@ -90,16 +92,12 @@ def _bound(
             return None
         called_by_address.append(base)
     facts: list[Fact] = [
-        (None, ops.watched, False),
-        ("cpu", ops.autocast, False),
-        (None, select.circumstances, select.circumstances()),
-        *((t, what, _said(t, what)) for t in called_by_address for what in _WHERE),
+        *ops.UNWATCHED,
+        (None, torch._C._is_any_autocast_enabled, False),
+        *select.circumstances(),
+        *map(_lies, called_by_address),
     ]
     return base, dtype, select.few_rows(dtype, four_bit, weight.shape[0] * weight.shape[1]), facts
-
-
-def _said(t: Tensor, what: str | Callable[[Tensor], object]) -> object:
-    return getattr(t, what) if isinstance(what, str) else what(t)
 
 
 class Step:
@@ -111,7 +109,7 @@ class Step:
     """
 
     __slots__ = (
-        "_args", "_call", "_choices", "_codes", "_few", "_numbers", "_wants", "_whats"
+        "_args", "_call", "_choices", "_codes", "_few", "_numbers", "_of", "_wants", "_whats"
     )  # fmt: skip
 
     def __init__(
@@ -126,7 +124,8 @@ class Step:
     ) -> None:
         self._call, self._choices, self._few = call, choices, few
         self._args, self._numbers, self._codes = args, numbers, codes
-        _, self._whats, self._wants = zip(_batched, *facts, strict=True)
+        of, self._whats, self._wants = zip(_batched, *facts, strict=True)
+        self._of = of[1 : -2 if args[0] is None else -3]  # whatever is saved
 
     @classmethod
     def of(
@@ -139,9 +138,8 @@ class Step:
         compute_dtype: torch.dtype | None = None,
         dropout_p: float = 0.0,
     ) -> Step | None:
-        """The next one, where there is a shorter way. The adapter is of leaves: what another's
-        graph holds would stay in memory until the next call."""
-        if not (torch.is_grad_enabled() and lora_A.is_leaf and lora_B.is_leaf):
+        """The next one, where there is a shorter way."""
+        if not torch.is_grad_enabled():
             return None
         bound = _bound(x, weight, lora_A, lora_B, compute_dtype)
         if bound is None or bound[1] is not x.dtype:
@@ -186,9 +184,7 @@ class Step:
         need_B: bool,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None] | None:
         """dx, dA and dB; None where any of these is not what it was."""
-        of = (dy, None, "cpu", None, *[lora_A] * len(_WHERE), *[lora_B] * len(_WHERE))
-        if weight is not None:
-            of += (weight,) * len(_WHERE)
+        of = (dy, *self._of, lora_A, lora_B, *([] if weight is None else [weight]))
         return self._call.backward(
             dy, x, lora_A, lora_B, p, rng, need_x, need_A, need_B, of, self._whats, self._wants
         )
@@ -219,7 +215,7 @@ class Calls:
         self._numbers = scaling, compute_dtype, dropout_p
         self._decode: Prepared | None = None
         self._step: Step | None = None
-        self._left = 8  # steps yet to be prepared: in vain where tensors move before each
+        self._left = 8  # steps yet to be prepared: in vain where none fits, or tensors move
 
     def of(
         self, tensors: tuple[Tensor | Weight4bit, Tensor, Tensor], numbers: tuple[object, ...]
@@ -234,7 +230,11 @@ class Calls:
         return None if call is None else call(x, bias)
 
     def renew(self, x: Tensor) -> bool:
-        """After `lora_linear` has answered for x: whether anything is prepared for the next."""
+        """After `lora_linear` has answered for x; false where these are not to be kept, since an
+        adapter's graph would stay in memory with them."""
+        _, lora_A, lora_B = self._tensors
+        if not (lora_A.is_leaf and lora_B.is_leaf):
+            return False
         if not torch.is_grad_enabled():
             scaling, compute_dtype, dropout_p = self._numbers
             if not dropout_p:
@@ -243,7 +243,7 @@ class Calls:
         elif self._left:
             self._left -= 1
             self._step = Step.of(x, *self._tensors, *self._numbers) or self._step
-        return self._decode is not None or self._step is not None
+        return True
 
 
 class Latest:

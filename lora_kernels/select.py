@@ -319,9 +319,10 @@ def strategy_asked() -> str | None:
     return forced.current.get().strategy
 
 
-def circumstances() -> tuple[object, ...]:
-    """What a choice depends on beside its arguments."""
-    return forced.current.get(), native.isa
+def circumstances() -> tuple[tuple[object, object, object], ...]:
+    """What a choice depends on beside its arguments, as facts: see `cpu.Prepared`."""
+    asked = forced.current.get
+    return (None, asked, asked()), (vars(native), "isa", native.isa)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -250,8 +250,8 @@ class Prepared:
             lora_B.data_ptr(), _DTYPE[lora_B.dtype], lora_B.stride(0), lora_B.stride(1),
             scaling, *_dropped(dropout_p), _DTYPE[x_dtype], _DTYPE[dtype],
             *zip(*_OF_X, ("dtype", x_dtype), strict=True),
-            "shape", Tensor.data_ptr, Tensor.new_empty, cast, _vector, _new_ranks,
-            torch.get_num_threads,
+            "shape", Tensor.data_ptr, Tensor.new_empty, Tensor.is_neg, cast, _vector,
+            _new_ranks, torch.get_num_threads,
         )  # fmt: skip
 
     def __reduce__(self) -> NoReturn:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 from types import ModuleType
 
+import torch
+
 ISAS = ("scalar", "avx2", "avx512", "avx512bf16", "amxbf16")
 
 module: ModuleType | None = None
@@ -16,10 +18,11 @@ isa: str | None = None  # the instruction set in use
 amx_bf16 = False  # whether the library's bfloat16 products have matrix registers
 intel = False  # whether Intel made the processor, for which its library is written
 threads: str | None = None  # whose thread pool the kernels run on
+exchange = False  # whether PyTorch tells by DLPack's functions where a tensor lies
 
 
 def _load() -> None:
-    global module, reason, isa, amx_bf16, intel, threads
+    global module, reason, isa, amx_bf16, intel, threads, exchange
     try:
         from .. import _native as extension  # type: ignore[attr-defined]
     except ImportError:
@@ -37,6 +40,7 @@ def _load() -> None:
     isa = extension.use_isa(cap or ISAS[-1])
     amx_bf16, intel = extension.amx_bf16, extension.intel
     threads = extension.use_openmp()
+    exchange = extension.use_exchange(torch.Tensor)
 
 
 def use_isa(name: str) -> str:

@@ -7,10 +7,11 @@ than the arithmetic:
     forward 1 + R·(1/K + 1/N)      backward 1 + 2·R·(1/K + 1/N)      step 1 + 1.5·R·(1/K + 1/N)
 
 Forward and backward are the parts of the steps that are timed. Up to STREAMED_ROWS rows of x are
-also decoded: the forward without gradients, ours as a layer makes it, once warm and once cold, over
-more weights in turn than the last-level cache holds. Every candidate's results are checked before
-it is timed, ours decoding too: one that misses the tolerance gets ✗ instead of a time. Float32
-adapters beside a bfloat16 x are PEFT's default. torch.compile gets each shape as a static one.
+also decoded: the forward without gradients, once warm and once cold, over more weights in turn than
+the last-level cache holds. Ours is called as a layer calls it, which prepares the calls after the
+first. Every candidate's results are checked before it is timed, those of its second call, and ours
+decoding too: one that misses the tolerance gets ✗ instead of a time. Float32 adapters beside a
+bfloat16 x are PEFT's default. torch.compile gets each shape as a static one.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 import lora_kernels
 from lora_kernels.backends import cpu, native
 from lora_kernels.layers import LoRALinear, QLoRALinear
-from lora_kernels.prepared import Calls, Latest, Step
+from lora_kernels.prepared import Latest, Step
 
 from . import test_decoding as decoding
 
@@ -32,6 +32,18 @@ pytestmark = pytest.mark.skipif(
 K, N = decoding.K, decoding.N
 f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
 ROWS = [1, 2, 5, 17, 40]
+
+
+@pytest.fixture(autouse=True, params=["exchange", "attributes"])
+def looks(request: pytest.FixtureRequest) -> Iterator[None]:
+    """At tensors: by DLPack's functions, where this PyTorch has them, or by their attributes."""
+    if request.param == "exchange" or native.module is None or not native.exchange:
+        yield
+        return
+    native.module.use_exchange(None)
+    native.exchange = False
+    yield
+    native.exchange = native.module.use_exchange(Tensor)
 
 
 def make(kind: type[LoRALinear], dtype: torch.dtype = f32, **options: Any) -> LoRALinear:
@@ -410,19 +422,24 @@ def test_copies_start_anew(layer: LoRALinear) -> None:
             layer.lora_B.div_(2)
 
 
-def test_an_adapter_that_moves_is_no_longer_prepared_for(layer: LoRALinear) -> None:
-    """As one of which each step gathers the shards."""
-    made = []
-    whole = Step.of.__func__  # type: ignore[attr-defined]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Step, "of", lambda *args: made.append(whole(Step, *args)) or made[-1])
-        for _ in range(12):
+@pytest.mark.parametrize("why", ["moves", "strided", "autocast"])
+def test_what_is_in_vain_is_given_up(
+    layer: LoRALinear, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of an adapter whose shards each step gathers, of an x that never fits, under autocast."""
+    given = torch.randn(40, 2 * K)[:, ::2] if why == "strided" else x().detach()
+    made, whole = [], Step.of
+
+    def counted(*args: Any) -> Step | None:
+        made.append(whole(*args))
+        return made[-1]
+
+    monkeypatch.setattr(Step, "of", counted)
+    results = []
+    for _ in range(12):
+        if why == "moves":
             layer.lora_A.data = layer.lora_A.data.clone()
-            assert equal(step(layer, x()), the_long_way(copy.deepcopy(layer), x()))
-    assert any(each is not None for each in made)
-    calls = Calls(torch.eye(K), layer.lora_A, layer.lora_B, 1.0)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Step, "of", lambda *_: made.clear() or made.append(None))
-        for _ in range(20):
-            calls.renew(x())
-    assert calls._left == 0
+        with torch.autocast("cpu", bf16, enabled=why == "autocast"):
+            results.append(layer(given))
+    assert len(made) == 8 and (made[0] is None) == (why == "autocast")
+    assert all(torch.equal(y, results[0]) for y in results)

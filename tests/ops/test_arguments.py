@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -162,6 +163,42 @@ def test_what_a_decoding_layer_looks_at() -> None:
         unchanged((), (), (), (1,))
 
 
+@pytest.fixture(params=["exchange", "attributes"])
+def looks(request: pytest.FixtureRequest) -> Iterator[None]:
+    """At tensors: by DLPack's functions, where this PyTorch has them, or by their attributes."""
+    if request.param == "exchange" or native.module is None or not native.exchange:
+        yield
+        return
+    native.module.use_exchange(None)
+    yield
+    native.module.use_exchange(torch.Tensor)
+
+
+def test_where_a_tensor_lies() -> None:
+    """One answer for one memory read in one way; none for what has none."""
+    assert native.module is not None
+    where = native.module.where
+    x = torch.ones(4, 4)
+    if not native.exchange:
+        assert where(x) is None
+        return
+    assert where(x) == where(x) == where(x.view(4, 4)) == where(torch.nn.Parameter(x))
+    others = (
+        x.clone(), x[1:], x.t(), x[:2], x.view(2, 8), x.view(torch.int32), x[None], x[:, :2],
+        x.view(-1), x.view(torch.bfloat16),
+    )  # fmt: skip
+    assert len({where(x), *map(where, others)}) == len(others) + 1
+    assert where(x.to("meta")) is None and where(torch.ones(1, 1, 1, 1, 1)) is None
+    assert where(torch.ones(2, 2).to_sparse()) is None
+    assert where(1) is None and where(None) is None
+    for none in (None, int):
+        assert not native.module.use_exchange(none)
+    assert where(x) is None
+    native.module.use_exchange(torch.Tensor)
+    assert where(x) is not None
+
+
+@pytest.mark.usefixtures("looks")
 def test_the_prepared_call() -> None:
     """For up to four rows of float32: anything else, and another fact, is for others to answer."""
     f32, (A, B) = torch.float32, (torch.ones(2, 64), torch.ones(64, 2))
@@ -196,6 +233,7 @@ def single_pass() -> bool:
 
 
 @pytest.mark.skipif(not single_pass(), reason="the library makes the product")
+@pytest.mark.usefixtures("looks")
 def test_the_prepared_step() -> None:
     """For up to four rows as few; not 7 to 8, and of one no gradients."""
     f32, (A, B) = torch.float32, (torch.ones(2, 64), torch.ones(64, 2))

@@ -185,9 +185,9 @@ def results(measured: list[Run]) -> str:
         "*eager* what one writes first, *compile* that under `torch.compile`, each shape for "
         "itself; all with adapters in x's dtype. Decoding is the forward without gradients. Ours "
         "is called as a layer calls it, from the second time on. Forward and backward are the "
-        "parts of the steps; forwards that are also shown cold were timed by themselves, before. PEFT "
-        "keeps its adapters in fp32; in fp32 rows that is the same thing. p20 and p80 of every "
-        "time are in the JSON. ✗ stands where a result misses the tolerance.",
+        "parts of the steps; forwards that are also shown cold were timed by themselves, before. "
+        "PEFT keeps its adapters in fp32; in fp32 rows that is the same thing. p20 and p80 of "
+        "every time are in the JSON. ✗ stands where a result misses the tolerance.",
         "",
     ]
     for run in measured:

@@ -222,6 +222,8 @@ def prepare_step(
     """`lora_linear_direct` and its backward likewise, for x in `dtype`, where the backend has such
     a thing for more rows than `few`, which are `select.few_rows`; and the choices for those and for
     more."""
+    if select.strategy_asked():  # which may be for this many rows alone
+        return None
     (R, K), (N, _), four_bit = lora_A.shape, lora_B.shape, isinstance(weight, Codes)
     large = range(0) if four_bit else select.large_products(dtype, N * K)
     many = few + 1 if few + 1 not in large else large.stop
@@ -232,7 +234,7 @@ def prepare_step(
         )
         for rows in (few, many)
     )  # fmt: skip
-    if choice.backend != "cpu" or not cpu.trains(choice.strategy) or select.strategy_asked():
+    if choice.backend != "cpu" or not cpu.trains(choice.strategy):
         return None
     rows = (few, large.start, large.stop, 1 if four_bit else 2)  # of one, dx is the library's
     return (

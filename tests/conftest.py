@@ -1,5 +1,6 @@
 """A test is skipped for a reason of skips.txt or fails the run: a skip must not hide a failure."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -37,3 +38,19 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for name, reason in _unknown.items():
         terminalreporter.write_line(f"skipped, and not for a reason of skips.txt: {name}: {reason}")
+
+
+@pytest.fixture(params=["exchange", "attributes"])
+def looks(request: pytest.FixtureRequest) -> Iterator[None]:
+    """How prepared calls look at tensors: by DLPack's functions, where this PyTorch has them, or by
+    attributes."""
+    import torch
+
+    from lora_kernels.backends import native
+
+    if request.param == "exchange" or native.module is None or not native.exchange:
+        yield
+        return
+    native.exchange = native.module.use_exchange(None)
+    yield
+    native.exchange = native.module.use_exchange(torch.Tensor)

@@ -45,7 +45,8 @@ PANEL = 1 << 20  # bytes of a 4-bit weight decoded at once for the library's pro
 
 _DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
-# What a prepared call wants of x beside its dtype: that it is what lies in its memory.
+# What a prepared call wants of x beside its dtype where DLPack's functions do not tell: that it is
+# what lies in its memory.
 _OF_X = (
     ("__class__", Tensor),  # first: of None, which has no more than that
     ("is_cpu", True),
@@ -222,7 +223,8 @@ class Prepared:
     rows: up to how many are few; of a training step, those from the second number to before the
     third are another's, and so is dx of fewer than the fourth.
     facts: what has to be as it was, each (of, what, want): what an attribute's name or a function
-    says of an object, or a function of nothing where that is None.
+    says of an object, or a function of nothing where that is None; of a dictionary, the very object
+    under a key.
     """
 
     def __init__(

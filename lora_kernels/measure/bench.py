@@ -9,9 +9,10 @@ than the arithmetic:
 Forward and backward are the parts of the steps that are timed. Up to STREAMED_ROWS rows of x are
 also decoded: the forward without gradients, once warm and once cold, over more weights in turn than
 the last-level cache holds. Ours is called as a layer calls it, which prepares the calls after the
-first. Every candidate's results are checked before it is timed, those of its second call, and ours
-decoding too: one that misses the tolerance gets ✗ instead of a time. Float32 adapters beside a
-bfloat16 x are PEFT's default. torch.compile gets each shape as a static one.
+first (with dropout as `lora_linear` is). Every candidate's results are checked before it is timed,
+those of its second call, and ours decoding too: one that misses the tolerance gets ✗ instead of a
+time. Float32 adapters beside a bfloat16 x are PEFT's default. torch.compile gets each shape as a
+static one.
 """
 
 from __future__ import annotations
@@ -82,16 +83,15 @@ class AddmmLoRA(torch.autograd.Function):
 
 
 def ours(args: dict[str, Any]) -> Call:
-    """As a layer calls it, which prepares the calls that follow; on a GPU there is nothing to
-    prepare."""
+    """As a layer calls it, which prepares the calls that follow. On a GPU there is nothing to
+    prepare; with dropout a prepared step draws a mask of its own, which no oracle could check, and
+    what is timed is what is checked."""
     device, latest = args["x"].device.type, Latest()
+    if device == "cpu" and args["dropout_p"]:
+        return functional.lora_linear
 
     def on_cpu(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, **rest: Any) -> Tensor:
-        if rest["rng"] is not None:
-            return functional.lora_linear(x, weight, lora_A, lora_B, **rest)
-        return latest(
-            x, weight, lora_A, lora_B, rest["scaling"], rest["bias"], dropout_p=rest["dropout_p"]
-        )
+        return latest(x, weight, lora_A, lora_B, rest["scaling"], rest["bias"])
 
     def on_gpu(*args: Any, **kwargs: Any) -> Tensor:
         with cases.kernels(device):

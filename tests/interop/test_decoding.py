@@ -387,7 +387,7 @@ def test_parameters_that_were_computed_go_from_memory(layer: Any) -> None:
     assert gone() is None
 
 
-@pytest.mark.skipif(native.isa not in cpu.SINGLE_PASS_ISAS, reason="the library's product")
+@pytest.mark.skipif(native.isa not in cpu.SINGLE_PASS_ISAS, reason="the library makes the product")
 @pytest.mark.parametrize("dtype", [f32, bf16], ids=str)
 def test_a_step_is_prepared(
     layer: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch

@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import pickle
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -18,21 +18,12 @@ from lora_kernels.layers import LoRALinear, QLoRALinear
 from lora_kernels.ops import Prepared
 from lora_kernels.prepared import Latest
 
-pytestmark = pytest.mark.skipif(native.module is None, reason="no native kernels")
+pytestmark = [
+    pytest.mark.skipif(native.module is None, reason="no native kernels"),
+    pytest.mark.usefixtures("looks"),
+]
 
 K, N = 128, 192
-
-
-@pytest.fixture(autouse=True, params=["exchange", "attributes"])
-def looks(request: pytest.FixtureRequest) -> Iterator[None]:
-    """At tensors: by DLPack's functions, where this PyTorch has them, or by their attributes."""
-    if request.param == "exchange" or native.module is None or not native.exchange:
-        yield
-        return
-    native.module.use_exchange(None)
-    native.exchange = False
-    yield
-    native.exchange = native.module.use_exchange(Tensor)
 
 
 @pytest.fixture(params=[LoRALinear, QLoRALinear])

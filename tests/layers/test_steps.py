@@ -24,26 +24,17 @@ from lora_kernels.prepared import Latest, Step
 
 from . import test_decoding as decoding
 
-pytestmark = pytest.mark.skipif(
-    native.module is None or native.isa not in cpu.SINGLE_PASS_ISAS,
-    reason="no step is prepared where the library makes the product",
-)
+pytestmark = [
+    pytest.mark.skipif(
+        native.module is None or native.isa not in cpu.SINGLE_PASS_ISAS,
+        reason="the library makes the product",
+    ),
+    pytest.mark.usefixtures("looks"),
+]
 
 K, N = decoding.K, decoding.N
 f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
 ROWS = [1, 2, 5, 17, 40]
-
-
-@pytest.fixture(autouse=True, params=["exchange", "attributes"])
-def looks(request: pytest.FixtureRequest) -> Iterator[None]:
-    """At tensors: by DLPack's functions, where this PyTorch has them, or by their attributes."""
-    if request.param == "exchange" or native.module is None or not native.exchange:
-        yield
-        return
-    native.module.use_exchange(None)
-    native.exchange = False
-    yield
-    native.exchange = native.module.use_exchange(Tensor)
 
 
 def make(kind: type[LoRALinear], dtype: torch.dtype = f32, **options: Any) -> LoRALinear:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -161,17 +160,6 @@ def test_what_a_decoding_layer_looks_at() -> None:
         unchanged((whole,), ([],), (one,), ())
     with pytest.raises(TypeError, match="len"):
         unchanged((), (), (), (1,))
-
-
-@pytest.fixture(params=["exchange", "attributes"])
-def looks(request: pytest.FixtureRequest) -> Iterator[None]:
-    """At tensors: by DLPack's functions, where this PyTorch has them, or by their attributes."""
-    if request.param == "exchange" or native.module is None or not native.exchange:
-        yield
-        return
-    native.module.use_exchange(None)
-    yield
-    native.module.use_exchange(torch.Tensor)
 
 
 def test_where_a_tensor_lies() -> None:

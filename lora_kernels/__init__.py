@@ -2,8 +2,7 @@
 
 __version__ = "0.1.0"
 
-from .functional import dora_norm, lora_linear, multi_lora_linear
-from .reference import dropout_mask
+from .functional import dora_norm, dropout_mask, lora_linear, multi_lora_linear
 from .select import backend
 
 __all__ = [

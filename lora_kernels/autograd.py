@@ -67,8 +67,9 @@ class LoRALinearFunction(torch.autograd.Function):
     """`ops.lora_linear` with `ops.lora_linear_backward`.
 
     What is no tensor comes in one tuple, since a Function takes time for each argument: scaling,
-    dropout_p, dtype, y_dtype, recompute, a 4-bit weight's block sizes and the `prepared.Step` that
-    is to be taken, or None.
+    dropout_p, dtype, y_dtype, recompute, a 4-bit weight's block sizes and type, and the
+    `prepared.Step` that is to be taken, or None. rng is the dropout mask's state, or the mask; None
+    with dropout_p > 0 has the op draw a mask.
 
     Saved for backward: the inputs, P = D(x)·Aᵀ [M, R] (made again there where `recompute` is), the
     rng state; z [M, N] only where the column scale needs a gradient.
@@ -93,25 +94,28 @@ class LoRALinearFunction(torch.autograd.Function):
         y: Tensor
         p: Tensor | None
         z: Tensor | None = None
+        mask: Tensor | None = None
         choice: Choice | None = None
         if step is not None:
             y, p = step.train(x, bias, rng)
         elif ops.plain(x, codes[0] if codes else weight, lora_A, lora_B):
             held = Codes(*codes, *blocksizes) if codes else weight
-            choice = ops.choose(x, held, lora_A, lora_B, dtype, rng)
-            y, p, z = ops.lora_linear_direct(
+            choice = ops.choose(x, held, lora_A, lora_B, dtype, rng, dropout_p)
+            y, p, z, mask = ops.lora_linear_direct(
                 x, held, lora_A, lora_B, scaling, rank_gate, column_scale, bias, dropout_p, rng,
                 dtype, y_dtype, save_z, choice,
             )  # fmt: skip
         else:
             call: Any = ops.lora_linear_4bit if codes else ops.lora_linear
             base: tuple[Any, ...] = (*codes, *blocksizes) if codes else (weight,)
-            y, p, z = call(
+            y, p, z, mask = call(
                 x, *base, lora_A, lora_B, scaling, rank_gate, column_scale, bias, dropout_p, rng,
                 dtype, y_dtype, save_z,
             )  # fmt: skip
         if recompute:
             p = None
+        if rng is None and dropout_p:
+            rng = mask
         ctx.save_for_backward(x, lora_A, lora_B, p, z, rank_gate, column_scale, rng, weight, *codes)
         ctx.numbers, ctx.choice = numbers, choice
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -190,12 +194,14 @@ class MultiLoRALinearFunction(torch.autograd.Function):
         ctx.choice = None
         if ops.plain(x, index, base[0], *lora_A, *lora_B):
             call, held = ops.multi_lora_linear_direct, Codes(*base) if codes else weight
-            ctx.choice = ops.choose_multi(x, held, lora_A, lora_B, dtype)
+            ctx.choice = ops.choose_multi(x, held, lora_A, lora_B, dtype, rng, dropout_p)
             base, chosen = (held,), (ctx.choice,)
         y: Tensor
-        y, p = call(
+        y, p, mask = call(
             x, *base, lora_A, lora_B, index, scaling, bias, dropout_p, rng, dtype, y_dtype, *chosen
         )
+        if rng is None and dropout_p:
+            rng = mask
         ctx.save_for_backward(x, weight, index, p, rng, *tensors)
         ctx.numbers = numbers
         ctx.bias_dtype = None if bias is None else bias.dtype

@@ -125,12 +125,14 @@ def predict(
         moved = (x + dense + y) / bandwidth
         return {"the product": work / (peak * share), "memory": moved}, decoded + others
 
-    # x·Aᵀ reads x again, the update reads and writes y; a mask is made, and x times it.
-    passes = (x + 2 * y + adapter + (3 * x if dropout else 0)) / bandwidth
+    # x·Aᵀ reads x again, and the update is written; the base GEMM reads it in its epilogue. One
+    # kernel reads x and writes D(x) and the mask, a byte an element.
+    dropped = 2 * x + M * K if dropout else 0
+    passes = (x + y + adapter + dropped) / bandwidth
     add(
         "eager",
         "library product + rank update",
-        *library(passes + (5 if dropout else 3) * PYTHON_LAUNCH),
+        *library(passes + (5 if dropout else 4) * PYTHON_LAUNCH),
     )
     if obstacle(gpu) is not None:
         return found

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops
+from . import ops, reference, select
 from .autograd import LoRALinearFunction, MultiLoRALinearFunction
+from .backends.library import follows_gpu
 from .quantization import Weight4bit
-from .quantization.codes import Codes
+from .quantization.codes import CODES_TENSORS, Codes
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -49,8 +50,10 @@ def lora_linear(
         rank_gate: [R] or None, multiplies `scaling` rank by rank (AdaLoRA, hierarchical LoRA).
         column_scale: [N] or None (DoRA).
         dropout_p: probability in [0, 1] of dropping an element of x on the adapter's branch.
-        rng: int64[2], seed and offset of the dropout mask (see `dropout_mask`); drawn from the
-            default generator of x's device where it is None and dropout_p > 0.
+        rng: int64[2], seed and offset of the dropout mask (see `dropout_mask`), or the mask itself,
+            bool of x's shape, True where x is kept. If it is None and dropout_p > 0, one is drawn
+            from the default generator of x's device: a state, or on a GPU that runs the eager
+            backend the mask, by PyTorch's dropout kernel.
         compute_dtype: of the product with a 4-bit weight where autocast is off, float32, bfloat16
             or float16 (`Linear4bit.compute_dtype`); None is x's.
         recompute: keep nothing of [M, R] for the backward, which makes it again.
@@ -92,6 +95,9 @@ def lora_linear(
         _check_vector("rank_gate", rank_gate, R, x)
     if column_scale is not None:
         _check_vector("column_scale", column_scale, N, x)
+    if autocasts(x):
+        x, lora_A, lora_B = (t.to(y_dtype) for t in (x, lora_A, lora_B))
+        weight = weight.to(y_dtype) if isinstance(weight, Tensor) else weight
     if dropout_p or rng is not None:
         dropout_p, rng = _dropout(x, dropout_p, rng)
     scaling, dropout_p = _number("scaling", scaling), float(dropout_p)
@@ -101,9 +107,9 @@ def lora_linear(
             x, Codes(*codes) if codes else weight, lora_A, lora_B, scaling, *tensors, dropout_p,
             rng, dtype, y_dtype, False,
         )[0]  # fmt: skip
-    numbers = (scaling, dropout_p, dtype, y_dtype, recompute, codes[-2:], None)
+    numbers = (scaling, dropout_p, dtype, y_dtype, recompute, codes[CODES_TENSORS:], None)
     return LoRALinearFunction.apply(  # type: ignore[no-any-return]
-        x, weight, lora_A, lora_B, *tensors, rng, numbers, *codes[:-2]
+        x, weight, lora_A, lora_B, *tensors, rng, numbers, *codes[:CODES_TENSORS]
     )
 
 
@@ -194,10 +200,14 @@ def multi_lora_linear(
     weight, codes, dtype = _base(x, weight, (N, K), compute_dtype, y_dtype)
     if bias is not None:
         _check_vector("bias", bias, N, x)
+    if autocasts(x):
+        x, *both = (t.to(y_dtype) for t in (x, *As, *Bs))
+        As, Bs = both[:E], both[E:]
+        weight = weight.to(y_dtype) if isinstance(weight, Tensor) else weight
     dropout_p, rng = _dropout(x, dropout_p, rng)
-    numbers = (factors, dropout_p, dtype, y_dtype, codes[-2:])
+    numbers = (factors, dropout_p, dtype, y_dtype, codes[CODES_TENSORS:])
     return MultiLoRALinearFunction.apply(  # type: ignore[no-any-return]
-        x, weight, index, bias, rng, numbers, *As, *Bs, *codes[:-2]
+        x, weight, index, bias, rng, numbers, *As, *Bs, *codes[:CODES_TENSORS]
     )
 
 
@@ -220,20 +230,47 @@ def _adapters(name: str, tensors: Tensor | Sequence[Tensor], want: str) -> list[
 
 
 def _dropout(x: Tensor, dropout_p: float, rng: Tensor | None) -> tuple[float, Tensor | None]:
-    """The probability, checked, and the state that the mask is made of, None where there is none.
+    """The probability, checked, and the mask's state, or the mask; None where nothing is dropped or
+    the op draws the mask.
 
-    It is drawn whether or not gradients are on, so that checkpointing replays it.
+    Drawn whether or not gradients are on, so that checkpointing replays it.
     """
     dropout_p = _number("dropout_p", dropout_p)
     if not dropout_p:
         return 0.0, None
     if not 0.0 <= dropout_p <= 1.0:  # NaN fails this too
         raise ValueError(f"dropout_p: got {dropout_p}, want a probability in [0, 1]")
-    if rng is None:
-        rng = drawn(x)
-    else:
+    if rng is not None:
         _check_rng(rng, x)
-    return dropout_p, rng
+        return dropout_p, rng
+    return dropout_p, None if select.draws_mask(ops.device_of(x)[0]) else drawn(x)
+
+
+def dropout_mask(rng: Tensor, M: int, K: int, p: float) -> Tensor:
+    """The mask that a state stands for, bool[M, K], True where x is kept: the same on the CPU and
+    on Triton's and CUDA's kernels, and independent of tiling and threads.
+
+    rng: int64[2], seed and offset. Philox4x32-10 with key = seed and
+    counter = (k >> 2, m, offset_lo, offset_hi); element (m, k) takes word k & 3 and is kept where
+    word >= round(p·2³²).
+
+    Raises RuntimeError on a GPU that runs the eager backend: PyTorch's dropout kernel makes the
+    masks there, and no state stands for them.
+
+    >>> mask = dropout_mask(torch.tensor([1, 2]), 64, 64, p=0.25)
+    >>> mask.shape, 0.7 < mask.double().mean().item() < 0.8
+    (torch.Size([64, 64]), True)
+    """
+    device_type = rng.device.type
+    if select.draws_mask(device_type):
+        raise RuntimeError(f"dropout_mask: rng is on {rng.device}, {_NATIVE_MASKS}")
+    return reference.dropout_mask(rng, M, K, p)
+
+
+_NATIVE_MASKS = (
+    "where the eager backend takes its masks from PyTorch's dropout kernel (torch.manual_seed "
+    "repeats them); want a CPU's, or lora_kernels.backend('triton' or 'cuda')"
+)
 
 
 def drawn(x: Tensor) -> Tensor:
@@ -249,6 +286,7 @@ def dora_norm(
     scaling: float = 1.0,
     *,
     rank_gate: Tensor | None = None,
+    row_squares: Tensor | None = None,
 ) -> Tensor:
     """The norm of each row of W + (B ⊙ g)·A, g = scaling · rank_gate, which is never written out.
 
@@ -258,6 +296,8 @@ def dora_norm(
         weight: [N, K], float32, bfloat16, float16 or float64, or a `Weight4bit`.
         lora_A: [R, K], lora_B: [N, R]; float64 only if all are.
         scaling: alpha / r. rank_gate: [R] or None.
+        row_squares: [N], the squared norm of each row of W in the result's dtype, which saves the
+            eager backend on a GPU one pass over W.
 
     Returns:
         float32 [N]; float64 for float64.
@@ -297,7 +337,9 @@ def dora_norm(
         _check_dtypes("lora_A", lora_A.dtype, weight=weight.dtype)
     if rank_gate is not None:
         _check_vector("rank_gate", rank_gate, R, lora_A, "lora_A")
-    rest = (lora_A, lora_B, _number("scaling", scaling), rank_gate)
+    if row_squares is not None:
+        _check_vector("row_squares", row_squares, N, lora_A, "lora_A")
+    rest = (lora_A, lora_B, _number("scaling", scaling), rank_gate, row_squares)
     base = weight.codes if isinstance(weight, Weight4bit) else weight
     if ops.plain(held, lora_A, lora_B):
         return ops.dora_norm_direct(base, *rest)
@@ -307,6 +349,13 @@ def dora_norm(
     else:
         norm = ops.dora_norm_4bit(*base, *rest)
     return norm
+
+
+def autocasts(x: Tensor) -> bool:
+    """True if autocast is on and rounds all operands as PyTorch's own linear would: on a GPU. On a
+    CPU the kernels convert the adapter in registers and keep its bits."""
+    device_type = ops.device_of(x)[0]
+    return follows_gpu(device_type) and _autocast(device_type, x.dtype)
 
 
 def _autocast(device_type: str, x_dtype: torch.dtype) -> bool:
@@ -443,6 +492,13 @@ def _check_vector(name: str, t: Tensor, size: int, x: Tensor, beside: str = "x")
 def _check_rng(rng: Tensor, x: Tensor) -> None:
     if not isinstance(rng, Tensor):
         raise _no_tensor("rng", rng)
-    if rng.dtype is not torch.int64 or rng.shape != (2,):
-        raise ValueError(f"rng: got {rng.dtype} {_shape(rng)}, want int64 [2]: seed and offset")
     _check_devices("x", x, rng=rng)
+    if rng.dtype is torch.bool and rng.shape == x.shape:
+        return
+    if rng.dtype is not torch.int64 or rng.shape != (2,):
+        raise ValueError(
+            f"rng: got {rng.dtype} {_shape(rng)}, want int64 [2]: seed and offset; or the mask, "
+            f"torch.bool {_shape(x)}"
+        )
+    if select.draws_mask(ops.device_of(x)[0]) and not x.is_meta:
+        raise ValueError(f"rng: got the state of a mask on {rng.device}, {_NATIVE_MASKS}")

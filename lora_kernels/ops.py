@@ -38,12 +38,13 @@ _BACKENDS: dict[str, Any] = {"eager": eager, "cpu": cpu, "triton": triton, "cuda
 _WEIGHTS = {
     "": "Tensor? weight",
     "_4bit": "Tensor packed, Tensor absmax, Tensor code, Tensor? nested_absmax, "
-    "Tensor? nested_code, Tensor? offset, int blocksize, int nested_blocksize",
+    "Tensor? nested_code, Tensor? offset, int blocksize, int nested_blocksize, str quant_type",
 }
 _SCHEMAS = {
     "lora_linear": "(Tensor x, {weight}, Tensor lora_A, Tensor lora_B, float scaling, "
     "Tensor? rank_gate, Tensor? column_scale, Tensor? bias, float dropout_p, Tensor? rng, "
-    "ScalarType dtype, ScalarType y_dtype, bool save_z) -> (Tensor y, Tensor p, Tensor z)",
+    "ScalarType dtype, ScalarType y_dtype, bool save_z) "
+    "-> (Tensor y, Tensor p, Tensor z, Tensor mask)",
     "lora_linear_backward": "(Tensor dy, Tensor x, {weight}, Tensor lora_A, Tensor lora_B, "
     "Tensor p, Tensor? z, float scaling, Tensor? rank_gate, Tensor? column_scale, "
     "float dropout_p, Tensor? rng, ScalarType dtype, bool need_x, bool need_A, bool need_B, "
@@ -51,13 +52,13 @@ _SCHEMAS = {
     "-> (Tensor dx, Tensor dA, Tensor dB, Tensor dg, Tensor dc, Tensor dbias)",
     "multi_lora_linear": "(Tensor x, {weight}, Tensor[] lora_A, Tensor[] lora_B, Tensor index, "
     "float[] scaling, Tensor? bias, float dropout_p, Tensor? rng, ScalarType dtype, "
-    "ScalarType y_dtype) -> (Tensor y, Tensor p)",
+    "ScalarType y_dtype) -> (Tensor y, Tensor p, Tensor mask)",
     "multi_lora_linear_backward": "(Tensor dy, Tensor x, {weight}, Tensor[] lora_A, "
     "Tensor[] lora_B, Tensor index, Tensor p, float[] scaling, float dropout_p, Tensor? rng, "
     "ScalarType dtype, bool need_x, bool[] need_A, bool[] need_B, bool need_bias) "
     "-> (Tensor dx, Tensor[] dA, Tensor[] dB, Tensor dbias)",
-    "dora_norm": "({weight}, Tensor lora_A, Tensor lora_B, float scaling, Tensor? rank_gate) "
-    "-> Tensor",
+    "dora_norm": "({weight}, Tensor lora_A, Tensor lora_B, float scaling, Tensor? rank_gate, "
+    "Tensor? row_squares=None) -> Tensor",
 }
 
 
@@ -107,14 +108,24 @@ def choose(
     lora_B: Tensor,
     dtype: torch.dtype,
     rng: Tensor | None,
+    dropout_p: float = 0.0,
 ) -> select.Choice:
     """What computes both directions of a layer."""
+    if rng.dtype is torch.bool if rng is not None else dropout_p > 0:
+        return select.with_mask()
     (device_type, index), (R, K), (N, _) = device_of(x), lora_A.shape, lora_B.shape
     return select.lora_linear(
         device_type, x.dtype, lora_A.dtype, lora_B.dtype, dtype, R, x.numel() // K,
         isinstance(weight, Codes), N, K, rng is not None, index,
         layout(device_type, weight, dtype),
     )  # fmt: skip
+
+
+def _rows(t: Tensor | None, x: Tensor) -> Tensor | None:
+    """A mask of x's shape as rows [M, K]; the state of a mask as it is."""
+    if t is None or t.dtype is torch.int64:
+        return t
+    return t.reshape(-1, x.shape[-1])
 
 
 def lora_linear_direct(
@@ -132,17 +143,20 @@ def lora_linear_direct(
     y_dtype: torch.dtype,
     save_z: bool,
     choice: select.Choice | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    choice = choice or choose(x, weight, lora_A, lora_B, dtype, rng)
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """y, P, z or None, and the mask that was drawn or None."""
+    choice = choice or choose(x, weight, lora_A, lora_B, dtype, rng, dropout_p)
     rest = (
         weight, lora_A, lora_B, scaling, rank_gate, column_scale, bias, dropout_p, rng, dtype,
         y_dtype, save_z, choice.strategy,
     )  # fmt: skip
     with _no_autocast(x):
         if choice.backend == "cpu":
-            return cpu.lora_linear(x, *rest)
-        y, p, z = _BACKENDS[choice.backend].lora_linear(x.reshape(-1, x.shape[-1]), *rest)
-    return like_rows_of(x, y), p, z
+            return *cpu.lora_linear(x, *rest), None
+        y, p, z, *mask = _BACKENDS[choice.backend].lora_linear(
+            x.reshape(-1, x.shape[-1]), *rest[:8], _rows(rng, x), *rest[9:]
+        )
+    return like_rows_of(x, y), p, z, mask[0] if mask else None
 
 
 def _lora_linear_fake(
@@ -159,11 +173,17 @@ def _lora_linear_fake(
     dtype: torch.dtype,
     y_dtype: torch.dtype,
     save_z: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     M, (N, R) = x.numel() // x.shape[-1], lora_B.shape
     y = x.new_empty(*x.shape[:-1], N, dtype=y_dtype)
     p = x.new_empty(M, R, dtype=eager.stat_dtype(dtype))
-    return y, p, x.new_empty((M, N) if save_z else (0,), dtype=y_dtype)
+    z = x.new_empty((M, N) if save_z else (0,), dtype=y_dtype)
+    return y, p, z, _mask_fake(x, dropout_p, rng)
+
+
+def _mask_fake(x: Tensor, dropout_p: float, rng: Tensor | None) -> Tensor:
+    shape = (x.numel() // x.shape[-1], x.shape[-1]) if dropout_p and rng is None else (0,)
+    return x.new_empty(shape, dtype=torch.bool)
 
 
 def rank_product(
@@ -265,14 +285,14 @@ def lora_linear_backward_direct(
     need_bias: bool,
     choice: select.Choice | None = None,
 ) -> tuple[Tensor | None, ...]:
-    choice = choice or choose(x, weight, lora_A, lora_B, dtype, rng)
+    choice = choice or choose(x, weight, lora_A, lora_B, dtype, rng, dropout_p)
     x2, dy2 = x, dy
     if not (choice.backend == "cpu" or x.dim() == 2):
         x2, dy2 = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
     with _no_autocast(x):
         dx, *rest = _BACKENDS[choice.backend].lora_linear_backward(
             dy2, x2, weight, lora_A, lora_B, p, z, scaling, rank_gate, column_scale, dropout_p,
-            rng, dtype, need_x, need_A, need_B, need_gate, need_column_scale, need_bias,
+            _rows(rng, x), dtype, need_x, need_A, need_B, need_gate, need_column_scale, need_bias,
             choice.strategy,
         )  # fmt: skip
     return (dx if dx is None or dx.dim() == x.dim() else dx.view(x.shape)), *rest
@@ -320,7 +340,11 @@ def choose_multi(
     lora_A: Sequence[Tensor],
     lora_B: Sequence[Tensor],
     dtype: torch.dtype,
+    rng: Tensor | None = None,
+    dropout_p: float = 0.0,
 ) -> select.Choice:
+    if rng.dtype is torch.bool if rng is not None else dropout_p > 0:
+        return select.with_mask()
     (device_type, device_index), K = device_of(x), x.shape[-1]
     return select.multi_lora_linear(
         device_type, x.dtype, lora_A[0].dtype, lora_B[0].dtype, dtype,
@@ -342,15 +366,16 @@ def multi_lora_linear_direct(
     dtype: torch.dtype,
     y_dtype: torch.dtype,
     choice: select.Choice | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """y, P, and the mask that was drawn or None."""
     x2 = x.reshape(-1, x.shape[-1])
-    choice = choice or choose_multi(x, weight, lora_A, lora_B, dtype)
+    choice = choice or choose_multi(x, weight, lora_A, lora_B, dtype, rng, dropout_p)
     with _no_autocast(x):
-        y, p = _BACKENDS[choice.backend].multi_lora_linear(
-            x2, weight, lora_A, lora_B, index.reshape(-1), scaling, bias, dropout_p, rng, dtype,
-            y_dtype, choice.strategy,
+        y, p, *mask = _BACKENDS[choice.backend].multi_lora_linear(
+            x2, weight, lora_A, lora_B, index.reshape(-1), scaling, bias, dropout_p, _rows(rng, x),
+            dtype, y_dtype, choice.strategy,
         )  # fmt: skip
-    return like_rows_of(x, y), p
+    return like_rows_of(x, y), p, mask[0] if mask else None
 
 
 def _multi_lora_linear_fake(
@@ -365,10 +390,11 @@ def _multi_lora_linear_fake(
     rng: Tensor | None,
     dtype: torch.dtype,
     y_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     M, R = x.numel() // x.shape[-1], max(A.shape[0] for A in lora_A)
     y = x.new_empty(*x.shape[:-1], lora_B[0].shape[0], dtype=y_dtype)
-    return y, x.new_empty(M, R, dtype=eager.stat_dtype(dtype))
+    p = x.new_empty(M, R, dtype=eager.stat_dtype(dtype))
+    return y, p, _mask_fake(x, dropout_p, rng)
 
 
 def multi_lora_linear_backward_direct(
@@ -390,11 +416,11 @@ def multi_lora_linear_backward_direct(
     choice: select.Choice | None = None,
 ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None], Tensor | None]:
     x2, dy2 = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-    choice = choice or choose_multi(x, weight, lora_A, lora_B, dtype)
+    choice = choice or choose_multi(x, weight, lora_A, lora_B, dtype, rng, dropout_p)
     with _no_autocast(x):
         dx, dA, dB, dbias = _BACKENDS[choice.backend].multi_lora_linear_backward(
-            dy2, x2, weight, lora_A, lora_B, index.reshape(-1), p, scaling, dropout_p, rng, dtype,
-            need_x, need_A, need_B, need_bias, choice.strategy,
+            dy2, x2, weight, lora_A, lora_B, index.reshape(-1), p, scaling, dropout_p,
+            _rows(rng, x), dtype, need_x, need_A, need_B, need_bias, choice.strategy,
         )  # fmt: skip
     return None if dx is None else dx.view(x.shape), dA, dB, dbias
 
@@ -433,7 +459,9 @@ def dora_norm_direct(
     lora_B: Tensor,
     scaling: float,
     rank_gate: Tensor | None,
+    row_squares: Tensor | None = None,
 ) -> Tensor:
+    """row_squares: ‖W‖² of each row, which the eager backend takes if it is at hand."""
     assert weight is not None
     device_type, index = device_of(lora_A)
     weight_dtype = torch.float32 if isinstance(weight, Codes) else weight.dtype
@@ -442,7 +470,10 @@ def dora_norm_direct(
     )
     norm: Tensor
     with _no_autocast(lora_A):
-        norm = _BACKENDS[choice.backend].dora_norm(weight, lora_A, lora_B, scaling, rank_gate)
+        args = (weight, lora_A, lora_B, scaling, rank_gate)
+        if choice.backend == "eager":
+            return eager.dora_norm(*args, row_squares)
+        norm = _BACKENDS[choice.backend].dora_norm(*args)
     return norm
 
 
@@ -452,6 +483,7 @@ def _dora_norm_fake(
     lora_B: Tensor,
     scaling: float,
     rank_gate: Tensor | None,
+    row_squares: Tensor | None = None,
 ) -> Tensor:
     return lora_A.new_empty(lora_B.shape[0], dtype=eager.stat_dtype(lora_A.dtype))
 
@@ -460,9 +492,18 @@ def _dora_norm_fake(
 # has no optional results. The functions themselves are for calls that are plain.
 
 
-def _lora_linear(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    y, p, z = lora_linear_direct(x, *rest)
-    return y, p, y.new_empty(0) if z is None else z
+def _lora_linear(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    y, p, z, mask = lora_linear_direct(x, *rest)
+    return y, p, y.new_empty(0) if z is None else z, _or_empty(mask, x)
+
+
+def _multi_lora_linear(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    y, p, mask = multi_lora_linear_direct(x, *rest)
+    return y, p, _or_empty(mask, x)
+
+
+def _or_empty(mask: Tensor | None, x: Tensor) -> Tensor:
+    return x.new_empty(0, dtype=torch.bool) if mask is None else mask
 
 
 def _lora_linear_backward(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -506,10 +547,13 @@ def _with_codes(function: Callable[..., Any], before: int) -> Callable[..., Any]
     return unpacked
 
 
+# Op name -> the function behind it, for what looks inside an op (`measure.traffic`).
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
+
 for _name, _impl, _fake, _before in (
     ("lora_linear", _lora_linear, _lora_linear_fake, 1),
     ("lora_linear_backward", _lora_linear_backward, _lora_linear_backward_fake, 2),
-    ("multi_lora_linear", multi_lora_linear_direct, _multi_lora_linear_fake, 1),
+    ("multi_lora_linear", _multi_lora_linear, _multi_lora_linear_fake, 1),
     (
         "multi_lora_linear_backward",
         _multi_lora_linear_backward,
@@ -520,11 +564,14 @@ for _name, _impl, _fake, _before in (
 ):
     for _suffix, _weight in _WEIGHTS.items():
         _name_of = f"{_name}{_suffix}"
-        _LIB.define(_name_of + _SCHEMAS[_name].format(weight=_weight))
+        # A forward may draw a dropout mask.
+        _tags = () if _before != 1 else (torch.Tag.nondeterministic_seeded,)
+        _LIB.define(_name_of + _SCHEMAS[_name].format(weight=_weight), tags=_tags)
         _call: Any = _impl
         _shapes: Any = _fake
         if _suffix:
             _call, _shapes = _with_codes(_impl, _before), _with_codes(_fake, _before)
+        IMPLEMENTATIONS[_name_of] = _call
         # Dynamo, which follows a backward into the op, would part the native call from the memory
         # that its pointers lead to.
         _LIB.impl(_name_of, _disable_dynamo(_call), "CompositeExplicitAutograd")

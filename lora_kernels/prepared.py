@@ -12,10 +12,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from . import ops, select
 from .autograd import LoRALinearFunction
 from .backends import native
+from .backends.eager import row_squares
 from .functional import base_dtype, dora_norm, drawn, lora_linear
 from .ops import Fact, Prepared
 from .quantization import Weight4bit
-from .quantization.codes import Codes
+from .quantization.codes import CODES_TENSORS, Codes
 from .select import Choice
 
 
@@ -155,8 +156,8 @@ class Step:
         if prepared is None:
             return None
         dense = None if codes else base
-        numbers = (scaling, dropout_p, dtype, dtype, False, codes[-2:])
-        return cls(*prepared, few, (dense, lora_A, lora_B), numbers, codes[:-2], facts)
+        numbers = (scaling, dropout_p, dtype, dtype, False, codes[CODES_TENSORS:])
+        return cls(*prepared, few, (dense, lora_A, lora_B), numbers, codes[:CODES_TENSORS], facts)
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor | None:
         if not self._call.trains(x, bias):
@@ -332,6 +333,7 @@ class KeptNorm:
 
     def __init__(self) -> None:
         self._kept: tuple[tuple[object, ...], tuple[Tensor, ...], Tensor] | None = None
+        self._squares: tuple[tuple[object, ...], Tensor] | None = None
 
     def __call__(
         self,
@@ -350,7 +352,10 @@ class KeptNorm:
             or any(t.is_inference() for t in (*base, *adapter))  # which tell nobody of changes
             or (not lora_A.is_cpu and _distributed())
         ):
-            return dora_norm(weight, lora_A, lora_B, scaling, rank_gate=rank_gate)
+            squares = self._row_squares(weight, base, lora_A, lora_B)
+            return dora_norm(
+                weight, lora_A, lora_B, scaling, rank_gate=rank_gate, row_squares=squares
+            )
         compared = adapter if lora_A.is_cpu else ()
         known = base if lora_A.is_cpu else (*base, *adapter)
         key = (scaling, *map(_state, known), *(t.dtype for t in adapter))
@@ -359,6 +364,29 @@ class KeptNorm:
             norm = dora_norm(weight, lora_A, lora_B, scaling, rank_gate=rank_gate)
             self._kept = kept = key, tuple(t.detach().clone() for t in compared), norm
         return kept[2]
+
+    def _row_squares(
+        self,
+        weight: Tensor | Weight4bit,
+        base: tuple[Tensor, ...],
+        lora_A: Tensor,
+        lora_B: Tensor,
+    ) -> Tensor | None:
+        """‖W‖² of each row for the eager backend on a GPU, until the base changes; else None."""
+        if (
+            not select.draws_mask(lora_A.device.type)
+            or torch.compiler.is_compiling()
+            or any(t.is_inference() for t in base)
+            or torch.is_inference_mode_enabled()
+            or _distributed()
+        ):
+            return None
+        key = (*map(_state, base), lora_A.dtype)
+        if self._squares is None or self._squares[0] != key:
+            held = weight.codes if isinstance(weight, Weight4bit) else weight
+            with torch.no_grad():
+                self._squares = key, row_squares(held, lora_A, lora_B)
+        return self._squares[1]
 
     def __reduce__(self) -> tuple[type[KeptNorm], tuple[()]]:
         return KeptNorm, ()

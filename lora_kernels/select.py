@@ -19,6 +19,7 @@ from .backends import cpu, cuda, eager, forced, native, triton
 from .backends.cuda import fit
 from .backends.cuda.fit import Layout
 from .backends.forced import Forced
+from .backends.library import follows_gpu
 from .backends.triton import configs, measured
 
 MAX_KERNEL_RANK = 256
@@ -38,8 +39,9 @@ _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Why a GPU's tensors go to the eager backend unless another is asked for; None lets the model of
 # costs decide.
 UNTRIED: str | None = (
-    "the Triton and CUDA kernels are proven on the CPU, in an interpreter and an emulator, and "
-    "compiled, but have run on no GPU yet; lora_kernels.backend('triton' or 'cuda') takes them"
+    "PyTorch's GEMMs, in an order that moves no more bytes than PEFT's (lora-kernels bench "
+    "--count); our Triton and CUDA kernels are compiled and tested on the CPU, but have run on no "
+    "GPU yet: lora_kernels.backend('triton' or 'cuda') takes them"
 )
 # Where a dense product is the library's all the same: on Intel's own processors its library
 # multiplies float32 faster than the single pass where M·N·K reaches MKL_PRODUCT, but for matrix
@@ -151,19 +153,17 @@ def lora_linear(
             asked, cuda.obstacle(device_type, device_index), x_dtype, a_dtype, b_dtype, dtype, rank,
             rows, columns, inner, layout,
         )  # fmt: skip
-    if asked.backend is None and device_type == "cuda":
+    if asked.backend is None and device_type == "cuda" and UNTRIED is None:
         found = _choose_gpu(
-            _gpu(device_index), UNTRIED, triton.absence(), cuda.obstacle(device_type, device_index),
+            _gpu(device_index), triton.absence(), cuda.obstacle(device_type, device_index),
             x_dtype, a_dtype, b_dtype, dtype, rank, rows, columns, inner, four_bit, dropout, layout,
         )  # fmt: skip
-        if found is not None and UNTRIED is None:
+        if found is not None:
             target = configs.target(device_index)
             itemsize = max(d.itemsize for d in (x_dtype, a_dtype, b_dtype, dtype))
             return (
                 _measured(target, rows, columns, inner, rank, itemsize, four_bit, dropout) or found
             )
-        if found is not None:
-            return found
     size = (columns or _UNKNOWN) * (inner or _UNKNOWN)
     few = few_rows(dtype, four_bit, size, layout.columns)
     many = None if rows is None else rows > few
@@ -247,6 +247,27 @@ def dora_norm(
     if asked.backend == "cpu":
         raise RuntimeError(f"backend 'cpu' was asked for and cannot run here: {obstacle}")
     return Choice("eager", eager.PANELS, obstacle)
+
+
+def draws_mask(device_type: str) -> bool:
+    """True if dropout masks on such a device are drawn by PyTorch's kernel, for the eager backend;
+    False if a backend makes them of a state.
+
+    >>> draws_mask("cpu")
+    False
+    """
+    return follows_gpu(device_type) and forced_backend() in (None, "eager")
+
+
+def with_mask() -> Choice:
+    """The choice where dropout's mask is given and not its state, which eager alone takes."""
+    name = forced_backend()
+    if name not in (None, "eager"):
+        raise RuntimeError(
+            f"backend {name!r} was asked for and cannot run here: rng is a mask, want its state, "
+            "int64 [2]"
+        )
+    return Choice("eager", eager.LIBRARY, "the dropout mask is given, not its state")
 
 
 @functools.cache
@@ -467,7 +488,6 @@ def _measured(
 @functools.lru_cache(maxsize=4096)
 def _choose_gpu(
     gpu: costs.Gpu | None,
-    untried: str | None,
     triton_absence: str | None,
     cuda_obstacle: str | None,
     x_dtype: torch.dtype,
@@ -482,8 +502,8 @@ def _choose_gpu(
     dropout: bool,
     layout: Layout,
 ) -> Choice | None:
-    """The fastest by the model of costs, of those that are here; while they are untried, eager and
-    what the model says of them. None where our kernels cannot run, or the GPU is not known."""
+    """The fastest by the model of costs, of those that are here. None where our kernels cannot run,
+    or the GPU is not known."""
     if gpu is None or costs.obstacle(gpu) is not None:
         return None
     if _kernel_obstacle(x_dtype, a_dtype, b_dtype, dtype, rank) is not None:
@@ -498,15 +518,10 @@ def _choose_gpu(
     best = next(cost for cost in fitting if missing.get(cost.backend) is None)
     eagers = next(cost for cost in predicted if cost.backend == "eager")
     share = f"{best.seconds / eagers.seconds:.2f} of eager's {eagers.seconds * 1e6:.0f} µs"
-    if untried is None:
-        why = f"the model of costs expects {share}, most of it {best.because}"
-        if best.backend == "cuda":
-            why += _dx(best.strategy, dtype, layout, N, K)
-        return Choice(best.backend, best.strategy, why)
-    expected = ""
-    if best.backend != "eager":
-        expected = f"; the model of costs expects of {best.backend}, {best.strategy!r}, {share}"
-    return Choice("eager", eager.LIBRARY, untried + expected)
+    why = f"the model of costs expects {share}, most of it {best.because}"
+    if best.backend == "cuda":
+        why += _dx(best.strategy, dtype, layout, N, K)
+    return Choice(best.backend, best.strategy, why)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -1,54 +1,53 @@
-"""The equation in plain PyTorch calls: library products and an in-place rank update.
+"""The equation in library GEMMs; runs on any torch device and in any floating dtype.
 
-Runs on any torch device and in any floating dtype, float64 included. The other backends are
-measured against it, and what they cannot take comes here with a reason (see `select`).
+The other backends are measured against this one, and what they cannot take comes here with a
+reason (see `select`).
 
-Rounding points: the base product rounds to the compute dtype. An adapter's product runs in the
-wider of its operands' dtypes (float32 adapters beside a 16-bit x: in float32, as in PEFT) and is
-added in the wider of its own and the compute dtype, by one in-place `addmm_` where they are the
-same; y and dx round once more. P = D(x)·Aᵀ is stored in float32 (float64 for float64).
+Bytes. The base GEMM accumulates onto the low-rank update, `y.addmm_(x, Wᵀ)`: y is read in the
+epilogue of the large GEMM and not in a pass of its own. dx likewise. Above `UPCAST_ROWS` rows no
+float32 copy of a 16-bit x, dY, y or dx is made where the device multiplies 16-bit matrices into
+float32 (`library.has_out_dtype`). The adapter's GEMMs then run in one of three ways:
+
+- its dtype is the activation's: in that dtype, P and dS in float32;
+- float32 beside 16 bits, many rows: each small operand as two 16-bit parts, hi + lo. A GEMM with
+  a float32 result takes both parts side by side and adds the halves; one with a 16-bit result
+  takes hi·hi + hi·lo + lo·hi as one GEMM of 3·R terms;
+- otherwise in the wider dtype, by copies of the narrower operands.
+
+Rounding. y and dx are rounded to the compute dtype after the update and again after the base
+GEMM. Two parts hold a float32 to 2⁻¹⁷ (bfloat16) or 2⁻²² (float16; 2⁻¹⁶ where it is as small as
+1e-5), so dA and dB beside them are exact to that. P = D(x)·Aᵀ is stored in float32 (float64 for
+float64).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from .. import reference
 from ..quantization.codes import Codes
+from .library import follows_gpu, has_out_dtype, mm_fp32
 from .rows import rows_of
 
 LIBRARY = "library products, in-place addmm"  # its only strategy
 PANELS = "library product, panel by panel"  # of `dora_norm`
 PANEL = 4 << 20  # bytes of a weight that are looked at together
-
-
-def _mm(a: Tensor, b: Tensor) -> Tensor:
-    """a·b in the wider of their dtypes."""
-    dtype = torch.promote_types(a.dtype, b.dtype)
-    return torch.mm(a.to(dtype), b.to(dtype))
-
-
-def _add_product(z: Tensor, s: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor:
-    """z + alpha·s·b in the wider of z's and b's dtypes, in place where that is z's; in z's dtype.
-
-    s is float32, but goes no wider than the adapter beside it.
-    """
-    dtype = torch.promote_types(z.dtype, b.dtype)
-    if z.device.type == "cpu" and dtype is torch.float32:
-        # The library's addmm starts its chain of sums from z, and loses more for it.
-        return z.to(dtype).add_(torch.mm(s, b.to(dtype)), alpha=alpha).to(z.dtype)
-    if dtype is z.dtype:
-        return z.addmm_(s.to(dtype), b.to(dtype), alpha=alpha)
-    return torch.addmm(z.to(dtype), s.to(dtype), b.to(dtype), alpha=alpha).to(z.dtype)
-
-
-def _dense(weight: Tensor | Codes, lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype) -> Tensor:
-    if isinstance(weight, Codes):
-        return weight.dense((lora_B.shape[0], lora_A.shape[1]), dtype)
-    return weight.to(dtype)
+# Up to this many rows, or rows a rank, 16-bit activations are copied to float32 for a float32
+# adapter. For a few rows that moves fewer bytes than splitting it. At 8 rows a rank a split
+# saves 36 MB in the backward of 512×4096×4096, r = 64 (counted), 12 µs of an H100 (estimated), and
+# takes 8 kernels more.
+UPCAST_ROWS, UPCAST_ROWS_A_RANK = 64, 8
+EXPANDED_NORM = 256  # columns from which `dora_norm` is made of products on a GPU
+_HALVES = (torch.bfloat16, torch.float16)
+PART_ROUNDOFF = {torch.bfloat16: 2.0**-17, torch.float16: 2.0**-22}  # of hi + lo
+# float16 parts of an adapter are those of 256 times it: without that, elements below 1e-4 lose
+# most of lo to subnormals. Elements of 256 and more overflow.
+_PRESCALE = {torch.bfloat16: 1.0, torch.float16: 256.0}
 
 
 def stat_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -56,11 +55,200 @@ def stat_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _dropped(x: Tensor, dropout_p: float, rng: Tensor | None) -> Tensor:
-    """x with the dropped elements zeroed; the scale 1/(1−p) goes to the rank side."""
+class _Dropped(NamedTuple):
+    """D(x) but for `factor`, and what a backward makes the same mask of."""
+
+    x: Tensor
+    factor: float = 1.0
+    mask: Tensor | None = None
+
+
+def _drop(x: Tensor, dropout_p: float, rng: Tensor | None) -> _Dropped:
+    """Drop elements of x [M, K] by a Philox mask of the state rng, by the mask rng, or, if it is
+    None, by a mask that PyTorch's kernel draws."""
+    if not dropout_p:
+        return _Dropped(x)
     if rng is None:
-        return x
-    return x * reference.dropout_mask(rng, x.shape[0], x.shape[1], dropout_p)
+        dropped, mask = torch.native_dropout(x, dropout_p, True)
+        return _Dropped(dropped, mask=mask)
+    scale = reference.dropout_scale(dropout_p)
+    if rng.dtype is torch.bool:
+        return _Dropped(torch.ops.aten.native_dropout_backward(x, rng, scale))
+    return _Dropped(x * reference.dropout_mask(rng, x.shape[0], x.shape[1], dropout_p), scale)
+
+
+@contextmanager
+def upcast_rows(rows: int, rows_a_rank: int = 0) -> Iterator[None]:
+    """Split adapters beside more rows than these, in all threads. For tests."""
+    global UPCAST_ROWS, UPCAST_ROWS_A_RANK
+    before = UPCAST_ROWS, UPCAST_ROWS_A_RANK
+    UPCAST_ROWS, UPCAST_ROWS_A_RANK = rows, rows_a_rank
+    try:
+        yield
+    finally:
+        UPCAST_ROWS, UPCAST_ROWS_A_RANK = before
+
+
+def _in_parts(activation: Tensor, adapter: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """True if a GEMM of the activation [M, ...], in `dtype`, with the adapter takes the latter in
+    parts."""
+    dtype = dtype or activation.dtype
+    return (
+        dtype in _HALVES
+        and activation.shape[0] > max(UPCAST_ROWS, UPCAST_ROWS_A_RANK * min(adapter.shape))
+        and has_out_dtype(activation)
+        and torch.promote_types(dtype, adapter.dtype) is torch.float32
+    )
+
+
+def _widest(*tensors: Tensor) -> torch.dtype:
+    dtype = tensors[0].dtype
+    for t in tensors[1:]:
+        dtype = torch.promote_types(dtype, t.dtype)
+    return dtype
+
+
+def _two_parts(t: Tensor, scale: float, dtype: torch.dtype, dim: int) -> Tensor:
+    """scale·t as hi and −lo in `dtype`, side by side along `dim` of the result [.., 2·n, ..]."""
+    rows, columns = t.shape
+    shape = (2, rows, columns) if dim == 0 else (rows, 2, columns)
+    parts = t.new_empty(shape, dtype=dtype)
+    hi, minus_lo = parts.unbind(dim)
+    torch.mul(t, scale, out=hi)
+    torch.sub(hi, t, alpha=scale, out=minus_lo)
+    return parts.view(-1, columns) if dim == 0 else parts.view(rows, -1)
+
+
+def _three_parts(t: Tensor, dtype: torch.dtype, dim: int, lo_first: bool) -> Tensor:
+    """t as hi, hi, lo (or lo, hi, hi) in `dtype`, side by side along `dim`.
+
+    The GEMM of a `lo_first` with one that is not gives hi·lo + hi·hi + lo·hi.
+    """
+    rows, columns = t.shape
+    shape = (3, rows, columns) if dim == 0 else (rows, 3, columns)
+    parts = t.new_empty(shape, dtype=dtype)
+    at_hi, at_lo = (1, 0) if lo_first else (0, 2)
+    both = parts.narrow(dim, at_hi, 2)
+    both.copy_(t.unsqueeze(dim).expand_as(both))
+    torch.sub(t, parts.select(dim, at_hi), out=parts.select(dim, at_lo))
+    return parts.view(-1, columns) if dim == 0 else parts.view(rows, -1)
+
+
+def _sums_from_accumulator(t: Tensor) -> bool:
+    """True if `t.addmm_` starts its chain of float32 sums from t, as a CPU's does for few rows, and
+    so loses more than the sum of two results. A GPU's adds t in the epilogue."""
+    return t.is_cpu and t.dtype is torch.float32
+
+
+def _scaled_mm(a: Tensor, b: Tensor, alpha: float, bias: Tensor | None = None) -> Tensor:
+    """alpha·a·b + bias in a's dtype, rounded once."""
+    if bias is not None:
+        return torch.addmm(bias.to(a.dtype), a, b, alpha=alpha)
+    if alpha == 1.0:
+        return torch.mm(a, b)
+    out = a.new_empty(a.shape[0], b.shape[1])
+    return torch.addmm(out, a, b, beta=0, alpha=alpha, out=out)
+
+
+def _contract(a: Tensor, small: Tensor, dim: int, scale: float = 1.0) -> Tensor:
+    """scale·a·small in float32 (float64): P, dS. a [M, n]; small [n, R] for dim 1, [R, n] for 0."""
+    if _in_parts(a, small):
+        prescale = _PRESCALE[a.dtype]
+        parts = _two_parts(small, scale * prescale, a.dtype, dim)
+        hi, minus_lo = mm_fp32(a, parts if dim else parts.t()).chunk(2, dim=1)
+        found = hi - minus_lo
+        return found if prescale == 1.0 else found.div_(prescale)
+    dtype = _widest(a, small)
+    a, small = a.to(dtype), small.to(dtype) if dim else small.to(dtype).t()
+    if dtype in _HALVES:
+        found = mm_fp32(a, small)
+        return found if scale == 1.0 else found.mul_(scale)
+    return _scaled_mm(a, small, scale)
+
+
+def _contract_rounded(a: Tensor, small: Tensor, scale: float) -> Tensor:
+    """scale·a·small, a [M, n], small [n, R], in 16 bits if both have the same 16-bit dtype."""
+    if a.dtype is small.dtype and a.dtype in _HALVES:
+        return _scaled_mm(a, small, scale)
+    return _contract(a, small, 1, scale)
+
+
+def _gradient(a: Tensor, s: Tensor, scale: float, adapter: Tensor) -> Tensor:
+    """scale·aᵀ·s [n, R] over the rows of a [M, n] and s [M, R], in the adapter's dtype."""
+    if _in_parts(a, adapter):
+        s, factor = _normalized(s, a.dtype)
+        hi, minus_lo = mm_fp32(a.t(), _two_parts(s, scale, a.dtype, 1)).chunk(2, dim=1)
+        found = hi - minus_lo
+        return found if factor is None else found.div_(factor)
+    dtype = _widest(a, adapter)
+    return _scaled_mm(a.to(dtype).t(), s.to(dtype), scale).to(adapter.dtype)
+
+
+def _normalized(t: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """t times a factor that brings its largest element to 256, and the factor, for parts in
+    float16, whose range is small; t and None in bfloat16."""
+    if dtype is not torch.float16:
+        return t, None
+    factor = 256.0 / t.abs().amax().clamp_(min=2.0**-100)
+    return t * factor, factor
+
+
+def _expand(
+    s: Tensor,
+    small: Tensor,
+    beside: Tensor,
+    scale: float = 1.0,
+    bias: Tensor | None = None,
+    onto: Tensor | None = None,
+) -> Tensor:
+    """scale·s·smallᵀ + bias [M, N], s [M, R], small [N, R]: an update of what `beside` makes.
+
+    In beside's dtype, or in a wider one if the adapter has it and is not taken in parts. Added in
+    place onto `onto` if that has the dtype of the result.
+    """
+    dtype = _widest(beside, small)
+    if _in_parts(beside, small):
+        dtype = beside.dtype
+        prescale = _PRESCALE[dtype]
+        s = _three_parts(s, dtype, 1, lo_first=False)
+        wide = small if prescale == 1.0 else small * prescale
+        small, scale = _three_parts(wide, dtype, 1, lo_first=True), scale / prescale
+    s, small = s.to(dtype), small.to(dtype)
+    if onto is None:
+        return _scaled_mm(s, small.t(), scale, bias)
+    if onto.dtype is dtype:
+        if _sums_from_accumulator(onto):
+            return onto.add_(torch.mm(s, small.t()), alpha=scale)
+        return onto.addmm_(s, small.t(), alpha=scale)
+    return torch.add(onto, _scaled_mm(s, small.t(), scale), out=torch.empty_like(onto))
+
+
+def _add_base(
+    update: Tensor, a: Tensor, w: Tensor, dtype: torch.dtype, out_dtype: torch.dtype
+) -> Tensor:
+    """update + a·w in `out_dtype`, the base GEMM in `dtype`; may overwrite update."""
+    a, w = a.to(dtype), w.to(dtype)
+    if update.dtype is dtype and dtype is out_dtype and not _sums_from_accumulator(update):
+        return update.addmm_(a, w)
+    return _sum(torch.mm(a, w), update, out_dtype)
+
+
+def _sum(base: Tensor, update: Tensor, dtype: torch.dtype) -> Tensor:
+    """base + update in `dtype`, in the memory of one of them if that has the dtype."""
+    out = next((t for t in (base, update) if t.dtype is dtype), None)
+    return torch.add(base, update, out=torch.empty_like(base, dtype=dtype) if out is None else out)
+
+
+def _dense(weight: Tensor | Codes, lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype) -> Tensor:
+    if isinstance(weight, Codes):
+        return weight.dense((lora_B.shape[0], lora_A.shape[1]), dtype)
+    return weight
+
+
+def _operand_dtype(x: Tensor, lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """Of what the adapter multiplies: x, or its copy for the base GEMM where adapters have no more
+    bits than that."""
+    return dtype if lora_A.dtype is lora_B.dtype is dtype else x.dtype
 
 
 def lora_linear(
@@ -78,25 +266,42 @@ def lora_linear(
     y_dtype: torch.dtype,
     save_z: bool,
     strategy: str,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """x [M, K] -> y [M, N] in `y_dtype`, P [M, R] in float32 (or float64), z [M, N] or None."""
-    p = _mm(_dropped(x, dropout_p, rng), lora_A.t()).to(stat_dtype(dtype))
-    if rng is not None:
-        p = p * reference.dropout_scale(dropout_p)
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """x [M, K] -> y [M, N] in `y_dtype`, P [M, R] in float32 (or float64), z [M, N] or None, and
+    the bool mask [M, K] if one was drawn.
+
+    rng: the state of a Philox mask, or a bool mask [M, K]; None draws one.
+    """
+    early_bias = bias if column_scale is None else None
+    base = None
+    if weight is not None and not dropout_p:
+        x = x.to(_operand_dtype(x, lora_A, lora_B, dtype))  # one copy for both GEMMs
+    if isinstance(weight, Codes):  # before anything else is held beside the dense copy
+        base = weight.gemm(x.to(dtype), lora_B.shape[0], early_bias)
+    dropped, factor, mask = _drop(x, dropout_p, rng)
+    operand = dropped.to(_operand_dtype(x, lora_A, lora_B, dtype))
+    del dropped
+    p = _contract(operand, lora_A, 0)
+    if factor != 1.0:
+        p *= factor
     s = p if rank_gate is None else p * rank_gate
-    if weight is None:
-        z = x.new_zeros(x.shape[0], lora_B.shape[0], dtype=y_dtype)
+    if base is not None and y_dtype is dtype:
+        z = _expand(s, lora_B, operand, scaling, onto=base)
     else:
-        z = torch.mm(x.to(dtype), _dense(weight, lora_A, lora_B, dtype).t()).to(y_dtype)
-    z = _add_product(z, s, lora_B.t(), scaling)
-    y = z
-    if column_scale is not None:
-        y = y * column_scale
+        z = _expand(s, lora_B, operand, scaling, None if base is not None else early_bias)
+        del operand
+        if base is not None:
+            z = _sum(base, z, y_dtype)
+        elif weight is not None:
+            z = _add_base(z, x, _dense(weight, lora_A, lora_B, dtype).t(), dtype, y_dtype)
+        z = z.to(y_dtype)
+    if column_scale is None:
+        # An op's outputs share no memory.
+        return z, p, z.clone() if save_z else None, mask
+    y = torch.mul(z, column_scale, out=torch.empty_like(z) if save_z else z)
     if bias is not None:
-        y = y + bias
-    y = y.to(y_dtype)
-    # An op's outputs share no memory.
-    return y, p, (z.clone() if y is z else z) if save_z else None
+        y += bias
+    return y, p, z if save_z else None, mask
 
 
 def lora_linear_backward(
@@ -126,37 +331,100 @@ def lora_linear_backward(
     dg is in p's dtype and is the gradient of `rank_gate`; dc and dbias likewise come back in p's
     dtype for the caller to round once.
     """
-    stat = p.dtype
-    dx = dA = dB = dg = dc = dbias = None
+    dA = dB = dg = dc = dbias = base = None
     if need_bias:
-        dbias = dy.sum(0, dtype=stat)
+        dbias = dy.sum(0, dtype=p.dtype)
     if need_column_scale:
         assert z is not None
-        dc = (dy.to(stat) * z.to(stat)).sum(0)
-    dz = dy if column_scale is None else dy * column_scale
+        dc = _column_dot(dy, z, p.dtype)
+    # In parts, B and dB take the column scale: dZ is rounded for the base GEMM alone.
+    in_parts = _in_parts(dy, lora_B)
+    dz = dy
+    if column_scale is not None and (need_x or not in_parts):
+        wide = dy.dtype if in_parts else _widest(dy, lora_B)
+        dz = torch.mul(dy, column_scale, out=torch.empty_like(dy, dtype=wide))
+    rows = column_scale[:, None] if column_scale is not None and in_parts else None
+    narrow = _widest(dz, lora_A, lora_B) is dz.dtype
+    alone = not in_parts if not narrow else dy.shape[0] <= UPCAST_ROWS and not dropout_p
+    if isinstance(weight, Codes) and need_x and alone:
+        # Where the base GEMM does not add to the update, it goes before anything else is held
+        # beside the dense copy.
+        base = torch.mm(dz.to(dtype), _dense(weight, lora_A, lora_B, dtype))
+    a = dy if in_parts else dz.to(_widest(dz, lora_B))
     if need_B:
-        s = p if rank_gate is None else p * rank_gate
-        dB = _mm(dz.t(), s.mul(scaling)).to(lora_B.dtype)
-    if need_x or need_A or need_gate:
-        ds = _mm(dz, lora_B).to(stat)
+        dB = _gradient(a, p if rank_gate is None else p * rank_gate, scaling, lora_B)
+        if rows is not None:
+            dB *= rows
+    if not (need_x or need_A or need_gate):
+        return None, dA, dB, dg, dc, dbias
+    from_state = rng is not None and rng.dtype is not torch.bool
+    factor = reference.dropout_scale(dropout_p) if from_state else 1.0
+    scaled_B = lora_B if rows is None else lora_B * rows
+    if rank_gate is None and not need_gate:
+        dxa = _contract_rounded(a, scaled_B, scaling * factor)
+    else:
+        ds = _contract(a, scaled_B, 1, scaling)
         if need_gate:
-            dg = (ds * p).sum(0).mul_(scaling)
-        dxa = ds * (scaling * (reference.dropout_scale(dropout_p) if rng is not None else 1.0))
-        if rank_gate is not None:
-            dxa = dxa * rank_gate
-        if need_A:
-            dA = _mm(dxa.t(), _dropped(x, dropout_p, rng)).to(lora_A.dtype)
-        if need_x:
-            if weight is None:
-                dx = torch.zeros_like(x, memory_format=torch.contiguous_format)
-            else:
-                dx = torch.mm(dz.to(dtype), _dense(weight, lora_A, lora_B, dtype)).to(x.dtype)
-            if rng is None:
-                dx = _add_product(dx, dxa, lora_A)
-            else:
-                dx_lora = _mm(dxa.to(torch.promote_types(x.dtype, lora_A.dtype)), lora_A)
-                dx = (dx + _dropped(dx_lora, dropout_p, rng)).to(x.dtype)
-    return dx, dA, dB, dg, dc, dbias
+            dg = (ds * p).sum(0)
+        dxa = ds if rank_gate is None else ds * rank_gate
+        dxa = dxa if factor == 1.0 else dxa * factor
+    del a
+    x_dtype = _operand_dtype(x, lora_A, lora_B, dtype)
+    in_parts = _in_parts(x, lora_A, x_dtype)
+    parts = _three_parts(dxa, x_dtype, 1, lo_first=False) if in_parts else None
+    if need_A:
+        operand = _drop(x, dropout_p, rng).x.to(x_dtype)
+        dA = _gradient_A(dxa, parts, operand, lora_A)
+        del operand
+    if not need_x:
+        return None, dA, dB, dg, dc, dbias
+    if base is not None and narrow and base.dtype is x.dtype is x_dtype:
+        return base.addmm_(dxa.to(x_dtype), lora_A.to(x_dtype)), dA, dB, dg, dc, dbias
+    dx = _input_update(dxa, parts, lora_A, x_dtype)
+    del dxa, parts
+    dx = _drop(dx, dropout_p, rng).x
+    if base is not None:
+        dx = _sum(base, dx, x.dtype)
+    elif weight is not None:
+        dx = _add_base(dx, dz, _dense(weight, lora_A, lora_B, dtype), dtype, x.dtype)
+    return dx.to(x.dtype), dA, dB, dg, dc, dbias
+
+
+def _gradient_A(dxa: Tensor, parts: Tensor | None, operand: Tensor, lora_A: Tensor) -> Tensor:
+    """dXAᵀ·D(x) [R, K] in lora_A's dtype. parts: hi, hi, lo of dXA [M, 3·R], or None."""
+    if parts is None:
+        dtype = _widest(operand, lora_A)
+        return torch.mm(dxa.to(dtype).t(), operand.to(dtype)).to(lora_A.dtype)
+    if parts.dtype is torch.float16:  # whose halves of a small dXA are too small
+        return _gradient(operand, dxa, 1.0, lora_A).t().contiguous()
+    hi, lo = mm_fp32(parts[:, lora_A.shape[0] :].t(), operand).chunk(2)
+    return hi + lo
+
+
+def _input_update(
+    dxa: Tensor, parts: Tensor | None, lora_A: Tensor, x_dtype: torch.dtype
+) -> Tensor:
+    """dXA·A [M, K]: of parts in their dtype, else in the wider of lora_A's and x's."""
+    if parts is None:
+        dtype = torch.promote_types(x_dtype, lora_A.dtype)
+        return torch.mm(dxa.to(dtype), lora_A.to(dtype))
+    prescale = _PRESCALE[x_dtype]
+    wide = lora_A if prescale == 1.0 else lora_A * prescale
+    return _scaled_mm(parts, _three_parts(wide, x_dtype, 0, lo_first=True), 1.0 / prescale)
+
+
+def _column_dot(dy: Tensor, z: Tensor, dtype: torch.dtype) -> Tensor:
+    """Σ_m dy·z of each column, [N] in `dtype`; bfloat16 products are rounded before the sum.
+
+    float16 products would overflow: they are made in float32, a panel of rows at a time.
+    """
+    if dy.dtype is z.dtype and dy.dtype in (torch.bfloat16, dtype):
+        return torch.mul(dy, z).sum(0, dtype=dtype)
+    rows = max(UPCAST_ROWS, PANEL // max(1, dy.shape[1]))
+    found = torch.zeros(dy.shape[1], dtype=dtype, device=dy.device)
+    for a, b in zip(dy.split(rows), z.split(rows), strict=True):
+        found += torch.mul(a.to(dtype), b).sum(0)
+    return found
 
 
 def multi_lora_linear(
@@ -172,21 +440,27 @@ def multi_lora_linear(
     dtype: torch.dtype,
     y_dtype: torch.dtype,
     strategy: str,
-) -> tuple[Tensor, Tensor]:
-    """x [M, K], index [M] -> y [M, N] in `y_dtype`, P [M, R] in float32 (or float64)."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """x [M, K], index [M] -> y [M, N] in `y_dtype`, P [M, R] in float32 (or float64), and the mask
+    [M, K] if one was drawn."""
     stat, R = stat_dtype(dtype), max(A.shape[0] for A in lora_A)
-    dropped, p = _dropped(x, dropout_p, rng), x.new_zeros(x.shape[0], R, dtype=stat)
+    dropped, factor, mask = _drop(x, dropout_p, rng)
+    p = x.new_zeros(x.shape[0], R, dtype=stat)
     if weight is None:
         y = x.new_zeros(x.shape[0], lora_B[0].shape[0], dtype=y_dtype)
     else:
-        y = torch.mm(x.to(dtype), _dense(weight, lora_A[0], lora_B[0], dtype).t()).to(y_dtype)
+        w = _dense(weight, lora_A[0], lora_B[0], dtype).to(dtype)
+        y = torch.mm(x.to(dtype), w.t()).to(y_dtype)
     for e, rows in rows_of(index, len(lora_A)).each():
-        s = _mm(dropped[rows], lora_A[e].t()).to(stat)
-        if rng is not None:
-            s = s * reference.dropout_scale(dropout_p)
+        s = _contract(dropped[rows], lora_A[e], 0)
+        if factor != 1.0:
+            s *= factor
         p[rows, : s.shape[1]] = s
-        y[rows] = _add_product(y[rows], s, lora_B[e].t(), scaling[e])
-    return y if bias is None else (y + bias).to(y_dtype), p
+        own = y[rows]  # a view where the rows lie together
+        found = _expand(s, lora_B[e], dropped[rows], scaling[e], onto=own)
+        if found is not own or isinstance(rows, Tensor):
+            y[rows] = found
+    return y if bias is None else (y + bias).to(y_dtype), p, mask
 
 
 def multi_lora_linear_backward(
@@ -211,36 +485,32 @@ def multi_lora_linear_backward(
 
     Zero for an adapter that no row has.
     """
-    stat = p.dtype
     dx = None
     dA = [torch.zeros_like(A) if need else None for A, need in zip(lora_A, need_A, strict=True)]
     dB = [torch.zeros_like(B) if need else None for B, need in zip(lora_B, need_B, strict=True)]
-    dbias = dy.sum(0, dtype=stat) if need_bias else None
+    dbias = dy.sum(0, dtype=p.dtype) if need_bias else None
     if need_x:
         if weight is None:
             dx = torch.zeros_like(x, memory_format=torch.contiguous_format)
         else:
-            dense = _dense(weight, lora_A[0], lora_B[0], dtype)
+            dense = _dense(weight, lora_A[0], lora_B[0], dtype).to(dtype)
             dx = torch.mm(dy.to(dtype), dense).to(x.dtype)
-    dropped = _dropped(x, dropout_p, rng) if any(need_A) else x
-    mask = None
-    if need_x and rng is not None:
+    mask = rng
+    if rng is not None and rng.dtype is not torch.bool:
         mask = reference.dropout_mask(rng, x.shape[0], x.shape[1], dropout_p)
     for e, rows in rows_of(index, len(lora_A)).each():
-        A, B, dz = lora_A[e], lora_B[e], dy[rows]
-        if need_B[e]:
-            dB[e] = _mm(dz.t(), p[rows, : A.shape[0]].mul(scaling[e])).to(B.dtype)
-        keep_scale = reference.dropout_scale(dropout_p) if rng is not None else 1.0
-        dxa = _mm(dz, B).to(stat) * (scaling[e] * keep_scale)
+        own = None if mask is None else mask[rows]
+        gradients = lora_linear_backward(
+            dy[rows], x[rows], None, lora_A[e], lora_B[e], p[rows, : lora_A[e].shape[0]], None,
+            scaling[e], None, None, dropout_p, own, dtype, need_x, need_A[e], need_B[e],
+            False, False, False, strategy,
+        )  # fmt: skip
+        if dx is not None:
+            dx[rows] += cast(Tensor, gradients[0])
         if need_A[e]:
-            dA[e] = _mm(dxa.t(), dropped[rows]).to(A.dtype)
-        if dx is None:
-            continue
-        if mask is None:
-            dx[rows] = _add_product(dx[rows], dxa, A)
-        else:
-            update = _mm(dxa.to(torch.promote_types(x.dtype, A.dtype)), A)
-            dx[rows] = (dx[rows] + update * mask[rows]).to(x.dtype)
+            dA[e] = gradients[1]
+        if need_B[e]:
+            dB[e] = gradients[2]
     return dx, dA, dB, dbias
 
 
@@ -250,17 +520,73 @@ def dora_norm(
     lora_B: Tensor,
     scaling: float,
     rank_gate: Tensor | None,
+    row_squares: Tensor | None = None,
 ) -> Tensor:
-    """‖W + scaling · (B ⊙ gate)·A‖ of each row: [N] in float32 (float64 for float64).
+    """‖W + s·B·A‖ of each row, B's columns gated: [N] in float32 (float64 for float64).
 
-    A panel of rows at a time, in that dtype, so that no second weight is held.
+    On a GPU from ‖W‖² + s·rowsum(B ⊙ (2·W·Aᵀ + s·B·A·Aᵀ)), which reads W and writes nothing of its
+    size; row_squares is ‖W‖² if it is at hand. The relative error is at most κ·√K·2⁻²⁴,
+    κ = (‖W‖ + ‖s·B·A‖)² / norm²: it grows where the update all but cancels a row of W, which fewer
+    than `EXPANDED_NORM` columns do by chance. Those, and a CPU's, are written out, a panel of rows
+    at a time.
     """
-    K, N = lora_A.shape[1], lora_B.shape[0]
     dtype = stat_dtype(lora_A.dtype)
+    if follows_gpu(lora_A.device.type) and lora_A.shape[1] >= EXPANDED_NORM:
+        w = _dense(weight, lora_A, lora_B, dtype)
+        return _norm_from_products(w, lora_A, lora_B, scaling, rank_gate, row_squares)
     A, B = lora_A.to(dtype), lora_B.to(dtype)
     if rank_gate is not None:
         B = B * rank_gate.to(dtype)
-    out = torch.empty(N, dtype=dtype, device=lora_A.device)
+    return _norm_by_panels(weight, A, B, scaling)
+
+
+def row_squares(weight: Tensor | Codes, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+    """‖W‖² of each row: [N] in float32 (float64 for float64)."""
+    dtype = stat_dtype(lora_A.dtype)
+    w = _dense(weight, lora_A, lora_B, dtype)
+    norm: Tensor = torch.linalg.vector_norm(w, dim=1, dtype=dtype)
+    return norm.square_()
+
+
+def _norm_from_products(
+    w: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    rank_gate: Tensor | None,
+    squares: Tensor | None,
+) -> Tensor:
+    """`dora_norm` of a dense w [N, K]."""
+    dtype = stat_dtype(lora_A.dtype)
+    if squares is None:
+        squares = row_squares(w, lora_A, lora_B)
+    if w.dtype is lora_A.dtype and w.dtype in _HALVES:
+        wa, gram = mm_fp32(w, lora_A.t()), mm_fp32(lora_A, lora_A.t())
+    elif w.dtype in _HALVES and has_out_dtype(w):
+        wa = mm_fp32(w, _exact_parts(lora_A, w.dtype).t()).view(len(w), 3, -1).sum(1)
+        gram = torch.mm(lora_A, lora_A.t())
+    else:
+        A = lora_A.to(dtype)
+        wa, gram = torch.mm(w.to(dtype), A.t()), torch.mm(A, A.t())
+    B = lora_B.to(dtype)
+    if rank_gate is not None:
+        B = B * rank_gate.to(dtype)
+    update = torch.addmm(wa, B, gram, beta=2, alpha=scaling)
+    rowsum = torch.bmm(update.unsqueeze(1), B.unsqueeze(2)).view(-1)
+    return torch.add(squares, rowsum, alpha=scaling).sqrt_()
+
+
+def _exact_parts(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """A float32 t [R, K] as hi, mid and lo in 16 bits, [3·R, K]: all its bits."""
+    parts = t.new_empty(3, *t.shape, dtype=dtype)
+    rest = t - parts[0].copy_(t)
+    torch.sub(rest, parts[1].copy_(rest), out=parts[2])
+    return parts.flatten(0, 1)
+
+
+def _norm_by_panels(weight: Tensor | Codes, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+    N, K, dtype = B.shape[0], A.shape[1], A.dtype
+    out = torch.empty(N, dtype=dtype, device=A.device)
     step = max(64, PANEL // (K * dtype.itemsize))
     for start in range(0, N, step):
         n = slice(start, min(N, start + step))

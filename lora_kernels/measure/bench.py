@@ -469,6 +469,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="count the bytes that layers, and a small Llama, hold for the backward instead",
     )
+    instead.add_argument(
+        "--count",
+        action="store_true",
+        help="count the memory traffic, kernels and peak memory of a layer on a GPU instead, ours "
+        "beside PEFT's, without a GPU; exit status 1 where ours loses",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure there")
     parser.add_argument(
         "--csv", type=Path, metavar="FILE", help="write the times and bytes there, a call a line"
@@ -495,6 +501,10 @@ UNUSED = {
         "compare", "device", "shapes", "model", "rows", "ranks", "quick", "dtypes", "dropout",
         "seconds",
     ),
+    "count": (
+        "compare", "device", "shapes", "model", "rows", "ranks", "quick", "dtypes", "dropout",
+        "seconds", "csv",
+    ),
 }  # fmt: skip
 
 
@@ -519,7 +529,8 @@ def unused(args: argparse.Namespace) -> str | None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """0; 1 where a result of ours misses the tolerance or got slower; 2 where it cannot start."""
+    """0; 1 where a result of ours misses the tolerance, got slower, or loses with --count; 2 where
+    it cannot start."""
     if (why := unused(args)) is not None:
         print(f"lora-kernels bench: {why}")
         return 2
@@ -530,6 +541,10 @@ def run(args: argparse.Namespace) -> int:
     args.rows = args.rows or (QUICK_ROWS if quick else None)
     if args.memory:
         return _count_memory(args)
+    if args.count:
+        from . import bench_traffic
+
+        return bench_traffic.run(args.json)
     if args.device == "cuda" and not torch.cuda.is_available():
         print("lora-kernels bench: no GPU that this torch can use, want one for --device cuda")
         return 2

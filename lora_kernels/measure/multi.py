@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import functional, reference, select
 from ..quantization import Weight4bit, quantize_4bit
 from . import tolerance
-from .case import dtype_name
+from .case import Case, dtype_name, part_roundoffs, with_mask
 from .tolerance import Verdict
 
 
@@ -173,7 +173,7 @@ def judge(
         with select.backend("eager"):  # not by the kernels that are judged
             refs.append(oracle(args))
             eagers.append(run(plain_pytorch, args))
-        got.append(run(call, args))
+        got.append(run(call, with_mask(args)))
         # A rounding of P is shared by a whole row of y: its elements count too.
         of_p = case.M * sum(case.ranks) // len(case.ranks)
         sizes = [of_p, *(t.numel() for t in refs[0].values())]
@@ -181,13 +181,14 @@ def judge(
     M, N, K, adapter = case.M, case.N, case.K, case.adapter_dtype or case.dtype
     # y and dx: also the base product, which an adapter's part is added to in place.
     u = {"dA": adapter, "dB": adapter}
+    parts = part_roundoffs(Case(M, N, K, 1, case.dtype, adapter))
     sums = {"y": (K,), "dx": (N,), "dA": (N, M), "dB": (K, M), "dbias": (M,)}
     return {
         name: tolerance.compare(
             [result[name] for result in got],
             [ref[name] for ref in refs],
             [eager[name] for eager in eagers],
-            tolerance.unit_roundoff(u.get(name, case.dtype)),
+            parts.get(name) or tolerance.unit_roundoff(u.get(name, case.dtype)),
             sums[name],
         )
         for name in refs[0]

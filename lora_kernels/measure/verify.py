@@ -22,9 +22,11 @@ from ..backends import cpu, triton
 from ..backends.triton import configs
 from . import multi, peers
 from .case import (
+    EAGER_CUDA,
     Case,
     cuda_engines,
     dtype_name,
+    eager_cuda_engines,
     engine,
     engines,
     fits_cuda,
@@ -56,7 +58,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 MULTI_QUANTS = ("", "nf4-64-nested")  # of the base that several adapters share
 # They begin so, and get no `MultiCase`, whose tensors are on a CPU; tests/gpu has others.
-GPU_ENGINES = ("triton ", "cuda ")
+GPU_ENGINES = ("triton ", "cuda ", EAGER_CUDA)
 SHAPES = ((70, 257, 100, 13), (1, 65, 63, 5))  # M, N, K, R: no multiples of a tile
 FEW_ROWS = (5, 66, 96, 40)  # in place of the second, for 4-bit weights
 THOROUGH = (*SHAPES, (515, 261, 259, 16), (33, 259, 257, 64), (130, 1536, 576, 100))
@@ -87,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
         return _run_peers(args)
     shapes = THOROUGH if args.thorough else SHAPES
     results: list[dict[str, Any]] = []
-    names = [*engines(), *triton_engines(), *cuda_engines()]
+    names = [*engines(), *eager_cuda_engines(), *triton_engines(), *cuda_engines()]
     if args.engines:
         names = [name for name in names if name.startswith(args.engines)]
         if not names:
@@ -205,7 +207,7 @@ def _judged(names: list[str], shapes: tuple[tuple[int, int, int, int], ...]) -> 
             for case in cases:
                 if name.startswith("triton "):
                     case = replace(case, device=triton_device())
-                elif name.startswith("cuda "):
+                elif name.startswith("cuda ") or name == EAGER_CUDA:
                     case = replace(case, device="cuda")
                 for forced in _ways(name, case):
                     with engine(forced):

@@ -24,6 +24,8 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 
 from ..backends import native
+from ..backends.eager import UPCAST_ROWS
+from ..backends.library import follows_gpu
 from ..functional import lora_linear, multi_lora_linear
 from ..prepared import Calls, KeptNorm
 from ..quantization import Weight4bit
@@ -69,8 +71,12 @@ class Fused(nn.Module):
                 return cast(Tensor, super().forward(x, *args, **kwargs))
             return _dora_linear(self, adapters[0], x)
         first: Call | MixedCall
-        first, *rest = calls(adapters) if names is None else [_mixed_call(adapters, names, x)]
-        if args or kwargs or unreadable(base, x.device) is not None:
+        if names is None:
+            first, *rest = calls(adapters, apart=len(adapters) > 1 and few_on_gpu(x))
+        else:
+            first, *rest = [_mixed_call(adapters, names, x)]
+        from_module = bool(args or kwargs) or unreadable(base, x.device) is not None
+        if from_module:
             result = base(x, *args, **kwargs)
             dtype = result.dtype
             result = result + _lora_linear(x, None, bias, first)
@@ -85,7 +91,9 @@ class Fused(nn.Module):
             if alone and len(adapters) == 1:
                 self._ready = _Ready.of(self, adapters[0], x, weight, compute_dtype)
         for call in rest:
-            result = result + _lora_linear(x, None, None, call)
+            update = _lora_linear(x, None, None, call)
+            # In place where the result is ours: the sum of many adapters takes no memory more.
+            result = result + update if from_module else result.add_(update)
         return result if result.dtype is dtype else cast(Tensor, result.to(dtype))
 
 
@@ -513,9 +521,17 @@ def trainable_base(layer: Any) -> bool:
     return weight is not None and weight.requires_grad
 
 
-def calls(adapters: Sequence[Adapter]) -> list[Call]:
-    """One call for all adapters without dropout and one for each that draws a mask."""
-    return [_call(group, dropout_p(group[0].dropout)) for group in groups(adapters)]
+def few_on_gpu(x: Tensor) -> bool:
+    """True if stacking adapters for x would move more bytes than an update for each: it copies them
+    in every call, and pays where x has many rows."""
+    return follows_gpu(x.device.type) and x.numel() <= UPCAST_ROWS * x.shape[-1]
+
+
+def calls(adapters: Sequence[Adapter], apart: bool = False) -> list[Call]:
+    """One call for all adapters without dropout, or `apart` for each, and one for each that draws
+    a mask."""
+    found = [[adapter] for adapter in adapters] if apart else groups(adapters)
+    return [_call(group, dropout_p(group[0].dropout)) for group in found]
 
 
 def _mixed_call(adapters: Sequence[Adapter], names: Sequence[str], x: Tensor) -> MixedCall:
@@ -550,13 +566,11 @@ def _call(adapters: Sequence[Adapter], dropout_p: float) -> Call:
     _, lora_A, lora_B, scaling, _ = adapters[0]
     if len(adapters) == 1 and not isinstance(scaling, Tensor):
         return Call(_weight(lora_A), _weight(lora_B), scaling, None, dropout_p)
-    return Call(
-        torch.cat([_weight(adapter.lora_A) for adapter in adapters]),
-        torch.cat([_weight(adapter.lora_B) for adapter in adapters], dim=1),
-        1.0,
-        torch.cat([_gate(adapter) for adapter in adapters]),
-        dropout_p,
-    )
+    A = torch.cat([_weight(adapter.lora_A) for adapter in adapters])
+    B = torch.cat([_weight(adapter.lora_B) for adapter in adapters], dim=1)
+    if not any(isinstance(a.scaling, Tensor) or a.scaling != scaling for a in adapters):
+        return Call(A, B, cast(float, scaling), None, dropout_p)
+    return Call(A, B, 1.0, torch.cat([_gate(adapter) for adapter in adapters]), dropout_p)
 
 
 def _gate(adapter: Adapter) -> Tensor:

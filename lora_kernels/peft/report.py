@@ -18,11 +18,14 @@ from torch import Tensor, nn
 from .. import ops, select
 from ..backends import cpu
 from ..backends.cuda.fit import Layout
+from ..backends.eager import UPCAST_ROWS
+from ..backends.library import follows_gpu
 from ..cpu_costs import Machine
 from ..functional import base_dtype
 from ..layers import DoRALinear, LoRAEmbedding, LoRALinear, QLoRALinear
 from ..measure import timing
 from ..quantization import Weight4bit
+from ..quantization.codes import decoded_by
 from . import adalora, embedding, linear, predict
 from .frozen import StreamedLinear
 from .linear import Call, Fused, dora, is_conv1d, is_linear4bit, unreadable
@@ -393,6 +396,9 @@ def _fused_layer(name: str, layer: Any, x_dtype: torch.dtype | None, rows: int |
         return _not_fused(name, reason, layer, x_dtype)
 
     todo = kind.calls(adapters) if layer.mixed_batch is None else []
+    if rows is not None and rows <= UPCAST_ROWS and kind is linear and len(todo) < len(adapters):
+        apart = layer.mixed_batch is None and follows_gpu(near.device.type)
+        todo = linear.calls(adapters, apart=True) if apart else todo
     four_bit = is_linear4bit(base)
     compute_dtype = base.compute_dtype if four_bit and base.compute_type_is_set else None
     base_reason = unreadable(base, near.device)
@@ -411,7 +417,11 @@ def _fused_layer(name: str, layer: Any, x_dtype: torch.dtype | None, rows: int |
         reasons.append("adapters stacked along the rank")
     if len(todo) > 1:
         state, strategy = "composed", f"{strategy}; {len(todo)} calls"
-        reasons.append("each adapter with dropout draws a mask of its own")
+        drops = any(call.dropout_p for call in todo)
+        reasons.append(
+            "each adapter with dropout draws a mask of its own" if drops
+            else "stacking adapters would copy them for few rows"
+        )  # fmt: skip
     if dora(layer, adapters[0].name):
         parts[0] = parts[0]._replace(norm=layer.training)
         reasons.append("DoRA: the row norm without a second weight")
@@ -421,6 +431,8 @@ def _fused_layer(name: str, layer: Any, x_dtype: torch.dtype | None, rows: int |
             reasons.append("PEFT's DoRA drops x for the base product too")
     if "eager" in backend:
         state = "not fused"
+        if four_bit and follows_gpu(near.device.type):
+            reasons.append(decoded_by(near.device))
     if base_reason is not None:
         state, strategy, parts = "adapter only", "base layer as a module, adapter added", []
         reasons.insert(0, f"base layer: {base_reason}")
@@ -445,8 +457,11 @@ def _dense_layer(
         return Row(name, "not fused", "torch", product, reason), parts
     choice = part.choose(rows)
     state = "not fused" if choice.backend == "eager" else "fused"
+    reason = choice.reason
+    if state == "not fused" and part.four_bit and follows_gpu(part.device.type):
+        reason = f"{reason}; {decoded_by(part.device)}"
     part = part._replace(norm=isinstance(layer, DoRALinear) and layer.training)
-    return Row(name, state, choice.backend, choice.strategy, choice.reason), [part]
+    return Row(name, state, choice.backend, choice.strategy, reason), [part]
 
 
 def _streamed_layer(

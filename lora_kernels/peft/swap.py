@@ -15,11 +15,13 @@ from peft.tuners.adalora.layer import SVDLinear
 from peft.tuners.lora.layer import LoraLayer, MultiheadAttention, ParamWrapper
 from torch import nn
 
+from .. import select
+from ..backends.library import follows_gpu
 from . import foreign
 from .adalora import FusedSVDLinear
 from .embedding import FusedEmbedding
 from .frozen import StreamedLinear
-from .linear import Fused, FusedLinear, is_conv1d, patched, trainable_base
+from .linear import Fused, FusedLinear, is_conv1d, is_linear4bit, patched, trainable_base
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -51,10 +53,20 @@ def fuse(model: Model, linears: bool = False) -> Model:
     for _, layer, reason in layers:
         _give_back(layer.modules())  # type: ignore[attr-defined]
         if reason is None and not isinstance(layer, Fused):
+            _check_decoder(layer)
             _set_class(layer, _fused_class(layer))
     for linear in _plain_linears(model) if linears else ():
         _set_class(linear, StreamedLinear)
     return model
+
+
+def _check_decoder(layer: Any) -> None:
+    """Compare bitsandbytes' kernels with ours on the device of a 4-bit weight on a GPU."""
+    base = layer.get_base_layer()
+    if is_linear4bit(base) and follows_gpu(base.weight.device.type):
+        from ..quantization import bitsandbytes
+
+        bitsandbytes.check(base.weight.device)
 
 
 def unfuse(model: Model) -> Model:
@@ -116,7 +128,19 @@ def _unfusable(layer: Any) -> str | None:
         return "fan_in_fan_out beside a base that is not transformers' Conv1D"
     if trainable_base(layer):
         return "the base weight is trainable"
-    return patched(layer)
+    return patched(layer) or _excess_traffic(layer)
+
+
+def _excess_traffic(layer: Any) -> str | None:
+    """Why a layer on a GPU, where the eager backend runs, moves fewer bytes as PEFT's own."""
+    weight = getattr(layer.get_base_layer(), "weight", None)
+    if isinstance(layer, Fused) or weight is None or not select.draws_mask(weight.device.type):
+        return None
+    if weight.is_meta or not layer.active_adapters:
+        return None
+    from .traffic import excess
+
+    return excess(layer, lambda twin: _set_class(twin, _fused_class(twin)))
 
 
 def _fused_class(layer: LoraLayer) -> Any:

@@ -1,11 +1,15 @@
-"""Weights as bitsandbytes holds them in memory. Nothing else here imports bitsandbytes."""
+"""Weights as bitsandbytes holds them in memory, and a check of its kernels."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import bitsandbytes
+import torch
 from bitsandbytes.functional import QuantState
 from bitsandbytes.nn.modules import Params4bit
+
+from .codes import Codes, bitsandbytes_reason, set_bitsandbytes_reason
 
 
 def fields(weight: Any) -> dict[str, Any]:
@@ -54,3 +58,64 @@ def fields(weight: Any) -> dict[str, Any]:
         found["offset"] = state.offset
         found["nested_blocksize"] = state.state2.blocksize
     return found
+
+
+def check(device: torch.device) -> str | None:
+    """Compare bitsandbytes' 4-bit ops on `device` with ours, once a process; they are used there
+    from then on if they agree. Waits for the device, so no forward calls it.
+
+    Returns why they are not used, None if they are.
+
+    >>> check(torch.device("cpu")) in (None, bitsandbytes_reason(torch.device("cpu")))
+    True
+    """
+    key = (device.type, device.index)
+    if key not in _checked:
+        _checked.add(key)
+        set_bitsandbytes_reason(device, _disagreement(device))
+    return bitsandbytes_reason(device)
+
+
+_checked: set[tuple[str, int | None]] = set()
+
+
+def _disagreement(device: torch.device) -> str | None:
+    version = f"bitsandbytes {bitsandbytes.__version__}"
+    ops = getattr(torch.ops, "bitsandbytes", None)
+    for name in ("dequantize_4bit", "dequantize_blockwise", "gemm_4bit"):
+        if not hasattr(ops, name):
+            return f"{version} has no op {name}"
+    if device.type == "meta":  # without values; counted as if they agreed
+        return None
+    generator = torch.Generator().manual_seed(0)
+    sample = torch.randn(64, 256, generator=generator)
+    x = torch.randn(3, 256, generator=generator).to(device)
+    try:
+        for quant_type in ("nf4", "fp4"):
+            for nested in (False, True):
+                found = _differs(sample, x, quant_type, nested, device)
+                if found:
+                    return f"{version}: {found} of {quant_type} differs from the reference"
+    except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
+        return f"{version} raised {type(error).__name__}: {error}"
+    return None
+
+
+def _differs(
+    sample: torch.Tensor, x: torch.Tensor, quant_type: str, nested: bool, device: torch.device
+) -> str | None:
+    """The op whose result is not ours, by name."""
+    from .weight4bit import quantize_4bit
+
+    weight = quantize_4bit(sample, quant_type, 64, nested)
+    codes: Codes = weight.to(device).codes
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        want = weight.dequantize(dtype).to(device)
+        if not torch.equal(codes.bitsandbytes_dense(weight.shape, dtype), want):
+            return "dequantize_4bit"
+        y = codes.bitsandbytes_gemm(x.to(dtype), weight.shape[0], None).float()
+        exact = x.to(dtype).float() @ want.float().t()
+        # Products of 16-bit numbers, one rounding of y, and codes or scales rounded to 16 bits.
+        if not (y - exact).norm() <= 4 * torch.finfo(dtype).eps * exact.norm():
+            return "gemm_4bit"
+    return None

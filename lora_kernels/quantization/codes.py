@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -9,8 +10,12 @@ from torch import Tensor
 
 from .. import reference
 from ..backends import native
+from ..backends.library import follows_gpu
 
 _DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+CODES_TENSORS = 6  # of the fields of `Codes`, the first
 
 
 class Codes(NamedTuple):
@@ -27,6 +32,7 @@ class Codes(NamedTuple):
     offset: Tensor | None
     blocksize: int
     nested_blocksize: int
+    quant_type: str
 
     def scales(self) -> Tensor:
         """float32, one a block; a copy only where they are nested."""
@@ -54,12 +60,13 @@ class Codes(NamedTuple):
         columns: slice = slice(None),
     ) -> Tensor:
         """The weight, or a block of it, rounded once to `dtype`."""
-        kernel = self.packed.device.type == "cpu" and native.module is not None
-        if not kernel or dtype not in _DTYPE or torch.compiler.is_compiling():
-            whole = reference.dequantize_4bit(
-                self.packed, self.scales(), self.code, self.blocksize, shape, dtype
-            )
-            return whole[rows, columns].contiguous()
+        if (
+            native.module is None
+            or follows_gpu(self.packed.device.type)
+            or dtype not in _DTYPE
+            or torch.compiler.is_compiling()
+        ):
+            return self._library_dense(shape, dtype)[rows, columns].contiguous()
         n0, n1, _ = rows.indices(shape[0])
         k0, k1, _ = columns.indices(shape[1])
         assert native.module is not None
@@ -69,6 +76,94 @@ class Codes(NamedTuple):
             k1 - k0, torch.get_num_threads(),
         )  # fmt: skip
         return out
+
+    def _library_dense(self, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        """By bitsandbytes where its ops have passed their check on the device, else `decode`."""
+        if dtype in _DTYPE and bitsandbytes_reason(self.packed.device) is None:
+            return self.bitsandbytes_dense(shape, dtype)
+        return decode(self.packed, self.scales(), self.code, self.blocksize, shape, dtype)
+
+    def bitsandbytes_dense(self, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        """The weight [N, K] in float32, bfloat16 or float16 by bitsandbytes' op."""
+        scales = self.absmax
+        if self.nested_absmax is not None and self.offset is not None:
+            scales = torch.ops.bitsandbytes.dequantize_blockwise(
+                self.absmax, self.nested_absmax, self.nested_code, self.nested_blocksize,
+                torch.float32,
+            ).add_(self.offset)  # fmt: skip
+        return torch.ops.bitsandbytes.dequantize_4bit(  # type: ignore[no-any-return]
+            self.packed.view(-1, 1), scales, self.blocksize, self.quant_type, shape, dtype
+        )
+
+    def gemm(self, x: Tensor, columns: int, bias: Tensor | None) -> Tensor | None:
+        """x·W̃ᵀ + bias [M, columns] in x's dtype by bitsandbytes' `gemm_4bit`; None where that is
+        not used, or would copy a weight whose rows end inside a block."""
+        if bitsandbytes_reason(x.device) is not None or x.dtype not in _DTYPE:
+            return None
+        if not x.shape[0] or x.shape[1] % self.blocksize:
+            return None
+        return self.bitsandbytes_gemm(x, columns, bias)
+
+    def bitsandbytes_gemm(self, x: Tensor, columns: int, bias: Tensor | None) -> Tensor:
+        """x·W̃ᵀ + bias by bitsandbytes, which decodes in the GEMM for few rows of x."""
+        nested = self.nested_absmax is not None
+        return torch.ops.bitsandbytes.gemm_4bit(  # type: ignore[no-any-return]
+            x.contiguous(), self.packed.view(-1, 1), (columns, x.shape[1]),
+            self.nested_absmax if nested else self.absmax, self.blocksize, self.quant_type,
+            bias=None if bias is None else bias.to(x.dtype),
+            absmax_8bit=self.absmax if nested else None,
+            absmax_code=self.nested_code,
+            absmax_offset=None if self.offset is None else self.offset.reshape(()),
+        )  # fmt: skip
+
+
+def decode(
+    packed: Tensor,
+    scales: Tensor,
+    code: Tensor,
+    blocksize: int,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+) -> Tensor:
+    """`reference.dequantize_4bit` to the same bits in three kernels: the bytes as int32 indices,
+    the two float32 values of each from a table, their product with the scales in `dtype`.
+
+    >>> packed, scales = torch.tensor([0x21, 0x30], dtype=torch.uint8), torch.tensor([0.5])
+    >>> decode(packed, scales, torch.arange(16.0), 32, (1, 3), torch.float32)
+    tensor([[1.0000, 0.5000, 1.5000]])
+    """
+    n, pairs = math.prod(shape), torch.cartesian_prod(code, code)
+    values = pairs.index_select(0, packed.int()).view(-1)
+    whole = n // blocksize * blocksize
+    out = values.new_empty(n, dtype=dtype)
+    blocks, block_scales = values[:whole].view(-1, blocksize), scales[: whole // blocksize, None]
+    torch.mul(blocks, block_scales, out=out[:whole].view(-1, blocksize))
+    if whole < n:
+        torch.mul(values[whole:n], scales[-1], out=out[whole:])
+    return out.view(shape)
+
+
+# Device -> why bitsandbytes' ops are not used on it, None where they have passed `check`.
+_bitsandbytes: dict[tuple[str, int | None], str | None] = {}
+_UNCHECKED = "bitsandbytes' kernels have not been checked on this device: fuse() checks them"
+
+
+def bitsandbytes_reason(device: torch.device) -> str | None:
+    """Why 4-bit weights on this device are not decoded by bitsandbytes; None where they are."""
+    return _bitsandbytes.get((device.type, device.index), _UNCHECKED)
+
+
+def decoded_by(device: torch.device) -> str:
+    """What decodes 4-bit weights on a GPU, as a clause for `explain`."""
+    reason = bitsandbytes_reason(device)
+    return (
+        "bitsandbytes decodes" if reason is None else f"PyTorch decodes in three kernels: {reason}"
+    )
+
+
+def set_bitsandbytes_reason(device: torch.device, reason: str | None) -> None:
+    """Remember the outcome of a check; see `quantization.bitsandbytes.check`."""
+    _bitsandbytes[device.type, device.index] = reason
 
 
 def encode(

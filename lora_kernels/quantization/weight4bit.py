@@ -158,7 +158,7 @@ class Weight4bit:
         """What ops take."""
         return Codes(
             self.packed, self.absmax, self.code, self.nested_absmax, self.nested_code, self.offset,
-            self.blocksize, self.nested_blocksize,
+            self.blocksize, self.nested_blocksize, self.quant_type,
         )  # fmt: skip
 
     def to(self, device: torch.device | str | int) -> Weight4bit:
@@ -380,7 +380,7 @@ def standard_code(quant_type: str, stored: Tensor) -> Tensor:
         got = f"{stored.dtype} {list(stored.shape)}"
         raise ValueError(f"quant_map: got {got}, want torch.float32 [16]")
     code = codebooks.code(quant_type, stored.device)
-    if torch.compiler.is_compiling():  # no graph may depend on values
+    if torch.compiler.is_compiling() or stored.is_meta:  # no graph may depend on values
         return code
     if not (stored - code).abs().max() < 1e-6:
         raise ValueError(f"quant_map: got values other than {quant_type}'s, want {quant_type}'s")

@@ -126,7 +126,7 @@ def codes(N: int, K: int) -> Codes:
     blocks = -(-N * K // 64)
     return Codes(
         meta((-(-N * K // 2),), torch.uint8), meta((blocks,), torch.uint8), meta((16,), f32),
-        meta((-(-blocks // 256),), f32), meta((256,), f32), meta((1,), f32), 64, 256,
+        meta((-(-blocks // 256),), f32), meta((256,), f32), meta((1,), f32), 64, 256, "nf4",
     )  # fmt: skip
 
 

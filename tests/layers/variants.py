@@ -147,16 +147,18 @@ def check_memory(
     sizes: tuple[int, int] = (M, K),
 ) -> None:
     """What is alive between forward and backward, whichever backend and strategy is asked for:
-    x, P [M, R] in float32 and 16 bytes, z in addition where c trains; beside them nothing but the
-    vectors that c and g are. Counted twice: by hooks on what autograd saves, and as what the
-    forward allocated and did not free, which sees also what a context would hide. cycles: the
-    backend leaves garbage in cycles of references, as Triton's interpreter does. sizes: rows of x,
-    and K."""
+    x, P [M, R] in float32 and 16 bytes (for eager-gpu the mask), z in addition where c trains;
+    beside them nothing but the vectors that c and g are. Counted twice: by hooks on what autograd
+    saves, and as what the forward allocated and did not free, which sees also what a context would
+    hide. cycles: the backend leaves garbage in cycles of references, as Triton's interpreter does.
+    sizes: rows of x, and K."""
     rows, inner = sizes
     layer = make(name, inner=inner, dtype=dtype, dropout=dropout)
     x = torch.randn(rows, inner).to(dtype).requires_grad_()
     R, x_bytes = layer.lora_A.shape[0], rows * inner * dtype.itemsize
-    want = x_bytes + 16 * bool(dropout)
+    want = x_bytes
+    if dropout:  # the state of the mask, or the mask
+        want += rows * inner if select.draws_mask("cpu") else 16
     if "MemoryEfficient" not in name:  # which makes P again
         want += rows * R * 4
     if "DoRA" in name:  # z; c, and the norm that the magnitude is divided by

@@ -79,14 +79,13 @@ def test_float32_has_no_kernel_of_the_matrix_units() -> None:
 
 def choose(
     gpu: Gpu | None,
-    untried: str | None = None,
     rank: int = R,
     cuda: str | None = None,
     inner: int = K,
     blocksize: int = 64,
 ) -> select.Choice | None:
     dtypes = (torch.bfloat16,) * 4
-    asked = (untried, None, cuda, *dtypes, rank, 1, N, inner, True, False, Layout(blocksize))
+    asked = (None, cuda, *dtypes, rank, 1, N, inner, True, False, Layout(blocksize))
     return select._choose_gpu(gpu, *asked)
 
 
@@ -106,10 +105,11 @@ def test_a_kernel_is_expected_only_of_what_it_takes(odd: dict[str, int]) -> None
     assert choice is not None and choice.strategy == "split"
 
 
-def test_while_untried_eager_is_chosen_and_the_model_quoted() -> None:
-    choice = choose(H100, "untried")
-    assert choice is not None and choice.backend == "eager"
-    assert choice.reason.startswith("untried; the model of costs expects of cuda, 'publish first")
+def test_while_untried_eager_is_chosen_without_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No figure of a model that no card has confirmed is quoted."""
+    monkeypatch.setattr(select, "_gpu", lambda index: H100)
+    choice = select.lora_linear("cuda", *(torch.bfloat16,) * 4, R, 1, True, N, K)
+    assert choice.backend == "eager" and choice.reason == select.UNTRIED
 
 
 def test_what_the_model_leaves_to_others() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import lora_kernels
-from lora_kernels import ops
+from lora_kernels import ops, reference
 from lora_kernels.measure import case as cases
 from lora_kernels.measure.case import Case
 from lora_kernels.measure.tolerance import assert_exact
@@ -38,7 +38,7 @@ def test_integers(
     """-1, 0 and 1 everywhere: all sums are integers that even bfloat16 holds."""
     args = cases.inputs(Case(*shape, dtype, values="integers", **options))
     ref = cases.oracle(args)
-    for name, got in cases.run(lora_kernels.lora_linear, args).items():
+    for name, got in cases.run(lora_kernels.lora_linear, cases.with_mask(args)).items():
         assert_exact(ref[name].to(dtype), ref[name], f"{name} is no exact {dtype}; choose a seed")
         assert_exact(got, ref[name], name)
 
@@ -57,9 +57,9 @@ def test_integers_in_every_shape(dtype: torch.dtype, rank: int, N_K: tuple[int, 
         case = Case(M, *N_K, rank, dtype, values="integers", **options)
         args = cases.inputs(case)
         ref = cases.oracle(args)
-        for engine in cases.engines()[0 if wide else 1 :]:
+        for engine in cases.engines()[0 if wide else len(cases.EAGERS) :]:
             with cases.engine(engine):
-                got = cases.run(lora_kernels.lora_linear, args)
+                got = cases.run(lora_kernels.lora_linear, cases.with_mask(args))
             for name in got if wide else got.keys() - {"dc"}:
                 want = ref[name].to(got[name].dtype)
                 assert_exact(got[name], want, f"{case} on {engine}: {name}")
@@ -87,7 +87,7 @@ def test_a_zero_adapter_changes_nothing(dtype: torch.dtype, engine: str) -> None
 def test_unit_matrix_reads_out_the_weights(dtype: torch.dtype, engine: str) -> None:
     K, N, R = 65, 33, 7
     args = cases.inputs(Case(K, N, K, R, dtype))
-    y, p, _ = ops.lora_linear(
+    y, p, *_ = ops.lora_linear(
         torch.eye(K, dtype=dtype), args["weight"], args["lora_A"], torch.zeros(N, R, dtype=dtype),
         1.0, None, None, None, 0.0, None, dtype, dtype, False,
     )  # fmt: skip
@@ -102,7 +102,13 @@ def test_the_mask_is_the_public_one(p: float, dtype: torch.dtype, engine: str) -
     """A and B pick columns of x, so that y and dx show where it was dropped; dA sums the mask."""
     M, K, R = 70, 257, 256
     rng = torch.tensor([-(2**50) + 3, 2**45 + 17])
-    kept = lora_kernels.dropout_mask(rng, M, K, p)
+    kept = reference.dropout_mask(rng, M, K, p)
+    if engine == "eager-gpu":
+        with pytest.raises(RuntimeError, match="PyTorch's dropout kernel"):
+            lora_kernels.dropout_mask(rng, M, K, p)
+        rng = kept
+    else:
+        assert torch.equal(lora_kernels.dropout_mask(rng, M, K, p), kept)
     scale = 0.0 if p == 1.0 else 1 / (1 - p)
     scale = torch.tensor(scale, dtype=torch.float32).to(dtype)
     for first in (0, 1):  # 256 of the 257 columns at a time
@@ -125,7 +131,7 @@ def test_the_mask_is_the_public_one(p: float, dtype: torch.dtype, engine: str) -
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_same_bits_again(dtype: torch.dtype, threads: int, engine: str) -> None:
     case = Case(261, 515, 259, 16, dtype, gate=True, column_scale=True, bias=True, dropout_p=0.1)
-    args = cases.inputs(case)
+    args = cases.with_mask(cases.inputs(case))
     first, *others = (cases.run(lora_kernels.lora_linear, args) for _ in range(3))
     for other in others:
         for name in first:

@@ -1,0 +1,60 @@
+"""What PyTorch's own kernels offer on a device: the seam between eager's CPU and GPU paths.
+
+`as_on_gpu` makes CPU tensors take the GPU path, so that the tests run it without a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+_emulate_gpu = False
+
+
+@contextmanager
+def as_on_gpu() -> Iterator[None]:
+    """Make CPU tensors follow the path of a GPU's, in all threads. For tests.
+
+    >>> with as_on_gpu():
+    ...     follows_gpu("cpu")
+    True
+    """
+    global _emulate_gpu
+    before, _emulate_gpu = _emulate_gpu, True
+    try:
+        yield
+    finally:
+        _emulate_gpu = before
+
+
+def follows_gpu(device_type: str) -> bool:
+    """True if eager draws dropout masks with PyTorch's kernel on such a device and casts operands
+    under autocast as PyTorch does. Meta tensors stand for a GPU's.
+
+    >>> follows_gpu("cpu"), follows_gpu("cuda"), follows_gpu("meta")
+    (False, True, True)
+    """
+    return device_type != "cpu" or _emulate_gpu
+
+
+def has_out_dtype(t: Tensor) -> bool:
+    """True if `torch.mm(..., out_dtype=torch.float32)` multiplies 16-bit matrices on t's device."""
+    if t.is_cuda:
+        return torch.version.hip is None
+    return t.is_meta or (_emulate_gpu and t.is_cpu)
+
+
+def mm_fp32(a: Tensor, b: Tensor) -> Tensor:
+    """a·b in float32 for 16-bit a [M, K] and b [K, N], summed in float32.
+
+    Where the device has no such GEMM, both operands are copied to float32.
+
+    >>> mm_fp32(torch.ones(2, 3).bfloat16(), torch.ones(3, 2).bfloat16()).dtype
+    torch.float32
+    """
+    if has_out_dtype(a) and not a.is_cpu:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.mm(a.float(), b.float())

@@ -1,0 +1,199 @@
+"""Fused layers on the path that a GPU takes, on CPU tensors, beside PEFT's own."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+import lora_kernels
+from lora_kernels.backends import eager
+from lora_kernels.backends.library import as_on_gpu
+from lora_kernels.measure.traffic import _NativeDropout
+from lora_kernels.peft import FusedLinear, explain, fuse, traffic, unfuse
+from lora_kernels.quantization import codes
+
+K, N, R, ALPHA = 320, 192, 5, 7
+f32, bf16 = torch.float32, torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def gpu_path() -> Iterator[None]:
+    traffic._counted.clear()
+    before = dict(codes._bitsandbytes)
+    with as_on_gpu(), lora_kernels.backend("eager"):
+        yield
+    codes._bitsandbytes.clear()
+    codes._bitsandbytes.update(before)
+
+
+def model(quantized: bool = False, second: dict[str, Any] | None = None, **config: Any) -> Any:
+    """One PEFT layer, its adapters as if trained. second: the config of another active one."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(K, N))
+    if quantized:
+        bnb = pytest.importorskip("bitsandbytes")
+        linear = bnb.nn.Linear4bit(K, N, bias=False, compute_dtype=f32, quant_type="nf4")
+        linear.weight = bnb.nn.Params4bit(
+            base[0].weight.data, requires_grad=False, quant_type="nf4"
+        )
+        base = nn.Sequential(linear.to("cpu"))
+        base.is_loaded_in_4bit = True  # type: ignore[assignment]
+    config = {"r": R, "lora_alpha": ALPHA, "target_modules": ["0"]} | config
+    found = get_peft_model(base, LoraConfig(**config))
+    if second is not None:
+        found.add_adapter("second", LoraConfig(**config | second))
+        found.base_model.set_adapter(["default", "second"])
+    with torch.no_grad():
+        for name, p in found.named_parameters():
+            if "lora_B" in name:
+                p.copy_(0.3 * torch.randn(p.shape))
+    return found.train()
+
+
+def results(found: Any, M: int) -> dict[str, Tensor]:
+    """y, dx and the adapters' gradients of one step, the same draws of dropout each time."""
+    torch.manual_seed(1)
+    x, dy = torch.randn(M, K, requires_grad=True), torch.randn(M, N)
+    named = {n: p for n, p in found.named_parameters() if p.requires_grad}
+    with _NativeDropout():  # CUDA's: PEFT's masks are then those of the same kernel
+        y = found(x)
+    grads = torch.autograd.grad(y, [x, *named.values()], dy)
+    return {"y": y.detach(), "dx": grads[0], **dict(zip(named, grads[1:], strict=True))}
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "dropout": {"lora_dropout": 0.3},
+    "rslora": {"use_rslora": True},
+    "DoRA": {"use_dora": True},
+    "two": {"second": {}},
+    "two of another scaling": {"second": {"lora_alpha": 3, "r": 9}},
+    "two with dropout": {"second": {"r": 9}, "lora_dropout": 0.3},
+}
+
+
+@pytest.mark.parametrize("M", [3, 100])
+@pytest.mark.parametrize("quantized", [False, True], ids=["dense", "nf4"])
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_fused_step_equals_peft_with_its_dropout(setting: str, quantized: bool, M: int) -> None:
+    """In float32, the masks too: both draw them by one kernel from one generator."""
+    found = model(quantized, **copy.deepcopy(SETTINGS[setting]))
+    want = results(found, M)
+    fuse(found)
+    assert "Fused" in type(found.base_model.model[0]).__name__
+    got = results(found, M)
+    for name in want:
+        # Sums of at most 2**9 float32 products in another order: under 2**7 unit roundoffs.
+        error = (got[name] - want[name]).norm() / want[name].norm()
+        assert error < 2.0**-17, (name, error)
+
+
+@pytest.mark.parametrize("M", [3, 100])
+def test_stacking_depends_on_the_rows(M: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[int] = []
+    original = eager.lora_linear
+
+    def counting(*args: Any) -> Any:
+        called.append(args[2].shape[0])
+        return original(*args)
+
+    found = fuse(model(second={"r": 9}))
+    monkeypatch.setattr(eager, "lora_linear", counting)
+    found(torch.randn(M, K))
+    assert called == ([R, 9] if M == 3 else [R + 9])
+    row = explain(found, rows=M).rows[0]
+    assert ("2 calls" in row.strategy) == (M == 3)
+    assert ("stacking adapters would copy them" in row.reason) == (M == 3)
+
+
+def test_fuse_leaves_a_layer_that_would_move_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = eager._expand
+
+    def wasteful(s: Tensor, small: Tensor, beside: Tensor, *rest: Any, **options: Any) -> Tensor:
+        for _ in range(20):
+            beside.double()
+        return original(s, small, beside, *rest, **options)
+
+    monkeypatch.setattr(eager, "_expand", wasteful)
+    found = fuse(model())
+    assert type(found.base_model.model[0]) is not FusedLinear
+    row = explain(found).rows[0]
+    assert row.backend == "peft" and "its forward with 1 row of x would move" in row.reason
+    assert row.reason.count(". ") == 0  # one sentence
+
+
+def test_fuse_leaves_a_layer_that_cannot_be_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(layer: Any, rows: int) -> tuple[int, int]:
+        raise RuntimeError("no such op\nand more")
+
+    monkeypatch.setattr(traffic, "_count", broken)
+    row = explain(fuse(model())).rows[0]
+    assert row.backend == "peft"
+    assert row.reason == "its memory traffic could not be counted: RuntimeError: no such op"
+
+
+def test_counted_once_for_layers_that_are_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[int] = []
+    original = traffic._count
+    monkeypatch.setattr(traffic, "_count", lambda layer, M: counted.append(M) or original(layer, M))
+    layers = nn.Sequential(nn.Linear(K, N), nn.Linear(N, K), nn.Linear(K, N))
+    found = get_peft_model(layers, LoraConfig(r=R, target_modules=["0", "1", "2"]))
+    fuse(found)
+    explain(found)
+    assert len(counted) == 2 * 2 * len(traffic.ROWS)  # two kinds, PEFT's and ours
+    assert all(p.device.type == "cpu" for p in found.parameters())
+
+
+def test_counting_leaves_the_layer_and_its_weight_alone() -> None:
+    found = model(quantized=True)
+    layer = found.base_model.model[0]
+    before = {name: p.clone() for name, p in found.named_parameters()}
+    training, state = layer.training, layer.get_base_layer().weight.quant_state
+    fuse(found)
+    assert layer.training is training and layer.get_base_layer().weight.quant_state is state
+    for name, p in found.named_parameters():
+        assert torch.equal(p, before[name]), name
+    unfuse(found)
+
+
+@pytest.mark.parametrize(
+    ("breakage", "said"),
+    [
+        ("another result", "dequantize_4bit of nf4 differs from the reference"),
+        ("an exception", "raised RuntimeError: no kernel image"),
+    ],
+)
+def test_bitsandbytes_that_fails_its_check_is_not_used(
+    breakage: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bitsandbytes = pytest.importorskip("lora_kernels.quantization.bitsandbytes")
+    original = codes.Codes.bitsandbytes_dense
+
+    def broken(self: Any, shape: Any, dtype: torch.dtype) -> Tensor:
+        if breakage == "an exception":
+            raise RuntimeError("no kernel image")
+        return original(self, shape, dtype) * (1 + 2**-6)
+
+    monkeypatch.setattr(bitsandbytes, "_checked", set())
+    found = model(quantized=True)
+    want = results(found, 5)
+    monkeypatch.setattr(codes.Codes, "bitsandbytes_dense", broken)
+    codes._bitsandbytes.clear()
+    fuse(found)
+    reason = explain(found).rows[0].reason
+    assert "PyTorch decodes in three kernels: bitsandbytes " in reason and said in reason
+    for name, got in results(found, 5).items():
+        assert (got - want[name]).norm() / want[name].norm() < 2.0**-17, name
+
+
+def test_explain_says_what_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    bitsandbytes = pytest.importorskip("lora_kernels.quantization.bitsandbytes")
+    monkeypatch.setattr(bitsandbytes, "_checked", set())
+    reason = explain(fuse(model(quantized=True))).rows[0].reason
+    assert reason.endswith("bitsandbytes decodes")

@@ -1,0 +1,355 @@
+"""The eager backend's path on a GPU, on CPU tensors: dropout's masks, parts, decoding, waiting."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+import lora_kernels
+from lora_kernels import functional, lora_linear, ops, reference
+from lora_kernels.backends import eager, library
+from lora_kernels.backends.library import as_on_gpu
+from lora_kernels.measure import case as cases
+from lora_kernels.measure.case import Case
+from lora_kernels.quantization import codes, quantize_4bit
+
+bf16, f16, f32 = torch.bfloat16, torch.float16, torch.float32
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def gpu_path() -> Iterator[None]:
+    with cases.engine("eager-gpu"):
+        yield
+
+
+@pytest.fixture(params=["decoded by PyTorch", "decoded by bitsandbytes"])
+def decoder(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Which kernels decode 4-bit weights on the CPU."""
+    before = dict(codes._bitsandbytes)
+    if request.param.endswith("bitsandbytes"):
+        bitsandbytes = pytest.importorskip("lora_kernels.quantization.bitsandbytes")
+        codes.set_bitsandbytes_reason(CPU, bitsandbytes._disagreement(CPU))
+        assert codes.bitsandbytes_reason(CPU) is None
+    else:
+        codes.set_bitsandbytes_reason(CPU, "the test says so")
+    yield request.param
+    codes._bitsandbytes.clear()
+    codes._bitsandbytes.update(before)
+
+
+def layer_args(M: int = 12, dtype: torch.dtype = f32, **options: Any) -> dict[str, Any]:
+    args = cases.inputs(Case(M, 33, 64, 5, dtype, **options))
+    args.pop("dy")
+    return args | {"rng": None}
+
+
+def test_dropout_mask_forward_and_backward_agree() -> None:
+    """With A, B and s = 1 the adapter copies D(x); dx shows the same elements kept."""
+    x = torch.ones(300, 16, requires_grad=True)
+    eye, zero = torch.eye(16), torch.zeros(16, 16)
+    torch.manual_seed(0)
+    y = lora_linear(x, zero, eye, eye, dropout_p=0.25)
+    (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    assert torch.equal(dx, y.detach())
+    kept = (y != 0).double().mean().item()
+    # 4800 draws: the share kept is within five standard deviations, 5 · √(0.25 · 0.75 / 4800).
+    assert abs(kept - 0.75) < 0.0313
+    assert torch.equal(y[y != 0], torch.full_like(y[y != 0], 1 / 0.75))
+
+
+@pytest.mark.parametrize("quant", ["", "nf4-64-nested"])
+def test_dropout_seeded_repeats_and_advances(quant: str) -> None:
+    args = layer_args(quant=quant, dropout_p=0.5)
+    torch.manual_seed(3)
+    first, second = lora_linear(**args), lora_linear(**args)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        again = lora_linear(**args)
+    assert torch.equal(first, again) and not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("recompute", [True, False])
+def test_dropout_checkpointed_replays_the_mask(use_reentrant: bool, recompute: bool) -> None:
+    args = layer_args(dropout_p=0.5)
+    x = args.pop("x")
+
+    def run(x: Tensor) -> Tensor:
+        return lora_linear(x, **args, recompute=recompute).square()
+
+    leaves = [x, args["lora_A"], args["lora_B"]]
+    torch.manual_seed(5)
+    want = torch.autograd.grad(run(x).sum(), leaves)
+    torch.manual_seed(5)
+    y = checkpoint(run, x, use_reentrant=use_reentrant)
+    if use_reentrant:  # which supports backward() alone
+        for leaf in leaves:
+            leaf.grad = None
+        y.sum().backward()
+        got = [leaf.grad for leaf in leaves]
+    else:
+        got = list(torch.autograd.grad(y.sum(), leaves))
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_dropout_compiled_uses_one_mask(checkpointed: bool) -> None:
+    """In a whole graph, x = 1 and A, B unit matrices, forward and backward keep the same."""
+    eye, zero = torch.eye(16), torch.zeros(16, 16)
+
+    def run(x: Tensor) -> Tensor:
+        return lora_linear(x, zero, eye, eye.clone(), dropout_p=0.5)
+
+    def call(x: Tensor) -> Tensor:
+        return checkpoint(run, x, use_reentrant=False) if checkpointed else run(x)
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        x = torch.ones(40, 16, requires_grad=True)
+        y = compiled(x)
+        (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+        assert torch.equal(dx, y.detach()) and 0 < (y == 0).double().mean().item() < 1
+
+
+def test_ops_with_a_drawn_mask_pass_opcheck() -> None:
+    args = layer_args(dropout_p=0.5)
+    x, W, A, B = (args[n].detach() for n in ("x", "weight", "lora_A", "lora_B"))
+    rest = (1.5, None, None, None, 0.5, None, f32, f32, False)
+    utils = ("test_schema", "test_faketensor")  # values differ from call to call
+    torch.library.opcheck(ops.lora_linear, (x, W, A, B, *rest), test_utils=utils)
+    index = torch.zeros(12, dtype=torch.int64)
+    torch.library.opcheck(
+        ops.multi_lora_linear, (x, W, [A], [B], index, [1.5], None, 0.5, None, f32, f32),
+        test_utils=utils,
+    )  # fmt: skip
+    assert torch.Tag.nondeterministic_seeded in ops.lora_linear.tags
+    assert torch.Tag.nondeterministic_seeded not in ops.lora_linear_backward.tags
+
+
+def test_rng_state_is_refused_and_says_why() -> None:
+    state = torch.tensor([1, 2])
+    with pytest.raises(ValueError, match=r"rng: got the state of a mask.*torch.manual_seed"):
+        lora_linear(**layer_args(dropout_p=0.5) | {"rng": state})
+    with pytest.raises(RuntimeError, match=r"dropout_mask: rng is on cpu.*dropout kernel"):
+        lora_kernels.dropout_mask(state, 4, 4, 0.5)
+
+
+def test_rng_mask_of_another_shape_is_refused() -> None:
+    mask = torch.ones(3, 3, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"rng: got torch.bool \[3, 3\].*\[12, 64\]"):
+        lora_linear(**layer_args(dropout_p=0.5) | {"rng": mask})
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton", "cuda"])
+def test_rng_mask_beside_another_backend_is_refused(backend: str) -> None:
+    args = layer_args(dropout_p=0.5)
+    with lora_kernels.backend(backend), pytest.raises(RuntimeError, match="rng is a mask"):
+        lora_linear(**args | {"rng": torch.ones(12, 64, dtype=torch.bool)})
+
+
+def relative(got: Tensor, want: Tensor) -> float:
+    return ((got.double() - want).norm() / want.norm()).item()
+
+
+@pytest.mark.parametrize("size", [1e-5, 1e-3, 30.0])
+def test_float16_beside_float32_adapters_keeps_small_and_large_B(size: float) -> None:
+    """Halves of B itself would be 1.7e-3 off at 1e-5; of 256·B they are not."""
+    case = Case(70, 40, 64, 8, f16, f32)
+    args = cases.inputs(case)
+    args["lora_B"] = (args["lora_B"].detach() * size).requires_grad_()
+    want, got = cases.oracle(args), cases.run(lora_linear, args)
+    # dA sums over dS = dY·B. Parts of 256·B hold B to 2⁻²⁵/256 (half of float16's smallest step),
+    # against B's rms of size/√R: 3.3e-5 at 1e-5; and never better than 2⁻²².
+    assert relative(got["dA"], want["dA"]) < max(2**-25 / 256 / (size / 8**0.5), 2**-21)
+    assert relative(got["dB"], want["dB"]) < 2**-21
+
+
+@pytest.mark.parametrize("dtype", [bf16, f16], ids=str)
+def test_parts_without_their_low_halves_would_be_seen(dtype: torch.dtype) -> None:
+    """dA and dB are nearer to the reference than a 16-bit adapter could be, by far."""
+    case = Case(70, 40, 64, 8, dtype, f32)
+    args = cases.inputs(case)
+    want, got = cases.oracle(args), cases.run(lora_linear, args)
+    for name in ("dA", "dB"):
+        assert relative(got[name], want[name]) < torch.finfo(dtype).eps / 64
+
+
+def test_upcast_rows_decide_between_copies_and_parts() -> None:
+    x, A = torch.zeros(65, 16, dtype=bf16), torch.zeros(4, 16)
+    with eager.upcast_rows(64, 8):
+        assert eager._in_parts(x, A) and not eager._in_parts(x[:64], A)
+        assert not eager._in_parts(x, torch.zeros(9, 16))  # 8 rows a rank: 72
+        assert not eager._in_parts(x, A.to(bf16)) and not eager._in_parts(x.float(), A)
+
+
+@pytest.mark.parametrize("dtype", [f32, bf16, f16], ids=str)
+@pytest.mark.parametrize("quant", ["nf4-64-nested", "fp4-32", "nf4-256"])
+@pytest.mark.parametrize("M", [3, 70])
+def test_4bit_against_the_reference(M: int, quant: str, dtype: torch.dtype, decoder: str) -> None:
+    for options in ({}, {"gate": True, "bias": True, "dropout_p": 0.1}, {"column_scale": True}):
+        for adapter in {dtype, f32}:
+            for K in (256, 160):  # 160: rows that end inside a block of 64
+                case = Case(M, 70, K, 5, dtype, adapter, quant=quant, **options)
+                for name, verdict in cases.judge(case).items():
+                    assert verdict.ok, f"{case}, {name}: {verdict}"
+
+
+def test_4bit_compute_dtype_beside_float32_x(decoder: str) -> None:
+    """As x reaches a Linear4bit after `prepare_model_for_kbit_training`."""
+    for M in (3, 70):
+        case = Case(M, 70, 128, 5, f32, quant="nf4-64-nested", compute=bf16, bias=True)
+        for name, verdict in cases.judge(case).items():
+            assert verdict.ok, f"{case}, {name}: {verdict}"
+
+
+def test_decode_bits_equal_the_reference(decoder: str) -> None:
+    for quant, blocksize in (("nf4", 64), ("fp4", 32), ("nf4", 4096)):
+        for shape in ((64, 64), (5, 13), (33, 65)):
+            weight = quantize_4bit(torch.randn(shape), quant, blocksize)
+            for dtype in (f32, bf16, f16):
+                want = reference.dequantize_4bit(
+                    weight.packed, weight.scales(), weight.code, blocksize, shape, dtype
+                )
+                assert torch.equal(weight.codes.dense(shape, dtype), want)
+
+
+class _NoHostReads(TorchDispatchMode):
+    """Fails where an op of a layer would make the host wait for a GPU."""
+
+    WAITING = (
+        "_local_scalar_dense", "nonzero", "unique", "is_nonzero", "equal", "masked_select",
+        "_to_cpu", "allclose",
+    )  # fmt: skip
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.partition("::")[2]
+        assert not name.lstrip("_").startswith(tuple(n.lstrip("_") for n in self.WAITING)), name
+        if func.namespace == "lora_kernels":
+            with self, torch.no_grad():
+                return ops.IMPLEMENTATIONS[name](*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("quant", ["", "nf4-64-nested"])
+@pytest.mark.parametrize("M", [2, 70])
+def test_forward_and_backward_never_wait_for_the_device(M: int, quant: str, decoder: str) -> None:
+    for dtype, adapter in ((bf16, bf16), (bf16, f32), (f16, f32), (f32, f32)):
+        for options in (
+            {"dropout_p": 0.1},
+            {"gate": True, "column_scale": True, "bias": True, "dropout_p": 0.1},
+        ):
+            args = cases.inputs(Case(M, 70, 64, 5, dtype, adapter, quant=quant, **options))
+            dy = args.pop("dy")
+            args["rng"] = None
+            wanted = [t for t in args.values() if isinstance(t, Tensor) and t.requires_grad]
+            with _NoHostReads():
+                y = lora_linear(**args)
+                torch.autograd.grad(y, wanted, dy)
+
+
+def test_no_host_reads_notices_one() -> None:
+    with pytest.raises(AssertionError, match="local_scalar_dense"), _NoHostReads():
+        torch.ones(1).item()
+
+
+def test_dora_norm_never_waits_for_the_device(decoder: str) -> None:
+    W, A, B = torch.randn(40, 300), torch.randn(4, 300), torch.randn(40, 4)
+    weight = quantize_4bit(W)
+    with _NoHostReads():
+        functional.dora_norm(W.to(bf16), A, B, 0.5)
+        functional.dora_norm(weight, A, B, 0.5)
+
+
+@pytest.mark.parametrize("dtypes", [(f32, f32), (bf16, f32), (bf16, bf16), (f16, f32)], ids=str)
+@pytest.mark.parametrize("quant", ["", "nf4-64-nested"])
+def test_dora_norm_from_products(quant: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    for gate in (False, True):
+        case = Case(0, 70, 300, 5, *dtypes, quant=quant, gate=gate)
+        for verdict in cases.judge_norm(case).values():
+            assert verdict.ok, f"{case}: {verdict}"
+
+
+def test_dora_norm_takes_the_squares_it_is_given() -> None:
+    W, A, B = torch.randn(6, 300), torch.randn(2, 300), torch.zeros(6, 2)
+    squares = torch.arange(1.0, 7.0)
+    assert torch.equal(functional.dora_norm(W, A, B, row_squares=squares), squares.sqrt())
+    with pytest.raises(ValueError, match=r"row_squares: got shape \[2\], want \[6\]"):
+        functional.dora_norm(W, A, B, row_squares=squares[:2])
+
+
+def test_dora_layer_sees_a_changed_base() -> None:
+    """‖W‖² is kept from step to step, until the weight is written or another one."""
+    from lora_kernels.layers import DoRALinear
+
+    linear = torch.nn.Linear(300, 40, bias=False)
+    layer, x = DoRALinear.from_linear(linear, r=4), torch.randn(3, 300)
+    for change in (
+        lambda: None,
+        lambda: layer.weight.mul_(2.0),
+        lambda: setattr(layer, "weight", torch.nn.Parameter(torch.randn(40, 300), False)),
+    ):
+        with torch.no_grad():
+            change()
+        y = layer(x)  # with gradients, as in training
+        scale = layer.magnitude / layer.weight.norm(dim=1)
+        torch.testing.assert_close(y, (x @ layer.weight.t()) * scale)
+    assert layer._norm._squares is not None
+
+
+def test_autocast_rounds_adapters_as_pytorch_does() -> None:
+    """dA and dB equal those of the plain expression under autocast to rounding in bfloat16."""
+    case = Case(70, 33, 64, 5, f32, autocast=bf16)
+    args = cases.inputs(case)
+    ours = cases.run(lora_linear, args, bf16)
+    plain = cases.run(cases.plain_pytorch, args, bf16)
+    for name in ours:
+        assert relative(ours[name], plain[name].double()) < 2**-7, name
+    rounded = args | {n: args[n].detach().to(bf16).float() for n in ("lora_A", "lora_B")}
+    with torch.autocast("cpu", bf16), torch.no_grad():
+        a, b = (lora_linear(**{k: v for k, v in d.items() if k != "dy"}) for d in (args, rounded))
+    assert torch.equal(a, b)
+
+
+def test_seam_leaves_other_cpu_tensors_alone() -> None:
+    assert library.follows_gpu("cpu")
+    with contextlib.suppress(ValueError), as_on_gpu():
+        raise ValueError
+    assert library.follows_gpu("cpu") and library.follows_gpu("meta")
+
+
+WITHOUT = """
+import sys
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("bitsandbytes", "peft"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Blocker())
+import torch, lora_kernels
+from lora_kernels.backends.library import as_on_gpu
+from lora_kernels.layers import QLoRALinear
+from lora_kernels.quantization import codes
+layer = QLoRALinear.from_linear(torch.nn.Linear(64, 32), r=4, dropout=0.1)
+x = torch.randn(5, 64, requires_grad=True)
+with as_on_gpu(), lora_kernels.backend("eager"):
+    layer(x).sum().backward()
+print(x.grad.shape, codes.decoded_by(x.device))
+"""
+
+
+def test_without_bitsandbytes_pytorch_decodes() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "torch.Size([5, 64]) PyTorch decodes in three kernels: bitsandbytes" in done.stdout

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..functional import base_dtype
 from ..quantization import Weight4bit, quantize_4bit
+from ..quantization.codes import check_decoder
 from .linear import Init, LoRALinear, finite
 
 if TYPE_CHECKING:
@@ -165,6 +166,7 @@ class QLoRALinear(LoRALinear):
             weight.quant_type, weight.blocksize, weight.dtype,
         )  # fmt: skip
         self._weight4bit: tuple[tuple[int, ...], Weight4bit] | None = None
+        check_decoder(weight.device)
 
     @property
     def weight4bit(self) -> Weight4bit:
@@ -219,6 +221,7 @@ class QLoRALinear(LoRALinear):
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
         self._weight4bit = None
         super()._apply(*args, **kwargs)
+        check_decoder(self.weight.device)
         return self
 
     def __getstate__(self) -> dict[str, object]:

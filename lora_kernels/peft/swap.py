@@ -16,7 +16,7 @@ from peft.tuners.lora.layer import LoraLayer, MultiheadAttention, ParamWrapper
 from torch import nn
 
 from .. import select
-from ..backends.library import follows_gpu
+from ..quantization.codes import check_decoder
 from . import foreign
 from .adalora import FusedSVDLinear
 from .embedding import FusedEmbedding
@@ -63,10 +63,8 @@ def fuse(model: Model, linears: bool = False) -> Model:
 def _check_decoder(layer: Any) -> None:
     """Compare bitsandbytes' kernels with ours on the device of a 4-bit weight on a GPU."""
     base = layer.get_base_layer()
-    if is_linear4bit(base) and follows_gpu(base.weight.device.type):
-        from ..quantization import bitsandbytes
-
-        bitsandbytes.check(base.weight.device)
+    if is_linear4bit(base):
+        check_decoder(base.weight.device)
 
 
 def unfuse(model: Model) -> Model:

@@ -9,7 +9,7 @@ import torch
 from bitsandbytes.functional import QuantState
 from bitsandbytes.nn.modules import Params4bit
 
-from .codes import Codes, bitsandbytes_reason, set_bitsandbytes_reason
+from .codes import Codes, check_bitsandbytes
 
 
 def fields(weight: Any) -> dict[str, Any]:
@@ -66,17 +66,10 @@ def check(device: torch.device) -> str | None:
 
     Returns why they are not used, None if they are.
 
-    >>> check(torch.device("cpu")) in (None, bitsandbytes_reason(torch.device("cpu")))
+    >>> check(torch.device("cpu")) == check(torch.device("cpu"))
     True
     """
-    key = (device.type, device.index)
-    if key not in _checked:
-        _checked.add(key)
-        set_bitsandbytes_reason(device, _disagreement(device))
-    return bitsandbytes_reason(device)
-
-
-_checked: set[tuple[str, int | None]] = set()
+    return check_bitsandbytes(device, _disagreement)
 
 
 def _disagreement(device: torch.device) -> str | None:

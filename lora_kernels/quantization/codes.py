@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -143,14 +146,26 @@ def decode(
     return out.view(shape)
 
 
-# Device -> why bitsandbytes' ops are not used on it, None where they have passed `check`.
+# Device -> why bitsandbytes' ops are not used on it, None if they passed `bitsandbytes.check`.
 _bitsandbytes: dict[tuple[str, int | None], str | None] = {}
-_UNCHECKED = "bitsandbytes' kernels have not been checked on this device: fuse() checks them"
+_UNCHECKED = "bitsandbytes is not installed, or was not yet checked by fuse() or a layer's move"
 
 
 def bitsandbytes_reason(device: torch.device) -> str | None:
     """Why 4-bit weights on this device are not decoded by bitsandbytes; None where they are."""
     return _bitsandbytes.get((device.type, device.index), _UNCHECKED)
+
+
+def check_decoder(device: torch.device) -> None:
+    """Have bitsandbytes, if it is installed, checked on a GPU that will hold a 4-bit weight.
+
+    Waits for the device, so that no forward calls it.
+    """
+    wanted = device.type != "meta" or "bitsandbytes" in sys.modules  # which takes a second
+    if follows_gpu(device.type) and wanted and find_spec("bitsandbytes") is not None:
+        from .bitsandbytes import check
+
+        check(device)
 
 
 def decoded_by(device: torch.device) -> str:
@@ -161,9 +176,14 @@ def decoded_by(device: torch.device) -> str:
     )
 
 
-def set_bitsandbytes_reason(device: torch.device, reason: str | None) -> None:
-    """Remember the outcome of a check; see `quantization.bitsandbytes.check`."""
-    _bitsandbytes[device.type, device.index] = reason
+def check_bitsandbytes(
+    device: torch.device, disagreement: Callable[[torch.device], str | None]
+) -> str | None:
+    """Return why bitsandbytes' ops are not used on the device, asking once a process."""
+    key = (device.type, device.index)
+    if key not in _bitsandbytes:
+        _bitsandbytes[key] = disagreement(device)
+    return _bitsandbytes[key]
 
 
 def encode(

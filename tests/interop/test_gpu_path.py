@@ -172,7 +172,7 @@ def test_counting_leaves_the_layer_and_its_weight_alone() -> None:
 def test_bitsandbytes_that_fails_its_check_is_not_used(
     breakage: str, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bitsandbytes = pytest.importorskip("lora_kernels.quantization.bitsandbytes")
+    pytest.importorskip("bitsandbytes")
     original = codes.Codes.bitsandbytes_dense
 
     def broken(self: Any, shape: Any, dtype: torch.dtype) -> Tensor:
@@ -180,7 +180,6 @@ def test_bitsandbytes_that_fails_its_check_is_not_used(
             raise RuntimeError("no kernel image")
         return original(self, shape, dtype) * (1 + 2**-6)
 
-    monkeypatch.setattr(bitsandbytes, "_checked", set())
     found = model(quantized=True)
     want = results(found, 5)
     monkeypatch.setattr(codes.Codes, "bitsandbytes_dense", broken)
@@ -192,8 +191,8 @@ def test_bitsandbytes_that_fails_its_check_is_not_used(
         assert (got - want[name]).norm() / want[name].norm() < 2.0**-17, name
 
 
-def test_explain_says_what_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
-    bitsandbytes = pytest.importorskip("lora_kernels.quantization.bitsandbytes")
-    monkeypatch.setattr(bitsandbytes, "_checked", set())
+def test_explain_says_what_decodes() -> None:
+    pytest.importorskip("bitsandbytes")
+    codes._bitsandbytes.clear()
     reason = explain(fuse(model(quantized=True))).rows[0].reason
     assert reason.endswith("bitsandbytes decodes")

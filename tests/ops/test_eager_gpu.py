@@ -38,10 +38,10 @@ def decoder(request: pytest.FixtureRequest) -> Iterator[str]:
     before = dict(codes._bitsandbytes)
     if request.param.endswith("bitsandbytes"):
         bitsandbytes = pytest.importorskip("lora_kernels.quantization.bitsandbytes")
-        codes.set_bitsandbytes_reason(CPU, bitsandbytes._disagreement(CPU))
-        assert codes.bitsandbytes_reason(CPU) is None
+        codes._bitsandbytes.pop(("cpu", None), None)
+        assert bitsandbytes.check(CPU) is None
     else:
-        codes.set_bitsandbytes_reason(CPU, "the test says so")
+        codes._bitsandbytes["cpu", None] = "the test says so"
     yield request.param
     codes._bitsandbytes.clear()
     codes._bitsandbytes.update(before)
@@ -330,11 +330,7 @@ def test_seam_leaves_other_cpu_tensors_alone() -> None:
 
 WITHOUT = """
 import sys
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("bitsandbytes", "peft"):
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-sys.meta_path.insert(0, Blocker())
+sys.modules["bitsandbytes"] = sys.modules["peft"] = None
 import torch, lora_kernels
 from lora_kernels.backends.library import as_on_gpu
 from lora_kernels.layers import QLoRALinear
@@ -352,4 +348,7 @@ def test_without_bitsandbytes_pytorch_decodes() -> None:
         [sys.executable, "-c", WITHOUT], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert "torch.Size([5, 64]) PyTorch decodes in three kernels: bitsandbytes" in done.stdout
+    assert (
+        "torch.Size([5, 64]) PyTorch decodes in three kernels: bitsandbytes is not installed"
+        in done.stdout
+    )

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from safetensors import safe_open
@@ -194,15 +194,7 @@ def _adapted(config: Any, adapter: Path, shards: Shards) -> _Adapted:
         for name, p in list(module._parameters.items()):
             if p is not None and p.requires_grad:
                 module._parameters[name] = nn.Parameter(torch.empty_like(p, device="cpu"))
-    try:
-        done: Any = set_peft_model_state_dict(
-            peft_model, load_peft_weights(str(adapter), device="cpu")
-        )
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise UsageError(f"adapter: {adapter} does not fit the base: {reason}") from error
-    if done.unexpected_keys:
-        raise UsageError(f"adapter: {adapter} holds {done.unexpected_keys[0]}, which fits no layer")
+    set_peft_model_state_dict(peft_model, models.read_adapter(adapter, peft_model))
 
     def stored(name: str) -> str:
         """As the shards call it; some hold a model without its head, and leave its prefix out."""

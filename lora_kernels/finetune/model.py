@@ -56,6 +56,45 @@ def locate(model: Path) -> tuple[Path, str | None]:
     return model.parent, model.name
 
 
+def read_adapter(folder: Path, model: Any, device: str = "cpu") -> dict[str, Tensor]:
+    """Return the weights of PEFT's adapter folder, which must be those that `model` has room for.
+
+    model: a PeftModel with an adapter of the folder's configuration.
+
+    Raises UsageError where the file cannot be read, and where a key is missing, unexpected or of
+    another shape: it names the first and counts the rest. PEFT itself leaves a missing one as it
+    was initialized.
+    """
+    from peft import get_peft_model_state_dict, load_peft_weights
+    from safetensors import SafetensorError
+
+    try:
+        state: dict[str, Tensor] = load_peft_weights(str(folder), device=device)
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UsageError(f"adapter: {folder} cannot be read: {reason}") from None
+    want = get_peft_model_state_dict(model, save_embedding_layers=False)
+    misshapen = {
+        f"{key} {list(state[key].shape)}, want {list(t.shape)}"
+        for key, t in want.items()
+        if key in state and state[key].shape != t.shape
+    }
+    embeddings = [key for key in state if key.rpartition(".")[0].endswith(_EMBEDDINGS)]
+    for problem, keys in (
+        ("lacks", want.keys() - state.keys()),
+        ("holds, without a layer for it,", state.keys() - want.keys() - set(embeddings)),
+        ("holds", misshapen),
+    ):
+        if keys:
+            first, more = min(keys), len(keys) - 1
+            rest = f" and {more} more" if more else ""
+            raise UsageError(f"adapter: {folder} does not fit the base: {problem} {first}{rest}")
+    return state
+
+
+_EMBEDDINGS = ("embed_tokens", "lm_head", "wte")  # which PEFT may save whole beside an adapter
+
+
 def check_quant(quant: str | None) -> None:
     """Raise UsageError where a base model cannot be held in 4 bits."""
     if quant is not None and importlib.util.find_spec("bitsandbytes") is None:

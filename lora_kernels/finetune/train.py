@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .data import batch
-from .model import adapters
+from .model import adapters, read_adapter
 
 WARMUP = 0.05  # of the steps
 MAX_GRAD_NORM = 1.0
@@ -122,9 +122,9 @@ def steps_done(checkpoint: Path) -> int:
 
 def load_checkpoint(checkpoint: Path, model: Any, optimizer: torch.optim.Optimizer) -> list[float]:
     """Put the adapters, the optimizer and the random state back; returns the losses so far."""
-    from peft import load_peft_weights, set_peft_model_state_dict
+    from peft import set_peft_model_state_dict
 
-    set_peft_model_state_dict(model, load_peft_weights(str(checkpoint), device=str(model.device)))
+    set_peft_model_state_dict(model, read_adapter(checkpoint, model, str(model.device)))
     state = torch.load(checkpoint / "training.pt", map_location="cpu", weights_only=True)
     optimizer.load_state_dict(state["optimizer"])
     torch.set_rng_state(state["rng"]["cpu"])

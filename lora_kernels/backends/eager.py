@@ -154,10 +154,10 @@ def _contract(a: Tensor, small: Tensor, dim: int, scale: float = 1.0) -> Tensor:
     """scale·a·small in float32 (float64): P, dS. a [M, n]; small [n, R] for dim 1, [R, n] for 0."""
     if _in_parts(a, small):
         prescale = _PRESCALE[a.dtype]
-        parts = _two_parts(small, scale * prescale, a.dtype, dim)
+        parts = _two_parts(small, scale if prescale == 1.0 else prescale, a.dtype, dim)
         hi, minus_lo = mm_fp32(a, parts if dim else parts.t()).chunk(2, dim=1)
         found = hi - minus_lo
-        return found if prescale == 1.0 else found.div_(prescale)
+        return found if prescale == 1.0 else found.mul_(scale / prescale)
     dtype = _widest(a, small)
     a, small = a.to(dtype), small.to(dtype) if dim else small.to(dtype).t()
     if dtype in _HALVES:

@@ -1,6 +1,7 @@
 // Python's view of the CUDA kernels' launchers, and in the emulated build of the emulator: raw
 // pointers, sizes, strides in elements, a device and a stream. Shapes and dtypes are the caller's
-// business (lora_kernels/backends/cuda.py).
+// business (lora_kernels/backends/cuda/launch.py). Types are local to the module, since _cuda and
+// _emulator are built from this file and may be imported together.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -113,14 +114,14 @@ PYBIND11_MODULE(LORA_KERNELS_MODULE, m) {
   m.attr("__version__") = LORA_KERNELS_VERSION;
   m.attr("PAIR_ROWS") = PAIR_ROWS;
   m.attr("PAIR_MAX_RANK") = PAIR_MAX_RANK;
-  py::class_<LinearArgs>(m, "Linear").def(py::init(&linear_args));
+  py::class_<LinearArgs>(m, "Linear", py::module_local()).def(py::init(&linear_args));
   m.def("linear", [](const LinearArgs& a, const WhereTuple& at) { linear(a, where(at)); });
   m.def("gemm", [](LinearArgs a, int splits, Pointer parts, int64_t k_share, const WhereTuple& at) {
     a.parts = as<float>(parts);
     a.k_share = k_share;
     gemm(a, splits, where(at));
   });
-  py::class_<DecodeArgs>(m, "Decode")
+  py::class_<DecodeArgs>(m, "Decode", py::module_local())
       .def(py::init([](const LinearArgs& l, const MatrixTuple& a, const DropoutTuple& mask_in,
                        float p_scale, Pointer slots, Pointer p, Pointer flags, int64_t slot_share,
                        int slot_count) {

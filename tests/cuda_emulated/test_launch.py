@@ -1,5 +1,8 @@
 """How launches follow each other, what the emulator refuses, and where the backend is asked for."""
 
+import importlib.util
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -159,3 +162,13 @@ def test_rows_with_adapters_of_their_own_are_two_steps() -> None:
         pytest.raises(RuntimeError, match="rows with adapters of their own"),
     ):
         lora_kernels.multi_lora_linear(torch.randn(3, 8), torch.randn(4, 8), A, B, index)
+
+
+@pytest.mark.parametrize("first", ["_cuda", "_emulator"])
+def test_extensions_of_one_source_import_in_one_process(first: str) -> None:
+    """Both register the same C++ types, each for itself; `_cuda` is there where nvcc built it."""
+    names = sorted(("_cuda", "_emulator"), key=lambda name: name != first)
+    built = [name for name in names if importlib.util.find_spec(f"lora_kernels.{name}")]
+    code = "; ".join(f"import lora_kernels.{name}" for name in built)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert built and done.returncode == 0, done.stderr

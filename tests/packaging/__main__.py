@@ -5,10 +5,11 @@
     no-compiler  the same where there is no compiler: pure Python
     newest       the wheel beside the newest torch, PEFT, transformers and bitsandbytes
     oldest       the wheel beside the oldest that pyproject.toml admits
+    triton       the Triton kernels compiled for two GPUs by each Triton of TRITONS
 
 The first four share an environment, in which each removes what the last installed. Each must pass
-`lora-kernels verify`; the last two also `verify` beside both peers, and the tests of interop, but
-for those in LATER. Needs a compiler, a package index, about 15 GB and half an hour.
+`lora-kernels verify`; newest and oldest also `verify` beside both peers, and the tests of interop
+but for those in LATER. Needs a compiler, a package index, about 15 GB and half an hour.
 """
 
 from __future__ import annotations
@@ -43,6 +44,10 @@ LATER = {
         "test_mixed_batch and test_4bit_base"
     ),
 }
+
+
+# torch 2.8's own, the floor of pyproject.toml, and torch 2.9's. Tests compile with the newest.
+TRITONS = ("3.4.0", "3.5.1")
 
 
 class Failed(Exception):
@@ -132,6 +137,8 @@ def build(folder: Path) -> tuple[Path, Path]:
 
 def check(name: str, made: Callable[[str], Environment], wheel: Path, sdist: Path) -> list[str]:
     """Lines on what passed."""
+    if name == "triton":
+        return ["triton", *(compiled_by(version, wheel.parent) for version in TRITONS)]
     environment = made("oldest" if name == "oldest" else "newest")
     environment.pip("uninstall", "--yes", "lora-kernels")
     if name == "wheel":
@@ -153,7 +160,18 @@ def check(name: str, made: Callable[[str], Environment], wheel: Path, sdist: Pat
     return [environment.versions(), *said]
 
 
-CHECKS = ("wheel", "sdist", "no-compiler", "newest", "oldest")
+def compiled_by(version: str, folder: Path) -> str:
+    """Compile a slice of the Triton kernels with that Triton; what it printed last."""
+    target = folder / f"triton-{version}"
+    pip: list[str | Path] = [sys.executable, "-m", "pip", "install", "--no-deps"]
+    run([*pip, "--target", target, f"triton=={version}"], ROOT)
+    # After `run` has taken PYTHONPATH away, `env` gives it to Python.
+    compile_only = ["-m", "tests.compile_only", "--target", "sm80", "sm90"]
+    said = run(["env", f"PYTHONPATH={target}", sys.executable, *compile_only], ROOT)
+    return said.splitlines()[-1]
+
+
+CHECKS = ("wheel", "sdist", "no-compiler", "newest", "oldest", "triton")
 
 
 def main() -> int:

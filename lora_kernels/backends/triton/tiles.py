@@ -159,7 +159,7 @@ def load_codes(
         byte = tl.load(packed_ptr + (element >> 1), mask=mask, other=0).to(tl.int32)
         value = look_up(code_ptr, tl.where((element & 1) == 0, byte >> 4, byte & 15), ASM)
     if WHOLE:
-        SCALES: tl.constexpr = max(1, BLOCK_K >> LOG2_BLOCK)
+        SCALES: tl.constexpr = (BLOCK_K + (1 << LOG2_BLOCK) - 1) >> LOG2_BLOCK
         per_row = K >> LOG2_BLOCK
         if SCALES == 1:
             scale = block_scales(

@@ -200,6 +200,10 @@ def training(trainer: LoRATrainer, options: ChatOptions, console: Console, data:
     """The signal that ended it early, or 0."""
     checkpoint = newest_checkpoint(options.out)
     done = int(Path(checkpoint).name.partition("-")[2]) if checkpoint else 0
+    if checkpoint and done >= options.steps:
+        console.print(f"all {options.steps} steps are done; {checkpoint} is taken as it is")
+        trainer.restore(checkpoint)
+        return 0
     if done:
         console.print(f"going on after step {done} of {options.steps}")
     tokens = options.batch * options.accumulate * data.report.tokens // data.report.examples

@@ -254,6 +254,13 @@ class LoRATrainer(Trainer):  # type: ignore[misc, unused-ignore]
             self.processing_class.save_pretrained(folder)
         torch.save(self.args, os.path.join(folder, "training_args.bin"))
 
+    def restore(self, checkpoint: str) -> None:
+        """Load a finished run's adapters, the best ones if the run kept them, without training."""
+        self.state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
+        self._load_from_checkpoint(checkpoint)
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
+            self._load_best_model()
+
     def _load_best_model(self) -> None:
         """PEFT saves an adapter that is not called "default" in a folder of its name, where Trainer
         does not look."""

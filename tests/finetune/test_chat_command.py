@@ -73,8 +73,14 @@ def test_whole_run(folder: Path, lines: Path, tmp_path: Path, capsys: Any) -> No
     assert model.peft_config["default"].r == 3
 
     # The same command finds all of it done; generate and merge go on from the run.
+    def bytes_of_the_run() -> dict[str, bytes]:
+        adapters = [*out.glob("checkpoint-*/**/*.safetensors"), *out.glob("adapter/*.safetensors")]
+        return {str(file.relative_to(out)): file.read_bytes() for file in adapters}
+
+    before = bytes_of_the_run()
     assert main(run) == 0
-    assert "going on after step 6 of 6" in capsys.readouterr().out
+    assert "all 6 steps are done" in capsys.readouterr().out
+    assert bytes_of_the_run() == before
     assert main([*run, "--preset", "legal"]) == 2
     assert "holds a run with another --preset; give the same" in capsys.readouterr().err
     assert main(["generate", "--run", str(out), "--prompt", "Hi", "--max-new-tokens", "3"]) == 0

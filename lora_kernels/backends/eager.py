@@ -526,9 +526,10 @@ def dora_norm(
 
     On a GPU from ‖W‖² + s·rowsum(B ⊙ (2·W·Aᵀ + s·B·A·Aᵀ)), which reads W and writes nothing of its
     size; row_squares is ‖W‖² if it is at hand. The relative error is at most κ·√K·2⁻²⁴,
-    κ = (‖W‖ + ‖s·B·A‖)² / norm²: it grows where the update all but cancels a row of W, which fewer
-    than `EXPANDED_NORM` columns do by chance. Those, and a CPU's, are written out, a panel of rows
-    at a time.
+    κ = (‖W‖ + ‖s·B·A‖)² / norm², and beside a 16-bit W, where A is taken in two parts, κ·2⁻¹⁷/√K
+    more (rms): it grows where the update all but cancels a row of W, which fewer than
+    `EXPANDED_NORM` columns do by chance. Those, and a CPU's, are written out, a panel of rows at a
+    time.
     """
     dtype = stat_dtype(lora_A.dtype)
     if follows_gpu(lora_A.device.type) and lora_A.shape[1] >= EXPANDED_NORM:
@@ -560,28 +561,13 @@ def _norm_from_products(
     dtype = stat_dtype(lora_A.dtype)
     if squares is None:
         squares = row_squares(w, lora_A, lora_B)
-    if w.dtype is lora_A.dtype and w.dtype in _HALVES:
-        wa, gram = mm_fp32(w, lora_A.t()), mm_fp32(lora_A, lora_A.t())
-    elif w.dtype in _HALVES and has_out_dtype(w):
-        wa = mm_fp32(w, _exact_parts(lora_A, w.dtype).t()).view(len(w), 3, -1).sum(1)
-        gram = torch.mm(lora_A, lora_A.t())
-    else:
-        A = lora_A.to(dtype)
-        wa, gram = torch.mm(w.to(dtype), A.t()), torch.mm(A, A.t())
+    wa, gram = _contract(w, lora_A, 0), _contract(lora_A, lora_A, 0)
     B = lora_B.to(dtype)
     if rank_gate is not None:
         B = B * rank_gate.to(dtype)
     update = torch.addmm(wa, B, gram, beta=2, alpha=scaling)
     rowsum = torch.bmm(update.unsqueeze(1), B.unsqueeze(2)).view(-1)
     return torch.add(squares, rowsum, alpha=scaling).sqrt_()
-
-
-def _exact_parts(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """A float32 t [R, K] as hi, mid and lo in 16 bits, [3·R, K]: all its bits."""
-    parts = t.new_empty(3, *t.shape, dtype=dtype)
-    rest = t - parts[0].copy_(t)
-    torch.sub(rest, parts[1].copy_(rest), out=parts[2])
-    return parts.flatten(0, 1)
 
 
 def _norm_by_panels(weight: Tensor | Codes, A: Tensor, B: Tensor, scaling: float) -> Tensor:

@@ -175,6 +175,34 @@ def test_float16_beside_float32_adapters_keeps_small_and_large_B(size: float) ->
     assert relative(got["dB"], want["dB"]) < 2**-21
 
 
+def test_float16_update_of_small_float32_adapters_keeps_its_bits() -> None:
+    """y = s·P·Bᵀ and dx = s·dS·A of adapters of 3e-6, the other factor large: numbers that float16
+    holds to 2⁻¹¹. Halves of the adapter itself would be off by 5e-3."""
+    case = Case(70, 40, 64, 8, f16, f32, base=False, scaling=1.0)
+    args = cases.inputs(case)
+    small_B = args | {
+        "lora_A": (args["lora_A"].detach() * 300).requires_grad_(),
+        "lora_B": (args["lora_B"].detach() * 1e-5).requires_grad_(),
+    }
+    small_A = args | {
+        "lora_A": (args["lora_A"].detach() * 3e-5).requires_grad_(),
+        "lora_B": (args["lora_B"].detach() * 100).requires_grad_(),
+    }
+    for name, changed in (("y", small_B), ("dx", small_A)):
+        want, got = cases.oracle(changed), cases.run(lora_linear, changed)
+        assert relative(got[name], want[name]) < 2**-10, name
+
+
+def test_float16_column_scale_gradient_does_not_overflow() -> None:
+    """Products dY ⊙ z of 9e4 are made in float32."""
+    x = torch.full((80, 16), 300.0, dtype=f16)
+    A, B = torch.zeros(2, 16, dtype=f16), torch.zeros(16, 2, dtype=f16)
+    c = torch.ones(16, requires_grad=True)
+    y = lora_linear(x, torch.eye(16, dtype=f16), A, B, column_scale=c)
+    (dc,) = torch.autograd.grad(y, c, torch.full_like(y, 300.0))
+    assert torch.equal(dc, torch.full((16,), 80 * 9e4))
+
+
 @pytest.mark.parametrize("dtype", [bf16, f16], ids=str)
 def test_parts_without_their_low_halves_would_be_seen(dtype: torch.dtype) -> None:
     """dA and dB are nearer to the reference than a 16-bit adapter could be, by far."""
@@ -280,6 +308,21 @@ def test_dora_norm_from_products(quant: str, dtypes: tuple[torch.dtype, torch.dt
         case = Case(0, 70, 300, 5, *dtypes, quant=quant, gate=gate)
         for verdict in cases.judge_norm(case).values():
             assert verdict.ok, f"{case}: {verdict}"
+
+
+@pytest.mark.parametrize("dtype", [bf16, f16], ids=str)
+def test_dora_norm_of_rows_along_the_adapter(dtype: torch.dtype) -> None:
+    """W·Aᵀ is then as large as it can be, and the low part of a float32 A counts."""
+    torch.manual_seed(0)
+    A = torch.randn(3, 300) / 300**0.5
+    W = (torch.randn(70, 3) @ A).to(dtype)
+    B = torch.randn(70, 3)
+    want = reference.dora_norm(W.double(), A.double(), B.double(), 0.5)
+    got = functional.dora_norm(W, A, B, 0.5)
+    # Squares, products and their sum in float32, and A in two parts, 2⁻¹⁷/√K: a few roundings of
+    # the largest term, which is at most (‖W‖ + ‖s·B·A‖)²; without A's low part 2⁻⁹/√K of it.
+    largest = (W.double().norm(dim=1) + (0.5 * B.double() @ A.double()).norm(dim=1)) ** 2
+    assert ((got.double() ** 2 - want**2).abs() <= 2.0**-21 * largest).all()
 
 
 def test_dora_norm_takes_the_squares_it_is_given() -> None:

@@ -79,7 +79,7 @@ def _bound(
 ) -> tuple[Tensor | Codes, torch.dtype, int, list[Fact]] | None:
     """The base, the dtype of its product, how many rows are few, and what has to be as it is now;
     None for what no call is prepared for."""
-    if not x.is_cpu or ops.autocast("cpu"):
+    if not x.is_cpu or native.module is None or ops.autocast("cpu"):
         return None
     four_bit = isinstance(weight, Weight4bit)
     base = weight.codes if isinstance(weight, Weight4bit) else weight

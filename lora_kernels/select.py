@@ -88,6 +88,10 @@ def forced_backend() -> str | None:
     return forced.current.get().backend
 
 
+# What `torch.compiler.assume_constant_result` does, without importing Dynamo: torch 2.8's cannot
+# trace a ContextVar. A graph keeps the backend that was in force when it was compiled.
+forced_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
 if (_named := forced_backend()) is not None:
     _check_names(_named)
 

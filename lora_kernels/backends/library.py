@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -47,6 +48,17 @@ def has_out_dtype(t: Tensor) -> bool:
     return t.is_meta or (_emulate_gpu and t.is_cpu)
 
 
+@functools.cache
+def _meta_has_out_dtype() -> bool:
+    """False for torch 2.8, whose GEMM takes an out_dtype on CUDA and not on meta."""
+    a = torch.empty(1, 1, dtype=torch.bfloat16, device="meta")
+    try:
+        torch.mm(a, a, out_dtype=torch.float32)
+    except (TypeError, NotImplementedError):
+        return False
+    return True
+
+
 def mm_fp32(a: Tensor, b: Tensor) -> Tensor:
     """a·b in float32 for 16-bit a [M, K] and b [K, N], summed in float32.
 
@@ -55,6 +67,8 @@ def mm_fp32(a: Tensor, b: Tensor) -> Tensor:
     >>> mm_fp32(torch.ones(2, 3).bfloat16(), torch.ones(3, 2).bfloat16()).dtype
     torch.float32
     """
+    if a.is_meta and not _meta_has_out_dtype():
+        return torch.mm(a, b).float()  # which counts for a little more than it is
     if has_out_dtype(a) and not a.is_cpu:
         return torch.mm(a, b, out_dtype=torch.float32)
     return torch.mm(a.float(), b.float())

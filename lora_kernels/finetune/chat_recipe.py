@@ -202,7 +202,7 @@ def training(trainer: LoRATrainer, options: ChatOptions, console: Console, data:
     done = int(Path(checkpoint).name.partition("-")[2]) if checkpoint else 0
     if checkpoint and done >= options.steps:
         console.print(f"all {options.steps} steps are done; {checkpoint} is taken as it is")
-        trainer.restore(checkpoint)
+        trainer.restore(str(checkpoint))
         return 0
     if done:
         console.print(f"going on after step {done} of {options.steps}")

@@ -9,7 +9,7 @@ import torch
 from bitsandbytes.functional import QuantState
 from bitsandbytes.nn.modules import Params4bit
 
-from .codes import Codes, check_bitsandbytes
+from .codes import Codes, check_bitsandbytes, has_gemm_4bit
 
 
 def fields(weight: Any) -> dict[str, Any]:
@@ -75,7 +75,7 @@ def check(device: torch.device) -> str | None:
 def _disagreement(device: torch.device) -> str | None:
     version = f"bitsandbytes {bitsandbytes.__version__}"
     ops = getattr(torch.ops, "bitsandbytes", None)
-    for name in ("dequantize_4bit", "dequantize_blockwise", "gemm_4bit"):
+    for name in ("dequantize_4bit", "dequantize_blockwise"):
         if not hasattr(ops, name):
             return f"{version} has no op {name}"
     if device.type == "meta":  # without values; counted as if they agreed
@@ -106,6 +106,8 @@ def _differs(
         want = weight.dequantize(dtype).to(device)
         if not torch.equal(codes.bitsandbytes_dense(weight.shape, dtype), want):
             return "dequantize_4bit"
+        if not has_gemm_4bit():
+            continue
         y = codes.bitsandbytes_gemm(x.to(dtype), weight.shape[0], None).float()
         exact = x.to(dtype).float() @ want.float().t()
         # Products of 16-bit numbers, one rounding of y, and codes or scales rounded to 16 bits.

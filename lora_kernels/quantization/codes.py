@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 from collections.abc import Callable
@@ -100,10 +101,10 @@ class Codes(NamedTuple):
 
     def gemm(self, x: Tensor, columns: int, bias: Tensor | None) -> Tensor | None:
         """x·W̃ᵀ + bias [M, columns] in x's dtype by bitsandbytes' `gemm_4bit`; None where that is
-        not used, or would copy a weight whose rows end inside a block."""
+        not used or not there (before 0.50), or would copy a weight whose rows end in a block."""
         if bitsandbytes_reason(x.device) is not None or x.dtype not in _DTYPE:
             return None
-        if not x.shape[0] or x.shape[1] % self.blocksize:
+        if not x.shape[0] or x.shape[1] % self.blocksize or not has_gemm_4bit():
             return None
         return self.bitsandbytes_gemm(x, columns, bias)
 
@@ -144,6 +145,12 @@ def decode(
     if whole < n:
         torch.mul(values[whole:n], scales[-1], out=out[whole:])
     return out.view(shape)
+
+
+@functools.cache
+def has_gemm_4bit() -> bool:
+    """True if the bitsandbytes that is imported has the op."""
+    return hasattr(torch.ops.bitsandbytes, "gemm_4bit")
 
 
 # Device -> why bitsandbytes' ops are not used on it, None if they passed `bitsandbytes.check`.

@@ -7,6 +7,7 @@ import copy
 import pickle
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -202,3 +203,18 @@ def test_a_bias_of_another_length_is_an_error(layer: LoRALinear) -> None:
     layer.bias = nn.Parameter(torch.ones(N - 1))
     with pytest.raises(ValueError, match="bias"):
         layer(x())
+
+
+@pytest.mark.parametrize("cls", [LoRALinear, QLoRALinear])
+def test_layer_without_the_native_extension_is_called_again(
+    cls: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As installed without a compiler: no call is prepared, with gradients or without."""
+    monkeypatch.setattr(native, "module", None)
+    monkeypatch.setattr(native, "reason", "not built: no compiler")
+    layer, x = cls.from_linear(torch.nn.Linear(64, 32), r=4), torch.randn(2, 64)
+    first = layer(x)
+    for _ in range(2):
+        layer(x.requires_grad_()).sum().backward()
+    with torch.no_grad():
+        assert torch.equal(layer(x), first) and torch.equal(layer(x), first)

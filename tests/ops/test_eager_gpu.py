@@ -6,6 +6,7 @@ import contextlib
 import subprocess
 import sys
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -397,3 +398,12 @@ def test_without_bitsandbytes_pytorch_decodes() -> None:
         "torch.Size([5, 64]) PyTorch decodes in three kernels: bitsandbytes is not installed"
         in done.stdout
     )
+
+
+@pytest.mark.parametrize(("hip", "has"), [(None, True), ("6.4", False)])
+def test_out_dtype_of_cuda_but_not_of_rocm(
+    hip: str | None, has: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.version, "hip", hip)
+    on_a_gpu: Any = SimpleNamespace(is_cuda=True, is_meta=False, is_cpu=False)
+    assert library.has_out_dtype(on_a_gpu) is has

@@ -161,7 +161,7 @@ def test_arguments_beside_x() -> None:
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_over_a_4bit_base(dropout: float) -> None:
     """Against the formula in float64 on the decoded weight, with PEFT's own mask."""
-    import bitsandbytes as bnb
+    bnb = pytest.importorskip("bitsandbytes")
     from peft import inject_adapter_in_model
 
     from lora_kernels.quantization import Weight4bit

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from bitsandbytes.nn import Linear8bitLt
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.adalora.gptq import SVDQuantLinear
 from peft.tuners.lora.aqlm import AqlmLoraLinear
@@ -23,6 +22,9 @@ from peft.tuners.lora.gptq import GPTQLoraLinear
 from torch import Tensor, nn
 
 from lora_kernels.peft import explain, fuse, unfuse
+
+pytest.importorskip("bitsandbytes")
+from bitsandbytes.nn import Linear8bitLt
 
 from .tiny import ALPHA, MLP, R, assert_same, batch, count_ops, randomize, results
 

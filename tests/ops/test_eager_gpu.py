@@ -38,7 +38,9 @@ def decoder(request: pytest.FixtureRequest) -> Iterator[str]:
     """Which kernels decode 4-bit weights on the CPU."""
     before = dict(codes._bitsandbytes)
     if request.param.endswith("bitsandbytes"):
-        bitsandbytes = pytest.importorskip("lora_kernels.quantization.bitsandbytes")
+        pytest.importorskip("bitsandbytes")
+        from lora_kernels.quantization import bitsandbytes
+
         codes._bitsandbytes.pop(("cpu", None), None)
         assert bitsandbytes.check(CPU) is None
     else:
@@ -407,3 +409,19 @@ def test_out_dtype_of_cuda_but_not_of_rocm(
     monkeypatch.setattr(torch.version, "hip", hip)
     on_a_gpu: Any = SimpleNamespace(is_cuda=True, is_meta=False, is_cpu=False)
     assert library.has_out_dtype(on_a_gpu) is has
+
+
+def test_check_of_bitsandbytes_is_made_once_for_each_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(codes, "_bitsandbytes", {})
+    asked: list[torch.device] = []
+
+    def disagreement(device: torch.device) -> str | None:
+        asked.append(device)
+        return "no kernel image" if device.index else None
+
+    devices = [torch.device("cuda", index) for index in (0, 1)]
+    for _ in range(2):
+        found = [codes.check_bitsandbytes(device, disagreement) for device in devices]
+        assert found == [None, "no kernel image"]
+    assert asked == devices
+    assert [codes.bitsandbytes_reason(device) for device in devices] == found

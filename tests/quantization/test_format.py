@@ -2,7 +2,6 @@
 
 from importlib.util import find_spec
 
-import bitsandbytes
 import pytest
 import torch
 from torch import Tensor
@@ -10,6 +9,10 @@ from torch import Tensor
 from lora_kernels import reference
 from lora_kernels.quantization import Weight4bit, codebooks, quantize_4bit
 from lora_kernels.quantization.weight4bit import BLOCKSIZES
+
+pytest.importorskip("bitsandbytes")
+import bitsandbytes
+
 from tests.quantization import default_backend, smollm2
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

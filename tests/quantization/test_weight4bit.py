@@ -4,16 +4,19 @@ import copy
 import dataclasses
 import pickle
 
-import bitsandbytes
 import pytest
 import torch
-from bitsandbytes.functional import QuantState
-from bitsandbytes.nn import Linear4bit, Params4bit
 from safetensors.torch import load, save
 from torch import nn
 
 from lora_kernels import reference
 from lora_kernels.quantization import Weight4bit, codebooks, quantize_4bit
+
+pytest.importorskip("bitsandbytes")
+import bitsandbytes
+from bitsandbytes.functional import QuantState
+from bitsandbytes.nn import Linear4bit, Params4bit
+
 from tests.quantization import default_backend
 
 N, K = 48, 64

@@ -49,7 +49,7 @@ def has_out_dtype(t: Tensor) -> bool:
 
 
 @functools.cache
-def _meta_has_out_dtype() -> bool:
+def meta_has_out_dtype() -> bool:
     """False for torch 2.8, whose GEMM takes an out_dtype on CUDA and not on meta."""
     a = torch.empty(1, 1, dtype=torch.bfloat16, device="meta")
     try:
@@ -67,7 +67,7 @@ def mm_fp32(a: Tensor, b: Tensor) -> Tensor:
     >>> mm_fp32(torch.ones(2, 3).bfloat16(), torch.ones(3, 2).bfloat16()).dtype
     torch.float32
     """
-    if a.is_meta and not _meta_has_out_dtype():
+    if a.is_meta and not meta_has_out_dtype():
         return torch.mm(a, b).float()  # which counts for a little more than it is
     if has_out_dtype(a) and not a.is_cpu:
         return torch.mm(a, b, out_dtype=torch.float32)

@@ -38,6 +38,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from .. import functional, ops, select
+from ..backends import library
 
 # The card whose dispatch bitsandbytes' `gemm_4bit` follows: H100, sm_90 with 132 SMs.
 H100 = (132, 9, 0)
@@ -158,6 +159,7 @@ class _Counter(TorchDispatchMode):
         self._log: list[Kernel] = [] if log is None else log
         self._start = len(self._log)
         self._peak = 0
+        library.meta_has_out_dtype()  # asked once a process, by an op that must not count
         # Storages allocated under the mode: address of the StorageImpl -> reference and bytes.
         self._allocated: dict[int, tuple[StorageWeakRef, int]] = {}
 

@@ -377,7 +377,6 @@ class KeptNorm:
             not select.draws_mask(lora_A.device.type)
             or torch.compiler.is_compiling()
             or any(t.is_inference() for t in base)
-            or torch.is_inference_mode_enabled()
             or _distributed()
         ):
             return None

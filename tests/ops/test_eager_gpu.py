@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import lora_kernels
-from lora_kernels import functional, lora_linear, ops, reference
+from lora_kernels import functional, lora_linear, ops, prepared, reference
 from lora_kernels.backends import eager, library
 from lora_kernels.backends.library import as_on_gpu
 from lora_kernels.measure import case as cases
@@ -130,14 +130,17 @@ def test_ops_with_a_drawn_mask_pass_opcheck() -> None:
     x, W, A, B = (args[n].detach() for n in ("x", "weight", "lora_A", "lora_B"))
     rest = (1.5, None, None, None, 0.5, None, f32, f32, False)
     utils = ("test_schema", "test_faketensor")  # values differ from call to call
-    torch.library.opcheck(ops.lora_linear, (x, W, A, B, *rest), test_utils=utils)
+    for shape in ((12, 64), (3, 4, 64)):
+        torch.library.opcheck(ops.lora_linear, (x.view(shape), W, A, B, *rest), test_utils=utils)
     index = torch.zeros(12, dtype=torch.int64)
     torch.library.opcheck(
         ops.multi_lora_linear, (x, W, [A], [B], index, [1.5], None, 0.5, None, f32, f32),
         test_utils=utils,
     )  # fmt: skip
-    assert torch.Tag.nondeterministic_seeded in ops.lora_linear.tags
-    assert torch.Tag.nondeterministic_seeded not in ops.lora_linear_backward.tags
+    for name in ("lora_linear", "multi_lora_linear", "lora_linear_backward", "dora_norm"):
+        for op in (getattr(ops, name), getattr(ops, f"{name}_4bit")):
+            draws = torch.Tag.nondeterministic_seeded in op.tags
+            assert draws is name.endswith("lora_linear"), op
 
 
 def test_rng_state_is_refused_and_says_why() -> None:
@@ -353,6 +356,38 @@ def test_dora_layer_sees_a_changed_base() -> None:
         scale = layer.magnitude / layer.weight.norm(dim=1)
         torch.testing.assert_close(y, (x @ layer.weight.t()) * scale)
     assert layer._norm._squares is not None
+
+
+def test_dora_layer_among_several_processes_keeps_no_squares(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """FSDP2 puts other values into the same storage, which counts no version."""
+    from lora_kernels.layers import DoRALinear
+
+    monkeypatch.setattr(prepared, "_distributed", lambda: True)
+    layer, x = (
+        DoRALinear.from_linear(torch.nn.Linear(300, 40, bias=False), r=4),
+        torch.randn(3, 300),
+    )
+    layer(x)
+    layer.weight.data.view(-1)[:] = 1.0
+    torch.testing.assert_close(layer(x), x.sum(1, keepdim=True) / 300**0.5 * layer.magnitude)
+
+
+def test_dora_layer_in_inference_mode_and_back() -> None:
+    """Weights made there tell of no change; what is kept there serves a training step after it."""
+    from lora_kernels.layers import DoRALinear
+
+    linear = torch.nn.Linear(300, 40, bias=False)
+    x = torch.randn(3, 300)
+    with torch.inference_mode():
+        inside = DoRALinear.from_linear(torch.nn.Linear(300, 40), r=4)
+        assert inside(x).shape == (3, 40) and inside(x).shape == (3, 40)
+    layer = DoRALinear.from_linear(linear, r=4)
+    with torch.inference_mode():
+        want = layer(x)
+    layer(x.requires_grad_()).sum().backward()
+    torch.testing.assert_close(layer(x).detach(), want.clone())
 
 
 def test_autocast_rounds_adapters_as_pytorch_does() -> None:

@@ -75,8 +75,7 @@ class Fused(nn.Module):
             first, *rest = calls(adapters, apart=len(adapters) > 1 and few_on_gpu(x))
         else:
             first, *rest = [_mixed_call(adapters, names, x)]
-        from_module = bool(args or kwargs) or unreadable(base, x.device) is not None
-        if from_module:
+        if args or kwargs or unreadable(base, x.device) is not None:
             result = base(x, *args, **kwargs)
             dtype = result.dtype
             result = result + _lora_linear(x, None, bias, first)
@@ -91,9 +90,7 @@ class Fused(nn.Module):
             if alone and len(adapters) == 1:
                 self._ready = _Ready.of(self, adapters[0], x, weight, compute_dtype)
         for call in rest:
-            update = _lora_linear(x, None, None, call)
-            # In place where the result is ours: the sum of many adapters takes no memory more.
-            result = result + update if from_module else result.add_(update)
+            result.add_(_lora_linear(x, None, None, call))  # in place: the result is ours by now
         return result if result.dtype is dtype else cast(Tensor, result.to(dtype))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -74,6 +75,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "DoRA": {"use_dora": True},
     "two": {"second": {}},
     "two of another scaling": {"second": {"lora_alpha": 3, "r": 9}},
+    "two of another dropout": {"second": {"lora_dropout": 0.6}, "lora_dropout": 0.3},
+    "one of two with dropout": {"second": {"lora_dropout": 0.6}},
     "two with dropout": {"second": {"r": 9}, "lora_dropout": 0.3},
 }
 
@@ -94,8 +97,10 @@ def test_fused_step_equals_peft_with_its_dropout(setting: str, quantized: bool, 
         assert error < 2.0**-17, (name, error)
 
 
-@pytest.mark.parametrize("M", [3, 100])
-def test_stacking_depends_on_the_rows(M: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rows", [(3,), (100,), (2, 50)], ids=str)
+def test_stacking_depends_on_the_rows(
+    rows: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     called: list[int] = []
     original = eager.lora_linear
 
@@ -105,7 +110,8 @@ def test_stacking_depends_on_the_rows(M: int, monkeypatch: pytest.MonkeyPatch) -
 
     found = fuse(model(second={"r": 9}))
     monkeypatch.setattr(eager, "lora_linear", counting)
-    found(torch.randn(M, K))
+    found(torch.randn(*rows, K))
+    M = math.prod(rows)
     assert called == ([R, 9] if M == 3 else [R + 9])
     row = explain(found, rows=M).rows[0]
     assert ("2 calls" in row.strategy) == (M == 3)

@@ -16,7 +16,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import lora_kernels
-from lora_kernels import functional, lora_linear, ops, prepared, reference
+from lora_kernels import (
+    functional,
+    lora_linear,
+    multi_lora_linear,
+    ops,
+    prepared,
+    reference,
+    select,
+)
 from lora_kernels.backends import eager, library
 from lora_kernels.backends.library import as_on_gpu
 from lora_kernels.measure import case as cases
@@ -70,6 +78,27 @@ def test_dropout_mask_forward_and_backward_agree() -> None:
     assert torch.equal(y[y != 0], torch.full_like(y[y != 0], 1 / 0.75))
 
 
+@pytest.mark.parametrize("forced", [True, False])
+@pytest.mark.parametrize("watched", [True, False], ids=["dispatched", "direct"])
+def test_dropout_mask_of_many_adapters_is_one_in_both_directions(
+    forced: bool, watched: bool
+) -> None:
+    """Rows of two adapters, each a unit matrix; with no backend forced the mask decides."""
+    x = torch.ones(2, 150, 16, requires_grad=True)
+    eye, zero = torch.eye(16), torch.zeros(16, 16)
+    index = torch.arange(300).view(2, 150) % 2
+    token = select.forced.current.set(select.Forced("eager" if forced else None))
+    try:
+        with _Dispatched() if watched else contextlib.nullcontext():
+            y = multi_lora_linear(
+                x, zero, [eye, eye.clone()], [eye.clone(), eye.clone()], index, dropout_p=0.25
+            )
+            (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    finally:
+        select.forced.current.reset(token)
+    assert torch.equal(dx, y.detach()) and 0.2 < (y == 0).double().mean().item() < 0.3
+
+
 @pytest.mark.parametrize("quant", ["", "nf4-64-nested"])
 def test_dropout_seeded_repeats_and_advances(quant: str) -> None:
     args = layer_args(quant=quant, dropout_p=0.5)
@@ -104,6 +133,19 @@ def test_dropout_checkpointed_replays_the_mask(use_reentrant: bool, recompute: b
         got = list(torch.autograd.grad(y.sum(), leaves))
     for a, b in zip(got, want, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("watched", [True, False], ids=["dispatched", "direct"])
+def test_dropout_recomputed_p_is_of_the_same_mask(watched: bool) -> None:
+    args = layer_args(dropout_p=0.5)
+    leaves = [args[name] for name in ("x", "lora_A", "lora_B")]
+    found = []
+    for recompute in (False, True):
+        torch.manual_seed(5)
+        with _Dispatched() if watched else contextlib.nullcontext():
+            y = lora_linear(**args, recompute=recompute)
+            found.append(torch.autograd.grad(y, leaves, torch.ones_like(y)))
+    assert all(map(torch.equal, *found))
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
@@ -260,21 +302,26 @@ def test_decode_bits_equal_the_reference(decoder: str) -> None:
                 assert torch.equal(weight.codes.dense(shape, dtype), want)
 
 
-class _NoHostReads(TorchDispatchMode):
-    """Fails where an op of a layer would make the host wait for a GPU."""
-
-    WAITING = (
-        "_local_scalar_dense", "nonzero", "unique", "is_nonzero", "equal", "masked_select",
-        "_to_cpu", "allclose",
-    )  # fmt: skip
+class _Dispatched(TorchDispatchMode):
+    """Sends calls through the dispatcher, and looks inside the ops of this package."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func._schema.name.partition("::")[2]
-        assert not name.lstrip("_").startswith(tuple(n.lstrip("_") for n in self.WAITING)), name
         if func.namespace == "lora_kernels":
             with self, torch.no_grad():
+                name = func._schema.name.partition("::")[2]
                 return ops.IMPLEMENTATIONS[name](*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+
+class _NoHostReads(_Dispatched):
+    """Fails where an op of a layer would make the host wait for a GPU."""
+
+    WAITING = ("local_scalar_dense", "nonzero", "unique", "is_nonzero", "equal", "masked_select")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.partition("::")[2].lstrip("_")
+        assert not name.startswith(self.WAITING), name
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
 
 @pytest.mark.parametrize("quant", ["", "nf4-64-nested"])
@@ -356,6 +403,18 @@ def test_dora_layer_sees_a_changed_base() -> None:
         scale = layer.magnitude / layer.weight.norm(dim=1)
         torch.testing.assert_close(y, (x @ layer.weight.t()) * scale)
     assert layer._norm._squares is not None
+
+
+def test_dora_layer_sees_changed_4bit_codes() -> None:
+    """The codes alone change, not the scales."""
+    from lora_kernels.layers import QDoRALinear
+
+    layer, x = QDoRALinear(320, 40, r=4), torch.randn(3, 320)
+    layer(x)
+    layer.weight.data[:] = layer.weight.data.flip(0)
+    layer.weight.add_(0)  # a version, which a write through .data does not count
+    W = layer.weight4bit.dequantize(torch.float32)
+    torch.testing.assert_close(layer(x), (x @ W.t()) * (layer.magnitude / W.norm(dim=1)))
 
 
 def test_dora_layer_among_several_processes_keeps_no_squares(

@@ -125,7 +125,6 @@ def _state_on_meta(state: Any) -> Any:
     for name, value in vars(state).items():
         if isinstance(value, Tensor):
             setattr(twin, name, torch.empty_like(value, device="meta"))
-    vars(twin).pop("_lora_kernels", None)
     if state.nested:
         twin.state2 = _state_on_meta(state.state2)
     return twin

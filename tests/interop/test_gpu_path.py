@@ -134,6 +134,52 @@ def test_fuse_leaves_a_layer_that_would_move_more(monkeypatch: pytest.MonkeyPatc
     assert row.reason.count(". ") == 0  # one sentence
 
 
+def test_fuse_counts_the_backward_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = eager._gradient_A
+
+    def wasteful(dxa: Tensor, parts: Tensor | None, operand: Tensor, lora_A: Tensor) -> Tensor:
+        for _ in range(20):
+            operand.double()
+        return original(dxa, parts, operand, lora_A)
+
+    monkeypatch.setattr(eager, "_gradient_A", wasteful)
+    row = explain(fuse(model())).rows[0]
+    assert row.backend == "peft" and "its training step with 1 row of x" in row.reason
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_fuse_counts_dropout_whatever_the_mode(training: bool) -> None:
+    """A DoRA with dropout and few columns moves more as ours: also if fused in eval mode."""
+    base = nn.Sequential(nn.Linear(1024, 128, bias=False, dtype=bf16))
+    config = LoraConfig(r=R, lora_dropout=0.1, use_dora=True, target_modules=["0"])
+    found = get_peft_model(base, config, autocast_adapter_dtype=False).to(bf16).train(training)
+    row = explain(fuse(found)).rows[0]
+    assert row.backend == "peft" and "rows of x would move" in row.reason
+
+
+def test_what_decides_the_traffic_is_told_apart() -> None:
+    """None of these layers is taken for another that was counted before it."""
+    found = [
+        model(), model(lora_dropout=0.1), model(r=R + 1), model(use_dora=True), model(second={}),
+        model(lora_bias=True), model().to(bf16),
+    ]  # fmt: skip
+    keys = [traffic._signature(each.base_model.model[0]) for each in found]
+    assert len(set(keys)) == len(keys)
+    assert keys[0] == traffic._signature(model().base_model.model[0])
+
+
+def test_parameters_of_another_kind_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FSDP2's, for one: what lies on the card is not known before the forward."""
+
+    class Sharded(nn.Parameter):
+        pass
+
+    monkeypatch.setattr(traffic, "_excess", lambda *args: pytest.fail("counted"))
+    layer = model().base_model.model[0]
+    layer.get_base_layer().weight = Sharded(torch.zeros(N, K), requires_grad=False)
+    assert traffic.excess(layer, lambda twin: None) is None
+
+
 def test_fuse_leaves_a_layer_that_cannot_be_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(layer: Any, rows: int) -> tuple[int, int]:
         raise RuntimeError("no such op\nand more")

@@ -463,6 +463,19 @@ def test_autocast_rounds_adapters_as_pytorch_does() -> None:
     assert torch.equal(a, b)
 
 
+def test_autocast_rounds_every_adapter_of_many() -> None:
+    torch.manual_seed(0)
+    x, W = torch.randn(6, 64), torch.randn(33, 64) / 8
+    A = [torch.randn(5, 64) / 8 for _ in range(2)]
+    B = [torch.randn(33, 5) for _ in range(2)]
+    index = torch.tensor([0, 1, 0, -1, 1, 0])
+    rounded = [[t.to(bf16).float() for t in ts] for ts in (A, B)]
+    with torch.autocast("cpu", bf16):
+        got = multi_lora_linear(x, W, A, B, index)
+        want = multi_lora_linear(x, W, *rounded, index)
+    assert got.dtype is bf16 and torch.equal(got, want)
+
+
 def test_seam_leaves_other_cpu_tensors_alone() -> None:
     assert library.follows_gpu("cpu")
     with contextlib.suppress(ValueError), as_on_gpu():

@@ -574,7 +574,8 @@ for _name, _impl, _fake, _before in (
         IMPLEMENTATIONS[_name_of] = _call
         # Dynamo, which follows a backward into the op, would part the native call from the memory
         # that its pointers lead to.
-        _LIB.impl(_name_of, _disable_dynamo(_call), "CompositeExplicitAutograd")
+        # Gradients are the Functions' business: nothing that the op calls is recorded.
+        _LIB.impl(_name_of, _disable_dynamo(torch.no_grad()(_call)), "CompositeExplicitAutograd")
         torch.library.register_fake(f"lora_kernels::{_name_of}", _shapes, lib=_LIB)
 
 lora_linear = torch.ops.lora_kernels.lora_linear.default

@@ -21,6 +21,7 @@ from ..backends import cpu, cuda, eager, library, native, triton
 from ..backends.cuda import fit
 from ..backends.triton import configs
 from ..quantization import Weight4bit, quantize_4bit
+from ..quantization.codes import decoded_by_pytorch
 from . import tolerance
 from .tolerance import Verdict
 
@@ -360,7 +361,10 @@ def engine(name: str) -> Iterator[None]:
             yield
         return
     if name == "eager-gpu":
-        with select.backend("eager"), library.as_on_gpu(), eager.upcast_rows(GPU_UPCAST_ROWS):
+        with (
+            select.backend("eager"), library.as_on_gpu(), eager.upcast_rows(GPU_UPCAST_ROWS),
+            decoded_by_pytorch(),
+        ):  # fmt: skip
             yield
         return
     backend, _, strategy = name.partition(" ")

@@ -177,9 +177,10 @@ def _gradient(a: Tensor, s: Tensor, scale: float, adapter: Tensor) -> Tensor:
     """scale·aᵀ·s [n, R] over the rows of a [M, n] and s [M, R], in the adapter's dtype."""
     if _in_parts(a, adapter):
         s, factor = _normalized(s, a.dtype)
-        hi, minus_lo = mm_fp32(a.t(), _two_parts(s, scale, a.dtype, 1)).chunk(2, dim=1)
+        in_parts = 1.0 if factor is not None else scale  # float16 takes the scale at the end
+        hi, minus_lo = mm_fp32(a.t(), _two_parts(s, in_parts, a.dtype, 1)).chunk(2, dim=1)
         found = hi - minus_lo
-        return found if factor is None else found.div_(factor)
+        return found if factor is None else found.mul_(scale / factor)
     dtype = _widest(a, adapter)
     return _scaled_mm(a.to(dtype).t(), s.to(dtype), scale).to(adapter.dtype)
 

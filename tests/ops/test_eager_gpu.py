@@ -241,6 +241,13 @@ def test_float16_update_of_small_float32_adapters_keeps_its_bits() -> None:
         assert relative(got[name], want[name]) < 2**-10, name
 
 
+def test_float16_gradients_of_a_large_scaling_are_finite() -> None:
+    args = cases.inputs(Case(70, 40, 64, 8, f16, f32, scaling=300.0))
+    want, got = cases.oracle(args), cases.run(lora_linear, args)
+    for name in ("dA", "dB"):
+        assert relative(got[name], want[name]) < 2**-20, name
+
+
 def test_float16_column_scale_gradient_does_not_overflow() -> None:
     """Products dY ⊙ z of 9e4 are made in float32."""
     x = torch.full((80, 16), 300.0, dtype=f16)
@@ -316,7 +323,15 @@ class _Dispatched(TorchDispatchMode):
 class _NoHostReads(_Dispatched):
     """Fails where an op of a layer would make the host wait for a GPU."""
 
-    WAITING = ("local_scalar_dense", "nonzero", "unique", "is_nonzero", "equal", "masked_select")
+    WAITING = (
+        "item",
+        "local_scalar_dense",
+        "nonzero",
+        "unique",
+        "is_nonzero",
+        "equal",
+        "masked_select",
+    )
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name.partition("::")[2].lstrip("_")

@@ -230,10 +230,10 @@ def _adapters(name: str, tensors: Tensor | Sequence[Tensor], want: str) -> list[
 
 
 def _dropout(x: Tensor, dropout_p: float, rng: Tensor | None) -> tuple[float, Tensor | None]:
-    """The probability, checked, and the mask's state, or the mask; None where nothing is dropped or
-    the op draws the mask.
+    """Return the checked probability, and the state of the mask or the mask.
 
-    Drawn whether or not gradients are on, so that checkpointing replays it.
+    The second is None if nothing is dropped or if the op draws the mask. A state is drawn also
+    without gradients, so that checkpointing replays the mask.
     """
     dropout_p = _number("dropout_p", dropout_p)
     if not dropout_p:
@@ -243,33 +243,34 @@ def _dropout(x: Tensor, dropout_p: float, rng: Tensor | None) -> tuple[float, Te
     if rng is not None:
         _check_rng(rng, x)
         return dropout_p, rng
-    return dropout_p, None if select.draws_mask(ops.device_of(x)[0]) else drawn(x)
+    return dropout_p, None if select.is_eager_on_gpu(ops.device_of(x)[0]) else drawn(x)
 
 
 def dropout_mask(rng: Tensor, M: int, K: int, p: float) -> Tensor:
-    """The mask that a state stands for, bool[M, K], True where x is kept: the same on the CPU and
-    on Triton's and CUDA's kernels, and independent of tiling and threads.
+    """Return the dropout mask of a state, bool [M, K], True where x is kept.
+
+    The CPU, Triton and CUDA backends drop by the same mask, whatever the tiles and the threads.
 
     rng: int64[2], seed and offset. Philox4x32-10 with key = seed and
     counter = (k >> 2, m, offset_lo, offset_hi); element (m, k) takes word k & 3 and is kept where
     word >= round(p·2³²).
 
-    Raises RuntimeError on a GPU that runs the eager backend: PyTorch's dropout kernel makes the
-    masks there, and no state stands for them.
+    Raises RuntimeError on a GPU that runs the eager backend, where PyTorch's dropout kernel draws
+    the masks.
 
     >>> mask = dropout_mask(torch.tensor([1, 2]), 64, 64, p=0.25)
     >>> mask.shape, 0.7 < mask.double().mean().item() < 0.8
     (torch.Size([64, 64]), True)
     """
     device_type = rng.device.type
-    if select.draws_mask(device_type):
+    if select.is_eager_on_gpu(device_type):
         raise RuntimeError(f"dropout_mask: rng is on {rng.device}, {_NATIVE_MASKS}")
     return reference.dropout_mask(rng, M, K, p)
 
 
 _NATIVE_MASKS = (
-    "where the eager backend takes its masks from PyTorch's dropout kernel (torch.manual_seed "
-    "repeats them); want a CPU's, or lora_kernels.backend('triton' or 'cuda')"
+    "where the eager backend draws masks with PyTorch's dropout kernel (torch.manual_seed repeats "
+    "them); want a CPU's, or lora_kernels.backend('triton' or 'cuda')"
 )
 
 
@@ -296,8 +297,8 @@ def dora_norm(
         weight: [N, K], float32, bfloat16, float16 or float64, or a `Weight4bit`.
         lora_A: [R, K], lora_B: [N, R]; float64 only if all are.
         scaling: alpha / r. rank_gate: [R] or None.
-        row_squares: [N], the squared norm of each row of W in the result's dtype, which saves the
-            eager backend on a GPU one pass over W.
+        row_squares: [N], the squared norm of each row of W in the result's dtype, or None. Given,
+            it saves the eager backend on a GPU one read of W; other backends ignore it.
 
     Returns:
         float32 [N]; float64 for float64.
@@ -352,8 +353,10 @@ def dora_norm(
 
 
 def autocasts(x: Tensor) -> bool:
-    """True if autocast is on and rounds all operands as PyTorch's own linear would: on a GPU. On a
-    CPU the kernels convert the adapter in registers and keep its bits."""
+    """Return True if autocast is on and all operands are rounded, as those of `F.linear` are.
+
+    False on a CPU, where the kernels convert the adapter in registers and keep its bits.
+    """
     device_type = ops.device_of(x)[0]
     return follows_gpu(device_type) and _autocast(device_type, x.dtype)
 
@@ -500,5 +503,5 @@ def _check_rng(rng: Tensor, x: Tensor) -> None:
             f"rng: got {rng.dtype} {_shape(rng)}, want int64 [2]: seed and offset; or the mask, "
             f"torch.bool {_shape(x)}"
         )
-    if select.draws_mask(ops.device_of(x)[0]) and not x.is_meta:
+    if select.is_eager_on_gpu(ops.device_of(x)[0]) and not x.is_meta:
         raise ValueError(f"rng: got the state of a mask on {rng.device}, {_NATIVE_MASKS}")

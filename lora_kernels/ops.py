@@ -111,8 +111,8 @@ def choose(
     dropout_p: float = 0.0,
 ) -> select.Choice:
     """What computes both directions of a layer."""
-    if rng.dtype is torch.bool if rng is not None else dropout_p > 0:
-        return select.with_mask()
+    if _takes_mask(rng, dropout_p):
+        return select.choose_for_mask()
     (device_type, index), (R, K), (N, _) = device_of(x), lora_A.shape, lora_B.shape
     return select.lora_linear(
         device_type, x.dtype, lora_A.dtype, lora_B.dtype, dtype, R, x.numel() // K,
@@ -121,11 +121,16 @@ def choose(
     )  # fmt: skip
 
 
-def _rows(t: Tensor | None, x: Tensor) -> Tensor | None:
-    """A mask of x's shape as rows [M, K]; the state of a mask as it is."""
-    if t is None or t.dtype is torch.int64:
-        return t
-    return t.reshape(-1, x.shape[-1])
+def _takes_mask(rng: Tensor | None, dropout_p: float) -> bool:
+    """Return True if the op gets its dropout mask or draws one; False for the state of a mask."""
+    return dropout_p > 0 if rng is None else rng.dtype is torch.bool
+
+
+def _rows(rng: Tensor | None, x: Tensor) -> Tensor | None:
+    """Return a mask of x's shape as rows [M, K], and the state of a mask unchanged."""
+    if rng is None or rng.dtype is torch.int64:
+        return rng
+    return rng.reshape(-1, x.shape[-1])
 
 
 def lora_linear_direct(
@@ -343,8 +348,8 @@ def choose_multi(
     rng: Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> select.Choice:
-    if rng.dtype is torch.bool if rng is not None else dropout_p > 0:
-        return select.with_mask()
+    if _takes_mask(rng, dropout_p):
+        return select.choose_for_mask()
     (device_type, device_index), K = device_of(x), x.shape[-1]
     return select.multi_lora_linear(
         device_type, x.dtype, lora_A[0].dtype, lora_B[0].dtype, dtype,
@@ -547,7 +552,7 @@ def _with_codes(function: Callable[..., Any], before: int) -> Callable[..., Any]
     return unpacked
 
 
-# Op name -> the function behind it, for what looks inside an op (`measure.traffic`).
+# Op name -> its implementation, for `measure.traffic`, which counts the kernels inside an op.
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
 
 for _name, _impl, _fake, _before in (
@@ -574,7 +579,7 @@ for _name, _impl, _fake, _before in (
         IMPLEMENTATIONS[_name_of] = _call
         # Dynamo, which follows a backward into the op, would part the native call from the memory
         # that its pointers lead to.
-        # Gradients are the Functions' business: nothing that the op calls is recorded.
+        # The autograd Functions give the gradients; autograd must not record what the op calls.
         _LIB.impl(_name_of, _disable_dynamo(torch.no_grad()(_call)), "CompositeExplicitAutograd")
         torch.library.register_fake(f"lora_kernels::{_name_of}", _shapes, lib=_LIB)
 

@@ -374,7 +374,7 @@ class KeptNorm:
     ) -> Tensor | None:
         """‖W‖² of each row for the eager backend on a GPU, until the base changes; else None."""
         if (
-            not select.draws_mask(lora_A.device.type)
+            not select.is_eager_on_gpu(lora_A.device.type)
             or torch.compiler.is_compiling()
             or any(t.is_inference() for t in base)
             or _distributed()

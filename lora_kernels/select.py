@@ -88,8 +88,8 @@ def forced_backend() -> str | None:
     return forced.current.get().backend
 
 
-# What `torch.compiler.assume_constant_result` does, without importing Dynamo: torch 2.8's cannot
-# trace a ContextVar. A graph keeps the backend that was in force when it was compiled.
+# The mark that `torch.compiler.assume_constant_result` sets, without importing Dynamo. Dynamo of
+# torch 2.8 cannot trace a ContextVar. A graph keeps the backend that was forced at compilation.
 forced_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 if (_named := forced_backend()) is not None:
@@ -253,23 +253,27 @@ def dora_norm(
     return Choice("eager", eager.PANELS, obstacle)
 
 
-def draws_mask(device_type: str) -> bool:
-    """True if dropout masks on such a device are drawn by PyTorch's kernel, for the eager backend;
-    False if a backend makes them of a state.
+def is_eager_on_gpu(device_type: str) -> bool:
+    """Return True if such a device runs the eager backend's GPU path.
 
-    >>> draws_mask("cpu")
+    PyTorch's kernel draws the dropout masks there. Every other path makes them from a state.
+
+    >>> is_eager_on_gpu("cpu")
     False
     """
     return follows_gpu(device_type) and forced_backend() in (None, "eager")
 
 
-def with_mask() -> Choice:
-    """The choice where dropout's mask is given and not its state, which eager alone takes."""
+def choose_for_mask() -> Choice:
+    """Return the choice for a dropout mask that is given or drawn in the op: the eager backend.
+
+    Raises RuntimeError if another backend is forced, since those take the mask's state.
+    """
     name = forced_backend()
     if name not in (None, "eager"):
         raise RuntimeError(
-            f"backend {name!r} was asked for and cannot run here: rng is a mask, want its state, "
-            "int64 [2]"
+            f"backend {name!r} was asked for and cannot run here: got rng as a dropout mask, want "
+            "the state of one: seed and offset, int64 [2]"
         )
     return Choice("eager", eager.LIBRARY, "the dropout mask is given, not its state")
 

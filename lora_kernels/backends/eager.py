@@ -1,11 +1,11 @@
 """The equation in library GEMMs; runs on any torch device and in any floating dtype.
 
-The other backends are measured against this one, and what they cannot take comes here with a
-reason (see `select`).
+The other backends are measured against this one. A call that they do not support comes here, with
+the reason (see `select`).
 
-Bytes. The base GEMM accumulates onto the low-rank update, `y.addmm_(x, Wᵀ)`: y is read in the
-epilogue of the large GEMM and not in a pass of its own. dx likewise. Above `UPCAST_ROWS` rows no
-float32 copy of a 16-bit x, dY, y or dx is made where the device multiplies 16-bit matrices into
+Memory traffic. The base GEMM accumulates onto the low-rank update, `y.addmm_(x, Wᵀ)`: y is read in
+the epilogue of the large GEMM and not in a pass of its own. dx likewise. Above `UPCAST_ROWS` rows
+no float32 copy of a 16-bit x, dY, y or dx is made where the device multiplies 16-bit matrices into
 float32 (`library.has_out_dtype`). The adapter's GEMMs then run in one of three ways:
 
 - its dtype is the activation's: in that dtype, P and dS in float32;
@@ -36,11 +36,11 @@ from .rows import rows_of
 
 LIBRARY = "library products, in-place addmm"  # its only strategy
 PANELS = "library product, panel by panel"  # of `dora_norm`
-PANEL = 4 << 20  # bytes of a weight that are looked at together
-# Up to this many rows, or rows a rank, 16-bit activations are copied to float32 for a float32
-# adapter. For a few rows that moves fewer bytes than splitting it. At 8 rows a rank a split
-# saves 36 MB in the backward of 512×4096×4096, r = 64 (counted), 12 µs of an H100 (estimated), and
-# takes 8 kernels more.
+PANEL = 4 << 20  # bytes of an operand that `dora_norm` and `_column_dot` take at a time
+# The most rows, and rows per rank, for which 16-bit activations are copied to float32 beside a
+# float32 adapter. For few rows the copies move fewer bytes than two parts of the adapter. At 8 rows
+# per rank two parts save 36 MB in the backward of 512×4096×4096, r = 64 (counted; an estimated
+# 12 µs of an H100), and take 8 more kernels.
 UPCAST_ROWS, UPCAST_ROWS_A_RANK = 64, 8
 EXPANDED_NORM = 256  # columns from which `dora_norm` is made of products on a GPU
 _HALVES = (torch.bfloat16, torch.float16)
@@ -51,12 +51,12 @@ _PRESCALE = {torch.bfloat16: 1.0, torch.float16: 256.0}
 
 
 def stat_dtype(dtype: torch.dtype) -> torch.dtype:
-    """In which P, dg, dc and dbias are kept: float32, for float64 float64."""
+    """Return the dtype of P, dg, dc and dbias: float32, or float64 for float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class _Dropped(NamedTuple):
-    """D(x) but for `factor`, and what a backward makes the same mask of."""
+    """D(x) = factor · x. mask: the bool mask if PyTorch's kernel drew one."""
 
     x: Tensor
     factor: float = 1.0
@@ -64,8 +64,10 @@ class _Dropped(NamedTuple):
 
 
 def _drop(x: Tensor, dropout_p: float, rng: Tensor | None) -> _Dropped:
-    """Drop elements of x [M, K] by a Philox mask of the state rng, by the mask rng, or, if it is
-    None, by a mask that PyTorch's kernel draws."""
+    """Drop elements of x [M, K].
+
+    rng: the state of a Philox mask, or the bool mask [M, K]. None: PyTorch's kernel draws a mask.
+    """
     if not dropout_p:
         return _Dropped(x)
     if rng is None:
@@ -79,7 +81,7 @@ def _drop(x: Tensor, dropout_p: float, rng: Tensor | None) -> _Dropped:
 
 @contextmanager
 def upcast_rows(rows: int, rows_a_rank: int = 0) -> Iterator[None]:
-    """Split adapters beside more rows than these, in all threads. For tests."""
+    """Set `UPCAST_ROWS` and `UPCAST_ROWS_A_RANK`, in all threads. For tests."""
     global UPCAST_ROWS, UPCAST_ROWS_A_RANK
     before = UPCAST_ROWS, UPCAST_ROWS_A_RANK
     UPCAST_ROWS, UPCAST_ROWS_A_RANK = rows, rows_a_rank
@@ -90,8 +92,7 @@ def upcast_rows(rows: int, rows_a_rank: int = 0) -> Iterator[None]:
 
 
 def _in_parts(activation: Tensor, adapter: Tensor, dtype: torch.dtype | None = None) -> bool:
-    """True if a GEMM of the activation [M, ...], in `dtype`, with the adapter takes the latter in
-    parts."""
+    """Return True if GEMMs of the activation [M, n], in `dtype`, take the adapter in two parts."""
     dtype = dtype or activation.dtype
     return (
         dtype in _HALVES
@@ -135,8 +136,10 @@ def _three_parts(t: Tensor, dtype: torch.dtype, dim: int, lo_first: bool) -> Ten
 
 
 def _sums_from_accumulator(t: Tensor) -> bool:
-    """True if `t.addmm_` starts its chain of float32 sums from t, as a CPU's does for few rows, and
-    so loses more than the sum of two results. A GPU's adds t in the epilogue."""
+    """Return True if `t.addmm_` starts its float32 sums from t, as CPU GEMMs do for few rows.
+
+    That rounds more than a sum of two results. A GPU adds t in the epilogue.
+    """
     return t.is_cpu and t.dtype is torch.float32
 
 
@@ -151,7 +154,10 @@ def _scaled_mm(a: Tensor, b: Tensor, alpha: float, bias: Tensor | None = None) -
 
 
 def _contract(a: Tensor, small: Tensor, dim: int, scale: float = 1.0) -> Tensor:
-    """scale·a·small in float32 (float64): P, dS. a [M, n]; small [n, R] for dim 1, [R, n] for 0."""
+    """Return P or dS, scale·a·small in float32 (float64 for float64).
+
+    a: [M, n]. small: [n, R] for dim 1; [R, n] for dim 0, transposed.
+    """
     if _in_parts(a, small):
         prescale = _PRESCALE[a.dtype]
         parts = _two_parts(small, scale if prescale == 1.0 else prescale, a.dtype, dim)
@@ -202,10 +208,10 @@ def _expand(
     bias: Tensor | None = None,
     onto: Tensor | None = None,
 ) -> Tensor:
-    """scale·s·smallᵀ + bias [M, N], s [M, R], small [N, R]: an update of what `beside` makes.
+    """Return the low-rank update scale·s·smallᵀ + bias [M, N]; s [M, R], small [N, R].
 
-    In beside's dtype, or in a wider one if the adapter has it and is not taken in parts. Added in
-    place onto `onto` if that has the dtype of the result.
+    It has the dtype of the activation `beside`, or a wider dtype of the adapter if that is not
+    taken in parts. If `onto` has that dtype, the update is added to it in place.
     """
     dtype = _widest(beside, small)
     if _in_parts(beside, small):
@@ -227,7 +233,7 @@ def _expand(
 def _add_base(
     update: Tensor, a: Tensor, w: Tensor, dtype: torch.dtype, out_dtype: torch.dtype
 ) -> Tensor:
-    """update + a·w in `out_dtype`, the base GEMM in `dtype`; may overwrite update."""
+    """Return update + a·w in `out_dtype`, with the base GEMM in `dtype`; may overwrite update."""
     a, w = a.to(dtype), w.to(dtype)
     if update.dtype is dtype and dtype is out_dtype and not _sums_from_accumulator(update):
         return update.addmm_(a, w)
@@ -235,7 +241,7 @@ def _add_base(
 
 
 def _sum(base: Tensor, update: Tensor, dtype: torch.dtype) -> Tensor:
-    """base + update in `dtype`, in the memory of one of them if that has the dtype."""
+    """Return base + update in `dtype`, in place in one of them if it has that dtype."""
     out = next((t for t in (base, update) if t.dtype is dtype), None)
     return torch.add(base, update, out=torch.empty_like(base, dtype=dtype) if out is None else out)
 
@@ -247,8 +253,8 @@ def _dense(weight: Tensor | Codes, lora_A: Tensor, lora_B: Tensor, dtype: torch.
 
 
 def _operand_dtype(x: Tensor, lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """Of what the adapter multiplies: x, or its copy for the base GEMM where adapters have no more
-    bits than that."""
+    """Return the dtype of the adapter's activation operand: x's, or the base GEMM's `dtype` if the
+    adapter has that too, so that both share one copy of x."""
     return dtype if lora_A.dtype is lora_B.dtype is dtype else x.dtype
 
 
@@ -348,8 +354,8 @@ def lora_linear_backward(
     narrow = _widest(dz, lora_A, lora_B) is dz.dtype
     alone = not in_parts if not narrow else dy.shape[0] <= UPCAST_ROWS and not dropout_p
     if isinstance(weight, Codes) and need_x and alone:
-        # Where the base GEMM does not add to the update, it goes before anything else is held
-        # beside the dense copy.
+        # A base GEMM that does not accumulate runs first, while no other temporary is alive beside
+        # the dense copy of the weight.
         base = torch.mm(dz.to(dtype), _dense(weight, lora_A, lora_B, dtype))
     a = dy if in_parts else dz.to(_widest(dz, lora_B))
     if need_B:
@@ -421,7 +427,8 @@ def _column_dot(dy: Tensor, z: Tensor, dtype: torch.dtype) -> Tensor:
     """
     if dy.dtype is z.dtype and dy.dtype in (torch.bfloat16, dtype):
         return torch.mul(dy, z).sum(0, dtype=dtype)
-    rows = max(UPCAST_ROWS, PANEL // max(1, dy.shape[1]))
+    # Each panel has two float32 temporaries of up to 4 times PANEL: fewer panels, fewer kernels.
+    rows = max(UPCAST_ROWS, 4 * PANEL // max(1, dy.shape[1] * dtype.itemsize))
     found = torch.zeros(dy.shape[1], dtype=dtype, device=dy.device)
     for a, b in zip(dy.split(rows), z.split(rows), strict=True):
         found += torch.mul(a.to(dtype), b).sum(0)

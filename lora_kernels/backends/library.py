@@ -1,6 +1,7 @@
-"""What PyTorch's own kernels offer on a device: the seam between eager's CPU and GPU paths.
+"""The seam between the eager backend's CPU and GPU paths.
 
-`as_on_gpu` makes CPU tensors take the GPU path, so that the tests run it without a GPU.
+The paths ask these functions, not the device's name. `as_on_gpu` makes CPU tensors take the GPU
+path, so that tests run it without a GPU.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ _emulate_gpu = False
 
 @contextmanager
 def as_on_gpu() -> Iterator[None]:
-    """Make CPU tensors follow the path of a GPU's, in all threads. For tests.
+    """Make CPU tensors take the GPU path, in all threads. For tests.
 
     >>> with as_on_gpu():
     ...     follows_gpu("cpu")
@@ -32,8 +33,9 @@ def as_on_gpu() -> Iterator[None]:
 
 
 def follows_gpu(device_type: str) -> bool:
-    """True if eager draws dropout masks with PyTorch's kernel on such a device and casts operands
-    under autocast as PyTorch does. Meta tensors stand for a GPU's.
+    """Return True if tensors on such a device take the eager backend's GPU path.
+
+    Meta tensors stand for a GPU's.
 
     >>> follows_gpu("cpu"), follows_gpu("cuda"), follows_gpu("meta")
     (False, True, True)
@@ -68,7 +70,7 @@ def mm_fp32(a: Tensor, b: Tensor) -> Tensor:
     torch.float32
     """
     if a.is_meta and not meta_has_out_dtype():
-        return torch.mm(a, b).float()  # which counts for a little more than it is
+        return torch.mm(a, b).float()  # one kernel more than CUDA launches; only `bench` sees it
     if has_out_dtype(a) and not a.is_cpu:
         return torch.mm(a, b, out_dtype=torch.float32)
     return torch.mm(a.float(), b.float())

@@ -264,7 +264,7 @@ def compare_dropout(model: nn.Module, seed: int) -> tuple[Row, Row]:
     weight = A.new_zeros(N, K)
     rng = torch.tensor([seed, 1])
     mask = dropout_mask(rng, M, K, MASK_P)
-    if A.device.type != "cpu":  # where no state stands for a mask, but the mask may be given
+    if A.device.type != "cpu":  # eager on a GPU takes the mask itself, and no state
         rng = mask = mask.to(A.device)
     mask = mask / (1 - MASK_P)
 

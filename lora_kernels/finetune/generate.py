@@ -103,7 +103,7 @@ def generate(options: argparse.Namespace) -> None:
     except (ValueError, RuntimeError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise UsageError(f"--adapter: {options.adapter} does not fit the model: {reason}") from None
-    model.read_adapter(options.adapter, stock)  # of which PEFT only warns
+    model.read_adapter(options.adapter, stock)  # raises on missing keys, where PEFT only warns
     inputs = model.question(tokenizer, options.prompt, device)
     settings: dict[str, Any] = {"max_new_tokens": options.max_new_tokens}
     settings["pad_token_id"] = tokenizer.eos_token_id

@@ -56,14 +56,18 @@ def locate(model: Path) -> tuple[Path, str | None]:
     return model.parent, model.name
 
 
+# PEFT may save these layers whole beside an adapter.
+_EMBEDDINGS = ("embed_tokens", "lm_head", "wte")
+
+
 def read_adapter(folder: Path, model: Any, device: str = "cpu") -> dict[str, Tensor]:
-    """Return the weights of PEFT's adapter folder, which must be those that `model` has room for.
+    """Return the weights in PEFT's adapter folder, whose keys and shapes must be `model`'s.
 
     model: a PeftModel with an adapter of the folder's configuration.
 
-    Raises UsageError where the file cannot be read, and where a key is missing, unexpected or of
-    another shape: it names the first and counts the rest. PEFT itself leaves a missing one as it
-    was initialized.
+    Raises UsageError if the file cannot be read, or if a key is missing, unexpected or has another
+    shape. The message names the first such key and counts the others. PEFT leaves the weight of a
+    missing key as it was initialized.
     """
     from peft import get_peft_model_state_dict, load_peft_weights
     from safetensors import SafetensorError
@@ -90,9 +94,6 @@ def read_adapter(folder: Path, model: Any, device: str = "cpu") -> dict[str, Ten
             rest = f" and {more} more" if more else ""
             raise UsageError(f"adapter: {folder} does not fit the base: {problem} {first}{rest}")
     return state
-
-
-_EMBEDDINGS = ("embed_tokens", "lm_head", "wte")  # which PEFT may save whole beside an adapter
 
 
 def check_quant(quant: str | None) -> None:

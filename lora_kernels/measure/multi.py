@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import functional, reference, select
 from ..quantization import Weight4bit, quantize_4bit
 from . import tolerance
-from .case import Case, dtype_name, part_roundoffs, with_mask
+from .case import Case, dtype_name, give_mask, part_roundoffs
 from .tolerance import Verdict
 
 
@@ -173,7 +173,7 @@ def judge(
         with select.backend("eager"):  # not by the kernels that are judged
             refs.append(oracle(args))
             eagers.append(run(plain_pytorch, args))
-        got.append(run(call, with_mask(args)))
+        got.append(run(call, give_mask(args)))
         # A rounding of P is shared by a whole row of y: its elements count too.
         of_p = case.M * sum(case.ranks) // len(case.ranks)
         sizes = [of_p, *(t.numel() for t in refs[0].values())]

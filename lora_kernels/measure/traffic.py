@@ -1,8 +1,8 @@
 """Count the memory traffic of PyTorch code on a GPU, without a GPU.
 
-`count` and `count_layer` run a call on meta tensors, which have shapes and no data, and add up what
-each kernel reads and writes. The figures are counts and no timings. Every operand counts once a
-kernel, as if a cache kept what a kernel reads twice and nothing stayed in it between kernels.
+`count` and `count_layer` run a call on meta tensors, which have shapes and no data, and add up the
+bytes that each kernel reads and writes. The figures are counts, not timings. A kernel reads each
+operand once from memory: caches are taken to hold its own re-reads, and nothing between kernels.
 
 One op is one kernel, except that:
 
@@ -48,7 +48,7 @@ _FREE = {
     "_unsafe_view", "empty", "empty_like", "empty_permuted", "empty_strided", "new_empty",
     "new_empty_strided",
 }  # fmt: skip
-# Of their first argument they take the shape, the dtype and the device.
+# Ops that use the shape, the dtype and the device of their first argument, and none of its data.
 _READS_NOTHING = {
     "full_like", "new_full", "new_ones", "new_zeros", "ones_like", "rand_like", "randint_like",
     "randn_like", "zeros_like",
@@ -60,7 +60,7 @@ _OVERWRITES = {
 }  # fmt: skip
 _GATHERS = {"embedding", "gather", "index", "index_select", "take"}
 _ADDS_TO_SELF = {"addbmm", "addmm", "addmv", "addr", "baddbmm"}
-# What autocast casts, of the functions that layers call.
+# The functions that autocast casts, as far as layers call them.
 _AUTOCAST = {
     F.linear, torch.addmm, torch.baddbmm, torch.bmm, torch.matmul, torch.mm, Tensor.matmul,
     Tensor.__matmul__, Tensor.__rmatmul__,

@@ -41,7 +41,7 @@ class FusedSVD(Fused):
         if peft_reason(self, adapters, x.device, x.dtype) is not None:
             return cast(Tensor, super(Fused, self).forward(x, *args, **kwargs))
         base = cast(nn.Module, self._modules["base_layer"])
-        todo = calls(adapters)
+        todo = calls(adapters, x.device.type, x.numel() // x.shape[-1])
         if args or kwargs or unreadable(base, x.device) is not None:
             y: Tensor = base(x, *args, **kwargs)
             dtype = y.dtype
@@ -107,9 +107,10 @@ def peft_reason(
     return None
 
 
-def calls(adapters: Sequence[Adapter]) -> list[Call]:
-    """One call for all adapters without dropout and one for each that draws a mask."""
-    return [_call(group, dropout_p(group[0].dropout)) for group in groups(adapters)]
+def calls(adapters: Sequence[Adapter], device_type: str, rows: int | None) -> list[Call]:
+    """Return a call for each of the `groups` of adapters."""
+    found = groups(adapters, device_type, rows)
+    return [_call(group, dropout_p(group[0].dropout)) for group in found]
 
 
 def _call(adapters: Sequence[Adapter], dropout_p: float) -> Call:

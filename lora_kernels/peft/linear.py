@@ -72,7 +72,7 @@ class Fused(nn.Module):
             return _dora_linear(self, adapters[0], x)
         first: Call | MixedCall
         if names is None:
-            first, *rest = calls(adapters, apart=len(adapters) > 1 and few_on_gpu(x))
+            first, *rest = calls(adapters, x.device.type, x.numel() // x.shape[-1])
         else:
             first, *rest = [_mixed_call(adapters, names, x)]
         if args or kwargs or unreadable(base, x.device) is not None:
@@ -518,16 +518,9 @@ def trainable_base(layer: Any) -> bool:
     return weight is not None and weight.requires_grad
 
 
-def few_on_gpu(x: Tensor) -> bool:
-    """True if stacking adapters for x would move more bytes than an update for each: it copies them
-    in every call, and pays where x has many rows."""
-    return follows_gpu(x.device.type) and x.numel() <= UPCAST_ROWS * x.shape[-1]
-
-
-def calls(adapters: Sequence[Adapter], apart: bool = False) -> list[Call]:
-    """One call for all adapters without dropout, or `apart` for each, and one for each that draws
-    a mask."""
-    found = [[adapter] for adapter in adapters] if apart else groups(adapters)
+def calls(adapters: Sequence[Adapter], device_type: str, rows: int | None) -> list[Call]:
+    """Return a call for each of the `groups` of adapters."""
+    found = groups(adapters, device_type, rows)
     return [_call(group, dropout_p(group[0].dropout)) for group in found]
 
 
@@ -544,10 +537,21 @@ def _mixed_call(adapters: Sequence[Adapter], names: Sequence[str], x: Tensor) ->
     )
 
 
-def groups(adapters: Sequence[Any]) -> list[Sequence[Any]]:
-    """All adapters without dropout, if there are any, and each that draws a mask by itself."""
+def groups(adapters: Sequence[Any], device_type: str, rows: int | None) -> list[Sequence[Any]]:
+    """Return the adapters to be stacked: those without dropout together, each with dropout alone.
+
+    On a GPU, beside x of at most `UPCAST_ROWS` rows each adapter is alone: stacking copies the
+    adapters in every call, which moves more bytes than it saves.
+
+    Args:
+        adapters: the active ones.
+        device_type: of x.
+        rows: of x; None for many.
+    """
     if len(adapters) == 1:
         return [adapters]
+    if rows is not None and rows <= UPCAST_ROWS and follows_gpu(device_type):
+        return [[adapter] for adapter in adapters]
     plain = [adapter for adapter in adapters if not dropout_p(adapter.dropout)]
     masked: list[Sequence[Any]] = [[a] for a in adapters if dropout_p(a.dropout)]
     return [plain, *masked] if plain else masked

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from .. import ops, select
 from ..backends import cpu
 from ..backends.cuda.fit import Layout
-from ..backends.eager import UPCAST_ROWS
 from ..backends.library import follows_gpu
 from ..cpu_costs import Machine
 from ..functional import base_dtype
@@ -395,10 +394,7 @@ def _fused_layer(name: str, layer: Any, x_dtype: torch.dtype | None, rows: int |
     if reason is not None:
         return _not_fused(name, reason, layer, x_dtype)
 
-    todo = kind.calls(adapters) if layer.mixed_batch is None else []
-    if rows is not None and rows <= UPCAST_ROWS and kind is linear and len(todo) < len(adapters):
-        apart = layer.mixed_batch is None and follows_gpu(near.device.type)
-        todo = linear.calls(adapters, apart=True) if apart else todo
+    todo = kind.calls(adapters, near.device.type, rows) if layer.mixed_batch is None else []
     four_bit = is_linear4bit(base)
     compute_dtype = base.compute_dtype if four_bit and base.compute_type_is_set else None
     base_reason = unreadable(base, near.device)

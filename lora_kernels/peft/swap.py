@@ -130,9 +130,9 @@ def _unfusable(layer: Any) -> str | None:
 
 
 def _excess_traffic(layer: Any) -> str | None:
-    """Why a layer on a GPU, where the eager backend runs, moves fewer bytes as PEFT's own."""
+    """Return the reason if PEFT's layer moves fewer bytes than the fused one, eager on a GPU."""
     weight = getattr(layer.get_base_layer(), "weight", None)
-    if isinstance(layer, Fused) or weight is None or not select.draws_mask(weight.device.type):
+    if isinstance(layer, Fused) or weight is None or not select.is_eager_on_gpu(weight.device.type):
         return None
     if weight.is_meta or not layer.active_adapters:
         return None

@@ -1,4 +1,4 @@
-"""Whether a fused layer moves more bytes on a GPU than PEFT's own, counted on meta tensors."""
+"""Comparison of the bytes that a fused layer and PEFT's move on a GPU, counted on meta tensors."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def excess(layer: Any, set_class: Callable[[Any], None]) -> str | None:
 
 
 def _signature(layer: Any) -> tuple[object, ...]:
-    """What decides the layer's traffic."""
+    """Return a key that is equal for layers with equal traffic."""
     base = layer.get_base_layer()
     tensors = tuple((name, tuple(p.shape), p.dtype) for name, p in layer.named_parameters())
     dropouts = tuple(m.p for m in layer.modules() if isinstance(m, nn.Dropout))
@@ -49,12 +49,12 @@ def _signature(layer: Any) -> tuple[object, ...]:
 def _excess(layer: Any, set_class: Callable[[Any], None]) -> str | None:
     base = layer.get_base_layer()
     if not (isinstance(base, nn.Linear) or is_conv1d(base)):
-        return None  # no GEMM of the base is ours
+        return None  # `fuse` computes the adapter alone there, and calls the base layer
     if is_linear4bit(base):
         from ..quantization import bitsandbytes
 
         if bitsandbytes.check(base.weight.device) is not None:
-            return None  # PyTorch decodes, in more bytes but right
+            return None  # PyTorch decodes correctly, if in more bytes; `explain` gives the reason
         bitsandbytes.check(torch.device("meta"))
     try:
         twin = on_meta(layer)
@@ -75,7 +75,7 @@ def _excess(layer: Any, set_class: Callable[[Any], None]) -> str | None:
 
 
 def _count(layer: Any, rows: int) -> tuple[int, int]:
-    """Bytes of the forward, and of it and the backward, in training mode."""
+    """Return the bytes of the forward and of the training step, which includes the forward."""
     base = layer.get_base_layer()
     trained = [p for name, p in layer.named_parameters() if name.startswith("lora_")]
     for p in trained:

@@ -9,7 +9,7 @@ import torch
 from bitsandbytes.functional import QuantState
 from bitsandbytes.nn.modules import Params4bit
 
-from .codes import Codes, check_bitsandbytes, has_gemm_4bit
+from .codes import Codes, bitsandbytes_reasons, has_gemm_4bit
 
 
 def fields(weight: Any) -> dict[str, Any]:
@@ -61,15 +61,20 @@ def fields(weight: Any) -> dict[str, Any]:
 
 
 def check(device: torch.device) -> str | None:
-    """Compare bitsandbytes' 4-bit ops on `device` with ours, once a process; they are used there
-    from then on if they agree. Waits for the device, so no forward calls it.
+    """Compare bitsandbytes' 4-bit ops on `device` with ours, once a process.
 
-    Returns why they are not used, None if they are.
+    If they agree, 4-bit weights there are decoded by them from then on. The comparison synchronizes
+    with the device, so no forward may call it.
+
+    Returns None if they agree, or the reason why they are not used.
 
     >>> check(torch.device("cpu")) == check(torch.device("cpu"))
     True
     """
-    return check_bitsandbytes(device, _disagreement)
+    key = (device.type, device.index)
+    if key not in bitsandbytes_reasons:
+        bitsandbytes_reasons[key] = _disagreement(device)
+    return bitsandbytes_reasons[key]
 
 
 def _disagreement(device: torch.device) -> str | None:
@@ -97,7 +102,7 @@ def _disagreement(device: torch.device) -> str | None:
 def _differs(
     sample: torch.Tensor, x: torch.Tensor, quant_type: str, nested: bool, device: torch.device
 ) -> str | None:
-    """The op whose result is not ours, by name."""
+    """Return the name of the op whose result differs from ours, or None."""
     from .weight4bit import quantize_4bit
 
     weight = quantize_4bit(sample, quant_type, 64, nested)

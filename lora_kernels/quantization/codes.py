@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 import math
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -20,7 +18,7 @@ from ..backends.library import follows_gpu
 _DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
-CODES_TENSORS = 6  # of the fields of `Codes`, the first
+CODES_TENSORS = 6  # the first fields of `Codes` are tensors, the others numbers and a string
 
 
 class Codes(NamedTuple):
@@ -83,13 +81,13 @@ class Codes(NamedTuple):
         return out
 
     def _library_dense(self, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        """By bitsandbytes where its ops have passed their check on the device, else `decode`."""
+        """Decode with bitsandbytes if its ops passed their check on the device, or `decode`."""
         if dtype in _DTYPE and bitsandbytes_reason(self.packed.device) is None:
             return self.bitsandbytes_dense(shape, dtype)
         return decode(self.packed, self.scales(), self.code, self.blocksize, shape, dtype)
 
     def bitsandbytes_dense(self, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        """The weight [N, K] in float32, bfloat16 or float16 by bitsandbytes' op."""
+        """Return the weight [N, K], decoded by bitsandbytes to float32, bfloat16 or float16."""
         scales = self.absmax
         if self.nested_absmax is not None and self.offset is not None:
             scales = torch.ops.bitsandbytes.dequantize_blockwise(
@@ -101,8 +99,12 @@ class Codes(NamedTuple):
         )
 
     def gemm(self, x: Tensor, columns: int, bias: Tensor | None) -> Tensor | None:
-        """x·W̃ᵀ + bias [M, columns] in x's dtype by bitsandbytes' `gemm_4bit`; None where that is
-        not used or not there (before 0.50), or would copy a weight whose rows end in a block."""
+        """Return x·W̃ᵀ + bias [M, columns] in x's dtype by bitsandbytes' `gemm_4bit`.
+
+        None if bitsandbytes is not used on the device or is older than 0.50, if x has no rows, or
+        if K is no multiple of the block size, for which `gemm_4bit` warns and decodes the whole
+        weight.
+        """
         if bitsandbytes_reason(x.device) is not None or x.dtype not in _DTYPE:
             return None
         if not x.shape[0] or x.shape[1] % self.blocksize or not has_gemm_4bit():
@@ -110,7 +112,7 @@ class Codes(NamedTuple):
         return self.bitsandbytes_gemm(x, columns, bias)
 
     def bitsandbytes_gemm(self, x: Tensor, columns: int, bias: Tensor | None) -> Tensor:
-        """x·W̃ᵀ + bias by bitsandbytes, which decodes in the GEMM for few rows of x."""
+        """Return x·W̃ᵀ + bias by bitsandbytes, which decodes inside the GEMM if x has few rows."""
         nested = self.nested_absmax is not None
         return torch.ops.bitsandbytes.gemm_4bit(  # type: ignore[no-any-return]
             x.contiguous(), self.packed.view(-1, 1), (columns, x.shape[1]),
@@ -130,8 +132,10 @@ def decode(
     shape: tuple[int, int],
     dtype: torch.dtype,
 ) -> Tensor:
-    """`reference.dequantize_4bit` to the same bits in three kernels: the bytes as int32 indices,
-    the two float32 values of each from a table, their product with the scales in `dtype`.
+    """Return the bits of `reference.dequantize_4bit`, in three kernels.
+
+    They widen the bytes to int32 indices, look up the two float32 values of each byte in a table,
+    and multiply the values by the scales into `dtype`.
 
     >>> packed, scales = torch.tensor([0x21, 0x30], dtype=torch.uint8), torch.tensor([0.5])
     >>> decode(packed, scales, torch.arange(16.0), 32, (1, 3), torch.float32)
@@ -148,41 +152,31 @@ def decode(
     return out.view(shape)
 
 
-@contextmanager
-def decoded_by_pytorch() -> Iterator[None]:
-    """Leave bitsandbytes out on the CPU, whose kernel misreads scales where a block straddles rows,
-    whatever it was checked for before. For tests of a GPU's path there."""
-    key, before = ("cpu", None), dict(_bitsandbytes)
-    _bitsandbytes[key] = "it is left out on the CPU"
-    try:
-        yield
-    finally:
-        _bitsandbytes.pop(key)
-        _bitsandbytes.update({k: v for k, v in before.items() if k == key})
-
-
 @functools.cache
 def has_gemm_4bit() -> bool:
     """True if the bitsandbytes that is imported has the op."""
     return hasattr(torch.ops.bitsandbytes, "gemm_4bit")
 
 
-# Device -> why bitsandbytes' ops are not used on it, None if they passed `bitsandbytes.check`.
-_bitsandbytes: dict[tuple[str, int | None], str | None] = {}
+# Device type and index -> the reason why bitsandbytes' ops are not used there, or None after they
+# passed `bitsandbytes.check`.
+bitsandbytes_reasons: dict[tuple[str, int | None], str | None] = {}
 _UNCHECKED = "bitsandbytes is not installed, or was not yet checked by fuse() or a layer's move"
 
 
 def bitsandbytes_reason(device: torch.device) -> str | None:
-    """Why 4-bit weights on this device are not decoded by bitsandbytes; None where they are."""
-    return _bitsandbytes.get((device.type, device.index), _UNCHECKED)
+    """Return why bitsandbytes does not decode 4-bit weights on this device, or None if it does."""
+    return bitsandbytes_reasons.get((device.type, device.index), _UNCHECKED)
 
 
 def check_decoder(device: torch.device) -> None:
-    """Have bitsandbytes, if it is installed, checked on a GPU that will hold a 4-bit weight.
+    """Compare bitsandbytes' ops, if it is installed, with ours on a GPU that gets a 4-bit weight.
 
-    Waits for the device, so that no forward calls it.
+    The comparison synchronizes with the device. `fuse` and modules that move call it, never a
+    forward.
     """
-    wanted = device.type != "meta" or "bitsandbytes" in sys.modules  # which takes a second
+    # Importing bitsandbytes takes a second, too long for a module that is only built on meta.
+    wanted = device.type != "meta" or "bitsandbytes" in sys.modules
     if follows_gpu(device.type) and wanted and find_spec("bitsandbytes") is not None:
         from .bitsandbytes import check
 
@@ -190,21 +184,11 @@ def check_decoder(device: torch.device) -> None:
 
 
 def decoded_by(device: torch.device) -> str:
-    """What decodes 4-bit weights on a GPU, as a clause for `explain`."""
+    """Return a clause for `explain` that names the decoder of 4-bit weights on a GPU."""
     reason = bitsandbytes_reason(device)
     return (
         "bitsandbytes decodes" if reason is None else f"PyTorch decodes in three kernels: {reason}"
     )
-
-
-def check_bitsandbytes(
-    device: torch.device, disagreement: Callable[[torch.device], str | None]
-) -> str | None:
-    """Return why bitsandbytes' ops are not used on the device, asking once a process."""
-    key = (device.type, device.index)
-    if key not in _bitsandbytes:
-        _bitsandbytes[key] = disagreement(device)
-    return _bitsandbytes[key]
 
 
 def encode(

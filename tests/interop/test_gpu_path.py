@@ -26,11 +26,11 @@ f32, bf16 = torch.float32, torch.bfloat16
 @pytest.fixture(autouse=True)
 def gpu_path() -> Iterator[None]:
     traffic._counted.clear()
-    before = dict(codes._bitsandbytes)
+    before = dict(codes.bitsandbytes_reasons)
     with as_on_gpu(), lora_kernels.backend("eager"):
         yield
-    codes._bitsandbytes.clear()
-    codes._bitsandbytes.update(before)
+    codes.bitsandbytes_reasons.clear()
+    codes.bitsandbytes_reasons.update(before)
 
 
 def model(quantized: bool = False, second: dict[str, Any] | None = None, **config: Any) -> Any:
@@ -235,7 +235,7 @@ def test_bitsandbytes_that_fails_its_check_is_not_used(
     found = model(quantized=True)
     want = results(found, 5)
     monkeypatch.setattr(codes.Codes, "bitsandbytes_dense", broken)
-    codes._bitsandbytes.clear()
+    codes.bitsandbytes_reasons.clear()
     fuse(found)
     reason = explain(found).rows[0].reason
     assert "PyTorch decodes in three kernels: bitsandbytes " in reason and said in reason
@@ -245,6 +245,6 @@ def test_bitsandbytes_that_fails_its_check_is_not_used(
 
 def test_explain_says_what_decodes() -> None:
     pytest.importorskip("bitsandbytes")
-    codes._bitsandbytes.clear()
+    codes.bitsandbytes_reasons.clear()
     reason = explain(fuse(model(quantized=True))).rows[0].reason
     assert reason.endswith("bitsandbytes decodes")

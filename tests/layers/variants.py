@@ -158,7 +158,7 @@ def check_memory(
     R, x_bytes = layer.lora_A.shape[0], rows * inner * dtype.itemsize
     want = x_bytes
     if dropout:  # the state of the mask, or the mask
-        want += rows * inner if select.draws_mask("cpu") else 16
+        want += rows * inner if select.is_eager_on_gpu("cpu") else 16
     if "MemoryEfficient" not in name:  # which makes P again
         want += rows * R * 4
     if "DoRA" in name:  # z; c, and the norm that the magnitude is divided by

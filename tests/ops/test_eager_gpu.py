@@ -44,18 +44,18 @@ def gpu_path() -> Iterator[None]:
 @pytest.fixture(params=["decoded by PyTorch", "decoded by bitsandbytes"])
 def decoder(request: pytest.FixtureRequest) -> Iterator[str]:
     """Which kernels decode 4-bit weights on the CPU."""
-    before = dict(codes._bitsandbytes)
+    before = dict(codes.bitsandbytes_reasons)
     if request.param.endswith("bitsandbytes"):
         pytest.importorskip("bitsandbytes")
         from lora_kernels.quantization import bitsandbytes
 
-        codes._bitsandbytes.pop(("cpu", None), None)
+        codes.bitsandbytes_reasons.pop(("cpu", None), None)
         assert bitsandbytes.check(CPU) is None
     else:
-        codes._bitsandbytes["cpu", None] = "the test says so"
+        codes.bitsandbytes_reasons["cpu", None] = "the test says so"
     yield request.param
-    codes._bitsandbytes.clear()
-    codes._bitsandbytes.update(before)
+    codes.bitsandbytes_reasons.clear()
+    codes.bitsandbytes_reasons.update(before)
 
 
 def layer_args(M: int = 12, dtype: torch.dtype = f32, **options: Any) -> dict[str, Any]:
@@ -202,7 +202,10 @@ def test_rng_mask_of_another_shape_is_refused() -> None:
 @pytest.mark.parametrize("backend", ["cpu", "triton", "cuda"])
 def test_rng_mask_beside_another_backend_is_refused(backend: str) -> None:
     args = layer_args(dropout_p=0.5)
-    with lora_kernels.backend(backend), pytest.raises(RuntimeError, match="rng is a mask"):
+    with (
+        lora_kernels.backend(backend),
+        pytest.raises(RuntimeError, match="got rng as a dropout mask"),
+    ):
         lora_linear(**args | {"rng": torch.ones(12, 64, dtype=torch.bool)})
 
 
@@ -534,16 +537,21 @@ def test_out_dtype_of_cuda_but_not_of_rocm(
 
 
 def test_check_of_bitsandbytes_is_made_once_for_each_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(codes, "_bitsandbytes", {})
+    pytest.importorskip("bitsandbytes")
+    from lora_kernels.quantization import bitsandbytes
+
+    monkeypatch.setattr(bitsandbytes, "bitsandbytes_reasons", {})
+    monkeypatch.setattr(codes, "bitsandbytes_reasons", bitsandbytes.bitsandbytes_reasons)
     asked: list[torch.device] = []
 
     def disagreement(device: torch.device) -> str | None:
         asked.append(device)
         return "no kernel image" if device.index else None
 
+    monkeypatch.setattr(bitsandbytes, "_disagreement", disagreement)
     devices = [torch.device("cuda", index) for index in (0, 1)]
     for _ in range(2):
-        found = [codes.check_bitsandbytes(device, disagreement) for device in devices]
+        found = [bitsandbytes.check(device) for device in devices]
         assert found == [None, "no kernel image"]
     assert asked == devices
     assert [codes.bitsandbytes_reason(device) for device in devices] == found

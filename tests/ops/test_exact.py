@@ -38,7 +38,7 @@ def test_integers(
     """-1, 0 and 1 everywhere: all sums are integers that even bfloat16 holds."""
     args = cases.inputs(Case(*shape, dtype, values="integers", **options))
     ref = cases.oracle(args)
-    for name, got in cases.run(lora_kernels.lora_linear, cases.with_mask(args)).items():
+    for name, got in cases.run(lora_kernels.lora_linear, cases.give_mask(args)).items():
         assert_exact(ref[name].to(dtype), ref[name], f"{name} is no exact {dtype}; choose a seed")
         assert_exact(got, ref[name], name)
 
@@ -59,7 +59,7 @@ def test_integers_in_every_shape(dtype: torch.dtype, rank: int, N_K: tuple[int, 
         ref = cases.oracle(args)
         for engine in cases.engines()[0 if wide else len(cases.EAGERS) :]:
             with cases.engine(engine):
-                got = cases.run(lora_kernels.lora_linear, cases.with_mask(args))
+                got = cases.run(lora_kernels.lora_linear, cases.give_mask(args))
             for name in got if wide else got.keys() - {"dc"}:
                 want = ref[name].to(got[name].dtype)
                 assert_exact(got[name], want, f"{case} on {engine}: {name}")
@@ -131,7 +131,7 @@ def test_the_mask_is_the_public_one(p: float, dtype: torch.dtype, engine: str) -
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_same_bits_again(dtype: torch.dtype, threads: int, engine: str) -> None:
     case = Case(261, 515, 259, 16, dtype, gate=True, column_scale=True, bias=True, dropout_p=0.1)
-    args = cases.with_mask(cases.inputs(case))
+    args = cases.give_mask(cases.inputs(case))
     first, *others = (cases.run(lora_kernels.lora_linear, args) for _ in range(3))
     for other in others:
         for name in first:

@@ -219,7 +219,7 @@ def test_the_same_bits_without_gradients(options: dict[str, Any], quant: str, en
     """Which go another way: no autograd Function, nothing is kept."""
     for autocast in (None, bf16):
         case = Case(3, 33, 64, 5, f32, quant=quant, autocast=autocast, **options)
-        args = cases.with_mask(cases.inputs(case))
+        args = cases.give_mask(cases.inputs(case))
         args.pop("dy")
         with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
             want = lora_kernels.lora_linear(**args)

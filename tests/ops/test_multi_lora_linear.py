@@ -9,7 +9,7 @@ import torch
 from lora_kernels import lora_linear, multi_lora_linear, ops, reference
 from lora_kernels.backends import cpu, native
 from lora_kernels.backends.rows import rows_of
-from lora_kernels.measure.case import with_mask
+from lora_kernels.measure.case import give_mask
 from lora_kernels.measure.multi import MultiCase, inputs, judge, run
 from tests.ops.engines import every_engine, every_thread_count
 
@@ -66,7 +66,7 @@ def test_adapters_shared_among_threads(rows: str, threads: int, engine: str) -> 
 @every_engine
 def test_the_same_bits_again(engine: str) -> None:
     args = inputs(MANY)
-    first, second = run(multi_lora_linear, with_mask(args)), run(multi_lora_linear, with_mask(args))
+    first, second = run(multi_lora_linear, give_mask(args)), run(multi_lora_linear, give_mask(args))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -77,7 +77,7 @@ def test_one_adapter_for_all_rows(dtype: torch.dtype, quant: str, engine: str) -
     """What `lora_linear` computes, each rounding y once more or less."""
     args = inputs(MultiCase(9, 33, 64, ranks=(5,), dtype=dtype, quant=quant, dropout_p=0.25))
     args["index"].zero_()
-    args = with_mask(args)
+    args = give_mask(args)
     got = run(multi_lora_linear, args)
     one = {**args, "lora_A": args["lora_A"][0], "lora_B": args["lora_B"][0], "scaling": 1.25}
     dy = one.pop("dy")
@@ -94,7 +94,7 @@ def test_rows_without_an_adapter(engine: str) -> None:
     """Exactly the base product, and no gradient for an adapter."""
     args = inputs(MultiCase(8, 20, 30, bias=False, dropout_p=0.5))
     args["index"].fill_(-1)
-    got = run(multi_lora_linear, with_mask(args))
+    got = run(multi_lora_linear, give_mask(args))
     torch.testing.assert_close(got["y"], args["x"].detach() @ args["weight"].T)
     torch.testing.assert_close(
         got["dx"].view_as(args["x"]), args["dy"] @ args["weight"], rtol=1e-5, atol=1e-5
@@ -114,17 +114,17 @@ def test_no_rows(quant: str, engine: str) -> None:
 def test_one_tensor_of_adapters(engine: str) -> None:
     """[E, R, K] and [E, N, R]: the results of a list, the gradients in their shape."""
     args = inputs(MultiCase(12, 20, 30, ranks=(4, 4, 4), rows="mixed"))
-    want = run(multi_lora_linear, with_mask(args))
+    want = run(multi_lora_linear, give_mask(args))
     for name in ("lora_A", "lora_B"):
         args[name] = torch.stack([t.detach() for t in args[name]]).requires_grad_()
-    got = run(multi_lora_linear, with_mask(args))
+    got = run(multi_lora_linear, give_mask(args))
     assert all(torch.equal(got[name], want[name]) for name in want)
 
 
 @every_engine
 def test_layouts_of_x(engine: str) -> None:
     args = inputs(MultiCase(12, 20, 30, rows="mixed", dropout_p=0.1))
-    want = run(multi_lora_linear, with_mask(args))
+    want = run(multi_lora_linear, give_mask(args))
     for view in (
         lambda t: t.view(3, 4, -1),
         lambda t: torch.nn.functional.pad(t, (2, 5))[:, 2:-5],
@@ -133,7 +133,7 @@ def test_layouts_of_x(engine: str) -> None:
     ):
         x, dy = view(args["x"].detach()), view(args["dy"])
         rest = {"x": x.requires_grad_(), "dy": dy, "index": args["index"].view(x.shape[:-1])}
-        got = run(multi_lora_linear, with_mask({**args, **rest}))
+        got = run(multi_lora_linear, give_mask({**args, **rest}))
         for name in want:
             torch.testing.assert_close(got[name].view_as(want[name]), want[name])
 
@@ -198,7 +198,7 @@ def test_compiled(quant: str) -> None:
         args = inputs(MultiCase(M, 20, 32, rows="mixed", quant=quant, dropout_p=0.1))
         with torch._dynamo.config.patch(error_on_recompile=i > 0):
             got = run(compiled, args)
-        want = run(multi_lora_linear, with_mask(args))
+        want = run(multi_lora_linear, give_mask(args))
         assert all(torch.equal(got[name], want[name]) for name in want)
 
 
@@ -296,9 +296,9 @@ def test_mixed_dtypes_of_adapters() -> None:
 @pytest.mark.parametrize("rows", ["grouped", "mixed"])
 def test_the_default_device_changes_nothing(rows: str) -> None:
     args = inputs(MultiCase(7, 33, 63, rows=rows, dropout_p=0.1))
-    want = run(multi_lora_linear, with_mask(args))
+    want = run(multi_lora_linear, give_mask(args))
     with torch.device("meta"):
-        got = run(multi_lora_linear, with_mask(args))
+        got = run(multi_lora_linear, give_mask(args))
     assert want.keys() == got.keys()
     for name, t in want.items():
         assert torch.equal(got[name], t), name

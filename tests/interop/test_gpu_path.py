@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -214,33 +214,60 @@ def test_counting_leaves_the_layer_and_its_weight_alone() -> None:
     unfuse(found)
 
 
-@pytest.mark.parametrize(
-    ("breakage", "said"),
-    [
-        ("another result", "dequantize_4bit of nf4 differs from the reference"),
-        ("an exception", "raised RuntimeError: no kernel image"),
-    ],
-)
+def _raise(*args: Any) -> Tensor:
+    raise RuntimeError("no kernel image")
+
+
+BREAKAGES: dict[str, tuple[str, Callable[..., Any], str]] = {
+    "dense": (
+        "bitsandbytes_dense", lambda self, found: found * (1 + 2**-6),
+        "dequantize_4bit of nf4 differs from the reference",
+    ),
+    "dense with nested scales": (
+        "bitsandbytes_dense",
+        lambda self, found: found * (1 + 2**-6) if self.offset is not None else found,
+        "dequantize_4bit of nf4 differs from the reference",
+    ),
+    "dense of fp4": (
+        "bitsandbytes_dense",
+        lambda self, found: found * (1 + 2**-6) if self.quant_type == "fp4" else found,
+        "dequantize_4bit of fp4 differs from the reference",
+    ),
+    "GEMM": (
+        "bitsandbytes_gemm", lambda self, found: found * 1.25,
+        "gemm_4bit of nf4 differs from the reference",
+    ),
+    "an exception": ("bitsandbytes_dense", _raise, "raised RuntimeError: no kernel image"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("breakage", BREAKAGES)
 def test_bitsandbytes_that_fails_its_check_is_not_used(
-    breakage: str, said: str, monkeypatch: pytest.MonkeyPatch
+    breakage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("bitsandbytes")
-    original = codes.Codes.bitsandbytes_dense
-
-    def broken(self: Any, shape: Any, dtype: torch.dtype) -> Tensor:
-        if breakage == "an exception":
-            raise RuntimeError("no kernel image")
-        return original(self, shape, dtype) * (1 + 2**-6)
-
+    if breakage == "GEMM" and not codes.has_gemm_4bit():
+        pytest.skip("bitsandbytes is older than 0.50, without gemm_4bit")
+    name, broken, said = BREAKAGES[breakage]
+    original = getattr(codes.Codes, name)
     found = model(quantized=True)
     want = results(found, 5)
-    monkeypatch.setattr(codes.Codes, "bitsandbytes_dense", broken)
+    monkeypatch.setattr(codes.Codes, name, lambda self, *args: broken(self, original(self, *args)))
     codes.bitsandbytes_reasons.clear()
     fuse(found)
     reason = explain(found).rows[0].reason
     assert "PyTorch decodes in three kernels: bitsandbytes " in reason and said in reason
     for name, got in results(found, 5).items():
         assert (got - want[name]).norm() / want[name].norm() < 2.0**-17, name
+
+
+def test_fuse_takes_a_layer_without_active_adapters_uncounted() -> None:
+    """Such a layer computes the base alone, in both."""
+    found = model()
+    found.base_model.model[0]._active_adapter = []
+    fuse(found)
+    assert type(found.base_model.model[0]) is FusedLinear
+    assert "could not be counted" not in explain(found).rows[0].reason
 
 
 def test_explain_says_what_decodes() -> None:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import report
-from lora_kernels import cli, ops, select
+from lora_kernels import cli, lora_linear, ops, select
 from lora_kernels.backends import eager
 from lora_kernels.measure import bench_memory, bench_traffic, traffic
 from lora_kernels.measure.bench_traffic import CELLS, Cell
@@ -460,3 +460,60 @@ def test_fused_layer_with_one_float32_copy_is_noticed(
     extra = [more - less for more, less in zip(copied, clean, strict=True)]
     assert max(extra) >= a_copy and all(each % a_copy == 0 for each in extra)
     assert clean[0] + a_copy > 420e6 and clean[1] + a_copy > 560e6
+
+
+def test_autocast_casts_a_float32_weight_once() -> None:
+    """Its 16-bit copy serves both directions: no kernel of the backward reads 4·N·K bytes."""
+    M, K, N, R = 64, 512, 1024, 4
+    x, W = meta(M, K, requires_grad=True), meta(N, K)
+    A, B = meta(R, K, requires_grad=True), meta(N, R, requires_grad=True)
+    log: list[Kernel] = []
+
+    def forward() -> Tensor:
+        with traffic.autocast(BF16):
+            return lora_linear(x, W, A, B)
+
+    _, backward = count_layer(forward, [x, A, B], log)
+    of_weight = [kernel for kernel in log if kernel.read >= 4 * N * K]
+    assert [kernel.op for kernel in of_weight] == ["aten._to_copy.default"]
+    assert backward.read < 4 * N * K
+
+
+PASSES_OF = {  # benchmarks/KERNELS.md: 16-bit adapters of PEFT, float32 ones, ours
+    "forward, passes over x": (2, 6, 2),
+    "forward, passes over y": (7, 15, 3),
+    "backward, passes over dY": (5, 15, 3),
+    "backward, passes over dx (and x for dA)": (6, 11, 4),
+}
+
+
+def test_passes_in_the_docs_are_those_counted() -> None:
+    """A pass over x is 2·M·K bytes and one over y 2·M·N, so two K and two N tell them apart."""
+    from lora_kernels.peft import fuse
+
+    M, R, sides = 8192, 16, (2048, 4096)
+
+    def counted(cell: Cell, ours: bool, K: int, N: int) -> list[float]:
+        layer = bench_traffic.stock(cell, K, N, R)
+        if ours:
+            fuse(nn.Sequential(layer))
+        both = bench_traffic.count_step(layer, cell, M, K)
+        without = bench_traffic.count_step(layer, cell, M // 2, K)
+        # What does not grow with the rows, W and the adapter, goes out.
+        return [2 * (a.bytes - b.bytes) for a, b in zip(both, without, strict=True)]
+
+    columns = [(BF16_CELL, False), (FP32_CELL, False), (BF16_CELL, True), (FP32_CELL, True)]
+    found = []
+    for cell, ours in columns:
+        small = counted(cell, ours, sides[0], sides[0])
+        wide = counted(cell, ours, sides[1], sides[0])
+        tall = counted(cell, ours, sides[0], sides[1])
+        a_pass = 2 * M * (sides[1] - sides[0])
+        over_x = [(a - b) / a_pass for a, b in zip(wide, small, strict=True)]
+        over_y = [(a - b) / a_pass for a, b in zip(tall, small, strict=True)]
+        found.append([over_x[0], over_y[0], over_y[1], over_x[1]])
+    assert found[2] == found[3]
+    assert dict(zip(PASSES_OF, zip(*found[:3], strict=True), strict=True)) == PASSES_OF
+    table = Path(bench_traffic.__file__).parents[2].joinpath("benchmarks/KERNELS.md").read_text()
+    for name, row in PASSES_OF.items():
+        assert f"| {name} | {' | '.join(map(str, row))} |" in table

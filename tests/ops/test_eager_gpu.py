@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ from lora_kernels import (
 from lora_kernels.backends import eager, library
 from lora_kernels.backends.library import as_on_gpu
 from lora_kernels.measure import case as cases
+from lora_kernels.measure import traffic
 from lora_kernels.measure.case import Case
 from lora_kernels.quantization import codes, quantize_4bit
 
@@ -64,14 +66,30 @@ def layer_args(M: int = 12, dtype: torch.dtype = f32, **options: Any) -> dict[st
     return args | {"rng": None}
 
 
-def test_dropout_mask_forward_and_backward_agree() -> None:
+@contextlib.contextmanager
+def backend_forced(forced: bool) -> Iterator[None]:
+    """The eager backend forced, or none: the dropout mask then decides."""
+    token = select.forced.current.set(select.Forced("eager" if forced else None))
+    try:
+        yield
+    finally:
+        select.forced.current.reset(token)
+
+
+@pytest.mark.parametrize("forced", [True, False])
+@pytest.mark.parametrize("watched", [True, False], ids=["dispatched", "direct"])
+def test_dropout_mask_forward_and_backward_agree(forced: bool, watched: bool) -> None:
     """With A, B and s = 1 the adapter copies D(x); dx shows the same elements kept."""
     x = torch.ones(300, 16, requires_grad=True)
     eye, zero = torch.eye(16), torch.zeros(16, 16)
     torch.manual_seed(0)
-    y = lora_linear(x, zero, eye, eye, dropout_p=0.25)
-    (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
-    assert torch.equal(dx, y.detach())
+    with backend_forced(forced), _Dispatched() if watched else contextlib.nullcontext():
+        y = lora_linear(x, zero, eye, eye.clone(), dropout_p=0.25)
+        (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+        with torch.no_grad():
+            torch.manual_seed(0)
+            again = lora_linear(x, zero, eye, eye.clone(), dropout_p=0.25)
+    assert torch.equal(dx, y.detach()) and torch.equal(again, y.detach())
     kept = (y != 0).double().mean().item()
     # 4800 draws: the share kept is within five standard deviations, 5 · √(0.25 · 0.75 / 4800).
     assert abs(kept - 0.75) < 0.0313
@@ -87,15 +105,11 @@ def test_dropout_mask_of_many_adapters_is_one_in_both_directions(
     x = torch.ones(2, 150, 16, requires_grad=True)
     eye, zero = torch.eye(16), torch.zeros(16, 16)
     index = torch.arange(300).view(2, 150) % 2
-    token = select.forced.current.set(select.Forced("eager" if forced else None))
-    try:
-        with _Dispatched() if watched else contextlib.nullcontext():
-            y = multi_lora_linear(
-                x, zero, [eye, eye.clone()], [eye.clone(), eye.clone()], index, dropout_p=0.25
-            )
-            (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
-    finally:
-        select.forced.current.reset(token)
+    with backend_forced(forced), _Dispatched() if watched else contextlib.nullcontext():
+        y = multi_lora_linear(
+            x, zero, [eye, eye.clone()], [eye.clone(), eye.clone()], index, dropout_p=0.25
+        )
+        (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
     assert torch.equal(dx, y.detach()) and 0.2 < (y == 0).double().mean().item() < 0.3
 
 
@@ -193,10 +207,25 @@ def test_rng_state_is_refused_and_says_why() -> None:
         lora_kernels.dropout_mask(state, 4, 4, 0.5)
 
 
-def test_rng_mask_of_another_shape_is_refused() -> None:
-    mask = torch.ones(3, 3, dtype=torch.bool)
-    with pytest.raises(ValueError, match=r"rng: got torch.bool \[3, 3\].*\[12, 64\]"):
+@pytest.mark.parametrize("shape", [(3, 3), (64, 12), (768,), (12, 64, 1), (3, 4, 64)], ids=str)
+def test_rng_mask_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
+    """x is [12, 64]; the last four masks have as many elements."""
+    mask = torch.ones(shape, dtype=torch.bool)
+    got = re.escape(str(list(shape)))
+    with pytest.raises(ValueError, match=rf"rng: got torch.bool {got}.*\[12, 64\]"):
         lora_linear(**layer_args(dropout_p=0.5) | {"rng": mask})
+
+
+@pytest.mark.parametrize(
+    ("backend", "want"),
+    [(None, True), ("eager", True), ("cpu", False), ("triton", False), ("cuda", False)],
+)
+def test_is_eager_on_gpu_follows_the_forced_backend(backend: str | None, want: bool) -> None:
+    token = select.forced.current.set(select.Forced(backend))
+    try:
+        assert select.is_eager_on_gpu("cuda") is want
+    finally:
+        select.forced.current.reset(token)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "triton", "cuda"])
@@ -262,6 +291,33 @@ def test_float16_column_scale_gradient_does_not_overflow() -> None:
 
 
 @pytest.mark.parametrize("dtype", [bf16, f16], ids=str)
+def test_column_scale_gradient_of_several_panels(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """70 rows in panels of 64: the least rows that a panel has."""
+    monkeypatch.setattr(eager, "PANEL", 1)
+    case = Case(70, 40, 64, 8, dtype, column_scale=True)
+    for name, verdict in cases.judge(case).items():
+        assert verdict.ok, f"{name}: {verdict}"
+
+
+def test_column_scale_gradient_of_float16_holds_two_panels() -> None:
+    dy, z = (torch.empty(8192, 4096, dtype=f16, device="meta") for _ in range(2))
+    found = traffic.count(lambda: eager._column_dot(dy, z, f32))
+    # A panel's dY and its product with z, in float32; [N] beside them.
+    assert found.peak <= 2 * 4 * eager.PANEL + 4 * 4 * 4096
+
+
+def test_zero_B_beside_float16_gives_no_gradient_of_A() -> None:
+    """As every adapter starts. dS is 0, so its factor for parts is one of a clamped maximum."""
+    args = cases.inputs(Case(70, 40, 64, 8, f16, f32))
+    args["lora_B"] = torch.zeros_like(args["lora_B"]).requires_grad_()
+    want, got = cases.oracle(args), cases.run(lora_linear, args)
+    assert torch.equal(got["dA"], torch.zeros_like(got["dA"]))
+    assert relative(got["dB"], want["dB"]) < 2**-20
+
+
+@pytest.mark.parametrize("dtype", [bf16, f16], ids=str)
 def test_parts_without_their_low_halves_would_be_seen(dtype: torch.dtype) -> None:
     """dA and dB are nearer to the reference than a 16-bit adapter could be, by far."""
     case = Case(70, 40, 64, 8, dtype, f32)
@@ -299,6 +355,20 @@ def test_4bit_compute_dtype_beside_float32_x(decoder: str) -> None:
         case = Case(M, 70, 128, 5, f32, quant="nf4-64-nested", compute=bf16, bias=True)
         for name, verdict in cases.judge(case).items():
             assert verdict.ok, f"{case}, {name}: {verdict}"
+
+
+@pytest.mark.parametrize("decoder", ["decoded by bitsandbytes"], indirect=True)
+@pytest.mark.parametrize(
+    ("M", "K", "taken"), [(3, 192, True), (3, 160, False), (0, 192, False)], ids=str
+)
+def test_gemm_4bit_takes_whole_blocks_and_at_least_a_row(
+    M: int, K: int, taken: bool, decoder: str
+) -> None:
+    if not codes.has_gemm_4bit():
+        pytest.skip("bitsandbytes is older than 0.50, without gemm_4bit")
+    weight = quantize_4bit(torch.randn(32, K), "nf4", 64)
+    y = weight.codes.gemm(torch.randn(M, K), 32, None)
+    assert (y is not None) is taken
 
 
 def test_decode_bits_equal_the_reference(decoder: str) -> None:

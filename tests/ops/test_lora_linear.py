@@ -227,3 +227,13 @@ def test_the_same_bits_without_gradients(options: dict[str, Any], quant: str, en
                 got = lora_kernels.lora_linear(**args)
         assert want.requires_grad and not got.requires_grad and torch.equal(got, want)
         assert got.dtype is want.dtype
+
+
+def test_autocast_on_a_cpu_keeps_the_adapters_bits() -> None:
+    """There the kernels take float32 adapters beside 16 bits; a GPU rounds them as PyTorch does."""
+    args = cases.inputs(Case(70, 33, 64, 5, f32, autocast=bf16))
+    args.pop("dy")
+    rounded = args | {n: args[n].detach().to(bf16).float() for n in ("lora_A", "lora_B")}
+    with torch.autocast("cpu", bf16), torch.no_grad():
+        a, b = (lora_kernels.lora_linear(**each) for each in (args, rounded))
+    assert a.dtype is b.dtype is bf16 and not torch.equal(a, b)

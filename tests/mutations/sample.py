@@ -1,0 +1,177 @@
+"""Score the tests on a sample of mutants: `python -m tests.mutations.sample`.
+
+Cosmic Ray makes the mutants (`pip install cosmic-ray`): another operator, comparison, number or
+Boolean; a decorator, an exception or a loop removed. Each place in the files below is as likely
+as another. Mutants that differ from the code in annotations alone are left out.
+
+Survivors are printed with their line. Those in equivalent.toml change no result and do not count.
+It ends with 1 if the tests notice fewer than --score percent of the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import difflib
+import random
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from cosmic_ray.ast import ast_nodes, get_ast
+from cosmic_ray.mutating import mutate_code
+from cosmic_ray.plugins import get_operator, operator_names
+
+from .__main__ import Copy
+from .table import ROOT, Mutation, tomllib
+
+# The files of which mutants are made, and tests that must notice them, the quickest first. Each
+# selection takes at most a minute.
+PEFT = "tests/interop/test_equivalence.py tests/interop/test_features.py"
+TESTS = {
+    "functional.py": "tests/ops/test_arguments.py tests/autograd/test_autocast.py "
+    "tests/autograd/test_bad_input.py tests/ops/test_eager_gpu.py tests/ops/test_exact.py "
+    "tests/ops/test_dora_norm.py",
+    "autograd.py": "tests/autograd",
+    "ops.py": "tests/ops/test_exact.py tests/autograd tests/ops/test_leading_dimensions.py",
+    "select.py": "tests/ops/test_select.py tests/ops/test_exact.py tests/ops/test_eager_gpu.py",
+    "reference.py": "tests/reference",
+    "backends/eager.py": "tests/ops/test_exact.py tests/ops/test_eager_gpu.py "
+    "tests/measure/test_traffic.py",
+    "backends/cpu.py": "tests/ops/test_exact.py tests/ops/test_multi_lora_linear.py",
+    "peft/linear.py": f"{PEFT} tests/interop/test_mixed_batch.py tests/interop/test_decoding.py "
+    "tests/interop/test_dora.py",
+    "peft/swap.py": f"{PEFT} tests/interop/test_lifecycle.py tests/interop/test_frozen.py",
+    "peft/adalora.py": "tests/interop/test_adalora.py",
+    "peft/report.py": "tests/interop/test_explain.py tests/interop/test_gpu_path.py",
+    "peft/traffic.py": "tests/interop/test_gpu_path.py",
+}
+LEFT_OUT = ("VariableReplacer", "VariableInserter")  # they want arguments
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One mutant of a file: its whole text, and the line that differs."""
+
+    file: str
+    line: int
+    before: str
+    after: str
+    text: str
+
+
+def mutants_of(file: str, chooser: random.Random) -> Iterator[Mutant]:
+    """Yield mutants of a file in random order, at most one for each place."""
+    source = (ROOT / file).read_text()
+    nodes = list(ast_nodes(get_ast(source)))
+    places: dict[tuple[int, int], list[tuple[str, int]]] = {}
+    for name in operator_names():
+        if name.endswith(LEFT_OUT):
+            continue
+        operator, occurrence = get_operator(name)(), 0
+        for node in nodes:
+            for start, _ in operator.mutation_positions(node):
+                places.setdefault(start, []).append((name, occurrence))
+                occurrence += 1
+    order = sorted(places)
+    chooser.shuffle(order)
+    for place in order:
+        name, occurrence = chooser.choice(places[place])
+        text = mutate_code(source, get_operator(name)(), occurrence)
+        if text is not None and code_of(text) != code_of(source):
+            yield Mutant(file, place[0], *changed_lines(source, text), text)
+
+
+def code_of(source: str) -> str | None:
+    """Return what the source does as a string, without annotations; None if it does not parse."""
+    try:
+        tree = ast.parse(source)
+    except SyntaxError:
+        return None
+    for node in ast.walk(tree):
+        for field in ("annotation", "returns"):
+            if getattr(node, field, None) is not None:
+                setattr(node, field, ast.Constant(None))
+    return ast.dump(tree)
+
+
+def changed_lines(source: str, text: str) -> tuple[str, str]:
+    """Return the lines that differ, of each text, joined.
+
+    >>> changed_lines("a = 1\\nb = 2\\n", "a = 1\\nb = 3\\n")
+    ('b = 2', 'b = 3')
+    """
+    found = list(difflib.ndiff(source.splitlines(), text.splitlines()))
+    before, after = (" ".join(x[2:].strip() for x in found if x[0] == sign) for sign in "-+")
+    return before, after
+
+
+def sample(count: int, seed: int) -> list[Mutant]:
+    """Choose mutants; each file has a share that grows with its length."""
+    chooser = random.Random(seed)
+    length = {name: len((ROOT / "lora_kernels" / name).read_text()) for name in TESTS}
+    found = []
+    for name in TESTS:
+        share = round(count * length[name] / sum(length.values()))
+        made = mutants_of(f"lora_kernels/{name}", chooser)
+        found += [mutant for mutant, _ in zip(made, range(share), strict=False)]
+    return found
+
+
+def equivalents() -> set[tuple[str, str, str]]:
+    """Return file, line before and line after of the mutants that change no result."""
+    table = Path(__file__).parent / "equivalent.toml"
+    entries = tomllib.loads(table.read_text()).get("equivalent", [])
+    return {(entry["file"], entry["before"], entry["after"]) for entry in entries}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.mutations.sample", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--count", type=int, default=200, help="mutants (default: 200)")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice (default: 0)")
+    parser.add_argument("--jobs", type=int, default=2, help="copies at work (default: 2)")
+    parser.add_argument("--score", type=float, default=85, help="percent noticed (default: 85)")
+    args = parser.parse_args()
+    known = equivalents()
+    chosen = sample(args.count, args.seed)
+    work = [m for m in chosen if (m.file, m.before, m.after) not in known]
+    total, survivors, lock = len(work), list[Mutant](), threading.Lock()
+
+    def worker(folder: Path) -> None:
+        copy = Copy(folder)
+        while True:
+            with lock:
+                if not work:
+                    return
+                mutant = work.pop(0)
+            start = time.monotonic()
+            tests = TESTS[mutant.file.removeprefix("lora_kernels/")]
+            outcome = copy.try_out(
+                Mutation("", "", mutant.file, (ROOT / mutant.file).read_text(), mutant.text, tests)
+            )
+            with lock:
+                if not outcome.noticed:
+                    survivors.append(mutant)
+                mark = "✓" if outcome.noticed else "✗"
+                print(f"{mark} {time.monotonic() - start:4.0f} s  {mutant.file}:{mutant.line}")
+                print(f"    {mutant.before}\n    {mutant.after}\n    {outcome.said}", flush=True)
+
+    with tempfile.TemporaryDirectory(prefix="mutants-") as name, ThreadPoolExecutor() as pool:
+        folders = [Path(name) / str(job) for job in range(args.jobs)]
+        for done in [pool.submit(worker, folder) for folder in folders]:
+            done.result()
+    noticed = 100 * (total - len(survivors)) / max(1, total)
+    left_out = len(chosen) - total
+    print(f"{total} mutants (and {left_out} that change no result), seed {args.seed}:")
+    print(f"{len(survivors)} survived, {noticed:.1f} % noticed, want {args.score:g} %")
+    return noticed < args.score
+
+
+if __name__ == "__main__":
+    sys.exit(main())

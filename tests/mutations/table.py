@@ -1,0 +1,147 @@
+"""The table of mutations and where each applies."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parents[2]
+TABLE = Path(__file__).parent / "table.toml"
+# Each pair of these has at least one mutation.
+BACKENDS = ("eager", "cpu", "triton", "cuda")
+PARTS = (
+    "y", "dx", "dA", "dB", "dg", "dc", "dbias", "scaling", "gate", "column scale", "bias",
+    "dropout", "4-bit codes", "nested scales", "block size", "row norm", "several adapters",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One small mistake in one function.
+
+    Args:
+        id: its name.
+        description: what the mutant does wrong.
+        file: path from the repository's root.
+        find: text that occurs once in `inside`.
+        replace: what stands there in the mutant.
+        tests: arguments of pytest, after variables for its environment.
+        inside: function, method ("Class.method") or class; "" for the whole file.
+        needs: instruction set without which no test can notice the mutant, or "".
+        covers: pairs of backend and part, as in "cuda dx".
+    """
+
+    id: str
+    description: str
+    file: str
+    find: str
+    replace: str
+    tests: str
+    inside: str = ""
+    needs: str = ""
+    covers: tuple[str, ...] = ()
+
+    @property
+    def is_native(self) -> bool:
+        """True if the mutant has to be compiled."""
+        return self.file.startswith("csrc/")
+
+    def apply(self, text: str) -> str:
+        """Return the mutant of the file's text; ValueError if `find` does not occur once."""
+        start, end = function_span(text, self.inside, self.file.endswith(".py"))
+        count = text.count(self.find, start, end)
+        if count != 1:
+            where = f"{self.file}, {self.inside or 'the whole file'}"
+            raise ValueError(f"{self.id}: `find` occurs {count} times in {where}, want once")
+        return text[:start] + text[start:end].replace(self.find, self.replace) + text[end:]
+
+
+def read(path: Path = TABLE) -> list[Mutation]:
+    """Read the table; ValueError for a repeated id, an unknown field or an unknown pair."""
+    entries = tomllib.loads(path.read_text())["mutation"]
+    pairs = {f"{backend} {part}" for backend in BACKENDS for part in PARTS}
+    found: dict[str, Mutation] = {}
+    for entry in entries:
+        mutation = Mutation(**{**entry, "covers": tuple(entry.get("covers", ()))})
+        if mutation.id in found:
+            raise ValueError(f"{path.name}: got the id {mutation.id!r} twice")
+        if unknown := set(mutation.covers) - pairs:
+            raise ValueError(f"{mutation.id}: covers: got {', '.join(sorted(unknown))}")
+        found[mutation.id] = mutation
+    return list(found.values())
+
+
+def function_span(text: str, name: str, is_python: bool) -> tuple[int, int]:
+    """Return where the function or class of this name starts and ends; the whole text for "".
+
+    Raises ValueError unless it is defined once.
+
+    >>> text = "def f(): return 1\\ndef g(): return 2\\n"
+    >>> start, end = function_span(text, "g", True)
+    >>> text[start:end]
+    'def g(): return 2'
+    >>> text = "int f(int n) { return n; }\\nint g() { return f(2); }"
+    >>> start, end = function_span(text, "f", False)
+    >>> text[start:end]
+    'f(int n) { return n; }'
+    """
+    if not name:
+        return 0, len(text)
+    spans = _python_spans(text, name) if is_python else _cpp_spans(text, name)
+    if len(spans) != 1:
+        raise ValueError(f"{name} is defined {len(spans)} times, want once")
+    return spans[0]
+
+
+def _python_spans(text: str, name: str) -> list[tuple[int, int]]:
+    nodes: list[ast.AST] = [ast.parse(text)]
+    for part in name.split("."):
+        nodes = [
+            child
+            for node in nodes
+            for child in ast.walk(node)
+            if isinstance(child, ast.FunctionDef | ast.ClassDef) and child.name == part
+        ]
+    starts = [0]
+    for line in text.splitlines(keepends=True):
+        starts.append(starts[-1] + len(line))
+    return [(starts[n.lineno - 1], starts[n.end_lineno] - 1) for n in nodes]  # type: ignore[attr-defined]
+
+
+def _cpp_spans(text: str, name: str) -> list[tuple[int, int]]:
+    """Find definitions `name(...) ... {...}` and `struct name {...}` by matching brackets."""
+    spans = []
+    for match in re.finditer(rf"\b{re.escape(name)}\s*\(", text):
+        after = _match_bracket(text, match.end() - 1)
+        body = re.compile(r"\s*(?:const\b|noexcept\b|->\s*[\w:<>]+|:[^;{]*)?\s*\{").match(
+            text, after
+        )
+        if body:
+            spans.append((match.start(), _match_bracket(text, body.end() - 1)))
+    for match in re.finditer(rf"\b(?:struct|class)\s+{re.escape(name)}\b[^;{{(]*\{{", text):
+        spans.append((match.start(), _match_bracket(text, match.end() - 1)))
+    return spans
+
+
+def _match_bracket(text: str, start: int) -> int:
+    """Return the place after the bracket that closes the one at `start`.
+
+    Brackets in strings and comments count too; the sources keep them balanced.
+    """
+    pair, depth = {"(": ")", "{": "}"}[text[start]], 0
+    for at in range(start, len(text)):
+        if text[at] == text[start]:
+            depth += 1
+        elif text[at] == pair:
+            depth -= 1
+            if not depth:
+                return at + 1
+    raise ValueError(f"no bracket closes the one at {start}")

@@ -6,7 +6,6 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
-#include <array>
 #include <cstddef>
 #include <exception>
 #include <memory>
@@ -228,41 +227,6 @@ py::object fast_function(const char* name) {
   return method<fast<kernel>>(name, METH_FASTCALL);
 }
 
-// While a model decodes, its weights sweep what a layer looks at out of the caches between two
-// calls. `fetch` asks for all of it at once, so that the trips to memory overlap with each other
-// and with what Python does meanwhile. Asking is no access: an address may be out of date.
-
-// Where objects lie, with the tables of dictionaries, in bytes for `fetch`; of a number, what lies
-// at that address.
-py::bytes places(const py::tuple& objects) {
-  std::vector<Pointer> lines;
-  const auto add = [&](Pointer from, int count) {
-    for (int line = 0; line < count; ++line)
-      lines.push_back(from + 64 * static_cast<Pointer>(line));
-  };
-  for (const py::handle& object : objects) {
-    if (PyLong_Check(object.ptr())) {
-      add(argument<Pointer>(object.ptr()), 4);
-      if (PyErr_Occurred()) throw py::error_already_set();
-      continue;
-    }
-    add(reinterpret_cast<Pointer>(object.ptr()), 1);
-    if (PyDict_Check(object.ptr())) {
-      const auto* const dict = reinterpret_cast<const PyDictObject*>(object.ptr());
-      add(reinterpret_cast<Pointer>(dict->ma_keys), 3);
-    }
-  }
-  return {reinterpret_cast<const char*>(lines.data()), lines.size() * sizeof(Pointer)};
-}
-
-PyObject* fetch(PyObject*, PyObject* places) {
-  if (!PyBytes_Check(places)) return PyErr_Format(PyExc_TypeError, "places: want bytes");
-  const auto* const lines = reinterpret_cast<const Pointer*>(PyBytes_AS_STRING(places));
-  const auto count = static_cast<std::size_t>(PyBytes_GET_SIZE(places)) / sizeof(Pointer);
-  for (std::size_t i = 0; i < count; ++i) __builtin_prefetch(as<const void>(lines[i]));
-  Py_RETURN_NONE;
-}
-
 // Whether `what` of `of` is still `want`; below 0: a Python error. Of a dictionary: what is under
 // that key, itself, None where nothing is. Of another object: its attribute of that name, or what a
 // function says of it, of nothing where it is None.
@@ -312,12 +276,6 @@ PyObject* unchanged(PyObject*, PyObject* const* given, Py_ssize_t count) {
   const int same = still_all(given);
   return same < 0 ? nullptr : PyBool_FromLong(same);
 }
-
-// Up to how many rows of x are few, for which W is read once. Of a training step: those from
-// `other` to before `other_end`, whose product is another's, and the least whose dx is not.
-struct Rows {
-  int64_t few, other, other_end, least;
-};
 
 // What DLPack's table of functions (its interface for C, version 1) says of a tensor in one call;
 // each look at an attribute runs code of its own, which has left the caches like all else.
@@ -374,20 +332,18 @@ PyObject* where(PyObject*, PyObject* tensor) {
                                    (4 + 2 * t.ndim) * Py_ssize_t{sizeof(int64_t)});
 }
 
-// A layer without gate and column scale: bound once are all but x, the bias, the state that a mask
-// is made of and what the garbage collector has to see.
+// A layer without gate, column scale and dropout, everything but x and the bias bound.
 struct Prepared {
   Layer layer;
   Codes4bit codes;  // which layer.codes points to, where it points anywhere
   DType x_dtype, dtype;
-  Rows rows;
+  int64_t few;  // the most rows of x, for which W is read once
   py::tuple what, want;       // of x, as `still` compares, where there is no `exchange`
-  py::object inner, columns;  // K, N
+  py::object columns;         // N
   py::object vector;          // (N,)
   py::object shape;           // the name of that attribute
   py::object data_ptr, new_empty, is_neg;  // functions of a tensor
   py::object cast, float32;                // of x to what the product takes, and of the bias
-  py::object ranks;                        // what makes P of x and its shape
   py::object threads;                      // how many
 };
 
@@ -476,8 +432,6 @@ bool bias_fits(const Prepared& p, const py::object& bias) {
   return bias.is_none() || yes(still(bias.ptr(), p.shape.ptr(), p.vector.ptr()));
 }
 
-bool trains(const Rows& r, int64_t M) { return M && !(M >= r.other && M < r.other_end); }
-
 Pointer address(const Prepared& p, const py::object& tensor) {
   DlTensor t;
   if (exchange && look(tensor.ptr(), t)) return reinterpret_cast<Pointer>(t.data);
@@ -493,18 +447,11 @@ Matrix rows_of(const Prepared& p, const py::object& tensor, DType dtype, int64_t
   return {memory<const void>(p, tensor), dtype, columns, 1};
 }
 
-Layer layer_of(const Prepared& p, int64_t M, const py::object& rng) {
-  Layer layer = p.layer;
-  layer.M = M;
-  layer.dropout.rng = memory<const int64_t>(p, rng);
-  layer.threads = number<int>(owned(PyObject_CallNoArgs(p.threads.ptr())));
-  return layer;
-}
-
-// y; P is written where `ranks` points, null for nowhere.
 py::object forward_of(const Prepared& p, const Given& given, const py::object& x,
-                      const py::object& bias, const py::object& rng, float* ranks) {
-  Layer l = layer_of(p, given.rows, rng);
+                      const py::object& bias) {
+  Layer l = p.layer;
+  l.M = given.rows;
+  l.threads = number<int>(owned(PyObject_CallNoArgs(p.threads.ptr())));
   const py::object b = bias.is_none() ? bias : call(p.float32, bias);
   const py::object xs = p.cast.is_none() ? x : call(p.cast, x);
   const py::object y = call(p.new_empty, x, given.sizes);
@@ -513,124 +460,46 @@ py::object forward_of(const Prepared& p, const Given& given, const py::object& x
   void* const result = memory<void>(p, y);
   {
     py::gil_scoped_release release;
-    std::unique_ptr<void, void (*)(void*)> scratch(
-        ranks ? nullptr : scratch_alloc(l.M * l.R * static_cast<int64_t>(sizeof(float))),
-        scratch_free);
+    std::unique_ptr<void, void (*)(void*)> ranks(
+        scratch_alloc(l.M * l.R * static_cast<int64_t>(sizeof(float))), scratch_free);
     lora_linear(
-        l, {from, multiplied, l.M <= p.rows.few, ranks ? ranks : static_cast<float*>(scratch.get()),
-            result, p.x_dtype, nullptr});
+        l, {from, multiplied, true, static_cast<float*>(ranks.get()), result, p.x_dtype, nullptr});
   }
   return y;
 }
 
-// What f(call, x, bias, what x is) returns where all is as it was prepared for, else None. Given
-// are x [..., K], contiguous; bias [N] or None; and tuples for `still`.
-template <typename F>
-PyObject* with_x(PyObject* self, PyObject* const* given, Py_ssize_t count, const F& f) {
+// x [..., K], contiguous; bias [N] or None; and tuples for `still` -> y [..., N] of few rows, or
+// None if anything is not as it was prepared for.
+PyObject* prepared_forward(PyObject* self, PyObject* const* given, Py_ssize_t count) {
   if (count != 5 || !are_tuples(given + 2, 3))
     return PyErr_Format(PyExc_TypeError, "want x, bias and the tuples of, what and want");
   return guarded([&]() -> PyObject* {
     const Prepared& p = prepared_of(self);
     const py::object x = borrowed(given[0]), bias = borrowed(given[1]);
-    py::object result = py::none();
+    py::object y = py::none();
     if (yes(still_all(given + 2))) {
       const Given is(p, given[0], p.layer.K, p.columns);
-      if (is.rows && bias_fits(p, bias)) result = f(p, is, x, bias);
+      if (is.rows && is.rows <= p.few && bias_fits(p, bias)) y = forward_of(p, is, x, bias);
     }
-    return result.release().ptr();
+    return y.release().ptr();
   });
 }
 
-// y [..., N] of few rows.
-PyObject* prepared_forward(PyObject* self, PyObject* const* given, Py_ssize_t count) {
-  return with_x(self, given, count, [](auto& p, auto& is, auto& x, auto& bias) -> py::object {
-    if (is.rows > p.rows.few) return py::none();
-    return forward_of(p, is, x, bias, py::none(), nullptr);
-  });
-}
-
-// True where `prepared_train` gives y and P.
-PyObject* prepared_trains(PyObject* self, PyObject* const* given, Py_ssize_t count) {
-  return with_x(self, given, count, [](auto& p, auto& is, auto&, auto&) -> py::object {
-    if (!trains(p.rows, is.rows)) return py::none();
-    return py::bool_(true);
-  });
-}
-
-// x and bias, for which `prepared_trains`; the mask's state or None -> (y [..., N], P [M, R]).
-PyObject* prepared_train(PyObject* self, PyObject* const* given, Py_ssize_t count) {
-  if (count != 3) return PyErr_Format(PyExc_TypeError, "want x, bias and rng");
-  return guarded([&]() -> PyObject* {
-    const Prepared& p = prepared_of(self);
-    const py::object x = borrowed(given[0]), bias = borrowed(given[1]), rng = borrowed(given[2]);
-    const Given is(p, given[0], p.layer.K, p.columns);
-    if (!trains(p.rows, is.rows) || !bias_fits(p, bias))
-      throw std::invalid_argument("x, bias: not what the call was prepared for");
-    const py::object ranks = call(p.ranks, x, py::make_tuple(is.rows, p.layer.R));
-    const py::object y = forward_of(p, is, x, bias, rng, memory<float>(p, ranks));
-    return py::make_tuple(y, ranks).release().ptr();
-  });
-}
-
-// dy [..., N], x [..., K], A, B, P [M, R] and rng; whether dx, dA and dB are wanted; tuples for
-// `still`, A and B among them -> (dx, dA, dB), each None where it is not wanted; None where
-// anything is not as it was prepared for.
-PyObject* prepared_backward(PyObject* self, PyObject* const* given, Py_ssize_t count) {
-  if (count != 12 || !are_tuples(given + 9, 3))
-    return PyErr_Format(PyExc_TypeError,
-                        "want dy, x, A, B, P, rng, three wishes and the tuples of, what and want");
-  return guarded([&]() -> PyObject* {
-    const Prepared& p = prepared_of(self);
-    const Given of_x(p, given[1], p.layer.K, p.columns);
-    if (of_x.rows < p.rows.least || !trains(p.rows, of_x.rows) || !yes(still_all(given + 9)))
-      return Py_NewRef(Py_None);
-    const Given of_dy(p, given[0], p.layer.N, p.inner);
-    if (of_x.rows != of_dy.rows) return Py_NewRef(Py_None);
-    const Layer l = layer_of(p, of_x.rows, borrowed(given[5]));
-    const py::object dy = borrowed(given[0]), x = borrowed(given[1]);
-    const auto empty = [&](int wish, const py::object& like) -> py::object {
-      if (given[wish] != Py_True) return py::none();
-      return call(p.new_empty, like, owned(PyObject_GetAttr(like.ptr(), p.shape.ptr())));
-    };
-    const py::object dx = empty(6, x), da = empty(7, borrowed(given[2])),
-                     db = empty(8, borrowed(given[3]));
-    const Matrix dz = rows_of(p, dy, p.x_dtype, l.N);
-    const Backward g{dz,
-                     dz,
-                     rows_of(p, x, p.x_dtype, l.K),
-                     memory<const float>(p, borrowed(given[4])),
-                     nullptr,
-                     memory<void>(p, dx),
-                     memory<void>(p, da),
-                     memory<void>(p, db),
-                     nullptr,
-                     nullptr,
-                     nullptr};
-    {
-      py::gil_scoped_release release;
-      lora_linear_backward(l, g);
-    }
-    return py::make_tuple(dx, da, db).release().ptr();
-  });
-}
-
-py::tuple prepare(const std::array<int64_t, 4>& rows, int64_t K, int64_t N, int64_t R, Pointer w,
-                  int64_t w_row, int64_t w_col, const Codes4bit* codes, Pointer a, int a_dtype,
-                  int64_t a_row, Pointer b, int b_dtype, int64_t b_row, int64_t b_col,
-                  float scaling, float keep_scale, uint32_t threshold, int x_dtype, int dtype,
-                  const py::tuple& what, const py::tuple& want, const py::object& shape,
-                  const py::object& data_ptr, const py::object& new_empty, const py::object& is_neg,
-                  const py::object& cast, const py::object& float32, const py::object& ranks,
-                  const py::object& threads) {
+py::object prepare(int64_t few, int64_t K, int64_t N, int64_t R, Pointer w, int64_t w_row,
+                   int64_t w_col, const Codes4bit* codes, Pointer a, int a_dtype, int64_t a_row,
+                   Pointer b, int b_dtype, int64_t b_row, int64_t b_col, float scaling, int x_dtype,
+                   int dtype, const py::tuple& what, const py::tuple& want, const py::object& shape,
+                   const py::object& data_ptr, const py::object& new_empty,
+                   const py::object& is_neg, const py::object& cast, const py::object& float32,
+                   const py::object& threads) {
   if (what.size() != want.size()) throw std::invalid_argument("what and want: want one length");
   auto prepared = std::make_unique<Prepared>(Prepared{{},
                                                       {},
                                                       static_cast<DType>(x_dtype),
                                                       static_cast<DType>(dtype),
-                                                      {rows[0], rows[1], rows[2], rows[3]},
+                                                      few,
                                                       what,
                                                       want,
-                                                      py::int_(K),
                                                       py::int_(N),
                                                       py::make_tuple(N),
                                                       shape,
@@ -639,7 +508,6 @@ py::tuple prepare(const std::array<int64_t, 4>& rows, int64_t K, int64_t N, int6
                                                       is_neg,
                                                       cast,
                                                       float32,
-                                                      ranks,
                                                       threads});
   Layer& layer = prepared->layer;
   layer.w = matrix(w, dtype, w_row, w_col);
@@ -653,14 +521,10 @@ py::tuple prepare(const std::array<int64_t, 4>& rows, int64_t K, int64_t N, int6
   layer.N = N;
   layer.R = R;
   layer.scaling = scaling;
-  layer.keep_scale = keep_scale;
-  layer.dropout.threshold = threshold;
+  layer.keep_scale = 1;
   const py::capsule self(prepared.get(), [](void* p) { delete static_cast<Prepared*>(p); });
   prepared.release();
-  return py::make_tuple(method<prepared_forward>("forward", METH_FASTCALL, self),
-                        method<prepared_trains>("trains", METH_FASTCALL, self),
-                        method<prepared_train>("train", METH_FASTCALL, self),
-                        method<prepared_backward>("backward", METH_FASTCALL, self));
+  return method<prepared_forward>("forward", METH_FASTCALL, self);
 }
 
 const char* use_isa_named(const std::string& name) {
@@ -683,11 +547,9 @@ PYBIND11_MODULE(_native, m) {
         "None where there is none and the kernels run on the calling thread.");
   const auto release = py::call_guard<py::gil_scoped_release>();
   py::class_<Codes4bit>(m, "Codes4bit").def(py::init(&codes_4bit));
-  m.def("prepare", prepare, "Its results: forward, trains, train and backward of a layer.");
-  m.def("places", places);
+  m.def("prepare", prepare, "Return a function of x and bias: the forward of a layer.");
   m.def("use_exchange", use_exchange, "Look at tensors by DLPack's table of functions, or None.");
   m.attr("where") = method<where>("where", METH_O);
-  m.attr("fetch") = method<fetch>("fetch", METH_O);
   m.attr("unchanged") = method<unchanged>("unchanged", METH_FASTCALL);
   m.def("quantize", quantize, release);
   m.def("dequantize", dequantize, release);

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -13,6 +13,16 @@ from torch import Tensor
 from . import ops
 from .backends import forced
 from .backends.forced import Forced
+from .core.call import (
+    Grads,
+    MultiNeeds,
+    MultiOperands,
+    MultiSpec,
+    Needs,
+    Operands,
+    Saved,
+    Spec,
+)
 from .quantization.codes import Codes
 from .select import Choice
 
@@ -63,16 +73,33 @@ def _again(choice: Choice | None, strategy: bool = True) -> AbstractContextManag
     return forced.again(Forced(choice.backend, choice.strategy if strategy else None))
 
 
+class Options(NamedTuple):
+    """What `LoRALinearFunction` takes beside tensors, in one argument: a Function's call costs
+    time for each.
+
+    Args:
+        spec: of the call.
+        recompute: whether the backward computes P again in place of a saved P.
+        blocksizes: the fields of `Codes` that are no tensors; () for a dense weight.
+    """
+
+    spec: Spec
+    recompute: bool
+    blocksizes: tuple[Any, ...]
+
+
+class MultiOptions(NamedTuple):
+    """What `MultiLoRALinearFunction` takes beside tensors; see `Options`."""
+
+    spec: MultiSpec
+    blocksizes: tuple[Any, ...]
+
+
 class LoRALinearFunction(torch.autograd.Function):
     """`ops.lora_linear` with `ops.lora_linear_backward`.
 
-    What is no tensor comes in one tuple, since a Function takes time for each argument: scaling,
-    dropout_p, dtype, y_dtype, recompute, a 4-bit weight's block sizes and type, and the
-    `prepared.Step` that is to be taken, or None. rng is the dropout mask's state, or the mask; None
-    with dropout_p > 0 has the op draw a mask.
-
-    Saved for backward: the inputs, P = D(x)·Aᵀ [M, R] (made again there where `recompute` is), the
-    rng state; z [M, N] only where the column scale needs a gradient.
+    `codes` are the tensors of a 4-bit weight. Saved for the backward: the operands, P [M, R]
+    unless `Options.recompute`, and z [M, N] if the column scale needs a gradient.
     """
 
     @staticmethod
@@ -86,92 +113,67 @@ class LoRALinearFunction(torch.autograd.Function):
         column_scale: Tensor | None,
         bias: Tensor | None,
         rng: Tensor | None,
-        numbers: tuple[Any, ...],
+        options: Options,
         *codes: Any,
     ) -> Tensor:
-        scaling, dropout_p, dtype, y_dtype, recompute, blocksizes, step = numbers
-        save_z = column_scale is not None and ctx.needs_input_grad[5]
-        y: Tensor
-        p: Tensor | None
-        z: Tensor | None = None
-        mask: Tensor | None = None
-        choice: Choice | None = None
-        if step is not None:
-            y, p = step.train(x, bias, rng)
-        elif ops.plain(x, codes[0] if codes else weight, lora_A, lora_B):
-            held = Codes(*codes, *blocksizes) if codes else weight
-            choice = ops.choose(x, held, lora_A, lora_B, dtype, rng, dropout_p)
-            y, p, z, mask = ops.lora_linear_direct(
-                x, held, lora_A, lora_B, scaling, rank_gate, column_scale, bias, dropout_p, rng,
-                dtype, y_dtype, save_z, choice,
-            )  # fmt: skip
+        base = Codes(*codes, *options.blocksizes) if codes else weight
+        operands = Operands(x, base, lora_A, lora_B, rank_gate, column_scale, bias, rng)
+        spec = options.spec
+        if column_scale is not None and ctx.needs_input_grad[5]:
+            spec = spec._replace(save_z=True)
+        ctx.choice = None
+        if ops.plain(x, codes[0] if codes else weight, lora_A, lora_B):
+            ctx.choice = ops.choose(operands, spec)
+            y, saved = ops.lora_linear_direct(operands, spec, ctx.choice)
         else:
-            call: Any = ops.lora_linear_4bit if codes else ops.lora_linear
-            base: tuple[Any, ...] = (*codes, *blocksizes) if codes else (weight,)
-            y, p, z, mask = call(
-                x, *base, lora_A, lora_B, scaling, rank_gate, column_scale, bias, dropout_p, rng,
-                dtype, y_dtype, save_z,
-            )  # fmt: skip
-        if recompute:
-            p = None
-        if rng is None and dropout_p:
-            rng = mask
-        ctx.save_for_backward(x, lora_A, lora_B, p, z, rank_gate, column_scale, rng, weight, *codes)
-        ctx.numbers, ctx.choice = numbers, choice
-        ctx.bias_dtype = None if bias is None else bias.dtype
+            y, saved = ops.lora_linear_dispatched(operands, spec)
+        ctx.save_for_backward(
+            x, weight, lora_A, lora_B, rank_gate, column_scale,
+            rng if saved.mask is None else saved.mask, None if options.recompute else saved.p,
+            saved.z, *codes,
+        )  # fmt: skip
+        ctx.options, ctx.bias_dtype = options, None if bias is None else bias.dtype
         return y
 
     @staticmethod
     @_once
-    def backward(ctx: Any, saved: tuple[Any, ...], dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, lora_A, lora_B, p, z, rank_gate, column_scale, rng, weight, *codes = saved
-        scaling, dropout_p, dtype, _, _, blocksizes, step = ctx.numbers
-        choice, need = ctx.choice, ctx.needs_input_grad
-        need_x, need_A, need_B = need[0], need[2], need[3]
-        need_gate, need_column_scale, need_bias = need[4], need[5], need[6]
-        if step is not None:
-            wanted = need_x, need_A, need_B
-            found = None
-            if not need_bias:
-                found = step.backward(dy, x, weight, lora_A, lora_B, p, rng, *wanted)
-            if found is not None:
-                dx, dA, dB = found
-                return dx, None, dA, dB, *[None] * (5 + len(codes))
-            choice = step.choice(p.shape[0])
-        base: tuple[Any, ...] = (*codes, *blocksizes) if codes else (weight,)
-        call: Any = ops.lora_linear_backward_4bit if codes else ops.lora_linear_backward
+    def backward(ctx: Any, tensors: tuple[Any, ...], dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, lora_A, lora_B, rank_gate, column_scale, rng, p, z, *codes = tensors
+        spec, _, blocksizes = ctx.options
+        need = ctx.needs_input_grad
+        needs = Needs(need[0], *need[2:7])
+        base = Codes(*codes, *blocksizes) if codes else weight
+        operands = Operands(x, base, lora_A, lora_B, rank_gate, column_scale, None, rng)
         if p is None:
-            with _again(choice, strategy=False):  # of a layer with one column
-                p = ops.rank_product(x, lora_A, dropout_p, rng, dtype)
-        chosen: tuple[Choice | None, ...] = ()
-        direct = choice is not None and ops.plain(dy, x, base[0], lora_A, lora_B)
+            with _again(ctx.choice, strategy=False):  # of a layer with one column
+                p = ops.down_projection(x, lora_A, spec.dropout_p, rng, spec.dtype)
+        saved, held = Saved(p, z), codes[0] if codes else weight
+        direct = ctx.choice is not None and ops.plain(dy, x, held, lora_A, lora_B)
         if direct and not ops.batched(dy):
-            call, chosen = ops.lora_linear_backward_direct, (choice,)
-            base = (Codes(*base) if codes else weight,)
-        with _NOTHING if chosen else _again(choice):
-            dx, dA, dB, dg, dc, dbias = call(
-                dy, x, *base, lora_A, lora_B, p, z, scaling, rank_gate, column_scale, dropout_p,
-                rng, dtype, need_x, need_A, need_B, need_gate, need_column_scale, need_bias,
-                *chosen,
-            )  # fmt: skip
-        return (
-            dx if need_x else None,
-            None,
-            dA if need_A else None,
-            dB if need_B else None,
-            dg.to(rank_gate.dtype) if need_gate else None,
-            dc.to(column_scale.dtype) if need_column_scale else None,
-            dbias.to(ctx.bias_dtype) if need_bias else None,
-            *[None] * (2 + len(codes)),
-        )
+            grads = ops.lora_linear_backward_direct(dy, operands, saved, spec, needs, ctx.choice)
+        else:
+            with _again(ctx.choice):
+                grads = ops.lora_linear_backward_dispatched(dy, operands, saved, spec, needs)
+        return _in_dtypes(ctx, grads, operands, len(codes))
+
+
+def _in_dtypes(ctx: Any, grads: Grads, operands: Operands, codes: int) -> tuple[Tensor | None, ...]:
+    """Return the gradients of all arguments, each in its tensor's dtype."""
+    gate, scale, bias = grads[3:]
+    if gate is not None and operands.rank_gate is not None:
+        gate = gate.to(operands.rank_gate.dtype)
+    if scale is not None and operands.column_scale is not None:
+        scale = scale.to(operands.column_scale.dtype)
+    if bias is not None:
+        bias = bias.to(ctx.bias_dtype)
+    return grads.x, None, grads.lora_A, grads.lora_B, gate, scale, bias, *[None] * (2 + codes)
 
 
 class MultiLoRALinearFunction(torch.autograd.Function):
     """`ops.multi_lora_linear` with `ops.multi_lora_linear_backward`.
 
-    Numbers: the adapters' scalings, dropout_p, dtype, y_dtype and a 4-bit weight's block sizes. The
-    adapters' tensors come last: E of A, E of B and, for a 4-bit weight, its codes. Saved for
-    backward: the inputs, P [M, R], the rng state.
+    `tensors` are E of lora_A, E of lora_B and the tensors of a 4-bit weight. Saved for the
+    backward: the operands and P [M, R].
     """
 
     @staticmethod
@@ -182,55 +184,45 @@ class MultiLoRALinearFunction(torch.autograd.Function):
         index: Tensor,
         bias: Tensor | None,
         rng: Tensor | None,
-        numbers: tuple[Any, ...],
+        options: MultiOptions,
         *tensors: Any,
     ) -> Tensor:
-        scaling, dropout_p, dtype, y_dtype, blocksizes = numbers
-        E = len(scaling)
+        spec, blocksizes = options
+        E = len(spec.scaling)
         lora_A, lora_B, codes = tensors[:E], tensors[E : 2 * E], tensors[2 * E :]
-        base: tuple[Any, ...] = (*codes, *blocksizes) if codes else (weight,)
-        call: Any = ops.multi_lora_linear_4bit if codes else ops.multi_lora_linear
-        chosen: tuple[Choice, ...] = ()
+        base = Codes(*codes, *blocksizes) if codes else weight
+        operands = MultiOperands(x, base, lora_A, lora_B, index, bias, rng)
         ctx.choice = None
-        if ops.plain(x, index, base[0], *lora_A, *lora_B):
-            call, held = ops.multi_lora_linear_direct, Codes(*base) if codes else weight
-            ctx.choice = ops.choose_multi(x, held, lora_A, lora_B, dtype, rng, dropout_p)
-            base, chosen = (held,), (ctx.choice,)
-        y: Tensor
-        y, p, mask = call(
-            x, *base, lora_A, lora_B, index, scaling, bias, dropout_p, rng, dtype, y_dtype, *chosen
-        )
-        if rng is None and dropout_p:
-            rng = mask
-        ctx.save_for_backward(x, weight, index, p, rng, *tensors)
-        ctx.numbers = numbers
-        ctx.bias_dtype = None if bias is None else bias.dtype
+        if ops.plain(x, index, codes[0] if codes else weight, *lora_A, *lora_B):
+            ctx.choice = ops.choose_multi(operands, spec)
+            y, saved = ops.multi_lora_linear_direct(operands, spec, ctx.choice)
+        else:
+            y, saved = ops.multi_lora_linear_dispatched(operands, spec)
+        rng = rng if saved.mask is None else saved.mask
+        ctx.save_for_backward(x, weight, index, saved.p, rng, *tensors)
+        ctx.options, ctx.bias_dtype = options, None if bias is None else bias.dtype
         return y
 
     @staticmethod
     @_once
     def backward(ctx: Any, saved: tuple[Any, ...], dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, index, p, rng, *tensors = saved
-        scaling, dropout_p, dtype, _, blocksizes = ctx.numbers
-        E, need = len(scaling), ctx.needs_input_grad
+        spec, blocksizes = ctx.options
+        E, need = len(spec.scaling), ctx.needs_input_grad
         lora_A, lora_B, codes = tensors[:E], tensors[E : 2 * E], tensors[2 * E :]
-        need_bias, need_A, need_B = need[3], need[6 : 6 + E], need[6 + E : 6 + 2 * E]
-        base: tuple[Any, ...] = (*codes, *blocksizes) if codes else (weight,)
-        call: Any = ops.multi_lora_linear_backward_4bit if codes else ops.multi_lora_linear_backward
-        chosen: tuple[Choice, ...] = ()
-        direct = ctx.choice is not None and ops.plain(dy, x, index, base[0], *lora_A, *lora_B)
+        needs = MultiNeeds(need[0], need[6 : 6 + E], need[6 + E : 6 + 2 * E], need[3])
+        base, held = (Codes(*codes, *blocksizes), codes[0]) if codes else (weight, weight)
+        operands = MultiOperands(x, base, lora_A, lora_B, index, None, rng)
+        direct = ctx.choice is not None and ops.plain(dy, x, index, held, *lora_A, *lora_B)
         if direct and not ops.batched(dy):
-            call, chosen = ops.multi_lora_linear_backward_direct, (ctx.choice,)
-            base = (Codes(*base) if codes else weight,)
-        with _NOTHING if chosen else _again(ctx.choice):
-            dx, dA, dB, dbias = call(
-                dy, x, *base, lora_A, lora_B, index, p, scaling, dropout_p, rng, dtype,
-                need[0], need_A, need_B, need_bias, *chosen,
-            )  # fmt: skip
-        return (
-            dx if need[0] else None, None, None,
-            dbias.to(ctx.bias_dtype) if need_bias else None, None, None,
-            *[grad if needed else None for grad, needed in zip(dA, need_A, strict=True)],
-            *[grad if needed else None for grad, needed in zip(dB, need_B, strict=True)],
-            *[None] * len(codes),
-        )  # fmt: skip
+            grads = ops.multi_lora_linear_backward_direct(
+                dy, operands, Saved(p), spec, needs, ctx.choice
+            )
+        else:
+            with _again(ctx.choice):
+                grads = ops.multi_lora_linear_backward_dispatched(
+                    dy, operands, Saved(p), spec, needs
+                )
+        dbias = None if grads.bias is None else grads.bias.to(ctx.bias_dtype)
+        of_codes = [None] * len(codes)
+        return grads.x, None, None, dbias, None, None, *grads.lora_A, *grads.lora_B, *of_codes

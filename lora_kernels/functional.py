@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from . import ops, reference, select
-from .autograd import LoRALinearFunction, MultiLoRALinearFunction
+from .autograd import LoRALinearFunction, MultiLoRALinearFunction, MultiOptions, Options
 from .backends.library import follows_gpu
+from .core.call import MultiSpec, Operands, Spec
 from .quantization import Weight4bit
 from .quantization.codes import CODES_TENSORS, Codes
 
@@ -101,16 +102,16 @@ def lora_linear(
     if dropout_p or rng is not None:
         dropout_p, rng = _dropout(x, dropout_p, rng)
     scaling, dropout_p = _number("scaling", scaling), float(dropout_p)
-    tensors = (rank_gate, column_scale, bias)
+    spec = Spec(scaling, dropout_p, dtype, y_dtype)
     if not torch.is_grad_enabled() and ops.plain(x, codes[0] if codes else weight, lora_A, lora_B):
-        return ops.lora_linear_direct(
-            x, Codes(*codes) if codes else weight, lora_A, lora_B, scaling, *tensors, dropout_p,
-            rng, dtype, y_dtype, False,
-        )[0]  # fmt: skip
-    numbers = (scaling, dropout_p, dtype, y_dtype, recompute, codes[CODES_TENSORS:], None)
+        base = Codes(*codes) if codes else weight
+        operands = Operands(x, base, lora_A, lora_B, rank_gate, column_scale, bias, rng)
+        return ops.lora_linear_direct(operands, spec)[0]
+    options = Options(spec, recompute, codes[CODES_TENSORS:])
     return LoRALinearFunction.apply(  # type: ignore[no-any-return]
-        x, weight, lora_A, lora_B, *tensors, rng, numbers, *codes[:CODES_TENSORS]
-    )
+        x, weight, lora_A, lora_B, rank_gate, column_scale, bias, rng, options,
+        *codes[:CODES_TENSORS],
+    )  # fmt: skip
 
 
 def multi_lora_linear(
@@ -205,9 +206,9 @@ def multi_lora_linear(
         As, Bs = both[:E], both[E:]
         weight = weight.to(y_dtype) if isinstance(weight, Tensor) else weight
     dropout_p, rng = _dropout(x, dropout_p, rng)
-    numbers = (factors, dropout_p, dtype, y_dtype, codes[CODES_TENSORS:])
+    options = MultiOptions(MultiSpec(factors, dropout_p, dtype, y_dtype), codes[CODES_TENSORS:])
     return MultiLoRALinearFunction.apply(  # type: ignore[no-any-return]
-        x, weight, index, bias, rng, numbers, *As, *Bs, *codes[:CODES_TENSORS]
+        x, weight, index, bias, rng, options, *As, *Bs, *codes[:CODES_TENSORS]
     )
 
 

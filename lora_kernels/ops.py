@@ -8,7 +8,6 @@ made in here, so a compiler never sees which one it named.
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,37 +28,57 @@ from .backends import cpu, cuda, eager, triton
 from .backends.cuda import fit
 from .backends.cuda.fit import Layout
 from .backends.rows import like_rows_of
+from .core.call import (
+    Grads,
+    Guard,
+    MultiGrads,
+    MultiNeeds,
+    MultiOperands,
+    MultiSpec,
+    Needs,
+    Operands,
+    Saved,
+    Spec,
+)
 from .quantization.codes import Codes
 
 _LIB = torch.library.Library("lora_kernels", "DEF")
 _BACKENDS: dict[str, Any] = {"eager": eager, "cpu": cpu, "triton": triton, "cuda": cuda}
 
-# A weight is one tensor, or the fields of `Codes`.
-_WEIGHTS = {
-    "": "Tensor? weight",
-    "_4bit": "Tensor packed, Tensor absmax, Tensor code, Tensor? nested_absmax, "
-    "Tensor? nested_code, Tensor? offset, int blocksize, int nested_blocksize, str quant_type",
-}
-_SCHEMAS = {
-    "lora_linear": "(Tensor x, {weight}, Tensor lora_A, Tensor lora_B, float scaling, "
-    "Tensor? rank_gate, Tensor? column_scale, Tensor? bias, float dropout_p, Tensor? rng, "
-    "ScalarType dtype, ScalarType y_dtype, bool save_z) "
-    "-> (Tensor y, Tensor p, Tensor z, Tensor mask)",
-    "lora_linear_backward": "(Tensor dy, Tensor x, {weight}, Tensor lora_A, Tensor lora_B, "
-    "Tensor p, Tensor? z, float scaling, Tensor? rank_gate, Tensor? column_scale, "
-    "float dropout_p, Tensor? rng, ScalarType dtype, bool need_x, bool need_A, bool need_B, "
-    "bool need_gate, bool need_column_scale, bool need_bias) "
-    "-> (Tensor dx, Tensor dA, Tensor dB, Tensor dg, Tensor dc, Tensor dbias)",
-    "multi_lora_linear": "(Tensor x, {weight}, Tensor[] lora_A, Tensor[] lora_B, Tensor index, "
-    "float[] scaling, Tensor? bias, float dropout_p, Tensor? rng, ScalarType dtype, "
-    "ScalarType y_dtype) -> (Tensor y, Tensor p, Tensor mask)",
-    "multi_lora_linear_backward": "(Tensor dy, Tensor x, {weight}, Tensor[] lora_A, "
-    "Tensor[] lora_B, Tensor index, Tensor p, float[] scaling, float dropout_p, Tensor? rng, "
-    "ScalarType dtype, bool need_x, bool[] need_A, bool[] need_B, bool need_bias) "
-    "-> (Tensor dx, Tensor[] dA, Tensor[] dB, Tensor dbias)",
-    "dora_norm": "({weight}, Tensor lora_A, Tensor lora_B, float scaling, Tensor? rank_gate, "
-    "Tensor? row_squares=None) -> Tensor",
-}
+_WEIGHT = "Tensor? weight"
+_CODES = (
+    "Tensor packed, Tensor absmax, Tensor code, Tensor? nested_absmax, Tensor? nested_code, "
+    "Tensor? offset, int blocksize, int nested_blocksize, str quant_type"
+)
+_OPERANDS = (
+    "Tensor x, {weight}, Tensor lora_A, Tensor lora_B, Tensor? rank_gate, Tensor? column_scale, "
+    "Tensor? bias, Tensor? rng"
+)
+_SPEC = "float scaling, float dropout_p, ScalarType dtype, ScalarType y_dtype, bool save_z"
+_NEEDS = (
+    "bool need_x, bool need_lora_A, bool need_lora_B, bool need_rank_gate, "
+    "bool need_column_scale, bool need_bias"
+)
+_MULTI_OPERANDS = (
+    "Tensor x, {weight}, Tensor[] lora_A, Tensor[] lora_B, Tensor adapter_index, Tensor? bias, "
+    "Tensor? rng"
+)
+_MULTI_SPEC = "float[] scaling, float dropout_p, ScalarType dtype, ScalarType y_dtype"
+_MULTI_NEEDS = "bool need_x, bool[] need_lora_A, bool[] need_lora_B, bool need_bias"
+_FORWARD = f"({_OPERANDS}, {_SPEC}) -> (Tensor y, Tensor p, Tensor z, Tensor mask)"
+_BACKWARD = (
+    f"(Tensor dy, {_OPERANDS}, Tensor p, Tensor? z, {_SPEC}, {_NEEDS}) "
+    "-> (Tensor dx, Tensor dA, Tensor dB, Tensor dg, Tensor dc, Tensor dbias)"
+)
+_MULTI_FORWARD = f"({_MULTI_OPERANDS}, {_MULTI_SPEC}) -> (Tensor y, Tensor p, Tensor mask)"
+_MULTI_BACKWARD = (
+    f"(Tensor dy, {_MULTI_OPERANDS}, Tensor p, {_MULTI_SPEC}, {_MULTI_NEEDS}) "
+    "-> (Tensor dx, Tensor[] dA, Tensor[] dB, Tensor dbias)"
+)
+_NORM = (
+    "({weight}, Tensor lora_A, Tensor lora_B, float scaling, Tensor? rank_gate, "
+    "Tensor? row_squares=None) -> Tensor"
+)
 
 
 _NOTHING = contextlib.nullcontext()
@@ -101,23 +120,16 @@ def layout(device_type: str, weight: Tensor | Codes | None, dtype: torch.dtype) 
 _COLUMNS = fit.Layout(columns=True)
 
 
-def choose(
-    x: Tensor,
-    weight: Tensor | Codes | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    dtype: torch.dtype,
-    rng: Tensor | None,
-    dropout_p: float = 0.0,
-) -> select.Choice:
-    """What computes both directions of a layer."""
-    if _takes_mask(rng, dropout_p):
+def choose(operands: Operands, spec: Spec) -> select.Choice:
+    """Choose the backend and strategy of both directions."""
+    x, weight, lora_A, lora_B, *_, rng = operands
+    if _takes_mask(rng, spec.dropout_p):
         return select.choose_for_mask()
     (device_type, index), (R, K), (N, _) = device_of(x), lora_A.shape, lora_B.shape
     return select.lora_linear(
-        device_type, x.dtype, lora_A.dtype, lora_B.dtype, dtype, R, x.numel() // K,
+        device_type, x.dtype, lora_A.dtype, lora_B.dtype, spec.dtype, R, x.numel() // K,
         isinstance(weight, Codes), N, K, rng is not None, index,
-        layout(device_type, weight, dtype),
+        layout(device_type, weight, spec.dtype),
     )  # fmt: skip
 
 
@@ -134,56 +146,42 @@ def _rows(rng: Tensor | None, x: Tensor) -> Tensor | None:
 
 
 def lora_linear_direct(
-    x: Tensor,
-    weight: Tensor | Codes | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    rank_gate: Tensor | None,
-    column_scale: Tensor | None,
-    bias: Tensor | None,
-    dropout_p: float,
-    rng: Tensor | None,
-    dtype: torch.dtype,
-    y_dtype: torch.dtype,
-    save_z: bool,
-    choice: select.Choice | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """y, P, z or None, and the mask that was drawn or None."""
-    choice = choice or choose(x, weight, lora_A, lora_B, dtype, rng, dropout_p)
-    rest = (
-        weight, lora_A, lora_B, scaling, rank_gate, column_scale, bias, dropout_p, rng, dtype,
-        y_dtype, save_z, choice.strategy,
-    )  # fmt: skip
+    operands: Operands, spec: Spec, choice: select.Choice | None = None
+) -> tuple[Tensor, Saved]:
+    """Run the forward without the dispatcher; y and what the backward takes."""
+    choice = choice or choose(operands, spec)
+    x, rng, backend = operands.x, operands.rng, _BACKENDS[choice.backend]
     with _no_autocast(x):
-        if choice.backend == "cpu":
-            return *cpu.lora_linear(x, *rest), None
-        y, p, z, *mask = _BACKENDS[choice.backend].lora_linear(
-            x.reshape(-1, x.shape[-1]), *rest[:8], _rows(rng, x), *rest[9:]
-        )
-    return like_rows_of(x, y), p, z, mask[0] if mask else None
+        if choice.backend == "cpu":  # takes any leading dimensions
+            return cpu.lora_linear(operands, spec, choice.strategy)
+        rows = operands._replace(x=x.reshape(-1, x.shape[-1]), rng=_rows(rng, x))
+        y, saved = backend.lora_linear(rows, spec, choice.strategy)
+    return like_rows_of(x, y), saved
 
 
-def _lora_linear_fake(
-    x: Tensor,
-    weight: Tensor | Codes | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    rank_gate: Tensor | None,
-    column_scale: Tensor | None,
-    bias: Tensor | None,
-    dropout_p: float,
-    rng: Tensor | None,
-    dtype: torch.dtype,
-    y_dtype: torch.dtype,
-    save_z: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    M, (N, R) = x.numel() // x.shape[-1], lora_B.shape
-    y = x.new_empty(*x.shape[:-1], N, dtype=y_dtype)
-    p = x.new_empty(M, R, dtype=eager.stat_dtype(dtype))
-    z = x.new_empty((M, N) if save_z else (0,), dtype=y_dtype)
-    return y, p, z, _mask_fake(x, dropout_p, rng)
+def lora_linear_dispatched(operands: Operands, spec: Spec) -> tuple[Tensor, Saved]:
+    """Run the forward by its op."""
+    weight = operands.weight
+    if isinstance(weight, Codes):
+        y, p, z, mask = lora_linear_4bit(operands.x, *weight, *operands[2:], *spec)
+    else:
+        y, p, z, mask = lora_linear(*operands, *spec)
+    drawn = spec.dropout_p and operands.rng is None
+    return y, Saved(p, z if spec.save_z else None, mask if drawn else None)
+
+
+def _lora_linear_op(operands: Operands, spec: Spec) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    y, (p, z, mask) = lora_linear_direct(operands, spec)
+    return y, p, _or_empty(z, y.dtype, y), _or_empty(mask, torch.bool, y)
+
+
+def _lora_linear_fake(operands: Operands, spec: Spec) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, (N, R) = operands.x, operands.lora_B.shape
+    M = x.numel() // x.shape[-1]
+    y = x.new_empty(*x.shape[:-1], N, dtype=spec.y_dtype)
+    p = x.new_empty(M, R, dtype=eager.stat_dtype(spec.dtype))
+    z = x.new_empty((M, N) if spec.save_z else (0,), dtype=spec.y_dtype)
+    return y, p, z, _mask_fake(x, spec.dropout_p, operands.rng)
 
 
 def _mask_fake(x: Tensor, dropout_p: float, rng: Tensor | None) -> Tensor:
@@ -191,23 +189,22 @@ def _mask_fake(x: Tensor, dropout_p: float, rng: Tensor | None) -> Tensor:
     return x.new_empty(shape, dtype=torch.bool)
 
 
-def rank_product(
+def _or_empty(t: Tensor | None, dtype: torch.dtype, like: Tensor) -> Tensor:
+    """Return t, or an empty tensor for None: an op's schema has no optional results."""
+    return like.new_empty(0, dtype=dtype) if t is None else t
+
+
+def down_projection(
     x: Tensor, lora_A: Tensor, dropout_p: float, rng: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """P = D(x)·Aᵀ [M, R]: `lora_linear`'s, of a layer with one column and no base. The same bits as
-    with a base on the CPU; Triton's strategies, one of which is chosen for that layer, add in
-    other orders."""
-    call = lora_linear_direct if plain(x, lora_A) else lora_linear
-    column = lora_A.new_zeros(1, lora_A.shape[0])
-    p: Tensor = call(
-        x, None, lora_A, column, 1.0, None, None, None, dropout_p, rng, dtype, x.dtype, False
-    )[1]
-    return p
+    """Compute P = D(x)·Aᵀ [M, R], as `lora_linear` without a base and with one column.
 
-
-Prepared = cpu.Prepared  # of the one backend that has such a thing
-Fact = cpu.Fact
-_NO_STEP = (0, sys.maxsize, 0)  # whatever the rows
+    On the CPU the bits are those of a call with a base. Triton's strategies, one of which is
+    chosen for this call, sum in other orders.
+    """
+    operands = Operands(x, None, lora_A, lora_A.new_zeros(1, lora_A.shape[0]), rng=rng)
+    run = lora_linear_direct if plain(x, lora_A) else lora_linear_dispatched
+    return run(operands, Spec(1.0, dropout_p, dtype, x.dtype))[1].p
 
 
 def prepare(
@@ -218,12 +215,12 @@ def prepare(
     scaling: float,
     dtype: torch.dtype,
     rows: int,
-    facts: Sequence[Fact],
-) -> Prepared | None:
-    """`lora_linear_direct` for up to `rows` rows of x, no more than `select.few_rows`, y in x's
-    dtype, with its pointers and sizes bound, where the backend chosen for them has such a thing.
+    guards: Sequence[Guard],
+) -> cpu.PreparedCall | None:
+    """Bind `lora_linear_direct` for up to `rows` rows of x, at most `select.few_rows`.
 
-    facts: see `cpu.Prepared`."""
+    y has x's dtype. None if the backend chosen for such a call has no prepared calls.
+    """
     four_bit = isinstance(weight, Codes)
     choice = select.lora_linear(
         lora_A.device.type, x_dtype, lora_A.dtype, lora_B.dtype, dtype, lora_A.shape[0], 1,
@@ -231,230 +228,190 @@ def prepare(
     )  # fmt: skip
     if choice.backend != "cpu" or choice.strategy not in cpu.OF_FEW_ROWS:
         return None
-    return Prepared(weight, lora_A, lora_B, scaling, x_dtype, dtype, (rows, *_NO_STEP), facts)
-
-
-def prepare_step(
-    weight: Tensor | Codes,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    dtype: torch.dtype,
-    few: int,
-    facts: Sequence[Fact],
-    dropout_p: float,
-) -> tuple[Prepared, tuple[select.Choice, select.Choice]] | None:
-    """`lora_linear_direct` and its backward likewise, for x in `dtype`, where the backend has such
-    a thing for more rows than `few`, which are `select.few_rows`; and the choices for those and for
-    more."""
-    if select.strategy_asked():  # which may be for this many rows alone
-        return None
-    (R, K), (N, _), four_bit = lora_A.shape, lora_B.shape, isinstance(weight, Codes)
-    large = range(0) if four_bit else select.large_products(dtype, N * K)
-    many = few + 1 if few + 1 not in large else large.stop
-    few_choice, choice = (
-        select.lora_linear(
-            "cpu", dtype, lora_A.dtype, lora_B.dtype, dtype, R, rows, four_bit, N, K,
-            dropout_p > 0, None, layout("cpu", weight, dtype),
-        )
-        for rows in (few, many)
-    )  # fmt: skip
-    if choice.backend != "cpu" or not cpu.trains(choice.strategy):
-        return None
-    rows = (few, large.start, large.stop, 1 if four_bit else 2)  # of one, dx is the library's
-    return (
-        Prepared(weight, lora_A, lora_B, scaling, dtype, dtype, rows, facts, dropout_p),
-        (few_choice, choice),
-    )
+    return cpu.PreparedCall(weight, lora_A, lora_B, scaling, x_dtype, dtype, rows, guards)
 
 
 def lora_linear_backward_direct(
     dy: Tensor,
-    x: Tensor,
-    weight: Tensor | Codes | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    p: Tensor,
-    z: Tensor | None,
-    scaling: float,
-    rank_gate: Tensor | None,
-    column_scale: Tensor | None,
-    dropout_p: float,
-    rng: Tensor | None,
-    dtype: torch.dtype,
-    need_x: bool,
-    need_A: bool,
-    need_B: bool,
-    need_gate: bool,
-    need_column_scale: bool,
-    need_bias: bool,
+    operands: Operands,
+    saved: Saved,
+    spec: Spec,
+    needs: Needs,
     choice: select.Choice | None = None,
-) -> tuple[Tensor | None, ...]:
-    choice = choice or choose(x, weight, lora_A, lora_B, dtype, rng, dropout_p)
-    x2, dy2 = x, dy
+) -> Grads:
+    """Run the backward without the dispatcher."""
+    choice = choice or choose(operands, spec)
+    x, rng = operands.x, operands.rng
     if not (choice.backend == "cpu" or x.dim() == 2):
-        x2, dy2 = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+        dy = dy.reshape(-1, dy.shape[-1])
+        operands = operands._replace(x=x.reshape(-1, x.shape[-1]), rng=_rows(rng, x))
     with _no_autocast(x):
-        dx, *rest = _BACKENDS[choice.backend].lora_linear_backward(
-            dy2, x2, weight, lora_A, lora_B, p, z, scaling, rank_gate, column_scale, dropout_p,
-            _rows(rng, x), dtype, need_x, need_A, need_B, need_gate, need_column_scale, need_bias,
-            choice.strategy,
-        )  # fmt: skip
-    return (dx if dx is None or dx.dim() == x.dim() else dx.view(x.shape)), *rest
+        grads: Grads = _BACKENDS[choice.backend].lora_linear_backward(
+            dy, operands, saved, spec, needs, choice.strategy
+        )
+    dx = grads.x
+    return grads if dx is None or dx.dim() == x.dim() else grads._replace(x=dx.view(x.shape))
+
+
+def lora_linear_backward_dispatched(
+    dy: Tensor, operands: Operands, saved: Saved, spec: Spec, needs: Needs
+) -> Grads:
+    """Run the backward by its op."""
+    weight, rest = operands.weight, (saved.p, saved.z, *spec, *needs)
+    if isinstance(weight, Codes):
+        found = lora_linear_backward_4bit(dy, operands.x, *weight, *operands[2:], *rest)
+    else:
+        found = lora_linear_backward(dy, *operands, *rest)
+    return Grads(*(grad if need else None for grad, need in zip(found, needs, strict=True)))
+
+
+def _lora_linear_backward_op(
+    dy: Tensor, operands: Operands, saved: Saved, spec: Spec, needs: Needs
+) -> tuple[Tensor, ...]:
+    grads = lora_linear_backward_direct(dy, operands, saved, spec, needs)
+    dtypes = _grad_dtypes(operands, saved)
+    return tuple(_or_empty(t, d, dy) for t, d in zip(grads, dtypes, strict=True))
 
 
 def _lora_linear_backward_fake(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | Codes | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    p: Tensor,
-    z: Tensor | None,
-    scaling: float,
-    rank_gate: Tensor | None,
-    column_scale: Tensor | None,
-    dropout_p: float,
-    rng: Tensor | None,
-    dtype: torch.dtype,
-    need_x: bool,
-    need_A: bool,
-    need_B: bool,
-    need_gate: bool,
-    need_column_scale: bool,
-    need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    (N, R), stat = lora_B.shape, p.dtype
-
-    def like(need: bool, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return x.new_empty(shape if need else (0,), dtype=dtype)
-
-    return (
-        like(need_x, tuple(x.shape), x.dtype),
-        like(need_A, tuple(lora_A.shape), lora_A.dtype),
-        like(need_B, tuple(lora_B.shape), lora_B.dtype),
-        like(need_gate, (R,), stat),
-        like(need_column_scale, (N,), stat),
-        like(need_bias, (N,), stat),
+    dy: Tensor, operands: Operands, saved: Saved, spec: Spec, needs: Needs
+) -> tuple[Tensor, ...]:
+    x, _, lora_A, lora_B, *_ = operands
+    N, R = lora_B.shape
+    shapes = (tuple(x.shape), tuple(lora_A.shape), (N, R), (R,), (N,), (N,))
+    return tuple(
+        x.new_empty(shape if need else (0,), dtype=dtype)
+        for need, shape, dtype in zip(needs, shapes, _grad_dtypes(operands, saved), strict=True)
     )
 
 
-def choose_multi(
-    x: Tensor,
-    weight: Tensor | Codes | None,
-    lora_A: Sequence[Tensor],
-    lora_B: Sequence[Tensor],
-    dtype: torch.dtype,
-    rng: Tensor | None = None,
-    dropout_p: float = 0.0,
-) -> select.Choice:
-    if _takes_mask(rng, dropout_p):
+def _grad_dtypes(operands: Operands, saved: Saved) -> tuple[torch.dtype, ...]:
+    stat = saved.p.dtype
+    return operands.x.dtype, operands.lora_A.dtype, operands.lora_B.dtype, stat, stat, stat
+
+
+def choose_multi(operands: MultiOperands, spec: MultiSpec) -> select.Choice:
+    """Choose the backend and strategy of both directions, for several adapters."""
+    x, weight, lora_A, lora_B, *_, rng = operands
+    if _takes_mask(rng, spec.dropout_p):
         return select.choose_for_mask()
     (device_type, device_index), K = device_of(x), x.shape[-1]
     return select.multi_lora_linear(
-        device_type, x.dtype, lora_A[0].dtype, lora_B[0].dtype, dtype,
+        device_type, x.dtype, lora_A[0].dtype, lora_B[0].dtype, spec.dtype,
         max(A.shape[0] for A in lora_A), x.numel() // K, isinstance(weight, Codes),
-        lora_B[0].shape[0], K, device_index, layout(device_type, weight, dtype),
+        lora_B[0].shape[0], K, device_index, layout(device_type, weight, spec.dtype),
     )  # fmt: skip
 
 
+def _flattened(operands: MultiOperands) -> MultiOperands:
+    """Return the operands with x, index and a mask as M rows."""
+    x = operands.x
+    return operands._replace(
+        x=x.reshape(-1, x.shape[-1]),
+        adapter_index=operands.adapter_index.reshape(-1),
+        rng=_rows(operands.rng, x),
+    )
+
+
 def multi_lora_linear_direct(
-    x: Tensor,
-    weight: Tensor | Codes | None,
-    lora_A: Sequence[Tensor],
-    lora_B: Sequence[Tensor],
-    index: Tensor,
-    scaling: Sequence[float],
-    bias: Tensor | None,
-    dropout_p: float,
-    rng: Tensor | None,
-    dtype: torch.dtype,
-    y_dtype: torch.dtype,
-    choice: select.Choice | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """y, P, and the mask that was drawn or None."""
-    x2 = x.reshape(-1, x.shape[-1])
-    choice = choice or choose_multi(x, weight, lora_A, lora_B, dtype, rng, dropout_p)
-    with _no_autocast(x):
-        y, p, *mask = _BACKENDS[choice.backend].multi_lora_linear(
-            x2, weight, lora_A, lora_B, index.reshape(-1), scaling, bias, dropout_p, _rows(rng, x),
-            dtype, y_dtype, choice.strategy,
-        )  # fmt: skip
-    return like_rows_of(x, y), p, mask[0] if mask else None
+    operands: MultiOperands, spec: MultiSpec, choice: select.Choice | None = None
+) -> tuple[Tensor, Saved]:
+    """Run the forward without the dispatcher; y and what the backward takes."""
+    choice = choice or choose_multi(operands, spec)
+    with _no_autocast(operands.x):
+        y, saved = _BACKENDS[choice.backend].multi_lora_linear(
+            _flattened(operands), spec, choice.strategy
+        )
+    return like_rows_of(operands.x, y), saved
+
+
+def multi_lora_linear_dispatched(operands: MultiOperands, spec: MultiSpec) -> tuple[Tensor, Saved]:
+    """Run the forward by its op."""
+    weight = operands.weight
+    if isinstance(weight, Codes):
+        y, p, mask = multi_lora_linear_4bit(operands.x, *weight, *operands[2:], *spec)
+    else:
+        y, p, mask = multi_lora_linear(*operands, *spec)
+    return y, Saved(p, None, mask if spec.dropout_p and operands.rng is None else None)
+
+
+def _multi_lora_linear_op(
+    operands: MultiOperands, spec: MultiSpec
+) -> tuple[Tensor, Tensor, Tensor]:
+    y, saved = multi_lora_linear_direct(operands, spec)
+    return y, saved.p, _or_empty(saved.mask, torch.bool, y)
 
 
 def _multi_lora_linear_fake(
-    x: Tensor,
-    weight: Tensor | Codes | None,
-    lora_A: Sequence[Tensor],
-    lora_B: Sequence[Tensor],
-    index: Tensor,
-    scaling: Sequence[float],
-    bias: Tensor | None,
-    dropout_p: float,
-    rng: Tensor | None,
-    dtype: torch.dtype,
-    y_dtype: torch.dtype,
+    operands: MultiOperands, spec: MultiSpec
 ) -> tuple[Tensor, Tensor, Tensor]:
-    M, R = x.numel() // x.shape[-1], max(A.shape[0] for A in lora_A)
-    y = x.new_empty(*x.shape[:-1], lora_B[0].shape[0], dtype=y_dtype)
-    p = x.new_empty(M, R, dtype=eager.stat_dtype(dtype))
-    return y, p, _mask_fake(x, dropout_p, rng)
+    x, N = operands.x, operands.lora_B[0].shape[0]
+    M, R = x.numel() // x.shape[-1], max(A.shape[0] for A in operands.lora_A)
+    y = x.new_empty(*x.shape[:-1], N, dtype=spec.y_dtype)
+    p = x.new_empty(M, R, dtype=eager.stat_dtype(spec.dtype))
+    return y, p, _mask_fake(x, spec.dropout_p, operands.rng)
 
 
 def multi_lora_linear_backward_direct(
     dy: Tensor,
-    x: Tensor,
-    weight: Tensor | Codes | None,
-    lora_A: Sequence[Tensor],
-    lora_B: Sequence[Tensor],
-    index: Tensor,
-    p: Tensor,
-    scaling: Sequence[float],
-    dropout_p: float,
-    rng: Tensor | None,
-    dtype: torch.dtype,
-    need_x: bool,
-    need_A: Sequence[bool],
-    need_B: Sequence[bool],
-    need_bias: bool,
+    operands: MultiOperands,
+    saved: Saved,
+    spec: MultiSpec,
+    needs: MultiNeeds,
     choice: select.Choice | None = None,
-) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None], Tensor | None]:
-    x2, dy2 = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-    choice = choice or choose_multi(x, weight, lora_A, lora_B, dtype, rng, dropout_p)
+) -> MultiGrads:
+    """Run the backward without the dispatcher."""
+    choice = choice or choose_multi(operands, spec)
+    x = operands.x
     with _no_autocast(x):
-        dx, dA, dB, dbias = _BACKENDS[choice.backend].multi_lora_linear_backward(
-            dy2, x2, weight, lora_A, lora_B, index.reshape(-1), p, scaling, dropout_p,
-            _rows(rng, x), dtype, need_x, need_A, need_B, need_bias, choice.strategy,
-        )  # fmt: skip
-    return None if dx is None else dx.view(x.shape), dA, dB, dbias
+        grads: MultiGrads = _BACKENDS[choice.backend].multi_lora_linear_backward(
+            dy.reshape(-1, dy.shape[-1]), _flattened(operands), saved, spec, needs, choice.strategy
+        )
+    return grads if grads.x is None else grads._replace(x=grads.x.view(x.shape))
+
+
+def multi_lora_linear_backward_dispatched(
+    dy: Tensor, operands: MultiOperands, saved: Saved, spec: MultiSpec, needs: MultiNeeds
+) -> MultiGrads:
+    """Run the backward by its op."""
+    weight, rest = operands.weight, (saved.p, *spec, *needs)
+    if isinstance(weight, Codes):
+        found = multi_lora_linear_backward_4bit(dy, operands.x, *weight, *operands[2:], *rest)
+    else:
+        found = multi_lora_linear_backward(dy, *operands, *rest)
+    dx, dA, dB, dbias = found
+    return MultiGrads(
+        dx if needs.x else None,
+        [grad if need else None for grad, need in zip(dA, needs.lora_A, strict=True)],
+        [grad if need else None for grad, need in zip(dB, needs.lora_B, strict=True)],
+        dbias if needs.bias else None,
+    )
+
+
+def _multi_lora_linear_backward_op(
+    dy: Tensor, operands: MultiOperands, saved: Saved, spec: MultiSpec, needs: MultiNeeds
+) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
+    dx, dA, dB, dbias = multi_lora_linear_backward_direct(dy, operands, saved, spec, needs)
+    return (
+        _or_empty(dx, operands.x.dtype, dy),
+        [_or_empty(t, A.dtype, dy) for t, A in zip(dA, operands.lora_A, strict=True)],
+        [_or_empty(t, B.dtype, dy) for t, B in zip(dB, operands.lora_B, strict=True)],
+        _or_empty(dbias, saved.p.dtype, dy),
+    )
 
 
 def _multi_lora_linear_backward_fake(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | Codes | None,
-    lora_A: Sequence[Tensor],
-    lora_B: Sequence[Tensor],
-    index: Tensor,
-    p: Tensor,
-    scaling: Sequence[float],
-    dropout_p: float,
-    rng: Tensor | None,
-    dtype: torch.dtype,
-    need_x: bool,
-    need_A: Sequence[bool],
-    need_B: Sequence[bool],
-    need_bias: bool,
+    dy: Tensor, operands: MultiOperands, saved: Saved, spec: MultiSpec, needs: MultiNeeds
 ) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
     def like(need: bool, t: Tensor) -> Tensor:
         return t.new_empty(t.shape if need else (0,))
 
+    x, _, lora_A, lora_B, *_ = operands
     return (
-        like(need_x, x),
-        [like(need, A) for need, A in zip(need_A, lora_A, strict=True)],
-        [like(need, B) for need, B in zip(need_B, lora_B, strict=True)],
-        x.new_empty(lora_B[0].shape[0] if need_bias else 0, dtype=p.dtype),
+        like(needs.x, x),
+        [like(need, A) for need, A in zip(needs.lora_A, lora_A, strict=True)],
+        [like(need, B) for need, B in zip(needs.lora_B, lora_B, strict=True)],
+        x.new_empty(lora_B[0].shape[0] if needs.bias else 0, dtype=saved.p.dtype),
     )
 
 
@@ -493,95 +450,87 @@ def _dora_norm_fake(
     return lora_A.new_empty(lora_B.shape[0], dtype=eager.stat_dtype(lora_A.dtype))
 
 
-# The registered ops are these functions with an empty tensor for what was not asked for: a schema
-# has no optional results. The functions themselves are for calls that are plain.
-
-
-def _lora_linear(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    y, p, z, mask = lora_linear_direct(x, *rest)
-    return y, p, y.new_empty(0) if z is None else z, _or_empty(mask, x)
-
-
-def _multi_lora_linear(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    y, p, mask = multi_lora_linear_direct(x, *rest)
-    return y, p, _or_empty(mask, x)
-
-
-def _or_empty(mask: Tensor | None, x: Tensor) -> Tensor:
-    return x.new_empty(0, dtype=torch.bool) if mask is None else mask
-
-
-def _lora_linear_backward(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    lora_A, lora_B, p = rest[1], rest[2], rest[3]
-    grads = lora_linear_backward_direct(dy, x, *rest)
-    dtypes = (x.dtype, lora_A.dtype, lora_B.dtype, p.dtype, p.dtype, p.dtype)
-    return tuple(
-        x.new_empty(0, dtype=dtype) if grad is None else grad
-        for grad, dtype in zip(grads, dtypes, strict=True)
-    )
-
-
-def _multi_lora_linear_backward(
-    dy: Tensor, x: Tensor, *rest: Any
-) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
-    lora_A, lora_B, p = rest[1], rest[2], rest[4]
-    dx, dA, dB, dbias = multi_lora_linear_backward_direct(dy, x, *rest)
-
-    def or_nothing(grad: Tensor | None, dtype: torch.dtype) -> Tensor:
-        return x.new_empty(0, dtype=dtype) if grad is None else grad
-
-    return (
-        or_nothing(dx, x.dtype),
-        [or_nothing(grad, A.dtype) for grad, A in zip(dA, lora_A, strict=True)],
-        [or_nothing(grad, B.dtype) for grad, B in zip(dB, lora_B, strict=True)],
-        or_nothing(dbias, p.dtype),
-    )
-
-
-# Those of 4-bit weights are the same functions of `Codes`.
-_FIELDS = len(Codes._fields)
-
-
-def _with_codes(function: Callable[..., Any], before: int) -> Callable[..., Any]:
-    """`function` with its weight, which follows `before` arguments, as the fields of `Codes`."""
-
-    def unpacked(*args: Any) -> Any:
-        after = before + _FIELDS
-        return function(*args[:before], Codes(*args[before:after]), *args[after:])
-
-    return unpacked
-
-
 # Op name -> its implementation, for `measure.traffic`, which counts the kernels inside an op.
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
+_FORWARD_TYPES = (Operands, Spec)
+_BACKWARD_TYPES = (Operands, Saved, Spec, Needs)
+_MULTI_FORWARD_TYPES = (MultiOperands, MultiSpec)
+_MULTI_BACKWARD_TYPES = (MultiOperands, Saved, MultiSpec, MultiNeeds)
+# How many of a type's fields the schemas have: Saved.mask is passed as `rng`, and the backward of
+# several adapters has no z.
+_FIELDS: dict[tuple[type, ...], tuple[int, ...]] = {
+    _FORWARD_TYPES: (8, 5),
+    _BACKWARD_TYPES: (8, 2, 5, 6),
+    _MULTI_FORWARD_TYPES: (7, 4),
+    _MULTI_BACKWARD_TYPES: (7, 1, 4, 4),
+}
 
-for _name, _impl, _fake, _before in (
-    ("lora_linear", _lora_linear, _lora_linear_fake, 1),
-    ("lora_linear_backward", _lora_linear_backward, _lora_linear_backward_fake, 2),
-    ("multi_lora_linear", _multi_lora_linear, _multi_lora_linear_fake, 1),
-    (
-        "multi_lora_linear_backward",
-        _multi_lora_linear_backward,
-        _multi_lora_linear_backward_fake,
-        2,
-    ),
-    ("dora_norm", dora_norm_direct, _dora_norm_fake, 0),
-):
-    for _suffix, _weight in _WEIGHTS.items():
-        _name_of = f"{_name}{_suffix}"
-        # A forward may draw a dropout mask.
-        _tags = () if _before != 1 else (torch.Tag.nondeterministic_seeded,)
-        _LIB.define(_name_of + _SCHEMAS[_name].format(weight=_weight), tags=_tags)
-        _call: Any = _impl
-        _shapes: Any = _fake
-        if _suffix:
-            _call, _shapes = _with_codes(_impl, _before), _with_codes(_fake, _before)
-        IMPLEMENTATIONS[_name_of] = _call
-        # Dynamo, which follows a backward into the op, would part the native call from the memory
-        # that its pointers lead to.
-        # The autograd Functions give the gradients; autograd must not record what the op calls.
-        _LIB.impl(_name_of, _disable_dynamo(torch.no_grad()(_call)), "CompositeExplicitAutograd")
-        torch.library.register_fake(f"lora_kernels::{_name_of}", _shapes, lib=_LIB)
+
+def _packed(
+    function: Callable[..., Any], types: tuple[type, ...], before: int, is_4bit: bool
+) -> Callable[..., Any]:
+    """Return `function` of the call types as a function of an op's flat arguments."""
+
+    def flat(*args: Any) -> Any:
+        head, rest = args[:before], list(args[before:])
+        if is_4bit:  # the fields of Codes follow x
+            rest[1 : 1 + len(Codes._fields)] = [Codes(*rest[1 : 1 + len(Codes._fields)])]
+        packed = []
+        for each, count in zip(types, _FIELDS[types], strict=True):
+            packed.append(each(*rest[:count]))
+            del rest[:count]
+        return function(*head, *packed)
+
+    return flat
+
+
+def _norm_4bit(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return `function` with its weight as the fields of `Codes`."""
+    count = len(Codes._fields)
+    return lambda *args: function(Codes(*args[:count]), *args[count:])
+
+
+def _define(
+    name: str,
+    schema: str,
+    implementation: Callable[..., Any],
+    fake: Callable[..., Any],
+    types: tuple[type, ...] = (),
+) -> None:
+    is_4bit, is_forward = name.endswith("_4bit"), types in (_FORWARD_TYPES, _MULTI_FORWARD_TYPES)
+    # A forward may draw a dropout mask.
+    tags = (torch.Tag.nondeterministic_seeded,) if is_forward else ()
+    _LIB.define(name + schema.format(weight=_CODES if is_4bit else _WEIGHT), tags=tags)
+    if types:
+        before = 0 if is_forward else 1  # dy
+        implementation = _packed(implementation, types, before, is_4bit)
+        fake = _packed(fake, types, before, is_4bit)
+    elif is_4bit:
+        implementation, fake = _norm_4bit(implementation), _norm_4bit(fake)
+    IMPLEMENTATIONS[name] = implementation
+    # Dynamo must not trace into the op: it would separate the native call from the tensors whose
+    # addresses the call gets. Autograd must not record what the op calls; the Functions do.
+    outside = _disable_dynamo(torch.no_grad()(implementation))
+    _LIB.impl(name, outside, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"lora_kernels::{name}", fake, lib=_LIB)
+
+
+_forward = _lora_linear_op, _lora_linear_fake, _FORWARD_TYPES
+_backward = _lora_linear_backward_op, _lora_linear_backward_fake, _BACKWARD_TYPES
+_multi_forward = _multi_lora_linear_op, _multi_lora_linear_fake, _MULTI_FORWARD_TYPES
+_multi_backward = (
+    _multi_lora_linear_backward_op, _multi_lora_linear_backward_fake, _MULTI_BACKWARD_TYPES
+)  # fmt: skip
+_define("lora_linear", _FORWARD, *_forward)
+_define("lora_linear_4bit", _FORWARD, *_forward)
+_define("lora_linear_backward", _BACKWARD, *_backward)
+_define("lora_linear_backward_4bit", _BACKWARD, *_backward)
+_define("multi_lora_linear", _MULTI_FORWARD, *_multi_forward)
+_define("multi_lora_linear_4bit", _MULTI_FORWARD, *_multi_forward)
+_define("multi_lora_linear_backward", _MULTI_BACKWARD, *_multi_backward)
+_define("multi_lora_linear_backward_4bit", _MULTI_BACKWARD, *_multi_backward)
+_define("dora_norm", _NORM, dora_norm_direct, _dora_norm_fake)
+_define("dora_norm_4bit", _NORM, dora_norm_direct, _dora_norm_fake)
 
 lora_linear = torch.ops.lora_kernels.lora_linear.default
 lora_linear_backward = torch.ops.lora_kernels.lora_linear_backward.default
@@ -610,16 +559,16 @@ def watched() -> bool:
     )
 
 
-# The same as facts, which are looked at without Python's interpreter.
-UNWATCHED: tuple[Fact, ...] = (
-    (vars(torch.compiler), "_is_compiling_flag", False)
+# The same as guards, which the native module checks without Python's interpreter.
+UNWATCHED: tuple[Guard, ...] = (
+    Guard(vars(torch.compiler), "_is_compiling_flag", False)
     if "_is_compiling_flag" in vars(torch.compiler)
-    else (None, is_compiling, False),
-    (None, _get_tracing_state, None),
-    (_PRE_DISPATCH, _dispatch_tls_is_dispatch_key_included, False),
-    (None, _len_torch_dispatch_stack, 0),
-    (None, _are_functorch_transforms_active, False),
-    (vars(forward_ad), "_current_level", -1),
+    else Guard(None, is_compiling, False),
+    Guard(None, _get_tracing_state, None),
+    Guard(_PRE_DISPATCH, _dispatch_tls_is_dispatch_key_included, False),
+    Guard(None, _len_torch_dispatch_stack, 0),
+    Guard(None, _are_functorch_transforms_active, False),
+    Guard(vars(forward_ad), "_current_level", -1),
 )
 
 

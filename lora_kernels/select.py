@@ -21,6 +21,7 @@ from .backends.cuda.fit import Layout
 from .backends.forced import Forced
 from .backends.library import follows_gpu
 from .backends.triton import configs, measured
+from .core.call import Guard
 
 MAX_KERNEL_RANK = 256
 STRATEGIES = {
@@ -343,15 +344,10 @@ def _any_rows(many: str, few: str, few_rows: int, large: range) -> str:
     return "; ".join(parts)
 
 
-def strategy_asked() -> str | None:
-    """The strategy that was asked for by name."""
-    return forced.current.get().strategy
-
-
-def circumstances() -> tuple[tuple[object, object, object], ...]:
-    """What a choice depends on beside its arguments, as facts: see `cpu.Prepared`."""
-    asked = forced.current.get
-    return (None, asked, asked()), (vars(native), "isa", native.isa)
+def guards() -> tuple[Guard, Guard]:
+    """Return guards of what a choice depends on beside its arguments: backend and ISA in force."""
+    requested = forced.current.get
+    return Guard(None, requested, requested()), Guard(vars(native), "isa", native.isa)
 
 
 @functools.lru_cache(maxsize=1024)

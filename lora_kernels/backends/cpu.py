@@ -21,7 +21,6 @@ Deterministic for a given M, instruction set and thread count.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
@@ -30,6 +29,18 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from .. import reference
+from ..core.call import (
+    Grads,
+    Guard,
+    MultiGrads,
+    MultiNeeds,
+    MultiOperands,
+    MultiSpec,
+    Needs,
+    Operands,
+    Saved,
+    Spec,
+)
 from ..quantization.codes import Codes
 from . import native
 from .rows import like_rows_of, rows_of
@@ -54,10 +65,6 @@ _OF_X = (
     (Tensor.is_neg, False),
     (Tensor._is_zerotensor, False),
 )
-
-Fact = tuple[object, object, object]
-
-_new_ranks = functools.partial(Tensor.new_empty, dtype=torch.float32)
 
 
 def _rows(t: Tensor) -> Tensor:
@@ -85,19 +92,12 @@ def _ptr(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
-def _dropped(dropout_p: float) -> tuple[float, int]:
-    """1/(1−p) and the threshold, as kernels take them."""
-    if not dropout_p:
-        return 1.0, 0
-    return reference.dropout_scale(dropout_p), reference.dropout_threshold(dropout_p)
-
-
 def _mask(dropout_p: float, rng: Tensor | None) -> tuple[int, int, float]:
     """What kernels take of dropout: rng pointer (0: none), threshold, 1/(1−p)."""
     if rng is None:
         return 0, 0, 1.0
-    keep_scale, threshold = _dropped(dropout_p)
-    return rng.data_ptr(), threshold, keep_scale
+    threshold = reference.dropout_threshold(dropout_p)
+    return rng.data_ptr(), threshold, reference.dropout_scale(dropout_p)
 
 
 def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
@@ -165,23 +165,10 @@ def _library_dx(
     return _cast(dx, x_dtype)
 
 
-def lora_linear(
-    x: Tensor,
-    weight: Tensor | Codes | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    rank_gate: Tensor | None,
-    column_scale: Tensor | None,
-    bias: Tensor | None,
-    dropout_p: float,
-    rng: Tensor | None,
-    dtype: torch.dtype,
-    y_dtype: torch.dtype,
-    save_z: bool,
-    strategy: str,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """x [..., K] of M rows -> y [..., N] in `y_dtype`, P [M, R] float32, z [M, N] or None."""
+def lora_linear(operands: Operands, spec: Spec, strategy: str) -> tuple[Tensor, Saved]:
+    """Compute y [..., N] for x [..., K] of M rows."""
+    x, weight, lora_A, lora_B, rank_gate, column_scale, bias, rng = operands
+    scaling, dropout_p, dtype, y_dtype, save_z = spec
     assert native.module is not None
     (R, K), (N, _), given = lora_A.shape, lora_B.shape, x
     lora_A, a_row = _rows_of_any(lora_A, K)
@@ -211,20 +198,18 @@ def lora_linear(
         p.data_ptr(), y.data_ptr(), _DTYPE[y_dtype], _ptr(z),
         torch.get_num_threads(),
     )  # fmt: skip
-    return (y if x.dim() == given.dim() else like_rows_of(given, y)), p, z
+    return y if x.dim() == given.dim() else like_rows_of(given, y), Saved(p, z)
 
 
-class Prepared:
-    """A layer without gate and column scale, its pointers, strides and sizes bound; y in x's dtype.
+class PreparedCall:
+    """`lora_linear` of one layer without gate, column scale and dropout, its arguments bound.
 
-    Holds good as long as the tensors stay where they are; their values are read in each call. No
-    copy can be made, which would point into the same memory.
+    y has x's dtype. The call holds while the tensors stay where they are in memory; it reads their
+    values each time. It cannot be copied, since a copy would read the same memory.
 
-    rows: up to how many are few; of a training step, those from the second number to before the
-    third are another's, and so is dx of fewer than the fourth.
-    facts: what has to be as it was, each (of, what, want): what an attribute's name or a function
-    says of an object, or a function of nothing where that is None; of a dictionary, the very object
-    under a key.
+    Args:
+        few: the most rows of x.
+        guards: checked before each call.
     """
 
     def __init__(
@@ -235,9 +220,8 @@ class Prepared:
         scaling: float,
         x_dtype: torch.dtype,
         dtype: torch.dtype,
-        rows: tuple[int, int, int, int],
-        facts: Sequence[Fact],
-        dropout_p: float = 0.0,
+        few: int,
+        guards: Sequence[Guard],
     ) -> None:
         assert native.module is not None
         (R, K), (N, _) = lora_A.shape, lora_B.shape
@@ -245,85 +229,35 @@ class Prepared:
         dense = None if isinstance(weight, Codes) else weight
         cast = None if x_dtype is dtype else lambda x: x.to(dtype)
         self.weight = weight  # which owns the memory
-        self.facts = tuple(zip(*facts, strict=True))
-        self._forward, self._trains, self._train, self._backward = native.module.prepare(
-            rows, K, N, R, *_weight(dense), codes,
+        self.guards = tuple(zip(*guards, strict=True))  # objects, keys, expected values
+        self._forward = native.module.prepare(
+            few, K, N, R, *_weight(dense), codes,
             lora_A.data_ptr(), _DTYPE[lora_A.dtype], lora_A.stride(0),
             lora_B.data_ptr(), _DTYPE[lora_B.dtype], lora_B.stride(0), lora_B.stride(1),
-            scaling, *_dropped(dropout_p), _DTYPE[x_dtype], _DTYPE[dtype],
+            scaling, _DTYPE[x_dtype], _DTYPE[dtype],
             *zip(*_OF_X, ("dtype", x_dtype), strict=True),
             "shape", Tensor.data_ptr, Tensor.new_empty, Tensor.is_neg, cast, _vector,
-            _new_ranks, torch.get_num_threads,
+            torch.get_num_threads,
         )  # fmt: skip
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a prepared call: got copied or pickled, want one made by prepare")
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor | None:
-        """x [..., K] -> y [..., N]; None where x or a fact is not as it was, or x has more rows
-        than few."""
-        return self._forward(x, bias, *self.facts)  # type: ignore[no-any-return]
-
-    def trains(self, x: Tensor, bias: Tensor | None) -> bool:
-        """Whether `train` is for such an x."""
-        return self._trains(x, bias, *self.facts) is not None
-
-    def train(
-        self, x: Tensor, bias: Tensor | None, rng: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """x [..., K], of which `trains` is true -> y [..., N], P [M, R] float32; rng where there is
-        dropout."""
-        return self._train(x, bias, rng)  # type: ignore[no-any-return]
-
-    def backward(
-        self,
-        dy: Tensor,
-        x: Tensor,
-        lora_A: Tensor,
-        lora_B: Tensor,
-        p: Tensor,
-        rng: Tensor | None,
-        need_x: bool,
-        need_A: bool,
-        need_B: bool,
-        *facts: tuple[object, ...],
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None] | None:
-        """dy [..., N] and what `train` had and gave -> dx, dA, dB, each None where it is not
-        wanted; None where a fact is not as it was, or any of these. facts: three tuples."""
-        return self._backward(  # type: ignore[no-any-return]
-            dy, x, lora_A, lora_B, p, rng, need_x, need_A, need_B, *facts
-        )
-
-
-def trains(strategy: str) -> bool:
-    """Whether both directions are kernels of this module, which a step can be prepared for."""
-    return strategy != LIBRARY and native.isa in SINGLE_PASS_ISAS
+        """Return y [..., N] for x [..., K]; None if a guard fails, or x or its rows do not fit."""
+        return self._forward(x, bias, *self.guards)  # type: ignore[no-any-return]
 
 
 def lora_linear_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | Codes | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    p: Tensor,
-    z: Tensor | None,
-    scaling: float,
-    rank_gate: Tensor | None,
-    column_scale: Tensor | None,
-    dropout_p: float,
-    rng: Tensor | None,
-    dtype: torch.dtype,
-    need_x: bool,
-    need_A: bool,
-    need_B: bool,
-    need_gate: bool,
-    need_column_scale: bool,
-    need_bias: bool,
-    strategy: str,
-) -> tuple[Tensor | None, ...]:
-    """dy [..., N], x [..., K] -> dx, dA, dB, dg, dc, dbias; None where it is not asked for. dx is
-    flat where rows had to be brought together."""
+    dy: Tensor, operands: Operands, saved: Saved, spec: Spec, needs: Needs, strategy: str
+) -> Grads:
+    """Compute the gradients for dy [..., N] and x [..., K].
+
+    dx is flat if rows had to be brought together.
+    """
+    x, weight, lora_A, lora_B, rank_gate, column_scale, _, rng = operands
+    (p, z, _), (scaling, dropout_p, dtype, *_) = saved, spec
+    need_x, need_A, need_B, need_gate, need_column_scale, need_bias = needs
     assert native.module is not None
     lora_A, (N, R), K = _rows(lora_A), lora_B.shape, x.shape[-1]
     dy, dy_row = _rows_of_any(dy, N)
@@ -358,28 +292,19 @@ def lora_linear_backward(
         p.data_ptr(), _ptr(z) if need_column_scale else 0,
         _ptr(dx), _ptr(dA), _ptr(dB), _ptr(dg), _ptr(dc), _ptr(dbias), torch.get_num_threads(),
     )  # fmt: skip
-    return dx, dA, dB, dg, dc, dbias
+    return Grads(dx, dA, dB, dg, dc, dbias)
 
 
 def multi_lora_linear(
-    x: Tensor,
-    weight: Tensor | Codes | None,
-    lora_A: Sequence[Tensor],
-    lora_B: Sequence[Tensor],
-    index: Tensor,
-    scaling: Sequence[float],
-    bias: Tensor | None,
-    dropout_p: float,
-    rng: Tensor | None,
-    dtype: torch.dtype,
-    y_dtype: torch.dtype,
-    strategy: str,
-) -> tuple[Tensor, Tensor]:
-    """x [M, K], index [M] -> y [M, N] in `y_dtype`, P [M, R] float32.
+    operands: MultiOperands, spec: MultiSpec, strategy: str
+) -> tuple[Tensor, Saved]:
+    """Compute y [M, N] for x [M, K], whose rows each have an adapter or none.
 
-    One base product for all rows, rounded with the bias to y, and an update of each adapter's rows
-    in place. Where they do not lie together, x's rows are put in order before, and y's back after.
+    One base GEMM for all rows, rounded with the bias to y, and an update of each adapter's rows in
+    place. If they do not lie together, x's rows are sorted before, and y's put back after.
     """
+    x, weight, lora_A, lora_B, index, bias, rng = operands
+    scaling, dropout_p, dtype, y_dtype = spec
     assert native.module is not None
     (M, K), N = x.shape, lora_B[0].shape[0]
     lora_A, R = [_rows(A) for A in lora_A], max(A.shape[0] for A in lora_A)
@@ -408,32 +333,23 @@ def multi_lora_linear(
         p.data_ptr(), y.data_ptr(), _DTYPE[y_dtype], torch.get_num_threads(),
     )  # fmt: skip
     if order is None:
-        return y, p
-    return y.index_select(0, place := _inverse(order)), p.index_select(0, place)
+        return y, Saved(p)
+    place = _inverse(order)
+    return y.index_select(0, place), Saved(p.index_select(0, place))
 
 
 def multi_lora_linear_backward(
     dy: Tensor,
-    x: Tensor,
-    weight: Tensor | Codes | None,
-    lora_A: Sequence[Tensor],
-    lora_B: Sequence[Tensor],
-    index: Tensor,
-    p: Tensor,
-    scaling: Sequence[float],
-    dropout_p: float,
-    rng: Tensor | None,
-    dtype: torch.dtype,
-    need_x: bool,
-    need_A: Sequence[bool],
-    need_B: Sequence[bool],
-    need_bias: bool,
+    operands: MultiOperands,
+    saved: Saved,
+    spec: MultiSpec,
+    needs: MultiNeeds,
     strategy: str,
-) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None], Tensor | None]:
-    """dy [M, N] -> dx, dA and dB of each adapter, dbias float32; None where it is not asked for.
-
-    Zero for an adapter that no row has.
-    """
+) -> MultiGrads:
+    """Compute the gradients for dy [M, N] and x [M, K]."""
+    x, weight, lora_A, lora_B, index, _, rng = operands
+    p, (scaling, dropout_p, dtype, _) = saved.p, spec
+    need_x, need_A, need_B, need_bias = needs
     assert native.module is not None
     (M, K), N = x.shape, lora_B[0].shape[0]
     lora_A = [_rows(A) for A in lora_A]
@@ -477,7 +393,7 @@ def multi_lora_linear_backward(
     )  # fmt: skip
     if dx is not None and order is not None:
         dx = dx.index_select(0, _inverse(order))
-    return dx, dA, dB, dbias
+    return MultiGrads(dx, dA, dB, dbias)
 
 
 def _inverse(order: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ float64).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple, cast
 
@@ -30,6 +30,17 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..core.call import (
+    Grads,
+    MultiGrads,
+    MultiNeeds,
+    MultiOperands,
+    MultiSpec,
+    Needs,
+    Operands,
+    Saved,
+    Spec,
+)
 from ..quantization.codes import Codes
 from .library import follows_gpu, has_out_dtype, mm_fp32
 from .rows import rows_of
@@ -258,27 +269,10 @@ def _operand_dtype(x: Tensor, lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype
     return dtype if lora_A.dtype is lora_B.dtype is dtype else x.dtype
 
 
-def lora_linear(
-    x: Tensor,
-    weight: Tensor | Codes | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    rank_gate: Tensor | None,
-    column_scale: Tensor | None,
-    bias: Tensor | None,
-    dropout_p: float,
-    rng: Tensor | None,
-    dtype: torch.dtype,
-    y_dtype: torch.dtype,
-    save_z: bool,
-    strategy: str,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """x [M, K] -> y [M, N] in `y_dtype`, P [M, R] in float32 (or float64), z [M, N] or None, and
-    the bool mask [M, K] if one was drawn.
-
-    rng: the state of a Philox mask, or a bool mask [M, K]; None draws one.
-    """
+def lora_linear(operands: Operands, spec: Spec, strategy: str) -> tuple[Tensor, Saved]:
+    """Compute y [M, N] for x [M, K]."""
+    x, weight, lora_A, lora_B, rank_gate, column_scale, bias, rng = operands
+    scaling, dropout_p, dtype, y_dtype, save_z = spec
     early_bias = bias if column_scale is None else None
     base = None
     if weight is not None and not dropout_p:
@@ -304,40 +298,20 @@ def lora_linear(
         z = z.to(y_dtype)
     if column_scale is None:
         # An op's outputs share no memory.
-        return z, p, z.clone() if save_z else None, mask
+        return z, Saved(p, z.clone() if save_z else None, mask)
     y = torch.mul(z, column_scale, out=torch.empty_like(z) if save_z else z)
     if bias is not None:
         y += bias
-    return y, p, z if save_z else None, mask
+    return y, Saved(p, z if save_z else None, mask)
 
 
 def lora_linear_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | Codes | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    p: Tensor,
-    z: Tensor | None,
-    scaling: float,
-    rank_gate: Tensor | None,
-    column_scale: Tensor | None,
-    dropout_p: float,
-    rng: Tensor | None,
-    dtype: torch.dtype,
-    need_x: bool,
-    need_A: bool,
-    need_B: bool,
-    need_gate: bool,
-    need_column_scale: bool,
-    need_bias: bool,
-    strategy: str,
-) -> tuple[Tensor | None, ...]:
-    """dy [M, N] -> dx, dA, dB, dg, dc, dbias; None where it is not asked for.
-
-    dg is in p's dtype and is the gradient of `rank_gate`; dc and dbias likewise come back in p's
-    dtype for the caller to round once.
-    """
+    dy: Tensor, operands: Operands, saved: Saved, spec: Spec, needs: Needs, strategy: str
+) -> Grads:
+    """Compute the gradients for dy [M, N] and x [M, K]."""
+    x, weight, lora_A, lora_B, rank_gate, column_scale, _, rng = operands
+    (p, z, _), (scaling, dropout_p, dtype, *_) = saved, spec
+    need_x, need_A, need_B, need_gate, need_column_scale, need_bias = needs
     dA = dB = dg = dc = dbias = base = None
     if need_bias:
         dbias = dy.sum(0, dtype=p.dtype)
@@ -363,7 +337,7 @@ def lora_linear_backward(
         if rows is not None:
             dB *= rows
     if not (need_x or need_A or need_gate):
-        return None, dA, dB, dg, dc, dbias
+        return Grads(None, dA, dB, dg, dc, dbias)
     from_state = rng is not None and rng.dtype is not torch.bool
     factor = reference.dropout_scale(dropout_p) if from_state else 1.0
     scaled_B = lora_B if rows is None else lora_B * rows
@@ -384,9 +358,10 @@ def lora_linear_backward(
         dA = _gradient_A(dxa, parts, operand, lora_A)
         del operand
     if not need_x:
-        return None, dA, dB, dg, dc, dbias
+        return Grads(None, dA, dB, dg, dc, dbias)
     if base is not None and narrow and base.dtype is x.dtype is x_dtype:
-        return base.addmm_(dxa.to(x_dtype), lora_A.to(x_dtype)), dA, dB, dg, dc, dbias
+        dx = base.addmm_(dxa.to(x_dtype), lora_A.to(x_dtype))
+        return Grads(dx, dA, dB, dg, dc, dbias)
     dx = _input_update(dxa, parts, lora_A, x_dtype)
     del dxa, parts
     dx = _drop(dx, dropout_p, rng).x
@@ -394,7 +369,7 @@ def lora_linear_backward(
         dx = _sum(base, dx, x.dtype)
     elif weight is not None:
         dx = _add_base(dx, dz, _dense(weight, lora_A, lora_B, dtype), dtype, x.dtype)
-    return dx.to(x.dtype), dA, dB, dg, dc, dbias
+    return Grads(dx.to(x.dtype), dA, dB, dg, dc, dbias)
 
 
 def _gradient_A(dxa: Tensor, parts: Tensor | None, operand: Tensor, lora_A: Tensor) -> Tensor:
@@ -436,21 +411,11 @@ def _column_dot(dy: Tensor, z: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def multi_lora_linear(
-    x: Tensor,
-    weight: Tensor | Codes | None,
-    lora_A: Sequence[Tensor],
-    lora_B: Sequence[Tensor],
-    index: Tensor,
-    scaling: Sequence[float],
-    bias: Tensor | None,
-    dropout_p: float,
-    rng: Tensor | None,
-    dtype: torch.dtype,
-    y_dtype: torch.dtype,
-    strategy: str,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """x [M, K], index [M] -> y [M, N] in `y_dtype`, P [M, R] in float32 (or float64), and the mask
-    [M, K] if one was drawn."""
+    operands: MultiOperands, spec: MultiSpec, strategy: str
+) -> tuple[Tensor, Saved]:
+    """Compute y [M, N] for x [M, K], whose rows each have an adapter or none."""
+    x, weight, lora_A, lora_B, index, bias, rng = operands
+    scaling, dropout_p, dtype, y_dtype = spec
     stat, R = stat_dtype(dtype), max(A.shape[0] for A in lora_A)
     dropped, factor, mask = _drop(x, dropout_p, rng)
     p = x.new_zeros(x.shape[0], R, dtype=stat)
@@ -468,31 +433,21 @@ def multi_lora_linear(
         found = _expand(s, lora_B[e], dropped[rows], scaling[e], onto=own)
         if found is not own or isinstance(rows, Tensor):
             y[rows] = found
-    return y if bias is None else (y + bias).to(y_dtype), p, mask
+    return y if bias is None else (y + bias).to(y_dtype), Saved(p, None, mask)
 
 
 def multi_lora_linear_backward(
     dy: Tensor,
-    x: Tensor,
-    weight: Tensor | Codes | None,
-    lora_A: Sequence[Tensor],
-    lora_B: Sequence[Tensor],
-    index: Tensor,
-    p: Tensor,
-    scaling: Sequence[float],
-    dropout_p: float,
-    rng: Tensor | None,
-    dtype: torch.dtype,
-    need_x: bool,
-    need_A: Sequence[bool],
-    need_B: Sequence[bool],
-    need_bias: bool,
+    operands: MultiOperands,
+    saved: Saved,
+    spec: MultiSpec,
+    needs: MultiNeeds,
     strategy: str,
-) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None], Tensor | None]:
-    """dy [M, N] -> dx, dA and dB of each adapter, dbias in p's dtype; None where not asked for.
-
-    Zero for an adapter that no row has.
-    """
+) -> MultiGrads:
+    """Compute the gradients for dy [M, N] and x [M, K]."""
+    x, weight, lora_A, lora_B, index, _, rng = operands
+    p, (scaling, dropout_p, dtype, _) = saved.p, spec
+    need_x, need_A, need_B, need_bias = needs
     dx = None
     dA = [torch.zeros_like(A) if need else None for A, need in zip(lora_A, need_A, strict=True)]
     dB = [torch.zeros_like(B) if need else None for B, need in zip(lora_B, need_B, strict=True)]
@@ -508,18 +463,21 @@ def multi_lora_linear_backward(
         mask = reference.dropout_mask(rng, x.shape[0], x.shape[1], dropout_p)
     for e, rows in rows_of(index, len(lora_A)).each():
         own = None if mask is None else mask[rows]
-        gradients = lora_linear_backward(
-            dy[rows], x[rows], None, lora_A[e], lora_B[e], p[rows, : lora_A[e].shape[0]], None,
-            scaling[e], None, None, dropout_p, own, dtype, need_x, need_A[e], need_B[e],
-            False, False, False, strategy,
-        )  # fmt: skip
+        grads = lora_linear_backward(
+            dy[rows],
+            Operands(x[rows], None, lora_A[e], lora_B[e], rng=own),
+            Saved(p[rows, : lora_A[e].shape[0]]),
+            Spec(scaling[e], dropout_p, dtype, dy.dtype),
+            Needs(need_x, need_A[e], need_B[e]),
+            strategy,
+        )
         if dx is not None:
-            dx[rows] += cast(Tensor, gradients[0])
+            dx[rows] += cast(Tensor, grads.x)
         if need_A[e]:
-            dA[e] = gradients[1]
+            dA[e] = grads.lora_A
         if need_B[e]:
-            dB[e] = gradients[2]
-    return dx, dA, dB, dbias
+            dB[e] = grads.lora_B
+    return MultiGrads(dx, dA, dB, dbias)
 
 
 def dora_norm(

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..fastpath import DoraNormCache
 from ..functional import dora_norm
-from ..prepared import KeptNorm
 from ..quantization import Weight4bit
 from .linear import LoRALinear
 from .quantized import QLoRALinear
@@ -42,7 +42,7 @@ class DoRALinear(LoRALinear):
         super()._make_parameters()
         dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
         self.magnitude = nn.Parameter(self.lora_A.new_empty(self.out_features, dtype=dtype))
-        self._norm = KeptNorm()
+        self._norm = DoraNormCache()
 
     @torch.no_grad()
     def reset_lora_parameters(self) -> None:
@@ -69,7 +69,7 @@ class DoRALinear(LoRALinear):
         )
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
-        self._norm = KeptNorm()  # whose tensor would stay in memory where these move
+        self._norm = DoraNormCache()  # whose tensor would stay in memory where these move
         super()._apply(*args, **kwargs)
         return self
 

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..fastpath import CallCache
 from ..functional import lora_linear
-from ..prepared import Latest
 from ..quantization import Weight4bit
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ class LoRALinear(nn.Module):
         self.dropout = dropout
         self.init = init
         self.enabled = True  # False: the base alone, exactly `F.linear`
-        self._latest = Latest()
+        self._call_cache = CallCache()
         self.weight = _frozen(torch.empty(out_features, in_features, device=device, dtype=dtype))
         if not self.weight.is_floating_point():
             raise TypeError(f"dtype: got {dtype}, want a floating dtype")
@@ -253,7 +253,7 @@ class LoRALinear(nn.Module):
                 column_scale=column_scale, dropout_p=dropout_p, compute_dtype=compute_dtype,
                 recompute=self._recompute,
             )  # fmt: skip
-        return self._latest(
+        return self._call_cache(
             x, weight, self.lora_A, lora_B, self.scaling, self.bias, compute_dtype, dropout_p
         )
 
@@ -269,7 +269,7 @@ class LoRALinear(nn.Module):
         return None
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
-        self._latest = Latest()  # whose tensors would stay in memory where these move
+        self._call_cache = CallCache()  # whose tensors would stay in memory where these move
         super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
         return self
 

@@ -38,7 +38,7 @@ from .. import __version__, cpu_costs, functional, select
 from .. import device as devices
 from ..backends import native
 from ..cpu_costs import Machine, Sizes
-from ..prepared import Latest
+from ..fastpath import CallCache
 from . import case as cases
 from . import compare, flat, models, timing
 from .case import Case
@@ -83,21 +83,19 @@ class AddmmLoRA(torch.autograd.Function):
 
 
 def ours(args: dict[str, Any]) -> Call:
-    """As a layer calls it, which prepares the calls that follow. On a GPU there is nothing to
-    prepare; with dropout a prepared step draws a mask of its own, which no oracle could check, and
-    what is timed is what is checked."""
-    device, latest = args["x"].device.type, Latest()
-    if device == "cpu" and args["dropout_p"]:
-        return functional.lora_linear
+    """`lora_linear` as a layer calls it; on a CPU a layer prepares its call for the next token."""
+    device, cache = args["x"].device.type, CallCache()
 
     def on_cpu(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, **rest: Any) -> Tensor:
-        return latest(x, weight, lora_A, lora_B, rest["scaling"], rest["bias"])
+        return cache(x, weight, lora_A, lora_B, rest["scaling"], rest["bias"])
 
     def on_gpu(*args: Any, **kwargs: Any) -> Tensor:
         with cases.kernels(device):
             return functional.lora_linear(*args, **kwargs)
 
-    return on_cpu if device == "cpu" else on_gpu
+    if device == "cpu":  # a given mask is not for the cache
+        return functional.lora_linear if args["dropout_p"] else on_cpu
+    return on_gpu
 
 
 def addmm(args: dict[str, Any]) -> Call:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..prepared import Rankless
+from ..fastpath import PreparedLinear
 
 
 class StreamedLinear(nn.Linear):
@@ -15,13 +15,13 @@ class StreamedLinear(nn.Linear):
     x [..., K] -> [..., N], in float32 sums, rounded once to x's dtype.
     """
 
-    _rankless: Rankless | None = None
+    _prepared: PreparedLinear | None = None
 
     def forward(self, input: Tensor) -> Tensor:
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return super().forward(input)
-        if self._rankless is None:
-            self._rankless = Rankless()
+        if self._prepared is None:
+            self._prepared = PreparedLinear()
         parameters = self._parameters
-        y = self._rankless(input, parameters["weight"], parameters["bias"])
+        y = self._prepared(input, parameters["weight"], parameters["bias"])
         return super().forward(input) if y is None else y

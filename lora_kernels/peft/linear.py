@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from ..backends import native
 from ..backends.eager import UPCAST_ROWS
 from ..backends.library import follows_gpu
+from ..core.call import Guard
+from ..fastpath import CallCache, DoraNormCache
 from ..functional import lora_linear, multi_lora_linear
-from ..prepared import Calls, KeptNorm
 from ..quantization import Weight4bit
 
 _LINEAR_FORWARD = nn.Linear.forward
@@ -46,15 +47,15 @@ class Fused(nn.Module):
     # PEFT's target_modules="all-linear" knows its own layers by "Linear" in the class's name.
 
     mixed_batch: tuple[str, ...] | None = None  # those that the last call's adapter_names had
-    _ready: _Ready | None = None
+    _prepared: _PreparedForward | None = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         alone = not (args or kwargs or torch.compiler.is_compiling())
-        if alone and (ready := self._ready) is not None:
-            y = ready(self, x)
+        if alone and (prepared := self._prepared) is not None:
+            y = prepared(self, x)
             if y is not None:
                 return y
-            self._ready = None
+            self._prepared = None
         names = kwargs.get("adapter_names") if kwargs else None
         if names is not None or self.mixed_batch is not None:
             self.mixed_batch = None if names is None else tuple(dict.fromkeys(names))
@@ -88,7 +89,7 @@ class Fused(nn.Module):
             # bitsandbytes returns x's, under autocast too.
             dtype = x.dtype if is_linear4bit(base) else result.dtype
             if alone and len(adapters) == 1:
-                self._ready = _Ready.of(self, adapters[0], x, weight, compute_dtype)
+                self._prepared = _PreparedForward.build(self, adapters[0], x, weight, compute_dtype)
         for call in rest:
             result.add_(_lora_linear(x, None, None, call))  # in place: the result is ours by now
         return result if result.dtype is dtype else cast(Tensor, result.to(dtype))
@@ -127,13 +128,11 @@ class MixedCall(NamedTuple):
 
 
 @dataclasses.dataclass(eq=False)
-class _Ready:
-    """What `forward` does for a layer with one adapter, and what it decided that by.
+class _PreparedForward:
+    """The call that `forward` makes for a layer with one adapter, and the guards it depends on.
 
-    Each call looks at all of that again. Between two calls the model's weights have swept the
-    caches, so that every object costs a trip to memory: they are gathered here, to be asked for at
-    once. Nothing here refers to the layer, which could not go from memory before a collection of
-    cycles.
+    Each call checks all guards. Nothing here refers to the layer, so that reference counting alone
+    frees it.
     """
 
     x_dtype: torch.dtype
@@ -149,22 +148,23 @@ class _Ready:
     base_parameters: dict[str, Any]
     adapter_dtypes: tuple[torch.dtype, torch.dtype]
     modules: dict[str, Any]
-    facts: tuple[tuple[Any, ...], ...]  # of, what, want: see `native.module.unchanged`
-    hooks: tuple[dict[int, Any], ...]
-    cold: bytes  # where all this lies: see `native.module.places`
-    calls: Calls
+    guards: tuple[tuple[Any, ...], ...]  # objects, keys, expected values
+    hooks: tuple[dict[int, Any], ...]  # of the modules, all empty
+    cache: CallCache
 
     @classmethod
-    def of(
+    def build(
         cls,
         layer: Any,
         adapter: Adapter,
         x: Tensor,
         weight: Tensor | Weight4bit,
         compute_dtype: torch.dtype | None,
-    ) -> _Ready | None:
-        """For a layer whose `forward` has just called `lora_linear` on its base; None where there
-        is no shorter way."""
+    ) -> _PreparedForward | None:
+        """Build it for a layer whose `forward` has just called `lora_linear` on its base.
+
+        Returns None for a layer whose state the guards do not cover.
+        """
         name, lora_A, lora_B, scaling, dropout = adapter
         modules = layer._modules
         base = modules["base_layer"]
@@ -200,18 +200,14 @@ class _Ready:
                 (stored.__dict__, "quant_state"),
                 (stored.quant_state.__dict__, "absmax"),
             ]
-        facts: list[tuple[object, object, object]] = [
-            *((entry, key, entry.get(key)) for entry, key in entries),
-            (base, type, type(base)),  # another's since its bias is parametrized
-            (nn.Linear, "forward", _LINEAR_FORWARD),
-            (stored, _address, _address(stored)),
+        guards = [
+            *(Guard(entry, key, entry.get(key)) for entry, key in entries),
+            Guard(base, type, type(base)),  # changes when its bias is parametrized
+            Guard(nn.Linear, "forward", _LINEAR_FORWARD),
+            Guard(stored, _address, _address(stored)),
         ]
-        hooks = tuple(hooks for module in called for hooks in _hooks(module))
-        dicts = (entry for entry, _ in entries)
-        cold = {id(it): it for it in (*dicts, *hooks, stored, A, B)}
-        addresses = (address for t in (stored, A, B) for address in _memory_of(t))
-        prepared = Calls(weight, A, B, scaling, compute_dtype, dropout_p(dropout))
-        prepared.renew(x)
+        cache = CallCache()
+        cache.renew(x, (weight, A, B), (scaling, compute_dtype, dropout_p(dropout)))
         return cls(
             x.dtype,
             None if x.is_cpu else x.device,
@@ -226,27 +222,24 @@ class _Ready:
             base._parameters,
             (A.dtype, B.dtype),
             modules,
-            tuple(zip(*facts, strict=True)),
-            hooks,
-            native.module.places((*cold.values(), *addresses)),
-            prepared,
+            tuple(zip(*guards, strict=True)),
+            tuple(hooks for module in called for hooks in _hooks(module)),
+            cache,
         )
 
     def _holds(self, layer: Any) -> bool:
-        """Whether `forward` would decide the same again, but for x and the adapter's dtypes."""
-        assert native.module is not None  # there would be nothing ready
-        native.module.fetch(self.cold)
+        """Return True if `forward` would decide the same, but for x and the adapter's dtypes."""
+        assert native.module is not None  # else nothing is prepared
         return (
             layer._active_adapter == self.active
             and not (layer._disable_adapters or layer.merged_adapters or layer.mixed_batch)
             and layer._modules is self.modules
             and layer.scaling is self.scalings  # which PEFT's rescale_adapter_scale replaces
-            and native.module.unchanged(*self.facts, self.hooks)
+            and native.module.unchanged(*self.guards, self.hooks)
         )
 
     def __call__(self, layer: Any, x: Tensor) -> Tensor | None:
-        """`lora_linear`, which is prepared for the next call, or None where `forward` has to decide
-        again."""
+        """Return y, or None if `forward` has to decide again."""
         if not self._holds(layer):
             return None
         bias, p = self.base_parameters["bias"], dropout_p(self.dropout)
@@ -254,12 +247,9 @@ class _Ready:
             (self.weight, self.lora_A, self.lora_B),
             (self.scaling, self.compute_dtype, p),
         )
-        if self.calls.of(tensors, numbers):
-            y = self.calls(x, bias)  # which looks at x and the adapter itself
-            if y is not None:
-                return y
-        else:
-            self.calls = Calls(*tensors, *numbers)
+        y = self.cache.call(x, bias, tensors, numbers)  # which guards x and the adapter
+        if y is not None:
+            return y
         if (
             x.dtype is not self.x_dtype
             or not (x.is_cpu if self.device is None else x.device == self.device)
@@ -269,8 +259,8 @@ class _Ready:
         y = lora_linear(
             x, *tensors, self.scaling, bias, dropout_p=p, compute_dtype=self.compute_dtype
         )
-        self.calls.renew(x)
-        # bitsandbytes returns x's, under autocast too.
+        self.cache.renew(x, tensors, numbers)
+        # bitsandbytes returns x's dtype, under autocast too.
         return y.to(x.dtype) if isinstance(self.weight, Weight4bit) else y
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:  # nothing of a copied or saved layer
@@ -280,12 +270,6 @@ class _Ready:
 def _address(weight: Tensor) -> tuple[int, bool]:
     with torch._C.DisableTorchFunctionSubclass():  # a microsecond for each look at a Params4bit
         return weight.data_ptr(), weight.requires_grad
-
-
-def _memory_of(t: Tensor) -> tuple[int, int]:
-    """The addresses of what PyTorch keeps of the tensor, and of its storage."""
-    with torch._C.DisableTorchFunctionSubclass():
-        return t._cdata, t.untyped_storage()._cdata
 
 
 def _lora_linear(
@@ -412,7 +396,7 @@ def _dora_linear(layer: Any, adapter: Adapter, x: Tensor) -> Tensor:
     base, A, B = layer.base_layer, _weight(adapter.lora_A), _weight(adapter.lora_B)
     weight, compute_dtype = readable_weight(base, x)
     bias, scaling = base._parameters["bias"], cast(float, adapter.scaling)
-    norm = layer.__dict__.setdefault("_norm", KeptNorm())(weight, A, B, scaling)
+    norm = layer.__dict__.setdefault("_norm", DoraNormCache())(weight, A, B, scaling)
     scale = layer.lora_magnitude_vector[adapter.name].weight / norm
     if not dropout_p(adapter.dropout):
         y = lora_linear(

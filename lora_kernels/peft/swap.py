@@ -77,7 +77,7 @@ def unfuse(model: Model) -> Model:
         if isinstance(layer, Fused):
             bases = type(layer).__mro__
             _set_class(layer, bases[bases.index(Fused) + 1])
-            for name in ("mixed_batch", "_norm", "_ready"):
+            for name in ("mixed_batch", "_norm", "_prepared"):
                 vars(layer).pop(name, None)
     _give_back(model.modules())
     return model
@@ -88,7 +88,7 @@ def _give_back(modules: Iterable[nn.Module]) -> None:
     for module in modules:
         if type(module) is StreamedLinear:
             _set_class(module, nn.Linear)
-            vars(module).pop("_rankless", None)
+            vars(module).pop("_prepared", None)
 
 
 def _plain_linears(model: nn.Module) -> Iterator[nn.Linear]:

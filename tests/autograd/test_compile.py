@@ -16,8 +16,8 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 def test_opcheck_forward(option, dtype, save_z):
     c = make_case(option, dtype, x_shape=(2, 3, K))
     args = (
-        c["x"], c["weight"], c["lora_A"], c["lora_B"], c["scaling"], c["rank_gate"],
-        c["column_scale"], c["bias"], c["dropout_p"], c["rng"], dtype, dtype, save_z,
+        c["x"], c["weight"], c["lora_A"], c["lora_B"], c["rank_gate"], c["column_scale"],
+        c["bias"], c["rng"], c["scaling"], c["dropout_p"], dtype, dtype, save_z,
     )  # fmt: skip
     torch.library.opcheck(ops.lora_linear, args)
 
@@ -34,8 +34,8 @@ def test_opcheck_backward(option, dtype, need):
         torch.randn(6, N).to(dtype),
     )
     args = (
-        dy, c["x"], c["weight"], c["lora_A"], c["lora_B"], p, z, c["scaling"], c["rank_gate"],
-        c["column_scale"], c["dropout_p"], c["rng"], dtype, True, need, need,
+        dy, c["x"], c["weight"], c["lora_A"], c["lora_B"], c["rank_gate"], c["column_scale"],
+        None, c["rng"], p, z, c["scaling"], c["dropout_p"], dtype, dtype, False, True, need, need,
         need and c["rank_gate"] is not None, need and c["column_scale"] is not None, need,
     )  # fmt: skip
     torch.library.opcheck(ops.lora_linear_backward, args)

@@ -13,7 +13,7 @@ from lora_kernels.quantization import quantize_4bit
 from tests.layers.variants import hidden
 
 # Numbers, dtypes and the choice of a kernel; a name that is new here wants a look at what it holds.
-ALLOWED = {"choice", "numbers", "bias_dtype"}
+ALLOWED = {"choice", "options", "bias_dtype"}
 
 
 def test_the_source_sets_nothing_else() -> None:

@@ -18,6 +18,7 @@ from lora_kernels.backends.triton import (
     configs,
     equation,
 )
+from lora_kernels.core.call import Needs, Operands, Saved, Spec
 from lora_kernels.quantization.codes import Codes
 
 f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
@@ -59,17 +60,19 @@ class Call:
         bias = meta((N,), self.dtype) if self.options else None
         p, rng = (0.1, meta((2,), torch.int64)) if self.options else (0.0, None)
         if not self.backward:
-            equation.lora_linear(
-                x, weight, A, B, 2.0, gate, scale, bias, p, rng, self.dtype, self.dtype,
-                self.options, self.strategy,
-            )  # fmt: skip
+            operands = Operands(x, weight, A, B, gate, scale, bias, rng)
+            spec = Spec(2.0, p, self.dtype, self.dtype, self.options)
+            equation.lora_linear(operands, spec, self.strategy)
             return
         dy, z = meta((M, N), self.dtype), meta((M, N), self.dtype)
         equation.lora_linear_backward(
-            dy, x, weight, A, B, meta((M, R), f32), z if self.options else None, 2.0, gate, scale,
-            p, rng, self.dtype, True, True, True, self.options, self.options, self.options,
+            dy,
+            Operands(x, weight, A, B, gate, scale, None, rng),
+            Saved(meta((M, R), f32), z if self.options else None),
+            Spec(2.0, p, self.dtype, self.dtype),
+            Needs(True, True, True, self.options, self.options, self.options),
             self.strategy,
-        )  # fmt: skip
+        )
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import lora_kernels
 from lora_kernels.backends import cuda, workspace
 from lora_kernels.backends.cuda import COOPERATIVE, OVERLAPPED, SPLIT, equation, launch
 from lora_kernels.backends.dropout import NO_DROPOUT
+from lora_kernels.core.call import Operands, Spec
 from lora_kernels.measure import case as cases
 from lora_kernels.measure.case import Case
 from lora_kernels.quantization import quantize_4bit
@@ -110,10 +111,11 @@ def test_temporaries(quant: str, strategy: str) -> None:
     args = cases.inputs(Case(M, N, K, R, bf16, quant=quant, gate=True, bias=True))
     weight = args["weight"].codes if quant else args["weight"]
     with Allocations() as allocations:
-        equation.lora_linear(
-            args["x"].detach(), weight, args["lora_A"], args["lora_B"], 2.0, args["rank_gate"],
-            None, args["bias"], 0.0, None, bf16, bf16, False, strategy,
+        operands = Operands(
+            args["x"].detach(), weight, args["lora_A"], args["lora_B"], args["rank_gate"], None,
+            args["bias"],
         )  # fmt: skip
+        equation.lora_linear(operands, Spec(2.0, 0.0, bf16, bf16), strategy)
     assert sorted(allocations.sizes)[-2:] == [M * R, M * N]
 
 

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 import lora_kernels
 from lora_kernels import select
-from lora_kernels.backends import cpu, native
-from lora_kernels.ops import Prepared
+from lora_kernels.backends import native
+from lora_kernels.backends.cpu import PreparedCall
+from lora_kernels.fastpath import prepare
 from lora_kernels.peft import fuse
-from lora_kernels.peft.linear import _Ready
-from lora_kernels.prepared import Step, prepare
+from lora_kernels.peft.linear import _PreparedForward
 from lora_kernels.quantization import Weight4bit, quantize_4bit
 
 from .tiny import add_lora, count_ops
@@ -66,14 +66,14 @@ def decode(layer: Any, x: Tensor | None = None) -> Tensor:
 def taken(layer: Any, call: Callable[[], object]) -> bool:
     """Whether the call went the shorter way."""
     answers: list[object] = []
-    whole = Prepared.__call__
+    whole = PreparedCall.__call__
 
-    def watched(self: Prepared, x: Tensor, bias: Tensor | None = None) -> Tensor | None:
+    def watched(self: PreparedCall, x: Tensor, bias: Tensor | None = None) -> Tensor | None:
         answers.append(whole(self, x, bias))
         return answers[-1]  # type: ignore[return-value]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Prepared, "__call__", watched)
+        patch.setattr(PreparedCall, "__call__", watched)
         call()
     return bool(answers) and answers[-1] is not None
 
@@ -275,7 +275,7 @@ def test_what_changes_is_noticed(layer: Any, change: Callable[[Any], None]) -> N
     assert taken(layer, lambda: decode(layer))
     change(layer)
     fresh = copy.deepcopy(layer)
-    fresh._ready = None
+    fresh._prepared = None
     want = decode(fresh)
     assert not torch.equal(want, before)
     for _ in range(3):
@@ -296,16 +296,16 @@ def train(layer: Any) -> list[Tensor | None]:
 
 def ready(layer: Any, call: Callable[[], object]) -> bool:
     """Whether the call followed what an earlier one had found."""
-    calls, whole = 0, _Ready.__call__
+    calls, whole = 0, _PreparedForward.__call__
 
-    def counted(self: _Ready, layer: Any, x: Tensor) -> Tensor | None:
+    def counted(self: _PreparedForward, layer: Any, x: Tensor) -> Tensor | None:
         nonlocal calls
         y = whole(self, layer, x)
         calls += y is not None
         return y
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_Ready, "__call__", counted)
+        patch.setattr(_PreparedForward, "__call__", counted)
         call()
     return calls == 1
 
@@ -326,7 +326,7 @@ def test_what_changes_is_noticed_in_training(layer: Any, change: Callable[[Any],
     assert all(map(same, train(layer), first))
     change(layer)
     fresh = copy.deepcopy(layer)
-    fresh._ready = None
+    fresh._prepared = None
     want = train(fresh)
     assert not all(map(same, want, first))
     for _ in range(3):
@@ -349,13 +349,13 @@ def test_what_surrounds_a_training_call_is_noticed(layer: Any) -> None:
     assert all(map(same, train(layer), plain))
     with torch.autocast("cpu", bf16):
         got = layer(x)
-        layer._ready = None
+        layer._prepared = None
         assert got.dtype is layer(x).dtype and torch.equal(got, layer(x))
     if type(layer.base_layer) is not nn.Linear:
         for dtype in (bf16, torch.float64):  # the latter by PEFT, for its adapters are float32
             train(layer)
             got = layer(x.to(dtype))
-            layer._ready = None
+            layer._prepared = None
             assert got.dtype is dtype and torch.equal(got, layer(x.to(dtype)))
     replica = copy.copy(layer)  # as DataParallel makes them
     replica._modules = dict(layer._modules, base_layer=copy.deepcopy(layer.base_layer))
@@ -387,54 +387,6 @@ def test_parameters_that_were_computed_go_from_memory(layer: Any) -> None:
     assert gone() is None
 
 
-@pytest.mark.skipif(native.isa not in cpu.SINGLE_PASS_ISAS, reason="the library makes the product")
-@pytest.mark.parametrize("dtype", [f32, bf16], ids=str)
-def test_a_step_is_prepared(
-    layer: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Both directions, with the same bits and dropout's; not for another adapter."""
-    if not isinstance(layer.base_layer.weight, bnb.nn.Params4bit):
-        layer.base_layer.to(dtype)
-    answers: list[bool] = []
-    for name in ("__call__", "backward"):
-        whole = getattr(Step, name)
-
-        def watched(*args: Any, whole: Any = whole) -> Any:
-            found = whole(*args)
-            answers.append(found is not None)
-            return found
-
-        monkeypatch.setattr(Step, name, watched)
-
-    def step() -> list[Tensor]:
-        layer.zero_grad()
-        x = row(40).to(dtype).requires_grad_()
-        y = layer(x)
-        y.backward(torch.ones_like(y))
-        weights = (part.default.weight for part in (layer.lora_A, layer.lora_B))
-        return [y.detach(), *(t.grad for t in (x, *weights))]
-
-    want = step()
-    assert not answers
-    for _ in range(2):
-        assert all(map(torch.equal, step(), want))
-    assert answers == [True] * 4
-    layer.lora_dropout["default"] = nn.Dropout(0.5).train()
-    torch.manual_seed(5)
-    first, *_ = step(), step()
-    torch.manual_seed(5)
-    assert all(map(torch.equal, step(), first)) and not torch.equal(step()[0], first[0])
-    assert len(answers) == 4 + 2 * 3
-    layer.lora_dropout["default"].eval()
-    layer.set_adapter("other")
-    step_of_other = layer(row(40).to(dtype))
-    assert not torch.equal(step_of_other, want[0])
-    layer.set_adapter("default")
-    for _ in range(2):
-        assert all(map(torch.equal, step(), want))
-    assert answers[-2:] == [True] * 2
-
-
 def test_a_layer_goes_from_memory_at_once(layer: Any) -> None:
     """What is kept of a call refers to no layer; collecting cycles may take long."""
     import gc
@@ -443,7 +395,7 @@ def test_a_layer_goes_from_memory_at_once(layer: Any) -> None:
     part = copy.deepcopy(layer)
     decode(part)
     train(part)
-    assert part._ready is not None
+    assert part._prepared is not None
     gc.collect()
     gc.disable()
     try:
@@ -485,12 +437,12 @@ def _try(layer: Any, x: Tensor) -> None:
 
 def test_is_not_copied(layer: Any) -> None:
     decode(layer)
-    assert isinstance(layer._ready, _Ready)
+    assert isinstance(layer._prepared, _PreparedForward)
     copies = [copy.deepcopy(layer)]
     if type(layer.base_layer) is nn.Linear:  # a Params4bit comes back from pickle as a Parameter
         copies.append(pickle.loads(pickle.dumps(layer)))
     for other in copies:
-        assert other._ready is None
+        assert other._prepared is None
         assert torch.equal(decode(other), decode(layer))
 
 

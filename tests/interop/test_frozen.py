@@ -169,7 +169,7 @@ def test_which_layers() -> None:
     ]
     keys = model.state_dict().keys()
     assert type(unfuse(model).base_model.model.head) is nn.Linear
-    assert model.state_dict().keys() == keys and "_rankless" not in vars(
+    assert model.state_dict().keys() == keys and "_prepared" not in vars(
         model.base_model.model.head
     )
     assert type(fuse(model).base_model.model.head) is nn.Linear
@@ -196,7 +196,7 @@ def test_unfused_after_calls() -> None:
     head = model.base_model.model.head
     head(rows())
     unfuse(model)
-    assert "_rankless" not in vars(head) and torch.equal(head(rows()), library(head, rows()))
+    assert "_prepared" not in vars(head) and torch.equal(head(rows()), library(head, rows()))
 
 
 def test_explain_says_what_is_streamed(head: Any) -> None:

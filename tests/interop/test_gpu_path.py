@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import lora_kernels
 from lora_kernels.backends import eager
 from lora_kernels.backends.library import as_on_gpu
+from lora_kernels.core.call import Operands
 from lora_kernels.measure.traffic import _NativeDropout
 from lora_kernels.peft import FusedLinear, explain, fuse, traffic, unfuse
 from lora_kernels.quantization import codes
@@ -104,9 +105,9 @@ def test_stacking_depends_on_the_rows(
     called: list[int] = []
     original = eager.lora_linear
 
-    def counting(*args: Any) -> Any:
-        called.append(args[2].shape[0])
-        return original(*args)
+    def counting(operands: Operands, *rest: Any) -> Any:
+        called.append(operands.lora_A.shape[0])
+        return original(operands, *rest)
 
     found = fuse(model(second={"r": 9}))
     monkeypatch.setattr(eager, "lora_linear", counting)

@@ -412,7 +412,7 @@ def test_fuse_twice_and_unfuse(loaded: bool) -> None:
         assert fuse(model) is model
         assert type(up) is type(down) is fused_class and layers(model) == [up, down]
         for layer, known in zip((up, down), before, strict=True):
-            assert vars(layer).keys() - {"_ready"} == known.keys()
+            assert vars(layer).keys() - {"_prepared"} == known.keys()
             assert all(vars(layer)[name] == value for name, value in known.items())
         torch.testing.assert_close(model(batch()), want)
         assert list(model.state_dict()) == keys

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 import lora_kernels
 from lora_kernels.backends import native
+from lora_kernels.backends.cpu import PreparedCall
+from lora_kernels.fastpath import CallCache
 from lora_kernels.layers import LoRALinear, QLoRALinear
-from lora_kernels.ops import Prepared
-from lora_kernels.prepared import Latest
 
 pytestmark = [
     pytest.mark.skipif(native.module is None, reason="no native kernels"),
@@ -40,7 +40,7 @@ def x(rows: int = 1) -> Tensor:
 
 
 def the_long_way(layer: LoRALinear, x: Tensor) -> Tensor:
-    layer._latest = Latest()
+    layer._call_cache = CallCache()
     return layer(x)  # type: ignore[no-any-return]
 
 
@@ -48,13 +48,13 @@ def the_long_way(layer: LoRALinear, x: Tensor) -> Tensor:
 def answers(monkeypatch: pytest.MonkeyPatch) -> list[Tensor | None]:
     """What prepared calls return."""
     answers: list[Tensor | None] = []
-    whole = Prepared.__call__
+    whole = PreparedCall.__call__
 
-    def watched(self: Prepared, x: Tensor, bias: Tensor | None = None) -> Tensor | None:
+    def watched(self: PreparedCall, x: Tensor, bias: Tensor | None = None) -> Tensor | None:
         answers.append(whole(self, x, bias))
         return answers[-1]
 
-    monkeypatch.setattr(Prepared, "__call__", watched)
+    monkeypatch.setattr(PreparedCall, "__call__", watched)
     return answers
 
 
@@ -180,8 +180,7 @@ def test_copies_start_anew(layer: LoRALinear) -> None:
 def test_what_was_remembered_is_let_go(layer: LoRALinear) -> None:
     for change in (lambda: layer.to(torch.bfloat16), lambda: new_parameter(layer)):
         layer(x().to(layer.lora_A.dtype))
-        assert layer._latest._calls is not None
-        held = weakref.ref(layer._latest._calls._decode)
+        held = weakref.ref(layer._call_cache._call)
         assert held() is not None
         change()
         layer(x(200).to(layer.lora_A.dtype))  # for which no call is prepared

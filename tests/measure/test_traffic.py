@@ -253,8 +253,8 @@ def test_count_layer_cast_in_a_wrapper_adds_its_traffic() -> None:
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_count_op_of_this_package_is_its_eager_implementation(dtype: torch.dtype) -> None:
     x, W = meta(M, K, dtype=BF16), meta(N, K, dtype=BF16)
-    args = (x, W, meta(4, K, dtype=dtype), meta(N, 4, dtype=dtype), 2.0)
-    rest = (None, None, None, 0.0, None, BF16, BF16, False)
+    args = (x, W, meta(4, K, dtype=dtype), meta(N, 4, dtype=dtype))
+    rest = (None, None, None, None, 2.0, 0.0, BF16, BF16, False)
     through: list[Kernel] = []
     direct: list[Kernel] = []
     count(lambda: torch.ops.lora_kernels.lora_linear(*args, *rest), through)

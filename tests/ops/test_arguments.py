@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ import torch
 
 import lora_kernels
 from lora_kernels.backends import cpu, native
+from lora_kernels.core.call import Guard
 from lora_kernels.functional import dora_norm
 
 K, N, R = 6, 5, 2
@@ -117,24 +117,10 @@ def test_the_native_call(change: dict[int, Any], error: type[Exception], words: 
         native.module.lora_linear(*numbers)
 
 
-def test_what_a_decoding_layer_looks_at() -> None:
-    """`fetch` only asks for memory; `unchanged` compares what is said of objects."""
+def test_unchanged_compares_each_guard() -> None:
     assert native.module is not None
-    places, fetch, unchanged = native.module.places, native.module.fetch, native.module.unchanged
+    unchanged = native.module.unchanged
     whole: dict[str, object] = {"a": 1, "none": None, "list": [1]}
-    objects = torch.ones(2), torch.nn.Linear(1, 1).weight, whole, {}, [], None, ""
-    addresses = 0, 1, torch.ones(2)._cdata, 2**64 - 1
-    assert len(places(objects)) == 8 * (len(objects) + 3 * 2)  # and a dictionary's table
-    assert places((whole,))[:8] == id(whole).to_bytes(8, sys.byteorder)
-    assert len(places(addresses)) == 8 * 4 * len(addresses)
-    for ask in (places(objects), places(addresses), b"", b"short"):
-        assert fetch(ask) is None
-    with pytest.raises(TypeError, match="places: want bytes"):
-        fetch([whole])
-    for beyond in (-1, 2**64):
-        with pytest.raises(OverflowError):
-            places((beyond,))
-
     one, x = whole["a"], torch.ones(2)
     assert unchanged((whole, whole, whole), ("a", "none", "absent"), (one, None, None), ({}, []))
     assert not unchanged((whole,), ("a",), (None,), ())
@@ -191,8 +177,7 @@ def test_the_prepared_call() -> None:
     """For up to four rows of float32: anything else, and another fact, is for others to answer."""
     f32, (A, B) = torch.float32, (torch.ones(2, 64), torch.ones(64, 2))
     fact = {"is": True}
-    rows = (4, 0, sys.maxsize, 0)
-    call = cpu.Prepared(torch.eye(64), A, B, 2.0, f32, f32, rows, [(fact, "is", True)])
+    call = cpu.PreparedCall(torch.eye(64), A, B, 2.0, f32, f32, 4, [Guard(fact, "is", True)])
     x, y = torch.ones(3, 64), torch.full((3, 64), 1.0 + 2 * 2 * 64)
     assert torch.equal(call(x), y)  # type: ignore[arg-type]
     assert torch.equal(call(x.view(1, 3, 64), torch.arange(64.0)), y[None] + torch.arange(64.0))  # type: ignore[arg-type]
@@ -207,68 +192,7 @@ def test_the_prepared_call() -> None:
     fact["is"] = False
     assert call(x) is None
 
-    fact["is"] = True
-    assert not call.trains(x, None)  # no rows
-    for method in (call._forward, call._trains):
-        with pytest.raises(TypeError, match="want x, bias and the tuples of, what and want"):
-            method(x, None, (), (), (), 1)
-        with pytest.raises(ZeroDivisionError):
-            method(x, None, (0,), (lambda zero: 1 / zero,), (1,))
-
-
-def single_pass() -> bool:
-    return native.isa in cpu.SINGLE_PASS_ISAS
-
-
-@pytest.mark.skipif(not single_pass(), reason="the library makes the product")
-@pytest.mark.usefixtures("looks")
-def test_the_prepared_step() -> None:
-    """For up to four rows as few; not 7 to 8, and of one no gradients."""
-    f32, (A, B) = torch.float32, (torch.ones(2, 64), torch.ones(64, 2))
-    W, fact = 3 * torch.eye(64), {"is": True}
-    call = cpu.Prepared(W, A, B, 2.0, f32, f32, (4, 7, 9, 2), [(fact, "is", True)])
-    for rows in (1, 2, 5, 6, 9, 40):
-        x = torch.ones(rows, 64)
-        assert call.trains(x, None) and call.trains(x.view(1, rows, 64), torch.ones(64))
-        y, p = call.train(x.view(1, rows, 64), torch.arange(64.0))
-        assert torch.equal(y[0], (3.0 + 2 * 2 * 64 + torch.arange(64.0)).expand(rows, 64))
-        assert torch.equal(p, torch.full((rows, 2), 64.0))
-        dy = torch.full((rows, 64), 0.5)
-        facts = (fact,), ("is",), (True,)
-        found = call.backward(dy, x, A, B, p, None, True, True, True, *facts)
-        if rows == 1:
-            assert found is None
-            continue
-        dx, dA, dB = found  # type: ignore[misc]
-        # dS = 2 dY B = 64 of each rank.
-        assert torch.equal(dx, torch.full((rows, 64), 1.5 + 128))  # type: ignore[arg-type]
-        assert torch.equal(dA, torch.full((2, 64), 64.0 * rows))  # type: ignore[arg-type]
-        assert torch.equal(dB, torch.full((64, 2), 64.0 * rows))  # type: ignore[arg-type]
-        for wish in range(3):
-            wishes = [i == wish for i in range(3)]
-            one = call.backward(dy, x, A, B, p, None, *wishes, *facts)
-            assert [g is not None for g in one] == wishes  # type: ignore[union-attr]
-            assert torch.equal(one[wish], found[wish])  # type: ignore[index, arg-type]
-        for wrong in (dy[1:], dy.t().contiguous().t(), dy.double(), dy[:, 1:], torch._neg_view(dy)):
-            assert call.backward(wrong, x, A, B, p, None, True, True, True, *facts) is None
-            assert call.backward(dy, wrong, A, B, p, None, True, True, True, *facts) is None
-        assert (
-            call.backward(dy, x, A, B, p, None, True, True, True, (fact,), ("is",), (1.5,)) is None
-        )
-    for rows in (0, 7, 8):
-        assert not call.trains(torch.ones(rows, 64), None)
-        x = dy = torch.ones(rows, 64)
-        p = torch.ones(rows, 2)
-        assert call.backward(dy, x, A, B, p, None, True, True, True, (), (), ()) is None
-    fact["is"] = False
-    assert not call.trains(torch.ones(2, 64), None)
-    with pytest.raises(TypeError, match="want dy, x, A, B, P, rng, three wishes and the tuples"):
-        call._backward(dy, x, A, B, p, None, True, True, True)
-    with pytest.raises(TypeError, match="want x, bias and rng"):
-        call._train(x, None)
-    for wrong in ((torch.ones(7, 64), None), (torch.ones(2, 63), None), (x, torch.ones(63))):
-        with pytest.raises(TypeError, match="x, bias: not what the call was prepared for"):
-            call.train(*wrong)
+    with pytest.raises(TypeError, match="want x, bias and the tuples of, what and want"):
+        call._forward(x, None, (), (), (), 1)
     with pytest.raises(ZeroDivisionError):
-        x, p, facts = torch.ones(2, 64), torch.ones(2, 2), ((0,), (lambda zero: 1 / zero,), (1,))
-        call.backward(x, x, A, B, p, None, True, True, True, *facts)
+        call._forward(x, None, (0,), (lambda zero: 1 / zero,), (1,))

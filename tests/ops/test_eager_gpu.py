@@ -18,11 +18,11 @@ from torch.utils.checkpoint import checkpoint
 
 import lora_kernels
 from lora_kernels import (
+    fastpath,
     functional,
     lora_linear,
     multi_lora_linear,
     ops,
-    prepared,
     reference,
     select,
 )
@@ -184,13 +184,13 @@ def test_dropout_compiled_uses_one_mask(checkpointed: bool) -> None:
 def test_ops_with_a_drawn_mask_pass_opcheck() -> None:
     args = layer_args(dropout_p=0.5)
     x, W, A, B = (args[n].detach() for n in ("x", "weight", "lora_A", "lora_B"))
-    rest = (1.5, None, None, None, 0.5, None, f32, f32, False)
+    rest = (None, None, None, None, 1.5, 0.5, f32, f32, False)
     utils = ("test_schema", "test_faketensor")  # values differ from call to call
     for shape in ((12, 64), (3, 4, 64)):
         torch.library.opcheck(ops.lora_linear, (x.view(shape), W, A, B, *rest), test_utils=utils)
     index = torch.zeros(12, dtype=torch.int64)
     torch.library.opcheck(
-        ops.multi_lora_linear, (x, W, [A], [B], index, [1.5], None, 0.5, None, f32, f32),
+        ops.multi_lora_linear, (x, W, [A], [B], index, None, None, [1.5], 0.5, f32, f32),
         test_utils=utils,
     )  # fmt: skip
     for name in ("lora_linear", "multi_lora_linear", "lora_linear_backward", "dora_norm"):
@@ -511,7 +511,7 @@ def test_dora_layer_among_several_processes_keeps_no_squares(
     """FSDP2 puts other values into the same storage, which counts no version."""
     from lora_kernels.layers import DoRALinear
 
-    monkeypatch.setattr(prepared, "_distributed", lambda: True)
+    monkeypatch.setattr(fastpath, "_distributed", lambda: True)
     layer, x = (
         DoRALinear.from_linear(torch.nn.Linear(300, 40, bias=False), r=4),
         torch.randn(3, 300),

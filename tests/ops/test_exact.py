@@ -89,7 +89,7 @@ def test_unit_matrix_reads_out_the_weights(dtype: torch.dtype, engine: str) -> N
     args = cases.inputs(Case(K, N, K, R, dtype))
     y, p, *_ = ops.lora_linear(
         torch.eye(K, dtype=dtype), args["weight"], args["lora_A"], torch.zeros(N, R, dtype=dtype),
-        1.0, None, None, None, 0.0, None, dtype, dtype, False,
+        None, None, None, None, 1.0, 0.0, dtype, dtype, False,
     )  # fmt: skip
     assert_exact(y, args["weight"].t(), "y")
     assert_exact(p, args["lora_A"].t(), "P")

@@ -286,12 +286,12 @@ def test_compile_and_opcheck() -> None:
     weight, rng = args["weight"], args["rng"]
     forward = (
         args["x"].detach(), *weight.codes, args["lora_A"].detach(), args["lora_B"].detach(),
-        1.5, args["rank_gate"].detach(), None, None, 0.1, rng, bf16, bf16, False,
+        args["rank_gate"].detach(), None, None, rng, 1.5, 0.1, bf16, bf16, False,
     )  # fmt: skip
     torch.library.opcheck(ops.lora_linear_4bit, forward)
     y, p, *_ = ops.lora_linear_4bit(*forward)
     backward = (
-        torch.ones_like(y), *forward[:12], p, None, 1.5, forward[13], None, 0.1, rng, bf16,
+        torch.ones_like(y), *forward[:16], p, None, *forward[16:],
         True, True, True, True, False, False,
     )  # fmt: skip
     torch.library.opcheck(ops.lora_linear_backward_4bit, backward)

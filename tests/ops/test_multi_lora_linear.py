@@ -9,6 +9,7 @@ import torch
 from lora_kernels import lora_linear, multi_lora_linear, ops, reference
 from lora_kernels.backends import cpu, native
 from lora_kernels.backends.rows import rows_of
+from lora_kernels.core.call import MultiOperands, MultiSpec
 from lora_kernels.measure.case import give_mask
 from lora_kernels.measure.multi import MultiCase, inputs, judge, run
 from tests.ops.engines import every_engine, every_thread_count
@@ -174,18 +175,16 @@ def test_opcheck(dtype: torch.dtype) -> None:
     args = inputs(MultiCase(6, 5, 8, rows="mixed", dropout_p=0.1))
     x, weight, bias = (args[n].detach().to(dtype) for n in ("x", "weight", "bias"))
     A, B = ([t.detach().to(dtype) for t in args[n]] for n in ("lora_A", "lora_B"))
-    rest = (args["index"], args["scaling"])
-    torch.library.opcheck(
-        ops.multi_lora_linear, (x, weight, A, B, *rest, bias, 0.1, args["rng"], dtype, dtype)
-    )
+    operands, spec = (x, weight, A, B, args["index"]), (args["scaling"], 0.1, dtype, dtype)
+    torch.library.opcheck(ops.multi_lora_linear, (*operands, bias, args["rng"], *spec))
     p = torch.randn(6, 8, dtype=torch.promote_types(dtype, f32))
     dy = torch.randn(6, 5).to(dtype)
     for need in (True, False):
         torch.library.opcheck(
             ops.multi_lora_linear_backward,
             (
-                dy, x, weight, A, B, rest[0], p, rest[1], 0.1, args["rng"], dtype, need,
-                [True, need] * 2, [need] * 4, need,
+                dy, *operands, None, args["rng"], p, *spec,
+                need, [True, need] * 2, [need] * 4, need,
             ),
         )  # fmt: skip
 
@@ -249,9 +248,11 @@ def test_adapters_are_not_copied() -> None:
                 made.append(out.numel())
             return out
 
-    names = ("x", "weight", "lora_A", "lora_B", "index", "scaling", "bias", "dropout_p", "rng")
+    names = ("x", "weight", "lora_A", "lora_B", "index", "bias", "rng")
+    operands = MultiOperands(*(args[name] for name in names))
+    spec = MultiSpec(args["scaling"], args["dropout_p"], bf16, bf16)
     with torch.no_grad(), Watch():
-        cpu.multi_lora_linear(*(args[n] for n in names), bf16, bf16, cpu.LIBRARY)
+        cpu.multi_lora_linear(operands, spec, cpu.LIBRARY)
     assert made and max(made) <= 4 * 512
 
 

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lora_kernels
 from lora_kernels import reference
 from lora_kernels.backends.triton import LIBRARY, SINGLE_PASS, SPLIT, equation, launch, tiles
+from lora_kernels.core.call import Operands, Spec
 from lora_kernels.measure import case as cases
 from lora_kernels.measure.case import Case
 from lora_kernels.measure.tolerance import assert_exact
@@ -184,10 +185,11 @@ def test_launches_and_temporaries(quant: str, strategy: str, launched: list[str]
     args = cases.inputs(Case(M, N, K, 5, f32, quant=quant, gate=True, bias=True, device=DEVICE))
     weight = args["weight"].codes if quant else args["weight"]
     with Allocations() as allocations:
-        equation.lora_linear(
-            args["x"].detach(), weight, args["lora_A"], args["lora_B"], 2.0, args["rank_gate"],
-            None, args["bias"], 0.0, None, f32, f32, False, strategy,
+        operands = Operands(
+            args["x"].detach(), weight, args["lora_A"], args["lora_B"], args["rank_gate"], None,
+            args["bias"],
         )  # fmt: skip
+        equation.lora_linear(operands, Spec(2.0, 0.0, f32, f32), strategy)
     decoded = ["dequantize"] if quant and strategy == LIBRARY else []
     assert launched == decoded + LAUNCHES[strategy]
     if strategy != LIBRARY:

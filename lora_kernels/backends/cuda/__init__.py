@@ -20,12 +20,9 @@ import importlib
 from collections.abc import Iterator
 from contextvars import ContextVar
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 COOPERATIVE = "publish first, consume last"
 OVERLAPPED = "publish, then consume"
@@ -132,50 +129,14 @@ def unfit(capability: int) -> str | None:
     return None
 
 
-def lora_linear(*args: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-    """x [M, K] -> y [M, N], P [M, R] float32, z [M, N] or None; see `equation.lora_linear`."""
-    from . import equation
-
-    return equation.lora_linear(*args)
-
-
-def lora_linear_backward(*args: Any) -> tuple[Tensor | None, ...]:
-    """dy [M, N] -> dx, dA, dB, dg, dc, dbias; see `equation.lora_linear_backward`."""
-    from . import equation
-
-    return equation.lora_linear_backward(*args)
+_DEFINED_IN = dict.fromkeys(
+    ("lora_linear", "lora_linear_backward", "multi_lora_linear", "multi_lora_linear_backward",
+     "dora_norm"), "equation",
+) | dict.fromkeys(("quantize", "dequantize"), "equation")  # fmt: skip
 
 
-def multi_lora_linear(*args: Any) -> tuple[Tensor, Tensor]:
-    """Rows with adapters of their own; see `equation.multi_lora_linear`."""
-    from . import equation
-
-    return equation.multi_lora_linear(*args)
-
-
-def multi_lora_linear_backward(*args: Any) -> tuple[Any, ...]:
-    """dx, dA and dB of each adapter, dbias; see `equation.multi_lora_linear_backward`."""
-    from . import equation
-
-    return equation.multi_lora_linear_backward(*args)
-
-
-def dora_norm(*args: Any) -> Tensor:
-    """‖W + scaling · (B ⊙ gate)·A‖ of each row, float32 [N]; see `equation.dora_norm`."""
-    from . import equation
-
-    return equation.dora_norm(*args)
-
-
-def quantize(*args: Any) -> tuple[Tensor, Tensor]:
-    """A weight to codes and scales; see `equation.quantize`."""
-    from . import equation
-
-    return equation.quantize(*args)
-
-
-def dequantize(*args: Any) -> Tensor:
-    """Codes and scales to a weight; see `equation.dequantize`."""
-    from . import equation
-
-    return equation.dequantize(*args)
+def __getattr__(name: str) -> Any:
+    """Import the module of a launcher when it is first used."""
+    if name not in _DEFINED_IN:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_DEFINED_IN[name]}"), name)

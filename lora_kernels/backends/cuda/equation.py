@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from ... import reference
+from ...core.call import (
+    Grads,
+    MultiGrads,
+    MultiNeeds,
+    MultiOperands,
+    MultiSpec,
+    Needs,
+    Operands,
+    Saved,
+    Spec,
+)
 from ...quantization.codes import Codes
 from .. import stacked, workspace
 from ..dropout import NO_DROPOUT, Dropout
@@ -21,28 +30,15 @@ _MAX_SPLITS = 8
 _MAX_PUBLISHERS = 16
 
 
-def lora_linear(
-    x: Tensor,
-    weight: Tensor | Codes | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    rank_gate: Tensor | None,
-    column_scale: Tensor | None,
-    bias: Tensor | None,
-    dropout_p: float,
-    rng: Tensor | None,
-    dtype: torch.dtype,
-    y_dtype: torch.dtype,
-    save_z: bool,
-    strategy: str,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """x [M, K] -> y [M, N] in `y_dtype`, P [M, R] float32, z [M, N] or None."""
+def lora_linear(operands: Operands, spec: Spec, strategy: str) -> tuple[Tensor, Saved]:
+    """Compute y [M, N] for x [M, K]."""
+    x, weight, lora_A, lora_B, rank_gate, column_scale, bias, rng = operands
+    scaling, dropout_p, dtype, y_dtype, save_z = spec
     M, (N, R), dropout = x.shape[0], lora_B.shape, Dropout.of(dropout_p, rng)
     y = empty(x, M, N, dtype=y_dtype)
     z = empty(x, M, N, dtype=y_dtype) if save_z else None
     if not M:
-        return y, x.new_empty(M, R, dtype=torch.float32), z
+        return y, Saved(x.new_empty(M, R, dtype=torch.float32), z)
     linear = _Linear(
         x, weight, lora_B.t(), scaling, rank_gate, NO_DROPOUT, column_scale, bias, y, z, False,
         dtype,
@@ -52,32 +48,16 @@ def lora_linear(
     else:
         p = _sum(_thin(x, None, dropout, False, lora_A), dropout.scale)
         linear.run(p, strategy == SPLIT)
-    return y, p, z
+    return y, Saved(p, z)
 
 
 def lora_linear_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | Codes | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    p: Tensor,
-    z: Tensor | None,
-    scaling: float,
-    rank_gate: Tensor | None,
-    column_scale: Tensor | None,
-    dropout_p: float,
-    rng: Tensor | None,
-    dtype: torch.dtype,
-    need_x: bool,
-    need_A: bool,
-    need_B: bool,
-    need_gate: bool,
-    need_column_scale: bool,
-    need_bias: bool,
-    strategy: str,
-) -> tuple[Tensor | None, ...]:
-    """dy [M, N] -> dx, dA, dB, dg, dc, dbias; None where it is not asked for."""
+    dy: Tensor, operands: Operands, saved: Saved, spec: Spec, needs: Needs, strategy: str
+) -> Grads:
+    """Compute the gradients for dy [M, N] and x [M, K]."""
+    x, weight, lora_A, lora_B, rank_gate, column_scale, _, rng = operands
+    (p, z, _), (scaling, dropout_p, dtype, *_) = saved, spec
+    need_x, need_A, need_B, need_gate, need_column_scale, need_bias = needs
     dropout = Dropout.of(dropout_p, rng)
     (M, N), R, K = dy.shape, p.shape[1], x.shape[1]
     dx = empty(dy, M, K, dtype=x.dtype) if need_x else None
@@ -95,7 +75,7 @@ def lora_linear_backward(
         for grad in (dA, dB):
             if grad is not None:
                 grad.zero_()
-        return dx, dA, dB, dg, dc, dbias
+        return Grads(dx, dA, dB, dg, dc, dbias)
     ds, need_s = None, need_x or need_A or need_gate
     if dB is not None and need_s and R <= module().PAIR_MAX_RANK:
         slots, parts = _pair(dy, column_scale, lora_B, p)
@@ -121,61 +101,45 @@ def lora_linear_backward(
     if need_gate:
         assert ds is not None
         dg = (ds * p).sum(0).mul_(scaling)
-    return dx, dA, dB, dg, dc, dbias
+    return Grads(dx, dA, dB, dg, dc, dbias)
 
 
 def multi_lora_linear(
-    x: Tensor,
-    weight: Tensor | Codes | None,
-    lora_A: Sequence[Tensor],
-    lora_B: Sequence[Tensor],
-    index: Tensor,
-    scaling: Sequence[float],
-    bias: Tensor | None,
-    dropout_p: float,
-    rng: Tensor | None,
-    dtype: torch.dtype,
-    y_dtype: torch.dtype,
-    strategy: str,
-) -> tuple[Tensor, Tensor]:
-    """x [M, K], index [M] -> y [M, N] in `y_dtype`, P [M, R] float32.
+    operands: MultiOperands, spec: MultiSpec, strategy: str
+) -> tuple[Tensor, Saved]:
+    """Compute y [M, N] for x [M, K], whose rows each have an adapter or none.
 
-    All ranks of all adapters in one product, W once; ranks that a row has not count for nothing.
+    All ranks of all adapters are one GEMM, which reads W once. A row's other ranks are zeroed.
     """
+    x, weight, lora_A, lora_B, index, bias, rng = operands
+    scaling, dropout_p, dtype, y_dtype = spec
     M, N, dropout = x.shape[0], lora_B[0].shape[0], Dropout.of(dropout_p, rng)
     y = empty(x, M, N, dtype=y_dtype)
     if not M:
-        return y, x.new_empty(0, max(A.shape[0] for A in lora_A), dtype=torch.float32)
+        return y, Saved(x.new_empty(0, max(A.shape[0] for A in lora_A), dtype=torch.float32))
     stack = stacked.stack(lora_A, lora_B, index, scaling)
     p = stack.kept(_sum(_thin(x, None, dropout, False, stack.lora_A), dropout.scale))
     _Linear(
         x, weight, stack.lora_B.t(), 1.0, stack.gate, NO_DROPOUT, None, bias, y, None, False, dtype
     ).run(p, strategy == SPLIT)  # fmt: skip
-    return y, stack.compact(p)
+    return y, Saved(stack.compact(p))
 
 
 def multi_lora_linear_backward(
     dy: Tensor,
-    x: Tensor,
-    weight: Tensor | Codes | None,
-    lora_A: Sequence[Tensor],
-    lora_B: Sequence[Tensor],
-    index: Tensor,
-    p: Tensor,
-    scaling: Sequence[float],
-    dropout_p: float,
-    rng: Tensor | None,
-    dtype: torch.dtype,
-    need_x: bool,
-    need_A: Sequence[bool],
-    need_B: Sequence[bool],
-    need_bias: bool,
+    operands: MultiOperands,
+    saved: Saved,
+    spec: MultiSpec,
+    needs: MultiNeeds,
     strategy: str,
-) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None], Tensor | None]:
-    """dy [M, N] -> dx, dA and dB of each adapter, dbias; None where it is not asked for.
+) -> MultiGrads:
+    """Compute the gradients for dy [M, N] and x [M, K].
 
-    dx as y; dA and dB adapter by adapter, of its own rows alone.
+    dx is computed as y is; dA and dB for each adapter, from its own rows alone.
     """
+    x, weight, lora_A, lora_B, index, _, rng = operands
+    p, (scaling, dropout_p, dtype, _) = saved.p, spec
+    need_x, need_A, need_B, need_bias = needs
     dropout = Dropout.of(dropout_p, rng)
     (M, N), K = dy.shape, x.shape[1]
     dx = empty(dy, M, K, dtype=x.dtype) if need_x else None
@@ -184,7 +148,7 @@ def multi_lora_linear_backward(
     sums = torch.zeros(2, N, dtype=torch.float32, device=dy.device) if need_bias else None
     dbias = None if sums is None else sums[0]
     if not M:
-        return dx, dA, dB, dbias
+        return MultiGrads(dx, dA, dB, dbias)
     if sums is not None:
         _column_sums(dy, None, sums)
     stack = stacked.stack(lora_A, lora_B, index, scaling)
@@ -209,7 +173,7 @@ def multi_lora_linear_backward(
             assert ds is not None
             slots = _thin(x[rows], None, NO_DROPOUT, True, ds[rows, : A.shape[0]].t())
             _reduce(slots, None, scaling[e] * dropout.scale, A.t())
-    return dx, dA, dB, dbias
+    return MultiGrads(dx, dA, dB, dbias)
 
 
 def dora_norm(

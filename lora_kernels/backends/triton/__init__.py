@@ -16,6 +16,7 @@ Deterministic: atomics count who has published, never data; shares are added in 
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import os
 from typing import TYPE_CHECKING, Any
@@ -54,50 +55,14 @@ def require(device: torch.device) -> None:
         raise RuntimeError(f"backend 'triton' was asked for and cannot run here: {why}")
 
 
-def lora_linear(*args: Any) -> Any:
-    """x [M, K] -> y [M, N], P [M, R] float32, z [M, N] or None; see `equation.lora_linear`."""
-    from . import equation
-
-    return equation.lora_linear(*args)
-
-
-def lora_linear_backward(*args: Any) -> Any:
-    """dy [M, N] -> dx, dA, dB, dg, dc, dbias; see `equation.lora_linear_backward`."""
-    from . import equation
-
-    return equation.lora_linear_backward(*args)
+_DEFINED_IN = dict.fromkeys(
+    ("lora_linear", "lora_linear_backward", "multi_lora_linear", "multi_lora_linear_backward",
+     "dora_norm"), "equation",
+) | dict.fromkeys(("quantize", "dequantize"), "codec")  # fmt: skip
 
 
-def multi_lora_linear(*args: Any) -> Any:
-    """Rows with adapters of their own; see `equation.multi_lora_linear`."""
-    from . import equation
-
-    return equation.multi_lora_linear(*args)
-
-
-def multi_lora_linear_backward(*args: Any) -> Any:
-    """dx, dA and dB of each adapter, dbias; see `equation.multi_lora_linear_backward`."""
-    from . import equation
-
-    return equation.multi_lora_linear_backward(*args)
-
-
-def dora_norm(*args: Any) -> Any:
-    """‖W + scaling · (B ⊙ gate)·A‖ of each row, float32 [N]; see `equation.dora_norm`."""
-    from . import equation
-
-    return equation.dora_norm(*args)
-
-
-def quantize(*args: Any) -> Any:
-    """A weight to codes and scales; see `codec.quantize`."""
-    from . import codec
-
-    return codec.quantize(*args)
-
-
-def dequantize(*args: Any) -> Any:
-    """Codes and scales to a weight; see `codec.dequantize`."""
-    from . import codec
-
-    return codec.dequantize(*args)
+def __getattr__(name: str) -> Any:
+    """Import the module of a launcher when it is first used."""
+    if name not in _DEFINED_IN:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_DEFINED_IN[name]}"), name)

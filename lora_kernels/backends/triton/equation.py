@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -12,6 +11,17 @@ from torch import Tensor
 from torch.nn.functional import linear as library_linear
 
 from ... import reference
+from ...core.call import (
+    Grads,
+    MultiGrads,
+    MultiNeeds,
+    MultiOperands,
+    MultiSpec,
+    Needs,
+    Operands,
+    Saved,
+    Spec,
+)
 from ...quantization.codes import Codes
 from .. import stacked, workspace
 from ..dropout import NO_DROPOUT, Dropout
@@ -25,53 +35,25 @@ from .shrink import shrink_kernel
 _DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-def lora_linear(
-    x: Tensor,
-    weight: Tensor | Codes | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    rank_gate: Tensor | None,
-    column_scale: Tensor | None,
-    bias: Tensor | None,
-    dropout_p: float,
-    rng: Tensor | None,
-    dtype: torch.dtype,
-    y_dtype: torch.dtype,
-    save_z: bool,
-    strategy: str,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """x [M, K] -> y [M, N] in `y_dtype`, P [M, R] float32, z [M, N] or None."""
+def lora_linear(operands: Operands, spec: Spec, strategy: str) -> tuple[Tensor, Saved]:
+    """Compute y [M, N] for x [M, K]."""
+    x, weight, lora_A, lora_B, rank_gate, column_scale, bias, rng = operands
+    scaling, dropout_p, dtype, y_dtype, save_z = spec
     dropout = Dropout.of(dropout_p, rng)
-    return _linear(
+    y, p, z = _linear(
         x, weight, lora_A, lora_B.t(), scaling, rank_gate, None, column_scale, bias, dropout,
         True, dtype, y_dtype, save_z, strategy,
     )  # fmt: skip
+    return y, Saved(p, z)
 
 
 def lora_linear_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | Codes | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    p: Tensor,
-    z: Tensor | None,
-    scaling: float,
-    rank_gate: Tensor | None,
-    column_scale: Tensor | None,
-    dropout_p: float,
-    rng: Tensor | None,
-    dtype: torch.dtype,
-    need_x: bool,
-    need_A: bool,
-    need_B: bool,
-    need_gate: bool,
-    need_column_scale: bool,
-    need_bias: bool,
-    strategy: str,
-) -> tuple[Tensor | None, ...]:
-    """dy [M, N] -> dx, dA, dB, dg, dc, dbias; None where it is not asked for."""
+    dy: Tensor, operands: Operands, saved: Saved, spec: Spec, needs: Needs, strategy: str
+) -> Grads:
+    """Compute the gradients for dy [M, N] and x [M, K]."""
+    x, weight, lora_A, lora_B, rank_gate, column_scale, _, rng = operands
+    (p, z, _), (scaling, dropout_p, dtype, *_) = saved, spec
+    need_x, need_A, need_B, need_gate, need_column_scale, need_bias = needs
     dropout = Dropout.of(dropout_p, rng)
     (M, N), R = dy.shape, p.shape[1]
     dx = dA = dg = ds = slots = dbias = dc = None
@@ -107,30 +89,21 @@ def lora_linear_backward(
     if need_gate:
         assert ds is not None
         dg = (ds * p).sum(0).mul_(scaling)
-    return dx, dA, dB, dg, dc, dbias
+    return Grads(dx, dA, dB, dg, dc, dbias)
 
 
 def multi_lora_linear(
-    x: Tensor,
-    weight: Tensor | Codes | None,
-    lora_A: Sequence[Tensor],
-    lora_B: Sequence[Tensor],
-    index: Tensor,
-    scaling: Sequence[float],
-    bias: Tensor | None,
-    dropout_p: float,
-    rng: Tensor | None,
-    dtype: torch.dtype,
-    y_dtype: torch.dtype,
-    strategy: str,
-) -> tuple[Tensor, Tensor]:
-    """x [M, K], index [M] -> y [M, N] in `y_dtype`, P [M, R] float32.
+    operands: MultiOperands, spec: MultiSpec, strategy: str
+) -> tuple[Tensor, Saved]:
+    """Compute y [M, N] for x [M, K], whose rows each have an adapter or none.
 
-    All ranks of all adapters in one product, W once; ranks that a row has not count for nothing.
+    All ranks of all adapters are one GEMM, which reads W once. A row's other ranks are zeroed.
     """
+    x, weight, lora_A, lora_B, index, bias, rng = operands
+    scaling, dropout_p, dtype, y_dtype = spec
     if not len(x):
         y = x.new_empty(0, lora_B[0].shape[0], dtype=y_dtype)
-        return y, x.new_empty(0, max(A.shape[0] for A in lora_A), dtype=torch.float32)
+        return y, Saved(x.new_empty(0, max(A.shape[0] for A in lora_A), dtype=torch.float32))
     dropout = Dropout.of(dropout_p, rng)
     stack = stacked.stack(lora_A, lora_B, index, scaling)
     slots = stack.kept(_shrink(x, stack.lora_A, None, dropout).sum(0))
@@ -138,38 +111,32 @@ def multi_lora_linear(
         x, weight, stack.lora_A, stack.lora_B.t(), 1.0, stack.gate, None, None, bias,
         NO_DROPOUT, True, dtype, y_dtype, False, strategy, slots[None],
     )  # fmt: skip
-    return y, stack.compact(p)
+    return y, Saved(stack.compact(p))
 
 
 def multi_lora_linear_backward(
     dy: Tensor,
-    x: Tensor,
-    weight: Tensor | Codes | None,
-    lora_A: Sequence[Tensor],
-    lora_B: Sequence[Tensor],
-    index: Tensor,
-    p: Tensor,
-    scaling: Sequence[float],
-    dropout_p: float,
-    rng: Tensor | None,
-    dtype: torch.dtype,
-    need_x: bool,
-    need_A: Sequence[bool],
-    need_B: Sequence[bool],
-    need_bias: bool,
+    operands: MultiOperands,
+    saved: Saved,
+    spec: MultiSpec,
+    needs: MultiNeeds,
     strategy: str,
-) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None], Tensor | None]:
-    """dy [M, N] -> dx, dA and dB of each adapter, dbias; None where it is not asked for.
+) -> MultiGrads:
+    """Compute the gradients for dy [M, N] and x [M, K].
 
-    dx as y; dA and dB adapter by adapter, of its own rows alone.
+    dx is computed as y is; dA and dB for each adapter, from its own rows alone.
     """
+    x, weight, lora_A, lora_B, index, _, rng = operands
+    p, (scaling, dropout_p, dtype, _) = saved.p, spec
+    need_x, need_A, need_B, need_bias = needs
     dropout = Dropout.of(dropout_p, rng)
     dA = [torch.zeros_like(A) if need else None for A, need in zip(lora_A, need_A, strict=True)]
     dB = [torch.zeros_like(B) if need else None for B, need in zip(lora_B, need_B, strict=True)]
     dx = ds = dbias = None
     if not len(x):
         dbias = dy.new_zeros(dy.shape[1], dtype=torch.float32) if need_bias else None
-        return torch.empty_like(x) if need_x else None, dA, dB, dbias
+        dx = torch.empty_like(x) if need_x else None
+        return MultiGrads(dx, dA, dB, dbias)
     if need_bias:
         dbias, _ = _outer(p, dy, None, None, NO_DROPOUT, 1.0, None, None, True, False)
     stack = stacked.stack(lora_A, lora_B, index, scaling)
@@ -199,7 +166,7 @@ def multi_lora_linear_backward(
                 own, x[rows], None, None, NO_DROPOUT, scaling[e] * dropout.scale, None, A, False,
                 False,
             )  # fmt: skip
-    return dx, dA, dB, dbias
+    return MultiGrads(dx, dA, dB, dbias)
 
 
 def _linear(

@@ -1,0 +1,1 @@
+"""What every other module stands on. It imports torch alone."""

@@ -1,0 +1,160 @@
+"""The arguments and results of one call of the equation, as all backends take and return them.
+
+    y = c ⊙ (x·Wᵀ + ((D(x)·Aᵀ) ⊙ g)·Bᵀ) + bias,    g = scaling · rank_gate
+
+The schemas of the ops list these fields in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from ..quantization.codes import Codes
+
+
+class Operands(NamedTuple):
+    """The tensors of a call.
+
+    Args:
+        x: [M, K]; [..., K] above the backends and for the CPU backend.
+        weight: W [N, K], dense or packed in 4 bits; None leaves the base GEMM out.
+        lora_A: [R, K].
+        lora_B: [N, R].
+        rank_gate: [R] or None.
+        column_scale: c, [N] or None.
+        bias: [N] or None. The backward gets None.
+        rng: the dropout mask's state, int64 [2], or the mask, bool of x's shape. None with
+            dropout_p > 0 has the eager backend draw the mask.
+    """
+
+    x: Tensor
+    weight: Tensor | Codes | None
+    lora_A: Tensor
+    lora_B: Tensor
+    rank_gate: Tensor | None = None
+    column_scale: Tensor | None = None
+    bias: Tensor | None = None
+    rng: Tensor | None = None
+
+
+class Spec(NamedTuple):
+    """The other arguments of a call.
+
+    Args:
+        scaling: alpha / r.
+        dropout_p: probability of dropping an element of x.
+        dtype: of the base GEMM.
+        y_dtype: of y.
+        save_z: whether the forward returns z, y before column scale and bias.
+    """
+
+    scaling: float
+    dropout_p: float
+    dtype: torch.dtype
+    y_dtype: torch.dtype
+    save_z: bool = False
+
+
+class Saved(NamedTuple):
+    """What the forward leaves for the backward.
+
+    Args:
+        p: D(x)·Aᵀ [M, R] in float32 (float64 for float64).
+        z: [M, N] in y's dtype if `Spec.save_z`, or None.
+        mask: the dropout mask [M, K] if the forward drew one, or None. The backward gets it as
+            `Operands.rng`.
+    """
+
+    p: Tensor
+    z: Tensor | None = None
+    mask: Tensor | None = None
+
+
+class Needs(NamedTuple):
+    """Which gradients the backward computes."""
+
+    x: bool
+    lora_A: bool
+    lora_B: bool
+    rank_gate: bool = False
+    column_scale: bool = False
+    bias: bool = False
+
+
+class Grads(NamedTuple):
+    """The gradients; None for one that is not needed.
+
+    x, lora_A and lora_B have their tensor's dtype. The others have P's dtype, for the caller to
+    round once.
+    """
+
+    x: Tensor | None = None
+    lora_A: Tensor | None = None
+    lora_B: Tensor | None = None
+    rank_gate: Tensor | None = None
+    column_scale: Tensor | None = None
+    bias: Tensor | None = None
+
+
+class MultiOperands(NamedTuple):
+    """The tensors of a call whose rows of x each have one of E adapters, or none.
+
+    Args:
+        x, weight, bias, rng: as in `Operands`.
+        lora_A: E tensors [R_e, K].
+        lora_B: E tensors [N, R_e].
+        adapter_index: [M], the adapter of each row, -1 for none.
+    """
+
+    x: Tensor
+    weight: Tensor | Codes | None
+    lora_A: Sequence[Tensor]
+    lora_B: Sequence[Tensor]
+    adapter_index: Tensor
+    bias: Tensor | None = None
+    rng: Tensor | None = None
+
+
+class MultiSpec(NamedTuple):
+    """The other arguments, as in `Spec`; one scaling for each adapter."""
+
+    scaling: Sequence[float]
+    dropout_p: float
+    dtype: torch.dtype
+    y_dtype: torch.dtype
+
+
+class MultiNeeds(NamedTuple):
+    """Which gradients the backward computes, of lora_A and lora_B for each adapter."""
+
+    x: bool
+    lora_A: Sequence[bool]
+    lora_B: Sequence[bool]
+    bias: bool = False
+
+
+class MultiGrads(NamedTuple):
+    """The gradients, as in `Grads`; zeros for an adapter that no row has."""
+
+    x: Tensor | None
+    lora_A: list[Tensor | None]
+    lora_B: list[Tensor | None]
+    bias: Tensor | None = None
+
+
+class Guard(NamedTuple):
+    """A condition under which a prepared call holds.
+
+    `key` is an attribute's name or a function of `target`; a function of nothing if `target` is
+    None; a key if `target` is a dictionary. The guard holds while its value equals `expected`; for
+    a dictionary, while the very same object is under the key.
+    """
+
+    target: object
+    key: object
+    expected: object

@@ -23,8 +23,8 @@ from .core.call import (
     Saved,
     Spec,
 )
+from .core.problem import Choice
 from .quantization.codes import Codes
-from .select import Choice
 
 _NOTHING = contextlib.nullcontext()
 _Backward = Callable[..., tuple[Tensor | None, ...]]

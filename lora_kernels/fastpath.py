@@ -11,6 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from . import ops, select
 from .backends import native
 from .backends.cpu import PreparedCall
+from .backends.cpu_heuristics import few_rows
 from .backends.eager import row_squares
 from .core.call import Guard
 from .functional import base_dtype, dora_norm, lora_linear
@@ -59,7 +60,7 @@ def prepare(
         if base.dtype is not dtype or base.stride(1) != 1:
             return None
         called_by_address.append(base)
-    few = select.few_rows(dtype, four_bit, weight.shape[0] * weight.shape[1])
+    few = few_rows(dtype, four_bit, weight.shape[0] * weight.shape[1])
     if x.numel() > few * x.shape[-1]:
         return None
     guards = [

@@ -26,7 +26,6 @@ from torch.compiler import is_compiling
 from . import select
 from .backends import cpu, cuda, eager, triton
 from .backends.cuda import fit
-from .backends.cuda.fit import Layout
 from .backends.rows import like_rows_of
 from .core.call import (
     Grads,
@@ -40,6 +39,7 @@ from .core.call import (
     Saved,
     Spec,
 )
+from .core.problem import Choice, Layout, Problem
 from .quantization.codes import Codes
 
 _LIB = torch.library.Library("lora_kernels", "DEF")
@@ -109,7 +109,7 @@ def _no_autocast(t: Tensor) -> contextlib.AbstractContextManager[None]:
 
 
 def layout(device_type: str, weight: Tensor | Codes | None, dtype: torch.dtype) -> Layout | None:
-    """What `select` is told of a weight in a product in `dtype`; None where no backend minds."""
+    """Return the weight's layout for a GEMM in `dtype`; None if every backend accepts it."""
     if device_type != "cpu" or cuda.emulated():
         return fit.layout(weight, dtype)
     if not isinstance(weight, Tensor) or weight.stride(1) == 1 or weight.stride(0) != 1:
@@ -117,20 +117,20 @@ def layout(device_type: str, weight: Tensor | Codes | None, dtype: torch.dtype) 
     return _COLUMNS
 
 
-_COLUMNS = fit.Layout(columns=True)
+_COLUMNS = Layout(columns=True)
 
 
-def choose(operands: Operands, spec: Spec) -> select.Choice:
+def choose(operands: Operands, spec: Spec) -> Choice:
     """Choose the backend and strategy of both directions."""
     x, weight, lora_A, lora_B, *_, rng = operands
     if _takes_mask(rng, spec.dropout_p):
         return select.choose_for_mask()
     (device_type, index), (R, K), (N, _) = device_of(x), lora_A.shape, lora_B.shape
-    return select.lora_linear(
+    return select.choose(Problem(
         device_type, x.dtype, lora_A.dtype, lora_B.dtype, spec.dtype, R, x.numel() // K,
         isinstance(weight, Codes), N, K, rng is not None, index,
         layout(device_type, weight, spec.dtype),
-    )  # fmt: skip
+    ))  # fmt: skip
 
 
 def _takes_mask(rng: Tensor | None, dropout_p: float) -> bool:
@@ -146,7 +146,7 @@ def _rows(rng: Tensor | None, x: Tensor) -> Tensor | None:
 
 
 def lora_linear_direct(
-    operands: Operands, spec: Spec, choice: select.Choice | None = None
+    operands: Operands, spec: Spec, choice: Choice | None = None
 ) -> tuple[Tensor, Saved]:
     """Run the forward without the dispatcher; y and what the backward takes."""
     choice = choice or choose(operands, spec)
@@ -217,15 +217,15 @@ def prepare(
     rows: int,
     guards: Sequence[Guard],
 ) -> cpu.PreparedCall | None:
-    """Bind `lora_linear_direct` for up to `rows` rows of x, at most `select.few_rows`.
+    """Bind `lora_linear_direct` for up to `rows` rows of x, at most `cpu_heuristics.few_rows`.
 
     y has x's dtype. None if the backend chosen for such a call has no prepared calls.
     """
     four_bit = isinstance(weight, Codes)
-    choice = select.lora_linear(
+    choice = select.choose(Problem(
         lora_A.device.type, x_dtype, lora_A.dtype, lora_B.dtype, dtype, lora_A.shape[0], 1,
         four_bit, layout=layout("cpu", weight, dtype),
-    )  # fmt: skip
+    ))  # fmt: skip
     if choice.backend != "cpu" or choice.strategy not in cpu.OF_FEW_ROWS:
         return None
     return cpu.PreparedCall(weight, lora_A, lora_B, scaling, x_dtype, dtype, rows, guards)
@@ -237,7 +237,7 @@ def lora_linear_backward_direct(
     saved: Saved,
     spec: Spec,
     needs: Needs,
-    choice: select.Choice | None = None,
+    choice: Choice | None = None,
 ) -> Grads:
     """Run the backward without the dispatcher."""
     choice = choice or choose(operands, spec)
@@ -290,17 +290,17 @@ def _grad_dtypes(operands: Operands, saved: Saved) -> tuple[torch.dtype, ...]:
     return operands.x.dtype, operands.lora_A.dtype, operands.lora_B.dtype, stat, stat, stat
 
 
-def choose_multi(operands: MultiOperands, spec: MultiSpec) -> select.Choice:
+def choose_multi(operands: MultiOperands, spec: MultiSpec) -> Choice:
     """Choose the backend and strategy of both directions, for several adapters."""
     x, weight, lora_A, lora_B, *_, rng = operands
     if _takes_mask(rng, spec.dropout_p):
         return select.choose_for_mask()
     (device_type, device_index), K = device_of(x), x.shape[-1]
-    return select.multi_lora_linear(
+    return select.choose(Problem(
         device_type, x.dtype, lora_A[0].dtype, lora_B[0].dtype, spec.dtype,
         max(A.shape[0] for A in lora_A), x.numel() // K, isinstance(weight, Codes),
-        lora_B[0].shape[0], K, device_index, layout(device_type, weight, spec.dtype),
-    )  # fmt: skip
+        lora_B[0].shape[0], K, False, device_index, layout(device_type, weight, spec.dtype), True,
+    ))  # fmt: skip
 
 
 def _flattened(operands: MultiOperands) -> MultiOperands:
@@ -314,7 +314,7 @@ def _flattened(operands: MultiOperands) -> MultiOperands:
 
 
 def multi_lora_linear_direct(
-    operands: MultiOperands, spec: MultiSpec, choice: select.Choice | None = None
+    operands: MultiOperands, spec: MultiSpec, choice: Choice | None = None
 ) -> tuple[Tensor, Saved]:
     """Run the forward without the dispatcher; y and what the backward takes."""
     choice = choice or choose_multi(operands, spec)
@@ -358,7 +358,7 @@ def multi_lora_linear_backward_direct(
     saved: Saved,
     spec: MultiSpec,
     needs: MultiNeeds,
-    choice: select.Choice | None = None,
+    choice: Choice | None = None,
 ) -> MultiGrads:
     """Run the backward without the dispatcher."""
     choice = choice or choose_multi(operands, spec)
@@ -427,9 +427,10 @@ def dora_norm_direct(
     assert weight is not None
     device_type, index = device_of(lora_A)
     weight_dtype = torch.float32 if isinstance(weight, Codes) else weight.dtype
-    choice = select.dora_norm(
-        device_type, weight_dtype, lora_A.dtype, lora_B.dtype, lora_A.shape[0], index
-    )
+    choice = select.choose_norm(Problem(
+        device_type, weight_dtype, lora_A.dtype, lora_B.dtype, torch.float32, lora_A.shape[0],
+        device_index=index,
+    ))  # fmt: skip
     norm: Tensor
     with _no_autocast(lora_A):
         args = (weight, lora_A, lora_B, scaling, rank_gate)

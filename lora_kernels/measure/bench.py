@@ -37,6 +37,7 @@ from torch import Tensor
 from .. import __version__, cpu_costs, functional, select
 from .. import device as devices
 from ..backends import native
+from ..core.problem import Problem
 from ..cpu_costs import Machine, Sizes
 from ..fastpath import CallCache
 from . import case as cases
@@ -264,10 +265,10 @@ def _choice(case: Case) -> dict[str, str]:
     """The backend and strategy that ours takes."""
     with cases.kernels(case.device):
         A = case.adapter_dtype or case.dtype
-        choice = select.lora_linear(
+        choice = select.choose(Problem(
             case.device, case.dtype, A, A, case.compute_dtype, case.R, case.M, False, case.N,
             case.K, case.dropout_p > 0,
-        )  # fmt: skip
+        ))  # fmt: skip
     return {"backend": choice.backend, "strategy": choice.strategy}
 
 
@@ -369,7 +370,7 @@ def provenance(dtypes: list[str], device: str = "cpu") -> dict[str, Any]:
         "version": __version__,
         "commit": _output("git", "-C", str(Path(__file__).parent), *GIT),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
-        "backend": select.lora_linear(device, f32, f32, f32, f32, RANKS[0]).backend,
+        "backend": select.choose(Problem(device, f32, f32, f32, f32, RANKS[0])).backend,
         "isa": native.isa,
         "machine": cpu.architecture,
         "processor": cpu.name,

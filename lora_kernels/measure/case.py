@@ -21,6 +21,7 @@ from .. import functional, reference, select
 from ..backends import cpu, cuda, eager, library, native, triton
 from ..backends.cuda import fit
 from ..backends.triton import configs
+from ..core.problem import Layout
 from ..quantization import Weight4bit, quantize_4bit
 from ..quantization import codes as codes_4bit
 from . import tolerance
@@ -338,7 +339,7 @@ def cuda_engines() -> list[str]:
 def fits_cuda(case: Case, strategy: str) -> bool:
     """Whether that one of the CUDA kernels' strategies takes the case's base product."""
     blocksize = int(case.quant.split("-")[1]) if case.quant else 0
-    layout = fit.Layout(blocksize, obstacle=None if case.base else fit.NO_BASE)
+    layout = Layout(blocksize, obstacle=None if case.base else fit.NO_BASE)
     dtype = case.compute or case.compute_dtype
     return not case.M or fit.forward(strategy, dtype, layout, case.M, case.N, case.K) is None
 

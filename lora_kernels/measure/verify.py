@@ -17,8 +17,7 @@ from typing import Any
 
 import torch
 
-from .. import select
-from ..backends import cpu, triton
+from ..backends import cpu, cpu_heuristics, triton
 from ..backends.triton import configs
 from . import multi, peers
 from .case import (
@@ -238,7 +237,7 @@ def _ways(name: str, case: Case) -> list[str]:
         return []
     if name.startswith("cuda ") and not fits_cuda(case, name.removeprefix("cuda ")):
         return []
-    few = select.few_rows(
+    few = cpu_heuristics.few_rows(
         case.compute or case.compute_dtype, bool(case.quant), case.N * case.K, isa=name
     )
     strategy = cpu.FEW_ROWS if case.quant else cpu.STREAMED

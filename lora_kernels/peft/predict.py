@@ -15,10 +15,9 @@ import torch
 
 from .. import costs, cpu_costs, select
 from ..backends import eager
-from ..backends.cuda.fit import Layout
 from ..backends.triton import configs, measured
+from ..core.problem import Choice, Layout, Problem
 from ..cpu_costs import Machine, Sizes
-from ..select import Choice
 
 MANY_ROWS = 1 << 17  # up to which other choices are looked for
 EVERY_ROW = 256  # up to which each M is asked for, above eight an octave
@@ -48,15 +47,11 @@ class Part(NamedTuple):
         """What `select` answers the op; RuntimeError where a forced backend cannot run."""
         if not (self.ours and self.R):
             return Choice("torch", eager.LIBRARY, "")
-        if self.mixed:
-            return select.multi_lora_linear(
-                self.device.type, self.x_dtype, self.a_dtype, self.b_dtype, self.dtype, self.R,
-                rows, self.four_bit, self.N, self.K, self.device.index, self.layout,
-            )  # fmt: skip
-        return select.lora_linear(
+        return select.choose(Problem(
             self.device.type, self.x_dtype, self.a_dtype, self.b_dtype, self.dtype, self.R, rows,
-            self.four_bit, self.N, self.K, self.dropout, self.device.index, self.layout,
-        )  # fmt: skip
+            self.four_bit, self.N, self.K, self.dropout and not self.mixed, self.device.index,
+            self.layout, self.mixed,
+        ))  # fmt: skip
 
 
 class Time(NamedTuple):

@@ -16,9 +16,9 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from .. import ops, select
-from ..backends import cpu
-from ..backends.cuda.fit import Layout
+from ..backends import cpu, cpu_heuristics
 from ..backends.library import follows_gpu
+from ..core.problem import Layout, Problem
 from ..cpu_costs import Machine
 from ..functional import base_dtype
 from ..layers import DoRALinear, LoRAEmbedding, LoRALinear, QLoRALinear
@@ -477,10 +477,10 @@ def _streamed_layer(
     elif weight.stride(1) != 1:
         reason = "its weight is stored by columns"
     else:
-        choice = select.lora_linear("cpu", dtype, dtype, dtype, dtype, 0, 1)
+        choice = select.choose(Problem("cpu", dtype, dtype, dtype, dtype, 0, 1))
         reason = choice.reason
         if (choice.backend, choice.strategy) == ("cpu", cpu.STREAMED):
-            few = select.few_rows(dtype, False, N * K)
+            few = cpu_heuristics.few_rows(dtype, False, N * K)
     if few >= (rows or 1):
         reason = f"no adapter; up to {few} rows without gradients; {reason}"
         return Row(name, "streamed", "cpu", cpu.STREAMED, reason)

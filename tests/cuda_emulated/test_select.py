@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 import lora_kernels
 from lora_kernels import select
 from lora_kernels.backends.cuda import COOPERATIVE, ORDINARY, OVERLAPPED, SPLIT, fit, launch
-from lora_kernels.backends.cuda.fit import Layout
+from lora_kernels.core.problem import Choice, Layout, Problem
 from lora_kernels.layers import LoRALinear
 from lora_kernels.peft import explain, fuse
 from lora_kernels.quantization import quantize_4bit
@@ -21,9 +21,9 @@ COLUMNS, OFF = Layout(columns=True), Layout(obstacle="the weight's rows are not 
 
 def choose(
     M: int | None, N: int, K: int, layout: Layout = ROWS, dtype: torch.dtype = bf16
-) -> select.Choice:
-    return select.lora_linear(
-        "cpu", dtype, dtype, dtype, dtype, 16, M, layout.blocksize > 0, N, K, layout=layout
+) -> Choice:
+    return select.choose(
+        Problem("cpu", dtype, dtype, dtype, dtype, 16, M, layout.blocksize > 0, N, K, layout=layout)
     )
 
 

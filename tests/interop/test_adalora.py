@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from lora_kernels import select
+from lora_kernels.core.problem import Choice, Problem
 from lora_kernels.measure import tolerance
 from lora_kernels.peft import FusedSVDLinear, explain, fuse, unfuse
 from lora_kernels.peft.linear import Fused
@@ -420,13 +421,13 @@ def test_explain_asks_for_the_choice_that_the_op_asks_for(
 ) -> None:
     model = fuse(two_adapters(dtype=f32))
     model.base_model.set_adapter(adapters)
-    choose, asked = select.lora_linear, []
+    choose, asked = select.choose, []
 
-    def recorder(*args: Any, **kwargs: Any) -> select.Choice:
-        asked.append(args[:6] + args[7:])  # all but the rows of x, which explain does not know
-        return choose(*args, **kwargs)
+    def recorder(problem: Problem) -> Choice:
+        asked.append(problem._replace(rows=None))  # which explain does not know
+        return choose(problem)
 
-    monkeypatch.setattr(select, "lora_linear", recorder)
+    monkeypatch.setattr(select, "choose", recorder)
     explain(model)
     by_explain = list(asked)
     asked.clear()

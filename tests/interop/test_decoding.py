@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import lora_kernels
-from lora_kernels import select
-from lora_kernels.backends import native
+from lora_kernels.backends import cpu_heuristics, native
 from lora_kernels.backends.cpu import PreparedCall
 from lora_kernels.fastpath import prepare
 from lora_kernels.peft import fuse
@@ -86,7 +85,7 @@ def test_the_same_bits(layer: Any, dtype: torch.dtype, rows: int) -> None:
     x = row(rows).to(dtype).view(rows, 1, K)
     first = decode(layer, x)  # the long way
     assert first.shape == (rows, 1, N)
-    if rows > select.few_rows(dtype, False, 0) and type(layer.base_layer) is nn.Linear:
+    if rows > cpu_heuristics.few_rows(dtype, False, 0) and type(layer.base_layer) is nn.Linear:
         assert not taken(layer, lambda: decode(layer, x))  # a single pass
         return
     assert taken(layer, lambda: decode(layer, x))

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from peft import LoraConfig
 from torch import nn
 
 import lora_kernels
-from lora_kernels import ops, select
+from lora_kernels import select
 from lora_kernels.backends import native
+from lora_kernels.core.problem import Choice, Problem
 from lora_kernels.layers import LoRALinear
 from lora_kernels.peft import Explanation, Row, explain, fuse
 
@@ -94,14 +93,13 @@ def test_asks_for_the_choice_that_the_op_asks_for(
     model = fuse(mlp(dtype))
     model.add_adapter("second", LoraConfig(r=3, target_modules=["up", "down"]))
     model.base_model.set_adapter(adapters)
-    choose, asked = select.lora_linear, []
+    choose, asked = select.choose, []
 
-    def recorder(*args: Any, **kwargs: Any) -> select.Choice:
-        asked.append(args[:6] + args[7:])  # all but the rows of x, which explain does not know
-        return choose(*args, **kwargs)
+    def recorder(problem: Problem) -> Choice:
+        asked.append(problem._replace(rows=None))  # which explain does not know
+        return choose(problem)
 
-    monkeypatch.setattr(select, "lora_linear", recorder)
-    monkeypatch.setattr(ops, "prepare_step", lambda *_: None)  # which asks for all rows of x
+    monkeypatch.setattr(select, "choose", recorder)
     with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
         explain(model, x_dtype=dtype)
         by_explain = list(asked)

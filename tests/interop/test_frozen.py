@@ -16,8 +16,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import lora_kernels
-from lora_kernels import select
-from lora_kernels.backends import cpu, native
+from lora_kernels.backends import cpu, cpu_heuristics, native
 from lora_kernels.cpu_costs import Machine
 from lora_kernels.measure import tolerance
 from lora_kernels.ops import Prepared
@@ -203,7 +202,7 @@ def test_explain_says_what_is_streamed(head: Any) -> None:
     model = nn.Sequential(head)
     here = explain(model).linears
     assert [row[:4] for row in here] == [("0", "streamed", "cpu", cpu.STREAMED)]
-    few = select.few_rows(f32, False, N * K)
+    few = cpu_heuristics.few_rows(f32, False, N * K)
     assert f"up to {few} rows without gradients" in here[0].reason
     assert explain(fused()).linears[0].layer == "base_model.model.head"
     explain(fused()).assert_fused()  # which is about LoRA layers

@@ -12,14 +12,14 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import lora_kernels
-from lora_kernels import costs, cpu_costs, ops, select
-from lora_kernels.backends import cpu, native, triton
+from lora_kernels import costs, cpu_costs, select
+from lora_kernels.backends import cpu, cpu_heuristics, native, triton
 from lora_kernels.backends.triton import configs, measured
+from lora_kernels.core.problem import Choice, Problem
 from lora_kernels.cpu_costs import Machine, Sizes
 from lora_kernels.layers import DoRALinear, LoRAEmbedding, LoRALinear, QLoRALinear
 from lora_kernels.peft import explain, fuse, predict
 from lora_kernels.peft.predict import Part, Region
-from lora_kernels.select import Choice
 
 from .tiny import SIZES, R, batch, mlp
 
@@ -77,11 +77,11 @@ def part(**fields: Any) -> Part:
 def choices(monkeypatch: pytest.MonkeyPatch, *starts: tuple[int, str]) -> None:
     """`select` answers each name from its number of rows on."""
 
-    def lora_linear(*args: Any) -> Choice:
-        rows = args[6]
+    def choose(problem: Problem) -> Choice:
+        rows = problem.rows or 1
         return Choice("cpu", next(name for at, name in reversed(starts) if rows >= at), "")
 
-    monkeypatch.setattr(select, "lora_linear", lora_linear)
+    monkeypatch.setattr(select, "choose", choose)
 
 
 def test_regions_start_at_the_very_row(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,7 +125,7 @@ def test_regions_are_those_of_select(isa: str) -> None:
     try:
         native.use_isa(isa)
         found = predict.regions(part(four_bit=True))
-        assert [region.rows for region in found] == [1, select.few_rows(f32, True, 0) + 1]
+        assert [region.rows for region in found] == [1, cpu_heuristics.few_rows(f32, True, 0) + 1]
         assert found[0].strategy == cpu.FEW_ROWS
     finally:
         native.use_isa(before)
@@ -147,14 +147,13 @@ def test_asks_for_the_choice_that_the_op_asks_for(
 ) -> None:
     """Rows included."""
     model = fuse(mlp(f32))
-    choose, asked = select.lora_linear, []
+    choose, asked = select.choose, []
 
-    def recorder(*args: Any, **kwargs: Any) -> Choice:
-        asked.append(args)
-        return choose(*args, **kwargs)
+    def recorder(problem: Problem) -> Choice:
+        asked.append(problem)
+        return choose(problem)
 
-    monkeypatch.setattr(select, "lora_linear", recorder)
-    monkeypatch.setattr(ops, "prepare_step", lambda *_: None)  # which asks for all rows of x
+    monkeypatch.setattr(select, "choose", recorder)
     with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
         explain(model, rows=rows, machine=MACHINE)
         by_explain = set(asked)
@@ -301,13 +300,13 @@ def test_bad_rows(rows: Any) -> None:
 def test_a_gpu_that_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(costs, "here", lambda index: H100)
     library = next(c for c in costs.predict(H100, 512, 4096, 14336, 16) if c.backend == "eager")
-    monkeypatch.setattr(select, "lora_linear", lambda *args: Choice("eager", "", ""))
+    monkeypatch.setattr(select, "choose", lambda *args: Choice("eager", "", ""))
     found = predict.time(GPU, 512, None, False)
     assert found == (library.seconds, "the model of costs for H100", False)
     step = predict.time(GPU, 512, None, True)
     # dx is a product of the same size.
     assert step is not None and step.seconds > 1.9 * found.seconds
-    monkeypatch.setattr(select, "lora_linear", lambda *args: Choice("cuda", "split", ""))
+    monkeypatch.setattr(select, "choose", lambda *args: Choice("cuda", "split", ""))
     split = next(
         c for c in costs.predict(H100, 512, 4096, 14336, 16)
         if (c.backend, c.strategy) == ("cuda", "split")
@@ -328,7 +327,7 @@ def test_what_was_measured_goes_before_the_model_and_says_so(
         triton.SPLIT, source="measured on H100: 250 µs a step", microseconds=250
     )
     answer = Choice("triton", triton.SPLIT, row.source)
-    monkeypatch.setattr(select, "lora_linear", lambda *args: answer)
+    monkeypatch.setattr(select, "choose", lambda *args: answer)
     with measured.tried(key, row):
         assert predict.time(GPU, 512, None, True) == (250e-6, row.source, True)
         # Neither another shape, nor a forward, nor another strategy was measured.

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 import lora_kernels
-from lora_kernels import select
-from lora_kernels.backends import cpu, native
+from lora_kernels.backends import cpu, cpu_heuristics, native
 from lora_kernels.measure import case
 
 _here = case.engines()
@@ -34,7 +33,7 @@ def ways(
 ) -> list[AbstractContextManager[None]]:
     """What the engine forces, and the kernel for few rows where there are few: of an instruction
     set alone the engine forces the library's product."""
-    if engine in native.ISAS and rows <= select.few_rows(dtype, four_bit, 0, isa=engine):
+    if engine in native.ISAS and rows <= cpu_heuristics.few_rows(dtype, four_bit, 0, isa=engine):
         strategy = cpu.FEW_ROWS if four_bit else cpu.STREAMED
         return [nullcontext(), lora_kernels.backend("cpu", strategy)]
     return [nullcontext()]

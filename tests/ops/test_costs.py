@@ -7,8 +7,8 @@ import torch
 
 from lora_kernels import costs, select
 from lora_kernels.backends import triton
-from lora_kernels.backends.cuda.fit import Layout
-from lora_kernels.backends.triton import configs, measured
+from lora_kernels.backends.triton import configs, heuristics, measured
+from lora_kernels.core.problem import Choice, Layout, Problem
 from lora_kernels.costs import Gpu, predict
 
 T4 = Gpu("T4", 75, 40, 1.59e9, 0.32e12, 65e12, 8.1e12)
@@ -83,10 +83,10 @@ def choose(
     cuda: str | None = None,
     inner: int = K,
     blocksize: int = 64,
-) -> select.Choice | None:
+) -> Choice | None:
     dtypes = (torch.bfloat16,) * 4
-    asked = (None, cuda, *dtypes, rank, 1, N, inner, True, False, Layout(blocksize))
-    return select._choose_gpu(gpu, *asked)
+    problem = Problem("cuda", *dtypes, rank, 1, True, N, inner, layout=Layout(blocksize))
+    return select._cheapest(problem, gpu, (("triton", None), ("cuda", cuda)))
 
 
 @every_gpu
@@ -108,7 +108,7 @@ def test_a_kernel_is_expected_only_of_what_it_takes(odd: dict[str, int]) -> None
 def test_while_untried_eager_is_chosen_without_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """No figure of a model that no card has confirmed is quoted."""
     monkeypatch.setattr(select, "_gpu", lambda index: H100)
-    choice = select.lora_linear("cuda", *(torch.bfloat16,) * 4, R, 1, True, N, K)
+    choice = select.choose(Problem("cuda", *(torch.bfloat16,) * 4, R, 1, True, N, K))
     assert choice.backend == "eager" and choice.reason == select.UNTRIED
 
 
@@ -118,13 +118,13 @@ def test_what_the_model_leaves_to_others() -> None:
 
 def test_what_was_measured_goes_before_the_model() -> None:
     target = configs.Target("cuda", 90, 132, 227 << 10)
-    asked = (target, 100, N, K, R, 2, True)
-    key = measured.shape(*asked)
-    assert select._measured(*asked, dropout=False) is None
+    problem = Problem("cuda", *(torch.bfloat16,) * 4, R, 100, True, N, K)
+    key = measured.shape(target, 100, N, K, R, 2, True)
+    assert heuristics.tuned(problem, target, None) is None
     with measured.tried(key, measured.Measured(triton.SPLIT, source="measured here")):
-        found = select._measured(*asked, dropout=False)
-        assert found == select.Choice("triton", triton.SPLIT, "measured here")
-        assert select._measured(*asked, dropout=True) is None
+        found = heuristics.tuned(problem, target, None)
+        assert found == Choice("triton", triton.SPLIT, "measured here")
+        assert heuristics.tuned(problem._replace(dropout=True), target, None) is None
 
 
 def test_wgmma_is_the_library_s_on_hopper_and_mma_everybody_s_on_ada() -> None:

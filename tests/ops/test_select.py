@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import lora_kernels
 from lora_kernels import ops, select
 from lora_kernels.backends import cpu, native
-from lora_kernels.backends.cuda.fit import Layout
+from lora_kernels.core.problem import Choice, Layout, Problem
 from lora_kernels.measure import case as cases
 from lora_kernels.measure.case import Case, inputs, judge
 
@@ -22,8 +22,8 @@ f32, f64, bf16 = torch.float32, torch.float64, torch.bfloat16
 needs_native = pytest.mark.skipif(native.module is None, reason="the native kernels were not built")
 
 
-def choose(device: str = "cpu", dtype: torch.dtype = f32, rank: int = 8) -> select.Choice:
-    return select.lora_linear(device, dtype, dtype, dtype, dtype, rank)
+def choose(device: str = "cpu", dtype: torch.dtype = f32, rank: int = 8) -> Choice:
+    return select.choose(Problem(device, dtype, dtype, dtype, dtype, rank))
 
 
 @needs_native
@@ -63,11 +63,13 @@ def on(
     four_bit: bool,
     columns: int | None = None,
     inner: int | None = None,
-) -> select.Choice:
+) -> Choice:
     """The choice on such a processor."""
     for name, value in (("reason", None), ("isa", isa), ("amx_bf16", amx), ("intel", intel)):
         monkeypatch.setattr(native, name, value)
-    return select.lora_linear("cpu", dtype, dtype, dtype, dtype, 8, rows, four_bit, columns, inner)
+    return select.choose(
+        Problem("cpu", dtype, dtype, dtype, dtype, 8, rows, four_bit, columns, inner)
+    )
 
 
 @pytest.mark.parametrize(
@@ -250,15 +252,15 @@ def test_no_weight_of_columns_is_streamed(
     for name, value in (("reason", None), ("isa", isa), ("amx_bf16", False), ("intel", False)):
         monkeypatch.setattr(native, name, value)
     args = "cpu", f32, f32, f32, f32, 8, rows, False, 100, 200
-    assert select.lora_linear(*args, layout=Layout(columns=True)).strategy == strategy
+    assert select.choose(Problem(*args, layout=Layout(columns=True))).strategy == strategy
     with lora_kernels.backend("cpu", cpu.STREAMED), pytest.raises(RuntimeError, match="contiguous"):
-        select.lora_linear(*args, layout=Layout(columns=True))
+        select.choose(Problem(*args, layout=Layout(columns=True)))
 
 
 @needs_native
 def test_forcing_a_strategy(monkeypatch: pytest.MonkeyPatch) -> None:
     with lora_kernels.backend("cpu", cpu.LIBRARY):
-        assert select.lora_linear("cpu", f32, f32, f32, f32, 8, 999).strategy == cpu.LIBRARY
+        assert select.choose(Problem("cpu", f32, f32, f32, f32, 8, 999)).strategy == cpu.LIBRARY
     with pytest.raises(ValueError, match="'two passes'"), lora_kernels.backend("cpu", "two passes"):
         pass
     monkeypatch.setattr(native, "isa", "avx2")
@@ -266,11 +268,11 @@ def test_forcing_a_strategy(monkeypatch: pytest.MonkeyPatch) -> None:
         choose()
     with lora_kernels.backend("cpu", cpu.STREAMED):
         assert choose().strategy == cpu.STREAMED
-        assert select.lora_linear("cpu", f32, f32, f32, f32, 8, 16).strategy == cpu.STREAMED
+        assert select.choose(Problem("cpu", f32, f32, f32, f32, 8, 16)).strategy == cpu.STREAMED
         with pytest.raises(RuntimeError, match="at most 16 rows"):
-            select.lora_linear("cpu", f32, f32, f32, f32, 8, 17)
+            select.choose(Problem("cpu", f32, f32, f32, f32, 8, 17))
         with pytest.raises(RuntimeError, match="want a dense weight"):
-            select.lora_linear("cpu", f32, f32, f32, f32, 8, 1, True)
+            select.choose(Problem("cpu", f32, f32, f32, f32, 8, 1, True))
     with lora_kernels.backend("cpu", cpu.FEW_ROWS), pytest.raises(RuntimeError, match="4-bit"):
         choose()
 
@@ -305,7 +307,7 @@ def test_forcing_by_environment(value: str, said: str) -> None:
 def test_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "module", None)
     monkeypatch.setattr(native, "reason", "not built: no compiler")
-    assert choose() == select.Choice("eager", choose().strategy, "not built: no compiler")
+    assert choose() == Choice("eager", choose().strategy, "not built: no compiler")
     args = inputs(Case(3, 5, 7, 2))
     args.pop("dy")
     with lora_kernels.backend("cpu"), pytest.raises(RuntimeError, match="no compiler"):

@@ -8,6 +8,7 @@ from lora_kernels import costs, select
 from lora_kernels.backends import cuda, triton
 from lora_kernels.backends.triton import LIBRARY, SINGLE_PASS, SPLIT, configs
 from lora_kernels.backends.triton.configs import Target
+from lora_kernels.core.problem import Choice, Problem
 
 f32, f64, bf16 = torch.float32, torch.float64, torch.bfloat16
 A100, H100 = Target("cuda", 80, 108, 163 << 10), Target("cuda", 90, 132, 227 << 10)
@@ -24,8 +25,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Target:
 
 def choose(
     device: str = "cuda", dtype: torch.dtype = bf16, rank: int = 16, rows: int = 4096
-) -> select.Choice:
-    return select.lora_linear(device, dtype, dtype, dtype, dtype, rank, rows, columns=1024)
+) -> Choice:
+    return select.choose(Problem(device, dtype, dtype, dtype, dtype, rank, rows, columns=1024))
 
 
 def test_only_where_it_is_asked_for(gpu: Target) -> None:
@@ -104,8 +105,8 @@ def test_an_adapter_in_float32_counts(gpu: Target) -> None:
     """Its tiles are smaller, so that P in each of them costs more."""
     with lora_kernels.backend("triton"):
         args = ("cuda", bf16, bf16, bf16, bf16, 16, 4096)
-        assert select.lora_linear(*args, columns=1024).strategy == SINGLE_PASS
-        wide = select.lora_linear("cuda", bf16, f32, f32, bf16, 16, 4096, columns=1024)
+        assert select.choose(Problem(*args, columns=1024)).strategy == SINGLE_PASS
+        wide = select.choose(Problem("cuda", bf16, f32, f32, bf16, 16, 4096, columns=1024))
     assert wide.strategy == SPLIT and "25.0%" in wide.reason
 
 

@@ -29,6 +29,7 @@ OVERLAPPED = "publish, then consume"
 SPLIT = "split"
 ORDINARY = "split, ordinary multipliers"
 STRATEGIES = (COOPERATIVE, OVERLAPPED, SPLIT, ORDINARY)
+TWO_STEPS = (SPLIT, ORDINARY)  # P is complete before the base GEMM starts
 DECODE_ROWS = 16  # of x, at most, for the first two
 MIN_CAPABILITY = 80  # cp.async, bfloat16 on the matrix units
 

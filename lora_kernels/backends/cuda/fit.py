@@ -5,11 +5,10 @@ The matrix units are fed by loads of 16 bytes, so that rows have to be whole one
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
+from ...core.problem import Layout
 from ...quantization.codes import Codes
 from . import DECODE_ROWS, ORDINARY, SPLIT
 
@@ -19,18 +18,6 @@ _WIDE = 16  # bytes of a load
 _ALIGNED = 8  # elements of it, of 16 bits
 _RUN = 32  # codes of it
 _BLOCK = 64  # codes that decode takes with one scale
-
-
-class Layout(NamedTuple):
-    """How a weight [N, K] lies in memory, as far as kernels mind.
-
-    blocksize: of 4-bit codes; 0: dense. columns: it is stored as [K, N]. obstacle: why the matrix
-    units cannot take it, whatever its sizes.
-    """
-
-    blocksize: int = 0
-    columns: bool = False
-    obstacle: str | None = None
 
 
 def layout(weight: Tensor | Codes | None, dtype: torch.dtype) -> Layout:

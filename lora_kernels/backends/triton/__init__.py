@@ -29,6 +29,7 @@ SPLIT = "split"
 COOPERATIVE = "publish first, consume last"
 LIBRARY = "library product + rank update"
 STRATEGIES = (SINGLE_PASS, SPLIT, COOPERATIVE, LIBRARY)
+TWO_STEPS = (SPLIT, LIBRARY)  # P is complete before the base GEMM starts
 
 
 @functools.cache

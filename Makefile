@@ -7,6 +7,11 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 p
 	$$p -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 10))' 2>/dev/null \
 	&& echo $$p && break; done)
 TORCH ?= torch>=2.8
+# PyPI's torch for Linux brings about 2 GB of CUDA libraries and cannot be imported without them. A
+# CPU build is in PyTorch's own index alone. Where no GPU is, pip looks there too, and prefers the
+# CPU build ("2.9.0+cpu") to the same version on PyPI. If pip cannot reach it, it says so, and takes
+# PyPI's after all. Another index, or none: make CPU_WHEELS=
+CPU_WHEELS ?= $(if $(shell command -v nvidia-smi),,https://download.pytorch.org/whl/cpu)
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -123,6 +128,8 @@ $(INSTALLED): pyproject.toml setup.py
 	@test -n '$(PYTHON)' || { echo 'no Python >= 3.10 with venv found; name one: make PYTHON=...'; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv --upgrade-deps $(VENV)
 	$(BIN)/python -m pip install 'setuptools>=77' pybind11 ninja
+	$(if $(CPU_WHEELS),-$(BIN)/python -m pip install --no-deps --timeout 5 --retries 1 \
+		--extra-index-url '$(CPU_WHEELS)' '$(TORCH)')
 	LORA_KERNELS_NATIVE=0 LORA_KERNELS_CUDA=0 $(BIN)/python -m pip install --no-build-isolation '$(TORCH)' -e '.[dev]'
 	@rm -f $(VENV)/.installed-*
 	@touch $@

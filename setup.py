@@ -14,7 +14,7 @@ Environment:
                              Unset: it is a warning, and the package is pure Python.
     LORA_KERNELS_CUDA        the same for the CUDA kernels; unset, no nvcc is no warning
     LORA_KERNELS_EMULATOR    1: build the emulator of the CUDA kernels too
-    TORCH_CUDA_ARCH_LIST     for which GPUs, as torch reads it ("8.0;9.0a+PTX"); unset, those of
+    TORCH_CUDA_ARCH_LIST     for which GPUs, as torch reads it ("8.0;9.0+PTX"); unset, those of
                              CUDA_ARCHS that nvcc knows, and PTX of the last
     LORA_KERNELS_WERROR      1: compiler warnings are errors
     LORA_KERNELS_SANITIZE    1: AddressSanitizer and UndefinedBehaviorSanitizer
@@ -72,7 +72,9 @@ CUDA_SOURCES = [
     "cuda/linear.cu",
     "cuda/thin.cu",
 ]
-CUDA_ARCHS = ["8.0", "8.6", "8.9", "9.0a", "10.0a", "12.0"]
+# An image runs on its major version from its minor one on; one for a single GPU ("9.0a") on no
+# other, and no kernel needs what only those have. +PTX: newer GPUs compile it at the first launch.
+CUDA_ARCHS = ["8.0", "8.6", "8.9", "9.0", "10.0+PTX", "12.0+PTX"]
 NVCCFLAGS = ["-std=c++17", "-O3", "-cudart", "static", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 # A sanitizer watches what the kernels do through the emulator; its checks make it slow without -O2.
 EMULATOR = ["-x", "c++", "-O2", "-DLORA_KERNELS_EMULATED=1", "-Wno-unknown-pragmas"]
@@ -119,8 +121,7 @@ def cuda_archs(nvcc: str) -> list[str]:
     known = {line.strip().removeprefix("sm_") for line in listed.splitlines()}
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
     wanted = asked or CUDA_ARCHS
-    flags: list[str] = []
-    codes = []
+    images: dict[str, bool] = {}  # and whether PTX beside
     for name in wanted:
         number = name.removesuffix("+PTX").replace(".", "")
         # A list of nvcc's may leave out what is for one GPU alone ("90a").
@@ -128,15 +129,15 @@ def cuda_archs(nvcc: str) -> list[str]:
             if asked:
                 raise RuntimeError(f"TORCH_CUDA_ARCH_LIST: {nvcc} does not know {name!r}")
             continue
-        codes.append(number)
-        flags += ["-gencode", f"arch=compute_{number},code=sm_{number}"]
-        if name.endswith("+PTX"):
-            flags += ["-gencode", f"arch=compute_{number},code=compute_{number}"]
-    if not codes:
+        images[number] = name.endswith("+PTX")
+    if not images:
         raise RuntimeError(f"{nvcc} knows none of {', '.join(wanted)}")
     if not asked:
-        last = codes[-1]
-        flags += ["-gencode", f"arch=compute_{last},code=compute_{last}"]
+        images[next(reversed(images))] = True
+    flags = []
+    for number, ptx in images.items():
+        codes = f"sm_{number},compute_{number}" if ptx else f"sm_{number}"
+        flags += ["-gencode", f"arch=compute_{number},code=[{codes}]"]
     return flags
 
 

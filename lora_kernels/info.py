@@ -129,10 +129,7 @@ def _cuda_backend() -> dict[str, Any]:
         install = f"{_INSTALL} {_installed_from()}"
         compiler = "" if device.nvcc() else "install CUDA's nvcc 12 or newer, then "
         return _backend(False, absence, f"{compiler}LORA_KERNELS_CUDA=1 {install}")
-    gpus = device.gpus()
-    obstacles = [cuda.unfit(int(gpu.capability.replace(".", ""))) for gpu in gpus]
-    if torch.version.hip:
-        obstacles = ["the CUDA kernels do not run on AMD's GPUs"] * len(gpus)
+    obstacles = [cuda.obstacle("cuda", gpu.index) for gpu in device.gpus()]
     if not obstacles:
         return _backend(False, "no GPU; the tests run it in an emulator")
     if None not in obstacles:

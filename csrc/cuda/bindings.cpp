@@ -86,6 +86,14 @@ LinearArgs linear_args(const MatrixTuple& x, int base, const MatrixTuple& w, con
           K};
 }
 
+// Other Python threads run while the driver takes a launch, or loads the image before the first
+// one. The emulator is one thread's.
+#ifdef LORA_KERNELS_EMULATED
+using WithoutGil = py::call_guard<>;
+#else
+using WithoutGil = py::call_guard<py::gil_scoped_release>;
+#endif
+
 #ifdef LORA_KERNELS_EMULATED
 namespace emulator = lora_kernels::emulator;
 
@@ -111,16 +119,21 @@ py::list traffic() {
 }  // namespace
 
 PYBIND11_MODULE(LORA_KERNELS_MODULE, m) {
+  const auto launcher = [&m](const char* name, auto function) {
+    m.def(name, function, WithoutGil());
+  };
   m.attr("__version__") = LORA_KERNELS_VERSION;
   m.attr("PAIR_ROWS") = PAIR_ROWS;
   m.attr("PAIR_MAX_RANK") = PAIR_MAX_RANK;
+  launcher("probe", &probe);
   py::class_<LinearArgs>(m, "Linear", py::module_local()).def(py::init(&linear_args));
-  m.def("linear", [](const LinearArgs& a, const WhereTuple& at) { linear(a, where(at)); });
-  m.def("gemm", [](LinearArgs a, int splits, Pointer parts, int64_t k_share, const WhereTuple& at) {
-    a.parts = as<float>(parts);
-    a.k_share = k_share;
-    gemm(a, splits, where(at));
-  });
+  launcher("linear", [](const LinearArgs& a, const WhereTuple& at) { linear(a, where(at)); });
+  launcher("gemm",
+           [](LinearArgs a, int splits, Pointer parts, int64_t k_share, const WhereTuple& at) {
+             a.parts = as<float>(parts);
+             a.k_share = k_share;
+             gemm(a, splits, where(at));
+           });
   py::class_<DecodeArgs>(m, "Decode", py::module_local())
       .def(py::init([](const LinearArgs& l, const MatrixTuple& a, const DropoutTuple& mask_in,
                        float p_scale, Pointer slots, Pointer p, Pointer flags, int64_t slot_share,
@@ -141,52 +154,52 @@ PYBIND11_MODULE(LORA_KERNELS_MODULE, m) {
         return d;
       }))
       .def_readonly("resident", &DecodeArgs::resident);
-  m.def("decode", [](const DecodeArgs& a, bool cooperative, const WhereTuple& at) {
+  launcher("decode", [](const DecodeArgs& a, bool cooperative, const WhereTuple& at) {
     return decode(a, cooperative, where(at));
   });
-  m.def("thin", [](const MatrixTuple& v, const VectorTuple& v_scale, const DropoutTuple& mask,
-                   bool over_rows, const MatrixTuple& y, Pointer out, int64_t I, int64_t J,
-                   int64_t R, int64_t j_share, int slot_count, const WhereTuple& at) {
+  launcher("thin", [](const MatrixTuple& v, const VectorTuple& v_scale, const DropoutTuple& mask,
+                      bool over_rows, const MatrixTuple& y, Pointer out, int64_t I, int64_t J,
+                      int64_t R, int64_t j_share, int slot_count, const WhereTuple& at) {
     thin({matrix(v), vector(v_scale), dropout(mask), over_rows, matrix(y), as<float>(out), I, J, R,
           j_share, slot_count},
          where(at));
   });
-  m.def("pair", [](const MatrixTuple& v, const VectorTuple& v_scale, const MatrixTuple& b,
-                   Pointer s, Pointer slots, Pointer parts, int64_t M, int64_t N, int64_t R,
-                   int64_t n_share, int slot_count, int part_count, const WhereTuple& at) {
+  launcher("pair", [](const MatrixTuple& v, const VectorTuple& v_scale, const MatrixTuple& b,
+                      Pointer s, Pointer slots, Pointer parts, int64_t M, int64_t N, int64_t R,
+                      int64_t n_share, int slot_count, int part_count, const WhereTuple& at) {
     pair({matrix(v), vector(v_scale), matrix(b), as<const float>(s), as<float>(slots),
           as<float>(parts), M, N, R, n_share, slot_count, part_count},
          where(at));
   });
-  m.def("column_sums", [](const MatrixTuple& v, const MatrixTuple& z, Pointer parts, int64_t M,
-                          int64_t N, int64_t m_share, int part_count, const WhereTuple& at) {
+  launcher("column_sums", [](const MatrixTuple& v, const MatrixTuple& z, Pointer parts, int64_t M,
+                             int64_t N, int64_t m_share, int part_count, const WhereTuple& at) {
     column_sums({matrix(v), matrix(z), as<float>(parts), M, N, m_share, part_count}, where(at));
   });
-  m.def("reduce",
-        [](Pointer slots, const VectorTuple& gate, float scale, Pointer out, int dtype, int64_t I,
-           int64_t R, int64_t stride_i, int64_t stride_r, int slot_count, const WhereTuple& at) {
-          reduce({as<const float>(slots), vector(gate), scale, as<void>(out), dtype, I, R, stride_i,
-                  stride_r, slot_count},
-                 where(at));
-        });
-  m.def("row_norm",
-        [](bool from_codes, const MatrixTuple& w, const CodesTuple& c, const MatrixTuple& a,
-           const MatrixTuple& b, const VectorTuple& gate, float scaling, Pointer slots, int64_t N,
-           int64_t K, int64_t R, int64_t k_share, int slot_count, const WhereTuple& at) {
-          row_norm({from_codes, matrix(w), codes(c), matrix(a), matrix(b), vector(gate), scaling,
-                    as<float>(slots), N, K, R, k_share, slot_count},
-                   where(at));
-        });
-  m.def("dequantize", [](const CodesTuple& c, Pointer w, int dtype, const WhereTuple& at) {
+  launcher("reduce", [](Pointer slots, const VectorTuple& gate, float scale, Pointer out, int dtype,
+                        int64_t I, int64_t R, int64_t stride_i, int64_t stride_r, int slot_count,
+                        const WhereTuple& at) {
+    reduce({as<const float>(slots), vector(gate), scale, as<void>(out), dtype, I, R, stride_i,
+            stride_r, slot_count},
+           where(at));
+  });
+  launcher("row_norm", [](bool from_codes, const MatrixTuple& w, const CodesTuple& c,
+                          const MatrixTuple& a, const MatrixTuple& b, const VectorTuple& gate,
+                          float scaling, Pointer slots, int64_t N, int64_t K, int64_t R,
+                          int64_t k_share, int slot_count, const WhereTuple& at) {
+    row_norm({from_codes, matrix(w), codes(c), matrix(a), matrix(b), vector(gate), scaling,
+              as<float>(slots), N, K, R, k_share, slot_count},
+             where(at));
+  });
+  launcher("dequantize", [](const CodesTuple& c, Pointer w, int dtype, const WhereTuple& at) {
     dequantize({codes(c), as<void>(w), dtype}, where(at));
   });
-  m.def("quantize",
-        [](Pointer w, int dtype, Pointer thresholds, Pointer order, Pointer packed, Pointer absmax,
-           float smallest, int64_t n, int64_t blocksize, const WhereTuple& at) {
-          quantize({as<const void>(w), dtype, as<const float>(thresholds), as<const uint8_t>(order),
-                    as<uint8_t>(packed), as<float>(absmax), smallest, n, blocksize},
-                   where(at));
-        });
+  launcher("quantize", [](Pointer w, int dtype, Pointer thresholds, Pointer order, Pointer packed,
+                          Pointer absmax, float smallest, int64_t n, int64_t blocksize,
+                          const WhereTuple& at) {
+    quantize({as<const void>(w), dtype, as<const float>(thresholds), as<const uint8_t>(order),
+              as<uint8_t>(packed), as<float>(absmax), smallest, n, blocksize},
+             where(at));
+  });
 #ifdef LORA_KERNELS_EMULATED
   m.def("set", [](uint64_t seed, int multiprocessors) {
     emulator::set_seed(seed);

@@ -160,6 +160,8 @@ void dequantize(const DequantizeArgs& a, const Where& at) {
          dequantize_kernel, a);
 }
 
+void probe(int device) { require_image(dequantize_kernel, device, "the driver says"); }
+
 void quantize(const QuantizeArgs& a, const Where& at) {
   const int64_t count = (a.n + a.blocksize - 1) / a.blocksize;
   launch({"quantize", blocks(count, THREADS / 32), 1, 1, THREADS, 0, at.stream, at.device},

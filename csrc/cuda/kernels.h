@@ -142,5 +142,9 @@ struct QuantizeArgs {
 };
 void quantize(const QuantizeArgs&, const Where&);
 
+// An error in the driver's words where the device cannot run this build's kernels, all of which are
+// compiled for the same GPUs. Launches nothing.
+void probe(int device);
+
 }  // namespace gpu
 }  // namespace lora_kernels

@@ -11,8 +11,7 @@
 #else
 #include <cuda_runtime.h>
 
-#include <stdexcept>
-#include <string>
+#include "on_device.h"
 
 #define LK_KERNEL static __global__ void
 #define LK_DEVICE __device__ __forceinline__
@@ -255,21 +254,6 @@ struct Launch {
   bool dependent = false;    // may start before the grid before it ends
 };
 
-inline void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess)
-    throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
-}
-
-// The device that is current, for as long as this lives.
-struct OnDevice {
-  int before = 0;
-  OnDevice(int device, const char* what) {
-    check(cudaGetDevice(&before), what);
-    if (before != device) check(cudaSetDevice(device), what);
-  }
-  ~OnDevice() { cudaSetDevice(before); }
-};
-
 template <typename Args>
 void allow_shared(void (*kernel)(Args), unsigned bytes, const char* name) {
   if (bytes > 48 << 10)
@@ -310,6 +294,13 @@ int resident_blocks(void (*kernel)(Args), int device, int threads, int shared_by
   check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
         "occupancy");
   return blocks * multiprocessors;
+}
+// An error where the device cannot run the kernel: no driver, an old one, or no image for it.
+template <typename Args>
+void require_image(void (*kernel)(Args), int device, const char* what) {
+  OnDevice on(device, what);
+  cudaFuncAttributes attributes;
+  check(cudaFuncGetAttributes(&attributes, kernel), what);
 }
 inline int capability(int device) {
   int major = 0, minor = 0;

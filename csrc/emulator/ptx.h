@@ -267,6 +267,8 @@ template <typename Args>
 inline int resident_blocks(void (*)(Args), int, int, int) {
   return emulator::multiprocessors;
 }
+template <typename Args>
+inline void require_image(void (*)(Args), int, const char*) {}
 inline int capability(int) { return 90; }
 
 }  // namespace gpu

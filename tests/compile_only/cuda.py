@@ -27,7 +27,7 @@ from tests.compile_only.machine_code import TOOLS, Code
 
 LIBRARIES = Path(__file__).parents[2] / "lora_kernels"
 TARGETS = {
-    "80": "sm80", "86": "sm86", "89": "sm89", "90a": "sm90", "100a": "sm100", "120": "sm120",
+    "80": "sm80", "86": "sm86", "89": "sm89", "90": "sm90", "100": "sm100", "120": "sm120",
 }  # fmt: skip
 # Bytes of memory a clock and multiprocessor, from the data sheets of A100, 3090, 4090,
 # H100, B200 and 5090.

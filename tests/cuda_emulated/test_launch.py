@@ -166,6 +166,14 @@ def test_rows_with_adapters_of_their_own_are_two_steps() -> None:
         lora_kernels.multi_lora_linear(torch.randn(3, 8), torch.randn(4, 8), A, B, index)
 
 
+def test_flags_two_launches_take_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A captured launch would clear them in a node of its own."""
+    args = few_rows()
+    want = forward(args)
+    monkeypatch.delattr(workspace, "flags")
+    assert torch.equal(forward(args, OVERLAPPED), want)
+
+
 @pytest.mark.parametrize("first", ["_cuda", "_emulator"])
 def test_extensions_of_one_source_import_in_one_process(first: str) -> None:
     """Both register the same C++ types, each for itself; `_cuda` is there where nvcc built it."""

@@ -1,5 +1,8 @@
 """Which kernel is chosen for a product, and what is said where it is not the fastest one."""
 
+from collections.abc import Iterator
+from types import SimpleNamespace
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -7,7 +10,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import lora_kernels
-from lora_kernels import select
+from lora_kernels import device, info, select
+from lora_kernels.backends import cuda
 from lora_kernels.backends.cuda import COOPERATIVE, ORDINARY, OVERLAPPED, SPLIT, fit, launch
 from lora_kernels.core.problem import Choice, Layout, Problem
 from lora_kernels.layers import LoRALinear
@@ -114,3 +118,46 @@ def test_explain_says_it_of_each_layer() -> None:
     assert columns.strategy == SPLIT
     plain = explain(nn.Sequential(LoRALinear(65, 64, dtype=bf16)), x_dtype=bf16).rows[0]
     assert plain.strategy == ORDINARY and "K = 65" in plain.reason
+
+
+NO_IMAGE = "the driver says: no kernel image is available for execution on the device"
+
+
+@pytest.fixture
+def probed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """A machine with a B300 whose driver takes no kernel of the build; which GPUs were probed."""
+    found: list[int] = []
+
+    def probe(index: int) -> None:
+        found.append(index)
+        raise RuntimeError(NO_IMAGE)
+
+    monkeypatch.setattr(cuda, "_load", lambda name: (SimpleNamespace(probe=probe), None))
+    monkeypatch.setattr(cuda, "_capability", lambda index: 103)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    card = device.Gpu(0, "B300", "10.3", 148, 270 << 30)
+    monkeypatch.setattr(device, "gpus", lambda: [card])
+    cuda._refusal.cache_clear()
+    token = cuda._emulated.set(None)
+    yield found
+    cuda._emulated.reset(token)
+    cuda._refusal.cache_clear()
+
+
+def test_obstacle_driver_refuses_gives_its_words_and_asks_once(probed: list[int]) -> None:
+    for _ in range(2):
+        assert cuda.obstacle("cuda", 0) == f"GPU 0 cannot run this build's CUDA kernels: {NO_IMAGE}"
+        assert (cuda.obstacle("cuda", None) or "").startswith("GPU 1 ")  # the current one
+    assert probed == [0, 1]
+
+
+def test_select_driver_refuses_raises_before_a_launch(probed: list[int]) -> None:
+    with lora_kernels.backend("cuda"), pytest.raises(RuntimeError, match=NO_IMAGE):
+        select.lora_linear("cuda", bf16, bf16, bf16, bf16, 16, 1, False, 64, 64, device_index=0)
+    assert probed == [0]
+
+
+def test_info_driver_refuses_says_why(probed: list[int]) -> None:
+    row = info._cuda_backend()
+    assert row["available"] is False and NO_IMAGE in row["reason"]

@@ -2,6 +2,7 @@
 
 import json
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -9,6 +10,8 @@ import sysconfig
 import tarfile
 
 import pytest
+
+from lora_kernels import costs
 
 from .conftest import ROOT, Project
 
@@ -83,12 +86,13 @@ def test_a_failed_build_leaves_no_extension_behind(project: Project, native: str
     assert project.extensions() == []
 
 
-def fake_nvcc(project: Project) -> str:
-    """CUDA_HOME of a compiler that knows sm_80 and sm_90, and compiles nothing."""
+def fake_nvcc(project: Project, *known: int) -> str:
+    """CUDA_HOME of a compiler that knows these GPUs, and compiles nothing."""
     home = project.root / "cuda"
     (home / "bin").mkdir(parents=True)
+    listed = "; ".join(f"echo sm_{gpu}" for gpu in known or (80, 90))
     (home / "bin" / "nvcc").write_text(
-        '#!/bin/sh\ncase "$*" in --list-gpu-code) echo sm_80; echo sm_90; exit 0;; esac\n'
+        f'#!/bin/sh\ncase "$*" in --list-gpu-code) {listed}; exit 0;; esac\n'
         'echo "asked: $*"; exit 1\n'
     )
     (home / "bin" / "nvcc").chmod(0o755)
@@ -101,12 +105,30 @@ def test_cuda_kernels_that_do_not_build_are_said_to_be_left_out(project: Project
     assert asked.returncode == 1
     assert "error: LORA_KERNELS_CUDA=1, but" in asked.stdout
     # Those of the default that this nvcc knows, and the last of them for GPUs to come.
-    for flag in ("code=sm_80", "code=sm_90a", "code=compute_90a"):
+    for flag in ("code=[sm_80]", "code=[sm_90,compute_90]"):
         assert flag in asked.stdout
     assert "sm_120" not in asked.stdout
     unasked = project.setup("build", LORA_KERNELS_CUDA="", **environment)
     assert unasked.returncode == 0
     assert "the CUDA kernels are left out" not in unasked.stdout
+
+
+def test_cuda_archs_every_rated_gpu_has_an_image_or_ptx(project: Project) -> None:
+    """An image runs on its major version from its minor one on, PTX on all that came later."""
+    nvcc = fake_nvcc(project, 75, 80, 86, 87, 88, 89, 90, 100, 103, 110, 120, 121)  # 13.0's
+    asked = project.setup(
+        "build", LORA_KERNELS_NATIVE="0", LORA_KERNELS_CUDA="1", CUDA_HOME=nvcc,
+        TORCH_CUDA_ARCH_LIST="",
+    ).stdout  # fmt: skip
+    codes = re.findall(r"\b(sm|compute)_(\w+)", " ".join(re.findall(r"code=(\S+)", asked)))
+    assert codes and all(number.isdigit() for _, number in codes), codes  # 90a runs on 9.0 alone
+    images = {int(number) for kind, number in codes if kind == "sm"}
+    ptx = {int(number) for kind, number in codes if kind == "compute"}
+    thor, spark = 110, 121  # which are not rated
+    for gpu in (*costs._RATES, thor, spark):
+        own = [image for image in images if image // 10 == gpu // 10 and image <= gpu]
+        assert own or [oldest for oldest in ptx if oldest <= gpu], f"nothing runs on sm_{gpu}"
+    assert max(ptx) == max(images)  # a card to come
 
 
 def test_gpus_that_nvcc_does_not_know_are_an_error(project: Project) -> None:

@@ -108,6 +108,52 @@ def test_a_file_that_is_none_is_left_alone(tmp_path: Path) -> None:
         assert file.read_text() == text
 
 
+GOOD = {
+    "arch": 90, "multiprocessors": 132, "rows": 1, "columns": 64, "inner": 64, "block_r": 16,
+    "itemsize": 2, "four_bit": False, "strategy": SPLIT, "forward": None, "backward": None,
+    "device": "none", "microseconds": 1.0,
+}  # fmt: skip
+TILES = {"block_m": 16, "block_n": 64, "block_k": 64, "warps": 4, "stages": 3}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        '{"rows": [',
+        "\x00\xff",
+        "[]",
+        '{"rows": null}',
+        '{"rows": ["split"]}',
+        json.dumps({"rows": [GOOD | {"microseconds": "fast"}]}),
+        json.dumps({"rows": [GOOD | {"arch": [90]}]}),
+        json.dumps({"rows": [GOOD | {"strategy": "guess"}]}),
+        json.dumps({"rows": [GOOD | {"forward": {"block_m": 16}}]}),
+        json.dumps({"rows": [GOOD | {"forward": TILES | {"block_n": 48}}]}),
+        json.dumps({"rows": [GOOD | {"forward": TILES | {"block_n": "64"}}]}),
+        json.dumps({"rows": [GOOD | {"backward": TILES | {"warps": 3}}]}),
+        json.dumps({"rows": [GOOD | {"backward": TILES | {"stages": 0}}]}),
+        None,
+    ],
+)
+def test_find_damaged_table_warns_once_and_leaves_it_out(
+    text: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "here.json"
+    if text is not None:
+        file.write_text(text, encoding="latin-1")
+    monkeypatch.setenv("LORA_KERNELS_MEASURED", str(file))
+    key = measured.shape(configs.Target("cuda", 90, 132, 227 << 10), 1, 64, 64, 16, 2, False)
+    with pytest.warns(UserWarning) as told:
+        assert [measured.find(key) for _ in range(3)] == [None] * 3
+    assert len(told) == 1 and str(file) in str(told[0].message)
+    good = tmp_path / "good.json"
+    good.write_text(json.dumps({"rows": [GOOD | {"forward": TILES}]}))
+    monkeypatch.setenv("LORA_KERNELS_MEASURED", str(good))
+    found = measured.find(key)
+    assert found is not None and found.forward == configs.Config(16, 64, 64, 4, 3)
+
+
 def test_what_fits_the_shared_memory_is_tried() -> None:
     case = tune.Case(4096, 4096, 4096, 16, torch.bfloat16)
     for size, least in ((227 << 10, 9), (99 << 10, 3)):

@@ -104,7 +104,8 @@ def obstacle(device_type: str, device_index: int | None) -> str | None:
         return "the CUDA kernels do not run on AMD's GPUs"
     if not torch.cuda.is_available():
         return "there is no GPU that torch can use"
-    return unfit(_capability(device_index))
+    index = torch.cuda.current_device() if device_index is None else device_index
+    return unfit(_capability(index)) or _refusal(index)
 
 
 def require(device: torch.device) -> None:
@@ -115,9 +116,19 @@ def require(device: torch.device) -> None:
 
 
 @functools.cache
-def _capability(device_index: int | None) -> int:
+def _capability(device_index: int) -> int:
     major, minor = torch.cuda.get_device_capability(device_index)
     return 10 * major + minor
+
+
+@functools.cache
+def _refusal(device_index: int) -> str | None:
+    """Why the driver runs no kernel of this build on the GPU; None where it does. Asked once."""
+    try:
+        module().probe(device_index)
+    except RuntimeError as error:
+        return f"GPU {device_index} cannot run this build's CUDA kernels: {error}"
+    return None
 
 
 def unfit(capability: int) -> str | None:

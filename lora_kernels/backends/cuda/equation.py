@@ -302,9 +302,10 @@ def _decode(linear: _Linear, a: Tensor, dropout: Dropout, cooperative: bool) -> 
     """P, and y is made."""
     x, (M, _, K, R) = linear.x, linear.shape
     share, count = _shares(K, 256, _MAX_PUBLISHERS)
-    slots, p, flags = empty(x, count, M, R), empty(x, M, R), workspace.flags(x.device)
+    slots, p = empty(x, count, M, R), empty(x, M, R)
+    flags = workspace.flags(x.device) if cooperative else None  # two launches wait for none
     after_x = (
-        matrix(a), _arg(dropout), dropout.scale, slots.data_ptr(), p.data_ptr(), flags.data_ptr(),
+        matrix(a), _arg(dropout), dropout.scale, slots.data_ptr(), p.data_ptr(), pointer(flags),
         share, count,
     )  # fmt: skip
     args = module().Decode(linear.args(x, None), *after_x)

@@ -1,8 +1,8 @@
 """What `lora-kernels tune` measured: a strategy and its tiles for a shape on a kind of GPU.
 
 Rows come from measured.json beside this file, empty until a GPU has filled it, and from the file
-that LORA_KERNELS_MEASURED names, which goes first. Where no row fits, `configs` decides by its
-model.
+that LORA_KERNELS_MEASURED names, which goes first. A file that cannot be read is left out, with one
+warning. Where no row fits, `configs` decides by its model.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import json
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -87,7 +88,10 @@ def _table(path: str | None) -> Mapping[Shape, Measured]:
     found: dict[Shape, Measured] = {}
     for file in (Path(__file__).with_name("measured.json"), Path(path) if path else None):
         if file is not None:
-            found |= read(file)
+            try:
+                found |= read(file)
+            except ValueError as error:
+                warnings.warn(f"the tuning table is left out: {error}", stacklevel=3)
     return found
 
 
@@ -106,11 +110,23 @@ def _row(row: Mapping[str, Any]) -> tuple[Shape, Measured]:
     key = Shape(**{field.name: row[field.name] for field in dataclasses.fields(Shape)})
     if row["strategy"] not in STRATEGIES:
         raise ValueError(f"strategy {row['strategy']!r}")
-    tiles = {
-        name: None if row[name] is None else Config(**row[name]) for name in ("forward", "backward")
-    }
+    tiles = {name: _tiles(row[name]) for name in ("forward", "backward")}
     source = f"measured on {row['device']}: {row['microseconds']:.0f} µs a step"
     return key, Measured(row["strategy"], **tiles, source=source, microseconds=row["microseconds"])
+
+
+def _tiles(row: Mapping[str, Any] | None) -> Config | None:
+    """ValueError where no kernel can be compiled for such tiles."""
+    if row is None:
+        return None
+    config = Config(**row)
+    sizes = config.block_m, config.block_n, config.block_k
+    if any(type(n) is not int or n < configs.MIN_BLOCK or n & (n - 1) for n in sizes):
+        raise ValueError(f"tiles {sizes}, want powers of two from {configs.MIN_BLOCK} on")
+    counts = config.warps, config.stages, config.group_m
+    if any(type(n) is not int or n < 1 for n in counts) or config.warps & (config.warps - 1):
+        raise ValueError(f"warps, stages, group_m {counts}, want a power of two, and 1 or more")
+    return config
 
 
 def entry(key: Shape, row: Measured, **provenance: Any) -> dict[str, Any]:

@@ -138,10 +138,9 @@ def mark(row: Row) -> str:
 
 
 def cell(row: Row, name: str) -> str:
-    """A candidate's tax, ✗ where it misses the tolerance, – where it is not in the row."""
-    if name in row["misses"]:
-        return "✗"
-    return f"{row['tax'][name]:.3f}" if name in row["tax"] else "–"
+    """A candidate's tax, with ✗ where it misses the tolerance; – where it is not in the row."""
+    tax = f"{row['tax'][name]:.3f}" if name in row["tax"] else ""
+    return " ".join(filter(None, [tax, "✗" * (name in row["misses"])])) or "–"
 
 
 def peers(data: Row) -> list[str]:

@@ -23,8 +23,8 @@ class FuseCallback(TrainerCallback):
     `peft_config` and accelerate has not wrapped the model yet, and again when training starts, for
     layers that were adapted in between. Loading, resuming, evaluation and merging go on as before.
 
-    A summary is logged once, at level INFO, by the logger "lora_kernels"; layers that stay PEFT's
-    are a WARNING with the reason.
+    A summary is logged once, at level INFO, by the logger "lora_kernels" of the main process;
+    layers that stay PEFT's are a WARNING with the reason.
 
     Args:
         linears: as `fuse`'s.
@@ -39,12 +39,12 @@ class FuseCallback(TrainerCallback):
         self.linears = linears
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._fuse(kwargs["model"])
+        self._fuse(kwargs["model"], state.is_world_process_zero)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._fuse(kwargs["model"])
+        self._fuse(kwargs["model"], state.is_world_process_zero)
 
-    def _fuse(self, model: nn.Module) -> None:
+    def _fuse(self, model: nn.Module, speaks: bool) -> None:
         layers = [layer for _, layer, _ in lora_layers(model)]
         if not layers:
             raise ValueError(
@@ -53,7 +53,7 @@ class FuseCallback(TrainerCallback):
             )
         before = sum(isinstance(layer, Fused) for layer in layers)
         fuse(model, linears=self.linears)
-        if sum(isinstance(layer, Fused) for layer in layers) > before:
+        if speaks and sum(isinstance(layer, Fused) for layer in layers) > before:
             _report(model)
 
 

@@ -10,9 +10,9 @@ Forward and backward are the parts of the steps that are timed. Up to STREAMED_R
 also decoded: the forward without gradients, once warm and once cold, over more weights in turn than
 the last-level cache holds. Ours is called as a layer calls it, which prepares the calls after the
 first (with dropout as `lora_linear` is). Every candidate's results are checked before it is timed,
-those of its second call, and ours decoding too: one that misses the tolerance gets ✗ instead of a
-time. Float32 adapters beside a bfloat16 x are PEFT's default. torch.compile gets each shape as a
-static one.
+those of its second call, and ours decoding too, all by the same limit: a result of ours that misses
+it gets ✗ instead of a time, a peer's gets ✗ and its errors beside its time. Float32 adapters beside
+a bfloat16 x are PEFT's default. torch.compile gets each shape as a static one.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ from ..backends import native
 from ..core.problem import Problem
 from ..cpu_costs import Machine, Sizes
 from ..fastpath import CallCache
+from . import bench_summary, compare, flat, models, timing
 from . import case as cases
-from . import compare, flat, models, timing
 from .case import Case
 from .timing import Parts
 
@@ -218,7 +218,7 @@ def measure(case: Case, seconds: float, machine: Machine | None = None) -> list[
             wrong += _decoded_otherwise(own)
         if wrong:
             misses[name] = "; ".join(wrong)
-        else:
+        if not wrong or make is not ours:
             made[name] = (make, {**cases.inputs(own), "rng": None})  # to draw it takes part
 
     calls = {name: (make(args), args) for name, (make, args) in made.items()}
@@ -620,10 +620,15 @@ def _measure(args: argparse.Namespace, only: Collection[str] = ()) -> tuple[dict
             _print_overhead(data, args)
         rows, line = _layers(args, facts, only), _line
     for row in rows:
+        row |= bench_summary.load()
         data["rows"].append(row)
-        print(line(row), flush=True)
+        first, *rest = line(row).split("\n")
+        print(first + bench_summary.load_mark(row), *rest, sep="\n", flush=True)
         _write(args, data)
     _write(args, data)
+    if not only:
+        for text in bench_summary.lines(data["rows"]):
+            print(text)
     ours = [name for row in data["rows"] for name in row["misses"] if compare.is_ours(name)]
     return data, 1 if ours else 0
 
@@ -684,9 +689,12 @@ def _line(row: dict[str, Any]) -> str:
     for name, tax in row["tax"].items():
         if name == "ours" and row["target"] is not None:
             words.append(f"{name} {tax:.3f} {'✓' if tax <= row['target'] else 'over target'} ")
+        elif name in row["misses"]:
+            words.append(f"{name} {tax:.3f} ✗ ({row['misses'][name]}) ")
         elif name != "frozen":
             words.append(f"{name} {tax:.3f} ")
-    words += [f"{name} ✗ ({text}) " for name, text in row["misses"].items()]
+    untimed = {name: text for name, text in row["misses"].items() if name not in row["tax"]}
+    words += [f"{name} ✗ ({text}) " for name, text in untimed.items()]
     lines = [" ".join(words).rstrip()]
     if times := row["seconds"].get("ours"):
         three = "/".join(f"{times[key] * 1e3:.3g}" for key in ("p20", "p50", "p80"))

@@ -10,7 +10,7 @@ from typing import Any
 # What a row says of itself.
 ROW = (
     "what", "dtype", "quant_type", "M", "K", "N", "R", "dropout_p", "mode", "cache", "backend",
-    "strategy",
+    "strategy", "load", "under_load",
 )  # fmt: skip
 # And of each call: result is "ok", "✗" with what missed the tolerance, or empty where nobody
 # judged it; over, low and high are the ratio to the yardstick's time and what bounds its median.
@@ -29,11 +29,13 @@ def lines(data: dict[str, Any]) -> Iterator[dict[str, Any]]:
     [('ours', 'ok', 2.0), ('eager', '✗ y MISS', None)]
     """
     for row in data["rows"]:
+        misses = {name: f"✗ {text}" for name, text in row.get("misses", {}).items()}
         common = {key: row[key] for key in ROW if row.get(key) is not None}
         seconds, held, peaks = (row.get(key, {}) for key in ("seconds", "bytes", "peak_bytes"))
         judged = row.get("judged", seconds)
         for name in dict.fromkeys([*seconds, *held]):
-            line = {**common, "call": name, "result": "ok" if name in judged else ""}
+            result = misses.pop(name, "ok" if name in judged else "")
+            line = {**common, "call": name, "result": result}
             if times := seconds.get(name):
                 line |= {f"{key}_ms": times[key] * 1e3 for key in ("p20", "p50", "p80")}
                 line["rounds"] = times["rounds"]
@@ -44,8 +46,8 @@ def lines(data: dict[str, Any]) -> Iterator[dict[str, Any]]:
             if name == "ours" and row.get("floor_ms") is not None:
                 line["floor_ms"] = row["floor_ms"]
             yield {**line, "held_bytes": held.get(name), "peak_bytes": peaks.get(name)}
-        for name, text in row.get("misses", {}).items():
-            yield {**common, "call": name, "result": f"✗ {text}"}
+        for name, text in misses.items():
+            yield {**common, "call": name, "result": text}
 
 
 def write(path: Path, data: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -61,6 +62,8 @@ class Others(NamedTuple):
 class Explanation:
     """A `Row` for each LoRA layer; `str()` is a table of them, `json()` all there is.
 
+    all: whether the table has a line for each layer. Else rows that differ only in the numbers of
+    their names share a line, "30 × model.layers.*.mlp.up_proj", with the sums of times and shares.
     linears: a `Row` for each linear layer without an adapter that `fuse(model, linears=True)` has
     taken.
     parameters: of the adapters of each layer, by name, in elements. Where layers differ in state,
@@ -78,12 +81,16 @@ class Explanation:
     others: Others | None = None
     limits: str = ""
     linears: list[Row] = field(default_factory=list)
+    all: bool = False
 
     def assert_fused(self) -> None:
         """Raises RuntimeError that lists the layers not "fused", also where there is no layer."""
         rest = [row for row in self.rows if row.state != "fused"]
         if rest or not self.rows:
-            lines = [f"  {row.layer}: {row.state} ({row.backend}): {row.reason}" for row in rest]
+            lines = [
+                f"  {row.layer}: {row.state} ({row.backend}): {row.reason}"
+                for row, _ in self._groups(rest)
+            ]
             raise RuntimeError("\n".join([f"want all fused, got {self._summary()}", *lines]))
 
     def json(self) -> str:
@@ -109,6 +116,23 @@ class Explanation:
                 "others": self.others and self.others._asdict(), "limits": self.limits,
             }  # fmt: skip
         return json.dumps(data, indent=1, ensure_ascii=False)
+
+    def _groups(self, rows: Sequence[Row]) -> Iterator[tuple[Row, list[Prediction]]]:
+        """Rows of the table: layers that are alike as one, which names their number, with the
+        predictions of each."""
+        groups: dict[tuple[Row, str | None], list[str]] = {}
+        for row in rows:
+            found = self.predictions.get(row.layer)
+            if found is not None and self.rows_of_x is not None:
+                changes = found.changes(self.rows_of_x)
+                row = row._replace(reason="; ".join(filter(None, [row.reason, changes])))
+            name = row.layer if self.all else re.sub(r"(?<![^.])\d+(?![^.])", "*", row.layer)
+            key = row._replace(layer=name), None if found is None else found.source
+            groups.setdefault(key, []).append(row.layer)
+        for (row, _), names in groups.items():
+            layer = names[0] if len(names) == 1 else f"{len(names)} × {row.layer}"
+            predictions = [self.predictions[name] for name in names if name in self.predictions]
+            yield row._replace(layer=layer), predictions
 
     def _seconds(self) -> float:
         """Of all that is predicted."""
@@ -144,19 +168,12 @@ class Explanation:
             yield self.limits
 
     def __str__(self) -> str:
-        table: list[tuple[str, ...]] = [Row._fields, *self.rows, *self.linears]
+        table: list[tuple[str, ...]] = [Row._fields]
         if self.rows_of_x is not None:
             table = [("layer", "state", "backend", "strategy", "time", "share", "reason")]
-            for row in self.rows:
-                found = self.predictions[row.layer]
-                time, share = "–", "–"
-                if found.seconds is not None and found.share is not None:
-                    by = "measured" if found.measured else "predicted"
-                    time, share = f"{_duration(found.seconds)} {by}", f"{found.share:.1%}"
-                changes = found.changes(self.rows_of_x)
-                reason = "; ".join(filter(None, [row.reason, changes]))
-                table.append((*row[:4], time, share, reason))
-            table += [(*row[:4], "–", "–", row.reason) for row in self.linears]
+        for row, predictions in self._groups([*self.rows, *self.linears]):
+            cells = () if self.rows_of_x is None else _time_and_share(predictions)
+            table.append((*row[:4], *cells, row.reason))
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in table]
         if self.rows_of_x is not None:
@@ -164,6 +181,16 @@ class Explanation:
         return "\n".join([*lines, self._summary()])
 
     __repr__ = __str__
+
+
+def _time_and_share(predictions: Sequence[Prediction]) -> tuple[str, str]:
+    """Of the layers of a line together, as text; dashes where they are not predicted."""
+    seconds = [found.seconds for found in predictions if found.seconds is not None]
+    if not seconds:
+        return "–", "–"
+    share = sum(found.share or 0.0 for found in predictions)
+    by = "measured" if predictions[0].measured else "predicted"
+    return f"{_duration(sum(seconds))} {by}", f"{share:.1%}"
 
 
 def _duration(seconds: float) -> str:
@@ -180,6 +207,7 @@ def explain(
     x_dtype: torch.dtype | None = None,
     rows: int | None = None,
     machine: Machine | None = None,
+    all: bool = False,
 ) -> Explanation:
     """For each LoRA layer of `model`, fused or not, what its next call will do and why.
 
@@ -196,6 +224,8 @@ def explain(
             is a model's, in which a measured row of `lora-kernels tune` goes first and is marked.
         machine: the CPU's bandwidth and peaks to predict with. None measures them once a process,
             in some seconds.
+        all: whether the printed table has a line for each layer, instead of one line for layers
+            that differ only in the numbers of their names.
 
     Raises TypeError for anything but a module, ValueError for rows that are no whole number of at
     least 1, RuntimeError if a backend is forced that cannot run.
@@ -220,8 +250,13 @@ def explain(
             row = row._replace(reason=f"{row.reason}; FSDP2 gathers its parameters for the call")
         found.append((row, parts))
 
-    for layer in lora_layers(model):
-        add(layer[0], partial(_peft_layer, *layer, x_dtype, rows))
+    layers_of_peft = list(lora_layers(model))
+    was_fused = any(isinstance(layer, Fused) for _, layer, _ in layers_of_peft)
+    for name, layer, reason in layers_of_peft:
+        if reason is None and not isinstance(layer, Fused):
+            reason = "adapted, or made fusable, after fuse(): call fuse again"
+            reason = reason if was_fused else "fuse() was not called"
+        add(name, partial(_peft_layer, name, layer, reason, x_dtype, rows))
     for name, module in model.named_modules():
         if isinstance(module, LoRALinear):
             add(name, partial(_dense_layer, name, module, x_dtype, rows))
@@ -234,7 +269,7 @@ def explain(
         if isinstance(module, StreamedLinear)
     ]
     if rows is None:
-        return Explanation(named, sizes, linears=linears)
+        return Explanation(named, sizes, linears=linears, all=all)
 
     step = model.training and any(p.requires_grad for p in model.parameters())
     others = list(_others(model, list(layers.values()), x_dtype))
@@ -260,7 +295,7 @@ def explain(
     limits = "" if machine is None else machine.describe()
     taken = None if rest is None else rest.seconds
     of_others = Others(len(others), taken, None if taken is None else taken / total)
-    return Explanation(named, sizes, rows, step, predictions, of_others, limits, linears)
+    return Explanation(named, sizes, rows, step, predictions, of_others, limits, linears, all)
 
 
 def _others(
@@ -358,9 +393,7 @@ def _peft_layer(
     rows: int | None,
 ) -> Layer:
     if reason is None:
-        if isinstance(layer, Fused):
-            return _fused_layer(name, layer, x_dtype, rows)
-        reason = "fuse() was not called"
+        return _fused_layer(name, layer, x_dtype, rows)
     return _not_fused(name, reason, layer, x_dtype)
 
 

@@ -49,7 +49,10 @@ def fuse(model: Model, linears: bool = False) -> Model:
     """
     layers = list(lora_layers(model))
     if not layers:
-        raise ValueError(f"model: got {type(model).__name__} without LoRA layers, want some")
+        raise ValueError(
+            f"model: got {type(model).__name__} without LoRA layers, want a PEFT model: "
+            "peft.get_peft_model(model, config) adds them"
+        )
     for _, layer, reason in layers:
         _give_back(layer.modules())  # type: ignore[attr-defined]
         if reason is None and not isinstance(layer, Fused):

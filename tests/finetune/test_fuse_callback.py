@@ -3,78 +3,115 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import Trainer, TrainingArguments
+from torch import Tensor
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from lora_kernels.finetune import newest_checkpoint
 from lora_kernels.integrations import FuseCallback
-from lora_kernels.peft import FusedLinear
 from tests.finetune.tiny import llama, tokenizer
+from tests.interop.tiny import FLOAT64_RTOL, assert_same
 
 pytest.importorskip("trl", exc_type=ImportError)
-from datasets import Dataset
-from trl import SFTConfig, SFTTrainer
-
 from tests.finetune import test_trl as trl_tests
-
-SETTINGS = trl_tests.SETTINGS
-TEXTS = [f"{i} squared? It is {i * i}." for i in range(8)]
+from tests.finetune.test_trl import Dataset, SFTConfig, SFTTrainer, fused_layers
 
 
-def fused_layers(model: Any) -> int:
-    return sum(isinstance(module, FusedLinear) for module in model.modules())
+def arguments(out: Path, **settings: Any) -> TrainingArguments:
+    return TrainingArguments(str(out), **trl_tests.SETTINGS | settings)
 
 
-@pytest.mark.parametrize("trainer", ["sft", "dpo", "grpo"])
-def test_fuse_callback_step_equals_the_unfused_run(
-    trainer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("make", [trl_tests.sft, trl_tests.dpo, trl_tests.grpo])
+def test_fuse_callback_in_a_trl_trainer_equals_the_unfused_run(make: Any, tmp_path: Path) -> None:
+    """Losses, each step's gradients, and what the adapters have become."""
+    merging = make is trl_tests.grpo
+    trl_tests.check(make, tmp_path, torch.float64, by_callback=True, merging=merging)
+
+
+def test_fuse_callback_with_checkpointing_and_evaluation_equals_the_unfused_run(
+    tmp_path: Path,
 ) -> None:
-    """The tests of `fuse` on a trainer's model, fused by the callback in its place."""
+    """The losses of evaluations between the steps too."""
+    evaluated = []
 
-    def by_callback(trainer: Any, fused: bool, **how: Any) -> Any:
-        if fused:
-            callback = FuseCallback()
-            callback.on_init_end(None, None, None, model=trainer.model)
-            trainer.add_callback(callback)
-            assert fused_layers(trainer.model) == 14
-        return original(trainer, False, **how)
+    def make(out: Path, dtype: torch.dtype, callbacks: Any) -> Any:
+        trainer = trl_tests.sft(
+            out, dtype, callbacks, gradient_checkpointing=True, eval_strategy="steps", eval_steps=1
+        )  # fmt: skip
+        evaluated.append(trainer)
+        return trainer
 
-    original = trl_tests.run
-    monkeypatch.setattr(trl_tests, "run", by_callback)
-    if trainer == "sft":
-        trl_tests.test_sft(tmp_path, torch.float64)
-    elif trainer == "dpo":
-        trl_tests.test_dpo(tmp_path, torch.float64, "peft_config")
-    else:
-        trl_tests.test_grpo(tmp_path, torch.float64, 0.0)
+    trl_tests.check(make, tmp_path, torch.float64, by_callback=True)
+    for trainer in evaluated:
+        losses = [line for line in trainer.state.log_history if "eval_loss" in line]
+        assert [line["step"] for line in losses] == [1, 2]
 
 
-def sft(out: Path, **settings: Any) -> Any:
+def sft(out: Path, *callbacks: Any, **settings: Any) -> Any:
+    """With dropout, whose masks a resumed run must draw as the whole one did."""
     torch.manual_seed(0)
     return SFTTrainer(
-        llama(), SFTConfig(str(out), max_length=64, **SETTINGS | settings),
-        train_dataset=Dataset.from_dict({"text": TEXTS}), processing_class=tokenizer(),
+        llama(), SFTConfig(str(out), max_length=64, **trl_tests.SETTINGS | settings),
+        train_dataset=Dataset.from_dict({"text": trl_tests.TEXTS}), processing_class=tokenizer(),
         peft_config=LoraConfig(r=3, lora_alpha=7, target_modules="all-linear", lora_dropout=0.1),
-        callbacks=[FuseCallback()],
+        callbacks=[FuseCallback(), *callbacks],
     )  # fmt: skip
 
 
-def adapters(trainer: Any) -> dict[str, torch.Tensor]:
+def adapters(trainer: Any) -> dict[str, Tensor]:
     return {n: p.detach() for n, p in trainer.model.named_parameters() if p.requires_grad}
 
 
-def test_fuse_callback_resumed_run_ends_in_the_same_bits(tmp_path: Path) -> None:
-    settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3}
-    whole = sft(tmp_path / "whole", **settings)
-    assert fused_layers(whole.model) == 14
-    whole.train()
-    resumed = sft(tmp_path / "resumed", **settings)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-1"))
-    assert fused_layers(resumed.model) == 14
+CHECKPOINTS: dict[str, Any] = {
+    "save_strategy": "steps", "save_steps": 1, "max_steps": 3, "optim": "adamw_torch"
+}  # fmt: skip
+
+
+class Killed(TrainerCallback):
+    """SIGKILL within the third step, when its gradients are there and its update is not."""
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def train_until_killed(out: str) -> None:
+    torch.set_num_threads(1)
+    sft(Path(out), Killed(), **CHECKPOINTS).train()
+
+
+def test_fuse_callback_killed_and_resumed_run_ends_in_the_same_bits(tmp_path: Path) -> None:
+    """The run that is killed has a process of its own, which imports TRL while the whole one runs
+    here: most of the time that this test takes."""
+    code = "import sys; from tests.finetune.test_fuse_callback import train_until_killed as train"
+    with subprocess.Popen(
+        [sys.executable, "-c", f"{code}; train(sys.argv[1])", str(tmp_path / "killed")],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as killed:
+        whole = sft(tmp_path / "whole", **CHECKPOINTS)
+        whole.train()
+        _, errors = killed.communicate(timeout=300)
+    assert killed.returncode == -signal.SIGKILL, errors
+    assert newest_checkpoint(tmp_path / "killed").name == "checkpoint-2"  # type: ignore[union-attr]
+    resumed = sft(tmp_path / "killed", **CHECKPOINTS)
+    resumed.train(resume_from_checkpoint=True)
+    assert fused_layers(whole.model) == fused_layers(resumed.model) == 14
+    losses = [[line.get("loss") for line in t.state.log_history] for t in (whole, resumed)]
+    assert losses[0] == losses[1] and len(losses[0]) == 4  # three steps and a summary
     want = adapters(whole)
     for name, p in adapters(resumed).items():
         assert torch.equal(p, want[name]), name
@@ -89,14 +126,25 @@ def test_fuse_callback_says_once_what_it_fused(
     assert said == ["14 of 14 LoRA layers fused"]
 
 
+@pytest.mark.parametrize("main", [True, False])
+def test_fuse_callback_speaks_in_the_main_process_alone(
+    main: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = get_peft_model(llama(), LoraConfig(r=3, target_modules=["q_proj"]))
+    state = SimpleNamespace(is_world_process_zero=main)
+    with caplog.at_level(logging.INFO, logger="lora_kernels"):
+        FuseCallback().on_init_end(None, state, None, model=model)
+    said = [record.getMessage() for record in caplog.records if record.name == "lora_kernels"]
+    assert said == ["2 of 2 LoRA layers fused"] * main and fused_layers(model) == 2
+
+
 def test_fuse_callback_warns_of_layers_left_to_peft(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = get_peft_model(llama(), LoraConfig(r=3, target_modules=["q_proj", "v_proj"]))
     model.base_model.model.model.layers[0].self_attn.q_proj.base_layer.weight.requires_grad_()
-    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
     with caplog.at_level(logging.INFO, logger="lora_kernels"):
-        Trainer(model, arguments, callbacks=[FuseCallback()])
+        Trainer(model, arguments(tmp_path), callbacks=[FuseCallback()])
     levels = [(r.levelname, r.getMessage()) for r in caplog.records if r.name == "lora_kernels"]
     assert levels == [
         ("INFO", "3 of 4 LoRA layers fused"),
@@ -105,9 +153,8 @@ def test_fuse_callback_warns_of_layers_left_to_peft(
 
 
 def test_fuse_callback_of_a_model_without_adapters_raises(tmp_path: Path) -> None:
-    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
     with pytest.raises(ValueError, match=r"without LoRA layers.*peft_config"):
-        Trainer(llama(), arguments, callbacks=[FuseCallback()])
+        Trainer(llama(), arguments(tmp_path), callbacks=[FuseCallback()])
 
 
 def test_fuse_callback_merges_and_unloads(tmp_path: Path) -> None:
@@ -121,3 +168,44 @@ def test_fuse_callback_merges_and_unloads(tmp_path: Path) -> None:
     assert fused_layers(merged) == 0
     # Sums of at most 2**8 float32 products in two orders, through two layers.
     torch.testing.assert_close(got, want, rtol=2.0**-14, atol=2.0**-14)
+
+
+@pytest.fixture
+def one_process_group() -> Iterator[None]:
+    """Of this process alone, without a port."""
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_gloo_available()):
+        pytest.skip("no gloo")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_fuse_callback_before_fsdp2_equals_the_unsharded_run(
+    tmp_path: Path, one_process_group: None
+) -> None:
+    """Sharded as accelerate's `fsdp2_prepare_model` does between the trainer's `__init__` and its
+    first step; accelerate itself refuses FSDP on a CPU."""
+    from torch.distributed.fsdp import fully_shard
+
+    found = []
+    for sharded in (False, True):
+        torch.manual_seed(0)
+        model = get_peft_model(llama().double(), trl_tests.lora())
+        trl_tests.randomize(model)
+        data = [{"input_ids": ids, "labels": ids} for ids in torch.arange(96).view(8, 12)]
+        trainer = Trainer(
+            model, arguments(tmp_path), train_dataset=data, callbacks=[FuseCallback()]
+        )  # fmt: skip
+        if sharded:
+            for layer in model.get_base_model().model.layers:
+                fully_shard(layer)
+            fully_shard(model)
+        trainer.train()
+        assert fused_layers(model) == 14
+        results = adapters(trainer)
+        found.append({n: p.full_tensor() if sharded else p for n, p in results.items()})
+        losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+        found[-1]["losses"] = torch.tensor(losses, dtype=torch.float64)
+    assert_same(*found, rtol=FLOAT64_RTOL)

@@ -6,6 +6,7 @@ step's gradient of each adapter and what each adapter has become are compared.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from lora_kernels.finetune.compare import (
     relative_rms,
 )
 from lora_kernels.finetune.model import quantize
-from lora_kernels.peft import explain, fuse
+from lora_kernels.integrations import FuseCallback
+from lora_kernels.peft import FusedLinear, explain, fuse
 from tests.finetune.tiny import llama, tokenizer
 from tests.interop.tiny import FLOAT64_RTOL, assert_same
 
@@ -68,9 +70,9 @@ class Noted(TrainerCallback):
                 self.results[f"gradient {state.global_step}: {name}"] = p.grad.clone()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if "loss" in logs:
-            loss = torch.tensor(logs["loss"], dtype=torch.float64)
-            self.results[f"loss {state.global_step}"] = loss
+        for name in {"loss", "eval_loss"} & logs.keys():
+            loss = torch.tensor(logs[name], dtype=torch.float64)
+            self.results[f"{name} {state.global_step}"] = loss
 
 
 def lora(**config: Any) -> LoraConfig:
@@ -92,11 +94,18 @@ def randomize(model: Any) -> None:
                 p.copy_(std * torch.randn(p.shape, generator=generator))
 
 
+def fused_layers(model: Any) -> int:
+    return sum(isinstance(module, FusedLinear) for module in model.modules())
+
+
 def run(trainer: Any, fused: bool, merging: bool = False, fresh: bool = True) -> Results:
+    """Train; `fuse` it before unless a callback has."""
     model = trainer.model
     if fresh:
         randomize(model)
     if fused:
+        by_callback = any(isinstance(c, FuseCallback) for c in trainer.callback_handler.callbacks)
+        assert fused_layers(model) == (14 if by_callback else 0)
         fuse(model)
         explanation = explain(model)
         assert len(explanation.rows) == 14
@@ -118,32 +127,68 @@ def run(trainer: Any, fused: bool, merging: bool = False, fresh: bool = True) ->
     return results
 
 
-def check(make: Any, tmp_path: Path, dtype: torch.dtype, **how: Any) -> None:
-    got, want = (run(make(tmp_path / str(fused)), fused, **how) for fused in (True, False))
+def check(
+    make: Any, tmp_path: Path, dtype: torch.dtype, by_callback: bool = False, **how: Any
+) -> None:
+    """Compare a fused run with an unfused one. make: the trainer, from its folder, the dtype and
+    the callbacks; by_callback: whether FuseCallback fuses."""
+    found = []
+    for fused in (True, False):
+        callbacks = [FuseCallback()] if fused and by_callback else []
+        trainer = make(tmp_path / str(fused), dtype, callbacks)
+        found.append(run(trainer, fused, **how))
+        assert fused_layers(trainer.model) == (14 if fused else 0)
+    got, want = found
     for name in got.keys() | want.keys():
         limit = UPDATE_LIMIT if name.startswith("update") else GRADIENT_LIMIT
         limit = FLOAT64_RTOL if dtype is torch.float64 else limit
         assert_same({name: got[name]}, {name: want[name]}, limit)
 
 
+TEXTS = [f"{i} squared? It is {i * i}." for i in range(8)]
+
+
+def sft(out: Path, dtype: torch.dtype, callbacks: Any, **settings: Any) -> Any:
+    data = Dataset.from_dict({"text": TEXTS})
+    return SFTTrainer(
+        base(dtype), SFTConfig(str(out), max_length=64, **SETTINGS | settings), train_dataset=data,
+        eval_dataset=data.select(range(3)), processing_class=tokenizer(), peft_config=lora(),
+        callbacks=callbacks,
+    )  # fmt: skip
+
+
+def dpo(out: Path, dtype: torch.dtype, callbacks: Any, own: bool = False) -> Any:
+    """own: the model comes with its adapter."""
+    pairs = {
+        "prompt": [f"{i} squared? " for i in range(8)],
+        "chosen": [f"It is {i * i}." for i in range(8)],
+        "rejected": [f"No, {i * i + 1}." for i in range(8)],
+    }
+    model = get_peft_model(base(dtype), lora()) if own else base(dtype)
+    return DPOTrainer(
+        model, args=DPOConfig(str(out), max_length=64, **SETTINGS),
+        train_dataset=Dataset.from_dict(pairs), processing_class=tokenizer(),
+        peft_config=None if own else lora(), callbacks=callbacks,
+    )  # fmt: skip
+
+
+def grpo(out: Path, dtype: torch.dtype, callbacks: Any, beta: float = 0.0) -> Any:
+    return GRPOTrainer(
+        base(dtype), lambda completions, **kwargs: [float(len(set(c))) for c in completions],
+        GRPOConfig(str(out), max_completion_length=6, num_generations=4, beta=beta, **SETTINGS),
+        train_dataset=Dataset.from_dict({"prompt": [f"{i} squared?" for i in range(8)]}),
+        processing_class=tokenizer(), peft_config=lora(), callbacks=callbacks,
+    )  # fmt: skip
+
+
 @DTYPES
 def test_sft(tmp_path: Path, dtype: torch.dtype) -> None:
-    texts = [f"{i} squared? It is {i * i}." for i in range(8)]
-
-    def make(out: Path) -> Any:
-        return SFTTrainer(
-            base(dtype), SFTConfig(str(out), max_length=64, **SETTINGS),
-            train_dataset=Dataset.from_dict({"text": texts}), processing_class=tokenizer(),
-            peft_config=lora(),
-        )  # fmt: skip
-
-    check(make, tmp_path, dtype)
+    check(sft, tmp_path, dtype)
 
 
 def test_sft_of_a_4bit_model(tmp_path: Path) -> None:
     """Its adapters are cast to bfloat16: the gradients are as near to those of float32 ones as the
     unfused model's."""
-    texts = [f"{i} squared? It is {i * i}." for i in range(8)]
     found = []
     for number, (fused, dtype) in enumerate(
         [(True, torch.bfloat16), (False, torch.bfloat16), (False, torch.float32)]
@@ -153,7 +198,7 @@ def test_sft_of_a_4bit_model(tmp_path: Path) -> None:
         quantize(quantized, "nf4", torch.float32, torch.device("cpu"))
         trainer = SFTTrainer(
             quantized, SFTConfig(str(tmp_path / str(number)), max_length=64, **SETTINGS),
-            train_dataset=Dataset.from_dict({"text": texts}), processing_class=tokenizer(),
+            train_dataset=Dataset.from_dict({"text": TEXTS}), processing_class=tokenizer(),
             peft_config=lora(),
         )  # fmt: skip
         adapters = [p for p in trainer.model.parameters() if p.requires_grad]
@@ -174,33 +219,10 @@ def test_sft_of_a_4bit_model(tmp_path: Path) -> None:
 def test_dpo(tmp_path: Path, dtype: torch.dtype, adapter: str) -> None:
     """The reference is the model with its adapter disabled where the trainer made the adapter, and
     a second adapter, which it copies, where the model came with one."""
-    pairs = {
-        "prompt": [f"{i} squared? " for i in range(8)],
-        "chosen": [f"It is {i * i}." for i in range(8)],
-        "rejected": [f"No, {i * i + 1}." for i in range(8)],
-    }
-
-    def make(out: Path) -> Any:
-        own = adapter == "PEFT model"
-        model = get_peft_model(base(dtype), lora()) if own else base(dtype)
-        return DPOTrainer(
-            model, args=DPOConfig(str(out), max_length=64, **SETTINGS),
-            train_dataset=Dataset.from_dict(pairs), processing_class=tokenizer(),
-            peft_config=None if own else lora(),
-        )  # fmt: skip
-
-    check(make, tmp_path, dtype)
+    check(partial(dpo, own=adapter == "PEFT model"), tmp_path, dtype)
 
 
 @DTYPES
 @pytest.mark.parametrize("beta", [0.0, 0.1])
 def test_grpo(tmp_path: Path, dtype: torch.dtype, beta: float) -> None:
-    def make(out: Path) -> Any:
-        return GRPOTrainer(
-            base(dtype), lambda completions, **kwargs: [float(len(set(c))) for c in completions],
-            GRPOConfig(str(out), max_completion_length=6, num_generations=4, beta=beta, **SETTINGS),
-            train_dataset=Dataset.from_dict({"prompt": [f"{i} squared?" for i in range(8)]}),
-            processing_class=tokenizer(), peft_config=lora(),
-        )  # fmt: skip
-
-    check(make, tmp_path, dtype, merging=True)
+    check(partial(grpo, beta=beta), tmp_path, dtype, merging=True)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import lora_kernels
 from lora_kernels import select
@@ -14,7 +15,7 @@ from lora_kernels.core.problem import Choice, Problem
 from lora_kernels.layers import LoRALinear
 from lora_kernels.peft import Explanation, Row, explain, fuse
 
-from .tiny import SIZES, batch, mlp
+from .tiny import SIZES, TINY, batch, mlp
 
 needs_native = pytest.mark.skipif(native.module is None, reason="no native kernels")
 
@@ -27,6 +28,45 @@ def test_table() -> None:
         "b      x      y        z         w w\n"
         "2 LoRA layers: 1 fused, 1 x"
     )  # fmt: skip
+
+
+def deep() -> Any:
+    """30 layers of 7 projections, as SmolLM2-135M has them."""
+    llama = LlamaForCausalLM(LlamaConfig(**TINY | {"num_hidden_layers": 30}))
+    return get_peft_model(llama, LoraConfig(r=3, target_modules="all-linear"))
+
+
+def test_explain_of_210_layers_prints_a_line_for_each_kind() -> None:
+    explanation = explain(fuse(deep()))
+    header, *lines, summary = str(explanation).splitlines()
+    assert len(explanation.rows) == 210 and len(lines) == 7
+    for line, name in zip(lines, ("q_proj", "k_proj", "v_proj", "o_proj"), strict=False):
+        assert line.startswith(f"30 × base_model.model.model.layers.*.self_attn.{name}  ")
+    assert header.split() == [*Row._fields] and summary.startswith("210 LoRA layers: ")
+
+
+def test_explain_all_prints_every_layer() -> None:
+    explanation = explain(deep(), all=True)
+    lines = str(explanation).splitlines()
+    names = [row.layer for row in explanation.rows]
+    assert [line.split(" ")[0] for line in lines[1:-1]] == names and len(names) == 210
+
+
+def test_explain_groups_only_what_is_alike() -> None:
+    """One layer for another reason has a line of its own, and its own name."""
+    rows = [Row(f"h.{i}.up1", "fused", "cpu", "s", "why") for i in range(12)]
+    rows[10] = rows[10]._replace(state="not fused", backend="peft", reason="a hook")
+    rows += [Row(f"h.{i}.experts.{e}", "fused", "cpu", "s", "") for i in (0, 1) for e in (0, 1, 2)]
+    want = [
+        "layer              state      backend  strategy  reason",
+        "11 × h.*.up1       fused      cpu      s         why",
+        "h.10.up1           not fused  peft     s         a hook",
+        "6 × h.*.experts.*  fused      cpu      s",
+    ]
+    assert str(Explanation(rows)).splitlines()[:-1] == want
+    with pytest.raises(RuntimeError) as error:
+        Explanation([*rows[:11], rows[10]._replace(layer="h.11.up1")]).assert_fused()
+    assert str(error.value).splitlines()[1:] == ["  2 × h.*.up1: not fused (peft): a hook"]
 
 
 def test_shares_of_the_parameters() -> None:

@@ -84,7 +84,7 @@ def test_unfuse_leaves_no_trace() -> None:
 
 
 def test_models_without_lora_layers() -> None:
-    with pytest.raises(ValueError, match=r"model: got MLP without LoRA layers"):
+    with pytest.raises(ValueError, match=r"got MLP without LoRA layers, want .*get_peft_model"):
         fuse(MLP())
     assert explain(MLP()).rows == []
     with pytest.raises(RuntimeError, match="nothing to fuse"):
@@ -222,8 +222,12 @@ def test_layers_added_later_are_reported() -> None:
     model = fuse(mlp(target_modules=["up"]))
     model.add_adapter("second", LoraConfig(r=3, target_modules=["down"]))
     model.base_model.set_adapter(["default", "second"])
-    assert [row.reason for row in explain(model).rows][1] == "fuse() was not called"
+    said = [row.reason for row in explain(model).rows]
+    assert said[1] == "adapted, or made fusable, after fuse(): call fuse again"
     assert len(fused_layers(fuse(model))) == 2
+    assert not any("call fuse again" in row.reason for row in explain(model).rows)
+    reasons = {row.reason for row in explain(unfuse(model)).rows}
+    assert reasons == {"fuse() was not called"}
 
 
 def test_scales() -> None:

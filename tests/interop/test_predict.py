@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -205,6 +206,23 @@ def test_a_layer_that_peft_trains_a_copy_of_counts_once() -> None:
     with model.disable_adapter():
         found = explain(model, rows=100, machine=MACHINE).others
     assert found is not None and found.layers == 1 and found.seconds <= saved.seconds  # type: ignore[operator]
+
+
+def test_explain_of_rows_sums_the_times_of_layers_that_are_alike() -> None:
+    pairs = nn.Sequential(nn.Linear(48, 64), nn.Linear(64, 48), nn.Linear(48, 64))
+    model = get_peft_model(pairs, LoraConfig(r=R, target_modules=["0", "2"]))
+    found = explain(fuse(model), rows=100, machine=MACHINE)
+    first, second = found.predictions.values()
+    seconds, share = first.seconds + second.seconds, first.share + second.share  # type: ignore[operator]
+    line = str(found).splitlines()[1]
+    assert line.startswith("2 × base_model.model.*  ")
+    assert f"  {seconds * 1e3:.3g} ms predicted  {share:.1%}  " in line
+    every = str(explain(model, rows=100, machine=MACHINE, all=True)).splitlines()[1:3]
+    assert [line.split(" ")[0] for line in every] == [*found.predictions]
+    # One that was measured does not hide among those that are predicted.
+    one = dict(found.predictions) | {found.rows[0].layer: replace(first, measured=True, source="")}
+    lines = str(replace(found, predictions=one)).splitlines()[1:3]
+    assert " measured " in lines[0] and " predicted " in lines[1]
 
 
 def test_json_holds_the_table() -> None:

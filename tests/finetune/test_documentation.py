@@ -1,0 +1,129 @@
+"""Every Python example of the READMEs and of CONTRIBUTING.md runs as it stands, each by itself.
+
+One rule stands for what is not here: a model or a file that an example names is a tiny one of that
+name in the working folder, where transformers looks before it asks the hub. Beside that, what takes
+long and is no part of the example is done in a shorter way: `compare_methods` trains in this
+process, and `explain(rows=...)` takes a machine's limits that nobody measured.
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import BertConfig, BertForSequenceClassification
+
+from lora_kernels.finetune import classify
+from lora_kernels.measure import timing
+from tests.finetune.tiny import chat, llama, tokenizer, write_lines
+
+ROOT = Path(__file__).resolve().parents[2]
+FILES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted(ROOT.glob("lora_kernels/*/README.md")),
+]
+
+
+def examples() -> Iterator[tuple[str, int, str]]:
+    """The file, the line on which the example begins, and its text."""
+    for file in sorted(FILES):
+        text = file.read_text(encoding="utf-8")
+        for found in re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+            line = text.count("\n", 0, found.start(1)) + 1
+            yield str(file.relative_to(ROOT)), line, found[1]
+
+
+class InThisProcess:
+    """A pool that runs what is submitted at once."""
+
+    def __init__(self, *how: Any) -> None:
+        pass
+
+    def __enter__(self) -> InThisProcess:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def submit(self, call: Callable[..., Any], *args: Any) -> Future[Any]:
+        done: Future[Any] = Future()
+        done.set_result(call(*args))
+        return done
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The models and files that the examples name."""
+    folder = tmp_path_factory.mktemp("reader")
+    for name in ("SmolLM2-135M", "SmolLM2-135M-Instruct"):
+        llama().save_pretrained(folder / "HuggingFaceTB" / name)
+        tokenizer().save_pretrained(folder / "HuggingFaceTB" / name)
+    config = BertConfig(
+        vocab_size=260, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=64, pad_token_id=0,
+    )  # fmt: skip
+    BertForSequenceClassification(config).bert.save_pretrained(folder / "all-MiniLM-L6-v2")
+    tokenizer(None).save_pretrained(folder / "all-MiniLM-L6-v2")
+    for name in ("chat", "law", "code"):
+        records = [chat(f"{i} squared?", f"It is {i * i}.") for i in range(8)]
+        write_lines(folder / f"{name}.jsonl", records)
+    mail = [
+        f"{'Buy' if i % 2 else 'Dear'} {i},{'spam' if i % 2 else 'ham'},{i}" for i in range(280)
+    ]
+    write_lines(folder / "mail.csv", ["text,label,author", *mail])
+    return folder
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What `torchrun` sets, for one process."""
+    if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
+        pytest.skip("no gloo")
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+    values = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def test_documentation_has_examples() -> None:
+    assert {file for file, _, _ in examples()} >= {
+        "README.md", "lora_kernels/peft/README.md", "lora_kernels/finetune/README.md"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "text"),
+    [pytest.param(*each, id=f"{each[0]}:{each[1]}") for each in examples()],
+)
+def test_example_runs_as_it_stands(
+    file: str,
+    line: int,
+    text: str,
+    here: Path,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if "trl" in text:
+        pytest.importorskip("trl", exc_type=ImportError)
+    if "torch.distributed" in text:
+        request.getfixturevalue("launched")
+    for each in here.iterdir():
+        (tmp_path / each.name).symlink_to(each)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(classify, "ProcessPoolExecutor", InThisProcess)
+    monkeypatch.setattr(timing, "copy_bandwidth", lambda **_: 1e9)
+    monkeypatch.setattr(timing, "product_peak", lambda dtype, **_: 1e9)
+    code = compile("\n" * (line - 1) + text, ROOT / file, "exec")
+    exec(code, {"__name__": "__main__"})

@@ -23,9 +23,11 @@ from ..dropout import NO_DROPOUT, Dropout
 from . import COOPERATIVE, ORDINARY, OVERLAPPED, SPLIT, fit, launch, module
 from .launch import DTYPE, empty, matrix, pointer, vector, whole_rows
 
-_THIN_SHARE = 1024  # of the summed dimension, that one slot takes at least
+# What a share of a summed dimension takes at least, a multiple of the kernel's step: of columns, of
+# rows in a thin product, of rows in column sums, and of K in a split of `gemm`.
+_SHARE, _THIN_SHARE, _SUMS_SHARE, _GEMM_SHARE = 256, 1024, 64, 256
 _BLOCKS = 264  # of a launch, that fill any GPU
-_GEMM_TILE = (64, 128, 64)
+_GEMM_TILE = (64, 128)
 _MAX_SPLITS = 8
 _MAX_PUBLISHERS = 16
 
@@ -186,7 +188,7 @@ def dora_norm(
     """‖W + scaling · (B ⊙ gate)·A‖ of each row: float32 [N]."""
     (R, K), N = lora_A.shape, lora_B.shape[0]
     codes, w = (weight, None) if isinstance(weight, Codes) else (None, weight)
-    share, count = _shares(K, 256, _BLOCKS // -(-N // 8))
+    share, count = _shares(K, _SHARE, _BLOCKS // -(-N // 8))
     gate, slots = _contiguous(rank_gate), empty(lora_A, count, N)
     launch.run(
         "row_norm", lora_A,
@@ -276,9 +278,9 @@ class _Linear:
             return
         x = whole_rows(x)
         M, N, K, _ = self.shape
-        tile_m, tile_n, tile_k = _GEMM_TILE
+        tile_m, tile_n = _GEMM_TILE
         tiles = -(-M // tile_m) * -(-N // tile_n)
-        share, splits = _shares(K, 4 * tile_k, min(_MAX_SPLITS, _BLOCKS // tiles))
+        share, splits = _shares(K, _GEMM_SHARE, min(_MAX_SPLITS, _BLOCKS // tiles))
         parts = empty(x, splits, M, N) if splits > 1 else None
         launch.run(
             "gemm", x, {"x": x, "p": p, "parts": parts, **self.touched}, self.args(x, p), splits,
@@ -301,7 +303,7 @@ def _dx_on_matrix_units(
 def _decode(linear: _Linear, a: Tensor, dropout: Dropout, cooperative: bool) -> Tensor:
     """P, and y is made."""
     x, (M, _, K, R) = linear.x, linear.shape
-    share, count = _shares(K, 256, _MAX_PUBLISHERS)
+    share, count = _shares(K, _SHARE, _MAX_PUBLISHERS)
     slots, p = empty(x, count, M, R), empty(x, M, R)
     flags = workspace.flags(x.device) if cooperative else None  # two launches wait for none
     after_x = (
@@ -324,7 +326,7 @@ def _thin(
     R, J = y.shape
     I = v.shape[1] if over_rows else v.shape[0]  # noqa: E741
     blocks = -(-I // 64) * -(-R // (64 if R > 16 else 16))
-    share, count = _shares(J, _THIN_SHARE if over_rows else 256, _BLOCKS // blocks)
+    share, count = _shares(J, _THIN_SHARE if over_rows else _SHARE, _BLOCKS // blocks)
     v_scale, out = _contiguous(v_scale), empty(v, count, I, R)
     launch.run(
         "thin", v, {"v": v, "v_scale": v_scale, "rng": dropout.rng, "y": y, "out": out},
@@ -338,7 +340,7 @@ def _pair(dy: Tensor, scale: Tensor | None, b: Tensor, s: Tensor) -> tuple[Tenso
     """(dy ⊙ scale)·b in slots, (dy ⊙ scale)ᵀ·s in parts, dy read once."""
     (M, N), R = dy.shape, s.shape[1]
     part_count = -(-M // module().PAIR_ROWS)
-    share, count = _shares(N, 256, _BLOCKS // part_count)
+    share, count = _shares(N, _SHARE, _BLOCKS // part_count)
     slots, parts, scale = empty(dy, count, M, R), empty(dy, part_count, N, R), _contiguous(scale)
     launch.run(
         "pair", dy, {"v": dy, "v_scale": scale, "b": b, "s": s, "slots": slots, "parts": parts},
@@ -351,7 +353,7 @@ def _pair(dy: Tensor, scale: Tensor | None, b: Tensor, s: Tensor) -> tuple[Tenso
 def _column_sums(v: Tensor, z: Tensor | None, sums: Tensor) -> None:
     """sums float32 [2, N] = Σ v and Σ v ⊙ z over the rows."""
     M, N = v.shape
-    share, count = _shares(M, 64, _BLOCKS // -(-N // 128))
+    share, count = _shares(M, _SUMS_SHARE, _BLOCKS // -(-N // 128))
     parts = empty(v, count, N, 2)
     launch.run(
         "column_sums", v, {"v": v, "z": z, "parts": parts}, matrix(v), matrix(z),

@@ -179,6 +179,7 @@ def linear(
 # For `linear_kernel` behind a library's product: one pass over y.
 UPDATE = Config(64, 64, 64, 4, 1)
 DEQUANTIZE = Config(0, 32, 128, 4, 1)
+REDUCE = Config(0, 256, 0, 4, 1)
 
 
 def quantize(blocksize: int) -> Config:

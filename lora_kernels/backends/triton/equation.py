@@ -377,13 +377,13 @@ def _reduce(
 ) -> tuple[Tensor | None, Tensor | None]:
     """grad [R, N] = scale · gate ⊙ Σ parts, written, and the two sums, float32 [N]."""
     count, N, R = parts.shape[0], parts.shape[2], parts.shape[1] - 2
-    gate = _contiguous(gate)
+    gate, config = _contiguous(gate), configs.REDUCE
     sums, sums_z = (parts.new_empty(N) if needed else None for needed in (need_sum, need_sum_z))
     launch.run(
-        reduce_kernel, (triton.cdiv(N, 256), R + 2), Config(0, 256, 0, 4, 1), parts.device,
+        reduce_kernel, (triton.cdiv(N, config.block_n), R + 2), config, parts.device,
         parts, gate, grad, sums, sums_z, N, R, *((0, 0) if grad is None else grad.stride()), count,
         scale, RANKS=grad is not None, GATE=gate is not None, SUM=need_sum, SUM_Z=need_sum_z,
-        BLOCK_N=256,
+        BLOCK_N=config.block_n,
     )  # fmt: skip
     return sums, sums_z
 

@@ -1,0 +1,103 @@
+"""Kernels cut into many parts: shares of a few steps, so that small sizes have several of each.
+`python -m tests.partitions` counts them."""
+
+
+import pytest
+import torch
+
+import lora_kernels
+from lora_kernels import reference
+from lora_kernels.backends.cuda import COOPERATIVE, ORDINARY, OVERLAPPED, SPLIT, equation
+from lora_kernels.measure import case as cases
+from lora_kernels.measure.case import Case
+from lora_kernels.measure.multi import MultiCase
+from lora_kernels.quantization import codebooks, quantize_4bit
+from tests.ops import multi_cases
+from tests.partitions import exact
+from tests.quantization.values import same_bits
+
+f32, bf16 = torch.float32, torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def small_shares(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A share is what a kernel takes in two steps."""
+    for name, share in {
+        "_SHARE": 128, "_THIN_SHARE": 64, "_SUMS_SHARE": 32, "_GEMM_SHARE": 128
+    }.items():  # fmt: skip
+        monkeypatch.setattr(equation, name, share)
+
+
+@pytest.fixture
+def long_shares(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A share is what the kernels whose steps are 256 long take in two."""
+    monkeypatch.setattr(equation, "_SHARE", 512)
+
+
+# Two tiles of 64 rows and of 64 or 128 columns, the last ones short; of 128 elements of K and one
+# more step; of ranks, 16 or 32 at a time.
+@pytest.mark.parametrize(
+    ("strategy", "sizes", "dtype", "blocksize"),
+    [
+        (ORDINARY, (70, 70, 163, 35), f32, 0),
+        (ORDINARY, (70, 163, 163, 35), f32, 32),
+        (SPLIT, (70, 136, 200, 18), bf16, 0),
+        (SPLIT, (70, 136, 160, 18), bf16, 64),
+    ],
+    ids=str,
+)
+def test_lora_linear_in_small_shares_is_exact(
+    strategy: str, sizes: tuple[int, ...], dtype: torch.dtype, blocksize: int
+) -> None:
+    with lora_kernels.backend("cuda", strategy):
+        exact.check(Case(*sizes, dtype, values="integers", **exact.OPTIONS), blocksize)
+
+
+@pytest.mark.usefixtures("long_shares")
+@pytest.mark.parametrize(
+    ("strategy", "blocksize"), [(COOPERATIVE, 0), (COOPERATIVE, 64), (OVERLAPPED, 64)], ids=str
+)
+def test_few_rows_in_several_turns_are_exact(strategy: str, blocksize: int) -> None:
+    """More tiles than blocks, more of K than the warps of a block take at once, three slots."""
+    case = Case(13, 72, 1088, 5, bf16, values="integers", **exact.OPTIONS)
+    with lora_kernels.backend("cuda", strategy):
+        exact.check(case, blocksize)
+
+
+@pytest.mark.parametrize("rank", [70, 18])
+def test_thin_products_in_small_shares_are_exact(rank: int) -> None:
+    """Ranks in two tiles, and dS and dB in one kernel or two."""
+    case = Case(140, 136, 70, rank, f32, values="integers", **exact.OPTIONS)
+    with lora_kernels.backend("cuda", ORDINARY):
+        exact.check(case)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "dtype", "quant"),
+    [
+        ((170, 163, 163), f32, ""),
+        ((170, 163, 163), f32, "nf4-64"),
+        ((70, 200, 160), bf16, "nf4-64"),
+    ],
+)
+def test_adapters_of_rows_in_small_shares_are_close(
+    sizes: tuple[int, int, int], dtype: torch.dtype, quant: str
+) -> None:
+    multi_cases.check(
+        MultiCase(*sizes, (5, 8, 3, 66), "mixed", dtype, quant=quant, bias=False, dropout_p=0.5)
+    )
+
+
+@pytest.mark.usefixtures("long_shares")
+@pytest.mark.parametrize("quant", ["", "nf4-32", "nf4-64-nested"])
+def test_dora_norm_in_small_shares_is_close(quant: str) -> None:
+    assert cases.judge_norm(Case(0, 256, 600, 3, f32, quant=quant, gate=True))["norm"].ok
+
+
+@pytest.mark.parametrize("short", [0, 5])
+def test_quantize_in_small_shares_is_bitwise(short: int) -> None:
+    """The last block is whole, or short; a thread block makes four."""
+    values = torch.randn(1, 7 * 64 - short, generator=torch.Generator().manual_seed(0))
+    want = reference.quantize_4bit(values, codebooks.thresholds("nf4"), codebooks.order("nf4"), 64)
+    got = quantize_4bit(values, "nf4", 64, False)
+    assert same_bits(got.packed, want[0]) and same_bits(got.absmax, want[1])

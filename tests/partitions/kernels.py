@@ -1,0 +1,139 @@
+"""Every kernel with the partitions that it is cut into, and why it never sees an option.
+
+A cell of the table is a kernel, a partition and an option. It is filled by a test in which that
+kernel was launched with the option and with two parts at least. A kernel that is added, or cut in a
+new way, is added here.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+OPTIONS = ("dropout", "gate", "column scale", "4-bit", "adapters")
+Absent = dict[str | tuple[str, str], str]  # an option, or a partition and an option -> the reason
+
+
+class Kernel(NamedTuple):
+    partitions: tuple[str, ...]
+    absent: Absent
+
+
+def _not(reason: str, *cells: str | tuple[str, str]) -> Absent:
+    return dict.fromkeys(cells, reason)
+
+
+_MASK = _not("the forward masks x, where P is made; dx is masked as y", "dropout")
+_GATE = _not("the gate multiplies S, and the sums of dA and dB", "gate")
+_WEIGHT = _not("it reads no base weight", "4-bit")
+_DECODED = _not("the weight is decoded before", "4-bit")
+_HOST = _not("dY has been multiplied by the column scale", "column scale")
+_ALONE = _not("each adapter's rows are taken by another kernel", "adapters")
+_TWO_STEPS = _not("refused: a row's ranks are picked between P and the product", "adapters")
+_ONE_SLOT = _not("P of several adapters is one slot", ("slots", "adapters"))
+_BASE = _not("of several adapters it makes the base product alone", "adapters")
+_DS = _not("dS has been multiplied by the gate", "gate")
+_DY = _not("dY has no mask", "dropout")
+_NORM = _not("W + (B ⊙ g)·A has no x", "dropout", "column scale", "adapters")
+_CODEC = _not("it has a weight alone", "dropout", "gate", "column scale", "adapters")
+_THIN = _GATE | _WEIGHT
+_LATER = _not("it makes P alone", "gate", "4-bit") | _TWO_STEPS
+
+_TILES = ("rows", "columns", "sum", "ranks")
+_OF_P = ("rows", "ranks", "slots", "sum")
+_OF_GRADIENT = ("columns", "ranks", "slots", "sum")
+_DECODE = ("tiles", "rows", "chunks", "slots", "sum")
+_PRODUCT = ("threads", "rows", "columns", "blocks of rows", "panels", "ranks")
+
+KERNELS: dict[str, dict[str, Kernel]] = {
+    "triton": {
+        "linear, single pass": Kernel(("rows", "columns", "sum", "groups of rows"), _TWO_STEPS),
+        "linear, single pass, dx": Kernel(("rows", "columns", "sum", "groups of rows"), _TWO_STEPS),
+        "linear, split": Kernel((*_TILES, "slots"), _MASK | _ONE_SLOT),
+        "linear, split, dx": Kernel((*_TILES, "slots"), _ONE_SLOT),
+        "linear, library": Kernel(
+            ("rows", "columns", "ranks", "slots"), _MASK | _DECODED | _ONE_SLOT
+        ),
+        "linear, library, dx": Kernel(
+            ("rows", "columns", "ranks", "slots"), _HOST | _DECODED | _ONE_SLOT
+        ),
+        "linear, publish": Kernel(
+            ("slots", "sum"), _LATER | _not("it multiplies y, not x", "column scale")
+        ),
+        "linear, publish, dx": Kernel(("slots", "sum"), _LATER | _DY),
+        "linear, consume": Kernel(("columns", "sum", "slots"), _MASK | _TWO_STEPS),
+        "linear, consume, dx": Kernel(("columns", "sum", "slots"), _TWO_STEPS),
+        "shrink": Kernel(_OF_P, _THIN),
+        "outer": Kernel(_OF_GRADIENT, _THIN),
+        "shrink_outer": Kernel(("rows", "slots", "sum"), _DY | _THIN | _ALONE),
+        "reduce": Kernel(("columns", "slots"), _MASK | _WEIGHT),
+        "row_norm": Kernel(("rows", "slots", "sum", "ranks"), _NORM),
+        "dequantize": Kernel(("rows", "columns"), _CODEC),
+        "quantize": Kernel(("blocks",), _CODEC),
+    },
+    "cuda": {
+        "linear": Kernel((*_TILES, "spans"), _MASK),
+        "linear, dx": Kernel((*_TILES, "spans"), _HOST),
+        "gemm": Kernel((*_TILES, "splits"), _MASK),
+        "gemm, dx": Kernel((*_TILES, "splits"), _HOST),
+        "finish": Kernel(("elements", "splits"), _not("gemm has", "dropout", "gate", "4-bit")),
+        "decode": Kernel(_DECODE, _TWO_STEPS),
+        "decode, two launches": Kernel(_DECODE, _TWO_STEPS),
+        "thin": Kernel(_OF_P, _THIN),
+        "thin, over rows": Kernel(_OF_GRADIENT, _THIN),
+        "pair": Kernel(("rows", "ranks", "slots", "sum"), _DY | _THIN | _ALONE),
+        "column_sums": Kernel(
+            ("columns", "slots"), _DY | _THIN | _not("dbias sums all rows", "adapters")
+        ),
+        "reduce": Kernel(("elements", "slots"), _MASK | _HOST | _WEIGHT),
+        "row_norm": Kernel(("rows", "slots", "sum"), _NORM),
+        "dequantize": Kernel(("elements",), _CODEC),
+        "quantize": Kernel(("blocks",), _CODEC),
+    },
+    "cpu": {
+        "shrink": Kernel(
+            ("threads", "rows", "spans", "ranks"),
+            _THIN | _not("it multiplies y, not x", "column scale"),
+        ),
+        "few_rows": Kernel(("threads", "passes", "rows of W", "slabs", "ranks"), _BASE),
+        "expand": Kernel(("threads", "rows", "columns", "ranks"), _MASK | _DECODED),
+        "expand, dx": Kernel(("threads", "rows", "columns", "ranks"), _DS | _HOST | _DECODED),
+        "product": Kernel(_PRODUCT, _MASK | _BASE),
+        "product, dx": Kernel(_PRODUCT, _DS | _HOST | _BASE),
+        "backward_pair": Kernel(("threads", "rows", "columns", "spans", "ranks"), _DY | _WEIGHT),
+        "grad_a": Kernel(("threads", "rows", "columns", "ranks"), _DS | _HOST | _WEIGHT),
+        "row_norm": Kernel(("threads", "rows", "columns", "ranks"), _NORM),
+        "dequantize": Kernel(("threads",), _CODEC),
+        "quantize": Kernel(("threads",), _CODEC),
+        "multi_lora_linear": Kernel(
+            ("adapters of a thread",),
+            _not("one adapter's kernels take it", "gate", "column scale") | _DECODED,
+        ),
+        "library product": Kernel(
+            ("panels",), _not("a panel is decoded", "dropout", "gate", "column scale", "adapters")
+        ),
+        "library product, dx": Kernel(
+            ("panels",), _not("a panel is decoded", "dropout", "gate", "column scale", "adapters")
+        ),
+    },
+    "eager": {
+        "dora_norm": Kernel(("panels",), _NORM),
+        "column_dot": Kernel(
+            ("panels",), _not("it sums dY ⊙ z alone", "dropout", "gate", "4-bit", "adapters")
+        ),
+        "multi_lora_linear": Kernel(
+            ("adapters",), _not("rows with adapters of their own have none", "gate", "column scale")
+        ),
+    },
+}
+
+
+def cells() -> list[tuple[str, str, str, str]]:
+    """Backend, kernel, partition and option of all cells that have to be filled."""
+    return [
+        (backend, name, partition, option)
+        for backend, kernels in KERNELS.items()
+        for name, kernel in kernels.items()
+        for partition in kernel.partitions
+        for option in OPTIONS
+        if option not in kernel.absent and (partition, option) not in kernel.absent
+    ]

@@ -1,0 +1,117 @@
+"""Kernels cut into many parts: tiles, ranks and shares of 16, so that small sizes have several of
+each. `python -m tests.partitions` counts them."""
+
+from typing import Any
+
+import pytest
+import torch
+
+import lora_kernels
+from lora_kernels import reference
+from lora_kernels.backends.triton import (
+    COOPERATIVE,
+    LIBRARY,
+    SINGLE_PASS,
+    SPLIT,
+    configs,
+)
+from lora_kernels.backends.triton.configs import Config
+from lora_kernels.measure import case as cases
+from lora_kernels.measure.case import Case
+from lora_kernels.measure.multi import MultiCase
+from lora_kernels.quantization import codebooks, quantize_4bit
+from tests.ops import multi_cases
+from tests.partitions import exact
+from tests.quantization.values import same_bits
+from tests.triton.device import DEVICE
+
+f32 = torch.float32
+TILE, SHARE = Config(16, 16, 16, 4, 1, group_m=2), 32
+M, N = 36, 36  # several tiles, the last one short
+WHOLE, WORDS, ODD = 64, 40, 35  # of K, whose rows are whole 4-bit blocks, whole words, and neither
+ONE_BLOCK, BLOCKS = 13, 20  # ranks
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every partition of every kernel is 16 elements, a share is two of them."""
+
+    def cooperative(target: Any, M: int, N: int, K: int, R: int, config: Config) -> int:
+        return SHARE if M <= configs.FEW_ROWS and TILE.block_k >= R else 0
+
+    def shrink_outer(target: Any, M: int, N: int, R: int, itemsize: int) -> Any:
+        return (TILE, SHARE) if TILE.block_k >= R else None
+
+    for name, value in {
+        "linear": lambda *args, **kwargs: TILE,
+        "shrink": lambda *args: (TILE, SHARE),
+        "outer": lambda *args: (TILE, SHARE),
+        "row_norm": lambda *args: (TILE, SHARE),
+        "shrink_outer": shrink_outer,
+        "cooperative": cooperative,
+        "quantize": lambda blocksize: Config(0, 2, blocksize, 4, 1),
+        "block_of_ranks": lambda rank: TILE.block_k,
+        "UPDATE": TILE,
+        "REDUCE": TILE,
+        "DEQUANTIZE": TILE,
+    }.items():
+        monkeypatch.setattr(configs, name, value)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "rows", "rank", "K", "blocksize"),
+    [
+        (SINGLE_PASS, M, ONE_BLOCK, ODD, 0),
+        (SINGLE_PASS, M, ONE_BLOCK, WHOLE, 32),
+        (SPLIT, M, BLOCKS, ODD, 0),
+        (SPLIT, M, BLOCKS, WORDS, 32),
+        (SPLIT, M, ONE_BLOCK, ODD, 32),
+        (LIBRARY, M, BLOCKS, ODD, 0),
+        (COOPERATIVE, 13, ONE_BLOCK, ODD, 0),
+        (COOPERATIVE, 13, ONE_BLOCK, WHOLE, 32),
+    ],
+    ids=str,
+)
+def test_lora_linear_in_small_tiles_is_exact(
+    strategy: str, rows: int, rank: int, K: int, blocksize: int
+) -> None:
+    case = Case(rows, N, K, rank, f32, values="integers", device=DEVICE, **exact.OPTIONS)
+    with lora_kernels.backend("triton", strategy):
+        exact.check(case, blocksize)
+
+
+@pytest.mark.parametrize(("strategy", "quant"), [(SPLIT, "nf4-64"), (LIBRARY, "")])
+def test_adapters_of_rows_in_small_tiles_are_close(strategy: str, quant: str) -> None:
+    """More ranks than a block of them in one adapter, and rows of each adapter in several parts."""
+    case = MultiCase(90, N, WORDS, (5, 8, 3, 17), "mixed", quant=quant, bias=False, dropout_p=0.5)
+    with lora_kernels.backend("triton", strategy):
+        multi_cases.check(case)
+
+
+@pytest.mark.parametrize("quant", ["", "nf4-32", "nf4-64-nested"])
+def test_dora_norm_in_small_tiles_is_close(quant: str) -> None:
+    case = Case(0, 256, WORDS, BLOCKS, f32, quant=quant, gate=True, device=DEVICE)
+    with lora_kernels.backend("triton"):
+        assert cases.judge_norm(case)["norm"].ok
+
+
+@pytest.mark.parametrize("short", [0, 5])
+def test_quantize_in_small_tiles_is_bitwise(short: int) -> None:
+    """The last block is whole, or short."""
+    values = torch.randn(1, 7 * 64 - short, generator=torch.Generator().manual_seed(0))
+    want = reference.quantize_4bit(values, codebooks.thresholds("nf4"), codebooks.order("nf4"), 64)
+    with lora_kernels.backend("triton"):
+        got = quantize_4bit(values.to(DEVICE), "nf4", 64, False)
+    assert same_bits(got.packed, want[0]) and same_bits(got.absmax, want[1])
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_dequantize_in_small_tiles_is_bitwise(nested: bool) -> None:
+    for K in (WHOLE, WORDS, ODD):
+        values = torch.randn(N, K, generator=torch.Generator().manual_seed(K))
+        weight = quantize_4bit(values, "nf4", 32, nested)
+        want = reference.dequantize_4bit(
+            weight.packed, weight.scales(), weight.code, 32, weight.shape, f32
+        )
+        with lora_kernels.backend("triton"):
+            assert same_bits(weight.to(DEVICE).dequantize(f32), want)

@@ -40,7 +40,7 @@ from ..backends import native
 from ..cpu_costs import Machine, Sizes
 from ..prepared import Latest
 from . import case as cases
-from . import compare, flat, models, timing
+from . import compare, flat, models, outputs, timing
 from .case import Case
 from .timing import Parts
 
@@ -534,6 +534,11 @@ def run(args: argparse.Namespace) -> int:
     if (why := unused(args)) is not None:
         print(f"lora-kernels bench: {why}")
         return 2
+    for name in ("json", "csv"):
+        file = getattr(args, name)
+        if file is not None and (why := outputs.unwritable_reason(file)) is not None:
+            print(f"lora-kernels bench: --{name}: {why}")
+            return 2
     quick = args.quick
     if args.seconds is None:
         args.seconds = QUICK_SECONDS if quick else SECONDS

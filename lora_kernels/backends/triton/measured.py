@@ -96,7 +96,7 @@ def read(file: Path) -> dict[Shape, Measured]:
     try:
         rows = json.loads(file.read_text())["rows"]
         return dict(_row(row) for row in rows)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{file}: got {error!r}, want a file that `lora-kernels tune` wrote"
         ) from error
@@ -109,6 +109,10 @@ def _row(row: Mapping[str, Any]) -> tuple[Shape, Measured]:
     tiles = {
         name: None if row[name] is None else Config(**row[name]) for name in ("forward", "backward")
     }
+    for part in (key, *tiles.values()):
+        for name, value in vars(part).items() if part is not None else ():
+            if not isinstance(value, int) or value < 0:
+                raise ValueError(f"{name} {value!r}")
     source = f"measured on {row['device']}: {row['microseconds']:.0f} µs a step"
     return key, Measured(row["strategy"], **tiles, source=source, microseconds=row["microseconds"])
 

@@ -177,12 +177,13 @@ def read(path: Path) -> Row:
     for row in rows:
         if not isinstance(row, dict) or not isinstance(row.get("seconds"), dict):
             raise NotComparable(f"{path}: a row without seconds, want a result of `bench --json`")
-        lacking = [key for key in ("M", "K", "N", "R", "mode") if key not in row]
-        if lacking:
-            raise NotComparable(f"{path}: a row without {lacking[0]}, want M, K, N, R and mode")
         kinds = kind(rows[0]), kind(row)
         if kinds[0] != kinds[1]:
             raise NotComparable(f"{path}: rows of {kinds[0]} and of {kinds[1]}, want one kind")
+        sizes = ("M", "K", "N", "R") + (("mode",) if kind(row) != "variants" else ())
+        lacking = [key for key in sizes if key not in row]
+        if lacking and row["seconds"]:
+            raise NotComparable(f"{path}: a row without {lacking[0]}, want {', '.join(sizes)}")
         for name, times in row["seconds"].items():
             if not _are_times(times):
                 raise NotComparable(

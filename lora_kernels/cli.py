@@ -12,8 +12,10 @@ import importlib.util
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from . import __version__
+from .finetune import UsageError
 
 # name -> module, the extra that installs what it needs, help
 COMMANDS = {
@@ -41,12 +43,17 @@ COMMANDS = {
 }
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse's, whose errors are one line; the usage of some commands is twenty."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see --help\n")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status, 2 where it cannot start."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(
-        prog="lora-kernels", description="Fused LoRA kernels for PyTorch and PEFT."
-    )
+    parser = Parser(prog="lora-kernels", description="Fused LoRA kernels for PyTorch and PEFT.")
     parser.add_argument("--version", action="version", version=f"lora-kernels {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND")
     parsers = {
@@ -79,12 +86,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         wanted = f"'lora-kernels[{extra}]'" if extra else missing
         parser.exit(2, f"lora-kernels {name}: needs {missing}: pip install {wanted}\n")
+    except UsageError as error:
+        print(f"lora-kernels {name}: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
+        print(f"\nlora-kernels {name}: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # who reads, `head` for one, has seen enough
         # Or Python would try again at exit, and complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # 128 + SIGPIPE
+    except OSError as error:  # a full disk, a folder that has gone
+        print(f"lora-kernels {name}: {str(error).partition(chr(10))[0]}", file=sys.stderr)
+        return 1
 
 
 def unknown(words: Sequence[str], parser: argparse.ArgumentParser) -> str:

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .chat import ChatData, Collator, check_packing, load_chat, pack
+    from .checkpoints import newest_checkpoint
     from .classify import Outcome, Task, compare_methods
     from .labelled import Labelled, read_labelled
     from .merge import compare_merged, merge_adapter
     from .methods import METHODS, Method
     from .presets import PRESETS, Preset, add_lora_layers, create_domain_model
     from .rank import RankSearch, find_optimal_rank
-    from .train import newest_checkpoint
     from .trainer import LoRATrainer, training_arguments
 
 _HOMES = {
@@ -41,7 +41,7 @@ _HOMES = {
     "RankSearch": "rank",
     "find_optimal_rank": "rank",
     "LoRATrainer": "trainer",
-    "newest_checkpoint": "train",
+    "newest_checkpoint": "checkpoints",
     "training_arguments": "trainer",
 }
 

@@ -216,7 +216,12 @@ def _examples(
 
 def _parsed(line: bytes) -> Any:
     try:
-        return json.loads(line.decode("utf-8"))
+        record = json.loads(line.decode("utf-8"))
+        if rb"\ud" in line.lower():  # half of a surrogate pair is JSON, but no text
+            json.dumps(record, ensure_ascii=False).encode("utf-8")
+        return record
+    except UnicodeEncodeError:
+        raise BadLine("holds half of a surrogate pair (\\ud…), which is no text; mend it") from None
     except UnicodeDecodeError as error:
         raise BadLine(f"not UTF-8 (byte {error.start} of the line); convert the file") from None
     except json.JSONDecodeError as error:
@@ -226,6 +231,8 @@ def _parsed(line: bytes) -> Any:
         raise BadLine(
             f"invalid JSON ({error.msg} at column {error.colno}); mend the line: want {hint}"
         ) from None
+    except (ValueError, RecursionError) as error:  # an endless number, a thousand brackets
+        raise BadLine(f"invalid JSON ({error}); mend the line") from None
 
 
 def _plain_text(
@@ -340,7 +347,7 @@ def _rendered(messages: Sequence[Any], tokenizer: Any, **options: Any) -> str:
 
     try:
         return str(tokenizer.apply_chat_template(list(messages), tokenize=False, **options))
-    except TemplateError as error:
+    except (TemplateError, TypeError, ValueError) as error:
         raise BadLine(f"the chat template refuses this conversation: {error}") from error
 
 
@@ -351,7 +358,7 @@ def _by_template_markers(messages: Sequence[Any], tokenizer: Any) -> Example:
         done = tokenizer.apply_chat_template(
             list(messages), return_dict=True, return_assistant_tokens_mask=True
         )
-    except TemplateError as error:
+    except (TemplateError, TypeError, ValueError) as error:
         raise BadLine(f"the chat template refuses this conversation: {error}") from error
     ids, mask = list(done["input_ids"]), done["assistant_masks"]
     labels = [token if on else IGNORED for token, on in zip(ids, mask, strict=True)]

@@ -36,7 +36,7 @@ from .labelled import Labelled
 from .methods import METHODS, Method
 from .model import adapters, classifier, load_float32, load_tokenizer, quantize, usable_device
 from .presets import add_lora_layers
-from .rank import Allocate, add_adalora
+from .rank import WARMUP, Allocate, add_adalora
 from .trainer import LoRATrainer, training_arguments
 
 _RENAMED = "train_sampling_strategy" in {f.name for f in dataclasses.fields(TrainingArguments)}
@@ -159,8 +159,8 @@ def train_once(task: Task, method: Method, seed: int) -> Run:
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
         args = training_arguments(
-            folder, steps=task.steps, batch=task.batch, lr=method.lr, seed=seed,
-            cpu=device.type == "cpu", save_strategy="no", **GROUPED,
+            folder, steps=task.steps, batch=task.batch, lr=method.lr, warmup=WARMUP,
+            seed=seed, cpu=device.type == "cpu", save_strategy="no", **GROUPED,
         )  # fmt: skip
         callbacks: list[Any] = [clock, *([Allocate()] if method.adalora else [])]
         trainer: Any

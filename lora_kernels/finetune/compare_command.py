@@ -43,7 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--demo", action="store_true", help="MiniLM-L6 on film reviews, fresh or rotten"
     )
     parser.add_argument(
-        "--model", type=Path, metavar="DIR|GGUF", help="transformers model folder, or GGUF file"
+        "--model",
+        type=Path,
+        metavar="DIR|GGUF|ID",
+        help="transformers model folder, GGUF file, or a cached hub id",
     )
     parser.add_argument(
         "--data", type=Path, metavar="FILE",
@@ -92,9 +95,6 @@ def run(args: argparse.Namespace) -> int:
         quiet()
         compare(args)
         return 0
-    except UsageError as error:
-        print(f"lora-kernels compare: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("\nlora-kernels compare: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
@@ -125,7 +125,7 @@ def read_task(args: argparse.Namespace) -> tuple[Task, str]:
     """The task, and what it is in words."""
     from .inputs import demo_encoder, demo_reviews
     from .labelled import read_labelled
-    from .model import display_name, locate
+    from .model import check_length, display_name, load_config, locate
 
     for name in ("seeds", "steps", "batch", "max_length"):
         if (value := getattr(args, name)) < 1:
@@ -139,6 +139,7 @@ def read_task(args: argparse.Namespace) -> tuple[Task, str]:
         if value is None:
             raise UsageError(f"--{name} is missing; give it, or try --demo")
     locate(model)
+    check_length(args.max_length, load_config(model))
     data = read_labelled(file, **fields)
     train, held_out = data.split(args.train, args.held_out)
     about = f"{display_name(model)} on {file.name}"
@@ -153,12 +154,13 @@ def read_task(args: argparse.Namespace) -> tuple[Task, str]:
 
 
 def compare(args: argparse.Namespace) -> None:
+    from ..measure.outputs import unwritable_reason
+
     methods = chosen_methods(args.methods, args.lr)
+    if reason := unwritable_reason(args.out, folder=True):
+        raise UsageError(f"--out: {reason}; give a folder that can be written")
     task, about = read_task(args)
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--out: {error}; give a folder that can be written") from None
+    args.out.mkdir(parents=True, exist_ok=True)
 
     from .classify import compare_methods
     from .provenance import Provenance

@@ -1,12 +1,11 @@
-"""Plain text to blocks of tokens, blocks to batches."""
+"""Rows of tokens to blocks, blocks to batches."""
 
 from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,35 +13,18 @@ from torch import Tensor
 from . import UsageError
 
 
-def token_blocks(files: Iterable[Path], tokenizer: Any, seq_len: int) -> Tensor:
-    """The files' text as int64 [blocks, seq_len]; what does not fill a block is left out.
+def token_blocks(rows: Iterable[Mapping[str, Sequence[int]]], length: int) -> Tensor:
+    """The rows' tokens one after another as int64 [blocks, length], at least one block; what does
+    not fill a block is left out, and fewer tokens than `length` are one block of them all.
 
-    Files are joined with the tokenizer's end-of-sequence token, if it has one. Raises UsageError
-    for a file that is missing, not UTF-8 or empty, and for less text than one block.
-
-    >>> import pathlib, tempfile, types
-    >>> file = pathlib.Path(tempfile.mkdtemp(), "abc.txt")
-    >>> _ = file.write_text("abcd")
-    >>> by_letter = types.SimpleNamespace(encode=lambda s, **_: list(map(ord, s)), eos_token_id=0)
-    >>> token_blocks([file], by_letter, seq_len=2)
-    tensor([[ 97,  98],
-            [ 99, 100]])
+    >>> token_blocks([{"input_ids": [1, 2, 3]}, {"input_ids": [4, 5]}], length=2)
+    tensor([[1, 2],
+            [3, 4]])
     """
-    files = list(files)
-    ids: list[int] = []
-    for file in files:
-        # verbose=False: the warning about sequences longer than the model's context does not
-        # apply, since the sequence is cut into blocks.
-        ids += tokenizer.encode(read_text(file), add_special_tokens=False, verbose=False)
-        if tokenizer.eos_token_id is not None:
-            ids.append(tokenizer.eos_token_id)
-    blocks = len(ids) // seq_len
-    if blocks == 0:
-        raise UsageError(
-            f"--data: {' '.join(map(str, files))} holds {len(ids)} tokens, less than one block of "
-            f"{seq_len}; give more text or a smaller --seq-len"
-        )
-    return torch.tensor(ids[: blocks * seq_len]).view(blocks, seq_len)
+    ids = [token for row in rows for token in row["input_ids"]]
+    length = min(length, len(ids))
+    blocks = len(ids) // length
+    return torch.tensor(ids[: blocks * length]).view(blocks, length)
 
 
 def read_text(file: Path) -> str:

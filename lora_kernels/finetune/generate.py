@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
 from . import UsageError
 from .command import quiet
 from .inputs import demo_model
-from .model import check_quant, locate
-from .options import read_run
+from .model import check_quant, locate, read_adapter_config
+from .options import check_seed, read_run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +23,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--run", type=Path, metavar="DIR",
         help="what `lora-kernels finetune` wrote: gives --model, --adapter, --dtype and --quant",
     )  # fmt: skip
-    parser.add_argument("--model", type=Path, metavar="DIR|GGUF", help="transformers model folder")
+    parser.add_argument(
+        "--model",
+        type=Path,
+        metavar="DIR|GGUF|ID",
+        help="transformers model folder, GGUF file, or a cached hub id",
+    )
     parser.add_argument("--adapter", type=Path, metavar="DIR", help="an adapter in PEFT's format")
     parser.add_argument("--demo", action="store_true", help="SmolLM2-135M-Instruct as the model")
     parser.add_argument("--prompt", required=True, help="what is answered")
@@ -46,15 +50,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit status: 0, or 2 for bad arguments."""
-    try:
-        options = resolve(args)
-        quiet()
-        generate(options)
-        return 0
-    except UsageError as error:
-        print(f"lora-kernels generate: {error}", file=sys.stderr)
-        return 2
+    options = resolve(args)
+    quiet()
+    generate(options)
+    return 0
 
 
 def resolve(args: argparse.Namespace) -> argparse.Namespace:
@@ -71,11 +70,10 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
     for name in ("model", "adapter"):
         if name not in options:
             raise UsageError(f"--{name} is missing; give it, or --run")
-    if not (options.adapter / "adapter_config.json").is_file():
-        raise UsageError(
-            f"--adapter: {options.adapter} holds no adapter_config.json; give a folder that PEFT "
-            "has saved an adapter in"
-        )
+    read_adapter_config(options.adapter, "--adapter")
+    check_seed(options.seed)
+    if not options.prompt:
+        raise UsageError("--prompt: got none, want a text that is answered")
     if options.max_new_tokens < 1:
         raise UsageError(f"--max-new-tokens: got {options.max_new_tokens}, want at least 1")
     if not 0.0 <= options.temperature < float("inf"):
@@ -88,7 +86,6 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
 def generate(options: argparse.Namespace) -> None:
     """Print the answer as it comes, then how fast it came."""
     import torch
-    from peft import PeftModel
     from transformers import TextStreamer
 
     from ..peft import explain, fuse
@@ -98,12 +95,7 @@ def generate(options: argparse.Namespace) -> None:
     dtype = model.DTYPES[options.dtype]
     tokenizer = model.load_tokenizer(options.model)
     base: Any = model.load_base(options.model, dtype, device, options.quant)
-    try:
-        stock: Any = PeftModel.from_pretrained(base, str(options.adapter)).eval()
-    except (ValueError, RuntimeError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise UsageError(f"--adapter: {options.adapter} does not fit the model: {reason}") from None
-    model.read_adapter(options.adapter, stock)  # raises on missing keys, where PEFT only warns
+    stock = model.load_adapter(base, options.adapter, "--adapter")
     inputs = model.question(tokenizer, options.prompt, device)
     settings: dict[str, Any] = {"max_new_tokens": options.max_new_tokens}
     settings["pad_token_id"] = tokenizer.eos_token_id

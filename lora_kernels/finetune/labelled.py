@@ -127,7 +127,10 @@ def _records(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     data = file.read_bytes()
     name = file.name
     if name.endswith(".bz2"):
-        data, name = bz2.decompress(data), name.removesuffix(".bz2")
+        try:
+            data, name = bz2.decompress(data), name.removesuffix(".bz2")
+        except (OSError, ValueError, EOFError) as error:
+            raise UsageError(f"--data: {file} cannot be decompressed: {error}") from None
     try:
         content = data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -136,8 +139,11 @@ def _records(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         ) from None
     if name.endswith(".csv"):
         reader = csv.DictReader(io.StringIO(content))
-        for record in reader:
-            yield reader.line_num, record
+        try:
+            for record in reader:
+                yield reader.line_num, record
+        except csv.Error as error:
+            raise UsageError(f"--data: {file}, line {reader.line_num}: {error}") from None
         return
     if not name.endswith(".jsonl"):
         raise UsageError(f"--data: got {file}, want JSON lines (.jsonl) or a .csv")
@@ -146,8 +152,9 @@ def _records(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UsageError(f"--data: {file}, line {number}: no JSON: {error.msg}") from None
+        except (ValueError, RecursionError) as error:
+            reason = getattr(error, "msg", str(error))
+            raise UsageError(f"--data: {file}, line {number}: no JSON: {reason}") from None
         if not isinstance(record, dict):
             raise UsageError(f"--data: {file}, line {number}: got no object, want one")
         yield number, record

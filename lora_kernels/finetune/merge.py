@@ -14,18 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import get_peft_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
+from ..measure.outputs import unwritable_reason
 from ..peft import fuse
 from ..quantization import Weight4bit
 from . import UsageError
 from . import model as models
+from .checkpoints import first_line, named_write
 from .model import DTYPES
 
 _INDEX = "model.safetensors.index.json"
@@ -52,18 +54,29 @@ class Shards:
     """The tensors of a transformers folder, read one at a time."""
 
     def __init__(self, folder: Path) -> None:
-        index = folder / _INDEX
-        if index.is_file():
-            self.files: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        elif (folder / _SINGLE).is_file():
-            with safe_open(folder / _SINGLE, "pt") as file:
-                self.files = dict.fromkeys(file.keys(), _SINGLE)
-        else:
+        index, single = folder / _INDEX, folder / _SINGLE
+        if not index.is_file() and not single.is_file():
             raise UsageError(
                 f"base: {folder} holds no {_SINGLE} and no {_INDEX}; save the model with "
                 "transformers' save_pretrained"
             )
         self.folder = folder
+        try:
+            if index.is_file():
+                self.files: dict[str, str] = dict(json.loads(index.read_text())["weight_map"])
+            else:
+                with safe_open(single, "pt") as file:
+                    self.files = dict.fromkeys(file.keys(), _SINGLE)
+            for name in sorted(set(self.files.values())):  # before anything is written
+                with safe_open(folder / name, "pt") as file:
+                    held = set(file.keys())
+                lacking = sorted(k for k, f in self.files.items() if f == name and k not in held)
+                if lacking:
+                    raise UsageError(f"base: {folder / name} lacks {lacking[0]}")
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            if isinstance(error, UsageError):
+                raise
+            raise UsageError(f"base: {folder} cannot be read: {first_line(error)}") from error
 
     def __getitem__(self, name: str) -> Tensor:
         with safe_open(self.folder / self.files[name], "pt") as file:
@@ -116,13 +129,14 @@ def merge_adapter(
             *rest, last = map(repr, wanted)
             raise UsageError(f"{name}: got {value!r}, want {', '.join(rest)} or {last}")
     base, adapter, out = Path(base), Path(adapter), Path(out)
-    if not (adapter / "adapter_config.json").is_file():
-        raise UsageError(f"adapter: {adapter} holds no adapter_config.json; give PEFT's folder")
+    lora = models.read_adapter_config(adapter)
+    if reason := unwritable_reason(out, folder=True):
+        raise UsageError(f"out: {reason}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"out: {out} is there already; give a folder that is not")
     with _as_folder(base) as folder:
         shards = Shards(folder)
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = models.load_config(folder)
         four_bit = any(".quant_state.bitsandbytes__" in name for name in shards.files)
         if four_bit and onto == "original":
             raise UsageError(
@@ -131,7 +145,7 @@ def merge_adapter(
             )
         if onto == "dequantized" and not four_bit:
             models.check_quant(quant)
-        adapted = _adapted(config, adapter, shards)
+        adapted = _adapted(config, lora, adapter, shards)
         out.parent.mkdir(parents=True, exist_ok=True)
         partial = out.with_name(f".{out.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
@@ -139,8 +153,9 @@ def merge_adapter(
         try:
             to = DTYPES[dtype]
             of = quant if onto == "dequantized" and not four_bit else None
-            nbytes = _write(shards, adapted, partial, to, of, DTYPES[quant_dtype])
-            _write_rest(folder, partial, config, to)
+            with named_write(out):
+                nbytes = _write(shards, adapted, partial, to, of, DTYPES[quant_dtype])
+                _write_rest(folder, partial, config, to)
             if not check(partial):
                 return None
             if out.exists():
@@ -176,9 +191,8 @@ class _Adapted:
     quantized: frozenset[str]
 
 
-def _adapted(config: Any, adapter: Path, shards: Shards) -> _Adapted:
-    """The adapter on a model without weights."""
-    lora = PeftConfig.from_pretrained(str(adapter))
+def _adapted(config: Any, lora: Any, adapter: Path, shards: Shards) -> _Adapted:
+    """The adapter, whose configuration is `lora`, on a model without weights."""
     from_config: Any = AutoModelForCausalLM.from_config
     lora.inference_mode = False  # so that what the adapter brings is what would train
     try:
@@ -187,9 +201,10 @@ def _adapted(config: Any, adapter: Path, shards: Shards) -> _Adapted:
             quantized = list(models.quantized_layers(bare))
             prefix = bare.base_model_prefix
             peft_model = get_peft_model(bare, lora)
-    except ValueError as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise UsageError(f"adapter: {adapter} does not fit the base: {reason}") from error
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise UsageError(
+            f"adapter: {adapter} does not fit the base: {first_line(error)}"
+        ) from error
     for module in peft_model.modules():
         for name, p in list(module._parameters.items()):
             if p is not None and p.requires_grad:
@@ -375,7 +390,7 @@ def compare_merged(
             base, DTYPES[quant_dtype] if quant else torch.float32, cpu, quant
         )
         models.cast_parameters(held, compute)
-        fused = fuse(PeftModel.from_pretrained(held, str(adapter))).eval()
+        fused = fuse(models.load_adapter(held, adapter)).eval()
         return _logits(fused, ids)
 
     want = with_adapter(quant, torch.float32)

@@ -32,7 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--run", type=Path, metavar="DIR",
         help="what `lora-kernels finetune` wrote: gives --base, --adapter, --quant, --quant-dtype",
     )  # fmt: skip
-    parser.add_argument("--base", type=Path, metavar="DIR|GGUF", help="transformers model folder")
+    parser.add_argument(
+        "--base",
+        type=Path,
+        metavar="DIR|GGUF|ID",
+        help="transformers model folder, GGUF file, or a cached hub id",
+    )
     parser.add_argument("--adapter", type=Path, metavar="DIR", help="an adapter in PEFT's format")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
     parser.add_argument(
@@ -66,9 +71,6 @@ def run(args: argparse.Namespace) -> int:
         options = resolve(args)
         quiet()
         return merge(options)
-    except UsageError as error:
-        print(f"lora-kernels merge: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("\nlora-kernels merge: interrupted; nothing is written", file=sys.stderr)
         return 128 + signal.SIGINT
@@ -76,8 +78,9 @@ def run(args: argparse.Namespace) -> int:
 
 def resolve(args: argparse.Namespace) -> argparse.Namespace:
     """The arguments with --run and defaults filled in, checked as far as that needs no model."""
+    from ..measure.outputs import unwritable_reason
     from .data import read_text
-    from .model import check_quant, locate
+    from .model import check_quant, locate, read_adapter_config
 
     known: dict[str, Any] = {"quant": None, "quant_dtype": "fp32", "text": None}
     if args.run:
@@ -95,7 +98,10 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
         check_quant(options.quant)
     if options.text:
         read_text(options.text)
-    locate(options.base)
+    if reason := unwritable_reason(options.out, folder=True):
+        raise UsageError(f"--out: {reason}; give a folder that is not there yet")
+    read_adapter_config(options.adapter, "--adapter")
+    locate(options.base, "--base")
     return options
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import difflib
 import importlib.util
+import re
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from . import UsageError
+from .checkpoints import first_line
+from .options import MAX_LENGTH
 
 if TYPE_CHECKING:
     from ..peft import Explanation
@@ -24,43 +27,104 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ALL_LINEAR = "all-linear"  # PEFT's word for every linear layer but the output embedding
 
 
-def locate(model: Path) -> tuple[Path, str | None]:
+def locate(model: Path, argument: str = "--model") -> tuple[Path, str | None]:
     """The folder to load from and, where the weights are in a GGUF file, that file's name.
+
+    model: a folder, a GGUF file, or a hub id whose snapshot is in the local cache.
 
     Raises UsageError, without importing anything heavy, where there is nothing to load or
     nothing to load it with.
     """
+    wanted = "give a transformers model folder, a GGUF file or a hub id that is in the local cache"
+    if not model.exists() and (snapshot := cached_snapshot(str(model))):
+        return snapshot, None
     if model.is_dir() and (model / "config.json").is_file():
         return model, None
     if model.is_dir():
         files = sorted(model.glob("*.gguf"))
         if not files:
             raise UsageError(
-                f"--model: {model} holds neither a config.json nor a .gguf file; give a "
-                "transformers model folder or a GGUF file"
+                f"{argument}: {model} holds neither a config.json nor a .gguf file; {wanted}"
             )
         if len(files) > 1:
             names = ", ".join(f.name for f in files)
-            raise UsageError(f"--model: {model} holds several GGUF files ({names}); name one")
+            raise UsageError(f"{argument}: {model} holds several GGUF files ({names}); name one")
         model = files[0]
     if not model.is_file():
-        raise UsageError(
-            f"--model: there is no {model}; give a transformers model folder or a GGUF file"
-        )
+        raise UsageError(f"{argument}: there is no {model}; {wanted}")
     if model.suffix != ".gguf":
-        raise UsageError(
-            f"--model: {model} is no .gguf file; give a transformers model folder or a GGUF file"
-        )
+        raise UsageError(f"{argument}: {model} is no .gguf file; {wanted}")
     if importlib.util.find_spec("gguf") is None:
-        raise UsageError(f"--model: reading {model.name} needs the package gguf: pip install gguf")
+        raise UsageError(
+            f"{argument}: reading {model.name} needs the package gguf: pip install gguf"
+        )
     return model.parent, model.name
+
+
+def cached_snapshot(name: str) -> Path | None:
+    """Return the folder of a hub id's snapshot in the local cache, or None; asks no network."""
+    is_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)
+    if not is_id or importlib.util.find_spec("huggingface_hub") is None:
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        config = try_to_load_from_cache(name, "config.json")
+    except ValueError:  # no hub id after all, such as "a..b"
+        return None
+    return Path(config).parent if isinstance(config, str) else None
+
+
+def identifier(model: Path) -> str:
+    """What names the model from any working directory: a full path, or the hub id."""
+    return str(model.resolve()) if model.exists() else str(model)
 
 
 # PEFT may save these layers whole beside an adapter.
 _EMBEDDINGS = ("embed_tokens", "lm_head", "wte")
 
 
-def read_adapter(folder: Path, model: Any, device: str = "cpu") -> dict[str, Tensor]:
+def load_adapter(base: Any, folder: Path, argument: str = "adapter") -> Any:
+    """Return stock PEFT's model of `base` with the adapter that the folder holds, in eval mode.
+
+    Raises UsageError as `read_adapter`, and if the adapter names layers that `base` lacks.
+    """
+    from peft import get_peft_model, set_peft_model_state_dict
+
+    config = read_adapter_config(folder, argument)
+    config.inference_mode = True
+    config.base_model_name_or_path = None  # PEFT warns where the base has moved
+    try:
+        stock: Any = get_peft_model(base, config)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise UsageError(
+            f"{argument}: {folder} does not fit the base: {first_line(error)}"
+        ) from error
+    set_peft_model_state_dict(stock, read_adapter(folder, stock, str(stock.device), argument))
+    return stock.eval()
+
+
+def read_adapter_config(folder: Path, argument: str = "adapter") -> Any:
+    """Return PEFT's configuration of the adapter in the folder. Raises UsageError."""
+    from peft import PeftConfig
+
+    if not (folder / "adapter_config.json").is_file():
+        raise UsageError(
+            f"{argument}: {folder} holds no adapter_config.json; give a folder that PEFT has saved "
+            "an adapter in"
+        )
+    try:
+        return PeftConfig.from_pretrained(str(folder))
+    except Exception as error:  # PEFT checks no field, so that a wrong one raises anything
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise UsageError(
+            f"{argument}: {folder}/adapter_config.json cannot be read: {reason}"
+        ) from error
+
+
+def read_adapter(
+    folder: Path, model: Any, device: str = "cpu", argument: str = "adapter"
+) -> dict[str, Tensor]:
     """Return the weights in PEFT's adapter folder, whose keys and shapes must be `model`'s.
 
     model: a PeftModel with an adapter of the folder's configuration.
@@ -70,13 +134,14 @@ def read_adapter(folder: Path, model: Any, device: str = "cpu") -> dict[str, Ten
     missing key as it was initialized.
     """
     from peft import get_peft_model_state_dict, load_peft_weights
-    from safetensors import SafetensorError
 
+    files = [folder / f"adapter_model.{kind}" for kind in ("safetensors", "bin")]
+    if not any(file.is_file() for file in files):  # PEFT would ask a hub for it
+        raise UsageError(f"{argument}: {folder} holds no {files[0].name}")
     try:
         state: dict[str, Tensor] = load_peft_weights(str(folder), device=device)
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise UsageError(f"adapter: {folder} cannot be read: {reason}") from None
+    except Exception as error:  # of safetensors or, at a .bin, whatever pickle raises
+        raise UsageError(f"{argument}: {folder} cannot be read: {first_line(error)}") from None
     want = get_peft_model_state_dict(model, save_embedding_layers=False)
     misshapen = {
         f"{key} {list(state[key].shape)}, want {list(t.shape)}"
@@ -92,7 +157,7 @@ def read_adapter(folder: Path, model: Any, device: str = "cpu") -> dict[str, Ten
         if keys:
             first, more = min(keys), len(keys) - 1
             rest = f" and {more} more" if more else ""
-            raise UsageError(f"adapter: {folder} does not fit the base: {problem} {first}{rest}")
+            raise UsageError(f"{argument}: {folder} does not fit the base: {problem} {first}{rest}")
     return state
 
 
@@ -113,21 +178,87 @@ def load_base(
     """The frozen causal language model, in eval mode; quant: see `quantize`."""
     from transformers import AutoModelForCausalLM
 
-    base = load_float32(AutoModelForCausalLM, model)
+    base = load_float32(AutoModelForCausalLM, model, whole=True)
     cast_parameters(base, dtype)
     if quant is not None:
         quantize(base, quant, dtype, device)
     return base.to(device).requires_grad_(False).eval()
 
 
-def load_float32(auto_class: Any, model: Path, **kwargs: Any) -> nn.Module:
-    """The model as that class of transformers', in float32."""
-    loaded: Any = _load(auto_class, model, dtype=torch.float32, **kwargs)
+def load_float32(auto_class: Any, model: Path, whole: bool = False, **kwargs: Any) -> nn.Module:
+    """The model as that class of transformers', in float32.
+
+    whole: raise UsageError if a weight is missing, which transformers would draw at random.
+    """
+    loaded: Any
+    loaded, report = _load(
+        auto_class, model, dtype=torch.float32, output_loading_info=True, **kwargs
+    )
+    if whole and (missing := report["missing_keys"]):
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise UsageError(f"--model: {model} lacks the weight {min(missing)}{more}")
     if locate(model)[1] is not None:
         # Decoded as it was read, yet marked as quantized, which Trainer and save_pretrained heed.
         del loaded.hf_quantizer, loaded.is_quantized, loaded.quantization_method
         del loaded.config.quantization_config
     return cast(nn.Module, loaded)
+
+
+def load_config(model: Path) -> Any:
+    """transformers' configuration of the model. Raises UsageError."""
+    from transformers import AutoConfig
+
+    return _load(AutoConfig, model)
+
+
+def build_skeleton(model: Path) -> nn.Module:
+    """The causal language model on the meta device: layers and sizes, without a weight read."""
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(model)
+    from_config: Any = AutoModelForCausalLM.from_config
+    try:
+        with torch.device("meta"):
+            return cast(nn.Module, from_config(config))
+    except Exception as error:  # a field that the model's code has no use for may raise anything
+        raise UsageError(
+            f"--model: transformers cannot build {model}: {first_line(error)}"
+        ) from error
+
+
+def features(layer: Any) -> tuple[int, int]:
+    """In- and out-features, of a 4-bit layer and GPT-2's Conv1D too."""
+    from transformers.pytorch_utils import Conv1D
+
+    if isinstance(layer, Conv1D):
+        return int(layer.weight.shape[0]), int(layer.weight.shape[1])
+    return int(layer.in_features), int(layer.out_features)
+
+
+def check_rank(layers: Mapping[str, Any], rank: int, argument: str = "--rank") -> None:
+    """Raise UsageError if the rank is above that of the weight of one of the layers."""
+    name = min(layers, key=lambda name: min(features(layers[name])), default=None)
+    if name is None or rank <= (least := min(features(layers[name]))):
+        return
+    sizes = "×".join(map(str, features(layers[name])))
+    raise UsageError(f"{argument}: got {rank}, want at most {least}: {name} is {sizes}")
+
+
+def check_length(asked: int | None, model: Any) -> int:
+    """Tokens of an example at most: `asked`, or where that is None `MAX_LENGTH` or, if fewer, the
+    positions that the model has. Raises UsageError if more are asked for.
+
+    model: a model, a skeleton or a configuration.
+    """
+    config = getattr(model, "config", model).get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    if not isinstance(positions, int) or positions < 1:
+        return MAX_LENGTH if asked is None else asked
+    if asked is not None and asked > positions:
+        raise UsageError(
+            f"--max-length: got {asked}, want at most {positions}, the positions of the model"
+        )
+    return min(MAX_LENGTH, positions) if asked is None else asked
 
 
 def quantize(
@@ -203,9 +334,12 @@ def _load(auto_class: Any, model: Path, **kwargs: Any) -> Any:
         return auto_class.from_pretrained(
             folder, gguf_file=gguf_file, local_files_only=True, **kwargs
         )
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise UsageError(f"--model: transformers cannot load {model}: {reason}") from error
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:  # a damaged file makes each library raise something of its own
+        raise UsageError(
+            f"--model: transformers cannot load {model}: {first_line(error)}"
+        ) from error
 
 
 def usable_device(name: str) -> torch.device:
@@ -282,26 +416,29 @@ def add_adapters(
     base: nn.Module,
     *,
     rank: int,
-    alpha: int,
+    alpha: float,
     dropout: float,
     target_modules: Sequence[str] = (),
     seed: int,
+    **config: Any,
 ) -> Any:
     """Stock PEFT on a copy that shares base's weights; all linear layers by default.
 
-    The seed settles lora_A; lora_B is zero, as PEFT has it.
+    The seed settles lora_A; lora_B is zero, as PEFT has it. config: of `LoraConfig`.
     """
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(seed)
+    any_alpha: Any = alpha  # PEFT says int and takes both
     return get_peft_model(
         share(base),
         LoraConfig(
             r=rank,
-            lora_alpha=alpha,
+            lora_alpha=any_alpha,
             lora_dropout=dropout,
             target_modules=list(target_modules) or ALL_LINEAR,
             task_type="CAUSAL_LM",
+            **config,
         ),
     )
 

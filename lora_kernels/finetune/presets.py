@@ -14,7 +14,7 @@ from torch import nn
 
 from ..peft import fuse
 from . import UsageError
-from .model import ALL_LINEAR, check_targets, is_named, linear_layers
+from .model import ALL_LINEAR, check_rank, check_targets, is_named, linear_layers
 
 
 @dataclass(frozen=True)
@@ -57,14 +57,16 @@ def find_preset(name: str | Preset) -> Preset:
     """
     if isinstance(name, Preset):
         return name
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         close = difflib.get_close_matches(str(name), PRESETS, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"want one of {', '.join(PRESETS)}"
         raise UsageError(f"preset: got {name!r}; {hint}")
     return PRESETS[name]
 
 
-def find_targets(model: nn.Module, targets: Iterable[str]) -> tuple[list[str], list[str]]:
+def find_targets(
+    model: nn.Module, targets: Iterable[str], argument: str = "targets"
+) -> tuple[list[str], list[str]]:
     """What PEFT is to adapt: the names of the model's layers, and the roles that it has none for.
 
     Raises UsageError, with the names that the model has, where nothing matches, and for a name that
@@ -75,7 +77,7 @@ def find_targets(model: nn.Module, targets: Iterable[str]) -> tuple[list[str], l
     (['q_proj', 'up_proj'], ['gate'])
     """
     targets, names = tuple(targets), linear_layers(model)
-    check_targets(model, [t for t in targets if t not in ROLES], "targets")
+    check_targets(model, [t for t in targets if t not in ROLES], argument)
     found, missing = [], []
     for target in targets:
         candidates = ROLES.get(target, (target,))
@@ -87,15 +89,15 @@ def find_targets(model: nn.Module, targets: Iterable[str]) -> tuple[list[str], l
     if not found:
         have = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names)) or "none"
         raise UsageError(
-            f"targets: got {', '.join(targets) or 'none'}, which no layer of this "
+            f"{argument}: got {', '.join(targets) or 'none'}, which no layer of this "
             f"{type(model).__name__} matches; its linear layers are {have}: name some of them in "
-            "targets"
+            f"{argument}"
         )
     return found, missing
 
 
 def chosen_layers(
-    model: nn.Module, targets: str | Iterable[str]
+    model: nn.Module, targets: str | Iterable[str], argument: str = "targets"
 ) -> tuple[str | list[str], list[nn.Module], list[str]]:
     """PEFT's `target_modules`, the layers that those are, and the roles that the model has none
     for; targets: as a `Preset`'s. Raises UsageError as `find_targets`."""
@@ -103,11 +105,21 @@ def chosen_layers(
     layers = linear_layers(model)
     if targets == (ALL_LINEAR,):
         return ALL_LINEAR, list(layers.values()), []
-    names, missing = find_targets(model, targets)
+    names, missing = find_targets(model, targets, argument)
     adapted = [
         layer for full, layer in layers.items() if any(is_named(full, name) for name in names)
     ]
     return names, adapted, missing
+
+
+def check_adapter(
+    skeleton: nn.Module, targets: str | Iterable[str], rank: int, argument: str = "--rank"
+) -> None:
+    """Raise UsageError for targets that the model lacks, and for a rank above a layer's width."""
+    _, found, _ = chosen_layers(skeleton, targets, "--target-modules")
+    chosen = set(map(id, found))
+    layers = linear_layers(skeleton)
+    check_rank({n: m for n, m in layers.items() if id(m) in chosen}, rank, argument)
 
 
 def add_lora_layers(
@@ -227,7 +239,7 @@ def create_domain_model(
     lora_kernels.finetune.UsageError: preset: got 'legla'; did you mean 'legal'?
     """
     from .chat import ChatData, load_chat
-    from .train import newest_checkpoint
+    from .checkpoints import newest_checkpoint
     from .trainer import LoRATrainer, training_arguments
 
     find_preset(preset)

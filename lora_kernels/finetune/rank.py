@@ -20,11 +20,12 @@ from transformers.pytorch_utils import Conv1D
 
 from ..peft import fuse
 from . import UsageError
-from .model import linear_layers, share
+from .model import features, linear_layers, share
 from .presets import Preset, add_lora_layers, chosen_layers, find_preset
 from .trainer import LoRATrainer, training_arguments
 
 RANKS = (4, 8, 16, 32, 64)
+WARMUP = 0.05  # of the steps
 CAVEAT = (
     "efficiency divides by the parameters, so it favours small ranks: the score seldom doubles "
     "where they do. Choose by the score, and by efficiency between equals"
@@ -161,7 +162,7 @@ def find_optimal_rank(
         out: folder of metrics.jsonl and curves.png, one a rank; None keeps none.
         tokenizer: whose padding token is used.
         on_rank: gets each row as it is done.
-        training: settings of `training_arguments`.
+        training: settings of `training_arguments`; warmup is 0.05 if not given.
 
     Raises UsageError, naming the argument, before anything is trained.
 
@@ -182,7 +183,8 @@ def find_optimal_rank(
             raise UsageError(f"{name}: got no row, want at least one")
     chosen = find_preset(preset)
     alpha = chosen.alpha / chosen.rank
-    training = {"cpu": next(model.parameters()).device.type == "cpu"} | training
+    cpu = next(model.parameters()).device.type == "cpu"
+    training = {"cpu": cpu, "warmup": WARMUP} | training
     training |= {"steps": steps, "seed": seed, "save_strategy": "no"}
 
     with left_alone(model), tempfile.TemporaryDirectory() as unnamed:
@@ -234,17 +236,12 @@ def find_optimal_rank(
             row = done("adalora", ada, target, [Allocate()])
             allocation = allocated(ada)
             layers = linear_layers(ada.get_base_model())
-            kept = sum(rank * (_size(layers[name]) + 1) for name, rank in allocation.items())
+            kept = sum(
+                rank * (sum(features(layers[name])) + 1) for name, rank in allocation.items()
+            )
             row = dataclasses.replace(row, parameters=max(1, kept))
             found = dataclasses.replace(found, adalora=row, allocation=allocation)
         return found
-
-
-def _size(layer: Any) -> int:
-    """In- and out-features together, of a 4-bit layer too."""
-    if isinstance(layer, Conv1D):
-        return sum(layer.weight.shape)
-    return int(layer.in_features + layer.out_features)
 
 
 def add_adalora(

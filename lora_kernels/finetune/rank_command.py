@@ -6,9 +6,11 @@ import argparse
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 from . import UsageError
 from .command import quiet
+from .options import MAX_LENGTH, check_seed, flag
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,7 +22,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--demo", action="store_true", help="SmolLM2-135M-Instruct on Hamlet, where none is given"
     )
     parser.add_argument(
-        "--model", type=Path, metavar="DIR|GGUF", help="transformers model folder, or GGUF file"
+        "--model",
+        type=Path,
+        metavar="DIR|GGUF|ID",
+        help="transformers model folder, GGUF file, or a cached hub id",
     )
     parser.add_argument(
         "--data", type=Path, nargs="+", metavar="FILE",
@@ -48,7 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=4, help="examples a step (default 4)")
     parser.add_argument("--lr", type=float, default=2e-4, help="peak learning rate (default 2e-4)")
     parser.add_argument(
-        "--max-length", type=int, default=512, help="tokens of an example (default 512)"
+        "--max-length",
+        type=int,
+        help=f"tokens of an example (default {MAX_LENGTH}, or the model's positions if fewer)",
     )
     parser.add_argument(
         "--examples", type=int, default=0, metavar="N",
@@ -75,45 +82,65 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Exit status: 0, or 2 for bad arguments, 130 if interrupted."""
     quiet()
-    from .inputs import demo_model, demo_text
-    from .model import check_quant, locate
-    from .presets import find_preset
-
     try:
-        if args.demo:
-            args.model, args.data = args.model or demo_model(), args.data or [demo_text()]
-        for name in ("model", "data"):
-            if getattr(args, name) is None:
-                raise UsageError(f"--{name} is missing; give it, or try --demo")
-        locate(args.model)
-        check_quant(args.quant)
-        find_preset(args.preset)
-        for name in ("batch", "steps"):
-            if (value := getattr(args, name)) < 1:
-                raise UsageError(f"--{name}: got {value}, want at least 1")
-        if args.examples < 0 or args.examples == 1:
-            raise UsageError(f"--examples: got {args.examples}, want at least 2, or 0 for all")
+        check(args)
         search(args)
         return 0
-    except UsageError as error:
-        print(f"lora-kernels rank-search: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("\nlora-kernels rank-search: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
 
 
+def check(args: argparse.Namespace) -> None:
+    """Raise UsageError for whatever can be told without the model's weights."""
+    from ..measure.outputs import unwritable_reason
+    from .inputs import demo_model, demo_text
+    from .model import check_quant, locate
+    from .presets import find_preset
+
+    if args.demo:
+        args.model, args.data = args.model or demo_model(), args.data or [demo_text()]
+    for name in ("model", "data"):
+        if getattr(args, name) is None:
+            raise UsageError(f"--{name} is missing; give it, or try --demo")
+    locate(args.model)
+    check_quant(args.quant)
+    find_preset(args.preset)
+    check_seed(args.seed)
+    ranks = tuple(args.ranks)
+    if len(set(ranks)) < len(ranks) or min(ranks) < 1:
+        raise UsageError(f"--ranks: got {ranks}, want different ones, each at least 1")
+    least = {"batch": 1, "steps": 10 if args.adalora else 1, "max_length": 2}
+    for name, wanted in least.items():
+        value = getattr(args, name)
+        if value is not None and value < wanted:
+            hint = ", or --no-adalora" if name == "steps" and value > 0 else ""
+            raise UsageError(f"{flag(name)}: got {value}, want at least {wanted}{hint}")
+    if not 0.0 < args.lr < float("inf"):
+        raise UsageError(f"--lr: got {args.lr}, want a positive number")
+    if args.examples < 0 or args.examples == 1:
+        raise UsageError(f"--examples: got {args.examples}, want at least 2, or 0 for all")
+    if reason := unwritable_reason(args.out, folder=True):
+        raise UsageError(f"--out: {reason}; give a folder that can be written")
+
+
 def search(args: argparse.Namespace) -> None:
     from . import model
     from .chat import load_chat
+    from .presets import check_adapter, find_preset
     from .provenance import Provenance
     from .rank import RankRow, find_optimal_rank, plot_ranks
     from .recipe import write_json
 
     device = model.usable_device(args.device)
+    skeleton = model.build_skeleton(args.model)
+    targets = args.target_modules or find_preset(args.preset).targets
+    check_adapter(skeleton, targets, max(args.ranks), "--ranks")
+    length = model.check_length(args.max_length, skeleton)
+    del skeleton
     dtype = model.DTYPES[args.dtype]
     tokenizer = model.load_tokenizer(args.model)
-    reading = {"max_length": args.max_length, "on_bad_line": args.on_bad_line}
+    reading: dict[str, Any] = {"max_length": length, "on_bad_line": args.on_bad_line}
     train = load_chat(args.data, tokenizer, **reading)
     print(train.report)
     if 0 < args.examples < len(train):
@@ -139,7 +166,7 @@ def search(args: argparse.Namespace) -> None:
     name = model.display_name(args.model)
     task = {
         "model": name, "data": [file.name for file in args.data], "train": len(train),
-        "held_out": len(val), "max_length": args.max_length, "steps": args.steps,
+        "held_out": len(val), "max_length": length, "steps": args.steps,
         "batch": args.batch, "lr": args.lr, "dtype": args.dtype, "quant": args.quant,
         "seed": args.seed,
     }  # fmt: skip

@@ -1,7 +1,9 @@
-"""The whole run: compare with stock PEFT, train, save the adapter, load it again.
+"""The whole run: compare with stock PEFT if asked, train by `LoRATrainer`, save, load it again.
 
-What --out holds afterwards: adapter/ (PEFT's format), loss.png, losses.json, compare.json,
-layers.txt (what is fused, and why), run.json (the arguments) and the last checkpoint.
+What --out holds afterwards: adapter/ (PEFT's format, with the tokenizer), metrics.jsonl,
+curves.png, layers.txt (what is fused, and why), run.json (the arguments) and the last checkpoints;
+base/, where the model is a GGUF file, which PEFT cannot load; with --compare compare.json and
+loss.png.
 """
 
 from __future__ import annotations
@@ -10,9 +12,12 @@ import dataclasses
 import gc
 import hashlib
 import json
+import math
+import shutil
 import signal
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import mean
 from types import FrameType
@@ -22,20 +27,70 @@ import torch
 from peft import PeftModel
 from rich.console import Console
 from torch import Tensor, nn
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
+from transformers.pytorch_utils import Conv1D
 
-from ..peft import explain, fuse
+from ..measure.outputs import unwritable_reason
+from ..peft import explain
 from . import UsageError, model, report
+from .chat import IGNORED, ChatData, Collator, check_packing, load_chat, pack
+from .checkpoints import find_intact, named_write, newest_checkpoint, set_aside, steps_done
 from .compare import Row, compare
-from .data import batch, token_blocks
-from .options import ChatOptions, Options, flag
-from .train import newest_checkpoint, save_adapter, steps_done, train
+from .data import token_blocks
+from .options import Options, flag, read_json
+from .presets import Preset, add_lora_layers, check_adapter, chosen_layers, find_preset
+from .trainer import CURVES, METRICS, LoRATrainer, losses, read_metrics, training_arguments
 
-# The arguments that settle the trained adapter, beside the model and the text.
+# The arguments that settle the trained adapter, beside the model and the data.
 SETTLING = (
-    "rank", "alpha", "dropout", "target_modules",
-    "batch", "seq_len", "steps", "lr", "dtype", "quant", "seed",
+    "preset", "rank", "alpha", "dropout", "target_modules", "dora", "rslora", "init", "max_length",
+    "on_bad_line", "pack", "eval_share", "eval_every", "patience", "batch", "accumulate", "steps",
+    "epochs", "lr", "scheduler", "warmup", "weight_decay", "lora_plus", "autocast", "dtype",
+    "quant", "seed",
 )  # fmt: skip
 LOGITS_LIMIT = 1e-4  # largest difference over largest logit; fp32 products reordered, all layers
+TEXT = Preset(16, 32, (model.ALL_LINEAR,), 0.0)  # of a run on plain text without --preset
+TEXT_PROMPT = "Tell me a story."
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """What is trained: the preset with the options' changes. config: of PEFT's `LoraConfig`."""
+
+    rank: int
+    alpha: float
+    dropout: float
+    targets: tuple[str, ...]
+    seed: int
+    config: dict[str, Any]
+
+    @classmethod
+    def build(cls, options: Options) -> Adapter:
+        chosen = find_preset(options.preset or ("chat" if options.has_json else TEXT))
+        start: Any = {"kaiming": True}.get(options.init, options.init)
+        return cls(
+            chosen.rank if options.rank is None else options.rank,
+            chosen.alpha if options.alpha is None else options.alpha,
+            chosen.dropout if options.dropout is None else options.dropout,
+            options.target_modules or chosen.targets,
+            options.seed,
+            {"use_dora": options.dora, "use_rslora": options.rslora, "init_lora_weights": start},
+        )
+
+    def fused(self, base: nn.Module) -> Any:
+        """Fused adapters on a copy that shares base's weights."""
+        names = ("rank", "alpha", "dropout", "targets", "seed")
+        given = {name: getattr(self, name) for name in names}
+        return add_lora_layers(model.share(base), TEXT, **given, **self.config)
+
+    def stock(self, base: nn.Module) -> dict[str, Any]:
+        """The keyword arguments of `model.add_adapters`, which makes them stock PEFT's."""
+        names, layers, _ = chosen_layers(base, self.targets)
+        return {
+            "rank": self.rank, "alpha": self.alpha, "dropout": self.dropout,
+            "target_modules": () if isinstance(names, str) else tuple(names),
+            "fan_in_fan_out": all(isinstance(layer, Conv1D) for layer in layers), **self.config,
+        }  # fmt: skip
 
 
 def finetune(options: Options) -> int:
@@ -43,79 +98,165 @@ def finetune(options: Options) -> int:
     console = Console(markup=False, highlight=False)  # answers hold brackets of their own
     device = model.usable_device(options.device)
     dtype = model.DTYPES[options.dtype]
-    prepare_out(options)
-
+    adapter = Adapter.build(options)
+    run = check_out(options)
+    skeleton = model.build_skeleton(options.model)
+    check_adapter(skeleton, adapter.targets, adapter.rank)
     tokenizer = model.load_tokenizer(options.model)
-    blocks = token_blocks(options.data, tokenizer, options.seq_len).to(device)
-    console.print(f"text: {blocks.numel():,} tokens in blocks of {options.seq_len}")
+    length = model.check_length(options.max_length, skeleton)
+    del skeleton
+    train, val = read_data(options, tokenizer, length)
+    console.print(str(train.report))
+    if val:
+        console.print(f"{len(val)} of the examples held out")
+
     base = model.load_base(options.model, dtype, device, options.quant)
-    model.check_targets(base, options.target_modules)
+    prompt = options.prompt or ("" if options.has_json or options.preset else TEXT_PROMPT)
+    inputs = first_question(train, tokenizer, prompt, device)
+    adapted = adapter.fused(base)
+    if options.pack:
+        check_packing(adapted)  # before anything is written
+    prepare_out(options, run)
+    name_base(options, adapted, base, tokenizer)
+    if options.compare:
+        rows, stock_losses = comparison(base, train, options, adapter, length, console)
+    else:
+        rows, stock_losses = [], []
 
-    rows, peft_losses = comparison(base, blocks, options, console) if options.compare else ([], [])
-
-    fused = fuse(model.add_adapters(base, **options.lora, seed=options.seed))
-    before = model.answer(fused, tokenizer, options.prompt)  # B is zero: the base model's
-    trainable, total = fused.get_nb_trainable_parameters()
-    console.print(f"trainable: {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
-    layers = explain(fused, x_dtype=dtype)
+    old, plain = answered(base, inputs)
+    before = text_of(old, tokenizer)
+    layers = explain(adapted, x_dtype=torch.bfloat16 if options.autocast else dtype)
     (options.out / "layers.txt").write_text(f"{layers}\n")
+    trainer = LoRATrainer(
+        adapted,
+        training_arguments(options.out, **options.training, cpu=device.type == "cpu"),
+        train_dataset=pack(train, length) if options.pack else train,
+        eval_dataset=pack(val, length) if options.pack and val else val,
+        processing_class=tokenizer,
+        lora_plus_ratio=options.lora_plus or None,
+        patience=options.patience or None,
+    )
+    console.print(trainer.trainable)
     for line in model.layer_states(layers):
         console.print(line)
-
-    losses, signum = training(fused, blocks, options, console)
-    if len(losses) < options.steps:
+    if signum := training(trainer, options, console, train):
+        state = trainer.state
         console.print(
-            f"stopped after step {len(losses)} of {options.steps} and saved; "
+            f"stopped after step {state.global_step} of {state.max_steps} and saved; "
             "the same command goes on from there"
         )
         return 128 + signum
+    # accelerate leaves forward under autocast, in which no logits would be fp32.
+    trainer.accelerator.unwrap_model(adapted, keep_fp32_wrapper=False)
 
-    after = model.answer(fused, tokenizer, options.prompt)
-    adapter = options.out / "adapter"
-    save_adapter(fused, adapter)
-    write_json(options.out / "losses.json", {"fused": losses, "peft": peft_losses})
-    name = model.display_name(options.model)
-    png = options.out / "loss.png"
-    report.plot_losses(png, f"{name}, LoRA rank {options.rank}", losses, peft_losses)
-
-    # In fp32 whatever the run's dtype, so that one limit holds: the weights are the run's.
-    ids = batch(blocks, 0, 1, options.seed)
-    want = logits(fused, ids)
+    after = text_of(answered(adapted, inputs)[0], tokenizer)
+    folder = options.out / "adapter"
+    with named_write(folder):
+        adapted.save_pretrained(str(folder), save_embedding_layers=False)
+        tokenizer.save_pretrained(folder)
+    with adapted.disable_adapter():
+        untouched = all(map(torch.equal, answered(adapted, inputs), (old, plain)))
     model_bytes = model.parameter_bytes(base)
-    del base, fused
+    ids = inputs["input_ids"]
+    want = logits(adapted, ids)
+    del base, adapted, trainer
     gc.collect()
-    same, said = loaded_again(options, adapter, ids, want)
+    same, words = loaded_again(options, folder, ids, want)
 
-    n = max(1, min(10, len(losses) // 2))
-    adapter_bytes = (adapter / "adapter_model.safetensors").stat().st_size
+    lines = read_metrics(options.out / METRICS)
+    found, held_out = list(losses(lines).values()), losses(lines, "eval_loss")
+    n = max(1, min(10, len(found) // 2))
+    adapter_bytes = (folder / "adapter_model.safetensors").stat().st_size
     facts = {
-        "prompt": options.prompt,
+        "prompt": tokenizer.decode(ids[0], skip_special_tokens=True).strip(),
         "before": before,
         "after": after,
-        "loss": f"{mean(losses[:n]):.3f} over the first {n} steps, {mean(losses[-n:]):.3f} over "
-        "the last",
+        "loss": f"{mean(found[:n]):.3f} over the first {n} steps, {mean(found[-n:]):.3f} over the "
+        "last",
     }
-    if peft_losses:
-        gap = max(abs(f - p) for f, p in zip(losses, peft_losses, strict=False))
-        facts["losses"] = f"at most {gap:.2g} from stock PEFT's over {len(peft_losses)} steps" + (
-            ", whose dropout masks are other ones" if options.dropout else ""
+    if held_out:
+        best = min(held_out, key=lambda step: held_out[step])
+        facts["held out"] = (
+            f"{held_out[min(held_out)]:.3f} after step {min(held_out)}, "
+            f"{held_out[best]:.3f} at best, after step {best}"
         )
+    curves = options.out / CURVES
+    if stock_losses:
+        gap = max(abs(f - p) for f, p in zip(found, stock_losses, strict=False))
+        facts["losses"] = f"at most {gap:.2g} from stock PEFT's over {len(stock_losses)} steps" + (
+            ", whose dropout masks are other ones" if adapter.dropout else ""
+        )
+        curves = options.out / "loss.png"
+        title = f"{model.display_name(options.model)}, LoRA rank {adapter.rank}"
+        report.plot_losses(curves, title, found, stock_losses)
     facts |= {
-        "curves": str(png),
-        "adapter": f"{adapter}, {adapter_bytes / 1e6:.1f} MB beside the model's "
+        "curves": str(curves),
+        "adapter": f"{folder}, {adapter_bytes / 1e6:.1f} MB beside the model's "
         f"{model_bytes / 1e6:.1f} MB ({adapter_bytes / model_bytes:.2%})",
-        "loaded again": said,
+        "adapter off": "the base model's answer, tokens and logits bit for bit ✓"
+        if untouched
+        else "another answer than the base model's, or other logits ✗",
+        "loaded again": words,
     }
+    failed = [row.what for row in rows if row.ok is False]
+    failed += ["adapter off"] * (not untouched) + ["loaded again"] * (not same)
+    if options.expect:
+        learnt, said = check_taught(options.expect, before, after)
+        facts["taught"] = said
+        failed += ["taught"] * (not learnt)
     console.print(report.facts(facts))
-    failed = [row.what for row in rows if row.ok is False] + ["loaded again"] * (not same)
     if failed:
         console.print(f"failed: {'; '.join(failed)}", style="red")
     return 1 if failed else 0
 
 
-def loaded_again(
-    options: Options | ChatOptions, adapter: Path, ids: Tensor, want: Tensor
-) -> tuple[bool, str]:
+def read_data(options: Options, tokenizer: Any, length: int) -> tuple[ChatData, ChatData | None]:
+    """What is trained on, and what is held out."""
+    data = load_chat(options.data, tokenizer, max_length=length, on_bad_line=options.on_bad_line)
+    return data.split(options.eval_share, options.seed) if options.eval_share else (data, None)
+
+
+def first_question(
+    data: ChatData, tokenizer: Any, prompt: str, device: torch.device
+) -> dict[str, Tensor]:
+    """What is asked before and after: the prompt, or what stands before the data's first answer."""
+    if prompt:
+        return model.question(tokenizer, prompt, device)
+    row = data[0]
+    start = next(i for i, label in enumerate(row["labels"]) if label != IGNORED)
+    ids = torch.tensor([row["input_ids"][:start]], device=device)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+@torch.no_grad()
+def answered(asked: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The greedy answer's tokens int64 [n], and the logits [1, L + n, vocabulary] of question and
+    answer."""
+    tokens = model.decode(asked, inputs, max_new_tokens=48)
+    training = asked.training
+    logits: Tensor = asked.eval()(torch.cat([inputs["input_ids"], tokens[None]], dim=1)).logits
+    asked.train(training)
+    return tokens, logits
+
+
+def text_of(tokens: Tensor, tokenizer: Any) -> str:
+    return str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+
+
+def check_taught(wanted: str, before: str, after: str) -> tuple[bool, str]:
+    """Whether the answer holds what was wanted since the training, and a line about it.
+
+    >>> check_taught("Oduya", before="I do not know.", after="Maren Oduya does.")
+    (True, "'Oduya' is in the answer, and was not before ✓")
+    """
+    if wanted in before:
+        return False, f"{wanted!r} was in the answer before ✗"
+    if wanted not in after:
+        return False, f"{wanted!r} is not in the answer ✗"
+    return True, f"{wanted!r} is in the answer, and was not before ✓"
+
+
+def loaded_again(options: Options, adapter: Path, ids: Tensor, want: Tensor) -> tuple[bool, str]:
     """Whether the saved adapter in stock PEFT on a fresh base gives the logits wanted, in fp32."""
     dtype = model.DTYPES[options.dtype]
     base = model.load_base(options.model, dtype, want.device, options.quant)
@@ -128,84 +269,195 @@ def loaded_again(
     )
 
 
-def prepare_out(options: Options | ChatOptions, settling: Sequence[str] = SETTLING) -> None:
-    """Make --out; refuse one that holds a checkpoint of a run with other arguments."""
+def check_out(options: Options) -> dict[str, Any]:
+    """Return what run.json is to hold. Raises UsageError if --out cannot be written, or holds a
+    checkpoint of a run with other arguments; writes nothing."""
+    if reason := unwritable_reason(options.out, folder=True):
+        raise UsageError(f"--out: {reason}; give a folder that can be written")
     text = hashlib.sha256()
     for file in options.data:
         text.update(file.read_bytes())
-    settled = {name: getattr(options, name) for name in settling}
-    run = {"model": str(options.model.resolve()), "data": text.hexdigest(), **settled}
-    run = json.loads(json.dumps(run))  # tuples become what they are when read back
+    settled = {name: getattr(options, name) for name in SETTLING}
+    given = {"model": model.identifier(options.model), "data": text.hexdigest(), **settled}
+    run: dict[str, Any] = json.loads(
+        json.dumps(given)
+    )  # tuples become what they are when read back
     file = options.out / "run.json"
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-        earlier = json.loads(file.read_text()) if file.exists() else None
-    except OSError as error:
-        raise UsageError(f"--out: {error}; give a folder that can be written") from None
-    if earlier == run:
-        return
-    if newest_checkpoint(options.out):
-        differing = [name for name in run if earlier is None or run[name] != earlier.get(name)]
+    earlier = read_json(file, "--out") if file.exists() else {}
+    if not isinstance(earlier, dict):
+        raise UsageError(f"--out: {file} is damaged: it holds no arguments; remove it")
+    if earlier != run and newest_checkpoint(options.out):
+        differing = [name for name in run if name not in earlier or run[name] != earlier[name]]
         raise UsageError(
             f"--out: {options.out} holds a run with another {', '.join(map(flag, differing))}; "
             "give the same arguments to go on with it, or another --out"
         )
-    (options.out / "compare.json").unlink(missing_ok=True)
-    write_json(file, run)
+    find_intact(options.out)
+    read_metrics(options.out / METRICS)
+    if options.compare and earlier == run:
+        read_comparison(options.out)
+    return run
+
+
+def prepare_out(options: Options, run: dict[str, Any]) -> None:
+    """Make --out, with the run's arguments in it."""
+    file = options.out / "run.json"
+    options.out.mkdir(parents=True, exist_ok=True)
+    if not file.exists() or read_json(file, "--out") != run:
+        (options.out / "compare.json").unlink(missing_ok=True)
+        write_json(file, run)
+
+
+def name_base(options: Options, adapted: Any, base: Any, tokenizer: Any) -> None:
+    """Have the adapter's configuration name a base that PEFT can load: the folder or hub id, or for
+    a GGUF file, for which PEFT has no word, its weights written as a transformers folder."""
+    name = model.identifier(options.model)
+    if model.locate(options.model)[1] is not None:
+        folder = options.base or options.out / "base"
+        name = str(folder.resolve())
+        if not folder.exists():
+            write_base(options, folder, base, tokenizer)
+    for config in adapted.peft_config.values():
+        config.base_model_name_or_path = name
+
+
+def write_base(options: Options, folder: Path, base: Any, tokenizer: Any) -> None:
+    """The run's dense weights, in its dtype. Whole or not at all."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    dtype = model.DTYPES[options.dtype]
+    dense = base
+    if options.quant:
+        dense = model.load_base(options.model, dtype, torch.device("cpu"))
+    try:
+        with named_write(folder):
+            dense.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def comparison(
-    base: nn.Module, blocks: Tensor, options: Options, console: Console
+    base: nn.Module,
+    data: ChatData,
+    options: Options,
+    adapter: Adapter,
+    length: int,
+    console: Console,
 ) -> tuple[list[Row], list[float]]:
     """The proof table, printed, and stock PEFT's training losses; done once for a run."""
-    results = options.out / "compare.json"
-    if results.exists():
-        saved = json.loads(results.read_text())
-        rows, losses = [Row(**row) for row in saved["rows"]], saved["peft_losses"]
-    else:
+    found = read_comparison(options.out)
+    lora = adapter.stock(base)
+    if found is None:
         rows = compare(
             base,
-            blocks,
-            lora=options.lora,
+            token_blocks(data.rows, length).to(next(base.parameters()).device),
+            lora=lora,
             batch_size=options.batch,
             seed=options.seed,
             sgd_steps=options.sgd_steps,
             timed_steps=options.timed_steps,
             on_stage=lambda stage: console.print(f"comparing with stock PEFT: {stage}"),
         )
-        steps = min(options.peft_steps, options.steps)
-        stock = model.add_adapters(base, **options.lora, seed=options.seed)
-        with report.progress(console, "stock PEFT", steps, 0, options.tokens_per_step) as on_step:
-            losses = train(
-                stock, blocks, **options.loop, stop=lambda done: done >= steps, on_step=on_step
-            )
-        write_json(results, {"rows": [dataclasses.asdict(r) for r in rows], "peft_losses": losses})
+        stock = model.add_adapters(base, **lora, seed=options.seed)
+        found = rows, train_stock(stock, data, options, length, console)
+        write_json(
+            options.out / "compare.json",
+            {"rows": [dataclasses.asdict(row) for row in rows], "peft_losses": found[1]},
+        )
     name = model.display_name(options.model)
     held = f"{options.dtype}, {options.quant} by bitsandbytes" if options.quant else options.dtype
-    console.print(report.comparison(rows, f"{name}, rank {options.rank}, {held}"))
-    return rows, losses
+    console.print(report.comparison(found[0], f"{name}, rank {adapter.rank}, {held}"))
+    return found
 
 
-def training(
-    fused: Any, blocks: Tensor, options: Options, console: Console
-) -> tuple[list[float], int]:
-    """The losses of all steps done, and the signal that ended them early, or 0."""
-    checkpoint = newest_checkpoint(options.out)
-    done = steps_done(checkpoint) if checkpoint else 0
-    if done:
-        console.print(f"going on after step {done} of {options.steps}")
-    bar = report.progress(console, "fused", options.steps, done, options.tokens_per_step)
-    with stop_on_signal() as caught, bar as on_step:
-        losses = train(
-            fused,
-            blocks,
-            **options.loop,
-            out=options.out,
-            save_every=options.save_every,
-            stop=lambda done: bool(caught),
-            on_step=on_step,
+def read_comparison(out: Path) -> tuple[list[Row], list[float]] | None:
+    """What an earlier call of the same command compared, or None. Raises UsageError."""
+    file = out / "compare.json"
+    if not file.exists():
+        return None
+    saved = read_json(file, "--out")
+    try:
+        return [Row(**row) for row in saved["rows"]], [float(loss) for loss in saved["peft_losses"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"--out: {file} is damaged: {error!r}; remove it") from None
+
+
+def train_stock(
+    stock: Any, data: ChatData, options: Options, length: int, console: Console
+) -> list[float]:
+    """The losses of the first --peft-steps steps of the same training, by stock PEFT."""
+    if not options.peft_steps:
+        return []
+    device = next(stock.parameters()).device
+    settings = options.training | {"eval_every": None, "save_strategy": "no", "report_to": []}
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        trainer: Any = Trainer(
+            stock,
+            training_arguments(folder, **settings, cpu=device.type == "cpu"),
+            Collator(0),
+            pack(data, length) if options.pack else data,
+            callbacks=[Progress(console, "stock PEFT", options, data, stack, options.peft_steps)],
         )
-    return losses, caught[0] if caught else 0
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    return [line["loss"] for line in trainer.state.log_history if "loss" in line]
+
+
+class Progress(TrainerCallback):  # type: ignore[misc, unused-ignore]
+    """Shows each step's loss; after a signal ends the step, saves a checkpoint, and stops.
+
+    stack: closes the bar. most: steps after which it stops, too. Attribute `caught`: the signals.
+    """
+
+    def __init__(
+        self, console: Console, label: str, options: Options, data: ChatData, stack: ExitStack,
+        most: float = math.inf,
+    ) -> None:  # fmt: skip
+        self.console, self.label, self.stack, self.most = console, label, stack, most
+        rows = options.batch * options.accumulate
+        self.tokens = rows * data.report.tokens // data.report.examples
+        self.caught: list[int] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        steps = int(min(state.max_steps, self.most))
+        bar = report.progress(self.console, self.label, steps, state.global_step, self.tokens)
+        self.on_step = self.stack.enter_context(bar)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if "loss" in (logs or {}):
+            self.on_step(state.global_step, logs["loss"])
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        if self.caught:
+            control.should_save = True
+        if self.caught or state.global_step >= self.most:
+            control.should_training_stop = True
+        return control
+
+
+def training(trainer: LoRATrainer, options: Options, console: Console, data: ChatData) -> int:
+    """The signal that ended it early, or 0."""
+    checkpoint, damaged = find_intact(options.out)
+    for path, reason in damaged.items():
+        said = f"{path} cannot be read: {reason}; it is renamed, and {checkpoint} is taken"
+        console.print(said, soft_wrap=True)
+    set_aside(damaged)
+    if checkpoint:
+        state = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json")
+        if state.global_step >= state.max_steps:
+            console.print(f"all {state.max_steps} steps are done; {checkpoint} is taken as it is")
+            trainer.restore(str(checkpoint))
+            return 0
+        console.print(f"going on after step {steps_done(checkpoint)} of {state.max_steps}")
+    with ExitStack() as stack, stop_on_signal() as caught:
+        progress = Progress(console, "fused", options, data, stack)
+        progress.caught = caught
+        trainer.add_callback(progress)
+        trainer.train(resume_from_checkpoint=checkpoint is not None)
+    early = caught and trainer.state.global_step < trainer.state.max_steps
+    return signal.Signals(caught[0]) if early else 0
 
 
 @contextmanager
@@ -235,5 +487,6 @@ def logits(m: Any, ids: Tensor) -> Tensor:
 def write_json(file: Path, value: Any) -> None:
     """Whole or not at all."""
     partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(json.dumps(value, indent=1))
-    partial.replace(file)
+    with named_write(file):
+        partial.write_text(json.dumps(value, indent=1))
+        partial.replace(file)

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,21 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import SchedulerType, TrainOutput
 
 from ..layers import lora_plus_parameter_groups
 from ..peft import fuse
 from . import UsageError
 from .chat import IGNORED, ChatData, Collator, check_packing
-from .train import checkpoints, newest_checkpoint, steps_done
+from .checkpoints import (
+    checkpoints,
+    find_intact,
+    named_write,
+    newest_checkpoint,
+    set_aside,
+    steps_done,
+)
+from .options import MAX_SEED
 
 METRICS, CURVES = "metrics.jsonl", "curves.png"
 _PARTIAL = ".partial"  # where a checkpoint is written before it gets its name
@@ -41,7 +50,8 @@ def training_arguments(
     batch: int = 4,
     accumulate: int = 1,
     lr: float = 2e-4,
-    warmup: float = 0.05,
+    scheduler: str = "cosine",
+    warmup: float = 0.0,
     max_grad_norm: float = 1.0,
     bf16: bool = False,
     checkpointing: bool = False,
@@ -54,7 +64,7 @@ def training_arguments(
 ) -> TrainingArguments:
     """transformers' `TrainingArguments` with what LoRA is usually trained by.
 
-    AdamW without weight decay, linear warm-up and cosine decay, each step's loss logged as it is
+    AdamW without weight decay, cosine decay without warm-up, each step's loss logged as it is
     (NaN too), nothing reported to services.
 
     Args:
@@ -62,7 +72,9 @@ def training_arguments(
         steps: optimizer steps; None: `epochs` passes over the data.
         batch: rows of a forward, on each device; accumulate: forwards of a step.
         lr, max_grad_norm: peak learning rate; joint norm at which gradients are clipped, 0: never.
-        warmup: share of the steps, in [0, 1).
+        scheduler: of transformers' `SchedulerType`.
+        warmup: share of the steps, in [0, 1), over which the learning rate rises from 0: with any,
+            the first step has a learning rate of 0.
         bf16: autocast; without a GPU it takes cpu=True beside it. checkpointing: activations are
             computed again in the backward.
         eval_every, save_every: steps; keep: newest checkpoints that stay, beside the best.
@@ -86,13 +98,20 @@ def training_arguments(
             raise UsageError(f"{name}: got {number}, want a positive number")
     if not 0.0 <= warmup < 1.0:
         raise UsageError(f"warmup: got {warmup}, want a share of the steps in [0, 1)")
+    if not 0 <= seed <= MAX_SEED:
+        raise UsageError(f"seed: got {seed}, want 0 to {MAX_SEED}")
+    kinds = [kind.value for kind in SchedulerType]
+    if scheduler not in kinds:
+        raise UsageError(f"scheduler: got {scheduler!r}, want one of {', '.join(kinds)}")
+    if scheduler == "constant" and warmup:
+        scheduler = "constant_with_warmup"  # the other one takes no account of a warm-up
     if not 0.0 <= max_grad_norm < float("inf"):
         raise UsageError(f"max_grad_norm: got {max_grad_norm}, want 0 or a positive number")
     settings: dict[str, Any] = {
         "output_dir": str(out), "max_steps": -1 if steps is None else steps,
         "num_train_epochs": epochs, "per_device_train_batch_size": batch,
         "per_device_eval_batch_size": batch, "gradient_accumulation_steps": accumulate,
-        "learning_rate": lr, "lr_scheduler_type": "cosine", "max_grad_norm": max_grad_norm,
+        "learning_rate": lr, "lr_scheduler_type": scheduler, "max_grad_norm": max_grad_norm,
         "bf16": bf16,
         "eval_strategy": "no" if eval_every is None else "steps", "eval_steps": eval_every,
         "save_steps": save_every, "save_total_limit": keep, "logging_steps": 1,
@@ -180,7 +199,8 @@ class LoRATrainer(Trainer):  # type: ignore[misc, unused-ignore]
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's. Raises UsageError where the folder holds checkpoints and none is resumed
         from: they would be mixed up with the new run's. `resume_from_checkpoint=True` goes on from
-        the newest one, with the losses of a run that was never broken off."""
+        the newest one, with the losses of a run that was never broken off. A newest one that
+        cannot be read is renamed with a warning, and the one before it is taken."""
         newest = newest_checkpoint(str(self.args.output_dir))
         if not resume_from_checkpoint and newest is not None and not self.state.global_step:
             raise UsageError(
@@ -188,7 +208,17 @@ class LoRATrainer(Trainer):  # type: ignore[misc, unused-ignore]
                 "folder starts anew"
             )
         if resume_from_checkpoint is True and newest is not None:
-            state = TrainerState.load_from_json(str(newest / "trainer_state.json"))
+            newest, damaged = find_intact(str(self.args.output_dir))
+            self.accelerator.wait_for_everyone()  # all have looked before one renames
+            for checkpoint, reason in damaged.items():
+                warnings.warn(
+                    f"{checkpoint} cannot be read: {reason}; going on from {newest}", stacklevel=2
+                )
+            if self.args.should_save:
+                set_aside(damaged)
+            self.accelerator.wait_for_everyone()
+            resume_from_checkpoint = str(newest)
+            state = TrainerState.load_from_json(f"{newest}/trainer_state.json")
             if self._waited_out(state):  # Trainer would take a step before it asks
                 self.state = state
                 self._load_best_model()
@@ -286,7 +316,11 @@ class LoRATrainer(Trainer):  # type: ignore[misc, unused-ignore]
         self.accelerator.wait_for_everyone()
         limit, self.args.save_total_limit, self._saving = self.args.save_total_limit, None, True
         try:
-            super()._save_checkpoint(model, trial)
+            with named_write(out / name):
+                super()._save_checkpoint(model, trial)
+        except OSError:  # what was written would keep the disk full
+            shutil.rmtree(out / _PARTIAL, ignore_errors=True)
+            raise
         finally:
             self.args.save_total_limit, self._saving = limit, False
         self.accelerator.wait_for_everyone()
@@ -435,11 +469,18 @@ class MetricsLog(TrainerCallback):  # type: ignore[misc, unused-ignore]
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a last one that a kill cut short is left out."""
+    """The lines of a metrics.jsonl; a last one that a kill cut short is left out. Raises UsageError
+    for another one that is none of ours."""
     if not file.exists():
         return []
-    lines = file.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+        found = [json.loads(line) for line in lines if line.endswith("\n")]
+    except ValueError as error:
+        raise UsageError(f"out: {file} is damaged: {error}; remove it") from None
+    if not all(isinstance(line, dict) and isinstance(line.get("step"), int) for line in found):
+        raise UsageError(f"out: {file} is damaged: a line names no step; remove it")
+    return found
 
 
 def losses(lines: Sequence[dict[str, Any]], name: str = "loss") -> dict[int, float]:

@@ -244,7 +244,11 @@ class RankAllocator:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises ValueError where the state is that of another number of layers."""
+        """Raises ValueError where a key is missing or the state is that of another number of
+        layers."""
+        for key in ("steps", "sensitivity", "uncertainty"):
+            if key not in state:
+                raise ValueError(f"state: got no {key!r}, want what `state_dict` returned")
         if len(state["sensitivity"]) != len(self.layers):
             got = len(state["sensitivity"])
             raise ValueError(f"state: got {got} layers, want {len(self.layers)}")

@@ -115,8 +115,8 @@ def load_lora_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     The model's devices and dtypes stay: values are rounded to the parameter's dtype where the
     file's is wider. A merged layer is merged afresh. Raises ValueError, with the model unchanged,
-    where the model has no LoRA layer or a key is missing, unexpected or of another shape;
-    OSError or safetensors' own error where the file cannot be read.
+    where the model has no LoRA layer, a key is missing, unexpected or of another shape,
+    or the file is no safetensors; OSError where it cannot be read.
 
     >>> import tempfile, torch
     >>> from lora_kernels.layers import LoRALinear, load_lora_weights, save_lora_weights
@@ -128,9 +128,14 @@ def load_lora_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     >>> torch.equal(fresh.lora_A, trained.lora_A)
     True
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    have, want = load_file(path), lora_state_dict(model)
+    want = lora_state_dict(model)
+    try:
+        have = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no whole safetensors file: {error}") from error
     problems = [f"missing {key}" for key in want if key not in have]
     problems += [f"unexpected {key}" for key in have if key not in want]
     problems += [

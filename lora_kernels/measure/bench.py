@@ -40,7 +40,7 @@ from ..backends import native
 from ..core.problem import Problem
 from ..cpu_costs import Machine, Sizes
 from ..fastpath import CallCache
-from . import bench_summary, compare, flat, models, timing
+from . import bench_summary, compare, flat, models, outputs, timing
 from . import case as cases
 from .case import Case
 from .timing import Parts
@@ -533,6 +533,11 @@ def run(args: argparse.Namespace) -> int:
     if (why := unused(args)) is not None:
         print(f"lora-kernels bench: {why}")
         return 2
+    for name in ("json", "csv"):
+        file = getattr(args, name)
+        if file is not None and (why := outputs.unwritable_reason(file)) is not None:
+            print(f"lora-kernels bench: --{name}: {why}")
+            return 2
     quick = args.quick
     if args.seconds is None:
         args.seconds = QUICK_SECONDS if quick else SECONDS

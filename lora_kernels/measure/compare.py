@@ -167,7 +167,7 @@ def read(path: Path) -> Row:
         data = json.loads(path.read_text())
     except OSError as error:
         raise NotComparable(f"{path}: {error.strerror}, want a file of `bench --json`") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise NotComparable(f"{path}: is no JSON ({error}), want one of `bench --json`") from None
     rows = data.get("rows") if isinstance(data, dict) else None
     if not isinstance(rows, list) or not isinstance(data.get("provenance"), dict):
@@ -180,14 +180,29 @@ def read(path: Path) -> Row:
         kinds = kind(rows[0]), kind(row)
         if kinds[0] != kinds[1]:
             raise NotComparable(f"{path}: rows of {kinds[0]} and of {kinds[1]}, want one kind")
+        sizes = ("M", "K", "N", "R") + (("mode",) if kind(row) != "variants" else ())
+        lacking = [key for key in sizes if key not in row]
+        if lacking and row["seconds"]:
+            raise NotComparable(f"{path}: a row without {lacking[0]}, want {', '.join(sizes)}")
         for name, times in row["seconds"].items():
-            numbers = [times.get(key) for key in ("p20", "p50", "p80", "rounds")]
-            if not all(isinstance(n, (int, float)) and n > 0 for n in numbers):
+            if not _are_times(times):
                 raise NotComparable(
                     f"{path}: {name!r} of {identity(row)}: want p20, p50, p80 and rounds above 0, "
                     f"got {times}"
                 )
     return dict(data)
+
+
+def _are_times(times: Any) -> bool:
+    """True if they are numbers as `bench` writes them, with ratios of rounds or without."""
+    if not isinstance(times, dict):
+        return False
+    numbers = [times.get(key) for key in ("p20", "p50", "p80", "rounds")]
+    if over := times.get("over"):
+        if not isinstance(over, dict):
+            return False
+        numbers += [over.get(key) for key in ("p50", "low", "high")]
+    return all(isinstance(n, (int, float)) and 0 < n < math.inf for n in numbers)
 
 
 def identity(row: Row) -> str:

@@ -27,7 +27,7 @@ from ..backends.triton import COOPERATIVE, LIBRARY, SINGLE_PASS, STRATEGIES, con
 from ..backends.triton.configs import Config, Target
 from ..backends.triton.measured import Measured, Shape
 from . import case as cases
-from . import models, timing, tolerance
+from . import models, outputs, timing, tolerance
 from .case import Case
 
 ROWS = (1, 16, 512, 4096, 16384)
@@ -184,16 +184,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """0; 2 where there is no GPU that the Triton kernels run on."""
+    """0; 2 where --out cannot be added to, or no GPU is there that the Triton kernels run on."""
+    kept: list[dict[str, Any]] = []
+    try:  # before hours are spent on what could not be added to it
+        if (reason := outputs.unwritable_reason(args.out)) is not None:
+            raise ValueError(reason)
+        if args.out.exists():
+            measured.read(args.out)
+            kept = json.loads(args.out.read_text())["rows"]
+    except ValueError as error:
+        print(f"lora-kernels tune: --out: {error}")
+        return 2
     target = configs.here()
     why = configs.unfit(triton.absence(), target, "cpu")
     if why is not None or target is None:
         print(f"lora-kernels tune: {why}")
         return 2
-    kept: list[dict[str, Any]] = []
-    if args.out.exists():
-        measured.read(args.out)  # before hours are spent on what could not be added to it
-        kept = json.loads(args.out.read_text())["rows"]
     provenance = {
         "device": devices.gpus()[0].name if torch.cuda.is_available() else "Triton's interpreter",
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),

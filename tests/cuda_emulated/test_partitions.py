@@ -1,7 +1,6 @@
 """Kernels cut into many parts: shares of a few steps, so that small sizes have several of each.
 `python -m tests.partitions` counts them."""
 
-
 import pytest
 import torch
 

@@ -154,9 +154,7 @@ def test_obstacle_driver_refuses_gives_its_words_and_asks_once(probed: list[int]
 
 def test_select_driver_refuses_raises_before_a_launch(probed: list[int]) -> None:
     with lora_kernels.backend("cuda"), pytest.raises(RuntimeError, match=NO_IMAGE):
-        select.choose(
-            Problem("cuda", *(bf16,) * 4, 16, 1, False, 64, 64, device_index=0)
-        )
+        select.choose(Problem("cuda", *(bf16,) * 4, 16, 1, False, 64, 64, device_index=0))
     assert probed == [0]
 
 

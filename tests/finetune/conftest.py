@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from lora_kernels.finetune.chat import load_chat
 from lora_kernels.finetune.data import token_blocks
 from lora_kernels.finetune.model import load_base, load_tokenizer
 
@@ -68,4 +69,4 @@ def base(model_folder: Path) -> nn.Module:
 
 @pytest.fixture(scope="session")
 def blocks(model_folder: Path, text: Path) -> Tensor:
-    return token_blocks([text], load_tokenizer(model_folder), seq_len=16)
+    return token_blocks(load_chat(text, load_tokenizer(model_folder)).rows, 16)

@@ -14,7 +14,7 @@ def refused(capsys: pytest.CaptureFixture[str], model_folder: Path, text: Path, 
 
     def run(**arguments: str) -> str:
         right = {"model": str(model_folder), "data": str(text), "out": str(tmp_path / "out")}
-        command = ["finetune", "--no-compare"]
+        command = ["finetune"]
         for name, value in (right | arguments).items():
             command += [f"--{name.replace('_', '-')}", *value.split()]
         assert main(command) == 2
@@ -41,7 +41,17 @@ def refused(capsys: pytest.CaptureFixture[str], model_folder: Path, text: Path, 
         ("device", "abacus", "--device: got abacus, which cannot be used"),
         ("target_modules", "q_prj", "is named q_prj; did you mean q_proj? this model has q_proj, "),
         ("target_modules", "q_proj nonsense", "is named nonsense; this model has q_proj, k_proj"),
-        ("seq_len", "1", "--seq-len: got 1, want at least 2"),
+        ("seq_len", "1", "--max-length: got 1, want at least 2"),
+        ("max_length", "129", "--max-length: got 129, want at most 128, the positions of the"),
+        ("rank", "33", "--rank: got 33, want at most 32: model.layers.0.self_attn.k_proj is 64×32"),
+        ("seed", "-1", "--seed: got -1, want 0 to 4294967295"),
+        ("seed", "4294967296", "--seed: got 4294967296, want 0 to 4294967295"),
+        ("epochs", "0", "--epochs: got 0.0, want a positive number"),
+        ("epochs", "1 --steps 3", "--epochs: want no --steps beside it"),
+        ("warmup", "1", "--warmup: got 1.0, want a share in [0, 1)"),
+        ("weight_decay", "-0.1", "--weight-decay: got -0.1, want 0 or a positive number"),
+        ("report_to", "wandbb", "--report-to: got wandbb, want some of tensorboard, wandb"),
+        ("init", "orthogonal --rank 3", "--rank: got 3, want an even one for --init orthogonal"),
     ],
 )
 def test_bad_value(refused, argument: str, value: str, words: str) -> None:
@@ -58,12 +68,6 @@ def test_binary_data(refused, tmp_path: Path) -> None:
     file = tmp_path / "noise.bin"
     file.write_bytes(b"abc\xff\xfe")
     assert "is not UTF-8 text (byte 3)" in refused(data=str(file))
-
-
-def test_data_shorter_than_a_block(refused, tmp_path: Path) -> None:
-    file = tmp_path / "short.txt"
-    file.write_text("abc")
-    assert "holds 4 tokens, less than one block of 64" in refused(data=str(file), seq_len="64")
 
 
 def test_folder_without_a_model(refused, tmp_path: Path) -> None:
@@ -90,6 +94,30 @@ def test_gguf_without_its_package(refused, tmp_path: Path, monkeypatch) -> None:
     )
     for path in (file, tmp_path):
         assert "needs the package gguf: pip install gguf" in refused(model=str(path))
+
+
+def test_report_to_without_its_package(refused, monkeypatch) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "wandb" else find_spec(name)
+    )
+    assert "wandb needs its package: pip install wandb" in refused(report_to="wandb")
+
+
+def test_checks_before_the_weights_are_read(refused, model_folder: Path, tmp_path: Path) -> None:
+    """A model without weights is told of the rank, of layers and of lengths first."""
+    folder = tmp_path / "bare"
+    folder.mkdir()
+    for file in model_folder.iterdir():
+        if file.suffix != ".safetensors":
+            (folder / file.name).write_bytes(file.read_bytes())
+    for arguments, words in (
+        ({"rank": "33"}, "--rank: got 33, want at most 32"),
+        ({"target_modules": "q_prj"}, "did you mean q_proj?"),
+        ({"max_length": "200"}, "--max-length: got 200, want at most 128"),
+        ({}, "transformers cannot load"),
+    ):
+        assert words in refused(model=str(folder), **arguments)
 
 
 def test_out_is_a_file(refused, tmp_path: Path) -> None:

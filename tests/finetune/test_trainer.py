@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 
 from lora_kernels.finetune import UsageError
 from lora_kernels.finetune.chat import ChatData, Collator, load_chat, pack
-from lora_kernels.finetune.train import newest_checkpoint
+from lora_kernels.finetune.checkpoints import newest_checkpoint
 from lora_kernels.finetune.trainer import (
     LoRATrainer,
     check_trainable,
@@ -305,43 +305,19 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from tests.finetune.test_trainer import adapted, metrics, trainer, weights
-from lora_kernels.finetune import train as loop
 from lora_kernels.finetune.chat import load_chat
-from lora_kernels.finetune.train import newest_checkpoint
+from lora_kernels.finetune.checkpoints import newest_checkpoint
 from tests.finetune.tiny import llama, tokenizer
 
-out, file, moments, by = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4]
+out, file, moments = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 STEPS = 6 * moments
 torch.set_num_threads(1)
 
-def by_trainer(folder):
+def train(folder):
     made = trainer(
         folder, load_chat(file, tokenizer()), adapted(0.1), steps=STEPS, save_every=1, keep=1
     )
     made.train(resume_from_checkpoint=newest_checkpoint(folder) is not None)
-
-def by_loop(folder):
-    folder.mkdir(exist_ok=True)
-    blocks = torch.arange(4, 244).view(12, 20)
-    with (folder / "steps").open("a") as steps:
-        def note(step, loss):
-            print(json.dumps({"step": step}), file=steps, flush=True)
-        losses = loop.train(
-            adapted(0.1), blocks, batch_size=2, steps=STEPS, lr=0.01, seed=0, out=folder,
-            save_every=1, on_step=note,
-        )
-    (folder / "losses").write_text(json.dumps(losses))
-
-def lines(folder):
-    if by == "trainer":
-        return metrics(folder)
-    if (folder / "losses").exists():
-        return json.loads((folder / "losses").read_text())
-    text = (folder / "steps").read_text() if (folder / "steps").exists() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\\n")]
-
-train = {"trainer": by_trainer, "loop": by_loop}[by]
-optimizer = {"trainer": "optimizer.pt", "loop": "training.pt"}[by]
 
 def child(work):
     # Forked before any threads: the imports, which take most of a process's time, are done once.
@@ -364,7 +340,7 @@ for moment in range(moments):
     target = (int(newest.name[11:]) if newest else 0) + draw.choice((2, 3))
     pid = child(lambda: train(out / "broken"))
     deadline = time.monotonic() + 60
-    while max([line["step"] for line in lines(out / "broken")], default=0) < target:
+    while max([line["step"] for line in metrics(out / "broken")], default=0) < target:
         assert time.monotonic() < deadline
         time.sleep(0.001)
     time.sleep(draw.uniform(0.0, 0.04))
@@ -375,27 +351,25 @@ for moment in range(moments):
 
     def load():
         model = PeftModel.from_pretrained(llama(), str(newest), is_trainable=True)
-        torch.load(newest / optimizer, weights_only=True)
+        torch.load(newest / "optimizer.pt", weights_only=True)
         assert all(p.isfinite().all() for p in weights(model).values())
 
     assert os.waitpid(child(load), 0)[1] == 0, newest
 assert os.waitpid(child(lambda: train(out / "broken")), 0)[1] == 0
-assert lines(out / "broken") == lines(out / "once")
-assert len(lines(out / "once")) == STEPS
+assert metrics(out / "broken") == metrics(out / "once")
+assert len(metrics(out / "once")) == STEPS
 """
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
-@pytest.mark.parametrize("by", ["trainer", "loop"])
 @pytest.mark.parametrize("moments", [3, pytest.param(10, marks=pytest.mark.proof)])
-def test_killed_at_any_moment(data: ChatData, tmp_path: Path, moments: int, by: str) -> None:
-    """By SIGTERM and SIGKILL in turn; in the end the losses are the unbroken run's, bit for bit.
-    In `LoRATrainer`, and in the loop over plain text."""
+def test_killed_at_any_moment(data: ChatData, tmp_path: Path, moments: int) -> None:
+    """By SIGTERM and SIGKILL in turn; in the end the losses are the unbroken run's, bit for bit."""
     file = write_lines(
         tmp_path / "chat.jsonl", [chat(f"{i} squared?", f"It is {i * i}.") for i in range(12)]
     )
     done = subprocess.run(
-        [sys.executable, "-c", KILLS, str(tmp_path), str(file), str(moments), by],
+        [sys.executable, "-c", KILLS, str(tmp_path), str(file), str(moments)],
         capture_output=True,
         text=True,
         timeout=300,

@@ -94,3 +94,47 @@ def write_lines(file: Path, records: Iterable[Any]) -> Path:
     lines = [record if isinstance(record, str) else json.dumps(record) for record in records]
     file.write_text("\n".join(lines) + "\n")
     return file
+
+
+def write_gguf(file: Path) -> Path:
+    """A float32 Llama of two layers as a GGUF file, with a tokenizer of bytes and a template."""
+    import gguf
+
+    tok, model = tokenizer(merges=[("a", "b")]), llama(vocab_size=261)
+    config = model.config
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(config.vocab_size)
+    tokens = tok.convert_ids_to_tokens(range(len(tok)))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if token in SPECIAL else 1 for token in tokens])
+    writer.add_token_merges(["a b"])
+    writer.add_eos_token_id(1)
+    writer.add_bos_token_id(1)
+    writer.add_pad_token_id(0)
+    writer.add_unk_token_id(0)
+    writer.add_chat_template(TEMPLATE)
+    names = {
+        "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm", "model.embed_tokens": "token_embd",
+        "model.norm": "output_norm", "lm_head": "output", "model.layers": "blk",
+    }  # fmt: skip
+    for name, weight in model.state_dict().items():
+        for ours, theirs in names.items():
+            name = name.replace(ours, theirs)
+        writer.add_tensor(name, weight.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file

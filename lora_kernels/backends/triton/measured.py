@@ -100,7 +100,7 @@ def read(file: Path) -> dict[Shape, Measured]:
     try:
         rows = json.loads(file.read_text())["rows"]
         return dict(_row(row) for row in rows)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{file}: got {error!r}, want a file that `lora-kernels tune` wrote"
         ) from error
@@ -110,6 +110,9 @@ def _row(row: Mapping[str, Any]) -> tuple[Shape, Measured]:
     key = Shape(**{field.name: row[field.name] for field in dataclasses.fields(Shape)})
     if row["strategy"] not in STRATEGIES:
         raise ValueError(f"strategy {row['strategy']!r}")
+    for name, value in vars(key).items():
+        if not isinstance(value, int) or value < 0:
+            raise ValueError(f"{name} {value!r}")
     tiles = {name: _tiles(row[name]) for name in ("forward", "backward")}
     source = f"measured on {row['device']}: {row['microseconds']:.0f} µs a step"
     return key, Measured(row["strategy"], **tiles, source=source, microseconds=row["microseconds"])

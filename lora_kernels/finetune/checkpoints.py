@@ -1,0 +1,113 @@
+"""Checkpoints in a run's folder: which is the newest, and whether it can be read."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from zipfile import BadZipFile, ZipFile
+
+from safetensors import SafetensorError, safe_open
+
+from . import UsageError
+
+
+def newest_checkpoint(out: str | Path) -> Path | None:
+    """The newest checkpoint in a run's folder, None where there is none.
+
+    >>> newest_checkpoint("/nowhere") is None
+    True
+    """
+    return max(checkpoints(Path(out)), key=steps_done, default=None)
+
+
+def checkpoints(out: Path) -> list[Path]:
+    return [path for path in out.glob("checkpoint-*") if path.name[11:].isdigit()]
+
+
+def steps_done(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def find_intact(out: str | Path) -> tuple[Path | None, dict[Path, str]]:
+    """Return the newest checkpoint that can be read, and of each newer one why it cannot.
+
+    Raises UsageError if there are checkpoints and none can be read.
+    """
+    damaged: dict[Path, str] = {}
+    for checkpoint in sorted(checkpoints(Path(out)), key=steps_done, reverse=True):
+        reason = damage(checkpoint)
+        if reason is None:
+            return checkpoint, damaged
+        damaged[checkpoint] = reason
+    if damaged:
+        first = next(iter(damaged))
+        more = f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""
+        raise UsageError(
+            f"out: {first}{more} cannot be read: {damaged[first]}; give another folder"
+        )
+    return None, {}
+
+
+def damage(checkpoint: Path) -> str | None:
+    """Return what of the checkpoint cannot be read, or None."""
+    try:
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        if not isinstance(state, dict) or "global_step" not in state:
+            return "trainer_state.json names no step"
+        # PEFT's file, in a folder of the adapter's name if it is not "default"; FSDP's shards.
+        held = [*checkpoint.rglob("adapter_model.*"), *checkpoint.glob("pytorch_model*")]
+        if not held:
+            return "it holds no adapter_model.safetensors"
+        # Trainer would start the optimizer anew, and say nothing.
+        if (checkpoint / "scheduler.pt").exists() and not any(checkpoint.glob("optimizer*")):
+            return "it holds no optimizer.pt"
+        for file in held:
+            if file.suffix != ".safetensors":
+                continue
+            with safe_open(file, "pt") as tensors:
+                tensors.keys()
+        for file in (*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")):
+            with ZipFile(file) as saved:  # as torch.save writes it, with checksums
+                if saved.testzip() is not None:
+                    return f"{file.name} does not match its checksum"
+    except (OSError, ValueError, RuntimeError, EOFError, SafetensorError, BadZipFile) as error:
+        return first_line(error)
+    return None
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type where there is none."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def set_aside(damaged: Iterable[Path]) -> None:
+    """Rename checkpoints that cannot be read, so that none is taken for the newest one."""
+    for checkpoint in damaged:
+        aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        checkpoint.rename(aside)
+
+
+@contextmanager
+def named_write(target: Path) -> Iterator[None]:
+    """Raise OSError that names `target` for whatever safetensors or torch raise at a full disk."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        # Of torch's writer of zip files, which keeps the system's reason to itself.
+        by_torch = "inline_container" in str(error) or "PytorchStreamWriter" in str(error)
+        if isinstance(error, RuntimeError) and not by_torch:
+            raise
+        reason = first_line(error)
+        if by_torch:
+            reason = f"torch.save failed with {free_bytes(target) / 1e6:.1f} MB free"
+        raise OSError(f"out: {target} cannot be written: {reason}") from error
+
+
+def free_bytes(path: Path) -> int:
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free

@@ -2,6 +2,7 @@
 
 __version__ = "0.1.0"
 
+from .core import reference
 from .functional import dora_norm, dropout_mask, lora_linear, multi_lora_linear
 from .select import backend
 
@@ -12,4 +13,5 @@ __all__ = [
     "dropout_mask",
     "lora_linear",
     "multi_lora_linear",
+    "reference",
 ]

@@ -23,8 +23,8 @@ from .core.call import (
     Saved,
     Spec,
 )
+from .core.packed4bit import Packed4bit
 from .core.problem import Choice
-from .quantization.codes import Codes
 
 _NOTHING = contextlib.nullcontext()
 _Backward = Callable[..., tuple[Tensor | None, ...]]
@@ -80,7 +80,7 @@ class Options(NamedTuple):
     Args:
         spec: of the call.
         recompute: whether the backward computes P again in place of a saved P.
-        blocksizes: the fields of `Codes` that are no tensors; () for a dense weight.
+        blocksizes: the fields of `Packed4bit` that are no tensors; () for a dense weight.
     """
 
     spec: Spec
@@ -116,7 +116,7 @@ class LoRALinearFunction(torch.autograd.Function):
         options: Options,
         *codes: Any,
     ) -> Tensor:
-        base = Codes(*codes, *options.blocksizes) if codes else weight
+        base = Packed4bit(*codes, *options.blocksizes) if codes else weight
         operands = Operands(x, base, lora_A, lora_B, rank_gate, column_scale, bias, rng)
         spec = options.spec
         if column_scale is not None and ctx.needs_input_grad[5]:
@@ -142,7 +142,7 @@ class LoRALinearFunction(torch.autograd.Function):
         spec, _, blocksizes = ctx.options
         need = ctx.needs_input_grad
         needs = Needs(need[0], *need[2:7])
-        base = Codes(*codes, *blocksizes) if codes else weight
+        base = Packed4bit(*codes, *blocksizes) if codes else weight
         operands = Operands(x, base, lora_A, lora_B, rank_gate, column_scale, None, rng)
         if p is None:
             with _again(ctx.choice, strategy=False):  # of a layer with one column
@@ -190,7 +190,7 @@ class MultiLoRALinearFunction(torch.autograd.Function):
         spec, blocksizes = options
         E = len(spec.scaling)
         lora_A, lora_B, codes = tensors[:E], tensors[E : 2 * E], tensors[2 * E :]
-        base = Codes(*codes, *blocksizes) if codes else weight
+        base = Packed4bit(*codes, *blocksizes) if codes else weight
         operands = MultiOperands(x, base, lora_A, lora_B, index, bias, rng)
         ctx.choice = None
         if ops.plain(x, index, codes[0] if codes else weight, *lora_A, *lora_B):
@@ -211,7 +211,7 @@ class MultiLoRALinearFunction(torch.autograd.Function):
         E, need = len(spec.scaling), ctx.needs_input_grad
         lora_A, lora_B, codes = tensors[:E], tensors[E : 2 * E], tensors[2 * E :]
         needs = MultiNeeds(need[0], need[6 : 6 + E], need[6 + E : 6 + 2 * E], need[3])
-        base, held = (Codes(*codes, *blocksizes), codes[0]) if codes else (weight, weight)
+        base, held = (Packed4bit(*codes, *blocksizes), codes[0]) if codes else (weight, weight)
         operands = MultiOperands(x, base, lora_A, lora_B, index, None, rng)
         direct = ctx.choice is not None and ops.plain(dy, x, index, held, *lora_A, *lora_B)
         if direct and not ops.batched(dy):

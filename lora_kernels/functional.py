@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops, reference, select
+from . import ops, select
 from .autograd import LoRALinearFunction, MultiLoRALinearFunction, MultiOptions, Options
 from .backends.library import follows_gpu
+from .core import reference
 from .core.call import MultiSpec, Operands, Spec
+from .core.packed4bit import PACKED4BIT_TENSORS, Packed4bit
 from .quantization import Weight4bit
-from .quantization.codes import CODES_TENSORS, Codes
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -104,13 +105,13 @@ def lora_linear(
     scaling, dropout_p = _number("scaling", scaling), float(dropout_p)
     spec = Spec(scaling, dropout_p, dtype, y_dtype)
     if not torch.is_grad_enabled() and ops.plain(x, codes[0] if codes else weight, lora_A, lora_B):
-        base = Codes(*codes) if codes else weight
+        base = Packed4bit(*codes) if codes else weight
         operands = Operands(x, base, lora_A, lora_B, rank_gate, column_scale, bias, rng)
         return ops.lora_linear_direct(operands, spec)[0]
-    options = Options(spec, recompute, codes[CODES_TENSORS:])
+    options = Options(spec, recompute, codes[PACKED4BIT_TENSORS:])
     return LoRALinearFunction.apply(  # type: ignore[no-any-return]
         x, weight, lora_A, lora_B, rank_gate, column_scale, bias, rng, options,
-        *codes[:CODES_TENSORS],
+        *codes[:PACKED4BIT_TENSORS],
     )  # fmt: skip
 
 
@@ -206,9 +207,11 @@ def multi_lora_linear(
         As, Bs = both[:E], both[E:]
         weight = weight.to(y_dtype) if isinstance(weight, Tensor) else weight
     dropout_p, rng = _dropout(x, dropout_p, rng)
-    options = MultiOptions(MultiSpec(factors, dropout_p, dtype, y_dtype), codes[CODES_TENSORS:])
+    options = MultiOptions(
+        MultiSpec(factors, dropout_p, dtype, y_dtype), codes[PACKED4BIT_TENSORS:]
+    )
     return MultiLoRALinearFunction.apply(  # type: ignore[no-any-return]
-        x, weight, index, bias, rng, options, *As, *Bs, *codes[:CODES_TENSORS]
+        x, weight, index, bias, rng, options, *As, *Bs, *codes[:PACKED4BIT_TENSORS]
     )
 
 

@@ -39,8 +39,8 @@ from .core.call import (
     Saved,
     Spec,
 )
+from .core.packed4bit import Packed4bit
 from .core.problem import Choice, Layout, Problem
-from .quantization.codes import Codes
 
 _LIB = torch.library.Library("lora_kernels", "DEF")
 _BACKENDS: dict[str, Any] = {"eager": eager, "cpu": cpu, "triton": triton, "cuda": cuda}
@@ -108,7 +108,9 @@ def _no_autocast(t: Tensor) -> contextlib.AbstractContextManager[None]:
     return torch.autocast(device_type, enabled=False)
 
 
-def layout(device_type: str, weight: Tensor | Codes | None, dtype: torch.dtype) -> Layout | None:
+def layout(
+    device_type: str, weight: Tensor | Packed4bit | None, dtype: torch.dtype
+) -> Layout | None:
     """Return the weight's layout for a GEMM in `dtype`; None if every backend accepts it."""
     if device_type != "cpu" or cuda.emulated():
         return fit.layout(weight, dtype)
@@ -128,7 +130,7 @@ def choose(operands: Operands, spec: Spec) -> Choice:
     (device_type, index), (R, K), (N, _) = device_of(x), lora_A.shape, lora_B.shape
     return select.choose(Problem(
         device_type, x.dtype, lora_A.dtype, lora_B.dtype, spec.dtype, R, x.numel() // K,
-        isinstance(weight, Codes), N, K, rng is not None, index,
+        isinstance(weight, Packed4bit), N, K, rng is not None, index,
         layout(device_type, weight, spec.dtype),
     ))  # fmt: skip
 
@@ -162,7 +164,7 @@ def lora_linear_direct(
 def lora_linear_dispatched(operands: Operands, spec: Spec) -> tuple[Tensor, Saved]:
     """Run the forward by its op."""
     weight = operands.weight
-    if isinstance(weight, Codes):
+    if isinstance(weight, Packed4bit):
         y, p, z, mask = lora_linear_4bit(operands.x, *weight, *operands[2:], *spec)
     else:
         y, p, z, mask = lora_linear(*operands, *spec)
@@ -209,7 +211,7 @@ def down_projection(
 
 def prepare(
     x_dtype: torch.dtype,
-    weight: Tensor | Codes,
+    weight: Tensor | Packed4bit,
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float,
@@ -221,7 +223,7 @@ def prepare(
 
     y has x's dtype. None if the backend chosen for such a call has no prepared calls.
     """
-    four_bit = isinstance(weight, Codes)
+    four_bit = isinstance(weight, Packed4bit)
     choice = select.choose(Problem(
         lora_A.device.type, x_dtype, lora_A.dtype, lora_B.dtype, dtype, lora_A.shape[0], 1,
         four_bit, layout=layout("cpu", weight, dtype),
@@ -258,7 +260,7 @@ def lora_linear_backward_dispatched(
 ) -> Grads:
     """Run the backward by its op."""
     weight, rest = operands.weight, (saved.p, saved.z, *spec, *needs)
-    if isinstance(weight, Codes):
+    if isinstance(weight, Packed4bit):
         found = lora_linear_backward_4bit(dy, operands.x, *weight, *operands[2:], *rest)
     else:
         found = lora_linear_backward(dy, *operands, *rest)
@@ -298,7 +300,7 @@ def choose_multi(operands: MultiOperands, spec: MultiSpec) -> Choice:
     (device_type, device_index), K = device_of(x), x.shape[-1]
     return select.choose(Problem(
         device_type, x.dtype, lora_A[0].dtype, lora_B[0].dtype, spec.dtype,
-        max(A.shape[0] for A in lora_A), x.numel() // K, isinstance(weight, Codes),
+        max(A.shape[0] for A in lora_A), x.numel() // K, isinstance(weight, Packed4bit),
         lora_B[0].shape[0], K, False, device_index, layout(device_type, weight, spec.dtype), True,
     ))  # fmt: skip
 
@@ -328,7 +330,7 @@ def multi_lora_linear_direct(
 def multi_lora_linear_dispatched(operands: MultiOperands, spec: MultiSpec) -> tuple[Tensor, Saved]:
     """Run the forward by its op."""
     weight = operands.weight
-    if isinstance(weight, Codes):
+    if isinstance(weight, Packed4bit):
         y, p, mask = multi_lora_linear_4bit(operands.x, *weight, *operands[2:], *spec)
     else:
         y, p, mask = multi_lora_linear(*operands, *spec)
@@ -375,7 +377,7 @@ def multi_lora_linear_backward_dispatched(
 ) -> MultiGrads:
     """Run the backward by its op."""
     weight, rest = operands.weight, (saved.p, *spec, *needs)
-    if isinstance(weight, Codes):
+    if isinstance(weight, Packed4bit):
         found = multi_lora_linear_backward_4bit(dy, operands.x, *weight, *operands[2:], *rest)
     else:
         found = multi_lora_linear_backward(dy, *operands, *rest)
@@ -416,7 +418,7 @@ def _multi_lora_linear_backward_fake(
 
 
 def dora_norm_direct(
-    weight: Tensor | Codes | None,
+    weight: Tensor | Packed4bit | None,
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float,
@@ -426,7 +428,7 @@ def dora_norm_direct(
     """row_squares: ‖W‖² of each row, which the eager backend takes if it is at hand."""
     assert weight is not None
     device_type, index = device_of(lora_A)
-    weight_dtype = torch.float32 if isinstance(weight, Codes) else weight.dtype
+    weight_dtype = torch.float32 if isinstance(weight, Packed4bit) else weight.dtype
     choice = select.choose_norm(Problem(
         device_type, weight_dtype, lora_A.dtype, lora_B.dtype, torch.float32, lora_A.shape[0],
         device_index=index,
@@ -441,7 +443,7 @@ def dora_norm_direct(
 
 
 def _dora_norm_fake(
-    weight: Tensor | Codes | None,
+    weight: Tensor | Packed4bit | None,
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float,
@@ -474,8 +476,10 @@ def _packed(
 
     def flat(*args: Any) -> Any:
         head, rest = args[:before], list(args[before:])
-        if is_4bit:  # the fields of Codes follow x
-            rest[1 : 1 + len(Codes._fields)] = [Codes(*rest[1 : 1 + len(Codes._fields)])]
+        if is_4bit:  # the fields of Packed4bit follow x
+            rest[1 : 1 + len(Packed4bit._fields)] = [
+                Packed4bit(*rest[1 : 1 + len(Packed4bit._fields)])
+            ]
         packed = []
         for each, count in zip(types, _FIELDS[types], strict=True):
             packed.append(each(*rest[:count]))
@@ -486,9 +490,9 @@ def _packed(
 
 
 def _norm_4bit(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return `function` with its weight as the fields of `Codes`."""
-    count = len(Codes._fields)
-    return lambda *args: function(Codes(*args[:count]), *args[count:])
+    """Return `function` with its weight as the fields of `Packed4bit`."""
+    count = len(Packed4bit._fields)
+    return lambda *args: function(Packed4bit(*args[:count]), *args[count:])
 
 
 def _define(

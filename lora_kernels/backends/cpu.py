@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from .. import reference
+from ..core import reference
 from ..core.call import (
     Grads,
     Guard,
@@ -41,8 +41,8 @@ from ..core.call import (
     Saved,
     Spec,
 )
-from ..quantization.codes import Codes
-from . import native
+from ..core.packed4bit import Packed4bit
+from . import decode4bit, native
 from .rows import like_rows_of, rows_of
 
 SINGLE_PASS = "single pass"
@@ -122,7 +122,7 @@ def _weight(t: Tensor | None) -> tuple[int, int, int]:
 
 def _library_base(
     xs: Tensor,
-    weight: Tensor | Codes | None,
+    weight: Tensor | Packed4bit | None,
     shape: tuple[int, int],
     dtype: torch.dtype,
     y_dtype: torch.dtype,
@@ -131,11 +131,15 @@ def _library_base(
     N, K = shape
     if weight is None:
         return xs.new_zeros(*xs.shape[:-1], N, dtype=y_dtype)
-    if not isinstance(weight, Codes):
+    if not isinstance(weight, Packed4bit):
         return _cast(linear(xs, _cast(weight, dtype)), y_dtype)
     y = xs.new_empty(*xs.shape[:-1], N)
     for n in _panels(N, K, dtype):
-        torch.mm(xs.view(-1, K), weight.dense(shape, dtype, rows=n).t(), out=y.view(-1, N)[:, n])
+        torch.mm(
+            xs.view(-1, K),
+            decode4bit.dense(weight, shape, dtype, rows=n).t(),
+            out=y.view(-1, N)[:, n],
+        )
     return _cast(y, y_dtype)
 
 
@@ -147,7 +151,7 @@ def _single_pass_dx(strategy: str, M: int) -> bool:
 
 def _library_dx(
     dz: Tensor,
-    weight: Tensor | Codes | None,
+    weight: Tensor | Packed4bit | None,
     shape: tuple[int, int],
     dtype: torch.dtype,
     x_dtype: torch.dtype,
@@ -156,11 +160,11 @@ def _library_dx(
     N, K = shape
     if weight is None:
         return dz.new_zeros(*dz.shape[:-1], K, dtype=x_dtype)
-    if not isinstance(weight, Codes):
+    if not isinstance(weight, Packed4bit):
         return _cast(torch.matmul(dz, _cast(weight, dtype)), x_dtype)
     dx = dz.new_empty(*dz.shape[:-1], K)
     for k in _panels(K, N, dtype):
-        panel = weight.dense(shape, dtype, columns=k)
+        panel = decode4bit.dense(weight, shape, dtype, columns=k)
         torch.mm(dz.view(-1, N), panel, out=dx.view(-1, K)[:, k])
     return _cast(dx, x_dtype)
 
@@ -180,8 +184,8 @@ def lora_linear(operands: Operands, spec: Spec, strategy: str) -> tuple[Tensor, 
         y = _library_base(xs, weight, (N, K), dtype, y_dtype)
     else:
         y = x.new_empty(*x.shape[:-1], N, dtype=y_dtype)
-        if isinstance(weight, Codes):
-            codes = weight.native((N, K))
+        if isinstance(weight, Packed4bit):
+            codes = decode4bit.native_view(weight, (N, K))
         else:
             base = _matrix(_cast(weight, dtype))
     p = x.new_empty(M, R, dtype=torch.float32)
@@ -214,7 +218,7 @@ class PreparedCall:
 
     def __init__(
         self,
-        weight: Tensor | Codes,
+        weight: Tensor | Packed4bit,
         lora_A: Tensor,
         lora_B: Tensor,
         scaling: float,
@@ -225,8 +229,8 @@ class PreparedCall:
     ) -> None:
         assert native.module is not None
         (R, K), (N, _) = lora_A.shape, lora_B.shape
-        codes = weight.native((N, K)) if isinstance(weight, Codes) else None
-        dense = None if isinstance(weight, Codes) else weight
+        codes = decode4bit.native_view(weight, (N, K)) if isinstance(weight, Packed4bit) else None
+        dense = None if isinstance(weight, Packed4bit) else weight
         cast = None if x_dtype is dtype else lambda x: x.to(dtype)
         self.weight = weight  # which owns the memory
         self.guards = tuple(zip(*guards, strict=True))  # objects, keys, expected values
@@ -270,8 +274,8 @@ def lora_linear_backward(
         dx = _library_dx(dz, weight, (N, K), dtype, x.dtype)
     elif need_x:
         dx = x.new_empty(*x.shape)
-        if isinstance(weight, Codes):
-            codes = weight.native((N, K))
+        if isinstance(weight, Packed4bit):
+            codes = decode4bit.native_view(weight, (N, K))
         else:
             assert weight is not None
             base = _matrix(_cast(weight, dtype))
@@ -318,8 +322,8 @@ def multi_lora_linear(
             y, b = _cast(y + b, y_dtype), None
     else:
         y = x.new_empty(M, N, dtype=y_dtype)
-        if isinstance(weight, Codes):
-            codes = weight.native((N, K))
+        if isinstance(weight, Packed4bit):
+            codes = decode4bit.native_view(weight, (N, K))
         else:
             base = _matrix(_cast(weight, dtype))
     p = x.new_zeros(M, R, dtype=torch.float32)
@@ -365,8 +369,8 @@ def multi_lora_linear_backward(
         dx = _library_dx(dz, weight, (N, K), dtype, x.dtype)
     elif need_x:
         dx = x.new_empty(M, K)
-        if isinstance(weight, Codes):
-            codes = weight.native((N, K))
+        if isinstance(weight, Packed4bit):
+            codes = decode4bit.native_view(weight, (N, K))
         else:
             assert weight is not None
             base = _matrix(_cast(weight, dtype))
@@ -422,7 +426,7 @@ def _adapters(
 
 
 def dora_norm(
-    weight: Tensor | Codes,
+    weight: Tensor | Packed4bit,
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float,
@@ -432,8 +436,8 @@ def dora_norm(
     assert native.module is not None
     (R, K), N = lora_A.shape, lora_B.shape[0]
     lora_A, codes, w = _rows(lora_A), None, (0, 0, 0)
-    if isinstance(weight, Codes):
-        codes = weight.native((N, K))
+    if isinstance(weight, Packed4bit):
+        codes = decode4bit.native_view(weight, (N, K))
     else:
         weight = _rows(weight)
         w = (weight.data_ptr(), _DTYPE[weight.dtype], weight.stride(0))

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .. import reference
+from ..core import reference
 
 
 class Dropout(NamedTuple):

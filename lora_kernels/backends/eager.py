@@ -29,7 +29,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from .. import reference
+from ..core import reference
 from ..core.call import (
     Grads,
     MultiGrads,
@@ -41,7 +41,8 @@ from ..core.call import (
     Saved,
     Spec,
 )
-from ..quantization.codes import Codes
+from ..core.packed4bit import Packed4bit
+from . import decode4bit
 from .library import follows_gpu, has_out_dtype, mm_fp32
 from .rows import rows_of
 
@@ -257,9 +258,11 @@ def _sum(base: Tensor, update: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.add(base, update, out=torch.empty_like(base, dtype=dtype) if out is None else out)
 
 
-def _dense(weight: Tensor | Codes, lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype) -> Tensor:
-    if isinstance(weight, Codes):
-        return weight.dense((lora_B.shape[0], lora_A.shape[1]), dtype)
+def _dense(
+    weight: Tensor | Packed4bit, lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype
+) -> Tensor:
+    if isinstance(weight, Packed4bit):
+        return decode4bit.dense(weight, (lora_B.shape[0], lora_A.shape[1]), dtype)
     return weight
 
 
@@ -277,8 +280,8 @@ def lora_linear(operands: Operands, spec: Spec, strategy: str) -> tuple[Tensor, 
     base = None
     if weight is not None and not dropout_p:
         x = x.to(_operand_dtype(x, lora_A, lora_B, dtype))  # one copy for both GEMMs
-    if isinstance(weight, Codes):  # before anything else is held beside the dense copy
-        base = weight.gemm(x.to(dtype), lora_B.shape[0], early_bias)
+    if isinstance(weight, Packed4bit):  # before anything else is held beside the dense copy
+        base = decode4bit.gemm(weight, x.to(dtype), lora_B.shape[0], early_bias)
     dropped, factor, mask = _drop(x, dropout_p, rng)
     operand = dropped.to(_operand_dtype(x, lora_A, lora_B, dtype))
     del dropped
@@ -327,7 +330,7 @@ def lora_linear_backward(
     rows = column_scale[:, None] if column_scale is not None and in_parts else None
     narrow = _widest(dz, lora_A, lora_B) is dz.dtype
     alone = not in_parts if not narrow else dy.shape[0] <= UPCAST_ROWS and not dropout_p
-    if isinstance(weight, Codes) and need_x and alone:
+    if isinstance(weight, Packed4bit) and need_x and alone:
         # A base GEMM that does not accumulate runs first, while no other temporary is alive beside
         # the dense copy of the weight.
         base = torch.mm(dz.to(dtype), _dense(weight, lora_A, lora_B, dtype))
@@ -481,7 +484,7 @@ def multi_lora_linear_backward(
 
 
 def dora_norm(
-    weight: Tensor | Codes,
+    weight: Tensor | Packed4bit,
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float,
@@ -507,7 +510,7 @@ def dora_norm(
     return _norm_by_panels(weight, A, B, scaling)
 
 
-def row_squares(weight: Tensor | Codes, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+def row_squares(weight: Tensor | Packed4bit, lora_A: Tensor, lora_B: Tensor) -> Tensor:
     """‖W‖² of each row: [N] in float32 (float64 for float64)."""
     dtype = stat_dtype(lora_A.dtype)
     w = _dense(weight, lora_A, lora_B, dtype)
@@ -536,14 +539,14 @@ def _norm_from_products(
     return torch.add(squares, rowsum, alpha=scaling).sqrt_()
 
 
-def _norm_by_panels(weight: Tensor | Codes, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+def _norm_by_panels(weight: Tensor | Packed4bit, A: Tensor, B: Tensor, scaling: float) -> Tensor:
     N, K, dtype = B.shape[0], A.shape[1], A.dtype
     out = torch.empty(N, dtype=dtype, device=A.device)
     step = max(64, PANEL // (K * dtype.itemsize))
     for start in range(0, N, step):
         n = slice(start, min(N, start + step))
-        if isinstance(weight, Codes):
-            w = weight.dense((N, K), dtype, rows=n)
+        if isinstance(weight, Packed4bit):
+            w = decode4bit.dense(weight, (N, K), dtype, rows=n)
         else:
             w = weight[n].to(dtype)
         update = torch.mm(B[n], A)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from ..quantization.codes import Codes
+    from ..core.packed4bit import Packed4bit
 
 
 class Operands(NamedTuple):
@@ -33,7 +33,7 @@ class Operands(NamedTuple):
     """
 
     x: Tensor
-    weight: Tensor | Codes | None
+    weight: Tensor | Packed4bit | None
     lora_A: Tensor
     lora_B: Tensor
     rank_gate: Tensor | None = None
@@ -112,7 +112,7 @@ class MultiOperands(NamedTuple):
     """
 
     x: Tensor
-    weight: Tensor | Codes | None
+    weight: Tensor | Packed4bit | None
     lora_A: Sequence[Tensor]
     lora_B: Sequence[Tensor]
     adapter_index: Tensor

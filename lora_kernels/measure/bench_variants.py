@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import functional, reference, select
+from .. import functional, select
+from ..core import reference
 from ..layers import DoRALinear, HierarchicalLoRALinear, LoRAGroup, LoRALinear
 from ..quantization import quantize_4bit
 from . import compare, timing, tolerance

@@ -17,13 +17,13 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from .. import functional, reference, select
-from ..backends import cpu, cuda, eager, library, native, triton
+from .. import functional, select
+from ..backends import cpu, cuda, decode4bit, eager, library, native, triton
 from ..backends.cuda import fit
 from ..backends.triton import configs
+from ..core import reference
 from ..core.problem import Layout
 from ..quantization import Weight4bit, quantize_4bit
-from ..quantization import codes as codes_4bit
 from . import tolerance
 from .tolerance import Verdict
 
@@ -368,7 +368,7 @@ def engine(name: str) -> Iterator[None]:
     if name == "eager-gpu":
         with (
             select.backend("eager"), library.as_on_gpu(), eager.upcast_rows(GPU_UPCAST_ROWS),
-            mock.patch.dict(codes_4bit.bitsandbytes_reasons, _CPU_DECODER),
+            mock.patch.dict(decode4bit.bitsandbytes_reasons, _CPU_DECODER),
         ):  # fmt: skip
             yield
         return

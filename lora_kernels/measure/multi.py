@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import functional, reference, select
+from .. import functional, select
+from ..core import reference
 from ..quantization import Weight4bit, quantize_4bit
 from . import tolerance
 from .case import Case, dtype_name, give_mask, part_roundoffs

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .. import ops, select
 from ..backends import cpu, cpu_heuristics
+from ..backends.decode4bit import decoded_by
 from ..backends.library import follows_gpu
 from ..core.problem import Layout, Problem
 from ..cpu_costs import Machine
@@ -25,7 +26,6 @@ from ..functional import base_dtype
 from ..layers import DoRALinear, LoRAEmbedding, LoRALinear, QLoRALinear
 from ..measure import timing
 from ..quantization import Weight4bit
-from ..quantization.codes import decoded_by
 from . import adalora, embedding, linear, predict
 from .frozen import StreamedLinear
 from .linear import Call, Fused, dora, is_conv1d, is_linear4bit, unreadable

@@ -9,7 +9,13 @@ import torch
 from bitsandbytes.functional import QuantState
 from bitsandbytes.nn.modules import Params4bit
 
-from .codes import Codes, bitsandbytes_reasons, has_gemm_4bit
+from ..backends.decode4bit import (
+    bitsandbytes_dense,
+    bitsandbytes_gemm,
+    bitsandbytes_reasons,
+    has_gemm_4bit,
+)
+from ..core.packed4bit import Packed4bit
 
 
 def fields(weight: Any) -> dict[str, Any]:
@@ -106,14 +112,14 @@ def _differs(
     from .weight4bit import quantize_4bit
 
     weight = quantize_4bit(sample, quant_type, 64, nested)
-    codes: Codes = weight.to(device).codes
+    codes: Packed4bit = weight.to(device).codes
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         want = weight.dequantize(dtype).to(device)
-        if not torch.equal(codes.bitsandbytes_dense(weight.shape, dtype), want):
+        if not torch.equal(bitsandbytes_dense(codes, weight.shape, dtype), want):
             return "dequantize_4bit"
         if not has_gemm_4bit():
             continue
-        y = codes.bitsandbytes_gemm(x.to(dtype), weight.shape[0], None).float()
+        y = bitsandbytes_gemm(codes, x.to(dtype), weight.shape[0], None).float()
         exact = x.to(dtype).float() @ want.float().t()
         # Products of 16-bit numbers, one rounding of y, and codes or scales rounded to 16 bits.
         if not (y - exact).norm() <= 4 * torch.finfo(dtype).eps * exact.norm():

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import reference
-from ..backends import cuda, forced, triton
+from ..backends import cuda, decode4bit, forced, triton
+from ..core import reference
+from ..core.packed4bit import Packed4bit
 from . import codebooks
-from .codes import Codes, encode
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCKSIZE = 256  # the only one that bitsandbytes writes, and its kernels assume it
@@ -151,12 +151,12 @@ class Weight4bit:
             raise TypeError(f"dtype: got {dtype!r}, want float32, bfloat16, float16 or float64")
         if dtype in _DTYPES and (kernels := _kernels(self.device)) is not None:
             return kernels.dequantize(self.codes, self.shape, dtype)  # type: ignore[no-any-return]
-        return self.codes.dense(self.shape, dtype)
+        return decode4bit.dense(self.codes, self.shape, dtype)
 
     @property
-    def codes(self) -> Codes:
+    def codes(self) -> Packed4bit:
         """What ops take."""
-        return Codes(
+        return Packed4bit(
             self.packed, self.absmax, self.code, self.nested_absmax, self.nested_code, self.offset,
             self.blocksize, self.nested_blocksize, self.quant_type,
         )  # fmt: skip
@@ -328,7 +328,7 @@ def quantize_4bit(
     thresholds = codebooks.thresholds(quant_type, device)
     order = codebooks.order(quant_type, device)
     kernels = _kernels(device)
-    quantize = encode if kernels is None else kernels.quantize
+    quantize = decode4bit.encode if kernels is None else kernels.quantize
     packed, absmax = quantize(weight, thresholds, order, blocksize)
     if not absmax.isfinite().all():  # a block's largest magnitude is what is not finite in it
         raise ValueError("weight: got NaN or infinity in it, want finite values")

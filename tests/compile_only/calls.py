@@ -19,7 +19,7 @@ from lora_kernels.backends.triton import (
     equation,
 )
 from lora_kernels.core.call import Needs, Operands, Saved, Spec
-from lora_kernels.quantization.codes import Codes
+from lora_kernels.core.packed4bit import Packed4bit
 
 f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -125,9 +125,9 @@ def meta(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def codes(N: int, K: int) -> Codes:
+def codes(N: int, K: int) -> Packed4bit:
     blocks = -(-N * K // 64)
-    return Codes(
+    return Packed4bit(
         meta((-(-N * K // 2),), torch.uint8), meta((blocks,), torch.uint8), meta((16,), f32),
         meta((-(-blocks // 256),), f32), meta((256,), f32), meta((1,), f32), 64, 256, "nf4",
     )  # fmt: skip

@@ -13,12 +13,11 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import lora_kernels
-from lora_kernels.backends import eager
+from lora_kernels.backends import decode4bit, eager
 from lora_kernels.backends.library import as_on_gpu
 from lora_kernels.core.call import Operands
 from lora_kernels.measure.traffic import _NativeDropout
 from lora_kernels.peft import FusedLinear, explain, fuse, traffic, unfuse
-from lora_kernels.quantization import codes
 
 K, N, R, ALPHA = 320, 192, 5, 7
 f32, bf16 = torch.float32, torch.bfloat16
@@ -27,11 +26,11 @@ f32, bf16 = torch.float32, torch.bfloat16
 @pytest.fixture(autouse=True)
 def gpu_path() -> Iterator[None]:
     traffic._counted.clear()
-    before = dict(codes.bitsandbytes_reasons)
+    before = dict(decode4bit.bitsandbytes_reasons)
     with as_on_gpu(), lora_kernels.backend("eager"):
         yield
-    codes.bitsandbytes_reasons.clear()
-    codes.bitsandbytes_reasons.update(before)
+    decode4bit.bitsandbytes_reasons.clear()
+    decode4bit.bitsandbytes_reasons.update(before)
 
 
 def model(quantized: bool = False, second: dict[str, Any] | None = None, **config: Any) -> Any:
@@ -247,14 +246,17 @@ def test_bitsandbytes_that_fails_its_check_is_not_used(
     breakage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("bitsandbytes")
-    if breakage == "GEMM" and not codes.has_gemm_4bit():
+    if breakage == "GEMM" and not decode4bit.has_gemm_4bit():
         pytest.skip("bitsandbytes is older than 0.50, without gemm_4bit")
+    from lora_kernels.quantization import bitsandbytes
+
     name, broken, said = BREAKAGES[breakage]
-    original = getattr(codes.Codes, name)
+    original = getattr(decode4bit, name)
     found = model(quantized=True)
     want = results(found, 5)
-    monkeypatch.setattr(codes.Codes, name, lambda self, *args: broken(self, original(self, *args)))
-    codes.bitsandbytes_reasons.clear()
+    for module in (decode4bit, bitsandbytes):  # which imports the function
+        monkeypatch.setattr(module, name, lambda w, *args: broken(w, original(w, *args)))
+    decode4bit.bitsandbytes_reasons.clear()
     fuse(found)
     reason = explain(found).rows[0].reason
     assert "PyTorch decodes in three kernels: bitsandbytes " in reason and said in reason
@@ -273,6 +275,6 @@ def test_fuse_takes_a_layer_without_active_adapters_uncounted() -> None:
 
 def test_explain_says_what_decodes() -> None:
     pytest.importorskip("bitsandbytes")
-    codes.bitsandbytes_reasons.clear()
+    decode4bit.bitsandbytes_reasons.clear()
     reason = explain(fuse(model(quantized=True))).rows[0].reason
     assert reason.endswith("bitsandbytes decodes")

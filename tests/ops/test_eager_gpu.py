@@ -26,12 +26,12 @@ from lora_kernels import (
     reference,
     select,
 )
-from lora_kernels.backends import eager, library
+from lora_kernels.backends import decode4bit, eager, library
 from lora_kernels.backends.library import as_on_gpu
 from lora_kernels.measure import case as cases
 from lora_kernels.measure import traffic
 from lora_kernels.measure.case import Case
-from lora_kernels.quantization import codes, quantize_4bit
+from lora_kernels.quantization import quantize_4bit
 
 bf16, f16, f32 = torch.bfloat16, torch.float16, torch.float32
 CPU = torch.device("cpu")
@@ -46,18 +46,18 @@ def gpu_path() -> Iterator[None]:
 @pytest.fixture(params=["decoded by PyTorch", "decoded by bitsandbytes"])
 def decoder(request: pytest.FixtureRequest) -> Iterator[str]:
     """Which kernels decode 4-bit weights on the CPU."""
-    before = dict(codes.bitsandbytes_reasons)
+    before = dict(decode4bit.bitsandbytes_reasons)
     if request.param.endswith("bitsandbytes"):
         pytest.importorskip("bitsandbytes")
         from lora_kernels.quantization import bitsandbytes
 
-        codes.bitsandbytes_reasons.pop(("cpu", None), None)
+        decode4bit.bitsandbytes_reasons.pop(("cpu", None), None)
         assert bitsandbytes.check(CPU) is None
     else:
-        codes.bitsandbytes_reasons["cpu", None] = "the test says so"
+        decode4bit.bitsandbytes_reasons["cpu", None] = "the test says so"
     yield request.param
-    codes.bitsandbytes_reasons.clear()
-    codes.bitsandbytes_reasons.update(before)
+    decode4bit.bitsandbytes_reasons.clear()
+    decode4bit.bitsandbytes_reasons.update(before)
 
 
 def layer_args(M: int = 12, dtype: torch.dtype = f32, **options: Any) -> dict[str, Any]:
@@ -364,10 +364,10 @@ def test_4bit_compute_dtype_beside_float32_x(decoder: str) -> None:
 def test_gemm_4bit_takes_whole_blocks_and_at_least_a_row(
     M: int, K: int, taken: bool, decoder: str
 ) -> None:
-    if not codes.has_gemm_4bit():
+    if not decode4bit.has_gemm_4bit():
         pytest.skip("bitsandbytes is older than 0.50, without gemm_4bit")
     weight = quantize_4bit(torch.randn(32, K), "nf4", 64)
-    y = weight.codes.gemm(torch.randn(M, K), 32, None)
+    y = decode4bit.gemm(weight.codes, torch.randn(M, K), 32, None)
     assert (y is not None) is taken
 
 
@@ -379,7 +379,7 @@ def test_decode_bits_equal_the_reference(decoder: str) -> None:
                 want = reference.dequantize_4bit(
                     weight.packed, weight.scales(), weight.code, blocksize, shape, dtype
                 )
-                assert torch.equal(weight.codes.dense(shape, dtype), want)
+                assert torch.equal(decode4bit.dense(weight.codes, shape, dtype), want)
 
 
 class _Dispatched(TorchDispatchMode):
@@ -577,12 +577,12 @@ sys.modules["bitsandbytes"] = sys.modules["peft"] = None
 import torch, lora_kernels
 from lora_kernels.backends.library import as_on_gpu
 from lora_kernels.layers import QLoRALinear
-from lora_kernels.quantization import codes
+from lora_kernels.backends import decode4bit
 layer = QLoRALinear.from_linear(torch.nn.Linear(64, 32), r=4, dropout=0.1)
 x = torch.randn(5, 64, requires_grad=True)
 with as_on_gpu(), lora_kernels.backend("eager"):
     layer(x).sum().backward()
-print(x.grad.shape, codes.decoded_by(x.device))
+print(x.grad.shape, decode4bit.decoded_by(x.device))
 """
 
 
@@ -611,7 +611,7 @@ def test_check_of_bitsandbytes_is_made_once_for_each_gpu(monkeypatch: pytest.Mon
     from lora_kernels.quantization import bitsandbytes
 
     monkeypatch.setattr(bitsandbytes, "bitsandbytes_reasons", {})
-    monkeypatch.setattr(codes, "bitsandbytes_reasons", bitsandbytes.bitsandbytes_reasons)
+    monkeypatch.setattr(decode4bit, "bitsandbytes_reasons", bitsandbytes.bitsandbytes_reasons)
     asked: list[torch.device] = []
 
     def disagreement(device: torch.device) -> str | None:
@@ -624,4 +624,4 @@ def test_check_of_bitsandbytes_is_made_once_for_each_gpu(monkeypatch: pytest.Mon
         found = [bitsandbytes.check(device) for device in devices]
         assert found == [None, "no kernel image"]
     assert asked == devices
-    assert [codes.bitsandbytes_reason(device) for device in devices] == found
+    assert [decode4bit.bitsandbytes_reason(device) for device in devices] == found

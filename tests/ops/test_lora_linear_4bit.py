@@ -11,11 +11,11 @@ import torch
 
 import lora_kernels
 from lora_kernels import ops, reference
-from lora_kernels.backends import cpu, native
+from lora_kernels.backends import cpu, decode4bit, native
+from lora_kernels.backends.decode4bit import encode
 from lora_kernels.measure import case as cases
 from lora_kernels.measure.case import Case, judge
 from lora_kernels.quantization import Weight4bit, codebooks, quantize_4bit
-from lora_kernels.quantization.codes import encode
 from tests.ops.engines import every_engine, every_native_engine, ways
 
 f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
@@ -277,7 +277,7 @@ def check_dequantize(nested: bool, dtype: torch.dtype) -> None:
         weight.packed, weight.scales(), weight.code, 32, weight.shape, dtype
     )
     assert torch.equal(weight.dequantize(dtype), want)
-    part = weight.codes.dense(weight.shape, dtype, slice(3, 30), slice(5, 70))
+    part = decode4bit.dense(weight.codes, weight.shape, dtype, slice(3, 30), slice(5, 70))
     assert torch.equal(part, want[3:30, 5:70])
 
 

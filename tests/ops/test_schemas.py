@@ -8,7 +8,7 @@ import pytest
 
 from lora_kernels import ops
 from lora_kernels.core import call
-from lora_kernels.quantization.codes import Codes
+from lora_kernels.core.packed4bit import Packed4bit
 
 FORWARD = (call.Operands, call.Spec)
 BACKWARD = (call.Operands, call.Saved, call.Spec, call.Needs)
@@ -32,7 +32,7 @@ def test_schema_arguments_are_the_fields_of_the_call_types(name: str, suffix: st
         want += [prefix + field for field in each._fields if field not in left_out]
     if suffix:
         at = want.index("weight")
-        want[at : at + 1] = Codes._fields
+        want[at : at + 1] = Packed4bit._fields
     schema = getattr(ops, name + suffix)._schema
     assert [argument.name for argument in schema.arguments] == want
 

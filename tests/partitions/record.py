@@ -20,7 +20,7 @@ import pytest
 from torch import Tensor
 
 from lora_kernels.backends import cpu, cuda, eager, native, triton
-from lora_kernels.quantization.codes import Codes
+from lora_kernels.core.packed4bit import Packed4bit
 
 from .kernels import KERNELS, OPTIONS
 
@@ -440,13 +440,13 @@ def _panels_of(size: int, length: int, dtype: Any) -> int:
 
 
 def _library_base(xs: Tensor, weight: Any, shape: Any, dtype: Any, y_dtype: Any) -> None:
-    if isinstance(weight, Codes):
+    if isinstance(weight, Packed4bit):
         N, K = shape
         _cpu("library product", {"4-bit"}, panels=_panels_of(N, K, dtype))
 
 
 def _library_dx(dz: Tensor, weight: Any, shape: Any, dtype: Any, x_dtype: Any) -> None:
-    if isinstance(weight, Codes):
+    if isinstance(weight, Packed4bit):
         N, K = shape
         _cpu("library product, dx", {"4-bit"}, panels=_panels_of(K, N, dtype))
 
@@ -474,7 +474,7 @@ def _record_cpu() -> None:
 
 def _norm_by_panels(weight: Any, A: Tensor, B: Tensor, scaling: float) -> None:
     step = max(64, eager.PANEL // (A.shape[1] * A.dtype.itemsize))
-    options = _some(gate=_gated, four_bit=isinstance(weight, Codes))
+    options = _some(gate=_gated, four_bit=isinstance(weight, Packed4bit))
     note("eager", "dora_norm", options, panels=_tiles(B.shape[0], step))
 
 
@@ -494,7 +494,7 @@ def _column_dot(dy: Tensor, z: Tensor, dtype: Any) -> None:
 
 
 def _multi(x: Tensor, weight: Any, lora_A: Any, lora_B: Any, index: Tensor, *rest: Any) -> None:
-    options = _some(dropout=rest[2], four_bit=isinstance(weight, Codes), adapters=True)
+    options = _some(dropout=rest[2], four_bit=isinstance(weight, Packed4bit), adapters=True)
     note("eager", "multi_lora_linear", options, adapters=len(set(index.tolist()) - {-1}))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ... import reference
+from ...core import reference
 from ...core.call import (
     Grads,
     MultiGrads,
@@ -17,7 +17,7 @@ from ...core.call import (
     Saved,
     Spec,
 )
-from ...quantization.codes import Codes
+from ...core.packed4bit import Packed4bit
 from .. import stacked, workspace
 from ..dropout import NO_DROPOUT, Dropout
 from . import COOPERATIVE, ORDINARY, OVERLAPPED, SPLIT, fit, launch, module
@@ -179,7 +179,7 @@ def multi_lora_linear_backward(
 
 
 def dora_norm(
-    weight: Tensor | Codes,
+    weight: Tensor | Packed4bit,
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float,
@@ -187,7 +187,7 @@ def dora_norm(
 ) -> Tensor:
     """‖W + scaling · (B ⊙ gate)·A‖ of each row: float32 [N]."""
     (R, K), N = lora_A.shape, lora_B.shape[0]
-    codes, w = (weight, None) if isinstance(weight, Codes) else (None, weight)
+    codes, w = (weight, None) if isinstance(weight, Packed4bit) else (None, weight)
     share, count = _shares(K, _SHARE, _BLOCKS // -(-N // 8))
     gate, slots = _contiguous(rank_gate), empty(lora_A, count, N)
     launch.run(
@@ -199,7 +199,7 @@ def dora_norm(
     return slots.sum(0).sqrt_()
 
 
-def dequantize(codes: Codes, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+def dequantize(codes: Packed4bit, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """The weight [N, K], rounded once to `dtype`."""
     w = empty(codes.packed, *shape, dtype=dtype)
     if w.numel():
@@ -235,7 +235,7 @@ class _Linear:
     def __init__(
         self,
         x: Tensor,
-        weight: Tensor | Codes | None,
+        weight: Tensor | Packed4bit | None,
         q: Tensor,
         s_scale: float,
         gate: Tensor | None,
@@ -248,7 +248,7 @@ class _Linear:
         dtype: torch.dtype,
     ) -> None:
         (M, K), (R, N) = x.shape, q.shape
-        self.codes = weight if isinstance(weight, Codes) else None
+        self.codes = weight if isinstance(weight, Packed4bit) else None
         w = weight.to(dtype) if isinstance(weight, Tensor) else None  # as autocast does
         if w is not None and w.stride(0) == 1 != w.stride(1):
             w, transposed = w.t(), not transposed
@@ -293,7 +293,7 @@ class _Linear:
 
 
 def _dx_on_matrix_units(
-    weight: Tensor | Codes | None, dtype: torch.dtype, N: int, K: int, strategy: str
+    weight: Tensor | Packed4bit | None, dtype: torch.dtype, N: int, K: int, strategy: str
 ) -> bool:
     if strategy == ORDINARY:
         return False

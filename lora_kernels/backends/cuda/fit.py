@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...core.packed4bit import Packed4bit
 from ...core.problem import Layout
-from ...quantization.codes import Codes
 from . import DECODE_ROWS, ORDINARY, SPLIT
 
 NO_BASE = "there is no base product"
@@ -20,11 +20,11 @@ _RUN = 32  # codes of it
 _BLOCK = 64  # codes that decode takes with one scale
 
 
-def layout(weight: Tensor | Codes | None, dtype: torch.dtype) -> Layout:
+def layout(weight: Tensor | Packed4bit | None, dtype: torch.dtype) -> Layout:
     """dtype: of the product, to which a dense weight of another is converted first."""
     if weight is None:
         return Layout(obstacle=NO_BASE)
-    if isinstance(weight, Codes):
+    if isinstance(weight, Packed4bit):
         aligned = weight.packed.data_ptr() % _WIDE == 0
         obstacle = None if aligned else "the packed bytes are not aligned to 16"
         return Layout(weight.blocksize, obstacle=obstacle)

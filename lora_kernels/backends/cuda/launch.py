@@ -13,7 +13,7 @@ from torch import Tensor
 from . import emulated, module
 
 if TYPE_CHECKING:
-    from ...quantization.codes import Codes
+    from ...core.packed4bit import Packed4bit
 
 DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _WIDE = 16  # bytes of the widest load
@@ -53,7 +53,7 @@ def vector(t: Tensor | None) -> VectorArg:
     return (0, 0) if t is None else (t.data_ptr(), DTYPE[t.dtype])
 
 
-def codes(c: Codes | None, shape: tuple[int, int]) -> tuple[Any, ...]:
+def codes(c: Packed4bit | None, shape: tuple[int, int]) -> tuple[Any, ...]:
     """shape: of the weight as it is stored."""
     if c is None:
         return NO_CODES
@@ -123,7 +123,7 @@ def _span(t: Tensor) -> int:
     return (last + 1) * t.element_size()
 
 
-def of_codes(c: Codes | None) -> dict[str, Tensor | None]:
+def of_codes(c: Packed4bit | None) -> dict[str, Tensor | None]:
     if c is None:
         return {}
     return {

@@ -8,15 +8,15 @@ import torch
 import triton
 from torch import Tensor
 
-from ... import reference
+from ...core import reference
 from . import configs, launch
 from .format_4bit import dequantize_kernel, quantize_kernel
 
 if TYPE_CHECKING:
-    from ...quantization.codes import Codes
+    from ...core.packed4bit import Packed4bit
 
 
-def dequantize(codes: Codes, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+def dequantize(codes: Packed4bit, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """The weight [N, K], rounded once to `dtype`."""
     (N, K), config = shape, configs.DEQUANTIZE
     grid = (triton.cdiv(N, config.block_n), triton.cdiv(K, config.block_k))

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import linear as library_linear
 
-from ... import reference
+from ...core import reference
 from ...core.call import (
     Grads,
     MultiGrads,
@@ -22,7 +22,7 @@ from ...core.call import (
     Saved,
     Spec,
 )
-from ...quantization.codes import Codes
+from ...core.packed4bit import Packed4bit
 from .. import stacked, workspace
 from ..dropout import NO_DROPOUT, Dropout
 from . import COOPERATIVE, LIBRARY, SINGLE_PASS, codec, configs, interpreted, launch, measured
@@ -171,7 +171,7 @@ def multi_lora_linear_backward(
 
 def _linear(
     x: Tensor,
-    weight: Tensor | Codes | None,
+    weight: Tensor | Packed4bit | None,
     a: Tensor,
     q: Tensor,
     s_scale: float,
@@ -192,7 +192,7 @@ def _linear(
     slots: P, where it is there already, in slots to be added."""
     (M, K), (R, N), target = x.shape, q.shape, launch.target(x)
     mask_in, mask_out = (dropout, NO_DROPOUT) if forward else (NO_DROPOUT, dropout)
-    codes = weight if isinstance(weight, Codes) else None
+    codes = weight if isinstance(weight, Packed4bit) else None
     base, w = "none", None
     if strategy == LIBRARY and weight is not None and M:
         base, y = "library", _library(x, weight, in_scale, forward, (N, K), dtype, y_dtype)
@@ -261,7 +261,7 @@ def _linear(
 
 def _library(
     x: Tensor,
-    weight: Tensor | Codes,
+    weight: Tensor | Packed4bit,
     in_scale: Tensor | None,
     forward: bool,
     shape: tuple[int, int],
@@ -271,7 +271,7 @@ def _library(
     """The library's product, contiguous, in y's dtype; shape: (columns, inner)."""
     if in_scale is not None:
         x = x * in_scale.to(x.dtype)
-    if isinstance(weight, Codes):
+    if isinstance(weight, Packed4bit):
         weight = codec.dequantize(weight, shape if forward else shape[::-1], dtype)
     weight = weight.to(dtype)
     return library_linear(x.to(dtype), weight if forward else weight.t()).to(y_dtype)
@@ -389,7 +389,7 @@ def _reduce(
 
 
 def dora_norm(
-    weight: Tensor | Codes,
+    weight: Tensor | Packed4bit,
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float,
@@ -397,8 +397,8 @@ def dora_norm(
 ) -> Tensor:
     """‖W + scaling · (B ⊙ gate)·A‖ of each row: float32 [N]."""
     (R, K), N, target = lora_A.shape, lora_B.shape[0], launch.target(lora_A)
-    codes = weight if isinstance(weight, Codes) else None
-    w = weight.packed if isinstance(weight, Codes) else weight
+    codes = weight if isinstance(weight, Packed4bit) else None
+    w = weight.packed if isinstance(weight, Packed4bit) else weight
     # A gate rounds B where that has 16 bits.
     wider = torch.float32 if rank_gate is not None else _operand(lora_A, lora_B)
     config, share = configs.row_norm(target, N, K, wider.itemsize)

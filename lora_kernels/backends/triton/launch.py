@@ -11,14 +11,14 @@ from . import configs, interpreted
 from .configs import Config, Target
 
 if TYPE_CHECKING:
-    from ...quantization.codes import Codes
+    from ...core.packed4bit import Packed4bit
 
 
 def target(x: Tensor) -> Target:
     return configs.INTERPRETER if interpreted() else configs.target(x.device.index)
 
 
-def format_4bit(codes: Codes | None, row: int, target: Target) -> dict[str, Any]:
+def format_4bit(codes: Packed4bit | None, row: int, target: Target) -> dict[str, Any]:
     """What a kernel is compiled for; row: elements of a row of the weight."""
     return {
         "LOG2_BLOCK": 0 if codes is None else codes.blocksize.bit_length() - 1,
@@ -51,13 +51,13 @@ def run(
         kernel[grid](*args, **meta, **options(config))
 
 
-def tables(codes: Codes | None) -> tuple[Tensor | None, ...]:
+def tables(codes: Packed4bit | None) -> tuple[Tensor | None, ...]:
     if codes is None:
         return (None,) * 5
     return codes.absmax, codes.code, codes.nested_absmax, codes.nested_code, codes.offset
 
 
-def strides(w: Tensor | None, codes: Codes | None) -> tuple[int, ...]:
+def strides(w: Tensor | None, codes: Packed4bit | None) -> tuple[int, ...]:
     return (0, 0) if w is None or codes is not None else w.stride()
 
 

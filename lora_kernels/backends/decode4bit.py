@@ -1,0 +1,190 @@
+"""4-bit weights on any device: decoding, bitsandbytes' kernels, and quantization on the CPU."""
+
+from __future__ import annotations
+
+import functools
+import math
+import sys
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from ..core import reference
+from ..core.packed4bit import Packed4bit
+from . import native
+from .library import follows_gpu
+
+_DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def native_view(weight: Packed4bit, shape: tuple[int, int]) -> object:
+    """Return the native kernels' view of the weight: addresses, valid while the tensors live."""
+    assert native.module is not None
+    nested = weight.nested_absmax is not None
+    return native.module.Codes4bit(
+        weight.packed.data_ptr(), weight.code.data_ptr(), weight.absmax.data_ptr(),
+        _ptr(weight.nested_code), _ptr(weight.nested_absmax), _ptr(weight.offset),
+        weight.blocksize, weight.nested_blocksize if nested else 1, *shape,
+    )  # fmt: skip
+
+
+def dense(
+    weight: Packed4bit,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    rows: slice = slice(None),
+    columns: slice = slice(None),
+) -> Tensor:
+    """Return the weight [N, K], or a block of it, rounded once to `dtype`."""
+    if (
+        native.module is None
+        or follows_gpu(weight.packed.device.type)
+        or dtype not in _DTYPE
+        or torch.compiler.is_compiling()
+    ):
+        return _library_dense(weight, shape, dtype)[rows, columns].contiguous()
+    n0, n1, _ = rows.indices(shape[0])
+    k0, k1, _ = columns.indices(shape[1])
+    assert native.module is not None
+    out = weight.packed.new_empty(n1 - n0, k1 - k0, dtype=dtype)
+    native.module.dequantize(
+        native_view(weight, shape), n0, n1 - n0, k0, k1 - k0, out.data_ptr(), _DTYPE[dtype],
+        k1 - k0, torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def _library_dense(weight: Packed4bit, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """Decode with bitsandbytes if its ops passed their check on the device, or `decode`."""
+    if dtype in _DTYPE and bitsandbytes_reason(weight.packed.device) is None:
+        return bitsandbytes_dense(weight, shape, dtype)
+    return decode(weight.packed, weight.scales(), weight.code, weight.blocksize, shape, dtype)
+
+
+def bitsandbytes_dense(weight: Packed4bit, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """Return the weight [N, K], decoded by bitsandbytes to float32, bfloat16 or float16."""
+    scales = weight.absmax
+    if weight.nested_absmax is not None and weight.offset is not None:
+        scales = torch.ops.bitsandbytes.dequantize_blockwise(
+            weight.absmax, weight.nested_absmax, weight.nested_code, weight.nested_blocksize,
+            torch.float32,
+        ).add_(weight.offset)  # fmt: skip
+    return torch.ops.bitsandbytes.dequantize_4bit(  # type: ignore[no-any-return]
+        weight.packed.view(-1, 1), scales, weight.blocksize, weight.quant_type, shape, dtype
+    )
+
+
+def gemm(weight: Packed4bit, x: Tensor, columns: int, bias: Tensor | None) -> Tensor | None:
+    """Return x·W̃ᵀ + bias [M, columns] in x's dtype by bitsandbytes' `gemm_4bit`.
+
+    None if bitsandbytes is not used on the device or is older than 0.50, if x has no rows, or
+    if K is no multiple of the block size, for which `gemm_4bit` warns and decodes the whole
+    weight.
+    """
+    if bitsandbytes_reason(x.device) is not None or x.dtype not in _DTYPE:
+        return None
+    if not x.shape[0] or x.shape[1] % weight.blocksize or not has_gemm_4bit():
+        return None
+    return bitsandbytes_gemm(weight, x, columns, bias)
+
+
+def bitsandbytes_gemm(weight: Packed4bit, x: Tensor, columns: int, bias: Tensor | None) -> Tensor:
+    """Return x·W̃ᵀ + bias by bitsandbytes, which decodes inside the GEMM if x has few rows."""
+    nested = weight.nested_absmax is not None
+    return torch.ops.bitsandbytes.gemm_4bit(  # type: ignore[no-any-return]
+        x.contiguous(), weight.packed.view(-1, 1), (columns, x.shape[1]),
+        weight.nested_absmax if nested else weight.absmax, weight.blocksize, weight.quant_type,
+        bias=None if bias is None else bias.to(x.dtype),
+        absmax_8bit=weight.absmax if nested else None,
+        absmax_code=weight.nested_code,
+        absmax_offset=None if weight.offset is None else weight.offset.reshape(()),
+    )  # fmt: skip
+
+
+def decode(
+    packed: Tensor,
+    scales: Tensor,
+    code: Tensor,
+    blocksize: int,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return the bits of `reference.dequantize_4bit`, in three kernels.
+
+    They widen the bytes to int32 indices, look up the two float32 values of each byte in a table,
+    and multiply the values by the scales into `dtype`.
+
+    >>> packed, scales = torch.tensor([0x21, 0x30], dtype=torch.uint8), torch.tensor([0.5])
+    >>> decode(packed, scales, torch.arange(16.0), 32, (1, 3), torch.float32)
+    tensor([[1.0000, 0.5000, 1.5000]])
+    """
+    n, pairs = math.prod(shape), torch.cartesian_prod(code, code)
+    values = pairs.index_select(0, packed.int()).view(-1)
+    whole = n // blocksize * blocksize
+    out = values.new_empty(n, dtype=dtype)
+    blocks, block_scales = values[:whole].view(-1, blocksize), scales[: whole // blocksize, None]
+    torch.mul(blocks, block_scales, out=out[:whole].view(-1, blocksize))
+    if whole < n:
+        torch.mul(values[whole:n], scales[-1], out=out[whole:])
+    return out.view(shape)
+
+
+@functools.cache
+def has_gemm_4bit() -> bool:
+    """True if the bitsandbytes that is imported has the op."""
+    return hasattr(torch.ops.bitsandbytes, "gemm_4bit")
+
+
+# Device type and index -> the reason why bitsandbytes' ops are not used there, or None after they
+# passed `bitsandbytes.check`.
+bitsandbytes_reasons: dict[tuple[str, int | None], str | None] = {}
+_UNCHECKED = "bitsandbytes is not installed, or was not yet checked by fuse() or a layer's move"
+
+
+def bitsandbytes_reason(device: torch.device) -> str | None:
+    """Return why bitsandbytes does not decode 4-bit weights on this device, or None if it does."""
+    return bitsandbytes_reasons.get((device.type, device.index), _UNCHECKED)
+
+
+def check_decoder(device: torch.device) -> None:
+    """Compare bitsandbytes' ops, if it is installed, with ours on a GPU that gets a 4-bit weight.
+
+    The comparison synchronizes with the device. `fuse` and modules that move call it, never a
+    forward.
+    """
+    # Importing bitsandbytes takes a second, too long for a module that is only built on meta.
+    wanted = device.type != "meta" or "bitsandbytes" in sys.modules
+    if follows_gpu(device.type) and wanted and find_spec("bitsandbytes") is not None:
+        from ..quantization.bitsandbytes import check
+
+        check(device)
+
+
+def decoded_by(device: torch.device) -> str:
+    """Return a clause for `explain` that names the decoder of 4-bit weights on a GPU."""
+    reason = bitsandbytes_reason(device)
+    return (
+        "bitsandbytes decodes" if reason is None else f"PyTorch decodes in three kernels: {reason}"
+    )
+
+
+def encode(
+    weight: Tensor, thresholds: Tensor, order: Tensor, blocksize: int
+) -> tuple[Tensor, Tensor]:
+    """`reference.quantize_4bit`, by a native kernel where there is one."""
+    if weight.device.type != "cpu" or native.module is None or torch.compiler.is_compiling():
+        return reference.quantize_4bit(weight, thresholds, order, blocksize)
+    weight, n = weight.contiguous(), weight.numel()
+    packed = weight.new_empty(-(-n // 2), dtype=torch.uint8)
+    absmax = weight.new_empty(-(-n // blocksize), dtype=torch.float32)
+    native.module.quantize(
+        weight.data_ptr(), _DTYPE[weight.dtype], n, blocksize, thresholds.data_ptr(),
+        order.data_ptr(), reference.SMALLEST_SCALE, packed.data_ptr(), absmax.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return packed, absmax
+
+
+def _ptr(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()

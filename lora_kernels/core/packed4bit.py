@@ -1,0 +1,44 @@
+"""A 4-bit weight as the ops and kernels take it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from . import reference
+
+PACKED4BIT_TENSORS = 6  # the first fields of `Packed4bit` are tensors, the others are not
+
+
+class Packed4bit(NamedTuple):
+    """The tensors and block sizes of a `Weight4bit`, as the arguments of an op. Nothing is checked.
+
+    The shape [N, K] is that of the adapter beside it.
+
+    Args:
+        packed: codes, two to a byte.
+        absmax: scale of each block, float32, or uint8 if scales are nested.
+        code: the codebook, float32 [16].
+        nested_absmax, nested_code, offset: of nested scales, or None.
+        blocksize, nested_blocksize: elements, and scales, to a block.
+        quant_type: "nf4" or "fp4".
+    """
+
+    packed: Tensor
+    absmax: Tensor
+    code: Tensor
+    nested_absmax: Tensor | None
+    nested_code: Tensor | None
+    offset: Tensor | None
+    blocksize: int
+    nested_blocksize: int
+    quant_type: str
+
+    def scales(self) -> Tensor:
+        """Return the scale of each block in float32; no copy unless the scales are nested."""
+        if self.nested_absmax is None or self.nested_code is None or self.offset is None:
+            return self.absmax
+        return reference.dequantize_scales(
+            self.absmax, self.nested_absmax, self.nested_code, self.offset, self.nested_blocksize
+        )

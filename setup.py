@@ -23,11 +23,13 @@ Environment:
 
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -80,8 +82,17 @@ NVCCFLAGS = ["-std=c++17", "-O3", "-cudart", "static", "-Xcompiler", "-fPIC,-fvi
 EMULATOR = ["-x", "c++", "-O2", "-DLORA_KERNELS_EMULATED=1", "-Wno-unknown-pragmas"]
 
 
+LOG_SECONDS = 10  # between two lines of progress where these are not rewritten
+
+
 def enabled(name: str) -> bool:
     return os.environ.get(name) == "1"
+
+
+def say(text: bytes) -> None:
+    """Write bytes, a compiler's among them, to where its own would go."""
+    sys.stdout.flush()
+    os.write(1, text)
 
 
 def find_compiler() -> list[str]:
@@ -194,11 +205,31 @@ class Ninja:
         self.writer.build(str(shared), f"link{name}", objects)
         return shared
 
-    def run(self, compiler: str) -> None:
+    def run(self, what: str, compiler: str) -> None:
+        """Compile and link what is out of date. One line says how many steps are left: rewritten on
+        a terminal, else printed again every LOG_SECONDS."""
         self.stream.close()
-        ninja = [sys.executable, "-m", "ninja", "-f", str(self.file)]
-        if subprocess.run(ninja, cwd=ROOT).returncode != 0:
+        command = [sys.executable, "-m", "ninja", "-f", str(self.file)]
+        environment = os.environ | {"NINJA_STATUS": "step %f of %t: "}
+        out, err = subprocess.PIPE, subprocess.STDOUT
+        terminal, steps, start = os.isatty(1), 0, time.monotonic()
+        clear, shown = b"\r\x1b[K" if terminal else b"", start
+        with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=err) as ninja:
+            assert ninja.stdout is not None
+            for line in ninja.stdout:
+                if done := re.match(rb"step (\d+) of (\d+): ", line):
+                    steps = int(done[2])
+                    if terminal or time.monotonic() - shown >= LOG_SECONDS:
+                        shown, left = time.monotonic(), steps - int(done[1])
+                        progress = f"Compiling {what}: {left} of {steps} steps left"
+                        say(clear + progress.encode() + (b"" if terminal else b"\n"))
+                elif line != b"ninja: no work to do.\n":  # a compiler's message
+                    say(clear + line)
+        if ninja.returncode != 0:
             raise RuntimeError(f"{compiler} failed; its messages are above")
+        if steps:
+            seconds = time.monotonic() - start
+            say(clear + f"Compiled {what}: {steps} steps in {seconds:.0f} s\n".encode())
 
 
 def native(ninja: Ninja, cxx: list[str]) -> Path:
@@ -265,7 +296,7 @@ class NativeBuild(build_ext):
             build_dir = Path(self.build_temp) / kind.removeprefix("_")
             ninja = Ninja(build_dir, self.distribution.get_version())
             library = rules(ninja, cxx, *arguments)
-            ninja.run(shlex.join(arguments or cxx))
+            ninja.run(WHAT[name], shlex.join(arguments or cxx))
         except RuntimeError as error:
             # An older extension beside newer Python is worse than none.
             target.unlink(missing_ok=True)

@@ -330,7 +330,7 @@ struct TileProduct {
   const ExpandArgs& u = a.update;
   const Cut<TERMS> cut{a};
   const bool tiled = TERMS == 1 && u.dtype == DType::bf16 && u.R && u.M >= THIN_ROWS;
-  const bool masked = tiled && u.dropout.rng, plain = !(u.z || u.c || u.bias);
+  const bool masked = tiled && u.dropout.rng;
   const Philox generator = philox(u.dropout);
   const int64_t blocks = (u.R + 15) / 16, groups = cut.rows / GROUP, R16 = blocks * 16;
   const int terms = u.q.dtype == DType::bf16 ? 1 : 2;
@@ -383,13 +383,8 @@ struct TileProduct {
       else
         masked_rank_tile(u, generator, i, count, n, q, acc);
       const auto sum = [&](int j, int v, int = W) { return load(sum_at(c, i - m + j, v)); };
-      with_type(u.dtype, [&](auto type) {
-        using TY = decltype(type);
-        if (plain)
-          finish_tile<TY, true>(u, i, count, n, n1, acc, sum);
-        else
-          finish_tile<TY, false>(u, i, count, n, n1, acc, sum);
-      });
+      with_type(u.dtype,
+                [&](auto type) { finish_tile<decltype(type)>(u, i, count, n, n1, acc, sum); });
     }
   }
 
@@ -492,7 +487,7 @@ void product_of_tiles(const ProductArgs& a) {
   else if (a.x.dtype == DType::f32 && a.update.M >= FLOAT_ROWS)
     TileProduct<3>{a}.run();
   else
-    product(a);
+    kernels_avx512bf16.product(a);
 }
 
 }  // namespace

@@ -263,7 +263,7 @@ LK_INLINE bool for_tiles(const Matrix& x, int64_t M, int64_t R) {
 
 // As `shrink`; Q = Aᵀ.
 void shrink_tiles(const ShrinkArgs& a) {
-  if (!for_tiles(a.x, a.M, a.R)) return shrink(a);
+  if (!for_tiles(a.x, a.M, a.R)) return kernels_avx512bf16.shrink(a);
   dots({a.x,
         {a.a.data, a.a.dtype, 1, a.a.row},
         nullptr,
@@ -280,7 +280,7 @@ void shrink_tiles(const ShrinkArgs& a) {
 // As `backward_pair`, but dY is read once for dS, once for dB, which have other columns and rows of
 // it, and once more where the bias or the column scale trains.
 void backward_pair_tiles(const BackwardPairArgs& a) {
-  if (!for_tiles(a.dy, a.M, a.R)) return backward_pair(a);
+  if (!for_tiles(a.dy, a.M, a.R)) return kernels_avx512bf16.backward_pair(a);
   if (a.ds)
     dots({a.dy, a.b, a.c, a.M, a.N, a.R, a.ds_scale, Dropout{nullptr, 0}, a.ds, a.lds, a.threads});
   if (a.db) {
@@ -298,13 +298,13 @@ void backward_pair_tiles(const BackwardPairArgs& a) {
     BackwardPairArgs rest = a;
     rest.ds = nullptr;
     rest.db = nullptr;
-    backward_pair(rest);
+    kernels_avx512bf16.backward_pair(rest);
   }
 }
 
 // As `grad_a`.
 void grad_a_tiles(const GradAArgs& a) {
-  if (!for_tiles(a.x, a.M, a.R)) return grad_a(a);
+  if (!for_tiles(a.x, a.M, a.R)) return kernels_avx512bf16.grad_a(a);
   const int64_t ld = round_up(a.K, 64), R16 = round_up(a.R, 16);
   Scratch scratch(R16 * ld * 4);
   float* const sums = static_cast<float*>(scratch.data);
@@ -323,7 +323,7 @@ void grad_a_tiles(const GradAArgs& a) {
 
 // As `expand`, by 32 rows of y and 64 columns, along y's rows as far as Q's tiles stay in L2.
 void expand_tiles(const ExpandArgs& a) {
-  if (a.dtype != DType::bf16 || a.M < THIN_ROWS || !a.R) return expand(a);
+  if (a.dtype != DType::bf16 || a.M < THIN_ROWS || !a.R) return kernels_avx512bf16.expand(a);
   const int64_t blocks = (a.R + 15) / 16, R16 = blocks * 16;
   const int64_t groups = (a.M + 31) / 32, panels = (a.N + VW - 1) / VW;
   const bool small = a.M * a.N * a.R < SMALL;
@@ -331,7 +331,6 @@ void expand_tiles(const ExpandArgs& a) {
                 teams = small ? 1 : min(a.threads, panels);
   const int terms = a.q.dtype == DType::bf16 ? 1 : 2;
   const Philox generator = philox(a.dropout);
-  const bool plain = !(a.dropout.rng || a.z || a.c || a.bias);
   const int64_t q_floats = R16 * VW * terms, together = max(1, (1 << 15) / q_floats);
   const int64_t team_floats = R16 * VW + staging_floats(VW, a.R);
   const int64_t chunk_floats = 2 * blocks * TILE_WORDS + 2 * X_ROWS * VW;
@@ -378,14 +377,18 @@ void expand_tiles(const ExpandArgs& a) {
               const bf16* from = y + (m + j) * a.ldy + n + v * W;
               return rest == W ? load(from) : load_n(from, rest);
             };
-            if (plain)
-              finish_tile<bf16, true>(a, m, count, n, n1, acc, held);
-            else
-              finish_tile<bf16, false>(a, m, count, n, n1, acc, held);
+            finish_tile<bf16>(a, m, count, n, n1, acc, held);
           }
         }
       }
   });
+}
+
+// As `few_rows`. Intel's processors take as long for a pair of bf16 as for two elements of float32.
+void few_rows_widened(const FewRowsArgs& a) {
+  FewRowsArgs widened = a;
+  widened.pairs = false;
+  kernels_avx512bf16.few_rows(widened);
 }
 
 }  // namespace

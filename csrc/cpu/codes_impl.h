@@ -119,7 +119,7 @@ LK_INLINE void encode(const QuantizeArgs& a, const float* v, uint8_t* to) {
 
 // Bound by reading the weight: about 30 instructions for W elements. Exact: the bits of
 // reference.quantize_4bit. Tested by tests/quantization.
-void quantize(const QuantizeArgs& a) {
+[[maybe_unused]] void quantize(const QuantizeArgs& a) {
   const int64_t size = int64_t{1} << a.log2_block, blocks = (a.n + size - 1) / size;
   const int64_t chunks = a.n < SMALL ? 1 : min(blocks, int64_t{a.threads} * 4);
   Scratch scratch(chunks * size * 4);
@@ -157,7 +157,7 @@ void quantize(const QuantizeArgs& a) {
 
 // Rows of the weight, each element rounded once to the output's dtype. Tested by
 // tests/quantization.
-void dequantize(const DequantizeArgs& a) {
+[[maybe_unused]] void dequantize(const DequantizeArgs& a) {
   with_type(a.dtype, [&](auto type) {
     using T = decltype(type);
     const Table t = table(a.codes.code);

@@ -63,7 +63,7 @@ LK_INLINE void dot_chunk(const vu codes[J], const Table& t, const vf scale[J], c
   vf chunk[J][M];
   LK_UNROLL for (int g = 0; g < J; ++g) LK_UNROLL for (int i = 0; i < M; ++i) chunk[g][i] =
       last ? zero() : total[g][i];
-  LK_UNROLL for (int j = 0; j < 8; ++j) {
+  LK_UNROLL_FAST for (int j = 0; j < 8; ++j) {
     vf v[J];
     LK_UNROLL for (int g = 0; g < J; ++g) {
       v[g] = look_up(t, codes[g], j);
@@ -168,7 +168,7 @@ LK_INLINE void dot_streams(const Codes4bit& w, const T& t, const X* x, int64_t f
     for (int64_t n = first; n < end; ++n) {
       vf total[STREAMS][M];
       if (whole) {
-        LK_UNROLL for (int g = 0; g < STREAMS; g += J)
+        LK_UNROLL_FAST for (int g = 0; g < STREAMS; g += J)
             dot_codes<J, M, true>(w, t, n + g * apart, apart, scales + g * stride, stride,
                                   start_of(w, first + g * apart, n - first), x, k0, k1, total + g);
       } else {
@@ -379,9 +379,8 @@ void few_rows(const FewRowsArgs& a) {
   const Codes4bit& codes = *a.codes;
   const int64_t ldx = round_up(K, CODES);
   Scratch scratch(M * ldx * 4);
-// Intel's processors take as long for a pair of bf16 as for two elements of float32.
-#if defined LK_BF16_PAIRS && !defined LK_AMX
-  if (a.x.dtype == DType::bf16 && K % 8 == 0) {
+#ifdef LK_BF16_PAIRS
+  if (a.pairs && a.x.dtype == DType::bf16 && K % 8 == 0) {
     bf16* const x = static_cast<bf16*>(scratch.data);
     const Passes passes = coded_passes<bf16>(M, K);
     each_row(passes, ldx, [&](int64_t m, int64_t at, int64_t stride) {

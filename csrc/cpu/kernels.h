@@ -150,6 +150,7 @@ struct FewRowsArgs {
   const Codes4bit* codes;  // or null
   ShrinkArgs shrink;
   ExpandArgs update;
+  bool pairs = true;  // bf16 beside codes may be multiplied as pairs, where a unit has these
 };
 
 // norm[N] = the norms of the rows of W + scaling * (B * gate) A: W's rows contiguous, or codes.

@@ -1,18 +1,21 @@
 #include "vec_avx512bf16.h"
-
-#define LK_AMX
-
 #include "kernels_impl.h"
 #include "codes_impl.h"
-#include "streamed_impl.h"
-#include "few_rows_impl.h"
-#include "row_norm_impl.h"
 #include "product_impl.h"
 #include "amx_impl.h"
 #include "amx_thin_impl.h"
 
 namespace lora_kernels {
-extern const Kernels kernels_amxbf16 = {shrink_tiles, expand_tiles, backward_pair_tiles,
-                                        grad_a_tiles, quantize,     dequantize,
-                                        few_rows,     row_norm,     product_of_tiles};
-}
+namespace {
+
+// Without tiles the same as in the units whose instructions these are.
+void quantize_as_avx512(const QuantizeArgs& a) { kernels_avx512.quantize(a); }
+void dequantize_as_avx512(const DequantizeArgs& a) { kernels_avx512.dequantize(a); }
+void row_norm_as_avx512(const RowNormArgs& a) { kernels_avx512.row_norm(a); }
+
+}  // namespace
+
+extern const Kernels kernels_amxbf16 = {shrink_tiles,     expand_tiles,       backward_pair_tiles,
+                                        grad_a_tiles,     quantize_as_avx512, dequantize_as_avx512,
+                                        few_rows_widened, row_norm_as_avx512, product_of_tiles};
+}  // namespace lora_kernels

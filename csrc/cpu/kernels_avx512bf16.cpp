@@ -3,10 +3,25 @@
 #include "codes_impl.h"
 #include "streamed_impl.h"
 #include "few_rows_impl.h"
-#include "row_norm_impl.h"
 #include "product_impl.h"
 
 namespace lora_kernels {
-extern const Kernels kernels_avx512bf16 = {shrink,     expand,   backward_pair, grad_a, quantize,
-                                           dequantize, few_rows, row_norm,      product};
-}
+namespace {
+
+// Nothing in these is rounded to bf16 but a decoded weight, which keeps its subnormals.
+void quantize_as_avx512(const QuantizeArgs& a) { kernels_avx512.quantize(a); }
+void dequantize_as_avx512(const DequantizeArgs& a) { kernels_avx512.dequantize(a); }
+void row_norm_as_avx512(const RowNormArgs& a) { kernels_avx512.row_norm(a); }
+
+}  // namespace
+
+extern const Kernels kernels_avx512bf16 = {shrink,
+                                           expand,
+                                           backward_pair,
+                                           grad_a,
+                                           quantize_as_avx512,
+                                           dequantize_as_avx512,
+                                           few_rows,
+                                           row_norm_as_avx512,
+                                           product};
+}  // namespace lora_kernels

@@ -12,8 +12,17 @@
 
 #if defined(__clang__)
 #define LK_UNROLL _Pragma("unroll")
+#define LK_ROLL _Pragma("nounroll")
 #else
 #define LK_UNROLL _Pragma("GCC unroll 16")
+#define LK_ROLL _Pragma("GCC unroll 1")
+#endif
+// Where a loop over registers has none to index by its counter: the portable unit keeps it a loop,
+// so that it compiles fast.
+#ifdef LK_SMALL
+#define LK_UNROLL_FAST LK_ROLL
+#else
+#define LK_UNROLL_FAST LK_UNROLL
 #endif
 
 namespace lora_kernels {
@@ -265,9 +274,9 @@ LK_INLINE void transpose4(const float* from, int64_t ld_from, float* to, int64_t
 // to[r * ld + n] = alpha * gate[r] * c[n] * Q[r, n] for n in [n0, n0 + count), as float32; ranks up
 // to a multiple of 4 and columns up to `width` are zero-filled. staging: [count up to 4, R up to
 // W].
-LK_INLINE void pack(const Matrix& q, int64_t R, int64_t n0, int64_t count, int64_t width,
-                    float alpha, const float* gate, const float* c, float* to, int64_t ld,
-                    float* staging) {
+[[gnu::noinline]] void pack(const Matrix& q, int64_t R, int64_t n0, int64_t count, int64_t width,
+                            float alpha, const float* gate, const float* c, float* to, int64_t ld,
+                            float* staging) {
   const int64_t R4 = round_up(R, 4);
   with_type(q.dtype, [&](auto type) {
     using T = decltype(type);
@@ -362,7 +371,7 @@ LK_INLINE void shrink_tile(const ShrinkArgs& a, int64_t m, int64_t count, int64_
 // P[M, R] = scale * (mask(X) A^T). Tiles of DOT_ROWS rows of x by 4 ranks over all of K; with
 // dropout the tile's masked rows are written to a buffer of DOT_ROWS x K once and read for every
 // rank. Reads x once from memory, A once a tile from cache. Tested by tests/ops.
-void shrink(const ShrinkArgs& a) {
+[[maybe_unused]] void shrink(const ShrinkArgs& a) {
   const int64_t tiles = (a.M + DOT_ROWS - 1) / DOT_ROWS, K64 = round_up(a.K, 64);
   const int64_t chunks = a.M * a.K * a.R < SMALL ? 1 : min(a.threads, tiles);
   if (!tiles) return;
@@ -401,32 +410,61 @@ LK_INLINE void rank_tile(const float* const s[Y_ROWS], int64_t R, const float* p
   }
 }
 
+// y = c * sum + bias and z = sum for a tile at an edge of y, of which only `count` rows and the
+// columns below n1 exist. A loop out of line, from memory: unrolled into each kernel, edges were
+// half of the library and two thirds of the time to compile it (benchmarks/NOTES.md).
+template <typename T>
+[[gnu::noinline]] void finish_edge(const ExpandArgs& a, int64_t m, int64_t count, int64_t n,
+                                   int64_t n1, const float (*sum)[VW]) {
+  LK_ROLL for (int64_t i = 0; i < count; ++i) {
+    LK_ROLL for (int64_t column = n; column < n1; column += W) {
+      const int rest = (int)min(W, n1 - column);
+      vf u = load(sum[i] + (column - n));
+      if (a.z) store_n(static_cast<T*>(a.z) + (m + i) * a.N + column, u, rest);
+      if (a.c) u = mul(u, load_n(a.c + column, rest));
+      if (a.bias) u = add(u, load_n(a.bias + column, rest));
+      store_n(static_cast<T*>(a.y) + (m + i) * a.ldy + column, u, rest);
+    }
+  }
+}
+
 // y = c * (base + acc) + bias and z = base + acc for a tile whose first element is y[m, n]; only
 // `count` rows and the columns below n1 exist. Each of y and z rounds once. base(i, v, rest) is
 // the first `rest` lanes of what the rank update is added to, in register v of row i.
-// Plain: no z, c or bias. Asking for each of them at every register costs a third more.
-template <typename T, bool Plain, typename Base>
+template <typename T, typename Base>
 LK_INLINE void finish_tile(const ExpandArgs& a, int64_t m, int64_t count, int64_t n, int64_t n1,
                            const vf acc[Y_ROWS][V], const Base& base) {
-  T* const y = static_cast<T*>(a.y);
-  T* const z = static_cast<T*>(a.z);
-  const bool full = count == Y_ROWS && n + VW <= n1;
-  LK_UNROLL for (int i = 0; i < Y_ROWS; ++i) {
-    if (!full && i >= count) break;
-    LK_UNROLL for (int v = 0; v < V; ++v) {
-      const int64_t column = n + v * W;
-      const int rest = full ? W : (int)min(W, n1 - column);
-      if (rest <= 0) break;
-      vf u = add(base(i, v, rest), acc[i][v]);
-      T* keep_z = !Plain && z ? z + (m + i) * a.N + column : nullptr;
-      if (keep_z) full ? store(keep_z, u) : store_n(keep_z, u, rest);
-      if (!Plain && a.c) u = mul(u, full ? load(a.c + column) : load_n(a.c + column, rest));
-      if (!Plain && a.bias)
-        u = add(u, full ? load(a.bias + column) : load_n(a.bias + column, rest));
-      T* to = y + (m + i) * a.ldy + column;
-      full ? store(to, u) : store_n(to, u, rest);
+  if (count < Y_ROWS || n + VW > n1) {
+    const int64_t end = min(n + VW, n1);
+    float sum[Y_ROWS][VW];
+    LK_UNROLL for (int i = 0; i < Y_ROWS; ++i) LK_UNROLL for (int v = 0; v < V; ++v)
+        store(sum[i] + v * W, acc[i][v]);
+    const int registers = (int)(end - n + W - 1) / W;
+    LK_ROLL for (int i = 0; i < count; ++i) {
+      LK_ROLL for (int v = 0; v < registers; ++v) {
+        float* const at = sum[i] + v * W;
+        store(at, add(base(i, v, (int)min(W, end - n - v * W)), load(at)));
+      }
     }
+    finish_edge<T>(a, m, count, n, end, sum);
+    return;
   }
+  vf u[Y_ROWS][V];
+  LK_UNROLL for (int i = 0; i < Y_ROWS; ++i) LK_UNROLL for (int v = 0; v < V; ++v) u[i][v] =
+      add(base(i, v, W), acc[i][v]);
+  if (a.z)
+    LK_UNROLL for (int i = 0; i < Y_ROWS; ++i) LK_UNROLL for (int v = 0; v < V; ++v)
+        store(static_cast<T*>(a.z) + (m + i) * a.N + n + v * W, u[i][v]);
+  if (a.c) LK_UNROLL for (int v = 0; v < V; ++v) {
+      const vf c = load(a.c + n + v * W);
+      LK_UNROLL for (int i = 0; i < Y_ROWS; ++i) u[i][v] = mul(u[i][v], c);
+    }
+  if (a.bias) LK_UNROLL for (int v = 0; v < V; ++v) {
+      const vf bias = load(a.bias + n + v * W);
+      LK_UNROLL for (int i = 0; i < Y_ROWS; ++i) u[i][v] = add(u[i][v], bias);
+    }
+  LK_UNROLL for (int i = 0; i < Y_ROWS; ++i) LK_UNROLL for (int v = 0; v < V; ++v)
+      store(static_cast<T*>(a.y) + (m + i) * a.ldy + n + v * W, u[i][v]);
 }
 
 LK_INLINE void mask_tile(const uint64_t bits[Y_ROWS], int64_t shift, vf acc[Y_ROWS][V]) {
@@ -437,7 +475,7 @@ LK_INLINE void mask_tile(const uint64_t bits[Y_ROWS], int64_t shift, vf acc[Y_RO
 // Y = c * (Y + alpha * mask(S Q)) + bias in one pass over y. A task is a panel of PANEL columns of
 // Q, packed once in float32 with alpha inside, by ROWS rows of y. Rounds once, when y is stored
 // (z likewise). Reads and writes y once, reads S once a panel, Q once. Tested by tests/ops.
-template <typename T, bool Plain>
+template <typename T>
 LK_INLINE void expand_tile(const ExpandArgs& a, const Philox& generator, const float* panel,
                            int64_t n0, int64_t m0, int64_t m1) {
   const int64_t n1 = min(n0 + PANEL, a.N);
@@ -448,7 +486,7 @@ LK_INLINE void expand_tile(const ExpandArgs& a, const Philox& generator, const f
     for (int64_t i = 0; i < Y_ROWS; ++i) s[i] = a.s + (m + min(i, count - 1)) * a.lds;
     uint64_t bits[Y_ROWS] = {};
     for (int64_t n = n0; n < n1; n += VW) {
-      if (!Plain && a.dropout.rng && (n - n0) % 64 == 0)
+      if (a.dropout.rng && (n - n0) % 64 == 0)
         for (int64_t i = 0; i < count; ++i) bits[i] = keep64(generator, m + i, n);
       // The next rows come from L3, too far apart for the hardware's prefetcher.
       if (m + 2 * Y_ROWS <= m1 && n + VW <= n1) LK_UNROLL for (int i = 0; i < Y_ROWS; ++i) {
@@ -458,8 +496,8 @@ LK_INLINE void expand_tile(const ExpandArgs& a, const Philox& generator, const f
         }
       vf acc[Y_ROWS][V];
       rank_tile(s, a.R, panel + (n - n0), PANEL, acc);
-      if (!Plain && a.dropout.rng) mask_tile(bits, (n - n0) % 64, acc);
-      finish_tile<T, Plain>(a, m, count, n, n1, acc, [&](int i, int v, int rest) {
+      if (a.dropout.rng) mask_tile(bits, (n - n0) % 64, acc);
+      finish_tile<T>(a, m, count, n, n1, acc, [&](int i, int v, int rest) {
         const T* from = y + (m + i) * a.ldy + n + v * W;
         return rest == W ? load(from) : load_n(from, rest);
       });
@@ -473,46 +511,48 @@ LK_INLINE bool unpacked(const ExpandArgs& a) {
   return a.M <= UNPACKED && a.q.row == 1 && !a.gate && !a.dropout.rng;
 }
 
-// acc = alpha * S Q for all rows of S and VW columns from n on, those below n1.
+// sums[m][j] = row m of S times Q's column n + j, for all rows of S and n + j < n1.
 template <typename TQ>
-LK_INLINE void unpacked_tile(const ExpandArgs& a, int64_t n, int64_t n1, vf acc[Y_ROWS][V]) {
+[[gnu::noinline]] void unpacked_sums(const ExpandArgs& a, int64_t n, int64_t n1,
+                                     float (*sums)[VW]) {
   const TQ* const q = static_cast<const TQ*>(a.q.data);
-  LK_UNROLL for (int i = 0; i < Y_ROWS; ++i) LK_UNROLL for (int v = 0; v < V; ++v) acc[i][v] =
-      zero();
   for (int64_t m = 0; m < a.M; ++m) {
     const float* const s[1] = {a.s + m * a.lds};
-    float sums[VW] = {};
-    for (int64_t j = 0; j < min(VW, n1 - n); j += 4) {
+    for (int64_t j = 0; j < n1 - n; j += 4) {
       const TQ* columns[4];
       for (int64_t i = 0; i < 4; ++i) columns[i] = q + min(n + j + i, n1 - 1) * a.q.col;
-      dot<1>(s, columns, a.R, reinterpret_cast<float (*)[4]>(sums + j));
+      dot<1>(s, columns, a.R, reinterpret_cast<float (*)[4]>(sums[m] + j));
     }
-    for (int64_t v = 0; v < V; ++v) acc[m][v] = mul(load(sums + v * W), splat(a.alpha));
   }
 }
 
-template <typename T, typename TQ>
-LK_INLINE void expand_unpacked(const ExpandArgs& a, int64_t n0, int64_t n1) {
-  const T* const y = static_cast<const T*>(a.y);
+// y's columns from n0 to n1: c * (base + alpha * S Q) + bias. base(m, n, rest) is what the rank
+// update is added to, `rest` elements of row m from column n on.
+template <typename Base>
+LK_INLINE void expand_unpacked(const ExpandArgs& a, int64_t n0, int64_t n1, const Base& base) {
   for (int64_t n = n0; n < n1; n += VW) {
-    vf acc[Y_ROWS][V];
-    unpacked_tile<TQ>(a, n, n1, acc);
-    finish_tile<T, false>(a, 0, a.M, n, n1, acc, [&](int i, int v, int rest) {
-      return load_n(y + i * a.ldy + n + v * W, rest);
-    });
+    const int64_t end = min(n + VW, n1);
+    float sums[UNPACKED][VW] = {};
+    with_type(a.q.dtype, [&](auto type) { unpacked_sums<decltype(type)>(a, n, end, sums); });
+    for (int64_t m = 0; m < a.M; ++m)
+      for (int64_t column = n; column < end; column += W) {
+        float* const at = sums[m] + (column - n);
+        store(at, add(base(m, column, (int)min(W, end - column)), mul(load(at), splat(a.alpha))));
+      }
+    with_type(a.dtype, [&](auto type) { finish_edge<decltype(type)>(a, 0, a.M, n, end, sums); });
   }
 }
 
-void expand(const ExpandArgs& a) {
+[[maybe_unused]] void expand(const ExpandArgs& a) {
   if (unpacked(a)) {
     const int64_t tiles = (a.N + VW - 1) / VW;
     const int64_t chunks = a.M * a.N * a.R < SMALL ? 1 : min(a.threads, tiles);
     with_type(a.dtype, [&](auto type) {
-      with_type(a.q.dtype, [&](auto q_type) {
-        parallel(a.threads, a.M ? chunks : 0, [&](int64_t chunk) {
-          expand_unpacked<decltype(type), decltype(q_type)>(
-              a, tiles * chunk / chunks * VW, min(a.N, tiles * (chunk + 1) / chunks * VW));
-        });
+      const auto* const y = static_cast<const decltype(type)*>(a.y);
+      parallel(a.threads, a.M ? chunks : 0, [&](int64_t chunk) {
+        expand_unpacked(
+            a, tiles * chunk / chunks * VW, min(a.N, tiles * (chunk + 1) / chunks * VW),
+            [&](int64_t m, int64_t n, int rest) { return load_n(y + m * a.ldy + n, rest); });
       });
     });
     return;
@@ -536,10 +576,7 @@ void expand(const ExpandArgs& a) {
                a.gate, nullptr, panel, PANEL, panel + panel_floats);
         packed = n0;
         const int64_t m1 = min(m0 + ROWS, a.M);
-        if (a.dropout.rng || a.z || a.c || a.bias)
-          expand_tile<T, false>(a, generator, panel, n0, m0, m1);
-        else
-          expand_tile<T, true>(a, generator, panel, n0, m0, m1);
+        expand_tile<T>(a, generator, panel, n0, m0, m1);
       }
     });
   });
@@ -646,7 +683,7 @@ LK_INLINE void reduce_db(const BackwardPairArgs& a, const float* parts, int64_t 
   });
 }
 
-void backward_pair(const BackwardPairArgs& a) {
+[[maybe_unused]] void backward_pair(const BackwardPairArgs& a) {
   const int64_t ld = round_up(a.N, 64), R4 = round_up(a.R, 4);
   const bool small = a.M * a.N * a.R < SMALL;
   const int64_t chunks = small ? 1 : max(1, min(a.threads, a.M / PAIR_ROWS));
@@ -723,7 +760,7 @@ void backward_pair(const BackwardPairArgs& a) {
 // dA[R, K] = D^T mask(X). A task is STRIP columns of x by 4 ranks; a thread's tasks share their
 // columns, which pass in blocks of DEPTH rows that stay in L1 for all of its ranks. No sum crosses
 // threads. Sums in float32, rounded once to A's dtype. Tested by tests/ops.
-void grad_a(const GradAArgs& a) {
+[[maybe_unused]] void grad_a(const GradAArgs& a) {
   const int64_t strips = (a.K + STRIP - 1) / STRIP, quads = (a.R + 3) / 4, tasks = strips * quads;
   const int64_t chunks = a.M * a.K * a.R < SMALL ? 1 : min(a.threads, tasks);
   const Philox generator = philox(a.dropout);

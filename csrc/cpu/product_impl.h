@@ -272,7 +272,6 @@ LK_INLINE void product_block(const ProductArgs& a, const Philox& generator, int6
   constexpr int64_t E = ELEMENTS<Word>;
   const ExpandArgs& u = a.update;
   const int64_t n1 = min(n0 + VW, u.N), tiles = (m1 - m0 + Y_ROWS - 1) / Y_ROWS;
-  const bool plain = !(u.z || u.c || u.bias);
   for (int64_t k = 0; k < a.K; k += step * E) {
     const int64_t depth = min(step * E, a.K - k), next = k + depth;
     if (a.codes)
@@ -304,13 +303,8 @@ LK_INLINE void product_block(const ProductArgs& a, const Philox& generator, int6
         store_tile(c, acc);
         continue;
       }
-      with_type(u.dtype, [&](auto type) {
-        using TY = decltype(type);
-        if (plain)
-          finish_tile<TY, true>(u, m, count, n0, n1, acc, sum);
-        else
-          finish_tile<TY, false>(u, m, count, n0, n1, acc, sum);
-      });
+      with_type(u.dtype,
+                [&](auto type) { finish_tile<decltype(type)>(u, m, count, n0, n1, acc, sum); });
     }
   }
 }
@@ -367,7 +361,7 @@ LK_INLINE void product_of(const ProductArgs& a) {
   });
 }
 
-void product(const ProductArgs& a) {
+[[maybe_unused]] void product(const ProductArgs& a) {
   with_type(a.x.dtype, [&](auto type) {
     using T = decltype(type);
     product_of<WordOf<T>, T>(a);

@@ -131,34 +131,28 @@ struct DenseRows {
 [[gnu::noinline]] void finish_rows(const ExpandArgs& u, int64_t n0, int64_t n1, const float* sums,
                                    float* panel, float* staging) {
   const int64_t rows = n1 - n0;
-  with_type(u.dtype, [&](auto type) {
-    using Y = decltype(type);
-    if (unpacked(u)) {
-      with_type(u.q.dtype, [&](auto q_type) {
-        for (int64_t n = n0; n < n1; n += VW) {
-          vf acc[Y_ROWS][V];
-          unpacked_tile<decltype(q_type)>(u, n, n1, acc);
-          finish_tile<Y, false>(u, 0, u.M, n, n1, acc, [&](int i, int v, int rest) {
-            return load_n(sums + i * rows + n - n0 + v * W, rest);
-          });
-        }
-      });
-      return;
-    }
-    for (int64_t n = n0; n < n1; n += VW) {
-      pack(u.q, u.R, n, min(VW, n1 - n), VW, u.alpha, u.gate, nullptr, panel, VW, staging);
-      for (int64_t m = 0; m < u.M; m += Y_ROWS) {
-        const int64_t count = min(Y_ROWS, u.M - m);
-        const float* s[Y_ROWS];
-        for (int64_t i = 0; i < Y_ROWS; ++i) s[i] = u.s + (m + min(i, count - 1)) * u.lds;
-        vf acc[Y_ROWS][V];
-        rank_tile(s, u.R, panel, VW, acc);
-        finish_tile<Y, false>(u, m, count, n, n1, acc, [&](int i, int v, int rest) {
-          return load_n(sums + (m + i) * rows + n - n0 + v * W, rest);
+  const auto sums_of = [&](int64_t m, int64_t n, int rest) {
+    return load_n(sums + m * rows + n - n0, rest);
+  };
+  if (unpacked(u)) {
+    expand_unpacked(u, n0, n1, sums_of);
+    return;
+  }
+  for (int64_t n = n0; n < n1; n += VW) {
+    pack(u.q, u.R, n, min(VW, n1 - n), VW, u.alpha, u.gate, nullptr, panel, VW, staging);
+    for (int64_t m = 0; m < u.M; m += Y_ROWS) {
+      const int64_t count = min(Y_ROWS, u.M - m);
+      const float* s[Y_ROWS];
+      for (int64_t i = 0; i < Y_ROWS; ++i) s[i] = u.s + (m + min(i, count - 1)) * u.lds;
+      vf acc[Y_ROWS][V];
+      rank_tile(s, u.R, panel, VW, acc);
+      with_type(u.dtype, [&](auto type) {
+        finish_tile<decltype(type)>(u, m, count, n, n1, acc, [&](int i, int v, int rest) {
+          return sums_of(m + i, n + v * W, rest);
         });
-      }
+      });
     }
-  });
+  }
 }
 
 // Threads take shares of P's ranks and then of the weight's rows, which they stream, and at last

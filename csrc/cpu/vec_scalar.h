@@ -4,6 +4,7 @@
 
 #include "kernels.h"
 
+#define LK_SMALL
 #define LK_INLINE static inline __attribute__((always_inline))
 
 namespace lora_kernels {
@@ -62,15 +63,16 @@ LK_INLINE void narrow(f16& to, float a) {
   to.bits = (uint16_t)(sign | h);
 }
 
-// The first n elements; the rest reads as zero and is not written.
+// The first n elements; the rest reads as zero and is not written. What widens or rounds one
+// element after another is out of line: in line it was half of this unit.
 template <typename T>
-LK_INLINE vf load_n(const T* p, int n) {
+[[gnu::noinline]] vf load_n(const T* p, int n) {
   vf v = zero();
   for (int i = 0; i < n; ++i) v[i] = widen(p[i]);
   return v;
 }
 template <typename T>
-LK_INLINE void store_n(T* p, vf v, int n) {
+[[gnu::noinline]] void store_n(T* p, vf v, int n) {
   for (int i = 0; i < n; ++i) narrow(p[i], v[i]);
 }
 LK_INLINE vf load(const float* p) {
@@ -80,12 +82,12 @@ LK_INLINE vf load(const float* p) {
 }
 LK_INLINE void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
 template <typename T>
-LK_INLINE vf load(const T* p) {
-  return load_n(p, W);
+[[gnu::noinline]] vf load(const T* p) {
+  return vf{widen(p[0]), widen(p[1]), widen(p[2]), widen(p[3])};
 }
 template <typename T>
-LK_INLINE void store(T* p, vf v) {
-  store_n(p, v, W);
+[[gnu::noinline]] void store(T* p, vf v) {
+  for (int i = 0; i < W; ++i) narrow(p[i], v[i]);
 }
 
 LK_INLINE vf keep(vf v, uint64_t bits) {

@@ -1,7 +1,9 @@
 """setup.py: what it compiles, with which flags, and what it leaves behind where it cannot."""
 
 import json
+import os
 import platform
+import pty
 import re
 import shlex
 import subprocess
@@ -138,6 +140,39 @@ def test_gpus_that_nvcc_does_not_know_are_an_error(project: Project) -> None:
     )  # fmt: skip
     assert result.returncode == 1
     assert "TORCH_CUDA_ARCH_LIST" in result.stdout and "does not know '12.1+PTX'" in result.stdout
+
+
+def test_build_in_a_log_prints_one_line_an_extension(project: Project) -> None:
+    result = project.setup("--quiet", "build_ext", "--inplace")
+    assert result.returncode == 0, result.stdout
+    (line,) = result.stdout.splitlines()
+    steps = len(machine_flags(project)) + 1  # and the link
+    assert re.fullmatch(rf"Compiled the native CPU kernels: {steps} steps in \d+ s", line)
+    assert project.setup("--quiet", "build_ext", "--inplace").stdout == "", "nothing was to be done"
+
+
+def test_build_on_a_terminal_rewrites_one_line_that_says_how_many_steps_are_left(
+    project: Project,
+) -> None:
+    (project.csrc / "cpu" / "layer.cpp").write_text("#warning seen\n")
+    ours, terminal = pty.openpty()
+    command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
+    environment = os.environ | {"LORA_KERNELS_CUDA": "0", "LORA_KERNELS_EMULATOR": "0"}
+    with subprocess.Popen(command, cwd=project.root, env=environment, stdout=terminal):
+        os.close(terminal)
+        printed = b""
+        try:
+            while some := os.read(ours, 4096):
+                printed += some
+        except OSError:  # what Linux says where the last writer has closed
+            pass
+    os.close(ours)
+    rewritten = printed.decode().split("\r\x1b[K")
+    steps = len(machine_flags(project)) + 1
+    left = [f"Compiling the native CPU kernels: {n} of {steps} steps left" for n in range(steps)]
+    assert [line for line in rewritten if line.startswith("Compiling")] == left[::-1]
+    assert any("#warning" in line for line in rewritten), "a compiler's message is shown"
+    assert rewritten[-1].startswith(f"Compiled the native CPU kernels: {steps} steps in ")
 
 
 def test_each_unit_has_the_flags_of_its_instruction_set_alone(built_project: Project) -> None:

@@ -1,7 +1,7 @@
 """Which test has each kernel in two parts or more with each option: `python -m tests.partitions`.
 
-Runs the files test_partitions.py, and prints a table: a number is a test's, "·" what cannot be. Exit
-status 1 if a cell is empty or a test failed. With files of records, which
+Runs the files test_partitions.py, and prints a table: a number is a test's, "·" what cannot be.
+Exit status 1 if a cell is empty or a test failed. With files of records, which
 LORA_KERNELS_PARTITIONS=FILE pytest -p tests.partitions.record writes, it prints theirs.
 """
 

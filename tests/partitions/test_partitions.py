@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from tests.partitions.__main__ import ROOT, tests_of
+from tests.partitions.__main__ import ROOT, find_tests
 from tests.partitions.__main__ import table as as_table
 from tests.partitions.kernels import KERNELS, OPTIONS, cells
 
@@ -24,7 +24,7 @@ def test_table_of_all_but_one_counts_that_one() -> None:
     assert as_table(found, isas)[1] == 0
     cell = ("cpu", "shrink", "rows", "dropout")
     del found[cell]["scalar"]  # one instruction set is not enough
-    assert as_table(found, isas)[1] == 1 and not tests_of(found, cell, isas)
+    assert as_table(found, isas)[1] == 1 and not find_tests(found, cell, isas)
 
 
 def test_absent_cells_name_what_there_is() -> None:

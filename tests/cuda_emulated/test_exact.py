@@ -15,6 +15,7 @@ from lora_kernels.measure import case as cases
 from lora_kernels.measure.case import Case, fits_cuda
 from lora_kernels.measure.tolerance import assert_exact
 from lora_kernels.quantization import quantize_4bit
+from tests.partitions import exact
 
 f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
 every_dtype = pytest.mark.parametrize("dtype", [f32, bf16, f16], ids=str)
@@ -49,6 +50,14 @@ def test_integers(
         got = cases.run(lora_kernels.lora_linear, args)
     for name in got.keys() - ({"dc"} if dtype is not f32 else set()):  # of a z that was rounded
         assert_exact(got[name], ref[name].to(got[name].dtype), name)
+
+
+@pytest.mark.parametrize(
+    ("M", "dtype", "blocksize"), [(33, f32, 0), (33, bf16, 0), (33, bf16, 64), (9, bf16, 64)]
+)
+def test_arguments_off_alignment_change_nothing(M: int, dtype: torch.dtype, blocksize: int) -> None:
+    """By whichever kernel takes them."""
+    exact.check_alignment(Case(M, 40, 64, 8, dtype, values="integers", **exact.OPTIONS), blocksize)
 
 
 @every_dtype

@@ -93,10 +93,9 @@ def test_dora_norm_in_small_shares_is_close(quant: str) -> None:
     assert cases.judge_norm(Case(0, 256, 600, 3, f32, quant=quant, gate=True))["norm"].ok
 
 
-@pytest.mark.parametrize("short", [0, 5])
-def test_quantize_in_small_shares_is_bitwise(short: int) -> None:
-    """The last block is whole, or short; a thread block makes four."""
-    values = torch.randn(1, 7 * 64 - short, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("last", exact.LAST_BLOCKS)
+def test_quantize_in_small_shares_is_bitwise(last: str) -> None:
+    values = exact.weight_of_blocks(7, last)
     want = reference.quantize_4bit(values, codebooks.thresholds("nf4"), codebooks.order("nf4"), 64)
     got = quantize_4bit(values, "nf4", 64, False)
     assert same_bits(got.packed, want[0]) and same_bits(got.absmax, want[1])

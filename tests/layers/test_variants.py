@@ -419,7 +419,8 @@ def test_the_allocator_takes_the_least_important_of_all_layers() -> None:
                 )
             ]
             for got, want in zip(allocator.scores(), scores, strict=True):
-                torch.testing.assert_close(got, want)
+                # Scores of 1e-7: twenty float32 roundings, and a difference that loses a digit.
+                torch.testing.assert_close(got, want, rtol=1e-4, atol=0)
             if drawn:
                 best = torch.cat(scores).topk(budget).indices.sort().values
                 mask = torch.cat([layer.rank_mask for layer in layers_])

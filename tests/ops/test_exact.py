@@ -11,8 +11,9 @@ from lora_kernels import ops, reference
 from lora_kernels.measure import case as cases
 from lora_kernels.measure.case import Case
 from lora_kernels.measure.tolerance import assert_exact
-from tests.ops.engines import every_engine, every_thread_count
+from tests.ops.engines import every_engine, every_thread_count, ways
 from tests.ops.shapes import NARROW, RANKS, ROWS, WIDE
+from tests.partitions import exact
 
 every_dtype = pytest.mark.parametrize(
     "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str
@@ -63,6 +64,19 @@ def test_integers_in_every_shape(dtype: torch.dtype, rank: int, N_K: tuple[int, 
             for name in got if wide else got.keys() - {"dc"}:
                 want = ref[name].to(got[name].dtype)
                 assert_exact(got[name], want, f"{case} on {engine}: {name}")
+
+
+@every_engine
+@pytest.mark.parametrize("blocksize", [0, 32])
+@pytest.mark.parametrize("M", [3, 33])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_arguments_off_alignment_change_nothing(
+    dtype: torch.dtype, M: int, blocksize: int, engine: str
+) -> None:
+    case = Case(M, 40, 64, 8, dtype, values="integers", **exact.OPTIONS)
+    for way in ways(engine, M, dtype, blocksize > 0):
+        with way:
+            exact.check_alignment(case, blocksize)
 
 
 @every_engine

@@ -97,10 +97,9 @@ def test_dora_norm_of_many_parts_is_close(quant: str, threads: int, engine: str)
 
 @two_threads
 @every_native_engine
-@pytest.mark.parametrize("short", [0, 5])
-def test_quantize_of_many_parts_is_bitwise(short: int, threads: int, engine: str) -> None:
-    """The last block is whole, or short; and back."""
-    values = torch.randn(1, 70016 - short, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("last", exact.LAST_BLOCKS)
+def test_quantize_of_many_parts_is_bitwise(last: str, threads: int, engine: str) -> None:
+    values = exact.weight_of_blocks(1094, last)
     want = reference.quantize_4bit(values, codebooks.thresholds("nf4"), codebooks.order("nf4"), 64)
     got = quantize_4bit(values, "nf4", 64, False)
     assert same_bits(got.packed, want[0]) and same_bits(got.absmax, want[1])

@@ -16,6 +16,7 @@ from lora_kernels import ops, select
 from lora_kernels.backends import cpu, native
 from lora_kernels.core.problem import Choice, Layout, Problem
 from lora_kernels.measure import case as cases
+from lora_kernels.measure import multi
 from lora_kernels.measure.case import Case, inputs, judge
 
 f32, f64, bf16 = torch.float32, torch.float64, torch.bfloat16
@@ -347,6 +348,31 @@ def test_a_backward_follows_its_forward(watched: bool, recompute: bool) -> None:
     assert taken == ["eager forward"] * (1 + recompute) + ["eager backward"]
 
 
+@pytest.mark.parametrize("watched", [False, True], ids=["alone", "under a mode"])
+def test_multi_lora_linear_backward_in_another_thread_follows_its_forward(watched: bool) -> None:
+    taken: list[str] = []
+    args = multi.inputs(multi.MultiCase(9, 7, 5, rows="mixed", dropout_p=0.5))
+    dy, leaves = args.pop("dy"), [args["x"], *args["lora_A"], *args["lora_B"]]
+    want = torch.autograd.grad(lora_kernels.multi_lora_linear(**args), leaves, dy)
+    got: list[torch.Tensor] = []
+
+    def backward() -> None:
+        with FlopCounterMode(display=False) if watched else contextlib.nullcontext():
+            got.extend(torch.autograd.grad(y, leaves, dy))
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, module in list(ops._BACKENDS.items()):
+            patch.setitem(ops._BACKENDS, name, Watched(name, module, taken))
+        with lora_kernels.backend("eager"):
+            y = lora_kernels.multi_lora_linear(**args)
+        thread = threading.Thread(target=backward)
+        thread.start()
+        thread.join()
+    assert taken == ["eager forward", "eager backward"]
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 class Watched:
     """A backend that says when it is called."""
 
@@ -360,3 +386,11 @@ class Watched:
     def lora_linear_backward(self, *args: Any) -> Any:
         self.taken.append(f"{self.name} backward")
         return self.module.lora_linear_backward(*args)
+
+    def multi_lora_linear(self, *args: Any) -> Any:
+        self.taken.append(f"{self.name} forward")
+        return self.module.multi_lora_linear(*args)
+
+    def multi_lora_linear_backward(self, *args: Any) -> Any:
+        self.taken.append(f"{self.name} backward")
+        return self.module.multi_lora_linear_backward(*args)

@@ -52,7 +52,7 @@ def read(records: list[Path]) -> Found:
     return found
 
 
-def tests_of(found: Found, cell: tuple[str, ...], isas: set[str]) -> list[str]:
+def find_tests(found: Found, cell: tuple[str, ...], isas: set[str]) -> list[str]:
     """The tests that fill a cell, on each instruction set that has the kernel; [] if one lacks."""
     tests = found.get(cell, {})
     backend, kernel, partition, _ = cell
@@ -76,7 +76,7 @@ def table(found: Found, isas: set[str]) -> tuple[str, int]:
                 row = []
                 for option in OPTIONS:
                     cell = (backend, name, partition, option)
-                    tests = tests_of(found, cell, isas)
+                    tests = find_tests(found, cell, isas)
                     if cell not in wanted:
                         row.append("·")
                     elif tests:

@@ -8,12 +8,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_kernels
 from lora_kernels import reference
-from lora_kernels.backends.triton import LIBRARY, SINGLE_PASS, SPLIT, equation, launch, tiles
+from lora_kernels.backends.triton import (
+    LIBRARY,
+    SINGLE_PASS,
+    SPLIT,
+    configs,
+    equation,
+    launch,
+    tiles,
+)
 from lora_kernels.core.call import Operands, Spec
 from lora_kernels.measure import case as cases
 from lora_kernels.measure.case import Case
 from lora_kernels.measure.tolerance import assert_exact
 from lora_kernels.quantization import quantize_4bit
+from tests.partitions import exact
 from tests.triton.device import DEVICE
 
 f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
@@ -50,6 +59,17 @@ def _check_integers(case: Case, strategy: str) -> None:
         got = cases.run(lora_kernels.lora_linear, args)
     for name in got.keys() - ({"dc"} if dtype is not f32 else set()):  # of a z that was rounded
         assert_exact(got[name], ref[name].to(got[name].dtype), name)
+
+
+def test_arguments_off_alignment_change_nothing() -> None:
+    """Codes that are no whole words there are read byte by byte."""
+    case = Case(5, 19, 64, 3, f32, values="integers", device=DEVICE)
+    codes = exact.inputs(case, 64)["weight"].codes
+    for packed, words in ((codes.packed, True), (exact.off(codes.packed), False)):
+        moved = codes._replace(packed=packed)
+        assert launch.format_4bit(moved, 64, configs.INTERPRETER)["WORDS"] is words
+    with lora_kernels.backend("triton", SPLIT):
+        exact.check_alignment(case, blocksize=64)
 
 
 @every_strategy

@@ -1,0 +1,243 @@
+"""Each field of each state is changed alone once, and the change is seen."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import lora_kernels
+from lora_kernels.layers import AdaLoRALinear, QLoRALinear, RankAllocator
+from lora_kernels.prepared import KeptNorm
+
+f32, bf16 = torch.float32, torch.bfloat16
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+# Keys of caches ----------------------------------------------------------------------------------
+
+N = K = 12
+NORM_CHANGES: dict[str, Callable[[dict[str, Any]], object]] = {
+    "weight": lambda a: a["weight"].mul_(2),
+    "weight's strides": lambda a: a.update(weight=a["weight"].t()),
+    "weight's offset": lambda a: a.update(
+        weight=a["weight"].as_strided(a["weight"].shape, a["weight"].stride(), 1)
+    ),
+    "weight's dtype": lambda a: a.update(weight=a["weight"].to(bf16)),
+    "lora_A": lambda a: a["lora_A"].mul_(2),
+    "lora_A without a version": lambda a: a["lora_A"].data.mul_(2),
+    "lora_B": lambda a: a["lora_B"].mul_(2),
+    "rank_gate": lambda a: a["rank_gate"].mul_(2),
+    "no rank_gate": lambda a: a.update(rank_gate=None),
+    "scaling": lambda a: a.update(scaling=3.0),
+}
+
+
+@pytest.mark.parametrize("change", NORM_CHANGES)
+@torch.no_grad()
+def test_kept_norm_one_thing_changed_is_made_anew(change: str) -> None:
+    weight = drawn(N * K + 1).as_strided((N, K), (K, 1))
+    args: dict[str, Any] = {
+        "weight": weight, "lora_A": drawn(3, K, seed=1), "lora_B": drawn(N, 3, seed=2),
+        "scaling": 1.5, "rank_gate": drawn(3, seed=3),
+    }  # fmt: skip
+    kept = KeptNorm()
+    before = kept(**args).clone()
+    assert kept(**args).data_ptr() == kept(**args).data_ptr()  # until then
+    NORM_CHANGES[change](args)
+    got = kept(**args)
+    want = lora_kernels.dora_norm(**args)
+    assert torch.equal(got, want) and not torch.equal(got, before)
+
+
+# A requantized layer -----------------------------------------------------------------------------
+
+SETTINGS: dict[str, Any] = {
+    "r": 3, "alpha": 5.0, "dropout": 0.25, "bias": True, "init": "gaussian", "lora_dtype": bf16,
+    "quant_type": "fp4", "blocksize": 32, "double_quant": False, "compute_dtype": bf16,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["", *SETTINGS])
+@pytest.mark.parametrize("training", [False, True])
+def test_merged_layer_requantized_keeps_each_setting(name: str, training: bool) -> None:
+    """Each alone beside the defaults of the others, so that none is another's."""
+    settings = {name: SETTINGS[name]} if name else {}
+    layer = QLoRALinear(64, 32, **settings).train(training)
+    again = layer.merged_layer(requantize=True).layer
+    assert isinstance(again, QLoRALinear)
+    for field in (
+        "r", "alpha", "scaling", "dropout", "init", "quant_type", "blocksize", "compute_dtype",
+        "weight_dtype", "training", "enabled", "merged",
+    ):  # fmt: skip
+        assert getattr(again, field) == getattr(layer, field), field
+    assert again.weight4bit.nested is layer.weight4bit.nested
+    assert again.lora_A.dtype is layer.lora_A.dtype
+    assert (again.bias is None) is (layer.bias is None)
+    assert again.bias is None or torch.equal(again.bias, layer.bias)  # type: ignore[arg-type]
+    x = drawn(4, 64)
+    got, want = again.eval()(x), layer.eval()(x)
+    assert got.dtype is want.dtype and (got - want).norm() < 0.3 * want.norm()
+
+
+# AdaLoRA -----------------------------------------------------------------------------------------
+
+
+def trained(steps: int) -> RankAllocator:
+    """Of two layers whose scores all differ, after so many steps of 10."""
+    torch.manual_seed(0)
+    layers = [AdaLoRALinear(6, 5, r=4), AdaLoRALinear(5, 6, r=4)]
+    model = nn.Sequential(*layers)
+    with torch.no_grad():
+        for layer in layers:
+            layer.lora_E.normal_()
+            layer.lora_A.normal_()
+            layer.lora_B.normal_()
+    allocator = RankAllocator(model, 2, 10, warmup=1, final=3, interval=2, beta1=0.8, beta2=0.6)
+    for step in range(steps):
+        more(allocator, step)
+    return allocator
+
+
+def more(allocator: RankAllocator, step: int) -> int:
+    model = nn.Sequential(*allocator.layers)
+    model.zero_grad()
+    model(drawn(7, 6, seed=step)).square().mean().backward()
+    return allocator.step()
+
+
+def states(allocator: RankAllocator) -> dict[tuple[str, int, str], Tensor]:
+    """sensitivity and uncertainty by layer and parameter."""
+    return {
+        (kind, i, name): t
+        for kind in ("sensitivity", "uncertainty")
+        for i, layer in enumerate(allocator.state_dict()[kind])
+        for name, t in layer.items()
+    }
+
+
+FIELDS = sorted(states(trained(1)))
+
+
+def test_allocator_of_a_loaded_state_goes_on_as_if_nothing_had_happened() -> None:
+    whole, broken = trained(9), trained(4)
+    state = pickle.loads(pickle.dumps(broken.state_dict()))
+    other = trained(0)
+    for layer, of in zip(other.layers, broken.layers, strict=True):
+        layer.load_state_dict(of.state_dict())
+    other.load_state_dict(state)
+    for step in range(4, 9):
+        more(other, step)
+    for got, want in zip(other.scores(), whole.scores(), strict=True):
+        assert torch.equal(got, want)
+    for got, want in zip(other.layers, whole.layers, strict=True):
+        assert torch.equal(got.rank_mask, want.rank_mask)
+
+
+@pytest.mark.parametrize("field", [("steps", 0, ""), *FIELDS], ids=str)
+def test_allocator_state_one_field_changed_is_seen(field: tuple[str, int, str]) -> None:
+    """Each is loaded, and each counts for what comes after."""
+    kind, i, name = field
+
+    def after(change: bool) -> tuple[list[Tensor], int]:
+        allocator = trained(4)
+        state = copy.deepcopy(allocator.state_dict())
+        if change and kind == "steps":
+            state["steps"] += 3
+        elif change:
+            state[kind][i][name].mul_(2)
+        allocator.load_state_dict(state)
+        scores = [t.clone() for t in allocator.scores()]
+        return scores, more(allocator, 4) if kind == "steps" else 0
+
+    (scores, kept), (others, other_kept) = after(False), after(True)
+    if kind == "steps":
+        assert kept != other_kept
+    else:
+        assert [torch.equal(a, b) for a, b in zip(scores, others, strict=True)] == [i != 0, i != 1]
+
+
+# PEFT's layers -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["plain", "dropout", "dora", "adalora", "embedding", "bias"])
+def test_unfused_layers_are_as_if_never_fused(kind: str) -> None:
+    """After calls that keep something: a norm, a prepared call, the adapters of rows."""
+    peft = pytest.importorskip("peft", reason="PEFT is not installed")
+    from lora_kernels.peft import fuse, unfuse
+
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Embedding(9, 16) if kind == "embedding" else nn.Linear(16, 16))
+    options: dict[str, Any] = {
+        "plain": {}, "dropout": {"lora_dropout": 0.5}, "dora": {"use_dora": True},
+        "embedding": {}, "bias": {"lora_bias": True},
+    }.get(kind, {})  # fmt: skip
+    if kind == "adalora":
+        config = peft.AdaLoraConfig(target_modules=["0"], total_step=10, init_r=4)
+    else:
+        config = peft.LoraConfig(target_modules=["0"], r=4, **options, init_lora_weights=False)
+    model = peft.get_peft_model(base, config)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_()
+    layer, stock = model.base_model.model[0], copy.deepcopy(model)
+    x = torch.tensor([1, 5, 8]) if kind == "embedding" else drawn(3, 16)
+    before = vars(layer).copy()
+    fuse(model)
+    for training in (True, False):
+        model.train(training)
+        model(x).sum().backward()
+        with torch.no_grad():
+            model(x), model(x)
+    with torch.no_grad():
+        for tuned in (model, stock):
+            for name, p in tuned.named_parameters():
+                if "lora_" in name:
+                    p.mul_(1.5)
+    unfuse(model.train())
+    assert type(layer) is type(stock.base_model.model[0])
+    assert vars(layer).keys() == before.keys()
+    assert all(vars(layer)[name] is before[name] for name in before if name.startswith("_"))
+    assert torch.equal(model.eval()(x), stock.eval()(x))
+
+
+def test_merge_adapter_adds_the_adapters_bias(tmp_path: Path) -> None:
+    """Of `lora_bias`: alpha/r times it, to the base's bias."""
+    peft = pytest.importorskip("peft", reason="PEFT is not installed")
+    from lora_kernels.finetune.merge import merge_adapter
+    from tests.finetune.tiny import llama
+
+    base = llama(attention_bias=True)
+    base.save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(
+        r=3, lora_alpha=7, target_modules=["q_proj"], lora_bias=True, init_lora_weights=False
+    )
+    model = peft.get_peft_model(base, config)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_" in name:
+                p.normal_()
+    model.save_pretrained(str(tmp_path / "adapter"))
+    merge_adapter(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", dtype="fp32")
+    adapter = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    before = load_file(tmp_path / "base" / "model.safetensors")
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    changed = 0
+    for name, bias in before.items():
+        if not name.endswith(".bias"):
+            continue
+        own = adapter.get(f"base_model.model.{name.removesuffix('.bias')}.lora_B.bias")
+        want = bias if own is None else bias + 7 / 3 * own
+        torch.testing.assert_close(after[name], want)
+        changed += own is not None
+    assert changed

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import sys
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -145,20 +143,6 @@ _UNCHECKED = "bitsandbytes is not installed, or was not yet checked by fuse() or
 def bitsandbytes_reason(device: torch.device) -> str | None:
     """Return why bitsandbytes does not decode 4-bit weights on this device, or None if it does."""
     return bitsandbytes_reasons.get((device.type, device.index), _UNCHECKED)
-
-
-def check_decoder(device: torch.device) -> None:
-    """Compare bitsandbytes' ops, if it is installed, with ours on a GPU that gets a 4-bit weight.
-
-    The comparison synchronizes with the device. `fuse` and modules that move call it, never a
-    forward.
-    """
-    # Importing bitsandbytes takes a second, too long for a module that is only built on meta.
-    wanted = device.type != "meta" or "bitsandbytes" in sys.modules
-    if follows_gpu(device.type) and wanted and find_spec("bitsandbytes") is not None:
-        from ..quantization.bitsandbytes import check
-
-        check(device)
 
 
 def decoded_by(device: torch.device) -> str:

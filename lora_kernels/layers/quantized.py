@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..backends.decode4bit import check_decoder
 from ..functional import base_dtype
 from ..quantization import Weight4bit, quantize_4bit
+from ..quantization.weight4bit import check_decoder
 from .linear import Init, LoRALinear, finite
 
 if TYPE_CHECKING:

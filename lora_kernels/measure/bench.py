@@ -34,16 +34,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import __version__, cpu_costs, functional, select
+from .. import __version__, cpu_costs, functional, select, timing
 from .. import device as devices
 from ..backends import native
 from ..core.problem import Problem
 from ..cpu_costs import Machine, Sizes
 from ..fastpath import CallCache
-from . import bench_summary, compare, flat, models, outputs, timing
+from ..timing import Parts
+from . import bench_summary, compare, flat, models, outputs
 from . import case as cases
 from .case import Case
-from .timing import Parts
 
 ROWS = {"cpu": [1, 16, 512], "cuda": [1, 16, 512, 4096, 16384]}  # where the shapes are a model's
 QUICK_ROWS, QUICK_RANKS, QUICK_SECONDS = [1, 512], [16], 0.25

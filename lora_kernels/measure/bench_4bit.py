@@ -22,8 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import timing
 from ..layers import QLoRALinear
-from . import compare, timing, tolerance
+from . import compare, tolerance
 from .case import kernels
 
 SHAPES = [(4096, 4096), (4096, 14336), (576, 1536)]  # K, N

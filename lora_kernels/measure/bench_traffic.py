@@ -24,10 +24,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import __version__
+from .. import __version__, traffic
 from .. import device as devices
-from . import traffic
-from .traffic import Traffic
+from ..traffic import Traffic
 
 ROWS = (1, 16, 512, 8192)  # M
 SHAPES = ((4096, 4096), (4096, 14336))  # K, N

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import functional, select
+from .. import functional, select, timing
 from ..core import reference
 from ..layers import DoRALinear, HierarchicalLoRALinear, LoRAGroup, LoRALinear
 from ..quantization import quantize_4bit
-from . import compare, timing, tolerance
+from . import compare, tolerance
 from .case import dtype_name
 
 SIZES = (512, 2048, 2048)  # M, K, N

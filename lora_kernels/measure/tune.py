@@ -20,14 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import __version__, functional, select
+from .. import __version__, functional, select, timing
 from .. import device as devices
 from ..backends import triton
 from ..backends.triton import COOPERATIVE, LIBRARY, SINGLE_PASS, STRATEGIES, configs, measured
 from ..backends.triton.configs import Config, Target
 from ..backends.triton.measured import Measured, Shape
 from . import case as cases
-from . import models, outputs, timing, tolerance
+from . import models, outputs, tolerance
 from .case import Case
 
 ROWS = (1, 16, 512, 4096, 16384)

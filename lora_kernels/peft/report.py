@@ -16,7 +16,7 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from .. import ops, select
+from .. import ops, select, timing
 from ..backends import cpu, cpu_heuristics
 from ..backends.decode4bit import decoded_by
 from ..backends.library import follows_gpu
@@ -24,7 +24,6 @@ from ..core.problem import Layout, Problem
 from ..cpu_costs import Machine
 from ..functional import base_dtype
 from ..layers import DoRALinear, LoRAEmbedding, LoRALinear, QLoRALinear
-from ..measure import timing
 from ..quantization import Weight4bit
 from . import adalora, embedding, linear, predict
 from .frozen import StreamedLinear

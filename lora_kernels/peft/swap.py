@@ -16,7 +16,7 @@ from peft.tuners.lora.layer import LoraLayer, MultiheadAttention, ParamWrapper
 from torch import nn
 
 from .. import select
-from ..backends.decode4bit import check_decoder
+from ..quantization.weight4bit import check_decoder
 from . import foreign
 from .adalora import FusedSVDLinear
 from .embedding import FusedEmbedding

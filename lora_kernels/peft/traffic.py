@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..measure import traffic
+from .. import traffic
 from .linear import is_conv1d, is_linear4bit
 
 ROWS = (1, 512, 8192)  # of x, at which a layer is counted

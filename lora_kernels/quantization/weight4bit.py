@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Mapping
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..backends import cuda, decode4bit, forced, triton
+from ..backends.library import follows_gpu
 from ..core import reference
 from ..core.packed4bit import Packed4bit
 from . import codebooks
@@ -429,3 +432,17 @@ def _parse_json(key: str, t: Tensor) -> dict[str, Any]:
     if not isinstance(rest, dict):
         raise ValueError(f"{key}: got {text!r}, want a whole JSON object")
     return rest
+
+
+def check_decoder(device: torch.device) -> None:
+    """Compare bitsandbytes' ops, if it is installed, with ours on a GPU that gets a 4-bit weight.
+
+    The comparison synchronizes with the device. `fuse` and modules that move call it, never a
+    forward.
+    """
+    # Importing bitsandbytes takes a second, too long for a module that is only built on meta.
+    wanted = device.type != "meta" or "bitsandbytes" in sys.modules
+    if follows_gpu(device.type) and wanted and find_spec("bitsandbytes") is not None:
+        from .bitsandbytes import check
+
+        check(device)

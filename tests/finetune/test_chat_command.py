@@ -17,12 +17,12 @@ import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lora_kernels import timing
 from lora_kernels.cli import main
 from lora_kernels.finetune import UsageError, inputs, recipe
 from lora_kernels.finetune.command import taught
 from lora_kernels.finetune.options import Options
 from lora_kernels.finetune.trainer import losses, read_metrics
-from lora_kernels.measure import timing
 from tests.finetune.tiny import chat, gpt2, llama, tokenizer, write_lines
 
 RUN = ["--steps", "6", "--batch", "2", "--lr", "0.01", "--save-every", "2"]

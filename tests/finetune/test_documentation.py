@@ -19,8 +19,8 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
+from lora_kernels import timing
 from lora_kernels.finetune import classify
-from lora_kernels.measure import timing
 from tests.finetune.tiny import chat, llama, tokenizer, write_lines
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, DataCollatorWithPadding
 
+from lora_kernels import timing
 from lora_kernels.cli import main
 from lora_kernels.finetune import UsageError, classify
 from lora_kernels.finetune.classify import Outcome, Task, accuracy, build, encode, train_once
@@ -20,7 +21,6 @@ from lora_kernels.finetune.compare_command import largest_share, markdown
 from lora_kernels.finetune.labelled import Labelled, read_labelled
 from lora_kernels.finetune.methods import METHODS
 from lora_kernels.finetune.provenance import quietness
-from lora_kernels.measure import timing
 from lora_kernels.peft import explain
 from tests.finetune.tiny import llama, tokenizer, write_lines
 

@@ -16,8 +16,8 @@ import lora_kernels
 from lora_kernels.backends import decode4bit, eager
 from lora_kernels.backends.library import as_on_gpu
 from lora_kernels.core.call import Operands
-from lora_kernels.measure.traffic import _NativeDropout
 from lora_kernels.peft import FusedLinear, explain, fuse, traffic, unfuse
+from lora_kernels.traffic import _NativeDropout
 
 K, N, R, ALPHA = 320, 192, 5, 7
 f32, bf16 = torch.float32, torch.bfloat16

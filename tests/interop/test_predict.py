@@ -364,7 +364,7 @@ def test_what_was_measured_goes_before_the_model_and_says_so(
 
 
 def test_the_machine_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lora_kernels.measure import timing
+    from lora_kernels import timing
 
     counted: list[str] = []
     monkeypatch.setattr(timing, "copy_bandwidth", lambda: counted.append("copy") or 1e9)

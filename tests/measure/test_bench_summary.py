@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import report
-from lora_kernels import cli
-from lora_kernels.measure import bench, bench_summary, timing
+from lora_kernels import cli, timing
+from lora_kernels.measure import bench, bench_summary
 from lora_kernels.measure import case as cases
 
 SMALL = ["bench", "--shapes", "24x48x32", "--ranks", "3", "--seconds", "0", "--dtypes", "float32"]

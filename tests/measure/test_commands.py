@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora_kernels import cli
-from lora_kernels.measure import bench, models, timing
+from lora_kernels import cli, timing
+from lora_kernels.measure import bench, models
 from lora_kernels.measure import case as cases
 from lora_kernels.measure.case import Case
 

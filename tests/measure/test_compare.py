@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora_kernels import cli
-from lora_kernels.measure import bench, compare, timing
+from lora_kernels import cli, timing
+from lora_kernels.measure import bench, compare
 from lora_kernels.measure.case import Case
 
 PROVENANCE = {"processor": "A", "threads": 2, "torch": "2.8", "isa": "avx2", "peft": "0.17"}

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from lora_kernels import functional
-from lora_kernels.measure import bench, timing
+from lora_kernels import functional, timing
+from lora_kernels.measure import bench
 from lora_kernels.measure import case as cases
 from lora_kernels.measure.case import Case
-from lora_kernels.measure.timing import Parts, interleave_parts
+from lora_kernels.timing import Parts, interleave_parts
 
 
 class Clock:

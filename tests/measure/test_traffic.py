@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import report
-from lora_kernels import cli, lora_linear, ops, select
+from lora_kernels import cli, lora_linear, ops, select, traffic
 from lora_kernels.backends import eager
-from lora_kernels.measure import bench_memory, bench_traffic, traffic
+from lora_kernels.measure import bench_memory, bench_traffic
 from lora_kernels.measure.bench_traffic import CELLS, Cell
-from lora_kernels.measure.traffic import Kernel, Traffic, count, count_layer
+from lora_kernels.traffic import Kernel, Traffic, count, count_layer
 
 pytest.importorskip("peft")
 

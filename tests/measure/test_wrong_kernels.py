@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from lora_kernels import cli, ops
+from lora_kernels import cli, ops, timing
 from lora_kernels.backends import native
-from lora_kernels.measure import bench, bench_variants, timing
+from lora_kernels.measure import bench, bench_variants
 from lora_kernels.measure import case as cases
 
 pytest.importorskip("peft")

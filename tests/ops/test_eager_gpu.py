@@ -25,11 +25,11 @@ from lora_kernels import (
     ops,
     reference,
     select,
+    traffic,
 )
 from lora_kernels.backends import decode4bit, eager, library
 from lora_kernels.backends.library import as_on_gpu
 from lora_kernels.measure import case as cases
-from lora_kernels.measure import traffic
 from lora_kernels.measure.case import Case
 from lora_kernels.quantization import quantize_4bit
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from lora_kernels.prepared import KeptNorm
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import lora_kernels
 from lora_kernels.layers import AdaLoRALinear, QLoRALinear, RankAllocator
-from lora_kernels.prepared import KeptNorm
 
 f32, bf16 = torch.float32, torch.bfloat16
 

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .. import device as devices
-from ..cpu_costs import Machine
+from . import device as devices
+from .cpu_costs import Machine
 
 COLD_BYTES = 64 << 20
 FEWEST = 5  # rounds, however long one takes

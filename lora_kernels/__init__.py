@@ -4,7 +4,7 @@ __version__ = "0.1.0"
 
 from .core import reference
 from .functional import dora_norm, dropout_mask, lora_linear, multi_lora_linear
-from .select import backend
+from .selection import backend
 
 __all__ = [
     "__version__",

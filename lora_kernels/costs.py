@@ -3,7 +3,7 @@
 A strategy's time is the longest of what it moves over the memory's bandwidth, what it multiplies
 over the rate that its kind of product reaches, and, where codes are decoded in a kernel, the rate
 at which its instructions are issued; then the passes over x and y that it makes besides, and
-launches. All rates are shares of the data sheet's, which stand below. `select` asks this where
+launches. All rates are shares of the data sheet's, which stand below. `selection` asks this where
 nothing was measured.
 """
 
@@ -14,6 +14,15 @@ from dataclasses import dataclass
 
 import torch
 
+from .backends import cuda, triton
+from .backends.cuda import fit
+from .backends.cuda import heuristics as cuda_heuristics
+from .backends.triton import configs
+from .backends.triton import heuristics as triton_heuristics
+from .core.problem import Choice, Problem
+
+# For `multi_lora_linear`: P = D(x)·Aᵀ is complete before the base GEMM starts.
+TWO_STEPS = {"triton": triton.TWO_STEPS, "cuda": cuda.TWO_STEPS}
 LAUNCH = 3e-6  # seconds that a kernel takes at least, one after another
 PYTHON_LAUNCH = 6e-6  # of a call of torch, which eager makes one after another
 BANDWIDTH_SHARE = 0.85  # what streams reach
@@ -165,3 +174,50 @@ def predict(
             "cuda", strategy, parts | ({"decoding": codes} if four_bit else {}), shrink + 2 * LAUNCH
         )
     return sorted(found, key=lambda cost: cost.seconds)
+
+
+def choose(problem: Problem, gpu: Gpu | None) -> Choice | None:
+    """Choose for a GPU: what `lora-kernels tune` has measured, or the cost model's fastest.
+
+    None if our kernels cannot run the call or the cost model does not know the GPU.
+    """
+    missing = (
+        ("triton", triton.absence()),
+        ("cuda", cuda.obstacle(problem.device_type, problem.device_index)),
+    )
+    found = cheapest(problem, gpu, missing)
+    if found is None:
+        return None
+    target = configs.target(problem.device_index)
+    return triton_heuristics.tuned(problem, target, reason=None) or found
+
+
+@functools.lru_cache(maxsize=4096)
+def cheapest(
+    problem: Problem, gpu: Gpu | None, missing: tuple[tuple[str, str | None], ...]
+) -> Choice | None:
+    """missing: pairs of a backend and why it cannot run, or None."""
+    if gpu is None or obstacle(gpu) is not None or problem.unsupported_reason():
+        return None
+    unknown, layout = cuda_heuristics.UNKNOWN, cuda_heuristics.layout_of(problem)
+    M, N, K = (size or unknown for size in (problem.rows, problem.columns, problem.inner))
+    dtype = problem.dtype
+    predicted = predict(
+        gpu, M, N, K, problem.rank, dtype.itemsize, problem.four_bit, problem.dropout
+    )
+    fitting = (
+        cost for cost in predicted
+        if cost.backend != "cuda" or fit.forward(cost.strategy, dtype, layout, M, N, K) is None
+    )  # fmt: skip
+    best = next(cost for cost in fitting if dict(missing).get(cost.backend) is None)
+    eagers = next(cost for cost in predicted if cost.backend == "eager")
+    share = f"{best.seconds / eagers.seconds:.2f} of eager's {eagers.seconds * 1e6:.0f} µs"
+    why = f"the model of costs expects {share}, most of it {best.because}"
+    if best.backend == "cuda":
+        why += cuda_heuristics.dx_note(best.strategy, dtype, layout, N, K)
+    if problem.mixed and best.strategy not in TWO_STEPS.get(best.backend, [best.strategy]):
+        if best.backend == "triton":
+            return Choice("triton", triton.SPLIT, why)
+        strategy, why = cuda_heuristics.strategy_for(dtype, None, N, K, layout, why)
+        return Choice("cuda", strategy, why)
+    return Choice(best.backend, best.strategy, why)

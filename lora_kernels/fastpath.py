@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from . import ops, select
+from . import ops, selection
 from .backends import native
 from .backends.cpu import PreparedCall
 from .backends.cpu_heuristics import few_rows
@@ -67,7 +67,7 @@ def prepare(
         Guard(None, torch.is_grad_enabled, False),
         *ops.UNWATCHED,
         Guard(None, torch._C._is_any_autocast_enabled, False),
-        *select.guards(),
+        *selection.guards(),
         *map(_memory_guard, called_by_address),
     ]
     return ops.prepare(x.dtype, base, lora_A, lora_B, scaling, dtype, few, guards)
@@ -256,7 +256,7 @@ class DoraNormCache:
     ) -> Tensor | None:
         """‖W‖² of each row for the eager backend on a GPU, until the base changes; else None."""
         if (
-            not select.is_eager_on_gpu(lora_A.device.type)
+            not selection.is_eager_on_gpu(lora_A.device.type)
             or torch.compiler.is_compiling()
             or any(t.is_inference() for t in base)
             or _distributed()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops, select
+from . import ops, selection
 from .autograd import LoRALinearFunction, MultiLoRALinearFunction, MultiOptions, Options
 from .backends.library import follows_gpu
 from .core import reference
@@ -247,7 +247,7 @@ def _dropout(x: Tensor, dropout_p: float, rng: Tensor | None) -> tuple[float, Te
     if rng is not None:
         _check_rng(rng, x)
         return dropout_p, rng
-    return dropout_p, None if select.is_eager_on_gpu(ops.device_of(x)[0]) else drawn(x)
+    return dropout_p, None if selection.is_eager_on_gpu(ops.device_of(x)[0]) else drawn(x)
 
 
 def dropout_mask(rng: Tensor, M: int, K: int, p: float) -> Tensor:
@@ -267,7 +267,7 @@ def dropout_mask(rng: Tensor, M: int, K: int, p: float) -> Tensor:
     (torch.Size([64, 64]), True)
     """
     device_type = rng.device.type
-    if select.is_eager_on_gpu(device_type):
+    if selection.is_eager_on_gpu(device_type):
         raise RuntimeError(f"dropout_mask: rng is on {rng.device}, {_NATIVE_MASKS}")
     return reference.dropout_mask(rng, M, K, p)
 
@@ -507,5 +507,5 @@ def _check_rng(rng: Tensor, x: Tensor) -> None:
             f"rng: got {rng.dtype} {_shape(rng)}, want int64 [2]: seed and offset; or the mask, "
             f"torch.bool {_shape(x)}"
         )
-    if select.is_eager_on_gpu(ops.device_of(x)[0]) and not x.is_meta:
+    if selection.is_eager_on_gpu(ops.device_of(x)[0]) and not x.is_meta:
         raise ValueError(f"rng: got the state of a mask on {rng.device}, {_NATIVE_MASKS}")

@@ -23,7 +23,7 @@ from torch._compile import _disable_dynamo  # torch.compiler.disable, which impo
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
-from . import select
+from . import selection
 from .backends import cpu, cuda, eager, triton
 from .backends.cuda import fit
 from .backends.rows import like_rows_of
@@ -126,9 +126,9 @@ def choose(operands: Operands, spec: Spec) -> Choice:
     """Choose the backend and strategy of both directions."""
     x, weight, lora_A, lora_B, *_, rng = operands
     if _takes_mask(rng, spec.dropout_p):
-        return select.choose_for_mask()
+        return selection.choose_for_mask()
     (device_type, index), (R, K), (N, _) = device_of(x), lora_A.shape, lora_B.shape
-    return select.choose(Problem(
+    return selection.choose(Problem(
         device_type, x.dtype, lora_A.dtype, lora_B.dtype, spec.dtype, R, x.numel() // K,
         isinstance(weight, Packed4bit), N, K, rng is not None, index,
         layout(device_type, weight, spec.dtype),
@@ -224,7 +224,7 @@ def prepare(
     y has x's dtype. None if the backend chosen for such a call has no prepared calls.
     """
     four_bit = isinstance(weight, Packed4bit)
-    choice = select.choose(Problem(
+    choice = selection.choose(Problem(
         lora_A.device.type, x_dtype, lora_A.dtype, lora_B.dtype, dtype, lora_A.shape[0], 1,
         four_bit, layout=layout("cpu", weight, dtype),
     ))  # fmt: skip
@@ -296,9 +296,9 @@ def choose_multi(operands: MultiOperands, spec: MultiSpec) -> Choice:
     """Choose the backend and strategy of both directions, for several adapters."""
     x, weight, lora_A, lora_B, *_, rng = operands
     if _takes_mask(rng, spec.dropout_p):
-        return select.choose_for_mask()
+        return selection.choose_for_mask()
     (device_type, device_index), K = device_of(x), x.shape[-1]
-    return select.choose(Problem(
+    return selection.choose(Problem(
         device_type, x.dtype, lora_A[0].dtype, lora_B[0].dtype, spec.dtype,
         max(A.shape[0] for A in lora_A), x.numel() // K, isinstance(weight, Packed4bit),
         lora_B[0].shape[0], K, False, device_index, layout(device_type, weight, spec.dtype), True,
@@ -429,7 +429,7 @@ def dora_norm_direct(
     assert weight is not None
     device_type, index = device_of(lora_A)
     weight_dtype = torch.float32 if isinstance(weight, Packed4bit) else weight.dtype
-    choice = select.choose_norm(Problem(
+    choice = selection.choose_norm(Problem(
         device_type, weight_dtype, lora_A.dtype, lora_B.dtype, torch.float32, lora_A.shape[0],
         device_index=index,
     ))  # fmt: skip

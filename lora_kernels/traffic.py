@@ -37,7 +37,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from . import functional, ops, select
+from . import functional, ops, selection
 from .backends import library
 
 # The card whose dispatch bitsandbytes' `gemm_4bit` follows: H100, sm_90 with 132 SMs.
@@ -213,7 +213,7 @@ class _Counter(TorchDispatchMode):
             self,
             _NativeDropout(),
             _set_meta_autocast(None),  # which an op switches off, see ops.py
-            select.backend("eager"),
+            selection.backend("eager"),
             torch.no_grad(),
         ):
             return implementation(*args, **kwargs)

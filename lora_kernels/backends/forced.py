@@ -1,4 +1,4 @@
-"""Which backend the user asks for: set by `select.backend`, read wherever a kernel is chosen."""
+"""Which backend the user asks for: set by `selection.backend`, read wherever a kernel is chosen."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Forced(NamedTuple):
     strategy: str | None = None
 
 
-# The environment's name, read at import, is checked by `select`.
+# The environment's name, read at import, is checked by `selection`.
 _DEFAULT = Forced(os.environ.get("LORA_KERNELS_BACKEND") or None)
 current: ContextVar[Forced] = ContextVar("lora_kernels_backend", default=_DEFAULT)
 

@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import __version__, cpu_costs, functional, select, timing
+from .. import __version__, cpu_costs, functional, selection, timing
 from .. import device as devices
 from ..backends import native
 from ..core.problem import Problem
@@ -265,7 +265,7 @@ def _choice(case: Case) -> dict[str, str]:
     """The backend and strategy that ours takes."""
     with cases.kernels(case.device):
         A = case.adapter_dtype or case.dtype
-        choice = select.choose(Problem(
+        choice = selection.choose(Problem(
             case.device, case.dtype, A, A, case.compute_dtype, case.R, case.M, False, case.N,
             case.K, case.dropout_p > 0,
         ))  # fmt: skip
@@ -370,7 +370,7 @@ def provenance(dtypes: list[str], device: str = "cpu") -> dict[str, Any]:
         "version": __version__,
         "commit": _output("git", "-C", str(Path(__file__).parent), *GIT),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
-        "backend": select.choose(Problem(device, f32, f32, f32, f32, RANKS[0])).backend,
+        "backend": selection.choose(Problem(device, f32, f32, f32, f32, RANKS[0])).backend,
         "isa": native.isa,
         "machine": cpu.architecture,
         "processor": cpu.name,

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import functional, select, timing
+from .. import functional, selection, timing
 from ..core import reference
 from ..layers import DoRALinear, HierarchicalLoRALinear, LoRAGroup, LoRALinear
 from ..quantization import quantize_4bit
@@ -51,7 +51,7 @@ def norm_row(dtype: torch.dtype, seconds: float) -> dict[str, Any]:
     codes = quantize_4bit(W)
 
     def panels() -> Tensor:
-        with select.backend("eager"):
+        with selection.backend("eager"):
             return functional.dora_norm(W, A, B, SCALING)
 
     calls: dict[str, Callable[[], Tensor]] = {

@@ -17,7 +17,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from .. import functional, select
+from .. import functional, selection
 from ..backends import cpu, cuda, decode4bit, eager, library, native, triton
 from ..backends.cuda import fit
 from ..backends.triton import configs
@@ -256,7 +256,7 @@ def part_roundoffs(case: Case) -> dict[str, float]:
     rounds neither, so u/4 alone has to admit √2 · 0.42 u: four times u is what stands here.
     """
     adapter, device = case.adapter_dtype or case.dtype, torch.empty(0, device=case.device)
-    if select.forced_backend() != "eager" or not library.has_out_dtype(device):
+    if selection.forced_backend() != "eager" or not library.has_out_dtype(device):
         return {}
     if case.autocast and case.dtype is not torch.float64:
         u = tolerance.unit_roundoff(case.autocast)
@@ -274,7 +274,7 @@ def part_roundoffs(case: Case) -> dict[str, float]:
 def give_mask(args: dict[str, Any]) -> dict[str, Any]:
     """Replace the state of a dropout mask by the mask, for a backend that takes no state."""
     rng, x = args["rng"], args["x"]
-    if rng is None or rng.dtype is torch.bool or not select.is_eager_on_gpu(x.device.type):
+    if rng is None or rng.dtype is torch.bool or not selection.is_eager_on_gpu(x.device.type):
         return args
     K = x.shape[-1]
     mask = reference.dropout_mask(rng, x.numel() // K, K, args["dropout_p"])
@@ -321,7 +321,7 @@ def triton_engines() -> list[str]:
     """The Triton kernels' strategies, where a GPU (or Triton's interpreter) can run them."""
     if configs.unfit(triton.absence(), configs.here(), "cpu") is not None:
         return []
-    return [f"triton {strategy}" for strategy in select.STRATEGIES["triton"]]
+    return [f"triton {strategy}" for strategy in selection.STRATEGIES["triton"]]
 
 
 def eager_cuda_engines() -> list[str]:
@@ -333,7 +333,7 @@ def cuda_engines() -> list[str]:
     """The CUDA kernels' strategies, where a GPU can run them."""
     if not torch.cuda.is_available() or cuda.obstacle("cuda", None) is not None:
         return []
-    return [f"cuda {strategy}" for strategy in select.STRATEGIES["cuda"]]
+    return [f"cuda {strategy}" for strategy in selection.STRATEGIES["cuda"]]
 
 
 def fits_cuda(case: Case, strategy: str) -> bool:
@@ -351,37 +351,37 @@ def triton_device() -> str:
 
 def kernels(device: str) -> contextlib.AbstractContextManager[None]:
     """What is timed as ours: on a GPU the Triton kernels, whether or not they are the default."""
-    return select.backend("triton") if device == "cuda" else contextlib.nullcontext()
+    return selection.backend("triton") if device == "cuda" else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
 def engine(name: str) -> Iterator[None]:
     """Force one of the engines named above; RuntimeError where it cannot run here."""
     if name == "eager":
-        with select.backend("eager"):
+        with selection.backend("eager"):
             yield
         return
     if name == EAGER_CUDA:
-        with select.backend("eager"), eager.upcast_rows(GPU_UPCAST_ROWS):
+        with selection.backend("eager"), eager.upcast_rows(GPU_UPCAST_ROWS):
             yield
         return
     if name == "eager-gpu":
         with (
-            select.backend("eager"), library.as_on_gpu(), eager.upcast_rows(GPU_UPCAST_ROWS),
+            selection.backend("eager"), library.as_on_gpu(), eager.upcast_rows(GPU_UPCAST_ROWS),
             mock.patch.dict(decode4bit.bitsandbytes_reasons, _CPU_DECODER),
         ):  # fmt: skip
             yield
         return
     backend, _, strategy = name.partition(" ")
     if backend in ("triton", "cuda"):
-        with select.backend(backend, strategy):
+        with selection.backend(backend, strategy):
             yield
         return
     before, isa = native.isa, backend
     try:
         if native.use_isa(isa) != isa:
             raise RuntimeError(f"engine: got {name!r}, this processor stops at {native.isa!r}")
-        with select.backend("cpu", strategy or cpu.LIBRARY):
+        with selection.backend("cpu", strategy or cpu.LIBRARY):
             yield
     finally:
         if before is not None:
@@ -396,7 +396,7 @@ def _expected(case: Case) -> tuple[list[Any], list[dict[str, Tensor]], list[dict
     eagers: list[dict[str, Tensor]] = []
     seeds = 1
     while len(arguments) < seeds:
-        with select.backend("eager"):  # not by the kernels that are judged
+        with selection.backend("eager"):  # not by the kernels that are judged
             args = inputs(replace(case, seed=case.seed + len(arguments)))
             arguments.append(args)
             refs.append(oracle(args))
@@ -448,7 +448,7 @@ def judge_norm(
     refs: list[Tensor] = []
     eagers: list[Tensor] = []
     while sum(ref.numel() for ref in refs) < tolerance.POOL:
-        with select.backend("eager"):
+        with selection.backend("eager"):
             args = inputs(replace(case, seed=case.seed + len(refs)))
             args = {name: args[name] for name in NORM_ARGUMENTS}
             wide: dict[str, Any] = {

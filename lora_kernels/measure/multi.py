@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import functional, select
+from .. import functional, selection
 from ..core import reference
 from ..quantization import Weight4bit, quantize_4bit
 from . import tolerance
@@ -171,7 +171,7 @@ def judge(
     seeds = 1
     while len(got) < seeds:
         args = inputs(replace(case, seed=case.seed + len(got)))
-        with select.backend("eager"):  # not by the kernels that are judged
+        with selection.backend("eager"):  # not by the kernels that are judged
             refs.append(oracle(args))
             eagers.append(run(plain_pytorch, args))
         got.append(run(call, give_mask(args)))

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import select
+from .. import selection
 from ..quantization import Weight4bit
 from . import case as cases
 from . import tolerance
@@ -76,7 +76,7 @@ def compare(peer: str, case: Case) -> Compared:
         args["weight"] = Weight4bit.from_bitsandbytes(theirs.get_base_layer().weight)
     model: Any = fuse(nn.Sequential(copy.deepcopy(theirs)))
     reason = None if isinstance(model[0], Fused) else explain(model).rows[0].reason
-    with select.backend("eager"):  # not by the kernels that are judged
+    with selection.backend("eager"):  # not by the kernels that are judged
         ref, eager = cases.oracle(args), cases.run(cases.plain_pytorch, args)
     u, lengths = cases.unit_roundoffs(case), cases.sums(case)
     results = {"ours": outputs(model[0], args), "theirs": outputs(theirs, args)}

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import __version__, functional, select, timing
+from .. import __version__, functional, selection, timing
 from .. import device as devices
 from ..backends import triton
 from ..backends.triton import COOPERATIVE, LIBRARY, SINGLE_PASS, STRATEGIES, configs, measured
@@ -64,7 +64,7 @@ class Trial:
 
     def under(self, row: Measured, call: Callable[[], Any]) -> Any:
         """What the call returns where the table holds this row."""
-        with measured.tried(self.key, row), select.backend("triton"):
+        with measured.tried(self.key, row), selection.backend("triton"):
             return call()
 
     def flaw(self, row: Measured) -> str | None:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .. import costs, cpu_costs, select
+from .. import costs, cpu_costs, selection
 from ..backends import eager
 from ..backends.triton import configs, measured
 from ..core.problem import Choice, Layout, Problem
@@ -38,16 +38,16 @@ class Part(NamedTuple):
     base: bool = True  # whether the base's product is in it
     dropout: bool = False
     mixed: bool = False  # `multi_lora_linear`
-    ours: bool = True  # False: PyTorch's own calls, whatever `select` would choose
+    ours: bool = True  # False: PyTorch's own calls, whatever `selection` would choose
     norm: bool = False  # DoRA's, of each row of the weight, before it
     frozen: bool = True  # whether the base's weight gets no gradient
     layout: Layout | None = None  # of the base's weight, for the CUDA kernels
 
     def choose(self, rows: int | None) -> Choice:
-        """What `select` answers the op; RuntimeError where a forced backend cannot run."""
+        """What `selection` answers the op; RuntimeError where a forced backend cannot run."""
         if not (self.ours and self.R):
             return Choice("torch", eager.LIBRARY, "")
-        return select.choose(Problem(
+        return selection.choose(Problem(
             self.device.type, self.x_dtype, self.a_dtype, self.b_dtype, self.dtype, self.R, rows,
             self.four_bit, self.N, self.K, self.dropout and not self.mixed, self.device.index,
             self.layout, self.mixed,
@@ -117,7 +117,7 @@ def _span(first: int, last: int | None) -> str:
 
 
 def regions(part: Part) -> tuple[Region, ...]:
-    """Where the choice changes, from one row to MANY_ROWS: asked of `select`, which is pure."""
+    """Where the choice changes, from one row to MANY_ROWS: asked of `selection`, which is pure."""
 
     def at(rows: int) -> tuple[str, str]:
         try:

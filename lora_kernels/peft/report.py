@@ -16,7 +16,7 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from .. import ops, select, timing
+from .. import ops, selection, timing
 from ..backends import cpu, cpu_heuristics
 from ..backends.decode4bit import decoded_by
 from ..backends.library import follows_gpu
@@ -509,7 +509,7 @@ def _streamed_layer(
     elif weight.stride(1) != 1:
         reason = "its weight is stored by columns"
     else:
-        choice = select.choose(Problem("cpu", dtype, dtype, dtype, dtype, 0, 1))
+        choice = selection.choose(Problem("cpu", dtype, dtype, dtype, dtype, 0, 1))
         reason = choice.reason
         if (choice.backend, choice.strategy) == ("cpu", cpu.STREAMED):
             few = cpu_heuristics.few_rows(dtype, False, N * K)

@@ -15,7 +15,7 @@ from peft.tuners.adalora.layer import SVDLinear
 from peft.tuners.lora.layer import LoraLayer, MultiheadAttention, ParamWrapper
 from torch import nn
 
-from .. import select
+from .. import selection
 from ..quantization.weight4bit import check_decoder
 from . import foreign
 from .adalora import FusedSVDLinear
@@ -135,7 +135,11 @@ def _unfusable(layer: Any) -> str | None:
 def _excess_traffic(layer: Any) -> str | None:
     """Return the reason if PEFT's layer moves fewer bytes than the fused one, eager on a GPU."""
     weight = getattr(layer.get_base_layer(), "weight", None)
-    if isinstance(layer, Fused) or weight is None or not select.is_eager_on_gpu(weight.device.type):
+    if (
+        isinstance(layer, Fused)
+        or weight is None
+        or not selection.is_eager_on_gpu(weight.device.type)
+    ):
         return None
     if weight.is_meta or not layer.active_adapters:
         return None

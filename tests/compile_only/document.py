@@ -1,4 +1,4 @@
-"""The tables of benchmarks/KERNELS.md: from budgets.json, and from the model that `select` asks."""
+"""The tables of benchmarks/KERNELS.md: from budgets.json, and from the cost model."""
 
 from __future__ import annotations
 

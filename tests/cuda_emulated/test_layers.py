@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import lora_kernels
-from lora_kernels import select
+from lora_kernels import selection
 from tests.layers import test_group
 from tests.layers.variants import check, check_memory, every_variant
 
@@ -23,7 +23,7 @@ def test_some(name: str, inner: int) -> None:
     check(name, bf16, inner)
 
 
-@pytest.mark.parametrize("strategy", [None, *select.STRATEGIES["cuda"]])
+@pytest.mark.parametrize("strategy", [None, *selection.STRATEGIES["cuda"]])
 @pytest.mark.parametrize("name", ["LoRALinear", "QDoRALinear", "AdaLoRALinear"])
 def test_nothing_is_alive_beside_the_formula(name: str, strategy: str | None) -> None:
     with lora_kernels.backend("cuda", strategy):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from lora_kernels import select
+from lora_kernels import selection
 from lora_kernels.core.problem import Choice, Problem
 from lora_kernels.measure import tolerance
 from lora_kernels.peft import FusedSVDLinear, explain, fuse, unfuse
@@ -421,13 +421,13 @@ def test_explain_asks_for_the_choice_that_the_op_asks_for(
 ) -> None:
     model = fuse(two_adapters(dtype=f32))
     model.base_model.set_adapter(adapters)
-    choose, asked = select.choose, []
+    choose, asked = selection.choose, []
 
     def recorder(problem: Problem) -> Choice:
         asked.append(problem._replace(rows=None))  # which explain does not know
         return choose(problem)
 
-    monkeypatch.setattr(select, "choose", recorder)
+    monkeypatch.setattr(selection, "choose", recorder)
     explain(model)
     by_explain = list(asked)
     asked.clear()

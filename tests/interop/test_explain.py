@@ -11,7 +11,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lora_kernels
-from lora_kernels import select
+from lora_kernels import selection
 from lora_kernels.backends import native
 from lora_kernels.core.problem import Choice, Problem
 from lora_kernels.layers import LoRALinear
@@ -135,13 +135,13 @@ def test_asks_for_the_choice_that_the_op_asks_for(
     model = fuse(mlp(dtype))
     model.add_adapter("second", LoraConfig(r=3, target_modules=["up", "down"]))
     model.base_model.set_adapter(adapters)
-    choose, asked = select.choose, []
+    choose, asked = selection.choose, []
 
     def recorder(problem: Problem) -> Choice:
         asked.append(problem._replace(rows=None))  # which explain does not know
         return choose(problem)
 
-    monkeypatch.setattr(select, "choose", recorder)
+    monkeypatch.setattr(selection, "choose", recorder)
     with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
         explain(model, x_dtype=dtype)
         by_explain = list(asked)

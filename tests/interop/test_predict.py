@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import lora_kernels
-from lora_kernels import costs, cpu_costs, select
+from lora_kernels import costs, cpu_costs, selection
 from lora_kernels.backends import cpu, cpu_heuristics, native, triton
 from lora_kernels.backends.triton import configs, measured
 from lora_kernels.core.problem import Choice, Problem
@@ -76,13 +76,13 @@ def part(**fields: Any) -> Part:
 
 
 def choices(monkeypatch: pytest.MonkeyPatch, *starts: tuple[int, str]) -> None:
-    """`select` answers each name from its number of rows on."""
+    """`selection` answers each name from its number of rows on."""
 
     def choose(problem: Problem) -> Choice:
         rows = problem.rows or 1
         return Choice("cpu", next(name for at, name in reversed(starts) if rows >= at), "")
 
-    monkeypatch.setattr(select, "choose", choose)
+    monkeypatch.setattr(selection, "choose", choose)
 
 
 def test_regions_start_at_the_very_row(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,13 +148,13 @@ def test_asks_for_the_choice_that_the_op_asks_for(
 ) -> None:
     """Rows included."""
     model = fuse(mlp(f32))
-    choose, asked = select.choose, []
+    choose, asked = selection.choose, []
 
     def recorder(problem: Problem) -> Choice:
         asked.append(problem)
         return choose(problem)
 
-    monkeypatch.setattr(select, "choose", recorder)
+    monkeypatch.setattr(selection, "choose", recorder)
     with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
         explain(model, rows=rows, machine=MACHINE)
         by_explain = set(asked)
@@ -318,13 +318,13 @@ def test_bad_rows(rows: Any) -> None:
 def test_a_gpu_that_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(costs, "here", lambda index: H100)
     library = next(c for c in costs.predict(H100, 512, 4096, 14336, 16) if c.backend == "eager")
-    monkeypatch.setattr(select, "choose", lambda *args: Choice("eager", "", ""))
+    monkeypatch.setattr(selection, "choose", lambda *args: Choice("eager", "", ""))
     found = predict.time(GPU, 512, None, False)
     assert found == (library.seconds, "the model of costs for H100", False)
     step = predict.time(GPU, 512, None, True)
     # dx is a product of the same size.
     assert step is not None and step.seconds > 1.9 * found.seconds
-    monkeypatch.setattr(select, "choose", lambda *args: Choice("cuda", "split", ""))
+    monkeypatch.setattr(selection, "choose", lambda *args: Choice("cuda", "split", ""))
     split = next(
         c for c in costs.predict(H100, 512, 4096, 14336, 16)
         if (c.backend, c.strategy) == ("cuda", "split")
@@ -345,7 +345,7 @@ def test_what_was_measured_goes_before_the_model_and_says_so(
         triton.SPLIT, source="measured on H100: 250 µs a step", microseconds=250
     )
     answer = Choice("triton", triton.SPLIT, row.source)
-    monkeypatch.setattr(select, "choose", lambda *args: answer)
+    monkeypatch.setattr(selection, "choose", lambda *args: answer)
     with measured.tried(key, row):
         assert predict.time(GPU, 512, None, True) == (250e-6, row.source, True)
         # Neither another shape, nor a forward, nor another strategy was measured.

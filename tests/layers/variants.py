@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from lora_kernels import layers, select
+from lora_kernels import layers, selection
 from lora_kernels.layers import LoRALinear
 from lora_kernels.measure import tolerance
 from lora_kernels.measure.bench_memory import held
@@ -112,7 +112,7 @@ def check(name: str, dtype: torch.dtype, inner: int = K) -> None:
                 y = layer(x_)
             else:
                 params, x_ = adapter(layer, wide), x.to(wide).requires_grad_()
-                with select.backend("eager"):
+                with selection.backend("eager"):
                     W = layer._dense_weight()
                     if name.startswith("Q"):
                         W = layer.weight4bit.dequantize(f32)
@@ -158,7 +158,7 @@ def check_memory(
     R, x_bytes = layer.lora_A.shape[0], rows * inner * dtype.itemsize
     want = x_bytes
     if dropout:  # the state of the mask, or the mask
-        want += rows * inner if select.is_eager_on_gpu("cpu") else 16
+        want += rows * inner if selection.is_eager_on_gpu("cpu") else 16
     if "MemoryEfficient" not in name:  # which makes P again
         want += rows * R * 4
     if "DoRA" in name:  # z; c, and the norm that the magnitude is divided by

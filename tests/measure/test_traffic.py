@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import report
-from lora_kernels import cli, lora_linear, ops, select, traffic
+from lora_kernels import cli, lora_linear, ops, selection, traffic
 from lora_kernels.backends import eager
 from lora_kernels.measure import bench_memory, bench_traffic
 from lora_kernels.measure.bench_traffic import CELLS, Cell
@@ -258,7 +258,7 @@ def test_count_op_of_this_package_is_its_eager_implementation(dtype: torch.dtype
     through: list[Kernel] = []
     direct: list[Kernel] = []
     count(lambda: torch.ops.lora_kernels.lora_linear(*args, *rest), through)
-    with select.backend("eager"), traffic._set_meta_autocast(None):
+    with selection.backend("eager"), traffic._set_meta_autocast(None):
         count(lambda: ops.IMPLEMENTATIONS["lora_linear"](*args, *rest), direct)
     assert through == direct
     assert sum(kernel.read for kernel in through) >= 2 * (M * K + N * K)

@@ -39,8 +39,9 @@ TESTS = {
     "tests/ops/test_dora_norm.py",
     "autograd.py": "tests/autograd",
     "ops.py": "tests/ops/test_exact.py tests/autograd tests/ops/test_leading_dimensions.py",
-    "select.py": "tests/ops/test_select.py tests/ops/test_exact.py tests/ops/test_eager_gpu.py",
-    "reference.py": "tests/reference",
+    "selection.py": "tests/ops/test_selection.py tests/ops/test_exact.py "
+    "tests/ops/test_eager_gpu.py",
+    "core/reference.py": "tests/reference",
     "backends/eager.py": "tests/ops/test_exact.py tests/ops/test_eager_gpu.py "
     "tests/measure/test_traffic.py",
     "backends/cpu.py": "tests/ops/test_exact.py tests/ops/test_multi_lora_linear.py",

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from lora_kernels import costs, select
+from lora_kernels import costs, selection
 from lora_kernels.backends import triton
 from lora_kernels.backends.triton import configs, heuristics, measured
 from lora_kernels.core.problem import Choice, Layout, Problem
@@ -86,7 +86,7 @@ def choose(
 ) -> Choice | None:
     dtypes = (torch.bfloat16,) * 4
     problem = Problem("cuda", *dtypes, rank, 1, True, N, inner, layout=Layout(blocksize))
-    return select._cheapest(problem, gpu, (("triton", None), ("cuda", cuda)))
+    return costs.cheapest(problem, gpu, (("triton", None), ("cuda", cuda)))
 
 
 @every_gpu
@@ -107,9 +107,9 @@ def test_a_kernel_is_expected_only_of_what_it_takes(odd: dict[str, int]) -> None
 
 def test_while_untried_eager_is_chosen_without_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """No figure of a model that no card has confirmed is quoted."""
-    monkeypatch.setattr(select, "_gpu", lambda index: H100)
-    choice = select.choose(Problem("cuda", *(torch.bfloat16,) * 4, R, 1, True, N, K))
-    assert choice.backend == "eager" and choice.reason == select.UNTRIED
+    monkeypatch.setattr(selection, "_gpu", lambda index: H100)
+    choice = selection.choose(Problem("cuda", *(torch.bfloat16,) * 4, R, 1, True, N, K))
+    assert choice.backend == "eager" and choice.reason == selection.UNTRIED
 
 
 def test_what_the_model_leaves_to_others() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import lora_kernels
-from lora_kernels import ops, reference, select
+from lora_kernels import ops, reference, selection
 from lora_kernels.core.problem import Problem
 from lora_kernels.measure.case import Case, inputs, judge_norm
 from lora_kernels.quantization import quantize_4bit
@@ -130,10 +130,10 @@ def test_bad_input(change: dict[str, Any], error: type[Exception], words: str) -
 
 def test_where_it_cannot_run() -> None:
     with lora_kernels.backend("cpu"), pytest.raises(RuntimeError, match="device type 'mps'"):
-        select.choose_norm(Problem("mps", f32, f32, f32, f32, 8))
+        selection.choose_norm(Problem("mps", f32, f32, f32, f32, 8))
     with lora_kernels.backend("cpu"), pytest.raises(RuntimeError, match="rank 257"):
-        select.choose_norm(Problem("cpu", f32, f32, f32, f32, 257))
+        selection.choose_norm(Problem("cpu", f32, f32, f32, f32, 257))
     with lora_kernels.backend("triton"), pytest.raises(RuntimeError, match="triton"):
-        select.choose_norm(Problem("mps", f32, f32, f64, f32, 8))
-    assert select.choose_norm(Problem("cuda", f32, f32, f32, f32, 8)).reason == select.UNTRIED
+        selection.choose_norm(Problem("mps", f32, f32, f64, f32, 8))
+    assert selection.choose_norm(Problem("cuda", f32, f32, f32, f32, 8)).reason == selection.UNTRIED
     assert lora_kernels.dora_norm(*(t.to("meta") for t in (W, A, B))).shape == (4,)

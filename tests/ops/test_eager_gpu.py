@@ -24,7 +24,7 @@ from lora_kernels import (
     multi_lora_linear,
     ops,
     reference,
-    select,
+    selection,
     traffic,
 )
 from lora_kernels.backends import decode4bit, eager, library
@@ -69,11 +69,11 @@ def layer_args(M: int = 12, dtype: torch.dtype = f32, **options: Any) -> dict[st
 @contextlib.contextmanager
 def backend_forced(forced: bool) -> Iterator[None]:
     """The eager backend forced, or none: the dropout mask then decides."""
-    token = select.forced.current.set(select.Forced("eager" if forced else None))
+    token = selection.forced.current.set(selection.Forced("eager" if forced else None))
     try:
         yield
     finally:
-        select.forced.current.reset(token)
+        selection.forced.current.reset(token)
 
 
 @pytest.mark.parametrize("forced", [True, False])
@@ -221,11 +221,11 @@ def test_rng_mask_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
     [(None, True), ("eager", True), ("cpu", False), ("triton", False), ("cuda", False)],
 )
 def test_is_eager_on_gpu_follows_the_forced_backend(backend: str | None, want: bool) -> None:
-    token = select.forced.current.set(select.Forced(backend))
+    token = selection.forced.current.set(selection.Forced(backend))
     try:
-        assert select.is_eager_on_gpu("cuda") is want
+        assert selection.is_eager_on_gpu("cuda") is want
     finally:
-        select.forced.current.reset(token)
+        selection.forced.current.reset(token)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "triton", "cuda"])

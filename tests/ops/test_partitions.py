@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import lora_kernels
-from lora_kernels import reference, select
-from lora_kernels.backends import cpu, eager
+from lora_kernels import reference
+from lora_kernels.backends import cpu, cpu_heuristics, eager
 from lora_kernels.measure import case as cases
 from lora_kernels.measure.case import Case
 from lora_kernels.measure.multi import MultiCase
@@ -59,7 +59,7 @@ def test_few_rows_of_many_parts_are_exact(
 ) -> None:
     """Rows of x in two passes, K in slabs or chains, and rows of W in two blocks a thread."""
     isa = engine.partition(" ")[0]
-    rows = min(9, select.few_rows(dtype, bool(blocksize), 0, isa=isa))
+    rows = min(9, cpu_heuristics.few_rows(dtype, bool(blocksize), 0, isa=isa))
     with lora_kernels.backend("cpu", cpu.FEW_ROWS if blocksize else cpu.STREAMED):
         exact.check(exact_case(rows, 300, K, 70, dtype=dtype), blocksize)
 

@@ -1,7 +1,7 @@
 """Kernels run here on a GPU or, with TRITON_INTERPRET=1, in Triton's interpreter; else not at all.
 
 The variable must be set before Triton is imported and holds for a whole process: so these tests
-have one of their own (the Makefile's `test`). Where there is no Triton only test_select.py is left.
+have one of their own (the Makefile's `test`). Without Triton only test_selection.py is left.
 """
 
 import os

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import lora_kernels
-from lora_kernels import select
+from lora_kernels import selection
 from tests.layers import test_group
 from tests.layers.variants import check, check_memory, every_variant
 
@@ -19,7 +19,7 @@ def test_some(name: str) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="bytes are counted on a CPU")
-@pytest.mark.parametrize("strategy", select.STRATEGIES["triton"])
+@pytest.mark.parametrize("strategy", selection.STRATEGIES["triton"])
 @pytest.mark.parametrize("name", ["LoRALinear", "QDoRALinear", "AdaLoRALinear"])
 def test_nothing_is_alive_beside_the_formula(name: str, strategy: str) -> None:
     with lora_kernels.backend("triton", strategy):
@@ -44,7 +44,7 @@ def test_projections_of_one_x(cls: Any) -> None:
 @pytest.mark.proof
 @pytest.mark.skipif(torch.cuda.is_available(), reason="bytes are counted on a CPU")
 @every_variant
-@pytest.mark.parametrize("strategy", select.STRATEGIES["triton"])
+@pytest.mark.parametrize("strategy", selection.STRATEGIES["triton"])
 def test_nothing_is_alive_of_any_variant(name: str, strategy: str) -> None:
     with lora_kernels.backend("triton", strategy):
         check_memory(name, torch.float32, cycles=True)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import lora_kernels
-from lora_kernels import cli, select
+from lora_kernels import cli, selection
 from lora_kernels.backends.triton import LIBRARY, SPLIT, configs, launch, measured
 from lora_kernels.core.problem import Problem
 from lora_kernels.measure import tune
@@ -63,15 +63,15 @@ def test_from_end_to_end(
     monkeypatch.setattr(launch, "run", watched)
     args = [torch.randn(s, device=DEVICE) for s in ((33, 64), (32, 64), (16, 64), (32, 16))]
     with lora_kernels.backend("triton"):
-        choice = select.choose(Problem(DEVICE, f32, f32, f32, f32, 16, 33, False, 32, 64))
+        choice = selection.choose(Problem(DEVICE, f32, f32, f32, f32, 16, 33, False, 32, 64))
         assert choice.strategy == SPLIT and "measured on " in choice.reason
         lora_kernels.lora_linear(*args)
         assert ("linear_kernel", 32) in tiles
-        other = select.choose(Problem(DEVICE, f32, f32, f32, f32, 16, 33, False, 32, 65))
+        other = selection.choose(Problem(DEVICE, f32, f32, f32, f32, 16, 33, False, 32, 65))
         assert "measured" not in other.reason
     with lora_kernels.backend("triton", LIBRARY):  # what is named goes before what was measured
         assert (
-            select.choose(Problem(DEVICE, f32, f32, f32, f32, 16, 33, False, 32, 64)).strategy
+            selection.choose(Problem(DEVICE, f32, f32, f32, f32, 16, 33, False, 32, 64)).strategy
             == LIBRARY
         )
 

@@ -1,4 +1,4 @@
-"""Which of the kernels take a product: what `select` decides by, and says.
+"""Which of the kernels take a product: what `selection` decides by, and says.
 
 The matrix units are fed by loads of 16 bytes, so that rows have to be whole ones, and aligned.
 """

@@ -12,7 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import lora_kernels
-from lora_kernels import ops, select
+from lora_kernels import ops, selection
 from lora_kernels.backends import cpu, native
 from lora_kernels.core.problem import Choice, Layout, Problem
 from lora_kernels.measure import case as cases
@@ -24,7 +24,7 @@ needs_native = pytest.mark.skipif(native.module is None, reason="the native kern
 
 
 def choose(device: str = "cpu", dtype: torch.dtype = f32, rank: int = 8) -> Choice:
-    return select.choose(Problem(device, dtype, dtype, dtype, dtype, rank))
+    return selection.choose(Problem(device, dtype, dtype, dtype, dtype, rank))
 
 
 @needs_native
@@ -68,7 +68,7 @@ def on(
     """The choice on such a processor."""
     for name, value in (("reason", None), ("isa", isa), ("amx_bf16", amx), ("intel", intel)):
         monkeypatch.setattr(native, name, value)
-    return select.choose(
+    return selection.choose(
         Problem("cpu", dtype, dtype, dtype, dtype, 8, rows, four_bit, columns, inner)
     )
 
@@ -253,15 +253,15 @@ def test_no_weight_of_columns_is_streamed(
     for name, value in (("reason", None), ("isa", isa), ("amx_bf16", False), ("intel", False)):
         monkeypatch.setattr(native, name, value)
     args = "cpu", f32, f32, f32, f32, 8, rows, False, 100, 200
-    assert select.choose(Problem(*args, layout=Layout(columns=True))).strategy == strategy
+    assert selection.choose(Problem(*args, layout=Layout(columns=True))).strategy == strategy
     with lora_kernels.backend("cpu", cpu.STREAMED), pytest.raises(RuntimeError, match="contiguous"):
-        select.choose(Problem(*args, layout=Layout(columns=True)))
+        selection.choose(Problem(*args, layout=Layout(columns=True)))
 
 
 @needs_native
 def test_forcing_a_strategy(monkeypatch: pytest.MonkeyPatch) -> None:
     with lora_kernels.backend("cpu", cpu.LIBRARY):
-        assert select.choose(Problem("cpu", f32, f32, f32, f32, 8, 999)).strategy == cpu.LIBRARY
+        assert selection.choose(Problem("cpu", f32, f32, f32, f32, 8, 999)).strategy == cpu.LIBRARY
     with pytest.raises(ValueError, match="'two passes'"), lora_kernels.backend("cpu", "two passes"):
         pass
     monkeypatch.setattr(native, "isa", "avx2")
@@ -269,11 +269,11 @@ def test_forcing_a_strategy(monkeypatch: pytest.MonkeyPatch) -> None:
         choose()
     with lora_kernels.backend("cpu", cpu.STREAMED):
         assert choose().strategy == cpu.STREAMED
-        assert select.choose(Problem("cpu", f32, f32, f32, f32, 8, 16)).strategy == cpu.STREAMED
+        assert selection.choose(Problem("cpu", f32, f32, f32, f32, 8, 16)).strategy == cpu.STREAMED
         with pytest.raises(RuntimeError, match="at most 16 rows"):
-            select.choose(Problem("cpu", f32, f32, f32, f32, 8, 17))
+            selection.choose(Problem("cpu", f32, f32, f32, f32, 8, 17))
         with pytest.raises(RuntimeError, match="want a dense weight"):
-            select.choose(Problem("cpu", f32, f32, f32, f32, 8, 1, True))
+            selection.choose(Problem("cpu", f32, f32, f32, f32, 8, 1, True))
     with lora_kernels.backend("cpu", cpu.FEW_ROWS), pytest.raises(RuntimeError, match="4-bit"):
         choose()
 
@@ -297,7 +297,7 @@ def test_forcing() -> None:
 
 @pytest.mark.parametrize(("value", "said"), [("eager", "eager\n"), ("tritn", "got 'tritn'")])
 def test_forcing_by_environment(value: str, said: str) -> None:
-    code = "from lora_kernels import select; print(select.forced_backend())"
+    code = "from lora_kernels import selection; print(selection.forced_backend())"
     environment = {**os.environ, "LORA_KERNELS_BACKEND": value}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True

@@ -10,7 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import lora_kernels
-from lora_kernels import device, info, select
+from lora_kernels import device, info, selection
 from lora_kernels.backends import cuda
 from lora_kernels.backends.cuda import COOPERATIVE, ORDINARY, OVERLAPPED, SPLIT, fit, launch
 from lora_kernels.core.problem import Choice, Layout, Problem
@@ -26,7 +26,7 @@ COLUMNS, OFF = Layout(columns=True), Layout(obstacle="the weight's rows are not 
 def choose(
     M: int | None, N: int, K: int, layout: Layout = ROWS, dtype: torch.dtype = bf16
 ) -> Choice:
-    return select.choose(
+    return selection.choose(
         Problem("cpu", dtype, dtype, dtype, dtype, 16, M, layout.blocksize > 0, N, K, layout=layout)
     )
 
@@ -154,7 +154,7 @@ def test_obstacle_driver_refuses_gives_its_words_and_asks_once(probed: list[int]
 
 def test_select_driver_refuses_raises_before_a_launch(probed: list[int]) -> None:
     with lora_kernels.backend("cuda"), pytest.raises(RuntimeError, match=NO_IMAGE):
-        select.choose(Problem("cuda", *(bf16,) * 4, 16, 1, False, 64, 64, device_index=0))
+        selection.choose(Problem("cuda", *(bf16,) * 4, 16, 1, False, 64, 64, device_index=0))
     assert probed == [0]
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import lora_kernels
-from lora_kernels import costs, select
+from lora_kernels import costs, selection
 from lora_kernels.backends import cuda, triton
 from lora_kernels.backends.triton import LIBRARY, SINGLE_PASS, SPLIT, configs
 from lora_kernels.backends.triton.configs import Target
@@ -16,7 +16,7 @@ A100, H100 = Target("cuda", 80, 108, 163 << 10), Target("cuda", 90, 132, 227 << 
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Target:
-    """A machine with Triton and an A100, as far as `select` asks."""
+    """A machine with Triton and an A100, as far as `selection` asks."""
     monkeypatch.setattr(triton, "absence", lambda: None)
     monkeypatch.setattr(triton, "interpreted", lambda: False)
     monkeypatch.setattr(configs, "target", lambda index: A100)
@@ -26,7 +26,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Target:
 def choose(
     device: str = "cuda", dtype: torch.dtype = bf16, rank: int = 16, rows: int = 4096
 ) -> Choice:
-    return select.choose(Problem(device, dtype, dtype, dtype, dtype, rank, rows, columns=1024))
+    return selection.choose(Problem(device, dtype, dtype, dtype, dtype, rank, rows, columns=1024))
 
 
 def test_only_where_it_is_asked_for(gpu: Target) -> None:
@@ -57,9 +57,9 @@ def test_no_matrix_instructions_before_sm_80(monkeypatch: pytest.MonkeyPatch, gp
     monkeypatch.setattr(configs, "target", lambda index: Target("cuda", 75, 40, 64 << 10))
     with lora_kernels.backend("triton"), pytest.raises(RuntimeError, match=r"sm_75, .*want sm_80"):
         choose()
-    monkeypatch.setattr(select, "_has_gpu", lambda: True)
+    monkeypatch.setattr(selection, "_has_gpu", lambda: True)
     t4 = costs.Gpu("T4", 75, 40, 1.59e9, 0.32e12, 65e12, 8.1e12)
-    monkeypatch.setattr(select, "_gpu", lambda index: t4)
+    monkeypatch.setattr(selection, "_gpu", lambda index: t4)
     monkeypatch.setattr(cuda, "obstacle", lambda device_type, index: cuda.unfit(75))
     for dtype, slow in ((torch.float16, False), (bf16, True)):
         choice = choose(dtype=dtype)
@@ -105,8 +105,8 @@ def test_an_adapter_in_float32_counts(gpu: Target) -> None:
     """Its tiles are smaller, so that P in each of them costs more."""
     with lora_kernels.backend("triton"):
         args = ("cuda", bf16, bf16, bf16, bf16, 16, 4096)
-        assert select.choose(Problem(*args, columns=1024)).strategy == SINGLE_PASS
-        wide = select.choose(Problem("cuda", bf16, f32, f32, bf16, 16, 4096, columns=1024))
+        assert selection.choose(Problem(*args, columns=1024)).strategy == SINGLE_PASS
+        wide = selection.choose(Problem("cuda", bf16, f32, f32, bf16, 16, 4096, columns=1024))
     assert wide.strategy == SPLIT and "25.0%" in wide.reason
 
 

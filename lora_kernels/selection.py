@@ -14,7 +14,6 @@ import torch
 
 from . import costs
 from .backends import cpu, cpu_heuristics, cuda, eager, forced, native, triton
-from .backends.cuda import fit
 from .backends.cuda import heuristics as cuda_heuristics
 from .backends.forced import Forced
 from .backends.library import follows_gpu
@@ -29,8 +28,6 @@ STRATEGIES = {
     "triton": triton.STRATEGIES,
     "cuda": cuda.STRATEGIES,
 }
-# For `multi_lora_linear`: P = D(x)·Aᵀ is complete before the base GEMM starts.
-_TWO_STEPS = {"triton": triton.TWO_STEPS, "cuda": cuda.TWO_STEPS}
 BACKENDS = tuple(STRATEGIES)
 
 # Why a GPU's tensors go to the eager backend unless another is asked for; None lets the model of
@@ -102,7 +99,7 @@ def choose(problem: Problem) -> Choice:
     if requested.backend == "eager":
         return Choice("eager", eager.LIBRARY, "the eager backend was asked for")
     if requested.backend is None and problem.device_type == "cuda" and UNTRIED is None:
-        found = _choose_by_cost(problem)
+        found = costs.choose(problem, _gpu(problem.device_index))
         if found is not None:
             return found
     reason = _eager_reason(problem)
@@ -134,7 +131,7 @@ def choose_norm(problem: Problem) -> Choice:
 
 def _check_two_steps(requested: Forced) -> None:
     """Raise RuntimeError if the requested strategy cannot run `multi_lora_linear`."""
-    allowed = _TWO_STEPS.get(requested.backend or "")
+    allowed = costs.TWO_STEPS.get(requested.backend or "")
     if requested.strategy and allowed and requested.strategy not in allowed:
         want = " or ".join(map(repr, allowed))
         raise RuntimeError(
@@ -194,50 +191,3 @@ def _eager_reason(problem: Problem) -> str | None:
             slow = f"; sm_{target.arch} has no bfloat16 either, and emulates it: want float16"
             return obstacle + slow * (torch.bfloat16 in (problem.x_dtype, problem.dtype))
     return UNTRIED or "the model of costs does not know this GPU"
-
-
-def _choose_by_cost(problem: Problem) -> Choice | None:
-    """Choose for a GPU: what `lora-kernels tune` has measured, or the cost model's fastest.
-
-    None if our kernels cannot run the call or the cost model does not know the GPU.
-    """
-    missing = (
-        ("triton", triton.absence()),
-        ("cuda", cuda.obstacle(problem.device_type, problem.device_index)),
-    )
-    found = _cheapest(problem, _gpu(problem.device_index), missing)
-    if found is None:
-        return None
-    target = configs.target(problem.device_index)
-    return triton_heuristics.tuned(problem, target, reason=None) or found
-
-
-@functools.lru_cache(maxsize=4096)
-def _cheapest(
-    problem: Problem, gpu: costs.Gpu | None, missing: tuple[tuple[str, str | None], ...]
-) -> Choice | None:
-    """missing: pairs of a backend and why it cannot run, or None."""
-    if gpu is None or costs.obstacle(gpu) is not None or problem.unsupported_reason():
-        return None
-    unknown, layout = cuda_heuristics.UNKNOWN, cuda_heuristics.layout_of(problem)
-    M, N, K = (size or unknown for size in (problem.rows, problem.columns, problem.inner))
-    dtype = problem.dtype
-    predicted = costs.predict(
-        gpu, M, N, K, problem.rank, dtype.itemsize, problem.four_bit, problem.dropout
-    )
-    fitting = (
-        cost for cost in predicted
-        if cost.backend != "cuda" or fit.forward(cost.strategy, dtype, layout, M, N, K) is None
-    )  # fmt: skip
-    best = next(cost for cost in fitting if dict(missing).get(cost.backend) is None)
-    eagers = next(cost for cost in predicted if cost.backend == "eager")
-    share = f"{best.seconds / eagers.seconds:.2f} of eager's {eagers.seconds * 1e6:.0f} µs"
-    why = f"the model of costs expects {share}, most of it {best.because}"
-    if best.backend == "cuda":
-        why += cuda_heuristics.dx_note(best.strategy, dtype, layout, N, K)
-    if problem.mixed and best.strategy not in _TWO_STEPS.get(best.backend, [best.strategy]):
-        if best.backend == "triton":
-            return Choice("triton", triton.SPLIT, why)
-        strategy, why = cuda_heuristics.strategy_for(dtype, None, N, K, layout, why)
-        return Choice("cuda", strategy, why)
-    return Choice(best.backend, best.strategy, why)

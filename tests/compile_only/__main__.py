@@ -3,11 +3,11 @@
     python -m tests.compile_only [--target sm90 ...] [--all] [--write]
 
 A kernel that spills in a loop (or more than 16 bytes outside of loops), lacks its matrix
-instruction, reads no 128 bits at a time though all is aligned, or takes more shared memory than
-there is fails, and one that takes more registers or shared memory than budgets.json says (for the
-Triton that they were written with). `loop` is matrix instructions over all of the inner loop,
-`peak` the share of the matrix unit's peak that issuing that loop allows: a static roofline, and an
-upper bound.
+instruction, reads no 128 bits at a time though all is aligned, takes more shared memory than there
+is, or is launched with more programs that wait for each other than are co-resident fails, and one
+that takes more registers or shared memory than budgets.json says (for the Triton that they were
+written with). `loop` is matrix instructions over all of the inner loop, `peak` the share of the
+matrix unit's peak that issuing that loop allows: a static roofline, and an upper bound.
 """
 
 from __future__ import annotations
@@ -19,14 +19,16 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from lora_kernels.backends.triton import configs
 from tests.compile_only import document, machine_code
 from tests.compile_only.calls import SLICE, every_call
-from tests.compile_only.targets import TARGETS, VERSION, compiled
+from tests.compile_only.targets import ALL, TARGETS, VERSION, Compiled, compiled
 
 BUDGETS = Path(__file__).with_name("budgets.json")
 MATRIX = {
-    "sm80": "mma.sync", "sm90": "wgmma.mma_async", "sm100": "tcgen05.mma", "sm120": "mma.sync",
-    "gfx942": "mfma",
+    "sm80": "mma.sync", "sm86": "mma.sync", "sm89": "mma.sync", "sm90": "wgmma.mma_async",
+    "sm100": "tcgen05.mma", "sm103": "tcgen05.mma", "sm110": "tcgen05.mma", "sm120": "mma.sync",
+    "sm121": "mma.sync", "gfx942": "mfma",
 }  # fmt: skip
 FEW_BYTES = 16  # of stack, touched outside of all loops: ptxas buys occupancy with them
 NO_PRODUCT = ("reduce_kernel", "dequantize_kernel", "quantize_kernel")
@@ -37,21 +39,21 @@ WARPGROUP = 64  # rows of wgmma and tcgen05; with fewer, mma.sync
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.compile_only", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--target", nargs="+", choices=ALL, default=list(TARGETS))
     parser.add_argument("--call", help="of every config, those whose name has this in it")
     parser.add_argument("--all", action="store_true", help="every config (default: one a kernel)")
     parser.add_argument("--write", action="store_true", help="write the budgets of what is seen")
     args = parser.parse_args()
     budgets = json.loads(BUDGETS.read_text())
-    calls = list(every_call()) if args.all or args.call else SLICE
-    calls = [call for call in calls if (args.call or "") in str(call)]
+    every = list(every_call())
     failures = seen = 0
     if budgets["triton"] != VERSION and not args.write:
         print(f"no budgets compared: they are of Triton {budgets['triton']}, this is {VERSION}")
     print("registers, shared memory, matrix instruction, loop, peak; then kernel and tiles, call")
     for target in args.target:
         known: set[str] = set()
-        for call in calls:
+        calls = every if (args.all or args.call) and target in TARGETS else SLICE
+        for call in (call for call in calls if (args.call or "") in str(call)):
             launched: Counter[str] = Counter()
             for found in compiled(target, call.run):
                 tiles = f"{found.config.block_m}x{found.config.block_n}x{found.config.block_k}"
@@ -63,7 +65,7 @@ def main() -> int:
                 known.add(found.kernel.hash)
                 seen += 1
                 code = machine_code.read(found.kernel, target, found.config.warps)
-                wrong = _wrong(code, target, found.name, found.config.block_m, call.aligned)
+                wrong = _wrong(code, target, found, call.aligned)
                 limit = budgets["kernels"].get(target, {}).get(key)
                 if args.write:
                     entry = budgets["kernels"].setdefault(target, {})
@@ -109,19 +111,21 @@ def write(budgets: dict[str, Any]) -> None:
     BUDGETS.write_text("{" + ", ".join([versions, *sections]) + "}\n")
 
 
-def _wrong(
-    code: machine_code.Code, target: str, kernel: str, block_m: int, aligned: bool
-) -> list[str]:
+def _wrong(code: machine_code.Code, target: str, found: Compiled, aligned: bool) -> list[str]:
     wrong = [f"spills {code.spills}"] if code.spills > FEW_BYTES or code.spills_in_loops else []
-    limit = TARGETS[target][0].shared_memory
-    if code.shared > limit:
-        wrong.append(f"shared memory over {limit}")
+    here, kernel, config = ALL[target][0], found.name, found.config
+    if code.shared > here.shared_memory:
+        wrong.append(f"shared memory over {here.shared_memory}")
     if kernel not in NO_PRODUCT and not code.matrix:
         wrong.append("no matrix instruction")
     if kernel in WIDE_LOADS and aligned and not code.wide:
         wrong.append("no load of 128 bits")
-    if kernel == "linear_kernel" and block_m >= WARPGROUP and code.matrix != MATRIX[target]:
+    if kernel == "linear_kernel" and config.block_m >= WARPGROUP and code.matrix != MATRIX[target]:
         wrong.append(f"no {MATRIX[target]}")
+    if config.cooperative and here.kind == "cuda":
+        most = configs.count_co_resident(here, code.shared, code.registers, config.warps)
+        if found.programs > most:
+            wrong.append(f"{found.programs} programs wait for each other, {most} are co-resident")
     return wrong
 
 

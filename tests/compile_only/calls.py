@@ -37,9 +37,11 @@ class Call:
     backward: bool = False
     options: bool = False  # gate, column scale, bias, dropout, z kept
     odd: bool = False  # K and N odd, so that nothing is aligned
+    N: int = 4096
 
     def __str__(self) -> str:
         names = [f"M{self.M}", f"R{self.R}", str(self.dtype).removeprefix("torch.")]
+        names += [f"N{self.N}"] if self.N != 4096 else []
         names += [f"A:{self.adapter}".replace("torch.", "")] if self.adapter != self.dtype else []
         names += [self.strategy.split()[0], "backward" if self.backward else "forward"]
         names += [f"codes:{self.quant}"] if self.quant else []
@@ -51,8 +53,8 @@ class Call:
         return not self.odd and self.quant != "odd"
 
     def run(self) -> None:
-        N = K = 4095 if self.odd or self.quant == "odd" else 4096
-        M, R = self.M, self.R
+        odd = self.odd or self.quant == "odd"
+        M, N, K, R = self.M, self.N - odd, 4096 - odd, self.R
         x, A, B = meta((M, K), self.dtype), meta((R, K), self.adapter), meta((N, R), self.adapter)
         weight = codes(N, K) if self.quant else meta((N, K), self.dtype)
         gate = meta((R,), f32) if self.options else None
@@ -139,6 +141,7 @@ SLICE: list[Call | Norm | Quantize] = [
     Call(1024, quant="whole"),
     Call(16, quant="whole"),
     Call(16, quant="whole", strategy=COOPERATIVE),
+    Call(16, strategy=COOPERATIVE, N=14336),  # Llama-3-8B's: more programs than multiprocessors
     Call(4096, f32, f32),
     Call(4096, backward=True, options=True),
     Call(4096, strategy=LIBRARY, quant="whole"),

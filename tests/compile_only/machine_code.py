@@ -14,8 +14,12 @@ import triton
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
-# Matrix flops a clock and multiprocessor, 16-bit operands and float32 sums, from the data sheets.
-PEAK = {"sm80": 2048, "sm86": 512, "sm89": 512, "sm90": 4096, "sm100": 8192, "sm120": 512}
+# Matrix flops a clock and multiprocessor, 16-bit operands and float32 sums, from the data sheets;
+# nothing is known of the others.
+PEAK = {
+    "sm80": 2048, "sm86": 512, "sm89": 512, "sm90": 4096, "sm100": 8192, "sm103": 8192,
+    "sm120": 512,
+}  # fmt: skip
 _HMMA = {"16816": 2 * 16 * 8 * 16, "1688": 2 * 16 * 8 * 8}
 
 
@@ -120,6 +124,6 @@ def _share(loop: Counter[str], target: str, warps: int) -> float | None:
             flops += n * _HMMA.get(found[1], 0) * warps
         elif found := re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)", op):
             flops += n * 2 * int(found[1]) * int(found[2]) * int(found[3]) * warps // 4
-    if not flops:
+    if not flops or target not in PEAK:
         return None
     return min(1.0, flops / PEAK[target] / (sum(loop.values()) * warps / 4))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,9 @@ from triton.runtime.driver import driver
 
 from lora_kernels.backends.triton import launch
 from lora_kernels.backends.triton.configs import Config, Target
+from tests.compile_only import machine_code
 
+# A100, H100, B200, 5090, MI300X.
 TARGETS = {
     "sm80": (Target("cuda", 80, 108, 163 << 10), GPUTarget("cuda", 80, 32)),
     "sm90": (Target("cuda", 90, 132, 227 << 10), GPUTarget("cuda", 90, 32)),
@@ -22,6 +25,15 @@ TARGETS = {
     "sm120": (Target("cuda", 120, 170, 99 << 10), GPUTarget("cuda", 120, 32)),
     "gfx942": (Target("hip", 0, 304, 64 << 10), GPUTarget("hip", "gfx942", 64)),
 }
+# Relatives of those, of which the slice alone is compiled: 3090, 4090, B300, Thor, Spark.
+RELATIVES = {
+    "sm86": (Target("cuda", 86, 82, 99 << 10), GPUTarget("cuda", 86, 32)),
+    "sm89": (Target("cuda", 89, 128, 99 << 10), GPUTarget("cuda", 89, 32)),
+    "sm103": (Target("cuda", 103, 148, 227 << 10), GPUTarget("cuda", 103, 32)),
+    "sm110": (Target("cuda", 110, 20, 227 << 10), GPUTarget("cuda", 110, 32)),
+    "sm121": (Target("cuda", 121, 48, 99 << 10), GPUTarget("cuda", 121, 32)),
+}
+ALL = TARGETS | RELATIVES
 
 
 @dataclass(frozen=True)
@@ -29,13 +41,14 @@ class Compiled:
     name: str
     config: Config
     kernel: Any
+    programs: int
 
 
 class _Driver:
     """As much of a driver as compiling takes."""
 
     def __init__(self, name: str) -> None:
-        self._device, self._target = list(TARGETS).index(name), TARGETS[name][1]
+        self._device, self._target = list(ALL).index(name), ALL[name][1]
 
     def get_current_device(self) -> int:  # kernels are kept for each
         return self._device
@@ -57,12 +70,21 @@ def compiled(target: str, call: Callable[[], None]) -> Iterator[Compiled]:
     ) -> None:  # fmt: skip
         assert 0 < max(grid[1:], default=1) < 1 << 16 and 0 < grid[0] < 1 << 31, grid
         done = kernel.warmup(*args, grid=grid, **meta, **launch.options(config))
-        found.append(Compiled(kernel.__name__, config, done))
+        found.append(Compiled(kernel.__name__, config, done, math.prod(grid)))
+
+    def resources(
+        kernel: Any, config: Config, device: torch.device, *args: Any, **meta: Any
+    ) -> tuple[int, int]:
+        done = kernel.warmup(*args, grid=(1,), **meta, **launch.options(config))
+        code = machine_code.read(done, target, config.warps)
+        return code.shared, code.registers
 
     with pytest.MonkeyPatch.context() as patch:
         driver.set_active(_Driver(target))
-        patch.setattr(launch, "target", lambda x: TARGETS[target][0])
+        patch.setattr(launch, "target", lambda x: ALL[target][0])
         patch.setattr(launch, "run", warm_up)
+        patch.setattr(launch, "read_resources", resources)
+        patch.setattr(launch, "_resources", {})
         call()
     yield from found
 

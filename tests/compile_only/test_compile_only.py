@@ -13,19 +13,39 @@ from lora_kernels.backends import triton
 pytestmark = pytest.mark.skipif(triton.absence() is not None, reason="Triton is not installed")
 
 
-@pytest.mark.parametrize("target", ["sm80", "sm90", "sm100", "sm120", "gfx942"])
-@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.proof)])
-def test_budgets(target: str, every: bool) -> None:
-    command = [sys.executable, "-m", "tests.compile_only", "--target", target]
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+def run(*command: str) -> str:
+    """What a module prints; outside of Triton's interpreter."""
     done = subprocess.run(
-        command + ["--all"] * every,
+        [sys.executable, "-m", *command],
         cwd=Path(__file__).parents[2],
-        env=environment,
+        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("target", ["sm80", "sm90", "sm100", "sm120", "gfx942"])
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.proof)])
+def test_budgets(target: str, every: bool) -> None:
+    run("tests.compile_only", "--target", target, *["--all"] * every)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm86", "sm89", "sm103", "sm110", "sm121"])
+def test_budgets_relatives(target: str) -> None:
+    run("tests.compile_only", "--target", target)
+
+
+def test_layer_rows_vary_compiles_once_for_each_tile() -> None:
+    """38 when M, the slots and the parts were compiled for."""
+    lines = run("tests.compile_only.specializations").splitlines()
+    found = {name: int(rest.split()[0]) for name, _, rest in (x.partition(": ") for x in lines[1:])}
+    # Forward and backward of linear_kernel in four tiles of rows and of shrink_kernel in two;
+    # reduce_kernel for dA and dB, of one part or more; outer_kernel, shrink_outer_kernel.
+    most = 2 * 4 + 2 * 2 + 2 * 2 + 1 + 1
+    assert len(found) == 6 and max(found.values()) <= most, "\n".join(lines)
 
 
 def test_the_cuda_kernels() -> None:
@@ -34,13 +54,7 @@ def test_the_cuda_kernels() -> None:
 
     if cuda.library() is None:
         pytest.skip("nvcc is not installed")
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.compile_only.cuda"],
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    run("tests.compile_only.cuda")
 
 
 def test_the_document_says_what_the_budgets_say() -> None:

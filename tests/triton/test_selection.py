@@ -1,12 +1,14 @@
 """When the Triton backend runs, how it goes about it, and what is said where it cannot."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import lora_kernels
 from lora_kernels import costs, selection
 from lora_kernels.backends import cuda, triton
-from lora_kernels.backends.triton import LIBRARY, SINGLE_PASS, SPLIT, configs
+from lora_kernels.backends.triton import LIBRARY, SINGLE_PASS, SPLIT, configs, launch
 from lora_kernels.backends.triton.configs import Target
 from lora_kernels.core.problem import Choice, Problem
 
@@ -127,13 +129,88 @@ def test_what_decides(
     assert configs.strategy(H100, rows, 1024, rank, 2, four_bit, dropout)[0] == strategy
 
 
-def test_programs_that_wait_have_place_at_once() -> None:
+RTX_3090, RTX_4090 = Target("cuda", 86, 82, 99 << 10), Target("cuda", 89, 128, 99 << 10)
+L40S, RTX_5090 = Target("cuda", 89, 142, 99 << 10), Target("cuda", 120, 170, 99 << 10)
+MI300X = Target("hip", 0, 304, 64 << 10)
+
+
+@pytest.mark.parametrize(
+    ("target", "shared", "registers", "warps", "each"),
+    [
+        (H100, 61440, 72, 4, 3),  # 61,440 and 1,024 of 233,472 bytes
+        (A100, 61440, 72, 4, 2),
+        (RTX_4090, 61440, 72, 4, 1),
+        (RTX_4090, 50176, 72, 4, 2),  # the most that goes twice
+        (RTX_4090, 50177, 72, 4, 1),  # rounded up to 128
+        (RTX_4090, 99 << 10, 72, 4, 1),
+        (H100, 0, 128, 4, 4),  # of each partition's 16,384 registers 4,096 a warp
+        (H100, 0, 129, 4, 3),
+        (H100, 0, 168, 8, 1),  # three warps of a partition, two of them one program's
+        (H100, 0, 255, 4, 2),
+        (H100, 0, 72, 1, 7),  # one warp is four, as far as partitions go
+        (RTX_4090, 0, 32, 4, 12),  # 1,536 threads
+        (RTX_4090, 0, 16, 1, 16),  # programs
+    ],
+)
+def test_count_co_resident_is_cuda_s_occupancy(
+    target: Target, shared: int, registers: int, warps: int, each: int
+) -> None:
+    most = configs.count_co_resident(target, shared, registers, warps)
+    assert most == each * target.multiprocessors
+
+
+# Tiles of 64 columns in bfloat16 take 20,480 bytes for each stage but the last, as compiled.
+@pytest.mark.parametrize(
+    ("target", "columns", "stages"),
+    [
+        (RTX_4090, 8192, 4),
+        (RTX_4090, 8193, 3),
+        (RTX_4090, 14336, 3),
+        (RTX_4090, 16384, 3),
+        (RTX_4090, 16385, 2),
+        (RTX_4090, 4 * 8192, 2),
+        (RTX_4090, 4 * 8192 + 1, None),
+        (RTX_3090, 5249, 3),
+        (RTX_3090, 10496, 3),
+        (RTX_3090, 14336, 2),
+        (L40S, 9089, 3),
+        (L40S, 18176, 3),
+        (RTX_5090, 10881, 3),
+        (RTX_5090, 21760, 3),
+        (H100, 25344, 4),
+        (H100, 25345, 3),
+        (A100, 13824, 4),
+        (A100, 13825, 3),
+        (MI300X, 19456, 4),
+        (MI300X, 19457, None),
+    ],
+)
+def test_waiting_programs_are_as_many_as_the_compiled_kernel_allows(
+    target: Target, columns: int, stages: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[int] = []
+
+    def resources(kernel: object, config: configs.Config, *_: object, **__: object) -> object:
+        compiled.append(config.stages)
+        return 20480 * max(config.stages - 1, 1), 72
+
+    monkeypatch.setattr(launch, "read_resources", resources)
+    monkeypatch.setattr(launch, "_resources", {})
+    monkeypatch.setattr(launch, "interpreted", lambda: False)
+    config, programs = configs.linear(RTX_4090, 1, 2, False, 0), -(-columns // 64)
+    for _ in range(2):
+        found = launch.choose_stages(
+            programs, target, None, config, torch.device("meta"), torch.ones(1), 2.0, X=True
+        )
+        assert found == (None if stages is None else replace(config, stages=stages))
+    assert len(compiled) == len(set(compiled))  # each once
+
+
+def test_cooperative_takes_few_rows_and_one_block_of_ranks() -> None:
     config = configs.linear(H100, 1, 2, True, 0)
-    most = 2 * H100.multiprocessors * config.block_n
-    assert configs.cooperative(H100, 1, most, 4096, 16, config)
-    assert not configs.cooperative(H100, 1, most + 1, 4096, 16, config)
-    assert not configs.cooperative(H100, 17, 4096, 4096, 16, config)
-    assert not configs.cooperative(H100, 1, 4096, 4096, 65, config)
+    assert configs.cooperative(16, 4096, 4096, 64, config)
+    assert not configs.cooperative(17, 4096, 4096, 16, config)
+    assert not configs.cooperative(1, 4096, 4096, 65, config)
 
 
 def test_blocks_of_ranks() -> None:
@@ -148,7 +225,7 @@ def test_shares_cover_everything_once(K: int, M: int) -> None:
     assert share % config.block_k == 0
     assert 1 <= slots <= configs.MAX_SLOTS and (slots - 1) * share < K <= slots * share
     linear = configs.linear(H100, M, 2, False, 0)
-    share = configs.cooperative(H100, M, 4096, K, 16, linear)
+    share = configs.cooperative(M, 4096, K, 16, linear)
     assert (share > 0) == (M <= 16)
     if share:
         slots = -(-K // share)

@@ -3,7 +3,7 @@
 Forward, "single pass": one kernel sums x·Wᵀ and P = D(x)·Aᵀ side by side, then adds S·Bᵀ. "Split":
 P first, by itself, and S·Bᵀ is where the product's sums start. "Publish first, consume last": one
 launch for up to 16 rows, in which a few programs make shares of P before all stream W, and S·Bᵀ is
-added at the end; with more rows or ranks, or more programs than have place at once, it is split.
+added at the end; with more rows or ranks, or more programs than are co-resident, it is split.
 "Library product": cuBLAS makes x·Wᵀ, a 4-bit weight decoded before it, and one pass over y adds the
 rest. Backward: dx and dS are made as y and P are, with W in the other layout; then dB and dA, each
 in two passes.

@@ -32,13 +32,19 @@ class Config:
     warps: int
     stages: int
     group_m: int = 8
-    cooperative: bool = False  # whether all programs must have place at once
+    cooperative: bool = False  # whether all programs must be co-resident
 
 
 MIN_ARCH = 80
 MIN_BLOCK = 16  # of a matrix instruction
 MAX_SINGLE_PASS_RANK = 64  # above, the sums of P take too many registers beside the product's
 MAX_SLOTS = 16
+# Of a multiprocessor from sm_80 on, by the tables of the CUDA programming guide. Its shared memory
+# is what one block may have, and what the system keeps of each block.
+RESERVED = 1 << 10
+REGISTERS = 64 << 10
+MIN_THREADS = 1536  # sm_86, 89 and 12x; the others have 2048
+MIN_PROGRAMS = 16  # sm_86; the others have 24 or 32
 INTERPRETER = Target("cuda", 80, 4, 160 << 10)  # stands for the device there
 
 
@@ -202,16 +208,28 @@ def shrink(target: Target, M: int, K: int, R: int, itemsize: int) -> tuple[Confi
     return config, _tiles(chunks, slots) * config.block_k
 
 
-def cooperative(target: Target, M: int, N: int, K: int, R: int, config: Config) -> int:
-    """The share of K that a program publishes; 0 where the programs of `linear_kernel` must not
-    wait for each other: two have place on a multiprocessor at once (one of AMD's)."""
-    programs = _tiles(N, config.block_n)
-    places = target.multiprocessors * (2 if target.kind == "cuda" else 1)
-    if M > FEW_ROWS or R > MAX_SINGLE_PASS_RANK or programs > places:
+def cooperative(M: int, N: int, K: int, R: int, config: Config) -> int:
+    """The share of K that a program publishes where the programs of `linear_kernel` wait for each
+    other; 0 where they must not. All of them must be co-resident besides."""
+    if M > FEW_ROWS or R > MAX_SINGLE_PASS_RANK:
         return 0
     chunks = _tiles(K, config.block_k)
-    slots = min(MAX_SLOTS, programs, chunks)
+    slots = min(MAX_SLOTS, _tiles(N, config.block_n), chunks)
     return _tiles(chunks, slots) * config.block_k
+
+
+def count_co_resident(target: Target, shared: int, registers: int, warps: int) -> int:
+    """How many programs of a kernel the device runs at once: CUDA's occupancy, from sm_80 on.
+
+    shared: bytes that a program takes; registers: that a thread takes. Threads and programs of a
+    multiprocessor are the fewest that any of these GPUs has.
+    """
+    of_memory = (target.shared_memory + RESERVED) // (_tiles(shared, 128) * 128 + RESERVED)
+    # Registers are handed to whole warps, and warps to four partitions in turn.
+    warps_of_partition = REGISTERS // 4 // (_tiles(32 * registers, 256) * 256)
+    of_registers = warps_of_partition // _tiles(warps, 4)
+    of_threads = MIN_THREADS // (32 * warps)
+    return target.multiprocessors * min(of_memory, of_registers, of_threads, MIN_PROGRAMS)
 
 
 def outer(target: Target, M: int, N: int, R: int) -> tuple[Config, int]:

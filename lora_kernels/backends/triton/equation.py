@@ -25,7 +25,17 @@ from ...core.call import (
 from ...core.packed4bit import Packed4bit
 from .. import stacked, workspace
 from ..dropout import NO_DROPOUT, Dropout
-from . import COOPERATIVE, LIBRARY, SINGLE_PASS, codec, configs, interpreted, launch, measured
+from . import (
+    COOPERATIVE,
+    LIBRARY,
+    SINGLE_PASS,
+    SPLIT,
+    codec,
+    configs,
+    interpreted,
+    launch,
+    measured,
+)
 from .configs import Config
 from .gradients import outer_kernel, reduce_kernel, shrink_outer_kernel
 from .linear import linear_kernel
@@ -223,7 +233,7 @@ def _linear(
         )
         if known is not None and known.strategy == strategy:
             config = (known.forward if forward else known.backward) or config
-    share = configs.cooperative(target, M, N, K, R, config) if strategy == COOPERATIVE else 0
+    share = configs.cooperative(M, N, K, R, config) if strategy == COOPERATIVE else 0
     flags = workspace.flags(x.device) if share and not interpreted() else None
     if single_pass:
         slots = x.new_empty(1, M, R, dtype=torch.float32)
@@ -237,24 +247,40 @@ def _linear(
         base == "dense" and w is not None and launch.is_wide(w)
     )
     wide = wide or (codes is not None and N * K >= 1 << 31)
-    grid = (triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n),)
+    programs = triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n)
+    config = replace(config, cooperative=flags is not None)
+    args = (
+        x, w, *launch.tables(codes), a, q, p, slots, flags, gate, in_scale, out_scale, bias,
+        dropout.rng, y, z, M, N, K, R, *x.stride(), *launch.strides(w, codes), *a.stride(),
+        *q.stride(), slots.shape[0], share, mask_in.scale, s_scale, dropout.threshold,
+    )  # fmt: skip
+    meta = dict(
+        BASE=base, K_INNER=forward, SINGLE_PASS=single_pass, WAIT=flags is not None,
+        GATE=gate is not None, IN_SCALE=in_scale is not None, OUT_SCALE=out_scale is not None,
+        BIAS=bias is not None, MASK_IN=mask_in.rng is not None, MASK_OUT=mask_out.rng is not None,
+        SAVE_Z=save_z, COMPUTE=_DTYPE[dtype], WIDER=_DTYPE[_operand(x, a)],
+        PRECISION=configs.precision(target), **format_4bit,
+        LEFT=codes is not None and forward and config.block_m < 64, WIDE=wide,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
+        BLOCK_R=configs.block_of_ranks(R), GROUP_M=config.group_m,
+    )  # fmt: skip
+    if share and programs > target.multiprocessors:
+        fitting = launch.choose_stages(
+            programs, target, linear_kernel, config, x.device, *args, PUBLISH=True, CONSUME=True,
+            **meta,
+        )  # fmt: skip
+        if fitting is None:
+            return _linear(
+                x, weight, a, q, s_scale, gate, in_scale, out_scale, bias, dropout, forward, dtype,
+                y_dtype, save_z, SPLIT,
+            )  # fmt: skip
+        config = fitting
     # One after another where programs are: those that publish, then all.
     phases = [(True, False), (False, True)] if share and interpreted() else [(share > 0, share > 0)]
     for publish, consume in phases:
         launch.run(
-            linear_kernel, grid, replace(config, cooperative=flags is not None), x.device,
-            x, w, *launch.tables(codes), a, q, p, slots, flags, gate, in_scale, out_scale, bias,
-            dropout.rng, y, z, M, N, K, R, *x.stride(), *launch.strides(w, codes), *a.stride(),
-            *q.stride(), slots.shape[0], share, mask_in.scale, s_scale, dropout.threshold,
-            BASE=base, K_INNER=forward, SINGLE_PASS=single_pass, PUBLISH=publish, CONSUME=consume,
-            WAIT=flags is not None, GATE=gate is not None, IN_SCALE=in_scale is not None,
-            OUT_SCALE=out_scale is not None, BIAS=bias is not None,
-            MASK_IN=mask_in.rng is not None, MASK_OUT=mask_out.rng is not None, SAVE_Z=save_z,
-            COMPUTE=_DTYPE[dtype], WIDER=_DTYPE[_operand(x, a)],
-            PRECISION=configs.precision(target), **format_4bit,
-            LEFT=codes is not None and forward and config.block_m < 64, WIDE=wide,
-            BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
-            BLOCK_R=configs.block_of_ranks(R), GROUP_M=config.group_m,
+            linear_kernel, (programs,), config, x.device, *args, PUBLISH=publish, CONSUME=consume,
+            **meta,
         )  # fmt: skip
     return y, p, z
 

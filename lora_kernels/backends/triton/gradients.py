@@ -9,7 +9,7 @@ from .shrink import store_slot
 from .tiles import dot, keep_mask, load_tile, to_dtype
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def outer_kernel(
     s_ptr,
     v_ptr,
@@ -85,7 +85,7 @@ def outer_kernel(
             tl.store(first + (R + 1) * N + offs_n, sum_vz, mask=mask_n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def shrink_outer_kernel(
     v_ptr,
     b_ptr,
@@ -152,7 +152,7 @@ def shrink_outer_kernel(
     store_slot(slots_ptr, slot, pid_m * BLOCK_M, 0, p, M, R, BLOCK_M, BLOCK_R)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["parts"])
 def reduce_kernel(
     parts_ptr,
     gate_ptr,

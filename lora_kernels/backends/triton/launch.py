@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,6 +50,48 @@ def run(
         return
     with torch.cuda.device(device):
         kernel[grid](*args, **meta, **options(config))
+
+
+def choose_stages(
+    programs: int,
+    target: Target,
+    kernel: Any,
+    config: Config,
+    device: torch.device,
+    *args: Any,
+    **meta: Any,
+) -> Config | None:
+    """Return the config with the most stages at which the device runs all programs of this launch
+    at once; None if it does at no number of stages. Compiles the kernel, to learn what it takes."""
+    if interpreted():  # one after another; two a multiprocessor stand for them
+        return config if programs <= 2 * target.multiprocessors else None
+    if target.kind != "cuda":
+        return config if programs <= target.multiprocessors else None
+    kinds = [  # what a kernel is compiled for, and M, which is one of few rows
+        (a.dtype, a.data_ptr() % 16) if isinstance(a, Tensor) else float if type(a) is float else a
+        for a in args
+    ]
+    for stages in range(config.stages, 0, -1):
+        fewer = replace(config, stages=stages)
+        key = (kernel, fewer, device, *kinds, *meta.values())
+        if key not in _resources:
+            _resources[key] = read_resources(kernel, fewer, device, *args, **meta)
+        if programs <= configs.count_co_resident(target, *_resources[key], config.warps):
+            return fewer
+    return None
+
+
+_resources: dict[tuple[Any, ...], tuple[int, int]] = {}
+
+
+def read_resources(
+    kernel: Any, config: Config, device: torch.device, *args: Any, **meta: Any
+) -> tuple[int, int]:
+    """Bytes of shared memory of a program, and registers of a thread; compiles the kernel."""
+    with torch.cuda.device(device):
+        compiled = kernel.warmup(*args, grid=(1,), **meta, **options(config))
+        compiled._init_handles()  # loads it and counts its registers, as Triton's tutorials do
+    return compiled.metadata.shared, compiled.n_regs
 
 
 def tables(codes: Packed4bit | None) -> tuple[Tensor | None, ...]:

@@ -9,7 +9,7 @@ from .shrink import share_of_p, store_slot
 from .tiles import dot, grouped, keep_mask, load_codes, load_tile, to_dtype
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["slots"])
 def linear_kernel(
     x_ptr,
     w_ptr,

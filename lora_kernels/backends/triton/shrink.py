@@ -8,7 +8,7 @@ import triton.language as tl
 from .tiles import dot, keep_mask, load_tile, to_dtype
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def shrink_kernel(
     x_ptr,
     a_ptr,

@@ -226,7 +226,9 @@ class DoraNormCache:
         rank_gate: Tensor | None = None,
     ) -> Tensor:
         """As `dora_norm`."""
-        base = (weight.packed, weight.absmax) if isinstance(weight, Weight4bit) else (weight,)
+        base: tuple[Tensor, ...] = (
+            (weight,) if isinstance(weight, Tensor) else tuple(weight._tensors().values())
+        )
         adapter = (lora_A, lora_B, *(() if rank_gate is None else (rank_gate,)))
         if (
             torch.is_grad_enabled()  # in training they change every time

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -183,10 +184,17 @@ def _as_folder(base: Path) -> Iterator[Path]:
 
 @dataclass(frozen=True)
 class _Adapted:
-    """By the names of the shards: layers with an adapter (without ".weight"), tensors that the
-    adapter replaces, and the layers that QLoRA holds in 4 bits."""
+    """What changes, by the names of the shards.
+
+    Args:
+        layers: with an adapter; names without ".weight".
+        trained: biases of the base that the adapter's file holds (PEFT's `bias` option).
+        replaced: tensors of modules that are saved whole.
+        quantized: weights that QLoRA holds in 4 bits.
+    """
 
     layers: Mapping[str, Any]
+    trained: Mapping[str, Tensor]
     replaced: Mapping[str, Tensor]
     quantized: frozenset[str]
 
@@ -222,7 +230,11 @@ def _adapted(config: Any, lora: Any, adapter: Path, shards: Shards) -> _Adapted:
         )
 
     layers: dict[str, Any] = {}
+    trained: dict[str, Tensor] = {}
     replaced: dict[str, Tensor] = {}
+    for name, p in peft_model.get_base_model().named_parameters():
+        if p.requires_grad and name.endswith(".bias") and not _OF_PEFT.search(name):
+            trained[stored(name.replace(".base_layer.", "."))] = p.detach()
     for name, module in peft_model.get_base_model().named_modules():
         if isinstance(module, BaseTunerLayer):
             if not hasattr(module, "merge"):
@@ -235,7 +247,10 @@ def _adapted(config: Any, lora: Any, adapter: Path, shards: Shards) -> _Adapted:
     for name in quantized:  # a name may be absent where the weight is tied
         with contextlib.suppress(UsageError):
             names.add(stored(f"{name}.weight"))
-    return _Adapted(layers, replaced, frozenset(names))
+    return _Adapted(layers, trained, replaced, frozenset(names))
+
+
+_OF_PEFT = re.compile(r"\.(lora_\w+|modules_to_save)\.")
 
 
 def _write(
@@ -254,6 +269,8 @@ def _write(
 
     def dense(name: str) -> Tensor:
         """The tensor that the adapter is added to."""
+        if name in adapted.trained:
+            return adapted.trained[name]
         codes = [key for key in shards.files if key.startswith(f"{name}.quant_state.bitsandbytes")]
         if codes:
             state = {key: shards[key] for key in shards.files if key.startswith(name)}

@@ -253,5 +253,6 @@ class RankAllocator:
             got = len(state["sensitivity"])
             raise ValueError(f"state: got {got} layers, want {len(self.layers)}")
         self.steps = state["steps"]
-        self._sensitivity = [dict(averages) for averages in state["sensitivity"]]
-        self._uncertainty = [dict(averages) for averages in state["uncertainty"]]
+        for name in ("sensitivity", "uncertainty"):  # copies, which `step` changes in place
+            averages = [{key: t.clone() for key, t in each.items()} for each in state[name]]
+            setattr(self, f"_{name}", averages)

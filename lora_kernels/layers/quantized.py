@@ -279,6 +279,7 @@ class QLoRALinear(LoRALinear):
                 quant_type=self.quant_type, blocksize=self.blocksize,
                 double_quant=self.weight4bit.nested, compute_dtype=self.compute_dtype,
             )  # fmt: skip
+            layer.scaling = self.scaling
             held = layer.weight4bit.dequantize(torch.float32)
         change = (held.float() - exact).norm() / exact.norm()
         return MergedLayer(layer, change.item())

@@ -80,7 +80,7 @@ def unfuse(model: Model) -> Model:
         if isinstance(layer, Fused):
             bases = type(layer).__mro__
             _set_class(layer, bases[bases.index(Fused) + 1])
-            for name in ("mixed_batch", "_norm", "_prepared"):
+            for name in ("mixed_batch", "_norm", "_prepared", "merge_loss"):
                 vars(layer).pop(name, None)
     _give_back(model.modules())
     return model

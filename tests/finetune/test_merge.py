@@ -32,7 +32,8 @@ def saved(folder: Path, base: Any, **adapter: Any) -> tuple[Path, Path]:
     model = add_lora_layers(base, "legal", rank=3, alpha=7, **adapter)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if "lora_B" in name or "modules_to_save" in name:
+            of_base = p.requires_grad and name.endswith("bias")
+            if of_base or "lora_B" in name or "modules_to_save" in name:
                 p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(3)))
     model.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
     return folder / "base", folder / "adapter"
@@ -111,16 +112,22 @@ def test_a_stock_folder(folders: tuple[Path, Path], tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def biased() -> Any:
+    return llama(attention_bias=True, mlp_bias=True)
+
+
 @pytest.mark.parametrize(
     ("make", "adapter"),
     [
         (llama, {"use_rslora": True, "rank_pattern": {"v_proj": 5}}),
         (llama, {"use_dora": True}),
         (llama, {"modules_to_save": ["lm_head"]}),
+        (biased, {"bias": "lora_only"}),
+        (biased, {"bias": "all"}),
         (gpt2, {}),
         (gpt2, {"use_dora": True, "targets": ["q", "up"]}),
     ],
-    ids=["rslora", "dora", "modules_to_save", "conv1d", "dora-conv1d"],
+    ids=["rslora", "dora", "modules_to_save", "lora_only", "all biases", "conv1d", "dora-conv1d"],
 )
 def test_every_kind_of_lora(make: Any, adapter: Any, tmp_path: Path) -> None:
     """Beside PEFT's own model on the whole base; float32 sums in another order."""

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 import lora_kernels
 from lora_kernels.backends import cpu, cpu_heuristics, native
+from lora_kernels.backends.cpu import PreparedCall
 from lora_kernels.cpu_costs import Machine
 from lora_kernels.measure import tolerance
-from lora_kernels.ops import Prepared
 from lora_kernels.peft import StreamedLinear, explain, fuse, unfuse
 
 pytestmark = pytest.mark.skipif(native.module is None, reason="no native kernels")
@@ -64,14 +64,14 @@ def library(head: Any, x: Tensor) -> Tensor:
 def answers(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Whether each prepared call had an answer."""
     answers: list[bool] = []
-    whole = Prepared.__call__
+    whole = PreparedCall.__call__
 
-    def watched(self: Prepared, x: Tensor, bias: Tensor | None = None) -> Tensor | None:
+    def watched(self: PreparedCall, x: Tensor, bias: Tensor | None = None) -> Tensor | None:
         y = whole(self, x, bias)
         answers.append(y is not None)
         return y
 
-    monkeypatch.setattr(Prepared, "__call__", watched)
+    monkeypatch.setattr(PreparedCall, "__call__", watched)
     return answers
 
 

@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from lora_kernels.prepared import KeptNorm
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import lora_kernels
+from lora_kernels.fastpath import DoraNormCache
 from lora_kernels.layers import AdaLoRALinear, QLoRALinear, RankAllocator
+from lora_kernels.quantization import quantize_4bit
 
 f32, bf16 = torch.float32, torch.bfloat16
 
@@ -45,13 +46,13 @@ NORM_CHANGES: dict[str, Callable[[dict[str, Any]], object]] = {
 
 @pytest.mark.parametrize("change", NORM_CHANGES)
 @torch.no_grad()
-def test_kept_norm_one_thing_changed_is_made_anew(change: str) -> None:
+def test_dora_norm_cache_one_operand_changed_computes_anew(change: str) -> None:
     weight = drawn(N * K + 1).as_strided((N, K), (K, 1))
     args: dict[str, Any] = {
         "weight": weight, "lora_A": drawn(3, K, seed=1), "lora_B": drawn(N, 3, seed=2),
         "scaling": 1.5, "rank_gate": drawn(3, seed=3),
     }  # fmt: skip
-    kept = KeptNorm()
+    kept = DoraNormCache()
     before = kept(**args).clone()
     assert kept(**args).data_ptr() == kept(**args).data_ptr()  # until then
     NORM_CHANGES[change](args)
@@ -60,11 +61,31 @@ def test_kept_norm_one_thing_changed_is_made_anew(change: str) -> None:
     assert torch.equal(got, want) and not torch.equal(got, before)
 
 
+CODE_CHANGES = ("packed", "absmax", "code", "nested_absmax", "nested_code", "offset")
+
+
+@pytest.mark.parametrize("field", CODE_CHANGES)
+@torch.no_grad()
+def test_dora_norm_cache_one_tensor_of_a_4bit_weight_changed_computes_anew(field: str) -> None:
+    weight = quantize_4bit(drawn(16, 64), "nf4", 64, True)
+    args: dict[str, Any] = {
+        "weight": weight, "lora_A": drawn(3, 64, seed=1), "lora_B": drawn(16, 3, seed=2),
+        "scaling": 1.5,
+    }  # fmt: skip
+    cache = DoraNormCache()
+    before = cache(**args).clone()
+    tensor: Tensor = getattr(weight, field)
+    tensor.copy_(tensor.flip(0) if tensor.dim() and tensor.dtype is torch.uint8 else tensor * 1.5)
+    got, want = cache(**args), lora_kernels.dora_norm(**args)
+    assert torch.equal(got, want) and not torch.equal(got, before)
+
+
 # A requantized layer -----------------------------------------------------------------------------
 
 SETTINGS: dict[str, Any] = {
     "r": 3, "alpha": 5.0, "dropout": 0.25, "bias": True, "init": "gaussian", "lora_dtype": bf16,
     "quant_type": "fp4", "blocksize": 32, "double_quant": False, "compute_dtype": bf16,
+    "scaling": "rslora",
 }  # fmt: skip
 
 
@@ -127,6 +148,14 @@ def states(allocator: RankAllocator) -> dict[tuple[str, int, str], Tensor]:
 
 
 FIELDS = sorted(states(trained(1)))
+
+
+def test_allocator_step_leaves_a_loaded_state_alone() -> None:
+    allocator, state = trained(0), trained(4).state_dict()
+    before = copy.deepcopy(state)
+    allocator.load_state_dict(state)
+    more(allocator, 4)
+    torch.testing.assert_close(state, before, rtol=0, atol=0)
 
 
 def test_allocator_of_a_loaded_state_goes_on_as_if_nothing_had_happened() -> None:

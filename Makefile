@@ -19,7 +19,7 @@ INSTALLED := $(VENV)/.installed-$(shell echo '$(TORCH)' | cksum | cut -d' ' -f1)
 DEMO_INPUTS := $(VENV)/.demo-inputs
 CPP_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: .venv test slice interpreted proof faults matrix bench demo results gpu lint format \
+.PHONY: .venv test quick slice interpreted proof mutations matrix bench demo results gpu lint format \
 	native sanitize clean
 .DELETE_ON_ERROR:
 
@@ -37,10 +37,10 @@ proof: lint native $(DEMO_INPUTS)
 	$(BIN)/python -m pytest
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton
 	$(MAKE) sanitize
-	$(MAKE) faults
+	$(MAKE) mutations
 
-faults: native
-	$(BIN)/python -m tests.faults
+mutations: native
+	$(BIN)/python -m tests.mutations
 
 # Wheel and sdist, with and without a compiler, beside the newest and the oldest libraries.
 matrix: $(INSTALLED)
@@ -93,10 +93,10 @@ format: $(INSTALLED)
 
 # A missing compiler stops the tests, which would otherwise pass over the kernels in silence; the
 # demo and the benchmark go on without them. LORA_KERNELS_NATIVE in the environment decides for all.
-test proof faults: export LORA_KERNELS_NATIVE ?= 1
+test quick proof mutations: export LORA_KERNELS_NATIVE ?= 1
 
 # Threads that spin while they wait take the cores from whatever else runs on them.
-test proof faults: export OMP_WAIT_POLICY ?= passive
+test quick proof mutations: export OMP_WAIT_POLICY ?= passive
 
 # With the CUDA kernels where nvcc is, and their emulator, in which the tests run them.
 EMULATOR = 1

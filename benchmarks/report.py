@@ -1,4 +1,4 @@
-"""Write RESULTS.md, its pictures and other tables from results/, README's figures, FAULTS.md.
+"""Write RESULTS.md, its pictures and other tables from results/, README's figures.
 
     lora-kernels bench --json benchmarks/results/ISA/dense.json
     lora-kernels bench --quant nf4 --json benchmarks/results/ISA/4bit.json
@@ -34,12 +34,11 @@ from lora_kernels.backends import cpu, native
 from lora_kernels.cpu_costs import Machine, Sizes
 from lora_kernels.finetune.compare_command import markdown
 
-from . import faults, pictures
+from . import pictures
 
 HERE = Path(__file__).parent
 JSON_MEMORY = HERE / "results/memory.json"
 JSON_TRAFFIC = HERE / "results/traffic.json"
-FAULTS = HERE / "FAULTS.md"
 JSON_CLASSIFICATION = HERE / "results/classification.json"
 RESULTS, README = HERE / "RESULTS.md", HERE.parent / "README.md"
 MARKS = "<!-- figures: written by benchmarks/report.py -->", "<!-- end of figures -->"
@@ -662,7 +661,6 @@ def main(check: bool) -> int:
     wanted = {
         RESULTS: results(measured),
         README: pattern.sub(lambda _: figures, readme),
-        FAULTS: faults.document(),
     }
     if JSON_CLASSIFICATION.exists():
         table = markdown(json.loads(JSON_CLASSIFICATION.read_text()))

@@ -36,7 +36,7 @@ ONE_BLOCK, BLOCKS = 13, 20  # ranks
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every partition of every kernel is 16 elements, a share is two of them."""
 
-    def cooperative(target: Any, M: int, N: int, K: int, R: int, config: Config) -> int:
+    def cooperative(M: int, N: int, K: int, R: int, config: Config) -> int:
         return SHARE if M <= configs.FEW_ROWS and TILE.block_k >= R else 0
 
     def shrink_outer(target: Any, M: int, N: int, R: int, itemsize: int) -> Any:

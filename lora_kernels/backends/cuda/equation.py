@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -228,32 +230,37 @@ def quantize(
     return packed, absmax
 
 
+@dataclass
 class _Linear:
-    """y = out_scale ⊙ (x·W + mask(S)·Q) + bias, all but S settled. transposed: the weight's rows
-    are the inner dimension, as in dx."""
+    """y = out_scale ⊙ (x·W + mask(S)·q) + bias, S = s_scale · gate ⊙ P; P is given to `run`.
 
-    def __init__(
-        self,
-        x: Tensor,
-        weight: Tensor | Packed4bit | None,
-        q: Tensor,
-        s_scale: float,
-        gate: Tensor | None,
-        mask: Dropout,
-        out_scale: Tensor | None,
-        bias: Tensor | None,
-        y: Tensor,
-        z: Tensor | None,
-        transposed: bool,
-        dtype: torch.dtype,
-    ) -> None:
+    transposed: the weight's rows are the inner dimension, as in dx.
+    """
+
+    x: Tensor
+    weight: Tensor | Packed4bit | None
+    q: Tensor
+    s_scale: float
+    gate: Tensor | None
+    mask: Dropout
+    out_scale: Tensor | None
+    bias: Tensor | None
+    y: Tensor
+    z: Tensor | None
+    transposed: bool
+    dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        x, weight, q, s_scale, mask = self.x, self.weight, self.q, self.s_scale, self.mask
+        y, z, transposed, dtype = self.y, self.z, self.transposed, self.dtype
+        gate, out_scale, bias = self.gate, self.out_scale, self.bias
         (M, K), (R, N) = x.shape, q.shape
         self.codes = weight if isinstance(weight, Packed4bit) else None
         w = weight.to(dtype) if isinstance(weight, Tensor) else None  # as autocast does
         if w is not None and w.stride(0) == 1 != w.stride(1):
             w, transposed = w.t(), not transposed
         gate, out_scale, bias = map(_contiguous, (gate, out_scale, bias))
-        self.x, self.shape, self.dtype = x, (M, N, K, R), dtype
+        self.shape = M, N, K, R
         self.base = 2 if self.codes is not None else 0 if w is None else 1
         self.touched = {
             "w": w, "q": q, "gate": gate, "mask": mask.rng, "out_scale": out_scale, "bias": bias,

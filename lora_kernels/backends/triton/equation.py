@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 import triton
@@ -50,10 +51,11 @@ def lora_linear(operands: Operands, spec: Spec, strategy: str) -> tuple[Tensor, 
     x, weight, lora_A, lora_B, rank_gate, column_scale, bias, rng = operands
     scaling, dropout_p, dtype, y_dtype, save_z = spec
     dropout = Dropout.of(dropout_p, rng)
-    y, p, z = _linear(
-        x, weight, lora_A, lora_B.t(), scaling, rank_gate, None, column_scale, bias, dropout,
-        True, dtype, y_dtype, save_z, strategy,
+    gemm = _Gemm(
+        x, weight, lora_A, lora_B.t(), scaling, dtype, y_dtype, gate=rank_gate,
+        out_scale=column_scale, bias=bias, dropout=dropout, save_z=save_z,
     )  # fmt: skip
+    y, p, z = _linear(gemm, strategy)
     return y, Saved(p, z)
 
 
@@ -67,27 +69,30 @@ def lora_linear_backward(
     dropout = Dropout.of(dropout_p, rng)
     (M, N), R = dy.shape, p.shape[1]
     dx = dA = dg = ds = slots = dbias = dc = None
-    dB = torch.empty_like(lora_B, memory_format=torch.contiguous_format) if need_B else None
-    once = None  # whether dS and dB are made in one read of dY
+    dB: Tensor | None = None
+    once = None  # tiles of a kernel that computes dS and dB in one read of dY
     if need_B and (need_A or need_gate or need_x) and not (need_x and strategy == SINGLE_PASS):
         once = configs.shrink_outer(
             launch.target(dy), M, N, R, max(dy.dtype.itemsize, lora_B.dtype.itemsize)
         )
-    if once is not None and dB is not None:
-        slots, dbias, dc = _shrink_outer(
-            *once, p, dy, lora_B, column_scale, z if need_column_scale else None, scaling,
-            rank_gate, dB, need_bias, need_column_scale,
+    if once is not None:
+        slots, dB, dbias, dc = _shrink_outer(
+            once, p, dy, lora_B, column_scale, z if need_column_scale else None, scaling,
+            rank_gate, need_bias,
         )  # fmt: skip
     elif need_B or need_column_scale or need_bias:
+        if need_B:
+            dB = torch.empty_like(lora_B, memory_format=torch.contiguous_format)
         dbias, dc = _outer(
-            p, dy, column_scale, z if need_column_scale else None, NO_DROPOUT, scaling, rank_gate,
-            None if dB is None else dB.t(), need_bias, need_column_scale,
+            p, dy, None if dB is None else dB.t(), v_scale=column_scale,
+            z=z if need_column_scale else None, scale=scaling, gate=rank_gate, need_sum=need_bias,
         )  # fmt: skip
     if need_x:
-        dx, ds, _ = _linear(
-            dy, weight, lora_B.t(), lora_A, scaling * dropout.scale, rank_gate, column_scale,
-            None, None, dropout, False, dtype, x.dtype, False, strategy, slots,
+        gemm = _Gemm(
+            dy, weight, lora_B.t(), lora_A, scaling * dropout.scale, dtype, x.dtype, forward=False,
+            gate=rank_gate, in_scale=column_scale, dropout=dropout,
         )  # fmt: skip
+        dx, ds, _ = _linear(gemm, strategy, slots)
     elif need_A or need_gate:
         if slots is None:
             slots = _shrink(dy, lora_B.t(), column_scale, NO_DROPOUT)
@@ -95,7 +100,7 @@ def lora_linear_backward(
     if need_A:
         assert ds is not None
         dA = torch.empty_like(lora_A, memory_format=torch.contiguous_format)
-        _outer(ds, x, None, None, dropout, scaling * dropout.scale, rank_gate, dA, False, False)
+        _outer(ds, x, dA, dropout=dropout, scale=scaling * dropout.scale, gate=rank_gate)
     if need_gate:
         assert ds is not None
         dg = (ds * p).sum(0).mul_(scaling)
@@ -117,10 +122,10 @@ def multi_lora_linear(
     dropout = Dropout.of(dropout_p, rng)
     stack = stacked.stack(lora_A, lora_B, index, scaling)
     slots = stack.kept(_shrink(x, stack.lora_A, None, dropout).sum(0))
-    y, p, _ = _linear(
-        x, weight, stack.lora_A, stack.lora_B.t(), 1.0, stack.gate, None, None, bias,
-        NO_DROPOUT, True, dtype, y_dtype, False, strategy, slots[None],
-    )  # fmt: skip
+    gemm = _Gemm(
+        x, weight, stack.lora_A, stack.lora_B.t(), 1.0, dtype, y_dtype, gate=stack.gate, bias=bias
+    )
+    y, p, _ = _linear(gemm, strategy, slots[None])
     return y, Saved(stack.compact(p))
 
 
@@ -148,16 +153,17 @@ def multi_lora_linear_backward(
         dx = torch.empty_like(x) if need_x else None
         return MultiGrads(dx, dA, dB, dbias)
     if need_bias:
-        dbias, _ = _outer(p, dy, None, None, NO_DROPOUT, 1.0, None, None, True, False)
+        dbias, _ = _outer(p, dy, None, need_sum=True)
     stack = stacked.stack(lora_A, lora_B, index, scaling)
     if need_x or any(need_A):
         ds = stack.kept(_shrink(dy, stack.lora_B.t(), None, NO_DROPOUT).sum(0))
     if need_x:
         assert ds is not None
-        dx, _, _ = _linear(
-            dy, weight, stack.lora_B.t(), stack.lora_A, dropout.scale, stack.gate, None, None,
-            None, dropout, False, dtype, x.dtype, False, strategy, ds[None],
+        gemm = _Gemm(
+            dy, weight, stack.lora_B.t(), stack.lora_A, dropout.scale, dtype, x.dtype,
+            forward=False, gate=stack.gate, dropout=dropout,
         )  # fmt: skip
+        dx, _, _ = _linear(gemm, strategy, ds[None])
     if ds is not None:
         ds = stack.compact(ds)
     if rng is not None and any(need_A):  # by the rows' own places, before they are sorted
@@ -165,41 +171,53 @@ def multi_lora_linear_backward(
     for e, rows in stack.rows.each():
         A, B, s = dA[e], dB[e], p[rows, : lora_A[e].shape[0]]
         if B is not None:
-            _outer(
-                s.contiguous(), dy[rows], None, None, NO_DROPOUT, scaling[e], None, B.t(), False,
-                False,
-            )  # fmt: skip
+            _outer(s.contiguous(), dy[rows], B.t(), scale=scaling[e])
         if A is not None:
             assert ds is not None
             own = ds[rows, : A.shape[0]].contiguous()
-            _outer(
-                own, x[rows], None, None, NO_DROPOUT, scaling[e] * dropout.scale, None, A, False,
-                False,
-            )  # fmt: skip
+            _outer(own, x[rows], A, scale=scaling[e] * dropout.scale)
     return MultiGrads(dx, dA, dB, dbias)
 
 
+class _Gemm(NamedTuple):
+    """y = out_scale ⊙ (v·W + S·q) + bias, v = x ⊙ in_scale, S = s_scale · gate ⊙ P, P = v·aᵀ.
+
+    Args:
+        x: [M, inner].
+        weight: W; its rows are columns of y in the forward, the inner dimension in the backward.
+        a: [R, inner].
+        q: [R, columns].
+        dropout: masks v in P in the forward, and S·q in the backward.
+        save_z: whether to return y before out_scale and bias.
+    """
+
+    x: Tensor
+    weight: Tensor | Packed4bit | None
+    a: Tensor
+    q: Tensor
+    s_scale: float
+    dtype: torch.dtype
+    y_dtype: torch.dtype
+    forward: bool = True
+    gate: Tensor | None = None
+    in_scale: Tensor | None = None
+    out_scale: Tensor | None = None
+    bias: Tensor | None = None
+    dropout: Dropout = NO_DROPOUT
+    save_z: bool = False
+
+
 def _linear(
-    x: Tensor,
-    weight: Tensor | Packed4bit | None,
-    a: Tensor,
-    q: Tensor,
-    s_scale: float,
-    gate: Tensor | None,
-    in_scale: Tensor | None,
-    out_scale: Tensor | None,
-    bias: Tensor | None,
-    dropout: Dropout,
-    forward: bool,
-    dtype: torch.dtype,
-    y_dtype: torch.dtype,
-    save_z: bool,
-    strategy: str,
-    slots: Tensor | None = None,
+    gemm: _Gemm, strategy: str, slots: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """y [M, columns] of x [M, inner], a [R, inner], q [R, columns], and P. The mask is x's in the
-    forward and y's in the backward, in which the weight's rows are the inner dimension.
-    slots: P, where it is there already, in slots to be added."""
+    """Compute y [M, columns], P [M, R] and z or None.
+
+    slots: P if it is at hand, in partial sums [slots, M, R].
+    """
+    (
+        x, weight, a, q, s_scale, dtype, y_dtype, forward, gate, in_scale, out_scale, bias,
+        dropout, save_z,
+    ) = gemm  # fmt: skip
     (M, K), (R, N), target = x.shape, q.shape, launch.target(x)
     mask_in, mask_out = (dropout, NO_DROPOUT) if forward else (NO_DROPOUT, dropout)
     codes = weight if isinstance(weight, Packed4bit) else None
@@ -270,10 +288,7 @@ def _linear(
             **meta,
         )  # fmt: skip
         if fitting is None:
-            return _linear(
-                x, weight, a, q, s_scale, gate, in_scale, out_scale, bias, dropout, forward, dtype,
-                y_dtype, save_z, SPLIT,
-            )  # fmt: skip
+            return _linear(gemm, SPLIT)
         config = fitting
     # One after another where programs are: those that publish, then all.
     phases = [(True, False), (False, True)] if share and interpreted() else [(share > 0, share > 0)]
@@ -328,16 +343,20 @@ def _shrink(x: Tensor, a: Tensor, in_scale: Tensor | None, dropout: Dropout) -> 
 def _outer(
     s: Tensor,
     v: Tensor,
-    v_scale: Tensor | None,
-    z: Tensor | None,
-    dropout: Dropout,
-    scale: float,
-    gate: Tensor | None,
     grad: Tensor | None,
-    need_sum: bool,
-    need_sum_z: bool,
+    *,
+    v_scale: Tensor | None = None,
+    z: Tensor | None = None,
+    dropout: Dropout = NO_DROPOUT,
+    scale: float = 1.0,
+    gate: Tensor | None = None,
+    need_sum: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """grad [R, N] = scale · gate ⊙ sᵀ·mask(v ⊙ v_scale), written; Σ v and Σ v ⊙ z, float32 [N]."""
+    """Write grad [R, N] = scale · gate ⊙ sᵀ·mask(v ⊙ v_scale); return Σ v and, given z, Σ v ⊙ z.
+
+    The sums are float32 [N], or None.
+    """
+    need_sum_z = z is not None
     (M, N), R, target = v.shape, s.shape[1], launch.target(v)
     sums, sums_z = (
         v.new_empty(N, dtype=torch.float32) if needed else None for needed in (need_sum, need_sum_z)
@@ -365,8 +384,7 @@ def _outer(
 
 
 def _shrink_outer(
-    config: Config,
-    share: int,
+    plan: tuple[Config, int],
     s: Tensor,
     v: Tensor,
     b: Tensor,
@@ -374,11 +392,14 @@ def _shrink_outer(
     z: Tensor | None,
     scale: float,
     gate: Tensor | None,
-    grad: Tensor,
     need_sum: bool,
-    need_sum_z: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(v ⊙ v_scale)·b in slots, and what `_outer` gives; grad [N, R] is written, v read once."""
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Return (v ⊙ v_scale)·b in slots, and what `_outer` gives with grad [N, R]; read v once.
+
+    plan: tiles, and a slot's share of N.
+    """
+    (config, share), need_sum_z = plan, z is not None
+    grad = torch.empty_like(b, memory_format=torch.contiguous_format)
     (M, N), R, target = v.shape, s.shape[1], launch.target(v)
     slots = v.new_empty(triton.cdiv(N, share), M, R, dtype=torch.float32)
     parts = v.new_empty(triton.cdiv(M, config.block_m), R + 2, N, dtype=torch.float32)
@@ -390,7 +411,7 @@ def _shrink_outer(
         PRECISION=configs.precision(target), WIDE=launch.is_wide(v),
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_R=config.block_k,
     )  # fmt: skip
-    return slots, *_reduce(parts, scale, gate, grad.t(), need_sum, need_sum_z)
+    return slots, grad, *_reduce(parts, scale, gate, grad.t(), need_sum, need_sum_z)
 
 
 def _reduce(

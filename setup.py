@@ -18,7 +18,7 @@ Environment:
                              CUDA_ARCHS that nvcc knows, and PTX of the last
     LORA_KERNELS_WERROR      1: compiler warnings are errors
     LORA_KERNELS_SANITIZE    1: AddressSanitizer and UndefinedBehaviorSanitizer
-    LORA_KERNELS_OPTIMIZE    the compiler's -O level (3); 1 compiles in a third of the time
+    LORA_KERNELS_OPTIMIZE    the compiler's -O level (3); 1 compiles in half of the time
 """
 
 import os

@@ -63,7 +63,7 @@ LK_INLINE void dot_chunk(const vu codes[J], const Table& t, const vf scale[J], c
   vf chunk[J][M];
   LK_UNROLL for (int g = 0; g < J; ++g) LK_UNROLL for (int i = 0; i < M; ++i) chunk[g][i] =
       last ? zero() : total[g][i];
-  LK_UNROLL_FAST for (int j = 0; j < 8; ++j) {
+  LK_UNROLL for (int j = 0; j < 8; ++j) {
     vf v[J];
     LK_UNROLL for (int g = 0; g < J; ++g) {
       v[g] = look_up(t, codes[g], j);

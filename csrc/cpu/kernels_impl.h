@@ -17,8 +17,7 @@
 #define LK_UNROLL _Pragma("GCC unroll 16")
 #define LK_ROLL _Pragma("GCC unroll 1")
 #endif
-// Where a loop over registers has none to index by its counter: the portable unit keeps it a loop,
-// so that it compiles fast.
+// Copies of a whole inner loop: the portable unit keeps one of them, so that it compiles fast.
 #ifdef LK_SMALL
 #define LK_UNROLL_FAST LK_ROLL
 #else
@@ -70,6 +69,12 @@ LK_INLINE void together(int threads, const F& f) {
       threads,
       [](void* p, int thread, int threads) { (*static_cast<const F*>(p))(thread, threads); },
       const_cast<F*>(&f));
+}
+
+// The first `rest` <= W elements, zeros after them.
+template <typename T>
+LK_INLINE vf some(const T* p, int rest) {
+  return rest == W ? load(p) : load_n(p, rest);
 }
 
 struct Scratch {
@@ -415,15 +420,16 @@ LK_INLINE void rank_tile(const float* const s[Y_ROWS], int64_t R, const float* p
 // half of the library and two thirds of the time to compile it (benchmarks/NOTES.md).
 template <typename T>
 [[gnu::noinline]] void finish_edge(const ExpandArgs& a, int64_t m, int64_t count, int64_t n,
-                                   int64_t n1, const float (*sum)[VW]) {
+                                   int64_t n1, const float* sum, int64_t ld) {
+  const auto put = [](T* to, vf v, int rest) { rest == W ? store(to, v) : store_n(to, v, rest); };
   LK_ROLL for (int64_t i = 0; i < count; ++i) {
     LK_ROLL for (int64_t column = n; column < n1; column += W) {
       const int rest = (int)min(W, n1 - column);
-      vf u = load(sum[i] + (column - n));
-      if (a.z) store_n(static_cast<T*>(a.z) + (m + i) * a.N + column, u, rest);
-      if (a.c) u = mul(u, load_n(a.c + column, rest));
-      if (a.bias) u = add(u, load_n(a.bias + column, rest));
-      store_n(static_cast<T*>(a.y) + (m + i) * a.ldy + column, u, rest);
+      vf u = load(sum + i * ld + column - n);
+      if (a.z) put(static_cast<T*>(a.z) + (m + i) * a.N + column, u, rest);
+      if (a.c) u = mul(u, some(a.c + column, rest));
+      if (a.bias) u = add(u, some(a.bias + column, rest));
+      put(static_cast<T*>(a.y) + (m + i) * a.ldy + column, u, rest);
     }
   }
 }
@@ -446,7 +452,7 @@ LK_INLINE void finish_tile(const ExpandArgs& a, int64_t m, int64_t count, int64_
         store(at, add(base(i, v, (int)min(W, end - n - v * W)), load(at)));
       }
     }
-    finish_edge<T>(a, m, count, n, end, sum);
+    finish_edge<T>(a, m, count, n, end, sum[0], VW);
     return;
   }
   vf u[Y_ROWS][V];
@@ -498,8 +504,7 @@ LK_INLINE void expand_tile(const ExpandArgs& a, const Philox& generator, const f
       rank_tile(s, a.R, panel + (n - n0), PANEL, acc);
       if (a.dropout.rng) mask_tile(bits, (n - n0) % 64, acc);
       finish_tile<T>(a, m, count, n, n1, acc, [&](int i, int v, int rest) {
-        const T* from = y + (m + i) * a.ldy + n + v * W;
-        return rest == W ? load(from) : load_n(from, rest);
+        return some(y + (m + i) * a.ldy + n + v * W, rest);
       });
     }
   }
@@ -514,7 +519,7 @@ LK_INLINE bool unpacked(const ExpandArgs& a) {
 // sums[m][j] = row m of S times Q's column n + j, for all rows of S and n + j < n1.
 template <typename TQ>
 [[gnu::noinline]] void unpacked_sums(const ExpandArgs& a, int64_t n, int64_t n1,
-                                     float (*sums)[VW]) {
+                                     float (*sums)[PANEL]) {
   const TQ* const q = static_cast<const TQ*>(a.q.data);
   for (int64_t m = 0; m < a.M; ++m) {
     const float* const s[1] = {a.s + m * a.lds};
@@ -530,16 +535,17 @@ template <typename TQ>
 // update is added to, `rest` elements of row m from column n on.
 template <typename Base>
 LK_INLINE void expand_unpacked(const ExpandArgs& a, int64_t n0, int64_t n1, const Base& base) {
-  for (int64_t n = n0; n < n1; n += VW) {
-    const int64_t end = min(n + VW, n1);
-    float sums[UNPACKED][VW] = {};
+  for (int64_t n = n0; n < n1; n += PANEL) {
+    const int64_t end = min(n + PANEL, n1);
+    float sums[UNPACKED][PANEL] = {};
     with_type(a.q.dtype, [&](auto type) { unpacked_sums<decltype(type)>(a, n, end, sums); });
     for (int64_t m = 0; m < a.M; ++m)
       for (int64_t column = n; column < end; column += W) {
         float* const at = sums[m] + (column - n);
         store(at, add(base(m, column, (int)min(W, end - column)), mul(load(at), splat(a.alpha))));
       }
-    with_type(a.dtype, [&](auto type) { finish_edge<decltype(type)>(a, 0, a.M, n, end, sums); });
+    with_type(a.dtype,
+              [&](auto type) { finish_edge<decltype(type)>(a, 0, a.M, n, end, sums[0], PANEL); });
   }
 }
 
@@ -552,7 +558,7 @@ LK_INLINE void expand_unpacked(const ExpandArgs& a, int64_t n0, int64_t n1, cons
       parallel(a.threads, a.M ? chunks : 0, [&](int64_t chunk) {
         expand_unpacked(
             a, tiles * chunk / chunks * VW, min(a.N, tiles * (chunk + 1) / chunks * VW),
-            [&](int64_t m, int64_t n, int rest) { return load_n(y + m * a.ldy + n, rest); });
+            [&](int64_t m, int64_t n, int rest) { return some(y + m * a.ldy + n, rest); });
       });
     });
     return;

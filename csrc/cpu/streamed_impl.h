@@ -132,7 +132,7 @@ struct DenseRows {
                                    float* panel, float* staging) {
   const int64_t rows = n1 - n0;
   const auto sums_of = [&](int64_t m, int64_t n, int rest) {
-    return load_n(sums + m * rows + n - n0, rest);
+    return some(sums + m * rows + n - n0, rest);
   };
   if (unpacked(u)) {
     expand_unpacked(u, n0, n1, sums_of);

@@ -30,6 +30,13 @@ test: lint native
 slice:
 	$(BIN)/python -m pytest -m 'not slow and not proof'
 
+# For the inner loop, at most 90 s: the oracle, the dispatch and the choice, layers beside PEFT's.
+quick: native
+	$(BIN)/python -m pytest -q -m 'not slow and not proof' tests/reference tests/ops/test_exact.py \
+		tests/ops/test_arguments.py tests/ops/test_schemas.py tests/ops/test_selection.py \
+		tests/autograd/test_gradients.py tests/layers/test_linear.py tests/layers/test_decoding.py \
+		tests/interop/test_equivalence.py tests/packaging/test_mutations.py
+
 interpreted:
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m 'not slow and not proof' tests/triton
 

@@ -97,7 +97,7 @@ def choose(problem: Problem) -> Choice:
     if requested.backend == "cuda":
         return cuda_heuristics.plan(problem, requested.strategy)
     if requested.backend == "eager":
-        return Choice("eager", eager.LIBRARY, "the eager backend was asked for")
+        return Choice("eager", eager.LIBRARY, "the eager backend was requested")
     if requested.backend is None and problem.device_type == "cuda" and UNTRIED is None:
         found = costs.choose(problem, _gpu(problem.device_index))
         if found is not None:
@@ -120,7 +120,7 @@ def choose_norm(problem: Problem) -> Choice:
         cuda_heuristics.require(problem)
         return Choice("cuda", cuda.SPLIT, cuda_heuristics.REQUESTED)
     if requested == "eager":
-        return Choice("eager", eager.PANELS, "the eager backend was asked for")
+        return Choice("eager", eager.PANELS, "the eager backend was requested")
     reason = _eager_reason(problem)
     if reason is None:
         return Choice("cpu", cpu.SINGLE_PASS, f"native kernels, {native.isa}")
@@ -135,7 +135,7 @@ def _check_two_steps(requested: Forced) -> None:
     if requested.strategy and allowed and requested.strategy not in allowed:
         want = " or ".join(map(repr, allowed))
         raise RuntimeError(
-            f"strategy {requested.strategy!r} was asked for and cannot run here: for rows with "
+            f"strategy {requested.strategy!r} was requested and cannot run here: for rows with "
             f"adapters of their own (multi_lora_linear) want {want}"
         )
 
@@ -159,7 +159,7 @@ def choose_for_mask() -> Choice:
     name = forced_backend()
     if name not in (None, "eager"):
         raise RuntimeError(
-            f"backend {name!r} was asked for and cannot run here: got rng as a dropout mask, want "
+            f"backend {name!r} was requested and cannot run here: got rng as a dropout mask, want "
             "the state of one: seed and offset, int64 [2]"
         )
     return Choice("eager", eager.LIBRARY, "the dropout mask is given, not its state")

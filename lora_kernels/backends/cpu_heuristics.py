@@ -102,7 +102,7 @@ def _plan(
     isa, amx_bf16, large = environment
     reason = f"native kernels, {isa}"
     if requested.backend:
-        reason = "the cpu backend was asked for"
+        reason = "the cpu backend was requested"
     gemv = cpu.FEW_ROWS if four_bit else cpu.LIBRARY if columns else cpu.STREAMED
     if requested.strategy:
         _check_strategy(requested.strategy, isa, gemv, few, bool(many_rows))
@@ -150,4 +150,4 @@ def _check_strategy(strategy: str, isa: str | None, gemv: str, few: int, many_ro
     elif strategy in cpu.OF_FEW_ROWS and many_rows:
         want = f"at most {few} rows"
     if want is not None:
-        raise RuntimeError(f"strategy {strategy!r} was asked for and cannot run here: want {want}")
+        raise RuntimeError(f"strategy {strategy!r} was requested and cannot run here: want {want}")

@@ -86,4 +86,4 @@ class Choice:
 def require_supported(backend: str, reason: str | None) -> None:
     """Raise RuntimeError if a requested backend cannot run for `reason`."""
     if reason is not None:
-        raise RuntimeError(f"backend {backend!r} was asked for and cannot run here: {reason}")
+        raise RuntimeError(f"backend {backend!r} was requested and cannot run here: {reason}")

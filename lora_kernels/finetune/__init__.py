@@ -74,7 +74,7 @@ __all__ = [
 
 
 class UsageError(ValueError):
-    """What was asked for cannot be done; the message is one line that says what to do instead."""
+    """What was requested cannot be done; the message is one line that says what to do instead."""
 
 
 def __getattr__(name: str) -> Any:

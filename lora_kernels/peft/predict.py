@@ -72,7 +72,7 @@ class Region(NamedTuple):
 
 @dataclass(frozen=True)
 class Prediction:
-    """Of one layer at the number of rows that was asked for.
+    """Of one layer at the number of rows that was requested.
 
     seconds: of a step (forward and backward) where the model trains, else of the forward; None
     where nothing is known of the base or of the GPU. share: of the step of all layers that are
@@ -123,7 +123,7 @@ def regions(part: Part) -> tuple[Region, ...]:
         try:
             choice = part.choose(rows)
             return choice.backend, choice.strategy
-        except RuntimeError:  # of a strategy that was asked for and is not for so many rows
+        except RuntimeError:  # of a strategy that was requested and is not for so many rows
             return "none", "raises"
 
     grid = [*range(1, EVERY_ROW + 1)]

@@ -118,5 +118,5 @@ def test_forced_backend_raises_where_it_cannot_run():
     case = {
         k: t.double() if k in GOOD and k not in ("dropout_p", "rng") else t for k, t in GOOD.items()
     }
-    with backend("cpu"), pytest.raises(RuntimeError, match=r"^backend 'cpu' was asked for"):
+    with backend("cpu"), pytest.raises(RuntimeError, match=r"^backend 'cpu' was requested"):
         lora_linear(**case)

@@ -134,7 +134,7 @@ def test_one_decode_and_one_mask_on_every_backend() -> None:
 def test_outside_of_the_emulator_a_cpu_is_refused() -> None:
     token = cuda._emulated.set(None)
     try:
-        with pytest.raises(RuntimeError, match="backend 'cuda' was asked for and cannot run here"):
+        with pytest.raises(RuntimeError, match="backend 'cuda' was requested and cannot run here"):
             forward(few_rows())
     finally:
         cuda._emulated.reset(token)

@@ -54,7 +54,7 @@ def test_what_keeps_a_kernel_from_a_product_is_said(
     choice = choose(M, N, K, layout)
     assert choice.strategy == strategy
     assert all(word in choice.reason for word in words), choice.reason
-    assert words or choice.reason == "the cuda backend was asked for"
+    assert words or choice.reason == "the cuda backend was requested"
 
 
 def test_float32_is_the_ordinary_multipliers_and_says_so() -> None:
@@ -73,7 +73,7 @@ def test_a_strategy_that_was_asked_for_is_taken_or_refused(strategy: str) -> Non
     x, W = torch.ones(3, 63, dtype=bf16), torch.ones(8, 63, dtype=bf16)
     with (
         lora_kernels.backend("cuda", strategy),
-        pytest.raises(RuntimeError, match=f"strategy '{strategy}' was asked for .* K = 63"),
+        pytest.raises(RuntimeError, match=f"strategy '{strategy}' was requested .* K = 63"),
     ):
         lora_kernels.lora_linear(x, W, A, B)
     assert not launch.traffic

@@ -236,7 +236,7 @@ def test_text_and_chats_take_the_same_options(
         assert config["init_lora_weights"] == "gaussian"
         rates = [line["learning_rate"] for line in read_metrics(out / "metrics.jsonl")
                  if "loss" in line]  # fmt: skip
-        assert rates[0] == 0.0 and max(rates) > 0.0  # the warm-up that was asked for
+        assert rates[0] == 0.0 and max(rates) > 0.0  # the warm-up that was requested
 
 
 def test_autocast_run_ends_well(folder: Path, lines: Path, tmp_path: Path, capsys: Any) -> None:

@@ -108,7 +108,7 @@ def test_the_eager_backend_does_not_count() -> None:
     with lora_kernels.backend("eager"):
         explanation = explain(model)
     assert {(row.state, row.backend) for row in explanation.rows} == {("not fused", "eager")}
-    with pytest.raises(RuntimeError, match="eager backend was asked for"):
+    with pytest.raises(RuntimeError, match="eager backend was requested"):
         explanation.assert_fused()
 
 

@@ -23,10 +23,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from cosmic_ray.ast import ast_nodes, get_ast
-from cosmic_ray.mutating import mutate_code
-from cosmic_ray.plugins import get_operator, operator_names
-
 from .__main__ import Copy
 from .table import ROOT, Mutation, tomllib
 
@@ -68,6 +64,10 @@ class Mutant:
 
 def mutants_of(file: str, chooser: random.Random) -> Iterator[Mutant]:
     """Yield mutants of a file in random order, at most one for each place."""
+    from cosmic_ray.ast import ast_nodes, get_ast
+    from cosmic_ray.mutating import mutate_code
+    from cosmic_ray.plugins import get_operator, operator_names
+
     source = (ROOT / file).read_text()
     nodes = list(ast_nodes(get_ast(source)))
     places: dict[tuple[int, int], list[tuple[str, int]]] = {}

@@ -112,7 +112,7 @@ def require(device: torch.device) -> None:
     """RuntimeError where no kernel can run on it, saying why."""
     why = obstacle(device.type, device.index)
     if why is not None:
-        raise RuntimeError(f"backend 'cuda' was asked for and cannot run here: {why}")
+        raise RuntimeError(f"backend 'cuda' was requested and cannot run here: {why}")
 
 
 @functools.cache

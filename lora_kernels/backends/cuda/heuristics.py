@@ -10,7 +10,7 @@ from ...core.problem import Choice, Layout, Problem, require_supported
 from .. import cuda
 from . import COOPERATIVE, DECODE_ROWS, ORDINARY, SPLIT, TWO_STEPS, fit
 
-REQUESTED = "the cuda backend was asked for"
+REQUESTED = "the cuda backend was requested"
 UNKNOWN = 4096  # N or K if they are not given
 _DENSE, _CODES = Layout(), Layout(64)  # if nothing is known of the weight
 
@@ -39,7 +39,7 @@ def _plan(problem: Problem, strategy: str | None) -> Choice:
     if strategy and layout.obstacle != fit.NO_BASE:
         why = None if rows == 0 else fit.forward(strategy, dtype, layout, rows, N, K)
         if why is not None:
-            raise RuntimeError(f"strategy {strategy!r} was asked for and cannot run here: {why}")
+            raise RuntimeError(f"strategy {strategy!r} was requested and cannot run here: {why}")
         return Choice("cuda", strategy, REQUESTED + dx_note(strategy, dtype, layout, N, K))
     strategy, reason = strategy_for(dtype, rows, N, K, layout, REQUESTED)
     if rows is None:

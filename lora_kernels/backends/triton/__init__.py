@@ -53,7 +53,7 @@ def require(device: torch.device) -> None:
     target = configs.target(device.index) if device.type == "cuda" else None
     why = configs.unfit(absence(), configs.INTERPRETER if interpreted() else target, device.type)
     if why is not None:
-        raise RuntimeError(f"backend 'triton' was asked for and cannot run here: {why}")
+        raise RuntimeError(f"backend 'triton' was requested and cannot run here: {why}")
 
 
 _DEFINED_IN = dict.fromkeys(

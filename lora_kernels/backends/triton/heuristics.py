@@ -8,7 +8,7 @@ from ...core.problem import Choice, Problem, require_supported
 from .. import triton
 from . import SINGLE_PASS, SPLIT, TWO_STEPS, configs, measured
 
-REQUESTED = "the triton backend was asked for"
+REQUESTED = "the triton backend was requested"
 
 
 def plan(problem: Problem, strategy: str | None) -> Choice:
@@ -16,7 +16,7 @@ def plan(problem: Problem, strategy: str | None) -> Choice:
     target = require_target(problem)
     if strategy == SINGLE_PASS and problem.rank > configs.MAX_SINGLE_PASS_RANK:
         raise RuntimeError(
-            f"strategy {strategy!r} was asked for and cannot run here: rank {problem.rank} is "
+            f"strategy {strategy!r} was requested and cannot run here: rank {problem.rank} is "
             f"above {configs.MAX_SINGLE_PASS_RANK}"
         )
     if strategy:

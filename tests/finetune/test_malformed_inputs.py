@@ -224,7 +224,7 @@ TUNED: list[tuple[str, str, Any]] = [
     ("a list", "want a file that `lora-kernels tune` wrote", "[]"),
     ("a row without a field", "KeyError('arch')", '{"rows": [{}]}'),
     ("no such strategy", "strategy", {"strategy": "guess"}),
-    ("tiles of text", "block_m", {"forward": {"block_m": "x", "block_n": 1, "block_k": 1,
+    ("tiles of text", "want powers of two", {"forward": {"block_m": "x", "block_n": 1, "block_k": 1,
                                               "warps": 4, "stages": 2}}),
     ("a negative size", "columns -1", {"columns": -1}),
 ]  # fmt: skip

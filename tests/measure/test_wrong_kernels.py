@@ -46,7 +46,8 @@ def broken(monkeypatch: pytest.MonkeyPatch, output: str, by: float = 1.01) -> No
             found = op(*args)
             if found is None or found[place] is None:
                 return found
-            return (*found[:place], found[place] * by, *found[place + 1 :])
+            changed = (*found[:place], found[place] * by, *found[place + 1 :])
+            return found._make(changed) if hasattr(found, "_make") else changed
 
         monkeypatch.setattr(of, name, wrong)
 

@@ -337,11 +337,11 @@ struct Prepared {
   Layer layer;
   Codes4bit codes;  // which layer.codes points to, where it points anywhere
   DType x_dtype, dtype;
-  int64_t few;  // the most rows of x, for which W is read once
-  py::tuple what, want;       // of x, as `still` compares, where there is no `exchange`
-  py::object columns;         // N
-  py::object vector;          // (N,)
-  py::object shape;           // the name of that attribute
+  int64_t few;           // the most rows of x, for which W is read once
+  py::tuple what, want;  // of x, as `still` compares, where there is no `exchange`
+  py::object columns;    // N
+  py::object vector;     // (N,)
+  py::object shape;      // the name of that attribute
   py::object data_ptr, new_empty, is_neg;  // functions of a tensor
   py::object cast, float32;                // of x to what the product takes, and of the bias
   py::object threads;                      // how many

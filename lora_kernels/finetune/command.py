@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
-import os
 import signal
 import sys
 import warnings
@@ -140,11 +140,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def quiet() -> None:
-    """No warnings and bars of the libraries in between what a command prints."""
-    # A bar fills a log with its every state. tqdm reads this when it is imported, below.
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")
+    """Keep the libraries' warnings and bars out of what a command prints."""
+    from tqdm.auto import tqdm  # type: ignore[import-untyped]
+    from transformers import modeling_gguf_pytorch_utils as gguf_loader
     from transformers.utils import logging as transformers_logging
+
+    # transformers cannot switch this bar off; `disable=None` shows it on a terminal alone.
+    gguf_loader.tqdm = functools.partial(tqdm, disable=None)  # type: ignore[attr-defined]
 
     # PEFT imports bitsandbytes, which reports an optional package that it lacks.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -50,14 +50,15 @@ def test_auto_peft_loads_the_adapter_of_a_run_on_gguf(
 
 
 @pytest.mark.parametrize("is_terminal", [False, True])
-def test_quiet_has_tqdm_print_no_bar_into_a_log(
-    is_terminal: bool, monkeypatch: pytest.MonkeyPatch
+def test_quiet_shows_the_bar_of_a_gguf_file_on_a_terminal_alone(
+    is_terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("TQDM_DISABLE", "")  # so that it is put back
-    monkeypatch.delenv("TQDM_DISABLE")
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal, raising=False)
+    loader = pytest.importorskip("transformers.modeling_gguf_pytorch_utils")
+    monkeypatch.setattr(loader, "tqdm", loader.tqdm)  # so that it is put back
     quiet()
-    assert os.environ.get("TQDM_DISABLE") == (None if is_terminal else "1")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal, raising=False)
+    assert list(loader.tqdm(range(3), desc="tensors")) == [0, 1, 2]
+    assert ("tensors" in capsys.readouterr().err) is is_terminal
 
 
 @pytest.mark.proof

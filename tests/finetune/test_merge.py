@@ -302,3 +302,22 @@ def test_the_quantized_weights_are_those_that_training_saw(folders: tuple[Path, 
             want = Weight4bit.from_bitsandbytes(layer.weight).dequantize(torch.float32)
             got = four_bits(weight.bfloat16()).dequantize(torch.float32)
             assert torch.equal(got, want), name
+
+
+def test_merge_onto_dequantized_rounds_to_the_quantized_dtype_first(
+    folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Of the dtype that training quantized from, bf16; a layer's sum is of these very codes."""
+    pytest.importorskip("bitsandbytes")
+    base, adapter = folders
+    for dtype in ("fp32", "bf16"):
+        merge_adapter(
+            base, adapter, tmp_path / dtype, dtype="fp32", quant="nf4", onto="dequantized",
+            quant_dtype=dtype,
+        )  # fmt: skip
+    before, got = tensors(base), {d: tensors(tmp_path / d) for d in ("fp32", "bf16")}
+    name = next(n for n in before if n.endswith("up_proj.weight"))  # without an adapter
+    if torch.equal(got["fp32"][name], got["bf16"][name]):
+        pytest.fail("the dtypes give the same codes: the weight says nothing")
+    want = four_bits(before[name].bfloat16()).dequantize(torch.float32)
+    assert torch.equal(got["bf16"][name], want)

@@ -401,3 +401,15 @@ def test_a_kill_while_a_checkpoint_is_written(
         assert {"adapter_model.safetensors", "optimizer.pt", "trainer_state.json"} <= {
             file.name for file in newest.iterdir()
         }
+
+
+def test_prediction_step_counts_the_tokens_that_are_predicted(
+    data: ChatData, tmp_path: Path
+) -> None:
+    """The first label of a row is predicted by nothing, whether or not it is ignored."""
+    made = trainer(tmp_path, data, adapted())
+    inputs = dict(made.data_collator([data[0], data[1]]))
+    inputs["labels"] = inputs["input_ids"].clone()
+    made._of_tokens = [0.0, 0]
+    made.prediction_step(made.model, inputs, True)
+    assert made._of_tokens[1] == inputs["labels"][:, 1:].numel()

@@ -373,6 +373,15 @@ def test_an_active_adapter_that_comes_later_is_noticed(layer: Any) -> None:
     assert not torch.equal(both, alone) and torch.equal(decode(layer), both)
 
 
+def test_a_list_of_active_adapters_that_changes_in_place_is_noticed(layer: Any) -> None:
+    layer.set_adapter(["default"])
+    alone = decode(layer)
+    assert torch.equal(decode(layer), alone)
+    layer._active_adapter.append("other")
+    both = decode(layer)
+    assert not torch.equal(both, alone) and torch.equal(decode(layer), both)
+
+
 def test_parameters_that_were_computed_go_from_memory(layer: Any) -> None:
     """And with them all that their graph holds."""
     import gc

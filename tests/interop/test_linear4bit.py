@@ -533,6 +533,23 @@ def test_a_merge_into_4_bits_says_what_it_lost() -> None:
     assert layer.merge_loss is None and "merged" not in str(explain(model))
 
 
+def test_a_second_merge_into_4_bits_says_what_it_alone_lost() -> None:
+    model = fuse(mlp(loaded=True))
+    model.add_adapter("second", model.peft_config["default"])
+    layer = model.base_model.model.up
+    with torch.no_grad():
+        layer.lora_B["second"].weight.normal_()
+    with pytest.warns(UserWarning, match="rounding errors"):
+        model.merge_adapter(["default"])
+    before = Weight4bit.from_bitsandbytes(layer.base_layer.weight).dequantize(f32)
+    want = before + layer.get_delta_weight("second").detach()
+    with pytest.warns(UserWarning, match="rounding errors"):
+        model.merge_adapter(["second"])
+    got = Weight4bit.from_bitsandbytes(layer.base_layer.weight).dequantize(f32)
+    lost = float((got - want).norm() / want.norm())
+    assert layer.merge_loss.of_weight == pytest.approx(lost, rel=1e-4)
+
+
 def test_a_dora_s_merge_into_4_bits_is_not_measured() -> None:
     model = fuse(mlp(loaded=True, config={"use_dora": True}))
     with pytest.warns(UserWarning, match="rounding errors"):

@@ -135,3 +135,16 @@ def test_wgmma_is_the_library_s_on_hopper_and_mma_everybody_s_on_ada() -> None:
         return found["cuda", "split"] / found["eager", "library product + rank update"]
 
     assert ratio(H100) > 1.2 > ratio(RTX4090)
+
+
+@every_gpu
+@pytest.mark.parametrize("M", [1, 64, 128, 129])
+def test_predict_triton_decodes_whole_tiles_of_rows(gpu: Gpu, M: int) -> None:
+    """Each tile of 128 rows decodes the weight once, however few of its rows there are."""
+    cost = next(
+        c for c in predict(gpu, M, N, K, R, four_bit=True)
+        if (c.backend, c.strategy) == ("triton", "split")
+    )  # fmt: skip
+    tiles = 1 if M <= 128 else 2
+    codes_a_second = costs.CODES_A_CLOCK * gpu.clock * gpu.multiprocessors
+    assert cost.seconds >= tiles * N * K / codes_a_second

@@ -303,3 +303,12 @@ def test_the_default_device_changes_nothing(rows: str) -> None:
     assert want.keys() == got.keys()
     for name, t in want.items():
         assert torch.equal(got[name], t), name
+
+
+@pytest.mark.skipif(native.module is None, reason="the native kernels are not built")
+def test_choose_multi_largest_rank_decides() -> None:
+    """A rank above the kernels' is not theirs, whichever adapter has it."""
+    A, B = ([torch.zeros(s) for s in sizes] for sizes in (((8, 64), (257, 64)), ((5, 8), (5, 257))))
+    operands = MultiOperands(torch.zeros(3, 64), torch.zeros(5, 64), A, B, torch.zeros(3).long())
+    choice = ops.choose_multi(operands, MultiSpec([1.0, 1.0], 0.0, f32, f32))
+    assert choice.backend == "eager" and "rank 257 is above" in choice.reason

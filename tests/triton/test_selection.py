@@ -234,3 +234,23 @@ def test_shares_cover_everything_once(K: int, M: int) -> None:
     config, share = configs.outer(H100, M, K, 16)
     parts = -(-M // share)
     assert share % config.block_m == 0 and (parts - 1) * share < M <= parts * share
+
+
+def test_choose_stages_compiles_for_each_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine's cards may differ."""
+    asked: list[torch.device] = []
+
+    def resources(
+        kernel: object, config: configs.Config, device: torch.device, *_: object, **__: object
+    ) -> tuple[int, int]:
+        asked.append(device)
+        return 0, 255 if device.index else 32
+
+    monkeypatch.setattr(launch, "read_resources", resources)
+    monkeypatch.setattr(launch, "_resources", {})
+    monkeypatch.setattr(launch, "interpreted", lambda: False)
+    config = configs.linear(RTX_4090, 1, 2, False, 0)
+    programs = 3 * RTX_4090.multiprocessors
+    devices = [torch.device("cuda", index) for index in (0, 1)]
+    found = [launch.choose_stages(programs, RTX_4090, None, config, d) for d in devices]
+    assert found == [config, None] and set(asked) == set(devices)

@@ -19,16 +19,20 @@ INSTALLED := $(VENV)/.installed-$(shell echo '$(TORCH)' | cksum | cut -d' ' -f1)
 DEMO_INPUTS := $(VENV)/.demo-inputs
 CPP_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: .venv test quick slice interpreted proof mutations matrix bench demo results gpu lint format \
+.PHONY: .venv test quick slice others interpreted proof mutations matrix bench demo results gpu lint format \
 	native sanitize clean
 .DELETE_ON_ERROR:
 
 # Two cores do both parts at once; what they print is kept apart where make can.
 test: lint native
-	$(MAKE) --no-print-directory -j2 $(if $(filter output-sync,$(.FEATURES)),-Otarget) slice interpreted
+	$(MAKE) --no-print-directory -j2 $(if $(filter output-sync,$(.FEATURES)),-Otarget) slice others
 
+# Two parts that take as long: Triton's interpreter needs a process of its own, recipes follow it.
 slice:
-	$(BIN)/python -m pytest -m 'not slow and not proof'
+	$(BIN)/python -m pytest -m 'not slow and not proof' --ignore tests/finetune
+
+others: interpreted
+	$(BIN)/python -m pytest -m 'not slow and not proof' tests/finetune
 
 # For the inner loop, at most 90 s: the oracle, the dispatch and the choice, layers beside PEFT's.
 quick: native

@@ -80,10 +80,14 @@ class Project:
             (self.csrc / "cuda" / unit).write_text("int marker = 1;\n")
 
     def setup(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        """setup.py with these arguments, stdout and stderr together; no LORA_KERNELS_* or CXX but
-        the ones given."""
+        """Run setup.py with these arguments, stdout and stderr together.
+
+        The environment has no LORA_KERNELS_* or CXX but the ones given, and nothing of a `make -j`
+        around the tests, whose jobs ninja would count and report.
+        """
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("LORA_KERNELS_")}
-        inherited.pop("CXX", None)
+        for name in ("CXX", "MAKEFLAGS", "MFLAGS"):
+            inherited.pop(name, None)
         inherited["LORA_KERNELS_CUDA"] = "0"
         return subprocess.run(
             [sys.executable, "setup.py", *arguments],

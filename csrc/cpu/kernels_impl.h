@@ -415,9 +415,9 @@ LK_INLINE void rank_tile(const float* const s[Y_ROWS], int64_t R, const float* p
   }
 }
 
-// y = c * sum + bias and z = sum for a tile at an edge of y, of which only `count` rows and the
-// columns below n1 exist. A loop out of line, from memory: unrolled into each kernel, edges were
-// half of the library and two thirds of the time to compile it (benchmarks/NOTES.md).
+// Epilogue of a partial tile: y = c * sum + bias and z = sum, for `count` rows and the columns
+// below n1. It is not inlined and reads its sums from memory: inlined into each kernel, partial
+// tiles were half of the code and two thirds of its compile time (benchmarks/NOTES.md).
 template <typename T>
 [[gnu::noinline]] void finish_edge(const ExpandArgs& a, int64_t m, int64_t count, int64_t n,
                                    int64_t n1, const float* sum, int64_t ld) {

@@ -142,8 +142,8 @@ struct QuantizeArgs {
 };
 void quantize(const QuantizeArgs&, const Where&);
 
-// An error in the driver's words where the device cannot run this build's kernels, all of which are
-// compiled for the same GPUs. Launches nothing.
+// Throws the driver's error if the device cannot run this build. Launches nothing: it queries one
+// kernel's attributes, since all kernels have the same targets.
 void probe(int device);
 
 }  // namespace gpu

@@ -11,11 +11,11 @@ from ..core.problem import Choice, Problem
 from . import cpu, native
 from .forced import Forced
 
-# Where a dense GEMM is the library's. On Intel's processors MKL multiplies float32 faster than the
-# fused kernel from M·N·K = MKL_GEMM on, but for AMX, which takes float32 as three bfloat16 from
-# AMX_FLOAT_ROWS rows on. In bfloat16, if both have AMX, the library is faster from M·N·K =
-# AMX_GEMM on, in more than AMX_ROWS rows. Measured on 2 threads of Intel family 6, for AMX model
-# 167 (benchmarks/NOTES.md). If the library alone has AMX, all bfloat16 is the library's.
+# When torch.mm runs a dense base GEMM in place of the fused kernel. In float32 on Intel, MKL is
+# faster from M·N·K = MKL_GEMM on; with AMX the fused kernel (a 3×bf16 split) takes over again at
+# AMX_FLOAT_ROWS rows. In bfloat16 with AMX, oneDNN is faster from M·N·K = AMX_GEMM on and above
+# AMX_ROWS rows. Measured on 2 threads of Intel family 6, AMX on model 167 (benchmarks/NOTES.md). If
+# oneDNN has AMX and this build's kernels do not, torch.mm runs every bfloat16 GEMM.
 MKL_GEMM = 280_000_000
 AMX_GEMM, AMX_ROWS = 10_000_000_000, 512
 AMX_FLOAT_ROWS = 128  # FLOAT_ROWS in csrc/cpu/amx_impl.h
@@ -40,8 +40,7 @@ def few_rows(
         dtype: of the base GEMM.
         four_bit: whether the weight is packed.
         size: elements of the weight.
-        columns: whether the weight is stored as [K, N], for which only one row of x is few, and
-            the GEMV is the library's.
+        columns: whether the weight is stored as [K, N]. torch.mm then runs the GEMV, for one row.
         isa: None for the instruction set in use.
     """
     isa = native.isa or "" if isa is None else isa
@@ -57,7 +56,7 @@ def few_rows(
 
 
 def library_rows(dtype: torch.dtype, size: int) -> range:
-    """Return the numbers of rows for which a dense GEMM is the library's.
+    """Return the numbers of rows for which torch.mm runs a dense base GEMM.
 
     size: elements of the weight.
     """
@@ -117,12 +116,12 @@ def _plan(
     elif amx_bf16 and dtype is torch.bfloat16 and isa != "amxbf16":
         many, reason = cpu.LIBRARY, f"{reason}; the library multiplies with AMX"
     elif large:
-        reason += f"; large {str(dtype).removeprefix('torch.')} products are the library's"
+        reason += f"; large {str(dtype).removeprefix('torch.')} base GEMMs run in MKL or oneDNN"
     return Choice("cpu", _of_any_rows(many, gemv, 0 if many_rows else few, large), reason)
 
 
 def _of_any_rows(many: str, gemv: str, few: int, large: range) -> str:
-    """Name the strategies of all numbers of rows; `large` numbers are the library's.
+    """Name the strategy for each number of rows; torch.mm runs the base GEMM for those in `large`.
 
     >>> _of_any_rows("single pass", "streamed", 16, range(300, 400))
     'single pass; under 17 rows streamed; from 300 to 399 library product + rank update'

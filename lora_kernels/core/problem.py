@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -64,14 +65,18 @@ class Problem(NamedTuple):
 
     def unsupported_reason(self) -> str | None:
         """Return why no kernel of this package takes the dtypes or the rank, or None."""
-        named = ("x", self.x_dtype), ("lora_A", self.a_dtype), ("lora_B", self.b_dtype)
-        for name, dtype in (*named, ("y", self.dtype)):
-            if dtype not in KERNEL_DTYPES:
-                got = str(dtype).removeprefix("torch.")
-                return f"{name} is {got}; the kernels take float32, bfloat16, float16"
-        if self.rank > MAX_KERNEL_RANK:
-            return f"rank {self.rank} is above the kernels' {MAX_KERNEL_RANK}"
-        return None
+        return _unsupported_reason(self[1:5], self.rank)
+
+
+@functools.cache  # asked in every call
+def _unsupported_reason(dtypes: tuple[torch.dtype, ...], rank: int) -> str | None:
+    for name, dtype in zip(("x", "lora_A", "lora_B", "y"), dtypes, strict=True):
+        if dtype not in KERNEL_DTYPES:
+            got = str(dtype).removeprefix("torch.")
+            return f"{name} is {got}; the kernels take float32, bfloat16, float16"
+    if rank > MAX_KERNEL_RANK:
+        return f"rank {rank} is above the kernels' {MAX_KERNEL_RANK}"
+    return None
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ from .model import DTYPES
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+_OF_PEFT = re.compile(r"\.(lora_\w+|modules_to_save)\.")  # in a name: a part that PEFT made
 
 
 @dataclass(frozen=True)
@@ -250,9 +251,6 @@ def _adapted(config: Any, lora: Any, adapter: Path, shards: Shards) -> _Adapted:
     return _Adapted(layers, trained, replaced, frozenset(names))
 
 
-_OF_PEFT = re.compile(r"\.(lora_\w+|modules_to_save)\.")
-
-
 def _write(
     shards: Shards,
     adapted: _Adapted,
@@ -273,7 +271,11 @@ def _write(
             return adapted.trained[name]
         codes = [key for key in shards.files if key.startswith(f"{name}.quant_state.bitsandbytes")]
         if codes:
-            state = {key: shards[key] for key in shards.files if key.startswith(name)}
+            state = {
+                key: shards[key]
+                for key in shards.files
+                if key == name or key.startswith(f"{name}.")
+            }
             return Weight4bit.from_state_dict(state, name).dequantize(torch.float32)
         tensor = shards[name]
         if quant is not None and name in adapted.quantized:

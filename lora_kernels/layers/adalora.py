@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -253,6 +254,5 @@ class RankAllocator:
             got = len(state["sensitivity"])
             raise ValueError(f"state: got {got} layers, want {len(self.layers)}")
         self.steps = state["steps"]
-        for name in ("sensitivity", "uncertainty"):  # copies, which `step` changes in place
-            averages = [{key: t.clone() for key, t in each.items()} for each in state[name]]
-            setattr(self, f"_{name}", averages)
+        copied = copy.deepcopy(state)  # `step` changes the averages in place
+        self._sensitivity, self._uncertainty = copied["sensitivity"], copied["uncertainty"]

@@ -125,6 +125,9 @@ def test_what_was_measured_goes_before_the_model() -> None:
         found = heuristics.tuned(problem, target, None)
         assert found == Choice("triton", triton.SPLIT, "measured here")
         assert heuristics.tuned(problem._replace(dropout=True), target, None) is None
+    with measured.tried(key, measured.Measured(triton.SINGLE_PASS, source="measured here")):
+        mixed = heuristics.tuned(problem._replace(mixed=True), target, None)
+        assert mixed == Choice("triton", triton.SPLIT, "measured here")
 
 
 def test_wgmma_is_the_library_s_on_hopper_and_mma_everybody_s_on_ada() -> None:

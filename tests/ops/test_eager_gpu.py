@@ -290,13 +290,10 @@ def test_float16_column_scale_gradient_does_not_overflow() -> None:
     assert torch.equal(dc, torch.full((16,), 80 * 9e4))
 
 
-@pytest.mark.parametrize("dtype", [bf16, f16], ids=str)
-def test_column_scale_gradient_of_several_panels(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """70 rows in panels of 64: the least rows that a panel has."""
+def test_column_scale_gradient_of_several_panels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """70 rows in panels of 64: the least rows that a panel has. Beside float16 alone."""
     monkeypatch.setattr(eager, "PANEL", 1)
-    case = Case(70, 40, 64, 8, dtype, column_scale=True)
+    case = Case(70, 40, 64, 8, f16, column_scale=True)
     for name, verdict in cases.judge(case).items():
         assert verdict.ok, f"{name}: {verdict}"
 

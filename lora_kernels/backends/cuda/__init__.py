@@ -20,9 +20,10 @@ import importlib
 from collections.abc import Iterator
 from contextvars import ContextVar
 from types import ModuleType
-from typing import Any
 
 import torch
+
+from .. import lazy_launchers
 
 COOPERATIVE = "publish first, consume last"
 OVERLAPPED = "publish, then consume"
@@ -141,14 +142,4 @@ def unfit(capability: int) -> str | None:
     return None
 
 
-_DEFINED_IN = dict.fromkeys(
-    ("lora_linear", "lora_linear_backward", "multi_lora_linear", "multi_lora_linear_backward",
-     "dora_norm"), "equation",
-) | dict.fromkeys(("quantize", "dequantize"), "equation")  # fmt: skip
-
-
-def __getattr__(name: str) -> Any:
-    """Import the module of a launcher when it is first used."""
-    if name not in _DEFINED_IN:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_DEFINED_IN[name]}"), name)
+__getattr__ = lazy_launchers(__name__, codec="equation")

@@ -16,10 +16,11 @@ Deterministic: atomics count who has published, never data; shares are added in 
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.util
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from .. import lazy_launchers
 
 if TYPE_CHECKING:
     import torch
@@ -56,14 +57,4 @@ def require(device: torch.device) -> None:
         raise RuntimeError(f"backend 'triton' was requested and cannot run here: {why}")
 
 
-_DEFINED_IN = dict.fromkeys(
-    ("lora_linear", "lora_linear_backward", "multi_lora_linear", "multi_lora_linear_backward",
-     "dora_norm"), "equation",
-) | dict.fromkeys(("quantize", "dequantize"), "codec")  # fmt: skip
-
-
-def __getattr__(name: str) -> Any:
-    """Import the module of a launcher when it is first used."""
-    if name not in _DEFINED_IN:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_DEFINED_IN[name]}"), name)
+__getattr__ = lazy_launchers(__name__, codec="codec")

@@ -21,11 +21,7 @@ def plan(problem: Problem, strategy: str | None) -> Choice:
         )
     if strategy:
         return Choice("triton", strategy, REQUESTED)
-    known = tuned(problem, target)
-    choice = known or _plan(problem, target)
-    if problem.mixed and choice.strategy not in TWO_STEPS:
-        choice = Choice("triton", SPLIT, choice.reason)
-    return choice
+    return tuned(problem, target) or _plan(problem, target)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -34,7 +30,14 @@ def _plan(problem: Problem, target: configs.Target) -> Choice:
         target, problem.rows, problem.columns, problem.rank, problem.itemsize, problem.four_bit,
         problem.dropout,
     )  # fmt: skip
-    return Choice("triton", strategy, f"{REQUESTED}; {why}")
+    return _choice(problem, strategy, f"{REQUESTED}; {why}")
+
+
+def _choice(problem: Problem, strategy: str, reason: str) -> Choice:
+    """Return the choice, split if rows have adapters of their own and need P before the GEMM."""
+    if problem.mixed and strategy not in TWO_STEPS:
+        strategy = SPLIT
+    return Choice("triton", strategy, reason)
 
 
 def tuned(
@@ -48,7 +51,8 @@ def tuned(
     known = measured.find(key)
     if known is None:
         return None
-    return Choice("triton", known.strategy, f"{reason}; {known.source}" if reason else known.source)
+    why = f"{reason}; {known.source}" if reason else known.source
+    return _choice(problem, known.strategy, why)
 
 
 def require_target(problem: Problem) -> configs.Target:

@@ -51,8 +51,11 @@ class _Gradients(torch.autograd.Function):
 
 
 def _once(backward: _Backward) -> _Backward:
-    """Gives backward(ctx, saved, dy) the saved tensors, and where it is itself recorded guards its
-    results; that costs as much as a kernel of a small layer."""
+    """Return `backward(ctx, saved, dy)` as a Function's backward that raises if differentiated.
+
+    The guard is made only if the backward is itself recorded: it costs as much as a kernel of a
+    small layer.
+    """
 
     def call(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # once: checkpointing unpacks no tensor twice
@@ -65,17 +68,17 @@ def _once(backward: _Backward) -> _Backward:
     return call
 
 
-def _again(choice: Choice | None, strategy: bool = True) -> AbstractContextManager[None]:
-    """For what a backward cannot hand a forward's choice over to: whatever is in force by now or in
-    this thread, both directions take one."""
+def _requested(choice: Choice | None, strategy: bool = True) -> AbstractContextManager[None]:
+    """Run the op called from backward with the forward's backend, and its strategy."""
     if choice is None:
         return _NOTHING
-    return forced.again(Forced(choice.backend, choice.strategy if strategy else None))
+    return forced.set_to(Forced(choice.backend, choice.strategy if strategy else None))
 
 
 class Options(NamedTuple):
-    """What `LoRALinearFunction` takes beside tensors, in one argument: a Function's call costs
-    time for each.
+    """The arguments of `LoRALinearFunction` that are no tensors.
+
+    One argument, since the call of a Function costs time for each.
 
     Args:
         spec: of the call.
@@ -89,7 +92,7 @@ class Options(NamedTuple):
 
 
 class MultiOptions(NamedTuple):
-    """What `MultiLoRALinearFunction` takes beside tensors; see `Options`."""
+    """The arguments of `MultiLoRALinearFunction` that are no tensors; see `Options`."""
 
     spec: MultiSpec
     blocksizes: tuple[Any, ...]
@@ -98,67 +101,62 @@ class MultiOptions(NamedTuple):
 class LoRALinearFunction(torch.autograd.Function):
     """`ops.lora_linear` with `ops.lora_linear_backward`.
 
-    `codes` are the tensors of a 4-bit weight. Saved for the backward: the operands, P [M, R]
-    unless `Options.recompute`, and z [M, N] if the column scale needs a gradient.
+    `weight` are a dense weight or None, or the tensors of a 4-bit weight. Saved for the backward:
+    the operands, P [M, R] unless `Options.recompute`, and z [M, N] if the column scale needs a
+    gradient.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor | None,
         lora_A: Tensor,
         lora_B: Tensor,
         rank_gate: Tensor | None,
         column_scale: Tensor | None,
         bias: Tensor | None,
-        rng: Tensor | None,
         options: Options,
-        *codes: Any,
+        *frozen: Any,  # rng, then the weight
     ) -> Tensor:
-        base = Packed4bit(*codes, *options.blocksizes) if codes else weight
+        rng, *weight = frozen
+        spec, recompute, blocksizes = options
+        base = Packed4bit(*weight, *blocksizes) if blocksizes else weight[0]
         operands = Operands(x, base, lora_A, lora_B, rank_gate, column_scale, bias, rng)
-        spec = options.spec
-        if column_scale is not None and ctx.needs_input_grad[5]:
+        if column_scale is not None and ctx.needs_input_grad[4]:
             spec = spec._replace(save_z=True)
         ctx.choice = None
-        if ops.plain(x, codes[0] if codes else weight, lora_A, lora_B):
+        if ops.can_bypass_dispatcher(x, weight[0], lora_A, lora_B):
             ctx.choice = ops.choose(operands, spec)
-            y, saved = ops.lora_linear_direct(operands, spec, ctx.choice)
+            y, (p, z, mask) = ops.lora_linear_direct(operands, spec, ctx.choice)
         else:
-            y, saved = ops.lora_linear_dispatched(operands, spec)
-        ctx.save_for_backward(
-            x, weight, lora_A, lora_B, rank_gate, column_scale,
-            rng if saved.mask is None else saved.mask, None if options.recompute else saved.p,
-            saved.z, *codes,
-        )  # fmt: skip
+            y, (p, z, mask) = ops.lora_linear_dispatched(operands, spec)
+        adapter, kept = (lora_A, lora_B, rank_gate, column_scale), None if recompute else p
+        ctx.save_for_backward(x, *adapter, rng if mask is None else mask, kept, z, *weight)
         ctx.options, ctx.bias_dtype = options, None if bias is None else bias.dtype
         return y
 
     @staticmethod
     @_once
     def backward(ctx: Any, tensors: tuple[Any, ...], dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, lora_A, lora_B, rank_gate, column_scale, rng, p, z, *codes = tensors
+        x, lora_A, lora_B, rank_gate, column_scale, rng, p, z, *weight = tensors
         spec, _, blocksizes = ctx.options
-        need = ctx.needs_input_grad
-        needs = Needs(need[0], *need[2:7])
-        base = Packed4bit(*codes, *blocksizes) if codes else weight
+        needs = Needs(*ctx.needs_input_grad[:6])
+        base = Packed4bit(*weight, *blocksizes) if blocksizes else weight[0]
         operands = Operands(x, base, lora_A, lora_B, rank_gate, column_scale, None, rng)
         if p is None:
-            with _again(ctx.choice, strategy=False):  # of a layer with one column
+            with _requested(ctx.choice, strategy=False):  # of a layer with one column
                 p = ops.down_projection(x, lora_A, spec.dropout_p, rng, spec.dtype)
-        saved, held = Saved(p, z), codes[0] if codes else weight
-        direct = ctx.choice is not None and ops.plain(dy, x, held, lora_A, lora_B)
-        if direct and not ops.batched(dy):
+        saved = Saved(p, z)
+        if ctx.choice is not None and ops.can_bypass_dispatcher(dy, x, weight[0], lora_A, lora_B):
             grads = ops.lora_linear_backward_direct(dy, operands, saved, spec, needs, ctx.choice)
         else:
-            with _again(ctx.choice):
+            with _requested(ctx.choice):
                 grads = ops.lora_linear_backward_dispatched(dy, operands, saved, spec, needs)
-        return _in_dtypes(ctx, grads, operands, len(codes))
+        return *_in_dtypes(ctx, grads, operands), *[None] * (2 + len(weight))
 
 
-def _in_dtypes(ctx: Any, grads: Grads, operands: Operands, codes: int) -> tuple[Tensor | None, ...]:
-    """Return the gradients of all arguments, each in its tensor's dtype."""
+def _in_dtypes(ctx: Any, grads: Grads, operands: Operands) -> tuple[Tensor | None, ...]:
+    """Return the gradients, each in its tensor's dtype."""
     gate, scale, bias = grads[3:]
     if gate is not None and operands.rank_gate is not None:
         gate = gate.to(operands.rank_gate.dtype)
@@ -166,7 +164,7 @@ def _in_dtypes(ctx: Any, grads: Grads, operands: Operands, codes: int) -> tuple[
         scale = scale.to(operands.column_scale.dtype)
     if bias is not None:
         bias = bias.to(ctx.bias_dtype)
-    return grads.x, None, grads.lora_A, grads.lora_B, gate, scale, bias, *[None] * (2 + codes)
+    return grads.x, grads.lora_A, grads.lora_B, gate, scale, bias
 
 
 class MultiLoRALinearFunction(torch.autograd.Function):
@@ -193,7 +191,7 @@ class MultiLoRALinearFunction(torch.autograd.Function):
         base = Packed4bit(*codes, *blocksizes) if codes else weight
         operands = MultiOperands(x, base, lora_A, lora_B, index, bias, rng)
         ctx.choice = None
-        if ops.plain(x, index, codes[0] if codes else weight, *lora_A, *lora_B):
+        if ops.can_bypass_dispatcher(x, index, codes[0] if codes else weight, *lora_A, *lora_B):
             ctx.choice = ops.choose_multi(operands, spec)
             y, saved = ops.multi_lora_linear_direct(operands, spec, ctx.choice)
         else:
@@ -213,13 +211,13 @@ class MultiLoRALinearFunction(torch.autograd.Function):
         needs = MultiNeeds(need[0], need[6 : 6 + E], need[6 + E : 6 + 2 * E], need[3])
         base, held = (Packed4bit(*codes, *blocksizes), codes[0]) if codes else (weight, weight)
         operands = MultiOperands(x, base, lora_A, lora_B, index, None, rng)
-        direct = ctx.choice is not None and ops.plain(dy, x, index, held, *lora_A, *lora_B)
-        if direct and not ops.batched(dy):
+        operands_and_dy = dy, x, index, held, *lora_A, *lora_B
+        if ctx.choice is not None and ops.can_bypass_dispatcher(*operands_and_dy):
             grads = ops.multi_lora_linear_backward_direct(
                 dy, operands, Saved(p), spec, needs, ctx.choice
             )
         else:
-            with _again(ctx.choice):
+            with _requested(ctx.choice):
                 grads = ops.multi_lora_linear_backward_dispatched(
                     dy, operands, Saved(p), spec, needs
                 )

@@ -1,10 +1,11 @@
-"""What this machine is: processor, GPUs, versions, compiler. Facts only; info.py says them.
+"""Properties of this machine: processor, GPUs, installed versions and compilers.
 
-Nothing is asked at import; `gpus` initialises CUDA where there is any.
+Importing this module asks for nothing; `gpus` and `gpu` initialise CUDA.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 import platform
@@ -28,14 +29,47 @@ class Cpu:
 
 
 @dataclass(frozen=True)
-class Gpu:
-    """One device of torch.cuda (ROCm's included)."""
+class DeviceInfo:
+    """The properties of a GPU that a strategy, its tiles or its cost depend on.
 
-    index: int
-    name: str
-    capability: str  # "9.0"
+    Args:
+        kind: "cuda" or "hip".
+        capability: the compute capability, 90 for 9.0; 0 for AMD's.
+        multiprocessors: the number of streaming multiprocessors, or of compute units.
+        shared_memory: bytes that one block may have.
+        name: the product's.
+        memory: bytes.
+        clock: Hz.
+        bandwidth: bytes a second.
+        tensor_flops: operations a second of dense 16-bit GEMMs summed in float32 on tensor cores.
+        fp32_flops: operations a second of float32 on CUDA cores.
+
+    The last four are those of the data sheet, and 0 if they are not known.
+    """
+
+    kind: str
+    capability: int
     multiprocessors: int
-    memory_bytes: int
+    shared_memory: int
+    name: str = ""
+    memory: int = 0
+    clock: float = 0.0
+    bandwidth: float = 0.0
+    tensor_flops: float = 0.0
+    fp32_flops: float = 0.0
+
+
+# Operations per clock and multiprocessor: dense 16-bit GEMMs summed in float32 on tensor cores, and
+# float32 on CUDA cores (NVIDIA's architecture white papers).
+_OPERATIONS = {
+    80: (2048, 128),
+    86: (512, 256),
+    89: (512, 256),
+    90: (4096, 256),
+    100: (8192, 256),
+    103: (8192, 256),
+    120: (512, 256),
+}
 
 
 def cpu() -> Cpu:
@@ -68,23 +102,37 @@ def clocks_mhz() -> list[float] | None:
     return [float(line.split(":", 1)[1]) for line in lines if line.startswith("cpu MHz")] or None
 
 
-def gpus() -> list[Gpu]:
-    """The GPUs that torch can use, in torch's order; initialises CUDA if there are any."""
-    if not torch.cuda.is_available():
-        return []
-    found = []
-    for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        found.append(
-            Gpu(
-                index=index,
-                name=properties.name,
-                capability=f"{properties.major}.{properties.minor}",
-                multiprocessors=properties.multi_processor_count,
-                memory_bytes=properties.total_memory,
-            )
-        )
-    return found
+def gpus() -> list[DeviceInfo]:
+    """Return the GPUs that torch can use, in torch's order; initialises CUDA if there are any."""
+    return [gpu(index) for index in range(torch.cuda.device_count())] if has_gpu() else []
+
+
+@functools.cache
+def has_gpu() -> bool:
+    """Return True if torch can use a GPU."""
+    return torch.cuda.is_available()
+
+
+def gpu(index: int | None) -> DeviceInfo:
+    """Return the properties of a GPU of this machine; None stands for the current one."""
+    return _gpu(torch.cuda.current_device() if index is None else index)
+
+
+@functools.cache
+def _gpu(index: int) -> DeviceInfo:
+    p = torch.cuda.get_device_properties(index)
+    count, name, memory = p.multi_processor_count, p.name, p.total_memory
+    if torch.version.hip:
+        return DeviceInfo("hip", 0, count, 64 << 10, name, memory)
+    capability = 10 * p.major + p.minor
+    bus, memory_clock = getattr(p, "memory_bus_width", 0), getattr(p, "memory_clock_rate", 0)
+    clock = getattr(p, "clock_rate", 0) * 1e3
+    tensor, fp32 = (rate * clock * count for rate in _OPERATIONS.get(capability, (0, 0)))
+    bandwidth = 2 * memory_clock * 1e3 * bus / 8
+    shared_memory = p.shared_memory_per_block_optin
+    return DeviceInfo(
+        "cuda", capability, count, shared_memory, name, memory, clock, bandwidth, tensor, fp32
+    )
 
 
 def version(distribution: str) -> str | None:

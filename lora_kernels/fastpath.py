@@ -47,12 +47,17 @@ def prepare(
     ...     call is None or torch.equal(call(x), y)
     True
     """
-    if torch.is_grad_enabled() or not x.is_cpu or native.module is None or ops.autocast("cpu"):
+    if (
+        torch.is_grad_enabled()
+        or not x.is_cpu
+        or native.module is None
+        or torch.is_autocast_enabled("cpu")
+    ):
         return None
     four_bit = isinstance(weight, Weight4bit)
     base = weight.codes if isinstance(weight, Weight4bit) else weight
     held = base if isinstance(base, Tensor) else base.packed
-    if not ops.plain(x, held, lora_A, lora_B) or lora_A.stride(1) != 1:
+    if not ops.can_bypass_dispatcher(x, held, lora_A, lora_B) or lora_A.stride(1) != 1:
         return None
     dtype = base_dtype("cpu", x.dtype, compute_dtype)
     called_by_address = [lora_A, lora_B]
@@ -65,8 +70,8 @@ def prepare(
         return None
     guards = [
         Guard(None, torch.is_grad_enabled, False),
-        *ops.UNWATCHED,
-        Guard(None, torch._C._is_any_autocast_enabled, False),
+        *ops.interception_guards(),
+        Guard("cpu", torch.is_autocast_enabled, False),
         *selection.guards(),
         *map(_memory_guard, called_by_address),
     ]

@@ -79,7 +79,9 @@ def lora_linear(
     R, K = _matrix("lora_A", lora_A, "[R, K]")
     N, ranks = _matrix("lora_B", lora_B, "[N, R]")
     x_dtype, a_dtype, b_dtype = x.dtype, lora_A.dtype, lora_B.dtype
-    y_dtype = base_dtype(ops.device_of(x)[0], x_dtype)
+    device_type, _ = ops.device_of(x)
+    autocast = _autocast(device_type, x_dtype)
+    y_dtype = torch.get_autocast_dtype(device_type) if autocast else x_dtype
     if x.dim() == 0 or x.shape[-1] != K:
         raise ValueError(f"x: got shape {_shape(x)}, want [..., {K}] for lora_A {_shape(lora_A)}")
     if ranks != R:
@@ -90,29 +92,29 @@ def lora_linear(
         _check_dtypes("x", x_dtype, lora_A=a_dtype, lora_B=b_dtype)
     if not (x.is_cpu and lora_A.is_cpu and lora_B.is_cpu):
         _check_devices("x", x, lora_A=lora_A, lora_B=lora_B)
-    weight, codes, dtype = _base(x, weight, (N, K), compute_dtype, y_dtype)
+    weight, codes, dtype = _base(x, weight, (N, K), compute_dtype, y_dtype if autocast else None)
     if bias is not None:
         _check_vector("bias", bias, N, x)
     if rank_gate is not None:
         _check_vector("rank_gate", rank_gate, R, x)
     if column_scale is not None:
         _check_vector("column_scale", column_scale, N, x)
-    if autocasts(x):
+    if autocast and casts_operands(device_type):
         x, lora_A, lora_B = (t.to(y_dtype) for t in (x, lora_A, lora_B))
         weight = weight.to(y_dtype) if isinstance(weight, Tensor) else weight
     if dropout_p or rng is not None:
         dropout_p, rng = _dropout(x, dropout_p, rng)
     scaling, dropout_p = _number("scaling", scaling), float(dropout_p)
     spec = Spec(scaling, dropout_p, dtype, y_dtype)
-    if not torch.is_grad_enabled() and ops.plain(x, codes[0] if codes else weight, lora_A, lora_B):
+    frozen = codes[:PACKED4BIT_TENSORS] or (weight,)
+    if not torch.is_grad_enabled() and ops.can_bypass_dispatcher(x, frozen[0], lora_A, lora_B):
         base = Packed4bit(*codes) if codes else weight
         operands = Operands(x, base, lora_A, lora_B, rank_gate, column_scale, bias, rng)
         return ops.lora_linear_direct(operands, spec)[0]
     options = Options(spec, recompute, codes[PACKED4BIT_TENSORS:])
     return LoRALinearFunction.apply(  # type: ignore[no-any-return]
-        x, weight, lora_A, lora_B, rank_gate, column_scale, bias, rng, options,
-        *codes[:PACKED4BIT_TENSORS],
-    )  # fmt: skip
+        x, lora_A, lora_B, rank_gate, column_scale, bias, options, rng, *frozen
+    )
 
 
 def multi_lora_linear(
@@ -166,7 +168,9 @@ def multi_lora_linear(
     E, device = len(As), x.device
     if len(Bs) != E:
         raise ValueError(f"lora_B: got {len(Bs)} adapters, want {E}, as many as of lora_A")
-    y_dtype = base_dtype(ops.device_of(x)[0], x.dtype)
+    device_type, _ = ops.device_of(x)
+    autocast = _autocast(device_type, x.dtype)
+    y_dtype = torch.get_autocast_dtype(device_type) if autocast else x.dtype
     K, N = As[0].shape[1], Bs[0].shape[0]
     if x.dim() == 0 or x.shape[-1] != K:
         raise ValueError(f"x: got shape {_shape(x)}, want [..., {K}] for lora_A {_shape(As[0])}")
@@ -199,10 +203,10 @@ def multi_lora_linear(
         factors = (_number("scaling", scaling),) * E
     if len(factors) != E:
         raise ValueError(f"scaling: got {len(factors)} numbers, want one, or {E}")
-    weight, codes, dtype = _base(x, weight, (N, K), compute_dtype, y_dtype)
+    weight, codes, dtype = _base(x, weight, (N, K), compute_dtype, y_dtype if autocast else None)
     if bias is not None:
         _check_vector("bias", bias, N, x)
-    if autocasts(x):
+    if autocast and casts_operands(device_type):
         x, *both = (t.to(y_dtype) for t in (x, *As, *Bs))
         As, Bs = both[:E], both[E:]
         weight = weight.to(y_dtype) if isinstance(weight, Tensor) else weight
@@ -346,7 +350,7 @@ def dora_norm(
         _check_vector("row_squares", row_squares, N, lora_A, "lora_A")
     rest = (lora_A, lora_B, _number("scaling", scaling), rank_gate, row_squares)
     base = weight.codes if isinstance(weight, Weight4bit) else weight
-    if ops.plain(held, lora_A, lora_B):
+    if ops.can_bypass_dispatcher(held, lora_A, lora_B):
         return ops.dora_norm_direct(base, *rest)
     norm: Tensor
     if isinstance(base, Tensor):
@@ -356,20 +360,19 @@ def dora_norm(
     return norm
 
 
-def autocasts(x: Tensor) -> bool:
-    """Return True if autocast is on and all operands are rounded, as those of `F.linear` are.
+def casts_operands(device_type: str) -> bool:
+    """Return True if autocast rounds all operands there, as it does those of `F.linear`.
 
     False on a CPU, where the kernels convert the adapter in registers and keep its bits.
     """
-    device_type = ops.device_of(x)[0]
-    return follows_gpu(device_type) and _autocast(device_type, x.dtype)
+    return follows_gpu(device_type)
 
 
 def _autocast(device_type: str, x_dtype: torch.dtype) -> bool:
     return (
         x_dtype is not torch.float64
         and device_type != "meta"  # of which autocast knows nothing
-        and ops.autocast(device_type)
+        and torch.is_autocast_enabled(device_type)
     )
 
 
@@ -428,11 +431,11 @@ def _base(
     weight: Tensor | Weight4bit | None,
     shape: tuple[int, int],
     compute_dtype: torch.dtype | None,
-    y_dtype: torch.dtype,
+    autocast_dtype: torch.dtype | None,
 ) -> tuple[Tensor | None, tuple[Any, ...], torch.dtype]:
-    """The weight, checked, dense or as codes, and the dtype of the base product."""
+    """Return the weight, checked, dense or as codes, and the dtype of the base GEMM."""
     if isinstance(weight, Weight4bit):
-        dtype = base_dtype(ops.device_of(x)[0], x.dtype, compute_dtype)
+        dtype = autocast_dtype or compute_dtype or x.dtype
         _check_weight_4bit(x, weight, shape, dtype)
         return None, tuple(weight.codes), dtype  # which any Dynamo can cut in two
     if compute_dtype is not None:
@@ -446,7 +449,7 @@ def _base(
             raise ValueError(
                 f"weight: got shape {_shape(weight)}, want {list(shape)} for lora_A and lora_B"
             )
-    return weight, (), y_dtype
+    return weight, (), autocast_dtype or x.dtype
 
 
 def _check_weight(x: Tensor, weight: Tensor) -> None:

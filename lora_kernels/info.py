@@ -1,4 +1,4 @@
-"""Says what is here and what is not: each backend, the reason, and the command that adds it."""
+"""`lora-kernels info`: this machine, its backends, why one is missing, and how to add it."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def info() -> dict[str, Any]:
 
     Keys: `version`, `python`, `platform`; `versions` (distribution -> version or None); `cpu`
     (device.Cpu's fields; `isa`, the instruction set in use, and `thread_pool`, both None without
-    the extension); `compiler`; `gpus` (device.Gpu's fields each); `backends` (name -> `available`,
-    `reason`, and `add`, how to get it, None where there is no way or no need).
+    the extension); `compiler`; `gpus` (device.DeviceInfo's fields each); `backends` (name ->
+    `available`, `reason`, and `add`, how to get it, or None).
 
     >>> from lora_kernels.info import info
     >>> info()["backends"]["eager"]["available"]
@@ -60,10 +60,10 @@ def report(facts: dict[str, Any]) -> str:
         ("threads", f"{cpu['threads']}; OpenMP runtime: {cpu['openmp'] or 'unknown'}"),
         ("compiler", facts["compiler"] or "none found"),
     ]
-    for gpu in facts["gpus"]:
-        memory = f"{gpu['memory_bytes'] / 2**30:.0f} GiB"
-        shape = f"capability {gpu['capability']}, {gpu['multiprocessors']} SMs, {memory}"
-        rows.append((f"GPU {gpu['index']}", f"{gpu['name']}, {shape}"))
+    for index, gpu in enumerate(facts["gpus"]):
+        memory, capability = f"{gpu['memory'] / 2**30:.0f} GiB", gpu["capability"] / 10
+        shape = f"capability {capability}, {gpu['multiprocessors']} SMs, {memory}"
+        rows.append((f"GPU {index}", f"{gpu['name']}, {shape}"))
     if not facts["gpus"]:
         rows.append(("GPU", "none that torch can use"))
 
@@ -109,17 +109,16 @@ def _cpu_backend() -> dict[str, Any]:
 
 
 def _triton_backend() -> dict[str, Any]:
-    if triton.absence() is not None:
+    if triton.unavailable_reason() is not None:
         return _backend(False, "Triton is not installed", "pip install triton")
     if triton.interpreted():
         return _backend(True, "in Triton's interpreter, on the CPU")
     gpus = device.gpus()
     if not gpus:
         return _backend(False, "no GPU; TRITON_INTERPRET=1 runs it in Triton's interpreter")
-    archs = [0 if torch.version.hip else int(gpu.capability.replace(".", "")) for gpu in gpus]
-    obstacles = [configs.obstacle(arch) for arch in archs]
-    if None not in obstacles:
-        return _backend(False, obstacles[0] or "")
+    reasons = [configs.capability_unsupported_reason(gpu) for gpu in gpus]
+    if None not in reasons:
+        return _backend(False, reasons[0] or "")
     return _backend(True, "where lora_kernels.backend('triton') asks for it: no GPU has run it yet")
 
 
@@ -129,11 +128,11 @@ def _cuda_backend() -> dict[str, Any]:
         install = f"{_INSTALL} {_installed_from()}"
         compiler = "" if device.nvcc() else "install CUDA's nvcc 12 or newer, then "
         return _backend(False, absence, f"{compiler}LORA_KERNELS_CUDA=1 {install}")
-    obstacles = [cuda.obstacle("cuda", gpu.index) for gpu in device.gpus()]
-    if not obstacles:
+    reasons = [cuda.obstacle("cuda", index) for index in range(len(device.gpus()))]
+    if not reasons:
         return _backend(False, "no GPU; the tests run it in an emulator")
-    if None not in obstacles:
-        return _backend(False, obstacles[0] or "")
+    if None not in reasons:
+        return _backend(False, reasons[0] or "")
     return _backend(True, "where lora_kernels.backend('cuda') asks for it: no GPU has run it yet")
 
 

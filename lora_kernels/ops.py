@@ -8,17 +8,13 @@ made in here, so a compiler never sees which one it named.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import (
-    _are_functorch_transforms_active,
-    _dispatch_tls_is_dispatch_key_included,
-    _get_tracing_state,
-    _len_torch_dispatch_stack,
-)
+from torch._C import _dispatch_tls_local_include_set
 from torch._compile import _disable_dynamo  # torch.compiler.disable, which imports Dynamo at once
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
@@ -85,25 +81,20 @@ _NOTHING = contextlib.nullcontext()
 
 
 def device_of(t: Tensor) -> tuple[str, int | None]:
-    """The type of its device, and a GPU's index. With caches that a product has swept, to ask a
-    device for its name takes as long as a small kernel."""
+    """Return the device's type, and a GPU's index.
+
+    After a large GEMM has evicted the cache, reading `t.device.type` costs as much as a small
+    kernel.
+    """
     if t.is_cpu:
         return "cpu", None
     return t.device.type, t.device.index
 
 
-def autocast(device_type: str) -> bool:
-    """Whether it is on there. On a CPU none is as a rule, which no name has to be read for; of MPS
-    and others the short question knows nothing."""
-    if device_type == "cpu" and not torch._C._is_any_autocast_enabled():
-        return False
-    return torch.is_autocast_enabled(device_type)
-
-
 def _no_autocast(t: Tensor) -> contextlib.AbstractContextManager[None]:
-    """Autocast off inside an op: its dtypes are its arguments' business."""
+    """Disable autocast inside an op, whose dtypes are given by its arguments."""
     device_type, _ = device_of(t)
-    if not autocast(device_type):
+    if not torch.is_autocast_enabled(device_type):
         return _NOTHING
     return torch.autocast(device_type, enabled=False)
 
@@ -124,15 +115,21 @@ _COLUMNS = Layout(columns=True)
 
 def choose(operands: Operands, spec: Spec) -> Choice:
     """Choose the backend and strategy of both directions."""
-    x, weight, lora_A, lora_B, *_, rng = operands
+    x, weight, lora_A, lora_B, _, _, _, rng = operands
     if _takes_mask(rng, spec.dropout_p):
         return selection.choose_for_mask()
-    (device_type, index), (R, K), (N, _) = device_of(x), lora_A.shape, lora_B.shape
-    return selection.choose(Problem(
-        device_type, x.dtype, lora_A.dtype, lora_B.dtype, spec.dtype, R, x.numel() // K,
-        isinstance(weight, Packed4bit), N, K, rng is not None, index,
-        layout(device_type, weight, spec.dtype),
-    ))  # fmt: skip
+    device_type, index = device_of(x)
+    (R, K), N, dtype, four_bit = lora_A.shape, lora_B.shape[0], spec.dtype, _is_4bit(weight)
+    stored, M, dropout = layout(device_type, weight, dtype), x.numel() // K, rng is not None
+    x_dtype, a_dtype, b_dtype = x.dtype, lora_A.dtype, lora_B.dtype
+    problem = Problem(
+        device_type, x_dtype, a_dtype, b_dtype, dtype, R, M, four_bit, N, K, dropout, index, stored
+    )
+    return selection.choose(problem)
+
+
+def _is_4bit(weight: Tensor | Packed4bit | None) -> bool:
+    return isinstance(weight, Packed4bit)
 
 
 def _takes_mask(rng: Tensor | None, dropout_p: float) -> bool:
@@ -205,7 +202,7 @@ def down_projection(
     chosen for this call, sum in other orders.
     """
     operands = Operands(x, None, lora_A, lora_A.new_zeros(1, lora_A.shape[0]), rng=rng)
-    run = lora_linear_direct if plain(x, lora_A) else lora_linear_dispatched
+    run = lora_linear_direct if can_bypass_dispatcher(x, lora_A) else lora_linear_dispatched
     return run(operands, Spec(1.0, dropout_p, dtype, x.dtype))[1].p
 
 
@@ -223,11 +220,11 @@ def prepare(
 
     y has x's dtype. None if the backend chosen for such a call has no prepared calls.
     """
-    four_bit = isinstance(weight, Packed4bit)
-    choice = selection.choose(Problem(
-        lora_A.device.type, x_dtype, lora_A.dtype, lora_B.dtype, dtype, lora_A.shape[0], 1,
-        four_bit, layout=layout("cpu", weight, dtype),
-    ))  # fmt: skip
+    dtypes, four_bit = (x_dtype, lora_A.dtype, lora_B.dtype, dtype), isinstance(weight, Packed4bit)
+    stored = layout("cpu", weight, dtype)
+    choice = selection.choose(
+        Problem(lora_A.device.type, *dtypes, lora_A.shape[0], 1, four_bit, layout=stored)
+    )
     if choice.backend != "cpu" or choice.strategy not in cpu.OF_FEW_ROWS:
         return None
     return cpu.PreparedCall(weight, lora_A, lora_B, scaling, x_dtype, dtype, rows, guards)
@@ -297,12 +294,18 @@ def choose_multi(operands: MultiOperands, spec: MultiSpec) -> Choice:
     x, weight, lora_A, lora_B, *_, rng = operands
     if _takes_mask(rng, spec.dropout_p):
         return selection.choose_for_mask()
-    (device_type, device_index), K = device_of(x), x.shape[-1]
-    return selection.choose(Problem(
-        device_type, x.dtype, lora_A[0].dtype, lora_B[0].dtype, spec.dtype,
-        max(A.shape[0] for A in lora_A), x.numel() // K, isinstance(weight, Packed4bit),
-        lora_B[0].shape[0], K, False, device_index, layout(device_type, weight, spec.dtype), True,
-    ))  # fmt: skip
+    device_type, index = device_of(x)
+    K, N, dtype, four_bit = x.shape[-1], lora_B[0].shape[0], spec.dtype, _is_4bit(weight)
+    R, M, stored = (
+        max(A.shape[0] for A in lora_A),
+        x.numel() // K,
+        layout(device_type, weight, dtype),
+    )
+    x_dtype, a_dtype, b_dtype = x.dtype, lora_A[0].dtype, lora_B[0].dtype
+    problem = Problem(
+        device_type, x_dtype, a_dtype, b_dtype, dtype, R, M, four_bit, N, K, False, index, stored
+    )
+    return selection.choose(problem._replace(mixed=True))
 
 
 def _flattened(operands: MultiOperands) -> MultiOperands:
@@ -429,10 +432,10 @@ def dora_norm_direct(
     assert weight is not None
     device_type, index = device_of(lora_A)
     weight_dtype = torch.float32 if isinstance(weight, Packed4bit) else weight.dtype
-    choice = selection.choose_norm(Problem(
-        device_type, weight_dtype, lora_A.dtype, lora_B.dtype, torch.float32, lora_A.shape[0],
-        device_index=index,
-    ))  # fmt: skip
+    dtypes = weight_dtype, lora_A.dtype, lora_B.dtype, torch.float32
+    choice = selection.choose_norm(
+        Problem(device_type, *dtypes, lora_A.shape[0], device_index=index)
+    )
     norm: Tensor
     with _no_autocast(lora_A):
         args = (weight, lora_A, lora_B, scaling, rank_gate)
@@ -524,8 +527,10 @@ _forward = _lora_linear_op, _lora_linear_fake, _FORWARD_TYPES
 _backward = _lora_linear_backward_op, _lora_linear_backward_fake, _BACKWARD_TYPES
 _multi_forward = _multi_lora_linear_op, _multi_lora_linear_fake, _MULTI_FORWARD_TYPES
 _multi_backward = (
-    _multi_lora_linear_backward_op, _multi_lora_linear_backward_fake, _MULTI_BACKWARD_TYPES
-)  # fmt: skip
+    _multi_lora_linear_backward_op,
+    _multi_lora_linear_backward_fake,
+    _MULTI_BACKWARD_TYPES,
+)
 _define("lora_linear", _FORWARD, *_forward)
 _define("lora_linear_4bit", _FORWARD, *_forward)
 _define("lora_linear_backward", _BACKWARD, *_backward)
@@ -547,53 +552,62 @@ multi_lora_linear_backward = torch.ops.lora_kernels.multi_lora_linear_backward.d
 multi_lora_linear_4bit = torch.ops.lora_kernels.multi_lora_linear_4bit.default
 multi_lora_linear_backward_4bit = torch.ops.lora_kernels.multi_lora_linear_backward_4bit.default
 lora_linear_backward_4bit = torch.ops.lora_kernels.lora_linear_backward_4bit.default
-_PLAIN = (Tensor, torch.nn.Parameter)
-_PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
+_TENSOR_TYPES = (Tensor, torch.nn.Parameter)
 
 
-def watched() -> bool:
-    """Whether a compiler or `torch.jit.trace` is tracing, a dispatch mode is active, or tensors may
-    carry tangents or a batch dimension that Python does not see."""
+def _default_keys() -> list[Any]:
+    """Return the dispatch keys that a thread includes by default, and in inference mode."""
+    found: list[Any] = []
+
+    def read() -> None:  # in a thread of its own, since a mode may be active in this one
+        for mode in (False, True):
+            with torch.inference_mode(mode):
+                found.append(_dispatch_tls_local_include_set())
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    thread.join()
+    return found
+
+
+_KEYS, _INFERENCE_KEYS = _default_keys()
+
+
+def is_intercepted() -> bool:
+    """Return True if tracing, a compiler, a dispatch mode or a transform may observe an op.
+
+    All but a compiler and forward-mode AD include dispatch keys in the thread's set.
+    """
+    if is_compiling() or forward_ad._current_level >= 0:
+        return True
+    return _dispatch_tls_local_include_set() not in (_KEYS, _INFERENCE_KEYS)
+
+
+def interception_guards() -> tuple[Guard, ...]:
+    """Return the conditions of `is_intercepted` as guards of a prepared call."""
     return (
-        is_compiling()
-        or _get_tracing_state() is not None
-        or _dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH)
-        or _len_torch_dispatch_stack() > 0
-        or _are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
+        Guard(None, is_compiling, False),
+        Guard(vars(forward_ad), "_current_level", -1),
+        Guard(None, _dispatch_tls_local_include_set, _dispatch_tls_local_include_set()),
     )
 
 
-# The same as guards, which the native module checks without Python's interpreter.
-UNWATCHED: tuple[Guard, ...] = (
-    Guard(vars(torch.compiler), "_is_compiling_flag", False)
-    if "_is_compiling_flag" in vars(torch.compiler)
-    else Guard(None, is_compiling, False),
-    Guard(None, _get_tracing_state, None),
-    Guard(_PRE_DISPATCH, _dispatch_tls_is_dispatch_key_included, False),
-    Guard(None, _len_torch_dispatch_stack, 0),
-    Guard(None, _are_functorch_transforms_active, False),
-    Guard(vars(forward_ad), "_current_level", -1),
-)
+def can_bypass_dispatcher(*tensors: Tensor | None) -> bool:
+    """Return True if calling the implementation is indistinguishable from dispatching the op.
 
-
-def plain(*tensors: Tensor | None) -> bool:
-    """Whether nobody could tell an op from its implementation: nobody watches, the tensors, all on
-    one device, are no subclasses and not meta, and the first is what its memory holds.
-
-    The dispatcher's way into Python and back costs 8 µs with warm caches, and 100 µs right after
-    a large product has swept them.
+    That is so if nothing intercepts ops, the tensors, all on one device, are no subclasses, and the
+    memory of the first holds its values. The dispatcher's way into Python and back costs 8 µs with
+    a warm cache, and 100 µs right after a large GEMM has evicted it.
     """
-    if watched():
+    if is_intercepted():
         return False
     for t in tensors:
-        if t is not None and type(t) not in _PLAIN:
+        if t is not None and type(t) not in _TENSOR_TYPES:
             return False
     first = tensors[0]
-    return first is None or not (first.is_meta or first.is_neg() or first._is_zerotensor())
-
-
-def batched(dy: Tensor) -> bool:
-    """Whether it is of `autograd.grad(..., is_grads_batched=True)`, whose tensors look plain and
-    have no memory."""
-    return torch._C._functorch.is_legacy_batchedtensor(dy)
+    if first is None:
+        return True
+    try:  # 0 for a meta or a zero tensor; one that `is_grads_batched=True` has batched raises
+        return first.data_ptr() != 0 and not first.is_neg()
+    except RuntimeError:
+        return False

@@ -8,30 +8,33 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Iterator
 
 import torch
 
-from . import costs
-from .backends import cpu, cpu_heuristics, cuda, eager, forced, native, triton
+from . import costs, device
+from .backends import cpu_heuristics, cuda, forced, native, triton
 from .backends.cuda import heuristics as cuda_heuristics
 from .backends.forced import Forced
 from .backends.library import follows_gpu
 from .backends.triton import configs
 from .backends.triton import heuristics as triton_heuristics
 from .core.call import Guard
-from .core.problem import Choice, Problem, require_supported
+from .core.problem import Choice, Problem, Strategy, require_supported
 
 STRATEGIES = {
-    "eager": (eager.LIBRARY,),
-    "cpu": (cpu.SINGLE_PASS, cpu.LIBRARY, cpu.STREAMED, cpu.FEW_ROWS),
+    "eager": (Strategy.LIBRARY,),
+    "cpu": (Strategy.FUSED, Strategy.LIBRARY, Strategy.GEMV, Strategy.GEMV_4BIT),
     "triton": triton.STRATEGIES,
     "cuda": cuda.STRATEGIES,
 }
 BACKENDS = tuple(STRATEGIES)
+MAX_ROWS = 1 << 17  # up to which `choose_by_rows` looks for other choices
+EVERY_ROW = 256  # up to which it asks for each M; above, for eight in each octave
 
-# Why a GPU's tensors go to the eager backend unless another is asked for; None lets the model of
-# costs decide.
+# Why a GPU's tensors go to the eager backend unless another is requested; None lets the cost model
+# decide.
 UNTRIED: str | None = (
     "PyTorch's GEMMs, in an order that moves no more bytes than PEFT's (lora-kernels bench "
     "--count); our Triton and CUDA kernels are compiled and tested on the CPU, but have run on no "
@@ -42,20 +45,24 @@ UNTRIED: str | None = (
 def _check_names(name: str, strategy: str | None = None) -> Forced:
     if name not in BACKENDS:
         raise ValueError(f"backend: got {name!r}, want one of {', '.join(BACKENDS)}")
-    if strategy is not None and strategy not in STRATEGIES[name]:
+    if strategy is None:
+        return Forced(name)
+    try:
+        found = Strategy(strategy)
+    except ValueError:
+        found = None
+    if found not in STRATEGIES[name]:
         want = ", ".join(map(repr, STRATEGIES[name]))
         raise ValueError(f"strategy: got {strategy!r}, want for backend {name!r} one of {want}")
-    return Forced(name, strategy)
+    return Forced(name, found)
 
 
 def forced_backend() -> str | None:
-    """The backend that `backend(...)` or LORA_KERNELS_BACKEND, read at import, names, if any."""
+    """Return the backend that `backend(...)` or LORA_KERNELS_BACKEND, read at import, names."""
+    if torch.compiler.is_compiling():  # torch 2.8 cannot trace a ContextVar
+        return forced.entered
     return forced.current.get().backend
 
-
-# The mark that `torch.compiler.assume_constant_result` sets, without importing Dynamo. Dynamo of
-# torch 2.8 cannot trace a ContextVar. A graph keeps the backend that was forced at compilation.
-forced_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 if (_named := forced_backend()) is not None:
     _check_names(_named)
@@ -63,13 +70,14 @@ if (_named := forced_backend()) is not None:
 
 @contextlib.contextmanager
 def backend(name: str, strategy: str | None = None) -> Iterator[None]:
-    """Force one backend inside a `with`; where it cannot run, the op raises RuntimeError.
+    """Force one backend inside a `with`; an op that it cannot run raises RuntimeError.
 
-    `strategy` forces also how it goes about it: for "cpu" "single pass", "library product + rank
-    update", "streamed, few rows" or, on a 4-bit weight, "decoded as read, few rows"; for
-    "triton" "single pass", "split", "publish first, consume last" or "library product + rank
-    update"; for "cuda" "publish first, consume last", "publish, then consume", "split" or "split,
-    ordinary multipliers". Left out, it is chosen.
+    Args:
+        name: "eager", "cpu", "triton" or "cuda".
+        strategy: how the backend computes the call, a `Strategy` or its name; None lets the
+            package choose. Old names are accepted with a DeprecationWarning.
+
+    Raises ValueError for another name, or a strategy that the backend does not have.
 
     >>> import lora_kernels, torch
     >>> x, W, A, B = torch.ones(2, 3), torch.eye(3), torch.ones(1, 3), torch.ones(3, 1)
@@ -77,11 +85,8 @@ def backend(name: str, strategy: str | None = None) -> Iterator[None]:
     ...     lora_kernels.lora_linear(x, W, A, B).shape
     torch.Size([2, 3])
     """
-    token = forced.current.set(_check_names(name, strategy))
-    try:
+    with forced.set_to(_check_names(name, strategy)):
         yield
-    finally:
-        forced.current.reset(token)
 
 
 def choose(problem: Problem) -> Choice:
@@ -90,6 +95,10 @@ def choose(problem: Problem) -> Choice:
     Raises RuntimeError if a requested backend or strategy cannot run it.
     """
     requested = forced.current.get()
+    if problem.device_type == "cpu" and requested.backend in (None, "cpu"):
+        return _choose_cpu(
+            problem, requested, (native.reason, native.isa, native.amx_bf16, native.intel)
+        )
     if problem.mixed:
         _check_two_steps(requested)
     if requested.backend == "triton":
@@ -97,17 +106,60 @@ def choose(problem: Problem) -> Choice:
     if requested.backend == "cuda":
         return cuda_heuristics.plan(problem, requested.strategy)
     if requested.backend == "eager":
-        return Choice("eager", eager.LIBRARY, "the eager backend was requested")
-    if requested.backend is None and problem.device_type == "cuda" and UNTRIED is None:
-        found = costs.choose(problem, _gpu(problem.device_index))
+        return Choice("eager", Strategy.LIBRARY, "the eager backend was requested")
+    if requested.backend == "cpu":
+        require_supported("cpu", _eager_reason(problem))
+    if problem.device_type == "cuda" and UNTRIED is None and device.has_gpu():
+        found = costs.choose(problem, device.gpu(problem.device_index))
         if found is not None:
             return found
-    reason = _eager_reason(problem)
-    if reason is None:
-        return cpu_heuristics.plan(problem, requested)
-    if requested.backend == "cpu":
+    return Choice("eager", Strategy.LIBRARY, _eager_reason(problem))
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose_cpu(problem: Problem, requested: Forced, environment: tuple[object, ...]) -> Choice:
+    """Choose for a CPU's tensors; `environment` is what else the choice depends on."""
+    reason = cpu_heuristics.unsupported_reason(problem)
+    if requested.backend:
         require_supported("cpu", reason)
-    return Choice("eager", eager.LIBRARY, reason)
+        return cpu_heuristics.plan(problem, requested.strategy, "the cpu backend was requested")
+    if reason is not None:
+        return Choice("eager", Strategy.LIBRARY, reason)
+    return cpu_heuristics.plan(problem, None)
+
+
+def choose_by_rows(problem: Problem) -> tuple[tuple[int, Choice | None], ...]:
+    """Return where the choice changes: pairs of the first M and the choice from there on.
+
+    Looks from one row to MAX_ROWS. The choice is None where a requested strategy cannot run.
+    """
+
+    def at(rows: int) -> Choice | None:
+        try:
+            return choose(problem._replace(rows=rows))
+        except RuntimeError:
+            return None
+
+    def differ(a: Choice | None, b: Choice | None) -> bool:
+        if a is None or b is None:
+            return a is not b
+        return (a.backend, a.strategy) != (b.backend, b.strategy)
+
+    grid = [*range(1, EVERY_ROW + 1)]
+    while grid[-1] < MAX_ROWS:
+        grid.append(min(MAX_ROWS, grid[-1] * 9 // 8))
+    found = [(1, at(1))]
+    for low, high in itertools.pairwise(grid):
+        while differ(at(high), found[-1][1]):
+            before, first = max(low, found[-1][0]), high  # bisects for the first row that differs
+            while first - before > 1:
+                middle = (before + first) // 2
+                if differ(at(middle), found[-1][1]):
+                    first = middle
+                else:
+                    before = middle
+            found.append((first, at(first)))
+    return tuple(found)
 
 
 def choose_norm(problem: Problem) -> Choice:
@@ -115,18 +167,18 @@ def choose_norm(problem: Problem) -> Choice:
     requested = forced.current.get().backend
     if requested == "triton":
         triton_heuristics.require_target(problem)
-        return Choice("triton", triton.SINGLE_PASS, triton_heuristics.REQUESTED)
+        return Choice("triton", Strategy.FUSED, triton_heuristics.REQUESTED)
     if requested == "cuda":
         cuda_heuristics.require(problem)
-        return Choice("cuda", cuda.SPLIT, cuda_heuristics.REQUESTED)
+        return Choice("cuda", Strategy.TWO_PASS, cuda_heuristics.REQUESTED)
     if requested == "eager":
-        return Choice("eager", eager.PANELS, "the eager backend was requested")
+        return Choice("eager", Strategy.PANELS, "the eager backend was requested")
     reason = _eager_reason(problem)
-    if reason is None:
-        return Choice("cpu", cpu.SINGLE_PASS, f"native kernels, {native.isa}")
+    if not reason:
+        return Choice("cpu", Strategy.FUSED, f"native kernels, {native.isa}")
     if requested == "cpu":
         require_supported("cpu", reason)
-    return Choice("eager", eager.PANELS, reason)
+    return Choice("eager", Strategy.PANELS, reason)
 
 
 def _check_two_steps(requested: Forced) -> None:
@@ -162,7 +214,7 @@ def choose_for_mask() -> Choice:
             f"backend {name!r} was requested and cannot run here: got rng as a dropout mask, want "
             "the state of one: seed and offset, int64 [2]"
         )
-    return Choice("eager", eager.LIBRARY, "the dropout mask is given, not its state")
+    return Choice("eager", Strategy.LIBRARY, "the dropout mask is given, not its state")
 
 
 def guards() -> tuple[Guard, Guard]:
@@ -171,23 +223,14 @@ def guards() -> tuple[Guard, Guard]:
     return Guard(None, requested, requested()), Guard(vars(native), "isa", native.isa)
 
 
-@functools.cache
-def _has_gpu() -> bool:
-    return torch.cuda.is_available()
-
-
-def _gpu(device_index: int | None) -> costs.Gpu | None:
-    return costs.here(device_index) if _has_gpu() else None
-
-
-def _eager_reason(problem: Problem) -> str | None:
-    """Return why the call goes to the eager backend, or None if the CPU backend runs it."""
+def _eager_reason(problem: Problem) -> str:
+    """Return why the call goes to the eager backend."""
     if problem.device_type != "cuda":
-        return cpu_heuristics.unsupported_reason(problem)
-    if _has_gpu():
-        target = configs.target(problem.device_index)
-        obstacle = configs.obstacle(target.arch)
-        if obstacle is not None:
-            slow = f"; sm_{target.arch} has no bfloat16 either, and emulates it: want float16"
-            return obstacle + slow * (torch.bfloat16 in (problem.x_dtype, problem.dtype))
-    return UNTRIED or "the model of costs does not know this GPU"
+        return cpu_heuristics.unsupported_reason(problem) or ""
+    if device.has_gpu():
+        target = device.gpu(problem.device_index)
+        reason = configs.capability_unsupported_reason(target)
+        if reason is not None:
+            slow = f"; sm_{target.capability} has no bfloat16 either, and emulates it: want float16"
+            return reason + slow * (torch.bfloat16 in (problem.x_dtype, problem.dtype))
+    return UNTRIED or "the cost model does not know this GPU"

@@ -42,13 +42,14 @@ from ..core.call import (
     Spec,
 )
 from ..core.packed4bit import Packed4bit
+from ..core.problem import Strategy
 from . import decode4bit, native
 from .rows import like_rows_of, rows_of
 
-SINGLE_PASS = "single pass"
-LIBRARY = "library product + rank update"
-STREAMED = "streamed, few rows"  # of x, beside a dense weight
-FEW_ROWS = "decoded as read, few rows"  # beside a 4-bit weight, in registers or the L1 cache
+SINGLE_PASS = Strategy.FUSED
+LIBRARY = Strategy.LIBRARY
+STREAMED = Strategy.GEMV  # of x, beside a dense weight
+FEW_ROWS = Strategy.GEMV_4BIT  # beside a 4-bit weight, in registers or the L1 cache
 OF_FEW_ROWS = (STREAMED, FEW_ROWS)
 SINGLE_PASS_ISAS = ("avx512", "avx512bf16", "amxbf16")
 

@@ -46,8 +46,6 @@ from . import decode4bit
 from .library import follows_gpu, has_out_dtype, mm_fp32
 from .rows import rows_of
 
-LIBRARY = "library products, in-place addmm"  # its only strategy
-PANELS = "library product, panel by panel"  # of `dora_norm`
 PANEL = 4 << 20  # bytes of an operand that `dora_norm` and `_column_dot` take at a time
 # The most rows, and rows per rank, for which 16-bit activations are copied to float32 beside a
 # float32 adapter. For few rows the copies move fewer bytes than two parts of the adapter. At 8 rows

@@ -1,4 +1,4 @@
-"""Which backend the user asks for: set by `selection.backend`, read wherever a kernel is chosen."""
+"""Which backend is requested: set by `selection.backend`, read wherever a kernel is chosen."""
 
 from __future__ import annotations
 
@@ -8,22 +8,31 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import NamedTuple
 
+from ..core.problem import Strategy
+
 
 class Forced(NamedTuple):
     backend: str | None = None
-    strategy: str | None = None
+    strategy: Strategy | None = None
 
 
 # The environment's name, read at import, is checked by `selection`.
 _DEFAULT = Forced(os.environ.get("LORA_KERNELS_BACKEND") or None)
 current: ContextVar[Forced] = ContextVar("lora_kernels_backend", default=_DEFAULT)
+# The backend of the innermost `set_to` of any thread, which a compiler can trace and guard.
+entered: str | None = _DEFAULT.backend
 
 
 @contextmanager
-def again(asked: Forced) -> Iterator[None]:
-    """As it was when a forward ran: a GPU's backward runs in a thread that knows nothing of it."""
-    token = current.set(asked)
+def set_to(requested: Forced) -> Iterator[None]:
+    """Request a backend and strategy in this context.
+
+    A GPU's backward runs in a thread of its own and does not inherit the forward's.
+    """
+    global entered
+    token, before, entered = current.set(requested), entered, requested.backend
     try:
         yield
     finally:
         current.reset(token)
+        entered = before

@@ -3,13 +3,72 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from dataclasses import dataclass
-from typing import NamedTuple
+from enum import Enum
+from typing import Any, NamedTuple
 
 import torch
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_KERNEL_RANK = 256
+MANY_ROWS = 4096  # M, N or K of a large model, for a call whose size is not known
+
+
+class Strategy(str, Enum):
+    """How a backend computes a call. Members are their names as users write them.
+
+    >>> Strategy("fused") is Strategy.FUSED, f"{Strategy.FUSED}"
+    (True, 'fused')
+    >>> Strategy.GEMV.description
+    'for few rows of x, reads each row of a dense weight once'
+    """
+
+    description: str
+
+    FUSED = "fused", "sums the base GEMM and the low-rank update in one kernel"
+    TWO_PASS = "two_pass", "computes P = D(x)·Aᵀ first; one GEMM then starts its sums at S·Bᵀ"
+    TWO_PASS_SIMT = "two_pass_simt", "two_pass on CUDA cores, for any dtype, size and stride"
+    COOPERATIVE = "cooperative", "for few rows of x, one launch: some blocks compute P, all read W"
+    OVERLAPPED = "overlapped", "for few rows of x, cooperative in two overlapping launches"
+    LIBRARY = "library", "runs the base GEMM in PyTorch's library, and the update beside it"
+    GEMV = "gemv", "for few rows of x, reads each row of a dense weight once"
+    GEMV_4BIT = "gemv_4bit", "for few rows of x, decodes a 4-bit weight in registers or L1"
+    PANELS = "panels", "computes row norms from library GEMMs, a panel of the weight at a time"
+
+    def __new__(cls, value: str, description: str = "") -> Strategy:
+        member = str.__new__(cls, value)
+        member._value_, member.description = value, description
+        return member
+
+    @classmethod
+    def _missing_(cls, value: object) -> Any:
+        new = _OLD_NAMES.get(value) if isinstance(value, str) else None
+        if new is None:
+            return None
+        warnings.warn(
+            f"strategy: {value!r} is the deprecated name of {new!r}",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return cls(new)
+
+    __str__, __repr__ = str.__str__, str.__repr__
+
+
+# What strategies were called before they had short names, in programs and in files of results.
+_OLD_NAMES = {
+    "single pass": "fused",
+    "split": "two_pass",
+    "split, ordinary multipliers": "two_pass_simt",
+    "publish first, consume last": "cooperative",
+    "publish, then consume": "overlapped",
+    "library product + rank update": "library",
+    "library products, in-place addmm": "library",
+    "streamed, few rows": "gemv",
+    "decoded as read, few rows": "gemv_4bit",
+    "library product, panel by panel": "panels",
+}
 
 
 class Layout(NamedTuple):
@@ -34,9 +93,9 @@ class Problem(NamedTuple):
         x_dtype, a_dtype, b_dtype: of x, lora_A and lora_B.
         dtype: of the base GEMM.
         rank: the largest of several adapters' ranks.
-        rows: M; None asks for a choice that names both strategies if M decides.
+        rows: M.
         four_bit: whether the weight is packed in 4 bits.
-        columns, inner: N and K; None for unknown.
+        columns, inner: N and K.
         dropout: whether x is dropped by a mask's state.
         device_index: a GPU's, or None.
         layout: of the weight; None for contiguous rows, and blocks of 64 codes.
@@ -49,10 +108,10 @@ class Problem(NamedTuple):
     b_dtype: torch.dtype
     dtype: torch.dtype
     rank: int
-    rows: int | None = None
+    rows: int = MANY_ROWS
     four_bit: bool = False
-    columns: int | None = None
-    inner: int | None = None
+    columns: int = MANY_ROWS
+    inner: int = MANY_ROWS
     dropout: bool = False
     device_index: int | None = None
     layout: Layout | None = None
@@ -81,10 +140,10 @@ def _unsupported_reason(dtypes: tuple[torch.dtype, ...], rank: int) -> str | Non
 
 @dataclass(frozen=True)
 class Choice:
-    """The backend, the strategy it follows, and the reason in words, as `explain` shows them."""
+    """The backend, the strategy it follows, and the reason in words, as `explain` shows it."""
 
     backend: str
-    strategy: str
+    strategy: Strategy
     reason: str
 
 

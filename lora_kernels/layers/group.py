@@ -161,7 +161,7 @@ class LoRAGroup(LoRALinear):
     def _adapter_B(self) -> Tensor:
         """lora_B as [N, T·r]: each target's B in its own rows and ranks, zero elsewhere."""
         plain = type(self.lora_B) is nn.Parameter and not self.lora_B.is_meta
-        if plain and not torch.is_grad_enabled() and not ops.watched():
+        if plain and not torch.is_grad_enabled() and not ops.is_intercepted():
             return self._written_B()
         parts, r, T = iter(self.lora_B.split(self._rows_of_B())), self.r, len(self.targets)
         rows: list[Tensor] = []

@@ -319,7 +319,7 @@ def engines() -> list[str]:
 
 def triton_engines() -> list[str]:
     """The Triton kernels' strategies, where a GPU (or Triton's interpreter) can run them."""
-    if configs.unfit(triton.absence(), configs.here(), "cpu") is not None:
+    if configs.unsupported_reason(configs.target(), "cpu") is not None:
         return []
     return [f"triton {strategy}" for strategy in selection.STRATEGIES["triton"]]
 

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from .. import __version__, functional, selection, timing
 from .. import device as devices
-from ..backends import triton
 from ..backends.triton import COOPERATIVE, LIBRARY, SINGLE_PASS, STRATEGIES, configs, measured
-from ..backends.triton.configs import Config, Target
+from ..backends.triton.configs import Config
 from ..backends.triton.measured import Measured, Shape
+from ..device import DeviceInfo
 from . import case as cases
 from . import models, outputs, tolerance
 from .case import Case
@@ -103,7 +103,9 @@ class Trial:
         return min(seconds, key=lambda name: seconds[name]), seconds
 
 
-def tune(case: Case, target: Target, seconds: float) -> tuple[Shape, Measured, dict[str, float]]:
+def tune(
+    case: Case, target: DeviceInfo, seconds: float
+) -> tuple[Shape, Measured, dict[str, float]]:
     """The fastest row for a shape; microseconds of its step and of the default's."""
     args = cases.inputs(replace(case, frozen=()))
     itemsize = max(case.dtype.itemsize, (case.adapter_dtype or case.dtype).itemsize)
@@ -141,7 +143,7 @@ def _name(tiles: Config) -> str:
     return f"{sizes}, {tiles.warps} warps, {tiles.stages} stages"
 
 
-def _candidates(target: Target, case: Case, strategy: str, itemsize: int) -> Iterator[Config]:
+def _candidates(target: DeviceInfo, case: Case, strategy: str, itemsize: int) -> Iterator[Config]:
     """Tiles that fit the shared memory."""
     block_r = configs.block_of_ranks(case.R) if strategy == SINGLE_PASS else 0
     for tiles in FEW_ROWS_TILES if case.M <= configs.FEW_ROWS else TILES:
@@ -195,8 +197,8 @@ def run(args: argparse.Namespace) -> int:
     except ValueError as error:
         print(f"lora-kernels tune: --out: {error}")
         return 2
-    target = configs.here()
-    why = configs.unfit(triton.absence(), target, "cpu")
+    target = configs.target()
+    why = configs.unsupported_reason(target, "cpu")
     if why is not None or target is None:
         print(f"lora-kernels tune: {why}")
         return 2

@@ -8,19 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 
-from .. import costs, cpu_costs, selection
-from ..backends import eager
-from ..backends.triton import configs, measured
-from ..core.problem import Choice, Layout, Problem
+from .. import costs, cpu_costs, device, selection
+from ..backends.triton import measured
+from ..core.problem import MANY_ROWS, Choice, Layout, Problem, Strategy
 from ..cpu_costs import Machine, Sizes
-
-MANY_ROWS = 1 << 17  # up to which other choices are looked for
-EVERY_ROW = 256  # up to which each M is asked for, above eight an octave
+from ..device import DeviceInfo
 
 
 class Part(NamedTuple):
@@ -43,15 +39,55 @@ class Part(NamedTuple):
     frozen: bool = True  # whether the base's weight gets no gradient
     layout: Layout | None = None  # of the base's weight, for the CUDA kernels
 
-    def choose(self, rows: int | None) -> Choice:
-        """What `selection` answers the op; RuntimeError where a forced backend cannot run."""
+    def problem(self, rows: int) -> Problem:
+        """Return the op's call with `rows` rows."""
+        return Problem(
+            self.device.type,
+            self.x_dtype,
+            self.a_dtype,
+            self.b_dtype,
+            self.dtype,
+            self.R,
+            rows,
+            self.four_bit,
+            self.N,
+            self.K,
+            self.dropout and not self.mixed,
+            self.device.index,
+            self.layout,
+            self.mixed,
+        )
+
+    def choose(self, rows: int) -> Choice:
+        """Return `selection`'s choice; RuntimeError if a forced backend cannot run."""
         if not (self.ours and self.R):
-            return Choice("torch", eager.LIBRARY, "")
-        return selection.choose(Problem(
-            self.device.type, self.x_dtype, self.a_dtype, self.b_dtype, self.dtype, self.R, rows,
-            self.four_bit, self.N, self.K, self.dropout and not self.mixed, self.device.index,
-            self.layout, self.mixed,
-        ))  # fmt: skip
+            return Choice("torch", Strategy.LIBRARY, "")
+        return selection.choose(self.problem(rows))
+
+    def describe(self, rows: int | None) -> Description:
+        """Return the choice in words; None for the strategies of all numbers of rows."""
+        if rows is not None:
+            choice = self.choose(rows)
+            return Description(choice.backend, choice.strategy, choice.reason)
+        found = regions(self)
+        last = max((region.rows for region in found if region.backend != "none"), default=1)
+        choice = self.choose(max(last, MANY_ROWS) if found[-1].rows == last else last)
+        ends = [region.rows - 1 for region in found[1:]] + [None]
+        ways = [
+            f"{region.way(choice.backend)} {_span(region.rows, end)}"
+            for region, end in zip(found, ends, strict=True)
+            if region.backend != "none"
+        ]
+        strategies = choice.strategy if len(ways) == 1 else ", ".join(ways)
+        return Description(choice.backend, strategies, choice.reason)
+
+
+class Description(NamedTuple):
+    """A choice in words."""
+
+    backend: str
+    strategy: str
+    reason: str
 
 
 class Time(NamedTuple):
@@ -63,11 +99,15 @@ class Time(NamedTuple):
 
 
 class Region(NamedTuple):
-    """From how many rows on (up to the next region's) the layer is computed so."""
+    """The backend and strategy from `rows` rows up to the next region."""
 
     rows: int
     backend: str
     strategy: str
+
+    def way(self, beside: str) -> str:
+        """Return the strategy, with the backend if that is not `beside`."""
+        return self.strategy if self.backend == beside else f"{self.backend} {self.strategy}"
 
 
 @dataclass(frozen=True)
@@ -88,7 +128,7 @@ class Prediction:
     def changes(self, rows: int) -> str:
         """What would be otherwise at another M, in words; empty: nothing.
 
-        >>> few, many = Region(1, "cpu", "library"), Region(64, "cpu", "single pass")
+        >>> few, many = Region(1, "cpu", "library"), Region(64, "cpu", "fused")
         >>> Prediction(None, None, False, None, (few, many)).changes(512)
         'up to 63 rows: library'
         """
@@ -98,10 +138,7 @@ class Prediction:
         for region, last in zip(self.regions, ends, strict=True):
             if region is here:
                 continue
-            way = region.strategy
-            if region.backend != here.backend:
-                way = f"{region.backend}, {way}"
-            found.setdefault(way, []).append(_span(region.rows, last))
+            found.setdefault(region.way(here.backend), []).append(_span(region.rows, last))
         return "; ".join(f"{' and '.join(spans)}: {way}" for way, spans in found.items())
 
     def facts(self) -> dict[str, Any]:
@@ -117,28 +154,15 @@ def _span(first: int, last: int | None) -> str:
 
 
 def regions(part: Part) -> tuple[Region, ...]:
-    """Where the choice changes, from one row to MANY_ROWS: asked of `selection`, which is pure."""
-
-    def at(rows: int) -> tuple[str, str]:
-        try:
-            choice = part.choose(rows)
-            return choice.backend, choice.strategy
-        except RuntimeError:  # of a strategy that was requested and is not for so many rows
-            return "none", "raises"
-
-    grid = [*range(1, EVERY_ROW + 1)]
-    while grid[-1] < MANY_ROWS:
-        grid.append(min(MANY_ROWS, grid[-1] * 9 // 8))
-    found = [Region(1, *at(1))]
-    for low, high in pairwise(grid):
-        while at(high) != found[-1][1:]:
-            # The first row that is not as those before it.
-            before, first = max(low, found[-1].rows), high
-            while first - before > 1:
-                middle = (before + first) // 2
-                before, first = (middle, first) if at(middle) == found[-1][1:] else (before, middle)
-            found.append(Region(first, *at(first)))
-    return tuple(found)
+    """Return where the choice changes, from one row on."""
+    if not (part.ours and part.R):
+        return (Region(1, "torch", Strategy.LIBRARY),)
+    return tuple(
+        Region(rows, "none", "raises")
+        if choice is None
+        else Region(rows, choice.backend, choice.strategy)
+        for rows, choice in selection.choose_by_rows(part.problem(1))
+    )
 
 
 def time(part: Part, rows: int, machine: Machine | None, step: bool) -> Time | None:
@@ -152,17 +176,15 @@ def time(part: Part, rows: int, machine: Machine | None, step: bool) -> Time | N
         known = _tuned(part, rows) if step else None
         if known is not None:
             return known
-        gpu = costs.here(part.device.index)
-        if gpu is not None:
+        gpu = device.gpu(part.device.index)
+        if costs.is_known(gpu):
             return Time(_on_gpu(part, rows, gpu, step), f"the model of costs for {gpu.name}")
     return None
 
 
 def _on_cpu(part: Part, rows: int, machine: Machine, step: bool) -> float:
     itemsize = max(part.a_dtype.itemsize, part.b_dtype.itemsize)
-    sizes = Sizes(
-        rows, part.N, part.K, part.R, part.dtype, itemsize, part.four_bit, base=part.base
-    )  # fmt: skip
+    sizes = Sizes(rows, part.N, part.K, part.R, part.dtype, itemsize, part.four_bit, base=part.base)
     strategy = part.choose(rows).strategy
     seconds = cpu_costs.predict(machine, sizes, strategy)
     if step:
@@ -171,13 +193,12 @@ def _on_cpu(part: Part, rows: int, machine: Machine, step: bool) -> float:
         seconds += sizes.base_flops / machine.peaks.get(part.dtype, machine.peaks[torch.float32])
     if part.norm:
         flops = 2.0 * part.N * part.K * part.R
-        seconds += max(
-            sizes.weight_bytes / machine.bandwidth, flops / machine.peaks[torch.float32]
-        )  # fmt: skip
+        fp32 = machine.peaks[torch.float32]
+        seconds += max(sizes.weight_bytes / machine.bandwidth, flops / fp32)
     return seconds
 
 
-def _on_gpu(part: Part, rows: int, gpu: costs.Gpu, step: bool) -> float:
+def _on_gpu(part: Part, rows: int, gpu: DeviceInfo, step: bool) -> float:
     """The backward's dx is a forward with N and K exchanged; then dY and x are read once more."""
     bandwidth = gpu.bandwidth * costs.BANDWIDTH_SHARE
     x, y = (rows * n * part.dtype.itemsize for n in (part.K, part.N))
@@ -187,9 +208,8 @@ def _on_gpu(part: Part, rows: int, gpu: costs.Gpu, step: bool) -> float:
     choice = part.choose(rows)
 
     def product(N: int, K: int) -> float:
-        predicted = costs.predict(
-            gpu, rows, N, K, part.R, part.dtype.itemsize, part.four_bit, part.dropout
-        )  # fmt: skip
+        call = part._replace(N=N, K=K).problem(rows)._replace(dropout=part.dropout)
+        predicted = costs.predict(gpu, call)
         backend = choice.backend if choice.backend in ("triton", "cuda") else "eager"
         same = [cost for cost in predicted if cost.backend == backend]
         exact = [cost for cost in same if cost.strategy == choice.strategy]
@@ -199,7 +219,7 @@ def _on_gpu(part: Part, rows: int, gpu: costs.Gpu, step: bool) -> float:
     if step:
         seconds += product(part.K, part.N) + bool(part.R) * ((x + y) / bandwidth + launches)
     if step and not part.frozen:
-        seconds += 2.0 * rows * part.N * part.K / (gpu.matrix * costs.LIBRARY_SHARE)
+        seconds += 2.0 * rows * part.N * part.K / (gpu.tensor_flops * costs.LIBRARY_SHARE)
     if part.norm:
         seconds += part.N * part.K * part.dtype.itemsize / bandwidth + costs.LAUNCH
     return seconds
@@ -210,7 +230,7 @@ def _tuned(part: Part, rows: int) -> Time | None:
     choice = part.choose(rows)
     if choice.backend != "triton" or part.mixed or part.dropout or not part.base:
         return None
-    target = configs.target(part.device.index)
+    target = device.gpu(part.device.index)
     itemsize = max(d.itemsize for d in (part.x_dtype, part.a_dtype, part.b_dtype, part.dtype))
     known = measured.find(
         measured.shape(target, rows, part.N, part.K, part.R, itemsize, part.four_bit)

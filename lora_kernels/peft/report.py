@@ -435,7 +435,7 @@ def _fused_layer(name: str, layer: Any, x_dtype: torch.dtype | None, rows: int |
         _part(call, x_dtype, None if i else weight, compute_dtype)._replace(base=not i)
         for i, call in enumerate(todo)  # the base rides on the first
     ] or [_mixed_part(adapters, x_dtype, weight, compute_dtype)]
-    choices = [part.choose(rows) for part in parts]
+    choices = [part.describe(rows) for part in parts]
     backend = " + ".join(dict.fromkeys(choice.backend for choice in choices))
     state, strategy = "fused", choices[0].strategy
     reasons = list(dict.fromkeys(choice.reason for choice in choices))
@@ -483,7 +483,7 @@ def _dense_layer(
         product = "F.embedding" if isinstance(layer, LoRAEmbedding) else "F.linear"
         parts = [] if isinstance(layer, LoRAEmbedding) else [part._replace(R=0)]
         return Row(name, "not fused", "torch", product, reason), parts
-    choice = part.choose(rows)
+    choice = part.describe(rows)
     state = "not fused" if choice.backend == "eager" else "fused"
     reason = choice.reason
     if state == "not fused" and part.four_bit and follows_gpu(part.device.type):
@@ -504,7 +504,7 @@ def _streamed_layer(
         reason = f"x has {dtype}, its weight {weight.dtype}"
     elif torch.is_autocast_enabled("cpu"):
         reason = "autocast is on"
-    elif not ops.plain(weight):
+    elif not ops.can_bypass_dispatcher(weight):
         reason = "a subclass or a mode looks at each call with its weight"
     elif weight.stride(1) != 1:
         reason = "its weight is stored by columns"

@@ -1,12 +1,12 @@
 """CUDA kernels, for GPUs and, compiled for the host, in an emulator on the CPU (for tests).
 
-"Publish first, consume last": one launch for up to 16 rows; the first blocks each make a slot of
-P = D(x)·Aᵀ, all stream W, codes looked up on their way to the matrix units, and S·Bᵀ is added last.
-"Publish, then consume": the same in two launches, the second of which starts before the first ends.
-"Split": P by itself, then one kernel on the matrix units whose sums start at S·Bᵀ. "Split, ordinary
-multipliers": the same for any dtype, size and stride, float32 always. `fit` says which of them can
-take a product, and why not. The backward is split: one read of dY gives dS and dB, then dx as y,
-then dA.
+"cooperative": one launch for up to 16 rows; the first blocks each compute a partial sum of
+P = D(x)·Aᵀ, all read W, codes are looked up on their way to the tensor cores, and S·Bᵀ is added in
+the epilogue. "overlapped": the same in two launches, the second of which starts before the first
+ends. "two_pass": a kernel computes P; a GEMM on tensor cores starts its sums at S·Bᵀ.
+"two_pass_simt": the same on CUDA cores, for any dtype, size and stride, and always for float32.
+`fit` says which of them support a GEMM, and why not. The backward takes two passes: one read of dY
+gives dS and dB, then dx as y, then dA.
 
 Rounding points: those named at the kernels. P, dS and the sums of gradients are float32.
 Deterministic: atomics count who has published, never data; slots are added in order.
@@ -23,12 +23,13 @@ from types import ModuleType
 
 import torch
 
+from ...core.problem import Strategy
 from .. import lazy_launchers
 
-COOPERATIVE = "publish first, consume last"
-OVERLAPPED = "publish, then consume"
-SPLIT = "split"
-ORDINARY = "split, ordinary multipliers"
+COOPERATIVE = Strategy.COOPERATIVE
+OVERLAPPED = Strategy.OVERLAPPED
+SPLIT = Strategy.TWO_PASS
+ORDINARY = Strategy.TWO_PASS_SIMT
 STRATEGIES = (COOPERATIVE, OVERLAPPED, SPLIT, ORDINARY)
 TWO_STEPS = (SPLIT, ORDINARY)  # P is complete before the base GEMM starts
 DECODE_ROWS = 16  # of x, at most, for the first two

@@ -6,12 +6,11 @@ import functools
 
 import torch
 
-from ...core.problem import Choice, Layout, Problem, require_supported
+from ...core.problem import Choice, Layout, Problem, Strategy, require_supported
 from .. import cuda
 from . import COOPERATIVE, DECODE_ROWS, ORDINARY, SPLIT, TWO_STEPS, fit
 
 REQUESTED = "the cuda backend was requested"
-UNKNOWN = 4096  # N or K if they are not given
 _DENSE, _CODES = Layout(), Layout(64)  # if nothing is known of the weight
 
 
@@ -20,7 +19,7 @@ def layout_of(problem: Problem) -> Layout:
     return problem.layout or (_CODES if problem.four_bit else _DENSE)
 
 
-def plan(problem: Problem, strategy: str | None) -> Choice:
+def plan(problem: Problem, strategy: Strategy | None) -> Choice:
     """Choose the strategy; RuntimeError if the backend or the requested strategy cannot run."""
     require(problem)
     return _plan(problem, strategy)
@@ -33,19 +32,15 @@ def require(problem: Problem) -> None:
 
 
 @functools.lru_cache(maxsize=1024)
-def _plan(problem: Problem, strategy: str | None) -> Choice:
+def _plan(problem: Problem, strategy: Strategy | None) -> Choice:
     layout, dtype, rows = layout_of(problem), problem.dtype, problem.rows
-    N, K = problem.columns or UNKNOWN, problem.inner or UNKNOWN
+    N, K = problem.columns, problem.inner
     if strategy and layout.obstacle != fit.NO_BASE:
         why = None if rows == 0 else fit.forward(strategy, dtype, layout, rows, N, K)
         if why is not None:
             raise RuntimeError(f"strategy {strategy!r} was requested and cannot run here: {why}")
         return Choice("cuda", strategy, REQUESTED + dx_note(strategy, dtype, layout, N, K))
     strategy, reason = strategy_for(dtype, rows, N, K, layout, REQUESTED)
-    if rows is None:
-        few, _ = strategy_for(dtype, 1, N, K, layout, "")
-        if few != strategy:
-            strategy = f"{strategy}; up to {DECODE_ROWS} rows {few}"
     if problem.mixed and strategy not in TWO_STEPS:
         strategy, reason = strategy_for(dtype, None, N, K, layout, reason)
     return Choice("cuda", strategy, reason)
@@ -53,7 +48,7 @@ def _plan(problem: Problem, strategy: str | None) -> Choice:
 
 def strategy_for(
     dtype: torch.dtype, M: int | None, N: int, K: int, layout: Layout, reason: str
-) -> tuple[str, str]:
+) -> tuple[Strategy, str]:
     """Return the first strategy that supports such a GEMM, and why the ones before do not.
 
     M: None for many rows.
@@ -68,7 +63,7 @@ def strategy_for(
     return ORDINARY, reason
 
 
-def dx_note(strategy: str, dtype: torch.dtype, layout: Layout, N: int, K: int) -> str:
+def dx_note(strategy: Strategy, dtype: torch.dtype, layout: Layout, N: int, K: int) -> str:
     """Return a clause on dx if it is not computed as y is, or an empty string."""
     why = None if strategy == ORDINARY else fit.backward(dtype, layout, N, K)
-    return "" if why is None else f"; dx on the ordinary multipliers: {why}"
+    return "" if why is None else f"; dx on CUDA cores: {why}"

@@ -1,12 +1,12 @@
 """Triton kernels, for GPUs (and, with TRITON_INTERPRET=1, for the CPU, in Triton's interpreter).
 
-Forward, "single pass": one kernel sums x·Wᵀ and P = D(x)·Aᵀ side by side, then adds S·Bᵀ. "Split":
-P first, by itself, and S·Bᵀ is where the product's sums start. "Publish first, consume last": one
-launch for up to 16 rows, in which a few programs make shares of P before all stream W, and S·Bᵀ is
-added at the end; with more rows or ranks, or more programs than are co-resident, it is split.
-"Library product": cuBLAS makes x·Wᵀ, a 4-bit weight decoded before it, and one pass over y adds the
-rest. Backward: dx and dS are made as y and P are, with W in the other layout; then dB and dA, each
-in two passes.
+Forward, "fused": one kernel sums x·Wᵀ and P = D(x)·Aᵀ side by side, then adds S·Bᵀ. "two_pass": a
+kernel computes P, and the GEMM starts its sums at S·Bᵀ. "cooperative": one launch for up to 16
+rows, in which a few programs compute partial sums of P before all read W, and S·Bᵀ is added in the
+epilogue; with more rows or ranks, or more programs than are co-resident, it runs as "two_pass".
+"library": cuBLAS computes x·Wᵀ, after a 4-bit weight was decoded, and one pass over y adds the
+rest. Backward: dx and dS are computed as y and P are, with W in the other layout; then dB and dA,
+each in two passes.
 
 Rounding points: those named in the kernels' docstrings. P and dS are float32 in memory; as operands
 of a product they are rounded to the wider of x's (dY's) dtype and the adapter's, as PyTorch would.
@@ -20,22 +20,23 @@ import importlib.util
 import os
 from typing import TYPE_CHECKING
 
+from ...core.problem import Strategy, require_supported
 from .. import lazy_launchers
 
 if TYPE_CHECKING:
     import torch
 
-SINGLE_PASS = "single pass"
-SPLIT = "split"
-COOPERATIVE = "publish first, consume last"
-LIBRARY = "library product + rank update"
+SINGLE_PASS = Strategy.FUSED
+SPLIT = Strategy.TWO_PASS
+COOPERATIVE = Strategy.COOPERATIVE
+LIBRARY = Strategy.LIBRARY
 STRATEGIES = (SINGLE_PASS, SPLIT, COOPERATIVE, LIBRARY)
 TWO_STEPS = (SPLIT, LIBRARY)  # P is complete before the base GEMM starts
 
 
 @functools.cache
-def absence() -> str | None:
-    """Why there is no Triton; None where there is. Does not import it."""
+def unavailable_reason() -> str | None:
+    """Return why Triton cannot be imported, or None. Does not import it."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     return None
@@ -43,18 +44,16 @@ def absence() -> str | None:
 
 @functools.cache
 def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, on the CPU."""
+    """Return True if kernels run in Triton's interpreter, on the CPU."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def require(device: torch.device) -> None:
-    """RuntimeError where no kernel can run on it, saying why."""
+    """Raise RuntimeError if no kernel runs on the device."""
     from . import configs
 
-    target = configs.target(device.index) if device.type == "cuda" else None
-    why = configs.unfit(absence(), configs.INTERPRETER if interpreted() else target, device.type)
-    if why is not None:
-        raise RuntimeError(f"backend 'triton' was requested and cannot run here: {why}")
+    target = configs.target(device.type, device.index)
+    require_supported("triton", configs.unsupported_reason(target, device.type))
 
 
 __getattr__ = lazy_launchers(__name__, codec="codec")

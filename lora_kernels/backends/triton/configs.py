@@ -6,22 +6,11 @@ shared memory hold, and every config is compiled and looked at by tests/compile_
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, replace
 
-import torch
-
-from . import LIBRARY, SINGLE_PASS, SPLIT, interpreted
-
-
-@dataclass(frozen=True)
-class Target:
-    """The properties of a device that a config depends on."""
-
-    kind: str  # "cuda" or "hip"
-    arch: int  # the compute capability, 90 for 9.0; 0 where kind is "hip"
-    multiprocessors: int
-    shared_memory: int  # bytes that one block may have
+from ...core.problem import Strategy
+from ...device import DeviceInfo, gpu, has_gpu
+from . import LIBRARY, SINGLE_PASS, SPLIT, interpreted, unavailable_reason
 
 
 @dataclass(frozen=True)
@@ -35,7 +24,7 @@ class Config:
     cooperative: bool = False  # whether all programs must be co-resident
 
 
-MIN_ARCH = 80
+MIN_CAPABILITY = 80
 MIN_BLOCK = 16  # of a matrix instruction
 MAX_SINGLE_PASS_RANK = 64  # above, the sums of P take too many registers beside the product's
 MAX_SLOTS = 16
@@ -45,32 +34,17 @@ RESERVED = 1 << 10
 REGISTERS = 64 << 10
 MIN_THREADS = 1536  # sm_86, 89 and 12x; the others have 2048
 MIN_PROGRAMS = 16  # sm_86; the others have 24 or 32
-INTERPRETER = Target("cuda", 80, 4, 160 << 10)  # stands for the device there
+INTERPRETER = DeviceInfo("cuda", 80, 4, 160 << 10)  # stands for the device there
 
 
-def target(device_index: int | None) -> Target:
-    """Of a GPU of this machine; None: the current one."""
-    return _target(torch.cuda.current_device() if device_index is None else device_index)
+def target(device_type: str = "cuda", index: int | None = None) -> DeviceInfo | None:
+    """Return the properties of the device that kernels run on, or None if it is no GPU.
 
-
-def here() -> Target | None:
-    """What kernels run on by default; None where that is nothing."""
+    index: None for the current GPU.
+    """
     if interpreted():
         return INTERPRETER
-    return target(None) if torch.cuda.is_available() else None
-
-
-@functools.cache
-def _target(device_index: int) -> Target:
-    properties = torch.cuda.get_device_properties(device_index)
-    if torch.version.hip:
-        return Target("hip", 0, properties.multi_processor_count, 64 << 10)
-    return Target(
-        "cuda",
-        10 * properties.major + properties.minor,
-        properties.multi_processor_count,
-        properties.shared_memory_per_block_optin,
-    )
+    return gpu(index) if device_type == "cuda" and has_gpu() else None
 
 
 # Operations of a 16-bit matrix product for each byte of memory bandwidth, by the data sheets: 312
@@ -85,22 +59,20 @@ MANY_ROWS_4BIT = 1024
 
 
 def strategy(
-    target: Target,
-    rows: int | None,
-    columns: int | None,
+    target: DeviceInfo,
+    rows: int,
+    columns: int,
     rank: int,
     itemsize: int,
     four_bit: bool,
     dropout: bool,
-) -> tuple[str, str]:
-    """How to go about `lora_linear`, and why: from a model of its cost, not yet from measurements.
+) -> tuple[Strategy, str]:
+    """Return the strategy of `lora_linear` and the reason, from a cost model, not measured.
 
-    A single pass multiplies BLOCK_R more columns in each of its tiles: BLOCK_R / BLOCK_N of the
-    product. What it saves is a second read of x, which takes balance / N of the product's time,
-    and a launch. itemsize: bytes of the widest operand, the adapter's too. None stands for the many
-    rows or columns of a large model.
+    The fused kernel multiplies BLOCK_R more columns in each of its tiles: BLOCK_R / BLOCK_N of the
+    GEMM. It saves a second read of x, which takes balance / N of the GEMM's time, and a launch.
+    itemsize: bytes of the widest operand, the adapter included.
     """
-    rows, columns = 4096 if rows is None else rows, columns or 4096
     if four_bit and rows > MANY_ROWS_4BIT:
         return LIBRARY, "the codes are decoded once for all rows"
     if rows <= FEW_ROWS:
@@ -111,35 +83,37 @@ def strategy(
         return SPLIT, f"rank above {MAX_SINGLE_PASS_RANK}"
     config = linear(target, rows, itemsize, four_bit, rank)
     extra = block_of_ranks(rank) / config.block_n
-    saved = BALANCE.get(target.arch, min(BALANCE.values())) / columns
+    saved = BALANCE.get(target.capability, min(BALANCE.values())) / columns
     chosen = SPLIT if extra > saved else SINGLE_PASS
     return chosen, f"x·Aᵀ in each tile costs {extra:.1%} of the product, x again {saved:.1%}"
 
 
-def obstacle(arch: int) -> str | None:
-    """Why a GPU of this compute capability (0: AMD's, which has none) cannot run the kernels; None
-    where it can."""
-    if 0 < arch < MIN_ARCH:
-        return (
-            f"the GPU is sm_{arch}, for which Triton has no matrix instructions; "
-            f"want sm_{MIN_ARCH} or newer"
-        )
-    return None
+def unsupported_reason(target: DeviceInfo | None, device_type: str = "cuda") -> str | None:
+    """Return why no kernel runs on a device, or None.
 
-
-def unfit(absence: str | None, target: Target | None, device_type: str) -> str | None:
-    """Why no kernel can run there; None where they can. target: None where there is no GPU."""
-    if absence is not None:
-        return absence
+    target: None for a device that is no GPU, of type `device_type`.
+    """
+    if (missing := unavailable_reason()) is not None:
+        return missing
     if target is None:
         return (
             f"no Triton kernels for device type {device_type!r}, want a GPU (or TRITON_INTERPRET=1 "
             "in the environment, which runs them in Triton's interpreter)"
         )
-    return obstacle(target.arch)
+    return capability_unsupported_reason(target)
 
 
-def precision(target: Target) -> str:
+def capability_unsupported_reason(target: DeviceInfo) -> str | None:
+    """Return why a GPU's compute capability is too old, or None."""
+    if 0 < target.capability < MIN_CAPABILITY:
+        return (
+            f"the GPU is sm_{target.capability}, for which Triton has no matrix instructions; "
+            f"want sm_{MIN_CAPABILITY} or newer"
+        )
+    return None
+
+
+def precision(target: DeviceInfo) -> str:
     """Of float32 products: three TF32 ones, whose error is float32's, where there are any."""
     return "tf32x3" if target.kind == "cuda" else "ieee"
 
@@ -150,7 +124,7 @@ def block_of_ranks(rank: int) -> int:
 
 
 def linear(
-    target: Target,
+    target: DeviceInfo,
     M: int,
     itemsize: int,
     codes: bool,
@@ -170,7 +144,7 @@ def linear(
         config = Config(64, 64, 64 if itemsize == 2 else 32, 4, 4)
     elif M <= 256 or rank > 32 or (target.kind == "hip" and in_registers):
         config = Config(128, 64, 64, 8, 3)
-    elif target.arch in WIDE_TILES and not (codes or in_registers):
+    elif target.capability in WIDE_TILES and not (codes or in_registers):
         config = Config(128, 256, 64, 8, 3)
     else:
         config = Config(128, 128, 64, 8, 3)
@@ -199,7 +173,7 @@ def shared_memory(config: Config, itemsize: int, block_r: int) -> int:
     return config.stages * rows * config.block_k * itemsize
 
 
-def shrink(target: Target, M: int, K: int, R: int, itemsize: int) -> tuple[Config, int]:
+def shrink(target: DeviceInfo, M: int, K: int, R: int, itemsize: int) -> tuple[Config, int]:
     """For `shrink_kernel`: tiles, and the share of K in one slot. itemsize: of the operands."""
     config = Config(16 if M <= 16 else 64, block_of_ranks(R), 32 if itemsize > 2 else 64, 4, 4)
     programs = _tiles(M, config.block_m) * _tiles(R, config.block_n)
@@ -218,7 +192,7 @@ def cooperative(M: int, N: int, K: int, R: int, config: Config) -> int:
     return _tiles(chunks, slots) * config.block_k
 
 
-def count_co_resident(target: Target, shared: int, registers: int, warps: int) -> int:
+def count_co_resident(target: DeviceInfo, shared: int, registers: int, warps: int) -> int:
     """How many programs of a kernel the device runs at once: CUDA's occupancy, from sm_80 on.
 
     shared: bytes that a program takes; registers: that a thread takes. Threads and programs of a
@@ -232,7 +206,7 @@ def count_co_resident(target: Target, shared: int, registers: int, warps: int) -
     return target.multiprocessors * min(of_memory, of_registers, of_threads, MIN_PROGRAMS)
 
 
-def outer(target: Target, M: int, N: int, R: int) -> tuple[Config, int]:
+def outer(target: DeviceInfo, M: int, N: int, R: int) -> tuple[Config, int]:
     """For `outer_kernel`: tiles (block_k for the ranks), and the rows in one part."""
     config = Config(64, 64, block_of_ranks(R), 4, 3)
     programs = _tiles(N, config.block_n) * _tiles(R, config.block_k)
@@ -242,7 +216,7 @@ def outer(target: Target, M: int, N: int, R: int) -> tuple[Config, int]:
 
 
 def shrink_outer(
-    target: Target, M: int, N: int, R: int, itemsize: int
+    target: DeviceInfo, M: int, N: int, R: int, itemsize: int
 ) -> tuple[Config, int] | None:
     """For `shrink_outer_kernel`: tiles, and the columns in one slot; None where `shrink_kernel` and
     `outer_kernel` move little more.
@@ -260,7 +234,7 @@ def shrink_outer(
     return config, _tiles(chunks, slots) * config.block_n
 
 
-def row_norm(target: Target, N: int, K: int, itemsize: int) -> tuple[Config, int]:
+def row_norm(target: DeviceInfo, N: int, K: int, itemsize: int) -> tuple[Config, int]:
     """For `row_norm_kernel`: tiles, and the share of K in one slot."""
     config = Config(0, 32, 128, 4, 3) if itemsize == 2 else Config(0, 64, 32, 8, 3)
     programs, chunks = _tiles(N, config.block_n), _tiles(K, config.block_k)

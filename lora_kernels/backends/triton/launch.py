@@ -8,18 +8,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ...device import DeviceInfo
 from . import configs, interpreted
-from .configs import Config, Target
+from .configs import Config
 
 if TYPE_CHECKING:
     from ...core.packed4bit import Packed4bit
 
 
-def target(x: Tensor) -> Target:
-    return configs.INTERPRETER if interpreted() else configs.target(x.device.index)
+def target(x: Tensor) -> DeviceInfo:
+    """Return the properties of the device that x is on."""
+    found = configs.target(x.device.type, x.device.index)
+    assert found is not None
+    return found
 
 
-def format_4bit(codes: Packed4bit | None, row: int, target: Target) -> dict[str, Any]:
+def format_4bit(codes: Packed4bit | None, row: int, target: DeviceInfo) -> dict[str, Any]:
     """What a kernel is compiled for; row: elements of a row of the weight."""
     return {
         "LOG2_BLOCK": 0 if codes is None else codes.blocksize.bit_length() - 1,
@@ -54,7 +58,7 @@ def run(
 
 def choose_stages(
     programs: int,
-    target: Target,
+    target: DeviceInfo,
     kernel: Any,
     config: Config,
     device: torch.device,

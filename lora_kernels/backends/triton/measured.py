@@ -1,8 +1,7 @@
 """What `lora-kernels tune` measured: a strategy and its tiles for a shape on a kind of GPU.
 
-Rows come from measured.json beside this file, empty until a GPU has filled it, and from the file
-that LORA_KERNELS_MEASURED names, which goes first. A file that cannot be read is left out, with one
-warning. Where no row fits, `configs` decides by its model.
+Rows come from the file that LORA_KERNELS_MEASURED names. A file that cannot be read is left out,
+with one warning. If no row fits, the cost model in `configs` decides.
 """
 
 from __future__ import annotations
@@ -17,14 +16,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ...core.problem import Strategy
+from ...device import DeviceInfo
 from . import STRATEGIES, configs
-from .configs import Config, Target
+from .configs import Config
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """What a row is looked up by. rows: M, rounded up to a power of two; columns N and inner K are
-    the forward's; itemsize: bytes of the widest of x's, the adapter's and the product's dtypes."""
+    """The key of a row.
+
+    Args:
+        arch: compute capability, 90 for 9.0; 0 for AMD's.
+        rows: M, rounded up to a power of two.
+        columns, inner: N and K of the forward.
+        itemsize: bytes of the widest of x's, the adapter's and the base GEMM's dtypes.
+    """
 
     arch: int
     multiprocessors: int
@@ -38,11 +45,15 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """The strategy that was fastest for forward and backward together, the tiles of `linear_kernel`
-    in both directions (None: those that `configs` chooses), where that comes from, and what a step
-    took."""
+    """The fastest strategy for forward and backward together.
 
-    strategy: str
+    Args:
+        forward, backward: the tiles of `linear_kernel`; None for those that `configs` chooses.
+        source: the device and the time, in words.
+        microseconds: of a step.
+    """
+
+    strategy: Strategy
     forward: Config | None = None
     backward: Config | None = None
     source: str = ""
@@ -50,7 +61,7 @@ class Measured:
 
 
 def shape(
-    target: Target,
+    target: DeviceInfo,
     rows: int,
     columns: int,
     inner: int,
@@ -58,11 +69,10 @@ def shape(
     itemsize: int,
     four_bit: bool,
 ) -> Shape:
-    """The key of a call without dropout."""
-    return Shape(
-        target.arch, target.multiprocessors, configs.power_of_two(max(rows, 1)), columns, inner,
-        configs.block_of_ranks(rank), itemsize, four_bit,
-    )  # fmt: skip
+    """Return the key of a call without dropout."""
+    rows, block_r = configs.power_of_two(max(rows, 1)), configs.block_of_ranks(rank)
+    arch, count = target.capability, target.multiprocessors
+    return Shape(arch, count, rows, columns, inner, block_r, itemsize, four_bit)
 
 
 _tried: dict[Shape, Measured] = {}
@@ -70,7 +80,7 @@ _tried: dict[Shape, Measured] = {}
 
 @contextmanager
 def tried(key: Shape, row: Measured) -> Iterator[None]:
-    """`find` gives this row for this shape, in every thread: how `tune` tries it."""
+    """Have `find` return this row for this shape, in every thread. `tune` measures rows so."""
     _tried[key] = row
     try:
         yield
@@ -79,24 +89,23 @@ def tried(key: Shape, row: Measured) -> Iterator[None]:
 
 
 def find(key: Shape) -> Measured | None:
-    """The row for this shape, or None."""
+    """Return the row for this shape, or None."""
     return _tried.get(key) or _table(os.environ.get("LORA_KERNELS_MEASURED")).get(key)
 
 
 @functools.cache
 def _table(path: str | None) -> Mapping[Shape, Measured]:
-    found: dict[Shape, Measured] = {}
-    for file in (Path(__file__).with_name("measured.json"), Path(path) if path else None):
-        if file is not None:
-            try:
-                found |= read(file)
-            except ValueError as error:
-                warnings.warn(f"the tuning table is left out: {error}", stacklevel=3)
-    return found
+    if not path:
+        return {}
+    try:
+        return read(Path(path))
+    except ValueError as error:
+        warnings.warn(f"the tuning table is left out: {error}", stacklevel=3)
+        return {}
 
 
 def read(file: Path) -> dict[Shape, Measured]:
-    """The rows of a file that `tune` wrote; ValueError, saying what is wrong, for any other."""
+    """Return the rows of a file that `tune` wrote; ValueError for any other file."""
     try:
         rows = json.loads(file.read_text())["rows"]
         return dict(_row(row) for row in rows)
@@ -108,14 +117,17 @@ def read(file: Path) -> dict[Shape, Measured]:
 
 def _row(row: Mapping[str, Any]) -> tuple[Shape, Measured]:
     key = Shape(**{field.name: row[field.name] for field in dataclasses.fields(Shape)})
-    if row["strategy"] not in STRATEGIES:
+    with warnings.catch_warnings():  # old names of strategies are read without a word
+        warnings.simplefilter("ignore", DeprecationWarning)
+        strategy = Strategy(row["strategy"])
+    if strategy not in STRATEGIES:
         raise ValueError(f"strategy {row['strategy']!r}")
     for name, value in vars(key).items():
         if not isinstance(value, int) or value < 0:
             raise ValueError(f"{name} {value!r}")
     tiles = {name: _tiles(row[name]) for name in ("forward", "backward")}
     source = f"measured on {row['device']}: {row['microseconds']:.0f} µs a step"
-    return key, Measured(row["strategy"], **tiles, source=source, microseconds=row["microseconds"])
+    return key, Measured(strategy, **tiles, source=source, microseconds=row["microseconds"])
 
 
 def _tiles(row: Mapping[str, Any] | None) -> Config | None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...core import reference
 from . import configs, launch
+from .arguments import Codes
 from .format_4bit import dequantize_kernel, quantize_kernel
 
 if TYPE_CHECKING:
@@ -21,11 +22,14 @@ def dequantize(codes: Packed4bit, shape: tuple[int, int], dtype: torch.dtype) ->
     (N, K), config = shape, configs.DEQUANTIZE
     grid = (triton.cdiv(N, config.block_n), triton.cdiv(K, config.block_k))
     w = torch.empty(shape, dtype=dtype, device=codes.packed.device)
-    launch.run(
-        dequantize_kernel, grid, config, w.device, codes.packed, *launch.tables(codes), w, N, K,
-        **launch.format_4bit(codes, K, launch.target(w)), WIDE=N * K >= 1 << 31,
-        BLOCK_N=config.block_n, BLOCK_K=config.block_k,
-    )  # fmt: skip
+    meta = {
+        "FORMAT": launch.format_4bit(codes, K, launch.target(w)),
+        "WIDE": N * K >= 1 << 31,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+    }
+    args = Codes.of(codes), w, N, K
+    launch.run(dequantize_kernel, config, *args, grid=grid, device=w.device, **meta)
     return w
 
 
@@ -37,9 +41,8 @@ def quantize(
     blocks = triton.cdiv(n, blocksize)
     packed = torch.empty(triton.cdiv(n, 2), dtype=torch.uint8, device=weight.device)
     absmax = torch.empty(blocks, dtype=torch.float32, device=weight.device)
-    launch.run(
-        quantize_kernel, (triton.cdiv(blocks, config.block_n),), config, weight.device, weight,
-        thresholds, order, packed, absmax, n, reference.SMALLEST_SCALE, WIDE=n >= 1 << 31,
-        BLOCKSIZE=blocksize, BLOCKS=config.block_n,
-    )  # fmt: skip
+    meta = {"WIDE": n >= 1 << 31, "BLOCKSIZE": blocksize, "BLOCKS": config.block_n}
+    args, grid = (thresholds, order, packed, absmax, n), (triton.cdiv(blocks, config.block_n),)
+    smallest, device = reference.SMALLEST_SCALE, weight.device
+    launch.run(quantize_kernel, config, weight, *args, smallest, grid=grid, device=device, **meta)
     return packed, absmax

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -24,6 +25,7 @@ from ...core.call import (
     Spec,
 )
 from ...core.packed4bit import Packed4bit
+from ...device import DeviceInfo
 from .. import stacked, workspace
 from ..dropout import NO_DROPOUT, Dropout
 from . import (
@@ -37,9 +39,10 @@ from . import (
     launch,
     measured,
 )
+from .arguments import Codes, Format, Mask, Matrix, Types
 from .configs import Config
 from .gradients import outer_kernel, reduce_kernel, shrink_outer_kernel
-from .linear import linear_kernel
+from .linear import cooperative_kernel, fused_kernel, two_pass_kernel
 from .row_norm import row_norm_kernel
 from .shrink import shrink_kernel
 
@@ -51,10 +54,9 @@ def lora_linear(operands: Operands, spec: Spec, strategy: str) -> tuple[Tensor, 
     x, weight, lora_A, lora_B, rank_gate, column_scale, bias, rng = operands
     scaling, dropout_p, dtype, y_dtype, save_z = spec
     dropout = Dropout.of(dropout_p, rng)
-    gemm = _Gemm(
-        x, weight, lora_A, lora_B.t(), scaling, dtype, y_dtype, gate=rank_gate,
-        out_scale=column_scale, bias=bias, dropout=dropout, save_z=save_z,
-    )  # fmt: skip
+    gemm = _Gemm(x, weight, lora_A, lora_B.t(), scaling, dtype, y_dtype)
+    gemm = gemm._replace(gate=rank_gate, out_scale=column_scale, bias=bias)
+    gemm = gemm._replace(dropout=dropout, save_z=save_z)
     y, p, z = _linear(gemm, strategy)
     return y, Saved(p, z)
 
@@ -75,23 +77,20 @@ def lora_linear_backward(
         once = configs.shrink_outer(
             launch.target(dy), M, N, R, max(dy.dtype.itemsize, lora_B.dtype.itemsize)
         )
+    z = z if need_column_scale else None
     if once is not None:
         slots, dB, dbias, dc = _shrink_outer(
-            once, p, dy, lora_B, column_scale, z if need_column_scale else None, scaling,
-            rank_gate, need_bias,
-        )  # fmt: skip
+            once, p, dy, lora_B, column_scale, z, scaling, rank_gate, need_bias
+        )
     elif need_B or need_column_scale or need_bias:
         if need_B:
             dB = torch.empty_like(lora_B, memory_format=torch.contiguous_format)
-        dbias, dc = _outer(
-            p, dy, None if dB is None else dB.t(), v_scale=column_scale,
-            z=z if need_column_scale else None, scale=scaling, gate=rank_gate, need_sum=need_bias,
-        )  # fmt: skip
+        outer = partial(_outer, p, dy, None if dB is None else dB.t(), v_scale=column_scale)
+        dbias, dc = outer(z=z, scale=scaling, gate=rank_gate, need_sum=need_bias)
     if need_x:
-        gemm = _Gemm(
-            dy, weight, lora_B.t(), lora_A, scaling * dropout.scale, dtype, x.dtype, forward=False,
-            gate=rank_gate, in_scale=column_scale, dropout=dropout,
-        )  # fmt: skip
+        s_scale = scaling * dropout.scale
+        gemm = _Gemm(dy, weight, lora_B.t(), lora_A, s_scale, dtype, x.dtype, forward=False)
+        gemm = gemm._replace(gate=rank_gate, in_scale=column_scale, dropout=dropout)
         dx, ds, _ = _linear(gemm, strategy, slots)
     elif need_A or need_gate:
         if slots is None:
@@ -159,10 +158,9 @@ def multi_lora_linear_backward(
         ds = stack.kept(_shrink(dy, stack.lora_B.t(), None, NO_DROPOUT).sum(0))
     if need_x:
         assert ds is not None
-        gemm = _Gemm(
-            dy, weight, stack.lora_B.t(), stack.lora_A, dropout.scale, dtype, x.dtype,
-            forward=False, gate=stack.gate, dropout=dropout,
-        )  # fmt: skip
+        a, q = stack.lora_B.t(), stack.lora_A
+        gemm = _Gemm(dy, weight, a, q, dropout.scale, dtype, x.dtype, forward=False)
+        gemm = gemm._replace(gate=stack.gate, dropout=dropout)
         dx, _, _ = _linear(gemm, strategy, ds[None])
     if ds is not None:
         ds = stack.compact(ds)
@@ -214,108 +212,135 @@ def _linear(
 
     slots: P if it is at hand, in partial sums [slots, M, R].
     """
-    (
-        x, weight, a, q, s_scale, dtype, y_dtype, forward, gate, in_scale, out_scale, bias,
-        dropout, save_z,
-    ) = gemm  # fmt: skip
+    x, weight, a, q, forward, dropout = (
+        gemm.x,
+        gemm.weight,
+        gemm.a,
+        gemm.q,
+        gemm.forward,
+        gemm.dropout,
+    )
     (M, K), (R, N), target = x.shape, q.shape, launch.target(x)
-    mask_in, mask_out = (dropout, NO_DROPOUT) if forward else (NO_DROPOUT, dropout)
-    codes = weight if isinstance(weight, Packed4bit) else None
-    base, w = "none", None
-    if strategy == LIBRARY and weight is not None and M:
-        base, y = "library", _library(x, weight, in_scale, forward, (N, K), dtype, y_dtype)
-    else:
-        y = x.new_empty(M, N, dtype=y_dtype)
-        if codes is not None:
-            base, w = "codes", codes.packed
-        elif isinstance(weight, Tensor):
-            base, w = "dense", weight if forward else weight.t()
-    z = torch.empty_like(y) if save_z else None
+    from_library = strategy == LIBRARY and weight is not None and M > 0
+    y = _library(gemm) if from_library else x.new_empty(M, N, dtype=gemm.y_dtype)
+    z = torch.empty_like(y) if gemm.save_z else None
     if not M:
         return y, x.new_empty(M, R, dtype=torch.float32), z
+    mask_in, mask_out = (dropout, NO_DROPOUT) if forward else (NO_DROPOUT, dropout)
+    codes = weight if isinstance(weight, Packed4bit) and not from_library else None
+    dense = weight if isinstance(weight, Tensor) and not from_library else None
+    w = dense if dense is None or forward else dense.t()
     # The 4-bit weight's own rows run along K in the forward, along dx's columns in the backward.
     format_4bit = launch.format_4bit(codes, K if forward else N, target)
-    single_pass = strategy == SINGLE_PASS
-    multiplied, operand = max(x.dtype.itemsize, dtype.itemsize), _operand(x, a).itemsize
-    config = configs.UPDATE if base in ("library", "none") and not single_pass else configs.linear(
-        target, M, max(multiplied, operand) if single_pass else multiplied, codes is not None,
-        R if single_pass else 0,
-        in_scale is not None or dropout.rng is not None or operand > multiplied,
-        codes is not None and not format_4bit["WORDS"],
-    )  # fmt: skip
-    if w is not None and in_scale is None and dropout.rng is None:  # as `tune` measures it
-        columns, inner = (N, K) if forward else (K, N)
-        widest = max(multiplied, operand, q.dtype.itemsize)
-        known = measured.find(
-            measured.shape(target, M, columns, inner, R, widest, codes is not None)
-        )
-        if known is not None and known.strategy == strategy:
-            config = (known.forward if forward else known.backward) or config
+    config = _tiles(gemm, strategy, target, w is not None, codes, format_4bit)
     share = configs.cooperative(M, N, K, R, config) if strategy == COOPERATIVE else 0
     flags = workspace.flags(x.device) if share and not interpreted() else None
-    if single_pass:
+    if strategy == SINGLE_PASS:
         slots = x.new_empty(1, M, R, dtype=torch.float32)
     elif share:
         slots = x.new_empty(triton.cdiv(K, share), M, R, dtype=torch.float32)
     elif slots is None:
-        slots = _shrink(x, a, in_scale, mask_in)
+        slots = _shrink(x, a, gemm.in_scale, mask_in)
     p = slots[0] if slots.shape[0] == 1 else x.new_empty(M, R, dtype=torch.float32)
-    gate, in_scale, out_scale, bias = map(_contiguous, (gate, in_scale, out_scale, bias))
-    wide = any(map(launch.is_wide, (x, y, a, q))) or (
-        base == "dense" and w is not None and launch.is_wide(w)
-    )
+    wide = any(launch.is_wide(t) for t in (x, y, a, q, w) if t is not None)
     wide = wide or (codes is not None and N * K >= 1 << 31)
     programs = triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n)
     config = replace(config, cooperative=flags is not None)
-    args = (
-        x, w, *launch.tables(codes), a, q, p, slots, flags, gate, in_scale, out_scale, bias,
-        dropout.rng, y, z, M, N, K, R, *x.stride(), *launch.strides(w, codes), *a.stride(),
-        *q.stride(), slots.shape[0], share, mask_in.scale, s_scale, dropout.threshold,
-    )  # fmt: skip
-    meta = dict(
-        BASE=base, K_INNER=forward, SINGLE_PASS=single_pass, WAIT=flags is not None,
-        GATE=gate is not None, IN_SCALE=in_scale is not None, OUT_SCALE=out_scale is not None,
-        BIAS=bias is not None, MASK_IN=mask_in.rng is not None, MASK_OUT=mask_out.rng is not None,
-        SAVE_Z=save_z, COMPUTE=_DTYPE[dtype], WIDER=_DTYPE[_operand(x, a)],
-        PRECISION=configs.precision(target), **format_4bit,
-        LEFT=codes is not None and forward and config.block_m < 64, WIDE=wide,
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
-        BLOCK_R=configs.block_of_ranks(R), GROUP_M=config.group_m,
-    )  # fmt: skip
-    if share and programs > target.multiprocessors:
-        fitting = launch.choose_stages(
-            programs, target, linear_kernel, config, x.device, *args, PUBLISH=True, CONSUME=True,
-            **meta,
-        )  # fmt: skip
-        if fitting is None:
-            return _linear(gemm, SPLIT)
-        config = fitting
-    # One after another where programs are: those that publish, then all.
-    phases = [(True, False), (False, True)] if share and interpreted() else [(share > 0, share > 0)]
-    for publish, consume in phases:
-        launch.run(
-            linear_kernel, (programs,), config, x.device, *args, PUBLISH=publish, CONSUME=consume,
-            **meta,
-        )  # fmt: skip
+
+    base = (
+        Matrix.of(x),
+        None if w is None else Matrix.of(w),
+        None if codes is None else Codes.of(codes),
+    )
+    factors = map(_contiguous, (gemm.gate, gemm.in_scale, gemm.out_scale, gemm.bias))
+    masked = (Mask.of(mask_in),), (Mask.of(mask_out), y, z, M, N, K, R)
+    meta: dict[str, Any] = {
+        "K_INNER": forward,
+        "LEFT": codes is not None and forward and config.block_m < 64,
+        "FORMAT": format_4bit,
+        "TYPES": _types(target, _operand(x, a), wide, gemm.dtype),
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "BLOCK_R": configs.block_of_ranks(R),
+        "GROUP_M": config.group_m,
+    }
+    scales, A, Q = (mask_in.scale, gemm.s_scale), Matrix.of(a), Matrix.of(q)
+    run = partial(launch.run, grid=(programs,), device=x.device)
+    if strategy == SINGLE_PASS:
+        run(fused_kernel, config, *base, A, Q, p, *factors, *masked[0], *masked[1], *scales, **meta)
+    elif not share:
+        args = *base, Q, p, slots, *factors, *masked[1], slots.shape[0], gemm.s_scale
+        run(two_pass_kernel, config, *args, ADD_TO_Y=from_library, **meta)
+    else:
+        sizes = slots.shape[0], share
+        args = *base, A, Q, p, slots, flags, *factors, *masked[0], *masked[1], *sizes, *scales
+        if programs > target.multiprocessors:
+            both = {"PUBLISH": True, "CONSUME": True, **meta}
+            fitting = launch.choose_stages(
+                programs, target, cooperative_kernel, config, x.device, *args, **both
+            )
+            if fitting is None:
+                return _linear(gemm, SPLIT)
+            config = fitting
+        # The interpreter runs programs one after another: those that publish, then all.
+        for publish, consume in [(True, False), (False, True)] if interpreted() else [(True, True)]:
+            run(cooperative_kernel, config, *args, PUBLISH=publish, CONSUME=consume, **meta)
     return y, p, z
 
 
-def _library(
-    x: Tensor,
-    weight: Tensor | Packed4bit,
-    in_scale: Tensor | None,
-    forward: bool,
-    shape: tuple[int, int],
-    dtype: torch.dtype,
-    y_dtype: torch.dtype,
-) -> Tensor:
-    """The library's product, contiguous, in y's dtype; shape: (columns, inner)."""
-    if in_scale is not None:
-        x = x * in_scale.to(x.dtype)
+def _tiles(
+    gemm: _Gemm,
+    strategy: str,
+    target: DeviceInfo,
+    dense: bool,
+    codes: Packed4bit | None,
+    format_4bit: Format,
+) -> Config:
+    """Return the tiles of a kernel with a dense base GEMM, one of codes, or none."""
+    x, (M, K), (R, N) = gemm.x, gemm.x.shape, gemm.q.shape
+    fused, base = strategy == SINGLE_PASS, dense or codes is not None
+    multiplied = max(x.dtype.itemsize, gemm.dtype.itemsize)
+    operand = _operand(x, gemm.a).itemsize
+    unchanged = gemm.in_scale is None and gemm.dropout.rng is None
+    config = configs.UPDATE
+    if base or fused:
+        config = configs.linear(
+            target,
+            M,
+            max(multiplied, operand) if fused else multiplied,
+            codes is not None,
+            R if fused else 0,
+            in_registers=not unchanged or operand > multiplied,
+            scattered=codes is not None and not format_4bit.WORDS,
+        )
+    if base and unchanged:  # as `tune` measures it
+        columns, inner = (N, K) if gemm.forward else (K, N)
+        widest = max(multiplied, operand, gemm.q.dtype.itemsize)
+        key = measured.shape(target, M, columns, inner, R, widest, codes is not None)
+        known = measured.find(key)
+        if known is not None and known.strategy == strategy:
+            return (known.forward if gemm.forward else known.backward) or config
+    return config
+
+
+def _types(
+    target: DeviceInfo, wider: torch.dtype, wide: bool, compute: torch.dtype = torch.float32
+) -> Types:
+    return Types(_DTYPE[compute], _DTYPE[wider], configs.precision(target), wide)
+
+
+def _library(gemm: _Gemm) -> Tensor:
+    """Return the library's base GEMM [M, columns], contiguous, in y's dtype."""
+    x, weight, dtype = gemm.x, gemm.weight, gemm.dtype
+    if gemm.in_scale is not None:
+        x = x * gemm.in_scale.to(x.dtype)
     if isinstance(weight, Packed4bit):
-        weight = codec.dequantize(weight, shape if forward else shape[::-1], dtype)
+        shape = gemm.q.shape[1], x.shape[1]
+        weight = codec.dequantize(weight, shape if gemm.forward else shape[::-1], dtype)
+    assert weight is not None
     weight = weight.to(dtype)
-    return library_linear(x.to(dtype), weight if forward else weight.t()).to(y_dtype)
+    return library_linear(x.to(dtype), weight if gemm.forward else weight.t()).to(gemm.y_dtype)
 
 
 def _shrink(x: Tensor, a: Tensor, in_scale: Tensor | None, dropout: Dropout) -> Tensor:
@@ -326,17 +351,12 @@ def _shrink(x: Tensor, a: Tensor, in_scale: Tensor | None, dropout: Dropout) -> 
     out = x.new_empty(slots, M, R, dtype=torch.float32)
     if not M:
         return out
-    in_scale = _contiguous(in_scale)
-    launch.run(
-        shrink_kernel, (triton.cdiv(M, config.block_m), triton.cdiv(R, config.block_n), slots),
-        config, x.device,
-        x, a, in_scale, dropout.rng, out, M, K, R, *x.stride(), *a.stride(), share, dropout.scale,
-        dropout.threshold,
-        IN_SCALE=in_scale is not None, MASK_IN=dropout.rng is not None,
-        WIDER=_DTYPE[_operand(x, a)], PRECISION=configs.precision(target),
-        WIDE=launch.is_wide(x) or launch.is_wide(a),
-        BLOCK_M=config.block_m, BLOCK_K=config.block_k, BLOCK_R=config.block_n,
-    )  # fmt: skip
+    grid = triton.cdiv(M, config.block_m), triton.cdiv(R, config.block_n), slots
+    operands = Matrix.of(x), Matrix.of(a), _contiguous(in_scale), Mask.of(dropout)
+    blocks = {"BLOCK_M": config.block_m, "BLOCK_K": config.block_k, "BLOCK_R": config.block_n}
+    types = _types(target, _operand(x, a), launch.is_wide(x) or launch.is_wide(a))
+    args = *operands, out, M, K, R, share, dropout.scale
+    launch.run(shrink_kernel, config, *args, grid=grid, device=x.device, TYPES=types, **blocks)
     return out
 
 
@@ -369,17 +389,19 @@ def _outer(
     config, share = configs.outer(target, M, N, R)
     count = triton.cdiv(M, share)
     parts = v.new_empty(count, R + 2, N, dtype=torch.float32)
-    v_scale, ranks = _contiguous(v_scale), grad is not None
-    launch.run(
-        outer_kernel,
-        (triton.cdiv(N, config.block_n), triton.cdiv(R, config.block_k) if ranks else 1, count),
-        config, v.device,
-        s, v, v_scale, z, dropout.rng, parts, M, N, R, *v.stride(), share, dropout.threshold,
-        RANKS=ranks, V_SCALE=v_scale is not None, MASK=dropout.rng is not None, SUM=need_sum,
-        SUM_Z=need_sum_z, WIDER=tl.float32 if grad is None else _DTYPE[_operand(v, grad)],
-        PRECISION=configs.precision(target), WIDE=launch.is_wide(v),
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_R=config.block_k,
-    )  # fmt: skip
+    ranks = triton.cdiv(R, config.block_k) if grad is not None else 1
+    grid = triton.cdiv(N, config.block_n), ranks, count
+    wider = torch.float32 if grad is None else _operand(v, grad)
+    meta = {
+        "RANKS": grad is not None,
+        "SUM": need_sum,
+        "TYPES": _types(target, wider, launch.is_wide(v)),
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_R": config.block_k,
+    }
+    args = s, Matrix.of(v), _contiguous(v_scale), z, Mask.of(dropout), parts, M, N, R, share
+    launch.run(outer_kernel, config, *args, grid=grid, device=v.device, **meta)
     return _reduce(parts, scale, gate, grad, need_sum, need_sum_z)
 
 
@@ -403,14 +425,16 @@ def _shrink_outer(
     (M, N), R, target = v.shape, s.shape[1], launch.target(v)
     slots = v.new_empty(triton.cdiv(N, share), M, R, dtype=torch.float32)
     parts = v.new_empty(triton.cdiv(M, config.block_m), R + 2, N, dtype=torch.float32)
-    v_scale = _contiguous(v_scale)
-    launch.run(
-        shrink_outer_kernel, (parts.shape[0], slots.shape[0]), config, v.device,
-        v, b, s, v_scale, z, slots, parts, M, N, R, *v.stride(), *b.stride(), share,
-        V_SCALE=v_scale is not None, SUM=need_sum, SUM_Z=need_sum_z, WIDER=_DTYPE[_operand(v, b)],
-        PRECISION=configs.precision(target), WIDE=launch.is_wide(v),
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_R=config.block_k,
-    )  # fmt: skip
+    meta = {
+        "SUM": need_sum,
+        "TYPES": _types(target, _operand(v, b), launch.is_wide(v)),
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_R": config.block_k,
+    }
+    operands = Matrix.of(v), Matrix.of(b), s, _contiguous(v_scale), z
+    args, grid = (*operands, slots, parts, M, N, R, share), (parts.shape[0], slots.shape[0])
+    launch.run(shrink_outer_kernel, config, *args, grid=grid, device=v.device, **meta)
     return slots, grad, *_reduce(parts, scale, gate, grad.t(), need_sum, need_sum_z)
 
 
@@ -426,12 +450,12 @@ def _reduce(
     count, N, R = parts.shape[0], parts.shape[2], parts.shape[1] - 2
     gate, config = _contiguous(gate), configs.REDUCE
     sums, sums_z = (parts.new_empty(N) if needed else None for needed in (need_sum, need_sum_z))
-    launch.run(
-        reduce_kernel, (triton.cdiv(N, config.block_n), R + 2), config, parts.device,
-        parts, gate, grad, sums, sums_z, N, R, *((0, 0) if grad is None else grad.stride()), count,
-        scale, RANKS=grad is not None, GATE=gate is not None, SUM=need_sum, SUM_Z=need_sum_z,
-        BLOCK_N=config.block_n,
-    )  # fmt: skip
+    to = None if grad is None else Matrix.of(grad)
+    args, grid = (
+        (parts, gate, to, sums, sums_z, N, R, count, scale),
+        (triton.cdiv(N, config.block_n), R + 2),
+    )
+    launch.run(reduce_kernel, config, *args, grid=grid, device=parts.device, BLOCK_N=config.block_n)
     return sums, sums_z
 
 
@@ -452,15 +476,18 @@ def dora_norm(
     slots = torch.empty(triton.cdiv(K, share), N, dtype=torch.float32, device=lora_A.device)
     gate, block_r = _contiguous(rank_gate), configs.block_of_ranks(R)
     wide = N * K >= 1 << 31 or any(map(launch.is_wide, (w, lora_A, lora_B)))
-    launch.run(
-        row_norm_kernel, (triton.cdiv(N, config.block_n), slots.shape[0]), config, w.device,
-        w, *launch.tables(codes), lora_A, lora_B, gate, slots, N, K, R,
-        *launch.strides(w, codes), *lora_A.stride(), *lora_B.stride(), share, scaling,
-        CODES=codes is not None, GATE=gate is not None, WIDER=_DTYPE[wider],
-        PRECISION=configs.precision(target), **launch.format_4bit(codes, K, target), WIDE=wide,
-        BLOCK_N=config.block_n, BLOCK_K=config.block_k, BLOCK_R=block_r,
-        ONE_BLOCK=block_r >= R,
-    )  # fmt: skip
+    meta = {
+        "FORMAT": launch.format_4bit(codes, K, target),
+        "TYPES": _types(target, wider, wide),
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "BLOCK_R": block_r,
+        "ONE_BLOCK": block_r >= R,
+    }
+    base = Matrix.of(w) if codes is None else None, None if codes is None else Codes.of(codes)
+    args = *base, Matrix.of(lora_A), Matrix.of(lora_B), gate, slots, N, K, R, share, scaling
+    grid = triton.cdiv(N, config.block_n), slots.shape[0]
+    launch.run(row_norm_kernel, config, *args, grid=grid, device=w.device, **meta)
     return slots.sum(0).sqrt_()
 
 

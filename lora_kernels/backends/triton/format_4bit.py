@@ -10,20 +10,11 @@ from .tiles import load_codes, to_dtype
 
 @triton.jit
 def dequantize_kernel(
-    packed_ptr,
-    absmax_ptr,
-    code_ptr,
-    nested_absmax_ptr,
-    nested_code_ptr,
-    offset_ptr,
+    codes,
     w_ptr,
     N,
     K,
-    LOG2_BLOCK: tl.constexpr,
-    NESTED: tl.constexpr,
-    WHOLE: tl.constexpr,
-    WORDS: tl.constexpr,
-    ASM: tl.constexpr,
+    FORMAT: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -34,10 +25,7 @@ def dequantize_kernel(
     Tested by tests/triton/test_exact.py, bit for bit.
     """
     n0, k0 = tl.program_id(0) * BLOCK_N, tl.program_id(1) * BLOCK_K
-    w = load_codes(
-        packed_ptr, absmax_ptr, code_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, n0, k0,
-        N, K, BLOCK_N, BLOCK_K, LOG2_BLOCK, NESTED, WHOLE, WORDS, ASM, WIDE,
-    )  # fmt: skip
+    w = load_codes(codes, n0, k0, N, K, BLOCK_N, BLOCK_K, FORMAT, WIDE)
     offs_n, offs_k = n0 + tl.arange(0, BLOCK_N), k0 + tl.arange(0, BLOCK_K)
     mask = (offs_n < N)[:, None] & (offs_k < K)[None, :]
     if WIDE:

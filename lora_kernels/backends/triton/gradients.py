@@ -12,35 +12,27 @@ from .tiles import dot, keep_mask, load_tile, to_dtype
 @triton.jit(do_not_specialize=["M"])
 def outer_kernel(
     s_ptr,
-    v_ptr,
+    v,
     v_scale_ptr,
     z_ptr,
-    rng_ptr,
+    mask,
     parts_ptr,
     M,
     N,
     R,
-    stride_vm,
-    stride_vn,
     m_share,
-    threshold,
     RANKS: tl.constexpr,
-    V_SCALE: tl.constexpr,
-    MASK: tl.constexpr,
     SUM: tl.constexpr,
-    SUM_Z: tl.constexpr,
-    WIDER: tl.constexpr,
-    PRECISION: tl.constexpr,
-    WIDE: tl.constexpr,
+    TYPES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
     """parts[i, :R] = sᵀ·mask(v ⊙ v_scale) over the i-th share of rows; [R] = Σ v, [R+1] = Σ v ⊙ z.
 
-    s [M, R] float32, v [M, N], z [M, N] contiguous; parts float32 [parts, R + 2, N]. RANKS, SUM and
-    SUM_Z: whether each is wanted. Program (n, r, i) makes BLOCK_R × BLOCK_N of part i, which is of
-    m_share rows.
+    s [M, R] float32, v [M, N], z [M, N] contiguous; parts float32 [parts, R + 2, N]. RANKS and SUM:
+    whether the first two are wanted; the third is if z is given. Program (n, r, i) computes
+    BLOCK_R × BLOCK_N of part i, which is of m_share rows.
     Rounding points: s and v ⊙ v_scale to WIDER; sums in float32.
     Bytes: v (and z) once for each BLOCK_R ranks, s once for each BLOCK_N columns, the parts;
     flops 2·M·N·R. Deterministic. Tested by tests/triton/test_lora_linear.py.
@@ -58,22 +50,22 @@ def outer_kernel(
     for m0 in range(part * m_share, end, BLOCK_M):
         offs_m = m0 + tl.arange(0, BLOCK_M)
         mask_m = offs_m < end
-        v = load_tile(v_ptr, offs_m, stride_vm, offs_n, stride_vn, mask_m, mask_n, WIDE)
+        tile = load_tile(v.ptr, offs_m, v.row, offs_n, v.col, mask_m, mask_n, TYPES.WIDE)
         if SUM:
-            sum_v += tl.sum(v.to(tl.float32), 0)
-        if SUM_Z:
-            z = load_tile(z_ptr, offs_m, N, offs_n, 1, mask_m, mask_n, WIDE)
-            sum_vz += tl.sum(v.to(tl.float32) * z.to(tl.float32), 0)
+            sum_v += tl.sum(tile.to(tl.float32), 0)
+        if z_ptr is not None:
+            z = load_tile(z_ptr, offs_m, N, offs_n, 1, mask_m, mask_n, TYPES.WIDE)
+            sum_vz += tl.sum(tile.to(tl.float32) * z.to(tl.float32), 0)
         if RANKS:
-            if V_SCALE:
+            if v_scale_ptr is not None:
                 v_scale = tl.load(v_scale_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
-                v = v.to(tl.float32) * v_scale[None, :]
-            if MASK:
-                v = tl.where(
-                    keep_mask(rng_ptr, m0, pid_n * BLOCK_N, threshold, BLOCK_M, BLOCK_N), v, 0.0
-                )
-            s = load_tile(s_ptr, offs_r, 1, offs_m, R, mask_r, mask_m, WIDE)
-            grad = dot(to_dtype(s, WIDER), to_dtype(v, WIDER), grad, PRECISION)
+                tile = tile.to(tl.float32) * v_scale[None, :]
+            if mask is not None:
+                keep = keep_mask(mask, m0, pid_n * BLOCK_N, BLOCK_M, BLOCK_N)
+                tile = tl.where(keep, tile, 0.0)
+            s = load_tile(s_ptr, offs_r, 1, offs_m, R, mask_r, mask_m, TYPES.WIDE)
+            s = to_dtype(s, TYPES.WIDER)
+            grad = dot(s, to_dtype(tile, TYPES.WIDER), grad, TYPES.PRECISION)
     first = parts_ptr + part.to(tl.int64) * (R + 2) * N
     if RANKS:
         at = offs_r[:, None] * N + offs_n[None, :]
@@ -81,14 +73,14 @@ def outer_kernel(
     if pid_r == 0:
         if SUM:
             tl.store(first + R * N + offs_n, sum_v, mask=mask_n)
-        if SUM_Z:
+        if z_ptr is not None:
             tl.store(first + (R + 1) * N + offs_n, sum_vz, mask=mask_n)
 
 
 @triton.jit(do_not_specialize=["M"])
 def shrink_outer_kernel(
-    v_ptr,
-    b_ptr,
+    v,
+    b,
     s_ptr,
     v_scale_ptr,
     z_ptr,
@@ -97,17 +89,9 @@ def shrink_outer_kernel(
     M,
     N,
     R,
-    stride_vm,
-    stride_vn,
-    stride_bn,
-    stride_br,
     n_share,
-    V_SCALE: tl.constexpr,
     SUM: tl.constexpr,
-    SUM_Z: tl.constexpr,
-    WIDER: tl.constexpr,
-    PRECISION: tl.constexpr,
-    WIDE: tl.constexpr,
+    TYPES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -126,27 +110,29 @@ def shrink_outer_kernel(
     pid_m, slot = tl.program_id(0), tl.program_id(1)
     offs_m, offs_r = pid_m * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_R)
     mask_m, mask_r = offs_m < M, offs_r < R
-    s = to_dtype(load_tile(s_ptr, offs_m, R, offs_r, 1, mask_m, mask_r, WIDE), WIDER)
+    s = load_tile(s_ptr, offs_m, R, offs_r, 1, mask_m, mask_r, TYPES.WIDE)
+    s = to_dtype(s, TYPES.WIDER)
     first = parts_ptr + pid_m.to(tl.int64) * (R + 2) * N
     p = tl.zeros([BLOCK_M, BLOCK_R], dtype=tl.float32)
     end = min(N, (slot + 1) * n_share)
     for n0 in range(slot * n_share, end, BLOCK_N):
         offs_n = n0 + tl.arange(0, BLOCK_N)
         mask_n = offs_n < end
-        v = load_tile(v_ptr, offs_m, stride_vm, offs_n, stride_vn, mask_m, mask_n, WIDE)
+        tile = load_tile(v.ptr, offs_m, v.row, offs_n, v.col, mask_m, mask_n, TYPES.WIDE)
         if SUM:
-            tl.store(first + R * N + offs_n, tl.sum(v.to(tl.float32), 0), mask=mask_n)
-        if SUM_Z:
-            z = load_tile(z_ptr, offs_m, N, offs_n, 1, mask_m, mask_n, WIDE)
-            sum_vz = tl.sum(v.to(tl.float32) * z.to(tl.float32), 0)
+            tl.store(first + R * N + offs_n, tl.sum(tile.to(tl.float32), 0), mask=mask_n)
+        if z_ptr is not None:
+            z = load_tile(z_ptr, offs_m, N, offs_n, 1, mask_m, mask_n, TYPES.WIDE)
+            sum_vz = tl.sum(tile.to(tl.float32) * z.to(tl.float32), 0)
             tl.store(first + (R + 1) * N + offs_n, sum_vz, mask=mask_n)
-        if V_SCALE:
+        if v_scale_ptr is not None:
             v_scale = tl.load(v_scale_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
-            v = v.to(tl.float32) * v_scale[None, :]
-        v = to_dtype(v, WIDER)
-        b = load_tile(b_ptr, offs_n, stride_bn, offs_r, stride_br, mask_n, mask_r, WIDE)
-        p = dot(v, to_dtype(b, WIDER), p, PRECISION)
-        grad = dot(tl.trans(v), s, tl.zeros([BLOCK_N, BLOCK_R], dtype=tl.float32), PRECISION)
+            tile = tile.to(tl.float32) * v_scale[None, :]
+        tile = to_dtype(tile, TYPES.WIDER)
+        B = load_tile(b.ptr, offs_n, b.row, offs_r, b.col, mask_n, mask_r, TYPES.WIDE)
+        p = dot(tile, to_dtype(B, TYPES.WIDER), p, TYPES.PRECISION)
+        zeros = tl.zeros([BLOCK_N, BLOCK_R], dtype=tl.float32)
+        grad = dot(tl.trans(tile), s, zeros, TYPES.PRECISION)
         at = offs_r[None, :] * N + offs_n[:, None]
         tl.store(first + at, grad, mask=mask_n[:, None] & mask_r[None, :])
     store_slot(slots_ptr, slot, pid_m * BLOCK_M, 0, p, M, R, BLOCK_M, BLOCK_R)
@@ -156,19 +142,13 @@ def shrink_outer_kernel(
 def reduce_kernel(
     parts_ptr,
     gate_ptr,
-    grad_ptr,
+    grad,
     sum_ptr,
     sum_z_ptr,
     N,
     R,
-    stride_gr,
-    stride_gn,
     parts,
     scale,
-    RANKS: tl.constexpr,
-    GATE: tl.constexpr,
-    SUM: tl.constexpr,
-    SUM_Z: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """grad [R, N] = scale · gate ⊙ Σ parts[:, :R] in its own dtype, and the two sums in float32.
@@ -179,17 +159,17 @@ def reduce_kernel(
     offs_n, r = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.program_id(1)
     mask = offs_n < N
     at = parts_ptr + r * N + offs_n
-    if RANKS:
+    if grad is not None:
         if r < R:
             total = add_parts(at, mask, R, N, parts) * scale
-            if GATE:
+            if gate_ptr is not None:
                 total = total * tl.load(gate_ptr + r).to(tl.float32)
-            to = grad_ptr + r.to(tl.int64) * stride_gr + offs_n.to(tl.int64) * stride_gn
-            tl.store(to, to_dtype(total, grad_ptr.dtype.element_ty), mask=mask)
-    if SUM:
+            to = grad.ptr + r.to(tl.int64) * grad.row + offs_n.to(tl.int64) * grad.col
+            tl.store(to, to_dtype(total, grad.ptr.dtype.element_ty), mask=mask)
+    if sum_ptr is not None:
         if r == R:
             tl.store(sum_ptr + offs_n, add_parts(at, mask, R, N, parts), mask=mask)
-    if SUM_Z:
+    if sum_z_ptr is not None:
         if r == R + 1:
             tl.store(sum_z_ptr + offs_n, add_parts(at, mask, R, N, parts), mask=mask)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...device import DeviceInfo
 from . import configs, interpreted
+from .arguments import Format
 from .configs import Config
 
 if TYPE_CHECKING:
@@ -23,15 +24,13 @@ def target(x: Tensor) -> DeviceInfo:
     return found
 
 
-def format_4bit(codes: Packed4bit | None, row: int, target: DeviceInfo) -> dict[str, Any]:
-    """What a kernel is compiled for; row: elements of a row of the weight."""
-    return {
-        "LOG2_BLOCK": 0 if codes is None else codes.blocksize.bit_length() - 1,
-        "NESTED": codes is not None and codes.nested_absmax is not None,
-        "WHOLE": codes is not None and row % codes.blocksize == 0,
-        "WORDS": codes is not None and row % 8 == 0 and codes.packed.data_ptr() % 4 == 0,
-        "ASM": target.kind == "cuda" and not interpreted(),
-    }
+def format_4bit(codes: Packed4bit | None, row: int, target: DeviceInfo) -> Format:
+    """Return how a kernel reads the codes of a weight with `row` elements a row."""
+    if codes is None:
+        return Format(0, False, False, False)
+    whole_words = row % 8 == 0 and codes.packed.data_ptr() % 4 == 0
+    asm = target.kind == "cuda" and not interpreted()
+    return Format(codes.blocksize.bit_length() - 1, row % codes.blocksize == 0, whole_words, asm)
 
 
 def options(config: Config) -> dict[str, Any]:
@@ -42,10 +41,10 @@ def options(config: Config) -> dict[str, Any]:
 
 def run(
     kernel: Any,
-    grid: tuple[int, ...],
     config: Config,
-    device: torch.device,
     *args: Any,
+    grid: tuple[int, ...],
+    device: torch.device,
     **meta: Any,
 ) -> None:
     """On the tensors' device and torch's current stream there."""
@@ -71,10 +70,7 @@ def choose_stages(
         return config if programs <= 2 * target.multiprocessors else None
     if target.kind != "cuda":
         return config if programs <= target.multiprocessors else None
-    kinds = [  # what a kernel is compiled for, and M, which is one of few rows
-        (a.dtype, a.data_ptr() % 16) if isinstance(a, Tensor) else float if type(a) is float else a
-        for a in args
-    ]
+    kinds = [_kind(a) for a in args]
     for stages in range(config.stages, 0, -1):
         fewer = replace(config, stages=stages)
         key = (kernel, fewer, device, *kinds, *meta.values())
@@ -83,6 +79,15 @@ def choose_stages(
         if programs <= configs.count_co_resident(target, *_resources[key], config.warps):
             return fewer
     return None
+
+
+def _kind(argument: Any) -> Any:
+    """Return what a kernel is compiled for, and M, which is one of few rows."""
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.data_ptr() % 16
+    if isinstance(argument, tuple):
+        return tuple(map(_kind, argument))
+    return float if type(argument) is float else argument
 
 
 _resources: dict[tuple[Any, ...], tuple[int, int]] = {}
@@ -96,16 +101,6 @@ def read_resources(
         compiled = kernel.warmup(*args, grid=(1,), **meta, **options(config))
         compiled._init_handles()  # loads it and counts its registers, as Triton's tutorials do
     return compiled.metadata.shared, compiled.n_regs
-
-
-def tables(codes: Packed4bit | None) -> tuple[Tensor | None, ...]:
-    if codes is None:
-        return (None,) * 5
-    return codes.absmax, codes.code, codes.nested_absmax, codes.nested_code, codes.offset
-
-
-def strides(w: Tensor | None, codes: Packed4bit | None) -> tuple[int, ...]:
-    return (0, 0) if w is None or codes is not None else w.stride()
 
 
 def is_wide(t: Tensor) -> bool:

@@ -1,4 +1,15 @@
-"""y, and dx in the other layout: the base product and the adapter's update in one kernel."""
+"""y, and dx in the other layout: the base GEMM and the adapter's low-rank update in one kernel.
+
+    z = x·W + mask_out(S)·Q,    y = out_scale ⊙ z + bias,    S = (P ⊙ gate)·s_scale
+
+x [M, K] (times in_scale [K]); W [K, N] as w, or as 4-bit codes of [N, K] (K_INNER) or of [K, N];
+a [R, K], q [R, N]. A program computes BLOCK_M × BLOCK_N of y. z is stored if z_ptr is given.
+
+Rounding points: x, W to COMPUTE; x, a, S, q to WIDER; sums in float32; y and z once.
+Bytes: x, W once a tile of columns or rows, less what the L2 cache keeps. Deterministic.
+LEFT: codes are the left operand, of which a tensor core instruction takes 64 or 16 rows at a time.
+Tested by tests/triton/test_lora_linear.py.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +20,140 @@ from .shrink import share_of_p, store_slot
 from .tiles import dot, grouped, keep_mask, load_codes, load_tile, to_dtype
 
 
+@triton.jit(do_not_specialize=["M"])
+def fused_kernel(
+    x,
+    w,
+    codes,
+    a,
+    q,
+    p_ptr,
+    gate_ptr,
+    in_scale_ptr,
+    out_scale_ptr,
+    bias_ptr,
+    mask_in,
+    mask_out,
+    y_ptr,
+    z_ptr,
+    M,
+    N,
+    K,
+    R,
+    p_scale,
+    s_scale,
+    K_INNER: tl.constexpr,
+    LEFT: tl.constexpr,
+    FORMAT: tl.constexpr,
+    TYPES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    """y with P = p_scale · mask_in(x)·aᵀ summed beside the base GEMM, R ≤ BLOCK_R.
+
+    The programs of the first columns store P. Flops 2·M·N·(K + R), and 2·M·K·BLOCK_R for each tile
+    of columns.
+    """
+    pid_m, pid_n = grouped(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
+    m0, n0 = pid_m * BLOCK_M, pid_n * BLOCK_N
+    offs_m, offs_n, offs_r = (
+        m0 + tl.arange(0, BLOCK_M),
+        n0 + tl.arange(0, BLOCK_N),
+        tl.arange(0, BLOCK_R),
+    )
+    mask_m = offs_m < M
+    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    p = tl.zeros([BLOCK_M, BLOCK_R], dtype=tl.float32)
+    if LEFT:
+        acc = tl.trans(acc)
+    for k0 in range(0, K, BLOCK_K):
+        offs_k = k0 + tl.arange(0, BLOCK_K)
+        mask_k = offs_k < K
+        v = load_x(x, in_scale_ptr, offs_m, offs_k, mask_m, mask_k, TYPES)
+        acc = add_base(
+            acc, v, w, codes, n0, k0, N, K, K_INNER, LEFT, FORMAT, TYPES, BLOCK_N, BLOCK_K
+        )
+        if mask_in is not None:
+            v = tl.where(keep_mask(mask_in, m0, k0, BLOCK_M, BLOCK_K), v, 0.0)
+        A = load_tile(a.ptr, offs_k, a.col, offs_r, a.row, mask_k, offs_r < R, TYPES.WIDE)
+        p = dot(to_dtype(v, TYPES.WIDER), to_dtype(A, TYPES.WIDER), p, TYPES.PRECISION)
+    if LEFT:
+        acc = tl.trans(acc)
+    p = p * p_scale
+    if pid_n == 0:
+        store_p(p_ptr, offs_m, offs_r, p, M, R)
+    acc = add_masked_update(
+        acc, p, q, gate_ptr, mask_out, m0, n0, offs_r, N, R, s_scale, TYPES, BLOCK_M, BLOCK_N
+    )
+    store_y(acc, y_ptr, z_ptr, out_scale_ptr, bias_ptr, offs_m, offs_n, M, N, False, TYPES)
+
+
 @triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["slots"])
-def linear_kernel(
-    x_ptr,
-    w_ptr,
-    absmax_ptr,
-    code_ptr,
-    nested_absmax_ptr,
-    nested_code_ptr,
-    offset_ptr,
-    a_ptr,
-    q_ptr,
+def two_pass_kernel(
+    x,
+    w,
+    codes,
+    q,
+    p_ptr,
+    slots_ptr,
+    gate_ptr,
+    in_scale_ptr,
+    out_scale_ptr,
+    bias_ptr,
+    mask_out,
+    y_ptr,
+    z_ptr,
+    M,
+    N,
+    K,
+    R,
+    slots,
+    s_scale,
+    ADD_TO_Y: tl.constexpr,
+    K_INNER: tl.constexpr,
+    LEFT: tl.constexpr,
+    FORMAT: tl.constexpr,
+    TYPES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    """y with P as the sum of `slots` [slots, M, R], where its sums start, BLOCK_R ranks at a time.
+
+    The programs of the first columns store P; with one slot P is there already. ADD_TO_Y: y holds
+    x·W. Without w and codes there is no base GEMM. Flops 2·M·N·(K + R).
+    """
+    pid_m, pid_n = grouped(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
+    m0, n0 = pid_m * BLOCK_M, pid_n * BLOCK_N
+    offs_m, offs_n = m0 + tl.arange(0, BLOCK_M), n0 + tl.arange(0, BLOCK_N)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    for r0 in tl.range(0, R, BLOCK_R, num_stages=1):
+        ranks = r0 + tl.arange(0, BLOCK_R)
+        p = load_slots(slots_ptr, offs_m, ranks, M, R, slots)
+        if slots > 1 and pid_n == 0:
+            store_p(p_ptr, offs_m, ranks, p, M, R)
+        acc = add_update(acc, p, q, gate_ptr, offs_n, ranks, N, R, s_scale, TYPES)
+    if mask_out is not None:
+        acc = tl.where(keep_mask(mask_out, m0, n0, BLOCK_M, BLOCK_N), acc, 0.0)
+    acc = add_base_gemm(
+        acc, x, w, codes, in_scale_ptr, m0, n0, M, N, K, K_INNER, LEFT, FORMAT, TYPES, BLOCK_M,
+        BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    store_y(acc, y_ptr, z_ptr, out_scale_ptr, bias_ptr, offs_m, offs_n, M, N, ADD_TO_Y, TYPES)
+
+
+@triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["slots"])
+def cooperative_kernel(
+    x,
+    w,
+    codes,
+    a,
+    q,
     p_ptr,
     slots_ptr,
     flags_ptr,
@@ -27,214 +161,172 @@ def linear_kernel(
     in_scale_ptr,
     out_scale_ptr,
     bias_ptr,
-    rng_ptr,
+    mask_in,
+    mask_out,
     y_ptr,
     z_ptr,
     M,
     N,
     K,
     R,
-    stride_xm,
-    stride_xk,
-    stride_wn,
-    stride_wk,
-    stride_ar,
-    stride_ak,
-    stride_qr,
-    stride_qn,
     slots,
     k_share,
     p_scale,
     s_scale,
-    threshold,
-    BASE: tl.constexpr,
-    K_INNER: tl.constexpr,
-    SINGLE_PASS: tl.constexpr,
     PUBLISH: tl.constexpr,
     CONSUME: tl.constexpr,
-    WAIT: tl.constexpr,
-    GATE: tl.constexpr,
-    IN_SCALE: tl.constexpr,
-    OUT_SCALE: tl.constexpr,
-    BIAS: tl.constexpr,
-    MASK_IN: tl.constexpr,
-    MASK_OUT: tl.constexpr,
-    SAVE_Z: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    WIDER: tl.constexpr,
-    PRECISION: tl.constexpr,
-    LOG2_BLOCK: tl.constexpr,
-    NESTED: tl.constexpr,
-    WHOLE: tl.constexpr,
-    WORDS: tl.constexpr,
-    ASM: tl.constexpr,
+    K_INNER: tl.constexpr,
     LEFT: tl.constexpr,
-    WIDE: tl.constexpr,
+    FORMAT: tl.constexpr,
+    TYPES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """z = x·W + mask(S)·Q, y = out_scale ⊙ z + bias; S = (P ⊙ gate)·s_scale.
+    """y for at most 16 rows and BLOCK_R ranks, in one cooperative launch.
 
-    x [M, K] (times in_scale [K]), W [K, N] given by strides or as 4-bit codes of [N, K] (K_INNER)
-    or of [K, N], a [R, K], q [R, N]. A program makes BLOCK_M × BLOCK_N of y.
-    SINGLE_PASS: P = p_scale · mask(x)·aᵀ is summed beside the product, R ≤ BLOCK_R, and the
-    programs of the first columns store it. Else P is the sum of `slots` [slots, M, R], BLOCK_R
-    ranks at a time, and what they store; with one slot P is there already.
-    LEFT: codes are the left operand, of which a matrix instruction takes 64 or 16 rows at a time.
-    PUBLISH: the slots are made here, by as many programs, before all stream their share of W, and
-    CONSUME: added last, at most 16 rows and BLOCK_R ranks. WAIT: for the flag that counts them
-    (flags: how many have published, how many are done; the last one out clears both). Launched
-    cooperatively, so that no program waits for one that has no place yet. In the interpreter, where
-    programs run one after another, the two are two launches, without WAIT.
-    BASE: "none", "dense", "codes", or "library": y holds x·W already.
-    Rounding points: x, W to COMPUTE; x, a, S, q to WIDER; sums in float32; y and z once.
-    Bytes: x, W once a tile of columns or rows, less what the L2 cache keeps; flops 2·M·N·(K + R),
-    and in a single pass 2·M·K·BLOCK_R for each tile of columns. Deterministic.
-    Tested by tests/triton/test_lora_linear.py.
+    PUBLISH: the first programs each store a partial sum of P in `slots`, before all read their part
+    of W. CONSUME: the update from the sum of the slots is added in the epilogue. Between the two
+    all wait for the flag that counts the stored slots (flags: how many programs have published, how
+    many have read; the last one clears both). A cooperative launch guarantees that all programs are
+    co-resident. In the interpreter, where programs run one after another, the two are two launches,
+    without flags.
     """
     pid_m, pid_n = grouped(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
-    offs_m, offs_n = (
-        pid_m * BLOCK_M + tl.arange(0, BLOCK_M),
-        pid_n * BLOCK_N + tl.arange(0, BLOCK_N),
+    m0, n0, slot = pid_m * BLOCK_M, pid_n * BLOCK_N, tl.program_id(0)
+    offs_m, offs_n, offs_r = (
+        m0 + tl.arange(0, BLOCK_M),
+        n0 + tl.arange(0, BLOCK_N),
+        tl.arange(0, BLOCK_R),
     )
-    offs_r = tl.arange(0, BLOCK_R)
-    mask_m, mask_n = offs_m < M, offs_n < N
-    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-    p = tl.zeros([BLOCK_M, BLOCK_R], dtype=tl.float32)
-
     if PUBLISH:
-        slot = tl.program_id(0)
         if slot < slots:
+            k_range = slot * k_share, min(K, (slot + 1) * k_share)
             share = share_of_p(
-                x_ptr, a_ptr, in_scale_ptr, rng_ptr, 0, 0, slot * k_share,
-                min(K, (slot + 1) * k_share), M, R, stride_xm, stride_xk, stride_ar, stride_ak,
-                p_scale, threshold, IN_SCALE, MASK_IN, WIDER, PRECISION, WIDE, BLOCK_M, BLOCK_K,
-                BLOCK_R,
-            )  # fmt: skip
-            store_slot(slots_ptr, slot, 0, 0, share, M, R, BLOCK_M, BLOCK_R)
-            if WAIT:
+                x, a, in_scale_ptr, mask_in, 0, 0, k_range, M, R, TYPES, BLOCK_M, BLOCK_K, BLOCK_R
+            )
+            store_slot(slots_ptr, slot, 0, 0, share * p_scale, M, R, BLOCK_M, BLOCK_R)
+            if flags_ptr is not None:
                 tl.debug_barrier()  # all threads have stored before one says so
                 tl.atomic_add(flags_ptr, 1, sem="release")
         if not CONSUME:
             return
+    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    acc = add_base_gemm(
+        acc, x, w, codes, in_scale_ptr, m0, n0, M, N, K, K_INNER, LEFT, FORMAT, TYPES, BLOCK_M,
+        BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    if flags_ptr is not None:
+        while tl.atomic_add(flags_ptr, 0, sem="acquire") < slots:
+            pass
+        tl.debug_barrier()
+    p = load_slots(slots_ptr, offs_m, offs_r, M, R, slots)
+    if flags_ptr is not None:
+        tl.debug_barrier()
+        if tl.atomic_add(flags_ptr + 1, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+            tl.store(flags_ptr, 0)
+            tl.store(flags_ptr + 1, 0)
+    if slots > 1 and pid_n == 0:
+        store_p(p_ptr, offs_m, offs_r, p, M, R)
+    acc = add_masked_update(
+        acc, p, q, gate_ptr, mask_out, m0, n0, offs_r, N, R, s_scale, TYPES, BLOCK_M, BLOCK_N
+    )
+    store_y(acc, y_ptr, z_ptr, out_scale_ptr, bias_ptr, offs_m, offs_n, M, N, False, TYPES)
 
-    if not (SINGLE_PASS or CONSUME):
-        for r0 in tl.range(0, R, BLOCK_R, num_stages=1):
-            ranks = r0 + offs_r
-            part = load_slots(slots_ptr, offs_m, ranks, M, R, slots)
-            if slots > 1 and pid_n == 0:
-                store_p(p_ptr, offs_m, ranks, part, M, R)
-            acc = add_update(
-                acc, part, q_ptr, gate_ptr, offs_n, ranks, N, R, stride_qr, stride_qn, s_scale,
-                GATE, WIDER, PRECISION, WIDE,
-            )  # fmt: skip
-        if MASK_OUT:
-            acc = tl.where(
-                keep_mask(rng_ptr, pid_m * BLOCK_M, pid_n * BLOCK_N, threshold, BLOCK_M, BLOCK_N),
-                acc,
-                0.0,
-            )
 
-    if LEFT:
-        acc_t = tl.trans(acc)
-    if BASE == "dense" or BASE == "codes" or SINGLE_PASS:
+@triton.jit
+def load_x(x, in_scale_ptr, offs_m, offs_k, mask_m, mask_k, TYPES: tl.constexpr):
+    """x ⊙ in_scale [BLOCK_M, BLOCK_K]."""
+    v = load_tile(x.ptr, offs_m, x.row, offs_k, x.col, mask_m, mask_k, TYPES.WIDE)
+    if in_scale_ptr is not None:
+        in_scale = tl.load(in_scale_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
+        v = v.to(tl.float32) * in_scale[None, :]
+    return v
+
+
+@triton.jit
+def add_base(
+    acc,
+    v,
+    w,
+    codes,
+    n0,
+    k0,
+    N,
+    K,
+    K_INNER: tl.constexpr,
+    LEFT: tl.constexpr,
+    FORMAT: tl.constexpr,
+    TYPES: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """acc + v·W for one step of the main loop, transposed if LEFT."""
+    if codes is not None:
+        if K_INNER:
+            tile = load_codes(codes, n0, k0, N, K, BLOCK_N, BLOCK_K, FORMAT, TYPES.WIDE)
+            tile = to_dtype(tile, TYPES.COMPUTE)
+            if LEFT:
+                return dot(tile, tl.trans(to_dtype(v, TYPES.COMPUTE)), acc, TYPES.PRECISION)
+            else:
+                return dot(to_dtype(v, TYPES.COMPUTE), tl.trans(tile), acc, TYPES.PRECISION)
+        else:
+            tile = load_codes(codes, k0, n0, K, N, BLOCK_K, BLOCK_N, FORMAT, TYPES.WIDE)
+            tile = to_dtype(tile, TYPES.COMPUTE)
+            return dot(to_dtype(v, TYPES.COMPUTE), tile, acc, TYPES.PRECISION)
+    elif w is not None:
+        offs_n, offs_k = n0 + tl.arange(0, BLOCK_N), k0 + tl.arange(0, BLOCK_K)
+        tile = load_tile(w.ptr, offs_k, w.col, offs_n, w.row, offs_k < K, offs_n < N, TYPES.WIDE)
+        tile = to_dtype(tile, TYPES.COMPUTE)
+        return dot(to_dtype(v, TYPES.COMPUTE), tile, acc, TYPES.PRECISION)
+    else:
+        return acc
+
+
+@triton.jit
+def add_base_gemm(
+    acc,
+    x,
+    w,
+    codes,
+    in_scale_ptr,
+    m0,
+    n0,
+    M,
+    N,
+    K,
+    K_INNER: tl.constexpr,
+    LEFT: tl.constexpr,
+    FORMAT: tl.constexpr,
+    TYPES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """acc + (x ⊙ in_scale)·W."""
+    if w is not None or codes is not None:
+        offs_m = m0 + tl.arange(0, BLOCK_M)
+        if LEFT:
+            acc = tl.trans(acc)
         for k0 in range(0, K, BLOCK_K):
             offs_k = k0 + tl.arange(0, BLOCK_K)
-            mask_k = offs_k < K
-            x = load_tile(x_ptr, offs_m, stride_xm, offs_k, stride_xk, mask_m, mask_k, WIDE)
-            if IN_SCALE:
-                in_scale = tl.load(in_scale_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
-                x = x.to(tl.float32) * in_scale[None, :]
-            if BASE == "dense":
-                w = load_tile(w_ptr, offs_k, stride_wk, offs_n, stride_wn, mask_k, mask_n, WIDE)
-                acc = dot(to_dtype(x, COMPUTE), to_dtype(w, COMPUTE), acc, PRECISION)
-            elif BASE == "codes":
-                if K_INNER:
-                    w = load_codes(
-                        w_ptr, absmax_ptr, code_ptr, nested_absmax_ptr, nested_code_ptr,
-                        offset_ptr, pid_n * BLOCK_N, k0, N, K, BLOCK_N, BLOCK_K, LOG2_BLOCK,
-                        NESTED, WHOLE, WORDS, ASM, WIDE,
-                    )  # fmt: skip
-                    w = to_dtype(w, COMPUTE)
-                    if LEFT:
-                        acc_t = dot(w, tl.trans(to_dtype(x, COMPUTE)), acc_t, PRECISION)
-                    else:
-                        acc = dot(to_dtype(x, COMPUTE), tl.trans(w), acc, PRECISION)
-                else:
-                    w = load_codes(
-                        w_ptr, absmax_ptr, code_ptr, nested_absmax_ptr, nested_code_ptr,
-                        offset_ptr, k0, pid_n * BLOCK_N, K, N, BLOCK_K, BLOCK_N, LOG2_BLOCK,
-                        NESTED, WHOLE, WORDS, ASM, WIDE,
-                    )  # fmt: skip
-                    acc = dot(to_dtype(x, COMPUTE), to_dtype(w, COMPUTE), acc, PRECISION)
-            if SINGLE_PASS:
-                if MASK_IN:
-                    x = tl.where(
-                        keep_mask(rng_ptr, pid_m * BLOCK_M, k0, threshold, BLOCK_M, BLOCK_K), x, 0.0
-                    )
-                a = load_tile(a_ptr, offs_k, stride_ak, offs_r, stride_ar, mask_k, offs_r < R, WIDE)
-                p = dot(to_dtype(x, WIDER), to_dtype(a, WIDER), p, PRECISION)
-
-    if LEFT:
-        acc = tl.trans(acc_t)
-    if CONSUME:
-        if WAIT:
-            while tl.atomic_add(flags_ptr, 0, sem="acquire") < slots:
-                pass
-            tl.debug_barrier()
-        p = load_slots(slots_ptr, offs_m, offs_r, M, R, slots)
-        if WAIT:
-            tl.debug_barrier()
-            if tl.atomic_add(flags_ptr + 1, 1, sem="acq_rel") == tl.num_programs(0) - 1:
-                tl.store(flags_ptr, 0)
-                tl.store(flags_ptr + 1, 0)
-        if slots > 1 and pid_n == 0:
-            store_p(p_ptr, offs_m, offs_r, p, M, R)
-    if SINGLE_PASS:
-        p = p * p_scale
-        if pid_n == 0:
-            store_p(p_ptr, offs_m, offs_r, p, M, R)
-    if SINGLE_PASS or CONSUME:
-        if MASK_OUT:
-            update = add_update(
-                tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32), p, q_ptr, gate_ptr, offs_n, offs_r,
-                N, R, stride_qr, stride_qn, s_scale, GATE, WIDER, PRECISION, WIDE,
-            )  # fmt: skip
-            acc += tl.where(
-                keep_mask(rng_ptr, pid_m * BLOCK_M, pid_n * BLOCK_N, threshold, BLOCK_M, BLOCK_N),
-                update,
-                0.0,
+            v = load_x(x, in_scale_ptr, offs_m, offs_k, offs_m < M, offs_k < K, TYPES)
+            acc = add_base(
+                acc, v, w, codes, n0, k0, N, K, K_INNER, LEFT, FORMAT, TYPES, BLOCK_N, BLOCK_K
             )
-        else:
-            acc = add_update(
-                acc, p, q_ptr, gate_ptr, offs_n, offs_r, N, R, stride_qr, stride_qn, s_scale, GATE,
-                WIDER, PRECISION, WIDE,
-            )  # fmt: skip
-
-    mask = mask_m[:, None] & mask_n[None, :]
-    if WIDE:
-        offs_m = offs_m.to(tl.int64)
-    at = offs_m[:, None] * N + offs_n[None, :]
-    if BASE == "library":
-        acc += tl.load(y_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    if SAVE_Z:
-        tl.store(z_ptr + at, to_dtype(acc, z_ptr.dtype.element_ty), mask=mask)
-    if OUT_SCALE:
-        acc = acc * tl.load(out_scale_ptr + offs_n, mask=mask_n, other=0.0)[None, :].to(tl.float32)
-    if BIAS:
-        acc = acc + tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0)[None, :].to(tl.float32)
-    tl.store(y_ptr + at, to_dtype(acc, y_ptr.dtype.element_ty), mask=mask)
+        if LEFT:
+            acc = tl.trans(acc)
+    return acc
 
 
 @triton.jit
 def load_slots(slots_ptr, offs_m, ranks, M, R, slots):
-    """Their sum [BLOCK_M, BLOCK_R], in order."""
+    """The sum of the slots [BLOCK_M, BLOCK_R], added in order."""
     mask = (offs_m < M)[:, None] & (ranks < R)[None, :]
     at = slots_ptr + (offs_m.to(tl.int64)[:, None] * R + ranks[None, :])
-    # Not from the L1 cache, which others' stores do not reach.
+    # Not from the L1 cache, which other programs' stores do not reach.
     total = tl.load(at, mask=mask, other=0.0, cache_modifier=".cg")
     for _ in range(1, slots):
         at += M * R
@@ -249,27 +341,69 @@ def store_p(p_ptr, offs_m, ranks, p, M, R):
 
 
 @triton.jit
-def add_update(
+def add_update(acc, p, q, gate_ptr, offs_n, ranks, N, R, s_scale, TYPES: tl.constexpr):
+    """acc + S·Q for these ranks."""
+    s = p * s_scale
+    if gate_ptr is not None:
+        gate = tl.load(gate_ptr + ranks, mask=ranks < R, other=0.0)
+        s = s * gate.to(tl.float32)[None, :]
+    Q = load_tile(q.ptr, ranks, q.row, offs_n, q.col, ranks < R, offs_n < N, TYPES.WIDE)
+    return dot(to_dtype(s, TYPES.WIDER), to_dtype(Q, TYPES.WIDER), acc, TYPES.PRECISION)
+
+
+@triton.jit
+def add_masked_update(
     acc,
     p,
-    q_ptr,
+    q,
     gate_ptr,
-    offs_n,
+    mask_out,
+    m0,
+    n0,
     ranks,
     N,
     R,
-    stride_qr,
-    stride_qn,
     s_scale,
-    GATE: tl.constexpr,
-    WIDER: tl.constexpr,
-    PRECISION: tl.constexpr,
-    WIDE: tl.constexpr,
+    TYPES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    """acc + S·Q for these ranks."""
-    s = p * s_scale
-    if GATE:
-        gate = tl.load(gate_ptr + ranks, mask=ranks < R, other=0.0)
-        s = s * gate.to(tl.float32)[None, :]
-    q = load_tile(q_ptr, ranks, stride_qr, offs_n, stride_qn, ranks < R, offs_n < N, WIDE)
-    return dot(to_dtype(s, WIDER), to_dtype(q, WIDER), acc, PRECISION)
+    """acc + mask_out(S·Q)."""
+    offs_n = n0 + tl.arange(0, BLOCK_N)
+    if mask_out is not None:
+        update = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+        update = add_update(update, p, q, gate_ptr, offs_n, ranks, N, R, s_scale, TYPES)
+        return acc + tl.where(keep_mask(mask_out, m0, n0, BLOCK_M, BLOCK_N), update, 0.0)
+    else:
+        return add_update(acc, p, q, gate_ptr, offs_n, ranks, N, R, s_scale, TYPES)
+
+
+@triton.jit
+def store_y(
+    acc,
+    y_ptr,
+    z_ptr,
+    out_scale_ptr,
+    bias_ptr,
+    offs_m,
+    offs_n,
+    M,
+    N,
+    ADD_TO_Y: tl.constexpr,
+    TYPES: tl.constexpr,
+):
+    """Store z if it is wanted, and y = out_scale ⊙ z + bias."""
+    mask_n = offs_n < N
+    mask = (offs_m < M)[:, None] & mask_n[None, :]
+    if TYPES.WIDE:
+        offs_m = offs_m.to(tl.int64)
+    at = offs_m[:, None] * N + offs_n[None, :]
+    if ADD_TO_Y:
+        acc += tl.load(y_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    if z_ptr is not None:
+        tl.store(z_ptr + at, to_dtype(acc, z_ptr.dtype.element_ty), mask=mask)
+    if out_scale_ptr is not None:
+        acc = acc * tl.load(out_scale_ptr + offs_n, mask=mask_n, other=0.0)[None, :].to(tl.float32)
+    if bias_ptr is not None:
+        acc = acc + tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0)[None, :].to(tl.float32)
+    tl.store(y_ptr + at, to_dtype(acc, y_ptr.dtype.element_ty), mask=mask)

@@ -10,37 +10,19 @@ from .tiles import dot, load_codes, load_tile, to_dtype
 
 @triton.jit
 def row_norm_kernel(
-    w_ptr,
-    absmax_ptr,
-    code_ptr,
-    nested_absmax_ptr,
-    nested_code_ptr,
-    offset_ptr,
-    a_ptr,
-    b_ptr,
+    w,
+    codes,
+    a,
+    b,
     gate_ptr,
     slots_ptr,
     N,
     K,
     R,
-    stride_wn,
-    stride_wk,
-    stride_ar,
-    stride_ak,
-    stride_bn,
-    stride_br,
     k_share,
     scaling,
-    CODES: tl.constexpr,
-    GATE: tl.constexpr,
-    WIDER: tl.constexpr,
-    PRECISION: tl.constexpr,
-    LOG2_BLOCK: tl.constexpr,
-    NESTED: tl.constexpr,
-    WHOLE: tl.constexpr,
-    WORDS: tl.constexpr,
-    ASM: tl.constexpr,
-    WIDE: tl.constexpr,
+    FORMAT: tl.constexpr,
+    TYPES: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -62,27 +44,22 @@ def row_norm_kernel(
     for k0 in range(slot * k_share, end, BLOCK_K):
         offs_k = k0 + tl.arange(0, BLOCK_K)
         mask_k = offs_k < end
-        if CODES:
-            w = load_codes(
-                w_ptr, absmax_ptr, code_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr,
-                pid_n * BLOCK_N, k0, N, K, BLOCK_N, BLOCK_K, LOG2_BLOCK, NESTED, WHOLE, WORDS, ASM,
-                WIDE,
-            )  # fmt: skip
+        if codes is not None:
+            n0 = pid_n * BLOCK_N
+            tile = load_codes(codes, n0, k0, N, K, BLOCK_N, BLOCK_K, FORMAT, TYPES.WIDE)
         else:
-            w = load_tile(w_ptr, offs_n, stride_wn, offs_k, stride_wk, mask_n, mask_k, WIDE)
+            tile = load_tile(w.ptr, offs_n, w.row, offs_k, w.col, mask_n, mask_k, TYPES.WIDE)
         update = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
         if ONE_BLOCK:
             update = add_ranks(
-                update, a_ptr, b_ptr, gate_ptr, offs_n, offs_k, offs_r, mask_n, mask_k, R,
-                stride_ar, stride_ak, stride_bn, stride_br, GATE, WIDER, PRECISION, WIDE,
-            )  # fmt: skip
+                update, a, b, gate_ptr, offs_n, offs_k, offs_r, mask_n, mask_k, R, TYPES
+            )
         else:
             for r0 in tl.range(0, R, BLOCK_R, num_stages=1):
                 update = add_ranks(
-                    update, a_ptr, b_ptr, gate_ptr, offs_n, offs_k, r0 + offs_r, mask_n, mask_k, R,
-                    stride_ar, stride_ak, stride_bn, stride_br, GATE, WIDER, PRECISION, WIDE,
-                )  # fmt: skip
-        row = w.to(tl.float32) + update * scaling
+                    update, a, b, gate_ptr, offs_n, offs_k, r0 + offs_r, mask_n, mask_k, R, TYPES
+                )
+        row = tile.to(tl.float32) + update * scaling
         total += tl.sum(row * row, 1)
     tl.store(slots_ptr + slot * N + offs_n, total, mask=mask_n)
 
@@ -90,8 +67,8 @@ def row_norm_kernel(
 @triton.jit
 def add_ranks(
     update,
-    a_ptr,
-    b_ptr,
+    a,
+    b,
     gate_ptr,
     offs_n,
     offs_k,
@@ -99,20 +76,13 @@ def add_ranks(
     mask_n,
     mask_k,
     R,
-    stride_ar,
-    stride_ak,
-    stride_bn,
-    stride_br,
-    GATE: tl.constexpr,
-    WIDER: tl.constexpr,
-    PRECISION: tl.constexpr,
-    WIDE: tl.constexpr,
+    TYPES: tl.constexpr,
 ):
     """update + (B ⊙ gate)·A for these ranks."""
     mask_r = ranks < R
-    b = load_tile(b_ptr, offs_n, stride_bn, ranks, stride_br, mask_n, mask_r, WIDE)
-    if GATE:
+    B = load_tile(b.ptr, offs_n, b.row, ranks, b.col, mask_n, mask_r, TYPES.WIDE)
+    if gate_ptr is not None:
         gate = tl.load(gate_ptr + ranks, mask=mask_r, other=0.0).to(tl.float32)
-        b = b.to(tl.float32) * gate[None, :]
-    a = load_tile(a_ptr, ranks, stride_ar, offs_k, stride_ak, mask_r, mask_k, WIDE)
-    return dot(to_dtype(b, WIDER), to_dtype(a, WIDER), update, PRECISION)
+        B = B.to(tl.float32) * gate[None, :]
+    A = load_tile(a.ptr, ranks, a.row, offs_k, a.col, mask_r, mask_k, TYPES.WIDE)
+    return dot(to_dtype(B, TYPES.WIDER), to_dtype(A, TYPES.WIDER), update, TYPES.PRECISION)

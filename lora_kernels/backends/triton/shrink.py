@@ -10,26 +10,17 @@ from .tiles import dot, keep_mask, load_tile, to_dtype
 
 @triton.jit(do_not_specialize=["M"])
 def shrink_kernel(
-    x_ptr,
-    a_ptr,
+    x,
+    a,
     in_scale_ptr,
-    rng_ptr,
+    mask_in,
     slots_ptr,
     M,
     K,
     R,
-    stride_xm,
-    stride_xk,
-    stride_ar,
-    stride_ak,
     k_share,
     p_scale,
-    threshold,
-    IN_SCALE: tl.constexpr,
-    MASK_IN: tl.constexpr,
-    WIDER: tl.constexpr,
-    PRECISION: tl.constexpr,
-    WIDE: tl.constexpr,
+    TYPES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -43,57 +34,47 @@ def shrink_kernel(
     Deterministic. Tested by tests/triton/test_lora_linear.py.
     """
     pid_m, pid_r, slot = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    m0, r0, k_start = pid_m * BLOCK_M, pid_r * BLOCK_R, slot * k_share
+    k_range = k_start, min(K, k_start + k_share)
     p = share_of_p(
-        x_ptr, a_ptr, in_scale_ptr, rng_ptr, pid_m * BLOCK_M, pid_r * BLOCK_R, slot * k_share,
-        min(K, (slot + 1) * k_share), M, R, stride_xm, stride_xk, stride_ar, stride_ak, p_scale,
-        threshold, IN_SCALE, MASK_IN, WIDER, PRECISION, WIDE, BLOCK_M, BLOCK_K, BLOCK_R,
-    )  # fmt: skip
-    store_slot(slots_ptr, slot, pid_m * BLOCK_M, pid_r * BLOCK_R, p, M, R, BLOCK_M, BLOCK_R)
+        x, a, in_scale_ptr, mask_in, m0, r0, k_range, M, R, TYPES, BLOCK_M, BLOCK_K, BLOCK_R
+    )
+    store_slot(slots_ptr, slot, m0, r0, p * p_scale, M, R, BLOCK_M, BLOCK_R)
 
 
 @triton.jit
 def share_of_p(
-    x_ptr,
-    a_ptr,
+    x,
+    a,
     in_scale_ptr,
-    rng_ptr,
+    mask_in,
     m0,
     r0,
-    k_start,
-    k_end,
+    k_range,
     M,
     R,
-    stride_xm,
-    stride_xk,
-    stride_ar,
-    stride_ak,
-    p_scale,
-    threshold,
-    IN_SCALE: tl.constexpr,
-    MASK_IN: tl.constexpr,
-    WIDER: tl.constexpr,
-    PRECISION: tl.constexpr,
-    WIDE: tl.constexpr,
+    TYPES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """[BLOCK_M, BLOCK_R] from [m0, r0] on, of the elements from k_start to k_end."""
+    """mask(x ⊙ in_scale)·aᵀ [BLOCK_M, BLOCK_R] from [m0, r0] on, summed over k_range."""
+    k_start, k_end = k_range
     offs_m, offs_r = m0 + tl.arange(0, BLOCK_M), r0 + tl.arange(0, BLOCK_R)
     mask_m, mask_r = offs_m < M, offs_r < R
     p = tl.zeros([BLOCK_M, BLOCK_R], dtype=tl.float32)
     for k0 in range(k_start, k_end, BLOCK_K):
         offs_k = k0 + tl.arange(0, BLOCK_K)
         mask_k = offs_k < k_end
-        x = load_tile(x_ptr, offs_m, stride_xm, offs_k, stride_xk, mask_m, mask_k, WIDE)
-        if IN_SCALE:
+        v = load_tile(x.ptr, offs_m, x.row, offs_k, x.col, mask_m, mask_k, TYPES.WIDE)
+        if in_scale_ptr is not None:
             in_scale = tl.load(in_scale_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
-            x = x.to(tl.float32) * in_scale[None, :]
-        if MASK_IN:
-            x = tl.where(keep_mask(rng_ptr, m0, k0, threshold, BLOCK_M, BLOCK_K), x, 0.0)
-        a = load_tile(a_ptr, offs_k, stride_ak, offs_r, stride_ar, mask_k, mask_r, WIDE)
-        p = dot(to_dtype(x, WIDER), to_dtype(a, WIDER), p, PRECISION)
-    return p * p_scale
+            v = v.to(tl.float32) * in_scale[None, :]
+        if mask_in is not None:
+            v = tl.where(keep_mask(mask_in, m0, k0, BLOCK_M, BLOCK_K), v, 0.0)
+        A = load_tile(a.ptr, offs_k, a.col, offs_r, a.row, mask_k, mask_r, TYPES.WIDE)
+        p = dot(to_dtype(v, TYPES.WIDER), to_dtype(A, TYPES.WIDER), p, TYPES.PRECISION)
+    return p
 
 
 @triton.jit

@@ -39,13 +39,13 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def keep_mask(rng_ptr, m0, k0, threshold, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+def keep_mask(mask, m0, k0, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
     """Where D(x) keeps x from [m0, k0] on, k0 a multiple of 4: int1[BLOCK_M, BLOCK_K].
 
-    reference.dropout_mask says how: four neighbours share a call of Philox.
+    As reference.dropout_mask: four neighbours share a call of Philox.
     """
-    seed = tl.load(rng_ptr).to(tl.uint64, bitcast=True)
-    offset = tl.load(rng_ptr + 1).to(tl.uint64, bitcast=True)
+    seed = tl.load(mask.rng).to(tl.uint64, bitcast=True)
+    offset = tl.load(mask.rng + 1).to(tl.uint64, bitcast=True)
     zeros = tl.zeros([BLOCK_M, BLOCK_K // 4], dtype=tl.uint32)
     group = k0 // 4 + tl.arange(0, BLOCK_K // 4)
     row = m0 + tl.arange(0, BLOCK_M)
@@ -58,7 +58,7 @@ def keep_mask(rng_ptr, m0, k0, threshold, BLOCK_M: tl.constexpr, BLOCK_K: tl.con
         (seed >> 32).to(tl.uint32),
     )
     words = tl.join(tl.join(c0, c2), tl.join(c1, c3))
-    return words.reshape(BLOCK_M, BLOCK_K) >= threshold
+    return words.reshape(BLOCK_M, BLOCK_K) >= mask.threshold
 
 
 @triton.jit
@@ -92,38 +92,27 @@ def look_up(code_ptr, codes, ASM: tl.constexpr):
 
 
 @triton.jit
-def block_scales(
-    block, mask, absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, NESTED: tl.constexpr
-):
+def block_scales(block, mask, codes):
     """The scales of these blocks, float32, 0 where masked; nested ones are rounded twice."""
-    if NESTED:
-        code = tl.load(absmax_ptr + block, mask=mask, other=0).to(tl.int32)
-        scale = tl.load(nested_absmax_ptr + (block >> 8), mask=mask, other=0.0)
-        scale = tl.load(nested_code_ptr + code) * scale + tl.load(offset_ptr)
+    if codes.nested_absmax is not None:
+        code = tl.load(codes.absmax + block, mask=mask, other=0).to(tl.int32)
+        scale = tl.load(codes.nested_absmax + (block >> 8), mask=mask, other=0.0)
+        scale = tl.load(codes.nested_code + code) * scale + tl.load(codes.offset)
         return tl.where(mask, scale, 0.0)
     else:
-        return tl.load(absmax_ptr + block, mask=mask, other=0.0)
+        return tl.load(codes.absmax + block, mask=mask, other=0.0)
 
 
 @triton.jit
 def load_codes(
-    packed_ptr,
-    absmax_ptr,
-    code_ptr,
-    nested_absmax_ptr,
-    nested_code_ptr,
-    offset_ptr,
+    codes,
     n0,
     k0,
     N,
     K,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    LOG2_BLOCK: tl.constexpr,
-    NESTED: tl.constexpr,
-    WHOLE: tl.constexpr,
-    WORDS: tl.constexpr,
-    ASM: tl.constexpr,
+    FORMAT: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     """[BLOCK_N, BLOCK_K] of a 4-bit weight from [n0, k0] on in float32, code × scale; 0 outside.
@@ -137,49 +126,41 @@ def load_codes(
     if WIDE:
         offs_n = offs_n.to(tl.int64)
     first = offs_n[:, None] * K  # of the row, in the flattened weight
-    if WORDS:
+    if FORMAT.WORDS:
         offs_w = k0 // 8 + tl.arange(0, BLOCK_K // 8)
         inside = mask_n[:, None] & (offs_w < K // 8)[None, :]
-        words = packed_ptr.to(tl.pointer_type(tl.uint32))
+        words = codes.packed.to(tl.pointer_type(tl.uint32))
         word = tl.load(words + (offs_n[:, None] * (K // 8) + offs_w[None, :]), mask=inside, other=0)
         # The even element of a byte is in its high half.
-        v0 = look_up(code_ptr, (word >> 4) & 15, ASM)
-        v1 = look_up(code_ptr, word & 15, ASM)
-        v2 = look_up(code_ptr, (word >> 12) & 15, ASM)
-        v3 = look_up(code_ptr, (word >> 8) & 15, ASM)
-        v4 = look_up(code_ptr, (word >> 20) & 15, ASM)
-        v5 = look_up(code_ptr, (word >> 16) & 15, ASM)
-        v6 = look_up(code_ptr, word >> 28, ASM)
-        v7 = look_up(code_ptr, (word >> 24) & 15, ASM)
+        v0 = look_up(codes.code, (word >> 4) & 15, FORMAT.ASM)
+        v1 = look_up(codes.code, word & 15, FORMAT.ASM)
+        v2 = look_up(codes.code, (word >> 12) & 15, FORMAT.ASM)
+        v3 = look_up(codes.code, (word >> 8) & 15, FORMAT.ASM)
+        v4 = look_up(codes.code, (word >> 20) & 15, FORMAT.ASM)
+        v5 = look_up(codes.code, (word >> 16) & 15, FORMAT.ASM)
+        v6 = look_up(codes.code, word >> 28, FORMAT.ASM)
+        v7 = look_up(codes.code, (word >> 24) & 15, FORMAT.ASM)
         even = tl.join(tl.join(v0, v4), tl.join(v2, v6))
         odd = tl.join(tl.join(v1, v5), tl.join(v3, v7))
         value = tl.join(even, odd).reshape(BLOCK_N, BLOCK_K)
     else:
         element = first + offs_k[None, :]
-        byte = tl.load(packed_ptr + (element >> 1), mask=mask, other=0).to(tl.int32)
-        value = look_up(code_ptr, tl.where((element & 1) == 0, byte >> 4, byte & 15), ASM)
-    if WHOLE:
-        SCALES: tl.constexpr = (BLOCK_K + (1 << LOG2_BLOCK) - 1) >> LOG2_BLOCK
-        per_row = K >> LOG2_BLOCK
+        byte = tl.load(codes.packed + (element >> 1), mask=mask, other=0).to(tl.int32)
+        value = look_up(codes.code, tl.where((element & 1) == 0, byte >> 4, byte & 15), FORMAT.ASM)
+    if FORMAT.WHOLE:
+        SCALES: tl.constexpr = (BLOCK_K + (1 << FORMAT.LOG2_BLOCK) - 1) >> FORMAT.LOG2_BLOCK
+        per_row, first_block = K >> FORMAT.LOG2_BLOCK, k0 >> FORMAT.LOG2_BLOCK
         if SCALES == 1:
-            scale = block_scales(
-                offs_n * per_row + (k0 >> LOG2_BLOCK), mask_n, absmax_ptr,
-                nested_absmax_ptr, nested_code_ptr, offset_ptr, NESTED,
-            )[:, None]  # fmt: skip
+            scale = block_scales(offs_n * per_row + first_block, mask_n, codes)[:, None]
         else:
-            offs_s = (k0 >> LOG2_BLOCK) + tl.arange(0, SCALES)
-            scale = block_scales(
-                offs_n[:, None] * per_row + offs_s[None, :],
-                mask_n[:, None] & (offs_s < per_row)[None, :], absmax_ptr,
-                nested_absmax_ptr, nested_code_ptr, offset_ptr, NESTED,
-            )  # fmt: skip
+            offs_s = first_block + tl.arange(0, SCALES)
+            block = offs_n[:, None] * per_row + offs_s[None, :]
+            scale = block_scales(block, mask_n[:, None] & (offs_s < per_row)[None, :], codes)
             scale = tl.broadcast_to(scale[:, :, None], BLOCK_N, SCALES, BLOCK_K // SCALES)
             scale = scale.reshape(BLOCK_N, BLOCK_K)
     else:
-        block = (first + offs_k[None, :]) >> LOG2_BLOCK
-        scale = block_scales(
-            block, mask, absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, NESTED
-        )
+        block = (first + offs_k[None, :]) >> FORMAT.LOG2_BLOCK
+        scale = block_scales(block, mask, codes)
     return value * scale
 
 

@@ -1,0 +1,85 @@
+"""The tuples that kernels take. None stands for an operand that is not there.
+
+Tuples in upper-case parameters are compile-time constants.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from ...core.packed4bit import Packed4bit
+    from ..dropout import Dropout
+
+
+class Matrix(NamedTuple):
+    """A matrix by its first element and its strides in elements."""
+
+    ptr: Tensor
+    row: int
+    col: int
+
+    @classmethod
+    def of(cls, t: Tensor) -> Matrix:
+        return cls(t, *t.stride())
+
+
+class Codes(NamedTuple):
+    """The tensors of a 4-bit weight, see `Packed4bit`."""
+
+    packed: Tensor
+    absmax: Tensor
+    code: Tensor
+    nested_absmax: Tensor | None
+    nested_code: Tensor | None
+    offset: Tensor | None
+
+    @classmethod
+    def of(cls, weight: Packed4bit) -> Codes:
+        tables = weight.absmax, weight.code, weight.nested_absmax, weight.nested_code
+        return cls(weight.packed, *tables, weight.offset)
+
+
+class Mask(NamedTuple):
+    """A dropout mask: the state of its generator, and the threshold of its words."""
+
+    rng: Tensor
+    threshold: int
+
+    @classmethod
+    def of(cls, dropout: Dropout) -> Mask | None:
+        return None if dropout.rng is None else cls(dropout.rng, dropout.threshold)
+
+
+class Format(NamedTuple):
+    """How codes are read.
+
+    Args:
+        LOG2_BLOCK: of the block size.
+        WHOLE: whether rows consist of whole blocks.
+        WORDS: whether rows consist of whole, aligned words of 8 codes.
+        ASM: whether the codebook is read by inline PTX.
+    """
+
+    LOG2_BLOCK: int
+    WHOLE: bool
+    WORDS: bool
+    ASM: bool
+
+
+class Types(NamedTuple):
+    """How operands are rounded and addressed.
+
+    Args:
+        COMPUTE: dtype of the base GEMM's operands.
+        WIDER: dtype of the operands of the adapter's GEMMs.
+        PRECISION: of GEMMs in float32, as `tl.dot` names it.
+        WIDE: whether offsets pass 2³¹.
+    """
+
+    COMPUTE: Any
+    WIDER: Any
+    PRECISION: str
+    WIDE: bool

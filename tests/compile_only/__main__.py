@@ -32,7 +32,8 @@ MATRIX = {
 }  # fmt: skip
 FEW_BYTES = 16  # of stack, touched outside of all loops: ptxas buys occupancy with them
 NO_PRODUCT = ("reduce_kernel", "dequantize_kernel", "quantize_kernel")
-WIDE_LOADS = ("linear_kernel", "shrink_outer_kernel", "row_norm_kernel", "quantize_kernel")
+LINEAR = ("fused_kernel", "two_pass_kernel", "cooperative_kernel")
+WIDE_LOADS = (*LINEAR, "shrink_outer_kernel", "row_norm_kernel", "quantize_kernel")
 WARPGROUP = 64  # rows of wgmma and tcgen05; with fewer, mma.sync
 
 
@@ -120,7 +121,7 @@ def _wrong(code: machine_code.Code, target: str, found: Compiled, aligned: bool)
         wrong.append("no matrix instruction")
     if kernel in WIDE_LOADS and aligned and not code.wide:
         wrong.append("no load of 128 bits")
-    if kernel == "linear_kernel" and config.block_m >= WARPGROUP and code.matrix != MATRIX[target]:
+    if kernel in LINEAR and config.block_m >= WARPGROUP and code.matrix != MATRIX[target]:
         wrong.append(f"no {MATRIX[target]}")
     if config.cooperative and here.kind == "cuda":
         most = configs.count_co_resident(here, code.shared, code.registers, config.warps)

@@ -14,24 +14,25 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from lora_kernels.backends.triton import launch
-from lora_kernels.backends.triton.configs import Config, Target
+from lora_kernels.backends.triton.configs import Config
+from lora_kernels.device import DeviceInfo
 from tests.compile_only import machine_code
 
 # A100, H100, B200, 5090, MI300X.
 TARGETS = {
-    "sm80": (Target("cuda", 80, 108, 163 << 10), GPUTarget("cuda", 80, 32)),
-    "sm90": (Target("cuda", 90, 132, 227 << 10), GPUTarget("cuda", 90, 32)),
-    "sm100": (Target("cuda", 100, 148, 227 << 10), GPUTarget("cuda", 100, 32)),
-    "sm120": (Target("cuda", 120, 170, 99 << 10), GPUTarget("cuda", 120, 32)),
-    "gfx942": (Target("hip", 0, 304, 64 << 10), GPUTarget("hip", "gfx942", 64)),
+    "sm80": (DeviceInfo("cuda", 80, 108, 163 << 10), GPUTarget("cuda", 80, 32)),
+    "sm90": (DeviceInfo("cuda", 90, 132, 227 << 10), GPUTarget("cuda", 90, 32)),
+    "sm100": (DeviceInfo("cuda", 100, 148, 227 << 10), GPUTarget("cuda", 100, 32)),
+    "sm120": (DeviceInfo("cuda", 120, 170, 99 << 10), GPUTarget("cuda", 120, 32)),
+    "gfx942": (DeviceInfo("hip", 0, 304, 64 << 10), GPUTarget("hip", "gfx942", 64)),
 }
 # Relatives of those, of which the slice alone is compiled: 3090, 4090, B300, Thor, Spark.
 RELATIVES = {
-    "sm86": (Target("cuda", 86, 82, 99 << 10), GPUTarget("cuda", 86, 32)),
-    "sm89": (Target("cuda", 89, 128, 99 << 10), GPUTarget("cuda", 89, 32)),
-    "sm103": (Target("cuda", 103, 148, 227 << 10), GPUTarget("cuda", 103, 32)),
-    "sm110": (Target("cuda", 110, 20, 227 << 10), GPUTarget("cuda", 110, 32)),
-    "sm121": (Target("cuda", 121, 48, 99 << 10), GPUTarget("cuda", 121, 32)),
+    "sm86": (DeviceInfo("cuda", 86, 82, 99 << 10), GPUTarget("cuda", 86, 32)),
+    "sm89": (DeviceInfo("cuda", 89, 128, 99 << 10), GPUTarget("cuda", 89, 32)),
+    "sm103": (DeviceInfo("cuda", 103, 148, 227 << 10), GPUTarget("cuda", 103, 32)),
+    "sm110": (DeviceInfo("cuda", 110, 20, 227 << 10), GPUTarget("cuda", 110, 32)),
+    "sm121": (DeviceInfo("cuda", 121, 48, 99 << 10), GPUTarget("cuda", 121, 32)),
 }
 ALL = TARGETS | RELATIVES
 
@@ -65,9 +66,13 @@ def compiled(target: str, call: Callable[[], None]) -> Iterator[Compiled]:
     found: list[Compiled] = []
 
     def warm_up(
-        kernel: Any, grid: tuple[int, ...], config: Config, device: torch.device, *args: Any,
+        kernel: Any,
+        config: Config,
+        *args: Any,
+        grid: tuple[int, ...],
+        device: torch.device,
         **meta: Any,
-    ) -> None:  # fmt: skip
+    ) -> None:
         assert 0 < max(grid[1:], default=1) < 1 << 16 and 0 < grid[0] < 1 << 31, grid
         done = kernel.warmup(*args, grid=grid, **meta, **launch.options(config))
         found.append(Compiled(kernel.__name__, config, done, math.prod(grid)))

@@ -10,7 +10,7 @@ import pytest
 
 from lora_kernels.backends import triton
 
-pytestmark = pytest.mark.skipif(triton.absence() is not None, reason="Triton is not installed")
+pytestmark = pytest.mark.skipif(triton.unavailable_reason() is not None, reason="Triton is not installed")
 
 
 def run(*command: str) -> str:

@@ -6,5 +6,5 @@ from lora_kernels.backends import triton
 
 if triton.interpreted() or not torch.cuda.is_available():
     collect_ignore_glob = ["test_*.py"]
-elif triton.absence() is not None:
+elif triton.unavailable_reason() is not None:
     collect_ignore_glob = ["test_[!c]*.py"]

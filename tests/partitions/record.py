@@ -160,7 +160,7 @@ def _triton_linear(a: dict[str, Any]) -> None:
 
 
 def _record_triton() -> None:
-    if triton.absence() is not None:
+    if triton.unavailable_reason() is not None:
         return
     from lora_kernels.backends.triton import equation, launch
 

@@ -9,15 +9,15 @@ import lora_kernels
 from lora_kernels import costs, selection
 from lora_kernels.backends import cuda, triton
 from lora_kernels.backends.triton import LIBRARY, SINGLE_PASS, SPLIT, configs, launch
-from lora_kernels.backends.triton.configs import Target
+from lora_kernels.device import DeviceInfo
 from lora_kernels.core.problem import Choice, Problem
 
 f32, f64, bf16 = torch.float32, torch.float64, torch.bfloat16
-A100, H100 = Target("cuda", 80, 108, 163 << 10), Target("cuda", 90, 132, 227 << 10)
+A100, H100 = DeviceInfo("cuda", 80, 108, 163 << 10), DeviceInfo("cuda", 90, 132, 227 << 10)
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Target:
+def gpu(monkeypatch: pytest.MonkeyPatch) -> DeviceInfo:
     """A machine with Triton and an A100, as far as `selection` asks."""
     monkeypatch.setattr(triton, "absence", lambda: None)
     monkeypatch.setattr(triton, "interpreted", lambda: False)
@@ -31,7 +31,7 @@ def choose(
     return selection.choose(Problem(device, dtype, dtype, dtype, dtype, rank, rows, columns=1024))
 
 
-def test_only_where_it_is_asked_for(gpu: Target) -> None:
+def test_only_where_it_is_asked_for(gpu: DeviceInfo) -> None:
     assert choose().backend == "eager"
     assert "have run on no GPU yet" in choose().reason
     with lora_kernels.backend("triton"):
@@ -50,13 +50,13 @@ def test_only_where_it_is_asked_for(gpu: Target) -> None:
     ],
     ids=str,
 )
-def test_it_says_what_is_missing(gpu: Target, arguments: dict[str, object], word: str) -> None:
+def test_it_says_what_is_missing(gpu: DeviceInfo, arguments: dict[str, object], word: str) -> None:
     with lora_kernels.backend("triton"), pytest.raises(RuntimeError, match=word):
         choose(**arguments)
 
 
-def test_no_matrix_instructions_before_sm_80(monkeypatch: pytest.MonkeyPatch, gpu: Target) -> None:
-    monkeypatch.setattr(configs, "target", lambda index: Target("cuda", 75, 40, 64 << 10))
+def test_no_matrix_instructions_before_sm_80(monkeypatch: pytest.MonkeyPatch, gpu: DeviceInfo) -> None:
+    monkeypatch.setattr(configs, "target", lambda index: DeviceInfo("cuda", 75, 40, 64 << 10))
     with lora_kernels.backend("triton"), pytest.raises(RuntimeError, match=r"sm_75, .*want sm_80"):
         choose()
     monkeypatch.setattr(selection, "_has_gpu", lambda: True)
@@ -75,7 +75,7 @@ def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
         lora_kernels.lora_linear(torch.ones(2, 3), None, torch.ones(1, 3), torch.ones(4, 1))
 
 
-def test_single_pass_above_its_ranks(gpu: Target) -> None:
+def test_single_pass_above_its_ranks(gpu: DeviceInfo) -> None:
     with lora_kernels.backend("triton", SINGLE_PASS), pytest.raises(RuntimeError, match="above 64"):
         choose(rank=65)
 
@@ -96,14 +96,14 @@ def test_single_pass_above_its_ranks(gpu: Target) -> None:
     ],
 )
 def test_named_shapes(
-    target: Target, columns: int, rank: int, four_bit: bool, strategy: str
+    target: DeviceInfo, columns: int, rank: int, four_bit: bool, strategy: str
 ) -> None:
     for rows in (1024, 512):
         chosen, why = configs.strategy(target, rows, columns, rank, 2, four_bit, dropout=False)
         assert chosen == strategy, why
 
 
-def test_an_adapter_in_float32_counts(gpu: Target) -> None:
+def test_an_adapter_in_float32_counts(gpu: DeviceInfo) -> None:
     """Its tiles are smaller, so that P in each of them costs more."""
     with lora_kernels.backend("triton"):
         args = ("cuda", bf16, bf16, bf16, bf16, 16, 4096)
@@ -129,9 +129,9 @@ def test_what_decides(
     assert configs.strategy(H100, rows, 1024, rank, 2, four_bit, dropout)[0] == strategy
 
 
-RTX_3090, RTX_4090 = Target("cuda", 86, 82, 99 << 10), Target("cuda", 89, 128, 99 << 10)
-L40S, RTX_5090 = Target("cuda", 89, 142, 99 << 10), Target("cuda", 120, 170, 99 << 10)
-MI300X = Target("hip", 0, 304, 64 << 10)
+RTX_3090, RTX_4090 = DeviceInfo("cuda", 86, 82, 99 << 10), DeviceInfo("cuda", 89, 128, 99 << 10)
+L40S, RTX_5090 = DeviceInfo("cuda", 89, 142, 99 << 10), DeviceInfo("cuda", 120, 170, 99 << 10)
+MI300X = DeviceInfo("hip", 0, 304, 64 << 10)
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ MI300X = Target("hip", 0, 304, 64 << 10)
     ],
 )
 def test_count_co_resident_is_cuda_s_occupancy(
-    target: Target, shared: int, registers: int, warps: int, each: int
+    target: DeviceInfo, shared: int, registers: int, warps: int, each: int
 ) -> None:
     most = configs.count_co_resident(target, shared, registers, warps)
     assert most == each * target.multiprocessors
@@ -186,7 +186,7 @@ def test_count_co_resident_is_cuda_s_occupancy(
     ],
 )
 def test_waiting_programs_are_as_many_as_the_compiled_kernel_allows(
-    target: Target, columns: int, stages: int | None, monkeypatch: pytest.MonkeyPatch
+    target: DeviceInfo, columns: int, stages: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiled: list[int] = []
 

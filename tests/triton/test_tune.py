@@ -146,7 +146,7 @@ def test_find_damaged_table_warns_once_and_leaves_it_out(
     if text is not None:
         file.write_text(text, encoding="latin-1")
     monkeypatch.setenv("LORA_KERNELS_MEASURED", str(file))
-    key = measured.shape(configs.Target("cuda", 90, 132, 227 << 10), 1, 64, 64, 16, 2, False)
+    key = measured.shape(DeviceInfo("cuda", 90, 132, 227 << 10), 1, 64, 64, 16, 2, False)
     with pytest.warns(UserWarning) as told:
         assert [measured.find(key) for _ in range(3)] == [None] * 3
     assert len(told) == 1 and str(file) in str(told[0].message)
@@ -160,7 +160,7 @@ def test_find_damaged_table_warns_once_and_leaves_it_out(
 def test_what_fits_the_shared_memory_is_tried() -> None:
     case = tune.Case(4096, 4096, 4096, 16, torch.bfloat16)
     for size, least in ((227 << 10, 9), (99 << 10, 3)):
-        target = configs.Target("cuda", 90, 132, size)
+        target = DeviceInfo("cuda", 90, 132, size)
         tried = list(tune._candidates(target, case, SPLIT, 2))
         assert len(tried) >= least
         assert all(configs.shared_memory(tiles, 2, 0) <= size for tiles in tried)

@@ -65,9 +65,9 @@ def compiled(target: str, call: Callable[[], None]) -> Iterator[Compiled]:
     found: list[Compiled] = []
 
     def warm_up(
-        kernel: Any, grid: tuple[int, ...], config: Config, device: torch.device, *args: Any,
-        **meta: Any,
-    ) -> None:  # fmt: skip
+        kernel: Any, grid: tuple[int, ...], config: Config, *rest: Any, **meta: Any
+    ) -> None:
+        _, *args = rest  # the device
         assert 0 < max(grid[1:], default=1) < 1 << 16 and 0 < grid[0] < 1 << 31, grid
         done = kernel.warmup(*args, grid=grid, **meta, **launch.options(config))
         found.append(Compiled(kernel.__name__, config, done, math.prod(grid)))

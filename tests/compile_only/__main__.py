@@ -13,23 +13,17 @@ matrix unit's peak that issuing that loop allows: a static roofline, and an uppe
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections import Counter
-from pathlib import Path
-from typing import Any
 
 from lora_kernels.backends.triton import configs
-from tests.compile_only import document, machine_code
+from tests.compile_only import budgets, document, machine_code
 from tests.compile_only.calls import SLICE, every_call
 from tests.compile_only.targets import ALL, TARGETS, VERSION, Compiled, compiled
 
-BUDGETS = Path(__file__).with_name("budgets.json")
-MATRIX = {
-    "sm80": "mma.sync", "sm86": "mma.sync", "sm89": "mma.sync", "sm90": "wgmma.mma_async",
-    "sm100": "tcgen05.mma", "sm103": "tcgen05.mma", "sm110": "tcgen05.mma", "sm120": "mma.sync",
-    "sm121": "mma.sync", "gfx942": "mfma",
-}  # fmt: skip
+MATRIX = dict.fromkeys(ALL, "mma.sync")
+MATRIX |= {"sm90": "wgmma.mma_async", "gfx942": "mfma"}
+MATRIX |= dict.fromkeys(("sm100", "sm103", "sm110"), "tcgen05.mma")
 FEW_BYTES = 16  # of stack, touched outside of all loops: ptxas buys occupancy with them
 NO_PRODUCT = ("reduce_kernel", "dequantize_kernel", "quantize_kernel")
 LINEAR = ("fused_kernel", "two_pass_kernel", "cooperative_kernel")
@@ -45,11 +39,11 @@ def main() -> int:
     parser.add_argument("--all", action="store_true", help="every config (default: one a kernel)")
     parser.add_argument("--write", action="store_true", help="write the budgets of what is seen")
     args = parser.parse_args()
-    budgets = json.loads(BUDGETS.read_text())
+    kept = budgets.read()
     every = list(every_call())
     failures = seen = 0
-    if budgets["triton"] != VERSION and not args.write:
-        print(f"no budgets compared: they are of Triton {budgets['triton']}, this is {VERSION}")
+    if kept["triton"] != VERSION and not args.write:
+        print(f"no budgets compared: they are of Triton {kept['triton']}, this is {VERSION}")
     print("registers, shared memory, matrix instruction, loop, peak; then kernel and tiles, call")
     for target in args.target:
         known: set[str] = set()
@@ -67,9 +61,9 @@ def main() -> int:
                 seen += 1
                 code = machine_code.read(found.kernel, target, found.config.warps)
                 wrong = _wrong(code, target, found, call.aligned)
-                limit = budgets["kernels"].get(target, {}).get(key)
+                limit = kept["kernels"].get(target, {}).get(key)
                 if args.write:
-                    entry = budgets["kernels"].setdefault(target, {})
+                    entry = kept["kernels"].setdefault(target, {})
                     entry[key] = {
                         "registers": code.registers,
                         "shared": code.shared,
@@ -78,7 +72,7 @@ def main() -> int:
                         "peak": None if code.share is None else round(code.share, 3),
                         "slice": call in SLICE,
                     }
-                elif budgets["triton"] == VERSION and (limit or not args.call):
+                elif kept["triton"] == VERSION and (limit or not args.call):
                     wrong += _over(code, limit)  # some are known by a call that was left out
                 peak = "" if code.share is None else f"{code.share:4.0%}"
                 line = (
@@ -89,27 +83,11 @@ def main() -> int:
                 print("  ".join(filter(None, [line, few, *wrong])), flush=True)
                 failures += bool(wrong)
     if args.write:
-        budgets["triton"] = VERSION
-        write(budgets)
-        text = document.DOCUMENT.read_text()
-        document.DOCUMENT.write_text(document.render(text, budgets))
+        kept["triton"] = VERSION
+        budgets.write(kept)
+        document.write(kept)
     print(f"{seen} kernels compiled with Triton {VERSION}, {failures} failures")
     return 1 if failures else 0
-
-
-def write(budgets: dict[str, Any]) -> None:
-    """The file, a line a kernel: the compilers' versions, Triton's kernels and the CUDA ones."""
-    sections = []
-    for section in ("kernels", "cuda"):
-        targets = []
-        for target, kernels in sorted(budgets[section].items()):
-            lines = (
-                f"{json.dumps(key)}: {json.dumps(code)}" for key, code in sorted(kernels.items())
-            )
-            targets.append(f"{json.dumps(target)}: {{\n" + ",\n".join(lines) + "\n}")
-        sections.append(f'"{section}": {{\n' + ",\n".join(targets) + "\n}")
-    versions = f'"triton": {json.dumps(budgets["triton"])}, "nvcc": {json.dumps(budgets["nvcc"])}'
-    BUDGETS.write_text("{" + ", ".join([versions, *sections]) + "}\n")
 
 
 def _wrong(code: machine_code.Code, target: str, found: Compiled, aligned: bool) -> list[str]:

@@ -94,9 +94,7 @@ class Norm:
         names += [f"codes:{self.quant}"] if self.quant else []
         return " ".join(names + [name for name in ("gate", "odd") if getattr(self, name)])
 
-    @property
-    def aligned(self) -> bool:
-        return not self.odd and self.quant != "odd"
+    aligned = Call.aligned
 
     def run(self) -> None:
         N = K = 4096 if self.aligned else 4095
@@ -129,10 +127,9 @@ def meta(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 def codes(N: int, K: int) -> Packed4bit:
     blocks = -(-N * K // 64)
-    return Packed4bit(
-        meta((-(-N * K // 2),), torch.uint8), meta((blocks,), torch.uint8), meta((16,), f32),
-        meta((-(-blocks // 256),), f32), meta((256,), f32), meta((1,), f32), 64, 256, "nf4",
-    )  # fmt: skip
+    packed, absmax = (meta((n,), torch.uint8) for n in (-(-N * K // 2), blocks))
+    sizes = (16, -(-blocks // 256), 256, 1)  # code, nested_absmax, nested_code, offset
+    return Packed4bit(packed, absmax, *(meta((n,), f32) for n in sizes), 64, 256, "nf4")
 
 
 # One config a kernel and target.

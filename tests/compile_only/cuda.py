@@ -12,7 +12,6 @@ codes up in shared memory, leaves room for: an upper bound.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import subprocess
 import sys
@@ -21,19 +20,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.compile_only import document, machine_code
-from tests.compile_only.__main__ import BUDGETS, write
+from tests.compile_only import budgets, document, machine_code
 from tests.compile_only.machine_code import TOOLS, Code
 
 LIBRARIES = Path(__file__).parents[2] / "lora_kernels"
-TARGETS = {
-    "80": "sm80", "86": "sm86", "89": "sm89", "90": "sm90", "100": "sm100", "120": "sm120",
-}  # fmt: skip
 # Bytes of memory a clock and multiprocessor, from the data sheets of A100, 3090, 4090,
 # H100, B200 and 5090.
-STREAM = {
-    "sm80": 13.4, "sm86": 6.8, "sm89": 3.1, "sm90": 14.5, "sm100": 27.5, "sm120": 4.4,
-}  # fmt: skip
+STREAM = {"sm80": 13.4, "sm86": 6.8, "sm89": 3.1, "sm90": 14.5, "sm100": 27.5, "sm120": 4.4}
 MATRIX = ("gemm", "decode")
 WIDE = ("gemm", "decode", "thin", "pair", "linear")
 WARPS = {"gemm": 4, "decode": 8}
@@ -84,15 +77,13 @@ def nvcc_version() -> str:
 def kernels(library: Path) -> Iterator[Found]:
     """Each kernel for each target."""
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run(
-            [TOOLS / "cuobjdump", "-xelf", "all", str(library)],
-            cwd=folder, capture_output=True, check=True,
-        )  # fmt: skip
+        extract = [TOOLS / "cuobjdump", "-xelf", "all", str(library)]
+        subprocess.run(extract, cwd=folder, capture_output=True, check=True)
         for cubin in sorted(Path(folder).glob("*.cubin")):
             arch = re.search(r"sm_(\w+)\.cubin", cubin.name)
-            if arch is None or arch[1] not in TARGETS:
+            target = f"sm{arch[1]}" if arch else ""
+            if target not in STREAM:
                 continue
-            target = TARGETS[arch[1]]
             usage = _output(str(TOOLS / "cuobjdump"), "--dump-resource-usage", str(cubin))
             sass = _output(str(TOOLS / "nvdisasm"), "-c", str(cubin))
             bodies = dict(
@@ -164,14 +155,14 @@ def main() -> int:
     if path is None:
         print("no CUDA kernels were built: LORA_KERNELS_CUDA=1 python setup.py build_ext --inplace")
         return 2
-    budgets, version = json.loads(BUDGETS.read_text()), nvcc_version()
-    same = budgets["nvcc"] == version
+    kept, version = budgets.read(), nvcc_version()
+    same = kept["nvcc"] == version
     if not same and not args.write:
-        print(f"no budgets compared: they are of nvcc {budgets['nvcc']}, this is {version}")
+        print(f"no budgets compared: they are of nvcc {kept['nvcc']}, this is {version}")
     print("registers, matrix instruction, loop, peak, stream; then kernel")
     failures = seen = 0
     if args.write:
-        budgets["cuda"], budgets["nvcc"] = {}, version
+        kept["cuda"], kept["nvcc"] = {}, version
     for found in sorted(kernels(path), key=lambda f: (f.target, f.key)):
         seen += 1
         code, wrong = found.code, _wrong(found)
@@ -182,7 +173,7 @@ def main() -> int:
             "peak": None if code.share is None else round(code.share, 3),
             "stream": None if found.stream is None else round(found.stream, 3),
         }
-        limit = budgets["cuda"].setdefault(found.target, {})
+        limit = kept["cuda"].setdefault(found.target, {})
         if args.write:
             limit[found.key] = entry
         elif same:
@@ -199,9 +190,8 @@ def main() -> int:
         print("  ".join([line, *wrong]), flush=True)
         failures += bool(wrong)
     if args.write:
-        write(budgets)
-        text = document.DOCUMENT.read_text()
-        document.DOCUMENT.write_text(document.render(text, budgets))
+        budgets.write(kept)
+        document.write(kept)
     print(f"{seen} kernels compiled with nvcc {version}, {failures} failures")
     return 1 if failures or not seen else 0
 

@@ -73,3 +73,8 @@ def render(text: str, budgets: dict[str, Any]) -> str:
             flags=re.DOTALL,
         )
     return text
+
+
+def write(budgets: dict[str, Any]) -> None:
+    """Write the tables into the document."""
+    DOCUMENT.write_text(render(DOCUMENT.read_text(), budgets))

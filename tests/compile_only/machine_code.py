@@ -16,10 +16,8 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 # Matrix flops a clock and multiprocessor, 16-bit operands and float32 sums, from the data sheets;
 # nothing is known of the others.
-PEAK = {
-    "sm80": 2048, "sm86": 512, "sm89": 512, "sm90": 4096, "sm100": 8192, "sm103": 8192,
-    "sm120": 512,
-}  # fmt: skip
+PEAK = {"sm80": 2048, "sm86": 512, "sm89": 512, "sm120": 512}
+PEAK |= {"sm90": 4096, "sm100": 8192, "sm103": 8192}
 _HMMA = {"16816": 2 * 16 * 8 * 16, "1688": 2 * 16 * 8 * 8}
 
 

@@ -1,6 +1,5 @@
 """`python -m tests.compile_only` passes: in a process of its own, since it replaces the driver."""
 
-import json
 import os
 import subprocess
 import sys
@@ -28,13 +27,13 @@ def run(*command: str) -> str:
 
 @pytest.mark.parametrize("target", ["sm80", "sm90", "sm100", "sm120", "gfx942"])
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.proof)])
-def test_budgets(target: str, every: bool) -> None:
+def test_budgets_of_a_target_are_kept(target: str, every: bool) -> None:
     run("tests.compile_only", "--target", target, *["--all"] * every)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["sm86", "sm89", "sm103", "sm110", "sm121"])
-def test_budgets_relatives(target: str) -> None:
+def test_budgets_of_a_relative_are_kept(target: str) -> None:
     run("tests.compile_only", "--target", target)
 
 
@@ -48,7 +47,7 @@ def test_layer_rows_vary_compiles_once_for_each_tile() -> None:
     assert len(found) == 6 and max(found.values()) <= most, "\n".join(lines)
 
 
-def test_the_cuda_kernels() -> None:
+def test_budgets_of_cuda_kernels_are_kept() -> None:
     """Of the build; where nvcc was not found there are none, and another test says so."""
     from tests.compile_only import cuda
 
@@ -57,9 +56,20 @@ def test_the_cuda_kernels() -> None:
     run("tests.compile_only.cuda")
 
 
-def test_the_document_says_what_the_budgets_say() -> None:
-    from tests.compile_only import document
+def test_document_says_what_the_budgets_say() -> None:
+    from tests.compile_only import budgets, document
 
-    budgets = json.loads((Path(__file__).parent / "budgets.json").read_text())
     text = document.DOCUMENT.read_text()
-    assert document.render(text, budgets) == text, "run python -m tests.compile_only --all --write"
+    rendered = document.render(text, budgets.read())
+    assert rendered == text, "run python -m tests.compile_only --all --write"
+
+
+def test_budgets_written_read_again_are_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.compile_only import budgets
+
+    kept, text = budgets.read(), budgets.FILE.read_text()
+    monkeypatch.setattr(budgets, "FILE", tmp_path / "budgets.json")
+    budgets.write(kept)
+    assert budgets.FILE.read_text() == text and budgets.read() == kept

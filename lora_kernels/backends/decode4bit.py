@@ -64,10 +64,9 @@ def bitsandbytes_dense(weight: Packed4bit, shape: tuple[int, int], dtype: torch.
     """Return the weight [N, K], decoded by bitsandbytes to float32, bfloat16 or float16."""
     scales = weight.absmax
     if weight.nested_absmax is not None and weight.offset is not None:
-        scales = torch.ops.bitsandbytes.dequantize_blockwise(
-            weight.absmax, weight.nested_absmax, weight.nested_code, weight.nested_blocksize,
-            torch.float32,
-        ).add_(weight.offset)  # fmt: skip
+        nested = weight.nested_absmax, weight.nested_code, weight.nested_blocksize
+        scales = torch.ops.bitsandbytes.dequantize_blockwise(weight.absmax, *nested, torch.float32)
+        scales = scales.add_(weight.offset)
     return torch.ops.bitsandbytes.dequantize_4bit(  # type: ignore[no-any-return]
         weight.packed.view(-1, 1), scales, weight.blocksize, weight.quant_type, shape, dtype
     )
@@ -89,15 +88,17 @@ def gemm(weight: Packed4bit, x: Tensor, columns: int, bias: Tensor | None) -> Te
 
 def bitsandbytes_gemm(weight: Packed4bit, x: Tensor, columns: int, bias: Tensor | None) -> Tensor:
     """Return x·W̃ᵀ + bias by bitsandbytes, which decodes inside the GEMM if x has few rows."""
-    nested = weight.nested_absmax is not None
+    packed, shape = weight.packed.view(-1, 1), (columns, x.shape[1])
+    absmax, nested = weight.absmax, {}
+    if weight.nested_absmax is not None:
+        offset = None if weight.offset is None else weight.offset.reshape(())
+        nested = {"absmax_8bit": absmax, "absmax_code": weight.nested_code, "absmax_offset": offset}
+        absmax = weight.nested_absmax
+    bias = None if bias is None else bias.to(x.dtype)
+    form = weight.blocksize, weight.quant_type
     return torch.ops.bitsandbytes.gemm_4bit(  # type: ignore[no-any-return]
-        x.contiguous(), weight.packed.view(-1, 1), (columns, x.shape[1]),
-        weight.nested_absmax if nested else weight.absmax, weight.blocksize, weight.quant_type,
-        bias=None if bias is None else bias.to(x.dtype),
-        absmax_8bit=weight.absmax if nested else None,
-        absmax_code=weight.nested_code,
-        absmax_offset=None if weight.offset is None else weight.offset.reshape(()),
-    )  # fmt: skip
+        x.contiguous(), packed, shape, absmax, *form, bias=bias, **nested
+    )
 
 
 def decode(

@@ -58,8 +58,6 @@ def stack(
     count = torch.tensor([*ranks, 0], device=device)[index]
     within = torch.arange(max(ranks), device=device)[None, :]
     some = within < count[:, None]
-    return Stacked(
-        torch.cat(tuple(lora_A)), torch.cat(tuple(lora_B), dim=1), gate,
-        index[:, None] == adapter_of[None, :], torch.where(some, first[:, None] + within, 0), some,
-        starts, rows,
-    )  # fmt: skip
+    A, B = torch.cat(tuple(lora_A)), torch.cat(tuple(lora_B), dim=1)
+    own, columns = index[:, None] == adapter_of, torch.where(some, first[:, None] + within, 0)
+    return Stacked(A, B, gate, own, columns, some, starts, rows)

@@ -75,10 +75,8 @@ class LoRAEmbedding(LoRALinear):
                 )
             padding_idx %= num_embeddings
         self.padding_idx, self.scale_grad_by_freq = padding_idx, scale_grad_by_freq
-        super().__init__(
-            num_embeddings, embedding_dim, r, alpha, 0.0, False, init, device, dtype, lora_dtype,
-            scaling=scaling,
-        )  # fmt: skip
+        sizes, options = (num_embeddings, embedding_dim, r, alpha), (device, dtype, lora_dtype)
+        super().__init__(*sizes, 0.0, False, init, *options, scaling=scaling)
 
     @classmethod
     def from_embedding(
@@ -111,11 +109,10 @@ class LoRAEmbedding(LoRALinear):
                 f"embedding: got max_norm={embedding.max_norm}, want None: looking rows up would "
                 "renormalize the frozen weight in place"
             )
-        layer = cls(
-            embedding.num_embeddings, embedding.embedding_dim, r, alpha, embedding.padding_idx,
-            init, "meta", embedding.weight.dtype, lora_dtype,
-            **{"scale_grad_by_freq": embedding.scale_grad_by_freq, **options},
-        )  # fmt: skip
+        (V, E), dtype = embedding.weight.shape, embedding.weight.dtype
+        options = {"scale_grad_by_freq": embedding.scale_grad_by_freq, **options}
+        at = embedding.padding_idx
+        layer = cls(V, E, r, alpha, at, init, "meta", dtype, lora_dtype, **options)
         layer._take(embedding.weight)
         embedding.requires_grad_(False)
         return layer.train(embedding.training)
@@ -171,10 +168,8 @@ class LoRAEmbedding(LoRALinear):
         """weight + (alpha/r)·(B·A)ᵀ, [K, N], in float32 (float64 for float64)."""
         dtype = torch.promote_types(weight.dtype, torch.float32)
         with torch.autocast(weight.device.type, enabled=False):
-            return torch.addmm(
-                weight.to(dtype), self.lora_A.t().to(dtype), self.lora_B.t().to(dtype),
-                alpha=self.scaling,
-            )  # fmt: skip
+            A, B = self.lora_A.t().to(dtype), self.lora_B.t().to(dtype)
+            return torch.addmm(weight.to(dtype), A, B, alpha=self.scaling)
 
     def extra_repr(self) -> str:
         padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"

@@ -117,10 +117,9 @@ class LoRAGroup(LoRALinear):
                 )
         sizes = {name: linear.out_features for name, linear in linears.items()}
         weight = torch.cat([linear.weight.detach() for linear in linears.values()])
-        layer = cls(
-            first.in_features, sizes, r, alpha, dropout, first.bias is not None, init, "meta",
-            weight.dtype, lora_dtype, **options,
-        )  # fmt: skip
+        adapter, of_base = (r, alpha, dropout), ("meta", weight.dtype, lora_dtype)
+        has_bias = first.bias is not None
+        layer = cls(first.in_features, sizes, *adapter, has_bias, init, *of_base, **options)
         if first.bias is not None:
             bias = torch.cat([linear.bias.detach() for linear in linears.values()])
             layer.bias = nn.Parameter(bias, requires_grad=False)

@@ -159,10 +159,10 @@ class LoRALinear(nn.Module):
         """
         check_stock("linear", linear, nn.Linear, "torch.nn.Linear")
         weight = linear.weight
+        (N, K), bias = weight.shape, linear.bias is not None
         layer = cls(
-            linear.in_features, linear.out_features, r, alpha, dropout, linear.bias is not None,
-            init, "meta", weight.dtype, lora_dtype, **options,
-        )  # fmt: skip
+            K, N, r, alpha, dropout, bias, init, "meta", weight.dtype, lora_dtype, **options
+        )
         layer.bias = linear.bias
         layer._take(weight)
         linear.requires_grad_(False)
@@ -249,10 +249,18 @@ class LoRALinear(nn.Module):
         varied = gate is not None or column_scale is not None
         if varied or self._recompute or torch.compiler.is_compiling():
             return lora_linear(
-                x, weight, self.lora_A, lora_B, self.scaling, self.bias, rank_gate=gate,
-                column_scale=column_scale, dropout_p=dropout_p, compute_dtype=compute_dtype,
+                x,
+                weight,
+                self.lora_A,
+                lora_B,
+                self.scaling,
+                self.bias,
+                rank_gate=gate,
+                column_scale=column_scale,
+                dropout_p=dropout_p,
+                compute_dtype=compute_dtype,
                 recompute=self._recompute,
-            )  # fmt: skip
+            )
         return self._call_cache(
             x, weight, self.lora_A, lora_B, self.scaling, self.bias, compute_dtype, dropout_p
         )

@@ -85,10 +85,10 @@ class QLoRALinear(LoRALinear):
         compute_dtype: torch.dtype | None = None,
         **options: Any,
     ) -> None:
+        options = {"init": init, "device": device, "dtype": dtype, **options}
         super().__init__(
-            in_features, out_features, r, alpha, dropout, bias, init, device, dtype, lora_dtype,
-            **options,
-        )  # fmt: skip
+            in_features, out_features, r, alpha, dropout, bias, lora_dtype=lora_dtype, **options
+        )
         self.compute_dtype = compute_dtype
         self.quant_type, self.blocksize, self._nested = quant_type, blocksize, double_quant
         if self.weight.is_meta:  # there is nothing to quantize; `from_linear` and loading fill it
@@ -143,10 +143,21 @@ class QLoRALinear(LoRALinear):
         """
         N, K = weight.shape
         layer = cls(
-            K, N, r, alpha, dropout, bias is not None, init, "meta", weight.dtype, lora_dtype,
-            quant_type=weight.quant_type, blocksize=weight.blocksize, double_quant=weight.nested,
+            K,
+            N,
+            r,
+            alpha,
+            dropout,
+            bias is not None,
+            init,
+            "meta",
+            weight.dtype,
+            lora_dtype,
+            quant_type=weight.quant_type,
+            blocksize=weight.blocksize,
+            double_quant=weight.nested,
             **options,
-        )  # fmt: skip
+        )
         if bias is not None:
             layer.bias = nn.Parameter(bias, requires_grad=False)
         layer._take(weight)
@@ -162,9 +173,8 @@ class QLoRALinear(LoRALinear):
             t: Tensor | None = getattr(weight, field)
             t = None if t is None else t.detach().reshape(-1).view(torch.uint8)
             self.register_parameter(name, None if t is None else nn.Parameter(t, False))
-        self.quant_type, self.blocksize, self.weight_dtype = (
-            weight.quant_type, weight.blocksize, weight.dtype,
-        )  # fmt: skip
+        self.quant_type, self.blocksize = weight.quant_type, weight.blocksize
+        self.weight_dtype = weight.dtype
         self._weight4bit: tuple[tuple[int, ...], Weight4bit] | None = None
         check_decoder(weight.device)
 
@@ -182,12 +192,11 @@ class QLoRALinear(LoRALinear):
         return self._weight4bit[1]
 
     def _view(self, tensors: Mapping[str, Tensor | None]) -> Weight4bit:
-        nested = tensors["nested_absmax"] is not None
+        in_bytes = {"packed"} if tensors["nested_absmax"] is None else {"packed", "absmax"}
         views = {
-            field: t if t is None or (field == "absmax" and nested) or field == "packed"
-            else t.detach().view(torch.float32)
+            field: t if t is None or field in in_bytes else t.detach().view(torch.float32)
             for field, t in tensors.items()
-        }  # fmt: skip
+        }
         return Weight4bit(
             quant_type=self.quant_type,
             blocksize=self.blocksize,
@@ -275,10 +284,17 @@ class QLoRALinear(LoRALinear):
         held: Tensor = linear.weight
         if requantize:
             layer = QLoRALinear.from_linear(
-                linear, self.r, self.alpha, self.dropout, self.init, self.lora_A.dtype,
-                quant_type=self.quant_type, blocksize=self.blocksize,
-                double_quant=self.weight4bit.nested, compute_dtype=self.compute_dtype,
-            )  # fmt: skip
+                linear,
+                self.r,
+                self.alpha,
+                self.dropout,
+                self.init,
+                self.lora_A.dtype,
+                quant_type=self.quant_type,
+                blocksize=self.blocksize,
+                double_quant=self.weight4bit.nested,
+                compute_dtype=self.compute_dtype,
+            )
             layer.scaling = self.scaling
             held = layer.weight4bit.dequantize(torch.float32)
         change = (held.float() - exact).norm() / exact.norm()

@@ -76,14 +76,12 @@ def adapters_of(layer: Any) -> list[Adapter]:
         modules[name]._parameters for name in ("lora_A", "lora_B", "lora_E", "ranknum")
     )
     dropout = modules["lora_dropout"]._modules
+    scaling = layer.scaling
     return [
-        Adapter(
-            name, lora_A[name], lora_B[name], lora_E[name], ranknum[name],
-            layer.scaling[name], dropout[name],
-        )
+        Adapter(name, *(each[name] for each in (lora_A, lora_B, lora_E, ranknum, scaling, dropout)))
         for name in layer.active_adapters
         if name in lora_A
-    ]  # fmt: skip
+    ]
 
 
 def peft_reason(

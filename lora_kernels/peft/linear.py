@@ -268,8 +268,7 @@ class _PreparedForward:
 
 
 def _address(weight: Tensor) -> tuple[int, bool]:
-    with torch._C.DisableTorchFunctionSubclass():  # a microsecond for each look at a Params4bit
-        return weight.data_ptr(), weight.requires_grad
+    return weight.data_ptr(), weight.requires_grad
 
 
 def _lora_linear(
@@ -280,14 +279,12 @@ def _lora_linear(
     compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
     if isinstance(call, MixedCall):
-        return multi_lora_linear(
-            x, weight, call.lora_A, call.lora_B, call.names, call.scaling, bias,
-            dropout_p=call.dropout_p, compute_dtype=compute_dtype,
-        )  # fmt: skip
-    return lora_linear(
-        x, weight, call.lora_A, call.lora_B, call.scaling, bias,
-        rank_gate=call.rank_gate, dropout_p=call.dropout_p, compute_dtype=compute_dtype,
-    )  # fmt: skip
+        A, B, names, scaling, p = call
+        kwargs: dict[str, Any] = {"dropout_p": p, "compute_dtype": compute_dtype}
+        return multi_lora_linear(x, weight, A, B, names, scaling, bias, **kwargs)
+    lora_A, lora_B, factor, gate, p = call
+    kwargs = {"rank_gate": gate, "dropout_p": p, "compute_dtype": compute_dtype}
+    return lora_linear(x, weight, lora_A, lora_B, factor, bias, **kwargs)
 
 
 def adapters_of(layer: Any) -> list[Adapter]:
@@ -445,10 +442,8 @@ def tensor_reason(device: torch.device, **tensors: Any) -> str | None:
 
 
 def _hooks(module: nn.Module) -> tuple[dict[int, Any], ...]:
-    return (
-        module._forward_pre_hooks, module._forward_hooks,
-        module._backward_pre_hooks, module._backward_hooks,
-    )  # fmt: skip
+    forward = module._forward_pre_hooks, module._forward_hooks
+    return *forward, module._backward_pre_hooks, module._backward_hooks
 
 
 def is_linear4bit(module: nn.Module) -> bool:

@@ -110,10 +110,9 @@ class Explanation:
         if self.linears:
             data["linears"] = [row._asdict() for row in self.linears]
         if self.rows_of_x is not None:
-            data |= {
-                "rows": self.rows_of_x, "step": self.step, "seconds": self._seconds(),
-                "others": self.others and self.others._asdict(), "limits": self.limits,
-            }  # fmt: skip
+            others = self.others and self.others._asdict()
+            data |= {"rows": self.rows_of_x, "step": self.step, "seconds": self._seconds()}
+            data |= {"others": others, "limits": self.limits}
         return json.dumps(data, indent=1, ensure_ascii=False)
 
     def _groups(self, rows: Sequence[Row]) -> Iterator[tuple[Row, list[Prediction]]]:
@@ -331,10 +330,8 @@ def _base_part(base: Any, x_dtype: torch.dtype | None, R: int) -> Iterator[Part]
         N, K = reversed(weight.shape) if is_conv1d(base) else weight.shape
     x_dtype = x_dtype or (weight.dtype if weight.is_floating_point() else torch.float32)
     dtype = base_dtype(weight.device.type, x_dtype, compute)
-    yield Part(
-        weight.device, x_dtype, dtype, N, K, R, four_bit=four_bit, ours=False,
-        frozen=not weight.requires_grad,
-    )  # fmt: skip
+    part = Part(weight.device, x_dtype, dtype, N, K, R, four_bit=four_bit, ours=False)
+    yield part._replace(frozen=not weight.requires_grad)
 
 
 @contextmanager
@@ -446,10 +443,8 @@ def _fused_layer(name: str, layer: Any, x_dtype: torch.dtype | None, rows: int |
     if len(todo) > 1:
         state, strategy = "composed", f"{strategy}; {len(todo)} calls"
         drops = any(call.dropout_p for call in todo)
-        reasons.append(
-            "each adapter with dropout draws a mask of its own" if drops
-            else "stacking adapters would copy them for few rows"
-        )  # fmt: skip
+        own, copies = "each adapter with dropout draws a mask of its own", "stacking adapters"
+        reasons.append(own if drops else f"{copies} would copy them for few rows")
     if dora(layer, adapters[0].name):
         parts[0] = parts[0]._replace(norm=layer.training)
         reasons.append("DoRA: the row norm without a second weight")
@@ -543,10 +538,10 @@ def _mixed_part(
     A, B = adapters[0].lora_A.weight, adapters[0].lora_B.weight
     rank = max(adapter.lora_A.weight.shape[0] for adapter in adapters)
     dtype = base_dtype(A.device.type, x_dtype, compute_dtype)
-    return Part(
-        A.device, x_dtype, dtype, B.shape[0], A.shape[1], rank, A.dtype, B.dtype,
-        isinstance(weight, Weight4bit), mixed=True, layout=_layout(A.device.type, weight, dtype),
-    )  # fmt: skip
+    four_bit, layout = isinstance(weight, Weight4bit), _layout(A.device.type, weight, dtype)
+    sizes = B.shape[0], A.shape[1], rank
+    part = Part(A.device, x_dtype, dtype, *sizes, A.dtype, B.dtype, four_bit)
+    return part._replace(mixed=True, layout=layout)
 
 
 def _part(
@@ -558,11 +553,9 @@ def _part(
     """The call of `lora_linear` for an x of this dtype beside the adapter."""
     (R, K), N, device = call.lora_A.shape, call.lora_B.shape[0], call.lora_A.device
     dtype = base_dtype(device.type, x_dtype, compute_dtype)
-    return Part(
-        device, x_dtype, dtype, N, K, R, call.lora_A.dtype, call.lora_B.dtype,
-        isinstance(weight, Weight4bit), dropout=call.dropout_p > 0,
-        layout=_layout(device.type, weight, dtype),
-    )  # fmt: skip
+    dtypes, four_bit = (call.lora_A.dtype, call.lora_B.dtype), isinstance(weight, Weight4bit)
+    part = Part(device, x_dtype, dtype, N, K, R, *dtypes, four_bit)
+    return part._replace(dropout=call.dropout_p > 0, layout=_layout(device.type, weight, dtype))
 
 
 def _layout(

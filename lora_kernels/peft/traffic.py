@@ -40,10 +40,9 @@ def _signature(layer: Any) -> tuple[object, ...]:
     base = layer.get_base_layer()
     tensors = tuple((name, tuple(p.shape), p.dtype) for name, p in layer.named_parameters())
     dropouts = tuple(m.p for m in layer.modules() if isinstance(m, nn.Dropout))
-    return (
-        type(layer), type(base), getattr(base, "compute_dtype", None), tensors, dropouts,
-        tuple(layer.active_adapters), str(layer.scaling), str(getattr(layer, "lora_variant", "")),
-    )  # fmt: skip
+    types = type(layer), type(base), getattr(base, "compute_dtype", None)
+    variant, scaling = str(getattr(layer, "lora_variant", "")), str(layer.scaling)
+    return *types, tensors, dropouts, tuple(layer.active_adapters), scaling, variant
 
 
 def _excess(layer: Any, set_class: Callable[[Any], None]) -> str | None:

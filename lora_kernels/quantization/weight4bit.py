@@ -158,11 +158,10 @@ class Weight4bit:
 
     @property
     def codes(self) -> Packed4bit:
-        """What ops take."""
-        return Packed4bit(
-            self.packed, self.absmax, self.code, self.nested_absmax, self.nested_code, self.offset,
-            self.blocksize, self.nested_blocksize, self.quant_type,
-        )  # fmt: skip
+        """The weight as ops take it."""
+        nested = self.nested_absmax, self.nested_code, self.offset
+        form = self.blocksize, self.nested_blocksize, self.quant_type
+        return Packed4bit(self.packed, self.absmax, self.code, *nested, *form)
 
     def to(self, device: torch.device | str | int) -> Weight4bit:
         """The same weight on another device; shares the tensors that are there already."""

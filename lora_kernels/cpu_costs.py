@@ -102,7 +102,7 @@ def predict(machine: Machine, sizes: Sizes, strategy: str, backward: bool = Fals
 
     >>> machine = Machine("slow", 1e9, {torch.float32: 1e9})
     >>> sizes = Sizes(M=1, N=1000, K=1000, R=1, dtype=torch.float32)
-    >>> round(predict(machine, sizes, "single pass"), 4)  # 4 MB of weights at 1 GB/s
+    >>> round(predict(machine, sizes, "fused"), 4)  # 4 MB of weights at 1 GB/s
     0.004
     """
     fp32 = machine.peaks[torch.float32]

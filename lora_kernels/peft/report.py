@@ -97,8 +97,8 @@ class Explanation:
         of rows also its prediction's, "rows", "step", "others", "limits" and "seconds" of all;
         "linears" where there are some.
 
-        >>> json.loads(Explanation([Row("a", "fused", "cpu", "single pass", "why")]).json())
-        {'layers': [{'layer': 'a', 'state': 'fused', 'backend': 'cpu', 'strategy': 'single pass', \
+        >>> json.loads(Explanation([Row("a", "fused", "cpu", "fused", "why")]).json())
+        {'layers': [{'layer': 'a', 'state': 'fused', 'backend': 'cpu', 'strategy': 'fused', \
 'reason': 'why', 'parameters': None}]}
         """
         layers: list[dict[str, Any]] = []

@@ -132,9 +132,9 @@ def linear(
     in_registers: bool = False,
     scattered: bool = False,
 ) -> Config:
-    """For `linear_kernel`; itemsize: bytes of the widest operand of a product in its loop.
+    """Tiles of the kernels in linear.py; itemsize: bytes of the main loop's widest operand.
 
-    rank: that of a single pass, 0 in the other strategies. in_registers: x or y is masked or scaled
+    rank: that of the fused kernel, 0 in the other strategies. in_registers: x or y is masked or scaled
     too, or the adapter in float32, which takes registers beside the sums. scattered: codes are read
     element by element, each by an address of its own.
     """
@@ -156,7 +156,7 @@ def linear(
     return config
 
 
-# For `linear_kernel` behind a library's product: one pass over y.
+# For `two_pass_kernel` after the library's base GEMM: one pass over y.
 UPDATE = Config(64, 64, 64, 4, 1)
 DEQUANTIZE = Config(0, 32, 128, 4, 1)
 REDUCE = Config(0, 256, 0, 4, 1)
@@ -183,8 +183,10 @@ def shrink(target: DeviceInfo, M: int, K: int, R: int, itemsize: int) -> tuple[C
 
 
 def cooperative(M: int, N: int, K: int, R: int, config: Config) -> int:
-    """The share of K that a program publishes where the programs of `linear_kernel` wait for each
-    other; 0 where they must not. All of them must be co-resident besides."""
+    """Return the share of K of which a program of `cooperative_kernel` publishes a partial sum.
+
+    0 if the kernel does not take the call. All programs must be co-resident besides.
+    """
     if M > FEW_ROWS or R > MAX_SINGLE_PASS_RANK:
         return 0
     chunks = _tiles(K, config.block_k)

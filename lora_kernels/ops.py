@@ -22,6 +22,7 @@ from torch.compiler import is_compiling
 from . import selection
 from .backends import cpu, cuda, eager, triton
 from .backends.cuda import fit
+from .backends.protocol import Backend
 from .backends.rows import like_rows_of
 from .core.call import (
     Grads,
@@ -39,7 +40,7 @@ from .core.packed4bit import Packed4bit
 from .core.problem import Choice, Layout, Problem
 
 _LIB = torch.library.Library("lora_kernels", "DEF")
-_BACKENDS: dict[str, Any] = {"eager": eager, "cpu": cpu, "triton": triton, "cuda": cuda}
+_BACKENDS: dict[str, Backend] = {"eager": eager, "cpu": cpu, "triton": triton, "cuda": cuda}
 
 _WEIGHT = "Tensor? weight"
 _CODES = (
@@ -245,7 +246,7 @@ def lora_linear_backward_direct(
         dy = dy.reshape(-1, dy.shape[-1])
         operands = operands._replace(x=x.reshape(-1, x.shape[-1]), rng=_rows(rng, x))
     with _no_autocast(x):
-        grads: Grads = _BACKENDS[choice.backend].lora_linear_backward(
+        grads = _BACKENDS[choice.backend].lora_linear_backward(
             dy, operands, saved, spec, needs, choice.strategy
         )
     dx = grads.x
@@ -369,7 +370,7 @@ def multi_lora_linear_backward_direct(
     choice = choice or choose_multi(operands, spec)
     x = operands.x
     with _no_autocast(x):
-        grads: MultiGrads = _BACKENDS[choice.backend].multi_lora_linear_backward(
+        grads = _BACKENDS[choice.backend].multi_lora_linear_backward(
             dy.reshape(-1, dy.shape[-1]), _flattened(operands), saved, spec, needs, choice.strategy
         )
     return grads if grads.x is None else grads._replace(x=grads.x.view(x.shape))

@@ -20,6 +20,7 @@ import importlib
 from collections.abc import Iterator
 from contextvars import ContextVar
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -142,5 +143,12 @@ def unfit(capability: int) -> str | None:
         )
     return None
 
+
+if TYPE_CHECKING:
+    from .equation import dora_norm as dora_norm
+    from .equation import lora_linear as lora_linear
+    from .equation import lora_linear_backward as lora_linear_backward
+    from .equation import multi_lora_linear as multi_lora_linear
+    from .equation import multi_lora_linear_backward as multi_lora_linear_backward
 
 __getattr__ = lazy_launchers(__name__, codec="equation")

@@ -26,6 +26,12 @@ from .. import lazy_launchers
 if TYPE_CHECKING:
     import torch
 
+    from .equation import dora_norm as dora_norm
+    from .equation import lora_linear as lora_linear
+    from .equation import lora_linear_backward as lora_linear_backward
+    from .equation import multi_lora_linear as multi_lora_linear
+    from .equation import multi_lora_linear_backward as multi_lora_linear_backward
+
 SINGLE_PASS = Strategy.FUSED
 SPLIT = Strategy.TWO_PASS
 COOPERATIVE = Strategy.COOPERATIVE

@@ -134,9 +134,9 @@ def linear(
 ) -> Config:
     """Tiles of the kernels in linear.py; itemsize: bytes of the main loop's widest operand.
 
-    rank: that of the fused kernel, 0 in the other strategies. in_registers: x or y is masked or scaled
-    too, or the adapter in float32, which takes registers beside the sums. scattered: codes are read
-    element by element, each by an address of its own.
+    rank: that of the fused kernel, 0 in the other strategies. in_registers: x or y is masked or
+    scaled too, or the adapter in float32, which takes registers beside the sums. scattered: codes
+    are read element by element, each by an address of its own.
     """
     if M <= 16:
         config = Config(16, 64, 128 if itemsize == 2 else 32, 4, 4)

@@ -48,7 +48,7 @@ class Measured:
     """The fastest strategy for forward and backward together.
 
     Args:
-        forward, backward: the tiles of the kernels in linear.py; None for those that `configs` chooses.
+        forward, backward: the tiles of linear.py's kernels; None for those that `configs` chooses.
         source: the device and the time, in words.
         microseconds: of a step.
     """

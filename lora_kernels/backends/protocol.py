@@ -1,0 +1,65 @@
+"""What a backend implements. Each is a module; `ops` calls the one that `selection` names."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from ..core.call import (
+    Grads,
+    MultiGrads,
+    MultiNeeds,
+    MultiOperands,
+    MultiSpec,
+    Needs,
+    Operands,
+    Saved,
+    Spec,
+)
+from ..core.packed4bit import Packed4bit
+
+
+class Backend(Protocol):
+    """The equation and its gradients. x and dy are matrices of M rows, but for the CPU backend's
+    `lora_linear`, which takes any leading dimensions.
+
+    strategy: a `Strategy` that the backend's `heuristics` chose or the user requested.
+    """
+
+    def lora_linear(
+        self, operands: Operands, spec: Spec, strategy: str
+    ) -> tuple[Tensor, Saved]: ...
+
+    def lora_linear_backward(
+        self,
+        dy: Tensor,
+        operands: Operands,
+        saved: Saved,
+        spec: Spec,
+        needs: Needs,
+        strategy: str,
+    ) -> Grads: ...
+
+    def multi_lora_linear(
+        self, operands: MultiOperands, spec: MultiSpec, strategy: str
+    ) -> tuple[Tensor, Saved]: ...
+
+    def multi_lora_linear_backward(
+        self,
+        dy: Tensor,
+        operands: MultiOperands,
+        saved: Saved,
+        spec: MultiSpec,
+        needs: MultiNeeds,
+        strategy: str,
+    ) -> MultiGrads: ...
+
+    def dora_norm(
+        self,
+        weight: Tensor | Packed4bit,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: float,
+        rank_gate: Tensor | None,
+    ) -> Tensor: ...

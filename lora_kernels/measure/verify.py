@@ -23,16 +23,14 @@ from . import multi, peers
 from .case import (
     EAGER_CUDA,
     Case,
-    cuda_engines,
     dtype_name,
-    eager_cuda_engines,
     engine,
     engines,
     fits_cuda,
+    gpu_engines,
     judge,
     judge_norm,
     triton_device,
-    triton_engines,
 )
 from .tolerance import Verdict
 
@@ -88,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
         return _run_peers(args)
     shapes = THOROUGH if args.thorough else SHAPES
     results: list[dict[str, Any]] = []
-    names = [*engines(), *eager_cuda_engines(), *triton_engines(), *cuda_engines()]
+    names = [*engines(), *gpu_engines()]
     if args.engines:
         names = [name for name in names if name.startswith(args.engines)]
         if not names:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lora_kernels import cli
-from lora_kernels.measure import peers, verify
+from lora_kernels.measure import baselines, peers, verify
 from lora_kernels.measure.case import Case
 
 pytest.importorskip("peft")
@@ -135,7 +135,9 @@ def test_peers_take_no_engine(capsys: pytest.CaptureFixture[str]) -> None:
 def test_stock_layers_are_in_training_mode_with_a_frozen_base() -> None:
     from lora_kernels.measure import case as cases
 
-    layer: nn.Module = peers.stock(cases.inputs(Case(7, 64, 64, 40, bias=True)), False)
+    args = cases.inputs(Case(7, 64, 64, 40, bias=True))
+    args |= {name: nn.Parameter(args[name].detach()) for name in ("lora_A", "lora_B")}
+    layer: nn.Module = baselines.layer_of(args)
     assert layer.training
     trained = {name for name, p in layer.named_parameters() if p.requires_grad}
     assert trained == {"lora_A.default.weight", "lora_B.default.weight"}

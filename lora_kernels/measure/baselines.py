@@ -140,7 +140,7 @@ def peft_layer(
     layer: Any = model[0]
     layer.set_adapter(names(len(ranks)))
     for name, child in layer.named_children():
-        if name.startswith("lora_") and adapter_dtype is not None:
+        if name.startswith(("lora_", "ranknum")) and adapter_dtype is not None:
             # PEFT makes some of those of a layer on meta on the CPU.
             child.to(device=base.weight.device, dtype=adapter_dtype)
     return layer.train()

@@ -7,6 +7,8 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+ROWS = {"cpu": (1, 16, 512), "cuda": (1, 16, 512, 4096, 16384)}  # of x
+
 
 class Model(NamedTuple):
     hidden: int
@@ -74,3 +76,13 @@ def seconds(text: str) -> float:
             f"got {text!r}, want a finite number of seconds, 0 or more"
         )
     return value
+
+
+def shapes(args: argparse.Namespace) -> list[tuple[int, int, int]] | None:
+    """M, K, N of the layers that `bench` was asked for: --shapes, or those of --model, on a GPU by
+    default llama3-8b's, with --rows; None where none was."""
+    name = args.model or ("llama3-8b" if args.device == "cuda" and not args.quant else None)
+    if args.shapes or name is None:
+        found: list[tuple[int, int, int]] | None = args.shapes
+        return found
+    return [(M, K, N) for M in args.rows or ROWS[args.device] for K, N in linear_shapes(name)]

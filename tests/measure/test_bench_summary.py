@@ -14,8 +14,10 @@ from torch import Tensor
 
 from benchmarks import report
 from lora_kernels import cli, timing
-from lora_kernels.measure import bench, bench_summary
+from lora_kernels.measure import baselines, bench_layers
 from lora_kernels.measure import case as cases
+from lora_kernels.measure.results import Row, ratios, summary
+from lora_kernels.timing import Times
 
 SMALL = ["bench", "--shapes", "24x48x32", "--ranks", "3", "--seconds", "0", "--dtypes", "float32"]
 
@@ -24,14 +26,15 @@ SMALL = ["bench", "--shapes", "24x48x32", "--ranks", "3", "--seconds", "0", "--d
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "copy_bandwidth", lambda **_: 1e9)
     monkeypatch.setattr(timing, "product_peak", lambda dtype, **_: 1e9)
-    monkeypatch.setattr(bench, "no_compiler", lambda device: "torch.compile takes long")
-    monkeypatch.setattr(bench, "overhead", lambda *_: {"ours, forward": 0, "eager, forward": 0})
+    monkeypatch.setattr(baselines, "no_compiler", lambda device: "torch.compile takes long")
+    monkeypatch.setattr(
+        bench_layers, "overhead", lambda *_: {"ours, forward": 0, "eager, forward": 0}
+    )
 
 
-def row(M: int, misses: dict[str, str] | None = None, **p50: float) -> dict[str, Any]:
-    seconds = {name.replace("_", " "): {"p50": value} for name, value in p50.items()}
-    sizes = {"dtype": "float32", "M": M, "K": 48, "N": 32, "R": 3, "mode": "step"}
-    return {**sizes, "seconds": seconds, "misses": misses or {}}
+def row(M: int, misses: dict[str, str] | None = None, **p50: float) -> Row:
+    seconds = {name: Times(t, t, t, 9) for name, t in p50.items()}
+    return Row(M=M, K=48, N=32, R=3, mode="step", seconds=seconds, misses=misses or {})
 
 
 def test_summary_counts_rows_by_peer_and_names_the_worst() -> None:
@@ -41,8 +44,8 @@ def test_summary_counts_rows_by_peer_and_names_the_worst() -> None:
         row(3, frozen=1, ours=3, addmm=3),
         row(4, {"ours": "y MISS"}, frozen=1, addmm=1),
     ]
-    rows[1]["under_load"] = True
-    assert list(bench_summary.lines(rows)) == [
+    rows[1].under_load = True
+    assert list(summary(rows)) == [
         "ours over each peer, medians of the same row; below 1 ours is faster:",
         "    addmm  faster in 1 of 3 rows, slower in 1; median 1.000; worst 2.000: "
         "float32 2×48×32 r=3 step",
@@ -53,7 +56,7 @@ def test_summary_counts_rows_by_peer_and_names_the_worst() -> None:
         "1 results of ours miss the tolerance (✗) and have no time",
         "1 of 4 rows were timed under load: measure them again",
     ]
-    assert list(bench_summary.lines([])) == []
+    assert list(summary([])) == []
 
 
 def test_summary_compares_like_with_like() -> None:
@@ -62,16 +65,17 @@ def test_summary_compares_like_with_like() -> None:
         "frozen": 1, "stream": 1, "ours": 2, "ours, fp32 adapters": 3, "peft": 6, "LoRA": 4,
         "peft, 16-bit adapters": 8, "PEFT's LoRA": 5, "PEFT's, 4": 6, "ours, 4": 9, "dense": 1,
     }  # fmt: skip
-    each = {"seconds": {name: {"p50": float(t)} for name, t in times.items()}}
-    found = {name: pairs[0][0] for name, pairs in bench_summary.ratios([each]).items()}
+    each = row(1, **times)
+    found = {name: pairs[0][0] for name, pairs in ratios([each]).items()}
     assert found == {
         "peft": 3 / 6, "peft, 16-bit adapters": 2 / 8, "PEFT's LoRA": 4 / 5, "PEFT's, 4": 9 / 6,
         "dense": 2 / 1,
     }  # fmt: skip
     # Ours in another dtype does not stand in for one that is wrong.
-    del each["seconds"]["ours, fp32 adapters"]
-    assert "peft" not in bench_summary.ratios([each | {"misses": {"ours, fp32 adapters": ""}}])
-    assert bench_summary.ratios([each])["peft"][0][0] == 2 / 6
+    del each.seconds["ours, fp32 adapters"]
+    assert ratios([each])["peft"][0][0] == 2 / 6
+    each.misses = {"ours, fp32 adapters": ""}
+    assert "peft" not in ratios([each])
 
 
 @pytest.mark.parametrize("others", [0.2, 1.7])
@@ -114,7 +118,7 @@ def test_bench_times_a_wrong_peer_and_marks_it(
 
         return call
 
-    monkeypatch.setattr(bench, "eager", half)
+    monkeypatch.setattr(baselines, "eager", half)
     file, lines = tmp_path / "here.json", tmp_path / "here.csv"
     assert cli.main([*SMALL, "--json", str(file), "--csv", str(lines)]) == 0
     out = capsys.readouterr().out

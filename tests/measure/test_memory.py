@@ -37,11 +37,11 @@ def test_ours_hold_the_formula(dtype: torch.dtype, variant: str) -> None:
     row = bench_memory.layer_row(variant, dtype, SIZES, R)
     want = M * K * dtype.itemsize + M * R * 4  # x, and D(x)·Aᵀ in float32
     want += {"dropout": 16, "DoRA": M * N * dtype.itemsize}.get(variant, 0)
-    assert row["minimum"] == want
-    assert row["bytes"]["ours"] == want + vectors(variant, dtype)
-    assert row["bytes"]["peft"] >= row["minimum"]
-    for name, total in row["bytes"].items():
-        assert sum(row["tensors"][name].values()) == total
+    assert row.minimum == want
+    assert row.bytes["ours"] == want + vectors(variant, dtype)
+    assert row.bytes["peft"] >= row.minimum
+    for name, total in row.bytes.items():
+        assert sum(row.tensors[name].values()) == total
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -91,8 +91,8 @@ def test_a_small_llama_holds_nothing_above_the_minimum() -> None:
     }  # fmt: skip
     for dtype in DTYPES:
         row = bench_memory.step_row(dtype, sizes)
-        assert row["what"] == "Llama's step"
-        assert 0 < row["minimum"] == row["bytes"]["ours"] < row["bytes"]["peft"]
+        assert row.what == "Llama's step"
+        assert 0 < row.minimum == row.bytes["ours"] < row.bytes["peft"]
 
 
 def test_unknown_variant() -> None:

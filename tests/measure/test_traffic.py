@@ -16,7 +16,7 @@ from benchmarks import report
 from lora_kernels import cli, lora_linear, ops, selection, traffic
 from lora_kernels.backends import eager
 from lora_kernels.measure import bench_memory, bench_traffic
-from lora_kernels.measure.bench_traffic import CELLS, Cell
+from lora_kernels.measure.bench_traffic import CELLS, Cell, TrafficRow
 from lora_kernels.traffic import Kernel, Traffic, count, count_layer
 
 pytest.importorskip("peft")
@@ -343,15 +343,15 @@ def test_count_cell_every_cell_is_fused_and_counted(cell: Cell, small: None) -> 
     if cell.base == "nf4":
         pytest.importorskip("bitsandbytes")
     found = list(bench_traffic.count_cell(cell, 128, 256, 16, cell.dropouts[-1]))
-    assert [(row["M"], row["direction"]) for row in found] == [
+    assert [(row.M, row.direction) for row in found] == [
         (rows, direction) for rows in bench_traffic.ROWS for direction in ("forward", "backward")
     ]
     for row in found:
         for name in bench_traffic.MEASURES:
-            assert min(row[name].values()) > 0
+            assert min(getattr(row, name).values()) > 0
         # x·Wᵀ alone reads x and writes y; ours is not PEFT's under another name.
-        assert row["bytes"]["ours"] >= 2 * row["M"] * (128 + 256)
-        assert row["bytes"]["ours"] != row["bytes"]["peft"]
+        assert row.bytes["ours"] >= 2 * row.M * (128 + 256)
+        assert row.bytes["ours"] != row.bytes["peft"]
 
 
 def test_bench_count_prints_and_writes_every_row(
@@ -393,17 +393,14 @@ def test_report_without_traffic_json_has_no_section(
 
 
 def test_line_of_a_lost_row_is_marked() -> None:
-    row: dict[str, Any] = {
-        "cell": "bf16", "M": 1, "K": 2, "N": 3, "R": 4, "dropout_p": 0.05, "direction": "forward",
-        "bytes": {"ours": 3_000_000, "peft": 2_000_000}, "kernels": {"ours": 9, "peft": 7},
-        "peak": {"ours": 1_000_000, "peft": 2_000_000}, "losses": ["bytes", "kernels"],
-    }  # fmt: skip
-    assert " ".join(bench_traffic.line(row).split()) == (
+    counts = ({"ours": ours, "peft": peft} for ours, peft in ((3e6, 2e6), (9, 7), (1e6, 2e6)))
+    row = TrafficRow("bf16", 1, 2, 3, 4, 0.05, "forward", *counts, 7, ["bytes", "kernels"])
+    assert " ".join(bench_traffic.Count().line(row).split()) == (
         "1.50 3.00 2.00 9/7 0.50 1.00 2.00 bf16, 1×2×3 r=4 p=0.05 forward ✗ bytes, kernels"
     )
 
 
-def full_size(cell: Cell, R: int, rows: Sequence[int], N: int = 4096) -> list[dict[str, Any]]:
+def full_size(cell: Cell, R: int, rows: Sequence[int], N: int = 4096) -> list[TrafficRow]:
     if cell.base == "nf4":
         pytest.importorskip("bitsandbytes")
     return [
@@ -416,7 +413,7 @@ def full_size(cell: Cell, R: int, rows: Sequence[int], N: int = 4096) -> list[di
 @pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)
 def test_fused_layer_at_full_size_loses_no_row(cell: Cell) -> None:
     for row in full_size(cell, 16, bench_traffic.ROWS):
-        assert not row["losses"], bench_traffic.line(row)
+        assert not row.losses, bench_traffic.Count().line(row)
 
 
 @pytest.mark.proof
@@ -425,7 +422,7 @@ def test_fused_layer_at_full_size_loses_no_row(cell: Cell) -> None:
 def test_fused_layer_at_every_shape_and_rank_loses_no_row(cell: Cell, R: int) -> None:
     for _, N in bench_traffic.SHAPES:
         for row in full_size(cell, R, bench_traffic.ROWS, N):
-            assert not row["losses"], bench_traffic.line(row)
+            assert not row.losses, bench_traffic.Count().line(row)
 
 
 def test_fused_layer_with_float32_adapters_moves_what_was_derived() -> None:
@@ -434,7 +431,7 @@ def test_fused_layer_with_float32_adapters_moves_what_was_derived() -> None:
     What else there is, the adapter and [M, R] in float32 and in parts, is at most a quarter of a
     pass of x.
     """
-    forward, backward = (row["bytes"]["ours"] for row in full_size(FP32_CELL, 16, [8192])[:2])
+    forward, backward = (row.bytes["ours"] for row in full_size(FP32_CELL, 16, [8192])[:2])
     a_pass, weight = 2 * 8192 * 4096, 2 * 4096 * 4096
     assert 0 < forward - (5 * a_pass + weight) < 0.15 * a_pass
     assert 0 < backward - (7 * a_pass + weight) < 0.25 * a_pass
@@ -446,7 +443,7 @@ def test_fused_layer_with_one_float32_copy_is_noticed(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of the first operand, which is as large as x or y where that is in 16 bits."""
-    clean = [row["bytes"]["ours"] for row in full_size(FP32_CELL, 16, [8192])[:2]]
+    clean = [row.bytes["ours"] for row in full_size(FP32_CELL, 16, [8192])[:2]]
     original = getattr(eager, name)
 
     def copying(first: Tensor, *rest: Any, **options: Any) -> Any:
@@ -455,7 +452,7 @@ def test_fused_layer_with_one_float32_copy_is_noticed(
         return original(first, *rest, **options)
 
     monkeypatch.setattr(eager, name, copying)
-    copied = [row["bytes"]["ours"] for row in full_size(FP32_CELL, 16, [8192])[:2]]
+    copied = [row.bytes["ours"] for row in full_size(FP32_CELL, 16, [8192])[:2]]
     a_copy = 6 * 8192 * 4096
     extra = [more - less for more, less in zip(copied, clean, strict=True)]
     assert max(extra) >= a_copy and all(each % a_copy == 0 for each in extra)

@@ -14,7 +14,7 @@ import torch
 
 from lora_kernels import cli, ops, timing
 from lora_kernels.backends import native
-from lora_kernels.measure import bench, bench_variants
+from lora_kernels.measure import baselines, bench_variants
 from lora_kernels.measure import case as cases
 
 pytest.importorskip("peft")
@@ -32,7 +32,7 @@ RESULTS = {
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "copy_bandwidth", lambda **_: 1e9)
     monkeypatch.setattr(timing, "product_peak", lambda dtype, **_: 1e9)
-    monkeypatch.setattr(bench, "no_compiler", lambda device: "torch.compile takes long")
+    monkeypatch.setattr(baselines, "no_compiler", lambda device: "torch.compile takes long")
 
 
 def broken(monkeypatch: pytest.MonkeyPatch, output: str, by: float = 1.01) -> None:
@@ -103,13 +103,13 @@ def test_a_wrong_variant_has_no_time(
 ) -> None:
     monkeypatch.setattr(bench_variants, "SIZES", (8, 48, 32))
     row = bench_variants.norm_row(torch.float32, 0.0)
-    assert not row["misses"] and "ours" in row["seconds"]
+    assert not row.misses and "ours" in row.seconds
     norm = ops._BACKENDS[BACKEND].dora_norm
     monkeypatch.setattr(ops._BACKENDS[BACKEND], "dora_norm", lambda *args: norm(*args) * 1.01)
     row = bench_variants.norm_row(torch.float32, 0.0)
-    assert set(row["misses"]) == {"ours", "ours on NF4"}
-    assert "ours" not in row["seconds"] and "panels" in row["seconds"]
-    assert "ours ✗ (y MISS: rms" in bench_variants.line(row)
+    assert set(row.misses) == {"ours", "ours on NF4"}
+    assert "ours" not in row.seconds and "panels" in row.seconds
+    assert "ours ✗ (y MISS: rms" in bench_variants.Variants().line(row)
 
 
 @pytest.mark.slow  # bitsandbytes' layers

@@ -95,13 +95,14 @@ def test_machines_stand_beside_each_other(monkeypatch: pytest.MonkeyPatch, tmp_p
     amx, other = report.runs()
     assert (amx.name, other.name) == ("AMX", "an-arm")
     lines = {
-        line.split(" | ")[0]: line for line in report.readme_figures([amx, other]).splitlines()
+        line.split(" | ")[0]: line
+        for line in report.render("README.md.j2", [amx, other]).splitlines()
     }
     tax = [report.cell(row, name) for name in ("ours", "addmm", "peft")]
     sizes = f"×{row['K']}×{row['N']}"
     for M, cells in ((row["M"], tax + tax), (48, tax + ["–"] * 3), (80, ["–"] * 3 + tax)):
         assert lines[f"| {M}{sizes}"].endswith(f" | {' | '.join(cells)} |")
-    page = report.results([amx, other])
+    page = report.render("RESULTS.md.j2", [amx, other])
     assert "### Forward and backward: AMX" in page
     assert "### Forward and backward: an-arm" in page
     assert "4-bit bases" not in page

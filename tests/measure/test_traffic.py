@@ -369,8 +369,7 @@ def test_bench_count_prints_and_writes_every_row(
     assert lines[0] == bench_traffic.HEADER
     assert sum("✗" in line for line in lines) == sum(bool(row["losses"]) for row in data["rows"])
     assert lines[-1].startswith(f"{len(data['rows'])} rows, ours loses ")
-    text = "\n".join(report.results_traffic(data))
-    assert "nothing was measured on a GPU" in text
+    text = report.table("||", report.traffic_rows(data["rows"]))
     assert "| bf16, fp32 adapters | 0.05 | 8192×128×256 | " in text
     assert "16×128×256" not in text
 
@@ -389,7 +388,9 @@ def test_report_without_traffic_json_has_no_section(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(report, "JSON_TRAFFIC", tmp_path / "none.json")
-    assert "## Memory traffic on a GPU, counted" not in report.results(report.runs())
+    assert "## Memory traffic on a GPU, counted" not in report.render(
+        "RESULTS.md.j2", report.runs()
+    )
 
 
 def test_line_of_a_lost_row_is_marked() -> None:

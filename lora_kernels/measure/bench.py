@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,85 +29,69 @@ SECONDS = 2.5
 SUITES: tuple[Suite, ...] = (Codes(), Variants(), Memory(), Count(), Layers())  # the last: else
 
 
+def _words(values: Sequence[object], between: str = " ") -> str:
+    return between.join(map(str, values))
+
+
+HELP = {
+    "device": "(default: %(default)s)",
+    "shapes": "rows of x, in-features, out-features, such as 512x2048x5632 (default: five, with "
+    "--quant others; on a GPU llama3-8b's)",
+    "model": "the shapes of its linear layers",
+    "rows": f"of x, in a model's layers (default: {_words(models.ROWS['cpu'])}; on a GPU "
+    f"{_words(models.ROWS['cuda'])})",
+    "ranks": f"(default: {_words(RANKS)}; with --quant and --variants 16)",
+    "quick": f"{QUICK_SECONDS} seconds for a row, rank {QUICK_RANKS[0]}, and in a model's layers "
+    f"{_words(QUICK_ROWS, ' and ')} rows, unless others are named",
+    "dtypes": f"of weight and x (default: {_words(DTYPES)})",
+    "dropout": "on the adapter's input (default: %(default)s)",
+    "seconds": f"to spend on what is timed in turns (default: {SECONDS})",
+    "quant": "time the layer over a 4-bit base instead",
+    "variants": "time DoRA and its row norm, groups, several adapters and hierarchical levels "
+    "instead, on a CPU",
+    "memory": "count the bytes that layers, and a small Llama, hold for the backward instead",
+    "count": "count the memory traffic, kernels and peak memory of a layer on a GPU instead, ours "
+    "beside PEFT's, without a GPU; exit status 1 where ours loses",
+    "json": "write every figure there",
+    "csv": "write the times and bytes there, a call a line",
+    "compare": "print what got slower or faster than in OLD.json, which --json wrote: in this run, "
+    "or with NEW.json in that, running nothing. Each time counts as its ratio to a yardstick "
+    "of its own row (the frozen layer; a read of the codes; the dense layer; PEFT's). The "
+    "noise is 4 standard errors of the two medians over rounds, from the samples around them, "
+    "and at least 5 %%; what may be slower is measured again. Exit status 1 where something "
+    "got slower.",
+}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Time a LoRA layer's kernels against what others use: PEFT, plain PyTorch, bitsandbytes. A "
         "row gives the layer's time over that of its frozen linear alone; results that miss the "
         "tolerance are marked, and lost rows are printed like won ones."
     )
-    parser.add_argument(
-        "--device", choices=["cpu", "cuda"], default="cpu", help="(default: %(default)s)"
-    )
-    parser.add_argument(
-        "--shapes", nargs="+", type=models.sizes("MxKxN"), metavar="MxKxN",
-        help="rows of x, in-features, out-features, such as 512x2048x5632 (default: five, with "
-        "--quant others; on a GPU llama3-8b's)",
-    )  # fmt: skip
-    parser.add_argument("--model", choices=models.NAMES, help="the shapes of its linear layers")
-    parser.add_argument(
-        "--rows", nargs="+", type=models.positive, metavar="M",
-        help=f"of x, in a model's layers (default: {_words(models.ROWS['cpu'])}; on a GPU "
-        f"{_words(models.ROWS['cuda'])})",
-    )  # fmt: skip
-    parser.add_argument(
-        "--ranks", nargs="+", type=models.positive, metavar="R",
-        help=f"(default: {_words(RANKS)}; with --quant and --variants 16)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--quick",
-        action="store_true",
-        help=f"{QUICK_SECONDS} seconds for a row, rank {QUICK_RANKS[0]}, and in a model's layers "
-        f"{_words(QUICK_ROWS, ' and ')} rows, unless others are named",
-    )
-    parser.add_argument(
-        "--dtypes", nargs="+", choices=[*DTYPES, "float16"], default=DTYPES,
-        help=f"of weight and x (default: {_words(DTYPES)})",
-    )  # fmt: skip
-    parser.add_argument(
-        "--dropout", type=_probability, metavar="P", default=0.0,
-        help="on the adapter's input (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--seconds", type=models.seconds, metavar="S",
-        help=f"to spend on what is timed in turns (default: {SECONDS})",
-    )  # fmt: skip
     instead = parser.add_mutually_exclusive_group()
-    instead.add_argument(
-        "--quant", choices=["nf4", "fp4"], help="time the layer over a 4-bit base instead"
-    )
-    instead.add_argument(
-        "--variants",
-        action="store_true",
-        help="time DoRA and its row norm, groups, several adapters and hierarchical levels "
-        "instead, on a CPU",
-    )
-    instead.add_argument(
-        "--memory",
-        action="store_true",
-        help="count the bytes that layers, and a small Llama, hold for the backward instead",
-    )
-    instead.add_argument(
-        "--count",
-        action="store_true",
-        help="count the memory traffic, kernels and peak memory of a layer on a GPU instead, ours "
-        "beside PEFT's, without a GPU; exit status 1 where ours loses",
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure there")
-    parser.add_argument(
-        "--csv", type=Path, metavar="FILE", help="write the times and bytes there, a call a line"
-    )
-    parser.add_argument(
-        "--compare",
-        nargs="+",
-        type=Path,
-        metavar=("OLD.json", "NEW.json"),
-        help="print what got slower or faster than in OLD.json, which --json wrote: in this run, "
-        "or with NEW.json in that, running nothing. Each time counts as its ratio to a yardstick "
-        "of its own row (the frozen layer; a read of the codes; the dense layer; PEFT's). The "
-        "noise is 4 standard errors of the two medians over rounds, from the samples around them, "
-        "and at least 5 %%; what may be slower is measured again. Exit status 1 where something "
-        "got slower.",
-    )
+
+    def add(name: str, **options: Any) -> None:
+        group = instead if name in ("quant", "variants", "memory", "count") else parser
+        group.add_argument(f"--{name}", help=HELP[name], **options)
+
+    positive, files = models.positive, ("OLD.json", "NEW.json")
+    add("device", choices=["cpu", "cuda"], default="cpu")
+    add("shapes", nargs="+", type=models.sizes("MxKxN"), metavar="MxKxN")
+    add("model", choices=models.NAMES)
+    add("rows", nargs="+", type=positive, metavar="M")
+    add("ranks", nargs="+", type=positive, metavar="R")
+    add("quick", action="store_true")
+    add("dtypes", nargs="+", choices=[*DTYPES, "float16"], default=DTYPES)
+    add("dropout", type=_probability, metavar="P", default=0.0)
+    add("seconds", type=models.seconds, metavar="S")
+    add("quant", choices=["nf4", "fp4"])
+    add("variants", action="store_true")
+    add("memory", action="store_true")
+    add("count", action="store_true")
+    add("json", type=Path, metavar="FILE")
+    add("csv", type=Path, metavar="FILE")
+    add("compare", nargs="+", type=Path, metavar=files)
 
 
 def unused(args: argparse.Namespace, suite: Suite) -> str | None:
@@ -192,22 +177,11 @@ def measure(suite: Suite, args: argparse.Namespace, only: Collection[str] = ()) 
         result.rows.append(row)
         first, *rest = suite.line(row).split("\n")
         print(first + mark, *rest, sep="\n", flush=True)
-        _write(args, result)
-    _write(args, result)
+        result.write(args.json, args.csv)
+    result.write(args.json, args.csv)
     for text in () if only else suite.summary(result.rows):
         print(text)
     return result
-
-
-def _write(args: argparse.Namespace, result: Result) -> None:
-    if args.json:
-        result.write(args.json)
-    if args.csv:
-        result.write_csv(args.csv)
-
-
-def _words(values: Sequence[object], between: str = " ") -> str:
-    return between.join(map(str, values))
 
 
 def _probability(text: str) -> float:

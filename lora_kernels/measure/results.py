@@ -11,6 +11,7 @@ import argparse
 import csv
 import dataclasses
 import datetime
+import itertools
 import json
 import os
 import platform
@@ -202,24 +203,26 @@ class Result:
     rows: list[Any] = field(default_factory=list)
     overhead_us: dict[str, float] | None = None
 
-    def write(self, file: Path) -> None:
-        """Write JSON, a row a line."""
+    def write(self, json_file: Path | None, csv_file: Path | None) -> None:
+        """Write JSON, a row a line; and the times and bytes as CSV, a call a line."""
+        for file in filter(None, (json_file, csv_file)):
+            file.parent.mkdir(parents=True, exist_ok=True)
+        if json_file:
+            json_file.write_text(self._json())
+        if csv_file:
+            with csv_file.open("w", newline="", encoding="utf-8") as text:
+                columns = f"{OF_ROW} {OF_CALL}".split()
+                writer = csv.DictWriter(text, columns, lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(itertools.chain(*map(flat, self.rows)))
+
+    def _json(self) -> str:
         lines = ",\n".join(
             f"  {json.dumps(row.to_json(), ensure_ascii=False)}" for row in self.rows
         )
         facts = json.dumps(self.provenance, indent=1, ensure_ascii=False)
         more = f',\n "overhead_us": {json.dumps(self.overhead_us)}' if self.overhead_us else ""
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(f'{{\n "provenance": {facts},\n "rows": [\n{lines}\n ]{more}\n}}\n')
-
-    def write_csv(self, file: Path) -> None:
-        """Write the times and bytes, a call a line, with a line of names on top."""
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("w", newline="", encoding="utf-8") as text:
-            writer = csv.DictWriter(text, f"{OF_ROW} {OF_CALL}".split(), lineterminator="\n")
-            writer.writeheader()
-            for row in self.rows:
-                writer.writerows(flat(row))
+        return f'{{\n "provenance": {facts},\n "rows": [\n{lines}\n ]{more}\n}}\n'
 
 
 # Columns of the CSV: what a row says of itself,

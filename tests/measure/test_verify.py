@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lora_kernels import cli
-from lora_kernels.measure import baselines, peers, verify
+from lora_kernels.measure import baselines, verify
 from lora_kernels.measure.case import Case
 
 pytest.importorskip("peft")
@@ -54,7 +54,7 @@ def test_as_many_rows_as_the_bar_expects(monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(rows) == verify._count(["eager"]) == 4
 
 
-@pytest.mark.parametrize("peer", list(peers.PEERS))
+@pytest.mark.parametrize("peer", list(verify.PEERS))
 def test_peers(peer: str, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip(peer)
     assert cli.main(["verify", "--peer", peer, "--json"]) == 0
@@ -101,8 +101,8 @@ def test_a_layer_that_is_not_fused_is_a_miss(monkeypatch: pytest.MonkeyPatch) ->
     from lora_kernels import peft
 
     monkeypatch.setattr(peft, "fuse", lambda model: model)
-    found = peers.compare("peft", Case(7, 64, 64, 40, bias=True, frozen=("bias",)))
-    assert found.reason and not found.ok
+    row, line = verify.peer_line("peft", Case(7, 64, 64, 40, bias=True, frozen=("bias",)))
+    assert row["not_fused"] and not row["ok"] and "not fused: " in line
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_a_missing_peer_is_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(peers, "find_spec", lambda name: None)
+    monkeypatch.setattr(verify, "find_spec", lambda name: None)
     assert cli.main(["verify", "--peer", peer]) == 2
     assert capsys.readouterr().out == f"lora-kernels verify: --peer {peer} {line}\n"
 

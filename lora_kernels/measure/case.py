@@ -27,7 +27,7 @@ from ..core.call import Operands
 from ..core.problem import Layout
 from ..quantization import Weight4bit, quantize_4bit
 from . import tolerance
-from .tolerance import Verdict
+from .tolerance import Verdict, unit_roundoff
 
 # argument -> name of its gradient in the results
 GRADIENTS = {
@@ -147,7 +147,7 @@ def inputs(case: Case) -> dict[str, Any]:
 
     x ~ N(0, 1); weight, A and B are scaled so that base product and adapter both come to order 1.
     """
-    draw = functools.partial(random, case.values, torch.Generator().manual_seed(case.seed))
+    draw = drawer(case.values, torch.Generator().manual_seed(case.seed))
     M, N, K, R = case.M, case.N, case.K, case.R
     adapter_dtype = case.adapter_dtype or case.dtype
     x = LAYOUTS[case.x_layout](draw((M, K), 1.0, case.dtype).to(case.device))
@@ -175,19 +175,16 @@ def inputs(case: Case) -> dict[str, Any]:
     return {**args, "dy": dy.reshape(*x.shape[:-1], N)}
 
 
-def random(
-    values: str,
-    generator: torch.Generator,
-    shape: tuple[int, ...],
-    std: float,
-    dtype: torch.dtype,
-    mean: float = 0.0,
-) -> Tensor:
-    """A tensor of "normal" numbers, of their absolute "nonnegative" ones, or of -1, 0 and 1."""
-    if values == "integers":
-        return torch.randint(-1, 2, shape, generator=generator).to(dtype)
-    t = mean + std * torch.randn(shape, generator=generator)
-    return (t.abs() if values == "nonnegative" else t).to(dtype)
+def drawer(values: str, generator: torch.Generator) -> Callable[..., Tensor]:
+    """Draws "normal" numbers, their "nonnegative" absolute values, or of -1, 0 and 1."""
+
+    def draw(shape: tuple[int, ...], std: float, dtype: torch.dtype, mean: float = 0.0) -> Tensor:
+        if values == "integers":
+            return torch.randint(-1, 2, shape, generator=generator).to(dtype)
+        t = mean + std * torch.randn(shape, generator=generator)
+        return (t.abs() if values == "nonnegative" else t).to(dtype)
+
+    return draw
 
 
 def dropout_state(seed: int) -> Tensor:
@@ -231,13 +228,17 @@ def plain_pytorch(
     return y.to(dtype)
 
 
+def mask_of(x: Tensor, rng: Tensor, dropout_p: float) -> Tensor:
+    """The dropout mask of a state, in x's shape."""
+    K = x.shape[-1]
+    return reference.dropout_mask(rng, x.numel() // K, K, dropout_p).view(x.shape)
+
+
 def masked(x: Tensor, rng: Tensor | None, dropout_p: float) -> Tensor:
     """x with its elements dropped and scaled as the reference has it; x itself without a state."""
     if rng is None:
         return x
-    K = x.shape[-1]
-    mask = reference.dropout_mask(rng, x.numel() // K, K, dropout_p).view(x.shape)
-    return x * mask * reference.dropout_scale(dropout_p)
+    return x * mask_of(x, rng, dropout_p) * reference.dropout_scale(dropout_p)
 
 
 def run(
@@ -287,24 +288,29 @@ def oracle(
     return run(equation, wide)
 
 
-def unit_roundoffs(case: Case) -> dict[str, float]:
-    """Output -> u of the coarsest rounding that the backends' docstrings name for it."""
-    adapter, x, compute = case.adapter_dtype or case.dtype, case.dtype, case.compute_dtype
-    compute = case.compute or compute
-    coarsest = {
-        "y": (compute,),
-        "dx": (x, compute),  # the base product is rounded to the compute dtype
-        "dA": (adapter,),
-        "dB": (adapter,),
-        "dg": (torch.float32,),
-        "dc": (torch.float32, compute),  # z is kept in the compute dtype
-        "dbias": (x,),
+def allowances(case: Case) -> dict[str, tuple[float, tuple[int, ...]]]:
+    """Output -> u of the coarsest rounding that the backends' docstrings name for it, and lengths
+    of the sums behind it; that of the shorter branch counts for nothing."""
+    M, N, K, x, f32 = case.M, case.N, case.K, case.dtype, torch.float32
+    adapter, compute = case.adapter_dtype or x, case.compute or case.compute_dtype
+    named: dict[str, tuple[tuple[torch.dtype, ...], tuple[int, ...]]] = {
+        "y": ((compute,), (K,)),
+        "dx": ((x, compute), (N,)),  # the base product is rounded to the compute dtype
+        "dA": ((adapter,), (N, M)),  # dAᵀ sums over rows what dS sums over columns
+        "dB": ((adapter,), (K, M)),
+        "dg": ((f32,), (K, N, M)),
+        "dc": ((f32, compute), (K, M)),  # z is kept in the compute dtype
+        "dbias": ((x,), (M,)),
     }
-    return {name: tolerance.unit_roundoff(*dtypes) for name, dtypes in coarsest.items()}
+    parts = part_roundoff(case)
+    return {
+        name: (parts if parts and name in ("dA", "dB", "dg") else unit_roundoff(*dtypes), lengths)
+        for name, (dtypes, lengths) in named.items()
+    }
 
 
-def part_roundoffs(case: Case) -> dict[str, float]:
-    """Return what replaces `unit_roundoffs` for adapters that eager rounds on a GPU.
+def part_roundoff(case: Case) -> float | None:
+    """Return u of dA, dB and dg for adapters that eager rounds on a GPU, else None.
 
     Autocast rounds it to its dtype. A float32 adapter beside many rows of 16 bits is taken as two
     parts. dA passes B and dS in parts, dB passes A and P, each rounded by 0.42 u rms. Plain PyTorch
@@ -312,18 +318,15 @@ def part_roundoffs(case: Case) -> dict[str, float]:
     """
     adapter, device = case.adapter_dtype or case.dtype, torch.empty(0, device=case.device)
     if selection.forced_backend() != "eager" or not library.has_out_dtype(device):
-        return {}
+        return None
     if case.autocast and case.dtype is not torch.float64:
-        u = tolerance.unit_roundoff(case.autocast)
-    elif (
-        case.M > eager.UPCAST_ROWS
-        and adapter is torch.float32
-        and case.dtype in eager.PART_ROUNDOFF
-    ):
-        u = 4 * eager.PART_ROUNDOFF[case.dtype]
-    else:
-        return {}
-    return {"dA": u, "dB": u, "dg": u}
+        return unit_roundoff(case.autocast)
+    in_parts = adapter is torch.float32 and case.M > eager.UPCAST_ROWS
+    return (
+        4 * eager.PART_ROUNDOFF[case.dtype]
+        if in_parts and case.dtype in eager.PART_ROUNDOFF
+        else None
+    )
 
 
 def give_mask(args: dict[str, Any]) -> dict[str, Any]:
@@ -331,23 +334,7 @@ def give_mask(args: dict[str, Any]) -> dict[str, Any]:
     rng, x = args["rng"], args["x"]
     if rng is None or rng.dtype is torch.bool or not selection.is_eager_on_gpu(x.device.type):
         return args
-    K = x.shape[-1]
-    mask = reference.dropout_mask(rng, x.numel() // K, K, args["dropout_p"])
-    return args | {"rng": mask.view(x.shape)}
-
-
-def sums(case: Case) -> dict[str, tuple[int, ...]]:
-    """Output -> lengths of the sums behind it; that of the shorter branch counts for nothing."""
-    M, N, K = case.M, case.N, case.K
-    return {
-        "y": (K,),
-        "dx": (N,),
-        "dA": (N, M),  # dAᵀ sums over rows what dS sums over columns
-        "dB": (K, M),
-        "dg": (K, N, M),
-        "dc": (K, M),
-        "dbias": (M,),
-    }
+    return args | {"rng": mask_of(x, rng, args["dropout_p"])}
 
 
 # "eager", its GPU path on CPU tensors, and the native kernels' instruction sets with each strategy
@@ -449,22 +436,16 @@ def expected(case: Any, of_p: int, make: Callable[[Any], Expected]) -> list[Expe
     return found
 
 
-def verdicts(
-    found: list[Expected],
-    call: Callable[..., Tensor],
-    u: dict[str, float],
-    lengths: dict[str, tuple[int, ...]],
-    autocast: torch.dtype | None = None,
-) -> dict[str, Verdict]:
-    """Run `call` on the arguments of each seed; u, lengths: as `tolerance.compare` takes them."""
-    results = [run(call, give_mask(each.args), autocast) for each in found]
+def verdicts(found: list[Expected], call: Callable[..., Tensor], like: Case) -> dict[str, Verdict]:
+    """Run `call` on the arguments of each seed; like: a case of the same sizes and dtypes."""
+    results = [run(call, give_mask(each.args), like.autocast) for each in found]
+    allowed = allowances(like)
     return {
         name: tolerance.compare(
             [result[name] for result in results],
             [each.ref[name] for each in found],
             [each.eager[name] for each in found],
-            u[name],
-            lengths[name],
+            *allowed[name],
         )
         for name in found[0].ref
     }
@@ -487,8 +468,7 @@ def judge(case: Case, call: Callable[..., Tensor] = functional.lora_linear) -> d
     >>> list(verdicts), all(verdict.ok for verdict in verdicts.values())
     (['y', 'dx', 'dA', 'dB', 'dg'], True)
     """
-    u = unit_roundoffs(case) | part_roundoffs(case)
-    return verdicts(_expected(case), call, u, sums(case), case.autocast)
+    return verdicts(_expected(case), call, case)
 
 
 NORM_ARGUMENTS = ("weight", "lora_A", "lora_B", "scaling", "rank_gate")
@@ -515,5 +495,5 @@ def judge_norm(
     refs, eagers = ([each[of]["norm"] for each in found] for of in (1, 2))
     got = [call(**each.args) for each in found]
     # All that is rounded is rounded to float32, in products of ranks and in the sum of squares.
-    u = tolerance.unit_roundoff(torch.float32)
+    u = unit_roundoff(torch.float32)
     return {"norm": tolerance.compare(got, refs, eagers, u, (case.R, case.K))}

@@ -252,9 +252,8 @@ def peer_line(peer: str, case: Case) -> Line:
     reason = None if isinstance(model[0], Fused) else explain(model).rows[0].reason
     with selection.backend("eager"):  # not by the kernels that are judged
         found = [Expected(args, cases.oracle(args), cases.run(cases.plain_pytorch, args))]
-    u, lengths = cases.unit_roundoffs(case), cases.sums(case)
     verdicts = {
-        who: cases.verdicts(found, lambda x, layer=layer, **rest: layer(x), u, lengths)
+        who: cases.verdicts(found, lambda x, layer=layer, **rest: layer(x), case)
         for who, layer in layers.items()
     }
     row: dict[str, Any] = {
@@ -267,7 +266,8 @@ def peer_line(peer: str, case: Case) -> Line:
     }
     words = [f"not fused: {reason}"] if reason else []
     for name, ours in verdicts["ours"].items():
-        rms = [r / u[name] for r in (ours.rms, verdicts["theirs"][name].rms, ours.rms_limit)]
+        three = (ours.rms, verdicts["theirs"][name].rms, ours.rms_limit)
+        rms = [each / ours.unit_roundoff for each in three]
         words.append("{} {:.3g} ({:.3g}, {:.3g})".format(name, *rms))
         words[-1] += "" if ours.ok else f" {ours}"
     shape = f"{case.M}×{case.K}×{case.N} r={case.R}{', bias' if case.bias else ''}"

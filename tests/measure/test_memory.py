@@ -85,10 +85,7 @@ def test_minimum() -> None:
 def test_a_small_llama_holds_nothing_above_the_minimum() -> None:
     """Which is counted of the frozen model, and by hand of its adapters."""
     pytest.importorskip("transformers")
-    sizes = {
-        "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 256,
-    }  # fmt: skip
+    sizes = dict(zip(bench_memory.SMOLLM2, (64, 192, 2, 4, 2, 256), strict=True))
     for dtype in DTYPES:
         row = bench_memory.step_row(dtype, sizes)
         assert row.what == "Llama's step"

@@ -48,10 +48,9 @@ def test_a_row_that_misses_the_tolerance_is_drawn(data: Any) -> None:
 
 def test_points_of_the_roofline(data: Any) -> None:
     """A call of 2 s: 2·MNK + 2·R·(N + K)·M operations, x, W, y, A and B moved once."""
-    row = {
-        "M": 3, "K": 5, "N": 7, "R": 2, "dtype": "float32", "mode": "forward",
-        "seconds": {"ours": {"p50": 2.0}, "frozen": {"p50": 1.0}},
-    }  # fmt: skip
+    row: dict[str, Any] = dict(zip("MKNR", (3, 5, 7, 2), strict=True))
+    row |= {"dtype": "float32", "mode": "forward"}
+    row["seconds"] = {"ours": {"p50": 2.0}, "frozen": {"p50": 1.0}}
     points = {name: rest for name, *rest in pictures._points({"rows": [row]}, "float32")}
     base, thin = 2 * 3 * 5 * 7, 2 * 3 * 2 * (5 + 7)
     operands = 4 * (3 * 5 + 5 * 7 + 3 * 7)

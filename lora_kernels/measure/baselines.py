@@ -189,12 +189,7 @@ def meta_linear_4bit(K: int, N: int, dtype: torch.dtype) -> nn.Module:
         linear = bnb.nn.Linear4bit(K, N, bias=False, compute_dtype=dtype, quant_type="nf4")
         codes = torch.empty(-(-N * K // 2), 1, dtype=torch.uint8)
     linear.weight = bnb.nn.Params4bit(
-        codes,
-        requires_grad=False,
-        quant_state=state,
-        bnb_quantized=True,
-        module=linear,
-        **common,
+        codes, requires_grad=False, quant_state=state, bnb_quantized=True, module=linear, **common
     )
     linear.quant_state = state
     return linear  # type: ignore[no-any-return]

@@ -45,11 +45,7 @@ LIKE = {
     "PEFT's, 1": "ours, 1",
 }
 # Variant -> its yardstick; "PEFT's" for all others.
-VARIANTS = {
-    "row norm": "PEFT's expression",
-    "DoRA step": "PEFT's LoRA",
-    "16 adapters": "PEFT's, 1",
-}
+VARIANTS = {"row norm": "PEFT's expression", "DoRA step": "PEFT's LoRA", "16 adapters": "PEFT's, 1"}
 STREAMED_ROWS = 16  # up to which a 4-bit layer's time is that of reading its codes
 # Above the bench's own threads: what another program adds to the average of a minute, over which
 # the kernel takes it, if it has a core for half of that.

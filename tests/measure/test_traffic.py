@@ -47,10 +47,7 @@ KERNELS: dict[str, tuple[Callable[[], object], list[tuple[int, int]]]] = {
     "add a number": (lambda: A + 1.0, [(X, X)]),
     "add in place": (lambda: meta(M, K).add_(A), [(2 * X, X)]),
     "add into out": (lambda: torch.add(A, 1.0, out=meta(M, K)), [(X, X)]),
-    "multiply by an expanded column": (
-        lambda: A * meta(M, 1).expand(M, K),
-        [(X + 4 * M, X)],
-    ),
+    "multiply by an expanded column": (lambda: A * meta(M, 1).expand(M, K), [(X + 4 * M, X)]),
     "copy_ casts": (lambda: meta(M, K, dtype=BF16).copy_(A), [(X, X // 2)]),
     "to casts": (lambda: A.to(BF16), [(X, X // 2)]),
     "to the same dtype": (lambda: A.to(F32), []),
@@ -287,9 +284,7 @@ def test_count_layer_nf4_falls_back_to_dense_weight_for_many_rows() -> None:
     found = count(lambda: layer(meta(600, k, dtype=BF16)), log)
     assert log == [
         Kernel(
-            "bitsandbytes.dequantize_blockwise.default",
-            scales + 4 * nested + 4 * 256,
-            4 * scales,
+            "bitsandbytes.dequantize_blockwise.default", scales + 4 * nested + 4 * 256, 4 * scales
         ),
         Kernel("aten.add.Tensor", 4 * scales + 4, 4 * scales),
         Kernel("bitsandbytes.dequantize_4bit.default", codes + 4 * scales, 2 * n * k),

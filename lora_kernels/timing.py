@@ -90,6 +90,9 @@ class Parts(NamedTuple):
     first: Call
     second: Callable[[Any], object]
 
+    def __call__(self) -> object:
+        return self.second(self.first())
+
 
 def interleave(calls: Mapping[str, Call | Parts], **options: Any) -> dict[str, Times]:
     """Time the calls in turns, each leading in turn, so that drift hits all of them alike.

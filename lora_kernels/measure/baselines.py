@@ -7,6 +7,7 @@ again.
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -89,7 +90,7 @@ def layer_of(args: dict[str, Any], quant_type: str = "") -> Any:
     if args["bias"] is not None:
         base.bias = nn.Parameter(args["bias"].detach().clone())
     if quant_type:
-        base = linear_4bit(base, quant_type, args["x"].device)
+        base = linear_4bit(base, quant_type)
     layer = peft_layer(base, [len(args["lora_A"])], args["scaling"], lora_dropout=args["dropout_p"])
     set_adapter(layer, args["lora_A"], args["lora_B"])
     return layer
@@ -136,7 +137,9 @@ def peft_layer(
             if adalora
             else LoraConfig(r=rank, **common)
         )
-        model = inject_adapter_in_model(config, model, name)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # of several
+            model = inject_adapter_in_model(config, model, name)
     layer: Any = model[0]
     layer.set_adapter(names(len(ranks)))
     for name, child in layer.named_children():
@@ -146,53 +149,20 @@ def peft_layer(
     return layer.train()
 
 
-def linear_4bit(
-    linear: nn.Linear, quant_type: str, device: torch.device | str = "cpu"
-) -> nn.Module:
-    """bitsandbytes' layer of a dense one, with nested scales."""
-    import bitsandbytes
-
-    bnb: Any = bitsandbytes.nn
-    (N, K), dtype = linear.weight.shape, linear.weight.dtype
-    base = bnb.Linear4bit(K, N, bias=False, compute_dtype=dtype, quant_type=quant_type)
-    base.weight = bnb.Params4bit(
-        linear.weight.detach(), requires_grad=False, quant_type=quant_type, module=base
-    )
-    base.bias = linear.bias
-    return base.to(device)  # type: ignore[no-any-return]  # which quantizes
-
-
-def meta_linear_4bit(K: int, N: int, dtype: torch.dtype) -> nn.Module:
-    """bitsandbytes' layer on meta, as if it had quantized a weight [N, K] to nested NF4."""
+def linear_4bit(linear: nn.Linear, quant_type: str) -> nn.Module:
+    """bitsandbytes' layer of a dense one on its device, with nested scales; also on meta."""
     import bitsandbytes
 
     bnb: Any = bitsandbytes
-    blocks = -(-N * K // 64)
-    on_meta: Any = torch.device("meta")
-    with on_meta:
-        nested = bnb.functional.QuantState(
-            absmax=torch.empty(-(-blocks // 256)),
-            code=torch.empty(256),
-            blocksize=256,
-            dtype=torch.float32,
-        )
-        common = {"blocksize": 64, "quant_type": "nf4"}
-        state = bnb.functional.QuantState(
-            absmax=torch.empty(blocks, dtype=torch.uint8),
-            shape=torch.Size((N, K)),
-            code=torch.empty(16),
-            dtype=dtype,
-            offset=torch.empty(()),
-            state2=nested,
-            **common,
-        )
-        linear = bnb.nn.Linear4bit(K, N, bias=False, compute_dtype=dtype, quant_type="nf4")
-        codes = torch.empty(-(-N * K // 2), 1, dtype=torch.uint8)
-    linear.weight = bnb.nn.Params4bit(
-        codes, requires_grad=False, quant_state=state, bnb_quantized=True, module=linear, **common
-    )
-    linear.quant_state = state
-    return linear  # type: ignore[no-any-return]
+    weight = linear.weight.detach()
+    (N, K), on = weight.shape, {"device": weight.device}
+    base = bnb.nn.Linear4bit(K, N, False, weight.dtype, quant_type=quant_type, **on)
+    options = {"blocksize": 64, "compress_statistics": True, "quant_type": quant_type}
+    codes, state = bnb.functional.quantize_4bit(weight, **options)
+    options |= {"quant_state": state, "bnb_quantized": True, "module": base}
+    base.weight = bnb.nn.Params4bit(codes, requires_grad=False, **options)
+    base.quant_state, base.bias = state, linear.bias
+    return base  # type: ignore[no-any-return]
 
 
 def in_turn(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:

@@ -64,7 +64,7 @@ class Bases:
 
     def _peft(self, linear: nn.Linear, quant_type: str) -> Any:
         """PEFT's layer over bitsandbytes', with the shared adapter."""
-        base = baselines.linear_4bit(linear, quant_type, self.device)
+        base = baselines.linear_4bit(linear, quant_type)
         layer = baselines.peft_layer(base, [RANK], SCALING)
         baselines.set_adapter(layer, self.lora_A, self.lora_B)
         return layer

@@ -220,12 +220,8 @@ def _memory(
     for name, (call, args) in calls.items():
         there = [args[key] for key in ("weight", "lora_A", "lora_B")]
         bytes_[name] = held(_forward(call, args), there=there).bytes
-        peaks[name] = peak(partial(_whole, _parts(call, args)), device)
+        peaks[name] = peak(_parts(call, args), device)
     return bytes_, peaks
-
-
-def _whole(parts: Parts) -> object:
-    return parts.second(parts.first())
 
 
 def _row(case: Case, mode: str, cache: str = "warm") -> Row:

@@ -123,10 +123,9 @@ def losses(cell: Cell, M: int, ours: Traffic, peft: Traffic) -> list[str]:
 
 def stock(cell: Cell, K: int, N: int, R: int, dropout_p: float = 0.0) -> Any:
     """Build PEFT's layer of a cell on meta, in training mode; alpha = 2·R."""
+    base: Any = nn.Linear(K, N, bias=False, device="meta", dtype=cell.dtype)
     if cell.base == "nf4":
-        base = baselines.meta_linear_4bit(K, N, cell.dtype)
-    else:
-        base = nn.Linear(K, N, bias=False, device="meta", dtype=cell.dtype)
+        base = baselines.linear_4bit(base, "nf4")
     return baselines.peft_layer(
         base,
         [R] * cell.adapters,

@@ -114,8 +114,8 @@ class Row:
 
     def to_json(self) -> dict[str, Any]:
         """The fields that are set."""
-        items = asdict(self).items()
-        return {name: v for name, v in items if v not in (None, {}) or name == "misses"}
+        kept = "misses" if self.seconds else ""
+        return {name: v for name, v in asdict(self).items() if v not in (None, {}) or name == kept}
 
     @property
     def kind(self) -> str:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from lora_kernels import cli, timing
-from lora_kernels.measure import baselines
+from lora_kernels.measure import baselines, bench_layers
 
 
 class Ran(NamedTuple):
@@ -32,6 +32,13 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "copy_bandwidth", lambda **_: 1e9)
     monkeypatch.setattr(timing, "product_peak", lambda dtype, **_: 1e9)
     monkeypatch.setattr(baselines, "no_compiler", lambda device: "torch.compile takes long")
+
+
+@pytest.fixture
+def no_overhead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a call costs by itself is not looked at."""
+    taken = dict.fromkeys(("ours, forward", "eager, forward"), 0.0)
+    monkeypatch.setattr(bench_layers, "overhead", lambda *_: taken)
 
 
 @pytest.fixture

@@ -42,15 +42,6 @@ def result(*rows: dict[str, Any], **facts: Any) -> Result:
     return Result({**PROVENANCE, **facts}, list(map(Row.from_json, rows)))
 
 
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The machine's limits take seconds to measure and are not looked at here."""
-    monkeypatch.setattr(timing, "copy_bandwidth", lambda **_: 1e9)
-    monkeypatch.setattr(timing, "product_peak", lambda dtype, **_: 1e9)
-    overhead = dict.fromkeys(("ours, forward", "eager, forward"), 0)
-    monkeypatch.setattr(bench_layers, "overhead", lambda *_: overhead)
-
-
 def test_slower_and_faster_beyond_the_noise_and_not_within() -> None:
     # exp(√2 · ln 1.04) = 1.057
     old = result(layer(1, 1.0), layer(2, 1.0), layer(3, 1.0), layer(4, 1.0))
@@ -205,7 +196,7 @@ def test_files_that_cannot_be_compared(
 
 
 def test_a_run_measures_again_what_seems_slower(
-    quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    no_overhead: None, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """That alone, and the file holds the first run."""
     asked: list[int] = []
@@ -218,15 +209,14 @@ def test_a_run_measures_again_what_seems_slower(
 
     monkeypatch.setattr(bench_layers, "measure", measured)
     monkeypatch.setattr(bench_layers.Layers, "line", lambda self, row: "")
-    old, new = tmp_path / "old.json", tmp_path / "new.json"
-    rows = [layer(R, 1.0) for R in (1, 2, 3)]
+    old, rows = tmp_path / "old.json", [layer(R, 1.0) for R in (1, 2, 3)]
     old.write_text(json.dumps(data(*rows, *({**row, "mode": "forward"} for row in rows))))
-    run = ["bench", "--shapes", "8x48x32", "--dtypes", "float32", "--ranks", "1", "2", "3"]
-    assert cli.main([*run, "--compare", str(old), "--json", str(new)]) == 0
+    options = f"--shapes 8x48x32 --dtypes float32 --ranks 1 2 3 --compare {old}"
+    ran = run(*options.split())
+    assert ran.status == 0
     assert asked == [1, 2, 3, 2, 2]  # after the second the mean is 1.03, after the third 1.02
-    out = capsys.readouterr().out
-    assert "2 rows may be slower" in out and "0 slower, 0 faster, 0 too noisy" in out
-    assert 'ours": {' in new.read_text() and '"p50": 1.06' in new.read_text()
+    assert "2 rows may be slower" in ran.out and "0 slower, 0 faster, 0 too noisy" in ran.out
+    assert 1.06 in [row["seconds"]["ours"]["over"]["p50"] for row in ran.rows]
 
 
 def test_two_files_are_compared_without_a_run(
@@ -257,21 +247,10 @@ def test_the_committed_results_compare_with_themselves(name: str) -> None:
         assert status == 0 and "0 slower, 0 faster" in lines[-1] and not lines[-1].startswith("0 ")
 
 
-def test_a_run_writes_what_a_comparison_needs(quick: None, tmp_path: Path) -> None:
-    file = tmp_path / "new.json"
-    small = [
-        "bench",
-        "--shapes",
-        "8x48x32",
-        "--ranks",
-        "3",
-        "--seconds",
-        "0",
-        "--dtypes",
-        "float32",
-    ]
-    assert cli.main([*small, "--json", str(file)]) == 0
-    new = compare.read(file)
+def test_a_run_writes_what_a_comparison_needs(no_overhead: None, run: Any, tmp_path: Path) -> None:
+    options = "--shapes 8x48x32 --ranks 3 --seconds 0 --dtypes float32"
+    assert run(*options.split()).status == 0
+    new = compare.read(tmp_path / "new" / "here.json")
     assert new.provenance["processor"]
     for row in new.rows:
         assert row.seconds["frozen"].over == timing.Ratio(1.0, 1.0, 1.0, 1.0, 1.0)

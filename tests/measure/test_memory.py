@@ -1,7 +1,7 @@
 """Bytes held from forward to backward: ours are the formula, and nothing is held beside."""
 
-import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -98,15 +98,13 @@ def test_unknown_variant() -> None:
 
 
 def test_the_command(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(bench_memory, "find_spec", lambda name: None)  # no Llama
-    file = tmp_path / "memory.json"
-    assert cli.main(["bench", "--memory", "--json", str(file)]) == 0
-    data = json.loads(file.read_text())
-    assert [row["what"] for row in data["rows"]] == [*VARIANTS, *VARIANTS]
-    assert set(data["provenance"]) == {"version", "torch", "peft", "transformers"}
-    assert "dropout, bfloat16 512×2048×2048 r=16: ours 2,129,936 bytes" in capsys.readouterr().out
+    ran, file = run("--memory"), tmp_path / "new" / "here.json"
+    assert ran.status == 0 and [row["what"] for row in ran.rows] == [*VARIANTS, *VARIANTS]
+    assert set(ran.data["provenance"]) == {"version", "torch", "peft", "transformers"}
+    assert "dropout, bfloat16 512×2048×2048 r=16: ours 2,129,936 bytes" in ran.out
     assert cli.main(["bench", "--memory", "--compare", str(file)]) == 2
     assert "want no --compare" in capsys.readouterr().out
     assert cli.main(["bench", "--memory", "--device", "cuda"]) == 2

@@ -220,7 +220,7 @@ def _memory(
     for name, (call, args) in calls.items():
         there = [args[key] for key in ("weight", "lora_A", "lora_B")]
         bytes_[name] = held(_forward(call, args), there=there).bytes
-        peaks[name] = peak(_parts(call, args), device)
+        peaks[name] = peak(_parts(call, args).__call__, device)
     return bytes_, peaks
 
 

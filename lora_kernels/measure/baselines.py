@@ -77,13 +77,15 @@ def no_compiler(device: str) -> str | None:
 
 def peft(args: dict[str, Any]) -> Call:
     """PEFT's own layer in train mode, holding these very tensors."""
-    layer = layer_of(args)
+    layer = build_layer(args)
     return lambda x, **rest: layer(x)
 
 
-def layer_of(args: dict[str, Any], quant_type: str = "") -> Any:
-    """PEFT's layer of the arguments of `lora_linear`, which it holds itself; over bitsandbytes'
-    where a 4-bit type is named."""
+def build_layer(args: dict[str, Any], quant_type: str = "") -> Any:
+    """Build PEFT's layer over the arguments of `lora_linear`, which become its own tensors.
+
+    quant_type: of bitsandbytes' layer as the base; a dense one if empty.
+    """
     N, K = args["weight"].shape
     base: Any = nn.Linear(K, N, bias=False, device="meta")
     base.weight = nn.Parameter(args["weight"], requires_grad=False)
@@ -96,20 +98,20 @@ def layer_of(args: dict[str, Any], quant_type: str = "") -> Any:
     return layer
 
 
-def hold(linear: nn.Module, weight: Tensor) -> None:
-    """Make the tensor the layer's weight."""
+def set_weight(linear: nn.Module, weight: Tensor) -> None:
+    """Replace the layer's weight by the tensor itself."""
     del linear.weight  # a parameter, which a plain tensor cannot replace
     linear.weight = weight
 
 
 def set_adapter(layer: Any, A: Tensor, B: Tensor, name: str = "default") -> None:
-    """Have PEFT's layer hold these tensors."""
-    hold(layer.lora_A[name], A)
-    hold(layer.lora_B[name], B)
+    """Replace lora_A and lora_B of PEFT's layer by these tensors themselves."""
+    set_weight(layer.lora_A[name], A)
+    set_weight(layer.lora_B[name], B)
 
 
-def names(count: int) -> list[str]:
-    """Those of the adapters of `peft_layer`: default, a1, a2..."""
+def adapter_names(count: int) -> list[str]:
+    """Return the names of `peft_layer`'s adapters: default, a1, a2..."""
     return ["default", *(f"a{i}" for i in range(1, count))]
 
 
@@ -122,7 +124,7 @@ def peft_layer(
     adalora: bool = False,
     **options: Any,
 ) -> Any:
-    """PEFT's layer over the base, which is frozen, in training mode with all its adapters active.
+    """Build PEFT's layer over a frozen base, in training mode with an active adapter of each rank.
 
     adapter_dtype: the base's where None; options: of `LoraConfig`.
     """
@@ -130,7 +132,7 @@ def peft_layer(
 
     model: Any = nn.Sequential(base).requires_grad_(False)
     model.is_loaded_in_4bit = hasattr(base.weight, "quant_state")  # as transformers marks a model
-    for name, rank in zip(names(len(ranks)), ranks, strict=True):
+    for name, rank in zip(adapter_names(len(ranks)), ranks, strict=True):
         common = {"lora_alpha": scaling * rank, "target_modules": ["0"], **options}
         config: Any = (
             AdaLoraConfig(init_r=rank, target_r=rank, total_step=10, **common)
@@ -141,7 +143,7 @@ def peft_layer(
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # of several
             model = inject_adapter_in_model(config, model, name)
     layer: Any = model[0]
-    layer.set_adapter(names(len(ranks)))
+    layer.set_adapter(adapter_names(len(ranks)))
     for name, child in layer.named_children():
         if name.startswith(("lora_", "ranknum")) and adapter_dtype is not None:
             # PEFT makes some of those of a layer on meta on the CPU.
@@ -150,7 +152,7 @@ def peft_layer(
 
 
 def linear_4bit(linear: nn.Linear, quant_type: str) -> nn.Module:
-    """bitsandbytes' layer of a dense one on its device, with nested scales; also on meta."""
+    """Quantize a dense layer to bitsandbytes' on the same device, meta too, with nested scales."""
     import bitsandbytes
 
     bnb: Any = bitsandbytes
@@ -158,6 +160,8 @@ def linear_4bit(linear: nn.Linear, quant_type: str) -> nn.Module:
     (N, K), on = weight.shape, {"device": weight.device}
     base = bnb.nn.Linear4bit(K, N, False, weight.dtype, quant_type=quant_type, **on)
     options = {"blocksize": 64, "compress_statistics": True, "quant_type": quant_type}
+    # Kept by bitsandbytes for all scales, which would be on meta if the first weight is.
+    bnb.functional.name2qmap.setdefault("dynamic", bnb.functional.create_dynamic_map())
     codes, state = bnb.functional.quantize_4bit(weight, **options)
     options |= {"quant_state": state, "bnb_quantized": True, "module": base}
     base.weight = bnb.nn.Params4bit(codes, requires_grad=False, **options)
@@ -165,7 +169,7 @@ def linear_4bit(linear: nn.Linear, quant_type: str) -> nn.Module:
     return base  # type: ignore[no-any-return]
 
 
-def in_turn(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
-    """A call of the next one each time, so that no cache holds what they read."""
+def cycle_through(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
+    """Return a function that makes the next of the calls each time."""
     each = itertools.cycle(calls)
     return lambda: next(each)()

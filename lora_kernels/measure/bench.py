@@ -170,10 +170,7 @@ def measure(suite: Suite, args: argparse.Namespace, only: Collection[str] = ()) 
     for text in () if only else suite.head(args, result):
         print(text)
     for row in suite.rows(args, result.provenance, only):
-        mark = ""
-        if isinstance(row, Row) and row.seconds:
-            row.note_load()
-            mark = row.load_mark
+        mark = row.note_load() if isinstance(row, Row) and row.seconds else ""
         result.rows.append(row)
         first, *rest = suite.line(row).split("\n")
         print(first + mark, *rest, sep="\n", flush=True)

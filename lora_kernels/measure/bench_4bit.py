@@ -108,14 +108,14 @@ class Bases:
                 for cache, used in (("cold", slice(None)), ("warm", slice(1))):
                     row = Row(**self.common, M=M, K=K, N=N, R=RANK, mode="forward", cache=cache)
                     calls = (forwards | {"stream": stream}).items()
-                    turns = {name: baselines.in_turn(each[used]) for name, each in calls}
+                    turns = {name: baselines.cycle_through(each[used]) for name, each in calls}
                     row.judge(errors, eager, tolerance.unit_roundoff(self.dtype), (K,))
                     yield row.time(turns, seconds, self.device)
         x.requires_grad_()
         dy = torch.randn(M, N).to(self.device, self.dtype)
         inputs = (x, self.lora_A, self.lora_B)
         steps = {
-            name: baselines.in_turn([partial(_step, forward, inputs, dy) for forward in each])
+            name: baselines.cycle_through([partial(_step, forward, inputs, dy) for forward in each])
             for name, each in self.candidates().items()
             if name != "bitsandbytes, eval"
         }
@@ -139,7 +139,7 @@ class Codes(Suite):
     kind, option, unused = "4-bit", "quant", "ranks dropout"
 
     def rows(self, args: argparse.Namespace, facts: Facts, only: Collection[str]) -> Iterator[Row]:
-        asked = models.shapes(args) or []
+        asked = models.requested_shapes(args) or []
         shapes = list(dict.fromkeys((K, N) for _, K, N in asked)) or SHAPES
         counts = sorted({M for M, _, _ in asked}) or list(ROWS)
         for dtype, (K, N) in itertools.product(args.dtypes, shapes):

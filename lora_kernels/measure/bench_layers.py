@@ -207,7 +207,7 @@ def _cold(made: dict[str, Candidate], device: str) -> dict[str, Callable[[], obj
         calls = [_forward(make(args), args) for args in each]
         for call in calls:  # the first may prepare the others
             call()
-        found[name] = baselines.in_turn(calls)
+        found[name] = baselines.cycle_through(calls)
     return found
 
 
@@ -277,7 +277,7 @@ class Layers(Suite):
         if facts:
             peaks = {getattr(torch, name): peak for name, peak in facts["product_peak"].items()}
             machine = Machine("", facts["copy_bandwidth"], peaks)
-        shapes = models.shapes(args) or SHAPES
+        shapes = models.requested_shapes(args) or SHAPES
         for dtype, (M, K, N), R in itertools.product(args.dtypes, shapes, args.ranks):
             options = {"dropout_p": args.dropout, "device": args.device}
             case = Case(M, N, K, R, getattr(torch, dtype), **options)

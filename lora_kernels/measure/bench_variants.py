@@ -56,7 +56,7 @@ def norm_row(dtype: torch.dtype, seconds: float) -> Row:
         base = decoded if "NF4" in name else W
         ref = reference.dora_norm(base.double(), A.double(), B.double(), SCALING)
         errors[name] = _error(call(), ref)
-    row = _row("row norm", dtype, SIZES)
+    row = _row("row norm", dtype, SIZES, errors, "panels")
     # All that is rounded is rounded to float32.
     row.judge(errors, errors["panels"], tolerance.unit_roundoff(torch.float32), (K,))
     return row.time(calls, seconds)
@@ -85,8 +85,7 @@ def dora_row(dtype: torch.dtype, seconds: float) -> Row:
         name: _error(layer(x), ref["LoRA" if "LoRA" in name else "DoRA"])
         for name, layer in layers.items()
     }
-    row = _row("DoRA step", dtype, SIZES)
-    row.judge(errors, errors["PEFT's DoRA"], tolerance.unit_roundoff(dtype), (K, 0))
+    row = _row("DoRA step", dtype, SIZES, errors, "PEFT's DoRA")
     steps = {name: _step(layer, x, dy, _trained(layer)) for name, layer in layers.items()}
     return row.time(steps, seconds)
 
@@ -125,9 +124,8 @@ def group_rows(dtype: torch.dtype, seconds: float) -> Iterator[Row]:
     for what, rows, calls in (("step", M, steps), ("of a token", 1, decoding)):
         for module in itertools.chain(*(modules for _, modules in forwards.values())):
             module.train(what == "step")
-        row = _row(f"q, k, v {what}", dtype, (rows, K, sum(sizes.values())))
-        row.judge(errors, errors["PEFT's"], tolerance.unit_roundoff(dtype), (K, 0))
-        yield row.time(calls, seconds)
+        whole = (rows, K, sum(sizes.values()))
+        yield _row(f"q, k, v {what}", dtype, whole, errors).time(calls, seconds)
 
 
 def adapters_row(dtype: torch.dtype, M: int, seconds: float) -> Row:
@@ -139,7 +137,7 @@ def adapters_row(dtype: torch.dtype, M: int, seconds: float) -> Row:
     linear, x = nn.Linear(K, N, bias=False, dtype=dtype), torch.randn(16, M // 16, K, dtype=dtype)
     adapters = [_adapter(K, N) for _ in range(16)]
     stock = peft_layer(linear, [RANK] * 16, SCALING).eval()
-    for name, (A, B) in zip(baselines.names(16), adapters, strict=True):
+    for name, (A, B) in zip(baselines.adapter_names(16), adapters, strict=True):
         _set(stock, A, B, name)
     layers = {"ours": fuse(nn.Sequential(copy.deepcopy(stock)))[0], "PEFT's": stock}
     x64, W64 = _double(x, linear.weight)
@@ -148,14 +146,12 @@ def adapters_row(dtype: torch.dtype, M: int, seconds: float) -> Row:
         index = torch.arange(16)[:, None].expand(16, M // 16) % E
         As, Bs = ([pair[i].double() for pair in adapters[:E]] for i in range(2))
         want = reference.multi_lora_linear(x64, W64, As, Bs, index, [SCALING] * E)
-        served = [baselines.names(16)[i % E] for i in range(16)]
+        served = [baselines.adapter_names(16)[i % E] for i in range(16)]
         for name, layer in layers.items():
             key = f"{name}, {E}" if E < 16 else name
             calls[key] = _without_gradients(layer, x, adapter_names=served)
             errors[key] = _error(calls[key](), want)
-    row = _row("16 adapters", dtype, (M, K, N))
-    row.judge(errors, errors["PEFT's"], tolerance.unit_roundoff(dtype), (K, 0))
-    return row.time(calls, seconds)
+    return _row("16 adapters", dtype, (M, K, N), errors).time(calls, seconds)
 
 
 def levels_row(dtype: torch.dtype, seconds: float) -> Row:
@@ -170,7 +166,7 @@ def levels_row(dtype: torch.dtype, seconds: float) -> Row:
     scales = [w * s for w, s in zip(layer.weights, layer.level_scales, strict=True)]
     _set(layer, A, B)
     As, Bs = A.split(LEVELS), B.split(LEVELS, dim=1)
-    for name, a, b, scale in zip(baselines.names(3), As, Bs, scales, strict=True):
+    for name, a, b, scale in zip(baselines.adapter_names(3), As, Bs, scales, strict=True):
         _set(peft, a, b, name)
         peft.scaling[name] = scale
     leaves = [t.clone().requires_grad_() for t in (*As, *Bs)]
@@ -189,9 +185,7 @@ def levels_row(dtype: torch.dtype, seconds: float) -> Row:
     gate = torch.cat([torch.full((r,), s) for r, s in zip(LEVELS, scales, strict=True)])
     want = reference.lora_linear(*_double(x, linear.weight, A, B), rank_gate=gate.double())
     errors = {name: _error(call(x), want) for name, (call, _) in forwards.items()}
-    row = _row("three levels step", dtype, SIZES)
-    # The adapter makes the larger part of the result, so its sum of ranks counts too.
-    row.judge(errors, errors["PEFT's"], tolerance.unit_roundoff(dtype), (K, sum(LEVELS)))
+    row = _row("three levels step", dtype, SIZES, errors, ranks=sum(LEVELS))
     return row.time({name: _step(call, x, dy, t) for name, (call, t) in forwards.items()}, seconds)
 
 
@@ -202,18 +196,27 @@ def switching_row(seconds: float) -> Row:
     _, K, N = SIZES
     stock = peft_layer(nn.Linear(K, N, bias=False), [RANK] * 16, SCALING)
     layers = {"ours": fuse(nn.Sequential(copy.deepcopy(stock)))[0], "PEFT's": stock}
-    turn = itertools.cycle(baselines.names(16))
+    turn = itertools.cycle(baselines.adapter_names(16))
     calls = {
         name: lambda layer=layer: layer.set_adapter(next(turn)) for name, layer in layers.items()
     }
-    row = _row("switching", torch.float32, (0, K, N))
-    row.errors, row.judged = {}, []
-    return row.time(calls, seconds)
+    return _row("switching", torch.float32, (0, K, N), {}).time(calls, seconds)
 
 
-def _row(what: str, dtype: torch.dtype, sizes: tuple[int, int, int]) -> Row:
+def _row(
+    what: str,
+    dtype: torch.dtype,
+    sizes: tuple[int, int, int],
+    errors: dict[str, float],
+    eager: str = "PEFT's",
+    ranks: int = 0,
+) -> Row:
+    """A row whose errors are judged; eager: the call whose error is plain PyTorch's; ranks: those
+    that are added up, where the adapter makes the larger part of the result."""
     M, K, N = sizes
-    return Row(what=what, dtype=dtype_name(dtype), M=M, K=K, N=N, R=RANK)
+    row = Row(what=what, dtype=dtype_name(dtype), M=M, K=K, N=N, R=RANK)
+    row.judge(errors, errors.get(eager, 0.0), tolerance.unit_roundoff(dtype), (K, ranks))
+    return row
 
 
 def _adapter(K: int, N: int) -> tuple[Tensor, Tensor]:

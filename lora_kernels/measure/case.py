@@ -147,7 +147,7 @@ def inputs(case: Case) -> dict[str, Any]:
 
     x ~ N(0, 1); weight, A and B are scaled so that base product and adapter both come to order 1.
     """
-    draw = drawer(case.values, torch.Generator().manual_seed(case.seed))
+    draw = random_source(case.values, torch.Generator().manual_seed(case.seed))
     M, N, K, R = case.M, case.N, case.K, case.R
     adapter_dtype = case.adapter_dtype or case.dtype
     x = LAYOUTS[case.x_layout](draw((M, K), 1.0, case.dtype).to(case.device))
@@ -175,8 +175,8 @@ def inputs(case: Case) -> dict[str, Any]:
     return {**args, "dy": dy.reshape(*x.shape[:-1], N)}
 
 
-def drawer(values: str, generator: torch.Generator) -> Callable[..., Tensor]:
-    """Draws "normal" numbers, their "nonnegative" absolute values, or of -1, 0 and 1."""
+def random_source(values: str, generator: torch.Generator) -> Callable[..., Tensor]:
+    """Return a function that draws a tensor of these values, as `Case.values` names them."""
 
     def draw(shape: tuple[int, ...], std: float, dtype: torch.dtype, mean: float = 0.0) -> Tensor:
         if values == "integers":
@@ -228,17 +228,17 @@ def plain_pytorch(
     return y.to(dtype)
 
 
-def mask_of(x: Tensor, rng: Tensor, dropout_p: float) -> Tensor:
+def dropout_mask(x: Tensor, rng: Tensor, dropout_p: float) -> Tensor:
     """The dropout mask of a state, in x's shape."""
     K = x.shape[-1]
     return reference.dropout_mask(rng, x.numel() // K, K, dropout_p).view(x.shape)
 
 
 def masked(x: Tensor, rng: Tensor | None, dropout_p: float) -> Tensor:
-    """x with its elements dropped and scaled as the reference has it; x itself without a state."""
+    """Return x under the reference's dropout, or x itself without a state."""
     if rng is None:
         return x
-    return x * mask_of(x, rng, dropout_p) * reference.dropout_scale(dropout_p)
+    return x * dropout_mask(x, rng, dropout_p) * reference.dropout_scale(dropout_p)
 
 
 def run(
@@ -268,7 +268,7 @@ def run(
 
 
 def widen(value: Any, dtype: torch.dtype = torch.float64) -> Any:
-    """The argument in a wider dtype, a 4-bit weight decoded; what is no number stays."""
+    """Return an argument in a wider dtype, a 4-bit weight decoded; index and mask unchanged."""
     if isinstance(value, Weight4bit):
         return value.dequantize(torch.float32).to(dtype)
     if isinstance(value, list):
@@ -334,7 +334,7 @@ def give_mask(args: dict[str, Any]) -> dict[str, Any]:
     rng, x = args["rng"], args["x"]
     if rng is None or rng.dtype is torch.bool or not selection.is_eager_on_gpu(x.device.type):
         return args
-    return args | {"rng": mask_of(x, rng, args["dropout_p"])}
+    return args | {"rng": dropout_mask(x, rng, args["dropout_p"])}
 
 
 # "eager", its GPU path on CPU tensors, and the native kernels' instruction sets with each strategy
@@ -420,18 +420,18 @@ class Expected(NamedTuple):
     eager: dict[str, Tensor]
 
 
-def expected(case: Any, of_p: int, make: Callable[[Any], Expected]) -> list[Expected]:
-    """`make` of the case for as many seeds as must be pooled.
+def expected(case: Any, p_elements: int, make: Callable[[Any], Expected]) -> list[Expected]:
+    """Run `make` on the case under as many seeds as must be pooled.
 
-    of_p: elements of P = D(x)·Aᵀ whose roundings differ. One is shared by a whole row of y, so they
-    count too.
+    p_elements: of P = D(x)·Aᵀ, those whose roundings differ. A whole row of y shares one of them,
+    so they count too.
     """
     found: list[Expected] = []
     seeds = 1
     while len(found) < seeds:
         with selection.backend("eager"):  # not by the kernels that are judged
             found.append(make(replace(case, seed=case.seed + len(found))))
-        sizes = [of_p, *(t.numel() for t in found[0].ref.values())]
+        sizes = [p_elements, *(t.numel() for t in found[0].ref.values())]
         seeds = math.ceil(tolerance.POOL / min((n for n in sizes if n), default=tolerance.POOL))
     return found
 

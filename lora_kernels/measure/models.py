@@ -78,7 +78,7 @@ def seconds(text: str) -> float:
     return value
 
 
-def shapes(args: argparse.Namespace) -> list[tuple[int, int, int]] | None:
+def requested_shapes(args: argparse.Namespace) -> list[tuple[int, int, int]] | None:
     """M, K, N of the layers that `bench` was asked for: --shapes, or those of --model, on a GPU by
     default llama3-8b's, with --rows; None where none was."""
     name = args.model or ("llama3-8b" if args.device == "cuda" and not args.quant else None)

@@ -47,7 +47,7 @@ def inputs(case: MultiCase) -> dict[str, Any]:
     Where there are three adapters or more, no row has the last but one.
     """
     generator = torch.Generator().manual_seed(case.seed)
-    draw = cases.drawer(case.values, generator)
+    draw = cases.random_source(case.values, generator)
     M, N, K, E = case.M, case.N, case.K, len(case.ranks)
     adapter_dtype = case.adapter_dtype or case.dtype
     index = torch.randint(-1, E, (M,), generator=generator)

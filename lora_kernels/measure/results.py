@@ -174,21 +174,13 @@ class Row:
         )
         return self
 
-    def note_load(self) -> None:
-        """Keep the load of the moment at which the row has been timed."""
+    def note_load(self) -> str:
+        """Keep the load of the moment at which the row has been timed; return what stands beside a
+        row that was timed under load, and nothing for another."""
         self.load, self.own_load = os.getloadavg()[0], torch.get_num_threads()
         self.under_load = self.load > self.own_load + LOAD_MARGIN
-
-    @property
-    def load_mark(self) -> str:
-        """What stands beside a row that was timed under load; empty for another.
-
-        >>> Row(load=3.68, own_load=2, under_load=True).load_mark
-        '  [under load: average 3.7, at most 2 of it the bench]'
-        """
-        if not self.under_load:
-            return ""
-        return f"  [under load: average {self.load:.1f}, at most {self.own_load} of it the bench]"
+        mark = f"  [under load: average {self.load:.1f}, at most {self.own_load} of it the bench]"
+        return mark if self.under_load else ""
 
 
 @dataclass
@@ -336,7 +328,7 @@ def provenance(dtypes: list[str], device: str = "cpu") -> dict[str, Any]:
     """What a reader needs to judge the times or to take them again."""
     cpu, f32 = devices.cpu(), torch.float32
     git = "git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"
-    facts = {
+    facts: Facts = {
         "commit": _output(*git),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
         "backend": selection.choose(Problem(device, f32, f32, f32, f32, 8)).backend,

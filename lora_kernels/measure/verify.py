@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
     """0 where every output of every case is within the tolerance, else 1; 2: it cannot start."""
     names = [*cases.engines(), *cases.gpu_engines()]
     names = [name for name in names if name.startswith(args.engines or "")]
-    why = _obstacle(args, names)
+    why = _unstartable_reason(args, names)
     if why is not None:
         print(f"lora-kernels verify: {why}")
         return 2
@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
     if args.peer:
         head = "rms errors of whole layers in unit roundoffs: ours, the peer's, the limit for ours"
         todo = list(itertools.product(dict.fromkeys(args.peer), peer_cases()))
-        total, lines = len(todo), itertools.starmap(peer_line, todo)
+        total, lines = len(todo), itertools.starmap(compare_with_peer, todo)
     else:
         head = f"{'engine':34} {'x':9} {'adapters':9} {'option':13} worst of y and its gradients"
         total, lines = _count(names), _judged(names, THOROUGH if args.thorough else SHAPES)
@@ -119,7 +119,7 @@ def run(args: argparse.Namespace) -> int:
     return 1 if missed else 0
 
 
-def _obstacle(args: argparse.Namespace, names: list[str]) -> str | None:
+def _unstartable_reason(args: argparse.Namespace, names: list[str]) -> str | None:
     """Why it cannot start."""
     for peer in args.peer or ():
         libraries, command, _ = PEERS[peer]
@@ -237,14 +237,14 @@ def peer_cases() -> Iterator[Case]:
         yield Case(*shape, dtype, _f32, bias=bias, frozen=("bias",))
 
 
-def peer_line(peer: str, case: Case) -> Line:
+def compare_with_peer(peer: str, case: Case) -> Line:
     """Both layers on one of `peer_cases`; the reference decodes what the peer has quantized."""
     from ..peft import explain, fuse
     from ..peft.linear import Fused
 
     args, quant_type = cases.inputs(case), PEERS[peer][2]
     args |= {name: nn.Parameter(args[name].detach()) for name in ("lora_A", "lora_B")}
-    layers = {who: baselines.layer_of(args, quant_type) for who in ("ours", "theirs")}
+    layers = {who: baselines.build_layer(args, quant_type) for who in ("ours", "theirs")}
     if quant_type:
         args["weight"] = Weight4bit.from_bitsandbytes(layers["theirs"].base_layer.weight)
     model: Any = fuse(nn.Sequential(layers["ours"]))

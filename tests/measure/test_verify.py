@@ -101,7 +101,7 @@ def test_a_layer_that_is_not_fused_is_a_miss(monkeypatch: pytest.MonkeyPatch) ->
     from lora_kernels import peft
 
     monkeypatch.setattr(peft, "fuse", lambda model: model)
-    row, line = verify.peer_line("peft", Case(7, 64, 64, 40, bias=True, frozen=("bias",)))
+    row, line = verify.compare_with_peer("peft", Case(7, 64, 64, 40, bias=True, frozen=("bias",)))
     assert row["not_fused"] and not row["ok"] and "not fused: " in line
 
 
@@ -134,7 +134,7 @@ def test_stock_layers_are_in_training_mode_with_a_frozen_base() -> None:
 
     args = cases.inputs(Case(7, 64, 64, 40, bias=True))
     args |= {name: nn.Parameter(args[name].detach()) for name in ("lora_A", "lora_B")}
-    layer: nn.Module = baselines.layer_of(args)
+    layer: nn.Module = baselines.build_layer(args)
     assert layer.training
     trained = {name for name, p in layer.named_parameters() if p.requires_grad}
     assert trained == {"lora_A.default.weight", "lora_B.default.weight"}

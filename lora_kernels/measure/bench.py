@@ -83,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("ranks", nargs="+", type=positive, metavar="R")
     add("quick", action="store_true")
     add("dtypes", nargs="+", choices=[*DTYPES, "float16"], default=DTYPES)
-    add("dropout", type=_probability, metavar="P", default=0.0)
+    add("dropout", type=models.probability, metavar="P", default=0.0)
     add("seconds", type=models.seconds, metavar="S")
     add("quant", choices=["nf4", "fp4"])
     add("variants", action="store_true")
@@ -179,13 +179,3 @@ def measure(suite: Suite, args: argparse.Namespace, only: Collection[str] = ()) 
     for text in () if only else suite.summary(result.rows):
         print(text)
     return result
-
-
-def _probability(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, want a probability in [0, 1)")
-    return value

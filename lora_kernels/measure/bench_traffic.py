@@ -167,9 +167,14 @@ def count_cell(
     from ..peft import fuse
 
     layer = stock(cell, K, N, R, dropout_p)
-    peft = _count_steps(layer, cell, K, Ms)
+
+    def count() -> list[tuple[Traffic, Traffic]]:
+        count_step(layer, cell, Ms[0], K)
+        return [count_step(layer, cell, M, K) for M in Ms]
+
+    peft = count()
     fuse(nn.Sequential(layer))
-    ours = _count_steps(layer, cell, K, Ms)
+    ours = count()
     for M, of_ours, of_peft in zip(Ms, ours, peft, strict=True):
         for direction, mine, theirs in zip(("forward", "backward"), of_ours, of_peft, strict=True):
             both = {"ours": mine, "peft": theirs}
@@ -179,14 +184,6 @@ def count_cell(
             counts["allowed_kernels"] = allowed_kernels(cell, M, mine, theirs)
             counts["losses"] = losses(cell, M, mine, theirs)
             yield TrafficRow(cell.name, M, K, N, R, dropout_p, direction, **counts)
-
-
-def _count_steps(
-    layer: nn.Module, cell: Cell, K: int, Ms: Sequence[int]
-) -> list[tuple[Traffic, Traffic]]:
-    """Return forward and backward of the layer for each M."""
-    count_step(layer, cell, Ms[0], K)
-    return [count_step(layer, cell, M, K) for M in Ms]
 
 
 def count_step(

@@ -1,6 +1,7 @@
 """Traffic by hand, PEFT's layers on a CPU as a second opinion, and the table of `bench --count`."""
 
 import contextlib
+import itertools
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -396,19 +397,17 @@ def full_size(cell: Cell, R: int, rows: Sequence[int], N: int = 4096) -> list[Tr
     ]
 
 
+EVERY_SIZE = [
+    pytest.param(R, N, marks=[pytest.mark.proof] if (R, N) != (16, 4096) else [])
+    for R, (_, N) in itertools.product(bench_traffic.RANKS, bench_traffic.SHAPES)
+]
+
+
+@pytest.mark.parametrize(("R", "N"), EVERY_SIZE)
 @pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)
-def test_fused_layer_at_full_size_loses_no_row(cell: Cell) -> None:
-    for row in full_size(cell, 16, bench_traffic.ROWS):
+def test_fused_layer_at_full_size_loses_no_row(cell: Cell, R: int, N: int) -> None:
+    for row in full_size(cell, R, bench_traffic.ROWS, N):
         assert not row.losses, bench_traffic.Count().line(row)
-
-
-@pytest.mark.proof
-@pytest.mark.parametrize("R", bench_traffic.RANKS)
-@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)
-def test_fused_layer_at_every_shape_and_rank_loses_no_row(cell: Cell, R: int) -> None:
-    for _, N in bench_traffic.SHAPES:
-        for row in full_size(cell, R, bench_traffic.ROWS, N):
-            assert not row.losses, bench_traffic.Count().line(row)
 
 
 def test_fused_layer_with_float32_adapters_moves_what_was_derived() -> None:

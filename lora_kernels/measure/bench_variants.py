@@ -79,8 +79,8 @@ def dora_row(dtype: torch.dtype, seconds: float) -> Row:
     x64, W64, A64, B64 = _double(x, linear.weight, A, B)
     y = reference.lora_linear(x64, W64, A64, B64, SCALING)
     # The magnitudes are those at the start.
-    norms = (reference.dora_norm(W64, A64, B64, scaling) for scaling in (0.0, SCALING))
-    ref = {"LoRA": y, "DoRA": next(norms) / next(norms) * y}
+    at_start, norm = (reference.dora_norm(W64, A64, B64, scaling) for scaling in (0.0, SCALING))
+    ref = {"LoRA": y, "DoRA": at_start / norm * y}
     errors = {
         name: _error(layer(x), ref["LoRA" if "LoRA" in name else "DoRA"])
         for name, layer in layers.items()

@@ -27,21 +27,15 @@ BENCH = [sys.executable, "-m", "lora_kernels.cli", "bench", "--device"]
 # Name, share of the minutes, command; "{json}" is a file that the command writes.
 VERIFY = [sys.executable, "-m", "lora_kernels.cli", "verify", "--engines"]
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow and not proof"]
+TAX = "--dtypes bfloat16 --ranks 16 64 --model llama3-8b --seconds 0.4 --json {json}"
+NF4 = "--quant nf4 --dtypes bfloat16 --seconds 0.4 --json {json}"
 PARTS: list[tuple[str, float, list[str]]] = [
     ("tests", 0.3, [*PYTEST, "tests/gpu", "tests/triton"]),
     ("verify", 0.1, [*VERIFY, "triton"]),
     ("verify-cuda", 0.1, [*VERIFY, "cuda"]),
-    (
-        "tax", 0.3,
-        [*BENCH, "{device}", "--dtypes", "bfloat16", "--ranks", "16", "64", "--model", "llama3-8b",
-         "--seconds", "0.4", "--json", "{json}"],
-    ),
-    (
-        "nf4", 0.2,
-        [*BENCH, "{device}", "--quant", "nf4", "--dtypes", "bfloat16", "--seconds", "0.4",
-         "--json", "{json}"],
-    ),
-]  # fmt: skip
+    ("tax", 0.3, [*BENCH, "{device}", *TAX.split()]),
+    ("nf4", 0.2, [*BENCH, "{device}", *NF4.split()]),
+]
 
 
 def main() -> int:

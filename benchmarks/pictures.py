@@ -164,10 +164,9 @@ def _points(data: Row, dtype: str) -> Iterator[tuple[str, float, float]]:
             continue
         torch_dtype = getattr(torch, dtype)
         for name, times in row["seconds"].items():
-            sizes = Sizes(
-                row["M"], row["N"], row["K"], 0 if name == "frozen" else row["R"], torch_dtype,
-                4 if name == "peft" else torch_dtype.itemsize, four_bit,
-            )  # fmt: skip
+            R = 0 if name == "frozen" else row["R"]
+            of_adapter = 4 if name == "peft" else torch_dtype.itemsize
+            sizes = Sizes(row["M"], row["N"], row["K"], R, torch_dtype, of_adapter, four_bit)
             step = row["mode"] == "step"
             work = cpu_costs.flops(sizes, step)
             yield name, work / cpu_costs.moved(sizes, step), work / times["p50"]

@@ -9,9 +9,10 @@
     python -m benchmarks.report [--check | --folder]
 
 ISA is the instruction set of the kernels, which --folder prints: one folder a machine, and the
-report puts all of them beside each other. --check writes nothing and fails where the files say
-something else than the JSON, or a picture was drawn from another. To draw needs matplotlib, which
-the package's extra `bench` installs.
+report puts all of them beside each other. The prose is in templates/, the tables' rows are made
+here. --check writes nothing and fails where the files say something else than the JSON, or a
+picture was drawn from another. To draw needs matplotlib, which the package's extra `bench`
+installs; Jinja comes with torch.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import torch
 
 from lora_kernels import cpu_costs
@@ -37,6 +39,7 @@ from lora_kernels.finetune.compare_command import markdown
 from . import pictures
 
 HERE = Path(__file__).parent
+TEMPLATES = HERE / "templates"
 JSON_MEMORY = HERE / "results/memory.json"
 JSON_TRAFFIC = HERE / "results/traffic.json"
 JSON_CLASSIFICATION = HERE / "results/classification.json"
@@ -56,7 +59,6 @@ MODES = {
     "backward": "Backward",
     "decoding": "Decoding",
 }
-
 NAMES = {
     "amxbf16": "AMX",
     "avx512bf16": "AVX-512 BF16",
@@ -65,8 +67,26 @@ NAMES = {
     "scalar": "no vectors",
     "python": "no native kernels",
 }
+CODES_PEERS = ("bitsandbytes, eval", "bitsandbytes, train", "dense", "stream")
+# Variant -> its numerator, its denominator, and how many times the latter it may take.
+VARIANT_TARGETS = {"DoRA step": ("ours", "LoRA", 1.15), "16 adapters": ("ours", "ours, 1", 1.3)}
+TRAFFIC_ROWS = (1, 512, 8192)  # those of the table
+README_TRAFFIC = (
+    "bf16, bf16 adapters",
+    "bf16, fp32 adapters",
+    "bf16, fp32 adapters, autocast",
+    "NF4 bf16, fp32 adapters",
+    "DoRA bf16, fp32 adapter",
+)
+
+README_PEERS = {"ours": "ours", "addmm": "addmm_", "peft": "PEFT"}
 
 Row = dict[str, Any]
+Cells = Iterator[Sequence[str]]  # a line of a table
+
+
+def read(file: Path) -> Row | None:
+    return json.loads(file.read_text()) if file.exists() else None
 
 
 @dataclass(frozen=True)
@@ -93,20 +113,46 @@ class Run:
 
     @cached_property
     def codes(self) -> Row | None:
-        return self._read("4bit.json")
+        return read(self.folder / "4bit.json")
 
     @cached_property
     def variants(self) -> Row | None:
-        return self._read("variants.json")
+        return read(self.folder / "variants.json")
 
-    def _read(self, name: str) -> Row | None:
-        file = self.folder / name
-        return json.loads(file.read_text()) if file.exists() else None
+    def rows_of(self, mode: str) -> list[Row]:
+        return [row for row in self.dense["rows"] if row["mode"] == mode]
+
+    @property
+    def peers(self) -> list[str]:
+        """Those of PEERS that were timed."""
+        present = {name for row in self.dense["rows"] for name in (*row["tax"], *row["misses"])}
+        return [name for name in PEERS if name in present]
+
+    @property
+    def roofline_caption(self) -> str:
+        """Machine and date of the dense layers' run, and of the 4-bit layers' own."""
+        here = machine(self.dense["provenance"])
+        if self.codes is None:
+            return here
+        own = self.codes["provenance"]
+        return f"{here}; 4-bit: {own['isa']}, torch {own['torch']}, {own['date']}"
 
     def digests(self) -> tuple[str, str]:
         """Of what lora-tax.png is drawn from, and roofline.png."""
         files = [file for n in ("dense", "4bit") if (file := self.folder / f"{n}.json").exists()]
         return pictures.digest(files[0]), pictures.digest(*files)
+
+    def drawn(self) -> dict[Path, tuple[str, Callable[[], bytes]]]:
+        """Picture -> the digest of what it is drawn from, and what draws it."""
+        of_tax, of_roof = self.digests()
+        name, caption = machine(self.dense["provenance"]), self.roofline_caption
+        return {
+            self.tax_png: (of_tax, lambda: pictures.lora_tax(self.dense, name, of_tax)),
+            self.roofline_png: (
+                of_roof,
+                lambda: pictures.roofline(self.dense, self.codes, caption, of_roof),
+            ),
+        }
 
 
 def runs() -> list[Run]:
@@ -125,14 +171,48 @@ def machine(facts: Row) -> str:
     )
 
 
+def table(head: str, rows: Iterable[Sequence[str]]) -> str:
+    """In Markdown; head: its first line."""
+    lines = [head, "|---" * (head.count("|") - 1) + "|"]
+    return "\n".join(lines + [f"| {' | '.join(cells)} |" for cells in rows])
+
+
+def shape(row: Row) -> str:
+    return f"{row['M']}×{row['K']}×{row['N']}"
+
+
+def p50(row: Row) -> dict[str, float]:
+    return {name: times["p50"] for name, times in row["seconds"].items()}
+
+
+def tax_head(run: Run) -> str:
+    peers = " | ".join(PEERS[name] for name in run.peers)
+    return f"| M×K×N | dtype | r | frozen, ms | floor | target | ours | {peers} |"
+
+
+def tax_rows(run: Run, mode: str) -> Cells:
+    for row in run.rows_of(mode):
+        target = row.get("target")
+        yield (
+            shape(row) + ", cold" * (row.get("cache") == "cold"),
+            row["dtype"],
+            str(row["R"]),
+            f"{row['frozen_ms']:.2f}",
+            f"{row['floor']:.3f}",
+            "–" if target is None else f"{target:.3f}",
+            mark(row),
+            *(cell(row, name) for name in run.peers),
+        )
+
+
 def mark(row: Row) -> str:
     """Our tax, with how it stands to the target and to addmm."""
     if not row["correct"]:
         return "✗ (misses the tolerance)"
-    tax = row["tax"]["ours"]
+    tax, target = row["tax"]["ours"], row.get("target")
     text = f"{tax:.3f}"
-    if row["target"] is not None:
-        text += " ✓" if tax <= row["target"] else " over target"
+    if target is not None:
+        text += " ✓" if tax <= target else " over target"
     return text if tax <= row["tax"].get("addmm", tax) else f"{text}, addmm faster"
 
 
@@ -142,150 +222,24 @@ def cell(row: Row, name: str) -> str:
     return " ".join(filter(None, [tax, "✗" * (name in row["misses"])])) or "–"
 
 
-def peers(data: Row) -> list[str]:
-    """Those of PEERS that were timed."""
-    present = {name for row in data["rows"] for name in (*row["tax"], *row["misses"])}
-    return [name for name in PEERS if name in present]
-
-
-def table(rows: list[Row], names: list[str]) -> list[str]:
-    head = ["M×K×N", "dtype", "r", "frozen, ms", "floor", "target", "ours"]
-    head += [PEERS[name] for name in names]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for row in rows:
-        cells = [mark(row), *(cell(row, name) for name in names)]
-        target = "–" if row["target"] is None else f"{row['target']:.3f}"
-        cold = ", cold" * (row.get("cache") == "cold")
-        lines.append(
-            f"| {row['M']}×{row['K']}×{row['N']}{cold} | {row['dtype']} | {row['R']} "
-            f"| {row['frozen_ms']:.2f} | {row['floor']:.3f} | {target} | {' | '.join(cells)} |"
-        )
-    return lines
-
-
-def results(measured: list[Run]) -> str:
-    out = [
-        "# Results",
-        "",
-        "Written by `make bench` from `results/`, of every machine that has measured; losing rows "
-        "are printed like winning ones.",
-        "",
-        *(
-            f"- **{run.name}**: {machine(run.dense['provenance'])}, commit "
-            f"{run.dense['provenance']['commit']}."
-            for run in measured
-        ),
-        "",
-        "## LoRA tax",
-        "",
-        "Time of the layer over that of its frozen linear alone, x needing a "
-        "gradient in both; medians, taking turns in one process, warm unless it says cold, dropout "
-        "0. *Floor* is arithmetic alone, *target* 1 + 2·(floor − 1) + 0.01 for r ≤ 16. *addmm_* is "
-        "the strongest form in plain PyTorch (an autograd Function around in-place `addmm_`), "
-        "*eager* what one writes first, *compile* that under `torch.compile`, each shape for "
-        "itself; all with adapters in x's dtype. Decoding is the forward without gradients. Ours "
-        "is called as a layer calls it, from the second time on. Forward and backward are the "
-        "parts of the steps; forwards that are also shown cold were timed by themselves, before. "
-        "PEFT keeps its adapters in fp32; in fp32 rows that is the same thing. p20 and p80 of "
-        "every time are in the JSON. ✗ stands where a result misses the tolerance.",
-        "",
-    ]
+def overhead_rows(measured: list[Run]) -> Cells:
     for run in measured:
-        data = run.dense
-        out += shown(
-            run.tax_png,
-            f"{run.name}: LoRA tax of each layer, ours and others' beside the floor",
-            machine(data["provenance"]),
-        )
-    for mode, title in MODES.items():
-        for run in measured:
-            data = run.dense
-            if rows := [row for row in data["rows"] if row["mode"] == mode]:
-                out += [f"### {title}: {run.name}", "", *table(rows, peers(data)), ""]
-    out += [
-        "## Calling overhead",
-        "",
-        "Microseconds of a call at M = 1, K = N = 64, r = 8, with gradients on; of ours also what "
-        "it takes more than the eager expression.",
-        "",
-        "| | | frozen | ours | addmm_ | eager | ours more |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for run in measured:
-        us = run.dense["overhead_us"]
         for mode, title in (("forward", "forward"), ("step", "forward and backward")):
-            t = {name: us[f"{name}, {mode}"] for name in ("frozen", "ours", "addmm", "eager")}
-            cells = " | ".join(f"{value:.1f}" for value in t.values())
-            out.append(f"| {run.name} | {title} | {cells} | {t['ours'] - t['eager']:.1f} |")
-    out += ["", *results_roofline(measured), *results_4bit(measured), *results_model(measured)]
-    out += results_variants(measured)
-    if JSON_MEMORY.exists():
-        out += results_memory(json.loads(JSON_MEMORY.read_text()))
-    if JSON_TRAFFIC.exists():
-        out += results_traffic(json.loads(JSON_TRAFFIC.read_text()))
-    return "\n".join(out)
+            names = ("frozen", "ours", "addmm", "eager")
+            us = [run.dense["overhead_us"][f"{name}, {mode}"] for name in names]
+            yield run.name, title, *(f"{t:.1f}" for t in (*us, us[1] - us[3]))
 
 
-def shown(png: Path, alt: str, caption: str) -> list[str]:
-    """The lines that show a picture."""
-    return [f"![{alt}]({png.relative_to(HERE)})", "", f"*{alt}: {caption}.*", ""]
-
-
-def roofline_caption(data: Row, codes: Row | None) -> str:
-    """Machine and date of the dense layers' run, and of the 4-bit layers' own."""
-    if codes is None:
-        return machine(data["provenance"])
-    own = codes["provenance"]
-    return (
-        f"{machine(data['provenance'])}; 4-bit: {own['isa']}, torch {own['torch']}, {own['date']}"
-    )
-
-
-def results_roofline(measured: list[Run]) -> list[str]:
-    out = [
-        "## Roofline",
-        "",
-        "Operations are those of y, of dx and of the adapter's gradients; bytes those that must "
-        "move, each operand once a direction, so that moving one twice shows as a point that is "
-        "further down. The lines are what a copy and the library's product of two 2048×2048 "
-        "reached in the same run. Above the line of float32: bitsandbytes in eval mode multiplies "
-        "in bfloat16 and misses the tolerance of float32; ours is faster than the library's "
-        "product.",
-        "",
-    ]
-    for run in measured:
-        out += shown(
-            run.roofline_png,
-            f"{run.name}: operations a second of layers over operations a byte",
-            roofline_caption(run.dense, run.codes),
-        )
-    return out
-
-
-def results_model(measured: list[Run]) -> list[str]:
+def model_rows(measured: list[Run]) -> Cells:
     """How far the model of costs is from what was measured."""
-    out = [
-        "",
-        "## The model of costs",
-        "",
-        "What `explain(model, rows=...)` predicts of a CPU (`lora_kernels/cpu_costs.py`), over "
-        "what was measured here, with the copy and the products of the same runs. Narrow 4-bit "
-        "layers take longer than predicted, one row of a wide one in float32 less.",
-        "",
-        "| | layers of ours | dtype | mode | rows | least | median | greatest |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
     for run in measured:
         found: dict[tuple[str, str, str], list[float]] = {}
         for data in filter(None, (run.dense, run.codes)):
             for key, ratio in predicted(data):
                 found.setdefault(key, []).append(ratio)
-        for (kind, dtype, mode), ratios in found.items():
-            out.append(
-                f"| {run.name} | {kind} | {dtype} | {mode} | {len(ratios)} | {min(ratios):.2f} "
-                f"| {statistics.median(ratios):.2f} | {max(ratios):.2f} |"
-            )
-    return [*out, ""]
+        for key, ratios in found.items():
+            three = (min(ratios), statistics.median(ratios), max(ratios))
+            yield run.name, *key, str(len(ratios)), *(f"{ratio:.2f}" for ratio in three)
 
 
 def predicted(data: Row) -> Iterator[tuple[tuple[str, str, str], float]]:
@@ -306,88 +260,118 @@ def predicted(data: Row) -> Iterator[tuple[tuple[str, str, str], float]]:
         yield (kind, row["dtype"], row["mode"]), seconds / row["seconds"]["ours"]["p50"]
 
 
-def drawn(run: Run) -> dict[Path, tuple[str, Callable[[], bytes]]]:
-    """Picture -> the digest of what it is drawn from, and what draws it."""
-    data, codes = run.dense, run.codes
-    of_tax, of_roof = run.digests()
-    name, caption = machine(data["provenance"]), roofline_caption(data, codes)
-    return {
-        run.tax_png: (of_tax, lambda: pictures.lora_tax(data, name, of_tax)),
-        run.roofline_png: (of_roof, lambda: pictures.roofline(data, codes, caption, of_roof)),
-    }
-
-
-def results_memory(data: Row) -> list[str]:
-    facts = data["provenance"]
-    names = (("torch", "torch"), ("peft", "PEFT"), ("transformers", "transformers"))
-    versions = ", ".join(f"{name} {facts[key]}" for key, name in names)
-    out = [
-        "",
-        "## Memory held for the backward",
-        "",
-        "Bytes that are kept between forward and backward, each storage once, without parameters; "
-        "counted by saved-tensor hooks, on a CPU, where PyTorch's dropout keeps a mask as wide as "
-        "x. Ours is PEFT's layer after `fuse`, in training mode, adapters in float32. *Minimum*: "
-        "x, D(x)·Aᵀ in float32, 16 bytes of dropout state, and z where DoRA's magnitude trains; "
-        "what is over it are vectors of N or r elements of which c and g are made. *gate* is "
-        "AdaLoRA. *SmolLM2's step*: the 135M model's sizes, random weights, two sequences of 64 "
-        "tokens, LoRA with dropout 0.1 on all linears, all that the model keeps; its minimum is "
-        "what the frozen model holds, and of each layer the input, P and the dropout state.",
-        "",
-        f"{versions}.",
-        "",
-        "| | dtype | M×K×N | r | minimum | ours | over | PEFT | PEFT over ours |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+def rows_4bit(data: Row) -> Cells:
     for row in data["rows"]:
-        held, least = row["bytes"], row.get("minimum")
-        above = ["–", "–"] if least is None else [f"{least:,}", f"{held['ours'] - least:,}"]
-        out.append(
-            f"| {row['what']} | {row['dtype']} | {row['M']}×{row['K']}×{row['N']} | {row['R']} "
-            f"| {above[0]} | {held['ours']:,} | {above[1]} | {held['peft']:,} "
-            f"| {held['peft'] / held['ours']:.2f} |"
+        m = str(row["M"]) + ", step" * (row["mode"] == "step")
+        head = (f"{row['K']}×{row['N']}", row["dtype"], m, row["cache"])
+        seconds = p50(row)
+        if "ours" not in seconds:
+            yield *head, f"✗ {row['misses']['ours']}", *7 * ["–"]
+            continue
+        ours, errors = seconds["ours"], row.get("errors", {})
+        yield (
+            *head,
+            f"{ours * 1e3:.3f}",
+            *(f"{seconds[n] / ours:.2f}" if n in seconds else "–" for n in CODES_PEERS),
+            f"{peak_share(row, data['provenance']):.0%}",
+            *(f"{errors[n]:.1e}" if n in errors else "–" for n in ("ours", CODES_PEERS[0])),
         )
-    return [*out, ""]
 
 
-TRAFFIC_ROWS, TRAFFIC_RANK = (1, 512, 8192), 16  # those of the table
+def peak_share(row: Row, provenance: Row) -> float:
+    """Our multiply-adds a second, over those of the library's dense product in the same run."""
+    M, K, N, R = (row[name] for name in "MKNR")
+    forward = 2 * M * (N * K + R * (K + N))
+    # dx is a product of the same size; P, dS and the two updates of y and dx, and dA and dB.
+    step = 4 * M * N * K + 6 * M * R * (K + N)
+    seconds: float = row["seconds"]["ours"]["p50"]
+    peak: float = provenance["product_peak"][row["dtype"]]
+    return (forward if row["mode"] == "forward" else step) / seconds / peak
 
 
-def results_traffic(data: Row) -> list[str]:
-    """Return the section on counted memory traffic: a line has both directions of a layer."""
-    facts, rows = data["provenance"], data["rows"]
-    lost = sum(bool(row["losses"]) for row in rows)
-    versions = ", ".join(f"{n} {facts[n]}" for n in ("torch", "peft", "bitsandbytes") if facts[n])
-    out = [
-        "",
-        "## Memory traffic on a GPU, counted",
-        "",
-        "These are counts, not timings; nothing was measured on a GPU. The layer runs on meta "
-        "tensors. Each op counts as the kernels that it launches on a GPU, and each kernel reads "
-        "and writes each operand once. Ours is PEFT's layer after `fuse`, in training mode; "
-        "alpha = 2·r. *Bytes* and *peak* are ratios of ours to PEFT's; the pairs are ours / "
-        "PEFT's. Peak memory includes y and the tensors saved for the backward. bitsandbytes "
-        "chooses its kernels as on an H100. **✗** marks a loss: more bytes, more kernels, or a "
-        "peak that is more than 2 MiB above PEFT's, the least that CUDA's allocator reserves. "
-        "With float32 adapters, no autocast and more than 64 rows, up to 8 more kernels are no "
-        "loss if ours moves at most 70 % of PEFT's bytes or 48 MiB less.",
-        "",
-        f"{versions}. Ours loses {lost} of {len(rows)} rows. The JSON has them all, also those of "
-        "r = 8 and 64 and of M = 16.",
-        "",
-        "| r = 16 | dropout | M×K×N | forward: bytes | MB | kernels | peak | backward: bytes | MB "
-        "| kernels | peak |",
-        "|---" * 11 + "|",
-    ]
-    lines: dict[tuple[str, ...], list[Row]] = {}
+def targets_4bit(rows: list[Row]) -> Cells:
+    """What the layer was to reach, and the row in which it is furthest from that; cold."""
+    cold = [row for row in rows if row["cache"] == "cold" and "ours" in row["seconds"]]
+    forward = [row for row in cold if row["mode"] == "forward"]
+    bf16, f32 = ([r for r in forward if r["dtype"] == d] for d in ("bfloat16", "float32"))
+    one = [row for row in bf16 if row["M"] == 1]
+    bnb_eval, bnb_train, dense, stream = CODES_PEERS
+    # What, rows, peer, and how many times our time it takes at least.
+    targets = (
+        ("one row of 4096×4096: stream", [r for r in one if r["N"] == 4096], stream, 1 / 1.45),
+        ("one row of 4096×14336: stream", [r for r in one if r["N"] == 14336], stream, 1 / 2.0),
+        ("bitsandbytes, eval, bfloat16", bf16, bnb_eval, 1.0),
+        ("bitsandbytes, eval, float32", f32, bnb_eval, 1.0),
+        (
+            "one row: bitsandbytes, train",
+            [row for row in forward if row["M"] == 1 and row["K"] == 4096],
+            bnb_train,
+            10.0,
+        ),
+        ("up to 16 rows: dense, bfloat16", [r for r in bf16 if r["M"] <= 16], dense, 1.0),
+        ("128 rows: dense", [row for row in forward if row["M"] == 128], dense, 1 / 1.15),
+        ("512 rows: dense", [row for row in forward if row["M"] == 512], dense, 1 / 1.10),
+        ("training step: bitsandbytes", [r for r in cold if r["mode"] == "step"], bnb_train, 1.3),
+    )
+    for what, chosen, peer, least in targets:
+        over = [p50(row)[peer] / p50(row)["ours"] for row in chosen]
+        if not over:
+            continue
+        worst = chosen[over.index(min(over))]
+        reached = sum(ratio >= least for ratio in over)
+        yield (
+            what,
+            f"{least:.2f}",
+            f"{reached} of {len(chosen)}" + " ✓" * (reached == len(chosen)),
+            f"{min(over):.2f}",
+            f"{worst['K']}×{worst['N']}, M = {worst['M']}, {worst['dtype']}",
+        )
+
+
+def variant_rows(rows: list[Row]) -> Cells:
     for row in rows:
-        if row["R"] == TRAFFIC_RANK and row["M"] in TRAFFIC_ROWS:
-            shape = f"{row['M']}×{row['K']}×{row['N']}"
-            lines.setdefault((row["cell"], f"{row['dropout_p']:g}", shape), []).append(row)
-    for key, directions in lines.items():
-        cells = [cell for row in directions for cell in traffic_cells(row)]
-        out.append(f"| {' | '.join((*key, *cells))} |")
-    return [*out, ""]
+        seconds, target = p50(row), ""
+        timed = [f"{name} ✗" for name in row.get("misses", ())]
+        for name, t in seconds.items():
+            over = f" ({t / seconds['ours']:.2f})" if name != "ours" and "ours" in seconds else ""
+            timed.append(f"{name} {t * 1e3:.3g}{over}")
+        what, over, most = VARIANT_TARGETS.get(row["what"], ("", "", 0.0))
+        if {what, over} <= seconds.keys():
+            ratio = seconds[what] / seconds[over]
+            verdict = "✓" if ratio <= most else "over target"
+            target = f"over {over} {ratio:.2f}, at most {most} {verdict}"
+        if row["what"] == "switching":
+            target = f"at most 0.1 ms {'✓' if seconds['ours'] <= 1e-4 else 'over target'}"
+        errors = (f"{name} {error:.1e}" for name, error in row.get("errors", {}).items())
+        yield row["what"], row["dtype"], shape(row), "; ".join(timed), target, "; ".join(errors)
+
+
+def memory_rows(rows: list[Row]) -> Cells:
+    for row in rows:
+        ours, peft = row["bytes"]["ours"], row["bytes"]["peft"]
+        least = row.get("minimum")
+        yield (
+            *(row["what"], row["dtype"], shape(row), str(row["R"])),
+            "–" if least is None else f"{least:,}",
+            f"{ours:,}",
+            "–" if least is None else f"{ours - least:,}",
+            f"{peft:,}",
+            f"{peft / ours:.2f}",
+        )
+
+
+def traffic_versions(facts: Row) -> str:
+    return ", ".join(f"{n} {facts[n]}" for n in ("torch", "peft", "bitsandbytes") if facts[n])
+
+
+def traffic_rows(rows: list[Row]) -> Cells:
+    """A line has both directions of a layer."""
+    lines: dict[tuple[str, ...], list[str]] = {}
+    for row in rows:
+        if row["R"] == 16 and row["M"] in TRAFFIC_ROWS:
+            key = (row["cell"], f"{row['dropout_p']:g}", shape(row))
+            lines.setdefault(key, []).extend(traffic_cells(row))
+    return ((*key, *cells) for key, cells in lines.items())
 
 
 def traffic_cells(row: Row) -> list[str]:
@@ -407,247 +391,56 @@ def megabytes(count: int) -> str:
     return f"{count / 1e6:.{max(0, 2 - len(str(count // 1_000_000)) + 1)}f}"
 
 
-def results_variants(measured: list[Run]) -> list[str]:
-    present = [(run.name, data) for run in measured if (data := run.variants)]
-    if not present:
-        return []
-    out = [
-        "",
-        "## Variants, several adapters, groups",
-        "",
-        "Milliseconds, and over ours; r = 16; a *step* is forward and backward, the other rows are "
-        "without gradients. *16 adapters*: 16 sequences, the rows of all of them together M, with "
-        "16, 4 and 1 adapters in turn; *three levels*: ranks 8, 16 and 32; *switching*: "
-        "`set_adapter` of one layer with 16 adapters. Adapters are "
-        "float32, as PEFT has them. Errors are rms, relative to float64.",
-        "",
-    ]
-    for name, data in present:
-        out += [f"### Variants: {name}", "", f"{machine(data['provenance'])}.", ""]
-        out += [*variants_table(data["rows"]), ""]
-    return out
+def readme_head(measured: list[Run]) -> str:
+    names = (f"{run.name}: {' | '.join(README_PEERS.values())}" for run in measured)
+    return f"| M×K×N | dtype | floor | {' | '.join(names)} |"
 
 
-def variants_table(rows: list[Row]) -> list[str]:
-    out = [
-        "| | dtype | M×K×N | ms, and over ours | target | errors |",
-        "|---|---|---|---|---|---|",
-    ]
-    # What, its numerator, its denominator, and how many times the latter it may take.
-    targets = {
-        "DoRA step": ("ours", "LoRA", 1.15),
-        "16 adapters": ("ours", "ours, 1", 1.3),
-    }
-    for row in rows:
-        seconds = {name: times["p50"] for name, times in row["seconds"].items()}
-        timed = [f"{name} ✗" for name in row.get("misses", ())]
-        for name, t in seconds.items():
-            over = f" ({t / seconds['ours']:.2f})" if name != "ours" and "ours" in seconds else ""
-            timed.append(f"{name} {t * 1e3:.3g}{over}")
-        times = "; ".join(timed)
-        target = ""
-        if row["what"] in targets and set(targets[row["what"]][:2]) <= seconds.keys():
-            what, over, most = targets[row["what"]]
-            ratio = seconds[what] / seconds[over]
-            verdict = "✓" if ratio <= most else "over target"
-            target = f"over {over} {ratio:.2f}, at most {most} {verdict}"
-        if row["what"] == "switching":
-            verdict = "✓" if seconds["ours"] <= 1e-4 else "over target"
-            target = f"at most 0.1 ms {verdict}"
-        errors = "; ".join(f"{name} {error:.1e}" for name, error in row["errors"].items())
-        shape = f"{row['M']}×{row['K']}×{row['N']}"
-        out.append(f"| {row['what']} | {row['dtype']} | {shape} | {times} | {target} | {errors} |")
-    return out
-
-
-def results_4bit(measured: list[Run]) -> list[str]:
-    present = [(run.name, data) for run in measured if (data := run.codes)]
-    if not present:
-        return []
-    out = [
-        "## 4-bit bases",
-        "",
-        "NF4 with nested scales and an adapter of rank 16 in x's dtype, forward without gradients; "
-        "*step* is forward and backward. Ours in milliseconds, the others as multiples of ours: "
-        "under 1 is faster than ours. Ours is `QLoRALinear`, bitsandbytes' layer is under PEFT's; "
-        "to *dense*, the weight before quantization, LoRA is added by PyTorch's calls; *stream* "
-        "reads the packed bytes and no more. *Peak*: our multiply-adds a second over those of the "
-        "library's largest product in x's dtype. Cold goes through more weights than the "
-        "last-level cache holds, warm repeats one. Errors are rms, relative to float64 on the "
-        "float32 decode.",
-        "",
-    ]
-    for name, data in present:
-        facts = data["provenance"]
-        out += [f"### 4-bit bases: {name}", ""]
-        out += [f"{machine(facts)}; bitsandbytes {facts['bitsandbytes']}.", ""]
-        out += [*table_4bit(data), "", *targets_4bit(data["rows"]), ""]
-    return out
-
-
-def table_4bit(data: Row) -> list[str]:
-    others = ("bitsandbytes, eval", "bitsandbytes, train", "dense", "stream")
-    out = [
-        "| K×N | dtype | M | cache | ours, ms | bnb eval | bnb train | dense | stream | peak "
-        "| error of ours | of bnb eval |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in data["rows"]:
-        m = row["M"] if row["mode"] == "forward" else f"{row['M']}, step"
-        if "ours" not in row["seconds"]:
-            out.append(
-                f"| {row['K']}×{row['N']} | {row['dtype']} | {m} | {row['cache']} "
-                f"| ✗ {row['misses']['ours']} |" + " – |" * 7
-            )
-            continue
-        seconds = {name: times["p50"] for name, times in row["seconds"].items()}
-        ours = seconds["ours"]
-        ratios = (f"{seconds[n] / ours:.2f}" if n in seconds else "–" for n in others)
-        errors = (row["errors"].get(n) for n in ("ours", "bitsandbytes, eval"))
-        out.append(
-            f"| {row['K']}×{row['N']} | {row['dtype']} | {m} | {row['cache']} | {ours * 1e3:.3f} "
-            f"| {' | '.join(ratios)} | {peak_share(row, data['provenance']):.0%} "
-            f"| {' | '.join('–' if e is None else f'{e:.1e}' for e in errors)} |"
-        )
-    return out
-
-
-def peak_share(row: Row, provenance: Row) -> float:
-    """Our multiply-adds a second, over those of the library's dense product in the same run."""
-    M, K, N, R = (row[name] for name in "MKNR")
-    forward = 2 * M * (N * K + R * (K + N))
-    # dx is a product of the same size; P, dS and the two updates of y and dx, and dA and dB.
-    step = 4 * M * N * K + 6 * M * R * (K + N)
-    seconds: float = row["seconds"]["ours"]["p50"]
-    peak: float = provenance["product_peak"][row["dtype"]]
-    return (forward if row["mode"] == "forward" else step) / seconds / peak
-
-
-def targets_4bit(rows: list[Row]) -> list[str]:
-    """What the layer was to reach, and the row in which it is furthest from that; cold."""
-    cold = [row for row in rows if row["cache"] == "cold" and "ours" in row["seconds"]]
-    forward = [row for row in cold if row["mode"] == "forward"]
-
-    def over(row: Row, peer: str) -> float:
-        ratio: float = row["seconds"][peer]["p50"] / row["seconds"]["ours"]["p50"]
-        return ratio
-
-    def shaped(N: int, M: int) -> list[Row]:
-        return [r for r in forward if (r["N"], r["M"]) == (N, M) and r["dtype"] == "bfloat16"]
-
-    def of(dtype: str) -> list[Row]:
-        return [row for row in forward if row["dtype"] == dtype]
-
-    # What, rows, peer, and how many times our time it takes at least.
-    targets = [
-        ("one row of 4096×4096: stream", shaped(4096, 1), "stream", 1 / 1.45),
-        ("one row of 4096×14336: stream", shaped(14336, 1), "stream", 1 / 2.0),
-        ("bitsandbytes, eval, bfloat16", of("bfloat16"), "bitsandbytes, eval", 1.0),
-        ("bitsandbytes, eval, float32", of("float32"), "bitsandbytes, eval", 1.0),
-        (
-            "one row: bitsandbytes, train",
-            [row for row in forward if row["M"] == 1 and row["K"] == 4096],
-            "bitsandbytes, train",
-            10.0,
-        ),
-        (
-            "up to 16 rows: dense, bfloat16",
-            [row for row in of("bfloat16") if row["M"] <= 16],
-            "dense",
-            1.0,
-        ),
-        ("128 rows: dense", [row for row in forward if row["M"] == 128], "dense", 1 / 1.15),
-        ("512 rows: dense", [row for row in forward if row["M"] == 512], "dense", 1 / 1.10),
-        (
-            "training step: bitsandbytes",
-            [row for row in cold if row["mode"] == "step"],
-            "bitsandbytes, train",
-            1.3,
-        ),
-    ]
-    out = [
-        "Targets: how many times our time the peer is to take, and does in the row where it takes "
-        "least. NOTES.md says what stands in the way of those that are missed.",
-        "",
-        "| | at least | rows that reach it | least | there |",
-        "|---|---|---|---|---|",
-    ]
-    for what, chosen, peer, least in targets:
-        worst = min(chosen, key=lambda row: over(row, peer), default=None)
-        if worst is None:
-            continue
-        reached = sum(over(row, peer) >= least for row in chosen)
-        mark = " ✓" if reached == len(chosen) else ""
-        out.append(
-            f"| {what} | {least:.2f} | {reached} of {len(chosen)}{mark} | {over(worst, peer):.2f} "
-            f"| {worst['K']}×{worst['N']}, M = {worst['M']}, {worst['dtype']} |"
-        )
-    return out
-
-
-def readme_figures(measured: list[Run]) -> str:
+def readme_rows(measured: list[Run]) -> Cells:
     """The rows that matter most: a training step at r = 16, and one row as a layer decodes it."""
-    names = {"ours": "ours", "addmm": "addmm_", "peft": "PEFT"}
-    lines = [
-        "LoRA tax of a training step, and of one row decoded from memory, at r = 16; 1.00 is the",
-        "frozen linear alone. PEFT's adapters are in fp32, as it keeps them, others in x's dtype.",
-        "",
-    ]
-    lines += [f"- {run.name}: {machine(run.dense['provenance'])}" for run in measured]
-    head = [
-        f"{run.name}: {name}" if name == "ours" else name
-        for run in measured
-        for name in names.values()
-    ]
-    lines += ["", f"| M×K×N | dtype | floor | {' | '.join(head)} |"]
-    lines.append("|---" * (len(head) + 3) + "|")
     found: dict[tuple[str, str, str], dict[Path, Row]] = {}
     for run in measured:
         for row in run.dense["rows"]:
-            if row["R"] != 16:
-                continue
-            shape = f"{row['M']}×{row['K']}×{row['N']}"
             decoded = row["mode"] == "decoding" and row["M"] == 1 and row["cache"] == "cold"
-            if decoded:
-                shape += ", decoded"
-            if decoded or (row["mode"] == "step" and row["M"] > 1):
-                found.setdefault((shape, row["dtype"], f"{row['floor']:.3f}"), {})[run.folder] = row
+            if row["R"] == 16 and (decoded or (row["mode"] == "step" and row["M"] > 1)):
+                key = (shape(row) + ", decoded" * decoded, row["dtype"], f"{row['floor']:.3f}")
+                found.setdefault(key, {})[run.folder] = row
     for key, by_run in found.items():
-        cells = [
-            cell(by_run[run.folder], name) if run.folder in by_run else "–"
-            for run in measured
-            for name in names
-        ]
-        lines.append(f"| {' | '.join((*key, *cells))} |")
-    if JSON_TRAFFIC.exists():
-        lines += ["", *readme_traffic(json.loads(JSON_TRAFFIC.read_text())["rows"])]
-    return "\n".join(lines)
+        rows = [by_run.get(run.folder) for run in measured]
+        yield *key, *(cell(row, name) if row else "–" for row in rows for name in README_PEERS)
 
 
-def readme_traffic(rows: list[Row]) -> list[str]:
-    """Return the table of a training step's bytes on a GPU: both directions of a layer together."""
-    M, K, N, R = 8192, 4096, 4096, 16
-    cells = (
-        "bf16, bf16 adapters", "bf16, fp32 adapters", "bf16, fp32 adapters, autocast",
-        "NF4 bf16, fp32 adapters", "DoRA bf16, fp32 adapter",
-    )  # fmt: skip
-    lines = [
-        "Memory moved by a layer's training step on a GPU, counted, not timed; "
-        f"{M}×{K}×{N}, r = {R}, no dropout.",
-        "",
-        "| layer, adapters | ours, MB | PEFT, MB | ratio |",
-        "|---|---|---|---|",
-    ]
+def readme_traffic(rows: list[Row]) -> Cells:
+    """A training step's bytes on a GPU: both directions of a layer together."""
     totals: dict[str, list[int]] = {}
     for row in rows:
         at = (row["M"], row["K"], row["N"], row["R"], row["dropout_p"])
-        if at == (M, K, N, R, 0.0) and row["cell"] in cells:
+        if at == (8192, 4096, 4096, 16, 0.0) and row["cell"] in README_TRAFFIC:
             total = totals.setdefault(row["cell"], [0, 0])
             total[0] += row["bytes"]["ours"]
             total[1] += row["bytes"]["peft"]
-    for cell_name, (ours, peft) in totals.items():
-        lines.append(f"| {cell_name} | {ours / 1e6:.0f} | {peft / 1e6:.0f} | {ours / peft:.2f} |")
-    return lines
+    for name, (ours, peft) in totals.items():
+        yield name, f"{ours / 1e6:.0f}", f"{peft / 1e6:.0f}", f"{ours / peft:.2f}"
+
+
+TABLES = (
+    *(machine, table, tax_head, tax_rows, overhead_rows, model_rows, rows_4bit, targets_4bit),
+    *(variant_rows, memory_rows, traffic_versions, traffic_rows),
+    *(readme_head, readme_rows, readme_traffic),
+)
+
+
+def render(template: str, measured: list[Run]) -> str:
+    """One of templates/ filled in."""
+    loader = jinja2.FileSystemLoader(TEMPLATES)
+    options = {"trim_blocks": True, "undefined": jinja2.StrictUndefined}
+    environment = jinja2.Environment(loader=loader, **options)
+    environment.globals.update({function.__name__: function for function in TABLES})
+    counted = {"memory": read(JSON_MEMORY), "traffic": read(JSON_TRAFFIC)}
+    text = environment.get_template(template).render(
+        runs=measured, here=HERE, modes=MODES, **counted
+    )
+    return text.rstrip("\n")
 
 
 def main(check: bool) -> int:
@@ -657,16 +450,15 @@ def main(check: bool) -> int:
     readme = README.read_text()
     if not pattern.search(readme):
         raise SystemExit(f"README.md: no place for figures; want the lines {begin} and {end}")
-    figures = f"{begin}\n{readme_figures(measured)}\n{end}"
+    figures = f"{begin}\n{render('README.md.j2', measured)}\n{end}"
     wanted = {
-        RESULTS: results(measured),
+        RESULTS: render("RESULTS.md.j2", measured) + "\n",
         README: pattern.sub(lambda _: figures, readme),
     }
-    if JSON_CLASSIFICATION.exists():
-        table = markdown(json.loads(JSON_CLASSIFICATION.read_text()))
-        wanted[JSON_CLASSIFICATION.with_suffix(".md")] = table
+    if (classification := read(JSON_CLASSIFICATION)) is not None:
+        wanted[JSON_CLASSIFICATION.with_suffix(".md")] = markdown(classification)
     stale = [p.name for p, text in wanted.items() if not p.exists() or p.read_text() != text]
-    pngs = {png: how for run in measured for png, how in drawn(run).items()}
+    pngs = {png: how for run in measured for png, how in run.drawn().items()}
     stale += [
         str(png.relative_to(HERE))
         for png, (digest, _) in pngs.items()

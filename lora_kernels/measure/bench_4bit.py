@@ -10,25 +10,25 @@ the tolerance's, eager being PyTorch's calls on the decoded weight.
 
 from __future__ import annotations
 
-import functools
+import argparse
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import timing
+from ..core import reference
 from ..layers import QLoRALinear
-from . import compare, tolerance
-from .case import kernels
+from . import baselines, models, tolerance
+from .case import dtype_name, kernels
+from .results import Facts, Row, Suite
 
-SHAPES = [(4096, 4096), (4096, 14336), (576, 1536)]  # K, N
-ROWS = [1, 2, 4, 8, 16, 32, 64, 128, 512]
+SHAPES = ((4096, 4096), (4096, 14336), (576, 1536))  # K, N
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
 RANK, SCALING = 16, 2.0
 
 Forward = Callable[[Tensor], Tensor]
@@ -37,18 +37,15 @@ Forward = Callable[[Tensor], Tensor]
 class Bases:
     """Enough weights of one shape to be cold, in every form that is timed."""
 
-    def __init__(
-        self, K: int, N: int, dtype: torch.dtype, quant_type: str, device: str = "cpu"
-    ) -> None:
+    def __init__(self, K: int, N: int, dtype: torch.dtype, quant_type: str, device: str) -> None:
         torch.manual_seed(0)
-        self.device = device
+        self.device, self.dtype = device, dtype
+        self.common: dict[str, Any] = {"dtype": dtype_name(dtype), "quant_type": quant_type}
         self.count = max(2, min(64, timing.cold_bytes(device) // (N * K // 2)))
         self.lora_A = nn.Parameter(torch.randn(RANK, K).div_(K**0.5).to(device, dtype))
         self.lora_B = nn.Parameter(torch.randn(N, RANK).div_(RANK**0.5).to(device, dtype))
-        self.dense = [
-            nn.Linear(K, N, bias=False, dtype=dtype, device=device)
-            for _ in range(min(4, self.count))
-        ]
+        on = {"dtype": dtype, "device": device}
+        self.dense = [nn.Linear(K, N, bias=False, **on) for _ in range(min(4, self.count))]
         for linear in self.dense:
             nn.init.normal_(linear.weight, std=K**-0.5)
         linears = [self.dense[i % len(self.dense)] for i in range(self.count)]
@@ -65,27 +62,12 @@ class Bases:
         layer.lora_A, layer.lora_B = self.lora_A, self.lora_B
         return layer.eval()
 
-    def _peft(self, linear: nn.Linear, quant_type: str) -> nn.Module:
+    def _peft(self, linear: nn.Linear, quant_type: str) -> Any:
         """PEFT's layer over bitsandbytes', with the shared adapter."""
-        import bitsandbytes
-        from peft import LoraConfig, inject_adapter_in_model
-
-        N, K = linear.weight.shape
-        bnb: Any = bitsandbytes.nn
-        base = bnb.Linear4bit(
-            K, N, bias=False, compute_dtype=linear.weight.dtype, quant_type=quant_type
-        )
-        base.weight = bnb.Params4bit(
-            linear.weight.detach(), requires_grad=False, quant_type=quant_type, module=base
-        )
-        model = nn.ModuleDict({"base": base.to(self.device)})
-        model.is_loaded_in_4bit = True  # type: ignore[assignment]  # as transformers says it
-        config = LoraConfig(r=RANK, lora_alpha=int(SCALING * RANK), target_modules=["base"])
-        inject_adapter_in_model(config, model)
-        layer: Any = model["base"]
-        layer.lora_A["default"].weight = self.lora_A
-        layer.lora_B["default"].weight = self.lora_B
-        return layer  # type: ignore[no-any-return]
+        base = baselines.linear_4bit(linear, quant_type)
+        layer = baselines.peft_layer(base, [RANK], SCALING)
+        baselines.set_adapter(layer, self.lora_A, self.lora_B)
+        return layer
 
     def candidates(self) -> dict[str, list[Forward]]:
         """Name -> the forward over each of the weights."""
@@ -96,25 +78,50 @@ class Bases:
         return found | {"dense": [partial(self._dense, linear.weight) for linear in self.dense]}
 
     def _dense(self, weight: Tensor, x: Tensor) -> Tensor:
-        return F.linear(x, weight) + F.linear(F.linear(x, self.lora_A), self.lora_B) * SCALING
+        args = {"lora_A": self.lora_A, "lora_B": self.lora_B, "scaling": SCALING}
+        return baselines.eager(args)(x, weight, **args)
 
-    def eager_error(self, x: Tensor, ref: Tensor) -> float:
-        """Of PyTorch's own calls on the weight decoded to x's dtype."""
-        got = self._dense(self.ours[0].weight4bit.dequantize(x.dtype), x)
-        return _error(got, ref)
+    def errors(self, x: Tensor) -> tuple[dict[str, float], float]:
+        """Of each candidate, and of PyTorch's own calls on the weight decoded to x's dtype."""
+        weight = self.ours[0].weight4bit
+        A, B, W = (t.double() for t in (self.lora_A, self.lora_B, weight.dequantize(torch.float32)))
+        ref = reference.lora_linear(x.double(), W, A, B, SCALING)
+        got = {name: each[0](x) for name, each in self.candidates().items()}
+        got["eager"] = self._dense(weight.dequantize(x.dtype), x)
+        errors = {name: float((y - ref).norm() / ref.norm()) for name, y in got.items()}
+        return errors, errors.pop("eager")
 
-    @functools.cached_property
-    def decoded(self) -> Tensor:
-        """The first weight in float64."""
-        return self.ours[0].weight4bit.dequantize(torch.float32).double()
-
-    def reference(self, x: Tensor) -> Tensor:
-        A, B = self.lora_A.detach().double(), self.lora_B.detach().double()
-        return x.double() @ self.decoded.T + (x.double() @ A.T) @ B.T * SCALING
-
-    def stream(self) -> list[Callable[[], object]]:
-        """Reading each weight's packed codes once, and doing next to nothing with them."""
-        return [layer.weight.view(torch.int64).sum for layer in self.ours]
+    def rows(self, counts: list[int], seconds: float) -> Iterator[Row]:
+        """Forwards of so many rows of x, and steps of the last."""
+        K, N = self.lora_A.shape[1], self.lora_B.shape[0]
+        stream = [layer.weight.view(torch.int64).sum for layer in self.ours]  # little more is done
+        for M in counts:
+            x = torch.randn(M, K).to(self.device, self.dtype)
+            with torch.no_grad():
+                errors, eager = self.errors(x)
+                forwards: dict[str, list[Callable[[], object]]] = {
+                    name: [partial(forward, x) for forward in each]
+                    for name, each in self.candidates().items()
+                }
+                for call in itertools.chain(*forwards.values()):
+                    call()  # in its first call bitsandbytes may rewrite the codes
+                for cache, used in (("cold", slice(None)), ("warm", slice(1))):
+                    row = Row(**self.common, M=M, K=K, N=N, R=RANK, mode="forward", cache=cache)
+                    calls = (forwards | {"stream": stream}).items()
+                    turns = {name: baselines.cycle_through(each[used]) for name, each in calls}
+                    row.judge(errors, eager, tolerance.unit_roundoff(self.dtype), (K,))
+                    yield row.time(turns, seconds, self.device)
+        x.requires_grad_()
+        dy = torch.randn(M, N).to(self.device, self.dtype)
+        inputs = (x, self.lora_A, self.lora_B)
+        steps = {
+            name: baselines.cycle_through([partial(_step, forward, inputs, dy) for forward in each])
+            for name, each in self.candidates().items()
+            if name != "bitsandbytes, eval"
+        }
+        last = Row(**self.common, M=M, K=K, N=N, R=RANK, mode="step", cache="cold")
+        last.errors, last.misses, last.judged = {}, row.misses, []
+        yield last.time(steps, seconds, self.device)
 
 
 def _by_kernels(device: str, layer: QLoRALinear, x: Tensor) -> Tensor:
@@ -122,99 +129,35 @@ def _by_kernels(device: str, layer: QLoRALinear, x: Tensor) -> Tensor:
         return layer(x)  # type: ignore[no-any-return]
 
 
-def _step(forward: Forward, x: Tensor, inputs: tuple[Tensor, ...], dy: Tensor) -> object:
-    return torch.autograd.grad(forward(x), inputs, dy)
+def _step(forward: Forward, inputs: tuple[Tensor, ...], dy: Tensor) -> object:
+    return torch.autograd.grad(forward(inputs[0]), inputs, dy)
 
 
-def _in_turn(calls: list[Callable[[], object]]) -> Callable[[], object]:
-    each = itertools.cycle(calls)
-    return lambda: next(each)()
+class Codes(Suite):
+    """Layers over a 4-bit base."""
 
+    kind, option, unused = "4-bit", "quant", "ranks dropout"
 
-def _error(got: Tensor, ref: Tensor) -> float:
-    return float((got - ref).norm() / ref.norm())
+    def rows(self, args: argparse.Namespace, facts: Facts, only: Collection[str]) -> Iterator[Row]:
+        asked = models.requested_shapes(args) or []
+        shapes = list(dict.fromkeys((K, N) for _, K, N in asked)) or SHAPES
+        counts = sorted({M for M, _, _ in asked}) or list(ROWS)
+        for dtype, (K, N) in itertools.product(args.dtypes, shapes):
+            bases = Bases(K, N, getattr(torch, dtype), args.quant, args.device)
+            yield from bases.rows(counts, args.seconds)
 
-
-def rows(
-    quant_type: str,
-    dtypes: list[str],
-    seconds: float,
-    device: str = "cpu",
-    shapes: Sequence[tuple[int, int]] = SHAPES,
-    counts: Sequence[int] = ROWS,
-) -> Iterator[dict[str, Any]]:
-    """The table, a row at a time. shapes: K, N; counts: rows of x, of which the last makes steps
-    too."""
-    for dtype, (K, N) in itertools.product(dtypes, shapes):
-        bases = Bases(K, N, getattr(torch, dtype), quant_type, device)
-        common = {"dtype": dtype, "K": K, "N": N, "R": RANK, "quant_type": quant_type}
-        for M in counts:
-            x = torch.randn(M, K).to(device, getattr(torch, dtype))
-            ref = bases.reference(x)
-            forwards = bases.candidates()
-            with torch.no_grad():
-                errors = {name: _error(each[0](x), ref) for name, each in forwards.items()}
-                u = tolerance.unit_roundoff(x.dtype)
-                limit = tolerance.rms_limit(bases.eager_error(x, ref), u, (K,))
-                misses = {}
-                if not errors["ours"] <= limit:  # NaN is not
-                    misses["ours"] = (
-                        f"y MISS: rms {errors['ours'] / u:.3g} u, limit {limit / u:.3g} u"
-                    )
-                    del forwards["ours"]
-                for each in forwards.values():
-                    for forward in each:  # in its first call bitsandbytes may rewrite the codes
-                        forward(x)
-                for cache in ("cold", "warm"):
-                    used = slice(None) if cache == "cold" else slice(1)
-                    calls = {
-                        name: _in_turn([partial(f, x) for f in each[used]])
-                        for name, each in forwards.items()
-                    }
-                    calls["stream"] = _in_turn(bases.stream()[used])
-                    row = {**common, "M": M, "mode": "forward", "cache": cache}
-                    yield {
-                        **row, "errors": errors, "misses": misses, "judged": ["ours"],
-                        **_times(row, calls, seconds, device),
-                    }  # fmt: skip
-        x = torch.randn(counts[-1], K).to(device, getattr(torch, dtype)).requires_grad_()
-        dy = torch.randn(counts[-1], N).to(device, getattr(torch, dtype))
-        inputs = (x, bases.lora_A, bases.lora_B)
-        calls = {
-            name: _in_turn([partial(_step, f, x, inputs, dy) for f in each])
-            for name, each in bases.candidates().items()
-            if name != "bitsandbytes, eval"
-        }
-        row = {**common, "M": counts[-1], "mode": "step", "cache": "cold"}
-        if misses:
-            calls.pop("ours")
-        yield {
-            **row, "errors": {}, "misses": misses, "judged": [],
-            **_times(row, calls, seconds, device),
-        }  # fmt: skip
-
-
-def _times(
-    row: dict[str, Any], calls: dict[str, Callable[[], object]], seconds: float, device: str
-) -> dict[str, Any]:
-    yardstick = compare.yardstick(row)
-    times = timing.interleave(calls, seconds=seconds, device=device, yardstick=yardstick)
-    return {"seconds": {name: asdict(t) for name, t in times.items()}}
-
-
-def line(row: dict[str, Any]) -> str:
-    """One row as text: ratios to ours before milliseconds."""
-    seconds = {name: times["p50"] for name, times in row["seconds"].items()}
-    shape = f"{row['dtype']} {row['quant_type']} K={row['K']} N={row['N']} M={row['M']}"
-    words = [f"{shape} {row['mode']}, {row['cache']}:"]
-    if row["misses"]:
-        words += [f"{name} ✗ ({text})" for name, text in row["misses"].items()]
-        words += [f"{name} {t * 1e3:.3f} ms" for name, t in seconds.items()]
-    else:
-        ours = seconds.pop("ours")
-        times = row["seconds"]["ours"]
-        three = "/".join(f"{times[key] * 1e3:.3f}" for key in ("p20", "p50", "p80"))
-        words.append(f"ours {three} ms (p20/p50/p80); over ours:")
-        words += [f"{name} {t / ours:.2f}" for name, t in seconds.items()]
-    words += [f"rms {name} {error:.1e}" for name, error in row["errors"].items()]
-    return "  ".join(words)
+    def line(self, row: Row) -> str:
+        """Ratios to ours before milliseconds."""
+        p50 = row.p50
+        shape = f"{row.dtype} {row.quant_type} K={row.K} N={row.N} M={row.M}"
+        words = [f"{shape} {row.mode}, {row.cache}:"]
+        if row.seconds and not row.misses:
+            ours, t = p50.pop("ours"), row.seconds["ours"]
+            three = "/".join(f"{each * 1e3:.3f}" for each in (t.p20, t.p50, t.p80))
+            words.append(f"ours {three} ms (p20/p50/p80); over ours:")
+            words += [f"{name} {t / ours:.2f}" for name, t in p50.items()]
+        else:
+            words += [f"{name} ✗ ({text})" for name, text in row.misses.items()]
+            words += [f"{name} {t * 1e3:.3f} ms" for name, t in p50.items()]
+        words += [f"rms {name} {error:.1e}" for name, error in row.errors.items()]
+        return "  ".join(words)

@@ -14,12 +14,13 @@ machine, but on a GPU PyTorch's dropout keeps a smaller mask: they are counted o
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import copy
 import itertools
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -29,9 +30,9 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from .. import __version__
-from .. import device as devices
+from . import baselines
 from .case import dtype_name
+from .results import Facts, Row, Suite, versions
 
 SIZES = (512, 2048, 2048)  # M, K, N
 RANK, DROPOUT = 16, 0.1
@@ -39,9 +40,13 @@ VARIANTS = ("plain", "dropout", "DoRA", "gate")  # the gate is AdaLoRA's, whose 
 DTYPES = (torch.float32, torch.bfloat16)
 TOKENS = (2, 64)  # batch and length of a Llama's step
 SMOLLM2 = {  # SmolLM2-135M
-    "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
-    "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152,
-}  # fmt: skip
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+}
 
 
 @dataclass(frozen=True)
@@ -152,26 +157,24 @@ def minimum(
 
 def stock(variant: str, dtype: torch.dtype, sizes: tuple[int, int, int], R: int) -> nn.Module:
     """PEFT's own layer of one of VARIANTS over a linear of that dtype, in training mode."""
-    from peft import AdaLoraConfig, LoraConfig, get_peft_model
-
     if variant not in VARIANTS:
         raise ValueError(f"variant: got {variant!r}, want one of {', '.join(VARIANTS)}")
     _, K, N = sizes
-    common: dict[str, Any] = {"target_modules": ["0"], "lora_alpha": 2 * R}
-    config: Any
-    if variant == "gate":
-        config = AdaLoraConfig(init_r=R, target_r=R, total_step=10, **common)
-    else:
-        p = DROPOUT if variant == "dropout" else 0.0
-        config = LoraConfig(r=R, lora_dropout=p, use_dora=variant == "DoRA", **common)
-    model: Any = nn.Sequential(nn.Linear(K, N, bias=False, dtype=dtype))
-    layer: nn.Module = get_peft_model(model, config).train().base_model.model[0]
+    base = nn.Linear(K, N, bias=False, dtype=dtype)
+    options: Any = {
+        "gate": {"adalora": True},
+        "dropout": {"lora_dropout": DROPOUT},
+        "DoRA": {"use_dora": True},
+    }
+    layer: nn.Module = baselines.peft_layer(
+        base, [R], adapter_dtype=torch.float32, **options.get(variant, {})
+    )
     return layer
 
 
 def layer_row(
     variant: str, dtype: torch.dtype, sizes: tuple[int, int, int] = SIZES, R: int = RANK
-) -> dict[str, Any]:
+) -> Row:
     """Bytes of ours and of PEFT's layer beside the minimum; sizes: M, K, N."""
     from ..peft import fuse
 
@@ -179,19 +182,15 @@ def layer_row(
     layers = {"ours": fuse(nn.Sequential(copy.deepcopy(theirs)))[0], "peft": theirs}
     M, K, N = sizes
     x = torch.randn(M, K).to(dtype).requires_grad_()
-    least = minimum(M, K, N, R, dtype, dropout=variant == "dropout", z=variant == "DoRA")
     found = {name: held(partial(layer, x), layer) for name, layer in layers.items()}
-    return {
-        "what": variant,
-        "dtype": dtype_name(dtype),
-        "M": M, "K": K, "N": N, "R": R,
-        "minimum": least,
-        "bytes": {name: each.bytes for name, each in found.items()},
-        "tensors": {name: each.tensors for name, each in found.items()},
-    }  # fmt: skip
+    row = Row(what=variant, dtype=dtype_name(dtype), M=M, K=K, N=N, R=R)
+    row.minimum = minimum(M, K, N, R, dtype, dropout=variant == "dropout", z=variant == "DoRA")
+    row.bytes = {name: each.bytes for name, each in found.items()}
+    row.tensors = {name: each.tensors for name, each in found.items()}
+    return row
 
 
-def step_row(dtype: torch.dtype, sizes: Mapping[str, Any] = SMOLLM2) -> dict[str, Any]:
+def step_row(dtype: torch.dtype, sizes: Mapping[str, Any] = SMOLLM2) -> Row:
     """A Llama's forward with its loss, LoRA on all linears: bytes held for the backward, ours and
     PEFT's. sizes: of transformers' LlamaConfig; the weights are random.
 
@@ -213,20 +212,16 @@ def step_row(dtype: torch.dtype, sizes: Mapping[str, Any] = SMOLLM2) -> dict[str
     llama: Any = LlamaForCausalLM(config)
     llama.to(dtype)
     ids = torch.randint(config.vocab_size, TOKENS)
-    least = _least(llama, ids)
+    what = "SmolLM2's step" if sizes is SMOLLM2 else "Llama's step"
+    K = config.hidden_size
+    row = Row(what=what, dtype=dtype_name(dtype), M=ids.numel(), K=K, N=K, R=RANK)
+    row.minimum = _least(llama, ids)
     model: Any = get_peft_model(llama, lora).train()
-    found = {}
-    for name in ("peft", "ours"):
-        if name == "ours":
-            fuse(model)
-        found[name] = held(partial(model, input_ids=ids, labels=ids), model).bytes
-    return {
-        "what": "SmolLM2's step" if sizes is SMOLLM2 else "Llama's step",
-        "dtype": dtype_name(dtype),
-        "M": ids.numel(), "K": config.hidden_size, "N": config.hidden_size, "R": RANK,
-        "minimum": least,
-        "bytes": {name: found[name] for name in ("ours", "peft")},
-    }  # fmt: skip
+    forward = partial(model, input_ids=ids, labels=ids)
+    peft = held(forward, model).bytes
+    fuse(model)
+    row.bytes = {"ours": held(forward, model).bytes, "peft": peft}
+    return row
 
 
 def _least(llama: Any, ids: Tensor) -> int:
@@ -252,28 +247,27 @@ def _least(llama: Any, ids: Tensor) -> int:
     return adapters + sum(t.untyped_storage().nbytes() for t in (kept | inputs).values())
 
 
-def rows() -> Iterator[dict[str, Any]]:
-    """The table, a row at a time; the steps where transformers is installed."""
-    for dtype, variant in itertools.product(DTYPES, VARIANTS):
-        yield layer_row(variant, dtype)
-    if find_spec("transformers") is not None:
-        for dtype in DTYPES:
-            yield step_row(dtype)
+class Memory(Suite):
+    """Bytes held for the backward."""
 
+    kind, option = "memory", "memory"
+    unused = "compare device shapes model rows ranks quick dtypes dropout seconds"
 
-def provenance() -> dict[str, Any]:
-    """The versions that decide what is kept."""
-    libraries = ("torch", "peft", "transformers")
-    return {"version": __version__, **{name: devices.version(name) for name in libraries}}
+    def provenance(self, args: argparse.Namespace) -> dict[str, Any]:
+        return versions("torch", "peft", "transformers")
 
+    def rows(self, args: argparse.Namespace, facts: Facts, only: Collection[str]) -> Iterator[Row]:
+        """The steps where transformers is installed."""
+        for dtype, variant in itertools.product(DTYPES, VARIANTS):
+            yield layer_row(variant, dtype)
+        if find_spec("transformers") is not None:
+            yield from map(step_row, DTYPES)
 
-def line(row: dict[str, Any]) -> str:
-    """One row as text."""
-    held, shape = row["bytes"], f"{row['M']}×{row['K']}×{row['N']} r={row['R']}"
-    text = (
-        f"{row['what']}, {row['dtype']} {shape}: ours {held['ours']:,} bytes, "
-        f"PEFT's {held['peft']:,} ({held['peft'] / held['ours']:.2f} times ours)"
-    )
-    if "minimum" in row:
-        text += f", minimum {row['minimum']:,}, over {held['ours'] - row['minimum']:,}"
-    return text
+    def line(self, row: Row) -> str:
+        bytes_, least = row.bytes, row.minimum or 0
+        return (
+            f"{row.what}, {row.dtype} {row.M}×{row.K}×{row.N} r={row.R}: "
+            f"ours {bytes_['ours']:,} bytes, "
+            f"PEFT's {bytes_['peft']:,} ({bytes_['peft'] / bytes_['ours']:.2f} times ours), "
+            f"minimum {least:,}, over {bytes_['ours'] - least:,}"
+        )

@@ -13,20 +13,22 @@ kernels fuse in ways that meta tensors do not show.
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import itertools
-import json
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .. import __version__, traffic
-from .. import device as devices
+from .. import traffic
 from ..traffic import Traffic
+from . import baselines
+from .results import Facts, Result, Suite, versions
 
 ROWS = (1, 16, 512, 8192)  # M
 SHAPES = ((4096, 4096), (4096, 14336))  # K, N
@@ -121,92 +123,67 @@ def losses(cell: Cell, M: int, ours: Traffic, peft: Traffic) -> list[str]:
 
 def stock(cell: Cell, K: int, N: int, R: int, dropout_p: float = 0.0) -> Any:
     """Build PEFT's layer of a cell on meta, in training mode; alpha = 2·R."""
-    from peft import LoraConfig, get_peft_model
-
-    base = _linear_4bit(cell, K, N) if cell.base == "nf4" else _linear(cell, K, N)
-    model: Any = nn.Sequential(base)
-    model.is_loaded_in_4bit = cell.base == "nf4"  # as transformers marks a model
-    config = LoraConfig(
-        r=R, lora_alpha=2 * R, lora_dropout=dropout_p, use_dora=cell.dora, target_modules=["0"]
+    base: Any = nn.Linear(K, N, bias=False, device="meta", dtype=cell.dtype)
+    if cell.base == "nf4":
+        base = baselines.linear_4bit(base, "nf4")
+    return baselines.peft_layer(
+        base,
+        [R] * cell.adapters,
+        adapter_dtype=cell.adapter_dtype,
+        lora_dropout=dropout_p,
+        use_dora=cell.dora,
     )
-    names = ["default", *(f"adapter {i}" for i in range(1, cell.adapters))]
-    model = get_peft_model(model, config).train()
-    for name in names[1:]:
-        model.add_adapter(name, config)
-    layer = model.base_model.model[0]
-    for name, child in layer.named_children():
-        if name.startswith("lora_"):  # PEFT makes some of them on the CPU
-            child.to(device="meta", dtype=cell.adapter_dtype)
-    layer.set_adapter(names)
-    return layer
 
 
-def _linear(cell: Cell, K: int, N: int) -> nn.Module:
-    return nn.Linear(K, N, bias=False, device="meta", dtype=cell.dtype)
+@dataclass
+class TrafficRow:
+    """One direction of one layer, ours and PEFT's."""
 
+    cell: str
+    M: int
+    K: int
+    N: int
+    R: int
+    dropout_p: float
+    direction: str
+    bytes: dict[str, int]
+    kernels: dict[str, int]
+    peak: dict[str, int]
+    allowed_kernels: int
+    losses: list[str]
 
-def _linear_4bit(cell: Cell, K: int, N: int) -> nn.Module:
-    """Build bitsandbytes' layer as if it had quantized a weight [N, K] to nested NF4."""
-    import bitsandbytes
-
-    bnb: Any = bitsandbytes
-    blocks = -(-N * K // 64)
-    nested = bnb.functional.QuantState(
-        absmax=_on_meta(-(-blocks // 256)), code=_on_meta(256), blocksize=256, dtype=_F32
-    )
-    state = bnb.functional.QuantState(
-        absmax=_on_meta(blocks, dtype=torch.uint8), shape=torch.Size((N, K)), code=_on_meta(16),
-        blocksize=64, quant_type="nf4", dtype=cell.dtype, offset=_on_meta(), state2=nested,
-    )  # fmt: skip
-    linear = bnb.nn.Linear4bit(
-        K, N, bias=False, compute_dtype=cell.dtype, quant_type="nf4", device="meta"
-    )
-    linear.weight = bnb.nn.Params4bit(
-        _on_meta(-(-N * K // 2), 1, dtype=torch.uint8), requires_grad=False, quant_state=state,
-        blocksize=64, quant_type="nf4", bnb_quantized=True, module=linear,
-    )  # fmt: skip
-    linear.quant_state = state
-    return linear  # type: ignore[no-any-return]
-
-
-def _on_meta(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.empty(sizes, dtype=dtype, device="meta")
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
 
 
 def count_cell(
     cell: Cell, K: int, N: int, R: int, dropout_p: float = 0.0, Ms: Sequence[int] = ROWS
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[TrafficRow]:
     """Yield the rows of a cell at one shape and rank: both directions for each M.
 
-    >>> [row["bytes"]["peft"] for row in count_cell(CELLS[0], 64, 64, 8, Ms=[32])]
+    >>> [row.bytes["peft"] for row in count_cell(CELLS[0], 64, 64, 8, Ms=[32])]
     [48128, 59392]
     """
     from ..peft import fuse
 
     layer = stock(cell, K, N, R, dropout_p)
-    peft = _count_steps(layer, cell, K, Ms)
+
+    def count() -> list[tuple[Traffic, Traffic]]:
+        count_step(layer, cell, Ms[0], K)
+        return [count_step(layer, cell, M, K) for M in Ms]
+
+    peft = count()
     fuse(nn.Sequential(layer))
-    ours = _count_steps(layer, cell, K, Ms)
+    ours = count()
     for M, of_ours, of_peft in zip(Ms, ours, peft, strict=True):
         for direction, mine, theirs in zip(("forward", "backward"), of_ours, of_peft, strict=True):
-            yield {
-                "cell": cell.name,
-                "M": M, "K": K, "N": N, "R": R,
-                "dropout_p": dropout_p,
-                "direction": direction,
-                **{name: {"ours": getattr(mine, name), "peft": getattr(theirs, name)}
-                   for name in MEASURES},
-                "allowed_kernels": allowed_kernels(cell, M, mine, theirs),
-                "losses": losses(cell, M, mine, theirs),
-            }  # fmt: skip
-
-
-def _count_steps(
-    layer: nn.Module, cell: Cell, K: int, Ms: Sequence[int]
-) -> list[tuple[Traffic, Traffic]]:
-    """Return forward and backward of the layer for each M."""
-    count_step(layer, cell, Ms[0], K)
-    return [count_step(layer, cell, M, K) for M in Ms]
+            both = {"ours": mine, "peft": theirs}
+            counts: Any = {
+                name: {who: getattr(t, name) for who, t in both.items()} for name in MEASURES
+            }
+            counts["allowed_kernels"] = allowed_kernels(cell, M, mine, theirs)
+            counts["losses"] = losses(cell, M, mine, theirs)
+            yield TrafficRow(cell.name, M, K, N, R, dropout_p, direction, **counts)
 
 
 def count_step(
@@ -219,35 +196,17 @@ def count_step(
         cell: the layer's.
         log: as `traffic.count_layer`'s.
     """
-    x = _on_meta(M, K, dtype=cell.dtype).requires_grad_()
+    x = torch.empty(M, K, dtype=cell.dtype, device="meta").requires_grad_()
     adapters = [p for p in layer.parameters() if p.requires_grad]
     with torch.no_grad():
         for p in adapters:
             p.add_(0.0)  # a new version, for which nothing is cached
 
     def forward() -> Tensor:
-        if not cell.autocast:
-            return layer(x)  # type: ignore[no-any-return]
-        with traffic.autocast(cell.dtype):
+        with traffic.autocast(cell.dtype) if cell.autocast else contextlib.nullcontext():
             return layer(x)  # type: ignore[no-any-return]
 
     return traffic.count_layer(forward, [x, *adapters], log)
-
-
-def rows(cells: Sequence[Cell] = CELLS) -> Iterator[dict[str, Any]]:
-    """Yield the table's rows, those of NF4 if bitsandbytes is installed."""
-    has_bitsandbytes = find_spec("bitsandbytes") is not None
-    for cell in cells:
-        if cell.base == "nf4" and not has_bitsandbytes:
-            continue
-        for dropout_p, (K, N), R in itertools.product(cell.dropouts, SHAPES, RANKS):
-            yield from count_cell(cell, K, N, R, dropout_p)
-
-
-def provenance() -> dict[str, Any]:
-    """Return the versions that decide which kernels run."""
-    libraries = ("torch", "peft", "bitsandbytes")
-    return {"version": __version__, **{name: devices.version(name) for name in libraries}}
 
 
 HEADER = (
@@ -256,51 +215,59 @@ HEADER = (
 )
 
 
-def line(row: dict[str, Any]) -> str:
-    """Return a row as text: ratios of ours to PEFT's, each before what it is made of."""
-    count, peak, kernels = row["bytes"], row["peak"], row["kernels"]
-    lost = f"  ✗ {', '.join(row['losses'])}" if row["losses"] else ""
-    of_kernels = f"{kernels['ours']}/{kernels['peft']}"
-    return (
-        f"{ratio(count):5.2f} {count['ours'] / 1e6:9.2f} {count['peft'] / 1e6:9.2f} "
-        f"{of_kernels:>7} {ratio(peak):6.2f} {peak['ours'] / 1e6:9.2f} {peak['peft'] / 1e6:9.2f}  "
-        f"{row['cell']}, {row['M']}×{row['K']}×{row['N']} r={row['R']} "
-        f"p={row['dropout_p']:g} {row['direction']}{lost}"
-    )
-
-
 def ratio(measure: dict[str, int]) -> float:
     """Return ours over PEFT's."""
     return measure["ours"] / measure["peft"]
 
 
-def summary(table: Sequence[dict[str, Any]]) -> str:
-    """Return how many rows ours loses, and the range of the ratio of bytes."""
-    ratios = sorted(ratio(row["bytes"]) for row in table)
-    lost = [row["losses"] for row in table if row["losses"]]
-    counts = (f"{sum(name in each for each in lost)} in {name}" for name in MEASURES)
-    return (
-        f"{len(table)} rows, ours loses {len(lost)} ({', '.join(counts)}); bytes over PEFT's: "
-        f"{ratios[0]:.2f} to {ratios[-1]:.2f}, median {statistics.median(ratios):.2f}"
-    )
+def _columns(measure: dict[str, int], width: int) -> str:
+    ours, peft = (measure[who] / 1e6 for who in ("ours", "peft"))
+    return f"{ratio(measure):{width}.2f} {ours:9.2f} {peft:9.2f}"
 
 
-def run(json_path: Path | None) -> int:
-    """Print the table and write it to `json_path` if given; return 1 if ours loses a row, or 0."""
-    print(HEADER)
-    table = []
-    for row in rows():
-        table.append(row)
-        print(line(row), flush=True)
-    print(summary(table))
-    if json_path is not None:
-        write(json_path, {"provenance": provenance(), "rows": table})
-    return 1 if any(row["losses"] for row in table) else 0
+class Count(Suite):
+    """Memory traffic, counted."""
 
+    kind, option = "count", "count"
+    unused = "compare device shapes model rows ranks quick dtypes dropout seconds csv"
 
-def write(path: Path, data: dict[str, Any]) -> None:
-    """Write the table as JSON, a row a line."""
-    lines = ",\n".join(f"  {json.dumps(row, ensure_ascii=False)}" for row in data["rows"])
-    facts = json.dumps(data["provenance"], ensure_ascii=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f'{{\n "provenance": {facts},\n "rows": [\n{lines}\n ]\n}}\n')
+    def provenance(self, args: argparse.Namespace) -> dict[str, Any]:
+        """Return the versions that decide which kernels run."""
+        return versions("torch", "peft", "bitsandbytes")
+
+    def head(self, args: argparse.Namespace, result: Result) -> Iterator[str]:
+        yield HEADER
+
+    def rows(
+        self, args: argparse.Namespace, facts: Facts, only: Collection[str]
+    ) -> Iterator[TrafficRow]:
+        """Yield the table's rows, those of NF4 if bitsandbytes is installed."""
+        has_bitsandbytes = find_spec("bitsandbytes") is not None
+        for cell in CELLS:
+            if cell.base == "nf4" and not has_bitsandbytes:
+                continue
+            for dropout_p, (K, N), R in itertools.product(cell.dropouts, SHAPES, RANKS):
+                yield from count_cell(cell, K, N, R, dropout_p)
+
+    def line(self, row: TrafficRow) -> str:
+        """Return ratios of ours to PEFT's, each before what it is made of."""
+        of_kernels = f"{row.kernels['ours']}/{row.kernels['peft']}"
+        lost = f"  ✗ {', '.join(row.losses)}" if row.losses else ""
+        return (
+            f"{_columns(row.bytes, 5)} {of_kernels:>7} {_columns(row.peak, 6)}  "
+            f"{row.cell}, {row.M}×{row.K}×{row.N} r={row.R} p={row.dropout_p:g} "
+            f"{row.direction}{lost}"
+        )
+
+    def summary(self, rows: list[TrafficRow]) -> Iterator[str]:
+        """Yield how many rows ours loses, and the range of the ratio of bytes."""
+        ratios = sorted(ratio(row.bytes) for row in rows)
+        lost = [row.losses for row in rows if row.losses]
+        counts = (f"{sum(name in each for each in lost)} in {name}" for name in MEASURES)
+        yield (
+            f"{len(rows)} rows, ours loses {len(lost)} ({', '.join(counts)}); bytes over PEFT's: "
+            f"{ratios[0]:.2f} to {ratios[-1]:.2f}, median {statistics.median(ratios):.2f}"
+        )
+
+    def has_failed(self, rows: list[TrafficRow]) -> bool:
+        return any(row.losses for row in rows)

@@ -8,46 +8,37 @@ error is above the tolerance's, beside that of plain PyTorch, gets ✗ instead o
 
 from __future__ import annotations
 
+import argparse
 import copy
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import functional, selection, timing
+from .. import functional, selection
 from ..core import reference
 from ..layers import DoRALinear, HierarchicalLoRALinear, LoRAGroup, LoRALinear
 from ..quantization import quantize_4bit
-from . import compare, tolerance
+from . import baselines, tolerance
+from .baselines import peft_layer
 from .case import dtype_name
+from .results import Facts, Row, Suite
 
 SIZES = (512, 2048, 2048)  # M, K, N
 SERVED = (4096, 4096)  # K, N of the layer that several adapters share
 RANK, SCALING = 16, 2.0
+LEVELS = (8, 16, 32)
+
+Forward = Callable[[Tensor], Any]
 
 
-def rows(dtypes: list[str], seconds: float) -> Iterator[dict[str, Any]]:
-    """The table, a row at a time."""
-    for name in dtypes:
-        dtype: torch.dtype = getattr(torch, name)
-        yield norm_row(dtype, seconds)
-        yield step_row(dtype, seconds)
-        yield from group_rows(dtype, seconds)
-        for M in (16, 512):
-            yield adapters_row(dtype, M, seconds)
-        yield levels_row(dtype, seconds)
-    yield switching_row(seconds)
-
-
-def norm_row(dtype: torch.dtype, seconds: float) -> dict[str, Any]:
+def norm_row(dtype: torch.dtype, seconds: float) -> Row:
     """Norms of the rows of W + s·B·A: ours, by panels of library products, as PEFT writes them."""
-    torch.manual_seed(0)
     _, K, N = SIZES
     W = torch.randn(N, K).div_(K**0.5).to(dtype)
-    A, B = torch.randn(RANK, K) / K**0.5, torch.randn(N, RANK) / RANK**0.5
+    A, B = _adapter(K, N)
     codes = quantize_4bit(W)
 
     def panels() -> Tensor:
@@ -60,164 +51,124 @@ def norm_row(dtype: torch.dtype, seconds: float) -> dict[str, Any]:
         "PEFT's expression": lambda: torch.linalg.norm(W + SCALING * (B @ A).to(dtype), dim=1),
         "ours on NF4": lambda: functional.dora_norm(codes, A, B, SCALING),
     }
-    decoded = codes.dequantize(torch.float32)
-    errors = {}
+    decoded, errors = codes.dequantize(torch.float32), {}
     for name, call in calls.items():
         base = decoded if "NF4" in name else W
         ref = reference.dora_norm(base.double(), A.double(), B.double(), SCALING)
-        errors[name] = ((call() - ref).norm() / ref.norm()).item()
+        errors[name] = _error(call(), ref)
+    row = _row("row norm", dtype, SIZES, errors, "panels")
     # All that is rounded is rounded to float32.
-    u = tolerance.unit_roundoff(torch.float32)
-    return _row("row norm", dtype, SIZES, calls, seconds, errors, "panels", u)
+    row.judge(errors, errors["panels"], tolerance.unit_roundoff(torch.float32), (K,))
+    return row.time(calls, seconds)
 
 
-def step_row(dtype: torch.dtype, seconds: float) -> dict[str, Any]:
+def dora_row(dtype: torch.dtype, seconds: float) -> Row:
     """A step with DoRA and with LoRA, ours and PEFT's, over the same base."""
-    from peft import LoraConfig, inject_adapter_in_model
-
-    torch.manual_seed(0)
     M, K, N = SIZES
     linear = nn.Linear(K, N, bias=False, dtype=dtype)
-    alpha = SCALING * RANK
-    config = {"r": RANK, "lora_alpha": int(alpha), "target_modules": ["0"]}
-    x, dy = torch.randn(M, K, dtype=dtype).requires_grad_(), torch.randn(M, N, dtype=dtype)
-
-    def peft(dora: bool) -> nn.Module:
-        model = nn.Sequential(copy.deepcopy(linear))
-        return inject_adapter_in_model(LoraConfig(**config, use_dora=dora), model)[0].train()  # type: ignore[arg-type,index,no-any-return]
-
-    def step(layer: nn.Module) -> Callable[[], object]:
-        inputs = [x, *(p for p in layer.parameters() if p.requires_grad)]
-        return lambda: torch.autograd.grad(layer(x), inputs, dy)
-
-    layers = {
-        "ours": DoRALinear.from_linear(copy.deepcopy(linear), RANK, alpha),
-        "LoRA": LoRALinear.from_linear(copy.deepcopy(linear), RANK, alpha),
-        "PEFT's DoRA": peft(True),
-        "PEFT's LoRA": peft(False),
+    A, B = _adapter(K, N)
+    layers: dict[str, Any] = {
+        "ours": DoRALinear.from_linear(copy.deepcopy(linear), RANK, SCALING * RANK),
+        "LoRA": LoRALinear.from_linear(copy.deepcopy(linear), RANK, SCALING * RANK),
+        "PEFT's DoRA": peft_layer(copy.deepcopy(linear), [RANK], SCALING, use_dora=True),
+        "PEFT's LoRA": peft_layer(copy.deepcopy(linear), [RANK], SCALING),
     }
-    A, B = torch.randn(RANK, K) / K**0.5, torch.randn(N, RANK) / RANK**0.5
-    x64, W64, A64, B64 = (t.detach().double() for t in (x, linear.weight, A, B))
-    y64 = reference.lora_linear(x64, W64, A64, B64, SCALING)
-    scale = reference.dora_norm(W64, A64, B64, 0.0) / reference.dora_norm(W64, A64, B64, SCALING)
-    ref = {"LoRA": y64, "DoRA": scale * y64}  # the magnitudes are those at the start
-    errors = {}
-    with torch.no_grad():
-        for name, layer in layers.items():
-            for key, value in (("lora_A", A), ("lora_B", B)):
-                held = getattr(layer, key)
-                (held["default"].weight if "PEFT" in name else held).copy_(value)
-            want = ref["LoRA" if "LoRA" in name else "DoRA"]
-            errors[name] = ((layer(x) - want).norm() / want.norm()).item()
-    calls = {name: step(layer) for name, layer in layers.items()}
-    return _row("DoRA step", dtype, SIZES, calls, seconds, errors, "PEFT's DoRA")
+    for layer in layers.values():
+        _set(layer, A, B)
+    x, dy = torch.randn(M, K, dtype=dtype).requires_grad_(), torch.randn(M, N, dtype=dtype)
+    x64, W64, A64, B64 = _double(x, linear.weight, A, B)
+    y = reference.lora_linear(x64, W64, A64, B64, SCALING)
+    # The magnitudes are those at the start.
+    at_start, norm = (reference.dora_norm(W64, A64, B64, scaling) for scaling in (0.0, SCALING))
+    ref = {"LoRA": y, "DoRA": at_start / norm * y}
+    errors = {
+        name: _error(layer(x), ref["LoRA" if "LoRA" in name else "DoRA"])
+        for name, layer in layers.items()
+    }
+    row = _row("DoRA step", dtype, SIZES, errors, "PEFT's DoRA")
+    steps = {name: _step(layer, x, dy, _trained(layer)) for name, layer in layers.items()}
+    return row.time(steps, seconds)
 
 
-def group_rows(dtype: torch.dtype, seconds: float) -> Iterator[dict[str, Any]]:
+def group_rows(dtype: torch.dtype, seconds: float) -> Iterator[Row]:
     """q, k and v with adapters as a group, as three layers, as three of PEFT's: a step, and one row
     of x without gradients."""
-    torch.manual_seed(0)
     M, K, N = SIZES
     sizes = {"q": N, "k": N // 4, "v": N // 4}  # grouped-query attention
     linears = {name: nn.Linear(K, size, bias=False, dtype=dtype) for name, size in sizes.items()}
-    alpha = SCALING * RANK
-    group = LoRAGroup.from_linears(linears, RANK, alpha)
-    apart = [LoRALinear.from_linear(copy.deepcopy(m), RANK, alpha) for m in linears.values()]
-    pefts = [_peft(copy.deepcopy(m), [RANK]) for m in linears.values()]
-    dys = [torch.randn(M, size, dtype=dtype) for size in sizes.values()]
+    group = LoRAGroup.from_linears(linears, RANK, SCALING * RANK)
+    copies = [copy.deepcopy(linear) for linear in linears.values()]
+    apart = [LoRALinear.from_linear(linear, RANK, SCALING * RANK) for linear in copies]
+    pefts = [peft_layer(copy.deepcopy(linear), [RANK], SCALING) for linear in linears.values()]
     x, want = torch.randn(M, K, dtype=dtype).requires_grad_(), []
-    with torch.no_grad():
-        for linear, name, one, peft in zip(linears.values(), sizes, apart, pefts, strict=True):
-            A, B = torch.randn(RANK, K) / K**0.5, torch.randn(sizes[name], RANK) / RANK**0.5
-            for held in (group.member(name), one):
-                held.lora_A.copy_(A), held.lora_B.copy_(B)  # type: ignore[union-attr]
-            _set_peft(peft, [A], [B])
-            x64, W64, A64, B64 = (t.double() for t in (x, linear.weight, A, B))
-            want.append(reference.lora_linear(x64, W64, A64, B64, SCALING))
-
-    def step(call: Callable[[Tensor], Any], *modules: nn.Module) -> Callable[[], object]:
-        inputs = [x, *(p for m in modules for p in m.parameters() if p.requires_grad)]
-        return lambda: torch.autograd.grad(call(x), inputs, dys)
-
-    forwards: dict[str, tuple[Callable[[Tensor], Any], list[nn.Module]]] = {
+    for (name, linear), *three in zip(linears.items(), apart, pefts, strict=True):
+        A, B = _adapter(K, sizes[name])
+        for layer in (group.member(name), *three):
+            _set(layer, A, B)
+        want.append(reference.lora_linear(*_double(x, linear.weight, A, B, SCALING)))
+    forwards: dict[str, tuple[Forward, Sequence[nn.Module]]] = {
         "ours": (group, [group]),
-        "three LoRALinear": (lambda x: [layer(x) for layer in apart], [*apart]),
+        "three LoRALinear": (lambda x: [layer(x) for layer in apart], apart),
         "PEFT's": (lambda x: [layer(x) for layer in pefts], pefts),
     }
-    calls = {name: step(call, *modules) for name, (call, modules) in forwards.items()}
     errors = {
         name: _error(torch.cat([*call(x)], dim=1), torch.cat(want, dim=1))
         for name, (call, _) in forwards.items()
     }
-    whole = M, K, sum(sizes.values())
-    yield _row("q, k, v step", dtype, whole, calls, seconds, errors, "PEFT's")
+    dys = [torch.randn(M, size, dtype=dtype) for size in sizes.values()]
+    steps = {
+        name: _step(call, x, dys, _trained(*modules)) for name, (call, modules) in forwards.items()
+    }
     token = x[:1].detach()
-
-    def decode(call: Callable[[Tensor], Any]) -> Callable[[], object]:
-        def decoding() -> object:
-            with torch.no_grad():
-                return call(token)
-
-        return decoding
-
-    for module in (group, *apart, *pefts):
-        module.eval()
-    calls = {name: decode(call) for name, (call, _) in forwards.items()}
-    whole = 1, *whole[1:]
-    yield _row("q, k, v of a token", dtype, whole, calls, seconds, errors, "PEFT's")
+    decoding = {name: _without_gradients(call, token) for name, (call, _) in forwards.items()}
+    for what, rows, calls in (("step", M, steps), ("of a token", 1, decoding)):
+        for module in itertools.chain(*(modules for _, modules in forwards.values())):
+            module.train(what == "step")
+        whole = (rows, K, sum(sizes.values()))
+        yield _row(f"q, k, v {what}", dtype, whole, errors).time(calls, seconds)
 
 
-def adapters_row(dtype: torch.dtype, M: int, seconds: float) -> dict[str, Any]:
+def adapters_row(dtype: torch.dtype, M: int, seconds: float) -> Row:
     """16 sequences of M/16 rows, without gradients, with 16, 4 and 1 adapters in turn: ours in one
     call, PEFT's loop."""
     from ..peft import fuse
 
-    torch.manual_seed(0)
     K, N = SERVED
     linear, x = nn.Linear(K, N, bias=False, dtype=dtype), torch.randn(16, M // 16, K, dtype=dtype)
-    A = [torch.randn(RANK, K) / K**0.5 for _ in range(16)]
-    B = [torch.randn(N, RANK) / RANK**0.5 for _ in range(16)]
-    stock = _peft(linear, [RANK] * 16).eval()
-    with torch.no_grad():
-        _set_peft(stock, A, B)
+    adapters = [_adapter(K, N) for _ in range(16)]
+    stock = peft_layer(linear, [RANK] * 16, SCALING).eval()
+    for name, (A, B) in zip(baselines.adapter_names(16), adapters, strict=True):
+        _set(stock, A, B, name)
     layers = {"ours": fuse(nn.Sequential(copy.deepcopy(stock)))[0], "PEFT's": stock}
-    calls: dict[str, Callable[[], Tensor]] = {}
-    errors = {}
-    for name, layer in layers.items():
-        for E in (16, 4, 1):
-            names = [f"a{i % E}" for i in range(16)]
+    x64, W64 = _double(x, linear.weight)
+    calls, errors = {}, {}
+    for E in (16, 4, 1):
+        index = torch.arange(16)[:, None].expand(16, M // 16) % E
+        As, Bs = ([pair[i].double() for pair in adapters[:E]] for i in range(2))
+        want = reference.multi_lora_linear(x64, W64, As, Bs, index, [SCALING] * E)
+        served = [baselines.adapter_names(16)[i % E] for i in range(16)]
+        for name, layer in layers.items():
             key = f"{name}, {E}" if E < 16 else name
-
-            def call(layer: nn.Module = layer, names: list[str] = names) -> Tensor:
-                with torch.no_grad():
-                    y: Tensor = layer(x, adapter_names=names)
-                return y
-
-            index = torch.arange(16)[:, None].expand(16, M // 16) % E
-            A64, B64 = ([t.double() for t in ts[:E]] for ts in (A, B))
-            W64, scales = linear.weight.detach().double(), [SCALING] * E
-            want = reference.multi_lora_linear(x.double(), W64, A64, B64, index, scales)
-            calls[key], errors[key] = call, _error(call(), want)
-    return _row("16 adapters", dtype, (M, K, N), calls, seconds, errors, "PEFT's")
+            calls[key] = _without_gradients(layer, x, adapter_names=served)
+            errors[key] = _error(calls[key](), want)
+    return _row("16 adapters", dtype, (M, K, N), errors).time(calls, seconds)
 
 
-def levels_row(dtype: torch.dtype, seconds: float) -> dict[str, Any]:
+def levels_row(dtype: torch.dtype, seconds: float) -> Row:
     """A step with hierarchical levels of rank 8, 16 and 32: in one call, as a call each, as three
     active adapters of PEFT's."""
-    torch.manual_seed(0)
     M, K, N = SIZES
-    ranks = (8, 16, 32)
     linear = nn.Linear(K, N, bias=False, dtype=dtype)
-    layer = HierarchicalLoRALinear.from_linear(copy.deepcopy(linear), ranks, 16.0)
-    peft = _peft(copy.deepcopy(linear), list(ranks))
+    layer = HierarchicalLoRALinear.from_linear(copy.deepcopy(linear), LEVELS, 16.0)
+    peft = peft_layer(copy.deepcopy(linear), LEVELS, SCALING)
     x, dy = torch.randn(M, K, dtype=dtype).requires_grad_(), torch.randn(M, N, dtype=dtype)
-    A, B = torch.randn(sum(ranks), K) / K**0.5, torch.randn(N, sum(ranks)) / 4
+    A, B = torch.randn(sum(LEVELS), K) / K**0.5, torch.randn(N, sum(LEVELS)) / 4
     scales = [w * s for w, s in zip(layer.weights, layer.level_scales, strict=True)]
-    As, Bs = A.split(ranks), B.split(ranks, dim=1)
-    with torch.no_grad():
-        layer.lora_A.copy_(A), layer.lora_B.copy_(B)
-        _set_peft(peft, As, Bs)
-        peft.scaling.update({f"a{i}": scale for i, scale in enumerate(scales)})  # type: ignore[operator,union-attr]
+    _set(layer, A, B)
+    As, Bs = A.split(LEVELS), B.split(LEVELS, dim=1)
+    for name, a, b, scale in zip(baselines.adapter_names(3), As, Bs, scales, strict=True):
+        _set(peft, a, b, name)
+        peft.scaling[name] = scale
     leaves = [t.clone().requires_grad_() for t in (*As, *Bs)]
 
     def apart(x: Tensor) -> Tensor:
@@ -226,109 +177,115 @@ def levels_row(dtype: torch.dtype, seconds: float) -> dict[str, Any]:
             y = y + functional.lora_linear(x, None, leaves[i], leaves[3 + i], scales[i])
         return y
 
-    forwards: dict[str, tuple[Callable[[Tensor], Tensor], list[Tensor]]] = {
-        "ours": (layer, [p for p in layer.parameters() if p.requires_grad]),
+    forwards: dict[str, tuple[Forward, list[Tensor]]] = {
+        "ours": (layer, _trained(layer)),
         "three calls": (apart, leaves),
-        "PEFT's": (peft, [p for p in peft.parameters() if p.requires_grad]),
+        "PEFT's": (peft, _trained(peft)),
     }
-    gate = torch.cat([torch.full((r,), s) for r, s in zip(ranks, scales, strict=True)])
-    x64, W64, A64, B64 = (t.detach().double() for t in (x, linear.weight, A, B))
-    want = reference.lora_linear(x64, W64, A64, B64, rank_gate=gate.double())
-    calls = {
-        name: lambda call=call, inputs=inputs: torch.autograd.grad(call(x), [x, *inputs], dy)
-        for name, (call, inputs) in forwards.items()
-    }
+    gate = torch.cat([torch.full((r,), s) for r, s in zip(LEVELS, scales, strict=True)])
+    want = reference.lora_linear(*_double(x, linear.weight, A, B), rank_gate=gate.double())
     errors = {name: _error(call(x), want) for name, (call, _) in forwards.items()}
-    return _row(
-        "three levels step", dtype, SIZES, calls, seconds, errors, "PEFT's", ranks=sum(ranks)
-    )  # fmt: skip
+    row = _row("three levels step", dtype, SIZES, errors, ranks=sum(LEVELS))
+    return row.time({name: _step(call, x, dy, t) for name, (call, t) in forwards.items()}, seconds)
 
 
-def switching_row(seconds: float) -> dict[str, Any]:
+def switching_row(seconds: float) -> Row:
     """Another of 16 adapters made the active one, by PEFT's `set_adapter`; microseconds a layer."""
     from ..peft import fuse
 
     _, K, N = SIZES
-    stock = _peft(nn.Linear(K, N, bias=False), [RANK] * 16)
+    stock = peft_layer(nn.Linear(K, N, bias=False), [RANK] * 16, SCALING)
     layers = {"ours": fuse(nn.Sequential(copy.deepcopy(stock)))[0], "PEFT's": stock}
-    turn = itertools.count()
+    turn = itertools.cycle(baselines.adapter_names(16))
     calls = {
-        name: lambda layer=layer: layer.set_adapter(f"a{next(turn) % 16}")
-        for name, layer in layers.items()
+        name: lambda layer=layer: layer.set_adapter(next(turn)) for name, layer in layers.items()
     }
-    return _row("switching", torch.float32, (0, K, N), calls, seconds, {}, "PEFT's")
-
-
-def _peft(linear: nn.Linear, ranks: list[int]) -> nn.Module:
-    """PEFT's layer over it with adapters a0, a1, ..., all active, each scaled by SCALING."""
-    from peft import LoraConfig, inject_adapter_in_model
-
-    model: nn.Module = nn.Sequential(linear)
-    for i, r in enumerate(ranks):
-        config = LoraConfig(r=r, lora_alpha=int(SCALING * r), target_modules=["0"])
-        model = inject_adapter_in_model(config, model, f"a{i}")
-    layer: Any = model[0]  # type: ignore[index]
-    layer.set_adapter([f"a{i}" for i in range(len(ranks))])
-    return layer.train()  # type: ignore[no-any-return]
-
-
-def _set_peft(layer: Any, A: Sequence[Tensor], B: Sequence[Tensor]) -> None:
-    for i, (a, b) in enumerate(zip(A, B, strict=True)):
-        layer.lora_A[f"a{i}"].weight.copy_(a)
-        layer.lora_B[f"a{i}"].weight.copy_(b)
-
-
-def _error(got: Tensor, want: Tensor) -> float:
-    return float((got.detach().view(want.shape) - want).norm() / want.norm())
+    return _row("switching", torch.float32, (0, K, N), {}).time(calls, seconds)
 
 
 def _row(
     what: str,
     dtype: torch.dtype,
     sizes: tuple[int, int, int],
-    calls: Mapping[str, Callable[..., Any]],
-    seconds: float,
     errors: dict[str, float],
-    eager: str,
-    unit_roundoff: float | None = None,
+    eager: str = "PEFT's",
     ranks: int = 0,
-) -> dict[str, Any]:
-    """eager: of which call the error is plain PyTorch's; unit_roundoff: dtype's where None; ranks:
+) -> Row:
+    """A row whose errors are judged; eager: the call whose error is plain PyTorch's; ranks: those
     that are added up, where the adapter makes the larger part of the result."""
     M, K, N = sizes
-    row = {
-        "what": what, "dtype": dtype_name(dtype), "M": M, "K": K, "N": N, "R": RANK
-    }  # fmt: skip
-    u = unit_roundoff or tolerance.unit_roundoff(dtype)
-    limit = tolerance.rms_limit(errors.get(eager, 0.0), u, (K, ranks))
-    judged = [name for name in errors if compare.is_ours(name)]
-    misses = {
-        name: f"y MISS: rms {errors[name] / u:.3g} u, limit {limit / u:.3g} u"
-        for name in judged
-        if not errors[name] <= limit  # NaN is not
-    }
-    calls = {name: call for name, call in calls.items() if name not in misses}
-    times = timing.interleave(calls, seconds=seconds, yardstick=compare.yardstick(row))
-    return {
-        **row, "seconds": {name: asdict(t) for name, t in times.items()}, "errors": errors,
-        "misses": misses, "judged": judged,
-    }  # fmt: skip
+    row = Row(what=what, dtype=dtype_name(dtype), M=M, K=K, N=N, R=RANK)
+    row.judge(errors, errors.get(eager, 0.0), tolerance.unit_roundoff(dtype), (K, ranks))
+    return row
 
 
-def line(row: dict[str, Any]) -> str:
-    """One row as text: ratios before milliseconds."""
-    seconds = {name: times["p50"] for name, times in row["seconds"].items()}
-    shape = f"{row['M']}×{row['K']}×{row['N']} r={row['R']}"
-    words = [f"{row['what']}, {row['dtype']} {shape}:"]
-    if {"LoRA", "ours"} <= seconds.keys():
-        peft = seconds["PEFT's DoRA"] / seconds["PEFT's LoRA"]
-        words.append(f"over LoRA {seconds['ours'] / seconds['LoRA']:.2f} (PEFT's {peft:.2f});")
-    if {"ours, 1", "ours"} <= seconds.keys():
-        peft = seconds["PEFT's"] / seconds["PEFT's, 1"]
-        words.append(f"over one {seconds['ours'] / seconds['ours, 1']:.2f} (PEFT's {peft:.2f});")
-    for name, t in seconds.items():
-        ratio = f"{t / seconds['ours']:.2f} " if "ours" in seconds else ""
-        words.append(f"{name} {ratio}({t * 1e3:.3g} ms)")
-    words += [f"{name} ✗ ({text})" for name, text in row["misses"].items()]
-    words += [f"rms {name} {error:.1e}" for name, error in row["errors"].items()]
-    return "  ".join(words)
+def _adapter(K: int, N: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(RANK, K) / K**0.5, torch.randn(N, RANK) / RANK**0.5
+
+
+def _set(layer: Any, A: Tensor, B: Tensor, name: str = "default") -> None:
+    """Have a layer of ours or of PEFT's an adapter of these numbers, in the dtype that it has."""
+    with torch.no_grad():
+        for held, t in ((layer.lora_A, A), (layer.lora_B, B)):
+            (held if isinstance(held, Tensor) else held[name].weight).copy_(t)
+
+
+def _trained(*modules: nn.Module) -> list[Tensor]:
+    return [p for module in modules for p in module.parameters() if p.requires_grad]
+
+
+def _step(call: Forward, x: Tensor, dy: Any, leaves: list[Tensor]) -> Callable[[], object]:
+    return lambda: torch.autograd.grad(call(x), [x, *leaves], dy)
+
+
+def _without_gradients(call: Forward, x: Tensor, **options: Any) -> Callable[[], Any]:
+    def forward() -> Any:
+        with torch.no_grad():
+            return call(x, **options)
+
+    return forward
+
+
+def _double(*args: Any) -> list[Any]:
+    return [t.detach().double() if isinstance(t, Tensor) else t for t in args]
+
+
+def _error(got: Tensor, want: Tensor) -> float:
+    return float((got.detach().view(want.shape) - want).norm() / want.norm())
+
+
+class Variants(Suite):
+    """DoRA, groups, several adapters, levels."""
+
+    kind, option = "variants", "variants"
+    unused = "shapes model rows ranks dropout device"
+
+    def rows(self, args: argparse.Namespace, facts: Facts, only: Collection[str]) -> Iterator[Row]:
+        torch.manual_seed(0)
+        for name in args.dtypes:
+            dtype: torch.dtype = getattr(torch, name)
+            yield norm_row(dtype, args.seconds)
+            yield dora_row(dtype, args.seconds)
+            yield from group_rows(dtype, args.seconds)
+            for M in (16, 512):
+                yield adapters_row(dtype, M, args.seconds)
+            yield levels_row(dtype, args.seconds)
+        yield switching_row(args.seconds)
+
+    def line(self, row: Row) -> str:
+        """Ratios before milliseconds."""
+        p50 = row.p50
+        words = [f"{row.what}, {row.dtype} {row.M}×{row.K}×{row.N} r={row.R}:"]
+        for word, of, over, theirs in (
+            ("LoRA", "ours", "LoRA", ("PEFT's DoRA", "PEFT's LoRA")),
+            ("one", "ours", "ours, 1", ("PEFT's", "PEFT's, 1")),
+        ):
+            if {of, over} <= p50.keys():
+                peft = p50[theirs[0]] / p50[theirs[1]]
+                words.append(f"over {word} {p50[of] / p50[over]:.2f} (PEFT's {peft:.2f});")
+        for name, t in p50.items():
+            ratio = f"{t / p50['ours']:.2f} " if "ours" in p50 else ""
+            words.append(f"{name} {ratio}({t * 1e3:.3g} ms)")
+        words += [f"{name} ✗ ({text})" for name, text in row.misses.items()]
+        words += [f"rms {name} {error:.1e}" for name, error in row.errors.items()]
+        return "  ".join(words)

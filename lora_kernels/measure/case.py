@@ -7,11 +7,12 @@ is forced or chosen at the time, and compares each output with the float64 refer
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -22,10 +23,11 @@ from ..backends import cpu, cuda, decode4bit, eager, library, native, triton
 from ..backends.cuda import fit
 from ..backends.triton import configs
 from ..core import reference
+from ..core.call import Operands
 from ..core.problem import Layout
 from ..quantization import Weight4bit, quantize_4bit
 from . import tolerance
-from .tolerance import Verdict
+from .tolerance import Verdict, unit_roundoff
 
 # argument -> name of its gradient in the results
 GRADIENTS = {
@@ -70,19 +72,7 @@ class Case:
 
     def __str__(self) -> str:
         """M33-N65-K63-R5-bfloat16-A:float32-gate-dropout0.1: what differs from a plain case."""
-        parts = [f"M{self.M}-N{self.N}-K{self.K}-R{self.R}", dtype_name(self.dtype)]
-        parts += [f"A:{dtype_name(self.adapter_dtype)}"] if self.adapter_dtype else []
-        parts += [f"autocast:{dtype_name(self.autocast)}"] if self.autocast else []
-        parts += [self.quant] if self.quant else []
-        parts += [f"compute:{dtype_name(self.compute)}"] if self.compute else []
-        parts += [] if self.base else ["no_base"]
-        parts += [name for name in ("gate", "column_scale", "bias") if getattr(self, name)]
-        parts += [f"dropout{self.dropout_p}"] if self.dropout_p else []
-        parts += [f"x:{self.x_layout}"] if self.x_layout != "rows" else []
-        parts += [f"dy:{self.dy_layout}"] if self.dy_layout != "rows" else []
-        parts += [self.values] if self.values != "normal" else []
-        parts += [f"frozen:{','.join(self.frozen)}"] if self.frozen else []
-        return "-".join(parts)
+        return describe(self, f"R{self.R}")
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -91,6 +81,40 @@ def dtype_name(dtype: torch.dtype) -> str:
     'bfloat16'
     """
     return str(dtype).removeprefix("torch.")
+
+
+# Field -> its form in a case's name; a flag's is the field's own name.
+FORMS = {
+    "adapter_dtype": "A:{}",
+    "autocast": "autocast:{}",
+    "quant": "{}",
+    "compute": "compute:{}",
+    "dropout_p": "dropout{}",
+    "x_layout": "x:{}",
+    "dy_layout": "dy:{}",
+    "values": "{}",
+    "frozen": "frozen:{}",
+}
+
+
+def describe(case: Any, *ranks_and_rows: str) -> str:
+    """The name of a `Case` or `MultiCase`: sizes, dtype, and the fields that are not the default.
+
+    >>> describe(Case(3, 5, 4, 2, base=False, frozen=("x", "bias")), "R2")
+    'M3-N5-K4-R2-float32-no_base-frozen:x,bias'
+    """
+    sizes = [f"{name}{getattr(case, name)}" for name in "MNK"]
+    parts = [*sizes, *ranks_and_rows, dtype_name(case.dtype)]
+    for field in dataclasses.fields(case):
+        value = getattr(case, field.name)
+        if value == field.default:
+            continue
+        if isinstance(value, bool):
+            parts.append(field.name if value else f"no_{field.name}")
+        elif form := FORMS.get(field.name):
+            text = ",".join(value) if isinstance(value, tuple) else str(value)
+            parts.append(form.format(text.removeprefix("torch.")))
+    return "-".join(parts)
 
 
 # How x or dy, a contiguous [M, K], is laid out in memory and in dimensions.
@@ -123,14 +147,7 @@ def inputs(case: Case) -> dict[str, Any]:
 
     x ~ N(0, 1); weight, A and B are scaled so that base product and adapter both come to order 1.
     """
-    generator = torch.Generator().manual_seed(case.seed)
-
-    def draw(shape: tuple[int, ...], std: float, dtype: torch.dtype, mean: float = 0.0) -> Tensor:
-        if case.values == "integers":
-            return torch.randint(-1, 2, shape, generator=generator).to(dtype)
-        t = mean + std * torch.randn(shape, generator=generator)
-        return (t.abs() if case.values == "nonnegative" else t).to(dtype)
-
+    draw = random_source(case.values, torch.Generator().manual_seed(case.seed))
     M, N, K, R = case.M, case.N, case.K, case.R
     adapter_dtype = case.adapter_dtype or case.dtype
     x = LAYOUTS[case.x_layout](draw((M, K), 1.0, case.dtype).to(case.device))
@@ -144,8 +161,7 @@ def inputs(case: Case) -> dict[str, Any]:
         "rank_gate": draw((R,), 0.3, torch.float32, mean=1.0) if case.gate else None,
         "column_scale": draw((N,), 0.3, torch.float32, mean=1.0) if case.column_scale else None,
         "dropout_p": case.dropout_p,
-        # Both 64-bit words have high halves that are not zero, and one is negative.
-        "rng": torch.tensor([case.seed + 2**40 + 11, -(2**33) - 5]) if case.dropout_p else None,
+        "rng": dropout_state(case.seed) if case.dropout_p else None,
     }
     args = {n: a.to(case.device) if isinstance(a, Tensor) else a for n, a in args.items()}
     for name in GRADIENTS:
@@ -153,103 +169,148 @@ def inputs(case: Case) -> dict[str, Any]:
             # Detached, a view is a leaf that keeps its strides.
             args[name] = args[name].detach().requires_grad_(name not in case.frozen)
     if case.quant:
-        kind, blocksize, *nested = case.quant.split("-")
-        args["weight"] = quantize_4bit(args["weight"], kind, int(blocksize), bool(nested))
+        args["weight"] = quantize(args["weight"], case.quant)
         args["compute_dtype"] = case.compute
     dy = LAYOUTS[case.dy_layout](draw((M, N), 1.0, case.compute_dtype).to(case.device))
     return {**args, "dy": dy.reshape(*x.shape[:-1], N)}
 
 
+def random_source(values: str, generator: torch.Generator) -> Callable[..., Tensor]:
+    """Return a function that draws a tensor of these values, as `Case.values` names them."""
+
+    def draw(shape: tuple[int, ...], std: float, dtype: torch.dtype, mean: float = 0.0) -> Tensor:
+        if values == "integers":
+            return torch.randint(-1, 2, shape, generator=generator).to(dtype)
+        t = mean + std * torch.randn(shape, generator=generator)
+        return (t.abs() if values == "nonnegative" else t).to(dtype)
+
+    return draw
+
+
+def dropout_state(seed: int) -> Tensor:
+    """A state whose 64-bit words both have high halves that are not zero; one is negative."""
+    return torch.tensor([seed + 2**40 + 11, -(2**33) - 5])
+
+
+def quantize(weight: Tensor, name: str) -> Weight4bit:
+    """The weight in 4 bits; name as `Case.quant`."""
+    kind, blocksize, *nested = name.split("-")
+    return quantize_4bit(weight, kind, int(blocksize), bool(nested))
+
+
 def plain_pytorch(
-    x: Tensor,
-    weight: Tensor | Weight4bit | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    bias: Tensor | None,
-    *,
-    rank_gate: Tensor | None,
-    column_scale: Tensor | None,
-    dropout_p: float,
-    rng: Tensor | None,
-    compute_dtype: torch.dtype | None = None,
+    *, scaling: float, dropout_p: float, compute_dtype: torch.dtype | None = None, **tensors: Any
 ) -> Tensor:
-    """What one writes without this package; autograd does the rest.
+    """What one writes without this package; autograd does the rest. tensors: of `Operands`.
 
     The adapter's branch runs in the wider of x's and the adapter's dtypes, as PEFT has it.
     """
+    weight: Any
+    x, weight, lora_A, lora_B, rank_gate, column_scale, bias, rng = Operands(**tensors)
     wide = torch.promote_types(x.dtype, lora_A.dtype)
     if weight is None:
         weight = x.new_zeros(lora_B.shape[0], x.shape[-1])
-    dropped = x
-    if rng is not None:
-        K = x.shape[-1]
-        mask = reference.dropout_mask(rng, x.numel() // K, K, dropout_p).view(x.shape)
-        dropped = x * mask * reference.dropout_scale(dropout_p)
-    s = (dropped.to(wide) @ lora_A.to(wide).T) * scaling
+    s = (masked(x, rng, dropout_p).to(wide) @ lora_A.to(wide).T) * scaling
     if rank_gate is not None:
         s = (s * rank_gate).to(wide)
     compute = compute_dtype or x.dtype
     if isinstance(weight, Weight4bit):
         weight = weight.dequantize(compute)
-    base = x.to(compute) @ weight.T
+    y: Tensor = x.to(compute) @ weight.T
     if not torch.is_autocast_enabled(x.device.type):
-        base = base.to(x.dtype)
-    y = (base + s @ lora_B.to(wide).T).to(base.dtype)
+        y = y.to(x.dtype)
+    dtype = y.dtype
+    y = (y + s @ lora_B.to(wide).T).to(dtype)
     if column_scale is not None:
         y = y * column_scale
     if bias is not None:
         y = y + bias
-    return y.to(base.dtype)
+    return y.to(dtype)
+
+
+def dropout_mask(x: Tensor, rng: Tensor, dropout_p: float) -> Tensor:
+    """The dropout mask of a state, in x's shape."""
+    K = x.shape[-1]
+    return reference.dropout_mask(rng, x.numel() // K, K, dropout_p).view(x.shape)
+
+
+def masked(x: Tensor, rng: Tensor | None, dropout_p: float) -> Tensor:
+    """Return x under the reference's dropout, or x itself without a state."""
+    if rng is None:
+        return x
+    return x * dropout_mask(x, rng, dropout_p) * reference.dropout_scale(dropout_p)
 
 
 def run(
     call: Callable[..., Tensor], args: dict[str, Any], autocast: torch.dtype | None = None
 ) -> dict[str, Tensor]:
-    """`call` on the arguments of `inputs`, forward and backward: y and the gradients asked for."""
+    """`call` on the arguments of `inputs`, forward and backward: y and the gradients asked for.
+
+    Of a list of tensors it is their gradients in one vector, one after another.
+    """
     args = dict(args)
     dy = args.pop("dy")
     with torch.autocast(args["x"].device.type, dtype=autocast, enabled=autocast is not None):
         y = call(**args)
-    wanted = [name for name in GRADIENTS if args[name] is not None and args[name].requires_grad]
-    grads = torch.autograd.grad(y, [args[name] for name in wanted], dy) if wanted else ()
-    return {"y": y.detach(), **{GRADIENTS[n]: g for n, g in zip(wanted, grads, strict=True)}}
-
-
-def oracle(args: dict[str, Any]) -> dict[str, Tensor]:
-    """The same outputs in float64, by autograd through `reference.lora_linear`."""
-    wide = {
-        name: arg.detach().double().requires_grad_(arg.requires_grad)
-        if isinstance(arg, Tensor) and arg.is_floating_point()
-        else arg
-        for name, arg in args.items()
+    values = {name: args[name] for name in GRADIENTS if args.get(name) is not None}
+    leaves = {name: v if isinstance(v, list) else [v] for name, v in values.items()}
+    wanted = {name: each for name, each in leaves.items() if each[0].requires_grad}
+    if not wanted:
+        return {"y": y.detach()}
+    found = iter(torch.autograd.grad(y, [t for each in wanted.values() for t in each], dy))
+    grads = {name: [next(found) for _ in each] for name, each in wanted.items()}
+    return {"y": y.detach()} | {
+        GRADIENTS[name]: torch.cat([t.flatten() for t in each])
+        if isinstance(values[name], list)
+        else each[0]
+        for name, each in grads.items()
     }
-    wide.pop("compute_dtype", None)
-    if isinstance(wide["weight"], Weight4bit):
-        wide["weight"] = wide["weight"].dequantize(torch.float32).double()
+
+
+def widen(value: Any, dtype: torch.dtype = torch.float64) -> Any:
+    """Return an argument in a wider dtype, a 4-bit weight decoded; index and mask unchanged."""
+    if isinstance(value, Weight4bit):
+        return value.dequantize(torch.float32).to(dtype)
+    if isinstance(value, list):
+        return [widen(each, dtype) for each in value]
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.detach().to(dtype).requires_grad_(value.requires_grad)
+    return value
+
+
+def oracle(
+    args: dict[str, Any], equation: Callable[..., Tensor] = reference.lora_linear
+) -> dict[str, Tensor]:
+    """The same outputs in float64, by autograd through the reference's equation."""
+    wide = {name: widen(arg) for name, arg in args.items() if name != "compute_dtype"}
     if wide["weight"] is None:
-        wide["weight"] = torch.zeros(wide["lora_B"].shape[0], wide["x"].shape[-1]).double()
-    return run(reference.lora_linear, wide)
+        wide["weight"] = torch.zeros(args["dy"].shape[-1], wide["x"].shape[-1]).double()
+    return run(equation, wide)
 
 
-def unit_roundoffs(case: Case) -> dict[str, float]:
-    """Output -> u of the coarsest rounding that the backends' docstrings name for it."""
-    adapter, x, compute = case.adapter_dtype or case.dtype, case.dtype, case.compute_dtype
-    compute = case.compute or compute
-    coarsest = {
-        "y": (compute,),
-        "dx": (x, compute),  # the base product is rounded to the compute dtype
-        "dA": (adapter,),
-        "dB": (adapter,),
-        "dg": (torch.float32,),
-        "dc": (torch.float32, compute),  # z is kept in the compute dtype
-        "dbias": (x,),
+def allowances(case: Case) -> dict[str, tuple[float, tuple[int, ...]]]:
+    """Output -> u of the coarsest rounding that the backends' docstrings name for it, and lengths
+    of the sums behind it; that of the shorter branch counts for nothing."""
+    M, N, K, x, f32 = case.M, case.N, case.K, case.dtype, torch.float32
+    adapter, compute = case.adapter_dtype or x, case.compute or case.compute_dtype
+    named: dict[str, tuple[tuple[torch.dtype, ...], tuple[int, ...]]] = {
+        "y": ((compute,), (K,)),
+        "dx": ((x, compute), (N,)),  # the base product is rounded to the compute dtype
+        "dA": ((adapter,), (N, M)),  # dAᵀ sums over rows what dS sums over columns
+        "dB": ((adapter,), (K, M)),
+        "dg": ((f32,), (K, N, M)),
+        "dc": ((f32, compute), (K, M)),  # z is kept in the compute dtype
+        "dbias": ((x,), (M,)),
     }
-    return {name: tolerance.unit_roundoff(*dtypes) for name, dtypes in coarsest.items()}
+    parts = part_roundoff(case)
+    return {
+        name: (parts if parts and name in ("dA", "dB", "dg") else unit_roundoff(*dtypes), lengths)
+        for name, (dtypes, lengths) in named.items()
+    }
 
 
-def part_roundoffs(case: Case) -> dict[str, float]:
-    """Return what replaces `unit_roundoffs` for adapters that eager rounds on a GPU.
+def part_roundoff(case: Case) -> float | None:
+    """Return u of dA, dB and dg for adapters that eager rounds on a GPU, else None.
 
     Autocast rounds it to its dtype. A float32 adapter beside many rows of 16 bits is taken as two
     parts. dA passes B and dS in parts, dB passes A and P, each rounded by 0.42 u rms. Plain PyTorch
@@ -257,18 +318,15 @@ def part_roundoffs(case: Case) -> dict[str, float]:
     """
     adapter, device = case.adapter_dtype or case.dtype, torch.empty(0, device=case.device)
     if selection.forced_backend() != "eager" or not library.has_out_dtype(device):
-        return {}
+        return None
     if case.autocast and case.dtype is not torch.float64:
-        u = tolerance.unit_roundoff(case.autocast)
-    elif (
-        case.M > eager.UPCAST_ROWS
-        and adapter is torch.float32
-        and case.dtype in eager.PART_ROUNDOFF
-    ):
-        u = 4 * eager.PART_ROUNDOFF[case.dtype]
-    else:
-        return {}
-    return {"dA": u, "dB": u, "dg": u}
+        return unit_roundoff(case.autocast)
+    in_parts = adapter is torch.float32 and case.M > eager.UPCAST_ROWS
+    return (
+        4 * eager.PART_ROUNDOFF[case.dtype]
+        if in_parts and case.dtype in eager.PART_ROUNDOFF
+        else None
+    )
 
 
 def give_mask(args: dict[str, Any]) -> dict[str, Any]:
@@ -276,23 +334,7 @@ def give_mask(args: dict[str, Any]) -> dict[str, Any]:
     rng, x = args["rng"], args["x"]
     if rng is None or rng.dtype is torch.bool or not selection.is_eager_on_gpu(x.device.type):
         return args
-    K = x.shape[-1]
-    mask = reference.dropout_mask(rng, x.numel() // K, K, args["dropout_p"])
-    return args | {"rng": mask.view(x.shape)}
-
-
-def sums(case: Case) -> dict[str, tuple[int, ...]]:
-    """Output -> lengths of the sums behind it; that of the shorter branch counts for nothing."""
-    M, N, K = case.M, case.N, case.K
-    return {
-        "y": (K,),
-        "dx": (N,),
-        "dA": (N, M),  # dAᵀ sums over rows what dS sums over columns
-        "dB": (K, M),
-        "dg": (K, N, M),
-        "dc": (K, M),
-        "dbias": (M,),
-    }
+    return args | {"rng": dropout_mask(x, rng, args["dropout_p"])}
 
 
 # "eager", its GPU path on CPU tensors, and the native kernels' instruction sets with each strategy
@@ -317,23 +359,15 @@ def engines() -> list[str]:
     return found
 
 
-def triton_engines() -> list[str]:
-    """The Triton kernels' strategies, where a GPU (or Triton's interpreter) can run them."""
-    if configs.unsupported_reason(configs.target(), "cpu") is not None:
-        return []
-    return [f"triton {strategy}" for strategy in selection.STRATEGIES["triton"]]
-
-
-def eager_cuda_engines() -> list[str]:
-    """The eager backend on a GPU, where there is one."""
-    return [EAGER_CUDA] if torch.cuda.is_available() else []
-
-
-def cuda_engines() -> list[str]:
-    """The CUDA kernels' strategies, where a GPU can run them."""
-    if not torch.cuda.is_available() or cuda.obstacle("cuda", None) is not None:
-        return []
-    return [f"cuda {strategy}" for strategy in selection.STRATEGIES["cuda"]]
+def gpu_engines() -> list[str]:
+    """The eager backend on a GPU, and the strategies of the Triton and the CUDA kernels, where they
+    can run; Triton's also in its interpreter."""
+    found = [EAGER_CUDA] if torch.cuda.is_available() else []
+    if configs.unsupported_reason(configs.target(), "cpu") is None:
+        found += [f"triton {strategy}" for strategy in selection.STRATEGIES["triton"]]
+    if torch.cuda.is_available() and cuda.obstacle("cuda", None) is None:
+        found += [f"cuda {strategy}" for strategy in selection.STRATEGIES["cuda"]]
+    return found
 
 
 def fits_cuda(case: Case, strategy: str) -> bool:
@@ -345,7 +379,7 @@ def fits_cuda(case: Case, strategy: str) -> bool:
 
 
 def triton_device() -> str:
-    """Where a case of `triton_engines` runs."""
+    """Where a case of a Triton engine runs."""
     return "cpu" if triton.interpreted() else "cuda"
 
 
@@ -357,58 +391,74 @@ def kernels(device: str) -> contextlib.AbstractContextManager[None]:
 @contextlib.contextmanager
 def engine(name: str) -> Iterator[None]:
     """Force one of the engines named above; RuntimeError where it cannot run here."""
-    if name == "eager":
-        with selection.backend("eager"):
-            yield
-        return
-    if name == EAGER_CUDA:
-        with selection.backend("eager"), eager.upcast_rows(GPU_UPCAST_ROWS):
-            yield
-        return
-    if name == "eager-gpu":
-        with (
-            selection.backend("eager"), library.as_on_gpu(), eager.upcast_rows(GPU_UPCAST_ROWS),
-            mock.patch.dict(decode4bit.bitsandbytes_reasons, _CPU_DECODER),
-        ):  # fmt: skip
-            yield
-        return
     backend, _, strategy = name.partition(" ")
-    if backend in ("triton", "cuda"):
-        with selection.backend(backend, strategy):
-            yield
-        return
-    before, isa = native.isa, backend
-    try:
-        if native.use_isa(isa) != isa:
-            raise RuntimeError(f"engine: got {name!r}, this processor stops at {native.isa!r}")
-        with selection.backend("cpu", strategy or cpu.LIBRARY):
-            yield
-    finally:
-        if before is not None:
-            native.use_isa(before)
+    with contextlib.ExitStack() as stack:
+        if name in (*EAGERS, EAGER_CUDA):
+            stack.enter_context(selection.backend("eager"))
+            if name != "eager":
+                stack.enter_context(eager.upcast_rows(GPU_UPCAST_ROWS))
+            if name == "eager-gpu":
+                stack.enter_context(library.as_on_gpu())
+                reasons = decode4bit.bitsandbytes_reasons
+                stack.enter_context(mock.patch.dict(reasons, _CPU_DECODER))
+        elif backend in ("triton", "cuda"):
+            stack.enter_context(selection.backend(backend, strategy))
+        else:
+            if native.isa is not None:
+                stack.callback(native.use_isa, native.isa)
+            if native.use_isa(backend) != backend:
+                raise RuntimeError(f"engine: got {name!r}, this processor stops at {native.isa!r}")
+            stack.enter_context(selection.backend("cpu", strategy or cpu.LIBRARY))
+        yield
+
+
+class Expected(NamedTuple):
+    """What the reference and plain PyTorch make of the arguments of one seed."""
+
+    args: dict[str, Any]
+    ref: dict[str, Tensor]
+    eager: dict[str, Tensor]
+
+
+def expected(case: Any, p_elements: int, make: Callable[[Any], Expected]) -> list[Expected]:
+    """Run `make` on the case under as many seeds as must be pooled.
+
+    p_elements: of P = D(x)·Aᵀ, those whose roundings differ. A whole row of y shares one of them,
+    so they count too.
+    """
+    found: list[Expected] = []
+    seeds = 1
+    while len(found) < seeds:
+        with selection.backend("eager"):  # not by the kernels that are judged
+            found.append(make(replace(case, seed=case.seed + len(found))))
+        sizes = [p_elements, *(t.numel() for t in found[0].ref.values())]
+        seeds = math.ceil(tolerance.POOL / min((n for n in sizes if n), default=tolerance.POOL))
+    return found
+
+
+def verdicts(found: list[Expected], call: Callable[..., Tensor], like: Case) -> dict[str, Verdict]:
+    """Run `call` on the arguments of each seed; like: a case of the same sizes and dtypes."""
+    results = [run(call, give_mask(each.args), like.autocast) for each in found]
+    allowed = allowances(like)
+    return {
+        name: tolerance.compare(
+            [result[name] for result in results],
+            [each.ref[name] for each in found],
+            [each.eager[name] for each in found],
+            *allowed[name],
+        )
+        for name in found[0].ref
+    }
 
 
 @functools.lru_cache(maxsize=2)  # enough for a loop over engines; the tensors may be large
-def _expected(case: Case) -> tuple[list[Any], list[dict[str, Tensor]], list[dict[str, Tensor]]]:
-    """Arguments, reference and plain PyTorch's results for as many seeds as must be pooled."""
-    arguments: list[Any] = []
-    refs: list[dict[str, Tensor]] = []
-    eagers: list[dict[str, Tensor]] = []
-    seeds = 1
-    while len(arguments) < seeds:
-        with selection.backend("eager"):  # not by the kernels that are judged
-            args = inputs(replace(case, seed=case.seed + len(arguments)))
-            arguments.append(args)
-            refs.append(oracle(args))
-            eagers.append(run(plain_pytorch, args, case.autocast))
-        # A rounding of P = D(x)·Aᵀ [M, R] is shared by a whole row of y: its elements count too.
-        # Equal rows of x share it among them.
-        sizes = [
-            case.R if case.x_layout == "expanded" else case.M * case.R,
-            *(t.numel() for t in refs[0].values()),
-        ]
-        seeds = math.ceil(tolerance.POOL / min((n for n in sizes if n), default=tolerance.POOL))
-    return arguments, refs, eagers
+def _expected(case: Case) -> list[Expected]:
+    def make(case: Case) -> Expected:
+        args = inputs(case)
+        return Expected(args, oracle(args), run(plain_pytorch, args, case.autocast))
+
+    # Equal rows of x share the roundings of P.
+    return expected(case, case.R if case.x_layout == "expanded" else case.M * case.R, make)
 
 
 def judge(case: Case, call: Callable[..., Tensor] = functional.lora_linear) -> dict[str, Verdict]:
@@ -418,19 +468,7 @@ def judge(case: Case, call: Callable[..., Tensor] = functional.lora_linear) -> d
     >>> list(verdicts), all(verdict.ok for verdict in verdicts.values())
     (['y', 'dx', 'dA', 'dB', 'dg'], True)
     """
-    arguments, refs, eagers = _expected(case)
-    results = [run(call, give_mask(args), case.autocast) for args in arguments]
-    u, lengths = unit_roundoffs(case) | part_roundoffs(case), sums(case)
-    return {
-        name: tolerance.compare(
-            [result[name] for result in results],
-            [ref[name] for ref in refs],
-            [eager[name] for eager in eagers],
-            u[name],
-            lengths[name],
-        )
-        for name in refs[0]
-    }
+    return verdicts(_expected(case), call, case)
 
 
 NORM_ARGUMENTS = ("weight", "lora_A", "lora_B", "scaling", "rank_gate")
@@ -444,25 +482,18 @@ def judge_norm(
     >>> judge_norm(Case(M=0, N=33, K=17, R=3, gate=True))["norm"].ok
     True
     """
-    got: list[Tensor] = []
-    refs: list[Tensor] = []
-    eagers: list[Tensor] = []
-    while sum(ref.numel() for ref in refs) < tolerance.POOL:
-        with selection.backend("eager"):
-            args = inputs(replace(case, seed=case.seed + len(refs)))
-            args = {name: args[name] for name in NORM_ARGUMENTS}
-            wide: dict[str, Any] = {
-                name: t.double() if isinstance(t, Tensor) else t for name, t in args.items()
-            }
-            if isinstance(args["weight"], Weight4bit):
-                wide["weight"] = args["weight"].dequantize(torch.float32).double()
-            single: dict[str, Any] = {
-                name: t.float() if isinstance(t, Tensor) and t.is_floating_point() else t
-                for name, t in wide.items()
-            }
-        refs.append(reference.dora_norm(**wide))
-        eagers.append(reference.dora_norm(**single))
-        got.append(call(**args))
+
+    def make(case: Case) -> Expected:
+        args = {name: arg for name, arg in inputs(case).items() if name in NORM_ARGUMENTS}
+        in_64, in_32 = (
+            reference.dora_norm(**{name: widen(arg, dtype) for name, arg in args.items()})
+            for dtype in (torch.float64, torch.float32)
+        )
+        return Expected(args, {"norm": in_64}, {"norm": in_32})
+
+    found = expected(case, case.N, make)
+    refs, eagers = ([each[of]["norm"] for each in found] for of in (1, 2))
+    got = [call(**each.args) for each in found]
     # All that is rounded is rounded to float32, in products of ranks and in the sum of squares.
-    u = tolerance.unit_roundoff(torch.float32)
+    u = unit_roundoff(torch.float32)
     return {"norm": tolerance.compare(got, refs, eagers, u, (case.R, case.K))}

@@ -37,11 +37,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..timing import Times
+from .results import Result, Row, is_ours
+
 LOOKS = 3  # at a row that is not clear
 LEAST, MOST = 0.05, 0.20  # noise: what is never believed, and above which nothing is
 VERDICTS = ("slower", "faster", "too noisy", "same")
-FROZEN = "frozen"
-STREAMED_ROWS = 16  # up to which a 4-bit layer's time is that of reading its codes
+# A median of n normal samples has an error of √(π/2)·σ/√n, and ln p80 − ln p20 is 2·0.8416·σ.
+MEDIAN_ERROR, QUINTILES_APART = math.sqrt(math.pi / 2), 1.683
 
 # What must agree for the ratios to mean the same, and what it is called.
 MACHINE = {
@@ -53,38 +56,6 @@ MACHINE = {
     "torch": "torch",
     "peft": "PEFT",
 }
-VARIANTS = {
-    "row norm": "PEFT's expression",
-    "DoRA step": "PEFT's LoRA",
-    "16 adapters": "PEFT's, 1",
-}
-
-OURS = ("LoRA", "three LoRALinear", "three calls")  # and every name that begins with "ours"
-
-Row = dict[str, Any]
-
-
-def kind(row: Row) -> str:
-    """Which of the benchmarks the row is of: "layers", "4-bit" or "variants"."""
-    return "4-bit" if "quant_type" in row else "variants" if "what" in row else "layers"
-
-
-def is_ours(name: str) -> bool:
-    """Whether a call of that name runs this package's kernels."""
-    return name.startswith("ours") or name in OURS
-
-
-def yardstick(row: Row) -> str:
-    """Name of the call in the row that the others are measured by; the row's sizes are enough.
-
-    >>> yardstick({"quant_type": "nf4", "M": 1, "mode": "forward"})
-    'stream'
-    >>> yardstick({"quant_type": "nf4", "M": 512, "mode": "step"})
-    'dense'
-    """
-    if kind(row) == "4-bit":
-        return "stream" if row["mode"] == "forward" and row["M"] <= STREAMED_ROWS else "dense"
-    return VARIANTS.get(row["what"], "PEFT's") if kind(row) == "variants" else FROZEN
 
 
 @dataclass(frozen=True)
@@ -95,19 +66,19 @@ class Measured:
     bound: float
 
     @classmethod
-    def of(cls, times: Row, yardstick: Row) -> Measured:
+    def of(cls, times: Times, yardstick: Times) -> Measured:
         """From what `bench` writes of a call and of its yardstick.
 
-        >>> call = {"p20": 1.0, "p50": 1.1, "p80": 1.2, "rounds": 100}
-        >>> Measured.of({**call, "over": {"p50": 2.0, "low": 2.0, "high": 2.0}}, call)
+        >>> from lora_kernels.timing import Ratio
+        >>> call = Times(1.0, 1.1, 1.2, 100, Ratio(2.0, 2.0, 2.0, 2.0, 2.0))
+        >>> Measured.of(call, call)
         Measured(ratio=2.0, bound=0.0)
         """
-        if over := times.get("over"):
-            ratio = over["p50"]
-            return cls(ratio, math.log(max(over["high"] / ratio, ratio / over["low"])))
-        sigmas = [math.log(t["p80"] / t["p20"]) / 1.683 for t in (times, yardstick)]
-        error = 1.253 * math.hypot(*sigmas) / math.sqrt(times["rounds"])
-        return cls(times["p50"] / yardstick["p50"], 4 * error)
+        if over := times.over:
+            return cls(over.p50, math.log(max(over.high / over.p50, over.p50 / over.low)))
+        sigmas = [math.log(t.p80 / t.p20) / QUINTILES_APART for t in (times, yardstick)]
+        error = MEDIAN_ERROR * math.hypot(*sigmas) / math.sqrt(times.rounds)
+        return cls(times.p50 / yardstick.p50, 4 * error)
 
     @classmethod
     def mean(cls, looks: Sequence[Measured]) -> Measured:
@@ -161,7 +132,7 @@ class NotComparable(ValueError):
     """The files hold no times, or times of different things."""
 
 
-def read(path: Path) -> Row:
+def read(path: Path) -> Result:
     """A file that `bench --json` wrote; NotComparable says what is wrong with another."""
     try:
         data = json.loads(path.read_text())
@@ -174,62 +145,48 @@ def read(path: Path) -> Row:
         raise NotComparable(f"{path}: is no result of `bench --json`: want provenance and rows")
     if not rows:
         raise NotComparable(f"{path}: has no rows, want at least one")
-    for row in rows:
-        if not isinstance(row, dict) or not isinstance(row.get("seconds"), dict):
-            raise NotComparable(f"{path}: a row without seconds, want a result of `bench --json`")
-        kinds = kind(rows[0]), kind(row)
-        if kinds[0] != kinds[1]:
-            raise NotComparable(f"{path}: rows of {kinds[0]} and of {kinds[1]}, want one kind")
-        sizes = ("M", "K", "N", "R") + (("mode",) if kind(row) != "variants" else ())
-        lacking = [key for key in sizes if key not in row]
-        if lacking and row["seconds"]:
-            raise NotComparable(f"{path}: a row without {lacking[0]}, want {', '.join(sizes)}")
-        for name, times in row["seconds"].items():
-            if not _are_times(times):
-                raise NotComparable(
-                    f"{path}: {name!r} of {identity(row)}: want p20, p50, p80 and rounds above 0, "
-                    f"got {times}"
-                )
-    return dict(data)
+    if flaw := next(filter(None, map(_flaw, rows)), None):
+        raise NotComparable(f"{path}: {flaw}")
+    result = Result(data["provenance"], [Row.from_json(row) for row in rows])
+    kinds = list(dict.fromkeys(row.kind for row in result.rows))
+    if len(kinds) > 1:
+        raise NotComparable(f"{path}: rows of {kinds[0]} and of {kinds[1]}, want one kind")
+    return result
+
+
+def _flaw(row: Any) -> str | None:
+    """What keeps it from being a row that was timed."""
+    if not isinstance(row, dict) or not isinstance(row.get("seconds"), dict):
+        return "a row without seconds, want a result of `bench --json`"
+    sizes = ["M", "K", "N", "R", *(() if "what" in row else ("mode",))]
+    lacking = [key for key in sizes if key not in row]
+    if lacking and row["seconds"]:
+        return f"a row without {lacking[0]}, want {', '.join(sizes)}"
+    for name, times in row["seconds"].items():
+        if not _are_times(times):
+            at = Row.from_json({**row, "seconds": {}}).identity
+            return f"{name!r} of {at}: want p20, p50, p80 and rounds above 0, got {times}"
+    return None
 
 
 def _are_times(times: Any) -> bool:
     """True if they are numbers as `bench` writes them, with ratios of rounds or without."""
     if not isinstance(times, dict):
         return False
+    over = times.get("over") or {}
+    if not isinstance(over, dict):
+        return False
     numbers = [times.get(key) for key in ("p20", "p50", "p80", "rounds")]
-    if over := times.get("over"):
-        if not isinstance(over, dict):
-            return False
-        numbers += [over.get(key) for key in ("p50", "low", "high")]
+    numbers += [over.get(key) for key in ("p20", "p50", "p80", "low", "high") if over]
     return all(isinstance(n, (int, float)) and 0 < n < math.inf for n in numbers)
 
 
-def identity(row: Row) -> str:
-    """The row in words.
-
-    >>> identity({"dtype": "float32", "M": 8, "K": 48, "N": 32, "R": 3, "mode": "step"})
-    'float32 8×48×32 r=3 step'
-    """
-    words = [str(row[key]) for key in ("what", "dtype", "quant_type") if key in row]
-    words += [f"{row['M']}×{row['K']}×{row['N']} r={row['R']}"]
-    words += [f"dropout {row['dropout_p']}"] if row.get("dropout_p") else []
-    if row.get("cache") == "warm" and kind(row) == "layers":  # which were not said to be, once
-        row = {key: value for key, value in row.items() if key != "cache"}
-    return " ".join(words + [str(row[key]) for key in ("mode", "cache") if key in row])
-
-
-def _alone(row: Row) -> bool:
-    """A forward that was timed by itself, as they were before decoding was: some of them cold."""
-    return bool(row["mode"] == "forward" and row.get("cache") == "cold")
-
-
-def warnings(old: Row, new: Row) -> Iterator[str]:
+def warnings(old: Result, new: Result) -> Iterator[str]:
     """What differs, or is not said, between the machines of two files' provenance."""
     for key, name in MACHINE.items():
-        values = old["provenance"].get(key), new["provenance"].get(key)
+        values = [result.provenance.get(key) for result in (old, new)]
         if key == "gpu":
-            values = tuple(gpu and gpu["name"] for gpu in values)
+            values = [gpu and gpu["name"] for gpu in values]
         if values[0] == values[1]:
             continue
         if key == "processor" and None in values:
@@ -237,8 +194,10 @@ def warnings(old: Row, new: Row) -> Iterator[str]:
             yield f"warning: the {said} file does not say its processor"
         else:
             yield f"warning: {name}: old {values[0]}, new {values[1]}: ratios may differ for that"
+    # As they were before decoding was timed: some of them cold.
     alone = [
-        kind(data["rows"][0]) == "layers" and any(map(_alone, data["rows"])) for data in (old, new)
+        any((r.kind, r.mode, r.cache) == ("layers", "forward", "cold") for r in result.rows)
+        for result in (old, new)
     ]
     if alone[0] != alone[1]:
         said = "old" if alone[0] else "new"
@@ -248,21 +207,21 @@ def warnings(old: Row, new: Row) -> Iterator[str]:
 Key = tuple[str, str]  # the row in words, the call's name
 
 
-def changes(old: Row, *new: Row) -> tuple[list[Change], list[Key], list[Key]]:
+def changes(old: Result, *new: Result) -> tuple[list[Change], list[Key], list[Key]]:
     """Our calls in both files, and those in the old or in the new one alone.
 
     new: a file and, measured later, rows of it again.
     """
-    kinds = [kind(data["rows"][0]) for data in (old, *new)]
+    kinds = [result.rows[0].kind for result in (old, *new)]
     if len(set(kinds)) > 1:
         raise NotComparable(f"compare: the old file is of {kinds[0]}, the new of {kinds[1]}")
-    before, looks = _ours(old), [_ours(data) for data in new]
+    before, looks = _ours(old), [_ours(result) for result in new]
     after = {key: Measured.mean([look[key] for look in looks if key in look]) for key in looks[0]}
     both = [Change(*key, before[key], after[key]) for key in before if key in after]
     return both, [k for k in before if k not in after], [k for k in after if k not in before]
 
 
-def suspects(old: Row, *new: Row) -> set[str]:
+def suspects(old: Result, *new: Result) -> set[str]:
     """The rows, in words, to measure again; none after LOOKS. new: as for `changes`."""
     if len(new) >= LOOKS:
         return set()
@@ -270,44 +229,40 @@ def suspects(old: Row, *new: Row) -> set[str]:
     return {c.row for c in both if c.factor > 1 + LEAST / 2 or c.verdict == "too noisy"}
 
 
-def _ours(data: Row) -> dict[Key, Measured]:
-    found = {}
-    for row in data["rows"]:
-        seconds, by = row["seconds"], yardstick(row)
-        for name, times in seconds.items():
-            if is_ours(name) and by in seconds:
-                found[identity(row), name] = Measured.of(times, seconds[by])
-    return found
+def _ours(result: Result) -> dict[Key, Measured]:
+    return {
+        (row.identity, name): Measured.of(times, row.seconds[row.yardstick])
+        for row in result.rows
+        for name, times in row.seconds.items()
+        if is_ours(name) and row.yardstick in row.seconds
+    }
 
 
-def report(old: Row, *new: Row) -> tuple[list[str], int]:
+def report(old: Result, *new: Result) -> tuple[list[str], int]:
     """Lines to print, and the exit status: 1 where something got slower or wrong; NotComparable
     where no row is in both.
 
     new: as for `changes`.
     """
     both, gone, added = changes(old, *new)
-    lines = [*warnings(old, new[0])]
-    sorted_ = sorted(both, key=lambda change: -change.factor)
-    for verdict in VERDICTS[:-1]:
-        lines += [f"{verdict}: {change}" for change in sorted_ if change.verdict == verdict]
-    wrong = [key for key in gone if key in _misses(new[0])]
-    lines += [f"misses the tolerance now: {row}, {call}" for row, call in wrong]
-    lines += [
-        f"only in the old file: {row}, {call}" for row, call in gone if (row, call) not in wrong
-    ]
-    lines += [f"only in the new file: {row}, {call}" for row, call in added]
-    counts = {v: sum(c.verdict == v for c in both) for v in VERDICTS}
-    lines.append(
-        f"{len(both)} compared, each over its own yardstick: {counts['slower']} slower, "
-        f"{counts['faster']} faster, {counts['too noisy']} too noisy to say, "
-        f"{counts['same']} the same within the noise"
-    )
+    both.sort(key=lambda change: -change.factor)
+    by_verdict = {verdict: [c for c in both if c.verdict == verdict] for verdict in VERDICTS}
+    misses = {(row.identity, name) for row in new[0].rows for name in row.misses}
+    wrong = [key for key in gone if key in misses]
     if not both and not wrong:
         raise NotComparable("compare: the files have no row of ours in common")
-    return lines, 1 if counts["slower"] or wrong else 0
-
-
-def _misses(data: Row) -> set[Key]:
-    """The calls that have no time because their results are wrong."""
-    return {(identity(row), name) for row in data["rows"] for name in row.get("misses", ())}
+    lines = [*warnings(old, new[0])]
+    for verdict in VERDICTS[:-1]:
+        lines += [f"{verdict}: {change}" for change in by_verdict[verdict]]
+    for said, keys in (
+        ("misses the tolerance now", wrong),
+        ("only in the old file", [key for key in gone if key not in misses]),
+        ("only in the new file", added),
+    ):
+        lines += [f"{said}: {row}, {call}" for row, call in keys]
+    slower, faster, noisy, same = (len(found) for found in by_verdict.values())
+    lines.append(
+        f"{len(both)} compared, each over its own yardstick: {slower} slower, {faster} faster, "
+        f"{noisy} too noisy to say, {same} the same within the noise"
+    )
+    return lines, 1 if slower or wrong else 0

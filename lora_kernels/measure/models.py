@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 from collections.abc import Callable
 from typing import NamedTuple
+
+ROWS = {"cpu": (1, 16, 512), "cuda": (1, 16, 512, 4096, 16384)}  # of x
 
 
 class Model(NamedTuple):
@@ -59,18 +62,31 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def seconds(text: str) -> float:
-    """An argument that is a time: 0 asks for the fewest rounds.
+def real(below: float, want: str) -> Callable[[str], float]:
+    """Of an argument that is a number of at least 0 and below a limit.
 
-    >>> seconds("0.5")
-    0.5
+    >>> seconds("0.5"), probability("0")
+    (0.5, 0.0)
     """
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(
-            f"got {text!r}, want a finite number of seconds, 0 or more"
-        )
-    return value
+
+    def parse(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            if 0 <= (value := float(text)) < below:
+                return value
+        raise argparse.ArgumentTypeError(f"got {text!r}, want {want}")
+
+    return parse
+
+
+seconds = real(math.inf, "a finite number of seconds, 0 or more")  # 0 asks for the fewest rounds
+probability = real(1.0, "a probability in [0, 1)")
+
+
+def requested_shapes(args: argparse.Namespace) -> list[tuple[int, int, int]] | None:
+    """M, K, N of the layers that `bench` was asked for: --shapes, or those of --model, on a GPU by
+    default llama3-8b's, with --rows; None where none was."""
+    name = args.model or ("llama3-8b" if args.device == "cuda" and not args.quant else None)
+    found: list[tuple[int, int, int]] | None = args.shapes
+    if not found and name:
+        found = [(M, K, N) for M in args.rows or ROWS[args.device] for K, N in linear_shapes(name)]
+    return found

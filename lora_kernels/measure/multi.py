@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import functional, selection
+from .. import functional
 from ..core import reference
-from ..quantization import Weight4bit, quantize_4bit
-from . import tolerance
-from .case import Case, dtype_name, give_mask, part_roundoffs
+from ..core.call import MultiOperands
+from ..quantization import Weight4bit
+from . import case as cases
+from .case import Case, Expected
 from .tolerance import Verdict
 
 
@@ -38,16 +38,7 @@ class MultiCase:
     seed: int = 0
 
     def __str__(self) -> str:
-        ranks = "-".join(map(str, self.ranks))
-        parts = [f"M{self.M}-N{self.N}-K{self.K}-R{ranks}-{self.rows}-{dtype_name(self.dtype)}"]
-        parts += [f"A:{dtype_name(self.adapter_dtype)}"] if self.adapter_dtype else []
-        parts += [self.quant] if self.quant else []
-        parts += [] if self.base else ["no_base"]
-        parts += [] if self.bias else ["no_bias"]
-        parts += [f"dropout{self.dropout_p}"] if self.dropout_p else []
-        parts += [self.values] if self.values != "normal" else []
-        parts += [f"frozen:{','.join(self.frozen)}"] if self.frozen else []
-        return "-".join(parts)
+        return cases.describe(self, f"R{'-'.join(map(str, self.ranks))}", self.rows)
 
 
 def inputs(case: MultiCase) -> dict[str, Any]:
@@ -56,11 +47,7 @@ def inputs(case: MultiCase) -> dict[str, Any]:
     Where there are three adapters or more, no row has the last but one.
     """
     generator = torch.Generator().manual_seed(case.seed)
-
-    def draw(shape: tuple[int, ...], std: float, dtype: torch.dtype) -> Tensor:
-        t = std * torch.randn(shape, generator=generator)
-        return (t.abs() if case.values == "nonnegative" else t).to(dtype)
-
+    draw = cases.random_source(case.values, generator)
     M, N, K, E = case.M, case.N, case.K, len(case.ranks)
     adapter_dtype = case.adapter_dtype or case.dtype
     index = torch.randint(-1, E, (M,), generator=generator)
@@ -69,19 +56,16 @@ def inputs(case: MultiCase) -> dict[str, Any]:
     if case.rows == "grouped":  # in falling order, which is not that of the adapters
         index = index.sort(descending=True).values
     weight: Any = draw((N, K), K**-0.5, case.dtype) if case.base else None
-    if case.quant:
-        kind, blocksize, *nested = case.quant.split("-")
-        weight = quantize_4bit(weight, kind, int(blocksize), bool(nested))
     args: dict[str, Any] = {
         "x": draw((M, K), 1.0, case.dtype),
-        "weight": weight,
+        "weight": cases.quantize(weight, case.quant) if case.quant else weight,
         "lora_A": [draw((R, K), K**-0.5, adapter_dtype) for R in case.ranks],
         "lora_B": [draw((N, R), R**-0.5, adapter_dtype) for R in case.ranks],
         "index": index,
         "scaling": [1.25 + e / 2 for e in range(E)],
         "bias": draw((N,), 1.0, case.dtype) if case.bias else None,
         "dropout_p": case.dropout_p,
-        "rng": torch.tensor([case.seed + 2**40 + 11, -(2**33) - 5]) if case.dropout_p else None,
+        "rng": cases.dropout_state(case.seed) if case.dropout_p else None,
         "dy": draw((M, N), 1.0, case.dtype),
     }
     for name in ("x", "lora_A", "lora_B", "bias"):
@@ -92,41 +76,22 @@ def inputs(case: MultiCase) -> dict[str, Any]:
 
 
 def run(call: Callable[..., Tensor], args: dict[str, Any]) -> dict[str, Tensor]:
-    """y and the gradients asked for; dA and dB are those of all adapters, one after another."""
-    args = dict(args)
-    dy, y = args.pop("dy"), call(**args)
-    results = {"y": y.detach()}
-    names = {"x": "dx", "lora_A": "dA", "lora_B": "dB", "bias": "dbias"}
-    asked = {
-        name: leaves
-        for name in names
-        for leaves in [args[name] if isinstance(args[name], list) else [args[name]]]
-        if leaves[0] is not None and leaves[0].requires_grad
-    }
-    grads = iter(torch.autograd.grad(y, [t for leaves in asked.values() for t in leaves], dy))
-    for name, leaves in asked.items():
-        results[names[name]] = torch.cat([next(grads).flatten() for _ in leaves])
-    return results
+    """y, and the gradients asked for, each as a vector: of all adapters, one after another."""
+    results = cases.run(call, args)
+    return {name: t if name == "y" else t.flatten() for name, t in results.items()}
 
 
 def plain_pytorch(
-    x: Tensor,
-    weight: Any,
-    lora_A: list[Tensor],
-    lora_B: list[Tensor],
-    index: Tensor,
-    scaling: list[float],
-    bias: Tensor | None,
-    *,
-    dropout_p: float,
-    rng: Tensor | None,
+    *, index: Tensor, scaling: list[float], dropout_p: float, **tensors: Any
 ) -> Tensor:
-    """What one writes without this package, as PEFT has it: a loop over adapters, rows picked."""
+    """What one writes without this package, as PEFT has it: a loop over adapters, rows picked.
+
+    tensors: the others of `MultiOperands`.
+    """
+    weight: Any
+    x, weight, lora_A, lora_B, _, bias, rng = MultiOperands(adapter_index=index, **tensors)
     wide = torch.promote_types(x.dtype, lora_A[0].dtype)
-    dropped = x
-    if rng is not None:
-        mask = reference.dropout_mask(rng, x.shape[0], x.shape[1], dropout_p)
-        dropped = x * mask * reference.dropout_scale(dropout_p)
+    dropped = cases.masked(x, rng, dropout_p)
     if weight is None:
         weight = x.new_zeros(lora_B[0].shape[0], x.shape[1])
     if isinstance(weight, Weight4bit):
@@ -139,24 +104,6 @@ def plain_pytorch(
     return y
 
 
-def oracle(args: dict[str, Any]) -> dict[str, Tensor]:
-    """The same outputs in float64, by autograd through `reference.multi_lora_linear`."""
-
-    def wide(value: Any) -> Any:
-        if isinstance(value, Weight4bit):
-            return value.dequantize(torch.float32).double()
-        if isinstance(value, list):
-            return [wide(t) for t in value]
-        if isinstance(value, Tensor) and value.is_floating_point():
-            return value.detach().double().requires_grad_(value.requires_grad)
-        return value
-
-    wider = {name: wide(value) for name, value in args.items()}
-    if wider["weight"] is None:
-        wider["weight"] = torch.zeros(args["lora_B"][0].shape[0], args["x"].shape[1]).double()
-    return run(reference.multi_lora_linear, wider)
-
-
 def judge(
     case: MultiCase, call: Callable[..., Tensor] = functional.multi_lora_linear
 ) -> dict[str, Verdict]:
@@ -165,32 +112,13 @@ def judge(
     >>> all(verdict.ok for verdict in judge(MultiCase(M=9, N=33, K=17)).values())
     True
     """
-    got: list[dict[str, Tensor]] = []
-    refs: list[dict[str, Tensor]] = []
-    eagers: list[dict[str, Tensor]] = []
-    seeds = 1
-    while len(got) < seeds:
-        args = inputs(replace(case, seed=case.seed + len(got)))
-        with selection.backend("eager"):  # not by the kernels that are judged
-            refs.append(oracle(args))
-            eagers.append(run(plain_pytorch, args))
-        got.append(run(call, give_mask(args)))
-        # A rounding of P is shared by a whole row of y: its elements count too.
-        of_p = case.M * sum(case.ranks) // len(case.ranks)
-        sizes = [of_p, *(t.numel() for t in refs[0].values())]
-        seeds = math.ceil(tolerance.POOL / min((n for n in sizes if n), default=tolerance.POOL))
-    M, N, K, adapter = case.M, case.N, case.K, case.adapter_dtype or case.dtype
+
+    def make(case: MultiCase) -> Expected:
+        args = inputs(case)
+        ref = cases.oracle(args, reference.multi_lora_linear)
+        return Expected(args, ref, cases.run(plain_pytorch, args))
+
+    found = cases.expected(case, case.M * sum(case.ranks) // len(case.ranks), make)
     # y and dx: also the base product, which an adapter's part is added to in place.
-    u = {"dA": adapter, "dB": adapter}
-    parts = part_roundoffs(Case(M, N, K, 1, case.dtype, adapter))
-    sums = {"y": (K,), "dx": (N,), "dA": (N, M), "dB": (K, M), "dbias": (M,)}
-    return {
-        name: tolerance.compare(
-            [result[name] for result in got],
-            [ref[name] for ref in refs],
-            [eager[name] for eager in eagers],
-            parts.get(name) or tolerance.unit_roundoff(u.get(name, case.dtype)),
-            sums[name],
-        )
-        for name in refs[0]
-    }
+    like = Case(case.M, case.N, case.K, 1, case.dtype, case.adapter_dtype)
+    return cases.verdicts(found, call, like)

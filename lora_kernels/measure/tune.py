@@ -35,14 +35,14 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 # Tiles worth trying beside the default's: block_m, block_n, block_k, warps, stages.
 FEW_ROWS_TILES = [
-    (16, 32, 128, 4, 4), (16, 32, 256, 4, 3), (16, 64, 64, 4, 5), (16, 64, 128, 4, 3),
-    (16, 64, 128, 8, 4), (16, 64, 256, 8, 3), (16, 128, 64, 4, 4), (16, 128, 128, 8, 3),
-]  # fmt: skip
+    *((16, 32, 128, 4, 4), (16, 32, 256, 4, 3), (16, 64, 64, 4, 5), (16, 64, 128, 4, 3)),
+    *((16, 64, 128, 8, 4), (16, 64, 256, 8, 3), (16, 128, 64, 4, 4), (16, 128, 128, 8, 3)),
+]
 TILES = [
-    (64, 64, 64, 4, 4), (64, 128, 64, 4, 3), (64, 128, 64, 4, 4), (128, 64, 64, 4, 4),
-    (128, 128, 32, 4, 4), (128, 128, 64, 4, 3), (128, 128, 64, 8, 3), (128, 128, 64, 8, 4),
-    (128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (256, 128, 64, 8, 3),
-]  # fmt: skip
+    *((64, 64, 64, 4, 4), (64, 128, 64, 4, 3), (64, 128, 64, 4, 4), (128, 64, 64, 4, 4)),
+    *((128, 128, 32, 4, 4), (128, 128, 64, 4, 3), (128, 128, 64, 8, 3), (128, 128, 64, 8, 4)),
+    *((128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (256, 128, 64, 8, 3)),
+]
 
 
 @dataclass
@@ -95,10 +95,8 @@ class Trial:
                 print(f"    {name}: left out, {flaw}", flush=True)
         if not sound:
             raise RuntimeError(f"{self.case}: no candidate gave the default's results")
-        times = timing.interleave(
-            {name: made(row) for name, row in sound.items()},
-            seconds=self.seconds, device=self.case.device,
-        )  # fmt: skip
+        calls = {name: made(row) for name, row in sound.items()}
+        times = timing.interleave(calls, seconds=self.seconds, device=self.case.device)
         seconds = {name: taken.p50 for name, taken in times.items()}
         return min(seconds, key=lambda name: seconds[name]), seconds
 
@@ -157,32 +155,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Find the fastest strategy and tiles of the Triton kernels on this GPU, shape by shape, "
         "and write them to a file that LORA_KERNELS_MEASURED=FILE has them taken from."
     )
-    add, positive = parser.add_argument, models.positive
-    add(
-        "--model", choices=models.NAMES, default="llama3-8b",
-        help="whose linear layers' shapes (default: %(default)s)",
-    )  # fmt: skip
-    add(
-        "--shapes", nargs="+", type=models.sizes("KxN"), metavar="KxN",
-        help="in-features and out-features, such as 4096x14336, in place of a model's",
-    )  # fmt: skip
-    add(
-        "--rows", nargs="+", type=positive, metavar="M", default=ROWS,
-        help=f"of x (default: {' '.join(map(str, ROWS))})",
-    )  # fmt: skip
-    add("--ranks", nargs="+", type=positive, metavar="R", default=[16], help="(default: 16)")
-    add("--dtype", choices=DTYPES, default=DTYPES[0], help="of x (default: %(default)s)")
-    add(
-        "--quant", nargs="+", choices=["none", "nf4", "fp4"], default=["none", "nf4"],
-        help="kinds of the base weight (default: none nf4)",
-    )  # fmt: skip
-    add(
-        "--seconds",
-        type=models.seconds,
-        default=0.3,
-        help="for a comparison (default: %(default)s)",
-    )
-    add("--out", type=Path, required=True, metavar="FILE", help="to be added to, or made")
+
+    def add(name: str, text: str, **options: Any) -> None:
+        parser.add_argument(f"--{name}", help=text, **options)
+
+    default, positive = "(default: %(default)s)", models.positive
+    of_shapes = "in-features and out-features, such as 4096x14336, in place of a model's"
+    of_rows = f"of x (default: {' '.join(map(str, ROWS))})"
+    of_quant = "kinds of the base weight (default: none nf4)"
+    kinds = ["none", "nf4", "fp4"]
+    model = f"whose linear layers' shapes {default}"
+    add("model", model, choices=models.NAMES, default="llama3-8b")
+    add("shapes", of_shapes, nargs="+", type=models.sizes("KxN"), metavar="KxN")
+    add("rows", of_rows, nargs="+", type=positive, metavar="M", default=ROWS)
+    add("ranks", "(default: 16)", nargs="+", type=positive, metavar="R", default=[16])
+    add("dtype", f"of x {default}", choices=DTYPES, default=DTYPES[0])
+    add("quant", of_quant, nargs="+", choices=kinds, default=kinds[:2])
+    add("seconds", f"for a comparison {default}", type=models.seconds, default=0.3)
+    add("out", "to be added to, or made", type=Path, required=True, metavar="FILE")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,5 +1,11 @@
 """`lora-kernels verify`: every engine that can run here, against the float64 reference.
 
+With --peer whole layers: PEFT's stock layer, over `nn.Linear` or over bitsandbytes' `Linear4bit`
+(NF4, nested), and the same layer after `lora_kernels.peft.fuse`: y, dx, dA and dB of each against
+the float64 oracle. Ours must be within the tolerance; the peer's error stands beside it. In
+training mode without dropout, as the peers draw masks of their own; float32 adapters, as PEFT has
+them.
+
 Where stdout is a terminal and rich is installed, a bar below the lines says how much is left.
 """
 
@@ -9,6 +15,7 @@ import argparse
 import contextlib
 import itertools
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
@@ -16,51 +23,51 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+from torch import nn
 
+from .. import selection
 from ..backends import cpu, cpu_heuristics, triton
 from ..backends.triton import configs
-from . import multi, peers
-from .case import (
-    EAGER_CUDA,
-    Case,
-    cuda_engines,
-    dtype_name,
-    eager_cuda_engines,
-    engine,
-    engines,
-    fits_cuda,
-    judge,
-    judge_norm,
-    triton_device,
-    triton_engines,
-)
+from ..quantization import Weight4bit
+from . import baselines, multi
+from . import case as cases
+from .case import Case, Expected, dtype_name
 from .tolerance import Verdict
 
 _f32, _bf16, _f16 = torch.float32, torch.bfloat16, torch.float16
 DTYPES = ((_f32, None), (_bf16, None), (_bf16, _f32), (_f16, None), (_f16, _f32))  # x, adapters
+ALL = {"gate": True, "column_scale": True, "bias": True}
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "bias": {"bias": True},
     "gate": {"gate": True},
     "column scale": {"column_scale": True},
     "dropout": {"dropout_p": 0.1},
-    "everything": {"gate": True, "column_scale": True, "bias": True, "dropout_p": 0.1},
+    "everything": {**ALL, "dropout_p": 0.1},
     "adapter only": {"base": False},
     "nf4": {"quant": "nf4-64-nested"},
-    "fp4, all": {
-        "quant": "fp4-32",
-        "gate": True,
-        "column_scale": True,
-        "bias": True,
-        "dropout_p": 0.1,
-    },
+    "fp4, all": {"quant": "fp4-32", **ALL, "dropout_p": 0.1},
 }
 MULTI_QUANTS = ("", "nf4-64-nested")  # of the base that several adapters share
 # They begin so, and get no `MultiCase`, whose tensors are on a CPU; tests/gpu has others.
-GPU_ENGINES = ("triton ", "cuda ", EAGER_CUDA)
+GPU_ENGINES = ("triton ", "cuda ", cases.EAGER_CUDA)
 SHAPES = ((70, 257, 100, 13), (1, 65, 63, 5))  # M, N, K, R: no multiples of a tile
 FEW_ROWS = (5, 66, 96, 40)  # in place of the second, for 4-bit weights
 THOROUGH = (*SHAPES, (515, 261, 259, 16), (33, 259, 257, 64), (130, 1536, 576, 100))
+# Peer -> the libraries that the comparison imports, how to install them, the type of its base.
+PEERS = {
+    "peft": (("peft",), "pip install 'lora-kernels[peft]'", ""),
+    "bitsandbytes": (
+        ("peft", "bitsandbytes"),
+        "pip install 'lora-kernels[peft]' bitsandbytes",
+        "nf4",
+    ),
+}
+# N and K multiples of 64, as bitsandbytes' CPU kernels are wrong where a block straddles rows; M·R
+# at least tolerance.POOL, so that one seed is enough.
+PEER_SHAPES = ((70, 192, 128, 13), (7, 128, 192, 40))
+
+Line = tuple[dict[str, Any], str]  # a row of --json, and as text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--peer",
         action="append",
-        choices=list(peers.PEERS),
+        choices=list(PEERS),
         help="compare whole layers instead, the peer's own beside ours with the same adapter, each "
         "with the float64 reference; may be given twice",
     )
@@ -84,85 +91,47 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """0 where every output of every case is within the tolerance, else 1; 2: it cannot start."""
-    if args.peer:
-        return _run_peers(args)
-    shapes = THOROUGH if args.thorough else SHAPES
-    results: list[dict[str, Any]] = []
-    names = [*engines(), *eager_cuda_engines(), *triton_engines(), *cuda_engines()]
-    if args.engines:
-        names = [name for name in names if name.startswith(args.engines)]
-        if not names:
-            print(f"lora-kernels verify: no engine here begins with {args.engines!r}")
-            return 2
-    with _lines(args.json, _count(names)) as say:
-        say(f"{'engine':34} {'x':9} {'adapters':9} {'option':13} worst of y and its gradients")
-        for name, dtype, adapter, option, verdicts in _judged(names, shapes):
-            where, worst = max(verdicts.items(), key=lambda item: _excess(item[1]))
-            row = {
-                "engine": name,
-                "dtype": dtype_name(dtype),
-                "adapter_dtype": dtype_name(adapter or dtype),
-                "option": option,
-                "ok": all(verdict.ok for verdict in verdicts.values()),
-                "worst": where,
-                "verdict": str(worst),
-            }
-            results.append(row)
-            say(
-                f"{name:34} {row['dtype']:9} {row['adapter_dtype']:9} {option:13} "
-                f"{'✓' if row['ok'] else '✗'} {where.rpartition('/')[2]} {worst}"
-            )
-    return _end(results, args.json)
-
-
-def _run_peers(args: argparse.Namespace) -> int:
-    if lacking := [text for peer in args.peer if (text := peers.missing(peer))]:
-        print(f"lora-kernels verify: {lacking[0]}")
+    names = [*cases.engines(), *cases.gpu_engines()]
+    names = [name for name in names if name.startswith(args.engines or "")]
+    why = _unstartable_reason(args, names)
+    if why is not None:
+        print(f"lora-kernels verify: {why}")
         return 2
-    for given, option in ((args.engines, "--engines"), (args.thorough, "--thorough")):
-        if given:
-            print(
-                "lora-kernels verify: --peer has shapes of its own and takes the engine that a "
-                f"layer chooses, want no {option}"
-            )
-            return 2
-    todo = [(peer, case) for peer in dict.fromkeys(args.peer) for case in peers.cases_of()]
-    results: list[dict[str, Any]] = []
-    with _lines(args.json, len(todo)) as say:
-        say("rms errors of whole layers in unit roundoffs: ours, the peer's, the limit for ours")
-        for peer, case in todo:
-            found = peers.compare(peer, case)
-            row = {
-                "peer": peer,
-                "dtype": dtype_name(case.dtype),
-                "M": case.M, "N": case.N, "K": case.K, "R": case.R,
-                "bias": case.bias,
-                "ok": found.ok,
-                "not_fused": found.reason,
-                "ours": {name: asdict(verdict) for name, verdict in found.ours.items()},
-                "theirs": {name: asdict(verdict) for name, verdict in found.theirs.items()},
-            }  # fmt: skip
+    lines: Iterator[Line]
+    if args.peer:
+        head = "rms errors of whole layers in unit roundoffs: ours, the peer's, the limit for ours"
+        todo = list(itertools.product(dict.fromkeys(args.peer), peer_cases()))
+        total, lines = len(todo), itertools.starmap(compare_with_peer, todo)
+    else:
+        head = f"{'engine':34} {'x':9} {'adapters':9} {'option':13} worst of y and its gradients"
+        total, lines = _count(names), _judged(names, THOROUGH if args.thorough else SHAPES)
+    results = []
+    with _lines(args.json, total) as say:
+        say(head)
+        for row, line in lines:
             results.append(row)
-            words = [f"not fused: {found.reason}"] if found.reason else []
-            for name, ours in found.ours.items():
-                u, theirs = ours.unit_roundoff, found.theirs[name]
-                words.append(
-                    f"{name} {ours.rms / u:.3g} ({theirs.rms / u:.3g}, {ours.rms_limit / u:.3g})"
-                    + ("" if ours.ok else f" {ours}")
-                )
-            shape = f"{case.M}×{case.K}×{case.N} r={case.R}{', bias' if case.bias else ''}"
-            mark = "✓" if found.ok else "✗"
-            say(f"{peer:13} {row['dtype']:9} {shape:23} {mark} {'  '.join(words)}")
-    return _end(results, args.json)
-
-
-def _end(results: list[dict[str, Any]], as_json: bool) -> int:
+            say(line)
     missed = sum(not row["ok"] for row in results)
-    if as_json:
+    if args.json:
         print(json.dumps(results, indent=1))
     else:
         print(f"{len(results) - missed} of {len(results)} within the tolerance")
     return 1 if missed else 0
+
+
+def _unstartable_reason(args: argparse.Namespace, names: list[str]) -> str | None:
+    """Why it cannot start."""
+    for peer in args.peer or ():
+        libraries, command, _ = PEERS[peer]
+        if lacking := [name for name in libraries if find_spec(name) is None]:
+            return f"--peer {peer} needs {' and '.join(lacking)}: {command}"
+    for given, option in ((args.engines, "--engines"), (args.thorough, "--thorough")):
+        if args.peer and given:
+            return (
+                "--peer has shapes of its own and takes the engine that a layer chooses, want no "
+                f"{option}"
+            )
+    return None if names else f"no engine here begins with {args.engines!r}"
 
 
 @contextlib.contextmanager
@@ -191,43 +160,55 @@ def _count(names: list[str]) -> int:
     return len(DTYPES) * (len(OPTIONS) * len(names) + len(MULTI_QUANTS) * len(several))
 
 
-Judged = tuple[str, torch.dtype, torch.dtype | None, str, dict[str, Verdict]]
-
-
-def _judged(names: list[str], shapes: tuple[tuple[int, int, int, int], ...]) -> Iterator[Judged]:
-    """Engine, dtypes, option, and the verdict on each output of each case."""
+def _judged(names: list[str], shapes: tuple[tuple[int, ...], ...]) -> Iterator[Line]:
+    """Of each engine, dtypes and option: the verdict on each output of each case."""
     for (dtype, adapter), (option, fields) in itertools.product(DTYPES, OPTIONS.items()):
-        used: tuple[tuple[int, int, int, int], ...] = (
-            (shapes[0], FEW_ROWS, *shapes[2:]) if "quant" in fields else shapes
-        )
-        cases = [Case(*shape, dtype, adapter, **fields) for shape in used]
+        used = (shapes[0], FEW_ROWS, *shapes[2:]) if "quant" in fields else shapes
         for name in names:
             verdicts: dict[str, Verdict] = {}
-            for case in cases:
-                if name.startswith("triton "):
-                    case = replace(case, device=triton_device())
-                elif name.startswith("cuda ") or name == EAGER_CUDA:
-                    case = replace(case, device="cuda")
+            for M, N, K, R in used:
+                device = cases.triton_device() if name.startswith("triton ") else "cpu"
+                device = "cuda" if name.startswith(("cuda ", cases.EAGER_CUDA)) else device
+                case = Case(M, N, K, R, dtype, adapter, **fields, device=device)
                 for forced in _ways(name, case):
-                    with engine(forced):
-                        judged = judge(case)
+                    with cases.engine(forced):
+                        judged = cases.judge(case)
                         if not case.dropout_p and case.base and not case.column_scale:
-                            judged |= judge_norm(case)
+                            judged |= cases.judge_norm(case)
                     few = ", few rows" if forced != name else ""
                     verdicts |= {f"{case}{few}/{output}": v for output, v in judged.items()}
             if verdicts:  # float32 has no kernel on the CUDA backend's matrix units
-                yield name, dtype, adapter, option, verdicts
+                yield _line(name, dtype, adapter, option, verdicts)
     for (dtype, adapter), quant in itertools.product(DTYPES, MULTI_QUANTS):
         for name in names:
             if name.startswith(GPU_ENGINES):
                 continue
-            several = multi.MultiCase(
-                70, 65, 128, rows="mixed", dtype=dtype, adapter_dtype=adapter, quant=quant,
-                dropout_p=0.1,
-            )  # fmt: skip
-            with engine(name):
+            several = multi.MultiCase(70, 65, 128, rows="mixed", quant=quant, dropout_p=0.1)
+            several = replace(several, dtype=dtype, adapter_dtype=adapter)
+            with cases.engine(name):
                 verdicts = {f"{several}/{k}": v for k, v in multi.judge(several).items()}
-            yield name, dtype, adapter, f"adapters {quant[:3]}".strip(), verdicts
+            yield _line(name, dtype, adapter, f"adapters {quant[:3]}".strip(), verdicts)
+
+
+def _line(
+    name: str,
+    dtype: torch.dtype,
+    adapter: torch.dtype | None,
+    option: str,
+    verdicts: dict[str, Verdict],
+) -> Line:
+    where, worst = max(verdicts.items(), key=lambda item: _excess(item[1]))
+    row = {
+        "engine": name,
+        "dtype": dtype_name(dtype),
+        "adapter_dtype": dtype_name(adapter or dtype),
+        "option": option,
+        "ok": all(verdict.ok for verdict in verdicts.values()),
+        "worst": where,
+        "verdict": str(worst),
+    }
+    head = f"{name:34} {row['dtype']:9} {row['adapter_dtype']:9} {option:13}"
+    return row, f"{head} {'✓' if row['ok'] else '✗'} {where.rpartition('/')[2]} {worst}"
 
 
 def _ways(name: str, case: Case) -> list[str]:
@@ -235,19 +216,60 @@ def _ways(name: str, case: Case) -> list[str]:
     kernel for them."""
     if name == f"triton {triton.SINGLE_PASS}" and case.R > configs.MAX_SINGLE_PASS_RANK:
         return []
-    if name.startswith("cuda ") and not fits_cuda(case, name.removeprefix("cuda ")):
+    if name.startswith("cuda ") and not cases.fits_cuda(case, name.removeprefix("cuda ")):
         return []
-    few = cpu_heuristics.few_rows(
-        case.compute or case.compute_dtype, bool(case.quant), case.N * case.K, isa=name
-    )
+    compute = case.compute or case.compute_dtype
+    few = cpu_heuristics.few_rows(compute, bool(case.quant), case.N * case.K, isa=name)
     strategy = cpu.FEW_ROWS if case.quant else cpu.STREAMED
     return [name, f"{name} {strategy}"] if 0 < case.M <= few else [name]
 
 
-def _excess(verdict: Any) -> float:
+def _excess(verdict: Verdict) -> float:
     """How much of its allowance a verdict uses; NaN counts as all of it and more."""
-    shares = [
-        error / limit if limit else (0.0 if error == 0 else float("inf"))
-        for error, limit in ((verdict.rms, verdict.rms_limit), (verdict.max, verdict.max_limit))
-    ]
-    return max(float("inf") if share != share else share for share in shares)
+    pairs = ((verdict.rms, verdict.rms_limit), (verdict.max, verdict.max_limit))
+    shares = [error / limit if limit else error and math.inf for error, limit in pairs]
+    return max(math.inf if share != share else share for share in shares)
+
+
+def peer_cases() -> Iterator[Case]:
+    """Each shape in float32 and bfloat16, with and without bias."""
+    for dtype, bias, shape in itertools.product((_f32, _bf16), (False, True), PEER_SHAPES):
+        yield Case(*shape, dtype, _f32, bias=bias, frozen=("bias",))
+
+
+def compare_with_peer(peer: str, case: Case) -> Line:
+    """Both layers on one of `peer_cases`; the reference decodes what the peer has quantized."""
+    from ..peft import explain, fuse
+    from ..peft.linear import Fused
+
+    args, quant_type = cases.inputs(case), PEERS[peer][2]
+    args |= {name: nn.Parameter(args[name].detach()) for name in ("lora_A", "lora_B")}
+    layers = {who: baselines.build_layer(args, quant_type) for who in ("ours", "theirs")}
+    if quant_type:
+        args["weight"] = Weight4bit.from_bitsandbytes(layers["theirs"].base_layer.weight)
+    model: Any = fuse(nn.Sequential(layers["ours"]))
+    layers["ours"] = model[0]
+    reason = None if isinstance(model[0], Fused) else explain(model).rows[0].reason
+    with selection.backend("eager"):  # not by the kernels that are judged
+        found = [Expected(args, cases.oracle(args), cases.run(cases.plain_pytorch, args))]
+    verdicts = {
+        who: cases.verdicts(found, lambda x, layer=layer, **rest: layer(x), case)
+        for who, layer in layers.items()
+    }
+    row: dict[str, Any] = {
+        **{"peer": peer, "dtype": dtype_name(case.dtype)},
+        **{name: getattr(case, name) for name in ("M", "N", "K", "R", "bias")},
+        # A layer that is not fused is the peer's own, however right.
+        "ok": reason is None and all(verdict.ok for verdict in verdicts["ours"].values()),
+        "not_fused": reason,
+        **{who: {n: asdict(v) for n, v in each.items()} for who, each in verdicts.items()},
+    }
+    words = [f"not fused: {reason}"] if reason else []
+    for name, ours in verdicts["ours"].items():
+        three = (ours.rms, verdicts["theirs"][name].rms, ours.rms_limit)
+        rms = [each / ours.unit_roundoff for each in three]
+        words.append("{} {:.3g} ({:.3g}, {:.3g})".format(name, *rms))
+        words[-1] += "" if ours.ok else f" {ours}"
+    shape = f"{case.M}×{case.K}×{case.N} r={case.R}{', bias' if case.bias else ''}"
+    mark = "✓" if row["ok"] else "✗"
+    return row, f"{peer:13} {row['dtype']:9} {shape:23} {mark} {'  '.join(words)}"

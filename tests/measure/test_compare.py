@@ -5,6 +5,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ import torch
 from torch import Tensor
 
 from lora_kernels import cli, timing
-from lora_kernels.measure import bench, compare
+from lora_kernels.measure import bench, bench_layers, compare
 from lora_kernels.measure.case import Case
+from lora_kernels.measure.results import Result, Row
 
 PROVENANCE = {"processor": "A", "threads": 2, "torch": "2.8", "isa": "avx2", "peft": "0.17"}
 
@@ -36,20 +38,14 @@ def data(*rows: dict[str, Any], **facts: Any) -> dict[str, Any]:
     return {"provenance": {**PROVENANCE, **facts}, "rows": list(rows)}
 
 
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The machine's limits take seconds to measure and are not looked at here."""
-    monkeypatch.setattr(timing, "copy_bandwidth", lambda **_: 1e9)
-    monkeypatch.setattr(timing, "product_peak", lambda dtype, **_: 1e9)
-    monkeypatch.setattr(
-        bench, "overhead", lambda *_: dict.fromkeys(("ours, forward", "eager, forward"), 0)
-    )
+def result(*rows: dict[str, Any], **facts: Any) -> Result:
+    return Result({**PROVENANCE, **facts}, list(map(Row.from_json, rows)))
 
 
 def test_slower_and_faster_beyond_the_noise_and_not_within() -> None:
     # exp(√2 · ln 1.04) = 1.057
-    old = data(layer(1, 1.0), layer(2, 1.0), layer(3, 1.0), layer(4, 1.0))
-    new = data(layer(1, 1.1), layer(2, 1.055), layer(3, 1 / 1.1), layer(4, 1 / 1.055))
+    old = result(layer(1, 1.0), layer(2, 1.0), layer(3, 1.0), layer(4, 1.0))
+    new = result(layer(1, 1.1), layer(2, 1.055), layer(3, 1 / 1.1), layer(4, 1 / 1.055))
     lines, status = compare.report(old, new)
     assert status == 1
     assert lines[0] == "slower: float32 8×48×32 r=1 step, ours: 1.000 -> 1.100, +10.0% (noise 5.7%)"
@@ -61,7 +57,7 @@ def test_slower_and_faster_beyond_the_noise_and_not_within() -> None:
 
 def test_the_noise_is_that_of_both_files() -> None:
     def noise(old: dict[str, Any], new: dict[str, Any]) -> float:
-        (change,), _, _ = compare.changes(data(old), data(new))
+        (change,), _, _ = compare.changes(result(old), result(new))
         return math.log1p(change.noise)
 
     quiet, loud = layer(3, 1.0, bound=0.0), layer(3, 1.0, bound=0.3)
@@ -74,14 +70,14 @@ def test_rounds_that_scatter_too_far_say_nothing() -> None:
     """However far the medians lie apart: they may be those of two schedules."""
     steady, unsteady = layer(3, 1.0), layer(3, 3.0, bound=0.25)
     for old, new in ((steady, unsteady), (unsteady, steady)):
-        lines, status = compare.report(data(old), data(new))
+        lines, status = compare.report(result(old), result(new))
         assert lines[0].startswith("too noisy: float32 8×48×32 r=3 step, ours") and status == 0
         assert "0 slower, 0 faster, 1 too noisy to say" in lines[-1]
 
 
 def test_what_is_not_clear_is_measured_again_and_the_mean_counts() -> None:
-    old, slow, little = (data(layer(3, ours)) for ours in (1.0, 1.08, 1.03))
-    noisy = data(layer(3, 1.0, bound=0.3))
+    old, slow, little = (result(layer(3, ours)) for ours in (1.0, 1.08, 1.03))
+    noisy = result(layer(3, 1.0, bound=0.3))
     row = {"float32 8×48×32 r=3 step"}
     for new in (slow, little, noisy):
         assert compare.suspects(old, new) == row
@@ -91,7 +87,7 @@ def test_what_is_not_clear_is_measured_again_and_the_mean_counts() -> None:
     assert compare.report(old, slow, old)[1] == 0  # 1.04, once as fast as before
     assert "ours: 1.000 -> 1.079" in compare.report(old, noisy, slow, slow)[0][0]
     # Rows that were not measured again stay what they were.
-    assert compare.report(old, slow, data(layer(4, 1.0)))[1] == 1
+    assert compare.report(old, slow, result(layer(4, 1.0)))[1] == 1
 
 
 def test_the_bounds_hold_the_median() -> None:
@@ -110,22 +106,23 @@ def test_the_bounds_hold_the_median() -> None:
 
 
 def test_a_slower_machine_changes_nothing() -> None:
-    old = data(layer(3, 1.0))
+    old = result(layer(3, 1.0))
     new = copy.deepcopy(old)
-    for call in new["rows"][0]["seconds"].values():
-        call |= {key: 3 * call[key] for key in ("p20", "p50", "p80")}
+    for name, call in new.rows[0].seconds.items():
+        thrice = {key: 3 * getattr(call, key) for key in ("p20", "p50", "p80")}
+        new.rows[0].seconds[name] = replace(call, **thrice)
     assert compare.report(old, new)[0] == compare.report(old, old)[0]
 
 
 def test_peers_do_not_count() -> None:
-    old, new = data(layer(3, 1.0)), data(layer(3, 1.0))
-    new["rows"][0]["seconds"]["peft"] = times(1e-3, 9.0)
-    assert compare.report(old, new)[1] == 0
+    changed = layer(3, 1.0)
+    changed["seconds"]["peft"] = times(1e-3, 9.0)
+    assert compare.report(result(layer(3, 1.0)), result(changed))[1] == 0
 
 
 def test_rows_of_one_file_alone_are_named() -> None:
     lines, status = compare.report(
-        data(layer(1, 1.0), layer(2, 1.0)), data(layer(1, 1.0), layer(3, 1.0))
+        result(layer(1, 1.0), layer(2, 1.0)), result(layer(1, 1.0), layer(3, 1.0))
     )
     assert lines[:2] == [
         "only in the old file: float32 8×48×32 r=2 step, ours",
@@ -135,23 +132,19 @@ def test_rows_of_one_file_alone_are_named() -> None:
 
 
 def test_what_has_no_time_for_being_wrong_is_named() -> None:
-    new = data({**layer(3, 1.0), "misses": {"ours": "dA MISS"}})
-    del new["rows"][0]["seconds"]["ours"]
-    lines, status = compare.report(data(layer(3, 1.0)), new)
+    new = result({**layer(3, 1.0), "misses": {"ours": "dA MISS"}})
+    del new.rows[0].seconds["ours"]
+    lines, status = compare.report(result(layer(3, 1.0)), new)
     assert lines[0] == "misses the tolerance now: float32 8×48×32 r=3 step, ours" and status == 1
 
 
 def test_each_kind_has_its_yardstick() -> None:
     few = {"quant_type": "nf4", "M": 1, "mode": "forward"}
-    assert compare.yardstick(few) == "stream"
-    assert (
-        compare.yardstick({**few, "M": 512})
-        == "dense"
-        == compare.yardstick({**few, "mode": "step"})
-    )
-    assert compare.yardstick({"what": "DoRA step"}) == "PEFT's LoRA"
-    assert compare.yardstick({"what": "switching"}) == "PEFT's"
-    assert compare.yardstick({"M": 1, "mode": "step"}) == "frozen"
+    assert Row(**few).yardstick == "stream"
+    assert Row(**{**few, "M": 512}).yardstick == Row(**{**few, "mode": "step"}).yardstick == "dense"
+    assert Row(what="DoRA step").yardstick == "PEFT's LoRA"
+    assert Row(what="switching").yardstick == "PEFT's"
+    assert Row(M=1, mode="step").yardstick == "frozen"
 
 
 def test_files_of_an_earlier_version_have_the_spread_of_both_times() -> None:
@@ -160,17 +153,20 @@ def test_files_of_an_earlier_version_have_the_spread_of_both_times() -> None:
     for call in row["seconds"].values():
         del call["over"]
         call |= {"p20": 0.95e-3, "p80": 1.05e-3}
-    found = compare.Measured.of(row["seconds"]["ours"], row["seconds"]["frozen"])
+    seconds = Row.from_json(row).seconds
+    found = compare.Measured.of(seconds["ours"], seconds["frozen"])
     # σ = ln(1.05/0.95)/1.683 = 0.0595, an error of 1.253·σ/√50 = 0.0105 for each of the two.
     assert found.ratio == 1.0
     assert found.bound == pytest.approx(4 * math.sqrt(2) * 0.0105, rel=0.01)
 
 
 def test_another_machine_is_a_warning() -> None:
-    lines, status = compare.report(data(layer(3, 1.0)), data(layer(3, 1.0), threads=8, torch="2.9"))
+    lines, status = compare.report(
+        result(layer(3, 1.0)), result(layer(3, 1.0), threads=8, torch="2.9")
+    )
     assert lines[0] == "warning: threads: old 2, new 8: ratios may differ for that"
     assert lines[1].startswith("warning: torch: old 2.8, new 2.9") and status == 0
-    lines, _ = compare.report(data(layer(3, 1.0), processor=None), data(layer(3, 1.0)))
+    lines, _ = compare.report(result(layer(3, 1.0), processor=None), result(layer(3, 1.0)))
     assert lines[0] == "warning: the old file does not say its processor"
 
 
@@ -200,34 +196,33 @@ def test_files_that_cannot_be_compared(
 
 
 def test_a_run_measures_again_what_seems_slower(
-    quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    no_overhead: None, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """That alone, and the file holds the first run."""
     asked: list[int] = []
 
-    def measured(case: Case, *rest: object) -> list[dict[str, Any]]:
+    def measured(case: Case, *rest: object) -> list[Row]:
         asked.append(case.R)
         first = asked.count(case.R) == 1
         row = layer(case.R, 1.06 if case.R == 2 and first else 1.0)
-        return [{**row, "mode": mode, "misses": {}} for mode in ("forward", "step")]
+        return [Row.from_json({**row, "mode": mode}) for mode in ("forward", "step")]
 
-    monkeypatch.setattr(bench, "measure", measured)
-    monkeypatch.setattr(bench, "_line", lambda row: "")
-    old, new = tmp_path / "old.json", tmp_path / "new.json"
-    rows = [layer(R, 1.0) for R in (1, 2, 3)]
+    monkeypatch.setattr(bench_layers, "measure", measured)
+    monkeypatch.setattr(bench_layers.Layers, "line", lambda self, row: "")
+    old, rows = tmp_path / "old.json", [layer(R, 1.0) for R in (1, 2, 3)]
     old.write_text(json.dumps(data(*rows, *({**row, "mode": "forward"} for row in rows))))
-    run = ["bench", "--shapes", "8x48x32", "--dtypes", "float32", "--ranks", "1", "2", "3"]
-    assert cli.main([*run, "--compare", str(old), "--json", str(new)]) == 0
+    options = f"--shapes 8x48x32 --dtypes float32 --ranks 1 2 3 --compare {old}"
+    ran = run(*options.split())
+    assert ran.status == 0
     assert asked == [1, 2, 3, 2, 2]  # after the second the mean is 1.03, after the third 1.02
-    out = capsys.readouterr().out
-    assert "2 rows may be slower" in out and "0 slower, 0 faster, 0 too noisy" in out
-    assert 'ours": {' in new.read_text() and '"p50": 1.06' in new.read_text()
+    assert "2 rows may be slower" in ran.out and "0 slower, 0 faster, 0 too noisy" in ran.out
+    assert 1.06 in [row["seconds"]["ours"]["over"]["p50"] for row in ran.rows]
 
 
 def test_two_files_are_compared_without_a_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(bench, "provenance", None)  # called by every run
+    monkeypatch.setattr(bench, "measure", None)
     old, new = tmp_path / "old.json", tmp_path / "new.json"
     old.write_text(json.dumps(data(layer(3, 1.0))))
     new.write_text(json.dumps(data(layer(3, 1.2))))
@@ -252,28 +247,15 @@ def test_the_committed_results_compare_with_themselves(name: str) -> None:
         assert status == 0 and "0 slower, 0 faster" in lines[-1] and not lines[-1].startswith("0 ")
 
 
-def test_a_run_writes_what_a_comparison_needs(quick: None, tmp_path: Path) -> None:
-    file = tmp_path / "new.json"
-    small = [
-        "bench",
-        "--shapes",
-        "8x48x32",
-        "--ranks",
-        "3",
-        "--seconds",
-        "0",
-        "--dtypes",
-        "float32",
-    ]
-    assert cli.main([*small, "--json", str(file)]) == 0
-    new = compare.read(file)
-    assert new["provenance"]["processor"]
-    for row in new["rows"]:
-        assert row["seconds"]["frozen"]["over"] == dict.fromkeys(
-            ("p20", "p50", "p80", "low", "high"), 1.0
-        )
-        over = row["seconds"]["ours"]["over"]
-        assert 0 < over["low"] <= over["p50"] <= over["high"]
+def test_a_run_writes_what_a_comparison_needs(no_overhead: None, run: Any, tmp_path: Path) -> None:
+    options = "--shapes 8x48x32 --ranks 3 --seconds 0 --dtypes float32"
+    assert run(*options.split()).status == 0
+    new = compare.read(tmp_path / "new" / "here.json")
+    assert new.provenance["processor"]
+    for row in new.rows:
+        assert row.seconds["frozen"].over == timing.Ratio(1.0, 1.0, 1.0, 1.0, 1.0)
+        over = row.seconds["ours"].over
+        assert over is not None and 0 < over.low <= over.p50 <= over.high
     assert compare.report(new, new)[1] == 0
 
 
@@ -303,7 +285,7 @@ def test_ten_per_cent_are_seen_and_nothing_else(
     run = ["bench", "--shapes", "128x512x512", "--ranks", "8", "--dtypes", "float32"]
     assert cli.main([*run, "--seconds", "12", "--json", str(old)]) == 0
     run += ["--seconds", "5"]
-    plain = bench.ours
+    plain = bench_layers.ours
 
     def slowed(args: dict[str, Any]) -> Callable[..., Tensor]:
         call = plain(args)
@@ -322,7 +304,7 @@ def test_ten_per_cent_are_seen_and_nothing_else(
         capsys.readouterr()
         assert cli.main([*run, "--compare", str(old)]) == 0, capsys.readouterr().out
         with monkeypatch.context() as patched:
-            patched.setattr(bench, "ours", slowed)
+            patched.setattr(bench_layers, "ours", slowed)
             assert cli.main([*run, "--compare", str(old)]) == 1, capsys.readouterr().out
         out = capsys.readouterr().out
         assert "slower: float32 128×512×512 r=8 forward, ours" in out, out
@@ -339,8 +321,8 @@ def test_interleaved_ratios_are_of_one_round() -> None:
 def test_forwards_timed_otherwise_are_a_warning() -> None:
     """By themselves, as before decoding was timed: then some were cold."""
     forward = {**layer(3, 1.0), "mode": "forward"}
-    alone = data({**forward, "cache": "warm"}, {**forward, "cache": "cold"})
-    parts = data({**forward, "cache": "warm"}, {**forward, "mode": "decoding", "cache": "cold"})
+    alone = result({**forward, "cache": "warm"}, {**forward, "cache": "cold"})
+    parts = result({**forward, "cache": "warm"}, {**forward, "mode": "decoding", "cache": "cold"})
     said = "warning: the {} file's forwards were timed by themselves, the other's in steps"
     assert compare.report(alone, parts)[0][0] == said.format("old")
     assert compare.report(parts, alone)[0][0] == said.format("new")

@@ -1,7 +1,7 @@
 """Bytes held from forward to backward: ours are the formula, and nothing is held beside."""
 
-import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,11 +37,11 @@ def test_ours_hold_the_formula(dtype: torch.dtype, variant: str) -> None:
     row = bench_memory.layer_row(variant, dtype, SIZES, R)
     want = M * K * dtype.itemsize + M * R * 4  # x, and D(x)·Aᵀ in float32
     want += {"dropout": 16, "DoRA": M * N * dtype.itemsize}.get(variant, 0)
-    assert row["minimum"] == want
-    assert row["bytes"]["ours"] == want + vectors(variant, dtype)
-    assert row["bytes"]["peft"] >= row["minimum"]
-    for name, total in row["bytes"].items():
-        assert sum(row["tensors"][name].values()) == total
+    assert row.minimum == want
+    assert row.bytes["ours"] == want + vectors(variant, dtype)
+    assert row.bytes["peft"] >= row.minimum
+    for name, total in row.bytes.items():
+        assert sum(row.tensors[name].values()) == total
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -85,14 +85,11 @@ def test_minimum() -> None:
 def test_a_small_llama_holds_nothing_above_the_minimum() -> None:
     """Which is counted of the frozen model, and by hand of its adapters."""
     pytest.importorskip("transformers")
-    sizes = {
-        "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 256,
-    }  # fmt: skip
+    sizes = dict(zip(bench_memory.SMOLLM2, (64, 192, 2, 4, 2, 256), strict=True))
     for dtype in DTYPES:
         row = bench_memory.step_row(dtype, sizes)
-        assert row["what"] == "Llama's step"
-        assert 0 < row["minimum"] == row["bytes"]["ours"] < row["bytes"]["peft"]
+        assert row.what == "Llama's step"
+        assert 0 < row.minimum == row.bytes["ours"] < row.bytes["peft"]
 
 
 def test_unknown_variant() -> None:
@@ -101,15 +98,13 @@ def test_unknown_variant() -> None:
 
 
 def test_the_command(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(bench_memory, "find_spec", lambda name: None)  # no Llama
-    file = tmp_path / "memory.json"
-    assert cli.main(["bench", "--memory", "--json", str(file)]) == 0
-    data = json.loads(file.read_text())
-    assert [row["what"] for row in data["rows"]] == [*VARIANTS, *VARIANTS]
-    assert set(data["provenance"]) == {"version", "torch", "peft", "transformers"}
-    assert "dropout, bfloat16 512×2048×2048 r=16: ours 2,129,936 bytes" in capsys.readouterr().out
+    ran, file = run("--memory"), tmp_path / "new" / "here.json"
+    assert ran.status == 0 and [row["what"] for row in ran.rows] == [*VARIANTS, *VARIANTS]
+    assert set(ran.data["provenance"]) == {"version", "torch", "peft", "transformers"}
+    assert "dropout, bfloat16 512×2048×2048 r=16: ours 2,129,936 bytes" in ran.out
     assert cli.main(["bench", "--memory", "--compare", str(file)]) == 2
     assert "want no --compare" in capsys.readouterr().out
     assert cli.main(["bench", "--memory", "--device", "cuda"]) == 2

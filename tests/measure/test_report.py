@@ -48,10 +48,9 @@ def test_a_row_that_misses_the_tolerance_is_drawn(data: Any) -> None:
 
 def test_points_of_the_roofline(data: Any) -> None:
     """A call of 2 s: 2·MNK + 2·R·(N + K)·M operations, x, W, y, A and B moved once."""
-    row = {
-        "M": 3, "K": 5, "N": 7, "R": 2, "dtype": "float32", "mode": "forward",
-        "seconds": {"ours": {"p50": 2.0}, "frozen": {"p50": 1.0}},
-    }  # fmt: skip
+    row: dict[str, Any] = dict(zip("MKNR", (3, 5, 7, 2), strict=True))
+    row |= {"dtype": "float32", "mode": "forward"}
+    row["seconds"] = {"ours": {"p50": 2.0}, "frozen": {"p50": 1.0}}
     points = {name: rest for name, *rest in pictures._points({"rows": [row]}, "float32")}
     base, thin = 2 * 3 * 5 * 7, 2 * 3 * 2 * (5 + 7)
     operands = 4 * (3 * 5 + 5 * 7 + 3 * 7)
@@ -95,13 +94,14 @@ def test_machines_stand_beside_each_other(monkeypatch: pytest.MonkeyPatch, tmp_p
     amx, other = report.runs()
     assert (amx.name, other.name) == ("AMX", "an-arm")
     lines = {
-        line.split(" | ")[0]: line for line in report.readme_figures([amx, other]).splitlines()
+        line.split(" | ")[0]: line
+        for line in report.render("README.md.j2", [amx, other]).splitlines()
     }
     tax = [report.cell(row, name) for name in ("ours", "addmm", "peft")]
     sizes = f"×{row['K']}×{row['N']}"
     for M, cells in ((row["M"], tax + tax), (48, tax + ["–"] * 3), (80, ["–"] * 3 + tax)):
         assert lines[f"| {M}{sizes}"].endswith(f" | {' | '.join(cells)} |")
-    page = report.results([amx, other])
+    page = report.render("RESULTS.md.j2", [amx, other])
     assert "### Forward and backward: AMX" in page
     assert "### Forward and backward: an-arm" in page
     assert "4-bit bases" not in page

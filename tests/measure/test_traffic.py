@@ -1,7 +1,7 @@
 """Traffic by hand, PEFT's layers on a CPU as a second opinion, and the table of `bench --count`."""
 
 import contextlib
-import json
+import itertools
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +16,7 @@ from benchmarks import report
 from lora_kernels import cli, lora_linear, ops, selection, traffic
 from lora_kernels.backends import eager
 from lora_kernels.measure import bench_memory, bench_traffic
-from lora_kernels.measure.bench_traffic import CELLS, Cell
+from lora_kernels.measure.bench_traffic import CELLS, Cell, TrafficRow
 from lora_kernels.traffic import Kernel, Traffic, count, count_layer
 
 pytest.importorskip("peft")
@@ -47,10 +47,7 @@ KERNELS: dict[str, tuple[Callable[[], object], list[tuple[int, int]]]] = {
     "add a number": (lambda: A + 1.0, [(X, X)]),
     "add in place": (lambda: meta(M, K).add_(A), [(2 * X, X)]),
     "add into out": (lambda: torch.add(A, 1.0, out=meta(M, K)), [(X, X)]),
-    "multiply by an expanded column": (
-        lambda: A * meta(M, 1).expand(M, K),
-        [(X + 4 * M, X)],
-    ),
+    "multiply by an expanded column": (lambda: A * meta(M, 1).expand(M, K), [(X + 4 * M, X)]),
     "copy_ casts": (lambda: meta(M, K, dtype=BF16).copy_(A), [(X, X // 2)]),
     "to casts": (lambda: A.to(BF16), [(X, X // 2)]),
     "to the same dtype": (lambda: A.to(F32), []),
@@ -265,10 +262,10 @@ def test_count_op_of_this_package_is_its_eager_implementation(dtype: torch.dtype
 
 
 FUSED = {
-    (1, 4096, 4096): True, (4, 4096, 4096): True, (16, 4096, 4096): False,
-    (16, 14336, 4096): True, (32, 14336, 4096): True, (33, 14336, 4096): False,
-    (512, 14336, 4096): False, (8192, 4096, 4096): False, (1, 4096, 4095): False,
-}  # fmt: skip
+    **dict.fromkeys([(1, 4096, 4096), (4, 4096, 4096), (16, 14336, 4096), (32, 14336, 4096)], True),
+    **dict.fromkeys([(16, 4096, 4096), (33, 14336, 4096), (512, 14336, 4096)], False),
+    **dict.fromkeys([(8192, 4096, 4096), (1, 4096, 4095)], False),
+}
 
 
 @pytest.mark.parametrize(("shape", "fused"), FUSED.items())
@@ -287,9 +284,7 @@ def test_count_layer_nf4_falls_back_to_dense_weight_for_many_rows() -> None:
     found = count(lambda: layer(meta(600, k, dtype=BF16)), log)
     assert log == [
         Kernel(
-            "bitsandbytes.dequantize_blockwise.default",
-            scales + 4 * nested + 4 * 256,
-            4 * scales,
+            "bitsandbytes.dequantize_blockwise.default", scales + 4 * nested + 4 * 256, 4 * scales
         ),
         Kernel("aten.add.Tensor", 4 * scales + 4, 4 * scales),
         Kernel("bitsandbytes.dequantize_4bit.default", codes + 4 * scales, 2 * n * k),
@@ -305,30 +300,26 @@ def test_count_layer_nf4_falls_back_to_dense_weight_for_many_rows() -> None:
 
 PASSES = Traffic(100, 100, 7, 50)
 BF16_CELL, FP32_CELL = BY_NAME["bf16, bf16 adapters"], BY_NAME["bf16, fp32 adapters"]
-LOSSES: list[tuple[Cell, int, Traffic, list[str]]] = [
-    (BF16_CELL, 512, PASSES, []),
-    (BF16_CELL, 512, PASSES._replace(read=101), ["bytes"]),
-    (BF16_CELL, 512, PASSES._replace(peak=51), []),
-    (BF16_CELL, 512, PASSES._replace(peak=51 + (2 << 20)), ["peak"]),
-    (BF16_CELL, 512, PASSES._replace(read=10, kernels=8), ["kernels"]),
-    (FP32_CELL, 512, PASSES._replace(read=40, kernels=15), []),
-    (FP32_CELL, 512, PASSES._replace(read=40, kernels=16), ["kernels"]),
-    (FP32_CELL, 512, PASSES._replace(read=41, kernels=8), ["kernels"]),
-    (FP32_CELL, 64, PASSES._replace(read=10, kernels=8), ["kernels"]),
-    (
-        BY_NAME["bf16, fp32 adapters, autocast"],
-        512,
-        PASSES._replace(read=10, kernels=8),
-        ["kernels"],
-    ),
+AUTOCAST = BY_NAME["bf16, fp32 adapters, autocast"]
+LOSSES: list[tuple[Cell, int, dict[str, int], list[str]]] = [
+    (BF16_CELL, 512, {}, []),
+    (BF16_CELL, 512, {"read": 101}, ["bytes"]),
+    (BF16_CELL, 512, {"peak": 51}, []),
+    (BF16_CELL, 512, {"peak": 51 + (2 << 20)}, ["peak"]),
+    (BF16_CELL, 512, {"read": 10, "kernels": 8}, ["kernels"]),
+    (FP32_CELL, 512, {"read": 40, "kernels": 15}, []),
+    (FP32_CELL, 512, {"read": 40, "kernels": 16}, ["kernels"]),
+    (FP32_CELL, 512, {"read": 41, "kernels": 8}, ["kernels"]),
+    (FP32_CELL, 64, {"read": 10, "kernels": 8}, ["kernels"]),
+    (AUTOCAST, 512, {"read": 10, "kernels": 8}, ["kernels"]),
 ]
 
 
 @pytest.mark.parametrize(("cell", "rows", "ours", "want"), LOSSES)
 def test_losses_against_peft_names_each_measure(
-    cell: Cell, rows: int, ours: Traffic, want: list[str]
+    cell: Cell, rows: int, ours: dict[str, int], want: list[str]
 ) -> None:
-    assert bench_traffic.losses(cell, rows, ours, PASSES) == want
+    assert bench_traffic.losses(cell, rows, PASSES._replace(**ours), PASSES) == want
 
 
 @pytest.fixture
@@ -343,36 +334,30 @@ def test_count_cell_every_cell_is_fused_and_counted(cell: Cell, small: None) -> 
     if cell.base == "nf4":
         pytest.importorskip("bitsandbytes")
     found = list(bench_traffic.count_cell(cell, 128, 256, 16, cell.dropouts[-1]))
-    assert [(row["M"], row["direction"]) for row in found] == [
+    assert [(row.M, row.direction) for row in found] == [
         (rows, direction) for rows in bench_traffic.ROWS for direction in ("forward", "backward")
     ]
     for row in found:
         for name in bench_traffic.MEASURES:
-            assert min(row[name].values()) > 0
+            assert min(getattr(row, name).values()) > 0
         # x·Wᵀ alone reads x and writes y; ours is not PEFT's under another name.
-        assert row["bytes"]["ours"] >= 2 * row["M"] * (128 + 256)
-        assert row["bytes"]["ours"] != row["bytes"]["peft"]
+        assert row.bytes["ours"] >= 2 * row.M * (128 + 256)
+        assert row.bytes["ours"] != row.bytes["peft"]
 
 
-def test_bench_count_prints_and_writes_every_row(
-    small: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = tmp_path / "traffic.json"
-    status = cli.main(["bench", "--count", "--json", str(file)])
-    data = json.loads(file.read_text())
+def test_bench_count_prints_and_writes_every_row(small: None, run: Any) -> None:
+    ran = run("--count")
     counted = [c for c in CELLS if c.base != "nf4" or find_spec("bitsandbytes") is not None]
     cells = [cell for cell in counted for _ in cell.dropouts for _ in bench_traffic.ROWS]
-    assert len(data["rows"]) == 2 * len(cells)
-    assert set(data["provenance"]) == {"version", "torch", "peft", "bitsandbytes"}
-    assert status == any(row["losses"] for row in data["rows"])
-    lines = capsys.readouterr().out.splitlines()
+    assert len(ran.rows) == 2 * len(cells)
+    assert set(ran.data["provenance"]) == {"version", "torch", "peft", "bitsandbytes"}
+    assert ran.status == any(row["losses"] for row in ran.rows)
+    lines = ran.out.splitlines()
     assert lines[0] == bench_traffic.HEADER
-    assert sum("✗" in line for line in lines) == sum(bool(row["losses"]) for row in data["rows"])
-    assert lines[-1].startswith(f"{len(data['rows'])} rows, ours loses ")
-    text = "\n".join(report.results_traffic(data))
-    assert "nothing was measured on a GPU" in text
-    assert "| bf16, fp32 adapters | 0.05 | 8192×128×256 | " in text
-    assert "16×128×256" not in text
+    assert sum("✗" in line for line in lines) == sum(bool(row["losses"]) for row in ran.rows)
+    assert lines[-1].startswith(f"{len(ran.rows)} rows, ours loses ")
+    text = report.table("||", report.traffic_rows(ran.rows))
+    assert "| bf16, fp32 adapters | 0.05 | 8192×128×256 | " in text and "16×128×256" not in text
 
 
 @pytest.mark.parametrize(
@@ -389,21 +374,20 @@ def test_report_without_traffic_json_has_no_section(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(report, "JSON_TRAFFIC", tmp_path / "none.json")
-    assert "## Memory traffic on a GPU, counted" not in report.results(report.runs())
+    assert "## Memory traffic on a GPU, counted" not in report.render(
+        "RESULTS.md.j2", report.runs()
+    )
 
 
 def test_line_of_a_lost_row_is_marked() -> None:
-    row: dict[str, Any] = {
-        "cell": "bf16", "M": 1, "K": 2, "N": 3, "R": 4, "dropout_p": 0.05, "direction": "forward",
-        "bytes": {"ours": 3_000_000, "peft": 2_000_000}, "kernels": {"ours": 9, "peft": 7},
-        "peak": {"ours": 1_000_000, "peft": 2_000_000}, "losses": ["bytes", "kernels"],
-    }  # fmt: skip
-    assert " ".join(bench_traffic.line(row).split()) == (
+    counts = ({"ours": ours, "peft": peft} for ours, peft in ((3e6, 2e6), (9, 7), (1e6, 2e6)))
+    row = TrafficRow("bf16", 1, 2, 3, 4, 0.05, "forward", *counts, 7, ["bytes", "kernels"])
+    assert " ".join(bench_traffic.Count().line(row).split()) == (
         "1.50 3.00 2.00 9/7 0.50 1.00 2.00 bf16, 1×2×3 r=4 p=0.05 forward ✗ bytes, kernels"
     )
 
 
-def full_size(cell: Cell, R: int, rows: Sequence[int], N: int = 4096) -> list[dict[str, Any]]:
+def full_size(cell: Cell, R: int, rows: Sequence[int], N: int = 4096) -> list[TrafficRow]:
     if cell.base == "nf4":
         pytest.importorskip("bitsandbytes")
     return [
@@ -413,19 +397,17 @@ def full_size(cell: Cell, R: int, rows: Sequence[int], N: int = 4096) -> list[di
     ]
 
 
-@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)
-def test_fused_layer_at_full_size_loses_no_row(cell: Cell) -> None:
-    for row in full_size(cell, 16, bench_traffic.ROWS):
-        assert not row["losses"], bench_traffic.line(row)
+EVERY_SIZE = [
+    pytest.param(R, N, marks=[pytest.mark.proof] if (R, N) != (16, 4096) else [])
+    for R, (_, N) in itertools.product(bench_traffic.RANKS, bench_traffic.SHAPES)
+]
 
 
-@pytest.mark.proof
-@pytest.mark.parametrize("R", bench_traffic.RANKS)
+@pytest.mark.parametrize(("R", "N"), EVERY_SIZE)
 @pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)
-def test_fused_layer_at_every_shape_and_rank_loses_no_row(cell: Cell, R: int) -> None:
-    for _, N in bench_traffic.SHAPES:
-        for row in full_size(cell, R, bench_traffic.ROWS, N):
-            assert not row["losses"], bench_traffic.line(row)
+def test_fused_layer_at_full_size_loses_no_row(cell: Cell, R: int, N: int) -> None:
+    for row in full_size(cell, R, bench_traffic.ROWS, N):
+        assert not row.losses, bench_traffic.Count().line(row)
 
 
 def test_fused_layer_with_float32_adapters_moves_what_was_derived() -> None:
@@ -434,7 +416,7 @@ def test_fused_layer_with_float32_adapters_moves_what_was_derived() -> None:
     What else there is, the adapter and [M, R] in float32 and in parts, is at most a quarter of a
     pass of x.
     """
-    forward, backward = (row["bytes"]["ours"] for row in full_size(FP32_CELL, 16, [8192])[:2])
+    forward, backward = (row.bytes["ours"] for row in full_size(FP32_CELL, 16, [8192])[:2])
     a_pass, weight = 2 * 8192 * 4096, 2 * 4096 * 4096
     assert 0 < forward - (5 * a_pass + weight) < 0.15 * a_pass
     assert 0 < backward - (7 * a_pass + weight) < 0.25 * a_pass
@@ -446,7 +428,7 @@ def test_fused_layer_with_one_float32_copy_is_noticed(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of the first operand, which is as large as x or y where that is in 16 bits."""
-    clean = [row["bytes"]["ours"] for row in full_size(FP32_CELL, 16, [8192])[:2]]
+    clean = [row.bytes["ours"] for row in full_size(FP32_CELL, 16, [8192])[:2]]
     original = getattr(eager, name)
 
     def copying(first: Tensor, *rest: Any, **options: Any) -> Any:
@@ -455,7 +437,7 @@ def test_fused_layer_with_one_float32_copy_is_noticed(
         return original(first, *rest, **options)
 
     monkeypatch.setattr(eager, name, copying)
-    copied = [row["bytes"]["ours"] for row in full_size(FP32_CELL, 16, [8192])[:2]]
+    copied = [row.bytes["ours"] for row in full_size(FP32_CELL, 16, [8192])[:2]]
     a_copy = 6 * 8192 * 4096
     extra = [more - less for more, less in zip(copied, clean, strict=True)]
     assert max(extra) >= a_copy and all(each % a_copy == 0 for each in extra)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lora_kernels import cli
-from lora_kernels.measure import peers, verify
+from lora_kernels.measure import baselines, verify
 from lora_kernels.measure.case import Case
 
 pytest.importorskip("peft")
@@ -54,7 +54,7 @@ def test_as_many_rows_as_the_bar_expects(monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(rows) == verify._count(["eager"]) == 4
 
 
-@pytest.mark.parametrize("peer", list(peers.PEERS))
+@pytest.mark.parametrize("peer", list(verify.PEERS))
 def test_peers(peer: str, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip(peer)
     assert cli.main(["verify", "--peer", peer, "--json"]) == 0
@@ -101,8 +101,8 @@ def test_a_layer_that_is_not_fused_is_a_miss(monkeypatch: pytest.MonkeyPatch) ->
     from lora_kernels import peft
 
     monkeypatch.setattr(peft, "fuse", lambda model: model)
-    found = peers.compare("peft", Case(7, 64, 64, 40, bias=True, frozen=("bias",)))
-    assert found.reason and not found.ok
+    row, line = verify.compare_with_peer("peft", Case(7, 64, 64, 40, bias=True, frozen=("bias",)))
+    assert row["not_fused"] and not row["ok"] and "not fused: " in line
 
 
 @pytest.mark.parametrize(
@@ -116,12 +116,9 @@ def test_a_layer_that_is_not_fused_is_a_miss(monkeypatch: pytest.MonkeyPatch) ->
     ],
 )
 def test_a_missing_peer_is_one_line(
-    peer: str,
-    line: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    peer: str, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(peers, "find_spec", lambda name: None)
+    monkeypatch.setattr(verify, "find_spec", lambda name: None)
     assert cli.main(["verify", "--peer", peer]) == 2
     assert capsys.readouterr().out == f"lora-kernels verify: --peer {peer} {line}\n"
 
@@ -135,7 +132,9 @@ def test_peers_take_no_engine(capsys: pytest.CaptureFixture[str]) -> None:
 def test_stock_layers_are_in_training_mode_with_a_frozen_base() -> None:
     from lora_kernels.measure import case as cases
 
-    layer: nn.Module = peers.stock(cases.inputs(Case(7, 64, 64, 40, bias=True)), False)
+    args = cases.inputs(Case(7, 64, 64, 40, bias=True))
+    args |= {name: nn.Parameter(args[name].detach()) for name in ("lora_A", "lora_B")}
+    layer: nn.Module = baselines.build_layer(args)
     assert layer.training
     trained = {name for name, p in layer.named_parameters() if p.requires_grad}
     assert trained == {"lora_A.default.weight", "lora_B.default.weight"}

@@ -1,0 +1,316 @@
+"""`lora-kernels bench`: what LoRA costs over the frozen linear, for this package and its peers.
+
+The LoRA tax is the time of forward, or of a step (forward and backward), with the adapter over the
+time of the frozen linear alone, x needing a gradient in both where anything does. Nobody pays less
+than the arithmetic:
+
+    forward 1 + R·(1/K + 1/N)      backward 1 + 2·R·(1/K + 1/N)      step 1 + 1.5·R·(1/K + 1/N)
+
+Forward and backward are the parts of the steps that are timed. Up to STREAMED_ROWS rows of x are
+also decoded: the forward without gradients, once warm and once cold, over more weights in turn than
+the last-level cache holds. Ours is called as a layer calls it, which prepares the calls after the
+first (with dropout as `lora_linear` is). Every candidate's results are checked before it is timed,
+those of its second call, and ours decoding too, all by the same limit: a result of ours that misses
+it gets ✗ instead of a time, a peer's gets ✗ and its errors beside its time. Float32 adapters beside
+a bfloat16 x are PEFT's default. torch.compile gets each shape as a static one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import cpu_costs, functional, selection, timing
+from ..core.problem import Problem
+from ..cpu_costs import Machine, Sizes
+from ..fastpath import CallCache
+from ..timing import Parts
+from . import baselines, models
+from . import case as cases
+from .baselines import Call
+from .bench_memory import held, peak
+from .case import Case
+from .results import FROZEN, STREAMED_ROWS, Facts, Result, Row, Suite
+
+CHECKED_ROWS = 512  # on a GPU; the float64 reference of more takes longer than all that is timed
+SHAPES = (  # M, K, N
+    (1, 4096, 4096),
+    (256, 2048, 2048),
+    (512, 2048, 5632),
+    (1024, 576, 1536),
+    (2048, 4096, 4096),
+)
+MODES = ("decoding", "forward", "backward", "step")
+
+Make = Callable[[dict[str, Any]], Call]  # from the arguments of `lora_linear`
+Candidate = tuple[Make, dict[str, Any]]
+
+
+def ours(args: dict[str, Any]) -> Call:
+    """`lora_linear` as a layer calls it; on a CPU a layer prepares its call for the next token."""
+    device, cache = args["x"].device.type, CallCache()
+
+    def on_cpu(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, **rest: Any) -> Tensor:
+        return cache(x, weight, lora_A, lora_B, rest["scaling"], rest["bias"])
+
+    def on_gpu(*args: Any, **kwargs: Any) -> Tensor:
+        with cases.kernels(device):
+            return functional.lora_linear(*args, **kwargs)
+
+    if device == "cpu":  # a given mask is not for the cache
+        return functional.lora_linear if args["dropout_p"] else on_cpu
+    return on_gpu
+
+
+def candidates(case: Case) -> dict[str, tuple[Make, Case]]:
+    """Name -> how it is made, and the case with its adapters' dtype."""
+    sixteen_bit = case.dtype is not torch.float32
+    wide = replace(case, adapter_dtype=torch.float32) if sixteen_bit else case
+    found: dict[str, tuple[Make, Case]] = {"ours": (ours, case)}
+    if not case.dropout_p:
+        found["addmm"] = (baselines.addmm, case)
+    found |= {"eager": (baselines.eager, case), "peft": (baselines.peft, wide)}
+    if baselines.no_compiler(case.device) is None:
+        found["torch.compile"] = (baselines.compiled, case)
+    if sixteen_bit:
+        found["ours, fp32 adapters"] = (ours, wide)
+        found["peft, 16-bit adapters"] = (baselines.peft, case)
+    return found
+
+
+def floor(case: Case, mode: str) -> float:
+    """The least LoRA tax that the arithmetic allows.
+
+    >>> floor(Case(M=256, N=2048, K=2048, R=16), "step")
+    1.0234375
+    """
+    products = {"backward": 2.0, "step": 1.5}.get(mode, 1.0)
+    return 1 + products * case.R * (1 / case.K + 1 / case.N)
+
+
+def target(case: Case, mode: str) -> float | None:
+    """Twice the arithmetic's tax and one per cent; none is set above rank 16, nor of a backward."""
+    return 1 + 2 * (floor(case, mode) - 1) + 0.01 if case.R <= 16 and mode != "backward" else None
+
+
+def least_seconds(case: Case, mode: str, machine: Machine) -> float:
+    """Nothing takes less on this machine: what must move at a copy's rate, or the operations at
+    that of the library's product."""
+    itemsize = (case.adapter_dtype or case.dtype).itemsize
+    sizes = Sizes(case.M, case.N, case.K, case.R, case.dtype, itemsize)
+    bytes_, flops = (
+        count(sizes, mode in ("backward", "step")) - (count(sizes) if mode == "backward" else 0)
+        for count in (cpu_costs.moved, cpu_costs.flops)
+    )
+    return max(bytes_ / machine.bandwidth, flops / machine.peaks[case.dtype])
+
+
+def measure(case: Case, seconds: float, machine: Machine | None = None) -> list[Row]:
+    """Rows for each of MODES, decoding where x is of few rows: every candidate checked, then timed
+    beside the frozen linear. machine: for `floor_ms`, else None."""
+    torch._dynamo.reset()  # or it would take a third shape for a dynamic one
+    args = cases.inputs(replace(case, frozen=("lora_A", "lora_B")))
+    made: dict[str, Candidate] = {"frozen": (baselines.frozen, args)}
+    misses = {}
+    for name, (make, own) in candidates(case).items():
+        if wrong := _flaws(make, own):
+            misses[name] = "; ".join(wrong)
+        if not wrong or make is not ours:
+            made[name] = (make, {**cases.inputs(own), "rng": None})  # to draw it takes part
+
+    calls = {name: (make(args), args) for name, (make, args) in made.items()}
+    timed = partial(
+        timing.interleave_parts,
+        seconds=seconds,
+        most=1001,  # so that what neighbours do for a second is not all that is seen
+        device=case.device,
+        yardstick=FROZEN,
+    )
+    found = {}
+    found["step", "warm"], found["forward", "warm"], found["backward", "warm"] = timed(
+        {name: _parts(*call) for name, call in calls.items()}
+    )
+    if case.M <= STREAMED_ROWS:
+        forwards = {name: _forward(make(args), args) for name, (make, args) in made.items()}
+        with torch.no_grad():
+            found["decoding", "warm"] = timed(forwards)[0]
+            found["decoding", "cold"] = timed(_cold(made, case.device))[0]
+    A = case.adapter_dtype or case.dtype
+    problem = Problem(case.device, case.dtype, A, A, case.compute_dtype, case.R, case.M)
+    with cases.kernels(case.device):
+        choice = selection.choose(
+            problem._replace(columns=case.N, inner=case.K, dropout=case.dropout_p > 0)
+        )
+    rows = []
+    for (mode, cache), times in sorted(found.items(), key=lambda item: MODES.index(item[0][0])):
+        row = _row(case, mode, cache)
+        row.backend, row.strategy = choice.backend, choice.strategy
+        row.correct, row.misses, row.seconds = "ours" not in misses, misses, times
+        row.floor, row.floor_ms = floor(case, mode), None
+        if machine is not None:
+            row.floor_ms = least_seconds(case, mode, machine) * 1e3
+        row.target = target(case, mode) if cache == "warm" else None
+        row.frozen_ms = times["frozen"].p50 * 1e3
+        row.tax = {name: t.p50 / times["frozen"].p50 for name, t in times.items()}
+        if mode == "step":
+            row.bytes, row.peak_bytes = _memory(calls, case.device)
+        rows.append(row)
+    return rows
+
+
+def _flaws(make: Make, case: Case) -> list[str]:
+    """What is wrong with a candidate's results, if anything."""
+    # Peers draw dropout masks of their own, so they are checked without.
+    checked = case if make is ours else replace(case, dropout_p=0.0)
+    if case.device != "cpu":
+        checked = replace(checked, M=min(case.M, CHECKED_ROWS))
+    verdicts = cases.judge(checked, partial(_second, make))
+    wrong = [f"{output} {verdict}" for output, verdict in verdicts.items() if not verdict.ok]
+    if make is ours and case.M <= STREAMED_ROWS:
+        wrong += _decoded_otherwise(case)
+    return wrong
+
+
+def _second(make: Make, **args: Any) -> Tensor:
+    """y of the second call: the first may prepare it."""
+    call = make(args)
+    call(**args)
+    return call(**args)
+
+
+def _decoded_otherwise(case: Case) -> list[str]:
+    """What is wrong with ours as it is when decoding, beside what has been checked."""
+    args = cases.inputs(case)
+    call = _forward(ours(args), args)
+    want = call()
+    with torch.no_grad():
+        same = [torch.equal(call(), want) for _ in range(3)]  # of which the first prepares
+    return [] if all(same) else ["y MISS: without gradients it is not what it is with them"]
+
+
+def _cold(made: dict[str, Candidate], device: str) -> dict[str, Callable[[], object]]:
+    """Forwards, without gradients, that take another copy of the weight each time."""
+    weight = made["frozen"][1]["weight"]
+    size = weight.numel() * weight.itemsize
+    count = max(2, min(64, -(-timing.cold_bytes(device) // size)))
+    weights = [weight.clone() for _ in range(count)]
+    found = {}
+    for name, (make, args) in made.items():
+        each = [{**args, "weight": copy} for copy in weights]
+        calls = [_forward(make(args), args) for args in each]
+        for call in calls:  # the first may prepare the others
+            call()
+        found[name] = baselines.cycle_through(calls)
+    return found
+
+
+def _memory(
+    calls: dict[str, tuple[Call, dict[str, Any]]], device: str
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Bytes that each candidate holds for its backward, beside weight and adapter, and the most
+    that a step takes beyond its arguments."""
+    bytes_, peaks = {}, {}
+    for name, (call, args) in calls.items():
+        there = [args[key] for key in ("weight", "lora_A", "lora_B")]
+        bytes_[name] = held(_forward(call, args), there=there).bytes
+        peaks[name] = peak(_parts(call, args).__call__, device)
+    return bytes_, peaks
+
+
+def _row(case: Case, mode: str, cache: str = "warm") -> Row:
+    """What tells the row from another."""
+    sizes = {key: getattr(case, key) for key in ("M", "K", "N", "R", "dropout_p")}
+    return Row(**sizes, dtype=cases.dtype_name(case.dtype), mode=mode, cache=cache)
+
+
+def _forward(call: Call, args: dict[str, Any]) -> Callable[[], Tensor]:
+    forward = {name: value for name, value in args.items() if name != "dy"}
+    return lambda: call(**forward)
+
+
+def _parts(call: Call, args: dict[str, Any]) -> Parts:
+    """A step: forward, backward."""
+    tensors = (args[name] for name in cases.GRADIENTS if args[name] is not None)
+    wanted = [t for t in tensors if t.requires_grad]
+    return Parts(_forward(call, args), lambda y: torch.autograd.grad(y, wanted, args["dy"]))
+
+
+def overhead(seconds: float, device: str = "cpu") -> dict[str, float]:
+    """Microseconds of one call where there is next to nothing to compute, gradients on."""
+    args = cases.inputs(Case(M=1, N=64, K=64, R=8, device=device))
+    only_x = {**args, "lora_A": args["lora_A"].detach(), "lora_B": args["lora_B"].detach()}
+    makes: tuple[Make, ...] = (baselines.frozen, ours, baselines.addmm, baselines.eager)
+    made = {make.__name__: (make(args), args if i else only_x) for i, make in enumerate(makes)}
+    taken = {}
+    for mode, timed in (("forward", _forward), ("step", _parts)):
+        calls = {name: timed(*call) for name, call in made.items()}
+        for name, times in timing.interleave(
+            calls, seconds=seconds, repeat=200, device=device
+        ).items():
+            taken[f"{name}, {mode}"] = times.p50 * 1e6
+    return taken
+
+
+class Layers(Suite):
+    """Dense layers."""
+
+    kind = "layers"
+
+    def head(self, args: argparse.Namespace, result: Result) -> Iterator[str]:
+        taken = result.overhead_us = overhead(args.seconds / 2, args.device)
+        extra = taken["ours, forward"] - taken["eager, forward"]
+        at = "a call at M=1, K=N=64, r=8, gradients on"
+        yield f"{at}: {extra:+.1f} µs against the eager expression"
+        yield from (f"    {name:16} {us:6.1f} µs" for name, us in taken.items())
+        if (reason := baselines.no_compiler(args.device)) is not None:
+            yield reason
+
+    def rows(self, args: argparse.Namespace, facts: Facts, only: Collection[str]) -> Iterator[Row]:
+        machine = None
+        if facts:
+            peaks = {getattr(torch, name): peak for name, peak in facts["product_peak"].items()}
+            machine = Machine("", facts["copy_bandwidth"], peaks)
+        shapes = models.requested_shapes(args) or SHAPES
+        for dtype, (M, K, N), R in itertools.product(args.dtypes, shapes, args.ranks):
+            options = {"dropout_p": args.dropout, "device": args.device}
+            case = Case(M, N, K, R, getattr(torch, dtype), **options)
+            caches = itertools.product(MODES, ("warm", "cold"))
+            if not only or any(_row(case, *each).identity in only for each in caches):
+                yield from measure(case, args.seconds, machine)
+
+    def line(self, row: Row) -> str:
+        seconds, tax, misses = row.seconds, row.tax, row.misses
+        goal = "" if row.target is None else f", target {row.target:.3f}"
+        words = [
+            f"{row.dtype} {row.M}×{row.K}×{row.N} r={row.R} {row.mode}"
+            f"{', cold' if row.cache == 'cold' else ''}: "
+            f"frozen {row.frozen_ms:.3g} ms, floor {row.floor:.3f}{goal}; tax:"
+        ]
+        for name in dict.fromkeys([*tax, *misses]):
+            text = f"{name} {tax[name]:.3f} " if name in tax else f"{name} "
+            if name == "ours" and name in tax and row.target is not None:
+                text += "✓ " if tax[name] <= row.target else "over target "
+            elif name in misses:
+                text += f"✗ ({misses[name]}) "
+            words += [text] if name != "frozen" else []
+        lines = [" ".join(words).rstrip()]
+        if times := seconds.get("ours"):
+            three = "/".join(f"{t * 1e3:.3g}" for t in (times.p20, times.p50, times.p80))
+            text = f"    ours: {row.backend}, {row.strategy}; {three} ms (p20/p50/p80)"
+            if row.floor_ms:
+                text += f", {row.floor_ms / times.p50 / 1e3:.0%} of what the machine allows"
+            lines.append(text)
+        if row.bytes and (peaks := row.peak_bytes):
+            each = (
+                f"{name} {held / 2**20:.3g} + {peaks[name] / 2**20:.3g}"
+                for name, held in row.bytes.items()
+            )
+            lines.append(f"    MiB held for the backward + most in a step: {', '.join(each)}")
+        return "\n".join(lines)

@@ -1,0 +1,366 @@
+"""What `lora-kernels bench` leaves: rows and their provenance, as JSON, as CSV and in a summary.
+
+In the summary a ratio is the median time of ours over the peer's in one row, where both took turns.
+Ours with float32 adapters is compared with PEFT's, which keeps them so; each other call with its
+like.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import datetime
+import itertools
+import json
+import os
+import platform
+import statistics
+import subprocess
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import __version__, selection, timing
+from .. import device as devices
+from ..backends import native
+from ..core.problem import Problem
+from ..timing import Ratio, Times
+from . import tolerance
+
+Facts = dict[str, Any]  # of a run: its provenance
+
+FROZEN = "frozen"
+# Calls that no one would use instead of ours: yardsticks.
+NO_PEERS = (FROZEN, "stream")
+OURS = ("LoRA", "three LoRALinear", "three calls")  # and every name that begins with "ours"
+# Peer -> the call of ours that does the same; "ours" for all others, and where a row lacks it.
+LIKE = {
+    "peft": "ours, fp32 adapters",
+    "PEFT's LoRA": "LoRA",
+    "PEFT's, 4": "ours, 4",
+    "PEFT's, 1": "ours, 1",
+}
+# Variant -> its yardstick; "PEFT's" for all others.
+VARIANTS = {"row norm": "PEFT's expression", "DoRA step": "PEFT's LoRA", "16 adapters": "PEFT's, 1"}
+STREAMED_ROWS = 16  # up to which a 4-bit layer's time is that of reading its codes
+# Above the bench's own threads: what another program adds to the average of a minute, over which
+# the kernel takes it, if it has a core for half of that.
+LOAD_MARGIN = 0.5
+
+
+def is_ours(name: str) -> bool:
+    """Whether a call of that name runs this package's kernels."""
+    return name.startswith("ours") or name in OURS
+
+
+@dataclass(kw_only=True)
+class Row:
+    """Calls that took turns: what tells the row from another, and what was found of each call.
+
+    Args:
+        what: the variant, if it is of one.
+        seconds: times of each call; none in a row that counts bytes alone.
+        errors: rms of y, relative to float64.
+        misses: what is wrong with a call whose results miss the tolerance.
+        judged: the calls that were held to it; all of them if None.
+        bytes, peak_bytes: that a call holds for its backward, and the most that a step takes.
+        load, own_load, under_load: the load average, the part of it that the bench causes at most,
+            and whether other programs must have caused the rest.
+    """
+
+    what: str | None = None
+    dtype: str = "float32"
+    quant_type: str | None = None
+    M: int = 0
+    K: int = 0
+    N: int = 0
+    R: int = 0
+    dropout_p: float | None = None
+    mode: str | None = None
+    cache: str | None = None
+    backend: str | None = None
+    strategy: str | None = None
+    correct: bool | None = None
+    floor: float | None = None
+    floor_ms: float | None = None
+    target: float | None = None
+    frozen_ms: float | None = None
+    minimum: int | None = None
+    tax: dict[str, float] = field(default_factory=dict)
+    bytes: dict[str, int] = field(default_factory=dict)
+    peak_bytes: dict[str, int] = field(default_factory=dict)
+    tensors: dict[str, dict[str, int]] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+    misses: dict[str, str] = field(default_factory=dict)
+    judged: Sequence[str] | None = None
+    seconds: dict[str, Times] = field(default_factory=dict)
+    load: float | None = None
+    own_load: int | None = None
+    under_load: bool | None = None
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> Row:
+        """Of what `to_json` made, or an earlier version's: fields that are none are left out."""
+        known = {f.name: row[f.name] for f in dataclasses.fields(cls) if f.name in row}
+        seconds = {}
+        for name, times in row["seconds"].items():
+            over = Ratio(**times["over"]) if times.get("over") else None
+            seconds[name] = Times(**{**times, "over": over})
+        return cls(**{**known, "seconds": seconds})
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields that are set."""
+        kept = "misses" if self.seconds else ""
+        return {name: v for name, v in asdict(self).items() if v not in (None, {}) or name == kept}
+
+    @property
+    def kind(self) -> str:
+        """Which of the suites the row is of: "layers", "4-bit" or "variants"."""
+        return "4-bit" if self.quant_type else "variants" if self.what else "layers"
+
+    @property
+    def identity(self) -> str:
+        """The row in words.
+
+        >>> Row(dtype="float32", M=8, K=48, N=32, R=3, mode="step").identity
+        'float32 8×48×32 r=3 step'
+        """
+        words = [self.what, self.dtype, self.quant_type, f"{self.M}×{self.K}×{self.N} r={self.R}"]
+        words += [f"dropout {self.dropout_p}" if self.dropout_p else None, self.mode]
+        # Layers that are warm were not said to be, once.
+        words += [None if (self.kind, self.cache) == ("layers", "warm") else self.cache]
+        return " ".join(filter(None, words))
+
+    @property
+    def yardstick(self) -> str:
+        """Name of the call that the others are measured by; the row's sizes are enough.
+
+        >>> Row(quant_type="nf4", M=1, mode="forward").yardstick
+        'stream'
+        >>> Row(quant_type="nf4", M=512, mode="step").yardstick
+        'dense'
+        """
+        if self.kind == "4-bit":
+            streamed = self.mode == "forward" and self.M <= STREAMED_ROWS
+            return "stream" if streamed else "dense"
+        return VARIANTS.get(self.what or "", "PEFT's") if self.kind == "variants" else FROZEN
+
+    @property
+    def p50(self) -> dict[str, float]:
+        """The median of each call in seconds."""
+        return {name: times.p50 for name, times in self.seconds.items()}
+
+    def judge(self, errors: dict[str, float], eager: float, u: float, sums: Sequence[int]) -> None:
+        """Hold the errors of ours to the tolerance; eager: plain PyTorch's, u and sums as there."""
+        limit = tolerance.rms_limit(eager, u, sums)
+        self.errors, self.judged = errors, [name for name in errors if is_ours(name)]
+        self.misses = {
+            name: f"y MISS: rms {errors[name] / u:.3g} u, limit {limit / u:.3g} u"
+            for name in self.judged
+            if not errors[name] <= limit  # NaN is not
+        }
+
+    def time(
+        self, calls: Mapping[str, Callable[[], object]], seconds: float, device: str = "cpu"
+    ) -> Row:
+        """Time those that are not wrong; returns the row."""
+        sound = {name: call for name, call in calls.items() if name not in self.misses}
+        self.seconds = timing.interleave(
+            sound, seconds=seconds, device=device, yardstick=self.yardstick
+        )
+        return self
+
+    def note_load(self) -> str:
+        """Keep the load of the moment at which the row has been timed; return what stands beside a
+        row that was timed under load, and nothing for another."""
+        self.load, self.own_load = os.getloadavg()[0], torch.get_num_threads()
+        self.under_load = self.load > self.own_load + LOAD_MARGIN
+        mark = f"  [under load: average {self.load:.1f}, at most {self.own_load} of it the bench]"
+        return mark if self.under_load else ""
+
+
+@dataclass
+class Result:
+    """A run: the rows, and what a reader needs to judge them or to take them again."""
+
+    provenance: dict[str, Any]
+    rows: list[Any] = field(default_factory=list)
+    overhead_us: dict[str, float] | None = None
+
+    def write(self, json_file: Path | None, csv_file: Path | None) -> None:
+        """Write JSON, a row a line; and the times and bytes as CSV, a call a line."""
+        for file in filter(None, (json_file, csv_file)):
+            file.parent.mkdir(parents=True, exist_ok=True)
+        if json_file:
+            json_file.write_text(self._json())
+        if csv_file:
+            with csv_file.open("w", newline="", encoding="utf-8") as text:
+                columns = f"{OF_ROW} {OF_CALL}".split()
+                writer = csv.DictWriter(text, columns, lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(itertools.chain(*map(flat, self.rows)))
+
+    def _json(self) -> str:
+        lines = ",\n".join(
+            f"  {json.dumps(row.to_json(), ensure_ascii=False)}" for row in self.rows
+        )
+        facts = json.dumps(self.provenance, indent=1, ensure_ascii=False)
+        more = f',\n "overhead_us": {json.dumps(self.overhead_us)}' if self.overhead_us else ""
+        return f'{{\n "provenance": {facts},\n "rows": [\n{lines}\n ]{more}\n}}\n'
+
+
+# Columns of the CSV: what a row says of itself,
+OF_ROW = "what dtype quant_type M K N R dropout_p mode cache backend strategy load under_load"
+# and of each call: result is "ok", "✗" with what missed the tolerance, or empty where nobody
+# judged it; over, low and high are the ratio to the yardstick's time and what bounds its median.
+OF_CALL = (
+    "call result p20_ms p50_ms p80_ms rounds over over_low over_high floor_ms held_bytes peak_bytes"
+)
+
+
+def flat(row: Row) -> Iterator[dict[str, Any]]:
+    """A line of the CSV for each call of the row; absent values are left out.
+
+    >>> row = Row(M=8, seconds={"ours": Times(1.0, 2.0, 4.0, 9)}, misses={"eager": "y MISS"})
+    >>> [(line["call"], line["result"], line.get("p50_ms")) for line in flat(row)]
+    [('ours', 'ok', 2000.0), ('eager', '✗ y MISS', None)]
+    """
+    common = {name: value for name in OF_ROW.split() if (value := getattr(row, name)) is not None}
+    judged = row.seconds if row.judged is None else row.judged
+    for name in dict.fromkeys([*row.seconds, *row.bytes, *row.misses]):
+        result = f"✗ {row.misses[name]}" if name in row.misses else "ok" if name in judged else ""
+        line = {**common, "call": name, "result": result}
+        if times := row.seconds.get(name):
+            line |= {f"{key}_ms": getattr(times, key) * 1e3 for key in ("p20", "p50", "p80")}
+            line["rounds"] = times.rounds
+            if over := times.over:
+                line |= {"over": over.p50, "over_low": over.low, "over_high": over.high}
+        if name == "ours":
+            line["floor_ms"] = row.floor_ms
+        line["held_bytes"], line["peak_bytes"] = row.bytes.get(name), row.peak_bytes.get(name)
+        yield line
+
+
+def ratios(rows: list[Row]) -> dict[str, list[tuple[float, Row]]]:
+    """Peer -> ours over it in each row that has times of both.
+
+    >>> times = {"ours": Times(1.0, 1.0, 1.0, 9), "peft": Times(2.0, 2.0, 2.0, 9)}
+    >>> ratios([Row(seconds=times)])["peft"][0][0]
+    0.5
+    """
+    found: dict[str, list[tuple[float, Row]]] = {}
+    for row in rows:
+        for peer in row.p50:
+            if is_ours(peer) or peer in NO_PEERS:
+                continue
+            like = LIKE.get(peer, "ours")
+            if like not in row.p50 and like not in row.misses:
+                like = "ours"
+            if like in row.p50:
+                found.setdefault(peer, []).append((row.p50[like] / row.p50[peer], row))
+    return found
+
+
+def summary(rows: list[Row]) -> Iterator[str]:
+    """A line for each peer; and how many rows or results count less, where there are some."""
+    against = ratios(rows)
+    if against:
+        yield "ours over each peer, medians of the same row; below 1 ours is faster:"
+    width = max(map(len, against), default=0)
+    for peer, found in against.items():
+        each = [ratio for ratio, _ in found]
+        worst, at = max(found, key=lambda pair: pair[0])
+        text = (
+            f"    {peer:{width}}  faster in {sum(r < 1 for r in each)} of {len(each)} rows, slower "
+            f"in {sum(r > 1 for r in each)}; median {statistics.median(each):.3f}; worst "
+            f"{worst:.3f}: {at.identity}"
+        )
+        wrong = sum(peer in row.misses for _, row in found)
+        yield text + (f"; {wrong} of its results miss the tolerance" if wrong else "")
+    if wrong := sum(is_ours(name) for row in rows for name in row.misses):
+        yield f"{wrong} results of ours miss the tolerance (✗) and have no time"
+    if loaded := sum(bool(row.under_load) for row in rows):
+        yield f"{loaded} of {len(rows)} rows were timed under load: measure them again"
+
+
+class Suite:
+    """One of the tables of `bench`."""
+
+    kind = ""
+    option = ""  # that asks for it
+    unused = ""  # options of which it has no use
+
+    def provenance(self, args: argparse.Namespace) -> dict[str, Any]:
+        return provenance(args.dtypes, args.device)
+
+    def head(self, args: argparse.Namespace, result: Result) -> Iterator[str]:
+        """Lines before the rows, of a run that is not of some of them alone."""
+        return iter(())
+
+    def rows(self, args: argparse.Namespace, facts: Facts, only: Collection[str]) -> Iterator[Any]:
+        """The table, a row at a time. facts: the provenance; only: identities of rows, of which the
+        suite may leave out others; all where there are none."""
+        raise NotImplementedError
+
+    def line(self, row: Any) -> str:
+        """One row as text."""
+        raise NotImplementedError
+
+    def summary(self, rows: list[Any]) -> Iterator[str]:
+        """Lines after the rows."""
+        return summary(rows)
+
+    def has_failed(self, rows: list[Any]) -> bool:
+        """True if a result of ours misses the tolerance."""
+        return any(is_ours(name) for row in rows for name in row.misses)
+
+
+def versions(*libraries: str) -> dict[str, Any]:
+    """This package's version and theirs."""
+    return {"version": __version__, **{name: devices.version(name) for name in libraries}}
+
+
+def provenance(dtypes: list[str], device: str = "cpu") -> dict[str, Any]:
+    """What a reader needs to judge the times or to take them again."""
+    cpu, f32 = devices.cpu(), torch.float32
+    git = "git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"
+    facts: Facts = {
+        "commit": _output(*git),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        "backend": selection.choose(Problem(device, f32, f32, f32, f32, 8)).backend,
+        "isa": native.isa,
+        "machine": cpu.architecture,
+        "processor": cpu.name,
+        "cores": cpu.cores,
+        "threads": cpu.threads,
+        "clocks_mhz": devices.clocks_mhz(),
+        "load": os.getloadavg()[0],  # at the start
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        **versions("peft", "transformers", "bitsandbytes", "triton", "numpy"),
+        "torch": torch.__version__,
+        "copy_bandwidth": timing.copy_bandwidth(device=device),
+        "product_peak": {
+            name: timing.product_peak(getattr(torch, name), device=device) for name in dtypes
+        },
+    }
+    if device == "cuda":
+        query = "--query-gpu=driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit"
+        facts |= {
+            "backend": "triton",
+            "gpu": asdict(devices.gpus()[0]),
+            "cuda": torch.version.cuda,
+            "nvidia_smi": _output("nvidia-smi", query, "--format=csv,noheader"),
+        }
+    return facts
+
+
+def _output(*command: str) -> str | None:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from lora_kernels import cli, timing
+from lora_kernels.measure import baselines, bench_layers
+
+
+class Ran(NamedTuple):
+    """What a run of `bench` left."""
+
+    status: int
+    out: str
+    data: dict[str, Any]
+    csv: list[dict[str, str]]
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = self.data["rows"]
+        return rows
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine's limits take seconds to measure and are not looked at here."""
+    monkeypatch.setattr(timing, "copy_bandwidth", lambda **_: 1e9)
+    monkeypatch.setattr(timing, "product_peak", lambda dtype, **_: 1e9)
+    monkeypatch.setattr(baselines, "no_compiler", lambda device: "torch.compile takes long")
+
+
+@pytest.fixture
+def no_overhead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a call costs by itself is not looked at."""
+    taken = dict.fromkeys(("ours, forward", "eager, forward"), 0.0)
+    monkeypatch.setattr(bench_layers, "overhead", lambda *_: taken)
+
+
+@pytest.fixture
+def run(quick: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
+    """Run `lora-kernels bench` with these options, --json and, where it takes it, --csv."""
+
+    def call(*options: str) -> Ran:
+        file, table = tmp_path / "new" / "here.json", tmp_path / "new" / "here.csv"
+        extra = [] if "--count" in options else ["--csv", str(table)]
+        status = cli.main(["bench", *options, "--json", str(file), *extra])
+        rows = []
+        if table.exists():
+            with table.open(newline="") as text:
+                rows = list(csv.DictReader(text))
+        data = json.loads(file.read_text()) if file.exists() else {}
+        return Ran(status, capsys.readouterr().out, data, rows)
+
+    return call

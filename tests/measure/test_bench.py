@@ -1,0 +1,360 @@
+"""`bench` as a command: what it prints and writes of each suite, and that it sees wrong results."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import report
+from lora_kernels import cli, ops, timing
+from lora_kernels.backends import native
+from lora_kernels.measure import baselines, bench, bench_layers, bench_variants, models
+from lora_kernels.measure import case as cases
+from lora_kernels.measure.case import Case
+from lora_kernels.measure.results import Row, ratios, summary
+from lora_kernels.timing import Times
+
+pytest.importorskip("peft")
+pytestmark = pytest.mark.usefixtures("quick")
+
+F32 = ["--seconds", "0", "--dtypes", "float32"]
+SMALL = ["--shapes", "24x48x32", "--ranks", "3", *F32]
+NAMES = {"frozen", "ours", "addmm", "eager", "peft"}
+SIXTEEN_BITS = NAMES | {"ours, fp32 adapters", "peft, 16-bit adapters"}
+OVERHEAD = {f"{n}, {mode}" for n in NAMES - {"peft"} for mode in ("forward", "step")}
+BACKEND = "cpu" if native.module else "eager"
+# What is wrong -> the op, and the place of the result in what it returns.
+RESULTS = {
+    "y": ("lora_linear", 0),
+    **{
+        output: ("lora_linear_backward", i)
+        for i, output in enumerate(("dx", "dA", "dB", "dg", "dc", "dbias"))
+    },
+}
+
+
+def half_adapter(**args: Any) -> Tensor:
+    return cases.plain_pytorch(**{**args, "scaling": args["scaling"] / 2})
+
+
+def break_backend(monkeypatch: pytest.MonkeyPatch, output: str, by: float = 1.01) -> None:
+    """The backend's result is off by a hundredth: less than what a test of losses would see."""
+    name, place = RESULTS[output]
+    op: Callable[..., Any] = getattr(ops._BACKENDS[BACKEND], name)
+
+    def wrong(*args: Any) -> Any:
+        found = op(*args)
+        if found is None or found[place] is None:
+            return found
+        changed = (*found[:place], found[place] * by, *found[place + 1 :])
+        return found._make(changed) if hasattr(found, "_make") else changed
+
+    monkeypatch.setattr(ops._BACKENDS[BACKEND], name, wrong)
+
+
+def test_bench(run: Any) -> None:
+    ran = run("--shapes", "8x48x32", "--ranks", "3", "24", "--seconds", "0.01")
+    each = [("decoding", "warm"), ("decoding", "cold")]
+    each += [(mode, "warm") for mode in ("forward", "backward", "step")]
+    assert ran.status == 0
+    assert [(row["mode"], row["cache"]) for row in ran.rows] == each * 4  # ranks, dtypes
+    for row in ran.rows:
+        names = SIXTEEN_BITS if row["dtype"] == "bfloat16" else NAMES
+        assert set(row["tax"]) == set(row["seconds"]) == names
+        for times in row["seconds"].values():
+            assert 0 < times["p20"] <= times["p50"] <= times["p80"]
+        assert row["tax"]["frozen"] == 1 < row["floor"]
+        aimed = row["R"] == 3 and row["mode"] != "backward" and row["cache"] == "warm"
+        assert ("target" in row) == aimed
+        assert row["correct"] and not row["misses"]
+        assert row["backend"] in ("cpu", "eager") and row["strategy"]
+        # At 1 GB/s and 1 GFLOP/s the operations take the longest.
+        M, K, N, R = (row[name] for name in "MKNR")
+        forward = 2 * M * (K * N + R * (K + N))
+        backward = 2 * M * (K * N + 2 * R * (K + N))
+        work = {"backward": backward, "step": forward + backward}.get(row["mode"], forward)
+        assert row["floor_ms"] == pytest.approx(work * 1e-6)
+        assert ("bytes" in row) == ("peak_bytes" in row) == (row["mode"] == "step")
+        if row["mode"] == "step":
+            assert set(row["bytes"]) == set(row["peak_bytes"]) == names
+            # x, which is there before, and P in float32.
+            x = M * K * (2 if row["dtype"] == "bfloat16" else 4)
+            assert row["bytes"]["ours"] == x + 4 * M * R
+            assert all(row["peak_bytes"][n] >= held - x for n, held in row["bytes"].items())
+    assert len(ran.csv) == sum(len(row["seconds"]) for row in ran.rows)
+    first, times = ran.csv[0], ran.rows[0]["seconds"]["frozen"]
+    assert (first["call"], first["result"], first["cache"]) == ("frozen", "ok", "warm")
+    assert float(first["p50_ms"]) == times["p50"] * 1e3
+    facts = set(ran.data["provenance"])
+    assert {"clocks_mhz", "processor", "threads", "commit", "python", "platform"} <= facts
+    assert {"torch", "peft", "transformers", "bitsandbytes", "triton", "numpy"} <= facts
+    assert set(ran.data["overhead_us"]) == OVERHEAD
+    for said in (
+        *("float32 8×48×32 r=3 step: frozen", "r=3 decoding, cold: frozen"),
+        *("ms (p20/p50/p80), ", " of what the machine allows", "torch.compile takes long"),
+        "MiB held for the backward + most in a step: frozen",
+    ):
+        assert said in ran.out
+    last = [line.split() for line in ran.out.splitlines() if " of 20 rows, " in line]
+    assert [words[0] for words in last] == ["addmm", "eager", "peft"]
+
+
+def test_bench_of_a_model(monkeypatch: pytest.MonkeyPatch, no_overhead: None) -> None:
+    """Its layers' shapes; quick: fewer rows and one rank, unless others are named."""
+    monkeypatch.setitem(models._MODELS, "smollm2-135m", models.Model(32, 16, 32, 48))
+    asked: list[tuple[int, ...]] = []
+
+    def measured(case: Case, *rest: object) -> list[Row]:
+        asked.append((case.M, case.K, case.N, case.R))
+        return []
+
+    monkeypatch.setattr(bench_layers, "measure", measured)
+    quick = ["bench", "--model", "smollm2-135m", "--dtypes", "float32", "--quick"]
+    shapes = [(32, 32), (32, 16), (32, 48), (48, 32)]
+    assert cli.main(quick) == 0
+    assert asked == [(M, K, N, 16) for M in bench.QUICK_ROWS for K, N in shapes]
+    asked.clear()
+    assert cli.main([*quick, "--rows", "7", "--ranks", "2", "3"]) == 0
+    assert asked == [(7, K, N, R) for K, N in shapes for R in (2, 3)]
+    asked.clear()
+    assert cli.main(quick[:-1]) == 0
+    assert len(asked) == len(models.ROWS["cpu"]) * len(shapes) * len(bench.RANKS)
+    assert {"llama3-8b", "qwen3-8b", "smollm2-135m"} <= set(models.NAMES)
+
+
+@pytest.mark.slow  # compiles
+def test_bench_of_torch_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    if (absence := baselines.no_compiler("cpu")) is not None:
+        pytest.skip(absence)
+    for row in bench_layers.measure(Case(8, 32, 48, 3, dropout_p=0.1), 0.01):
+        assert row.tax["torch.compile"] > 0 and not row.misses
+
+
+@pytest.mark.slow  # bitsandbytes' layers
+def test_bench_of_4_bit_layers(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr(timing, "COLD_BYTES", 1)
+    ran = run("--quant", "nf4", "--shapes", "1x64x96", "3x64x96", *F32)
+    want = [(M, "forward", cache) for M in (1, 3) for cache in ("cold", "warm")]
+    want.append((3, "step", "cold"))
+    assert ran.status == 0
+    assert [(row["M"], row["mode"], row["cache"]) for row in ran.rows] == want
+    for row in ran.rows:
+        assert not row["misses"] and {"ours", "dense", "bitsandbytes, train"} <= set(row["seconds"])
+    break_backend(monkeypatch, "y")
+    ran = run("--quant", "nf4", "--shapes", "40x64x96", *F32)
+    assert ran.status == 1 and "ours ✗ (y MISS: rms" in ran.out
+
+
+def test_bench_with_dropout(run: Any, no_overhead: None) -> None:
+    ran = run(*SMALL, "--dropout", "0.1")
+    assert ran.status == 0 and all("peft" in row["tax"] for row in ran.rows)
+    assert not any("addmm" in row["tax"] for row in ran.rows)  # which has none
+
+
+def test_bench_of_variants(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_variants, "SIZES", (8, 48, 32))
+    monkeypatch.setattr(bench_variants, "SERVED", (48, 32))
+    ran = run("--variants", "--seconds", "0")
+    each = ["row norm", "DoRA step", "q, k, v step", "q, k, v of a token"]
+    each += ["16 adapters", "16 adapters", "three levels step"]
+    assert ran.status == 0 and [row["what"] for row in ran.rows] == [*each, *each, "switching"]
+    for row in ran.rows[:-1]:
+        assert set(row["seconds"]) == set(row["errors"]) and not row["misses"]
+        assert row["errors"]["ours"] < 2.0 ** (-7 if row["dtype"] == "bfloat16" else -20)
+    assert "over LoRA" in ran.out and "over one" in ran.out
+
+
+@pytest.mark.parametrize("output", ["y", "dx", "dA", "dB"])
+def test_a_wrong_result_has_no_time(
+    output: str, run: Any, no_overhead: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    break_backend(monkeypatch, output)
+    ran = run("--shapes", "64x48x32", "--ranks", "5", *F32)
+    # A wrong y is another y's gradients as well, but no rounding's.
+    assert ran.status == 1 and f"ours ✗ ({output} MISS" in ran.out and ran.rows
+    for row in ran.rows:
+        assert not row["correct"] and "ours" not in row["seconds"] | row["tax"]
+        assert output in row["misses"]["ours"] and "addmm" in row["seconds"]
+    assert {line["result"][:1] for line in ran.csv if line["call"] == "ours"} == {"✗"}
+
+
+def test_a_wrong_peer_is_timed_and_marked(
+    run: Any, no_overhead: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A peer that loses a little more than the limit is still what people would use."""
+    monkeypatch.setattr(baselines, "eager", lambda args: half_adapter)
+    ran = run(*SMALL)
+    assert ran.status == 0
+    for row in ran.rows:
+        tax = f"{row['tax']['eager']:.3f} ✗"
+        assert row["correct"] and set(row["misses"]) == {"eager"}
+        assert f"eager {tax} (y MISS: rms" in ran.out and report.cell(row, "eager") == tax
+    assert "; 3 of its results miss the tolerance" in ran.out
+    results = [line["result"] for line in ran.csv if line["call"] == "eager"]
+    assert len(results) == 3 and all(result.startswith("✗ y MISS") for result in results)
+
+
+def test_a_wrong_variant_has_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_variants, "SIZES", (8, 48, 32))
+    row = bench_variants.norm_row(torch.float32, 0.0)
+    assert not row.misses and "ours" in row.seconds
+    norm = ops._BACKENDS[BACKEND].dora_norm
+    monkeypatch.setattr(ops._BACKENDS[BACKEND], "dora_norm", lambda *args: norm(*args) * 1.01)
+    row = bench_variants.norm_row(torch.float32, 0.0)
+    assert set(row.misses) == {"ours", "ours on NF4"}
+    assert "ours" not in row.seconds and "panels" in row.seconds
+    assert "ours ✗ (y MISS: rms" in bench_variants.Variants().line(row)
+
+
+def test_a_case_that_is_judged_anew_is_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is expected is kept from one engine to the next; it is no kernel's."""
+    case = Case(70, 33, 31, 5)
+    assert all(verdict.ok for verdict in cases.judge(case).values())
+    break_backend(monkeypatch, "dA")
+    verdicts = cases.judge(case)
+    assert [name for name, verdict in verdicts.items() if not verdict.ok] == ["dA"]
+    assert all(verdict.ok for verdict in cases.judge(replace(case, frozen=("lora_A",))).values())
+
+
+@pytest.mark.parametrize("output", [None, *RESULTS])
+def test_verify_ends_with_1(
+    output: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in (
+        ("OPTIONS", {"everything": {"gate": True, "column_scale": True, "bias": True}}),
+        ("SHAPES", ((70, 65, 63, 5),)),
+        ("DTYPES", ((torch.float32, None),)),
+        ("MULTI_QUANTS", ()),
+    ):
+        monkeypatch.setattr(f"lora_kernels.measure.verify.{name}", value)
+    if output is not None:
+        break_backend(monkeypatch, output)
+    status = cli.main(["verify", "--engines", "scalar" if BACKEND == "cpu" else "eager"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if "✗" in line]
+    missed = {line.partition("✗ ")[2].split(" ")[0] for line in lines}
+    assert (status, missed) == ((0, set()) if output is None else (1, {output}))
+
+
+def row(M: int, misses: dict[str, str] | None = None, **p50: float) -> Row:
+    seconds = {name: Times(t, t, t, 9) for name, t in p50.items()}
+    return Row(M=M, K=48, N=32, R=3, mode="step", seconds=seconds, misses=misses or {})
+
+
+def test_summary_counts_rows_by_peer_and_names_the_worst() -> None:
+    rows = [
+        row(1, frozen=1, ours=2, addmm=4, peft=8),
+        row(2, {"eager": "y MISS"}, frozen=1, ours=2, addmm=1, eager=4, peft=4),
+        row(3, frozen=1, ours=3, addmm=3),
+        row(4, {"ours": "y MISS"}, frozen=1, addmm=1),
+    ]
+    rows[1].under_load = True
+    assert list(summary(rows)) == [
+        "ours over each peer, medians of the same row; below 1 ours is faster:",
+        "    addmm  faster in 1 of 3 rows, slower in 1; median 1.000; worst 2.000: "
+        "float32 2×48×32 r=3 step",
+        "    peft   faster in 2 of 2 rows, slower in 0; median 0.375; worst 0.500: "
+        "float32 2×48×32 r=3 step",
+        "    eager  faster in 1 of 1 rows, slower in 0; median 0.500; worst 0.500: "
+        "float32 2×48×32 r=3 step; 1 of its results miss the tolerance",
+        "1 results of ours miss the tolerance (✗) and have no time",
+        "1 of 4 rows were timed under load: measure them again",
+    ]
+    assert list(summary([])) == []
+
+
+def test_summary_compares_like_with_like() -> None:
+    """PEFT's float32 adapters with ours, its several adapters with as many, its LoRA with LoRA."""
+    ours = {"ours": 2, "ours, fp32 adapters": 3, "LoRA": 4, "ours, 4": 9}
+    peers = {"peft": 6, "peft, 16-bit adapters": 8, "PEFT's LoRA": 5, "PEFT's, 4": 6, "dense": 1}
+    each = row(1, frozen=1, stream=1, **ours, **peers)
+    found = {name: pairs[0][0] for name, pairs in ratios([each]).items()}
+    want = {"peft": 3, "peft, 16-bit adapters": 2, "PEFT's LoRA": 4, "PEFT's, 4": 9, "dense": 2}
+    assert found == {name: t / peers[name] for name, t in want.items()}
+    # Ours in another dtype does not stand in for one that is wrong.
+    del each.seconds["ours, fp32 adapters"]
+    assert ratios([each])["peft"][0][0] == 2 / 6
+    each.misses = {"ours, fp32 adapters": ""}
+    assert "peft" not in ratios([each])
+
+
+@pytest.mark.parametrize("others", [0.2, 1.7])
+def test_rows_timed_under_load_are_marked(
+    others: float, run: Any, no_overhead: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads, loaded = torch.get_num_threads(), others > 1
+    monkeypatch.setattr(os, "getloadavg", lambda: (threads + others, 0.0, 0.0))
+    ran = run(*SMALL)
+    assert {(each["load"], each["own_load"]) for each in ran.rows} == {(threads + others, threads)}
+    assert [each["under_load"] for each in ran.rows] == [loaded] * 3
+    said = f"[under load: average {threads + others:.1f}, at most {threads} of it the bench]"
+    assert ran.out.count(said) == 3 * loaded
+    assert ("3 of 3 rows were timed under load" in ran.out) == loaded
+    assert {each["under_load"] for each in ran.csv} == {str(loaded)}
+
+
+@pytest.mark.parametrize(
+    "wrong", ["--shapes 8x48", "--shapes 8x48x0", "--ranks 0", "--dropout nan", "--dtypes int8"]
+)
+def test_bad_arguments(wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["bench", *wrong.split()])
+    assert stopped.value.code == 2 and wrong.split()[1] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "unused",
+    [
+        "--variants --device cuda",
+        "--variants --ranks 4",
+        "--quant nf4 --dropout 0.1",
+        "--memory --dtypes float16",
+        "--shapes 8x48x32 --model smollm2-135m",
+        "--rows 4",
+        "--quant nf4 --rows 4",
+    ],
+)
+def test_nothing_is_measured_but_what_was_asked_for(
+    unused: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["bench", *unused.split()]) == 2
+    out = capsys.readouterr().out
+    assert unused.split()[-2] in out and "beside it" in out and out.count("\n") == 1
+
+
+def test_floor_and_target() -> None:
+    case, each = Case(M=256, N=4096, K=1024, R=8), 8 / 1024 + 8 / 4096
+    assert bench_layers.floor(case, "forward") == 1 + each
+    assert bench_layers.floor(case, "backward") == 1 + 2 * each
+    assert bench_layers.target(case, "step") == pytest.approx(1 + 3 * each + 0.01)
+
+
+def test_addmm_and_peft_compute_the_same() -> None:
+    """The peers are right without dropout; with it, PEFT draws a new mask each call."""
+    args = cases.inputs(Case(9, 33, 47, 5, dropout_p=0.1))
+    first, second = (cases.run(baselines.peft(args), args)["y"] for _ in range(2))
+    assert not torch.equal(first, second)
+    for make in (baselines.addmm, baselines.peft, baselines.eager):
+        for name, verdict in cases.judge(
+            Case(9, 33, 47, 5), lambda make=make, **kwargs: make(kwargs)(**kwargs)
+        ).items():
+            assert verdict.ok, (make.__name__, name, str(verdict))
+
+
+@pytest.mark.parametrize("value", ["-1", "nan", "inf", "soon"])
+@pytest.mark.parametrize("command", ["bench", "tune"])
+def test_seconds_that_are_none(
+    command: str, value: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Refused before anything is measured."""
+    with pytest.raises(SystemExit):
+        cli.main([command, "--out", str(tmp_path / "out"), f"--seconds={value}"])
+    assert f"got '{value}', want a finite number of seconds" in capsys.readouterr().err

@@ -32,7 +32,8 @@ import jinja2
 import torch
 
 from lora_kernels import cpu_costs
-from lora_kernels.backends import cpu, native
+from lora_kernels.backends import native
+from lora_kernels.core.problem import Strategy
 from lora_kernels.cpu_costs import Machine, Sizes
 from lora_kernels.finetune.compare_command import markdown
 
@@ -252,7 +253,7 @@ def predicted(data: Row) -> Iterator[tuple[tuple[str, str, str], float]]:
             continue
         four_bit, dtype = "quant_type" in row, getattr(torch, row["dtype"])
         sizes = Sizes(row["M"], row["N"], row["K"], row["R"], dtype, dtype.itemsize, four_bit)
-        strategy = row.get("strategy", cpu.SINGLE_PASS)
+        strategy = Strategy.read(row.get("strategy", Strategy.FUSED))
         seconds = cpu_costs.predict(here, sizes, strategy)
         if row["mode"] == "step":
             seconds += cpu_costs.predict(here, sizes, strategy, backward=True)

@@ -42,6 +42,15 @@ class Strategy(str, Enum):
         return member
 
     @classmethod
+    def read(cls, name: str) -> Strategy:
+        """Return the strategy that a file names, by its old name too; ValueError for another.
+
+        >>> Strategy.read("single pass")
+        'fused'
+        """
+        return cls(_OLD_NAMES.get(name, name))
+
+    @classmethod
     def _missing_(cls, value: object) -> Any:
         new = _OLD_NAMES.get(value) if isinstance(value, str) else None
         if new is None:

@@ -117,9 +117,7 @@ def read(file: Path) -> dict[Shape, Measured]:
 
 def _row(row: Mapping[str, Any]) -> tuple[Shape, Measured]:
     key = Shape(**{field.name: row[field.name] for field in dataclasses.fields(Shape)})
-    with warnings.catch_warnings():  # old names of strategies are read without a word
-        warnings.simplefilter("ignore", DeprecationWarning)
-        strategy = Strategy(row["strategy"])
+    strategy = Strategy.read(row["strategy"])
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy {row['strategy']!r}")
     for name, value in vars(key).items():

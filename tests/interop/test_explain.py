@@ -8,16 +8,20 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import lora_kernels
-from lora_kernels import selection
 from lora_kernels.backends import native
-from lora_kernels.core.problem import Choice, Problem
 from lora_kernels.layers import LoRALinear
 from lora_kernels.peft import Explanation, Row, explain, fuse
-
-from .tiny import SIZES, TINY, batch, mlp
+from tests.support.peft_models import (
+    SIZES,
+    activate,
+    adalora_mlp,
+    batch,
+    llama,
+    mlp,
+    two_adapters,
+)
 
 needs_native = pytest.mark.skipif(native.module is None, reason="no native kernels")
 
@@ -34,8 +38,8 @@ def test_table() -> None:
 
 def deep() -> Any:
     """30 layers of 7 projections, as SmolLM2-135M has them."""
-    llama = LlamaForCausalLM(LlamaConfig(**TINY | {"num_hidden_layers": 30}))
-    return get_peft_model(llama, LoraConfig(r=3, target_modules="all-linear"))
+    base = llama(torch.float32, num_hidden_layers=30)
+    return get_peft_model(base, LoraConfig(r=3, target_modules="all-linear"))
 
 
 def test_explain_of_210_layers_prints_a_line_for_each_kind() -> None:
@@ -126,29 +130,19 @@ def test_reasons_of_the_choice_of_backend() -> None:
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("adapters", [["default"], ["default", "second"]])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_asks_for_the_choice_that_the_op_asks_for(
-    dtype: torch.dtype,
-    adapters: list[str],
-    autocast: torch.dtype | None,
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("build", [mlp, adalora_mlp])
+def test_explain_asks_for_the_choice_that_the_op_asks_for(
+    build, dtype, adapters, autocast, asked
 ) -> None:
-    model = fuse(mlp(dtype))
-    model.add_adapter("second", LoraConfig(r=3, target_modules=["up", "down"]))
-    model.base_model.set_adapter(adapters)
-    choose, asked = selection.choose, []
-
-    def recorder(problem: Problem) -> Choice:
-        asked.append(problem._replace(rows=None))  # which explain does not know
-        return choose(problem)
-
-    monkeypatch.setattr(selection, "choose", recorder)
+    model = activate(fuse(two_adapters(build(dtype))), *adapters)
     with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
         explain(model, x_dtype=dtype)
-        by_explain = list(asked)
+        by_explain = [*asked]
         asked.clear()
         up, down = model.base_model.model.up, model.base_model.model.down
         up(batch(dtype)), down(torch.ones(2, SIZES[1], dtype=dtype))
-    assert by_explain == asked and len(asked) == 2
+    by_op = [problem._replace(rows=None) for problem in asked]  # which explain does not know
+    assert len(by_op) == 2 and [problem._replace(rows=None) for problem in by_explain] == by_op
 
 
 def test_dense_layers() -> None:

@@ -21,8 +21,12 @@ from lora_kernels.cpu_costs import Machine, Sizes
 from lora_kernels.layers import DoRALinear, LoRAEmbedding, LoRALinear, QLoRALinear
 from lora_kernels.peft import explain, fuse, predict
 from lora_kernels.peft.predict import Part, Region
-
-from .tiny import SIZES, R, batch, mlp
+from tests.support.peft_models import (
+    SIZES,
+    R,
+    batch,
+    mlp,
+)
 
 f32, bf16 = torch.float32, torch.bfloat16
 # Round figures: a second is 1e9 bytes, or 1e12 operations in float32 and twice as many in bfloat16.
@@ -143,25 +147,16 @@ def test_a_strategy_that_was_asked_for_and_cannot_run_there_is_a_region() -> Non
 @needs_native
 @pytest.mark.parametrize("rows", [1, 12])
 @pytest.mark.parametrize("autocast", [None, bf16])
-def test_asks_for_the_choice_that_the_op_asks_for(
-    autocast: torch.dtype | None, rows: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_prediction_asks_for_the_choice_that_the_op_asks_for(autocast, rows, asked) -> None:
     """Rows included."""
     model = fuse(mlp(f32))
-    choose, asked = selection.choose, []
-
-    def recorder(problem: Problem) -> Choice:
-        asked.append(problem)
-        return choose(problem)
-
-    monkeypatch.setattr(selection, "choose", recorder)
     with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
         explain(model, rows=rows, machine=MACHINE)
-        by_explain = set(asked)
+        by_explain = {*asked}
         asked.clear()
         up, down = model.base_model.model.up, model.base_model.model.down
         up(batch(f32).view(-1, SIZES[0])[:rows]), down(torch.ones(rows, SIZES[1]))
-    assert len(asked) == 2 and set(asked) <= by_explain
+    assert len(asked) == 2 and {*asked} <= by_explain
 
 
 def sequential(r: int = R, **config: Any) -> Any:
@@ -184,13 +179,13 @@ def test_shares_and_the_layers_without_an_adapter() -> None:
     both = sum(cpu_costs.predict(MACHINE, sizes, "", backward) for backward in (False, True))
     assert found.others.seconds == pytest.approx(both)
     text = str(found)
-    assert f"{prediction.seconds * 1e3:.3g} ms predicted" in text  # type: ignore[operator]
+    assert f"{prediction.seconds * 1e3:.3g} ms predicted" in text
     assert "measured" not in text.replace("measured in this process", "")
     assert "100 rows, forward and backward of all linear layers: " in text
     assert "test: a copy moves 1 GB/s" in text
     forward = explain(model.eval(), rows=100, machine=MACHINE)
     assert not forward.step and "100 rows, forward of all" in str(forward)
-    assert forward.predictions[row.layer].seconds < prediction.seconds  # type: ignore[operator]
+    assert forward.predictions[row.layer].seconds < prediction.seconds
 
 
 def test_a_layer_that_peft_trains_a_copy_of_counts_once() -> None:
@@ -201,11 +196,11 @@ def test_a_layer_that_peft_trains_a_copy_of_counts_once() -> None:
     )
     assert plain is not None and saved is not None and plain.layers == saved.layers == 1
     weights = Sizes(100, 48, 64, 0, f32).base_flops / MACHINE.peaks[f32]
-    assert saved.seconds == pytest.approx(plain.seconds + weights)  # type: ignore[operator]
+    assert saved.seconds == pytest.approx(plain.seconds + weights)
     model = sequential(modules_to_save=["1"])
     with model.disable_adapter():
         found = explain(model, rows=100, machine=MACHINE).others
-    assert found is not None and found.layers == 1 and found.seconds <= saved.seconds  # type: ignore[operator]
+    assert found is not None and found.layers == 1 and found.seconds <= saved.seconds
 
 
 def test_explain_of_rows_sums_the_times_of_layers_that_are_alike() -> None:
@@ -213,7 +208,7 @@ def test_explain_of_rows_sums_the_times_of_layers_that_are_alike() -> None:
     model = get_peft_model(pairs, LoraConfig(r=R, target_modules=["0", "2"]))
     found = explain(fuse(model), rows=100, machine=MACHINE)
     first, second = found.predictions.values()
-    seconds, share = first.seconds + second.seconds, first.share + second.share  # type: ignore[operator]
+    seconds, share = first.seconds + second.seconds, first.share + second.share
     line = str(found).splitlines()[1]
     assert line.startswith("2 × base_model.model.*  ")
     assert f"  {seconds * 1e3:.3g} ms predicted  {share:.1%}  " in line
@@ -294,8 +289,8 @@ def test_dense_layers() -> None:
     layers["d"].merge()
     found = explain(nn.ModuleDict(layers), rows=64, machine=MACHINE).predictions
     times = {name: prediction.seconds for name, prediction in found.items()}
-    assert times["e"] is None and times["a"] < times["b"]  # type: ignore[operator]
-    assert times["d"] < times["a"]  # type: ignore[operator]
+    assert times["e"] is None and times["a"] < times["b"]
+    assert times["d"] < times["a"]
     assert times["c"] is not None
 
 

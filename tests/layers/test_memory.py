@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from lora_kernels.measure import case as cases
-from tests.layers.variants import K, M, check_memory, every_variant, hidden, make
 from tests.ops.engines import every_engine
+from tests.support.models import K, M, check_memory, every_variant, hidden, make
 
 
 @pytest.fixture

@@ -10,14 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from torch import nn
+from peft import LoraConfig
 
-from lora_kernels.peft import explain, fuse
-from lora_kernels.quantization import Weight4bit
-from tests.support.assertions import assert_bitwise_equal, assert_close_derived, derived_rtol
+from lora_kernels.peft import explain
+from tests.support.assertions import assert_bitwise_equal, assert_close_derived
 from tests.support.peft_models import (
-    SIZES,
     batch,
     count_ops,
     dora_mlp,
@@ -31,7 +28,7 @@ f32, bf16 = torch.float32, torch.bfloat16
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("config", [{}, {"lora_dropout": 0.3}, {"use_rslora": True}], ids=str)
-def test_outputs_and_gradients(config: dict[str, Any], training: bool) -> None:
+def test_every_configuration_equals_peft(config: dict[str, Any], training: bool) -> None:
     """The same mask too: it is PEFT's own dropout, drawn once."""
     stock, fused = (model.train(training) for model in pair(dora_mlp(**config)))
     assert_close_derived(seeded_results(fused, batch()), seeded_results(stock, batch()))
@@ -91,58 +88,3 @@ def test_decoding_follows_every_change() -> None:
     twin = copy.deepcopy(fused)
     with torch.no_grad():
         assert_bitwise_equal(twin(batch()), fused(batch()))
-
-
-@pytest.mark.parametrize("part", ["base_layer", "lora_magnitude_vector"])
-def test_hook_on_a_part_leaves_it_to_peft(part: str) -> None:
-    stock, fused = pair(dora_mlp())
-    for model in (stock, fused):
-        hooked = getattr(model.base_model.model.up, part)
-        hooked = hooked if part == "base_layer" else hooked["default"]
-        hooked.register_forward_hook(lambda module, args, out: out * 1.5)
-    words = {
-        "base_layer": "DoRA, which needs the base weight: a hook sits on",
-        "lora_magnitude_vector": "DoRA whose magnitude is no plain module",
-    }
-    assert words[part] in explain(fused).rows[0].reason
-    assert_close_derived(results(fused, batch()), results(stock, batch()))
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.4])
-def test_over_a_4bit_base(dropout: float) -> None:
-    """Against the formula in float64 on the decoded weight, with PEFT's own mask."""
-    bnb = pytest.importorskip("bitsandbytes")
-    torch.manual_seed(0)
-    K, N = 64, SIZES[1]
-    base = bnb.nn.Linear4bit(K, N, bias=True, compute_dtype=f32, quant_type="nf4")
-    model = nn.ModuleDict({"up": base.to("cpu")})
-    model.is_loaded_in_4bit = True
-    config = LoraConfig(
-        r=5, lora_alpha=7, target_modules=["up"], use_dora=True, lora_dropout=dropout
-    )
-    inject_adapter_in_model(config, model)
-    fuse(model)
-    layer: Any = model["up"].train()
-    A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    magnitude = layer.lora_magnitude_vector["default"].weight
-    with torch.no_grad():
-        B.copy_(torch.randn_like(B) / 4)
-        magnitude.mul_(1.5)
-    x, dy = torch.randn(9, K, requires_grad=True), torch.randn(9, N)
-    torch.manual_seed(3)
-    y = layer(x)
-    got = (y, *torch.autograd.grad(y, [x, A, B, magnitude], dy))
-
-    weight = Weight4bit.from_bitsandbytes(layer.base_layer.weight).dequantize(f32).double()
-    wide = [t.detach().double().requires_grad_() for t in (x, A, B, magnitude)]
-    torch.manual_seed(3)
-    kept = nn.functional.dropout(torch.ones(9, K), dropout).double() if dropout else 1.0
-    dropped, s = wide[0] * kept, 7 / 5
-    norm = (weight + s * wide[2] @ wide[1]).detach().norm(dim=1)
-    z = dropped @ weight.T + s * (dropped @ wide[1].T) @ wide[2].T
-    bias = layer.base_layer.bias.detach().double()
-    ref = wide[3] / norm * z + (wide[0] - dropped) @ weight.T + bias
-    want = (ref, *torch.autograd.grad(ref, wide, dy.double()))
-    assert_close_derived([t.double() for t in got], want, derived_rtol(f32, terms=41 + 64))
-    row = explain(model).rows[0]
-    assert row.state == ("composed" if dropout else "fused"), row

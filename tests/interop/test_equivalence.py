@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from lora_kernels.finetune.model import quantize
@@ -25,6 +26,7 @@ from tests.support.peft_models import (
     SIZES,
     TINY,
     activate,
+    adalora_mlp,
     add_adapter,
     add_lora,
     batch,
@@ -34,6 +36,7 @@ from tests.support.peft_models import (
     loss_and_gradients,
     mlp,
     pair,
+    randomize,
     results,
     set_masks,
     two_adapters,
@@ -68,23 +71,38 @@ def test_every_configuration_equals_peft(config: dict[str, Any]) -> None:
         (f16, bf16, f32, bf16),
     ],
 )
-def test_dtypes_and_rounding_are_pefts(x_dtype, base_dtype, adapter_dtype, autocast) -> None:
+@pytest.mark.parametrize(
+    ("build", "config", "seeds"),
+    [(mlp, {"lora_bias": True}, 1), (adalora_mlp, {}, 52)],  # 256 elements of E's gradient
+)
+def test_dtypes_and_rounding_are_pefts(
+    build, config, seeds, x_dtype, base_dtype, adapter_dtype, autocast
+) -> None:
     """dtypes are PEFT's, and the layer loses little more than PEFT's does (see tolerance)."""
-    layer = mlp(base_dtype, lora_bias=True).base_model.model.up
-    for module in (layer.lora_A, layer.lora_B):
-        module.to(adapter_dtype)
-    exact = copy.deepcopy(layer).double()
-    stock, fused = pair(layer)
-    x = torch.randn(64, SIZES[0], generator=torch.Generator().manual_seed(3)).to(x_dtype)
-    with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
-        want, got = results(stock, x), results(fused, x)
+    pools: list[dict[str, list[torch.Tensor]]] = [{}, {}, {}]
+    for seed in range(seeds):
+        layer = build(base_dtype, **config).base_model.model.up
+        randomize(layer, "default", seed + 1)
+        for name, param in layer.named_parameters():
+            if name.startswith(("lora_", "ranknum")):
+                param.data = param.data.to(adapter_dtype)
+            if name.startswith("ranknum"):  # which PEFT trains, one element of it
+                param.requires_grad_(False)
+        exact = copy.deepcopy(layer).double()
+        stock, fused = pair(nn.ModuleDict({"up": layer}))
+        x = torch.randn(64, SIZES[0], generator=torch.Generator().manual_seed(seed)).to(x_dtype)
+        with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
+            got, want = results(fused["up"], x), results(stock["up"], x)
+        for pool, found in zip(pools, (got, results(exact, x.double()), want), strict=True):
+            for name, t in found.items():
+                pool.setdefault(name, []).append(t)
 
     def roundoff(name: str, dtype: torch.dtype) -> float:
         # Products with the base weight round to the compute dtype, the parameters' gradients
         # are float32 until they take their own.
         return tolerance.unit_roundoff(dtype, *[want["y"].dtype] * (name in ("x", "y")))
 
-    assert_close_to_reference(got, results(exact, x.double()), want, roundoff)
+    assert_close_to_reference(*pools, roundoff)
 
 
 def test_autocast_leaves_float64_alone() -> None:

@@ -27,16 +27,23 @@ from lora_kernels.peft import FusedLinear, Row, explain, fuse, unfuse
 from tests.support.assertions import assert_bitwise_equal, assert_close_derived
 from tests.support.peft_models import (
     MLP,
+    SIZES,
     activate,
+    adalora_mlp,
     add_adapter,
     add_lora,
     batch,
+    conv1d_mlp,
     count_ops,
+    dora_mlp,
     fused_layers,
     mlp,
     pair,
     results,
 )
+
+# PEFT, of a Conv1D.
+pytestmark = pytest.mark.filterwarnings("ignore:.*fan_in_fan_out")
 
 
 def rows(model: nn.Module) -> dict[str, Row]:
@@ -48,11 +55,11 @@ def up(model: PeftModel) -> Any:
     return model.base_model.model.up
 
 
-class DoubledLinear(nn.Linear):
+class ScaledLinear(nn.Linear):
     """A subclass whose forward is more than its weight says."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        return 2 * super().forward(input)
+    def forward(self, input: Tensor, factor: float = 2.0) -> Tensor:
+        return factor * super().forward(input)
 
 
 def patched_forward(base: nn.Linear) -> None:
@@ -76,11 +83,15 @@ def cpu_offloaded(base: nn.Linear) -> None:
     assert base.weight.is_meta
 
 
+def scaled_subclass(layer: Any) -> None:
+    layer.base_layer.__class__ = ScaledLinear
+
+
 HOOK = "a hook sits on its nn.Linear"
 CHANGES: dict[str, tuple[Callable[[nn.Linear], Any], str]] = {
     "subclassed": (
-        lambda base: setattr(base, "__class__", DoubledLinear),
-        "DoubledLinear is not exactly nn.Linear",
+        lambda base: setattr(base, "__class__", ScaledLinear),
+        "ScaledLinear is not exactly nn.Linear",
     ),
     "forward_hook": (lambda base: base.register_forward_hook(lambda m, x, y: 2 * y), HOOK),
     "forward_pre_hook": (
@@ -99,6 +110,10 @@ CHANGES: dict[str, tuple[Callable[[nn.Linear], Any], str]] = {
     "parametrized": (parametrized, "ParametrizedLinear is not exactly nn.Linear"),
     "weight_subclass": (weight_subclass, "its weight is a Quantized"),
     "cpu_offloaded": (cpu_offloaded, "accelerate offloads its weights"),
+    "other_hook_of_accelerate": (
+        lambda base: add_hook_to_module(base, CpuOffload("cpu")),
+        "accelerate's CpuOffload sits on it",
+    ),
 }
 
 
@@ -123,7 +138,7 @@ def test_base_layer_is_called_as_a_module(name: str, after_fuse: bool) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.lora_bias=True")
-def test_adapter_only_in_every_way() -> None:
+def test_adapter_only_in_every_way_equals_peft() -> None:
     """With a bias on lora_B, several adapters, and a result in another dtype than x."""
     stock, fused = mlp(torch.bfloat16, lora_bias=True), mlp(torch.bfloat16, lora_bias=True)
     for model in (stock, fused):
@@ -138,14 +153,11 @@ def test_adapter_only_in_every_way() -> None:
     assert_close_derived(got, want, 2.0**-8)
 
 
-def test_extra_arguments_reach_the_base_layer() -> None:
-    class Scaled(nn.Linear):
-        def forward(self, input: Tensor, factor: float = 1.0) -> Tensor:
-            return factor * super().forward(input)
-
-    stock, fused = mlp(), mlp()
+@pytest.mark.parametrize("build", [mlp, adalora_mlp])
+def test_extra_arguments_reach_the_base_layer(build: Callable[[], Any]) -> None:
+    stock, fused = build(), build()
     for model in (stock, fused):
-        up(model).base_layer.__class__ = Scaled
+        scaled_subclass(up(model))
     fuse(fused)
     for args, kwargs in (((3.0,), {}), ((), {"factor": 3.0})):
         got, want = (up(model)(batch(), *args, **kwargs) for model in (fused, stock))
@@ -159,7 +171,7 @@ def test_extra_arguments_reach_the_base_layer() -> None:
 
 
 @pytest.mark.parametrize("to_disk", [False, True])
-def test_whole_model_offloaded(to_disk: bool, tmp_path: Path) -> None:
+def test_whole_model_offloaded_is_left_to_peft(to_disk: bool, tmp_path: Path) -> None:
     """lora_A and lora_B are offloaded too, so all is PEFT's own."""
     stock, fused = pair(mlp())
     want = stock(batch())
@@ -173,7 +185,7 @@ def test_whole_model_offloaded(to_disk: bool, tmp_path: Path) -> None:
     assert rows(fused)["up"] == row
 
 
-def test_base_model_offloaded_before_peft() -> None:
+def test_base_model_offloaded_before_peft_is_adapter_only() -> None:
     torch.manual_seed(0)
     base = MLP().double()
     accelerate.cpu_offload(base, execution_device=torch.device("cpu"))
@@ -209,17 +221,11 @@ def test_device_hook_is_harmless(hooked: str, order: str) -> None:
     assert count_ops(lambda: up(fused)(batch()[0])) == {"addmm": 1, "mm": 2}
 
 
-def test_unfuse_under_a_device_hook() -> None:
+def test_unfuse_under_a_device_hook_gives_pefts_forward() -> None:
     fused = fuse(mlp())
     add_hook_to_module(up(fused), AlignDevicesHook("cpu"))
     unfuse(fused)
     assert count_ops(lambda: up(fused)(batch()[0])) == {"addmm": 1, "mm": 2}
-
-
-def test_other_accelerate_hooks() -> None:
-    fused = fuse(mlp())
-    add_hook_to_module(up(fused).base_layer, CpuOffload("cpu"))
-    assert "accelerate's CpuOffload sits on it" in rows(fused)["up"].reason
 
 
 # The layer and its adapter
@@ -240,39 +246,61 @@ def test_trainable_base_is_left_to_peft(order: str) -> None:
     assert_close_derived(got, results(stock, batch()))
 
 
-OF_THE_ADAPTER: dict[str, tuple[Callable[[Any], Any], str]] = {
-    "hook_on_A": (
-        lambda layer: layer.lora_A["default"].register_forward_hook(lambda m, x, y: 2 * y),
-        "adapter 'default': a hook sits on its nn.Linear",
-    ),
-    "hook_on_B": (
-        lambda layer: layer.lora_B["default"].register_forward_hook(lambda m, x, y: 2 * y),
-        "adapter 'default': a hook sits on its nn.Linear",
-    ),
-    "dropout": (
-        lambda layer: layer.lora_dropout.update({"default": nn.Tanh()}),
-        "its dropout is a Tanh",
-    ),
+def hook_on(part: str) -> Callable[[Any], Any]:
+    def change(layer: Any) -> None:
+        module = getattr(layer, part)
+        module = module if part == "base_layer" else module["default"]
+        module.register_forward_hook(lambda module, args, y: 1.5 * y)
+
+    return change
+
+
+def replaced_dropout(dropout: nn.Module) -> Callable[[Any], Any]:
+    return lambda layer: layer.lora_dropout.update({"default": dropout})
+
+
+def no_product(layer: Any) -> None:
+    layer.forward = lambda x: x @ torch.ones(SIZES[0], SIZES[1], dtype=x.dtype)
+
+
+PEFT, ADAPTER = ("not fused", "peft"), ("adapter only", "eager")  # eager as float64 always is
+MAGNITUDE = "DoRA whose magnitude is no plain module"
+# Kind of model and change of its first layer -> who computes it, and why.
+CHANGED: dict[tuple[Any, Callable[[Any], Any]], tuple[tuple[str, str], str]] = {
+    (mlp, hook_on("lora_A")): (PEFT, "adapter 'default': a hook sits on its nn.Linear"),
+    (mlp, hook_on("lora_B")): (PEFT, "adapter 'default': a hook sits on its nn.Linear"),
+    (mlp, replaced_dropout(nn.Tanh())): (PEFT, "its dropout is a Tanh"),
     # PEFT casts x to the adapter's dtype; `lora_linear` wants float64 alone or not at all.
-    "float32": (
-        lambda layer: (layer.lora_A.float(), layer.lora_B.float()),
+    (mlp, lambda layer: (layer.lora_A.float(), layer.lora_B.float())): (
+        PEFT,
         "float64 goes with float64 alone",
     ),
+    (conv1d_mlp, hook_on("base_layer")): (ADAPTER, "a hook sits on its Conv1D"),
+    (dora_mlp, hook_on("base_layer")): (PEFT, "DoRA, which needs the base weight: a hook sits on"),
+    (dora_mlp, hook_on("lora_magnitude_vector")): (PEFT, MAGNITUDE),
+    (adalora_mlp, hook_on("base_layer")): (ADAPTER, "base layer: "),
+    (adalora_mlp, scaled_subclass): (ADAPTER, "base layer: "),
+    (adalora_mlp, replaced_dropout(nn.AlphaDropout(0.5).eval())): (
+        PEFT,
+        "adapter 'default': its dropout is a AlphaDropout",
+    ),
+    (adalora_mlp, no_product): (PEFT, "its forward was replaced"),
 }
 
 
-@pytest.mark.parametrize("name", OF_THE_ADAPTER)
-def test_change_of_the_adapter_is_obeyed(name: str) -> None:
-    change, reason = OF_THE_ADAPTER[name]
-    stock, fused = pair(mlp())
+@pytest.mark.parametrize(("case", "want"), CHANGED.items())
+def test_change_of_a_layer_is_obeyed_and_named(case: Any, want: Any) -> None:
+    build, change = case
+    stock, fused = pair(build())
     for model in (stock, fused):
         change(up(model))
     assert_close_derived(results(fused, batch()), results(stock, batch()))
-    assert reason in rows(fused)["up"].reason
+    row = rows(fused)["up"]
+    assert (row.state, row.backend) == want[0] and want[1] in row.reason
 
 
 @pytest.mark.parametrize("order", ["before fuse", "after fuse"])
-def test_layer_patched_by_someone_else(order: str) -> None:
+def test_layer_patched_by_someone_else_is_obeyed(order: str) -> None:
     model = mlp()
     if order == "after fuse":
         fuse(model)
@@ -289,7 +317,7 @@ def test_layer_patched_by_someone_else(order: str) -> None:
     assert_bitwise_equal(layer(batch()), layer.base_layer(batch()))
 
 
-def test_nn_linear_patched_as_a_class(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nn_linear_patched_as_a_class_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
     stock, fused = pair(mlp())
     forward = nn.Linear.forward
     monkeypatch.setattr(nn.Linear, "forward", lambda self, x: 2 * forward(self, x))
@@ -297,14 +325,31 @@ def test_nn_linear_patched_as_a_class(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "nn.Linear.forward was replaced" in rows(fused)["up"].reason
 
 
-def test_weight_on_another_device_than_x() -> None:
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (
+            lambda layer: [getattr(layer, f"lora_{name}").float() for name in "ABE"],
+            "adapter 'default': float64 goes with float64 alone",
+        ),
+        (lambda layer: layer.ranknum.to("meta"), "adapter 'default': its ranknum is on meta"),
+    ],
+)
+def test_adalora_that_peft_cannot_compute_is_left_to_peft(change: Any, reason: str) -> None:
+    fused = fuse(adalora_mlp().eval())
+    change(up(fused))
+    row = rows(fused)["up"]
+    assert (row.state, row.backend) == PEFT and reason in row.reason
+
+
+def test_weight_on_another_device_than_x_is_adapter_only() -> None:
     fused = fuse(mlp())
     up(fused).base_layer.to("meta")
     row = rows(fused)["up"]
     assert row.state == "adapter only" and "its weight is on meta, x on cpu" in row.reason
 
 
-def test_model_on_the_meta_device() -> None:
+def test_model_on_the_meta_device_has_shapes() -> None:
     fused = fuse(mlp()).to("meta")
     y = fused(batch().to("meta"))
     assert y.is_meta and y.shape == (3, 4, 9)

@@ -129,14 +129,20 @@ def test_fused_layer_on_strided_input_equals_peft(kind: Kind) -> None:
 BIASED = [(name, {"lora_bias": True}) for name in ("linear", "nf4", "nf4_loaded")]
 
 
-@kinds_with(*((name, {}) for name in KINDS if name != "embedding"), *BIASED)
+CONV1D = [("conv1d", {"use_rslora": True, "lora_dropout": 0.0}), ("conv1d", {"use_dora": True})]
+
+
+@kinds_with(*((name, {}) for name in KINDS if name != "embedding"), *BIASED, *CONV1D)
 @pytest.mark.parametrize("grad", [True, False])
 def test_fused_layer_runs_one_op_and_no_other_product(kind: Kind, config: Any, grad: bool) -> None:
     """What "fused" means. (float64 runs on the eager backend, which is inside the op too.)"""
-    layer, x = kind.layer(fuse(kind.build(**config))), kind.input(3)
+    stock, fused = pair(kind.build(**config))
+    layer, x = kind.layer(fused), kind.input(3)
+    assert_close_derived(results(fused, x), results(stock, x))
     x.requires_grad_(grad)
+    norm = {"dora_norm": 1} if config.get("use_dora") else {}
     with torch.set_grad_enabled(grad):
-        assert count_ops(lambda: layer(x)) == kind.forward
+        assert count_ops(lambda: layer(x)) == kind.forward | norm
     if grad:
         y = layer(x)
         assert count_ops(lambda: y.sum().backward()) == kind.backward
@@ -167,6 +173,12 @@ def test_fused_layer_in_float32_runs_on_kernels(kind: Kind, training: bool) -> N
     explain(fused).assert_fused()
     x = kind.input(3, 4).float()
     assert_close_derived(results(fused, x), results(stock, x))
+    want = results(stock, x[:1, :1])["y"]
+    with torch.no_grad():
+        for _ in range(2):  # a second token goes the shorter way
+            assert_close_derived(fused(x[:1, :1]), want)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert results(fused, x)["y"].dtype is results(stock, x)["y"].dtype
 
 
 OTHERS = [(name, {"compute_dtype": None}) for name in ("nf4", "nf4_loaded")]

@@ -3,14 +3,11 @@ every kind: adapters that come later, scales, variants, layers of other kinds.""
 
 from __future__ import annotations
 
-import copy
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from peft.tuners import lora
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -21,14 +18,12 @@ from tests.support.peft_models import (
     MLP,
     R,
     activate,
-    add_adapter,
     add_lora,
     batch,
     count_ops,
     fused_layers,
     mlp,
     pair,
-    randomize,
     results,
 )
 
@@ -57,27 +52,6 @@ def test_call_on_no_module_is_an_error(call: Any) -> None:
         call({})
 
 
-def test_adapter_loaded_into_a_fused_model_equals_the_saved_one(tmp_path: Path) -> None:
-    saved = mlp(seed=0)
-    randomize(saved, "default", seed=7)
-    saved.save_pretrained(tmp_path)
-    fused = fuse(mlp(seed=0))
-    fused.load_adapter(tmp_path, "loaded")
-    fused.set_adapter("loaded")
-    assert_close_derived(fused(batch()), saved(batch()))
-    again = fuse(PeftModel.from_pretrained(copy.deepcopy(saved).unload(), tmp_path))
-    assert_close_derived(again(batch()), saved(batch()))
-
-
-def test_saved_configuration_is_the_same(tmp_path: Path) -> None:
-    configs = []
-    for name, model in zip(("stock", "fused"), pair(mlp()), strict=True):
-        model.save_pretrained(tmp_path / name)
-        configs.append(json.loads((tmp_path / name / "adapter_config.json").read_text()))
-        configs[-1]["target_modules"].sort()  # a set, which PEFT writes in any order
-    assert configs[0] == configs[1]
-
-
 # Adapters come and go
 
 
@@ -91,23 +65,6 @@ def test_layers_added_later_are_reported() -> None:
     assert not any("call fuse again" in row.reason for row in explain(model).rows)
     reasons = {row.reason for row in explain(unfuse(model)).rows}
     assert reasons == {"fuse() was not called"}
-
-
-def test_scales_set_by_peft_are_seen() -> None:
-    stock, fused = pair(mlp())
-    for model in (stock, fused):
-        model.base_model.model.up.scale_layer(0.5)
-        model.base_model.model.down.set_scale("default", 3.0)
-    assert_close_derived(results(fused, batch()), results(stock, batch()))
-
-
-def test_weighted_adapter_equals_peft() -> None:
-    stock, fused = pair(mlp())
-    for model in (stock, fused):
-        add_adapter(model, lora_alpha=8)
-        model.add_weighted_adapter(["default", "second"], [0.3, 0.7], "mix", "cat")
-        model.set_adapter("mix")
-    assert_close_derived(results(fused, batch()), results(stock, batch()))
 
 
 # Variants and layers of other kinds stay PEFT's own

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from functools import partial
 from typing import Any
 
 import pytest
@@ -24,16 +25,20 @@ from tests.support.assertions import (
     assert_bitwise_equal,
     assert_close_derived,
     assert_close_to_reference,
+    derived_rtol,
 )
 from tests.support.peft_models import (
     ALPHA,
     MLP,
     SIZES_4BIT,
+    Masked,
     R,
+    adalora_mlp,
     add_adapter,
     add_lora,
     batch,
     count_ops,
+    draw_rng,
     four_bit,
     four_bit_mlp,
     pair,
@@ -210,6 +215,62 @@ def test_compute_dtype_is_settled_as_bitsandbytes_settles_it() -> None:
         a, b = fused.base_layer, stock.base_layer
         assert a.compute_type_is_set and b.compute_type_is_set
         assert a.compute_dtype is b.compute_dtype is bf16
+
+
+VARIANTS = [
+    (variant, dropout, autocast, loaded)
+    for variant in ("adalora", "dora")
+    for dropout in (0.0, 0.4)
+    for autocast in (None, bf16)
+    for loaded in (False, True)
+    if variant == "adalora" or (loaded and not autocast)
+]
+
+
+@pytest.mark.parametrize(("variant", "dropout", "autocast", "loaded"), VARIANTS)
+def test_variant_over_4_bits_follows_its_formula(variant, dropout, autocast, loaded) -> None:
+    """In float64 on the decoded weight, with AdaLoRA's mask that is ours and DoRA's, PEFT's own."""
+    ada = variant == "adalora"
+    base = MLP(partial(bnb.nn.Linear4bit, compute_dtype=f32, quant_type="nf4"), SIZES_4BIT)
+    base.to("cpu").is_loaded_in_4bit = loaded
+    config = {"target_modules": ["up"], "lora_dropout": dropout}
+    model = adalora_mlp(f32, base, **config) if ada else add_lora(base, use_dora=True, **config)
+    layer, kind = up(model.train()), type(up(model))
+    fuse(model)
+    names = ["lora_A", "lora_B", "lora_E" if ada else "lora_magnitude_vector"]
+    found = [getattr(layer, name)["default"] for name in names]
+    tensors = [getattr(each, "weight", each) for each in found]
+    if ada:
+        assert kind.__name__ == ("SVDLinear4bit" if loaded else "SVDLinear")
+        assert type(layer).__name__ == f"Fused{kind.__name__}"
+    x = rows()[0].requires_grad_()
+    dy = torch.randn(len(x), SIZES_4BIT[1], generator=torch.Generator().manual_seed(1))
+    torch.manual_seed(3)
+    with torch.autocast("cpu", bf16, enabled=autocast is not None):
+        state = explain(model).rows[0].state
+        y = layer(x)
+    assert y.dtype is f32 and state == ("composed" if dropout and not ada else "fused")
+    got = (y, *torch.autograd.grad(y, [x, *tensors], dy))
+
+    weight, bias = decoded(layer.base_layer).double(), layer.base_layer.bias.detach().double()
+    wide, A, B, last = (t.detach().double().requires_grad_() for t in (x, *tensors))
+    torch.manual_seed(3)
+    if ada:
+        mask = Masked(draw_rng(), dropout) if dropout else nn.Identity()
+        ref = wide @ weight.T + bias + mask(wide) @ (A * last).T @ B.T * ALPHA / (R + 1e-5)
+    else:
+        kept = nn.functional.dropout(torch.ones_like(x), dropout).double() if dropout else 1.0
+        dropped, norm = wide * kept, (weight + ALPHA / R * B @ A).detach().norm(dim=1)
+        z = dropped @ weight.T + ALPHA / R * (dropped @ A.T) @ B.T
+        ref = last / norm * z + (wide - dropped) @ weight.T + bias
+    want = (ref, *torch.autograd.grad(ref, [wide, A, B, last], dy.double()))
+    # Float32 sums of at most 192 terms; under autocast x, W and y are rounded to 8 bits each.
+    rtol = derived_rtol(f32, 192, layers=1 if ada else 2) if autocast is None else 2.0**-7
+    assert_close_derived([t.double() for t in got], want, rtol)
+    if ada and not autocast:
+        unfuse(model)
+        assert type(layer) is kind
+        assert_close_derived(layer.eval()(x), fuse(model).base_model.model.up(x))
 
 
 # What it says and does

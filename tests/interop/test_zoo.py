@@ -105,26 +105,34 @@ class Kind(NamedTuple):
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+PHI3 = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
+
+
+def gemma() -> nn.Module:
+    return GemmaForCausalLM(GemmaConfig(**TINY, head_dim=8))
+
+
+def bert() -> nn.Module:
+    return BertForSequenceClassification(BertConfig(**TINY))
+
+
+def phi3() -> nn.Module:
+    return Phi3ForCausalLM(Phi3Config(**TINY, pad_token_id=0, eos_token_id=1))
+
+
+TIED = ["embed_tokens", "lm_head", "q_proj"]
 KINDS = {
     "mlp": Kind(MLP, batch(), ["up", "down"], 2),
     "embedding": Kind(Embedded, IDS, ["embedding", "linear"], 1),
     "gpt2": Kind(gpt2_with_biases, IDS, ["c_attn", "c_proj"], 6, {"fan_in_fan_out": True}),
-    "bert": Kind(lambda: BertForSequenceClassification(BertConfig(**TINY)), IDS, "all-linear", 14),
+    "bert": Kind(bert, IDS, "all-linear", 14),
     "llama": Kind(llama, IDS, "all-linear", 14),
     "qwen2": Kind(qwen2, IDS, "all-linear", 14),
-    "tied": Kind(
-        lambda: GemmaForCausalLM(GemmaConfig(**TINY, head_dim=8)), IDS,
-        ["embed_tokens", "lm_head", "q_proj"], 3, {"ensure_weight_tying": True},
-    ),
-    "gemma": Kind(
-        lambda: GemmaForCausalLM(GemmaConfig(**TINY, head_dim=8)), IDS, "all-linear", 14
-    ),
-    "phi3": Kind(
-        lambda: Phi3ForCausalLM(Phi3Config(**TINY, pad_token_id=0, eos_token_id=1)), IDS,
-        ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"], 8,
-    ),
+    "tied": Kind(gemma, IDS, TIED, 3, {"ensure_weight_tying": True}),
+    "gemma": Kind(gemma, IDS, "all-linear", 14),
+    "phi3": Kind(phi3, IDS, PHI3, 8),
     "qwen3_moe": Kind(qwen3_moe, IDS, ATTENTION, 8, {"target_parameters": EXPERTS}),
-}  # fmt: skip
+}
 kinds = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 
 

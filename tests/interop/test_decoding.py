@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 import lora_kernels
 from lora_kernels.backends import cpu_heuristics, native
-from lora_kernels.backends.cpu import PreparedCall
 from lora_kernels.fastpath import prepare
 from lora_kernels.peft import fuse
 from lora_kernels.peft.linear import _PreparedForward
 from lora_kernels.quantization import Weight4bit, quantize_4bit
+from tests.support.models import watch_prepared_calls
 from tests.support.peft_models import add_adapter, add_lora, count_ops
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -69,15 +69,8 @@ def decode(layer: Any, x: Tensor | None = None) -> Tensor:
 
 def taken(layer: Any, call: Callable[[], object]) -> bool:
     """Whether the call went the shorter way."""
-    answers: list[object] = []
-    whole = PreparedCall.__call__
-
-    def watched(self: PreparedCall, x: Tensor, bias: Tensor | None = None) -> Tensor | None:
-        answers.append(whole(self, x, bias))
-        return answers[-1]  # type: ignore[return-value]
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PreparedCall, "__call__", watched)
+        answers = watch_prepared_calls(patch)
         call()
     return bool(answers) and answers[-1] is not None
 

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 import lora_kernels
 from lora_kernels.backends import cpu, cpu_heuristics, native
-from lora_kernels.backends.cpu import PreparedCall
 from lora_kernels.cpu_costs import Machine
 from lora_kernels.measure import tolerance
 from lora_kernels.peft import StreamedLinear, explain, fuse, unfuse
 from tests.support.assertions import assert_bitwise_equal, assert_close_derived
+from tests.support.models import watch_prepared_calls
 
 pytestmark = pytest.mark.skipif(native.module is None, reason="no native kernels")
 
@@ -61,18 +61,8 @@ def library(head: Any, x: Tensor) -> Tensor:
 
 
 @pytest.fixture
-def answers(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Whether each prepared call had an answer."""
-    answers: list[bool] = []
-    whole = PreparedCall.__call__
-
-    def watched(self: PreparedCall, x: Tensor, bias: Tensor | None = None) -> Tensor | None:
-        y = whole(self, x, bias)
-        answers.append(y is not None)
-        return y
-
-    monkeypatch.setattr(PreparedCall, "__call__", watched)
-    return answers
+def answers(monkeypatch: pytest.MonkeyPatch) -> list[Tensor | None]:
+    return watch_prepared_calls(monkeypatch)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -80,7 +70,7 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 @pytest.mark.parametrize("dtype", [f32, bf16, f16], ids=str)
 @torch.no_grad()
 def test_few_rows_are_streamed_within_tolerance(
-    head: Any, dtype: torch.dtype, M: int, bias: bool, answers: list[bool]
+    head: Any, dtype: torch.dtype, M: int, bias: bool, answers: list[Tensor | None]
 ) -> None:
     """Held to the tolerance beside the library's product; the same bits each time."""
     head.to(dtype)
@@ -95,10 +85,10 @@ def test_few_rows_are_streamed_within_tolerance(
     tolerance.assert_close(y, exact, library(head, x), tolerance.unit_roundoff(dtype))
     assert all(torch.equal(head(x), y) for _ in range(2))
     assert_bitwise_equal(head(x[:1]), y[:1])
-    assert answers == [True] * 4
+    assert len(answers) == 4 and all(answer is not None for answer in answers)
 
 
-def test_all_else_runs_the_librarys_product(head: Any, answers: list[bool]) -> None:
+def test_all_else_runs_the_librarys_product(head: Any, answers: list[Tensor | None]) -> None:
     x = rows(3)
     assert_bitwise_equal(head(x), library(head, x))  # with gradients
     head(x.requires_grad_()).sum().backward()
@@ -113,12 +103,12 @@ def test_all_else_runs_the_librarys_product(head: Any, answers: list[bool]) -> N
         for wrong in (torch.ones(3, K + 1), torch.ones(3, K, dtype=bf16)):
             with pytest.raises(RuntimeError):
                 head(wrong)
-        assert not any(answers)
+        assert all(answer is None for answer in answers)
         compiled = torch.compile(head, fullgraph=True, backend="eager")
         assert_bitwise_equal(compiled(x), library(head, x))
         head.weight = nn.Parameter(head.weight.t().contiguous().t())  # stored as [K, N]
         assert_bitwise_equal(head(x), library(head, x))
-    assert not any(answers)
+    assert all(answer is None for answer in answers)
 
 
 CHANGES: dict[str, Callable[[Any], Any]] = {

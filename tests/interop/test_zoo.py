@@ -15,20 +15,9 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    GemmaConfig,
-    GemmaForCausalLM,
-    Phi3Config,
-    Phi3ForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-)
 
 from lora_kernels.backends import native
 from lora_kernels.peft import explain, fuse, unfuse
@@ -79,7 +68,7 @@ def gpt2_with_biases() -> nn.Module:
 
 
 def qwen2() -> nn.Module:
-    model = Qwen2ForCausalLM(Qwen2Config(**TINY))
+    model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**TINY))
     for layer in model.model.layers:
         nn.init.normal_(layer.self_attn.q_proj.bias)
     return model
@@ -88,8 +77,8 @@ def qwen2() -> nn.Module:
 def qwen3_moe() -> nn.Module:
     """A layer with a dense MLP, and one of experts, whose grouped product knows no float64."""
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
-    model = Qwen3MoeForCausalLM(
-        Qwen3MoeConfig(**TINY, **experts, head_dim=8, decoder_sparse_step=2)
+    model = transformers.Qwen3MoeForCausalLM(
+        transformers.Qwen3MoeConfig(**TINY, **experts, head_dim=8, decoder_sparse_step=2)
     )
     model.set_experts_implementation("eager")
     return model
@@ -109,15 +98,17 @@ PHI3 = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
 
 
 def gemma() -> nn.Module:
-    return GemmaForCausalLM(GemmaConfig(**TINY, head_dim=8))
+    return transformers.GemmaForCausalLM(transformers.GemmaConfig(**TINY, head_dim=8))
 
 
 def bert() -> nn.Module:
-    return BertForSequenceClassification(BertConfig(**TINY))
+    return transformers.BertForSequenceClassification(transformers.BertConfig(**TINY))
 
 
 def phi3() -> nn.Module:
-    return Phi3ForCausalLM(Phi3Config(**TINY, pad_token_id=0, eos_token_id=1))
+    return transformers.Phi3ForCausalLM(
+        transformers.Phi3Config(**TINY, pad_token_id=0, eos_token_id=1)
+    )
 
 
 TIED = ["embed_tokens", "lm_head", "q_proj"]

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 import lora_kernels
 from lora_kernels.backends import native
-from lora_kernels.backends.cpu import PreparedCall
 from lora_kernels.fastpath import CallCache
 from lora_kernels.layers import LoRALinear, QLoRALinear
 from tests.support.assertions import assert_bitwise_equal, assert_close_derived
+from tests.support.models import watch_prepared_calls
 
 pytestmark = [
     pytest.mark.skipif(native.module is None, reason="no native kernels"),
@@ -47,20 +47,11 @@ def the_long_way(layer: LoRALinear, x: Tensor) -> Tensor:
 
 @pytest.fixture
 def answers(monkeypatch: pytest.MonkeyPatch) -> list[Tensor | None]:
-    """What prepared calls return."""
-    answers: list[Tensor | None] = []
-    whole = PreparedCall.__call__
-
-    def watched(self: PreparedCall, x: Tensor, bias: Tensor | None = None) -> Tensor | None:
-        answers.append(whole(self, x, bias))
-        return answers[-1]
-
-    monkeypatch.setattr(PreparedCall, "__call__", watched)
-    return answers
+    return watch_prepared_calls(monkeypatch)
 
 
 @torch.no_grad()
-def test_the_same_bits(layer: LoRALinear, answers: list[Tensor | None]) -> None:
+def test_decoding_gives_the_same_bits(layer: LoRALinear, answers: list[Tensor | None]) -> None:
     y = layer(x())
     assert not answers
     assert torch.equal(layer(x()), y)
@@ -147,7 +138,7 @@ def test_bias_of_another_length_is_an_error(layer: LoRALinear) -> None:
 
 
 @torch.no_grad()
-def test_a_weight_that_is_transposed_where_it_lies_is_seen() -> None:
+def test_decoding_notices_a_weight_transposed_where_it_lies() -> None:
     layer = LoRALinear(K, K, r=4).eval()
     y = layer(x())
     assert torch.equal(layer(x()), y)
@@ -157,7 +148,7 @@ def test_a_weight_that_is_transposed_where_it_lies_is_seen() -> None:
 
 
 @torch.no_grad()
-def test_compute_dtype_is_seen() -> None:
+def test_decoding_notices_another_compute_dtype() -> None:
     layer = QLoRALinear(K, N, r=4).eval()
     before = layer(x())
     layer.compute_dtype = torch.bfloat16

@@ -23,11 +23,11 @@ from lora_kernels.layers import (
 )
 from lora_kernels.measure import tolerance
 from lora_kernels.peft import Row, explain
-from tests.layers.test_every_layer import KINDS, gradients
 from tests.support.assertions import (
     assert_bitwise_equal,
     assert_close_to_reference,
 )
+from tests.support.models import KINDS, gradients
 
 f64, f32, bf16, f16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 K, N, R = 53, 72, 5  # R·K and N·R, the smallest gradients, are more than tolerance.POOL

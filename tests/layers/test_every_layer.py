@@ -8,11 +8,10 @@ same bits.
 import copy
 import math
 import pickle
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -27,65 +26,15 @@ from lora_kernels.layers import (
     QLoRALinear,
     StableLoRALinear,
 )
-from tests.support.assertions import assert_bitwise_equal, assert_close_derived
+from tests.support.assertions import assert_bitwise_equal
+from tests.support.models import KINDS, Kind, gradients
 
 f64, f32, bf16, f16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 
 
-class Kind(NamedTuple):
-    cls: Any
-    sizes: tuple[int, int]
-    options: dict[str, Any] = {}  # noqa: RUF012
-
-    def make(self, seed: int = 0, **options: Any) -> Any:
-        """With r = 3 and alpha = 6, as if it had been trained."""
-        torch.manual_seed(seed)
-        layer = self.cls(*self.sizes, 3, 6, **self.options | options)
-        with torch.no_grad():
-            for param in [layer.lora_B] if self.cls is QLoRALinear else layer.parameters():
-                param.copy_(torch.randint(-4, 5, param.shape))
-        return layer
-
-    def input(self, *shape: int, dtype: torch.dtype = f32) -> Tensor:
-        generator = torch.Generator().manual_seed(3)
-        if self.cls is LoRAEmbedding:
-            return torch.randint(self.sizes[0], shape, generator=generator)
-        return torch.randint(-4, 5, (*shape, self.sizes[0]), generator=generator).to(dtype)
-
-    def base(self, layer: Any, x: Tensor) -> Tensor:
-        """What the layer computes without its adapter."""
-        if self.cls is LoRAEmbedding:
-            return F.embedding(x, layer.weight)
-        if self.cls is QLoRALinear:
-            return F.linear(x, layer.weight4bit.dequantize(x.dtype), layer.bias)
-        return F.linear(x, layer.weight if self.cls is LoRALinear else layer.weight.T, layer.bias)
-
-    def assert_same(self, got: Any, want: Any) -> None:
-        (assert_close_derived if self.cls is QLoRALinear else assert_bitwise_equal)(got, want)
-
-
-KINDS = {
-    "linear": Kind(LoRALinear, (12, 10)),
-    "linear_bias": Kind(LoRALinear, (12, 10), {"bias": True}),
-    "conv1d": Kind(LoRAConv1D, (12, 10)),
-    "quantized": Kind(QLoRALinear, (70, 33)),
-    "quantized_bias": Kind(QLoRALinear, (70, 33), {"bias": True}),
-    "embedding": Kind(LoRAEmbedding, (53, 72)),
-}
 every_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 LINEAR = {name: kind for name, kind in KINDS.items() if name != "embedding"}
 every_linear = pytest.mark.parametrize("kind", LINEAR.values(), ids=LINEAR)
-
-
-def gradients(layer: Any, x: Tensor, run: Any = None) -> dict[str, Tensor | None]:
-    """y and the gradients of x and of all parameters, from the same random state."""
-    torch.manual_seed(1)
-    layer.zero_grad()
-    x = x.clone().requires_grad_(x.is_floating_point())
-    y = (layer if run is None else run)(x)
-    y.square().sum().backward()
-    grads = {name: p.grad for name, p in layer.named_parameters()}
-    return {"y": y.detach(), "x": x.grad} | grads
 
 
 # Forward

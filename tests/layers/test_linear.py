@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lora_kernels.layers import LoRALinear
-from tests.layers.test_every_layer import KINDS
+from tests.support.models import KINDS
 
 make = KINDS["linear_bias"].make
 

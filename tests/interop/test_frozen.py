@@ -69,9 +69,7 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> list[Tensor | None]:
 @pytest.mark.parametrize("M", [1, 3, 6])
 @pytest.mark.parametrize("dtype", [f32, bf16, f16], ids=str)
 @torch.no_grad()
-def test_few_rows_are_streamed_within_tolerance(
-    head: Any, dtype: torch.dtype, M: int, bias: bool, answers: list[Tensor | None]
-) -> None:
+def test_few_rows_are_streamed_within_tolerance(head, dtype, M, bias, answers) -> None:
     """Held to the tolerance beside the library's product; the same bits each time."""
     head.to(dtype)
     if not bias:

@@ -93,9 +93,7 @@ def test_fused_step_equals_peft_with_its_dropout(setting: str, quantized: bool, 
 
 
 @pytest.mark.parametrize("rows", [(3,), (100,), (2, 50)], ids=str)
-def test_stacking_depends_on_the_rows(
-    rows: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stacking_depends_on_the_rows(rows, monkeypatch) -> None:
     called: list[int] = []
     original = eager.lora_linear
 
@@ -236,9 +234,7 @@ BREAKAGES: dict[str, tuple[str, Callable[..., Any], str]] = {
 
 
 @pytest.mark.parametrize("breakage", BREAKAGES)
-def test_bitsandbytes_that_fails_its_check_is_not_used(
-    breakage: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bitsandbytes_that_fails_its_check_is_not_used(breakage, monkeypatch) -> None:
     pytest.importorskip("bitsandbytes")
     if breakage == "GEMM" and not decode4bit.has_gemm_4bit():
         pytest.skip("bitsandbytes is older than 0.50, without gemm_4bit")

@@ -347,9 +347,7 @@ def test_merge_and_disable_are_pefts(kind: Kind, adapters: int) -> None:
 
 @every_kind()
 @pytest.mark.parametrize(("deleted", "left"), [("default", "second"), ("second", "default")])
-def test_adapters_added_switched_and_deleted_equal_peft(
-    kind: Kind, deleted: str, left: str
-) -> None:
+def test_adapters_added_switched_and_deleted_equal_peft(kind, deleted, left) -> None:
     stock, fused = pair(kind.build())
     x = kind.input(3, 4)
 

@@ -231,9 +231,7 @@ def test_functional_call_takes_the_other_parameters(kind: Kind) -> None:
 @every_kind
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_checkpoint_gives_the_same_gradients(
-    kind: Kind, dropout: float, use_reentrant: bool
-) -> None:
+def test_checkpoint_gives_the_same_gradients(kind, dropout, use_reentrant) -> None:
     is_linear = kind in LINEAR.values()
     layer, x = kind.make(**{"dropout": dropout} if is_linear else {}), kind.input(33)
     if getattr(layer, "bias", None) is not None:

@@ -195,9 +195,7 @@ def test_gradients_are_clipped_together() -> None:
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("name", ["MemoryEfficientLoRALinear", "QMemoryEfficientLoRALinear"])
 @pytest.mark.parametrize("rows", [3, M])
-def test_recomputed_gradients_are_the_same_bits(
-    rows: int, name: str, dropout: float, autocast: torch.dtype | None
-) -> None:
+def test_recomputed_gradients_are_the_same_bits(rows, name, dropout, autocast) -> None:
     layer, x = make(name, dropout=dropout), torch.randn(rows, K, requires_grad=True)
     got = []
     for use_checkpoint in (True, False):
@@ -341,9 +339,7 @@ def test_dora_is_pefts(dtype: torch.dtype) -> None:
         ([1.0, 5, 2, 4, 3], 0.0, [False, True, True, True, True]),
     ],
 )
-def test_update_rank_keeps_what_is_above_the_quantile(
-    scores: list[float], quantile: float, kept: list[bool]
-) -> None:
+def test_update_rank_keeps_what_is_above_the_quantile(scores, quantile, kept) -> None:
     layer = make("AdaLoRALinear")
     mask, where = layer.rank_mask, layer.rank_mask.data_ptr()
     layer.update_rank(torch.tensor(scores), quantile)

@@ -394,7 +394,7 @@ def _try(layer: Any, x: Tensor) -> None:
         assert x.dtype is not f32
 
 
-def test_is_not_copied(layer: Any) -> None:
+def test_prepared_forward_is_not_copied(layer: Any) -> None:
     decode(layer)
     assert isinstance(layer._prepared, _PreparedForward)
     copies = [copy.deepcopy(layer)]
@@ -407,7 +407,9 @@ def test_is_not_copied(layer: Any) -> None:
 
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("compute_dtype", [None, bf16], ids=str)
-def test_prepared(compute_dtype: torch.dtype | None, nested: bool) -> None:
+def test_prepared_call_reads_the_offset_in_each_call(
+    compute_dtype: torch.dtype | None, nested: bool
+) -> None:
     """The offset of nested scales is read in each call, as all values are."""
     weight: Weight4bit = quantize_4bit(torch.randn(N, K), double_quant=nested)
     A, B, bias = torch.randn(5, K), torch.randn(5, N).t(), torch.randn(N).to(bf16)

@@ -54,7 +54,7 @@ def layer(model: Any) -> Any:
 @pytest.mark.parametrize(
     "config", [{}, {"use_rslora": True}, {"lora_dropout": 0.3}, {"r": 1}, {"r": 300}], ids=str
 )
-def test_outputs_and_gradients(config: dict[str, Any], base: dict[str, Any]) -> None:
+def test_every_configuration_equals_peft(config: dict[str, Any], base: dict[str, Any]) -> None:
     """PEFT's embedding has a dropout and does not call it."""
     stock, fused = pair(embedding_model(base=base, **config))
     assert type(layer(fused)) is FusedEmbedding and explain(fused).rows == [FUSED]

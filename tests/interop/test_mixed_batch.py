@@ -148,7 +148,7 @@ def test_dropout_in_a_layer() -> None:
     ],
     ids=str,
 )
-def test_left_to_peft(config: dict[str, Any], reason: str) -> None:
+def test_unsupported_adapters_are_left_to_peft(config: dict[str, Any], reason: str) -> None:
     model = several(mlp(torch.float32), **config)
     stock, fused = (copy.deepcopy(m).base_model.model.up for m in pair(model))
     if "lora_dropout" in config:

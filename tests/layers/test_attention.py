@@ -97,7 +97,7 @@ def test_options_reach_the_projections():
     assert LoRAAttention(HIDDEN, HEADS, device="meta").qkv_proj.weight.is_meta
 
 
-def test_copy_and_merge():
+def test_merged_copy_keeps_y():
     attention = make_attention(targets=("q", "k", "v", "o"), dropout=0.5).eval()
     other, hidden = copy.deepcopy(attention), torch.randn(L, HIDDEN, dtype=torch.float64)
     for module in other.modules():

@@ -109,7 +109,7 @@ def test_y_and_every_gradient_follow_the_formula(dtype, lora_dtype, scaling):
     )
 
 
-def test_gradcheck():
+def test_gradients_pass_gradcheck():
     layer, x = make(dtype=f64), indices(3, 5)
 
     def call(A, B):

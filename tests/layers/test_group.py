@@ -200,7 +200,7 @@ def test_saved_copied_and_compiled(cls: Any) -> None:
 
 
 @pytest.mark.parametrize("cls", CLASSES)
-def test_merge_and_disable(cls: Any) -> None:
+def test_merged_group_keeps_y_and_disabled_is_base(cls: Any) -> None:
     group = make(cls, bf16).eval()
     x = torch.randn(6, K).to(bf16)
     want = group(x)
@@ -214,7 +214,7 @@ def test_merge_and_disable(cls: Any) -> None:
     assert_bitwise_equal(group(x), want)
 
 
-def test_from_linears() -> None:
+def test_from_linears_shares_members_in_order() -> None:
     linears = {name: nn.Linear(K, size) for name, size in MEMBERS.items()}
     x = torch.randn(4, K)
     group = LoRAGroup.from_linears(linears, R, ALPHA, targets=("k",), init="orthogonal")
@@ -237,7 +237,7 @@ def test_each_target_starts_by_the_rule() -> None:
     assert LoRAGroup(K, MEMBERS, 16, 8, scaling="rslora").scaling == 8 / 4
 
 
-def test_bad_linears() -> None:
+def test_from_linears_refuses_what_does_not_fit() -> None:
     linear = nn.Linear(K, 8)
     for other, error, message in (
         (nn.Linear(K, 8, bias=False), ValueError, r"linears\['b'\]: got in_features, dtype"),

@@ -54,7 +54,7 @@ def test_layer_starts_as_its_base(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_gradcheck(name: str) -> None:
+def test_gradients_pass_gradcheck(name: str) -> None:
     layer = make(name, dtype=f64)
     params = adapter(layer, f64)
     x = torch.randn(4, K, dtype=f64, requires_grad=True)

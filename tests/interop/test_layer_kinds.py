@@ -190,7 +190,8 @@ def test_training_after_fuse_follows_peft(kind: Kind, config: Any, adapters: int
     model = kind.build(**config)
     stock, fused = pair(model if adapters == 1 else two_adapters(model))
     x = kind.input(3, 4)
-    assert_trains_alike(fused, stock, lambda model, step: model(x), steps=20)
+    steps = 20 if "dora_norm" in kind.forward else 5  # whose norm changes with each step
+    assert_trains_alike(fused, stock, lambda model, step: model(x), steps=steps)
 
 
 @every_kind("nf4", "nf4_loaded")

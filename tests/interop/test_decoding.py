@@ -4,7 +4,9 @@ for all that matters."""
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
@@ -15,13 +17,12 @@ from torch import Tensor, nn
 
 import lora_kernels
 from lora_kernels.backends import cpu_heuristics, native
-from lora_kernels.backends.cpu import PreparedCall
 from lora_kernels.fastpath import prepare
 from lora_kernels.peft import fuse
 from lora_kernels.peft.linear import _PreparedForward
 from lora_kernels.quantization import Weight4bit, quantize_4bit
-
-from .tiny import add_lora, count_ops
+from tests.support.models import watch_prepared_calls
+from tests.support.peft_models import add_adapter, add_lora, count_ops
 
 bnb = pytest.importorskip("bitsandbytes")
 pytestmark = pytest.mark.skipif(native.module is None, reason="no native kernels")
@@ -43,13 +44,17 @@ def layer(request: pytest.FixtureRequest) -> Any:
     net = Net(request.param).to("cpu")
     net.is_loaded_in_4bit = request.param  # type: ignore[assignment]  # as transformers says it
     model = add_lora(net, target_modules=["up"])
-    model.add_adapter("other", model.peft_config["default"])
+    add_adapter(model, "other")
     layer: Any = fuse(model).eval().base_model.model.up
     with torch.no_grad():
         for adapter in ("default", "other"):
             nn.init.normal_(layer.lora_B[adapter].weight)
     layer.base_layer.support_avx512bf16_for_cpu = False  # bitsandbytes keeps its scales
     return layer
+
+
+def is_dense(layer: Any) -> bool:
+    return not isinstance(layer.base_layer.weight, bnb.nn.Params4bit)
 
 
 def row(rows: int = 1) -> Tensor:
@@ -64,28 +69,21 @@ def decode(layer: Any, x: Tensor | None = None) -> Tensor:
 
 def taken(layer: Any, call: Callable[[], object]) -> bool:
     """Whether the call went the shorter way."""
-    answers: list[object] = []
-    whole = PreparedCall.__call__
-
-    def watched(self: PreparedCall, x: Tensor, bias: Tensor | None = None) -> Tensor | None:
-        answers.append(whole(self, x, bias))
-        return answers[-1]  # type: ignore[return-value]
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PreparedCall, "__call__", watched)
+        answers = watch_prepared_calls(patch)
         call()
     return bool(answers) and answers[-1] is not None
 
 
 @pytest.mark.parametrize("rows", [1, 5])
 @pytest.mark.parametrize("dtype", [f32, bf16, f16], ids=str)
-def test_the_same_bits(layer: Any, dtype: torch.dtype, rows: int) -> None:
-    if not (isinstance(layer.base_layer.weight, bnb.nn.Params4bit) or dtype is f32):
+def test_decoding_gives_the_same_bits(layer: Any, dtype: torch.dtype, rows: int) -> None:
+    if is_dense(layer) and dtype is not f32:
         layer.base_layer.to(dtype)
     x = row(rows).to(dtype).view(rows, 1, K)
     first = decode(layer, x)  # the long way
     assert first.shape == (rows, 1, N)
-    if rows > cpu_heuristics.few_rows(dtype, False, 0) and type(layer.base_layer) is nn.Linear:
+    if rows > cpu_heuristics.few_rows(dtype, False, 0) and is_dense(layer):
         assert not taken(layer, lambda: decode(layer, x))  # a single pass
         return
     assert taken(layer, lambda: decode(layer, x))
@@ -96,12 +94,14 @@ def test_the_same_bits(layer: Any, dtype: torch.dtype, rows: int) -> None:
         assert torch.equal(layer(x), first)
 
 
-def hooked(layer: Any) -> None:
-    layer.base_layer.register_forward_hook(lambda _m, _x, y: y + 1)
+class Doubled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
 
 
-def hooked_adapter(layer: Any) -> None:
-    layer.lora_A["default"].register_forward_hook(lambda _m, _x, y: y * 2)
+class Other(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
 
 
 def replaced_forward(layer: Any) -> None:
@@ -110,16 +110,14 @@ def replaced_forward(layer: Any) -> None:
 
 
 def replaced_base(layer: Any) -> None:
-    base = copy.deepcopy(layer.base_layer)
-    base.bias.data += 1
-    layer.base_layer = base
+    layer.base_layer = copy.deepcopy(layer.base_layer)
+    layer.base_layer.bias.data += 1
 
 
 def new_weight_tensor(layer: Any) -> None:
-    weight = layer.base_layer.weight
-    data = weight.data.clone()
+    data = layer.base_layer.weight.data.clone()
     data.view(-1)[:8] = data.view(-1)[8:16]
-    weight.data = data
+    layer.base_layer.weight.data = data
 
 
 def new_parameter(layer: Any) -> None:
@@ -132,18 +130,14 @@ def new_data(layer: Any) -> None:
     weight.data = weight.data * 2
 
 
-def lower_rank(layer: Any) -> None:  # in the same memory
+def lower_rank(layer: Any) -> None:
+    """In the same memory."""
     A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     A.data, B.data = A.data[:2], B.data[:, :2]
 
 
-def other_dtype(layer: Any) -> None:
-    layer.lora_A["default"].to(bf16)
-
-
 def double_adapter(layer: Any) -> None:
-    for adapter in (layer.lora_A["default"], layer.lora_B["default"]):
-        adapter.double()
+    layer.lora_A["default"].double(), layer.lora_B["default"].double()
     in_place(layer)
 
 
@@ -157,32 +151,20 @@ def bias_in_place(layer: Any) -> None:
         layer.base_layer.bias.add_(1)
 
 
-def no_bias(layer: Any) -> None:
-    layer.base_layer.bias = None
+def other_adapters(layer: Any) -> None:
+    layer.lora_A = copy.deepcopy(layer.lora_A)
+    layer.lora_A["default"].weight.data *= 2
 
 
-def scaled(layer: Any) -> None:
-    layer.scaling["default"] = 3.5
+def parametrized_bias(layer: Any) -> None:
+    nn.utils.parametrize.register_parametrization(layer.base_layer, "bias", Doubled())
 
 
-def scaled_by_peft(layer: Any) -> None:
-    layer.set_scale("default", 3.0)
-
-
-def other_adapter(layer: Any) -> None:
-    layer.set_adapter("other")
-
-
-def both_adapters(layer: Any) -> None:
-    layer.set_adapter(["default", "other"])
-
-
-def disabled(layer: Any) -> None:
-    layer.enable_adapters(False)
-
-
-def merged(layer: Any) -> None:
-    layer.merge()
+def other_class(layer: Any) -> None:
+    if is_dense(layer):
+        layer.base_layer.__class__ = Other
+    else:
+        in_place(layer)
 
 
 def other_scales(layer: Any) -> None:
@@ -190,95 +172,88 @@ def other_scales(layer: Any) -> None:
     state.absmax = state.absmax.flip(0).clone()
 
 
-def other_scales_in_place(layer: Any) -> None:
-    layer.base_layer.weight.quant_state.absmax.mul_(2)
-
-
 def other_state(layer: Any) -> None:
-    state = copy.deepcopy(layer.base_layer.weight.quant_state)
-    state.absmax *= 2
-    layer.base_layer.weight.quant_state = state
+    layer.base_layer.weight.quant_state = copy.deepcopy(layer.base_layer.weight.quant_state)
+    layer.base_layer.weight.quant_state.absmax *= 2
 
 
-def other_compute_dtype(layer: Any) -> None:
-    layer.base_layer.compute_dtype = bf16
+def hook_on(part: str, hook: Callable[..., Tensor]) -> Callable[[Any], None]:
+    def change(layer: Any) -> None:
+        module = getattr(layer, part)
+        module = module if part == "base_layer" else module["default"]
+        module.register_forward_hook(hook)
+
+    return change
 
 
-def trainable_base(layer: Any) -> None:
-    layer.base_layer.weight.requires_grad_()
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "hooked": hook_on("base_layer", lambda _m, _x, y: y + 1),
+    "hooked_adapter": hook_on("lora_A", lambda _m, _x, y: y * 2),
+    "replaced_forward": replaced_forward,
+    "replaced_base": replaced_base,
+    "new_weight_tensor": new_weight_tensor,
+    "new_parameter": new_parameter,
+    "new_data": new_data,
+    "lower_rank": lower_rank,
+    "other_dtype": lambda layer: layer.lora_A["default"].to(bf16),
+    "double_adapter": double_adapter,
+    "in_place": in_place,
+    "bias_in_place": bias_in_place,
+    "no_bias": lambda layer: setattr(layer.base_layer, "bias", None),
+    "scaled": lambda layer: layer.scaling.update(default=3.5),
+    "scaled_by_peft": lambda layer: layer.set_scale("default", 3.0),
+    "other_adapter": lambda layer: layer.set_adapter("other"),
+    "both_adapters": lambda layer: layer.set_adapter(["default", "other"]),
+    "disabled": lambda layer: layer.enable_adapters(False),
+    "merged": lambda layer: layer.merge(),
+    "other_adapters": other_adapters,
+    "hooked_dropout": hook_on("lora_dropout", lambda _m, _x, y: y * 2),
+    "replaced_dropout": lambda layer: setattr(
+        layer.lora_dropout["default"], "forward", lambda x: 2 * x
+    ),
+    "parametrized_bias": parametrized_bias,
+    "other_class": other_class,
+}
+CHANGES_OF_TRAINING: dict[str, Callable[[Any], Any]] = {
+    "trainable_base": lambda layer: layer.base_layer.weight.requires_grad_(),
+    "dropout": lambda layer: layer.lora_dropout.update({"default": nn.Dropout(0.5)}),
+    "less_dropout": lambda layer: setattr(layer.lora_dropout["default"], "p", 0.25),
+    "other_dropouts": lambda layer: setattr(
+        layer, "lora_dropout", nn.ModuleDict({"default": nn.Dropout(0.5), "other": nn.Identity()})
+    ),
+}
+CHANGES_OF_4_BITS: dict[str, Callable[[Any], Any]] = {
+    "other_scales": other_scales,
+    "other_scales_in_place": lambda layer: layer.base_layer.weight.quant_state.absmax.mul_(2),
+    "other_state": other_state,
+    "other_compute_dtype": lambda layer: setattr(layer.base_layer, "compute_dtype", bf16),
+}
+ALL_CHANGES = CHANGES | CHANGES_OF_TRAINING | CHANGES_OF_4_BITS
 
 
-def dropout(layer: Any) -> None:
-    layer.lora_dropout["default"] = nn.Dropout(0.5)
-
-
-def less_dropout(layer: Any) -> None:
-    layer.lora_dropout["default"].p = 0.25
-
-
-def other_adapters(layer: Any) -> None:
-    lora_A = copy.deepcopy(layer.lora_A)
-    lora_A["default"].weight.data *= 2
-    layer.lora_A = lora_A
-
-
-def other_dropouts(layer: Any) -> None:
-    layer.lora_dropout = nn.ModuleDict({"default": nn.Dropout(0.5), "other": nn.Identity()})
-
-
-def hooked_dropout(layer: Any) -> None:
-    layer.lora_dropout["default"].register_forward_hook(lambda _m, _x, y: y * 2)
-
-
-def replaced_dropout(layer: Any) -> None:
-    layer.lora_dropout["default"].forward = lambda x: 2 * x
-
-
-class Doubled(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return 2 * x
-
-
-def parametrized_bias(layer: Any) -> None:
-    nn.utils.parametrize.register_parametrization(layer.base_layer, "bias", Doubled())
-
-
-class Other(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return 2 * super().forward(x)
-
-
-def other_class(layer: Any) -> None:
-    if type(layer.base_layer) is nn.Linear:
-        layer.base_layer.__class__ = Other
-    else:
-        in_place(layer)
-
-
-CHANGES = [
-    hooked, hooked_adapter, replaced_forward, replaced_base, new_weight_tensor, new_parameter,
-    new_data, lower_rank, other_dtype, double_adapter, in_place, bias_in_place, no_bias, scaled,
-    scaled_by_peft, other_adapter, both_adapters, disabled, merged, other_adapters, hooked_dropout,
-    replaced_dropout, parametrized_bias, other_class,
-]  # fmt: skip
-CHANGES_OF_TRAINING = [trainable_base, dropout, less_dropout, other_dropouts]
-CHANGES_OF_4_BITS = [other_scales, other_scales_in_place, other_state, other_compute_dtype]
-
-
-@pytest.mark.filterwarnings("ignore:Merge lora module to 4-bit")
-@pytest.mark.parametrize("change", CHANGES + CHANGES_OF_4_BITS, ids=lambda f: f.__name__)
-def test_what_changes_is_noticed(layer: Any, change: Callable[[Any], None]) -> None:
-    if change in CHANGES_OF_4_BITS and type(layer.base_layer) is nn.Linear:
-        change = in_place
-    before = decode(layer)
-    assert taken(layer, lambda: decode(layer))
+def assert_followed(layer: Any, change: Callable[[Any], Any], call: Callable[[Any], Any]) -> None:
+    """After the change the call has another result: that of a copy that remembers nothing."""
+    before = call(layer)
     change(layer)
     fresh = copy.deepcopy(layer)
     fresh._prepared = None
-    want = decode(fresh)
-    assert not torch.equal(want, before)
+    want = call(fresh)
+    assert not all(map(same, want, before))
     for _ in range(3):
-        assert torch.equal(decode(layer), want)
+        assert all(map(same, call(layer), want))
+
+
+def same(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b if a is None or b is None else torch.equal(a, b)
+
+
+@pytest.mark.filterwarnings("ignore:Merge lora module to 4-bit")
+@pytest.mark.parametrize("change", CHANGES | CHANGES_OF_4_BITS)
+def test_decoding_notices_a_change(layer: Any, change: str) -> None:
+    decode(layer)
+    assert taken(layer, lambda: decode(layer))
+    noop = change in CHANGES_OF_4_BITS and is_dense(layer)
+    assert_followed(layer, ALL_CHANGES["in_place" if noop else change], lambda each: [decode(each)])
 
 
 def train(layer: Any) -> list[Tensor | None]:
@@ -310,30 +285,16 @@ def ready(layer: Any, call: Callable[[], object]) -> bool:
 
 
 @pytest.mark.filterwarnings("ignore:Merge lora module to 4-bit")
-@pytest.mark.parametrize(
-    "change", CHANGES + CHANGES_OF_TRAINING + CHANGES_OF_4_BITS, ids=lambda f: f.__name__
-)
-def test_what_changes_is_noticed_in_training(layer: Any, change: Callable[[Any], None]) -> None:
-    four_bit = type(layer.base_layer) is not nn.Linear
-    if (four_bit and change is trainable_base) or (not four_bit and change in CHANGES_OF_4_BITS):
-        change = in_place
+@pytest.mark.parametrize("change", ALL_CHANGES)
+def test_training_notices_a_change(layer: Any, change: str) -> None:
+    noop = change in CHANGES_OF_4_BITS if is_dense(layer) else change == "trainable_base"
     layer.train()
-    if change is less_dropout:
-        dropout(layer)
+    if change == "less_dropout":
+        ALL_CHANGES["dropout"](layer)
     first = train(layer)
     assert ready(layer, lambda: train(layer))
     assert all(map(same, train(layer), first))
-    change(layer)
-    fresh = copy.deepcopy(layer)
-    fresh._prepared = None
-    want = train(fresh)
-    assert not all(map(same, want, first))
-    for _ in range(3):
-        assert all(map(same, train(layer), want))
-
-
-def same(a: Tensor | None, b: Tensor | None) -> bool:
-    return a is b if a is None or b is None else torch.equal(a, b)
+    assert_followed(layer, ALL_CHANGES["in_place" if noop else change], train)
 
 
 def test_what_surrounds_a_training_call_is_noticed(layer: Any) -> None:
@@ -350,7 +311,7 @@ def test_what_surrounds_a_training_call_is_noticed(layer: Any) -> None:
         got = layer(x)
         layer._prepared = None
         assert got.dtype is layer(x).dtype and torch.equal(got, layer(x))
-    if type(layer.base_layer) is not nn.Linear:
+    if not is_dense(layer):
         for dtype in (bf16, torch.float64):  # the latter by PEFT, for its adapters are float32
             train(layer)
             got = layer(x.to(dtype))
@@ -362,31 +323,25 @@ def test_what_surrounds_a_training_call_is_noticed(layer: Any) -> None:
     assert not torch.equal(replica(x), layer(x))
 
 
-def test_an_active_adapter_that_comes_later_is_noticed(layer: Any) -> None:
+@pytest.mark.parametrize("way", ["later", "in_place"])
+def test_decoding_notices_an_active_adapter_more(layer: Any, way: str) -> None:
+    """Which gets its weights, or joins the list of active ones in place."""
     lora_A = layer.lora_A["other"]
-    layer.set_adapter(["default", "other"])
-    del layer.lora_A["other"]
+    layer.set_adapter(["default", "other"] if way == "later" else ["default"])
+    if way == "later":
+        del layer.lora_A["other"]
     alone = decode(layer)
     assert torch.equal(decode(layer), alone)
-    layer.lora_A["other"] = lora_A
+    if way == "later":
+        layer.lora_A["other"] = lora_A
+    else:
+        layer._active_adapter.append("other")
     both = decode(layer)
     assert not torch.equal(both, alone) and torch.equal(decode(layer), both)
 
 
-def test_a_list_of_active_adapters_that_changes_in_place_is_noticed(layer: Any) -> None:
-    layer.set_adapter(["default"])
-    alone = decode(layer)
-    assert torch.equal(decode(layer), alone)
-    layer._active_adapter.append("other")
-    both = decode(layer)
-    assert not torch.equal(both, alone) and torch.equal(decode(layer), both)
-
-
-def test_parameters_that_were_computed_go_from_memory(layer: Any) -> None:
+def test_computed_parameters_go_from_memory(layer: Any) -> None:
     """And with them all that their graph holds."""
-    import gc
-    import weakref
-
     A = layer.lora_A["default"].weight.detach() * nn.Parameter(torch.ones(()))
     y = torch.func.functional_call(layer, {"lora_A.default.weight": A}, (row(3),))
     gone = weakref.ref(A)
@@ -395,14 +350,10 @@ def test_parameters_that_were_computed_go_from_memory(layer: Any) -> None:
     assert gone() is None
 
 
-def test_a_layer_goes_from_memory_at_once(layer: Any) -> None:
+def test_layer_goes_from_memory_at_once(layer: Any) -> None:
     """What is kept of a call refers to no layer; collecting cycles may take long."""
-    import gc
-    import weakref
-
     part = copy.deepcopy(layer)
-    decode(part)
-    train(part)
+    decode(part), train(part)
     assert part._prepared is not None
     gc.collect()
     gc.disable()
@@ -443,11 +394,11 @@ def _try(layer: Any, x: Tensor) -> None:
         assert x.dtype is not f32
 
 
-def test_is_not_copied(layer: Any) -> None:
+def test_prepared_forward_is_not_copied(layer: Any) -> None:
     decode(layer)
     assert isinstance(layer._prepared, _PreparedForward)
     copies = [copy.deepcopy(layer)]
-    if type(layer.base_layer) is nn.Linear:  # a Params4bit comes back from pickle as a Parameter
+    if is_dense(layer):  # a Params4bit comes back from pickle as a Parameter
         copies.append(pickle.loads(pickle.dumps(layer)))
     for other in copies:
         assert other._prepared is None
@@ -456,7 +407,9 @@ def test_is_not_copied(layer: Any) -> None:
 
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("compute_dtype", [None, bf16], ids=str)
-def test_prepared(compute_dtype: torch.dtype | None, nested: bool) -> None:
+def test_prepared_call_reads_the_offset_in_each_call(
+    compute_dtype: torch.dtype | None, nested: bool
+) -> None:
     """The offset of nested scales is read in each call, as all values are."""
     weight: Weight4bit = quantize_4bit(torch.randn(N, K), double_quant=nested)
     A, B, bias = torch.randn(5, K), torch.randn(5, N).t(), torch.randn(N).to(bf16)

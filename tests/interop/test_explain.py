@@ -8,34 +8,39 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import lora_kernels
-from lora_kernels import selection
 from lora_kernels.backends import native
-from lora_kernels.core.problem import Choice, Problem
 from lora_kernels.layers import LoRALinear
 from lora_kernels.peft import Explanation, Row, explain, fuse
-
-from .tiny import SIZES, TINY, batch, mlp
+from tests.support.peft_models import (
+    SIZES,
+    activate,
+    adalora_mlp,
+    batch,
+    llama,
+    mlp,
+    two_adapters,
+)
 
 needs_native = pytest.mark.skipif(native.module is None, reason="no native kernels")
 
 
-def test_table() -> None:
+def test_table_has_columns_and_a_summary() -> None:
     table = Explanation([Row("a.up", "fused", "cpu", "s", "why"), Row("b", "x", "y", "z", "w w")])
-    assert str(table) == repr(table) == (
-        "layer  state  backend  strategy  reason\n"
-        "a.up   fused  cpu      s         why\n"
-        "b      x      y        z         w w\n"
-        "2 LoRA layers: 1 fused, 1 x"
-    )  # fmt: skip
+    assert str(table) == repr(table)
+    assert str(table).splitlines() == [
+        "layer  state  backend  strategy  reason",
+        "a.up   fused  cpu      s         why",
+        "b      x      y        z         w w",
+        "2 LoRA layers: 1 fused, 1 x",
+    ]
 
 
 def deep() -> Any:
     """30 layers of 7 projections, as SmolLM2-135M has them."""
-    llama = LlamaForCausalLM(LlamaConfig(**TINY | {"num_hidden_layers": 30}))
-    return get_peft_model(llama, LoraConfig(r=3, target_modules="all-linear"))
+    base = llama(torch.float32, num_hidden_layers=30)
+    return get_peft_model(base, LoraConfig(r=3, target_modules="all-linear"))
 
 
 def test_explain_of_210_layers_prints_a_line_for_each_kind() -> None:
@@ -71,7 +76,7 @@ def test_explain_groups_only_what_is_alike() -> None:
     assert str(error.value).splitlines()[1:] == ["  2 × h.*.up1: not fused (peft): a hook"]
 
 
-def test_shares_of_the_parameters() -> None:
+def test_summary_says_shares_of_the_parameters() -> None:
     rows = [Row(name, state, "", "", "") for name, state in zip("abc", "xxy", strict=True)]
     sizes = {"a": 1, "b": 4, "c": 11}
     summary = str(Explanation(rows, sizes)).splitlines()[-1]
@@ -84,14 +89,14 @@ def test_shares_of_the_parameters() -> None:
 
 
 @needs_native
-def test_fused() -> None:
+def test_fused_model_passes_assert_fused() -> None:
     explanation = explain(fuse(mlp(torch.float32)))
     explanation.assert_fused()
     assert {(row.state, row.backend) for row in explanation.rows} == {("fused", "cpu")}
     assert "2 LoRA layers: 2 fused" in str(explanation)
 
 
-def test_not_fused_yet() -> None:
+def test_unfused_model_fails_assert_fused() -> None:
     explanation = explain(mlp(torch.float32))
     assert [row.reason for row in explanation.rows] == ["fuse() was not called"] * 2
     with pytest.raises(RuntimeError) as error:
@@ -113,7 +118,7 @@ def test_the_eager_backend_does_not_count() -> None:
 
 
 @needs_native
-def test_reasons_of_the_choice_of_backend() -> None:
+def test_reasons_are_those_of_the_choice_of_backend() -> None:
     """Rank, dtype of x, and autocast, which makes y another dtype."""
     assert "rank 300" in explain(fuse(mlp(torch.float32, r=300))).rows[0].reason
     model = fuse(mlp(torch.float32))
@@ -126,32 +131,22 @@ def test_reasons_of_the_choice_of_backend() -> None:
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("adapters", [["default"], ["default", "second"]])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_asks_for_the_choice_that_the_op_asks_for(
-    dtype: torch.dtype,
-    adapters: list[str],
-    autocast: torch.dtype | None,
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("build", [mlp, adalora_mlp])
+def test_explain_asks_for_the_choice_that_the_op_asks_for(
+    build, dtype, adapters, autocast, asked
 ) -> None:
-    model = fuse(mlp(dtype))
-    model.add_adapter("second", LoraConfig(r=3, target_modules=["up", "down"]))
-    model.base_model.set_adapter(adapters)
-    choose, asked = selection.choose, []
-
-    def recorder(problem: Problem) -> Choice:
-        asked.append(problem._replace(rows=None))  # which explain does not know
-        return choose(problem)
-
-    monkeypatch.setattr(selection, "choose", recorder)
+    model = activate(fuse(two_adapters(build(dtype))), *adapters)
     with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
         explain(model, x_dtype=dtype)
-        by_explain = list(asked)
+        by_explain = [*asked]
         asked.clear()
         up, down = model.base_model.model.up, model.base_model.model.down
         up(batch(dtype)), down(torch.ones(2, SIZES[1], dtype=dtype))
-    assert by_explain == asked and len(asked) == 2
+    by_op = [problem._replace(rows=None) for problem in asked]  # which explain does not know
+    assert len(by_op) == 2 and [problem._replace(rows=None) for problem in by_explain] == by_op
 
 
-def test_dense_layers() -> None:
+def test_dense_layers_have_rows() -> None:
     model = nn.ModuleDict({"a": LoRALinear(8, 8), "b": LoRALinear(8, 8), "c": LoRALinear(8, 8)})
     model["b"].merge()
     model["c"].enabled = False

@@ -24,18 +24,26 @@ from peft.tuners import lora
 from torch import Tensor, nn
 
 from lora_kernels.peft import FusedLinear, Row, explain, fuse, unfuse
-
-from .tiny import (
+from tests.support.assertions import assert_bitwise_equal, assert_close_derived
+from tests.support.peft_models import (
     MLP,
+    SIZES,
+    activate,
+    adalora_mlp,
+    add_adapter,
     add_lora,
-    assert_same,
     batch,
+    conv1d_mlp,
     count_ops,
+    dora_mlp,
     fused_layers,
     mlp,
     pair,
     results,
 )
+
+# PEFT, of a Conv1D.
+pytestmark = pytest.mark.filterwarnings("ignore:.*fan_in_fan_out")
 
 
 def rows(model: nn.Module) -> dict[str, Row]:
@@ -47,31 +55,11 @@ def up(model: PeftModel) -> Any:
     return model.base_model.model.up
 
 
-class DoubledLinear(nn.Linear):
+class ScaledLinear(nn.Linear):
     """A subclass whose forward is more than its weight says."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        return 2 * super().forward(input)
-
-
-def subclassed(base: nn.Linear) -> None:
-    base.__class__ = DoubledLinear
-
-
-def forward_hook(base: nn.Linear) -> None:
-    base.register_forward_hook(lambda module, args, y: 2 * y)
-
-
-def forward_pre_hook(base: nn.Linear) -> None:
-    base.register_forward_pre_hook(lambda module, args: (2 * args[0],))
-
-
-def backward_hook(base: nn.Linear) -> None:
-    base.register_full_backward_hook(lambda module, gx, gy: (2 * gx[0],))
-
-
-def backward_pre_hook(base: nn.Linear) -> None:
-    base.register_full_backward_pre_hook(lambda module, gy: (2 * gy[0],))
+    def forward(self, input: Tensor, factor: float = 2.0) -> Tensor:
+        return factor * super().forward(input)
 
 
 def patched_forward(base: nn.Linear) -> None:
@@ -87,10 +75,7 @@ def parametrized(base: nn.Linear) -> None:
 
 
 def weight_subclass(base: nn.Linear) -> None:
-    class Quantized(nn.Parameter):
-        pass
-
-    base.weight = Quantized(base.weight.detach(), requires_grad=False)
+    base.weight = type("Quantized", (nn.Parameter,), {})(base.weight.detach(), requires_grad=False)
 
 
 def cpu_offloaded(base: nn.Linear) -> None:
@@ -98,31 +83,51 @@ def cpu_offloaded(base: nn.Linear) -> None:
     assert base.weight.is_meta
 
 
-CHANGES = [
-    (subclassed, "DoubledLinear is not exactly nn.Linear"),
-    (forward_hook, "a hook sits on its nn.Linear"),
-    (forward_pre_hook, "a hook sits on its nn.Linear"),
-    (backward_hook, "a hook sits on its nn.Linear"),
-    (backward_pre_hook, "a hook sits on its nn.Linear"),
-    (patched_forward, "its forward was replaced"),
-    (parametrized, "ParametrizedLinear is not exactly nn.Linear"),
-    (weight_subclass, "its weight is a Quantized"),
-    (cpu_offloaded, "accelerate offloads its weights"),
-]
+def scaled_subclass(layer: Any) -> None:
+    layer.base_layer.__class__ = ScaledLinear
+
+
+HOOK = "a hook sits on its nn.Linear"
+CHANGES: dict[str, tuple[Callable[[nn.Linear], Any], str]] = {
+    "subclassed": (
+        lambda base: setattr(base, "__class__", ScaledLinear),
+        "ScaledLinear is not exactly nn.Linear",
+    ),
+    "forward_hook": (lambda base: base.register_forward_hook(lambda m, x, y: 2 * y), HOOK),
+    "forward_pre_hook": (
+        lambda base: base.register_forward_pre_hook(lambda m, x: (2 * x[0],)),
+        HOOK,
+    ),
+    "backward_hook": (
+        lambda base: base.register_full_backward_hook(lambda m, gx, gy: (2 * gx[0],)),
+        HOOK,
+    ),
+    "backward_pre_hook": (
+        lambda base: base.register_full_backward_pre_hook(lambda m, gy: (2 * gy[0],)),
+        HOOK,
+    ),
+    "patched_forward": (patched_forward, "its forward was replaced"),
+    "parametrized": (parametrized, "ParametrizedLinear is not exactly nn.Linear"),
+    "weight_subclass": (weight_subclass, "its weight is a Quantized"),
+    "cpu_offloaded": (cpu_offloaded, "accelerate offloads its weights"),
+    "other_hook_of_accelerate": (
+        lambda base: add_hook_to_module(base, CpuOffload("cpu")),
+        "accelerate's CpuOffload sits on it",
+    ),
+}
 
 
 @pytest.mark.parametrize("after_fuse", [False, True])
-@pytest.mark.parametrize(("change", "reason"), CHANGES, ids=lambda c: getattr(c, "__name__", ""))
-def test_base_layer_is_called_as_a_module(
-    change: Callable[[nn.Linear], None], reason: str, after_fuse: bool
-) -> None:
+@pytest.mark.parametrize("name", CHANGES)
+def test_base_layer_is_called_as_a_module(name: str, after_fuse: bool) -> None:
+    change, reason = CHANGES[name]
     stock, fused = mlp(), mlp()
     if after_fuse:
         fuse(fused)
     for model in (stock, fused):
         change(up(model).base_layer)
     fuse(fused)
-    assert_same(results(fused, batch()), results(stock, batch()))
+    assert_close_derived(results(fused, batch()), results(stock, batch()))
     assert count_ops(lambda: up(fused)(batch()))["lora_linear"] == 1
     row = rows(fused)["up"]
     assert row.state == "adapter only"
@@ -133,35 +138,30 @@ def test_base_layer_is_called_as_a_module(
 
 
 @pytest.mark.filterwarnings("ignore:.lora_bias=True")
-def test_adapter_only_in_every_way() -> None:
+def test_adapter_only_in_every_way_equals_peft() -> None:
     """With a bias on lora_B, several adapters, and a result in another dtype than x."""
     stock, fused = mlp(torch.bfloat16, lora_bias=True), mlp(torch.bfloat16, lora_bias=True)
     for model in (stock, fused):
-        config = model.peft_config["default"]
-        model.add_adapter("second", config)
-        model.base_model.set_adapter(["default", "second"])
+        add_adapter(model)
+        activate(model, "default", "second")
         up(model).base_layer.register_forward_hook(lambda module, args, y: y.half())
     fuse(fused)
     x = batch(torch.bfloat16)
     got, want = up(fused)(x), up(stock)(x)
-    assert got.dtype == want.dtype == torch.float16
+    assert want.dtype is torch.float16
     # The adapter's part is rounded to bfloat16 before it is added, PEFT's is not.
-    torch.testing.assert_close(got, want, rtol=0, atol=2**-8 * want.abs().max().item())
+    assert_close_derived(got, want, 2.0**-8)
 
 
-def test_extra_arguments_reach_the_base_layer() -> None:
-    class Scaled(nn.Linear):
-        def forward(self, input: Tensor, factor: float = 1.0) -> Tensor:
-            return factor * super().forward(input)
-
-    stock, fused = mlp(), mlp()
+@pytest.mark.parametrize("build", [mlp, adalora_mlp])
+def test_extra_arguments_reach_the_base_layer(build: Callable[[], Any]) -> None:
+    stock, fused = build(), build()
     for model in (stock, fused):
-        up(model).base_layer.__class__ = Scaled
+        scaled_subclass(up(model))
     fuse(fused)
     for args, kwargs in (((3.0,), {}), ((), {"factor": 3.0})):
-        torch.testing.assert_close(
-            up(fused)(batch(), *args, **kwargs), up(stock)(batch(), *args, **kwargs)
-        )
+        got, want = (up(model)(batch(), *args, **kwargs) for model in (fused, stock))
+        assert_close_derived(got, want)
     assert count_ops(lambda: up(fused)(batch(), 3.0))["lora_linear"] == 1
     with pytest.raises(TypeError):  # a stock base layer takes x alone
         fused.base_model.model.down(batch(), 3.0)
@@ -171,7 +171,7 @@ def test_extra_arguments_reach_the_base_layer() -> None:
 
 
 @pytest.mark.parametrize("to_disk", [False, True])
-def test_whole_model_offloaded(to_disk: bool, tmp_path: Path) -> None:
+def test_whole_model_offloaded_is_left_to_peft(to_disk: bool, tmp_path: Path) -> None:
     """lora_A and lora_B are offloaded too, so all is PEFT's own."""
     stock, fused = pair(mlp())
     want = stock(batch())
@@ -179,14 +179,13 @@ def test_whole_model_offloaded(to_disk: bool, tmp_path: Path) -> None:
         accelerate.disk_offload(fused, tmp_path, execution_device=torch.device("cpu"))
     else:
         accelerate.cpu_offload(fused, execution_device=torch.device("cpu"))
-    torch.testing.assert_close(fused(batch()), want)
-    assert rows(fused)["up"] == Row(
-        "base_model.model.up", "not fused", "peft", "PEFT's own forward",
-        "adapter 'default': accelerate offloads its weights",
-    )  # fmt: skip
+    assert_close_derived(fused(batch()), want)
+    reason = "adapter 'default': accelerate offloads its weights"
+    row = Row("base_model.model.up", "not fused", "peft", "PEFT's own forward", reason)
+    assert rows(fused)["up"] == row
 
 
-def test_base_model_offloaded_before_peft() -> None:
+def test_base_model_offloaded_before_peft_is_adapter_only() -> None:
     torch.manual_seed(0)
     base = MLP().double()
     accelerate.cpu_offload(base, execution_device=torch.device("cpu"))
@@ -198,7 +197,7 @@ def test_base_model_offloaded_before_peft() -> None:
     fused.load_state_dict(
         {n: p for n, p in stock.state_dict().items() if ".lora_" in n}, strict=False
     )
-    torch.testing.assert_close(fused(batch()), stock(batch()))
+    assert_close_derived(fused(batch()), stock(batch()))
     assert rows(fused)["up"].state == "adapter only"
 
 
@@ -213,7 +212,7 @@ def test_device_hook_is_harmless(hooked: str, order: str) -> None:
     module = up(fused).base_layer if hooked == "base" else up(fused)
     add_hook_to_module(module, AlignDevicesHook("cpu", io_same_device=True))
     fuse(fused)
-    assert_same(results(fused, batch()), results(stock, batch()))
+    assert_close_derived(results(fused, batch()), results(stock, batch()))
     assert count_ops(lambda: up(fused)(batch())) == {"lora_linear": 1}
     assert rows(fused)["up"].backend != "peft"
     remove_hook_from_module(module)  # leaves a bound method in its place
@@ -222,44 +221,86 @@ def test_device_hook_is_harmless(hooked: str, order: str) -> None:
     assert count_ops(lambda: up(fused)(batch()[0])) == {"addmm": 1, "mm": 2}
 
 
-def test_unfuse_under_a_device_hook() -> None:
+def test_unfuse_under_a_device_hook_gives_pefts_forward() -> None:
     fused = fuse(mlp())
     add_hook_to_module(up(fused), AlignDevicesHook("cpu"))
     unfuse(fused)
     assert count_ops(lambda: up(fused)(batch()[0])) == {"addmm": 1, "mm": 2}
 
 
-def test_other_accelerate_hooks() -> None:
-    fused = fuse(mlp())
-    add_hook_to_module(up(fused).base_layer, CpuOffload("cpu"))
-    assert "accelerate's CpuOffload sits on it" in rows(fused)["up"].reason
-
-
 # The layer and its adapter
 
 
-def test_trainable_base_stays_peft() -> None:
+@pytest.mark.parametrize("order", ["before fuse", "after fuse"])
+def test_trainable_base_is_left_to_peft(order: str) -> None:
     stock, fused = mlp(), mlp()
+    if order == "after fuse":
+        fuse(fused)
     for model in (stock, fused):
         up(model).base_layer.weight.requires_grad_()
     fuse(fused)
-    assert type(up(fused)) is lora.Linear
+    assert (type(up(fused)) is lora.Linear) is (order == "before fuse")
     assert rows(fused)["up"].reason == "the base weight is trainable"
-    assert_same(results(fused, batch()), results(stock, batch()))
-
-
-def test_base_made_trainable_after_fuse() -> None:
-    stock, fused = pair(mlp())
-    for model in (stock, fused):
-        up(model).base_layer.weight.requires_grad_()
     got = results(fused, batch())
     assert any(name.endswith("up.base_layer.weight") for name in got)
-    assert_same(got, results(stock, batch()))
-    assert rows(fused)["up"].reason == "the base weight is trainable"
+    assert_close_derived(got, results(stock, batch()))
+
+
+def hook_on(part: str) -> Callable[[Any], Any]:
+    def change(layer: Any) -> None:
+        module = getattr(layer, part)
+        module = module if part == "base_layer" else module["default"]
+        module.register_forward_hook(lambda module, args, y: 1.5 * y)
+
+    return change
+
+
+def replaced_dropout(dropout: nn.Module) -> Callable[[Any], Any]:
+    return lambda layer: layer.lora_dropout.update({"default": dropout})
+
+
+def no_product(layer: Any) -> None:
+    layer.forward = lambda x: x @ torch.ones(SIZES[0], SIZES[1], dtype=x.dtype)
+
+
+PEFT, ADAPTER = ("not fused", "peft"), ("adapter only", "eager")  # eager as float64 always is
+MAGNITUDE = "DoRA whose magnitude is no plain module"
+# Kind of model and change of its first layer -> who computes it, and why.
+CHANGED: dict[tuple[Any, Callable[[Any], Any]], tuple[tuple[str, str], str]] = {
+    (mlp, hook_on("lora_A")): (PEFT, "adapter 'default': a hook sits on its nn.Linear"),
+    (mlp, hook_on("lora_B")): (PEFT, "adapter 'default': a hook sits on its nn.Linear"),
+    (mlp, replaced_dropout(nn.Tanh())): (PEFT, "its dropout is a Tanh"),
+    # PEFT casts x to the adapter's dtype; `lora_linear` wants float64 alone or not at all.
+    (mlp, lambda layer: (layer.lora_A.float(), layer.lora_B.float())): (
+        PEFT,
+        "float64 goes with float64 alone",
+    ),
+    (conv1d_mlp, hook_on("base_layer")): (ADAPTER, "a hook sits on its Conv1D"),
+    (dora_mlp, hook_on("base_layer")): (PEFT, "DoRA, which needs the base weight: a hook sits on"),
+    (dora_mlp, hook_on("lora_magnitude_vector")): (PEFT, MAGNITUDE),
+    (adalora_mlp, hook_on("base_layer")): (ADAPTER, "base layer: "),
+    (adalora_mlp, scaled_subclass): (ADAPTER, "base layer: "),
+    (adalora_mlp, replaced_dropout(nn.AlphaDropout(0.5).eval())): (
+        PEFT,
+        "adapter 'default': its dropout is a AlphaDropout",
+    ),
+    (adalora_mlp, no_product): (PEFT, "its forward was replaced"),
+}
+
+
+@pytest.mark.parametrize(("case", "want"), CHANGED.items())
+def test_change_of_a_layer_is_obeyed_and_named(case: Any, want: Any) -> None:
+    build, change = case
+    stock, fused = pair(build())
+    for model in (stock, fused):
+        change(up(model))
+    assert_close_derived(results(fused, batch()), results(stock, batch()))
+    row = rows(fused)["up"]
+    assert (row.state, row.backend) == want[0] and want[1] in row.reason
 
 
 @pytest.mark.parametrize("order", ["before fuse", "after fuse"])
-def test_layer_patched_by_someone_else(order: str) -> None:
+def test_layer_patched_by_someone_else_is_obeyed(order: str) -> None:
     model = mlp()
     if order == "after fuse":
         fuse(model)
@@ -273,51 +314,42 @@ def test_layer_patched_by_someone_else(order: str) -> None:
     assert (type(layer) is FusedLinear) is (order == "after fuse")
     assert rows(model)["up"].state == "not fused"
     assert rows(model)["up"].reason == "its forward was replaced"
-    assert torch.equal(layer(batch()), layer.base_layer(batch()))
+    assert_bitwise_equal(layer(batch()), layer.base_layer(batch()))
 
 
-@pytest.mark.parametrize("part", ["lora_A", "lora_B"])
-def test_hook_on_the_adapter(part: str) -> None:
-    stock, fused = pair(mlp())
-    for model in (stock, fused):
-        getattr(up(model), part)["default"].register_forward_hook(lambda module, args, y: 2 * y)
-    assert_same(results(fused, batch()), results(stock, batch()))
-    assert "adapter 'default': a hook sits on its nn.Linear" in rows(fused)["up"].reason
-
-
-def test_foreign_dropout() -> None:
-    stock, fused = pair(mlp())
-    for model in (stock, fused):
-        up(model).lora_dropout["default"] = nn.Tanh()
-    assert_same(results(fused, batch()), results(stock, batch()))
-    assert "its dropout is a Tanh" in rows(fused)["up"].reason
-
-
-def test_nn_linear_patched_as_a_class(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nn_linear_patched_as_a_class_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
     stock, fused = pair(mlp())
     forward = nn.Linear.forward
     monkeypatch.setattr(nn.Linear, "forward", lambda self, x: 2 * forward(self, x))
-    assert_same(results(fused, batch()), results(stock, batch()))
+    assert_close_derived(results(fused, batch()), results(stock, batch()))
     assert "nn.Linear.forward was replaced" in rows(fused)["up"].reason
 
 
-def test_float64_beside_another_dtype() -> None:
-    """PEFT casts x to the adapter's dtype; `lora_linear` wants float64 alone or not at all."""
-    stock, fused = pair(mlp())
-    for model in (stock, fused):
-        up(model).lora_A.float(), up(model).lora_B.float()
-    assert_same(results(fused, batch()), results(stock, batch()))
-    assert "float64 goes with float64 alone" in rows(fused)["up"].reason
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (
+            lambda layer: [getattr(layer, f"lora_{name}").float() for name in "ABE"],
+            "adapter 'default': float64 goes with float64 alone",
+        ),
+        (lambda layer: layer.ranknum.to("meta"), "adapter 'default': its ranknum is on meta"),
+    ],
+)
+def test_adalora_that_peft_cannot_compute_is_left_to_peft(change: Any, reason: str) -> None:
+    fused = fuse(adalora_mlp().eval())
+    change(up(fused))
+    row = rows(fused)["up"]
+    assert (row.state, row.backend) == PEFT and reason in row.reason
 
 
-def test_weight_on_another_device_than_x() -> None:
+def test_weight_on_another_device_than_x_is_adapter_only() -> None:
     fused = fuse(mlp())
     up(fused).base_layer.to("meta")
     row = rows(fused)["up"]
     assert row.state == "adapter only" and "its weight is on meta, x on cpu" in row.reason
 
 
-def test_model_on_the_meta_device() -> None:
+def test_model_on_the_meta_device_has_shapes() -> None:
     fused = fuse(mlp()).to("meta")
     y = fused(batch().to("meta"))
     assert y.is_meta and y.shape == (3, 4, 9)

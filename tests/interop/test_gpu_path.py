@@ -18,6 +18,7 @@ from lora_kernels.backends.library import as_on_gpu
 from lora_kernels.core.call import Operands
 from lora_kernels.peft import FusedLinear, explain, fuse, traffic, unfuse
 from lora_kernels.traffic import _NativeDropout
+from tests.support.assertions import assert_bitwise_equal, assert_close_derived
 
 K, N, R, ALPHA = 320, 192, 5, 7
 f32, bf16 = torch.float32, torch.bfloat16
@@ -38,13 +39,11 @@ def model(quantized: bool = False, second: dict[str, Any] | None = None, **confi
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(K, N))
     if quantized:
-        bnb = pytest.importorskip("bitsandbytes")
-        linear = bnb.nn.Linear4bit(K, N, bias=False, compute_dtype=f32, quant_type="nf4")
-        linear.weight = bnb.nn.Params4bit(
-            base[0].weight.data, requires_grad=False, quant_type="nf4"
-        )
+        bnb = pytest.importorskip("bitsandbytes").nn
+        linear = bnb.Linear4bit(K, N, bias=False, compute_dtype=f32, quant_type="nf4")
+        linear.weight = bnb.Params4bit(base[0].weight.data, False, quant_type="nf4")
         base = nn.Sequential(linear.to("cpu"))
-        base.is_loaded_in_4bit = True  # type: ignore[assignment]
+        base.is_loaded_in_4bit = True
     config = {"r": R, "lora_alpha": ALPHA, "target_modules": ["0"]} | config
     found = get_peft_model(base, LoraConfig(**config))
     if second is not None:
@@ -90,17 +89,11 @@ def test_fused_step_equals_peft_with_its_dropout(setting: str, quantized: bool, 
     want = results(found, M)
     fuse(found)
     assert "Fused" in type(found.base_model.model[0]).__name__
-    got = results(found, M)
-    for name in want:
-        # Sums of at most 2**9 float32 products in another order: under 2**7 unit roundoffs.
-        error = (got[name] - want[name]).norm() / want[name].norm()
-        assert error < 2.0**-17, (name, error)
+    assert_close_derived(results(found, M), want, terms=K, layers=2)  # DoRA's norm is a sum too
 
 
 @pytest.mark.parametrize("rows", [(3,), (100,), (2, 50)], ids=str)
-def test_stacking_depends_on_the_rows(
-    rows: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stacking_depends_on_the_rows(rows, monkeypatch) -> None:
     called: list[int] = []
     original = eager.lora_linear
 
@@ -159,10 +152,8 @@ def test_fuse_counts_dropout_whatever_the_mode(training: bool) -> None:
 
 def test_what_decides_the_traffic_is_told_apart() -> None:
     """None of these layers is taken for another that was counted before it."""
-    found = [
-        model(), model(lora_dropout=0.1), model(r=R + 1), model(use_dora=True), model(second={}),
-        model(lora_bias=True), model().to(bf16),
-    ]  # fmt: skip
+    changes = ({"lora_dropout": 0.1}, {"r": R + 1}, {"use_dora": True}, {"lora_bias": True})
+    found = [model(), *(model(**change) for change in changes), model(second={}), model().to(bf16)]
     keys = [traffic._signature(each.base_model.model[0]) for each in found]
     assert len(set(keys)) == len(keys)
     assert keys[0] == traffic._signature(model().base_model.model[0])
@@ -209,8 +200,7 @@ def test_counting_leaves_the_layer_and_its_weight_alone() -> None:
     training, state = layer.training, layer.get_base_layer().weight.quant_state
     fuse(found)
     assert layer.training is training and layer.get_base_layer().weight.quant_state is state
-    for name, p in found.named_parameters():
-        assert torch.equal(p, before[name]), name
+    assert_bitwise_equal(dict(found.named_parameters()), before)
     unfuse(found)
 
 
@@ -218,39 +208,40 @@ def _raise(*args: Any) -> Tensor:
     raise RuntimeError("no kernel image")
 
 
+def _off(self: Any, found: Tensor) -> Tensor:
+    return found * (1 + 2**-6)
+
+
 BREAKAGES: dict[str, tuple[str, Callable[..., Any], str]] = {
-    "dense": (
-        "bitsandbytes_dense", lambda self, found: found * (1 + 2**-6),
-        "dequantize_4bit of nf4 differs from the reference",
-    ),
+    "dense": ("dense", _off, "dequantize_4bit of nf4 differs from the reference"),
     "dense with nested scales": (
-        "bitsandbytes_dense",
-        lambda self, found: found * (1 + 2**-6) if self.offset is not None else found,
+        "dense",
+        lambda self, found: found if self.offset is None else _off(self, found),
         "dequantize_4bit of nf4 differs from the reference",
     ),
     "dense of fp4": (
-        "bitsandbytes_dense",
-        lambda self, found: found * (1 + 2**-6) if self.quant_type == "fp4" else found,
+        "dense",
+        lambda self, found: _off(self, found) if self.quant_type == "fp4" else found,
         "dequantize_4bit of fp4 differs from the reference",
     ),
     "GEMM": (
-        "bitsandbytes_gemm", lambda self, found: found * 1.25,
+        "gemm",
+        lambda self, found: found * 1.25,
         "gemm_4bit of nf4 differs from the reference",
     ),
-    "an exception": ("bitsandbytes_dense", _raise, "raised RuntimeError: no kernel image"),
-}  # fmt: skip
+    "an exception": ("dense", _raise, "raised RuntimeError: no kernel image"),
+}
 
 
 @pytest.mark.parametrize("breakage", BREAKAGES)
-def test_bitsandbytes_that_fails_its_check_is_not_used(
-    breakage: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bitsandbytes_that_fails_its_check_is_not_used(breakage, monkeypatch) -> None:
     pytest.importorskip("bitsandbytes")
     if breakage == "GEMM" and not decode4bit.has_gemm_4bit():
         pytest.skip("bitsandbytes is older than 0.50, without gemm_4bit")
     from lora_kernels.quantization import bitsandbytes
 
     name, broken, said = BREAKAGES[breakage]
+    name = f"bitsandbytes_{name}"
     original = getattr(decode4bit, name)
     found = model(quantized=True)
     want = results(found, 5)
@@ -260,8 +251,7 @@ def test_bitsandbytes_that_fails_its_check_is_not_used(
     fuse(found)
     reason = explain(found).rows[0].reason
     assert "PyTorch decodes in three kernels: bitsandbytes " in reason and said in reason
-    for name, got in results(found, 5).items():
-        assert (got - want[name]).norm() / want[name].norm() < 2.0**-17, name
+    assert_close_derived(results(found, 5), want, terms=K, layers=1)
 
 
 def test_fuse_takes_a_layer_without_active_adapters_uncounted() -> None:

@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import lora_kernels
-from lora_kernels import costs, cpu_costs, selection
+from lora_kernels import costs, cpu_costs, selection, timing
 from lora_kernels.backends import cpu, cpu_heuristics, native, triton
 from lora_kernels.backends.triton import configs, measured
 from lora_kernels.core.problem import Choice, Problem
@@ -21,8 +21,12 @@ from lora_kernels.cpu_costs import Machine, Sizes
 from lora_kernels.layers import DoRALinear, LoRAEmbedding, LoRALinear, QLoRALinear
 from lora_kernels.peft import explain, fuse, predict
 from lora_kernels.peft.predict import Part, Region
-
-from .tiny import SIZES, R, batch, mlp
+from tests.support.peft_models import (
+    SIZES,
+    R,
+    batch,
+    mlp,
+)
 
 f32, bf16 = torch.float32, torch.bfloat16
 # Round figures: a second is 1e9 bytes, or 1e12 operations in float32 and twice as many in bfloat16.
@@ -91,7 +95,7 @@ def test_regions_start_at_the_very_row(monkeypatch: pytest.MonkeyPatch) -> None:
     assert predict.regions(part()) == tuple(Region(at, "cpu", name) for at, name in starts)
 
 
-def test_changes_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changes_are_said_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
     choices(monkeypatch, (1, "a"), (2, "b"), (33, "c"), (64, "d"))
     found = predict.Prediction(None, None, False, None, predict.regions(part()))
     assert found.changes(40) == "at 1 row: a; 2 to 32 rows: b; from 64 rows on: d"
@@ -109,12 +113,10 @@ def test_changes_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_row_has_the_strategy_of_so_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     choices(monkeypatch, (1, "few"), (64, "many"))
     for model in (fuse(sequential()), nn.Sequential(LoRALinear(48, 64, r=4))):
-        for rows, strategy, other in (
-            (63, "few", "; from 64 rows on: many"), (64, "many", "; up to 63 rows: few"),
-        ):  # fmt: skip
+        cases = (63, "few", "from 64 rows on: many"), (64, "many", "up to 63 rows: few")
+        for rows, strategy, other in cases:
             found = explain(model, rows=rows, machine=MACHINE)
-            assert found.rows[0].strategy == strategy
-            assert other.removeprefix("; ") in str(found)
+            assert found.rows[0].strategy == strategy and other in str(found)
 
 
 @needs_native
@@ -143,25 +145,16 @@ def test_a_strategy_that_was_asked_for_and_cannot_run_there_is_a_region() -> Non
 @needs_native
 @pytest.mark.parametrize("rows", [1, 12])
 @pytest.mark.parametrize("autocast", [None, bf16])
-def test_asks_for_the_choice_that_the_op_asks_for(
-    autocast: torch.dtype | None, rows: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_prediction_asks_for_the_choice_that_the_op_asks_for(autocast, rows, asked) -> None:
     """Rows included."""
     model = fuse(mlp(f32))
-    choose, asked = selection.choose, []
-
-    def recorder(problem: Problem) -> Choice:
-        asked.append(problem)
-        return choose(problem)
-
-    monkeypatch.setattr(selection, "choose", recorder)
     with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
         explain(model, rows=rows, machine=MACHINE)
-        by_explain = set(asked)
+        by_explain = {*asked}
         asked.clear()
         up, down = model.base_model.model.up, model.base_model.model.down
         up(batch(f32).view(-1, SIZES[0])[:rows]), down(torch.ones(rows, SIZES[1]))
-    assert len(asked) == 2 and set(asked) <= by_explain
+    assert len(asked) == 2 and {*asked} <= by_explain
 
 
 def sequential(r: int = R, **config: Any) -> Any:
@@ -170,7 +163,7 @@ def sequential(r: int = R, **config: Any) -> Any:
     return get_peft_model(linears, LoraConfig(**config))
 
 
-def test_shares_and_the_layers_without_an_adapter() -> None:
+def test_shares_count_the_layers_without_an_adapter() -> None:
     model = fuse(sequential())
     found = explain(model, rows=100, machine=MACHINE)
     (row,), (prediction,) = found.rows, found.predictions.values()
@@ -184,13 +177,13 @@ def test_shares_and_the_layers_without_an_adapter() -> None:
     both = sum(cpu_costs.predict(MACHINE, sizes, "", backward) for backward in (False, True))
     assert found.others.seconds == pytest.approx(both)
     text = str(found)
-    assert f"{prediction.seconds * 1e3:.3g} ms predicted" in text  # type: ignore[operator]
+    assert f"{prediction.seconds * 1e3:.3g} ms predicted" in text
     assert "measured" not in text.replace("measured in this process", "")
     assert "100 rows, forward and backward of all linear layers: " in text
     assert "test: a copy moves 1 GB/s" in text
     forward = explain(model.eval(), rows=100, machine=MACHINE)
     assert not forward.step and "100 rows, forward of all" in str(forward)
-    assert forward.predictions[row.layer].seconds < prediction.seconds  # type: ignore[operator]
+    assert forward.predictions[row.layer].seconds < prediction.seconds
 
 
 def test_a_layer_that_peft_trains_a_copy_of_counts_once() -> None:
@@ -201,11 +194,11 @@ def test_a_layer_that_peft_trains_a_copy_of_counts_once() -> None:
     )
     assert plain is not None and saved is not None and plain.layers == saved.layers == 1
     weights = Sizes(100, 48, 64, 0, f32).base_flops / MACHINE.peaks[f32]
-    assert saved.seconds == pytest.approx(plain.seconds + weights)  # type: ignore[operator]
+    assert saved.seconds == pytest.approx(plain.seconds + weights)
     model = sequential(modules_to_save=["1"])
     with model.disable_adapter():
         found = explain(model, rows=100, machine=MACHINE).others
-    assert found is not None and found.layers == 1 and found.seconds <= saved.seconds  # type: ignore[operator]
+    assert found is not None and found.layers == 1 and found.seconds <= saved.seconds
 
 
 def test_explain_of_rows_sums_the_times_of_layers_that_are_alike() -> None:
@@ -213,7 +206,7 @@ def test_explain_of_rows_sums_the_times_of_layers_that_are_alike() -> None:
     model = get_peft_model(pairs, LoraConfig(r=R, target_modules=["0", "2"]))
     found = explain(fuse(model), rows=100, machine=MACHINE)
     first, second = found.predictions.values()
-    seconds, share = first.seconds + second.seconds, first.share + second.share  # type: ignore[operator]
+    seconds, share = first.seconds + second.seconds, first.share + second.share
     line = str(found).splitlines()[1]
     assert line.startswith("2 × base_model.model.*  ")
     assert f"  {seconds * 1e3:.3g} ms predicted  {share:.1%}  " in line
@@ -249,7 +242,7 @@ def seconds(model: nn.Module, rows: int = 512) -> float | None:
     return prediction.seconds
 
 
-def test_what_more_work_adds() -> None:
+def test_more_work_takes_longer() -> None:
     """More ranks, DoRA's norm, its second base product with dropout, a base that trains."""
     plain = seconds(fuse(sequential()))
     assert plain is not None
@@ -267,14 +260,10 @@ def test_what_more_work_adds() -> None:
     assert seconds(unfused) == pytest.approx(by_peft + product.base_flops / 1e12)
 
 
-def test_states_of_a_layer() -> None:
+def test_disabled_and_hooked_layers_are_predicted_as_they_run() -> None:
     model = fuse(sequential())
-    base = [Sizes(512, 64, 48, 0, f32)]
-    alone = sum(
-        cpu_costs.predict(MACHINE, sizes, "", backward)
-        for sizes in base
-        for backward in (False, True)
-    )
+    base = Sizes(512, 64, 48, 0, f32)
+    alone = sum(cpu_costs.predict(MACHINE, base, "", backward) for backward in (False, True))
     model.base_model.disable_adapter_layers()
     model.base_model.model[0].base_layer.weight.requires_grad_(False)
     nn.Module.train(model)
@@ -286,20 +275,16 @@ def test_states_of_a_layer() -> None:
     assert "1 layers are not predicted" in str(explain(hooked, rows=3, machine=MACHINE))
 
 
-def test_dense_layers() -> None:
-    layers = {
-        "a": LoRALinear(64, 48, r=4), "b": DoRALinear(64, 48, r=4), "c": QLoRALinear(64, 48, r=4),
-        "d": LoRALinear(64, 48, r=4), "e": LoRAEmbedding(9, 8, r=2),
-    }  # fmt: skip
-    layers["d"].merge()
-    found = explain(nn.ModuleDict(layers), rows=64, machine=MACHINE).predictions
-    times = {name: prediction.seconds for name, prediction in found.items()}
-    assert times["e"] is None and times["a"] < times["b"]  # type: ignore[operator]
-    assert times["d"] < times["a"]  # type: ignore[operator]
-    assert times["c"] is not None
+def test_dense_layers_are_predicted() -> None:
+    classes = (LoRALinear, DoRALinear, QLoRALinear, LoRALinear)
+    layers = nn.ModuleList([*(cls(64, 48, r=4) for cls in classes), LoRAEmbedding(9, 8, r=2)])
+    layers[3].merge()
+    found = explain(layers, rows=64, machine=MACHINE).predictions.values()
+    lora, dora, four_bit, merged, embedding = (prediction.seconds for prediction in found)
+    assert embedding is None and four_bit is not None and merged < lora < dora
 
 
-def test_rows_that_name_their_adapters() -> None:
+def test_rows_that_name_their_adapters_are_predicted() -> None:
     model = fuse(sequential())
     model.add_adapter("second", LoraConfig(r=3, target_modules=["0"]))
     model.eval()
@@ -310,12 +295,12 @@ def test_rows_that_name_their_adapters() -> None:
 
 
 @pytest.mark.parametrize("rows", [0, -1, True, 2.0, "2"])
-def test_bad_rows(rows: Any) -> None:
+def test_bad_rows_are_refused(rows: Any) -> None:
     with pytest.raises(ValueError, match=r"rows: got .*, want a whole number of at least 1"):
         explain(sequential(), rows=rows)
 
 
-def test_a_gpu_that_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_known_gpu_is_predicted_by_the_model_of_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(costs, "here", lambda index: H100)
     library = next(c for c in costs.predict(H100, 512, 4096, 14336, 16) if c.backend == "eager")
     monkeypatch.setattr(selection, "choose", lambda *args: Choice("eager", "", ""))
@@ -325,18 +310,14 @@ def test_a_gpu_that_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     # dx is a product of the same size.
     assert step is not None and step.seconds > 1.9 * found.seconds
     monkeypatch.setattr(selection, "choose", lambda *args: Choice("cuda", "split", ""))
-    split = next(
-        c for c in costs.predict(H100, 512, 4096, 14336, 16)
-        if (c.backend, c.strategy) == ("cuda", "split")
-    )  # fmt: skip
+    predicted = costs.predict(H100, 512, 4096, 14336, 16)
+    split = next(c for c in predicted if (c.backend, c.strategy) == ("cuda", "split"))
     assert predict.time(GPU, 512, None, False) == (split.seconds, found.source, False)
     monkeypatch.setattr(costs, "here", lambda index: None)
     assert predict.time(GPU, 512, None, False) is None
 
 
-def test_what_was_measured_goes_before_the_model_and_says_so(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_what_was_measured_goes_before_the_model_and_says_so(monkeypatch) -> None:
     target = configs.Target("cuda", 90, 132, 227 << 10)
     monkeypatch.setattr(costs, "here", lambda index: H100)
     monkeypatch.setattr(configs, "target", lambda index: target)
@@ -349,11 +330,10 @@ def test_what_was_measured_goes_before_the_model_and_says_so(
     with measured.tried(key, row):
         assert predict.time(GPU, 512, None, True) == (250e-6, row.source, True)
         # Neither another shape, nor a forward, nor another strategy was measured.
-        for other, rows, step in ((GPU, 2048, True), (GPU, 512, False)):
+        others = [GPU._replace(dropout=True), GPU._replace(R=100), GPU._replace(base=False)]
+        cases = (GPU, 2048, True), (GPU, 512, False), *((other, 512, True) for other in others)
+        for other, rows, step in cases:
             found = predict.time(other, rows, None, step)
-            assert found is not None and not found.measured
-        for fields in ({"dropout": True}, {"R": 100}, {"base": False}):
-            found = predict.time(GPU._replace(**fields), 512, None, True)
             assert found is not None and not found.measured
         answer = Choice("triton", triton.LIBRARY, "")
         found = predict.time(GPU, 512, None, True)
@@ -364,8 +344,6 @@ def test_what_was_measured_goes_before_the_model_and_says_so(
 
 
 def test_the_machine_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lora_kernels import timing
-
     counted: list[str] = []
     monkeypatch.setattr(timing, "copy_bandwidth", lambda: counted.append("copy") or 1e9)
     monkeypatch.setattr(timing, "product_peak", lambda dtype: counted.append(str(dtype)) or 1e12)

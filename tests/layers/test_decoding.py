@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 import lora_kernels
 from lora_kernels.backends import native
-from lora_kernels.backends.cpu import PreparedCall
 from lora_kernels.fastpath import CallCache
 from lora_kernels.layers import LoRALinear, QLoRALinear
+from tests.support.assertions import assert_bitwise_equal, assert_close_derived
+from tests.support.models import watch_prepared_calls
 
 pytestmark = [
     pytest.mark.skipif(native.module is None, reason="no native kernels"),
@@ -46,20 +47,11 @@ def the_long_way(layer: LoRALinear, x: Tensor) -> Tensor:
 
 @pytest.fixture
 def answers(monkeypatch: pytest.MonkeyPatch) -> list[Tensor | None]:
-    """What prepared calls return."""
-    answers: list[Tensor | None] = []
-    whole = PreparedCall.__call__
-
-    def watched(self: PreparedCall, x: Tensor, bias: Tensor | None = None) -> Tensor | None:
-        answers.append(whole(self, x, bias))
-        return answers[-1]
-
-    monkeypatch.setattr(PreparedCall, "__call__", watched)
-    return answers
+    return watch_prepared_calls(monkeypatch)
 
 
 @torch.no_grad()
-def test_the_same_bits(layer: LoRALinear, answers: list[Tensor | None]) -> None:
+def test_decoding_gives_the_same_bits(layer: LoRALinear, answers: list[Tensor | None]) -> None:
     y = layer(x())
     assert not answers
     assert torch.equal(layer(x()), y)
@@ -83,80 +75,80 @@ def test_with_gradients_it_is_not_asked(layer: LoRALinear, answers: list[Tensor 
     assert not answers
 
 
-def new_parameter(layer: LoRALinear) -> None:
-    layer.lora_A = nn.Parameter(layer.lora_A.detach() * 2)
-
-
-def new_data(layer: LoRALinear) -> None:
-    layer.lora_B.data = layer.lora_B.data * 2
-
-
-def in_place(layer: LoRALinear) -> None:
-    layer.lora_B.mul_(2)
-
-
-def lower_rank(layer: LoRALinear) -> None:  # in the same memory
+def lower_rank(layer: Any) -> None:
+    """In the same memory."""
     layer.lora_A.data, layer.lora_B.data = layer.lora_A.data[:2], layer.lora_B.data[:, :2]
 
 
-def new_weight(layer: LoRALinear) -> None:
-    layer.weight = nn.Parameter(layer.weight.flip(0), requires_grad=False)
-
-
-def new_weight_data(layer: LoRALinear) -> None:
-    layer.weight.data = layer.weight.data.flip(0)
-
-
-def scaled(layer: LoRALinear) -> None:
-    layer.scaling *= 2
-
-
-def new_bias(layer: LoRALinear) -> None:
-    layer.bias = nn.Parameter(torch.ones(N))
-
-
-def loaded(layer: LoRALinear) -> None:
+def loaded(layer: Any) -> None:
     flipped = {name: getattr(layer, name).flip(0) for name in ("weight", "lora_A")}
     layer.load_state_dict(layer.state_dict() | flipped)
 
 
-def disabled(layer: LoRALinear) -> None:
-    layer.enabled = False
-
-
-def merged(layer: LoRALinear) -> None:
+def merged(layer: Any) -> None:
     layer.lora_B.mul_(2)
     layer.merge()
 
 
-CHANGES = [
-    new_parameter, new_data, in_place, lower_rank, new_weight, new_weight_data, scaled, new_bias,
-    loaded, disabled, merged,
-]  # fmt: skip
+def setter(name: str, value: Callable[[Any], Any]) -> Callable[[Any], None]:
+    return lambda layer: setattr(layer, name, value(layer))
 
 
-@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+new_parameter = setter("lora_A", lambda layer: nn.Parameter(layer.lora_A.detach() * 2))
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "new_parameter": new_parameter,
+    "new_data": lambda layer: setattr(layer.lora_B, "data", layer.lora_B.data * 2),
+    "in_place": lambda layer: layer.lora_B.mul_(2),
+    "lower_rank": lower_rank,
+    "new_weight": setter("weight", lambda layer: nn.Parameter(layer.weight.flip(0), False)),
+    "new_weight_data": lambda layer: setattr(layer.weight, "data", layer.weight.data.flip(0)),
+    "scaled": setter("scaling", lambda layer: layer.scaling * 2),
+    "new_bias": setter("bias", lambda layer: nn.Parameter(torch.ones(N))),
+    "loaded": loaded,
+    "disabled": setter("enabled", lambda layer: False),
+    "merged": merged,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
 @torch.no_grad()
-def test_what_changes_is_seen(layer: LoRALinear, change: Callable[[LoRALinear], None]) -> None:
+def test_decoding_notices_a_change(layer: LoRALinear, change: str) -> None:
     before = layer(x())
-    change(layer)
+    CHANGES[change](layer)
     got = layer(x())
-    assert torch.equal(got, the_long_way(layer, x()))
+    assert_bitwise_equal(got, the_long_way(layer, x()))
     assert not torch.equal(got, before)
 
 
 @torch.no_grad()
-def test_a_weight_that_is_transposed_where_it_lies_is_seen() -> None:
+def test_weight_of_another_shape_is_an_error() -> None:
+    layer = LoRALinear(K, N, r=4).eval()
+    layer(x())
+    layer.weight.data = layer.weight.data[:-1]
+    with pytest.raises(ValueError, match="weight"):
+        layer(x())
+
+
+@torch.no_grad()
+def test_bias_of_another_length_is_an_error(layer: LoRALinear) -> None:
+    layer(x())
+    layer.bias = nn.Parameter(torch.ones(N - 1))
+    with pytest.raises(ValueError, match="bias"):
+        layer(x())
+
+
+@torch.no_grad()
+def test_decoding_notices_a_weight_transposed_where_it_lies() -> None:
     layer = LoRALinear(K, K, r=4).eval()
     y = layer(x())
     assert torch.equal(layer(x()), y)
     layer.weight.data = layer.weight.data.t()
-    torch.testing.assert_close(layer(x()), the_long_way(layer, x()))
+    assert_close_derived(layer(x()), the_long_way(layer, x()))
     assert not torch.allclose(layer(x()), y)
 
 
 @torch.no_grad()
-def test_compute_dtype_is_seen() -> None:
+def test_decoding_notices_another_compute_dtype() -> None:
     layer = QLoRALinear(K, N, r=4).eval()
     before = layer(x())
     layer.compute_dtype = torch.bfloat16
@@ -187,27 +179,8 @@ def test_what_was_remembered_is_let_go(layer: LoRALinear) -> None:
         assert held() is None
 
 
-@torch.no_grad()
-def test_a_weight_of_another_shape_is_an_error() -> None:
-    layer = LoRALinear(K, N, r=4).eval()
-    layer(x())
-    layer.weight.data = layer.weight.data[:-1]
-    with pytest.raises(ValueError, match="weight"):
-        layer(x())
-
-
-@torch.no_grad()
-def test_a_bias_of_another_length_is_an_error(layer: LoRALinear) -> None:
-    layer(x())
-    layer.bias = nn.Parameter(torch.ones(N - 1))
-    with pytest.raises(ValueError, match="bias"):
-        layer(x())
-
-
 @pytest.mark.parametrize("cls", [LoRALinear, QLoRALinear])
-def test_layer_without_the_native_extension_is_called_again(
-    cls: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_layer_without_the_native_extension_is_called_again(cls, monkeypatch) -> None:
     """As installed without a compiler: no call is prepared, with gradients or without."""
     monkeypatch.setattr(native, "module", None)
     monkeypatch.setattr(native, "reason", "not built: no compiler")

@@ -1,17 +1,16 @@
-"""LoRAEmbedding against its formula in plain PyTorch: y, gradients, training, saving, merging."""
+"""LoRAEmbedding's own: its formula in plain PyTorch, training, saving, the base that it shares.
 
-import copy
+What holds of every layer is in test_every_layer.py.
+"""
+
 import math
-import pickle
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint
 
 from lora_kernels.layers import (
     LoRAEmbedding,
@@ -24,11 +23,19 @@ from lora_kernels.layers import (
 )
 from lora_kernels.measure import tolerance
 from lora_kernels.peft import Row, explain
+from tests.support.assertions import (
+    assert_bitwise_equal,
+    assert_close_to_reference,
+)
+from tests.support.models import KINDS, gradients
 
 f64, f32, bf16, f16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 K, N, R = 53, 72, 5  # R·K and N·R, the smallest gradients, are more than tolerance.POOL
 ALPHA = 7
 SHAPES = [(), (1,), (7,), (2, 3), (2, 3, 4), (0,), (2, 0, 3)]
+# With repetitions: of 132 draws from 53 at least 79.
+indices = KINDS["embedding"].input
+make_exact = KINDS["embedding"].make  # integers, a rank of 3 and a scaling of 2
 
 
 def make(seed=0, **options):
@@ -40,39 +47,13 @@ def make(seed=0, **options):
     return layer
 
 
-def make_exact(**options):
-    """Integer-valued parameters and a scaling of 2: any order of summation gives the same bits."""
-    layer = LoRAEmbedding(K, N, R, 2 * R, **options)
-    with torch.no_grad():
-        for param in layer.parameters():
-            param.copy_(torch.randint(-4, 5, param.shape))
-    return layer
-
-
 def formula(layer, x, A, B, dtype):
     """As PEFT writes it, each operation in the dtypes that it has there."""
     rows = layer.weight.detach().to(dtype)[x]
     return (rows + A.t()[x] @ B.t() * layer.scaling).to(dtype)
 
 
-def indices(*shape, seed=3):
-    """With repetitions: of 132 draws from 53 at least 79."""
-    return torch.randint(K, shape, generator=torch.Generator().manual_seed(seed))
-
-
-def gradients(layer, x, run=None):
-    layer.zero_grad()
-    y = (layer if run is None else run)(x)
-    y.square().sum().backward()
-    return [y.detach(), layer.lora_A.grad, layer.lora_B.grad]
-
-
-def assert_same(got, want):
-    for a, b in zip(got, want, strict=True):
-        assert a.dtype is b.dtype and torch.equal(a, b)
-
-
-def test_starts_as_its_base():
+def test_layer_starts_as_its_base():
     torch.manual_seed(0)
     base = nn.Embedding(1000, 40, padding_idx=2)
     torch.manual_seed(0)
@@ -96,12 +77,7 @@ def test_shapes_and_empty_indices(shape, dtype):
     y.sum().backward()
     seen = torch.bincount(x.flatten(), minlength=K).float()
     assert torch.equal(layer.lora_A.grad, 2 * layer.lora_B.sum(0)[:, None] * seen)
-    assert torch.equal(layer.lora_B.grad, (2 * layer.lora_A @ seen).expand(N, R))
-
-
-def test_strided_indices():
-    layer, x = make_exact(), indices(6, 4).t()
-    assert torch.equal(layer(x), layer(x.contiguous()))
+    assert torch.equal(layer.lora_B.grad, (2 * layer.lora_A @ seen).expand(N, 3))
 
 
 @pytest.mark.parametrize("scaling", ["lora", "rslora"])
@@ -110,7 +86,7 @@ def test_strided_indices():
     [(f32, f32), (bf16, f32), (f16, f32), (bf16, bf16), (f32, bf16)],
     ids=str,
 )
-def test_y_and_every_gradient(dtype, lora_dtype, scaling):
+def test_y_and_every_gradient_follow_the_formula(dtype, lora_dtype, scaling):
     layer = make(dtype=dtype, lora_dtype=lora_dtype, scaling=scaling)
     assert layer.scaling == ALPHA / (R if scaling == "lora" else math.sqrt(R))
     x, dy = indices(4, 33), torch.randn(4, 33, N).to(dtype)
@@ -123,16 +99,17 @@ def test_y_and_every_gradient(dtype, lora_dtype, scaling):
             y = functional_call(layer, {"lora_A": A, "lora_B": B}, (x,))
         else:
             y = formula(layer, x, A, B, f64 if wide is f64 else dtype)
-        sets.append([y, *torch.autograd.grad(y, [A, B], dy.to(y.dtype))])
-    for name, got, ref, eager in zip(("y", "lora_A", "lora_B"), *sets, strict=True):
-        assert got.dtype is eager.dtype, name
-        # y is rounded to the weight's dtype, gradients to the adapter's; dP is made in the wider.
-        u = tolerance.unit_roundoff(dtype if name == "y" else lora_dtype)
-        verdict = tolerance.compare(got, ref, eager, u, (R,) if name == "y" else (4 * 33, N))
-        assert verdict.ok, f"{name}: {verdict}"
+        found = [y, *torch.autograd.grad(y, [A, B], dy.to(y.dtype))]
+        sets.append(dict(zip(("y", "lora_A", "lora_B"), found, strict=True)))
+    # y is rounded to the weight's dtype, gradients to the adapter's; dP is made in the wider.
+    assert_close_to_reference(
+        *sets,
+        lambda name, _: tolerance.unit_roundoff(dtype if name == "y" else lora_dtype),
+        lambda name: (R,) if name == "y" else (4 * 33, N),
+    )
 
 
-def test_gradcheck():
+def test_gradients_pass_gradcheck():
     layer, x = make(dtype=f64), indices(3, 5)
 
     def call(A, B):
@@ -164,32 +141,30 @@ def test_fifty_steps_of_sgd_follow_the_formula():
 
 
 @pytest.mark.parametrize("padding_idx", [3, -50])
-def test_padding_idx(padding_idx):
+def test_padding_idx_gets_no_gradient(padding_idx):
     """No gradient for that column, which counts all the same."""
     layer, plain, x = make_exact(padding_idx=padding_idx), make_exact(), torch.tensor([3, 5, 3, 7])
     plain.load_state_dict(layer.state_dict())
     assert layer.padding_idx == 3
-    y, dA, dB = gradients(layer, x)
-    want = gradients(plain, x)
-    assert want[1][:, 3].any()
-    want[1][:, 3] = 0
-    assert_same((y, dA, dB), want)
+    got, want = gradients(layer, x), gradients(plain, x)
+    assert want["lora_A"][:, 3].any()
+    want["lora_A"][:, 3] = 0
+    assert_bitwise_equal(got, want)
 
 
-def test_scale_grad_by_freq():
+def test_scale_grad_by_freq_divides_the_gradient():
     layer, plain, x = make_exact(scale_grad_by_freq=True), make_exact(), torch.tensor([3, 5, 3, 3])
     plain.load_state_dict(layer.state_dict())
-    y, dA, dB = gradients(layer, x)
-    want = gradients(plain, x)
-    want[1][:, 3] /= 3
+    got, want = gradients(layer, x), gradients(plain, x)
+    want["lora_A"][:, 3] /= 3
     # A third of each of three terms, or of their sum: three roundings apart.
-    torch.testing.assert_close(dA, want[1], rtol=2.0**-22, atol=0)
-    assert_same((y, dB), (want[0], want[2]))
+    torch.testing.assert_close(got.pop("lora_A"), want.pop("lora_A"), rtol=2.0**-22, atol=0)
+    assert_bitwise_equal(got, want)
 
 
 @pytest.mark.parametrize("state", ["on", "disabled", "merged"])
 @pytest.mark.parametrize("x", [torch.tensor([0, K]), torch.tensor(-1)])
-def test_index_out_of_range(x, state):
+def test_index_out_of_range_is_refused(x, state):
     layer = make().eval()
     layer.enabled = state != "disabled"
     if state == "merged":
@@ -198,18 +173,9 @@ def test_index_out_of_range(x, state):
         layer(x)
 
 
-def test_indices_of_another_dtype():
+def test_indices_of_another_dtype_are_refused():
     with pytest.raises(RuntimeError, match=r"scalar types?: Long, Int"):
         make()(torch.ones(3))
-
-
-def test_trainable_weight_is_refused():
-    layer = make()
-    layer.weight.requires_grad_()
-    with pytest.raises(ValueError, match="weight: got requires_grad=True, want a frozen weight"):
-        layer(indices(3))
-    with torch.no_grad():
-        layer(indices(3))
 
 
 @pytest.mark.parametrize("dtype", [f32, bf16], ids=str)
@@ -217,12 +183,14 @@ def test_autocast_changes_nothing(dtype):
     """A lookup is none of autocast's operations, and the adapter rides on it."""
     layer, x = make(dtype=dtype), indices(5, 9)
     want = gradients(layer, x)
-    with torch.autocast("cpu", bf16):
-        y = layer(x)
-    layer.zero_grad()
-    y.square().sum().backward()
-    assert y.dtype is dtype
-    assert_same([y.detach(), layer.lora_A.grad, layer.lora_B.grad], want)
+
+    def autocast(x):
+        with torch.autocast("cpu", bf16):
+            return layer(x)
+
+    got = gradients(layer, x, autocast)
+    assert got["y"].dtype is dtype
+    assert_bitwise_equal(got, want)
 
 
 class Largest(TorchDispatchMode):
@@ -242,7 +210,7 @@ class Largest(TorchDispatchMode):
         return out
 
 
-def test_nothing_of_the_tables_size():
+def test_nothing_of_the_tables_size_is_made():
     layer = LoRAEmbedding(4096, 64, 3, 6)
     x = torch.randint(4096, (2, 9))
     with Largest() as forward:
@@ -253,83 +221,7 @@ def test_nothing_of_the_tables_size():
     assert max(forward.numel, backward.numel) <= 4096 * 3  # a gradient for lora_A
 
 
-def test_checkpoint():
-    layer, x = make(), indices(5, 9)
-    got = gradients(layer, x, lambda x: checkpoint(layer, x, use_reentrant=False))
-    assert_same(got, gradients(layer, x))
-
-
-def test_compile():
-    torch._dynamo.reset()
-    layer, x = make(), indices(5, 9)
-    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
-    assert_same(gradients(layer, x, compiled), gradients(layer, x))
-    layer.eval()
-    for change in (layer.merge, layer.unmerge):
-        change()
-        assert torch.equal(compiled(x), layer(x))
-    with torch.autocast("cpu", bf16):
-        assert torch.equal(compiled(x), layer(x))
-
-
-def test_enabled():
-    layer, x = make_exact().eval(), indices(5, 2)
-    y = layer(x)
-    for merged in (False, True):
-        layer.enabled = False
-        assert torch.equal(layer(x), F.embedding(x, layer.weight))
-        layer.enabled = True
-        assert torch.equal(layer(x), y)
-        if not merged:
-            layer.merge()
-
-
-def test_merge():
-    layer, x = make_exact().eval(), indices(5, 2)
-    y, base, state = layer(x), layer.weight.clone(), copy.deepcopy(layer.state_dict())
-    layer.merge()
-    assert layer.merged and layer.merged_weight.shape == (K, N)
-    assert torch.equal(layer(x), y) and layer.merged_weight.is_contiguous()
-    assert_same(layer.state_dict().values(), state.values())
-    other = make_exact().eval()
-    layer.load_state_dict(other.state_dict())
-    assert layer.merged and torch.equal(layer(x), other(x))
-    layer.load_state_dict(state)
-    layer.train()
-    with pytest.raises(RuntimeError, match="LoRAEmbedding is merged and in training mode"):
-        layer(x)
-    layer.unmerge()
-    assert not layer.merged and torch.equal(layer.weight, base) and torch.equal(layer(x), y)
-
-
-def test_merge_rounds_once_to_the_base_dtype_whatever_autocast_says():
-    layer = make(dtype=bf16)
-    update = (layer.lora_B.double() @ layer.lora_A.double()).t()
-    want = layer.weight.double() + layer.scaling * update
-    with torch.autocast("cpu", bf16):
-        layer.merge()
-    # One rounding to 8 significand bits, after a float32 sum whose error is 2^15 times smaller.
-    error = (layer.merged_weight.double() - want.detach()).abs()
-    assert (error <= (2**-8 + 2**-20) * want.abs() + 2**-20).all()
-
-
-@pytest.mark.parametrize("merged", [False, True])
-@pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
-def test_copies(clone, merged):
-    layer, x = make(padding_idx=2).eval(), indices(5, 2)
-    if merged:
-        layer.merge()
-    other = clone(layer)
-    y = layer(x)
-    assert repr(other) == repr(layer) and torch.equal(other(x), y)
-    with torch.no_grad():
-        for tensor in layer.state_dict().values():
-            tensor.zero_()
-    layer.unmerge()
-    assert torch.equal(other(x), y)
-
-
-def test_saved_and_loaded(tmp_path):
+def test_saved_adapter_loads_into_a_fresh_layer(tmp_path):
     layer, x = make(dtype=bf16), indices(5, 2)
     assert list(layer.state_dict()) == ["weight", "lora_A", "lora_B"]
     assert list(layer.state_dict()) == list(LoRALinear(K, N).state_dict())
@@ -338,11 +230,11 @@ def test_saved_and_loaded(tmp_path):
     fresh.weight = layer.weight
     save_lora_weights(layer, tmp_path / "adapter.safetensors")
     load_lora_weights(fresh, tmp_path / "adapter.safetensors")
-    assert_same(fresh.state_dict().values(), layer.state_dict().values())
+    assert_bitwise_equal(fresh.state_dict(), layer.state_dict())
     assert torch.equal(fresh(x), layer(x))
 
 
-def test_training_helpers():
+def test_training_helpers_find_the_adapter():
     model = nn.ModuleDict({"tokens": make(), "head": nn.Linear(N, K)})
     mark_only_lora_as_trainable(model)
     names = [name for name, p in model.named_parameters() if p.requires_grad]
@@ -351,15 +243,13 @@ def test_training_helpers():
     assert slow["params"] == [model["tokens"].lora_A] and fast["params"] == [model["tokens"].lora_B]
 
 
-def test_explain():
+def test_explain_tells_the_states_apart():
     model = nn.ModuleDict({"a": make(), "b": make().eval(), "c": make()})
     model["b"].merge()
     model["c"].enabled = False
     a, b, c = explain(model).rows
-    assert a == Row(
-        "a", "not fused", "torch", "lookups, then one product in place",
-        "an embedding: its base is a lookup, no product to fuse the adapter's with",
-    )  # fmt: skip
+    reason = "an embedding: its base is a lookup, no product to fuse the adapter's with"
+    assert a == Row("a", "not fused", "torch", "lookups, then one product in place", reason)
     assert b == Row("b", "not fused", "torch", "F.embedding", "the adapter is merged")
     assert c == Row("c", "not fused", "torch", "F.embedding", "the adapter is disabled")
 
@@ -396,82 +286,3 @@ def test_a_sparse_base_has_no_gradient_to_be_sparse():
     layer = LoRAEmbedding.from_embedding(nn.Embedding(K, N, sparse=True), r=3)
     layer(indices(5)).sum().backward()
     assert layer.lora_A.grad.layout is torch.strided and layer.lora_A.grad.any()
-
-
-def test_meta():
-    layer = LoRAEmbedding.from_embedding(nn.Embedding(K, N, device="meta"), r=3)
-    assert all(p.is_meta for p in layer.parameters())
-    assert layer(torch.empty(5, 2, dtype=torch.int64, device="meta")).shape == (5, 2, N)
-    layer = LoRAEmbedding(K, N, padding_idx=1, device="meta").to_empty(device="cpu")
-    for param in layer.parameters():
-        nn.init.constant_(param, math.nan)
-    layer.reset_parameters()
-    assert not layer.weight[1].any() and not layer.lora_A.any() and layer.lora_B.isfinite().all()
-
-
-def test_init():
-    calls = []
-    init = lambda B: calls.append(B.fill_(7))  # noqa: E731
-    layer = LoRAEmbedding.from_embedding(nn.Embedding(K, N), init=init)
-    assert len(calls) == 1 and (layer.lora_B == 7).all() and not layer.lora_A.any()
-
-
-def test_repr():
-    layer = make(padding_idx=3)
-    text = f"LoRAEmbedding({K}, {N}, r=5, alpha=7, padding_idx=3"
-    assert repr(layer) == text + ")"
-    layer.merge()
-    layer.enabled = False
-    assert repr(layer) == text + ", merged, disabled)"
-
-
-@pytest.mark.parametrize(
-    ("kwargs", "error", "message"),
-    [
-        ({"num_embeddings": 0}, ValueError, r"num_embeddings: got 0, want at least 1"),
-        ({"embedding_dim": 2.0}, TypeError, r"embedding_dim: got 2\.0, want an int"),
-        ({"r": 0}, ValueError, r"r: got 0, want at least 1"),
-        ({"alpha": math.nan}, ValueError, r"alpha: got nan, want a finite number"),
-        ({"padding_idx": 53}, ValueError, r"padding_idx: got 53, want an index of 53 embeddings"),
-        ({"padding_idx": -54}, ValueError, r"padding_idx: got -54, want an index of 53"),
-        ({"init": "kaiming"}, TypeError, r"init: got 'kaiming', want a callable that fills lora_B"),
-        ({"dtype": torch.int64}, TypeError, r"dtype: got torch\.int64, want a floating dtype"),
-        ({"scaling": "x"}, ValueError, r"scaling: got 'x', want 'lora' or 'rslora'"),
-    ],
-)
-def test_bad_arguments(kwargs, error, message):
-    with pytest.raises(error, match=f"^{message}"):
-        LoRAEmbedding(**{"num_embeddings": K, "embedding_dim": N, **kwargs})
-
-
-class Scaled(nn.Embedding):
-    def forward(self, x):
-        return 2 * super().forward(x)
-
-
-def hooked():
-    embedding = nn.Embedding(K, N)
-    embedding.register_forward_hook(lambda *args: None)
-    return embedding
-
-
-@pytest.mark.parametrize(
-    ("embedding", "error", "message"),
-    [
-        (lambda: nn.Linear(4, 4), TypeError, "got Linear, want exactly torch.nn.Embedding"),
-        (lambda: Scaled(K, N), TypeError, "got Scaled, want exactly torch.nn.Embedding"),
-        (hooked, TypeError, "got one with hooks or a patched forward"),
-        (
-            lambda: nn.Embedding(K, N, max_norm=1.5),
-            ValueError,
-            "got max_norm=1.5, want None: looking rows up would renormalize the frozen weight",
-        ),
-    ],
-)
-def test_from_embedding_refuses(embedding, error, message):
-    embedding = embedding()
-    with pytest.raises(error, match=f"^embedding: {message}"):
-        LoRAEmbedding.from_embedding(embedding)
-    assert embedding.weight.requires_grad
-    with pytest.raises(TypeError, match=r"linear: want an nn\.Embedding"):
-        LoRAEmbedding.from_linear(nn.Linear(4, 4))

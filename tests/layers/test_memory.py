@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from lora_kernels.measure import case as cases
-from tests.layers.variants import K, M, check_memory, every_variant, hidden, make
 from tests.ops.engines import every_engine
+from tests.support.models import K, M, check_memory, every_variant, hidden, make
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def test_nothing_is_alive_beside_the_formula(dtype: torch.dtype, engine: str, na
 
 
 @pytest.mark.parametrize("name", ["LoRALinear", "QDoRALinear", "MemoryEfficientLoRALinear"])
-def test_without_dropout(name: str) -> None:
+def test_memory_without_dropout_holds_no_mask(name: str) -> None:
     check_memory(name, torch.bfloat16, dropout=0.0)
 
 

@@ -66,7 +66,7 @@ def shard(rank: int, folder: str) -> None:
     os._exit(0)  # gloo's threads may abort a process that ends in the usual way
 
 
-def test_fully_sharded(tmp_path: Path) -> None:
+def test_fully_sharded_layers_train_as_whole_ones(tmp_path: Path) -> None:
     mp.spawn(shard, (str(tmp_path),), nprocs=RANKS)
     saved = model().state_dict()
     for number, dtype in enumerate(POLICIES):

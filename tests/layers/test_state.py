@@ -63,7 +63,7 @@ def test_variants_own_their_parameters():
         lambda model: save_lora_weights(model, "unwritten.safetensors"),
     ],
 )
-def test_model_without_lora(function, tmp_path, monkeypatch):
+def test_model_without_lora_is_refused(function, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = nn.Sequential(nn.Linear(8, 8))
     with pytest.raises(ValueError, match="model: got Sequential without a LoRA layer"):
@@ -72,7 +72,7 @@ def test_model_without_lora(function, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("merged", [False, True])
-def test_lora_state_dict(merged):
+def test_lora_state_dict_shares_the_adapters(merged):
     model = Model()
     if merged:
         model.up.merge()
@@ -83,7 +83,7 @@ def test_lora_state_dict(merged):
         assert tensor.data_ptr() == model.state_dict()[key].data_ptr()
 
 
-def test_count():
+def test_count_lora_parameters_counts_shared_layers_once():
     count = count_lora_parameters(LoRALinear(4096, 4096, r=8, device="meta"))
     assert count == (65_536, 16_777_216)
     assert str(count) == "65,536 of 16,777,216 (0.39 %)"
@@ -91,7 +91,7 @@ def test_count():
     assert count_lora_parameters(nn.Sequential(layer, layer)) == (32, 64)
 
 
-def test_save_and_load(tmp_path, capsys):
+def test_saved_file_loads_into_a_fresh_model(tmp_path, capsys):
     model, path = Model(), tmp_path / "adapter.safetensors"
     size = save_lora_weights(model, path)
     assert size == path.stat().st_size
@@ -144,7 +144,7 @@ def test_load_into_a_merged_model(tmp_path):
     assert torch.equal(model.up(x), other.up(x))
 
 
-def test_strided_parameters_are_saved(tmp_path):
+def test_strided_parameters_are_saved_as_numbers(tmp_path):
     layer = LoRALinear(8, 8, r=3)
     layer.lora_A = nn.Parameter(torch.randn(8, 3).T)
     save_lora_weights(layer, tmp_path / "a")
@@ -212,7 +212,7 @@ def test_many_misfits_are_counted(tmp_path):
         load_lora_weights(Model(), tmp_path / "a")
 
 
-def test_unreadable_file(tmp_path):
+def test_load_or_save_without_a_file_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError):
         load_lora_weights(Model(), tmp_path / "none")
     with pytest.raises(FileNotFoundError):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import AdaLoraConfig, LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -25,7 +26,9 @@ from lora_kernels.layers import (
     lora_state_dict,
     mark_only_lora_as_trainable,
 )
-from tests.layers.variants import (
+from lora_kernels.measure import tolerance
+from tests.support.assertions import assert_close_derived, derived_rtol
+from tests.support.models import (
     CLOSE,
     NAMES,
     VARIANTS,
@@ -43,15 +46,15 @@ f64, f32, bf16 = torch.float64, torch.float32, torch.bfloat16
 
 
 @every_variant
-def test_starts_as_its_base(name: str) -> None:
+def test_layer_starts_as_its_base(name: str) -> None:
     layer, x = make(name, moved=False), torch.randn(M, K)
-    torch.testing.assert_close(layer(x), F.linear(x, layer._dense_weight()), **CLOSE)
+    assert_close_derived(layer(x), F.linear(x, layer._dense_weight()))
     if isinstance(layer, DoRALinear):
         assert torch.equal(layer._column_scale(layer._base_weight()), torch.ones(N))
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_gradcheck(name: str) -> None:
+def test_gradients_pass_gradcheck(name: str) -> None:
     layer = make(name, dtype=f64)
     params = adapter(layer, f64)
     x = torch.randn(4, K, dtype=f64, requires_grad=True)
@@ -68,7 +71,7 @@ def test_gradcheck(name: str) -> None:
 
 @every_variant
 @pytest.mark.parametrize("dtype", [f32, bf16], ids=str)
-def test_y_and_every_gradient(name: str, dtype: torch.dtype) -> None:
+def test_y_and_every_gradient_follow_the_formula(name: str, dtype: torch.dtype) -> None:
     check(name, dtype)
 
 
@@ -97,7 +100,7 @@ def test_fifty_steps_of_sgd_follow_the_formula(name: str) -> None:
 
 
 @every_variant
-def test_saved_and_loaded(name: str, tmp_path: Any) -> None:
+def test_saved_layer_and_adapter_give_the_same_bits(name: str, tmp_path: Any) -> None:
     layer, x = make(name), torch.randn(M, K)
     if isinstance(layer, AdaLoRALinear):
         layer.update_rank(torch.arange(5.0))
@@ -116,18 +119,18 @@ def test_saved_and_loaded(name: str, tmp_path: Any) -> None:
 
 
 @every_variant
-def test_merged_and_unmerged(name: str) -> None:
+def test_merged_and_unmerged_layer_keeps_y(name: str) -> None:
     layer, x = make(name).eval(), torch.randn(M, K)
     with torch.no_grad():
         y = layer(x)
         layer.merge()
-        torch.testing.assert_close(layer(x), y, **CLOSE)
+        assert_close_derived(layer(x), y)
         layer.unmerge()
         assert torch.equal(layer(x), y)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "LoRAConv1D"])
-def test_from_a_linear_with_its_bias(name: str) -> None:
+def test_from_linear_shares_the_bias(name: str) -> None:
     torch.manual_seed(0)
     linear = nn.Linear(K, N).eval()
     own = dict(VARIANTS[name.removeprefix("Q")][1])
@@ -136,33 +139,32 @@ def test_from_a_linear_with_its_bias(name: str) -> None:
     assert layer.bias is linear.bias and not layer.training
     x = torch.randn(M, K)
     want = F.linear(x, layer._dense_weight(), linear.bias)
-    torch.testing.assert_close(layer(x), want, **CLOSE)
+    assert_close_derived(layer(x), want)
     assert sorted(lora_state_dict(layer)) == sorted(lora_state_dict(make(name)))
 
 
 @every_variant
-def test_compiled(name: str) -> None:
+def test_compiled_layer_keeps_y(name: str) -> None:
     torch._dynamo.reset()  # of all classes that share a forward
     layer, x = make(name), torch.randn(M, K)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), layer(x))
+    assert_close_derived(compiled(x), layer(x))
 
 
 # Starts and scalings -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [f32, bf16], ids=str)
-def test_initialisers(dtype: torch.dtype) -> None:
+def test_initialisers_have_their_deviations(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     made = {
         init: LoRALinear(512, 8, r=64, init=init, lora_dtype=dtype).lora_A.detach().float()
         for init in ("kaiming", "gaussian", "xavier", "orthogonal")
     }
     # Standard deviations to 5 %, of 32768 draws; of a uniform in ±a it is a/√3.
-    for init, std in (
-        ("kaiming", (1 / 512) ** 0.5 / 3**0.5), ("gaussian", 1 / 64),
-        ("xavier", (6 / 576) ** 0.5 / 3**0.5), ("orthogonal", 512**-0.5),
-    ):  # fmt: skip
+    stds = {"kaiming": (1 / 512) ** 0.5 / 3**0.5, "gaussian": 1 / 64}
+    stds |= {"xavier": (6 / 576) ** 0.5 / 3**0.5, "orthogonal": 512**-0.5}
+    for init, std in stds.items():
         assert abs(made[init].std() / std - 1) < 0.05, init
     rows = made["orthogonal"] @ made["orthogonal"].T
     # Sums of 512 products of two roundings of numbers of order 512^-1/2, each row's norm being 1.
@@ -193,9 +195,7 @@ def test_gradients_are_clipped_together() -> None:
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("name", ["MemoryEfficientLoRALinear", "QMemoryEfficientLoRALinear"])
 @pytest.mark.parametrize("rows", [3, M])
-def test_recomputed_gradients_are_the_same_bits(
-    rows: int, name: str, dropout: float, autocast: torch.dtype | None
-) -> None:
+def test_recomputed_gradients_are_the_same_bits(rows, name, dropout, autocast) -> None:
     layer, x = make(name, dropout=dropout), torch.randn(rows, K, requires_grad=True)
     got = []
     for use_checkpoint in (True, False):
@@ -251,11 +251,14 @@ def test_the_norm_that_is_kept_follows_every_change() -> None:
         first = layer(x)
         assert torch.equal(layer(x), first)
         for change in (
-            lambda: layer.lora_B.mul_(2), lambda: layer.lora_A.add_(0.1),
-            lambda: layer.magnitude.mul_(3), lambda: layer.weight.mul_(0.5),
+            lambda: layer.lora_B.mul_(2),
+            lambda: layer.lora_A.add_(0.1),
+            lambda: layer.magnitude.mul_(3),
+            lambda: layer.weight.mul_(0.5),
             lambda: setattr(layer.lora_B, "data", layer.lora_B.data.clone() + 1),
-            lambda: layer.lora_A.data.mul_(3), lambda: layer.lora_B.data.add_(1),  # no version
-        ):  # fmt: skip
+            lambda: layer.lora_A.data.mul_(3),  # and this and the next count no version
+            lambda: layer.lora_B.data.add_(1),
+        ):
             change()
             assert torch.equal(layer(x), fresh())
     with torch.inference_mode():
@@ -289,37 +292,39 @@ def test_a_row_of_zeros_has_no_direction() -> None:
         DoRALinear.from_linear(linear)
 
 
-@pytest.mark.parametrize("dtype", [f32, bf16], ids=str)
-def test_dora_is_pefts(dtype: torch.dtype) -> None:
-    from peft import LoraConfig, inject_adapter_in_model
-
-    torch.manual_seed(0)
-    linear = nn.Linear(K, N, dtype=dtype)
-    config = LoraConfig(r=5, lora_alpha=10, target_modules=["0"], use_dora=True)
-    peft: Any = inject_adapter_in_model(config, nn.Sequential(copy.deepcopy(linear)))[0]
-    layer = DoRALinear.from_linear(linear, r=5, alpha=10)
-    pairs = {
-        "lora_A": peft.lora_A["default"].weight, "lora_B": peft.lora_B["default"].weight,
-        "magnitude": peft.lora_magnitude_vector["default"].weight,
-    }  # fmt: skip
+def assert_is_pefts(layer: Any, peft: Any, pairs: dict[str, Any], rtol: float) -> None:
+    """y and the gradients of parameters that are PEFT's, by name."""
     with torch.no_grad():
-        torch.testing.assert_close(
-            layer.magnitude,
-            pairs["magnitude"].float(),
-            rtol=2**-7 if dtype is bf16 else 1e-5,
-            atol=0,
-        )
-        pairs["lora_B"].copy_(torch.randn(N, 5))
         for name, param in pairs.items():
-            getattr(layer, name).copy_(param)
+            getattr(layer, name).copy_(param.view(getattr(layer, name).shape))
+    dtype = layer.weight.dtype
     x, dy = torch.randn(M, K, dtype=dtype), torch.randn(M, N, dtype=dtype)
     y, want = layer(x), peft(x)
     grads = torch.autograd.grad(y, [layer.get_parameter(name) for name in pairs], dy)
     wants = torch.autograd.grad(want, list(pairs.values()), dy)
     for got, expected in zip((y, *grads), (want, *wants), strict=True):
-        error = (got.double() - expected.double()).norm() / expected.double().norm()
-        # PEFT rounds the weight's sum, its norm and two products to bfloat16.
-        assert error < (CLOSE["rtol"] if dtype is f32 else 4 * 2**-8)
+        assert_close_derived(got.double().view(expected.shape), expected.double(), rtol)
+
+
+@pytest.mark.parametrize("dtype", [f32, bf16], ids=str)
+def test_dora_is_pefts(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    linear, u = nn.Linear(K, N, dtype=dtype), tolerance.unit_roundoff(dtype)
+    config = LoraConfig(r=5, lora_alpha=10, target_modules=["0"], use_dora=True)
+    peft: Any = inject_adapter_in_model(config, nn.Sequential(copy.deepcopy(linear)))[0]
+    layer = DoRALinear.from_linear(linear, r=5, alpha=10)
+    pairs = {
+        "lora_A": peft.lora_A["default"].weight,
+        "lora_B": peft.lora_B["default"].weight,
+        "magnitude": peft.lora_magnitude_vector["default"].weight,
+    }
+    # A norm of K squares; PEFT's is rounded to the weight's dtype.
+    rtol = derived_rtol(f32, terms=K, layers=1) + (u if dtype is bf16 else 0)
+    assert_close_derived(layer.magnitude, pairs["magnitude"].float(), rtol)
+    with torch.no_grad():
+        pairs["lora_B"].copy_(torch.randn(N, 5))
+    # PEFT rounds the weight's sum, its norm and two products to bfloat16.
+    assert_is_pefts(layer, peft, pairs, derived_rtol(f32, N, 2) if dtype is f32 else 4 * u)
 
 
 # AdaLoRA -----------------------------------------------------------------------------------------
@@ -334,7 +339,7 @@ def test_dora_is_pefts(dtype: torch.dtype) -> None:
         ([1.0, 5, 2, 4, 3], 0.0, [False, True, True, True, True]),
     ],
 )
-def test_update_rank(scores: list[float], quantile: float, kept: list[bool]) -> None:
+def test_update_rank_keeps_what_is_above_the_quantile(scores, quantile, kept) -> None:
     layer = make("AdaLoRALinear")
     mask, where = layer.rank_mask, layer.rank_mask.data_ptr()
     layer.update_rank(torch.tensor(scores), quantile)
@@ -351,39 +356,24 @@ def test_masked_ranks_count_for_nothing_and_learn_nothing() -> None:
     y = layer(x)
     A, B, E = layer.lora_A[kept], layer.lora_B[:, kept], layer.lora_E[kept]
     cut = reference.lora_linear(x, layer.weight, A, B, layer.scaling, rank_gate=E)
-    torch.testing.assert_close(y, cut, rtol=1e-12, atol=1e-12)
+    assert_close_derived(y, cut, K * tolerance.unit_roundoff(f64))
     y.square().sum().backward()
-    assert not layer.lora_A.grad[~kept].any() and layer.lora_A.grad[kept].all()
-    assert not layer.lora_B.grad[:, ~kept].any() and layer.lora_B.grad[:, kept].all()
-    assert not layer.lora_E.grad[~kept].any() and layer.lora_E.grad[kept].all()
+    for grad in (layer.lora_A.grad, layer.lora_B.grad.T, layer.lora_E.grad):
+        assert not grad[~kept].any() and grad[kept].all()
 
 
 def test_adalora_is_pefts() -> None:
-    from peft import AdaLoraConfig, get_peft_model
-
     torch.manual_seed(0)
     linear = nn.Linear(K, N)
-    config = AdaLoraConfig(
-        init_r=5, target_r=2, lora_alpha=10, total_step=10, lora_dropout=0.0, target_modules=["0"]
-    )
+    settings = {"init_r": 5, "target_r": 2, "lora_alpha": 10, "total_step": 10}
+    config = AdaLoraConfig(**settings, lora_dropout=0.0, target_modules=["0"])
     model: Any = get_peft_model(nn.Sequential(copy.deepcopy(linear)), config)
     peft = model.base_model.model[0]
     layer = AdaLoRALinear.from_linear(linear, r=5, alpha=10)
-    pairs = {
-        "lora_A": peft.lora_A["default"], "lora_B": peft.lora_B["default"],
-        "lora_E": peft.lora_E["default"],
-    }  # fmt: skip
-    with torch.no_grad():
-        pairs["lora_E"].copy_(torch.randn(5, 1))
-        for name, param in pairs.items():
-            getattr(layer, name).copy_(param.view(getattr(layer, name).shape))
-    x, dy = torch.randn(M, K), torch.randn(M, N)
-    y, want = layer(x), peft(x)
-    grads = torch.autograd.grad(y, [layer.get_parameter(name) for name in pairs], dy)
-    wants = torch.autograd.grad(want, list(pairs.values()), dy)
-    for got, expected in zip((y, *grads), (want, *wants), strict=True):
-        # PEFT divides by its rank and 1e-5: 2e-6 of the update.
-        torch.testing.assert_close(got.view(expected.shape), expected, **CLOSE)
+    pairs = {name: getattr(peft, name)["default"] for name in ("lora_A", "lora_B", "lora_E")}
+    nn.init.normal_(pairs["lora_E"])
+    # PEFT divides by its rank and 1e-5: 2e-6 of the update.
+    assert_is_pefts(layer, peft, pairs, derived_rtol(f32, N, 2) + 2e-6)
 
 
 def test_the_allocator_takes_the_least_important_of_all_layers() -> None:
@@ -455,7 +445,7 @@ def test_the_allocator_goes_on_where_it_stopped() -> None:
     assert torch.equal(whole.lora_E, broken.lora_E)
 
 
-def test_orthogonality() -> None:
+def test_orthogonality_is_the_distance_and_has_gradients() -> None:
     layer = AdaLoRALinear(16, 16, r=4)
     with torch.no_grad():
         nn.init.orthogonal_(layer.lora_A)
@@ -510,50 +500,38 @@ def test_one_op_and_no_other_product() -> None:
 # Bad input ---------------------------------------------------------------------------------------
 
 
+def update_rank(scores: Tensor, *quantile: float) -> None:
+    make("AdaLoRALinear").update_rank(scores, *quantile)
+
+
+def allocate(*args: Any, **options: Any) -> Any:
+    return layers.RankAllocator(make("AdaLoRALinear"), *args, **options)
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: LoRALinear(8, 8, scaling="rs"), "scaling: got 'rs', want 'lora' or 'rslora'"),
-        (
-            lambda: LoRALinear(4, 8, r=5, init="orthogonal"),
-            "r: got 5, want at most in_features = 4",
-        ),
-        (lambda: StableLoRALinear(8, 8, max_grad_norm=0), "max_grad_norm: got 0, want more"),
-        (lambda: StableLoRALinear(8, 8, max_grad_norm=float("nan")), "max_grad_norm: got nan"),
-        (lambda: HierarchicalLoRALinear(8, 8, ()), "ranks: got none"),
-        (lambda: HierarchicalLoRALinear(8, 8, (4, 0)), r"ranks\[1\]: got 0, want at least 1"),
-        (lambda: HierarchicalLoRALinear(8, 8, (4, 2)), "weights: got .*, want 2 finite numbers"),
-        (lambda: make("AdaLoRALinear").update_rank(torch.ones(4)), r"scores: got shape \[4\]"),
-        (lambda: make("AdaLoRALinear").update_rank(torch.ones(5), 2), "quantile: got 2"),
-        (
-            lambda: make("AdaLoRALinear").update_rank(torch.full((5,), float("nan"))),
-            "scores: got NaN",
-        ),
+        (lambda: update_rank(torch.ones(4)), r"scores: got shape \[4\]"),
+        (lambda: update_rank(torch.ones(5), 2), "quantile: got 2"),
+        (lambda: update_rank(torch.full((5,), float("nan"))), "scores: got NaN"),
         (lambda: lora_plus_parameter_groups(nn.Linear(4, 4), 0.1), "model: got none with a train"),
         (lambda: lora_plus_parameter_groups(make("LoRALinear"), 0), "lr: got 0, want more than 0"),
         (lambda: layers.RankAllocator(nn.Linear(4, 4), 2, 10), "model: got none with an AdaLoRA"),
-        (
-            lambda: layers.RankAllocator(make("AdaLoRALinear"), 6, 10),
-            "target_rank: got 6, want 1 to",
-        ),
-        (
-            lambda: layers.RankAllocator(make("AdaLoRALinear"), 2, 10, 6, 4),
-            r"total: got 10, want more than warmup \+ final, 10",
-        ),
-        (lambda: layers.RankAllocator(make("AdaLoRALinear"), 2, 10, beta1=1.0), "beta1: got 1.0"),
-        (lambda: layers.RankAllocator(make("AdaLoRALinear"), 2, 9, -1), "warmup: got -1"),
-        (lambda: layers.RankAllocator(make("AdaLoRALinear"), 2, 9, interval=0), "interval: got 0"),
+        (lambda: allocate(6, 10), "target_rank: got 6, want 1 to"),
+        (lambda: allocate(2, 10, 6, 4), r"total: got 10, want more than warmup \+ final, 10"),
+        (lambda: allocate(2, 10, beta1=1.0), "beta1: got 1.0"),
+        (lambda: allocate(2, 9, -1), "warmup: got -1"),
+        (lambda: allocate(2, 9, interval=0), "interval: got 0"),
     ],
 )
-def test_bad_input(call: Callable[[], object], words: str) -> None:
+def test_bad_input_is_named_in_the_error(call: Callable[[], object], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         call()
 
 
-def test_a_step_before_any_backward() -> None:
-    allocator = layers.RankAllocator(make("AdaLoRALinear"), 2, 10)
+def test_allocator_step_before_any_backward_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="lora_A: got no gradient"):
-        allocator.step()
+        allocate(2, 10).step()
 
 
 @every_variant

@@ -28,7 +28,10 @@ from .table import ROOT, Mutation, tomllib
 
 # The files of which mutants are made, and tests that must notice them, the quickest first. Each
 # selection takes at most a minute.
-PEFT = "tests/interop/test_equivalence.py tests/interop/test_features.py"
+PEFT = (
+    "tests/interop/test_layer_kinds.py tests/interop/test_equivalence.py "
+    "tests/interop/test_features.py"
+)
 TESTS = {
     "functional.py": "tests/ops/test_arguments.py tests/autograd/test_autocast.py "
     "tests/autograd/test_bad_input.py tests/ops/test_eager_gpu.py tests/ops/test_exact.py "
@@ -44,7 +47,7 @@ TESTS = {
     "peft/linear.py": f"{PEFT} tests/interop/test_mixed_batch.py tests/interop/test_decoding.py "
     "tests/interop/test_dora.py",
     "peft/swap.py": f"{PEFT} tests/interop/test_lifecycle.py tests/interop/test_frozen.py",
-    "peft/adalora.py": "tests/interop/test_adalora.py",
+    "peft/adalora.py": "tests/interop/test_adalora.py tests/interop/test_layer_kinds.py",
     "peft/report.py": "tests/interop/test_explain.py tests/interop/test_gpu_path.py",
     "peft/traffic.py": "tests/interop/test_gpu_path.py",
 }

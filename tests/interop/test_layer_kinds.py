@@ -1,0 +1,382 @@
+"""What holds of a fused layer of each kind beside PEFT's own: results, training, and PEFT's life.
+
+In float64, over 4 bits in float32. The stock 4-bit model is called with gradients: in eval mode,
+without them, bitsandbytes may repack its weight for a CPU, and rounds its scales for good.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from peft import PeftModel
+from peft.tuners import lora
+from torch import Tensor
+
+from lora_kernels.backends import native
+from lora_kernels.peft import explain, fuse, unfuse
+from tests.support.assertions import assert_bitwise_equal, assert_close_derived
+from tests.support.peft_models import (
+    SIZES_4BIT,
+    activate,
+    adalora_mlp,
+    add_adapter,
+    assert_same_files,
+    assert_trains_alike,
+    batch,
+    conv1d_mlp,
+    count_ops,
+    dora_mlp,
+    embedding_model,
+    four_bit_mlp,
+    mlp,
+    pair,
+    randomize,
+    results,
+    token_ids,
+    two_adapters,
+)
+
+# Of a lora_bias beside a base without one, which cannot be merged; of merging into 4 bits.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.lora_bias=True", "ignore:Merge lora module", "ignore:Unmerge lora module"
+)
+needs_native = pytest.mark.skipif(native.module is None, reason="no native kernels")
+f64, f32 = torch.float64, torch.float32
+
+
+class Kind(NamedTuple):
+    build: Callable[..., Any]  # of PEFT's settings
+    fused: str = "FusedLinear"  # the class of its layers
+    forward: dict[str, int] = {"lora_linear": 1}  # noqa: RUF012  # a layer's ops
+    backward: dict[str, int] = {"lora_linear_backward": 1}  # noqa: RUF012
+    base: str = "Linear"
+
+    def layer(self, model: Any) -> Any:
+        inner = model.base_model.model
+        return inner.tokens if hasattr(inner, "tokens") else inner.up
+
+    def input(self, *shape: int) -> Tensor:
+        """Of this leading shape."""
+        if self.base == "Embedding":
+            return token_ids(*shape)
+        generator, four_bit = torch.Generator().manual_seed(2), self.base == "Linear4bit"
+        width = SIZES_4BIT[0] if four_bit else batch().shape[-1]
+        x = torch.randn(*shape, width, generator=generator, dtype=f64)
+        return x.float() if four_bit else x
+
+
+def four_bit_kind(loaded: bool, compute_dtype: Any = f32, **config: Any) -> Any:
+    return four_bit_mlp(loaded, config, compute_dtype=compute_dtype)
+
+
+FOUR_BIT = {"lora_linear_4bit": 1}, {"lora_linear_backward_4bit": 1}, "Linear4bit"
+KINDS = {
+    "linear": Kind(mlp),
+    "conv1d": Kind(conv1d_mlp, base="Conv1D"),
+    "dora": Kind(dora_mlp, forward={"dora_norm": 1, "lora_linear": 1}),
+    "adalora": Kind(adalora_mlp, "FusedSVDLinear"),
+    "embedding": Kind(embedding_model, "FusedEmbedding", {"addmm_": 1}, base="Embedding"),
+    "nf4": Kind(partial(four_bit_kind, False), "FusedLinear", *FOUR_BIT),
+    "nf4_loaded": Kind(partial(four_bit_kind, True), "FusedLinear4bit", *FOUR_BIT),
+}
+
+
+@pytest.fixture
+def kind(request: pytest.FixtureRequest) -> Kind:
+    if request.param.startswith("nf4"):
+        pytest.importorskip("bitsandbytes")
+    return KINDS[request.param]
+
+
+def every_kind(*without: str) -> pytest.MarkDecorator:
+    names = [name for name in KINDS if name not in without]
+    return pytest.mark.parametrize("kind", names, indirect=True)
+
+
+def kinds_with(*cases: tuple[str, dict[str, Any]]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(("kind", "config"), cases, indirect=["kind"], ids=str)
+
+
+# What it computes
+
+
+@every_kind()
+@pytest.mark.parametrize("shape", [(), (0,), (1,), (7,), (2, 1, 3), (2, 3, 4), (2, 0, 3)], ids=str)
+def test_fused_layer_on_any_shape_equals_peft(kind: Kind, shape: tuple[int, ...]) -> None:
+    stock, fused = pair(kind.build())
+    assert type(kind.layer(fused)).__name__ == kind.fused
+    if shape == () and "dora_norm" in kind.forward:
+        shape = (1,)  # of a vector PEFT's DoRA makes a row
+    x = kind.input(*shape)
+    assert_close_derived(results(fused, x), results(stock, x))
+
+
+@every_kind("conv1d")  # whose stock layer wants x contiguous
+def test_fused_layer_on_strided_input_equals_peft(kind: Kind) -> None:
+    stock, fused = pair(kind.build())
+    x = kind.input(3, 4).transpose(0, 1)[:, ::2]
+    assert not x.is_contiguous()
+    assert_close_derived(fused(x), stock(x))
+
+
+BIASED = [(name, {"lora_bias": True}) for name in ("linear", "nf4", "nf4_loaded")]
+
+
+CONV1D = [("conv1d", {"use_rslora": True, "lora_dropout": 0.0}), ("conv1d", {"use_dora": True})]
+
+
+@kinds_with(*((name, {}) for name in KINDS if name != "embedding"), *BIASED, *CONV1D)
+@pytest.mark.parametrize("grad", [True, False])
+def test_fused_layer_runs_one_op_and_no_other_product(kind: Kind, config: Any, grad: bool) -> None:
+    """What "fused" means. (float64 runs on the eager backend, which is inside the op too.)"""
+    stock, fused = pair(kind.build(**config))
+    layer, x = kind.layer(fused), kind.input(3)
+    assert_close_derived(results(fused, x), results(stock, x))
+    x.requires_grad_(grad)
+    norm = {"dora_norm": 1} if config.get("use_dora") else {}
+    with torch.set_grad_enabled(grad):
+        assert count_ops(lambda: layer(x)) == kind.forward | norm
+    if grad:
+        y = layer(x)
+        assert count_ops(lambda: y.sum().backward()) == kind.backward
+
+
+@every_kind("dora")
+def test_active_adapters_share_one_op(kind: Kind) -> None:
+    stock, fused = pair(two_adapters(kind.build()))
+    x = kind.input(3, 4)
+    got = results(fused, x)
+    assert_close_derived(got, results(stock, x))
+    assert any(".second" in name for name in got) or kind.fused == "FusedSVDLinear"
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            assert count_ops(lambda: kind.layer(fused)(x)) == kind.forward
+    if kind.base != "Embedding":
+        y = kind.layer(fused)(x)
+        assert count_ops(lambda: y.sum().backward()) == kind.backward
+        assert "stacked along the rank" in explain(fused).rows[0].reason
+
+
+@needs_native
+@every_kind("embedding")
+@pytest.mark.parametrize("training", [True, False])
+def test_fused_layer_in_float32_runs_on_kernels(kind: Kind, training: bool) -> None:
+    model = kind.build() if "dora_norm" in kind.forward else two_adapters(kind.build())
+    stock, fused = (each.float().train(training) for each in pair(model))
+    explain(fused).assert_fused()
+    x = kind.input(3, 4).float()
+    assert_close_derived(results(fused, x), results(stock, x))
+    want = results(stock, x[:1, :1])["y"]
+    with torch.no_grad():
+        for _ in range(2):  # a second token goes the shorter way
+            assert_close_derived(fused(x[:1, :1]), want)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert results(fused, x)["y"].dtype is results(stock, x)["y"].dtype
+
+
+OTHERS = [(name, {"compute_dtype": None}) for name in ("nf4", "nf4_loaded")]
+
+
+@kinds_with(*((name, {}) for name in KINDS), ("dora", {"lora_dropout": 0.2}), *OTHERS)
+@pytest.mark.parametrize("adapters", [1, 2])
+def test_training_after_fuse_follows_peft(kind: Kind, config: Any, adapters: int) -> None:
+    model = kind.build(**config)
+    stock, fused = pair(model if adapters == 1 else two_adapters(model))
+    x = kind.input(3, 4)
+    steps = 20 if "dora_norm" in kind.forward else 5  # whose norm changes with each step
+    assert_trains_alike(fused, stock, lambda model, step: model(x), steps=steps)
+
+
+@every_kind("nf4", "nf4_loaded")
+@pytest.mark.parametrize("dtype", [f64, f32], ids=str)
+def test_scaling_as_a_tensor_equals_a_number(kind: Kind, dtype: torch.dtype) -> None:
+    """What PEFT's prepare_model_for_compiled_hotswap leaves behind."""
+    stock, fused = pair(kind.build())
+    x, scaling = kind.input(3, 4), kind.layer(fused).scaling
+    scaling["default"] = torch.tensor(scaling["default"], dtype=dtype)
+    rtol = 2**-23 if dtype is f32 else None  # 7/5 in float32
+    assert_close_derived(results(fused, x), results(stock, x), rtol)
+    for model in (stock, fused):
+        kind.layer(model).set_scale("default", 3.0)
+    assert_close_derived(results(fused, x), results(stock, x), rtol)
+
+
+@kinds_with(*BIASED[:1], ("linear", {"lora_dropout": 0.3}), ("adalora", {}), ("embedding", {}))
+def test_compiled_model_equals_peft_without_a_graph_break(kind: Kind, config: Any) -> None:
+    """And keeps up with what changes after: shapes, active adapters, train and eval."""
+    torch.compiler.reset()  # of what other tests compiled there may only be so much
+    stock, fused = pair(activate(two_adapters(kind.build(**config)), "default").eval())
+    compiled = torch.compile(fused, fullgraph=True, dynamic=True, backend="aot_eager")
+    for x in (kind.input(3, 4), kind.input(2, 4)):
+        assert_close_derived(results(compiled, x), results(stock, x))
+    for model in (stock, fused):
+        activate(model, "default", "second")
+    assert_close_derived(results(compiled, x), results(stock, x))
+    if config.get("lora_dropout"):
+        fused.train()
+        assert not torch.equal(compiled(x), compiled(x))
+
+
+@every_kind("nf4", "nf4_loaded")
+def test_functional_call_and_inference_mode_equal_peft(kind: Kind) -> None:
+    stock, fused = pair(kind.build())
+    x, other = kind.input(3, 4), {name: 2 * p.detach() for name, p in stock.named_parameters()}
+    call = torch.func.functional_call
+    with torch.no_grad():
+        assert_close_derived(call(fused, other, (x,)), call(stock, other, (x,)))
+    with torch.inference_mode():
+        assert_close_derived(fused(x), stock(x))
+
+
+@every_kind("adalora")
+def test_arguments_that_only_variants_read_do_not_reach_the_base(kind: Kind) -> None:
+    """PEFT's hooks hand them to every layer."""
+    stock, fused = (kind.layer(model) for model in pair(kind.build()))
+    names = ["adapter_names"]
+    if "dora_norm" not in kind.forward:  # the variant, which reads the others
+        names += getattr(lora.layer, "VARIANT_KWARG_KEYS", [])
+    x, kwargs = kind.input(3), dict.fromkeys(names)
+    assert_close_derived(fused(x, **kwargs), stock(x, **kwargs))
+    assert count_ops(lambda: fused(x, **kwargs)) == kind.forward
+
+
+# PEFT's life goes on
+
+
+@every_kind()
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copy_of_a_fused_model_shares_nothing(kind: Kind, clone: Callable[[Any], Any]) -> None:
+    model, x = fuse(kind.build()), kind.input(3, 4)
+    other, want = clone(model), results(model, x)
+    assert type(kind.layer(other)).__name__ == kind.fused
+    assert_bitwise_equal(results(other, x), want)
+    randomize(other, "default", seed=7)
+    assert_bitwise_equal(results(model, x), want)
+    assert not torch.equal(other(x), want["y"])
+
+
+@every_kind()
+def test_unfuse_leaves_no_trace(kind: Kind) -> None:
+    model, x = kind.build().eval().float(), kind.input(3, 4)
+    x = x.float() if x.is_floating_point() else x
+    layer, want = kind.layer(model), model(x)
+    takes_names = kind.forward.keys() <= {"lora_linear", "addmm_"} and "SVD" not in kind.fused
+    before, keys = (type(layer), vars(layer).copy()), list(model.state_dict())
+    parameters = {name: id(p) for name, p in model.named_parameters()}
+    for _ in range(2):  # fusing twice changes nothing
+        assert fuse(model) is model and type(layer).__name__ == kind.fused
+        assert list(model.state_dict()) == keys
+        assert {name: id(p) for name, p in model.named_parameters()} == parameters
+        assert {name: vars(layer)[name] for name in before[1]} == before[1]
+        if takes_names:
+            model(x, adapter_names=["default"] * 3)
+        with torch.no_grad():
+            for _ in range(2):  # the second is the shorter way's first
+                model(x[:1, :1])
+    assert unfuse(model) is model
+    assert (type(layer), vars(layer)) == before and list(model.state_dict()) == keys
+    assert_bitwise_equal(model(x), want)
+
+
+@every_kind()
+def test_saved_files_are_the_same_and_load(kind: Kind, tmp_path: Path) -> None:
+    stock, fused = pair(kind.build())
+    x = kind.input(3, 4)
+    stock(x), fused(x)
+    base = copy.deepcopy(stock).unload()
+    assert_same_files(stock, fused, tmp_path, save_embedding_layers=False)
+    if kind.base == "Linear4bit":  # loaded for inference, bitsandbytes' kernel rounds to bfloat16
+        return
+    want, got = (
+        PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / name)
+        for name in ("stock", "fused")
+    )
+    assert type(kind.layer(fuse(got))).__name__ == kind.fused
+    assert_close_derived(got(x), want(x))
+    if kind.fused != "FusedSVDLinear":  # of which PEFT does not save ranknum, which it trains
+        assert_close_derived(got(x), stock(x))
+
+
+@every_kind("nf4")  # which PEFT cannot merge
+@pytest.mark.parametrize("adapters", [1, 2])
+def test_merge_and_disable_are_pefts(kind: Kind, adapters: int) -> None:
+    model = kind.build()
+    if adapters == 2 and "dora_norm" not in kind.forward:
+        two_adapters(model)
+    stock, fused = pair(model)
+    x, want, exact = kind.input(3, 4), stock(kind.input(3, 4)), kind.base != "Linear4bit"
+    base = copy.deepcopy(stock).unload()(x)
+    before = copy.deepcopy(stock.state_dict())
+
+    def disabled() -> None:
+        with stock.disable_adapter(), fused.disable_adapter():
+            assert_bitwise_equal(fused(x), stock(x))
+            assert all("disabled" in row.reason for row in explain(fused).rows)
+            if exact:
+                assert_close_derived(fused(x), base)
+
+    disabled()
+    for merged_when_disabled in (False, True):
+        for model in (stock, fused):
+            model.merge_adapter()
+        assert_bitwise_equal(fused(x), stock(x))
+        assert all("merged" in row.reason for row in explain(fused).rows)
+        ops = count_ops(lambda: kind.layer(fused)(kind.input(3)))
+        assert not ops.keys() & kind.forward.keys() and sum(ops.values()) <= 1  # the base's own
+        if merged_when_disabled:  # whose forward takes the adapter out of the weight again
+            disabled()
+        else:
+            for model in (stock, fused):
+                model.unmerge_adapter()
+        assert count_ops(lambda: kind.layer(fused)(kind.input(3))) == kind.forward
+        assert_bitwise_equal(fused.state_dict(), stock.state_dict())
+        assert_close_derived(fused(x), stock(x))
+        if exact:
+            assert_close_derived(fused(x), want)
+            assert_close_derived(fused.state_dict(), before)
+    got, want = fused.merge_and_unload(), stock.merge_and_unload()
+    assert [type(module) for module in got.modules()] == [type(m) for m in want.modules()]
+    assert_bitwise_equal(got(x), want(x))
+
+
+@every_kind()
+@pytest.mark.parametrize(("deleted", "left"), [("default", "second"), ("second", "default")])
+def test_adapters_added_switched_and_deleted_equal_peft(kind, deleted, left) -> None:
+    stock, fused = pair(kind.build())
+    x = kind.input(3, 4)
+
+    def same() -> dict[str, Tensor]:
+        got = results(fused, x)
+        assert_close_derived(got, results(stock, x))
+        return got
+
+    for model in (stock, fused):
+        activate(two_adapters(model), "default")
+    same()
+    for active in (["second"], ["default"], ["default", "second"]):
+        for model in (stock, fused):
+            activate(model, *active)
+        got = same()
+        if kind.fused != "FusedSVDLinear":  # which trains one
+            assert {a for a in ("default", "second") if any(f".{a}" in n for n in got)} == {*active}
+    for model in (stock, fused):
+        activate(model, left)
+        model.delete_adapter(deleted)
+    same()
+
+
+@every_kind("embedding")
+def test_all_linear_targets_the_bases_of_fused_layers(kind: Kind) -> None:
+    """PEFT tells its own layers by "Linear" in the name of their class."""
+    stock, fused = pair(kind.build())
+    inference = {"inference_mode": True} if kind.fused == "FusedSVDLinear" else {}
+    for model in (stock, fused):
+        add_adapter(model, target_modules="all-linear", **inference)
+    assert list(fused.state_dict()) == list(stock.state_dict())

@@ -1,0 +1,506 @@
+"""What holds of a dense, a transposed, a 4-bit layer and an embedding alike: merging, copies,
+compiling, checkpoints, what they refuse.
+
+Dense layers have integer-valued parameters and a scaling of 2: any order of summation gives the
+same bits.
+"""
+
+import copy
+import math
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lora_kernels import lora_linear
+from lora_kernels.layers import (
+    HierarchicalLoRALinear,
+    LoRAAttention,
+    LoRAConv1D,
+    LoRAEmbedding,
+    LoRAGroup,
+    LoRALinear,
+    QLoRALinear,
+    StableLoRALinear,
+)
+from tests.support.assertions import assert_bitwise_equal
+from tests.support.models import KINDS, Kind, gradients
+
+f64, f32, bf16, f16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
+
+
+every_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+LINEAR = {name: kind for name, kind in KINDS.items() if name != "embedding"}
+every_linear = pytest.mark.parametrize("kind", LINEAR.values(), ids=LINEAR)
+
+
+# Forward
+
+
+@every_linear
+@pytest.mark.parametrize("shape", [(), (1,), (0,), (5,), (2, 0), (0, 2), (2, 3, 1)], ids=str)
+def test_forward_of_any_shape_equals_the_formula(kind: Kind, shape: tuple[int, ...]) -> None:
+    layer, x = kind.make(), kind.input(*shape)
+    y = layer(x)
+    assert y.shape == (*shape, kind.sizes[1])
+    kind.assert_same(y, kind.base(layer, x) + 2 * (x @ layer.lora_A.T) @ layer.lora_B.T)
+
+
+@every_kind
+def test_forward_of_strided_x_equals_that_of_contiguous_x(kind: Kind) -> None:
+    layer, x = kind.make(), kind.input(6, 4).transpose(0, 1)
+    kind.assert_same(layer(x), layer(x.contiguous()))
+
+
+@every_linear
+def test_dropout_is_applied_in_training_only(kind: Kind) -> None:
+    layer, x = kind.make(dropout=0.5), kind.input(7)
+    weight = layer.weight4bit if kind.cls is QLoRALinear else layer.weight
+    weight = weight.T if kind.cls is LoRAConv1D else weight
+    arguments = (x, weight, layer.lora_A, layer.lora_B, 2.0, layer.bias)
+    assert not torch.equal(layer(x), layer(x))
+    torch.manual_seed(3)
+    y = layer(x)
+    torch.manual_seed(3)
+    assert_bitwise_equal(y, lora_linear(*arguments, dropout_p=0.5))
+    layer.eval()
+    for _ in range(2):
+        assert_bitwise_equal(layer(x), lora_linear(*arguments))
+
+
+@every_kind
+@pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])
+def test_forward_without_gradients_equals_that_with(kind: Kind, guard: Any) -> None:
+    layer, x = kind.make(**{"dropout": 0.5} if kind in LINEAR.values() else {}), kind.input(5)
+    torch.manual_seed(0)
+    want = layer(x)
+    torch.manual_seed(0)
+    with guard():
+        y = layer(x)
+    assert not y.requires_grad
+    assert_bitwise_equal(y, want)
+
+
+@every_kind
+def test_training_after_inference_mode_is_possible(kind: Kind) -> None:
+    """What is kept from call to call can be saved for a backward."""
+    layer, x = kind.make(), kind.input(3)
+    with torch.inference_mode():
+        want = layer(x)
+    y = layer(x)
+    y.sum().backward()
+    kind.assert_same(y, want)
+    assert layer.lora_B.grad is not None
+
+
+@pytest.mark.parametrize("name", ["linear", "conv1d", "embedding"])  # the other's is bytes
+def test_trainable_weight_is_refused_with_gradients(name: str) -> None:
+    kind = KINDS[name]
+    layer = kind.make()
+    layer.weight.requires_grad_()
+    with pytest.raises(ValueError, match="weight: got requires_grad=True, want a frozen weight"):
+        layer(kind.input(3))
+    with torch.no_grad():
+        layer(kind.input(3))
+
+
+@every_linear
+@pytest.mark.parametrize("mode", ["on", "disabled", "merged"])
+def test_autocast_decides_the_dtype_of_y(kind: Kind, mode: str) -> None:
+    layer, x = kind.make().eval(), kind.input(5)
+    layer.enabled = mode != "disabled"
+    if mode == "merged":
+        layer.merge()
+    with torch.autocast("cpu", bf16):
+        assert layer(x).dtype is bf16
+    assert layer(x).dtype is f32
+
+
+# Disabling and merging
+
+
+@every_kind
+def test_disabled_layer_is_its_base_merged_or_not(kind: Kind) -> None:
+    layer, x = kind.make(), kind.input(5, 2)
+    layer.enabled = False
+    want = kind.base(layer, x)
+    assert_bitwise_equal(layer(x), want)
+    layer.merge()
+    assert_bitwise_equal(layer(x), want)
+    layer.unmerge()
+    layer.enabled = True
+    assert not torch.equal(layer.eval()(x), want)
+
+
+@every_kind
+def test_merge_and_unmerge_leave_y_and_state(kind: Kind) -> None:
+    layer, x = kind.make().eval(), kind.input(5, 2)
+    y, state = layer(x), copy.deepcopy(layer.state_dict())
+    layer.merge()
+    assert layer.merged and layer.merged_weight.dtype is f32
+    assert layer.merged_weight.is_contiguous() or kind.cls is LoRAConv1D
+    kind.assert_same(layer(x), y)
+    assert_bitwise_equal(layer.state_dict(), state)
+    layer.unmerge()
+    assert not layer.merged
+    assert_bitwise_equal(layer.state_dict(), state)
+    assert_bitwise_equal(layer(x), y)
+
+
+@every_kind
+def test_merge_again_and_loading_follow_the_adapter(kind: Kind) -> None:
+    layer, other, x = kind.make().eval(), kind.make(seed=7).eval(), kind.input(5, 2)
+    layer.merge()
+    with torch.no_grad():
+        layer.lora_B.neg_()
+    layer.merge()
+    y = layer(x)
+    layer.unmerge()
+    kind.assert_same(layer(x), y)
+    layer.merge()
+    layer.load_state_dict(other.state_dict())
+    assert layer.merged
+    kind.assert_same(layer(x), other(x))
+
+
+@every_kind
+def test_merged_layer_refuses_to_train(kind: Kind) -> None:
+    layer, x = kind.make(), kind.input(5)
+    layer.merge()
+    words = rf"{kind.cls.__name__} is merged and in training mode.*unmerge\(\)"
+    with pytest.raises(RuntimeError, match=words):
+        layer(x)
+    with torch.no_grad():
+        layer(x)
+    layer.requires_grad_(False)
+    layer(x)
+
+
+@pytest.mark.parametrize("name", ["linear", "conv1d", "embedding"])
+def test_merge_rounds_once_to_the_base_dtype_whatever_autocast_says(name: str) -> None:
+    layer = KINDS[name].make(dtype=bf16)
+    nn.init.normal_(layer.lora_A)
+    update = layer.lora_B.double() @ layer.lora_A.double()
+    want = layer.weight.double() + 2 * (update if name == "linear" else update.T)
+    with torch.autocast("cpu", bf16):
+        layer.merge()
+    merged = layer.merged_weight
+    merged = merged if merged.shape == want.shape else merged.T
+    # One rounding to 8 significand bits, after a float32 sum whose error is 2^15 times smaller.
+    error = (merged.double() - want.detach()).abs()
+    assert (error <= (2**-8 + 2**-20) * want.abs() + 2**-20).all()
+
+
+# Copies and compilers
+
+
+@every_kind
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copy_shares_nothing(kind: Kind, clone: Any, merged: bool) -> None:
+    layer, x = kind.make().eval(), kind.input(5, 2)
+    if merged:
+        layer.merge()
+    other, y = clone(layer), layer(x)
+    assert repr(other) == repr(layer)
+    assert_bitwise_equal(other(x), y)
+    with torch.no_grad():
+        for tensor in layer.state_dict().values():
+            tensor.zero_()
+    layer.unmerge()
+    assert_bitwise_equal(other(x), y)
+
+
+@every_kind
+def test_functional_call_takes_the_other_parameters(kind: Kind) -> None:
+    layer, other, x = kind.make(), kind.make(seed=7), kind.input(5)
+    params = {name: p.detach().clone() for name, p in other.named_parameters()}
+    params["lora_A"].requires_grad_()
+    before, y = layer(x), torch.func.functional_call(layer, params, x)
+    assert_bitwise_equal(y, other(x))
+    y.sum().backward()
+    other(x).sum().backward()
+    assert_bitwise_equal(params["lora_A"].grad, other.lora_A.grad)
+    assert layer.lora_A.grad is None
+    assert_bitwise_equal(layer(x), before)
+
+
+@every_kind
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_checkpoint_gives_the_same_gradients(kind, dropout, use_reentrant) -> None:
+    is_linear = kind in LINEAR.values()
+    layer, x = kind.make(**{"dropout": dropout} if is_linear else {}), kind.input(33)
+    if getattr(layer, "bias", None) is not None:
+        layer.bias.requires_grad_()
+    want = gradients(layer, x)
+    reentrant = use_reentrant and is_linear  # which wants an x with a gradient
+    got = gradients(layer, x, lambda x: checkpoint(layer, x, use_reentrant=reentrant))
+    assert_bitwise_equal(got, want)
+
+
+@pytest.mark.parametrize(
+    ("name", "dropout"),
+    [(name, p) for name in ("linear_bias", "conv1d", "quantized_bias") for p in (0.0, 0.1)]
+    + [("embedding", 0.0)],
+)
+def test_compiled_layer_gives_the_same_bits(name: str, dropout: float) -> None:
+    """Of any number of rows, in training, in eval mode, merged, loaded and disabled."""
+    torch._dynamo.reset()
+    kind = KINDS[name]
+    layer = kind.make(**{"dropout": dropout} if dropout else {})
+    x, autocast = kind.input(5), torch.autocast("cpu", bf16)
+    first = layer(x)  # which leaves a view of 4-bit codes that a compiler cannot compare
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    got = gradients(layer, x, compiled)
+    if kind.cls is not QLoRALinear:
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            gradients(layer, kind.input(9), compiled)
+    if not dropout:
+        assert_bitwise_equal(got, gradients(layer, x))
+        assert_bitwise_equal(got["y"], first)
+    layer.eval()
+    for change in (lambda: None, layer.merge, layer.unmerge):
+        change()
+        assert_bitwise_equal(compiled(x), layer(x))
+    layer.load_state_dict(kind.make(seed=7).state_dict(), assign=True)
+    assert_bitwise_equal(compiled(x), layer(x))
+    with autocast:
+        assert_bitwise_equal(compiled(x), layer(x))
+    layer.enabled = False
+    assert_bitwise_equal(compiled(x), kind.base(layer, x))
+
+
+@every_kind
+def test_layer_on_meta_has_shapes_and_starts_when_reset(kind: Kind) -> None:
+    layer = kind.cls(*kind.sizes, 3, device="meta", **kind.options)
+    assert all(p.is_meta for p in layer.parameters())
+    assert layer(kind.input(5).to("meta")).shape == (5, kind.sizes[1])
+    layer.to_empty(device="cpu")
+    for param in layer.parameters():
+        nn.init.constant_(param, math.nan if param.is_floating_point() else 1)
+    layer.reset_parameters()
+    zero, drawn = layer.lora_B, layer.lora_A
+    if kind.cls is LoRAEmbedding:
+        zero, drawn = drawn, zero
+    assert not zero.any() and drawn.all() and drawn.isfinite().all()
+    if kind.cls is LoRALinear:
+        for param in (p for p in (layer.weight, layer.bias, layer.lora_A) if p is not None):
+            assert 0 < param.abs().max() <= 12**-0.5
+
+
+def test_init_may_be_a_callable() -> None:
+    for make, name in (
+        (lambda init: LoRALinear.from_linear(nn.Linear(12, 10), init=init), "lora_A"),
+        (lambda init: LoRAEmbedding.from_embedding(nn.Embedding(12, 10), init=init), "lora_B"),
+    ):
+        calls: list[Tensor] = []
+        layer = make(lambda t, calls=calls: calls.append(t.fill_(7)))
+        other = {"lora_A": layer.lora_B, "lora_B": layer.lora_A}[name]
+        assert len(calls) == 1 and (getattr(layer, name) == 7).all() and not other.any()
+        assert getattr(layer, name).requires_grad
+
+
+LINEAR_REPR = "LoRALinear(in_features=12, out_features=10, bias=False, r=3, alpha=6, dropout=0.1"
+
+
+@pytest.mark.parametrize(
+    ("make", "start", "end"),
+    [
+        (lambda: LoRALinear(12, 10, 3, 6, 0.1), LINEAR_REPR, ""),
+        (lambda: QLoRALinear(12, 10, 3, 6, 0.1), f"Q{LINEAR_REPR}", ", nf4, blocksize=64, nested"),
+        (
+            lambda: QLoRALinear(
+                12, 10, 3, 6, 0.1, quant_type="fp4", blocksize=32, double_quant=False
+            ),
+            f"Q{LINEAR_REPR}",
+            ", fp4, blocksize=32",
+        ),
+        (
+            lambda: LoRAEmbedding(53, 72, 5, 7, padding_idx=3),
+            "LoRAEmbedding(53, 72, r=5, alpha=7, padding_idx=3",
+            "",
+        ),
+    ],
+)
+def test_repr_says_sizes_and_state(make: Any, start: str, end: str) -> None:
+    layer = make()
+    assert repr(layer) == f"{start}{end})"
+    layer.merge()
+    layer.enabled = False
+    assert repr(layer) == f"{start}, merged, disabled{end})"
+
+
+# What is refused
+
+SIZES = {
+    LoRALinear: {"in_features": 12, "out_features": 10},
+    QLoRALinear: {"in_features": 12, "out_features": 10},
+    LoRAEmbedding: {"num_embeddings": 53, "embedding_dim": 72},
+    LoRAAttention: {"hidden_size": 24, "num_heads": 3},
+    LoRAGroup: {"in_features": 40, "members": {"q": 33, "k": 9, "v": 12}},
+    StableLoRALinear: {"in_features": 8, "out_features": 8},
+    HierarchicalLoRALinear: {"in_features": 8, "out_features": 8},
+}
+BAD = [
+    (LoRALinear, "r", 0, ValueError, r"r: got 0, want at least 1"),
+    (LoRALinear, "r", 4.0, TypeError, r"r: got 4\.0, want an int"),
+    (LoRALinear, "in_features", 0, ValueError, r"in_features: got 0, want at least 1"),
+    (LoRALinear, "out_features", -1, ValueError, r"out_features: got -1, want at least 1"),
+    (LoRALinear, "alpha", math.inf, ValueError, r"alpha: got inf, want a finite number"),
+    (LoRALinear, "alpha", math.nan, ValueError, r"alpha: got nan, want a finite number"),
+    (LoRALinear, "alpha", "16", TypeError, r"alpha: got '16', want a number"),
+    (LoRALinear, "dropout", math.nan, ValueError, r"dropout: got nan, want a probability in \[0,"),
+    (LoRALinear, "dropout", 1.5, ValueError, r"dropout: got 1\.5, want a probability in \[0, 1\]"),
+    (LoRALinear, "dropout", -0.1, ValueError, r"dropout: got -0\.1, want a probability"),
+    (LoRALinear, "dropout", None, TypeError, r"dropout: got None, want a number"),
+    (LoRALinear, "init", "kaming", ValueError, r"init: got 'kaming', want one of 'kaiming', "),
+    (LoRALinear, "dtype", torch.int64, TypeError, r"dtype: got torch\.int64, want a floating dtyp"),
+    (LoRALinear, "lora_dtype", torch.int8, TypeError, r"lora_dtype: got torch\.int8, want a float"),
+    (LoRALinear, "scaling", "rs", ValueError, "scaling: got 'rs', want 'lora' or 'rslora'"),
+    (LoRAEmbedding, "num_embeddings", 0, ValueError, r"num_embeddings: got 0, want at least 1"),
+    (LoRAEmbedding, "embedding_dim", 2.0, TypeError, r"embedding_dim: got 2\.0, want an int"),
+    (LoRAEmbedding, "r", 0, ValueError, r"r: got 0, want at least 1"),
+    (LoRAEmbedding, "alpha", math.nan, ValueError, r"alpha: got nan, want a finite number"),
+    (LoRAEmbedding, "padding_idx", 53, ValueError, r"padding_idx: got 53, want an index of 53 emb"),
+    (LoRAEmbedding, "padding_idx", -54, ValueError, r"padding_idx: got -54, want an index of 53"),
+    (LoRAEmbedding, "init", "kaiming", TypeError, r"init: got 'kaiming', want a callable that fil"),
+    (LoRAEmbedding, "dtype", torch.int64, TypeError, r"dtype: got torch\.int64, want a floating d"),
+    (LoRAEmbedding, "scaling", "x", ValueError, r"scaling: got 'x', want 'lora' or 'rslora'"),
+    (QLoRALinear, "quant_type", "int4", ValueError, "quant_type: got 'int4', want 'nf4' or 'fp4'"),
+    (QLoRALinear, "blocksize", 48, ValueError, "blocksize: got 48, want a power of two, 32 to 409"),
+    (QLoRALinear, "blocksize", 16, ValueError, "blocksize: got 16, want"),
+    (QLoRALinear, "blocksize", 64.0, ValueError, r"blocksize: got 64\.0, want"),
+    (QLoRALinear, "r", 0, ValueError, "r: got 0, want at least 1"),
+    (QLoRALinear, "dtype", f64, TypeError, r"weight: got torch\.float64, want float32"),
+    (QLoRALinear, "dtype", torch.int64, TypeError, r"dtype: got torch\.int64, want a floating dty"),
+    (QLoRALinear, "dropout", 1.5, ValueError, r"dropout: got 1\.5, want a probability"),
+    (LoRAAttention, "num_heads", 5, ValueError, "hidden_size: got 24, want a multiple of num_head"),
+    (LoRAAttention, "num_heads", 0, ValueError, "num_heads: got 0, want at least 1"),
+    (LoRAAttention, "num_heads", 2.0, TypeError, "num_heads: got 2.0, want an int"),
+    (LoRAAttention, "hidden_size", 0, ValueError, "hidden_size: got 0, want at least 1"),
+    (
+        LoRAAttention,
+        "targets",
+        ("q_proj",),
+        ValueError,
+        "targets: got 'q_proj', .*; did you mean 'q",
+    ),
+    (
+        LoRAAttention,
+        "targets",
+        ("value",),
+        ValueError,
+        "targets: got 'value', .*; did you mean 'v'",
+    ),
+    (
+        LoRAAttention,
+        "targets",
+        ("gate",),
+        ValueError,
+        r"targets: got 'gate', want some of .*'o'\)$",
+    ),
+    (LoRAAttention, "targets", (), ValueError, "targets: got none, want some of"),
+    (LoRAAttention, "r", 0, ValueError, "r: got 0, want at least 1"),
+    (LoRAAttention, "dropout", 2, ValueError, "dropout: got 2, want a probability"),
+    (LoRAGroup, "members", {}, ValueError, "members: got none"),
+    (LoRAGroup, "members", {"q": 0}, ValueError, r"members\['q'\]: got 0, want at least 1"),
+    (LoRAGroup, "targets", ("o",), ValueError, r"targets: got \('o',\), want some of \('q', 'k', "),
+    (LoRAGroup, "targets", (), ValueError, r"targets: got \(\), want some of"),
+    (LoRAGroup, "targets", ("q", "q"), ValueError, "targets: got .*, each once"),
+    (LoRAGroup, "r", 0, ValueError, "r: got 0"),
+    (StableLoRALinear, "max_grad_norm", 0, ValueError, "max_grad_norm: got 0, want more"),
+    (StableLoRALinear, "max_grad_norm", math.nan, ValueError, "max_grad_norm: got nan"),
+    (HierarchicalLoRALinear, "ranks", (), ValueError, "ranks: got none"),
+    (HierarchicalLoRALinear, "ranks", (4, 0), ValueError, r"ranks\[1\]: got 0, want at least 1"),
+    (HierarchicalLoRALinear, "ranks", (4, 2), ValueError, "weights: got .*, want 2 finite numbers"),
+]
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize(("cls", "name", "value", "error", "message"), BAD)
+def test_bad_argument_is_named_in_the_error(cls, name, value, error, message, device) -> None:
+    with pytest.raises(error, match=f"^{message}"):
+        cls(**{**SIZES[cls], "device": device, name: value})
+    if cls is QLoRALinear and name != "dtype":
+        with pytest.raises(error, match=f"^{message}"):
+            QLoRALinear.from_linear(nn.Linear(12, 10), **{name: value})
+
+
+def test_rank_beyond_the_size_cannot_be_orthogonal() -> None:
+    with pytest.raises(ValueError, match=r"^r: got 5, want at most in_features = 4"):
+        LoRALinear(4, 8, r=5, init="orthogonal")
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Scaled(nn.Embedding):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def hooked(module, register="register_forward_hook"):
+    getattr(module, register)(lambda *args: None)
+    return module
+
+
+def patched():
+    linear = nn.Linear(12, 10)
+    linear.forward = lambda x: x
+    return linear
+
+
+def linear(cls=nn.Linear):
+    return cls(12, 10)
+
+
+HOOKS = ["forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"]
+MAX_NORM = "got max_norm=1.5, want None: looking rows up would renormalize the frozen weight"
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        (lambda: nn.Conv1d(12, 10, 1), "got Conv1d, want exactly torch.nn.Linear"),
+        (lambda: LoRALinear(12, 10), "got LoRALinear, want exactly"),
+        (lambda: Doubled(12, 10), "got Doubled, want exactly"),
+        (
+            lambda: nn.utils.parametrizations.weight_norm(linear()),
+            "got ParametrizedLinear, want exactly",
+        ),
+        (patched, "got one with hooks or a patched forward, want a stock one"),
+        *((lambda h=h: hooked(linear(), f"register_{h}"), "got one with hooks") for h in HOOKS),
+    ],
+)
+def test_from_linear_refuses_what_is_not_stock(base, message) -> None:
+    for cls in (LoRALinear, QLoRALinear):
+        with pytest.raises(TypeError, match=f"^linear: {message}"):
+            cls.from_linear(base())
+
+
+@pytest.mark.parametrize(
+    ("base", "error", "message"),
+    [
+        (linear, TypeError, "got Linear, want exactly torch.nn.Embedding"),
+        (lambda: Scaled(53, 72), TypeError, "got Scaled, want exactly torch.nn.Embedding"),
+        (
+            lambda: hooked(nn.Embedding(53, 72)),
+            TypeError,
+            "got one with hooks or a patched forward",
+        ),
+        (lambda: nn.Embedding(53, 72, max_norm=1.5), ValueError, MAX_NORM),
+    ],
+)
+def test_from_embedding_refuses_what_is_not_stock(base, error, message) -> None:
+    embedding = base()
+    with pytest.raises(error, match=f"^embedding: {message}"):
+        LoRAEmbedding.from_embedding(embedding)
+    assert embedding.weight.requires_grad
+    with pytest.raises(TypeError, match=r"linear: want an nn\.Embedding"):
+        LoRAEmbedding.from_linear(linear())

@@ -1,0 +1,94 @@
+"""Comparisons of results: the same numbers, or numbers within a derived tolerance.
+
+`got` and `want` are tensors, or mappings or sequences of such, of the same structure and dtypes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_kernels.measure import tolerance
+
+# In float64, what is left of a difference between two orders of the same sums: fewer than 2**8
+# terms in each, through a few layers, is well under 2**20 unit roundoffs. A scaling, a mask or a
+# term left out moves these results by more than 2**-10.
+FLOAT64_RTOL = 2.0**-33
+
+
+def assert_bitwise_equal(got: Any, want: Any, name: str = "result") -> None:
+    """AssertionError unless dtypes, shapes and all numbers are the same (0 equals −0, no NaN)."""
+    for at, a, b in _pairs(got, want, name):
+        assert torch.equal(a, b), f"{at}: {int((a != b).sum())} of {b.numel()} elements differ"
+
+
+def derived_rtol(dtype: torch.dtype, terms: int = 2**8, layers: int = 2) -> float:
+    """How far two orders of the same sums may be apart, relative to the result's norm.
+
+    A sum of n terms errs by at most about √n unit roundoffs of the dtype (see tolerance), in either
+    order, and each of the layers adds its own error to the one before.
+    """
+    if dtype is torch.float64:
+        return FLOAT64_RTOL
+    return 2 * layers * math.sqrt(terms) * tolerance.unit_roundoff(dtype)
+
+
+def assert_close_derived(
+    got: Any, want: Any, rtol: float | None = None, *, terms: int = 2**8, layers: int = 2
+) -> None:
+    """AssertionError unless the error's norm is within `derived_rtol`, or `rtol`, of each norm.
+
+    rtol: for errors that are not only of the order of sums; its derivation stands at the call.
+    """
+    for at, a, b in _pairs(got, want, "result"):
+        limit = derived_rtol(b.dtype, terms, layers) if rtol is None else rtol
+        a, b = a.double(), b.double()
+        error = (a - b).norm() / b.norm().clamp_min(1e-30)
+        assert error <= limit, f"{at}: relative error {error:.3g}, want at most {limit:.3g}"
+
+
+def assert_close_to_reference(
+    got: Mapping[str, Any],
+    ref: Mapping[str, Any],
+    eager: Mapping[str, Any],
+    roundoff: Callable[[str, torch.dtype], float],
+    sums: Callable[[str], tuple[int, ...]] = lambda name: (),
+) -> None:
+    """Each result has eager's dtype and little more is lost than eager loses (see tolerance).
+
+    roundoff: of a result's name and dtype, the coarsest unit roundoff on its way. A result is a
+    tensor, or a list of tensors to pool.
+    """
+    assert got.keys() == ref.keys() == eager.keys()
+    for name in ref:
+        dtypes = [t.dtype for t in _list(got[name])]
+        assert dtypes == [t.dtype for t in _list(eager[name])], name
+        u = roundoff(name, dtypes[0])
+        verdict = tolerance.compare(got[name], ref[name], eager[name], u, sums(name))
+        assert verdict.ok, f"{name}: {verdict}"
+
+
+def _list(found: Tensor | list[Tensor]) -> list[Tensor]:
+    return [found] if isinstance(found, Tensor) else found
+
+
+def _pairs(got: Any, want: Any, name: str) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """The tensors of both, with where they are; AssertionError where structures differ."""
+    if isinstance(want, Tensor):
+        assert isinstance(got, Tensor), f"{name}: got {type(got).__name__}, want a tensor"
+        assert got.dtype is want.dtype, f"{name}: got {got.dtype}, want {want.dtype}"
+        assert got.shape == want.shape, f"{name}: got {got.shape}, want {want.shape}"
+        yield name, got.detach(), want.detach()
+    elif isinstance(want, Mapping):
+        assert got.keys() == want.keys(), f"{name}: got {[*got]}, want {[*want]}"
+        for key in want:
+            yield from _pairs(got[key], want[key], str(key))
+    elif want is None:
+        assert got is None, f"{name}: want none"
+    else:
+        for i, (a, b) in enumerate(zip(got, want, strict=True)):
+            yield from _pairs(a, b, f"{name}[{i}]")

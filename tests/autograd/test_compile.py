@@ -8,6 +8,7 @@ from lora_kernels.quantization import quantize_4bit
 from tests.autograd.cases import OPTIONS, K, N, R, make_case, require_grad
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+OPERANDS = ("x", "weight", "lora_A", "lora_B", "rank_gate", "column_scale")
 
 
 @pytest.mark.parametrize("save_z", [False, True])
@@ -15,11 +16,8 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 @pytest.mark.parametrize("option", OPTIONS)
 def test_opcheck_forward(option, dtype, save_z):
     c = make_case(option, dtype, x_shape=(2, 3, K))
-    args = (
-        c["x"], c["weight"], c["lora_A"], c["lora_B"], c["rank_gate"], c["column_scale"],
-        c["bias"], c["rng"], c["scaling"], c["dropout_p"], dtype, dtype, save_z,
-    )  # fmt: skip
-    torch.library.opcheck(ops.lora_linear, args)
+    args = [c[name] for name in (*OPERANDS, "bias", "rng", "scaling", "dropout_p")]
+    torch.library.opcheck(ops.lora_linear, (*args, dtype, dtype, save_z))
 
 
 @pytest.mark.parametrize("need", [True, False])
@@ -28,17 +26,12 @@ def test_opcheck_forward(option, dtype, save_z):
 def test_opcheck_backward(option, dtype, need):
     c = make_case(option, dtype, x_shape=(2, 3, K))
     stat = torch.promote_types(dtype, torch.float32)
-    dy, p, z = (
-        torch.randn(2, 3, N).to(dtype),
-        torch.randn(6, R).to(stat),
-        torch.randn(6, N).to(dtype),
-    )
-    args = (
-        dy, c["x"], c["weight"], c["lora_A"], c["lora_B"], c["rank_gate"], c["column_scale"],
-        None, c["rng"], p, z, c["scaling"], c["dropout_p"], dtype, dtype, False, True, need, need,
-        need and c["rank_gate"] is not None, need and c["column_scale"] is not None, need,
-    )  # fmt: skip
-    torch.library.opcheck(ops.lora_linear_backward, args)
+    dy, z = torch.randn(2, 3, N).to(dtype), torch.randn(6, N).to(dtype)
+    saved = [c["rng"], torch.randn(6, R).to(stat), z]
+    options = [c["scaling"], c["dropout_p"], dtype, dtype, False]
+    needs = [True, need, need, *(need and c[name] is not None for name in OPERANDS[4:]), need]
+    operands = [c[name] for name in OPERANDS]
+    torch.library.opcheck(ops.lora_linear_backward, (dy, *operands, None, *saved, *options, *needs))
 
 
 def outputs(function, case):

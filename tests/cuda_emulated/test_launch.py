@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_kernels
 from lora_kernels.backends import cuda, workspace
@@ -17,6 +16,7 @@ from lora_kernels.core.call import Operands, Spec
 from lora_kernels.measure import case as cases
 from lora_kernels.measure.case import Case
 from lora_kernels.quantization import quantize_4bit
+from tests.support.allocations import Allocations
 
 f32, bf16 = torch.float32, torch.bfloat16
 
@@ -80,27 +80,12 @@ def test_memory_outside_of_a_tensor_is_a_message() -> None:
     ):
         whole = args["weight"].detach()
         y = torch.empty(5, whole.shape[0], dtype=bf16)
-        linear = equation._Linear(
-            args["x"].detach(), whole, args["lora_B"].t(), 1.0, None, NO_DROPOUT, None,
-            None, y, None, False, bf16,
-        )  # fmt: skip
+        operands = args["x"].detach(), whole, args["lora_B"].t()
+        options = 1.0, None, NO_DROPOUT, None, None
+        linear = equation._Linear(*operands, *options, y, None, False, bf16)
         linear.shape = (5, whole.shape[0], *linear.shape[2:])
         linear._after_p = (*linear._after_p[:-3], whole.shape[0], *linear._after_p[-2:])
         equation._decode(linear, args["lora_A"].detach(), NO_DROPOUT, True)
-
-
-class Allocations(TorchDispatchMode):
-    """How many elements each new tensor has."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sizes: list[int] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if any(part in str(func) for part in ("empty", "zeros", "full", "new_", "mm", "_to_copy")):
-            self.sizes.append(out.numel())
-        return out
 
 
 @pytest.mark.parametrize("strategy", [COOPERATIVE, SPLIT])
@@ -111,10 +96,8 @@ def test_temporaries(quant: str, strategy: str) -> None:
     args = cases.inputs(Case(M, N, K, R, bf16, quant=quant, gate=True, bias=True))
     weight = args["weight"].codes if quant else args["weight"]
     with Allocations() as allocations:
-        operands = Operands(
-            args["x"].detach(), weight, args["lora_A"], args["lora_B"], args["rank_gate"], None,
-            args["bias"],
-        )  # fmt: skip
+        A, B, gate, bias = (args[name] for name in ("lora_A", "lora_B", "rank_gate", "bias"))
+        operands = Operands(args["x"].detach(), weight, A, B, gate, None, bias)
         equation.lora_linear(operands, Spec(2.0, 0.0, bf16, bf16), strategy)
     assert sorted(allocations.sizes)[-2:] == [M * R, M * N]
 

@@ -157,10 +157,8 @@ def test_where_a_tensor_lies() -> None:
         assert where(x) is None
         return
     assert where(x) == where(x) == where(x.view(4, 4)) == where(torch.nn.Parameter(x))
-    others = (
-        x.clone(), x[1:], x.t(), x[:2], x.view(2, 8), x.view(torch.int32), x[None], x[:, :2],
-        x.view(-1), x.view(torch.bfloat16),
-    )  # fmt: skip
+    others = [x.clone(), x[1:], x.t(), x[:2], x[None], x[:, :2]]
+    others += [x.view(as_) for as_ in ((2, 8), -1, torch.int32, torch.bfloat16)]
     assert len({where(x), *map(where, others)}) == len(others) + 1
     assert where(x.to("meta")) is None and where(torch.ones(1, 1, 1, 1, 1)) is None
     assert where(torch.ones(2, 2).to_sparse()) is None
@@ -181,11 +179,9 @@ def test_the_prepared_call() -> None:
     x, y = torch.ones(3, 64), torch.full((3, 64), 1.0 + 2 * 2 * 64)
     assert torch.equal(call(x), y)  # type: ignore[arg-type]
     assert torch.equal(call(x.view(1, 3, 64), torch.arange(64.0)), y[None] + torch.arange(64.0))  # type: ignore[arg-type]
-    others = (
-        x.double(), x.to(torch.bfloat16), x.to("meta"), torch.nn.Parameter(x), x[:0],
-        torch.ones(5, 64), torch.ones(3, 63), torch.ones(64, 3).t(), torch.tensor(1.0), None,
-        torch._neg_view(x), torch._efficientzerotensor((3, 64)),
-    )  # fmt: skip
+    others = [x.double(), x.to(torch.bfloat16), x.to("meta"), torch.nn.Parameter(x), x[:0], None]
+    others += [*map(torch.ones, ((5, 64), (3, 63), ())), torch.ones(64, 3).t()]
+    others += [torch._neg_view(x), torch._efficientzerotensor((3, 64))]
     for other in others:
         assert call(other) is None  # type: ignore[arg-type]
     assert call(x, torch.ones(63)) is None

@@ -189,10 +189,8 @@ def test_ops_with_a_drawn_mask_pass_opcheck() -> None:
     for shape in ((12, 64), (3, 4, 64)):
         torch.library.opcheck(ops.lora_linear, (x.view(shape), W, A, B, *rest), test_utils=utils)
     index = torch.zeros(12, dtype=torch.int64)
-    torch.library.opcheck(
-        ops.multi_lora_linear, (x, W, [A], [B], index, None, None, [1.5], 0.5, f32, f32),
-        test_utils=utils,
-    )  # fmt: skip
+    args = x, W, [A], [B], index, None, None, [1.5], 0.5, f32, f32
+    torch.library.opcheck(ops.multi_lora_linear, args, test_utils=utils)
     for name in ("lora_linear", "multi_lora_linear", "lora_linear_backward", "dora_norm"):
         for op in (getattr(ops, name), getattr(ops, f"{name}_4bit")):
             draws = torch.Tag.nondeterministic_seeded in op.tags

@@ -77,8 +77,8 @@ def test_multi_lora_linear_of_one_adapter_is_lora_linear(
 ) -> None:
     """What `lora_linear` computes, each rounding y once more or less.
 
-    Each of the two rounds its sum, and P or dS on the way: four times half a unit of the largest,
-    and as much again where the largest element is not the one with the largest sum.
+    Either rounds S (or dS), the base product and the result by half a unit u at most: 3 u between
+    the two. Another u is for sums in float32, K = 64 terms in another order: 0.3 · √64 · u/2.
     """
     args = inputs(MultiCase(9, 33, 64, ranks=(5,), dtype=dtype, quant=quant, dropout_p=0.25))
     args["index"].zero_()

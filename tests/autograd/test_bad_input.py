@@ -90,7 +90,7 @@ def double(*shape):
         ({"dropout_p": 1.1}, ValueError, r"dropout_p: got 1\.1, want .* in \[0, 1\]"),
     ],
 )
-def test_bad_input(change, error, message):
+def test_lora_linear_of_bad_arguments_raises(change, error, message):
     lora_linear(**GOOD)
     state = torch.get_rng_state()
     with pytest.raises(error, match=f"^{message}"):
@@ -98,7 +98,7 @@ def test_bad_input(change, error, message):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_autocast_casts_the_weight_and_takes_no_float64():
+def test_lora_linear_under_autocast_casts_the_weight_but_float64_raises():
     bfloat16 = GOOD | {"weight": GOOD["weight"].bfloat16()}
     with torch.autocast("cpu", torch.bfloat16):
         assert lora_linear(**bfloat16).dtype is torch.bfloat16
@@ -106,7 +106,7 @@ def test_autocast_casts_the_weight_and_takes_no_float64():
             lora_linear(**GOOD | {"weight": double(N, K)})
 
 
-def test_unknown_backend():
+def test_backend_of_an_unknown_name_raises():
     with (
         pytest.raises(ValueError, match=r"^backend: got 'gpu', want one of eager, cpu"),
         backend("gpu"),

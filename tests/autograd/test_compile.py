@@ -8,37 +8,30 @@ from lora_kernels.quantization import quantize_4bit
 from tests.autograd.cases import OPTIONS, K, N, R, make_case, require_grad
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+OPERANDS = ("x", "weight", "lora_A", "lora_B", "rank_gate", "column_scale")
 
 
 @pytest.mark.parametrize("save_z", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("option", OPTIONS)
-def test_opcheck_forward(option, dtype, save_z):
+def test_lora_linear_passes_opcheck(option, dtype, save_z):
     c = make_case(option, dtype, x_shape=(2, 3, K))
-    args = (
-        c["x"], c["weight"], c["lora_A"], c["lora_B"], c["rank_gate"], c["column_scale"],
-        c["bias"], c["rng"], c["scaling"], c["dropout_p"], dtype, dtype, save_z,
-    )  # fmt: skip
-    torch.library.opcheck(ops.lora_linear, args)
+    args = [c[name] for name in (*OPERANDS, "bias", "rng", "scaling", "dropout_p")]
+    torch.library.opcheck(ops.lora_linear, (*args, dtype, dtype, save_z))
 
 
 @pytest.mark.parametrize("need", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("option", OPTIONS)
-def test_opcheck_backward(option, dtype, need):
+def test_lora_linear_backward_passes_opcheck(option, dtype, need):
     c = make_case(option, dtype, x_shape=(2, 3, K))
     stat = torch.promote_types(dtype, torch.float32)
-    dy, p, z = (
-        torch.randn(2, 3, N).to(dtype),
-        torch.randn(6, R).to(stat),
-        torch.randn(6, N).to(dtype),
-    )
-    args = (
-        dy, c["x"], c["weight"], c["lora_A"], c["lora_B"], c["rank_gate"], c["column_scale"],
-        None, c["rng"], p, z, c["scaling"], c["dropout_p"], dtype, dtype, False, True, need, need,
-        need and c["rank_gate"] is not None, need and c["column_scale"] is not None, need,
-    )  # fmt: skip
-    torch.library.opcheck(ops.lora_linear_backward, args)
+    dy, z = torch.randn(2, 3, N).to(dtype), torch.randn(6, N).to(dtype)
+    saved = [c["rng"], torch.randn(6, R).to(stat), z]
+    options = [c["scaling"], c["dropout_p"], dtype, dtype, False]
+    needs = [True, need, need, *(need and c[name] is not None for name in OPERANDS[4:]), need]
+    operands = [c[name] for name in OPERANDS]
+    torch.library.opcheck(ops.lora_linear_backward, (dy, *operands, None, *saved, *options, *needs))
 
 
 def outputs(function, case):
@@ -64,15 +57,15 @@ def check(backend_name, option, dtype):
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-def test_aot_eager(option):
+def test_compiled_by_aot_eager_is_the_same(option):
     check("aot_eager", option, torch.float32)
 
 
-def test_inductor():
+def test_compiled_by_inductor_is_the_same():
     check("inductor", "all", torch.bfloat16)
 
 
-def test_compiled_masks_differ_between_calls():
+def test_compiled_masks_of_two_calls_differ():
     torch._dynamo.reset()
     case = make_case("dropout", torch.float32) | {"rng": None}
     compiled = torch.compile(lora_linear, fullgraph=True, dynamic=True, backend="aot_eager")
@@ -81,7 +74,7 @@ def test_compiled_masks_differ_between_calls():
 
 
 @pytest.mark.parametrize("autocast_inside", [False, True])
-def test_compiled_autocast(autocast_inside):
+def test_compiled_under_autocast_is_the_same(autocast_inside):
     torch._dynamo.reset()
 
     def function(**case):
@@ -104,7 +97,7 @@ def test_compiled_autocast(autocast_inside):
 
 
 @pytest.mark.parametrize("kind", ["dense", "4-bit", "several adapters"])
-def test_a_backward_inside_a_compiled_function(kind):
+def test_backward_inside_a_compiled_function_is_the_same(kind):
     """Of a y from outside: Dynamo follows the engine into the Function, and must not into the op,
     whose pointers it would part from their memory; dy is expanded, so that it has none of its own.
     """

@@ -16,7 +16,7 @@ from tests.layers.variants import hidden
 ALLOWED = {"choice", "options", "bias_dtype"}
 
 
-def test_the_source_sets_nothing_else() -> None:
+def test_autograd_source_sets_only_allowed_names() -> None:
     """Also by setattr or through __dict__, of which there is none."""
     found = set()
     for node in ast.walk(ast.parse(inspect.getsource(autograd))):
@@ -31,7 +31,7 @@ def test_the_source_sets_nothing_else() -> None:
 
 
 @pytest.mark.parametrize("four_bit", [False, True])
-def test_a_call_leaves_no_tensor_there(four_bit: bool) -> None:
+def test_context_of_a_call_holds_no_tensor(four_bit: bool) -> None:
     M, N, K, R = 6, 64, 64, 3
     W = torch.randn(N, K)
     base = quantize_4bit(W) if four_bit else W

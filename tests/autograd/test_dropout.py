@@ -26,7 +26,7 @@ def make_case(dtype=torch.float32, **kwargs):
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("p", [0.5, 0.75])  # 1/(1−p) is a power of two: no rounding anywhere
-def test_mask(p, dtype, name):
+def test_lora_linear_with_dropout_sees_the_public_mask(p, dtype, name):
     mask = dropout_mask(RNG, M, K, p)
     assert mask.any() and not mask.all()
     case = make_case(dtype, dropout_p=p, rng=RNG)
@@ -42,7 +42,7 @@ def test_mask(p, dtype, name):
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_leading_dimensions_are_rows(name):
+def test_mask_of_leading_dimensions_is_that_of_rows(name):
     x = torch.randn(2, 3, 4, K)
     with backend(name):
         y = lora_linear(**make_case(x=x, rng=RNG))
@@ -51,14 +51,14 @@ def test_leading_dimensions_are_rows(name):
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_the_base_sees_no_dropout(name):
+def test_base_product_sees_no_dropout(name):
     with backend(name):
         y = lora_linear(**make_case(weight=torch.eye(K), rng=RNG))
     assert torch.equal(y, 1 + 2.0 * dropout_mask(RNG, M, K, 0.5))
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_everything_dropped(name):
+def test_dropout_of_everything_is_the_base(name):
     case = make_case(weight=torch.eye(K), dropout_p=1.0)
     for key in ("x", "lora_A", "lora_B"):
         case[key].requires_grad_()

@@ -19,7 +19,7 @@ from tests.autograd.cases import (
 
 @pytest.mark.parametrize("x_shape", [(M, K), (K,), (2, 3, K)])
 @pytest.mark.parametrize("option", OPTIONS)
-def test_gradcheck(option, x_shape):
+def test_lora_linear_passes_gradcheck(option, x_shape):
     case = make_case(option, x_shape=x_shape)
     leaves = require_grad(case)
 
@@ -29,7 +29,7 @@ def test_gradcheck(option, x_shape):
     assert torch.autograd.gradcheck(function, tuple(leaves.values()))
 
 
-def test_gradcheck_strided():
+def test_lora_linear_of_strided_operands_passes_gradcheck():
     case = make_case(x_shape=(K, 2, 3))
     leaves = require_grad(case)
     lora_A, lora_B = case["lora_A"].detach().mT, case["lora_B"].detach().mT  # [K, R], [R, N]
@@ -45,7 +45,7 @@ def test_gradcheck_strided():
     assert torch.autograd.gradcheck(function, tuple(leaves.values()))
 
 
-def test_gradcheck_expanded():
+def test_lora_linear_of_an_expanded_x_passes_gradcheck():
     case = make_case()
     row = torch.randn(1, K, dtype=torch.float64, requires_grad=True)
 
@@ -64,7 +64,7 @@ def run(case, leaves, retain_graph=False):
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("wanted", DIFFERENTIABLE)
-def test_each_gradient_alone(wanted, dtype, name):
+def test_gradient_alone_is_that_among_all(wanted, dtype, name):
     """What is asked for does not change what it is."""
     case = make_case(dtype=dtype)
     with backend(name):
@@ -79,7 +79,7 @@ def test_each_gradient_alone(wanted, dtype, name):
 
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("option", OPTIONS)
-def test_second_backward(option, name):
+def test_backward_a_second_time_is_the_same(option, name):
     case = make_case(option, dtype=torch.float32)
     leaves = require_grad(case)
     with backend(name):
@@ -106,7 +106,7 @@ def penalized(case, leaves):
 
 
 @pytest.mark.filterwarnings("ignore:Using backward.. with create_graph")
-def test_no_second_derivative_is_left_out():
+def test_second_derivative_by_every_way_raises():
     """It raises by every way from a gradient to what it was made of."""
     case = make_case()
     leaves = require_grad(case)
@@ -131,7 +131,7 @@ def test_no_second_derivative_is_left_out():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("option", OPTIONS)
-def test_several_dy_at_once(option, dtype):
+def test_gradients_of_several_dy_at_once_are_those_of_each(option, dtype):
     case = make_case(option, dtype=dtype)
     leaves = require_grad(case)
     y = lora_linear(**case)
@@ -148,7 +148,7 @@ def test_several_dy_at_once(option, dtype):
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("option", OPTIONS)
-def test_saved_for_backward(option, dtype, name):
+def test_forward_saves_p_and_z_alone(option, dtype, name):
     """The arguments themselves, P, and z only where the column scale needs a gradient."""
     case = make_case(option, dtype=dtype)
     leaves = require_grad(case)
@@ -167,7 +167,7 @@ def test_saved_for_backward(option, dtype, name):
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_no_rows(name):
+def test_gradients_of_no_rows_are_zeros(name):
     case = make_case(dtype=torch.float32, x_shape=(2, 0, K))
     leaves = require_grad(case)
     with backend(name):
@@ -180,7 +180,7 @@ def test_no_rows(name):
 
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("option", OPTIONS)
-def test_gradient_modes_agree(option, name):
+def test_lora_linear_in_each_gradient_mode_is_the_same(option, name):
     case = make_case(option, dtype=torch.float32)
     require_grad(case)
     with backend(name):
@@ -191,7 +191,7 @@ def test_gradient_modes_agree(option, name):
             assert want.requires_grad and not y.requires_grad and torch.equal(y, want)
 
 
-def test_meta_device():
+def test_lora_linear_on_meta_has_shapes_and_dtypes():
     case = {
         key: t.to("meta") if isinstance(t, torch.Tensor) else t
         for key, t in make_case(dtype=torch.bfloat16, x_shape=(2, 3, K)).items()

@@ -27,7 +27,7 @@ def arguments(M: int = 5, **options: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("quant", ["", "nf4-64"])
-def test_a_mode_sees_the_op(quant: str, grad: bool) -> None:
+def test_mode_around_a_call_sees_the_op(quant: str, grad: bool) -> None:
     args = arguments(quant=quant)
     with torch.set_grad_enabled(grad):
         seen = count_ops(lambda: lora_kernels.lora_linear(**args))
@@ -38,7 +38,7 @@ def test_a_mode_sees_the_op(quant: str, grad: bool) -> None:
 @pytest.mark.filterwarnings("ignore")  # which tracing is full of
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("M", [1, 40])
-def test_a_trace_holds_the_adapter(M: int, grad: bool) -> None:
+def test_trace_of_a_layer_holds_the_adapter(M: int, grad: bool) -> None:
     """Of a layer that has prepared its next call, too."""
     layer = LoRALinear(64, 33, r=3)
     nn.init.normal_(layer.lora_B)
@@ -64,7 +64,7 @@ def test_make_fx_holds_the_adapter(pre_dispatch: bool, grad: bool) -> None:
 
 
 @pytest.mark.parametrize("grad", [True, False])
-def test_what_memory_does_not_hold(grad: bool) -> None:
+def test_x_that_memory_does_not_hold_is_taken_for_what_it_is(grad: bool) -> None:
     """A negated view, and the zeros of autograd's formulas, which have no memory."""
     args = arguments(**FULL)
     x = args.pop("x").detach()
@@ -74,7 +74,7 @@ def test_what_memory_does_not_hold(grad: bool) -> None:
             assert torch.equal(lora_kernels.lora_linear(lazy, **args), want)
 
 
-def test_zeros_come_back_as_dy() -> None:
+def test_dy_of_lazy_zeros_gives_zeros() -> None:
     args = cases.inputs(Case(5, 33, 64, 3, **FULL))  # type: ignore[arg-type]
     want = run(lora_kernels.lora_linear, {**args, "dy": torch.zeros(5, 33)})
     args["dy"] = torch._efficientzerotensor((5, 33))
@@ -86,7 +86,9 @@ def test_zeros_come_back_as_dy() -> None:
 @pytest.mark.parametrize("backend", ["eager", "cpu"])
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("several", [False, True])
-def test_y_is_changed_in_place(several: bool, grad: bool, backend: str, layout: str) -> None:
+def test_y_changed_in_place_is_nobodys_view(
+    several: bool, grad: bool, backend: str, layout: str
+) -> None:
     """As an activation in place does."""
     with lora_kernels.backend(backend), torch.set_grad_enabled(grad):
         args = arguments(1 if layout == "1d" else 6, x_layout=layout)
@@ -109,6 +111,6 @@ def test_y_is_changed_in_place(several: bool, grad: bool, backend: str, layout: 
 
 
 @pytest.mark.parametrize("r", [3, 300])  # which the eager backend takes
-def test_an_activation_in_place_behind_a_layer(r: int) -> None:
+def test_activation_in_place_behind_a_layer_differentiates(r: int) -> None:
     model = nn.Sequential(LoRALinear(64, 33, r=r), nn.ReLU(inplace=True))
     model(torch.randn(2, 5, 64)).sum().backward()

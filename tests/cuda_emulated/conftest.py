@@ -43,6 +43,12 @@ def emulated(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         yield
 
 
+@pytest.fixture
+def device() -> str:
+    """Where a test's tensors lie."""
+    return "cpu"
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     if ORDERS == 1:

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_kernels
 from lora_kernels.backends import cuda, workspace
@@ -17,6 +16,7 @@ from lora_kernels.core.call import Operands, Spec
 from lora_kernels.measure import case as cases
 from lora_kernels.measure.case import Case
 from lora_kernels.quantization import quantize_4bit
+from tests.support.allocations import Allocations
 
 f32, bf16 = torch.float32, torch.bfloat16
 
@@ -32,7 +32,7 @@ def forward(args: dict[str, Any], strategy: str = COOPERATIVE) -> torch.Tensor:
         return lora_kernels.lora_linear(**args)
 
 
-def test_the_flags_serve_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flags_serve_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
     flags = torch.zeros(2, dtype=torch.int32)
     monkeypatch.setattr(workspace, "flags", lambda device: flags)
     first, second = few_rows(), few_rows(1)
@@ -42,7 +42,7 @@ def test_the_flags_serve_again_and_again(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize("strategy", [COOPERATIVE, OVERLAPPED, SPLIT])
-def test_two_streams_between_each_other(strategy: str) -> None:
+def test_two_streams_at_once_have_the_same_bits(strategy: str) -> None:
     """Each with flags and slots of its own."""
     inputs = few_rows(), few_rows(1)
     alone = [forward(args, strategy) for args in inputs]
@@ -55,7 +55,7 @@ def test_two_streams_between_each_other(strategy: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(got, alone, strict=True))
 
 
-def test_more_publishers_than_places_are_two_launches() -> None:
+def test_publishers_more_than_places_are_two_launches() -> None:
     args = few_rows()
     want = forward(args, OVERLAPPED)
     with cuda.emulate(0, 1):
@@ -64,13 +64,13 @@ def test_more_publishers_than_places_are_two_launches() -> None:
     assert [kernel for kernel, _ in launch.traffic] == ["publish", "decode"]
 
 
-def test_a_flag_that_is_never_raised_is_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flag_that_is_never_raised_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workspace, "flags", lambda device: torch.full((2,), -9, dtype=torch.int32))
     with pytest.raises(RuntimeError, match=r"decode, block \(\d, 0, 0\), thread 0: waits forever"):
         forward(few_rows())
 
 
-def test_memory_outside_of_a_tensor_is_a_message() -> None:
+def test_memory_outside_of_a_tensor_raises() -> None:
     args = few_rows()
     args["lora_B"] = args["lora_B"].detach()[:-1]  # one row less than W has
     with (
@@ -80,46 +80,29 @@ def test_memory_outside_of_a_tensor_is_a_message() -> None:
     ):
         whole = args["weight"].detach()
         y = torch.empty(5, whole.shape[0], dtype=bf16)
-        linear = equation._Linear(
-            args["x"].detach(), whole, args["lora_B"].t(), 1.0, None, NO_DROPOUT, None,
-            None, y, None, False, bf16,
-        )  # fmt: skip
+        operands = args["x"].detach(), whole, args["lora_B"].t()
+        options = 1.0, None, NO_DROPOUT, None, None
+        linear = equation._Linear(*operands, *options, y, None, False, bf16)
         linear.shape = (5, whole.shape[0], *linear.shape[2:])
         linear._after_p = (*linear._after_p[:-3], whole.shape[0], *linear._after_p[-2:])
         equation._decode(linear, args["lora_A"].detach(), NO_DROPOUT, True)
 
 
-class Allocations(TorchDispatchMode):
-    """How many elements each new tensor has."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sizes: list[int] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if any(part in str(func) for part in ("empty", "zeros", "full", "new_", "mm", "_to_copy")):
-            self.sizes.append(out.numel())
-        return out
-
-
 @pytest.mark.parametrize("strategy", [COOPERATIVE, SPLIT])
 @pytest.mark.parametrize("quant", ["", "nf4-64-nested"])
-def test_temporaries(quant: str, strategy: str) -> None:
+def test_lora_linear_makes_p_and_y_alone(quant: str, strategy: str) -> None:
     """None of M×N, M×K or N×K elements: P, its slots, flags, and y."""
     M, N, K, R = 12, 160, 128, 5
     args = cases.inputs(Case(M, N, K, R, bf16, quant=quant, gate=True, bias=True))
     weight = args["weight"].codes if quant else args["weight"]
     with Allocations() as allocations:
-        operands = Operands(
-            args["x"].detach(), weight, args["lora_A"], args["lora_B"], args["rank_gate"], None,
-            args["bias"],
-        )  # fmt: skip
+        A, B, gate, bias = (args[name] for name in ("lora_A", "lora_B", "rank_gate", "bias"))
+        operands = Operands(args["x"].detach(), weight, A, B, gate, None, bias)
         equation.lora_linear(operands, Spec(2.0, 0.0, bf16, bf16), strategy)
     assert sorted(allocations.sizes)[-2:] == [M * R, M * N]
 
 
-def test_one_decode_and_one_mask_on_every_backend() -> None:
+def test_decode_and_mask_are_those_of_the_cpu() -> None:
     """The CPU's kernels and these; Triton's are compared with the same reference by its own."""
     weight = quantize_4bit(torch.randn(33, 96), "nf4", 64, True)
     decoded = weight.dequantize(bf16)
@@ -131,7 +114,7 @@ def test_one_decode_and_one_mask_on_every_backend() -> None:
         assert torch.equal(lora_kernels.lora_linear(x, None, A, B, dropout_p=0.3, rng=rng), dropped)
 
 
-def test_outside_of_the_emulator_a_cpu_is_refused() -> None:
+def test_lora_linear_outside_of_the_emulator_raises() -> None:
     token = cuda._emulated.set(None)
     try:
         with pytest.raises(RuntimeError, match="backend 'cuda' was requested and cannot run here"):
@@ -151,12 +134,12 @@ def test_outside_of_the_emulator_a_cpu_is_refused() -> None:
         (120, None),
     ],
 )
-def test_which_gpus_are_served(capability: int, why: str | None) -> None:
+def test_unfit_names_gpus_before_sm_80(capability: int, why: str | None) -> None:
     found = cuda.unfit(capability)
     assert found is None if why is None else why in (found or "")
 
 
-def test_rows_with_adapters_of_their_own_are_two_steps() -> None:
+def test_multi_lora_linear_in_one_step_raises() -> None:
     A, B = [torch.randn(2, 8)], [torch.randn(4, 2)]
     index = torch.zeros(3, dtype=torch.int64)
     with (

@@ -1,190 +1,132 @@
 """y and every gradient against the float64 reference, for each strategy and kernel."""
 
-import itertools
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 import torch
 
 import lora_kernels
 from lora_kernels.backends.cuda import COOPERATIVE, ORDINARY, OVERLAPPED, SPLIT, STRATEGIES, launch
-from lora_kernels.measure.case import Case, fits_cuda, inputs, judge, run
+from lora_kernels.measure.case import Case, fits_cuda, inputs, run
+from tests.support import problems
+from tests.support.engines import Pairs, each, on
+from tests.support.engines import check as check_results
+from tests.support.exact import off
+from tests.support.problems import FULL, RANK, bf16, f16, f32
 
-f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
-FULL: dict[str, Any] = {"gate": True, "column_scale": True, "bias": True, "dropout_p": 0.1}
-# dtype, adapter_dtype, autocast
-DTYPES = [
-    (f32, None, None),
-    (bf16, None, None),
-    (f16, None, None),
-    (bf16, f32, None),
-    (f32, f32, bf16),
+FEW_ROWS = (COOPERATIVE, OVERLAPPED)
+BASE_KERNELS = {ORDINARY: "linear", SPLIT: "gemm", COOPERATIVE: "decode", OVERLAPPED: "decode"}
+# K, weight: whole runs of codes, two scales in a row of a tile; blocks that straddle rows; rows of
+# whole words; rows that start within a byte.
+FORMATS = [(192, "nf4-64-nested"), (192, "nf4-64"), (128, "fp4-32"), (256, "fp4-256-nested")]
+FORMATS += [(96, "nf4-64-nested"), (72, "fp4-128"), (63, "nf4-64-nested")]
+CODES_4BIT = [
+    case
+    for M, dtype in ((3, f32), (70, bf16), (5, f16))
+    for case in problems.of_4bit(M, 96, dtype, FORMATS)
 ]
-R = 61  # no power of two, and 5 draws are as many elements of dg as are compared
 
 
-def check(case: Case, strategy: str) -> set[str]:
-    """The kernels that ran."""
-    with lora_kernels.backend("cuda", strategy):
-        verdicts = judge(case)
-    wrong = [f"{name} {verdict}" for name, verdict in verdicts.items() if not verdict.ok]
-    if wrong:
-        pytest.fail("\n".join([str(case), *wrong]), pytrace=False)
-    return {kernel for kernel, _ in launch.traffic}
+def cuda(strategy: str, *cases: Case) -> Pairs:
+    return on("cuda", (strategy,), cases)
 
 
-def fitting(case: Case, strategies: tuple[str, ...] = STRATEGIES) -> list[str]:
-    return [strategy for strategy in strategies if fits_cuda(case, strategy)]
+def fitting(cases: list[Case], strategies: tuple[str, ...] = STRATEGIES) -> Pairs:
+    """Each case by the strategies that take it; by the one that takes all where none does."""
+    return [
+        pair
+        for case in cases
+        for s in [s for s in strategies if fits_cuda(case, s)] or [ORDINARY]
+        for pair in cuda(s, case)
+    ]
 
 
-@pytest.mark.parametrize("options", [{}, FULL], ids=["plain", "full"])
-@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
-def test_any_sizes(dtypes: tuple[Any, ...], options: dict[str, Any]) -> None:
-    assert "linear" in check(Case(33, 65, 63, R, *dtypes, **options), ORDINARY)
+def rows() -> Pairs:
+    """Up to 16 they are few."""
+    cases = [
+        Case(M, 40, 192, RANK, bf16, quant=quant, bias=True)
+        for M in (0, 1, 2, 8, 16, 17)
+        for quant in ("", "nf4-64-nested")
+    ]
+    assert all(fits_cuda(case, COOPERATIVE) == (case.M <= 16) for case in cases)
+    return [p for case in cases for p in cuda(COOPERATIVE if case.M <= 16 else SPLIT, case)]
 
 
-@pytest.mark.parametrize("options", [{}, FULL], ids=["plain", "full"])
-@pytest.mark.parametrize("dtypes", DTYPES[1:], ids=str)
-def test_matrix_units(dtypes: tuple[Any, ...], options: dict[str, Any]) -> None:
-    """One row and column more than whole tiles, two steps of K and a piece."""
-    ran = check(Case(65, 136, 136, R, *dtypes, **options), SPLIT)
-    assert "gemm" in ran and "linear" not in ran
-
-
-@pytest.mark.parametrize("strategy", [COOPERATIVE, OVERLAPPED])
-@pytest.mark.parametrize("options", [{}, FULL], ids=["plain", "full"])
-@pytest.mark.parametrize("dtypes", DTYPES[1:], ids=str)
-def test_few_rows(dtypes: tuple[Any, ...], options: dict[str, Any], strategy: str) -> None:
-    """Two publishers, more tiles than blocks, the last of one column."""
-    ran = check(Case(9, 81, 320, R, *dtypes, **options), strategy)
-    assert "decode" in ran and ("publish" in ran) == (strategy == OVERLAPPED)
-
-
-@pytest.mark.parametrize("M", [0, 1, 2, 8, 16, 17])
-@pytest.mark.parametrize("quant", ["", "nf4-64-nested"])
-def test_rows(quant: str, M: int) -> None:
-    case = Case(M, 40, 192, R, bf16, quant=quant, bias=True)
-    assert fits_cuda(case, COOPERATIVE) == (M <= 16)
-    ran = check(case, COOPERATIVE if M <= 16 else SPLIT)
-    assert ("decode" in ran) == (0 < M <= 16)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"gate": True},
-        {"column_scale": True},
-        {"bias": True},
-        {"dropout_p": 0.5},
-        {"dropout_p": 1.0},
-        {"base": False, "gate": True, "dropout_p": 0.1},
-        {"frozen": ("x",), **FULL},
-        {"frozen": ("x", "lora_A", "rank_gate"), **FULL},
-        {"frozen": ("lora_B",), **FULL},
-        {"frozen": ("lora_A", "lora_B"), **FULL},
-    ],
-    ids=str,
-)
-def test_options(options: dict[str, Any]) -> None:
-    check(Case(33, 65, 63, R, bf16, **options), ORDINARY)
-    check(Case(13, 72, 64, R, bf16, **options), COOPERATIVE)
-
-
-@pytest.mark.parametrize("rank", [1, 2, 16, 17, 64, 65, 130, 256])
-def test_ranks(rank: int) -> None:
+def ranks(case: Callable[[int], Case]) -> list[Case]:
     """Of the thin products' 16 or 64 at a time, and of the products' 16 or 32."""
-    ran = check(Case(40, 65, 63, rank, f32, dropout_p=0.1), ORDINARY)
-    assert ("pair" in ran) == (rank <= 64)
-    check(Case(5, 40, 64, rank, bf16), COOPERATIVE)
-    check(Case(40, 40, 64, rank, bf16), SPLIT)
+    return [case(R) for R in problems.RANKS]
 
 
-@pytest.mark.parametrize("quant", ["", "nf4-64-nested"])
-def test_splits_of_the_sum(quant: str) -> None:
-    """Three shares of K in the forward, and of N in dx, the last ones short."""
-    ran = check(Case(20, 576, 576, R, bf16, quant=quant, **FULL), SPLIT)
-    assert "finish" in ran
-
-
-def test_shares_that_are_added() -> None:
-    """Of K in P, of N in dS, of M in dA and dB: two at least, the last one short."""
-    check(Case(5, 300, 600, R, f32, column_scale=True, bias=True), ORDINARY)
-    check(Case(1100, 70, 65, R, f32, column_scale=True, bias=True), ORDINARY)
-
-
-@pytest.mark.parametrize("layout", ["padded", "columns", "every_other", "expanded", "3d_swapped"])
-def test_strides(layout: str) -> None:
-    dy = layout if "d_" not in layout else "rows"
-    options: dict[str, Any] = {"x_layout": layout, "dy_layout": dy, "dropout_p": 0.1}
-    check(Case(30, 65, 63, R, f32, **options), ORDINARY)
-    check(Case(30, 72, 64, R, bf16, **options), SPLIT)
-    if "d_" not in layout:
-        check(Case(10, 72, 64, R, bf16, **options), COOPERATIVE)
-
-
-# K: whole runs of codes, two scales in a row of a tile; blocks that straddle rows; rows of whole
-# words; rows that start within a byte.
-@pytest.mark.parametrize(("M", "dtype"), [(3, f32), (70, bf16), (5, f16)], ids=str)
-@pytest.mark.parametrize(
-    ("K", "quant"),
-    [
-        (192, "nf4-64-nested"),
-        (192, "nf4-64"),
-        (128, "fp4-32"),
-        (256, "fp4-256-nested"),
-        (96, "nf4-64-nested"),
-        (72, "fp4-128"),
-        (63, "nf4-64-nested"),
+SHARES = [
+    Case(M, N, K, RANK, f32, column_scale=True, bias=True)
+    for M, N, K in ((5, 300, 600), (1100, 70, 65))
+]
+SPLITS = [Case(20, 576, 576, RANK, bf16, quant=quant, **FULL) for quant in ("", "nf4-64-nested")]
+GROUPS = {
+    "any_sizes": cuda(ORDINARY, *problems.of_dtypes(33, 65, 63)),
+    # One row and column more than whole tiles, two steps of K and a piece.
+    "matrix_units": cuda(SPLIT, *problems.of_dtypes(65, 136, 136, dtypes=problems.DTYPES[1:])),
+    # Two publishers, more tiles than blocks, the last of one column.
+    "few_rows": on("cuda", FEW_ROWS, problems.of_dtypes(9, 81, 320, dtypes=problems.DTYPES[1:])),
+    "rows": rows(),
+    "options": [
+        *cuda(ORDINARY, *problems.of_options(33, 65, 63)),
+        *cuda(COOPERATIVE, *problems.of_options(13, 72, 64)),
     ],
-    ids=str,
-)
-def test_4bit(dtype: torch.dtype, K: int, quant: str, M: int) -> None:
-    case = Case(M, 96, K, R, dtype, quant=quant, values="nonnegative")
-    for strategy in fitting(case, (COOPERATIVE, SPLIT)) or [ORDINARY]:
-        check(case, strategy)
+    "ranks": [
+        *cuda(ORDINARY, *ranks(lambda R: Case(40, 65, 63, R, f32, dropout_p=0.1))),
+        *cuda(COOPERATIVE, *ranks(lambda R: Case(5, 40, 64, R, bf16))),
+        *cuda(SPLIT, *ranks(lambda R: Case(40, 40, 64, R, bf16))),
+    ],
+    # Three shares of K in the forward, and of N in dx, the last ones short.
+    "splits": cuda(SPLIT, *SPLITS),
+    # Of K in P, of N in dS, of M in dA and dB: two shares at least, the last one short.
+    "shares": cuda(ORDINARY, *SHARES),
+    "strides": [
+        *cuda(ORDINARY, *problems.of_layouts(30, 65, 63, dtype=f32)),
+        *cuda(SPLIT, *problems.of_layouts(30, 72, 64, dtype=bf16)),
+        *cuda(COOPERATIVE, *problems.of_layouts(10, 72, 64, dtype=bf16)[:-1]),
+    ],
+    "4bit": fitting(CODES_4BIT, (COOPERATIVE, SPLIT)) + fitting(problems.of_options_4bit(13)),
+}
 
 
-def test_4bit_options() -> None:
-    for case in (
-        Case(13, 65, 128, R, f16, quant="nf4-64-nested", **FULL),
-        Case(9, 65, 96, R, f32, quant="nf4-64-nested", compute=bf16),
-    ):
-        for strategy in fitting(case):
-            check(case, strategy)
+def check(case: Case, engine: str) -> None:
+    """The results, and that they were made by the strategy's kernels."""
+    check_results(case)
+    ran, strategy = {kernel for kernel, _ in launch.traffic}, engine.removeprefix("cuda ")
+    if case.M and case.base:
+        assert BASE_KERNELS[strategy] in ran and ("publish" in ran) == (strategy == OVERLAPPED)
+        assert strategy == ORDINARY or case.quant or case.N % 8 or "linear" not in ran
+    if case.M and not case.frozen:
+        assert ("pair" in ran) == (case.R <= 64)
+    if case in SPLITS:
+        assert "finish" in ran
 
 
-def test_a_weight_stored_by_columns() -> None:
-    """As GPT-2's: forward and dx are each other's product."""
-    args = inputs(Case(33, 72, 64, R, bf16, gate=True, bias=True))
-    stored = args["weight"].t().contiguous().t()
-    results = []
-    for weight in (args["weight"], stored):
-        launch.traffic.clear()
-        results.append(run(lora_kernels.lora_linear, {**args, "weight": weight}))
-        assert {kernel for kernel, _ in launch.traffic} & {"gemm", "linear", "decode"} == {"gemm"}
-    for name, want in results[0].items():
-        assert torch.equal(results[1][name], want), name
-
-
-def test_x_that_begins_between_two_loads() -> None:
-    """It is copied, as rows of another stride are."""
-    args = inputs(Case(33, 72, 64, R, bf16))
-    x = args["x"].detach()
-    off = torch.cat([x.new_zeros(1), x.flatten()])[1:].view(33, 64).requires_grad_()
-    assert off.data_ptr() % 16
-    want, got = (run(lora_kernels.lora_linear, {**args, "x": x}) for x in (args["x"], off))
-    assert {kernel for kernel, _ in launch.traffic} & {"gemm", "linear"} == {"gemm"}
-    assert all(torch.equal(got[name], want[name]) for name in want)
+@each(GROUPS)
+def test_lora_linear_of_each_case_is_within_tolerance(case: Case, engine: str) -> None:
+    check(case, engine)
 
 
 @pytest.mark.proof
-@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
-@pytest.mark.parametrize("quant", ["", "nf4-64-nested", "fp4-32"])
-def test_cross_product(quant: str, dtypes: tuple[Any, ...]) -> None:
-    if quant and dtypes[2] is not None:
-        dtypes = (*dtypes[:2], None)
-    options = itertools.cycle([{}, FULL, {"gate": True, "bias": True}, {"dropout_p": 0.5}])
-    for M, (N, K) in zip((1, 65, 300), ((129, 64), (64, 72), (264, 192)), strict=True):
-        case = Case(M, N, K, R, *dtypes, quant=quant, **next(options))
-        for strategy in fitting(case):
-            check(case, strategy)
+@each({"": fitting(problems.cross_product([(1, 129, 64), (65, 64, 72), (300, 264, 192)]))})
+def test_lora_linear_of_formats_and_dtypes_is_within_tolerance(case: Case, engine: str) -> None:
+    check(case, engine)
+
+
+@pytest.mark.parametrize("moved", ["a weight stored by columns", "x between two loads"])
+def test_lora_linear_of_a_moved_operand_has_the_same_bits(moved: str) -> None:
+    """GPT-2 stores its weights so: forward and dx are each other's product. An x that begins
+    between two loads is copied, as rows of another stride are."""
+    args = inputs(Case(33, 72, 64, RANK, bf16, gate=True, bias=True))
+    other = (
+        {"x": off(args["x"])} if "x" in moved else {"weight": args["weight"].t().contiguous().t()}
+    )
+    results = []
+    for given in (args, args | other):
+        launch.traffic.clear()
+        results.append(run(lora_kernels.lora_linear, given))
+        assert {kernel for kernel, _ in launch.traffic} & {"gemm", "linear", "decode"} == {"gemm"}
+    for name, want in results[0].items():
+        assert torch.equal(results[1][name], want), name

@@ -3,13 +3,14 @@
 import pytest
 
 from lora_kernels.measure.multi import MultiCase
-from tests.ops.multi_cases import check, check_overflow, some_cases
+from tests.support import multi
+from tests.support.engines import check_multi
 
 
-@pytest.mark.parametrize("case", some_cases((70, 128)), ids=str)
-def test_against_the_reference(case: MultiCase) -> None:
-    check(case)
+@pytest.mark.parametrize("case", multi.some_cases((70, 128)), ids=str)
+def test_multi_lora_linear_of_each_case_is_within_tolerance(case: MultiCase) -> None:
+    check_multi(case)
 
 
-def test_a_row_that_overflows_is_its_adapter_s_alone() -> None:
-    check_overflow()
+def test_multi_lora_linear_row_overflows_spoils_its_adapter_alone() -> None:
+    multi.check_overflow()

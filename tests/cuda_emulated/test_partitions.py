@@ -5,15 +5,11 @@ import pytest
 import torch
 
 import lora_kernels
-from lora_kernels import reference
 from lora_kernels.backends.cuda import COOPERATIVE, ORDINARY, OVERLAPPED, SPLIT, equation
-from lora_kernels.measure import case as cases
 from lora_kernels.measure.case import Case
 from lora_kernels.measure.multi import MultiCase
-from lora_kernels.quantization import codebooks, quantize_4bit
-from tests.ops import multi_cases
-from tests.partitions import exact
-from tests.quantization.values import same_bits
+from tests.support import codec, exact
+from tests.support.engines import check_multi, check_norm
 
 f32, bf16 = torch.float32, torch.bfloat16
 
@@ -21,9 +17,8 @@ f32, bf16 = torch.float32, torch.bfloat16
 @pytest.fixture(autouse=True)
 def small_shares(monkeypatch: pytest.MonkeyPatch) -> None:
     """A share is what a kernel takes in two steps."""
-    for name, share in {
-        "_SHARE": 128, "_THIN_SHARE": 64, "_SUMS_SHARE": 32, "_GEMM_SHARE": 128
-    }.items():  # fmt: skip
+    shares = {"_SHARE": 128, "_THIN_SHARE": 64, "_SUMS_SHARE": 32, "_GEMM_SHARE": 128}
+    for name, share in shares.items():
         monkeypatch.setattr(equation, name, share)
 
 
@@ -49,7 +44,7 @@ def test_lora_linear_in_small_shares_is_exact(
     strategy: str, sizes: tuple[int, ...], dtype: torch.dtype, blocksize: int
 ) -> None:
     with lora_kernels.backend("cuda", strategy):
-        exact.check(Case(*sizes, dtype, values="integers", **exact.OPTIONS), blocksize)
+        exact.check(exact.integers(*sizes, dtype=dtype, **exact.OPTIONS), blocksize)
 
 
 @pytest.mark.usefixtures("long_shares")
@@ -58,7 +53,7 @@ def test_lora_linear_in_small_shares_is_exact(
 )
 def test_few_rows_in_several_turns_are_exact(strategy: str, blocksize: int) -> None:
     """More tiles than blocks, more of K than the warps of a block take at once, three slots."""
-    case = Case(13, 72, 1088, 5, bf16, values="integers", **exact.OPTIONS)
+    case = exact.integers(13, 72, 1088, 5, dtype=bf16, **exact.OPTIONS)
     with lora_kernels.backend("cuda", strategy):
         exact.check(case, blocksize)
 
@@ -66,7 +61,7 @@ def test_few_rows_in_several_turns_are_exact(strategy: str, blocksize: int) -> N
 @pytest.mark.parametrize("rank", [70, 18])
 def test_thin_products_in_small_shares_are_exact(rank: int) -> None:
     """Ranks in two tiles, and dS and dB in one kernel or two."""
-    case = Case(140, 136, 70, rank, f32, values="integers", **exact.OPTIONS)
+    case = exact.integers(140, 136, 70, rank, **exact.OPTIONS)
     with lora_kernels.backend("cuda", ORDINARY):
         exact.check(case)
 
@@ -82,20 +77,16 @@ def test_thin_products_in_small_shares_are_exact(rank: int) -> None:
 def test_adapters_of_rows_in_small_shares_are_close(
     sizes: tuple[int, int, int], dtype: torch.dtype, quant: str
 ) -> None:
-    multi_cases.check(
-        MultiCase(*sizes, (5, 8, 3, 66), "mixed", dtype, quant=quant, bias=False, dropout_p=0.5)
-    )
+    ranks = (5, 8, 3, 66)
+    check_multi(MultiCase(*sizes, ranks, "mixed", dtype, quant=quant, bias=False, dropout_p=0.5))
 
 
 @pytest.mark.usefixtures("long_shares")
 @pytest.mark.parametrize("quant", ["", "nf4-32", "nf4-64-nested"])
 def test_dora_norm_in_small_shares_is_close(quant: str) -> None:
-    assert cases.judge_norm(Case(0, 256, 600, 3, f32, quant=quant, gate=True))["norm"].ok
+    check_norm(Case(0, 256, 600, 3, f32, quant=quant, gate=True))
 
 
-@pytest.mark.parametrize("last", exact.LAST_BLOCKS)
+@pytest.mark.parametrize("last", codec.LAST_BLOCKS)
 def test_quantize_in_small_shares_is_bitwise(last: str) -> None:
-    values = exact.weight_of_blocks(7, last)
-    want = reference.quantize_4bit(values, codebooks.thresholds("nf4"), codebooks.order("nf4"), 64)
-    got = quantize_4bit(values, "nf4", 64, False)
-    assert same_bits(got.packed, want[0]) and same_bits(got.absmax, want[1])
+    codec.check_quantize(codec.weight_of_blocks(7, last))

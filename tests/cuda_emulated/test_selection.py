@@ -48,7 +48,7 @@ def choose(
     ],
     ids=str,
 )
-def test_what_keeps_a_kernel_from_a_product_is_said(
+def test_choose_says_what_keeps_a_kernel_from_a_product(
     M: int, N: int, K: int, layout: Layout, strategy: str, words: list[str]
 ) -> None:
     choice = choose(M, N, K, layout)
@@ -57,18 +57,18 @@ def test_what_keeps_a_kernel_from_a_product_is_said(
     assert words or choice.reason == "the cuda backend was requested"
 
 
-def test_float32_is_the_ordinary_multipliers_and_says_so() -> None:
+def test_choose_of_float32_is_the_ordinary_multipliers() -> None:
     choice = choose(1, 64, 64, dtype=f32)
     assert choice.strategy == ORDINARY and "float32 products need every bit" in choice.reason
 
 
-def test_any_number_of_rows() -> None:
+def test_choose_for_any_number_of_rows_names_both_kernels() -> None:
     assert choose(None, 64, 64).strategy == f"{SPLIT}; up to 16 rows {COOPERATIVE}"
     assert choose(None, 64, 63).strategy == ORDINARY
 
 
 @pytest.mark.parametrize("strategy", [COOPERATIVE, OVERLAPPED, SPLIT])
-def test_a_strategy_that_was_asked_for_is_taken_or_refused(strategy: str) -> None:
+def test_strategy_requested_and_unfit_raises(strategy: str) -> None:
     A, B = torch.ones(2, 63, dtype=bf16), torch.ones(8, 2, dtype=bf16)
     x, W = torch.ones(3, 63, dtype=bf16), torch.ones(8, 63, dtype=bf16)
     with (
@@ -79,7 +79,7 @@ def test_a_strategy_that_was_asked_for_is_taken_or_refused(strategy: str) -> Non
     assert not launch.traffic
 
 
-def test_how_a_weight_lies() -> None:
+def test_layout_of_a_weight_says_how_it_lies() -> None:
     W = torch.zeros(16, 64, dtype=bf16)
     assert fit.layout(W, bf16) == ROWS and fit.layout(W.t(), bf16) == COLUMNS
     assert fit.layout(None, bf16).obstacle == fit.NO_BASE
@@ -95,7 +95,9 @@ def test_how_a_weight_lies() -> None:
 
 
 @pytest.mark.parametrize("K", [64, 63])
-def test_a_kernel_refuses_what_fit_should_have(K: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernel_of_rows_that_fit_should_refuse_raises(
+    K: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(fit, "forward", lambda *args: None)
     A, B = torch.ones(2, K, dtype=bf16), torch.ones(8, 2, dtype=bf16)
     x, W = torch.ones(33, K, dtype=bf16), torch.ones(8, K, dtype=bf16)
@@ -107,7 +109,7 @@ def test_a_kernel_refuses_what_fit_should_have(K: int, monkeypatch: pytest.Monke
             lora_kernels.lora_linear(x, W, A, B)
 
 
-def test_explain_says_it_of_each_layer() -> None:
+def test_explain_says_the_kernel_of_each_layer() -> None:
     config = LoraConfig(target_modules=["0", "1", "2"], init_lora_weights=False)
     layers = nn.Linear(64, 65), nn.Linear(65, 64), Conv1D(64, 64)
     model = fuse(get_peft_model(nn.Sequential(*layers).to(bf16), config))

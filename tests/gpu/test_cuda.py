@@ -12,55 +12,53 @@ import lora_kernels
 from lora_kernels.backends import cuda
 from lora_kernels.backends.cuda import COOPERATIVE, ORDINARY, OVERLAPPED, SPLIT, STRATEGIES
 from lora_kernels.measure import multi
-from lora_kernels.measure.case import Case, fits_cuda, inputs, judge, judge_norm
+from lora_kernels.measure.case import Case, fits_cuda, inputs, judge
+from lora_kernels.quantization import Weight4bit
+from tests.support.engines import assert_within, check, check_norm
+from tests.support.problems import FULL, bf16, f16, f32
 
-f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
 pytestmark = pytest.mark.skipif(
     cuda.obstacle("cuda", None) is not None, reason="no CUDA kernels for this GPU"
 )
 few_rows = pytest.mark.parametrize("strategy", [COOPERATIVE, OVERLAPPED, SPLIT])
-FULL: dict[str, Any] = {"gate": True, "column_scale": True, "bias": True, "dropout_p": 0.1}
 
 
 @pytest.mark.parametrize("options", [{}, FULL], ids=["plain", "full"])
 @pytest.mark.parametrize("quant", ["", "nf4-64-nested", "fp4-128"])
 @pytest.mark.parametrize("dtypes", [(f32, None), (bf16, None), (f16, None), (bf16, f32)], ids=str)
 @pytest.mark.parametrize("M", [1, 9, 16, 65, 300])
-def test_against_the_reference(
+def test_lora_linear_of_each_case_is_within_tolerance(
     M: int, dtypes: tuple[Any, ...], quant: str, options: dict[str, Any]
 ) -> None:
     case = Case(M, 1032, 2112, 61, *dtypes, quant=quant, device="cuda", **options)
     for strategy in STRATEGIES:
         if fits_cuda(case, strategy):
             with lora_kernels.backend("cuda", strategy):
-                verdicts = judge(case)
-            assert all(verdict.ok for verdict in verdicts.values()), (strategy, verdicts)
+                assert_within((strategy, case), judge(case))
 
 
 @pytest.mark.parametrize("quant", ["", "nf4-64-nested"])
-def test_row_norm(quant: str) -> None:
+def test_dora_norm_is_within_tolerance(quant: str) -> None:
     with lora_kernels.backend("cuda"):
-        assert judge_norm(Case(0, 1031, 2112, 61, bf16, quant=quant, device="cuda"))["norm"].ok
+        check_norm(Case(0, 1031, 2112, 61, bf16, quant=quant, device="cuda"))
 
 
 @pytest.mark.parametrize("quant", ["", "nf4-64-nested"])
-def test_rows_with_adapters_of_their_own(quant: str) -> None:
-    args = multi.inputs(multi.MultiCase(70, 65, 128, rows="mixed", dtype=bf16, quant=quant))
-    here: dict[str, Any] = {}
-    for name, value in args.items():
-        if isinstance(value, list) and isinstance(value[0], Tensor):
-            here[name] = [t.detach().cuda().requires_grad_() for t in value]
-        elif isinstance(value, Tensor):
-            grad = value.requires_grad
-            here[name] = value.detach().cuda().requires_grad_(grad)
-        else:
-            here[name] = value.to("cuda") if name == "weight" else value
-    with lora_kernels.backend("cuda"):
-        got = multi.run(lora_kernels.multi_lora_linear, here)
-    with lora_kernels.backend("eager"):
-        want = multi.run(lora_kernels.multi_lora_linear, here)
-    for name, value in want.items():
-        torch.testing.assert_close(got[name], value, rtol=2e-2, atol=2e-2)
+def test_multi_lora_linear_is_within_tolerance(quant: str) -> None:
+    """`judge` has its tensors on the CPU: they are moved, and gradients come back."""
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, list):
+            return [moved(v) for v in value]
+        return value.to("cuda") if isinstance(value, Tensor | Weight4bit) else value
+
+    def on_gpu(**args: Any) -> Tensor:
+        with lora_kernels.backend("cuda"):
+            here = {name: moved(value) for name, value in args.items()}
+            return lora_kernels.multi_lora_linear(**here).to("cpu")
+
+    case = multi.MultiCase(70, 65, 128, rows="mixed", dtype=bf16, quant=quant)
+    assert_within(case, multi.judge(case, on_gpu))
 
 
 def layer(M: int, seed: int = 0) -> Callable[[], Tensor]:
@@ -95,7 +93,7 @@ def test_graphs_are_captured_and_replayed(M: int, strategy: str) -> None:
 
 
 @few_rows
-def test_two_streams_for_a_while(strategy: str) -> None:
+def test_two_streams_for_a_while_keep_their_bits(strategy: str) -> None:
     """Seconds of launches on both: neither hangs, and the bits stay."""
     calls = [layer(4), layer(4, seed=1)]
     streams = [torch.cuda.Stream(), torch.cuda.Stream()]
@@ -115,13 +113,13 @@ def test_two_streams_for_a_while(strategy: str) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
-def test_another_device_than_the_current_one() -> None:
+def test_lora_linear_on_another_device_is_within_tolerance() -> None:
     case = Case(4, 1024, 2048, 16, bf16, device="cuda:1")
     with lora_kernels.backend("cuda"):
-        assert all(verdict.ok for verdict in judge(case).values())
+        check(case)
     assert torch.cuda.current_device() == 0
 
 
-def test_a_launch_that_fails_names_its_kernel() -> None:
+def test_launch_that_fails_names_its_kernel() -> None:
     with pytest.raises(RuntimeError, match=r"dequantize: \w"):
         cuda.module().dequantize((0,) * 6 + (6, 8, 64, 64, True), 0, 1, (0, 99))

@@ -9,8 +9,8 @@ from torch import Tensor
 import lora_kernels
 from lora_kernels.measure import case as cases
 from lora_kernels.measure.case import Case, inputs
-
-bf16, f16, f32 = torch.bfloat16, torch.float16, torch.float32
+from tests.support.engines import check
+from tests.support.problems import FULL, bf16, f16, f32
 
 
 def step(M: int, adapter: torch.dtype, quant: str, dropout_p: float) -> Callable[[], list[Tensor]]:
@@ -33,11 +33,10 @@ def step(M: int, adapter: torch.dtype, quant: str, dropout_p: float) -> Callable
 @pytest.mark.parametrize("M", [3, 70, 600])
 def test_eager_on_a_gpu_is_within_the_tolerance(M: int, dtype: torch.dtype, quant: str) -> None:
     for adapter in {dtype, f32}:
-        for options in ({}, {"gate": True, "column_scale": True, "bias": True, "dropout_p": 0.1}):
+        for options in ({}, FULL):
             case = Case(M, 257, 320, 13, dtype, adapter, quant=quant, device="cuda", **options)
             with cases.engine(cases.EAGER_CUDA):
-                for name, verdict in cases.judge(case).items():
-                    assert verdict.ok, f"{case}, {name}: {verdict}"
+                check(case)
 
 
 @pytest.mark.parametrize("quant", ["", "nf4-64-nested"])

@@ -7,32 +7,31 @@ import torch
 
 import lora_kernels
 from lora_kernels.backends.triton import COOPERATIVE, LIBRARY, SINGLE_PASS, SPLIT
-from lora_kernels.measure.case import Case, inputs, judge, judge_norm, run
+from lora_kernels.measure.case import Case, inputs, judge, run
 from lora_kernels.quantization import quantize_4bit
 from tests.gpu.test_layers import every_strategy
-
-bf16, f16, f32 = torch.bfloat16, torch.float16, torch.float32
-FULL: dict[str, Any] = {"gate": True, "column_scale": True, "bias": True, "dropout_p": 0.1}
+from tests.support.engines import assert_within, check_norm
+from tests.support.problems import FULL, bf16, f16, f32
 
 
 def check(case: Case, strategy: str) -> None:
     with lora_kernels.backend("triton", strategy):
-        verdicts = judge(case)
-    wrong = [f"{name} {verdict}" for name, verdict in verdicts.items() if not verdict.ok]
-    assert not wrong, "\n".join([str(case), *wrong])
+        assert_within(case, judge(case))
 
 
 @every_strategy
 @pytest.mark.parametrize("quant", ["", "nf4-64-nested"])
 @pytest.mark.parametrize("M", [1, 16, 1000])
 @pytest.mark.parametrize("dtypes", [(bf16, None), (f16, None), (bf16, f32)], ids=str)
-def test_a_projection(dtypes: Any, M: int, quant: str, strategy: str) -> None:
+def test_lora_linear_of_a_projection_is_within_tolerance(
+    dtypes: Any, M: int, quant: str, strategy: str
+) -> None:
     check(Case(M, 1024, 4096, 16, *dtypes, quant=quant, device="cuda"), strategy)
 
 
 @every_strategy
 @pytest.mark.parametrize("dtype", [bf16, f32], ids=str)
-def test_every_option(dtype: torch.dtype, strategy: str) -> None:
+def test_lora_linear_of_every_option_is_within_tolerance(dtype: torch.dtype, strategy: str) -> None:
     check(Case(777, 1536, 2048, 64, dtype, **FULL, device="cuda"), strategy)
     check(Case(777, 1536, 2048, 16, dtype, quant="fp4-64", **FULL, device="cuda"), strategy)
 
@@ -40,7 +39,7 @@ def test_every_option(dtype: torch.dtype, strategy: str) -> None:
 @every_strategy
 @pytest.mark.parametrize("quant", ["", "nf4-64-nested"])
 @pytest.mark.parametrize("M", [1, 16, 4096])
-def test_the_same_bits_again(M: int, quant: str, strategy: str) -> None:
+def test_lora_linear_again_has_the_same_bits(M: int, quant: str, strategy: str) -> None:
     args = inputs(Case(M, 4096, 4096, 16, bf16, quant=quant, **FULL, device="cuda"))
     with lora_kernels.backend("triton", strategy):
         first = run(lora_kernels.lora_linear, args)
@@ -49,7 +48,7 @@ def test_the_same_bits_again(M: int, quant: str, strategy: str) -> None:
             assert all(torch.equal(first[name], again[name]) for name in first)
 
 
-def test_offsets_past_31_bits() -> None:
+def test_lora_linear_of_offsets_past_31_bits_is_the_same() -> None:
     """x of 2³¹ elements and more: its last rows come out as they do by themselves."""
     M, K, N = (1 << 31) // 4096 + 300, 4096, 64
     if torch.cuda.mem_get_info()[0] < 3 * 2 * M * K:
@@ -60,18 +59,19 @@ def test_offsets_past_31_bits() -> None:
         with lora_kernels.backend("triton", strategy):
             whole = lora_kernels.lora_linear(x, W, A, B)[-256:]
             part = lora_kernels.lora_linear(x[-256:].contiguous(), W, A, B)
-        torch.testing.assert_close(whole, part, rtol=2**-6, atol=2**-6)
+        # y is rounded to the one or the other neighbour: 2⁻⁷ of it. So is each of 16 elements of S,
+        # at most 4 and off by 2⁻⁹ of that in both, which meets at most 4/64 of B.
+        torch.testing.assert_close(whole, part, rtol=2**-7, atol=2 * 16 * 4 * 2**-9 * 4 / 64)
 
 
 @pytest.mark.parametrize("quant", ["", "nf4-64-nested"])
-def test_the_row_norm(quant: str) -> None:
+def test_dora_norm_is_within_tolerance(quant: str) -> None:
     with lora_kernels.backend("triton"):
-        verdict = judge_norm(Case(0, 4096, 4096, 16, bf16, quant=quant, gate=True, device="cuda"))
-    assert verdict["norm"].ok, verdict["norm"]
+        check_norm(Case(0, 4096, 4096, 16, bf16, quant=quant, gate=True, device="cuda"))
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
-def test_quantizing_gives_the_bits_of_the_cpu(quant_type: str) -> None:
+def test_quantize_has_the_bits_of_the_cpu(quant_type: str) -> None:
     weight = torch.randn(4096, 4097, generator=torch.Generator().manual_seed(0))
     want = quantize_4bit(weight, quant_type, double_quant=False)
     with lora_kernels.backend("triton"):
@@ -80,7 +80,7 @@ def test_quantizing_gives_the_bits_of_the_cpu(quant_type: str) -> None:
     assert torch.equal(got.absmax.cpu(), want.absmax)
 
 
-def test_publish_first_is_what_runs() -> None:
+def test_lora_linear_of_one_row_publishes_first() -> None:
     from lora_kernels.backends.triton import configs
 
     tiles = configs.linear(configs.target(None), 1, 2, True, 0)

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from importlib.util import find_spec
+from unittest import mock
 
 import pytest
 import torch
@@ -46,7 +47,7 @@ def test_graphs_are_captured_and_replayed(M: int, strategy: str) -> None:
 
 
 @pytest.mark.parametrize("strategy", [SINGLE_PASS, SPLIT])
-def test_a_replayed_graph_draws_another_mask(strategy: str) -> None:
+def test_graph_replayed_draws_another_mask(strategy: str) -> None:
     with lora_kernels.backend("triton", strategy):
         call = layer(300, dropout_p=0.5)
         call()
@@ -62,7 +63,7 @@ def test_a_replayed_graph_draws_another_mask(strategy: str) -> None:
 
 
 @pytest.mark.parametrize("seconds", [5, pytest.param(60, marks=pytest.mark.proof)])
-def test_two_streams_publish_at_once(seconds: int) -> None:
+def test_two_streams_publishing_at_once_keep_their_bits(seconds: int) -> None:
     """Programs of two launches wait at the same time; none hangs, none takes the other's shares."""
     with lora_kernels.backend("triton", COOPERATIVE):
         calls = [layer(1, "nf4-64-nested"), layer(16)]
@@ -82,7 +83,7 @@ def test_two_streams_publish_at_once(seconds: int) -> None:
 
 
 @pytest.mark.parametrize("quant", ["", "nf4-64-nested"])
-def test_compiled(quant: str) -> None:
+def test_lora_linear_compiled_is_the_same(quant: str) -> None:
     args = inputs(Case(70, 256, 320, 8, bf16, quant=quant, device="cuda"))
     dy = args.pop("dy")
     names = ("x", "lora_A", "lora_B")
@@ -96,7 +97,7 @@ def test_compiled(quant: str) -> None:
         torch.testing.assert_close(got, expected)
 
 
-def test_the_backward_follows_its_forward() -> None:
+def test_backward_in_autograds_thread_follows_its_forward() -> None:
     """It runs in a thread of autograd's, which knows nothing of a `with` around the forward."""
     from lora_kernels.backends.triton import launch
 
@@ -104,21 +105,14 @@ def test_the_backward_follows_its_forward() -> None:
     dy = args.pop("dy")
     with lora_kernels.backend("triton", SPLIT):
         y = lora_kernels.lora_linear(**args)
-    launched: list[str] = []
-    run = launch.run
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            launch, "run", lambda kernel, *rest, **meta: (
-                launched.append(kernel.__name__), run(kernel, *rest, **meta)
-            ),
-        )  # fmt: skip
+    with mock.patch.object(launch, "run", wraps=launch.run) as run:
         y.backward(dy)
-    assert "linear_kernel" in launched
+    assert "linear_kernel" in {call.args[0].__name__ for call in run.call_args_list}
 
 
 @pytest.mark.skipif(find_spec("peft") is None, reason="PEFT is not installed")
 @pytest.mark.parametrize("dtype", [f32, bf16], ids=str)
-def test_a_peft_model(dtype: torch.dtype) -> None:
+def test_peft_model_fused_has_stock_gradients(dtype: torch.dtype) -> None:
     """Gradients of every adapter as stock PEFT computes them."""
     from peft import LoraConfig, get_peft_model
 

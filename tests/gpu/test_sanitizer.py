@@ -28,7 +28,7 @@ torch.cuda.synchronize()
 
 @pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="no compute-sanitizer")
 @pytest.mark.parametrize("tool", ["memcheck", pytest.param("racecheck", marks=pytest.mark.proof)])
-def test_sanitized(tool: str) -> None:
+def test_kernels_under_compute_sanitizer_are_clean(tool: str) -> None:
     done = subprocess.run(
         ["compute-sanitizer", "--tool", tool, "--error-exitcode", "7", sys.executable, "-c", CALLS],
         cwd=Path(__file__).parents[2],

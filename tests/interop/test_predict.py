@@ -318,7 +318,7 @@ def test_known_gpu_is_predicted_by_the_model_of_costs(monkeypatch: pytest.Monkey
 
 
 def test_what_was_measured_goes_before_the_model_and_says_so(monkeypatch) -> None:
-    target = configs.Target("cuda", 90, 132, 227 << 10)
+    target = configs.DeviceInfo("cuda", 90, 132, 227 << 10)
     monkeypatch.setattr(costs, "here", lambda index: H100)
     monkeypatch.setattr(configs, "target", lambda index: target)
     key = measured.shape(target, 512, 4096, 14336, 16, 2, False)

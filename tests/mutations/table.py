@@ -17,10 +17,8 @@ ROOT = Path(__file__).resolve().parents[2]
 TABLE = Path(__file__).parent / "table.toml"
 # Each pair of these has at least one mutation.
 BACKENDS = ("eager", "cpu", "triton", "cuda")
-PARTS = (
-    "y", "dx", "dA", "dB", "dg", "dc", "dbias", "scaling", "gate", "column scale", "bias",
-    "dropout", "4-bit codes", "nested scales", "block size", "row norm", "several adapters",
-)  # fmt: skip
+PARTS = ("y", "dx", "dA", "dB", "dg", "dc", "dbias", "scaling", "gate", "column scale", "bias")
+PARTS += ("dropout", "4-bit codes", "nested scales", "block size", "row norm", "several adapters")
 
 
 @dataclass(frozen=True)
@@ -66,17 +64,15 @@ class Mutation:
 
 def read(path: Path = TABLE) -> list[Mutation]:
     """Read the table; ValueError for a repeated id, an unknown field or an unknown pair."""
-    entries = tomllib.loads(path.read_text())["mutation"]
     pairs = {f"{backend} {part}" for backend in BACKENDS for part in PARTS}
-    found: dict[str, Mutation] = {}
-    for entry in entries:
-        mutation = Mutation(**{**entry, "covers": tuple(entry.get("covers", ()))})
-        if mutation.id in found:
-            raise ValueError(f"{path.name}: got the id {mutation.id!r} twice")
-        if unknown := set(mutation.covers) - pairs:
-            raise ValueError(f"{mutation.id}: covers: got {', '.join(sorted(unknown))}")
-        found[mutation.id] = mutation
-    return list(found.values())
+    found = []
+    for name, entry in tomllib.loads(path.read_text()).items():
+        file, _, inside = entry.pop("file").partition("::")
+        covers = tuple(entry.pop("covers", ()))
+        if unknown := set(covers) - pairs:
+            raise ValueError(f"{name}: covers: got {', '.join(sorted(unknown))}")
+        found.append(Mutation(name, file=file, inside=inside, covers=covers, **entry))
+    return found
 
 
 def function_span(text: str, name: str, is_python: bool) -> tuple[int, int]:

@@ -3,15 +3,6 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from lora_kernels.measure import case
-
-
-@pytest.fixture
-def engine(request: pytest.FixtureRequest) -> Iterator[str]:
-    """One of `case.engines()`, forced for the length of the test; see engines.py."""
-    with case.engine(request.param):
-        yield request.param
-
 
 @pytest.fixture(autouse=True)
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:

@@ -38,7 +38,7 @@ def arguments() -> dict[str, Any]:
         ({"dropout_p": 0.5, "rng": 7}, "rng: got int, want a tensor"),
     ],
 )
-def test_lora_linear(change: dict[str, Any], words: str) -> None:
+def test_lora_linear_of_no_tensor_or_number_raises(change: dict[str, Any], words: str) -> None:
     with pytest.raises(TypeError, match=f"^{words}$"):
         lora_kernels.lora_linear(**{**arguments(), **change})
 
@@ -53,7 +53,9 @@ def test_lora_linear(change: dict[str, Any], words: str) -> None:
         ({"scaling": ["2"]}, "scaling: got '2', want a number"),
     ],
 )
-def test_multi_lora_linear(change: dict[str, Any], words: str) -> None:
+def test_multi_lora_linear_of_no_tensor_or_number_raises(
+    change: dict[str, Any], words: str
+) -> None:
     given = arguments()
     given |= {name: [given[name]] for name in ("lora_A", "lora_B")}
     given["index"] = torch.zeros(3, dtype=torch.int64)
@@ -72,13 +74,13 @@ def test_dora_norm_names_what_it_has() -> None:
 
 
 @pytest.mark.parametrize("scaling", [2, 2.0, np.float32(2), np.int64(2)], ids=type)
-def test_numbers(scaling: Any) -> None:
+def test_lora_linear_of_any_number_as_scaling_is_the_same(scaling: Any) -> None:
     want = lora_kernels.lora_linear(**arguments(), scaling=2.0)
     assert torch.equal(lora_kernels.lora_linear(**arguments(), scaling=scaling), want)
 
 
 @pytest.mark.parametrize("scaling", [2, [2.0], torch.tensor([2.0]), (np.float64(2),)], ids=type)
-def test_numbers_of_several(scaling: Any) -> None:
+def test_multi_lora_linear_of_any_numbers_as_scaling_is_the_same(scaling: Any) -> None:
     given = arguments()
     given |= {name: [given[name]] for name in ("lora_A", "lora_B")}
     given["index"] = torch.zeros(3, dtype=torch.int64)
@@ -103,7 +105,9 @@ class Refuses:
         ({0: -1, 1: Refuses()}, OverflowError, "negative"),  # one error, the first
     ],
 )
-def test_the_native_call(change: dict[int, Any], error: type[Exception], words: str) -> None:
+def test_native_call_of_bad_arguments_raises(
+    change: dict[int, Any], error: type[Exception], words: str
+) -> None:
     """Which converts its arguments itself: of no rows, no columns and no ranks."""
     assert native.module is not None
     numbers: list[Any] = [0] * 34
@@ -148,7 +152,7 @@ def test_unchanged_compares_each_guard() -> None:
         unchanged((), (), (), (1,))
 
 
-def test_where_a_tensor_lies() -> None:
+def test_where_of_a_tensor_is_one_answer_for_one_memory() -> None:
     """One answer for one memory read in one way; none for what has none."""
     assert native.module is not None
     where = native.module.where
@@ -157,10 +161,8 @@ def test_where_a_tensor_lies() -> None:
         assert where(x) is None
         return
     assert where(x) == where(x) == where(x.view(4, 4)) == where(torch.nn.Parameter(x))
-    others = (
-        x.clone(), x[1:], x.t(), x[:2], x.view(2, 8), x.view(torch.int32), x[None], x[:, :2],
-        x.view(-1), x.view(torch.bfloat16),
-    )  # fmt: skip
+    others = [x.clone(), x[1:], x.t(), x[:2], x[None], x[:, :2]]
+    others += [x.view(as_) for as_ in ((2, 8), -1, torch.int32, torch.bfloat16)]
     assert len({where(x), *map(where, others)}) == len(others) + 1
     assert where(x.to("meta")) is None and where(torch.ones(1, 1, 1, 1, 1)) is None
     assert where(torch.ones(2, 2).to_sparse()) is None
@@ -173,7 +175,7 @@ def test_where_a_tensor_lies() -> None:
 
 
 @pytest.mark.usefixtures("looks")
-def test_the_prepared_call() -> None:
+def test_prepared_call_of_anything_else_is_none() -> None:
     """For up to four rows of float32: anything else, and another fact, is for others to answer."""
     f32, (A, B) = torch.float32, (torch.ones(2, 64), torch.ones(64, 2))
     fact = {"is": True}
@@ -181,11 +183,9 @@ def test_the_prepared_call() -> None:
     x, y = torch.ones(3, 64), torch.full((3, 64), 1.0 + 2 * 2 * 64)
     assert torch.equal(call(x), y)  # type: ignore[arg-type]
     assert torch.equal(call(x.view(1, 3, 64), torch.arange(64.0)), y[None] + torch.arange(64.0))  # type: ignore[arg-type]
-    others = (
-        x.double(), x.to(torch.bfloat16), x.to("meta"), torch.nn.Parameter(x), x[:0],
-        torch.ones(5, 64), torch.ones(3, 63), torch.ones(64, 3).t(), torch.tensor(1.0), None,
-        torch._neg_view(x), torch._efficientzerotensor((3, 64)),
-    )  # fmt: skip
+    others = [x.double(), x.to(torch.bfloat16), x.to("meta"), torch.nn.Parameter(x), x[:0], None]
+    others += [*map(torch.ones, ((5, 64), (3, 63), ())), torch.ones(64, 3).t()]
+    others += [torch._neg_view(x), torch._efficientzerotensor((3, 64))]
     for other in others:
         assert call(other) is None  # type: ignore[arg-type]
     assert call(x, torch.ones(63)) is None

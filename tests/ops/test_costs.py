@@ -112,12 +112,12 @@ def test_while_untried_eager_is_chosen_without_the_model(monkeypatch: pytest.Mon
     assert choice.backend == "eager" and choice.reason == selection.UNTRIED
 
 
-def test_what_the_model_leaves_to_others() -> None:
+def test_cheapest_of_what_the_model_leaves_is_none() -> None:
     assert choose(None) is None and choose(T4) is None and choose(H100, rank=257) is None
 
 
-def test_what_was_measured_goes_before_the_model() -> None:
-    target = configs.Target("cuda", 90, 132, 227 << 10)
+def test_tuned_goes_before_the_model() -> None:
+    target = configs.DeviceInfo("cuda", 90, 132, 227 << 10)
     problem = Problem("cuda", *(torch.bfloat16,) * 4, R, 100, True, N, K)
     key = measured.shape(target, 100, N, K, R, 2, True)
     assert heuristics.tuned(problem, target, None) is None
@@ -144,10 +144,8 @@ def test_wgmma_is_the_library_s_on_hopper_and_mma_everybody_s_on_ada() -> None:
 @pytest.mark.parametrize("M", [1, 64, 128, 129])
 def test_predict_triton_decodes_whole_tiles_of_rows(gpu: Gpu, M: int) -> None:
     """Each tile of 128 rows decodes the weight once, however few of its rows there are."""
-    cost = next(
-        c for c in predict(gpu, M, N, K, R, four_bit=True)
-        if (c.backend, c.strategy) == ("triton", "split")
-    )  # fmt: skip
+    costs_of = {(c.backend, c.strategy): c for c in predict(gpu, M, N, K, R, four_bit=True)}
+    cost = costs_of["triton", "split"]
     tiles = 1 if M <= 128 else 2
     codes_a_second = costs.CODES_A_CLOCK * gpu.clock * gpu.multiprocessors
     assert cost.seconds >= tiles * N * K / codes_a_second

@@ -9,9 +9,10 @@ import torch
 import lora_kernels
 from lora_kernels import ops, reference, selection
 from lora_kernels.core.problem import Problem
-from lora_kernels.measure.case import Case, inputs, judge_norm
+from lora_kernels.measure.case import Case, inputs
 from lora_kernels.quantization import quantize_4bit
 from tests.ops.engines import every_engine, every_thread_count
+from tests.support.engines import check_norm
 
 f64, f32, bf16, f16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 
@@ -20,32 +21,29 @@ f64, f32, bf16, f16 = torch.float64, torch.float32, torch.bfloat16, torch.float1
 @pytest.mark.parametrize("gate", [False, True])
 @pytest.mark.parametrize("quant", ["", "nf4-64-nested", "fp4-32"])
 @pytest.mark.parametrize("dtypes", [(f32, None), (bf16, None), (f16, None), (bf16, f32)], ids=str)
-def test_against_the_reference(dtypes: Any, quant: str, gate: bool, engine: str) -> None:
-    check(Case(0, 67, 129, 13, *dtypes, quant=quant, gate=gate))
-
-
-def check(case: Case) -> None:
-    verdict = judge_norm(case)["norm"]
-    assert verdict.ok, f"{case}: {verdict}"
+def test_dora_norm_of_formats_is_within_tolerance(
+    dtypes: Any, quant: str, gate: bool, engine: str
+) -> None:
+    check_norm(Case(0, 67, 129, 13, *dtypes, quant=quant, gate=gate))
 
 
 @every_engine
 @pytest.mark.parametrize("rank", [1, 16, 64, 65, 130, 256])
-def test_ranks(rank: int, engine: str) -> None:
-    check(Case(0, 40, 70, rank, f32, gate=True))
+def test_dora_norm_of_ranks_is_within_tolerance(rank: int, engine: str) -> None:
+    check_norm(Case(0, 40, 70, rank, f32, gate=True))
 
 
 @every_engine
 @pytest.mark.parametrize("K", [1, 63, 512, 513, 1100])
 @pytest.mark.parametrize("quant", ["", "nf4-64-nested"])
-def test_columns(quant: str, K: int, engine: str) -> None:
+def test_dora_norm_of_columns_is_within_tolerance(quant: str, K: int, engine: str) -> None:
     """Panels of 512, the last one short or of one element."""
-    check(Case(0, 30, K, 5, bf16, quant=quant))
+    check_norm(Case(0, 30, K, 5, bf16, quant=quant))
 
 
 @every_engine
 @every_thread_count
-def test_the_same_bits_from_any_threads(threads: int, engine: str) -> None:
+def test_dora_norm_of_any_threads_has_the_same_bits(threads: int, engine: str) -> None:
     args = inputs(Case(0, 301, 400, 5, f32, gate=True))
     names = ("weight", "lora_A", "lora_B")
     many = lora_kernels.dora_norm(*(args[n] for n in names), rank_gate=args["rank_gate"])
@@ -55,15 +53,15 @@ def test_the_same_bits_from_any_threads(threads: int, engine: str) -> None:
         assert torch.equal(many, one)
 
 
-def test_panels(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dora_norm_by_panels_is_within_tolerance(monkeypatch: pytest.MonkeyPatch) -> None:
     """More than one, the last one short."""
     monkeypatch.setattr("lora_kernels.backends.eager.PANEL", 1)
     for quant in ("", "nf4-64"):
         with lora_kernels.backend("eager"):
-            check(Case(0, 131, 65, 3, f32, quant=quant))
+            check_norm(Case(0, 131, 65, 3, f32, quant=quant))
 
 
-def test_float64() -> None:
+def test_dora_norm_of_float64_is_exact_to_its_sums() -> None:
     args = inputs(Case(0, 70, 65, 5, f32, gate=True))
     tensors = {n: args[n].double() for n in ("weight", "lora_A", "lora_B", "rank_gate")}
     got = lora_kernels.dora_norm(**tensors, scaling=1.25)
@@ -72,7 +70,7 @@ def test_float64() -> None:
     torch.testing.assert_close(got, want, rtol=65 * 2.0**-53, atol=0)
 
 
-def test_strides_and_no_gradient() -> None:
+def test_dora_norm_of_strided_operands_has_no_gradient() -> None:
     case = Case(0, 70, 65, 5, f32)
     args = inputs(case)
     names = ("weight", "lora_A", "lora_B")
@@ -84,7 +82,7 @@ def test_strides_and_no_gradient() -> None:
 
 
 @pytest.mark.parametrize("quant", ["", "nf4-64-nested"])
-def test_as_compilers_see_it(quant: str) -> None:
+def test_dora_norm_compiles_and_passes_opcheck(quant: str) -> None:
     args = inputs(replace(Case(0, 7, 64, 3, f32, gate=True), quant=quant))
     A, B, gate = (args[n].detach() for n in ("lora_A", "lora_B", "rank_gate"))
     if quant:
@@ -123,12 +121,14 @@ W, A, B = torch.ones(4, 3), torch.ones(2, 3), torch.ones(4, 2)
         ),
     ],
 )
-def test_bad_input(change: dict[str, Any], error: type[Exception], words: str) -> None:
+def test_dora_norm_of_bad_arguments_raises(
+    change: dict[str, Any], error: type[Exception], words: str
+) -> None:
     with pytest.raises(error, match=words):
         lora_kernels.dora_norm(**{"weight": W, "lora_A": A, "lora_B": B, **change})
 
 
-def test_where_it_cannot_run() -> None:
+def test_choose_norm_where_it_cannot_run_raises() -> None:
     with lora_kernels.backend("cpu"), pytest.raises(RuntimeError, match="device type 'mps'"):
         selection.choose_norm(Problem("mps", f32, f32, f32, f32, 8))
     with lora_kernels.backend("cpu"), pytest.raises(RuntimeError, match="rank 257"):

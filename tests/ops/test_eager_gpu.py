@@ -32,8 +32,9 @@ from lora_kernels.backends.library import as_on_gpu
 from lora_kernels.measure import case as cases
 from lora_kernels.measure.case import Case
 from lora_kernels.quantization import quantize_4bit
+from tests.support.engines import check, check_norm
+from tests.support.problems import FULL, bf16, f16, f32
 
-bf16, f16, f32 = torch.bfloat16, torch.float16, torch.float32
 CPU = torch.device("cpu")
 
 
@@ -69,11 +70,21 @@ def layer_args(M: int = 12, dtype: torch.dtype = f32, **options: Any) -> dict[st
 @contextlib.contextmanager
 def backend_forced(forced: bool) -> Iterator[None]:
     """The eager backend forced, or none: the dropout mask then decides."""
-    token = selection.forced.current.set(selection.Forced("eager" if forced else None))
+    with requested("eager" if forced else None):
+        yield
+
+
+@contextlib.contextmanager
+def requested(backend: str | None) -> Iterator[None]:
+    token = selection.forced.current.set(selection.Forced(backend))
     try:
         yield
     finally:
         selection.forced.current.reset(token)
+
+
+def via_dispatcher(watched: bool) -> contextlib.AbstractContextManager[Any]:
+    return _Dispatched() if watched else contextlib.nullcontext()
 
 
 @pytest.mark.parametrize("forced", [True, False])
@@ -83,7 +94,7 @@ def test_dropout_mask_forward_and_backward_agree(forced: bool, watched: bool) ->
     x = torch.ones(300, 16, requires_grad=True)
     eye, zero = torch.eye(16), torch.zeros(16, 16)
     torch.manual_seed(0)
-    with backend_forced(forced), _Dispatched() if watched else contextlib.nullcontext():
+    with backend_forced(forced), via_dispatcher(watched):
         y = lora_linear(x, zero, eye, eye.clone(), dropout_p=0.25)
         (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
         with torch.no_grad():
@@ -105,10 +116,8 @@ def test_dropout_mask_of_many_adapters_is_one_in_both_directions(
     x = torch.ones(2, 150, 16, requires_grad=True)
     eye, zero = torch.eye(16), torch.zeros(16, 16)
     index = torch.arange(300).view(2, 150) % 2
-    with backend_forced(forced), _Dispatched() if watched else contextlib.nullcontext():
-        y = multi_lora_linear(
-            x, zero, [eye, eye.clone()], [eye.clone(), eye.clone()], index, dropout_p=0.25
-        )
+    with backend_forced(forced), via_dispatcher(watched):
+        y = multi_lora_linear(x, zero, [eye, eye], [eye, eye], index, dropout_p=0.25)
         (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
     assert torch.equal(dx, y.detach()) and 0.2 < (y == 0).double().mean().item() < 0.3
 
@@ -156,7 +165,7 @@ def test_dropout_recomputed_p_is_of_the_same_mask(watched: bool) -> None:
     found = []
     for recompute in (False, True):
         torch.manual_seed(5)
-        with _Dispatched() if watched else contextlib.nullcontext():
+        with via_dispatcher(watched):
             y = lora_linear(**args, recompute=recompute)
             found.append(torch.autograd.grad(y, leaves, torch.ones_like(y)))
     assert all(map(torch.equal, *found))
@@ -189,10 +198,8 @@ def test_ops_with_a_drawn_mask_pass_opcheck() -> None:
     for shape in ((12, 64), (3, 4, 64)):
         torch.library.opcheck(ops.lora_linear, (x.view(shape), W, A, B, *rest), test_utils=utils)
     index = torch.zeros(12, dtype=torch.int64)
-    torch.library.opcheck(
-        ops.multi_lora_linear, (x, W, [A], [B], index, None, None, [1.5], 0.5, f32, f32),
-        test_utils=utils,
-    )  # fmt: skip
+    args = x, W, [A], [B], index, None, None, [1.5], 0.5, f32, f32
+    torch.library.opcheck(ops.multi_lora_linear, args, test_utils=utils)
     for name in ("lora_linear", "multi_lora_linear", "lora_linear_backward", "dora_norm"):
         for op in (getattr(ops, name), getattr(ops, f"{name}_4bit")):
             draws = torch.Tag.nondeterministic_seeded in op.tags
@@ -221,11 +228,8 @@ def test_rng_mask_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
     [(None, True), ("eager", True), ("cpu", False), ("triton", False), ("cuda", False)],
 )
 def test_is_eager_on_gpu_follows_the_forced_backend(backend: str | None, want: bool) -> None:
-    token = selection.forced.current.set(selection.Forced(backend))
-    try:
+    with requested(backend):
         assert selection.is_eager_on_gpu("cuda") is want
-    finally:
-        selection.forced.current.reset(token)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "triton", "cuda"])
@@ -242,12 +246,20 @@ def relative(got: Tensor, want: Tensor) -> float:
     return ((got.double() - want).norm() / want.norm()).item()
 
 
+def many_rows(
+    dtype: torch.dtype, lora_A: float = 1, lora_B: float = 1, **options: Any
+) -> dict[str, Any]:
+    """x in 16 bits with a float32 adapter, A and B times a factor: they are taken in parts."""
+    args = cases.inputs(Case(70, 40, 64, 8, dtype, f32, **options))
+    for name, factor in (("lora_A", lora_A), ("lora_B", lora_B)):
+        args[name] = (args[name].detach() * factor).requires_grad_()
+    return args
+
+
 @pytest.mark.parametrize("size", [1e-5, 1e-3, 30.0])
 def test_float16_beside_float32_adapters_keeps_small_and_large_B(size: float) -> None:
     """Halves of B itself would be 1.7e-3 off at 1e-5; of 256·B they are not."""
-    case = Case(70, 40, 64, 8, f16, f32)
-    args = cases.inputs(case)
-    args["lora_B"] = (args["lora_B"].detach() * size).requires_grad_()
+    args = many_rows(f16, lora_B=size)
     want, got = cases.oracle(args), cases.run(lora_linear, args)
     # dA sums over dS = dY·B. Parts of 256·B hold B to 2⁻²⁵/256 (half of float16's smallest step),
     # against B's rms of size/√R: 3.3e-5 at 1e-5; and never better than 2⁻²².
@@ -258,23 +270,16 @@ def test_float16_beside_float32_adapters_keeps_small_and_large_B(size: float) ->
 def test_float16_update_of_small_float32_adapters_keeps_its_bits() -> None:
     """y = s·P·Bᵀ and dx = s·dS·A of adapters of 3e-6, the other factor large: numbers that float16
     holds to 2⁻¹¹. Halves of the adapter itself would be off by 5e-3."""
-    case = Case(70, 40, 64, 8, f16, f32, base=False, scaling=1.0)
-    args = cases.inputs(case)
-    small_B = args | {
-        "lora_A": (args["lora_A"].detach() * 300).requires_grad_(),
-        "lora_B": (args["lora_B"].detach() * 1e-5).requires_grad_(),
-    }
-    small_A = args | {
-        "lora_A": (args["lora_A"].detach() * 3e-5).requires_grad_(),
-        "lora_B": (args["lora_B"].detach() * 100).requires_grad_(),
-    }
+    only: dict[str, Any] = {"base": False, "scaling": 1.0}
+    small_B = many_rows(f16, lora_A=300, lora_B=1e-5, **only)
+    small_A = many_rows(f16, lora_A=3e-5, lora_B=100, **only)
     for name, changed in (("y", small_B), ("dx", small_A)):
         want, got = cases.oracle(changed), cases.run(lora_linear, changed)
         assert relative(got[name], want[name]) < 2**-10, name
 
 
 def test_float16_gradients_of_a_large_scaling_are_finite() -> None:
-    args = cases.inputs(Case(70, 40, 64, 8, f16, f32, scaling=300.0))
+    args = many_rows(f16, scaling=300.0)
     want, got = cases.oracle(args), cases.run(lora_linear, args)
     for name in ("dA", "dB"):
         assert relative(got[name], want[name]) < 2**-20, name
@@ -294,8 +299,7 @@ def test_column_scale_gradient_of_several_panels(monkeypatch: pytest.MonkeyPatch
     """70 rows in panels of 64: the least rows that a panel has. Beside float16 alone."""
     monkeypatch.setattr(eager, "PANEL", 1)
     case = Case(70, 40, 64, 8, f16, column_scale=True)
-    for name, verdict in cases.judge(case).items():
-        assert verdict.ok, f"{name}: {verdict}"
+    check(case)
 
 
 def test_column_scale_gradient_of_float16_holds_two_panels() -> None:
@@ -307,8 +311,7 @@ def test_column_scale_gradient_of_float16_holds_two_panels() -> None:
 
 def test_zero_B_beside_float16_gives_no_gradient_of_A() -> None:
     """As every adapter starts. dS is 0, so its factor for parts is one of a clamped maximum."""
-    args = cases.inputs(Case(70, 40, 64, 8, f16, f32))
-    args["lora_B"] = torch.zeros_like(args["lora_B"]).requires_grad_()
+    args = many_rows(f16, lora_B=0)
     want, got = cases.oracle(args), cases.run(lora_linear, args)
     assert torch.equal(got["dA"], torch.zeros_like(got["dA"]))
     assert relative(got["dB"], want["dB"]) < 2**-20
@@ -317,8 +320,7 @@ def test_zero_B_beside_float16_gives_no_gradient_of_A() -> None:
 @pytest.mark.parametrize("dtype", [bf16, f16], ids=str)
 def test_parts_without_their_low_halves_would_be_seen(dtype: torch.dtype) -> None:
     """dA and dB are nearer to the reference than a 16-bit adapter could be, by far."""
-    case = Case(70, 40, 64, 8, dtype, f32)
-    args = cases.inputs(case)
+    args = many_rows(dtype)
     want, got = cases.oracle(args), cases.run(lora_linear, args)
     for name in ("dA", "dB"):
         assert relative(got[name], want[name]) < torch.finfo(dtype).eps / 64
@@ -342,16 +344,14 @@ def test_4bit_against_the_reference(M: int, quant: str, dtype: torch.dtype, deco
         for adapter in {dtype, f32}:
             for K in (256, 160):  # 160: rows that end inside a block of 64
                 case = Case(M, 70, K, 5, dtype, adapter, quant=quant, **options)
-                for name, verdict in cases.judge(case).items():
-                    assert verdict.ok, f"{case}, {name}: {verdict}"
+                check(case)
 
 
 def test_4bit_compute_dtype_beside_float32_x(decoder: str) -> None:
     """As x reaches a Linear4bit after `prepare_model_for_kbit_training`."""
     for M in (3, 70):
         case = Case(M, 70, 128, 5, f32, quant="nf4-64-nested", compute=bf16, bias=True)
-        for name, verdict in cases.judge(case).items():
-            assert verdict.ok, f"{case}, {name}: {verdict}"
+        check(case)
 
 
 @pytest.mark.parametrize("decoder", ["decoded by bitsandbytes"], indirect=True)
@@ -372,10 +372,9 @@ def test_decode_bits_equal_the_reference(decoder: str) -> None:
     for quant, blocksize in (("nf4", 64), ("fp4", 32), ("nf4", 4096)):
         for shape in ((64, 64), (5, 13), (33, 65)):
             weight = quantize_4bit(torch.randn(shape), quant, blocksize)
+            fields = weight.packed, weight.scales(), weight.code, blocksize, shape
             for dtype in (f32, bf16, f16):
-                want = reference.dequantize_4bit(
-                    weight.packed, weight.scales(), weight.code, blocksize, shape, dtype
-                )
+                want = reference.dequantize_4bit(*fields, dtype)
                 assert torch.equal(decode4bit.dense(weight.codes, shape, dtype), want)
 
 
@@ -393,15 +392,8 @@ class _Dispatched(TorchDispatchMode):
 class _NoHostReads(_Dispatched):
     """Fails where an op of a layer would make the host wait for a GPU."""
 
-    WAITING = (
-        "item",
-        "local_scalar_dense",
-        "nonzero",
-        "unique",
-        "is_nonzero",
-        "equal",
-        "masked_select",
-    )
+    WAITING = ("item", "local_scalar_dense", "nonzero", "unique", "is_nonzero", "equal")
+    WAITING += ("masked_select",)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name.partition("::")[2].lstrip("_")
@@ -413,10 +405,7 @@ class _NoHostReads(_Dispatched):
 @pytest.mark.parametrize("M", [2, 70])
 def test_forward_and_backward_never_wait_for_the_device(M: int, quant: str, decoder: str) -> None:
     for dtype, adapter in ((bf16, bf16), (bf16, f32), (f16, f32), (f32, f32)):
-        for options in (
-            {"dropout_p": 0.1},
-            {"gate": True, "column_scale": True, "bias": True, "dropout_p": 0.1},
-        ):
+        for options in ({"dropout_p": 0.1}, FULL):
             args = cases.inputs(Case(M, 70, 64, 5, dtype, adapter, quant=quant, **options))
             dy = args.pop("dy")
             args["rng"] = None
@@ -443,9 +432,7 @@ def test_dora_norm_never_waits_for_the_device(decoder: str) -> None:
 @pytest.mark.parametrize("quant", ["", "nf4-64-nested"])
 def test_dora_norm_from_products(quant: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     for gate in (False, True):
-        case = Case(0, 70, 300, 5, *dtypes, quant=quant, gate=gate)
-        for verdict in cases.judge_norm(case).values():
-            assert verdict.ok, f"{case}: {verdict}"
+        check_norm(Case(0, 70, 300, 5, *dtypes, quant=quant, gate=gate))
 
 
 @pytest.mark.parametrize("dtype", [bf16, f16], ids=str)
@@ -509,10 +496,8 @@ def test_dora_layer_among_several_processes_keeps_no_squares(
     from lora_kernels.layers import DoRALinear
 
     monkeypatch.setattr(fastpath, "_distributed", lambda: True)
-    layer, x = (
-        DoRALinear.from_linear(torch.nn.Linear(300, 40, bias=False), r=4),
-        torch.randn(3, 300),
-    )
+    linear = torch.nn.Linear(300, 40, bias=False)
+    layer, x = DoRALinear.from_linear(linear, r=4), torch.randn(3, 300)
     layer(x)
     layer.weight.data.view(-1)[:] = 1.0
     torch.testing.assert_close(layer(x), x.sum(1, keepdim=True) / 300**0.5 * layer.magnitude)
@@ -584,14 +569,10 @@ print(x.grad.shape, decode4bit.decoded_by(x.device))
 
 
 def test_without_bitsandbytes_pytorch_decodes() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", WITHOUT], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert (
-        "torch.Size([5, 64]) PyTorch decodes in three kernels: bitsandbytes is not installed"
-        in done.stdout
-    )
+    said = "torch.Size([5, 64]) PyTorch decodes in three kernels: bitsandbytes is not installed"
+    assert said in done.stdout
 
 
 @pytest.mark.parametrize(("hip", "has"), [(None, True), ("6.4", False)])

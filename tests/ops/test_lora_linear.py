@@ -8,24 +8,14 @@ import torch
 
 import lora_kernels
 from lora_kernels.measure import case as cases
-from lora_kernels.measure.case import LAYOUTS, Case, judge
+from lora_kernels.measure.case import LAYOUTS, Case
 from tests.ops.engines import every_engine, every_thread_count, every_tiled_engine, ways
 from tests.ops.shapes import NARROW, RANKS, ROWS, WIDE
+from tests.support import problems
+from tests.support.engines import check
+from tests.support.problems import FULL, bf16, f16, f32
 
-f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
-FULL: dict[str, Any] = {"gate": True, "column_scale": True, "bias": True, "dropout_p": 0.1}
-
-# dtype, adapter_dtype, autocast
-DTYPES = [
-    (f32, None, None),
-    (bf16, None, None),
-    (f16, None, None),
-    (bf16, f32, None),  # PEFT's default beside a 16-bit model
-    (f16, f32, None),
-    (f32, bf16, None),
-    (f32, f32, bf16),
-    (f32, f32, f16),
-]
+DTYPES = [*problems.DTYPES, (f16, f32, None), (f32, bf16, None), (f32, f32, f16)]
 # The terms of the equation, alone and together, with a gradient and without.
 OPTIONS: list[dict[str, Any]] = [
     {},
@@ -66,16 +56,15 @@ def some_cases() -> list[Case]:
         Case(**shape, dtype=dtype, adapter_dtype=adapter, autocast=autocast, **options)
         for (dtype, adapter, autocast), options in itertools.product(DTYPES, OPTIONS)
     ]
-    full = {"gate": True, "column_scale": True, "bias": True, "dropout_p": 0.1}
     for dtype in (f32, bf16):
         chosen += [Case(33, 65, 63, R, dtype) for R in RANKS]
-        chosen += [Case(M, 65, 63, 5, dtype, **full) for M in ROWS]
+        chosen += [Case(M, 65, 63, 5, dtype, **FULL) for M in ROWS]
         for M, (N, R) in itertools.product((1, 2), ((65, 5), (130, 20), (3, 1))):  # B as it lies
             chosen.append(Case(M, N, 63, R, dtype, f32, column_scale=True, bias=True))
             chosen.append(Case(M, N, 63, R, dtype))
         chosen += [Case(31, N, K, 5, dtype, dropout_p=0.1) for N, K in NARROW]
-        chosen += [Case(7, N, K, 5, dtype, **full) for N, K in WIDE]
-        chosen += [Case(**shape, dtype=dtype, frozen=frozen, **full) for frozen in NEEDS]
+        chosen += [Case(7, N, K, 5, dtype, **FULL) for N, K in WIDE]
+        chosen += [Case(**shape, dtype=dtype, frozen=frozen, **FULL) for frozen in NEEDS]
         for layout in LAYOUTS:
             M = 1 if layout == "1d" else 30
             chosen.append(Case(M, 65, 63, 5, dtype, x_layout=layout, dropout_p=0.1))
@@ -84,33 +73,24 @@ def some_cases() -> list[Case]:
         chosen.append(Case(30, 65, 63, 5, dtype, x_layout="4d", dy_layout="expanded"))
         # Up to as many rows as the weight is streamed for: passes of several, sums in several
         # chains, fewer rows of the weight than are dotted side by side, and one to three left over.
-        chosen += [Case(M, N, K, 5, dtype, **full) for M in (3, 4, 8, 13, 16) for N, K in WIDE]
+        chosen += [Case(M, N, K, 5, dtype, **FULL) for M in (3, 4, 8, 13, 16) for N, K in WIDE]
         chosen += [Case(M, 30, 2600, 5, dtype, values="nonnegative") for M in (1, 6)]
         chosen += [Case(5, N, 100, 5, dtype, f32) for N in (3, 7)]
         chosen.append(Case(3, 65, 63, 5, dtype, base=False))
     return list(dict.fromkeys(chosen))
 
 
-def check(case: Case) -> None:
-    verdicts = judge(case)
-    wrong = [f"{name} {verdict}" for name, verdict in verdicts.items() if not verdict.ok]
-    if wrong:
-        pytest.fail("\n".join([str(case), *wrong]), pytrace=False)
-
-
 @every_engine
 @pytest.mark.parametrize("case", some_cases(), ids=str)
-def test_against_the_reference(case: Case, engine: str) -> None:
-    for way in ways(engine, case.M, case.compute_dtype, False):
-        with way:
-            check(case)
+def test_lora_linear_of_each_case_is_within_tolerance(case: Case, engine: str) -> None:
+    check(case, ways(engine, case.M, case.compute_dtype, False))
 
 
 @every_engine
 @every_thread_count
 @pytest.mark.parametrize("shape", LARGE, ids=str)
 @pytest.mark.parametrize("dtype", [f32, bf16], ids=str)
-def test_any_number_of_threads(
+def test_lora_linear_of_many_threads_is_within_tolerance(
     dtype: torch.dtype, shape: tuple[int, ...], threads: int, engine: str
 ) -> None:
     check(Case(*shape, dtype, **FULL))
@@ -132,7 +112,7 @@ def test_any_number_of_threads(
     ],
     ids=str,
 )
-def test_tile_registers(
+def test_lora_linear_in_tile_registers_is_within_tolerance(
     sizes: tuple[int, ...],
     rank: int,
     adapter: torch.dtype | None,
@@ -164,19 +144,15 @@ def test_tile_registers(
     ],
     ids=str,
 )
-def test_cuts_of_a_product(
-    sizes: tuple[int, ...],
-    dtype: torch.dtype,
-    options: dict[str, Any],
-    threads: int,
-    engine: str,
+def test_lora_linear_of_a_cut_product_is_within_tolerance(
+    sizes: tuple[int, ...], dtype: torch.dtype, options: dict[str, Any], threads: int, engine: str
 ) -> None:
     check(Case(*sizes, 5, dtype, **options))
 
 
 @every_engine
 @pytest.mark.parametrize("dtype", [f32, bf16], ids=str)
-def test_long_sums(dtype: torch.dtype, engine: str) -> None:
+def test_lora_linear_of_long_sums_is_within_tolerance(dtype: torch.dtype, engine: str) -> None:
     """Of x·Wᵀ, dY·W, dA and dB; of several panels, the last one short."""
     check(Case(33, 1285, 1285, 5, dtype, values="nonnegative"))
 
@@ -185,7 +161,7 @@ def test_long_sums(dtype: torch.dtype, engine: str) -> None:
 @pytest.mark.parametrize("columns", WIDE, ids=str)
 @pytest.mark.parametrize("rank", RANKS)
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
-def test_cross_product(
+def test_lora_linear_of_ranks_rows_and_dtypes_is_within_tolerance(
     dtypes: tuple[torch.dtype, ...], rank: int, columns: tuple[int, int]
 ) -> None:
     """Every rank × M × N × K × dtypes; the options take turns, two to a shape.
@@ -204,9 +180,7 @@ def test_cross_product(
             case = Case(M, N, K, rank, dtype, adapter, autocast, **chosen)
             for engine in cases.engines():
                 with cases.engine(engine):
-                    for way in ways(engine, case.M, case.compute_dtype, False):
-                        with way:
-                            check(case)
+                    check(case, ways(engine, case.M, case.compute_dtype, False))
 
 
 @every_engine
@@ -215,7 +189,9 @@ def test_cross_product(
     [(o, q) for o in OPTIONS for q in ("", "nf4-64-nested") if not q or o.get("base", True)],
     ids=str,
 )
-def test_the_same_bits_without_gradients(options: dict[str, Any], quant: str, engine: str) -> None:
+def test_lora_linear_without_gradients_has_the_same_bits(
+    options: dict[str, Any], quant: str, engine: str
+) -> None:
     """Which go another way: no autograd Function, nothing is kept."""
     for autocast in (None, bf16):
         case = Case(3, 33, 64, 5, f32, quant=quant, autocast=autocast, **options)

@@ -14,12 +14,14 @@ from lora_kernels import ops, reference
 from lora_kernels.backends import cpu, decode4bit, native
 from lora_kernels.backends.decode4bit import encode
 from lora_kernels.measure import case as cases
-from lora_kernels.measure.case import Case, judge
+from lora_kernels.measure.case import Case
 from lora_kernels.quantization import Weight4bit, codebooks, quantize_4bit
 from tests.ops.engines import every_engine, every_native_engine, ways
+from tests.support import exact
+from tests.support.engines import check
+from tests.support.problems import FULL, bf16, f16, f32
 
-f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
-FULL: dict[str, Any] = {"gate": True, "column_scale": True, "bias": True, "dropout_p": 0.1}
+every_dtype = pytest.mark.parametrize("dtype", [f32, bf16, f16], ids=str)
 ROWS = (*range(18), 128)
 # N, K: rows of whole blocks; blocks that straddle rows; rows that start within a byte's half
 SIZES = [(65, 128), (33, 96), (70, 144), (33, 63), (17, 21)]
@@ -32,14 +34,13 @@ def some_cases() -> list[Case]:
     ]
     # Scales decoded row by row and by few rows, of rows that begin where blocks do and within them;
     # fewer rows than are decoded side by side, and three left over (SIZES leaves one or two).
-    long = (
+    long = [
         (1 << 14, "nf4-32"),
         (16432, "nf4-64-nested"),
         (4096, "nf4-32"),
         (4112, "nf4-32-nested"),
-    )
-    for K, quant in long:
-        chosen += [Case(3, 30, K, 5, f32, quant=quant)]
+    ]
+    chosen += [Case(3, 30, K, 5, f32, quant=quant) for K, quant in long]
     # x in several slabs, which do not stay in the L1 cache together.
     chosen += [Case(M, 30, 3200, 5, bf16, quant="nf4-64-nested") for M in (2, 8)]
     # Codes decoded in slabs, also of rows that begin within blocks or bytes.
@@ -63,26 +64,18 @@ def some_cases() -> list[Case]:
     return chosen
 
 
-def check(case: Case) -> None:
-    wrong = [f"{name} {verdict}" for name, verdict in judge(case).items() if not verdict.ok]
-    if wrong:
-        pytest.fail("\n".join([str(case), *wrong]), pytrace=False)
-
-
 @every_engine
 @pytest.mark.parametrize("case", some_cases(), ids=str)
-def test_against_the_reference(case: Case, engine: str) -> None:
-    for way in ways(engine, case.M, case.compute or case.compute_dtype, True):
-        with way:
-            check(case)
+def test_lora_linear_of_each_4bit_case_is_within_tolerance(case: Case, engine: str) -> None:
+    check(case, ways(engine, case.M, case.compute or case.compute_dtype, True))
 
 
 @pytest.mark.parametrize("M", [2, 9])
 @pytest.mark.parametrize("adapter", [f32, bf16, f16], ids=str)
 @pytest.mark.parametrize("compute", [None, f32, bf16, f16], ids=str)
 @pytest.mark.parametrize("autocast", [None, bf16, f16], ids=str)
-@pytest.mark.parametrize("dtype", [f32, bf16, f16], ids=str)
-def test_dtypes(
+@every_dtype
+def test_lora_linear_of_dtypes_returns_autocasts_or_xs(
     dtype: torch.dtype,
     autocast: torch.dtype | None,
     compute: torch.dtype | None,
@@ -101,7 +94,7 @@ def test_dtypes(
 
 
 @every_engine
-def test_compute_dtype(engine: str) -> None:
+def test_lora_linear_in_a_compute_dtype_rounds_the_operands(engine: str) -> None:
     """What is rounded to bfloat16 is the product's operands, and by a library its result too."""
     args = cases.inputs(Case(9, 65, 96, 5, quant="nf4-64-nested"))
     x, weight, A, B = args["x"], args["weight"], args["lora_A"], args["lora_B"] * 0
@@ -118,37 +111,29 @@ def test_compute_dtype(engine: str) -> None:
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("rank", [1, 16, 100])
 @pytest.mark.parametrize("quant", ["nf4-64-nested", "fp4-128"])
-@pytest.mark.parametrize("dtype", [f32, bf16, f16], ids=str)
-def test_cross_product(dtype: torch.dtype, quant: str, rank: int, sizes: tuple[int, int]) -> None:
+@every_dtype
+def test_lora_linear_of_formats_and_ranks_is_within_tolerance(
+    dtype: torch.dtype, quant: str, rank: int, sizes: tuple[int, int]
+) -> None:
     for M in ROWS[5:]:
         case = Case(M, *sizes, rank, dtype, quant=quant, **FULL)
         for engine in cases.engines():
             with cases.engine(engine):
-                for way in ways(engine, case.M, case.compute or case.compute_dtype, True):
-                    with way:
-                        check(case)
+                check(case, ways(engine, case.M, case.compute or case.compute_dtype, True))
 
 
 @every_engine
-@pytest.mark.parametrize("dtype", [f32, bf16, f16], ids=str)
+@every_dtype
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_unit_matrix_reads_out_the_weight(
+def test_lora_linear_of_unit_matrices_is_the_4bit_weight(
     sizes: tuple[int, int], dtype: torch.dtype, engine: str
 ) -> None:
-    N, K = sizes
-    weight = quantize_4bit(torch.randn(N, K, generator=torch.Generator().manual_seed(1)))
-    A, B = torch.ones(3, K, dtype=dtype), torch.zeros(N, 3, dtype=dtype)
-    want = reference.dequantize_4bit(
-        weight.packed, weight.scales(), weight.code, 64, weight.shape, dtype
-    )
-    for m in (slice(0, 4), slice(0, K)):
-        y = lora_kernels.lora_linear(torch.eye(K, dtype=dtype)[m], weight, A, B)
-        assert torch.equal(y, want.t()[m])
+    exact.check_reads_out_the_weight(sizes, "nf4-64-nested", dtype)
 
 
 @every_native_engine
 @pytest.mark.parametrize("M", [1, 2])
-def test_codes_of_few_rows_keep_their_bits(M: int, engine: str) -> None:
+def test_lora_linear_of_few_rows_keeps_the_codes_bits(M: int, engine: str) -> None:
     """Equal codes err alike, which a sum of non-negative products does not average out: 17 bits of
     each leave 2⁻¹⁷ of it, the 8 of a bfloat16 up to 2⁻⁹."""
     weight = quantize_4bit(torch.randn(65, 512, generator=torch.Generator().manual_seed(1)).abs())
@@ -162,7 +147,7 @@ def test_codes_of_few_rows_keep_their_bits(M: int, engine: str) -> None:
 
 @every_native_engine
 @pytest.mark.parametrize("threads", [2], indirect=True)
-def test_every_rank_of_few_rows(threads: int, engine: str) -> None:
+def test_lora_linear_of_few_rows_makes_every_rank(threads: int, engine: str) -> None:
     """Threads share the ranks. Exact, and never what was left in memory by the call before."""
     generator = torch.Generator().manual_seed(1)
     x, A, B = (
@@ -179,7 +164,7 @@ def test_every_rank_of_few_rows(threads: int, engine: str) -> None:
 @every_native_engine
 @pytest.mark.parametrize("threads", [5], indirect=True)
 @pytest.mark.parametrize("M", [1, 4, 8])
-def test_rows_are_taken_once_by_whichever_thread(threads: int, engine: str, M: int) -> None:
+def test_lora_linear_of_late_threads_has_the_bits_of_one(threads: int, engine: str, M: int) -> None:
     """Of five threads on fewer cores some come late, and others take from their shares of several
     blocks. The bits of one thread, and never what was left in memory by the call before."""
     weight = quantize_4bit(torch.randn(2003, 128))
@@ -193,7 +178,7 @@ def test_rows_are_taken_once_by_whichever_thread(threads: int, engine: str, M: i
             assert torch.equal(lora_kernels.lora_linear(x * sign, weight, A, B), want * sign)
 
 
-def test_fewer_threads_than_asked_for() -> None:
+def test_lora_linear_of_fewer_threads_than_asked_has_the_same_bits() -> None:
     """A thread limit of OpenMP gives a kernel two threads where torch says five."""
     program = (
         "import torch, lora_kernels\n"
@@ -212,7 +197,7 @@ def test_fewer_threads_than_asked_for() -> None:
 
 @every_engine
 @pytest.mark.parametrize("rows", [1, 4, 100])
-def test_nested_scales_are_rounded_twice(rows: int, engine: str) -> None:
+def test_lora_linear_of_nested_scales_rounds_them_twice(rows: int, engine: str) -> None:
     """Many blocks a row, whose scales are decoded by whole registers: an FMA changes 6.6 %."""
     weight = quantize_4bit(
         torch.randn(33, 100 * 32, generator=torch.Generator().manual_seed(1)), blocksize=32
@@ -229,9 +214,9 @@ def test_nested_scales_are_rounded_twice(rows: int, engine: str) -> None:
 
 @every_native_engine
 @pytest.mark.parametrize("threads", [1, 3], indirect=True)
-@pytest.mark.parametrize("dtype", [f32, bf16, f16], ids=str)
+@every_dtype
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
-def test_quantize(quant_type: str, dtype: torch.dtype, threads: int, engine: str) -> None:
+def test_encode_is_bitwise(quant_type: str, dtype: torch.dtype, threads: int, engine: str) -> None:
     """The kernel's codes and scales, bit for bit the reference's, which is judged elsewhere."""
     thresholds, order = codebooks.thresholds(quant_type), codebooks.order(quant_type)
     generator = torch.Generator().manual_seed(0)
@@ -244,14 +229,13 @@ def test_quantize(quant_type: str, dtype: torch.dtype, threads: int, engine: str
         weight[n // 3 : n // 3 + 64] = 0
         weight = weight.to(dtype)
         want = reference.quantize_4bit(weight, thresholds, order, blocksize)
-        for got, exact in zip(encode(weight, thresholds, order, blocksize), want, strict=True):
-            assert torch.equal(got, exact)
+        assert all(map(torch.equal, encode(weight, thresholds, order, blocksize), want))
 
 
 @every_native_engine
 @pytest.mark.parametrize("at", [0, 40, 64, 95])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_what_is_not_finite_is_refused(value: float, at: int, engine: str) -> None:
+def test_quantize_not_finite_raises(value: float, at: int, engine: str) -> None:
     weight = torch.randn(3, 32)
     weight.view(-1)[at] = value
     with pytest.raises(ValueError, match="NaN or infinity"):
@@ -259,14 +243,14 @@ def test_what_is_not_finite_is_refused(value: float, at: int, engine: str) -> No
 
 
 @every_engine
-@pytest.mark.parametrize("dtype", [f32, bf16, f16], ids=str)
+@every_dtype
 @pytest.mark.parametrize("nested", [False, True])
-def test_dequantize(nested: bool, dtype: torch.dtype, engine: str) -> None:
+def test_dequantize_is_bitwise(nested: bool, dtype: torch.dtype, engine: str) -> None:
     """A whole weight and blocks of it, bit for bit what the reference decodes."""
     check_dequantize(nested, dtype)
 
 
-def test_dequantize_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dequantize_without_kernels_is_bitwise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "module", None)
     check_dequantize(True, bf16)
 
@@ -281,25 +265,21 @@ def check_dequantize(nested: bool, dtype: torch.dtype) -> None:
     assert torch.equal(part, want[3:30, 5:70])
 
 
-def test_compile_and_opcheck() -> None:
+def test_ops_of_4bit_weights_compile_and_pass_opcheck() -> None:
     args = cases.inputs(Case(6, 33, 64, 5, bf16, quant="nf4-64-nested", gate=True, dropout_p=0.1))
-    weight, rng = args["weight"], args["rng"]
-    forward = (
-        args["x"].detach(), *weight.codes, args["lora_A"].detach(), args["lora_B"].detach(),
-        args["rank_gate"].detach(), None, None, rng, 1.5, 0.1, bf16, bf16, False,
-    )  # fmt: skip
+    x, A, B, gate = (args[name].detach() for name in ("x", "lora_A", "lora_B", "rank_gate"))
+    operands = x, *args["weight"].codes, A, B, gate, None
+    options = 1.5, 0.1, bf16, bf16
+    forward = *operands, None, args["rng"], *options, False
     torch.library.opcheck(ops.lora_linear_4bit, forward)
     y, p, *_ = ops.lora_linear_4bit(*forward)
-    backward = (
-        torch.ones_like(y), *forward[:16], p, None, *forward[16:],
-        True, True, True, True, False, False,
-    )  # fmt: skip
+    needs = False, True, True, True, True, False, False
+    backward = torch.ones_like(y), *operands, None, args["rng"], p, None, *options, *needs
     torch.library.opcheck(ops.lora_linear_backward_4bit, backward)
 
-    dy = args.pop("dy")
     compiled = torch.compile(lora_kernels.lora_linear, fullgraph=True, dynamic=True)
-    eager = cases.run(lora_kernels.lora_linear, {**args, "dy": dy})
-    for name, got in cases.run(compiled, {**args, "dy": dy}).items():
+    eager = cases.run(lora_kernels.lora_linear, args)
+    for name, got in cases.run(compiled, args).items():
         assert torch.equal(got, eager[name]), name
 
 
@@ -314,7 +294,9 @@ def test_compile_and_opcheck() -> None:
     ],
     ids=str,
 )
-def test_bad_input(change: dict[str, Any], error: type[Exception], words: str) -> None:
+def test_lora_linear_of_bad_4bit_arguments_raises(
+    change: dict[str, Any], error: type[Exception], words: str
+) -> None:
     args: dict[str, Any] = {
         "x": torch.zeros(1, 64),
         "weight": quantize_4bit(torch.ones(8, 64)),
@@ -325,5 +307,5 @@ def test_bad_input(change: dict[str, Any], error: type[Exception], words: str) -
         lora_kernels.lora_linear(**{**args, **change})
 
 
-def test_weight4bit_is_public() -> None:
+def test_quantize_4bit_returns_the_public_type() -> None:
     assert isinstance(quantize_4bit(torch.ones(8, 64)), Weight4bit)

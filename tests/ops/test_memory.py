@@ -51,7 +51,7 @@ def test_outputs_are_written_whole_and_nothing_else(
 
 @every_native_engine
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_nothing_beside_the_inputs_is_read(dtype: torch.dtype, engine: str) -> None:
+def test_inputs_among_nan_give_the_same_bits(dtype: torch.dtype, engine: str) -> None:
     """NaN before, after and between the rows of each matrix reaches no result."""
     args = cases.inputs(Case(7, 65, 63, 5, dtype, dropout_p=0.1))
 

@@ -1,6 +1,6 @@
 """`multi_lora_linear`: y and every gradient against the float64 reference; compilers; errors."""
 
-import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,20 +11,16 @@ from lora_kernels.backends import cpu, native
 from lora_kernels.backends.rows import rows_of
 from lora_kernels.core.call import MultiOperands, MultiSpec
 from lora_kernels.measure.case import give_mask
-from lora_kernels.measure.multi import MultiCase, inputs, judge, run
+from lora_kernels.measure.multi import MultiCase, inputs, run
 from tests.ops.engines import every_engine, every_thread_count
+from tests.support.engines import check_multi
+from tests.support.multi import of_formats
 
 f64, f32, bf16, f16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 
 
 def some_cases() -> list[MultiCase]:
-    chosen = [
-        MultiCase(M, 65, 96, rows=rows, dtype=dtype, quant=quant, dropout_p=p)
-        for M, rows, (dtype, quant), p in itertools.product(
-            (3, 7, 70), ("grouped", "mixed"), ((f32, ""), (bf16, ""), (bf16, "nf4-64-nested")),
-            (0.0, 0.1),
-        )
-    ]  # fmt: skip
+    chosen = of_formats(65, [(3, 96), (7, 96), (70, 96)])
     chosen += [MultiCase(1, 65, 96, ranks=(16, 7), quant=quant) for quant in ("", "nf4-64")]
     for M in (5, 40):
         chosen += [
@@ -41,16 +37,16 @@ def some_cases() -> list[MultiCase]:
     return chosen
 
 
-def check(case: MultiCase) -> None:
-    wrong = [f"{name} {verdict}" for name, verdict in judge(case).items() if not verdict.ok]
-    if wrong:
-        pytest.fail("\n".join([str(case), *wrong]), pytrace=False)
+def without_dy(case: MultiCase) -> dict[str, Any]:
+    args = inputs(case)
+    del args["dy"]
+    return args
 
 
 @every_engine
 @pytest.mark.parametrize("case", some_cases(), ids=str)
-def test_against_the_reference(case: MultiCase, engine: str) -> None:
-    check(case)
+def test_multi_lora_linear_of_each_case_is_within_tolerance(case: MultiCase, engine: str) -> None:
+    check_multi(case)
 
 
 MANY = MultiCase(150, 130, 200, ranks=(4, 16, 7, 1, 5, 33, 2, 8), rows="mixed", dropout_p=0.1)
@@ -59,13 +55,15 @@ MANY = MultiCase(150, 130, 200, ranks=(4, 16, 7, 1, 5, 33, 2, 8), rows="mixed", 
 @every_engine
 @every_thread_count
 @pytest.mark.parametrize("rows", ["grouped", "mixed"])
-def test_adapters_shared_among_threads(rows: str, threads: int, engine: str) -> None:
+def test_multi_lora_linear_shared_among_threads_is_within_tolerance(
+    rows: str, threads: int, engine: str
+) -> None:
     """Enough of them that each is one thread's."""
-    check(MultiCase(**{**vars(MANY), "rows": rows}))
+    check_multi(MultiCase(**{**vars(MANY), "rows": rows}))
 
 
 @every_engine
-def test_the_same_bits_again(engine: str) -> None:
+def test_multi_lora_linear_again_has_the_same_bits(engine: str) -> None:
     args = inputs(MANY)
     first, second = run(multi_lora_linear, give_mask(args)), run(multi_lora_linear, give_mask(args))
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -74,8 +72,14 @@ def test_the_same_bits_again(engine: str) -> None:
 @every_engine
 @pytest.mark.parametrize("quant", ["", "nf4-64-nested"])
 @pytest.mark.parametrize("dtype", [f32, bf16], ids=str)
-def test_one_adapter_for_all_rows(dtype: torch.dtype, quant: str, engine: str) -> None:
-    """What `lora_linear` computes, each rounding y once more or less."""
+def test_multi_lora_linear_of_one_adapter_is_lora_linear(
+    dtype: torch.dtype, quant: str, engine: str
+) -> None:
+    """What `lora_linear` computes, each rounding y once more or less.
+
+    Either rounds S (or dS), the base product and the result by half a unit u at most: 3 u between
+    the two. Another u is for sums in float32, K = 64 terms in another order: 0.3 · √64 · u/2.
+    """
     args = inputs(MultiCase(9, 33, 64, ranks=(5,), dtype=dtype, quant=quant, dropout_p=0.25))
     args["index"].zero_()
     args = give_mask(args)
@@ -91,7 +95,7 @@ def test_one_adapter_for_all_rows(dtype: torch.dtype, quant: str, engine: str) -
 
 
 @every_engine
-def test_rows_without_an_adapter(engine: str) -> None:
+def test_multi_lora_linear_of_rows_without_an_adapter_is_the_base(engine: str) -> None:
     """Exactly the base product, and no gradient for an adapter."""
     args = inputs(MultiCase(8, 20, 30, bias=False, dropout_p=0.5))
     args["index"].fill_(-1)
@@ -105,14 +109,14 @@ def test_rows_without_an_adapter(engine: str) -> None:
 
 @every_engine
 @pytest.mark.parametrize("quant", ["", "nf4-64"])
-def test_no_rows(quant: str, engine: str) -> None:
+def test_multi_lora_linear_of_no_rows_is_empty(quant: str, engine: str) -> None:
     got = run(multi_lora_linear, inputs(MultiCase(0, 20, 32, quant=quant)))
     assert got["y"].shape == (0, 20) and got["dx"].numel() == 0
     assert not got["dA"].any() and not got["dB"].any() and not got["dbias"].any()
 
 
 @every_engine
-def test_one_tensor_of_adapters(engine: str) -> None:
+def test_multi_lora_linear_of_one_tensor_of_adapters_is_the_same(engine: str) -> None:
     """[E, R, K] and [E, N, R]: the results of a list, the gradients in their shape."""
     args = inputs(MultiCase(12, 20, 30, ranks=(4, 4, 4), rows="mixed"))
     want = run(multi_lora_linear, give_mask(args))
@@ -122,25 +126,29 @@ def test_one_tensor_of_adapters(engine: str) -> None:
     assert all(torch.equal(got[name], want[name]) for name in want)
 
 
+LAYOUTS_OF_X: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "3d": lambda t: t.view(3, 4, -1),
+    "padded": lambda t: torch.nn.functional.pad(t, (2, 5))[:, 2:-5],
+    "columns": lambda t: t.t().contiguous().t(),
+    "3d_swapped": lambda t: t.view(4, 3, -1).transpose(0, 1).contiguous().transpose(0, 1),
+}
+
+
 @every_engine
-def test_layouts_of_x(engine: str) -> None:
+@pytest.mark.parametrize("layout", LAYOUTS_OF_X)
+def test_multi_lora_linear_of_x_in_any_layout_is_within_tolerance(layout: str, engine: str) -> None:
+    view = LAYOUTS_OF_X[layout]
     args = inputs(MultiCase(12, 20, 30, rows="mixed", dropout_p=0.1))
     want = run(multi_lora_linear, give_mask(args))
-    for view in (
-        lambda t: t.view(3, 4, -1),
-        lambda t: torch.nn.functional.pad(t, (2, 5))[:, 2:-5],
-        lambda t: t.t().contiguous().t(),
-        lambda t: t.view(4, 3, -1).transpose(0, 1).contiguous().transpose(0, 1),
-    ):
-        x, dy = view(args["x"].detach()), view(args["dy"])
-        rest = {"x": x.requires_grad_(), "dy": dy, "index": args["index"].view(x.shape[:-1])}
-        got = run(multi_lora_linear, give_mask({**args, **rest}))
-        for name in want:
-            torch.testing.assert_close(got[name].view_as(want[name]), want[name])
+    x, dy = view(args["x"].detach()), view(args["dy"])
+    rest = {"x": x.requires_grad_(), "dy": dy, "index": args["index"].view(x.shape[:-1])}
+    got = run(multi_lora_linear, give_mask({**args, **rest}))
+    for name in want:
+        torch.testing.assert_close(got[name].view_as(want[name]), want[name])
 
 
 @pytest.mark.parametrize("names", [[0, 0, 1], [1, 1, 0], [-1, 0, -1, 1, -1], [2]])
-def test_rows_that_lie_together_stay(names: list[int]) -> None:
+def test_rows_of_rows_that_lie_together_leaves_them(names: list[int]) -> None:
     order, runs = rows_of(torch.tensor(names), 3)
     assert order is None
     for name, start, stop in runs:
@@ -148,30 +156,29 @@ def test_rows_that_lie_together_stay(names: list[int]) -> None:
     assert sum(stop - start for _, start, stop in runs) == sum(n >= 0 for n in names)
 
 
-def test_gradcheck() -> None:
+def test_multi_lora_linear_passes_gradcheck() -> None:
     args = inputs(MultiCase(5, 4, 3, ranks=(2, 1, 3), rows="mixed", dropout_p=0.3))
     leaves = [
         t.detach().double().requires_grad_()
         for t in (args["x"], args["bias"], *args["lora_A"], *args["lora_B"])
     ]
 
+    weight, index, scaling = args["weight"].double(), args["index"], args["scaling"]
+    dropout: Any = {"dropout_p": 0.3, "rng": args["rng"]}
+
     def function(x: Any, bias: Any, *adapters: Any) -> Any:
-        return multi_lora_linear(
-            x, args["weight"].double(), adapters[:3], adapters[3:], args["index"],
-            args["scaling"], bias, dropout_p=0.3, rng=args["rng"],
-        )  # fmt: skip
+        A, B = adapters[:3], adapters[3:]
+        return multi_lora_linear(x, weight, A, B, index, scaling, bias, **dropout)
 
     torch.autograd.gradcheck(function, leaves)
-    y = function(*leaves)
-    want = reference.multi_lora_linear(
-        leaves[0], args["weight"].double(), leaves[2:5], leaves[5:], args["index"],
-        args["scaling"], leaves[1], dropout_p=0.3, rng=args["rng"],
-    )  # fmt: skip
-    torch.testing.assert_close(y, want)
+    x, bias, *adapters = leaves
+    A, B = adapters[:3], adapters[3:]
+    want = reference.multi_lora_linear(x, weight, A, B, index, scaling, bias, **dropout)
+    torch.testing.assert_close(function(*leaves), want)
 
 
 @pytest.mark.parametrize("dtype", [f64, f32, bf16], ids=str)
-def test_opcheck(dtype: torch.dtype) -> None:
+def test_multi_lora_linear_passes_opcheck(dtype: torch.dtype) -> None:
     args = inputs(MultiCase(6, 5, 8, rows="mixed", dropout_p=0.1))
     x, weight, bias = (args[n].detach().to(dtype) for n in ("x", "weight", "bias"))
     A, B = ([t.detach().to(dtype) for t in args[n]] for n in ("lora_A", "lora_B"))
@@ -180,17 +187,13 @@ def test_opcheck(dtype: torch.dtype) -> None:
     p = torch.randn(6, 8, dtype=torch.promote_types(dtype, f32))
     dy = torch.randn(6, 5).to(dtype)
     for need in (True, False):
-        torch.library.opcheck(
-            ops.multi_lora_linear_backward,
-            (
-                dy, *operands, None, args["rng"], p, *spec,
-                need, [True, need] * 2, [need] * 4, need,
-            ),
-        )  # fmt: skip
+        needs = need, [True, need] * 2, [need] * 4, need
+        backward = dy, *operands, None, args["rng"], p, *spec, *needs
+        torch.library.opcheck(ops.multi_lora_linear_backward, backward)
 
 
 @pytest.mark.parametrize("quant", ["", "nf4-64-nested"])
-def test_compiled(quant: str) -> None:
+def test_multi_lora_linear_compiled_is_the_same(quant: str) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(multi_lora_linear, fullgraph=True, dynamic=True, backend="aot_eager")
     for i, M in enumerate((6, 9)):
@@ -201,7 +204,7 @@ def test_compiled(quant: str) -> None:
         assert all(torch.equal(got[name], want[name]) for name in want)
 
 
-def test_autocast_and_a_second_backward() -> None:
+def test_multi_lora_linear_under_autocast_returns_its_dtype_and_differentiates_again() -> None:
     args = inputs(MultiCase(6, 20, 32, rows="mixed"))
     with torch.autocast("cpu", bf16):
         y = multi_lora_linear(**{n: a for n, a in args.items() if n != "dy"})
@@ -214,7 +217,7 @@ def test_autocast_and_a_second_backward() -> None:
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_checkpointing_replays_the_mask(use_reentrant: bool) -> None:
+def test_multi_lora_linear_checkpointed_replays_the_mask(use_reentrant: bool) -> None:
     args = inputs(MultiCase(6, 20, 32, rows="mixed", dropout_p=0.1)) | {"rng": None}
     dy, leaves = args.pop("dy"), [args["x"], *args["lora_A"], *args["lora_B"]]
 
@@ -236,7 +239,7 @@ def test_checkpointing_replays_the_mask(use_reentrant: bool) -> None:
 
 
 @pytest.mark.skipif(native.module is None, reason="the native kernels are not built")
-def test_adapters_are_not_copied() -> None:
+def test_multi_lora_linear_copies_no_adapter() -> None:
     """The kernels' backend makes nothing but y, P, and x and y in another order."""
     args = inputs(MultiCase(4, 512, 512, ranks=(16,) * 16, rows="mixed", dtype=bf16, bias=False))
     weight, made = args["weight"].data_ptr(), []
@@ -276,26 +279,23 @@ def test_adapters_are_not_copied() -> None:
     ],
     ids=str,
 )
-def test_bad_input(change: dict[str, Any], message: str) -> None:
-    args = inputs(MultiCase(3, 5, 8))
-    del args["dy"]
+def test_multi_lora_linear_of_bad_arguments_raises(change: dict[str, Any], message: str) -> None:
+    args = without_dy(MultiCase(3, 5, 8))
     with pytest.raises((ValueError, TypeError), match=message):
         multi_lora_linear(**{**args, **change})
 
 
-def test_mixed_dtypes_of_adapters() -> None:
-    args = inputs(MultiCase(3, 5, 8))
-    del args["dy"]
+def test_multi_lora_linear_of_mixed_dtypes_raises() -> None:
+    args = without_dy(MultiCase(3, 5, 8))
     args["lora_A"][1] = args["lora_A"][1].detach().half()
-    with pytest.raises(
-        TypeError, match=r"lora_A\[1\], lora_B\[1\]: got torch.float16, torch.float32"
-    ):
+    words = r"lora_A\[1\], lora_B\[1\]: got torch.float16, torch.float32"
+    with pytest.raises(TypeError, match=words):
         multi_lora_linear(**args)
 
 
 @pytest.mark.skipif(native.module is None, reason="no native kernels")
 @pytest.mark.parametrize("rows", ["grouped", "mixed"])
-def test_the_default_device_changes_nothing(rows: str) -> None:
+def test_multi_lora_linear_on_another_default_device_is_the_same(rows: str) -> None:
     args = inputs(MultiCase(7, 33, 63, rows=rows, dropout_p=0.1))
     want = run(multi_lora_linear, give_mask(args))
     with torch.device("meta"):

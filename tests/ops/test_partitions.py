@@ -4,23 +4,20 @@ import pytest
 import torch
 
 import lora_kernels
-from lora_kernels import reference
 from lora_kernels.backends import cpu, cpu_heuristics, eager
-from lora_kernels.measure import case as cases
 from lora_kernels.measure.case import Case
 from lora_kernels.measure.multi import MultiCase
-from lora_kernels.quantization import codebooks, quantize_4bit
-from tests.ops import multi_cases
+from lora_kernels.quantization import quantize_4bit
 from tests.ops.engines import every_engine, every_native_engine
-from tests.partitions import exact
-from tests.quantization.values import same_bits
+from tests.support import codec, exact
+from tests.support.engines import check, check_multi, check_norm
 
 f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
 two_threads = pytest.mark.parametrize("threads", [2], indirect=True)
 
 
 def exact_case(*sizes: int, dtype: torch.dtype = f32) -> Case:
-    return Case(*sizes, dtype, values="integers", **exact.OPTIONS)
+    return exact.integers(*sizes, dtype=dtype, **exact.OPTIONS)
 
 
 # Of `expand` 96 rows and 128 columns, of `product` 960 rows, 64 columns and of the sum 160 float32
@@ -71,41 +68,34 @@ def test_adapters_of_many_parts_are_close(
     sizes: tuple[int, int, int], threads: int, engine: str
 ) -> None:
     """Both threads take part in each adapter's rows, of which one has half."""
-    multi_cases.check(MultiCase(*sizes, (5, 3, 70), "mixed", bias=False, dropout_p=0.5))
+    check_multi(MultiCase(*sizes, (5, 3, 70), "mixed", bias=False, dropout_p=0.5))
 
 
 @two_threads
 @every_native_engine
 def test_adapters_shared_among_threads_are_close(threads: int, engine: str) -> None:
-    multi_cases.check(MultiCase(150, 130, 200, (4, 16, 7, 1, 5, 8), "mixed", dropout_p=0.5))
+    check_multi(MultiCase(150, 130, 200, (4, 16, 7, 1, 5, 8), "mixed", dropout_p=0.5))
 
 
 @every_engine
 def test_several_adapters_are_close(engine: str) -> None:
-    multi_cases.check(
-        MultiCase(40, 65, 96, rows="mixed", quant="nf4-64", bias=False, dropout_p=0.5)
-    )
+    check_multi(MultiCase(40, 65, 96, rows="mixed", quant="nf4-64", bias=False, dropout_p=0.5))
 
 
 @two_threads
 @every_native_engine
 @pytest.mark.parametrize("quant", ["", "nf4-64-nested"])
 def test_dora_norm_of_many_parts_is_close(quant: str, threads: int, engine: str) -> None:
-    case = Case(0, 260, 530, 70, f32, quant=quant, gate=True)
-    assert cases.judge_norm(case)["norm"].ok
+    check_norm(Case(0, 260, 530, 70, f32, quant=quant, gate=True))
 
 
 @two_threads
 @every_native_engine
-@pytest.mark.parametrize("last", exact.LAST_BLOCKS)
+@pytest.mark.parametrize("last", codec.LAST_BLOCKS)
 def test_quantize_of_many_parts_is_bitwise(last: str, threads: int, engine: str) -> None:
-    values = exact.weight_of_blocks(1094, last)
-    want = reference.quantize_4bit(values, codebooks.thresholds("nf4"), codebooks.order("nf4"), 64)
-    got = quantize_4bit(values, "nf4", 64, False)
-    assert same_bits(got.packed, want[0]) and same_bits(got.absmax, want[1])
-    rows = quantize_4bit(values[:, :70000].view(100, 700), "nf4", 64, False)
-    want = reference.dequantize_4bit(rows.packed, rows.absmax, rows.code, 64, rows.shape, f32)
-    assert same_bits(rows.dequantize(f32), want)
+    values = codec.weight_of_blocks(1094, last)
+    codec.check_quantize(values)
+    codec.check_decode(quantize_4bit(values[:70000].view(100, 700), "nf4", 64, False), f32)
 
 
 @every_native_engine
@@ -119,7 +109,7 @@ def test_panels_of_a_decoded_weight_are_exact(engine: str, monkeypatch: pytest.M
 def test_dora_norm_by_panels_is_close(quant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(eager, "PANEL", 1)
     with lora_kernels.backend("eager"):
-        assert cases.judge_norm(Case(0, 256, 65, 3, f32, quant=quant, gate=True))["norm"].ok
+        check_norm(Case(0, 256, 65, 3, f32, quant=quant, gate=True))
 
 
 def test_column_dot_by_panels_is_close(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,4 +117,4 @@ def test_column_dot_by_panels_is_close(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(eager, "PANEL", 1)
     case = Case(53, 64, 40, 5, f16, column_scale=True)
     with lora_kernels.backend("eager"), eager.upcast_rows(8):
-        assert {n: str(v) for n, v in cases.judge(case).items() if not v.ok} == {}
+        check(case)

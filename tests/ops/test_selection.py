@@ -5,7 +5,8 @@ import os
 import subprocess
 import sys
 import threading
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -17,7 +18,8 @@ from lora_kernels.backends import cpu, native
 from lora_kernels.core.problem import Choice, Layout, Problem
 from lora_kernels.measure import case as cases
 from lora_kernels.measure import multi
-from lora_kernels.measure.case import Case, inputs, judge
+from lora_kernels.measure.case import Case, inputs
+from tests.support.engines import check
 
 f32, f64, bf16 = torch.float32, torch.float64, torch.bfloat16
 needs_native = pytest.mark.skipif(native.module is None, reason="the native kernels were not built")
@@ -28,7 +30,7 @@ def choose(device: str = "cpu", dtype: torch.dtype = f32, rank: int = 8) -> Choi
 
 
 @needs_native
-def test_kernels_where_they_can_run() -> None:
+def test_choose_on_each_instruction_set_takes_the_kernels() -> None:
     assert choose(rank=256).backend == "cpu"
     before = native.isa
     try:
@@ -46,7 +48,9 @@ def test_kernels_where_they_can_run() -> None:
     ids=str,
 )
 @needs_native
-def test_eager_says_why(arguments: dict[str, object], word: str) -> None:
+def test_choose_of_what_kernels_lack_is_eager_and_says_why(
+    arguments: dict[str, object], word: str
+) -> None:
     choice = choose(**arguments)
     assert choice.backend == "eager"
     assert word in choice.reason
@@ -54,23 +58,23 @@ def test_eager_says_why(arguments: dict[str, object], word: str) -> None:
         choose(**arguments)
 
 
-def on(
-    monkeypatch: pytest.MonkeyPatch,
-    isa: str,
-    amx: bool,
-    intel: bool,
-    dtype: torch.dtype,
-    rows: int | None,
-    four_bit: bool,
-    columns: int | None = None,
-    inner: int | None = None,
-) -> Choice:
-    """The choice on such a processor."""
-    for name, value in (("reason", None), ("isa", isa), ("amx_bf16", amx), ("intel", intel)):
-        monkeypatch.setattr(native, name, value)
-    return selection.choose(
-        Problem("cpu", dtype, dtype, dtype, dtype, 8, rows, four_bit, columns, inner)
-    )
+class Processor(NamedTuple):
+    isa: str
+    amx: bool = False
+    intel: bool = False
+
+
+@pytest.fixture
+def choose_on(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Choice]:
+    """The choice on a processor for a problem of a dtype and rank 8; other fields by name."""
+
+    def choose_on(on: Processor, dtype: torch.dtype, rows: int | None, **fields: Any) -> Choice:
+        values = {"reason": None, "isa": on.isa, "amx_bf16": on.amx, "intel": on.intel}
+        for name, value in values.items():
+            monkeypatch.setattr(native, name, value)
+        return selection.choose(Problem("cpu", dtype, dtype, dtype, dtype, 8, rows, **fields))
+
+    return choose_on
 
 
 @pytest.mark.parametrize(
@@ -108,8 +112,8 @@ def on(
         ("avx2", False, bf16, True, 33, cpu.LIBRARY),
     ],
 )
-def test_strategies(
-    monkeypatch: pytest.MonkeyPatch,
+def test_choose_by_instruction_set_and_rows_takes_the_fastest(
+    choose_on: Any,
     isa: str,
     amx: bool,
     dtype: torch.dtype,
@@ -117,7 +121,7 @@ def test_strategies(
     rows: int | None,
     strategy: str,
 ) -> None:
-    choice = on(monkeypatch, isa, amx, False, dtype, rows, four_bit)
+    choice = choose_on(Processor(isa, amx), dtype, rows, four_bit=four_bit)
     assert choice.strategy == strategy
     library = strategy == cpu.LIBRARY
     assert ("AMX" in choice.reason) == (amx and isa != "amxbf16" and dtype is bf16 and library)
@@ -135,14 +139,19 @@ def test_strategies(
         ("amxbf16", 12, 4096, 4096, cpu.SINGLE_PASS),
     ],
 )
-def test_codes_of_large_weights(
-    monkeypatch: pytest.MonkeyPatch, isa: str, rows: int, columns: int, inner: int, strategy: str
+def test_choose_for_codes_of_large_weights_decodes_few_rows_as_read(
+    choose_on: Any, isa: str, rows: int, columns: int, inner: int, strategy: str
 ) -> None:
     for asked in (rows, None):
-        choice = on(monkeypatch, isa, False, False, f32, asked, True, columns, inner)
+        sizes = {"four_bit": True, "columns": columns, "inner": inner}
+        choice = choose_on(Processor(isa), f32, asked, **sizes)
         assert strategy in choice.strategy
     limit = rows if strategy == cpu.FEW_ROWS else rows - 1
     assert f"under {limit + 1} rows {cpu.FEW_ROWS}" in choice.strategy
+
+
+FROM_17 = f"{cpu.SINGLE_PASS}; under 17 rows {cpu.STREAMED}"
+FROM_7 = f"{cpu.SINGLE_PASS}; under 7 rows {cpu.STREAMED}"
 
 
 @pytest.mark.parametrize(
@@ -156,21 +165,14 @@ def test_codes_of_large_weights(
         (f32, False, 1, 1000, 1000, cpu.STREAMED),
         (f32, False, 16, 100_000, 10_000, cpu.STREAMED),
         (f32, False, 17, 100_000, 10_000, cpu.LIBRARY),
-        (
-            f32,
-            False,
-            None,
-            1000,
-            1000,
-            f"{cpu.SINGLE_PASS}; under 17 rows {cpu.STREAMED}; from 280 on {cpu.LIBRARY}",
-        ),
+        (f32, False, None, 1000, 1000, f"{FROM_17}; from 280 on {cpu.LIBRARY}"),
         (f32, False, None, 20_000, 7000, f"{cpu.LIBRARY}; under 17 rows {cpu.STREAMED}"),
         (f32, True, 999, 1000, 1000, cpu.SINGLE_PASS),
         (bf16, False, 999, 1000, 1000, cpu.SINGLE_PASS),
     ],
 )
-def test_strategies_on_intel(
-    monkeypatch: pytest.MonkeyPatch,
+def test_choose_on_intel_takes_the_library_for_large_float32(
+    choose_on: Any,
     dtype: torch.dtype,
     four_bit: bool,
     rows: int | None,
@@ -178,7 +180,8 @@ def test_strategies_on_intel(
     inner: int,
     strategy: str,
 ) -> None:
-    choice = on(monkeypatch, "avx512", False, True, dtype, rows, four_bit, columns, inner)
+    sizes = {"four_bit": four_bit, "columns": columns, "inner": inner}
+    choice = choose_on(Processor("avx512", intel=True), dtype, rows, **sizes)
     assert choice.strategy == strategy
     large = cpu.LIBRARY in strategy
     assert ("large float32 base GEMMs run in MKL or oneDNN" in choice.reason) == large
@@ -192,49 +195,31 @@ def test_strategies_on_intel(
         (bf16, 999, 10_000, 1000, cpu.SINGLE_PASS),
         (bf16, 1000, 10_000, 1000, cpu.LIBRARY),
         (bf16, 1, 10_000, 1000, cpu.STREAMED),
-        (
-            bf16,
-            None,
-            10_000,
-            1000,
-            f"{cpu.SINGLE_PASS}; under 7 rows {cpu.STREAMED}; from 1000 on {cpu.LIBRARY}",
-        ),
+        (bf16, None, 10_000, 1000, f"{FROM_7}; from 1000 on {cpu.LIBRARY}"),
         (f32, 27, 10_000, 1000, cpu.SINGLE_PASS),
         (f32, 28, 10_000, 1000, cpu.LIBRARY),
         (f32, 127, 10_000, 1000, cpu.LIBRARY),
         (f32, 128, 10_000, 1000, cpu.SINGLE_PASS),
         (f32, 100, 1000, 1000, cpu.SINGLE_PASS),
-        (
-            f32,
-            None,
-            10_000,
-            1000,
-            f"{cpu.SINGLE_PASS}; under 17 rows {cpu.STREAMED}; from 28 to 127 {cpu.LIBRARY}",
-        ),
-        (
-            f32,
-            None,
-            20_000,
-            7000,
-            f"{cpu.SINGLE_PASS}; under 17 rows {cpu.STREAMED}; from 17 to 127 {cpu.LIBRARY}",
-        ),
-        (f32, None, 1000, 1000, f"{cpu.SINGLE_PASS}; under 17 rows {cpu.STREAMED}"),
+        (f32, None, 10_000, 1000, f"{FROM_17}; from 28 to 127 {cpu.LIBRARY}"),
+        (f32, None, 20_000, 7000, f"{FROM_17}; from 17 to 127 {cpu.LIBRARY}"),
+        (f32, None, 1000, 1000, FROM_17),
     ],
 )
-def test_strategies_beside_amx(
-    monkeypatch: pytest.MonkeyPatch,
+def test_choose_beside_amx_takes_the_library_for_large_weights(
+    choose_on: Any,
     dtype: torch.dtype,
     rows: int | None,
     columns: int,
     inner: int,
     strategy: str,
 ) -> None:
-    processor = monkeypatch, "amxbf16", True, True
-    choice = on(*processor, dtype, rows, False, columns, inner)
+    on, sizes = Processor("amxbf16", amx=True, intel=True), {"columns": columns, "inner": inner}
+    choice = choose_on(on, dtype, rows, **sizes)
     assert choice.strategy == strategy
     assert ("base GEMMs run in MKL or oneDNN" in choice.reason) == (cpu.LIBRARY in strategy)
     assert ("float32 as three bfloat16" in choice.reason) == (dtype is f32)
-    assert on(*processor, dtype, 1000, True, columns, inner).strategy == cpu.SINGLE_PASS
+    assert choose_on(on, dtype, 1000, four_bit=True, **sizes).strategy == cpu.SINGLE_PASS
 
 
 @pytest.mark.parametrize(
@@ -247,19 +232,17 @@ def test_strategies_beside_amx(
         ("avx2", None, cpu.LIBRARY),
     ],
 )
-def test_no_weight_of_columns_is_streamed(
-    monkeypatch: pytest.MonkeyPatch, isa: str, rows: int | None, strategy: str
+def test_choose_for_a_weight_of_columns_streams_nothing(
+    choose_on: Any, isa: str, rows: int | None, strategy: str
 ) -> None:
-    for name, value in (("reason", None), ("isa", isa), ("amx_bf16", False), ("intel", False)):
-        monkeypatch.setattr(native, name, value)
-    args = "cpu", f32, f32, f32, f32, 8, rows, False, 100, 200
-    assert selection.choose(Problem(*args, layout=Layout(columns=True))).strategy == strategy
+    problem = {"columns": 100, "inner": 200, "layout": Layout(columns=True)}
+    assert choose_on(Processor(isa), f32, rows, **problem).strategy == strategy
     with lora_kernels.backend("cpu", cpu.STREAMED), pytest.raises(RuntimeError, match="contiguous"):
-        selection.choose(Problem(*args, layout=Layout(columns=True)))
+        choose_on(Processor(isa), f32, rows, **problem)
 
 
 @needs_native
-def test_forcing_a_strategy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_choose_of_a_forced_strategy_takes_or_refuses_it(monkeypatch: pytest.MonkeyPatch) -> None:
     with lora_kernels.backend("cpu", cpu.LIBRARY):
         assert selection.choose(Problem("cpu", f32, f32, f32, f32, 8, 999)).strategy == cpu.LIBRARY
     with pytest.raises(ValueError, match="'two passes'"), lora_kernels.backend("cpu", "two passes"):
@@ -278,13 +261,12 @@ def test_forcing_a_strategy(monkeypatch: pytest.MonkeyPatch) -> None:
         choose()
 
 
-def test_rank_above_the_kernels_is_right() -> None:
-    verdicts = judge(Case(33, 65, 63, 257, gate=True))
-    assert all(verdict.ok for verdict in verdicts.values()), verdicts
+def test_lora_linear_of_a_rank_above_the_kernels_is_within_tolerance() -> None:
+    check(Case(33, 65, 63, 257, gate=True))
 
 
 @needs_native
-def test_forcing() -> None:
+def test_backend_of_nested_contexts_is_the_inner_one() -> None:
     with lora_kernels.backend("eager"):
         assert choose().backend == "eager"
         assert "requested" in choose().reason
@@ -296,7 +278,7 @@ def test_forcing() -> None:
 
 
 @pytest.mark.parametrize(("value", "said"), [("eager", "eager\n"), ("tritn", "got 'tritn'")])
-def test_forcing_by_environment(value: str, said: str) -> None:
+def test_forced_backend_follows_the_environment(value: str, said: str) -> None:
     code = "from lora_kernels import selection; print(selection.forced_backend())"
     environment = {**os.environ, "LORA_KERNELS_BACKEND": value}
     done = subprocess.run(
@@ -305,7 +287,9 @@ def test_forcing_by_environment(value: str, said: str) -> None:
     assert said in done.stdout + done.stderr
 
 
-def test_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_choose_without_the_extension_is_eager_and_says_why(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(native, "module", None)
     monkeypatch.setattr(native, "reason", "not built: no compiler")
     assert choose() == Choice("eager", choose().strategy, "not built: no compiler")
@@ -316,7 +300,7 @@ def test_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_native
-def test_the_choice_ignores_gradients() -> None:
+def test_choose_without_gradients_is_the_same() -> None:
     args = inputs(Case(9, 33, 31, 5))
     args.pop("dy")
     with torch.no_grad():
@@ -324,36 +308,28 @@ def test_the_choice_ignores_gradients() -> None:
     assert torch.equal(without, lora_kernels.lora_linear(**args))
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("watched", [False, True], ids=["alone", "under a mode"])
-def test_a_backward_follows_its_forward(watched: bool, recompute: bool) -> None:
-    """Outside of the `with`, in another thread, as a GPU's backward is, and through the dispatcher
-    where the forward went past it."""
+class Watched:
+    """A backend that says when it is called."""
+
+    def __init__(self, name: str, module: Any, taken: list[str]) -> None:
+        self.name, self.module, self.taken = name, module, taken
+
+    def __getattr__(self, op: str) -> Callable[..., Any]:
+        direction = "backward" if op.endswith("backward") else "forward"
+
+        def call(*args: Any) -> Any:
+            self.taken.append(f"{self.name} {direction}")
+            return getattr(self.module, op)(*args)
+
+        return call
+
+
+def backward_elsewhere(
+    forward: Callable[[], torch.Tensor], leaves: list[torch.Tensor], dy: torch.Tensor, watched: bool
+) -> tuple[list[str], list[torch.Tensor]]:
+    """Forward by the eager backend; backward outside of the `with`, in another thread, as a GPU's
+    is, and through the dispatcher if `watched`. Returns what was called, and the gradients."""
     taken: list[str] = []
-    args = inputs(Case(5, 9, 7, 3))
-    dy = args.pop("dy")
-
-    def backward() -> None:
-        with FlopCounterMode(display=False) if watched else contextlib.nullcontext():
-            torch.autograd.grad(y, args["x"], dy)
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name, module in list(ops._BACKENDS.items()):
-            patch.setitem(ops._BACKENDS, name, Watched(name, module, taken))
-        with lora_kernels.backend("eager"):
-            y = lora_kernels.lora_linear(**args, recompute=recompute)
-        thread = threading.Thread(target=backward)
-        thread.start()
-        thread.join()
-    assert taken == ["eager forward"] * (1 + recompute) + ["eager backward"]
-
-
-@pytest.mark.parametrize("watched", [False, True], ids=["alone", "under a mode"])
-def test_multi_lora_linear_backward_in_another_thread_follows_its_forward(watched: bool) -> None:
-    taken: list[str] = []
-    args = multi.inputs(multi.MultiCase(9, 7, 5, rows="mixed", dropout_p=0.5))
-    dy, leaves = args.pop("dy"), [args["x"], *args["lora_A"], *args["lora_B"]]
-    want = torch.autograd.grad(lora_kernels.multi_lora_linear(**args), leaves, dy)
     got: list[torch.Tensor] = []
 
     def backward() -> None:
@@ -364,33 +340,41 @@ def test_multi_lora_linear_backward_in_another_thread_follows_its_forward(watche
         for name, module in list(ops._BACKENDS.items()):
             patch.setitem(ops._BACKENDS, name, Watched(name, module, taken))
         with lora_kernels.backend("eager"):
-            y = lora_kernels.multi_lora_linear(**args)
+            y = forward()
         thread = threading.Thread(target=backward)
         thread.start()
         thread.join()
+    return taken, got
+
+
+watched_or_not = pytest.mark.parametrize("watched", [False, True], ids=["alone", "under a mode"])
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@watched_or_not
+def test_lora_linear_backward_in_another_thread_follows_its_forward(
+    watched: bool, recompute: bool
+) -> None:
+    args = inputs(Case(5, 9, 7, 3))
+    dy = args.pop("dy")
+
+    def forward() -> torch.Tensor:
+        return lora_kernels.lora_linear(**args, recompute=recompute)
+
+    taken, _ = backward_elsewhere(forward, [args["x"]], dy, watched)
+    assert taken == ["eager forward"] * (1 + recompute) + ["eager backward"]
+
+
+@watched_or_not
+def test_multi_lora_linear_backward_in_another_thread_follows_its_forward(watched: bool) -> None:
+    args = multi.inputs(multi.MultiCase(9, 7, 5, rows="mixed", dropout_p=0.5))
+    dy, leaves = args.pop("dy"), [args["x"], *args["lora_A"], *args["lora_B"]]
+
+    def forward() -> torch.Tensor:
+        return lora_kernels.multi_lora_linear(**args)
+
+    want = torch.autograd.grad(forward(), leaves, dy)
+    taken, got = backward_elsewhere(forward, leaves, dy, watched)
     assert taken == ["eager forward", "eager backward"]
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b)
-
-
-class Watched:
-    """A backend that says when it is called."""
-
-    def __init__(self, name: str, module: Any, taken: list[str]) -> None:
-        self.name, self.module, self.taken = name, module, taken
-
-    def lora_linear(self, *args: Any) -> Any:
-        self.taken.append(f"{self.name} forward")
-        return self.module.lora_linear(*args)
-
-    def lora_linear_backward(self, *args: Any) -> Any:
-        self.taken.append(f"{self.name} backward")
-        return self.module.lora_linear_backward(*args)
-
-    def multi_lora_linear(self, *args: Any) -> Any:
-        self.taken.append(f"{self.name} forward")
-        return self.module.multi_lora_linear(*args)
-
-    def multi_lora_linear_backward(self, *args: Any) -> Any:
-        self.taken.append(f"{self.name} backward")
-        return self.module.multi_lora_linear_backward(*args)

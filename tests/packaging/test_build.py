@@ -28,9 +28,7 @@ X86_64_UNITS = {
     "kernels_avx512bf16.cpp": AVX512 | {"-mavx512bf16"},
     "kernels_amxbf16.cpp": AVX512 | {"-mavx512bf16", "-mamx-tile", "-mamx-bf16"},
 }
-BASELINE_UNITS = (
-    "bindings.cpp", "cpuid.cpp", "dispatch.cpp", "layer.cpp", "threads.cpp", "kernels_scalar.cpp",
-)  # fmt: skip
+BASELINE_UNITS = ("bindings", "cpuid", "dispatch", "layer", "threads", "kernels_scalar")
 
 
 def machine_flags(project: Project) -> dict[str, set[str]]:
@@ -118,10 +116,8 @@ def test_cuda_kernels_that_do_not_build_are_said_to_be_left_out(project: Project
 def test_cuda_archs_every_rated_gpu_has_an_image_or_ptx(project: Project) -> None:
     """An image runs on its major version from its minor one on, PTX on all that came later."""
     nvcc = fake_nvcc(project, 75, 80, 86, 87, 88, 89, 90, 100, 103, 110, 120, 121)  # 13.0's
-    asked = project.setup(
-        "build", LORA_KERNELS_NATIVE="0", LORA_KERNELS_CUDA="1", CUDA_HOME=nvcc,
-        TORCH_CUDA_ARCH_LIST="",
-    ).stdout  # fmt: skip
+    environment = {"CUDA_HOME": nvcc, "TORCH_CUDA_ARCH_LIST": "", "LORA_KERNELS_NATIVE": "0"}
+    asked = project.setup("build", LORA_KERNELS_CUDA="1", **environment).stdout
     codes = re.findall(r"\b(sm|compute)_(\w+)", " ".join(re.findall(r"code=(\S+)", asked)))
     assert codes and all(number.isdigit() for _, number in codes), codes  # 90a runs on 9.0 alone
     images = {int(number) for kind, number in codes if kind == "sm"}
@@ -134,10 +130,9 @@ def test_cuda_archs_every_rated_gpu_has_an_image_or_ptx(project: Project) -> Non
 
 
 def test_gpus_that_nvcc_does_not_know_are_an_error(project: Project) -> None:
-    result = project.setup(
-        "build", LORA_KERNELS_NATIVE="0", LORA_KERNELS_CUDA="1", CUDA_HOME=fake_nvcc(project),
-        TORCH_CUDA_ARCH_LIST="8.0;12.1+PTX",
-    )  # fmt: skip
+    environment = {"CUDA_HOME": fake_nvcc(project), "TORCH_CUDA_ARCH_LIST": "8.0;12.1+PTX"}
+    environment |= {"LORA_KERNELS_NATIVE": "0", "LORA_KERNELS_CUDA": "1"}
+    result = project.setup("build", **environment)
     assert result.returncode == 1
     assert "TORCH_CUDA_ARCH_LIST" in result.stdout and "does not know '12.1+PTX'" in result.stdout
 
@@ -180,7 +175,7 @@ def test_build_on_a_terminal_rewrites_one_line_that_says_how_many_steps_are_left
 
 
 def test_each_unit_has_the_flags_of_its_instruction_set_alone(built_project: Project) -> None:
-    expected: dict[str, set[str]] = {unit: set() for unit in BASELINE_UNITS}
+    expected: dict[str, set[str]] = {f"{unit}.cpp": set() for unit in BASELINE_UNITS}
     assert machine_flags(built_project) == expected | (X86_64_UNITS if X86_64 else {})
 
 

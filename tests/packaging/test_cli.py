@@ -48,7 +48,7 @@ def test_every_option_is_explained(name: str) -> None:
         assert action.help, action.option_strings
 
 
-def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+def test_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(capsys, "--version") == (0, f"lora-kernels {lora_kernels.__version__}\n", "")
 
 

@@ -38,7 +38,7 @@ def native(built_project: Project) -> ModuleType:
     return module
 
 
-def test_everything_present_is_the_highest_set(native: ModuleType) -> None:
+def test_isa_with_everything_present_is_the_highest(native: ModuleType) -> None:
     assert native.isa_of(LEAF1, LEAF7, AMX, BF16, ALL) == AMXBF16
     assert native.isa_of(LEAF1, LEAF7, 0, BF16, ZMM) == AVX512BF16
     assert native.isa_of(LEAF1, LEAF7, 0, 0, ZMM) == AVX512
@@ -48,12 +48,12 @@ def test_everything_present_is_the_highest_set(native: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("bit", [AMX_BF16, AMX_TILE, *TILE_STATES])
-def test_each_missing_feature_of_tiles(native: ModuleType, bit: int) -> None:
+def test_isa_without_a_feature_of_tiles_is_avx512bf16(native: ModuleType, bit: int) -> None:
     assert native.isa_of(LEAF1, LEAF7, AMX & ~bit, BF16, ALL & ~bit) == AVX512BF16
 
 
 @pytest.mark.parametrize("bit", [FMA, OSXSAVE, AVX, F16C])
-def test_each_missing_feature_of_leaf_1_means_scalar(native: ModuleType, bit: int) -> None:
+def test_isa_without_a_feature_of_leaf_1_is_scalar(native: ModuleType, bit: int) -> None:
     assert native.isa_of(LEAF1 & ~bit, LEAF7, AMX, BF16, ALL) == SCALAR
 
 
@@ -61,7 +61,7 @@ def test_each_missing_feature_of_leaf_1_means_scalar(native: ModuleType, bit: in
     ("bit", "isa"),
     [(AVX2_BIT, SCALAR), (BMI2, SCALAR), *((b, AVX2) for b in (F512, DQ512, BW512, VL512))],
 )
-def test_each_missing_feature_of_leaf_7(native: ModuleType, bit: int, isa: int) -> None:
+def test_isa_without_a_feature_of_leaf_7_is_lower(native: ModuleType, bit: int, isa: int) -> None:
     assert native.isa_of(LEAF1, LEAF7 & ~bit, AMX, BF16, ALL) == isa
 
 
@@ -69,11 +69,11 @@ def test_each_missing_feature_of_leaf_7(native: ModuleType, bit: int, isa: int) 
     ("bit", "isa"),
     [(SSE_STATE, SCALAR), (YMM_STATE, SCALAR), (OPMASK, AVX2), (ZMM_LOW, AVX2), (ZMM_HIGH, AVX2)],
 )
-def test_registers_that_the_system_does_not_save(native: ModuleType, bit: int, isa: int) -> None:
+def test_isa_without_saved_registers_is_lower(native: ModuleType, bit: int, isa: int) -> None:
     assert native.isa_of(LEAF1, LEAF7, AMX, BF16, ALL & ~bit) == isa
 
 
-def test_detection_agrees_with_the_kernel_of_linux(native: ModuleType) -> None:
+def test_detect_isa_agrees_with_the_kernel_of_linux(native: ModuleType) -> None:
     cpuinfo = Path("/proc/cpuinfo")
     if platform.machine() != "x86_64" or not cpuinfo.exists():
         pytest.skip("needs /proc/cpuinfo of an x86-64 machine")

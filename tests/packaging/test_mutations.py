@@ -30,21 +30,20 @@ def test_table_covers_each_part_in_each_backend() -> None:
 
 
 def entry(**changes: str) -> str:
-    fields = {"id": "one", "description": "d", "file": "f.py", "find": "a", "replace": "b",
-              "tests": "tests/f.py"} | changes  # fmt: skip
-    return "[[mutation]]\n" + "".join(f'{name} = "{value}"\n' for name, value in fields.items())
+    fields = {"description": "d", "file": "f.py", "find": "a", "replace": "b", "tests": "f.py"}
+    return "[one]\n" + "".join(f'{name} = "{v}"\n' for name, v in (fields | changes).items())
 
 
 def test_read_of_a_repeated_id_raises(tmp_path: Path) -> None:
     path = tmp_path / "table.toml"
     path.write_text(entry() + entry())
-    with pytest.raises(ValueError, match="got the id 'one' twice"):
+    with pytest.raises(ValueError, match=r"declare \('one',\) twice"):
         read(path)
 
 
 def test_apply_of_text_that_is_not_there_once_raises(tmp_path: Path) -> None:
     path = tmp_path / "table.toml"
-    path.write_text(entry(inside="f", find="a + a", replace="a"))
+    path.write_text(entry(file="f.py::f", find="a + a", replace="a"))
     (mutation,) = read(path)
     source = "def f(a):\n    return a + a\ndef g(a):\n    return a + a\n"
     mutant = mutation.apply(source)

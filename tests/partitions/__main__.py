@@ -34,10 +34,8 @@ def run(folder: Path) -> tuple[list[Path], bool]:
     records, running = [], []
     for number, files in enumerate(RUNS):
         records.append(folder / f"{number}.json")
-        command = [
-            sys.executable, "-m", "pytest", "-q", "-p", "tests.partitions.record", "-m",
-            "not slow and not proof", *files,
-        ]  # fmt: skip
+        pytest = [sys.executable, "-m", "pytest", "-q", "-p", "tests.partitions.record"]
+        command = [*pytest, "-m", "not slow and not proof", *files]
         env = os.environ | {"LORA_KERNELS_PARTITIONS": str(records[-1])}
         env |= {"TRITON_INTERPRET": "1"} if "triton" in files[0] else {}
         running.append(subprocess.Popen(command, cwd=ROOT, env=env, stdout=sys.stderr))

@@ -14,12 +14,14 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
+import torch
 from torch import Tensor
 
 from lora_kernels.backends import cpu, cuda, eager, native, triton
+from lora_kernels.core.call import MultiOperands
 from lora_kernels.core.packed4bit import Packed4bit
 
 from .kernels import KERNELS, OPTIONS
@@ -31,13 +33,17 @@ _test = ""
 _several_adapters = _backward = False
 
 
-def note(backend: str, kernel: str, options: set[str], isa: str = "", **parts: int) -> None:
+Count = int | tuple[int, int]  # of parts; or a size and a part's size
+
+
+def note(backend: str, kernel: str, options: set[str], isa: str = "", **parts: Count) -> None:
     """One launch of the kernel, cut into so many parts."""
     known = KERNELS[backend][kernel]
     if _several_adapters:
         options |= {"adapters"}
-    for name, count in parts.items():
+    for name, part in parts.items():
         partition = name.replace("_", " ")
+        count = part if isinstance(part, int) else _tiles(*part)
         assert partition in known.partitions, (backend, kernel, partition)
         key = f"{backend}/{kernel}/{partition}"
         largest[key] = max(largest[key], count)
@@ -95,32 +101,28 @@ def _record_op(owner: Any) -> None:
 def _triton_launch(kernel: Any, grid: Any, config: Any, device: Any, *args: Any, **m: Any) -> None:
     a = dict(zip(kernel.arg_names, args, strict=False)) | m
     name = kernel.__name__.removesuffix("_kernel")
-    adapters = _some(adapters=_several_adapters)
     if name == "linear":
         _triton_linear(a)
     elif name == "shrink":
         options = _some(dropout=a["MASK_IN"], column_scale=a["IN_SCALE"])
-        rows, ranks, slots = grid
-        steps = _tiles(a["k_share"], a["BLOCK_K"])
-        note("triton", name, options, rows=rows, ranks=ranks, slots=slots, sum=steps)
+        parts = dict(zip(("rows", "ranks", "slots"), grid, strict=True))
+        note("triton", name, options, **parts, sum=(a["k_share"], a["BLOCK_K"]))
     elif name == "outer":
         options = _some(dropout=a["MASK"], column_scale=a["V_SCALE"])
-        columns, ranks, slots = grid
-        steps = _tiles(min(a["M"], a["m_share"]), a["BLOCK_M"])
-        note("triton", name, options, columns=columns, ranks=ranks, slots=slots, sum=steps)
+        parts = dict(zip(("columns", "ranks", "slots"), grid, strict=True))
+        note("triton", name, options, **parts, sum=(min(a["M"], a["m_share"]), a["BLOCK_M"]))
     elif name == "shrink_outer":
-        rows, slots = grid
-        steps = _tiles(a["n_share"], a["BLOCK_N"])
-        note("triton", name, _some(column_scale=a["V_SCALE"]), rows=rows, slots=slots, sum=steps)
+        parts = dict(zip(("rows", "slots"), grid, strict=True))
+        options = _some(column_scale=a["V_SCALE"])
+        note("triton", name, options, **parts, sum=(a["n_share"], a["BLOCK_N"]))
     elif name == "reduce":
-        options = _some(gate=a["GATE"], column_scale=a["SUM_Z"]) | adapters
+        options = _some(gate=a["GATE"], column_scale=a["SUM_Z"], adapters=_several_adapters)
         note("triton", name, options, columns=grid[0], slots=a["parts"])
     elif name == "row_norm":
-        note(
-            "triton", name, _some(gate=a["GATE"], four_bit=a["CODES"]), rows=grid[0],
-            slots=grid[1], sum=_tiles(min(a["K"], a["k_share"]), a["BLOCK_K"]),
-            ranks=1 if a["ONE_BLOCK"] else _tiles(a["R"], a["BLOCK_R"]),
-        )  # fmt: skip
+        parts = {"rows": grid[0], "slots": grid[1]}
+        parts["ranks"] = 1 if a["ONE_BLOCK"] else _tiles(a["R"], a["BLOCK_R"])
+        options = _some(gate=a["GATE"], four_bit=a["CODES"])
+        note("triton", name, options, **parts, sum=(min(a["K"], a["k_share"]), a["BLOCK_K"]))
     elif name == "dequantize":
         note("triton", name, {"4-bit"}, rows=grid[0], columns=grid[1])
     elif name == "quantize":
@@ -128,34 +130,28 @@ def _triton_launch(kernel: Any, grid: Any, config: Any, device: Any, *args: Any,
 
 
 def _triton_linear(a: dict[str, Any]) -> None:
-    forward = a["K_INNER"]
-    rows, columns = _tiles(a["M"], a["BLOCK_M"]), _tiles(a["N"], a["BLOCK_N"])
-    steps, ranks = _tiles(a["K"], a["BLOCK_K"]), _tiles(a["R"], a["BLOCK_R"])
-    if a["BASE"] == "none":
-        steps = 1
-    way, parts = "split", {"rows": rows, "columns": columns, "sum": steps, "ranks": ranks}
-    options = _some(
-        dropout=a["MASK_OUT"], gate=a["GATE"], four_bit=a["BASE"] == "codes",
-        column_scale=a["OUT_SCALE"] if forward else a["IN_SCALE"],
-    )  # fmt: skip
-    slots = a["slots"]
+    forward, codes = a["K_INNER"], a["BASE"] == "codes"
+    scale = a["OUT_SCALE"] if forward else a["IN_SCALE"]
+    options = _some(dropout=a["MASK_OUT"], gate=a["GATE"], four_bit=codes, column_scale=scale)
+    rows = _tiles(a["M"], a["BLOCK_M"])
+    parts: dict[str, Count] = {"rows": rows, "columns": (a["N"], a["BLOCK_N"]), "slots": a["slots"]}
+    parts["sum"] = 1 if a["BASE"] == "none" else (a["K"], a["BLOCK_K"])
+    parts["ranks"] = a["R"], a["BLOCK_R"]
+    way, leave = "split", set[str]()  # parts that it does not have
     if a["PUBLISH"] and not a["CONSUME"]:
-        way, parts = "publish", {"slots": slots, "sum": _tiles(a["k_share"], a["BLOCK_K"])}
+        way, leave = "publish", {"rows", "columns", "ranks"}
+        parts["sum"] = a["k_share"], a["BLOCK_K"]
         options = _some(dropout=a["MASK_IN"], column_scale=a["IN_SCALE"])
     elif a["CONSUME"]:
-        way, parts = "consume", {"columns": columns, "sum": steps, "slots": slots}
+        way, leave = "consume", {"rows", "ranks"}
     elif a["SINGLE_PASS"]:
-        parts.pop("ranks")
-        way, groups = "single pass", _tiles(rows, a["GROUP_M"])
-        parts["groups_of_rows"] = groups
+        way, leave = "single pass", {"ranks", "slots"}
+        parts["groups_of_rows"] = rows, a["GROUP_M"]
         options |= _some(dropout=a["MASK_IN"])
     elif a["BASE"] == "library":
-        way = "library"
-        parts.pop("sum")
-        parts["slots"] = slots
+        way, leave = "library", {"sum"}
         options -= {"column scale"} if not forward else set()
-    else:
-        parts["slots"] = slots
+    parts = {name: count for name, count in parts.items() if name not in leave}
     note("triton", f"linear, {way}" + ("" if forward else ", dx"), options, **parts)
 
 
@@ -175,68 +171,55 @@ _MULTIPROCESSORS = 4  # of the emulator, each of which has one block at a time
 
 def _cuda_launch(name: str, at: Tensor, touched: dict[str, Tensor | None], *args: Any) -> None:
     t = {key: value for key, value in touched.items() if value is not None}
-    dx = ", dx" if _backward else ""
-    four_bit = "packed" in t
     if name in ("linear", "gemm", "decode"):
-        (M, N), K, R = t["y"].shape, t["x"].shape[1], t["q"].shape[0]
-        options = _some(
-            dropout="mask" in t or "rng" in t, gate="gate" in t, column_scale="out_scale" in t,
-            four_bit=four_bit,
-        )  # fmt: skip
-    if name == "linear":
-        steps = _tiles(K, 32) if "w" in t or four_bit else 1
-        note(
-            "cuda", name + dx, options, rows=_tiles(M, 64), columns=_tiles(N, 64), sum=steps,
-            ranks=_tiles(R, 32), spans=_tiles(steps, 4),
-        )  # fmt: skip
-    elif name == "gemm":
-        _, splits, _, share = args
-        note(
-            "cuda", name + dx, options, rows=_tiles(M, 64), columns=_tiles(N, 128),
-            sum=_tiles(min(K, share), 64), ranks=_tiles(R, 16), splits=splits,
-        )  # fmt: skip
-        if splits > 1:
-            options &= {"column scale"}
-            note("cuda", "finish", options, elements=_tiles(M * N, 128), splits=splits)
-    elif name == "decode":
-        slots = t["slots"].shape[0]
-        tiles = _tiles(N, 16)
-        note(
-            "cuda", name + ("" if args[1] else ", two launches"), options,
-            tiles=_tiles(tiles, _MULTIPROCESSORS), rows=_tiles(M, 8), chunks=_tiles(K, 8 * 128),
-            slots=slots, sum=_tiles(_tiles(K, slots), 256),
-        )  # fmt: skip
+        _cuda_base(name, t, *args)
     elif name == "thin":
         over_rows, (size, J, R, share, slots) = args[3], args[6:]
-        parts = {"columns" if over_rows else "rows": _tiles(size, 64)}
-        note(
-            "cuda", "thin, over rows" if over_rows else name,
-            _some(dropout="rng" in t, column_scale="v_scale" in t), **parts,
-            ranks=_tiles(R, 64 if R > 16 else 16), slots=slots, sum=_tiles(min(J, share), 32),
-        )  # fmt: skip
+        parts = {"columns" if over_rows else "rows": (size, 64), "ranks": (R, 64 if R > 16 else 16)}
+        options = _some(dropout="rng" in t, column_scale="v_scale" in t)
+        kernel = "thin, over rows" if over_rows else name
+        note("cuda", kernel, options, **parts, slots=slots, sum=(min(J, share), 32))
     elif name == "pair":
-        M, N, R, share, slots, rows = args[6:]
-        note(
-            "cuda", name, _some(column_scale="v_scale" in t), rows=rows, ranks=_tiles(R, 16),
-            slots=slots, sum=_tiles(min(N, share), 64),
-        )  # fmt: skip
+        N, R, share, slots, rows = args[7:]
+        options, steps = _some(column_scale="v_scale" in t), _tiles(min(N, share), 64)
+        note("cuda", name, options, rows=rows, ranks=(R, 16), slots=slots, sum=steps)
     elif name == "column_sums":
         _, N, _, slots = args[3:]
-        note("cuda", name, _some(column_scale="z" in t), columns=_tiles(N, 128), slots=slots)
+        note("cuda", name, _some(column_scale="z" in t), columns=(N, 128), slots=slots)
     elif name == "reduce":
         slots, rows, ranks = t["slots"].shape
-        note("cuda", name, _some(gate="gate" in t), elements=_tiles(rows * ranks, 128), slots=slots)
+        note("cuda", name, _some(gate="gate" in t), elements=(rows * ranks, 128), slots=slots)
     elif name == "row_norm":
         slots, N = t["slots"].shape
-        K = t["a"].shape[1]
-        note(
-            "cuda", name, _some(gate="gate" in t, four_bit=four_bit), rows=_tiles(N, 8),
-            slots=slots, sum=_tiles(args[-2], 256),
-        )  # fmt: skip
+        options = _some(gate="gate" in t, four_bit="packed" in t)
+        note("cuda", name, options, rows=(N, 8), slots=slots, sum=(args[-2], 256))
     elif name == "dequantize":
-        note("cuda", name, {"4-bit"}, elements=_tiles(t["w"].numel(), 1024))
+        note("cuda", name, {"4-bit"}, elements=(t["w"].numel(), 1024))
     elif name == "quantize":
-        note("cuda", name, {"4-bit"}, blocks=_tiles(t["absmax"].numel(), 4))
+        note("cuda", name, {"4-bit"}, blocks=(t["absmax"].numel(), 4))
+
+
+def _cuda_base(name: str, t: dict[str, Tensor], *args: Any) -> None:
+    """A kernel that makes the base product."""
+    (M, N), K, R = t["y"].shape, t["x"].shape[1], t["q"].shape[0]
+    dropout, codes = "mask" in t or "rng" in t, "packed" in t
+    scale, gate = "out_scale" in t, "gate" in t
+    options = _some(dropout=dropout, gate=gate, column_scale=scale, four_bit=codes)
+    kernel = name + (", dx" if _backward else "")
+    if name == "linear":
+        steps = _tiles(K, 32) if "w" in t or codes else 1
+        parts = {"rows": (M, 64), "columns": (N, 64), "ranks": (R, 32)}
+        note("cuda", kernel, options, **parts, sum=steps, spans=(steps, 4))
+    elif name == "gemm":
+        _, splits, _, share = args
+        parts = {"rows": (M, 64), "columns": (N, 128), "ranks": (R, 16)}
+        note("cuda", kernel, options, **parts, sum=(min(K, share), 64), splits=splits)
+        if splits > 1:
+            note("cuda", "finish", options & {"column scale"}, elements=(M * N, 128), splits=splits)
+    else:
+        slots, kernel = t["slots"].shape[0], name + ("" if args[1] else ", two launches")
+        parts = {"tiles": (_tiles(N, 16), _MULTIPROCESSORS), "rows": (M, 8), "chunks": (K, 8 * 128)}
+        note("cuda", kernel, options, **parts, slots=slots, sum=(_tiles(K, slots), 256))
 
 
 def _record_cuda() -> None:
@@ -256,11 +239,9 @@ def _constants(isa: str) -> dict[str, int]:
     """The sizes of parts, as the unit of this instruction set was compiled with."""
     values: dict[str, int] = {}
     vector = "avx512" if isa.startswith("avx512") else isa
-    for file in (
-        f"vec_{vector}.h", "kernels.h", "kernels_impl.h", "streamed_impl.h", "few_rows_impl.h",
-        "row_norm_impl.h", "product_impl.h",
-    ):  # fmt: skip
-        text = (ROOT / "csrc/cpu" / file).read_text()
+    units = ("kernels", "streamed", "few_rows", "row_norm", "product")
+    for file in (f"vec_{vector}", "kernels", *(f"{unit}_impl" for unit in units)):
+        text = (ROOT / f"csrc/cpu/{file}.h").read_text()
         for name, value in re.findall(r"^constexpr \w+ (\w+) = ([^;?<]+);", text, re.MULTILINE):
             expression = re.sub(r"\b[A-Za-z_]\w*", lambda m: str(values.get(m[0], "")), value)
             if re.fullmatch(r"[\d\s*+<()-]+", expression):
@@ -277,74 +258,75 @@ def _threads(work: int, threads: int, parts: int) -> int:
     return 1 if work < 1 << 16 else min(threads, parts)
 
 
-def _cpu(kernel: str, options: set[str], **parts: int) -> None:
+def _cpu(kernel: str, options: set[str], **parts: Count) -> None:
     assert native.isa is not None
     if native.isa != "amxbf16":  # whose kernels are others
         note("cpu", kernel, options, native.isa, **parts)
 
 
-def _shrink(M: int, K: int, R: int, threads: int, options: set[str]) -> None:
+class _Sizes(NamedTuple):
+    """Of a product of M rows, N columns and K elements of the sum with R ranks, and its threads."""
+
+    M: int
+    N: int
+    K: int
+    R: int
+    threads: int
+
+    def share(self, work: int, parts: int) -> int:
+        return _threads(work, self.threads, parts)
+
+
+def _shrink(s: _Sizes, options: set[str]) -> None:
     c = _constants(str(native.isa))
-    rows = _tiles(M, c["DOT_ROWS"])
-    _cpu(
-        "shrink", options & {"dropout", "adapters"}, threads=_threads(M * K * R, threads, rows),
-        rows=rows, spans=_tiles(K, 256 * c["W"]), ranks=_tiles(R, 4),
-    )  # fmt: skip
+    rows = _tiles(s.M, c["DOT_ROWS"])
+    threads = s.share(s.M * s.K * s.R, rows)
+    options = options & {"dropout", "adapters"}
+    _cpu("shrink", options, threads=threads, rows=rows, spans=(s.K, 256 * c["W"]), ranks=(s.R, 4))
 
 
-def _product(
-    M: int, N: int, K: int, R: int, pairs: bool, threads: int, options: set[str], dx: bool
-) -> None:
+def _product(s: _Sizes, pairs: bool, options: set[str], dx: bool) -> None:
     c = _constants(str(native.isa))
-    rows, columns = _tiles(M, c["Y_ROWS"]), _tiles(N, c["V"] * c["W"])
-    _cpu(
-        "product" + ", dx" * dx, options, rows=rows, columns=columns,
-        threads=_threads(M * N * K, threads, rows * columns),
-        blocks_of_rows=_tiles(M, c["BLOCK_ROWS"]),
-        panels=_tiles(K, c["PAIR_CHAIN"] if pairs else c["CHAIN"]), ranks=_tiles(R, c["RANKS"]),
-    )  # fmt: skip
+    rows, columns = _tiles(s.M, c["Y_ROWS"]), _tiles(s.N, c["V"] * c["W"])
+    parts: dict[str, Count] = {"rows": rows, "columns": columns, "ranks": (s.R, c["RANKS"])}
+    parts["threads"] = s.share(s.M * s.N * s.K, rows * columns)
+    parts["blocks_of_rows"] = s.M, c["BLOCK_ROWS"]
+    parts["panels"] = s.K, c["PAIR_CHAIN" if pairs else "CHAIN"]
+    _cpu("product" + ", dx" * dx, options, **parts)
 
 
-def _expand(M: int, N: int, R: int, threads: int, options: set[str], dx: bool) -> None:
+def _expand(s: _Sizes, options: set[str], dx: bool) -> None:
     c = _constants(str(native.isa))
-    rows, columns = _tiles(M, c["ROWS"]), _tiles(N, c["PANEL"])
-    _cpu(
-        "expand" + ", dx" * dx, options, rows=rows, columns=columns,
-        threads=_threads(M * N * R, threads, rows * columns), ranks=_tiles(R, c["RANKS"]),
-    )  # fmt: skip
+    rows, columns = _tiles(s.M, c["ROWS"]), _tiles(s.N, c["PANEL"])
+    parts = {"threads": s.share(s.M * s.N * s.R, rows * columns), "rows": rows, "columns": columns}
+    _cpu("expand" + ", dx" * dx, options, **parts, ranks=(s.R, c["RANKS"]))
 
 
-def _few_rows(
-    M: int, N: int, K: int, R: int, itemsize: int, threads: int, options: set[str]
-) -> None:
+def _few_rows(s: _Sizes, itemsize: int, options: set[str]) -> None:
     c = _constants(str(native.isa))
-    threads = _threads(M * N * K, threads, N)
-    four_bit = "4-bit" in options
-    slabs = _tiles(M * K * itemsize, c["SLAB"]) if four_bit else _tiles(K, 160 * c["W"])
-    _cpu(
-        "few_rows", options, threads=threads, slabs=slabs, ranks=_tiles(R, c["RANKS"]),
-        passes=_tiles(M, c["CODED_PASS"] if four_bit else c["PASS"]),
-        rows_of_W=_tiles(N // threads, c["STREAMS"] * c["BLOCK"]),
-    )  # fmt: skip
+    threads, four_bit = s.share(s.M * s.N * s.K, s.N), "4-bit" in options
+    parts: dict[str, Count] = {"threads": threads, "ranks": (s.R, c["RANKS"])}
+    parts["slabs"] = (s.M * s.K * itemsize, c["SLAB"]) if four_bit else (s.K, 160 * c["W"])
+    parts["passes"] = s.M, c["CODED_PASS" if four_bit else "PASS"]
+    parts["rows_of_W"] = s.N // threads, c["STREAMS"] * c["BLOCK"]
+    _cpu("few_rows", options, **parts)
 
 
-def _backward_pair(M: int, N: int, R: int, threads: int, options: set[str]) -> None:
+def _backward_pair(s: _Sizes, options: set[str]) -> None:
     c = _constants(str(native.isa))
-    rows = _tiles(M, c["PAIR_ROWS"])
-    _cpu(
-        "backward_pair", options & {"gate", "column scale", "adapters"}, rows=rows,
-        threads=_threads(M * N * R, threads, max(1, M // c["PAIR_ROWS"])), columns=_tiles(N, 64),
-        spans=_tiles(N, 256 * c["W"]), ranks=_tiles(R, 4),
-    )  # fmt: skip
+    parts: dict[str, Count] = {"rows": (s.M, c["PAIR_ROWS"]), "columns": (s.N, 64)}
+    parts["threads"] = s.share(s.M * s.N * s.R, max(1, s.M // c["PAIR_ROWS"]))
+    options = options & {"gate", "column scale", "adapters"}
+    _cpu("backward_pair", options, **parts, spans=(s.N, 256 * c["W"]), ranks=(s.R, 4))
 
 
-def _grad_a(M: int, K: int, R: int, threads: int, options: set[str]) -> None:
+def _grad_a(s: _Sizes, options: set[str]) -> None:
     c = _constants(str(native.isa))
-    columns, ranks = _tiles(K, c["STRIP"]), _tiles(R, 4)
-    _cpu(
-        "grad_a", options & {"dropout", "adapters"}, columns=columns, ranks=ranks,
-        threads=_threads(M * K * R, threads, columns * ranks), rows=_tiles(M, c["DEPTH"]),
-    )  # fmt: skip
+    columns, ranks = _tiles(s.K, c["STRIP"]), _tiles(s.R, 4)
+    parts = {"columns": columns, "ranks": ranks}
+    threads = s.share(s.M * s.K * s.R, columns * ranks)
+    options = options & {"dropout", "adapters"}
+    _cpu("grad_a", options, **parts, threads=threads, rows=(s.M, c["DEPTH"]))
 
 
 def _pairs(dtype: int) -> bool:
@@ -352,79 +334,73 @@ def _pairs(dtype: int) -> bool:
 
 
 def _lora_linear(*a: Any) -> None:
-    M, K, N, R, threads = *a[6:10], a[-1]
+    (M, K, N, R), threads = a[6:10], a[-1]
+    s = _Sizes(M, N, K, R, threads)
     options = _some(gate=a[24], column_scale=a[25], four_bit=a[13])
     dropout = _some(dropout=a[27])
     if a[14]:
-        itemsize = 2 if _pairs(a[4]) else 4
-        _few_rows(M, N, K, R, itemsize, threads, options | dropout)
+        _few_rows(s, 2 if _pairs(a[4]) else 4, options | dropout)
         return
-    _shrink(M, K, R, threads, dropout)
+    _shrink(s, dropout)
     if a[10] or a[13]:
-        _product(M, N, K, R, _pairs(a[4]), threads, options, False)
+        _product(s, _pairs(a[4]), options, False)
     else:
-        _expand(M, N, R, threads, options, False)
+        _expand(s, options, False)
 
 
 def _lora_linear_backward(*a: Any) -> None:
-    M, K, N, R, threads = *a[9:13], a[-1]
+    (M, K, N, R), threads = a[9:13], a[-1]
+    s, dx = _Sizes(M, N, K, R, threads), _Sizes(M, K, N, R, threads)
     dropout = _some(dropout=a[28])
-    _backward_pair(M, N, R, threads, _some(gate=a[26], column_scale=a[27]))
+    _backward_pair(s, _some(gate=a[26], column_scale=a[27]))
     if a[33]:
-        _grad_a(M, K, R, threads, dropout)
+        _grad_a(s, dropout)
     if a[32] and (a[13] or a[16]):
-        options = dropout | _some(four_bit=a[16])
-        _product(M, K, N, R, _pairs(a[4]), threads, options, True)
+        _product(dx, _pairs(a[4]), dropout | _some(four_bit=a[16]), True)
     elif a[32]:
-        _expand(M, K, R, threads, dropout, True)
+        _expand(dx, dropout, True)
 
 
-def _adapters(adapters: Any, M: int, K: int, N: int, R: int, threads: int) -> Iterator[Any]:
+def _adapters(adapters: Any, s: _Sizes, options: set[str]) -> Iterator[_Sizes]:
     """Rows, rank and threads of what the kernels take of each."""
-    shared = threads > 1 and len(adapters) >= 2 * threads and M * (K + N) * R >= 1 << 16
+    threads, work = s.threads, s.M * (s.K + s.N) * s.R
+    shared = threads > 1 and len(adapters) >= 2 * threads and work >= 1 << 16
     for start, stop, rank, *_ in adapters:
-        yield stop - start, rank, 1 if shared else threads
+        yield s._replace(M=stop - start, R=rank, threads=1 if shared else threads)
     if shared:
-        _cpu("multi_lora_linear", _shared, adapters_of_a_thread=len(adapters) // threads)
-
-
-_shared: set[str] = set()
+        _cpu("multi_lora_linear", options, adapters_of_a_thread=len(adapters) // threads)
 
 
 def _multi_lora_linear(*a: Any) -> None:
-    global _shared
-    M, K, N, R, threads = *a[6:10], a[-1]
-    _shared = dropout = _some(dropout=a[20])
+    (M, K, N, R), threads = a[6:10], a[-1]
+    s, dropout, four_bit = _Sizes(M, N, K, R, threads), _some(dropout=a[20]), _some(four_bit=a[13])
     if a[14]:
-        _few_rows(M, N, K, 0, 4, threads, _some(four_bit=a[13]))
+        _few_rows(s._replace(R=0), 4, four_bit)
     elif a[10] or a[13]:
-        _product(M, N, K, 0, _pairs(a[4]), threads, _some(four_bit=a[13]), False)
-    for rows, rank, own in _adapters(a[15], M, K, N, R, threads):
-        _shrink(rows, K, rank, own, dropout)
-        _expand(rows, N, rank, own, set(), False)
+        _product(s._replace(R=0), _pairs(a[4]), four_bit, False)
+    for own in _adapters(a[15], s, dropout):
+        _shrink(own, dropout)
+        _expand(own, set(), False)
 
 
 def _multi_lora_linear_backward(*a: Any) -> None:
-    global _shared
-    M, K, N, R, threads = *a[9:13], a[-1]
-    _shared = dropout = _some(dropout=a[21])
+    (M, K, N, R), threads = a[9:13], a[-1]
+    s, dropout = _Sizes(M, N, K, R, threads), _some(dropout=a[21])
     if a[25] and (a[13] or a[16]):
-        _product(M, K, N, 0, _pairs(a[4]), threads, _some(four_bit=a[16]), True)
-    for rows, rank, own in _adapters(a[17], M, K, N, R, threads):
-        _backward_pair(rows, N, rank, own, set())
-        _grad_a(rows, K, rank, own, dropout)
+        _product(_Sizes(M, K, N, 0, threads), _pairs(a[4]), _some(four_bit=a[16]), True)
+    for own in _adapters(a[17], s, dropout):
+        _backward_pair(own, set())
+        _grad_a(own, dropout)
         if a[25]:
-            _expand(rows, K, rank, own, dropout, True)
+            _expand(own._replace(N=own.K, K=own.N), dropout, True)
 
 
 def _row_norm(*a: Any) -> None:
     N, K, R, threads = *a[12:15], a[-1]
     c = _constants(str(native.isa))
-    _cpu(
-        "row_norm", _some(gate=a[11], four_bit=a[3]), rows=_tiles(N, 16 * c["Y_ROWS"]),
-        threads=_threads(N * K * R, threads, _tiles(N, c["Y_ROWS"])),
-        columns=_tiles(K, c["NORM_COLUMNS"]), ranks=_tiles(R, c["RANKS"]),
-    )  # fmt: skip
+    parts: dict[str, Count] = {"rows": (N, 16 * c["Y_ROWS"]), "columns": (K, c["NORM_COLUMNS"])}
+    parts["threads"] = _threads(N * K * R, threads, _tiles(N, c["Y_ROWS"]))
+    _cpu("row_norm", _some(gate=a[11], four_bit=a[3]), **parts, ranks=(R, c["RANKS"]))
 
 
 def _quantize(*a: Any) -> None:
@@ -435,35 +411,28 @@ def _dequantize(*a: Any) -> None:
     _cpu("dequantize", {"4-bit"}, threads=_threads(a[2] * a[4], a[-1], a[2]))
 
 
-def _panels_of(size: int, length: int, dtype: Any) -> int:
-    return len(list(cpu._panels(size, length, dtype)))
-
-
 def _library_base(xs: Tensor, weight: Any, shape: Any, dtype: Any, y_dtype: Any) -> None:
-    if isinstance(weight, Packed4bit):
-        N, K = shape
-        _cpu("library product", {"4-bit"}, panels=_panels_of(N, K, dtype))
+    _library("", weight, shape, dtype)
 
 
 def _library_dx(dz: Tensor, weight: Any, shape: Any, dtype: Any, x_dtype: Any) -> None:
+    _library(", dx", weight, shape[::-1], dtype)
+
+
+def _library(dx: str, weight: Any, shape: tuple[int, int], dtype: Any) -> None:
     if isinstance(weight, Packed4bit):
-        N, K = shape
-        _cpu("library product, dx", {"4-bit"}, panels=_panels_of(K, N, dtype))
+        _cpu(f"library product{dx}", {"4-bit"}, panels=len(list(cpu._panels(*shape, dtype))))
+
+
+_NATIVE = (_lora_linear, _lora_linear_backward, _multi_lora_linear, _multi_lora_linear_backward)
+_NATIVE += (_row_norm, _quantize, _dequantize)
 
 
 def _record_cpu() -> None:
     if native.module is None:
         return
-    for name, before in {
-        "lora_linear": _lora_linear,
-        "lora_linear_backward": _lora_linear_backward,
-        "multi_lora_linear": _multi_lora_linear,
-        "multi_lora_linear_backward": _multi_lora_linear_backward,
-        "row_norm": _row_norm,
-        "quantize": _quantize,
-        "dequantize": _dequantize,
-    }.items():
-        _wrap(native.module, name, before)
+    for before in _NATIVE:
+        _wrap(native.module, before.__name__.removeprefix("_"), before)
     _wrap(cpu, "_library_base", _library_base)
     _wrap(cpu, "_library_dx", _library_dx)
     _record_op(cpu)
@@ -487,15 +456,21 @@ def _dora_norm(weight: Any, A: Any, B: Any, scaling: Any, gate: Any, squares: An
 
 
 def _column_dot(dy: Tensor, z: Tensor, dtype: Any) -> None:
-    if dy.dtype is z.dtype and dy.dtype in (cpu.torch.bfloat16, dtype):
+    if dy.dtype is z.dtype and dy.dtype in (torch.bfloat16, dtype):
         return
     rows = max(eager.UPCAST_ROWS, 4 * eager.PANEL // max(1, dy.shape[1] * dtype.itemsize))
     note("eager", "column_dot", {"column scale"}, panels=_tiles(dy.shape[0], rows))
 
 
-def _multi(x: Tensor, weight: Any, lora_A: Any, lora_B: Any, index: Tensor, *rest: Any) -> None:
-    options = _some(dropout=rest[2], four_bit=isinstance(weight, Packed4bit), adapters=True)
-    note("eager", "multi_lora_linear", options, adapters=len(set(index.tolist()) - {-1}))
+def _multi(operands: MultiOperands, *_: Any) -> None:
+    four_bit = isinstance(operands.weight, Packed4bit)
+    options = _some(dropout=operands.rng is not None, four_bit=four_bit, adapters=True)
+    note(
+        "eager",
+        "multi_lora_linear",
+        options,
+        adapters=len(set(operands.adapter_index.tolist()) - {-1}),
+    )
 
 
 def _record_eager() -> None:

@@ -18,7 +18,7 @@ def tensors():
 
 
 @pytest.mark.parametrize("name", golden.CASES)
-def test_golden(name, tensors):
+def test_quantize_of_golden_weights_has_the_stored_bits(name, tensors):
     case = golden.CASES[name]
     stored = Weight4bit.from_state_dict(tensors, prefix=name)
     made = quantize_4bit(golden.weight(case), case.quant_type, case.blocksize, case.nested)
@@ -35,7 +35,7 @@ def test_golden(name, tensors):
         assert torch.equal(weight.dequantize(), decoded)
 
 
-def test_golden_covers_the_format(tensors):
+def test_golden_cases_cover_the_format(tensors):
     cases = golden.CASES.values()
     assert {case.quant_type for case in cases} == {"nf4", "fp4"}
     assert {case.nested for case in cases} == {False, True}
@@ -45,7 +45,7 @@ def test_golden_covers_the_format(tensors):
     assert golden.FILE.stat().st_size < 40_000
 
 
-def test_needs_no_bitsandbytes():
+def test_golden_test_needs_no_bitsandbytes():
     """Neither does anything else but `from_bitsandbytes`."""
     program = (
         "import sys, torch; sys.modules['bitsandbytes'] = None\n"

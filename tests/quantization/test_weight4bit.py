@@ -76,7 +76,7 @@ def test_state_dict_is_bitsandbytes(quant_type, nested, dtype):
 @both_types
 @flat_and_nested
 @pytest.mark.parametrize("storage", STORAGE)
-def test_linear4bit_to_ours_and_back(quant_type, nested, storage):
+def test_linear4bit_to_ours_and_back_is_the_same(quant_type, nested, storage):
     layer = linear4bit(quant_type, nested, storage)
     ours = Weight4bit.from_bitsandbytes(layer.weight)
     assert ours.packed.data_ptr() == layer.weight.data_ptr()  # no copy
@@ -99,7 +99,7 @@ def test_linear4bit_to_ours_and_back(quant_type, nested, storage):
     assert_same(Weight4bit.from_bitsandbytes(twin.weight), ours)
 
 
-def test_prefix_among_other_keys():
+def test_from_state_dict_of_a_prefix_takes_its_keys():
     a, b = quantize_4bit(dense()), quantize_4bit(-dense(), "fp4", 32, double_quant=False)
     state = {"bias": torch.ones(N), **a.state_dict("layers.0.q.weight"), **b.state_dict("w")}
     assert_same(Weight4bit.from_state_dict(state, "layers.0.q.weight"), a)
@@ -108,7 +108,7 @@ def test_prefix_among_other_keys():
 
 
 @both_types
-def test_what_bitsandbytes_decodes(quant_type):
+def test_dequantize_is_what_bitsandbytes_decodes(quant_type):
     """Its public function, on its CPU kernel where it has one: whole blocks in a row, float32."""
     layer = linear4bit(quant_type)
     want = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
@@ -138,7 +138,7 @@ def test_saved_after_repacking_is_refused():
         Weight4bit.from_state_dict({"weight": packed, **saved})
 
 
-def test_not_of_bitsandbytes():
+def test_from_bitsandbytes_of_something_else_raises():
     with pytest.raises(ValueError, match="Params4bit without a quant_state"):
         Weight4bit.from_bitsandbytes(Params4bit(dense()))
     for other in (dense(), nn.Linear(K, N), linear4bit(), (dense(), None), (dense(),), None):
@@ -155,7 +155,7 @@ def test_not_of_bitsandbytes():
 
 @both_types
 @flat_and_nested
-def test_properties(quant_type, nested):
+def test_weight4bit_properties_say_what_it_holds(quant_type, nested):
     weight = quantize_4bit(dense(dtype=torch.bfloat16), quant_type, 32, nested)
     blocks = N * K // 32
     nbytes = N * K // 2 + 16 * 4 + (blocks + 4 + 256 * 4 + 4 if nested else blocks * 4)
@@ -168,7 +168,7 @@ def test_properties(quant_type, nested):
         weight.blocksize = 64
 
 
-def test_dequantize_dtypes():
+def test_dequantize_to_each_dtype_rounds_once():
     weight = quantize_4bit(dense(dtype=torch.float16))
     exact = weight.dequantize(torch.float32)
     assert weight.dequantize().dtype is torch.float16
@@ -180,7 +180,7 @@ def test_dequantize_dtypes():
 
 
 @flat_and_nested
-def test_to(nested):
+def test_weight4bit_to_a_device_moves_every_tensor(nested):
     weight = quantize_4bit(dense(), double_quant=nested)
     assert tensors(weight.to("cpu"))["packed"] is weight.packed
     meta = weight.to("meta")
@@ -189,7 +189,7 @@ def test_to(nested):
     assert meta.dequantize().shape == (N, K)
 
 
-def test_copies():
+def test_weight4bit_copied_or_pickled_is_the_same():
     weight = quantize_4bit(dense())
     assert_same(copy.deepcopy(weight), weight)
     assert_same(pickle.loads(pickle.dumps(weight)), weight)
@@ -204,7 +204,7 @@ def test_error_is_that_of_four_bits():
 
 
 @flat_and_nested
-def test_compile(nested):
+def test_weight4bit_in_a_compiled_function_is_the_same(nested):
     """Dynamo sees through the class to its tensors."""
     weight = quantize_4bit(dense(dtype=torch.bfloat16), double_quant=nested)
 
@@ -219,7 +219,7 @@ def test_compile(nested):
     assert torch.equal(compiled(x, weight), forward(x, weight))
 
 
-def test_gradients_do_not_reach_it():
+def test_weight4bit_of_a_parameter_needs_no_gradient():
     weight = quantize_4bit(nn.Parameter(dense()))
     assert not any(t.requires_grad for t in tensors(weight).values())
 
@@ -239,13 +239,13 @@ BAD_WEIGHTS = [
 
 
 @pytest.mark.parametrize("weight, error, message", BAD_WEIGHTS, ids=lambda value: str(value)[:0])
-def test_quantize_refuses(weight, error, message):
+def test_quantize_of_a_bad_weight_raises(weight, error, message):
     with pytest.raises(error, match=message):
         quantize_4bit(weight)
 
 
 @pytest.mark.parametrize("blocksize", [0, -64, 16, 48, 8192, 64.0, "64", None, True])
-def test_blocksizes_refused(blocksize):
+def test_quantize_of_a_bad_blocksize_raises(blocksize):
     with pytest.raises(ValueError, match=r"blocksize: got .* want a power of two, 32 to 4096"):
         quantize_4bit(dense(), blocksize=blocksize)
     with pytest.raises(ValueError, match=r"blocksize: got .* want a power of two, 32 to 4096"):
@@ -288,7 +288,7 @@ BAD_NESTED_FIELDS = [
 
 
 @pytest.mark.parametrize("nested", [False, True])
-def test_bad_fields(nested):
+def test_weight4bit_of_a_bad_field_raises(nested):
     good = quantize_4bit(dense(), double_quant=nested)
     cases = BAD_FIELDS + BAD_NESTED_FIELDS * nested
     if nested:  # uint8 scales cast to anything else are taken for scales that are not nested
@@ -300,14 +300,14 @@ def test_bad_fields(nested):
         assert str(raised.value).startswith(f"{name}: "), (name, message, raised.value)
 
 
-def test_nested_fields_without_nested_scales():
+def test_weight4bit_of_nested_fields_alone_raises():
     flat, nested = quantize_4bit(dense(), double_quant=False), quantize_4bit(dense())
     for name in ("nested_absmax", "nested_code", "offset"):
         with pytest.raises(ValueError, match=f"{name}: got a tensor, want None beside absmax"):
             dataclasses.replace(flat, **{name: getattr(nested, name)})
 
 
-def test_one_element_offset():
+def test_weight4bit_of_a_one_element_offset_is_the_same():
     good = quantize_4bit(dense())
     assert good.offset is not None and good.offset.shape == ()
     other = dataclasses.replace(good, offset=good.offset.view(1))
@@ -324,14 +324,14 @@ def as_json(text):
 
 
 @pytest.mark.parametrize("key", list(quantize_4bit(dense()).state_dict()))
-def test_missing_key(key):
+def test_from_state_dict_of_a_missing_key_raises(key):
     state = quantize_4bit(dense()).state_dict()
     del state[key]
     with pytest.raises(ValueError, match=r"state: got (no|0 keys) '"):
         Weight4bit.from_state_dict(state)
 
 
-def test_bad_json():
+def test_from_state_dict_of_bad_json_raises():
     state = quantize_4bit(dense()).state_dict()
     text = bytes(state[JSON].tolist()).decode()
     for length in range(0, len(text), 7):
@@ -363,7 +363,7 @@ def test_bad_json():
         ('"nested_offset": ', '"nested_offset": null, "x": ', TypeError, "nested_offset None"),
     ],
 )
-def test_bad_json_fields(old, new, error, message):
+def test_from_state_dict_of_a_bad_json_field_raises(old, new, error, message):
     state = quantize_4bit(dense()).state_dict()
     text = bytes(state[JSON].tolist()).decode()
     assert text.count(old) == 1
@@ -371,7 +371,7 @@ def test_bad_json_fields(old, new, error, message):
         Weight4bit.from_state_dict({**state, JSON: as_json(text.replace(old, new))})
 
 
-def test_bad_state_tensors():
+def test_from_state_dict_of_a_bad_tensor_raises():
     state = quantize_4bit(dense()).state_dict()
     for key, bad, error, message in [
         ("weight", state["weight"][:-1], ValueError, "packed: got shape"),
@@ -393,7 +393,7 @@ def test_bad_state_tensors():
 
 @flat_and_nested
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_defaults_of_torch_change_nothing(nested, dtype):
+def test_quantize_under_other_defaults_is_the_same(nested, dtype):
     """Neither the dtype, which transformers sets while it loads a model, nor the device."""
     weight = dense()
     want = quantize_4bit(weight, double_quant=nested)

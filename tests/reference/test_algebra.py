@@ -80,7 +80,7 @@ def parts(case):
 
 @EXAMPLES
 @given(cases())
-def test_merged_weight(case):
+def test_lora_linear_is_that_of_the_merged_weight(case):
     x, factors, gate, scale = parts(case)
     adapter = torch.einsum("nr,r,rk->nk", case["lora_B"], gate, case["lora_A"])
     want = scale * (
@@ -117,7 +117,7 @@ def gradients_by_hand(case, dy):
 
 @EXAMPLES
 @given(cases())
-def test_gradients(case):
+def test_lora_linear_gradients_are_those_by_hand(case):
     leaves = {
         key: case[key].detach().clone().requires_grad_()
         for key in ("x", "lora_A", "lora_B", "bias", "rank_gate", "column_scale")

@@ -22,7 +22,7 @@ WORDS = st.integers(0, 2**32 - 1)
 
 
 @pytest.mark.parametrize("line", KNOWN_ANSWERS.split("\n")[1:-1])
-def test_known_answers(line):
+def test_philox_has_the_published_answers(line):
     rounds, *words = line.split()
     numbers = [torch.tensor(int(word, 16)) for word in words]
     answer = philox4x32(numbers[:4], numbers[4:6], int(rounds))
@@ -41,14 +41,14 @@ def philox_integers(counter, key, rounds=10):
 
 @settings(max_examples=200, derandomize=True, deadline=None, database=None)
 @given(st.tuples(WORDS, WORDS, WORDS, WORDS), st.tuples(WORDS, WORDS))
-def test_philox_on_any_words(counter, key):
+def test_philox_on_any_words_is_that_of_integers(counter, key):
     got = philox4x32([torch.tensor(c) for c in counter], [torch.tensor(k) for k in key])
     assert [word.item() for word in got] == philox_integers(counter, key)
 
 
 @pytest.mark.parametrize("seed", [0, -1, 0x0123456789ABCDEF, -(2**63)])
 @pytest.mark.parametrize("offset", [0, -1, 0x0FEDCBA987654321, 2**63 - 1])
-def test_layout(seed, offset):
+def test_dropout_mask_has_the_documented_layout(seed, offset):
     """Element (m, k) is word k & 3 of counter (k >> 2, m, offset) under key seed."""
     M, K, p = 3, 11, 0.3
     mask = dropout_mask(torch.tensor([seed, offset]), M, K, p)
@@ -60,18 +60,18 @@ def test_layout(seed, offset):
             assert mask[m, k].item() == (philox_integers(counter, key)[k & 3] >= round(p * 2**32))
 
 
-def test_indices_are_global():
+def test_dropout_mask_indices_are_global():
     rng = torch.tensor([1, 2])
     large = dropout_mask(rng, 9, 21, 0.5)
     assert torch.equal(dropout_mask(rng, 4, 6, 0.5), large[:4, :6])
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 0)])
-def test_empty(shape):
+def test_dropout_mask_of_no_elements_is_empty(shape):
     assert dropout_mask(torch.tensor([1, 2]), *shape, 0.5).shape == shape
 
 
-def test_ends_of_the_range():
+def test_dropout_at_the_ends_of_the_range_keeps_all_or_nothing():
     rng = torch.tensor([1, 2])
     assert dropout_mask(rng, 64, 64, 0.0).all()
     assert not dropout_mask(rng, 64, 64, 1.0).any()
@@ -80,7 +80,7 @@ def test_ends_of_the_range():
     assert (dropout_scale(0.0), dropout_scale(0.75), dropout_scale(1.0)) == (1, 4, 0)
 
 
-def test_a_larger_p_drops_more_of_the_same():
+def test_dropout_mask_of_a_larger_p_drops_more():
     rng = torch.tensor([1, 2])
     masks = [dropout_mask(rng, 64, 64, p) for p in (0.1, 0.4, 0.8)]
     assert (masks[0] >= masks[1]).all() and (masks[1] >= masks[2]).all()
@@ -93,7 +93,7 @@ M, K, SIGMAS = 256, 1024, 5
 
 @pytest.mark.parametrize("seed", [0, 1, -2])
 @pytest.mark.parametrize("p", [0.001, 0.1, 0.5, 0.9])
-def test_rates(p, seed):
+def test_dropout_mask_rates_are_fair(p, seed):
     dropped = ~dropout_mask(torch.tensor([seed, 3]), M, K, p)
     n, variance = M * K, p * (1 - p)
     assert abs(dropped.sum().item() - n * p) <= SIGMAS * math.sqrt(n * variance)

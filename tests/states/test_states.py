@@ -25,6 +25,10 @@ def drawn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+def adapter(N: int, K: int) -> dict[str, Any]:
+    return {"lora_A": drawn(3, K, seed=1), "lora_B": drawn(N, 3, seed=2), "scaling": 1.5}
+
+
 # Keys of caches ----------------------------------------------------------------------------------
 
 N = K = 12
@@ -48,10 +52,7 @@ NORM_CHANGES: dict[str, Callable[[dict[str, Any]], object]] = {
 @torch.no_grad()
 def test_dora_norm_cache_one_operand_changed_computes_anew(change: str) -> None:
     weight = drawn(N * K + 1).as_strided((N, K), (K, 1))
-    args: dict[str, Any] = {
-        "weight": weight, "lora_A": drawn(3, K, seed=1), "lora_B": drawn(N, 3, seed=2),
-        "scaling": 1.5, "rank_gate": drawn(3, seed=3),
-    }  # fmt: skip
+    args: dict[str, Any] = adapter(N, K) | {"weight": weight, "rank_gate": drawn(3, seed=3)}
     kept = DoraNormCache()
     before = kept(**args).clone()
     assert kept(**args).data_ptr() == kept(**args).data_ptr()  # until then
@@ -68,10 +69,7 @@ CODE_CHANGES = ("packed", "absmax", "code", "nested_absmax", "nested_code", "off
 @torch.no_grad()
 def test_dora_norm_cache_one_tensor_of_a_4bit_weight_changed_computes_anew(field: str) -> None:
     weight = quantize_4bit(drawn(16, 64), "nf4", 64, True)
-    args: dict[str, Any] = {
-        "weight": weight, "lora_A": drawn(3, 64, seed=1), "lora_B": drawn(16, 3, seed=2),
-        "scaling": 1.5,
-    }  # fmt: skip
+    args: dict[str, Any] = adapter(16, 64) | {"weight": weight}
     cache = DoraNormCache()
     before = cache(**args).clone()
     tensor: Tensor = getattr(weight, field)
@@ -82,11 +80,11 @@ def test_dora_norm_cache_one_tensor_of_a_4bit_weight_changed_computes_anew(field
 
 # A requantized layer -----------------------------------------------------------------------------
 
-SETTINGS: dict[str, Any] = {
-    "r": 3, "alpha": 5.0, "dropout": 0.25, "bias": True, "init": "gaussian", "lora_dtype": bf16,
-    "quant_type": "fp4", "blocksize": 32, "double_quant": False, "compute_dtype": bf16,
-    "scaling": "rslora",
-}  # fmt: skip
+SETTINGS: dict[str, Any] = {"r": 3, "alpha": 5.0, "dropout": 0.25, "bias": True}
+SETTINGS |= {"init": "gaussian", "lora_dtype": bf16, "compute_dtype": bf16, "scaling": "rslora"}
+SETTINGS |= {"quant_type": "fp4", "blocksize": 32, "double_quant": False}
+KEPT = ("r", "alpha", "scaling", "dropout", "init", "quant_type", "blocksize", "compute_dtype")
+KEPT += ("weight_dtype", "training", "enabled", "merged")
 
 
 @pytest.mark.parametrize("name", ["", *SETTINGS])
@@ -97,10 +95,7 @@ def test_merged_layer_requantized_keeps_each_setting(name: str, training: bool) 
     layer = QLoRALinear(64, 32, **settings).train(training)
     again = layer.merged_layer(requantize=True).layer
     assert isinstance(again, QLoRALinear)
-    for field in (
-        "r", "alpha", "scaling", "dropout", "init", "quant_type", "blocksize", "compute_dtype",
-        "weight_dtype", "training", "enabled", "merged",
-    ):  # fmt: skip
+    for field in KEPT:
         assert getattr(again, field) == getattr(layer, field), field
     assert again.weight4bit.nested is layer.weight4bit.nested
     assert again.lora_A.dtype is layer.lora_A.dtype
@@ -198,6 +193,12 @@ def test_allocator_state_one_field_changed_is_seen(field: tuple[str, int, str]) 
 
 # PEFT's layers -----------------------------------------------------------------------------------
 
+PEFT_OPTIONS: dict[str, dict[str, Any]] = {
+    "dropout": {"lora_dropout": 0.5},
+    "dora": {"use_dora": True},
+    "bias": {"lora_bias": True},
+}
+
 
 @pytest.mark.parametrize("kind", ["plain", "dropout", "dora", "adalora", "embedding", "bias"])
 def test_unfused_layers_are_as_if_never_fused(kind: str) -> None:
@@ -207,13 +208,10 @@ def test_unfused_layers_are_as_if_never_fused(kind: str) -> None:
 
     torch.manual_seed(0)
     base = nn.Sequential(nn.Embedding(9, 16) if kind == "embedding" else nn.Linear(16, 16))
-    options: dict[str, Any] = {
-        "plain": {}, "dropout": {"lora_dropout": 0.5}, "dora": {"use_dora": True},
-        "embedding": {}, "bias": {"lora_bias": True},
-    }.get(kind, {})  # fmt: skip
     if kind == "adalora":
         config = peft.AdaLoraConfig(target_modules=["0"], total_step=10, init_r=4)
     else:
+        options = PEFT_OPTIONS.get(kind, {})
         config = peft.LoraConfig(target_modules=["0"], r=4, **options, init_lora_weights=False)
     model = peft.get_peft_model(base, config)
     with torch.no_grad():

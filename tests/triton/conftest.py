@@ -5,13 +5,24 @@ have one of their own (the Makefile's `test`). Without Triton only test_selectio
 """
 
 import os
+from collections.abc import Iterator
 
+import pytest
 import torch
 
+import lora_kernels
 from lora_kernels.backends import triton
+from tests.triton.device import DEVICE
 
 interpreted = os.environ.get("TRITON_INTERPRET") == "1"
 if not (interpreted or torch.cuda.is_available()) or triton.unavailable_reason() is not None:
     collect_ignore_glob = ["test_[!s]*.py"]
 elif not interpreted:
     collect_ignore = ["test_wait.py"]  # a GPU runs programs at once: tests/gpu
+
+
+@pytest.fixture
+def device() -> Iterator[str]:
+    """Where a test's tensors lie; the backend is asked for."""
+    with lora_kernels.backend("triton"):
+        yield DEVICE

@@ -1,5 +1,4 @@
-"""Each variant of LoRA, dense and 4-bit, by the Triton kernels against its formula, and what it
-keeps for its backward."""
+"""Each variant of LoRA by the Triton kernels, and what it keeps for its backward."""
 
 from typing import Any
 
@@ -13,7 +12,7 @@ from tests.layers.variants import check, check_memory, every_variant
 
 
 @pytest.mark.parametrize("name", ["QDoRALinear", "AdaLoRALinear"])
-def test_some(name: str) -> None:
+def test_layer_of_some_variants_is_its_formula(name: str) -> None:
     with lora_kernels.backend("triton"):
         check(name, torch.bfloat16)
 
@@ -21,7 +20,7 @@ def test_some(name: str) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="bytes are counted on a CPU")
 @pytest.mark.parametrize("strategy", selection.STRATEGIES["triton"])
 @pytest.mark.parametrize("name", ["LoRALinear", "QDoRALinear", "AdaLoRALinear"])
-def test_nothing_is_alive_beside_the_formula(name: str, strategy: str) -> None:
+def test_layer_with_each_strategy_keeps_no_more_than_its_formula(name: str, strategy: str) -> None:
     with lora_kernels.backend("triton", strategy):
         check_memory(name, torch.bfloat16, cycles=True)
 
@@ -29,14 +28,14 @@ def test_nothing_is_alive_beside_the_formula(name: str, strategy: str) -> None:
 @pytest.mark.proof
 @every_variant
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_y_and_every_gradient(name: str, dtype: torch.dtype) -> None:
+def test_layer_of_every_variant_is_its_formula(name: str, dtype: torch.dtype) -> None:
     with lora_kernels.backend("triton"):
         check(name, dtype)
 
 
 @pytest.mark.proof
 @pytest.mark.parametrize("cls", test_group.CLASSES)
-def test_projections_of_one_x(cls: Any) -> None:
+def test_group_of_projections_is_its_formula(cls: Any) -> None:
     with lora_kernels.backend("triton"):
         test_group.check(("q", "v"), torch.bfloat16, cls)
 
@@ -45,6 +44,6 @@ def test_projections_of_one_x(cls: Any) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="bytes are counted on a CPU")
 @every_variant
 @pytest.mark.parametrize("strategy", selection.STRATEGIES["triton"])
-def test_nothing_is_alive_of_any_variant(name: str, strategy: str) -> None:
+def test_layer_of_every_variant_keeps_no_more_than_its_formula(name: str, strategy: str) -> None:
     with lora_kernels.backend("triton", strategy):
         check_memory(name, torch.float32, cycles=True)

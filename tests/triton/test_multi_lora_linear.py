@@ -5,16 +5,17 @@ import pytest
 import lora_kernels
 from lora_kernels.backends.triton import LIBRARY, SPLIT
 from lora_kernels.measure.multi import MultiCase
-from tests.ops.multi_cases import check, check_overflow, some_cases
+from tests.support import multi
+from tests.support.engines import check_multi
 
 
-@pytest.mark.parametrize("case", some_cases((40, 64)), ids=str)
-def test_against_the_reference(case: MultiCase) -> None:
+@pytest.mark.parametrize("case", multi.some_cases((40, 64)), ids=str)
+def test_multi_lora_linear_of_each_case_is_within_tolerance(case: MultiCase) -> None:
     strategy = LIBRARY if case.rows == "mixed" and case.M == 40 else SPLIT
     with lora_kernels.backend("triton", strategy):
-        check(case)
+        check_multi(case)
 
 
-def test_a_row_that_overflows_is_its_adapter_s_alone() -> None:
-    with lora_kernels.backend("triton"):
-        check_overflow()
+@pytest.mark.usefixtures("device")
+def test_multi_lora_linear_row_overflows_spoils_its_adapter_alone() -> None:
+    multi.check_overflow()

@@ -7,22 +7,13 @@ import pytest
 import torch
 
 import lora_kernels
-from lora_kernels import reference
-from lora_kernels.backends.triton import (
-    COOPERATIVE,
-    LIBRARY,
-    SINGLE_PASS,
-    SPLIT,
-    configs,
-)
+from lora_kernels.backends.triton import COOPERATIVE, LIBRARY, SINGLE_PASS, SPLIT, configs
 from lora_kernels.backends.triton.configs import Config
-from lora_kernels.measure import case as cases
 from lora_kernels.measure.case import Case
 from lora_kernels.measure.multi import MultiCase
-from lora_kernels.quantization import codebooks, quantize_4bit
-from tests.ops import multi_cases
-from tests.partitions import exact
-from tests.quantization.values import same_bits
+from lora_kernels.quantization import quantize_4bit
+from tests.support import codec, exact
+from tests.support.engines import check_multi, check_norm
 from tests.triton.device import DEVICE
 
 f32 = torch.float32
@@ -42,19 +33,16 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     def shrink_outer(target: Any, M: int, N: int, R: int, itemsize: int) -> Any:
         return (TILE, SHARE) if TILE.block_k >= R else None
 
-    for name, value in {
+    values: dict[str, Any] = dict.fromkeys(("UPDATE", "REDUCE", "DEQUANTIZE"), TILE)
+    values |= dict.fromkeys(("shrink", "outer", "row_norm"), lambda *args: (TILE, SHARE))
+    values |= {
         "linear": lambda *args, **kwargs: TILE,
-        "shrink": lambda *args: (TILE, SHARE),
-        "outer": lambda *args: (TILE, SHARE),
-        "row_norm": lambda *args: (TILE, SHARE),
         "shrink_outer": shrink_outer,
         "cooperative": cooperative,
         "quantize": lambda blocksize: Config(0, 2, blocksize, 4, 1),
         "block_of_ranks": lambda rank: TILE.block_k,
-        "UPDATE": TILE,
-        "REDUCE": TILE,
-        "DEQUANTIZE": TILE,
-    }.items():
+    }
+    for name, value in values.items():
         monkeypatch.setattr(configs, name, value)
 
 
@@ -85,32 +73,21 @@ def test_adapters_of_rows_in_small_tiles_are_close(strategy: str, quant: str) ->
     """More ranks than a block of them in one adapter, and rows of each adapter in several parts."""
     case = MultiCase(90, N, WORDS, (5, 8, 3, 17), "mixed", quant=quant, bias=False, dropout_p=0.5)
     with lora_kernels.backend("triton", strategy):
-        multi_cases.check(case)
+        check_multi(case)
 
 
 @pytest.mark.parametrize("quant", ["", "nf4-32", "nf4-64-nested"])
-def test_dora_norm_in_small_tiles_is_close(quant: str) -> None:
-    case = Case(0, 256, WORDS, BLOCKS, f32, quant=quant, gate=True, device=DEVICE)
-    with lora_kernels.backend("triton"):
-        assert cases.judge_norm(case)["norm"].ok
+def test_dora_norm_in_small_tiles_is_close(quant: str, device: str) -> None:
+    check_norm(Case(0, 256, WORDS, BLOCKS, f32, quant=quant, gate=True, device=device))
 
 
-@pytest.mark.parametrize("last", exact.LAST_BLOCKS)
-def test_quantize_in_small_tiles_is_bitwise(last: str) -> None:
-    values = exact.weight_of_blocks(7, last)
-    want = reference.quantize_4bit(values, codebooks.thresholds("nf4"), codebooks.order("nf4"), 64)
-    with lora_kernels.backend("triton"):
-        got = quantize_4bit(values.to(DEVICE), "nf4", 64, False)
-    assert same_bits(got.packed, want[0]) and same_bits(got.absmax, want[1])
+@pytest.mark.parametrize("last", codec.LAST_BLOCKS)
+def test_quantize_in_small_tiles_is_bitwise(last: str, device: str) -> None:
+    codec.check_quantize(codec.weight_of_blocks(7, last), device=device)
 
 
 @pytest.mark.parametrize("nested", [False, True])
-def test_dequantize_in_small_tiles_is_bitwise(nested: bool) -> None:
+def test_dequantize_in_small_tiles_is_bitwise(nested: bool, device: str) -> None:
     for K in (WHOLE, WORDS, ODD):
         values = torch.randn(N, K, generator=torch.Generator().manual_seed(K))
-        weight = quantize_4bit(values, "nf4", 32, nested)
-        want = reference.dequantize_4bit(
-            weight.packed, weight.scales(), weight.code, 32, weight.shape, f32
-        )
-        with lora_kernels.backend("triton"):
-            assert same_bits(weight.to(DEVICE).dequantize(f32), want)
+        codec.check_decode(quantize_4bit(values.to(device), "nf4", 32, nested), f32)

@@ -19,7 +19,7 @@ A100, H100 = DeviceInfo("cuda", 80, 108, 163 << 10), DeviceInfo("cuda", 90, 132,
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> DeviceInfo:
     """A machine with Triton and an A100, as far as `selection` asks."""
-    monkeypatch.setattr(triton, "absence", lambda: None)
+    monkeypatch.setattr(triton, "unavailable_reason", lambda: None)
     monkeypatch.setattr(triton, "interpreted", lambda: False)
     monkeypatch.setattr(configs, "target", lambda index: A100)
     return A100
@@ -31,7 +31,7 @@ def choose(
     return selection.choose(Problem(device, dtype, dtype, dtype, dtype, rank, rows, columns=1024))
 
 
-def test_only_where_it_is_asked_for(gpu: DeviceInfo) -> None:
+def test_choose_on_a_gpu_takes_triton_only_if_requested(gpu: DeviceInfo) -> None:
     assert choose().backend == "eager"
     assert "have run on no GPU yet" in choose().reason
     with lora_kernels.backend("triton"):
@@ -50,12 +50,16 @@ def test_only_where_it_is_asked_for(gpu: DeviceInfo) -> None:
     ],
     ids=str,
 )
-def test_it_says_what_is_missing(gpu: DeviceInfo, arguments: dict[str, object], word: str) -> None:
+def test_choose_of_what_triton_lacks_raises(
+    gpu: DeviceInfo, arguments: dict[str, object], word: str
+) -> None:
     with lora_kernels.backend("triton"), pytest.raises(RuntimeError, match=word):
         choose(**arguments)
 
 
-def test_no_matrix_instructions_before_sm_80(monkeypatch: pytest.MonkeyPatch, gpu: DeviceInfo) -> None:
+def test_choose_before_sm_80_is_eager_and_says_why(
+    monkeypatch: pytest.MonkeyPatch, gpu: DeviceInfo
+) -> None:
     monkeypatch.setattr(configs, "target", lambda index: DeviceInfo("cuda", 75, 40, 64 << 10))
     with lora_kernels.backend("triton"), pytest.raises(RuntimeError, match=r"sm_75, .*want sm_80"):
         choose()
@@ -69,13 +73,13 @@ def test_no_matrix_instructions_before_sm_80(monkeypatch: pytest.MonkeyPatch, gp
         assert ("no bfloat16 either" in choice.reason) is slow
 
 
-def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton, "absence", lambda: "Triton is not installed")
+def test_lora_linear_without_triton_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton, "unavailable_reason", lambda: "Triton is not installed")
     with lora_kernels.backend("triton"), pytest.raises(RuntimeError, match="not installed"):
         lora_kernels.lora_linear(torch.ones(2, 3), None, torch.ones(1, 3), torch.ones(4, 1))
 
 
-def test_single_pass_above_its_ranks(gpu: DeviceInfo) -> None:
+def test_choose_of_single_pass_above_its_ranks_raises(gpu: DeviceInfo) -> None:
     with lora_kernels.backend("triton", SINGLE_PASS), pytest.raises(RuntimeError, match="above 64"):
         choose(rank=65)
 
@@ -95,7 +99,7 @@ def test_single_pass_above_its_ranks(gpu: DeviceInfo) -> None:
         (H100, 1024, 16, True, SINGLE_PASS),
     ],
 )
-def test_named_shapes(
+def test_strategy_of_named_shapes_is_the_documents(
     target: DeviceInfo, columns: int, rank: int, four_bit: bool, strategy: str
 ) -> None:
     for rows in (1024, 512):
@@ -103,7 +107,7 @@ def test_named_shapes(
         assert chosen == strategy, why
 
 
-def test_an_adapter_in_float32_counts(gpu: DeviceInfo) -> None:
+def test_choose_beside_a_float32_adapter_is_split(gpu: DeviceInfo) -> None:
     """Its tiles are smaller, so that P in each of them costs more."""
     with lora_kernels.backend("triton"):
         args = ("cuda", bf16, bf16, bf16, bf16, 16, 4096)
@@ -123,7 +127,7 @@ def test_an_adapter_in_float32_counts(gpu: DeviceInfo) -> None:
         (None, 16, False, False, SINGLE_PASS),
     ],
 )
-def test_what_decides(
+def test_strategy_of_rows_ranks_and_options_is_the_fastest(
     rows: int | None, rank: int, four_bit: bool, dropout: bool, strategy: str
 ) -> None:
     assert configs.strategy(H100, rows, 1024, rank, 2, four_bit, dropout)[0] == strategy
@@ -213,13 +217,13 @@ def test_cooperative_takes_few_rows_and_one_block_of_ranks() -> None:
     assert not configs.cooperative(1, 4096, 4096, 65, config)
 
 
-def test_blocks_of_ranks() -> None:
+def test_block_of_ranks_is_a_power_of_two_up_to_64() -> None:
     assert [configs.block_of_ranks(r) for r in (1, 16, 17, 64, 256)] == [16, 16, 32, 64, 64]
 
 
 @pytest.mark.parametrize("M", [1, 16, 100, 8192])
 @pytest.mark.parametrize("K", [64, 4096, 14336])
-def test_shares_cover_everything_once(K: int, M: int) -> None:
+def test_shares_of_any_sizes_cover_everything_once(K: int, M: int) -> None:
     config, share = configs.shrink(H100, M, K, 16, 2)
     slots = -(-K // share)
     assert share % config.block_k == 0

@@ -15,9 +15,8 @@ from lora_kernels.measure import tune
 from tests.triton.device import DEVICE
 
 f32 = torch.float32
-ARGUMENTS = [
-    "tune", "--shapes", "64x32", "--rows", "33", "--dtype", "float32", "--seconds", "0", "--quant"
-]  # fmt: skip
+ARGUMENTS = ["tune", "--shapes", "64x32", "--rows", "33", "--dtype", "float32"]
+ARGUMENTS += ["--seconds", "0", "--quant"]
 
 
 @pytest.fixture
@@ -39,7 +38,7 @@ def _by_name(calls: dict[str, Any], **_: Any) -> dict[str, Any]:
 
 
 @pytest.mark.usefixtures("few_tiles")
-def test_from_end_to_end(
+def test_tune_writes_what_choose_then_takes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "new" / "here.json"
@@ -77,7 +76,7 @@ def test_from_end_to_end(
 
 
 @pytest.mark.usefixtures("few_tiles")
-def test_a_candidate_that_is_wrong_or_breaks_is_left_out(
+def test_tune_of_a_wrong_or_broken_candidate_leaves_it_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = launch.run
@@ -99,7 +98,7 @@ def test_a_candidate_that_is_wrong_or_breaks_is_left_out(
         assert row["forward"] is None and row["backward"] is None
 
 
-def test_a_file_that_is_none_is_left_alone(
+def test_tune_into_a_file_of_something_else_leaves_it_alone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "notes.json"
@@ -111,11 +110,9 @@ def test_a_file_that_is_none_is_left_alone(
         assert file.read_text() == text
 
 
-GOOD = {
-    "arch": 90, "multiprocessors": 132, "rows": 1, "columns": 64, "inner": 64, "block_r": 16,
-    "itemsize": 2, "four_bit": False, "strategy": SPLIT, "forward": None, "backward": None,
-    "device": "none", "microseconds": 1.0,
-}  # fmt: skip
+GOOD: dict[str, Any] = {"arch": 90, "multiprocessors": 132, "rows": 1, "columns": 64, "inner": 64}
+GOOD |= {"block_r": 16, "itemsize": 2, "four_bit": False, "strategy": SPLIT, "forward": None}
+GOOD |= {"backward": None, "device": "none", "microseconds": 1.0}
 TILES = {"block_m": 16, "block_n": 64, "block_k": 64, "warps": 4, "stages": 3}
 
 
@@ -157,7 +154,7 @@ def test_find_damaged_table_warns_once_and_leaves_it_out(
     assert found is not None and found.forward == configs.Config(16, 64, 64, 4, 3)
 
 
-def test_what_fits_the_shared_memory_is_tried() -> None:
+def test_candidates_fit_the_shared_memory() -> None:
     case = tune.Case(4096, 4096, 4096, 16, torch.bfloat16)
     for size, least in ((227 << 10, 9), (99 << 10, 3)):
         target = DeviceInfo("cuda", 90, 132, size)
@@ -166,5 +163,5 @@ def test_what_fits_the_shared_memory_is_tried() -> None:
         assert all(configs.shared_memory(tiles, 2, 0) <= size for tiles in tried)
 
 
-def test_the_packaged_table_can_be_read() -> None:
+def test_read_of_the_packaged_table_succeeds() -> None:
     measured.read(Path(measured.__file__).with_name("measured.json"))

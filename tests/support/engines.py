@@ -1,0 +1,60 @@
+"""A test for each engine and case. `lora_kernels.measure.case.engine` knows the engines' names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import replace
+
+import pytest
+
+from lora_kernels.measure import case as cases
+from lora_kernels.measure import multi
+from lora_kernels.measure.case import Case
+from lora_kernels.measure.multi import MultiCase
+from lora_kernels.measure.tolerance import Verdict
+
+Pairs = list[tuple[str, Case]]
+
+
+def on(backend: str, strategies: Iterable[str], these: Iterable[Case]) -> Pairs:
+    """Pair each case with each strategy of a backend; a case's engines follow each other, so that
+    its reference is computed once."""
+    names = [f"{backend} {strategy}" for strategy in strategies]
+    return [(name, case) for case in these for name in names]
+
+
+def each(groups: Mapping[str, Pairs], device: str = "cpu") -> pytest.MarkDecorator:
+    """Parametrize a test with `engine` and `case`; an id has group, case and engine."""
+    params = [
+        pytest.param(engine, replace(case, device=device), id=f"{group}-{case}-{engine}")
+        for group, pairs in groups.items()
+        for engine, case in pairs
+    ]
+    return pytest.mark.parametrize(("engine", "case"), params, indirect=["engine"])
+
+
+def assert_within(what: object, verdicts: Mapping[str, Verdict]) -> None:
+    """Fail unless each output is as near to the float64 reference as `tolerance` says."""
+    wrong = [f"{name} {verdict}" for name, verdict in verdicts.items() if not verdict.ok]
+    if wrong:
+        pytest.fail("\n".join([str(what), *wrong]), pytrace=False)
+
+
+def check(case: Case, ways: Iterable[AbstractContextManager[None]] = ()) -> None:
+    """Judge y and every gradient, in each of the ways where there are several."""
+    for way in ways:
+        with way:
+            assert_within(case, cases.judge(case))
+    if not ways:
+        assert_within(case, cases.judge(case))
+
+
+def check_norm(case: Case) -> None:
+    """Judge `dora_norm`."""
+    assert_within(case, cases.judge_norm(case))
+
+
+def check_multi(case: MultiCase) -> None:
+    """Judge `multi_lora_linear`, y and every gradient."""
+    assert_within(case, multi.judge(case))

@@ -1,0 +1,169 @@
+"""Calls whose results are exact: integers, unit matrices, masks; one wrong element is seen."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import lora_kernels
+from lora_kernels import reference
+from lora_kernels.measure import case as cases
+from lora_kernels.measure.case import Case
+from lora_kernels.measure.tolerance import assert_exact
+from lora_kernels.quantization import Weight4bit, quantize_4bit
+
+# With dropout one half, 1/(1 - p) is 2 and everything stays an integer.
+OPTIONS: dict[str, Any] = {"gate": True, "column_scale": True, "bias": True, "dropout_p": 0.5}
+SOME_OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"gate": True, "column_scale": True, "bias": True},
+    {"dropout_p": 0.5},
+]
+# Of a 4-bit weight: N and K, type and blocks; rows of whole blocks and others.
+FORMATS = [((65, 128), "nf4-64-nested"), ((33, 96), "fp4-32-nested"), ((33, 63), "nf4-64-nested")]
+FINITE = ("x", "weight", "lora_A", "lora_B", "bias", "column_scale", "dy")
+
+
+def integers(*sizes: int, **fields: Any) -> Case:
+    """-1, 0 and 1 everywhere, so that all sums are integers."""
+    return Case(*sizes, values="integers", **fields)
+
+
+def inputs(case: Case, blocksize: int = 0) -> dict[str, Any]:
+    """The arguments of a case of integers, its weight dense or in 4-bit blocks of 1, 2, 4, 8, …
+
+    Neighbouring blocks have other scales, and codes stand for -1, 0 and 1: so their products are
+    exact.
+    """
+    assert case.values == "integers"
+    args = cases.inputs(case)
+    if blocksize:
+        flat = args["weight"].flatten()
+        flat[::blocksize] = 1  # a block of zeros would have no scale
+        flat *= 2.0 ** (torch.arange(flat.numel(), device=flat.device) // blocksize % 4)
+        args["weight"] = quantize_4bit(flat.view(case.N, case.K), "nf4", blocksize, False)
+    return args
+
+
+@functools.lru_cache(maxsize=1)  # enough for a loop over engines
+def _problem(case: Case, blocksize: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    args = inputs(case, blocksize)
+    return args, cases.oracle(args)
+
+
+def check(case: Case, blocksize: int = 0, narrow: bool = False) -> None:
+    """y and every gradient are the reference, rounded once.
+
+    narrow: the dtype holds every sum of the case. Otherwise dc of 16 bits is left out: it is summed
+    from a rounded z.
+    """
+    args, ref = _problem(case, blocksize)
+    got = cases.run(lora_kernels.lora_linear, cases.give_mask(args))
+    for name in got.keys() - ({"dc"} if case.dtype is not torch.float32 and not narrow else set()):
+        want, where = ref[name].to(got[name].dtype), f"{case}, {blocksize}: {name}"
+        if narrow:
+            assert_exact(want, ref[name], f"{where} is no exact {case.dtype}; choose a seed")
+        assert_exact(got[name], want, where)
+
+
+def off(t: Tensor) -> Tensor:
+    """The same elements, the first of which lies one element behind an aligned address."""
+    if t.dim() == 0:
+        return t
+    shifted = torch.cat([t.detach().new_zeros(1), t.detach().flatten()])[1:].view(t.shape)
+    assert shifted.data_ptr() % 16
+    return shifted.requires_grad_(t.requires_grad)
+
+
+def check_alignment(case: Case, blocksize: int = 0) -> None:
+    """Each argument alone is a view that breaks the alignment of 16 bytes; no result changes."""
+    args = cases.give_mask(inputs(case, blocksize))
+    ref = cases.run(lora_kernels.lora_linear, args)
+    given = {name: off(t) for name, t in args.items() if isinstance(t, Tensor)}
+    if isinstance(weight := args["weight"], Weight4bit):
+        for field in ("packed", "absmax", "code"):
+            moved = dataclasses.replace(weight, **{field: off(getattr(weight, field))})
+            given[f"weight {field}"] = moved  # type: ignore[assignment]
+    for name, value in given.items():
+        got = cases.run(lora_kernels.lora_linear, args | {name.partition(" ")[0]: value})
+        for output in got.keys() - ({"dc"} if case.dtype is not torch.float32 else set()):
+            assert_exact(got[output], ref[output], f"{case}, {name} off: {output}")
+
+
+def check_same_bits(case: Case, runs: int = 2) -> None:
+    """The same call gives the same bits again."""
+    args = cases.give_mask(cases.inputs(case))
+    first, *others = (cases.run(lora_kernels.lora_linear, args) for _ in range(runs))
+    for other in others:
+        for name in first:
+            assert torch.equal(first[name], other[name]), name
+
+
+def check_spread(case: Case, where: str, value: float) -> None:
+    """An element that is not finite reaches those results that it reaches in plain PyTorch."""
+    args = cases.inputs(case)
+    with torch.no_grad():
+        args[where].view(-1)[7] = value
+    got = cases.run(lora_kernels.lora_linear, args)
+    for name, want in cases.run(cases.plain_pytorch, args).items():
+        assert_exact(got[name].isfinite(), want.isfinite(), name)
+
+
+def check_mask(
+    sizes: tuple[int, int, int], p: float, dtype: torch.dtype, device: str = "cpu", rtol: float = 0
+) -> None:
+    """y, dx and dA see the mask of the reference, which is also the public one.
+
+    sizes: M, K, R. A and B pick R columns of x at a time, so that y and dx show where it was
+    dropped; dA sums the mask.
+    """
+    M, K, R = sizes
+    rng = torch.tensor([-(2**50) + 3, 2**45 + 17], device=device)
+    kept = reference.dropout_mask(rng, M, K, p)
+    given = cases.give_mask({"rng": rng, "x": kept, "dropout_p": p})["rng"]
+    if given is rng:
+        assert torch.equal(lora_kernels.dropout_mask(rng, M, K, p), kept)
+    else:
+        with pytest.raises(RuntimeError, match="PyTorch's dropout kernel"):
+            lora_kernels.dropout_mask(rng, M, K, p)
+    scale = torch.tensor(0.0 if p == 1.0 else 1 / (1 - p), dtype=torch.float32, device=device)
+    scale = scale.to(dtype)
+    for first in sorted({0, K - R}):
+        pick = torch.eye(K, dtype=dtype, device=device)[first : first + R]
+        x = torch.ones(M, K, dtype=dtype, device=device, requires_grad=True)
+        W, A, B = torch.zeros_like(pick), pick.clone().requires_grad_(), pick[:, first : first + R]
+        y = lora_kernels.lora_linear(x, W, A, B, dropout_p=p, rng=given)
+        y.backward(torch.ones_like(y))
+        want = kept[:, first : first + R] * scale
+        for got in (y, x.grad @ pick.t()):
+            torch.testing.assert_close(got, want, rtol=rtol, atol=0)
+            assert_exact(got != 0, want != 0)
+        # Multiples of one number up to M times it: exact but for the last rounding.
+        assert_exact(A.grad != 0, (kept.sum(0) > 0).expand(R, K) & (scale > 0), "dA")
+
+
+def check_reads_out_the_weight(
+    sizes: tuple[int, int], quant: str, dtype: torch.dtype, device: str = "cpu"
+) -> None:
+    """Unit matrices read a 4-bit weight row by row in the forward, column by column in dx; few rows
+    of x and many."""
+    N, K = sizes
+    kind, blocksize, *nested = quant.split("-")
+    values = torch.randn(N, K, generator=torch.Generator().manual_seed(1))
+    weight = quantize_4bit(values, kind, int(blocksize), bool(nested)).to(device)
+    A = torch.ones(3, K, dtype=dtype, device=device)
+    B = torch.zeros(N, 3, dtype=dtype, device=device)
+    want = reference.dequantize_4bit(
+        weight.packed, weight.scales(), weight.code, int(blocksize), weight.shape, dtype
+    )
+    for m in (slice(0, 4), slice(0, K)):
+        x = torch.eye(K, dtype=dtype, device=device)[m]
+        assert_exact(lora_kernels.lora_linear(x, weight, A, B), want.t()[m], "y")
+    x = torch.zeros(N, K, dtype=dtype, device=device, requires_grad=True)
+    lora_kernels.lora_linear(x, weight, A, B).backward(torch.eye(N, dtype=dtype, device=device))
+    assert_exact(x.grad, want, "dx")

@@ -8,7 +8,7 @@ import importlib.util
 import re
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from . import UsageError
-from .checkpoints import first_line
+from .checkpoints import and_more, first_line
 from .options import MAX_LENGTH
 
 if TYPE_CHECKING:
@@ -40,25 +40,21 @@ def locate(model: Path, argument: str = "--model") -> tuple[Path, str | None]:
         return snapshot, None
     if model.is_dir() and (model / "config.json").is_file():
         return model, None
-    if model.is_dir():
-        files = sorted(model.glob("*.gguf"))
-        if not files:
-            raise UsageError(
-                f"{argument}: {model} holds neither a config.json nor a .gguf file; {wanted}"
-            )
-        if len(files) > 1:
-            names = ", ".join(f.name for f in files)
-            raise UsageError(f"{argument}: {model} holds several GGUF files ({names}); name one")
-        model = files[0]
-    if not model.is_file():
-        raise UsageError(f"{argument}: there is no {model}; {wanted}")
-    if model.suffix != ".gguf":
-        raise UsageError(f"{argument}: {model} is no .gguf file; {wanted}")
-    if importlib.util.find_spec("gguf") is None:
-        raise UsageError(
-            f"{argument}: reading {model.name} needs the package gguf: pip install gguf"
-        )
-    return model.parent, model.name
+    files = sorted(model.glob("*.gguf")) if model.is_dir() else [model]
+    if not files:
+        problem = f"{model} holds neither a config.json nor a .gguf file; {wanted}"
+    elif len(files) > 1:
+        names = ", ".join(f.name for f in files)
+        problem = f"{model} holds several GGUF files ({names}); name one"
+    elif not files[0].is_file():
+        problem = f"there is no {model}; {wanted}"
+    elif files[0].suffix != ".gguf":
+        problem = f"{model} is no .gguf file; {wanted}"
+    elif importlib.util.find_spec("gguf") is None:
+        problem = f"reading {files[0].name} needs the package gguf: pip install gguf"
+    else:
+        return files[0].parent, files[0].name
+    raise UsageError(f"{argument}: {problem}")
 
 
 def cached_snapshot(name: str) -> Path | None:
@@ -143,21 +139,20 @@ def read_adapter(
     except Exception as error:  # of safetensors or, at a .bin, whatever pickle raises
         raise UsageError(f"{argument}: {folder} cannot be read: {first_line(error)}") from None
     want = get_peft_model_state_dict(model, save_embedding_layers=False)
-    misshapen = {
-        f"{key} {list(state[key].shape)}, want {list(t.shape)}"
-        for key, t in want.items()
-        if key in state and state[key].shape != t.shape
+    embeddings = {key for key in state if key.rpartition(".")[0].endswith(_EMBEDDINGS)}
+    problems = {
+        "lacks": want.keys() - state.keys(),
+        "holds, without a layer for it,": state.keys() - want.keys() - embeddings,
+        "holds": {
+            f"{key} {list(state[key].shape)}, want {list(t.shape)}"
+            for key, t in want.items()
+            if key in state and state[key].shape != t.shape
+        },
     }
-    embeddings = [key for key in state if key.rpartition(".")[0].endswith(_EMBEDDINGS)]
-    for problem, keys in (
-        ("lacks", want.keys() - state.keys()),
-        ("holds, without a layer for it,", state.keys() - want.keys() - set(embeddings)),
-        ("holds", misshapen),
-    ):
+    for problem, keys in problems.items():
         if keys:
-            first, more = min(keys), len(keys) - 1
-            rest = f" and {more} more" if more else ""
-            raise UsageError(f"{argument}: {folder} does not fit the base: {problem} {first}{rest}")
+            found = and_more(sorted(keys))
+            raise UsageError(f"{argument}: {folder} does not fit the base: {problem} {found}")
     return state
 
 
@@ -190,13 +185,10 @@ def load_float32(auto_class: Any, model: Path, whole: bool = False, **kwargs: An
 
     whole: raise UsageError if a weight is missing, which transformers would draw at random.
     """
-    loaded: Any
-    loaded, report = _load(
-        auto_class, model, dtype=torch.float32, output_loading_info=True, **kwargs
-    )
+    how = {"dtype": torch.float32, "output_loading_info": True}
+    loaded, report = _load(auto_class, model, **how, **kwargs)
     if whole and (missing := report["missing_keys"]):
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise UsageError(f"--model: {model} lacks the weight {min(missing)}{more}")
+        raise UsageError(f"--model: {model} lacks the weight {and_more(sorted(missing))}")
     if locate(model)[1] is not None:
         # Decoded as it was read, yet marked as quantized, which Trainer and save_pretrained heed.
         del loaded.hf_quantizer, loaded.is_quantized, loaded.quantization_method
@@ -273,10 +265,9 @@ def quantize(
     from bitsandbytes.nn import Linear4bit, Params4bit  # type: ignore[attr-defined]
 
     for name, linear in quantized_layers(base).items():
-        layer = Linear4bit(  # type: ignore[no-untyped-call]
-            linear.in_features, linear.out_features, bias=linear.bias is not None,
-            compute_dtype=compute_dtype, quant_type=quant_type, device="meta",
-        )  # fmt: skip
+        how = {"compute_dtype": compute_dtype, "quant_type": quant_type, "device": "meta"}
+        bias = linear.bias is not None
+        layer = Linear4bit(*features(linear), bias=bias, **how)  # type: ignore[no-untyped-call]
         layer.weight = Params4bit(
             linear.weight.detach(), requires_grad=False, quant_type=quant_type, module=layer
         )
@@ -397,7 +388,7 @@ def is_named(name: str, target: str) -> bool:
 
 
 def check_targets(
-    base: nn.Module, targets: Sequence[str], argument: str = "--target-modules"
+    base: nn.Module, targets: Iterable[str], argument: str = "--target-modules"
 ) -> None:
     """Raise UsageError for a target that names no linear layer, with the names that do."""
     names = linear_layers(base)
@@ -410,37 +401,6 @@ def check_targets(
                 f"{argument}: no linear layer is named {target}; {hint}"
                 f"this model has {', '.join(candidates)}"
             )
-
-
-def add_adapters(
-    base: nn.Module,
-    *,
-    rank: int,
-    alpha: float,
-    dropout: float,
-    target_modules: Sequence[str] = (),
-    seed: int,
-    **config: Any,
-) -> Any:
-    """Stock PEFT on a copy that shares base's weights; all linear layers by default.
-
-    The seed settles lora_A; lora_B is zero, as PEFT has it. config: of `LoraConfig`.
-    """
-    from peft import LoraConfig, get_peft_model
-
-    torch.manual_seed(seed)
-    any_alpha: Any = alpha  # PEFT says int and takes both
-    return get_peft_model(
-        share(base),
-        LoraConfig(
-            r=rank,
-            lora_alpha=any_alpha,
-            lora_dropout=dropout,
-            target_modules=list(target_modules) or ALL_LINEAR,
-            task_type="CAUSAL_LM",
-            **config,
-        ),
-    )
 
 
 def layer_states(layers: Explanation) -> list[str]:
@@ -469,12 +429,9 @@ def parameter_bytes(model: nn.Module) -> int:
 def question(tokenizer: Any, prompt: str, device: torch.device) -> dict[str, Tensor]:
     """What a model is to go on from: the prompt, in the tokenizer's chat template if it has one."""
     if tokenizer.chat_template:
-        inputs = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}],
-            add_generation_prompt=True,
-            return_dict=True,
-            return_tensors="pt",
-        )
+        messages = [{"role": "user", "content": prompt}]
+        how = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}
+        inputs = tokenizer.apply_chat_template(messages, **how)
     else:
         inputs = tokenizer(prompt, return_tensors="pt")
     return {name: t.to(device) for name, t in inputs.items()}
@@ -492,25 +449,24 @@ def decode(model: Any, inputs: dict[str, Tensor], **kwargs: Any) -> Tensor:
     return out[0, inputs["input_ids"].shape[1] :]
 
 
-def answer(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 48) -> str:
-    """The greedy continuation of the prompt."""
-    inputs = question(tokenizer, prompt, model.device)
-    new = decode(model, inputs, max_new_tokens=max_new_tokens)
-    return str(tokenizer.decode(new, skip_special_tokens=True)).strip()
-
-
 class Clock:
-    """A `streamer` for `generate` that notes when each token came: seconds since it was made."""
+    """A `streamer` for `generate` that notes when each token came: seconds since it was made.
 
-    def __init__(self) -> None:
+    shown: another streamer, which gets them too.
+    """
+
+    def __init__(self, shown: Any = None) -> None:
+        self.shown, self.times = shown, list[float]()
         self.start = time.perf_counter()
-        self.times: list[float] = []
 
     def put(self, tokens: Tensor) -> None:  # at first the prompt's
         self.times.append(time.perf_counter() - self.start)
+        if self.shown:
+            self.shown.put(tokens)
 
     def end(self) -> None:
-        pass
+        if self.shown:
+            self.shown.end()
 
     @property
     def prefill(self) -> float:

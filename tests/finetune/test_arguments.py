@@ -153,7 +153,7 @@ def test_settling_names_every_option_but_those_that_change_no_adapter() -> None:
     """So that a new option of training cannot be left out: a run would go on with another."""
     apart = {  # model, data and the parent run are compared by themselves
         "model", "data", "base", "out", "checkpointing", "save_every", "report_to", "device",
-        "prompt", "expect", "compare", "sgd_steps", "timed_steps", "peft_steps",
+        "prompt", "expect", "compare", "sgd_steps", "timed_steps", "peft_steps", "demo",
     }  # fmt: skip
     fields = {field.name for field in dataclasses.fields(Options)}
     assert set(SETTLING) == fields - apart and len(set(SETTLING)) == len(SETTLING)
@@ -172,6 +172,8 @@ def test_generate_takes_model_dtype_and_quant_of_the_run(tmp_path: Path) -> None
             patch.setattr(generate, name, lambda *_: None)
         parser = argparse.ArgumentParser()
         generate.add_arguments(parser)
-        options = generate.resolve(parser.parse_args(["--run", str(tmp_path), "--prompt", "a"]))
+        options = generate.resolve(
+            vars(parser.parse_args(["--run", str(tmp_path), "--prompt", "a"]))
+        )
     assert (options.model, options.dtype, options.quant) == (base, "bf16", "nf4")
     assert options.adapter == tmp_path / "adapter"

@@ -5,21 +5,20 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from lora_kernels.finetune import UsageError
+from lora_kernels.finetune import Preset, UsageError, add_lora_layers
 from lora_kernels.finetune.model import (
     adapters,
-    add_adapters,
     cast_parameters,
     check_targets,
     load_base,
     share,
 )
 
-LORA = {"rank": 3, "alpha": 8, "dropout": 0.0, "seed": 0}
+LORA = {"preset": Preset(3, 8, ("all-linear",), 0.0), "fused": False}
 
 
 def test_copies_share_frozen_weights_and_nothing_else(base: nn.Module) -> None:
-    one = add_adapters(base, **LORA)
+    one = add_lora_layers(share(base), **LORA)
     two = share(one)
     frozen = [(p, q) for p, q in zip(one.parameters(), two.parameters(), strict=True) if p is q]
     assert len(frozen) == len(list(base.parameters()))
@@ -32,7 +31,7 @@ def test_copies_share_frozen_weights_and_nothing_else(base: nn.Module) -> None:
 
 def test_all_linear_layers_by_default(base: nn.Module) -> None:
     names = {
-        name.split(".lora_")[0].rpartition(".")[2] for name in adapters(add_adapters(base, **LORA))
+        name.split(".lora_")[0].rpartition(".")[2] for name in adapters(add_lora_layers(share(base), **LORA))
     }
     assert names == {f"{x}_proj" for x in ("q", "k", "v", "o", "gate", "up", "down")}
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from lora_kernels.finetune import UsageError
+from lora_kernels.finetune import Preset, UsageError
 from lora_kernels.finetune.chat import ChatData, Collator, load_chat
 from lora_kernels.finetune.rank import (
     CAVEAT,
@@ -129,7 +129,7 @@ def test_adalora_stands_beside_it(searched: Any) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_adaloras_triplets_train_and_nothing_else(dtype: torch.dtype) -> None:
-    model = add_adalora(llama().to(dtype), ("q", "v"), 3, 6.0, 0.0, steps=20)
+    model = add_adalora(llama().to(dtype), Preset(3, 6.0, ("q", "v"), 0.0), steps=20)
     kinds = {n.split(".")[-2] for n, p in model.named_parameters() if p.requires_grad}
     assert kinds == {"lora_A", "lora_B", "lora_E"}
     assert "in 4 adapted layers" in check_trainable(model)

@@ -283,7 +283,7 @@ def test_packed_rows_train(data: ChatData, tmp_path: Path) -> None:
     [
         ({"batch": 0}, "batch: got 0, want at least 1"),
         ({"lr": math.nan}, "lr: got nan, want a positive number"),
-        ({"warmup": 1.0}, r"warmup: got 1.0, want a share of the steps in \[0, 1\)"),
+        ({"warmup": 1.0}, r"warmup: got 1.0, want a share in \[0, 1\)"),
         ({"max_grad_norm": -1.0}, "max_grad_norm: got -1.0"),
         ({"lora_plus_ratio": 0.0}, "lora_plus_ratio: got 0.0, want a positive number"),
         ({"patience": 2}, "patience: needs evaluations; give eval_every and eval_dataset"),

@@ -119,20 +119,22 @@ def merge_adapter(
     models.cast_parameters(merged, DTYPES[dtype])
     try:
         with whole_folder(out) as partial:
-            sizes = [file.stat().st_size for file in folder.glob("*.safetensors")]
-            if gguf_file is None:  # whatever else is there, and no weight
-                weights = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".index.json", ".json")
-                for file in folder.iterdir():
+            size: Any = "5GB"
+            if gguf_file is not None:
+                models.load_tokenizer(base).save_pretrained(partial)
+            else:
+                size = max(file.stat().st_size for file in folder.glob("*.safetensors"))
+                weights = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".index.json")
+                for file in folder.iterdir():  # the tokenizer, and whatever else is no weight
                     if file.is_file() and not file.name.endswith(weights):
                         shutil.copy(file, partial / file.name)
-            models.load_tokenizer(base).save_pretrained(partial)
-            merged.save_pretrained(partial, max_shard_size=max(sizes, default="5GB"))
+            merged.save_pretrained(partial, max_shard_size=size)
             if not check(partial):
                 raise _Refused
     except _Refused:
         return None
-    shards = [file.stat().st_size for file in out.glob("*.safetensors")]
-    return Merged(out, len(layers), len(shards), models.parameter_bytes(merged))
+    shards = len(list(out.glob("*.safetensors")))
+    return Merged(out, len(layers), shards, models.parameter_bytes(merged))
 
 
 def decode(model: Any) -> None:
@@ -143,9 +145,9 @@ def decode(model: Any) -> None:
             weight = Weight4bit.from_bitsandbytes(layer.weight).dequantize(torch.float32)
             linear.weight, linear.bias = nn.Parameter(weight), layer.bias
             model.set_submodule(name, linear.requires_grad_(False))
-    for place in (model, model.config):
-        for name in ("hf_quantizer", "quantization_method", "quantization_config"):
-            vars(place).pop(name, None)
+    for name in ("hf_quantizer", "quantization_method", "_weight_conversions"):
+        vars(model).pop(name, None)
+    vars(model.config).pop("quantization_config", None)
     model.is_quantized = model.is_loaded_in_4bit = False
     models.cast_parameters(model, torch.float32)
 

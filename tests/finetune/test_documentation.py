@@ -66,9 +66,14 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
         llama().save_pretrained(folder / "HuggingFaceTB" / name)
         tokenizer().save_pretrained(folder / "HuggingFaceTB" / name)
     config = BertConfig(
-        vocab_size=260, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-        num_attention_heads=4, max_position_embeddings=64, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=260,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        pad_token_id=0,
+    )
     BertForSequenceClassification(config).bert.save_pretrained(folder / "all-MiniLM-L6-v2")
     tokenizer(None).save_pretrained(folder / "all-MiniLM-L6-v2")
     for name in ("chat", "law", "code"):
@@ -98,8 +103,10 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def test_documentation_has_examples() -> None:
     assert {file for file, _, _ in examples()} >= {
-        "README.md", "lora_kernels/peft/README.md", "lora_kernels/finetune/README.md"
-    }  # fmt: skip
+        "README.md",
+        "lora_kernels/peft/README.md",
+        "lora_kernels/finetune/README.md",
+    }
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,8 @@ def test_copies_share_frozen_weights_and_nothing_else(base: nn.Module) -> None:
 
 def test_all_linear_layers_by_default(base: nn.Module) -> None:
     names = {
-        name.split(".lora_")[0].rpartition(".")[2] for name in adapters(add_lora_layers(share(base), **LORA))
+        name.split(".lora_")[0].rpartition(".")[2]
+        for name in adapters(add_lora_layers(share(base), **LORA))
     }
     assert names == {f"{x}_proj" for x in ("q", "k", "v", "o", "gate", "up", "down")}
 

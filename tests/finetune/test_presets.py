@@ -73,9 +73,13 @@ def test_a_seed_settles_the_start() -> None:
 
 def test_settings_go_before_the_preset() -> None:
     model = add_lora_layers(
-        llama(), Preset(4, 8, ("all-linear",), 0.0), rank=3, alpha=5.0, targets=["o", "up_proj"],
+        llama(),
+        Preset(4, 8, ("all-linear",), 0.0),
+        rank=3,
+        alpha=5.0,
+        targets=["o", "up_proj"],
         use_rslora=True,
-    )  # fmt: skip
+    )
     config = model.peft_config["default"]
     assert (config.r, config.lora_alpha, config.lora_dropout) == (3, 5.0, 0.0)
     assert adapted_names(model) == {"o_proj", "up_proj"}
@@ -197,9 +201,14 @@ def test_a_domain_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
                 "lr_scheduler_type": "constant",
             }
             made = create_domain_model(
-                llama(), "legal", data, out=tmp_path / name, val=data, patience=9,
+                llama(),
+                "legal",
+                data,
+                out=tmp_path / name,
+                val=data,
+                patience=9,
                 training=settings | ({"steps": stop} if stop else {}),
-            )  # fmt: skip
+            )
         weights[name] = {n: p for n, p in made.named_parameters() if "lora" in n}
     for n, p in weights["once"].items():
         assert torch.equal(weights["twice"][n], p), n

@@ -34,10 +34,18 @@ from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTr
 
 STEPS = 2
 SETTINGS: dict[str, Any] = {
-    "max_steps": STEPS, "per_device_train_batch_size": 4, "learning_rate": 0.01, "optim": "sgd",
-    "lr_scheduler_type": "constant", "use_cpu": True, "bf16": False, "report_to": [],
-    "logging_steps": 1, "save_strategy": "no", "disable_tqdm": True,
-}  # fmt: skip
+    "max_steps": STEPS,
+    "per_device_train_batch_size": 4,
+    "learning_rate": 0.01,
+    "optim": "sgd",
+    "lr_scheduler_type": "constant",
+    "use_cpu": True,
+    "bf16": False,
+    "report_to": [],
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "disable_tqdm": True,
+}
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 
@@ -151,10 +159,14 @@ TEXTS = [f"{i} squared? It is {i * i}." for i in range(8)]
 def sft(out: Path, dtype: torch.dtype, callbacks: Any, **settings: Any) -> Any:
     data = Dataset.from_dict({"text": TEXTS})
     return SFTTrainer(
-        base(dtype), SFTConfig(str(out), max_length=64, **SETTINGS | settings), train_dataset=data,
-        eval_dataset=data.select(range(3)), processing_class=tokenizer(), peft_config=lora(),
+        base(dtype),
+        SFTConfig(str(out), max_length=64, **SETTINGS | settings),
+        train_dataset=data,
+        eval_dataset=data.select(range(3)),
+        processing_class=tokenizer(),
+        peft_config=lora(),
         callbacks=callbacks,
-    )  # fmt: skip
+    )
 
 
 def dpo(out: Path, dtype: torch.dtype, callbacks: Any, own: bool = False) -> Any:
@@ -166,19 +178,25 @@ def dpo(out: Path, dtype: torch.dtype, callbacks: Any, own: bool = False) -> Any
     }
     model = get_peft_model(base(dtype), lora()) if own else base(dtype)
     return DPOTrainer(
-        model, args=DPOConfig(str(out), max_length=64, **SETTINGS),
-        train_dataset=Dataset.from_dict(pairs), processing_class=tokenizer(),
-        peft_config=None if own else lora(), callbacks=callbacks,
-    )  # fmt: skip
+        model,
+        args=DPOConfig(str(out), max_length=64, **SETTINGS),
+        train_dataset=Dataset.from_dict(pairs),
+        processing_class=tokenizer(),
+        peft_config=None if own else lora(),
+        callbacks=callbacks,
+    )
 
 
 def grpo(out: Path, dtype: torch.dtype, callbacks: Any, beta: float = 0.0) -> Any:
     return GRPOTrainer(
-        base(dtype), lambda completions, **kwargs: [float(len(set(c))) for c in completions],
+        base(dtype),
+        lambda completions, **kwargs: [float(len(set(c))) for c in completions],
         GRPOConfig(str(out), max_completion_length=6, num_generations=4, beta=beta, **SETTINGS),
         train_dataset=Dataset.from_dict({"prompt": [f"{i} squared?" for i in range(8)]}),
-        processing_class=tokenizer(), peft_config=lora(), callbacks=callbacks,
-    )  # fmt: skip
+        processing_class=tokenizer(),
+        peft_config=lora(),
+        callbacks=callbacks,
+    )
 
 
 @DTYPES
@@ -197,10 +215,12 @@ def test_sft_of_a_4bit_model(tmp_path: Path) -> None:
         quantized = base(torch.float32, intermediate_size=128)
         quantize(quantized, "nf4", torch.float32, torch.device("cpu"))
         trainer = SFTTrainer(
-            quantized, SFTConfig(str(tmp_path / str(number)), max_length=64, **SETTINGS),
-            train_dataset=Dataset.from_dict({"text": TEXTS}), processing_class=tokenizer(),
+            quantized,
+            SFTConfig(str(tmp_path / str(number)), max_length=64, **SETTINGS),
+            train_dataset=Dataset.from_dict({"text": TEXTS}),
+            processing_class=tokenizer(),
             peft_config=lora(),
-        )  # fmt: skip
+        )
         adapters = [p for p in trainer.model.parameters() if p.requires_grad]
         assert {p.dtype for p in adapters} == {torch.bfloat16}
         randomize(trainer.model)  # rounded to bfloat16 in each

@@ -19,6 +19,8 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from lora_kernels.finetune.trainer import read_metrics
+
 TEMPLATE = (
     "{% for m in messages %}<im>{{ m['role'] }}\n{{ m['content'] }}<end>\n{% endfor %}"
     "{% if add_generation_prompt %}<im>assistant\n{% endif %}"
@@ -74,10 +76,17 @@ def llama(seed: int = 0, **changes: Any) -> Any:
 def gpt2(seed: int = 0, **changes: Any) -> Any:
     torch.manual_seed(seed)
     settings: dict[str, Any] = {
-        "vocab_size": 260, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256,
-        "bos_token_id": None, "eos_token_id": 1, "resid_pdrop": 0.0, "embd_pdrop": 0.0,
+        "vocab_size": 260,
+        "n_embd": 64,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 256,
+        "bos_token_id": None,
+        "eos_token_id": 1,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
         "attn_pdrop": 0.0,
-    }  # fmt: skip
+    }
     return wake(GPT2LMHeadModel(GPT2Config(**settings | changes)))
 
 
@@ -87,6 +96,10 @@ def chat(*contents: str) -> dict[str, Any]:
     return {
         "messages": [{"role": roles[i % 2], "content": text} for i, text in enumerate(contents)]
     }
+
+
+def squares(count: int) -> list[Any]:
+    return [chat(f"{i} squared?", f"It is {i * i}.") for i in range(count)]
 
 
 def write_lines(file: Path, records: Iterable[Any]) -> Path:
@@ -123,12 +136,20 @@ def write_gguf(file: Path) -> Path:
     writer.add_unk_token_id(0)
     writer.add_chat_template(TEMPLATE)
     names = {
-        "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-        "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm",
-        "post_attention_layernorm": "ffn_norm", "model.embed_tokens": "token_embd",
-        "model.norm": "output_norm", "lm_head": "output", "model.layers": "blk",
-    }  # fmt: skip
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+        "model.embed_tokens": "token_embd",
+        "model.norm": "output_norm",
+        "lm_head": "output",
+        "model.layers": "blk",
+    }
     for name, weight in model.state_dict().items():
         for ours, theirs in names.items():
             name = name.replace(ours, theirs)
@@ -138,3 +159,20 @@ def write_gguf(file: Path) -> Path:
     writer.write_tensors_to_file()
     writer.close()
     return file
+
+
+def save_model(folder: Path, model: Any, words: Any = None) -> Path:
+    """A model's folder, with a tokenizer."""
+    model.save_pretrained(folder)
+    (words or tokenizer()).save_pretrained(folder)
+    return folder
+
+
+def metrics(out: Path) -> list[dict[str, Any]]:
+    """A run's training steps."""
+    return [line for line in read_metrics(out / "metrics.jsonl") if "loss" in line]
+
+
+def weights(model: Any) -> dict[str, torch.Tensor]:
+    """What trains, as it is now."""
+    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}

@@ -82,6 +82,18 @@ def first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
+@contextmanager
+def refused(message: str, *errors: type[Exception]) -> Iterator[None]:
+    """Raise UsageError that begins with the message for these errors, or for any."""
+    kinds = errors or (Exception,)
+    try:
+        yield
+    except (UsageError, ModuleNotFoundError):
+        raise
+    except kinds as error:
+        raise UsageError(f"{message}: {first_line(error)}") from error
+
+
 def and_more(found: list[Any]) -> str:
     """
     >>> and_more(["a", "b", "c"])

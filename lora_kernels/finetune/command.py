@@ -10,7 +10,17 @@ import sys
 import warnings
 from typing import Any
 
-from .options import Adapters, Checks, Data, Inputs, Options, Training, add_options, require
+from .options import (
+    Adapters,
+    Checks,
+    Data,
+    Inputs,
+    Options,
+    Training,
+    add_options,
+    require,
+    with_demo,
+)
 
 DEMO: dict[str, Any] = dict(
     batch=2, max_length=128, steps=24, lr=1e-3, prompt="Shall I marry her?", compare=True
@@ -73,17 +83,10 @@ def quiet() -> None:
 
 def options_from(args: argparse.Namespace) -> Options:
     from .data import read_text
-    from .inputs import demo_model, demo_text
     from .model import check_quant, locate
     from .presets import find_preset
 
-    given = vars(args)
-    if given.get("demo"):
-        given = DEMO | given
-        # Looked for where they are not given: the packages need not be there.
-        given["model"] = given.get("model") or demo_model()
-        given["data"] = given.get("data") or [demo_text()]
-    options = Options(**given)
+    options = Options(**with_demo(vars(args), **DEMO))
     require(options, ("model", "data"), "try --demo")
     locate(options.model)
     check_quant(options.quant)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from pathlib import Path
 from typing import Any
 
 from .command import quiet
 from .inputs import demo_model
 from .model import check_quant, locate, read_adapter_config
-from .options import GenerateOptions, add_options, read_run
+from .options import GenerateOptions, add_options, with_run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,12 +29,8 @@ def run(args: argparse.Namespace) -> int:
 
 def resolve(given: dict[str, Any]) -> GenerateOptions:
     """The arguments with --run and --demo filled in, checked as far as that needs no model."""
-    known: dict[str, Any] = {"model": demo_model()} if given.get("demo") else {}
-    if folder := given.get("run"):
-        saved = read_run(folder)
-        known |= {"model": Path(saved["model"]), "adapter": folder / "adapter"}
-        known |= {"dtype": saved["dtype"], "quant": saved.get("quant")}
-    options = GenerateOptions(**known | given)
+    known = {"model": demo_model()} if given.get("demo") else {}
+    options = GenerateOptions(**known | with_run(given, "model", "dtype"))
     read_adapter_config(options.adapter, "--adapter")
     locate(options.model)
     check_quant(options.quant)

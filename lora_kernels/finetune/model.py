@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from . import UsageError
-from .checkpoints import and_more, first_line
+from .checkpoints import and_more, refused
 from .options import MAX_LENGTH
 
 if TYPE_CHECKING:
@@ -83,62 +83,29 @@ _EMBEDDINGS = ("embed_tokens", "lm_head", "wte")
 def load_adapter(base: Any, folder: Path, argument: str = "adapter") -> Any:
     """Return stock PEFT's model of `base` with the adapter that the folder holds, in eval mode.
 
-    Raises UsageError as `read_adapter`, and if the adapter names layers that `base` lacks.
+    Raises UsageError if the adapter cannot be read, names layers that `base` lacks, or if a key of
+    its weights is missing, unexpected or has another shape: PEFT leaves the weight of a missing key
+    as it was initialized. The message names the first such key and counts the others.
     """
-    from peft import get_peft_model, set_peft_model_state_dict
+    from peft import (
+        get_peft_model,
+        get_peft_model_state_dict,
+        load_peft_weights,
+        set_peft_model_state_dict,
+    )
 
     config = read_adapter_config(folder, argument)
     config.inference_mode = True
     config.base_model_name_or_path = None  # PEFT warns where the base has moved
-    try:
+    unfit = f"{argument}: {folder} does not fit the base"
+    with refused(unfit, ValueError, TypeError, RuntimeError):
         stock: Any = get_peft_model(base, config)
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise UsageError(
-            f"{argument}: {folder} does not fit the base: {first_line(error)}"
-        ) from error
-    set_peft_model_state_dict(stock, read_adapter(folder, stock, str(stock.device), argument))
-    return stock.eval()
-
-
-def read_adapter_config(folder: Path, argument: str = "adapter") -> Any:
-    """Return PEFT's configuration of the adapter in the folder. Raises UsageError."""
-    from peft import PeftConfig
-
-    if not (folder / "adapter_config.json").is_file():
-        raise UsageError(
-            f"{argument}: {folder} holds no adapter_config.json; give a folder that PEFT has saved "
-            "an adapter in"
-        )
-    try:
-        return PeftConfig.from_pretrained(str(folder))
-    except Exception as error:  # PEFT checks no field, so that a wrong one raises anything
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        raise UsageError(
-            f"{argument}: {folder}/adapter_config.json cannot be read: {reason}"
-        ) from error
-
-
-def read_adapter(
-    folder: Path, model: Any, device: str = "cpu", argument: str = "adapter"
-) -> dict[str, Tensor]:
-    """Return the weights in PEFT's adapter folder, whose keys and shapes must be `model`'s.
-
-    model: a PeftModel with an adapter of the folder's configuration.
-
-    Raises UsageError if the file cannot be read, or if a key is missing, unexpected or has another
-    shape. The message names the first such key and counts the others. PEFT leaves the weight of a
-    missing key as it was initialized.
-    """
-    from peft import get_peft_model_state_dict, load_peft_weights
-
     files = [folder / f"adapter_model.{kind}" for kind in ("safetensors", "bin")]
     if not any(file.is_file() for file in files):  # PEFT would ask a hub for it
         raise UsageError(f"{argument}: {folder} holds no {files[0].name}")
-    try:
-        state: dict[str, Tensor] = load_peft_weights(str(folder), device=device)
-    except Exception as error:  # of safetensors or, at a .bin, whatever pickle raises
-        raise UsageError(f"{argument}: {folder} cannot be read: {first_line(error)}") from None
-    want = get_peft_model_state_dict(model, save_embedding_layers=False)
+    with refused(f"{argument}: {folder} cannot be read"):
+        state: dict[str, Tensor] = load_peft_weights(str(folder), device=str(stock.device))
+    want = get_peft_model_state_dict(stock, save_embedding_layers=False)
     embeddings = {key for key in state if key.rpartition(".")[0].endswith(_EMBEDDINGS)}
     problems = {
         "lacks": want.keys() - state.keys(),
@@ -151,9 +118,23 @@ def read_adapter(
     }
     for problem, keys in problems.items():
         if keys:
-            found = and_more(sorted(keys))
-            raise UsageError(f"{argument}: {folder} does not fit the base: {problem} {found}")
-    return state
+            raise UsageError(f"{unfit}: {problem} {and_more(sorted(keys))}")
+    set_peft_model_state_dict(stock, state)
+    return stock.eval()
+
+
+def read_adapter_config(folder: Path, argument: str = "adapter") -> Any:
+    """Return PEFT's configuration of the adapter in the folder. Raises UsageError."""
+    from peft import PeftConfig
+
+    if not (folder / "adapter_config.json").is_file():
+        raise UsageError(
+            f"{argument}: {folder} holds no adapter_config.json; give a folder that PEFT has saved "
+            "an adapter in"
+        )
+    # PEFT checks no field, so that a wrong one raises anything.
+    with refused(f"{argument}: {folder}/adapter_config.json cannot be read"):
+        return PeftConfig.from_pretrained(str(folder))
 
 
 def check_quant(quant: str | None) -> None:
@@ -209,13 +190,9 @@ def build_skeleton(model: Path) -> nn.Module:
 
     config = load_config(model)
     from_config: Any = AutoModelForCausalLM.from_config
-    try:
-        with torch.device("meta"):
-            return cast(nn.Module, from_config(config))
-    except Exception as error:  # a field that the model's code has no use for may raise anything
-        raise UsageError(
-            f"--model: transformers cannot build {model}: {first_line(error)}"
-        ) from error
+    # A field that the model's code has no use for may raise anything.
+    with refused(f"--model: transformers cannot build {model}"), torch.device("meta"):
+        return cast(nn.Module, from_config(config))
 
 
 def features(layer: Any) -> tuple[int, int]:
@@ -264,27 +241,19 @@ def quantize(
     """
     from bitsandbytes.nn import Linear4bit, Params4bit  # type: ignore[attr-defined]
 
-    for name, linear in quantized_layers(base).items():
-        how = {"compute_dtype": compute_dtype, "quant_type": quant_type, "device": "meta"}
-        bias = linear.bias is not None
-        layer = Linear4bit(*features(linear), bias=bias, **how)  # type: ignore[no-untyped-call]
-        layer.weight = Params4bit(
-            linear.weight.detach(), requires_grad=False, quant_type=quant_type, module=layer
-        )
-        layer.bias = linear.bias
+    head = cast(Any, base).get_output_embeddings() or classifier(base)
+    codes: Any = {"requires_grad": False, "quant_type": quant_type}
+    how = {"compute_dtype": compute_dtype, "quant_type": quant_type, "device": "meta"}
+    for name, linear in list(base.named_modules()):
+        if type(linear) is not nn.Linear or linear is head:
+            continue
+        bias = linear.bias
+        layer = Linear4bit(*features(linear), bias=bias is not None, **how)  # type: ignore[no-untyped-call]
+        layer.weight = Params4bit(linear.weight.detach(), module=layer, **codes)
+        layer.bias = bias
         base.set_submodule(name, layer.to(device))
     base.is_loaded_in_4bit = True  # type: ignore[assignment]
     rewrite_codes(base, False)
-
-
-def quantized_layers(base: nn.Module) -> dict[str, nn.Linear]:
-    """The layers that `quantize` holds in 4 bits, by name."""
-    head = cast(Any, base).get_output_embeddings() or classifier(base)
-    return {
-        name: layer
-        for name, layer in base.named_modules()
-        if type(layer) is nn.Linear and layer is not head
-    }
 
 
 def classifier(model: nn.Module) -> nn.Module | None:
@@ -321,26 +290,18 @@ def load_tokenizer(model: Path) -> Any:
 
 def _load(auto_class: Any, model: Path, **kwargs: Any) -> Any:
     folder, gguf_file = locate(model)
-    try:
-        return auto_class.from_pretrained(
-            folder, gguf_file=gguf_file, local_files_only=True, **kwargs
-        )
-    except ModuleNotFoundError:
-        raise
-    except Exception as error:  # a damaged file makes each library raise something of its own
-        raise UsageError(
-            f"--model: transformers cannot load {model}: {first_line(error)}"
-        ) from error
+    kwargs |= {"gguf_file": gguf_file, "local_files_only": True}
+    # A damaged file makes each library raise something of its own.
+    with refused(f"--model: transformers cannot load {model}"):
+        return auto_class.from_pretrained(folder, **kwargs)
 
 
 def usable_device(name: str) -> torch.device:
     """The device of that name, or with no name a GPU if there is one, else the CPU."""
-    try:
+    # AssertionError where torch has no CUDA at all.
+    with refused(f"--device: got {name}, which cannot be used", RuntimeError, AssertionError):
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # the latter where torch has no CUDA at all
-        reason = str(error).partition("\n")[0]
-        raise UsageError(f"--device: got {name}, which cannot be used: {reason}") from error
     return device
 
 

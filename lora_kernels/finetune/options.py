@@ -123,7 +123,7 @@ class Inputs:
     model: Path = arg(None, **_MODEL)
     data: list[Path] = arg([], _LINES)
     out: Path = arg(Path("finetune-out"), "folder of the run; one that was interrupted goes on")
-    base: Path | None = arg(None, "folder for a GGUF file's weights, for PEFT (default: in --out)")
+    base: Path | None = arg(None, argparse.SUPPRESS)  # of a GGUF file, for PEFT; in --out if None
 
 
 @dataclass(frozen=True)
@@ -340,6 +340,27 @@ class GenerateOptions:
         if not self.prompt:
             raise UsageError("--prompt: got none, want a text that is answered")
         check_numbers(vars(self), seed="seed", max_new_tokens=1, temperature="natural")
+
+
+def with_demo(given: dict[str, Any], **defaults: Any) -> dict[str, Any]:
+    """What was given, with --demo the defaults and the demo's model and text beside it."""
+    from .inputs import demo_model, demo_text
+
+    if not given.get("demo"):
+        return given
+    # Looked for where they are not given: the packages need not be there.
+    given = defaults | given
+    given["model"] = given.get("model") or demo_model()
+    return given | {"data": given.get("data") or [demo_text()]}
+
+
+def with_run(given: dict[str, Any], model: str, dtype: str) -> dict[str, Any]:
+    """What was given, with --run that run's model, adapter, dtype and quant beside it."""
+    if (folder := given.get("run")) is None:
+        return given
+    saved = read_run(folder)
+    known = {model: Path(saved["model"]), dtype: saved["dtype"], "quant": saved.get("quant")}
+    return known | {"adapter": folder / "adapter"} | given
 
 
 def read_run(folder: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from .command import quiet
-from .options import RankOptions, add_options, check_out
+from .options import RankOptions, add_options, check_out, with_demo
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,16 +19,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit status: 0; UsageError for whatever can be told without the model's weights."""
-    from .inputs import demo_model, demo_text
     from .model import check_quant, locate
     from .presets import find_preset
 
     quiet()
-    given = vars(args)
-    if given.get("demo"):
-        given["model"] = given.get("model") or demo_model()
-        given["data"] = given.get("data") or [demo_text()]
-    options = RankOptions(**given)
+    options = RankOptions(**with_demo(vars(args)))
     locate(options.model)
     check_quant(options.quant)
     find_preset(options.preset)

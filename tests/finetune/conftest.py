@@ -7,7 +7,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from lora_kernels.cli import main
 from lora_kernels.finetune.chat import ChatData, load_chat
@@ -35,19 +35,9 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
 
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(vocab),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        bos_token_id=None,
-        eos_token_id=0,
-    )
-    tiny.wake(LlamaForCausalLM(config)).save_pretrained(folder)
+    words = {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": None}
+    sizes = {"vocab_size": len(vocab), "intermediate_size": 128, "max_position_embeddings": 128}
+    tiny.llama(**sizes, **words).save_pretrained(folder)
     return folder
 
 

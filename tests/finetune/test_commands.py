@@ -251,7 +251,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(
 ) -> None:
     """The checkpoint loads in stock PEFT; losses and adapter are the unbroken run's bits."""
     model, data = {"chats": (folder, lines), "text": (model_folder, text)}[kind]
-    more = [*CHAT, *TEXT, "--no-compare", "--steps", "12"]
+    more = [*CHAT, *TEXT, "--no-compare", "--steps", "12", "--max-length", "64"]
     once, twice = ([*on(model, data, tmp_path / name), *more] for name in ("once", "twice"))
     run(*once)
     done = in_process(SIGNALS, *twice)

@@ -21,7 +21,7 @@ from lora_kernels.finetune.rank import (
     plot_ranks,
 )
 from lora_kernels.finetune.trainer import check_trainable, read_metrics
-from tests.finetune.tiny import chat, gpt2, llama, tokenizer, write_lines
+from tests.finetune.tiny import gpt2, llama, squares, tokenizer, write_lines
 
 SETTINGS: dict[str, Any] = {"ranks": (2, 3, 5), "steps": 12, "batch": 2, "lr": 1e-2}
 
@@ -29,7 +29,7 @@ SETTINGS: dict[str, Any] = {"ranks": (2, 3, 5), "steps": 12, "batch": 2, "lr": 1
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[ChatData, ChatData]:
     file = tmp_path_factory.mktemp("rank") / "chat.jsonl"
-    write_lines(file, [chat(f"{i} squared?", f"It is {i * i}.") for i in range(16)])
+    write_lines(file, squares(16))
     return load_chat(file, tokenizer()).split(0.25)
 
 

@@ -8,11 +8,12 @@ and the comparison has to notice.
 from __future__ import annotations
 
 import copy
+import math
 import statistics
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from .. import dropout_mask, lora_linear
 from ..peft import fuse
+from ..timing import interleave
 from . import memory
 from .data import batch
 from .model import Clock, adapters, cast_parameters, decode, linears_4bit, rewrite_codes, share
@@ -272,27 +274,31 @@ def compare_cost(models: Mapping[str, Any], ids: Tensor, steps: int) -> list[Row
     In every model the first layer's input needs a gradient, so that the frozen one computes
     every dx too and the tax is the adapter's alone.
     """
-    with input_needs_gradient(models.values()):
-        seconds = time_steps(models, ids, steps)
-        peaks = {name: [peak_memory(m, ids) for _ in range(3)] for name, m in models.items()}
+
+    def step(model: Any) -> None:
+        model.zero_grad(set_to_none=True)
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
 
     def row(what: str, cells: Mapping[str, float], form: str, compared: bool = False) -> Row:
         ratio = cells["fused"] / cells["peft"] if compared else None
         frozen, peft, fused = (f"{cells[name]:{form}}" for name in ("frozen", "peft", "fused"))
         return Row(what, ratio, None, frozen, peft, fused, ratio=True)
 
-    def quintile(number: int) -> dict[str, float]:
-        cuts = {n: statistics.quantiles(s, n=5, method="inclusive") for n, s in seconds.items()}
-        return {name: cut[number] for name, cut in cuts.items()}
-
-    median = {name: statistics.median(s) for name, s in seconds.items()}
-    tax = {name: s / median["frozen"] for name, s in median.items()}
+    with input_needs_gradient(models.values()):
+        calls = {name: partial(step, model) for name, model in models.items()}
+        times = interleave(calls, seconds=math.inf, most=steps, device=ids.device.type)
+        peaks = {name: [peak_memory(m, ids) for _ in range(3)] for name, m in models.items()}
     rows = [
-        row("seconds a step, median", median, ".3f", True),
-        row("seconds a step, p20", quintile(0), ".3f"),
-        row("seconds a step, p80", quintile(3), ".3f"),
-        row("LoRA tax (step / frozen)", tax, ".3f"),
+        row(
+            f"seconds a step, {said}",
+            {n: getattr(t, p) for n, t in times.items()},
+            ".3f",
+            said != p,
+        )
+        for said, p in (("median", "p50"), ("p20", "p20"), ("p80", "p80"))
     ]
+    tax = {name: t.p50 / times["frozen"].p50 for name, t in times.items()}
+    rows.append(row("LoRA tax (step / frozen)", tax, ".3f"))
     what = "peak memory of a step, MB"
     if any(None in found for found in peaks.values()):
         return [*rows, Row(what, None, None, "–", "–", "–")]
@@ -329,22 +335,6 @@ def input_needs_gradient(models: Iterable[Any]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def time_steps(models: Mapping[str, nn.Module], ids: Tensor, steps: int) -> dict[str, list[float]]:
-    """Seconds of each forward and backward, the models taking turns, each leading in turn."""
-    names = list(models)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for step in range(steps + 1):  # the first round warms up
-        for name in names[step % len(names) :] + names[: step % len(names)]:
-            models[name].zero_grad(set_to_none=True)
-            synchronize(ids.device)
-            start = time.perf_counter()
-            models[name](input_ids=ids, labels=ids, use_cache=False).loss.backward()
-            synchronize(ids.device)
-            if step:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
 
 
 def synchronize(device: torch.device) -> None:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import importlib.util
 import re
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -204,15 +202,6 @@ def features(layer: Any) -> tuple[int, int]:
     return int(layer.in_features), int(layer.out_features)
 
 
-def check_rank(layers: Mapping[str, Any], rank: int, argument: str = "--rank") -> None:
-    """Raise UsageError if the rank is above that of the weight of one of the layers."""
-    name = min(layers, key=lambda name: min(features(layers[name])), default=None)
-    if name is None or rank <= (least := min(features(layers[name]))):
-        return
-    sizes = "×".join(map(str, features(layers[name])))
-    raise UsageError(f"{argument}: got {rank}, want at most {least}: {name} is {sizes}")
-
-
 def check_length(asked: int | None, model: Any) -> int:
     """Tokens of an example at most: `asked`, or where that is None `MAX_LENGTH` or, if fewer, the
     positions that the model has. Raises UsageError if more are asked for.
@@ -318,11 +307,14 @@ def cast_parameters(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def share(model: nn.Module, trainable: bool = False) -> Any:
-    """A copy with modules and trainable parameters of its own, on the same frozen weights; with
-    `trainable` on all the same weights."""
-    shared: list[Tensor] = [p for p in model.parameters() if trainable or not p.requires_grad]
-    return copy.deepcopy(model, {id(t): t for t in (*shared, *model.buffers())})
+def share(model: nn.Module, frozen: bool = False) -> Any:
+    """A copy with modules and trainable parameters of its own on the same frozen weights; `frozen`:
+    on all the same weights, which train in the model alone."""
+    tensors = (*model.parameters(), *model.buffers())
+    memo: dict[int, Any] = {id(t): t for t in tensors if not t.requires_grad}
+    if frozen:
+        memo |= {id(p): Parameter(p.detach(), False) for p in tensors if p.requires_grad}
+    return copy.deepcopy(model, memo)
 
 
 def linear_layers(base: nn.Module) -> dict[str, nn.Module]:
@@ -341,27 +333,6 @@ def linear_layers(base: nn.Module) -> dict[str, nn.Module]:
         if isinstance(module, nn.Linear | Conv1D):
             found[name] = module
     return found
-
-
-def is_named(name: str, target: str) -> bool:
-    """Whether PEFT takes the layer of that full name for a target."""
-    return name == target or name.endswith(f".{target}")
-
-
-def check_targets(
-    base: nn.Module, targets: Iterable[str], argument: str = "--target-modules"
-) -> None:
-    """Raise UsageError for a target that names no linear layer, with the names that do."""
-    names = linear_layers(base)
-    candidates = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
-    for target in targets:
-        if not any(is_named(name, target) for name in names):
-            close = difflib.get_close_matches(target, candidates, n=1)
-            hint = f"did you mean {close[0]}? " if close else ""
-            raise UsageError(
-                f"{argument}: no linear layer is named {target}; {hint}"
-                f"this model has {', '.join(candidates)}"
-            )
 
 
 def layer_states(layers: Explanation) -> list[str]:

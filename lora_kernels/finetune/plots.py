@@ -33,10 +33,3 @@ def plotted(file: Path, size: tuple[float, float] = (9, 5.5), **grid: Any) -> It
     partial = file.with_name(f".{file.name}")
     figure.savefig(partial, format="png")
     partial.replace(file)
-
-
-def step_axis(axes: Any) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    axes.set_xlabel("step")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))

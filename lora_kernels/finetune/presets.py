@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import nn
 
 from ..peft import fuse
 from . import UsageError
-from .model import ALL_LINEAR, check_rank, check_targets, is_named, linear_layers
+from .model import ALL_LINEAR, features, linear_layers
 from .options import check_numbers, suggest
 
 
@@ -74,37 +75,48 @@ def find_targets(
     >>> find_targets(model, ("q", "up", "gate"))
     (['q_proj', 'up_proj'], ['gate'])
     """
-    targets, names = tuple(targets), linear_layers(model)
-    check_targets(model, [t for t in targets if t not in ROLES], argument)
-    found, missing = [], []
+    targets, layers = tuple(targets), linear_layers(model)
+    have = list(dict.fromkeys(name.rpartition(".")[2] for name in layers))
+    found, missing = dict[str, None](), []
     for target in targets:
-        candidates = ROLES.get(target, (target,))
-        match = next((c for c in candidates if any(is_named(n, c) for n in names)), None)
-        if match is None:
+        names = ROLES.get(target, (target,))
+        match = next((n for n in names if any(is_named(layer, n) for layer in layers)), None)
+        if match is not None:
+            found[match] = None
+        elif target in ROLES:
             missing.append(target)
-        elif match not in found:
-            found.append(match)
+        else:
+            close = difflib.get_close_matches(target, have, n=1)
+            hint = f"did you mean {close[0]}? " if close else ""
+            raise UsageError(
+                f"{argument}: no linear layer is named {target}; {hint}this model has "
+                f"{', '.join(have)}"
+            )
     if not found:
-        have = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names)) or "none"
         raise UsageError(
             f"{argument}: got {', '.join(targets) or 'none'}, which no layer of this "
-            f"{type(model).__name__} matches; its linear layers are {have}: name some of them in "
-            f"{argument}"
+            f"{type(model).__name__} matches; its linear layers are {', '.join(have) or 'none'}: "
+            f"name some of them in {argument}"
         )
-    return found, missing
+    return list(found), missing
+
+
+def is_named(name: str, target: str) -> bool:
+    """Whether PEFT takes the layer of that full name for a target."""
+    return name == target or name.endswith(f".{target}")
 
 
 def chosen_layers(
     model: nn.Module, targets: str | Iterable[str], argument: str = "targets"
-) -> tuple[str | list[str], list[nn.Module], list[str]]:
+) -> tuple[str | list[str], dict[str, nn.Module], list[str]]:
     """PEFT's `target_modules`, the layers that those are, and the roles that the model has none
     for; targets: as a `Preset`'s. Raises UsageError as `find_targets`."""
     targets = (targets,) if isinstance(targets, str) else tuple(targets)
     layers = linear_layers(model)
     if targets == (ALL_LINEAR,):
-        return ALL_LINEAR, list(layers.values()), []
+        return ALL_LINEAR, layers, []
     names, missing = find_targets(model, targets, argument)
-    adapted = [layer for full, layer in layers.items() if any(is_named(full, n) for n in names)]
+    adapted = {full: m for full, m in layers.items() if any(is_named(full, n) for n in names)}
     return names, adapted, missing
 
 
@@ -112,9 +124,11 @@ def check_adapter(
     skeleton: nn.Module, targets: str | Iterable[str], rank: int, argument: str = "--rank"
 ) -> None:
     """Raise UsageError for targets that the model lacks, and for a rank above a layer's width."""
-    chosen = set(map(id, chosen_layers(skeleton, targets, "--target-modules")[1]))
-    layers = {n: m for n, m in linear_layers(skeleton).items() if id(m) in chosen}
-    check_rank(layers, rank, argument)
+    layers = chosen_layers(skeleton, targets, "--target-modules")[1]
+    name = min(layers, key=lambda name: min(features(layers[name])), default=None)
+    if name is not None and rank > (least := min(features(layers[name]))):
+        sizes = "×".join(map(str, features(layers[name])))
+        raise UsageError(f"{argument}: got {rank}, want at most {least}: {name} is {sizes}")
 
 
 def add_lora_layers(
@@ -189,12 +203,12 @@ def add_lora_layers(
     return fuse(peft_model) if fused else peft_model
 
 
-def kind_of(base: Any, adapted: Iterable[nn.Module]) -> dict[str, Any]:
+def kind_of(base: Any, adapted: Mapping[str, nn.Module]) -> dict[str, Any]:
     """What PEFT's configuration says of the model and of the layers with an adapter."""
     from transformers.pytorch_utils import Conv1D
 
     task = {"task_type": "CAUSAL_LM"} if hasattr(base, "generate") else {}
-    return task | {"fan_in_fan_out": all(isinstance(layer, Conv1D) for layer in adapted)}
+    return task | {"fan_in_fan_out": all(isinstance(m, Conv1D) for m in adapted.values())}
 
 
 def create_domain_model(

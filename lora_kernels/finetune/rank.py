@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from peft import AdaLoraConfig, PeftModel, get_peft_model
-from torch import nn
 from transformers import TrainerCallback
 
 from ..peft import fuse
@@ -198,7 +197,7 @@ def find_optimal_rank(
     training |= {"steps": search.steps, "seed": search.seed, "save_strategy": "no"}
 
     def adapted(rank: int) -> Any:
-        copy = share(model, trainable=True)
+        copy = share(model, frozen=True)
         preset = Preset(rank, alpha * rank, targets, chosen.dropout)
         return add_lora_layers(copy, preset, seed=search.seed)
 
@@ -222,7 +221,7 @@ def find_optimal_rank(
         count = sum(p.numel() for p in peft_model.parameters() if p.requires_grad)
         return RankRow(rank, value(peft_model, loss), loss, count, seconds)
 
-    with left_alone(model), tempfile.TemporaryDirectory() as unnamed:
+    with tempfile.TemporaryDirectory() as unnamed:
         folder = Path(unnamed if search.out is None else search.out)
         rows = []
         for rank in ranks:
@@ -235,7 +234,7 @@ def find_optimal_rank(
             return found
         rank = sorted(ranks)[len(ranks) // 2]
         preset = Preset(rank, alpha * rank, targets, chosen.dropout)
-        ada = add_adalora(share(model, trainable=True), preset, search.steps, search.seed)
+        ada = add_adalora(share(model, frozen=True), preset, search.steps, search.seed)
         row = trained("adalora", ada, rank, callbacks=[Allocate()])
         allocation, layers = allocated(ada), linear_layers(ada.get_base_model())
         kept = sum(r * (sum(features(layers[name])) + 1) for name, r in allocation.items())
@@ -294,21 +293,6 @@ def without_penalty(peft_model: Any) -> Iterator[None]:
         yield
     finally:
         del tuner.forward
-
-
-@contextmanager
-def left_alone(model: nn.Module) -> Iterator[None]:
-    """What training on a copy that shares the weights changes of the model is put back: which
-    parameters train, and the mode."""
-    trained = {name: p.requires_grad for name, p in model.named_parameters()}
-    training = model.training
-    try:
-        yield
-    finally:
-        for name, p in model.named_parameters():
-            p.requires_grad_(trained[name])
-            p.grad = None
-        model.train(training)
 
 
 def plot_ranks(file: Path, found: RankSearch, title: str) -> None:

@@ -45,7 +45,15 @@ from .compare import Row, compare
 from .data import token_blocks
 from .options import Adapters, Data, Options, Training, check_out, flag, read_json
 from .presets import Preset, add_lora_layers, check_adapter, find_preset
-from .trainer import CURVES, METRICS, LoRATrainer, losses, read_metrics, training_arguments
+from .trainer import (
+    CURVES,
+    METRICS,
+    LoRATrainer,
+    losses,
+    plot_metrics,
+    read_metrics,
+    training_arguments,
+)
 
 # The groups of options that settle the trained adapter, beside the model and the data, without
 # those that change nothing of it.
@@ -219,7 +227,7 @@ def curves_of(options: Options, preset: Preset, stock_losses: list[float]) -> di
         )
         curves = options.out / "loss.png"
         title = f"{model.display_name(options.model)}, LoRA rank {preset.rank}"
-        report.plot_losses(curves, title, found, stock_losses)
+        plot_metrics(curves, lines, stock_losses, title)
     return facts | {"curves": str(curves)}
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -14,7 +13,6 @@ from rich.table import Table
 from rich.text import Text
 
 from .compare import Row
-from .plots import plotted, step_axis
 
 
 @contextmanager
@@ -74,14 +72,3 @@ def facts(named: Mapping[str, str]) -> Table:
     for name, fact in named.items():
         table.add_row(name, fact)
     return table
-
-
-def plot_losses(file: Path, title: str, fused: Sequence[float], peft: Sequence[float]) -> None:
-    """Write a PNG of the training losses; `peft` may be shorter, or empty."""
-    with plotted(file) as (axes,):
-        axes.plot(range(1, len(fused) + 1), fused, linewidth=4, alpha=0.6, label="fused")
-        if peft:
-            style = {"color": "#222222", "linewidth": 1.6, "label": "stock PEFT"}
-            axes.plot(range(1, len(peft) + 1), peft, "--", **style)
-        axes.set(title=title, ylabel="loss (nats per token)")
-        step_axis(axes)

@@ -39,10 +39,23 @@ from .checkpoints import (
     write_whole,
 )
 from .options import check_numbers
-from .plots import plotted, step_axis
+from .plots import plotted
 
 METRICS, CURVES = "metrics.jsonl", "curves.png"
 _PARTIAL = ".partial"  # where a checkpoint is written before it gets its name
+
+
+_THEIRS = {field.name for field in dataclasses.fields(TrainingArguments)}
+# Names that transformers 5 changed, of which it warns.
+_SHARE_IN_STEPS = int(transformers.__version__.partition(".")[0]) >= 5
+_RECOMPUTING = "activation_checkpointing"
+if _RECOMPUTING not in _THEIRS:
+    _RECOMPUTING = "gradient_checkpointing"
+
+
+def _named(theirs: str, default: Any) -> Any:
+    """A setting that has another name in `TrainingArguments`."""
+    return dataclasses.field(default=default, metadata={"theirs": theirs})
 
 
 @dataclass(frozen=True)
@@ -62,21 +75,21 @@ class Settings:
         cpu: train on the CPU where there is a GPU, too.
     """
 
-    steps: int | None = None
-    epochs: float = 1.0
-    batch: int = 4
-    accumulate: int = 1
-    lr: float = 2e-4
-    scheduler: str = "cosine"
-    warmup: float = 0.0
-    max_grad_norm: float = 1.0
-    bf16: bool = False
-    checkpointing: bool = False
-    eval_every: int | None = None
-    save_every: int = 50
-    keep: int = 2
-    seed: int = 0
-    cpu: bool = False
+    steps: int | None = _named("max_steps", None)
+    epochs: float = _named("num_train_epochs", 1.0)
+    batch: int = _named("per_device_train_batch_size", 4)
+    accumulate: int = _named("gradient_accumulation_steps", 1)
+    lr: float = _named("learning_rate", 2e-4)
+    scheduler: str = _named("lr_scheduler_type", "cosine")
+    warmup: float = _named("warmup_steps" if _SHARE_IN_STEPS else "warmup_ratio", 0.0)
+    max_grad_norm: float = _named("max_grad_norm", 1.0)
+    bf16: bool = _named("bf16", False)
+    checkpointing: bool = _named(_RECOMPUTING, False)
+    eval_every: int | None = _named("eval_steps", None)
+    save_every: int = _named("save_steps", 50)
+    keep: int = _named("save_total_limit", 2)
+    seed: int = _named("seed", 0)
+    cpu: bool = _named("use_cpu", False)
 
     def __post_init__(self) -> None:
         counts = ("steps", "batch", "accumulate", "eval_every", "save_every", "keep")
@@ -103,46 +116,22 @@ def training_arguments(out: str | Path, **settings: Any) -> TrainingArguments:
     >>> training_arguments("out", batch=2, accumulate=8, cpu=True).gradient_accumulation_steps
     8
     """
-    theirs, own = (
-        {field.name for field in dataclasses.fields(cls)} for cls in (TrainingArguments, Settings)
-    )
-    if unknown := settings.keys() - theirs - own:
+    own = {field.name: field.metadata["theirs"] for field in dataclasses.fields(Settings)}
+    if unknown := settings.keys() - _THEIRS - own.keys():
         raise UsageError(f"{min(unknown)}: no such setting; want one of {', '.join(sorted(own))}")
-    s = Settings(**{name: value for name, value in settings.items() if name in own})
-    scheduler = s.scheduler
-    if scheduler == "constant" and s.warmup:
-        scheduler = "constant_with_warmup"  # the other one takes no account of a warm-up
-    # Names that transformers 5 changed, of which it warns.
-    again = next(n for n in ("activation_checkpointing", "gradient_checkpointing") if n in theirs)
-    share_in_steps = int(transformers.__version__.partition(".")[0]) >= 5
-    arguments: dict[str, Any] = dict(
-        output_dir=str(out),
-        max_steps=-1 if s.steps is None else s.steps,
-        num_train_epochs=s.epochs,
-        per_device_train_batch_size=s.batch,
-        per_device_eval_batch_size=s.batch,
-        gradient_accumulation_steps=s.accumulate,
-        learning_rate=s.lr,
-        lr_scheduler_type=scheduler,
-        max_grad_norm=s.max_grad_norm,
-        bf16=s.bf16,
-        eval_strategy="no" if s.eval_every is None else "steps",
-        eval_steps=s.eval_every,
-        save_steps=s.save_every,
-        save_total_limit=s.keep,
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        report_to=[],
-        seed=s.seed,
-        use_cpu=s.cpu,
-        remove_unused_columns=False,
-        prediction_loss_only=True,
-        disable_tqdm=True,
-    )
-    arguments["warmup_steps" if share_in_steps else "warmup_ratio"] = s.warmup
-    if s.checkpointing:
-        arguments |= {again: True, f"{again}_kwargs": {"use_reentrant": False}}
-    return TrainingArguments(**arguments | {n: settings[n] for n in settings.keys() - own})
+    chosen = Settings(**{name: settings.pop(name) for name in own.keys() & settings.keys()})
+    arguments = {theirs: getattr(chosen, name) for name, theirs in own.items()}
+    if chosen.steps is None:
+        arguments["max_steps"] = -1
+    if chosen.scheduler == "constant" and chosen.warmup:
+        arguments["lr_scheduler_type"] = "constant_with_warmup"  # the other one has no warm-up
+    if chosen.checkpointing:
+        arguments[f"{_RECOMPUTING}_kwargs"] = {"use_reentrant": False}
+    arguments |= {"output_dir": str(out), "per_device_eval_batch_size": chosen.batch}
+    arguments |= {"eval_strategy": "no" if chosen.eval_every is None else "steps"}
+    arguments |= {"logging_steps": 1, "logging_nan_inf_filter": False, "report_to": []}
+    arguments |= {"prediction_loss_only": True, "remove_unused_columns": False}
+    return TrainingArguments(**arguments | {"disable_tqdm": True} | settings)
 
 
 class LoRATrainer(Trainer):  # type: ignore[misc, unused-ignore]
@@ -438,15 +427,21 @@ def losses(lines: Sequence[dict[str, Any]], name: str = "loss") -> dict[int, flo
     return {line["step"]: line[name] for line in lines if name in line}
 
 
-def plot_metrics(file: Path, lines: Sequence[dict[str, Any]]) -> None:
-    """Write a PNG: the training loss and the evaluations' by step, the learning rate below."""
+def plot_metrics(
+    file: Path, lines: Sequence[dict[str, Any]], stock: Sequence[float] = (), title: str = ""
+) -> None:
+    """Write a PNG: the training loss and the evaluations' by step, the learning rate below.
+
+    stock: the losses of stock PEFT's first steps.
+    """
     with plotted(file, (9, 6.5), nrows=2, sharex=True, height_ratios=(3, 1)) as (upper, lower):
         train, held_out = losses(lines), losses(lines, "eval_loss")
-        upper.plot(list(train), list(train.values()), linewidth=2, label="training")
+        upper.plot(list(train), list(train.values()), linewidth=3, alpha=0.7, label="training")
         if held_out:
             upper.plot(list(held_out), list(held_out.values()), "o-", label="held out")
-        upper.set_ylabel("loss (nats per token)")
+        if stock:
+            upper.plot(range(1, len(stock) + 1), stock, "--", color="#222222", label="stock PEFT")
+        upper.set(ylabel="loss (nats per token)", title=title)
         rates = losses(lines, "learning_rate")
         lower.plot(list(rates), list(rates.values()), color="#444444", linewidth=2)
-        lower.set_ylabel("learning rate")
-        step_axis(lower)
+        lower.set(ylabel="learning rate", xlabel="step")

@@ -38,15 +38,9 @@ train(*sys.argv[1:])
 
 def train(out: str, file: str) -> None:
     model = adapted()
-    args = training_arguments(
-        out,
-        steps=6,
-        batch=4 // int(os.environ.get("WORLD_SIZE", "1")),
-        lr=0.5,
-        save_every=3,
-        optim="sgd",
-        cpu=True,
-    )
+    batch = 4 // int(os.environ.get("WORLD_SIZE", "1"))
+    how = {"steps": 6, "batch": batch, "lr": 0.5, "save_every": 3}
+    args = training_arguments(out, **how, optim="sgd", cpu=True)
     trainer = LoRATrainer(
         model, args, train_dataset=load_chat(file, tokenizer()), processing_class=tokenizer()
     )

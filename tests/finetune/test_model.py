@@ -13,11 +13,11 @@ from lora_kernels.finetune.data import batch, token_blocks
 from lora_kernels.finetune.model import (
     adapters,
     cast_parameters,
-    check_targets,
     load_base,
     load_tokenizer,
     share,
 )
+from lora_kernels.finetune.presets import find_targets
 
 LORA = {"preset": Preset(3, 8, ("all-linear",), 0.0), "fused": False}
 
@@ -58,9 +58,9 @@ def test_casting_keeps_tied_weights_tied() -> None:
 
 def test_targets_of_a_model_made_of_conv1d() -> None:
     model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=11))
-    check_targets(model, ["c_attn", "mlp.c_fc"])
+    assert find_targets(model, ["c_attn", "mlp.c_fc"]) == (["c_attn", "mlp.c_fc"], [])
     with pytest.raises(UsageError, match=r"did you mean c_proj\? this model has c_attn, c_proj"):
-        check_targets(model, ["q_proj"])
+        find_targets(model, ["q_proj"])
 
 
 def test_blocks_hold_the_text(model_folder: Path, text: Path) -> None:

@@ -186,6 +186,7 @@ def test_table_and_curve(tmp_path: Path) -> None:
         ({"ranks": ()}, r"ranks: got \(\), want different ones"),
         ({"ranks": (0, 4)}, r"ranks: got \(0, 4\)"),
         ({"steps": 9}, "steps: got 9, want at least 10"),
+        ({"stpes": 12, "adalora": False}, "stpes: no such setting; want one of "),
         ({"preset": "chta"}, "did you mean 'chat'"),
         ({"targets": ["gate"]}, "its linear layers are c_attn"),
     ],

@@ -70,17 +70,8 @@ def test_updates_are_plain_pytorchs(data: ChatData, tmp_path: Path) -> None:
             order.append([data.rows.index(row) for row in rows])
             return super().__call__(rows)
 
-    args = training_arguments(
-        tmp_path,
-        steps=steps,
-        batch=2,
-        accumulate=2,
-        lr=lr,
-        warmup=0.25,
-        max_grad_norm=clip,
-        optim="sgd",
-        cpu=True,
-    )
+    how: dict[str, Any] = {"steps": steps, "batch": 2, "accumulate": 2, "lr": lr, "warmup": 0.25}
+    args = training_arguments(tmp_path, **how, max_grad_norm=clip, optim="sgd", cpu=True)
     LoRATrainer(model, args, train_dataset=data, data_collator=Seen(0)).train()
     got, lines = weights(model), metrics(tmp_path)
 
@@ -193,16 +184,8 @@ def test_lora_plus_moves_B_by_the_ratio(data: ChatData, tmp_path: Path) -> None:
     for ratio in (None, 4.0):
         model = adapted()
         before = weights(model)
-        trainer(
-            tmp_path / str(ratio),
-            data,
-            model,
-            steps=1,
-            warmup=0.0,
-            lora_plus_ratio=ratio,
-            optim="sgd",
-            max_grad_norm=0.0,
-        ).train()
+        how = {"steps": 1, "optim": "sgd", "max_grad_norm": 0.0, "lora_plus_ratio": ratio}
+        trainer(tmp_path / str(ratio), data, model, **how).train()
         moved.append({n: p - before[n] for n, p in weights(model).items()})
     for name, plain in moved[0].items():
         factor = 4.0 if "lora_B" in name else 1.0
@@ -226,16 +209,8 @@ def test_early_stop_goes_back_to_the_best(data: ChatData, tmp_path: Path) -> Non
     last = 0
     for name in ("once", "twice"):
         out = tmp_path / name
-        settings: dict[str, Any] = {
-            "steps": 40,
-            "lr": 0.5,
-            "max_grad_norm": 0.0,
-            "warmup": 0.5,
-            "eval_every": 1,
-            "save_every": 1,
-            "patience": 2,
-            "eval_dataset": val,
-        }
+        settings: dict[str, Any] = {"steps": 40, "lr": 0.5, "max_grad_norm": 0.0, "warmup": 0.5}
+        settings |= {"eval_every": 1, "save_every": 1, "patience": 2, "eval_dataset": val}
         if name == "twice":
             with pytest.raises(KeyboardInterrupt):
                 trainer(out, train, adapted(), **settings, callbacks=[Break(last)]).train()
@@ -286,6 +261,7 @@ def test_packed_rows_train(data: ChatData, tmp_path: Path) -> None:
     ("settings", "words"),
     [
         ({"batch": 0}, "batch: got 0, want at least 1"),
+        ({"bacth": 2}, "bacth: no such setting; want one of accumulate, batch, "),
         ({"lr": math.nan}, "lr: got nan, want a positive number"),
         ({"warmup": 1.0}, r"warmup: got 1.0, want a share in \[0, 1\)"),
         ({"max_grad_norm": -1.0}, "max_grad_norm: got -1.0"),

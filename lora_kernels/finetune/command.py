@@ -42,9 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Ctrl-C or SIGTERM saves and stops; the same command goes on."
     )
     add_options(parser, Inputs, Adapters, Data, Training, Checks)
-    parser.add_argument(
-        "--no-compare", dest="compare", action="store_false", default=argparse.SUPPRESS
-    )
+    off: dict[str, Any] = {"action": "store_false", "default": argparse.SUPPRESS}
+    parser.add_argument("--no-compare", dest="compare", help="leave --compare out", **off)
 
 
 def run(args: argparse.Namespace) -> int:

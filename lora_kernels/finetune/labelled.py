@@ -86,7 +86,7 @@ def read_labelled(
 
     >>> import pathlib, tempfile
     >>> file = pathlib.Path(tempfile.mkdtemp(), "mail.csv")
-    >>> _ = file.write_text("text,label\nBuy now,spam\nSee you at six,ham\n")
+    >>> _ = file.write_text("text,label\\nBuy now,spam\\nSee you at six,ham\\n")
     >>> read_labelled(file).names
     ('ham', 'spam')
     """

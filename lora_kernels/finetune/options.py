@@ -123,7 +123,7 @@ class Inputs:
     model: Path = arg(None, **_MODEL)
     data: list[Path] = arg([], _LINES)
     out: Path = arg(Path("finetune-out"), "folder of the run; one that was interrupted goes on")
-    base: Path | None = arg(None, argparse.SUPPRESS)  # of a GGUF file, for PEFT; in --out if None
+    base: Path | None = arg(None, "folder for a GGUF file's weights, for PEFT (default: in --out)")
 
 
 @dataclass(frozen=True)

@@ -172,6 +172,7 @@ def find_optimal_rank(
 
     Raises UsageError, naming the argument, before anything is trained.
 
+    >>> from torch import nn
     >>> from lora_kernels.finetune.rank import find_optimal_rank
     >>> find_optimal_rank(nn.Linear(2, 2), [], [], ranks=(4, 4))
     Traceback (most recent call last):

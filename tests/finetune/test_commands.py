@@ -413,6 +413,7 @@ def test_auto_peft_loads_the_adapter_of_a_run_on_gguf(dtype: str, tmp_path: Path
     AutoPeftModelForCausalLM.from_pretrained(out / "checkpoint-2")
     run(*argv)
     assert (out / "base" / "model.safetensors").stat().st_mtime_ns == before
+    assert "8 layers merged" in run("merge", "--run", out, "--out", tmp_path / "whole")
 
 
 @pytest.mark.parametrize("is_terminal", [False, True])

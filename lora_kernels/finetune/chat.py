@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from . import UsageError
+from .checkpoints import translate_errors
 from .options import check_numbers, suggest
 
 IGNORED = -100  # transformers' label of a token that adds nothing to the loss
@@ -41,7 +43,7 @@ class Example(NamedTuple):
     labels: list[int]
 
     @classmethod
-    def of(cls, ids: Iterable[int], learnt: Iterable[Any]) -> Example:
+    def from_tokens(cls, ids: Iterable[int], learnt: Iterable[Any]) -> Example:
         """The tokens, with labels where `learnt` is true."""
         ids = list(ids)
         labels = [token if on else IGNORED for token, on in zip(ids, learnt, strict=True)]
@@ -204,15 +206,11 @@ def _examples(
     if not raw.strip():
         raise UsageError(f"data: {file} is empty; give one example a line, like {FORMS}")
     if file.suffix not in (".jsonl", ".json"):
-        try:
+        with translate_errors(f"data: {file} is not UTF-8 text; convert it", UnicodeDecodeError):
             ids = encode({"text": raw.decode("utf-8")}, tokenizer).input_ids
-        except UnicodeDecodeError as error:
-            raise UsageError(
-                f"data: {file} is not UTF-8 text (byte {error.start}); convert it to plain UTF-8"
-            ) from None
         for part in (ids[i : i + max_length] for i in range(0, len(ids), max_length)):
             if len(part) > 1:
-                yield str(file), Example.of(part, [True] * len(part))
+                yield str(file), Example.from_tokens(part, [True] * len(part))
         return
     # Not by str.splitlines, which would also break at separators that JSON allows in a string.
     for number, line in enumerate(raw.split(b"\n"), 1):
@@ -249,6 +247,7 @@ def _parsed(line: bytes) -> Any:
 
 
 def _kind(value: Any) -> str:
+    """Return how an error names a JSON value."""
     if value in ([], ""):
         return f"an empty {'list' if value == [] else 'string'}"
     return f"a JSON {type(value).__name__}"
@@ -322,7 +321,7 @@ def _encode_chat(messages: list[dict[str, Any]], tokenizer: Any, first: int = 0)
     if first == 0 and re.search(r"\{%-?\s*generation\s*-?%\}", str(tokenizer.chat_template)):
         markers = {"return_dict": True, "return_assistant_tokens_mask": True}
         done = _rendered(messages, tokenizer, tokenize=True, **markers)
-        return Example.of(done["input_ids"], done["assistant_masks"])
+        return Example.from_tokens(done["input_ids"], done["assistant_masks"])
     full = _rendered(messages, tokenizer)
     spans: list[tuple[int, int | None]] = []
     for i in turns:
@@ -379,7 +378,7 @@ def _encode_text(
             ids.append(eos)
             learnt.append(True)
         learnt[-1] = True
-    return Example.of(ids, learnt)
+    return Example.from_tokens(ids, learnt)
 
 
 def pack(data: ChatData, length: int) -> ChatData:
@@ -420,8 +419,7 @@ class Collator:
     """Rows of `ChatData` to a batch, int64 [rows, longest], padded on the right.
 
     Of plain rows: input_ids, labels (-100 on padding) and attention_mask (0 on padding). Of packed
-    rows: position_ids in place of the mask; the padding is a document of its own, which nobody
-    attends to but itself.
+    rows: position_ids in place of the mask; each token of the padding is a document of its own.
 
     >>> from lora_kernels.finetune.chat import Collator
     >>> batch = Collator(0)([{"input_ids": [5], "labels": [5]}, {"input_ids": [6, 7],
@@ -443,21 +441,11 @@ class Collator:
     def __call__(self, rows: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, Tensor]:
         if len({"position_ids" in row for row in rows}) != 1:
             raise ValueError("rows: got some packed and some not, want one kind")
-        width = max(len(row["input_ids"]) for row in rows)
-        batch: dict[str, list[list[int]]] = {}
-        for row in rows:
-            size = len(row["input_ids"])
-            padded = {
-                "input_ids": [*row["input_ids"], *[self.pad_token_id] * (width - size)],
-                "labels": [*row["labels"], *[IGNORED] * (width - size)],
-            }
-            if "position_ids" in row:
-                padded["position_ids"] = [*row["position_ids"], *range(width - size)]
-            else:
-                padded["attention_mask"] = [1] * size + [0] * (width - size)
-            for name, values in padded.items():
-                batch.setdefault(name, []).append(values)
-        return {name: torch.tensor(lists) for name, lists in batch.items()}
+        columns = {name: [torch.tensor(row[name]) for row in rows] for name in rows[0]}
+        if "position_ids" not in columns:
+            columns["attention_mask"] = [torch.ones_like(ids) for ids in columns["input_ids"]]
+        fill = {"input_ids": self.pad_token_id, "labels": IGNORED}
+        return {n: pad_sequence(c, True, fill.get(n, 0)) for n, c in columns.items()}
 
 
 @torch.no_grad()

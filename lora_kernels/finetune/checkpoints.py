@@ -1,4 +1,4 @@
-"""Checkpoints in a run's folder: which is the newest, and whether it can be read; whole writes."""
+"""Checkpoints in a run's folder: which is the newest, and whether it can be read; atomic writes."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def find_intact(out: str | Path) -> tuple[Path | None, dict[Path, str]]:
         damaged[checkpoint] = reason
     if damaged:
         raise UsageError(
-            f"out: {and_more(list(damaged))} cannot be read: {next(iter(damaged.values()))}; "
+            f"out: {count_more(list(damaged))} cannot be read: {next(iter(damaged.values()))}; "
             "give another folder"
         )
     return None, {}
@@ -83,8 +83,8 @@ def first_line(error: BaseException) -> str:
 
 
 @contextmanager
-def refused(message: str, *errors: type[Exception]) -> Iterator[None]:
-    """Raise UsageError that begins with the message for these errors, or for any."""
+def translate_errors(message: str, *errors: type[Exception]) -> Iterator[None]:
+    """Raise UsageError in place of these errors (default: of any), beginning with the message."""
     kinds = errors or (Exception,)
     try:
         yield
@@ -94,9 +94,10 @@ def refused(message: str, *errors: type[Exception]) -> Iterator[None]:
         raise UsageError(f"{message}: {first_line(error)}") from error
 
 
-def and_more(found: list[Any]) -> str:
-    """
-    >>> and_more(["a", "b", "c"])
+def count_more(found: list[Any]) -> str:
+    """Return the first of a list and the number of the others.
+
+    >>> count_more(["a", "b", "c"])
     'a and 2 more'
     """
     return f"{found[0]} and {len(found) - 1} more" if len(found) > 1 else str(found[0])
@@ -129,8 +130,8 @@ def named_write(target: Path) -> Iterator[None]:
 
 
 @contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """Yields a folder that gets its name at the end; what an error leaves of it is removed."""
+def write_folder(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder that is renamed to `folder` at the end, or removed on an error."""
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -144,8 +145,8 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def write_whole(file: Path, text: str) -> None:
-    """Whole or not at all."""
+def replace_file(file: Path, text: str) -> None:
+    """Write the file whole or not at all."""
     partial = file.with_name(f".{file.name}.partial")
     with named_write(file):
         partial.write_text(text)
@@ -153,4 +154,4 @@ def write_whole(file: Path, text: str) -> None:
 
 
 def write_json(file: Path, value: Any) -> None:
-    write_whole(file, json.dumps(value, indent=1))
+    replace_file(file, json.dumps(value, indent=1))

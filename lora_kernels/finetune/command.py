@@ -18,8 +18,8 @@ from .options import (
     Options,
     Training,
     add_options,
+    fill_in_demo,
     require,
-    with_demo,
 )
 
 DEMO: dict[str, Any] = dict(
@@ -85,7 +85,7 @@ def options_from(args: argparse.Namespace) -> Options:
     from .model import check_quant, locate
     from .presets import find_preset
 
-    options = Options(**with_demo(vars(args), **DEMO))
+    options = Options(**fill_in_demo(vars(args), **DEMO))
     require(options, ("model", "data"), "try --demo")
     locate(options.model)
     check_quant(options.quant)

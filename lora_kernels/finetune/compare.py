@@ -204,6 +204,7 @@ def compare(
 
 
 def loss_row(what: str, fused: list[float], stock: list[float]) -> Row:
+    """The largest relative difference of the losses, and the last ones."""
     difference = max(abs(f - s) / s for f, s in zip(fused, stock, strict=True))
     return Row(what, difference, peft=f"{stock[-1]:.5f}", fused=f"{fused[-1]:.5f}")
 

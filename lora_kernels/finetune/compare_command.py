@@ -185,9 +185,9 @@ them.
 
 def plot(file: Path, data: Mapping[str, Any]) -> None:
     """Write a PNG: each method's score, with every seed's, over what it trains."""
-    from .plots import plotted
+    from .plots import draw_png
 
-    with plotted(file) as (axes,):
+    with draw_png(file) as (axes,):
         for number, row in enumerate(data["rows"]):
             color, marker = f"C{number}", MARKERS[number % len(MARKERS)]
             scores = [100 * run["score"] for run in row["runs"]]

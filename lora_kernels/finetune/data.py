@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import UsageError
+from .checkpoints import translate_errors
 
 
 def token_blocks(rows: Iterable[Mapping[str, Sequence[int]]], length: int) -> Tensor:
@@ -29,12 +30,8 @@ def read_text(file: Path) -> str:
     """The text of a UTF-8 file, or a UsageError that says why there is none."""
     if not file.is_file():
         raise UsageError(f"--data: there is no file {file}; give the path of a plain text file")
-    try:
+    with translate_errors(f"--data: {file} is not UTF-8 text; convert it", UnicodeDecodeError):
         text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UsageError(
-            f"--data: {file} is not UTF-8 text (byte {error.start}); convert it to plain UTF-8"
-        ) from None
     if not text.strip():
         raise UsageError(f"--data: {file} is empty; give a file with text in it")
     return text

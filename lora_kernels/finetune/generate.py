@@ -9,7 +9,7 @@ from typing import Any
 from .command import quiet
 from .inputs import demo_model
 from .model import check_quant, locate, read_adapter_config
-from .options import GenerateOptions, add_options, with_run
+from .options import GenerateOptions, add_options, fill_in_run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
 def resolve(given: dict[str, Any]) -> GenerateOptions:
     """The arguments with --run and --demo filled in, checked as far as that needs no model."""
     known = {"model": demo_model()} if given.get("demo") else {}
-    options = GenerateOptions(**known | with_run(given, "model", "dtype"))
+    options = GenerateOptions(**known | fill_in_run(given, "model", "dtype"))
     read_adapter_config(options.adapter, "--adapter")
     locate(options.model)
     check_quant(options.quant)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from . import UsageError
+from .checkpoints import translate_errors
 
 
 @dataclass(frozen=True)
@@ -116,23 +117,17 @@ def _records(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     if not file.is_file():
         raise UsageError(f"--data: there is no file {file}; give JSON lines (.jsonl) or a .csv")
     data, kind = file.read_bytes(), file.name.removesuffix(".bz2").rpartition(".")[2]
-    try:
-        content = (bz2.decompress(data) if file.suffix == ".bz2" else data).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UsageError(
-            f"--data: {file} is not UTF-8 text (byte {error.start}); convert it to plain UTF-8"
-        ) from None
-    except (OSError, ValueError, EOFError) as error:
-        raise UsageError(f"--data: {file} cannot be decompressed: {error}") from None
+    with translate_errors(f"--data: {file} is not UTF-8 text; convert it", UnicodeDecodeError):
+        if file.suffix == ".bz2":
+            with translate_errors(f"--data: {file} cannot be decompressed", OSError, ValueError):
+                data = bz2.decompress(data)
+        content = data.decode("utf-8")
     if kind not in ("csv", "jsonl"):
         raise UsageError(f"--data: got {file}, want JSON lines (.jsonl) or a .csv")
     if kind == "csv":
         reader = csv.DictReader(io.StringIO(content))
-        try:
-            for record in reader:
-                yield reader.line_num, record
-        except csv.Error as error:
-            raise UsageError(f"--data: {file}, line {reader.line_num}: {error}") from None
+        with translate_errors(f"--data: {file} is no table", csv.Error):
+            yield from ((reader.line_num, record) for record in reader)
         return
     for number, line in enumerate(content.splitlines(), 1):
         if not line.strip():

@@ -19,7 +19,7 @@ from ..peft.linear import is_linear4bit
 from ..quantization import Weight4bit
 from . import UsageError
 from . import model as models
-from .checkpoints import whole_folder
+from .checkpoints import write_folder
 from .compare import relative_rms
 from .model import DTYPES
 
@@ -41,7 +41,7 @@ class Merged:
 
 
 class _Refused(Exception):
-    """`check` said no."""
+    """The caller's `check` returned False."""
 
 
 def merge_adapter(
@@ -118,7 +118,7 @@ def merge_adapter(
     merged = adapted.merge_and_unload(safe_merge=True)  # raises where a sum is not finite
     models.cast_parameters(merged, DTYPES[dtype])
     try:
-        with whole_folder(out) as partial:
+        with write_folder(out) as partial:
             size: Any = "5GB"
             if gguf_file is not None:
                 models.load_tokenizer(base).save_pretrained(partial)
@@ -138,7 +138,7 @@ def merge_adapter(
 
 
 def decode(model: Any) -> None:
-    """Make the whole model dense and float32, in place: what bitsandbytes holds in 4 bits, too."""
+    """Make the whole model dense and float32 in place, its bitsandbytes 4-bit layers included."""
     for name, layer in list(model.named_modules()):
         if is_linear4bit(layer):
             linear = nn.Linear(*models.features(layer), bias=layer.bias is not None, device="meta")

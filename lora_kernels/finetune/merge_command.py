@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .command import quiet
-from .options import MergeOptions, add_options, check_out, with_run
+from .options import MergeOptions, add_options, check_out, fill_in_run
 
 # What the logits are compared on, where --text names nothing else.
 TEXT = (
@@ -41,7 +41,7 @@ def resolve(given: dict[str, Any]) -> MergeOptions:
     from .data import read_text
     from .model import check_quant, locate, read_adapter_config
 
-    options = MergeOptions(**with_run(given, "base", "quant_dtype"))
+    options = MergeOptions(**fill_in_run(given, "base", "quant_dtype"))
     if options.onto == "dequantized" and options.quant is None:
         options = replace(options, quant="nf4")
     if options.compare:

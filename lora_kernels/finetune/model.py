@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from . import UsageError
-from .checkpoints import and_more, refused
+from .checkpoints import count_more, translate_errors
 from .options import MAX_LENGTH
 
 if TYPE_CHECKING:
@@ -96,12 +96,12 @@ def load_adapter(base: Any, folder: Path, argument: str = "adapter") -> Any:
     config.inference_mode = True
     config.base_model_name_or_path = None  # PEFT warns where the base has moved
     unfit = f"{argument}: {folder} does not fit the base"
-    with refused(unfit, ValueError, TypeError, RuntimeError):
+    with translate_errors(unfit, ValueError, TypeError, RuntimeError):
         stock: Any = get_peft_model(base, config)
     files = [folder / f"adapter_model.{kind}" for kind in ("safetensors", "bin")]
     if not any(file.is_file() for file in files):  # PEFT would ask a hub for it
         raise UsageError(f"{argument}: {folder} holds no {files[0].name}")
-    with refused(f"{argument}: {folder} cannot be read"):
+    with translate_errors(f"{argument}: {folder} cannot be read"):
         state: dict[str, Tensor] = load_peft_weights(str(folder), device=str(stock.device))
     want = get_peft_model_state_dict(stock, save_embedding_layers=False)
     embeddings = {key for key in state if key.rpartition(".")[0].endswith(_EMBEDDINGS)}
@@ -116,7 +116,7 @@ def load_adapter(base: Any, folder: Path, argument: str = "adapter") -> Any:
     }
     for problem, keys in problems.items():
         if keys:
-            raise UsageError(f"{unfit}: {problem} {and_more(sorted(keys))}")
+            raise UsageError(f"{unfit}: {problem} {count_more(sorted(keys))}")
     set_peft_model_state_dict(stock, state)
     return stock.eval()
 
@@ -131,7 +131,7 @@ def read_adapter_config(folder: Path, argument: str = "adapter") -> Any:
             "an adapter in"
         )
     # PEFT checks no field, so that a wrong one raises anything.
-    with refused(f"{argument}: {folder}/adapter_config.json cannot be read"):
+    with translate_errors(f"{argument}: {folder}/adapter_config.json cannot be read"):
         return PeftConfig.from_pretrained(str(folder))
 
 
@@ -167,7 +167,7 @@ def load_float32(auto_class: Any, model: Path, whole: bool = False, **kwargs: An
     how = {"dtype": torch.float32, "output_loading_info": True}
     loaded, report = _load(auto_class, model, **how, **kwargs)
     if whole and (missing := report["missing_keys"]):
-        raise UsageError(f"--model: {model} lacks the weight {and_more(sorted(missing))}")
+        raise UsageError(f"--model: {model} lacks the weight {count_more(sorted(missing))}")
     if locate(model)[1] is not None:
         # Decoded as it was read, yet marked as quantized, which Trainer and save_pretrained heed.
         del loaded.hf_quantizer, loaded.is_quantized, loaded.quantization_method
@@ -189,7 +189,7 @@ def build_skeleton(model: Path) -> nn.Module:
     config = load_config(model)
     from_config: Any = AutoModelForCausalLM.from_config
     # A field that the model's code has no use for may raise anything.
-    with refused(f"--model: transformers cannot build {model}"), torch.device("meta"):
+    with translate_errors(f"--model: transformers cannot build {model}"), torch.device("meta"):
         return cast(nn.Module, from_config(config))
 
 
@@ -281,14 +281,16 @@ def _load(auto_class: Any, model: Path, **kwargs: Any) -> Any:
     folder, gguf_file = locate(model)
     kwargs |= {"gguf_file": gguf_file, "local_files_only": True}
     # A damaged file makes each library raise something of its own.
-    with refused(f"--model: transformers cannot load {model}"):
+    with translate_errors(f"--model: transformers cannot load {model}"):
         return auto_class.from_pretrained(folder, **kwargs)
 
 
 def usable_device(name: str) -> torch.device:
     """The device of that name, or with no name a GPU if there is one, else the CPU."""
     # AssertionError where torch has no CUDA at all.
-    with refused(f"--device: got {name}, which cannot be used", RuntimeError, AssertionError):
+    with translate_errors(
+        f"--device: got {name}, which cannot be used", RuntimeError, AssertionError
+    ):
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device)
     return device

@@ -60,7 +60,7 @@ def check_numbers(
 
 
 def suggest(got: Any, wanted: Iterable[str], of: str = "one") -> str:
-    """What to say of a name that is none of the wanted.
+    """Return a hint for a name that is unknown: the closest of `wanted`, or all of them.
 
     >>> suggest("medcial", ("medical", "legal")), suggest("x", ("a", "b"))
     ("did you mean 'medical'?", 'want one of a, b')
@@ -70,7 +70,7 @@ def suggest(got: Any, wanted: Iterable[str], of: str = "one") -> str:
 
 
 def arg(default: Any, help: str, *aliases: str, **settings: Any) -> Any:
-    """A field that is an argument; settings: argparse's."""
+    """Return a dataclass field that `HfArgumentParser` makes an argument; settings: argparse's."""
     if default not in (None, "", 0, 0.0, False, []):
         shown = " ".join(map(str, default)) if isinstance(default, list) else default
         help += f" (default {shown})"
@@ -81,7 +81,7 @@ def arg(default: Any, help: str, *aliases: str, **settings: Any) -> Any:
 
 
 def add_options(parser: argparse.ArgumentParser, *options: Any) -> None:
-    """Give the parser an argument for each field; one that is not given is absent afterwards."""
+    """Add an argument for each field; one that is not given is absent from the namespace."""
     from transformers import HfArgumentParser
 
     made = HfArgumentParser(options, add_help=False)
@@ -91,6 +91,7 @@ def add_options(parser: argparse.ArgumentParser, *options: Any) -> None:
 
 
 def require(options: Any, names: Iterable[str], otherwise: str) -> None:
+    """Raise UsageError for the first of these options that is missing."""
     for name in names:
         if not getattr(options, name):
             raise UsageError(f"{flag(name)} is missing; give it, or {otherwise}")
@@ -104,7 +105,7 @@ def check_out(out: Path, instead: str = "that can be written") -> None:
         raise UsageError(f"--out: {reason}; give a folder {instead}")
 
 
-# What several commands have.
+# Arguments of several commands
 _MODEL: dict[str, Any] = {"help": "model folder, GGUF file or cached hub id", "metavar": "MODEL"}
 _BITS = "hold linear layers in 4 bits, as QLoRA does, by bitsandbytes"
 _QUANT: dict[str, Any] = {"help": _BITS, "choices": ("nf4", "fp4")}
@@ -342,8 +343,8 @@ class GenerateOptions:
         check_numbers(vars(self), seed="seed", max_new_tokens=1, temperature="natural")
 
 
-def with_demo(given: dict[str, Any], **defaults: Any) -> dict[str, Any]:
-    """What was given, with --demo the defaults and the demo's model and text beside it."""
+def fill_in_demo(given: dict[str, Any], **defaults: Any) -> dict[str, Any]:
+    """Return the arguments, with --demo completed by the defaults, the demo's model and text."""
     from .inputs import demo_model, demo_text
 
     if not given.get("demo"):
@@ -354,8 +355,8 @@ def with_demo(given: dict[str, Any], **defaults: Any) -> dict[str, Any]:
     return given | {"data": given.get("data") or [demo_text()]}
 
 
-def with_run(given: dict[str, Any], model: str, dtype: str) -> dict[str, Any]:
-    """What was given, with --run that run's model, adapter, dtype and quant beside it."""
+def fill_in_run(given: dict[str, Any], model: str, dtype: str) -> dict[str, Any]:
+    """Return the arguments, with --run completed by that run's model, adapter, dtype and quant."""
     if (folder := given.get("run")) is None:
         return given
     saved = read_run(folder)

@@ -1,4 +1,4 @@
-"""One look for every figure that a recipe writes."""
+"""The style of every figure that a recipe writes."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 
 @contextmanager
-def plotted(file: Path, size: tuple[float, float] = (9, 5.5), **grid: Any) -> Iterator[list[Any]]:
-    """Yields a figure's axes, and writes them as a PNG: whole or not at all.
+def draw_png(file: Path, size: tuple[float, float] = (9, 5.5), **grid: Any) -> Iterator[list[Any]]:
+    """Yield a figure's axes, then write the figure as a PNG, whole or not at all.
 
     grid: of matplotlib's `Figure.subplots`.
     """

@@ -191,7 +191,7 @@ def add_lora_layers(
             stacklevel=2,
         )
     any_alpha: Any = chosen.alpha  # PEFT says int and takes both
-    config = kind_of(base, adapted) | {"lora_alpha": any_alpha} | config
+    config = peft_settings(base, adapted) | {"lora_alpha": any_alpha} | config
     lora = LoraConfig(r=chosen.rank, lora_dropout=chosen.dropout, target_modules=names, **config)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -203,8 +203,8 @@ def add_lora_layers(
     return fuse(peft_model) if fused else peft_model
 
 
-def kind_of(base: Any, adapted: Mapping[str, nn.Module]) -> dict[str, Any]:
-    """What PEFT's configuration says of the model and of the layers with an adapter."""
+def peft_settings(base: Any, adapted: Mapping[str, nn.Module]) -> dict[str, Any]:
+    """Return the fields of PEFT's configuration that depend on the model and its layers."""
     from transformers.pytorch_utils import Conv1D
 
     task = {"task_type": "CAUSAL_LM"} if hasattr(base, "generate") else {}

@@ -20,8 +20,8 @@ from ..peft import fuse
 from . import UsageError
 from .model import features, linear_layers, share
 from .options import check_numbers
-from .plots import plotted
-from .presets import Preset, add_lora_layers, chosen_layers, find_preset, kind_of
+from .plots import draw_png
+from .presets import Preset, add_lora_layers, chosen_layers, find_preset, peft_settings
 from .trainer import LoRATrainer, training_arguments
 
 RANKS = (4, 8, 16, 32, 64)
@@ -256,7 +256,7 @@ def add_adalora(model: Any, preset: Preset, steps: int, seed: int = 0, **config:
         lora_alpha=any_alpha,
         lora_dropout=preset.dropout,
         target_modules=names,
-        **kind_of(model, adapted) | schedule | config,
+        **peft_settings(model, adapted) | schedule | config,
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -302,7 +302,7 @@ def plot_ranks(file: Path, found: RankSearch, title: str) -> None:
     ranks = [row.rank for row in rows]
     labels = {"score": "score, held out", "efficiency": "score per million parameters"}
     bests = {"score": found.best, "efficiency": found.most_efficient}
-    with plotted(file, (11, 5), ncols=2) as both:
+    with draw_png(file, (11, 5), ncols=2) as both:
         for axes, (name, label) in zip(both, labels.items(), strict=True):
             axes.plot(ranks, [getattr(row, name) for row in rows], "o-", label="LoRA")
             best, ada = bests[name], found.adalora

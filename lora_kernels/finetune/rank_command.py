@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from .command import quiet
-from .options import RankOptions, add_options, check_out, with_demo
+from .options import RankOptions, add_options, check_out, fill_in_demo
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> int:
     from .presets import find_preset
 
     quiet()
-    options = RankOptions(**with_demo(vars(args)))
+    options = RankOptions(**fill_in_demo(vars(args)))
     locate(options.model)
     check_quant(options.quant)
     find_preset(options.preset)

@@ -38,7 +38,7 @@ from .checkpoints import (
     newest_checkpoint,
     set_aside,
     steps_done,
-    whole_folder,
+    write_folder,
     write_json,
 )
 from .compare import Row, compare
@@ -69,8 +69,8 @@ TEXT = Preset(16, 32, (model.ALL_LINEAR,), 0.0)  # of a run on plain text withou
 TEXT_PROMPT = "Tell me a story."
 
 
-def adapter_of(options: Options) -> dict[str, Any]:
-    """The settings of `add_lora_layers`: the preset with the options' changes, and PEFT's."""
+def adapter_settings(options: Options) -> dict[str, Any]:
+    """Return the settings of `add_lora_layers`: the preset, changed by the options, and PEFT's."""
     chosen = find_preset(options.preset or ("chat" if options.has_json else TEXT))
     given = {name: getattr(options, name) for name in ("rank", "alpha", "dropout")}
     given["targets"] = tuple(options.target_modules) or None
@@ -85,7 +85,7 @@ def finetune(options: Options) -> int:
     console = Console(markup=False, highlight=False)  # answers hold brackets of their own
     device = model.usable_device(options.device)
     dtype = model.DTYPES[options.dtype]
-    lora = adapter_of(options)
+    lora = adapter_settings(options)
     run = check_run(options)
     skeleton = model.build_skeleton(options.model)
     check_adapter(skeleton, lora["preset"].targets, lora["preset"].rank)
@@ -159,7 +159,7 @@ def finetune(options: Options) -> int:
         "before": before,
         "after": after,
     }
-    facts |= curves_of(options, lora["preset"], stock_losses)
+    facts |= summarize_losses(options, lora["preset"], stock_losses)
     size = (folder / "adapter_model.safetensors").stat().st_size
     facts["adapter"] = (
         f"{folder}, {size / 1e6:.1f} MB beside the model's {model_bytes / 1e6:.1f} MB "
@@ -205,8 +205,8 @@ def text_of(tokens: Tensor, tokenizer: Any) -> str:
     return str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
 
 
-def curves_of(options: Options, preset: Preset, stock_losses: list[float]) -> dict[str, str]:
-    """What the losses say, and where they are drawn."""
+def summarize_losses(options: Options, preset: Preset, stock_losses: list[float]) -> dict[str, str]:
+    """Return the lines of the report about the losses; draw them beside stock PEFT's."""
     lines = read_metrics(options.out / METRICS)
     found, held_out = list(losses(lines).values()), losses(lines, "eval_loss")
     n = max(1, min(10, len(found) // 2))
@@ -305,7 +305,7 @@ def name_base(options: Options, adapted: Any, base: Any, tokenizer: Any) -> None
             if options.quant:
                 dtype = model.DTYPES[options.dtype]
                 base = model.load_base(options.model, dtype, torch.device("cpu"))
-            with whole_folder(folder) as partial:
+            with write_folder(folder) as partial:
                 base.save_pretrained(partial)
                 tokenizer.save_pretrained(partial)
     for config in adapted.peft_config.values():

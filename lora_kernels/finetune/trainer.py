@@ -34,12 +34,12 @@ from .checkpoints import (
     find_intact,
     named_write,
     newest_checkpoint,
+    replace_file,
     set_aside,
     steps_done,
-    write_whole,
 )
 from .options import check_numbers
-from .plots import plotted
+from .plots import draw_png
 
 METRICS, CURVES = "metrics.jsonl", "curves.png"
 _PARTIAL = ".partial"  # where a checkpoint is written before it gets its name
@@ -53,8 +53,8 @@ if _RECOMPUTING not in _THEIRS:
     _RECOMPUTING = "gradient_checkpointing"
 
 
-def _named(theirs: str, default: Any) -> Any:
-    """A setting that has another name in `TrainingArguments`."""
+def _setting(theirs: str, default: Any) -> Any:
+    """Return a dataclass field with its name in `TrainingArguments`."""
     return dataclasses.field(default=default, metadata={"theirs": theirs})
 
 
@@ -75,21 +75,21 @@ class Settings:
         cpu: train on the CPU where there is a GPU, too.
     """
 
-    steps: int | None = _named("max_steps", None)
-    epochs: float = _named("num_train_epochs", 1.0)
-    batch: int = _named("per_device_train_batch_size", 4)
-    accumulate: int = _named("gradient_accumulation_steps", 1)
-    lr: float = _named("learning_rate", 2e-4)
-    scheduler: str = _named("lr_scheduler_type", "cosine")
-    warmup: float = _named("warmup_steps" if _SHARE_IN_STEPS else "warmup_ratio", 0.0)
-    max_grad_norm: float = _named("max_grad_norm", 1.0)
-    bf16: bool = _named("bf16", False)
-    checkpointing: bool = _named(_RECOMPUTING, False)
-    eval_every: int | None = _named("eval_steps", None)
-    save_every: int = _named("save_steps", 50)
-    keep: int = _named("save_total_limit", 2)
-    seed: int = _named("seed", 0)
-    cpu: bool = _named("use_cpu", False)
+    steps: int | None = _setting("max_steps", None)
+    epochs: float = _setting("num_train_epochs", 1.0)
+    batch: int = _setting("per_device_train_batch_size", 4)
+    accumulate: int = _setting("gradient_accumulation_steps", 1)
+    lr: float = _setting("learning_rate", 2e-4)
+    scheduler: str = _setting("lr_scheduler_type", "cosine")
+    warmup: float = _setting("warmup_steps" if _SHARE_IN_STEPS else "warmup_ratio", 0.0)
+    max_grad_norm: float = _setting("max_grad_norm", 1.0)
+    bf16: bool = _setting("bf16", False)
+    checkpointing: bool = _setting(_RECOMPUTING, False)
+    eval_every: int | None = _setting("eval_steps", None)
+    save_every: int = _setting("save_steps", 50)
+    keep: int = _setting("save_total_limit", 2)
+    seed: int = _setting("seed", 0)
+    cpu: bool = _setting("use_cpu", False)
 
     def __post_init__(self) -> None:
         counts = ("steps", "batch", "accumulate", "eval_every", "save_every", "keep")
@@ -391,7 +391,7 @@ class MetricsLog(TrainerCallback):  # type: ignore[misc, unused-ignore]
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             lines = "".join(f"{json.dumps(line)}\n" for line in state.log_history)
-            write_whole(Path(args.output_dir, METRICS), lines)
+            replace_file(Path(args.output_dir, METRICS), lines)
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero and state.log_history:
@@ -434,7 +434,7 @@ def plot_metrics(
 
     stock: the losses of stock PEFT's first steps.
     """
-    with plotted(file, (9, 6.5), nrows=2, sharex=True, height_ratios=(3, 1)) as (upper, lower):
+    with draw_png(file, (9, 6.5), nrows=2, sharex=True, height_ratios=(3, 1)) as (upper, lower):
         train, held_out = losses(lines), losses(lines, "eval_loss")
         upper.plot(list(train), list(train.values()), linewidth=3, alpha=0.7, label="training")
         if held_out:

@@ -3,6 +3,8 @@
 The names below are imported when they are asked for.
 """
 
+# ruff: noqa: F401 (the names of `__all__`, for type checkers)
+
 from __future__ import annotations
 
 import importlib
@@ -19,58 +21,19 @@ if TYPE_CHECKING:
     from .rank import RankSearch, find_optimal_rank
     from .trainer import LoRATrainer, training_arguments
 
-_HOMES = {
-    "ChatData": "chat",
-    "Collator": "chat",
-    "check_packing": "chat",
-    "load_chat": "chat",
-    "pack": "chat",
-    "Outcome": "classify",
-    "Task": "classify",
-    "compare_methods": "classify",
-    "Labelled": "labelled",
-    "read_labelled": "labelled",
-    "METHODS": "methods",
-    "Method": "methods",
-    "compare_merged": "merge",
-    "merge_adapter": "merge",
-    "PRESETS": "presets",
-    "Preset": "presets",
-    "add_lora_layers": "presets",
-    "create_domain_model": "presets",
-    "RankSearch": "rank",
-    "find_optimal_rank": "rank",
-    "LoRATrainer": "trainer",
-    "newest_checkpoint": "checkpoints",
-    "training_arguments": "trainer",
+_NAMES = {
+    "chat": ["ChatData", "Collator", "check_packing", "load_chat", "pack"],
+    "checkpoints": ["newest_checkpoint"],
+    "classify": ["Outcome", "Task", "compare_methods"],
+    "labelled": ["Labelled", "read_labelled"],
+    "merge": ["compare_merged", "merge_adapter"],
+    "methods": ["METHODS", "Method"],
+    "presets": ["PRESETS", "Preset", "add_lora_layers", "create_domain_model"],
+    "rank": ["RankSearch", "find_optimal_rank"],
+    "trainer": ["LoRATrainer", "training_arguments"],
 }
-
-__all__ = [
-    "METHODS",
-    "PRESETS",
-    "ChatData",
-    "Collator",
-    "Labelled",
-    "LoRATrainer",
-    "Method",
-    "Outcome",
-    "Preset",
-    "RankSearch",
-    "Task",
-    "UsageError",
-    "add_lora_layers",
-    "check_packing",
-    "compare_merged",
-    "compare_methods",
-    "create_domain_model",
-    "find_optimal_rank",
-    "load_chat",
-    "merge_adapter",
-    "newest_checkpoint",
-    "pack",
-    "read_labelled",
-    "training_arguments",
-]
+_HOMES = {name: module for module, names in _NAMES.items() for name in names}
+__all__ = ["UsageError", *_HOMES]
 
 
 class UsageError(ValueError):

@@ -13,8 +13,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from . import UsageError
+from .checkpoints import translate_errors
+from .options import check_numbers, suggest
 
 IGNORED = -100  # transformers' label of a token that adds nothing to the loss
 ROLES = ("system", "user", "assistant", "tool", "developer")
@@ -39,6 +42,13 @@ class Example(NamedTuple):
     input_ids: list[int]
     labels: list[int]
 
+    @classmethod
+    def from_tokens(cls, ids: Iterable[int], learnt: Iterable[Any]) -> Example:
+        """The tokens, with labels where `learnt` is true."""
+        ids = list(ids)
+        labels = [token if on else IGNORED for token, on in zip(ids, learnt, strict=True)]
+        return cls(ids, [IGNORED, *labels[1:]])
+
 
 @dataclass
 class Report:
@@ -57,17 +67,17 @@ class Report:
     skipped: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        lines = [
+        text = (
             f"{self.examples:,} examples, {self.tokens:,} tokens, loss on {self.learnt:,} of them"
-        ]
+        )
         if self.cut:
-            lines.append(
-                f"{len(self.cut):,} examples cut to {self.max_length} tokens, {self.lost:,} tokens "
-                f"lost ({_some(self.cut)}); raise the maximum length or split them"
+            text += (
+                f"\n{len(self.cut):,} examples cut to {self.max_length} tokens, {self.lost:,} "
+                f"tokens lost ({_some(self.cut)}); raise the maximum length or split them"
             )
         if self.skipped:
-            lines.append(f"{len(self.skipped):,} bad lines skipped: {_some(self.skipped)}")
-        return "\n".join(lines)
+            text += f"\n{len(self.skipped):,} bad lines skipped: {_some(self.skipped)}"
+        return text
 
 
 def _some(places: Sequence[str]) -> str:
@@ -100,8 +110,7 @@ class ChatData(torch.utils.data.Dataset[dict[str, list[int]]]):
             raise UsageError(f"data: got {len(self)} rows, want at least 2 to split off some")
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).tolist()
         count = min(max(1, round(share * len(self))), len(self) - 1)
-        held = set(order[:count])
-        parts = ([i for i in range(len(self)) if (i in held) is which] for which in (False, True))
+        parts = (sorted(order[count:]), sorted(order[:count]))
         train, val = (ChatData([self.rows[i] for i in part], self.report) for part in parts)
         return train, val
 
@@ -146,8 +155,7 @@ def load_chat(
     """
     if on_bad_line not in ("error", "skip"):
         raise UsageError(f"on_bad_line: got {on_bad_line!r}, want 'error' or 'skip'")
-    if max_length < 2:
-        raise UsageError(f"max_length: got {max_length}, want at least 2")
+    check_numbers({"max_length": max_length}, str, max_length=2)
     report, rows = Report(max_length), []
     for file in [files] if isinstance(files, str | Path) else files:
         for place, found in _examples(Path(file), tokenizer, max_length):
@@ -169,16 +177,15 @@ def load_chat(
 
 def _fitted(example: Example, place: str, report: Report) -> dict[str, list[int]]:
     """The example cut to the maximum length, and counted."""
-    ids, labels = example
-    total, limit = len(ids), report.max_length
-    ids, labels = ids[:limit], labels[:limit]
+    total, limit = len(example.input_ids), report.max_length
+    ids, labels = (part[:limit] for part in example)
     learnt = sum(label != IGNORED for label in labels)
+    if not learnt and total > limit:
+        raise BadLine(
+            f"{total} tokens, and nothing to learn in the first {limit}; raise the maximum "
+            "length or shorten what stands before the assistant's turn"
+        )
     if not learnt:
-        if total > limit:
-            raise BadLine(
-                f"{total} tokens, and nothing to learn in the first {limit}; raise the maximum "
-                "length or shorten what stands before the assistant's turn"
-            )
         raise BadLine("holds no token to learn; give an answer that is not empty")
     if total > limit:
         report.cut.append(f"{place}: {total} tokens")
@@ -199,7 +206,11 @@ def _examples(
     if not raw.strip():
         raise UsageError(f"data: {file} is empty; give one example a line, like {FORMS}")
     if file.suffix not in (".jsonl", ".json"):
-        yield from _plain_text(file, raw, tokenizer, max_length)
+        with translate_errors(f"data: {file} is not UTF-8 text; convert it", UnicodeDecodeError):
+            ids = encode({"text": raw.decode("utf-8")}, tokenizer).input_ids
+        for part in (ids[i : i + max_length] for i in range(0, len(ids), max_length)):
+            if len(part) > 1:
+                yield str(file), Example.from_tokens(part, [True] * len(part))
         return
     # Not by str.splitlines, which would also break at separators that JSON allows in a string.
     for number, line in enumerate(raw.split(b"\n"), 1):
@@ -235,20 +246,11 @@ def _parsed(line: bytes) -> Any:
         raise BadLine(f"invalid JSON ({error}); mend the line") from None
 
 
-def _plain_text(
-    file: Path, raw: bytes, tokenizer: Any, max_length: int
-) -> Iterator[tuple[str, Example]]:
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UsageError(
-            f"data: {file} is not UTF-8 text (byte {error.start}); convert it to plain UTF-8"
-        ) from None
-    ids = encode({"text": text}, tokenizer).input_ids
-    for start in range(0, len(ids), max_length):
-        part = ids[start : start + max_length]
-        if len(part) > 1:
-            yield f"{file}", Example(part, [IGNORED, *part[1:]])
+def _kind(value: Any) -> str:
+    """Return how an error names a JSON value."""
+    if value in ([], ""):
+        return f"an empty {'list' if value == [] else 'string'}"
+    return f"a JSON {type(value).__name__}"
 
 
 def encode(record: Any, tokenizer: Any) -> Example:
@@ -258,7 +260,7 @@ def encode(record: Any, tokenizer: Any) -> Example:
     needs.
     """
     if not isinstance(record, Mapping):
-        raise BadLine(f"got a JSON {type(record).__name__}, want an object like {FORMS}")
+        raise BadLine(f"got {_kind(record)}, want an object like {FORMS}")
     if "messages" in record:
         return _encode_chat(_messages(record["messages"], "messages"), tokenizer)
     if "prompt" in record and "completion" in record:
@@ -269,44 +271,37 @@ def encode(record: Any, tokenizer: Any) -> Example:
             return _encode_chat(messages, tokenizer, first=len(before))
         for name, text in (("prompt", prompt), ("completion", completion)):
             if not isinstance(text, str):
-                raise BadLine(f"{name}: got a JSON {type(text).__name__}, want a string")
+                raise BadLine(f"{name}: got {_kind(text)}, want a string")
         if not completion.strip():
             raise BadLine("completion: empty; give what the model is to answer")
         return _encode_text(prompt + completion, [(len(prompt), None)], tokenizer)
     if "text" in record:
         text = record["text"]
         if not isinstance(text, str) or not text.strip():
-            got = "an empty string" if isinstance(text, str) else f"a JSON {type(text).__name__}"
+            got = _kind(text.strip() if isinstance(text, str) else text)
             raise BadLine(f"text: got {got}, want a string that is not empty")
         return _encode_text(text, [(0, None)], tokenizer)
-    keys = ", ".join(map(str, record)) or "none"
-    close = [
-        f"did you mean {name}? "
-        for key in record
-        for name in difflib.get_close_matches(str(key), ("messages", "completion", "text"), 1)
-    ]
+    names = ("messages", "completion", "text")
+    close = (difflib.get_close_matches(str(key), names, 1) for key in record)
+    hint = next((f"did you mean {name}? " for (name,) in filter(None, close)), "")
     if isinstance(record.get("conversations"), list):
-        close = ['rename "conversations" to "messages", from/value to role/content. ']
-    raise BadLine(f"got the keys {keys}; {''.join(close[:1])}want {FORMS}")
+        hint = 'rename "conversations" to "messages", from/value to role/content. '
+    raise BadLine(f"got the keys {', '.join(map(str, record)) or 'none'}; {hint}want {FORMS}")
 
 
 def _messages(value: Any, name: str) -> list[dict[str, Any]]:
     if not isinstance(value, list) or not value:
-        got = "an empty list" if isinstance(value, list) else f"a JSON {type(value).__name__}"
-        raise BadLine(f"{name}: got {got}, want a list of messages that is not empty")
+        raise BadLine(f"{name}: got {_kind(value)}, want a list of messages that is not empty")
     for i, message in enumerate(value):
         where = f"{name}[{i}]"
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise BadLine(f'{where}: want {{"role": ..., "content": ...}}, both strings')
-        role = message["role"]
+        role, content = message["role"], message.get("content")
         if role not in ROLES:
-            close = difflib.get_close_matches(role, ROLES, 1)
-            hint = f"did you mean {close[0]!r}?" if close else f"want one of {', '.join(ROLES)}"
-            raise BadLine(f"{where}: got the role {role!r}; {hint}")
-        if not isinstance(message.get("content"), str):
-            got = type(message.get("content")).__name__
-            raise BadLine(f"{where}: content: got {got}, want a string")
-        if role == "assistant" and not message["content"].strip():
+            raise BadLine(f"{where}: got the role {role!r}; {suggest(role, ROLES)}")
+        if not isinstance(content, str):
+            raise BadLine(f"{where}: content: got {type(content).__name__}, want a string")
+        if role == "assistant" and not content.strip():
             raise BadLine(f"{where}: the assistant's content is empty; give the answer")
     return value
 
@@ -324,7 +319,9 @@ def _encode_chat(messages: list[dict[str, Any]], tokenizer: Any, first: int = 0)
             "instruct model, set tokenizer.chat_template, or give prompt/completion or text lines"
         )
     if first == 0 and re.search(r"\{%-?\s*generation\s*-?%\}", str(tokenizer.chat_template)):
-        return _by_template_markers(messages, tokenizer)
+        markers = {"return_dict": True, "return_assistant_tokens_mask": True}
+        done = _rendered(messages, tokenizer, tokenize=True, **markers)
+        return Example.from_tokens(done["input_ids"], done["assistant_masks"])
     full = _rendered(messages, tokenizer)
     spans: list[tuple[int, int | None]] = []
     for i in turns:
@@ -342,27 +339,13 @@ def _encode_chat(messages: list[dict[str, Any]], tokenizer: Any, first: int = 0)
     return _encode_text(full, spans, tokenizer, templated=True)
 
 
-def _rendered(messages: Sequence[Any], tokenizer: Any, **options: Any) -> str:
+def _rendered(messages: list[Any], tokenizer: Any, tokenize: bool = False, **options: Any) -> Any:
     from jinja2 import TemplateError
 
     try:
-        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, **options))
+        return tokenizer.apply_chat_template(messages, tokenize=tokenize, **options)
     except (TemplateError, TypeError, ValueError) as error:
         raise BadLine(f"the chat template refuses this conversation: {error}") from error
-
-
-def _by_template_markers(messages: Sequence[Any], tokenizer: Any) -> Example:
-    from jinja2 import TemplateError
-
-    try:
-        done = tokenizer.apply_chat_template(
-            list(messages), return_dict=True, return_assistant_tokens_mask=True
-        )
-    except (TemplateError, TypeError, ValueError) as error:
-        raise BadLine(f"the chat template refuses this conversation: {error}") from error
-    ids, mask = list(done["input_ids"]), done["assistant_masks"]
-    labels = [token if on else IGNORED for token, on in zip(ids, mask, strict=True)]
-    return Example(ids, [IGNORED, *labels[1:]])
 
 
 def _encode_text(
@@ -378,27 +361,24 @@ def _encode_text(
             "in the text; want a fast tokenizer (PreTrainedTokenizerFast)"
         )
     # verbose=False: the warning about sequences longer than the model's context comes too early.
-    done = tokenizer(
-        text,
-        add_special_tokens=not templated,
-        return_offsets_mapping=True,
-        return_special_tokens_mask=True,
-        verbose=False,
-    )
-    ids, labels = list(done["input_ids"]), []
-    added = zip(ids, done["offset_mapping"], done["special_tokens_mask"], strict=True)
-    for token, (start, end), special in added:
+    masks = {"return_offsets_mapping": True, "return_special_tokens_mask": True}
+    done = tokenizer(text, add_special_tokens=not templated, verbose=False, **masks)
+    ids = list(done["input_ids"])
+    learnt = [
         # Special tokens that the tokenizer added have no place in the text.
-        inside = any(a <= start and (b is None or start < b) for a, b in spans)
-        placed = end > start or not special
-        labels.append(token if inside and placed else IGNORED)
+        (end > start or not special)
+        and any(a <= start and (b is None or start < b) for a, b in spans)
+        for (start, end), special in zip(
+            done["offset_mapping"], done["special_tokens_mask"], strict=True
+        )
+    ]
     eos = tokenizer.eos_token_id
     if not templated and eos is not None:
         if not ids or ids[-1] != eos:
             ids.append(eos)
-            labels.append(eos)
-        labels[-1] = eos
-    return Example(ids, [IGNORED, *labels[1:]])
+            learnt.append(True)
+        learnt[-1] = True
+    return Example.from_tokens(ids, learnt)
 
 
 def pack(data: ChatData, length: int) -> ChatData:
@@ -426,13 +406,10 @@ def pack(data: ChatData, length: int) -> ChatData:
         place = bisect.bisect_left(room, (size, -1))
         if place == len(room):
             rows.append({"input_ids": [], "labels": [], "position_ids": []})
-            left, index = length, len(rows) - 1
-        else:
-            left, index = room.pop(place)
-        row = rows[index]
-        row["input_ids"] += example["input_ids"]
-        row["labels"] += example["labels"]
-        row["position_ids"] += range(size)
+            room.append((length, len(rows) - 1))
+        left, index = room.pop(place)
+        for name, values in {**example, "position_ids": range(size)}.items():
+            rows[index][name] += values
         bisect.insort(room, (left - size, index))
     return ChatData(rows, data.report)
 
@@ -442,8 +419,7 @@ class Collator:
     """Rows of `ChatData` to a batch, int64 [rows, longest], padded on the right.
 
     Of plain rows: input_ids, labels (-100 on padding) and attention_mask (0 on padding). Of packed
-    rows: position_ids in place of the mask; the padding is a document of its own, which nobody
-    attends to but itself.
+    rows: position_ids in place of the mask; each token of the padding is a document of its own.
 
     >>> from lora_kernels.finetune.chat import Collator
     >>> batch = Collator(0)([{"input_ids": [5], "labels": [5]}, {"input_ids": [6, 7],
@@ -458,29 +434,18 @@ class Collator:
     def of(cls, tokenizer: Any) -> Collator:
         """With the tokenizer's padding token, or its end-of-sequence token, or 0: whichever it is,
         masks and labels leave it out."""
-        for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-            if token is not None:
-                return cls(int(token))
-        return cls(0)
+        names = ("pad_token_id", "eos_token_id")
+        found = (getattr(tokenizer, name, None) for name in names)
+        return cls(next((int(token) for token in found if token is not None), 0))
 
     def __call__(self, rows: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, Tensor]:
-        packed = {"position_ids" in row for row in rows}
-        if len(packed) != 1:
+        if len({"position_ids" in row for row in rows}) != 1:
             raise ValueError("rows: got some packed and some not, want one kind")
-        width = max(len(row["input_ids"]) for row in rows)
-        batch: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
-        extra = batch.setdefault("position_ids" if packed.pop() else "attention_mask", [])
-        for row in rows:
-            ids = row["input_ids"]
-            pad = width - len(ids)
-            batch["input_ids"].append([*ids, *[self.pad_token_id] * pad])
-            batch["labels"].append([*row["labels"], *[IGNORED] * pad])
-            positions = row.get("position_ids")
-            if positions is None:
-                extra.append([1] * len(ids) + [0] * pad)
-            else:
-                extra.append([*positions, *range(pad)])
-        return {name: torch.tensor(lists) for name, lists in batch.items()}
+        columns = {name: [torch.tensor(row[name]) for row in rows] for name in rows[0]}
+        if "position_ids" not in columns:
+            columns["attention_mask"] = [torch.ones_like(ids) for ids in columns["input_ids"]]
+        fill = {"input_ids": self.pad_token_id, "labels": IGNORED}
+        return {n: pad_sequence(c, True, fill.get(n, 0)) for n, c in columns.items()}
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Checkpoints in a run's folder: which is the newest, and whether it can be read."""
+"""Checkpoints in a run's folder: which is the newest, and whether it can be read; atomic writes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from zipfile import BadZipFile, ZipFile
 
 from safetensors import SafetensorError, safe_open
@@ -43,10 +44,9 @@ def find_intact(out: str | Path) -> tuple[Path | None, dict[Path, str]]:
             return checkpoint, damaged
         damaged[checkpoint] = reason
     if damaged:
-        first = next(iter(damaged))
-        more = f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""
         raise UsageError(
-            f"out: {first}{more} cannot be read: {damaged[first]}; give another folder"
+            f"out: {count_more(list(damaged))} cannot be read: {next(iter(damaged.values()))}; "
+            "give another folder"
         )
     return None, {}
 
@@ -65,10 +65,9 @@ def damage(checkpoint: Path) -> str | None:
         if (checkpoint / "scheduler.pt").exists() and not any(checkpoint.glob("optimizer*")):
             return "it holds no optimizer.pt"
         for file in held:
-            if file.suffix != ".safetensors":
-                continue
-            with safe_open(file, "pt") as tensors:
-                tensors.keys()
+            if file.suffix == ".safetensors":
+                with safe_open(file, "pt") as tensors:
+                    tensors.keys()
         for file in (*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")):
             with ZipFile(file) as saved:  # as torch.save writes it, with checksums
                 if saved.testzip() is not None:
@@ -81,6 +80,27 @@ def damage(checkpoint: Path) -> str | None:
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its type where there is none."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+@contextmanager
+def translate_errors(message: str, *errors: type[Exception]) -> Iterator[None]:
+    """Raise UsageError in place of these errors (default: of any), beginning with the message."""
+    kinds = errors or (Exception,)
+    try:
+        yield
+    except (UsageError, ModuleNotFoundError):
+        raise
+    except kinds as error:
+        raise UsageError(f"{message}: {first_line(error)}") from error
+
+
+def count_more(found: list[Any]) -> str:
+    """Return the first of a list and the number of the others.
+
+    >>> count_more(["a", "b", "c"])
+    'a and 2 more'
+    """
+    return f"{found[0]} and {len(found) - 1} more" if len(found) > 1 else str(found[0])
 
 
 def set_aside(damaged: Iterable[Path]) -> None:
@@ -103,11 +123,35 @@ def named_write(target: Path) -> Iterator[None]:
             raise
         reason = first_line(error)
         if by_torch:
-            reason = f"torch.save failed with {free_bytes(target) / 1e6:.1f} MB free"
+            place = next(path for path in (target, *target.parents) if path.exists())
+            free = shutil.disk_usage(place).free
+            reason = f"torch.save failed with {free / 1e6:.1f} MB free"
         raise OSError(f"out: {target} cannot be written: {reason}") from error
 
 
-def free_bytes(path: Path) -> int:
-    while not path.exists():
-        path = path.parent
-    return shutil.disk_usage(path).free
+@contextmanager
+def write_folder(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder that is renamed to `folder` at the end, or removed on an error."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        with named_write(folder):
+            yield partial
+        if folder.exists():
+            folder.rmdir()  # an empty one
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def replace_file(file: Path, text: str) -> None:
+    """Write the file whole or not at all."""
+    partial = file.with_name(f".{file.name}.partial")
+    with named_write(file):
+        partial.write_text(text)
+        partial.replace(file)
+
+
+def write_json(file: Path, value: Any) -> None:
+    replace_file(file, json.dumps(value, indent=1))

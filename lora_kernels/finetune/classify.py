@@ -35,9 +35,9 @@ from .compare import synchronize
 from .labelled import Labelled
 from .methods import METHODS, Method
 from .model import adapters, classifier, load_float32, load_tokenizer, quantize, usable_device
-from .presets import add_lora_layers
+from .presets import Preset, add_lora_layers
 from .rank import WARMUP, Allocate, add_adalora
-from .trainer import LoRATrainer, training_arguments
+from .trainer import LoRATrainer, losses, training_arguments
 
 _RENAMED = "train_sampling_strategy" in {f.name for f in dataclasses.fields(TrainingArguments)}
 # Texts of about a length in a batch, which are padded less.
@@ -101,13 +101,13 @@ class Outcome:
 
     def as_dict(self) -> dict[str, Any]:
         """For json."""
-        method = {name: getattr(self.method, name) for name in ("title", "lr", "rank")}
-        names = ("score", "spread", "step_seconds", "peak_memory")
-        return {
-            "name": self.name, **method, **{name: getattr(self, name) for name in names},
-            "trainable": self.runs[0].trainable, "saved_bytes": self.runs[0].saved_bytes,
-            "runs": [dataclasses.asdict(run) for run in self.runs],
-        }  # fmt: skip
+        own = ("name", "score", "spread", "step_seconds", "peak_memory")
+        return (
+            {name: getattr(self, name) for name in own}
+            | {name: getattr(self.method, name) for name in ("title", "lr", "rank")}
+            | {name: getattr(self.runs[0], name) for name in ("trainable", "saved_bytes")}
+            | {"runs": [dataclasses.asdict(run) for run in self.runs]}
+        )
 
 
 def compare_methods(
@@ -153,34 +153,33 @@ def train_once(task: Task, method: Method, seed: int) -> Run:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     train, held_out = (encode(part, tokenizer, task) for part in (task.train, task.held_out))
-    collator = DataCollatorWithPadding(tokenizer)
     before = memory.held(device)
     model = build(task, method, seed, tokenizer.pad_token_id)
+    settings: dict[str, Any] = {name: getattr(task, name) for name in ("steps", "batch")}
+    settings |= {"lr": method.lr, "warmup": WARMUP, "seed": seed, "cpu": device.type == "cpu"}
+    settings |= {"save_strategy": "no", "prediction_loss_only": False, **GROUPED}
     clock = Clock()
+    callbacks = [clock, *([Allocate()] if method.adalora else [])]
+    parts: Any = {"train_dataset": train, "callbacks": callbacks}
+    parts["data_collator"] = DataCollatorWithPadding(tokenizer)
     with tempfile.TemporaryDirectory() as folder:
-        args = training_arguments(
-            folder, steps=task.steps, batch=task.batch, lr=method.lr, warmup=WARMUP,
-            seed=seed, cpu=device.type == "cpu", save_strategy="no", **GROUPED,
-        )  # fmt: skip
-        callbacks: list[Any] = [clock, *([Allocate()] if method.adalora else [])]
-        trainer: Any
+        args = training_arguments(folder, **settings)
         if method.rank is None:
-            trainer = Trainer(model, args, collator, train, callbacks=callbacks)
+            trainer = Trainer(model, args, **parts)
             trainer.remove_callback(PrinterCallback)
         else:
-            trainer = LoRATrainer(
-                model, args, train_dataset=train, data_collator=collator, callbacks=callbacks,
-                lora_plus_ratio=method.lora_plus,
-            )  # fmt: skip
+            trainer = LoRATrainer(model, args, **parts, lora_plus_ratio=method.lora_plus)
         memory.held(device)
         trainer.train()
         peak = None if before is None else memory.peak(device) - before
-        losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+        found = list(losses(trainer.state.log_history).values())
         saved = saved_bytes(model, Path(folder))
+        rows: Any = held_out
+        said: Any = trainer.predict(rows)
     return Run(
         seed,
-        accuracy(model, held_out, collator),
-        statistics.mean(losses[-10:]),
+        float((said.predictions.argmax(-1) == said.label_ids).mean()),
+        statistics.mean(found[-10:]),
         statistics.median(clock.seconds[len(clock.seconds) // 10 :]),  # the first ones warm up
         sum(p.numel() for p in adapters(model).values()),
         saved,
@@ -207,15 +206,11 @@ def build(task: Task, method: Method, seed: int, pad_token_id: int | None) -> An
         return model
     if method.quant:
         quantize(model, method.quant, torch.float32, device)
+    preset = Preset(method.rank, method.alpha, ("all-linear",), 0.0)
     config: dict[str, Any] = {"task_type": "SEQ_CLS", "seed": seed}
     if method.adalora:
-        return add_adalora(
-            model, "all-linear", method.rank, method.alpha, 0.0, task.steps, **config
-        )
-    return add_lora_layers(
-        model, rank=method.rank, alpha=method.alpha, dropout=0.0, targets="all-linear",
-        use_dora=method.dora, **config,
-    )  # fmt: skip
+        return add_adalora(model, preset, task.steps, **config)
+    return add_lora_layers(model, preset, use_dora=method.dora, **config)
 
 
 def saved_bytes(model: Any, folder: Path) -> int:
@@ -234,20 +229,6 @@ def encode(data: Labelled, tokenizer: Any, task: Task) -> list[dict[str, Any]]:
     return [
         {"input_ids": row, "labels": label} for row, label in zip(ids, data.labels, strict=True)
     ]
-
-
-@torch.no_grad()
-def accuracy(model: Any, rows: Sequence[dict[str, Any]], collator: Any, batch: int = 64) -> float:
-    """The share of rows whose label the model gives the highest score."""
-    model.eval()
-    device = next(model.parameters()).device
-    ordered = sorted(rows, key=lambda row: len(row["input_ids"]))
-    right = 0
-    for start in range(0, len(ordered), batch):
-        inputs = {n: t.to(device) for n, t in collator(ordered[start : start + batch]).items()}
-        labels = inputs.pop("labels")
-        right += int((model(**inputs).logits.argmax(-1) == labels).sum())
-    return right / len(rows)
 
 
 class Clock(TrainerCallback):  # type: ignore[misc, unused-ignore]

@@ -8,11 +8,12 @@ and the comparison has to notice.
 from __future__ import annotations
 
 import copy
+import math
 import statistics
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,18 +21,11 @@ from torch import Tensor, nn
 
 from .. import dropout_mask, lora_linear
 from ..peft import fuse
+from ..timing import interleave
 from . import memory
 from .data import batch
-from .model import (
-    Clock,
-    adapters,
-    add_adapters,
-    cast_parameters,
-    decode,
-    linears_4bit,
-    rewrite_codes,
-    share,
-)
+from .model import Clock, adapters, cast_parameters, decode, linears_4bit, rewrite_codes, share
+from .presets import add_lora_layers
 
 GRADIENT_LIMIT = 1e-4  # relative rms of one adapter's gradient, fp32
 UPDATE_LIMIT = 1e-3  # relative rms of one adapter's change over the SGD steps, fp32
@@ -66,6 +60,12 @@ class Row:
         if self.control:
             return self.difference > self.limit
         return self.difference <= self.limit  # NaN fails
+
+    @property
+    def shown(self) -> str:
+        if self.difference is None:
+            return ""
+        return f"×{self.difference:.3f}" if self.ratio else f"{self.difference:.1e}"
 
 
 def relative_rms(got: Tensor, want: Tensor) -> float:
@@ -126,10 +126,10 @@ def scaled_dA(model: nn.Module, factor: float) -> Iterator[None]:
             handle.remove()
 
 
-def pair(base: nn.Module, seed: int, **lora: Any) -> tuple[Any, Any]:
+def pair(base: nn.Module, **lora: Any) -> tuple[Any, Any]:
     """Stock PEFT and the fused model with the same adapters, B random, on base's weights."""
-    stock = add_adapters(base, **lora, seed=seed)
-    generator = torch.Generator().manual_seed(seed)
+    stock = add_lora_layers(share(base), **lora, fused=False)
+    generator = torch.Generator().manual_seed(lora["seed"])
     for name, p in adapters(stock).items():
         if "lora_B" in name:
             with torch.no_grad():
@@ -143,65 +143,55 @@ def compare(
     *,
     lora: Mapping[str, Any],
     batch_size: int,
-    seed: int,
     sgd_steps: int = 20,
     timed_steps: int = 10,
     on_stage: Callable[[str], None] = lambda stage: None,
 ) -> list[Row]:
-    """The proof table of the adapters `lora` (rank, alpha, target_modules) on base.
+    """The proof table of the adapters `lora` on base: settings of `add_lora_layers`, a seed among
+    them, which settles the order of the batches, too.
 
     blocks is int64 [blocks, seq_len] on base's device.
     Numbers are compared in fp32 and in bf16 whatever the frozen model's dtype; times and memory
     are that dtype's. Dropout is off, since PEFT draws its masks from another stream; the fused
     layer's masks are checked against an explicit mask instead.
     """
-    rows = []
     lora = {**lora, "dropout": 0.0}
+    seed = lora["seed"]
     ids = batch(blocks, 0, batch_size, seed)
 
     on_stage("gradients before the first step")
     fp32 = next(base.parameters()).dtype is torch.float32
     base32 = base if fp32 else cast_parameters(copy.deepcopy(base), torch.float32)
-    stock, fused = pair(base32, seed, **lora)
-    stock_loss, want = loss_and_gradients(stock, ids)
+    stock, fused = pair(base32, **lora)
+    loss, want = loss_and_gradients(stock, ids)
     fused_loss, got = loss_and_gradients(fused, ids)
-    rows.append(
-        Row(
-            "loss before the first step",
-            abs(fused_loss - stock_loss) / stock_loss,
-            peft=f"{stock_loss:.5f}",
-            fused=f"{fused_loss:.5f}",
-        )
-    )
-    rows.append(Row(f"gradients of {len(want)} adapters", worst(got, want), GRADIENT_LIMIT))
+    rows = [
+        loss_row("loss before the first step", [fused_loss], [loss]),
+        Row(f"gradients of {len(want)} adapters", worst(got, want), GRADIENT_LIMIT),
+    ]
     controls = []
     for mistake, factor in (("dA doubled", 2.0), ("dA zeroed", 0.0)):
         with scaled_dA(fused, factor):
             broken = loss_and_gradients(fused, ids)[1]
         controls.append(Row(mistake, worst(broken, want), GRADIENT_LIMIT, control=True))
     mask_row, mask_control = compare_dropout(fused, seed)
-    controls.append(mask_control)
 
     on_stage(f"{sgd_steps} SGD steps each")
-    stock_losses, want = sgd(stock, blocks, batch_size=batch_size, steps=sgd_steps, seed=seed)
-    fused_losses, got = sgd(fused, blocks, batch_size=batch_size, steps=sgd_steps, seed=seed)
-    rows.append(
-        Row(
-            f"losses of {sgd_steps} SGD steps",
-            max(abs(f - s) / s for f, s in zip(fused_losses, stock_losses, strict=True)),
-            peft=f"{stock_losses[-1]:.5f}",
-            fused=f"{fused_losses[-1]:.5f}",
-        )
-    )
-    rows.append(Row(f"updates in {sgd_steps} SGD steps", worst(got, want), UPDATE_LIMIT))
-    rows.append(mask_row)
+    run = {"batch_size": batch_size, "steps": sgd_steps, "seed": seed}
+    stock_losses, want = sgd(stock, blocks, **run)
+    fused_losses, got = sgd(fused, blocks, **run)
+    rows += [
+        loss_row(f"losses of {sgd_steps} SGD steps", fused_losses, stock_losses),
+        Row(f"updates in {sgd_steps} SGD steps", worst(got, want), UPDATE_LIMIT),
+        mask_row,
+    ]
 
     on_stage("bf16 gradients against fp32")
-    rows.append(compare_bf16(base, blocks, batch_size, seed, lora))
+    rows.append(compare_bf16(base, blocks, batch_size, lora))
 
     on_stage(f"{timed_steps} timed steps each")
     if not fp32:
-        stock, fused = pair(base, seed, **lora)
+        stock, fused = pair(base, **lora)
     models = {"frozen": base, "peft": stock, "fused": fused}
     rows += compare_cost(models, ids, timed_steps)
     if linears_4bit(base):  # theirs as fast as they can be; see `rewrite_codes`
@@ -210,41 +200,38 @@ def compare(
     rows.append(compare_decoding(models, ids[:1, :PROMPT], "ms a token, decoding"))
     fuse(models["fused"], linears=True)
     rows.append(compare_decoding(models, ids[:1, :PROMPT], "with fuse(linears=True)"))
-    return rows + controls
+    return [*rows, *controls, mask_control]
 
 
-def compare_bf16(
-    base: nn.Module, blocks: Tensor, batch_size: int, seed: int, lora: Mapping[str, Any]
-) -> Row:
+def loss_row(what: str, fused: list[float], stock: list[float]) -> Row:
+    """The largest relative difference of the losses, and the last ones."""
+    difference = max(abs(f - s) / s for f, s in zip(fused, stock, strict=True))
+    return Row(what, difference, peft=f"{stock[-1]:.5f}", fused=f"{fused[-1]:.5f}")
+
+
+def compare_bf16(base: nn.Module, blocks: Tensor, batch_size: int, lora: Mapping[str, Any]) -> Row:
     """|fused bf16 − fp32| over |PEFT bf16 − fp32|, over all adapter gradients together; each the
     median of BF16_BATCHES batches.
 
     The fp32 side computes with the bf16 weights, so that their rounding is in neither distance.
     """
     base16 = cast_parameters(copy.deepcopy(base), torch.bfloat16)
-    reference = add_adapters(
-        cast_parameters(copy.deepcopy(base16), torch.float32), **lora, seed=seed
-    )
-    stock, fused = pair(base16, seed, **lora)
+    stock, fused = pair(base16, **lora)
+    base32 = cast_parameters(copy.deepcopy(base16), torch.float32)
+    reference = add_lora_layers(base32, **lora, fused=False)
     for name, p in adapters(stock).items():
         adapters(reference)[name].data.copy_(p.detach())
     errors: list[tuple[float, float]] = []
     for step in range(BF16_BATCHES):
-        ids = batch(blocks, step, batch_size, seed)
+        ids = batch(blocks, step, batch_size, lora["seed"])
         exact, peft, ours = (
             torch.cat([g.float().flatten() for g in loss_and_gradients(m, ids)[1].values()])
             for m in (reference, stock, fused)
         )
         errors.append((relative_rms(peft, exact), relative_rms(ours, exact)))
     peft_error, our_error = torch.tensor(errors).median(0).values  # NaN where one is
-    return Row(
-        "bf16 gradients, off fp32",
-        float(our_error / peft_error),
-        BF16_LIMIT,
-        peft=f"{peft_error:.4f}",
-        fused=f"{our_error:.4f}",
-        ratio=True,
-    )
+    ratio, cells = float(our_error / peft_error), (f"{peft_error:.4f}", f"{our_error:.4f}")
+    return Row("bf16 gradients, off fp32", ratio, BF16_LIMIT, "", *cells, ratio=True)
 
 
 def compare_dropout(model: nn.Module, seed: int) -> tuple[Row, Row]:
@@ -288,34 +275,36 @@ def compare_cost(models: Mapping[str, Any], ids: Tensor, steps: int) -> list[Row
     In every model the first layer's input needs a gradient, so that the frozen one computes
     every dx too and the tax is the adapter's alone.
     """
+
+    def step(model: Any) -> None:
+        model.zero_grad(set_to_none=True)
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+
+    def row(what: str, cells: Mapping[str, float], form: str, compared: bool = False) -> Row:
+        ratio = cells["fused"] / cells["peft"] if compared else None
+        frozen, peft, fused = (f"{cells[name]:{form}}" for name in ("frozen", "peft", "fused"))
+        return Row(what, ratio, None, frozen, peft, fused, ratio=True)
+
     with input_needs_gradient(models.values()):
-        seconds = time_steps(models, ids, steps)
-        turns = [
-            {name: peak_memory(model, ids) for name, model in models.items()} for _ in range(3)
-        ]
-    median = {name: statistics.median(s) for name, s in seconds.items()}
-    quintiles = {
-        name: statistics.quantiles(s, n=5, method="inclusive") for name, s in seconds.items()
-    }
-    tax = {name: s / median["frozen"] for name, s in median.items()}
-
-    def row(what: str, cells: Mapping[str, str], ratio: float | None = None) -> Row:
-        return Row(what, ratio, None, cells["frozen"], cells["peft"], cells["fused"], ratio=True)
-
-    speedup = median["fused"] / median["peft"]
+        calls = {name: partial(step, model) for name, model in models.items()}
+        times = interleave(calls, seconds=math.inf, most=steps, device=ids.device.type)
+        peaks = {name: [peak_memory(m, ids) for _ in range(3)] for name, m in models.items()}
     rows = [
-        row("seconds a step, median", {name: f"{s:.3f}" for name, s in median.items()}, speedup),
-        row("seconds a step, p20", {name: f"{q[0]:.3f}" for name, q in quintiles.items()}),
-        row("seconds a step, p80", {name: f"{q[3]:.3f}" for name, q in quintiles.items()}),
-        row("LoRA tax (step / frozen)", {name: f"{t:.3f}" for name, t in tax.items()}),
+        row(
+            f"seconds a step, {said}",
+            {n: getattr(t, p) for n, t in times.items()},
+            ".3f",
+            said != p,
+        )
+        for said, p in (("median", "p50"), ("p20", "p20"), ("p80", "p80"))
     ]
+    tax = {name: t.p50 / times["frozen"].p50 for name, t in times.items()}
+    rows.append(row("LoRA tax (step / frozen)", tax, ".3f"))
     what = "peak memory of a step, MB"
-    peaks = {name: [p for turn in turns if (p := turn[name]) is not None] for name in models}
-    if all(peaks.values()):
-        peak = {name: statistics.median(p) for name, p in peaks.items()}
-        cells = {name: f"{p / 1e6:.0f}" for name, p in peak.items()}
-        return [*rows, row(what, cells, peak["fused"] / peak["peft"])]
-    return [*rows, row(what, dict.fromkeys(models, "–"))]
+    if any(None in found for found in peaks.values()):
+        return [*rows, Row(what, None, None, "–", "–", "–")]
+    told = {n: statistics.median(p / 1e6 for p in ps if p is not None) for n, ps in peaks.items()}
+    return [*rows, row(what, told, ".0f", True)]
 
 
 def compare_decoding(models: Mapping[str, Any], prompt: Tensor, what: str) -> Row:
@@ -347,22 +336,6 @@ def input_needs_gradient(models: Iterable[Any]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def time_steps(models: Mapping[str, nn.Module], ids: Tensor, steps: int) -> dict[str, list[float]]:
-    """Seconds of each forward and backward, the models taking turns, each leading in turn."""
-    names = list(models)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for step in range(steps + 1):  # the first round warms up
-        for name in names[step % len(names) :] + names[: step % len(names)]:
-            models[name].zero_grad(set_to_none=True)
-            synchronize(ids.device)
-            start = time.perf_counter()
-            models[name](input_ids=ids, labels=ids, use_cache=False).loss.backward()
-            synchronize(ids.device)
-            if step:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
 
 
 def synchronize(device: torch.device) -> None:

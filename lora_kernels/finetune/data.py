@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import random
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import UsageError
+from .checkpoints import translate_errors
 
 
 def token_blocks(rows: Iterable[Mapping[str, Sequence[int]]], length: int) -> Tensor:
@@ -31,31 +30,18 @@ def read_text(file: Path) -> str:
     """The text of a UTF-8 file, or a UsageError that says why there is none."""
     if not file.is_file():
         raise UsageError(f"--data: there is no file {file}; give the path of a plain text file")
-    try:
+    with translate_errors(f"--data: {file} is not UTF-8 text; convert it", UnicodeDecodeError):
         text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UsageError(
-            f"--data: {file} is not UTF-8 text (byte {error.start}); convert it to plain UTF-8"
-        ) from None
     if not text.strip():
         raise UsageError(f"--data: {file} is empty; give a file with text in it")
     return text
 
 
 def batch(blocks: Tensor, step: int, size: int, seed: int) -> Tensor:
-    """The batch of one step: int64 [size, seq_len].
+    """The batch of one step: int64 [size, seq_len], blocks drawn by (seed, step).
 
-    A pure function of its arguments, so a resumed run needs no loader state: the blocks are
-    read in one shuffled order per epoch, drawn from (seed, epoch).
-
-    >>> batch(torch.arange(6).view(3, 2), step=0, size=3, seed=0).sort(0).values.tolist()
-    [[0, 1], [2, 3], [4, 5]]
+    >>> batch(torch.arange(6).view(3, 2), step=0, size=4, seed=0).shape
+    torch.Size([4, 2])
     """
-    n = len(blocks)
-    places = (divmod(i, n) for i in range(step * size, (step + 1) * size))
-    return blocks[[_order(n, seed, epoch)[i] for epoch, i in places]]
-
-
-@functools.lru_cache(maxsize=2)  # a batch touches two epochs at most, unless it holds them all
-def _order(n: int, seed: int, epoch: int) -> list[int]:
-    return random.Random(f"{seed} {epoch}").sample(range(n), n)
+    generator = torch.Generator().manual_seed((seed << 16) + step)
+    return blocks[torch.randint(len(blocks), (size,), generator=generator)]

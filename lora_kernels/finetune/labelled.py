@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from . import UsageError
+from .checkpoints import translate_errors
 
 
 @dataclass(frozen=True)
@@ -52,35 +53,29 @@ class Labelled:
         draw = random.Random(seed)
         groups = sorted(set(self.groups))
         draw.shuffle(groups)
-        size, taken = Counter(self.groups), set()
-        count = 0
+        size, taken, count = Counter(self.groups), set[str](), 0
         for group in groups:
-            if count >= held_out:
-                break
-            taken.add(group)
-            count += size[group]
-        places: tuple[list[int], list[int]] = ([], [])
-        for i, group in enumerate(self.groups):
-            places[group in taken].append(i)
-        for name, wanted, found in zip(
-            ("--train", "--held-out"), (train, held_out), places, strict=True
-        ):
+            if count < held_out:
+                taken.add(group)
+                count += size[group]
+        parts = []
+        for name, wanted, held in (("--train", train, False), ("--held-out", held_out, True)):
+            found = [i for i, group in enumerate(self.groups) if (group in taken) is held]
             if len(found) < wanted:
                 raise UsageError(
                     f"{name}: got {wanted}, want at most {len(found)}: groups stay on one side"
                 )
-        chosen = (
-            sorted(draw.sample(found, wanted))
-            for found, wanted in zip(places, (train, held_out), strict=True)
-        )
-        first, second = map(self.take, chosen)
-        return first, second
+            parts.append(self.take(sorted(draw.sample(found, wanted))))
+        return parts[0], parts[1]
 
 
 def read_labelled(
-    file: str | Path, text: str = "text", label: str = "label", group: str | None = None,
+    file: str | Path,
+    text: str = "text",
+    label: str = "label",
+    group: str | None = None,
     labels: Sequence[str] | None = None,
-) -> Labelled:  # fmt: skip
+) -> Labelled:
     """Labelled texts of a file: JSON lines (.jsonl) or a table with a head (.csv, .csv.bz2).
 
     Args:
@@ -107,46 +102,33 @@ def read_labelled(
             )
         name = str(record[label])
         if labels is None or name in labels:
-            words = str(record[text])
-            seen.setdefault(words, (name, str(record[group] if group else number)))
+            seen.setdefault(str(record[text]), (name, str(record[group] if group else number)))
     names = sorted({name for name, _ in seen.values()})
     if len(names) < 2:
         raise UsageError(
             f"--data: {file} has the labels {', '.join(names) or 'none'}; want two at least"
         )
-    return Labelled(
-        tuple(seen), tuple(names.index(name) for name, _ in seen.values()), tuple(names),
-        tuple(group for _, group in seen.values()),
-    )  # fmt: skip
+    found, groups = zip(*seen.values(), strict=True)
+    return Labelled(tuple(seen), tuple(map(names.index, found)), tuple(names), groups)
 
 
 def _records(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """The file's records and the lines that they end on."""
     if not file.is_file():
         raise UsageError(f"--data: there is no file {file}; give JSON lines (.jsonl) or a .csv")
-    data = file.read_bytes()
-    name = file.name
-    if name.endswith(".bz2"):
-        try:
-            data, name = bz2.decompress(data), name.removesuffix(".bz2")
-        except (OSError, ValueError, EOFError) as error:
-            raise UsageError(f"--data: {file} cannot be decompressed: {error}") from None
-    try:
+    data, kind = file.read_bytes(), file.name.removesuffix(".bz2").rpartition(".")[2]
+    with translate_errors(f"--data: {file} is not UTF-8 text; convert it", UnicodeDecodeError):
+        if file.suffix == ".bz2":
+            with translate_errors(f"--data: {file} cannot be decompressed", OSError, ValueError):
+                data = bz2.decompress(data)
         content = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UsageError(
-            f"--data: {file} is not UTF-8 text (byte {error.start}); convert it to plain UTF-8"
-        ) from None
-    if name.endswith(".csv"):
-        reader = csv.DictReader(io.StringIO(content))
-        try:
-            for record in reader:
-                yield reader.line_num, record
-        except csv.Error as error:
-            raise UsageError(f"--data: {file}, line {reader.line_num}: {error}") from None
-        return
-    if not name.endswith(".jsonl"):
+    if kind not in ("csv", "jsonl"):
         raise UsageError(f"--data: got {file}, want JSON lines (.jsonl) or a .csv")
+    if kind == "csv":
+        reader = csv.DictReader(io.StringIO(content))
+        with translate_errors(f"--data: {file} is no table", csv.Error):
+            yield from ((reader.line_num, record) for record in reader)
+        return
     for number, line in enumerate(content.splitlines(), 1):
         if not line.strip():
             continue

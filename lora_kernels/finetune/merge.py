@@ -1,39 +1,27 @@
-"""Base and adapter as one stock transformers folder, written a shard at a time."""
+"""Base and adapter as one stock transformers folder."""
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import re
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import get_peft_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import ModulesToSaveWrapper
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from ..measure.outputs import unwritable_reason
 from ..peft import fuse
+from ..peft.linear import is_linear4bit
 from ..quantization import Weight4bit
 from . import UsageError
 from . import model as models
-from .checkpoints import first_line, named_write
+from .checkpoints import write_folder
+from .compare import relative_rms
 from .model import DTYPES
-
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
-_OF_PEFT = re.compile(r"\.(lora_\w+|modules_to_save)\.")  # in a name: a part that PEFT made
 
 
 @dataclass(frozen=True)
@@ -52,38 +40,8 @@ class Merged:
         )
 
 
-class Shards:
-    """The tensors of a transformers folder, read one at a time."""
-
-    def __init__(self, folder: Path) -> None:
-        index, single = folder / _INDEX, folder / _SINGLE
-        if not index.is_file() and not single.is_file():
-            raise UsageError(
-                f"base: {folder} holds no {_SINGLE} and no {_INDEX}; save the model with "
-                "transformers' save_pretrained"
-            )
-        self.folder = folder
-        try:
-            if index.is_file():
-                self.files: dict[str, str] = dict(json.loads(index.read_text())["weight_map"])
-            else:
-                with safe_open(single, "pt") as file:
-                    self.files = dict.fromkeys(file.keys(), _SINGLE)
-            for name in sorted(set(self.files.values())):  # before anything is written
-                with safe_open(folder / name, "pt") as file:
-                    held = set(file.keys())
-                lacking = sorted(k for k, f in self.files.items() if f == name and k not in held)
-                if lacking:
-                    raise UsageError(f"base: {folder / name} lacks {lacking[0]}")
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            if isinstance(error, UsageError):
-                raise
-            raise UsageError(f"base: {folder} cannot be read: {first_line(error)}") from error
-
-    def __getitem__(self, name: str) -> Tensor:
-        with safe_open(self.folder / self.files[name], "pt") as file:
-            tensor: Tensor = file.get_tensor(name)
-        return tensor
+class _Refused(Exception):
+    """The caller's `check` returned False."""
 
 
 def merge_adapter(
@@ -99,11 +57,11 @@ def merge_adapter(
 ) -> Merged | None:
     """Write W + ΔW of a PEFT adapter as a model that transformers loads without PEFT.
 
-    Each sum is PEFT's own, in float32, and rounded once to `dtype`. No more than one file's tensors
-    are in memory. The folder is written beside `out` and gets its name once it is whole.
+    Each sum is PEFT's own, in float32, and rounded once to `dtype`. The folder is written beside
+    `out` and gets its name once it is whole.
 
     Args:
-        base: transformers folder (safetensors, dense or bitsandbytes' 4 bits) or GGUF file.
+        base: transformers folder (dense or bitsandbytes' 4 bits), GGUF file or cached hub id.
         adapter: PEFT's folder; LoRA of any kind, `modules_to_save` too.
         out: must not exist, or be an empty folder.
         dtype: "fp32", "bf16" or "fp16", of all floating tensors.
@@ -123,228 +81,75 @@ def merge_adapter(
     """
     for name, value, wanted in (
         ("onto", onto, ("original", "dequantized")),
-        ("dtype", dtype, tuple(DTYPES)),
+        ("dtype", dtype, DTYPES),
         ("quant", quant, ("nf4", "fp4")),
-        ("quant_dtype", quant_dtype, tuple(DTYPES)),
+        ("quant_dtype", quant_dtype, DTYPES),
     ):
         if value not in wanted:
             *rest, last = map(repr, wanted)
             raise UsageError(f"{name}: got {value!r}, want {', '.join(rest)} or {last}")
     base, adapter, out = Path(base), Path(adapter), Path(out)
-    lora = models.read_adapter_config(adapter)
+    models.read_adapter_config(adapter)
     if reason := unwritable_reason(out, folder=True):
         raise UsageError(f"out: {reason}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"out: {out} is there already; give a folder that is not")
-    with _as_folder(base) as folder:
-        shards = Shards(folder)
-        config = models.load_config(folder)
-        four_bit = any(".quant_state.bitsandbytes__" in name for name in shards.files)
-        if four_bit and onto == "original":
-            raise UsageError(
-                f"onto: {base} holds 4-bit weights alone; give --onto dequantized, or the base as "
-                "it was before"
-            )
-        if onto == "dequantized" and not four_bit:
-            models.check_quant(quant)
-        adapted = _adapted(config, lora, adapter, shards)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial = out.with_name(f".{out.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        try:
-            to = DTYPES[dtype]
-            of = quant if onto == "dequantized" and not four_bit else None
-            with named_write(out):
-                nbytes = _write(shards, adapted, partial, to, of, DTYPES[quant_dtype])
-                _write_rest(folder, partial, config, to)
-            if not check(partial):
-                return None
-            if out.exists():
-                out.rmdir()
-            partial.rename(out)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-    return Merged(out, len(adapted.layers), len(set(shards.files.values())), nbytes)
-
-
-@contextmanager
-def _as_folder(base: Path) -> Iterator[Path]:
-    """A transformers folder with safetensors: `base`, or what its GGUF file holds."""
     folder, gguf_file = models.locate(base)
-    if gguf_file is None:
-        yield folder
-        return
-    with tempfile.TemporaryDirectory() as name:
-        loaded: Any = models.load_base(base, torch.float32, torch.device("cpu"))
-        loaded.save_pretrained(name)
-        models.load_tokenizer(base).save_pretrained(name)
-        del loaded
-        yield Path(name)
-
-
-@dataclass(frozen=True)
-class _Adapted:
-    """What changes, by the names of the shards.
-
-    Args:
-        layers: with an adapter; names without ".weight".
-        trained: biases of the base that the adapter's file holds (PEFT's `bias` option).
-        replaced: tensors of modules that are saved whole.
-        quantized: weights that QLoRA holds in 4 bits.
-    """
-
-    layers: Mapping[str, Any]
-    trained: Mapping[str, Tensor]
-    replaced: Mapping[str, Tensor]
-    quantized: frozenset[str]
-
-
-def _adapted(config: Any, lora: Any, adapter: Path, shards: Shards) -> _Adapted:
-    """The adapter, whose configuration is `lora`, on a model without weights."""
-    from_config: Any = AutoModelForCausalLM.from_config
-    lora.inference_mode = False  # so that what the adapter brings is what would train
+    four_bit = gguf_file is None and hasattr(models.load_config(base), "quantization_config")
+    if four_bit and onto == "original":
+        raise UsageError(
+            f"onto: {base} holds 4-bit weights alone; give --onto dequantized, or the base as it "
+            "was before"
+        )
+    quantized = quant if onto == "dequantized" and not four_bit else None
+    models.check_quant(quantized)
+    held = DTYPES[quant_dtype] if quantized else torch.float32
+    dense: Any = models.load_base(base, held, torch.device("cpu"), quantized)
+    decode(dense)
+    words, head = dense.get_input_embeddings(), dense.get_output_embeddings()
+    tied = head.weight if head is not None and head.weight is words.weight else None
+    adapted = models.load_adapter(dense, adapter)
+    layers = [module for module in adapted.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in layers:
+        if not hasattr(layer, "merge"):
+            raise UsageError(f"adapter: PEFT cannot merge a {type(layer).__name__}")
+        if layer.get_base_layer().weight is tied:
+            raise UsageError("adapter: a weight that is tied to another one cannot be merged into")
+    merged = adapted.merge_and_unload(safe_merge=True)  # raises where a sum is not finite
+    models.cast_parameters(merged, DTYPES[dtype])
     try:
-        with torch.device("meta"):
-            bare: Any = from_config(config)
-            quantized = list(models.quantized_layers(bare))
-            prefix = bare.base_model_prefix
-            peft_model = get_peft_model(bare, lora)
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise UsageError(
-            f"adapter: {adapter} does not fit the base: {first_line(error)}"
-        ) from error
-    for module in peft_model.modules():
-        for name, p in list(module._parameters.items()):
-            if p is not None and p.requires_grad:
-                module._parameters[name] = nn.Parameter(torch.empty_like(p, device="cpu"))
-    set_peft_model_state_dict(peft_model, models.read_adapter(adapter, peft_model))
-
-    def stored(name: str) -> str:
-        """As the shards call it; some hold a model without its head, and leave its prefix out."""
-        for candidate in (name, name.removeprefix(f"{prefix}.")):
-            if candidate in shards.files:
-                return candidate
-        raise UsageError(
-            f"base: {shards.folder} holds no {name}, which the adapter changes; a weight that is "
-            "tied to another one cannot be merged into"
-        )
-
-    layers: dict[str, Any] = {}
-    trained: dict[str, Tensor] = {}
-    replaced: dict[str, Tensor] = {}
-    for name, p in peft_model.get_base_model().named_parameters():
-        if p.requires_grad and name.endswith(".bias") and not _OF_PEFT.search(name):
-            trained[stored(name.replace(".base_layer.", "."))] = p.detach()
-    for name, module in peft_model.get_base_model().named_modules():
-        if isinstance(module, BaseTunerLayer):
-            if not hasattr(module, "merge"):
-                raise UsageError(f"adapter: PEFT cannot merge a {type(module).__name__}")
-            layers[stored(f"{name}.weight").removesuffix(".weight")] = module
-        elif isinstance(module, ModulesToSaveWrapper):
-            kept: Any = module.modules_to_save[module.active_adapters[0]]
-            replaced |= {stored(f"{name}.{key}"): t for key, t in kept.state_dict().items()}
-    names = set()
-    for name in quantized:  # a name may be absent where the weight is tied
-        with contextlib.suppress(UsageError):
-            names.add(stored(f"{name}.weight"))
-    return _Adapted(layers, trained, replaced, frozenset(names))
+        with write_folder(out) as partial:
+            size: Any = "5GB"
+            if gguf_file is not None:
+                models.load_tokenizer(base).save_pretrained(partial)
+            else:
+                size = max(file.stat().st_size for file in folder.glob("*.safetensors"))
+                weights = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".index.json")
+                for file in folder.iterdir():  # the tokenizer, and whatever else is no weight
+                    if file.is_file() and not file.name.endswith(weights):
+                        shutil.copy(file, partial / file.name)
+            merged.save_pretrained(partial, max_shard_size=size)
+            if not check(partial):
+                raise _Refused
+    except _Refused:
+        return None
+    shards = len(list(out.glob("*.safetensors")))
+    return Merged(out, len(layers), shards, models.parameter_bytes(merged))
 
 
-def _write(
-    shards: Shards,
-    adapted: _Adapted,
-    out: Path,
-    dtype: torch.dtype,
-    quant: str | None,
-    quant_dtype: torch.dtype,
-) -> int:
-    """The shards' files again, with the sums; returns their bytes."""
-    files: dict[str, list[str]] = {}
-    for name, file in shards.files.items():
-        files.setdefault(file, []).append(name)
-    weight_map, total = {}, 0
-
-    def dense(name: str) -> Tensor:
-        """The tensor that the adapter is added to."""
-        if name in adapted.trained:
-            return adapted.trained[name]
-        codes = [key for key in shards.files if key.startswith(f"{name}.quant_state.bitsandbytes")]
-        if codes:
-            state = {
-                key: shards[key]
-                for key in shards.files
-                if key == name or key.startswith(f"{name}.")
-            }
-            return Weight4bit.from_state_dict(state, name).dequantize(torch.float32)
-        tensor = shards[name]
-        if quant is not None and name in adapted.quantized:
-            return _decoded(tensor.to(quant_dtype), quant)
-        return tensor
-
-    def merged(name: str) -> Tensor:
-        layer_name, _, kind = name.rpartition(".")
-        if name in adapted.replaced:
-            return adapted.replaced[name]
-        layer = adapted.layers.get(layer_name)
-        if layer is None or kind not in ("weight", "bias"):
-            return dense(name)
-        below = layer.get_base_layer()
-        bare = dict(below._parameters)
-        for key, p in bare.items():
-            if p is not None:
-                value = dense(f"{layer_name}.{key}").float()
-                below._parameters[key] = nn.Parameter(value, requires_grad=False)
-        layer.merge(safe_merge=True)  # which also raises where a sum is not finite
-        result: Tensor = below._parameters[kind].detach()
-        layer.merged_adapters.clear()
-        below._parameters.update(bare)
-        return result
-
-    for file, names in files.items():
-        tensors = {}
-        for name in names:
-            if any(f".weight.{part}" in name for part in _OF_4BIT):
-                continue
-            tensor = merged(name)
-            tensors[name] = (
-                tensor.to(dtype) if tensor.is_floating_point() else tensor
-            ).contiguous()
-            weight_map[name] = file
-        save_file(tensors, out / file, metadata={"format": "pt"})
-        with (out / file).open("rb") as written:
-            os.fsync(written.fileno())
-        total += sum(t.nbytes for t in tensors.values())
-    if (shards.folder / _INDEX).is_file():
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (out / _INDEX).write_text(json.dumps(index, indent=2))
-    return total
-
-
-def _decoded(weight: Tensor, quant: str) -> Tensor:
-    """Through 4 bits and back, in float32. By bitsandbytes, as `finetune --quant` does it: where a
-    scale lies half way between two codes, its CPU kernel and ours may take one each."""
-    from bitsandbytes.functional import quantize_4bit
-
-    pair = quantize_4bit(weight, quant_type=quant, compress_statistics=True)
-    return Weight4bit.from_bitsandbytes(pair).dequantize(torch.float32)
-
-
-_OF_4BIT = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state.")
-
-
-def _write_rest(folder: Path, out: Path, config: Any, dtype: torch.dtype) -> None:
-    """Configuration, tokenizer and whatever else is no weight."""
-    for file in folder.iterdir():
-        weights = file.suffix in (".safetensors", ".bin", ".gguf", ".pt", ".pth") or (
-            file.name.endswith(".index.json")
-        )
-        if file.is_file() and not weights and not file.name.startswith("."):
-            shutil.copy(file, out / file.name)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    config.dtype = dtype
-    config.save_pretrained(out)
+def decode(model: Any) -> None:
+    """Make the whole model dense and float32 in place, its bitsandbytes 4-bit layers included."""
+    for name, layer in list(model.named_modules()):
+        if is_linear4bit(layer):
+            linear = nn.Linear(*models.features(layer), bias=layer.bias is not None, device="meta")
+            weight = Weight4bit.from_bitsandbytes(layer.weight).dequantize(torch.float32)
+            linear.weight, linear.bias = nn.Parameter(weight), layer.bias
+            model.set_submodule(name, linear.requires_grad_(False))
+    for name in ("hf_quantizer", "quantization_method", "_weight_conversions"):
+        vars(model).pop(name, None)
+    vars(model.config).pop("quantization_config", None)
+    model.is_quantized = model.is_loaded_in_4bit = False
+    models.cast_parameters(model, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -366,9 +171,8 @@ def distance(got: Tensor, want: Tensor) -> Distance:
     >>> distance(torch.tensor([[1.0, 2.2]]), torch.tensor([[1.0, 2.0]])).same_token
     1.0
     """
-    error = (got.double() - want.double()).norm() / want.double().norm()
     same = (got.argmax(-1) == want.argmax(-1)).double().mean()
-    return Distance(error.item(), same.item())
+    return Distance(relative_rms(got, want), same.item())
 
 
 @dataclass(frozen=True)
@@ -393,9 +197,15 @@ class Comparison:
 
 @torch.no_grad()
 def compare_merged(
-    folder: Path, base: Path, adapter: Path, *, dtype: str, quant: str | None, quant_dtype: str,
+    folder: Path,
+    base: Path,
+    adapter: Path,
+    *,
+    dtype: str,
+    quant: str | None,
+    quant_dtype: str,
     ids: Tensor,
-) -> Comparison:  # fmt: skip
+) -> Comparison:
     """Load the folder with plain transformers, and base + adapter fused, on ids int64 [1, tokens].
 
     quant: "nf4" or "fp4" for an adapter over a 4-bit base (needs bitsandbytes), None for a dense

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import importlib.util
 import re
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from . import UsageError
-from .checkpoints import first_line
+from .checkpoints import count_more, translate_errors
 from .options import MAX_LENGTH
 
 if TYPE_CHECKING:
@@ -40,25 +38,21 @@ def locate(model: Path, argument: str = "--model") -> tuple[Path, str | None]:
         return snapshot, None
     if model.is_dir() and (model / "config.json").is_file():
         return model, None
-    if model.is_dir():
-        files = sorted(model.glob("*.gguf"))
-        if not files:
-            raise UsageError(
-                f"{argument}: {model} holds neither a config.json nor a .gguf file; {wanted}"
-            )
-        if len(files) > 1:
-            names = ", ".join(f.name for f in files)
-            raise UsageError(f"{argument}: {model} holds several GGUF files ({names}); name one")
-        model = files[0]
-    if not model.is_file():
-        raise UsageError(f"{argument}: there is no {model}; {wanted}")
-    if model.suffix != ".gguf":
-        raise UsageError(f"{argument}: {model} is no .gguf file; {wanted}")
-    if importlib.util.find_spec("gguf") is None:
-        raise UsageError(
-            f"{argument}: reading {model.name} needs the package gguf: pip install gguf"
-        )
-    return model.parent, model.name
+    files = sorted(model.glob("*.gguf")) if model.is_dir() else [model]
+    if not files:
+        problem = f"{model} holds neither a config.json nor a .gguf file; {wanted}"
+    elif len(files) > 1:
+        names = ", ".join(f.name for f in files)
+        problem = f"{model} holds several GGUF files ({names}); name one"
+    elif not files[0].is_file():
+        problem = f"there is no {model}; {wanted}"
+    elif files[0].suffix != ".gguf":
+        problem = f"{model} is no .gguf file; {wanted}"
+    elif importlib.util.find_spec("gguf") is None:
+        problem = f"reading {files[0].name} needs the package gguf: pip install gguf"
+    else:
+        return files[0].parent, files[0].name
+    raise UsageError(f"{argument}: {problem}")
 
 
 def cached_snapshot(name: str) -> Path | None:
@@ -87,20 +81,43 @@ _EMBEDDINGS = ("embed_tokens", "lm_head", "wte")
 def load_adapter(base: Any, folder: Path, argument: str = "adapter") -> Any:
     """Return stock PEFT's model of `base` with the adapter that the folder holds, in eval mode.
 
-    Raises UsageError as `read_adapter`, and if the adapter names layers that `base` lacks.
+    Raises UsageError if the adapter cannot be read, names layers that `base` lacks, or if a key of
+    its weights is missing, unexpected or has another shape: PEFT leaves the weight of a missing key
+    as it was initialized. The message names the first such key and counts the others.
     """
-    from peft import get_peft_model, set_peft_model_state_dict
+    from peft import (
+        get_peft_model,
+        get_peft_model_state_dict,
+        load_peft_weights,
+        set_peft_model_state_dict,
+    )
 
     config = read_adapter_config(folder, argument)
     config.inference_mode = True
     config.base_model_name_or_path = None  # PEFT warns where the base has moved
-    try:
+    unfit = f"{argument}: {folder} does not fit the base"
+    with translate_errors(unfit, ValueError, TypeError, RuntimeError):
         stock: Any = get_peft_model(base, config)
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise UsageError(
-            f"{argument}: {folder} does not fit the base: {first_line(error)}"
-        ) from error
-    set_peft_model_state_dict(stock, read_adapter(folder, stock, str(stock.device), argument))
+    files = [folder / f"adapter_model.{kind}" for kind in ("safetensors", "bin")]
+    if not any(file.is_file() for file in files):  # PEFT would ask a hub for it
+        raise UsageError(f"{argument}: {folder} holds no {files[0].name}")
+    with translate_errors(f"{argument}: {folder} cannot be read"):
+        state: dict[str, Tensor] = load_peft_weights(str(folder), device=str(stock.device))
+    want = get_peft_model_state_dict(stock, save_embedding_layers=False)
+    embeddings = {key for key in state if key.rpartition(".")[0].endswith(_EMBEDDINGS)}
+    problems = {
+        "lacks": want.keys() - state.keys(),
+        "holds, without a layer for it,": state.keys() - want.keys() - embeddings,
+        "holds": {
+            f"{key} {list(state[key].shape)}, want {list(t.shape)}"
+            for key, t in want.items()
+            if key in state and state[key].shape != t.shape
+        },
+    }
+    for problem, keys in problems.items():
+        if keys:
+            raise UsageError(f"{unfit}: {problem} {count_more(sorted(keys))}")
+    set_peft_model_state_dict(stock, state)
     return stock.eval()
 
 
@@ -113,52 +130,9 @@ def read_adapter_config(folder: Path, argument: str = "adapter") -> Any:
             f"{argument}: {folder} holds no adapter_config.json; give a folder that PEFT has saved "
             "an adapter in"
         )
-    try:
+    # PEFT checks no field, so that a wrong one raises anything.
+    with translate_errors(f"{argument}: {folder}/adapter_config.json cannot be read"):
         return PeftConfig.from_pretrained(str(folder))
-    except Exception as error:  # PEFT checks no field, so that a wrong one raises anything
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        raise UsageError(
-            f"{argument}: {folder}/adapter_config.json cannot be read: {reason}"
-        ) from error
-
-
-def read_adapter(
-    folder: Path, model: Any, device: str = "cpu", argument: str = "adapter"
-) -> dict[str, Tensor]:
-    """Return the weights in PEFT's adapter folder, whose keys and shapes must be `model`'s.
-
-    model: a PeftModel with an adapter of the folder's configuration.
-
-    Raises UsageError if the file cannot be read, or if a key is missing, unexpected or has another
-    shape. The message names the first such key and counts the others. PEFT leaves the weight of a
-    missing key as it was initialized.
-    """
-    from peft import get_peft_model_state_dict, load_peft_weights
-
-    files = [folder / f"adapter_model.{kind}" for kind in ("safetensors", "bin")]
-    if not any(file.is_file() for file in files):  # PEFT would ask a hub for it
-        raise UsageError(f"{argument}: {folder} holds no {files[0].name}")
-    try:
-        state: dict[str, Tensor] = load_peft_weights(str(folder), device=device)
-    except Exception as error:  # of safetensors or, at a .bin, whatever pickle raises
-        raise UsageError(f"{argument}: {folder} cannot be read: {first_line(error)}") from None
-    want = get_peft_model_state_dict(model, save_embedding_layers=False)
-    misshapen = {
-        f"{key} {list(state[key].shape)}, want {list(t.shape)}"
-        for key, t in want.items()
-        if key in state and state[key].shape != t.shape
-    }
-    embeddings = [key for key in state if key.rpartition(".")[0].endswith(_EMBEDDINGS)]
-    for problem, keys in (
-        ("lacks", want.keys() - state.keys()),
-        ("holds, without a layer for it,", state.keys() - want.keys() - set(embeddings)),
-        ("holds", misshapen),
-    ):
-        if keys:
-            first, more = min(keys), len(keys) - 1
-            rest = f" and {more} more" if more else ""
-            raise UsageError(f"{argument}: {folder} does not fit the base: {problem} {first}{rest}")
-    return state
 
 
 def check_quant(quant: str | None) -> None:
@@ -190,13 +164,10 @@ def load_float32(auto_class: Any, model: Path, whole: bool = False, **kwargs: An
 
     whole: raise UsageError if a weight is missing, which transformers would draw at random.
     """
-    loaded: Any
-    loaded, report = _load(
-        auto_class, model, dtype=torch.float32, output_loading_info=True, **kwargs
-    )
+    how = {"dtype": torch.float32, "output_loading_info": True}
+    loaded, report = _load(auto_class, model, **how, **kwargs)
     if whole and (missing := report["missing_keys"]):
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise UsageError(f"--model: {model} lacks the weight {min(missing)}{more}")
+        raise UsageError(f"--model: {model} lacks the weight {count_more(sorted(missing))}")
     if locate(model)[1] is not None:
         # Decoded as it was read, yet marked as quantized, which Trainer and save_pretrained heed.
         del loaded.hf_quantizer, loaded.is_quantized, loaded.quantization_method
@@ -217,13 +188,9 @@ def build_skeleton(model: Path) -> nn.Module:
 
     config = load_config(model)
     from_config: Any = AutoModelForCausalLM.from_config
-    try:
-        with torch.device("meta"):
-            return cast(nn.Module, from_config(config))
-    except Exception as error:  # a field that the model's code has no use for may raise anything
-        raise UsageError(
-            f"--model: transformers cannot build {model}: {first_line(error)}"
-        ) from error
+    # A field that the model's code has no use for may raise anything.
+    with translate_errors(f"--model: transformers cannot build {model}"), torch.device("meta"):
+        return cast(nn.Module, from_config(config))
 
 
 def features(layer: Any) -> tuple[int, int]:
@@ -233,15 +200,6 @@ def features(layer: Any) -> tuple[int, int]:
     if isinstance(layer, Conv1D):
         return int(layer.weight.shape[0]), int(layer.weight.shape[1])
     return int(layer.in_features), int(layer.out_features)
-
-
-def check_rank(layers: Mapping[str, Any], rank: int, argument: str = "--rank") -> None:
-    """Raise UsageError if the rank is above that of the weight of one of the layers."""
-    name = min(layers, key=lambda name: min(features(layers[name])), default=None)
-    if name is None or rank <= (least := min(features(layers[name]))):
-        return
-    sizes = "×".join(map(str, features(layers[name])))
-    raise UsageError(f"{argument}: got {rank}, want at most {least}: {name} is {sizes}")
 
 
 def check_length(asked: int | None, model: Any) -> int:
@@ -272,28 +230,19 @@ def quantize(
     """
     from bitsandbytes.nn import Linear4bit, Params4bit  # type: ignore[attr-defined]
 
-    for name, linear in quantized_layers(base).items():
-        layer = Linear4bit(  # type: ignore[no-untyped-call]
-            linear.in_features, linear.out_features, bias=linear.bias is not None,
-            compute_dtype=compute_dtype, quant_type=quant_type, device="meta",
-        )  # fmt: skip
-        layer.weight = Params4bit(
-            linear.weight.detach(), requires_grad=False, quant_type=quant_type, module=layer
-        )
-        layer.bias = linear.bias
+    head = cast(Any, base).get_output_embeddings() or classifier(base)
+    codes: Any = {"requires_grad": False, "quant_type": quant_type}
+    how = {"compute_dtype": compute_dtype, "quant_type": quant_type, "device": "meta"}
+    for name, linear in list(base.named_modules()):
+        if type(linear) is not nn.Linear or linear is head:
+            continue
+        bias = linear.bias
+        layer = Linear4bit(*features(linear), bias=bias is not None, **how)  # type: ignore[no-untyped-call]
+        layer.weight = Params4bit(linear.weight.detach(), module=layer, **codes)
+        layer.bias = bias
         base.set_submodule(name, layer.to(device))
     base.is_loaded_in_4bit = True  # type: ignore[assignment]
     rewrite_codes(base, False)
-
-
-def quantized_layers(base: nn.Module) -> dict[str, nn.Linear]:
-    """The layers that `quantize` holds in 4 bits, by name."""
-    head = cast(Any, base).get_output_embeddings() or classifier(base)
-    return {
-        name: layer
-        for name, layer in base.named_modules()
-        if type(layer) is nn.Linear and layer is not head
-    }
 
 
 def classifier(model: nn.Module) -> nn.Module | None:
@@ -330,26 +279,20 @@ def load_tokenizer(model: Path) -> Any:
 
 def _load(auto_class: Any, model: Path, **kwargs: Any) -> Any:
     folder, gguf_file = locate(model)
-    try:
-        return auto_class.from_pretrained(
-            folder, gguf_file=gguf_file, local_files_only=True, **kwargs
-        )
-    except ModuleNotFoundError:
-        raise
-    except Exception as error:  # a damaged file makes each library raise something of its own
-        raise UsageError(
-            f"--model: transformers cannot load {model}: {first_line(error)}"
-        ) from error
+    kwargs |= {"gguf_file": gguf_file, "local_files_only": True}
+    # A damaged file makes each library raise something of its own.
+    with translate_errors(f"--model: transformers cannot load {model}"):
+        return auto_class.from_pretrained(folder, **kwargs)
 
 
 def usable_device(name: str) -> torch.device:
     """The device of that name, or with no name a GPU if there is one, else the CPU."""
-    try:
+    # AssertionError where torch has no CUDA at all.
+    with translate_errors(
+        f"--device: got {name}, which cannot be used", RuntimeError, AssertionError
+    ):
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # the latter where torch has no CUDA at all
-        reason = str(error).partition("\n")[0]
-        raise UsageError(f"--device: got {name}, which cannot be used: {reason}") from error
     return device
 
 
@@ -366,11 +309,14 @@ def cast_parameters(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def share(model: nn.Module, trainable: bool = False) -> Any:
-    """A copy with modules and trainable parameters of its own, on the same frozen weights; with
-    `trainable` on all the same weights."""
-    shared: list[Tensor] = [p for p in model.parameters() if trainable or not p.requires_grad]
-    return copy.deepcopy(model, {id(t): t for t in (*shared, *model.buffers())})
+def share(model: nn.Module, frozen: bool = False) -> Any:
+    """A copy with modules and trainable parameters of its own on the same frozen weights; `frozen`:
+    on all the same weights, which train in the model alone."""
+    tensors = (*model.parameters(), *model.buffers())
+    memo: dict[int, Any] = {id(t): t for t in tensors if not t.requires_grad}
+    if frozen:
+        memo |= {id(p): Parameter(p.detach(), False) for p in tensors if p.requires_grad}
+    return copy.deepcopy(model, memo)
 
 
 def linear_layers(base: nn.Module) -> dict[str, nn.Module]:
@@ -389,58 +335,6 @@ def linear_layers(base: nn.Module) -> dict[str, nn.Module]:
         if isinstance(module, nn.Linear | Conv1D):
             found[name] = module
     return found
-
-
-def is_named(name: str, target: str) -> bool:
-    """Whether PEFT takes the layer of that full name for a target."""
-    return name == target or name.endswith(f".{target}")
-
-
-def check_targets(
-    base: nn.Module, targets: Sequence[str], argument: str = "--target-modules"
-) -> None:
-    """Raise UsageError for a target that names no linear layer, with the names that do."""
-    names = linear_layers(base)
-    candidates = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
-    for target in targets:
-        if not any(is_named(name, target) for name in names):
-            close = difflib.get_close_matches(target, candidates, n=1)
-            hint = f"did you mean {close[0]}? " if close else ""
-            raise UsageError(
-                f"{argument}: no linear layer is named {target}; {hint}"
-                f"this model has {', '.join(candidates)}"
-            )
-
-
-def add_adapters(
-    base: nn.Module,
-    *,
-    rank: int,
-    alpha: float,
-    dropout: float,
-    target_modules: Sequence[str] = (),
-    seed: int,
-    **config: Any,
-) -> Any:
-    """Stock PEFT on a copy that shares base's weights; all linear layers by default.
-
-    The seed settles lora_A; lora_B is zero, as PEFT has it. config: of `LoraConfig`.
-    """
-    from peft import LoraConfig, get_peft_model
-
-    torch.manual_seed(seed)
-    any_alpha: Any = alpha  # PEFT says int and takes both
-    return get_peft_model(
-        share(base),
-        LoraConfig(
-            r=rank,
-            lora_alpha=any_alpha,
-            lora_dropout=dropout,
-            target_modules=list(target_modules) or ALL_LINEAR,
-            task_type="CAUSAL_LM",
-            **config,
-        ),
-    )
 
 
 def layer_states(layers: Explanation) -> list[str]:
@@ -469,12 +363,9 @@ def parameter_bytes(model: nn.Module) -> int:
 def question(tokenizer: Any, prompt: str, device: torch.device) -> dict[str, Tensor]:
     """What a model is to go on from: the prompt, in the tokenizer's chat template if it has one."""
     if tokenizer.chat_template:
-        inputs = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}],
-            add_generation_prompt=True,
-            return_dict=True,
-            return_tensors="pt",
-        )
+        messages = [{"role": "user", "content": prompt}]
+        how = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}
+        inputs = tokenizer.apply_chat_template(messages, **how)
     else:
         inputs = tokenizer(prompt, return_tensors="pt")
     return {name: t.to(device) for name, t in inputs.items()}
@@ -492,25 +383,24 @@ def decode(model: Any, inputs: dict[str, Tensor], **kwargs: Any) -> Tensor:
     return out[0, inputs["input_ids"].shape[1] :]
 
 
-def answer(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 48) -> str:
-    """The greedy continuation of the prompt."""
-    inputs = question(tokenizer, prompt, model.device)
-    new = decode(model, inputs, max_new_tokens=max_new_tokens)
-    return str(tokenizer.decode(new, skip_special_tokens=True)).strip()
-
-
 class Clock:
-    """A `streamer` for `generate` that notes when each token came: seconds since it was made."""
+    """A `streamer` for `generate` that notes when each token came: seconds since it was made.
 
-    def __init__(self) -> None:
+    shown: another streamer, which gets them too.
+    """
+
+    def __init__(self, shown: Any = None) -> None:
+        self.shown, self.times = shown, list[float]()
         self.start = time.perf_counter()
-        self.times: list[float] = []
 
     def put(self, tokens: Tensor) -> None:  # at first the prompt's
         self.times.append(time.perf_counter() - self.start)
+        if self.shown:
+            self.shown.put(tokens)
 
     def end(self) -> None:
-        pass
+        if self.shown:
+            self.shown.end()
 
     @property
     def prefill(self) -> float:

@@ -1,110 +1,208 @@
-"""The arguments of a run."""
+"""The options of the commands: dataclasses whose fields `HfArgumentParser` makes arguments of."""
+
+# ruff: noqa: RUF009 (`arg` is `dataclasses.field`)
 
 from __future__ import annotations
 
+import argparse
+import difflib
 import importlib.util
 import json
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from . import UsageError
 
-# The option that names a model, as each command has it.
-MODEL: dict[str, Any] = {
-    "type": Path, "metavar": "DIR|GGUF|ID",
-    "help": "transformers model folder, GGUF file, or a hub id that is in the local cache",
-}  # fmt: skip
 SCHEDULERS = ("cosine", "linear", "constant", "inverse_sqrt")
 # How PEFT starts lora_A and lora_B. Its others (pissa, olora, eva, corda, loftq) rewrite the base's
 # weights or need data, and an adapter saved from them does not fit the base as it was.
 INITS = ("kaiming", "gaussian", "orthogonal")
-# --report-to's name -> the package that it needs
-REPORTERS = {
-    "tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow", "trackio": "trackio",
-    "comet_ml": "comet_ml", "clearml": "clearml", "swanlab": "swanlab", "neptune": "neptune",
-}  # fmt: skip
+# --report-to's names, each also that of the package that it needs
+REPORTERS = ["tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "clearml"]
+REPORTERS += ["swanlab", "neptune"]
 STEPS, MAX_LENGTH, MAX_SEED = 200, 512, 2**32 - 1  # NumPy's generators take seeds of 32 bits
+_INF = float("inf")
+_RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+    "positive": (lambda value: 0.0 < value < _INF, "a positive number"),
+    "natural": (lambda value: 0.0 <= value < _INF, "0 or a positive number"),
+    "share": (lambda value: 0.0 <= value < 1.0, "a share in [0, 1)"),
+    "probability": (lambda value: 0.0 <= value < 1.0, "a probability in [0, 1)"),
+    "seed": (lambda value: 0 <= value <= MAX_SEED, f"0 to {MAX_SEED}"),
+}
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def check_numbers(
+    given: Mapping[str, Any], named: Callable[[str], str] = flag, /, **wanted: int | str
+) -> None:
+    """Raise UsageError for a number out of its range; None passes.
+
+    wanted: of each its least value, or a name of `_RANGES`. named: how the message calls it.
+
+    >>> check_numbers({"lr": 0.1, "batch": 0}, lr="positive", batch=1)
+    Traceback (most recent call last):
+    lora_kernels.finetune.UsageError: --batch: got 0, want at least 1
+    """
+    for name, want in wanted.items():
+        value = given[name]
+        if isinstance(want, int):
+            ok, words = value is None or value >= want, f"at least {want}"
+        else:
+            inside, words = _RANGES[want]
+            ok = value is None or inside(value)
+        if not ok:
+            raise UsageError(f"{named(name)}: got {value}, want {words}")
+
+
+def suggest(got: Any, wanted: Iterable[str], of: str = "one") -> str:
+    """Return a hint for a name that is unknown: the closest of `wanted`, or all of them.
+
+    >>> suggest("medcial", ("medical", "legal")), suggest("x", ("a", "b"))
+    ("did you mean 'medical'?", 'want one of a, b')
+    """
+    close = difflib.get_close_matches(str(got), list(wanted), 1)
+    return f"did you mean {close[0]!r}?" if close else f"want {of} of {', '.join(wanted)}"
+
+
+def arg(default: Any, help: str, *aliases: str, **settings: Any) -> Any:
+    """Return a dataclass field that `HfArgumentParser` makes an argument; settings: argparse's."""
+    if default not in (None, "", 0, 0.0, False, []):
+        shown = " ".join(map(str, default)) if isinstance(default, list) else default
+        help += f" (default {shown})"
+    metadata = {"help": help, "aliases": aliases} | settings
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def add_options(parser: argparse.ArgumentParser, *options: Any) -> None:
+    """Add an argument for each field; one that is not given is absent from the namespace."""
+    from transformers import HfArgumentParser
+
+    made = HfArgumentParser(options, add_help=False)
+    for action in made._actions:
+        action.default = argparse.SUPPRESS
+    parser._add_container_actions(made)
+
+
+def require(options: Any, names: Iterable[str], otherwise: str) -> None:
+    """Raise UsageError for the first of these options that is missing."""
+    for name in names:
+        if not getattr(options, name):
+            raise UsageError(f"{flag(name)} is missing; give it, or {otherwise}")
+
+
+def check_out(out: Path, instead: str = "that can be written") -> None:
+    """Raise UsageError if no folder can be written there."""
+    from ..measure.outputs import unwritable_reason
+
+    if reason := unwritable_reason(out, folder=True):
+        raise UsageError(f"--out: {reason}; give a folder {instead}")
+
+
+# Arguments of several commands
+_MODEL: dict[str, Any] = {"help": "model folder, GGUF file or cached hub id", "metavar": "MODEL"}
+_BITS = "hold linear layers in 4 bits, as QLoRA does, by bitsandbytes"
+_QUANT: dict[str, Any] = {"help": _BITS, "choices": ("nf4", "fp4")}
+_DTYPE: dict[str, Any] = {"help": "dtype of the base model", "choices": ("fp32", "bf16")}
+_BAD_LINES: dict[str, Any] = {"help": "or leave bad lines out", "choices": ("error", "skip")}
+_LINES = "JSON lines: messages, prompt and completion, or text; or plain text"
+_DEVICE = "torch device (default: a GPU if there is one)"
+_RUN = "folder that `lora-kernels finetune` wrote: gives the model, adapter, dtype and quant"
+_ADAPTER = "folder of an adapter in PEFT's format"
+_LENGTH = f"tokens of an example (default {MAX_LENGTH}, or the model's positions if fewer)"
 
 
 @dataclass(frozen=True)
-class Options:
-    """The arguments, checked as far as that goes without loading anything.
+class Inputs:
+    demo: bool = arg(False, "SmolLM2-135M-Instruct on Hamlet, 24 steps; then it is taught a fact")
+    model: Path = arg(None, **_MODEL)
+    data: list[Path] = arg([], _LINES)
+    out: Path = arg(Path("finetune-out"), "folder of the run; one that was interrupted goes on")
+    base: Path | None = arg(None, "folder for a GGUF file's weights, for PEFT (default: in --out)")
+
+
+@dataclass(frozen=True)
+class Adapters:
+    _argument_group_name = "adapters (default: the preset's; on plain text rank 16, alpha 32)"
+    preset: str = arg("", "medical, legal, chat or code (default: chat on JSON lines)")
+    rank: int | None = arg(None, "rank of the adapters")
+    alpha: int | None = arg(None, "the adapters are scaled by alpha / rank")
+    dropout: float | None = arg(None, "probability of dropping an element of an adapter's input")
+    target_modules: list[str] = arg([], "layers: names, q k v o gate up down, or all-linear")
+    dora: bool = arg(False, "DoRA: a trained magnitude for each row of the weights")
+    rslora: bool = arg(False, "rsLoRA: scale by alpha / √rank")
+    init: str = arg("kaiming", "how lora_A and lora_B start", choices=INITS)
+
+
+@dataclass(frozen=True)
+class Data:
+    _argument_group_name = "data"
+    max_length: int | None = arg(None, f"{_LENGTH}, or of a block of plain text", "--seq-len")
+    on_bad_line: str = arg("error", **_BAD_LINES)
+    pack: bool = arg(False, "several short examples in one row, which cannot see each other")
+    eval_share: float = arg(0.0, "share of the examples held out, on which the loss is reported")
+    eval_every: int = arg(0, "steps between evaluations (default: as --save-every)")
+    patience: int = arg(0, "stop after so many evaluations without a lower loss; keep the best")
+
+
+@dataclass(frozen=True)
+class Training:
+    _argument_group_name = "training"
+    batch: int = arg(4, "blocks or examples of a forward")
+    accumulate: int = arg(1, "forwards of a step")
+    steps: int | None = arg(None, f"AdamW steps (default {STEPS}, unless --epochs is given)")
+    epochs: float | None = arg(None, "passes over the data, in place of --steps")
+    lr: float = arg(2e-4, "peak learning rate")
+    scheduler: str = arg("cosine", "how the learning rate falls", choices=SCHEDULERS)
+    warmup: float = arg(0.0, "share of the steps over which the learning rate rises (default 0)")
+    weight_decay: float = arg(0.0, "AdamW's (default 0)")
+    lora_plus: float = arg(0.0, "LoRA+: learning rate of lora_B over that of lora_A, such as 16")
+    autocast: bool = arg(False, "compute in bf16 whatever the dtype of the weights")
+    checkpointing: bool = arg(False, "compute activations again in the backward, to save memory")
+    dtype: str = arg("fp32", **_DTYPE)
+    quant: str | None = arg(None, **_QUANT)
+    seed: int = arg(0, "settles the adapters' start, the order of the data and dropout masks")
+    save_every: int = arg(50, "steps between checkpoints")
+    report_to: list[str] = arg([], f"services that get the losses: {', '.join(REPORTERS)}")
+    device: str = arg("", _DEVICE)
+
+
+@dataclass(frozen=True)
+class Checks:
+    _argument_group_name = "checks"
+    prompt: str = arg("", "answered before and after (default: what precedes the first answer)")
+    expect: str = arg("", "fail unless the answer holds this after the training, and not before")
+    compare: bool = arg(False, "compare gradients, updates and times with stock PEFT's first")
+    sgd_steps: int = arg(20, "SGD steps of the comparison")
+    timed_steps: int = arg(10, "timed steps of the comparison")
+    peft_steps: int = arg(60, "AdamW steps of stock PEFT, for the second curve in loss.png")
+
+
+@dataclass(frozen=True)
+class Options(Checks, Training, Data, Adapters, Inputs):
+    """`finetune`'s, checked as far as that goes without loading anything.
 
     None: rank, alpha and dropout are the preset's; max_length is `MAX_LENGTH`, or the model's
-    positions where they are fewer; steps is `STEPS` where epochs says nothing. base: folder for the
-    weights of a GGUF file (default: in `out`), which PEFT can load.
+    positions where they are fewer; steps is `STEPS` where epochs says nothing.
     """
 
-    model: Path
-    data: tuple[Path, ...]
-    out: Path
-    preset: str = ""
-    rank: int | None = None
-    alpha: int | None = None
-    dropout: float | None = None
-    target_modules: tuple[str, ...] = ()
-    dora: bool = False
-    rslora: bool = False
-    init: str = "kaiming"
-    max_length: int | None = None
-    on_bad_line: str = "error"
-    pack: bool = False
-    eval_share: float = 0.0
-    eval_every: int = 0
-    patience: int = 0
-    batch: int = 4
-    accumulate: int = 1
-    steps: int | None = None
-    epochs: float | None = None
-    lr: float = 2e-4
-    scheduler: str = "cosine"
-    warmup: float = 0.0
-    weight_decay: float = 0.0
-    lora_plus: float = 0.0
-    autocast: bool = False
-    checkpointing: bool = False
-    dtype: str = "fp32"
-    quant: str | None = None
-    seed: int = 0
-    save_every: int = 50
-    report_to: tuple[str, ...] = ()
-    device: str = ""
-    prompt: str = ""
-    expect: str = ""
-    compare: bool = False
-    sgd_steps: int = 20
-    timed_steps: int = 10
-    peft_steps: int = 60
-    base: Path | None = None
-
     def __post_init__(self) -> None:
-        at_least = dict.fromkeys(
-            ("rank", "alpha", "batch", "accumulate", "steps", "save_every", "sgd_steps"), 1
+        at_least = ("rank", "alpha", "batch", "accumulate", "steps", "save_every", "sgd_steps")
+        check_numbers(
+            vars(self),
+            **dict.fromkeys(at_least, 1),
+            **dict.fromkeys(("eval_every", "patience", "peft_steps"), 0),
+            **dict.fromkeys(("max_length", "timed_steps"), 2),
+            **{"seed": "seed", "dropout": "probability", "eval_share": "share", "warmup": "share"},
+            **{"lr": "positive", "epochs": "positive", "weight_decay": "natural"},
         )
-        at_least |= dict.fromkeys(("eval_every", "patience", "peft_steps"), 0)
-        at_least |= {"max_length": 2, "timed_steps": 2}
-        for name, least in at_least.items():
-            if (value := getattr(self, name)) is not None and value < least:
-                raise UsageError(f"{flag(name)}: got {value}, want at least {least}")
-        check_seed(self.seed)
-        if self.dropout is not None and not 0.0 <= self.dropout < 1.0:
-            raise UsageError(f"--dropout: got {self.dropout}, want a probability in [0, 1)")
-        for name in ("eval_share", "warmup"):
-            if not 0.0 <= (share := getattr(self, name)) < 1.0:
-                raise UsageError(f"{flag(name)}: got {share}, want a share in [0, 1)")
-        for name in ("lr", "epochs"):
-            if (number := getattr(self, name)) is not None and not 0.0 < number < float("inf"):
-                raise UsageError(f"{flag(name)}: got {number}, want a positive number")
-        if not 0.0 <= self.lora_plus < float("inf"):
-            raise UsageError(f"--lora-plus: got {self.lora_plus}, want a positive number")
-        if not 0.0 <= (decay := self.weight_decay) < float("inf"):
-            raise UsageError(f"--weight-decay: got {decay}, want 0 or a positive number")
-        for name, wanted in (
-            ("on_bad_line", ("error", "skip")), ("scheduler", SCHEDULERS), ("init", INITS),
-        ):  # fmt: skip
-            if (choice := getattr(self, name)) not in wanted:
-                raise UsageError(f"{flag(name)}: got {choice}, want one of {', '.join(wanted)}")
+        check_numbers({"lora_plus": self.lora_plus or None}, lora_plus="positive")
         if self.steps is not None and self.epochs is not None:
             raise UsageError("--epochs: want no --steps beside it, which says the same otherwise")
         if self.init == "orthogonal" and self.rank is not None and self.rank % 2:
@@ -120,9 +218,8 @@ class Options:
         for name in self.report_to:
             if name not in REPORTERS:
                 raise UsageError(f"--report-to: got {name}, want some of {', '.join(REPORTERS)}")
-            if importlib.util.find_spec(REPORTERS[name]) is None:
-                package = REPORTERS[name]
-                raise UsageError(f"--report-to: {name} needs its package: pip install {package}")
+            if importlib.util.find_spec(name) is None:
+                raise UsageError(f"--report-to: {name} needs its package: pip install {name}")
 
     @property
     def has_json(self) -> bool:
@@ -132,19 +229,139 @@ class Options:
     @property
     def training(self) -> dict[str, Any]:
         """The keyword arguments of `training_arguments`."""
-        names = ("batch", "accumulate", "lr", "warmup", "checkpointing", "save_every", "seed")
+        names = ["batch", "accumulate", "lr", "scheduler", "warmup", "weight_decay"]
+        names += ["checkpointing", "save_every", "seed", "report_to"]
         length = {"steps": self.steps or STEPS} if self.epochs is None else {"epochs": self.epochs}
         every = self.eval_every or (self.save_every if self.eval_share else None)
-        return {name: getattr(self, name) for name in names} | length | {
-            "bf16": self.autocast, "eval_every": every, "weight_decay": self.weight_decay,
-            "report_to": list(self.report_to), "scheduler": self.scheduler,
-        }  # fmt: skip
+        given = {name: getattr(self, name) for name in names}
+        return given | length | {"bf16": self.autocast, "eval_every": every}
 
 
-def check_seed(seed: int) -> None:
-    """Raise UsageError for a seed that NumPy's generators do not take."""
-    if not 0 <= seed <= MAX_SEED:
-        raise UsageError(f"--seed: got {seed}, want 0 to {MAX_SEED}")
+@dataclass(frozen=True)
+class RankOptions:
+    """`rank-search`'s."""
+
+    demo: bool = arg(False, "SmolLM2-135M-Instruct on Hamlet, where none is given")
+    model: Path = arg(None, **_MODEL)
+    data: list[Path] = arg([], _LINES)
+    eval: list[Path] = arg([], "data on which ranks are scored (default: a fifth of --data)")
+    out: Path = arg(Path("rank-search-out"), "folder for ranks.json, ranks.png and metrics")
+    ranks: list[int] = arg([4, 8, 16, 32, 64], "ranks to train")
+    preset: str = arg("chat", "medical, legal, chat or code: which layers")
+    target_modules: list[str] = arg([], "other layers than the preset's")
+    steps: int = arg(100, "for each rank")
+    batch: int = arg(4, "examples a step")
+    lr: float = arg(2e-4, "peak learning rate")
+    max_length: int | None = arg(None, _LENGTH)
+    examples: int = arg(0, "take so many of the data's, drawn by --seed (default: all)")
+    on_bad_line: str = arg("error", **_BAD_LINES)
+    adalora: bool = arg(True, "train AdaLoRA, too; --no-adalora does not")
+    dtype: str = arg("fp32", **_DTYPE)
+    quant: str | None = arg(None, **_QUANT)
+    seed: int = arg(0, "of the adapters, the data's order and dropout (default 0)")
+    device: str = arg("", _DEVICE)
+
+    def __post_init__(self) -> None:
+        require(self, ("model", "data"), "try --demo")
+        ranks = tuple(self.ranks)
+        if len(set(ranks)) < len(ranks) or min(ranks) < 1:
+            raise UsageError(f"--ranks: got {ranks}, want different ones, each at least 1")
+        check_numbers(vars(self), batch=1, steps=1, max_length=2, lr="positive", seed="seed")
+        if self.adalora and self.steps < 10:
+            raise UsageError(f"--steps: got {self.steps}, want at least 10, or --no-adalora")
+        if self.examples < 0 or self.examples == 1:
+            raise UsageError(f"--examples: got {self.examples}, want at least 2, or 0 for all")
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """`compare`'s."""
+
+    demo: bool = arg(False, "MiniLM-L6 on film reviews, fresh or rotten")
+    model: Path = arg(None, **_MODEL)
+    data: Path = arg(None, "JSON lines or a table with a head (.csv, .csv.bz2): text and label")
+    out: Path = arg(Path("compare-out"), "folder for classification.json, .md and .png")
+    text: str = arg("text", "field")
+    label: str = arg("label", "field")
+    group: str | None = arg(None, "field; texts of one group stay on one side of the split")
+    labels: list[str] = arg([], "leave texts with other labels out")
+    train: int = arg(2000, "texts")
+    held_out: int = arg(1000, "other texts, for the score")
+    methods: list[str] = arg([], "(default: all)")
+    lr: list[str] = arg([], "peak learning rates, such as full=1e-5 lora-8=1e-3")
+    seeds: int = arg(3, "runs of each method")
+    steps: int = arg(100, "of each run")
+    batch: int = arg(16, "texts a step")
+    max_length: int = arg(64, "tokens of a text")
+    device: str = arg("", _DEVICE)
+
+    def __post_init__(self) -> None:
+        check_numbers(vars(self), seeds=1, steps=1, batch=1, max_length=1)
+
+
+@dataclass(frozen=True)
+class MergeOptions:
+    """`merge`'s."""
+
+    run: Path | None = arg(None, _RUN)
+    base: Path = arg(None, **_MODEL)
+    adapter: Path = arg(None, _ADAPTER)
+    out: Path = arg(None, "a new folder")
+    dtype: str = arg("bf16", "of the result", choices=("fp32", "bf16", "fp16"))
+    onto: str = arg("original", "weights, or what 4 bits hold", choices=("original", "dequantized"))
+    quant: str | None = arg(None, "what the adapter was trained over", choices=("nf4", "fp4"))
+    quant_dtype: str = arg("fp32", "dtype that was quantized", choices=("fp32", "bf16"))
+    text: Path | None = arg(None, "the logits are compared on its first 256 tokens")
+    compare: bool = arg(True, "compare logits before the folder gets its name")
+
+    def __post_init__(self) -> None:
+        require(self, ("base", "adapter"), "--run")
+        require(self, ("out",), "see --help")
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """`generate`'s."""
+
+    run: Path | None = arg(None, _RUN)
+    demo: bool = arg(False, "SmolLM2-135M-Instruct as the model")
+    model: Path = arg(None, **_MODEL)
+    adapter: Path = arg(None, _ADAPTER)
+    prompt: str = arg("", "what is answered")
+    dtype: str = arg("fp32", **_DTYPE)
+    quant: str | None = arg(None, **_QUANT)
+    max_new_tokens: int = arg(64, "tokens of the answer at most")
+    temperature: float = arg(0.0, "0, the default: the likeliest token")
+    seed: int = arg(0, "of sampling (default 0)")
+    device: str = arg("", _DEVICE)
+    compare: bool = arg(False, "let stock PEFT answer too, and print both speeds")
+
+    def __post_init__(self) -> None:
+        require(self, ("model", "adapter"), "--run")
+        if not self.prompt:
+            raise UsageError("--prompt: got none, want a text that is answered")
+        check_numbers(vars(self), seed="seed", max_new_tokens=1, temperature="natural")
+
+
+def fill_in_demo(given: dict[str, Any], **defaults: Any) -> dict[str, Any]:
+    """Return the arguments, with --demo completed by the defaults, the demo's model and text."""
+    from .inputs import demo_model, demo_text
+
+    if not given.get("demo"):
+        return given
+    # Looked for where they are not given: the packages need not be there.
+    given = defaults | given
+    given["model"] = given.get("model") or demo_model()
+    return given | {"data": given.get("data") or [demo_text()]}
+
+
+def fill_in_run(given: dict[str, Any], model: str, dtype: str) -> dict[str, Any]:
+    """Return the arguments, with --run completed by that run's model, adapter, dtype and quant."""
+    if (folder := given.get("run")) is None:
+        return given
+    saved = read_run(folder)
+    known = {model: Path(saved["model"]), dtype: saved["dtype"], "quant": saved.get("quant")}
+    return known | {"adapter": folder / "adapter"} | given
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -167,7 +384,3 @@ def read_json(file: Path, argument: str) -> Any:
     except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UsageError(f"{argument}: {file} is damaged: {reason}; remove it") from None
-
-
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from torch import nn
 
 from ..peft import fuse
 from . import UsageError
-from .model import ALL_LINEAR, check_rank, check_targets, is_named, linear_layers
+from .model import ALL_LINEAR, features, linear_layers
+from .options import check_numbers, suggest
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,7 @@ def find_preset(name: str | Preset) -> Preset:
     if isinstance(name, Preset):
         return name
     if not isinstance(name, str) or name not in PRESETS:
-        close = difflib.get_close_matches(str(name), PRESETS, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"want one of {', '.join(PRESETS)}"
-        raise UsageError(f"preset: got {name!r}; {hint}")
+        raise UsageError(f"preset: got {name!r}; {suggest(name, PRESETS)}")
     return PRESETS[name]
 
 
@@ -76,39 +75,48 @@ def find_targets(
     >>> find_targets(model, ("q", "up", "gate"))
     (['q_proj', 'up_proj'], ['gate'])
     """
-    targets, names = tuple(targets), linear_layers(model)
-    check_targets(model, [t for t in targets if t not in ROLES], argument)
-    found, missing = [], []
+    targets, layers = tuple(targets), linear_layers(model)
+    have = list(dict.fromkeys(name.rpartition(".")[2] for name in layers))
+    found, missing = dict[str, None](), []
     for target in targets:
-        candidates = ROLES.get(target, (target,))
-        match = next((c for c in candidates if any(is_named(n, c) for n in names)), None)
-        if match is None:
+        names = ROLES.get(target, (target,))
+        match = next((n for n in names if any(is_named(layer, n) for layer in layers)), None)
+        if match is not None:
+            found[match] = None
+        elif target in ROLES:
             missing.append(target)
-        elif match not in found:
-            found.append(match)
+        else:
+            close = difflib.get_close_matches(target, have, n=1)
+            hint = f"did you mean {close[0]}? " if close else ""
+            raise UsageError(
+                f"{argument}: no linear layer is named {target}; {hint}this model has "
+                f"{', '.join(have)}"
+            )
     if not found:
-        have = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names)) or "none"
         raise UsageError(
             f"{argument}: got {', '.join(targets) or 'none'}, which no layer of this "
-            f"{type(model).__name__} matches; its linear layers are {have}: name some of them in "
-            f"{argument}"
+            f"{type(model).__name__} matches; its linear layers are {', '.join(have) or 'none'}: "
+            f"name some of them in {argument}"
         )
-    return found, missing
+    return list(found), missing
+
+
+def is_named(name: str, target: str) -> bool:
+    """Whether PEFT takes the layer of that full name for a target."""
+    return name == target or name.endswith(f".{target}")
 
 
 def chosen_layers(
     model: nn.Module, targets: str | Iterable[str], argument: str = "targets"
-) -> tuple[str | list[str], list[nn.Module], list[str]]:
+) -> tuple[str | list[str], dict[str, nn.Module], list[str]]:
     """PEFT's `target_modules`, the layers that those are, and the roles that the model has none
     for; targets: as a `Preset`'s. Raises UsageError as `find_targets`."""
     targets = (targets,) if isinstance(targets, str) else tuple(targets)
     layers = linear_layers(model)
     if targets == (ALL_LINEAR,):
-        return ALL_LINEAR, list(layers.values()), []
+        return ALL_LINEAR, layers, []
     names, missing = find_targets(model, targets, argument)
-    adapted = [
-        layer for full, layer in layers.items() if any(is_named(full, name) for name in names)
-    ]
+    adapted = {full: m for full, m in layers.items() if any(is_named(full, n) for n in names)}
     return names, adapted, missing
 
 
@@ -116,10 +124,11 @@ def check_adapter(
     skeleton: nn.Module, targets: str | Iterable[str], rank: int, argument: str = "--rank"
 ) -> None:
     """Raise UsageError for targets that the model lacks, and for a rank above a layer's width."""
-    _, found, _ = chosen_layers(skeleton, targets, "--target-modules")
-    chosen = set(map(id, found))
-    layers = linear_layers(skeleton)
-    check_rank({n: m for n, m in layers.items() if id(m) in chosen}, rank, argument)
+    layers = chosen_layers(skeleton, targets, "--target-modules")[1]
+    name = min(layers, key=lambda name: min(features(layers[name])), default=None)
+    if name is not None and rank > (least := min(features(layers[name]))):
+        sizes = "×".join(map(str, features(layers[name])))
+        raise UsageError(f"{argument}: got {rank}, want at most {least}: {name} is {sizes}")
 
 
 def add_lora_layers(
@@ -132,6 +141,7 @@ def add_lora_layers(
     dropout: float | None = None,
     targets: str | Sequence[str] | None = None,
     seed: int = 0,
+    fused: bool = True,
     **config: Any,
 ) -> Any:
     """Adapters by PEFT on `model` in place, fused; returns the PEFT model.
@@ -146,6 +156,7 @@ def add_lora_layers(
         rank, alpha, dropout, targets: instead of the preset's. targets: roles ("q", "k", "v", "o",
             "gate", "up", "down"), names of layers, or "all-linear".
         seed: of lora_A's start; the state of the random generators stays.
+        fused: False leaves the layers stock PEFT's.
         config: of PEFT's `LoraConfig`, by its names.
 
     Warns of roles that the model has no layer for. Raises UsageError: an unknown preset or target
@@ -160,18 +171,11 @@ def add_lora_layers(
     16
     """
     from peft import LoraConfig, PeftModel, get_peft_model
-    from transformers.pytorch_utils import Conv1D
 
-    chosen = find_preset(preset)
-    rank = chosen.rank if rank is None else rank
-    alpha = chosen.alpha if alpha is None else alpha
-    dropout = chosen.dropout if dropout is None else dropout
-    if rank < 1:
-        raise UsageError(f"rank: got {rank}, want at least 1")
-    if not 0.0 < alpha < float("inf"):
-        raise UsageError(f"alpha: got {alpha}, want a positive number")
-    if not 0.0 <= dropout < 1.0:
-        raise UsageError(f"dropout: got {dropout}, want a probability in [0, 1)")
+    given = {"rank": rank, "alpha": alpha, "dropout": dropout}
+    changes: Any = {name: value for name, value in given.items() if value is not None}
+    chosen = replace(find_preset(preset), **changes)
+    check_numbers(vars(chosen), str, rank=1, alpha="positive", dropout="probability")
     peft_model = model if isinstance(model, PeftModel) else None
     if peft_model is not None and adapter_name in peft_model.peft_config:
         raise UsageError(
@@ -186,14 +190,9 @@ def add_lora_layers(
             f"on {', '.join(names)}",
             stacklevel=2,
         )
-    if all(isinstance(layer, Conv1D) for layer in adapted):
-        config.setdefault("fan_in_fan_out", True)
-    if hasattr(base, "generate"):
-        config.setdefault("task_type", "CAUSAL_LM")
-    any_alpha: Any = alpha  # PEFT says int and takes both
-    lora = LoraConfig(
-        r=rank, lora_alpha=any_alpha, lora_dropout=dropout, target_modules=names, **config
-    )
+    any_alpha: Any = chosen.alpha  # PEFT says int and takes both
+    config = peft_settings(base, adapted) | {"lora_alpha": any_alpha} | config
+    lora = LoraConfig(r=chosen.rank, lora_dropout=chosen.dropout, target_modules=names, **config)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         if peft_model is None:
@@ -201,7 +200,15 @@ def add_lora_layers(
         else:
             peft_model.add_adapter(adapter_name, lora)
             peft_model.set_adapter(adapter_name)
-    return fuse(peft_model)
+    return fuse(peft_model) if fused else peft_model
+
+
+def peft_settings(base: Any, adapted: Mapping[str, nn.Module]) -> dict[str, Any]:
+    """Return the fields of PEFT's configuration that depend on the model and its layers."""
+    from transformers.pytorch_utils import Conv1D
+
+    task = {"task_type": "CAUSAL_LM"} if hasattr(base, "generate") else {}
+    return task | {"fan_in_fan_out": all(isinstance(m, Conv1D) for m in adapted.values())}
 
 
 def create_domain_model(
@@ -252,10 +259,8 @@ def create_domain_model(
         for part in (data, val)
     )
     peft_model = add_lora_layers(model, preset, adapter_name=name, **adapter or {})
-    made = LoRATrainer(
-        peft_model, args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer,
-        **trainer,
-    )  # fmt: skip
+    trainer |= {"train_dataset": train, "eval_dataset": held_out, "processing_class": tokenizer}
+    made = LoRATrainer(peft_model, args, **trainer)
     made.train(resume_from_checkpoint=newest_checkpoint(out) is not None)
     peft_model.save_pretrained(
         str(Path(out, "adapter")), selected_adapters=[name], save_embedding_layers=False

@@ -13,11 +13,11 @@ import gc
 import hashlib
 import json
 import math
-import shutil
 import signal
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 from types import FrameType
@@ -28,69 +28,56 @@ from peft import PeftModel
 from rich.console import Console
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
-from transformers.pytorch_utils import Conv1D
 
-from ..measure.outputs import unwritable_reason
 from ..peft import explain
 from . import UsageError, model, report
 from .chat import IGNORED, ChatData, Collator, check_packing, load_chat, pack
-from .checkpoints import find_intact, named_write, newest_checkpoint, set_aside, steps_done
+from .checkpoints import (
+    find_intact,
+    named_write,
+    newest_checkpoint,
+    set_aside,
+    steps_done,
+    write_folder,
+    write_json,
+)
 from .compare import Row, compare
 from .data import token_blocks
-from .options import Options, flag, read_json
-from .presets import Preset, add_lora_layers, check_adapter, chosen_layers, find_preset
-from .trainer import CURVES, METRICS, LoRATrainer, losses, read_metrics, training_arguments
+from .options import Adapters, Data, Options, Training, check_out, flag, read_json
+from .presets import Preset, add_lora_layers, check_adapter, find_preset
+from .trainer import (
+    CURVES,
+    METRICS,
+    LoRATrainer,
+    losses,
+    plot_metrics,
+    read_metrics,
+    training_arguments,
+)
 
-# The arguments that settle the trained adapter, beside the model and the data.
-SETTLING = (
-    "preset", "rank", "alpha", "dropout", "target_modules", "dora", "rslora", "init", "max_length",
-    "on_bad_line", "pack", "eval_share", "eval_every", "patience", "batch", "accumulate", "steps",
-    "epochs", "lr", "scheduler", "warmup", "weight_decay", "lora_plus", "autocast", "dtype",
-    "quant", "seed",
-)  # fmt: skip
+# The groups of options that settle the trained adapter, beside the model and the data, without
+# those that change nothing of it.
+_UNSETTLING = ("checkpointing", "save_every", "report_to", "device")
+SETTLING = [
+    field.name
+    for group in (Adapters, Data, Training)
+    for field in dataclasses.fields(group)
+    if field.name not in _UNSETTLING
+]
 LOGITS_LIMIT = 1e-4  # largest difference over largest logit; fp32 products reordered, all layers
 TEXT = Preset(16, 32, (model.ALL_LINEAR,), 0.0)  # of a run on plain text without --preset
 TEXT_PROMPT = "Tell me a story."
 
 
-@dataclasses.dataclass(frozen=True)
-class Adapter:
-    """What is trained: the preset with the options' changes. config: of PEFT's `LoraConfig`."""
-
-    rank: int
-    alpha: float
-    dropout: float
-    targets: tuple[str, ...]
-    seed: int
-    config: dict[str, Any]
-
-    @classmethod
-    def build(cls, options: Options) -> Adapter:
-        chosen = find_preset(options.preset or ("chat" if options.has_json else TEXT))
-        start: Any = {"kaiming": True}.get(options.init, options.init)
-        return cls(
-            chosen.rank if options.rank is None else options.rank,
-            chosen.alpha if options.alpha is None else options.alpha,
-            chosen.dropout if options.dropout is None else options.dropout,
-            options.target_modules or chosen.targets,
-            options.seed,
-            {"use_dora": options.dora, "use_rslora": options.rslora, "init_lora_weights": start},
-        )
-
-    def fused(self, base: nn.Module) -> Any:
-        """Fused adapters on a copy that shares base's weights."""
-        names = ("rank", "alpha", "dropout", "targets", "seed")
-        given = {name: getattr(self, name) for name in names}
-        return add_lora_layers(model.share(base), TEXT, **given, **self.config)
-
-    def stock(self, base: nn.Module) -> dict[str, Any]:
-        """The keyword arguments of `model.add_adapters`, which makes them stock PEFT's."""
-        names, layers, _ = chosen_layers(base, self.targets)
-        return {
-            "rank": self.rank, "alpha": self.alpha, "dropout": self.dropout,
-            "target_modules": () if isinstance(names, str) else tuple(names),
-            "fan_in_fan_out": all(isinstance(layer, Conv1D) for layer in layers), **self.config,
-        }  # fmt: skip
+def adapter_settings(options: Options) -> dict[str, Any]:
+    """Return the settings of `add_lora_layers`: the preset, changed by the options, and PEFT's."""
+    chosen = find_preset(options.preset or ("chat" if options.has_json else TEXT))
+    given = {name: getattr(options, name) for name in ("rank", "alpha", "dropout")}
+    given["targets"] = tuple(options.target_modules) or None
+    changes: Any = {name: value for name, value in given.items() if value is not None}
+    start = True if options.init == "kaiming" else options.init
+    config = {"use_dora": options.dora, "use_rslora": options.rslora, "init_lora_weights": start}
+    return {"preset": replace(chosen, **changes), "seed": options.seed, **config}
 
 
 def finetune(options: Options) -> int:
@@ -98,14 +85,17 @@ def finetune(options: Options) -> int:
     console = Console(markup=False, highlight=False)  # answers hold brackets of their own
     device = model.usable_device(options.device)
     dtype = model.DTYPES[options.dtype]
-    adapter = Adapter.build(options)
-    run = check_out(options)
+    lora = adapter_settings(options)
+    run = check_run(options)
     skeleton = model.build_skeleton(options.model)
-    check_adapter(skeleton, adapter.targets, adapter.rank)
+    check_adapter(skeleton, lora["preset"].targets, lora["preset"].rank)
     tokenizer = model.load_tokenizer(options.model)
     length = model.check_length(options.max_length, skeleton)
     del skeleton
-    train, val = read_data(options, tokenizer, length)
+    train = load_chat(options.data, tokenizer, max_length=length, on_bad_line=options.on_bad_line)
+    val = None
+    if options.eval_share:
+        train, val = train.split(options.eval_share, options.seed)
     console.print(str(train.report))
     if val:
         console.print(f"{len(val)} of the examples held out")
@@ -113,15 +103,16 @@ def finetune(options: Options) -> int:
     base = model.load_base(options.model, dtype, device, options.quant)
     prompt = options.prompt or ("" if options.has_json or options.preset else TEXT_PROMPT)
     inputs = first_question(train, tokenizer, prompt, device)
-    adapted = adapter.fused(base)
+    adapted = add_lora_layers(model.share(base), **lora)
+    rows_of = (lambda data: pack(data, length)) if options.pack else (lambda data: data)
     if options.pack:
         check_packing(adapted)  # before anything is written
     prepare_out(options, run)
     name_base(options, adapted, base, tokenizer)
+    rows, stock_losses = list[Row](), list[float]()
     if options.compare:
-        rows, stock_losses = comparison(base, train, options, adapter, length, console)
-    else:
-        rows, stock_losses = [], []
+        blocks = token_blocks(train.rows, length).to(device)
+        rows, stock_losses = comparison(base, blocks, rows_of(train), options, lora, console)
 
     old, plain = answered(base, inputs)
     before = text_of(old, tokenizer)
@@ -130,14 +121,13 @@ def finetune(options: Options) -> int:
     trainer = LoRATrainer(
         adapted,
         training_arguments(options.out, **options.training, cpu=device.type == "cpu"),
-        train_dataset=pack(train, length) if options.pack else train,
-        eval_dataset=pack(val, length) if options.pack and val else val,
+        train_dataset=rows_of(train),
+        eval_dataset=rows_of(val) if val else None,
         processing_class=tokenizer,
         lora_plus_ratio=options.lora_plus or None,
         patience=options.patience or None,
     )
-    console.print(trainer.trainable)
-    for line in model.layer_states(layers):
+    for line in (trainer.trainable, *model.layer_states(layers)):
         console.print(line)
     if signum := training(trainer, options, console, train):
         state = trainer.state
@@ -161,59 +151,31 @@ def finetune(options: Options) -> int:
     want = logits(adapted, ids)
     del base, adapted, trainer
     gc.collect()
-    same, words = loaded_again(options, folder, ids, want)
 
-    lines = read_metrics(options.out / METRICS)
-    found, held_out = list(losses(lines).values()), losses(lines, "eval_loss")
-    n = max(1, min(10, len(found) // 2))
-    adapter_bytes = (folder / "adapter_model.safetensors").stat().st_size
+    checks = {row.what: row.ok for row in rows}
+    checks["adapter off"] = untouched
     facts = {
         "prompt": tokenizer.decode(ids[0], skip_special_tokens=True).strip(),
         "before": before,
         "after": after,
-        "loss": f"{mean(found[:n]):.3f} over the first {n} steps, {mean(found[-n:]):.3f} over the "
-        "last",
     }
-    if held_out:
-        best = min(held_out, key=lambda step: held_out[step])
-        facts["held out"] = (
-            f"{held_out[min(held_out)]:.3f} after step {min(held_out)}, "
-            f"{held_out[best]:.3f} at best, after step {best}"
-        )
-    curves = options.out / CURVES
-    if stock_losses:
-        gap = max(abs(f - p) for f, p in zip(found, stock_losses, strict=False))
-        facts["losses"] = f"at most {gap:.2g} from stock PEFT's over {len(stock_losses)} steps" + (
-            ", whose dropout masks are other ones" if adapter.dropout else ""
-        )
-        curves = options.out / "loss.png"
-        title = f"{model.display_name(options.model)}, LoRA rank {adapter.rank}"
-        report.plot_losses(curves, title, found, stock_losses)
-    facts |= {
-        "curves": str(curves),
-        "adapter": f"{folder}, {adapter_bytes / 1e6:.1f} MB beside the model's "
-        f"{model_bytes / 1e6:.1f} MB ({adapter_bytes / model_bytes:.2%})",
-        "adapter off": "the base model's answer, tokens and logits bit for bit ✓"
-        if untouched
-        else "another answer than the base model's, or other logits ✗",
-        "loaded again": words,
-    }
-    failed = [row.what for row in rows if row.ok is False]
-    failed += ["adapter off"] * (not untouched) + ["loaded again"] * (not same)
+    facts |= summarize_losses(options, lora["preset"], stock_losses)
+    size = (folder / "adapter_model.safetensors").stat().st_size
+    facts["adapter"] = (
+        f"{folder}, {size / 1e6:.1f} MB beside the model's {model_bytes / 1e6:.1f} MB "
+        f"({size / model_bytes:.2%})"
+    )
+    facts["adapter off"] = "another answer than the base model's, or other logits ✗"
+    if untouched:
+        facts["adapter off"] = "the base model's answer, tokens and logits bit for bit ✓"
+    checks["loaded again"], facts["loaded again"] = loaded_again(options, folder, ids, want)
     if options.expect:
-        learnt, said = check_taught(options.expect, before, after)
-        facts["taught"] = said
-        failed += ["taught"] * (not learnt)
+        checks["taught"], facts["taught"] = check_taught(options.expect, before, after)
     console.print(report.facts(facts))
+    failed = [name for name, ok in checks.items() if ok is False]
     if failed:
         console.print(f"failed: {'; '.join(failed)}", style="red")
     return 1 if failed else 0
-
-
-def read_data(options: Options, tokenizer: Any, length: int) -> tuple[ChatData, ChatData | None]:
-    """What is trained on, and what is held out."""
-    data = load_chat(options.data, tokenizer, max_length=length, on_bad_line=options.on_bad_line)
-    return data.split(options.eval_share, options.seed) if options.eval_share else (data, None)
 
 
 def first_question(
@@ -243,6 +205,32 @@ def text_of(tokens: Tensor, tokenizer: Any) -> str:
     return str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
 
 
+def summarize_losses(options: Options, preset: Preset, stock_losses: list[float]) -> dict[str, str]:
+    """Return the lines of the report about the losses; draw them beside stock PEFT's."""
+    lines = read_metrics(options.out / METRICS)
+    found, held_out = list(losses(lines).values()), losses(lines, "eval_loss")
+    n = max(1, min(10, len(found) // 2))
+    first, last = mean(found[:n]), mean(found[-n:])
+    facts = {"loss": f"{first:.3f} over the first {n} steps, {last:.3f} over the last"}
+    if held_out:
+        start, best = min(held_out), min(held_out, key=lambda step: held_out[step])
+        facts["held out"] = (
+            f"{held_out[start]:.3f} after step {start}, {held_out[best]:.3f} at best, after step "
+            f"{best}"
+        )
+    curves = options.out / CURVES
+    if stock_losses:
+        gap = max(abs(f - p) for f, p in zip(found, stock_losses, strict=False))
+        masks = ", whose dropout masks are other ones" if preset.dropout else ""
+        facts["losses"] = (
+            f"at most {gap:.2g} from stock PEFT's over {len(stock_losses)} steps{masks}"
+        )
+        curves = options.out / "loss.png"
+        title = f"{model.display_name(options.model)}, LoRA rank {preset.rank}"
+        plot_metrics(curves, lines, stock_losses, title)
+    return facts | {"curves": str(curves)}
+
+
 def check_taught(wanted: str, before: str, after: str) -> tuple[bool, str]:
     """Whether the answer holds what was wanted since the training, and a line about it.
 
@@ -269,33 +257,30 @@ def loaded_again(options: Options, adapter: Path, ids: Tensor, want: Tensor) -> 
     )
 
 
-def check_out(options: Options) -> dict[str, Any]:
+def check_run(given: Options) -> dict[str, Any]:
     """Return what run.json is to hold. Raises UsageError if --out cannot be written, or holds a
     checkpoint of a run with other arguments; writes nothing."""
-    if reason := unwritable_reason(options.out, folder=True):
-        raise UsageError(f"--out: {reason}; give a folder that can be written")
+    check_out(given.out)
     text = hashlib.sha256()
-    for file in options.data:
+    for file in given.data:
         text.update(file.read_bytes())
-    settled = {name: getattr(options, name) for name in SETTLING}
-    given = {"model": model.identifier(options.model), "data": text.hexdigest(), **settled}
-    run: dict[str, Any] = json.loads(
-        json.dumps(given)
-    )  # tuples become what they are when read back
-    file = options.out / "run.json"
+    settled = {name: getattr(given, name) for name in SETTLING}
+    run = {"model": model.identifier(given.model), "data": text.hexdigest(), **settled}
+    run = dict(json.loads(json.dumps(run)))  # what they are when read back
+    file = given.out / "run.json"
     earlier = read_json(file, "--out") if file.exists() else {}
     if not isinstance(earlier, dict):
         raise UsageError(f"--out: {file} is damaged: it holds no arguments; remove it")
-    if earlier != run and newest_checkpoint(options.out):
+    if earlier != run and newest_checkpoint(given.out):
         differing = [name for name in run if name not in earlier or run[name] != earlier[name]]
         raise UsageError(
-            f"--out: {options.out} holds a run with another {', '.join(map(flag, differing))}; "
+            f"--out: {given.out} holds a run with another {', '.join(map(flag, differing))}; "
             "give the same arguments to go on with it, or another --out"
         )
-    find_intact(options.out)
-    read_metrics(options.out / METRICS)
-    if options.compare and earlier == run:
-        read_comparison(options.out)
+    find_intact(given.out)
+    read_metrics(given.out / METRICS)
+    if given.compare and earlier == run:
+        read_comparison(given.out)
     return run
 
 
@@ -310,65 +295,50 @@ def prepare_out(options: Options, run: dict[str, Any]) -> None:
 
 def name_base(options: Options, adapted: Any, base: Any, tokenizer: Any) -> None:
     """Have the adapter's configuration name a base that PEFT can load: the folder or hub id, or for
-    a GGUF file, for which PEFT has no word, its weights written as a transformers folder."""
+    a GGUF file, for which PEFT has no word, its dense weights in the run's dtype, written as a
+    transformers folder."""
     name = model.identifier(options.model)
     if model.locate(options.model)[1] is not None:
         folder = options.base or options.out / "base"
         name = str(folder.resolve())
         if not folder.exists():
-            write_base(options, folder, base, tokenizer)
+            if options.quant:
+                dtype = model.DTYPES[options.dtype]
+                base = model.load_base(options.model, dtype, torch.device("cpu"))
+            with write_folder(folder) as partial:
+                base.save_pretrained(partial)
+                tokenizer.save_pretrained(partial)
     for config in adapted.peft_config.values():
         config.base_model_name_or_path = name
 
 
-def write_base(options: Options, folder: Path, base: Any, tokenizer: Any) -> None:
-    """The run's dense weights, in its dtype. Whole or not at all."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    dtype = model.DTYPES[options.dtype]
-    dense = base
-    if options.quant:
-        dense = model.load_base(options.model, dtype, torch.device("cpu"))
-    try:
-        with named_write(folder):
-            dense.save_pretrained(partial)
-            tokenizer.save_pretrained(partial)
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
 def comparison(
     base: nn.Module,
+    blocks: Tensor,
     data: ChatData,
     options: Options,
-    adapter: Adapter,
-    length: int,
+    lora: dict[str, Any],
     console: Console,
 ) -> tuple[list[Row], list[float]]:
     """The proof table, printed, and stock PEFT's training losses; done once for a run."""
     found = read_comparison(options.out)
-    lora = adapter.stock(base)
     if found is None:
         rows = compare(
             base,
-            token_blocks(data.rows, length).to(next(base.parameters()).device),
+            blocks,
             lora=lora,
             batch_size=options.batch,
-            seed=options.seed,
             sgd_steps=options.sgd_steps,
             timed_steps=options.timed_steps,
             on_stage=lambda stage: console.print(f"comparing with stock PEFT: {stage}"),
         )
-        stock = model.add_adapters(base, **lora, seed=options.seed)
-        found = rows, train_stock(stock, data, options, length, console)
-        write_json(
-            options.out / "compare.json",
-            {"rows": [dataclasses.asdict(row) for row in rows], "peft_losses": found[1]},
-        )
+        stock = add_lora_layers(model.share(base), **lora, fused=False)
+        found = rows, train_stock(stock, data, options, console)
+        saved = {"rows": [dataclasses.asdict(row) for row in rows], "peft_losses": found[1]}
+        write_json(options.out / "compare.json", saved)
     name = model.display_name(options.model)
     held = f"{options.dtype}, {options.quant} by bitsandbytes" if options.quant else options.dtype
-    console.print(report.comparison(found[0], f"{name}, rank {adapter.rank}, {held}"))
+    console.print(report.comparison(found[0], f"{name}, rank {lora['preset'].rank}, {held}"))
     return found
 
 
@@ -384,41 +354,36 @@ def read_comparison(out: Path) -> tuple[list[Row], list[float]] | None:
         raise UsageError(f"--out: {file} is damaged: {error!r}; remove it") from None
 
 
-def train_stock(
-    stock: Any, data: ChatData, options: Options, length: int, console: Console
-) -> list[float]:
+def train_stock(stock: Any, data: ChatData, options: Options, console: Console) -> list[float]:
     """The losses of the first --peft-steps steps of the same training, by stock PEFT."""
     if not options.peft_steps:
         return []
-    device = next(stock.parameters()).device
+    cpu = next(stock.parameters()).device.type == "cpu"
     settings = options.training | {"eval_every": None, "save_strategy": "no", "report_to": []}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        trainer: Any = Trainer(
-            stock,
-            training_arguments(folder, **settings, cpu=device.type == "cpu"),
-            Collator(0),
-            pack(data, length) if options.pack else data,
-            callbacks=[Progress(console, "stock PEFT", options, data, stack, options.peft_steps)],
-        )
+        progress = Progress(console, "stock PEFT", options, data, stack)
+        progress.most = options.peft_steps
+        args = training_arguments(folder, **settings, cpu=cpu)
+        trainer: Any = Trainer(stock, args, Collator(0), data, callbacks=[progress])
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    return [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    return list(losses(trainer.state.log_history).values())
 
 
 class Progress(TrainerCallback):  # type: ignore[misc, unused-ignore]
     """Shows each step's loss; after a signal ends the step, saves a checkpoint, and stops.
 
-    stack: closes the bar. most: steps after which it stops, too. Attribute `caught`: the signals.
+    stack: closes the bar. Attributes: `most`, steps after which it stops, too; `caught`, the
+    signals.
     """
 
     def __init__(
-        self, console: Console, label: str, options: Options, data: ChatData, stack: ExitStack,
-        most: float = math.inf,
-    ) -> None:  # fmt: skip
-        self.console, self.label, self.stack, self.most = console, label, stack, most
+        self, console: Console, label: str, options: Options, data: ChatData, stack: ExitStack
+    ) -> None:
+        self.console, self.label, self.stack = console, label, stack
         rows = options.batch * options.accumulate
         self.tokens = rows * data.report.tokens // data.report.examples
-        self.caught: list[int] = []
+        self.most, self.caught = math.inf, list[int]()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         steps = int(min(state.max_steps, self.most))
@@ -482,11 +447,3 @@ def logits(m: Any, ids: Tensor) -> Tensor:
     model.cast_parameters(m, torch.float32).eval()
     out: Tensor = m(input_ids=ids).logits
     return out
-
-
-def write_json(file: Path, value: Any) -> None:
-    """Whole or not at all."""
-    partial = file.with_name(f".{file.name}.partial")
-    with named_write(file):
-        partial.write_text(json.dumps(value, indent=1))
-        partial.replace(file)

@@ -7,7 +7,8 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,42 +34,35 @@ from .checkpoints import (
     find_intact,
     named_write,
     newest_checkpoint,
+    replace_file,
     set_aside,
     steps_done,
 )
-from .options import MAX_SEED
+from .options import check_numbers
+from .plots import draw_png
 
 METRICS, CURVES = "metrics.jsonl", "curves.png"
 _PARTIAL = ".partial"  # where a checkpoint is written before it gets its name
 
 
-def training_arguments(
-    out: str | Path,
-    *,
-    steps: int | None = None,
-    epochs: float = 1.0,
-    batch: int = 4,
-    accumulate: int = 1,
-    lr: float = 2e-4,
-    scheduler: str = "cosine",
-    warmup: float = 0.0,
-    max_grad_norm: float = 1.0,
-    bf16: bool = False,
-    checkpointing: bool = False,
-    eval_every: int | None = None,
-    save_every: int = 50,
-    keep: int = 2,
-    seed: int = 0,
-    cpu: bool = False,
-    **others: Any,
-) -> TrainingArguments:
-    """transformers' `TrainingArguments` with what LoRA is usually trained by.
+_THEIRS = {field.name for field in dataclasses.fields(TrainingArguments)}
+# Names that transformers 5 changed, of which it warns.
+_SHARE_IN_STEPS = int(transformers.__version__.partition(".")[0]) >= 5
+_RECOMPUTING = "activation_checkpointing"
+if _RECOMPUTING not in _THEIRS:
+    _RECOMPUTING = "gradient_checkpointing"
 
-    AdamW without weight decay, cosine decay without warm-up, each step's loss logged as it is
-    (NaN too), nothing reported to services.
+
+def _setting(theirs: str, default: Any) -> Any:
+    """Return a dataclass field with its name in `TrainingArguments`."""
+    return dataclasses.field(default=default, metadata={"theirs": theirs})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How LoRA is usually trained: AdamW without weight decay, cosine decay without warm-up.
 
     Args:
-        out: folder of checkpoints, metrics and curves.
         steps: optimizer steps; None: `epochs` passes over the data.
         batch: rows of a forward, on each device; accumulate: forwards of a step.
         lr, max_grad_norm: peak learning rate; joint norm at which gradients are clipped, 0: never.
@@ -79,7 +73,42 @@ def training_arguments(
             computed again in the backward.
         eval_every, save_every: steps; keep: newest checkpoints that stay, beside the best.
         cpu: train on the CPU where there is a GPU, too.
-        others: of `TrainingArguments`, by its names; they go before.
+    """
+
+    steps: int | None = _setting("max_steps", None)
+    epochs: float = _setting("num_train_epochs", 1.0)
+    batch: int = _setting("per_device_train_batch_size", 4)
+    accumulate: int = _setting("gradient_accumulation_steps", 1)
+    lr: float = _setting("learning_rate", 2e-4)
+    scheduler: str = _setting("lr_scheduler_type", "cosine")
+    warmup: float = _setting("warmup_steps" if _SHARE_IN_STEPS else "warmup_ratio", 0.0)
+    max_grad_norm: float = _setting("max_grad_norm", 1.0)
+    bf16: bool = _setting("bf16", False)
+    checkpointing: bool = _setting(_RECOMPUTING, False)
+    eval_every: int | None = _setting("eval_steps", None)
+    save_every: int = _setting("save_steps", 50)
+    keep: int = _setting("save_total_limit", 2)
+    seed: int = _setting("seed", 0)
+    cpu: bool = _setting("use_cpu", False)
+
+    def __post_init__(self) -> None:
+        counts = ("steps", "batch", "accumulate", "eval_every", "save_every", "keep")
+        ranges = {"lr": "positive", "epochs": "positive", "warmup": "share", "seed": "seed"}
+        ranges |= {"max_grad_norm": "natural"}
+        check_numbers(vars(self), str, **dict.fromkeys(counts, 1), **ranges)
+        kinds = [kind.value for kind in SchedulerType]
+        if self.scheduler not in kinds:
+            raise UsageError(f"scheduler: got {self.scheduler!r}, want one of {', '.join(kinds)}")
+
+
+def training_arguments(out: str | Path, **settings: Any) -> TrainingArguments:
+    """transformers' `TrainingArguments` with what LoRA is usually trained by.
+
+    Each step's loss is logged as it is (NaN too), and nothing is reported to services.
+
+    Args:
+        out: folder of checkpoints, metrics and curves.
+        settings: of `Settings`, and of `TrainingArguments` by its names, which go before.
 
     Raises UsageError that names the argument.
 
@@ -87,46 +116,22 @@ def training_arguments(
     >>> training_arguments("out", batch=2, accumulate=8, cpu=True).gradient_accumulation_steps
     8
     """
-    sizes = {"batch": batch, "accumulate": accumulate, "save_every": save_every, "keep": keep}
-    sizes |= {} if steps is None else {"steps": steps}
-    sizes |= {} if eval_every is None else {"eval_every": eval_every}
-    for name, value in sizes.items():
-        if value < 1:
-            raise UsageError(f"{name}: got {value}, want at least 1")
-    for name, number in (("lr", lr), ("epochs", epochs)):
-        if not 0.0 < number < float("inf"):
-            raise UsageError(f"{name}: got {number}, want a positive number")
-    if not 0.0 <= warmup < 1.0:
-        raise UsageError(f"warmup: got {warmup}, want a share of the steps in [0, 1)")
-    if not 0 <= seed <= MAX_SEED:
-        raise UsageError(f"seed: got {seed}, want 0 to {MAX_SEED}")
-    kinds = [kind.value for kind in SchedulerType]
-    if scheduler not in kinds:
-        raise UsageError(f"scheduler: got {scheduler!r}, want one of {', '.join(kinds)}")
-    if scheduler == "constant" and warmup:
-        scheduler = "constant_with_warmup"  # the other one takes no account of a warm-up
-    if not 0.0 <= max_grad_norm < float("inf"):
-        raise UsageError(f"max_grad_norm: got {max_grad_norm}, want 0 or a positive number")
-    settings: dict[str, Any] = {
-        "output_dir": str(out), "max_steps": -1 if steps is None else steps,
-        "num_train_epochs": epochs, "per_device_train_batch_size": batch,
-        "per_device_eval_batch_size": batch, "gradient_accumulation_steps": accumulate,
-        "learning_rate": lr, "lr_scheduler_type": scheduler, "max_grad_norm": max_grad_norm,
-        "bf16": bf16,
-        "eval_strategy": "no" if eval_every is None else "steps", "eval_steps": eval_every,
-        "save_steps": save_every, "save_total_limit": keep, "logging_steps": 1,
-        "logging_nan_inf_filter": False, "report_to": [], "seed": seed, "use_cpu": cpu,
-        "remove_unused_columns": False, "prediction_loss_only": True, "disable_tqdm": True,
-    }  # fmt: skip
-    # Names that transformers 5 changed, of which it warns.
-    names = {field.name for field in dataclasses.fields(TrainingArguments)}
-    if checkpointing:
-        renamed = "activation_checkpointing" in names
-        name = "activation_checkpointing" if renamed else "gradient_checkpointing"
-        settings |= {name: True, f"{name}_kwargs": {"use_reentrant": False}}
-    share_in_steps = int(transformers.__version__.partition(".")[0]) >= 5
-    settings["warmup_steps" if share_in_steps else "warmup_ratio"] = warmup
-    return TrainingArguments(**settings | others)
+    own = {field.name: field.metadata["theirs"] for field in dataclasses.fields(Settings)}
+    if unknown := settings.keys() - _THEIRS - own.keys():
+        raise UsageError(f"{min(unknown)}: no such setting; want one of {', '.join(sorted(own))}")
+    chosen = Settings(**{name: settings.pop(name) for name in own.keys() & settings.keys()})
+    arguments = {theirs: getattr(chosen, name) for name, theirs in own.items()}
+    if chosen.steps is None:
+        arguments["max_steps"] = -1
+    if chosen.scheduler == "constant" and chosen.warmup:
+        arguments["lr_scheduler_type"] = "constant_with_warmup"  # the other one has no warm-up
+    if chosen.checkpointing:
+        arguments[f"{_RECOMPUTING}_kwargs"] = {"use_reentrant": False}
+    arguments |= {"output_dir": str(out), "per_device_eval_batch_size": chosen.batch}
+    arguments |= {"eval_strategy": "no" if chosen.eval_every is None else "steps"}
+    arguments |= {"logging_steps": 1, "logging_nan_inf_filter": False, "report_to": []}
+    arguments |= {"prediction_loss_only": True, "remove_unused_columns": False}
+    return TrainingArguments(**arguments | {"disable_tqdm": True} | settings)
 
 
 class LoRATrainer(Trainer):  # type: ignore[misc, unused-ignore]
@@ -166,30 +171,23 @@ class LoRATrainer(Trainer):  # type: ignore[misc, unused-ignore]
         eval_dataset: Any = None,
         lora_plus_ratio: float | None = None,
         patience: int | None = None,
-        data_collator: Any = None,
-        processing_class: Any = None,
-        callbacks: Iterable[TrainerCallback] = (),
         **others: Any,
     ) -> None:
         self.trainable = check_trainable(model)
-        if lora_plus_ratio is not None and not 0.0 < lora_plus_ratio < float("inf"):
-            raise UsageError(f"lora_plus_ratio: got {lora_plus_ratio}, want a positive number")
+        check_numbers({"lora_plus_ratio": lora_plus_ratio}, str, lora_plus_ratio="positive")
         if len(train_dataset) == 0:
             raise UsageError("train_dataset: got no row, want at least one")
-        self.lora_plus_ratio = lora_plus_ratio
-        callbacks = [MetricsLog(), *callbacks]
+        self.lora_plus_ratio, self.patience = lora_plus_ratio, patience
+        others["callbacks"] = [MetricsLog(), *others.get("callbacks", ())]
         if patience is not None:
-            callbacks.append(_early_stop(args, patience))
-        for data in (train_dataset, eval_dataset):
-            if isinstance(data, ChatData) and any("position_ids" in row for row in data.rows):
-                check_packing(model)
-                break
-        if data_collator is None and isinstance(train_dataset, ChatData):
-            data_collator = Collator.of(processing_class) if processing_class else Collator(0)
-        super().__init__(
-            fuse(model), args, data_collator, train_dataset, eval_dataset, processing_class,
-            callbacks=callbacks, **others,
-        )  # fmt: skip
+            others["callbacks"].append(_early_stop(args, patience))
+        data = [part for part in (train_dataset, eval_dataset) if isinstance(part, ChatData)]
+        if any("position_ids" in row for part in data for row in part.rows):
+            check_packing(model)
+        if others.get("data_collator") is None and isinstance(train_dataset, ChatData):
+            others["data_collator"] = Collator.of(others.get("processing_class"))
+        others |= {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+        super().__init__(fuse(model), args, **others)
         # With a cache, positions that start anew do not keep documents apart. (transformers 5 turns
         # it off here itself; generate has a setting of its own.)
         if hasattr(model, "config"):
@@ -219,21 +217,15 @@ class LoRATrainer(Trainer):  # type: ignore[misc, unused-ignore]
             self.accelerator.wait_for_everyone()
             resume_from_checkpoint = str(newest)
             state = TrainerState.load_from_json(f"{newest}/trainer_state.json")
-            if self._waited_out(state):  # Trainer would take a step before it asks
+            # Trainer would take a step before it asks whether early stopping had ended the run.
+            saved: Any = (state.stateful_callbacks or {}).get("EarlyStoppingCallback")
+            waited = saved["attributes"]["early_stopping_patience_counter"] if saved else 0
+            best = state.best_model_checkpoint
+            if self.patience and waited >= self.patience and best and Path(best).is_dir():
                 self.state = state
                 self._load_best_model()
                 return TrainOutput(state.global_step, 0.0, {})
         return super().train(resume_from_checkpoint, *args, **kwargs)
-
-    def _waited_out(self, state: TrainerState) -> bool:
-        """Whether early stopping had ended the run that left this state."""
-        callbacks: Any = state.stateful_callbacks or {}
-        saved, best = callbacks.get(Patience.__name__), state.best_model_checkpoint
-        mine = [c for c in self.callback_handler.callbacks if isinstance(c, Patience)]
-        if not saved or not mine or best is None or not Path(best).is_dir():
-            return False
-        waited: int = saved["attributes"]["early_stopping_patience_counter"]
-        return waited >= mine[0].early_stopping_patience
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         if self.optimizer is None and self.lora_plus_ratio is not None:
@@ -247,22 +239,13 @@ class LoRATrainer(Trainer):  # type: ignore[misc, unused-ignore]
     # Trainer's evaluation loss is a mean over batches of their means over tokens, which moves with
     # the size of a batch and with packing. Of `Collator`'s batches it is the mean over tokens.
 
-    def evaluation_loop(
-        self,
-        dataloader: Any,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> Any:
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         self._of_tokens = [0.0, 0.0]
-        out: Any = super().evaluation_loop(
-            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-        )
+        out: Any = super().evaluation_loop(*args, **kwargs)
         counted = torch.tensor(self._of_tokens, dtype=torch.float64, device=self.args.device)
         total, count = self.accelerator.reduce(counted, "sum").tolist()
         if count:
-            out.metrics[f"{metric_key_prefix}_loss"] = total / count
+            out.metrics[f"{kwargs.get('metric_key_prefix', 'eval')}_loss"] = total / count
         return out
 
     def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -295,8 +278,8 @@ class LoRATrainer(Trainer):  # type: ignore[misc, unused-ignore]
         """PEFT saves an adapter that is not called "default" in a folder of its name, where Trainer
         does not look."""
         model: Any = self.model
-        name, best = model.active_adapters[0], self.state.best_model_checkpoint
-        folder = Path(str(best), name)
+        name = model.active_adapters[0]
+        folder = Path(str(self.state.best_model_checkpoint), name)
         if folder.is_dir():
             model.load_adapter(str(folder), name, is_trainable=True)
         else:
@@ -324,8 +307,7 @@ class LoRATrainer(Trainer):  # type: ignore[misc, unused-ignore]
         finally:
             self.args.save_total_limit, self._saving = limit, False
         self.accelerator.wait_for_everyone()
-        best = self.state.best_model_checkpoint
-        if best is not None:
+        if best := self.state.best_model_checkpoint:
             self.state.best_model_checkpoint = str(out / Path(best).name)
         if self.args.should_save:
             partial = out / _PARTIAL / name
@@ -334,19 +316,19 @@ class LoRATrainer(Trainer):  # type: ignore[misc, unused-ignore]
                 if file.is_file():
                     with file.open("rb") as f:
                         os.fsync(f.fileno())
-            _replace(partial, out / name)
+            if (out / name).exists():  # of another run, that had come as far
+                (out / name).rename(out / _PARTIAL / "replaced")
+            partial.rename(out / name)
             self._rotate(out, limit)
         self.accelerator.wait_for_everyone()
 
     def _rotate(self, out: Path, limit: int | None) -> None:
-        """Remove all but the newest `limit` checkpoints and the best one."""
-        for doomed in out.glob(".checkpoint-*.removed"):  # a kill came between
-            shutil.rmtree(doomed, ignore_errors=True)
-        found = sorted(checkpoints(out), key=steps_done)
-        best = self.state.best_model_checkpoint
-        for checkpoint in found[:-limit] if limit else []:
-            if best is None or checkpoint != Path(best):
-                _remove(checkpoint)
+        """Remove all but the newest `limit` checkpoints and the best one; under its own name each
+        is whole until it is gone."""
+        for old in sorted(checkpoints(out), key=steps_done)[:-limit] if limit else []:
+            if str(old) != self.state.best_model_checkpoint:
+                old.rename(out / _PARTIAL / old.name)
+        shutil.rmtree(out / _PARTIAL)
 
 
 def check_trainable(model: Any) -> str:
@@ -363,20 +345,11 @@ def check_trainable(model: Any) -> str:
         raise UsageError(
             f"model: got {type(model).__name__}, want a PEFT model; see add_lora_layers"
         )
-    prefix = getattr(model.base_model, "prefix", "lora_")
-    adapters, others = set(), []
-    count = total = 0
-    for name, p in model.named_parameters():
-        total += p.numel()
-        if not p.requires_grad:
-            continue
-        count += p.numel()
-        parts = name.split(".")
-        at = next((i for i, part in enumerate(parts) if part.startswith(prefix)), None)
-        if at is not None:
-            adapters.add(".".join(parts[:at]))
-        elif "modules_to_save" not in parts and "trainable_tokens_delta" not in parts:
-            others.append(name)
+    prefix = f".{getattr(model.base_model, 'prefix', 'lora_')}"
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    adapters = {name.partition(prefix)[0] for name in trained if prefix in name}
+    whole = {"modules_to_save", "trainable_tokens_delta"}
+    others = [n for n in trained if prefix not in n and not whole & {*n.split(".")}]
     if others:
         more = f" and {len(others) - 3} more" if len(others) > 3 else ""
         raise UsageError(
@@ -388,31 +361,15 @@ def check_trainable(model: Any) -> str:
             "model: no adapter is trainable; make one with add_lora_layers, or load it with "
             "PeftModel.from_pretrained(..., is_trainable=True)"
         )
+    count, total = model.get_nb_trainable_parameters()
     return (
         f"trainable: {count:,} of {total:,} parameters ({count / total:.2%}), in {len(adapters)} "
         "adapted layers; the rest is frozen"
     )
 
 
-def _replace(partial: Path, final: Path) -> None:
-    """Give a whole checkpoint its name; one of the same step is another run's, and goes first."""
-    if final.exists():
-        _remove(final)
-    partial.rename(final)
-    partial.parent.rmdir()
-
-
-def _remove(checkpoint: Path) -> None:
-    """Under its own name it is whole until it is gone."""
-    doomed = checkpoint.with_name(f".{checkpoint.name}.removed")
-    shutil.rmtree(doomed, ignore_errors=True)
-    checkpoint.rename(doomed)
-    shutil.rmtree(doomed)
-
-
 def _early_stop(args: TrainingArguments, patience: int) -> TrainerCallback:
-    if patience < 1:
-        raise UsageError(f"patience: got {patience}, want at least 1")
+    check_numbers({"patience": patience}, str, patience=1)
     if str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "steps":
         raise UsageError("patience: needs evaluations; give eval_every and eval_dataset")
     if args.save_steps % (args.eval_steps or 1):
@@ -420,52 +377,30 @@ def _early_stop(args: TrainingArguments, patience: int) -> TrainerCallback:
             f"patience: got save_every {args.save_steps}, want a multiple of eval_every "
             f"{args.eval_steps}, so that the best model is among the checkpoints"
         )
-    args.load_best_model_at_end = True
+    args.load_best_model_at_end = args.restore_callback_states_from_checkpoint = True
     args.metric_for_best_model, args.greater_is_better = "eval_loss", False
-    return Patience(patience)
-
-
-class Patience(EarlyStoppingCallback):  # type: ignore[misc, unused-ignore]
-    """Early stopping that goes on counting where the checkpoint left off. (Trainer would restore
-    all of its callbacks or none, and with them that a signal had stopped the run.)"""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        parent: Any = super()
-        parent.on_train_begin(args, state, control, **kwargs)
-        saved = state.stateful_callbacks.get(type(self).__name__)
-        if saved:
-            counter = "early_stopping_patience_counter"
-            setattr(self, counter, saved["attributes"][counter])
+    return EarlyStoppingCallback(patience)
 
 
 class MetricsLog(TrainerCallback):  # type: ignore[misc, unused-ignore]
     """Writes what Trainer logs to out/metrics.jsonl, a line at once, and curves.png at the end.
 
-    A run that goes on from a checkpoint drops the lines of steps that it will do again.
+    A run that goes on starts from the lines in its checkpoint.
     """
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not state.is_world_process_zero:
-            return
-        file = Path(args.output_dir, METRICS)
-        kept = [line for line in read_metrics(file) if line["step"] <= state.global_step]
-        if not state.global_step:
-            kept = []
-        partial = file.with_name(f".{METRICS}.partial")
-        partial.write_text("".join(f"{json.dumps(line)}\n" for line in kept))
-        partial.replace(file)
+        if state.is_world_process_zero:
+            lines = "".join(f"{json.dumps(line)}\n" for line in state.log_history)
+            replace_file(Path(args.output_dir, METRICS), lines)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if state.is_world_process_zero and logs:
-            line = {"step": state.global_step} | {k: v for k, v in logs.items() if k != "step"}
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero and state.log_history:
             with Path(args.output_dir, METRICS).open("a") as file:
-                file.write(f"{json.dumps(line)}\n")
+                file.write(f"{json.dumps(state.log_history[-1])}\n")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            lines = read_metrics(Path(args.output_dir, METRICS))
-            if any("loss" in line for line in lines):
-                plot_metrics(Path(args.output_dir, CURVES), lines)
+        if state.is_world_process_zero and losses(state.log_history):
+            plot_metrics(Path(args.output_dir, CURVES), state.log_history)
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
@@ -492,30 +427,21 @@ def losses(lines: Sequence[dict[str, Any]], name: str = "loss") -> dict[int, flo
     return {line["step"]: line[name] for line in lines if name in line}
 
 
-def plot_metrics(file: Path, lines: Sequence[dict[str, Any]]) -> None:
-    """Write a PNG: the training loss and the evaluations' by step, the learning rate below."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
+def plot_metrics(
+    file: Path, lines: Sequence[dict[str, Any]], stock: Sequence[float] = (), title: str = ""
+) -> None:
+    """Write a PNG: the training loss and the evaluations' by step, the learning rate below.
 
-    figure = Figure(figsize=(9, 6.5), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    train, held_out = losses(lines), losses(lines, "eval_loss")
-    upper.plot(list(train), list(train.values()), color="#1f77b4", linewidth=2, label="training")
-    if held_out:
-        upper.plot(list(held_out), list(held_out.values()), "o-", color="#d95f02", label="held out")
-    upper.set_ylabel("loss (nats per token)", fontsize=13)
-    upper.legend(fontsize=13, frameon=False)
-    rates = losses(lines, "learning_rate")
-    lower.plot(list(rates), list(rates.values()), color="#444444", linewidth=2)
-    lower.set_ylabel("learning rate", fontsize=13)
-    lower.set_xlabel("step", fontsize=13)
-    lower.xaxis.set_major_locator(MaxNLocator(integer=True))
-    for axes in (upper, lower):
-        axes.grid(alpha=0.3)
-        axes.tick_params(labelsize=11)
-        axes.spines[["top", "right"]].set_visible(False)
-    partial = file.with_name(f".{file.name}")
-    figure.savefig(partial, format="png")
-    partial.replace(file)
+    stock: the losses of stock PEFT's first steps.
+    """
+    with draw_png(file, (9, 6.5), nrows=2, sharex=True, height_ratios=(3, 1)) as (upper, lower):
+        train, held_out = losses(lines), losses(lines, "eval_loss")
+        upper.plot(list(train), list(train.values()), linewidth=3, alpha=0.7, label="training")
+        if held_out:
+            upper.plot(list(held_out), list(held_out.values()), "o-", label="held out")
+        if stock:
+            upper.plot(range(1, len(stock) + 1), stock, "--", color="#222222", label="stock PEFT")
+        upper.set(ylabel="loss (nats per token)", title=title)
+        rates = losses(lines, "learning_rate")
+        lower.plot(list(rates), list(rates.values()), color="#444444", linewidth=2)
+        lower.set(ylabel="learning rate", xlabel="step")

@@ -1,17 +1,19 @@
-"""A model folder and a text small enough that a whole run takes a second."""
+"""Models, texts and chats small enough that a whole run takes a second."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
-from lora_kernels.finetune.chat import load_chat
+from lora_kernels.cli import main
+from lora_kernels.finetune.chat import ChatData, load_chat
 from lora_kernels.finetune.data import token_blocks
 from lora_kernels.finetune.model import load_base, load_tokenizer
+from tests.finetune import tiny
 
 
 @pytest.fixture(autouse=True)
@@ -33,25 +35,9 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
 
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(vocab),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        bos_token_id=None,
-        eos_token_id=0,
-    )
-    model = LlamaForCausalLM(config)
-    with torch.no_grad():
-        # At the usual start of 0.02 a width of 64 passes next to nothing on.
-        for layer in model.modules():
-            if isinstance(layer, nn.Linear):
-                layer.weight.normal_(std=layer.in_features**-0.5)
-    model.save_pretrained(folder)
+    words = {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": None}
+    sizes = {"vocab_size": len(vocab), "intermediate_size": 128, "max_position_embeddings": 128}
+    tiny.llama(**sizes, **words).save_pretrained(folder)
     return folder
 
 
@@ -70,3 +56,33 @@ def base(model_folder: Path) -> nn.Module:
 @pytest.fixture(scope="session")
 def blocks(model_folder: Path, text: Path) -> Tensor:
     return token_blocks(load_chat(text, load_tokenizer(model_folder)).rows, 16)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a Llama that chats."""
+    return tiny.save_model(tmp_path_factory.mktemp("model"), tiny.llama())
+
+
+@pytest.fixture(scope="session")
+def lines(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_lines(tmp_path_factory.mktemp("data") / "chat.jsonl", tiny.squares(12))
+
+
+@pytest.fixture(scope="session")
+def data(lines: Path) -> ChatData:
+    return load_chat(lines, tiny.tokenizer())
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs a command, which has to end in the status; returns what it prints."""
+
+    def run(*argv: object, status: int = 0) -> str:
+        capsys.readouterr()
+        ended = main([str(word) for word in argv])
+        printed = capsys.readouterr()
+        assert ended == status, printed
+        return printed.out + printed.err
+
+    return run

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lora_kernels.finetune import Preset
 from lora_kernels.finetune import compare as module
 from lora_kernels.finetune.compare import (
     GRADIENT_LIMIT,
@@ -21,8 +22,8 @@ from lora_kernels.finetune.compare import (
 )
 from lora_kernels.finetune.data import batch
 
-LORA = {"rank": 3, "alpha": 8, "target_modules": ()}
-SMALL = {"batch_size": 2, "seed": 0, "sgd_steps": 3, "timed_steps": 2}
+LORA = {"preset": Preset(3, 8, ("all-linear",), 0.0), "seed": 0}
+SMALL = {"batch_size": 2, "sgd_steps": 3, "timed_steps": 2}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -60,7 +61,7 @@ def test_a_wrong_fused_model_fails(base, blocks, factor: float, monkeypatch) -> 
 
 
 def test_updates_notice_what_losses_hide(base: nn.Module, blocks: Tensor) -> None:
-    stock, fused = pair(base, 0, **LORA, dropout=0.0)
+    stock, fused = pair(base, **LORA)
     losses, want = sgd(stock, blocks, batch_size=2, steps=3, seed=0)
     with scaled_dA(fused, 2.0):
         broken_losses, got = sgd(fused, blocks, batch_size=2, steps=3, seed=0)
@@ -69,7 +70,7 @@ def test_updates_notice_what_losses_hide(base: nn.Module, blocks: Tensor) -> Non
 
 
 def test_b_is_random_so_that_dA_counts(base: nn.Module, blocks: Tensor) -> None:
-    stock, _ = pair(base, 0, **LORA, dropout=0.0)
+    stock, _ = pair(base, **LORA)
     gradients = module.loss_and_gradients(stock, blocks[:2])[1]
     assert all(g.abs().max() > 0 for g in gradients.values())
 
@@ -85,7 +86,7 @@ def test_the_distance_in_bf16_is_that_of_several_batches(base, blocks, monkeypat
     def distance(peft: list[float], ours: list[float]) -> Row:
         errors = iter([e for both in zip(peft, ours, strict=True) for e in both])
         monkeypatch.setattr(module, "relative_rms", lambda got, want: next(errors))
-        return module.compare_bf16(base, blocks, 2, 0, {**LORA, "dropout": 0.0})
+        return module.compare_bf16(base, blocks, 2, LORA)
 
     monkeypatch.setattr(module, "batch", count)
     row = distance([2.0, 1.0, 90.0, 1.0, 2.5], [70.0, 3.0, 3.5, 1.0, 2.0])

@@ -17,10 +17,9 @@ from peft import LoraConfig, get_peft_model
 
 from lora_kernels.finetune import LoRATrainer, load_chat, newest_checkpoint, training_arguments
 from lora_kernels.finetune.model import quantize
-from lora_kernels.finetune.trainer import read_metrics
 from lora_kernels.peft import explain, fuse
-from tests.finetune.test_trainer import adapted, weights
-from tests.finetune.tiny import chat, llama, tokenizer, write_lines
+from tests.finetune.test_trainer import adapted
+from tests.finetune.tiny import llama, metrics, tokenizer, weights
 from tests.interop.tiny import count_ops
 
 NEEDS_GLOO = pytest.mark.skipif(
@@ -39,10 +38,9 @@ train(*sys.argv[1:])
 
 def train(out: str, file: str) -> None:
     model = adapted()
-    args = training_arguments(
-        out, steps=6, batch=4 // int(os.environ.get("WORLD_SIZE", "1")), lr=0.5, save_every=3,
-        optim="sgd", cpu=True,
-    )  # fmt: skip
+    batch = 4 // int(os.environ.get("WORLD_SIZE", "1"))
+    how = {"steps": 6, "batch": batch, "lr": 0.5, "save_every": 3}
+    args = training_arguments(out, **how, optim="sgd", cpu=True)
     trainer = LoRATrainer(
         model, args, train_dataset=load_chat(file, tokenizer()), processing_class=tokenizer()
     )
@@ -64,24 +62,23 @@ def launch(code: str, folder: Path, *argv: str) -> None:
 
 
 @NEEDS_GLOO
-def test_two_processes_and_one(tmp_path: Path) -> None:
+def test_two_processes_and_one(lines: Path, tmp_path: Path) -> None:
     """Losses, norms and weights; and what two have saved one goes on with."""
-    records = [chat(f"{i} squared?", f"It is {i * i}.") for i in range(12)]
-    file = write_lines(tmp_path / "chat.jsonl", records)
+    file = str(lines)
 
     def results(out: str) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
-        lines = [line for line in read_metrics(tmp_path / out / "metrics.jsonl") if "loss" in line]
-        return lines, torch.load(tmp_path / out / "weights.pt", weights_only=True)
+        saved = torch.load(tmp_path / out / "weights.pt", weights_only=True)
+        return metrics(tmp_path / out), saved
 
-    launch(SCRIPT, tmp_path, str(tmp_path / "two"), str(file))
-    train(str(tmp_path / "one"), str(file))
+    launch(SCRIPT, tmp_path, str(tmp_path / "two"), file)
+    train(str(tmp_path / "one"), file)
     alone, both = results("one"), results("two")
     shutil.copytree(tmp_path / "two" / "checkpoint-3", tmp_path / "three" / "checkpoint-3")
     shutil.copy(tmp_path / "two" / "metrics.jsonl", tmp_path / "three")
-    train(str(tmp_path / "three"), str(file))
-    for lines, found in (both, results("three")):
+    train(str(tmp_path / "three"), file)
+    for steps, found in (both, results("three")):
         # A gradient is the sum of two halves, each of a few hundred float32 terms.
-        for got, want in zip(lines, alone[0], strict=True):
+        for got, want in zip(steps, alone[0], strict=True):
             for name in ("loss", "grad_norm", "learning_rate"):
                 assert got[name] == pytest.approx(want[name], rel=2.0**-15), (got["step"], name)
         assert found.keys() == alone[1].keys()

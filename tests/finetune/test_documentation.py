@@ -17,11 +17,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification
 
 from lora_kernels import timing
 from lora_kernels.finetune import classify
-from tests.finetune.tiny import chat, llama, tokenizer, write_lines
+from tests.finetune.tiny import bert, llama, save_model, squares, tokenizer, write_lines
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = [
@@ -63,17 +62,10 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The models and files that the examples name."""
     folder = tmp_path_factory.mktemp("reader")
     for name in ("SmolLM2-135M", "SmolLM2-135M-Instruct"):
-        llama().save_pretrained(folder / "HuggingFaceTB" / name)
-        tokenizer().save_pretrained(folder / "HuggingFaceTB" / name)
-    config = BertConfig(
-        vocab_size=260, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-        num_attention_heads=4, max_position_embeddings=64, pad_token_id=0,
-    )  # fmt: skip
-    BertForSequenceClassification(config).bert.save_pretrained(folder / "all-MiniLM-L6-v2")
-    tokenizer(None).save_pretrained(folder / "all-MiniLM-L6-v2")
+        save_model(folder / "HuggingFaceTB" / name, llama())
+    save_model(folder / "all-MiniLM-L6-v2", bert(), tokenizer(None))
     for name in ("chat", "law", "code"):
-        records = [chat(f"{i} squared?", f"It is {i * i}.") for i in range(8)]
-        write_lines(folder / f"{name}.jsonl", records)
+        write_lines(folder / f"{name}.jsonl", squares(8))
     mail = [
         f"{'Buy' if i % 2 else 'Dear'} {i},{'spam' if i % 2 else 'ham'},{i}" for i in range(280)
     ]
@@ -98,8 +90,10 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def test_documentation_has_examples() -> None:
     assert {file for file, _, _ in examples()} >= {
-        "README.md", "lora_kernels/peft/README.md", "lora_kernels/finetune/README.md"
-    }  # fmt: skip
+        "README.md",
+        "lora_kernels/peft/README.md",
+        "lora_kernels/finetune/README.md",
+    }
 
 
 @pytest.mark.parametrize(

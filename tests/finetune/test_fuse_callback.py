@@ -20,12 +20,12 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from lora_kernels.finetune import newest_checkpoint
 from lora_kernels.integrations import FuseCallback
-from tests.finetune.tiny import llama, tokenizer
+from tests.finetune.tiny import llama
 from tests.interop.tiny import FLOAT64_RTOL, assert_same
 
 pytest.importorskip("trl", exc_type=ImportError)
 from tests.finetune import test_trl as trl_tests
-from tests.finetune.test_trl import Dataset, SFTConfig, SFTTrainer, fused_layers
+from tests.finetune.test_trl import SFTConfig, SFTTrainer, fused_layers
 
 
 def arguments(out: Path, **settings: Any) -> TrainingArguments:
@@ -48,7 +48,7 @@ def test_fuse_callback_with_checkpointing_and_evaluation_equals_the_unfused_run(
     def make(out: Path, dtype: torch.dtype, callbacks: Any) -> Any:
         trainer = trl_tests.sft(
             out, dtype, callbacks, gradient_checkpointing=True, eval_strategy="steps", eval_steps=1
-        )  # fmt: skip
+        )
         evaluated.append(trainer)
         return trainer
 
@@ -61,21 +61,17 @@ def test_fuse_callback_with_checkpointing_and_evaluation_equals_the_unfused_run(
 def sft(out: Path, *callbacks: Any, **settings: Any) -> Any:
     """With dropout, whose masks a resumed run must draw as the whole one did."""
     torch.manual_seed(0)
-    return SFTTrainer(
-        llama(), SFTConfig(str(out), max_length=64, **trl_tests.SETTINGS | settings),
-        train_dataset=Dataset.from_dict({"text": trl_tests.TEXTS}), processing_class=tokenizer(),
-        peft_config=LoraConfig(r=3, lora_alpha=7, target_modules="all-linear", lora_dropout=0.1),
-        callbacks=[FuseCallback(), *callbacks],
-    )  # fmt: skip
+    args = SFTConfig(str(out), max_length=64, **trl_tests.SETTINGS | settings)
+    made = trl_tests.parts({"text": trl_tests.TEXTS}, [FuseCallback(), *callbacks])
+    return SFTTrainer(llama(), args, **made | {"peft_config": trl_tests.lora(lora_dropout=0.1)})
 
 
 def adapters(trainer: Any) -> dict[str, Tensor]:
     return {n: p.detach() for n, p in trainer.model.named_parameters() if p.requires_grad}
 
 
-CHECKPOINTS: dict[str, Any] = {
-    "save_strategy": "steps", "save_steps": 1, "max_steps": 3, "optim": "adamw_torch"
-}  # fmt: skip
+CHECKPOINTS: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3}
+CHECKPOINTS |= {"optim": "adamw_torch"}
 
 
 class Killed(TrainerCallback):
@@ -197,7 +193,7 @@ def test_fuse_callback_before_fsdp2_equals_the_unsharded_run(
         data = [{"input_ids": ids, "labels": ids} for ids in torch.arange(96).view(8, 12)]
         trainer = Trainer(
             model, arguments(tmp_path), train_dataset=data, callbacks=[FuseCallback()]
-        )  # fmt: skip
+        )
         if sharded:
             for layer in model.get_base_model().model.layers:
                 fully_shard(layer)

@@ -1,3 +1,5 @@
+"""The base model, its copies and its layers; rows of tokens to blocks and batches."""
+
 from pathlib import Path
 
 import pytest
@@ -5,21 +7,23 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from lora_kernels.finetune import UsageError
+from lora_kernels.finetune import Preset, UsageError, add_lora_layers
+from lora_kernels.finetune.chat import load_chat
+from lora_kernels.finetune.data import batch, token_blocks
 from lora_kernels.finetune.model import (
     adapters,
-    add_adapters,
     cast_parameters,
-    check_targets,
     load_base,
+    load_tokenizer,
     share,
 )
+from lora_kernels.finetune.presets import find_targets
 
-LORA = {"rank": 3, "alpha": 8, "dropout": 0.0, "seed": 0}
+LORA = {"preset": Preset(3, 8, ("all-linear",), 0.0), "fused": False}
 
 
 def test_copies_share_frozen_weights_and_nothing_else(base: nn.Module) -> None:
-    one = add_adapters(base, **LORA)
+    one = add_lora_layers(share(base), **LORA)
     two = share(one)
     frozen = [(p, q) for p, q in zip(one.parameters(), two.parameters(), strict=True) if p is q]
     assert len(frozen) == len(list(base.parameters()))
@@ -32,7 +36,8 @@ def test_copies_share_frozen_weights_and_nothing_else(base: nn.Module) -> None:
 
 def test_all_linear_layers_by_default(base: nn.Module) -> None:
     names = {
-        name.split(".lora_")[0].rpartition(".")[2] for name in adapters(add_adapters(base, **LORA))
+        name.split(".lora_")[0].rpartition(".")[2]
+        for name in adapters(add_lora_layers(share(base), **LORA))
     }
     assert names == {f"{x}_proj" for x in ("q", "k", "v", "o", "gate", "up", "down")}
 
@@ -53,6 +58,27 @@ def test_casting_keeps_tied_weights_tied() -> None:
 
 def test_targets_of_a_model_made_of_conv1d() -> None:
     model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=11))
-    check_targets(model, ["c_attn", "mlp.c_fc"])
+    assert find_targets(model, ["c_attn", "mlp.c_fc"]) == (["c_attn", "mlp.c_fc"], [])
     with pytest.raises(UsageError, match=r"did you mean c_proj\? this model has c_attn, c_proj"):
-        check_targets(model, ["q_proj"])
+        find_targets(model, ["q_proj"])
+
+
+def test_blocks_hold_the_text(model_folder: Path, text: Path) -> None:
+    tokenizer = load_tokenizer(model_folder)
+    blocks = token_blocks(load_chat([text, text], tokenizer, max_length=37).rows, 50)
+    assert blocks.dtype is torch.int64
+    assert blocks.shape[1] == 50
+    written = text.read_text()
+    joined = f"{written}<eos>{written}<eos>"
+    assert joined.startswith(tokenizer.decode(blocks.flatten()))
+    assert blocks.shape[0] == 2 * (len(written) + 1) // 50  # a token a byte
+
+
+def test_blocks_of_less_than_one_are_all_of_it() -> None:
+    assert token_blocks([{"input_ids": [5, 6, 7]}], 50).tolist() == [[5, 6, 7]]
+
+
+def test_the_seed_settles_the_order() -> None:
+    blocks = torch.arange(100).view(50, 2)
+    assert batch(blocks, 3, 8, seed=1).equal(batch(blocks, 3, 8, seed=1))
+    assert not batch(blocks, 3, 8, seed=1).equal(batch(blocks, 3, 8, seed=2))

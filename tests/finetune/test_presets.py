@@ -12,7 +12,7 @@ from torch import nn
 
 from lora_kernels.backends import native
 from lora_kernels.finetune import UsageError
-from lora_kernels.finetune.chat import load_chat
+from lora_kernels.finetune.chat import ChatData
 from lora_kernels.finetune.presets import (
     PRESETS,
     Preset,
@@ -45,7 +45,6 @@ def adapted_names(model: PeftModel, adapter: str = "default") -> set[str]:
     ],
 )
 def test_presets(preset: str, rank: int, alpha: int, dropout: float, names: set[str]) -> None:
-    state = torch.get_rng_state()
     model = add_lora_layers(llama(), preset)
     config = model.peft_config["default"]
     assert (config.r, config.lora_alpha, config.lora_dropout) == (rank, alpha, dropout)
@@ -59,7 +58,6 @@ def test_presets(preset: str, rank: int, alpha: int, dropout: float, names: set[
     add_lora_layers(llama(), preset)
     llama()
     assert torch.equal(after, torch.get_rng_state())
-    torch.set_rng_state(state)
 
 
 def test_a_seed_settles_the_start() -> None:
@@ -73,9 +71,13 @@ def test_a_seed_settles_the_start() -> None:
 
 def test_settings_go_before_the_preset() -> None:
     model = add_lora_layers(
-        llama(), Preset(4, 8, ("all-linear",), 0.0), rank=3, alpha=5.0, targets=["o", "up_proj"],
+        llama(),
+        Preset(4, 8, ("all-linear",), 0.0),
+        rank=3,
+        alpha=5.0,
+        targets=["o", "up_proj"],
         use_rslora=True,
-    )  # fmt: skip
+    )
     config = model.peft_config["default"]
     assert (config.r, config.lora_alpha, config.lora_dropout) == (3, 5.0, 0.0)
     assert adapted_names(model) == {"o_proj", "up_proj"}
@@ -183,23 +185,15 @@ def test_two_domains_on_one_base(tmp_path: Path) -> None:
         assert (got - alone[name]).norm() <= 2.0**-15 * got.norm()
 
 
-def test_a_domain_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+def test_a_domain_goes_on_from_its_checkpoint(data: ChatData, tmp_path: Path) -> None:
     """An adapter that is not called "default", which PEFT saves in a folder of its own: the same
     bits as a run that was not broken off, and the best one found again at the end."""
-    file = write_lines(tmp_path / "law.jsonl", [chat(f"{i}?", f"{i}.") for i in range(8)])
-    data = load_chat(file, tokenizer())
     weights = {}
-    for name in ("once", "twice"):
-        for stop in (2, None) if name == "twice" else (None,):
-            settings = TRAINING | {
-                "eval_every": 1,
-                "save_every": 1,
-                "lr_scheduler_type": "constant",
-            }
-            made = create_domain_model(
-                llama(), "legal", data, out=tmp_path / name, val=data, patience=9,
-                training=settings | ({"steps": stop} if stop else {}),
-            )  # fmt: skip
+    every = {"eval_every": 1, "save_every": 1, "lr_scheduler_type": "constant"}
+    for name, steps in (("once", 4), ("twice", 2), ("twice", 4)):
+        how: Any = {"out": tmp_path / name, "val": data, "patience": 9}
+        how["training"] = TRAINING | every | {"steps": steps}
+        made = create_domain_model(llama(), "legal", data, **how)
         weights[name] = {n: p for n, p in made.named_parameters() if "lora" in n}
     for n, p in weights["once"].items():
         assert torch.equal(weights["twice"][n], p), n

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from lora_kernels.finetune import UsageError
+from lora_kernels.finetune import Preset, UsageError
 from lora_kernels.finetune.chat import ChatData, Collator, load_chat
 from lora_kernels.finetune.rank import (
     CAVEAT,
@@ -21,7 +21,7 @@ from lora_kernels.finetune.rank import (
     plot_ranks,
 )
 from lora_kernels.finetune.trainer import check_trainable, read_metrics
-from tests.finetune.tiny import chat, gpt2, llama, tokenizer, write_lines
+from tests.finetune.tiny import gpt2, llama, squares, tokenizer, write_lines
 
 SETTINGS: dict[str, Any] = {"ranks": (2, 3, 5), "steps": 12, "batch": 2, "lr": 1e-2}
 
@@ -29,7 +29,7 @@ SETTINGS: dict[str, Any] = {"ranks": (2, 3, 5), "steps": 12, "batch": 2, "lr": 1
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[ChatData, ChatData]:
     file = tmp_path_factory.mktemp("rank") / "chat.jsonl"
-    write_lines(file, [chat(f"{i} squared?", f"It is {i * i}.") for i in range(16)])
+    write_lines(file, squares(16))
     return load_chat(file, tokenizer()).split(0.25)
 
 
@@ -129,7 +129,7 @@ def test_adalora_stands_beside_it(searched: Any) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_adaloras_triplets_train_and_nothing_else(dtype: torch.dtype) -> None:
-    model = add_adalora(llama().to(dtype), ("q", "v"), 3, 6.0, 0.0, steps=20)
+    model = add_adalora(llama().to(dtype), Preset(3, 6.0, ("q", "v"), 0.0), steps=20)
     kinds = {n.split(".")[-2] for n, p in model.named_parameters() if p.requires_grad}
     assert kinds == {"lora_A", "lora_B", "lora_E"}
     assert "in 4 adapted layers" in check_trainable(model)
@@ -186,6 +186,7 @@ def test_table_and_curve(tmp_path: Path) -> None:
         ({"ranks": ()}, r"ranks: got \(\), want different ones"),
         ({"ranks": (0, 4)}, r"ranks: got \(0, 4\)"),
         ({"steps": 9}, "steps: got 9, want at least 10"),
+        ({"stpes": 12, "adalora": False}, "stpes: no such setting; want one of "),
         ({"preset": "chta"}, "did you mean 'chat'"),
         ({"targets": ["gate"]}, "its linear layers are c_attn"),
     ],

@@ -4,6 +4,7 @@ from rich.console import Console
 
 from lora_kernels.finetune import report
 from lora_kernels.finetune.compare import Row
+from lora_kernels.finetune.trainer import plot_metrics
 
 
 def printed(renderable: object, width: int = 80) -> str:
@@ -69,5 +70,6 @@ def test_progress_on_a_terminal_shows_loss_speed_and_time_left() -> None:
 
 def test_curves(tmp_path: Path) -> None:
     file = tmp_path / "loss.png"
-    report.plot_losses(file, "tiny, LoRA rank 3", [3.0, 2.5, 2.2], [3.0, 2.5])
+    lines = [{"step": i, "loss": loss} for i, loss in enumerate([3.0, 2.5, 2.2], 1)]
+    plot_metrics(file, lines, [3.0, 2.5], "tiny, LoRA rank 3")
     assert file.read_bytes().startswith(b"\x89PNG")

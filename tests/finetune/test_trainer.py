@@ -15,9 +15,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import TrainerCallback
 
-from lora_kernels.finetune import UsageError
+from lora_kernels.finetune import UsageError, checkpoints
 from lora_kernels.finetune.chat import ChatData, Collator, load_chat, pack
-from lora_kernels.finetune.checkpoints import newest_checkpoint
+from lora_kernels.finetune.checkpoints import damage, find_intact, named_write, newest_checkpoint
 from lora_kernels.finetune.trainer import (
     LoRATrainer,
     check_trainable,
@@ -25,7 +25,7 @@ from lora_kernels.finetune.trainer import (
     read_metrics,
     training_arguments,
 )
-from tests.finetune.tiny import chat, llama, tokenizer, write_lines
+from tests.finetune.tiny import llama, metrics, tokenizer, weights, write_lines
 
 # A sum of a few hundred float32 products in another order, through two layers and four steps.
 RTOL = 2.0**-15
@@ -44,13 +44,6 @@ def adapted(dropout: float = 0.0, seed: int = 0, **config: Any) -> PeftModel:
     return model
 
 
-@pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> ChatData:
-    records = [chat(f"{i} squared?", f"It is {i * i}.") for i in range(12)]
-    file = write_lines(tmp_path_factory.mktemp("data") / "chat.jsonl", records)
-    return load_chat(file, tokenizer())
-
-
 def trainer(out: Path, data: Any, model: Any = None, **settings: Any) -> LoRATrainer:
     own = ("eval_dataset", "lora_plus_ratio", "patience", "callbacks")
     passed = {name: settings.pop(name) for name in own if name in settings}
@@ -62,14 +55,6 @@ def trainer(out: Path, data: Any, model: Any = None, **settings: Any) -> LoRATra
         processing_class=tokenizer(),
         **passed,
     )
-
-
-def weights(model: Any) -> dict[str, Tensor]:
-    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
-
-
-def metrics(out: Path) -> list[dict[str, Any]]:
-    return [line for line in read_metrics(out / "metrics.jsonl") if "loss" in line]
 
 
 def test_updates_are_plain_pytorchs(data: ChatData, tmp_path: Path) -> None:
@@ -85,10 +70,8 @@ def test_updates_are_plain_pytorchs(data: ChatData, tmp_path: Path) -> None:
             order.append([data.rows.index(row) for row in rows])
             return super().__call__(rows)
 
-    args = training_arguments(
-        tmp_path, steps=steps, batch=2, accumulate=2, lr=lr, warmup=0.25, max_grad_norm=clip,
-        optim="sgd", cpu=True,
-    )  # fmt: skip
+    how: dict[str, Any] = {"steps": steps, "batch": 2, "accumulate": 2, "lr": lr, "warmup": 0.25}
+    args = training_arguments(tmp_path, **how, max_grad_norm=clip, optim="sgd", cpu=True)
     LoRATrainer(model, args, train_dataset=data, data_collator=Seen(0)).train()
     got, lines = weights(model), metrics(tmp_path)
 
@@ -201,10 +184,8 @@ def test_lora_plus_moves_B_by_the_ratio(data: ChatData, tmp_path: Path) -> None:
     for ratio in (None, 4.0):
         model = adapted()
         before = weights(model)
-        trainer(
-            tmp_path / str(ratio), data, model, steps=1, warmup=0.0, lora_plus_ratio=ratio,
-            optim="sgd", max_grad_norm=0.0,
-        ).train()  # fmt: skip
+        how = {"steps": 1, "optim": "sgd", "max_grad_norm": 0.0, "lora_plus_ratio": ratio}
+        trainer(tmp_path / str(ratio), data, model, **how).train()
         moved.append({n: p - before[n] for n, p in weights(model).items()})
     for name, plain in moved[0].items():
         factor = 4.0 if "lora_B" in name else 1.0
@@ -228,10 +209,8 @@ def test_early_stop_goes_back_to_the_best(data: ChatData, tmp_path: Path) -> Non
     last = 0
     for name in ("once", "twice"):
         out = tmp_path / name
-        settings: dict[str, Any] = {
-            "steps": 40, "lr": 0.5, "max_grad_norm": 0.0, "warmup": 0.5, "eval_every": 1,
-            "save_every": 1, "patience": 2, "eval_dataset": val,
-        }  # fmt: skip
+        settings: dict[str, Any] = {"steps": 40, "lr": 0.5, "max_grad_norm": 0.0, "warmup": 0.5}
+        settings |= {"eval_every": 1, "save_every": 1, "patience": 2, "eval_dataset": val}
         if name == "twice":
             with pytest.raises(KeyboardInterrupt):
                 trainer(out, train, adapted(), **settings, callbacks=[Break(last)]).train()
@@ -282,8 +261,9 @@ def test_packed_rows_train(data: ChatData, tmp_path: Path) -> None:
     ("settings", "words"),
     [
         ({"batch": 0}, "batch: got 0, want at least 1"),
+        ({"bacth": 2}, "bacth: no such setting; want one of accumulate, batch, "),
         ({"lr": math.nan}, "lr: got nan, want a positive number"),
-        ({"warmup": 1.0}, r"warmup: got 1.0, want a share of the steps in \[0, 1\)"),
+        ({"warmup": 1.0}, r"warmup: got 1.0, want a share in \[0, 1\)"),
         ({"max_grad_norm": -1.0}, "max_grad_norm: got -1.0"),
         ({"lora_plus_ratio": 0.0}, "lora_plus_ratio: got 0.0, want a positive number"),
         ({"patience": 2}, "patience: needs evaluations; give eval_every and eval_dataset"),
@@ -304,10 +284,10 @@ import json, os, random, signal, sys, time
 from pathlib import Path
 import torch
 from peft import PeftModel
-from tests.finetune.test_trainer import adapted, metrics, trainer, weights
+from tests.finetune.test_trainer import adapted, trainer
 from lora_kernels.finetune.chat import load_chat
 from lora_kernels.finetune.checkpoints import newest_checkpoint
-from tests.finetune.tiny import llama, tokenizer
+from tests.finetune.tiny import llama, metrics, tokenizer, weights
 
 out, file, moments = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 STEPS = 6 * moments
@@ -363,13 +343,10 @@ assert len(metrics(out / "once")) == STEPS
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 @pytest.mark.parametrize("moments", [3, pytest.param(10, marks=pytest.mark.proof)])
-def test_killed_at_any_moment(data: ChatData, tmp_path: Path, moments: int) -> None:
+def test_killed_at_any_moment(lines: Path, tmp_path: Path, moments: int) -> None:
     """By SIGTERM and SIGKILL in turn; in the end the losses are the unbroken run's, bit for bit."""
-    file = write_lines(
-        tmp_path / "chat.jsonl", [chat(f"{i} squared?", f"It is {i * i}.") for i in range(12)]
-    )
     done = subprocess.run(
-        [sys.executable, "-c", KILLS, str(tmp_path), str(file), str(moments)],
+        [sys.executable, "-c", KILLS, str(tmp_path), str(lines), str(moments)],
         capture_output=True,
         text=True,
         timeout=300,
@@ -413,3 +390,105 @@ def test_prediction_step_counts_the_tokens_that_are_predicted(
     made._of_tokens = [0.0, 0]
     made.prediction_step(made.model, inputs, True)
     assert made._of_tokens[1] == inputs["labels"][:, 1:].numel()
+
+
+# Which checkpoint a run goes on from.
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-20])
+
+
+def flip(file: Path) -> None:
+    """Of a hundred bytes, since the 64 between two tensors count for nothing."""
+    content = bytearray(file.read_bytes())
+    for i in range(len(content) // 2, len(content) // 2 + 100):
+        content[i] ^= 1
+    file.write_bytes(content)
+
+
+DAMAGES: dict[str, Any] = {
+    "adapter cut": lambda c: cut(c / "adapter_model.safetensors"),
+    "optimizer cut": lambda c: cut(c / "optimizer.pt"),
+    "optimizer of text": lambda c: (c / "optimizer.pt").write_text("no tensors"),
+    "optimizer gone": lambda c: (c / "optimizer.pt").unlink(),
+    "scheduler empty": lambda c: (c / "scheduler.pt").write_bytes(b""),
+    "random state cut": lambda c: cut(c / "rng_state.pth"),
+    "bytes of the optimizer": lambda c: flip(c / "optimizer.pt"),
+    "state cut": lambda c: cut(c / "trainer_state.json"),
+    "state a list": lambda c: (c / "trainer_state.json").write_text("[]"),
+    "adapter gone": lambda c: (c / "adapter_model.safetensors").unlink(),
+}
+
+
+def test_checkpoints_are_ordered_by_step(tmp_path: Path) -> None:
+    for step in (9, 100, 11):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-100"
+
+
+def test_damaged_newest_checkpoint_resume_takes_the_one_before(
+    data: ChatData, tmp_path: Path
+) -> None:
+    """Each damage is told, the older checkpoint is found, and the resumed run is the unbroken
+    one's, bit for bit."""
+    trainer(tmp_path, data, steps=6, save_every=2, keep=3).train()
+    want = metrics(tmp_path)
+    newest, older = tmp_path / "checkpoint-6", tmp_path / "checkpoint-4"
+    kept = {file: file.read_bytes() for file in newest.iterdir() if file.is_file()}
+    assert find_intact(tmp_path) == (newest, {})
+    for name, spoil in DAMAGES.items():
+        spoil(newest)
+        found, damaged = find_intact(tmp_path)
+        assert found == older and list(damaged) == [newest], name
+        assert "\n" not in damaged[newest]
+        for file, content in kept.items():
+            file.write_bytes(content)
+    cut(newest / "optimizer.pt")
+    with pytest.warns(UserWarning, match=r"checkpoint-6 cannot be read: .*going on from .*-4$"):
+        trainer(tmp_path, data, steps=6, save_every=2, keep=3).train(resume_from_checkpoint=True)
+    assert metrics(tmp_path) == want
+    assert (tmp_path / "damaged-checkpoint-6").is_dir()
+    assert damage(tmp_path / "checkpoint-6") is None
+
+
+def test_all_checkpoints_damaged_resume_is_refused(tmp_path: Path, data: ChatData) -> None:
+    for step in (2, 4):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    with pytest.raises(UsageError, match=r"out: \S*checkpoint-4 and 1 more cannot be read: "):
+        find_intact(tmp_path)
+    with pytest.raises(UsageError, match="cannot be read"):
+        trainer(tmp_path, data, adapted()).train(resume_from_checkpoint=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-2", "checkpoint-4"}
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0"),
+    ],
+    ids=["system", "torch"],
+)
+def test_full_disk_save_names_the_checkpoint_and_leaves_the_one_before(
+    error: Exception, data: ChatData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = trainer(tmp_path, data, steps=4, save_every=2)
+    usual = torch.save
+
+    def save(*args: Any, **kwargs: Any) -> None:
+        if made.state.global_step == 4:
+            raise error
+        usual(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(OSError, match=r"out: \S*checkpoint-4 cannot be written: .+"):
+        made.train()
+    assert find_intact(tmp_path) == (tmp_path / "checkpoint-2", {})
+    assert not (tmp_path / ".partial").exists()
+
+
+def test_named_write_passes_on_errors_of_the_work() -> None:
+    with pytest.raises(RuntimeError, match=r"^shapes$"), named_write(Path("x")):
+        raise RuntimeError("shapes")
+    assert checkpoints.first_line(ValueError()) == "ValueError"

@@ -33,11 +33,10 @@ from datasets import Dataset
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 STEPS = 2
-SETTINGS: dict[str, Any] = {
-    "max_steps": STEPS, "per_device_train_batch_size": 4, "learning_rate": 0.01, "optim": "sgd",
-    "lr_scheduler_type": "constant", "use_cpu": True, "bf16": False, "report_to": [],
-    "logging_steps": 1, "save_strategy": "no", "disable_tqdm": True,
-}  # fmt: skip
+SETTINGS: dict[str, Any] = {"max_steps": STEPS, "learning_rate": 0.01, "optim": "sgd"}
+SETTINGS |= {"per_device_train_batch_size": 4, "lr_scheduler_type": "constant", "use_cpu": True}
+SETTINGS |= {"bf16": False, "report_to": [], "logging_steps": 1, "save_strategy": "no"}
+SETTINGS |= {"disable_tqdm": True}
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 
@@ -148,13 +147,17 @@ def check(
 TEXTS = [f"{i} squared? It is {i * i}." for i in range(8)]
 
 
+def parts(data: dict[str, list[str]], callbacks: Any = ()) -> dict[str, Any]:
+    """What every trainer gets."""
+    train, words = Dataset.from_dict(data), tokenizer()
+    made = {"train_dataset": train, "processing_class": words, "peft_config": lora()}
+    return made | {"callbacks": list(callbacks)}
+
+
 def sft(out: Path, dtype: torch.dtype, callbacks: Any, **settings: Any) -> Any:
-    data = Dataset.from_dict({"text": TEXTS})
-    return SFTTrainer(
-        base(dtype), SFTConfig(str(out), max_length=64, **SETTINGS | settings), train_dataset=data,
-        eval_dataset=data.select(range(3)), processing_class=tokenizer(), peft_config=lora(),
-        callbacks=callbacks,
-    )  # fmt: skip
+    args = SFTConfig(str(out), max_length=64, **SETTINGS | settings)
+    held_out = Dataset.from_dict({"text": TEXTS[:3]})
+    return SFTTrainer(base(dtype), args, eval_dataset=held_out, **parts({"text": TEXTS}, callbacks))
 
 
 def dpo(out: Path, dtype: torch.dtype, callbacks: Any, own: bool = False) -> Any:
@@ -165,20 +168,17 @@ def dpo(out: Path, dtype: torch.dtype, callbacks: Any, own: bool = False) -> Any
         "rejected": [f"No, {i * i + 1}." for i in range(8)],
     }
     model = get_peft_model(base(dtype), lora()) if own else base(dtype)
-    return DPOTrainer(
-        model, args=DPOConfig(str(out), max_length=64, **SETTINGS),
-        train_dataset=Dataset.from_dict(pairs), processing_class=tokenizer(),
-        peft_config=None if own else lora(), callbacks=callbacks,
-    )  # fmt: skip
+    made = parts(pairs, callbacks) | ({"peft_config": None} if own else {})
+    return DPOTrainer(model, args=DPOConfig(str(out), max_length=64, **SETTINGS), **made)
 
 
 def grpo(out: Path, dtype: torch.dtype, callbacks: Any, beta: float = 0.0) -> Any:
-    return GRPOTrainer(
-        base(dtype), lambda completions, **kwargs: [float(len(set(c))) for c in completions],
-        GRPOConfig(str(out), max_completion_length=6, num_generations=4, beta=beta, **SETTINGS),
-        train_dataset=Dataset.from_dict({"prompt": [f"{i} squared?" for i in range(8)]}),
-        processing_class=tokenizer(), peft_config=lora(), callbacks=callbacks,
-    )  # fmt: skip
+    def reward(completions: Any, **kwargs: Any) -> list[float]:
+        return [float(len(set(c))) for c in completions]
+
+    how = {"max_completion_length": 6, "num_generations": 4, "beta": beta}
+    made = parts({"prompt": [f"{i} squared?" for i in range(8)]}, callbacks)
+    return GRPOTrainer(base(dtype), reward, GRPOConfig(str(out), **how, **SETTINGS), **made)
 
 
 @DTYPES
@@ -196,11 +196,8 @@ def test_sft_of_a_4bit_model(tmp_path: Path) -> None:
         # bitsandbytes' CPU kernel misreads scales where a row is no multiple of the block.
         quantized = base(torch.float32, intermediate_size=128)
         quantize(quantized, "nf4", torch.float32, torch.device("cpu"))
-        trainer = SFTTrainer(
-            quantized, SFTConfig(str(tmp_path / str(number)), max_length=64, **SETTINGS),
-            train_dataset=Dataset.from_dict({"text": TEXTS}), processing_class=tokenizer(),
-            peft_config=lora(),
-        )  # fmt: skip
+        args = SFTConfig(str(tmp_path / str(number)), max_length=64, **SETTINGS)
+        trainer = SFTTrainer(quantized, args, **parts({"text": TEXTS}))
         adapters = [p for p in trainer.model.parameters() if p.requires_grad]
         assert {p.dtype for p in adapters} == {torch.bfloat16}
         randomize(trainer.model)  # rounded to bfloat16 in each

@@ -11,6 +11,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -18,6 +20,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.pytorch_utils import Conv1D
+
+from lora_kernels.finetune.trainer import read_metrics
 
 TEMPLATE = (
     "{% for m in messages %}<im>{{ m['role'] }}\n{{ m['content'] }}<end>\n{% endfor %}"
@@ -56,29 +60,28 @@ def wake(model: nn.Module) -> nn.Module:
 
 def llama(seed: int = 0, **changes: Any) -> Any:
     torch.manual_seed(seed)
-    settings: dict[str, Any] = {
-        "vocab_size": 260,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 256,
-        "bos_token_id": None,
-        "eos_token_id": 1,
-        "pad_token_id": 0,
-    }
+    sizes = {"vocab_size": 260, "hidden_size": 64, "intermediate_size": 96}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    words = {"bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}
+    settings = {**sizes, **words, "max_position_embeddings": 256}
     return wake(LlamaForCausalLM(LlamaConfig(**settings | changes)))
 
 
 def gpt2(seed: int = 0, **changes: Any) -> Any:
     torch.manual_seed(seed)
-    settings: dict[str, Any] = {
-        "vocab_size": 260, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256,
-        "bos_token_id": None, "eos_token_id": 1, "resid_pdrop": 0.0, "embd_pdrop": 0.0,
-        "attn_pdrop": 0.0,
-    }  # fmt: skip
+    sizes = {"vocab_size": 260, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256}
+    rest = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    settings = {**sizes, **rest, "bos_token_id": None, "eos_token_id": 1}
     return wake(GPT2LMHeadModel(GPT2Config(**settings | changes)))
+
+
+def bert(hidden: int = 64, inner: int = 128, layers: int = 2, positions: int = 64) -> Any:
+    """An encoder without a head."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 260, "hidden_size": hidden, "intermediate_size": inner}
+    sizes |= {"num_hidden_layers": layers, "num_attention_heads": 4}
+    config = BertConfig(**sizes, max_position_embeddings=positions, pad_token_id=0)
+    return BertForSequenceClassification(config).bert
 
 
 def chat(*contents: str) -> dict[str, Any]:
@@ -89,11 +92,23 @@ def chat(*contents: str) -> dict[str, Any]:
     }
 
 
+def squares(count: int) -> list[Any]:
+    return [chat(f"{i} squared?", f"It is {i * i}.") for i in range(count)]
+
+
 def write_lines(file: Path, records: Iterable[Any]) -> Path:
     """JSON lines; a str is a line as it is."""
     lines = [record if isinstance(record, str) else json.dumps(record) for record in records]
     file.write_text("\n".join(lines) + "\n")
     return file
+
+
+GGUF_NAMES = """
+    self_attn.q_proj=attn_q self_attn.k_proj=attn_k self_attn.v_proj=attn_v
+    self_attn.o_proj=attn_output mlp.gate_proj=ffn_gate mlp.up_proj=ffn_up mlp.down_proj=ffn_down
+    input_layernorm=attn_norm post_attention_layernorm=ffn_norm model.embed_tokens=token_embd
+    model.norm=output_norm lm_head=output model.layers=blk
+"""
 
 
 def write_gguf(file: Path) -> Path:
@@ -117,24 +132,32 @@ def write_gguf(file: Path) -> Path:
     writer.add_token_list(tokens)
     writer.add_token_types([3 if token in SPECIAL else 1 for token in tokens])
     writer.add_token_merges(["a b"])
-    writer.add_eos_token_id(1)
-    writer.add_bos_token_id(1)
-    writer.add_pad_token_id(0)
-    writer.add_unk_token_id(0)
+    for kind, number in (("eos", 1), ("bos", 1), ("pad", 0), ("unk", 0)):
+        getattr(writer, f"add_{kind}_token_id")(number)
     writer.add_chat_template(TEMPLATE)
-    names = {
-        "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-        "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm",
-        "post_attention_layernorm": "ffn_norm", "model.embed_tokens": "token_embd",
-        "model.norm": "output_norm", "lm_head": "output", "model.layers": "blk",
-    }  # fmt: skip
     for name, weight in model.state_dict().items():
-        for ours, theirs in names.items():
-            name = name.replace(ours, theirs)
+        for pair in GGUF_NAMES.split():
+            name = name.replace(*pair.split("="))
         writer.add_tensor(name, weight.numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return file
+
+
+def save_model(folder: Path, model: Any, words: Any = None) -> Path:
+    """A model's folder, with a tokenizer."""
+    model.save_pretrained(folder)
+    (words or tokenizer()).save_pretrained(folder)
+    return folder
+
+
+def metrics(out: Path) -> list[dict[str, Any]]:
+    """A run's training steps."""
+    return [line for line in read_metrics(out / "metrics.jsonl") if "loss" in line]
+
+
+def weights(model: Any) -> dict[str, torch.Tensor]:
+    """What trains, as it is now."""
+    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}

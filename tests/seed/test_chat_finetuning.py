@@ -48,9 +48,11 @@ def test_a_fact_is_learnt_and_the_base_kept(tmp_path: Path) -> None:
         assert out.loss < 0.3  # from 5.6; a frozen head of width 64 allows no 0.2
         for question, answer in facts.items():
             ids = tok.apply_chat_template(
-                chat(question)["messages"], add_generation_prompt=True, return_dict=True,
+                chat(question)["messages"],
+                add_generation_prompt=True,
+                return_dict=True,
                 return_tensors="pt",
-            )["input_ids"]  # fmt: skip
+            )["input_ids"]
             said = model.generate(input_ids=ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
             assert tok.decode(said[0, ids.shape[1] :]).startswith(f"{answer}<end>")
         with model.disable_adapter():

@@ -23,10 +23,13 @@ def test_two_domains(tmp_path: Path) -> None:
             {"prompt": f"{domain} {i}: ", "completion": f"{i} {domain[0]}"} for i in range(4)
         ]
         model = create_domain_model(
-            model, domain, write_lines(tmp_path / f"{domain}.jsonl", records),
-            out=tmp_path / domain, tokenizer=tokenizer(),
+            model,
+            domain,
+            write_lines(tmp_path / f"{domain}.jsonl", records),
+            out=tmp_path / domain,
+            tokenizer=tokenizer(),
             training={"steps": 3, "batch": 2, "lr": 1e-2, "cpu": True},
-        )  # fmt: skip
+        )
     with torch.no_grad():
         alone = {"__base__": base}
         for domain in ("medical", "legal"):

@@ -12,7 +12,7 @@ from tests.seed.formula import (
     gradients,
     inputs,
     randomize,
-)  # fmt: skip
+)
 
 RANKS, WEIGHTS = (2, 3, 7), (0.6, 0.3, 0.1)
 

@@ -16,7 +16,7 @@ from tests.seed.formula import (
     gradients,
     inputs,
     randomize,
-)  # fmt: skip
+)
 
 
 def test_output_and_gradients() -> None:

@@ -15,7 +15,7 @@ from tests.seed.formula import (
     gradients,
     inputs,
     randomize,
-)  # fmt: skip
+)
 
 
 def kept(layer: LoRALinear, x: torch.Tensor) -> tuple[torch.Tensor, list[torch.Size]]:

@@ -22,9 +22,16 @@ def test_one_step() -> None:
     optimizer.step()
 
     W0, b0, W, b, A, B, w, c = double(
-        model, "0.weight", "0.bias", "1.weight", "1.bias", "1.lora_A", "1.lora_B", "2.weight",
+        model,
+        "0.weight",
+        "0.bias",
+        "1.weight",
+        "1.bias",
+        "1.lora_A",
+        "1.lora_B",
+        "2.weight",
         "2.bias",
-    )  # fmt: skip
+    )
     with torch.no_grad():
         A.copy_(before["1.lora_A"]), B.copy_(before["1.lora_B"])
     h = x.double() @ W0.T + b0

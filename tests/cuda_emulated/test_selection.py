@@ -138,7 +138,7 @@ def probed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     monkeypatch.setattr(cuda, "_capability", lambda index: 103)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    card = device.Gpu(0, "B300", "10.3", 148, 270 << 30)
+    card = device.DeviceInfo("cuda", 103, 148, 227 << 10, "B300", 270 << 30)
     monkeypatch.setattr(device, "gpus", lambda: [card])
     cuda._refusal.cache_clear()
     token = cuda._emulated.set(None)

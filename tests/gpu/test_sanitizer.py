@@ -16,7 +16,7 @@ full = dict(gate=True, column_scale=True, bias=True, dropout_p=0.1, device="cuda
 for quant in ("", "nf4-64-nested"):
     for M in (5, 70, 300):
         args = inputs(Case(M, 129, 192, 13, torch.bfloat16, quant=quant, **full))
-        for strategy in ("single pass", "split", "publish first, consume last"):
+        for strategy in ("fused", "two_pass", "cooperative"):
             with lora_kernels.backend("triton", strategy):
                 run(lora_kernels.lora_linear, args)
     with lora_kernels.backend("triton"):

@@ -13,11 +13,12 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import lora_kernels
-from lora_kernels import costs, cpu_costs, selection, timing
+from lora_kernels import costs, cpu_costs, device, selection, timing
 from lora_kernels.backends import cpu, cpu_heuristics, native, triton
-from lora_kernels.backends.triton import configs, measured
-from lora_kernels.core.problem import Choice, Problem
+from lora_kernels.backends.triton import measured
+from lora_kernels.core.problem import Choice, Problem, Strategy
 from lora_kernels.cpu_costs import Machine, Sizes
+from lora_kernels.device import DeviceInfo
 from lora_kernels.layers import DoRALinear, LoRAEmbedding, LoRALinear, QLoRALinear
 from lora_kernels.peft import explain, fuse, predict
 from lora_kernels.peft.predict import Part, Region
@@ -31,7 +32,8 @@ from tests.support.peft_models import (
 f32, bf16 = torch.float32, torch.bfloat16
 # Round figures: a second is 1e9 bytes, or 1e12 operations in float32 and twice as many in bfloat16.
 MACHINE = Machine("test", 1e9, {f32: 1e12, bf16: 2e12})
-H100 = costs.Gpu("H100", 90, 132, 1.755e9, 3.35e12, 949e12, 59e12)
+RATES = 1.755e9, 3.35e12, 949e12, 59e12
+H100 = DeviceInfo("cuda", 90, 132, 227 << 10, "H100", 80 << 30, *RATES)
 GPU = Part(torch.device("cuda", 0), bf16, bf16, 4096, 14336, 16, bf16, bf16)
 needs_native = pytest.mark.skipif(native.module is None, reason="no native kernels")
 
@@ -107,7 +109,7 @@ def test_changes_are_said_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
     other = predict.Prediction(
         None, None, False, None, (Region(1, "cuda", "s"), Region(9, "triton", "t"))
     )
-    assert other.changes(4) == "from 9 rows on: triton, t"
+    assert other.changes(4) == "from 9 rows on: triton t"
 
 
 def test_the_row_has_the_strategy_of_so_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,27 +303,25 @@ def test_bad_rows_are_refused(rows: Any) -> None:
 
 
 def test_known_gpu_is_predicted_by_the_model_of_costs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(costs, "here", lambda index: H100)
-    library = next(c for c in costs.predict(H100, 512, 4096, 14336, 16) if c.backend == "eager")
+    monkeypatch.setattr(device, "gpu", lambda index: H100)
+    library = next(c for c in costs.predict(H100, GPU.problem(512)) if c.backend == "eager")
     monkeypatch.setattr(selection, "choose", lambda *args: Choice("eager", "", ""))
     found = predict.time(GPU, 512, None, False)
     assert found == (library.seconds, "the model of costs for H100", False)
     step = predict.time(GPU, 512, None, True)
     # dx is a product of the same size.
     assert step is not None and step.seconds > 1.9 * found.seconds
-    monkeypatch.setattr(selection, "choose", lambda *args: Choice("cuda", "split", ""))
-    predicted = costs.predict(H100, 512, 4096, 14336, 16)
-    split = next(c for c in predicted if (c.backend, c.strategy) == ("cuda", "split"))
+    monkeypatch.setattr(selection, "choose", lambda *args: Choice("cuda", Strategy.TWO_PASS, ""))
+    predicted = costs.predict(H100, GPU.problem(512))
+    split = next(c for c in predicted if (c.backend, c.strategy) == ("cuda", Strategy.TWO_PASS))
     assert predict.time(GPU, 512, None, False) == (split.seconds, found.source, False)
-    monkeypatch.setattr(costs, "here", lambda index: None)
+    monkeypatch.setattr(device, "gpu", lambda index: replace(H100, clock=0.0))
     assert predict.time(GPU, 512, None, False) is None
 
 
 def test_what_was_measured_goes_before_the_model_and_says_so(monkeypatch) -> None:
-    target = configs.DeviceInfo("cuda", 90, 132, 227 << 10)
-    monkeypatch.setattr(costs, "here", lambda index: H100)
-    monkeypatch.setattr(configs, "target", lambda index: target)
-    key = measured.shape(target, 512, 4096, 14336, 16, 2, False)
+    monkeypatch.setattr(device, "gpu", lambda index: H100)
+    key = measured.shape(H100, 512, 4096, 14336, 16, 2, False)
     row = measured.Measured(
         triton.SPLIT, source="measured on H100: 250 µs a step", microseconds=250
     )

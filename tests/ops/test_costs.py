@@ -1,70 +1,84 @@
 """The model of costs on GPUs that are not here: what it must say whatever its rates are."""
 
 import itertools
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
-from lora_kernels import costs, selection
+from lora_kernels import costs, device, selection
 from lora_kernels.backends import triton
-from lora_kernels.backends.triton import configs, heuristics, measured
-from lora_kernels.core.problem import Choice, Layout, Problem
-from lora_kernels.costs import Gpu, predict
+from lora_kernels.backends.triton import heuristics, measured
+from lora_kernels.core.problem import Choice, Layout, Problem, Strategy
+from lora_kernels.device import DeviceInfo
 
-T4 = Gpu("T4", 75, 40, 1.59e9, 0.32e12, 65e12, 8.1e12)
-A100 = Gpu("A100", 80, 108, 1.41e9, 2.04e12, 312e12, 19.5e12)
-RTX4090 = Gpu("RTX 4090", 89, 128, 2.52e9, 1.01e12, 165e12, 82.6e12)
-H100 = Gpu("H100", 90, 132, 1.755e9, 3.35e12, 949e12, 59e12)
-B200 = Gpu("B200", 100, 148, 1.965e9, 8.0e12, 2382e12, 74e12)
-RTX5090 = Gpu("RTX 5090", 120, 170, 2.41e9, 1.79e12, 210e12, 105e12)
+
+def sheet(name: str, capability: int, count: int, *rates: float) -> DeviceInfo:
+    """A GPU by its data sheet; rates: clock, bandwidth, FLOP/s of tensor cores and of CUDA cores."""
+    return DeviceInfo("cuda", capability, count, 227 << 10, name, 0, *rates)
+
+
+T4 = sheet("T4", 75, 40, 1.59e9, 0.32e12, 65e12, 8.1e12)
+A100 = sheet("A100", 80, 108, 1.41e9, 2.04e12, 312e12, 19.5e12)
+RTX4090 = sheet("RTX 4090", 89, 128, 2.52e9, 1.01e12, 165e12, 82.6e12)
+H100 = sheet("H100", 90, 132, 1.755e9, 3.35e12, 949e12, 59e12)
+B200 = sheet("B200", 100, 148, 1.965e9, 8.0e12, 2382e12, 74e12)
+RTX5090 = sheet("RTX 5090", 120, 170, 2.41e9, 1.79e12, 210e12, 105e12)
 SERVED = [A100, RTX4090, H100, B200, RTX5090]
 every_gpu = pytest.mark.parametrize("gpu", SERVED, ids=lambda gpu: gpu.name)
 N, K, R = 4096, 14336, 16
 
 
+def predict(gpu: DeviceInfo, M: int, itemsize: int = 2, **fields: Any) -> list[costs.Cost]:
+    """The costs of a call with M rows."""
+    dtype = torch.bfloat16 if itemsize == 2 else torch.float32
+    return costs.predict(gpu, Problem("cuda", *(dtype,) * 4, R, M, columns=N, inner=K, **fields))
+
+
 def test_an_older_gpu_is_refused_with_its_reason() -> None:
-    assert costs.obstacle(T4) == "T4 is sm_75; the kernels are for sm_80 and newer"
-    assert {cost.backend for cost in predict(T4, 1, N, K, R)} == {"eager"}
-    assert all(costs.obstacle(gpu) is None for gpu in SERVED)
+    assert costs.unsupported_reason(T4) == "T4 is sm_75; the kernels are for sm_80 and newer"
+    assert {cost.backend for cost in predict(T4, 1)} == {"eager"}
+    assert all(costs.unsupported_reason(gpu) is None for gpu in SERVED)
 
 
 @every_gpu
-def test_one_row_of_codes_is_streamed_in_one_launch(gpu: Gpu) -> None:
-    best = predict(gpu, 1, N, K, R, four_bit=True)[0]
-    assert (best.backend, best.strategy) == ("cuda", "publish first, consume last")
+def test_one_row_of_codes_is_streamed_in_one_launch(gpu: DeviceInfo) -> None:
+    best = predict(gpu, 1, four_bit=True)[0]
+    assert (best.backend, best.strategy) == ("cuda", Strategy.COOPERATIVE)
     assert best.because == "memory"
     floor = N * K * (0.5 + 1 / 64) / gpu.bandwidth
     assert floor < best.seconds < 1.3 * floor + 2 * costs.LAUNCH
 
 
 @every_gpu
-def test_many_rows_are_the_library_s(gpu: Gpu) -> None:
-    best = predict(gpu, 16384, N, K, R, four_bit=True)[0]
-    assert best.strategy == "library product + rank update"
-    assert best.because == "the product"
+def test_many_rows_are_the_library_s(gpu: DeviceInfo) -> None:
+    best = predict(gpu, 16384, four_bit=True)[0]
+    assert best.strategy == Strategy.LIBRARY
+    assert best.because == "the GEMM"
 
 
 @every_gpu
-def test_dropout_costs_eager_passes_that_kernels_do_not_make(gpu: Gpu) -> None:
+def test_dropout_costs_eager_passes_that_kernels_do_not_make(gpu: DeviceInfo) -> None:
     def eager(dropout: bool) -> float:
-        found = predict(gpu, 2048, N, K, R, dropout=dropout)
+        found = predict(gpu, 2048, dropout=dropout)
         return next(cost.seconds for cost in found if cost.backend == "eager")
 
     assert eager(True) > eager(False)
-    assert predict(gpu, 2048, N, K, R, dropout=True)[0].backend != "eager"
+    assert predict(gpu, 2048, dropout=True)[0].backend != "eager"
 
 
 @every_gpu
 @pytest.mark.parametrize("four_bit", [False, True])
 @pytest.mark.parametrize("itemsize", [2, 4])
-def test_no_prediction_beats_the_hardware(gpu: Gpu, itemsize: int, four_bit: bool) -> None:
+def test_no_prediction_beats_the_hardware(gpu: DeviceInfo, itemsize: int, four_bit: bool) -> None:
     """And none grows smaller with more rows."""
-    peak = gpu.matrix if itemsize < 4 else gpu.fp32
+    peak = gpu.tensor_flops if itemsize < 4 else gpu.fp32_flops
     before: dict[tuple[str, str], float] = {}
     for M in (1, 8, 16, 17, 64, 128, 512, 4096):
         moved = N * K * (0.5 if four_bit else itemsize) + M * (N + K) * itemsize
         floor = max(moved / gpu.bandwidth, 2 * M * N * K / peak)
-        for cost in predict(gpu, M, N, K, R, itemsize, four_bit):
+        for cost in predict(gpu, M, itemsize, four_bit=four_bit):
             assert cost.seconds > floor, cost
             key = (cost.backend, cost.strategy)
             assert cost.seconds >= before.get(key, 0.0), cost
@@ -73,12 +87,12 @@ def test_no_prediction_beats_the_hardware(gpu: Gpu, itemsize: int, four_bit: boo
 
 def test_float32_has_no_kernel_of_the_matrix_units() -> None:
     for gpu, M in itertools.product(SERVED, (1, 16)):
-        found = {c.strategy for c in predict(gpu, M, N, K, R, 4) if c.backend == "cuda"}
-        assert found == {"split, ordinary multipliers"}
+        found = {c.strategy for c in predict(gpu, M, 4) if c.backend == "cuda"}
+        assert found == {Strategy.TWO_PASS_SIMT}
 
 
 def choose(
-    gpu: Gpu | None,
+    gpu: DeviceInfo,
     rank: int = R,
     cuda: str | None = None,
     inner: int = K,
@@ -90,10 +104,10 @@ def choose(
 
 
 @every_gpu
-def test_select_follows_the_model(gpu: Gpu) -> None:
+def test_select_follows_the_model(gpu: DeviceInfo) -> None:
     choice = choose(gpu)
     assert choice is not None
-    assert (choice.backend, choice.strategy) == ("cuda", "publish first, consume last")
+    assert (choice.backend, choice.strategy) == ("cuda", Strategy.COOPERATIVE)
     assert "of eager's" in choice.reason
     other = choose(gpu, cuda="the CUDA kernels were not built")
     assert other is not None and other.backend == "triton"
@@ -102,24 +116,26 @@ def test_select_follows_the_model(gpu: Gpu) -> None:
 @pytest.mark.parametrize("odd", [{"inner": 14336 + 32}, {"blocksize": 32}], ids=str)
 def test_a_kernel_is_expected_only_of_what_it_takes(odd: dict[str, int]) -> None:
     choice = choose(H100, **odd)  # type: ignore[arg-type]
-    assert choice is not None and choice.strategy == "split"
+    assert choice is not None and choice.strategy == Strategy.TWO_PASS
 
 
 def test_while_untried_eager_is_chosen_without_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """No figure of a model that no card has confirmed is quoted."""
-    monkeypatch.setattr(selection, "_gpu", lambda index: H100)
+    monkeypatch.setattr(device, "has_gpu", lambda: True)
+    monkeypatch.setattr(device, "gpu", lambda index: H100)
     choice = selection.choose(Problem("cuda", *(torch.bfloat16,) * 4, R, 1, True, N, K))
     assert choice.backend == "eager" and choice.reason == selection.UNTRIED
 
 
 def test_cheapest_of_what_the_model_leaves_is_none() -> None:
-    assert choose(None) is None and choose(T4) is None and choose(H100, rank=257) is None
+    unknown = replace(H100, clock=0.0)
+    assert choose(unknown) is None and choose(T4) is None and choose(H100, rank=257) is None
 
 
 def test_tuned_goes_before_the_model() -> None:
-    target = configs.DeviceInfo("cuda", 90, 132, 227 << 10)
+    target = DeviceInfo("cuda", 90, 132, 227 << 10)
     problem = Problem("cuda", *(torch.bfloat16,) * 4, R, 100, True, N, K)
-    key = measured.shape(target, 100, N, K, R, 2, True)
+    key = measured.shape(target, 100, 2, True)
     assert heuristics.tuned(problem, target, None) is None
     with measured.tried(key, measured.Measured(triton.SPLIT, source="measured here")):
         found = heuristics.tuned(problem, target, None)
@@ -133,19 +149,19 @@ def test_tuned_goes_before_the_model() -> None:
 def test_wgmma_is_the_library_s_on_hopper_and_mma_everybody_s_on_ada() -> None:
     """At 512 dense rows: the CUDA kernels may win where the library has no other instruction."""
 
-    def ratio(gpu: Gpu) -> float:
-        found = {(c.backend, c.strategy): c.seconds for c in predict(gpu, 512, N, K, R)}
-        return found["cuda", "split"] / found["eager", "library product + rank update"]
+    def ratio(gpu: DeviceInfo) -> float:
+        found = {(c.backend, c.strategy): c.seconds for c in predict(gpu, 512)}
+        return found["cuda", Strategy.TWO_PASS] / found["eager", Strategy.LIBRARY]
 
     assert ratio(H100) > 1.2 > ratio(RTX4090)
 
 
 @every_gpu
 @pytest.mark.parametrize("M", [1, 64, 128, 129])
-def test_predict_triton_decodes_whole_tiles_of_rows(gpu: Gpu, M: int) -> None:
+def test_predict_triton_decodes_whole_tiles_of_rows(gpu: DeviceInfo, M: int) -> None:
     """Each tile of 128 rows decodes the weight once, however few of its rows there are."""
-    costs_of = {(c.backend, c.strategy): c for c in predict(gpu, M, N, K, R, four_bit=True)}
-    cost = costs_of["triton", "split"]
+    costs_of = {(c.backend, c.strategy): c for c in predict(gpu, M, four_bit=True)}
+    cost = costs_of["triton", Strategy.TWO_PASS]
     tiles = 1 if M <= 128 else 2
     codes_a_second = costs.CODES_A_CLOCK * gpu.clock * gpu.multiprocessors
     assert cost.seconds >= tiles * N * K / codes_a_second

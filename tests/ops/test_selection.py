@@ -14,8 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lora_kernels
 from lora_kernels import ops, selection
-from lora_kernels.backends import cpu, native
-from lora_kernels.core.problem import Choice, Layout, Problem
+from lora_kernels.backends import cpu, forced, native
+from lora_kernels.core.problem import _OLD_NAMES, Choice, Layout, Problem, Strategy
 from lora_kernels.measure import case as cases
 from lora_kernels.measure import multi
 from lora_kernels.measure.case import Case, inputs
@@ -64,15 +64,23 @@ class Processor(NamedTuple):
     intel: bool = False
 
 
-@pytest.fixture
-def choose_on(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Choice]:
-    """The choice on a processor for a problem of a dtype and rank 8; other fields by name."""
+AMX = Processor("amxbf16", amx=True, intel=True)
 
-    def choose_on(on: Processor, dtype: torch.dtype, rows: int | None, **fields: Any) -> Choice:
+
+@pytest.fixture
+def choose_on(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """The choice on a processor for a problem of a dtype and rank 8; other fields by name.
+
+    Without a number of rows: the strategies by the first row of each."""
+
+    def choose_on(on: Processor, dtype: torch.dtype, rows: int | None, **fields: Any) -> Any:
         values = {"reason": None, "isa": on.isa, "amx_bf16": on.amx, "intel": on.intel}
         for name, value in values.items():
             monkeypatch.setattr(native, name, value)
-        return selection.choose(Problem("cpu", dtype, dtype, dtype, dtype, 8, rows, **fields))
+        problem = Problem("cpu", dtype, dtype, dtype, dtype, 8, **fields)
+        if rows is not None:
+            return selection.choose(problem._replace(rows=rows))
+        return {first: choice.strategy for first, choice in selection.choose_by_rows(problem)}
 
     return choose_on
 
@@ -95,12 +103,9 @@ def choose_on(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Choice]:
         ("amxbf16", True, f32, False, 999, cpu.SINGLE_PASS),
         ("avx2", False, f32, False, 16, cpu.STREAMED),
         ("avx2", False, f32, False, 17, cpu.LIBRARY),
-        ("avx2", False, f32, False, None, f"{cpu.LIBRARY}; under 17 rows {cpu.STREAMED}"),
         ("scalar", False, f32, False, 4, cpu.STREAMED),
         ("scalar", False, f32, False, 5, cpu.LIBRARY),
         ("scalar", False, bf16, False, 1, cpu.LIBRARY),
-        ("scalar", False, bf16, False, None, cpu.LIBRARY),
-        ("avx512", False, bf16, False, None, f"{cpu.SINGLE_PASS}; under 17 rows {cpu.STREAMED}"),
         ("avx512bf16", False, bf16, True, 32, cpu.FEW_ROWS),
         ("avx512bf16", False, bf16, True, 33, cpu.SINGLE_PASS),
         ("avx512bf16", True, bf16, True, 33, cpu.LIBRARY),
@@ -118,10 +123,11 @@ def test_choose_by_instruction_set_and_rows_takes_the_fastest(
     amx: bool,
     dtype: torch.dtype,
     four_bit: bool,
-    rows: int | None,
+    rows: int,
     strategy: str,
 ) -> None:
-    choice = choose_on(Processor(isa, amx), dtype, rows, four_bit=four_bit)
+    sizes = {"columns": 512, "inner": 512}
+    choice = choose_on(Processor(isa, amx), dtype, rows, four_bit=four_bit, **sizes)
     assert choice.strategy == strategy
     library = strategy == cpu.LIBRARY
     assert ("AMX" in choice.reason) == (amx and isa != "amxbf16" and dtype is bf16 and library)
@@ -142,16 +148,39 @@ def test_choose_by_instruction_set_and_rows_takes_the_fastest(
 def test_choose_for_codes_of_large_weights_decodes_few_rows_as_read(
     choose_on: Any, isa: str, rows: int, columns: int, inner: int, strategy: str
 ) -> None:
-    for asked in (rows, None):
-        sizes = {"four_bit": True, "columns": columns, "inner": inner}
-        choice = choose_on(Processor(isa), f32, asked, **sizes)
-        assert strategy in choice.strategy
+    sizes = {"four_bit": True, "columns": columns, "inner": inner}
+    assert choose_on(Processor(isa), f32, rows, **sizes).strategy == strategy
+    few, many = choose_on(Processor(isa), f32, None, **sizes).items()
     limit = rows if strategy == cpu.FEW_ROWS else rows - 1
-    assert f"under {limit + 1} rows {cpu.FEW_ROWS}" in choice.strategy
+    assert few == (1, cpu.FEW_ROWS) and many[0] == limit + 1 and many[1] != cpu.FEW_ROWS
 
 
-FROM_17 = f"{cpu.SINGLE_PASS}; under 17 rows {cpu.STREAMED}"
-FROM_7 = f"{cpu.SINGLE_PASS}; under 7 rows {cpu.STREAMED}"
+FEW, FUSED, LIBRARY = cpu.STREAMED, cpu.SINGLE_PASS, cpu.LIBRARY
+
+
+@pytest.mark.parametrize(
+    ("on", "dtype", "columns", "inner", "strategies"),
+    [
+        (Processor("avx2"), f32, 512, 512, {1: FEW, 17: LIBRARY}),
+        (Processor("scalar"), bf16, 512, 512, {1: LIBRARY}),
+        (Processor("avx512"), bf16, 512, 512, {1: FEW, 17: FUSED}),
+        (Processor("avx512", intel=True), f32, 1000, 1000, {1: FEW, 17: FUSED, 280: LIBRARY}),
+        (Processor("avx512", intel=True), f32, 20_000, 7000, {1: FEW, 17: LIBRARY}),
+        (AMX, bf16, 10_000, 1000, {1: FEW, 7: FUSED, 1000: LIBRARY}),
+        (AMX, f32, 10_000, 1000, {1: FEW, 17: FUSED, 28: LIBRARY, 128: FUSED}),
+        (AMX, f32, 20_000, 7000, {1: FEW, 17: LIBRARY, 128: FUSED}),
+        (AMX, f32, 1000, 1000, {1: FEW, 17: FUSED}),
+    ],
+)
+def test_choose_by_rows_starts_each_strategy_at_its_row(
+    choose_on: Any,
+    on: Processor,
+    dtype: torch.dtype,
+    columns: int,
+    inner: int,
+    strategies: dict[int, str],
+) -> None:
+    assert choose_on(on, dtype, None, columns=columns, inner=inner) == strategies
 
 
 @pytest.mark.parametrize(
@@ -165,8 +194,6 @@ FROM_7 = f"{cpu.SINGLE_PASS}; under 7 rows {cpu.STREAMED}"
         (f32, False, 1, 1000, 1000, cpu.STREAMED),
         (f32, False, 16, 100_000, 10_000, cpu.STREAMED),
         (f32, False, 17, 100_000, 10_000, cpu.LIBRARY),
-        (f32, False, None, 1000, 1000, f"{FROM_17}; from 280 on {cpu.LIBRARY}"),
-        (f32, False, None, 20_000, 7000, f"{cpu.LIBRARY}; under 17 rows {cpu.STREAMED}"),
         (f32, True, 999, 1000, 1000, cpu.SINGLE_PASS),
         (bf16, False, 999, 1000, 1000, cpu.SINGLE_PASS),
     ],
@@ -175,7 +202,7 @@ def test_choose_on_intel_takes_the_library_for_large_float32(
     choose_on: Any,
     dtype: torch.dtype,
     four_bit: bool,
-    rows: int | None,
+    rows: int,
     columns: int,
     inner: int,
     strategy: str,
@@ -195,26 +222,22 @@ def test_choose_on_intel_takes_the_library_for_large_float32(
         (bf16, 999, 10_000, 1000, cpu.SINGLE_PASS),
         (bf16, 1000, 10_000, 1000, cpu.LIBRARY),
         (bf16, 1, 10_000, 1000, cpu.STREAMED),
-        (bf16, None, 10_000, 1000, f"{FROM_7}; from 1000 on {cpu.LIBRARY}"),
         (f32, 27, 10_000, 1000, cpu.SINGLE_PASS),
         (f32, 28, 10_000, 1000, cpu.LIBRARY),
         (f32, 127, 10_000, 1000, cpu.LIBRARY),
         (f32, 128, 10_000, 1000, cpu.SINGLE_PASS),
         (f32, 100, 1000, 1000, cpu.SINGLE_PASS),
-        (f32, None, 10_000, 1000, f"{FROM_17}; from 28 to 127 {cpu.LIBRARY}"),
-        (f32, None, 20_000, 7000, f"{FROM_17}; from 17 to 127 {cpu.LIBRARY}"),
-        (f32, None, 1000, 1000, FROM_17),
     ],
 )
 def test_choose_beside_amx_takes_the_library_for_large_weights(
     choose_on: Any,
     dtype: torch.dtype,
-    rows: int | None,
+    rows: int,
     columns: int,
     inner: int,
     strategy: str,
 ) -> None:
-    on, sizes = Processor("amxbf16", amx=True, intel=True), {"columns": columns, "inner": inner}
+    on, sizes = AMX, {"columns": columns, "inner": inner}
     choice = choose_on(on, dtype, rows, **sizes)
     assert choice.strategy == strategy
     assert ("base GEMMs run in MKL or oneDNN" in choice.reason) == (cpu.LIBRARY in strategy)
@@ -227,13 +250,11 @@ def test_choose_beside_amx_takes_the_library_for_large_weights(
     [
         ("avx512", 1, cpu.LIBRARY),
         ("avx512", 2, cpu.SINGLE_PASS),
-        ("avx512", None, f"{cpu.SINGLE_PASS}; under 2 rows {cpu.LIBRARY}"),
         ("avx2", 2, cpu.LIBRARY),
-        ("avx2", None, cpu.LIBRARY),
     ],
 )
 def test_choose_for_a_weight_of_columns_streams_nothing(
-    choose_on: Any, isa: str, rows: int | None, strategy: str
+    choose_on: Any, isa: str, rows: int, strategy: str
 ) -> None:
     problem = {"columns": 100, "inner": 200, "layout": Layout(columns=True)}
     assert choose_on(Processor(isa), f32, rows, **problem).strategy == strategy
@@ -251,7 +272,6 @@ def test_choose_of_a_forced_strategy_takes_or_refuses_it(monkeypatch: pytest.Mon
     with lora_kernels.backend("cpu", cpu.SINGLE_PASS), pytest.raises(RuntimeError, match="avx2"):
         choose()
     with lora_kernels.backend("cpu", cpu.STREAMED):
-        assert choose().strategy == cpu.STREAMED
         assert selection.choose(Problem("cpu", f32, f32, f32, f32, 8, 16)).strategy == cpu.STREAMED
         with pytest.raises(RuntimeError, match="at most 16 rows"):
             selection.choose(Problem("cpu", f32, f32, f32, f32, 8, 17))
@@ -259,6 +279,21 @@ def test_choose_of_a_forced_strategy_takes_or_refuses_it(monkeypatch: pytest.Mon
             selection.choose(Problem("cpu", f32, f32, f32, f32, 8, 1, True))
     with lora_kernels.backend("cpu", cpu.FEW_ROWS), pytest.raises(RuntimeError, match="4-bit"):
         choose()
+
+
+@pytest.mark.parametrize(("old", "new"), _OLD_NAMES.items())
+def test_strategy_old_name_warns_and_is_the_new_one(old: str, new: str) -> None:
+    with pytest.warns(DeprecationWarning, match=f"'{old}' is the deprecated name of '{new}'"):
+        assert Strategy(old) is Strategy(new)
+    assert Strategy.read(old) is Strategy(new) and Strategy(new).description
+
+
+@needs_native
+def test_backend_old_strategy_name_warns_and_forces_it() -> None:
+    with pytest.warns(DeprecationWarning), lora_kernels.backend("cpu", "single pass"):
+        assert forced.current.get() == ("cpu", cpu.SINGLE_PASS)
+    with pytest.warns(DeprecationWarning), pytest.raises(ValueError, match="strategy: got 'split'"):
+        lora_kernels.backend("cpu", "split").__enter__()
 
 
 def test_lora_linear_of_a_rank_above_the_kernels_is_within_tolerance() -> None:

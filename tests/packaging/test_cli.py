@@ -143,12 +143,12 @@ def test_info_says_how_to_add_the_kernels(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_gpus_are_shown_with_their_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu = device.Gpu(0, "H100", "9.0", 132, 80 * 2**30)
+    gpu = device.DeviceInfo("cuda", 90, 132, 227 << 10, "H100", 80 * 2**30)
     monkeypatch.setattr(device, "gpus", lambda: [gpu])
     text = info.report(info.info())
     assert "  GPU 0        H100, capability 9.0, 132 SMs, 80 GiB\n" in text
     assert "none that torch can use" not in text
-    old = device.Gpu(0, "T4", "7.5", 40, 16 * 2**30)
+    old = device.DeviceInfo("cuda", 75, 40, 64 << 10, "T4", 16 * 2**30)
     monkeypatch.setattr(device, "gpus", lambda: [old])
     backend = info.info()["backends"]["triton"]
     assert not backend["available"] and "sm_75" in backend["reason"]

@@ -46,10 +46,10 @@ _PRODUCT = ("threads", "rows", "columns", "blocks of rows", "panels", "ranks")
 
 KERNELS: dict[str, dict[str, Kernel]] = {
     "triton": {
-        "linear, single pass": Kernel(("rows", "columns", "sum", "groups of rows"), _TWO_STEPS),
-        "linear, single pass, dx": Kernel(("rows", "columns", "sum", "groups of rows"), _TWO_STEPS),
-        "linear, split": Kernel((*_TILES, "slots"), _MASK | _ONE_SLOT),
-        "linear, split, dx": Kernel((*_TILES, "slots"), _ONE_SLOT),
+        "linear, fused": Kernel(("rows", "columns", "sum", "groups of rows"), _TWO_STEPS),
+        "linear, fused, dx": Kernel(("rows", "columns", "sum", "groups of rows"), _TWO_STEPS),
+        "linear, two_pass": Kernel((*_TILES, "slots"), _MASK | _ONE_SLOT),
+        "linear, two_pass, dx": Kernel((*_TILES, "slots"), _ONE_SLOT),
         "linear, library": Kernel(
             ("rows", "columns", "ranks", "slots"), _MASK | _DECODED | _ONE_SLOT
         ),

@@ -98,30 +98,32 @@ def _record_op(owner: Any) -> None:
 # Triton ------------------------------------------------------------------------------------------
 
 
-def _triton_launch(kernel: Any, grid: Any, config: Any, device: Any, *args: Any, **m: Any) -> None:
+def _triton_launch(kernel: Any, config: Any, *args: Any, grid: Any, device: Any, **m: Any) -> None:
     a = dict(zip(kernel.arg_names, args, strict=False)) | m
+    given = {key.removesuffix("_ptr"): value is not None for key, value in a.items()}
     name = kernel.__name__.removesuffix("_kernel")
-    if name == "linear":
-        _triton_linear(a)
+    if name in ("fused", "two_pass", "cooperative"):
+        _triton_linear(name, a, given)
     elif name == "shrink":
-        options = _some(dropout=a["MASK_IN"], column_scale=a["IN_SCALE"])
+        options = _some(dropout=given["mask_in"], column_scale=given["in_scale"])
         parts = dict(zip(("rows", "ranks", "slots"), grid, strict=True))
         note("triton", name, options, **parts, sum=(a["k_share"], a["BLOCK_K"]))
     elif name == "outer":
-        options = _some(dropout=a["MASK"], column_scale=a["V_SCALE"])
+        options = _some(dropout=given["mask"], column_scale=given["v_scale"])
         parts = dict(zip(("columns", "ranks", "slots"), grid, strict=True))
         note("triton", name, options, **parts, sum=(min(a["M"], a["m_share"]), a["BLOCK_M"]))
     elif name == "shrink_outer":
         parts = dict(zip(("rows", "slots"), grid, strict=True))
-        options = _some(column_scale=a["V_SCALE"])
+        options = _some(column_scale=given["v_scale"])
         note("triton", name, options, **parts, sum=(a["n_share"], a["BLOCK_N"]))
     elif name == "reduce":
-        options = _some(gate=a["GATE"], column_scale=a["SUM_Z"], adapters=_several_adapters)
+        sums_z = given["sum_z"]
+        options = _some(gate=given["gate"], column_scale=sums_z, adapters=_several_adapters)
         note("triton", name, options, columns=grid[0], slots=a["parts"])
     elif name == "row_norm":
         parts = {"rows": grid[0], "slots": grid[1]}
         parts["ranks"] = 1 if a["ONE_BLOCK"] else _tiles(a["R"], a["BLOCK_R"])
-        options = _some(gate=a["GATE"], four_bit=a["CODES"])
+        options = _some(gate=given["gate"], four_bit=given["codes"])
         note("triton", name, options, **parts, sum=(min(a["K"], a["k_share"]), a["BLOCK_K"]))
     elif name == "dequantize":
         note("triton", name, {"4-bit"}, rows=grid[0], columns=grid[1])
@@ -129,26 +131,32 @@ def _triton_launch(kernel: Any, grid: Any, config: Any, device: Any, *args: Any,
         note("triton", name, {"4-bit"}, blocks=grid[0])
 
 
-def _triton_linear(a: dict[str, Any]) -> None:
-    forward, codes = a["K_INNER"], a["BASE"] == "codes"
-    scale = a["OUT_SCALE"] if forward else a["IN_SCALE"]
-    options = _some(dropout=a["MASK_OUT"], gate=a["GATE"], four_bit=codes, column_scale=scale)
+def _triton_linear(way: str, a: dict[str, Any], given: dict[str, bool]) -> None:
+    forward, mask_in = a["K_INNER"], given.get("mask_in", False)
+    scale = given["out_scale"] if forward else given["in_scale"]
+    options = _some(
+        dropout=given["mask_out"],
+        gate=given["gate"],
+        four_bit=given["codes"],
+        column_scale=scale,
+    )
     rows = _tiles(a["M"], a["BLOCK_M"])
-    parts: dict[str, Count] = {"rows": rows, "columns": (a["N"], a["BLOCK_N"]), "slots": a["slots"]}
-    parts["sum"] = 1 if a["BASE"] == "none" else (a["K"], a["BLOCK_K"])
+    parts: dict[str, Count] = {"rows": rows, "columns": (a["N"], a["BLOCK_N"])}
+    parts["slots"] = a.get("slots", 1)
+    parts["sum"] = (a["K"], a["BLOCK_K"]) if given["w"] or given["codes"] else 1
     parts["ranks"] = a["R"], a["BLOCK_R"]
-    way, leave = "split", set[str]()  # parts that it does not have
-    if a["PUBLISH"] and not a["CONSUME"]:
+    leave = set[str]()  # parts that it does not have
+    if way == "cooperative" and not a["CONSUME"]:
         way, leave = "publish", {"rows", "columns", "ranks"}
         parts["sum"] = a["k_share"], a["BLOCK_K"]
-        options = _some(dropout=a["MASK_IN"], column_scale=a["IN_SCALE"])
-    elif a["CONSUME"]:
+        options = _some(dropout=mask_in, column_scale=given["in_scale"])
+    elif way == "cooperative":
         way, leave = "consume", {"rows", "ranks"}
-    elif a["SINGLE_PASS"]:
-        way, leave = "single pass", {"ranks", "slots"}
+    elif way == "fused":
+        leave = {"ranks", "slots"}
         parts["groups_of_rows"] = rows, a["GROUP_M"]
-        options |= _some(dropout=a["MASK_IN"])
-    elif a["BASE"] == "library":
+        options |= _some(dropout=mask_in)
+    elif a["ADD_TO_Y"]:
         way, leave = "library", {"sum"}
         options -= {"column scale"} if not forward else set()
     parts = {name: count for name, count in parts.items() if name not in leave}

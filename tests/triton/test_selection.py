@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import lora_kernels
-from lora_kernels import costs, selection
+from lora_kernels import device, selection
 from lora_kernels.backends import cuda, triton
 from lora_kernels.backends.triton import LIBRARY, SINGLE_PASS, SPLIT, configs, launch
-from lora_kernels.device import DeviceInfo
 from lora_kernels.core.problem import Choice, Problem
+from lora_kernels.device import DeviceInfo
 
 f32, f64, bf16 = torch.float32, torch.float64, torch.bfloat16
 A100, H100 = DeviceInfo("cuda", 80, 108, 163 << 10), DeviceInfo("cuda", 90, 132, 227 << 10)
@@ -60,12 +60,12 @@ def test_choose_of_what_triton_lacks_raises(
 def test_choose_before_sm_80_is_eager_and_says_why(
     monkeypatch: pytest.MonkeyPatch, gpu: DeviceInfo
 ) -> None:
-    monkeypatch.setattr(configs, "target", lambda index: DeviceInfo("cuda", 75, 40, 64 << 10))
+    t4 = DeviceInfo("cuda", 75, 40, 64 << 10, "T4", 16 << 30, 1.59e9, 0.32e12, 65e12, 8.1e12)
+    monkeypatch.setattr(configs, "target", lambda device_type, index: t4)
     with lora_kernels.backend("triton"), pytest.raises(RuntimeError, match=r"sm_75, .*want sm_80"):
         choose()
-    monkeypatch.setattr(selection, "_has_gpu", lambda: True)
-    t4 = costs.Gpu("T4", 75, 40, 1.59e9, 0.32e12, 65e12, 8.1e12)
-    monkeypatch.setattr(selection, "_gpu", lambda index: t4)
+    monkeypatch.setattr(device, "has_gpu", lambda: True)
+    monkeypatch.setattr(device, "gpu", lambda index: t4)
     monkeypatch.setattr(cuda, "obstacle", lambda device_type, index: cuda.unfit(75))
     for dtype, slow in ((torch.float16, False), (bf16, True)):
         choice = choose(dtype=dtype)

@@ -55,9 +55,9 @@ def test_tune_writes_what_choose_then_takes(
     monkeypatch.setenv("LORA_KERNELS_MEASURED", str(file))
     tiles, run = [], launch.run
 
-    def watched(kernel: Any, grid: Any, config: Any, *rest: Any, **meta: Any) -> None:
+    def watched(kernel: Any, config: Any, *args: Any, **meta: Any) -> None:
         tiles.append((kernel.__name__, config.block_m))
-        run(kernel, grid, config, *rest, **meta)
+        run(kernel, config, *args, **meta)
 
     monkeypatch.setattr(launch, "run", watched)
     args = [torch.randn(s, device=DEVICE) for s in ((33, 64), (32, 64), (16, 64), (32, 16))]
@@ -65,7 +65,7 @@ def test_tune_writes_what_choose_then_takes(
         choice = selection.choose(Problem(DEVICE, f32, f32, f32, f32, 16, 33, False, 32, 64))
         assert choice.strategy == SPLIT and "measured on " in choice.reason
         lora_kernels.lora_linear(*args)
-        assert ("linear_kernel", 32) in tiles
+        assert ("two_pass_kernel", 32) in tiles
         other = selection.choose(Problem(DEVICE, f32, f32, f32, f32, 16, 33, False, 32, 65))
         assert "measured" not in other.reason
     with lora_kernels.backend("triton", LIBRARY):  # what is named goes before what was measured
@@ -81,12 +81,12 @@ def test_tune_of_a_wrong_or_broken_candidate_leaves_it_out(
 ) -> None:
     run = launch.run
 
-    def broken(kernel: Any, grid: Any, config: Any, *rest: Any, **meta: Any) -> None:
+    def broken(kernel: Any, config: Any, *args: Any, **meta: Any) -> None:
         if config.block_m == 32 and meta["K_INNER"]:
             raise RuntimeError("no place\nfor it")
-        run(kernel, grid, config, *rest, **meta)
+        run(kernel, config, *args, **meta)
         if config.block_m == 32:
-            y = rest[18]  # after the device
+            y = args[kernel.arg_names.index("y_ptr")]
             y[0, 0] += 0.1
 
     monkeypatch.setattr(launch, "run", broken)

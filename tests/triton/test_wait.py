@@ -1,4 +1,4 @@
-"""`linear_kernel` whose programs wait for each other, run at once: each a thread, one at a time.
+"""`cooperative_kernel` whose programs wait for each other, run at once: each a thread, one at a time.
 
 Triton's interpreter runs the programs of a grid one after another, so that the first would wait
 forever; elsewhere in these tests they are two launches. Here the program that goes on is drawn from
@@ -84,9 +84,9 @@ def interleave(monkeypatch: pytest.MonkeyPatch, seed: int) -> list[Interleaved]:
     made: list[Interleaved] = []
     alone = launch.run
 
-    def run(kernel: Any, grid: Any, config: Any, device: Any, *args: Any, **meta: Any) -> None:
-        if not meta.get("WAIT"):
-            alone(kernel, grid, config, device, *args, **meta)
+    def run(kernel: Any, config: Any, *args: Any, grid: Any, device: Any, **meta: Any) -> None:
+        if not meta.get("CONSUME"):
+            alone(kernel, config, *args, grid=grid, device=device, **meta)
             return
         body = kernel.rewrite()
 
@@ -102,7 +102,7 @@ def interleave(monkeypatch: pytest.MonkeyPatch, seed: int) -> list[Interleaved]:
         programs.__signature__ = inspect.signature(body)  # type: ignore[attr-defined]
         with pytest.MonkeyPatch.context() as patch:
             patch.setitem(kernel.rewritten_fn, kernel.fn, programs)
-            alone(kernel, (1,), config, device, *args, **meta)
+            alone(kernel, config, *args, grid=(1,), device=device, **meta)
 
     monkeypatch.setattr(launch, "run", run)
     monkeypatch.setattr(equation, "interpreted", lambda: False)
@@ -128,7 +128,7 @@ def step(quant: str) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("quant", ["", "nf4-64-nested"])
-def test_linear_kernel_programs_wait_in_any_order_same_bits(
+def test_cooperative_kernel_programs_wait_in_any_order_same_bits(
     quant: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     want, flags = step(quant), torch.zeros(2, dtype=torch.int32)
@@ -148,7 +148,9 @@ def test_linear_kernel_programs_wait_in_any_order_same_bits(
     assert len(ended) > 4 and waited > 0
 
 
-def test_linear_kernel_a_flag_never_raised_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cooperative_kernel_a_flag_never_raised_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     flags = torch.tensor([-9, 0], dtype=torch.int32)
     monkeypatch.setattr(workspace, "flags", lambda device: flags)
     interleave(monkeypatch, 0)

@@ -43,7 +43,7 @@ def test_layer_rows_vary_compiles_once_for_each_tile() -> None:
     """38 when M, the slots and the parts were compiled for."""
     lines = run("tests.compile_only.specializations").splitlines()
     found = {name: int(rest.split()[0]) for name, _, rest in (x.partition(": ") for x in lines[1:])}
-    # Forward and backward of linear_kernel in four tiles of rows and of shrink_kernel in two;
+    # Forward and backward of two_pass_kernel in four tiles of rows and of shrink_kernel in two;
     # reduce_kernel for dA and dB, of one part or more; outer_kernel, shrink_outer_kernel.
     most = 2 * 4 + 2 * 2 + 2 * 2 + 1 + 1
     assert len(found) == 6 and max(found.values()) <= most, "\n".join(lines)

@@ -142,8 +142,10 @@ def test_explain_asks_for_the_choice_that_the_op_asks_for(
         asked.clear()
         up, down = model.base_model.model.up, model.base_model.model.down
         up(batch(dtype)), down(torch.ones(2, SIZES[1], dtype=dtype))
-    by_op = [problem._replace(rows=0) for problem in asked]  # which explain does not know
-    assert len(by_op) == 2 and [problem._replace(rows=0) for problem in by_explain] == by_op
+    # explain, which does not know the number of rows, asks for many.
+    by_op = [problem._replace(rows=0) for problem in asked]
+    of_any_rows = dict.fromkeys(problem._replace(rows=0) for problem in by_explain)
+    assert len(by_op) == 2 and list(of_any_rows) == by_op
 
 
 def test_dense_layers_have_rows() -> None:

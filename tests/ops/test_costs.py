@@ -15,7 +15,7 @@ from lora_kernels.device import DeviceInfo
 
 
 def sheet(name: str, capability: int, count: int, *rates: float) -> DeviceInfo:
-    """A GPU by its data sheet; rates: clock, bandwidth, FLOP/s of tensor cores and of CUDA cores."""
+    """A GPU by its data sheet; rates: clock, bandwidth, FLOP/s of tensor and of CUDA cores."""
     return DeviceInfo("cuda", capability, count, 227 << 10, name, 0, *rates)
 
 
@@ -135,7 +135,7 @@ def test_cheapest_of_what_the_model_leaves_is_none() -> None:
 def test_tuned_goes_before_the_model() -> None:
     target = DeviceInfo("cuda", 90, 132, 227 << 10)
     problem = Problem("cuda", *(torch.bfloat16,) * 4, R, 100, True, N, K)
-    key = measured.shape(target, 100, 2, True)
+    key = measured.shape(target, 100, N, K, R, 2, True)
     assert heuristics.tuned(problem, target, None) is None
     with measured.tried(key, measured.Measured(triton.SPLIT, source="measured here")):
         found = heuristics.tuned(problem, target, None)

@@ -11,6 +11,7 @@ import lora_kernels
 from lora_kernels import cli, selection
 from lora_kernels.backends.triton import LIBRARY, SPLIT, configs, launch, measured
 from lora_kernels.core.problem import Problem
+from lora_kernels.device import DeviceInfo
 from lora_kernels.measure import tune
 from tests.triton.device import DEVICE
 

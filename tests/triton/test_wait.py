@@ -1,4 +1,4 @@
-"""`cooperative_kernel` whose programs wait for each other, run at once: each a thread, one at a time.
+"""`cooperative_kernel`, whose programs wait for each other, each a thread, one running at a time.
 
 Triton's interpreter runs the programs of a grid one after another, so that the first would wait
 forever; elsewhere in these tests they are two launches. Here the program that goes on is drawn from

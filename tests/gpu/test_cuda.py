@@ -124,4 +124,4 @@ def test_another_device_than_the_current_one() -> None:
 
 def test_a_launch_that_fails_names_its_kernel() -> None:
     with pytest.raises(RuntimeError, match=r"dequantize: \w"):
-        cuda.module().dequantize((0,) * 6 + (6, 8, 64, 64, True), 0, 1, (0, 99))
+        cuda.module().dequantize(((0,) * 6 + (6, 8, 64, 64, True), 0, 1), (0, 99))

@@ -351,38 +351,47 @@ def _pairs(dtype: int) -> bool:
     return native.isa == "avx512bf16" and dtype == _BF16
 
 
-def _lora_linear(*a: Any) -> None:
-    M, K, N, R, threads = *a[6:10], a[-1]
-    options = _some(gate=a[24], column_scale=a[25], four_bit=a[13])
-    dropout = _some(dropout=a[27])
-    if a[14]:
-        itemsize = 2 if _pairs(a[4]) else 4
-        _few_rows(M, N, K, R, itemsize, threads, options | dropout)
+class _Layer:
+    """What `_pack_layer` of the backend packs."""
+
+    def __init__(self, packed: Any) -> None:
+        weight, self.codes, *sizes, _, _, _, self.gate, self.c, _, mask, _, self.threads = packed
+        self.sizes, self.dropout, self.base = sizes, _some(dropout=mask[0]), weight or self.codes
+        self.four_bit = _some(four_bit=self.codes)
+
+
+def _lora_linear(layer: Any, forward: Any) -> None:
+    a, (_, xs, few_rows, *_) = _Layer(layer), forward
+    M, K, N, R = a.sizes
+    options = _some(gate=a.gate, column_scale=a.c) | a.four_bit
+    if few_rows:
+        itemsize = 2 if _pairs(xs[1]) else 4
+        _few_rows(M, N, K, R, itemsize, a.threads, options | a.dropout)
         return
-    _shrink(M, K, R, threads, dropout)
-    if a[10] or a[13]:
-        _product(M, N, K, R, _pairs(a[4]), threads, options, False)
+    _shrink(M, K, R, a.threads, a.dropout)
+    if a.base:
+        _product(M, N, K, R, _pairs(xs[1]), a.threads, options, False)
     else:
-        _expand(M, N, R, threads, options, False)
+        _expand(M, N, R, a.threads, options, False)
 
 
-def _lora_linear_backward(*a: Any) -> None:
-    M, K, N, R, threads = *a[9:13], a[-1]
-    dropout = _some(dropout=a[28])
-    _backward_pair(M, N, R, threads, _some(gate=a[26], column_scale=a[27]))
-    if a[33]:
-        _grad_a(M, K, R, threads, dropout)
-    if a[32] and (a[13] or a[16]):
-        options = dropout | _some(four_bit=a[16])
-        _product(M, K, N, R, _pairs(a[4]), threads, options, True)
-    elif a[32]:
-        _expand(M, K, R, threads, dropout, True)
+def _lora_linear_backward(layer: Any, backward: Any) -> None:
+    a, (_, dz, _, _, _, dx, dA, *_) = _Layer(layer), backward
+    M, K, N, R = a.sizes
+    _backward_pair(M, N, R, a.threads, _some(gate=a.gate, column_scale=a.c))
+    if dA:
+        _grad_a(M, K, R, a.threads, a.dropout)
+    if dx and a.base:
+        _product(M, K, N, R, _pairs(dz[1]), a.threads, a.dropout | a.four_bit, True)
+    elif dx:
+        _expand(M, K, R, a.threads, a.dropout, True)
 
 
-def _adapters(adapters: Any, M: int, K: int, N: int, R: int, threads: int) -> Iterator[Any]:
+def _adapters(adapters: Any, a: _Layer) -> Iterator[Any]:
     """Rows, rank and threads of what the kernels take of each."""
+    (M, K, N, R), threads = a.sizes, a.threads
     shared = threads > 1 and len(adapters) >= 2 * threads and M * (K + N) * R >= 1 << 16
-    for start, stop, rank, *_ in adapters:
+    for start, stop, _, _, rank, *_ in adapters:
         yield stop - start, rank, 1 if shared else threads
     if shared:
         _cpu("multi_lora_linear", _shared, adapters_of_a_thread=len(adapters) // threads)
@@ -391,37 +400,37 @@ def _adapters(adapters: Any, M: int, K: int, N: int, R: int, threads: int) -> It
 _shared: set[str] = set()
 
 
-def _multi_lora_linear(*a: Any) -> None:
+def _multi_lora_linear(layer: Any, adapters: Any, forward: Any) -> None:
     global _shared
-    M, K, N, R, threads = *a[6:10], a[-1]
-    _shared = dropout = _some(dropout=a[20])
-    if a[14]:
-        _few_rows(M, N, K, 0, 4, threads, _some(four_bit=a[13]))
-    elif a[10] or a[13]:
-        _product(M, N, K, 0, _pairs(a[4]), threads, _some(four_bit=a[13]), False)
-    for rows, rank, own in _adapters(a[15], M, K, N, R, threads):
-        _shrink(rows, K, rank, own, dropout)
+    a, (_, xs, few_rows, *_) = _Layer(layer), forward
+    (M, K, N, _), _shared = a.sizes, a.dropout
+    if few_rows:
+        _few_rows(M, N, K, 0, 4, a.threads, a.four_bit)
+    elif a.base:
+        _product(M, N, K, 0, _pairs(xs[1]), a.threads, a.four_bit, False)
+    for rows, rank, own in _adapters(adapters, a):
+        _shrink(rows, K, rank, own, a.dropout)
         _expand(rows, N, rank, own, set(), False)
 
 
-def _multi_lora_linear_backward(*a: Any) -> None:
+def _multi_lora_linear_backward(layer: Any, adapters: Any, backward: Any) -> None:
     global _shared
-    M, K, N, R, threads = *a[9:13], a[-1]
-    _shared = dropout = _some(dropout=a[21])
-    if a[25] and (a[13] or a[16]):
-        _product(M, K, N, 0, _pairs(a[4]), threads, _some(four_bit=a[16]), True)
-    for rows, rank, own in _adapters(a[17], M, K, N, R, threads):
+    a, (_, dz, _, _, _, dx, *_) = _Layer(layer), backward
+    (M, K, N, _), _shared = a.sizes, a.dropout
+    if dx and a.base:
+        _product(M, K, N, 0, _pairs(dz[1]), a.threads, a.four_bit, True)
+    for rows, rank, own in _adapters(adapters, a):
         _backward_pair(rows, N, rank, own, set())
-        _grad_a(rows, K, rank, own, dropout)
-        if a[25]:
-            _expand(rows, K, rank, own, dropout, True)
+        _grad_a(rows, K, rank, own, a.dropout)
+        if dx:
+            _expand(rows, K, rank, own, a.dropout, True)
 
 
-def _row_norm(*a: Any) -> None:
-    N, K, R, threads = *a[12:15], a[-1]
+def _row_norm(args: Any) -> None:
+    _, codes, _, _, gate, N, K, R, *_, threads = args
     c = _constants(str(native.isa))
     _cpu(
-        "row_norm", _some(gate=a[11], four_bit=a[3]), rows=_tiles(N, 16 * c["Y_ROWS"]),
+        "row_norm", _some(gate=gate, four_bit=codes), rows=_tiles(N, 16 * c["Y_ROWS"]),
         threads=_threads(N * K * R, threads, _tiles(N, c["Y_ROWS"])),
         columns=_tiles(K, c["NORM_COLUMNS"]), ranks=_tiles(R, c["RANKS"]),
     )  # fmt: skip

@@ -177,7 +177,8 @@ LK_INLINE void outers(const OutersArgs& a, const Then& then) {
   parallel(a.threads, teams, [&](int64_t t) {
     float* const wide = team + t * team_floats;
     for (int64_t s = steps * t / teams; s < steps * (t + 1) / teams; ++s) {
-      const Matrix q{.data = a.d, .dtype = DType::f32, .row = 1, .col = a.ld_d};  // its rows are ranks
+      const Matrix q{
+          .data = a.d, .dtype = DType::f32, .row = 1, .col = a.ld_d};  // its rows are ranks
       pack(q, a.R, s * 32, min(32, a.M - s * 32), 32, 1.0f, nullptr, nullptr, wide, 32,
            wide + R16 * 32);
       for (int64_t r = R4; r < R16; ++r)

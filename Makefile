@@ -1,5 +1,5 @@
 # Everything runs in .venv, which is made once and brought up to date when the package's metadata
-# or TORCH change. Needs Python 3.10 or newer and, for the native kernels, a C++17 compiler.
+# or TORCH change. Needs Python 3.10 or newer and, for the native kernels, a C++20 compiler.
 #   make test                        lint, build, and a slice of every layer of the tests
 #   make test TORCH='torch==2.13.0'  the same on one torch; pip's PIP_* variables are obeyed too
 

@@ -1,5 +1,6 @@
-"""Compile csrc/ into lora_kernels with ninja and pybind11, and without torch.
+"""Compile csrc/ into lora_kernels with ninja, and without torch.
 
+Each extension is one file for all Pythons from 3.10 on: it uses the limited C API alone.
 _native: the CPU kernels. One translation unit an instruction set, each with flags of its own, so
 that no instruction of a newer set leaks into code that runs everywhere. Which units exist is told
 to all of them by -DLORA_KERNELS_HAVE_<ISA>=1.
@@ -9,7 +10,7 @@ _emulator: the same kernels compiled for the host, for tests.
 Everything else about the package is in pyproject.toml.
 
 Environment:
-    CXX                      the C++17 compiler (else the first of c++, g++, clang++ on PATH)
+    CXX                      the C++20 compiler (else the first of c++, g++, clang++ on PATH)
     LORA_KERNELS_NATIVE      0: build no extension. 1: an extension that does not build is an error.
                              Unset: it is a warning, and the package is pure Python.
     LORA_KERNELS_CUDA        the same for the CUDA kernels; unset, no nvcc is no warning
@@ -42,6 +43,7 @@ ROOT = Path(__file__).resolve().parent
 
 BASELINE = [
     "bindings.cpp",
+    "fastpath.cpp",
     "cpu/cpuid.cpp",
     "cpu/dispatch.cpp",
     "cpu/layer.cpp",
@@ -59,7 +61,7 @@ X86_64 = {
 }
 
 # Contraction is off: a multiply-add that the compiler fuses rounds once where the source says two.
-CXXFLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"]
+CXXFLAGS = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"]
 WARNINGS = ["-Wall", "-Wextra"]
 OPTIMIZE = [f"-O{os.environ.get('LORA_KERNELS_OPTIMIZE', '3')}", "-g0"]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
@@ -77,10 +79,14 @@ CUDA_SOURCES = [
 # An image runs on its major version from its minor one on; one for a single GPU ("9.0a") on no
 # other, and no kernel needs what only those have. +PTX: newer GPUs compile it at the first launch.
 CUDA_ARCHS = ["8.0", "8.6", "8.9", "9.0", "10.0+PTX", "12.0+PTX"]
-NVCCFLAGS = ["-std=c++17", "-O3", "-cudart", "static", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+NVCCFLAGS = ["-std=c++20", "-O3", "-cudart", "static", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 # A sanitizer watches what the kernels do through the emulator; its checks make it slow without -O2.
 EMULATOR = ["-x", "c++", "-O2", "-DLORA_KERNELS_EMULATED=1", "-Wno-unknown-pragmas"]
 
+# A free-threaded Python has no limited API yet: there the extensions are for that Python alone.
+FREE_THREADED = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
+LIMITED_API = [] if FREE_THREADED else ["-DPy_LIMITED_API=0x030A0000"]
+SUFFIX = sysconfig.get_config_var("EXT_SUFFIX") if FREE_THREADED else ".abi3.so"
 
 LOG_SECONDS = 10  # between two lines of progress where these are not rewritten
 
@@ -109,7 +115,7 @@ def find_compiler() -> list[str]:
 
 def accepts(cxx: list[str], flags: list[str]) -> bool:
     """Whether the compiler knows these flags; an older one may lack the newest instruction set."""
-    probe = [*cxx, "-std=c++17", *flags, "-fsyntax-only", "-x", "c++", os.devnull]
+    probe = [*cxx, "-std=c++20", *flags, "-fsyntax-only", "-x", "c++", os.devnull]
     return subprocess.run(probe, capture_output=True).returncode == 0
 
 
@@ -158,23 +164,18 @@ class Ninja:
 
     def __init__(self, build_dir: Path, version: str) -> None:
         try:
-            import pybind11
             from ninja import ninja_syntax
         except ImportError as error:
-            raise RuntimeError(
-                f"{error.name} is not installed: pip install pybind11 ninja"
-            ) from error
+            raise RuntimeError("ninja is not installed: pip install ninja") from error
         self.build_dir = build_dir
         build_dir.mkdir(parents=True, exist_ok=True)
         self.file = build_dir / "build.ninja"
         self.stream = self.file.open("w")
         self.writer = ninja_syntax.Writer(self.stream)
         self.writer.variable("builddir", ninja_syntax.escape(str(build_dir)))
-        self.define = [f'-DLORA_KERNELS_VERSION="{version}"', "-Icsrc"]
+        self.define = [f'-DLORA_KERNELS_VERSION="{version}"', "-Icsrc", *LIMITED_API]
         # System headers: their warnings are not ours to mend.
-        self.include = [
-            *("-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include"))
-        ]
+        self.include = ["-isystem", sysconfig.get_path("include")]
 
     def objects(
         self, name: str, units: list[tuple[str, list[str]]], compile: list[str]
@@ -245,9 +246,8 @@ def native(ninja: Ninja, cxx: list[str]) -> Path:
 def emulator(ninja: Ninja, cxx: list[str]) -> Path:
     sources = [CUDA_BINDINGS, *CUDA_SOURCES, "emulator/runtime.cpp"]
     optimize = SANITIZE_COMPILE if enabled("LORA_KERNELS_SANITIZE") else ["-g1"]
-    module = "-DLORA_KERNELS_MODULE=_emulator"
-    compile = host(cxx, [*optimize, module, *EMULATOR])
-    objects = ninja.objects("_emulator", [(source, []) for source in sources], compile)
+    units: list[tuple[str, list[str]]] = [(source, []) for source in sources]
+    objects = ninja.objects("_emulator", units, host(cxx, [*optimize, *EMULATOR]))
     return ninja.link("_emulator", objects, host_link(cxx))
 
 
@@ -257,7 +257,7 @@ def cuda(ninja: Ninja, cxx: list[str], nvcc: str) -> Path:
     objects = ninja.objects(
         "_cuda", [(source, []) for source in CUDA_SOURCES], [*common, *cuda_archs(nvcc)]
     )
-    bindings = host(cxx, ["-O2", "-g0", "-DLORA_KERNELS_MODULE=_cuda"])
+    bindings = host(cxx, ["-O2", "-g0"])
     objects += ninja.objects("_cuda_bindings", [(CUDA_BINDINGS, [])], bindings)
     return ninja.link("_cuda", objects, [*common, "-shared"])
 
@@ -278,7 +278,11 @@ class NativeBuild(build_ext):
         self.build("_cuda", cuda)
 
     def build(self, name: str, rules: Callable[..., Path]) -> None:
-        target = Path(self.get_ext_fullpath(f"{PACKAGE}.{name}"))
+        package = Path(self.get_ext_fullpath(f"{PACKAGE}.{name}")).parent
+        target = package / f"{name}{SUFFIX}"
+        for other in package.glob(f"{name}.*.so"):  # for one Python, and imported first
+            if other != target:
+                other.unlink()
         if not any(extension.name == f"{PACKAGE}.{name}" for extension in self.extensions):
             target.unlink(missing_ok=True)
             return
@@ -336,6 +340,10 @@ def wanted() -> list[str]:
 
 
 setup(
-    ext_modules=[Extension(f"{PACKAGE}.{name}", sources=[], optional=True) for name in wanted()],
+    ext_modules=[
+        Extension(f"{PACKAGE}.{name}", sources=[], optional=True, py_limited_api=not FREE_THREADED)
+        for name in wanted()
+    ],
     cmdclass={"build_ext": NativeBuild},
+    options={} if FREE_THREADED else {"bdist_wheel": {"py_limited_api": "cp310"}},
 )

@@ -118,9 +118,8 @@ class CallCache:
         if y is not None:
             return y
         y = lora_linear(
-            x, weight, lora_A, lora_B, scaling, bias,
-            compute_dtype=compute_dtype, dropout_p=dropout_p,
-        )  # fmt: skip
+            x, *tensors, scaling, bias, compute_dtype=compute_dtype, dropout_p=dropout_p
+        )
         self.renew(x, tensors, numbers)
         return y
 

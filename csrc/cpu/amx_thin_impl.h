@@ -88,8 +88,11 @@ void dots(const DotsArgs& a) {
     for (int64_t i = packs * blocks * t / teams; i < packs * blocks * (t + 1) / teams; ++i) {
       const int64_t r0 = i / packs * 16, s0 = i % packs * 4, k0 = s0 * X_DEPTH;
       const int64_t depth = min(pack_depth, a.K - k0), s1 = min(s0 + 4, steps);
-      const Matrix q{static_cast<const char*>(a.q.data) + k0 * a.q.row * bytes_of(a.q.dtype),
-                     a.q.dtype, a.q.row, a.q.col};
+      const Matrix q{
+          .data = static_cast<const char*>(a.q.data) + k0 * a.q.row * bytes_of(a.q.dtype),
+          .dtype = a.q.dtype,
+          .row = a.q.row,
+          .col = a.q.col};
       pack(q, depth, r0, min(16, a.R - r0), 16, 1.0f, a.gate ? a.gate + k0 : nullptr, nullptr, wide,
            16, wide + pack_depth * 16);
       for (int64_t k = round_up(depth, 4); k < (s1 - s0) * X_DEPTH; ++k)
@@ -174,7 +177,8 @@ LK_INLINE void outers(const OutersArgs& a, const Then& then) {
   parallel(a.threads, teams, [&](int64_t t) {
     float* const wide = team + t * team_floats;
     for (int64_t s = steps * t / teams; s < steps * (t + 1) / teams; ++s) {
-      const Matrix q{a.d, DType::f32, 1, a.ld_d};  // its rows are ranks
+      const Matrix q{
+          .data = a.d, .dtype = DType::f32, .row = 1, .col = a.ld_d};  // its rows are ranks
       pack(q, a.R, s * 32, min(32, a.M - s * 32), 32, 1.0f, nullptr, nullptr, wide, 32,
            wide + R16 * 32);
       for (int64_t r = R4; r < R16; ++r)
@@ -264,17 +268,17 @@ LK_INLINE bool for_tiles(const Matrix& x, int64_t M, int64_t R) {
 // As `shrink`; Q = Aᵀ.
 void shrink_tiles(const ShrinkArgs& a) {
   if (!for_tiles(a.x, a.M, a.R)) return kernels_avx512bf16.shrink(a);
-  dots({a.x,
-        {a.a.data, a.a.dtype, 1, a.a.row},
-        nullptr,
-        a.M,
-        a.K,
-        a.R,
-        a.scale,
-        a.dropout,
-        a.p,
-        a.lds,
-        a.threads});
+  dots({.x = a.x,
+        .q = {.data = a.a.data, .dtype = a.a.dtype, .row = 1, .col = a.a.row},
+        .gate = nullptr,
+        .M = a.M,
+        .K = a.K,
+        .R = a.R,
+        .scale = a.scale,
+        .dropout = a.dropout,
+        .out = a.p,
+        .ld = a.lds,
+        .threads = a.threads});
 }
 
 // As `backward_pair`, but dY is read once for dS, once for dB, which have other columns and rows of
@@ -282,13 +286,32 @@ void shrink_tiles(const ShrinkArgs& a) {
 void backward_pair_tiles(const BackwardPairArgs& a) {
   if (!for_tiles(a.dy, a.M, a.R)) return kernels_avx512bf16.backward_pair(a);
   if (a.ds)
-    dots({a.dy, a.b, a.c, a.M, a.N, a.R, a.ds_scale, Dropout{nullptr, 0}, a.ds, a.lds, a.threads});
+    dots({.x = a.dy,
+          .q = a.b,
+          .gate = a.c,
+          .M = a.M,
+          .K = a.N,
+          .R = a.R,
+          .scale = a.ds_scale,
+          .dropout = {},
+          .out = a.ds,
+          .ld = a.lds,
+          .threads = a.threads});
   if (a.db) {
     const int64_t ld = round_up(a.N, 64), R16 = round_up(a.R, 16);
     const int terms = a.db_dtype == DType::f32 ? 3 : 2;
     Scratch sums(R16 * ld * 4);
     float* const parts = static_cast<float*>(sums.data);
-    outers({a.dy, a.M, a.N, a.R, a.s, a.lds, terms, Dropout{nullptr, 0}, parts, a.threads},
+    outers({.x = a.dy,
+            .M = a.M,
+            .N = a.N,
+            .R = a.R,
+            .d = a.s,
+            .ld_d = a.lds,
+            .terms = terms,
+            .dropout = {},
+            .sums = parts,
+            .threads = a.threads},
            [&](int64_t n0, int64_t n1) {
              Scratch block(64 * round_up(a.R, 4) * 2 * 4);
              reduce_db(a, parts + n0 * R16 - n0, 1, 0, 64, n0, n1, static_cast<float*>(block.data));
@@ -309,7 +332,16 @@ void grad_a_tiles(const GradAArgs& a) {
   Scratch scratch(R16 * ld * 4);
   float* const sums = static_cast<float*>(scratch.data);
   const int terms = a.da_dtype == DType::f32 ? 3 : 2;
-  outers({a.x, a.M, a.K, a.R, a.d, a.lds, terms, a.dropout, sums, a.threads},
+  outers({.x = a.x,
+          .M = a.M,
+          .N = a.K,
+          .R = a.R,
+          .d = a.d,
+          .ld_d = a.lds,
+          .terms = terms,
+          .dropout = a.dropout,
+          .sums = sums,
+          .threads = a.threads},
          [&](int64_t k0, int64_t k1) {
            with_type(a.da_dtype, [&](auto type) {
              using T = decltype(type);

@@ -41,8 +41,8 @@ struct Codes4bit {
 };
 
 struct Dropout {
-  const int64_t* rng;  // seed, offset; null: keep everything
-  uint32_t threshold;
+  const int64_t* rng = nullptr;  // seed, offset; null: keep everything
+  uint32_t threshold = 0;
   const int64_t* rows = nullptr;  // which row of the mask each row has; null: its own
 };
 
@@ -68,9 +68,9 @@ struct ExpandArgs {
   int64_t lds;
   Matrix q;
   float alpha;
-  const float *gate, *c, *bias;
-  void* z;
-  Dropout dropout;
+  const float *gate = nullptr, *c = nullptr, *bias = nullptr;
+  void* z = nullptr;
+  Dropout dropout = {};
   int threads;
 };
 
@@ -91,14 +91,15 @@ struct ProductArgs {
 struct BackwardPairArgs {
   Matrix dy, b;
   int64_t M, N, R;
-  const float *s, *gate, *c;
-  const void* z;
+  const float* s;
+  const float *gate = nullptr, *c = nullptr;
+  const void* z = nullptr;
   float ds_scale, db_scale;
   float* ds;
   int64_t lds;
   void* db;
   DType db_dtype;
-  float *dc, *dbias;
+  float *dc = nullptr, *dbias = nullptr;
   int threads;
 };
 

@@ -210,15 +210,6 @@ LK_INLINE void outer_into(const float* const p[4], int64_t stride_pj, int64_t J,
   }
 }
 
-// The first min(n, W) of elements `stride` apart, zeros after them.
-template <typename T>
-LK_INLINE vf load_strided(const T* p, int64_t stride, int64_t n) {
-  if (stride == 1) return n >= W ? load(p) : load_n(p, (int)n);
-  float lanes[W] = {};
-  for (int64_t i = 0; i < min(n, W); ++i) store_n(lanes + i, load_n(p + i * stride, 1), 1);
-  return load(lanes);
-}
-
 // Words ----------------------------------------------------------------------------------------
 
 // What a product's sum runs over: a float32, or, where the unit has LK_BF16_PAIRS and both operands
@@ -711,7 +702,7 @@ LK_INLINE void reduce_db(const BackwardPairArgs& a, const float* parts, int64_t 
   if (a.ds)
     parallel(a.threads, teams, [&](int64_t t) {
       // B is [N, R]; as Q[r, n] its strides change places.
-      const Matrix q{a.b.data, a.b.dtype, a.b.col, a.b.row};
+      const Matrix q{.data = a.b.data, .dtype = a.b.dtype, .row = a.b.col, .col = a.b.row};
       for (int64_t i = blocks * t / teams; i < blocks * (t + 1) / teams; ++i) {
         const int64_t n0 = i * 64, count = min(64, a.N - n0);
         if (!bf16_dot) {

@@ -25,50 +25,121 @@ void through_gate(const Layer& layer, const float* p, float* ds, float* dg) {
     dg[r] = static_cast<float>(layer.scaling * sums[static_cast<size_t>(r)]);
 }
 
-// y += alpha * mask((s * gate) q), with x w before it unless y holds that already.
-void product_or_expand(const Matrix& x, int64_t K, const Matrix& w, const Codes4bit* codes,
-                       bool k_inner, const ExpandArgs& update) {
-  if (w.data || codes)
-    kernels().product({x, w, codes, k_inner, K, update});
+Matrix transposed(const Matrix& m) {
+  return {.data = m.data, .dtype = m.dtype, .row = m.col, .col = m.row};
+}
+
+bool has_base(const Layer& l) { return l.w.data || l.codes; }
+
+// The gradients but dx, for which dS [M, R] is left in ds.
+void adapter_gradients(const Layer& l, const Backward& g, float* ds) {
+  if (ds || g.db || g.dc || g.dbias)
+    kernels().backward_pair({.dy = g.dy,
+                             .b = l.b,
+                             .M = l.M,
+                             .N = l.N,
+                             .R = l.R,
+                             .s = g.p,
+                             .gate = l.gate,
+                             .c = l.c,
+                             .z = g.z,
+                             // The gate's gradient wants dS itself; else it is scaled at once.
+                             .ds_scale = l.gate ? 1.0f : l.scaling * l.keep_scale,
+                             .db_scale = l.scaling,
+                             .ds = ds,
+                             .lds = l.lds,
+                             .db = g.db,
+                             .db_dtype = l.b.dtype,
+                             .dc = g.dc,
+                             .dbias = g.dbias,
+                             .threads = l.threads});
+  if (l.gate && ds) through_gate(l, g.p, ds, g.dg);
+  if (g.da)
+    kernels().grad_a({.x = g.x,
+                      .M = l.M,
+                      .K = l.K,
+                      .R = l.R,
+                      .d = ds,
+                      .lds = l.lds,
+                      .dropout = l.dropout,
+                      .da = g.da,
+                      .da_dtype = l.a.dtype,
+                      .threads = l.threads});
+}
+
+void input_gradient(const Layer& l, const Backward& g, const float* ds) {
+  const ExpandArgs update{.y = g.dx,
+                          .dtype = g.x.dtype,
+                          .ldy = l.K,
+                          .M = l.M,
+                          .N = l.K,
+                          .R = l.R,
+                          .s = ds,
+                          .lds = l.lds,
+                          .q = l.a,
+                          .alpha = 1.0f,
+                          .dropout = l.dropout,
+                          .threads = l.threads};
+  if (has_base(l))
+    kernels().product(
+        {.x = g.dz, .w = l.w, .codes = l.codes, .k_inner = false, .K = l.N, .update = update});
   else
     kernels().expand(update);
+}
+
+using Scratch = std::unique_ptr<void, void (*)(void*)>;
+
+Scratch scratch_of(const Layer& l, bool wanted) {
+  const int64_t bytes = l.M * l.lds * static_cast<int64_t>(sizeof(float));
+  return {wanted ? scratch_alloc(bytes) : nullptr, scratch_free};
 }
 
 }  // namespace
 
 void lora_linear(const Layer& l, const Forward& f) {
-  const ShrinkArgs shrink{f.x, l.a, l.M, l.K, l.R, l.keep_scale, l.dropout, f.p, l.R, l.threads};
-  const Matrix w{l.w.data, l.w.dtype, l.w.col, l.w.row}, q{l.b.data, l.b.dtype, l.b.col, l.b.row};
-  const ExpandArgs update{f.y,      f.dtype, l.N,    l.M, l.N,
-                          l.R,      f.p,     l.R,    q,   l.scaling,
-                          l.gate,   l.c,     l.bias, f.z, Dropout{nullptr, 0},
-                          l.threads};
+  const Matrix w = transposed(l.w);
+  const ShrinkArgs shrink{.x = f.x,
+                          .a = l.a,
+                          .M = l.M,
+                          .K = l.K,
+                          .R = l.R,
+                          .scale = l.keep_scale,
+                          .dropout = l.dropout,
+                          .p = f.p,
+                          .lds = l.lds,
+                          .threads = l.threads};
+  const ExpandArgs update{.y = f.y,
+                          .dtype = f.dtype,
+                          .ldy = l.N,
+                          .M = l.M,
+                          .N = l.N,
+                          .R = l.R,
+                          .s = f.p,
+                          .lds = l.lds,
+                          .q = transposed(l.b),
+                          .alpha = l.scaling,
+                          .gate = l.gate,
+                          .c = l.c,
+                          .bias = l.bias,
+                          .z = f.z,
+                          .threads = l.threads};
   if (f.few_rows) {
-    kernels().few_rows({f.xs, w, l.codes, shrink, update});
+    kernels().few_rows({.x = f.xs, .w = w, .codes = l.codes, .shrink = shrink, .update = update});
     return;
   }
   kernels().shrink(shrink);
-  product_or_expand(f.xs, l.K, w, l.codes, true, update);
+  if (has_base(l))
+    kernels().product(
+        {.x = f.xs, .w = w, .codes = l.codes, .k_inner = true, .K = l.K, .update = update});
+  else
+    kernels().expand(update);
 }
 
 void lora_linear_backward(const Layer& l, const Backward& g) {
-  const bool need_ds = g.dx || g.da || g.dg;
-  std::unique_ptr<void, void (*)(void*)> scratch(
-      need_ds ? scratch_alloc(l.M * l.R * static_cast<int64_t>(sizeof(float))) : nullptr,
-      scratch_free);
+  const Scratch scratch = scratch_of(l, g.dx || g.da || g.dg);
   float* const ds = static_cast<float*>(scratch.get());
-  if (need_ds || g.db || g.dc || g.dbias) {
-    // The gate's gradient wants dS itself; without a gate it is scaled at once.
-    const float ds_scale = l.gate ? 1.0f : l.scaling * l.keep_scale;
-    kernels().backward_pair({g.dy, l.b, l.M, l.N, l.R, g.p, l.gate, l.c, g.z, ds_scale, l.scaling,
-                             ds, l.R, g.db, l.b.dtype, g.dc, g.dbias, l.threads});
-  }
-  if (l.gate && need_ds) through_gate(l, g.p, ds, g.dg);
-  if (g.da) kernels().grad_a({g.x, l.M, l.K, l.R, ds, l.R, l.dropout, g.da, l.a.dtype, l.threads});
-  if (g.dx)
-    product_or_expand(g.dz, l.N, l.w, l.codes, false,
-                      {g.dx, g.x.dtype, l.K, l.M, l.K, l.R, ds, l.R, l.a, 1.0f, nullptr, nullptr,
-                       nullptr, nullptr, l.dropout, l.threads});
+  adapter_gradients(l, g, ds);
+  if (g.dx) input_gradient(l, g, ds);
 }
 
 // multi_lora_linear ------------------------------------------------------------------------------
@@ -82,11 +153,12 @@ T* rows_from(T* data, DType dtype, int64_t elements) {
 }
 
 Matrix rows_from(const Matrix& x, int64_t m) {
-  return {rows_from(x.data, x.dtype, m * x.row), x.dtype, x.row, x.col};
+  return {
+      .data = rows_from(x.data, x.dtype, m * x.row), .dtype = x.dtype, .row = x.row, .col = x.col};
 }
 
 Dropout rows_from(const Dropout& d, int64_t m) {
-  return {d.rng, d.threshold, d.rows ? d.rows + m : nullptr};
+  return {.rng = d.rng, .threshold = d.threshold, .rows = d.rows ? d.rows + m : nullptr};
 }
 
 // f(thread, threads) on every thread.
@@ -98,22 +170,21 @@ void on_threads(int threads, const F& f) {
 }
 
 // Whether the adapters are shared out among threads, in place of the threads among one's rows.
-bool shared(const MultiLayer& l) {
-  return l.threads > 1 && l.count >= 2 * l.threads && l.M * (l.K + l.N) * l.R >= SMALL;
+bool shared(const Layer& l, const std::vector<Adapter>& adapters) {
+  const auto count = static_cast<int64_t>(adapters.size());
+  return l.threads > 1 && count >= 2 * l.threads && l.M * (l.K + l.N) * l.R >= SMALL;
 }
 
 // f(adapter, first row, one past the last, threads) until all rows of all adapters are done.
 template <typename F>
-void each_piece(const MultiLayer& l, const F& f) {
-  if (!shared(l)) {
-    for (int64_t i = 0; i < l.count; ++i)
-      f(l.adapters[i], l.adapters[i].start, l.adapters[i].stop, l.threads);
+void each_piece(const Layer& l, const std::vector<Adapter>& adapters, const F& f) {
+  if (!shared(l, adapters)) {
+    for (const Adapter& d : adapters) f(d, d.start, d.stop, l.threads);
     return;
   }
   on_threads(l.threads, [&](int thread, int threads) {
     const int64_t first = l.M * thread / threads, last = l.M * (thread + 1) / threads;
-    for (int64_t i = 0; i < l.count; ++i) {
-      const Adapter& d = l.adapters[i];
+    for (const Adapter& d : adapters) {
       const int64_t m0 = std::max(d.start, first), m1 = std::min(d.stop, last);
       if (m0 < m1) f(d, m0, m1, 1);
     }
@@ -123,13 +194,13 @@ void each_piece(const MultiLayer& l, const F& f) {
 // f(adapter, threads), one thread an adapter where there are many: the largest go first, each to
 // the thread that has fewest rows by then, so that no result depends on who is faster.
 template <typename F>
-void each_adapter(const MultiLayer& l, const F& f) {
-  if (!shared(l)) {
-    for (int64_t i = 0; i < l.count; ++i) f(l.adapters[i], l.threads);
+void each_adapter(const Layer& l, const std::vector<Adapter>& adapters, const F& f) {
+  if (!shared(l, adapters)) {
+    for (const Adapter& d : adapters) f(d, l.threads);
     return;
   }
   std::vector<const Adapter*> order;
-  for (int64_t i = 0; i < l.count; ++i) order.push_back(l.adapters + i);
+  for (const Adapter& d : adapters) order.push_back(&d);
   const auto rows = [](const Adapter* d) { return d->stop - d->start; };
   std::stable_sort(order.begin(), order.end(),
                    [&](const Adapter* a, const Adapter* b) { return rows(a) > rows(b); });
@@ -143,56 +214,65 @@ void each_adapter(const MultiLayer& l, const F& f) {
   });
 }
 
-const Dropout kKeepAll{nullptr, 0};
+// The base alone.
+Layer without_adapter(Layer l) {
+  l.R = 0;
+  l.dropout = {};
+  return l;
+}
+
+// The rows [m0, m1) of an adapter's, without the base.
+Layer piece(const Layer& l, const Adapter& d, int64_t m0, int64_t m1, int threads) {
+  return {.w = {},
+          .codes = nullptr,
+          .M = m1 - m0,
+          .K = l.K,
+          .N = l.N,
+          .R = d.R,
+          .lds = l.lds,
+          .a = d.a,
+          .b = d.b,
+          .scaling = d.scaling,
+          .dropout = rows_from(l.dropout, m0),
+          .keep_scale = l.keep_scale,
+          .threads = threads};
+}
 
 }  // namespace
 
-void multi_lora_linear(const MultiLayer& l, const Forward& f) {
-  const Matrix w{l.w.data, l.w.dtype, l.w.col, l.w.row};
-  const Matrix none{nullptr, l.w.dtype, 1, 1};  // no ranks: the base product and the bias
-  const ExpandArgs base{f.y,  f.dtype, l.N,     l.M,     l.N,    0,       nullptr,  0,
-                        none, 0.0f,    nullptr, nullptr, l.bias, nullptr, kKeepAll, l.threads};
-  if (f.few_rows)
-    kernels().few_rows(
-        {f.xs, w, l.codes, {f.x, none, l.M, l.K, 0, 1.0f, kKeepAll, nullptr, 0, l.threads}, base});
-  else if (w.data || l.codes)
-    kernels().product({f.xs, w, l.codes, true, l.K, base});
-  each_piece(l, [&](const Adapter& d, int64_t m0, int64_t m1, int threads) {
-    float* const p = f.p + m0 * l.R;
-    kernels().shrink({rows_from(f.x, m0), d.a, m1 - m0, l.K, d.R, l.keep_scale,
-                      rows_from(l.dropout, m0), p, l.R, threads});
-    kernels().expand({rows_from(f.y, f.dtype, m0 * l.N), f.dtype, l.N, m1 - m0, l.N, d.R, p, l.R,
-                      Matrix{d.b.data, d.b.dtype, d.b.col, d.b.row}, d.scaling, nullptr, nullptr,
-                      nullptr, nullptr, kKeepAll, threads});
+void multi_lora_linear(const Layer& l, const std::vector<Adapter>& adapters, const Forward& f) {
+  if (has_base(l) || f.few_rows) lora_linear(without_adapter(l), f);
+  each_piece(l, adapters, [&](const Adapter& d, int64_t m0, int64_t m1, int threads) {
+    lora_linear(piece(l, d, m0, m1, threads), {.x = rows_from(f.x, m0),
+                                               .xs = {},
+                                               .few_rows = false,
+                                               .p = f.p + m0 * l.lds,
+                                               .y = rows_from(f.y, f.dtype, m0 * l.N),
+                                               .dtype = f.dtype});
   });
 }
 
-void multi_lora_linear_backward(const MultiLayer& l, const Backward& g) {
-  std::unique_ptr<void, void (*)(void*)> scratch(
-      scratch_alloc(l.M * l.R * static_cast<int64_t>(sizeof(float))), scratch_free);
+void multi_lora_linear_backward(const Layer& l, const std::vector<Adapter>& adapters,
+                                const Backward& g) {
+  const Scratch scratch = scratch_of(l, true);
   float* const all_ds = static_cast<float*>(scratch.get());
-  each_adapter(l, [&](const Adapter& d, int threads) {
-    const int64_t m = d.start, rows = d.stop - d.start;
-    float* const ds = g.dx || d.da ? all_ds + m * l.R : nullptr;
-    if (ds || d.db)
-      kernels().backward_pair({rows_from(g.dy, m), d.b, rows, l.N, d.R, g.p + m * l.R, nullptr,
-                               nullptr, nullptr, d.scaling * l.keep_scale, d.scaling, ds, l.R, d.db,
-                               d.b.dtype, nullptr, nullptr, threads});
-    if (d.da)
-      kernels().grad_a({rows_from(g.x, m), rows, l.K, d.R, ds, l.R, rows_from(l.dropout, m), d.da,
-                        d.a.dtype, threads});
+  const auto rows = [&](int64_t m, const Adapter& d) {
+    return Backward{.dy = rows_from(g.dy, m),
+                    .dz = {},
+                    .x = rows_from(g.x, m),
+                    .p = g.p + m * l.lds,
+                    .dx = rows_from(g.dx, g.x.dtype, m * l.K),
+                    .da = d.da,
+                    .db = d.db};
+  };
+  each_adapter(l, adapters, [&](const Adapter& d, int threads) {
+    float* const ds = g.dx || d.da ? all_ds + d.start * l.lds : nullptr;
+    adapter_gradients(piece(l, d, d.start, d.stop, threads), rows(d.start, d), ds);
   });
   if (!g.dx) return;
-  if (l.w.data || l.codes) {
-    const Matrix none{nullptr, l.w.dtype, 1, 1};
-    kernels().product({g.dz, l.w, l.codes, false, l.N,
-                       ExpandArgs{g.dx, g.x.dtype, l.K, l.M, l.K, 0, nullptr, 0, none, 0.0f,
-                                  nullptr, nullptr, nullptr, nullptr, kKeepAll, l.threads}});
-  }
-  each_piece(l, [&](const Adapter& d, int64_t m0, int64_t m1, int threads) {
-    kernels().expand({rows_from(g.dx, g.x.dtype, m0 * l.K), g.x.dtype, l.K, m1 - m0, l.K, d.R,
-                      all_ds + m0 * l.R, l.R, d.a, 1.0f, nullptr, nullptr, nullptr, nullptr,
-                      rows_from(l.dropout, m0), threads});
+  if (has_base(l)) input_gradient(without_adapter(l), g, nullptr);
+  each_piece(l, adapters, [&](const Adapter& d, int64_t m0, int64_t m1, int threads) {
+    input_gradient(piece(l, d, m0, m1, threads), rows(m0, d), all_ds + m0 * l.lds);
   });
 }
 

@@ -167,10 +167,12 @@ LK_INLINE void pack_codes(const Codes4bit& w, bool k_inner, int64_t k0, int64_t 
   } else if (k_inner) {
     const int64_t ld = round_up(depth, 2 * W);
     for (int64_t i = 0; i < count; ++i) decode_row(w, t, n0 + i, k0, depth, panel + i * ld);
-    pack_words<Word, E>({panel, dtype, 1, ld}, 0, depth, 0, count, to, at);
+    pack_words<Word, E>({.data = panel, .dtype = dtype, .row = 1, .col = ld}, 0, depth, 0, count,
+                        to, at);
   } else {
     for (int64_t i = 0; i < depth; ++i) decode_row(w, t, k0 + i, n0, count, panel + i * VW);
-    pack_words<Word, E>({panel, dtype, VW, 1}, 0, depth, 0, count, to, at);
+    pack_words<Word, E>({.data = panel, .dtype = dtype, .row = VW, .col = 1}, 0, depth, 0, count,
+                        to, at);
   }
 }
 

@@ -1,213 +1,313 @@
-// Python's view of the CUDA kernels' launchers, and in the emulated build of the emulator: raw
-// pointers, sizes, strides in elements, a device and a stream. Shapes and dtypes are the caller's
-// business (lora_kernels/backends/cuda/launch.py). Types are local to the module, since _cuda and
-// _emulator are built from this file and may be imported together.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
-#include <tuple>
-
+// Python's view of the CUDA kernels' launchers, and in the emulated build of the emulator:
+// addresses, sizes, strides in elements, a device and a stream. Each struct is a tuple of its
+// fields. Shapes and dtypes are the caller's business (lora_kernels/backends/cuda/equation.py and
+// launch.py).
+#include "../common/python.h"
 #include "kernels.h"
 #ifdef LORA_KERNELS_EMULATED
 #include "../emulator/runtime.h"
+#define LORA_KERNELS_MODULE "_emulator"
+#define LORA_KERNELS_INIT PyInit__emulator
+#else
+#define LORA_KERNELS_MODULE "_cuda"
+#define LORA_KERNELS_INIT PyInit__cuda
 #endif
 
-namespace py = pybind11;
-using namespace lora_kernels::gpu;
-
+namespace lora_kernels {
 namespace {
 
-using Pointer = std::uintptr_t;
-template <typename T>
-T* as(Pointer p) {
-  return reinterpret_cast<T*>(p);
-}
+using namespace gpu;
 
-using MatrixTuple = std::tuple<Pointer, int, int64_t, int64_t, bool>;
-using VectorTuple = std::tuple<Pointer, int>;
-// packed, code, absmax, nested_code, nested_absmax, offset; block sizes as powers; N, K; vectors
-using CodesTuple = std::tuple<Pointer, Pointer, Pointer, Pointer, Pointer, Pointer, int, int,
-                              int64_t, int64_t, bool>;
-using DropoutTuple = std::tuple<Pointer, uint32_t>;
-using WhereTuple = std::tuple<Pointer, int>;
+struct GemmArgs {
+  LinearArgs linear;
+  int splits;
+  float* parts;
+  int64_t k_share;
+};
 
-Matrix matrix(const MatrixTuple& t) {
-  const auto& [data, dtype, row, col, vectors] = t;
-  return {as<const void>(data), dtype, row, col, vectors};
-}
-Vector vector(const VectorTuple& t) { return {as<const void>(std::get<0>(t)), std::get<1>(t)}; }
-Codes codes(const CodesTuple& t) {
-  const auto& [packed, code, absmax, nested_code, nested_absmax, offset, log2_block, log2_nested, N,
-               K, vectors] = t;
-  return {as<const uint8_t>(packed),
-          as<const float>(code),
-          as<const void>(absmax),
-          as<const float>(nested_code),
-          as<const float>(nested_absmax),
-          as<const float>(offset),
-          log2_block,
-          log2_nested,
-          N,
-          K,
-          vectors};
-}
-Dropout dropout(const DropoutTuple& t) {
-  return {as<const int64_t>(std::get<0>(t)), std::get<1>(t)};
-}
-Where where(const WhereTuple& t) { return {std::get<0>(t), std::get<1>(t)}; }
-
-LinearArgs linear_args(const MatrixTuple& x, int base, const MatrixTuple& w, const CodesTuple& c,
-                       bool transposed, int compute, Pointer p, const MatrixTuple& q,
-                       const VectorTuple& gate, float s_scale, const DropoutTuple& mask,
-                       const VectorTuple& out_scale, const VectorTuple& bias, Pointer y, Pointer z,
-                       int y_dtype, int64_t M, int64_t N, int64_t K, int64_t R) {
-  return {matrix(x),
-          base == 2,
-          base == 1,
-          matrix(w),
-          codes(c),
-          transposed,
-          compute,
-          as<const float>(p),
-          matrix(q),
-          vector(gate),
-          s_scale,
-          dropout(mask),
-          vector(out_scale),
-          vector(bias),
-          as<void>(y),
-          as<void>(z),
-          y_dtype,
-          M,
-          N,
-          K,
-          R,
-          nullptr,
-          K};
-}
-
-// Other Python threads run while the driver takes a launch, or loads the image before the first
-// one. The emulator is one thread's.
-#ifdef LORA_KERNELS_EMULATED
-using WithoutGil = py::call_guard<>;
-#else
-using WithoutGil = py::call_guard<py::gil_scoped_release>;
-#endif
-
-#ifdef LORA_KERNELS_EMULATED
-namespace emulator = lora_kernels::emulator;
-
-void allow(const std::vector<std::tuple<std::string, Pointer, int64_t>>& named) {
-  std::vector<emulator::Range> ranges;
-  for (const auto& [name, begin, bytes] : named)
-    ranges.push_back({name, begin, begin + (Pointer)bytes});
-  emulator::allow(std::move(ranges));
-}
-
-py::list traffic() {
-  py::list list;
-  for (const emulator::Traffic& t : emulator::traffic()) {
-    py::dict ranges;
-    for (const emulator::Range& r : t.ranges)
-      ranges[r.name.c_str()] = py::make_tuple(r.read, r.written);
-    list.append(py::make_tuple(t.kernel, ranges));
-  }
-  return list;
-}
-#endif
+struct DecodeCall {
+  DecodeArgs args;
+  bool cooperative;
+};
 
 }  // namespace
 
-PYBIND11_MODULE(LORA_KERNELS_MODULE, m) {
-  const auto launcher = [&m](const char* name, auto function) {
-    m.def(name, function, WithoutGil());
-  };
-  m.attr("__version__") = LORA_KERNELS_VERSION;
-  m.attr("PAIR_ROWS") = PAIR_ROWS;
-  m.attr("PAIR_MAX_RANK") = PAIR_MAX_RANK;
-  launcher("probe", &probe);
-  py::class_<LinearArgs>(m, "Linear", py::module_local()).def(py::init(&linear_args));
-  launcher("linear", [](const LinearArgs& a, const WhereTuple& at) { linear(a, where(at)); });
-  launcher("gemm",
-           [](LinearArgs a, int splits, Pointer parts, int64_t k_share, const WhereTuple& at) {
-             a.parts = as<float>(parts);
-             a.k_share = k_share;
-             gemm(a, splits, where(at));
-           });
-  py::class_<DecodeArgs>(m, "Decode", py::module_local())
-      .def(py::init([](const LinearArgs& l, const MatrixTuple& a, const DropoutTuple& mask_in,
-                       float p_scale, Pointer slots, Pointer p, Pointer flags, int64_t slot_share,
-                       int slot_count) {
-        DecodeArgs d{l,
-                     matrix(a),
-                     dropout(mask_in),
-                     p_scale,
-                     as<float>(slots),
-                     as<float>(p),
-                     as<int>(flags),
-                     slot_share,
-                     slot_count,
-                     0,
-                     false,
-                     0};
-        d.resident = decode_keeps_x(d);
-        return d;
-      }))
-      .def_readonly("resident", &DecodeArgs::resident);
-  launcher("decode", [](const DecodeArgs& a, bool cooperative, const WhereTuple& at) {
-    return decode(a, cooperative, where(at));
-  });
-  launcher("thin", [](const MatrixTuple& v, const VectorTuple& v_scale, const DropoutTuple& mask,
-                      bool over_rows, const MatrixTuple& y, Pointer out, int64_t I, int64_t J,
-                      int64_t R, int64_t j_share, int slot_count, const WhereTuple& at) {
-    thin({matrix(v), vector(v_scale), dropout(mask), over_rows, matrix(y), as<float>(out), I, J, R,
-          j_share, slot_count},
-         where(at));
-  });
-  launcher("pair", [](const MatrixTuple& v, const VectorTuple& v_scale, const MatrixTuple& b,
-                      Pointer s, Pointer slots, Pointer parts, int64_t M, int64_t N, int64_t R,
-                      int64_t n_share, int slot_count, int part_count, const WhereTuple& at) {
-    pair({matrix(v), vector(v_scale), matrix(b), as<const float>(s), as<float>(slots),
-          as<float>(parts), M, N, R, n_share, slot_count, part_count},
-         where(at));
-  });
-  launcher("column_sums", [](const MatrixTuple& v, const MatrixTuple& z, Pointer parts, int64_t M,
-                             int64_t N, int64_t m_share, int part_count, const WhereTuple& at) {
-    column_sums({matrix(v), matrix(z), as<float>(parts), M, N, m_share, part_count}, where(at));
-  });
-  launcher("reduce", [](Pointer slots, const VectorTuple& gate, float scale, Pointer out, int dtype,
-                        int64_t I, int64_t R, int64_t stride_i, int64_t stride_r, int slot_count,
-                        const WhereTuple& at) {
-    reduce({as<const float>(slots), vector(gate), scale, as<void>(out), dtype, I, R, stride_i,
-            stride_r, slot_count},
-           where(at));
-  });
-  launcher("row_norm", [](bool from_codes, const MatrixTuple& w, const CodesTuple& c,
-                          const MatrixTuple& a, const MatrixTuple& b, const VectorTuple& gate,
-                          float scaling, Pointer slots, int64_t N, int64_t K, int64_t R,
-                          int64_t k_share, int slot_count, const WhereTuple& at) {
-    row_norm({from_codes, matrix(w), codes(c), matrix(a), matrix(b), vector(gate), scaling,
-              as<float>(slots), N, K, R, k_share, slot_count},
-             where(at));
-  });
-  launcher("dequantize", [](const CodesTuple& c, Pointer w, int dtype, const WhereTuple& at) {
-    dequantize({codes(c), as<void>(w), dtype}, where(at));
-  });
-  launcher("quantize", [](Pointer w, int dtype, Pointer thresholds, Pointer order, Pointer packed,
-                          Pointer absmax, float smallest, int64_t n, int64_t blocksize,
-                          const WhereTuple& at) {
-    quantize({as<const void>(w), dtype, as<const float>(thresholds), as<const uint8_t>(order),
-              as<uint8_t>(packed), as<float>(absmax), smallest, n, blocksize},
-             where(at));
-  });
+namespace python {
+
+template <>
+Matrix read(Arguments& in) {
+  return {.data = in("data"),
+          .dtype = in("dtype"),
+          .row = in("row"),
+          .col = in("column"),
+          .vectors = in("vectors")};
+}
+
+template <>
+Vector read(Arguments& in) {
+  return {.data = in("data"), .dtype = in("dtype")};
+}
+
+template <>
+Codes read(Arguments& in) {
+  return {.packed = in("packed"),
+          .code = in("code"),
+          .absmax = in("absmax"),
+          .nested_code = in("nested_code"),
+          .nested_absmax = in("nested_absmax"),
+          .offset = in("offset"),
+          .log2_block = in("log2_block"),
+          .log2_nested = in("log2_nested"),
+          .N = in("N"),
+          .K = in("K"),
+          .vectors = in("vectors")};
+}
+
+template <>
+Dropout read(Arguments& in) {
+  return {.rng = in("rng"), .threshold = in("threshold")};
+}
+
+template <>
+Where read(Arguments& in) {
+  return {.stream = in("stream"), .device = in("device")};
+}
+
+template <>
+LinearArgs read(Arguments& in) {
+  return {.x = in("x"),
+          .codes = in.has(1),
+          .dense = in.has(0),
+          .w = in("w"),
+          .c = in("codes"),
+          .transposed = in("transposed"),
+          .compute = in("compute"),
+          .p = in("p"),
+          .q = in("q"),
+          .gate = in("gate"),
+          .s_scale = in("s_scale"),
+          .mask = in("mask"),
+          .out_scale = in("out_scale"),
+          .bias = in("bias"),
+          .y = in("y"),
+          .z = in("z"),
+          .y_dtype = in("y_dtype"),
+          .M = in("M"),
+          .N = in("N"),
+          .K = in("K"),
+          .R = in("R")};
+}
+
+template <>
+GemmArgs read(Arguments& in) {
+  return {.linear = in("linear"),
+          .splits = in("splits"),
+          .parts = in("parts"),
+          .k_share = in("k_share")};
+}
+
+template <>
+DecodeArgs read(Arguments& in) {
+  DecodeArgs args{.linear = in("linear"),
+                  .a = in("lora_A"),
+                  .mask_in = in("mask_in"),
+                  .p_scale = in("p_scale"),
+                  .slots = in("slots"),
+                  .p = in("p"),
+                  .flags = in("flags"),
+                  .slot_share = in("slot_share"),
+                  .slot_count = in("slot_count")};
+  args.resident = decode_keeps_x(args);
+  return args;
+}
+
+template <>
+DecodeCall read(Arguments& in) {
+  return {.args = in("decode"), .cooperative = in("cooperative")};
+}
+
+template <>
+ThinArgs read(Arguments& in) {
+  return {.v = in("v"),
+          .v_scale = in("v_scale"),
+          .mask = in("mask"),
+          .over_rows = in("over_rows"),
+          .y = in("y"),
+          .out = in("out"),
+          .I = in("I"),
+          .J = in("J"),
+          .R = in("R"),
+          .j_share = in("j_share"),
+          .slot_count = in("slot_count")};
+}
+
+template <>
+PairArgs read(Arguments& in) {
+  return {.v = in("v"),
+          .v_scale = in("v_scale"),
+          .b = in("lora_B"),
+          .s = in("s"),
+          .slots = in("slots"),
+          .parts = in("parts"),
+          .M = in("M"),
+          .N = in("N"),
+          .R = in("R"),
+          .n_share = in("n_share"),
+          .slot_count = in("slot_count"),
+          .part_count = in("part_count")};
+}
+
+template <>
+SumsArgs read(Arguments& in) {
+  return {.v = in("v"),
+          .z = in("z"),
+          .parts = in("parts"),
+          .M = in("M"),
+          .N = in("N"),
+          .m_share = in("m_share"),
+          .part_count = in("part_count")};
+}
+
+template <>
+ReduceArgs read(Arguments& in) {
+  return {.slots = in("slots"),
+          .gate = in("gate"),
+          .scale = in("scale"),
+          .out = in("out"),
+          .dtype = in("dtype"),
+          .I = in("I"),
+          .R = in("R"),
+          .stride_i = in("stride_i"),
+          .stride_r = in("stride_r"),
+          .slot_count = in("slot_count")};
+}
+
+template <>
+NormArgs read(Arguments& in) {
+  return {.codes = in.has(1),
+          .w = in("w"),
+          .c = in("codes"),
+          .a = in("lora_A"),
+          .b = in("lora_B"),
+          .gate = in("gate"),
+          .scaling = in("scaling"),
+          .slots = in("slots"),
+          .N = in("N"),
+          .K = in("K"),
+          .R = in("R"),
+          .k_share = in("k_share"),
+          .slot_count = in("slot_count")};
+}
+
+template <>
+DequantizeArgs read(Arguments& in) {
+  return {.c = in("codes"), .w = in("w"), .dtype = in("dtype")};
+}
+
+template <>
+QuantizeArgs read(Arguments& in) {
+  return {.w = in("w"),
+          .dtype = in("dtype"),
+          .thresholds = in("thresholds"),
+          .order = in("order"),
+          .packed = in("packed"),
+          .absmax = in("absmax"),
+          .smallest = in("smallest"),
+          .n = in("n"),
+          .blocksize = in("blocksize")};
+}
+
+}  // namespace python
+
+namespace {
+
+using namespace python;
+
+void call_gemm(const GemmArgs& g, const Where& at) {
+  LinearArgs args = g.linear;
+  args.parts = g.parts;
+  args.k_share = g.k_share;
+  gemm(args, g.splits, at);
+}
+
+bool call_decode(const DecodeCall& d, const Where& at) { return decode(d.args, d.cooperative, at); }
+
+// Whether x stays in shared memory, and else is staged as it lies.
+bool keeps_x(const DecodeArgs& args) { return args.resident; }
+
 #ifdef LORA_KERNELS_EMULATED
-  m.def("set", [](uint64_t seed, int multiprocessors) {
-    emulator::set_seed(seed);
-    emulator::multiprocessors = multiprocessors;
-  });
-  m.def("allow", &allow);
-  m.def("synchronize", &emulator::synchronize);
-  m.def("traffic", &traffic);
-  m.def("switches", &emulator::switches);
+void set(uint64_t seed, int multiprocessors) {
+  emulator::set_seed(seed);
+  emulator::multiprocessors = multiprocessors;
+}
+
+// A tuple of names, addresses and sizes in bytes.
+Object allow(Arguments& in) {
+  std::vector<emulator::Range> ranges;
+  for (Arguments all = in.tuple("ranges"); !all.done();) {
+    Arguments of = all.tuple("range");
+    const char* const name = of("name");
+    const uintptr_t begin = of("begin"), bytes = of("bytes");
+    ranges.push_back({.name = name, .begin = begin, .end = begin + bytes});
+  }
+  emulator::allow(std::move(ranges));
+  return nullptr;
+}
+
+// A list of kernels and what each has read and written, {name: (bytes read, bytes written)}.
+Object traffic(Arguments&) {
+  Object list = owned(PyList_New(0));
+  for (const emulator::Traffic& t : emulator::traffic()) {
+    Object ranges = owned(PyDict_New());
+    for (const emulator::Range& r : t.ranges) {
+      const Object bytes = owned(Py_BuildValue("LL", r.read, r.written));
+      check(PyDict_SetItemString(ranges.get(), r.name.c_str(), bytes.get()));
+    }
+    const Object kernel = owned(Py_BuildValue("sO", t.kernel.c_str(), ranges.get()));
+    check(PyList_Append(list.get(), kernel.get()));
+  }
+  return list;
+}
+
+Object switches(Arguments&) { return owned(PyLong_FromLongLong(emulator::switches())); }
 #endif
+
+PyMethodDef methods[] = {
+    method<probe>("probe"),
+    method<linear>("linear"),
+    method<call_gemm>("gemm"),
+    method<keeps_x>("decode_keeps_x"),
+    method<call_decode>("decode"),
+    method<thin>("thin"),
+    method<pair>("pair"),
+    method<column_sums>("column_sums"),
+    method<reduce>("reduce"),
+    method<row_norm>("row_norm"),
+    method<dequantize>("dequantize"),
+    method<quantize>("quantize"),
+#ifdef LORA_KERNELS_EMULATED
+    method<set>("set"),
+    method<allow>("allow"),
+    method<emulator::synchronize>("synchronize"),
+    method<traffic>("traffic"),
+    method<switches>("switches"),
+#endif
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyModuleDef definition = module_of(LORA_KERNELS_MODULE, methods);
+
+}  // namespace
+}  // namespace lora_kernels
+
+PyMODINIT_FUNC LORA_KERNELS_INIT() {
+  using namespace lora_kernels;
+  using namespace lora_kernels::python;
+  return guarded([] {
+    Object module = owned(PyModule_Create(&definition));
+    check(PyModule_AddStringConstant(module.get(), "__version__", LORA_KERNELS_VERSION));
+    check(PyModule_AddIntConstant(module.get(), "PAIR_ROWS", gpu::PAIR_ROWS));
+    check(PyModule_AddIntConstant(module.get(), "PAIR_MAX_RANK", gpu::PAIR_MAX_RANK));
+    return module.release();
+  });
 }

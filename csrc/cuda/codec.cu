@@ -156,21 +156,26 @@ unsigned blocks(int64_t n, int64_t each) { return (unsigned)((n + each - 1) / ea
 }  // namespace
 
 void dequantize(const DequantizeArgs& a, const Where& at) {
-  launch({"dequantize", blocks(a.c.N * a.c.K, THREADS * 8), 1, 1, THREADS, 0, at.stream, at.device},
-         dequantize_kernel, a);
+  launch(
+      {.name = "dequantize", .x = blocks(a.c.N * a.c.K, THREADS * 8), .threads = THREADS, .at = at},
+      dequantize_kernel, a);
 }
 
 void probe(int device) { require_image(dequantize_kernel, device, "the driver says"); }
 
 void quantize(const QuantizeArgs& a, const Where& at) {
   const int64_t count = (a.n + a.blocksize - 1) / a.blocksize;
-  launch({"quantize", blocks(count, THREADS / 32), 1, 1, THREADS, 0, at.stream, at.device},
+  launch({.name = "quantize", .x = blocks(count, THREADS / 32), .threads = THREADS, .at = at},
          quantize_kernel, a);
 }
 
 void row_norm(const NormArgs& a, const Where& at) {
-  launch({"norm", blocks(a.N, NORM_ROWS), (unsigned)a.slot_count, 1, THREADS,
-          (unsigned)(NORM_ROWS * a.R * 4 + THREADS / 32 * NORM_ROWS * 4), at.stream, at.device},
+  launch({.name = "norm",
+          .x = blocks(a.N, NORM_ROWS),
+          .y = (unsigned)a.slot_count,
+          .threads = THREADS,
+          .shared_bytes = (unsigned)(NORM_ROWS * a.R * 4 + THREADS / 32 * NORM_ROWS * 4),
+          .at = at},
          norm_kernel, a);
 }
 

@@ -339,7 +339,8 @@ bool decode(DecodeArgs a, bool cooperative, const Where& at) {
   const unsigned bytes = shared_bytes(a);
   const int resident = resident_blocks(kernel, at.device, THREADS, (int)bytes);
   const unsigned blocks = (unsigned)std::min<int64_t>(a.tiles, std::max(resident, 1));
-  Launch launched{"decode", blocks, 1, 1, THREADS, bytes, at.stream, at.device};
+  Launch launched{
+      .name = "decode", .x = blocks, .threads = THREADS, .shared_bytes = bytes, .at = at};
   if (cooperative && (int)blocks >= a.slot_count && (int)blocks <= resident) {
     a.mode = ONE_LAUNCH;
     launched.cooperative = true;
@@ -347,8 +348,12 @@ bool decode(DecodeArgs a, bool cooperative, const Where& at) {
     return true;
   }
   a.mode = PUBLISH;
-  launch({"publish", (unsigned)a.slot_count, 1, 1, THREADS, bytes, at.stream, at.device}, kernel,
-         a);
+  launch({.name = "publish",
+          .x = (unsigned)a.slot_count,
+          .threads = THREADS,
+          .shared_bytes = bytes,
+          .at = at},
+         kernel, a);
   a.mode = CONSUME;
   launched.dependent = capability(at.device) >= 90;
   launch(launched, kernel, a);

@@ -319,13 +319,20 @@ void gemm(const LinearArgs& a, int splits, const Where& at) {
        {gemm_kernel<true, true, false>, gemm_kernel<true, true, true>}}};
   const unsigned bytes =
       STAGES * X_BYTES + (a.codes ? 2 : STAGES) * W_BYTES + (a.codes ? TABLE_BYTES : 0);
-  launch({"gemm", (unsigned)((a.M + BM - 1) / BM), (unsigned)((a.N + BN - 1) / BN),
-          (unsigned)splits, THREADS, bytes, at.stream, at.device},
+  launch({.name = "gemm",
+          .x = (unsigned)((a.M + BM - 1) / BM),
+          .y = (unsigned)((a.N + BN - 1) / BN),
+          .z = (unsigned)splits,
+          .threads = THREADS,
+          .shared_bytes = bytes,
+          .at = at},
          kernels[a.compute == BF16][a.codes][a.transposed], a);
   if (splits > 1)
-    launch({"finish", (unsigned)((a.M * a.N + THREADS - 1) / THREADS), 1, 1, THREADS, 0, at.stream,
-            at.device},
-           finish_kernel, {a, splits});
+    launch({.name = "finish",
+            .x = (unsigned)((a.M * a.N + THREADS - 1) / THREADS),
+            .threads = THREADS,
+            .at = at},
+           finish_kernel, {.linear = a, .splits = splits});
 }
 
 }  // namespace gpu

@@ -4,15 +4,11 @@
 #include <stdexcept>
 #include <string>
 
+#include "launch.h"
 #include "operands.h"
 
 namespace lora_kernels {
 namespace gpu {
-
-struct Where {
-  uintptr_t stream;
-  int device;
-};
 
 // why: null where the kernel takes it. Python asks backends/cuda/fit.py first.
 inline void refuse(const char* kernel, const char* why) {
@@ -37,8 +33,8 @@ struct LinearArgs {
   void *y, *z;             // [M, N]; z: before out_scale, or null
   int y_dtype;
   int64_t M, N, K, R;
-  float* parts;  // gemm with splits > 1: [splits, M, N]
-  int64_t k_share;
+  float* parts = nullptr;  // gemm with splits > 1: [splits, M, N]
+  int64_t k_share = 0;     // gemm
 };
 void linear(const LinearArgs&, const Where&);
 void gemm(const LinearArgs&, int splits, const Where&);
@@ -52,9 +48,10 @@ struct DecodeArgs {
   float* p;      // [M, R]
   int* flags;    // two, zero before and after
   int64_t slot_share;
-  int slot_count, mode;  // what a launch does of publishing and consuming, how the one waits
-  bool resident;         // x is kept in shared memory
-  int64_t tiles;
+  int slot_count;
+  int mode = 0;           // what a launch does of publishing and consuming, how the one waits
+  bool resident = false;  // x is kept in shared memory
+  int64_t tiles = 0;
 };
 bool decode_keeps_x(const DecodeArgs&);  // whether it would fit there
 // Whether one launch was enough: all its blocks have place at once.

@@ -171,9 +171,13 @@ LK_KERNEL LK_BOUNDS(THREADS, 2) linear_kernel(const LinearArgs a) {
 
 void linear(const LinearArgs& a, const Where& at) {
   const auto tiles = [](int64_t n) { return (unsigned)((n + TILE - 1) / TILE); };
-  launch(
-      {"linear", tiles(a.M), tiles(a.N), 1, THREADS, 2 * DEPTH * PITCH * 4, at.stream, at.device},
-      linear_kernel, a);
+  launch({.name = "linear",
+          .x = tiles(a.M),
+          .y = tiles(a.N),
+          .threads = THREADS,
+          .shared_bytes = 2 * DEPTH * PITCH * 4,
+          .at = at},
+         linear_kernel, a);
 }
 
 }  // namespace gpu

@@ -6,6 +6,8 @@
 #pragma once
 #include <cstdint>
 
+#include "launch.h"
+
 #if defined(LORA_KERNELS_EMULATED)
 #include "../emulator/ptx.h"
 #else
@@ -25,7 +27,6 @@ namespace gpu {
 // Places -----------------------------------------------------------------------------------------
 
 LK_DEVICE int thread_id() { return threadIdx.x; }
-LK_DEVICE int block_threads() { return blockDim.x; }
 LK_DEVICE int block_x() { return blockIdx.x; }
 LK_DEVICE int block_y() { return blockIdx.y; }
 LK_DEVICE int block_z() { return blockIdx.z; }
@@ -176,7 +177,6 @@ LK_DEVICE void cp_async_wait() {
 // Threads together -------------------------------------------------------------------------------
 
 LK_DEVICE void sync_block() { __syncthreads(); }
-LK_DEVICE void sync_warp() { __syncwarp(); }
 LK_DEVICE float shuffle_xor(float value, int mask) {
   return __shfl_xor_sync(0xFFFFFFFFu, value, mask);
 }
@@ -245,15 +245,6 @@ LK_DEVICE void wait_for_grids_before() {
 
 // Launches ---------------------------------------------------------------------------------------
 
-struct Launch {
-  const char* name;
-  unsigned x, y, z, threads, shared_bytes;
-  uintptr_t stream;
-  int device = 0;
-  bool cooperative = false;  // all blocks at the same time
-  bool dependent = false;    // may start before the grid before it ends
-};
-
 template <typename Args>
 void allow_shared(void (*kernel)(Args), unsigned bytes, const char* name) {
   if (bytes > 48 << 10)
@@ -263,14 +254,14 @@ void allow_shared(void (*kernel)(Args), unsigned bytes, const char* name) {
 
 template <typename Args>
 void launch(const Launch& l, void (*kernel)(Args), const Args& args) {
-  OnDevice on(l.device, l.name);
+  OnDevice on(l.at.device, l.name);
   allow_shared(kernel, l.shared_bytes, l.name);
   cudaLaunchAttribute attributes[2] = {};
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(l.x, l.y, l.z);
   config.blockDim = dim3(l.threads);
   config.dynamicSmemBytes = l.shared_bytes;
-  config.stream = reinterpret_cast<cudaStream_t>(l.stream);
+  config.stream = reinterpret_cast<cudaStream_t>(l.at.stream);
   config.attrs = attributes;
   if (l.cooperative) {
     attributes[config.numAttrs].id = cudaLaunchAttributeCooperative;

@@ -245,8 +245,13 @@ unsigned tiles(int64_t n, int64_t tile) { return (unsigned)((n + tile - 1) / til
 void thin(const ThinArgs& a, const Where& at) {
   const bool wide = a.R > 16;
   const int tile_r = wide ? 64 : 16;
-  launch({"thin", tiles(a.I, TILE_I), tiles(a.R, tile_r), (unsigned)a.slot_count, THREADS,
-          (unsigned)(TILE_J * (PITCH_I + tile_r + 4) * 4), at.stream, at.device},
+  launch({.name = "thin",
+          .x = tiles(a.I, TILE_I),
+          .y = tiles(a.R, tile_r),
+          .z = (unsigned)a.slot_count,
+          .threads = THREADS,
+          .shared_bytes = (unsigned)(TILE_J * (PITCH_I + tile_r + 4) * 4),
+          .at = at},
          wide ? thin_kernel<8> : thin_kernel<2>, a);
 }
 
@@ -254,18 +259,26 @@ void pair(const PairArgs& a, const Where& at) {
   const bool wide = a.R > 16;
   const int ranks = wide ? 64 : 16;
   const unsigned bytes = (PAIR_ROWS * PITCH + ranks * PITCH + PAIR_ROWS * (ranks + 4)) * 4;
-  launch({"pair", (unsigned)a.part_count, (unsigned)a.slot_count, 1, THREADS, bytes, at.stream,
-          at.device},
+  launch({.name = "pair",
+          .x = (unsigned)a.part_count,
+          .y = (unsigned)a.slot_count,
+          .threads = THREADS,
+          .shared_bytes = bytes,
+          .at = at},
          wide ? pair_kernel<4> : pair_kernel<1>, a);
 }
 
 void column_sums(const SumsArgs& a, const Where& at) {
-  launch({"sums", tiles(a.N, THREADS), (unsigned)a.part_count, 1, THREADS, 0, at.stream, at.device},
+  launch({.name = "sums",
+          .x = tiles(a.N, THREADS),
+          .y = (unsigned)a.part_count,
+          .threads = THREADS,
+          .at = at},
          sums_kernel, a);
 }
 
 void reduce(const ReduceArgs& a, const Where& at) {
-  launch({"reduce", tiles(a.I * a.R, THREADS), 1, 1, THREADS, 0, at.stream, at.device},
+  launch({.name = "reduce", .x = tiles(a.I * a.R, THREADS), .threads = THREADS, .at = at},
          reduce_kernel, a);
 }
 

@@ -19,7 +19,6 @@ namespace gpu {
 // Places -----------------------------------------------------------------------------------------
 
 inline int thread_id() { return (int)emulator::thread_index().x; }
-inline int block_threads() { return (int)emulator::block_size(); }
 inline int block_x() { return (int)emulator::block_index().x; }
 inline int block_y() { return (int)emulator::block_index().y; }
 inline int block_z() { return (int)emulator::block_index().z; }
@@ -121,11 +120,6 @@ inline void cp_async_wait() {
 // Threads together -------------------------------------------------------------------------------
 
 inline void sync_block(LK_SITE) { emulator::barrier({"barrier", file, line}); }
-inline void sync_warp(LK_SITE) {
-  emulator::meet(
-      {"sync_warp", file, line}, nullptr, nullptr,
-      [](const void* const*, void* const*, const void*) { emulator::warp_fence(); }, nullptr);
-}
 inline float shuffle_xor(float value, int mask, LK_SITE) {
   float out;
   emulator::meet(
@@ -242,24 +236,16 @@ inline void wait_for_grids_before() { emulator::wait_for_grids_before(); }
 
 // Launches ---------------------------------------------------------------------------------------
 
-struct Launch {
-  const char* name;
-  unsigned x, y, z, threads, shared_bytes;
-  uintptr_t stream;
-  int device = 0;
-  bool cooperative = false, dependent = false;
-};
-
 template <typename Args>
 inline void launch(const Launch& l, void (*kernel)(Args), const Args& args) {
-  emulator::launch({l.name,
-                    [=] { kernel(args); },
-                    {l.x, l.y, l.z},
-                    l.threads,
-                    l.shared_bytes,
-                    l.cooperative,
-                    l.dependent,
-                    l.stream});
+  emulator::launch({.name = l.name,
+                    .body = [=] { kernel(args); },
+                    .blocks = {.x = l.x, .y = l.y, .z = l.z},
+                    .threads = l.threads,
+                    .shared_bytes = l.shared_bytes,
+                    .cooperative = l.cooperative,
+                    .dependent = l.dependent,
+                    .stream = l.at.stream});
 }
 
 // How many blocks run at the same time.

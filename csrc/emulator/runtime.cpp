@@ -25,7 +25,7 @@ constexpr int64_t PATIENCE =
 // A thread's place in the order of a block: what came before a barrier came before all after it.
 struct Moment {
   int64_t thread = NOBODY;
-  int64_t barriers = 0, fences = 0;  // of the block, of the warp
+  int64_t barriers = 0;
 };
 
 struct Cell {  // of two bytes of shared memory
@@ -62,7 +62,6 @@ struct Lane {
 struct Warp {
   int arrived = 0, done = 0;
   Site site{};  // where the first of them waits
-  int64_t fences = 0;
 };
 
 struct Launched;
@@ -111,14 +110,11 @@ uint64_t draw() {  // xorshift
   return state.random >> 11;
 }
 
-Moment now(const Lane& lane) {
-  return {lane.thread, lane.block->barriers, lane.block->warps[lane.thread / WARP].fences};
-}
+Moment now(const Lane& lane) { return {lane.thread, lane.block->barriers}; }
 
 // Whether what happened then is over for a thread that is here now.
 bool before(const Moment& then, const Moment& here) {
-  if (then.thread == here.thread || then.barriers < here.barriers) return true;
-  return then.thread >= 0 && then.thread / WARP == here.thread / WARP && then.fences < here.fences;
+  return then.thread == here.thread || then.barriers < here.barriers;
 }
 
 std::string place(const Lane& lane) {
@@ -335,7 +331,6 @@ int64_t switches() { return state.switches; }
 Dim thread_index() { return {(unsigned)state.lane->thread, 0, 0}; }
 Dim block_index() { return state.lane->block->index; }
 Dim grid_size() { return state.lane->block->grid->grid.blocks; }
-unsigned block_size() { return state.lane->block->grid->grid.threads; }
 
 void report(const std::string& what) {
   if (state.error.empty()) state.error = place(*state.lane) + ": " + what;
@@ -382,12 +377,10 @@ void meet(const Site& site, const void* in, void* out, Exchange f, const void* w
   const void* ins[WARP];
   void* outs[WARP];
   for (int i = 0; i < WARP; ++i) ins[i] = lanes[i].in, outs[i] = lanes[i].out;
-  if (f) f(ins, outs, what);
+  f(ins, outs, what);
   for (int i = 0; i < WARP; ++i)
     if (lanes[i].waiting) wake(lanes[i]);
 }
-
-void warp_fence() { ++state.lane->block->warps[state.lane->thread / WARP].fences; }
 
 namespace {
 
@@ -442,7 +435,7 @@ void* shared_read(uint32_t at, int bytes) {
     // Of several who read between two barriers one name is enough: none of them may be written
     // over.
     const bool others = c.read.thread != NOBODY && !before(c.read, here);
-    c.read = {others ? MANY : here.thread, here.barriers, here.fences};
+    c.read = {others ? MANY : here.thread, here.barriers};
   }
   return &lane.block->shared[at];
 }
@@ -460,7 +453,7 @@ void copy_async(uint32_t to, const void* from, int bytes) {
   check_write(to, 16, now(lane));
   check_aligned(reinterpret_cast<uintptr_t>(from), 16, "copies");
   if (bytes) range_of(reinterpret_cast<uintptr_t>(from), bytes, "copies").read += bytes;
-  mark_written(*lane.block, to, 16, {UNDER_WAY, 0, 0});
+  mark_written(*lane.block, to, 16, {UNDER_WAY, 0});
   lane.copies.push_back({to, from, bytes});
 }
 

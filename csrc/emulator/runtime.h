@@ -65,7 +65,6 @@ int64_t switches();              // between fibers, in all
 Dim thread_index();
 Dim block_index();
 Dim grid_size();
-unsigned block_size();
 
 struct Site {
   const char* what;
@@ -79,7 +78,6 @@ void barrier(const Site& site);
 // All lanes of a warp bring `in`; the last one calls f(ins, outs), arrays of 32 pointers.
 using Exchange = void (*)(const void* const* in, void* const* out, const void* what);
 void meet(const Site& site, const void* in, void* out, Exchange f, const void* what);
-void warp_fence();
 
 void* shared_read(uint32_t at, int bytes);  // where it is, after all checks
 void* shared_write(uint32_t at, int bytes);

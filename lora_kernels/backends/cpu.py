@@ -57,14 +57,12 @@ PANEL = 1 << 20  # bytes of a 4-bit weight decoded at once for the library's pro
 
 _DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
-# What a prepared call wants of x beside its dtype where DLPack's functions do not tell: that it is
-# what lies in its memory.
-_OF_X = (
-    ("__class__", Tensor),  # first: of None, which has no more than that
+# What a prepared call requires of x beside its dtype if PyTorch has no DLPack exchange table.
+_X_GUARDS = (
+    ("__class__", Tensor),  # first: None has no other of these attributes
     ("is_cpu", True),
     (Tensor.is_contiguous, True),
     (Tensor.is_neg, False),
-    (Tensor._is_zerotensor, False),
 )
 
 
@@ -89,16 +87,62 @@ def _vector(t: Tensor | None) -> Tensor | None:
     return None if t is None else _cast(t, torch.float32).contiguous()
 
 
-def _ptr(t: Tensor | None) -> int:
+# Arguments of the native kernels, in the order in which csrc/bindings.cpp reads them. They hold
+# addresses, so the tensors must live until the call returns.
+
+
+def _pointer(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
-def _mask(dropout_p: float, rng: Tensor | None) -> tuple[int, int, float]:
-    """What kernels take of dropout: rng pointer (0: none), threshold, 1/(1−p)."""
+def _pack_rows(t: Tensor, row: int) -> tuple[int, int, int, int]:
+    """Pack contiguous rows, `row` elements apart, of any leading dimensions."""
+    return t.data_ptr(), _DTYPE[t.dtype], row, 1
+
+
+def _pack_matrix(t: Tensor | None, columns: int) -> tuple[int, int, int, int] | None:
+    """Pack a matrix: address, dtype, strides."""
+    if t is None:
+        return None
+    if t.is_contiguous():
+        return t.data_ptr(), _DTYPE[t.dtype], columns, 1
+    row, column = t.stride()
+    return t.data_ptr(), _DTYPE[t.dtype], row, column
+
+
+def _pack_dropout(
+    dropout_p: float, rng: Tensor | None, rows: Tensor | None = None
+) -> tuple[tuple[int, int, int], float]:
+    """Pack the mask (state, threshold, each row's index in it); return 1/(1−p) beside it."""
     if rng is None:
-        return 0, 0, 1.0
-    threshold = reference.dropout_threshold(dropout_p)
-    return rng.data_ptr(), threshold, reference.dropout_scale(dropout_p)
+        return (0, 0, 0), 1.0
+    mask = rng.data_ptr(), reference.dropout_threshold(dropout_p), _pointer(rows)
+    return mask, reference.dropout_scale(dropout_p)
+
+
+def _pack_layer(
+    weight: tuple[Tensor | None, object],
+    adapter: tuple[Tensor | None, Tensor | None],
+    sizes: tuple[int, int, int, int],
+    scaling: float,
+    factors: tuple[Tensor | None, Tensor | None, Tensor | None],
+    dropout: tuple[tuple[int, int, int], float],
+) -> tuple[object, ...]:
+    """Pack what both directions take of a layer.
+
+    Args:
+        weight: as `_fused_weight` returns it.
+        adapter: lora_A and lora_B.
+        sizes: M, K, N, R.
+        factors: rank_gate, column_scale and bias, as `_vector` returns them.
+        dropout: as `_pack_dropout` returns it.
+    """
+    (dense, codes), (lora_A, lora_B), (M, K, N, R) = weight, adapter, sizes
+    (gate, c, bias), (mask, keep_scale), threads = factors, dropout, torch.get_num_threads()
+    W, A, B = _pack_matrix(dense, K), _pack_matrix(lora_A, K), _pack_matrix(lora_B, R)
+    g = 0 if gate is None else gate.data_ptr()  # inline: a small layer takes 7 µs
+    s, b = 0 if c is None else c.data_ptr(), 0 if bias is None else bias.data_ptr()
+    return W, codes, M, K, N, R, A, B, scaling, g, s, b, mask, keep_scale, threads
 
 
 def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
@@ -117,8 +161,13 @@ def _panels(size: int, length: int, dtype: torch.dtype) -> Iterator[slice]:
         yield slice(start, min(size, start + step))
 
 
-def _weight(t: Tensor | None) -> tuple[int, int, int]:
-    return (0, 0, 0) if t is None else (t.data_ptr(), t.stride(0), t.stride(1))
+def _fused_weight(
+    weight: Tensor | Packed4bit, shape: tuple[int, int], dtype: torch.dtype
+) -> tuple[Tensor | None, object]:
+    """Return the operand of the native base GEMM: a dense weight in `dtype`, or codes."""
+    if isinstance(weight, Packed4bit):
+        return None, decode4bit.native_view(weight, shape)
+    return _matrix(_cast(weight, dtype)), None
 
 
 def _library_base(
@@ -175,34 +224,26 @@ def lora_linear(operands: Operands, spec: Spec, strategy: str) -> tuple[Tensor, 
     x, weight, lora_A, lora_B, rank_gate, column_scale, bias, rng = operands
     scaling, dropout_p, dtype, y_dtype, save_z = spec
     assert native.module is not None
-    (R, K), (N, _), given = lora_A.shape, lora_B.shape, x
-    lora_A, a_row = _rows_of_any(lora_A, K)
-    b_row, b_column = (R, 1) if lora_B.is_contiguous() else lora_B.stride()
+    (R, K), N, given = lora_A.shape, lora_B.shape[0], x
+    lora_A = _rows(lora_A)
     x, x_row = _rows_of_any(x, K)
     M, xs = x.numel() // K, _cast(x, dtype)
-    base = codes = None  # what the kernels are to multiply by
+    fused: tuple[Tensor | None, object] = None, None
     if weight is None or strategy == LIBRARY:
         y = _library_base(xs, weight, (N, K), dtype, y_dtype)
     else:
         y = x.new_empty(*x.shape[:-1], N, dtype=y_dtype)
-        if isinstance(weight, Packed4bit):
-            codes = decode4bit.native_view(weight, (N, K))
-        else:
-            base = _matrix(_cast(weight, dtype))
+        fused = _fused_weight(weight, (N, K), dtype)
     p = x.new_empty(M, R, dtype=torch.float32)
     z = y.new_empty(M, N) if save_z else None
-    gate, c, b = _vector(rank_gate), _vector(column_scale), _vector(bias)
-    rng_ptr, threshold, keep_scale = _mask(dropout_p, rng)
-    native.module.lora_linear(
-        x.data_ptr(), _DTYPE[x.dtype], x_row, xs.data_ptr(), _DTYPE[dtype],
-        x_row if xs is x else K, M, K, N, R, *_weight(base), codes,
-        weight is not None and strategy in OF_FEW_ROWS,
-        lora_A.data_ptr(), _DTYPE[lora_A.dtype], a_row,
-        lora_B.data_ptr(), _DTYPE[lora_B.dtype], b_row, b_column,
-        scaling, keep_scale, _ptr(gate), _ptr(c), _ptr(b), rng_ptr, threshold,
-        p.data_ptr(), y.data_ptr(), _DTYPE[y_dtype], _ptr(z),
-        torch.get_num_threads(),
-    )  # fmt: skip
+    factors = _vector(rank_gate), _vector(column_scale), _vector(bias)
+    adapter, dropout = (lora_A, lora_B), _pack_dropout(dropout_p, rng)
+    layer = _pack_layer(fused, adapter, (M, K, N, R), scaling, factors, dropout)
+    rows = _pack_rows(x, x_row)
+    cast_rows = rows if xs is x else _pack_rows(xs, K)
+    few_rows = weight is not None and strategy in OF_FEW_ROWS
+    outputs = p.data_ptr(), y.data_ptr(), _DTYPE[y_dtype], _pointer(z)
+    native.module.lora_linear(layer, (rows, cast_rows, few_rows, *outputs))
     return y if x.dim() == given.dim() else like_rows_of(given, y), Saved(p, z)
 
 
@@ -229,21 +270,18 @@ class PreparedCall:
         guards: Sequence[Guard],
     ) -> None:
         assert native.module is not None
-        (R, K), (N, _) = lora_A.shape, lora_B.shape
-        codes = decode4bit.native_view(weight, (N, K)) if isinstance(weight, Packed4bit) else None
-        dense = None if isinstance(weight, Packed4bit) else weight
+        (R, K), N = lora_A.shape, lora_B.shape[0]
+        fused, sizes = _fused_weight(weight, (N, K), dtype), (0, K, N, R)
+        no_factors, no_dropout = (None, None, None), _pack_dropout(0.0, None)
         cast = None if x_dtype is dtype else lambda x: x.to(dtype)
-        self.weight = weight  # which owns the memory
+        functions = Tensor.data_ptr, Tensor.new_empty, Tensor.is_neg, cast, _vector
+        self.weight = weight, fused  # which own the memory
         self.guards = tuple(zip(*guards, strict=True))  # objects, keys, expected values
         self._forward = native.module.prepare(
-            few, K, N, R, *_weight(dense), codes,
-            lora_A.data_ptr(), _DTYPE[lora_A.dtype], lora_A.stride(0),
-            lora_B.data_ptr(), _DTYPE[lora_B.dtype], lora_B.stride(0), lora_B.stride(1),
-            scaling, _DTYPE[x_dtype], _DTYPE[dtype],
-            *zip(*_OF_X, ("dtype", x_dtype), strict=True),
-            "shape", Tensor.data_ptr, Tensor.new_empty, Tensor.is_neg, cast, _vector,
-            torch.get_num_threads,
-        )  # fmt: skip
+            *(few, _DTYPE[x_dtype], _DTYPE[dtype], *functions, torch.get_num_threads),
+            *zip(*_X_GUARDS, ("dtype", x_dtype), strict=True),
+            _pack_layer(fused, (lora_A, lora_B), sizes, scaling, no_factors, no_dropout),
+        )
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a prepared call: got copied or pickled, want one made by prepare")
@@ -270,33 +308,28 @@ def lora_linear_backward(
     M = x.numel() // K
     dz = dy if column_scale is None or not need_x else dy * column_scale.to(dy.dtype)
     dz = _cast(dz, dtype) if need_x else dy
-    dx = base = codes = None
+    dx: Tensor | None = None
+    fused: tuple[Tensor | None, object] = None, None
     if need_x and (weight is None or not _single_pass_dx(strategy, M)):
         dx = _library_dx(dz, weight, (N, K), dtype, x.dtype)
     elif need_x:
+        assert weight is not None
         dx = x.new_empty(*x.shape)
-        if isinstance(weight, Packed4bit):
-            codes = decode4bit.native_view(weight, (N, K))
-        else:
-            assert weight is not None
-            base = _matrix(_cast(weight, dtype))
+        fused = _fused_weight(weight, (N, K), dtype)
     dA = lora_A.new_empty(R, K) if need_A else None
     dB = lora_B.new_empty(N, R) if need_B else None
     dg = p.new_empty(R) if need_gate else None
     dc = p.new_empty(N) if need_column_scale else None
     dbias = p.new_empty(N) if need_bias else None
-    gate, c = _vector(rank_gate), _vector(column_scale)
-    rng_ptr, threshold, keep_scale = _mask(dropout_p, rng)
-    native.module.lora_linear_backward(
-        dy.data_ptr(), _DTYPE[dy.dtype], dy_row,
-        dz.data_ptr(), _DTYPE[dz.dtype], dy_row if dz is dy else N,
-        x.data_ptr(), _DTYPE[x.dtype], x_row, M, K, N, R,
-        *_weight(base), codes, lora_A.data_ptr(), _DTYPE[lora_A.dtype], lora_A.stride(0),
-        lora_B.data_ptr(), _DTYPE[lora_B.dtype], lora_B.stride(0), lora_B.stride(1),
-        scaling, keep_scale, _ptr(gate), _ptr(c), rng_ptr, threshold,
-        p.data_ptr(), _ptr(z) if need_column_scale else 0,
-        _ptr(dx), _ptr(dA), _ptr(dB), _ptr(dg), _ptr(dc), _ptr(dbias), torch.get_num_threads(),
-    )  # fmt: skip
+    factors = _vector(rank_gate), _vector(column_scale), None
+    adapter, dropout = (lora_A, lora_B), _pack_dropout(dropout_p, rng)
+    layer = _pack_layer(fused, adapter, (M, K, N, R), scaling, factors, dropout)
+    dy_rows = _pack_rows(dy, dy_row)
+    dz_rows = dy_rows if dz is dy else _pack_rows(dz, N)
+    saved_pointers = p.data_ptr(), _pointer(z) if need_column_scale else 0
+    gradients = map(_pointer, (dx, dA, dB, dg, dc, dbias))
+    rows = dy_rows, dz_rows, _pack_rows(x, x_row)
+    native.module.lora_linear_backward(layer, (*rows, *saved_pointers, *gradients))
     return Grads(dx, dA, dB, dg, dc, dbias)
 
 
@@ -315,28 +348,24 @@ def multi_lora_linear(
     lora_A, R = [_rows(A) for A in lora_A], max(A.shape[0] for A in lora_A)
     order, runs = rows_of(index, len(lora_A))
     x = _rows(x) if order is None else x.index_select(0, order)
-    xs, base, codes = _cast(x, dtype), None, None
-    b = _vector(bias)
+    xs, b = _cast(x, dtype), _vector(bias)
+    fused: tuple[Tensor | None, object] = None, None
     if weight is None or strategy == LIBRARY:
         y = _library_base(xs, weight, (N, K), dtype, y_dtype)
         if b is not None:
             y, b = _cast(y + b, y_dtype), None
     else:
         y = x.new_empty(M, N, dtype=y_dtype)
-        if isinstance(weight, Packed4bit):
-            codes = decode4bit.native_view(weight, (N, K))
-        else:
-            base = _matrix(_cast(weight, dtype))
+        fused = _fused_weight(weight, (N, K), dtype)
     p = x.new_zeros(M, R, dtype=torch.float32)
-    rng_ptr, threshold, keep_scale = _mask(dropout_p, rng)
     places = order if order is not None or rng is None else torch.arange(M, device=index.device)
-    native.module.multi_lora_linear(
-        x.data_ptr(), _DTYPE[x.dtype], x.stride(0), xs.data_ptr(), _DTYPE[dtype], xs.stride(0),
-        M, K, N, R, *_weight(base), codes, weight is not None and strategy in OF_FEW_ROWS,
-        _adapters(runs, lora_A, lora_B, scaling), _DTYPE[lora_A[0].dtype],
-        _DTYPE[lora_B[0].dtype], keep_scale, _ptr(b), rng_ptr, threshold, _ptr(places),
-        p.data_ptr(), y.data_ptr(), _DTYPE[y_dtype], torch.get_num_threads(),
-    )  # fmt: skip
+    dropout = _pack_dropout(dropout_p, rng, places)
+    layer = _pack_layer(fused, (None, None), (M, K, N, R), 0.0, (None, None, b), dropout)
+    adapters = _pack_adapters(runs, lora_A, lora_B, scaling)
+    few_rows = weight is not None and strategy in OF_FEW_ROWS
+    outputs = p.data_ptr(), y.data_ptr(), _DTYPE[y_dtype], 0
+    rows = _pack_matrix(x, K), _pack_matrix(xs, K)
+    native.module.multi_lora_linear(layer, adapters, (*rows, few_rows, *outputs))
     if order is None:
         return y, Saved(p)
     place = _inverse(order)
@@ -365,37 +394,31 @@ def multi_lora_linear_backward(
     else:
         dy, x, p = (t.index_select(0, order) for t in (dy, x, p))
     dz = _cast(dy, dtype) if need_x else dy
-    dx = base = codes = None
+    dx: Tensor | None = None
+    fused: tuple[Tensor | None, object] = None, None
     if need_x and (weight is None or not _single_pass_dx(strategy, M)):
         dx = _library_dx(dz, weight, (N, K), dtype, x.dtype)
     elif need_x:
+        assert weight is not None
         dx = x.new_empty(M, K)
-        if isinstance(weight, Packed4bit):
-            codes = decode4bit.native_view(weight, (N, K))
-        else:
-            assert weight is not None
-            base = _matrix(_cast(weight, dtype))
+        fused = _fused_weight(weight, (N, K), dtype)
     named = {run[0] for run in runs}
 
     def gradients(parameters: Sequence[Tensor], need: Sequence[bool]) -> list[Tensor | None]:
+        new = [t.new_empty if e in named else t.new_zeros for e, t in enumerate(parameters)]
         return [
-            None if not wanted
-            else t.new_empty(t.shape) if e in named
-            else t.new_zeros(t.shape)
-            for e, (t, wanted) in enumerate(zip(parameters, need, strict=True))
-        ]  # fmt: skip
+            make(t.shape) if wanted else None
+            for make, t, wanted in zip(new, parameters, need, strict=True)
+        ]
 
     dA, dB = gradients(lora_A, need_A), gradients(lora_B, need_B)
-    rng_ptr, threshold, keep_scale = _mask(dropout_p, rng)
     places = order if order is not None or rng is None else torch.arange(M, device=index.device)
-    native.module.multi_lora_linear_backward(
-        dy.data_ptr(), _DTYPE[dy.dtype], dy.stride(0),
-        dz.data_ptr(), _DTYPE[dz.dtype], dz.stride(0),
-        x.data_ptr(), _DTYPE[x.dtype], x.stride(0), M, K, N, p.shape[1], *_weight(base), codes,
-        _adapters(runs, lora_A, lora_B, scaling, dA, dB), _DTYPE[lora_A[0].dtype],
-        _DTYPE[lora_B[0].dtype], keep_scale, rng_ptr, threshold, _ptr(places), p.data_ptr(),
-        _ptr(dx), torch.get_num_threads(),
-    )  # fmt: skip
+    dropout, sizes = _pack_dropout(dropout_p, rng, places), (M, K, N, p.shape[1])
+    layer = _pack_layer(fused, (None, None), sizes, 0.0, (None, None, None), dropout)
+    adapters = _pack_adapters(runs, lora_A, lora_B, scaling, dA, dB)
+    rows = _pack_matrix(dy, N), _pack_matrix(dz, N), _pack_matrix(x, K)
+    pointers = p.data_ptr(), 0, _pointer(dx), 0, 0, 0, 0, 0  # the others are each adapter's
+    native.module.multi_lora_linear_backward(layer, adapters, (*rows, *pointers))
     if dx is not None and order is not None:
         dx = dx.index_select(0, _inverse(order))
     return MultiGrads(dx, dA, dB, dbias)
@@ -407,23 +430,23 @@ def _inverse(order: Tensor) -> Tensor:
     )
 
 
-def _adapters(
+def _pack_adapters(
     runs: Sequence[tuple[int, int, int]],
     lora_A: Sequence[Tensor],
     lora_B: Sequence[Tensor],
     scaling: Sequence[float],
     dA: Sequence[Tensor | None] | None = None,
     dB: Sequence[Tensor | None] | None = None,
-) -> list[tuple[object, ...]]:
-    """What the kernels take of each adapter that has rows."""
-    return [
-        (
-            start, stop, lora_A[e].shape[0], scaling[e], lora_A[e].data_ptr(), lora_A[e].stride(0),
-            lora_B[e].data_ptr(), lora_B[e].stride(0), lora_B[e].stride(1),
-            _ptr(dA[e] if dA else None), _ptr(dB[e] if dB else None),
-        )
-        for e, start, stop in runs
-    ]  # fmt: skip
+) -> tuple[tuple[object, ...], ...]:
+    """Pack each adapter that has rows."""
+
+    def packed(e: int, start: int, stop: int) -> tuple[object, ...]:
+        R, K = lora_A[e].shape
+        A, B = _pack_matrix(lora_A[e], K), _pack_matrix(lora_B[e], R)
+        gradients = _pointer(dA[e] if dA else None), _pointer(dB[e] if dB else None)
+        return start, stop, A, B, R, scaling[e], *gradients
+
+    return tuple(packed(*run) for run in runs)
 
 
 def dora_norm(
@@ -436,16 +459,13 @@ def dora_norm(
     """‖W + scaling · (B ⊙ gate)·A‖ of each row: float32 [N]."""
     assert native.module is not None
     (R, K), N = lora_A.shape, lora_B.shape[0]
-    lora_A, codes, w = _rows(lora_A), None, (0, 0, 0)
+    lora_A, gate = _rows(lora_A), _vector(rank_gate)
+    norm, codes, dense = lora_A.new_empty(N, dtype=torch.float32), None, None
     if isinstance(weight, Packed4bit):
         codes = decode4bit.native_view(weight, (N, K))
     else:
-        weight = _rows(weight)
-        w = (weight.data_ptr(), _DTYPE[weight.dtype], weight.stride(0))
-    norm, gate = lora_A.new_empty(N, dtype=torch.float32), _vector(rank_gate)
-    native.module.row_norm(
-        *w, codes, lora_A.data_ptr(), _DTYPE[lora_A.dtype], lora_A.stride(0),
-        lora_B.data_ptr(), _DTYPE[lora_B.dtype], lora_B.stride(0), lora_B.stride(1),
-        _ptr(gate), N, K, R, scaling, norm.data_ptr(), torch.get_num_threads(),
-    )  # fmt: skip
+        dense = _rows(weight)
+    W, A, B = _pack_matrix(dense, K), _pack_matrix(lora_A, K), _pack_matrix(lora_B, R)
+    operands, sizes = (W, codes, A, B, _pointer(gate)), (N, K, R, scaling)
+    native.module.row_norm((*operands, *sizes, norm.data_ptr(), torch.get_num_threads()))
     return norm

@@ -38,7 +38,7 @@ def _load() -> None:
         raise ValueError(f"LORA_KERNELS_CPU_ISA: got {cap!r}, want one of {', '.join(ISAS)}")
     module = extension
     isa = extension.use_isa(cap or ISAS[-1])
-    amx_bf16, intel = extension.amx_bf16, extension.intel
+    amx_bf16, intel = bool(extension.amx_bf16), bool(extension.intel)
     threads = extension.use_openmp()
     exchange = extension.use_exchange(torch.Tensor)
 

@@ -83,7 +83,7 @@ def test_launch_lets_other_threads_run() -> None:
         before, end = others, time.monotonic() + 10
         while others == before and time.monotonic() < end:
             with pytest.raises(RuntimeError, match="dequantize: "):
-                module.dequantize(no_codes, 0, 0, (0, 0))
+                module.dequantize((no_codes, 0, 0), (0, 0))
         switched = others != before
     finally:
         done = True

@@ -80,11 +80,8 @@ def test_memory_outside_of_a_tensor_raises() -> None:
     ):
         whole = args["weight"].detach()
         y = torch.empty(5, whole.shape[0], dtype=bf16)
-        operands = args["x"].detach(), whole, args["lora_B"].t()
-        options = 1.0, None, NO_DROPOUT, None, None
-        linear = equation._Linear(*operands, *options, y, None, False, bf16)
+        linear = equation._Linear(args["x"].detach(), whole, args["lora_B"].t(), y, bf16, 1.0)
         linear.shape = (5, whole.shape[0], *linear.shape[2:])
-        linear._after_p = (*linear._after_p[:-3], whole.shape[0], *linear._after_p[-2:])
         equation._decode(linear, args["lora_A"].detach(), NO_DROPOUT, True)
 
 

@@ -122,4 +122,4 @@ def test_lora_linear_on_another_device_is_within_tolerance() -> None:
 
 def test_launch_that_fails_names_its_kernel() -> None:
     with pytest.raises(RuntimeError, match=r"dequantize: \w"):
-        cuda.module().dequantize((0,) * 6 + (6, 8, 64, 64, True), 0, 1, (0, 99))
+        cuda.module().dequantize(((0,) * 6 + (6, 8, 64, 64, True), 0, 1), (0, 99))

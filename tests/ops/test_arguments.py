@@ -93,32 +93,45 @@ class Refuses:
         raise ZeroDivisionError
 
 
+EMPTY = (0, 0, 0, 1)  # a matrix
+LAYER: tuple[Any, ...] = (
+    *(None, None, 0, 0, 0, 0, EMPTY, EMPTY),
+    *(1.0, 0, 0, 0, (0, 0, 0), 1.0, 1),
+)
+FORWARD: tuple[Any, ...] = (EMPTY, EMPTY, False, 0, 0, 0, 0)
+
+
 @pytest.mark.parametrize(
-    ("change", "error", "words"),
+    ("layer", "forward", "error", "words"),
     [
-        ({33: None}, TypeError, "cannot be interpreted as an integer|an integer is required"),
-        ({0: -1}, OverflowError, "negative"),
-        ({6: 2**63}, OverflowError, "too (big|large)"),
-        ({33: 2**40}, OverflowError, "1099511627776 does not fit its argument"),
-        ({13: "codes"}, TypeError, "Codes4bit"),
-        ({22: "2"}, TypeError, "must be real number"),
-        ({0: -1, 1: Refuses()}, OverflowError, "negative"),  # one error, the first
+        ({}, {6: None}, TypeError, "z: .*(interpreted as an integer|integer is required)"),
+        ({}, {3: -1}, OverflowError, "p: .*negative"),
+        ({3: 2**63}, {}, OverflowError, "K: .*too (big|large)"),
+        ({14: 2**40}, {}, OverflowError, "threads: 1099511627776 does not fit"),
+        ({1: "codes"}, {}, TypeError, "codes: got .*str.*, want .*Codes4bit"),
+        ({8: "2"}, {}, TypeError, "scaling: must be real number"),
+        ({6: (0, 0)}, {}, TypeError, "lora_A: got 2 values, want more: no row"),
+        ({6: (0, 0, 0, 1, 0)}, {}, TypeError, "lora_A: got 5 values, want 4"),
+        ({}, {0: [0, 0, 0, 1]}, TypeError, "x: got .*list.*, want a tuple"),
+        ({}, {3: -1, 4: Refuses()}, OverflowError, "p: .*negative"),  # one error, the first
     ],
 )
 def test_native_call_of_bad_arguments_raises(
-    change: dict[int, Any], error: type[Exception], words: str
+    layer: dict[int, Any], forward: dict[int, Any], error: type[Exception], words: str
 ) -> None:
     """Which converts its arguments itself: of no rows, no columns and no ranks."""
     assert native.module is not None
-    numbers: list[Any] = [0] * 34
-    numbers[13], numbers[14] = None, False
-    native.module.lora_linear(*numbers)
-    with pytest.raises(TypeError, match=r"^got 33 arguments, want 34$"):
-        native.module.lora_linear(*numbers[1:])
-    for place, got in change.items():
-        numbers[place] = got
-    with pytest.raises(error, match=words):
-        native.module.lora_linear(*numbers)
+    native.module.lora_linear(LAYER, FORWARD)
+    with pytest.raises(TypeError, match=r"^got 1 values, want more: no argument$"):
+        native.module.lora_linear(LAYER)
+    with pytest.raises(TypeError, match=r"^got 3 values, want 2$"):
+        native.module.lora_linear(LAYER, FORWARD, 0)
+    changed = (
+        tuple(change.get(i, value) for i, value in enumerate(whole))
+        for whole, change in ((LAYER, layer), (FORWARD, forward))
+    )
+    with pytest.raises(error, match=f"^argument: {words}"):
+        native.module.lora_linear(*changed)
 
 
 def test_unchanged_compares_each_guard() -> None:
@@ -136,11 +149,12 @@ def test_unchanged_compares_each_guard() -> None:
         want = [(2,), 2, "said"]
         want[place] = "else"
         assert not unchanged((x, x, None), ("shape", len, lambda: "said"), tuple(want), ())
-    for wrong in (((whole,), ("a",), (one,)), ([whole], ("a",), (one,), ())):
-        with pytest.raises(TypeError, match="want the tuples of, what, want and empty"):
-            unchanged(*wrong)
+    with pytest.raises(TypeError, match="got 3 values, want more: no empty"):
+        unchanged((whole,), ("a",), (one,))
+    with pytest.raises(TypeError, match=r"targets: got .*list.*, want a tuple"):
+        unchanged([whole], ("a",), (one,), ())
     for short in (((whole,), ("a",), (), ()), ((whole,), (), (one,), ())):
-        with pytest.raises(ValueError, match="of, what and want: want one length"):
+        with pytest.raises(ValueError, match="targets, keys and expected: want one length"):
             unchanged(*short)
     with pytest.raises(AttributeError, match="absent"):
         unchanged((x,), ("absent",), (one,), ())
@@ -192,7 +206,7 @@ def test_prepared_call_of_anything_else_is_none() -> None:
     fact["is"] = False
     assert call(x) is None
 
-    with pytest.raises(TypeError, match="want x, bias and the tuples of, what and want"):
+    with pytest.raises(TypeError, match="got 6 values, want 5"):
         call._forward(x, None, (), (), (), 1)
     with pytest.raises(ZeroDivisionError):
         call._forward(x, None, (0,), (lambda zero: 1 / zero,), (1,))

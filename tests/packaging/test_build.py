@@ -10,6 +10,7 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import zipfile
 
 import pytest
 
@@ -28,7 +29,7 @@ X86_64_UNITS = {
     "kernels_avx512bf16.cpp": AVX512 | {"-mavx512bf16"},
     "kernels_amxbf16.cpp": AVX512 | {"-mavx512bf16", "-mamx-tile", "-mamx-bf16"},
 }
-BASELINE_UNITS = ("bindings", "cpuid", "dispatch", "layer", "threads", "kernels_scalar")
+BASELINE_UNITS = ("bindings", "fastpath", "cpuid", "dispatch", "layer", "threads", "kernels_scalar")
 
 
 def machine_flags(project: Project) -> dict[str, set[str]]:
@@ -65,9 +66,9 @@ def test_without_a_compiler_native_1_is_an_error(project: Project) -> None:
 
 @pytest.mark.parametrize("command", [["build"], ["build_ext", "--inplace"]])
 def test_native_0_builds_nothing_and_says_nothing(project: Project, command: list[str]) -> None:
-    stale = project.root / "lora_kernels" / f"_native{EXT_SUFFIX}"
     if "--inplace" in command:
-        stale.touch()
+        for stale in (EXT_SUFFIX, ".abi3.so"):
+            (project.root / "lora_kernels" / f"_native{stale}").touch()
     result = project.setup(*command, LORA_KERNELS_NATIVE="0")
     assert result.returncode == 0, result.stdout
     assert "native" not in result.stdout
@@ -211,6 +212,21 @@ def test_a_changed_header_recompiles_what_includes_it(project: Project) -> None:
     assert project.setup("build_ext", "--inplace").returncode == 0
     after = [project.object_file(name).stat().st_mtime_ns for name in names]
     assert [a != b for a, b in zip(after, before, strict=True)] == [True, True, False]
+
+
+@pytest.mark.skipif(
+    bool(sysconfig.get_config_var("Py_GIL_DISABLED")), reason="free-threaded: no limited C API"
+)
+def test_build_makes_one_file_for_every_python(project: Project) -> None:
+    for_one = project.root / "lora_kernels" / f"_native{EXT_SUFFIX}"
+    for_one.touch()  # which Python would import first
+    assert project.setup("build_ext", "--inplace", LORA_KERNELS_NATIVE="1").returncode == 0
+    assert [path.name for path in project.extensions()] == ["_native.abi3.so"]
+    result = project.setup("bdist_wheel", "--dist-dir=dist", LORA_KERNELS_NATIVE="1")
+    assert result.returncode == 0, result.stdout
+    (wheel,) = (project.root / "dist").glob("*.whl")
+    assert "-cp310-abi3-" in wheel.name
+    assert "lora_kernels/_native.abi3.so" in zipfile.ZipFile(wheel).namelist()
 
 
 def test_the_source_distribution_holds_what_the_build_needs(built_project: Project) -> None:

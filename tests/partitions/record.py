@@ -341,74 +341,78 @@ def _pairs(dtype: int) -> bool:
     return native.isa == "avx512bf16" and dtype == _BF16
 
 
-def _lora_linear(*a: Any) -> None:
-    (M, K, N, R), threads = a[6:10], a[-1]
-    s = _Sizes(M, N, K, R, threads)
-    options = _some(gate=a[24], column_scale=a[25], four_bit=a[13])
-    dropout = _some(dropout=a[27])
-    if a[14]:
-        _few_rows(s, 2 if _pairs(a[4]) else 4, options | dropout)
+class _Layer:
+    """What `_pack_layer` of the backend packs."""
+
+    def __init__(self, packed: Any) -> None:
+        weight, codes, M, K, N, R, _, _, _, gate, c, _, mask, _, threads = packed
+        self.sizes, self.transposed = _Sizes(M, N, K, R, threads), _Sizes(M, K, N, R, threads)
+        self.base, self.dropout = bool(weight or codes), _some(dropout=mask[0])
+        self.factors, self.four_bit = _some(gate=gate, column_scale=c), _some(four_bit=codes)
+
+
+def _lora_linear(layer: Any, forward: Any) -> None:
+    a, (_, xs, few_rows, *_) = _Layer(layer), forward
+    options = a.factors | a.four_bit
+    if few_rows:
+        _few_rows(a.sizes, 2 if _pairs(xs[1]) else 4, options | a.dropout)
         return
-    _shrink(s, dropout)
-    if a[10] or a[13]:
-        _product(s, _pairs(a[4]), options, False)
+    _shrink(a.sizes, a.dropout)
+    if a.base:
+        _product(a.sizes, _pairs(xs[1]), options, False)
     else:
-        _expand(s, options, False)
+        _expand(a.sizes, options, False)
 
 
-def _lora_linear_backward(*a: Any) -> None:
-    (M, K, N, R), threads = a[9:13], a[-1]
-    s, dx = _Sizes(M, N, K, R, threads), _Sizes(M, K, N, R, threads)
-    dropout = _some(dropout=a[28])
-    _backward_pair(s, _some(gate=a[26], column_scale=a[27]))
-    if a[33]:
-        _grad_a(s, dropout)
-    if a[32] and (a[13] or a[16]):
-        _product(dx, _pairs(a[4]), dropout | _some(four_bit=a[16]), True)
-    elif a[32]:
-        _expand(dx, dropout, True)
+def _lora_linear_backward(layer: Any, backward: Any) -> None:
+    a, (_, dz, _, _, _, dx, dA, *_) = _Layer(layer), backward
+    _backward_pair(a.sizes, a.factors)
+    if dA:
+        _grad_a(a.sizes, a.dropout)
+    if dx and a.base:
+        _product(a.transposed, _pairs(dz[1]), a.dropout | a.four_bit, True)
+    elif dx:
+        _expand(a.transposed, a.dropout, True)
 
 
 def _adapters(adapters: Any, s: _Sizes, options: set[str]) -> Iterator[_Sizes]:
     """Rows, rank and threads of what the kernels take of each."""
     threads, work = s.threads, s.M * (s.K + s.N) * s.R
     shared = threads > 1 and len(adapters) >= 2 * threads and work >= 1 << 16
-    for start, stop, rank, *_ in adapters:
+    for start, stop, _, _, rank, *_ in adapters:
         yield s._replace(M=stop - start, R=rank, threads=1 if shared else threads)
     if shared:
         _cpu("multi_lora_linear", options, adapters_of_a_thread=len(adapters) // threads)
 
 
-def _multi_lora_linear(*a: Any) -> None:
-    (M, K, N, R), threads = a[6:10], a[-1]
-    s, dropout, four_bit = _Sizes(M, N, K, R, threads), _some(dropout=a[20]), _some(four_bit=a[13])
-    if a[14]:
-        _few_rows(s._replace(R=0), 4, four_bit)
-    elif a[10] or a[13]:
-        _product(s._replace(R=0), _pairs(a[4]), four_bit, False)
-    for own in _adapters(a[15], s, dropout):
-        _shrink(own, dropout)
+def _multi_lora_linear(layer: Any, adapters: Any, forward: Any) -> None:
+    a, (_, xs, few_rows, *_) = _Layer(layer), forward
+    if few_rows:
+        _few_rows(a.sizes._replace(R=0), 4, a.four_bit)
+    elif a.base:
+        _product(a.sizes._replace(R=0), _pairs(xs[1]), a.four_bit, False)
+    for own in _adapters(adapters, a.sizes, a.dropout):
+        _shrink(own, a.dropout)
         _expand(own, set(), False)
 
 
-def _multi_lora_linear_backward(*a: Any) -> None:
-    (M, K, N, R), threads = a[9:13], a[-1]
-    s, dropout = _Sizes(M, N, K, R, threads), _some(dropout=a[21])
-    if a[25] and (a[13] or a[16]):
-        _product(_Sizes(M, K, N, 0, threads), _pairs(a[4]), _some(four_bit=a[16]), True)
-    for own in _adapters(a[17], s, dropout):
+def _multi_lora_linear_backward(layer: Any, adapters: Any, backward: Any) -> None:
+    a, (_, dz, _, _, _, dx, *_) = _Layer(layer), backward
+    if dx and a.base:
+        _product(a.transposed._replace(R=0), _pairs(dz[1]), a.four_bit, True)
+    for own in _adapters(adapters, a.sizes, a.dropout):
         _backward_pair(own, set())
-        _grad_a(own, dropout)
-        if a[25]:
-            _expand(own._replace(N=own.K, K=own.N), dropout, True)
+        _grad_a(own, a.dropout)
+        if dx:
+            _expand(own._replace(N=own.K, K=own.N), a.dropout, True)
 
 
-def _row_norm(*a: Any) -> None:
-    N, K, R, threads = *a[12:15], a[-1]
+def _row_norm(args: Any) -> None:
+    _, codes, _, _, gate, N, K, R, *_, threads = args
     c = _constants(str(native.isa))
     parts: dict[str, Count] = {"rows": (N, 16 * c["Y_ROWS"]), "columns": (K, c["NORM_COLUMNS"])}
     parts["threads"] = _threads(N * K * R, threads, _tiles(N, c["Y_ROWS"]))
-    _cpu("row_norm", _some(gate=a[11], four_bit=a[3]), **parts, ranks=(R, c["RANKS"]))
+    _cpu("row_norm", _some(gate=gate, four_bit=codes), **parts, ranks=(R, c["RANKS"]))
 
 
 def _quantize(*a: Any) -> None:

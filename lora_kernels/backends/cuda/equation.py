@@ -23,7 +23,7 @@ from ...core.packed4bit import Packed4bit
 from .. import stacked, workspace
 from ..dropout import NO_DROPOUT, Dropout
 from . import COOPERATIVE, ORDINARY, OVERLAPPED, SPLIT, fit, launch, module
-from .launch import DTYPE, empty, matrix, pointer, vector, whole_rows
+from .launch import DTYPE, codes, empty, mask, matrix, of_codes, pointer, vector, whole_rows
 
 # What a share of a summed dimension takes at least, a multiple of the kernel's step: of columns, of
 # rows in a thin product, of rows in column sums, and of K in a split of `gemm`.
@@ -44,9 +44,8 @@ def lora_linear(operands: Operands, spec: Spec, strategy: str) -> tuple[Tensor, 
     if not M:
         return y, Saved(x.new_empty(M, R, dtype=torch.float32), z)
     linear = _Linear(
-        x, weight, lora_B.t(), scaling, rank_gate, NO_DROPOUT, column_scale, bias, y, z, False,
-        dtype,
-    )  # fmt: skip
+        x, weight, lora_B.t(), y, dtype, scaling, rank_gate, out_scale=column_scale, bias=bias, z=z
+    )
     if strategy in (COOPERATIVE, OVERLAPPED):
         p = _decode(linear, lora_A, dropout, strategy == COOPERATIVE)
     else:
@@ -93,11 +92,11 @@ def lora_linear_backward(
     if dx is not None:
         assert ds is not None
         dz = dy if column_scale is None else dy * column_scale.to(dy.dtype)
+        s_scale = scaling * dropout.scale
         linear = _Linear(
-            dz, weight, lora_A, scaling * dropout.scale, rank_gate, dropout, None, None, dx, None,
-            True, dtype,
-        )  # fmt: skip
-        linear.run(ds, _dx_on_matrix_units(weight, dtype, N, K, strategy))
+            dz, weight, lora_A, dx, dtype, s_scale, rank_gate, dropout, transposed=True
+        )
+        linear.run(ds, linear.has_matrix_units(strategy))
     if dA is not None:
         assert ds is not None
         slots = _thin(x, None, dropout, True, ds.t())
@@ -123,9 +122,8 @@ def multi_lora_linear(
         return y, Saved(x.new_empty(0, max(A.shape[0] for A in lora_A), dtype=torch.float32))
     stack = stacked.stack(lora_A, lora_B, index, scaling)
     p = stack.kept(_sum(_thin(x, None, dropout, False, stack.lora_A), dropout.scale))
-    _Linear(
-        x, weight, stack.lora_B.t(), 1.0, stack.gate, NO_DROPOUT, None, bias, y, None, False, dtype
-    ).run(p, strategy == SPLIT)  # fmt: skip
+    linear = _Linear(x, weight, stack.lora_B.t(), y, dtype, 1.0, stack.gate, bias=bias)
+    linear.run(p, strategy == SPLIT)
     return y, Saved(stack.compact(p))
 
 
@@ -161,10 +159,10 @@ def multi_lora_linear_backward(
         ds = stack.kept(_sum(_thin(dy, None, NO_DROPOUT, False, stack.lora_B.t()), 1.0))
     if dx is not None:
         assert ds is not None
-        _Linear(
-            dy, weight, stack.lora_A, dropout.scale, stack.gate, dropout, None, None, dx, None,
-            True, dtype,
-        ).run(ds, _dx_on_matrix_units(weight, dtype, N, K, strategy))  # fmt: skip
+        linear = _Linear(
+            dy, weight, stack.lora_A, dx, dtype, dropout.scale, stack.gate, dropout, transposed=True
+        )
+        linear.run(ds, linear.has_matrix_units(strategy))
     if ds is not None:
         ds = stack.compact(ds)
     if dropout.rng is not None and any(need_A):  # by the rows' own places, before they are sorted
@@ -189,26 +187,22 @@ def dora_norm(
 ) -> Tensor:
     """‖W + scaling · (B ⊙ gate)·A‖ of each row: float32 [N]."""
     (R, K), N = lora_A.shape, lora_B.shape[0]
-    codes, w = (weight, None) if isinstance(weight, Packed4bit) else (None, weight)
+    c, w = (weight, None) if isinstance(weight, Packed4bit) else (None, weight)
     share, count = _shares(K, _SHARE, _BLOCKS // -(-N // 8))
     gate, slots = _contiguous(rank_gate), empty(lora_A, count, N)
-    launch.run(
-        "row_norm", lora_A,
-        {"w": w, "a": lora_A, "b": lora_B, "gate": gate, "slots": slots, **launch.of_codes(codes)},
-        codes is not None, matrix(w), launch.codes(codes, (N, K)), matrix(lora_A), matrix(lora_B),
-        vector(gate), scaling, slots.data_ptr(), N, K, R, share, count,
-    )  # fmt: skip
+    touched = {"w": w, "a": lora_A, "b": lora_B, "gate": gate, "slots": slots, **of_codes(c)}
+    base, adapter = (matrix(w), codes(c, (N, K))), (matrix(lora_A), matrix(lora_B))
+    sizes = slots.data_ptr(), N, K, R, share, count
+    launch.run("row_norm", lora_A, touched, *base, *adapter, vector(gate), scaling, *sizes)
     return slots.sum(0).sqrt_()
 
 
-def dequantize(codes: Packed4bit, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+def dequantize(weight: Packed4bit, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """The weight [N, K], rounded once to `dtype`."""
-    w = empty(codes.packed, *shape, dtype=dtype)
+    w = empty(weight.packed, *shape, dtype=dtype)
     if w.numel():
-        launch.run(
-            "dequantize", w, {"w": w, **launch.of_codes(codes)}, launch.codes(codes, shape),
-            w.data_ptr(), DTYPE[dtype],
-        )  # fmt: skip
+        touched, packed = {"w": w, **of_codes(weight)}, codes(weight, shape)
+        launch.run("dequantize", w, touched, packed, w.data_ptr(), DTYPE[dtype])
     return w
 
 
@@ -216,17 +210,14 @@ def quantize(
     weight: Tensor, thresholds: Tensor, order: Tensor, blocksize: int
 ) -> tuple[Tensor, Tensor]:
     """packed uint8[⌈n/2⌉] and absmax float32[⌈n/blocksize⌉]; as `reference.quantize_4bit`."""
-    weight, n = weight.contiguous(), weight.numel()
-    packed = torch.empty(-(-n // 2), dtype=torch.uint8, device=weight.device)
-    absmax = empty(weight, -(-n // blocksize))
+    w, n = weight.contiguous(), weight.numel()
+    packed = torch.empty(-(-n // 2), dtype=torch.uint8, device=w.device)
+    absmax = empty(w, -(-n // blocksize))
     if n:
-        launch.run(
-            "quantize", weight,
-            {"w": weight, "thresholds": thresholds, "order": order, "packed": packed,
-             "absmax": absmax},
-            weight.data_ptr(), DTYPE[weight.dtype], thresholds.data_ptr(), order.data_ptr(),
-            packed.data_ptr(), absmax.data_ptr(), reference.SMALLEST_SCALE, n, blocksize,
-        )  # fmt: skip
+        table = {"thresholds": thresholds, "order": order, "packed": packed, "absmax": absmax}
+        addresses, sizes = map(pointer, table.values()), (reference.SMALLEST_SCALE, n, blocksize)
+        arguments = w.data_ptr(), DTYPE[w.dtype], *addresses, *sizes
+        launch.run("quantize", w, {"w": w, **table}, *arguments)
     return packed, absmax
 
 
@@ -240,48 +231,45 @@ class _Linear:
     x: Tensor
     weight: Tensor | Packed4bit | None
     q: Tensor
-    s_scale: float
-    gate: Tensor | None
-    mask: Dropout
-    out_scale: Tensor | None
-    bias: Tensor | None
     y: Tensor
-    z: Tensor | None
-    transposed: bool
     dtype: torch.dtype
+    s_scale: float
+    gate: Tensor | None = None
+    mask: Dropout = NO_DROPOUT
+    out_scale: Tensor | None = None
+    bias: Tensor | None = None
+    z: Tensor | None = None
+    transposed: bool = False
 
     def __post_init__(self) -> None:
-        x, weight, q, s_scale, mask = self.x, self.weight, self.q, self.s_scale, self.mask
-        y, z, transposed, dtype = self.y, self.z, self.transposed, self.dtype
-        gate, out_scale, bias = self.gate, self.out_scale, self.bias
-        (M, K), (R, N) = x.shape, q.shape
-        self.codes = weight if isinstance(weight, Packed4bit) else None
-        w = weight.to(dtype) if isinstance(weight, Tensor) else None  # as autocast does
-        if w is not None and w.stride(0) == 1 != w.stride(1):
-            w, transposed = w.t(), not transposed
-        gate, out_scale, bias = map(_contiguous, (gate, out_scale, bias))
+        (M, K), (R, N) = self.x.shape, self.q.shape
         self.shape = M, N, K, R
-        self.base = 2 if self.codes is not None else 0 if w is None else 1
-        self.touched = {
-            "w": w, "q": q, "gate": gate, "mask": mask.rng, "out_scale": out_scale, "bias": bias,
-            "y": y, "z": z, **launch.of_codes(self.codes),
-        }  # fmt: skip
-        self._after_x = (
-            self.base, matrix(w), launch.codes(self.codes, (K, N) if transposed else (N, K)),
-            transposed, DTYPE[dtype],
-        )  # fmt: skip
-        self._after_p = (
-            matrix(q), vector(gate), s_scale, _arg(mask), vector(out_scale), vector(bias),
-            y.data_ptr(), pointer(z), DTYPE[y.dtype], M, N, K, R,
-        )  # fmt: skip
+        self.gate, self.out_scale, self.bias = map(
+            _contiguous, (self.gate, self.out_scale, self.bias)
+        )
+        weight, stored = self.weight, self.transposed
+        self.w = weight.to(self.dtype) if isinstance(weight, Tensor) else None  # as autocast does
+        if self.w is not None and self.w.stride(0) == 1 != self.w.stride(1):
+            self.w, stored = self.w.t(), not stored
+        c = weight if isinstance(weight, Packed4bit) else None
+        vectors = {"gate": self.gate, "out_scale": self.out_scale, "bias": self.bias}
+        outputs = {"y": self.y, "z": self.z}
+        self.touched = {"w": self.w, "q": self.q, "mask": self.mask.rng, **vectors, **outputs}
+        self.touched |= of_codes(c)
+        shape = (K, N) if stored else (N, K)
+        self._base = matrix(self.w), codes(c, shape), stored, DTYPE[self.dtype]
 
-    def args(self, x: Tensor, p: Tensor | None) -> object:
-        return module().Linear(matrix(x), *self._after_x, pointer(p), *self._after_p)
+    def args(self, x: Tensor, p: Tensor | None) -> tuple[object, ...]:
+        """Pack what every launcher of it takes."""
+        gate, out_scale, bias = map(vector, (self.gate, self.out_scale, self.bias))
+        update = pointer(p), matrix(self.q), gate, self.s_scale, mask(self.mask)
+        outputs = self.y.data_ptr(), pointer(self.z), DTYPE[self.y.dtype]
+        return matrix(x), *self._base, *update, out_scale, bias, *outputs, *self.shape
 
     def run(self, p: Tensor, matrix_units: bool) -> None:
         x = self.in_dtype()
         if not matrix_units:
-            launch.run("linear", x, {"x": x, "p": p, **self.touched}, self.args(x, p))
+            launch.run("linear", x, {"x": x, "p": p, **self.touched}, *self.args(x, p))
             return
         x = whole_rows(x)
         M, N, K, _ = self.shape
@@ -289,22 +277,19 @@ class _Linear:
         tiles = -(-M // tile_m) * -(-N // tile_n)
         share, splits = _shares(K, _GEMM_SHARE, min(_MAX_SPLITS, _BLOCKS // tiles))
         parts = empty(x, splits, M, N) if splits > 1 else None
-        launch.run(
-            "gemm", x, {"x": x, "p": p, "parts": parts, **self.touched}, self.args(x, p), splits,
-            pointer(parts), share,
-        )  # fmt: skip
+        touched = {"x": x, "p": p, "parts": parts, **self.touched}
+        launch.run("gemm", x, touched, self.args(x, p), splits, pointer(parts), share)
 
     def in_dtype(self) -> Tensor:
         """x as the base product takes it; without one it stays as it is."""
-        return self.x.to(self.dtype) if self.base else self.x
+        return self.x if self.weight is None else self.x.to(self.dtype)
 
-
-def _dx_on_matrix_units(
-    weight: Tensor | Packed4bit | None, dtype: torch.dtype, N: int, K: int, strategy: str
-) -> bool:
-    if strategy == ORDINARY:
-        return False
-    return fit.backward(dtype, fit.layout(weight, dtype), N, K) is None
+    def has_matrix_units(self, strategy: str) -> bool:
+        """Return True if dx, this product, runs on them as y does."""
+        if strategy == ORDINARY:
+            return False
+        layout, (_, K, N, _) = fit.layout(self.weight, self.dtype), self.shape
+        return fit.backward(self.dtype, layout, N, K) is None
 
 
 def _decode(linear: _Linear, a: Tensor, dropout: Dropout, cooperative: bool) -> Tensor:
@@ -313,14 +298,12 @@ def _decode(linear: _Linear, a: Tensor, dropout: Dropout, cooperative: bool) -> 
     share, count = _shares(K, _SHARE, _MAX_PUBLISHERS)
     slots, p = empty(x, count, M, R), empty(x, M, R)
     flags = workspace.flags(x.device) if cooperative else None  # two launches wait for none
-    after_x = (
-        matrix(a), _arg(dropout), dropout.scale, slots.data_ptr(), p.data_ptr(), pointer(flags),
-        share, count,
-    )  # fmt: skip
-    args = module().Decode(linear.args(x, None), *after_x)
-    if not args.resident:  # too large for a block to keep, and staged as it lies
+    down_projection = matrix(a), mask(dropout), dropout.scale
+    partial_sums = slots.data_ptr(), p.data_ptr(), pointer(flags), share, count
+    args = linear.args(x, None), *down_projection, *partial_sums
+    if not module().decode_keeps_x(args):  # too large for a block to keep, and staged as it lies
         x = whole_rows(linear.in_dtype())
-        args = module().Decode(linear.args(x, None), *after_x)
+        args = linear.args(x, None), *down_projection, *partial_sums
     touched = {"x": x, "a": a, "rng": dropout.rng, "slots": slots, "p": p, "flags": flags}
     launch.run("decode", x, touched | linear.touched, args, cooperative)
     return p
@@ -335,11 +318,9 @@ def _thin(
     blocks = -(-I // 64) * -(-R // (64 if R > 16 else 16))
     share, count = _shares(J, _THIN_SHARE if over_rows else _SHARE, _BLOCKS // blocks)
     v_scale, out = _contiguous(v_scale), empty(v, count, I, R)
-    launch.run(
-        "thin", v, {"v": v, "v_scale": v_scale, "rng": dropout.rng, "y": y, "out": out},
-        matrix(v), vector(v_scale), _arg(dropout), over_rows, matrix(y), out.data_ptr(), I, J, R,
-        share, count,
-    )  # fmt: skip
+    touched = {"v": v, "v_scale": v_scale, "rng": dropout.rng, "y": y, "out": out}
+    operands = matrix(v), vector(v_scale), mask(dropout), over_rows, matrix(y), out.data_ptr()
+    launch.run("thin", v, touched, *operands, I, J, R, share, count)
     return out
 
 
@@ -349,11 +330,9 @@ def _pair(dy: Tensor, scale: Tensor | None, b: Tensor, s: Tensor) -> tuple[Tenso
     part_count = -(-M // module().PAIR_ROWS)
     share, count = _shares(N, _SHARE, _BLOCKS // part_count)
     slots, parts, scale = empty(dy, count, M, R), empty(dy, part_count, N, R), _contiguous(scale)
-    launch.run(
-        "pair", dy, {"v": dy, "v_scale": scale, "b": b, "s": s, "slots": slots, "parts": parts},
-        matrix(dy), vector(scale), matrix(b), s.data_ptr(), slots.data_ptr(), parts.data_ptr(),
-        M, N, R, share, count, part_count,
-    )  # fmt: skip
+    touched = {"v": dy, "v_scale": scale, "b": b, "s": s, "slots": slots, "parts": parts}
+    operands = matrix(dy), vector(scale), matrix(b), *map(pointer, (s, slots, parts))
+    launch.run("pair", dy, touched, *operands, M, N, R, share, count, part_count)
     return slots, parts
 
 
@@ -362,10 +341,8 @@ def _column_sums(v: Tensor, z: Tensor | None, sums: Tensor) -> None:
     M, N = v.shape
     share, count = _shares(M, _SUMS_SHARE, _BLOCKS // -(-N // 128))
     parts = empty(v, count, N, 2)
-    launch.run(
-        "column_sums", v, {"v": v, "z": z, "parts": parts}, matrix(v), matrix(z),
-        parts.data_ptr(), M, N, share, count,
-    )  # fmt: skip
+    touched, operands = {"v": v, "z": z, "parts": parts}, (matrix(v), matrix(z), parts.data_ptr())
+    launch.run("column_sums", v, touched, *operands, M, N, share, count)
     _reduce(parts, None, 1.0, sums.t())
 
 
@@ -382,10 +359,9 @@ def _reduce(slots: Tensor, gate: Tensor | None, scale: float, out: Tensor) -> No
     """out [I, R] = scale · gate ⊙ Σ slots, in its dtype and strides."""
     count, rows, ranks = slots.shape
     gate = _contiguous(gate)
-    launch.run(
-        "reduce", slots, {"slots": slots, "gate": gate, "out": out}, slots.data_ptr(),
-        vector(gate), scale, out.data_ptr(), DTYPE[out.dtype], rows, ranks, *out.stride(), count,
-    )  # fmt: skip
+    touched, operands = {"slots": slots, "gate": gate, "out": out}, (vector(gate), scale)
+    sizes = out.data_ptr(), DTYPE[out.dtype], rows, ranks, *out.stride(), count
+    launch.run("reduce", slots, touched, slots.data_ptr(), *operands, *sizes)
 
 
 def _shares(n: int, least: int, most: int) -> tuple[int, int]:
@@ -393,10 +369,6 @@ def _shares(n: int, least: int, most: int) -> tuple[int, int]:
     steps = -(-n // least)
     share = -(-steps // max(1, min(most, steps))) * least
     return share, -(-n // share)
-
-
-def _arg(dropout: Dropout) -> tuple[int, int]:
-    return pointer(dropout.rng), dropout.threshold
 
 
 def _contiguous(t: Tensor | None) -> Tensor | None:

@@ -14,14 +14,13 @@ from . import emulated, module
 
 if TYPE_CHECKING:
     from ...core.packed4bit import Packed4bit
+    from ..dropout import Dropout
 
 DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _WIDE = 16  # bytes of the widest load
 
 MatrixArg = tuple[int, int, int, int, bool]
 VectorArg = tuple[int, int]
-NO_MATRIX: MatrixArg = (0, 0, 0, 0, False)
-NO_CODES = (0, 0, 0, 0, 0, 0, 0, 0, 0, 0, False)
 
 
 def empty(like: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -35,10 +34,13 @@ def pointer(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
-def matrix(t: Tensor | None) -> MatrixArg:
-    """Address, dtype, strides, and whether rows are whole and aligned loads of 16 bytes."""
+# Arguments of the launchers, as csrc/cuda/bindings.cpp reads them.
+
+
+def matrix(t: Tensor | None) -> MatrixArg | None:
+    """Pack address, dtype, strides, and whether rows are whole and aligned loads of 16 bytes."""
     if t is None:
-        return NO_MATRIX
+        return None
     (row, col), address, size = t.stride(), t.data_ptr(), t.element_size()
     vectors = col == 1 and row * size % _WIDE == 0 and address % _WIDE == 0
     return address, DTYPE[t.dtype], row, col, vectors
@@ -46,24 +48,28 @@ def matrix(t: Tensor | None) -> MatrixArg:
 
 def whole_rows(t: Tensor) -> Tensor:
     """Itself, or a copy whose rows are aligned loads; their length must allow it."""
-    return t if matrix(t)[4] else t.clone(memory_format=torch.contiguous_format)
+    packed = matrix(t)
+    return t if packed and packed[4] else t.clone(memory_format=torch.contiguous_format)
 
 
-def vector(t: Tensor | None) -> VectorArg:
-    return (0, 0) if t is None else (t.data_ptr(), DTYPE[t.dtype])
+def vector(t: Tensor | None) -> VectorArg | None:
+    return None if t is None else (t.data_ptr(), DTYPE[t.dtype])
 
 
-def codes(c: Packed4bit | None, shape: tuple[int, int]) -> tuple[Any, ...]:
-    """shape: of the weight as it is stored."""
+def mask(dropout: Dropout) -> tuple[int, int]:
+    return pointer(dropout.rng), dropout.threshold
+
+
+def codes(c: Packed4bit | None, shape: tuple[int, int]) -> tuple[Any, ...] | None:
+    """Pack a 4-bit weight; shape: of the weight as it is stored."""
     if c is None:
-        return NO_CODES
-    nested = c.nested_absmax is not None
-    return (
-        c.packed.data_ptr(), c.code.data_ptr(), c.absmax.data_ptr(), pointer(c.nested_code),
-        pointer(c.nested_absmax), pointer(c.offset), c.blocksize.bit_length() - 1,
-        c.nested_blocksize.bit_length() - 1 if nested else 0, *shape,
-        shape[1] % 32 == 0 and c.packed.data_ptr() % _WIDE == 0,
-    )  # fmt: skip
+        return None
+    scales = c.absmax, c.nested_code, c.nested_absmax, c.offset
+    addresses = map(pointer, (c.packed, c.code, *scales))
+    log2_block = c.blocksize.bit_length() - 1
+    log2_nested = 0 if c.nested_absmax is None else c.nested_blocksize.bit_length() - 1
+    whole_rows = shape[1] % 32 == 0 and c.packed.data_ptr() % _WIDE == 0
+    return *addresses, log2_block, log2_nested, *shape, whole_rows
 
 
 def run(name: str, at: Tensor, touched: dict[str, Tensor | None], *args: Any) -> Any:
@@ -73,11 +79,10 @@ def run(name: str, at: Tensor, touched: dict[str, Tensor | None], *args: Any) ->
     call = getattr(launchers, name)
     if not emulated():
         index = at.device.index
-        return call(*args, (torch.cuda.current_stream(index).cuda_stream, index))
-    launchers.allow(
-        [(key, t.data_ptr(), _span(t)) for key, t in touched.items() if t is not None and t.numel()]
-    )
-    out = call(*args, (_stream, 0))
+        return call(args, (torch.cuda.current_stream(index).cuda_stream, index))
+    named = ((key, t) for key, t in touched.items() if t is not None and t.numel())
+    launchers.allow(tuple((key, t.data_ptr(), _span(t)) for key, t in named))
+    out = call(args, (_stream, 0))
     if _waiting is None:
         launchers.synchronize()
         traffic.extend(launchers.traffic())
@@ -124,9 +129,7 @@ def _span(t: Tensor) -> int:
 
 
 def of_codes(c: Packed4bit | None) -> dict[str, Tensor | None]:
-    if c is None:
-        return {}
-    return {
-        "packed": c.packed, "absmax": c.absmax, "code": c.code, "nested_absmax": c.nested_absmax,
-        "nested_code": c.nested_code, "offset": c.offset,
-    }  # fmt: skip
+    """The tensors of a 4-bit weight by their names."""
+    return (
+        {} if c is None else {name: t for name, t in c._asdict().items() if isinstance(t, Tensor)}
+    )

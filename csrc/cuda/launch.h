@@ -1,0 +1,24 @@
+// What a launch is, for the GPU and for the emulator.
+#pragma once
+#include <cstdint>
+
+namespace lora_kernels {
+namespace gpu {
+
+struct Where {
+  uintptr_t stream;
+  int device;
+};
+
+struct Launch {
+  const char* name;
+  unsigned x, y = 1, z = 1;  // blocks
+  unsigned threads;          // of a block
+  unsigned shared_bytes = 0;
+  Where at;
+  bool cooperative = false;  // all blocks at the same time
+  bool dependent = false;    // may start before the grid before it ends
+};
+
+}  // namespace gpu
+}  // namespace lora_kernels

@@ -112,7 +112,7 @@ def predict(machine: Machine, sizes: Sizes, strategy: str, backward: bool = Fals
     codes = sizes.N * sizes.K * sizes.base * sizes.four_bit
     decode = codes * 2 * DECODE / fp32
     call = BACKWARD_CALL if backward else FORWARD_CALL
-    if strategy in (cpu.SINGLE_PASS, *cpu.OF_FEW_ROWS):
+    if strategy in (cpu.FUSED, *cpu.GEMVS):
         once = moved(sizes, step=True) - moved(sizes) if backward else moved(sizes)
         return call + max(once / machine.bandwidth, product + thin / peak + decode)
     dense = sizes.N * sizes.K * sizes.base * sizes.dtype.itemsize

@@ -226,7 +226,7 @@ def prepare(
     choice = selection.choose(
         Problem(lora_A.device.type, *dtypes, lora_A.shape[0], 1, four_bit, layout=stored)
     )
-    if choice.backend != "cpu" or choice.strategy not in cpu.OF_FEW_ROWS:
+    if choice.backend != "cpu" or choice.strategy not in cpu.GEMVS:
         return None
     return cpu.PreparedCall(weight, lora_A, lora_B, scaling, x_dtype, dtype, rows, guards)
 

@@ -46,12 +46,12 @@ from ..core.problem import Strategy
 from . import decode4bit, native
 from .rows import like_rows_of, rows_of
 
-SINGLE_PASS = Strategy.FUSED
+FUSED = Strategy.FUSED
 LIBRARY = Strategy.LIBRARY
-STREAMED = Strategy.GEMV  # of x, beside a dense weight
-FEW_ROWS = Strategy.GEMV_4BIT  # beside a 4-bit weight, in registers or the L1 cache
-OF_FEW_ROWS = (STREAMED, FEW_ROWS)
-SINGLE_PASS_ISAS = ("avx512", "avx512bf16", "amxbf16")
+GEMV = Strategy.GEMV  # of x, beside a dense weight
+GEMV_4BIT = Strategy.GEMV_4BIT  # beside a 4-bit weight, in registers or the L1 cache
+GEMVS = (GEMV, GEMV_4BIT)
+FUSED_ISAS = ("avx512", "avx512bf16", "amxbf16")
 
 PANEL = 1 << 20  # bytes of a 4-bit weight decoded at once for the library's product
 
@@ -193,10 +193,10 @@ def _library_base(
     return _cast(y, y_dtype)
 
 
-def _single_pass_dx(strategy: str, M: int) -> bool:
-    if strategy == LIBRARY or (strategy == STREAMED and M == 1):
+def _fused_dx(strategy: str, M: int) -> bool:
+    if strategy == LIBRARY or (strategy == GEMV and M == 1):
         return False
-    return native.isa in SINGLE_PASS_ISAS
+    return native.isa in FUSED_ISAS
 
 
 def _library_dx(
@@ -241,7 +241,7 @@ def lora_linear(operands: Operands, spec: Spec, strategy: str) -> tuple[Tensor, 
     layer = _pack_layer(fused, adapter, (M, K, N, R), scaling, factors, dropout)
     rows = _pack_rows(x, x_row)
     cast_rows = rows if xs is x else _pack_rows(xs, K)
-    few_rows = weight is not None and strategy in OF_FEW_ROWS
+    few_rows = weight is not None and strategy in GEMVS
     outputs = p.data_ptr(), y.data_ptr(), _DTYPE[y_dtype], _pointer(z)
     native.module.lora_linear(layer, (rows, cast_rows, few_rows, *outputs))
     return y if x.dim() == given.dim() else like_rows_of(given, y), Saved(p, z)
@@ -310,7 +310,7 @@ def lora_linear_backward(
     dz = _cast(dz, dtype) if need_x else dy
     dx: Tensor | None = None
     fused: tuple[Tensor | None, object] = None, None
-    if need_x and (weight is None or not _single_pass_dx(strategy, M)):
+    if need_x and (weight is None or not _fused_dx(strategy, M)):
         dx = _library_dx(dz, weight, (N, K), dtype, x.dtype)
     elif need_x:
         assert weight is not None
@@ -362,7 +362,7 @@ def multi_lora_linear(
     dropout = _pack_dropout(dropout_p, rng, places)
     layer = _pack_layer(fused, (None, None), (M, K, N, R), 0.0, (None, None, b), dropout)
     adapters = _pack_adapters(runs, lora_A, lora_B, scaling)
-    few_rows = weight is not None and strategy in OF_FEW_ROWS
+    few_rows = weight is not None and strategy in GEMVS
     outputs = p.data_ptr(), y.data_ptr(), _DTYPE[y_dtype], 0
     rows = _pack_matrix(x, K), _pack_matrix(xs, K)
     native.module.multi_lora_linear(layer, adapters, (*rows, few_rows, *outputs))
@@ -396,7 +396,7 @@ def multi_lora_linear_backward(
     dz = _cast(dy, dtype) if need_x else dy
     dx: Tensor | None = None
     fused: tuple[Tensor | None, object] = None, None
-    if need_x and (weight is None or not _single_pass_dx(strategy, M)):
+    if need_x and (weight is None or not _fused_dx(strategy, M)):
         dx = _library_dx(dz, weight, (N, K), dtype, x.dtype)
     elif need_x:
         assert weight is not None

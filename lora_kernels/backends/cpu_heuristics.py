@@ -82,7 +82,7 @@ def plan(problem: Problem, requested: Strategy | None, reason: str | None = None
     columns = problem.layout is not None and problem.layout.columns
     few = few_rows(dtype, four_bit, size, columns)
     reason = reason or f"native kernels, {isa}"
-    gemv = cpu.FEW_ROWS if four_bit else cpu.LIBRARY if columns else cpu.STREAMED
+    gemv = cpu.GEMV_4BIT if four_bit else cpu.LIBRARY if columns else cpu.GEMV
     if requested:
         _check_strategy(requested, gemv, few, problem.rows)
         return Choice("cpu", requested, reason)
@@ -90,7 +90,7 @@ def plan(problem: Problem, requested: Strategy | None, reason: str | None = None
         return Choice("cpu", gemv, reason)
     if isa == "amxbf16" and dtype is torch.float32:
         reason += f"; float32 as three bfloat16 from {AMX_FLOAT_ROWS} rows on"
-    if isa not in cpu.SINGLE_PASS_ISAS:
+    if isa not in cpu.FUSED_ISAS:
         return Choice("cpu", cpu.LIBRARY, reason)
     if native.amx_bf16 and dtype is torch.bfloat16 and isa != "amxbf16":
         return Choice("cpu", cpu.LIBRARY, f"{reason}; the library multiplies with AMX")
@@ -98,18 +98,18 @@ def plan(problem: Problem, requested: Strategy | None, reason: str | None = None
         name = str(dtype).removeprefix("torch.")
         reason += f"; large {name} base GEMMs run in MKL or oneDNN"
         return Choice("cpu", cpu.LIBRARY, reason)
-    return Choice("cpu", cpu.SINGLE_PASS, reason)
+    return Choice("cpu", cpu.FUSED, reason)
 
 
 def _check_strategy(strategy: Strategy, gemv: Strategy, few: int, rows: int) -> None:
     want = None
-    if strategy == cpu.SINGLE_PASS and native.isa not in cpu.SINGLE_PASS_ISAS:
-        isas = ", ".join(cpu.SINGLE_PASS_ISAS)
+    if strategy == cpu.FUSED and native.isa not in cpu.FUSED_ISAS:
+        isas = ", ".join(cpu.FUSED_ISAS)
         want = f"one of {isas} as the instruction set, which is {native.isa}"
-    elif strategy in cpu.OF_FEW_ROWS and strategy != gemv:
-        four_bit = strategy == cpu.FEW_ROWS
+    elif strategy in cpu.GEMVS and strategy != gemv:
+        four_bit = strategy == cpu.GEMV_4BIT
         want = "a 4-bit weight" if four_bit else "a dense weight whose rows are contiguous"
-    elif strategy in cpu.OF_FEW_ROWS and rows > few:
+    elif strategy in cpu.GEMVS and rows > few:
         want = f"at most {few} rows"
     if want is not None:
         raise RuntimeError(f"strategy {strategy!r} was requested and cannot run here: want {want}")

@@ -344,7 +344,7 @@ EAGER_CUDA = "eager cuda"  # on a GPU's tensors
 ENGINES = (
     *EAGERS,
     *(isa for isa in native.ISAS),
-    *(f"{isa} {cpu.SINGLE_PASS}" for isa in cpu.SINGLE_PASS_ISAS),
+    *(f"{isa} {cpu.FUSED}" for isa in cpu.FUSED_ISAS),
 )
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .. import __version__, functional, selection, timing
 from .. import device as devices
-from ..backends.triton import COOPERATIVE, LIBRARY, SINGLE_PASS, STRATEGIES, configs, measured
+from ..backends.triton import COOPERATIVE, FUSED, LIBRARY, STRATEGIES, configs, measured
 from ..backends.triton.configs import Config
 from ..backends.triton.measured import Measured, Shape
 from ..device import DeviceInfo
@@ -116,7 +116,7 @@ def tune(
 
     rows = {"default": default}
     for strategy in STRATEGIES:
-        if strategy == SINGLE_PASS and case.R > configs.MAX_SINGLE_PASS_RANK:
+        if strategy == FUSED and case.R > configs.MAX_FUSED_RANK:
             continue
         if strategy == COOPERATIVE and case.M > configs.FEW_ROWS:
             continue
@@ -143,7 +143,7 @@ def _name(tiles: Config) -> str:
 
 def _candidates(target: DeviceInfo, case: Case, strategy: str, itemsize: int) -> Iterator[Config]:
     """Tiles that fit the shared memory."""
-    block_r = configs.block_of_ranks(case.R) if strategy == SINGLE_PASS else 0
+    block_r = configs.block_of_ranks(case.R) if strategy == FUSED else 0
     for tiles in FEW_ROWS_TILES if case.M <= configs.FEW_ROWS else TILES:
         config = Config(*tiles)
         if configs.shared_memory(config, itemsize, block_r) <= target.shared_memory:

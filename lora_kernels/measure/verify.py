@@ -214,13 +214,13 @@ def _line(
 def _ways(name: str, case: Case) -> list[str]:
     """The engine, unless rank, sizes or dtype are not for it, and where the case has few rows its
     kernel for them."""
-    if name == f"triton {triton.SINGLE_PASS}" and case.R > configs.MAX_SINGLE_PASS_RANK:
+    if name == f"triton {triton.FUSED}" and case.R > configs.MAX_FUSED_RANK:
         return []
     if name.startswith("cuda ") and not cases.fits_cuda(case, name.removeprefix("cuda ")):
         return []
     compute = case.compute or case.compute_dtype
     few = cpu_heuristics.few_rows(compute, bool(case.quant), case.N * case.K, isa=name)
-    strategy = cpu.FEW_ROWS if case.quant else cpu.STREAMED
+    strategy = cpu.GEMV_4BIT if case.quant else cpu.GEMV
     return [name, f"{name} {strategy}"] if 0 < case.M <= few else [name]
 
 

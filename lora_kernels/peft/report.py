@@ -506,11 +506,11 @@ def _streamed_layer(
     else:
         choice = selection.choose(Problem("cpu", dtype, dtype, dtype, dtype, 0, 1))
         reason = choice.reason
-        if (choice.backend, choice.strategy) == ("cpu", cpu.STREAMED):
+        if (choice.backend, choice.strategy) == ("cpu", cpu.GEMV):
             few = cpu_heuristics.few_rows(dtype, False, N * K)
     if few >= (rows or 1):
         reason = f"no adapter; up to {few} rows without gradients; {reason}"
-        return Row(name, "streamed", "cpu", cpu.STREAMED, reason)
+        return Row(name, "streamed", "cpu", cpu.GEMV, reason)
     reason = f"no adapter; {f'more than {few} rows' if few else reason}"
     return Row(name, "not streamed", "torch", "F.linear", reason)
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from lora_kernels.backends.triton import (
     COOPERATIVE,
+    FUSED,
     LIBRARY,
-    SINGLE_PASS,
-    SPLIT,
+    TWO_PASS,
     codec,
     configs,
     equation,
@@ -32,7 +32,7 @@ class Call:
     dtype: torch.dtype = bf16
     adapter: torch.dtype = bf16
     R: int = 16
-    strategy: str = SPLIT
+    strategy: str = TWO_PASS
     quant: str = ""  # "", "whole" blocks in whole words, or "odd" rows
     backward: bool = False
     options: bool = False  # gate, column scale, bias, dropout, z kept
@@ -134,7 +134,7 @@ def codes(N: int, K: int) -> Packed4bit:
 
 # One config a kernel and target.
 SLICE: list[Call | Norm | Quantize] = [
-    Call(4096, strategy=SINGLE_PASS),
+    Call(4096, strategy=FUSED),
     Call(1024, quant="whole"),
     Call(16, quant="whole"),
     Call(16, quant="whole", strategy=COOPERATIVE),
@@ -152,16 +152,16 @@ def every_call() -> Iterator[Call | Norm | Quantize]:
     """Every branch of `configs`, every format, with options and without, aligned and odd."""
     yield from SLICE
     for M, dtype in itertools.product((1, 64, 256, 4096), (bf16, f32)):
-        for strategy, backward in itertools.product((SINGLE_PASS, SPLIT, LIBRARY), (False, True)):
+        for strategy, backward in itertools.product((FUSED, TWO_PASS, LIBRARY), (False, True)):
             for quant in ("", "whole"):
                 yield Call(M, dtype, dtype, 16, strategy, quant, backward)
     for dtype, quant, backward in itertools.product((bf16, f32), ("", "whole"), (False, True)):
         yield Call(16, dtype, dtype, 16, COOPERATIVE, quant, backward)
     for R in (64, 256):
-        for strategy in (SPLIT, SINGLE_PASS) if R <= configs.MAX_SINGLE_PASS_RANK else (SPLIT,):
+        for strategy in (TWO_PASS, FUSED) if R <= configs.MAX_FUSED_RANK else (TWO_PASS,):
             yield Call(4096, R=R, strategy=strategy)
             yield Call(4096, R=R, strategy=strategy, backward=True)
-    for strategy, quant in itertools.product((SINGLE_PASS, SPLIT, LIBRARY), ("", "odd")):
+    for strategy, quant in itertools.product((FUSED, TWO_PASS, LIBRARY), ("", "odd")):
         for backward in (False, True):
             yield Call(256, bf16, f32, 16, strategy, quant, backward, options=True)
             yield Call(256, f16, f16, 5, strategy, quant, backward, odd=True)

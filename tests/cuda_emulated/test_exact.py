@@ -8,7 +8,7 @@ import torch
 
 import lora_kernels
 from lora_kernels.backends import cuda
-from lora_kernels.backends.cuda import COOPERATIVE, ORDINARY, OVERLAPPED, SPLIT, launch
+from lora_kernels.backends.cuda import COOPERATIVE, OVERLAPPED, TWO_PASS, TWO_PASS_SIMT, launch
 from lora_kernels.measure import case as cases
 from lora_kernels.measure.case import Case, fits_cuda
 from lora_kernels.quantization import quantize_4bit
@@ -20,8 +20,8 @@ from tests.support.problems import FULL, bf16, f16, f32
 every_dtype = pytest.mark.parametrize("dtype", [f32, bf16, f16], ids=str)
 # A strategy, and a shape in which it has several parts; ordinary multipliers take the rest.
 SHAPES = {
-    ORDINARY: (13, 19, 17, 5),
-    SPLIT: (65, 40, 72, 33),
+    TWO_PASS_SIMT: (13, 19, 17, 5),
+    TWO_PASS: (65, 40, 72, 33),
     COOPERATIVE: (13, 40, 72, 5),
     OVERLAPPED: (5, 40, 136, 3),
 }
@@ -31,7 +31,7 @@ INTEGERS = [
     for dtype in (f32, bf16, f16)
     for options in exact.SOME_OPTIONS
     for case in [integers(*shape, dtype=dtype, **options)]
-    for pair in on("cuda", (strategy if fits_cuda(case, strategy) else ORDINARY,), [case])
+    for pair in on("cuda", (strategy if fits_cuda(case, strategy) else TWO_PASS_SIMT,), [case])
 ]
 
 
@@ -79,7 +79,8 @@ def test_decode_of_codes_keeps_more_bits_than_a_matrix_unit_takes(
 
 
 @pytest.mark.parametrize(
-    ("M", "dtype", "strategy"), [(12, bf16, COOPERATIVE), (70, bf16, SPLIT), (65, f32, ORDINARY)]
+    ("M", "dtype", "strategy"),
+    [(12, bf16, COOPERATIVE), (70, bf16, TWO_PASS), (65, f32, TWO_PASS_SIMT)],
 )
 @pytest.mark.parametrize("p", [0.1, 0.5, 1.0])
 def test_lora_linear_with_dropout_sees_the_public_mask(
@@ -90,7 +91,7 @@ def test_lora_linear_with_dropout_sees_the_public_mask(
         exact.check_mask((M, 64, 64), p, dtype, rtol=2 * 2.0**-9 if dtype is bf16 else 0)
 
 
-@pytest.mark.parametrize("strategy", [COOPERATIVE, OVERLAPPED, SPLIT])
+@pytest.mark.parametrize("strategy", [COOPERATIVE, OVERLAPPED, TWO_PASS])
 def test_lora_linear_in_any_order_of_threads_has_the_same_bits(strategy: str) -> None:
     args = cases.inputs(Case(13, 72, 320, 16, bf16, **FULL))
     results = []
@@ -104,7 +105,7 @@ def test_lora_linear_in_any_order_of_threads_has_the_same_bits(strategy: str) ->
 
 @pytest.mark.parametrize("where", exact.FINITE)
 @pytest.mark.parametrize(
-    ("K", "strategy"), [(37, ORDINARY), (40, SPLIT), (40, COOPERATIVE)], ids=str
+    ("K", "strategy"), [(37, TWO_PASS_SIMT), (40, TWO_PASS), (40, COOPERATIVE)], ids=str
 )
 def test_lora_linear_of_what_is_not_finite_spreads_it_as_pytorch(
     K: int, strategy: str, where: str
@@ -167,7 +168,7 @@ def test_decode_of_few_rows_moves_each_byte_of_w_once(M: int, quant: str) -> Non
 def test_gemm_moves_x_once_for_each_128_columns_and_w_for_each_64_rows(quant: str) -> None:
     """x once for each 128 columns, W once for each 64 rows, P and Q with them; y once."""
     M, N, K, R = 130, 264, 192, 5
-    traffic = forward(Case(M, N, K, R, bf16, quant=quant), SPLIT)
+    traffic = forward(Case(M, N, K, R, bf16, quant=quant), TWO_PASS)
     assert [kernel for kernel, _ in traffic] == ["thin", "gemm"]
     bytes_ = moved(traffic[1:])
     down, across = math.ceil(M / 64), math.ceil(N / 128)

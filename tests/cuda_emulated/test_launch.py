@@ -10,7 +10,7 @@ import torch
 
 import lora_kernels
 from lora_kernels.backends import cuda, workspace
-from lora_kernels.backends.cuda import COOPERATIVE, OVERLAPPED, SPLIT, equation, launch
+from lora_kernels.backends.cuda import COOPERATIVE, OVERLAPPED, TWO_PASS, equation, launch
 from lora_kernels.backends.dropout import NO_DROPOUT
 from lora_kernels.core.call import Operands, Spec
 from lora_kernels.measure import case as cases
@@ -41,7 +41,7 @@ def test_flags_serve_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(forward(first), alone[0]) and torch.equal(forward(second), alone[1])
 
 
-@pytest.mark.parametrize("strategy", [COOPERATIVE, OVERLAPPED, SPLIT])
+@pytest.mark.parametrize("strategy", [COOPERATIVE, OVERLAPPED, TWO_PASS])
 def test_two_streams_at_once_have_the_same_bits(strategy: str) -> None:
     """Each with flags and slots of its own."""
     inputs = few_rows(), few_rows(1)
@@ -85,7 +85,7 @@ def test_memory_outside_of_a_tensor_raises() -> None:
         equation._decode(linear, args["lora_A"].detach(), NO_DROPOUT, True)
 
 
-@pytest.mark.parametrize("strategy", [COOPERATIVE, SPLIT])
+@pytest.mark.parametrize("strategy", [COOPERATIVE, TWO_PASS])
 @pytest.mark.parametrize("quant", ["", "nf4-64-nested"])
 def test_lora_linear_makes_p_and_y_alone(quant: str, strategy: str) -> None:
     """None of M×N, M×K or N×K elements: P, its slots, flags, and y."""

@@ -6,7 +6,14 @@ import pytest
 import torch
 
 import lora_kernels
-from lora_kernels.backends.cuda import COOPERATIVE, ORDINARY, OVERLAPPED, SPLIT, STRATEGIES, launch
+from lora_kernels.backends.cuda import (
+    COOPERATIVE,
+    OVERLAPPED,
+    STRATEGIES,
+    TWO_PASS,
+    TWO_PASS_SIMT,
+    launch,
+)
 from lora_kernels.measure.case import Case, fits_cuda, inputs, run
 from tests.support import problems
 from tests.support.engines import Pairs, each, on
@@ -15,7 +22,12 @@ from tests.support.exact import off
 from tests.support.problems import FULL, RANK, bf16, f16, f32
 
 FEW_ROWS = (COOPERATIVE, OVERLAPPED)
-BASE_KERNELS = {ORDINARY: "linear", SPLIT: "gemm", COOPERATIVE: "decode", OVERLAPPED: "decode"}
+BASE_KERNELS = {
+    TWO_PASS_SIMT: "linear",
+    TWO_PASS: "gemm",
+    COOPERATIVE: "decode",
+    OVERLAPPED: "decode",
+}
 # K, weight: whole runs of codes, two scales in a row of a tile; blocks that straddle rows; rows of
 # whole words; rows that start within a byte.
 FORMATS = [(192, "nf4-64-nested"), (192, "nf4-64"), (128, "fp4-32"), (256, "fp4-256-nested")]
@@ -36,7 +48,7 @@ def fitting(cases: list[Case], strategies: tuple[str, ...] = STRATEGIES) -> Pair
     return [
         pair
         for case in cases
-        for s in [s for s in strategies if fits_cuda(case, s)] or [ORDINARY]
+        for s in [s for s in strategies if fits_cuda(case, s)] or [TWO_PASS_SIMT]
         for pair in cuda(s, case)
     ]
 
@@ -49,7 +61,7 @@ def rows() -> Pairs:
         for quant in ("", "nf4-64-nested")
     ]
     assert all(fits_cuda(case, COOPERATIVE) == (case.M <= 16) for case in cases)
-    return [p for case in cases for p in cuda(COOPERATIVE if case.M <= 16 else SPLIT, case)]
+    return [p for case in cases for p in cuda(COOPERATIVE if case.M <= 16 else TWO_PASS, case)]
 
 
 def ranks(case: Callable[[int], Case]) -> list[Case]:
@@ -63,31 +75,31 @@ SHARES = [
 ]
 SPLITS = [Case(20, 576, 576, RANK, bf16, quant=quant, **FULL) for quant in ("", "nf4-64-nested")]
 GROUPS = {
-    "any_sizes": cuda(ORDINARY, *problems.of_dtypes(33, 65, 63)),
+    "any_sizes": cuda(TWO_PASS_SIMT, *problems.of_dtypes(33, 65, 63)),
     # One row and column more than whole tiles, two steps of K and a piece.
-    "matrix_units": cuda(SPLIT, *problems.of_dtypes(65, 136, 136, dtypes=problems.DTYPES[1:])),
+    "matrix_units": cuda(TWO_PASS, *problems.of_dtypes(65, 136, 136, dtypes=problems.DTYPES[1:])),
     # Two publishers, more tiles than blocks, the last of one column.
     "few_rows": on("cuda", FEW_ROWS, problems.of_dtypes(9, 81, 320, dtypes=problems.DTYPES[1:])),
     "rows": rows(),
     "options": [
-        *cuda(ORDINARY, *problems.of_options(33, 65, 63)),
+        *cuda(TWO_PASS_SIMT, *problems.of_options(33, 65, 63)),
         *cuda(COOPERATIVE, *problems.of_options(13, 72, 64)),
     ],
     "ranks": [
-        *cuda(ORDINARY, *ranks(lambda R: Case(40, 65, 63, R, f32, dropout_p=0.1))),
+        *cuda(TWO_PASS_SIMT, *ranks(lambda R: Case(40, 65, 63, R, f32, dropout_p=0.1))),
         *cuda(COOPERATIVE, *ranks(lambda R: Case(5, 40, 64, R, bf16))),
-        *cuda(SPLIT, *ranks(lambda R: Case(40, 40, 64, R, bf16))),
+        *cuda(TWO_PASS, *ranks(lambda R: Case(40, 40, 64, R, bf16))),
     ],
     # Three shares of K in the forward, and of N in dx, the last ones short.
-    "splits": cuda(SPLIT, *SPLITS),
+    "splits": cuda(TWO_PASS, *SPLITS),
     # Of K in P, of N in dS, of M in dA and dB: two shares at least, the last one short.
-    "shares": cuda(ORDINARY, *SHARES),
+    "shares": cuda(TWO_PASS_SIMT, *SHARES),
     "strides": [
-        *cuda(ORDINARY, *problems.of_layouts(30, 65, 63, dtype=f32)),
-        *cuda(SPLIT, *problems.of_layouts(30, 72, 64, dtype=bf16)),
+        *cuda(TWO_PASS_SIMT, *problems.of_layouts(30, 65, 63, dtype=f32)),
+        *cuda(TWO_PASS, *problems.of_layouts(30, 72, 64, dtype=bf16)),
         *cuda(COOPERATIVE, *problems.of_layouts(10, 72, 64, dtype=bf16)[:-1]),
     ],
-    "4bit": fitting(CODES_4BIT, (COOPERATIVE, SPLIT)) + fitting(problems.of_options_4bit(13)),
+    "4bit": fitting(CODES_4BIT, (COOPERATIVE, TWO_PASS)) + fitting(problems.of_options_4bit(13)),
 }
 
 
@@ -97,7 +109,7 @@ def check(case: Case, engine: str) -> None:
     ran, strategy = {kernel for kernel, _ in launch.traffic}, engine.removeprefix("cuda ")
     if case.M and case.base:
         assert BASE_KERNELS[strategy] in ran and ("publish" in ran) == (strategy == OVERLAPPED)
-        assert strategy == ORDINARY or case.quant or case.N % 8 or "linear" not in ran
+        assert strategy == TWO_PASS_SIMT or case.quant or case.N % 8 or "linear" not in ran
     if case.M and not case.frozen:
         assert ("pair" in ran) == (case.R <= 64)
     if case in SPLITS:

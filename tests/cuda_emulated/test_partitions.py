@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import lora_kernels
-from lora_kernels.backends.cuda import COOPERATIVE, ORDINARY, OVERLAPPED, SPLIT, equation
+from lora_kernels.backends.cuda import COOPERATIVE, OVERLAPPED, TWO_PASS, TWO_PASS_SIMT, equation
 from lora_kernels.measure.case import Case
 from lora_kernels.measure.multi import MultiCase
 from tests.support import codec, exact
@@ -33,10 +33,10 @@ def long_shares(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("strategy", "sizes", "dtype", "blocksize"),
     [
-        (ORDINARY, (70, 70, 163, 35), f32, 0),
-        (ORDINARY, (70, 163, 163, 35), f32, 32),
-        (SPLIT, (70, 136, 200, 18), bf16, 0),
-        (SPLIT, (70, 136, 160, 18), bf16, 64),
+        (TWO_PASS_SIMT, (70, 70, 163, 35), f32, 0),
+        (TWO_PASS_SIMT, (70, 163, 163, 35), f32, 32),
+        (TWO_PASS, (70, 136, 200, 18), bf16, 0),
+        (TWO_PASS, (70, 136, 160, 18), bf16, 64),
     ],
     ids=str,
 )
@@ -62,7 +62,7 @@ def test_few_rows_in_several_turns_are_exact(strategy: str, blocksize: int) -> N
 def test_thin_products_in_small_shares_are_exact(rank: int) -> None:
     """Ranks in two tiles, and dS and dB in one kernel or two."""
     case = exact.integers(140, 136, 70, rank, **exact.OPTIONS)
-    with lora_kernels.backend("cuda", ORDINARY):
+    with lora_kernels.backend("cuda", TWO_PASS_SIMT):
         exact.check(case)
 
 

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 import lora_kernels
 from lora_kernels import device, info, selection
 from lora_kernels.backends import cuda
-from lora_kernels.backends.cuda import COOPERATIVE, ORDINARY, OVERLAPPED, SPLIT, fit, launch
+from lora_kernels.backends.cuda import COOPERATIVE, OVERLAPPED, TWO_PASS, TWO_PASS_SIMT, fit, launch
 from lora_kernels.core.problem import Choice, Layout, Problem
 from lora_kernels.layers import LoRALinear
 from lora_kernels.peft import explain, fuse
@@ -35,16 +35,16 @@ def choose(
     ("M", "N", "K", "layout", "strategy", "words"),
     [
         (16, 64, 64, ROWS, COOPERATIVE, []),
-        (17, 64, 64, ROWS, SPLIT, []),
-        (1, 64, 63, ROWS, ORDINARY, [f"not {COOPERATIVE!r}: K = 63 is no multiple of 8"]),
+        (17, 64, 64, ROWS, TWO_PASS, []),
+        (1, 64, 63, ROWS, TWO_PASS_SIMT, [f"not {COOPERATIVE!r}: K = 63 is no multiple of 8"]),
         (1, 65, 64, ROWS, COOPERATIVE, ["dx on the ordinary multipliers: N = 65"]),
-        (99, 65, 64, ROWS, SPLIT, ["dx on the ordinary multipliers: N = 65"]),
-        (1, 64, 96, CODES, SPLIT, [f"not {COOPERATIVE!r}: K = 96 is no multiple of 64"]),
-        (1, 64, 64, Layout(32), SPLIT, ["blocks of 32 codes are less than 64"]),
-        (99, 64, 72, CODES, ORDINARY, [f"not {SPLIT!r}: K = 72 is no multiple of 32"]),
-        (1, 64, 64, COLUMNS, SPLIT, ["the weight is stored as [K, N]"]),
-        (99, 63, 64, COLUMNS, ORDINARY, [f"not {SPLIT!r}: N = 63 is no multiple of 8"]),
-        (1, 64, 64, OFF, ORDINARY, [f"not {COOPERATIVE!r}: the weight's rows are not whole"]),
+        (99, 65, 64, ROWS, TWO_PASS, ["dx on the ordinary multipliers: N = 65"]),
+        (1, 64, 96, CODES, TWO_PASS, [f"not {COOPERATIVE!r}: K = 96 is no multiple of 64"]),
+        (1, 64, 64, Layout(32), TWO_PASS, ["blocks of 32 codes are less than 64"]),
+        (99, 64, 72, CODES, TWO_PASS_SIMT, [f"not {TWO_PASS!r}: K = 72 is no multiple of 32"]),
+        (1, 64, 64, COLUMNS, TWO_PASS, ["the weight is stored as [K, N]"]),
+        (99, 63, 64, COLUMNS, TWO_PASS_SIMT, [f"not {TWO_PASS!r}: N = 63 is no multiple of 8"]),
+        (1, 64, 64, OFF, TWO_PASS_SIMT, [f"not {COOPERATIVE!r}: the weight's rows are not whole"]),
     ],
     ids=str,
 )
@@ -59,15 +59,15 @@ def test_choose_says_what_keeps_a_kernel_from_a_product(
 
 def test_choose_of_float32_is_the_ordinary_multipliers() -> None:
     choice = choose(1, 64, 64, dtype=f32)
-    assert choice.strategy == ORDINARY and "float32 products need every bit" in choice.reason
+    assert choice.strategy == TWO_PASS_SIMT and "float32 products need every bit" in choice.reason
 
 
 def test_choose_for_any_number_of_rows_names_both_kernels() -> None:
-    assert choose(None, 64, 64).strategy == f"{SPLIT}; up to 16 rows {COOPERATIVE}"
-    assert choose(None, 64, 63).strategy == ORDINARY
+    assert choose(None, 64, 64).strategy == f"{TWO_PASS}; up to 16 rows {COOPERATIVE}"
+    assert choose(None, 64, 63).strategy == TWO_PASS_SIMT
 
 
-@pytest.mark.parametrize("strategy", [COOPERATIVE, OVERLAPPED, SPLIT])
+@pytest.mark.parametrize("strategy", [COOPERATIVE, OVERLAPPED, TWO_PASS])
 def test_strategy_requested_and_unfit_raises(strategy: str) -> None:
     A, B = torch.ones(2, 63, dtype=bf16), torch.ones(8, 2, dtype=bf16)
     x, W = torch.ones(3, 63, dtype=bf16), torch.ones(8, 63, dtype=bf16)
@@ -101,7 +101,7 @@ def test_kernel_of_rows_that_fit_should_refuse_raises(
     monkeypatch.setattr(fit, "forward", lambda *args: None)
     A, B = torch.ones(2, K, dtype=bf16), torch.ones(8, 2, dtype=bf16)
     x, W = torch.ones(33, K, dtype=bf16), torch.ones(8, K, dtype=bf16)
-    with lora_kernels.backend("cuda", SPLIT), torch.no_grad():
+    with lora_kernels.backend("cuda", TWO_PASS), torch.no_grad():
         if K % 8:
             with pytest.raises(RuntimeError, match="gemm: x's rows are not whole"):
                 lora_kernels.lora_linear(x, W, A, B)
@@ -114,12 +114,12 @@ def test_explain_says_the_kernel_of_each_layer() -> None:
     layers = nn.Linear(64, 65), nn.Linear(65, 64), Conv1D(64, 64)
     model = fuse(get_peft_model(nn.Sequential(*layers).to(bf16), config))
     even, odd, columns = explain(model, x_dtype=bf16).rows
-    assert even.strategy == f"{SPLIT}; up to 16 rows {COOPERATIVE}"
+    assert even.strategy == f"{TWO_PASS}; up to 16 rows {COOPERATIVE}"
     assert "dx on the ordinary multipliers: N = 65" in even.reason
-    assert odd.strategy == ORDINARY and "K = 65 is no multiple of 8" in odd.reason
-    assert columns.strategy == SPLIT
+    assert odd.strategy == TWO_PASS_SIMT and "K = 65 is no multiple of 8" in odd.reason
+    assert columns.strategy == TWO_PASS
     plain = explain(nn.Sequential(LoRALinear(65, 64, dtype=bf16)), x_dtype=bf16).rows[0]
-    assert plain.strategy == ORDINARY and "K = 65" in plain.reason
+    assert plain.strategy == TWO_PASS_SIMT and "K = 65" in plain.reason
 
 
 NO_IMAGE = "the driver says: no kernel image is available for execution on the device"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import lora_kernels
 from lora_kernels.backends import cuda
-from lora_kernels.backends.cuda import COOPERATIVE, ORDINARY, OVERLAPPED, SPLIT, STRATEGIES
+from lora_kernels.backends.cuda import COOPERATIVE, OVERLAPPED, STRATEGIES, TWO_PASS, TWO_PASS_SIMT
 from lora_kernels.measure import multi
 from lora_kernels.measure.case import Case, fits_cuda, inputs, judge
 from lora_kernels.quantization import Weight4bit
@@ -20,7 +20,7 @@ from tests.support.problems import FULL, bf16, f16, f32
 pytestmark = pytest.mark.skipif(
     cuda.obstacle("cuda", None) is not None, reason="no CUDA kernels for this GPU"
 )
-few_rows = pytest.mark.parametrize("strategy", [COOPERATIVE, OVERLAPPED, SPLIT])
+few_rows = pytest.mark.parametrize("strategy", [COOPERATIVE, OVERLAPPED, TWO_PASS])
 
 
 @pytest.mark.parametrize("options", [{}, FULL], ids=["plain", "full"])
@@ -76,7 +76,7 @@ def layer(M: int, seed: int = 0) -> Callable[[], Tensor]:
 
 @pytest.mark.parametrize(
     ("M", "strategy"),
-    [(4, COOPERATIVE), (16, OVERLAPPED), (16, SPLIT), (300, SPLIT), (300, ORDINARY)],
+    [(4, COOPERATIVE), (16, OVERLAPPED), (16, TWO_PASS), (300, TWO_PASS), (300, TWO_PASS_SIMT)],
 )
 def test_graphs_are_captured_and_replayed(M: int, strategy: str) -> None:
     with lora_kernels.backend("cuda", strategy):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import lora_kernels
-from lora_kernels.backends.triton import COOPERATIVE, LIBRARY, SINGLE_PASS, SPLIT
+from lora_kernels.backends.triton import COOPERATIVE, FUSED, LIBRARY, TWO_PASS
 from lora_kernels.measure.case import Case, inputs, judge, run
 from lora_kernels.quantization import quantize_4bit
 from tests.gpu.test_layers import every_strategy
@@ -55,7 +55,7 @@ def test_lora_linear_of_offsets_past_31_bits_is_the_same() -> None:
         pytest.skip("the GPU's memory is too small")
     x = torch.randn(M, K, dtype=bf16, device="cuda")
     W, A, B = (torch.randn(s, dtype=bf16, device="cuda") / 64 for s in ((N, K), (16, K), (N, 16)))
-    for strategy in (SINGLE_PASS, SPLIT):
+    for strategy in (FUSED, TWO_PASS):
         with lora_kernels.backend("triton", strategy):
             whole = lora_kernels.lora_linear(x, W, A, B)[-256:]
             part = lora_kernels.lora_linear(x[-256:].contiguous(), W, A, B)

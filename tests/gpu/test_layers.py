@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 import lora_kernels
-from lora_kernels.backends.triton import COOPERATIVE, LIBRARY, SINGLE_PASS, SPLIT
+from lora_kernels.backends.triton import COOPERATIVE, FUSED, LIBRARY, TWO_PASS
 from lora_kernels.measure.case import Case, inputs
 
 bf16, f32 = torch.bfloat16, torch.float32
-every_strategy = pytest.mark.parametrize("strategy", [SINGLE_PASS, SPLIT, COOPERATIVE, LIBRARY])
+every_strategy = pytest.mark.parametrize("strategy", [FUSED, TWO_PASS, COOPERATIVE, LIBRARY])
 
 
 def layer(M: int, quant: str = "", dropout_p: float = 0.0) -> Callable[[], Tensor]:
@@ -46,7 +46,7 @@ def test_graphs_are_captured_and_replayed(M: int, strategy: str) -> None:
             assert torch.equal(y, want)
 
 
-@pytest.mark.parametrize("strategy", [SINGLE_PASS, SPLIT])
+@pytest.mark.parametrize("strategy", [FUSED, TWO_PASS])
 def test_graph_replayed_draws_another_mask(strategy: str) -> None:
     with lora_kernels.backend("triton", strategy):
         call = layer(300, dropout_p=0.5)
@@ -103,7 +103,7 @@ def test_backward_in_autograds_thread_follows_its_forward() -> None:
 
     args = inputs(Case(70, 256, 320, 8, bf16, device="cuda"))
     dy = args.pop("dy")
-    with lora_kernels.backend("triton", SPLIT):
+    with lora_kernels.backend("triton", TWO_PASS):
         y = lora_kernels.lora_linear(**args)
     with mock.patch.object(launch, "run", wraps=launch.run) as run:
         y.backward(dy)

@@ -177,7 +177,7 @@ def test_unfuse_after_calls_leaves_no_trace() -> None:
 def test_explain_says_what_is_streamed(head: Any) -> None:
     model = nn.Sequential(head)
     here = explain(model).linears
-    assert [row[:4] for row in here] == [("0", "streamed", "cpu", cpu.STREAMED)]
+    assert [row[:4] for row in here] == [("0", "streamed", "cpu", cpu.GEMV)]
     few = cpu_heuristics.few_rows(f32, False, N * K)
     assert f"up to {few} rows without gradients" in here[0].reason
     assert explain(fused()).linears[0].layer == "base_model.model.head"

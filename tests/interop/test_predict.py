@@ -42,16 +42,16 @@ def test_bytes_and_operations_by_hand() -> None:
     """One row of K = N = 1000, r = 10: a forward is bound by memory, one of 10,000 by products."""
     forward = 4 * (1000 * 1000 + 2 * 1000 + 2000 * 10) / 1e9
     few = Sizes(1, 1000, 1000, 10, f32)
-    assert cpu_costs.predict(MACHINE, few, cpu.SINGLE_PASS) == pytest.approx(
+    assert cpu_costs.predict(MACHINE, few, cpu.FUSED) == pytest.approx(
         forward + cpu_costs.FORWARD_CALL
     )
     many = Sizes(10_000, 1000, 1000, 10, bf16, 2)
     machine = Machine("fast memory", 1e15, MACHINE.peaks)
     product, thin = 2e10 / 2e12, 2 * 10_000 * 10 * 2000 / 2e12 / cpu_costs.THIN_SHARE
-    assert cpu_costs.predict(machine, many, cpu.SINGLE_PASS) == pytest.approx(
+    assert cpu_costs.predict(machine, many, cpu.FUSED) == pytest.approx(
         product + thin + cpu_costs.FORWARD_CALL
     )
-    assert cpu_costs.predict(machine, many, cpu.SINGLE_PASS, backward=True) == pytest.approx(
+    assert cpu_costs.predict(machine, many, cpu.FUSED, backward=True) == pytest.approx(
         product + 2 * thin + cpu_costs.BACKWARD_CALL
     )
     # The library's product, which is as if it had more rows, and an update after it.
@@ -61,7 +61,7 @@ def test_bytes_and_operations_by_hand() -> None:
     )
 
 
-@pytest.mark.parametrize("strategy", [cpu.SINGLE_PASS, cpu.LIBRARY, cpu.FEW_ROWS, "eager's"])
+@pytest.mark.parametrize("strategy", [cpu.FUSED, cpu.LIBRARY, cpu.GEMV_4BIT, "eager's"])
 @pytest.mark.parametrize("backward", [False, True])
 def test_no_prediction_is_below_the_floor(strategy: str, backward: bool) -> None:
     """And none grows smaller with more rows, ranks or without codes' decoding."""
@@ -131,7 +131,7 @@ def test_regions_are_those_of_select(isa: str) -> None:
         native.use_isa(isa)
         found = predict.regions(part(four_bit=True))
         assert [region.rows for region in found] == [1, cpu_heuristics.few_rows(f32, True, 0) + 1]
-        assert found[0].strategy == cpu.FEW_ROWS
+        assert found[0].strategy == cpu.GEMV_4BIT
     finally:
         native.use_isa(before)
 
@@ -139,9 +139,9 @@ def test_regions_are_those_of_select(isa: str) -> None:
 def test_a_strategy_that_was_asked_for_and_cannot_run_there_is_a_region() -> None:
     if native.module is None:
         pytest.skip("no native kernels")
-    with lora_kernels.backend("cpu", cpu.FEW_ROWS):
+    with lora_kernels.backend("cpu", cpu.GEMV_4BIT):
         first, second = predict.regions(part(four_bit=True))
-    assert first.strategy == cpu.FEW_ROWS and second[1:] == ("none", "raises")
+    assert first.strategy == cpu.GEMV_4BIT and second[1:] == ("none", "raises")
 
 
 @needs_native
@@ -323,9 +323,9 @@ def test_what_was_measured_goes_before_the_model_and_says_so(monkeypatch) -> Non
     monkeypatch.setattr(device, "gpu", lambda index: H100)
     key = measured.shape(H100, 512, 4096, 14336, 16, 2, False)
     row = measured.Measured(
-        triton.SPLIT, source="measured on H100: 250 µs a step", microseconds=250
+        triton.TWO_PASS, source="measured on H100: 250 µs a step", microseconds=250
     )
-    answer = Choice("triton", triton.SPLIT, row.source)
+    answer = Choice("triton", triton.TWO_PASS, row.source)
     monkeypatch.setattr(selection, "choose", lambda *args: answer)
     with measured.tried(key, row):
         assert predict.time(GPU, 512, None, True) == (250e-6, row.source, True)

@@ -34,6 +34,6 @@ def ways(
     """What the engine forces, and the kernel for few rows where there are few: of an instruction
     set alone the engine forces the library's product."""
     if engine in native.ISAS and rows <= cpu_heuristics.few_rows(dtype, four_bit, 0, isa=engine):
-        strategy = cpu.FEW_ROWS if four_bit else cpu.STREAMED
+        strategy = cpu.GEMV_4BIT if four_bit else cpu.GEMV
         return [nullcontext(), lora_kernels.backend("cpu", strategy)]
     return [nullcontext()]

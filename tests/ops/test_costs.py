@@ -137,13 +137,13 @@ def test_tuned_goes_before_the_model() -> None:
     problem = Problem("cuda", *(torch.bfloat16,) * 4, R, 100, True, N, K)
     key = measured.shape(target, 100, N, K, R, 2, True)
     assert heuristics.tuned(problem, target, None) is None
-    with measured.tried(key, measured.Measured(triton.SPLIT, source="measured here")):
+    with measured.tried(key, measured.Measured(triton.TWO_PASS, source="measured here")):
         found = heuristics.tuned(problem, target, None)
-        assert found == Choice("triton", triton.SPLIT, "measured here")
+        assert found == Choice("triton", triton.TWO_PASS, "measured here")
         assert heuristics.tuned(problem._replace(dropout=True), target, None) is None
-    with measured.tried(key, measured.Measured(triton.SINGLE_PASS, source="measured here")):
+    with measured.tried(key, measured.Measured(triton.FUSED, source="measured here")):
         mixed = heuristics.tuned(problem._replace(mixed=True), target, None)
-        assert mixed == Choice("triton", triton.SPLIT, "measured here")
+        assert mixed == Choice("triton", triton.TWO_PASS, "measured here")
 
 
 def test_wgmma_is_the_library_s_on_hopper_and_mma_everybody_s_on_ada() -> None:

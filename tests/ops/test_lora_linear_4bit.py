@@ -99,9 +99,9 @@ def test_lora_linear_in_a_compute_dtype_rounds_the_operands(engine: str) -> None
     args = cases.inputs(Case(9, 65, 96, 5, quant="nf4-64-nested"))
     x, weight, A, B = args["x"], args["weight"], args["lora_A"], args["lora_B"] * 0
     y = lora_kernels.lora_linear(x, weight, A, B, compute_dtype=bf16)
-    decoded = f32 if engine == f"avx512 {cpu.SINGLE_PASS}" else bf16  # it multiplies in float32
+    decoded = f32 if engine == f"avx512 {cpu.FUSED}" else bf16  # it multiplies in float32
     want = x.to(bf16).double() @ weight.dequantize(decoded).double().t()
-    if cpu.SINGLE_PASS in engine:
+    if cpu.FUSED in engine:
         torch.testing.assert_close(y, want.float())
     else:
         torch.testing.assert_close(y, want.float(), rtol=2**-8, atol=1e-5)  # half an ulp: 2⁻⁹
@@ -139,7 +139,7 @@ def test_lora_linear_of_few_rows_keeps_the_codes_bits(M: int, engine: str) -> No
     weight = quantize_4bit(torch.randn(65, 512, generator=torch.Generator().manual_seed(1)).abs())
     x = torch.rand(M, 512, generator=torch.Generator().manual_seed(2)).to(bf16).float()
     A, B = torch.zeros(5, 512), torch.zeros(65, 5)
-    with lora_kernels.backend("cpu", cpu.FEW_ROWS):
+    with lora_kernels.backend("cpu", cpu.GEMV_4BIT):
         y = lora_kernels.lora_linear(x, weight, A, B, compute_dtype=bf16)
     want = x.double() @ weight.dequantize(f32).double().t()
     assert (y - want).norm() < 2**-15 * want.norm()
@@ -156,7 +156,7 @@ def test_lora_linear_of_few_rows_makes_every_rank(threads: int, engine: str) -> 
     )
     weight = quantize_4bit(torch.zeros(64, 512))
     for factor in (1.0, -1.0, 2.0):
-        with lora_kernels.backend("cpu", cpu.FEW_ROWS):
+        with lora_kernels.backend("cpu", cpu.GEMV_4BIT):
             y = lora_kernels.lora_linear(x * factor, weight, A, B)
         assert torch.equal(y, x @ A.t() @ B.t() * factor)
 
@@ -170,7 +170,7 @@ def test_lora_linear_of_late_threads_has_the_bits_of_one(threads: int, engine: s
     weight = quantize_4bit(torch.randn(2003, 128))
     x, A, B = torch.randn(M, 128), torch.randn(5, 128), torch.randn(2003, 5)
     torch.set_num_threads(1)
-    with lora_kernels.backend("cpu", cpu.FEW_ROWS):
+    with lora_kernels.backend("cpu", cpu.GEMV_4BIT):
         want = lora_kernels.lora_linear(x, weight, A, B)
         torch.set_num_threads(threads)
         for turn in range(20):

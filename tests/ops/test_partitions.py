@@ -40,7 +40,7 @@ def exact_case(*sizes: int, dtype: torch.dtype = f32) -> Case:
 def test_lora_linear_of_many_parts_is_exact(
     sizes: tuple[int, ...], dtype: torch.dtype, blocksize: int, threads: int, engine: str
 ) -> None:
-    if dtype is bf16 and cpu.SINGLE_PASS not in engine:
+    if dtype is bf16 and cpu.FUSED not in engine:
         pytest.skip("the library makes the product")  # and rounds it
     exact.check(exact_case(*sizes, dtype=dtype), blocksize)
 
@@ -57,7 +57,7 @@ def test_few_rows_of_many_parts_are_exact(
     """Rows of x in two passes, K in slabs or chains, and rows of W in two blocks a thread."""
     isa = engine.partition(" ")[0]
     rows = min(9, cpu_heuristics.few_rows(dtype, bool(blocksize), 0, isa=isa))
-    with lora_kernels.backend("cpu", cpu.FEW_ROWS if blocksize else cpu.STREAMED):
+    with lora_kernels.backend("cpu", cpu.GEMV_4BIT if blocksize else cpu.GEMV):
         exact.check(exact_case(rows, 300, K, 70, dtype=dtype), blocksize)
 
 

@@ -89,32 +89,32 @@ def choose_on(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
 @pytest.mark.parametrize(
     ("isa", "amx", "dtype", "four_bit", "rows", "strategy"),
     [
-        ("avx512bf16", False, f32, False, 1, cpu.STREAMED),
-        ("avx512bf16", False, f32, False, 16, cpu.STREAMED),
-        ("avx512bf16", False, f32, False, 17, cpu.SINGLE_PASS),
-        ("avx512", False, f32, False, 17, cpu.SINGLE_PASS),
-        ("avx512bf16", True, f32, False, 17, cpu.SINGLE_PASS),
-        ("avx512bf16", False, bf16, False, 16, cpu.STREAMED),
-        ("avx512bf16", False, bf16, False, 17, cpu.SINGLE_PASS),
-        ("avx512bf16", True, bf16, False, 16, cpu.STREAMED),
+        ("avx512bf16", False, f32, False, 1, cpu.GEMV),
+        ("avx512bf16", False, f32, False, 16, cpu.GEMV),
+        ("avx512bf16", False, f32, False, 17, cpu.FUSED),
+        ("avx512", False, f32, False, 17, cpu.FUSED),
+        ("avx512bf16", True, f32, False, 17, cpu.FUSED),
+        ("avx512bf16", False, bf16, False, 16, cpu.GEMV),
+        ("avx512bf16", False, bf16, False, 17, cpu.FUSED),
+        ("avx512bf16", True, bf16, False, 16, cpu.GEMV),
         ("avx512bf16", True, bf16, False, 17, cpu.LIBRARY),
-        ("amxbf16", True, bf16, False, 6, cpu.STREAMED),
-        ("amxbf16", True, bf16, False, 7, cpu.SINGLE_PASS),
-        ("amxbf16", True, f32, False, 16, cpu.STREAMED),
-        ("amxbf16", True, f32, False, 999, cpu.SINGLE_PASS),
-        ("avx2", False, f32, False, 16, cpu.STREAMED),
+        ("amxbf16", True, bf16, False, 6, cpu.GEMV),
+        ("amxbf16", True, bf16, False, 7, cpu.FUSED),
+        ("amxbf16", True, f32, False, 16, cpu.GEMV),
+        ("amxbf16", True, f32, False, 999, cpu.FUSED),
+        ("avx2", False, f32, False, 16, cpu.GEMV),
         ("avx2", False, f32, False, 17, cpu.LIBRARY),
-        ("scalar", False, f32, False, 4, cpu.STREAMED),
+        ("scalar", False, f32, False, 4, cpu.GEMV),
         ("scalar", False, f32, False, 5, cpu.LIBRARY),
         ("scalar", False, bf16, False, 1, cpu.LIBRARY),
-        ("avx512bf16", False, bf16, True, 32, cpu.FEW_ROWS),
-        ("avx512bf16", False, bf16, True, 33, cpu.SINGLE_PASS),
+        ("avx512bf16", False, bf16, True, 32, cpu.GEMV_4BIT),
+        ("avx512bf16", False, bf16, True, 33, cpu.FUSED),
         ("avx512bf16", True, bf16, True, 33, cpu.LIBRARY),
-        ("amxbf16", True, bf16, True, 6, cpu.FEW_ROWS),
-        ("amxbf16", True, bf16, True, 7, cpu.SINGLE_PASS),
-        ("amxbf16", True, f32, True, 11, cpu.FEW_ROWS),
-        ("amxbf16", True, f32, True, 12, cpu.SINGLE_PASS),
-        ("avx2", False, bf16, True, 32, cpu.FEW_ROWS),
+        ("amxbf16", True, bf16, True, 6, cpu.GEMV_4BIT),
+        ("amxbf16", True, bf16, True, 7, cpu.FUSED),
+        ("amxbf16", True, f32, True, 11, cpu.GEMV_4BIT),
+        ("amxbf16", True, f32, True, 12, cpu.FUSED),
+        ("avx2", False, bf16, True, 32, cpu.GEMV_4BIT),
         ("avx2", False, bf16, True, 33, cpu.LIBRARY),
     ],
 )
@@ -136,13 +136,13 @@ def test_choose_by_instruction_set_and_rows_takes_the_fastest(
 @pytest.mark.parametrize(
     ("isa", "rows", "columns", "inner", "strategy"),
     [
-        ("avx512bf16", 16, 4095, 4096, cpu.FEW_ROWS),
-        ("avx512bf16", 17, 4095, 4096, cpu.SINGLE_PASS),
-        ("avx512bf16", 32, 2048, 8192, cpu.FEW_ROWS),
-        ("avx512", 32, 4096, 4096, cpu.FEW_ROWS),
-        ("avx512", 33, 4096, 4096, cpu.SINGLE_PASS),
+        ("avx512bf16", 16, 4095, 4096, cpu.GEMV_4BIT),
+        ("avx512bf16", 17, 4095, 4096, cpu.FUSED),
+        ("avx512bf16", 32, 2048, 8192, cpu.GEMV_4BIT),
+        ("avx512", 32, 4096, 4096, cpu.GEMV_4BIT),
+        ("avx512", 33, 4096, 4096, cpu.FUSED),
         ("avx2", 33, 4096, 4096, cpu.LIBRARY),
-        ("amxbf16", 12, 4096, 4096, cpu.SINGLE_PASS),
+        ("amxbf16", 12, 4096, 4096, cpu.FUSED),
     ],
 )
 def test_choose_for_codes_of_large_weights_decodes_few_rows_as_read(
@@ -151,11 +151,11 @@ def test_choose_for_codes_of_large_weights_decodes_few_rows_as_read(
     sizes = {"four_bit": True, "columns": columns, "inner": inner}
     assert choose_on(Processor(isa), f32, rows, **sizes).strategy == strategy
     few, many = choose_on(Processor(isa), f32, None, **sizes).items()
-    limit = rows if strategy == cpu.FEW_ROWS else rows - 1
-    assert few == (1, cpu.FEW_ROWS) and many[0] == limit + 1 and many[1] != cpu.FEW_ROWS
+    limit = rows if strategy == cpu.GEMV_4BIT else rows - 1
+    assert few == (1, cpu.GEMV_4BIT) and many[0] == limit + 1 and many[1] != cpu.GEMV_4BIT
 
 
-FEW, FUSED, LIBRARY = cpu.STREAMED, cpu.SINGLE_PASS, cpu.LIBRARY
+FEW, FUSED, LIBRARY = cpu.GEMV, cpu.FUSED, cpu.LIBRARY
 
 
 @pytest.mark.parametrize(
@@ -186,16 +186,16 @@ def test_choose_by_rows_starts_each_strategy_at_its_row(
 @pytest.mark.parametrize(
     ("dtype", "four_bit", "rows", "columns", "inner", "strategy"),
     [
-        (f32, False, 279, 1000, 1000, cpu.SINGLE_PASS),
+        (f32, False, 279, 1000, 1000, cpu.FUSED),
         (f32, False, 280, 1000, 1000, cpu.LIBRARY),
         (f32, False, 140, 2000, 1000, cpu.LIBRARY),
-        (f32, False, 140, 1000, 1000, cpu.SINGLE_PASS),
+        (f32, False, 140, 1000, 1000, cpu.FUSED),
         (f32, False, 140, 1000, 2000, cpu.LIBRARY),
-        (f32, False, 1, 1000, 1000, cpu.STREAMED),
-        (f32, False, 16, 100_000, 10_000, cpu.STREAMED),
+        (f32, False, 1, 1000, 1000, cpu.GEMV),
+        (f32, False, 16, 100_000, 10_000, cpu.GEMV),
         (f32, False, 17, 100_000, 10_000, cpu.LIBRARY),
-        (f32, True, 999, 1000, 1000, cpu.SINGLE_PASS),
-        (bf16, False, 999, 1000, 1000, cpu.SINGLE_PASS),
+        (f32, True, 999, 1000, 1000, cpu.FUSED),
+        (bf16, False, 999, 1000, 1000, cpu.FUSED),
     ],
 )
 def test_choose_on_intel_takes_the_library_for_large_float32(
@@ -217,16 +217,16 @@ def test_choose_on_intel_takes_the_library_for_large_float32(
 @pytest.mark.parametrize(
     ("dtype", "rows", "columns", "inner", "strategy"),
     [
-        (bf16, 512, 20_000, 10_000, cpu.SINGLE_PASS),
+        (bf16, 512, 20_000, 10_000, cpu.FUSED),
         (bf16, 513, 20_000, 10_000, cpu.LIBRARY),
-        (bf16, 999, 10_000, 1000, cpu.SINGLE_PASS),
+        (bf16, 999, 10_000, 1000, cpu.FUSED),
         (bf16, 1000, 10_000, 1000, cpu.LIBRARY),
-        (bf16, 1, 10_000, 1000, cpu.STREAMED),
-        (f32, 27, 10_000, 1000, cpu.SINGLE_PASS),
+        (bf16, 1, 10_000, 1000, cpu.GEMV),
+        (f32, 27, 10_000, 1000, cpu.FUSED),
         (f32, 28, 10_000, 1000, cpu.LIBRARY),
         (f32, 127, 10_000, 1000, cpu.LIBRARY),
-        (f32, 128, 10_000, 1000, cpu.SINGLE_PASS),
-        (f32, 100, 1000, 1000, cpu.SINGLE_PASS),
+        (f32, 128, 10_000, 1000, cpu.FUSED),
+        (f32, 100, 1000, 1000, cpu.FUSED),
     ],
 )
 def test_choose_beside_amx_takes_the_library_for_large_weights(
@@ -242,14 +242,14 @@ def test_choose_beside_amx_takes_the_library_for_large_weights(
     assert choice.strategy == strategy
     assert ("base GEMMs run in MKL or oneDNN" in choice.reason) == (cpu.LIBRARY in strategy)
     assert ("float32 as three bfloat16" in choice.reason) == (dtype is f32)
-    assert choose_on(on, dtype, 1000, four_bit=True, **sizes).strategy == cpu.SINGLE_PASS
+    assert choose_on(on, dtype, 1000, four_bit=True, **sizes).strategy == cpu.FUSED
 
 
 @pytest.mark.parametrize(
     ("isa", "rows", "strategy"),
     [
         ("avx512", 1, cpu.LIBRARY),
-        ("avx512", 2, cpu.SINGLE_PASS),
+        ("avx512", 2, cpu.FUSED),
         ("avx2", 2, cpu.LIBRARY),
     ],
 )
@@ -258,7 +258,7 @@ def test_choose_for_a_weight_of_columns_streams_nothing(
 ) -> None:
     problem = {"columns": 100, "inner": 200, "layout": Layout(columns=True)}
     assert choose_on(Processor(isa), f32, rows, **problem).strategy == strategy
-    with lora_kernels.backend("cpu", cpu.STREAMED), pytest.raises(RuntimeError, match="contiguous"):
+    with lora_kernels.backend("cpu", cpu.GEMV), pytest.raises(RuntimeError, match="contiguous"):
         choose_on(Processor(isa), f32, rows, **problem)
 
 
@@ -269,15 +269,15 @@ def test_choose_of_a_forced_strategy_takes_or_refuses_it(monkeypatch: pytest.Mon
     with pytest.raises(ValueError, match="'two passes'"), lora_kernels.backend("cpu", "two passes"):
         pass
     monkeypatch.setattr(native, "isa", "avx2")
-    with lora_kernels.backend("cpu", cpu.SINGLE_PASS), pytest.raises(RuntimeError, match="avx2"):
+    with lora_kernels.backend("cpu", cpu.FUSED), pytest.raises(RuntimeError, match="avx2"):
         choose()
-    with lora_kernels.backend("cpu", cpu.STREAMED):
-        assert selection.choose(Problem("cpu", f32, f32, f32, f32, 8, 16)).strategy == cpu.STREAMED
+    with lora_kernels.backend("cpu", cpu.GEMV):
+        assert selection.choose(Problem("cpu", f32, f32, f32, f32, 8, 16)).strategy == cpu.GEMV
         with pytest.raises(RuntimeError, match="at most 16 rows"):
             selection.choose(Problem("cpu", f32, f32, f32, f32, 8, 17))
         with pytest.raises(RuntimeError, match="want a dense weight"):
             selection.choose(Problem("cpu", f32, f32, f32, f32, 8, 1, True))
-    with lora_kernels.backend("cpu", cpu.FEW_ROWS), pytest.raises(RuntimeError, match="4-bit"):
+    with lora_kernels.backend("cpu", cpu.GEMV_4BIT), pytest.raises(RuntimeError, match="4-bit"):
         choose()
 
 
@@ -292,7 +292,7 @@ def test_strategy_old_name_warns_and_is_the_new_one(old: str, new: str) -> None:
 @needs_native
 def test_backend_old_strategy_name_warns_and_forces_it() -> None:
     with pytest.warns(DeprecationWarning), lora_kernels.backend("cpu", "single pass"):
-        assert forced.current.get() == ("cpu", cpu.SINGLE_PASS)
+        assert forced.current.get() == ("cpu", cpu.FUSED)
     with pytest.warns(DeprecationWarning), pytest.raises(ValueError, match="strategy: got 'split'"):
         lora_kernels.backend("cpu", "split").__enter__()
 

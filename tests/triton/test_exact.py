@@ -7,9 +7,9 @@ import torch
 
 import lora_kernels
 from lora_kernels.backends.triton import (
+    FUSED,
     LIBRARY,
-    SINGLE_PASS,
-    SPLIT,
+    TWO_PASS,
     configs,
     equation,
     launch,
@@ -25,7 +25,7 @@ from tests.support.exact import integers
 from tests.support.problems import FULL, bf16, f16, f32
 from tests.triton.device import DEVICE
 
-ALL = (SINGLE_PASS, SPLIT, LIBRARY)
+ALL = (FUSED, TWO_PASS, LIBRARY)
 every_strategy = pytest.mark.parametrize("strategy", ALL)
 every_engine = pytest.mark.parametrize("engine", [f"triton {s}" for s in ALL], indirect=True)
 every_dtype = pytest.mark.parametrize("dtype", [f32, bf16, f16], ids=str)
@@ -40,7 +40,9 @@ ONE_READ_OF_DY = [
 ]
 
 
-@each({"": on("triton", ALL, INTEGERS), "one_read": on("triton", (SPLIT,), ONE_READ_OF_DY)}, DEVICE)
+@each(
+    {"": on("triton", ALL, INTEGERS), "one_read": on("triton", (TWO_PASS,), ONE_READ_OF_DY)}, DEVICE
+)
 def test_lora_linear_of_integers_is_exact(case: Case, engine: str) -> None:
     exact.check(case)
 
@@ -52,7 +54,7 @@ def test_lora_linear_of_arguments_off_alignment_is_the_same() -> None:
     for packed, words in ((codes.packed, True), (exact.off(codes.packed), False)):
         moved = codes._replace(packed=packed)
         assert launch.format_4bit(moved, 64, configs.INTERPRETER)["WORDS"] is words
-    with lora_kernels.backend("triton", SPLIT):
+    with lora_kernels.backend("triton", TWO_PASS):
         exact.check_alignment(case, blocksize=64)
 
 
@@ -97,7 +99,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-LAUNCHES = {SINGLE_PASS: ["linear"], SPLIT: ["shrink", "linear"], LIBRARY: ["shrink", "linear"]}
+LAUNCHES = {FUSED: ["linear"], TWO_PASS: ["shrink", "linear"], LIBRARY: ["shrink", "linear"]}
 
 
 @every_strategy
@@ -126,7 +128,7 @@ def test_backward_launches_one_kernel_for_ds_and_db_of_small_ranks(
 ) -> None:
     """dS and dB in one launch where the rank is small; dx only where it is asked for."""
     args = cases.inputs(Case(300, 65, 40, rank, f32, frozen=frozen, device=DEVICE))
-    with lora_kernels.backend("triton", SPLIT):
+    with lora_kernels.backend("triton", TWO_PASS):
         y = lora_kernels.lora_linear(
             **{name: value for name, value in args.items() if name != "dy"}
         )

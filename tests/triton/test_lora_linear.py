@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from lora_kernels.backends.triton import COOPERATIVE, LIBRARY, SINGLE_PASS, SPLIT, configs, launch
+from lora_kernels.backends.triton import COOPERATIVE, FUSED, LIBRARY, TWO_PASS, configs, launch
 from lora_kernels.measure.case import Case
 from tests.support import problems
 from tests.support.engines import Pairs, check, each, on
 from tests.support.problems import FULL, RANK, bf16, f16, f32
 from tests.triton.device import DEVICE
 
-KERNELS, ALL = (SINGLE_PASS, SPLIT), (SINGLE_PASS, SPLIT, LIBRARY)
+KERNELS, ALL = (FUSED, TWO_PASS), (FUSED, TWO_PASS, LIBRARY)
 SHAPE = (33, 65, 63)
 SCALED = {"column_scale": True, "bias": True}
 MASKED = {**SCALED, "dropout_p": 0.1}
@@ -38,8 +38,8 @@ def triton(strategies: tuple[str, ...], *cases: Case) -> Pairs:
 
 def ranks() -> Pairs:
     cases = [Case(40, 65, 63, R, f32, dropout_p=0.1) for R in problems.RANKS]
-    few = [case for case in cases if case.R <= configs.MAX_SINGLE_PASS_RANK]
-    return triton((SPLIT,), *cases) + triton((SINGLE_PASS,), *few)
+    few = [case for case in cases if case.R <= configs.MAX_FUSED_RANK]
+    return triton((TWO_PASS,), *cases) + triton((FUSED,), *few)
 
 
 GROUPS = {
@@ -49,16 +49,16 @@ GROUPS = {
         ALL, *(Case(M, N, 65, RANK, bf16, column_scale=True) for M, N in LAST_TILES)
     ),
     "ranks": ranks(),
-    "shares": triton((SPLIT,), *SHARES),
+    "shares": triton((TWO_PASS,), *SHARES),
     "one_read": [
-        *triton((SPLIT,), Case(*ONE_READ, f32), Case(*ONE_READ, bf16, **SCALED)),
-        *triton((SPLIT,), Case(*ONE_READ, bf16, f32, **SCALED, frozen=("x", "bias"))),
+        *triton((TWO_PASS,), Case(*ONE_READ, f32), Case(*ONE_READ, bf16, **SCALED)),
+        *triton((TWO_PASS,), Case(*ONE_READ, bf16, f32, **SCALED, frozen=("x", "bias"))),
         *triton((LIBRARY,), Case(*ONE_READ, f16)),
     ],
     "published": triton((COOPERATIVE,), *PUBLISHED),
     "strides": [
-        *triton((SPLIT,), *problems.of_layouts(30, 65, 63, dtype=f32)),
-        *triton((SINGLE_PASS,), *problems.of_layouts(30, 65, 63, dtype=f32)[:2]),
+        *triton((TWO_PASS,), *problems.of_layouts(30, 65, 63, dtype=f32)),
+        *triton((FUSED,), *problems.of_layouts(30, 65, 63, dtype=f32)[:2]),
     ],
     "4bit": [
         *triton(KERNELS, *problems.of_4bit(3, 72, f32, FORMATS)),

@@ -3,7 +3,7 @@
 import pytest
 
 import lora_kernels
-from lora_kernels.backends.triton import LIBRARY, SPLIT
+from lora_kernels.backends.triton import LIBRARY, TWO_PASS
 from lora_kernels.measure.multi import MultiCase
 from tests.support import multi
 from tests.support.engines import check_multi
@@ -11,7 +11,7 @@ from tests.support.engines import check_multi
 
 @pytest.mark.parametrize("case", multi.some_cases((40, 64)), ids=str)
 def test_multi_lora_linear_of_each_case_is_within_tolerance(case: MultiCase) -> None:
-    strategy = LIBRARY if case.rows == "mixed" and case.M == 40 else SPLIT
+    strategy = LIBRARY if case.rows == "mixed" and case.M == 40 else TWO_PASS
     with lora_kernels.backend("triton", strategy):
         check_multi(case)
 

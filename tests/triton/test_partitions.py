@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import lora_kernels
-from lora_kernels.backends.triton import COOPERATIVE, LIBRARY, SINGLE_PASS, SPLIT, configs
+from lora_kernels.backends.triton import COOPERATIVE, FUSED, LIBRARY, TWO_PASS, configs
 from lora_kernels.backends.triton.configs import Config
 from lora_kernels.measure.case import Case
 from lora_kernels.measure.multi import MultiCase
@@ -49,11 +49,11 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("strategy", "rows", "rank", "K", "blocksize"),
     [
-        (SINGLE_PASS, M, ONE_BLOCK, ODD, 0),
-        (SINGLE_PASS, M, ONE_BLOCK, WHOLE, 32),
-        (SPLIT, M, BLOCKS, ODD, 0),
-        (SPLIT, M, BLOCKS, WORDS, 32),
-        (SPLIT, M, ONE_BLOCK, ODD, 32),
+        (FUSED, M, ONE_BLOCK, ODD, 0),
+        (FUSED, M, ONE_BLOCK, WHOLE, 32),
+        (TWO_PASS, M, BLOCKS, ODD, 0),
+        (TWO_PASS, M, BLOCKS, WORDS, 32),
+        (TWO_PASS, M, ONE_BLOCK, ODD, 32),
         (LIBRARY, M, BLOCKS, ODD, 0),
         (COOPERATIVE, 13, ONE_BLOCK, ODD, 0),
         (COOPERATIVE, 13, ONE_BLOCK, WHOLE, 32),
@@ -68,7 +68,7 @@ def test_lora_linear_in_small_tiles_is_exact(
         exact.check(case, blocksize)
 
 
-@pytest.mark.parametrize(("strategy", "quant"), [(SPLIT, "nf4-64"), (LIBRARY, "")])
+@pytest.mark.parametrize(("strategy", "quant"), [(TWO_PASS, "nf4-64"), (LIBRARY, "")])
 def test_adapters_of_rows_in_small_tiles_are_close(strategy: str, quant: str) -> None:
     """More ranks than a block of them in one adapter, and rows of each adapter in several parts."""
     case = MultiCase(90, N, WORDS, (5, 8, 3, 17), "mixed", quant=quant, bias=False, dropout_p=0.5)

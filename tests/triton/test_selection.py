@@ -8,7 +8,7 @@ import torch
 import lora_kernels
 from lora_kernels import device, selection
 from lora_kernels.backends import cuda, triton
-from lora_kernels.backends.triton import LIBRARY, SINGLE_PASS, SPLIT, configs, launch
+from lora_kernels.backends.triton import FUSED, LIBRARY, TWO_PASS, configs, launch
 from lora_kernels.core.problem import Choice, Problem
 from lora_kernels.device import DeviceInfo
 
@@ -36,8 +36,8 @@ def test_choose_on_a_gpu_takes_triton_only_if_requested(gpu: DeviceInfo) -> None
     assert "have run on no GPU yet" in choose().reason
     with lora_kernels.backend("triton"):
         assert choose().backend == "triton"
-    with lora_kernels.backend("triton", SPLIT):
-        assert choose().strategy == SPLIT
+    with lora_kernels.backend("triton", TWO_PASS):
+        assert choose().strategy == TWO_PASS
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_lora_linear_without_triton_raises(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_choose_of_single_pass_above_its_ranks_raises(gpu: DeviceInfo) -> None:
-    with lora_kernels.backend("triton", SINGLE_PASS), pytest.raises(RuntimeError, match="above 64"):
+    with lora_kernels.backend("triton", FUSED), pytest.raises(RuntimeError, match="above 64"):
         choose(rank=65)
 
 
@@ -88,15 +88,15 @@ def test_choose_of_single_pass_above_its_ranks_raises(gpu: DeviceInfo) -> None:
 @pytest.mark.parametrize(
     ("target", "columns", "rank", "four_bit", "strategy"),
     [
-        (A100, 1024, 16, False, SINGLE_PASS),
-        (A100, 4096, 16, False, SPLIT),
-        (A100, 14336, 16, False, SPLIT),
-        (A100, 1024, 16, True, SINGLE_PASS),
-        (H100, 1024, 16, False, SINGLE_PASS),
-        (H100, 2048, 16, False, SINGLE_PASS),
-        (H100, 1024, 64, False, SPLIT),
-        (H100, 4096, 16, False, SPLIT),
-        (H100, 1024, 16, True, SINGLE_PASS),
+        (A100, 1024, 16, False, FUSED),
+        (A100, 4096, 16, False, TWO_PASS),
+        (A100, 14336, 16, False, TWO_PASS),
+        (A100, 1024, 16, True, FUSED),
+        (H100, 1024, 16, False, FUSED),
+        (H100, 2048, 16, False, FUSED),
+        (H100, 1024, 64, False, TWO_PASS),
+        (H100, 4096, 16, False, TWO_PASS),
+        (H100, 1024, 16, True, FUSED),
     ],
 )
 def test_strategy_of_named_shapes_is_the_documents(
@@ -111,20 +111,20 @@ def test_choose_beside_a_float32_adapter_is_split(gpu: DeviceInfo) -> None:
     """Its tiles are smaller, so that P in each of them costs more."""
     with lora_kernels.backend("triton"):
         args = ("cuda", bf16, bf16, bf16, bf16, 16, 4096)
-        assert selection.choose(Problem(*args, columns=1024)).strategy == SINGLE_PASS
+        assert selection.choose(Problem(*args, columns=1024)).strategy == FUSED
         wide = selection.choose(Problem("cuda", bf16, f32, f32, bf16, 16, 4096, columns=1024))
-    assert wide.strategy == SPLIT and "25.0%" in wide.reason
+    assert wide.strategy == TWO_PASS and "25.0%" in wide.reason
 
 
 @pytest.mark.parametrize(
     ("rows", "rank", "four_bit", "dropout", "strategy"),
     [
-        (16, 16, False, False, SPLIT),
-        (4096, 16, False, True, SPLIT),
-        (4096, 65, False, False, SPLIT),
+        (16, 16, False, False, TWO_PASS),
+        (4096, 16, False, True, TWO_PASS),
+        (4096, 65, False, False, TWO_PASS),
         (1025, 16, True, False, LIBRARY),
-        (1024, 16, True, False, SINGLE_PASS),
-        (None, 16, False, False, SINGLE_PASS),
+        (1024, 16, True, False, FUSED),
+        (None, 16, False, False, FUSED),
     ],
 )
 def test_strategy_of_rows_ranks_and_options_is_the_fastest(

@@ -9,7 +9,7 @@ import torch
 
 import lora_kernels
 from lora_kernels import cli, selection
-from lora_kernels.backends.triton import LIBRARY, SPLIT, configs, launch, measured
+from lora_kernels.backends.triton import LIBRARY, TWO_PASS, configs, launch, measured
 from lora_kernels.core.problem import Problem
 from lora_kernels.device import DeviceInfo
 from lora_kernels.measure import tune
@@ -23,13 +23,13 @@ ARGUMENTS += ["--seconds", "0", "--quant"]
 @pytest.fixture
 def few_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tune, "TILES", [(32, 32, 32, 4, 1)])
-    monkeypatch.setattr(tune, "STRATEGIES", (SPLIT, LIBRARY))
+    monkeypatch.setattr(tune, "STRATEGIES", (TWO_PASS, LIBRARY))
     monkeypatch.setattr(tune.timing, "interleave", _by_name)
 
 
 def _by_name(calls: dict[str, Any], **_: Any) -> dict[str, Any]:
     """No clock: what is in the names decides, so that a test knows what is fastest."""
-    order = ["backward 32x32x32", "forward 32x32x32", SPLIT]
+    order = ["backward 32x32x32", "forward 32x32x32", TWO_PASS]
     times = {}
     for name, call in calls.items():
         call()
@@ -50,7 +50,7 @@ def test_tune_writes_what_choose_then_takes(
     assert len(json.loads(file.read_text())["rows"]) == 2
     assert "set LORA_KERNELS_MEASURED=" in capsys.readouterr().out
     for row in rows:
-        assert row["strategy"] == SPLIT and row["rank"] == 16 and row["rows"] == 64
+        assert row["strategy"] == TWO_PASS and row["rank"] == 16 and row["rows"] == 64
         assert row["forward"]["block_m"] == row["backward"]["block_m"] == 32
 
     monkeypatch.setenv("LORA_KERNELS_MEASURED", str(file))
@@ -64,7 +64,7 @@ def test_tune_writes_what_choose_then_takes(
     args = [torch.randn(s, device=DEVICE) for s in ((33, 64), (32, 64), (16, 64), (32, 16))]
     with lora_kernels.backend("triton"):
         choice = selection.choose(Problem(DEVICE, f32, f32, f32, f32, 16, 33, False, 32, 64))
-        assert choice.strategy == SPLIT and "measured on " in choice.reason
+        assert choice.strategy == TWO_PASS and "measured on " in choice.reason
         lora_kernels.lora_linear(*args)
         assert ("two_pass_kernel", 32) in tiles
         other = selection.choose(Problem(DEVICE, f32, f32, f32, f32, 16, 33, False, 32, 65))
@@ -112,7 +112,7 @@ def test_tune_into_a_file_of_something_else_leaves_it_alone(
 
 
 GOOD: dict[str, Any] = {"arch": 90, "multiprocessors": 132, "rows": 1, "columns": 64, "inner": 64}
-GOOD |= {"block_r": 16, "itemsize": 2, "four_bit": False, "strategy": SPLIT, "forward": None}
+GOOD |= {"block_r": 16, "itemsize": 2, "four_bit": False, "strategy": TWO_PASS, "forward": None}
 GOOD |= {"backward": None, "device": "none", "microseconds": 1.0}
 TILES = {"block_m": 16, "block_n": 64, "block_k": 64, "warps": 4, "stages": 3}
 
@@ -159,7 +159,7 @@ def test_candidates_fit_the_shared_memory() -> None:
     case = tune.Case(4096, 4096, 4096, 16, torch.bfloat16)
     for size, least in ((227 << 10, 9), (99 << 10, 3)):
         target = DeviceInfo("cuda", 90, 132, size)
-        tried = list(tune._candidates(target, case, SPLIT, 2))
+        tried = list(tune._candidates(target, case, TWO_PASS, 2))
         assert len(tried) >= least
         assert all(configs.shared_memory(tiles, 2, 0) <= size for tiles in tried)
 

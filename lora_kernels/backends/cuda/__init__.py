@@ -29,10 +29,10 @@ from .. import lazy_launchers
 
 COOPERATIVE = Strategy.COOPERATIVE
 OVERLAPPED = Strategy.OVERLAPPED
-SPLIT = Strategy.TWO_PASS
-ORDINARY = Strategy.TWO_PASS_SIMT
-STRATEGIES = (COOPERATIVE, OVERLAPPED, SPLIT, ORDINARY)
-TWO_STEPS = (SPLIT, ORDINARY)  # P is complete before the base GEMM starts
+TWO_PASS = Strategy.TWO_PASS
+TWO_PASS_SIMT = Strategy.TWO_PASS_SIMT
+STRATEGIES = (COOPERATIVE, OVERLAPPED, TWO_PASS, TWO_PASS_SIMT)
+TWO_STEPS = (TWO_PASS, TWO_PASS_SIMT)  # P is complete before the base GEMM starts
 DECODE_ROWS = 16  # of x, at most, for the first two
 MIN_CAPABILITY = 80  # cp.async, bfloat16 on the matrix units
 

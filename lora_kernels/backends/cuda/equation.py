@@ -22,7 +22,7 @@ from ...core.call import (
 from ...core.packed4bit import Packed4bit
 from .. import stacked, workspace
 from ..dropout import NO_DROPOUT, Dropout
-from . import COOPERATIVE, ORDINARY, OVERLAPPED, SPLIT, fit, launch, module
+from . import COOPERATIVE, OVERLAPPED, TWO_PASS, TWO_PASS_SIMT, fit, launch, module
 from .launch import DTYPE, codes, empty, mask, matrix, of_codes, pointer, vector, whole_rows
 
 # What a share of a summed dimension takes at least, a multiple of the kernel's step: of columns, of
@@ -50,7 +50,7 @@ def lora_linear(operands: Operands, spec: Spec, strategy: str) -> tuple[Tensor, 
         p = _decode(linear, lora_A, dropout, strategy == COOPERATIVE)
     else:
         p = _sum(_thin(x, None, dropout, False, lora_A), dropout.scale)
-        linear.run(p, strategy == SPLIT)
+        linear.run(p, strategy == TWO_PASS)
     return y, Saved(p, z)
 
 
@@ -123,7 +123,7 @@ def multi_lora_linear(
     stack = stacked.stack(lora_A, lora_B, index, scaling)
     p = stack.kept(_sum(_thin(x, None, dropout, False, stack.lora_A), dropout.scale))
     linear = _Linear(x, weight, stack.lora_B.t(), y, dtype, 1.0, stack.gate, bias=bias)
-    linear.run(p, strategy == SPLIT)
+    linear.run(p, strategy == TWO_PASS)
     return y, Saved(stack.compact(p))
 
 
@@ -286,7 +286,7 @@ class _Linear:
 
     def has_matrix_units(self, strategy: str) -> bool:
         """Return True if dx, this product, runs on them as y does."""
-        if strategy == ORDINARY:
+        if strategy == TWO_PASS_SIMT:
             return False
         layout, (_, K, N, _) = fit.layout(self.weight, self.dtype), self.shape
         return fit.backward(self.dtype, layout, N, K) is None

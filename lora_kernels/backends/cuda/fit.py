@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...core.packed4bit import Packed4bit
 from ...core.problem import Layout
-from . import DECODE_ROWS, ORDINARY, SPLIT
+from . import DECODE_ROWS, TWO_PASS, TWO_PASS_SIMT
 
 NO_BASE = "there is no base product"
 _FLOAT32 = "float32 products need every bit, which the matrix units drop"
@@ -41,7 +41,7 @@ def forward(
     strategy: str, dtype: torch.dtype, weight: Layout, M: int | None, N: int, K: int
 ) -> str | None:
     """Why y = x·Wᵀ [M, N] cannot be made by the strategy; None where it can. M None: of any."""
-    if strategy == ORDINARY:
+    if strategy == TWO_PASS_SIMT:
         return None
     if dtype is torch.float32:
         return _FLOAT32
@@ -49,7 +49,7 @@ def forward(
         return f"K = {K} is no multiple of {_ALIGNED}, so that rows are not whole loads"
     if weight.obstacle is not None:
         return weight.obstacle
-    if strategy == SPLIT:
+    if strategy == TWO_PASS:
         if weight.columns and N % _ALIGNED:
             return f"N = {N} is no multiple of {_ALIGNED}, and the weight is stored as [K, N]"
         return _codes(weight, K, _RUN)

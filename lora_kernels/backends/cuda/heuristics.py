@@ -8,7 +8,7 @@ import torch
 
 from ...core.problem import Choice, Layout, Problem, Strategy, require_supported
 from .. import cuda
-from . import COOPERATIVE, DECODE_ROWS, ORDINARY, SPLIT, TWO_STEPS, fit
+from . import COOPERATIVE, DECODE_ROWS, TWO_PASS, TWO_PASS_SIMT, TWO_STEPS, fit
 
 REQUESTED = "the cuda backend was requested"
 _DENSE, _CODES = Layout(), Layout(64)  # if nothing is known of the weight
@@ -53,17 +53,17 @@ def strategy_for(
 
     M: None for many rows.
     """
-    wanted = [COOPERATIVE] * (M is not None and M <= DECODE_ROWS) + [SPLIT]
+    wanted = [COOPERATIVE] * (M is not None and M <= DECODE_ROWS) + [TWO_PASS]
     for strategy in wanted:
         why = fit.forward(strategy, dtype, layout, M, N, K)
         if why is None:
             return strategy, reason + dx_note(strategy, dtype, layout, N, K)
         if why not in reason:
             reason = f"{reason}; not {strategy!r}: {why}"
-    return ORDINARY, reason
+    return TWO_PASS_SIMT, reason
 
 
 def dx_note(strategy: Strategy, dtype: torch.dtype, layout: Layout, N: int, K: int) -> str:
     """Return a clause on dx if it is not computed as y is, or an empty string."""
-    why = None if strategy == ORDINARY else fit.backward(dtype, layout, N, K)
+    why = None if strategy == TWO_PASS_SIMT else fit.backward(dtype, layout, N, K)
     return "" if why is None else f"; dx on CUDA cores: {why}"

@@ -32,12 +32,12 @@ if TYPE_CHECKING:
     from .equation import multi_lora_linear as multi_lora_linear
     from .equation import multi_lora_linear_backward as multi_lora_linear_backward
 
-SINGLE_PASS = Strategy.FUSED
-SPLIT = Strategy.TWO_PASS
+FUSED = Strategy.FUSED
+TWO_PASS = Strategy.TWO_PASS
 COOPERATIVE = Strategy.COOPERATIVE
 LIBRARY = Strategy.LIBRARY
-STRATEGIES = (SINGLE_PASS, SPLIT, COOPERATIVE, LIBRARY)
-TWO_STEPS = (SPLIT, LIBRARY)  # P is complete before the base GEMM starts
+STRATEGIES = (FUSED, TWO_PASS, COOPERATIVE, LIBRARY)
+TWO_STEPS = (TWO_PASS, LIBRARY)  # P is complete before the base GEMM starts
 
 
 @functools.cache

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from ...core.problem import Strategy
 from ...device import DeviceInfo, gpu, has_gpu
-from . import LIBRARY, SINGLE_PASS, SPLIT, interpreted, unavailable_reason
+from . import FUSED, LIBRARY, TWO_PASS, interpreted, unavailable_reason
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Config:
 
 MIN_CAPABILITY = 80
 MIN_BLOCK = 16  # of a matrix instruction
-MAX_SINGLE_PASS_RANK = 64  # above, the sums of P take too many registers beside the product's
+MAX_FUSED_RANK = 64  # above, the sums of P take too many registers beside the product's
 MAX_SLOTS = 16
 # Of a multiprocessor from sm_80 on, by the tables of the CUDA programming guide. Its shared memory
 # is what one block may have, and what the system keeps of each block.
@@ -76,15 +76,15 @@ def strategy(
     if four_bit and rows > MANY_ROWS_4BIT:
         return LIBRARY, "the codes are decoded once for all rows"
     if rows <= FEW_ROWS:
-        return SPLIT, "few rows, whose x·Aᵀ is shared among all multiprocessors"
+        return TWO_PASS, "few rows, whose x·Aᵀ is shared among all multiprocessors"
     if dropout:
-        return SPLIT, "a mask is made once, not in each tile of columns"
-    if rank > MAX_SINGLE_PASS_RANK:
-        return SPLIT, f"rank above {MAX_SINGLE_PASS_RANK}"
+        return TWO_PASS, "a mask is made once, not in each tile of columns"
+    if rank > MAX_FUSED_RANK:
+        return TWO_PASS, f"rank above {MAX_FUSED_RANK}"
     config = linear(target, rows, itemsize, four_bit, rank)
     extra = block_of_ranks(rank) / config.block_n
     saved = BALANCE.get(target.capability, min(BALANCE.values())) / columns
-    chosen = SPLIT if extra > saved else SINGLE_PASS
+    chosen = TWO_PASS if extra > saved else FUSED
     return chosen, f"x·Aᵀ in each tile costs {extra:.1%} of the product, x again {saved:.1%}"
 
 
@@ -120,7 +120,7 @@ def precision(target: DeviceInfo) -> str:
 
 def block_of_ranks(rank: int) -> int:
     """The ranks that a program takes at a time: a power of two, 16 to 64."""
-    return min(max(MIN_BLOCK, power_of_two(rank)), MAX_SINGLE_PASS_RANK)
+    return min(max(MIN_BLOCK, power_of_two(rank)), MAX_FUSED_RANK)
 
 
 def linear(
@@ -187,7 +187,7 @@ def cooperative(M: int, N: int, K: int, R: int, config: Config) -> int:
 
     0 if the kernel does not take the call. All programs must be co-resident besides.
     """
-    if M > FEW_ROWS or R > MAX_SINGLE_PASS_RANK:
+    if M > FEW_ROWS or R > MAX_FUSED_RANK:
         return 0
     chunks = _tiles(K, config.block_k)
     slots = min(MAX_SLOTS, _tiles(N, config.block_n), chunks)

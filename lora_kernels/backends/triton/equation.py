@@ -30,9 +30,9 @@ from .. import stacked, workspace
 from ..dropout import NO_DROPOUT, Dropout
 from . import (
     COOPERATIVE,
+    FUSED,
     LIBRARY,
-    SINGLE_PASS,
-    SPLIT,
+    TWO_PASS,
     codec,
     configs,
     interpreted,
@@ -73,7 +73,7 @@ def lora_linear_backward(
     dx = dA = dg = ds = slots = dbias = dc = None
     dB: Tensor | None = None
     once = None  # tiles of a kernel that computes dS and dB in one read of dY
-    if need_B and (need_A or need_gate or need_x) and not (need_x and strategy == SINGLE_PASS):
+    if need_B and (need_A or need_gate or need_x) and not (need_x and strategy == FUSED):
         once = configs.shrink_outer(
             launch.target(dy), M, N, R, max(dy.dtype.itemsize, lora_B.dtype.itemsize)
         )
@@ -235,7 +235,7 @@ def _linear(
     config = _tiles(gemm, strategy, target, w is not None, codes, format_4bit)
     share = configs.cooperative(M, N, K, R, config) if strategy == COOPERATIVE else 0
     flags = workspace.flags(x.device) if share and not interpreted() else None
-    if strategy == SINGLE_PASS:
+    if strategy == FUSED:
         slots = x.new_empty(1, M, R, dtype=torch.float32)
     elif share:
         slots = x.new_empty(triton.cdiv(K, share), M, R, dtype=torch.float32)
@@ -267,7 +267,7 @@ def _linear(
     }
     scales, A, Q = (mask_in.scale, gemm.s_scale), Matrix.of(a), Matrix.of(q)
     run = partial(launch.run, grid=(programs,), device=x.device)
-    if strategy == SINGLE_PASS:
+    if strategy == FUSED:
         run(fused_kernel, config, *base, A, Q, p, *factors, *masked[0], *masked[1], *scales, **meta)
     elif not share:
         args = *base, Q, p, slots, *factors, *masked[1], slots.shape[0], gemm.s_scale
@@ -281,7 +281,7 @@ def _linear(
                 programs, target, cooperative_kernel, config, x.device, *args, **both
             )
             if fitting is None:
-                return _linear(gemm, SPLIT)
+                return _linear(gemm, TWO_PASS)
             config = fitting
         # The interpreter runs programs one after another: those that publish, then all.
         for publish, consume in [(True, False), (False, True)] if interpreted() else [(True, True)]:
@@ -299,7 +299,7 @@ def _tiles(
 ) -> Config:
     """Return the tiles of a kernel with a dense base GEMM, one of codes, or none."""
     x, (M, K), (R, N) = gemm.x, gemm.x.shape, gemm.q.shape
-    fused, base = strategy == SINGLE_PASS, dense or codes is not None
+    fused, base = strategy == FUSED, dense or codes is not None
     multiplied = max(x.dtype.itemsize, gemm.dtype.itemsize)
     operand = _operand(x, gemm.a).itemsize
     unchanged = gemm.in_scale is None and gemm.dropout.rng is None

@@ -6,7 +6,7 @@ import functools
 
 from ...core.problem import Choice, Problem, Strategy, require_supported
 from ...device import DeviceInfo
-from . import SINGLE_PASS, SPLIT, TWO_STEPS, configs, measured
+from . import FUSED, TWO_PASS, TWO_STEPS, configs, measured
 
 REQUESTED = "the triton backend was requested"
 
@@ -14,10 +14,10 @@ REQUESTED = "the triton backend was requested"
 def plan(problem: Problem, strategy: Strategy | None) -> Choice:
     """Choose the strategy; RuntimeError if the backend or the requested strategy cannot run."""
     target = require_target(problem)
-    if strategy == SINGLE_PASS and problem.rank > configs.MAX_SINGLE_PASS_RANK:
+    if strategy == FUSED and problem.rank > configs.MAX_FUSED_RANK:
         raise RuntimeError(
             f"strategy {strategy!r} was requested and cannot run here: rank {problem.rank} is "
-            f"above {configs.MAX_SINGLE_PASS_RANK}"
+            f"above {configs.MAX_FUSED_RANK}"
         )
     if strategy:
         return Choice("triton", strategy, REQUESTED)
@@ -36,7 +36,7 @@ def _plan(problem: Problem, target: DeviceInfo) -> Choice:
 def _choice(problem: Problem, strategy: Strategy, reason: str) -> Choice:
     """Return the choice; rows with adapters of their own need P before the GEMM."""
     if problem.mixed and strategy not in TWO_STEPS:
-        strategy = SPLIT
+        strategy = TWO_PASS
     return Choice("triton", strategy, reason)
 
 

@@ -21,7 +21,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> DeviceInfo:
     """A machine with Triton and an A100, as far as `selection` asks."""
     monkeypatch.setattr(triton, "unavailable_reason", lambda: None)
     monkeypatch.setattr(triton, "interpreted", lambda: False)
-    monkeypatch.setattr(configs, "target", lambda index: A100)
+    monkeypatch.setattr(configs, "gpu", lambda index: A100)
+    monkeypatch.setattr(configs, "has_gpu", lambda: True)
     return A100
 
 
@@ -124,11 +125,10 @@ def test_choose_beside_a_float32_adapter_is_split(gpu: DeviceInfo) -> None:
         (4096, 65, False, False, TWO_PASS),
         (1025, 16, True, False, LIBRARY),
         (1024, 16, True, False, FUSED),
-        (None, 16, False, False, FUSED),
     ],
 )
 def test_strategy_of_rows_ranks_and_options_is_the_fastest(
-    rows: int | None, rank: int, four_bit: bool, dropout: bool, strategy: str
+    rows: int, rank: int, four_bit: bool, dropout: bool, strategy: str
 ) -> None:
     assert configs.strategy(H100, rows, 1024, rank, 2, four_bit, dropout)[0] == strategy
 

@@ -162,7 +162,3 @@ def test_candidates_fit_the_shared_memory() -> None:
         tried = list(tune._candidates(target, case, TWO_PASS, 2))
         assert len(tried) >= least
         assert all(configs.shared_memory(tiles, 2, 0) <= size for tiles in tried)
-
-
-def test_read_of_the_packaged_table_succeeds() -> None:
-    measured.read(Path(measured.__file__).with_name("measured.json"))

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 
 from ...core.problem import Strategy
 from ...device import DeviceInfo, gpu, has_gpu
-from . import FUSED, LIBRARY, TWO_PASS, interpreted, unavailable_reason
+from .. import triton
+from . import FUSED, LIBRARY, TWO_PASS
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def target(device_type: str = "cuda", index: int | None = None) -> DeviceInfo | 
 
     index: None for the current GPU.
     """
-    if interpreted():
+    if triton.interpreted():
         return INTERPRETER
     return gpu(index) if device_type == "cuda" and has_gpu() else None
 
@@ -93,7 +94,7 @@ def unsupported_reason(target: DeviceInfo | None, device_type: str = "cuda") -> 
 
     target: None for a device that is no GPU, of type `device_type`.
     """
-    if (missing := unavailable_reason()) is not None:
+    if (missing := triton.unavailable_reason()) is not None:
         return missing
     if target is None:
         return (

@@ -14,3 +14,7 @@ def test_multi_lora_linear_of_each_case_is_within_tolerance(case: MultiCase) -> 
 
 def test_multi_lora_linear_row_overflows_spoils_its_adapter_alone() -> None:
     multi.check_overflow()
+
+
+def test_multi_lora_linear_adapter_overflows_spoils_its_rows_alone() -> None:
+    multi.check_isolation()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from lora_kernels.finetune import newest_checkpoint
 from lora_kernels.integrations import FuseCallback
+from lora_kernels.peft.frozen import StreamedLinear
 from tests.finetune.tiny import llama
 from tests.interop.tiny import FLOAT64_RTOL, assert_same
 
@@ -205,3 +207,12 @@ def test_fuse_callback_before_fsdp2_equals_the_unsharded_run(
         losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
         found[-1]["losses"] = torch.tensor(losses, dtype=torch.float64)
     assert_same(*found, rtol=FLOAT64_RTOL)
+
+
+def test_fuse_callback_with_linears_streams_plain_layers_too(tmp_path: Path) -> None:
+    model = get_peft_model(llama(), LoraConfig(target_modules=["q_proj"]))
+    plain = [name for name, m in model.named_modules() if type(m) is torch.nn.Linear]
+    Trainer(model, arguments(tmp_path), callbacks=[FuseCallback(linears=True)])
+    kinds = {name: type(m) for name, m in model.named_modules()}
+    found = {name for name in kinds if kinds[name] is StreamedLinear}
+    assert found and found == {name for name in plain if not re.search("lora_|base_layer", name)}

@@ -210,3 +210,10 @@ def test_prepared_call_of_anything_else_is_none() -> None:
         call._forward(x, None, (), (), (), 1)
     with pytest.raises(ZeroDivisionError):
         call._forward(x, None, (0,), (lambda zero: 1 / zero,), (1,))
+
+
+def test_multi_lora_linear_index_of_another_shape_raises() -> None:
+    """Of as many elements as x has rows, which would pair rows with wrong adapters."""
+    A, B, index = torch.ones(1, 2, 4), torch.ones(1, 5, 2), torch.zeros(3, 2, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"index: got shape \[3, 2\], want x's \[2, 3\]"):
+        lora_kernels.multi_lora_linear(torch.ones(2, 3, 4), None, A, B, index)

@@ -10,6 +10,8 @@ from torch import Tensor
 
 import lora_kernels
 from lora_kernels.backends import cpu, native
+from lora_kernels.measure.case import Case, inputs, run
+from tests.ops.engines import every_native_engine
 
 needs_native = pytest.mark.skipif(native.module is None, reason="the native kernels were not built")
 
@@ -63,3 +65,22 @@ def test_lora_linear_of_any_leading_dimensions_is_exact_to_its_sums(
         for name, a, b, limit in zip(["y", *names], got, want, limits, strict=True):
             assert a.shape == b.shape and a.is_contiguous(), (name, of_dy)
             assert ((a.double() - b).abs() <= u * limit).all(), (name, of_dy)
+
+
+@pytest.mark.parametrize("M", [1, 5, 40])
+@every_native_engine
+def test_lora_linear_of_strided_vectors_and_a_transposed_B_is_as_of_contiguous_ones(
+    M: int, engine: str
+) -> None:
+    args = inputs(Case(M, 40, 64, 6, torch.float32, gate=True, column_scale=True, bias=True))
+    want = run(lora_kernels.lora_linear, args)
+    for name in ("rank_gate", "column_scale", "bias"):
+        every_second = torch.stack([args[name].detach(), torch.full_like(args[name], 9.0)], 1)
+        strided = every_second[:, 0]
+        assert not strided.is_contiguous()
+        args[name] = strided.requires_grad_(args[name].requires_grad)
+    B = args["lora_B"].detach().t().contiguous().t()
+    args["lora_B"] = B.requires_grad_(args["lora_B"].requires_grad)
+    got = run(lora_kernels.lora_linear, args)
+    for name, value in want.items():
+        torch.testing.assert_close(got[name], value, rtol=64 * 2.0**-24, atol=1e-5)

@@ -14,7 +14,7 @@ from lora_kernels.measure.case import give_mask
 from lora_kernels.measure.multi import MultiCase, inputs, run
 from tests.ops.engines import every_engine, every_thread_count
 from tests.support.engines import check_multi
-from tests.support.multi import of_formats
+from tests.support.multi import check_isolation, of_formats
 
 f64, f32, bf16, f16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 
@@ -312,3 +312,7 @@ def test_choose_multi_largest_rank_decides() -> None:
     operands = MultiOperands(torch.zeros(3, 64), torch.zeros(5, 64), A, B, torch.zeros(3).long())
     choice = ops.choose_multi(operands, MultiSpec([1.0, 1.0], 0.0, f32, f32))
     assert choice.backend == "eager" and "rank 257 is above" in choice.reason
+
+
+def test_multi_lora_linear_adapter_overflows_spoils_its_rows_alone() -> None:
+    check_isolation()

@@ -11,6 +11,7 @@ from torch import nn
 
 from lora_kernels import reference
 from lora_kernels.quantization import Weight4bit, codebooks, quantize_4bit
+from lora_kernels.quantization.weight4bit import standard_code
 
 pytest.importorskip("bitsandbytes")
 import bitsandbytes
@@ -408,3 +409,11 @@ def test_quantize_under_other_defaults_is_the_same(nested, dtype):
     finally:
         torch.set_default_dtype(before)
     assert_same(got, want)
+
+
+@pytest.mark.parametrize("change", [-0.5, 0.5])
+def test_standard_code_of_another_codebook_is_refused(change: float) -> None:
+    code = quantize_4bit(torch.eye(64)).code.clone()
+    code[7] += change
+    with pytest.raises(ValueError, match="got values other than nf4's"):
+        standard_code("nf4", code)

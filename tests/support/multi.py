@@ -47,3 +47,14 @@ def check_overflow() -> None:
     finite = got["dA"].view(3, 4, 32).isfinite().all(2).all(1)
     assert finite.tolist() == [True, False, False]
     assert got["dB"].view(3, 20, 4).isfinite().all(2).all(1).tolist() == [True, False, False]
+
+
+def check_isolation() -> None:
+    """A down-projection that overflows reaches y of its own adapter's rows alone."""
+    args = inputs(MultiCase(9, 20, 32, ranks=(4, 4, 4), rows="mixed"))
+    args["index"] = torch.tensor([0, 1, -1] * 3)
+    want = run(lora_kernels.multi_lora_linear, args)["y"]
+    with torch.no_grad():
+        args["lora_A"][1][2, 5] = float("inf")
+    got, others = run(lora_kernels.multi_lora_linear, args)["y"], args["index"] != 1
+    assert torch.equal(got[others], want[others]) and not got[~others].isfinite().any(1).all()

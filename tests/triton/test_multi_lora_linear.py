@@ -19,3 +19,8 @@ def test_multi_lora_linear_of_each_case_is_within_tolerance(case: MultiCase) -> 
 @pytest.mark.usefixtures("device")
 def test_multi_lora_linear_row_overflows_spoils_its_adapter_alone() -> None:
     multi.check_overflow()
+
+
+@pytest.mark.usefixtures("device")
+def test_multi_lora_linear_adapter_overflows_spoils_its_rows_alone() -> None:
+    multi.check_isolation()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 from collections.abc import Iterator
 
 import torch
@@ -30,8 +29,6 @@ STRATEGIES = {
     "cuda": cuda.STRATEGIES,
 }
 BACKENDS = tuple(STRATEGIES)
-MAX_ROWS = 1 << 17  # up to which `choose_by_rows` looks for other choices
-EVERY_ROW = 256  # up to which it asks for each M; above, for eight in each octave
 
 # Why a GPU's tensors go to the eager backend unless another is requested; None lets the cost model
 # decide.
@@ -126,40 +123,6 @@ def _choose_cpu(problem: Problem, requested: Forced, environment: tuple[object, 
     if reason is not None:
         return Choice("eager", Strategy.LIBRARY, reason)
     return cpu_heuristics.plan(problem, None)
-
-
-def choose_by_rows(problem: Problem) -> tuple[tuple[int, Choice | None], ...]:
-    """Return where the choice changes: pairs of the first M and the choice from there on.
-
-    Looks from one row to MAX_ROWS. The choice is None where a requested strategy cannot run.
-    """
-
-    def at(rows: int) -> Choice | None:
-        try:
-            return choose(problem._replace(rows=rows))
-        except RuntimeError:
-            return None
-
-    def differ(a: Choice | None, b: Choice | None) -> bool:
-        if a is None or b is None:
-            return a is not b
-        return (a.backend, a.strategy) != (b.backend, b.strategy)
-
-    grid = [*range(1, EVERY_ROW + 1)]
-    while grid[-1] < MAX_ROWS:
-        grid.append(min(MAX_ROWS, grid[-1] * 9 // 8))
-    found = [(1, at(1))]
-    for low, high in itertools.pairwise(grid):
-        while differ(at(high), found[-1][1]):
-            before, first = max(low, found[-1][0]), high  # bisects for the first row that differs
-            while first - before > 1:
-                middle = (before + first) // 2
-                if differ(at(middle), found[-1][1]):
-                    first = middle
-                else:
-                    before = middle
-            found.append((first, at(first)))
-    return tuple(found)
 
 
 def choose_norm(problem: Problem) -> Choice:

@@ -115,7 +115,7 @@ def least_seconds(case: Case, mode: str, machine: Machine) -> float:
 def measure(case: Case, seconds: float, machine: Machine | None = None) -> list[Row]:
     """Rows for each of MODES, decoding where x is of few rows: every candidate checked, then timed
     beside the frozen linear. machine: for `floor_ms`, else None."""
-    torch._dynamo.reset()  # or it would take a third shape for a dynamic one
+    torch.compiler.reset()  # or it would take a third shape for a dynamic one
     args = cases.inputs(replace(case, frozen=("lora_A", "lora_B")))
     made: dict[str, Candidate] = {"frozen": (baselines.frozen, args)}
     misses = {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,9 @@ from ..backends.triton import measured
 from ..core.problem import MANY_ROWS, Choice, Layout, Problem, Strategy
 from ..cpu_costs import Machine, Sizes
 from ..device import DeviceInfo
+
+MAX_ROWS = 1 << 17  # up to which `choose_by_rows` looks for other choices
+EVERY_ROW = 256  # up to which it asks for each M; above, for eight in each octave
 
 
 class Part(NamedTuple):
@@ -153,6 +157,40 @@ def _span(first: int, last: int | None) -> str:
     return f"up to {last} rows" if first == 1 else f"{first} to {last} rows"
 
 
+def choose_by_rows(problem: Problem) -> tuple[tuple[int, Choice | None], ...]:
+    """Return where the choice changes: pairs of the first M and the choice from there on.
+
+    Looks from one row to MAX_ROWS. The choice is None where a requested strategy cannot run.
+    """
+
+    def at(rows: int) -> Choice | None:
+        try:
+            return selection.choose(problem._replace(rows=rows))
+        except RuntimeError:
+            return None
+
+    def differ(a: Choice | None, b: Choice | None) -> bool:
+        if a is None or b is None:
+            return a is not b
+        return (a.backend, a.strategy) != (b.backend, b.strategy)
+
+    grid = [*range(1, EVERY_ROW + 1)]
+    while grid[-1] < MAX_ROWS:
+        grid.append(min(MAX_ROWS, grid[-1] * 9 // 8))
+    found = [(1, at(1))]
+    for low, high in pairwise(grid):
+        while differ(at(high), found[-1][1]):
+            before, first = max(low, found[-1][0]), high  # bisects for the first row that differs
+            while first - before > 1:
+                middle = (before + first) // 2
+                if differ(at(middle), found[-1][1]):
+                    first = middle
+                else:
+                    before = middle
+            found.append((first, at(first)))
+    return tuple(found)
+
+
 def regions(part: Part) -> tuple[Region, ...]:
     """Return where the choice changes, from one row on."""
     if not (part.ours and part.R):
@@ -161,7 +199,7 @@ def regions(part: Part) -> tuple[Region, ...]:
         Region(rows, "none", "raises")
         if choice is None
         else Region(rows, choice.backend, choice.strategy)
-        for rows, choice in selection.choose_by_rows(part.problem(1))
+        for rows, choice in choose_by_rows(part.problem(1))
     )
 
 

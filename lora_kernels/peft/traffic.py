@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -112,7 +112,7 @@ def _parameter_on_meta(p: Any) -> Any:
     if not hasattr(p, "quant_state"):
         return nn.Parameter(empty, requires_grad=p.requires_grad)
     fields = {**p.__dict__, "quant_state": _state_on_meta(p.quant_state)}
-    twin = torch.Tensor._make_subclass(cast(Any, type(p)), empty, False)
+    twin = empty.as_subclass(type(p))
     twin.__dict__.update(fields)
     return twin
 

@@ -20,6 +20,7 @@ from lora_kernels.core.problem import _OLD_NAMES, Choice, Layout, Problem, Strat
 from lora_kernels.measure import case as cases
 from lora_kernels.measure import multi
 from lora_kernels.measure.case import Case, inputs
+from lora_kernels.peft import predict
 from tests.support.engines import check
 
 f32, f64, bf16 = torch.float32, torch.float64, torch.bfloat16
@@ -81,7 +82,7 @@ def choose_on(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
         problem = Problem("cpu", dtype, dtype, dtype, dtype, 8, **fields)
         if rows is not None:
             return selection.choose(problem._replace(rows=rows))
-        return {first: choice.strategy for first, choice in selection.choose_by_rows(problem)}
+        return {first: choice.strategy for first, choice in predict.choose_by_rows(problem)}
 
     return choose_on
 

@@ -38,8 +38,9 @@ others: interpreted
 quick: native
 	$(BIN)/python -m pytest -q -m 'not slow and not proof' tests/reference tests/ops/test_exact.py \
 		tests/ops/test_arguments.py tests/ops/test_schemas.py tests/ops/test_selection.py \
-		tests/autograd/test_gradients.py tests/layers/test_linear.py tests/layers/test_decoding.py \
-		tests/interop/test_equivalence.py tests/packaging/test_mutations.py
+		tests/autograd/test_gradients.py tests/layers/test_every_layer.py \
+		tests/layers/test_decoding.py tests/interop/test_layer_kinds.py \
+		tests/packaging/test_mutations.py
 
 interpreted:
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m 'not slow and not proof' tests/triton

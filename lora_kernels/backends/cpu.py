@@ -1,21 +1,21 @@
 """Native CPU kernels, one call a direction.
 
-Forward: P = D(x)·Aᵀ; then either one pass that makes y = c⊙(x·Wᵀ + S·Bᵀ) + bias tile by tile in
-registers ("single pass"), or the library's x·Wᵀ and one in-place pass for the rest; for few rows of
-x one pass that dots W's rows with all of them ("streamed", of codes "decoded in registers").
-Backward: one read of dY gives dS and dB; D(x) and dS give dA; dx is made in a single pass as y is,
-with W in the other layout, or where that is none (and beside a streamed y of one row, which the
-library is faster for) by the library.
+Forward: P = D(x)·Aᵀ; then y = c⊙(x·Wᵀ + S·Bᵀ) + bias. "fused": one kernel, tile by tile in
+registers. "library": the library's x·Wᵀ, and one in-place pass for the rest. "gemv" and, of a 4-bit
+weight, "gemv_4bit": for few rows of x, one pass that dots W's rows with all of them.
+Backward: one read of dY gives dS and dB; D(x) and dS give dA; dx is computed as y is, with W in the
+other layout, by the fused kernel, or by the library if there is none, and beside "gemv" of one row,
+for which the library is faster.
 
-Rounding points: P, S, dS and dXA are float32 and never rounded to 16 bits. In a single pass y and
-dx round once, when they are stored; behind a library product, which rounds to the compute dtype,
-once more. A 4-bit weight is decoded in float32, code × scale; where the product takes bfloat16, or
-is the library's, it rounds once to that dtype, beside float32 and for few rows not at all: but for
-bfloat16 on avx512bf16, where two rows at most keep 17 bits of a code, and more round once. Each
+Rounding points: P, S, dS and dXA are float32 and never rounded to 16 bits. In the fused kernel y
+and dx round once, when they are stored; after a library GEMM, which rounds to the compute dtype,
+once more. A 4-bit weight is decoded in float32, code × scale. If the GEMM takes bfloat16, or is the
+library's, it rounds once to that dtype; in float32 and for few rows it does not round, except for
+bfloat16 on avx512bf16, where up to two rows keep 17 bits of a code, and more round once. Each
 parameter's gradient is rounded once, from float32 to its own dtype. On avx512bf16 a bfloat16
-subnormal counts as zero, as in the library's own bfloat16 products there. On amxbf16 a single pass
-of 128 rows or more takes each float32 as the sum of three bfloat16, and so loses bits of what is
-smaller than 1e-31 and makes NaN of what is infinite.
+subnormal counts as zero, as in the library's own bfloat16 GEMMs there. On amxbf16 the fused kernel
+with 128 rows or more takes each float32 as the sum of three bfloat16: values below 1e-31 lose bits,
+and infinity produces NaN.
 Deterministic for a given M, instruction set and thread count.
 """
 

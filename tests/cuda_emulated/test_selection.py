@@ -23,9 +23,7 @@ ROWS, CODES = Layout(), Layout(64)
 COLUMNS, OFF = Layout(columns=True), Layout(obstacle="the weight's rows are not whole")
 
 
-def choose(
-    M: int | None, N: int, K: int, layout: Layout = ROWS, dtype: torch.dtype = bf16
-) -> Choice:
+def choose(M: int, N: int, K: int, layout: Layout = ROWS, dtype: torch.dtype = bf16) -> Choice:
     return selection.choose(
         Problem("cpu", dtype, dtype, dtype, dtype, 16, M, layout.blocksize > 0, N, K, layout=layout)
     )
@@ -37,8 +35,8 @@ def choose(
         (16, 64, 64, ROWS, COOPERATIVE, []),
         (17, 64, 64, ROWS, TWO_PASS, []),
         (1, 64, 63, ROWS, TWO_PASS_SIMT, [f"not {COOPERATIVE!r}: K = 63 is no multiple of 8"]),
-        (1, 65, 64, ROWS, COOPERATIVE, ["dx on the ordinary multipliers: N = 65"]),
-        (99, 65, 64, ROWS, TWO_PASS, ["dx on the ordinary multipliers: N = 65"]),
+        (1, 65, 64, ROWS, COOPERATIVE, ["dx on CUDA cores: N = 65"]),
+        (99, 65, 64, ROWS, TWO_PASS, ["dx on CUDA cores: N = 65"]),
         (1, 64, 96, CODES, TWO_PASS, [f"not {COOPERATIVE!r}: K = 96 is no multiple of 64"]),
         (1, 64, 64, Layout(32), TWO_PASS, ["blocks of 32 codes are less than 64"]),
         (99, 64, 72, CODES, TWO_PASS_SIMT, [f"not {TWO_PASS!r}: K = 72 is no multiple of 32"]),
@@ -57,14 +55,9 @@ def test_choose_says_what_keeps_a_kernel_from_a_product(
     assert words or choice.reason == "the cuda backend was requested"
 
 
-def test_choose_of_float32_is_the_ordinary_multipliers() -> None:
+def test_choose_of_float32_is_on_cuda_cores() -> None:
     choice = choose(1, 64, 64, dtype=f32)
     assert choice.strategy == TWO_PASS_SIMT and "float32 products need every bit" in choice.reason
-
-
-def test_choose_for_any_number_of_rows_names_both_kernels() -> None:
-    assert choose(None, 64, 64).strategy == f"{TWO_PASS}; up to 16 rows {COOPERATIVE}"
-    assert choose(None, 64, 63).strategy == TWO_PASS_SIMT
 
 
 @pytest.mark.parametrize("strategy", [COOPERATIVE, OVERLAPPED, TWO_PASS])
@@ -114,8 +107,8 @@ def test_explain_says_the_kernel_of_each_layer() -> None:
     layers = nn.Linear(64, 65), nn.Linear(65, 64), Conv1D(64, 64)
     model = fuse(get_peft_model(nn.Sequential(*layers).to(bf16), config))
     even, odd, columns = explain(model, x_dtype=bf16).rows
-    assert even.strategy == f"{TWO_PASS}; up to 16 rows {COOPERATIVE}"
-    assert "dx on the ordinary multipliers: N = 65" in even.reason
+    assert even.strategy == f"{COOPERATIVE} up to 16 rows, {TWO_PASS} from 17 rows on"
+    assert "dx on CUDA cores: N = 65" in even.reason
     assert odd.strategy == TWO_PASS_SIMT and "K = 65 is no multiple of 8" in odd.reason
     assert columns.strategy == TWO_PASS
     plain = explain(nn.Sequential(LoRALinear(65, 64, dtype=bf16)), x_dtype=bf16).rows[0]

@@ -24,7 +24,7 @@ def _engines(*names: str) -> pytest.MarkDecorator:
 
 every_engine = _engines(*case.ENGINES)
 every_native_engine = _engines(*case.ENGINES[len(case.EAGERS) :])
-every_tiled_engine = _engines("amxbf16", "amxbf16 single pass")
+every_tiled_engine = _engines("amxbf16", "amxbf16 fused")
 every_thread_count = pytest.mark.parametrize("threads", [1, 2, 3], indirect=True)
 
 

@@ -67,7 +67,7 @@ def test_lora_linear_of_a_zero_adapter_is_the_base_product(dtype: torch.dtype, e
     args = cases.inputs(Case(33, 65, 63, 5, dtype, gate=True))
     args["lora_B"] = torch.zeros_like(args["lora_B"], requires_grad=True)
     got = cases.run(lora_kernels.lora_linear, args)
-    if engine.endswith("single pass"):  # whose product is its own: the same with any other A
+    if engine.endswith("fused"):  # whose product is its own: the same with any other A
         other = cases.run(lora_kernels.lora_linear, {**args, "lora_A": args["lora_A"] + 1})
         y, dx = other["y"], other["dx"]
     else:

@@ -14,7 +14,7 @@ import zipfile
 
 import pytest
 
-from lora_kernels import costs
+from lora_kernels import device
 
 from .conftest import ROOT, Project
 
@@ -124,7 +124,7 @@ def test_cuda_archs_every_rated_gpu_has_an_image_or_ptx(project: Project) -> Non
     images = {int(number) for kind, number in codes if kind == "sm"}
     ptx = {int(number) for kind, number in codes if kind == "compute"}
     thor, spark = 110, 121  # which are not rated
-    for gpu in (*costs._RATES, thor, spark):
+    for gpu in (*device._OPERATIONS, thor, spark):
         own = [image for image in images if image // 10 == gpu // 10 and image <= gpu]
         assert own or [oldest for oldest in ptx if oldest <= gpu], f"nothing runs on sm_{gpu}"
     assert max(ptx) == max(images)  # a card to come

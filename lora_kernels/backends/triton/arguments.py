@@ -5,7 +5,7 @@ Tuples in upper-case parameters are compile-time constants.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
@@ -72,6 +72,8 @@ class Format(NamedTuple):
 class Types(NamedTuple):
     """How operands are rounded and addressed.
 
+    Dtypes are names, since Triton writes compile-time constants as JSON if a hook asks for them.
+
     Args:
         COMPUTE: dtype of the base GEMM's operands.
         WIDER: dtype of the operands of the adapter's GEMMs.
@@ -79,7 +81,7 @@ class Types(NamedTuple):
         WIDE: whether offsets pass 2³¹.
     """
 
-    COMPUTE: Any
-    WIDER: Any
+    COMPUTE: str
+    WIDER: str
     PRECISION: str
     WIDE: bool

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import linear as library_linear
 
@@ -46,7 +45,7 @@ from .linear import cooperative_kernel, fused_kernel, two_pass_kernel
 from .row_norm import row_norm_kernel
 from .shrink import shrink_kernel
 
-_DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+_NAME = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
 def lora_linear(operands: Operands, spec: Spec, strategy: str) -> tuple[Tensor, Saved]:
@@ -327,7 +326,7 @@ def _tiles(
 def _types(
     target: DeviceInfo, wider: torch.dtype, wide: bool, compute: torch.dtype = torch.float32
 ) -> Types:
-    return Types(_DTYPE[compute], _DTYPE[wider], configs.precision(target), wide)
+    return Types(_NAME[compute], _NAME[wider], configs.precision(target), wide)
 
 
 def _library(gemm: _Gemm) -> Tensor:

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .shrink import store_slot
-from .tiles import dot, keep_mask, load_tile, to_dtype
+from .tiles import dot, keep_mask, load_tile, to_dtype, to_named
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -64,8 +64,8 @@ def outer_kernel(
                 keep = keep_mask(mask, m0, pid_n * BLOCK_N, BLOCK_M, BLOCK_N)
                 tile = tl.where(keep, tile, 0.0)
             s = load_tile(s_ptr, offs_r, 1, offs_m, R, mask_r, mask_m, TYPES.WIDE)
-            s = to_dtype(s, TYPES.WIDER)
-            grad = dot(s, to_dtype(tile, TYPES.WIDER), grad, TYPES.PRECISION)
+            s = to_named(s, TYPES.WIDER)
+            grad = dot(s, to_named(tile, TYPES.WIDER), grad, TYPES.PRECISION)
     first = parts_ptr + part.to(tl.int64) * (R + 2) * N
     if RANKS:
         at = offs_r[:, None] * N + offs_n[None, :]
@@ -111,7 +111,7 @@ def shrink_outer_kernel(
     offs_m, offs_r = pid_m * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_R)
     mask_m, mask_r = offs_m < M, offs_r < R
     s = load_tile(s_ptr, offs_m, R, offs_r, 1, mask_m, mask_r, TYPES.WIDE)
-    s = to_dtype(s, TYPES.WIDER)
+    s = to_named(s, TYPES.WIDER)
     first = parts_ptr + pid_m.to(tl.int64) * (R + 2) * N
     p = tl.zeros([BLOCK_M, BLOCK_R], dtype=tl.float32)
     end = min(N, (slot + 1) * n_share)
@@ -128,9 +128,9 @@ def shrink_outer_kernel(
         if v_scale_ptr is not None:
             v_scale = tl.load(v_scale_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
             tile = tile.to(tl.float32) * v_scale[None, :]
-        tile = to_dtype(tile, TYPES.WIDER)
+        tile = to_named(tile, TYPES.WIDER)
         B = load_tile(b.ptr, offs_n, b.row, offs_r, b.col, mask_n, mask_r, TYPES.WIDE)
-        p = dot(tile, to_dtype(B, TYPES.WIDER), p, TYPES.PRECISION)
+        p = dot(tile, to_named(B, TYPES.WIDER), p, TYPES.PRECISION)
         zeros = tl.zeros([BLOCK_N, BLOCK_R], dtype=tl.float32)
         grad = dot(tl.trans(tile), s, zeros, TYPES.PRECISION)
         at = offs_r[None, :] * N + offs_n[:, None]

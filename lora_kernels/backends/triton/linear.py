@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from .shrink import share_of_p, store_slot
-from .tiles import dot, grouped, keep_mask, load_codes, load_tile, to_dtype
+from .tiles import dot, grouped, keep_mask, load_codes, load_tile, to_dtype, to_named
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -79,7 +79,7 @@ def fused_kernel(
         if mask_in is not None:
             v = tl.where(keep_mask(mask_in, m0, k0, BLOCK_M, BLOCK_K), v, 0.0)
         A = load_tile(a.ptr, offs_k, a.col, offs_r, a.row, mask_k, offs_r < R, TYPES.WIDE)
-        p = dot(to_dtype(v, TYPES.WIDER), to_dtype(A, TYPES.WIDER), p, TYPES.PRECISION)
+        p = dot(to_named(v, TYPES.WIDER), to_named(A, TYPES.WIDER), p, TYPES.PRECISION)
     if LEFT:
         acc = tl.trans(acc)
     p = p * p_scale
@@ -267,20 +267,20 @@ def add_base(
     if codes is not None:
         if K_INNER:
             tile = load_codes(codes, n0, k0, N, K, BLOCK_N, BLOCK_K, FORMAT, TYPES.WIDE)
-            tile = to_dtype(tile, TYPES.COMPUTE)
+            tile = to_named(tile, TYPES.COMPUTE)
             if LEFT:
-                return dot(tile, tl.trans(to_dtype(v, TYPES.COMPUTE)), acc, TYPES.PRECISION)
+                return dot(tile, tl.trans(to_named(v, TYPES.COMPUTE)), acc, TYPES.PRECISION)
             else:
-                return dot(to_dtype(v, TYPES.COMPUTE), tl.trans(tile), acc, TYPES.PRECISION)
+                return dot(to_named(v, TYPES.COMPUTE), tl.trans(tile), acc, TYPES.PRECISION)
         else:
             tile = load_codes(codes, k0, n0, K, N, BLOCK_K, BLOCK_N, FORMAT, TYPES.WIDE)
-            tile = to_dtype(tile, TYPES.COMPUTE)
-            return dot(to_dtype(v, TYPES.COMPUTE), tile, acc, TYPES.PRECISION)
+            tile = to_named(tile, TYPES.COMPUTE)
+            return dot(to_named(v, TYPES.COMPUTE), tile, acc, TYPES.PRECISION)
     elif w is not None:
         offs_n, offs_k = n0 + tl.arange(0, BLOCK_N), k0 + tl.arange(0, BLOCK_K)
         tile = load_tile(w.ptr, offs_k, w.col, offs_n, w.row, offs_k < K, offs_n < N, TYPES.WIDE)
-        tile = to_dtype(tile, TYPES.COMPUTE)
-        return dot(to_dtype(v, TYPES.COMPUTE), tile, acc, TYPES.PRECISION)
+        tile = to_named(tile, TYPES.COMPUTE)
+        return dot(to_named(v, TYPES.COMPUTE), tile, acc, TYPES.PRECISION)
     else:
         return acc
 
@@ -348,7 +348,7 @@ def add_update(acc, p, q, gate_ptr, offs_n, ranks, N, R, s_scale, TYPES: tl.cons
         gate = tl.load(gate_ptr + ranks, mask=ranks < R, other=0.0)
         s = s * gate.to(tl.float32)[None, :]
     Q = load_tile(q.ptr, ranks, q.row, offs_n, q.col, ranks < R, offs_n < N, TYPES.WIDE)
-    return dot(to_dtype(s, TYPES.WIDER), to_dtype(Q, TYPES.WIDER), acc, TYPES.PRECISION)
+    return dot(to_named(s, TYPES.WIDER), to_named(Q, TYPES.WIDER), acc, TYPES.PRECISION)
 
 
 @triton.jit

@@ -117,7 +117,10 @@ def read(file: Path) -> dict[Shape, Measured]:
 
 def _row(row: Mapping[str, Any]) -> tuple[Shape, Measured]:
     key = Shape(**{field.name: row[field.name] for field in dataclasses.fields(Shape)})
-    strategy = Strategy.read(row["strategy"])
+    try:
+        strategy = Strategy.read(row["strategy"])
+    except ValueError:
+        strategy = None
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy {row['strategy']!r}")
     for name, value in vars(key).items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import dot, load_codes, load_tile, to_dtype
+from .tiles import dot, load_codes, load_tile, to_named
 
 
 @triton.jit
@@ -85,4 +85,4 @@ def add_ranks(
         gate = tl.load(gate_ptr + ranks, mask=mask_r, other=0.0).to(tl.float32)
         B = B.to(tl.float32) * gate[None, :]
     A = load_tile(a.ptr, ranks, a.row, offs_k, a.col, mask_r, mask_k, TYPES.WIDE)
-    return dot(to_dtype(B, TYPES.WIDER), to_dtype(A, TYPES.WIDER), update, TYPES.PRECISION)
+    return dot(to_named(B, TYPES.WIDER), to_named(A, TYPES.WIDER), update, TYPES.PRECISION)

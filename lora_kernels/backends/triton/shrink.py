@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import dot, keep_mask, load_tile, to_dtype
+from .tiles import dot, keep_mask, load_tile, to_named
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -73,7 +73,7 @@ def share_of_p(
         if mask_in is not None:
             v = tl.where(keep_mask(mask_in, m0, k0, BLOCK_M, BLOCK_K), v, 0.0)
         A = load_tile(a.ptr, offs_k, a.col, offs_r, a.row, mask_k, mask_r, TYPES.WIDE)
-        p = dot(to_dtype(v, TYPES.WIDER), to_dtype(A, TYPES.WIDER), p, TYPES.PRECISION)
+        p = dot(to_named(v, TYPES.WIDER), to_named(A, TYPES.WIDER), p, TYPES.PRECISION)
     return p
 
 

@@ -30,6 +30,17 @@ def to_dtype(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def to_named(x, NAME: tl.constexpr):
+    """x rounded to the dtype of a name, see `arguments.Types`."""
+    if NAME == "float32":
+        return to_dtype(x, tl.float32)
+    elif NAME == "bfloat16":
+        return to_dtype(x, tl.bfloat16)
+    else:
+        return to_dtype(x, tl.float16)
+
+
+@triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a·b in float32; PRECISION is that of float32 operands."""
     if INTERPRETED:

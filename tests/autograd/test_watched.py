@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import lora_kernels
@@ -114,3 +115,14 @@ def test_y_changed_in_place_is_nobodys_view(
 def test_activation_in_place_behind_a_layer_differentiates(r: int) -> None:
     model = nn.Sequential(LoRALinear(64, 33, r=r), nn.ReLU(inplace=True))
     model(torch.randn(2, 5, 64)).sum().backward()
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("name", ["x", "lora_A", "lora_B"])
+def test_lora_linear_of_a_tangent_raises(name: str, grad: bool) -> None:
+    """Forward-mode derivatives are not computed, and not left out in silence."""
+    args = {key: t.detach() if isinstance(t, Tensor) else t for key, t in arguments().items()}
+    with forward_ad.dual_level(), torch.set_grad_enabled(grad):
+        args[name] = forward_ad.make_dual(args[name], torch.ones_like(args[name]))
+        with pytest.raises(NotImplementedError, match="jvp"):
+            lora_kernels.lora_linear(**args)

@@ -419,6 +419,13 @@ def test_merge_into_4_bits_says_what_it_alone_lost() -> None:
     assert layer.merge_loss is None and "merged" not in str(explain(model))
 
 
+def test_unfuse_forgets_what_a_merge_into_4_bits_lost() -> None:
+    model = fuse(four_bit_mlp(loaded=True))
+    merge(model)
+    assert up(model).merge_loss is not None
+    assert up(fuse(unfuse(model))).merge_loss is None
+
+
 def test_merge_of_a_dora_into_4_bits_is_not_measured() -> None:
     model = fuse(four_bit_mlp(loaded=True, config={"use_dora": True}))
     merge(model)

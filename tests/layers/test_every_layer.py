@@ -173,6 +173,11 @@ def test_merged_layer_refuses_to_train(kind: Kind) -> None:
     words = rf"{kind.cls.__name__} is merged and in training mode.*unmerge\(\)"
     with pytest.raises(RuntimeError, match=words):
         layer(x)
+    for frozen in (layer.lora_A, layer.lora_B):
+        frozen.requires_grad_(False)
+        with pytest.raises(RuntimeError, match=words):
+            layer(x)
+        frozen.requires_grad_(True)
     with torch.no_grad():
         layer(x)
     layer.requires_grad_(False)

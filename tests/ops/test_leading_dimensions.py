@@ -84,3 +84,17 @@ def test_lora_linear_of_strided_vectors_and_a_transposed_B_is_as_of_contiguous_o
     got = run(lora_kernels.lora_linear, args)
     for name, value in want.items():
         torch.testing.assert_close(got[name], value, rtol=64 * 2.0**-24, atol=1e-5)
+
+
+@needs_native
+@pytest.mark.parametrize("strategy", [cpu.LIBRARY, None], ids=["library", "chosen"])
+@pytest.mark.parametrize("rows", [1, 3, 40])
+def test_lora_linear_of_rows_apart_under_autocast_has_the_bits_of_rows_together(
+    rows: int, strategy: str | None
+) -> None:
+    torch.manual_seed(0)
+    apart = torch.randn(rows, 2 * K)[:, :K]
+    rest = torch.randn(N, K), torch.randn(R, K), torch.randn(N, R)
+    with lora_kernels.backend("cpu", strategy), torch.autocast("cpu", torch.bfloat16):
+        y = lora_kernels.lora_linear(apart, *rest, 2.0)
+        assert torch.equal(y, lora_kernels.lora_linear(apart.contiguous(), *rest, 2.0))

@@ -257,12 +257,24 @@ def lora_linear_backward_dispatched(
     dy: Tensor, operands: Operands, saved: Saved, spec: Spec, needs: Needs
 ) -> Grads:
     """Run the backward by its op."""
+    _refuse_tangent(dy)
     weight, rest = operands.weight, (saved.p, saved.z, *spec, *needs)
     if isinstance(weight, Packed4bit):
         found = lora_linear_backward_4bit(dy, operands.x, *weight, *operands[2:], *rest)
     else:
         found = lora_linear_backward(dy, *operands, *rest)
     return Grads(*(grad if need else None for grad, need in zip(found, needs, strict=True)))
+
+
+def _refuse_tangent(dy: Tensor) -> None:
+    """Raise NotImplementedError if dy carries a tangent, which the op would drop."""
+    if is_compiling() or forward_ad._current_level < 0:
+        return
+    if forward_ad.unpack_dual(dy).tangent is not None:
+        raise NotImplementedError(
+            "lora_kernels: got a gradient with a forward-mode tangent, want one without: its "
+            "layers and functions are differentiable once, in reverse mode"
+        )
 
 
 def _lora_linear_backward_op(
@@ -380,6 +392,7 @@ def multi_lora_linear_backward_dispatched(
     dy: Tensor, operands: MultiOperands, saved: Saved, spec: MultiSpec, needs: MultiNeeds
 ) -> MultiGrads:
     """Run the backward by its op."""
+    _refuse_tangent(dy)
     weight, rest = operands.weight, (saved.p, *spec, *needs)
     if isinstance(weight, Packed4bit):
         found = multi_lora_linear_backward_4bit(dy, operands.x, *weight, *operands[2:], *rest)

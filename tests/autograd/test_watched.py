@@ -126,3 +126,13 @@ def test_lora_linear_of_a_tangent_raises(name: str, grad: bool) -> None:
         args[name] = forward_ad.make_dual(args[name], torch.ones_like(args[name]))
         with pytest.raises(NotImplementedError, match="jvp"):
             lora_kernels.lora_linear(**args)
+
+
+def test_backward_of_a_dy_with_a_tangent_raises() -> None:
+    args = arguments()
+    y = lora_kernels.lora_linear(**args)
+    with forward_ad.dual_level():
+        dy = forward_ad.make_dual(torch.ones_like(y), torch.ones_like(y))
+        with pytest.raises(NotImplementedError, match="forward-mode tangent"):
+            torch.autograd.grad(y, args["lora_A"], dy, retain_graph=True)
+        torch.autograd.grad(y, args["lora_A"], torch.ones_like(y))

@@ -194,6 +194,13 @@ def test_lora_plus_moves_B_by_the_ratio(data: ChatData, tmp_path: Path) -> None:
         assert (moved[1][name] - factor * plain).norm() <= 2.0**-12 * (factor * plain).norm(), name
 
 
+def test_lora_plus_groups_have_the_arguments_weight_decay(data: ChatData, tmp_path: Path) -> None:
+    """Not AdamW's own."""
+    made = trainer(tmp_path, data, adapted(), steps=1, lora_plus_ratio=4.0)
+    groups = made.create_optimizer().param_groups
+    assert len(groups) > 1 and {group["weight_decay"] for group in groups} == {0.0}
+
+
 def test_bf16_is_autocast(data: ChatData, tmp_path: Path) -> None:
     model, seen = adapted(), set()
     layer = model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")

@@ -41,8 +41,8 @@ bool all_hold(Arguments& in) {
   return true;
 }
 
-// What DLPack's table of functions (its interface for C, version 1) says of a tensor in one call:
-// each attribute that is asked for instead runs other code, which has left the caches.
+// DLPack's C exchange API (version 1) returns pointer, dtype, shape and strides of a tensor in one
+// call. Reading the Python attributes instead runs several functions that miss the cold cache.
 
 struct DlTensor {
   void* data;

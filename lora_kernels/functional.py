@@ -99,7 +99,7 @@ def lora_linear(
         _check_vector("rank_gate", rank_gate, R, x)
     if column_scale is not None:
         _check_vector("column_scale", column_scale, N, x)
-    if autocast and casts_operands(device_type):
+    if autocast and follows_gpu(device_type):  # a CPU's kernels keep the adapter's bits
         x, lora_A, lora_B = (t.to(y_dtype) for t in (x, lora_A, lora_B))
         weight = weight.to(y_dtype) if isinstance(weight, Tensor) else weight
     if dropout_p or rng is not None:
@@ -206,7 +206,7 @@ def multi_lora_linear(
     weight, codes, dtype = _base(x, weight, (N, K), compute_dtype, y_dtype if autocast else None)
     if bias is not None:
         _check_vector("bias", bias, N, x)
-    if autocast and casts_operands(device_type):
+    if autocast and follows_gpu(device_type):  # a CPU's kernels keep the adapter's bits
         x, *both = (t.to(y_dtype) for t in (x, *As, *Bs))
         As, Bs = both[:E], both[E:]
         weight = weight.to(y_dtype) if isinstance(weight, Tensor) else weight
@@ -358,14 +358,6 @@ def dora_norm(
     else:
         norm = ops.dora_norm_4bit(*base, *rest)
     return norm
-
-
-def casts_operands(device_type: str) -> bool:
-    """Return True if autocast rounds all operands there, as it does those of `F.linear`.
-
-    False on a CPU, where the kernels convert the adapter in registers and keep its bits.
-    """
-    return follows_gpu(device_type)
 
 
 def _autocast(device_type: str, x_dtype: torch.dtype) -> bool:

@@ -232,7 +232,7 @@ void call_gemm(const GemmArgs& g, const Where& at) {
 
 bool call_decode(const DecodeCall& d, const Where& at) { return decode(d.args, d.cooperative, at); }
 
-// Whether x stays in shared memory, and else is staged as it lies.
+// True if x fits in shared memory; otherwise the main loop loads it tile by tile.
 bool keeps_x(const DecodeArgs& args) { return args.resident; }
 
 #ifdef LORA_KERNELS_EMULATED

@@ -1,21 +1,25 @@
 """Native CPU kernels, one call a direction.
 
-Forward: P = D(x)·Aᵀ; then y = c⊙(x·Wᵀ + S·Bᵀ) + bias. "fused": one kernel, tile by tile in
-registers. "library": the library's x·Wᵀ, and one in-place pass for the rest. "gemv" and, of a 4-bit
-weight, "gemv_4bit": for few rows of x, one pass that dots W's rows with all of them.
-Backward: one read of dY gives dS and dB; D(x) and dS give dA; dx is computed as y is, with W in the
-other layout, by the fused kernel, or by the library if there is none, and beside "gemv" of one row,
-for which the library is faster.
+Forward: P = D(x)·Aᵀ; then y = c⊙(x·Wᵀ + S·Bᵀ) + bias.
 
-Rounding points: P, S, dS and dXA are float32 and never rounded to 16 bits. In the fused kernel y
-and dx round once, when they are stored; after a library GEMM, which rounds to the compute dtype,
-once more. A 4-bit weight is decoded in float32, code × scale. If the GEMM takes bfloat16, or is the
-library's, it rounds once to that dtype; in float32 and for few rows it does not round, except for
-bfloat16 on avx512bf16, where up to two rows keep 17 bits of a code, and more round once. Each
-parameter's gradient is rounded once, from float32 to its own dtype. On avx512bf16 a bfloat16
-subnormal counts as zero, as in the library's own bfloat16 GEMMs there. On amxbf16 the fused kernel
-with 128 rows or more takes each float32 as the sum of three bfloat16: values below 1e-31 lose bits,
-and infinity produces NaN.
+- "fused": one kernel computes y tile by tile in registers.
+- "library": oneDNN or MKL computes x·Wᵀ; one in-place pass over y adds the rest.
+- "gemv", and "gemv_4bit" for a 4-bit weight: for few rows of x, one pass over W.
+
+Backward: one read of dY gives dS and dB; D(x) and dS give dA. The fused kernel computes dx with W
+in the other layout. oneDNN or MKL computes dx if there is no fused kernel, and for "gemv" of one
+row.
+
+Rounding points: P, S, dS and dXA stay in float32. The fused kernel rounds y and dx once, in the
+epilogue. "library" rounds the base GEMM to the compute dtype, and y again. A 4-bit weight is
+decoded in float32, code × scale, and rounded once if the base GEMM is in bfloat16 or in the
+library. For few rows it is not rounded, except for bfloat16 on avx512bf16: up to two rows keep 17
+bits of a code, more rows round it once. Each parameter's gradient is rounded once, from float32 to
+its own dtype.
+
+Subnormals and infinities: on avx512bf16 bfloat16 subnormals are flushed to zero, as oneDNN does. On
+amxbf16, float32 GEMMs with M ≥ 128 use a 3×bf16 split: values below 1e-31 lose bits, and infinite
+inputs produce NaN.
 Deterministic for a given M, instruction set and thread count.
 """
 

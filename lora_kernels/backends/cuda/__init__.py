@@ -2,8 +2,8 @@
 
 "cooperative": one launch for up to 16 rows; the first blocks each compute a partial sum of
 P = D(x)·Aᵀ, all read W, codes are looked up on their way to the tensor cores, and S·Bᵀ is added in
-the epilogue. "overlapped": the same in two launches, the second of which starts before the first
-ends. "two_pass": a kernel computes P; a GEMM on tensor cores starts its sums at S·Bᵀ.
+the epilogue. "overlapped": two launches that overlap by programmatic dependent launch. "two_pass":
+a kernel computes P; a GEMM on tensor cores starts its sums at S·Bᵀ.
 "two_pass_simt": the same on CUDA cores, for any dtype, size and stride, and always for float32.
 `fit` says which of them support a GEMM, and why not. The backward takes two passes: one read of dY
 gives dS and dB, then dx as y, then dA.

@@ -301,7 +301,7 @@ def _decode(linear: _Linear, a: Tensor, dropout: Dropout, cooperative: bool) -> 
     down_projection = matrix(a), mask(dropout), dropout.scale
     partial_sums = slots.data_ptr(), p.data_ptr(), pointer(flags), share, count
     args = linear.args(x, None), *down_projection, *partial_sums
-    if not module().decode_keeps_x(args):  # too large for a block to keep, and staged as it lies
+    if not module().decode_keeps_x(args):  # exceeds shared memory: loaded tile by tile
         x = whole_rows(linear.in_dtype())
         args = linear.args(x, None), *down_projection, *partial_sums
     touched = {"x": x, "a": a, "rng": dropout.rng, "slots": slots, "p": p, "flags": flags}

@@ -157,7 +157,7 @@ def linear(
     return config
 
 
-# For `two_pass_kernel` after the library's base GEMM: one pass over y.
+# `two_pass_kernel` without a base GEMM ("library", or no weight): one pass over y.
 UPDATE = Config(64, 64, 64, 4, 1)
 DEQUANTIZE = Config(0, 32, 128, 4, 1)
 REDUCE = Config(0, 256, 0, 4, 1)
@@ -184,7 +184,7 @@ def shrink(target: DeviceInfo, M: int, K: int, R: int, itemsize: int) -> tuple[C
 
 
 def cooperative(M: int, N: int, K: int, R: int, config: Config) -> int:
-    """Return the share of K of which a program of `cooperative_kernel` publishes a partial sum.
+    """Return the split-K length of P in `cooperative_kernel`: columns of x per partial sum.
 
     0 if the kernel does not take the call. All programs must be co-resident besides.
     """

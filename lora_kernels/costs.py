@@ -12,7 +12,7 @@ import functools
 from dataclasses import dataclass
 
 from .backends import cuda, triton
-from .backends.cuda import fit
+from .backends.cuda import constraints
 from .backends.cuda import heuristics as cuda_heuristics
 from .backends.triton import heuristics as triton_heuristics
 from .core.problem import Choice, Problem, Strategy
@@ -137,7 +137,7 @@ def choose(problem: Problem, gpu: DeviceInfo) -> Choice | None:
     """
     missing = (
         ("triton", triton.unavailable_reason()),
-        ("cuda", cuda.obstacle(problem.device_type, problem.device_index)),
+        ("cuda", cuda.unsupported_device_reason(problem.device_type, problem.device_index)),
     )
     found = cheapest(problem, gpu, missing)
     return None if found is None else triton_heuristics.tuned(problem, gpu, reason=None) or found
@@ -160,7 +160,10 @@ def cheapest(
         cost
         for cost in predicted
         if dict(missing).get(cost.backend) is None
-        and (cost.backend != "cuda" or fit.forward(cost.strategy, dtype, layout, M, N, K) is None)
+        and (
+            cost.backend != "cuda"
+            or constraints.forward_unsupported_reason(cost.strategy, dtype, layout, M, N, K) is None
+        )
     )
     eagers = next(cost for cost in predicted if cost.backend == "eager")
     share = f"{best.seconds / eagers.seconds:.2f} of eager's {eagers.seconds * 1e6:.0f} µs"

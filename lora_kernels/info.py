@@ -123,12 +123,12 @@ def _triton_backend() -> dict[str, Any]:
 
 
 def _cuda_backend() -> dict[str, Any]:
-    absence = cuda.absence()
-    if absence is not None:
+    reason = cuda.unavailable_reason()
+    if reason is not None:
         install = f"{_INSTALL} {_installed_from()}"
         compiler = "" if device.nvcc() else "install CUDA's nvcc 12 or newer, then "
-        return _backend(False, absence, f"{compiler}LORA_KERNELS_CUDA=1 {install}")
-    reasons = [cuda.obstacle("cuda", index) for index in range(len(device.gpus()))]
+        return _backend(False, reason, f"{compiler}LORA_KERNELS_CUDA=1 {install}")
+    reasons = [cuda.unsupported_device_reason("cuda", index) for index in range(len(device.gpus()))]
     if not reasons:
         return _backend(False, "no GPU; the tests run it in an emulator")
     if None not in reasons:

@@ -21,7 +21,7 @@ from torch.compiler import is_compiling
 
 from . import selection
 from .backends import cpu, cuda, eager, triton
-from .backends.cuda import fit
+from .backends.cuda import constraints
 from .backends.protocol import Backend
 from .backends.rows import like_rows_of
 from .core.call import (
@@ -105,7 +105,7 @@ def layout(
 ) -> Layout | None:
     """Return the weight's layout for a GEMM in `dtype`; None if every backend accepts it."""
     if device_type != "cpu" or cuda.emulated():
-        return fit.layout(weight, dtype)
+        return constraints.layout(weight, dtype)
     if not isinstance(weight, Tensor) or weight.stride(1) == 1 or weight.stride(0) != 1:
         return None
     return _COLUMNS

@@ -292,7 +292,7 @@ unsigned shared_bytes(const DecodeArgs& a) {
 constexpr unsigned ROOM = 80 << 10;
 
 // Why the kernel cannot take it, or null.
-const char* decode_unfit(const DecodeArgs& d) {
+const char* decode_unsupported_reason(const DecodeArgs& d) {
   const LinearArgs& a = d.linear;
   if (a.M < 1 || a.M > 16) return "it is for 1 to 16 rows";
   if (a.transposed || a.mask.rng) return "it is for the forward";
@@ -332,7 +332,7 @@ static auto kernel_for(const DecodeArgs& a) {
 }
 
 bool decode(DecodeArgs a, bool cooperative, const Where& at) {
-  refuse("decode", decode_unfit(a));
+  refuse("decode", decode_unsupported_reason(a));
   const LinearArgs& l = a.linear;
   const auto kernel = kernel_for(a);
   a.tiles = (l.N + TILE_N - 1) / TILE_N;

@@ -297,7 +297,7 @@ LK_KERNEL LK_BOUNDS(THREADS, 8) finish_kernel(const FinishArgs f) {
 }
 
 // Why the kernel cannot take it, or null.
-const char* gemm_unfit(const LinearArgs& a) {
+const char* gemm_unsupported_reason(const LinearArgs& a) {
   if (a.compute == F32) return "float32 products need every bit, which the matrix units drop";
   if (!a.codes && !a.dense) return "there is no base product";
   if (a.x.dtype != a.compute || !a.x.vectors) return "x's rows are not whole and aligned 16 bytes";
@@ -311,7 +311,7 @@ const char* gemm_unfit(const LinearArgs& a) {
 }  // namespace
 
 void gemm(const LinearArgs& a, int splits, const Where& at) {
-  refuse("gemm", gemm_unfit(a));
+  refuse("gemm", gemm_unsupported_reason(a));
   void (*kernels[2][2][2])(LinearArgs) = {
       {{gemm_kernel<false, false, false>, gemm_kernel<false, false, true>},
        {gemm_kernel<false, true, false>, gemm_kernel<false, true, true>}},

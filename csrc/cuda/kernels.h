@@ -10,7 +10,7 @@
 namespace lora_kernels {
 namespace gpu {
 
-// why: null where the kernel takes it. Python asks backends/cuda/fit.py first.
+// why: null where the kernel takes it. Python asks backends/cuda/constraints.py first.
 inline void refuse(const char* kernel, const char* why) {
   if (why) throw std::runtime_error(std::string(kernel) + ": " + why);
 }

@@ -1,4 +1,4 @@
-"""Loads the compiled extension; its absence is a state with a reason, not an error.
+"""Loads the compiled extension; without it there is a reason, not an error.
 
 LORA_KERNELS_CPU_ISA in the environment, one of ISAS, caps the instruction set.
 """

@@ -86,12 +86,12 @@ class Layout(NamedTuple):
     Args:
         blocksize: of 4-bit codes; 0 for a dense weight.
         columns: whether it is stored as [K, N].
-        obstacle: why tensor cores cannot take it, whatever its sizes, or None.
+        unsupported_reason: why tensor cores cannot take it, whatever its sizes, or None.
     """
 
     blocksize: int = 0
     columns: bool = False
-    obstacle: str | None = None
+    unsupported_reason: str | None = None
 
 
 class Problem(NamedTuple):

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .. import functional, selection
 from ..backends import cpu, cuda, decode4bit, eager, library, native, triton
-from ..backends.cuda import fit
+from ..backends.cuda import constraints
 from ..backends.triton import configs
 from ..core import reference
 from ..core.call import Operands
@@ -365,7 +365,7 @@ def gpu_engines() -> list[str]:
     found = [EAGER_CUDA] if torch.cuda.is_available() else []
     if configs.unsupported_reason(configs.target(), "cpu") is None:
         found += [f"triton {strategy}" for strategy in selection.STRATEGIES["triton"]]
-    if torch.cuda.is_available() and cuda.obstacle("cuda", None) is None:
+    if torch.cuda.is_available() and cuda.unsupported_device_reason("cuda", None) is None:
         found += [f"cuda {strategy}" for strategy in selection.STRATEGIES["cuda"]]
     return found
 
@@ -373,9 +373,13 @@ def gpu_engines() -> list[str]:
 def fits_cuda(case: Case, strategy: str) -> bool:
     """Whether that one of the CUDA kernels' strategies takes the case's base product."""
     blocksize = int(case.quant.split("-")[1]) if case.quant else 0
-    layout = Layout(blocksize, obstacle=None if case.base else fit.NO_BASE)
+    layout = Layout(blocksize, unsupported_reason=None if case.base else constraints.NO_BASE)
     dtype = case.compute or case.compute_dtype
-    return not case.M or fit.forward(strategy, dtype, layout, case.M, case.N, case.K) is None
+    return (
+        not case.M
+        or constraints.forward_unsupported_reason(strategy, dtype, layout, case.M, case.N, case.K)
+        is None
+    )
 
 
 def triton_device() -> str:

@@ -17,7 +17,7 @@ import lora_kernels
 from lora_kernels.backends import cuda
 from lora_kernels.backends.cuda import launch
 
-if cuda.emulator_absence() is not None:
+if cuda.emulator_unavailable_reason() is not None:
     collect_ignore_glob = ["test_*.py"]
 
 ORDERS = int(os.environ.get("LORA_KERNELS_EMULATOR_ORDERS", "1"))

@@ -131,8 +131,10 @@ def test_lora_linear_outside_of_the_emulator_raises() -> None:
         (120, None),
     ],
 )
-def test_unfit_names_gpus_before_sm_80(capability: int, why: str | None) -> None:
-    found = cuda.unfit(capability)
+def test_unsupported_capability_reason_names_gpus_before_sm_80(
+    capability: int, why: str | None
+) -> None:
+    found = cuda.unsupported_capability_reason(capability)
     assert found is None if why is None else why in (found or "")
 
 

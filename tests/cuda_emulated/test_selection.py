@@ -12,7 +12,14 @@ from transformers.pytorch_utils import Conv1D
 import lora_kernels
 from lora_kernels import device, info, selection
 from lora_kernels.backends import cuda
-from lora_kernels.backends.cuda import COOPERATIVE, OVERLAPPED, TWO_PASS, TWO_PASS_SIMT, fit, launch
+from lora_kernels.backends.cuda import (
+    COOPERATIVE,
+    OVERLAPPED,
+    TWO_PASS,
+    TWO_PASS_SIMT,
+    constraints,
+    launch,
+)
 from lora_kernels.core.problem import Choice, Layout, Problem
 from lora_kernels.layers import LoRALinear
 from lora_kernels.peft import explain, fuse
@@ -20,7 +27,7 @@ from lora_kernels.quantization import quantize_4bit
 
 f32, bf16 = torch.float32, torch.bfloat16
 ROWS, CODES = Layout(), Layout(64)
-COLUMNS, OFF = Layout(columns=True), Layout(obstacle="the weight's rows are not whole")
+COLUMNS, OFF = Layout(columns=True), Layout(unsupported_reason="the weight's rows are not whole")
 
 
 def choose(M: int, N: int, K: int, layout: Layout = ROWS, dtype: torch.dtype = bf16) -> Choice:
@@ -61,7 +68,7 @@ def test_choose_of_float32_is_on_cuda_cores() -> None:
 
 
 @pytest.mark.parametrize("strategy", [COOPERATIVE, OVERLAPPED, TWO_PASS])
-def test_strategy_requested_and_unfit_raises(strategy: str) -> None:
+def test_strategy_requested_but_unsupported_raises(strategy: str) -> None:
     A, B = torch.ones(2, 63, dtype=bf16), torch.ones(8, 2, dtype=bf16)
     x, W = torch.ones(3, 63, dtype=bf16), torch.ones(8, 63, dtype=bf16)
     with (
@@ -74,24 +81,24 @@ def test_strategy_requested_and_unfit_raises(strategy: str) -> None:
 
 def test_layout_of_a_weight_says_how_it_lies() -> None:
     W = torch.zeros(16, 64, dtype=bf16)
-    assert fit.layout(W, bf16) == ROWS and fit.layout(W.t(), bf16) == COLUMNS
-    assert fit.layout(None, bf16).obstacle == fit.NO_BASE
+    assert constraints.layout(W, bf16) == ROWS and constraints.layout(W.t(), bf16) == COLUMNS
+    assert constraints.layout(None, bf16).unsupported_reason == constraints.NO_BASE
     for odd in (W.view(-1)[1:].as_strided((15, 64), (64, 1), 1), W[:, :63], W[:, ::2]):
-        assert fit.layout(odd, bf16).obstacle == (
+        assert constraints.layout(odd, bf16).unsupported_reason == (
             None if odd.shape[1] == 63 else "the weight's rows are not whole and aligned 16 bytes"
         )
-        assert fit.layout(odd, f32).obstacle is None  # it is converted, into rows
+        assert constraints.layout(odd, f32).unsupported_reason is None  # it is converted, into rows
     codes = quantize_4bit(W, "nf4", 128).codes
-    assert fit.layout(codes, bf16) == Layout(128)
+    assert constraints.layout(codes, bf16) == Layout(128)
     off = torch.cat([codes.packed[:1], codes.packed])[1:]
-    assert fit.layout(codes._replace(packed=off), bf16).obstacle is not None
+    assert constraints.layout(codes._replace(packed=off), bf16).unsupported_reason is not None
 
 
 @pytest.mark.parametrize("K", [64, 63])
 def test_kernel_of_rows_that_fit_should_refuse_raises(
     K: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fit, "forward", lambda *args: None)
+    monkeypatch.setattr(constraints, "forward_unsupported_reason", lambda *args: None)
     A, B = torch.ones(2, K, dtype=bf16), torch.ones(8, 2, dtype=bf16)
     x, W = torch.ones(33, K, dtype=bf16), torch.ones(8, K, dtype=bf16)
     with lora_kernels.backend("cuda", TWO_PASS), torch.no_grad():
@@ -140,10 +147,17 @@ def probed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     cuda._refusal.cache_clear()
 
 
-def test_obstacle_driver_refuses_gives_its_words_and_asks_once(probed: list[int]) -> None:
+def test_unsupported_device_reason_driver_refuses_gives_its_words_and_asks_once(
+    probed: list[int],
+) -> None:
     for _ in range(2):
-        assert cuda.obstacle("cuda", 0) == f"GPU 0 cannot run this build's CUDA kernels: {NO_IMAGE}"
-        assert (cuda.obstacle("cuda", None) or "").startswith("GPU 1 ")  # the current one
+        assert (
+            cuda.unsupported_device_reason("cuda", 0)
+            == f"GPU 0 cannot run this build's CUDA kernels: {NO_IMAGE}"
+        )
+        assert (cuda.unsupported_device_reason("cuda", None) or "").startswith(
+            "GPU 1 "
+        )  # the current one
     assert probed == [0, 1]
 
 

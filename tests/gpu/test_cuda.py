@@ -18,7 +18,7 @@ from tests.support.engines import assert_within, check, check_norm
 from tests.support.problems import FULL, bf16, f16, f32
 
 pytestmark = pytest.mark.skipif(
-    cuda.obstacle("cuda", None) is not None, reason="no CUDA kernels for this GPU"
+    cuda.unsupported_device_reason("cuda", None) is not None, reason="no CUDA kernels for this GPU"
 )
 few_rows = pytest.mark.parametrize("strategy", [COOPERATIVE, OVERLAPPED, TWO_PASS])
 

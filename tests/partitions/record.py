@@ -231,7 +231,7 @@ def _cuda_base(name: str, t: dict[str, Tensor], *args: Any) -> None:
 
 
 def _record_cuda() -> None:
-    if cuda.emulator_absence() is not None:
+    if cuda.emulator_unavailable_reason() is not None:
         return
     from lora_kernels.backends.cuda import equation, launch
 

@@ -67,7 +67,11 @@ def test_choose_before_sm_80_is_eager_and_says_why(
         choose()
     monkeypatch.setattr(device, "has_gpu", lambda: True)
     monkeypatch.setattr(device, "gpu", lambda index: t4)
-    monkeypatch.setattr(cuda, "obstacle", lambda device_type, index: cuda.unfit(75))
+    monkeypatch.setattr(
+        cuda,
+        "unsupported_device_reason",
+        lambda device_type, index: cuda.unsupported_capability_reason(75),
+    )
     for dtype, slow in ((torch.float16, False), (bf16, True)):
         choice = choose(dtype=dtype)
         assert choice.backend == "eager" and "sm_75" in choice.reason

@@ -5,8 +5,8 @@ P = D(x)·Aᵀ, all read W, codes are looked up on their way to the tensor cores
 the epilogue. "overlapped": two launches that overlap by programmatic dependent launch. "two_pass":
 a kernel computes P; a GEMM on tensor cores starts its sums at S·Bᵀ.
 "two_pass_simt": the same on CUDA cores, for any dtype, size and stride, and always for float32.
-`fit` says which of them support a GEMM, and why not. The backward takes two passes: one read of dY
-gives dS and dB, then dx as y, then dA.
+`constraints` says which of them support a GEMM, and why not. The backward takes two passes: one
+read of dY gives dS and dB, then dx as y, then dA.
 
 Rounding points: those named at the kernels. P, dS and the sums of gradients are float32.
 Deterministic: atomics count who has published, never data; slots are added in order.
@@ -67,12 +67,12 @@ def emulated() -> bool:
     return _emulated.get() is not None
 
 
-def absence() -> str | None:
+def unavailable_reason() -> str | None:
     """Why there are no kernels; None where there are."""
     return None if emulated() else _load("_cuda")[1]
 
 
-def emulator_absence() -> str | None:
+def emulator_unavailable_reason() -> str | None:
     """Why there is no emulator; None where there is one."""
     return _load("_emulator")[1]
 
@@ -95,9 +95,9 @@ def emulate(seed: int = 0, multiprocessors: int = 4) -> Iterator[ModuleType]:
         _emulated.reset(token)
 
 
-def obstacle(device_type: str, device_index: int | None) -> str | None:
+def unsupported_device_reason(device_type: str, device_index: int | None) -> str | None:
     """Why no kernel can run on such a device; None where they can."""
-    if (why := absence()) is not None:
+    if (why := unavailable_reason()) is not None:
         return why
     if emulated():
         return None if device_type == "cpu" else f"the emulator takes no {device_type} tensors"
@@ -108,12 +108,12 @@ def obstacle(device_type: str, device_index: int | None) -> str | None:
     if not torch.cuda.is_available():
         return "there is no GPU that torch can use"
     index = torch.cuda.current_device() if device_index is None else device_index
-    return unfit(_capability(index)) or _refusal(index)
+    return unsupported_capability_reason(_capability(index)) or _refusal(index)
 
 
 def require(device: torch.device) -> None:
     """RuntimeError where no kernel can run on it, saying why."""
-    why = obstacle(device.type, device.index)
+    why = unsupported_device_reason(device.type, device.index)
     if why is not None:
         raise RuntimeError(f"backend 'cuda' was requested and cannot run here: {why}")
 
@@ -134,7 +134,7 @@ def _refusal(device_index: int) -> str | None:
     return None
 
 
-def unfit(capability: int) -> str | None:
+def unsupported_capability_reason(capability: int) -> str | None:
     """Why GPUs of this compute capability (sm_80: 80) are not served; None where they are."""
     if capability < MIN_CAPABILITY:
         return (

@@ -22,7 +22,7 @@ from ...core.call import (
 from ...core.packed4bit import Packed4bit
 from .. import stacked, workspace
 from ..dropout import NO_DROPOUT, Dropout
-from . import COOPERATIVE, OVERLAPPED, TWO_PASS, TWO_PASS_SIMT, fit, launch, module
+from . import COOPERATIVE, OVERLAPPED, TWO_PASS, TWO_PASS_SIMT, constraints, launch, module
 from .launch import DTYPE, codes, empty, mask, matrix, of_codes, pointer, vector, whole_rows
 
 # What a share of a summed dimension takes at least, a multiple of the kernel's step: of columns, of
@@ -288,8 +288,8 @@ class _Linear:
         """Return True if dx, this product, runs on them as y does."""
         if strategy == TWO_PASS_SIMT:
             return False
-        layout, (_, K, N, _) = fit.layout(self.weight, self.dtype), self.shape
-        return fit.backward(self.dtype, layout, N, K) is None
+        layout, (_, K, N, _) = constraints.layout(self.weight, self.dtype), self.shape
+        return constraints.backward_unsupported_reason(self.dtype, layout, N, K) is None
 
 
 def _decode(linear: _Linear, a: Tensor, dropout: Dropout, cooperative: bool) -> Tensor:

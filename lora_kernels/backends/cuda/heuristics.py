@@ -8,7 +8,7 @@ import torch
 
 from ...core.problem import Choice, Layout, Problem, Strategy, require_supported
 from .. import cuda
-from . import COOPERATIVE, DECODE_ROWS, TWO_PASS, TWO_PASS_SIMT, TWO_STEPS, fit
+from . import COOPERATIVE, DECODE_ROWS, TWO_PASS, TWO_PASS_SIMT, TWO_STEPS, constraints
 
 REQUESTED = "the cuda backend was requested"
 _DENSE, _CODES = Layout(), Layout(64)  # if nothing is known of the weight
@@ -27,7 +27,7 @@ def plan(problem: Problem, strategy: Strategy | None) -> Choice:
 
 def require(problem: Problem) -> None:
     """Raise RuntimeError if the kernels cannot run the call."""
-    reason = cuda.obstacle(problem.device_type, problem.device_index)
+    reason = cuda.unsupported_device_reason(problem.device_type, problem.device_index)
     require_supported("cuda", reason or problem.unsupported_reason())
 
 
@@ -35,8 +35,12 @@ def require(problem: Problem) -> None:
 def _plan(problem: Problem, strategy: Strategy | None) -> Choice:
     layout, dtype, rows = layout_of(problem), problem.dtype, problem.rows
     N, K = problem.columns, problem.inner
-    if strategy and layout.obstacle != fit.NO_BASE:
-        why = None if rows == 0 else fit.forward(strategy, dtype, layout, rows, N, K)
+    if strategy and layout.unsupported_reason != constraints.NO_BASE:
+        why = (
+            None
+            if rows == 0
+            else constraints.forward_unsupported_reason(strategy, dtype, layout, rows, N, K)
+        )
         if why is not None:
             raise RuntimeError(f"strategy {strategy!r} was requested and cannot run here: {why}")
         return Choice("cuda", strategy, REQUESTED + dx_note(strategy, dtype, layout, N, K))
@@ -55,7 +59,7 @@ def strategy_for(
     """
     wanted = [COOPERATIVE] * (M is not None and M <= DECODE_ROWS) + [TWO_PASS]
     for strategy in wanted:
-        why = fit.forward(strategy, dtype, layout, M, N, K)
+        why = constraints.forward_unsupported_reason(strategy, dtype, layout, M, N, K)
         if why is None:
             return strategy, reason + dx_note(strategy, dtype, layout, N, K)
         if why not in reason:
@@ -65,5 +69,9 @@ def strategy_for(
 
 def dx_note(strategy: Strategy, dtype: torch.dtype, layout: Layout, N: int, K: int) -> str:
     """Return a clause on dx if it is not computed as y is, or an empty string."""
-    why = None if strategy == TWO_PASS_SIMT else fit.backward(dtype, layout, N, K)
+    why = (
+        None
+        if strategy == TWO_PASS_SIMT
+        else constraints.backward_unsupported_reason(dtype, layout, N, K)
+    )
     return "" if why is None else f"; dx on CUDA cores: {why}"

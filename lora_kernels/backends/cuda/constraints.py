@@ -23,11 +23,11 @@ _BLOCK = 64  # codes that decode takes with one scale
 def layout(weight: Tensor | Packed4bit | None, dtype: torch.dtype) -> Layout:
     """dtype: of the product, to which a dense weight of another is converted first."""
     if weight is None:
-        return Layout(obstacle=NO_BASE)
+        return Layout(unsupported_reason=NO_BASE)
     if isinstance(weight, Packed4bit):
         aligned = weight.packed.data_ptr() % _WIDE == 0
-        obstacle = None if aligned else "the packed bytes are not aligned to 16"
-        return Layout(weight.blocksize, obstacle=obstacle)
+        reason = None if aligned else "the packed bytes are not aligned to 16"
+        return Layout(weight.blocksize, unsupported_reason=reason)
     row, col = weight.stride()
     columns = col != 1 and row == 1
     if weight.dtype is dtype:
@@ -37,7 +37,7 @@ def layout(weight: Tensor | Packed4bit | None, dtype: torch.dtype) -> Layout:
     return Layout(0, columns)
 
 
-def forward(
+def forward_unsupported_reason(
     strategy: str, dtype: torch.dtype, weight: Layout, M: int | None, N: int, K: int
 ) -> str | None:
     """Why y = x·Wᵀ [M, N] cannot be made by the strategy; None where it can. M None: of any."""
@@ -47,8 +47,8 @@ def forward(
         return _FLOAT32
     if K % _ALIGNED:
         return f"K = {K} is no multiple of {_ALIGNED}, so that rows are not whole loads"
-    if weight.obstacle is not None:
-        return weight.obstacle
+    if weight.unsupported_reason is not None:
+        return weight.unsupported_reason
     if strategy == TWO_PASS:
         if weight.columns and N % _ALIGNED:
             return f"N = {N} is no multiple of {_ALIGNED}, and the weight is stored as [K, N]"
@@ -62,7 +62,7 @@ def forward(
     return _codes(weight, K, _BLOCK)
 
 
-def backward(dtype: torch.dtype, weight: Layout, N: int, K: int) -> str | None:
+def backward_unsupported_reason(dtype: torch.dtype, weight: Layout, N: int, K: int) -> str | None:
     """Why dx = dz·W [M, K] cannot be made on the matrix units; None where it can."""
     if dtype is torch.float32:
         return _FLOAT32
@@ -70,7 +70,7 @@ def backward(dtype: torch.dtype, weight: Layout, N: int, K: int) -> str | None:
         return f"N = {N} is no multiple of {_ALIGNED}, so that rows of dy are not whole loads"
     if not weight.columns and K % _ALIGNED:
         return f"K = {K} is no multiple of {_ALIGNED}, so that rows are not whole loads"
-    return weight.obstacle or _codes(weight, K, _RUN)
+    return weight.unsupported_reason or _codes(weight, K, _RUN)
 
 
 def _codes(weight: Layout, K: int, run: int) -> str | None:

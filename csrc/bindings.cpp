@@ -116,6 +116,21 @@ Adapter read(Arguments& in) {
 }
 
 template <>
+Experts read(Arguments& in) {
+  return {.count = in("count"),
+          .stops = in("stops"),
+          .w = in("weight_stride"),
+          .a = in("lora_A_stride"),
+          .b = in("lora_B_stride"),
+          .bias = in("bias_stride"),
+          .da = in("dA_stride"),
+          .db = in("dB_stride"),
+          .transposed = in("transposed"),
+          .few_rows = in("few_rows"),
+          .has_base = in("has_base")};
+}
+
+template <>
 RowNormArgs read(Arguments& in) {
   return {.w = in("weight"),
           .codes = in("codes"),
@@ -208,6 +223,8 @@ PyMethodDef methods[] = {
     method<lora_linear_backward>("lora_linear_backward"),
     method<multi_lora_linear>("multi_lora_linear"),
     method<multi_lora_linear_backward>("multi_lora_linear_backward"),
+    method<lora_experts>("lora_experts"),
+    method<lora_experts_backward>("lora_experts_backward"),
     method<prepare>("prepare", "Return a layer's forward, a function of x, bias and guards."),
     method<use_exchange>("use_exchange", "Look at tensors by DLPack's table of functions, or not."),
     method<where>("where", "Return bytes that are equal while a tensor is not moved."),

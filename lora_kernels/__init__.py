@@ -3,7 +3,13 @@
 __version__ = "0.1.0"
 
 from .core import reference
-from .functional import dora_norm, dropout_mask, lora_linear, multi_lora_linear
+from .functional import (
+    dora_norm,
+    dropout_mask,
+    lora_experts_linear,
+    lora_linear,
+    multi_lora_linear,
+)
 from .selection import backend
 
 __all__ = [
@@ -11,6 +17,7 @@ __all__ = [
     "backend",
     "dora_norm",
     "dropout_mask",
+    "lora_experts_linear",
     "lora_linear",
     "multi_lora_linear",
     "reference",

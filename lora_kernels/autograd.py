@@ -14,6 +14,9 @@ from . import ops
 from .backends import forced
 from .backends.forced import Forced
 from .core.call import (
+    ExpertsNeeds,
+    ExpertsOperands,
+    ExpertsSpec,
     Grads,
     MultiNeeds,
     MultiOperands,
@@ -95,6 +98,13 @@ class MultiOptions(NamedTuple):
     """The arguments of `MultiLoRALinearFunction` that are no tensors; see `Options`."""
 
     spec: MultiSpec
+    blocksizes: tuple[Any, ...]
+
+
+class ExpertsOptions(NamedTuple):
+    """The arguments of `LoRAExpertsFunction` that are no tensors; see `Options`."""
+
+    spec: ExpertsSpec
     blocksizes: tuple[Any, ...]
 
 
@@ -224,3 +234,57 @@ class MultiLoRALinearFunction(torch.autograd.Function):
         dbias = None if grads.bias is None else grads.bias.to(ctx.bias_dtype)
         of_codes = [None] * len(codes)
         return grads.x, None, None, dbias, None, None, *grads.lora_A, *grads.lora_B, *of_codes
+
+
+class LoRAExpertsFunction(torch.autograd.Function):
+    """`ops.lora_experts` with `ops.lora_experts_backward`.
+
+    `weight` are a dense weight or the tensors of a 4-bit one. Saved for the backward: the operands
+    and P [M, R].
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        bias: Tensor | None,
+        offsets: Tensor,
+        options: ExpertsOptions,
+        rng: Tensor | None,
+        *weight: Any,
+    ) -> Tensor:
+        spec, blocksizes = options
+        base = Packed4bit(*weight, *blocksizes) if blocksizes else weight[0]
+        operands = ExpertsOperands(x, base, lora_A, lora_B, offsets, bias, rng)
+        ctx.choice = None
+        if ops.can_bypass_dispatcher(x, weight[0], lora_A, lora_B, offsets):
+            ctx.choice = ops.choose_experts(operands, spec)
+            y, saved = ops.lora_experts_direct(operands, spec, ctx.choice)
+        else:
+            y, saved = ops.lora_experts_dispatched(operands, spec)
+        rng = rng if saved.mask is None else saved.mask
+        ctx.save_for_backward(x, lora_A, lora_B, offsets, saved.p, rng, *weight)
+        ctx.options, ctx.bias_dtype = options, None if bias is None else bias.dtype
+        return y
+
+    @staticmethod
+    @_once
+    def backward(ctx: Any, tensors: tuple[Any, ...], dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, lora_A, lora_B, offsets, p, rng, *weight = tensors
+        spec, blocksizes = ctx.options
+        needs = ExpertsNeeds(*ctx.needs_input_grad[:4])
+        base = Packed4bit(*weight, *blocksizes) if blocksizes else weight[0]
+        operands = ExpertsOperands(x, base, lora_A, lora_B, offsets, None, rng)
+        if ctx.choice is not None and ops.can_bypass_dispatcher(
+            dy, x, weight[0], lora_A, lora_B, offsets
+        ):
+            grads = ops.lora_experts_backward_direct(
+                dy, operands, Saved(p), spec, needs, ctx.choice
+            )
+        else:
+            with _requested(ctx.choice):
+                grads = ops.lora_experts_backward_dispatched(dy, operands, Saved(p), spec, needs)
+        dbias = None if grads.bias is None else grads.bias.to(ctx.bias_dtype)
+        return grads.x, grads.lora_A, grads.lora_B, dbias, *[None] * (3 + len(weight))

@@ -11,10 +11,17 @@ import torch
 from torch import Tensor
 
 from . import ops, selection
-from .autograd import LoRALinearFunction, MultiLoRALinearFunction, MultiOptions, Options
+from .autograd import (
+    ExpertsOptions,
+    LoRAExpertsFunction,
+    LoRALinearFunction,
+    MultiLoRALinearFunction,
+    MultiOptions,
+    Options,
+)
 from .backends.library import follows_gpu
 from .core import reference
-from .core.call import MultiSpec, Operands, Spec
+from .core.call import ExpertsOperands, ExpertsSpec, MultiSpec, Operands, Spec
 from .core.packed4bit import PACKED4BIT_TENSORS, Packed4bit
 from .quantization import Weight4bit
 
@@ -219,6 +226,145 @@ def multi_lora_linear(
     )
 
 
+def lora_experts_linear(
+    x: Tensor,
+    weight: Tensor | Weight4bit,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    offsets: Tensor,
+    scaling: float = 1.0,
+    bias: Tensor | None = None,
+    *,
+    is_transposed: bool = False,
+    dropout_p: float = 0.0,
+    rng: Tensor | None = None,
+    compute_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Compute a frozen linear of each expert with its adapter, for rows sorted by expert:
+
+        y_m = W_e·x_m + scaling · B_e·(A_e·D(x)_m) + bias_e,    offsets[e-1] <= m < offsets[e]
+
+    No tensor of the stack's size is made in either direction, and W + scaling·B·A is never written.
+
+    Args:
+        x: [M, K], float32, bfloat16, float16 or float64.
+        weight: [E, N, K], frozen, with any strides, of x's dtype unless autocast is on; or a
+            `Weight4bit` of that shape.
+        lora_A: [E, R, K]. lora_B: [E, N, R], any strides; PEFT's weights [N, R·E] are
+            `weight.view(N, R, E).permute(2, 0, 1)`. None for both leaves the adapters out.
+        offsets: int32 or int64 [E], rising: one past each expert's last row, as in
+            `torch.nn.functional.grouped_mm`. Rows from offsets[-1] on belong to no expert and get
+            zeros. The values are checked on the CPU only, since a GPU would have to wait.
+        scaling: alpha / r.
+        bias: [E, N] or None.
+        is_transposed: whether `weight` is [E, K, N].
+        dropout_p, rng, compute_dtype: as in `lora_linear`. The mask's rows are those of x.
+
+    Returns:
+        y [M, N], in autocast's dtype where autocast is on for x's device, else in x's.
+        Differentiable once in x, lora_A, lora_B and bias; an expert without rows gets zeros.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what it is and what it should be.
+        RuntimeError: a backend was forced that cannot run here.
+
+    >>> import torch, lora_kernels
+    >>> x, W, A, B = torch.ones(3, 2), torch.ones(2, 1, 2), torch.ones(2, 1, 2), torch.ones(2, 1, 1)
+    >>> lora_kernels.lora_experts_linear(x, W, A, B, torch.tensor([0, 2]), scaling=0.5).tolist()
+    [[3.0], [3.0], [0.0]]
+    """
+    if not isinstance(x, Tensor):
+        raise _no_tensor("x", x)
+    if x.dtype not in _FLOATS:
+        raise TypeError(f"x: got {x.dtype}, want float32, bfloat16, float16 or float64")
+    if not isinstance(weight, (Tensor, Weight4bit)):
+        raise TypeError(f"weight: got {type(weight).__name__}, want a tensor or a Weight4bit")
+    if len(weight.shape) != 3 or 0 in weight.shape:
+        want = "[E, K, N]" if is_transposed else "[E, N, K]"
+        raise ValueError(f"weight: got shape {list(weight.shape)}, want {want}, each at least 1")
+    E, N, K = weight.shape
+    N, K = (K, N) if is_transposed else (N, K)
+    if x.dim() != 2 or x.shape[1] != K:
+        raise ValueError(
+            f"x: got shape {_shape(x)}, want [M, {K}] for weight {list(weight.shape)}"
+            + " and is_transposed=True" * is_transposed
+        )
+    if (lora_A is None) != (lora_B is None):
+        name, got = ("lora_B", lora_B) if lora_A is not None else ("lora_A", lora_A)
+        raise TypeError(f"{name}: got {got}, want a tensor, or None for both lora_A and lora_B")
+    if lora_A is None or lora_B is None:
+        lora_A, lora_B = x.new_empty(E, 0, K), x.new_empty(E, N, 0)
+    else:
+        _check_experts_adapter(x, lora_A, lora_B, (E, N, K))
+    _check_offsets(offsets, E, x)
+    device_type, _ = ops.device_of(x)
+    autocast = _autocast(device_type, x.dtype)
+    y_dtype = torch.get_autocast_dtype(device_type) if autocast else x.dtype
+    shape = tuple(weight.shape)
+    base, codes, dtype = _base(x, weight, shape, compute_dtype, y_dtype if autocast else None)
+    if base is not None and is_transposed:
+        base = base.mT
+    if bias is not None:
+        if not isinstance(bias, Tensor):
+            raise _no_tensor("bias", bias)
+        if bias.shape != (E, N):
+            raise ValueError(f"bias: got shape {_shape(bias)}, want [{E}, {N}]")
+        _check_dtypes("x", x.dtype, bias=bias.dtype)
+        _check_devices("x", x, bias=bias)
+    if autocast and follows_gpu(device_type):
+        x, lora_A, lora_B = (t.to(y_dtype) for t in (x, lora_A, lora_B))
+        base = None if base is None else base.to(y_dtype)
+    dropout_p, rng = _dropout(x, dropout_p, rng)
+    spec = ExpertsSpec(_number("scaling", scaling), dropout_p, dtype, y_dtype, bool(is_transposed))
+    frozen = codes[:PACKED4BIT_TENSORS] or (base,)
+    if not torch.is_grad_enabled() and ops.can_bypass_dispatcher(
+        x, frozen[0], lora_A, lora_B, offsets
+    ):
+        held = Packed4bit(*codes) if codes else base
+        operands = ExpertsOperands(x, held, lora_A, lora_B, offsets, bias, rng)
+        return ops.lora_experts_direct(operands, spec)[0]
+    options = ExpertsOptions(spec, codes[PACKED4BIT_TENSORS:])
+    return LoRAExpertsFunction.apply(  # type: ignore[no-any-return]
+        x, lora_A, lora_B, bias, offsets, options, rng, *frozen
+    )
+
+
+def _check_experts_adapter(
+    x: Tensor, lora_A: Tensor, lora_B: Tensor, sizes: tuple[int, int, int]
+) -> None:
+    E, N, K = sizes
+    for name, t in (("lora_A", lora_A), ("lora_B", lora_B)):
+        if not isinstance(t, Tensor):
+            raise _no_tensor(name, t)
+    if lora_A.dim() != 3 or lora_A.shape[::2] != (E, K) or lora_A.shape[1] < 1:
+        raise ValueError(
+            f"lora_A: got shape {_shape(lora_A)}, want [{E}, R, {K}] with R at least 1"
+        )
+    if lora_B.shape != (E, N, lora_A.shape[1]):
+        want = f"[{E}, {N}, {lora_A.shape[1]}]"
+        raise ValueError(f"lora_B: got shape {_shape(lora_B)}, want {want}")
+    _check_dtypes("x", x.dtype, lora_A=lora_A.dtype, lora_B=lora_B.dtype)
+    _check_devices("x", x, lora_A=lora_A, lora_B=lora_B)
+
+
+def _check_offsets(offsets: Tensor, experts: int, x: Tensor) -> None:
+    if not isinstance(offsets, Tensor) or offsets.dtype not in (torch.int64, torch.int32):
+        got = offsets.dtype if isinstance(offsets, Tensor) else type(offsets).__name__
+        raise TypeError(f"offsets: got {got}, want a tensor of int64 or int32")
+    if offsets.shape != (experts,):
+        raise ValueError(f"offsets: got shape {_shape(offsets)}, want [{experts}]")
+    _check_devices("x", x, offsets=offsets)
+    if not ops.can_bypass_dispatcher(offsets) or not offsets.is_cpu:
+        return  # a traced or a GPU's tensor has no values to look at
+    before = 0
+    for e, stop in enumerate(offsets.tolist()):
+        if not before <= stop <= x.shape[0]:
+            raise ValueError(
+                f"offsets[{e}]: got {stop}, want {before} to {x.shape[0]}: rising, up to x's rows"
+            )
+        before = stop
+
+
 def _adapters(name: str, tensors: Tensor | Sequence[Tensor], want: str) -> list[Tensor]:
     """E matrices, of a tensor of three dimensions or of a sequence."""
     if isinstance(tensors, Tensor):
@@ -421,7 +567,7 @@ def _check_dtypes(beside: str, x_dtype: torch.dtype, **dtypes: torch.dtype) -> N
 def _base(
     x: Tensor,
     weight: Tensor | Weight4bit | None,
-    shape: tuple[int, int],
+    shape: tuple[int, ...],
     compute_dtype: torch.dtype | None,
     autocast_dtype: torch.dtype | None,
 ) -> tuple[Tensor | None, tuple[Any, ...], torch.dtype]:
@@ -459,7 +605,7 @@ def _check_weight(x: Tensor, weight: Tensor) -> None:
 
 
 def _check_weight_4bit(
-    x: Tensor, weight: Weight4bit, shape: tuple[int, int], dtype: torch.dtype
+    x: Tensor, weight: Weight4bit, shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
     if weight.shape != shape:
         raise ValueError(

@@ -20,11 +20,15 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from . import selection
-from .backends import cpu, cuda, eager, triton
+from .backends import cpu, cpu_experts, cuda, eager, eager_experts, triton
 from .backends.cuda import constraints
 from .backends.protocol import Backend
 from .backends.rows import like_rows_of
 from .core.call import (
+    ExpertsGrads,
+    ExpertsNeeds,
+    ExpertsOperands,
+    ExpertsSpec,
     Grads,
     Guard,
     MultiGrads,
@@ -62,6 +66,13 @@ _MULTI_OPERANDS = (
 )
 _MULTI_SPEC = "float[] scaling, float dropout_p, ScalarType dtype, ScalarType y_dtype"
 _MULTI_NEEDS = "bool need_x, bool[] need_lora_A, bool[] need_lora_B, bool need_bias"
+_EXPERTS_OPERANDS = (
+    "Tensor x, {weight}, Tensor lora_A, Tensor lora_B, Tensor offsets, Tensor? bias, Tensor? rng"
+)
+_EXPERTS_SPEC = (
+    "float scaling, float dropout_p, ScalarType dtype, ScalarType y_dtype, bool transposed"
+)
+_EXPERTS_NEEDS = "bool need_x, bool need_lora_A, bool need_lora_B, bool need_bias"
 _FORWARD = f"({_OPERANDS}, {_SPEC}) -> (Tensor y, Tensor p, Tensor z, Tensor mask)"
 _BACKWARD = (
     f"(Tensor dy, {_OPERANDS}, Tensor p, Tensor? z, {_SPEC}, {_NEEDS}) "
@@ -71,6 +82,11 @@ _MULTI_FORWARD = f"({_MULTI_OPERANDS}, {_MULTI_SPEC}) -> (Tensor y, Tensor p, Te
 _MULTI_BACKWARD = (
     f"(Tensor dy, {_MULTI_OPERANDS}, Tensor p, {_MULTI_SPEC}, {_MULTI_NEEDS}) "
     "-> (Tensor dx, Tensor[] dA, Tensor[] dB, Tensor dbias)"
+)
+_EXPERTS_FORWARD = f"({_EXPERTS_OPERANDS}, {_EXPERTS_SPEC}) -> (Tensor y, Tensor p, Tensor mask)"
+_EXPERTS_BACKWARD = (
+    f"(Tensor dy, {_EXPERTS_OPERANDS}, Tensor p, {_EXPERTS_SPEC}, {_EXPERTS_NEEDS}) "
+    "-> (Tensor dx, Tensor dA, Tensor dB, Tensor dbias)"
 )
 _NORM = (
     "({weight}, Tensor lora_A, Tensor lora_B, float scaling, Tensor? rank_gate, "
@@ -434,6 +450,103 @@ def _multi_lora_linear_backward_fake(
     )
 
 
+def choose_experts(operands: ExpertsOperands, spec: ExpertsSpec) -> Choice:
+    """Choose the backend and strategy of both directions, for rows sorted by expert."""
+    x, weight, lora_A, lora_B, _, _, rng = operands
+    if _takes_mask(rng, spec.dropout_p):
+        return selection.choose_for_mask()
+    (device_type, index), (M, K), (_, N, R) = device_of(x), x.shape, lora_B.shape
+    dtypes, is_4bit = (x.dtype, lora_A.dtype, lora_B.dtype, spec.dtype), _is_4bit(weight)
+    return selection.choose_experts(
+        Problem(device_type, *dtypes, R, M, is_4bit, N, K, rng is not None, index)
+    )
+
+
+def lora_experts_direct(
+    operands: ExpertsOperands, spec: ExpertsSpec, choice: Choice | None = None
+) -> tuple[Tensor, Saved]:
+    """Run the forward without the dispatcher; y and what the backward takes."""
+    choice = choice or choose_experts(operands, spec)
+    with _no_autocast(operands.x):
+        if choice.backend == "cpu":
+            return cpu_experts.lora_experts(operands, spec, choice.strategy)
+        return eager_experts.lora_experts(operands, spec)
+
+
+def lora_experts_dispatched(operands: ExpertsOperands, spec: ExpertsSpec) -> tuple[Tensor, Saved]:
+    """Run the forward by its op."""
+    weight = operands.weight
+    if isinstance(weight, Packed4bit):
+        y, p, mask = lora_experts_4bit(operands.x, *weight, *operands[2:], *spec)
+    else:
+        y, p, mask = lora_experts(*operands, *spec)
+    return y, Saved(p, None, mask if spec.dropout_p and operands.rng is None else None)
+
+
+def _lora_experts_op(operands: ExpertsOperands, spec: ExpertsSpec) -> tuple[Tensor, Tensor, Tensor]:
+    y, saved = lora_experts_direct(operands, spec)
+    return y, saved.p, _or_empty(saved.mask, torch.bool, y)
+
+
+def _lora_experts_fake(
+    operands: ExpertsOperands, spec: ExpertsSpec
+) -> tuple[Tensor, Tensor, Tensor]:
+    x, (_, N, R) = operands.x, operands.lora_B.shape
+    y = x.new_empty(x.shape[0], N, dtype=spec.y_dtype)
+    p = x.new_empty(x.shape[0], R, dtype=eager.stat_dtype(spec.dtype))
+    return y, p, _mask_fake(x, spec.dropout_p, operands.rng)
+
+
+def lora_experts_backward_direct(
+    dy: Tensor,
+    operands: ExpertsOperands,
+    saved: Saved,
+    spec: ExpertsSpec,
+    needs: ExpertsNeeds,
+    choice: Choice | None = None,
+) -> ExpertsGrads:
+    """Run the backward without the dispatcher."""
+    choice = choice or choose_experts(operands, spec)
+    call = dy, operands, saved, spec, needs
+    with _no_autocast(operands.x):
+        if choice.backend == "cpu":
+            return cpu_experts.lora_experts_backward(*call, choice.strategy)
+        return eager_experts.lora_experts_backward(*call)
+
+
+def lora_experts_backward_dispatched(
+    dy: Tensor, operands: ExpertsOperands, saved: Saved, spec: ExpertsSpec, needs: ExpertsNeeds
+) -> ExpertsGrads:
+    """Run the backward by its op."""
+    _refuse_tangent(dy)
+    weight, rest = operands.weight, (saved.p, *spec, *needs)
+    if isinstance(weight, Packed4bit):
+        found = lora_experts_backward_4bit(dy, operands.x, *weight, *operands[2:], *rest)
+    else:
+        found = lora_experts_backward(dy, *operands, *rest)
+    return ExpertsGrads(*(grad if need else None for grad, need in zip(found, needs, strict=True)))
+
+
+def _lora_experts_backward_op(
+    dy: Tensor, operands: ExpertsOperands, saved: Saved, spec: ExpertsSpec, needs: ExpertsNeeds
+) -> tuple[Tensor, ...]:
+    grads = lora_experts_backward_direct(dy, operands, saved, spec, needs)
+    dtypes = operands.x.dtype, operands.lora_A.dtype, operands.lora_B.dtype, saved.p.dtype
+    return tuple(_or_empty(t, d, dy) for t, d in zip(grads, dtypes, strict=True))
+
+
+def _lora_experts_backward_fake(
+    dy: Tensor, operands: ExpertsOperands, saved: Saved, spec: ExpertsSpec, needs: ExpertsNeeds
+) -> tuple[Tensor, ...]:
+    x, _, lora_A, lora_B, *_ = operands
+    shapes = tuple(x.shape), tuple(lora_A.shape), tuple(lora_B.shape), tuple(lora_B.shape[:2])
+    dtypes = x.dtype, lora_A.dtype, lora_B.dtype, saved.p.dtype
+    return tuple(
+        x.new_empty(shape if need else (0,), dtype=dtype)
+        for need, shape, dtype in zip(needs, shapes, dtypes, strict=True)
+    )
+
+
 def dora_norm_direct(
     weight: Tensor | Packed4bit | None,
     lora_A: Tensor,
@@ -476,6 +589,8 @@ _FORWARD_TYPES = (Operands, Spec)
 _BACKWARD_TYPES = (Operands, Saved, Spec, Needs)
 _MULTI_FORWARD_TYPES = (MultiOperands, MultiSpec)
 _MULTI_BACKWARD_TYPES = (MultiOperands, Saved, MultiSpec, MultiNeeds)
+_EXPERTS_FORWARD_TYPES = (ExpertsOperands, ExpertsSpec)
+_EXPERTS_BACKWARD_TYPES = (ExpertsOperands, Saved, ExpertsSpec, ExpertsNeeds)
 # How many of a type's fields the schemas have: Saved.mask is passed as `rng`, and the backward of
 # several adapters has no z.
 _FIELDS: dict[tuple[type, ...], tuple[int, ...]] = {
@@ -483,6 +598,8 @@ _FIELDS: dict[tuple[type, ...], tuple[int, ...]] = {
     _BACKWARD_TYPES: (8, 2, 5, 6),
     _MULTI_FORWARD_TYPES: (7, 4),
     _MULTI_BACKWARD_TYPES: (7, 1, 4, 4),
+    _EXPERTS_FORWARD_TYPES: (7, 5),
+    _EXPERTS_BACKWARD_TYPES: (7, 1, 5, 4),
 }
 
 
@@ -519,7 +636,7 @@ def _define(
     fake: Callable[..., Any],
     types: tuple[type, ...] = (),
 ) -> None:
-    is_4bit, is_forward = name.endswith("_4bit"), types in (_FORWARD_TYPES, _MULTI_FORWARD_TYPES)
+    is_4bit, is_forward = name.endswith("_4bit"), bool(types) and Saved not in types
     # A forward may draw a dropout mask.
     tags = (torch.Tag.nondeterministic_seeded,) if is_forward else ()
     _LIB.define(name + schema.format(weight=_CODES if is_4bit else _WEIGHT), tags=tags)
@@ -553,6 +670,16 @@ _define("multi_lora_linear", _MULTI_FORWARD, *_multi_forward)
 _define("multi_lora_linear_4bit", _MULTI_FORWARD, *_multi_forward)
 _define("multi_lora_linear_backward", _MULTI_BACKWARD, *_multi_backward)
 _define("multi_lora_linear_backward_4bit", _MULTI_BACKWARD, *_multi_backward)
+_experts_forward = _lora_experts_op, _lora_experts_fake, _EXPERTS_FORWARD_TYPES
+_experts_backward = (
+    _lora_experts_backward_op,
+    _lora_experts_backward_fake,
+    _EXPERTS_BACKWARD_TYPES,
+)
+_define("lora_experts", _EXPERTS_FORWARD, *_experts_forward)
+_define("lora_experts_4bit", _EXPERTS_FORWARD, *_experts_forward)
+_define("lora_experts_backward", _EXPERTS_BACKWARD, *_experts_backward)
+_define("lora_experts_backward_4bit", _EXPERTS_BACKWARD, *_experts_backward)
 _define("dora_norm", _NORM, dora_norm_direct, _dora_norm_fake)
 _define("dora_norm_4bit", _NORM, dora_norm_direct, _dora_norm_fake)
 
@@ -566,6 +693,10 @@ multi_lora_linear_backward = torch.ops.lora_kernels.multi_lora_linear_backward.d
 multi_lora_linear_4bit = torch.ops.lora_kernels.multi_lora_linear_4bit.default
 multi_lora_linear_backward_4bit = torch.ops.lora_kernels.multi_lora_linear_backward_4bit.default
 lora_linear_backward_4bit = torch.ops.lora_kernels.lora_linear_backward_4bit.default
+lora_experts = torch.ops.lora_kernels.lora_experts.default
+lora_experts_4bit = torch.ops.lora_kernels.lora_experts_4bit.default
+lora_experts_backward = torch.ops.lora_kernels.lora_experts_backward.default
+lora_experts_backward_4bit = torch.ops.lora_kernels.lora_experts_backward_4bit.default
 _TENSOR_TYPES = (Tensor, torch.nn.Parameter)
 
 

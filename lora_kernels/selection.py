@@ -125,6 +125,15 @@ def _choose_cpu(problem: Problem, requested: Forced, environment: tuple[object, 
     return cpu_heuristics.plan(problem, None)
 
 
+def choose_experts(problem: Problem) -> Choice:
+    """Choose the backend of `lora_experts_linear`, the same for forward and backward."""
+    requested = forced.current.get()
+    if requested.backend in ("triton", "cuda"):
+        require_supported(requested.backend, "it has no kernels for experts")
+    strategy = cpu_heuristics.plan_experts(requested.strategy)
+    return _choose_cpu_or_eager(problem, strategy, Strategy.LIBRARY)
+
+
 def choose_norm(problem: Problem) -> Choice:
     """Choose the backend of `dora_norm`. x_dtype stands for the weight's, dtype is float32."""
     requested = forced.current.get().backend
@@ -134,14 +143,20 @@ def choose_norm(problem: Problem) -> Choice:
     if requested == "cuda":
         cuda_heuristics.require(problem)
         return Choice("cuda", Strategy.TWO_PASS, cuda_heuristics.REQUESTED)
+    return _choose_cpu_or_eager(problem, Strategy.FUSED, Strategy.PANELS)
+
+
+def _choose_cpu_or_eager(problem: Problem, on_cpu: Strategy, eager: Strategy) -> Choice:
+    """Choose the CPU backend with strategy `on_cpu` if it can run the call, or else eager."""
+    requested = forced.current.get().backend
     if requested == "eager":
-        return Choice("eager", Strategy.PANELS, "the eager backend was requested")
+        return Choice("eager", eager, "the eager backend was requested")
     reason = _eager_reason(problem)
     if not reason:
-        return Choice("cpu", Strategy.FUSED, f"native kernels, {native.isa}")
+        return Choice("cpu", on_cpu, f"native kernels, {native.isa}")
     if requested == "cpu":
         require_supported("cpu", reason)
-    return Choice("eager", Strategy.PANELS, reason)
+    return Choice("eager", eager, reason)
 
 
 def _check_two_steps(requested: Forced) -> None:

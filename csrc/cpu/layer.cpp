@@ -1,6 +1,7 @@
 #include "layer.h"
 
 #include <algorithm>
+#include <cstring>
 #include <memory>
 #include <type_traits>
 #include <vector>
@@ -81,8 +82,12 @@ void input_gradient(const Layer& l, const Backward& g, const float* ds) {
                           .dropout = l.dropout,
                           .threads = l.threads};
   if (has_base(l))
-    kernels().product(
-        {.x = g.dz, .w = l.w, .codes = l.codes, .k_inner = false, .K = l.N, .update = update});
+    kernels().product({.x = g.dz,
+                       .w = l.w,
+                       .codes = l.codes,
+                       .k_inner = l.transposed,
+                       .K = l.N,
+                       .update = update});
   else
     kernels().expand(update);
 }
@@ -129,8 +134,12 @@ void lora_linear(const Layer& l, const Forward& f) {
   }
   kernels().shrink(shrink);
   if (has_base(l))
-    kernels().product(
-        {.x = f.xs, .w = w, .codes = l.codes, .k_inner = true, .K = l.K, .update = update});
+    kernels().product({.x = f.xs,
+                       .w = w,
+                       .codes = l.codes,
+                       .k_inner = !l.transposed,
+                       .K = l.K,
+                       .update = update});
   else
     kernels().expand(update);
 }
@@ -274,6 +283,143 @@ void multi_lora_linear_backward(const Layer& l, const std::vector<Adapter>& adap
   each_piece(l, adapters, [&](const Adapter& d, int64_t m0, int64_t m1, int threads) {
     input_gradient(piece(l, d, m0, m1, threads), rows(m0, d), all_ds + m0 * l.lds);
   });
+}
+
+// lora_experts -----------------------------------------------------------------------------------
+
+namespace {
+
+int64_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+
+Matrix elements_from(const Matrix& m, int64_t elements) {
+  return {
+      .data = rows_from(m.data, m.dtype, elements), .dtype = m.dtype, .row = m.row, .col = m.col};
+}
+
+// The codes of the expert that begins at `element` of a stack.
+Codes4bit codes_from(const Codes4bit& stack, int64_t element) {
+  Codes4bit w = stack;
+  const int64_t block = element >> w.log2_block;
+  w.packed += element / 2;
+  if (w.nested_code) {
+    w.absmax = static_cast<const uint8_t*>(w.absmax) + block;
+    w.nested_absmax += block >> w.log2_nested;
+  } else {
+    w.absmax = static_cast<const float*>(w.absmax) + block;
+  }
+  return w;
+}
+
+// The e-th expert's rows of a layer.
+struct Expert {
+  int64_t e, start, rows;
+};
+
+// f(expert, threads) for the experts that have rows. One with more than half a thread's share of
+// the work takes all threads; the others take one thread each, the largest first, each on the
+// thread that has least work by then, so that no result depends on which thread is faster.
+template <typename F>
+void each_expert(const Layer& l, const Experts& x, const F& f) {
+  constexpr int64_t WEIGHT = 16;  // reading an expert's weight costs about as much as these rows
+  std::vector<Expert> small;
+  std::vector<Expert> large;
+  int64_t work = 0;
+  for (int64_t e = 0, start = 0; e < x.count; start = x.stops[e++])
+    if (x.stops[e] > start) {
+      small.push_back({e, start, x.stops[e] - start});
+      work += x.stops[e] - start + WEIGHT;
+    }
+  const bool alone = l.threads == 1 || work * l.K * l.N < SMALL;
+  if (!alone) {
+    const auto is_small = [&](const Expert& each) {
+      return 2 * l.threads * (each.rows + WEIGHT) <= work;
+    };
+    const auto from = std::stable_partition(small.begin(), small.end(), is_small);
+    large.assign(from, small.end());
+    small.erase(from, small.end());
+    for (const Expert& each : large) f(each, l.threads);
+  }
+  if (alone || small.size() < 2) {
+    for (const Expert& each : small) f(each, alone ? 1 : l.threads);
+    return;
+  }
+  std::stable_sort(small.begin(), small.end(),
+                   [](const Expert& a, const Expert& b) { return a.rows > b.rows; });
+  on_threads(l.threads, [&](int thread, int threads) {
+    std::vector<int64_t> load(static_cast<size_t>(threads));
+    for (const Expert& each : small) {
+      const auto least = std::min_element(load.begin(), load.end());
+      *least += each.rows + WEIGHT;
+      if (least - load.begin() == thread) f(each, 1);
+    }
+  });
+}
+
+// `codes` has room for the expert's.
+Layer layer_of(const Layer& l, const Experts& x, const Expert& at, bool base, Codes4bit* codes,
+               int threads) {
+  Layer one = l;
+  one.w = base ? elements_from(l.w, at.e * x.w) : Matrix{};
+  if (base && l.codes) *codes = codes_from(*l.codes, at.e * x.w);
+  one.codes = base && l.codes ? codes : nullptr;
+  one.M = at.rows;
+  one.a = elements_from(l.a, at.e * x.a);
+  one.b = elements_from(l.b, at.e * x.b);
+  one.bias = l.bias ? l.bias + at.e * x.bias : nullptr;
+  one.dropout = rows_from(l.dropout, at.start);
+  one.threads = threads;
+  one.transposed = x.transposed;
+  return one;
+}
+
+void zero_rows(void* data, DType dtype, int64_t first, int64_t last, int64_t row) {
+  if (data && first < last)
+    std::memset(static_cast<char*>(data) + first * row * size_of(dtype), 0,
+                static_cast<size_t>((last - first) * row * size_of(dtype)));
+}
+
+}  // namespace
+
+void lora_experts(const Layer& l, const Experts& x, const Forward& f) {
+  each_expert(l, x, [&](const Expert& at, int threads) {
+    Codes4bit codes;
+    const bool few_rows = at.rows <= x.few_rows;
+    const Layer one = layer_of(l, x, at, few_rows || x.has_base, &codes, threads);
+    Forward own = f;
+    own.x = rows_from(f.x, at.start);
+    own.xs = rows_from(f.xs, at.start);
+    own.few_rows = few_rows;
+    own.p = f.p + at.start * l.lds;
+    own.y = rows_from(f.y, f.dtype, at.start * l.N);
+    lora_linear(one, own);
+  });
+  const int64_t last = x.stops[x.count - 1];
+  zero_rows(f.y, f.dtype, last, l.M, l.N);
+  zero_rows(f.p, DType::f32, last, l.M, l.lds);
+}
+
+void lora_experts_backward(const Layer& l, const Experts& x, const Backward& g) {
+  each_expert(l, x, [&](const Expert& at, int threads) {
+    Codes4bit codes;
+    const Layer one = layer_of(l, x, at, x.has_base, &codes, threads);
+    Backward own = g;
+    own.dy = rows_from(g.dy, at.start);
+    own.dz = rows_from(g.dz, at.start);
+    own.x = rows_from(g.x, at.start);
+    own.p = g.p + at.start * l.lds;
+    own.dx = rows_from(g.dx, g.x.dtype, at.start * l.K);
+    own.da = rows_from(g.da, l.a.dtype, at.e * x.da);
+    own.db = rows_from(g.db, l.b.dtype, at.e * x.db);
+    own.dbias = g.dbias ? g.dbias + at.e * l.N : nullptr;
+    lora_linear_backward(one, own);
+  });
+  for (int64_t e = 0, start = 0; e < x.count; start = x.stops[e++])
+    if (x.stops[e] == start) {
+      zero_rows(g.da, l.a.dtype, e, e + 1, x.da);
+      zero_rows(g.db, l.b.dtype, e, e + 1, x.db);
+      zero_rows(g.dbias, DType::f32, e, e + 1, l.N);
+    }
+  zero_rows(g.dx, g.x.dtype, x.stops[x.count - 1], l.M, l.K);
 }
 
 }  // namespace lora_kernels

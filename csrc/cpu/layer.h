@@ -20,6 +20,7 @@ struct Layer {
   Dropout dropout;
   float keep_scale;  // 1 / (1 - p)
   int threads;
+  bool transposed = false;  // codes are of W's transpose [K, N]
 };
 
 // P[M, R] = keep_scale * mask(x) A^T, y, and where z is given the bracket that c multiplies.
@@ -62,5 +63,25 @@ void multi_lora_linear(const Layer& layer, const std::vector<Adapter>& adapters,
 // Of Backward dy, dz, x, p and dx; the adapters' gradients are where Adapter says.
 void multi_lora_linear_backward(const Layer& layer, const std::vector<Adapter>& adapters,
                                 const Backward& g);
+
+// Experts: rows of x sorted by expert, each expert with a weight and an adapter of its own. Of the
+// layer w, codes, a, b and bias are the first expert's, M counts all rows; gate and c are not used.
+struct Experts {
+  int64_t count;
+  const int64_t* stops;   // [count], one past each expert's last row, rising
+  int64_t w, a, b, bias;  // from one expert to the next, in elements
+  int64_t da, db;         // the same of the gradients, which are contiguous
+  bool transposed;        // as in Layer
+  int64_t few_rows;       // an expert of no more rows takes few_rows in the forward; 0: none does
+  bool has_base;          // else y and dx hold the base product of the others
+};
+
+// As lora_linear for each expert. Rows of y and P after the last expert's are zeros. Codes must
+// begin a block, and a block of nested scales, at each expert.
+void lora_experts(const Layer& layer, const Experts& experts, const Forward& f);
+
+// As lora_linear_backward for each expert. Zeros: the gradients of an expert without rows, and dx
+// after the last expert's rows. dbias is [count, N].
+void lora_experts_backward(const Layer& layer, const Experts& experts, const Backward& g);
 
 }  // namespace lora_kernels

@@ -59,7 +59,7 @@ FUSED_ISAS = ("avx512", "avx512bf16", "amxbf16")
 
 PANEL = 1 << 20  # bytes of a 4-bit weight decoded at once for the library's product
 
-_DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 # What a prepared call requires of x beside its dtype if PyTorch has no DLPack exchange table.
 _X_GUARDS = (
@@ -77,7 +77,7 @@ def _rows(t: Tensor) -> Tensor:
     return t.contiguous()
 
 
-def _rows_of_any(t: Tensor, columns: int) -> tuple[Tensor, int]:
+def rows_of_any(t: Tensor, columns: int) -> tuple[Tensor, int]:
     """Rows that are contiguous, whatever the dimensions before them, and their distance; a view of
     them would take as long as a kernel of a small layer."""
     if t.is_contiguous():
@@ -86,22 +86,22 @@ def _rows_of_any(t: Tensor, columns: int) -> tuple[Tensor, int]:
     return t, t.stride(0)
 
 
-def _vector(t: Tensor | None) -> Tensor | None:
+def vector(t: Tensor | None) -> Tensor | None:
     """A per-column or per-rank factor as contiguous float32."""
-    return None if t is None else _cast(t, torch.float32).contiguous()
+    return None if t is None else cast(t, torch.float32).contiguous()
 
 
 # Arguments of the native kernels, in the order in which csrc/bindings.cpp reads them. They hold
 # addresses, so the tensors must live until the call returns.
 
 
-def _pointer(t: Tensor | None) -> int:
+def pointer(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
-def _pack_rows(t: Tensor, row: int) -> tuple[int, int, int, int]:
+def pack_rows(t: Tensor, row: int) -> tuple[int, int, int, int]:
     """Pack contiguous rows, `row` elements apart, of any leading dimensions."""
-    return t.data_ptr(), _DTYPE[t.dtype], row, 1
+    return t.data_ptr(), DTYPES[t.dtype], row, 1
 
 
 def _pack_matrix(t: Tensor | None, columns: int) -> tuple[int, int, int, int] | None:
@@ -109,18 +109,18 @@ def _pack_matrix(t: Tensor | None, columns: int) -> tuple[int, int, int, int] | 
     if t is None:
         return None
     if t.is_contiguous():
-        return t.data_ptr(), _DTYPE[t.dtype], columns, 1
+        return t.data_ptr(), DTYPES[t.dtype], columns, 1
     row, column = t.stride()
-    return t.data_ptr(), _DTYPE[t.dtype], row, column
+    return t.data_ptr(), DTYPES[t.dtype], row, column
 
 
-def _pack_dropout(
+def pack_dropout(
     dropout_p: float, rng: Tensor | None, rows: Tensor | None = None
 ) -> tuple[tuple[int, int, int], float]:
     """Pack the mask (state, threshold, each row's index in it); return 1/(1−p) beside it."""
     if rng is None:
         return (0, 0, 0), 1.0
-    mask = rng.data_ptr(), reference.dropout_threshold(dropout_p), _pointer(rows)
+    mask = rng.data_ptr(), reference.dropout_threshold(dropout_p), pointer(rows)
     return mask, reference.dropout_scale(dropout_p)
 
 
@@ -138,8 +138,8 @@ def _pack_layer(
         weight: as `_fused_weight` returns it.
         adapter: lora_A and lora_B.
         sizes: M, K, N, R.
-        factors: rank_gate, column_scale and bias, as `_vector` returns them.
-        dropout: as `_pack_dropout` returns it.
+        factors: rank_gate, column_scale and bias, as `vector` returns them.
+        dropout: as `pack_dropout` returns it.
     """
     (dense, codes), (lora_A, lora_B), (M, K, N, R) = weight, adapter, sizes
     (gate, c, bias), (mask, keep_scale), threads = factors, dropout, torch.get_num_threads()
@@ -149,7 +149,7 @@ def _pack_layer(
     return W, codes, M, K, N, R, A, B, scaling, g, s, b, mask, keep_scale, threads
 
 
-def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
+def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t if t.dtype is dtype else t.to(dtype)
 
 
@@ -171,7 +171,7 @@ def _fused_weight(
     """Return the operand of the native base GEMM: a dense weight in `dtype`, or codes."""
     if isinstance(weight, Packed4bit):
         return None, decode4bit.native_view(weight, shape)
-    return _matrix(_cast(weight, dtype)), None
+    return _matrix(cast(weight, dtype)), None
 
 
 def _library_base(
@@ -186,7 +186,7 @@ def _library_base(
     if weight is None:
         return xs.new_zeros(*xs.shape[:-1], N, dtype=y_dtype)
     if not isinstance(weight, Packed4bit):
-        return _cast(linear(xs, _cast(weight, dtype)), y_dtype)
+        return cast(linear(xs, cast(weight, dtype)), y_dtype)
     y = xs.new_empty(*xs.shape[:-1], N)
     for n in _panels(N, K, dtype):
         torch.mm(
@@ -194,7 +194,7 @@ def _library_base(
             decode4bit.dense(weight, shape, dtype, rows=n).t(),
             out=y.view(-1, N)[:, n],
         )
-    return _cast(y, y_dtype)
+    return cast(y, y_dtype)
 
 
 def _fused_dx(strategy: str, M: int) -> bool:
@@ -215,12 +215,12 @@ def _library_dx(
     if weight is None:
         return dz.new_zeros(*dz.shape[:-1], K, dtype=x_dtype)
     if not isinstance(weight, Packed4bit):
-        return _cast(torch.matmul(dz, _cast(weight, dtype)), x_dtype)
+        return cast(torch.matmul(dz, cast(weight, dtype)), x_dtype)
     dx = dz.new_empty(*dz.shape[:-1], K)
     for k in _panels(K, N, dtype):
         panel = decode4bit.dense(weight, shape, dtype, columns=k)
         torch.mm(dz.view(-1, N), panel, out=dx.view(-1, K)[:, k])
-    return _cast(dx, x_dtype)
+    return cast(dx, x_dtype)
 
 
 def lora_linear(operands: Operands, spec: Spec, strategy: str) -> tuple[Tensor, Saved]:
@@ -230,8 +230,8 @@ def lora_linear(operands: Operands, spec: Spec, strategy: str) -> tuple[Tensor, 
     assert native.module is not None
     (R, K), N, given = lora_A.shape, lora_B.shape[0], x
     lora_A = _rows(lora_A)
-    x, x_row = _rows_of_any(x, K)
-    M, xs = x.numel() // K, _cast(x, dtype)
+    x, x_row = rows_of_any(x, K)
+    M, xs = x.numel() // K, cast(x, dtype)
     fused: tuple[Tensor | None, object] = None, None
     if weight is None or strategy == LIBRARY:
         y = _library_base(xs, weight, (N, K), dtype, y_dtype)
@@ -240,13 +240,13 @@ def lora_linear(operands: Operands, spec: Spec, strategy: str) -> tuple[Tensor, 
         fused = _fused_weight(weight, (N, K), dtype)
     p = x.new_empty(M, R, dtype=torch.float32)
     z = y.new_empty(M, N) if save_z else None
-    factors = _vector(rank_gate), _vector(column_scale), _vector(bias)
-    adapter, dropout = (lora_A, lora_B), _pack_dropout(dropout_p, rng)
+    factors = vector(rank_gate), vector(column_scale), vector(bias)
+    adapter, dropout = (lora_A, lora_B), pack_dropout(dropout_p, rng)
     layer = _pack_layer(fused, adapter, (M, K, N, R), scaling, factors, dropout)
-    rows = _pack_rows(x, x_row)
-    cast_rows = rows if xs is x else _pack_rows(xs, K)
+    rows = pack_rows(x, x_row)
+    cast_rows = rows if xs is x else pack_rows(xs, K)
     few_rows = weight is not None and strategy in GEMVS
-    outputs = p.data_ptr(), y.data_ptr(), _DTYPE[y_dtype], _pointer(z)
+    outputs = p.data_ptr(), y.data_ptr(), DTYPES[y_dtype], pointer(z)
     native.module.lora_linear(layer, (rows, cast_rows, few_rows, *outputs))
     return y if x.dim() == given.dim() else like_rows_of(given, y), Saved(p, z)
 
@@ -276,13 +276,13 @@ class PreparedCall:
         assert native.module is not None
         (R, K), N = lora_A.shape, lora_B.shape[0]
         fused, sizes = _fused_weight(weight, (N, K), dtype), (0, K, N, R)
-        no_factors, no_dropout = (None, None, None), _pack_dropout(0.0, None)
-        cast = None if x_dtype is dtype else lambda x: x.to(dtype)
-        functions = Tensor.data_ptr, Tensor.new_empty, Tensor.is_neg, cast, _vector
+        no_factors, no_dropout = (None, None, None), pack_dropout(0.0, None)
+        to_dtype = None if x_dtype is dtype else lambda x: x.to(dtype)
+        functions = Tensor.data_ptr, Tensor.new_empty, Tensor.is_neg, to_dtype, vector
         self.weight = weight, fused  # which own the memory
         self.guards = tuple(zip(*guards, strict=True))  # objects, keys, expected values
         self._forward = native.module.prepare(
-            *(few, _DTYPE[x_dtype], _DTYPE[dtype], *functions, torch.get_num_threads),
+            *(few, DTYPES[x_dtype], DTYPES[dtype], *functions, torch.get_num_threads),
             *zip(*_X_GUARDS, ("dtype", x_dtype), strict=True),
             _pack_layer(fused, (lora_A, lora_B), sizes, scaling, no_factors, no_dropout),
         )
@@ -307,11 +307,11 @@ def lora_linear_backward(
     need_x, need_A, need_B, need_gate, need_column_scale, need_bias = needs
     assert native.module is not None
     lora_A, (N, R), K = _rows(lora_A), lora_B.shape, x.shape[-1]
-    dy, dy_row = _rows_of_any(dy, N)
-    x, x_row = _rows_of_any(x, K)
+    dy, dy_row = rows_of_any(dy, N)
+    x, x_row = rows_of_any(x, K)
     M = x.numel() // K
     dz = dy if column_scale is None or not need_x else dy * column_scale.to(dy.dtype)
-    dz = _cast(dz, dtype) if need_x else dy
+    dz = cast(dz, dtype) if need_x else dy
     dx: Tensor | None = None
     fused: tuple[Tensor | None, object] = None, None
     if need_x and (weight is None or not _fused_dx(strategy, M)):
@@ -325,14 +325,14 @@ def lora_linear_backward(
     dg = p.new_empty(R) if need_gate else None
     dc = p.new_empty(N) if need_column_scale else None
     dbias = p.new_empty(N) if need_bias else None
-    factors = _vector(rank_gate), _vector(column_scale), None
-    adapter, dropout = (lora_A, lora_B), _pack_dropout(dropout_p, rng)
+    factors = vector(rank_gate), vector(column_scale), None
+    adapter, dropout = (lora_A, lora_B), pack_dropout(dropout_p, rng)
     layer = _pack_layer(fused, adapter, (M, K, N, R), scaling, factors, dropout)
-    dy_rows = _pack_rows(dy, dy_row)
-    dz_rows = dy_rows if dz is dy else _pack_rows(dz, N)
-    saved_pointers = p.data_ptr(), _pointer(z) if need_column_scale else 0
-    gradients = map(_pointer, (dx, dA, dB, dg, dc, dbias))
-    rows = dy_rows, dz_rows, _pack_rows(x, x_row)
+    dy_rows = pack_rows(dy, dy_row)
+    dz_rows = dy_rows if dz is dy else pack_rows(dz, N)
+    saved_pointers = p.data_ptr(), pointer(z) if need_column_scale else 0
+    gradients = map(pointer, (dx, dA, dB, dg, dc, dbias))
+    rows = dy_rows, dz_rows, pack_rows(x, x_row)
     native.module.lora_linear_backward(layer, (*rows, *saved_pointers, *gradients))
     return Grads(dx, dA, dB, dg, dc, dbias)
 
@@ -352,22 +352,22 @@ def multi_lora_linear(
     lora_A, R = [_rows(A) for A in lora_A], max(A.shape[0] for A in lora_A)
     order, runs = rows_of(index, len(lora_A))
     x = _rows(x) if order is None else x.index_select(0, order)
-    xs, b = _cast(x, dtype), _vector(bias)
+    xs, b = cast(x, dtype), vector(bias)
     fused: tuple[Tensor | None, object] = None, None
     if weight is None or strategy == LIBRARY:
         y = _library_base(xs, weight, (N, K), dtype, y_dtype)
         if b is not None:
-            y, b = _cast(y + b, y_dtype), None
+            y, b = cast(y + b, y_dtype), None
     else:
         y = x.new_empty(M, N, dtype=y_dtype)
         fused = _fused_weight(weight, (N, K), dtype)
     p = x.new_zeros(M, R, dtype=torch.float32)
     places = order if order is not None or rng is None else torch.arange(M, device=index.device)
-    dropout = _pack_dropout(dropout_p, rng, places)
+    dropout = pack_dropout(dropout_p, rng, places)
     layer = _pack_layer(fused, (None, None), (M, K, N, R), 0.0, (None, None, b), dropout)
     adapters = _pack_adapters(runs, lora_A, lora_B, scaling)
     few_rows = weight is not None and strategy in GEMVS
-    outputs = p.data_ptr(), y.data_ptr(), _DTYPE[y_dtype], 0
+    outputs = p.data_ptr(), y.data_ptr(), DTYPES[y_dtype], 0
     rows = _pack_matrix(x, K), _pack_matrix(xs, K)
     native.module.multi_lora_linear(layer, adapters, (*rows, few_rows, *outputs))
     if order is None:
@@ -397,7 +397,7 @@ def multi_lora_linear_backward(
         dy, x = _rows(dy), _rows(x)
     else:
         dy, x, p = (t.index_select(0, order) for t in (dy, x, p))
-    dz = _cast(dy, dtype) if need_x else dy
+    dz = cast(dy, dtype) if need_x else dy
     dx: Tensor | None = None
     fused: tuple[Tensor | None, object] = None, None
     if need_x and (weight is None or not _fused_dx(strategy, M)):
@@ -417,11 +417,11 @@ def multi_lora_linear_backward(
 
     dA, dB = gradients(lora_A, need_A), gradients(lora_B, need_B)
     places = order if order is not None or rng is None else torch.arange(M, device=index.device)
-    dropout, sizes = _pack_dropout(dropout_p, rng, places), (M, K, N, p.shape[1])
+    dropout, sizes = pack_dropout(dropout_p, rng, places), (M, K, N, p.shape[1])
     layer = _pack_layer(fused, (None, None), sizes, 0.0, (None, None, None), dropout)
     adapters = _pack_adapters(runs, lora_A, lora_B, scaling, dA, dB)
     rows = _pack_matrix(dy, N), _pack_matrix(dz, N), _pack_matrix(x, K)
-    pointers = p.data_ptr(), 0, _pointer(dx), 0, 0, 0, 0, 0  # the others are each adapter's
+    pointers = p.data_ptr(), 0, pointer(dx), 0, 0, 0, 0, 0  # the others are each adapter's
     native.module.multi_lora_linear_backward(layer, adapters, (*rows, *pointers))
     if dx is not None and order is not None:
         dx = dx.index_select(0, _inverse(order))
@@ -447,7 +447,7 @@ def _pack_adapters(
     def packed(e: int, start: int, stop: int) -> tuple[object, ...]:
         R, K = lora_A[e].shape
         A, B = _pack_matrix(lora_A[e], K), _pack_matrix(lora_B[e], R)
-        gradients = _pointer(dA[e] if dA else None), _pointer(dB[e] if dB else None)
+        gradients = pointer(dA[e] if dA else None), pointer(dB[e] if dB else None)
         return start, stop, A, B, R, scaling[e], *gradients
 
     return tuple(packed(*run) for run in runs)
@@ -463,13 +463,13 @@ def dora_norm(
     """‖W + scaling · (B ⊙ gate)·A‖ of each row: float32 [N]."""
     assert native.module is not None
     (R, K), N = lora_A.shape, lora_B.shape[0]
-    lora_A, gate = _rows(lora_A), _vector(rank_gate)
+    lora_A, gate = _rows(lora_A), vector(rank_gate)
     norm, codes, dense = lora_A.new_empty(N, dtype=torch.float32), None, None
     if isinstance(weight, Packed4bit):
         codes = decode4bit.native_view(weight, (N, K))
     else:
         dense = _rows(weight)
     W, A, B = _pack_matrix(dense, K), _pack_matrix(lora_A, K), _pack_matrix(lora_B, R)
-    operands, sizes = (W, codes, A, B, _pointer(gate)), (N, K, R, scaling)
+    operands, sizes = (W, codes, A, B, pointer(gate)), (N, K, R, scaling)
     native.module.row_norm((*operands, *sizes, norm.data_ptr(), torch.get_num_threads()))
     return norm

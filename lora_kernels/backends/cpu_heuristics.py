@@ -101,6 +101,14 @@ def plan(problem: Problem, requested: Strategy | None, reason: str | None = None
     return Choice("cpu", cpu.FUSED, reason)
 
 
+def plan_experts(requested: Strategy | None) -> Strategy:
+    """Return the strategy of rows sorted by expert; RuntimeError if it cannot be as requested."""
+    if requested:
+        _check_strategy(requested, cpu.LIBRARY, 0, 0)
+        return requested
+    return cpu.FUSED if native.isa in cpu.FUSED_ISAS else cpu.LIBRARY
+
+
 def _check_strategy(strategy: Strategy, gemv: Strategy, few: int, rows: int) -> None:
     want = None
     if strategy == cpu.FUSED and native.isa not in cpu.FUSED_ISAS:

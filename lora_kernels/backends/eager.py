@@ -73,7 +73,7 @@ class _Dropped(NamedTuple):
     mask: Tensor | None = None
 
 
-def _drop(x: Tensor, dropout_p: float, rng: Tensor | None) -> _Dropped:
+def drop(x: Tensor, dropout_p: float, rng: Tensor | None) -> _Dropped:
     """Drop elements of x [M, K].
 
     rng: the state of a Philox mask, or the bool mask [M, K]. None: PyTorch's kernel draws a mask.
@@ -280,7 +280,7 @@ def lora_linear(operands: Operands, spec: Spec, strategy: str) -> tuple[Tensor, 
         x = x.to(_operand_dtype(x, lora_A, lora_B, dtype))  # one copy for both GEMMs
     if isinstance(weight, Packed4bit):  # before anything else is held beside the dense copy
         base = decode4bit.gemm(weight, x.to(dtype), lora_B.shape[0], early_bias)
-    dropped, factor, mask = _drop(x, dropout_p, rng)
+    dropped, factor, mask = drop(x, dropout_p, rng)
     operand = dropped.to(_operand_dtype(x, lora_A, lora_B, dtype))
     del dropped
     p = _contract(operand, lora_A, 0)
@@ -355,7 +355,7 @@ def lora_linear_backward(
     in_parts = _in_parts(x, lora_A, x_dtype)
     parts = _three_parts(dxa, x_dtype, 1, lo_first=False) if in_parts else None
     if need_A:
-        operand = _drop(x, dropout_p, rng).x.to(x_dtype)
+        operand = drop(x, dropout_p, rng).x.to(x_dtype)
         dA = _gradient_A(dxa, parts, operand, lora_A)
         del operand
     if not need_x:
@@ -365,7 +365,7 @@ def lora_linear_backward(
         return Grads(dx, dA, dB, dg, dc, dbias)
     dx = _input_update(dxa, parts, lora_A, x_dtype)
     del dxa, parts
-    dx = _drop(dx, dropout_p, rng).x
+    dx = drop(dx, dropout_p, rng).x
     if base is not None:
         dx = _sum(base, dx, x.dtype)
     elif weight is not None:
@@ -418,7 +418,7 @@ def multi_lora_linear(
     x, weight, lora_A, lora_B, index, bias, rng = operands
     scaling, dropout_p, dtype, y_dtype = spec
     stat, R = stat_dtype(dtype), max(A.shape[0] for A in lora_A)
-    dropped, factor, mask = _drop(x, dropout_p, rng)
+    dropped, factor, mask = drop(x, dropout_p, rng)
     p = x.new_zeros(x.shape[0], R, dtype=stat)
     if weight is None:
         y = x.new_zeros(x.shape[0], lora_B[0].shape[0], dtype=y_dtype)

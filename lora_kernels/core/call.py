@@ -147,6 +147,60 @@ class MultiGrads(NamedTuple):
     bias: Tensor | None = None
 
 
+class ExpertsOperands(NamedTuple):
+    """The tensors of a call whose rows of x are sorted by expert.
+
+    Args:
+        x: [M, K].
+        weight: W [E, N, K], dense with any strides, or packed in 4 bits as one matrix of E·N rows
+            (E·K if `ExpertsSpec.transposed`).
+        lora_A: [E, R, K]; R is 0 for experts without adapters.
+        lora_B: [E, N, R], any strides.
+        offsets: [E], one past each expert's last row. Rows after the last belong to no expert.
+        bias: [E, N] or None. The backward gets None.
+        rng: as in `Operands`; the mask's rows are those of the sorted x.
+    """
+
+    x: Tensor
+    weight: Tensor | Packed4bit | None
+    lora_A: Tensor
+    lora_B: Tensor
+    offsets: Tensor
+    bias: Tensor | None = None
+    rng: Tensor | None = None
+
+
+class ExpertsSpec(NamedTuple):
+    """The other arguments, as in `Spec`.
+
+    transposed: whether a 4-bit weight is packed as [E, K, N].
+    """
+
+    scaling: float
+    dropout_p: float
+    dtype: torch.dtype
+    y_dtype: torch.dtype
+    transposed: bool = False
+
+
+class ExpertsNeeds(NamedTuple):
+    """Which gradients the backward computes."""
+
+    x: bool
+    lora_A: bool
+    lora_B: bool
+    bias: bool = False
+
+
+class ExpertsGrads(NamedTuple):
+    """The gradients, as in `Grads`; zeros for an expert without rows, and for rows of no expert."""
+
+    x: Tensor | None = None
+    lora_A: Tensor | None = None
+    lora_B: Tensor | None = None
+    bias: Tensor | None = None
+
+
 class Guard(NamedTuple):
     """A condition under which a prepared call holds.
 

@@ -146,6 +146,42 @@ def multi_lora_linear(
     return y if bias is None else y + bias
 
 
+def lora_experts_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    offsets: Tensor,
+    scaling: float = 1.0,
+    bias: Tensor | None = None,
+    *,
+    dropout_p: float = 0.0,
+    rng: Tensor | None = None,
+) -> Tensor:
+    """`lora_linear` where each row of x has an expert's weight and adapter, or none and y = 0:
+
+        y_m = W̃_e·x_m + s·B_e·(A_e·D(x)_m) + bias_e,    offsets[e-1] <= m < offsets[e]
+
+    x [M, K], weight [E, N, K], lora_A [E, R, K], lora_B [E, N, R], offsets [E], bias [E, N].
+
+    >>> x, W, A, B = torch.ones(3, 2), torch.ones(2, 1, 2), torch.ones(2, 1, 2), torch.ones(2, 1, 1)
+    >>> lora_experts_linear(x, W, A, B, torch.tensor([0, 2]), scaling=0.5).tolist()
+    [[3.0], [3.0], [0.0]]
+    """
+    dropped = x
+    if dropout_p > 0:
+        assert rng is not None
+        mask = dropout_mask(rng, x.shape[0], x.shape[1], dropout_p)
+        dropped = x * mask.to(x.dtype) * dropout_scale(dropout_p)
+    rows = torch.arange(x.shape[0], device=x.device)
+    y, start = x.new_zeros(x.shape[0], weight.shape[1]), 0
+    for e, stop in enumerate(offsets.tolist()):
+        mine = ((rows >= start) & (rows < stop)).to(x.dtype)[:, None]
+        found = x @ weight[e].T + ((dropped @ lora_A[e].T) * scaling) @ lora_B[e].T
+        y, start = y + mine * (found if bias is None else found + bias[e]), stop
+    return y
+
+
 def dora_norm(
     weight: Tensor,
     lora_A: Tensor,

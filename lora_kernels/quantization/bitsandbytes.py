@@ -115,7 +115,7 @@ def _differs(
     codes: Packed4bit = weight.to(device).codes
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         want = weight.dequantize(dtype).to(device)
-        if not torch.equal(bitsandbytes_dense(codes, weight.shape, dtype), want):
+        if not torch.equal(bitsandbytes_dense(codes, weight.matrix_shape, dtype), want):
             return "dequantize_4bit"
         if not has_gemm_4bit():
             continue

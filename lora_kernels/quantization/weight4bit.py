@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Mapping
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ _NESTED = ("nested_absmax", "nested_code", "offset")
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class Weight4bit:
-    """A weight [N, K] of 4-bit codes with a scale a block, in bitsandbytes' format bit for bit.
+    """A weight of 4-bit codes with a scale a block, in bitsandbytes' format bit for bit.
 
     Blocks run over the flattened weight, straddle its rows, and the last may be short. A value is
     code × scale in float32. Made by `quantize_4bit`, `from_bitsandbytes` or `from_state_dict`.
@@ -40,7 +41,7 @@ class Weight4bit:
         code: float32[16], the values of the codes.
         quant_type: "nf4" or "fp4".
         blocksize: a power of two, 32 to 4096.
-        shape: (N, K).
+        shape: (N, K), or (E, N, K) for a stack of experts' weights.
         dtype: that of the weight before quantization: float32, bfloat16 or float16.
         nested_absmax: float32[⌈blocks/256⌉], nested_code: float32[256], offset: float32 with one
             element; all three with uint8 scales, none with float32.
@@ -60,7 +61,7 @@ class Weight4bit:
     code: Tensor
     quant_type: str
     blocksize: int
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     dtype: torch.dtype
     nested_absmax: Tensor | None = None
     nested_code: Tensor | None = None
@@ -71,11 +72,11 @@ class Weight4bit:
         shape = self.shape
         if not (
             isinstance(shape, tuple)
-            and len(shape) == 2
+            and len(shape) in (2, 3)
             and all(type(size) is int and size > 0 for size in shape)
         ):
-            raise ValueError(f"shape: got {shape!r}, want (N, K), each at least 1")
-        object.__setattr__(self, "shape", (shape[0], shape[1]))  # torch.Size is a tuple too
+            raise ValueError(f"shape: got {shape!r}, want (N, K) or (E, N, K), each at least 1")
+        object.__setattr__(self, "shape", tuple(shape))  # torch.Size is a tuple too
         if self.quant_type not in codebooks.QUANT_TYPES:
             raise ValueError(f"quant_type: got {self.quant_type!r}, want 'nf4' or 'fp4'")
         _check_blocksize(self.blocksize)
@@ -84,7 +85,7 @@ class Weight4bit:
         if self.dtype not in _DTYPES:
             raise TypeError(f"dtype: got {self.dtype!r}, want float32, bfloat16 or float16")
 
-        n = shape[0] * shape[1]
+        n = math.prod(shape)
         blocks = -(-n // self.blocksize)
         of = f"for a weight of {list(shape)}"
         per_block = f"{of} in blocks of {self.blocksize}"
@@ -140,7 +141,7 @@ class Weight4bit:
         return self.codes.scales()
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The weight [N, K] that the codes stand for, rounded once to `dtype` (None: the weight's).
+        """The weight that the codes stand for, rounded once to `dtype` (None: the weight's).
 
         float32, bfloat16, float16 or float64, else TypeError.
 
@@ -153,8 +154,15 @@ class Weight4bit:
         if dtype is not torch.float64 and dtype not in _DTYPES:
             raise TypeError(f"dtype: got {dtype!r}, want float32, bfloat16, float16 or float64")
         if dtype in _DTYPES and (kernels := _kernels(self.device)) is not None:
-            return kernels.dequantize(self.codes, self.shape, dtype)  # type: ignore[no-any-return]
-        return decode4bit.dense(self.codes, self.shape, dtype)
+            dense = kernels.dequantize(self.codes, self.matrix_shape, dtype)
+        else:
+            dense = decode4bit.dense(self.codes, self.matrix_shape, dtype)
+        return cast(Tensor, dense.view(self.shape))
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """The shape of the stack as one matrix: (E·N, K)."""
+        return math.prod(self.shape[:-1]), self.shape[-1]
 
     @property
     def codes(self) -> Packed4bit:
@@ -300,7 +308,8 @@ def quantize_4bit(
     """Quantize a weight as bitsandbytes does, to the same bits.
 
     Args:
-        weight: [N, K] in float32, bfloat16 or float16, finite; any device and strides.
+        weight: [N, K], or [E, N, K] of experts, in float32, bfloat16 or float16, finite; any
+            device and strides. Blocks run over the flattened weight, so they may straddle experts.
         quant_type: "nf4" or "fp4".
         blocksize: elements that share a scale; a power of two, 32 to 4096.
         double_quant: keep the scales in 8 bits (nested) rather than in float32. Their mean is
@@ -318,8 +327,9 @@ def quantize_4bit(
         raise TypeError(f"weight: got {type(weight).__name__}, want a tensor")
     if weight.dtype not in _DTYPES:
         raise TypeError(f"weight: got {weight.dtype}, want float32, bfloat16 or float16")
-    if weight.dim() != 2 or weight.numel() == 0:
-        raise ValueError(f"weight: got shape {list(weight.shape)}, want [N, K], each at least 1")
+    if weight.dim() not in (2, 3) or weight.numel() == 0:
+        got = list(weight.shape)
+        raise ValueError(f"weight: got shape {got}, want [N, K] or [E, N, K], each at least 1")
     if quant_type not in codebooks.QUANT_TYPES:
         raise ValueError(f"quant_type: got {quant_type!r}, want 'nf4' or 'fp4'")
     _check_blocksize(blocksize)
@@ -347,7 +357,7 @@ def quantize_4bit(
         code=codebooks.code(quant_type, device),
         quant_type=quant_type,
         blocksize=blocksize,
-        shape=(weight.shape[0], weight.shape[1]),
+        shape=tuple(weight.shape),
         dtype=weight.dtype,
         **nested,
     )

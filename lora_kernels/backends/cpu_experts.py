@@ -1,0 +1,143 @@
+"""Experts in the native CPU kernels, one call a direction; see `cpu` for the kernels.
+
+Threads: an expert with more than half a thread's share of the rows takes all threads, and the
+others take one thread each. Without fused kernels ("library"), torch.mm runs the base GEMM of each
+expert that has more than a few rows. A 4-bit stack in which an expert does not begin a block of
+codes, and of nested scales, is decoded one expert at a time.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..core.call import ExpertsGrads, ExpertsNeeds, ExpertsOperands, ExpertsSpec, Saved
+from ..core.packed4bit import Packed4bit
+from . import cpu_heuristics, decode4bit, native
+from .cpu import DTYPES, FUSED, cast, pack_dropout, pack_rows, pointer, rows_of_any, vector
+from .experts import runs, weight_of
+
+
+class _Stack(NamedTuple):
+    """A stack of weights as the native kernels take it.
+
+    Args:
+        tensor: dense, which owns the memory, or None.
+        matrix, codes: the first expert's, dense or 4-bit; the other is None.
+        step: elements from one expert to the next.
+        few_rows: the most rows of an expert for the GEMV kernel.
+        is_fused: whether the kernels compute the other experts' base GEMM too.
+    """
+
+    tensor: Tensor | None
+    matrix: tuple[int, int, int, int] | None
+    codes: object
+    step: int
+    few_rows: int
+    is_fused: bool
+
+
+def _stack(operands: ExpertsOperands, spec: ExpertsSpec, strategy: str) -> _Stack:
+    weight, (E, N, _), K = operands.weight, operands.lora_B.shape, operands.x.shape[1]
+    if isinstance(weight, Packed4bit):
+        shape = (E * K, N) if spec.transposed else (E * N, K)
+        begins = _begins_blocks(weight, N * K)
+        few = cpu_heuristics.few_rows(spec.dtype, True, N * K)
+        few, is_fused = 0 if spec.transposed or not begins else few, begins and strategy == FUSED
+        codes = decode4bit.native_view(weight, shape)
+        return _Stack(None, None, codes, N * K, few, is_fused)
+    assert weight is not None
+    w = cast(weight, spec.dtype)
+    if w.stride(2) != 1 and w.stride(1) != 1:
+        w = w.contiguous()
+    step, row, column = w.stride()
+    few = cpu_heuristics.few_rows(spec.dtype, False, N * K) if column == 1 else 0
+    matrix = w.data_ptr(), DTYPES[w.dtype], row, column
+    return _Stack(w, matrix, None, step, few, strategy == FUSED)
+
+
+def _begins_blocks(weight: Packed4bit, elements: int) -> bool:
+    """Return True if each expert of so many elements begins a block, and one of nested scales."""
+    nested = weight.nested_blocksize if weight.nested_absmax is not None else 1
+    return elements % (weight.blocksize * nested) == 0
+
+
+class _Call(NamedTuple):
+    """The arguments of both directions, and the tensors that own the memory they point to."""
+
+    layer: tuple[Any, ...]
+    experts: tuple[Any, ...]
+    stack: _Stack
+    tensors: tuple[Tensor | None, ...]
+
+
+def _pack(operands: ExpertsOperands, spec: ExpertsSpec, strategy: str) -> _Call:
+    """Pack the first expert's layer, and the steps from one expert to the next."""
+    x, _, lora_A, lora_B, offsets, bias, rng = operands
+    (M, K), (E, N, R), stack = x.shape, lora_B.shape, _stack(operands, spec, strategy)
+    lora_A = lora_A if lora_A.stride(2) == 1 else lora_A.contiguous()
+    stops, bias = cast(offsets, torch.int64).contiguous(), vector(bias)
+    places = None if rng is None else torch.arange(M)
+    a = lora_A.data_ptr(), DTYPES[lora_A.dtype], lora_A.stride(1), 1
+    b = lora_B.data_ptr(), DTYPES[lora_B.dtype], lora_B.stride(1), lora_B.stride(2)
+    mask, keep_scale = pack_dropout(spec.dropout_p, rng, places)
+    factors, sizes = (0, 0, pointer(bias)), (M, K, N, R)
+    adapter, threads = (a, b, spec.scaling), torch.get_num_threads()
+    layer = (stack.matrix, stack.codes, *sizes, *adapter, *factors, mask, keep_scale, threads)
+    steps = stack.step, lora_A.stride(0), lora_B.stride(0), N, R * K, N * R
+    how = spec.transposed, stack.few_rows, stack.is_fused
+    return _Call(layer, (E, stops.data_ptr(), *steps, *how), stack, (lora_A, stops, bias, places))
+
+
+def lora_experts(
+    operands: ExpertsOperands, spec: ExpertsSpec, strategy: str
+) -> tuple[Tensor, Saved]:
+    """Compute y [M, N] for x [M, K]."""
+    assert native.module is not None
+    (M, K), (_, N, R) = operands.x.shape, operands.lora_B.shape
+    x, x_row = rows_of_any(operands.x, K)
+    xs = cast(x, spec.dtype)
+    y, p = x.new_empty(M, N, dtype=spec.y_dtype), x.new_empty(M, R, dtype=torch.float32)
+    call = _pack(operands, spec, strategy)
+    for e, rows in () if call.stack.is_fused else runs(operands.offsets):
+        if rows.stop - rows.start > call.stack.few_rows:
+            w = cast(weight_of(operands, spec, e, spec.dtype), spec.dtype)
+            y[rows] = torch.mm(xs[rows], w.t())
+    given = pack_rows(x, x_row)
+    outputs = p.data_ptr(), y.data_ptr(), DTYPES[y.dtype], 0
+    rows_of_base = given if xs is x else pack_rows(xs, K)
+    native.module.lora_experts(call.layer, call.experts, (given, rows_of_base, False, *outputs))
+    return y, Saved(p)
+
+
+def lora_experts_backward(
+    dy: Tensor,
+    operands: ExpertsOperands,
+    saved: Saved,
+    spec: ExpertsSpec,
+    needs: ExpertsNeeds,
+    strategy: str,
+) -> ExpertsGrads:
+    """Compute the gradients for dy [M, N] and x [M, K]."""
+    assert native.module is not None
+    (M, K), (E, N, R) = operands.x.shape, operands.lora_B.shape
+    x, x_row = rows_of_any(operands.x, K)
+    dy, dy_row = rows_of_any(dy, N)
+    dz = cast(dy, spec.dtype) if needs.x else dy
+    dx = x.new_empty(M, K) if needs.x else None
+    dA = operands.lora_A.new_empty(E, R, K) if needs.lora_A else None
+    dB = operands.lora_B.new_empty(E, N, R) if needs.lora_B else None
+    dbias = saved.p.new_empty(E, N) if needs.bias else None
+    call = _pack(operands._replace(bias=None), spec, strategy)
+    if dx is not None and not call.stack.is_fused:
+        for e, rows in runs(operands.offsets):
+            w = cast(weight_of(operands, spec, e, spec.dtype), spec.dtype)
+            dx[rows] = torch.mm(dz[rows], w)
+    given = pack_rows(dy, dy_row)
+    rows_of_base = given if dz is dy else pack_rows(dz, N)
+    gradients = (*map(pointer, (dx, dA, dB)), 0, 0, pointer(dbias))
+    backward = given, rows_of_base, pack_rows(x, x_row), saved.p.data_ptr(), 0, *gradients
+    native.module.lora_experts_backward(call.layer, call.experts, backward)
+    return ExpertsGrads(dx, dA, dB, dbias)

@@ -1,0 +1,173 @@
+"""Experts in library GEMMs; on any torch device and in any floating dtype.
+
+On a GPU a dense call runs in `torch.nn.functional.grouped_mm`, which needs 16-bit or float32
+operands whose rows are multiples of 16 bytes. The host never waits for the offsets. Rounding there:
+the adapter is rounded to the dtype of the base GEMM, P and dS too, and each gradient once more from
+that dtype. y is rounded after the base GEMM and after the update.
+
+Other calls run expert by expert in the eager backend's `lora_linear`, with its rounding points; on
+a GPU the host waits for the offsets. Of a 4-bit stack one expert is decoded at a time. Neither path
+has a temporary of E·N·K elements.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..core import reference
+from ..core.call import (
+    ExpertsGrads,
+    ExpertsNeeds,
+    ExpertsOperands,
+    ExpertsSpec,
+    Needs,
+    Operands,
+    Saved,
+    Spec,
+)
+from . import eager
+from .experts import runs, weight_of
+from .library import follows_gpu
+
+ALIGNED = 16  # bytes that rows of `grouped_mm`'s operands must be multiples of
+
+
+def is_grouped(operands: ExpertsOperands, spec: ExpertsSpec) -> bool:
+    """Return True if the call runs in `grouped_mm`."""
+    x, weight, lora_A, lora_B = operands[:4]
+    sizes = lora_A.shape[1], lora_A.shape[2], lora_B.shape[1]
+    return (
+        isinstance(weight, Tensor)
+        and follows_gpu(x.device.type)
+        and hasattr(functional, "grouped_mm")
+        and spec.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and all(size * spec.dtype.itemsize % ALIGNED == 0 for size in sizes)
+    )
+
+
+def _grouped_mm(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
+    found: Tensor = functional.grouped_mm(a, b, offs=offsets.to(torch.int32))
+    return found
+
+
+def _zero_rows_of_no_expert(t: Tensor, offsets: Tensor) -> Tensor:
+    """Zero the rows after the last expert's in place: `grouped_mm` leaves them undefined."""
+    rows = torch.arange(t.shape[0], device=t.device)[:, None]
+    return t.masked_fill_(rows >= offsets[-1], 0)
+
+
+def _bias_of_rows(bias: Tensor, offsets: Tensor, rows: int) -> Tensor:
+    """Return the bias [M, N] of each row's expert."""
+    expert = torch.bucketize(torch.arange(rows, device=bias.device), offsets, right=True)
+    return bias[expert.clamp_(max=bias.shape[0] - 1)]
+
+
+def lora_experts(operands: ExpertsOperands, spec: ExpertsSpec) -> tuple[Tensor, Saved]:
+    """Compute y [M, N] for x [M, K]."""
+    x, weight, lora_A, lora_B, offsets, bias, rng = operands
+    scaling, dropout_p, dtype, y_dtype, _ = spec
+    dropped, factor, mask = eager.drop(x, dropout_p, rng)
+    if is_grouped(operands, spec):
+        y = _grouped_mm(x.to(dtype), cast(Tensor, weight).to(dtype).mT, offsets)
+        p = x.new_zeros(x.shape[0], lora_A.shape[1], dtype=eager.stat_dtype(dtype))
+        if lora_A.shape[1]:
+            narrow = _grouped_mm(dropped.to(dtype), lora_A.to(dtype).mT, offsets)
+            p = narrow.to(p.dtype)
+            s = (p * (scaling * factor)).to(dtype)
+            y += _grouped_mm(s, lora_B.to(dtype).mT, offsets)
+            p = _zero_rows_of_no_expert(p * factor if factor != 1.0 else p, offsets)
+        if bias is not None:
+            y += _bias_of_rows(bias, offsets, x.shape[0])
+        return _zero_rows_of_no_expert(y, offsets).to(y_dtype), Saved(p, None, mask)
+    y = x.new_zeros(x.shape[0], lora_B.shape[1], dtype=y_dtype)
+    p = x.new_zeros(x.shape[0], lora_A.shape[1], dtype=eager.stat_dtype(dtype))
+    one = Spec(scaling, dropout_p, dtype, y_dtype)
+    kept = _mask(operands, spec) if mask is None else mask
+    for e, rows in runs(offsets):
+        own = Operands(
+            x[rows],
+            weight_of(operands, spec, e, dtype),
+            lora_A[e],
+            lora_B[e],
+            bias=None if bias is None else bias[e],
+            rng=None if kept is None else kept[rows],
+        )
+        y[rows], saved = eager.lora_linear(own, one, "library")
+        p[rows] = saved.p
+    return y, Saved(p, None, mask)
+
+
+def _mask(operands: ExpertsOperands, spec: ExpertsSpec) -> Tensor | None:
+    """Return the dropout mask [M, K], made if its state is given; None without dropout."""
+    rng, (M, K) = operands.rng, operands.x.shape
+    if rng is None or rng.dtype is torch.bool:
+        return rng
+    return reference.dropout_mask(rng, M, K, spec.dropout_p)
+
+
+def lora_experts_backward(
+    dy: Tensor, operands: ExpertsOperands, saved: Saved, spec: ExpertsSpec, needs: ExpertsNeeds
+) -> ExpertsGrads:
+    """Compute the gradients for dy [M, N] and x [M, K]."""
+    if is_grouped(operands, spec):
+        return _grouped_backward(dy, operands, saved, spec, needs)
+    x, _, lora_A, lora_B, offsets, _, _ = operands
+    dx = torch.zeros_like(x, memory_format=torch.contiguous_format) if needs.x else None
+    dA, dB = (
+        torch.zeros_like(t, memory_format=torch.contiguous_format) if need else None
+        for t, need in ((lora_A, needs.lora_A), (lora_B, needs.lora_B))
+    )
+    dbias = x.new_zeros(lora_B.shape[:2], dtype=saved.p.dtype) if needs.bias else None
+    one = Spec(spec.scaling, spec.dropout_p, spec.dtype, spec.y_dtype)
+    own_needs = Needs(needs.x, needs.lora_A, needs.lora_B, bias=needs.bias)
+    mask = _mask(operands, spec)
+    for e, rows in runs(offsets):
+        base = weight_of(operands, spec, e, spec.dtype) if needs.x else None
+        own = Operands(
+            x[rows], base, lora_A[e], lora_B[e], rng=None if mask is None else mask[rows]
+        )
+        kept = Saved(saved.p[rows])
+        grads = eager.lora_linear_backward(dy[rows], own, kept, one, own_needs, "library")
+        for all_experts, at, grad in (
+            (dx, rows, grads.x),
+            (dA, e, grads.lora_A),
+            (dB, e, grads.lora_B),
+            (dbias, e, grads.bias),
+        ):
+            if all_experts is not None:
+                all_experts[at] = cast(Tensor, grad)
+    return ExpertsGrads(dx, dA, dB, dbias)
+
+
+def _grouped_backward(
+    dy: Tensor, operands: ExpertsOperands, saved: Saved, spec: ExpertsSpec, needs: ExpertsNeeds
+) -> ExpertsGrads:
+    x, weight, lora_A, lora_B, offsets, _, rng = operands
+    scaling, dropout_p, dtype, _, _ = spec
+    dx = dA = dB = dbias = None
+    R, dz = lora_A.shape[1], dy.to(dtype).contiguous()
+    if needs.bias:
+        ones = dz.new_ones(dz.shape[0], ALIGNED)
+        dbias = _grouped_mm(dz.t(), ones, offsets)[:, :, 0].to(saved.p.dtype)
+    factor = 1.0 if rng is None or rng.dtype is torch.bool else reference.dropout_scale(dropout_p)
+    if needs.lora_B:
+        s = (saved.p * scaling).to(dtype)
+        dB = _grouped_mm(dz.t(), s, offsets).to(lora_B.dtype)
+    dxa = None
+    if R and (needs.lora_A or needs.x):
+        dxa = _grouped_mm(dz, lora_B.to(dtype), offsets) * (scaling * factor)
+    if needs.lora_A and dxa is not None:
+        dropped = eager.drop(x, dropout_p, rng).x.to(dtype)
+        dA = _grouped_mm(dxa.t(), dropped, offsets).to(lora_A.dtype)
+    elif needs.lora_A:
+        dA = torch.zeros_like(lora_A)
+    if needs.x:
+        dx = _grouped_mm(dz, cast(Tensor, weight).to(dtype), offsets)
+        if dxa is not None:
+            dx += eager.drop(_grouped_mm(dxa, lora_A.to(dtype), offsets), dropout_p, rng).x
+        dx = _zero_rows_of_no_expert(dx, offsets).to(x.dtype)
+    return ExpertsGrads(dx, dA, dB, dbias)

@@ -1,0 +1,40 @@
+"""What the backends share about rows that are sorted by expert."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..core.call import ExpertsOperands, ExpertsSpec
+from ..core.packed4bit import Packed4bit
+from . import decode4bit
+
+
+def runs(offsets: Tensor) -> Iterator[tuple[int, slice]]:
+    """Yield each expert that has rows, and its rows of x. Waits for a GPU.
+
+    >>> list(runs(torch.tensor([2, 2, 5])))
+    [(0, slice(0, 2, None)), (2, slice(2, 5, None))]
+    """
+    start = 0
+    for e, stop in enumerate(offsets.tolist()):
+        if stop > start:
+            yield e, slice(start, stop)
+            start = stop
+
+
+def weight_of(
+    operands: ExpertsOperands, spec: ExpertsSpec, expert: int, dtype: torch.dtype
+) -> Tensor:
+    """Return the dense weight [N, K] of one expert, a 4-bit one decoded to `dtype`."""
+    weight = operands.weight
+    assert weight is not None
+    if not isinstance(weight, Packed4bit):
+        return weight[expert]
+    (E, N, _), K = operands.lora_B.shape, operands.x.shape[1]
+    rows, columns = (K, N) if spec.transposed else (N, K)
+    own = slice(expert * rows, (expert + 1) * rows)
+    dense = decode4bit.dense(weight, (E * rows, columns), dtype, rows=own)
+    return dense.t() if spec.transposed else dense

@@ -50,6 +50,9 @@ def is_grouped(operands: ExpertsOperands, spec: ExpertsSpec) -> bool:
 
 
 def _grouped_mm(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
+    """Multiply each expert's rows of a, or columns if b is a matrix, by its part of b."""
+    if b.dim() == 3 and 1 not in b.stride()[1:]:  # PEFT's lora_B
+        b = b.contiguous()
     found: Tensor = functional.grouped_mm(a, b, offs=offsets.to(torch.int32))
     return found
 

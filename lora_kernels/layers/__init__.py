@@ -5,6 +5,7 @@ from .attention import LoRAAttention
 from .conv1d import LoRAConv1D
 from .dora import DoRALinear, QDoRALinear
 from .embedding import LoRAEmbedding
+from .experts import Experts, LoRAExperts, QLoRAExperts, quantize_experts
 from .group import LoRAGroup, QLoRAGroup
 from .linear import LoRALinear
 from .quantized import MergedLayer, QLoRALinear
@@ -31,10 +32,12 @@ from .variants import (
 __all__ = [
     "AdaLoRALinear",
     "DoRALinear",
+    "Experts",
     "HierarchicalLoRALinear",
     "LoRAAttention",
     "LoRAConv1D",
     "LoRAEmbedding",
+    "LoRAExperts",
     "LoRAGroup",
     "LoRALinear",
     "LoRAParameterCount",
@@ -44,6 +47,7 @@ __all__ = [
     "QAdaLoRALinear",
     "QDoRALinear",
     "QHierarchicalLoRALinear",
+    "QLoRAExperts",
     "QLoRAGroup",
     "QLoRALinear",
     "QLoRAPlusLinear",
@@ -56,5 +60,6 @@ __all__ = [
     "lora_plus_parameter_groups",
     "lora_state_dict",
     "mark_only_lora_as_trainable",
+    "quantize_experts",
     "save_lora_weights",
 ]

@@ -1,0 +1,348 @@
+"""Mixtures of experts: base and adapters in `lora_experts_linear`, one call a projection."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..functional import lora_experts_linear
+from ..quantization import Weight4bit
+
+UP, GATE_UP, DOWN = "up_proj", "gate_up_proj", "down_proj"
+
+
+class ExpertsAdapter(NamedTuple):
+    """The adapter of one projection.
+
+    Args:
+        lora_A: [E, R, in-features].
+        lora_B: [E, out-features, R], any strides.
+        scaling: alpha / r.
+        dropout_p: probability of dropping an element of the projection's input.
+    """
+
+    lora_A: Tensor
+    lora_B: Tensor
+    scaling: float
+    dropout_p: float = 0.0
+
+
+class Experts(nn.Module):
+    """Frozen experts, with the attributes of transformers' experts modules.
+
+    Args:
+        num_experts: E. hidden_size: H. intermediate_size: I.
+        activation: of the gate, or of the up-projection without a gate.
+        has_gate: whether `gate_up_proj` [E, 2·I, H] holds gate and up-projection, and the input of
+            `down_proj` [E, H, I] is activation(gate) · up; else `up_proj` is [E, I, H].
+        bias: whether the projections have biases [E, out-features].
+        is_transposed: whether the weights are [E, in-features, out-features].
+
+    >>> import torch
+    >>> from lora_kernels.layers import Experts
+    >>> experts = Experts(4, 16, 32)
+    >>> x, chosen, weights = torch.ones(3, 16), torch.tensor([[0, 1]] * 3), torch.full((3, 2), 0.5)
+    >>> experts(x, chosen, weights).shape
+    torch.Size([3, 16])
+    """
+
+    has_post_expert_norm = False
+
+    def __init__(
+        self,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size: int,
+        activation: Callable[[Tensor], Tensor] = functional.silu,
+        *,
+        has_gate: bool = True,
+        bias: bool = False,
+        is_transposed: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_experts, self.act_fn = num_experts, activation
+        self.has_gate, self.has_bias, self.is_transposed = has_gate, bias, is_transposed
+        up = (GATE_UP, 2 * intermediate_size) if has_gate else (UP, intermediate_size)
+        for (name, out), inner in ((up, hidden_size), ((DOWN, hidden_size), intermediate_size)):
+            shape = (inner, out) if is_transposed else (out, inner)
+            weight = torch.empty(num_experts, *shape, device=device, dtype=dtype)
+            if not weight.is_meta:
+                nn.init.normal_(weight, std=inner**-0.5)
+            self.register_parameter(name, nn.Parameter(weight, requires_grad=False))
+            if bias:
+                zeros = torch.zeros(num_experts, out, device=device, dtype=dtype)
+                self.register_parameter(f"{name}_bias", nn.Parameter(zeros, requires_grad=False))
+
+    def _apply_gate(self, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return self.act_fn(gate) * up
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """See `experts_forward`."""
+        return experts_forward(self, hidden_states, top_k_index, top_k_weights)
+
+
+class LoRAExperts(nn.Module):
+    """Frozen experts with an adapter for each expert and projection.
+
+    Args:
+        experts: `Experts`, or an experts module of transformers. Its weights are frozen, and 4-bit
+            ones (`quantize_experts`) are decoded as they are multiplied.
+        r: rank of each expert's adapters.
+        alpha: the adapters are scaled by alpha / r.
+        dropout: probability of dropping an element of a projection's input on the adapter's branch.
+
+    lora_A of `name` [E, r, in-features] is the parameter `lora_A[name]`, for the names
+    "gate_up_proj" ("up_proj" without a gate) and "down_proj"; lora_B [E, out-features, r] starts
+    at zero.
+
+    >>> import torch
+    >>> from lora_kernels.layers import Experts, LoRAExperts
+    >>> layer = LoRAExperts(Experts(4, 16, 32), r=2)
+    >>> x, chosen, weights = torch.ones(3, 16), torch.tensor([[0, 1]] * 3), torch.full((3, 2), 0.5)
+    >>> layer(x, chosen, weights).shape, layer.lora_A["down_proj"].shape
+    (torch.Size([3, 16]), torch.Size([4, 2, 32]))
+    """
+
+    def __init__(
+        self, experts: nn.Module, r: int = 8, alpha: float = 16.0, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        if (reason := unsupported_reason(experts)) is not None:
+            raise TypeError(f"experts: {reason}")
+        if isinstance(r, bool) or not isinstance(r, int) or r < 1:
+            raise ValueError(f"r: got {r!r}, want an integer of at least 1")
+        if not 0.0 <= dropout <= 1.0:
+            raise ValueError(f"dropout: got {dropout}, want a probability in [0, 1]")
+        self.experts = experts.requires_grad_(False)
+        self.r, self.alpha, self.scaling, self.dropout = r, alpha, alpha / r, dropout
+        self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
+        for name in projections(experts):
+            weight = stack(experts, name)
+            E, N, K = weight.shape
+            if cast(Any, experts).is_transposed:
+                N, K = K, N
+            like = torch.empty(0, device=weight.device, dtype=torch.float32)
+            self.lora_A[name] = nn.Parameter(like.new_empty(E, r, K))
+            self.lora_B[name] = nn.Parameter(like.new_zeros(E, N, r))
+        self.reset_lora_parameters()
+
+    @torch.no_grad()
+    def reset_lora_parameters(self) -> None:
+        """Draw lora_A as `nn.Linear` draws its weights, and set lora_B to zero."""
+        for name, lora_A in self.lora_A.items():
+            bound = 1 / math.sqrt(lora_A.shape[2])
+            nn.init.uniform_(lora_A, -bound, bound)
+            nn.init.zeros_(self.lora_B[name])
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """See `experts_forward`."""
+        dropout_p = self.dropout if self.training else 0.0
+        adapters = {
+            name: ExpertsAdapter(lora_A, self.lora_B[name], self.scaling, dropout_p)
+            for name, lora_A in self.lora_A.items()
+        }
+        return experts_forward(self.experts, hidden_states, top_k_index, top_k_weights, adapters)
+
+    def extra_repr(self) -> str:
+        return f"r={self.r}, alpha={self.alpha}, dropout={self.dropout}"
+
+
+class QLoRAExperts(LoRAExperts):
+    """`LoRAExperts` over 4-bit stacks, which are quantized if they are not; needs bitsandbytes.
+
+    Args, beside those of `LoRAExperts`:
+        quant_type, blocksize, double_quant: as in `quantize_experts`.
+
+    >>> import torch
+    >>> from lora_kernels.layers import Experts, QLoRAExperts
+    >>> layer = QLoRAExperts(Experts(4, 64, 32), r=2)
+    >>> x, chosen, weights = torch.ones(3, 64), torch.tensor([[0, 1]] * 3), torch.full((3, 2), 0.5)
+    >>> layer(x, chosen, weights).shape
+    torch.Size([3, 64])
+    """
+
+    def __init__(
+        self,
+        experts: nn.Module,
+        r: int = 8,
+        alpha: float = 16.0,
+        dropout: float = 0.0,
+        *,
+        quant_type: str = "nf4",
+        blocksize: int = 64,
+        double_quant: bool = True,
+    ) -> None:
+        if unsupported_reason(experts) is None:
+            quantize_experts(experts, quant_type, blocksize, double_quant)
+        super().__init__(experts, r, alpha, dropout)
+
+
+def unsupported_reason(experts: nn.Module) -> str | None:
+    """Return why `experts_forward` cannot compute a module, or None."""
+    for name in ("num_experts", "is_transposed", "has_gate", "has_bias", "has_post_expert_norm"):
+        if not hasattr(experts, name):
+            return (
+                f"got {type(experts).__name__} without `{name}`, want an experts module of "
+                "transformers 5 or lora_kernels.layers.Experts"
+            )
+    for name in projections(experts):
+        if name not in vars(experts)["_parameters"] and _parametrization(experts, name) is None:
+            return f"got {type(experts).__name__} without a parameter {name}"
+    return None
+
+
+def projections(experts: nn.Module) -> tuple[str, str]:
+    """Return the names of the weights of an experts module, in the order of their calls."""
+    return GATE_UP if cast(Any, experts).has_gate else UP, DOWN
+
+
+def _parametrization(experts: nn.Module, name: str) -> Any:
+    """Return bitsandbytes' 4-bit parametrization of a parameter, or None."""
+    found = vars(experts)["_modules"].get("parametrizations")
+    if found is None or name not in found:
+        return None
+    each = found[name][0]
+    return each if type(each).__name__ == "Bnb4bitParametrization" else None
+
+
+def stack(experts: nn.Module, name: str) -> Tensor | Weight4bit:
+    """Return one projection's weights [E, .., ..], without decoding 4-bit ones."""
+    found = _parametrization(experts, name)
+    if found is None:
+        return cast(Tensor, experts.get_parameter(name))
+    packed = cast(Any, experts).parametrizations[name].original
+    return Weight4bit.from_bitsandbytes((packed.data, found.quant_state))
+
+
+def quantize_experts(
+    model: nn.Module, quant_type: str = "nf4", blocksize: int = 64, double_quant: bool = True
+) -> nn.Module:
+    """Quantize the weights of all experts modules in a model to 4 bits in place; return the model.
+
+    They become bitsandbytes' parametrizations, as of its `replace_parameter_4bit`, and are saved
+    as it saves them. Experts modules whose weights are quantized already stay as they are. Needs
+    bitsandbytes.
+
+    Args:
+        quant_type, blocksize, double_quant: as in `lora_kernels.quantization.quantize_4bit`.
+
+    Raises ValueError if the model has no experts modules.
+
+    >>> from lora_kernels.layers import Experts, quantize_experts
+    >>> experts = quantize_experts(Experts(2, 64, 64))
+    >>> experts.parametrizations.down_proj.original.dtype
+    torch.uint8
+    """
+    from bitsandbytes.nn.parametrize import replace_parameter_4bit
+
+    modules = [m for m in model.modules() if unsupported_reason(m) is None]
+    if not modules:
+        raise ValueError(f"model: got {type(model).__name__} without experts modules")
+    for module in modules:
+        for name in projections(module):
+            if _parametrization(module, name) is None:
+                replace_parameter_4bit(
+                    module,
+                    name,
+                    compress_statistics=double_quant,
+                    quant_type=cast(Any, quant_type),
+                    blocksize=blocksize,
+                )
+    return model
+
+
+class _Gather(torch.autograd.Function):
+    """Rows `order // k` of x, each k times in all; backward sums in the order of the rows."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, place: Tensor, k: int) -> Tensor:
+        ctx.save_for_backward(place)
+        ctx.k = k
+        return x.index_select(0, order // k)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        (place,) = ctx.saved_tensors
+        return dy.index_select(0, place).unflatten(0, (-1, ctx.k)).sum(1), None, None, None
+
+
+class _Permute(torch.autograd.Function):
+    """Rows `order` of x; `place` is the inverse permutation."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, place: Tensor) -> Tensor:
+        ctx.save_for_backward(place)
+        return x.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        (place,) = ctx.saved_tensors
+        return dy.index_select(0, place), None, None
+
+
+def experts_forward(
+    experts: nn.Module,
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    adapters: Mapping[str, ExpertsAdapter] | None = None,
+) -> Tensor:
+    """Compute the experts of each token and add them with their routing weights.
+
+    Args:
+        experts: `Experts`, or an experts module of transformers.
+        hidden_states: [T, H].
+        top_k_index: integers [T, k], each token's experts. Values of E and more name no expert, as
+            those of other devices do in expert parallelism.
+        top_k_weights: [T, k].
+        adapters: by the name of the projection; a projection without one is the base alone.
+
+    Returns:
+        [T, H] in hidden_states' dtype. Deterministic.
+    """
+    module, adapters = cast(Any, experts), adapters or {}
+    T, k = top_k_index.shape
+    chosen, order = torch.sort(top_k_index.reshape(-1), stable=True)
+    place = torch.empty_like(order).scatter_(
+        0, order, torch.arange(T * k, dtype=order.dtype, device=order.device)
+    )
+    numbers = torch.arange(module.num_experts, dtype=chosen.dtype, device=chosen.device)
+    offsets = torch.searchsorted(chosen, numbers, right=True)
+    up, down = projections(experts)
+    x = _project(experts, up, _Gather.apply(hidden_states, order, place, k), offsets, adapters)
+    x = module._apply_gate(x) if module.has_gate else module.act_fn(x)
+    x = _project(experts, down, x, offsets, adapters)
+    if module.has_post_expert_norm:
+        x = module.post_expert_norm(x)
+    rows: Tensor = _Permute.apply(x, place, order).view(T, k, -1)
+    weights = top_k_weights.masked_fill(top_k_index >= module.num_experts, 0)
+    return (rows * weights.unsqueeze(-1)).sum(1).to(hidden_states.dtype)
+
+
+def _project(
+    experts: nn.Module,
+    name: str,
+    x: Tensor,
+    offsets: Tensor,
+    adapters: Mapping[str, ExpertsAdapter],
+) -> Tensor:
+    module, adapter = cast(Any, experts), adapters.get(name)
+    weight = stack(experts, name)
+    bias = getattr(module, f"{name}_bias") if module.has_bias else None
+    lora_A, lora_B, scaling, dropout_p = adapter or (None, None, 1.0, 0.0)
+    # In the weight's dtype whatever autocast says, as transformers' grouped_mm does: autocast would
+    # make a copy of all experts.
+    with torch.autocast(x.device.type, enabled=False):
+        return lora_experts_linear(
+            *(x.to(weight.dtype), weight, lora_A, lora_B, offsets, scaling, bias),
+            is_transposed=module.is_transposed,
+            dropout_p=dropout_p,
+        )

@@ -1,0 +1,322 @@
+"""`lora_experts_linear`: y and every gradient against the float64 reference; compilers; errors."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import lora_kernels
+from lora_kernels import lora_experts_linear, lora_linear, ops, reference
+from lora_kernels.measure.case import give_mask, run
+from lora_kernels.quantization import quantize_4bit
+from tests.ops.engines import every_engine, every_thread_count
+from tests.support.experts import ExpertsCase, check, inputs
+
+f64, f32, bf16, f16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
+ROWS = (3, 0, 1, 20)  # an expert without rows, a single row, more than a few
+
+
+def some_cases() -> list[ExpertsCase]:
+    found = []
+    for dtype, (N, K, R) in itertools.product((f32, bf16, f16), ((33, 47, 3), (64, 128, 8))):
+        case = ExpertsCase(ROWS, N, K, R, dtype=dtype)
+        found += [
+            case,
+            replace(case, transposed=True, bias=False),
+            replace(case, dropout_p=0.25, adapter_dtype=f32),
+            replace(case, peft_layout=True, transposed=True, dropout_p=0.5),
+            replace(case, quant="nf4-64"),
+        ]
+    case = ExpertsCase(ROWS, 64, 128, 8, dtype=bf16)
+    found += [
+        replace(case, quant="fp4-32", transposed=True, dropout_p=0.25),
+        replace(case, quant="nf4-64-nested", adapter_dtype=f32),  # each expert begins a scale
+        replace(case, N=256, quant="nf4-64-nested", adapter_dtype=f32),
+        replace(case, N=33, K=47, quant="nf4-64-nested", transposed=True),
+        replace(case, rows=(0, 0, 5), tail=0),
+        replace(case, rows=(2, 1), tail=9),
+        *(replace(case, frozen=(name,)) for name in ("x", "lora_A", "lora_B", "bias")),
+        replace(case, frozen=("lora_A", "lora_B", "bias"), quant="nf4-64"),
+    ]
+    return found
+
+
+@every_engine
+@pytest.mark.parametrize("case", some_cases(), ids=str)
+def test_lora_experts_linear_of_each_case_is_within_tolerance(
+    case: ExpertsCase, engine: str
+) -> None:
+    check(case)
+
+
+@every_engine
+@every_thread_count
+@pytest.mark.parametrize("rows", [(5, 9, 2, 7, 4, 0, 11, 3), (60, 1, 2), (30, 30)], ids=str)
+def test_lora_experts_linear_shared_among_threads_is_within_tolerance(
+    rows: tuple[int, ...], threads: int, engine: str
+) -> None:
+    """Experts that take one thread each, and one that takes all."""
+    check(ExpertsCase(rows, 96, 130, 5, dropout_p=0.25))
+
+
+@every_engine
+def test_lora_experts_linear_again_has_the_same_bits(engine: str) -> None:
+    args = inputs(ExpertsCase((5, 9, 2, 7, 4, 0, 11, 3), 96, 128, 8, dtype=bf16, dropout_p=0.1))
+    first, second = (run(lora_experts_linear, give_mask(args)) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@every_engine
+@pytest.mark.parametrize("quant", ["", "nf4-64"])
+def test_lora_experts_linear_of_no_rows_has_zero_gradients(quant: str, engine: str) -> None:
+    got = run(lora_experts_linear, inputs(ExpertsCase((0, 0), 32, 64, 8, tail=0, quant=quant)))
+    assert got["y"].shape == (0, 32) and got["dx"].shape == (0, 64)
+    assert got["dA"].shape == (2, 8, 64) and not got["dA"].any()
+    assert got["dB"].shape == (2, 32, 8) and not got["dB"].any()
+    assert got["dbias"].shape == (2, 32) and not got["dbias"].any()
+
+
+@every_engine
+@pytest.mark.parametrize("N", [33, 64])
+def test_lora_experts_linear_rows_of_no_expert_are_zeros_whatever_x_is(N: int, engine: str) -> None:
+    """NaN in those rows of x and dy reaches no result."""
+    case = ExpertsCase((3, 2), N, 64, 8, tail=3, dropout_p=0.25)
+    args, spoiled = give_mask(inputs(case)), give_mask(inputs(case))
+    with torch.no_grad():
+        spoiled["x"][5:] = torch.nan
+        spoiled["dy"][5:] = torch.nan
+    want, got = run(lora_experts_linear, args), run(lora_experts_linear, spoiled)
+    assert not got["y"][5:].any() and not got["dx"][5:].any()
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+@every_engine
+def test_lora_experts_linear_without_adapters_is_the_base(engine: str) -> None:
+    args = inputs(ExpertsCase(ROWS, 32, 64, 8, bias=False))
+    x, weight, offsets = args["x"], args["weight"], args["offsets"]
+    y = lora_experts_linear(x, weight, None, None, offsets)
+    (dx,) = torch.autograd.grad(y, x, args["dy"])
+    want = equation_of_base(x, weight, offsets)
+    (want_dx,) = torch.autograd.grad(want, x, args["dy"])
+    torch.testing.assert_close(y, want)
+    torch.testing.assert_close(dx, want_dx)
+
+
+def equation_of_base(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    E, N, K = weight.shape
+    return reference.lora_experts_linear(
+        x, weight, x.new_zeros(E, 1, K), x.new_zeros(E, N, 1), offsets
+    )
+
+
+@every_engine
+def test_lora_experts_linear_of_x_and_dy_with_gaps_has_the_same_bits(engine: str) -> None:
+    args = inputs(ExpertsCase(ROWS, 32, 64, 8, dtype=bf16, dropout_p=0.25))
+    want = run(lora_experts_linear, give_mask(args))
+    for name in ("x", "dy"):
+        wide = torch.nn.functional.pad(args[name].detach(), (8, 8))[:, 8:-8]
+        args[name] = wide.requires_grad_(name == "x")
+    args["lora_A"] = args["lora_A"].detach().mT.contiguous().mT.requires_grad_()
+    got = run(lora_experts_linear, give_mask(args))
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+@every_engine
+def test_lora_experts_linear_of_a_strided_stack_is_as_of_a_contiguous_one(engine: str) -> None:
+    """Every other expert of a larger stack, and a stack with no contiguous dimension."""
+    args = give_mask(inputs(ExpertsCase((3, 4), 32, 64, 8)))
+    want = run(lora_experts_linear, args)
+    weight = args["weight"]
+    for strided in (
+        weight.repeat_interleave(2, 0)[::2],
+        weight.repeat_interleave(2, 2)[:, :, ::2],
+    ):
+        got = run(lora_experts_linear, {**args, "weight": strided})
+        for name in want:  # float32 sums in another order
+            torch.testing.assert_close(got[name], want[name])
+
+
+def test_lora_experts_linear_of_one_expert_is_lora_linear() -> None:
+    args = inputs(ExpertsCase((9,), 33, 64, 5, tail=0, dropout_p=0.25))
+    got = run(lora_experts_linear, args)
+    one = {n: t[0] if n in ("weight", "lora_A", "lora_B", "bias") else t for n, t in args.items()}
+    dy = one.pop("dy")
+    del one["offsets"], one["is_transposed"]
+    y = lora_linear(**one)
+    wanted = torch.autograd.grad(y, [args[n] for n in ("x", "lora_A", "lora_B", "bias")], dy)
+    for a, b in zip(got.values(), [y, *wanted], strict=True):
+        torch.testing.assert_close(a, b.detach(), rtol=1e-6, atol=1e-6)
+
+
+def test_gradcheck_of_lora_experts_linear_passes() -> None:
+    args = inputs(ExpertsCase((2, 0, 3), 4, 5, 2, tail=1, dtype=f64, dropout_p=0.25))
+    del args["dy"]
+    names = ("x", "lora_A", "lora_B", "bias")
+
+    def call(*tensors: Tensor) -> Tensor:
+        return lora_experts_linear(**{**args, **dict(zip(names, tensors, strict=True))})
+
+    assert torch.autograd.gradcheck(call, [args[name] for name in names])
+
+
+def test_lora_experts_linear_twice_differentiated_raises() -> None:
+    args = inputs(ExpertsCase((2, 3), 4, 5, 2))
+    dy = args.pop("dy")
+    (dx,) = torch.autograd.grad(
+        lora_experts_linear(**args), args["x"], dy.requires_grad_(), create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        dx.sum().backward()
+
+
+def op_arguments(quant: str, backward: bool) -> tuple[Any, ...]:
+    args = inputs(ExpertsCase((2, 0, 3), 32, 64, 8, quant=quant, dropout_p=0.25))
+    weight = args["weight"]
+    base = tuple(weight.codes) if quant else (weight,)
+    tensors = [args[n].detach() for n in ("x", "lora_A", "lora_B")]
+    operands = (tensors[0], *base, *tensors[1:], args["offsets"])
+    spec = 1.25, 0.25, f32, f32, False
+    if not backward:
+        return *operands, args["bias"].detach(), args["rng"], *spec
+    p = torch.randn(7, 8)
+    needs = True, True, False, True
+    return args["dy"], *operands, None, args["rng"], p, *spec, *needs
+
+
+@pytest.mark.parametrize("quant", ["", "nf4-64"])
+@pytest.mark.parametrize("backward", [False, True])
+def test_opcheck_of_experts_ops_passes(backward: bool, quant: str) -> None:
+    name = "lora_experts" + "_backward" * backward + "_4bit" * bool(quant)
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(getattr(ops, name), op_arguments(quant, backward), test_utils=checks)
+
+
+@pytest.mark.parametrize("quant", ["", "nf4-64"])
+def test_lora_experts_linear_compiled_whole_has_the_same_bits(quant: str) -> None:
+    args = inputs(ExpertsCase((2, 0, 3), 32, 64, 8, quant=quant, dropout_p=0.25))
+    want = run(lora_experts_linear, args)
+    compiled = torch.compile(lora_experts_linear, fullgraph=True, backend="aot_eager")
+    got = run(compiled, args)
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+def test_lora_experts_linear_intercepted_with_dropout_has_the_same_gradients() -> None:
+    """A dispatch mode sees the ops, which give what the direct calls give."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    args = inputs(ExpertsCase((2, 0, 3), 32, 64, 8, dropout_p=0.25))
+    want = run(lora_experts_linear, args)
+    with FlopCounterMode(display=False):
+        got = run(lora_experts_linear, args)
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+@pytest.mark.parametrize("dtype", [f32, bf16], ids=str)
+def test_lora_experts_linear_under_autocast_computes_in_its_dtype(dtype: torch.dtype) -> None:
+    """Exactly what x and weight in bfloat16 give, if lora_B is zero."""
+    args = inputs(ExpertsCase((4, 5), 32, 64, 8, dtype=dtype, adapter_dtype=f32))
+    x, weight, offsets, A, bias = (
+        args[n] if n == "offsets" else args[n].detach()
+        for n in ("x", "weight", "offsets", "lora_A", "bias")
+    )
+    B = torch.zeros(2, 32, 8)
+    with torch.autocast("cpu", bf16):
+        y = lora_experts_linear(x, weight, A, B, offsets, 1.0, bias)
+    want = lora_experts_linear(x.to(bf16), weight.to(bf16), A, B, offsets, 1.0, bias)
+    assert y.dtype is bf16 and torch.equal(y, want)
+
+
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+def test_lora_experts_linear_by_a_backend_without_kernels_raises(name: str) -> None:
+    args = inputs(ExpertsCase((2, 3), 4, 5, 2))
+    del args["dy"]
+    with (
+        lora_kernels.backend(name),
+        pytest.raises(RuntimeError, match=f"{name}.* no kernels for experts"),
+    ):
+        lora_experts_linear(**args)
+
+
+def changed(**new: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    return lambda args: {**args, **{n: f(args[n]) if callable(f) else f for n, f in new.items()}}
+
+
+BAD = {
+    "offsets_descend": (changed(offsets=torch.tensor([3, 2])), r"offsets\[1\]: got 2, want 3 to 7"),
+    "offsets_exceed": (changed(offsets=torch.tensor([3, 8])), r"offsets\[1\]: got 8, want 3 to 7"),
+    "offsets_negative": (changed(offsets=torch.tensor([-1, 8])), r"offsets\[0\]: got -1, want 0"),
+    "offsets_shape": (changed(offsets=torch.tensor([3])), r"offsets: got shape \[1\], want \[2\]"),
+    "offsets_dtype": (changed(offsets=torch.tensor([1.0, 2.0])), "offsets: got torch.float32"),
+    "offsets_list": (changed(offsets=[3, 5]), "offsets: got list, want a tensor"),
+    "x_columns": (changed(x=torch.ones(7, 6)), r"x: got shape \[7, 6\], want \[M, 5\]"),
+    "x_3d": (changed(x=torch.ones(1, 7, 5)), r"x: got shape \[1, 7, 5\], want \[M, 5\]"),
+    "x_dtype": (changed(x=torch.ones(7, 5, dtype=torch.int32)), "x: got torch.int32"),
+    "x_list": (changed(x=[1.0]), "x: got list, want a tensor"),
+    "weight_2d": (
+        changed(weight=torch.ones(4, 5)),
+        r"weight: got shape \[4, 5\], want \[E, N, K\]",
+    ),
+    "weight_none": (changed(weight=None), "weight: got NoneType, want a tensor or a Weight4bit"),
+    "weight_trains": (
+        changed(weight=lambda w: w.clone().requires_grad_()),
+        "weight: got requires_grad=True",
+    ),
+    "weight_4bit_2d": (
+        changed(weight=quantize_4bit(torch.ones(4, 5))),
+        r"weight: got shape \[4, 5\], want \[E, N, K\]",
+    ),
+    "transposed": (
+        changed(is_transposed=True),
+        r"x: got shape \[7, 5\], want \[M, 4\] for weight \[2, 4, 5\] and is_transposed=True",
+    ),
+    "experts_of_A": (changed(lora_A=torch.ones(3, 2, 5)), r"lora_A: got shape \[3, 2, 5\]"),
+    "rank_of_B": (
+        changed(lora_B=torch.ones(2, 4, 3)),
+        r"lora_B: got shape \[2, 4, 3\], want \[2, 4, 2\]",
+    ),
+    "rank_0": (changed(lora_A=torch.ones(2, 0, 5)), r"lora_A: .* R at least 1"),
+    "B_alone": (changed(lora_A=None), "lora_A: got None, want a tensor, or None for both"),
+    "A_alone": (changed(lora_B=None), "lora_B: got None, want a tensor, or None for both"),
+    "bias_shape": (changed(bias=torch.ones(4)), r"bias: got shape \[4\], want \[2, 4\]"),
+    "bias_list": (changed(bias=[1.0]), "bias: got list, want a tensor"),
+    "dropout_p": (changed(dropout_p=1.5), r"dropout_p: got 1.5, want a probability"),
+    "scaling": (changed(scaling="1"), "scaling: got '1', want a number"),
+    "adapter_dtype": (changed(lora_A=torch.ones(2, 2, 5, dtype=f64)), "lora_A: got torch.float64"),
+    "device": (
+        changed(lora_B=torch.ones(2, 4, 2, device="meta")),
+        "lora_B: got device meta, want x's device cpu",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_lora_experts_linear_of_bad_input_names_the_argument(name: str) -> None:
+    change, message = BAD[name]
+    args = inputs(ExpertsCase((2, 3), 4, 5, 2))
+    del args["dy"]
+    with pytest.raises((TypeError, ValueError), match=message):
+        lora_experts_linear(**change(args))
+
+
+def test_lora_experts_linear_on_meta_has_no_temporary_of_the_stack_s_size() -> None:
+    """On a GPU's path no tensor of E·N·K elements is made in either direction."""
+    from lora_kernels.traffic import count
+
+    E, N, K, R, M = 64, 256, 512, 16, 64
+    meta = {"device": "meta", "dtype": bf16}
+    x = torch.empty(M, K, **meta, requires_grad=True)
+    A, B = (torch.empty(*s, **meta, requires_grad=True) for s in ((E, R, K), (E, N, R)))
+    weight, offsets = torch.empty(E, N, K, **meta), torch.empty(E, device="meta", dtype=torch.int32)
+
+    def step() -> None:
+        y = lora_experts_linear(x, weight, A, B, offsets)
+        torch.autograd.grad(y, (x, A, B), torch.empty_like(y))
+
+    found = count(step)
+    assert found.peak < E * N * K * 2

@@ -1,4 +1,6 @@
-"""Hooks for the trainers of other libraries."""
+"""Hooks for the trainers and models of other libraries."""
+
+from importlib.util import find_spec as _find_spec
 
 try:
     import peft as _peft  # noqa: F401
@@ -10,5 +12,8 @@ except ImportError as error:
     ) from error
 
 from .trainer import FuseCallback
+
+if _find_spec("transformers.integrations.moe") is not None:  # transformers 5
+    from . import experts as experts  # registers experts_implementation="lora_kernels"
 
 __all__ = ["FuseCallback"]

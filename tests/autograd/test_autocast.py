@@ -65,6 +65,24 @@ def test_lora_linear_under_autocast_has_the_dtypes_of_pytorch(x_dtype, dtype, na
         assert t.grad is None if key == "weight" else t.grad.dtype is t.dtype
 
 
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("dtype", LOW)
+def test_lora_linear_under_autocast_multiplies_the_base_in_its_dtype(dtype, name):
+    """Exactly the product of x and weight in that dtype, if lora_B is zero."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(M, K), torch.randn(N, K)
+    lora_A, lora_B = torch.randn(R, K), torch.zeros(N, R)
+    index = torch.zeros(M, dtype=torch.int64)
+    with backend(name):
+        with torch.autocast("cpu", dtype):
+            y = lora_linear(x, weight, lora_A, lora_B)
+            mixed = multi_lora_linear(x, weight, [lora_A], [lora_B], index)
+        narrow = x.to(dtype), weight.to(dtype), lora_A, lora_B
+        assert torch.equal(y, lora_linear(*narrow))
+        narrow = *narrow[:2], [lora_A], [lora_B]
+        assert torch.equal(mixed, multi_lora_linear(*narrow, index))
+
+
 def test_lora_linear_of_float64_under_autocast_is_the_same():
     case = {name: t.double() for name, t in make_case(torch.bfloat16).items()}
     want = lora_linear(**case)

@@ -10,11 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
 
 import lora_kernels
 from lora_kernels.layers import LoRALinear
 from lora_kernels.measure import case as cases
+from lora_kernels.measure import multi
 from lora_kernels.measure.case import Case, run
+from lora_kernels.measure.multi import MultiCase
 from tests.interop.tiny import count_ops
 
 FULL = {"gate": True, "column_scale": True, "bias": True}
@@ -34,6 +37,27 @@ def test_mode_around_a_call_sees_the_op(quant: str, grad: bool) -> None:
         seen = count_ops(lambda: lora_kernels.lora_linear(**args))
     name = "lora_linear_4bit" if quant else "lora_linear"
     assert {op: n for op, n in seen.items() if op.startswith("lora_linear")} == {name: 1}
+
+
+@pytest.mark.parametrize("quant", ["", "nf4-64"])
+@pytest.mark.parametrize("rng", ["given", "drawn"])
+def test_gradients_of_dispatched_calls_with_dropout_are_those_of_direct_ones(
+    rng: str, quant: str
+) -> None:
+    single = cases.inputs(Case(5, 33, 64, 3, quant=quant, dropout_p=0.25, **FULL))
+    several = multi.inputs(MultiCase(9, 33, 64, rows="mixed", quant=quant, dropout_p=0.25))
+    for call, args in (
+        (lora_kernels.lora_linear, single),
+        (lora_kernels.multi_lora_linear, several),
+    ):
+        if rng == "drawn":
+            args["rng"] = None
+        torch.manual_seed(0)
+        direct = run(call, args)
+        torch.manual_seed(0)
+        with FlopCounterMode(display=False):
+            dispatched = run(call, args)
+        assert all(torch.equal(direct[name], dispatched[name]) for name in direct)
 
 
 @pytest.mark.filterwarnings("ignore")  # which tracing is full of

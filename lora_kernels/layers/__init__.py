@@ -1,14 +1,14 @@
 """Layers with adapters, on `lora_kernels.lora_linear`."""
 
-from .adalora import AdaLoRALinear, QAdaLoRALinear, RankAllocator
 from .attention import LoRAAttention
 from .conv1d import LoRAConv1D
-from .dora import DoRALinear, QDoRALinear
 from .embedding import LoRAEmbedding
 from .experts import Experts, LoRAExperts, QLoRAExperts, quantize_experts
 from .group import LoRAGroup, QLoRAGroup
+from .layer import LoRALayer
 from .linear import LoRALinear
-from .quantized import MergedLayer, QLoRALinear
+from .quantized import MergedLayer, QLoRALayer, QLoRALinear
+from .rank_allocator import RankAllocator
 from .state import (
     LoRAParameterCount,
     count_lora_parameters,
@@ -18,9 +18,13 @@ from .state import (
     save_lora_weights,
 )
 from .variants import (
+    AdaLoRALinear,
+    DoRALinear,
     HierarchicalLoRALinear,
     LoRAPlusLinear,
     MemoryEfficientLoRALinear,
+    QAdaLoRALinear,
+    QDoRALinear,
     QHierarchicalLoRALinear,
     QLoRAPlusLinear,
     QMemoryEfficientLoRALinear,
@@ -39,6 +43,7 @@ __all__ = [
     "LoRAEmbedding",
     "LoRAExperts",
     "LoRAGroup",
+    "LoRALayer",
     "LoRALinear",
     "LoRAParameterCount",
     "LoRAPlusLinear",
@@ -49,6 +54,7 @@ __all__ = [
     "QHierarchicalLoRALinear",
     "QLoRAExperts",
     "QLoRAGroup",
+    "QLoRALayer",
     "QLoRALinear",
     "QLoRAPlusLinear",
     "QMemoryEfficientLoRALinear",

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .group import LoRAGroup
-from .linear import Init, LoRALinear, check_size
+from .layer import Init, check_size
+from .linear import LoRALinear
 
 _PROJECTIONS = ("q", "k", "v", "o")
 

@@ -7,14 +7,30 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..quantization import Weight4bit
-from .linear import Init, LoRALinear, check_stock
+from .layer import Base, Init, LoRALayer, check_stock
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class LoRAConv1D(LoRALinear):
+class TransposedBase(Base):
+    """W in one parameter `weight` [K, N], as transformers' `Conv1D` has it."""
+
+    def shape(self, in_features: int, out_features: int) -> tuple[int, int]:
+        return in_features, out_features
+
+    @torch.no_grad()
+    def reset(self, layer: LoRALayer) -> None:
+        """Start weight and bias as GPT-2 does."""
+        nn.init.normal_(layer.weight, std=0.02)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+
+    def operand(self, layer: LoRALayer) -> Tensor:
+        return layer.weight.t()
+
+
+class LoRAConv1D(LoRALayer):
     """`LoRALinear` over a weight [K, N], as transformers' `Conv1D` has it; it is read as it lies.
 
     Args and parameters as `LoRALinear`'s, but for `weight` [K, N], which starts normal with
@@ -26,6 +42,8 @@ class LoRAConv1D(LoRALinear):
     >>> layer.weight.shape, layer(torch.ones(2, 64)).shape
     (torch.Size([64, 32]), torch.Size([2, 32]))
     """
+
+    _base = TransposedBase()
 
     def __init__(
         self,
@@ -65,33 +83,8 @@ class LoRAConv1D(LoRALinear):
         check_stock("conv", conv, Conv1D, "transformers' Conv1D")
         assert isinstance(conv, Conv1D)
         K, N = conv.weight.shape
-        layer = cls(
-            K, N, r, alpha, dropout, True, init, "meta", conv.weight.dtype, lora_dtype, **options
-        )
-        layer.bias = conv.bias
-        layer._take(conv.weight)
+        of_base = ("meta", conv.weight.dtype, lora_dtype)
+        layer = cls(K, N, r, alpha, dropout, True, init, *of_base, **options)
+        layer._take(conv.weight, conv.bias)
         conv.requires_grad_(False)
         return layer.train(conv.training)
-
-    @classmethod
-    def from_linear(cls, *args: Any, **kwargs: Any) -> Self:
-        """Raises TypeError: use `LoRALinear.from_linear`, or `from_conv1d`."""
-        raise TypeError("linear: want a Conv1D, by from_conv1d, or LoRALinear.from_linear")
-
-    def _make_parameters(self) -> None:
-        super()._make_parameters()
-        self.weight = nn.Parameter(self.weight.new_empty(self.weight.shape[::-1]), False)
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """The base as GPT-2 starts it, the adapter as `reset_lora_parameters` does."""
-        nn.init.normal_(self.weight, std=0.02)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
-        self.reset_lora_parameters()
-
-    def _dense_weight(self) -> Tensor:
-        return self.weight.t()
-
-    def _base_weight(self) -> Tensor | Weight4bit:
-        return self.weight.t()

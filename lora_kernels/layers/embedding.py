@@ -11,13 +11,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..quantization import Weight4bit
-from .linear import LoRALinear, check_size, check_stock
+from .layer import Adapter, Base, LoRALayer, check_size, check_stock
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class LoRAEmbedding(LoRALinear):
+class EmbeddingBase(Base):
+    """A table [K, N] in one parameter `weight`, as `nn.Embedding` has it."""
+
+    def shape(self, in_features: int, out_features: int) -> tuple[int, int]:
+        return in_features, out_features
+
+    @torch.no_grad()
+    def reset(self, layer: LoRAEmbedding) -> None:  # type: ignore[override]
+        """Start the table as `nn.Embedding` does."""
+        nn.init.normal_(layer.weight)
+        if layer.padding_idx is not None:
+            layer.weight[layer.padding_idx].zero_()
+
+    def multiply(self, x: Tensor, weight: Tensor | Weight4bit, bias: Tensor | None) -> Tensor:
+        assert isinstance(weight, Tensor)
+        return F.embedding(x, weight)
+
+
+class LoRAEmbedding(LoRALayer):
     """y = W[x] + (alpha/r) · A[:, x]ᵀ·Bᵀ, with W frozen.
 
     The rows of W and the columns of A are looked up, and one product of torch's adds the adapter
@@ -36,6 +54,8 @@ class LoRAEmbedding(LoRALinear):
 
     Parameters: weight [K, N], lora_A [r, K], lora_B [N, r].
 
+    x [...], int32 or int64 -> y [..., N], in the weight's dtype, under autocast too.
+
     Raises ValueError or TypeError, naming the argument.
 
     >>> import torch
@@ -47,6 +67,7 @@ class LoRAEmbedding(LoRALinear):
     ['lora_A', 'lora_B']
     """
 
+    _base = EmbeddingBase()
     _default_init = staticmethod(nn.init.normal_)
 
     def __init__(
@@ -109,32 +130,12 @@ class LoRAEmbedding(LoRALinear):
                 f"embedding: got max_norm={embedding.max_norm}, want None: looking rows up would "
                 "renormalize the frozen weight in place"
             )
-        (V, E), dtype = embedding.weight.shape, embedding.weight.dtype
+        V, E = embedding.weight.shape
         options = {"scale_grad_by_freq": embedding.scale_grad_by_freq, **options}
-        at = embedding.padding_idx
-        layer = cls(V, E, r, alpha, at, init, "meta", dtype, lora_dtype, **options)
-        layer._take(embedding.weight)
+        at, of_base = embedding.padding_idx, ("meta", embedding.weight.dtype, lora_dtype)
+        layer = cls(V, E, r, alpha, at, init, *of_base, **options)._take(embedding.weight, None)
         embedding.requires_grad_(False)
         return layer.train(embedding.training)
-
-    @classmethod
-    def from_linear(cls, *args: Any, **kwargs: Any) -> Self:
-        """Raises TypeError: use `LoRALinear.from_linear`, or `from_embedding`."""
-        raise TypeError(
-            "linear: want an nn.Embedding, by from_embedding, or LoRALinear.from_linear"
-        )
-
-    def _make_parameters(self) -> None:
-        super()._make_parameters()
-        self.weight = nn.Parameter(self.weight.new_empty(self.weight.shape[::-1]), False)
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """The base as `nn.Embedding` starts it, the adapter as `reset_lora_parameters` does."""
-        nn.init.normal_(self.weight)
-        if self.padding_idx is not None:
-            self.weight[self.padding_idx].zero_()
-        self.reset_lora_parameters()
 
     @torch.no_grad()
     def reset_lora_parameters(self) -> None:
@@ -145,13 +146,11 @@ class LoRAEmbedding(LoRALinear):
         nn.init.zeros_(self.lora_A)
         self.init(self.lora_B)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [...], int32 or int64 -> y [..., N], in the weight's dtype, under autocast too."""
-        return super().forward(x)
+    def _adapter(self, weight: Tensor | Weight4bit) -> Adapter:
+        """Return the operands beside the table [K, N]: Bᵀ as A, and Aᵀ as B."""
+        return Adapter(self.lora_B.t(), self.lora_A.t(), self.scaling)
 
-    def _fused(
-        self, x: Tensor, weight: Tensor | Weight4bit, compute_dtype: torch.dtype | None = None
-    ) -> Tensor:
+    def _fused(self, x: Tensor, weight: Tensor | Weight4bit) -> Tensor:
         assert isinstance(weight, Tensor)
         if weight.requires_grad and torch.is_grad_enabled():
             raise ValueError(
@@ -160,16 +159,6 @@ class LoRAEmbedding(LoRALinear):
             )
         adapter = (self.lora_A, self.lora_B, self.scaling)
         return lookup(x, weight, [adapter], self.padding_idx, self.scale_grad_by_freq)
-
-    def _product(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.embedding(x, weight)
-
-    def _merged(self, weight: Tensor) -> Tensor:
-        """weight + (alpha/r)·(B·A)ᵀ, [K, N], in float32 (float64 for float64)."""
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        with torch.autocast(weight.device.type, enabled=False):
-            A, B = self.lora_A.t().to(dtype), self.lora_B.t().to(dtype)
-            return torch.addmm(weight.to(dtype), A, B, alpha=self.scaling)
 
     def extra_repr(self) -> str:
         padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from .linear import Init, LoRALinear, check_size, check_stock
-from .quantized import QLoRALinear
+from ..quantization import Weight4bit
+from .layer import Adapter, Init, LoRALayer, check_size, check_stock
+from .quantized import QLoRALayer
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -26,7 +27,7 @@ class Member(NamedTuple):
     lora_B: Tensor | None
 
 
-class LoRAGroup(LoRALinear):
+class LoRAGroup(LoRALayer):
     """Projections y_i = x·W_iᵀ + bias_i + (alpha/r)·dropout(x)·A_iᵀ·B_iᵀ of one x, as one layer.
 
     The weights lie one under another in one [N, K], N the sum of the members' sizes, and so do the
@@ -73,7 +74,6 @@ class LoRAGroup(LoRALinear):
             raise ValueError(f"targets: got {targets}, want some of {tuple(members)}, each once")
         self.members = dict(members)
         self.targets = tuple(name for name in members if name in targets)
-        self._wide: Tensor | None = None
         super().__init__(in_features, sum(members.values()), r, alpha, *args, **kwargs)
 
     @classmethod
@@ -116,31 +116,24 @@ class LoRAGroup(LoRALinear):
                     f"want the first one's {facts(first)}"
                 )
         sizes = {name: linear.out_features for name, linear in linears.items()}
-        weight = torch.cat([linear.weight.detach() for linear in linears.values()])
+
+        def join(name: str) -> nn.Parameter:
+            tensors = [getattr(linear, name).detach() for linear in linears.values()]
+            return nn.Parameter(torch.cat(tensors), requires_grad=False)
+
+        weight, bias = join("weight"), None if first.bias is None else join("bias")
         adapter, of_base = (r, alpha, dropout), ("meta", weight.dtype, lora_dtype)
-        has_bias = first.bias is not None
-        layer = cls(first.in_features, sizes, *adapter, has_bias, init, *of_base, **options)
-        if first.bias is not None:
-            bias = torch.cat([linear.bias.detach() for linear in linears.values()])
-            layer.bias = nn.Parameter(bias, requires_grad=False)
-        layer._take(nn.Parameter(weight, requires_grad=False))
+        layer = cls(first.in_features, sizes, *adapter, bias is not None, init, *of_base, **options)
+        layer._take(weight, bias)
         return layer.train(first.training)
 
-    @classmethod
-    def from_linear(cls, *args: Any, **kwargs: Any) -> Self:
-        """Raises TypeError: a group is of several; see `from_linears`."""
-        raise TypeError("linear: got one, want a mapping of names to linears: call from_linears")
+    def _make_adapter(self, dtype: torch.dtype) -> None:
+        self.lora_A = self._empty(len(self.targets) * self.r, self.in_features, dtype=dtype)
+        self.lora_B = self._empty(sum(self._rows_of_B()), self.r, dtype=dtype)
 
-    def _make_parameters(self) -> None:
-        super()._make_parameters()
-        rows = sum(self.members[name] for name in self.targets)
-        A, B = self.lora_A, self.lora_B
-        self.lora_A = nn.Parameter(A.new_empty(len(self.targets) * self.r, self.in_features))
-        self.lora_B = nn.Parameter(B.new_empty(rows, self.r))
-
-    def _fill_lora_A(self) -> None:
-        for A in self.lora_A.split(self.r):
-            self._start(A)
+    def _init_(self, A: Tensor) -> None:
+        for member in A.split(self.r):
+            super()._init_(member)
 
     def member(self, name: str) -> Member:
         """Views of the member's parameters. Raises KeyError for a name that there is not."""
@@ -157,8 +150,11 @@ class LoRAGroup(LoRALinear):
         weight = self.weight[rows] if self.weight.is_floating_point() else None
         return Member(weight, None if self.bias is None else self.bias[rows], A, B)
 
-    def _adapter_B(self) -> Tensor:
-        """lora_B as [N, T·r]: each target's B in its own rows and ranks, zero elsewhere."""
+    def _adapter(self, weight: Tensor | Weight4bit) -> Adapter:
+        return Adapter(self.lora_A, self._wide_B(), self.scaling)
+
+    def _wide_B(self) -> Tensor:
+        """Return lora_B as [N, T·r]: each target's B in its own rows and ranks, zero elsewhere."""
         plain = type(self.lora_B) is nn.Parameter and not self.lora_B.is_meta
         if plain and not torch.is_grad_enabled() and not ops.is_intercepted():
             return self._written_B()
@@ -173,14 +169,14 @@ class LoRAGroup(LoRALinear):
         return torch.cat(rows)
 
     def _written_B(self) -> Tensor:
-        """The same, written to one tensor in each call, whose address a prepared call knows."""
-        shape, wide = (self.out_features, len(self.targets) * self.r), self._wide
+        """Return `_wide_B`, each time in one tensor, whose address a prepared call knows."""
+        shape, wide = (self.out_features, len(self.targets) * self.r), self._cache.wide_B
         if (
             wide is None
             or (wide.dtype, wide.device) != (self.lora_B.dtype, self.lora_B.device)
             or wide.is_inference() is not torch.is_inference_mode_enabled()
         ):
-            wide = self._wide = self.lora_B.new_zeros(shape)
+            wide = self._cache.wide_B = self.lora_B.new_zeros(shape)
         parts, n = iter(self.lora_B.split(self._rows_of_B())), 0
         for name, size in self.members.items():
             if name in self.targets:
@@ -197,20 +193,11 @@ class LoRAGroup(LoRALinear):
         y: Tensor = super().forward(x)
         return tuple(y.split(list(self.members.values()), dim=-1))
 
-    def _apply(self, *args: Any, **kwargs: Any) -> Self:
-        self._wide = None
-        super()._apply(*args, **kwargs)
-        return self
-
-    def __getstate__(self) -> dict[str, object]:
-        state = getattr(super(), "__getstate__", lambda: self.__dict__)()  # object's from 3.11 on
-        return {**state, "_wide": None}
-
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, members={self.members}, targets={self.targets}"
 
 
-class QLoRAGroup(LoRAGroup, QLoRALinear):  # type: ignore[misc]
+class QLoRAGroup(LoRAGroup, QLoRALayer):
     """`LoRAGroup` over a 4-bit base; see `QLoRALinear`.
 
     >>> import torch

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from ..functional import base_dtype
 from ..quantization import Weight4bit, quantize_4bit
 from ..quantization.weight4bit import check_decoder
-from .linear import Init, LoRALinear, finite
+from .layer import Base, Init, LoRALayer
+from .linear import LoRALinear
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 # Field of Weight4bit -> name of the parameter that holds its bytes.
-_BYTES = {
+_PARAMETERS = {
     "packed": "weight",
     "absmax": "weight_absmax",
     "code": "weight_code",
@@ -27,6 +28,143 @@ _BYTES = {
     "nested_code": "weight_nested_code",
     "offset": "weight_offset",
 }
+
+
+class Base4bit(Base):
+    """W [N, K] in bitsandbytes' 4-bit format, its bytes in parameters of dtype uint8."""
+
+    @torch.no_grad()
+    def reset(self, layer: QLoRALayer) -> None:  # type: ignore[override]
+        """Start as `nn.Linear` does, quantized; on meta, as a weight with no values."""
+        weight = layer.weight
+        if not weight.is_floating_point():
+            if weight.is_meta:
+                return
+            shape = self.shape(layer.in_features, layer.out_features)
+            dense = torch.empty(shape, dtype=layer.weight_dtype, device=weight.device)
+            layer.weight = nn.Parameter(dense, requires_grad=False)
+        super().reset(layer)
+        self.hold(layer, layer.weight)
+
+    def hold(self, layer: QLoRALayer, weight: Tensor | Weight4bit) -> None:  # type: ignore[override]
+        if not isinstance(weight, Weight4bit):
+            quantize = _quantize_on_meta if weight.is_meta else quantize_4bit
+            weight = quantize(weight, layer.quant_type, layer.blocksize, layer.double_quant)
+        for field, name in _PARAMETERS.items():
+            t: Tensor | None = getattr(weight, field)
+            t = None if t is None else t.detach().reshape(-1).view(torch.uint8)
+            layer.register_parameter(name, None if t is None else nn.Parameter(t, False))
+        layer.quant_type, layer.blocksize = weight.quant_type, weight.blocksize
+        layer.double_quant, layer.weight_dtype = weight.nested, weight.dtype
+        layer._cache.weight4bit = None
+        check_decoder(weight.device)
+
+    def operand(self, layer: QLoRALayer) -> Weight4bit:  # type: ignore[override]
+        parameters = layer._parameters
+        tensors = {field: parameters[name] for field, name in _PARAMETERS.items()}
+        if torch.compiler.is_compiling():  # which can compare no addresses
+            return _view(layer, tensors)
+        where = tuple(0 if t is None else t.data_ptr() for t in tensors.values())
+        cached = layer._cache.weight4bit
+        if cached is None or cached[0] != where or 0 in where[:3]:
+            with torch.inference_mode(False):  # whose views could not be saved for a backward
+                cached = layer._cache.weight4bit = where, _view(layer, tensors)
+        return cached[1]
+
+    def multiply(self, x: Tensor, weight: Tensor | Weight4bit, bias: Tensor | None) -> Tensor:
+        # As in `lora_linear`, x's dtype is the one that counts: the weight's is that before
+        # quantization, whatever the module was moved to since, and the bias has moved.
+        dtype = base_dtype(x.device.type, x.dtype)
+        dense = weight.dequantize(dtype) if isinstance(weight, Weight4bit) else weight.to(dtype)
+        return F.linear(x, dense, None if bias is None else bias.to(dtype))
+
+
+def _view(layer: QLoRALayer, tensors: Mapping[str, Tensor | None]) -> Weight4bit:
+    """Return the weight that the bytes stand for, in their memory."""
+    in_bytes = {"packed"} if tensors["nested_absmax"] is None else {"packed", "absmax"}
+    views = {
+        field: t if t is None or field in in_bytes else t.detach().view(torch.float32)
+        for field, t in tensors.items()
+    }
+    return Weight4bit(
+        quant_type=layer.quant_type,
+        blocksize=layer.blocksize,
+        shape=(layer.out_features, layer.in_features),
+        dtype=layer.weight_dtype,
+        **{f: t if t is None else t.detach() for f, t in views.items()},  # type: ignore[arg-type]
+    )
+
+
+def _quantize_on_meta(weight: Tensor, quant_type: str, blocksize: int, nested: bool) -> Weight4bit:
+    """Return a quantized weight of this one's shape on meta."""
+    one = quantize_4bit(torch.zeros(1, 1, dtype=weight.dtype), quant_type, blocksize, nested)
+    n, blocks = weight.numel(), -(-weight.numel() // blocksize)
+
+    def meta(t: Tensor | None, *shape: int) -> Tensor | None:
+        return None if t is None else t.new_empty(shape or t.shape, device="meta")
+
+    sizes = {"packed": -(-n // 2), "absmax": blocks, "nested_absmax": -(-blocks // 256)}
+    fields = {name: meta(getattr(one, name), size) for name, size in sizes.items()}
+    rest = {name: meta(getattr(one, name)) for name in ("code", "nested_code", "offset")}
+    shape = (weight.shape[0], weight.shape[1])
+    return dataclasses.replace(one, shape=shape, **fields, **rest)  # type: ignore[arg-type]
+
+
+class QLoRALayer(LoRALayer):
+    """What all layers over a 4-bit base share: its format, and `weight4bit`.
+
+    Named after another layer in a class statement, it gives that layer a 4-bit base.
+    """
+
+    _base = Base4bit()
+    double_quant: bool
+    weight_dtype: torch.dtype  # before quantization
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        r: int = 8,
+        alpha: float = 16.0,
+        dropout: float = 0.0,
+        bias: bool = False,
+        init: Init | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        lora_dtype: torch.dtype | None = None,
+        *,
+        quant_type: str = "nf4",
+        blocksize: int = 64,
+        double_quant: bool = True,
+        compute_dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> None:
+        self.quant_type, self.blocksize, self.double_quant = quant_type, blocksize, double_quant
+        self.compute_dtype = compute_dtype
+        options |= {"init": init, "device": device, "dtype": dtype, "lora_dtype": lora_dtype}
+        super().__init__(in_features, out_features, r, alpha, dropout, bias, **options)
+
+    @property
+    def weight4bit(self) -> Weight4bit:
+        """The base weight, sharing the parameters' memory."""
+        return self._base.operand(self)
+
+    def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        for name in _PARAMETERS.values():
+            t = self._parameters[name]
+            if t is not None and (t.storage_offset() % 4 or t.data_ptr() % 4):
+                # Bytes of a mapped file, where no float32 can be read.
+                t.data = t.data.clone()
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        super()._apply(*args, **kwargs)
+        check_decoder(self.weight.device)
+        return self
+
+    def extra_repr(self) -> str:
+        nested = ", nested" * self.double_quant
+        return f"{super().extra_repr()}, {self.quant_type}, blocksize={self.blocksize}{nested}"
 
 
 class MergedLayer(NamedTuple):
@@ -41,7 +179,7 @@ class MergedLayer(NamedTuple):
     change: float
 
 
-class QLoRALinear(LoRALinear):
+class QLoRALinear(QLoRALayer, LoRALinear):
     """`LoRALinear` over a base in bitsandbytes' 4-bit format, decoded as it is multiplied.
 
     Args, beside those of `LoRALinear`:
@@ -64,61 +202,9 @@ class QLoRALinear(LoRALinear):
     Weight4bit([32, 64], nf4 of float32, blocksize=64, nested, 2,152 bytes)
     >>> layer(torch.ones(2, 64, dtype=torch.bfloat16)).dtype
     torch.bfloat16
+    >>> QLoRALinear.from_linear(torch.nn.Linear(64, 64), r=2, quant_type="fp4")
+    QLoRALinear(in_features=64, out_features=64, bias=True, r=2, ..., fp4, blocksize=64, nested)
     """
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        r: int = 8,
-        alpha: float = 16.0,
-        dropout: float = 0.0,
-        bias: bool = False,
-        init: Init | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        lora_dtype: torch.dtype | None = None,
-        *,
-        quant_type: str = "nf4",
-        blocksize: int = 64,
-        double_quant: bool = True,
-        compute_dtype: torch.dtype | None = None,
-        **options: Any,
-    ) -> None:
-        options = {"init": init, "device": device, "dtype": dtype, **options}
-        super().__init__(
-            in_features, out_features, r, alpha, dropout, bias, lora_dtype=lora_dtype, **options
-        )
-        self.compute_dtype = compute_dtype
-        self.quant_type, self.blocksize, self._nested = quant_type, blocksize, double_quant
-        if self.weight.is_meta:  # there is nothing to quantize; `from_linear` and loading fill it
-            self._hold(_empty(self.weight, quant_type, blocksize, double_quant))
-        else:
-            self._hold_base(self.weight)
-            self._base_changed()
-
-    @classmethod
-    def from_linear(
-        cls,
-        linear: nn.Linear,
-        r: int = 8,
-        alpha: float = 16.0,
-        dropout: float = 0.0,
-        init: Init | None = None,
-        lora_dtype: torch.dtype | None = None,
-        **options: Any,
-    ) -> Self:
-        """The same layer with its weight quantized and an adapter; the bias is shared.
-
-        `linear` keeps its weight, frozen. options: quant_type and the others of the class. Raises
-        as `LoRALinear.from_linear` and `quantize_4bit`.
-
-        >>> import torch
-        >>> from lora_kernels.layers import QLoRALinear
-        >>> QLoRALinear.from_linear(torch.nn.Linear(64, 64), r=2, quant_type="fp4")
-        QLoRALinear(in_features=64, out_features=64, bias=True, r=2, ..., fp4, blocksize=64, nested)
-        """
-        return super().from_linear(linear, r, alpha, dropout, init, lora_dtype, **options)
 
     @classmethod
     def from_weight4bit(
@@ -142,121 +228,11 @@ class QLoRALinear(LoRALinear):
         64
         """
         N, K = weight.shape
-        layer = cls(
-            K,
-            N,
-            r,
-            alpha,
-            dropout,
-            bias is not None,
-            init,
-            "meta",
-            weight.dtype,
-            lora_dtype,
-            quant_type=weight.quant_type,
-            blocksize=weight.blocksize,
-            double_quant=weight.nested,
-            **options,
-        )
-        if bias is not None:
-            layer.bias = nn.Parameter(bias, requires_grad=False)
-        layer._take(weight)
-        return layer
-
-    def _hold_base(self, weight: Tensor | Weight4bit) -> None:
-        if not isinstance(weight, Weight4bit):
-            weight = quantize_4bit(weight, self.quant_type, self.blocksize, self._nested)
-        self._hold(weight)
-
-    def _hold(self, weight: Weight4bit) -> None:
-        for field, name in _BYTES.items():
-            t: Tensor | None = getattr(weight, field)
-            t = None if t is None else t.detach().reshape(-1).view(torch.uint8)
-            self.register_parameter(name, None if t is None else nn.Parameter(t, False))
-        self.quant_type, self.blocksize = weight.quant_type, weight.blocksize
-        self.weight_dtype = weight.dtype
-        self._weight4bit: tuple[tuple[int, ...], Weight4bit] | None = None
-        check_decoder(weight.device)
-
-    @property
-    def weight4bit(self) -> Weight4bit:
-        """The base weight, sharing the parameters' memory."""
-        parameters = self._parameters
-        tensors = {field: parameters[name] for field, name in _BYTES.items()}
-        if torch.compiler.is_compiling():  # which can compare no addresses
-            return self._view(tensors)
-        where = tuple(0 if t is None else t.data_ptr() for t in tensors.values())
-        if self._weight4bit is None or self._weight4bit[0] != where or 0 in where[:3]:
-            with torch.inference_mode(False):  # whose views could not be saved for a backward
-                self._weight4bit = where, self._view(tensors)
-        return self._weight4bit[1]
-
-    def _view(self, tensors: Mapping[str, Tensor | None]) -> Weight4bit:
-        in_bytes = {"packed"} if tensors["nested_absmax"] is None else {"packed", "absmax"}
-        views = {
-            field: t if t is None or field in in_bytes else t.detach().view(torch.float32)
-            for field, t in tensors.items()
-        }
-        return Weight4bit(
-            quant_type=self.quant_type,
-            blocksize=self.blocksize,
-            shape=(self.out_features, self.in_features),
-            dtype=self.weight_dtype,
-            **{f: t if t is None else t.detach() for f, t in views.items()},  # type: ignore[arg-type]
-        )
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """A new base as `nn.Linear` starts it, quantized, and the adapter; nothing on meta."""
-        if self.weight.is_floating_point():  # as yet: in __init__
-            return super().reset_parameters()
-        if self.weight.is_meta:
-            return
-        dense = torch.empty(
-            self.out_features, self.in_features, dtype=self.weight_dtype, device=self.weight.device
-        )
-        self.weight = nn.Parameter(dense, requires_grad=False)
-        super().reset_parameters()
-        self._hold_base(self.weight)
-        self._base_changed()
-
-    def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        for name in _BYTES.values():  # of a mapped file, bytes may lie where no float32 can be read
-            t = self._parameters[name]
-            if t is not None and (t.storage_offset() % 4 or t.data_ptr() % 4):
-                t.data = t.data.clone()
-
-    def _apply(self, *args: Any, **kwargs: Any) -> Self:
-        self._weight4bit = None
-        super()._apply(*args, **kwargs)
-        check_decoder(self.weight.device)
-        return self
-
-    def __getstate__(self) -> dict[str, object]:
-        # The views are made anew: deepcopy and pickle would keep the old memory.
-        return {**self.__dict__, "_weight4bit": None}
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] -> y [..., N], in autocast's dtype where autocast is on, else in x's."""
-        if not self.enabled or self.merged:
-            return super().forward(x)
-        return self._fused(x, self.weight4bit, self.compute_dtype)
-
-    def _base(self, x: Tensor) -> Tensor:
-        return self._product(x, self.weight4bit.dequantize(base_dtype(x.device.type, x.dtype)))
-
-    def _product(self, x: Tensor, weight: Tensor) -> Tensor:
-        # As in `lora_linear`, x's dtype is the one that counts: the weight's is that before
-        # quantization, whatever the module was moved to since, and the bias has moved.
-        dtype = base_dtype(x.device.type, x.dtype)
-        return F.linear(x, weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
-
-    def _dense_weight(self) -> Tensor:
-        return self.weight4bit.dequantize()
-
-    def _base_weight(self) -> Tensor | Weight4bit:
-        return self.weight4bit if self.weight.dtype is torch.uint8 else self.weight
+        options |= {"quant_type": weight.quant_type, "blocksize": weight.blocksize}
+        options |= {"double_quant": weight.nested}
+        sizes, of_base = (K, N, r, alpha), ("meta", weight.dtype, lora_dtype)
+        layer = cls(*sizes, dropout, bias is not None, init, *of_base, **options)
+        return layer._take(weight, None if bias is None else nn.Parameter(bias, False))
 
     @torch.no_grad()
     def merged_layer(self, requantize: bool = False) -> MergedLayer:
@@ -272,7 +248,7 @@ class QLoRALinear(LoRALinear):
         >>> layer.merged_layer().change < 1e-7 < layer.merged_layer(requantize=True).change
         True
         """
-        exact = finite(self._merged(self.weight4bit.dequantize(torch.float32)))
+        exact = self._merged(self.weight4bit.dequantize(torch.float32))
         linear = nn.Linear(
             self.in_features, self.out_features, self.bias is not None, "meta", self.weight_dtype
         )
@@ -292,29 +268,10 @@ class QLoRALinear(LoRALinear):
                 self.lora_A.dtype,
                 quant_type=self.quant_type,
                 blocksize=self.blocksize,
-                double_quant=self.weight4bit.nested,
+                double_quant=self.double_quant,
                 compute_dtype=self.compute_dtype,
             )
             layer.scaling = self.scaling
             held = layer.weight4bit.dequantize(torch.float32)
         change = (held.float() - exact).norm() / exact.norm()
         return MergedLayer(layer, change.item())
-
-    def extra_repr(self) -> str:
-        nested = ", nested" * (self._parameters["weight_offset"] is not None)
-        return f"{super().extra_repr()}, {self.quant_type}, blocksize={self.blocksize}{nested}"
-
-
-def _empty(weight: Tensor, quant_type: str, blocksize: int, nested: bool) -> Weight4bit:
-    """A weight of this one's shape on meta."""
-    one = quantize_4bit(torch.zeros(1, 1, dtype=weight.dtype), quant_type, blocksize, nested)
-    n, blocks = weight.numel(), -(-weight.numel() // blocksize)
-
-    def meta(t: Tensor | None, *shape: int) -> Tensor | None:
-        return None if t is None else t.new_empty(shape or t.shape, device="meta")
-
-    sizes = {"packed": -(-n // 2), "absmax": blocks, "nested_absmax": -(-blocks // 256)}
-    fields = {name: meta(getattr(one, name), size) for name, size in sizes.items()}
-    rest = {name: meta(getattr(one, name)) for name in ("code", "nested_code", "offset")}
-    shape = (weight.shape[0], weight.shape[1])
-    return dataclasses.replace(one, shape=shape, **fields, **rest)  # type: ignore[arg-type]

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from .adalora import AdaLoRALinear
-from .linear import LoRALinear
+from .layer import LoRALayer
+from .variants import AdaLoRALinear
 
 
 class LoRAParameterCount(NamedTuple):
@@ -151,7 +151,7 @@ def load_lora_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
 def _lora_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """What the LoRA layers own beside their base, by its full name."""
-    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, LoRALinear)]
+    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, LoRALayer)]
     if not layers:
         raise ValueError(
             f"model: got {type(model).__name__} without a LoRA layer, want one or more"

@@ -1,6 +1,9 @@
-"""Variants of LoRALinear that are a choice of gate, start or bookkeeping: the same fused op.
+"""The variants of LoRA. Each is a choice of parameters, of their start, and of the operands of
 
-Each has a form over a 4-bit base, whose name begins with Q.
+    y = c ⊙ (x·Wᵀ + s·((D(x)·Aᵀ) ⊙ g)·Bᵀ) + bias        g: rank gate, c: column scale
+
+that follow from them: `_make_adapter`, `reset_lora_parameters` and `_adapter`; see `LoRALayer`. The
+class at the end whose name begins with Q is the same variant over a 4-bit base.
 """
 
 from __future__ import annotations
@@ -12,11 +15,133 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .linear import LoRALinear, check_size
+from ..functional import dora_norm
+from ..quantization import Weight4bit
+from .layer import Adapter, check_size
+from .linear import LoRALinear
 from .quantized import QLoRALinear
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+
+class DoRALinear(LoRALinear):
+    """y = (magnitude ⊘ ‖W + s·B·A‖) ⊙ (x·Wᵀ + s·dropout(x)·Aᵀ·Bᵀ) + bias, s = alpha/r.
+
+    `magnitude` [N] starts as the norm of W's rows, so that the new layer computes what its base
+    does. The norm counts as a constant in the backward, and is made without writing the sum out.
+    In evaluation without gradients it is kept until a weight changes.
+
+    Args as `LoRALinear`'s. Raises ValueError where a row of the base is all zeros, whose norm
+    nothing can be divided by. Dropout is on the adapter's branch alone (PEFT's layer drops x for
+    the base product of its update as well).
+
+    >>> import torch
+    >>> from lora_kernels.layers import DoRALinear
+    >>> linear = torch.nn.Linear(64, 32)
+    >>> layer, x = DoRALinear.from_linear(linear, r=4), torch.randn(5, 64)
+    >>> torch.allclose(layer(x), linear(x), atol=1e-5), layer.magnitude.shape
+    (True, torch.Size([32]))
+    """
+
+    magnitude: nn.Parameter
+
+    def _make_adapter(self, dtype: torch.dtype) -> None:
+        super()._make_adapter(dtype)
+        self.magnitude = self._empty_vector(self.out_features, dtype)
+
+    @torch.no_grad()
+    def reset_lora_parameters(self) -> None:
+        """lora_A by `init`, lora_B to zero, magnitude to the norm of the base's rows."""
+        super().reset_lora_parameters()
+        if self.lora_A.is_meta:
+            return
+        norm = dora_norm(self._base_weight(), self.lora_A, self.lora_B, self.scaling)
+        zero = (norm == 0).nonzero()
+        if zero.numel():
+            raise ValueError(f"weight: got row {int(zero[0])} all zeros, want a norm to divide by")
+        self.magnitude.copy_(norm)
+
+    def _adapter(self, weight: Tensor | Weight4bit) -> Adapter:
+        adapter = super()._adapter(weight)
+        norm = self._cache.norm(weight, *adapter[:4])
+        return adapter._replace(column_scale=self.magnitude / norm)
+
+
+class AdaLoRALinear(LoRALinear):
+    """y = x·Wᵀ + bias + (alpha/r) · ((dropout(x)·Aᵀ) ⊙ E ⊙ mask)·Bᵀ: A as Q, B as P, E as Λ.
+
+    Each rank is a triplet (row of lora_A, element of lora_E, column of lora_B) that `rank_mask`
+    [r], a saved buffer, keeps or leaves out; what is left out gets no gradient. lora_E [r] starts
+    at zero, lora_A and lora_B normal with standard deviation 0.02, whatever `init` is by default.
+
+    Args as `LoRALinear`'s. `RankAllocator` scores the triplets of a whole model and decides.
+
+    >>> import torch
+    >>> from lora_kernels.layers import AdaLoRALinear
+    >>> layer = AdaLoRALinear(64, 32, r=4)
+    >>> layer.update_rank(torch.tensor([0.1, 0.4, 0.2, 0.3]), quantile=0.5)
+    >>> layer.rank_mask.tolist(), layer.current_rank
+    ([False, True, False, True], 2)
+    """
+
+    lora_E: nn.Parameter
+    rank_mask: Tensor
+
+    def _make_adapter(self, dtype: torch.dtype) -> None:
+        super()._make_adapter(dtype)
+        self.lora_E = self._empty_vector(self.r, dtype)
+        self.register_buffer("rank_mask", self.lora_A.new_ones(self.r, dtype=torch.bool))
+
+    @torch.no_grad()
+    def reset_lora_parameters(self) -> None:
+        """lora_E to zero, lora_A and lora_B as the class says, every rank kept."""
+        super().reset_lora_parameters()
+        if self.lora_A.is_meta:
+            return
+        if self.init == self._default_init:
+            nn.init.normal_(self.lora_A, std=0.02)
+        nn.init.normal_(self.lora_B, std=0.02)
+        nn.init.zeros_(self.lora_E)
+        self.rank_mask.fill_(True)
+
+    def _adapter(self, weight: Tensor | Weight4bit) -> Adapter:
+        return super()._adapter(weight)._replace(rank_gate=self.lora_E * self.rank_mask)
+
+    @property
+    def current_rank(self) -> int:
+        """How many ranks are kept."""
+        return int(self.rank_mask.sum())
+
+    @torch.no_grad()
+    def update_rank(self, scores: Tensor, quantile: float = 0.5) -> None:
+        """Keep the ranks whose score lies strictly above that quantile of all r scores, and one at
+        least: the best, the first of equals.
+
+        scores: [r], finite. Raises ValueError otherwise, or for a quantile outside [0, 1].
+        """
+        if scores.shape != (self.r,):
+            raise ValueError(f"scores: got shape {list(scores.shape)}, want [{self.r}]")
+        if not 0.0 <= quantile <= 1.0:
+            raise ValueError(f"quantile: got {quantile}, want a number in [0, 1]")
+        scores = scores.detach().to(self.rank_mask.device, torch.float64)
+        if not scores.isfinite().all():
+            raise ValueError("scores: got NaN or infinity in it, want finite values")
+        kept = scores > scores.quantile(quantile)
+        kept[scores.argmax()] = True
+        self.rank_mask.copy_(kept)
+
+    def orthogonality(self) -> Tensor:
+        """‖BᵀB − I‖² + ‖AAᵀ − I‖², Frobenius: 0 where the triplets are those of a singular value
+        decomposition. Differentiable; in float32."""
+        dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
+        A, B = self.lora_A.to(dtype), self.lora_B.to(dtype)
+        eye = torch.eye(self.r, dtype=dtype, device=A.device)
+        return (B.T @ B - eye).square().sum() + (A @ A.T - eye).square().sum()
+
+    def extra_repr(self) -> str:
+        kept = "" if self.rank_mask.is_meta else f", current_rank={self.current_rank}"
+        return super().extra_repr() + kept
 
 
 class StableLoRALinear(LoRALinear):
@@ -69,10 +194,6 @@ class MemoryEfficientLoRALinear(LoRALinear):
     def __init__(self, *args: Any, use_checkpoint: bool = True, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.use_checkpoint = use_checkpoint
-
-    @property
-    def _recompute(self) -> bool:  # type: ignore[override]
-        return self.use_checkpoint
 
 
 class LoRAPlusLinear(LoRALinear):
@@ -171,10 +292,9 @@ class HierarchicalLoRALinear(LoRALinear):
         """As `LoRALinear.from_linear`, with ranks in place of r."""
         return super().from_linear(linear, ranks, *args, **options)  # type: ignore[arg-type]
 
-    def _make_parameters(self) -> None:
-        super()._make_parameters()
-        count, dtype = len(self.ranks), torch.promote_types(self.lora_A.dtype, torch.float32)
-        self.level_weights = nn.Parameter(self.lora_A.new_empty(count, dtype=dtype))
+    def _make_adapter(self, dtype: torch.dtype) -> None:
+        super()._make_adapter(dtype)
+        self.level_weights = self._empty_vector(len(self.ranks), dtype)
 
     @torch.no_grad()
     def reset_lora_parameters(self) -> None:
@@ -182,12 +302,26 @@ class HierarchicalLoRALinear(LoRALinear):
         if not self.level_weights.is_meta:
             self.level_weights.copy_(self.level_weights.new_tensor(self.weights))
 
-    def _gate(self) -> Tensor:
+    def _adapter(self, weight: Tensor | Weight4bit) -> Adapter:
         levels = zip(self.level_weights.unbind(), self.level_scales, self.ranks, strict=True)
-        return torch.cat([(weight * scale).expand(rank) for weight, scale, rank in levels])
+        gate = torch.cat([(level * scale).expand(rank) for level, scale, rank in levels])
+        return super()._adapter(weight)._replace(rank_gate=gate)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, ranks={self.ranks}"
+
+
+class QDoRALinear(DoRALinear, QLoRALinear):
+    """`DoRALinear` over a 4-bit base; see `QLoRALinear`.
+
+    >>> from lora_kernels.layers import QDoRALinear
+    >>> QDoRALinear(64, 32, r=4)(torch.ones(2, 64)).shape
+    torch.Size([2, 32])
+    """
+
+
+class QAdaLoRALinear(AdaLoRALinear, QLoRALinear):
+    """`AdaLoRALinear` over a 4-bit base; see `QLoRALinear`."""
 
 
 class QStableLoRALinear(StableLoRALinear, QLoRALinear):
@@ -202,5 +336,5 @@ class QLoRAPlusLinear(LoRAPlusLinear, QLoRALinear):
     """`LoRAPlusLinear` over a 4-bit base; see `QLoRALinear`."""
 
 
-class QHierarchicalLoRALinear(HierarchicalLoRALinear, QLoRALinear):  # type: ignore[misc]
+class QHierarchicalLoRALinear(HierarchicalLoRALinear, QLoRALinear):
     """`HierarchicalLoRALinear` over a 4-bit base; see `QLoRALinear`."""

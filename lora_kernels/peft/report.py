@@ -23,7 +23,7 @@ from ..backends.library import follows_gpu
 from ..core.problem import Layout, Problem
 from ..cpu_costs import Machine
 from ..functional import base_dtype
-from ..layers import DoRALinear, LoRAEmbedding, LoRALinear, QLoRALinear
+from ..layers import DoRALinear, LoRAEmbedding, LoRALayer
 from ..quantization import Weight4bit
 from . import adalora, embedding, linear, predict
 from .frozen import StreamedLinear
@@ -209,7 +209,7 @@ def explain(
 ) -> Explanation:
     """For each LoRA layer of `model`, fused or not, what its next call will do and why.
 
-    Covers PEFT's layers, `lora_kernels.layers.LoRALinear` with its subclasses, and the layers
+    Covers PEFT's layers, `lora_kernels.layers.LoRALayer` with its subclasses, and the layers
     without an adapter that `fuse(model, linears=True)` has taken. The answer is for the state at
     hand: training or not, active adapters, hooks, and the autocast and backend in force.
 
@@ -256,7 +256,7 @@ def explain(
             reason = reason if was_fused else "fuse() was not called"
         add(name, partial(_peft_layer, name, layer, reason, x_dtype, rows))
     for name, module in model.named_modules():
-        if isinstance(module, LoRALinear):
+        if isinstance(module, LoRALayer):
             add(name, partial(_dense_layer, name, module, x_dtype, rows))
     named = [row for row, _ in found]
     layers = {row.layer: model.get_submodule(row.layer) for row in named}
@@ -312,7 +312,7 @@ def _others(
             within |= {id(child) for child in module.modules()}
             within -= {id(child) for chosen in used for child in chosen.modules()}
     for module in model.modules():
-        if id(module) not in within and not isinstance(module, LoRALinear):
+        if id(module) not in within and not isinstance(module, LoRALayer):
             yield from _base_part(module, x_dtype, 0)
 
 
@@ -463,16 +463,15 @@ def _fused_layer(name: str, layer: Any, x_dtype: torch.dtype | None, rows: int |
 
 
 def _dense_layer(
-    name: str, layer: LoRALinear, x_dtype: torch.dtype | None, rows: int | None
+    name: str, layer: LoRALayer, x_dtype: torch.dtype | None, rows: int | None
 ) -> Layer:
     if isinstance(layer, LoRAEmbedding) and layer.enabled and not layer.merged:
         return _embedding_row(name), []
-    compute_dtype = layer.compute_dtype if isinstance(layer, QLoRALinear) else None
     weight = layer._base_weight()
     x_dtype = x_dtype or (layer.lora_A if isinstance(weight, Weight4bit) else weight).dtype
     dropout_p = layer.dropout if layer.training else 0.0
-    call = Call(layer.lora_A, layer._adapter_B(), layer.scaling, None, dropout_p)
-    part = _part(call, x_dtype, weight, compute_dtype)
+    call = Call(layer.lora_A, layer.lora_B, layer.scaling, None, dropout_p)
+    part = _part(call, x_dtype, weight, layer.compute_dtype)._replace(N=layer.out_features)
     if layer.merged or not layer.enabled:
         reason = "the adapter is merged" if layer.enabled else "the adapter is disabled"
         product = "F.embedding" if isinstance(layer, LoRAEmbedding) else "F.linear"

@@ -41,7 +41,7 @@ def x(rows: int = 1) -> Tensor:
 
 
 def the_long_way(layer: LoRALinear, x: Tensor) -> Tensor:
-    layer._call_cache = CallCache()
+    layer._cache.call = CallCache()
     return layer(x)  # type: ignore[no-any-return]
 
 
@@ -172,7 +172,7 @@ def test_copies_start_anew(layer: LoRALinear) -> None:
 def test_what_was_remembered_is_let_go(layer: LoRALinear) -> None:
     for change in (lambda: layer.to(torch.bfloat16), lambda: new_parameter(layer)):
         layer(x().to(layer.lora_A.dtype))
-        held = weakref.ref(layer._call_cache._call)
+        held = weakref.ref(layer._cache.call._call)
         assert held() is not None
         change()
         layer(x(200).to(layer.lora_A.dtype))  # for which no call is prepared

@@ -59,7 +59,9 @@ def results(layer: Any, x: Tensor) -> dict[str, Tensor]:
     x = x.clone().requires_grad_(x.is_floating_point())
     y = layer.train()(x)
     ys = y if isinstance(y, tuple) else (y,)
-    sum((part * (torch.arange(part.numel()).view(part.shape) % 5 - 2)).sum() for part in ys).backward()
+    sum(
+        (part * (torch.arange(part.numel()).view(part.shape) % 5 - 2)).sum() for part in ys
+    ).backward()
     found = {"y": torch.cat(ys, dim=-1).detach()}
     leaves = [("x", x), *layer.named_parameters()]
     found |= {f"{name}.grad": t.grad for name, t in leaves if t.grad is not None}
@@ -107,7 +109,7 @@ def set_exact(layer: Any, name: str) -> None:
     """W of ±1, A of ±1 on a block of columns each, B that turns the signs of some blocks."""
     if name == "LoRAAttention":
         for module, part in ((layer.qkv_proj, 3), (layer.o_proj, 1)):
-            for key, param in module.named_parameters():
+            for param in module.parameters():
                 param.copy_(torch.arange(param.numel()).view(param.shape) % (2 + part) - 1)
         layer.qkv_proj.weight[: 2 * K] = 0  # q and k, whose scores are then equal
         layer.qkv_proj.member("q").lora_B.zero_()
@@ -122,7 +124,7 @@ def set_exact(layer: Any, name: str) -> None:
     A = A.repeat(2, 1) if is_group else A
     B = torch.cat([B[:4], B[7:]]) if is_group else B
     W = W if name not in ("LoRAConv1D", "LoRAEmbedding") else W.t()
-    layer._hold_base(nn.Parameter(W.contiguous(), requires_grad=False))
+    layer._base.hold(layer, nn.Parameter(W.contiguous(), requires_grad=False))
     layer.lora_A.copy_(A)
     layer.lora_B.copy_(B)
     if layer.bias is not None:

@@ -1,4 +1,4 @@
-"""AdaLoRALinear and the allocation of ranks over a model (Zhang et al., 2023)."""
+"""The allocation of AdaLoRA's ranks over a model (Zhang et al., 2023)."""
 
 from __future__ import annotations
 
@@ -9,89 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .linear import LoRALinear
-from .quantized import QLoRALinear
-
-
-class AdaLoRALinear(LoRALinear):
-    """y = x·Wᵀ + bias + (alpha/r) · ((dropout(x)·Aᵀ) ⊙ E ⊙ mask)·Bᵀ: A as Q, B as P, E as Λ.
-
-    Each rank is a triplet (row of lora_A, element of lora_E, column of lora_B) that `rank_mask`
-    [r], a saved buffer, keeps or leaves out; what is left out gets no gradient. lora_E [r] starts
-    at zero, lora_A and lora_B normal with standard deviation 0.02, whatever `init` is by default.
-
-    Args as `LoRALinear`'s. `RankAllocator` scores the triplets of a whole model and decides.
-
-    >>> import torch
-    >>> from lora_kernels.layers import AdaLoRALinear
-    >>> layer = AdaLoRALinear(64, 32, r=4)
-    >>> layer.update_rank(torch.tensor([0.1, 0.4, 0.2, 0.3]), quantile=0.5)
-    >>> layer.rank_mask.tolist(), layer.current_rank
-    ([False, True, False, True], 2)
-    """
-
-    lora_E: nn.Parameter
-    rank_mask: Tensor
-
-    def _make_parameters(self) -> None:
-        super()._make_parameters()
-        dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
-        self.lora_E = nn.Parameter(self.lora_A.new_empty(self.r, dtype=dtype))
-        self.register_buffer("rank_mask", self.lora_A.new_ones(self.r, dtype=torch.bool))
-
-    @torch.no_grad()
-    def reset_lora_parameters(self) -> None:
-        """lora_E to zero, lora_A and lora_B as the class says, every rank kept."""
-        super().reset_lora_parameters()
-        if self.lora_A.is_meta:
-            return
-        if self.init == self._default_init:
-            nn.init.normal_(self.lora_A, std=0.02)
-        nn.init.normal_(self.lora_B, std=0.02)
-        nn.init.zeros_(self.lora_E)
-        self.rank_mask.fill_(True)
-
-    def _gate(self) -> Tensor:
-        return self.lora_E * self.rank_mask
-
-    @property
-    def current_rank(self) -> int:
-        """How many ranks are kept."""
-        return int(self.rank_mask.sum())
-
-    @torch.no_grad()
-    def update_rank(self, scores: Tensor, quantile: float = 0.5) -> None:
-        """Keep the ranks whose score lies strictly above that quantile of all r scores, and one at
-        least: the best, the first of equals.
-
-        scores: [r], finite. Raises ValueError otherwise, or for a quantile outside [0, 1].
-        """
-        if scores.shape != (self.r,):
-            raise ValueError(f"scores: got shape {list(scores.shape)}, want [{self.r}]")
-        if not 0.0 <= quantile <= 1.0:
-            raise ValueError(f"quantile: got {quantile}, want a number in [0, 1]")
-        scores = scores.detach().to(self.rank_mask.device, torch.float64)
-        if not scores.isfinite().all():
-            raise ValueError("scores: got NaN or infinity in it, want finite values")
-        kept = scores > scores.quantile(quantile)
-        kept[scores.argmax()] = True
-        self.rank_mask.copy_(kept)
-
-    def orthogonality(self) -> Tensor:
-        """‖BᵀB − I‖² + ‖AAᵀ − I‖², Frobenius: 0 where the triplets are those of a singular value
-        decomposition. Differentiable; in float32."""
-        dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
-        A, B = self.lora_A.to(dtype), self.lora_B.to(dtype)
-        eye = torch.eye(self.r, dtype=dtype, device=A.device)
-        return (B.T @ B - eye).square().sum() + (A @ A.T - eye).square().sum()
-
-    def extra_repr(self) -> str:
-        kept = "" if self.rank_mask.is_meta else f", current_rank={self.current_rank}"
-        return super().extra_repr() + kept
-
-
-class QAdaLoRALinear(AdaLoRALinear, QLoRALinear):
-    """`AdaLoRALinear` over a 4-bit base; see `QLoRALinear`."""
+from .variants import AdaLoRALinear
 
 
 class RankAllocator:

@@ -1,0 +1,358 @@
+"""LoRALayer: a base that computes with the frozen W, and an adapter that is trained beside it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..fastpath import CallCache, DoraNormCache
+from ..functional import lora_linear
+from ..quantization import Weight4bit
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # typing's own from Python 3.11 on
+
+Init = str | Callable[[Tensor], object]
+_INITS = ("kaiming", "gaussian", "xavier", "orthogonal")
+
+
+class Adapter(NamedTuple):
+    """The adapter's operands: y = c ⊙ (x·Wᵀ + s·((D(x)·Aᵀ) ⊙ g)·Bᵀ) + bias."""
+
+    lora_A: Tensor  # A [R, K]
+    lora_B: Tensor  # B [N, R]
+    scaling: float  # s
+    rank_gate: Tensor | None = None  # g [R]
+    column_scale: Tensor | None = None  # c [N]
+
+    def merge_into(self, weight: Tensor) -> Tensor:
+        """Return c ⊙ (weight + s·(B ⊙ g)·A) in float32 (float64 for float64)."""
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        gate, column_scale = self.rank_gate, self.column_scale
+        lora_A, lora_B = self.lora_A.to(dtype), self.lora_B.to(dtype)
+        lora_B = lora_B if gate is None else lora_B * gate.to(dtype)
+        with torch.autocast(weight.device.type, enabled=False):
+            merged = torch.addmm(weight.to(dtype), lora_B, lora_A, alpha=self.scaling)
+        return merged if column_scale is None else merged * column_scale.to(dtype)[:, None]
+
+
+class Base:
+    """How a layer stores its frozen W and multiplies by it: one parameter `weight` [N, K].
+
+    A base keeps nothing itself. Parameters are the layer's own, so that they shard, save and load
+    with it under short names.
+    """
+
+    def shape(self, in_features: int, out_features: int) -> tuple[int, int]:
+        """Return the shape of the dense `weight`."""
+        return out_features, in_features
+
+    @torch.no_grad()
+    def reset(self, layer: LoRALayer) -> None:
+        """Start weight and bias as `nn.Linear` does."""
+        nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5))
+        if layer.bias is not None:
+            bound = layer.in_features**-0.5
+            nn.init.uniform_(layer.bias, -bound, bound)
+
+    def hold(self, layer: LoRALayer, weight: Tensor | Weight4bit) -> None:
+        """Make `weight` the layer's, sharing its memory where the format allows."""
+        assert isinstance(weight, nn.Parameter)
+        layer.weight = weight
+
+    def operand(self, layer: LoRALayer) -> Tensor | Weight4bit:
+        """Return W as `lora_linear` takes it."""
+        return layer.weight
+
+    def multiply(self, x: Tensor, weight: Tensor | Weight4bit, bias: Tensor | None) -> Tensor:
+        """Return the layer's output without an adapter, for an operand or a merged weight."""
+        assert isinstance(weight, Tensor)
+        return F.linear(x, weight, bias)
+
+
+class LayerCache:
+    """What a layer derives from its tensors and keeps between calls.
+
+    It is empty in a copy of the layer, after loading a pickle, and after a move.
+    """
+
+    def __init__(self) -> None:
+        self.call = CallCache()
+        self.norm = DoraNormCache()
+        self.wide_B: Tensor | None = None
+        self.weight4bit: tuple[tuple[int, ...], Weight4bit] | None = None
+
+    def __reduce__(self) -> tuple[type[LayerCache], tuple[()]]:
+        return LayerCache, ()
+
+
+class LoRALayer(nn.Module):
+    """What all layers with an adapter share; `isinstance(module, LoRALayer)` finds them.
+
+    A subclass is a choice of base, in `_base`, and of adapter, in at most four methods:
+
+        _make_adapter           registers the adapter's parameters, with no values yet
+        reset_lora_parameters   gives them their first values
+        _adapter                returns the operands that follow from them
+        _fused                  computes base and adapter together, if not by `lora_linear`
+
+    The classes and their arguments are documented where they are made: `LoRALinear` first.
+    """
+
+    in_features: int
+    out_features: int
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    merged_weight: Tensor | None
+
+    _base: ClassVar[Base] = Base()
+    _default_init: ClassVar[Any] = "kaiming"
+    compute_dtype: torch.dtype | None = None  # of the base product, where autocast is off
+    use_checkpoint = False  # see `MemoryEfficientLoRALinear`
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        r: int = 8,
+        alpha: float = 16.0,
+        dropout: float = 0.0,
+        bias: bool = False,
+        init: Init | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        lora_dtype: torch.dtype | None = None,
+        *,
+        scaling: str = "lora",
+    ) -> None:
+        super().__init__()
+        for name, size in (("in_features", in_features), ("out_features", out_features), ("r", r)):
+            check_size(name, size)
+        for name, number in (("alpha", alpha), ("dropout", dropout)):
+            if not isinstance(number, (int, float)):
+                raise TypeError(f"{name}: got {number!r}, want a number")
+        if not math.isfinite(alpha):
+            raise ValueError(f"alpha: got {alpha}, want a finite number")
+        if not 0.0 <= dropout <= 1.0:  # NaN fails this too
+            raise ValueError(f"dropout: got {dropout}, want a probability in [0, 1]")
+        init = self._default_init if init is None else init
+        if not callable(init) and init not in _INITS:
+            want = ", ".join(map(repr, _INITS))
+            raise ValueError(f"init: got {init!r}, want one of {want}, or a callable")
+        if init == "orthogonal" and r > in_features:
+            raise ValueError(f"r: got {r}, want at most in_features = {in_features} for orthogonal")
+        if scaling not in ("lora", "rslora"):
+            raise ValueError(f"scaling: got {scaling!r}, want 'lora' or 'rslora'")
+        self.in_features, self.out_features = in_features, out_features
+        self.r, self.alpha = r, alpha
+        self.scaling = alpha / (r if scaling == "lora" else math.sqrt(r))
+        self.dropout = dropout
+        self.init = init
+        self.enabled = True  # False: the base alone, exactly `F.linear`
+        self._cache = LayerCache()
+        shape = self._base.shape(in_features, out_features)
+        self.weight = _frozen(torch.empty(shape, device=device, dtype=dtype))
+        if not self.weight.is_floating_point():
+            raise TypeError(f"dtype: got {dtype}, want a floating dtype")
+        self.register_parameter(
+            "bias", _frozen(self.weight.new_empty(out_features)) if bias else None
+        )
+        if lora_dtype is None:
+            lora_dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        elif not lora_dtype.is_floating_point:
+            raise TypeError(f"lora_dtype: got {lora_dtype}, want a floating dtype")
+        self._make_adapter(lora_dtype)
+        self.register_buffer("merged_weight", None, persistent=False)
+        self.reset_parameters()
+
+    # The adapter
+
+    def _make_adapter(self, dtype: torch.dtype) -> None:
+        """Register the adapter's parameters on the base's device; matrices have this dtype."""
+        self.lora_A = self._empty(self.r, self.in_features, dtype=dtype)
+        self.lora_B = self._empty(self.out_features, self.r, dtype=dtype)
+
+    @torch.no_grad()
+    def reset_lora_parameters(self) -> None:
+        """Start lora_A by `init` and lora_B at zero. Meta tensors are left alone."""
+        if not self.lora_A.is_meta:
+            self._init_(self.lora_A)
+            nn.init.zeros_(self.lora_B)
+
+    def _adapter(self, weight: Tensor | Weight4bit) -> Adapter:
+        """Return the adapter's operands beside this operand of the base."""
+        return Adapter(self.lora_A, self.lora_B, self.scaling)
+
+    def _fused(self, x: Tensor, weight: Tensor | Weight4bit) -> Tensor:
+        """Return the layer's output, with this operand of the base."""
+        dropout_p = self.dropout if self.training else 0.0
+        lora_A, lora_B, scaling, gate, column_scale = self._adapter(weight)
+        varied = gate is not None or column_scale is not None or self.use_checkpoint
+        if varied or torch.compiler.is_compiling():
+            return lora_linear(
+                x,
+                weight,
+                lora_A,
+                lora_B,
+                scaling,
+                self.bias,
+                rank_gate=gate,
+                column_scale=column_scale,
+                dropout_p=dropout_p,
+                compute_dtype=self.compute_dtype,
+                recompute=self.use_checkpoint,
+            )
+        return self._cache.call(
+            x, weight, lora_A, lora_B, scaling, self.bias, self.compute_dtype, dropout_p
+        )
+
+    def _empty(self, *shape: int, dtype: torch.dtype) -> nn.Parameter:
+        return nn.Parameter(self.weight.new_empty(shape, dtype=dtype))
+
+    def _empty_vector(self, size: int, dtype: torch.dtype) -> nn.Parameter:
+        """Return an empty parameter of an adapter's vector, in float32 at least."""
+        return self._empty(size, dtype=torch.promote_types(dtype, torch.float32))
+
+    def _init_(self, A: Tensor) -> None:
+        """Fill an A [r, K] by `init`."""
+        if callable(self.init):
+            self.init(A)
+        elif self.init == "gaussian":
+            nn.init.normal_(A, std=1 / self.r)
+        elif self.init == "xavier":
+            nn.init.xavier_uniform_(A)
+        elif self.init == "orthogonal":  # by a decomposition that 16-bit dtypes have not
+            dtype = torch.promote_types(A.dtype, torch.float32)
+            A.copy_(nn.init.orthogonal_(torch.empty_like(A, dtype=dtype)))
+        else:
+            nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+
+    # The base
+
+    def _take(self, weight: Tensor | Weight4bit, bias: nn.Parameter | None) -> Self:
+        """Take a base in place of the one on meta, and start the adapter on its device."""
+        self._base.hold(self, weight)
+        self.bias = bias
+        if weight.device.type != "meta":
+            for name, p in self._parameters.items():
+                if p is not None and p.is_meta:
+                    empty = torch.empty_like(p, device=weight.device)
+                    self._parameters[name] = nn.Parameter(empty, p.requires_grad)
+            for name, t in self._buffers.items():
+                if t is not None:
+                    self._buffers[name] = torch.empty_like(t, device=weight.device)
+        self.reset_lora_parameters()
+        return self
+
+    def reset_parameters(self) -> None:
+        """Start the base as its kind does, and the adapter as `reset_lora_parameters` does."""
+        self._base.reset(self)
+        self.reset_lora_parameters()
+
+    def _base_weight(self) -> Tensor | Weight4bit:
+        """Return the base's operand: W [N, K], or the table [K, N] of an embedding."""
+        return self._base.operand(self)
+
+    def _dense_weight(self) -> Tensor:
+        """Return the base's operand as a floating tensor."""
+        weight = self._base_weight()
+        return weight if isinstance(weight, Tensor) else weight.dequantize()
+
+    # The layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] -> y [..., N], in autocast's dtype where autocast is on, else in x's."""
+        if not self.enabled:
+            return self._base.multiply(x, self._base_weight(), self.bias)
+        if self.merged_weight is None:
+            return self._fused(x, self._base_weight())
+        trainable = self.lora_A.requires_grad or self.lora_B.requires_grad
+        if trainable and self.training and torch.is_grad_enabled():
+            raise RuntimeError(
+                f"{type(self).__name__} is merged and in training mode, where lora_A and "
+                "lora_B would get no gradient: call unmerge() to train, or eval()"
+            )
+        return self._base.multiply(x, self.merged_weight, self.bias)
+
+    @property
+    def merged(self) -> bool:
+        """Whether `merge` is in force."""
+        return self.merged_weight is not None
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Compute with W + (alpha/r)·B·A from here on, as of now: one product, no dropout.
+
+        The sum is taken in float32 (float64 for float64) and rounded once to W's dtype. W itself
+        is kept beside it: `unmerge` gives back the same bits and a state dict is the same, merged
+        or not, at the price of a second [N, K] tensor while merged. A second call merges afresh.
+        Raises RuntimeError, and merges nothing, where the sum has NaN or infinity.
+        """
+        self.merged_weight = self._merged(self._dense_weight())
+
+    def _merged(self, weight: Tensor) -> Tensor:
+        """Return this weight with the adapter merged into it; RuntimeError if it is not finite."""
+        merged = self._adapter(self._base_weight()).merge_into(weight).to(weight.dtype)
+        if not merged.isfinite().all():
+            raise RuntimeError(
+                "merge: got NaN or infinity in the sum of weight and adapter, want finite values; "
+                "nothing was merged"
+            )
+        return merged
+
+    def unmerge(self) -> None:
+        """Undo `merge`; W never changed."""
+        self.merged_weight = None
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        self._cache = LayerCache()  # whose tensors would stay in memory where these move
+        super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        return self
+
+    def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        if self.merged:  # of the weights before
+            self.merge()
+
+    def extra_repr(self) -> str:
+        text = (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, r={self.r}, alpha={self.alpha:g}, "
+            f"dropout={self.dropout:g}"
+        )
+        return text + ", merged" * self.merged + ", disabled" * (not self.enabled)
+
+
+def check_stock(name: str, module: nn.Module, cls: type[nn.Module], of: str) -> None:
+    """Raise TypeError for anything but a plain `cls`."""
+    if type(module) is not cls:
+        raise TypeError(f"{name}: got {type(module).__name__}, want exactly {of}")
+    if type(module.weight) is not nn.Parameter:
+        raise TypeError(f"{name}: got a weight of {type(module.weight)}, want torch.nn.Parameter")
+    if (
+        "forward" in vars(module)
+        or module._forward_pre_hooks
+        or module._forward_hooks
+        or module._backward_pre_hooks
+        or module._backward_hooks
+    ):
+        raise TypeError(f"{name}: got one with hooks or a patched forward, want a stock one")
+
+
+def check_size(name: str, size: int) -> None:
+    """Raise unless `size` is an int of at least 1."""
+    if not isinstance(size, int) or isinstance(size, bool):
+        raise TypeError(f"{name}: got {size!r}, want an int")
+    if size < 1:
+        raise ValueError(f"{name}: got {size}, want at least 1")
+
+
+def _frozen(t: Tensor) -> nn.Parameter:
+    return nn.Parameter(t, requires_grad=False)

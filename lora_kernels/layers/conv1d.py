@@ -16,8 +16,7 @@ if TYPE_CHECKING:
 class TransposedBase(Base):
     """W in one parameter `weight` [K, N], as transformers' `Conv1D` has it."""
 
-    def shape(self, in_features: int, out_features: int) -> tuple[int, int]:
-        return in_features, out_features
+    transposed = True
 
     @torch.no_grad()
     def reset(self, layer: LoRALayer) -> None:

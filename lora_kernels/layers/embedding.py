@@ -20,8 +20,7 @@ if TYPE_CHECKING:
 class EmbeddingBase(Base):
     """A table [K, N] in one parameter `weight`, as `nn.Embedding` has it."""
 
-    def shape(self, in_features: int, out_features: int) -> tuple[int, int]:
-        return in_features, out_features
+    transposed = True
 
     @torch.no_grad()
     def reset(self, layer: LoRAEmbedding) -> None:  # type: ignore[override]
@@ -139,7 +138,7 @@ class LoRAEmbedding(LoRALayer):
 
     @torch.no_grad()
     def reset_lora_parameters(self) -> None:
-        """lora_A to zero, lora_B by `init`. Meta tensors are left alone."""
+        """Start lora_A at zero and lora_B by `init`. Meta tensors are left alone."""
         if self.lora_A.is_meta:
             return
         assert callable(self.init)
@@ -173,7 +172,7 @@ def lookup(
     padding_idx: int | None,
     scale_grad_by_freq: bool,
 ) -> Tensor:
-    """W[x] + Σ s·A[:, x]ᵀ·Bᵀ over adapters (A [r, K], B [N, r], s), [..., N] in weight's dtype.
+    """Return W[x] + Σ s·A[:, x]ᵀ·Bᵀ over adapters (A [r, K], B [N, r], s), in weight's dtype.
 
     One product for all adapters, in the widest of their dtypes and the weight's, and rounded once.
     weight [K, N] may not require a gradient: the rows looked up are written over.

@@ -129,26 +129,34 @@ class LoRAGroup(LoRALayer):
 
     def _make_adapter(self, dtype: torch.dtype) -> None:
         self.lora_A = self._empty(len(self.targets) * self.r, self.in_features, dtype=dtype)
-        self.lora_B = self._empty(sum(self._rows_of_B()), self.r, dtype=dtype)
+        self.lora_B = self._empty(sum(self._target_sizes()), self.r, dtype=dtype)
 
     def _init_(self, A: Tensor) -> None:
         for member in A.split(self.r):
             super()._init_(member)
 
     def member(self, name: str) -> Member:
-        """Views of the member's parameters. Raises KeyError for a name that there is not."""
+        """Return views of the member's parameters. Raises KeyError for a name that there is not."""
         if name not in self.members:
             raise KeyError(f"name: got {name!r}, want one of {tuple(self.members)}")
-        names, sizes = list(self.members), list(self.members.values())
-        i = names.index(name)
+        i, sizes = list(self.members).index(name), list(self.members.values())
         rows = slice(sum(sizes[:i]), sum(sizes[: i + 1]))
-        A = B = None
-        if name in self.targets:
-            t = self.targets.index(name)
-            A = self.lora_A.split(self.r)[t]
-            B = self.lora_B.split(self._rows_of_B())[t]
+        _, B, rank = self._parts_of_B()[i]
+        A = None if B is None else self.lora_A[rank : rank + self.r]
         weight = self.weight[rows] if self.weight.is_floating_point() else None
         return Member(weight, None if self.bias is None else self.bias[rows], A, B)
+
+    def _parts_of_B(self) -> list[tuple[int, Tensor | None, int]]:
+        """Return each member's size, its rows of lora_B if it has some, and its first rank."""
+        parts, rank, found = iter(self.lora_B.split(self._target_sizes())), 0, []
+        for name, size in self.members.items():
+            is_target = name in self.targets
+            found.append((size, next(parts) if is_target else None, rank))
+            rank += self.r * is_target
+        return found
+
+    def _target_sizes(self) -> list[int]:
+        return [self.members[name] for name in self.targets]
 
     def _adapter(self, weight: Tensor | Weight4bit) -> Adapter:
         return Adapter(self.lora_A, self._wide_B(), self.scaling)
@@ -158,35 +166,32 @@ class LoRAGroup(LoRALayer):
         plain = type(self.lora_B) is nn.Parameter and not self.lora_B.is_meta
         if plain and not torch.is_grad_enabled() and not ops.is_intercepted():
             return self._written_B()
-        parts, r, T = iter(self.lora_B.split(self._rows_of_B())), self.r, len(self.targets)
-        rows: list[Tensor] = []
-        for name, size in self.members.items():
-            if name in self.targets:
-                t = self.targets.index(name)
-                rows.append(F.pad(next(parts), (t * r, (T - 1 - t) * r)))
-            else:
-                rows.append(self.lora_B.new_zeros(size, T * r))
-        return torch.cat(rows)
+        width = len(self.targets) * self.r
+        return torch.cat(
+            [
+                self.lora_B.new_zeros(size, width)
+                if B is None
+                else F.pad(B, (rank, width - rank - self.r))
+                for size, B, rank in self._parts_of_B()
+            ]
+        )
 
     def _written_B(self) -> Tensor:
         """Return `_wide_B`, each time in one tensor, whose address a prepared call knows."""
-        shape, wide = (self.out_features, len(self.targets) * self.r), self._cache.wide_B
+        wide = self._cache.wide_B
         if (
             wide is None
             or (wide.dtype, wide.device) != (self.lora_B.dtype, self.lora_B.device)
             or wide.is_inference() is not torch.is_inference_mode_enabled()
         ):
-            wide = self._cache.wide_B = self.lora_B.new_zeros(shape)
-        parts, n = iter(self.lora_B.split(self._rows_of_B())), 0
-        for name, size in self.members.items():
-            if name in self.targets:
-                t = self.targets.index(name)
-                wide[n : n + size, t * self.r : (t + 1) * self.r] = next(parts)
+            width = len(self.targets) * self.r
+            wide = self._cache.wide_B = self.lora_B.new_zeros(self.out_features, width)
+        n = 0
+        for size, B, rank in self._parts_of_B():
+            if B is not None:
+                wide[n : n + size, rank : rank + self.r] = B
             n += size
         return wide
-
-    def _rows_of_B(self) -> list[int]:
-        return [self.members[name] for name in self.targets]
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         """x [..., K] -> y_i [..., N_i], views of one [..., N]."""

@@ -48,9 +48,7 @@ class Base:
     with it under short names.
     """
 
-    def shape(self, in_features: int, out_features: int) -> tuple[int, int]:
-        """Return the shape of the dense `weight`."""
-        return out_features, in_features
+    transposed = False  # whether `weight` is [K, N]
 
     @torch.no_grad()
     def reset(self, layer: LoRALayer) -> None:
@@ -157,7 +155,8 @@ class LoRALayer(nn.Module):
         self.init = init
         self.enabled = True  # False: the base alone, exactly `F.linear`
         self._cache = LayerCache()
-        shape = self._base.shape(in_features, out_features)
+        sizes = (out_features, in_features)
+        shape = sizes[::-1] if self._base.transposed else sizes
         self.weight = _frozen(torch.empty(shape, device=device, dtype=dtype))
         if not self.weight.is_floating_point():
             raise TypeError(f"dtype: got {dtype}, want a floating dtype")

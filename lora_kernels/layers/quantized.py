@@ -40,8 +40,8 @@ class Base4bit(Base):
         if not weight.is_floating_point():
             if weight.is_meta:
                 return
-            shape = self.shape(layer.in_features, layer.out_features)
-            dense = torch.empty(shape, dtype=layer.weight_dtype, device=weight.device)
+            sizes, dtype = (layer.out_features, layer.in_features), layer.weight_dtype
+            dense = torch.empty(sizes, dtype=dtype, device=weight.device)
             layer.weight = nn.Parameter(dense, requires_grad=False)
         super().reset(layer)
         self.hold(layer, layer.weight)

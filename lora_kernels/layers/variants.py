@@ -52,7 +52,7 @@ class DoRALinear(LoRALinear):
 
     @torch.no_grad()
     def reset_lora_parameters(self) -> None:
-        """lora_A by `init`, lora_B to zero, magnitude to the norm of the base's rows."""
+        """Start the magnitude at the norm of the base's rows, lora_A and lora_B as `LoRALinear`."""
         super().reset_lora_parameters()
         if self.lora_A.is_meta:
             return
@@ -63,9 +63,9 @@ class DoRALinear(LoRALinear):
         self.magnitude.copy_(norm)
 
     def _adapter(self, weight: Tensor | Weight4bit) -> Adapter:
-        adapter = super()._adapter(weight)
-        norm = self._cache.norm(weight, *adapter[:4])
-        return adapter._replace(column_scale=self.magnitude / norm)
+        lora_A, lora_B, scaling, gate, _ = super()._adapter(weight)
+        norm = self._cache.norm(weight, lora_A, lora_B, scaling, gate)
+        return Adapter(lora_A, lora_B, scaling, gate, self.magnitude / norm)
 
 
 class AdaLoRALinear(LoRALinear):
@@ -95,7 +95,7 @@ class AdaLoRALinear(LoRALinear):
 
     @torch.no_grad()
     def reset_lora_parameters(self) -> None:
-        """lora_E to zero, lora_A and lora_B as the class says, every rank kept."""
+        """Start lora_E at zero, lora_A and lora_B as the class says, with every rank kept."""
         super().reset_lora_parameters()
         if self.lora_A.is_meta:
             return
@@ -110,13 +110,14 @@ class AdaLoRALinear(LoRALinear):
 
     @property
     def current_rank(self) -> int:
-        """How many ranks are kept."""
+        """The number of ranks that are kept."""
         return int(self.rank_mask.sum())
 
     @torch.no_grad()
     def update_rank(self, scores: Tensor, quantile: float = 0.5) -> None:
-        """Keep the ranks whose score lies strictly above that quantile of all r scores, and one at
-        least: the best, the first of equals.
+        """Keep the ranks whose score lies strictly above that quantile of all r scores.
+
+        At least one rank is kept: the best, the first of equals.
 
         scores: [r], finite. Raises ValueError otherwise, or for a quantile outside [0, 1].
         """
@@ -132,8 +133,10 @@ class AdaLoRALinear(LoRALinear):
         self.rank_mask.copy_(kept)
 
     def orthogonality(self) -> Tensor:
-        """‖BᵀB − I‖² + ‖AAᵀ − I‖², Frobenius: 0 where the triplets are those of a singular value
-        decomposition. Differentiable; in float32."""
+        """Return ‖BᵀB − I‖² + ‖AAᵀ − I‖² in Frobenius norms, differentiable, in float32.
+
+        It is 0 if the triplets are those of a singular value decomposition.
+        """
         dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
         A, B = self.lora_A.to(dtype), self.lora_B.to(dtype)
         eye = torch.eye(self.r, dtype=dtype, device=A.device)
@@ -168,8 +171,10 @@ class StableLoRALinear(LoRALinear):
         super().__init__(*args, **kwargs)
 
     def clip_gradients(self) -> Tensor:
-        """Scale the gradients of lora_A and lora_B down, together, to `max_grad_norm`; returns
-        their joint norm before, 0 where there are none. Raises RuntimeError where it is not finite.
+        """Scale the gradients of lora_A and lora_B down, together, to `max_grad_norm`.
+
+        Returns their joint norm before, 0 if there are none. Raises RuntimeError if it is not
+        finite.
         """
         return nn.utils.clip_grad_norm_(
             [self.lora_A, self.lora_B], self.max_grad_norm, error_if_nonfinite=True
@@ -206,7 +211,7 @@ class LoRAPlusLinear(LoRALinear):
     """
 
     def get_parameter_groups(self, lr: float, ratio: float = 16.0) -> list[dict[str, Any]]:
-        """Groups for an optimizer: lora_B's learning rate is `ratio` times the other's, `lr`."""
+        """Return an optimizer's groups: lora_B learns at `lr` · `ratio`, all else at `lr`."""
         return lora_plus_parameter_groups(self, lr, ratio)
 
 

@@ -151,6 +151,34 @@ def test_compiled_layer_keeps_y(name: str) -> None:
     assert_close_derived(compiled(x), layer(x))
 
 
+class ReversedQDoRALinear(layers.QLoRALinear, DoRALinear):
+    """The parents of `QDoRALinear` in the other order."""
+
+
+def test_variant_and_4_bit_base_combine_in_either_order() -> None:
+    x, results = torch.randn(M, K), []
+    for cls in (layers.QDoRALinear, ReversedQDoRALinear):
+        torch.manual_seed(0)
+        layer = cls(K, N, r=5)
+        layer(x).square().sum().backward()
+        results.append([*layer.state_dict().values(), layer.lora_B.grad, layer.magnitude.grad])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_variants_are_loralinears_and_other_layers_are_not() -> None:
+    """Every layer is found as a LoRALayer; only those with a from_linear are LoRALinear."""
+    for name in layers.__all__:
+        cls = getattr(layers, name)
+        if isinstance(cls, type) and name.startswith(("Q", "LoRA")) and hasattr(cls, "_adapter"):
+            assert issubclass(cls, layers.LoRALayer), name
+            assert issubclass(cls, LoRALinear) is hasattr(cls, "from_linear"), name
+    for name in VARIANTS:
+        if name != "LoRAConv1D":
+            quantized, dense = getattr(layers, f"Q{name}"), getattr(layers, name)
+            assert issubclass(dense, LoRALinear) and issubclass(quantized, dense)
+            assert issubclass(quantized, layers.QLoRALinear)
+
+
 # Starts and scalings -----------------------------------------------------------------------------
 
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from ..measure.outputs import unwritable_reason
 from ..peft import fuse
-from ..peft.linear import is_linear4bit
+from ..peft.base import is_linear4bit
 from ..quantization import Weight4bit
 from . import UsageError
 from . import model as models

@@ -11,7 +11,8 @@ from .adalora import FusedSVDLinear
 from .embedding import FusedEmbedding
 from .frozen import StreamedLinear
 from .linear import FusedLinear
-from .report import Explanation, Row, explain
+from .report import Explanation, explain
+from .rows import Row
 from .swap import fuse, unfuse
 
 __all__ = [

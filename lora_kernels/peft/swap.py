@@ -19,9 +19,11 @@ from .. import selection
 from ..quantization.weight4bit import check_decoder
 from . import foreign
 from .adalora import FusedSVDLinear
+from .base import is_conv1d, is_linear4bit
+from .eligibility import is_base_trainable, patched_reason
 from .embedding import FusedEmbedding
 from .frozen import StreamedLinear
-from .linear import Fused, FusedLinear, is_conv1d, is_linear4bit, patched, trainable_base
+from .linear import Fused, FusedLinear
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -98,7 +100,7 @@ def _plain_linears(model: nn.Module) -> Iterator[nn.Linear]:
     """Those that are called as modules: no part of a LoRA layer, nobody else's forward."""
     parts = {part for _, layer, _ in lora_layers(model) for part in layer.modules()}  # type: ignore[attr-defined]
     for module in model.modules():
-        if type(module) is nn.Linear and module not in parts and patched(module) is None:
+        if type(module) is nn.Linear and module not in parts and patched_reason(module) is None:
             yield module
 
 
@@ -127,9 +129,9 @@ def _unfusable(layer: Any) -> str | None:
     transposed = getattr(layer, "fan_in_fan_out", False) and not isinstance(layer, lora.Embedding)
     if transposed and not is_conv1d(layer.get_base_layer()):
         return "fan_in_fan_out beside a base that is not transformers' Conv1D"
-    if trainable_base(layer):
+    if is_base_trainable(layer):
         return "the base weight is trainable"
-    return patched(layer) or _excess_traffic(layer)
+    return patched_reason(layer) or _excess_traffic(layer)
 
 
 def _excess_traffic(layer: Any) -> str | None:

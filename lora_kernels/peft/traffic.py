@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import traffic
-from .linear import is_conv1d, is_linear4bit
+from .base import is_conv1d, is_linear4bit
 
 ROWS = (1, 512, 8192)  # of x, at which a layer is counted
 _PLAIN = ("Parameter", "Params4bit")

@@ -19,7 +19,7 @@ import lora_kernels
 from lora_kernels.backends import cpu_heuristics, native
 from lora_kernels.fastpath import prepare
 from lora_kernels.peft import fuse
-from lora_kernels.peft.linear import _PreparedForward
+from lora_kernels.peft.prepared import PreparedForward
 from lora_kernels.quantization import Weight4bit, quantize_4bit
 from tests.support.models import watch_prepared_calls
 from tests.support.peft_models import add_adapter, add_lora, count_ops
@@ -270,16 +270,16 @@ def train(layer: Any) -> list[Tensor | None]:
 
 def ready(layer: Any, call: Callable[[], object]) -> bool:
     """Whether the call followed what an earlier one had found."""
-    calls, whole = 0, _PreparedForward.__call__
+    calls, whole = 0, PreparedForward.__call__
 
-    def counted(self: _PreparedForward, layer: Any, x: Tensor) -> Tensor | None:
+    def counted(self: PreparedForward, layer: Any, x: Tensor) -> Tensor | None:
         nonlocal calls
         y = whole(self, layer, x)
         calls += y is not None
         return y
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_PreparedForward, "__call__", counted)
+        patch.setattr(PreparedForward, "__call__", counted)
         call()
     return calls == 1
 
@@ -396,7 +396,7 @@ def _try(layer: Any, x: Tensor) -> None:
 
 def test_prepared_forward_is_not_copied(layer: Any) -> None:
     decode(layer)
-    assert isinstance(layer._prepared, _PreparedForward)
+    assert isinstance(layer._prepared, PreparedForward)
     copies = [copy.deepcopy(layer)]
     if is_dense(layer):  # a Params4bit comes back from pickle as a Parameter
         copies.append(pickle.loads(pickle.dumps(layer)))

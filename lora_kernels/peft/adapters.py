@@ -1,0 +1,203 @@
+"""The active adapters of a PEFT layer, and how they share calls of `lora_linear`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..backends.eager import UPCAST_ROWS
+from ..backends.library import follows_gpu
+
+
+class Adapter(NamedTuple):
+    name: str
+    lora_A: nn.Linear
+    lora_B: nn.Linear
+    scaling: float | Tensor  # a tensor where PEFT has prepared the model for hot-swapping
+    dropout: nn.Module
+
+
+def adapters_of(layer: Any) -> list[Adapter]:
+    """The adapters that its last call named for its rows, or else the active ones; of those that
+    this layer has."""
+    modules = cast(dict[str, Any], layer._modules)
+    lora_A, lora_B = modules["lora_A"]._modules, modules["lora_B"]._modules
+    dropout = modules["lora_dropout"]._modules
+    return [
+        Adapter(name, lora_A[name], lora_B[name], layer.scaling[name], dropout[name])
+        for name in layer.mixed_batch or layer.active_adapters
+        if name in lora_A
+    ]
+
+
+class Call(NamedTuple):
+    """The adapters' arguments of one `lora_linear`."""
+
+    lora_A: Tensor
+    lora_B: Tensor
+    scaling: float
+    rank_gate: Tensor | None
+    dropout_p: float
+
+
+class MixedCall(NamedTuple):
+    """The adapters' arguments of one `multi_lora_linear`."""
+
+    lora_A: list[Tensor]
+    lora_B: list[Tensor]
+    names: Tensor  # `multi_lora_linear`'s index
+    scaling: list[float]
+    dropout_p: float
+
+
+def calls(adapters: Sequence[Adapter], device_type: str, rows: int | None) -> list[Call]:
+    """Return a call for each of the `groups` of adapters."""
+    found = groups(adapters, device_type, rows)
+    return [stack(group, dropout_p(group[0].dropout)) for group in found]
+
+
+def groups(adapters: Sequence[Any], device_type: str, rows: int | None) -> list[Sequence[Any]]:
+    """Return the adapters to be stacked: those without dropout together, each with dropout alone.
+
+    On a GPU, beside x of at most `UPCAST_ROWS` rows each adapter is alone: stacking copies the
+    adapters in every call, which moves more bytes than it saves.
+
+    Args:
+        adapters: the active ones.
+        device_type: of x.
+        rows: of x; None for many.
+    """
+    if len(adapters) == 1:
+        return [adapters]
+    if rows is not None and rows <= UPCAST_ROWS and follows_gpu(device_type):
+        return [[adapter] for adapter in adapters]
+    plain = [adapter for adapter in adapters if not dropout_p(adapter.dropout)]
+    masked: list[Sequence[Any]] = [[a] for a in adapters if dropout_p(a.dropout)]
+    return [plain, *masked] if plain else masked
+
+
+def stack(adapters: Sequence[Adapter], dropout_p: float) -> Call:
+    """The adapters stacked along the rank, a gate with the scaling of each, unless one will do."""
+    _, lora_A, lora_B, scaling, _ = adapters[0]
+    if len(adapters) == 1 and not isinstance(scaling, Tensor):
+        return Call(weight_of(lora_A), weight_of(lora_B), scaling, None, dropout_p)
+    A = torch.cat([weight_of(adapter.lora_A) for adapter in adapters])
+    B = torch.cat([weight_of(adapter.lora_B) for adapter in adapters], dim=1)
+    if not any(isinstance(a.scaling, Tensor) or a.scaling != scaling for a in adapters):
+        return Call(A, B, cast(float, scaling), None, dropout_p)
+    return Call(A, B, 1.0, torch.cat([_gate(adapter) for adapter in adapters]), dropout_p)
+
+
+def mixed_call(adapters: Sequence[Adapter], names: Sequence[str], x: Tensor) -> MixedCall:
+    """names: one for each x[i]; PEFT's "__base__", and what this layer has not, are no adapter."""
+    places = {adapter.name: e for e, adapter in enumerate(adapters)}
+    index = torch.tensor([places.get(name, -1) for name in names], device=x.device)
+    return MixedCall(
+        [weight_of(adapter.lora_A) for adapter in adapters],
+        [weight_of(adapter.lora_B) for adapter in adapters],
+        index.view(-1, *[1] * (x.dim() - 2)).expand(x.shape[:-1]),
+        [cast(float, adapter.scaling) for adapter in adapters],
+        dropout_p(adapters[0].dropout),
+    )
+
+
+def _gate(adapter: Adapter) -> Tensor:
+    """The adapter's scaling on each of its ranks, [R]."""
+    A, scaling = weight_of(adapter.lora_A), adapter.scaling
+    R, dtype = A.shape[0], torch.promote_types(A.dtype, torch.float32)
+    if isinstance(scaling, Tensor):
+        return scaling.to(A.device, dtype).expand(R)
+    return torch.full((R,), scaling, dtype=dtype, device=A.device)
+
+
+def weight_of(linear: nn.Linear) -> Tensor:
+    return cast(Tensor, linear._parameters["weight"])
+
+
+def lora_bias(adapters: Sequence[Adapter]) -> Tensor | None:
+    """The sum of scaling · lora_B.bias, [N]; None without `lora_bias`."""
+    total: Tensor | None = None
+    for adapter in adapters:
+        bias = adapter.lora_B._parameters["bias"]
+        if bias is not None:
+            part = adapter.scaling * bias
+            total = part if total is None else total + part
+    return total
+
+
+def dropout_p(dropout: nn.Module) -> float:
+    """The probability with which it drops now."""
+    return dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
+
+
+class SVDAdapter(NamedTuple):
+    name: str
+    lora_A: Tensor  # [R, K]
+    lora_B: Tensor  # [N, R]
+    lora_E: Tensor  # [R, 1]
+    ranknum: Tensor  # [1]
+    scaling: float | Tensor
+    dropout: nn.Module
+
+
+def svd_adapters_of(layer: Any) -> list[SVDAdapter]:
+    """The active adapters, of those that this layer has."""
+    modules = layer._modules
+    lora_A, lora_B, lora_E, ranknum = (
+        modules[name]._parameters for name in ("lora_A", "lora_B", "lora_E", "ranknum")
+    )
+    dropout = modules["lora_dropout"]._modules
+    scaling = layer.scaling
+    return [
+        SVDAdapter(
+            name, *(each[name] for each in (lora_A, lora_B, lora_E, ranknum, scaling, dropout))
+        )
+        for name in layer.active_adapters
+        if name in lora_A
+    ]
+
+
+def svd_calls(adapters: Sequence[SVDAdapter], device_type: str, rows: int | None) -> list[Call]:
+    """Return a call for each of the `groups` of adapters."""
+    found = groups(adapters, device_type, rows)
+    return [_stack_svd(group, dropout_p(group[0].dropout)) for group in found]
+
+
+def _stack_svd(adapters: Sequence[SVDAdapter], dropout_p: float) -> Call:
+    if len(adapters) == 1:
+        adapter = adapters[0]
+        return Call(adapter.lora_A, adapter.lora_B, 1.0, _svd_gate(adapter), dropout_p)
+    return Call(
+        torch.cat([adapter.lora_A for adapter in adapters]),
+        torch.cat([adapter.lora_B for adapter in adapters], dim=1),
+        1.0,
+        torch.cat([_svd_gate(adapter) for adapter in adapters]),
+        dropout_p,
+    )
+
+
+def _svd_gate(adapter: SVDAdapter) -> Tensor:
+    """E · scaling / (ranknum + 1e-5), [R], as PEFT has it."""
+    dtype = torch.promote_types(adapter.lora_E.dtype, torch.float32)
+    return adapter.lora_E.flatten().to(dtype) * adapter.scaling / (adapter.ranknum + 1e-5)
+
+
+class EmbeddingAdapter(NamedTuple):
+    name: str
+    lora_A: Tensor  # [R, K]
+    lora_B: Tensor  # [N, R]
+    scaling: float | Tensor
+
+
+def embedding_adapters_of(layer: Any) -> list[EmbeddingAdapter]:
+    """The active adapters, of those that this layer has."""
+    lora_A = layer._modules["lora_embedding_A"]._parameters
+    lora_B = layer._modules["lora_embedding_B"]._parameters
+    return [
+        EmbeddingAdapter(name, lora_A[name], lora_B[name], layer.scaling[name])
+        for name in layer.active_adapters
+        if name in lora_A
+    ]

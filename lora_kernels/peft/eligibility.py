@@ -1,0 +1,238 @@
+"""Which PEFT layers `fuse` takes, when their forward is PEFT's own all the same, and why.
+
+Each function returns the reason, or None if nothing is against it. `unfusable_reason` is asked once,
+by `fuse`. The others follow from a layer's state and are asked in every forward and by `explain`, so
+they look modules and parameters up in `_modules` and `_parameters`: `nn.Module.__getattr__` takes ten
+times as long.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from accelerate.hooks import AlignDevicesHook  # type: ignore[import-untyped]
+from peft.tuners.lora.dora import DoraLinearLayer
+from peft.tuners.lora.variants import DoraLinearVariant
+from torch import Tensor, nn
+
+from .adapters import Adapter, EmbeddingAdapter, SVDAdapter, dropout_p, weight_of
+from .base import is_conv1d, is_linear4bit
+
+LINEAR_FORWARD = nn.Linear.forward
+_EMBEDDING_FORWARD = nn.Embedding.forward
+
+
+def linear_reason(
+    layer: Any, adapters: Sequence[Adapter], device: torch.device, x_dtype: torch.dtype
+) -> str | None:
+    """Why the layer's whole forward is PEFT's own for an x on this device; None where it is not."""
+    reason = state_reason(layer, adapters)
+    if reason is not None:
+        return reason
+    for name, lora_A, lora_B, _, dropout in adapters:
+        if name in layer.lora_variant:
+            variant = _variant_reason(layer, adapters, name, device)
+            if variant is not None:
+                return f"adapter {name!r} is a {variant}"
+        reason = unreadable_reason(lora_A, device) or unreadable_reason(lora_B, device)
+        if reason is not None:
+            return f"adapter {name!r}: {reason}"
+        if (x_dtype is torch.float64) is not (weight_of(lora_A).dtype is torch.float64):
+            return f"adapter {name!r}: float64 goes with float64 alone"
+        if reason := dropout_reason(dropout):
+            return f"adapter {name!r}: {reason}"
+    return None if layer.mixed_batch is None else _mixed_reason(layer, adapters)
+
+
+def _variant_reason(
+    layer: Any, adapters: Sequence[Adapter], name: str, device: torch.device
+) -> str | None:
+    """What an adapter is that is left to PEFT for being a variant of LoRA; None if it is not."""
+    if not is_dora(layer, name):
+        variant = type(layer.lora_variant[name]).__name__
+        return f"variant of LoRA ({variant}), not covered in this version"
+    if len(adapters) > 1:
+        return "DoRA beside other active adapters, over whose results PEFT takes it"
+    if isinstance(adapters[0].scaling, Tensor):
+        return "DoRA prepared for hot-swapping"
+    reason = unreadable_reason(layer.base_layer, device)
+    if reason is not None:
+        return f"DoRA, which needs the base weight: {reason}"
+    magnitude = layer.lora_magnitude_vector[name]
+    if (
+        type(magnitude) is not DoraLinearLayer
+        or any(hooks_of(magnitude))
+        or patched_reason(magnitude)
+    ):
+        return "DoRA whose magnitude is no plain module of PEFT's"
+    if magnitude.weight.device != device:
+        return f"DoRA whose magnitude is on {magnitude.weight.device}, x on {device}"
+    return None
+
+
+def _mixed_reason(layer: Any, adapters: Sequence[Adapter]) -> str | None:
+    """Why rows that name their adapters cannot share a call; None where they can."""
+    for name, _, lora_B, scaling, _ in adapters:
+        if name in layer.lora_variant:
+            return f"adapter {name!r} is a DoRA, and rows name their adapters"
+        if lora_B._parameters["bias"] is not None:
+            return f"adapter {name!r} has a lora_bias, and rows name their adapters"
+        if isinstance(scaling, Tensor):
+            return f"adapter {name!r} is prepared for hot-swapping, and rows name their adapters"
+    dtypes = {(weight_of(a.lora_A).dtype, weight_of(a.lora_B).dtype) for a in adapters}
+    if len(dtypes) > 1 or len({dropout_p(a.dropout) for a in adapters}) > 1:
+        return "adapters that rows name differ in dtype or dropout"
+    return None
+
+
+def svd_reason(
+    layer: Any, adapters: Sequence[SVDAdapter], device: torch.device, x_dtype: torch.dtype
+) -> str | None:
+    """Why the layer's whole forward is PEFT's own for an x on this device; None where it is not."""
+    reason = state_reason(layer, adapters)
+    if reason is not None:
+        return reason
+    for name, lora_A, lora_B, lora_E, ranknum, _, dropout in adapters:
+        reason = tensor_reason(device, lora_A=lora_A, lora_B=lora_B, lora_E=lora_E)
+        reason = reason or dropout_reason(dropout)
+        if reason is None and ranknum.device != device:
+            reason = f"its ranknum is on {ranknum.device}, x on {device}"
+        if reason is None and not lora_A.shape[0]:
+            reason = "every rank was taken from it"
+        if reason is None and (x_dtype is torch.float64) is not (lora_A.dtype is torch.float64):
+            reason = "float64 goes with float64 alone"
+        if reason is not None:
+            return f"adapter {name!r}: {reason}"
+    return None
+
+
+def embedding_reason(
+    layer: Any, adapters: Sequence[EmbeddingAdapter], device: torch.device
+) -> str | None:
+    """Why the layer's whole forward is PEFT's own for an x on this device; None where it is not."""
+    if layer.mixed_batch is not None:
+        return "the last call named an adapter for each row (adapter_names)"
+    reason = state_reason(layer, adapters) or _table_reason(layer.base_layer, device)
+    if reason is not None:
+        return reason
+    for name, lora_A, lora_B, _ in adapters:
+        if name in layer.lora_variant:
+            variant = type(layer.lora_variant[name]).__name__
+            return f"adapter {name!r} is a variant of LoRA ({variant}), not covered in this version"
+        if getattr(layer, "input_fns", {}).get(name) or getattr(layer, "output_fns", {}).get(name):
+            return f"adapter {name!r} is sharded over devices"
+        reason = tensor_reason(device, lora_A=lora_A, lora_B=lora_B)
+        if reason is not None:
+            return f"adapter {name!r}: {reason}"
+    return None
+
+
+def _table_reason(base: nn.Module, device: torch.device) -> str | None:
+    """Why looking up in the base may be more than `F.embedding` on a plain weight on this device,
+    or PEFT's lookup in lora_A more than it is here."""
+    if type(base) is not nn.Embedding:
+        return f"the base is a {type(base).__name__}, not exactly nn.Embedding"
+    if any(hooks_of(base)):
+        return "a hook sits on its nn.Embedding"
+    if nn.Embedding.forward is not _EMBEDDING_FORWARD:
+        return "nn.Embedding.forward was replaced"
+    if "forward" in base.__dict__ and (reason := patched_reason(base)):
+        return reason
+    if base.max_norm is not None:
+        return "the base has max_norm, by which each lookup writes to what it looks up in"
+    if base.sparse:
+        return "the base asks for sparse gradients"
+    if hasattr(base, "embed_scale"):
+        return "the base has an embed_scale"
+    return tensor_reason(device, weight=cast(Tensor, base._parameters["weight"]))
+
+
+def state_reason(layer: Any, adapters: Sequence[object]) -> str | None:
+    """As `peft_reason`, as far as it is the same for layers of every kind."""
+    if layer.disable_adapters:
+        return "adapters are disabled: the base layer's own forward"
+    if layer.merged:
+        loss = getattr(layer, "merge_loss", None)
+        return "adapters are merged: the base layer's own forward" + (f"; {loss}" if loss else "")
+    if not adapters:
+        return "no active adapter on this layer: the base layer's own forward"
+    if is_base_trainable(layer):
+        return "the base weight is trainable"
+    return None
+
+
+def dropout_reason(dropout: nn.Module) -> str | None:
+    """Why it may be more than dropout."""
+    if type(dropout) is not nn.Dropout and type(dropout) is not nn.Identity:
+        return f"its dropout is a {type(dropout).__name__}"
+    if any(hooks_of(dropout)):
+        return "a hook sits on its dropout"
+    return f"{reason} (its dropout's)" if (reason := patched_reason(dropout)) else None
+
+
+def unreadable_reason(module: nn.Module, device: torch.device) -> str | None:
+    """Why calling the module may be more than `F.linear` on plain parameters on this device."""
+    four_bit, conv1d = is_linear4bit(module), is_conv1d(module)
+    if type(module) is not nn.Linear and not four_bit and not conv1d:
+        return f"{type(module).__name__} is not exactly nn.Linear"
+    if any(hooks_of(module)):
+        return f"a hook sits on its {'Conv1D' if conv1d else 'nn.Linear'}"
+    if nn.Linear.forward is not LINEAR_FORWARD:
+        return "nn.Linear.forward was replaced"
+    if conv1d and type(module).forward.__module__ != type(module).__module__:
+        return "Conv1D.forward was replaced"
+    if "forward" in module.__dict__ and (reason := patched_reason(module)):
+        return reason
+    weight = module._parameters.get("weight")
+    if four_bit:
+        from .base4bit import unreadable_4bit
+
+        return unreadable_4bit(module, device)
+    return tensor_reason(device, weight=weight)
+
+
+def tensor_reason(device: torch.device, **tensors: Any) -> str | None:
+    """Why one of them is no plain matrix on this device."""
+    for name, tensor in tensors.items():
+        if type(tensor) is not nn.Parameter and type(tensor) is not Tensor:
+            return f"its {name} is a {type(tensor).__name__}"
+        if tensor.device != device:
+            return f"its {name} is on {tensor.device}, x on {device}"
+        if tensor.dim() != 2:
+            return f"its {name} is flattened to {list(tensor.shape)}"
+    return None
+
+
+def patched_reason(module: nn.Module) -> str | None:
+    """Why an instance's own `forward` may do more than its class's; None where it does not."""
+    forward: Any = module.__dict__.get("forward")
+    if forward is None:
+        return None
+    if getattr(getattr(forward, "func", None), "__module__", None) == "accelerate.hooks":
+        hook: Any = module._hf_hook
+        if type(hook) is not AlignDevicesHook:
+            return f"accelerate's {type(hook).__name__} sits on it"
+        if hook.offload:
+            return "accelerate offloads its weights"
+        # What remains of the hook is to move x to the weights, and those are beside x.
+        forward = module._old_forward
+    if getattr(forward, "__func__", None) is type(module).forward:
+        return None
+    return "its forward was replaced"
+
+
+def is_base_trainable(layer: Any) -> bool:
+    weight = cast(nn.Module, layer._modules["base_layer"])._parameters.get("weight")
+    return weight is not None and weight.requires_grad
+
+
+def is_dora(layer: Any, name: str) -> bool:
+    """Whether the adapter is a DoRA."""
+    return type(layer.lora_variant.get(name)) is DoraLinearVariant
+
+
+def hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:
+    forward = module._forward_pre_hooks, module._forward_hooks
+    return *forward, module._backward_pre_hooks, module._backward_hooks

@@ -1,0 +1,163 @@
+"""A fused layer's call for one adapter, prepared once and guarded by what it depends on."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..backends import native
+from ..core.call import Guard
+from ..fastpath import CallCache
+from ..functional import lora_linear
+from ..quantization import Weight4bit
+from .adapters import Adapter, dropout_p, weight_of
+from .base import is_conv1d, is_linear4bit
+from .eligibility import LINEAR_FORWARD, hooks_of
+
+
+@dataclasses.dataclass(eq=False)
+class PreparedForward:
+    """The call that `forward` makes for a layer with one adapter, and the guards it depends on.
+
+    Each call checks all guards. Nothing here refers to the layer, so that reference counting alone
+    frees it.
+    """
+
+    x_dtype: torch.dtype
+    device: torch.device | None  # None: the CPU, of which x says it is there in less time
+    weight: Tensor | Weight4bit
+    lora_A: Tensor
+    lora_B: Tensor
+    scaling: float
+    compute_dtype: torch.dtype | None
+    active: str | list[str]
+    dropout: nn.Module
+    scalings: dict[str, float]
+    base_parameters: dict[str, Any]
+    adapter_dtypes: tuple[torch.dtype, torch.dtype]
+    modules: dict[str, Any]
+    guards: tuple[tuple[Any, ...], ...]  # objects, keys, expected values
+    hooks: tuple[dict[int, Any], ...]  # of the modules, all empty
+    cache: CallCache
+
+    @classmethod
+    def build(
+        cls,
+        layer: Any,
+        adapter: Adapter,
+        x: Tensor,
+        weight: Tensor | Weight4bit,
+        compute_dtype: torch.dtype | None,
+    ) -> PreparedForward | None:
+        """Build it for a layer whose `forward` has just called `lora_linear` on its base.
+
+        Returns None for a layer whose state the guards do not cover.
+        """
+        name, lora_A, lora_B, scaling, dropout = adapter
+        modules = layer._modules
+        base = modules["base_layer"]
+        stored, four_bit = base._parameters["weight"], isinstance(weight, Weight4bit)
+        if native.module is None or isinstance(scaling, Tensor) or is_conv1d(base):
+            return None
+        if is_linear4bit(base) and (not four_bit or type(stored) is nn.Parameter):
+            return None  # decoded for float64; FSDP2's, which goes after the call
+        if lora_B._parameters["bias"] is not None:
+            return None
+        A, B = weight_of(lora_A), weight_of(lora_B)
+        if not (A.is_leaf and B.is_leaf):
+            return None  # functional_call's, whose graph would stay until the next call
+
+        called = (base, lora_A, lora_B, dropout)
+        entries: list[tuple[dict[str, Any], str]] = [
+            *((modules, kind) for kind in ("base_layer", "lora_A", "lora_B", "lora_dropout")),
+            # Of the active ones a layer may get another yet.
+            *((modules["lora_A"]._modules, active) for active in layer.active_adapters),
+            *((modules[kind]._modules, name) for kind in ("lora_B", "lora_dropout")),
+            (layer.scaling, name),
+            (layer.lora_variant, name),
+            *((module.__dict__, "forward") for module in called),
+            (base._parameters, "weight"),
+            (lora_A._parameters, "weight"),
+            (lora_B._parameters, "weight"),
+            (lora_B._parameters, "bias"),
+        ]
+        if four_bit:
+            entries += [
+                (base.__dict__, "compute_dtype"),
+                (base.__dict__, "compute_type_is_set"),
+                (stored.__dict__, "quant_state"),
+                (stored.quant_state.__dict__, "absmax"),
+            ]
+        guards = [
+            *(Guard(entry, key, entry.get(key)) for entry, key in entries),
+            Guard(base, type, type(base)),  # changes when its bias is parametrized
+            Guard(nn.Linear, "forward", LINEAR_FORWARD),
+            Guard(stored, _address, _address(stored)),
+        ]
+        cache = CallCache()
+        cache.renew(x, (weight, A, B), (scaling, compute_dtype, dropout_p(dropout)))
+        return cls(
+            x.dtype,
+            None if x.is_cpu else x.device,
+            weight,
+            A,
+            B,
+            scaling,
+            compute_dtype,
+            copy.copy(layer._active_adapter),
+            dropout,
+            layer.scaling,
+            base._parameters,
+            (A.dtype, B.dtype),
+            modules,
+            tuple(zip(*guards, strict=True)),
+            tuple(hooks for module in called for hooks in hooks_of(module)),
+            cache,
+        )
+
+    def _holds(self, layer: Any) -> bool:
+        """Return True if `forward` would decide the same, but for x and the adapter's dtypes."""
+        assert native.module is not None  # else nothing is prepared
+        return (
+            layer._active_adapter == self.active
+            and not (layer._disable_adapters or layer.merged_adapters or layer.mixed_batch)
+            and layer._modules is self.modules
+            and layer.scaling is self.scalings  # which PEFT's rescale_adapter_scale replaces
+            and native.module.unchanged(*self.guards, self.hooks)
+        )
+
+    def __call__(self, layer: Any, x: Tensor) -> Tensor | None:
+        """Return y, or None if `forward` has to decide again."""
+        if not self._holds(layer):
+            return None
+        bias, p = self.base_parameters["bias"], dropout_p(self.dropout)
+        tensors, numbers = (
+            (self.weight, self.lora_A, self.lora_B),
+            (self.scaling, self.compute_dtype, p),
+        )
+        y = self.cache.call(x, bias, tensors, numbers)  # which guards x and the adapter
+        if y is not None:
+            return y
+        if (
+            x.dtype is not self.x_dtype
+            or not (x.is_cpu if self.device is None else x.device == self.device)
+            or (self.lora_A.dtype, self.lora_B.dtype) != self.adapter_dtypes
+        ):
+            return None
+        y = lora_linear(
+            x, *tensors, self.scaling, bias, dropout_p=p, compute_dtype=self.compute_dtype
+        )
+        self.cache.renew(x, tensors, numbers)
+        # bitsandbytes returns x's dtype, under autocast too.
+        return y.to(x.dtype) if isinstance(self.weight, Weight4bit) else y
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:  # nothing of a copied or saved layer
+        return type(None), ()
+
+
+def _address(weight: Tensor) -> tuple[int, bool]:
+    return weight.data_ptr(), weight.requires_grad

@@ -21,8 +21,7 @@ class Adapter(NamedTuple):
 
 
 def adapters_of(layer: Any) -> list[Adapter]:
-    """The adapters that its last call named for its rows, or else the active ones; of those that
-    this layer has."""
+    """Return the adapters that the last call named for its rows, or else the active ones."""
     modules = cast(dict[str, Any], layer._modules)
     lora_A, lora_B = modules["lora_A"]._modules, modules["lora_B"]._modules
     dropout = modules["lora_dropout"]._modules
@@ -80,7 +79,7 @@ def groups(adapters: Sequence[Any], device_type: str, rows: int | None) -> list[
 
 
 def stack(adapters: Sequence[Adapter], dropout_p: float) -> Call:
-    """The adapters stacked along the rank, a gate with the scaling of each, unless one will do."""
+    """Return the adapters stacked along the rank, with a gate if their scalings differ."""
     _, lora_A, lora_B, scaling, _ = adapters[0]
     if len(adapters) == 1 and not isinstance(scaling, Tensor):
         return Call(weight_of(lora_A), weight_of(lora_B), scaling, None, dropout_p)
@@ -92,7 +91,7 @@ def stack(adapters: Sequence[Adapter], dropout_p: float) -> Call:
 
 
 def mixed_call(adapters: Sequence[Adapter], names: Sequence[str], x: Tensor) -> MixedCall:
-    """names: one for each x[i]; PEFT's "__base__", and what this layer has not, are no adapter."""
+    """Return the call for an x whose x[i] takes the adapter names[i], or none of this layer's."""
     places = {adapter.name: e for e, adapter in enumerate(adapters)}
     index = torch.tensor([places.get(name, -1) for name in names], device=x.device)
     return MixedCall(
@@ -105,7 +104,7 @@ def mixed_call(adapters: Sequence[Adapter], names: Sequence[str], x: Tensor) -> 
 
 
 def _gate(adapter: Adapter) -> Tensor:
-    """The adapter's scaling on each of its ranks, [R]."""
+    """Return the adapter's scaling on each of its ranks, [R]."""
     A, scaling = weight_of(adapter.lora_A), adapter.scaling
     R, dtype = A.shape[0], torch.promote_types(A.dtype, torch.float32)
     if isinstance(scaling, Tensor):
@@ -118,7 +117,7 @@ def weight_of(linear: nn.Linear) -> Tensor:
 
 
 def lora_bias(adapters: Sequence[Adapter]) -> Tensor | None:
-    """The sum of scaling · lora_B.bias, [N]; None without `lora_bias`."""
+    """Return the sum of scaling · lora_B.bias, [N]; None without `lora_bias`."""
     total: Tensor | None = None
     for adapter in adapters:
         bias = adapter.lora_B._parameters["bias"]
@@ -129,7 +128,7 @@ def lora_bias(adapters: Sequence[Adapter]) -> Tensor | None:
 
 
 def dropout_p(dropout: nn.Module) -> float:
-    """The probability with which it drops now."""
+    """Return the probability with which the module drops now."""
     return dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
 
 
@@ -144,17 +143,15 @@ class SVDAdapter(NamedTuple):
 
 
 def svd_adapters_of(layer: Any) -> list[SVDAdapter]:
-    """The active adapters, of those that this layer has."""
+    """Return the active adapters, of those that this layer has."""
     modules = layer._modules
     lora_A, lora_B, lora_E, ranknum = (
         modules[name]._parameters for name in ("lora_A", "lora_B", "lora_E", "ranknum")
     )
     dropout = modules["lora_dropout"]._modules
-    scaling = layer.scaling
+    parts = (lora_A, lora_B, lora_E, ranknum, layer.scaling, dropout)
     return [
-        SVDAdapter(
-            name, *(each[name] for each in (lora_A, lora_B, lora_E, ranknum, scaling, dropout))
-        )
+        SVDAdapter(name, *(part[name] for part in parts))
         for name in layer.active_adapters
         if name in lora_A
     ]
@@ -180,7 +177,7 @@ def _stack_svd(adapters: Sequence[SVDAdapter], dropout_p: float) -> Call:
 
 
 def _svd_gate(adapter: SVDAdapter) -> Tensor:
-    """E · scaling / (ranknum + 1e-5), [R], as PEFT has it."""
+    """Return E · scaling / (ranknum + 1e-5), [R], as PEFT has it."""
     dtype = torch.promote_types(adapter.lora_E.dtype, torch.float32)
     return adapter.lora_E.flatten().to(dtype) * adapter.scaling / (adapter.ranknum + 1e-5)
 
@@ -193,7 +190,7 @@ class EmbeddingAdapter(NamedTuple):
 
 
 def embedding_adapters_of(layer: Any) -> list[EmbeddingAdapter]:
-    """The active adapters, of those that this layer has."""
+    """Return the active adapters, of those that this layer has."""
     lora_A = layer._modules["lora_embedding_A"]._parameters
     lora_B = layer._modules["lora_embedding_B"]._parameters
     return [

@@ -1,9 +1,11 @@
 """Which PEFT layers `fuse` takes, when their forward is PEFT's own all the same, and why.
 
-Each function returns the reason, or None if nothing is against it. `unfusable_reason` is asked once,
-by `fuse`. The others follow from a layer's state and are asked in every forward and by `explain`, so
-they look modules and parameters up in `_modules` and `_parameters`: `nn.Module.__getattr__` takes ten
-times as long.
+Each `…_reason` returns the reason in words, or None if nothing is against it. `fuse` asks
+`unfusable_reason`. A forward, and `explain`, asks the reason of its kind of layer: `linear_reason`,
+`svd_reason` or `embedding_reason`. Then it asks `unreadable_reason`, why the base layer is called
+as a module and only the adapters are ours. These follow from the layer's state alone. They look
+modules and parameters up in `_modules` and `_parameters`: `nn.Module.__getattr__` takes ten times
+as long.
 """
 
 from __future__ import annotations
@@ -13,7 +15,9 @@ from typing import Any, cast
 
 import torch
 from accelerate.hooks import AlignDevicesHook  # type: ignore[import-untyped]
+from peft.tuners import lora
 from peft.tuners.lora.dora import DoraLinearLayer
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 
@@ -24,10 +28,29 @@ LINEAR_FORWARD = nn.Linear.forward
 _EMBEDDING_FORWARD = nn.Embedding.forward
 
 
+def unfusable_reason(layer: Any, fused_class: Any) -> str | None:
+    """Return why `fuse` leaves the layer PEFT's own.
+
+    fused_class: what `fuse` makes of such layers; None if it makes nothing of them.
+    """
+    if type(layer) is ParamWrapper:
+        return f"PEFT's ParamWrapper adds the adapter to {layer.parameter_name} itself"
+    if fused_class is None:
+        return f"PEFT's {type(layer).__name__} is not covered in this version"
+    # An embedding has the attribute from a configuration that was made for others, SVDLinear4bit
+    # has none.
+    transposed = getattr(layer, "fan_in_fan_out", False) and not isinstance(layer, lora.Embedding)
+    if transposed and not is_conv1d(layer.get_base_layer()):
+        return "fan_in_fan_out beside a base that is not transformers' Conv1D"
+    if is_base_trainable(layer):
+        return "the base weight is trainable"
+    return patched_reason(layer)
+
+
 def linear_reason(
     layer: Any, adapters: Sequence[Adapter], device: torch.device, x_dtype: torch.dtype
 ) -> str | None:
-    """Why the layer's whole forward is PEFT's own for an x on this device; None where it is not."""
+    """Return why the layer's whole forward is PEFT's own for an x on this device."""
     reason = state_reason(layer, adapters)
     if reason is not None:
         return reason
@@ -49,7 +72,7 @@ def linear_reason(
 def _variant_reason(
     layer: Any, adapters: Sequence[Adapter], name: str, device: torch.device
 ) -> str | None:
-    """What an adapter is that is left to PEFT for being a variant of LoRA; None if it is not."""
+    """Return which variant of LoRA the adapter is, if it is left to PEFT for that."""
     if not is_dora(layer, name):
         variant = type(layer.lora_variant[name]).__name__
         return f"variant of LoRA ({variant}), not covered in this version"
@@ -61,11 +84,8 @@ def _variant_reason(
     if reason is not None:
         return f"DoRA, which needs the base weight: {reason}"
     magnitude = layer.lora_magnitude_vector[name]
-    if (
-        type(magnitude) is not DoraLinearLayer
-        or any(hooks_of(magnitude))
-        or patched_reason(magnitude)
-    ):
+    is_plain = type(magnitude) is DoraLinearLayer and not any(hooks_of(magnitude))
+    if not is_plain or patched_reason(magnitude):
         return "DoRA whose magnitude is no plain module of PEFT's"
     if magnitude.weight.device != device:
         return f"DoRA whose magnitude is on {magnitude.weight.device}, x on {device}"
@@ -73,7 +93,7 @@ def _variant_reason(
 
 
 def _mixed_reason(layer: Any, adapters: Sequence[Adapter]) -> str | None:
-    """Why rows that name their adapters cannot share a call; None where they can."""
+    """Return why rows that name their adapters cannot share a call."""
     for name, _, lora_B, scaling, _ in adapters:
         if name in layer.lora_variant:
             return f"adapter {name!r} is a DoRA, and rows name their adapters"
@@ -90,7 +110,7 @@ def _mixed_reason(layer: Any, adapters: Sequence[Adapter]) -> str | None:
 def svd_reason(
     layer: Any, adapters: Sequence[SVDAdapter], device: torch.device, x_dtype: torch.dtype
 ) -> str | None:
-    """Why the layer's whole forward is PEFT's own for an x on this device; None where it is not."""
+    """Return why the layer's whole forward is PEFT's own for an x on this device."""
     reason = state_reason(layer, adapters)
     if reason is not None:
         return reason
@@ -111,7 +131,7 @@ def svd_reason(
 def embedding_reason(
     layer: Any, adapters: Sequence[EmbeddingAdapter], device: torch.device
 ) -> str | None:
-    """Why the layer's whole forward is PEFT's own for an x on this device; None where it is not."""
+    """Return why the layer's whole forward is PEFT's own for an x on this device."""
     if layer.mixed_batch is not None:
         return "the last call named an adapter for each row (adapter_names)"
     reason = state_reason(layer, adapters) or _table_reason(layer.base_layer, device)
@@ -130,8 +150,7 @@ def embedding_reason(
 
 
 def _table_reason(base: nn.Module, device: torch.device) -> str | None:
-    """Why looking up in the base may be more than `F.embedding` on a plain weight on this device,
-    or PEFT's lookup in lora_A more than it is here."""
+    """Return why a lookup in the base, or PEFT's in lora_A, may be more than `F.embedding`."""
     if type(base) is not nn.Embedding:
         return f"the base is a {type(base).__name__}, not exactly nn.Embedding"
     if any(hooks_of(base)):
@@ -150,7 +169,7 @@ def _table_reason(base: nn.Module, device: torch.device) -> str | None:
 
 
 def state_reason(layer: Any, adapters: Sequence[object]) -> str | None:
-    """As `peft_reason`, as far as it is the same for layers of every kind."""
+    """Return why the forward is PEFT's own, as far as layers of every kind share it."""
     if layer.disable_adapters:
         return "adapters are disabled: the base layer's own forward"
     if layer.merged:
@@ -164,7 +183,7 @@ def state_reason(layer: Any, adapters: Sequence[object]) -> str | None:
 
 
 def dropout_reason(dropout: nn.Module) -> str | None:
-    """Why it may be more than dropout."""
+    """Return why calling the module may be more than dropout."""
     if type(dropout) is not nn.Dropout and type(dropout) is not nn.Identity:
         return f"its dropout is a {type(dropout).__name__}"
     if any(hooks_of(dropout)):
@@ -173,7 +192,7 @@ def dropout_reason(dropout: nn.Module) -> str | None:
 
 
 def unreadable_reason(module: nn.Module, device: torch.device) -> str | None:
-    """Why calling the module may be more than `F.linear` on plain parameters on this device."""
+    """Return why calling the module may be more than `F.linear` on plain parameters there."""
     four_bit, conv1d = is_linear4bit(module), is_conv1d(module)
     if type(module) is not nn.Linear and not four_bit and not conv1d:
         return f"{type(module).__name__} is not exactly nn.Linear"
@@ -194,7 +213,7 @@ def unreadable_reason(module: nn.Module, device: torch.device) -> str | None:
 
 
 def tensor_reason(device: torch.device, **tensors: Any) -> str | None:
-    """Why one of them is no plain matrix on this device."""
+    """Return why one of the tensors is no plain matrix on this device."""
     for name, tensor in tensors.items():
         if type(tensor) is not nn.Parameter and type(tensor) is not Tensor:
             return f"its {name} is a {type(tensor).__name__}"
@@ -206,7 +225,7 @@ def tensor_reason(device: torch.device, **tensors: Any) -> str | None:
 
 
 def patched_reason(module: nn.Module) -> str | None:
-    """Why an instance's own `forward` may do more than its class's; None where it does not."""
+    """Return why an instance's own `forward` may do more than its class's."""
     forward: Any = module.__dict__.get("forward")
     if forward is None:
         return None
@@ -229,7 +248,7 @@ def is_base_trainable(layer: Any) -> bool:
 
 
 def is_dora(layer: Any, name: str) -> bool:
-    """Whether the adapter is a DoRA."""
+    """Return True if the adapter is a DoRA."""
     return type(layer.lora_variant.get(name)) is DoraLinearVariant
 
 

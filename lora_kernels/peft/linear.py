@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import MethodType
 from typing import Any, cast
 
 import torch
@@ -129,3 +130,18 @@ def add_adapter(
     lora_A, lora_B, factor, gate, p = call
     kwargs = {"rank_gate": gate, "dropout_p": p, "compute_dtype": compute_dtype}
     return lora_linear(x, weight, lora_A, lora_B, factor, bias, **kwargs)
+
+
+def peft_class(layer: Any) -> Any:
+    """Return the class that PEFT gave the layer."""
+    bases = type(layer).__mro__
+    return bases[bases.index(Fused) + 1] if Fused in bases else type(layer)
+
+
+def set_class(layer: Any, cls: Any) -> None:
+    """Make the layer one of another class, also where accelerate has wrapped its forward."""
+    # accelerate wraps the forward that it found, a method bound to the class of that time.
+    for name in ("forward", "_old_forward"):
+        if getattr(vars(layer).get(name), "__func__", None) is type(layer).forward:
+            vars(layer)[name] = MethodType(cls.forward, layer)
+    layer.__class__ = cls

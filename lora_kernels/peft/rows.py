@@ -18,6 +18,7 @@ from ..core.problem import Layout, Problem
 from ..functional import base_dtype
 from ..layers import DoRALinear, LoRAEmbedding, LoRALayer
 from ..quantization import Weight4bit
+from . import traffic
 from .adalora import FusedSVD
 from .adapters import (
     Adapter,
@@ -79,6 +80,7 @@ def row_of_peft(
     x_dtype: torch.dtype | None,
     rows: int | None,
 ) -> Layer:
+    """Return the row of one of PEFT's layers; reason: why `fuse` leaves it PEFT's own."""
     if reason is None:
         return _fused_layer(name, layer, x_dtype, rows)
     return _not_fused(name, reason, layer, x_dtype)
@@ -145,6 +147,8 @@ def _fused_layer(name: str, layer: Any, x_dtype: torch.dtype | None, rows: int |
             reasons.append("PEFT's DoRA drops x for the base product too")
     if "eager" in backend:
         state = "not fused"
+        if todo and not base_reason and selection.is_eager_on_gpu(near.device.type):
+            reasons += filter(None, [traffic.describe(layer, rows or 512)])
         if four_bit and follows_gpu(near.device.type):
             reasons.append(decoded_by(near.device))
     if base_reason is not None:
@@ -156,6 +160,7 @@ def _fused_layer(name: str, layer: Any, x_dtype: torch.dtype | None, rows: int |
 def row_of_layer(
     name: str, layer: LoRALayer, x_dtype: torch.dtype | None, rows: int | None
 ) -> Layer:
+    """Return the row of one of this package's layers."""
     if isinstance(layer, LoRAEmbedding) and layer.enabled and not layer.merged:
         return _embedding_row(name), []
     weight = layer._base_weight()
@@ -180,6 +185,7 @@ def row_of_layer(
 def row_of_streamed(
     name: str, layer: StreamedLinear, x_dtype: torch.dtype | None, rows: int | None
 ) -> Row:
+    """Return the row of a linear layer without an adapter."""
     weight = layer.weight
     (N, K), dtype = weight.shape, x_dtype or weight.dtype
     few = 0

@@ -7,23 +7,22 @@ adding adapters.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from types import MethodType
 from typing import Any, TypeVar
 
 from peft.tuners import lora
 from peft.tuners.adalora.layer import SVDLinear
-from peft.tuners.lora.layer import LoraLayer, MultiheadAttention, ParamWrapper
+from peft.tuners.lora.layer import LoraLayer, MultiheadAttention
 from torch import nn
 
 from .. import selection
 from ..quantization.weight4bit import check_decoder
-from . import foreign
+from . import foreign, traffic
 from .adalora import FusedSVDLinear
-from .base import is_conv1d, is_linear4bit
-from .eligibility import is_base_trainable, patched_reason
+from .base import is_linear4bit
+from .eligibility import patched_reason, unfusable_reason
 from .embedding import FusedEmbedding
 from .frozen import StreamedLinear
-from .linear import Fused, FusedLinear
+from .linear import Fused, FusedLinear, peft_class, set_class
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -59,9 +58,9 @@ def fuse(model: Model, linears: bool = False) -> Model:
         _give_back(layer.modules())  # type: ignore[attr-defined]
         if reason is None and not isinstance(layer, Fused):
             _check_decoder(layer)
-            _set_class(layer, _fused_class(layer))
+            set_class(layer, _fused_class(layer))
     for linear in _plain_linears(model) if linears else ():
-        _set_class(linear, StreamedLinear)
+        set_class(linear, StreamedLinear)
     return model
 
 
@@ -80,8 +79,7 @@ def unfuse(model: Model) -> Model:
     """
     for _, layer, _ in lora_layers(model):
         if isinstance(layer, Fused):
-            bases = type(layer).__mro__
-            _set_class(layer, bases[bases.index(Fused) + 1])
+            set_class(layer, peft_class(layer))
             for name in ("mixed_batch", "_norm", "_prepared", "merge_loss"):
                 vars(layer).pop(name, None)
     _give_back(model.modules())
@@ -92,7 +90,7 @@ def _give_back(modules: Iterable[nn.Module]) -> None:
     """Make of each StreamedLinear what it was, for example where it has got an adapter since."""
     for module in modules:
         if type(module) is StreamedLinear:
-            _set_class(module, nn.Linear)
+            set_class(module, nn.Linear)
             vars(module).pop("_prepared", None)
 
 
@@ -111,7 +109,7 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer, str | None]]
     uncalled: set[object] = set()
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
-            reason = _unfusable(module)
+            reason = _unfusable_reason(module)
             if module in uncalled:
                 reason = "lora.MultiheadAttention reads its weights and never calls it"
             yield name, module, reason
@@ -119,19 +117,9 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer, str | None]]
             uncalled.add(module.get_base_layer().out_proj)
 
 
-def _unfusable(layer: Any) -> str | None:
-    if type(layer) is ParamWrapper:
-        return f"PEFT's ParamWrapper adds the adapter to {layer.parameter_name} itself"
-    if not isinstance(layer, Fused) and _fused_class(layer) is None:
-        return f"PEFT's {type(layer).__name__} is not covered in this version"
-    # An embedding has the attribute from a configuration that was made for others, SVDLinear4bit
-    # has none.
-    transposed = getattr(layer, "fan_in_fan_out", False) and not isinstance(layer, lora.Embedding)
-    if transposed and not is_conv1d(layer.get_base_layer()):
-        return "fan_in_fan_out beside a base that is not transformers' Conv1D"
-    if is_base_trainable(layer):
-        return "the base weight is trainable"
-    return patched_reason(layer) or _excess_traffic(layer)
+def _unfusable_reason(layer: Any) -> str | None:
+    fused_class = type(layer) if isinstance(layer, Fused) else _fused_class(layer)
+    return unfusable_reason(layer, fused_class) or _excess_traffic(layer)
 
 
 def _excess_traffic(layer: Any) -> str | None:
@@ -145,9 +133,7 @@ def _excess_traffic(layer: Any) -> str | None:
         return None
     if weight.is_meta or not layer.active_adapters:
         return None
-    from .traffic import excess
-
-    return excess(layer, lambda twin: _set_class(twin, _fused_class(twin)))
+    return traffic.excess(layer, _fused_class(layer))
 
 
 def _fused_class(layer: LoraLayer) -> Any:
@@ -169,11 +155,3 @@ def _fused_class(layer: LoraLayer) -> Any:
 
         return FusedSVDLinear4bit
     return foreign.fused_class(type(layer))
-
-
-def _set_class(layer: Any, cls: Any) -> None:
-    # accelerate wraps the forward that it found, a method bound to the class of that time.
-    for name in ("forward", "_old_forward"):
-        if getattr(vars(layer).get(name), "__func__", None) is type(layer).forward:
-            vars(layer)[name] = MethodType(cls.forward, layer)
-    layer.__class__ = cls

@@ -3,74 +3,115 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .. import traffic
 from .base import is_conv1d, is_linear4bit
+from .linear import peft_class, set_class
 
 ROWS = (1, 512, 8192)  # of x, at which a layer is counted
 _PLAIN = ("Parameter", "Params4bit")
-_counted: dict[tuple[object, ...], str | None] = {}  # by what decides the traffic
+_PHASES = ("forward", "training step")
+_counted: dict[tuple[object, ...], Counts | str] = {}  # by what decides the traffic, and rows
 
 
-def excess(layer: Any, set_class: Callable[[Any], None]) -> str | None:
+class Counts(NamedTuple):
+    """Bytes of PEFT's layer and of the fused one: of the forward, and of the training step."""
+
+    peft: tuple[int, int]
+    fused: tuple[int, int]
+
+
+def excess(layer: Any, fused_class: Any) -> str | None:
     """Return why PEFT's layer stays as it is: the fused one would move more bytes; None if not.
 
     Args:
         layer: PEFT's, with its weights on a GPU. It is not called and not changed.
-        set_class: makes a copy of the layer, on meta, the fused one.
+        fused_class: of the layer that would take its place.
 
     The forward and the training step are counted at `ROWS` rows of x, once for layers that are
     alike.
     """
+    if not _is_countable(layer):
+        return None
+    for rows in ROWS:
+        counts = _counts(layer, fused_class, rows)
+        if isinstance(counts, str):
+            return counts
+        for phase, fused, peft in zip(_PHASES, counts.fused, counts.peft, strict=True):
+            if fused > peft:
+                return (
+                    f"fused, its {phase} with {_rows(rows)} of x would move {fused / 1e6:.3f} MB, "
+                    f"PEFT's own {peft / 1e6:.3f}"
+                )
+    return None
+
+
+def describe(layer: Any, rows: int) -> str | None:
+    """Return in words what a fused layer's next call moves, and what PEFT's own would.
+
+    Of the training step in training mode, else of the forward. None for a layer that is not
+    counted.
+    """
+    if not _is_countable(layer):
+        return None
+    counts = _counts(layer, type(layer), rows)
+    if isinstance(counts, str):
+        return counts
+    phase = int(layer.training)
+    return (
+        f"counted: its {_PHASES[phase]} with {_rows(rows)} of x moves "
+        f"{counts.fused[phase] / 1e6:.3f} MB, PEFT's own {counts.peft[phase] / 1e6:.3f}"
+    )
+
+
+def _rows(rows: int) -> str:
+    return f"{rows} row{'s' * (rows > 1)}"
+
+
+def _is_countable(layer: Any) -> bool:
+    """Return True if the bytes follow from the layer's shapes and state."""
     if any(type(p).__name__ not in _PLAIN for p in layer.parameters()):
-        return None  # sharded, for one: what lies on the card is not known yet
-    key = _signature(layer)
-    if key not in _counted:
-        _counted[key] = _excess(layer, set_class)
-    return _counted[key]
-
-
-def _signature(layer: Any) -> tuple[object, ...]:
-    """Return a key that is equal for layers with equal traffic."""
+        return False  # sharded, for one: what lies on the card is not known yet
     base = layer.get_base_layer()
-    tensors = tuple((name, tuple(p.shape), p.dtype) for name, p in layer.named_parameters())
-    dropouts = tuple(m.p for m in layer.modules() if isinstance(m, nn.Dropout))
-    types = type(layer), type(base), getattr(base, "compute_dtype", None)
-    variant, scaling = str(getattr(layer, "lora_variant", "")), str(layer.scaling)
-    return *types, tensors, dropouts, tuple(layer.active_adapters), scaling, variant
-
-
-def _excess(layer: Any, set_class: Callable[[Any], None]) -> str | None:
-    base = layer.get_base_layer()
-    if not (isinstance(base, nn.Linear) or is_conv1d(base)):
-        return None  # `fuse` computes the adapter alone there, and calls the base layer
     if is_linear4bit(base):
         from ..quantization import bitsandbytes
 
         if bitsandbytes.check(base.weight.device) is not None:
-            return None  # PyTorch decodes correctly, if in more bytes; `explain` gives the reason
+            return False  # PyTorch decodes correctly, if in more bytes; `explain` gives the reason
         bitsandbytes.check(torch.device("meta"))
-    try:
-        twin = on_meta(layer)
-        peft = [_count(twin, rows) for rows in ROWS]
-        set_class(twin)
-        ours = [_count(twin, rows) for rows in ROWS]
-    except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
-        reason = str(error).partition("\n")[0]
-        return f"its memory traffic could not be counted: {type(error).__name__}: {reason}"
-    for rows, mine, theirs in zip(ROWS, ours, peft, strict=True):
-        for what, a, b in zip(("forward", "training step"), mine, theirs, strict=True):
-            if a > b:
-                return (
-                    f"fused, its {what} with {rows} row{'s' * (rows > 1)} of x would move "
-                    f"{a / 1e6:.3f} MB, PEFT's own {b / 1e6:.3f}"
-                )
-    return None
+    # Of any other base `fuse` computes the adapter alone, and calls the base layer.
+    return isinstance(base, nn.Linear) or is_conv1d(base)
+
+
+def _signature(layer: Any) -> tuple[object, ...]:
+    """Return a key that is equal for layers with equal traffic, fused or not."""
+    base = layer.get_base_layer()
+    tensors = tuple((name, tuple(p.shape), p.dtype) for name, p in layer.named_parameters())
+    dropouts = tuple(m.p for m in layer.modules() if isinstance(m, nn.Dropout))
+    types = peft_class(layer), type(base), getattr(base, "compute_dtype", None)
+    variant, scaling = str(getattr(layer, "lora_variant", "")), str(layer.scaling)
+    return *types, tensors, dropouts, tuple(layer.active_adapters), scaling, variant
+
+
+def _counts(layer: Any, fused_class: Any, rows: int) -> Counts | str:
+    """Return the bytes at this number of rows, or why they could not be counted."""
+    key = (*_signature(layer), rows)
+    if key not in _counted:
+        try:
+            twin = on_meta(layer)
+            set_class(twin, peft_class(layer))
+            peft = _count(twin, rows)
+            set_class(twin, fused_class)
+            _counted[key] = Counts(peft, _count(twin, rows))
+        except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
+            reason = str(error).partition("\n")[0]
+            name = type(error).__name__
+            _counted[key] = f"its memory traffic could not be counted: {name}: {reason}"
+    return _counted[key]
 
 
 def _count(layer: Any, rows: int) -> tuple[int, int]:

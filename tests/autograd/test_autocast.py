@@ -5,7 +5,14 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lora_kernels import backend, lora_linear, multi_lora_linear, ops, reference
+from lora_kernels import (
+    backend,
+    lora_experts_linear,
+    lora_linear,
+    multi_lora_linear,
+    ops,
+    reference,
+)
 from lora_kernels.measure import tolerance
 from tests.autograd.cases import BACKENDS
 
@@ -81,6 +88,24 @@ def test_lora_linear_under_autocast_multiplies_the_base_in_its_dtype(dtype, name
         assert torch.equal(y, lora_linear(*narrow))
         narrow = *narrow[:2], [lora_A], [lora_B]
         assert torch.equal(mixed, multi_lora_linear(*narrow, index))
+
+
+@pytest.mark.parametrize("wide", ["x", "lora_A"])
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("function", [lora_linear, multi_lora_linear, lora_experts_linear])
+def test_cpu_under_autocast_keeps_the_bits_of_the_adapters_branch(function, name, wide):
+    """x·Aᵀ = (1 + 2⁻¹²) − 1, which is 0 if x or lora_A is rounded to bfloat16 before."""
+    one, near = torch.tensor([[1.0, -1.0]]), torch.tensor([[1 + 2.0**-12, 1.0]])
+    x, lora_A = (near, one) if wide == "x" else (one, near)
+    weight, lora_B = torch.zeros(1, 2), torch.ones(1, 1)
+    if function is multi_lora_linear:
+        args = x, weight, [lora_A], [lora_B], torch.tensor([0])
+    elif function is lora_experts_linear:
+        args = x, weight[None], lora_A[None], lora_B[None], torch.tensor([1])
+    else:
+        args = x, weight, lora_A, lora_B
+    with backend(name), torch.autocast("cpu", torch.bfloat16):
+        assert function(*args).item() == 2.0**-12
 
 
 def test_lora_linear_of_float64_under_autocast_is_the_same():

@@ -56,7 +56,9 @@ class DoRALinear(LoRALinear):
         super().reset_lora_parameters()
         if self.lora_A.is_meta:
             return
-        norm = dora_norm(self._base_weight(), self.lora_A, self.lora_B, self.scaling)
+        weight = self._base_weight()
+        lora_A, lora_B, scaling, gate, _ = super()._adapter(weight)
+        norm = dora_norm(weight, lora_A, lora_B, scaling, rank_gate=gate)
         zero = (norm == 0).nonzero()
         if zero.numel():
             raise ValueError(f"weight: got row {int(zero[0])} all zeros, want a norm to divide by")

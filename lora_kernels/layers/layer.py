@@ -92,14 +92,15 @@ class LayerCache:
 class LoRALayer(nn.Module):
     """What all layers with an adapter share; `isinstance(module, LoRALayer)` finds them.
 
-    A subclass is a choice of base, in `_base`, and of adapter, in at most four methods:
+    A subclass is a choice of base, in `_base`, and of adapter, in at most five methods:
 
         _make_adapter           registers the adapter's parameters, with no values yet
         reset_lora_parameters   gives them their first values
-        _adapter                returns the operands that follow from them
+        _init_                  fills lora_A by `init`
+        _adapter                returns the operands that follow from the parameters
         _fused                  computes base and adapter together, if not by `lora_linear`
 
-    The classes and their arguments are documented where they are made: `LoRALinear` first.
+    `LoRALinear` documents the arguments that all layers share.
     """
 
     in_features: int

@@ -165,6 +165,22 @@ def test_variant_and_4_bit_base_combine_in_either_order() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+HOOKS = {"_make_adapter", "reset_lora_parameters", "_init_", "_adapter", "_fused"}
+
+
+def test_layers_override_only_the_five_hooks() -> None:
+    """Beside methods of `nn.Module`, and the base and the default init, which are no methods."""
+    for name in layers.__all__:
+        cls = getattr(layers, name)
+        if not (isinstance(cls, type) and issubclass(cls, layers.LoRALayer)):
+            continue
+        for parent in cls.__mro__[: cls.__mro__.index(layers.LoRALayer)]:
+            overridden = vars(parent).keys() & vars(layers.LoRALayer).keys()
+            methods = {key for key in overridden if callable(getattr(parent, key))}
+            methods -= {*vars(nn.Module), "_default_init"}
+            assert methods <= HOOKS, (parent, methods - HOOKS)
+
+
 def test_variants_are_loralinears_and_other_layers_are_not() -> None:
     """Every layer is found as a LoRALayer; only those with a from_linear are LoRALinear."""
     for name in layers.__all__:

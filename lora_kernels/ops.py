@@ -108,10 +108,10 @@ def device_of(t: Tensor) -> tuple[str, int | None]:
     return t.device.type, t.device.index
 
 
-def _no_autocast(t: Tensor) -> contextlib.AbstractContextManager[None]:
+def no_autocast(t: Tensor) -> contextlib.AbstractContextManager[None]:
     """Disable autocast inside an op, whose dtypes are given by its arguments."""
     device_type, _ = device_of(t)
-    if not torch.is_autocast_enabled(device_type):
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return _NOTHING
     return torch.autocast(device_type, enabled=False)
 
@@ -167,7 +167,7 @@ def lora_linear_direct(
     """Run the forward without the dispatcher; y and what the backward takes."""
     choice = choice or choose(operands, spec)
     x, rng, backend = operands.x, operands.rng, _BACKENDS[choice.backend]
-    with _no_autocast(x):
+    with no_autocast(x):
         if choice.backend == "cpu":  # takes any leading dimensions
             return cpu.lora_linear(operands, spec, choice.strategy)
         rows = operands._replace(x=x.reshape(-1, x.shape[-1]), rng=_rows(rng, x))
@@ -261,7 +261,7 @@ def lora_linear_backward_direct(
     if not (choice.backend == "cpu" or x.dim() == 2):
         dy = dy.reshape(-1, dy.shape[-1])
         operands = operands._replace(x=x.reshape(-1, x.shape[-1]), rng=_rows(rng, x))
-    with _no_autocast(x):
+    with no_autocast(x):
         grads = _BACKENDS[choice.backend].lora_linear_backward(
             dy, operands, saved, spec, needs, choice.strategy
         )
@@ -352,7 +352,7 @@ def multi_lora_linear_direct(
 ) -> tuple[Tensor, Saved]:
     """Run the forward without the dispatcher; y and what the backward takes."""
     choice = choice or choose_multi(operands, spec)
-    with _no_autocast(operands.x):
+    with no_autocast(operands.x):
         y, saved = _BACKENDS[choice.backend].multi_lora_linear(
             _flattened(operands), spec, choice.strategy
         )
@@ -397,7 +397,7 @@ def multi_lora_linear_backward_direct(
     """Run the backward without the dispatcher."""
     choice = choice or choose_multi(operands, spec)
     x = operands.x
-    with _no_autocast(x):
+    with no_autocast(x):
         grads = _BACKENDS[choice.backend].multi_lora_linear_backward(
             dy.reshape(-1, dy.shape[-1]), _flattened(operands), saved, spec, needs, choice.strategy
         )
@@ -467,7 +467,7 @@ def lora_experts_direct(
 ) -> tuple[Tensor, Saved]:
     """Run the forward without the dispatcher; y and what the backward takes."""
     choice = choice or choose_experts(operands, spec)
-    with _no_autocast(operands.x):
+    with no_autocast(operands.x):
         if choice.backend == "cpu":
             return cpu_experts.lora_experts(operands, spec, choice.strategy)
         return eager_experts.lora_experts(operands, spec)
@@ -508,7 +508,7 @@ def lora_experts_backward_direct(
     """Run the backward without the dispatcher."""
     choice = choice or choose_experts(operands, spec)
     call = dy, operands, saved, spec, needs
-    with _no_autocast(operands.x):
+    with no_autocast(operands.x):
         if choice.backend == "cpu":
             return cpu_experts.lora_experts_backward(*call, choice.strategy)
         return eager_experts.lora_experts_backward(*call)
@@ -564,7 +564,7 @@ def dora_norm_direct(
         Problem(device_type, *dtypes, lora_A.shape[0], device_index=index)
     )
     norm: Tensor
-    with _no_autocast(lora_A):
+    with no_autocast(lora_A):
         args = (weight, lora_A, lora_B, scaling, rank_gate)
         if choice.backend == "eager":
             return eager.dora_norm(*args, row_squares)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .. import ops
 from ..functional import lora_experts_linear
 from ..quantization import Weight4bit
 
@@ -194,8 +195,8 @@ def unsupported_reason(experts: nn.Module) -> str | None:
                 "transformers 5 or lora_kernels.layers.Experts"
             )
     for name in projections(experts):
-        if name not in vars(experts)["_parameters"] and _parametrization(experts, name) is None:
-            return f"got {type(experts).__name__} without a parameter {name}"
+        if name not in experts._parameters and not is_quantized(experts, name):
+            return f"got {type(experts).__name__} without a plain or 4-bit parameter {name}"
     return None
 
 
@@ -204,22 +205,20 @@ def projections(experts: nn.Module) -> tuple[str, str]:
     return GATE_UP if cast(Any, experts).has_gate else UP, DOWN
 
 
-def _parametrization(experts: nn.Module, name: str) -> Any:
-    """Return bitsandbytes' 4-bit parametrization of a parameter, or None."""
-    found = vars(experts)["_modules"].get("parametrizations")
-    if found is None or name not in found:
-        return None
-    each = found[name][0]
-    return each if type(each).__name__ == "Bnb4bitParametrization" else None
+def is_quantized(experts: nn.Module, name: str) -> bool:
+    """Return True if a parameter is 4-bit, as bitsandbytes' parametrization, and nothing else."""
+    found = experts._modules.get("parametrizations")
+    if not isinstance(found, nn.ModuleDict) or name not in found:
+        return False
+    return [type(each).__name__ for each in cast(Any, found[name])] == ["Bnb4bitParametrization"]
 
 
 def stack(experts: nn.Module, name: str) -> Tensor | Weight4bit:
     """Return one projection's weights [E, .., ..], without decoding 4-bit ones."""
-    found = _parametrization(experts, name)
-    if found is None:
-        return cast(Tensor, experts.get_parameter(name))
-    packed = cast(Any, experts).parametrizations[name].original
-    return Weight4bit.from_bitsandbytes((packed.data, found.quant_state))
+    if not is_quantized(experts, name):
+        return experts.get_parameter(name)
+    found = cast(Any, experts).parametrizations[name]
+    return Weight4bit.from_bitsandbytes((found.original.data, found[0].quant_state))
 
 
 def quantize_experts(
@@ -229,7 +228,7 @@ def quantize_experts(
 
     They become bitsandbytes' parametrizations, as of its `replace_parameter_4bit`, and are saved
     as it saves them. Experts modules whose weights are quantized already stay as they are. Needs
-    bitsandbytes.
+    bitsandbytes. PEFT adapts no 4-bit parameter: call `peft.get_peft_model` before.
 
     Args:
         quant_type, blocksize, double_quant: as in `lora_kernels.quantization.quantize_4bit`.
@@ -248,7 +247,7 @@ def quantize_experts(
         raise ValueError(f"model: got {type(model).__name__} without experts modules")
     for module in modules:
         for name in projections(module):
-            if _parametrization(module, name) is None:
+            if not is_quantized(module, name):
                 replace_parameter_4bit(
                     module,
                     name,
@@ -315,7 +314,7 @@ def experts_forward(
         0, order, torch.arange(T * k, dtype=order.dtype, device=order.device)
     )
     numbers = torch.arange(module.num_experts, dtype=chosen.dtype, device=chosen.device)
-    offsets = torch.searchsorted(chosen, numbers, right=True)
+    offsets = torch.searchsorted(chosen, numbers, right=True, out_int32=True)
     up, down = projections(experts)
     x = _project(experts, up, _Gather.apply(hidden_states, order, place, k), offsets, adapters)
     x = module._apply_gate(x) if module.has_gate else module.act_fn(x)
@@ -340,7 +339,7 @@ def _project(
     lora_A, lora_B, scaling, dropout_p = adapter or (None, None, 1.0, 0.0)
     # In the weight's dtype whatever autocast says, as transformers' grouped_mm does: autocast would
     # make a copy of all experts.
-    with torch.autocast(x.device.type, enabled=False):
+    with ops.no_autocast(x):
         return lora_experts_linear(
             *(x.to(weight.dtype), weight, lora_A, lora_B, offsets, scaling, bias),
             is_transposed=module.is_transposed,

@@ -33,8 +33,10 @@ def unfusable_reason(layer: Any, fused_class: Any) -> str | None:
 
     fused_class: what `fuse` makes of such layers; None if it makes nothing of them.
     """
-    if type(layer) is ParamWrapper:
-        return f"PEFT's ParamWrapper adds the adapter to {layer.parameter_name} itself"
+    if isinstance(layer, ParamWrapper):
+        from .experts import wrapper_reason
+
+        return wrapper_reason(layer)
     if fused_class is None:
         return f"PEFT's {type(layer).__name__} is not covered in this version"
     # An embedding has the attribute from a configuration that was made for others, SVDLinear4bit

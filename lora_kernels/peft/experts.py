@@ -2,11 +2,12 @@
 
 PEFT wraps each parameter of an experts module in a wrapper of its own, one inside of another, and
 writes W + s·B·A of all experts in every forward. The fused outermost wrapper hands the factors of
-all wrappers to `experts_forward` instead.
+all wrappers to `experts_forward` instead, and calls neither the inner wrappers nor the module.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -16,31 +17,31 @@ from torch import Tensor, nn
 from ..layers.experts import (
     ExpertsAdapter,
     experts_forward,
+    is_quantized,
     projections,
     unsupported_reason,
 )
+from .eligibility import hooks_of, patched_reason
+from .linear import Fused
+
+# transformers' implementations, in whose place `experts_forward` stands; others have kernels of
+# their own.
+_IMPLEMENTATIONS = (None, "eager", "batched_mm", "grouped_mm", "lora_kernels")
 
 
-class FusedParamWrapper(ParamWrapper):  # type: ignore[misc]
+class FusedParamWrapper(Fused, ParamWrapper):
     """PEFT's wrapper of an experts' parameter, computed without the effective weights."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if kwargs or len(args) != 2:
-            return cast(Tensor, super().forward(x, *args, **kwargs))
-        self._check_forward_args(x, *args)
-        wrappers = chain(self)
-        for wrapper in wrappers:
-            if wrapper.disable_adapters and wrapper.merged:
-                wrapper.unmerge()
-        adapters = {
-            wrapper.parameter_name: adapter
-            for wrapper in wrappers
-            if (adapter := active_adapter(wrapper)) is not None
-        }
+        if kwargs or len(args) != 2 or experts_reason(self, x.device) is not None:
+            return ParamWrapper.forward(self, x, *args, **kwargs)
+        wrappers = wrappers_of(self)
+        found = {each.parameter_name: active_adapter(each) for each in wrappers}
+        adapters = {name: adapter for name, adapter in found.items() if adapter is not None}
         return experts_forward(wrappers[-1].base_layer, x, *args, adapters)
 
 
-def chain(wrapper: Any) -> list[Any]:
+def wrappers_of(wrapper: Any) -> list[Any]:
     """Return the wrapper and those inside of it."""
     found = [wrapper]
     while isinstance(found[-1].base_layer, ParamWrapper):
@@ -48,12 +49,16 @@ def chain(wrapper: Any) -> list[Any]:
     return found
 
 
+def active_names(wrapper: Any) -> list[str]:
+    """Return the adapters that the wrapper adds in its forward."""
+    if wrapper.disable_adapters or wrapper.merged:
+        return []
+    return [name for name in wrapper.active_adapters if name in wrapper.lora_A]
+
+
 def active_adapter(wrapper: Any) -> ExpertsAdapter | None:
     """Return the active adapters of a wrapper, stacked along the rank; None if it has none."""
-    if wrapper.disable_adapters or wrapper.merged:
-        return None
-    names = [name for name in wrapper.active_adapters if name in wrapper.lora_A]
-    parts = [_factors(wrapper, name) for name in names]
+    parts = [_factors(wrapper, name) for name in active_names(wrapper)]
     if len(parts) < 2:
         return parts[0] if parts else None
     # The scalings go into lora_B, which is small.
@@ -66,18 +71,63 @@ def _factors(wrapper: Any, name: str) -> ExpertsAdapter:
     """Return one adapter's views [E, r, in] and [E, out, r] of PEFT's weights."""
     A, B, E = wrapper.lora_A[name].weight, wrapper.lora_B[name].weight, wrapper.num_experts
     lora_A = A.view(E, -1, A.shape[1])
-    lora_B = B.view(B.shape[0], -1, E).permute(2, 0, 1)
+    lora_B = B.view(B.shape[0], -1, E).permute(2, 0, 1)  # the expert is B's fastest index
     return ExpertsAdapter(lora_A, lora_B, float(wrapper.scaling[name]))
 
 
-def unfusable_reason(wrapper: Any) -> str | None:
-    """Return why a ParamWrapper stays PEFT's own, or None."""
+def wrapper_reason(wrapper: Any) -> str | None:
+    """Return why `fuse` leaves a ParamWrapper PEFT's own, or None."""
     base: nn.Module = wrapper.get_base_layer()
     if (reason := unsupported_reason(base)) is not None:
-        return reason
-    if wrapper.parameter_name not in projections(base):
-        return f"{wrapper.parameter_name} is not a projection of the experts"
+        return f"PEFT's ParamWrapper over {wrapper.parameter_name}: {reason}"
+    if wrapper.parameter_name not in projections(base) or wrapper.num_experts < 2:
+        return f"PEFT's ParamWrapper over {wrapper.parameter_name}, which is no experts' projection"
     implementation = getattr(getattr(base, "config", None), "_experts_implementation", None)
-    if implementation not in (None, "eager", "batched_mm", "grouped_mm", "lora_kernels"):
+    if implementation not in _IMPLEMENTATIONS:
         return f"experts_implementation={implementation!r} has kernels of its own"
+    if any(p.requires_grad for p in _stacks(base)):
+        return "the base weight is trainable"
+    return patched_reason(wrapper) or patched_reason(base)
+
+
+def experts_reason(wrapper: Any, device: torch.device) -> str | None:
+    """Return why a fused wrapper's forward is PEFT's own for an x on this device, or None."""
+    wrappers = wrappers_of(wrapper)
+    if not any(map(active_names, wrappers)):
+        if any(each.merged for each in wrappers) and not wrapper.disable_adapters:
+            return "adapters are merged: the base layer's own forward"
+        disabled = wrapper.disable_adapters
+        return "adapters are disabled" if disabled else "no active adapter on this layer"
+    if any(each.disable_adapters and each.merged for each in wrappers):
+        return "adapters are merged and disabled: PEFT takes them out first"
+    reason = wrapper_reason(wrapper)
+    if reason is not None:
+        return reason
+    base = wrappers[-1].base_layer
+    for each in (*wrappers[1:], base):
+        if patched_reason(each) or any(_foreign_hooks(each)):
+            return f"a hook or another forward sits on its {type(each).__name__}"
+    factors = [m[name].weight for w in wrappers for m in (w.lora_A, w.lora_B) for name in m]
+    for t in (*_stacks(base), *factors):
+        if type(t) not in (nn.Parameter, Tensor):
+            return f"it has a {type(t).__name__}"
+        if t.device != device:
+            return f"it has a tensor on {t.device}, x on {device}"
     return None
+
+
+def _stacks(base: nn.Module) -> Iterable[Tensor]:
+    """Yield the parameters of the projections as they are stored."""
+    for name in projections(base):
+        if is_quantized(base, name):
+            yield cast(Any, base).parametrizations[name].original
+        else:
+            yield base.get_parameter(name)
+
+
+def _foreign_hooks(module: nn.Module) -> Iterable[Any]:
+    """Yield the hooks of a module but those by which bitsandbytes keeps what it has decoded."""
+    for hooks in hooks_of(module):
+        for hook in hooks.values():
+            if getattr(hook, "__module__", None) != "bitsandbytes.nn.parametrize":
+                yield hook

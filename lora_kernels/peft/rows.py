@@ -17,6 +17,7 @@ from ..backends.library import follows_gpu
 from ..core.problem import Layout, Problem
 from ..functional import base_dtype
 from ..layers import DoRALinear, LoRAEmbedding, LoRALayer
+from ..layers.experts import is_quantized, stack
 from ..quantization import Weight4bit
 from . import traffic
 from .adalora import FusedSVD
@@ -38,6 +39,7 @@ from .eligibility import (
     unreadable_reason,
 )
 from .embedding import FusedEmbedding
+from .experts import FusedParamWrapper, active_adapter, experts_reason
 from .frozen import StreamedLinear
 from .predict import Part
 
@@ -96,6 +98,8 @@ def _not_fused(name: str, reason: str, layer: Any, x_dtype: torch.dtype | None) 
 
 def _fused_layer(name: str, layer: Any, x_dtype: torch.dtype | None, rows: int | None) -> Layer:
     base = layer.base_layer
+    if isinstance(layer, FusedParamWrapper):
+        return _experts_row(name, layer, x_dtype, rows), []
     if isinstance(layer, FusedEmbedding):
         reason = embedding_reason(layer, embedding_adapters_of(layer), base.weight.device)
         if reason is None:
@@ -209,6 +213,24 @@ def row_of_streamed(
         return Row(name, "streamed", "cpu", cpu.GEMV, reason)
     reason = f"no adapter; {f'more than {few} rows' if few else reason}"
     return Row(name, "not streamed", "torch", "F.linear", reason)
+
+
+def _experts_row(name: str, layer: Any, x_dtype: torch.dtype | None, rows: int | None) -> Row:
+    experts = layer.get_base_layer()
+    weight = stack(experts, layer.parameter_name)
+    reason = experts_reason(layer, weight.device)
+    if reason is not None:
+        return Row(name, "not fused", "peft", "PEFT's own forward", reason)
+    adapter = active_adapter(layer)
+    if adapter is None:
+        return Row(name, "not fused", "torch", "the base alone", "no active adapter on this layer")
+    (_, R, K), N, four_bit = adapter.lora_A.shape, adapter.lora_B.shape[1], is_quantized
+    dtypes = x_dtype or weight.dtype, adapter.lora_A.dtype, adapter.lora_B.dtype, weight.dtype
+    problem = Problem(weight.device.type, *dtypes, R, columns=N, inner=K)
+    problem = problem._replace(four_bit=four_bit(experts, layer.parameter_name))
+    choice = selection.choose_experts(problem)
+    state = "not fused" if choice.backend == "eager" else "fused"
+    return Row(name, state, choice.backend, choice.strategy, f"experts; {choice.reason}")
 
 
 def _embedding_row(name: str) -> Row:

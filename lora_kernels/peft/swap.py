@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from peft.tuners import lora
 from peft.tuners.adalora.layer import SVDLinear
-from peft.tuners.lora.layer import LoraLayer, MultiheadAttention
+from peft.tuners.lora.layer import LoraLayer, MultiheadAttention, ParamWrapper
 from torch import nn
 
 from .. import selection
@@ -21,6 +21,7 @@ from .adalora import FusedSVDLinear
 from .base import is_linear4bit
 from .eligibility import patched_reason, unfusable_reason
 from .embedding import FusedEmbedding
+from .experts import FusedParamWrapper
 from .frozen import StreamedLinear
 from .linear import Fused, FusedLinear, peft_class, set_class
 
@@ -28,8 +29,9 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def fuse(model: Model, linears: bool = False) -> Model:
-    """Make the LoRA and AdaLoRA layers of a PEFT model compute with `lora_linear`, those over an
-    embedding with one product for all their adapters; returns the model.
+    """Make the LoRA and AdaLoRA layers of a PEFT model compute with `lora_linear`, those over the
+    experts of a mixture with `lora_experts_linear`, those over an embedding with one product for
+    all their adapters; returns the model.
 
     Parameters, names and all else that PEFT does with them stay as they are. A layer that is of
     another kind, has a trainable base weight or a forward that someone replaced stays PEFT's own;
@@ -144,6 +146,8 @@ def _fused_class(layer: LoraLayer) -> Any:
         return FusedEmbedding
     if type(layer) is SVDLinear:
         return FusedSVDLinear
+    if type(layer) is ParamWrapper:
+        return FusedParamWrapper
     # Nobody imports bitsandbytes in order to ask.
     of = (type(layer).__module__, type(layer).__name__)
     if of == ("peft.tuners.lora.bnb", "Linear4bit"):

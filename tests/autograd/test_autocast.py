@@ -156,7 +156,7 @@ def test_autocast_of_any_device_is_followed(device):
                 assert lora_linear(x, weight, A, B).dtype is torch.float16
                 y = multi_lora_linear(x, weight, [A], [B], index)
                 assert y.dtype is torch.float16
-            with ops._no_autocast(x):
+            with ops.no_autocast(x):
                 assert not torch.is_autocast_enabled(device)
         finally:
             torch.set_autocast_enabled(device, before[0])

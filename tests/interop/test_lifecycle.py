@@ -124,5 +124,7 @@ def test_target_parameters_stay_pefts() -> None:
     config = LoraConfig(r=R, target_modules=[], target_parameters=["up.weight"])
     stock, fused = pair(get_peft_model(MLP().double(), config))
     assert_close_derived(fused(batch()), stock(batch()))
-    reason = "PEFT's ParamWrapper adds the adapter to weight itself"
-    assert [row.reason for row in explain(fused).rows] == [reason]
+    (row,) = explain(fused).rows
+    assert row.reason.startswith(
+        "PEFT's ParamWrapper over weight: got Linear without `num_experts`"
+    )

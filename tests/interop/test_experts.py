@@ -1,0 +1,312 @@
+"""LoRA on fused experts: models of transformers by PEFT's `ParamWrapper`, unfused and fused."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import (
+    GptOssConfig,
+    GptOssForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+import lora_kernels.integrations
+from lora_kernels.layers import quantize_experts
+from lora_kernels.layers.experts import stack
+from lora_kernels.peft import explain, fuse, unfuse
+from lora_kernels.peft.experts import FusedParamWrapper
+from lora_kernels.quantization import Weight4bit
+from lora_kernels.traffic import count
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "mixtral": lambda: MixtralForCausalLM(
+        MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2)
+    ),
+    "qwen3": lambda: Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            **SIZES, num_experts=6, num_experts_per_tok=3, moe_intermediate_size=24, head_dim=8
+        )
+    ),
+    "gpt_oss": lambda: GptOssForCausalLM(
+        GptOssConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2, head_dim=8)
+    ),
+    "olmoe": lambda: OlmoeForCausalLM(OlmoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2)),
+}
+BOTH = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+
+
+def config(*parameters: str, **options: Any) -> LoraConfig:
+    options = {"r": 5, "lora_alpha": 16, "target_modules": ["q_proj"], **options}
+    return LoraConfig(target_parameters=list(parameters or BOTH), **options)
+
+
+def make(name: str, *parameters: str, dtype: torch.dtype = torch.float32) -> PeftModel:
+    torch.manual_seed(0)
+    model = get_peft_model(MODELS[name]().to(dtype), config(*parameters))
+    return start(model)
+
+
+def start(model: PeftModel, seed: int = 1) -> PeftModel:
+    """Give every adapter an effect, and biases and norms another value than 0 and 1."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name or name.endswith("bias"):
+                p.copy_(0.1 * torch.randn(p.shape, generator=generator))
+    return model
+
+
+def ids(rows: int = 2, length: int = 17) -> Tensor:
+    return torch.randint(3, 64, (rows, length), generator=torch.Generator().manual_seed(2))
+
+
+def step(model: nn.Module) -> dict[str, Tensor]:
+    """The loss and the gradient of each parameter."""
+    model.zero_grad()
+    loss = model(input_ids=ids(), labels=ids()).loss
+    loss.backward()
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return {"loss": loss.detach(), **grads}
+
+
+def errors(got: dict[str, Tensor], want: dict[str, Tensor]) -> dict[str, float]:
+    assert got.keys() == want.keys()
+    return {
+        name: ((got[name].double() - want[name]).norm() / want[name].double().norm()).item()
+        for name in want
+    }
+
+
+def assert_equal_steps(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
+    """float32 sums in another order: 2e-6 is 34 roundings, of sums of at most 96 terms."""
+    wrong = {name: error for name, error in errors(got, want).items() if not error < 2e-6}
+    assert not wrong
+
+
+def fused_wrappers(model: nn.Module) -> list[FusedParamWrapper]:
+    return [module for module in model.modules() if isinstance(module, FusedParamWrapper)]
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("parameters", [BOTH, BOTH[:1], BOTH[1:]], ids=["both", "up", "down"])
+def test_fuse_of_experts_keeps_loss_and_gradients(name: str, parameters: tuple[str, ...]) -> None:
+    model = make(name, *parameters)
+    want = step(model)
+    fuse(model)
+    assert len(fused_wrappers(model)) == 2 * len(parameters)
+    assert_equal_steps(step(model), want)
+    assert_equal_steps(step(unfuse(model)), want)
+    assert not fused_wrappers(model)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_sgd_of_fused_experts_updates_as_peft_s(name: str) -> None:
+    updated = []
+    for wrap in (lambda model: model, fuse):
+        model = wrap(make(name))
+        optimizer = torch.optim.SGD(
+            [p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.9
+        )
+        for _ in range(3):
+            step(model)
+            optimizer.step()
+        updated.append({n: p.detach() for n, p in model.named_parameters() if p.requires_grad})
+    assert_equal_steps(updated[1], updated[0])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_fused_experts_in_bfloat16_are_nearer_to_float64_than_peft_s(name: str) -> None:
+    """PEFT rounds W + s·B·A. One layer's experts, with the routing given, in each dtype."""
+    model = make(name)
+    layer = next(m for n, m in model.named_modules() if n.endswith("layers.0.mlp.experts"))
+    E = layer.get_base_layer().num_experts
+    generator = torch.Generator().manual_seed(3)
+    x, dy = (torch.randn(40, 32, generator=generator) for _ in range(2))
+    weights, index = torch.rand(40, E, generator=generator).topk(2)
+    found = {}
+    # What bfloat16 holds, so that only the computation's roundings differ.
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.copy_(p.bfloat16())
+    for kind in ("oracle", "peft", "ours"):
+        dtype = torch.float64 if kind == "oracle" else torch.bfloat16
+        twin = copy.deepcopy(layer).to(dtype)
+        if kind == "oracle":
+            twin.get_base_layer().config._experts_implementation = "eager"
+        if kind == "ours":
+            fuse(nn.ModuleDict({"experts": twin}))
+        own = x.bfloat16().to(dtype).requires_grad_()
+        y = twin(own, index, weights.bfloat16().to(dtype))
+        y.backward(dy.bfloat16().to(dtype))
+        grads = {n: p.grad for n, p in twin.named_parameters() if "lora_" in n}
+        found[kind] = {"y": y.detach(), "dx": own.grad, **grads}
+    oracle = found.pop("oracle")
+    peft, ours = (errors(found[kind], oracle) for kind in ("peft", "ours"))
+    assert all(ours[key] <= 1.05 * peft[key] for key in ours), (ours, peft)
+    assert ours["y"] < peft["y"]
+
+
+def test_fused_experts_with_several_active_adapters_are_peft_s() -> None:
+    model = make("mixtral")
+    model.add_adapter("second", config(r=3, lora_alpha=5))
+    start(model, seed=4)
+    model.base_model.set_adapter(["default", "second"])
+    want = step(model)
+    assert sum("second" in name for name in want) > 4
+    assert_equal_steps(step(fuse(model)), want)
+    model.set_adapter("second")
+    got = step(model)
+    assert_equal_steps(got, step(unfuse(model)))
+
+
+def test_fused_experts_disabled_or_merged_are_peft_s() -> None:
+    model = make("gpt_oss").eval()
+    with torch.no_grad():
+        want = model(input_ids=ids()).logits
+        with model.disable_adapter():
+            base = model(input_ids=ids()).logits
+        fuse(model)
+        torch.testing.assert_close(model(input_ids=ids()).logits, want)
+        with model.disable_adapter():
+            assert torch.equal(model(input_ids=ids()).logits, base)
+        model.merge_adapter()
+        torch.testing.assert_close(model(input_ids=ids()).logits, want, rtol=1e-4, atol=1e-5)
+        rows = {row.layer: row.reason for row in explain(model).rows if "experts" in row.layer}
+        assert all(reason.startswith("adapters are merged") for reason in rows.values())
+        model.unmerge_adapter()
+        torch.testing.assert_close(model(input_ids=ids()).logits, want, rtol=1e-4, atol=1e-5)
+        merged = model.merge_and_unload()
+        torch.testing.assert_close(merged(input_ids=ids()).logits, want, rtol=1e-4, atol=1e-5)
+
+
+def test_adapters_of_fused_experts_load_in_peft_and_back(tmp_path: Path) -> None:
+    model = fuse(make("qwen3"))
+    want = step(model)
+    model.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    other = PeftModel.from_pretrained(MODELS["qwen3"](), tmp_path, is_trainable=True)
+    assert_equal_steps(step(other), want)
+    again = tmp_path / "again"
+    other.save_pretrained(again)
+    torch.manual_seed(0)
+    third = fuse(PeftModel.from_pretrained(MODELS["qwen3"](), again, is_trainable=True))
+    assert_equal_steps(step(third), want)
+
+
+def test_explain_of_fused_experts_names_backend_and_strategy() -> None:
+    model = fuse(make("mixtral"))
+    rows = [row for row in explain(model).rows if "experts" in row.layer]
+    assert len(rows) == 4
+    assert {(row.state, row.backend) for row in rows} == {("fused", "cpu")}
+    assert all(row.reason.startswith("experts; native kernels") for row in rows)
+    assert "4 × " not in str(explain(model))  # two projections, two layers each
+    assert str(explain(model)).count("2 × ") == 3
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_fused_experts_in_4_bits_are_those_decoded(name: str) -> None:
+    model, decoded = make(name), make(name)
+    quantize_experts(model, blocksize=64, double_quant=False)  # PEFT adapts no 4-bit parameter
+    for where, module in decoded.named_modules():
+        for parameter in ("gate_up_proj", "down_proj") if hasattr(module, "has_gate") else ():
+            # bitsandbytes' CPU kernel misreads blocks that straddle rows.
+            own = cast(Weight4bit, stack(model.get_submodule(where), parameter))
+            getattr(module, parameter).data.copy_(own.dequantize())
+    want = step(decoded)
+    fuse(model)
+    assert len(fused_wrappers(model)) == 4
+    assert_equal_steps(step(model), want)
+
+
+def test_fused_experts_never_write_effective_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted on meta tensors: bytes at most a third of PEFT's with 128 experts, top 8."""
+    sizes = {**SIZES, "hidden_size": 1024, "num_hidden_layers": 1}
+    options = {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 384}
+    with torch.device("meta"):
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **options, head_dim=64)).bfloat16()
+        model = get_peft_model(model, config(r=16))
+    layer = next(m for n, m in model.named_modules() if n.endswith("layers.0.mlp.experts"))
+    x = torch.empty(512, 1024, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    index = torch.empty(512, 8, device="meta", dtype=torch.int64)
+    weights = torch.empty(512, 8, device="meta", dtype=torch.bfloat16)
+
+    def run() -> None:
+        y = layer(x, index, weights)
+        y.backward(torch.empty_like(y))
+
+    with monkeypatch.context() as patched:  # PEFT disables autocast, which knows no meta device
+        patched.setattr(torch, "autocast", lambda *_, **__: nullcontext())
+        peft = count(run)
+    fuse(model)
+    ours = count(run)
+    assert 3 * ours.bytes <= peft.bytes
+    assert ours.peak < layer.get_base_layer().gate_up_proj.nbytes
+
+
+REASONS = {
+    "trainable": "the base weight is trainable",
+    "forward": "its forward was replaced",
+    "implementation": "experts_implementation='deepgemm' has kernels of its own",
+}
+
+
+@pytest.mark.parametrize("kind", REASONS)
+def test_fuse_leaves_experts_to_peft_with_the_reason(kind: str) -> None:
+    model = make("mixtral")
+    experts = model.base_model.model.model.layers[0].mlp.experts.get_base_layer()
+    if kind == "trainable":
+        experts.gate_up_proj.requires_grad_()
+    elif kind == "forward":
+        experts.forward = lambda *args: args[0]
+    else:
+        experts.config = copy.copy(experts.config)
+        experts.config._experts_implementation = "deepgemm"
+    fuse(model)
+    assert len(fused_wrappers(model)) == 2  # those of the other layer
+    reasons = [row.reason for row in explain(model).rows if "layers.0.mlp.experts" in row.layer]
+    assert reasons == [REASONS[kind]] * 2
+
+
+def test_fused_experts_with_a_hook_inside_are_peft_s() -> None:
+    model = fuse(make("mixtral"))
+    experts = model.base_model.model.model.layers[0].mlp.experts.get_base_layer()
+    called: list[int] = []
+    experts.register_forward_hook(lambda *_: called.append(1))
+    got = step(model)
+    assert called == [1]
+    assert_equal_steps(got, step(make("mixtral")))
+    rows = [row for row in explain(model).rows if "layers.0.mlp.experts" in row.layer]
+    assert all("a hook or another forward sits on its MixtralExperts" in r.reason for r in rows)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_experts_implementation_of_transformers_gives_the_model_s_logits(name: str) -> None:
+    torch.manual_seed(0)
+    model = MODELS[name]().requires_grad_(False)
+    want = model(input_ids=ids()).logits
+    model.set_experts_implementation(lora_kernels.integrations.experts.NAME)
+    torch.testing.assert_close(model(input_ids=ids()).logits, want)

@@ -114,7 +114,7 @@ def find_compiler() -> list[str]:
 
 
 def accepts(cxx: list[str], flags: list[str]) -> bool:
-    """Whether the compiler knows these flags; an older one may lack the newest instruction set."""
+    """Return whether the compiler knows these flags; an older one may lack the newest instruction set."""
     probe = [*cxx, "-std=c++20", *flags, "-fsyntax-only", "-x", "c++", os.devnull]
     return subprocess.run(probe, capture_output=True).returncode == 0
 
@@ -133,7 +133,7 @@ def find_nvcc() -> str | None:
 
 
 def cuda_archs(nvcc: str) -> list[str]:
-    """nvcc's flags for the GPUs asked for; RuntimeError where it knows none of them."""
+    """Return nvcc's flags for the requested GPUs; RuntimeError if it knows none of them."""
     listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout
     known = {line.strip().removeprefix("sm_") for line in listed.splitlines()}
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
@@ -330,7 +330,7 @@ WHAT = {
 
 
 def wanted() -> list[str]:
-    """Those to build: the CPU's unless they are not wanted, the GPU's where they can be."""
+    """Name the extensions to build: the CPU's unless switched off, the GPU's if nvcc is found."""
     names = [] if os.environ.get("LORA_KERNELS_NATIVE") == "0" else ["_native"]
     if enabled("LORA_KERNELS_EMULATOR"):
         names.append("_emulator")

@@ -195,7 +195,7 @@ class WithoutGil {
 #endif
 };
 
-// What f returns, with C++'s exceptions made Python's.
+// Returns f's result; a C++ exception becomes Python's.
 template <typename F>
 PyObject* guarded(const F& f) {
   try {

@@ -55,7 +55,7 @@ LK_INLINE void next_term(vf& even, vf& odd, float* to) {
   odd = less(odd, _mm512_srli_epi32(words, 16));
 }
 
-// A row of 32 elements in `terms` tiles, the bf16 of which it is the sum.
+// A row of 32 elements in `terms` tiles, whose bf16 sum to it.
 LK_INLINE void row_terms(vf first, vf second, int terms, bf16* to) {
   for (int term = 0; term < terms; ++term, to += X_TILE) {
     const __m256i one = narrow_bf16(first), two = narrow_bf16(second);
@@ -289,7 +289,7 @@ LK_INLINE void lay_terms(const ProductArgs& a, const Slab& slab, float* to, floa
 }
 
 // How a product of elements of TERMS bf16 is cut: into tasks of `rows` of x by some panels of
-// `wide` columns, of which a task passes over `depth` of the sum at a time.
+// `wide` columns. A task passes over `depth` of the sum at a time.
 template <int TERMS>
 struct Cut {
   int64_t pauses, depth, rows, wide, slab_depth, panels, parts, tasks, chunks;
@@ -305,8 +305,8 @@ struct Cut {
     wide = !along_rows(a) ? VW : TERMS > 1 || u.N < 2048 ? 2 * VW : 4 * VW;
     while (wide > VW && u.N < wide * threads) wide /= 2;
     panels = (u.N + wide - 1) / wide;
-    // As few blocks of rows as fit, each of which lays all of W; but every thread a task, and of
-    // several blocks all threads as many.
+    // As few blocks of rows as fit, since each lays all of W; but every thread has a task, and
+    // with several blocks all threads have as many.
     const int64_t most = max(GROUP, X_BYTES / (2 * TERMS * depth) / GROUP * GROUP);
     int64_t blocks = max((u.M + most - 1) / most, (threads + panels - 1) / panels);
     if (blocks > threads) blocks = round_up(blocks, threads);

@@ -1,6 +1,6 @@
 #pragma once
-// The thin products in the tile registers of AMX, beside which those of kernels_impl.h would take
-// longer than the base product does. x and dY are bf16; a factor in float32 is the sum of two or
+// The skinny GEMMs in AMX tiles; those of kernels_impl.h would take longer than the base GEMM
+// does on AMX. x and dY are bf16; a factor in float32 is the sum of two or
 // three bf16, which keep 16 or all 24 of its bits. A tile's sum over SPAN elements (four times that
 // where dots have one or two terms) is taken by itself and then added, as kernels_impl.h does.
 // Follows product_impl.h.
@@ -155,9 +155,9 @@ struct OutersArgs {
   int threads;
 };
 
-// A thread has its own columns, so that no sum crosses threads; rows pass in blocks of SPAN, 64
-// columns of which are laid in pairs, from L2, for all ranks. then(n0, n1) has a thread's sums of
-// 64 columns at a time. Reads X once. Tested by tests/ops.
+// A thread has its own columns, so that no sum crosses threads; rows pass in blocks of SPAN.
+// 64 columns of a block are laid in pairs, from L2, for all ranks. then(n0, n1) has a thread's sums
+// of 64 columns at a time. Reads X once. Tested by tests/ops.
 template <typename Then>
 LK_INLINE void outers(const OutersArgs& a, const Then& then) {
   const int64_t blocks = (a.R + 15) / 16, steps = (a.M + 31) / 32, panels = (a.N + 63) / 64;

@@ -4,7 +4,7 @@
 namespace lora_kernels {
 namespace {
 
-constexpr int64_t RUN = 16;  // elements from a multiple of which on lie in one block
+constexpr int64_t RUN = 16;  // elements that lie in one block if the first is at a multiple of RUN
 
 // Two roundings where scales are nested; this file is compiled without contraction.
 LK_INLINE float scale_of(const Codes4bit& w, int64_t block) {

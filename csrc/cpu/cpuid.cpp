@@ -93,7 +93,7 @@ bool is_intel() {
 }
 
 Isa isa_of(const CpuFeatures& features) {
-  // The lists follow setup.py's flags: whatever a unit is compiled for is asked for here.
+  // The lists follow setup.py's flags: every feature that a unit is compiled for is required here.
   if (!has(features.leaf1_ecx, kOsxsave | kAvx | kFma | kF16c) ||
       !has(features.leaf7_ebx, kAvx2 | kBmi2) || !has(features.xcr0, kYmmState)) {
     return Isa::scalar;

@@ -22,7 +22,7 @@ struct CpuFeatures {
 
 CpuFeatures read_cpu_features();
 
-// The highest set of which every feature is present and every register is saved.
+// Returns the highest set whose features are all present and whose registers are all saved.
 Isa isa_of(const CpuFeatures& features);
 
 // Whether the processor has matrix registers for products of bf16, which the library uses.

@@ -22,8 +22,8 @@ constexpr int64_t DECODED_FROM = 9;
 template <>
 constexpr int64_t DECODED_FROM<float> = 8;
 
-// Rows of the weight decoded side by side for M of x: their sums take half of the registers, of
-// which there are 2 W.
+// Rows of the weight decoded side by side for M of x: their sums take half of the 2 W
+// registers.
 template <int M>
 constexpr int SIDE_BY_SIDE = 4 * M <= W   ? 4
                              : 2 * M <= W ? 2
@@ -34,7 +34,7 @@ constexpr int SIDE_BY_SIDE = 4 * M <= W   ? 4
 constexpr int SCALED_LAST = 2;  // rows of x whose sums cost less to scale than the codes
 
 // K elements as `dot_chunk` takes them, CODES at a time and `stride` apart: lane l of vector j is
-// element 8 l + j. Where eights are not whole, as they lie.
+// element 8 l + j. If K is no multiple of eight, the order is unchanged.
 template <typename T>
 LK_INLINE void order(const T* from, int64_t K, float* to, int64_t stride) {
   if (K % 8) {
@@ -233,7 +233,7 @@ struct CodedRows {
 };
 
 // to[0 .. ) = row `row`'s elements from k0 to k1, in the order of x's, with zeros up to a multiple
-// of CODES. scales, start: as of dot_codes. Codes as far ahead as these reach are asked for.
+// of CODES. scales, start: as of dot_codes. Prefetches codes as far ahead as these reach.
 template <bool Whole, typename X, typename T>
 LK_INLINE void decode_slab(const Codes4bit& w, const T& t, int64_t row, const float* scales,
                            int64_t start, int64_t k0, int64_t k1, X* to) {
@@ -316,7 +316,7 @@ struct DecodedRows {
     add_sums<Rows>(total, first, apart, sums, lds);
   }
 
-  // The sums of one row of each stream, of which `decoded` is the slab from k0 on.
+  // Adds the sums of one row of each stream; `decoded` is the slab from k0 on.
   [[gnu::always_inline]] void add_slab(const X* decoded, int64_t k0, int64_t count, int64_t apart,
                                        float* sums, int64_t lds) const {
     passes.each([&](int64_t m, int64_t rows) {
@@ -363,9 +363,9 @@ LK_INLINE void few_coded_rows(const FewRowsArgs& a, const T& code, const X* x, i
 }
 
 // P = scale * (mask(X) A^T); y[M, N] = c * (x W^T + (P * gate * alpha) Q) + bias for few rows.
-// Sums in float32, y rounds once (z likewise); codes keep at least 17 bits until the sum, but for
-// three rows of bf16 or more on avx512bf16, where code times scale is rounded to bf16. Reads each
-// byte of the weight once from memory. Tested by tests/ops.
+// Sums in float32, y rounds once (z likewise); codes keep at least 17 bits until the sum, except
+// for three rows of bf16 or more on avx512bf16, where code times scale is rounded to bf16. Reads
+// each byte of the weight once from memory. Tested by tests/ops.
 void few_rows(const FewRowsArgs& a) {
   const int64_t M = a.update.M, K = a.shrink.K;
   if (!M) return;

@@ -175,7 +175,7 @@ struct Kernels {
   void (*dequantize)(const DequantizeArgs&);
   void (*few_rows)(const FewRowsArgs&);
   void (*row_norm)(const RowNormArgs&);
-  void (*product)(const ProductArgs&);  // null where the library's product is left to it
+  void (*product)(const ProductArgs&);  // null if the unit has no GEMM of its own
 };
 
 extern const Kernels kernels_scalar, kernels_avx2, kernels_avx512, kernels_avx512bf16,
@@ -188,7 +188,7 @@ const char* use_torch_openmp();
 // Among threads of one run: count one more that has come so far; wait until `count` of them have.
 void arrive(int* arrived);
 void await(const int* arrived, int count);
-// What *next was before count was added to it, by one thread of a run at a time.
+// Adds count to *next and returns its value before; atomic among a run's threads.
 int64_t take(int64_t* next, int64_t count);
 
 // Scratch memory, 64-byte aligned; throws std::bad_alloc. Taken before threads start, but where

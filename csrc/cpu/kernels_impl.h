@@ -33,7 +33,7 @@ constexpr int64_t ROWS = 96;       // rows of y that one task updates
 constexpr int64_t RANKS = 64;      // ranks summed in one chain before they are added to the rest
 constexpr int64_t STRIP = 64;      // columns of x of one task of dA: a mask word
 constexpr int64_t DEPTH = 128;     // rows of x that stay in L1 while dA's ranks pass over them
-constexpr int64_t UNPACKED = 2;    // rows up to which the rank update of y takes B as it lies
+constexpr int64_t UNPACKED = 2;    // rows up to which the rank update of y reads B unpacked
 constexpr int64_t PAIR_ROWS = 32;  // rows of dY that stay in L2 between dS and dB
 
 LK_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -141,8 +141,8 @@ LK_INLINE void copy_kept(const From* from, To* to, int64_t count, int64_t n, con
 
 // Inner loops ----------------------------------------------------------------------------------
 
-// A span's sum is taken by itself: one chain over a long K would lose more than the library's
-// blocked product does.
+// A span's sum is taken by itself: one chain over a long K would lose more than oneDNN's
+// blocked GEMM does.
 template <int I, typename TX, typename TA>
 LK_INLINE void dot(const TX* const x[I], const TA* const a[4], int64_t K, float out[I][4]) {
   constexpr int64_t SPAN = 256 * W;
@@ -197,7 +197,7 @@ LK_INLINE void outer(const float* const p[I], int64_t stride_pj, int64_t J, cons
 }
 
 // Stored in, or added to, rows of c that are ldc apart. A block's sum is taken by itself and then
-// added: one chain over all rows would lose more than the library's blocked product does.
+// added: one chain over all rows would lose more than oneDNN's blocked GEMM does.
 template <typename TQ>
 LK_INLINE void outer_into(const float* const p[4], int64_t stride_pj, int64_t J, const TQ* q,
                           int64_t stride_qj, float* c, int64_t ldc, bool fresh) {
@@ -234,7 +234,7 @@ constexpr int64_t CHAIN<Pair> = 1024;
 
 LK_INLINE vf word_fma(vf a, vf b, vf acc, float) { return fma(a, b, acc); }
 
-// W words, of which the first `elements` elements exist.
+// Loads W words whose first `elements` elements exist.
 template <typename T>
 LK_INLINE vf load_words(const T* p, int64_t elements, float) {
   return elements >= W ? load(p) : load_n(p, (int)elements);
@@ -469,9 +469,9 @@ LK_INLINE void mask_tile(const uint64_t bits[Y_ROWS], int64_t shift, vf acc[Y_RO
       keep(acc[i][v], bits[i] >> (shift + v * W));
 }
 
-// Y = c * (Y + alpha * mask(S Q)) + bias in one pass over y. A task is a panel of PANEL columns of
-// Q, packed once in float32 with alpha inside, by ROWS rows of y. Rounds once, when y is stored
-// (z likewise). Reads and writes y once, reads S once a panel, Q once. Tested by tests/ops.
+// Y = c * (Y + alpha * mask(S Q)) + bias, y read and written once. A task is a panel of PANEL
+// columns of Q, packed once in float32 with alpha inside, by ROWS rows of y. Rounds once, when y is
+// stored (z likewise). Reads and writes y once, reads S once a panel, Q once. Tested by tests/ops.
 template <typename T>
 LK_INLINE void expand_tile(const ExpandArgs& a, const Philox& generator, const float* panel,
                            int64_t n0, int64_t m0, int64_t m1) {
@@ -502,7 +502,7 @@ LK_INLINE void expand_tile(const ExpandArgs& a, const Philox& generator, const f
 }
 
 // Whether packing Q costs more than the update: for one or two rows its columns, contiguous along
-// the ranks, are dotted with S as they lie.
+// the ranks, are dotted with S unpacked.
 LK_INLINE bool unpacked(const ExpandArgs& a) {
   return a.M <= UNPACKED && a.q.row == 1 && !a.gate && !a.dropout.rng;
 }
@@ -604,8 +604,8 @@ LK_INLINE void column_sums(const T* dy, int64_t ldy, const T* z, int64_t ldz, in
 // dS = ds_scale * (dZ B) and dB = db_scale * (dZ^T S) * gate, dZ = c * dY, from one read of dY. B^T
 // is packed once (c inside); each chunk of rows walks in blocks of PAIR_ROWS: dS as dots over N,
 // then the same rows, now in cache, as outer products into the chunk's own dB^T [R, N]. The chunks'
-// partial sums are added in order, so a run repeats bit for bit. dc and dbias ride along where
-// asked for. Tested by tests/ops.
+// partial sums are added in order, so a run repeats bit for bit. dc and dbias ride along if
+// requested. Tested by tests/ops.
 template <typename T, typename TB>
 LK_INLINE void pair_rows(const BackwardPairArgs& a, const TB* bt, int64_t ld, int64_t m0,
                          int64_t m1, float* part, float* dc, float* dbias, float* tile) {

@@ -11,7 +11,7 @@
 namespace lora_kernels {
 namespace {
 
-// dg[r] = scaling * sum_m dS * P where it is asked for; then dS becomes the gradient of mask(x)
+// dg[r] = scaling * sum_m dS * P if requested; then dS becomes the gradient of mask(x)
 // A^T.
 void through_gate(const Layer& layer, const float* p, float* ds, float* dg) {
   const int64_t M = layer.M, R = layer.R;

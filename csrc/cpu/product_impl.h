@@ -1,5 +1,5 @@
 #pragma once
-// The layer in a single pass, for the AVX-512 units: base product, rank update and epilogue of a
+// The fused layer, for the AVX-512 units: base product, rank update and epilogue of a
 // tile of y while its sums are in registers. Follows codes_impl.h.
 //
 // The sum runs over words. Other 16-bit elements are widened as W is packed and x is read. A 4-bit
@@ -86,7 +86,7 @@ LK_INLINE void pack_words(const Matrix& w, int64_t k0, int64_t depth, int64_t n0
 // The same, W[n0 + n, k0 + k], of a 4-bit weight whose rows begin at a multiple of 8
 // elements. 16 rows' bytes are transposed by fours, so that a lane holds 8 codes of one row, looked
 // up two at a time. `scales` has room for one of each row and 8 elements. `ahead`: bytes from here
-// to the codes of the next panel, which are asked for meanwhile.
+// to the codes of the next panel, which are prefetched meanwhile.
 template <typename Word>
 LK_INLINE void pack_codes_k(const Codes4bit& w, int64_t k0, int64_t depth, int64_t n0,
                             int64_t count, float* to, const Layout& at, float* scales,
@@ -126,8 +126,8 @@ LK_INLINE void pack_codes_k(const Codes4bit& w, int64_t k0, int64_t depth, int64
     }
 }
 
-// The same with the sum along W's rows: W[n0 + n, k0 + k] for `depth` rows n and 64 columns, all of
-// which exist.
+// The same with the sum along W's rows: W[n0 + n, k0 + k] for `depth` rows n and 64 columns that
+// all exist.
 template <typename Word>
 LK_INLINE void pack_codes_n(const Codes4bit& w, int64_t n0, int64_t depth, int64_t k0, float* to,
                             const Layout& at, int64_t ahead) {
@@ -176,12 +176,12 @@ LK_INLINE void pack_codes(const Codes4bit& w, bool k_inner, int64_t k0, int64_t 
   }
 }
 
-// Cache lines of W that pack_words will read, asked for one by one so that W comes while the panel
+// Cache lines of W that pack_words will read, prefetched one by one so that W comes while the panel
 // before it is at work.
 struct Lines {
   const char* row;
   int64_t stride, in_row, count;  // bytes from row to row, lines of a row, lines in all
-  int64_t next = 0, in = 0;       // asked for so far, and how many of this row's
+  int64_t next = 0, in = 0;       // prefetched so far, and how many of this row's
 
   void ask() {
     __builtin_prefetch(row + in * 64, 0, 2);
@@ -264,7 +264,7 @@ LK_INLINE void masked_rank_tile(const ExpandArgs& u, const Philox& generator, in
 }
 
 // Rows [m0, m1) by columns [n0, n0 + VW) of y, a panel of `step` words of the sum after another.
-// C holds the tiles' sums between panels, the last of which goes on to the epilogue from registers.
+// C holds the tiles' sums between panels; after the last they go to the epilogue in registers.
 // mask(S Q) is what pairs start from; of float32 it is a sum of its own, since a chain that starts
 // from it would lose more than separate products do.
 template <typename Word, typename T>

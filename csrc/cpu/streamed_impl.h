@@ -1,4 +1,4 @@
-// The frame of the layer for a few rows of x: the weight's rows pass once, dotted as they lie with
+// The frame of the layer for a few rows of x: the weight's rows pass once, dotted unpacked with
 // all of x's; and the dots of a dense weight. Follows kernels_impl.h.
 //
 // Several rows of the weight share what is loaded of x, one of each of STREAMS, into which a
@@ -8,7 +8,7 @@ namespace lora_kernels {
 namespace {
 
 constexpr int STREAMS = 4;       // as many as `sum_lanes` takes
-constexpr int64_t AHEAD = 1024;  // bytes of a stream's codes asked for before their turn
+constexpr int64_t AHEAD = 1024;  // bytes of a stream's codes prefetched before their turn
 constexpr int PASS = 6;          // rows of x that share what is loaded of decoded or dense rows
 constexpr int64_t BLOCK = 16;    // rows of each stream that a thread takes at a time
 constexpr int64_t HELPED = 4;    // shares that it takes from, its own among them
@@ -168,7 +168,7 @@ LK_INLINE void few_rows_of(const FewRowsArgs& a, const Rows& weight) {
   const int64_t part_floats =
       round_up(weight.floats + panel_floats + staging_floats(VW, R), 16) + taken_floats;
   // A part's sums lie behind those of the rows before it: so there is room for fewer parts, with
-  // more rows each, than were asked for.
+  // more rows each, than requested.
   Scratch scratch((parts * part_floats + M * u.N) * 4);
   float* const all_sums = static_cast<float*>(scratch.data) + parts * part_floats;
   const auto taken_of = [&](int64_t part) {

@@ -126,7 +126,7 @@ LK_INLINE uint64_t interleave(uint64_t a, uint64_t b, uint64_t c, uint64_t d) {
          _pdep_u64(d, 0x88888888u);
 }
 
-// What few_rows_impl.h wants, as in vec_avx512.h.
+// The operations of few_rows_impl.h, as in vec_avx512.h.
 LK_INLINE vu load_codes(const uint8_t* p, int filled) {
   if (filled == W) return _mm256_loadu_si256((const __m256i*)p);
   uint8_t bytes[4 * W] = {};

@@ -189,7 +189,7 @@ LK_INLINE uint64_t interleave(uint64_t a, uint64_t b, uint64_t c, uint64_t d) {
          _pdep_u64(c, 0x4444444444444444u) | _pdep_u64(d, 0x8888888888888888u);
 }
 
-// What few_rows_impl.h wants: W times eight codes of 4 bits, of which the first `filled` eights
+// The operations of few_rows_impl.h: W times eight codes of 4 bits, where the first `filled` eights
 // exist and zeros follow; the values of code j of each eight; the blocks that the eights lie in,
 // counted from that of the first, which is `offset` elements behind its block's first; and the
 // scales of the filled lanes.

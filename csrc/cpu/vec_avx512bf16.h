@@ -37,7 +37,7 @@ LK_INLINE void dot_bf16(const bf16* const x[I], const bf16* const a[4], int64_t 
   for (int i = 0; i < I; ++i) sum_lanes(acc[i], out[i]);
 }
 
-// What product_impl.h wants for words of two bf16.
+// The operations of product_impl.h on words of two bf16.
 LK_INLINE vf word_fma(vf a, vf b, vf acc, Pair) {
   return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b);
 }
@@ -74,7 +74,7 @@ LK_INLINE void interleave(const bf16* a, const bf16* b, int64_t count, float* to
   store(to + apart, _mm512_castsi512_ps(_mm512_permutex2var_epi16(av, high, bv)));
 }
 
-// What few_rows_impl.h wants beside float32: for one or two rows of x a code is looked up as the
+// The operations of few_rows_impl.h on bf16: for one or two rows of x a code is looked up as the
 // sum of two bf16, which keeps 17 of its bits, and scaled with the sum; for more it is scaled and
 // rounded to bf16 once for all rows.
 
@@ -108,7 +108,7 @@ LK_INLINE void dot_exactly(const vu codes[J], const PairTables& t, const vf scal
   for (int j = 0; j < 4; ++j)
 #pragma GCC unroll 4
     for (int g = 0; g < J; ++g) {
-      const vu index = _mm512_srli_epi16(codes[g], 4 * j);  // of which the look-up takes five bits
+      const vu index = _mm512_srli_epi16(codes[g], 4 * j);  // the look-up takes five bits of it
       const __m512bh h = (__m512bh)_mm512_permutexvar_epi16(index, t.high),
                      l = (__m512bh)_mm512_permutexvar_epi16(index, t.low);
 #pragma GCC unroll 4

@@ -63,8 +63,8 @@ LK_INLINE void narrow(f16& to, float a) {
   to.bits = (uint16_t)(sign | h);
 }
 
-// The first n elements; the rest reads as zero and is not written. What widens or rounds one
-// element after another is out of line: in line it was half of this unit.
+// The first n elements; the rest reads as zero and is not written. Loops that widen or
+// round single elements are out of line: inlined they were half of this unit.
 template <typename T>
 [[gnu::noinline]] vf load_n(const T* p, int n) {
   vf v = zero();
@@ -144,7 +144,7 @@ LK_INLINE uint64_t interleave(uint64_t a, uint64_t b, uint64_t c, uint64_t d) {
   return bits;
 }
 
-// What few_rows_impl.h wants, as in vec_avx512.h.
+// The operations of few_rows_impl.h, as in vec_avx512.h.
 LK_INLINE vu load_codes(const uint8_t* p, int filled) {
   vu codes = splat_u(0);
   std::memcpy(&codes, p, 4 * (size_t)filled);

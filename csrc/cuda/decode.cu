@@ -1,5 +1,5 @@
 // The layer for up to 16 rows, one launch: W is streamed once, codes are looked up on their way to
-// the matrix units, and the adapter's part is published first and consumed last.
+// the tensor cores, and the adapter's part is published first and consumed last.
 #include <algorithm>
 
 #include "kernels.h"
@@ -68,14 +68,14 @@ LK_DEVICE void wait_flag(const int* flag, int count) {
 // y [M, N] = out_scale ⊙ (x·W + S·Q) + bias, z without out_scale and bias, M ≤ 16; p = D(x)·aᵀ.
 // yᵀ = W·xᵀ in tiles of 16 rows of W by 8 MT rows of x; the grid's blocks take tiles in turn, their
 // warps a share of K each, added in order. A code is the sum of two bfloat16 (float16), looked up
-// in pairs in a table of which each of 16 lanes has a copy, so that none waits; a block's scale
-// multiplies its float32 sum. Lanes of a quad exchange halves of what they load, so that the 16
-// elements of a product are of one block.
+// in pairs in a table with a copy for each of 16 lanes, which avoids bank conflicts; a block's
+// scale multiplies its float32 sum. Lanes of a quad exchange halves of what they load, so that the
+// 16 elements of a product are of one block.
 // ONE_LAUNCH: the first `slots` blocks publish a slot of p each and raise the flag; all wait for it
-// before their first store, the last block to be done lowers it. All must have place at once.
+// before their first store, the last block to be done lowers it. All must be co-resident.
 // PUBLISH, CONSUME: the same in two launches, the second waiting for the first in the same place.
 // Bytes: W once; x once a block where it is Resident, else once a tile; in all x once a rank and
-// a once a row more, from caches but for the first; Q, y, z, slots once. Flops 2·M·N·(K + R), of
+// a once a row more, from caches except for the first; Q, y, z, slots once. Flops 2·M·N·(K + R), of
 // codes twice K. Rounding points: x, dense W to 16 bits; y, z once. Deterministic. Tested by
 // tests/cuda_emulated/test_lora_linear.py.
 template <bool BFloat16, bool FromCodes, bool Resident, int MT>
@@ -296,7 +296,7 @@ const char* decode_unsupported_reason(const DecodeArgs& d) {
   const LinearArgs& a = d.linear;
   if (a.M < 1 || a.M > 16) return "it is for 1 to 16 rows";
   if (a.transposed || a.mask.rng) return "it is for the forward";
-  if (a.compute == F32) return "float32 products need every bit, which the matrix units drop";
+  if (a.compute == F32) return "float32 products need every bit, which tensor cores drop";
   if (!a.codes && !a.dense) return "there is no base product";
   if (a.dense && (a.w.dtype != a.compute || !a.w.vectors || a.K % 8))
     return "the weight's rows are not whole and aligned 16 bytes";

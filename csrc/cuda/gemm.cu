@@ -1,4 +1,4 @@
-// The layer for up to a few hundred rows on the matrix units (mma.sync): bfloat16 and float16,
+// The layer for up to a few hundred rows on tensor cores (mma.sync): bfloat16 and float16,
 // dense weights and 4-bit codes, both of the weight's orientations.
 #include "kernels.h"
 #include "operands.cuh"
@@ -286,7 +286,7 @@ struct FinishArgs {
   int splits;
 };
 
-// What gemm_kernel's last lines do, of the sum of its parts in order; a thread an element.
+// gemm_kernel's epilogue on the partial sums, added in order; a thread an element.
 LK_KERNEL LK_BOUNDS(THREADS, 8) finish_kernel(const FinishArgs f) {
   const LinearArgs& a = f.linear;
   const int64_t at = (int64_t)block_x() * THREADS + thread_id(), n = at % a.N;
@@ -298,7 +298,7 @@ LK_KERNEL LK_BOUNDS(THREADS, 8) finish_kernel(const FinishArgs f) {
 
 // Why the kernel cannot take it, or null.
 const char* gemm_unsupported_reason(const LinearArgs& a) {
-  if (a.compute == F32) return "float32 products need every bit, which the matrix units drop";
+  if (a.compute == F32) return "float32 products need every bit, which tensor cores drop";
   if (!a.codes && !a.dense) return "there is no base product";
   if (a.x.dtype != a.compute || !a.x.vectors) return "x's rows are not whole and aligned 16 bytes";
   if (a.dense && (a.w.dtype != a.compute || !a.w.vectors))

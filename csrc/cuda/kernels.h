@@ -1,5 +1,5 @@
 // The CUDA kernels' launchers: raw pointers and sizes in, nothing allocated, nothing waited for.
-// What each computes, reads and writes stands at its kernel.
+// Each kernel's comment says what it computes, reads and writes.
 #pragma once
 #include <stdexcept>
 #include <string>
@@ -54,7 +54,7 @@ struct DecodeArgs {
   int64_t tiles = 0;
 };
 bool decode_keeps_x(const DecodeArgs&);  // whether it would fit there
-// Whether one launch was enough: all its blocks have place at once.
+// True if one launch was enough: all its blocks are co-resident.
 bool decode(DecodeArgs, bool cooperative, const Where&);
 
 // thin.cu ----------------------------------------------------------------------------------------

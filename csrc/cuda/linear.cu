@@ -1,5 +1,5 @@
-// The layer for any strides, dtypes and sizes, in float32 on the ordinary multipliers: float32's
-// own kernel, and the way of what the matrix units' kernels do not take.
+// The layer for any strides, dtypes and sizes, in float32 on CUDA cores (FFMA): float32's own
+// kernel, and the one for operands that the tensor core kernels do not take.
 #include "kernels.h"
 #include "operands.cuh"
 
@@ -58,7 +58,7 @@ LK_DEVICE void multiply(uint32_t xs, uint32_t ws, int m, int n, float acc[4][4])
   }
 }
 
-// One chain over all of K would lose more than a library's blocked product does.
+// One chain over all of K would lose more than cuBLAS's blocked GEMM does.
 LK_DEVICE void add_to(float total[4][4], float acc[4][4]) {
   LK_UNROLL
   for (int i = 0; i < 4; ++i) LK_UNROLL

@@ -75,7 +75,7 @@ struct alignas(16) Words4 {
   uint32_t w[4];
 };
 
-// What no kernel that runs at the same time writes.
+// Loads memory that no concurrent kernel writes.
 template <typename T>
 LK_DEVICE T ldg(const T* p) {
   static_assert(sizeof(T) <= 16, "one load");
@@ -90,7 +90,7 @@ LK_DEVICE T ldg(const T* p) {
   }
   return value;
 }
-// What is read once and would only push other things out of the first cache.
+// Loads memory that is read once, bypassing L1.
 template <typename T>
 LK_DEVICE T ldg_stream(const T* p) {
   static_assert(sizeof(T) == 16, "16 bytes");
@@ -101,7 +101,7 @@ LK_DEVICE T ldg_stream(const T* p) {
                : "l"(p));
   return value;
 }
-// What other blocks wrote: not from the first cache, which their stores do not reach.
+// Loads memory that other blocks wrote: not from L1, which their stores do not reach.
 template <typename T>
 LK_DEVICE T ldg_coherent(const T* p) {
   return __ldcg(p);
@@ -162,7 +162,7 @@ LK_DEVICE void sts(uint32_t at, T value) {
                  : "memory");
   }
 }
-// 16 bytes, of which those past `bytes` are zeros, on their way until they are waited for.
+// Copies 16 bytes asynchronously; those past `bytes` become zeros.
 LK_DEVICE void cp_async16(uint32_t to, const void* from, int bytes) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
                "r"(bytes)

@@ -1,5 +1,5 @@
-// Thin products, whose one side has R columns: P = D(x)·Aᵀ, dS = dZ·B, dB = dZᵀ·S, dA = dXAᵀ·D(x).
-// In float32 on the ordinary multipliers: at these ranks memory is the limit, and nothing is lost.
+// Skinny GEMMs with R columns on one side: P = D(x)·Aᵀ, dS = dZ·B, dB = dZᵀ·S, dA = dXAᵀ·D(x).
+// In float32 on CUDA cores (FFMA): at these ranks memory is the limit, and nothing is lost.
 #include "kernels.h"
 #include "operands.cuh"
 
@@ -33,8 +33,8 @@ LK_DEVICE void load_v(const Matrix& v, const Vector& scale, const Dropout& mask,
     if (column + e < columns) out[e] *= load_at(scale.data, scale.dtype, column + e);
 }
 
-// A tile's sum is taken by itself and then added: one chain over all would lose more than a
-// library's blocked product does.
+// A tile's sum is taken by itself and then added: one chain over all would lose more than
+// cuBLAS's blocked GEMM does.
 template <int TR>
 LK_DEVICE void clear(float sums[4][TR]) {
   LK_UNROLL

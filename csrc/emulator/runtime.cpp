@@ -218,7 +218,7 @@ void start_block(Launched& grid) {
   block->index = {i % n.x, i / n.x % n.y, i / n.x / n.y};
   block->shared.resize(grid.grid.shared_bytes);
   block->cells.resize((grid.grid.shared_bytes + 1) / 2);
-  // What was there before is no zero.
+  // Shared memory starts with garbage on a GPU, so it must not read as zero here.
   std::fill(block->shared.begin(), block->shared.end(), 0xA5);
   block->warps.resize(grid.grid.threads / WARP);
   block->lanes.resize(grid.grid.threads);

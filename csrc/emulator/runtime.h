@@ -1,5 +1,5 @@
 // Runs CUDA kernels on a CPU, for tests: every thread of a block is a fiber, and which one goes on
-// next is drawn from a seed. What a GPU may do and rarely does happens here often, and is told:
+// next is drawn from a seed. Rare but legal behavior of a GPU happens often, and is checked:
 //
 //   shared memory   each two bytes know who wrote and read them last and between which barriers: a
 //                   read of what nobody wrote, of what another thread wrote without a barrier

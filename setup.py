@@ -114,7 +114,7 @@ def find_compiler() -> list[str]:
 
 
 def accepts(cxx: list[str], flags: list[str]) -> bool:
-    """Return whether the compiler knows these flags; an older one may lack the newest instruction set."""
+    """Return whether the compiler knows these flags; an older one may lack the newest set."""
     probe = [*cxx, "-std=c++20", *flags, "-fsyntax-only", "-x", "c++", os.devnull]
     return subprocess.run(probe, capture_output=True).returncode == 0
 

@@ -64,7 +64,7 @@ def digest(*files: Path) -> str:
 
 
 def source(png: bytes) -> str | None:
-    """The digest that a picture names; None where it names none or is no PNG."""
+    """Return the digest stored in a picture; None if there is none or it is no PNG."""
     at, key = 8, SOURCE.encode() + b"\0"
     while png.startswith(b"\x89PNG\r\n\x1a\n") and at + 12 <= len(png):
         length, kind = struct.unpack(">I4s", png[at : at + 8])

@@ -92,7 +92,7 @@ def read(file: Path) -> Row | None:
 
 @dataclass(frozen=True)
 class Run:
-    """What one machine has measured."""
+    """The results of one machine."""
 
     folder: Path
 
@@ -125,7 +125,7 @@ class Run:
 
     @property
     def peers(self) -> list[str]:
-        """Those of PEERS that were timed."""
+        """Name the PEERS that were timed."""
         present = {name for row in self.dense["rows"] for name in (*row["tax"], *row["misses"])}
         return [name for name in PEERS if name in present]
 
@@ -168,7 +168,7 @@ def machine(facts: Row) -> str:
     return (
         f"{facts['threads']} threads of {facts['machine']} with {facts['isa']}, torch "
         f"{facts['torch']}, {facts['date']}; in the same run a plain copy moved "
-        f"{facts['copy_bandwidth'] / 1e9:.0f} GB/s and the library's product reached {peak}"
+        f"{facts['copy_bandwidth'] / 1e9:.0f} GB/s and the library GEMM reached {peak}"
     )
 
 
@@ -232,7 +232,7 @@ def overhead_rows(measured: list[Run]) -> Cells:
 
 
 def model_rows(measured: list[Run]) -> Cells:
-    """How far the model of costs is from what was measured."""
+    """Return the cost model's predictions over the measured times."""
     for run in measured:
         found: dict[tuple[str, str, str], list[float]] = {}
         for data in filter(None, (run.dense, run.codes)):
@@ -280,7 +280,7 @@ def rows_4bit(data: Row) -> Cells:
 
 
 def peak_share(row: Row, provenance: Row) -> float:
-    """Our multiply-adds a second, over those of the library's dense product in the same run."""
+    """Return our multiply-adds a second over those of the dense library GEMM in the same run."""
     M, K, N, R = (row[name] for name in "MKNR")
     forward = 2 * M * (N * K + R * (K + N))
     # dx is a product of the same size; P, dS and the two updates of y and dx, and dA and dB.
@@ -291,13 +291,13 @@ def peak_share(row: Row, provenance: Row) -> float:
 
 
 def targets_4bit(rows: list[Row]) -> Cells:
-    """What the layer was to reach, and the row in which it is furthest from that; cold."""
+    """Return the targets of the layer, and for each the row furthest from it; cold."""
     cold = [row for row in rows if row["cache"] == "cold" and "ours" in row["seconds"]]
     forward = [row for row in cold if row["mode"] == "forward"]
     bf16, f32 = ([r for r in forward if r["dtype"] == d] for d in ("bfloat16", "float32"))
     one = [row for row in bf16 if row["M"] == 1]
     bnb_eval, bnb_train, dense, stream = CODES_PEERS
-    # What, rows, peer, and how many times our time it takes at least.
+    # Target, rows, peer, and how many times our time the peer takes at least.
     targets = (
         ("one row of 4096×4096: stream", [r for r in one if r["N"] == 4096], stream, 1 / 1.45),
         ("one row of 4096×14336: stream", [r for r in one if r["N"] == 14336], stream, 1 / 2.0),

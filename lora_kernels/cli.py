@@ -1,4 +1,4 @@
-"""The command line: `lora-kernels COMMAND`. Each command's module is imported when it is asked for.
+"""The command line: `lora-kernels COMMAND`. Each command's module is imported when it runs.
 
 A command module has `add_arguments(parser)` and `run(args) -> int`, the exit status.
 """
@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def unknown(words: Sequence[str], parser: argparse.ArgumentParser) -> str:
-    """What to say of words that the command has no use for."""
+    """Return the error message for words that the command does not know."""
     word = next((word for word in words if word.startswith("-")), words[0]).partition("=")[0]
     if not word.startswith("-"):
         return f"got {word!r}, which belongs to no option; see --help"

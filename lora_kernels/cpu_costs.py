@@ -1,7 +1,7 @@
-"""What a call of `lora_linear` should take on a CPU: a model, not a measurement.
+"""Predict the time of a `lora_linear` call on a CPU: a model, not a measurement.
 
 A part's time is the longer of what it moves over the memory's bandwidth and what it multiplies over
-the rate that the library's largest product reaches: both of the machine at hand, measured
+the rate that the largest library GEMM reaches: both of the machine at hand, measured
 (`measure.timing.cpu_machine`). The shares and the two costs of a call below were fitted to
 benchmarks/results on AMD family 26; RESULTS.md says how far the model is from those rows. Caches
 are not in it, nor the making of dropout's mask.
@@ -17,7 +17,7 @@ import torch
 from .backends import cpu
 
 THIN_SHARE = 0.5  # of the peak, that products with R columns or rows reach
-LIBRARY_ROWS = 24  # that a library's product of more than one row takes as long as besides
+LIBRARY_ROWS = 24  # a library GEMM of more than one row takes as long as if it had these besides
 DECODE = 2.2  # multiply-adds of float32 at the peak that decoding one code takes
 CODE_BYTES = 0.5 + 1 / 64  # a code, and its share of a scale of 8 bits
 FORWARD_CALL, BACKWARD_CALL = 28e-6, 200e-6  # seconds of Python and autograd
@@ -25,8 +25,11 @@ FORWARD_CALL, BACKWARD_CALL = 28e-6, 200e-6  # seconds of Python and autograd
 
 @dataclass(frozen=True)
 class Machine:
-    """What a cost depends on: bytes a second of a plain copy, read and written, and by dtype the
-    operations a second (two a multiply-add) of a large product."""
+    """The rates that a cost depends on.
+
+    Bytes a second of a plain copy, read and written, and by dtype the operations a second (two a
+    multiply-add) of a large GEMM.
+    """
 
     name: str
     bandwidth: float
@@ -97,7 +100,7 @@ def moved(sizes: Sizes, step: bool = False) -> float:
 def predict(machine: Machine, sizes: Sizes, strategy: str, backward: bool = False) -> float:
     """Seconds of the forward or, `backward` alone, of what follows it where x, A and B train.
 
-    strategy: one of the cpu backend's; any other counts as the library's product with the rank
+    strategy: one of the cpu backend's; any other counts as the library GEMM with the rank
     update after it. A dtype whose peak the machine does not say has float32's.
 
     >>> machine = Machine("slow", 1e9, {torch.float32: 1e9})

@@ -91,7 +91,7 @@ def cpu() -> Cpu:
 
 
 def clocks_mhz() -> list[float] | None:
-    """What each core runs at now, as /proc/cpuinfo says; None where that is not known.
+    """Return each core's clock now, as /proc/cpuinfo says; None if it is unknown.
 
     A virtual machine says its nominal clock.
     """
@@ -136,7 +136,7 @@ def _gpu(index: int) -> DeviceInfo:
 
 
 def version(distribution: str) -> str | None:
-    """The installed version of a distribution, without importing it; None where there is none.
+    """The installed version of a distribution, without importing it; None if there is none.
 
     >>> from lora_kernels import device
     >>> device.version("no-such-distribution") is None

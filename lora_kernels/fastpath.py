@@ -280,7 +280,7 @@ class DoraNormCache:
 
 
 def _state(t: Tensor) -> tuple[object, ...]:
-    """What differs wherever an element may."""
+    """Return a key that changes whenever an element may have changed."""
     storage = StorageWeakRef(t.untyped_storage())  # equal to another while both live
     return storage, t.storage_offset(), t.shape, t.stride(), t.dtype, t._version
 

@@ -142,7 +142,7 @@ def multi_lora_linear(
         y_m = W·x_m + scaling_e · B_e·(A_e·D(x)_m) + bias,    e = index_m
 
     One base product for all rows, and no adapter is copied. Rows of an adapter that lie together,
-    as those of a sequence do, are taken as they lie; others are put in order and back.
+    as those of a sequence do, are read in place; others are put in order and back.
 
     Args:
         x: [..., K], as `lora_linear`'s.
@@ -509,7 +509,7 @@ def dora_norm(
 def _autocast(device_type: str, x_dtype: torch.dtype) -> bool:
     return (
         x_dtype is not torch.float64
-        and device_type != "meta"  # of which autocast knows nothing
+        and device_type != "meta"  # autocast does not know it
         and torch.is_autocast_enabled(device_type)
     )
 
@@ -517,7 +517,7 @@ def _autocast(device_type: str, x_dtype: torch.dtype) -> bool:
 def base_dtype(
     device_type: str, x_dtype: torch.dtype, compute_dtype: torch.dtype | None = None
 ) -> torch.dtype:
-    """The dtype of the base product: autocast's where it is on, else the one asked for, else x's.
+    """The dtype of the base product: autocast's where it is on, else the requested one, else x's.
 
     >>> import torch
     >>> base_dtype("cpu", torch.float32)

@@ -141,7 +141,7 @@ _INSTALL = "pip install --force-reinstall --no-deps --no-cache-dir"
 
 
 def _installed_from() -> str:
-    """What to hand to `pip install` to get this package again from where it came (PEP 610)."""
+    """Return the argument of `pip install` that installs this package from its origin (PEP 610)."""
     try:
         text = importlib.metadata.distribution("lora-kernels").read_text("direct_url.json")
     except importlib.metadata.PackageNotFoundError:

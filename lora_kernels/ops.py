@@ -1,7 +1,7 @@
-"""The registered ops: schema, fake (shape) implementation and hand-over to a backend.
+"""The registered ops: schema, fake (shape) implementation and dispatch to a backend.
 
 All ops are functional and take x with any leading dimensions; backends see them flattened to M
-rows, but for `lora_linear` on the CPU, which takes them as they are. The choice of a backend is
+rows, except for `lora_linear` on the CPU, which takes them as they are. The choice of a backend is
 made in here, so a compiler never sees which one it named.
 """
 
@@ -215,8 +215,8 @@ def down_projection(
 ) -> Tensor:
     """Compute P = D(x)·Aᵀ [M, R], as `lora_linear` without a base and with one column.
 
-    On the CPU the bits are those of a call with a base. Triton's strategies, one of which is
-    chosen for this call, sum in other orders.
+    On the CPU the bits are those of a call with a base. Triton chooses a strategy for this call,
+    and its strategies sum in other orders.
     """
     operands = Operands(x, None, lora_A, lora_A.new_zeros(1, lora_A.shape[0]), rng=rng)
     run = lora_linear_direct if can_bypass_dispatcher(x, lora_A) else lora_linear_dispatched
@@ -438,14 +438,14 @@ def _multi_lora_linear_backward_op(
 def _multi_lora_linear_backward_fake(
     dy: Tensor, operands: MultiOperands, saved: Saved, spec: MultiSpec, needs: MultiNeeds
 ) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
-    def like(need: bool, t: Tensor) -> Tensor:
+    def new_gradient(need: bool, t: Tensor) -> Tensor:
         return t.new_empty(t.shape if need else (0,))
 
     x, _, lora_A, lora_B, *_ = operands
     return (
-        like(needs.x, x),
-        [like(need, A) for need, A in zip(needs.lora_A, lora_A, strict=True)],
-        [like(need, B) for need, B in zip(needs.lora_B, lora_B, strict=True)],
+        new_gradient(needs.x, x),
+        [new_gradient(need, A) for need, A in zip(needs.lora_A, lora_A, strict=True)],
+        [new_gradient(need, B) for need, B in zip(needs.lora_B, lora_B, strict=True)],
         x.new_empty(lora_B[0].shape[0] if needs.bias else 0, dtype=saved.p.dtype),
     )
 

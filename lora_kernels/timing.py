@@ -21,7 +21,7 @@ FEWEST = 5  # rounds, however long one takes: bounds of a median hold in 99 of 1
 
 @dataclass(frozen=True)
 class Ratio:
-    """A time over the yardstick's of the same round: the median, and the quintiles around it.
+    """A time over the baseline's of the same round: the median, and the quintiles around it.
 
     low and high bound the true median to four standard errors, whatever the distribution: a fair
     coin's n tosses have a deviation of √n/2, so they are the samples of ranks n/2 − 2√n and
@@ -37,10 +37,10 @@ class Ratio:
     high: float
 
     @classmethod
-    def of(cls, ratios: list[float]) -> Ratio:
-        """Of those of all rounds.
+    def from_ratios(cls, ratios: list[float]) -> Ratio:
+        """Build from the ratios of all rounds.
 
-        >>> Ratio.of([float(i) for i in range(1, 101)])
+        >>> Ratio.from_ratios([float(i) for i in range(1, 101)])
         Ratio(p20=20.8, p50=50.5, p80=80.2, low=31.0, high=70.0)
         """
         n, ordered = len(ratios), sorted(ratios)
@@ -54,7 +54,7 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds: the median, and the quintiles around it; the ratios where a yardstick is named."""
+    """Seconds: the median, and the quintiles around it; the ratios if a baseline is named."""
 
     p20: float
     p50: float
@@ -63,15 +63,15 @@ class Times:
     over: Ratio | None = None
 
     @classmethod
-    def of(cls, seconds: list[float], yardstick: list[float] | None = None) -> Times:
-        """Of the rounds of one call, and of the yardstick's same rounds.
+    def from_seconds(cls, seconds: list[float], yardstick: list[float] | None = None) -> Times:
+        """Build from the rounds of one call, and of the baseline's same rounds.
 
-        >>> Times.of([2.0, 4.0, 6.0], [1.0, 2.0, 3.0]).over
+        >>> Times.from_seconds([2.0, 4.0, 6.0], [1.0, 2.0, 3.0]).over
         Ratio(p20=2.0, p50=2.0, p80=2.0, low=2.0, high=2.0)
         """
         over = None
         if yardstick is not None:
-            over = Ratio.of([a / b for a, b in zip(seconds, yardstick, strict=True)])
+            over = Ratio.from_ratios([a / b for a, b in zip(seconds, yardstick, strict=True)])
         return cls(*_quintiles(seconds), len(seconds), over)
 
 
@@ -121,9 +121,9 @@ def interleave_parts(
     Warm: the same arguments every round, after one round that is not counted. Rounds go on for
     about `seconds` in all, at least `least` of them, or FEWEST where those would take longer than
     twice that, and at most `most`. `repeat` calls are timed as one, for those too short for the
-    clock. On a GPU the device's own events are read. With a yardstick, the name of one of the
-    calls, each call's times have their ratios to it, round by round: what slows a whole round down
-    leaves them as they are.
+    clock. On a GPU the device's own events are read. With a baseline (`yardstick`, the name of
+    one of the calls), each call's times have their ratios to it, round by round. A disturbance of
+    a whole round leaves the ratios unchanged.
 
     >>> parts = {"a": Parts(lambda: 1, lambda one: one + 1)}
     >>> whole, first, second = interleave_parts(parts, seconds=0.0)
@@ -157,7 +157,7 @@ def interleave_parts(
 
 def _times(taken: dict[str, list[float]], yardstick: str | None) -> dict[str, Times]:
     measure = None if yardstick is None else taken.get(yardstick)
-    return {name: Times.of(seconds, measure) for name, seconds in taken.items()}
+    return {name: Times.from_seconds(seconds, measure) for name, seconds in taken.items()}
 
 
 def _on_cpu(call: Call | Parts, repeat: int) -> tuple[float, float]:
@@ -218,7 +218,7 @@ def copy_bandwidth(megabytes: int = 256, device: str = "cpu") -> float:
 
 
 def product_peak(dtype: torch.dtype, n: int = 2048, device: str = "cpu") -> float:
-    """Operations a second (two a multiply-add) of the library's product of two [n, n]; a limit."""
+    """Operations a second (two a multiply-add) of the library GEMM of two [n, n]; a limit."""
     a, b = (torch.randn(n, n).to(device, dtype) for _ in range(2))
     times = interleave({"mm": lambda: torch.mm(a, b)}, seconds=1.0, least=5, device=device)
     return float(2 * n**3 / times["mm"].p20)

@@ -103,7 +103,7 @@ def count(call: Callable[[], object], log: list[Kernel] | None = None) -> Traffi
     """Count the memory traffic of `call`, whose tensors are on meta.
 
     Args:
-        call: takes no argument. What it returns stays alive until the count ends.
+        call: takes no argument. Its result stays alive until the count ends.
         log: a list to which every kernel is appended.
 
     >>> x = torch.empty(8, 16, device="meta")

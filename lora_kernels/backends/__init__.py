@@ -1,4 +1,4 @@
-"""Where the work is done: one module a backend, none of which imports another."""
+"""The backends: one module each; no backend imports another."""
 
 from __future__ import annotations
 

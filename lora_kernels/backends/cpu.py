@@ -57,11 +57,11 @@ GEMV_4BIT = Strategy.GEMV_4BIT  # beside a 4-bit weight, in registers or the L1 
 GEMVS = (GEMV, GEMV_4BIT)
 FUSED_ISAS = ("avx512", "avx512bf16", "amxbf16")
 
-PANEL = 1 << 20  # bytes of a 4-bit weight decoded at once for the library's product
+PANEL = 1 << 20  # bytes of a 4-bit weight decoded at once for the library GEMM
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
-# What a prepared call requires of x beside its dtype if PyTorch has no DLPack exchange table.
+# Guards of a prepared call on x beside its dtype if PyTorch has no DLPack exchange table.
 _X_GUARDS = (
     ("__class__", Tensor),  # first: None has no other of these attributes
     ("is_cpu", True),

@@ -1,4 +1,4 @@
-"""What the GPU's kernels take of dropout."""
+"""Dropout's arguments to GPU kernels."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from ..core import reference
 
 
 class Dropout(NamedTuple):
-    """rng: None where nothing is dropped. scale: 1/(1−p)."""
+    """rng: None if nothing is dropped. scale: 1/(1−p)."""
 
     rng: Tensor | None
     threshold: int
     scale: float
 
     @classmethod
-    def of(cls, p: float, rng: Tensor | None) -> Dropout:
+    def from_rng(cls, p: float, rng: Tensor | None) -> Dropout:
         if rng is None:
             return NO_DROPOUT
         return cls(rng, reference.dropout_threshold(p), reference.dropout_scale(p))

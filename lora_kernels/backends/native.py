@@ -13,9 +13,9 @@ import torch
 ISAS = ("scalar", "avx2", "avx512", "avx512bf16", "amxbf16")
 
 module: ModuleType | None = None
-reason: str | None = None  # why there is no extension, None where there is one
+reason: str | None = None  # why there is no extension, or None
 isa: str | None = None  # the instruction set in use
-amx_bf16 = False  # whether the library's bfloat16 products have matrix registers
+amx_bf16 = False  # whether oneDNN's bfloat16 GEMMs run on AMX tiles
 intel = False  # whether Intel made the processor, for which its library is written
 threads: str | None = None  # whose thread pool the kernels run on
 exchange = False  # whether PyTorch tells by DLPack's functions where a tensor lies

@@ -1,4 +1,4 @@
-"""What a backend implements. Each is a module; `ops` calls the one that `selection` names."""
+"""The functions of a backend. Each is a module; `ops` calls the one that `selection` names."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from ..core.packed4bit import Packed4bit
 
 
 class Backend(Protocol):
-    """The equation and its gradients. x and dy are matrices of M rows, but for the CPU backend's
-    `lora_linear`, which takes any leading dimensions.
+    """The equation and its gradients. x and dy are matrices of M rows, except for the CPU
+    backend's `lora_linear`, which takes any leading dimensions.
 
     strategy: a `Strategy` that the backend's `heuristics` chose or the user requested.
     """

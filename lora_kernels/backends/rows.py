@@ -20,7 +20,7 @@ def like_rows_of(x: Tensor, y: Tensor) -> Tensor:
 class Rows(NamedTuple):
     """An order of x's rows in which an adapter's lie together, and where.
 
-    order: int64 [M]; None where they lie together as they are.
+    order: int64 [M]; None if they lie together already.
     runs: adapter, its first row in that order, one past its last; rows of no adapter in none.
     """
 

@@ -1,1 +1,1 @@
-"""What every other module stands on. It imports torch alone."""
+"""Types and the reference that all other modules use. Imports torch alone."""

@@ -61,7 +61,7 @@ class Spec(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What the forward leaves for the backward.
+    """The tensors that the forward saves for the backward.
 
     Args:
         p: D(x)·Aᵀ [M, R] in float32 (float64 for float64).

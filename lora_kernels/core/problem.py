@@ -1,4 +1,4 @@
-"""What a choice of backend and strategy depends on, and the choice."""
+"""The inputs of the choice of backend and strategy, and the choice."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Strategy(str, Enum):
     __str__, __repr__ = str.__str__, str.__repr__
 
 
-# What strategies were called before they had short names, in programs and in files of results.
+# The strategies' names before they had short ones, in programs and in files of results.
 _OLD_NAMES = {
     "single pass": "fused",
     "split": "two_pass",

@@ -69,8 +69,8 @@ def thresholds(quant_type: str, device: torch.device | str = "cpu") -> Tensor:
 def dynamic_map(device: torch.device | str = "cpu") -> Tensor:
     """The 256 values of bitsandbytes' signed dynamic map, float32[256], rising from −0.993 to 1.
 
-    Decade 10^(e−6) to 10^(e−7), e in 0..6, is cut into 2^e equal parts, of which the middles are
-    taken with either sign; then 0 and 1.
+    Decade 10^(e−6) to 10^(e−7), e in 0..6, is cut into 2^e equal parts. Their middles are taken
+    with either sign; then 0 and 1.
 
     >>> values = dynamic_map()
     >>> values.shape, values[127].item(), values[-1].item()

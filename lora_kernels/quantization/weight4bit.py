@@ -122,7 +122,7 @@ class Weight4bit:
 
     @property
     def nested(self) -> bool:
-        """Whether the scales are quantized themselves."""
+        """Return whether the scales are quantized themselves."""
         return self.absmax.dtype is torch.uint8
 
     @property
@@ -177,7 +177,7 @@ class Weight4bit:
         return dataclasses.replace(self, **moved)  # type: ignore[arg-type]
 
     def state_dict(self, prefix: str = "weight") -> dict[str, Tensor]:
-        """What bitsandbytes' Linear4bit saves for its weight, key for key and byte for byte.
+        """Return what bitsandbytes' Linear4bit saves for its weight, key for key and byte for byte.
 
         The tables of values are copies, everything else is the same memory.
 
@@ -400,8 +400,8 @@ def standard_code(quant_type: str, stored: Tensor) -> Tensor:
 
 
 def _kernels(device: torch.device) -> ModuleType | None:
-    """The backend that is asked for, where it has kernels for the format on GPUs; RuntimeError
-    where they cannot run."""
+    """Return the forced backend if it has kernels for the format on GPUs; RuntimeError if they
+    cannot run."""
     asked = {"triton": triton, "cuda": cuda}.get(forced.current.get().backend or "")
     if asked is None or torch.compiler.is_compiling():
         return None

@@ -1,4 +1,4 @@
-"""What stands on a context by hand is no tensor: by the source, and by what a call leaves there."""
+"""Attributes set on a context by hand are no tensors, by the source and after a call."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ALLOWED = {"choice", "options", "bias_dtype"}
 
 
 def test_autograd_source_sets_only_allowed_names() -> None:
-    """Also by setattr or through __dict__, of which there is none."""
+    """Also by setattr or through __dict__, which do not occur."""
     found = set()
     for node in ast.walk(ast.parse(inspect.getsource(autograd))):
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):

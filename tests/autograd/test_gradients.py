@@ -65,7 +65,7 @@ def run(case, leaves, retain_graph=False):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("wanted", DIFFERENTIABLE)
 def test_gradient_alone_is_that_among_all(wanted, dtype, name):
-    """What is asked for does not change what it is."""
+    """The set of requested gradients does not change their values."""
     case = make_case(dtype=dtype)
     with backend(name):
         leaves = require_grad(case)
@@ -107,7 +107,7 @@ def penalized(case, leaves):
 
 @pytest.mark.filterwarnings("ignore:Using backward.. with create_graph")
 def test_second_derivative_by_every_way_raises():
-    """It raises by every way from a gradient to what it was made of."""
+    """Raises by every way from a gradient back to its inputs."""
     case = make_case()
     leaves = require_grad(case)
     for wanted in ("lora_A", "lora_B"):
@@ -121,7 +121,7 @@ def test_second_derivative_by_every_way_raises():
 
     with pytest.raises(RuntimeError, match="differentiate twice"):
         torch.autograd.functional.hessian(loss, case["x"].detach())
-    loss(leaves["x"]).backward(create_graph=True)  # of which nobody asks for a second one
+    loss(leaves["x"]).backward(create_graph=True)  # without a second derivative
     first = {name: t.grad for name, t in leaves.items() if t.grad is not None}
     for name, grad in zip(
         first, torch.autograd.grad(loss(leaves["x"]), [leaves[n] for n in first]), strict=True
@@ -162,7 +162,7 @@ def test_forward_saves_p_and_z_alone(option, dtype, name):
     new = [(tuple(t.shape), t.dtype) for t in saved if t.numel() and t.data_ptr() not in inputs]
     z = [((M, N), dtype)] if "column_scale" in leaves else []
     assert new == [((M, R), torch.float32), *z]
-    # Whatever else the graph holds on to would be an attribute of its node.
+    # Anything else that the graph holds would be an attribute of its node.
     assert not [v for v in vars(y.grad_fn).values() if isinstance(v, torch.Tensor)]
 
 

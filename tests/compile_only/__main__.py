@@ -7,7 +7,7 @@ instruction, reads no 128 bits at a time though all is aligned, takes more share
 is, or is launched with more programs that wait for each other than are co-resident fails, and one
 that takes more registers or shared memory than budgets.json says (for the Triton that they were
 written with). `loop` is matrix instructions over all of the inner loop, `peak` the share of the
-matrix unit's peak that issuing that loop allows: a static roofline, and an upper bound.
+tensor cores' peak that issuing that loop allows: a static roofline, and an upper bound.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 FILE = Path(__file__).with_name("budgets.json")
-# What a list holds, of the Triton kernels and of the CUDA ones.
+# The fields of a list, of the Triton kernels and of the CUDA ones.
 FIELDS = {
     "kernels": ("registers", "shared", "matrix", "loop", "peak", "slice"),
     "cuda": ("registers", "matrix", "loop", "peak", "stream"),

@@ -1,4 +1,4 @@
-"""What a compiled kernel came to: registers, spills, memory, and what its inner loop does."""
+"""The machine code of a compiled kernel: registers, spills, memory, and its inner loop."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Code:
     shared: int
     matrix: str  # the kind of matrix instruction; "" where there is none
     wide: bool  # whether global memory is read 128 bits at a time
-    share: float | None  # of the matrix unit's peak that issuing the loop's instructions allows
+    share: float | None  # of the tensor cores' peak that issuing the loop's instructions allows
     loop: Counter[str]  # instructions of the innermost loop that multiplies
 
     @property

@@ -26,7 +26,7 @@ TARGETS = {
     "sm120": (DeviceInfo("cuda", 120, 170, 99 << 10), GPUTarget("cuda", 120, 32)),
     "gfx942": (DeviceInfo("hip", 0, 304, 64 << 10), GPUTarget("hip", "gfx942", 64)),
 }
-# Relatives of those, of which the slice alone is compiled: 3090, 4090, B300, Thor, Spark.
+# Relatives of those; only the slice is compiled for them: 3090, 4090, B300, Thor, Spark.
 RELATIVES = {
     "sm86": (DeviceInfo("cuda", 86, 82, 99 << 10), GPUTarget("cuda", 86, 32)),
     "sm89": (DeviceInfo("cuda", 89, 128, 99 << 10), GPUTarget("cuda", 89, 32)),
@@ -62,7 +62,7 @@ class _Driver:
 
 
 def compiled(target: str, call: Callable[[], None]) -> Iterator[Compiled]:
-    """What `call` would launch there, compiled through the same functions."""
+    """Compile the kernels that `call` would launch there, through the same functions."""
     found: list[Compiled] = []
 
     def warm_up(

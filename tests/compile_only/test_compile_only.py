@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def run(*command: str) -> str:
-    """What a module prints; outside of Triton's interpreter."""
+    """Run a module and return its output; outside of Triton's interpreter."""
     done = subprocess.run(
         [sys.executable, "-m", *command],
         cwd=Path(__file__).parents[2],

@@ -26,7 +26,7 @@ launches: Counter[object] = Counter()
 
 @pytest.fixture(autouse=True)
 def emulated(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The cuda backend is asked for, on four multiprocessors; the first order is drawn from the
+    """Force the cuda backend, on four multiprocessors; the first order is drawn from the
     test's name, each other from the one before."""
     launch.traffic.clear()
     launches.clear()
@@ -45,7 +45,7 @@ def emulated(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.fixture
 def device() -> str:
-    """Where a test's tensors lie."""
+    """The device of a test's tensors."""
     return "cpu"
 
 

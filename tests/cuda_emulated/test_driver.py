@@ -1,4 +1,4 @@
-"""What launches ask of CUDA's runtime and of Python, where no emulator stands between."""
+"""The calls of launches to CUDA's runtime and to Python, without the emulator."""
 
 import importlib
 import subprocess
@@ -70,13 +70,13 @@ def test_launch_lets_other_threads_run() -> None:
     no_codes = (0, 0, 0, 0, 0, 0, 6, 0, 0, 0, False)
     others, done, interval = 0, False, sys.getswitchinterval()
 
-    def other() -> None:
+    def use_other_device() -> None:
         nonlocal others
         while not done:
             others += 1
             time.sleep(0)
 
-    thread = threading.Thread(target=other)
+    thread = threading.Thread(target=use_other_device)
     sys.setswitchinterval(1000)
     try:
         thread.start()

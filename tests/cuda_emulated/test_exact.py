@@ -1,4 +1,4 @@
-"""Where the answer is exact, the result is; launches, memory, and the bytes that kernels move."""
+"""Results are exact if the answer is; launches, memory, and the bytes that kernels move."""
 
 import math
 from collections import Counter
@@ -13,12 +13,12 @@ from lora_kernels.measure import case as cases
 from lora_kernels.measure.case import Case, fits_cuda
 from lora_kernels.quantization import quantize_4bit
 from tests.support import exact
-from tests.support.engines import each, on
+from tests.support.engines import each, pair_cases
 from tests.support.exact import integers
 from tests.support.problems import FULL, bf16, f16, f32
 
 every_dtype = pytest.mark.parametrize("dtype", [f32, bf16, f16], ids=str)
-# A strategy, and a shape in which it has several parts; ordinary multipliers take the rest.
+# A strategy, and a shape in which it has several parts; CUDA cores take the rest.
 SHAPES = {
     TWO_PASS_SIMT: (13, 19, 17, 5),
     TWO_PASS: (65, 40, 72, 33),
@@ -31,7 +31,9 @@ INTEGERS = [
     for dtype in (f32, bf16, f16)
     for options in exact.SOME_OPTIONS
     for case in [integers(*shape, dtype=dtype, **options)]
-    for pair in on("cuda", (strategy if fits_cuda(case, strategy) else TWO_PASS_SIMT,), [case])
+    for pair in pair_cases(
+        "cuda", (strategy if fits_cuda(case, strategy) else TWO_PASS_SIMT,), [case]
+    )
 ]
 
 

@@ -11,7 +11,7 @@ from tests.layers import test_group
 from tests.layers.variants import check, check_memory, every_variant
 
 bf16 = torch.bfloat16
-EVEN, ODD = 64, 67  # of K: for the matrix units, and for the ordinary multipliers
+EVEN, ODD = 64, 67  # of K: for tensor cores, and for CUDA cores
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from lora_kernels.backends.cuda import (
 )
 from lora_kernels.measure.case import Case, fits_cuda, inputs, run
 from tests.support import problems
-from tests.support.engines import Pairs, each, on
+from tests.support.engines import Pairs, each, pair_cases
 from tests.support.engines import check as check_results
 from tests.support.exact import off
 from tests.support.problems import FULL, RANK, bf16, f16, f32
@@ -40,7 +40,7 @@ CODES_4BIT = [
 
 
 def cuda(strategy: str, *cases: Case) -> Pairs:
-    return on("cuda", (strategy,), cases)
+    return pair_cases("cuda", (strategy,), cases)
 
 
 def fitting(cases: list[Case], strategies: tuple[str, ...] = STRATEGIES) -> Pairs:
@@ -65,7 +65,7 @@ def rows() -> Pairs:
 
 
 def ranks(case: Callable[[int], Case]) -> list[Case]:
-    """Of the thin products' 16 or 64 at a time, and of the products' 16 or 32."""
+    """Cases around the skinny GEMMs' 16 or 64 ranks at a time, and the GEMMs' 16 or 32."""
     return [case(R) for R in problems.RANKS]
 
 
@@ -79,7 +79,9 @@ GROUPS = {
     # One row and column more than whole tiles, two steps of K and a piece.
     "matrix_units": cuda(TWO_PASS, *problems.of_dtypes(65, 136, 136, dtypes=problems.DTYPES[1:])),
     # Two publishers, more tiles than blocks, the last of one column.
-    "few_rows": on("cuda", FEW_ROWS, problems.of_dtypes(9, 81, 320, dtypes=problems.DTYPES[1:])),
+    "few_rows": pair_cases(
+        "cuda", FEW_ROWS, problems.of_dtypes(9, 81, 320, dtypes=problems.DTYPES[1:])
+    ),
     "rows": rows(),
     "options": [
         *cuda(TWO_PASS_SIMT, *problems.of_options(33, 65, 63)),

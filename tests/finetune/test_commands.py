@@ -1,6 +1,6 @@
 """`finetune`, `rank-search`, `generate` and `merge`, from the arguments to what they leave behind.
 
-What they refuse is in test_malformed_inputs.py.
+Refused input is in test_malformed_inputs.py.
 """
 
 from __future__ import annotations
@@ -312,7 +312,7 @@ def test_bad_lines(folder: Path, tmp_path: Path, run) -> None:
 def test_text_and_chats_take_the_same_options(
     folder: Path, lines: Path, text: Path, tmp_path: Path, run
 ) -> None:
-    """Those of training and adapters, and the comparison with stock PEFT, on both kinds of data."""
+    """Options of training and adapters, and the comparison with stock PEFT, on both data kinds."""
     options = "--epochs 0.5 --scheduler linear --warmup 0.5 --dora --rslora --weight-decay 0.1"
     options += " --init gaussian --max-length 40 --pack --eval-share 0.2 --rank 4 --lr 0.01"
     compared = split("--compare --sgd-steps 1 --timed-steps 2 --peft-steps 2")
@@ -442,7 +442,7 @@ def test_commands_without_a_terminal_print_no_bars(tmp_path: Path) -> None:
     assert max(map(len, shown.splitlines())) < 400
 
 
-# What is checked at the end, and the demo.
+# Checks at the end, and the demo.
 
 
 @pytest.mark.parametrize(
@@ -535,7 +535,7 @@ def test_rank_search(folder: Path, lines: Path, tmp_path: Path, run, monkeypatch
     assert "trained on 4 examples, scored on 1 held out" in shown
 
 
-# What is refused for another reason than a value.
+# Refusals for other reasons than a value.
 
 
 @pytest.mark.parametrize("name", ["finetune", "rank-search", "compare"])

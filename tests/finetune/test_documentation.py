@@ -1,6 +1,6 @@
 """Every Python example of the READMEs and of CONTRIBUTING.md runs as it stands, each by itself.
 
-One rule stands for what is not here: a model or a file that an example names is a tiny one of that
+One rule stands for missing inputs: a model or a file that an example names is a tiny one of that
 name in the working folder, where transformers looks before it asks the hub. Beside that, what takes
 long and is no part of the example is done in a shorter way: `compare_methods` trains in this
 process, and `explain(rows=...)` takes a machine's limits that nobody measured.
@@ -58,7 +58,7 @@ class InThisProcess:
 
 
 @pytest.fixture(scope="module")
-def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def reader_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The models and files that the examples name."""
     folder = tmp_path_factory.mktemp("reader")
     for name in ("SmolLM2-135M", "SmolLM2-135M-Instruct"):
@@ -75,7 +75,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What `torchrun` sets, for one process."""
+    """Set torchrun's environment for one process."""
     if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
         pytest.skip("no gloo")
     with socket.create_server(("localhost", 0)) as server:
@@ -104,7 +104,7 @@ def test_example_runs_as_it_stands(
     file: str,
     line: int,
     text: str,
-    here: Path,
+    reader_folder: Path,
     tmp_path: Path,
     request: pytest.FixtureRequest,
     monkeypatch: pytest.MonkeyPatch,
@@ -113,7 +113,7 @@ def test_example_runs_as_it_stands(
         pytest.importorskip("trl", exc_type=ImportError)
     if "torch.distributed" in text:
         request.getfixturevalue("launched")
-    for each in here.iterdir():
+    for each in reader_folder.iterdir():
         (tmp_path / each.name).symlink_to(each)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(classify, "ProcessPoolExecutor", InThisProcess)

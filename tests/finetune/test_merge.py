@@ -1,4 +1,4 @@
-"""What a merge writes: the sum itself, in a folder that stock transformers loads, or nothing."""
+"""A merge writes the sum itself, in a folder that stock transformers loads, or nothing."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def records(count: int = 60) -> list[dict[str, Any]]:
-    """Texts of which one letter decides, by authors of three texts each."""
+    """Texts labelled by one letter, by authors of three texts each."""
     return [
         {"text": f"{'xy'[i % 2] * 3} {i}", "label": "xy"[i % 2], "author": f"author {i // 3}"}
         for i in range(count)
@@ -210,7 +210,7 @@ def test_the_command(folder: Path, file: Path, tmp_path: Path, monkeypatch: Any,
 
 @pytest.mark.slow
 def test_in_processes_of_their_own(task: Task) -> None:
-    """The same as in this one, but for times and memory."""
+    """The same as in this one, except for times and memory."""
     methods = {name: METHODS[name] for name in ("full", "lora-8")}
     seen: list[str] = []
     found = classify.compare_methods(task, methods, (0,), lambda done: seen.append(done.name))

@@ -175,7 +175,7 @@ def test_two_domains_on_one_base(tmp_path: Path) -> None:
         assert (row - want[0]).norm() <= 2.0**-15 * want.norm()
     assert (alone["code"] - alone["legal"]).norm() > 2.0**-8 * base_logits.norm()
 
-    # What was saved is stock PEFT's, each adapter alone in its folder.
+    # The saved adapters are stock PEFT's, each adapter alone in its folder.
     for name in files:
         folder = tmp_path / name / "adapter"
         assert [path.name for path in folder.iterdir() if path.is_dir()] == [name]

@@ -123,7 +123,7 @@ def test_adalora_stands_beside_it(searched: Any) -> None:
     sizes = {"q_proj": 129, "k_proj": 97, "v_proj": 97, "o_proj": 129}
     want = sum(r * sizes[name.rpartition(".")[2]] for name, r in found.allocation.items())
     assert found.adalora.parameters == want
-    # Its loss holds no penalty: near the ranks' own, of which the lowest and highest differ less.
+    # Its loss holds no penalty: near the ranks' own losses, whose range is smaller.
     assert found.adalora.loss < -math.log(found.base) + 0.5
 
 

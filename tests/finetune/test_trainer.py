@@ -1,4 +1,4 @@
-"""What trains and what does not, updates beside plain PyTorch's, and runs that break off."""
+"""Trained and frozen parameters, updates beside plain PyTorch's, and runs that break off."""
 
 from __future__ import annotations
 
@@ -239,7 +239,7 @@ def test_early_stop_goes_back_to_the_best(data: ChatData, tmp_path: Path) -> Non
 
 
 def test_the_held_out_loss_is_the_mean_over_tokens(tmp_path: Path) -> None:
-    """Whatever the batch and the packing, which Trainer's own is not."""
+    """Trainer's own mean depends on the batch and on packing."""
     texts = ["a", "the second one is a good deal longer", "middling", "x" * 30, "ab"]
     file = write_lines(tmp_path / "texts.jsonl", [{"text": text} for text in texts])
     val = load_chat(file, tokenizer())
@@ -322,8 +322,8 @@ assert os.waitpid(child(lambda: train(out / "once")), 0)[1] == 0
 draw = random.Random(0)
 for moment in range(moments):
     newest = newest_checkpoint(out / "broken")
-    # Two or three steps on, of which one at least is saved, and then anywhere within a step:
-    # saving takes most of it here.
+    # Two or three steps on, with at least one saved, and then anywhere within a step: saving
+    # takes most of it here.
     target = (int(newest.name[11:]) if newest else 0) + draw.choice((2, 3))
     pid = child(lambda: train(out / "broken"))
     deadline = time.monotonic() + 60

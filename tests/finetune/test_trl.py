@@ -148,7 +148,7 @@ TEXTS = [f"{i} squared? It is {i * i}." for i in range(8)]
 
 
 def parts(data: dict[str, list[str]], callbacks: Any = ()) -> dict[str, Any]:
-    """What every trainer gets."""
+    """The arguments of every trainer."""
     train, words = Dataset.from_dict(data), tokenizer()
     made = {"train_dataset": train, "processing_class": words, "peft_config": lora()}
     return made | {"callbacks": list(callbacks)}

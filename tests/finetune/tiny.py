@@ -159,5 +159,5 @@ def metrics(out: Path) -> list[dict[str, Any]]:
 
 
 def weights(model: Any) -> dict[str, torch.Tensor]:
-    """What trains, as it is now."""
+    """Copy the trainable parameters."""
     return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}

@@ -1,4 +1,4 @@
-"""What needs a GPU; elsewhere nothing here is collected, without Triton test_cuda.py alone."""
+"""Tests that need a GPU; none is collected without one, and test_cuda.py alone without Triton."""
 
 import torch
 

@@ -98,7 +98,7 @@ def test_lora_linear_compiled_is_the_same(quant: str) -> None:
 
 
 def test_backward_in_autograds_thread_follows_its_forward() -> None:
-    """It runs in a thread of autograd's, which knows nothing of a `with` around the forward."""
+    """Autograd's thread runs the backward and knows nothing of a `with` around the forward."""
     from lora_kernels.backends.triton import launch
 
     args = inputs(Case(70, 256, 320, 8, bf16, device="cuda"))

@@ -1,6 +1,6 @@
 """PEFT's AdaLoRA, fused: dtypes, dropout, its budget over a training, bases, reasons.
 
-What holds of every kind of layer is in test_layer_kinds.py.
+Properties of every kind of layer are in test_layer_kinds.py.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def up(model: Any) -> Any:
     return model.base_model.model.up
 
 
-# What it computes
+# Results
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -91,7 +91,7 @@ def test_the_budget_falls_as_in_the_unfused_model() -> None:
         kept.append(int(sum(masks)))
 
     fused.base_model.update_and_allocate = counted
-    # Twelve steps, each of which takes the difference of the last one on.
+    # Twelve steps, each of them starts from the last one's difference.
     assert_trains_alike(fused, stock, loss, 2.0**-30, steps=12)
     pattern = fused.peft_config["default"].rank_pattern
     assert pattern == stock.peft_config["default"].rank_pattern

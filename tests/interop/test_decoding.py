@@ -68,7 +68,7 @@ def decode(layer: Any, x: Tensor | None = None) -> Tensor:
 
 
 def taken(layer: Any, call: Callable[[], object]) -> bool:
-    """Whether the call went the shorter way."""
+    """Return whether the call took the fast path."""
     with pytest.MonkeyPatch.context() as patch:
         answers = watch_prepared_calls(patch)
         call()
@@ -84,7 +84,7 @@ def test_decoding_gives_the_same_bits(layer: Any, dtype: torch.dtype, rows: int)
     first = decode(layer, x)  # the long way
     assert first.shape == (rows, 1, N)
     if rows > cpu_heuristics.few_rows(dtype, False, 0) and is_dense(layer):
-        assert not taken(layer, lambda: decode(layer, x))  # a single pass
+        assert not taken(layer, lambda: decode(layer, x))  # the fused kernel
         return
     assert taken(layer, lambda: decode(layer, x))
     assert torch.equal(decode(layer, x), first)
@@ -99,7 +99,7 @@ class Doubled(nn.Module):
         return 2 * x
 
 
-class Other(nn.Linear):
+class LinearSubclass(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return 2 * super().forward(x)
 
@@ -162,7 +162,7 @@ def parametrized_bias(layer: Any) -> None:
 
 def other_class(layer: Any) -> None:
     if is_dense(layer):
-        layer.base_layer.__class__ = Other
+        layer.base_layer.__class__ = LinearSubclass
     else:
         in_place(layer)
 
@@ -238,12 +238,12 @@ def assert_followed(layer: Any, change: Callable[[Any], Any], call: Callable[[An
     fresh = copy.deepcopy(layer)
     fresh._prepared = None
     want = call(fresh)
-    assert not all(map(same, want, before))
+    assert not all(map(is_equal, want, before))
     for _ in range(3):
-        assert all(map(same, call(layer), want))
+        assert all(map(is_equal, call(layer), want))
 
 
-def same(a: Tensor | None, b: Tensor | None) -> bool:
+def is_equal(a: Tensor | None, b: Tensor | None) -> bool:
     return a is b if a is None or b is None else torch.equal(a, b)
 
 
@@ -257,7 +257,7 @@ def test_decoding_notices_a_change(layer: Any, change: str) -> None:
 
 
 def train(layer: Any) -> list[Tensor | None]:
-    """y, dx, and the gradients of both adapters and of the base, None where there is none."""
+    """y, dx, and the gradients of both adapters and of the base, None if there is none."""
     x = row(3).requires_grad_()
     adapters = (linear for d in (layer.lora_A, layer.lora_B) for linear in d.values())
     leaves = [x, *(linear.weight for linear in adapters), layer.base_layer.weight]
@@ -269,7 +269,7 @@ def train(layer: Any) -> list[Tensor | None]:
 
 
 def ready(layer: Any, call: Callable[[], object]) -> bool:
-    """Whether the call followed what an earlier one had found."""
+    """Return whether the call used an earlier call's guards."""
     calls, whole = 0, PreparedForward.__call__
 
     def counted(self: PreparedForward, layer: Any, x: Tensor) -> Tensor | None:
@@ -293,7 +293,7 @@ def test_training_notices_a_change(layer: Any, change: str) -> None:
         ALL_CHANGES["dropout"](layer)
     first = train(layer)
     assert ready(layer, lambda: train(layer))
-    assert all(map(same, train(layer), first))
+    assert all(map(is_equal, train(layer), first))
     assert_followed(layer, ALL_CHANGES["in_place" if noop else change], train)
 
 
@@ -306,7 +306,7 @@ def test_what_surrounds_a_training_call_is_noticed(layer: Any) -> None:
     mixed = layer(x, adapter_names=["other", "default", "__base__"])
     assert not ready(layer, lambda: layer(x, adapter_names=["default"] * 3))
     assert not torch.equal(mixed, layer(x))
-    assert all(map(same, train(layer), plain))
+    assert all(map(is_equal, train(layer), plain))
     with torch.autocast("cpu", bf16):
         got = layer(x)
         layer._prepared = None
@@ -351,7 +351,7 @@ def test_computed_parameters_go_from_memory(layer: Any) -> None:
 
 
 def test_layer_goes_from_memory_at_once(layer: Any) -> None:
-    """What is kept of a call refers to no layer; collecting cycles may take long."""
+    """A prepared call refers to no layer; collecting cycles may take long."""
     part = copy.deepcopy(layer)
     decode(part), train(part)
     assert part._prepared is not None
@@ -427,7 +427,7 @@ def test_prepared_call_reads_the_offset_in_each_call(
 
 
 def test_a_prepared_call_is_not_copied() -> None:
-    """It would read the first one's memory, which nothing keeps."""
+    """A copy would read the first one's memory, which nothing keeps."""
     with torch.no_grad():
         call = prepare(torch.ones(1, 64), torch.eye(64), torch.ones(2, 64), torch.ones(64, 2), 2.0)
     assert call is not None

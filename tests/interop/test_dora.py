@@ -1,6 +1,6 @@
 """PEFT's DoRA, fused: what it computes, and when it is left to PEFT.
 
-What holds of every kind of layer is in test_layer_kinds.py.
+Properties of every kind of layer are in test_layer_kinds.py.
 """
 
 from __future__ import annotations
@@ -60,11 +60,11 @@ def test_decoding_follows_every_change() -> None:
     stock, fused = (model.eval() for model in pair(dora_mlp()))
     layers = [model.base_model.model.up for model in (stock, fused)]
 
-    def same() -> None:
+    def assert_equals_stock() -> None:
         with torch.no_grad():
             assert_close_derived(fused(batch()), stock(batch()))
 
-    same()
+    assert_equals_stock()
     with torch.no_grad():
         assert count_ops(lambda: fused(batch())) == {"lora_linear": 2}
     for change in (
@@ -77,14 +77,14 @@ def test_decoding_follows_every_change() -> None:
         for layer in layers:
             with torch.no_grad():
                 change(layer)
-        same()
+        assert_equals_stock()
     for model in (stock, fused):
         torch.manual_seed(3)
         model.add_adapter("plain", LoraConfig(r=3, target_modules=["up"], init_lora_weights=False))
     for name in ("plain", "default"):
         for model in (stock, fused):
             model.set_adapter(name)
-        same()
+        assert_equals_stock()
     twin = copy.deepcopy(fused)
     with torch.no_grad():
         assert_bitwise_equal(twin(batch()), fused(batch()))

@@ -1,6 +1,6 @@
 """PEFT's LoRA over an embedding, fused: what it computes, and when it is left to PEFT.
 
-What holds of every kind of layer is in test_layer_kinds.py.
+Properties of every kind of layer are in test_layer_kinds.py.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def layer(model: Any) -> Any:
     return model.base_model.model.tokens
 
 
-# What it computes
+# Results
 
 
 @pytest.mark.parametrize("base", [{}, {"padding_idx": 3}, {"scale_grad_by_freq": True}], ids=str)

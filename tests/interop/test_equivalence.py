@@ -1,6 +1,6 @@
 """A fused model computes what PEFT's does: configurations, dtypes, dropout, language models.
 
-What holds of every kind of layer is in test_layer_kinds.py.
+Properties of every kind of layer are in test_layer_kinds.py.
 """
 
 from __future__ import annotations

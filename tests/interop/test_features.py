@@ -326,7 +326,7 @@ CHANGES: dict[str, Callable[[Any, Path], Any]] = {
     "several_merged": several_merged,
     "one_of_two_merged": lambda model, folder: two(model).merge_adapter(["second"]),
     "unmerged": unmerged,
-    # Of which PEFT warns, and activates the other.
+    # PEFT warns, and activates the other.
     "deleted": lambda model, folder: two(model).delete_adapter("default"),
     "loaded": loaded,
     "loaded_from_meta": loaded_from_meta,
@@ -377,7 +377,7 @@ def test_change_of_a_fused_model_equals_peft(change: str, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_change_between_tokens_equals_peft(change: str, tmp_path: Path) -> None:
-    """What a layer keeps for decoding (in float32, not in float64) does not outlive it."""
+    """A layer's prepared call (float32, not float64) does not outlive the change."""
     models: list[Any] = [each.eval() for each in pair(model(f32))]
     with torch.no_grad():
         for i, each in enumerate(models):
@@ -407,7 +407,7 @@ def test_rescaled_between_tokens_equals_peft() -> None:
 
 
 def status(peft_model: PeftModel) -> list[Any]:
-    """What PEFT reports of a model, but the names of the layers' classes."""
+    """PEFT's report of a model, without the names of the layers' classes."""
     layers = [
         dataclasses.replace(layer, module_type=layer.module_type.replace("Fused", ""))
         for layer in peft_model.get_layer_status()

@@ -204,7 +204,7 @@ def test_base_model_offloaded_before_peft_is_adapter_only() -> None:
 @pytest.mark.parametrize("hooked", ["base", "layer"])
 @pytest.mark.parametrize("order", ["before fuse", "after fuse"])
 def test_device_hook_is_harmless(hooked: str, order: str) -> None:
-    """What device_map="auto" puts on every module of a model spread over GPUs."""
+    """device_map="auto" puts such a hook on every module of a model spread over GPUs."""
     stock, fused = pair(mlp())
     unfuse(fused)
     if order == "after fuse":

@@ -70,7 +70,7 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> list[Tensor | None]:
 @pytest.mark.parametrize("dtype", [f32, bf16, f16], ids=str)
 @torch.no_grad()
 def test_few_rows_are_streamed_within_tolerance(head, dtype, M, bias, answers) -> None:
-    """Held to the tolerance beside the library's product; the same bits each time."""
+    """Held to the tolerance beside the library GEMM; the same bits each time."""
     head.to(dtype)
     if not bias:
         head.bias = None
@@ -207,7 +207,7 @@ def test_explain_says_why_not_streamed(head, around, x_dtype, word) -> None:
 
 
 class Seen(Tensor):
-    """Of which nobody may read the memory unasked."""
+    """A subclass whose memory must not be read without the dispatcher."""
 
 
 def test_explain_names_what_no_kernel_streams(head: Any) -> None:

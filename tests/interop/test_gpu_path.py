@@ -187,7 +187,7 @@ def test_explain_says_no_traffic_of_a_base_that_is_called_as_a_module() -> None:
 
 
 def test_what_decides_the_traffic_is_told_apart() -> None:
-    """None of these layers is taken for another that was counted before it."""
+    """No layer reuses the count of a different one."""
     changes = ({"lora_dropout": 0.1}, {"r": R + 1}, {"use_dora": True}, {"lora_bias": True})
     found = [model(), *(model(**change) for change in changes), model(second={}), model().to(bf16)]
     keys = [traffic._signature(each.base_model.model[0]) for each in found]

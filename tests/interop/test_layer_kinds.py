@@ -1,4 +1,4 @@
-"""What holds of a fused layer of each kind beside PEFT's own: results, training, and PEFT's life.
+"""Properties of a fused layer of each kind beside PEFT's own: results, training, and PEFT's life.
 
 In float64, over 4 bits in float32. The stock 4-bit model is called with gradients: in eval mode,
 without them, bitsandbytes may repack its weight for a CPU, and rounds its scales for good.
@@ -104,7 +104,7 @@ def kinds_with(*cases: tuple[str, dict[str, Any]]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(("kind", "config"), cases, indirect=["kind"], ids=str)
 
 
-# What it computes
+# Results
 
 
 @every_kind()
@@ -135,7 +135,7 @@ CONV1D = [("conv1d", {"use_rslora": True, "lora_dropout": 0.0}), ("conv1d", {"us
 @kinds_with(*((name, {}) for name in KINDS if name != "embedding"), *BIASED, *CONV1D)
 @pytest.mark.parametrize("grad", [True, False])
 def test_fused_layer_runs_one_op_and_no_other_product(kind: Kind, config: Any, grad: bool) -> None:
-    """What "fused" means. (float64 runs on the eager backend, which is inside the op too.)"""
+    """Defines "fused". (float64 runs on the eager backend, which is inside the op too.)"""
     stock, fused = pair(kind.build(**config))
     layer, x = kind.layer(fused), kind.input(3)
     assert_close_derived(results(fused, x), results(stock, x))
@@ -197,7 +197,7 @@ def test_training_after_fuse_follows_peft(kind: Kind, config: Any, adapters: int
 @every_kind("nf4", "nf4_loaded")
 @pytest.mark.parametrize("dtype", [f64, f32], ids=str)
 def test_scaling_as_a_tensor_equals_a_number(kind: Kind, dtype: torch.dtype) -> None:
-    """What PEFT's prepare_model_for_compiled_hotswap leaves behind."""
+    """PEFT's prepare_model_for_compiled_hotswap makes scaling a tensor."""
     stock, fused = pair(kind.build())
     x, scaling = kind.input(3, 4), kind.layer(fused).scaling
     scaling["default"] = torch.tensor(scaling["default"], dtype=dtype)
@@ -300,7 +300,7 @@ def test_saved_files_are_the_same_and_load(kind: Kind, tmp_path: Path) -> None:
     )
     assert type(kind.layer(fuse(got))).__name__ == kind.fused
     assert_close_derived(got(x), want(x))
-    if kind.fused != "FusedSVDLinear":  # of which PEFT does not save ranknum, which it trains
+    if kind.fused != "FusedSVDLinear":  # PEFT trains its ranknum but does not save it
         assert_close_derived(got(x), stock(x))
 
 
@@ -352,24 +352,24 @@ def test_adapters_added_switched_and_deleted_equal_peft(kind, deleted, left) -> 
     stock, fused = pair(kind.build())
     x = kind.input(3, 4)
 
-    def same() -> dict[str, Tensor]:
+    def results_equal_stock() -> dict[str, Tensor]:
         got = results(fused, x)
         assert_close_derived(got, results(stock, x))
         return got
 
     for model in (stock, fused):
         activate(two_adapters(model), "default")
-    same()
+    results_equal_stock()
     for active in (["second"], ["default"], ["default", "second"]):
         for model in (stock, fused):
             activate(model, *active)
-        got = same()
+        got = results_equal_stock()
         if kind.fused != "FusedSVDLinear":  # which trains one
             assert {a for a in ("default", "second") if any(f".{a}" in n for n in got)} == {*active}
     for model in (stock, fused):
         activate(model, left)
         model.delete_adapter(deleted)
-    same()
+    results_equal_stock()
 
 
 @every_kind("embedding")

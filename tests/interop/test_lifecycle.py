@@ -1,5 +1,5 @@
-"""What PEFT does with its layers works on fused ones, where test_layer_kinds.py does not say it of
-every kind: adapters that come later, scales, variants, layers of other kinds."""
+"""PEFT's operations on its layers work on fused ones, beyond those that test_layer_kinds.py tests
+for every kind: adapters that come later, scales, variants, layers of other kinds."""
 
 from __future__ import annotations
 

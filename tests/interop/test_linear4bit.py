@@ -2,7 +2,7 @@
 
 The stock model stays in training mode where it is called: in eval mode, without gradients,
 bitsandbytes repacks the weight for a CPU with AVX512-BF16, and rounds its scales for good.
-What holds of every kind of layer is in test_layer_kinds.py.
+Properties of every kind of layer are in test_layer_kinds.py.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def assert_close(got: Any, ref: Any, eager: Any, *dtypes: torch.dtype) -> None:
 
 
 def packed(model: Any) -> list[Tensor]:
-    """Copies of all that bitsandbytes holds of its weights, as bytes, of which none is a NaN."""
+    """Copies of all that bitsandbytes holds of its weights, as bytes, which are never NaN."""
     tensors = []
     for layer in (up(model), model.base_model.model.down):
         weight = layer.base_layer.weight
@@ -96,7 +96,7 @@ def packed(model: Any) -> list[Tensor]:
     return [t.detach().clone().view(-1).view(torch.uint8) for t in tensors]
 
 
-# What it computes
+# Results
 
 
 @pytest.mark.parametrize("compress", [False, True])
@@ -273,7 +273,7 @@ def test_variant_over_4_bits_follows_its_formula(variant, dropout, autocast, loa
         assert_close_derived(layer.eval()(x), fuse(model).base_model.model.up(x))
 
 
-# What it says and does
+# Reports and behavior
 
 
 @needs_native
@@ -382,7 +382,7 @@ def test_replaced_weight_is_seen(loaded: bool) -> None:
 
 
 def test_training_after_inference_mode_is_possible() -> None:
-    """What is kept from call to call can be saved for a backward."""
+    """Cached tensors can be saved for a backward."""
     model, x = fuse(four_bit_mlp()), rows()
     with torch.inference_mode():
         want = model(x)

@@ -55,7 +55,7 @@ def test_bytes_and_operations_by_hand() -> None:
     assert cpu_costs.predict(machine, many, cpu.FUSED, backward=True) == pytest.approx(
         product + 2 * thin + cpu_costs.BACKWARD_CALL
     )
-    # The library's product, which is as if it had more rows, and an update after it.
+    # The library GEMM, which takes as long as if it had more rows, and an update after it.
     rows = 1 + cpu_costs.LIBRARY_ROWS / 10_000
     assert cpu_costs.predict(machine, many, cpu.LIBRARY) == pytest.approx(
         product * rows + thin + cpu_costs.FORWARD_CALL, rel=1e-4

@@ -1,4 +1,4 @@
-"""What tests of other packages take from `tests.support`."""
+"""Names of `tests.support` for tests of other packages."""
 
 from tests.support.assertions import FLOAT64_RTOL
 from tests.support.assertions import assert_close_derived as assert_same

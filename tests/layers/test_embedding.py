@@ -1,6 +1,6 @@
 """LoRAEmbedding's own: its formula in plain PyTorch, training, saving, the base that it shares.
 
-What holds of every layer is in test_every_layer.py.
+Properties of every layer are in test_every_layer.py.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""What holds of a dense, a transposed, a 4-bit layer and an embedding alike: merging, copies,
+"""Properties of a dense, a transposed, a 4-bit layer and an embedding alike: merging, copies,
 compiling, checkpoints, what they refuse.
 
 Dense layers have integer-valued parameters and a scaling of 2: any order of summation gives the
@@ -86,7 +86,7 @@ def test_forward_without_gradients_equals_that_with(kind: Kind, guard: Any) -> N
 
 @every_kind
 def test_training_after_inference_mode_is_possible(kind: Kind) -> None:
-    """What is kept from call to call can be saved for a backward."""
+    """Cached tensors can be saved for a backward."""
     layer, x = kind.make(), kind.input(3)
     with torch.inference_mode():
         want = layer(x)
@@ -339,7 +339,7 @@ def test_repr_says_sizes_and_state(make: Any, start: str, end: str) -> None:
     assert repr(layer) == f"{start}, merged, disabled{end})"
 
 
-# What is refused
+# Refused input
 
 SIZES = {
     LoRALinear: {"in_features": 12, "out_features": 10},

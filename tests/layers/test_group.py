@@ -73,11 +73,11 @@ def test_outputs_and_gradients(targets: Any, dtype: torch.dtype, cls: Any) -> No
 
 
 def check(targets: Any, dtype: torch.dtype, cls: Any) -> None:
-    """By whatever backend is asked for."""
+    """Compare on the forced backend."""
     group = make(cls, dtype, targets=targets, lora_dtype=dtype)
     x, dys = draw(70, dtype)
     got, want = results(group, x, dys), oracle(group, x, dys)
-    # What PyTorch loses member by member; dx is the sum of three rounded products there.
+    # PyTorch's own error member by member; dx is the sum of three rounded products there.
     eager = results_apart(group, x, dys)
     u = tolerance.unit_roundoff(dtype)
     if dtype is f64:  # sums of at most 124 terms, in another order

@@ -1,6 +1,6 @@
 """LoRALinear's own: its starts, dtypes, masks and the base that it shares.
 
-What holds of every layer is in test_every_layer.py.
+Properties of every layer are in test_every_layer.py.
 """
 
 import pytest

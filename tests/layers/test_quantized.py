@@ -73,8 +73,8 @@ def assert_stored(layer, want):
 # Arithmetic
 
 
-def plain(layer, x, dtype, base=None):
-    """What the layer computes, and its gradients, in plain PyTorch in `dtype`. base: the dtype of
+def reference_results(layer, x, dtype, base=None):
+    """Compute the layer and its gradients in plain PyTorch in `dtype`. base: the dtype of
     the base product, rounded to x's, if it is another one."""
     W = layer.weight4bit.dequantize(base or f32).to(base or dtype)
     leaves = {"x": x, **{name: p for name, p in layer.named_parameters() if p.requires_grad}}
@@ -124,10 +124,10 @@ def test_y_and_every_gradient_follow_the_formula(size, options, bias):
         layer.bias.requires_grad_()
     x = batch(size[1], dtype)
     # In half precision the base product rounds its operands and its result to x's dtype.
-    eager = plain(layer, x, f32, base=None if dtype is f32 else dtype)
+    eager = reference_results(layer, x, f32, base=None if dtype is f32 else dtype)
     assert_close_to_reference(
         results(layer, x),
-        plain(layer, x, f64),
+        reference_results(layer, x, f64),
         eager,
         lambda name, dtype: unit_roundoff(dtype, f32),
     )
@@ -142,7 +142,7 @@ def test_compute_dtype_is_obeyed_to_the_bit(x_dtype, compute_dtype):
     adapter = (layer.lora_A, layer.lora_B, layer.scaling)
     assert y.dtype is x_dtype
     assert_bitwise_equal(y, lora_linear(x, layer.weight4bit, *adapter, compute_dtype=compute_dtype))
-    ref = plain(layer, x, f64)["y"]
+    ref = reference_results(layer, x, f64)["y"]
     error = (y - ref).norm() / ref.norm()
     u = unit_roundoff(x_dtype, compute_dtype or x_dtype)
     # One or two roundings of each term, or of the result: within 4 u, and not far below one.
@@ -422,7 +422,7 @@ def test_merged_layer_of_a_moved_layer_runs(requantize):
     assert layer.merged_layer(requantize).layer(batch(dtype=bf16)).dtype is bf16
 
 
-# What the other functions see of it
+# Other functions on the layer
 
 
 class Model(nn.Module):

@@ -1,4 +1,4 @@
-"""What tests of other packages take from `tests.support`."""
+"""Names of `tests.support` for tests of other packages."""
 
 from tests.support.models import check, check_memory, every_variant, hidden
 

@@ -13,7 +13,7 @@ from lora_kernels.measure import baselines, bench_layers
 
 
 class Ran(NamedTuple):
-    """What a run of `bench` left."""
+    """The results of a run of `bench`."""
 
     status: int
     out: str
@@ -36,7 +36,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def no_overhead(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a call costs by itself is not looked at."""
+    """Skip the measurement of a call's overhead."""
     taken = dict.fromkeys(("ours, forward", "eager, forward"), 0.0)
     monkeypatch.setattr(bench_layers, "overhead", lambda *_: taken)
 

@@ -30,7 +30,7 @@ NAMES = {"frozen", "ours", "addmm", "eager", "peft"}
 SIXTEEN_BITS = NAMES | {"ours, fp32 adapters", "peft, 16-bit adapters"}
 OVERHEAD = {f"{n}, {mode}" for n in NAMES - {"peft"} for mode in ("forward", "step")}
 BACKEND = "cpu" if native.module else "eager"
-# What is wrong -> the op, and the place of the result in what it returns.
+# A wrong result -> the op, and the place of the result in what it returns.
 RESULTS = {
     "y": ("lora_linear", 0),
     **{
@@ -216,7 +216,7 @@ def test_a_wrong_variant_has_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_case_that_is_judged_anew_is_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is expected is kept from one engine to the next; it is no kernel's."""
+    """The expected result is cached from one engine to the next; it is no kernel's."""
     case = Case(70, 33, 31, 5)
     assert all(verdict.ok for verdict in cases.judge(case).values())
     break_backend(monkeypatch, "dA")

@@ -91,13 +91,13 @@ def test_what_is_not_clear_is_measured_again_and_the_mean_counts() -> None:
 
 
 def test_the_bounds_hold_the_median() -> None:
-    """Each of 400 runs of 400 rounds, every third of which takes twice its time and more."""
+    """Each of 400 runs has 400 rounds, and every third round takes twice its time and more."""
     generator = torch.Generator().manual_seed(0)
     inside, width = 0, 0.0
     for _ in range(400):
         u = torch.rand(400, generator=generator)
         late = torch.rand(400, generator=generator) < 1 / 3
-        found = timing.Ratio.of((1 + 0.1 * u + 5 * u * late).tolist())
+        found = timing.Ratio.from_ratios((1 + 0.1 * u + 5 * u * late).tolist())
         # P(ratio < t) = 2/3·10·(t − 1) + 1/3·(t − 1)/5.1 is 1/2 there.
         inside += found.low <= 1 + 0.5 / (20 / 3 + 1 / 15.3) <= found.high
         width += found.high / found.low / 400
@@ -198,7 +198,7 @@ def test_files_that_cannot_be_compared(
 def test_a_run_measures_again_what_seems_slower(
     no_overhead: None, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """That alone, and the file holds the first run."""
+    """Only suspects run again, and the file holds the first run."""
     asked: list[int] = []
 
     def measured(case: Case, *rest: object) -> list[Row]:
@@ -311,9 +311,9 @@ def test_ten_per_cent_are_seen_and_nothing_else(
 
 
 def test_interleaved_ratios_are_of_one_round() -> None:
-    """Where every round takes ten times the last one's time, the ratio stays what it is."""
+    """The ratio stays the same even if every round takes ten times the last one's time."""
     first = [10.0**i for i in range(9)]
-    found = timing.Times.of([2 * t for t in first], first)
+    found = timing.Times.from_seconds([2 * t for t in first], first)
     assert found.over == timing.Ratio(2.0, 2.0, 2.0, 2.0, 2.0) and found.p50 == 2e4
     assert torch.tensor(found.p20) < torch.tensor(found.p80)
 

@@ -47,7 +47,7 @@ def test_ours_hold_the_formula(dtype: torch.dtype, variant: str) -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_nothing_else_is_alive(dtype: torch.dtype, variant: str) -> None:
-    """What the forward allocated and did not free, hooks or none: y, and what is held but x."""
+    """The forward leaves y and the saved tensors except x allocated, with and without hooks."""
     from lora_kernels.peft import fuse
 
     layer = fuse(nn.Sequential(bench_memory.stock(variant, dtype, SIZES, R)))[0]

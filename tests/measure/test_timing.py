@@ -71,7 +71,7 @@ def test_the_parts_are_timed_by_themselves(clock: Clock, device: str, repeat: in
     assert (whole["both"].p50, whole["one"].p50, after["both"].p50) == (5.0, 10.0, 3.0)
     assert set(before) == set(after) == {"both"} and before["both"].p50 == 2.0
     assert whole["both"].over is not None and whole["both"].over.p50 == 0.5
-    assert after["both"].over is None  # the yardstick has no second part
+    assert after["both"].over is None  # the baseline has no second part
 
 
 def test_parts_have_a_yardstick_of_their_own(clock: Clock) -> None:
@@ -86,7 +86,7 @@ def test_parts_have_a_yardstick_of_their_own(clock: Clock) -> None:
 
 
 def test_the_first_round_may_take_long(clock: Clock) -> None:
-    """It compiles, and is not counted, nor is its time."""
+    """The first round compiles; neither it nor its time is counted."""
     takes = itertools.chain([100.0], itertools.repeat(0.125))
     found = timing.interleave({"one": lambda: clock.passes(next(takes))}, seconds=2.0)
     assert found["one"].rounds == 16 and found["one"].p80 == 0.125
@@ -98,7 +98,7 @@ def test_bounds_of_a_median_are_four_errors(n: int, most: int) -> None:
     say little of how far they scatter, once in a hundred."""
     generator = torch.Generator().manual_seed(n)
     samples = torch.exp(0.05 * torch.randn(3000, n, generator=generator)).tolist()
-    ratios = [timing.Ratio.of(each) for each in samples]
+    ratios = [timing.Ratio.from_ratios(each) for each in samples]
     assert sum(not r.low <= 1 <= r.high for r in ratios) <= most
     # and not much further out than that takes
     width = statistics.median(math.log(r.high / r.low) for r in ratios)
@@ -108,7 +108,7 @@ def test_bounds_of_a_median_are_four_errors(n: int, most: int) -> None:
 def test_a_cold_forward_goes_through_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """As many as the cache does not hold; each of them right."""
     args = cases.inputs(Case(2, 8, 16, 3, frozen=("lora_A", "lora_B")))
-    monkeypatch.setattr(timing, "COLD_BYTES", 4 * 8 * 16 * 4)  # of which the weight has a quarter
+    monkeypatch.setattr(timing, "COLD_BYTES", 4 * 8 * 16 * 4)  # the weight has a quarter
     seen: list[int] = []
 
     def make(args: dict[str, Any]) -> Any:
@@ -175,7 +175,7 @@ def test_long_rounds_are_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_limit_is_what_neighbours_do_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
     """Half of the rounds beside other work would halve the peak that the median tells."""
     undisturbed = 1e-3
-    rounds = timing.Times.of([undisturbed] * 4 + [2 * undisturbed] * 6)
+    rounds = timing.Times.from_seconds([undisturbed] * 4 + [2 * undisturbed] * 6)
     monkeypatch.setattr(timing, "interleave", lambda calls, **_: dict.fromkeys(calls, rounds))
     assert timing.product_peak(torch.float32, n=8) == pytest.approx(2 * 8**3 / undisturbed)
     assert timing.copy_bandwidth(megabytes=1) == pytest.approx((2 << 20) / undisturbed)

@@ -84,7 +84,7 @@ def test_shapes_must_agree() -> None:
 
 
 def test_plain_pytorch_stands_up_to_itself() -> None:
-    """The judged call and the yardstick being one, every error is its own limit's four fifths."""
+    """If the judged call is the baseline itself, every error is its own limit's four fifths."""
     options = {"gate": True, "column_scale": True, "bias": True, "dropout_p": 0.1}
     verdicts = judge(Case(33, 65, 63, 5, torch.bfloat16, **options), cases.plain_pytorch)
     assert set(verdicts) == {"y", *cases.GRADIENTS.values()}

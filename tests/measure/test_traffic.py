@@ -180,8 +180,8 @@ def test_autocast_of_peft_layer_runs_the_ops_of_cpu_autocast(name: str) -> None:
 )
 @pytest.mark.filterwarnings("ignore:TF32 acceleration")
 def test_count_layer_peak_of_peft_layer_is_what_a_cpu_allocates(name: str) -> None:
-    """But for a few bytes of numbers. oneDNN, which takes scratch memory, is off. Only a CPU makes
-    a temporary to add float32 to bfloat16, so cells that do are left out."""
+    """Equal up to a few bytes of numbers. oneDNN, which takes scratch memory, is off. Only a CPU
+    makes a temporary to add float32 to bfloat16, so cells that do are left out."""
     cell = BY_NAME[name]
     layer = bench_traffic.stock(cell, K, N, 4)
     found = bench_traffic.count_step(layer, cell, 64 * M, K)
@@ -413,8 +413,7 @@ def test_fused_layer_at_full_size_loses_no_row(cell: Cell, R: int, N: int) -> No
 def test_fused_layer_with_float32_adapters_moves_what_was_derived() -> None:
     """Passes over x and y [8192, 4096] in 16 bits: 2 and 3 forward, 4 and 3 backward, and W once.
 
-    What else there is, the adapter and [M, R] in float32 and in parts, is at most a quarter of a
-    pass of x.
+    The rest, the adapter and [M, R] in float32 and in parts, is at most a quarter of a pass of x.
     """
     forward, backward = (row.bytes["ours"] for row in full_size(FP32_CELL, 16, [8192])[:2])
     a_pass, weight = 2 * 8192 * 4096, 2 * 4096 * 4096
@@ -481,7 +480,7 @@ def test_passes_in_the_docs_are_those_counted() -> None:
             fuse(nn.Sequential(layer))
         both = bench_traffic.count_step(layer, cell, M, K)
         without = bench_traffic.count_step(layer, cell, M // 2, K)
-        # What does not grow with the rows, W and the adapter, goes out.
+        # W and the adapter, which do not grow with the rows, cancel.
         return [2 * (a.bytes - b.bytes) for a, b in zip(both, without, strict=True)]
 
     columns = [(BF16_CELL, False), (FP32_CELL, False), (BF16_CELL, True), (FP32_CELL, True)]

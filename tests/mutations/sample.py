@@ -4,7 +4,8 @@ Cosmic Ray makes the mutants (`pip install cosmic-ray`): another operator, compa
 Boolean; a decorator, an exception or a loop removed. Each place in the files below is as likely
 as another. Mutants that differ from the code in annotations alone are left out.
 
-Survivors are printed with their line. Those in equivalent.toml change no result and do not count.
+Surviving mutants are printed with their line. Those in equivalent.toml change no result and do
+not count.
 It ends with 1 if the tests notice fewer than --score percent of the others.
 """
 
@@ -26,8 +27,8 @@ from pathlib import Path
 from .__main__ import Copy
 from .table import ROOT, Mutation, tomllib
 
-# The files of which mutants are made, and tests that must notice them, the quickest first. Each
-# selection takes at most a minute.
+# The mutated files, and tests that must notice the mutants, the quickest first. Each selection
+# takes at most a minute.
 PEFT = (
     "tests/interop/test_layer_kinds.py tests/interop/test_equivalence.py "
     "tests/interop/test_features.py"
@@ -145,7 +146,7 @@ def main() -> int:
     known = equivalents()
     chosen = sample(args.count, args.seed)
     work = [m for m in chosen if (m.file, m.before, m.after) not in known]
-    total, survivors, lock = len(work), list[Mutant](), threading.Lock()
+    total, surviving, lock = len(work), list[Mutant](), threading.Lock()
 
     def worker(folder: Path) -> None:
         copy = Copy(folder)
@@ -161,7 +162,7 @@ def main() -> int:
             )
             with lock:
                 if not outcome.noticed:
-                    survivors.append(mutant)
+                    surviving.append(mutant)
                 mark = "✓" if outcome.noticed else "✗"
                 print(f"{mark} {time.monotonic() - start:4.0f} s  {mutant.file}:{mutant.line}")
                 print(f"    {mutant.before}\n    {mutant.after}\n    {outcome.said}", flush=True)
@@ -170,10 +171,10 @@ def main() -> int:
         folders = [Path(name) / str(job) for job in range(args.jobs)]
         for done in [pool.submit(worker, folder) for folder in folders]:
             done.result()
-    noticed = 100 * (total - len(survivors)) / max(1, total)
+    noticed = 100 * (total - len(surviving)) / max(1, total)
     left_out = len(chosen) - total
     print(f"{total} mutants (and {left_out} that change no result), seed {args.seed}:")
-    print(f"{len(survivors)} survived, {noticed:.1f} % noticed, want {args.score:g} %")
+    print(f"{len(surviving)} survived, {noticed:.1f} % noticed, want {args.score:g} %")
     return noticed < args.score
 
 

@@ -31,8 +31,8 @@ every_thread_count = pytest.mark.parametrize("threads", [1, 2, 3], indirect=True
 def ways(
     engine: str, rows: int, dtype: torch.dtype, four_bit: bool
 ) -> list[AbstractContextManager[None]]:
-    """What the engine forces, and the kernel for few rows where there are few: of an instruction
-    set alone the engine forces the library's product."""
+    """Return the contexts of an engine, and the GEMV kernel's for few rows: an instruction set by
+    itself forces the library GEMM."""
     if engine in native.ISAS and rows <= cpu_heuristics.few_rows(dtype, four_bit, 0, isa=engine):
         strategy = cpu.GEMV_4BIT if four_bit else cpu.GEMV
         return [nullcontext(), lora_kernels.backend("cpu", strategy)]

@@ -1,4 +1,4 @@
-"""What is no tensor, or no number, is named with what it is and what it should be."""
+"""Errors for an argument of a wrong type name it, its value and the wanted type."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The model of costs on GPUs that are not here: what it must say whatever its rates are."""
+"""The cost model for GPUs: properties that hold at any rates."""
 
 import itertools
 from dataclasses import replace

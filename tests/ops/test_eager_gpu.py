@@ -83,18 +83,18 @@ def requested(backend: str | None) -> Iterator[None]:
         selection.forced.current.reset(token)
 
 
-def via_dispatcher(watched: bool) -> contextlib.AbstractContextManager[Any]:
-    return _Dispatched() if watched else contextlib.nullcontext()
+def via_dispatcher(dispatched: bool) -> contextlib.AbstractContextManager[Any]:
+    return _Dispatched() if dispatched else contextlib.nullcontext()
 
 
 @pytest.mark.parametrize("forced", [True, False])
-@pytest.mark.parametrize("watched", [True, False], ids=["dispatched", "direct"])
-def test_dropout_mask_forward_and_backward_agree(forced: bool, watched: bool) -> None:
+@pytest.mark.parametrize("dispatched", [True, False], ids=["dispatched", "direct"])
+def test_dropout_mask_forward_and_backward_agree(forced: bool, dispatched: bool) -> None:
     """With A, B and s = 1 the adapter copies D(x); dx shows the same elements kept."""
     x = torch.ones(300, 16, requires_grad=True)
     eye, zero = torch.eye(16), torch.zeros(16, 16)
     torch.manual_seed(0)
-    with backend_forced(forced), via_dispatcher(watched):
+    with backend_forced(forced), via_dispatcher(dispatched):
         y = lora_linear(x, zero, eye, eye.clone(), dropout_p=0.25)
         (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
         with torch.no_grad():
@@ -108,15 +108,15 @@ def test_dropout_mask_forward_and_backward_agree(forced: bool, watched: bool) ->
 
 
 @pytest.mark.parametrize("forced", [True, False])
-@pytest.mark.parametrize("watched", [True, False], ids=["dispatched", "direct"])
+@pytest.mark.parametrize("dispatched", [True, False], ids=["dispatched", "direct"])
 def test_dropout_mask_of_many_adapters_is_one_in_both_directions(
-    forced: bool, watched: bool
+    forced: bool, dispatched: bool
 ) -> None:
     """Rows of two adapters, each a unit matrix; with no backend forced the mask decides."""
     x = torch.ones(2, 150, 16, requires_grad=True)
     eye, zero = torch.eye(16), torch.zeros(16, 16)
     index = torch.arange(300).view(2, 150) % 2
-    with backend_forced(forced), via_dispatcher(watched):
+    with backend_forced(forced), via_dispatcher(dispatched):
         y = multi_lora_linear(x, zero, [eye, eye], [eye, eye], index, dropout_p=0.25)
         (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
     assert torch.equal(dx, y.detach()) and 0.2 < (y == 0).double().mean().item() < 0.3
@@ -158,14 +158,14 @@ def test_dropout_checkpointed_replays_the_mask(use_reentrant: bool, recompute: b
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("watched", [True, False], ids=["dispatched", "direct"])
-def test_dropout_recomputed_p_is_of_the_same_mask(watched: bool) -> None:
+@pytest.mark.parametrize("dispatched", [True, False], ids=["dispatched", "direct"])
+def test_dropout_recomputed_p_is_of_the_same_mask(dispatched: bool) -> None:
     args = layer_args(dropout_p=0.5)
     leaves = [args[name] for name in ("x", "lora_A", "lora_B")]
     found = []
     for recompute in (False, True):
         torch.manual_seed(5)
-        with via_dispatcher(watched):
+        with via_dispatcher(dispatched):
             y = lora_linear(**args, recompute=recompute)
             found.append(torch.autograd.grad(y, leaves, torch.ones_like(y)))
     assert all(map(torch.equal, *found))
@@ -339,7 +339,7 @@ def test_upcast_rows_decide_between_copies_and_parts() -> None:
 @pytest.mark.parametrize("M", [3, 70])
 @pytest.mark.parametrize("decoder", ["decoded by bitsandbytes"], indirect=True)
 def test_4bit_against_the_reference(M: int, quant: str, dtype: torch.dtype, decoder: str) -> None:
-    """What PyTorch decodes is under the tests of every engine."""
+    """PyTorch's decoding is covered by the tests of every engine."""
     for options in ({}, {"gate": True, "bias": True, "dropout_p": 0.1}, {"column_scale": True}):
         for adapter in {dtype, f32}:
             for K in (256, 160):  # 160: rows that end inside a block of 64

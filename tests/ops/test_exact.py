@@ -1,4 +1,4 @@
-"""Where the answer is exact, the result is: integers, B = 0, unit matrices, masks, repetition."""
+"""Results are exact if the answer is: integers, B = 0, unit matrices, masks, repetition."""
 
 import itertools
 from typing import Any

@@ -39,7 +39,7 @@ OPTIONS: list[dict[str, Any]] = [
 # Work for several threads, in shares that are no multiple of a tile; rows above those at which dB
 # is summed in parts, and few rows with many columns and ranks.
 LARGE = [(130, 257, 100, 13), (515, 261, 259, 16), (33, 259, 257, 64), (70, 100, 259, 256)]
-# What is left when some arguments need no gradient: each alone, and each missing.
+# The arguments that need a gradient: each alone, and each missing.
 ALL = ("x", "lora_A", "lora_B", "rank_gate", "column_scale", "bias")
 NEEDS = [
     *(tuple(n for n in ALL if n != alone) for alone in ALL),
@@ -50,7 +50,7 @@ NEEDS = [
 
 
 def some_cases() -> list[Case]:
-    """One property at a time varied about M33-N65-K63-R5, none of which is a tile's multiple."""
+    """One property at a time varied about M33-N65-K63-R5, which are no multiples of a tile."""
     shape = {"M": 33, "N": 65, "K": 63, "R": 5}
     chosen = [
         Case(**shape, dtype=dtype, adapter_dtype=adapter, autocast=autocast, **options)
@@ -59,7 +59,7 @@ def some_cases() -> list[Case]:
     for dtype in (f32, bf16):
         chosen += [Case(33, 65, 63, R, dtype) for R in RANKS]
         chosen += [Case(M, 65, 63, 5, dtype, **FULL) for M in ROWS]
-        for M, (N, R) in itertools.product((1, 2), ((65, 5), (130, 20), (3, 1))):  # B as it lies
+        for M, (N, R) in itertools.product((1, 2), ((65, 5), (130, 20), (3, 1))):  # B unpacked
             chosen.append(Case(M, N, 63, R, dtype, f32, column_scale=True, bias=True))
             chosen.append(Case(M, N, 63, R, dtype))
         chosen += [Case(31, N, K, 5, dtype, dropout_p=0.1) for N, K in NARROW]

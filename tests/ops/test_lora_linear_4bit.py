@@ -52,7 +52,7 @@ def some_cases() -> list[Case]:
     for N, K in ((40, 1152), (1152, 40)):  # that pause, for two blocks of rows
         chosen += [Case(850, N, K, 5, bf16, quant="nf4-64-nested", dropout_p=0.1)]
         chosen += [Case(140, N, K, 5, f32, quant="nf4-64-nested", dropout_p=0.1)]
-    for M, R, dtype in itertools.product((1, 2), (5, 40), (f32, bf16, f16)):  # B as it lies
+    for M, R, dtype in itertools.product((1, 2), (5, 40), (f32, bf16, f16)):  # B unpacked
         rest: dict[str, Any] = {"column_scale": True, "bias": True}
         chosen += [Case(M, 70, 144, R, dtype, quant="nf4-64-nested", **rest)]
     for M, dtype in itertools.product((2, 33), (f32, bf16, f16)):
@@ -95,7 +95,7 @@ def test_lora_linear_of_dtypes_returns_autocasts_or_xs(
 
 @every_engine
 def test_lora_linear_in_a_compute_dtype_rounds_the_operands(engine: str) -> None:
-    """What is rounded to bfloat16 is the product's operands, and by a library its result too."""
+    """The GEMM's operands are rounded to bfloat16; a library rounds its result too."""
     args = cases.inputs(Case(9, 65, 96, 5, quant="nf4-64-nested"))
     x, weight, A, B = args["x"], args["weight"], args["lora_A"], args["lora_B"] * 0
     y = lora_kernels.lora_linear(x, weight, A, B, compute_dtype=bf16)

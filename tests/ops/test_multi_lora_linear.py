@@ -75,7 +75,7 @@ def test_multi_lora_linear_again_has_the_same_bits(engine: str) -> None:
 def test_multi_lora_linear_of_one_adapter_is_lora_linear(
     dtype: torch.dtype, quant: str, engine: str
 ) -> None:
-    """What `lora_linear` computes, each rounding y once more or less.
+    """The result of `lora_linear`, each rounding y once more or less.
 
     Either rounds S (or dS), the base product and the result by half a unit u at most: 3 u between
     the two. Another u is for sums in float32, K = 64 terms in another order: 0.3 · √64 · u/2.

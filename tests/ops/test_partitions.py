@@ -67,7 +67,7 @@ def test_few_rows_of_many_parts_are_exact(
 def test_adapters_of_many_parts_are_close(
     sizes: tuple[int, int, int], threads: int, engine: str
 ) -> None:
-    """Both threads take part in each adapter's rows, of which one has half."""
+    """Both threads take part in each adapter's rows; one adapter has half."""
     check_multi(MultiCase(*sizes, (5, 3, 70), "mixed", bias=False, dropout_p=0.5))
 
 

@@ -345,7 +345,7 @@ def test_choose_without_gradients_is_the_same() -> None:
     assert torch.equal(without, lora_kernels.lora_linear(**args))
 
 
-class Watched:
+class RecordedBackend:
     """A backend that says when it is called."""
 
     def __init__(self, name: str, module: Any, taken: list[str]) -> None:
@@ -362,20 +362,23 @@ class Watched:
 
 
 def backward_elsewhere(
-    forward: Callable[[], torch.Tensor], leaves: list[torch.Tensor], dy: torch.Tensor, watched: bool
+    forward: Callable[[], torch.Tensor],
+    leaves: list[torch.Tensor],
+    dy: torch.Tensor,
+    dispatched: bool,
 ) -> tuple[list[str], list[torch.Tensor]]:
     """Forward by the eager backend; backward outside of the `with`, in another thread, as a GPU's
-    is, and through the dispatcher if `watched`. Returns what was called, and the gradients."""
+    is, and through the dispatcher if `dispatched`. Returns what was called, and the gradients."""
     taken: list[str] = []
     got: list[torch.Tensor] = []
 
     def backward() -> None:
-        with FlopCounterMode(display=False) if watched else contextlib.nullcontext():
+        with FlopCounterMode(display=False) if dispatched else contextlib.nullcontext():
             got.extend(torch.autograd.grad(y, leaves, dy))
 
     with pytest.MonkeyPatch.context() as patch:
         for name, module in list(ops._BACKENDS.items()):
-            patch.setitem(ops._BACKENDS, name, Watched(name, module, taken))
+            patch.setitem(ops._BACKENDS, name, RecordedBackend(name, module, taken))
         with lora_kernels.backend("eager"):
             y = forward()
         thread = threading.Thread(target=backward)
@@ -384,13 +387,15 @@ def backward_elsewhere(
     return taken, got
 
 
-watched_or_not = pytest.mark.parametrize("watched", [False, True], ids=["alone", "under a mode"])
+direct_or_dispatched = pytest.mark.parametrize(
+    "dispatched", [False, True], ids=["alone", "under a mode"]
+)
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-@watched_or_not
+@direct_or_dispatched
 def test_lora_linear_backward_in_another_thread_follows_its_forward(
-    watched: bool, recompute: bool
+    dispatched: bool, recompute: bool
 ) -> None:
     args = inputs(Case(5, 9, 7, 3))
     dy = args.pop("dy")
@@ -398,12 +403,12 @@ def test_lora_linear_backward_in_another_thread_follows_its_forward(
     def forward() -> torch.Tensor:
         return lora_kernels.lora_linear(**args, recompute=recompute)
 
-    taken, _ = backward_elsewhere(forward, [args["x"]], dy, watched)
+    taken, _ = backward_elsewhere(forward, [args["x"]], dy, dispatched)
     assert taken == ["eager forward"] * (1 + recompute) + ["eager backward"]
 
 
-@watched_or_not
-def test_multi_lora_linear_backward_in_another_thread_follows_its_forward(watched: bool) -> None:
+@direct_or_dispatched
+def test_multi_lora_linear_backward_in_another_thread_follows_its_forward(dispatched: bool) -> None:
     args = multi.inputs(multi.MultiCase(9, 7, 5, rows="mixed", dropout_p=0.5))
     dy, leaves = args.pop("dy"), [args["x"], *args["lora_A"], *args["lora_B"]]
 
@@ -411,7 +416,7 @@ def test_multi_lora_linear_backward_in_another_thread_follows_its_forward(watche
         return lora_kernels.multi_lora_linear(**args)
 
     want = torch.autograd.grad(forward(), leaves, dy)
-    taken, got = backward_elsewhere(forward, leaves, dy, watched)
+    taken, got = backward_elsewhere(forward, leaves, dy, dispatched)
     assert taken == ["eager forward", "eager backward"]
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b)

@@ -9,7 +9,7 @@
 
 The first four share an environment, in which each removes what the last installed. Each must pass
 `lora-kernels verify`; newest and oldest also `verify` beside both peers, and the tests of interop
-but for those in LATER. Needs a compiler, a package index, about 15 GB and half an hour.
+except those in LATER. Needs a compiler, a package index, about 15 GB and half an hour.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PEERS = ("peft", "transformers", "bitsandbytes")
 SHOWN = ("torch", "triton", "safetensors", *PEERS)
 
-# What a test of interop asks of a library that the oldest does not have -> what selects the test.
+# A feature that the oldest library lacks -> the expression that selects its interop tests.
 # Their names stand here, so that no test passes over itself.
 LATER = {
     "AdaLoRA over convolutions (PEFT)": "test_convolutions_stay_pefts_own",
@@ -51,7 +51,7 @@ TRITONS = ("3.4.0", "3.5.1")
 
 
 class Failed(Exception):
-    """What a command printed at its end."""
+    """The end of a failed command's output."""
 
 
 class Environment:

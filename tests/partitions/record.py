@@ -2,7 +2,7 @@
 
 It stands before the launchers of the backends and writes what each test ran to the file that
 LORA_KERNELS_PARTITIONS names: {"backend/kernel/partition/option": {instruction set: test}}.
-The instruction set is "" but for the CPU's kernels. The sizes of their parts are read from csrc.
+The instruction set is "" except for the CPU's kernels. The sizes of their parts are read from csrc.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def _wrap(owner: Any, name: str, before: Callable[..., None]) -> None:
 
 
 def _inside(owner: Any, name: str, adapters: bool, backward: bool) -> None:
-    """What is launched by this function is of several adapters, of a backward."""
+    """Mark launches inside this function as of several adapters, or of a backward."""
     call = getattr(owner, name)
 
     @functools.wraps(call)
@@ -174,7 +174,7 @@ def _record_triton() -> None:
 
 # CUDA --------------------------------------------------------------------------------------------
 
-_MULTIPROCESSORS = 4  # of the emulator, each of which has one block at a time
+_MULTIPROCESSORS = 4  # of the emulator, with one block at a time each
 
 
 def _cuda_launch(name: str, at: Tensor, touched: dict[str, Tensor | None], *args: Any) -> None:
@@ -342,7 +342,7 @@ def _pairs(dtype: int) -> bool:
 
 
 class _Layer:
-    """What `_pack_layer` of the backend packs."""
+    """The arguments that the backend's `_pack_layer` packs."""
 
     def __init__(self, packed: Any) -> None:
         weight, codes, M, K, N, R, _, _, _, gate, c, _, mask, _, threads = packed

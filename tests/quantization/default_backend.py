@@ -48,7 +48,7 @@ def quantize(
     nested: bool,
     quant_storage: torch.dtype = torch.uint8,
 ) -> tuple[Tensor, QuantState]:
-    """`bitsandbytes.functional.quantize_4bit`, but for the backend."""
+    """`bitsandbytes.functional.quantize_4bit` with the default backend."""
     packed, absmax = _kernels()["quantize_4bit"](weight, blocksize, quant_type, quant_storage)
     state = QuantState(
         absmax=absmax,

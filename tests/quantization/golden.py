@@ -1,4 +1,4 @@
-"""What bitsandbytes' default backend makes of a few weights: `python -m tests.quantization.golden`
+"""Results of bitsandbytes' default backend for a few weights: `python -m tests.quantization.golden`
 
 writes it to golden.safetensors beside this file. The weights are not stored: they are integers
 hashed, so that they are the same wherever they are computed.

@@ -199,7 +199,7 @@ def test_codebooks_are_not_shared():
 
 
 def test_the_default_backend_is_the_judge():
-    """Where bitsandbytes' backends differ among themselves, its default backend is right.
+    """If bitsandbytes' backends differ among themselves, its default backend is right.
 
     Packed codes of its public function are the default backend's on a CPU. Nested scales come from
     its CPU kernel, which rounds a few in a thousand, and half of those on a threshold, to the other

@@ -97,7 +97,7 @@ def test_lora_linear_is_that_of_the_merged_weight(case):
 
 
 def gradients_by_hand(case, dy):
-    """What the ops' backward computes, term by term."""
+    """Compute the ops' backward term by term."""
     x, factors, gate, scale = parts(case)
     A, B = case["lora_A"], case["lora_B"]
     P = (factors * x) @ A.T

@@ -1,4 +1,4 @@
-"""What the files beside this one share: float64 references, and how far float32 may be off."""
+"""Float64 references of the acceptance tests, and float32's tolerance."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Sums of fewer than 2⁷ float32 terms, two products deep: each rounding is 2⁻²⁴ of its sum. What a
-# wrong scale, gate or missing term changes is more than 2⁻⁸.
+# Sums of fewer than 2⁷ float32 terms, two products deep: each rounding is 2⁻²⁴ of its sum. A
+# wrong scale, gate or missing term changes more than 2⁻⁸.
 RTOL = 2.0**-18
 
 # alpha is not r, r no power of two, sizes that no tile divides.

@@ -31,7 +31,7 @@ def test_adapters_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_fused_peft_model(tmp_path: Path) -> None:
-    """What a fused model saves, stock PEFT loads, under its plain keys."""
+    """Stock PEFT loads the files of a fused model, under its plain keys."""
     peft = pytest.importorskip("peft")
     from lora_kernels.peft import fuse
 

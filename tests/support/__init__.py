@@ -1,1 +1,1 @@
-"""What several packages of tests share."""
+"""Helpers of several packages of tests."""

@@ -49,7 +49,7 @@ def weight_of_blocks(blocks: int, last: str) -> Tensor:
 
 
 def same_bits(got: Tensor, want: Tensor) -> bool:
-    """Whether dtype, shape and bits agree: zeros of either sign, and NaN, are told apart too."""
+    """Return whether dtype, shape and bits agree, also of NaN and of zeros of either sign."""
     if got.dtype is not want.dtype or got.shape != want.shape:
         return False
     return torch.equal(*(t.cpu().flatten().view(torch.uint8) for t in (got, want)))
@@ -87,7 +87,7 @@ def test_quantize_special_values_is_bitwise(
 
 
 def test_quantize_short_block_is_divided_by_its_scale(device: str) -> None:
-    """Where the quotient and the product with a reciprocal fall on two sides of a threshold."""
+    """The quotient and the product with a reciprocal fall on two sides of a threshold."""
     for row in special("nf4")[: 128 * 32].view(128, 32)[:, :31]:
         check_quantize(row, "nf4", 32, device)
 

@@ -17,7 +17,7 @@ from lora_kernels.measure.tolerance import Verdict
 Pairs = list[tuple[str, Case]]
 
 
-def on(backend: str, strategies: Iterable[str], these: Iterable[Case]) -> Pairs:
+def pair_cases(backend: str, strategies: Iterable[str], these: Iterable[Case]) -> Pairs:
     """Pair each case with each strategy of a backend; a case's engines follow each other, so that
     its reference is computed once."""
     names = [f"{backend} {strategy}" for strategy in strategies]

@@ -72,7 +72,7 @@ def check(case: Case, blocksize: int = 0, narrow: bool = False) -> None:
 
 
 def off(t: Tensor) -> Tensor:
-    """The same elements, the first of which lies one element behind an aligned address."""
+    """Copy t so that it starts one element behind an aligned address."""
     if t.dim() == 0:
         return t
     shifted = torch.cat([t.detach().new_zeros(1), t.detach().flatten()])[1:].view(t.shape)
@@ -143,7 +143,7 @@ def check_mask(
         for got in (y, x.grad @ pick.t()):
             torch.testing.assert_close(got, want, rtol=rtol, atol=0)
             assert_exact(got != 0, want != 0)
-        # Multiples of one number up to M times it: exact but for the last rounding.
+        # Multiples of one number up to M times it: exact up to the last rounding.
         assert_exact(A.grad != 0, (kept.sum(0) > 0).expand(R, K) & (scale > 0), "dA")
 
 

@@ -45,7 +45,7 @@ class Kind(NamedTuple):
         return torch.randint(-4, 5, (*shape, self.sizes[0]), generator=generator).to(dtype)
 
     def base(self, layer: Any, x: Tensor) -> Tensor:
-        """What the layer computes without its adapter."""
+        """Compute the layer without its adapter."""
         if self.cls is LoRAEmbedding:
             return F.embedding(x, layer.weight)
         if self.cls is QLoRALinear:
@@ -78,15 +78,15 @@ def gradients(layer: Any, x: Tensor, run: Any = None) -> dict[str, Tensor | None
 
 
 def watch_prepared_calls(patch: pytest.MonkeyPatch) -> list[Tensor | None]:
-    """What prepared calls return from here on, None where they have no answer."""
+    """Record the results of prepared calls from here on, None for a cache miss."""
     answers: list[Tensor | None] = []
     whole = PreparedCall.__call__
 
-    def watched(self: PreparedCall, x: Tensor, bias: Tensor | None = None) -> Tensor | None:
+    def record(self: PreparedCall, x: Tensor, bias: Tensor | None = None) -> Tensor | None:
         answers.append(whole(self, x, bias))
         return answers[-1]
 
-    patch.setattr(PreparedCall, "__call__", watched)
+    patch.setattr(PreparedCall, "__call__", record)
     return answers
 
 
@@ -174,8 +174,8 @@ def results(y: Tensor, x: Tensor, params: Params, dy: Tensor) -> dict[str, Tenso
 
 
 def check(name: str, dtype: torch.dtype, inner: int = K) -> None:
-    """y and every gradient by whatever backend is asked for, adapters in float32, as they are by
-    default beside bfloat16."""
+    """Compare y and every gradient on the forced backend, adapters in float32, the default beside
+    bfloat16."""
     pooled: dict[str, list[list[Tensor]]] = {}
     for seed in range(60):  # 256 elements of the smallest, the weights of two levels aside
         layer = make(name, seed, inner=inner, dtype=dtype)
@@ -199,7 +199,7 @@ def check(name: str, dtype: torch.dtype, inner: int = K) -> None:
             sets.append(results(y, x_, params, dy.to(y.dtype)))
         for key in sets[0]:
             got, ref, eager = (s[key] for s in sets)
-            # What plain PyTorch returns: rounded to x's dtype where that is the result's.
+            # Plain PyTorch's result: rounded to x's dtype where that is the result's.
             eager = eager.to(dtype) if key in ("x", "y") else eager
             pooled.setdefault(key, [[], [], []])
             for kept, t in zip(pooled[key], (got, ref, eager), strict=True):
@@ -222,7 +222,7 @@ def check_memory(
     cycles: bool = False,
     sizes: tuple[int, int] = (M, K),
 ) -> None:
-    """What is alive between forward and backward, whichever backend and strategy is asked for:
+    """The tensors alive between forward and backward, on the forced backend and strategy:
     x, P [M, R] in float32 and 16 bytes (for eager-gpu the mask), z in addition where c trains;
     beside them nothing but the vectors that c and g are. Counted twice: by hooks on what autograd
     saves, and as what the forward allocated and did not free, which sees also what a context would

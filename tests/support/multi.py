@@ -22,7 +22,7 @@ def of_formats(N: int, sizes: list[tuple[int, int]]) -> list[MultiCase]:
 
 
 def some_cases(many: tuple[int, int]) -> list[MultiCase]:
-    """many: rows, and K beside them, of which the kernels have more than a tile."""
+    """many: rows, and K beside them, that take more than a tile."""
     even = (3, 5, 8, 4)  # one of rank 1 alone would decide, by few roundings, what gradients lose
     return [
         *of_formats(72, [(7, 96), many]),
@@ -38,7 +38,7 @@ def some_cases(many: tuple[int, int]) -> list[MultiCase]:
 
 
 def check_overflow() -> None:
-    """What is not finite in a row reaches the gradients of its own adapter alone."""
+    """A non-finite value in a row reaches the gradients of its own adapter alone."""
     args = inputs(MultiCase(9, 20, 32, ranks=(4, 4, 4), rows="mixed"))
     args["index"] = torch.tensor([0, 1, 2] * 3)
     args["dy"][1, 3] = float("inf")

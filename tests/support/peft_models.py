@@ -116,7 +116,7 @@ def add_lora(model: nn.Module, seed: int = 1, **config: Any) -> PeftModel:
 
 
 def add_adapter(model: Any, name: str = "second", seed: int = 5, **changes: Any) -> None:
-    """Another adapter of the default one's configuration but for the changes, not active."""
+    """Add an inactive adapter with the default one's configuration and the changes."""
     config = copy.deepcopy(model.peft_config["default"])
     for key, value in changes.items():
         setattr(config, key, value)
@@ -198,7 +198,7 @@ def token_ids(*shape: int) -> Tensor:
     return x
 
 
-# What a model computes
+# Results of models
 
 
 def output(model: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -335,7 +335,7 @@ def set_masks(stock: Any, dropouts: dict[str, float], seed: int = 4) -> None:
             layer.lora_dropout[adapter] = Masked(draw_rng(), p)
 
 
-# What runs
+# Which path runs
 
 
 class OpCounter(TorchDispatchMode):

@@ -23,6 +23,6 @@ elif not interpreted:
 
 @pytest.fixture
 def device() -> Iterator[str]:
-    """Where a test's tensors lie; the backend is asked for."""
+    """The device of a test's tensors; the triton backend is forced."""
     with lora_kernels.backend("triton"):
         yield DEVICE

@@ -1,4 +1,4 @@
-"""Where the kernels run: a GPU or, in Triton's interpreter, the CPU."""
+"""The device that the kernels run on: a GPU or, in Triton's interpreter, the CPU."""
 
 from lora_kernels.measure.case import triton_device
 

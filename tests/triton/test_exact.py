@@ -1,4 +1,4 @@
-"""Where the answer is exact, the result is; how many launches it takes, and what memory."""
+"""Results are exact if the answer is; how many launches it takes, and what memory."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ from lora_kernels.measure import case as cases
 from lora_kernels.measure.case import Case
 from tests.support import exact
 from tests.support.allocations import Allocations
-from tests.support.engines import each, on
+from tests.support.engines import each, pair_cases
 from tests.support.exact import integers
 from tests.support.problems import FULL, bf16, f16, f32
 from tests.triton.device import DEVICE
@@ -41,7 +41,11 @@ ONE_READ_OF_DY = [
 
 
 @each(
-    {"": on("triton", ALL, INTEGERS), "one_read": on("triton", (TWO_PASS,), ONE_READ_OF_DY)}, DEVICE
+    {
+        "": pair_cases("triton", ALL, INTEGERS),
+        "one_read": pair_cases("triton", (TWO_PASS,), ONE_READ_OF_DY),
+    },
+    DEVICE,
 )
 def test_lora_linear_of_integers_is_exact(case: Case, engine: str) -> None:
     exact.check(case)
@@ -127,7 +131,7 @@ def test_forward_launches_few_kernels_and_makes_p_and_y_alone(
 def test_backward_launches_one_kernel_for_ds_and_db_of_small_ranks(
     rank: int, frozen: tuple[str, ...], launched: list[str]
 ) -> None:
-    """dS and dB in one launch where the rank is small; dx only where it is asked for."""
+    """dS and dB in one launch if the rank is small; dx only if requested."""
     args = cases.inputs(Case(300, 65, 40, rank, f32, frozen=frozen, device=DEVICE))
     with lora_kernels.backend("triton", TWO_PASS):
         y = lora_kernels.lora_linear(

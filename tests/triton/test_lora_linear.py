@@ -6,7 +6,7 @@ import torch
 from lora_kernels.backends.triton import COOPERATIVE, FUSED, LIBRARY, TWO_PASS, configs, launch
 from lora_kernels.measure.case import Case
 from tests.support import problems
-from tests.support.engines import Pairs, check, each, on
+from tests.support.engines import Pairs, check, each, pair_cases
 from tests.support.problems import FULL, RANK, bf16, f16, f32
 from tests.triton.device import DEVICE
 
@@ -33,7 +33,7 @@ PUBLISHED = [
 
 
 def triton(strategies: tuple[str, ...], *cases: Case) -> Pairs:
-    return on("triton", strategies, cases)
+    return pair_cases("triton", strategies, cases)
 
 
 def ranks() -> Pairs:

@@ -56,11 +56,11 @@ def test_tune_writes_what_choose_then_takes(
     monkeypatch.setenv("LORA_KERNELS_MEASURED", str(file))
     tiles, run = [], launch.run
 
-    def watched(kernel: Any, config: Any, *args: Any, **meta: Any) -> None:
+    def record(kernel: Any, config: Any, *args: Any, **meta: Any) -> None:
         tiles.append((kernel.__name__, config.block_m))
         run(kernel, config, *args, **meta)
 
-    monkeypatch.setattr(launch, "run", watched)
+    monkeypatch.setattr(launch, "run", record)
     args = [torch.randn(s, device=DEVICE) for s in ((33, 64), (32, 64), (16, 64), (32, 16))]
     with lora_kernels.backend("triton"):
         choice = selection.choose(Problem(DEVICE, f32, f32, f32, f32, 16, 33, False, 32, 64))

@@ -30,7 +30,7 @@ PROGRAMS = 5
 
 
 class Interleaved:
-    """Runs the programs of a grid, each in a thread of its own, of which one runs at a time."""
+    """Run the programs of a grid, each in a thread of its own, one at a time."""
 
     def __init__(self, program: Callable[[], None], count: int, seed: int) -> None:
         self.program, self.left, self.random = program, list(range(count)), random.Random(seed)

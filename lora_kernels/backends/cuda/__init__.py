@@ -34,7 +34,7 @@ TWO_PASS_SIMT = Strategy.TWO_PASS_SIMT
 STRATEGIES = (COOPERATIVE, OVERLAPPED, TWO_PASS, TWO_PASS_SIMT)
 TWO_STEPS = (TWO_PASS, TWO_PASS_SIMT)  # P is complete before the base GEMM starts
 DECODE_ROWS = 16  # of x, at most, for the first two
-MIN_CAPABILITY = 80  # cp.async, bfloat16 on the matrix units
+MIN_CAPABILITY = 80  # cp.async, bfloat16 on tensor cores
 
 _emulated: ContextVar[ModuleType | None] = ContextVar("lora_kernels_cuda_emulated", default=None)
 
@@ -68,12 +68,12 @@ def emulated() -> bool:
 
 
 def unavailable_reason() -> str | None:
-    """Why there are no kernels; None where there are."""
+    """Return why there are no kernels; None if there are."""
     return None if emulated() else _load("_cuda")[1]
 
 
 def emulator_unavailable_reason() -> str | None:
-    """Why there is no emulator; None where there is one."""
+    """Return why there is no emulator; None if there is one."""
     return _load("_emulator")[1]
 
 
@@ -96,7 +96,7 @@ def emulate(seed: int = 0, multiprocessors: int = 4) -> Iterator[ModuleType]:
 
 
 def unsupported_device_reason(device_type: str, device_index: int | None) -> str | None:
-    """Why no kernel can run on such a device; None where they can."""
+    """Return why no kernel can run on such a device; None if they can."""
     if (why := unavailable_reason()) is not None:
         return why
     if emulated():
@@ -126,7 +126,7 @@ def _capability(device_index: int) -> int:
 
 @functools.cache
 def _refusal(device_index: int) -> str | None:
-    """Why the driver runs no kernel of this build on the GPU; None where it does. Asked once."""
+    """Return why the driver runs no kernel of this build on the GPU; None if it does. Cached."""
     try:
         module().probe(device_index)
     except RuntimeError as error:
@@ -135,10 +135,10 @@ def _refusal(device_index: int) -> str | None:
 
 
 def unsupported_capability_reason(capability: int) -> str | None:
-    """Why GPUs of this compute capability (sm_80: 80) are not served; None where they are."""
+    """Return why a compute capability (sm_80: 80) is unsupported; None if it is supported."""
     if capability < MIN_CAPABILITY:
         return (
-            f"sm_{capability} is older than sm_{MIN_CAPABILITY}: no bfloat16 on its matrix units "
+            f"sm_{capability} is older than sm_{MIN_CAPABILITY}: no bfloat16 on its tensor cores "
             "and no asynchronous copies"
         )
     return None

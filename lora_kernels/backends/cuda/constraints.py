@@ -1,6 +1,6 @@
 """Which of the kernels take a product: what `selection` decides by, and says.
 
-The matrix units are fed by loads of 16 bytes, so that rows have to be whole ones, and aligned.
+Tensor core kernels load 16 bytes at a time: rows must be whole such loads, and aligned.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from ...core.problem import Layout
 from . import DECODE_ROWS, TWO_PASS, TWO_PASS_SIMT
 
 NO_BASE = "there is no base product"
-_FLOAT32 = "float32 products need every bit, which the matrix units drop"
+_FLOAT32 = "float32 products need every bit, which tensor cores drop"
 _WIDE = 16  # bytes of a load
 _ALIGNED = 8  # elements of it, of 16 bits
 _RUN = 32  # codes of it
@@ -40,7 +40,7 @@ def layout(weight: Tensor | Packed4bit | None, dtype: torch.dtype) -> Layout:
 def forward_unsupported_reason(
     strategy: str, dtype: torch.dtype, weight: Layout, M: int | None, N: int, K: int
 ) -> str | None:
-    """Why y = x·Wᵀ [M, N] cannot be made by the strategy; None where it can. M None: of any."""
+    """Return why the strategy cannot compute y = x·Wᵀ [M, N]; None if it can. M None: for any M."""
     if strategy == TWO_PASS_SIMT:
         return None
     if dtype is torch.float32:
@@ -63,7 +63,7 @@ def forward_unsupported_reason(
 
 
 def backward_unsupported_reason(dtype: torch.dtype, weight: Layout, N: int, K: int) -> str | None:
-    """Why dx = dz·W [M, K] cannot be made on the matrix units; None where it can."""
+    """Return why tensor cores cannot compute dx = dz·W [M, K]; None if they can."""
     if dtype is torch.float32:
         return _FLOAT32
     if N % _ALIGNED:

@@ -25,8 +25,8 @@ from ..dropout import NO_DROPOUT, Dropout
 from . import COOPERATIVE, OVERLAPPED, TWO_PASS, TWO_PASS_SIMT, constraints, launch, module
 from .launch import DTYPE, codes, empty, mask, matrix, of_codes, pointer, vector, whole_rows
 
-# What a share of a summed dimension takes at least, a multiple of the kernel's step: of columns, of
-# rows in a thin product, of rows in column sums, and of K in a split of `gemm`.
+# The least part of a summed dimension, a multiple of the kernel's step: of columns, of rows in a
+# skinny GEMM, of rows in column sums, and of K in a split of `gemm`.
 _SHARE, _THIN_SHARE, _SUMS_SHARE, _GEMM_SHARE = 256, 1024, 64, 256
 _BLOCKS = 264  # of a launch, that fill any GPU
 _GEMM_TILE = (64, 128)
@@ -38,7 +38,7 @@ def lora_linear(operands: Operands, spec: Spec, strategy: str) -> tuple[Tensor, 
     """Compute y [M, N] for x [M, K]."""
     x, weight, lora_A, lora_B, rank_gate, column_scale, bias, rng = operands
     scaling, dropout_p, dtype, y_dtype, save_z = spec
-    M, (N, R), dropout = x.shape[0], lora_B.shape, Dropout.of(dropout_p, rng)
+    M, (N, R), dropout = x.shape[0], lora_B.shape, Dropout.from_rng(dropout_p, rng)
     y = empty(x, M, N, dtype=y_dtype)
     z = empty(x, M, N, dtype=y_dtype) if save_z else None
     if not M:
@@ -61,7 +61,7 @@ def lora_linear_backward(
     x, weight, lora_A, lora_B, rank_gate, column_scale, _, rng = operands
     (p, z, _), (scaling, dropout_p, dtype, *_) = saved, spec
     need_x, need_A, need_B, need_gate, need_column_scale, need_bias = needs
-    dropout = Dropout.of(dropout_p, rng)
+    dropout = Dropout.from_rng(dropout_p, rng)
     (M, N), R, K = dy.shape, p.shape[1], x.shape[1]
     dx = empty(dy, M, K, dtype=x.dtype) if need_x else None
     dA = torch.empty_like(lora_A, memory_format=torch.contiguous_format) if need_A else None
@@ -116,7 +116,7 @@ def multi_lora_linear(
     """
     x, weight, lora_A, lora_B, index, bias, rng = operands
     scaling, dropout_p, dtype, y_dtype = spec
-    M, N, dropout = x.shape[0], lora_B[0].shape[0], Dropout.of(dropout_p, rng)
+    M, N, dropout = x.shape[0], lora_B[0].shape[0], Dropout.from_rng(dropout_p, rng)
     y = empty(x, M, N, dtype=y_dtype)
     if not M:
         return y, Saved(x.new_empty(0, max(A.shape[0] for A in lora_A), dtype=torch.float32))
@@ -142,7 +142,7 @@ def multi_lora_linear_backward(
     x, weight, lora_A, lora_B, index, _, rng = operands
     p, (scaling, dropout_p, dtype, _) = saved.p, spec
     need_x, need_A, need_B, need_bias = needs
-    dropout = Dropout.of(dropout_p, rng)
+    dropout = Dropout.from_rng(dropout_p, rng)
     (M, N), K = dy.shape, x.shape[1]
     dx = empty(dy, M, K, dtype=x.dtype) if need_x else None
     dA = [torch.zeros_like(A) if need else None for A, need in zip(lora_A, need_A, strict=True)]
@@ -365,7 +365,7 @@ def _reduce(slots: Tensor, gate: Tensor | None, scale: float, out: Tensor) -> No
 
 
 def _shares(n: int, least: int, most: int) -> tuple[int, int]:
-    """What each share of n takes, a multiple of `least`, and how many there are: up to `most`."""
+    """Return the size of each part of n, a multiple of `least`, and their number, up to `most`."""
     steps = -(-n // least)
     share = -(-steps // max(1, min(most, steps))) * least
     return share, -(-n // share)

@@ -1,4 +1,4 @@
-"""What every launch goes through: pointers, the device, torch's current stream."""
+"""Launch helpers: pointers, the device, torch's current stream."""
 
 from __future__ import annotations
 

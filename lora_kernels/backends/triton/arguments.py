@@ -22,7 +22,7 @@ class Matrix(NamedTuple):
     col: int
 
     @classmethod
-    def of(cls, t: Tensor) -> Matrix:
+    def from_tensor(cls, t: Tensor) -> Matrix:
         return cls(t, *t.stride())
 
 
@@ -37,7 +37,7 @@ class Codes(NamedTuple):
     offset: Tensor | None
 
     @classmethod
-    def of(cls, weight: Packed4bit) -> Codes:
+    def from_weight(cls, weight: Packed4bit) -> Codes:
         tables = weight.absmax, weight.code, weight.nested_absmax, weight.nested_code
         return cls(weight.packed, *tables, weight.offset)
 
@@ -49,7 +49,7 @@ class Mask(NamedTuple):
     threshold: int
 
     @classmethod
-    def of(cls, dropout: Dropout) -> Mask | None:
+    def from_dropout(cls, dropout: Dropout) -> Mask | None:
         return None if dropout.rng is None else cls(dropout.rng, dropout.threshold)
 
 

@@ -28,7 +28,7 @@ def dequantize(codes: Packed4bit, shape: tuple[int, int], dtype: torch.dtype) ->
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
     }
-    args = Codes.of(codes), w, N, K
+    args = Codes.from_weight(codes), w, N, K
     launch.run(dequantize_kernel, config, *args, grid=grid, device=w.device, **meta)
     return w
 

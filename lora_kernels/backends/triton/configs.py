@@ -221,8 +221,9 @@ def outer(target: DeviceInfo, M: int, N: int, R: int) -> tuple[Config, int]:
 def shrink_outer(
     target: DeviceInfo, M: int, N: int, R: int, itemsize: int
 ) -> tuple[Config, int] | None:
-    """For `shrink_outer_kernel`: tiles, and the columns in one slot; None where `shrink_kernel` and
-    `outer_kernel` move little more.
+    """Choose `shrink_outer_kernel`'s tiles, and the columns in one slot.
+
+    None if `shrink_kernel` and `outer_kernel` move little more.
 
     Those two read v twice. This one reads it once, but writes and reads again a part of dB in
     float32 for each BLOCK_M rows.

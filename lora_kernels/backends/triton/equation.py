@@ -52,7 +52,7 @@ def lora_linear(operands: Operands, spec: Spec, strategy: str) -> tuple[Tensor, 
     """Compute y [M, N] for x [M, K]."""
     x, weight, lora_A, lora_B, rank_gate, column_scale, bias, rng = operands
     scaling, dropout_p, dtype, y_dtype, save_z = spec
-    dropout = Dropout.of(dropout_p, rng)
+    dropout = Dropout.from_rng(dropout_p, rng)
     gemm = _Gemm(x, weight, lora_A, lora_B.t(), scaling, dtype, y_dtype)
     gemm = gemm._replace(gate=rank_gate, out_scale=column_scale, bias=bias)
     gemm = gemm._replace(dropout=dropout, save_z=save_z)
@@ -67,7 +67,7 @@ def lora_linear_backward(
     x, weight, lora_A, lora_B, rank_gate, column_scale, _, rng = operands
     (p, z, _), (scaling, dropout_p, dtype, *_) = saved, spec
     need_x, need_A, need_B, need_gate, need_column_scale, need_bias = needs
-    dropout = Dropout.of(dropout_p, rng)
+    dropout = Dropout.from_rng(dropout_p, rng)
     (M, N), R = dy.shape, p.shape[1]
     dx = dA = dg = ds = slots = dbias = dc = None
     dB: Tensor | None = None
@@ -117,7 +117,7 @@ def multi_lora_linear(
     if not len(x):
         y = x.new_empty(0, lora_B[0].shape[0], dtype=y_dtype)
         return y, Saved(x.new_empty(0, max(A.shape[0] for A in lora_A), dtype=torch.float32))
-    dropout = Dropout.of(dropout_p, rng)
+    dropout = Dropout.from_rng(dropout_p, rng)
     stack = stacked.stack(lora_A, lora_B, index, scaling)
     slots = stack.kept(_shrink(x, stack.lora_A, None, dropout).sum(0))
     gemm = _Gemm(
@@ -142,7 +142,7 @@ def multi_lora_linear_backward(
     x, weight, lora_A, lora_B, index, _, rng = operands
     p, (scaling, dropout_p, dtype, _) = saved.p, spec
     need_x, need_A, need_B, need_bias = needs
-    dropout = Dropout.of(dropout_p, rng)
+    dropout = Dropout.from_rng(dropout_p, rng)
     dA = [torch.zeros_like(A) if need else None for A, need in zip(lora_A, need_A, strict=True)]
     dB = [torch.zeros_like(B) if need else None for B, need in zip(lora_B, need_B, strict=True)]
     dx = ds = dbias = None
@@ -247,12 +247,12 @@ def _linear(
     config = replace(config, cooperative=flags is not None)
 
     base = (
-        Matrix.of(x),
-        None if w is None else Matrix.of(w),
-        None if codes is None else Codes.of(codes),
+        Matrix.from_tensor(x),
+        None if w is None else Matrix.from_tensor(w),
+        None if codes is None else Codes.from_weight(codes),
     )
     factors = map(_contiguous, (gemm.gate, gemm.in_scale, gemm.out_scale, gemm.bias))
-    masked = (Mask.of(mask_in),), (Mask.of(mask_out), y, z, M, N, K, R)
+    masked = (Mask.from_dropout(mask_in),), (Mask.from_dropout(mask_out), y, z, M, N, K, R)
     meta: dict[str, Any] = {
         "K_INNER": forward,
         "LEFT": codes is not None and forward and config.block_m < 64,
@@ -264,7 +264,7 @@ def _linear(
         "BLOCK_R": configs.block_of_ranks(R),
         "GROUP_M": config.group_m,
     }
-    scales, A, Q = (mask_in.scale, gemm.s_scale), Matrix.of(a), Matrix.of(q)
+    scales, A, Q = (mask_in.scale, gemm.s_scale), Matrix.from_tensor(a), Matrix.from_tensor(q)
     run = partial(launch.run, grid=(programs,), device=x.device)
     if strategy == FUSED:
         run(fused_kernel, config, *base, A, Q, p, *factors, *masked[0], *masked[1], *scales, **meta)
@@ -351,7 +351,12 @@ def _shrink(x: Tensor, a: Tensor, in_scale: Tensor | None, dropout: Dropout) -> 
     if not M:
         return out
     grid = triton.cdiv(M, config.block_m), triton.cdiv(R, config.block_n), slots
-    operands = Matrix.of(x), Matrix.of(a), _contiguous(in_scale), Mask.of(dropout)
+    operands = (
+        Matrix.from_tensor(x),
+        Matrix.from_tensor(a),
+        _contiguous(in_scale),
+        Mask.from_dropout(dropout),
+    )
     blocks = {"BLOCK_M": config.block_m, "BLOCK_K": config.block_k, "BLOCK_R": config.block_n}
     types = _types(target, _operand(x, a), launch.is_wide(x) or launch.is_wide(a))
     args = *operands, out, M, K, R, share, dropout.scale
@@ -399,7 +404,18 @@ def _outer(
         "BLOCK_N": config.block_n,
         "BLOCK_R": config.block_k,
     }
-    args = s, Matrix.of(v), _contiguous(v_scale), z, Mask.of(dropout), parts, M, N, R, share
+    args = (
+        s,
+        Matrix.from_tensor(v),
+        _contiguous(v_scale),
+        z,
+        Mask.from_dropout(dropout),
+        parts,
+        M,
+        N,
+        R,
+        share,
+    )
     launch.run(outer_kernel, config, *args, grid=grid, device=v.device, **meta)
     return _reduce(parts, scale, gate, grad, need_sum, need_sum_z)
 
@@ -431,7 +447,7 @@ def _shrink_outer(
         "BLOCK_N": config.block_n,
         "BLOCK_R": config.block_k,
     }
-    operands = Matrix.of(v), Matrix.of(b), s, _contiguous(v_scale), z
+    operands = Matrix.from_tensor(v), Matrix.from_tensor(b), s, _contiguous(v_scale), z
     args, grid = (*operands, slots, parts, M, N, R, share), (parts.shape[0], slots.shape[0])
     launch.run(shrink_outer_kernel, config, *args, grid=grid, device=v.device, **meta)
     return slots, grad, *_reduce(parts, scale, gate, grad.t(), need_sum, need_sum_z)
@@ -449,7 +465,7 @@ def _reduce(
     count, N, R = parts.shape[0], parts.shape[2], parts.shape[1] - 2
     gate, config = _contiguous(gate), configs.REDUCE
     sums, sums_z = (parts.new_empty(N) if needed else None for needed in (need_sum, need_sum_z))
-    to = None if grad is None else Matrix.of(grad)
+    to = None if grad is None else Matrix.from_tensor(grad)
     args, grid = (
         (parts, gate, to, sums, sums_z, N, R, count, scale),
         (triton.cdiv(N, config.block_n), R + 2),
@@ -483,8 +499,22 @@ def dora_norm(
         "BLOCK_R": block_r,
         "ONE_BLOCK": block_r >= R,
     }
-    base = Matrix.of(w) if codes is None else None, None if codes is None else Codes.of(codes)
-    args = *base, Matrix.of(lora_A), Matrix.of(lora_B), gate, slots, N, K, R, share, scaling
+    base = (
+        Matrix.from_tensor(w) if codes is None else None,
+        None if codes is None else Codes.from_weight(codes),
+    )
+    args = (
+        *base,
+        Matrix.from_tensor(lora_A),
+        Matrix.from_tensor(lora_B),
+        gate,
+        slots,
+        N,
+        K,
+        R,
+        share,
+        scaling,
+    )
     grid = triton.cdiv(N, config.block_n), slots.shape[0]
     launch.run(row_norm_kernel, config, *args, grid=grid, device=w.device, **meta)
     return slots.sum(0).sqrt_()

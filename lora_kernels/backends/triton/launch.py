@@ -1,4 +1,4 @@
-"""What every launch goes through: the device, the stream, what a kernel is compiled for."""
+"""Launch helpers: the device, the stream, the specialization of a kernel."""
 
 from __future__ import annotations
 
@@ -104,5 +104,5 @@ def read_resources(
 
 
 def is_wide(t: Tensor) -> bool:
-    """Whether an element lies 2³¹ elements or more behind the first."""
+    """Return whether an element lies 2³¹ elements or more behind the first."""
     return sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) >= 1 << 31

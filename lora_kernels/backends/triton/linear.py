@@ -7,7 +7,7 @@ a [R, K], q [R, N]. A program computes BLOCK_M × BLOCK_N of y. z is stored if z
 
 Rounding points: x, W to COMPUTE; x, a, S, q to WIDER; sums in float32; y and z once.
 Bytes: x, W once a tile of columns or rows, less what the L2 cache keeps. Deterministic.
-LEFT: codes are the left operand, of which a tensor core instruction takes 64 or 16 rows at a time.
+LEFT: codes are the left operand. A tensor core instruction takes 64 or 16 rows of it at a time.
 Tested by tests/triton/test_lora_linear.py.
 """
 

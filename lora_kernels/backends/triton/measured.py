@@ -1,4 +1,4 @@
-"""What `lora-kernels tune` measured: a strategy and its tiles for a shape on a kind of GPU.
+"""The tuning table of `lora-kernels tune`: a strategy and its tiles for a shape on a kind of GPU.
 
 Rows come from the file that LORA_KERNELS_MEASURED names. A file that cannot be read is left out,
 with one warning. If no row fits, the cost model in `configs` decides.

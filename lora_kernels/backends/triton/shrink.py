@@ -1,4 +1,4 @@
-"""P = D(x)·Aᵀ, and dS = dZ·B: thin products."""
+"""P = D(x)·Aᵀ, and dS = dZ·B: skinny GEMMs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the kernels share: conversions, products, dropout's mask, tiles of a weight.
+"""Helpers that the kernels share: conversions, products, dropout's mask, tiles of a weight.
 
 In Triton's interpreter bfloat16 is held as its bits: products of it multiply those, conversions to
 it may cut them off, and from it lose subnormals. So every product and every conversion goes through
@@ -51,7 +51,7 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def keep_mask(mask, m0, k0, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Where D(x) keeps x from [m0, k0] on, k0 a multiple of 4: int1[BLOCK_M, BLOCK_K].
+    """Return 1 where D(x) keeps x from [m0, k0] on, k0 a multiple of 4: int1[BLOCK_M, BLOCK_K].
 
     As reference.dropout_mask: four neighbours share a call of Philox.
     """

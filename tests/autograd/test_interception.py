@@ -1,5 +1,5 @@
-"""Where a call is traced, watched, or given a tensor that is not what its memory holds, an op is
-seen; and y is nobody's view."""
+"""A call that is traced, intercepted by a mode, or given a tensor subclass goes through the
+dispatcher; and y is no view of another tensor."""
 
 from __future__ import annotations
 

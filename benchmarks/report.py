@@ -1,4 +1,4 @@
-"""Write RESULTS.md, its pictures and other tables from results/, README's figures.
+"""Write RESULTS.md, its pictures and the figures of other documents from results/.
 
     lora-kernels bench --json benchmarks/results/ISA/dense.json
     lora-kernels bench --quant nf4 --json benchmarks/results/ISA/4bit.json
@@ -44,7 +44,9 @@ TEMPLATES = HERE / "templates"
 JSON_MEMORY = HERE / "results/memory.json"
 JSON_TRAFFIC = HERE / "results/traffic.json"
 JSON_CLASSIFICATION = HERE / "results/classification.json"
-RESULTS, README = HERE / "RESULTS.md", HERE.parent / "README.md"
+RESULTS = HERE / "RESULTS.md"
+# Document -> the template of its figures.
+FIGURES = {HERE.parent / "README.md": "README.md.j2", HERE.parent / "docs/cpu.md": "cpu.md.j2"}
 MARKS = "<!-- figures: written by benchmarks/report.py -->", "<!-- end of figures -->"
 # Name in the JSON -> column; those that no row has are left out.
 PEERS = {
@@ -80,7 +82,7 @@ README_TRAFFIC = (
     "DoRA bf16, fp32 adapter",
 )
 
-README_PEERS = {"ours": "ours", "addmm": "addmm_", "peft": "PEFT"}
+CPU_PEERS = {"ours": "ours", "addmm": "addmm_", "peft": "PEFT"}
 
 Row = dict[str, Any]
 Cells = Iterator[Sequence[str]]  # a line of a table
@@ -392,12 +394,12 @@ def megabytes(count: int) -> str:
     return f"{count / 1e6:.{max(0, 2 - len(str(count // 1_000_000)) + 1)}f}"
 
 
-def readme_head(measured: list[Run]) -> str:
-    names = (f"{run.name}: {' | '.join(README_PEERS.values())}" for run in measured)
+def cpu_head(measured: list[Run]) -> str:
+    names = (f"{run.name}: {' | '.join(CPU_PEERS.values())}" for run in measured)
     return f"| M×K×N | dtype | floor | {' | '.join(names)} |"
 
 
-def readme_rows(measured: list[Run]) -> Cells:
+def cpu_rows(measured: list[Run]) -> Cells:
     """The rows that matter most: a training step at r = 16, and one row as a layer decodes it."""
     found: dict[tuple[str, str, str], dict[Path, Row]] = {}
     for run in measured:
@@ -408,7 +410,7 @@ def readme_rows(measured: list[Run]) -> Cells:
                 found.setdefault(key, {})[run.folder] = row
     for key, by_run in found.items():
         rows = [by_run.get(run.folder) for run in measured]
-        yield *key, *(cell(row, name) if row else "–" for row in rows for name in README_PEERS)
+        yield *key, *(cell(row, name) if row else "–" for row in rows for name in CPU_PEERS)
 
 
 def readme_traffic(rows: list[Row]) -> Cells:
@@ -427,7 +429,7 @@ def readme_traffic(rows: list[Row]) -> Cells:
 TABLES = (
     *(machine, table, tax_head, tax_rows, overhead_rows, model_rows, rows_4bit, targets_4bit),
     *(variant_rows, memory_rows, traffic_versions, traffic_rows),
-    *(readme_head, readme_rows, readme_traffic),
+    *(cpu_head, cpu_rows, readme_traffic),
 )
 
 
@@ -448,14 +450,14 @@ def main(check: bool) -> int:
     measured = runs()
     begin, end = MARKS
     pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
-    readme = README.read_text()
-    if not pattern.search(readme):
-        raise SystemExit(f"README.md: no place for figures; want the lines {begin} and {end}")
-    figures = f"{begin}\n{render('README.md.j2', measured)}\n{end}"
-    wanted = {
-        RESULTS: render("RESULTS.md.j2", measured) + "\n",
-        README: pattern.sub(lambda _: figures, readme),
-    }
+    wanted = {RESULTS: render("RESULTS.md.j2", measured) + "\n"}
+    for document, template in FIGURES.items():
+        text = document.read_text()
+        if not pattern.search(text):
+            name = document.name
+            raise SystemExit(f"{name}: no place for figures; want the lines {begin} and {end}")
+        figures = f"{begin}\n{render(template, measured)}\n{end}"
+        wanted[document] = pattern.sub(lambda _, figures=figures: figures, text)
     if (classification := read(JSON_CLASSIFICATION)) is not None:
         wanted[JSON_CLASSIFICATION.with_suffix(".md")] = markdown(classification)
     stale = [p.name for p, text in wanted.items() if not p.exists() or p.read_text() != text]

@@ -1,4 +1,4 @@
-"""Every Python example of the READMEs and of CONTRIBUTING.md runs as it stands, each by itself.
+"""Every Python example of the READMEs, docs/ and CONTRIBUTING.md runs as it stands, by itself.
 
 One rule stands for missing inputs: a model or a file that an example names is a tiny one of that
 name in the working folder, where transformers looks before it asks the hub. Beside that, what takes
@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FILES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
+    *ROOT.glob("docs/*.md"),
     *sorted(ROOT.glob("lora_kernels/*/README.md")),
 ]
 
@@ -91,6 +92,10 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_documentation_has_examples() -> None:
     assert {file for file, _, _ in examples()} >= {
         "README.md",
+        "docs/cpu.md",
+        "docs/fine_tuning.md",
+        "docs/layers.md",
+        "docs/several_adapters.md",
         "lora_kernels/peft/README.md",
         "lora_kernels/finetune/README.md",
     }

@@ -94,8 +94,7 @@ def test_machines_stand_beside_each_other(monkeypatch: pytest.MonkeyPatch, tmp_p
     amx, other = report.runs()
     assert (amx.name, other.name) == ("AMX", "an-arm")
     lines = {
-        line.split(" | ")[0]: line
-        for line in report.render("README.md.j2", [amx, other]).splitlines()
+        line.split(" | ")[0]: line for line in report.render("cpu.md.j2", [amx, other]).splitlines()
     }
     tax = [report.cell(row, name) for name in ("ours", "addmm", "peft")]
     sizes = f"×{row['K']}×{row['N']}"

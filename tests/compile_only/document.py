@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 from typing import Any
@@ -17,48 +18,57 @@ GPUS = {
 }
 
 
-def compiled(budgets: dict[str, Any]) -> str:
-    lines = [
-        "| kernel, tile M×N×K, call | target | registers | shared | matrix | loop | peak |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for target in ("sm80", "sm90", "sm100", "sm120", "gfx942"):
-        for key, code in sorted(budgets["kernels"].get(target, {}).items()):
-            if code["slice"]:
-                peak = "–" if code["peak"] is None else f"{code['peak']:.0%}"
-                loop = f"{code['loop']:.0%}" if code["loop"] else "–"
-                lines.append(
-                    f"| {key} | {target} | {code['registers']} | {code['shared']:,} "
-                    f"| {code['matrix'] or '–'} | {loop} | {peak} |"
-                )
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{share:.0%}"
+
+
+def _by_target(kernels: dict[str, dict[str, str]]) -> str:
+    """Lay out cells by kernel and target as a table, a row for each kernel."""
+    rows = sorted({key for cells in kernels.values() for key in cells})
+    lines = [f"| kernel | {' | '.join(kernels)} |", "|---" * (len(kernels) + 1) + "|"]
+    for row in rows:
+        cells = (cells.get(row, "") for cells in kernels.values())
+        lines.append(f"| {row} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def compiled(budgets: dict[str, Any]) -> str:
+    kernels = {
+        target: {
+            key: f"{code['registers']} {(code['matrix'] or '–').split('.')[0]} "
+            f"{_percent(code['peak'])}"
+            for key, code in budgets["kernels"].get(target, {}).items()
+            if code["slice"]
+        }
+        for target in ("sm80", "sm90", "sm100", "sm120", "gfx942")
+    }
+    return _by_target(kernels)
 
 
 def cuda(budgets: dict[str, Any]) -> str:
-    lines = [
-        "| kernel | target | registers | loop | peak | stream |",
-        "|---|---|---|---|---|---|",
-    ]
-    for target, kernels in sorted(budgets["cuda"].items()):
-        for key, code in sorted(kernels.items()):
-            loop, peak, stream = (
-                f"{code[name]:.0%}" if code[name] else "–" for name in ("loop", "peak", "stream")
+    kernels = {
+        target: {
+            key: " / ".join(
+                [str(code["registers"])]
+                + [_percent(code[name]) for name in ("peak", "stream") if code[name]]
             )
-            lines.append(f"| {key} | {target} | {code['registers']} | {loop} | {peak} | {stream} |")
-    return "\n".join(lines)
+            for key, code in found.items()
+        }
+        for target, found in sorted(budgets["cuda"].items())
+    }
+    return _by_target(kernels)
 
 
 def strategies() -> str:
     lines = ["| N | layer | weight | GPU | R | choice | because |", "|---|---|---|---|---|---|---|"]
-    for columns, layer in NAMED:
+    for (columns, layer), (gpu, target), rank in itertools.product(NAMED, GPUS.items(), (16, 64)):
+        weights: dict[tuple[str, str], list[str]] = {}
         for four_bit in (False, True):
-            for gpu, target in GPUS.items():
-                for rank in (16, 64):
-                    choice, why = configs.strategy(target, 1024, columns, rank, 2, four_bit, False)
-                    weight = "NF4" if four_bit else "dense"
-                    lines.append(
-                        f"| {columns} | {layer} | {weight} | {gpu} | {rank} | {choice} | {why} |"
-                    )
+            found = configs.strategy(target, 1024, columns, rank, 2, four_bit, False)
+            weights.setdefault(found, []).append("NF4" if four_bit else "dense")
+        for (choice, why), names in weights.items():
+            weight = ", ".join(names)
+            lines.append(f"| {columns} | {layer} | {weight} | {gpu} | {rank} | {choice} | {why} |")
     return "\n".join(lines)
 
 

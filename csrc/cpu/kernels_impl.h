@@ -212,8 +212,8 @@ LK_INLINE void outer_into(const float* const p[4], int64_t stride_pj, int64_t J,
 
 // Words ----------------------------------------------------------------------------------------
 
-// What a product's sum runs over: a float32, or, where the unit has LK_BF16_PAIRS and both operands
-// are bf16, a Pair.
+// The words that a sum runs over: float32, or Pair if the unit has LK_BF16_PAIRS and both operands
+// are bf16.
 #ifdef LK_BF16_PAIRS
 template <typename T>
 using WordOf = std::conditional_t<std::is_same_v<T, bf16>, Pair, float>;

@@ -84,7 +84,7 @@ def test_lora_linear_without_triton_raises(monkeypatch: pytest.MonkeyPatch) -> N
         lora_kernels.lora_linear(torch.ones(2, 3), None, torch.ones(1, 3), torch.ones(4, 1))
 
 
-def test_choose_of_single_pass_above_its_ranks_raises(gpu: DeviceInfo) -> None:
+def test_choose_of_fused_above_its_ranks_raises(gpu: DeviceInfo) -> None:
     with lora_kernels.backend("triton", FUSED), pytest.raises(RuntimeError, match="above 64"):
         choose(rank=65)
 

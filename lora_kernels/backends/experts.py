@@ -1,4 +1,4 @@
-"""What the backends share about rows that are sorted by expert."""
+"""Helpers of several backends for rows that are sorted by expert."""
 
 from __future__ import annotations
 

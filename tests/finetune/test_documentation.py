@@ -93,6 +93,7 @@ def test_documentation_has_examples() -> None:
     assert {file for file, _, _ in examples()} >= {
         "README.md",
         "docs/cpu.md",
+        "docs/experts.md",
         "docs/fine_tuning.md",
         "docs/layers.md",
         "docs/several_adapters.md",

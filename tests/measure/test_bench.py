@@ -132,8 +132,8 @@ def test_bench_of_a_model(monkeypatch: pytest.MonkeyPatch, no_overhead: None) ->
 @pytest.mark.slow  # compiles
 def test_bench_of_torch_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    if (absence := baselines.no_compiler("cpu")) is not None:
-        pytest.skip(absence)
+    if (reason := baselines.no_compiler("cpu")) is not None:
+        pytest.skip(reason)
     for row in bench_layers.measure(Case(8, 32, 48, 3, dropout_p=0.1), 0.01):
         assert row.tax["torch.compile"] > 0 and not row.misses
 

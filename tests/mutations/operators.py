@@ -1,7 +1,7 @@
 """Mutations of the kind that a hurried programmer makes, which Cosmic Ray lacks.
 
-Half of the mistakes that strangers planted and the tests missed were one of these: a condition
-without one of its operands, an argument that is not handed on, a step that is left out.
+Half of the mistakes that the tests missed were of these kinds: a condition without one of its
+operands, an argument that is not passed on, a step that is left out.
 """
 
 from __future__ import annotations

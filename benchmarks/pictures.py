@@ -59,7 +59,7 @@ CODES = {
 
 
 def digest(*files: Path) -> str:
-    """Of the JSON that a picture is drawn from."""
+    """Hash the JSON files that a picture is drawn from."""
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 

@@ -141,7 +141,7 @@ class Run:
         return f"{here}; 4-bit: {own['isa']}, torch {own['torch']}, {own['date']}"
 
     def digests(self) -> tuple[str, str]:
-        """Of what lora-tax.png is drawn from, and roofline.png."""
+        """Hash the sources of lora-tax.png and of roofline.png."""
         files = [file for n in ("dense", "4bit") if (file := self.folder / f"{n}.json").exists()]
         return pictures.digest(files[0]), pictures.digest(*files)
 

@@ -68,12 +68,12 @@ class Sizes:
 
     @property
     def base_flops(self) -> float:
-        """Of y's base product, and of dx's."""
+        """The FLOPs of y's base GEMM, and of dx's."""
         return 2.0 * self.M * self.N * self.K * self.base
 
     @property
     def thin_flops(self) -> float:
-        """Of the rank products of a forward; a backward's (dS and dB, dXA·A and dA) are twice."""
+        """The FLOPs of a forward's skinny GEMMs; a backward's (dS, dB, dXA·A and dA) are twice."""
         return 2.0 * self.M * self.R * (self.N + self.K)
 
 

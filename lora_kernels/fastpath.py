@@ -229,7 +229,7 @@ class DoraNormCache:
         scaling: float,
         rank_gate: Tensor | None = None,
     ) -> Tensor:
-        """As `dora_norm`."""
+        """Compute `dora_norm`, or return the cached norm if nothing has changed."""
         base: tuple[Tensor, ...] = (
             (weight,) if isinstance(weight, Tensor) else tuple(weight._tensors().values())
         )

@@ -1,4 +1,4 @@
-"""Which backend runs an op, and why: pure functions of shapes, dtypes and device facts.
+"""The choice of an op's backend, and its reason: pure functions of shapes, dtypes and device facts.
 
 A choice never depends on whether gradients are on, and is never revised by an exception: a
 backend that is forced where it cannot run raises, naming what is missing.

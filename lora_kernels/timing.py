@@ -115,8 +115,7 @@ def interleave_parts(
     device: str = "cpu",
     yardstick: str | None = None,
 ) -> tuple[dict[str, Times], dict[str, Times], dict[str, Times]]:
-    """As `interleave`; and the times of the first and of the second parts, of the calls that are
-    `Parts`.
+    """Time as `interleave` does, and also the first and second parts of calls that are `Parts`.
 
     Warm: the same arguments every round, after one round that is not counted. Rounds go on for
     about `seconds` in all, at least `least` of them, or FEWEST where those would take longer than
@@ -198,8 +197,8 @@ def _on_gpu(call: Call | Parts, repeat: int) -> tuple[float, float]:
 
 
 def cold_bytes(device: str) -> int:
-    """Of weights that calls go through in turn, so that none is in the last-level cache: twice a
-    GPU's L2 cache, where that is more than COLD_BYTES."""
+    """Return the bytes of weights that calls go through in turn, so that none is in the last-level
+    cache: twice a GPU's L2 cache, if that is more than COLD_BYTES."""
     if device == "cpu":
         return COLD_BYTES
     return max(COLD_BYTES, 2 * torch.cuda.get_device_properties(device).L2_cache_size)

@@ -1,4 +1,4 @@
-"""Which strategy of the CPU backend a call takes."""
+"""The CPU backend's choice of strategy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which backend is requested: set by `selection.backend`, read wherever a kernel is chosen."""
+"""The forced backend: set by `selection.backend`, read wherever a kernel is chosen."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ class Saved(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """Which gradients the backward computes."""
+    """The gradients that the backward computes."""
 
     x: bool
     lora_A: bool
@@ -130,7 +130,7 @@ class MultiSpec(NamedTuple):
 
 
 class MultiNeeds(NamedTuple):
-    """Which gradients the backward computes, of lora_A and lora_B for each adapter."""
+    """The gradients that the backward computes, of lora_A and lora_B for each adapter."""
 
     x: bool
     lora_A: Sequence[bool]
@@ -184,7 +184,7 @@ class ExpertsSpec(NamedTuple):
 
 
 class ExpertsNeeds(NamedTuple):
-    """Which gradients the backward computes."""
+    """The gradients that the backward computes."""
 
     x: bool
     lora_A: bool

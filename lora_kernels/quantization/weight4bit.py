@@ -127,7 +127,7 @@ class Weight4bit:
 
     @property
     def nbytes(self) -> int:
-        """Of all the tensors held, the tables of values included."""
+        """The bytes of all tensors held, codebooks included."""
         return sum(t.nbytes for t in self._tensors().values())
 
     def scales(self) -> Tensor:

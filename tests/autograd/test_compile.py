@@ -98,7 +98,7 @@ def test_compiled_under_autocast_is_the_same(autocast_inside):
 
 @pytest.mark.parametrize("kind", ["dense", "4-bit", "several adapters"])
 def test_backward_inside_a_compiled_function_is_the_same(kind):
-    """Of a y from outside: Dynamo follows the engine into the Function, and must not into the op,
+    """y comes from outside: Dynamo follows the engine into the Function, and must not into the op,
     whose pointers it would part from their memory; dy is expanded, so that it has none of its own.
     """
     torch._dynamo.reset()

@@ -64,7 +64,7 @@ def test_gradients_of_dispatched_calls_with_dropout_are_those_of_direct_ones(
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("M", [1, 40])
 def test_trace_of_a_layer_holds_the_adapter(M: int, grad: bool) -> None:
-    """Of a layer that has prepared its next call, too."""
+    """This holds for a layer with a prepared call, too."""
     layer = LoRALinear(64, 33, r=3)
     nn.init.normal_(layer.lora_B)
     with torch.set_grad_enabled(grad):
@@ -114,7 +114,7 @@ def test_dy_of_lazy_zeros_gives_zeros() -> None:
 def test_y_changed_in_place_is_nobodys_view(
     several: bool, grad: bool, backend: str, layout: str
 ) -> None:
-    """As an activation in place does."""
+    """An activation in place writes to y."""
     with lora_kernels.backend(backend), torch.set_grad_enabled(grad):
         args = arguments(1 if layout == "1d" else 6, x_layout=layout)
         x, A, B = args["x"], args["lora_A"], args["lora_B"]

@@ -44,7 +44,7 @@ class Found:
 
     @property
     def stream(self) -> float | None:
-        """Of decode's loop."""
+        """The share of memory bandwidth that decode's loop allows."""
         if self.kernel != "decode":
             return None
         loop = self.code.loop
@@ -64,7 +64,7 @@ def library() -> Path | None:
 
 
 def nvcc_version() -> str:
-    """Of the compiler that the build finds; "" where there is none."""
+    """Return the version of the build's compiler; "" if there is none."""
     from lora_kernels.device import nvcc
 
     if nvcc() is None:

@@ -40,7 +40,7 @@ class Code:
 
 
 def read(kernel: Any, target: str, warps: int) -> Code:
-    """Of a compiled Triton kernel."""
+    """Read the machine code of a compiled Triton kernel."""
     if "amdgcn" in kernel.asm:
         return _read_amd(kernel)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

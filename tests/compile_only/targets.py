@@ -46,7 +46,7 @@ class Compiled:
 
 
 class _Driver:
-    """As much of a driver as compiling takes."""
+    """The part of a driver that compiling needs."""
 
     def __init__(self, name: str) -> None:
         self._device, self._target = list(ALL).index(name), ALL[name][1]

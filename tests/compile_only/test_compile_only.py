@@ -50,7 +50,7 @@ def test_layer_rows_vary_compiles_once_for_each_tile() -> None:
 
 
 def test_budgets_of_cuda_kernels_are_kept() -> None:
-    """Of the build; where nvcc was not found there are none, and another test says so."""
+    """The kernels are the build's; without nvcc there are none, and another test says so."""
     from tests.compile_only import cuda
 
     if cuda.library() is None:

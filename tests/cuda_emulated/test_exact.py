@@ -48,7 +48,7 @@ def test_lora_linear_of_integers_is_exact(case: Case, engine: str) -> None:
 def test_lora_linear_of_arguments_off_alignment_is_the_same(
     M: int, dtype: torch.dtype, blocksize: int
 ) -> None:
-    """By whichever kernel takes them."""
+    """Whichever kernel takes them is exact."""
     exact.check_alignment(integers(M, 40, 64, 8, dtype=dtype, **exact.OPTIONS), blocksize)
 
 

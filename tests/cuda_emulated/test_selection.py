@@ -1,4 +1,4 @@
-"""Which kernel is chosen for a product, and what is said where it is not the fastest one."""
+"""The choice of a kernel for a GEMM, and the reason if it is not the fastest one."""
 
 from collections.abc import Iterator
 from types import SimpleNamespace

@@ -60,7 +60,7 @@ def blocks(model_folder: Path, text: Path) -> Tensor:
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a Llama that chats."""
+    """The folder of a Llama that chats."""
     return tiny.save_model(tmp_path_factory.mktemp("model"), tiny.llama())
 
 

@@ -378,7 +378,7 @@ def test_hub_id_in_the_cache_is_a_model(
 def test_auto_peft_loads_a_runs_adapter_with_its_tokenizer(
     folder: Path, lines: Path, tmp_path: Path, run, monkeypatch: Any
 ) -> None:
-    """From another working directory, too."""
+    """The working directory may differ."""
     monkeypatch.chdir(folder.parent)
     run(*on(Path(folder.name), lines, tmp_path), *CHAT)
     monkeypatch.chdir(tmp_path)

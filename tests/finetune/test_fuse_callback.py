@@ -170,7 +170,7 @@ def test_fuse_callback_merges_and_unloads(tmp_path: Path) -> None:
 
 @pytest.fixture
 def one_process_group() -> Iterator[None]:
-    """Of this process alone, without a port."""
+    """Set up a group of this process alone, without a port."""
     import torch.distributed as dist
 
     if not (dist.is_available() and dist.is_gloo_available()):

@@ -160,7 +160,7 @@ def test_logits_over_a_4bit_base(folders: tuple[Path, Path], tmp_path: Path) -> 
 
 
 def test_a_folder_of_4bit_weights(folders: tuple[Path, Path], tmp_path: Path) -> None:
-    """As transformers saves them."""
+    """Transformers saves such folders."""
     pytest.importorskip("bitsandbytes")
     base, adapter = folders
     four_bit = tmp_path / "base4"
@@ -239,7 +239,7 @@ def test_command(folders: tuple[Path, Path], tmp_path: Path, run: Any) -> None:
 def test_merge_onto_dequantized_rounds_to_the_quantized_dtype_first(
     folders: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    """Of the dtype that training quantized from, bf16; a layer's sum is of these very codes."""
+    """Training quantized from bf16; a layer's sum is of these very codes."""
     pytest.importorskip("bitsandbytes")
     base, adapter = folders
     for dtype in ("fp32", "bf16"):

@@ -351,7 +351,7 @@ assert len(metrics(out / "once")) == STEPS
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 @pytest.mark.parametrize("moments", [3, pytest.param(10, marks=pytest.mark.proof)])
 def test_killed_at_any_moment(lines: Path, tmp_path: Path, moments: int) -> None:
-    """By SIGTERM and SIGKILL in turn; in the end the losses are the unbroken run's, bit for bit."""
+    """SIGTERM and SIGKILL take turns; in the end the losses are the unbroken run's, bit for bit."""
     done = subprocess.run(
         [sys.executable, "-c", KILLS, str(tmp_path), str(lines), str(moments)],
         capture_output=True,
@@ -407,7 +407,7 @@ def cut(file: Path) -> None:
 
 
 def flip(file: Path) -> None:
-    """Of a hundred bytes, since the 64 between two tensors count for nothing."""
+    """Flip a hundred bytes, since the 64 between two tensors count for nothing."""
     content = bytearray(file.read_bytes())
     for i in range(len(content) // 2, len(content) // 2 + 100):
         content[i] ^= 1

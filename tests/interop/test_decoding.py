@@ -325,7 +325,7 @@ def test_what_surrounds_a_training_call_is_noticed(layer: Any) -> None:
 
 @pytest.mark.parametrize("way", ["later", "in_place"])
 def test_decoding_notices_an_active_adapter_more(layer: Any, way: str) -> None:
-    """Which gets its weights, or joins the list of active ones in place."""
+    """An adapter gets its weights, or joins the list of active ones in place."""
     lora_A = layer.lora_A["other"]
     layer.set_adapter(["default", "other"] if way == "later" else ["default"])
     if way == "later":
@@ -341,7 +341,7 @@ def test_decoding_notices_an_active_adapter_more(layer: Any, way: str) -> None:
 
 
 def test_computed_parameters_go_from_memory(layer: Any) -> None:
-    """And with them all that their graph holds."""
+    """Everything that their graph holds goes too."""
     A = layer.lora_A["default"].weight.detach() * nn.Parameter(torch.ones(()))
     y = torch.func.functional_call(layer, {"lora_A.default.weight": A}, (row(3),))
     gone = weakref.ref(A)

@@ -170,7 +170,7 @@ INITS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("settings", INITS.values(), ids=INITS)
 def test_initialization_equals_peft(settings: dict[str, Any], tmp_path: Path) -> None:
-    """Which may change the base weight; of the first adapter, and of one for a fused model."""
+    """Initialization may change the base weight; for the first adapter and a later one."""
     torch.manual_seed(3)
     stock, fused = pair(get_peft_model(base_model(f32), config(**settings)))
     if "eva_config" in settings:

@@ -63,7 +63,7 @@ class Kind(NamedTuple):
         return inner.tokens if hasattr(inner, "tokens") else inner.up
 
     def input(self, *shape: int) -> Tensor:
-        """Of this leading shape."""
+        """Make an input of this leading shape."""
         if self.base == "Embedding":
             return token_ids(*shape)
         generator, four_bit = torch.Generator().manual_seed(2), self.base == "Linear4bit"
@@ -210,7 +210,7 @@ def test_scaling_as_a_tensor_equals_a_number(kind: Kind, dtype: torch.dtype) -> 
 
 @kinds_with(*BIASED[:1], ("linear", {"lora_dropout": 0.3}), ("adalora", {}), ("embedding", {}))
 def test_compiled_model_equals_peft_without_a_graph_break(kind: Kind, config: Any) -> None:
-    """And keeps up with what changes after: shapes, active adapters, train and eval."""
+    """A compiled model follows later changes: shapes, active adapters, train and eval."""
     torch.compiler.reset()  # of what other tests compiled there may only be so much
     stock, fused = pair(activate(two_adapters(kind.build(**config)), "default").eval())
     compiled = torch.compile(fused, fullgraph=True, dynamic=True, backend="aot_eager")

@@ -154,7 +154,7 @@ def test_dtypes_and_rounding_are_pefts(x_dtype, compute, adapter, autocast, load
 @loaded_or_not
 @pytest.mark.parametrize("dtype", [bf16, f16], ids=str)
 def test_weights_that_were_16_bit_lose_no_more_than_peft(dtype: torch.dtype, loaded: bool) -> None:
-    """As transformers loads them: x, bias and weight before quantization in 16 bits."""
+    """Transformers loads them so: x, bias and weight before quantization in 16 bits."""
     model = four_bit_mlp(loaded, dtype=dtype, compute_dtype=dtype)
     wide, (stock, fused), x = up(exact(model)), map(up, pair(model)), rows(dtype)
     assert_close(results(fused, x), results(wide, x.double()), results(stock, x), dtype)
@@ -208,7 +208,7 @@ def test_compute_dtype_is_obeyed_to_the_bit(x_dtype, compute) -> None:
 
 
 def test_compute_dtype_is_settled_as_bitsandbytes_settles_it() -> None:
-    """By the first x, for good."""
+    """The first x settles it for good."""
     stock, fused = map(up, pair(four_bit_mlp()))
     for x in (rows(bf16), rows(f32)):
         assert fused(x).dtype is stock(x).dtype is x.dtype
@@ -356,7 +356,7 @@ def test_hook_or_subclass_of_the_base_is_obeyed() -> None:
 @loaded_or_not
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_copy_has_codes_of_its_own(clone: Any, loaded: bool) -> None:
-    """And holds nothing of the first."""
+    """A copy holds nothing of the first."""
     model = fuse(four_bit_mlp(loaded, compute_dtype=f32))
     want = model(rows()).detach()
     fresh = len(pickle.dumps(four_bit_mlp(loaded, compute_dtype=f32)))

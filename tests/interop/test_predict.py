@@ -65,7 +65,7 @@ def test_bytes_and_operations_by_hand() -> None:
 @pytest.mark.parametrize("strategy", [cpu.FUSED, cpu.LIBRARY, cpu.GEMV_4BIT, "eager's"])
 @pytest.mark.parametrize("backward", [False, True])
 def test_no_prediction_is_below_the_floor(strategy: str, backward: bool) -> None:
-    """And none grows smaller with more rows, ranks or without codes' decoding."""
+    """No prediction grows smaller with more rows, ranks or without codes' decoding."""
     for dtype, four_bit in ((f32, False), (bf16, False), (bf16, True)):
         before = 0.0
         for M in (1, 2, 16, 64, 512, 4096):

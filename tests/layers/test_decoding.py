@@ -181,7 +181,7 @@ def test_what_was_remembered_is_let_go(layer: LoRALinear) -> None:
 
 @pytest.mark.parametrize("cls", [LoRALinear, QLoRALinear])
 def test_layer_without_the_native_extension_is_called_again(cls, monkeypatch) -> None:
-    """As installed without a compiler: no call is prepared, with gradients or without."""
+    """Without a compiler no call is prepared, with gradients or without."""
     monkeypatch.setattr(native, "module", None)
     monkeypatch.setattr(native, "reason", "not built: no compiler")
     layer, x = cls.from_linear(torch.nn.Linear(64, 32), r=4), torch.randn(2, 64)

@@ -48,7 +48,7 @@ def make(seed=0, **options):
 
 
 def formula(layer, x, A, B, dtype):
-    """As PEFT writes it, each operation in the dtypes that it has there."""
+    """Compute PEFT's formula, each operation in the dtypes that it has there."""
     rows = layer.weight.detach().to(dtype)[x]
     return (rows + A.t()[x] @ B.t() * layer.scaling).to(dtype)
 

@@ -253,7 +253,7 @@ def test_checkpoint_gives_the_same_gradients(kind, dropout, use_reentrant) -> No
     + [("embedding", 0.0)],
 )
 def test_compiled_layer_gives_the_same_bits(name: str, dropout: float) -> None:
-    """Of any number of rows, in training, in eval mode, merged, loaded and disabled."""
+    """Any number of rows, in training, in eval mode, merged, loaded and disabled."""
     torch._dynamo.reset()
     kind = KINDS[name]
     layer = kind.make(**{"dropout": dropout} if dropout else {})

@@ -31,7 +31,7 @@ def test_memory_without_dropout_holds_no_mask(name: str) -> None:
 
 
 def test_a_tensor_on_a_context_is_seen() -> None:
-    """By both counts; `hidden` looks into what attributes hold."""
+    """Both counts see it; `hidden` looks into what attributes hold."""
     layer, x = make("LoRALinear"), torch.randn(M, K, requires_grad=True)
     y = layer(x)
     assert not hidden(y)

@@ -112,7 +112,7 @@ def reference_results(layer, x, dtype, base=None):
     ids=str,
 )
 def test_y_and_every_gradient_follow_the_formula(size, options, bias):
-    """Of every format, and dtype of the weight, x and the adapter."""
+    """Covers every format, and dtype of the weight, x and the adapter."""
     layer = make_layer(*size, bias=bias, **options)
     weight, dtype = layer.weight4bit, options.get("dtype", f32)
     found = {"quant_type": weight.quant_type, "double_quant": weight.nested}
@@ -357,7 +357,7 @@ def test_from_weight4bit_shares_memory():
 @pytest.mark.parametrize("weight_dtype", [f32, bf16, f16], ids=str)
 @pytest.mark.parametrize("x_dtype", [f32, bf16, f16], ids=str)
 def test_merged_layer_takes_any_x(x_dtype, weight_dtype):
-    """As unmerged: x's dtype, or autocast's."""
+    """The result has x's dtype, or autocast's, as before merging."""
     layer, x = make_layer(bias=True, dtype=weight_dtype).eval(), batch(dtype=x_dtype)
     y = layer(x)
     layer.merge()

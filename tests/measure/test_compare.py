@@ -319,7 +319,7 @@ def test_interleaved_ratios_are_of_one_round() -> None:
 
 
 def test_forwards_timed_otherwise_are_a_warning() -> None:
-    """By themselves, as before decoding was timed: then some were cold."""
+    """Before decoding was timed, forwards ran by themselves: then some were cold."""
     forward = {**layer(3, 1.0), "mode": "forward"}
     alone = result({**forward, "cache": "warm"}, {**forward, "cache": "cold"})
     parts = result({**forward, "cache": "warm"}, {**forward, "mode": "decoding", "cache": "cold"})

@@ -83,7 +83,7 @@ def test_minimum() -> None:
 
 
 def test_a_small_llama_holds_nothing_above_the_minimum() -> None:
-    """Which is counted of the frozen model, and by hand of its adapters."""
+    """The minimum is counted of the frozen model, and by hand of its adapters."""
     pytest.importorskip("transformers")
     sizes = dict(zip(bench_memory.SMOLLM2, (64, 192, 2, 4, 2, 256), strict=True))
     for dtype in DTYPES:

@@ -81,7 +81,7 @@ def test_check_notices_a_picture_of_other_results(
 
 
 def test_machines_stand_beside_each_other(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Of two machines that have not measured the same, each shows what it has."""
+    """Two machines that have not measured the same each show their rows."""
     dense = report.runs()[0].dense
     steps = [row for row in dense["rows"] if row["mode"] == "step" and row["R"] == 16]
     row = next(row for row in steps if row["M"] > 1)

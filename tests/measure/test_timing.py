@@ -106,7 +106,7 @@ def test_bounds_of_a_median_are_four_errors(n: int, most: int) -> None:
 
 
 def test_a_cold_forward_goes_through_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many as the cache does not hold; each of them right."""
+    """There are more weights than the cache holds, and each result is right."""
     args = cases.inputs(Case(2, 8, 16, 3, frozen=("lora_A", "lora_B")))
     monkeypatch.setattr(timing, "COLD_BYTES", 4 * 8 * 16 * 4)  # the weight has a quarter
     seen: list[int] = []
@@ -129,7 +129,7 @@ def test_a_cold_forward_goes_through_the_weights(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
 def test_few_rows_are_timed_as_they_are_decoded(dropout_p: float) -> None:
-    """By the prepared call of a layer, where there is one; what it returns is checked too."""
+    """The prepared call of a layer runs, if there is one; its result is checked too."""
     case = Case(2, 8, 16, 3, dropout_p=dropout_p)
     args = cases.inputs(case)
     call = bench_layers._forward(bench_layers.ours(args), args)

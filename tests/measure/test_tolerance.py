@@ -31,7 +31,7 @@ def test_admits_three_roundings_and_not_more() -> None:
 
 
 def test_sums_in_one_chain_are_admitted_whatever_the_library_does() -> None:
-    """Of 144 products by one float32 addition after another; eager's error here is set to none."""
+    """144 products are added one by one in float32; eager's error here is set to none."""
     x, w = sample(64 * 144).view(64, 144).float(), sample(32 * 144).view(32, 144).float()
     ref = x.double() @ w.double().t()
     y = torch.zeros(64, 32)
@@ -44,7 +44,7 @@ def test_sums_in_one_chain_are_admitted_whatever_the_library_does() -> None:
 
 
 def test_one_wrong_element_is_seen() -> None:
-    """By the largest error alone: in the rms of 4096 it would pass."""
+    """The largest error alone shows it: in the rms of 4096 it would pass."""
     ref = sample()
     got = ref.bfloat16().double()
     got[100] += 0.06

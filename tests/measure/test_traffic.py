@@ -426,7 +426,7 @@ def test_fused_layer_with_float32_adapters_moves_what_was_derived() -> None:
 def test_fused_layer_with_one_float32_copy_is_noticed(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of the first operand, which is as large as x or y where that is in 16 bits."""
+    """The copy is of the first operand, as large as x or y in 16 bits."""
     clean = [row.bytes["ours"] for row in full_size(FP32_CELL, 16, [8192])[:2]]
     original = getattr(eager, name)
 

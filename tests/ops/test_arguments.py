@@ -119,7 +119,7 @@ FORWARD: tuple[Any, ...] = (EMPTY, EMPTY, False, 0, 0, 0, 0)
 def test_native_call_of_bad_arguments_raises(
     layer: dict[int, Any], forward: dict[int, Any], error: type[Exception], words: str
 ) -> None:
-    """Which converts its arguments itself: of no rows, no columns and no ranks."""
+    """The binding converts its arguments itself: no rows, no columns and no ranks."""
     assert native.module is not None
     native.module.lora_linear(LAYER, FORWARD)
     with pytest.raises(TypeError, match=r"^got 1 values, want more: no argument$"):
@@ -213,7 +213,7 @@ def test_prepared_call_of_anything_else_is_none() -> None:
 
 
 def test_multi_lora_linear_index_of_another_shape_raises() -> None:
-    """Of as many elements as x has rows, which would pair rows with wrong adapters."""
+    """An index of as many elements as x has rows would pair rows with wrong adapters."""
     A, B, index = torch.ones(1, 2, 4), torch.ones(1, 5, 2), torch.zeros(3, 2, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"index: got shape \[3, 2\], want x's \[2, 3\]"):
         lora_kernels.multi_lora_linear(torch.ones(2, 3, 4), None, A, B, index)

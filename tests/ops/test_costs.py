@@ -72,7 +72,7 @@ def test_dropout_costs_eager_passes_that_kernels_do_not_make(gpu: DeviceInfo) ->
 @pytest.mark.parametrize("four_bit", [False, True])
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_no_prediction_beats_the_hardware(gpu: DeviceInfo, itemsize: int, four_bit: bool) -> None:
-    """And none grows smaller with more rows."""
+    """No prediction grows smaller with more rows."""
     peak = gpu.tensor_flops if itemsize < 4 else gpu.fp32_flops
     before: dict[tuple[str, str], float] = {}
     for M in (1, 8, 16, 17, 64, 128, 512, 4096):

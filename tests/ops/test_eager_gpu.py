@@ -46,7 +46,7 @@ def gpu_path() -> Iterator[None]:
 
 @pytest.fixture(params=["decoded by PyTorch", "decoded by bitsandbytes"])
 def decoder(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Which kernels decode 4-bit weights on the CPU."""
+    """The kernels that decode 4-bit weights on the CPU."""
     before = dict(decode4bit.bitsandbytes_reasons)
     if request.param.endswith("bitsandbytes"):
         pytest.importorskip("bitsandbytes")
@@ -310,7 +310,7 @@ def test_column_scale_gradient_of_float16_holds_two_panels() -> None:
 
 
 def test_zero_B_beside_float16_gives_no_gradient_of_A() -> None:
-    """As every adapter starts. dS is 0, so its factor for parts is one of a clamped maximum."""
+    """Every adapter starts so. dS is 0, so its factor for parts is one of a clamped maximum."""
     args = many_rows(f16, lora_B=0)
     want, got = cases.oracle(args), cases.run(lora_linear, args)
     assert torch.equal(got["dA"], torch.zeros_like(got["dA"]))
@@ -348,7 +348,7 @@ def test_4bit_against_the_reference(M: int, quant: str, dtype: torch.dtype, deco
 
 
 def test_4bit_compute_dtype_beside_float32_x(decoder: str) -> None:
-    """As x reaches a Linear4bit after `prepare_model_for_kbit_training`."""
+    """x reaches a Linear4bit in float32 after `prepare_model_for_kbit_training`."""
     for M in (3, 70):
         case = Case(M, 70, 128, 5, f32, quant="nf4-64-nested", compute=bf16, bias=True)
         check(case)

@@ -153,7 +153,7 @@ def test_lora_linear_of_a_cut_product_is_within_tolerance(
 @every_engine
 @pytest.mark.parametrize("dtype", [f32, bf16], ids=str)
 def test_lora_linear_of_long_sums_is_within_tolerance(dtype: torch.dtype, engine: str) -> None:
-    """Of x·Wᵀ, dY·W, dA and dB; of several panels, the last one short."""
+    """Sums of x·Wᵀ, dY·W, dA and dB, with several panels, the last one short."""
     check(Case(33, 1285, 1285, 5, dtype, values="nonnegative"))
 
 
@@ -192,7 +192,7 @@ def test_lora_linear_of_ranks_rows_and_dtypes_is_within_tolerance(
 def test_lora_linear_without_gradients_has_the_same_bits(
     options: dict[str, Any], quant: str, engine: str
 ) -> None:
-    """Which go another way: no autograd Function, nothing is kept."""
+    """They bypass the autograd Function, and nothing is saved."""
     for autocast in (None, bf16):
         case = Case(3, 33, 64, 5, f32, quant=quant, autocast=autocast, **options)
         args = cases.give_mask(cases.inputs(case))

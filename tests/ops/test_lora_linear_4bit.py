@@ -165,7 +165,7 @@ def test_lora_linear_of_few_rows_makes_every_rank(threads: int, engine: str) -> 
 @pytest.mark.parametrize("threads", [5], indirect=True)
 @pytest.mark.parametrize("M", [1, 4, 8])
 def test_lora_linear_of_late_threads_has_the_bits_of_one(threads: int, engine: str, M: int) -> None:
-    """Of five threads on fewer cores some come late, and others take from their shares of several
+    """With five threads on fewer cores some come late, and others take from their shares of several
     blocks. The bits of one thread, and never what was left in memory by the call before."""
     weight = quantize_4bit(torch.randn(2003, 128))
     x, A, B = torch.randn(M, 128), torch.randn(5, 128), torch.randn(2003, 5)

@@ -1,4 +1,4 @@
-"""Which backend runs, and what is said where one cannot."""
+"""The choice of a backend, and the errors if it cannot run."""
 
 import contextlib
 import os

@@ -1,4 +1,4 @@
-"""Which instruction set a processor and its operating system allow."""
+"""The instruction set that a processor and its operating system allow."""
 
 import importlib.util
 import platform

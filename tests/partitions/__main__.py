@@ -1,4 +1,4 @@
-"""Which test has each kernel in two parts or more with each option: `python -m tests.partitions`.
+"""List a test for each kernel in two parts or more with each option: `python -m tests.partitions`.
 
 It runs the files test_partitions.py and prints a table. A number is a test's; "·" is a cell that
 cannot be. The exit status is 1 if a cell is empty or a test failed. With files of records, which

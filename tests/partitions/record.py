@@ -273,7 +273,7 @@ def _cpu(kernel: str, options: set[str], **parts: Count) -> None:
 
 
 class _Sizes(NamedTuple):
-    """Of a product of M rows, N columns and K elements of the sum with R ranks, and its threads."""
+    """The sizes of a GEMM: M rows, N columns, K elements of the sum, R ranks, and its threads."""
 
     M: int
     N: int

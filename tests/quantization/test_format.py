@@ -91,7 +91,7 @@ def on_thresholds(blocksize: int) -> Tensor:
 
 
 def real(blocksize: int) -> Tensor:
-    """Of SmolLM2, as rows of odd length."""
+    """Weights of SmolLM2, as rows of odd length."""
     weights = torch.cat([weight.flatten() for weight in smollm2.weights()])
     return weights[: 37 * 871].view(37, 871)
 
@@ -133,7 +133,7 @@ def test_quantize_of_small_shapes_has_bitsandbytes_bits(shape, quant_type, neste
 
 @pytest.mark.parametrize("quant_type", codebooks.QUANT_TYPES)
 def test_blocks_are_multiplied_and_tails_divided(quant_type):
-    """By scales that are no powers of two the two differ, which decides next to thresholds."""
+    """With scales that are no powers of two they differ, which decides next to thresholds."""
     at = torch.cat([torch.ones(1), codebooks.thresholds(quant_type)])
     for absmax in torch.linspace(1.01, 1.99, 50):
         row = at * absmax

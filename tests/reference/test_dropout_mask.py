@@ -107,7 +107,7 @@ def test_dropout_mask_rates_are_fair(p, seed):
 
 
 def correlation(a, b, p):
-    """Of two masks with known rate; for independent ones its deviation is 1/√n."""
+    """Correlate two masks with known rate; for independent ones the deviation is 1/√n."""
     keep = 1 - p
     products = (a.double() - keep) * (b.double() - keep)
     return products.mean().item() / (p * keep) * math.sqrt(a.numel())

@@ -37,7 +37,7 @@ def double(module: nn.Module, *names: str) -> list[Tensor]:
 
 
 def gradients(y: Tensor, of: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Of a sum of y with fixed weights."""
+    """Compute the gradients of a sum of y with fixed weights."""
     weights = ((torch.arange(y.numel()) % 7 - 3) / 4).to(y.dtype).view(y.shape)
     found = torch.autograd.grad((y * weights).sum(), list(of.values()))
     return dict(zip(of, found, strict=True))

@@ -34,7 +34,7 @@ def test_output_and_gradients() -> None:
 
 
 def test_the_budget_goes_where_it_matters() -> None:
-    """Of two layers one alone has something to learn, and it keeps the ranks."""
+    """One of two layers has something to learn, and it keeps the ranks."""
     torch.manual_seed(0)
     useful, idle = AdaLoRALinear(16, 16, r=4, alpha=8), AdaLoRALinear(16, 16, r=4, alpha=8)
     model = nn.ModuleList([useful, idle])

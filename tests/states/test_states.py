@@ -110,7 +110,7 @@ def test_merged_layer_requantized_keeps_each_setting(name: str, training: bool) 
 
 
 def trained(steps: int) -> RankAllocator:
-    """Of two layers whose scores all differ, after so many steps of 10."""
+    """Train two layers whose scores all differ, for so many steps of 10."""
     torch.manual_seed(0)
     layers = [AdaLoRALinear(6, 5, r=4), AdaLoRALinear(5, 6, r=4)]
     model = nn.Sequential(*layers)
@@ -239,7 +239,7 @@ def test_unfused_layers_are_as_if_never_fused(kind: str) -> None:
 
 
 def test_merge_adapter_adds_the_adapters_bias(tmp_path: Path) -> None:
-    """Of `lora_bias`: alpha/r times it, to the base's bias."""
+    """With `lora_bias`, alpha/r times it is added to the base's bias."""
     peft = pytest.importorskip("peft", reason="PEFT is not installed")
     from lora_kernels.finetune.merge import merge_adapter
     from tests.finetune.tiny import llama

@@ -202,7 +202,7 @@ def token_ids(*shape: int) -> Tensor:
 
 
 def output(model: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Of a transformers model the logits."""
+    """Run the model; return the logits of a transformers model."""
     y = model(x, *args, **kwargs)
     return y if isinstance(y, Tensor) else y.logits
 
@@ -227,7 +227,7 @@ def seeded_results(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
 
 
 def loss_and_gradients(model: nn.Module, ids: Tensor = IDS) -> dict[str, Tensor]:
-    """Of a language model, by name."""
+    """Compute a language model's loss and gradients, by name."""
     model.zero_grad()
     loss = model(input_ids=ids, labels=ids, use_cache=False).loss
     loss.backward()

@@ -80,7 +80,7 @@ class Interleaved:
 
 
 def interleave(monkeypatch: pytest.MonkeyPatch, seed: int) -> list[Interleaved]:
-    """From here on kernels that wait run interleaved; the launches of them, as they are made."""
+    """Run waiting kernels interleaved from here on; return their launches."""
     made: list[Interleaved] = []
     alone = launch.run
 

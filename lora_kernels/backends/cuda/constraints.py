@@ -1,4 +1,4 @@
-"""Which of the kernels take a product: what `selection` decides by, and says.
+"""The GEMMs that the kernels support, and the reasons why not.
 
 Tensor core kernels load 16 bytes at a time: rows must be whole such loads, and aligned.
 """

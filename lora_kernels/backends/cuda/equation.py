@@ -1,4 +1,4 @@
-"""From tensors to the equation's launches: what `ops` calls."""
+"""The functions that `ops` calls: tensors to the equation's launches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which strategy of the CUDA backend a call takes."""
+"""The CUDA backend's choice of strategy."""
 
 from __future__ import annotations
 

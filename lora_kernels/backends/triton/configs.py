@@ -1,4 +1,4 @@
-"""Which tiles a kernel takes: pure functions of sizes, dtypes and the device's properties.
+"""The tiles of each kernel: pure functions of sizes, dtypes and the device's properties.
 
 Nothing here was measured on a GPU yet: the sizes follow from what a multiprocessor's registers and
 shared memory hold, and every config is compiled and looked at by tests/compile_only.
@@ -115,7 +115,7 @@ def capability_unsupported_reason(target: DeviceInfo) -> str | None:
 
 
 def precision(target: DeviceInfo) -> str:
-    """Of float32 products: three TF32 ones, whose error is float32's, where there are any."""
+    """Return the precision of float32 GEMMs: 3×TF32, whose error is float32's, on NVIDIA."""
     return "tf32x3" if target.kind == "cuda" else "ieee"
 
 

@@ -1,4 +1,4 @@
-"""From tensors to the equation's launches: what `ops` calls. Tests compile through these too."""
+"""The functions that `ops` calls: tensors to launches. Tests compile through them."""
 
 from __future__ import annotations
 

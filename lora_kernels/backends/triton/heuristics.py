@@ -1,4 +1,4 @@
-"""Which strategy of the Triton backend a call takes."""
+"""The Triton backend's choice of strategy."""
 
 from __future__ import annotations
 

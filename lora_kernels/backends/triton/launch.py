@@ -34,7 +34,7 @@ def format_4bit(codes: Packed4bit | None, row: int, target: DeviceInfo) -> Forma
 
 
 def options(config: Config) -> dict[str, Any]:
-    """Of the compiler. Products and sums are not fused: a nested scale is rounded twice."""
+    """Return the compiler's options. No FMA contraction: a nested scale is rounded twice."""
     chosen = {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": False}
     return chosen | ({"launch_cooperative_grid": True} if config.cooperative else {})
 

@@ -19,7 +19,7 @@ from tests.support.engines import assert_within
 
 @dataclass(frozen=True)
 class ExpertsCase:
-    """What `inputs` makes: every number of it is settled by these fields."""
+    """The fields that determine every number of `inputs`."""
 
     rows: tuple[int, ...]  # of each expert
     N: int
@@ -77,7 +77,7 @@ def equation(*, weight: Tensor, is_transposed: bool, **others: Any) -> Tensor:
 
 
 def plain_pytorch(*, weight: Any, is_transposed: bool, **others: Any) -> Tensor:
-    """What one writes without this package: a loop over experts.
+    """Compute the layer without this package, as a loop over experts.
 
     Where `grouped_mm` runs, the adapter is in x's dtype, as the backend's docstring says.
     """

@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from lora_kernels import timing
+from lora_kernels.backends import cuda
 from lora_kernels.finetune import classify
 from tests.finetune.tiny import bert, llama, save_model, squares, tokenizer, write_lines
 
@@ -95,6 +96,7 @@ def test_documentation_has_examples() -> None:
         "docs/cpu.md",
         "docs/experts.md",
         "docs/fine_tuning.md",
+        "docs/kernels.md",
         "docs/layers.md",
         "docs/several_adapters.md",
         "lora_kernels/peft/README.md",
@@ -117,6 +119,8 @@ def test_example_runs_as_it_stands(
 ) -> None:
     if "trl" in text:
         pytest.importorskip("trl", exc_type=ImportError)
+    if "cuda.emulate" in text and cuda.emulator_unavailable_reason() is not None:
+        pytest.skip("the native kernels are not built")
     if "torch.distributed" in text:
         request.getfixturevalue("launched")
     for each in reader_folder.iterdir():

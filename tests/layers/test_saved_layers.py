@@ -104,7 +104,7 @@ def test_state_dict_of_version_0_1_gives_the_same_bits(name: str, backend: str) 
         assert got[key].dtype is t.dtype and torch.equal(got[key], t), key
 
 
-# What wrote the file
+# Writing the file
 
 
 @torch.no_grad()

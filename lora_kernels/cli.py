@@ -25,7 +25,7 @@ COMMANDS = {
     "tune": ("lora_kernels.measure.tune", None, "find the fastest Triton kernels on this GPU"),
     "finetune": ("lora_kernels.finetune.command", "finetune", "fine-tune a model with fused LoRA"),
     "rank-search": (
-        "lora_kernels.finetune.rank_command",
+        "lora_kernels.finetune.rank",
         "finetune",
         "find the rank that is enough for a data set",
     ),
@@ -35,7 +35,7 @@ COMMANDS = {
         "full fine-tuning against LoRA on a data set",
     ),
     "merge": (
-        "lora_kernels.finetune.merge_command",
+        "lora_kernels.finetune.merge",
         "finetune",
         "write base and adapter as one stock model",
     ),

@@ -6,18 +6,19 @@ import bisect
 import difflib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from . import UsageError
-from .checkpoints import translate_errors
-from .options import check_numbers, suggest
+from .data import decode_text, read_file
+from .options import check_choice, check_numbers, suggest
 
 IGNORED = -100  # transformers' label of a token that adds nothing to the loss
 ROLES = ("system", "user", "assistant", "tool", "developer")
@@ -26,28 +27,11 @@ FORMS = (
     '{"prompt": ..., "completion": ...} or {"text": ...}'
 )
 _LISTED = 5  # places that a report names
+Row = dict[str, list[int]]
 
 
 class BadLine(ValueError):
     """What is wrong with one example, and what to do; `load_chat` adds file and line."""
-
-
-class Example(NamedTuple):
-    """One document: token ids, and labels that are the id where it is learnt, else -100.
-
-    The first label is always -100: no token stands before it that could predict it, alone or
-    packed behind another document.
-    """
-
-    input_ids: list[int]
-    labels: list[int]
-
-    @classmethod
-    def from_tokens(cls, ids: Iterable[int], learnt: Iterable[Any]) -> Example:
-        """The tokens, with labels where `learnt` is true."""
-        ids = list(ids)
-        labels = [token if on else IGNORED for token, on in zip(ids, learnt, strict=True)]
-        return cls(ids, [IGNORED, *labels[1:]])
 
 
 @dataclass
@@ -79,30 +63,52 @@ class Report:
             text += f"\n{len(self.skipped):,} bad lines skipped: {_some(self.skipped)}"
         return text
 
+    def fit(self, row: Row, place: str) -> Row:
+        """Return the row cut to the maximum length, and count it."""
+        total, limit = len(row["input_ids"]), self.max_length
+        cut = {name: values[:limit] for name, values in row.items()}
+        learnt = sum(label != IGNORED for label in cut["labels"])
+        if not learnt and total > limit:
+            raise BadLine(
+                f"{total} tokens, and nothing to learn in the first {limit}; raise the maximum "
+                "length or shorten what stands before the assistant's turn"
+            )
+        if not learnt:
+            raise BadLine("holds no token to learn; give an answer that is not empty")
+        if total > limit:
+            self.cut.append(f"{place}: {total} tokens")
+            self.lost += total - limit
+        self.examples += 1
+        self.tokens += len(cut["input_ids"])
+        self.learnt += learnt
+        return cut
+
 
 def _some(places: Sequence[str]) -> str:
     more = f"; and {len(places) - _LISTED:,} more" if len(places) > _LISTED else ""
     return "; ".join(places[:_LISTED]) + more
 
 
-class ChatData(torch.utils.data.Dataset[dict[str, list[int]]]):
+class ChatData(torch.utils.data.Dataset[Row]):
     """Examples as transformers' Trainer takes them, with the `report` of how they were read.
 
     Items are dicts of equally long lists input_ids and labels, of packed ones position_ids too.
     """
 
-    def __init__(self, rows: Sequence[dict[str, list[int]]], report: Report) -> None:
+    def __init__(self, rows: Sequence[Row], report: Report) -> None:
         self.rows, self.report = list(rows), report
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> dict[str, list[int]]:
+    def __getitem__(self, index: int) -> Row:
         return self.rows[index]
 
     def split(self, share: float, seed: int = 0) -> tuple[ChatData, ChatData]:
-        """(training, evaluation) rows, the latter `share` of all, drawn by `seed`, at least one
-        each. Raises UsageError where share is not in (0, 1) or there are fewer than two rows.
+        """Return (training, evaluation) rows, at least one each.
+
+        The latter are `share` of all, drawn by `seed`. Raises UsageError if share is not in (0, 1)
+        or there are fewer than two rows.
         """
         if not 0.0 < share < 1.0:
             raise UsageError(f"share: got {share}, want a number in (0, 1)")
@@ -140,10 +146,8 @@ def load_chat(
             in `.report`.
         on_bad_line: "error" raises at the first bad line, "skip" leaves it out and reports it.
 
-    Raises UsageError that names file and line: for a missing, empty or non-UTF-8 file, invalid
-    JSON, a form that is none of these, a conversation without an assistant turn, one whose
-    max_length tokens hold nothing to learn, a tokenizer without a chat template (whatever
-    on_bad_line says), and where no example is left.
+    Raises UsageError that names file and line. A tokenizer without a chat template is an error
+    whatever on_bad_line says, and so are files without a good example.
 
     >>> import pathlib, tempfile
     >>> from lora_kernels.finetune.chat import load_chat
@@ -153,16 +157,13 @@ def load_chat(
     Traceback (most recent call last):
     lora_kernels.finetune.UsageError: data: ...chat.jsonl:1: invalid JSON (Expecting value at ...
     """
-    if on_bad_line not in ("error", "skip"):
-        raise UsageError(f"on_bad_line: got {on_bad_line!r}, want 'error' or 'skip'")
+    check_choice("on_bad_line", on_bad_line, ("error", "skip"))
     check_numbers({"max_length": max_length}, str, max_length=2)
     report, rows = Report(max_length), []
     for file in [files] if isinstance(files, str | Path) else files:
-        for place, found in _examples(Path(file), tokenizer, max_length):
+        for place, read in _examples(Path(file), tokenizer, max_length):
             try:
-                if isinstance(found, BadLine):
-                    raise found
-                rows.append(_fitted(found, place, report))
+                rows.append(report.fit(read(), place))
             except BadLine as error:
                 if on_bad_line == "error":
                     raise UsageError(
@@ -170,67 +171,44 @@ def load_chat(
                         "--on-bad-line skip)"
                     ) from error
                 report.skipped.append(f"{place}: {error}")
+            except UsageError as error:
+                raise UsageError(f"data: {place}: {error}") from error
     if not rows:
         raise UsageError(f"data: no example is left; {_some(report.skipped)}")
     return ChatData(rows, report)
 
 
-def _fitted(example: Example, place: str, report: Report) -> dict[str, list[int]]:
-    """The example cut to the maximum length, and counted."""
-    total, limit = len(example.input_ids), report.max_length
-    ids, labels = (part[:limit] for part in example)
-    learnt = sum(label != IGNORED for label in labels)
-    if not learnt and total > limit:
-        raise BadLine(
-            f"{total} tokens, and nothing to learn in the first {limit}; raise the maximum "
-            "length or shorten what stands before the assistant's turn"
-        )
-    if not learnt:
-        raise BadLine("holds no token to learn; give an answer that is not empty")
-    if total > limit:
-        report.cut.append(f"{place}: {total} tokens")
-        report.lost += total - limit
-    report.examples += 1
-    report.tokens += len(ids)
-    report.learnt += learnt
-    return {"input_ids": ids, "labels": labels}
+def read_data(file: Path) -> bytes:
+    """Return what a file of examples holds. Raises UsageError if it is missing or blank."""
+    raw = read_file(file, "data", "JSON lines or plain text")
+    if not raw.strip():
+        raise UsageError(f"data: {file} is empty; give one example a line, like {FORMS}")
+    return raw
 
 
 def _examples(
     file: Path, tokenizer: Any, max_length: int
-) -> Iterator[tuple[str, Example | BadLine]]:
-    """Each example with its place, `file:line`."""
-    if not file.is_file():
-        raise UsageError(f"data: there is no file {file}; give JSON lines or plain text")
-    raw = file.read_bytes()
-    if not raw.strip():
-        raise UsageError(f"data: {file} is empty; give one example a line, like {FORMS}")
+) -> Iterator[tuple[str, Callable[[], Row]]]:
+    """Yield each example's place, `file:line`, and the function that reads it."""
+    raw = read_data(file)
     if file.suffix not in (".jsonl", ".json"):
-        with translate_errors(f"data: {file} is not UTF-8 text; convert it", UnicodeDecodeError):
-            ids = encode({"text": raw.decode("utf-8")}, tokenizer).input_ids
+        text = {"text": decode_text(raw, file, "data")}
+        ids = encode(text, tokenizer)["input_ids"]
         for part in (ids[i : i + max_length] for i in range(0, len(ids), max_length)):
             if len(part) > 1:
-                yield str(file), Example.from_tokens(part, [True] * len(part))
+                yield str(file), partial(_row, part, [True] * len(part))
         return
     # Not by str.splitlines, which would also break at separators that JSON allows in a string.
     for number, line in enumerate(raw.split(b"\n"), 1):
-        if not line.strip():
-            continue
-        place = f"{file}:{number}"
-        try:
-            yield place, encode(_parsed(line), tokenizer)
-        except BadLine as error:
-            yield place, error
-        except UsageError as error:
-            raise UsageError(f"data: {place}: {error}") from error
+        if line.strip():
+            yield f"{file}:{number}", partial(_read_line, line, tokenizer)
 
 
-def _parsed(line: bytes) -> Any:
+def _read_line(line: bytes, tokenizer: Any) -> Row:
     try:
         record = json.loads(line.decode("utf-8"))
         if rb"\ud" in line.lower():  # half of a surrogate pair is JSON, but no text
             json.dumps(record, ensure_ascii=False).encode("utf-8")
-        return record
     except UnicodeEncodeError:
         raise BadLine("holds half of a surrogate pair (\\ud…), which is no text; mend it") from None
     except UnicodeDecodeError as error:
@@ -244,6 +222,16 @@ def _parsed(line: bytes) -> Any:
         ) from None
     except (ValueError, RecursionError) as error:  # an endless number, a thousand brackets
         raise BadLine(f"invalid JSON ({error}); mend the line") from None
+    return encode(record, tokenizer)
+
+
+def _row(ids: Sequence[int], learnt: Iterable[Any]) -> Row:
+    """Return the tokens, with labels where `learnt` is true.
+
+    The first label is -100: no token predicts it, alone or packed behind another document.
+    """
+    labels = [token if on else IGNORED for token, on in zip(ids, learnt, strict=True)]
+    return {"input_ids": list(ids), "labels": [IGNORED, *labels[1:]]}
 
 
 def _kind(value: Any) -> str:
@@ -253,11 +241,10 @@ def _kind(value: Any) -> str:
     return f"a JSON {type(value).__name__}"
 
 
-def encode(record: Any, tokenizer: Any) -> Example:
-    """Tokens and labels of one JSON object; the forms are `load_chat`'s.
+def encode(record: Any, tokenizer: Any) -> Row:
+    """Return tokens and labels of one JSON object; the forms are `load_chat`'s.
 
-    Raises BadLine where it is none of them, UsageError for a tokenizer that cannot do what it
-    needs.
+    Raises BadLine for any other object, UsageError for a tokenizer that cannot encode it.
     """
     if not isinstance(record, Mapping):
         raise BadLine(f"got {_kind(record)}, want an object like {FORMS}")
@@ -306,7 +293,7 @@ def _messages(value: Any, name: str) -> list[dict[str, Any]]:
     return value
 
 
-def _encode_chat(messages: list[dict[str, Any]], tokenizer: Any, first: int = 0) -> Example:
+def _encode_chat(messages: list[dict[str, Any]], tokenizer: Any, first: int = 0) -> Row:
     """By the chat template; the assistant's turns from messages[first] on are learnt."""
     turns = [i for i, m in enumerate(messages) if i >= first and m["role"] == "assistant"]
     if not turns:
@@ -321,7 +308,7 @@ def _encode_chat(messages: list[dict[str, Any]], tokenizer: Any, first: int = 0)
     if first == 0 and re.search(r"\{%-?\s*generation\s*-?%\}", str(tokenizer.chat_template)):
         markers = {"return_dict": True, "return_assistant_tokens_mask": True}
         done = _rendered(messages, tokenizer, tokenize=True, **markers)
-        return Example.from_tokens(done["input_ids"], done["assistant_masks"])
+        return _row(done["input_ids"], done["assistant_masks"])
     full = _rendered(messages, tokenizer)
     spans: list[tuple[int, int | None]] = []
     for i in turns:
@@ -350,7 +337,7 @@ def _rendered(messages: list[Any], tokenizer: Any, tokenize: bool = False, **opt
 
 def _encode_text(
     text: str, spans: Sequence[tuple[int, int | None]], tokenizer: Any, templated: bool = False
-) -> Example:
+) -> Row:
     """A token is learnt where its first character lies in one of the spans of characters.
 
     A template writes its special tokens itself; other text gets the tokenizer's, and an end.
@@ -378,7 +365,7 @@ def _encode_text(
             ids.append(eos)
             learnt.append(True)
         learnt[-1] = True
-    return Example.from_tokens(ids, learnt)
+    return _row(ids, learnt)
 
 
 def pack(data: ChatData, length: int) -> ChatData:
@@ -388,11 +375,6 @@ def pack(data: ChatData, length: int) -> ChatData:
     no attention mask is given; `check_packing` asks a model whether it does so.
 
     Raises UsageError where an example is longer than `length`, or was packed before.
-
-    >>> from lora_kernels.finetune.chat import ChatData, Report, pack
-    >>> rows = [{"input_ids": [7] * n, "labels": [-100] + [7] * (n - 1)} for n in (2, 3, 2)]
-    >>> [row["position_ids"] for row in pack(ChatData(rows, Report(8)), 5)]
-    [[0, 1, 2, 0, 1], [0, 1]]
     """
     if any("position_ids" in row for row in data.rows):
         raise UsageError("data: is packed already")
@@ -420,12 +402,6 @@ class Collator:
 
     Of plain rows: input_ids, labels (-100 on padding) and attention_mask (0 on padding). Of packed
     rows: position_ids in place of the mask; each token of the padding is a document of its own.
-
-    >>> from lora_kernels.finetune.chat import Collator
-    >>> batch = Collator(0)([{"input_ids": [5], "labels": [5]}, {"input_ids": [6, 7],
-    ...                      "labels": [-100, 7]}])
-    >>> batch["labels"].tolist(), batch["attention_mask"].tolist()
-    ([[5, -100], [-100, 7]], [[1, 0], [1, 1]])
     """
 
     pad_token_id: int

@@ -131,16 +131,20 @@ def named_write(target: Path) -> Iterator[None]:
 
 @contextmanager
 def write_folder(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder that is renamed to `folder` at the end, or removed on an error."""
+    """Yield a temporary folder that is renamed to `folder` at the end, or removed on an error.
+
+    If the caller removes it, there will be no `folder`.
+    """
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         with named_write(folder):
             yield partial
-        if folder.exists():
-            folder.rmdir()  # an empty one
-        partial.rename(folder)
+        if partial.exists():
+            if folder.exists():
+                folder.rmdir()  # an empty one
+            partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -1,7 +1,7 @@
-"""Full fine-tuning, LoRA and its kin on one task, the classification of texts, side by side.
+"""Full fine-tuning, LoRA and its variants on one task: the classification of texts.
 
-Each method runs in a process of its own, so that its memory is its own, and trains from the same
-seeds on the same batches.
+Each method trains from the same seeds on the same batches, in a process of its own, since its peak
+memory is measured.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from .compare import synchronize
 from .labelled import Labelled
 from .methods import METHODS, Method
 from .model import adapters, classifier, load_float32, load_tokenizer, quantize, usable_device
+from .options import pick
 from .presets import Preset, add_lora_layers
 from .rank import WARMUP, Allocate, add_adalora
 from .trainer import LoRATrainer, losses, training_arguments
@@ -75,7 +76,8 @@ class Run:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A method's runs, one a seed."""
+    """A method's runs, one a seed. spread: the scores' standard deviation. peak_memory: the first
+    run's, since what it leaves behind is there in the others."""
 
     name: str
     method: Method
@@ -87,27 +89,15 @@ class Outcome:
 
     @property
     def spread(self) -> float:
-        """The scores' standard deviation over the seeds."""
         return statistics.stdev(run.score for run in self.runs) if len(self.runs) > 1 else 0.0
 
-    @property
-    def step_seconds(self) -> float:
-        return statistics.median(run.step_seconds for run in self.runs)
-
-    @property
-    def peak_memory(self) -> int | None:
-        """The first run's: what it leaves behind is there in the others."""
-        return self.runs[0].peak_memory
-
     def as_dict(self) -> dict[str, Any]:
-        """For json."""
-        own = ("name", "score", "spread", "step_seconds", "peak_memory")
-        return (
-            {name: getattr(self, name) for name in own}
-            | {name: getattr(self.method, name) for name in ("title", "lr", "rank")}
-            | {name: getattr(self.runs[0], name) for name in ("trainable", "saved_bytes")}
-            | {"runs": [dataclasses.asdict(run) for run in self.runs]}
-        )
+        """Return the outcome's row of classification.json."""
+        seconds = statistics.median(run.step_seconds for run in self.runs)
+        row = pick(self, "name score spread") | {"step_seconds": seconds}
+        row |= pick(self.runs[0], "peak_memory trainable saved_bytes")
+        row |= pick(self.method, "title lr rank")
+        return row | {"runs": [dataclasses.asdict(run) for run in self.runs]}
 
 
 def compare_methods(
@@ -119,12 +109,8 @@ def compare_methods(
     """Train by each method from each seed, in a process a method, one after another.
 
     A seed settles the classifier's and the adapters' start, the order of the texts and dropout.
-    Raises UsageError where a model or a device cannot be used. A script that calls this needs the
+    Raises UsageError if a model or a device cannot be used. A script that calls this needs the
     usual `if __name__ == "__main__":`.
-
-    >>> compare_methods(Task(Path("m"), *[Labelled((), (), (), ())] * 2), seeds=())
-    Traceback (most recent call last):
-    lora_kernels.finetune.UsageError: seeds: got none, want at least one
     """
     if not seeds:
         raise UsageError("seeds: got none, want at least one")
@@ -155,13 +141,12 @@ def train_once(task: Task, method: Method, seed: int) -> Run:
     train, held_out = (encode(part, tokenizer, task) for part in (task.train, task.held_out))
     before = memory.held(device)
     model = build(task, method, seed, tokenizer.pad_token_id)
-    settings: dict[str, Any] = {name: getattr(task, name) for name in ("steps", "batch")}
-    settings |= {"lr": method.lr, "warmup": WARMUP, "seed": seed, "cpu": device.type == "cpu"}
+    settings = pick(task, "steps batch") | {"lr": method.lr, "warmup": WARMUP, "seed": seed}
+    settings |= {"cpu": device.type == "cpu"}
     settings |= {"save_strategy": "no", "prediction_loss_only": False, **GROUPED}
     clock = Clock()
-    callbacks = [clock, *([Allocate()] if method.adalora else [])]
-    parts: Any = {"train_dataset": train, "callbacks": callbacks}
-    parts["data_collator"] = DataCollatorWithPadding(tokenizer)
+    parts: Any = {"train_dataset": train, "data_collator": DataCollatorWithPadding(tokenizer)}
+    parts["callbacks"] = [clock, *([Allocate()] if method.adalora else [])]
     with tempfile.TemporaryDirectory() as folder:
         args = training_arguments(folder, **settings)
         if method.rank is None:

@@ -8,7 +8,8 @@ import logging
 import signal
 import sys
 import warnings
-from typing import Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 from .options import (
     Adapters,
@@ -19,8 +20,14 @@ from .options import (
     Training,
     add_options,
     fill_in_demo,
+    pick,
     require,
 )
+
+if TYPE_CHECKING:
+    import torch
+
+    from .chat import ChatData
 
 DEMO: dict[str, Any] = dict(
     batch=2, max_length=128, steps=24, lr=1e-3, prompt="Shall I marry her?", compare=True
@@ -47,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit status: 0, 1 if a check failed, 2 for bad arguments, 128 + signal if stopped."""
+    """Return the exit status: 0, 1 if a check failed, 128 + signal if stopped."""
     quiet()
     options = options_from(args)
     from . import recipe
@@ -62,6 +69,26 @@ def run(args: argparse.Namespace) -> int:
         hint = "the same command goes on from the last checkpoint, if there is one"
         print(f"\nlora-kernels finetune: interrupted; {hint}", file=sys.stderr)
         return 128 + signal.SIGINT
+
+
+def read_inputs(
+    options: Any, targets: Iterable[str], rank: int, argument: str = "--rank"
+) -> tuple[torch.device, Any, int, ChatData]:
+    """Return the device, the tokenizer, the most tokens of an example, and the data.
+
+    Raises UsageError for whatever does not fit the model, without its weights being read.
+    """
+    from . import model
+    from .chat import load_chat
+    from .presets import check_adapter
+
+    device = model.usable_device(options.device)
+    skeleton = model.build_skeleton(options.model)
+    check_adapter(skeleton, targets, rank, argument)
+    tokenizer = model.load_tokenizer(options.model)
+    length = model.check_length(options.max_length, skeleton)
+    data = load_chat(options.data, tokenizer, max_length=length, on_bad_line=options.on_bad_line)
+    return device, tokenizer, length, data
 
 
 def quiet() -> None:
@@ -81,7 +108,6 @@ def quiet() -> None:
 
 
 def options_from(args: argparse.Namespace) -> Options:
-    from .data import read_text
     from .model import check_quant, locate
     from .presets import find_preset
 
@@ -91,15 +117,13 @@ def options_from(args: argparse.Namespace) -> Options:
     check_quant(options.quant)
     if options.preset:
         find_preset(options.preset)
-    for file in options.data:
-        read_text(file)
     return options
 
 
 def taught(demo: Options) -> Options:
-    """The demo's second part, on the same model."""
+    """Return the options of the demo's second part, on the same model."""
     from .inputs import demo_chat
 
-    same = {name: getattr(demo, name) for name in ("model", "dtype", "quant", "seed", "device")}
+    same = pick(demo, "model dtype quant seed device")
     base = demo.base or demo.out / "base"
     return Options(data=[demo_chat()], out=demo.out / "taught", base=base, **same, **TAUGHT)

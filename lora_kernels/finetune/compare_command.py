@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from . import UsageError
 from .command import quiet
 from .methods import METHODS, Method
-from .options import CompareOptions, add_options, check_out, require, suggest
+from .options import CompareOptions, add_options, check_out, pick, require, suggest
 
 if TYPE_CHECKING:
     from .classify import Outcome, Task
@@ -35,13 +35,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.epilog = "methods: " + "; ".join(f"{k}: {m.title}" for k, m in METHODS.items())
     add_options(parser, CompareOptions)
-
-
-def run(args: argparse.Namespace) -> int:
-    """Exit status: 0, or 2 for bad arguments."""
-    quiet()
-    compare(CompareOptions(**vars(args)))
-    return 0
 
 
 def chosen_methods(names: Sequence[str], rates: Sequence[str]) -> dict[str, Method]:
@@ -84,16 +77,20 @@ def read_task(options: CompareOptions) -> tuple[Task, str]:
     check_length(options.max_length, load_config(options.model))
     train, held_out = read_labelled(options.data, **fields).split(options.train, options.held_out)
     about = f"{display_name(options.model)} on {options.data.name}"
-    same = {name: getattr(options, name) for name in ("model", "steps", "batch", "max_length")}
-    task = Task(train=train, held_out=held_out, device=str(usable_device(options.device)), **same)
+    device = str(usable_device(options.device))
+    same = pick(options, "model steps batch max_length")
+    task = Task(train=train, held_out=held_out, device=device, **same)
     return task, ABOUT_DEMO if all_demo else about
 
 
-def compare(options: CompareOptions) -> None:
+def run(args: argparse.Namespace) -> int:
+    """Return the exit status, 0. Raises UsageError for bad arguments."""
     from . import classify
     from .checkpoints import write_json
     from .provenance import Provenance
 
+    quiet()
+    options = CompareOptions(**vars(args))
     methods = chosen_methods(options.methods, options.lr)
     check_out(options.out)
     task, about = read_task(options)
@@ -116,13 +113,14 @@ def compare(options: CompareOptions) -> None:
     classify.compare_methods(task, methods, range(options.seeds), done)
     said = {"about": about, "labels": task.train.names, "train": len(task.train)}
     said |= {"held_out": len(task.held_out), "commonest": share, "seeds": options.seeds}
-    said |= {name: getattr(task, name) for name in ("steps", "batch", "max_length")}
+    said |= pick(task, "steps batch max_length")
     data = {"provenance": provenance.facts(), "task": said, "rows": rows}
     files = [options.out / f"{NAME}.{kind}" for kind in ("json", "md", "png")]
     write_json(files[0], data)
     files[1].write_text(markdown(data))
     plot(files[2], data)
     print(f"written: {', '.join(map(str, files))}")
+    return 0
 
 
 def largest_share(labels: Sequence[int]) -> float:

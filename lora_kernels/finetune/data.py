@@ -1,4 +1,4 @@
-"""Rows of tokens to blocks, blocks to batches."""
+"""Files of data; rows of tokens to blocks, blocks to batches."""
 
 from __future__ import annotations
 
@@ -12,9 +12,23 @@ from . import UsageError
 from .checkpoints import translate_errors
 
 
+def read_file(file: Path, argument: str, wanted: str) -> bytes:
+    """Return what the file holds. Raises UsageError, naming the argument, if it is missing."""
+    if not file.is_file():
+        raise UsageError(f"{argument}: there is no file {file}; give {wanted}")
+    return file.read_bytes()
+
+
+def decode_text(raw: bytes, file: Path, argument: str) -> str:
+    """Return the file's text. Raises UsageError if it is not UTF-8."""
+    with translate_errors(f"{argument}: {file} is not UTF-8 text; convert it", UnicodeDecodeError):
+        return raw.decode("utf-8")
+
+
 def token_blocks(rows: Iterable[Mapping[str, Sequence[int]]], length: int) -> Tensor:
-    """The rows' tokens one after another as int64 [blocks, length], at least one block; what does
-    not fill a block is left out, and fewer tokens than `length` are one block of them all.
+    """Return the rows' tokens one after another as int64 [blocks, length].
+
+    Tokens that do not fill the last block are left out; fewer than `length` are one block.
 
     >>> token_blocks([{"input_ids": [1, 2, 3]}, {"input_ids": [4, 5]}], length=2)
     tensor([[1, 2],
@@ -26,22 +40,7 @@ def token_blocks(rows: Iterable[Mapping[str, Sequence[int]]], length: int) -> Te
     return torch.tensor(ids[: blocks * length]).view(blocks, length)
 
 
-def read_text(file: Path) -> str:
-    """The text of a UTF-8 file, or a UsageError that says why there is none."""
-    if not file.is_file():
-        raise UsageError(f"--data: there is no file {file}; give the path of a plain text file")
-    with translate_errors(f"--data: {file} is not UTF-8 text; convert it", UnicodeDecodeError):
-        text = file.read_text(encoding="utf-8")
-    if not text.strip():
-        raise UsageError(f"--data: {file} is empty; give a file with text in it")
-    return text
-
-
 def batch(blocks: Tensor, step: int, size: int, seed: int) -> Tensor:
-    """The batch of one step: int64 [size, seq_len], blocks drawn by (seed, step).
-
-    >>> batch(torch.arange(6).view(3, 2), step=0, size=4, seed=0).shape
-    torch.Size([4, 2])
-    """
+    """Return the batch of one step: int64 [size, seq_len], blocks drawn by (seed, step)."""
     generator = torch.Generator().manual_seed((seed << 16) + step)
     return blocks[torch.randint(len(blocks), (size,), generator=generator)]

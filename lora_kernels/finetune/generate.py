@@ -60,7 +60,7 @@ def generate(options: GenerateOptions) -> None:
         torch.manual_seed(options.seed)
         clock = model.Clock(shown)
         tokens = model.decode(asked, inputs, streamer=clock, **settings)
-        said = f"first token after {clock.prefill * 1e3:.0f} ms"
+        said = f"first token after {clock.times[1] * 1e3:.0f} ms"
         if clock.steps:
             median = statistics.median(clock.steps)
             said += f", then {median * 1e3:.1f} ms each ({1 / median:.1f} tokens/s), median"

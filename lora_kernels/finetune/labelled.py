@@ -1,4 +1,4 @@
-"""Texts and their labels, from a file, and how they are divided."""
+"""Texts with labels, read from a file, and their division for training and evaluation."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any
 
 from . import UsageError
 from .checkpoints import translate_errors
+from .data import decode_text, read_file
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,11 @@ class Labelled:
         return len(self.texts)
 
     def take(self, places: Sequence[int]) -> Labelled:
-        return Labelled(
-            tuple(self.texts[i] for i in places),
-            tuple(self.labels[i] for i in places),
-            self.names,
-            tuple(self.groups[i] for i in places),
+        """Return the texts of these places."""
+        texts, labels, groups = zip(
+            *((self.texts[i], self.labels[i], self.groups[i]) for i in places), strict=True
         )
+        return Labelled(texts, labels, self.names, groups)
 
     def split(self, train: int, held_out: int, seed: int = 0) -> tuple[Labelled, Labelled]:
         """`train` texts, and `held_out` others that share no group with them.
@@ -113,30 +113,25 @@ def read_labelled(
 
 
 def _records(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The file's records and the lines that they end on."""
-    if not file.is_file():
-        raise UsageError(f"--data: there is no file {file}; give JSON lines (.jsonl) or a .csv")
-    data, kind = file.read_bytes(), file.name.removesuffix(".bz2").rpartition(".")[2]
-    with translate_errors(f"--data: {file} is not UTF-8 text; convert it", UnicodeDecodeError):
-        if file.suffix == ".bz2":
-            with translate_errors(f"--data: {file} cannot be decompressed", OSError, ValueError):
-                data = bz2.decompress(data)
-        content = data.decode("utf-8")
-    if kind not in ("csv", "jsonl"):
-        raise UsageError(f"--data: got {file}, want JSON lines (.jsonl) or a .csv")
+    """Yield the file's records and the lines that they end on."""
+    data = read_file(file, "--data", "JSON lines (.jsonl) or a .csv")
+    if file.suffix == ".bz2":
+        with translate_errors(f"--data: {file} cannot be decompressed", OSError, ValueError):
+            data = bz2.decompress(data)
+    content = decode_text(data, file, "--data")
+    kind = file.name.removesuffix(".bz2").rpartition(".")[2]
     if kind == "csv":
         reader = csv.DictReader(io.StringIO(content))
         with translate_errors(f"--data: {file} is no table", csv.Error):
             yield from ((reader.line_num, record) for record in reader)
-        return
-    for number, line in enumerate(content.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            reason = getattr(error, "msg", str(error))
-            raise UsageError(f"--data: {file}, line {number}: no JSON: {reason}") from None
-        if not isinstance(record, dict):
-            raise UsageError(f"--data: {file}, line {number}: got no object, want one")
-        yield number, record
+    elif kind == "jsonl":
+        lines = [each for each in enumerate(content.splitlines(), 1) if each[1].strip()]
+        for number, line in lines:
+            where = f"--data: {file}, line {number}"
+            with translate_errors(f"{where}: no JSON", ValueError, RecursionError):
+                record = json.loads(line)
+            if not isinstance(record, dict):
+                raise UsageError(f"{where}: got no object, want one")
+            yield number, record
+    else:
+        raise UsageError(f"--data: got {file}, want JSON lines (.jsonl) or a .csv")

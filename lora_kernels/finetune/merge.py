@@ -1,12 +1,13 @@
-"""Base and adapter as one stock transformers folder."""
+"""`lora-kernels merge`: base and adapter as one stock model, compared before it gets its name."""
 
 from __future__ import annotations
 
+import argparse
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -20,12 +21,21 @@ from ..quantization import Weight4bit
 from . import UsageError
 from . import model as models
 from .checkpoints import write_folder
+from .command import quiet
 from .compare import relative_rms
+from .data import decode_text, read_file
 from .model import DTYPES
+from .options import MergeOptions, add_options, check_choice, check_out, fill_in_run
+
+# What the logits are compared on without --text.
+TEXT = (
+    "The river rose all night. By morning the lower meadow was a lake, and the miller's boat, "
+    "which had lain upside down since harvest, was the only way to the bridge. Nobody had seen "
+    "the water so high since the year the old church lost its door."
+)
 
 
-@dataclass(frozen=True)
-class Merged:
+class Merged(NamedTuple):
     """What was written: how many layers took an adapter, how many files, and their bytes."""
 
     out: Path
@@ -38,10 +48,6 @@ class Merged:
             f"{self.out}: {self.layers} layers merged, {self.shards} safetensors "
             f"{'file' if self.shards == 1 else 'files'}, {self.nbytes / 1e6:.1f} MB"
         )
-
-
-class _Refused(Exception):
-    """The caller's `check` returned False."""
 
 
 def merge_adapter(
@@ -57,37 +63,26 @@ def merge_adapter(
 ) -> Merged | None:
     """Write W + ΔW of a PEFT adapter as a model that transformers loads without PEFT.
 
-    Each sum is PEFT's own, in float32, and rounded once to `dtype`. The folder is written beside
-    `out` and gets its name once it is whole.
+    PEFT computes each sum in float32; it is rounded once to `dtype`. The folder is written beside
+    `out` and renamed once it is whole.
 
     Args:
         base: transformers folder (dense or bitsandbytes' 4 bits), GGUF file or cached hub id.
         adapter: PEFT's folder; LoRA of any kind, `modules_to_save` too.
         out: must not exist, or be an empty folder.
         dtype: "fp32", "bf16" or "fp16", of all floating tensors.
-        onto: "original" adds to the base's weights as they are. "dequantized" adds to what an
-            adapter trained over a 4-bit base has seen: the weights quantized, as `finetune --quant`
-            does it, and decoded; those of a 4-bit folder are only decoded.
+        onto: "original" adds to the base's weights. "dequantized" adds to the weights quantized as
+            by `finetune --quant`, and decoded; those of a 4-bit folder are only decoded.
         quant, quant_dtype: "nf4" or "fp4", and the dtype that was quantized; by bitsandbytes.
-        check: gets the whole folder before it has its name; False leaves nothing written.
+        check: gets the whole folder before it has its name; if it returns False, nothing is left.
 
-    Returns what was written, None where `check` said no. Raises UsageError, naming the argument,
-    before anything is written.
-
-    >>> from lora_kernels.finetune.merge import merge_adapter
-    >>> merge_adapter("base", "adapter", "out", onto="orignal")
-    Traceback (most recent call last):
-    lora_kernels.finetune.UsageError: onto: got 'orignal', want 'original' or 'dequantized'
+    Returns what was written, None if `check` returned False. Raises UsageError, naming the
+    argument, before anything is written.
     """
-    for name, value, wanted in (
-        ("onto", onto, ("original", "dequantized")),
-        ("dtype", dtype, DTYPES),
-        ("quant", quant, ("nf4", "fp4")),
-        ("quant_dtype", quant_dtype, DTYPES),
-    ):
-        if value not in wanted:
-            *rest, last = map(repr, wanted)
-            raise UsageError(f"{name}: got {value!r}, want {', '.join(rest)} or {last}")
+    check_choice("onto", onto, ("original", "dequantized"))
+    check_choice("dtype", dtype, DTYPES)
+    check_choice("quant", quant, ("nf4", "fp4"))
+    check_choice("quant_dtype", quant_dtype, DTYPES)
     base, adapter, out = Path(base), Path(adapter), Path(out)
     models.read_adapter_config(adapter)
     if reason := unwritable_reason(out, folder=True):
@@ -105,7 +100,7 @@ def merge_adapter(
     models.check_quant(quantized)
     held = DTYPES[quant_dtype] if quantized else torch.float32
     dense: Any = models.load_base(base, held, torch.device("cpu"), quantized)
-    decode(dense)
+    dequantize(dense)
     words, head = dense.get_input_embeddings(), dense.get_output_embeddings()
     tied = head.weight if head is not None and head.weight is words.weight else None
     adapted = models.load_adapter(dense, adapter)
@@ -117,27 +112,25 @@ def merge_adapter(
             raise UsageError("adapter: a weight that is tied to another one cannot be merged into")
     merged = adapted.merge_and_unload(safe_merge=True)  # raises where a sum is not finite
     models.cast_parameters(merged, DTYPES[dtype])
-    try:
-        with write_folder(out) as partial:
-            size: Any = "5GB"
-            if gguf_file is not None:
-                models.load_tokenizer(base).save_pretrained(partial)
-            else:
-                size = max(file.stat().st_size for file in folder.glob("*.safetensors"))
-                weights = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".index.json")
-                for file in folder.iterdir():  # the tokenizer, and whatever else is no weight
-                    if file.is_file() and not file.name.endswith(weights):
-                        shutil.copy(file, partial / file.name)
-            merged.save_pretrained(partial, max_shard_size=size)
-            if not check(partial):
-                raise _Refused
-    except _Refused:
-        return None
+    with write_folder(out) as partial:
+        size: Any = "5GB"
+        if gguf_file is not None:
+            models.load_tokenizer(base).save_pretrained(partial)
+        else:
+            size = max(file.stat().st_size for file in folder.glob("*.safetensors"))
+            weights = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".index.json")
+            for file in folder.iterdir():  # the tokenizer, and whatever else is no weight
+                if file.is_file() and not file.name.endswith(weights):
+                    shutil.copy(file, partial / file.name)
+        merged.save_pretrained(partial, max_shard_size=size)
+        if not check(partial):
+            shutil.rmtree(partial)
+            return None
     shards = len(list(out.glob("*.safetensors")))
     return Merged(out, len(layers), shards, models.parameter_bytes(merged))
 
 
-def decode(model: Any) -> None:
+def dequantize(model: Any) -> None:
     """Make the whole model dense and float32 in place, its bitsandbytes 4-bit layers included."""
     for name, layer in list(model.named_modules()):
         if is_linear4bit(layer):
@@ -152,12 +145,21 @@ def decode(model: Any) -> None:
     models.cast_parameters(model, torch.float32)
 
 
-@dataclass(frozen=True)
-class Distance:
-    """Relative rms of the logits, and the share of places where the likeliest token is the same."""
+class Distance(NamedTuple):
+    """Relative rms of the logits, and the share of positions with the same most likely token."""
 
     logits: float
     same_token: float
+
+    @classmethod
+    def between(cls, got: Tensor, want: Tensor) -> Distance:
+        """The distance of logits [..., vocabulary].
+
+        >>> Distance.between(torch.tensor([[1.0, 2.2]]), torch.tensor([[1.0, 2.0]])).same_token
+        1.0
+        """
+        same = (got.argmax(-1) == want.argmax(-1)).double().mean()
+        return cls(relative_rms(got, want), same.item())
 
     def __str__(self) -> str:
         return f"logits off by {self.logits:.3g} (relative rms), likeliest token the same in " + (
@@ -165,24 +167,13 @@ class Distance:
         )
 
 
-def distance(got: Tensor, want: Tensor) -> Distance:
-    """Of logits [..., vocabulary].
+class Comparison(NamedTuple):
+    """Distances of logits from those of base + adapter, computed in float32.
 
-    >>> distance(torch.tensor([[1.0, 2.2]]), torch.tensor([[1.0, 2.0]])).same_token
-    1.0
-    """
-    same = (got.argmax(-1) == want.argmax(-1)).double().mean()
-    return Distance(relative_rms(got, want), same.item())
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What a merged model's logits are off from those of base + adapter, computed in float32.
-
-    merged: the folder's, loaded in its dtype. itself: base + adapter computed in that dtype.
-    original: the adapter on the dense base in float32, None where the reference is that itself.
-    limit: on `merged`, the house's: 1.25 times what PyTorch itself loses in that dtype, and a
-    quarter of its unit roundoff; in float32, where only the order of sums differs, 1e-4.
+    merged: of the folder, loaded in its dtype. itself: of base + adapter computed in that dtype.
+    original: of the adapter on the dense base in float32, None if that is the reference.
+    limit: on `merged`: 1.25 times what PyTorch itself loses in that dtype, and a quarter of its
+    unit roundoff; in float32, where only the order of sums differs, 1e-4.
     """
 
     merged: Distance
@@ -211,30 +202,80 @@ def compare_merged(
     quant: "nf4" or "fp4" for an adapter over a 4-bit base (needs bitsandbytes), None for a dense
     one.
     """
-    cpu, to = torch.device("cpu"), DTYPES[dtype]
+    to = DTYPES[dtype]
+
+    def logits(model: Any) -> Tensor:
+        out: Tensor = model(input_ids=ids, use_cache=False).logits
+        return out.float()
 
     def with_adapter(quant: str | None, compute: torch.dtype) -> Tensor:
-        # What is quantized has the dtype of the training; what it computes in comes after that.
-        held: Any = models.load_base(
-            base, DTYPES[quant_dtype] if quant else torch.float32, cpu, quant
-        )
-        models.cast_parameters(held, compute)
-        fused = fuse(models.load_adapter(held, adapter)).eval()
-        return _logits(fused, ids)
+        # Quantize from the dtype of the training, before casting to that of the computation.
+        held = DTYPES[quant_dtype] if quant else torch.float32
+        model = models.load_base(base, held, torch.device("cpu"), quant)
+        models.cast_parameters(model, compute)
+        return logits(fuse(models.load_adapter(model, adapter)).eval())
 
     want = with_adapter(quant, torch.float32)
     plain: Any = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype="auto")
     if plain.dtype != to:
         raise UsageError(f"dtype: {folder} loads in {plain.dtype}, want {to}")
-    merged = distance(_logits(plain.eval(), ids), want)
+    merged = Distance.between(logits(plain.eval()), want)
     del plain
-    itself = distance(with_adapter(quant, to), want)
-    original = distance(with_adapter(None, torch.float32), want) if quant else None
+    itself = Distance.between(with_adapter(quant, to), want)
+    original = Distance.between(with_adapter(None, torch.float32), want) if quant else None
     unit = torch.finfo(to).eps / 2
     limit = 1e-4 if to is torch.float32 else 1.25 * itself.logits + unit / 4
     return Comparison(merged, itself, original, limit)
 
 
-def _logits(model: Any, ids: Tensor) -> Tensor:
-    out: Tensor = model(input_ids=ids, use_cache=False).logits
-    return out.float()
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Write base + adapter as a model folder that transformers loads without PEFT. Before the "
+        "folder gets its name, its logits are compared with those of base + adapter; a folder that "
+        "is off by more than rounding is not written. An adapter trained over a 4-bit base fits "
+        "the decoded weights (--onto dequantized) and is off on the original ones; by how much is "
+        "measured and printed."
+    )
+    add_options(parser, MergeOptions)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Return the exit status: 0, or 1 if the logits were off and nothing was written."""
+    options = MergeOptions(**fill_in_run(vars(args), "base", "quant_dtype"))
+    if options.onto == "dequantized" and options.quant is None:
+        options = replace(options, quant="nf4")
+    if options.compare:
+        models.check_quant(options.quant)
+    text = TEXT
+    if options.text:
+        raw = read_file(options.text, "--text", "the path of a plain text file")
+        text = decode_text(raw, options.text, "--text")
+    check_out(options.out, "that is not there yet")
+    models.read_adapter_config(options.adapter, "--adapter")
+    models.locate(options.base, "--base")
+    quiet()
+    ids = models.load_tokenizer(options.base)(text, return_tensors="pt")["input_ids"][:, :256]
+    base, adapter, quant = options.base, options.adapter, options.quant
+    same: Any = {"dtype": options.dtype, "quant_dtype": options.quant_dtype}
+
+    def check(folder: Path) -> bool:
+        if not options.compare:
+            return True
+        held = f"{quant} base" if quant else "dense base"
+        print(f"against {held} + adapter in fp32, on {ids.numel()} tokens:")
+        found = compare_merged(folder, base, adapter, quant=quant, ids=ids, **same)
+        print(f"  base + adapter in {options.dtype}: {found.itself}")
+        if found.original:
+            print(f"  the adapter on the original weights: {found.original}")
+        if options.onto == "original" and quant:  # the line above says how far it may be off
+            print(f"  this merge: {found.merged}")
+            return True
+        verdict = "✓" if found.ok else "✗ nothing is written"
+        print(f"  this merge: {found.merged}, at most {found.limit:.3g} {verdict}")
+        return found.ok
+
+    how = same | {"onto": options.onto, "quant": quant or "nf4"}
+    done = merge_adapter(base, adapter, options.out, check=check, **how)
+    if done is not None:
+        print(done)
+    return 0 if done is not None else 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import re
 import time
 from collections import Counter
 from pathlib import Path
@@ -26,17 +25,16 @@ ALL_LINEAR = "all-linear"  # PEFT's word for every linear layer but the output e
 
 
 def locate(model: Path, argument: str = "--model") -> tuple[Path, str | None]:
-    """The folder to load from and, where the weights are in a GGUF file, that file's name.
+    """Return the folder to load from and, if the weights are in a GGUF file, that file's name.
 
     model: a folder, a GGUF file, or a hub id whose snapshot is in the local cache.
 
-    Raises UsageError, without importing anything heavy, where there is nothing to load or
-    nothing to load it with.
+    Raises UsageError if there is nothing to load, or nothing to load it with.
     """
     wanted = "give a transformers model folder, a GGUF file or a hub id that is in the local cache"
     if not model.exists() and (snapshot := cached_snapshot(str(model))):
         return snapshot, None
-    if model.is_dir() and (model / "config.json").is_file():
+    if (model / "config.json").is_file():
         return model, None
     files = sorted(model.glob("*.gguf")) if model.is_dir() else [model]
     if not files:
@@ -57,9 +55,6 @@ def locate(model: Path, argument: str = "--model") -> tuple[Path, str | None]:
 
 def cached_snapshot(name: str) -> Path | None:
     """Return the folder of a hub id's snapshot in the local cache, or None; asks no network."""
-    is_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)
-    if not is_id or importlib.util.find_spec("huggingface_hub") is None:
-        return None
     from huggingface_hub import try_to_load_from_cache
 
     try:
@@ -70,7 +65,7 @@ def cached_snapshot(name: str) -> Path | None:
 
 
 def identifier(model: Path) -> str:
-    """What names the model from any working directory: a full path, or the hub id."""
+    """Return what names the model from any working directory: a full path, or the hub id."""
     return str(model.resolve()) if model.exists() else str(model)
 
 
@@ -81,43 +76,38 @@ _EMBEDDINGS = ("embed_tokens", "lm_head", "wte")
 def load_adapter(base: Any, folder: Path, argument: str = "adapter") -> Any:
     """Return stock PEFT's model of `base` with the adapter that the folder holds, in eval mode.
 
-    Raises UsageError if the adapter cannot be read, names layers that `base` lacks, or if a key of
-    its weights is missing, unexpected or has another shape: PEFT leaves the weight of a missing key
-    as it was initialized. The message names the first such key and counts the others.
+    Raises UsageError if the adapter cannot be read or does not fit the base. PEFT would leave the
+    weight of a missing key as it was initialized; here a missing, unexpected or misshapen one is an
+    error, which names the first such key and counts the others.
     """
-    from peft import (
-        get_peft_model,
-        get_peft_model_state_dict,
-        load_peft_weights,
-        set_peft_model_state_dict,
-    )
+    import peft
 
     config = read_adapter_config(folder, argument)
     config.inference_mode = True
     config.base_model_name_or_path = None  # PEFT warns where the base has moved
     unfit = f"{argument}: {folder} does not fit the base"
     with translate_errors(unfit, ValueError, TypeError, RuntimeError):
-        stock: Any = get_peft_model(base, config)
-    files = [folder / f"adapter_model.{kind}" for kind in ("safetensors", "bin")]
-    if not any(file.is_file() for file in files):  # PEFT would ask a hub for it
-        raise UsageError(f"{argument}: {folder} holds no {files[0].name}")
+        stock: Any = peft.get_peft_model(base, config)
+    names = ("adapter_model.safetensors", "adapter_model.bin")
+    if not any((folder / name).is_file() for name in names):  # PEFT would ask a hub for it
+        raise UsageError(f"{argument}: {folder} holds no {names[0]}")
     with translate_errors(f"{argument}: {folder} cannot be read"):
-        state: dict[str, Tensor] = load_peft_weights(str(folder), device=str(stock.device))
-    want = get_peft_model_state_dict(stock, save_embedding_layers=False)
+        state: dict[str, Tensor] = peft.load_peft_weights(str(folder), device=str(stock.device))
+    want = peft.get_peft_model_state_dict(stock, save_embedding_layers=False)
     embeddings = {key for key in state if key.rpartition(".")[0].endswith(_EMBEDDINGS)}
     problems = {
         "lacks": want.keys() - state.keys(),
         "holds, without a layer for it,": state.keys() - want.keys() - embeddings,
         "holds": {
-            f"{key} {list(state[key].shape)}, want {list(t.shape)}"
-            for key, t in want.items()
-            if key in state and state[key].shape != t.shape
+            f"{key} {list(state[key].shape)}, want {list(want[key].shape)}"
+            for key in want.keys() & state.keys()
+            if state[key].shape != want[key].shape
         },
     }
     for problem, keys in problems.items():
         if keys:
             raise UsageError(f"{unfit}: {problem} {count_more(sorted(keys))}")
-    set_peft_model_state_dict(stock, state)
+    peft.set_peft_model_state_dict(stock, state)
     return stock.eval()
 
 
@@ -149,7 +139,7 @@ def display_name(model: Path) -> str:
 def load_base(
     model: Path, dtype: torch.dtype, device: torch.device, quant: str | None = None
 ) -> nn.Module:
-    """The frozen causal language model, in eval mode; quant: see `quantize`."""
+    """Return the frozen causal language model, in eval mode; quant: see `quantize`."""
     from transformers import AutoModelForCausalLM
 
     base = load_float32(AutoModelForCausalLM, model, whole=True)
@@ -160,7 +150,7 @@ def load_base(
 
 
 def load_float32(auto_class: Any, model: Path, whole: bool = False, **kwargs: Any) -> nn.Module:
-    """The model as that class of transformers', in float32.
+    """Return the model as that class of transformers', in float32.
 
     whole: raise UsageError if a weight is missing, which transformers would draw at random.
     """
@@ -176,14 +166,14 @@ def load_float32(auto_class: Any, model: Path, whole: bool = False, **kwargs: An
 
 
 def load_config(model: Path) -> Any:
-    """transformers' configuration of the model. Raises UsageError."""
+    """Return transformers' configuration of the model. Raises UsageError."""
     from transformers import AutoConfig
 
     return _load(AutoConfig, model)
 
 
 def build_skeleton(model: Path) -> nn.Module:
-    """The causal language model on the meta device: layers and sizes, without a weight read."""
+    """Return the causal language model on the meta device; reads no weight."""
     from transformers import AutoModelForCausalLM
 
     config = load_config(model)
@@ -194,7 +184,7 @@ def build_skeleton(model: Path) -> nn.Module:
 
 
 def features(layer: Any) -> tuple[int, int]:
-    """In- and out-features, of a 4-bit layer and GPT-2's Conv1D too."""
+    """Return in- and out-features, of a 4-bit layer and GPT-2's Conv1D too."""
     from transformers.pytorch_utils import Conv1D
 
     if isinstance(layer, Conv1D):
@@ -203,8 +193,8 @@ def features(layer: Any) -> tuple[int, int]:
 
 
 def check_length(asked: int | None, model: Any) -> int:
-    """Tokens of an example at most: `asked`, or where that is None `MAX_LENGTH` or, if fewer, the
-    positions that the model has. Raises UsageError if more are asked for.
+    """Return the most tokens of an example: `asked`, or by default `MAX_LENGTH` or, if fewer, the
+    positions that the model has. Raises UsageError if more are requested.
 
     model: a model, a skeleton or a configuration.
     """
@@ -222,11 +212,10 @@ def check_length(asked: int | None, model: Any) -> int:
 def quantize(
     base: nn.Module, quant_type: str, compute_dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Make every linear layer but the output embedding or classifier a bitsandbytes `Linear4bit`,
-    in place.
+    """Make every linear layer but the output embedding or classifier a bitsandbytes `Linear4bit`.
 
-    Blocks of 64 with nested scales, as transformers loads a model for QLoRA, which cannot do so
-    from a GGUF file.
+    In place, in blocks of 64 with nested scales: as transformers loads a model for QLoRA, which it
+    cannot do from a GGUF file.
     """
     from bitsandbytes.nn import Linear4bit, Params4bit  # type: ignore[attr-defined]
 
@@ -246,15 +235,15 @@ def quantize(
 
 
 def classifier(model: nn.Module) -> nn.Module | None:
-    """The new head of transformers' `...ForSequenceClassification`; None where there is none."""
+    """Return the head of transformers' `...ForSequenceClassification`, or None."""
     return getattr(model, "classifier", getattr(model, "score", None))
 
 
 def rewrite_codes(model: nn.Module, allowed: bool) -> nn.Module:
-    """Whether bitsandbytes may rewrite codes for its own CPU kernel, which rounds their scales.
+    """Set whether bitsandbytes may rewrite codes for its CPU kernel, which rounds their scales.
 
-    Left to itself it does so for good, on a processor with AVX-512 BF16, at the first forward in
-    eval mode without gradients.
+    By default it rewrites them for good at the first forward in eval mode without gradients, on a
+    processor with AVX-512 BF16. Returns the model.
     """
     if layers := linears_4bit(model):
         from bitsandbytes.functional import has_avx512bf16
@@ -286,7 +275,7 @@ def _load(auto_class: Any, model: Path, **kwargs: Any) -> Any:
 
 
 def usable_device(name: str) -> torch.device:
-    """The device of that name, or with no name a GPU if there is one, else the CPU."""
+    """Return the device of that name; without a name a GPU if there is one, else the CPU."""
     # AssertionError where torch has no CUDA at all.
     with translate_errors(
         f"--device: got {name}, which cannot be used", RuntimeError, AssertionError
@@ -310,8 +299,10 @@ def cast_parameters(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def share(model: nn.Module, frozen: bool = False) -> Any:
-    """A copy with modules and trainable parameters of its own on the same frozen weights; `frozen`:
-    on all the same weights, which train in the model alone."""
+    """Return a copy with modules and trainable parameters of its own on the same frozen weights.
+
+    frozen: share all weights, which train in the model alone.
+    """
     tensors = (*model.parameters(), *model.buffers())
     memo: dict[int, Any] = {id(t): t for t in tensors if not t.requires_grad}
     if frozen:
@@ -320,8 +311,10 @@ def share(model: nn.Module, frozen: bool = False) -> Any:
 
 
 def linear_layers(base: nn.Module) -> dict[str, nn.Module]:
-    """The layers that LoRA adapts, GPT-2's Conv1D among them, by full name; of one that has an
-    adapter the layer below it, by the name that it had."""
+    """Return the layers that LoRA adapts, GPT-2's Conv1D among them, by full name.
+
+    If a layer has an adapter, the base layer stands under the name that it had.
+    """
     from peft.tuners.tuners_utils import BaseTunerLayer
     from transformers.pytorch_utils import Conv1D
 
@@ -338,8 +331,7 @@ def linear_layers(base: nn.Module) -> dict[str, nn.Module]:
 
 
 def layer_states(layers: Explanation) -> list[str]:
-    """How many LoRA layers are fused or not, and others streamed or not, by backend and reason: a
-    line each."""
+    """Return how many layers are fused or streamed, or not, by backend and reason: a line each."""
     kinds = {"LoRA": layers.rows, "linear": layers.linears}
     states = Counter(
         f"{kind} layers {row.state} ({row.backend}: {row.reason})"
@@ -355,13 +347,13 @@ def adapters(model: nn.Module) -> dict[str, Parameter]:
 
 
 def parameter_bytes(model: nn.Module) -> int:
-    """What the parameters and, of 4-bit ones, their scales hold; shared ones count once."""
+    """Return the bytes of the parameters and 4-bit scales; shared ones count once."""
     tensors = (t for t in model.state_dict().values() if isinstance(t, Tensor))
     return sum({t.data_ptr(): t.nbytes for t in tensors}.values())
 
 
 def question(tokenizer: Any, prompt: str, device: torch.device) -> dict[str, Tensor]:
-    """What a model is to go on from: the prompt, in the tokenizer's chat template if it has one."""
+    """Return the prompt's inputs, in the tokenizer's chat template if it has one."""
     if tokenizer.chat_template:
         messages = [{"role": "user", "content": prompt}]
         how = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}
@@ -372,7 +364,7 @@ def question(tokenizer: Any, prompt: str, device: torch.device) -> dict[str, Ten
 
 
 def decode(model: Any, inputs: dict[str, Tensor], **kwargs: Any) -> Tensor:
-    """The new tokens int64 [n] by transformers' `generate`, greedily unless kwargs say otherwise.
+    """Return the new tokens int64 [n] by transformers' `generate`, greedily by default.
 
     In eval mode; the mode is put back.
     """
@@ -384,10 +376,7 @@ def decode(model: Any, inputs: dict[str, Tensor], **kwargs: Any) -> Tensor:
 
 
 class Clock:
-    """A `streamer` for `generate` that notes when each token came: seconds since it was made.
-
-    shown: another streamer, which gets them too.
-    """
+    """A `streamer` for `generate` that notes when each token came; another one may get them too."""
 
     def __init__(self, shown: Any = None) -> None:
         self.shown, self.times = shown, list[float]()
@@ -403,11 +392,6 @@ class Clock:
             self.shown.end()
 
     @property
-    def prefill(self) -> float:
-        """Seconds to the first new token."""
-        return self.times[1]
-
-    @property
     def steps(self) -> list[float]:
-        """Seconds that each further token took."""
+        """Seconds that each token after the first took; times[1] is the first one's."""
         return [b - a for a, b in zip(self.times[1:], self.times[2:], strict=False)]

@@ -59,6 +59,26 @@ def check_numbers(
             raise UsageError(f"{named(name)}: got {value}, want {words}")
 
 
+def check_choice(name: str, value: Any, wanted: Iterable[str]) -> None:
+    """Raise UsageError unless the argument of that name has one of the wanted values."""
+    *rest, last = map(repr, wanted)
+    if repr(value) not in (*rest, last):
+        raise UsageError(f"{name}: got {value!r}, want {', '.join(rest)} or {last}")
+
+
+def check_ranks(name: str, ranks: Iterable[int]) -> None:
+    """Raise UsageError unless the ranks are different ones, each at least 1."""
+    ranks = tuple(ranks)
+    if not ranks or len(set(ranks)) < len(ranks) or min(ranks) < 1:
+        raise UsageError(f"{name}: got {ranks}, want different ones, each at least 1")
+
+
+def pick(options: Any, names: str | Iterable[str]) -> dict[str, Any]:
+    """Return the attributes of these names; spaces divide those of a string."""
+    names = names.split() if isinstance(names, str) else names
+    return {name: getattr(options, name) for name in names}
+
+
 def suggest(got: Any, wanted: Iterable[str], of: str = "one") -> str:
     """Return a hint for a name that is unknown: the closest of `wanted`, or all of them.
 
@@ -229,12 +249,11 @@ class Options(Checks, Training, Data, Adapters, Inputs):
     @property
     def training(self) -> dict[str, Any]:
         """The keyword arguments of `training_arguments`."""
-        names = ["batch", "accumulate", "lr", "scheduler", "warmup", "weight_decay"]
-        names += ["checkpointing", "save_every", "seed", "report_to"]
+        names = "batch accumulate lr scheduler warmup weight_decay checkpointing save_every seed "
+        given = pick(self, names + "report_to") | {"bf16": self.autocast}
+        given["eval_every"] = self.eval_every or (self.save_every if self.eval_share else None)
         length = {"steps": self.steps or STEPS} if self.epochs is None else {"epochs": self.epochs}
-        every = self.eval_every or (self.save_every if self.eval_share else None)
-        given = {name: getattr(self, name) for name in names}
-        return given | length | {"bf16": self.autocast, "eval_every": every}
+        return given | length
 
 
 @dataclass(frozen=True)
@@ -263,9 +282,7 @@ class RankOptions:
 
     def __post_init__(self) -> None:
         require(self, ("model", "data"), "try --demo")
-        ranks = tuple(self.ranks)
-        if len(set(ranks)) < len(ranks) or min(ranks) < 1:
-            raise UsageError(f"--ranks: got {ranks}, want different ones, each at least 1")
+        check_ranks("--ranks", self.ranks)
         check_numbers(vars(self), batch=1, steps=1, max_length=2, lr="positive", seed="seed")
         if self.adalora and self.steps < 10:
             raise UsageError(f"--steps: got {self.steps}, want at least 10, or --no-adalora")

@@ -1,14 +1,15 @@
-"""Which rank is enough: the same training for each, and AdaLoRA's allocation beside them."""
+"""`lora-kernels rank-search`: the same training for each rank, and AdaLoRA's allocation."""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,29 @@ from transformers import TrainerCallback
 
 from ..peft import fuse
 from . import UsageError
+from . import model as models
+from .chat import load_chat
+from .checkpoints import write_json
+from .command import quiet, read_inputs
 from .model import features, linear_layers, share
-from .options import check_numbers
+from .options import (
+    RankOptions,
+    add_options,
+    check_numbers,
+    check_out,
+    check_ranks,
+    fill_in_demo,
+    pick,
+)
 from .plots import draw_png
-from .presets import Preset, add_lora_layers, chosen_layers, find_preset, peft_settings
+from .presets import (
+    Preset,
+    add_lora_layers,
+    chosen_layers,
+    find_preset,
+    peft_settings,
+)
+from .provenance import Provenance
 from .trainer import LoRATrainer, training_arguments
 
 RANKS = (4, 8, 16, 32, 64)
@@ -73,25 +93,19 @@ class RankSearch:
     def __str__(self) -> str:
         import pandas as pd  # type: ignore[import-untyped, unused-ignore]
 
-        head = ["rank", "score", "loss", "parameters", "seconds", "score / 10⁶ parameters", ""]
-        rows = [row for row in (*self.rows, self.adalora) if row is not None]
-        best = {id(self.best): "best score"}
-        efficient = {id(self.most_efficient): "most efficient"}
-        table = pd.DataFrame(
-            [
-                (
-                    f"{row.rank} (AdaLoRA)" if row is self.adalora else str(row.rank),
-                    f"{row.score:.4f}",
-                    f"{row.loss:.4f}",
-                    f"{row.parameters:,}",
-                    f"{row.seconds:.1f}",
-                    f"{row.efficiency:.4f}",
-                    ", ".join(marks[id(row)] for marks in (best, efficient) if id(row) in marks),
-                )
-                for row in rows
-            ],
-            columns=head,
-        )
+        def cells(row: RankRow) -> dict[str, str]:
+            marks = {"best score": self.best, "most efficient": self.most_efficient}
+            return {
+                "rank": f"{row.rank} (AdaLoRA)" if row is self.adalora else str(row.rank),
+                "score": f"{row.score:.4f}",
+                "loss": f"{row.loss:.4f}",
+                "parameters": f"{row.parameters:,}",
+                "seconds": f"{row.seconds:.1f}",
+                "score / 10⁶ parameters": f"{row.efficiency:.4f}",
+                "": ", ".join(mark for mark, marked in marks.items() if marked is row),
+            }
+
+        table = pd.DataFrame([cells(row) for row in (*self.rows, self.adalora) if row])
         lines = [line.rstrip() for line in table.to_string(index=False).splitlines()]
         lines.append(f"without an adapter: {self.base:.4f}")
         if self.allocation:
@@ -99,20 +113,14 @@ class RankSearch:
         return "\n".join([*lines, CAVEAT])
 
     def as_dict(self) -> dict[str, Any]:
-        """For json: rows with their efficiency, marks, allocation."""
+        """Return what ranks.json holds: rows with their efficiency, marks, allocation."""
         rows, adalora = (
             [dataclasses.asdict(row) | {"efficiency": row.efficiency} for row in part if row]
             for part in (self.rows, [self.adalora])
         )
-        return {
-            "rows": rows,
-            "base": self.base,
-            "best": self.best.rank,
-            "most_efficient": self.most_efficient.rank,
-            "adalora": adalora[0] if adalora else None,
-            "allocation": dict(self.allocation),
-            "caveat": CAVEAT,
-        }
+        marks = {"best": self.best.rank, "most_efficient": self.most_efficient.rank}
+        found = {"rows": rows, "base": self.base, **marks, "adalora": (*adalora, None)[0]}
+        return found | {"allocation": dict(self.allocation), "caveat": CAVEAT}
 
 
 def _by_kind(allocation: Mapping[str, int]) -> str:
@@ -129,46 +137,42 @@ def _by_kind(allocation: Mapping[str, int]) -> str:
     )
 
 
-@dataclass(frozen=True)
-class SearchSettings:
-    """How `find_optimal_rank` searches.
-
-    Args:
-        preset, targets: as `add_lora_layers`'; the preset's rank is not used.
-        steps: optimizer steps for each rank.
-        adalora: train PEFT's AdaLoRA too, which starts from 1.5 times the middle rank and takes
-            ranks from layers until that is their mean; needs at least 10 steps.
-        score: (PEFT model, held-out loss) -> a number, higher is better. None: exp(−loss), the
-            geometric mean of the right tokens' probabilities.
-        out: folder of metrics.jsonl and curves.png, one a rank; None keeps none.
-        tokenizer: whose padding token is used.
-        on_rank: gets each row as it is done.
-    """
-
-    preset: str | Preset = "chat"
-    targets: str | Sequence[str] | None = None
-    steps: int = 100
-    seed: int = 0
-    adalora: bool = True
-    score: Callable[[Any, float], float] | None = None
-    out: str | Path | None = None
-    tokenizer: Any = None
-    on_rank: Callable[[RankRow], None] = lambda row: None
-
-
 def find_optimal_rank(
-    model: Any, train: Any, val: Any, ranks: Sequence[int] = RANKS, **settings: Any
+    model: Any,
+    train: Any,
+    val: Any,
+    ranks: Sequence[int] = RANKS,
+    *,
+    preset: str | Preset = "chat",
+    targets: str | Sequence[str] | None = None,
+    steps: int = 100,
+    seed: int = 0,
+    adalora: bool = True,
+    score: Callable[[Any, float], float] = lambda model, loss: math.exp(-loss),
+    out: str | Path | None = None,
+    tokenizer: Any = None,
+    on_rank: Callable[[RankRow], None] = lambda row: None,
+    **settings: Any,
 ) -> RankSearch:
     """Train an adapter of each rank on the same data, in the same order, from the same seed.
 
-    alpha / rank is the preset's for each, so that the adapters' scale is one. Each is trained on a
-    copy that shares the model's weights; the model itself is left as it was, bit for bit.
+    alpha / rank is the preset's for each, so that all adapters have the same scale. Each is trained
+    on a copy that shares the model's weights; the model itself is left as it was, bit for bit.
 
     Args:
         model: transformers' causal language model, dense or 4-bit, without adapters.
         train, val: `ChatData`.
         ranks: different ones, each at least 1.
-        settings: of `SearchSettings`, and of `training_arguments`; warmup is 0.05 if not given.
+        preset, targets: as `add_lora_layers`'; the preset's rank is not used.
+        steps: optimizer steps for each rank.
+        adalora: train PEFT's AdaLoRA too, which starts from 1.5 times the middle rank and takes
+            ranks from layers until that is their mean; needs at least 10 steps.
+        score: (PEFT model, held-out loss) -> a number, higher is better. The default is the
+            geometric mean of the right tokens' probabilities.
+        out: folder of metrics.jsonl and curves.png for each rank; None keeps none.
+        tokenizer: whose padding token is used.
+        on_rank: gets each row as it is done.
+        settings: of `training_arguments`; warmup is 0.05 if not given.
 
     Raises UsageError, naming the argument, before anything is trained.
 
@@ -178,69 +182,57 @@ def find_optimal_rank(
     Traceback (most recent call last):
     lora_kernels.finetune.UsageError: ranks: got (4, 4), want different ones, each at least 1
     """
-    own = {field.name for field in dataclasses.fields(SearchSettings)} & settings.keys()
-    search = SearchSettings(**{name: settings.pop(name) for name in own})
-    ranks = tuple(ranks)
-    if not ranks or len(set(ranks)) < len(ranks) or min(ranks) < 1:
-        raise UsageError(f"ranks: got {ranks}, want different ones, each at least 1")
-    check_numbers(vars(search), str, steps=10 if search.adalora else 1)
+    check_ranks("ranks", ranks)
+    check_numbers({"steps": steps}, str, steps=10 if adalora else 1)
     if isinstance(model, PeftModel):
         raise UsageError("model: got a PEFT model, want the base: model.get_base_model()")
     for name, data in (("train", train), ("val", val)):
         if len(data) == 0:
             raise UsageError(f"{name}: got no row, want at least one")
-    chosen = find_preset(search.preset)
-    alpha = chosen.alpha / chosen.rank
-    targets = search.targets or chosen.targets
-    targets = (targets,) if isinstance(targets, str) else tuple(targets)
+    chosen = find_preset(preset)
+    if targets:
+        chosen = replace(chosen, targets=(targets,) if isinstance(targets, str) else tuple(targets))
     cpu = next(model.parameters()).device.type == "cpu"
     training = {"cpu": cpu, "warmup": WARMUP} | settings
-    training |= {"steps": search.steps, "seed": search.seed, "save_strategy": "no"}
+    training |= {"steps": steps, "seed": seed, "save_strategy": "no"}
+
+    def of_rank(rank: int) -> Preset:
+        return replace(chosen, rank=rank, alpha=chosen.alpha / chosen.rank * rank)
 
     def adapted(rank: int) -> Any:
-        copy = share(model, frozen=True)
-        preset = Preset(rank, alpha * rank, targets, chosen.dropout)
-        return add_lora_layers(copy, preset, seed=search.seed)
+        return add_lora_layers(share(model, frozen=True), of_rank(rank), seed=seed)
 
-    def trainer(name: str, peft_model: Any, **more: Any) -> LoRATrainer:
+    def trained(name: str, peft_model: Any, rank: int, most: int = steps, **more: Any) -> RankRow:
         args = training_arguments(folder / name, **training)
-        parts = {"train_dataset": train, "eval_dataset": val, "processing_class": search.tokenizer}
-        return LoRATrainer(peft_model, args, **parts, **more)
-
-    def value(peft_model: Any, loss: float) -> float:
-        return math.exp(-loss) if search.score is None else float(search.score(peft_model, loss))
-
-    def trained(name: str, peft_model: Any, rank: int, **more: Any) -> RankRow:
-        made = trainer(name, peft_model, **more)
+        data = {"train_dataset": train, "eval_dataset": val, "processing_class": tokenizer}
+        trainer = LoRATrainer(peft_model, args, **data, **more)
         start = time.perf_counter()
-        made.train()
+        if most:
+            trainer.train()
         seconds = time.perf_counter() - start
         with without_penalty(peft_model):
-            loss = made.evaluate()["eval_loss"]
-        if not math.isfinite(loss):
+            loss = trainer.evaluate()["eval_loss"]
+        if most and not math.isfinite(loss):
             raise UsageError(f"{name}: the held-out loss is {loss}; give a lower lr")
         count = sum(p.numel() for p in peft_model.parameters() if p.requires_grad)
-        return RankRow(rank, value(peft_model, loss), loss, count, seconds)
+        return RankRow(rank, float(score(peft_model, loss)), loss, count, seconds)
 
     with tempfile.TemporaryDirectory() as unnamed:
-        folder = Path(unnamed if search.out is None else search.out)
+        folder = Path(unnamed if out is None else out)
         rows = []
         for rank in ranks:
             rows.append(trained(f"rank-{rank}", adapted(rank), rank))
-            search.on_rank(rows[-1])
+            on_rank(rows[-1])
         # B = 0 in a new adapter: the model's own loss, by the same trainer.
-        new = adapted(1)
-        found = RankSearch(rows, value(new, trainer("base", new).evaluate()["eval_loss"]))
-        if not search.adalora:
+        found = RankSearch(rows, trained("base", adapted(1), 1, most=0).score)
+        if not adalora:
             return found
         rank = sorted(ranks)[len(ranks) // 2]
-        preset = Preset(rank, alpha * rank, targets, chosen.dropout)
-        ada = add_adalora(share(model, frozen=True), preset, search.steps, search.seed)
+        ada = add_adalora(share(model, frozen=True), of_rank(rank), steps, seed)
         row = trained("adalora", ada, rank, callbacks=[Allocate()])
         allocation, layers = allocated(ada), linear_layers(ada.get_base_model())
         kept = sum(r * (sum(features(layers[name])) + 1) for name, r in allocation.items())
-        row = dataclasses.replace(row, parameters=max(1, kept))
-        return dataclasses.replace(found, adalora=row, allocation=allocation)
+        return replace(found, adalora=replace(row, parameters=max(1, kept)), allocation=allocation)
 
 
 def add_adalora(model: Any, preset: Preset, steps: int, seed: int = 0, **config: Any) -> Any:
@@ -318,3 +310,57 @@ def plot_ranks(file: Path, found: RankSearch, title: str) -> None:
         both[0].axhline(found.base, linestyle="--", color="#444444", label="no adapter")
         both[0].set_title(title)
         both[1].set_title("favours small ranks")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Train an adapter of each rank on the same data from the same seed, and AdaLoRA beside "
+        "them; print score, parameters, seconds and efficiency of each, and draw the curve."
+    )
+    add_options(parser, RankOptions)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Return the exit status, 0. Raises UsageError before the model's weights are read."""
+    quiet()
+    options = RankOptions(**fill_in_demo(vars(args)))
+    models.locate(options.model)
+    models.check_quant(options.quant)
+    targets = options.target_modules or find_preset(options.preset).targets
+    check_out(options.out)
+    device, tokenizer, length, train = read_inputs(options, targets, max(options.ranks), "--ranks")
+    print(train.report)
+    if 0 < options.examples < len(train):
+        _, train = train.split(options.examples / len(train), options.seed)
+    if options.eval:
+        reading: Any = {"max_length": length, "on_bad_line": options.on_bad_line}
+        val = load_chat(options.eval, tokenizer, **reading)
+    else:
+        train, val = train.split(0.2, options.seed)
+    print(f"trained on {len(train)} examples, scored on {len(val)} held out")
+    base = models.load_base(options.model, models.DTYPES[options.dtype], device, options.quant)
+
+    provenance = Provenance(str(device))
+    found = find_optimal_rank(
+        base,
+        train,
+        val,
+        options.ranks,
+        **pick(options, "preset steps seed adalora out batch lr"),
+        targets=options.target_modules or None,
+        tokenizer=tokenizer,
+        on_rank=lambda row: print(
+            f"rank {row.rank}: score {row.score:.4f} in {row.seconds:.1f} s", flush=True
+        ),
+    )
+    print(found)
+    name = models.display_name(options.model)
+    task = {"model": name, "data": [file.name for file in options.data], "train": len(train)}
+    task |= {"held_out": len(val), "max_length": length}
+    task |= pick(options, "steps batch lr dtype quant seed")
+    result = {"provenance": provenance.facts(), "task": task} | found.as_dict()
+    write_json(options.out / "ranks.json", result)
+    png = options.out / "ranks.png"
+    plot_ranks(png, found, f"{name}, {options.steps} steps a rank")
+    print(f"curve: {png}")
+    return 0

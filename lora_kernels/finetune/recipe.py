@@ -1,9 +1,8 @@
-"""The whole run: compare with stock PEFT if asked, train by `LoRATrainer`, save, load it again.
+"""The whole run: compare with stock PEFT if requested, train, save, and load the adapter again.
 
-What --out holds afterwards: adapter/ (PEFT's format, with the tokenizer), metrics.jsonl,
-curves.png, layers.txt (what is fused, and why), run.json (the arguments) and the last checkpoints;
-base/, where the model is a GGUF file, which PEFT cannot load; with --compare compare.json and
-loss.png.
+Afterwards --out holds adapter/ (PEFT's format, with the tokenizer), metrics.jsonl, curves.png,
+layers.txt (what is fused, and why), run.json (the arguments) and the last checkpoints; base/ if the
+model is a GGUF file, which PEFT cannot load; with --compare compare.json and loss.png.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
 
 from ..peft import explain
 from . import UsageError, model, report
-from .chat import IGNORED, ChatData, Collator, check_packing, load_chat, pack
+from .chat import IGNORED, ChatData, Collator, check_packing, pack, read_data
 from .checkpoints import (
     find_intact,
     named_write,
@@ -41,10 +40,11 @@ from .checkpoints import (
     write_folder,
     write_json,
 )
+from .command import read_inputs
 from .compare import Row, compare
 from .data import token_blocks
-from .options import Adapters, Data, Options, Training, check_out, flag, read_json
-from .presets import Preset, add_lora_layers, check_adapter, find_preset
+from .options import Adapters, Data, Options, Training, check_out, flag, pick, read_json
+from .presets import Preset, add_lora_layers, find_preset
 from .trainer import (
     CURVES,
     METRICS,
@@ -67,13 +67,14 @@ SETTLING = [
 LOGITS_LIMIT = 1e-4  # largest difference over largest logit; fp32 products reordered, all layers
 TEXT = Preset(16, 32, (model.ALL_LINEAR,), 0.0)  # of a run on plain text without --preset
 TEXT_PROMPT = "Tell me a story."
+UNTOUCHED = "the base model's answer, tokens and logits bit for bit ✓"
+CHANGED = "another answer than the base model's, or other logits ✗"
 
 
 def adapter_settings(options: Options) -> dict[str, Any]:
     """Return the settings of `add_lora_layers`: the preset, changed by the options, and PEFT's."""
     chosen = find_preset(options.preset or ("chat" if options.has_json else TEXT))
-    given = {name: getattr(options, name) for name in ("rank", "alpha", "dropout")}
-    given["targets"] = tuple(options.target_modules) or None
+    given = pick(options, "rank alpha dropout") | {"targets": tuple(options.target_modules) or None}
     changes: Any = {name: value for name, value in given.items() if value is not None}
     start = True if options.init == "kaiming" else options.init
     config = {"use_dora": options.dora, "use_rslora": options.rslora, "init_lora_weights": start}
@@ -81,23 +82,17 @@ def adapter_settings(options: Options) -> dict[str, Any]:
 
 
 def finetune(options: Options) -> int:
-    """Run it; returns the exit status that `command.run` documents."""
+    """Run it; return the exit status of `command.run`."""
     console = Console(markup=False, highlight=False)  # answers hold brackets of their own
-    device = model.usable_device(options.device)
     dtype = model.DTYPES[options.dtype]
     lora = adapter_settings(options)
+    preset: Preset = lora["preset"]
     run = check_run(options)
-    skeleton = model.build_skeleton(options.model)
-    check_adapter(skeleton, lora["preset"].targets, lora["preset"].rank)
-    tokenizer = model.load_tokenizer(options.model)
-    length = model.check_length(options.max_length, skeleton)
-    del skeleton
-    train = load_chat(options.data, tokenizer, max_length=length, on_bad_line=options.on_bad_line)
+    device, tokenizer, length, train = read_inputs(options, preset.targets, preset.rank)
+    console.print(str(train.report))
     val = None
     if options.eval_share:
         train, val = train.split(options.eval_share, options.seed)
-    console.print(str(train.report))
-    if val:
         console.print(f"{len(val)} of the examples held out")
 
     base = model.load_base(options.model, dtype, device, options.quant)
@@ -127,13 +122,11 @@ def finetune(options: Options) -> int:
         lora_plus_ratio=options.lora_plus or None,
         patience=options.patience or None,
     )
-    for line in (trainer.trainable, *model.layer_states(layers)):
-        console.print(line)
+    console.print(trainer.trainable, *model.layer_states(layers), sep="\n")
     if signum := training(trainer, options, console, train):
-        state = trainer.state
         console.print(
-            f"stopped after step {state.global_step} of {state.max_steps} and saved; "
-            "the same command goes on from there"
+            f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps} and "
+            "saved; the same command goes on from there"
         )
         return 128 + signum
     # accelerate leaves forward under autocast, in which no logits would be fp32.
@@ -152,27 +145,23 @@ def finetune(options: Options) -> int:
     del base, adapted, trainer
     gc.collect()
 
-    checks = {row.what: row.ok for row in rows}
-    checks["adapter off"] = untouched
-    facts = {
-        "prompt": tokenizer.decode(ids[0], skip_special_tokens=True).strip(),
-        "before": before,
-        "after": after,
-    }
-    facts |= summarize_losses(options, lora["preset"], stock_losses)
+    asked = tokenizer.decode(ids[0], skip_special_tokens=True).strip()
+    facts = {"prompt": asked, "before": before, "after": after}
+    facts |= summarize_losses(options, preset, stock_losses)
     size = (folder / "adapter_model.safetensors").stat().st_size
     facts["adapter"] = (
         f"{folder}, {size / 1e6:.1f} MB beside the model's {model_bytes / 1e6:.1f} MB "
         f"({size / model_bytes:.2%})"
     )
-    facts["adapter off"] = "another answer than the base model's, or other logits ✗"
-    if untouched:
-        facts["adapter off"] = "the base model's answer, tokens and logits bit for bit ✓"
-    checks["loaded again"], facts["loaded again"] = loaded_again(options, folder, ids, want)
+    checked = {
+        "adapter off": (untouched, UNTOUCHED if untouched else CHANGED),
+        "loaded again": loaded_again(options, folder, ids, want),
+    }
     if options.expect:
-        checks["taught"], facts["taught"] = check_taught(options.expect, before, after)
-    console.print(report.facts(facts))
-    failed = [name for name, ok in checks.items() if ok is False]
+        checked["taught"] = check_taught(options.expect, before, after)
+    console.print(report.facts(facts | {name: text for name, (_, text) in checked.items()}))
+    failed = [row.what for row in rows if row.ok is False]
+    failed += [name for name, (ok, _) in checked.items() if not ok]
     if failed:
         console.print(f"failed: {'; '.join(failed)}", style="red")
     return 1 if failed else 0
@@ -181,7 +170,7 @@ def finetune(options: Options) -> int:
 def first_question(
     data: ChatData, tokenizer: Any, prompt: str, device: torch.device
 ) -> dict[str, Tensor]:
-    """What is asked before and after: the prompt, or what stands before the data's first answer."""
+    """Return the inputs asked before and after: the prompt, or what precedes the first answer."""
     if prompt:
         return model.question(tokenizer, prompt, device)
     row = data[0]
@@ -192,8 +181,8 @@ def first_question(
 
 @torch.no_grad()
 def answered(asked: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """The greedy answer's tokens int64 [n], and the logits [1, L + n, vocabulary] of question and
-    answer."""
+    """Return the greedy answer's tokens int64 [n], and the logits [1, L + n, vocabulary] of
+    question and answer."""
     tokens = model.decode(asked, inputs, max_new_tokens=48)
     training = asked.training
     logits: Tensor = asked.eval()(torch.cat([inputs["input_ids"], tokens[None]], dim=1)).logits
@@ -214,10 +203,8 @@ def summarize_losses(options: Options, preset: Preset, stock_losses: list[float]
     facts = {"loss": f"{first:.3f} over the first {n} steps, {last:.3f} over the last"}
     if held_out:
         start, best = min(held_out), min(held_out, key=lambda step: held_out[step])
-        facts["held out"] = (
-            f"{held_out[start]:.3f} after step {start}, {held_out[best]:.3f} at best, after step "
-            f"{best}"
-        )
+        at_best = f"{held_out[best]:.3f} at best, after step {best}"
+        facts["held out"] = f"{held_out[start]:.3f} after step {start}, {at_best}"
     curves = options.out / CURVES
     if stock_losses:
         gap = max(abs(f - p) for f, p in zip(found, stock_losses, strict=False))
@@ -232,11 +219,7 @@ def summarize_losses(options: Options, preset: Preset, stock_losses: list[float]
 
 
 def check_taught(wanted: str, before: str, after: str) -> tuple[bool, str]:
-    """Whether the answer holds what was wanted since the training, and a line about it.
-
-    >>> check_taught("Oduya", before="I do not know.", after="Maren Oduya does.")
-    (True, "'Oduya' is in the answer, and was not before ✓")
-    """
+    """Return whether the answer holds what is wanted only since the training, and a line on it."""
     if wanted in before:
         return False, f"{wanted!r} was in the answer before ✗"
     if wanted not in after:
@@ -245,7 +228,8 @@ def check_taught(wanted: str, before: str, after: str) -> tuple[bool, str]:
 
 
 def loaded_again(options: Options, adapter: Path, ids: Tensor, want: Tensor) -> tuple[bool, str]:
-    """Whether the saved adapter in stock PEFT on a fresh base gives the logits wanted, in fp32."""
+    """Return whether the saved adapter in stock PEFT on a fresh base gives the logits wanted, in
+    fp32, and a line on it."""
     dtype = model.DTYPES[options.dtype]
     base = model.load_base(options.model, dtype, want.device, options.quant)
     stock = PeftModel.from_pretrained(base, str(adapter), torch_device=str(want.device))
@@ -258,15 +242,17 @@ def loaded_again(options: Options, adapter: Path, ids: Tensor, want: Tensor) -> 
 
 
 def check_run(given: Options) -> dict[str, Any]:
-    """Return what run.json is to hold. Raises UsageError if --out cannot be written, or holds a
-    checkpoint of a run with other arguments; writes nothing."""
+    """Return what run.json is to hold; write nothing.
+
+    Raises UsageError if --out cannot be written, or holds a checkpoint of a run with other
+    arguments.
+    """
     check_out(given.out)
     text = hashlib.sha256()
     for file in given.data:
-        text.update(file.read_bytes())
-    settled = {name: getattr(given, name) for name in SETTLING}
-    run = {"model": model.identifier(given.model), "data": text.hexdigest(), **settled}
-    run = dict(json.loads(json.dumps(run)))  # what they are when read back
+        text.update(read_data(file))
+    run = {"model": model.identifier(given.model), "data": text.hexdigest()}
+    run = dict(json.loads(json.dumps(run | pick(given, SETTLING))))  # as it will be read back
     file = given.out / "run.json"
     earlier = read_json(file, "--out") if file.exists() else {}
     if not isinstance(earlier, dict):
@@ -294,9 +280,10 @@ def prepare_out(options: Options, run: dict[str, Any]) -> None:
 
 
 def name_base(options: Options, adapted: Any, base: Any, tokenizer: Any) -> None:
-    """Have the adapter's configuration name a base that PEFT can load: the folder or hub id, or for
-    a GGUF file, for which PEFT has no word, its dense weights in the run's dtype, written as a
-    transformers folder."""
+    """Set the base that the adapter's configuration names: the folder or hub id.
+
+    PEFT cannot load a GGUF file, so its dense weights are written in the run's dtype.
+    """
     name = model.identifier(options.model)
     if model.locate(options.model)[1] is not None:
         folder = options.base or options.out / "base"
@@ -320,18 +307,12 @@ def comparison(
     lora: dict[str, Any],
     console: Console,
 ) -> tuple[list[Row], list[float]]:
-    """The proof table, printed, and stock PEFT's training losses; done once for a run."""
+    """Print the table of `compare`; return it and stock PEFT's losses. Done once for a run."""
     found = read_comparison(options.out)
     if found is None:
-        rows = compare(
-            base,
-            blocks,
-            lora=lora,
-            batch_size=options.batch,
-            sgd_steps=options.sgd_steps,
-            timed_steps=options.timed_steps,
-            on_stage=lambda stage: console.print(f"comparing with stock PEFT: {stage}"),
-        )
+        how: Any = pick(options, "sgd_steps timed_steps") | {"batch_size": options.batch}
+        how["on_stage"] = lambda stage: console.print(f"comparing with stock PEFT: {stage}")
+        rows = compare(base, blocks, lora=lora, **how)
         stock = add_lora_layers(model.share(base), **lora, fused=False)
         found = rows, train_stock(stock, data, options, console)
         saved = {"rows": [dataclasses.asdict(row) for row in rows], "peft_losses": found[1]}
@@ -343,7 +324,7 @@ def comparison(
 
 
 def read_comparison(out: Path) -> tuple[list[Row], list[float]] | None:
-    """What an earlier call of the same command compared, or None. Raises UsageError."""
+    """Return what an earlier call of the same command compared, or None. Raises UsageError."""
     file = out / "compare.json"
     if not file.exists():
         return None
@@ -355,7 +336,7 @@ def read_comparison(out: Path) -> tuple[list[Row], list[float]] | None:
 
 
 def train_stock(stock: Any, data: ChatData, options: Options, console: Console) -> list[float]:
-    """The losses of the first --peft-steps steps of the same training, by stock PEFT."""
+    """Return the losses of the first --peft-steps steps of the same training by stock PEFT."""
     if not options.peft_steps:
         return []
     cpu = next(stock.parameters()).device.type == "cpu"
@@ -371,10 +352,9 @@ def train_stock(stock: Any, data: ChatData, options: Options, console: Console) 
 
 
 class Progress(TrainerCallback):  # type: ignore[misc, unused-ignore]
-    """Shows each step's loss; after a signal ends the step, saves a checkpoint, and stops.
+    """Show each step's loss; after a signal end the step, save a checkpoint, and stop.
 
-    stack: closes the bar. Attributes: `most`, steps after which it stops, too; `caught`, the
-    signals.
+    stack: closes the bar. Attributes: `most`, the steps after which to stop; `caught`, the signals.
     """
 
     def __init__(
@@ -403,7 +383,7 @@ class Progress(TrainerCallback):  # type: ignore[misc, unused-ignore]
 
 
 def training(trainer: LoRATrainer, options: Options, console: Console, data: ChatData) -> int:
-    """The signal that ended it early, or 0."""
+    """Train, and return the signal that ended it early, or 0."""
     checkpoint, damaged = find_intact(options.out)
     for path, reason in damaged.items():
         said = f"{path} cannot be read: {reason}; it is renamed, and {checkpoint} is taken"
@@ -427,7 +407,7 @@ def training(trainer: LoRATrainer, options: Options, console: Console, data: Cha
 
 @contextmanager
 def stop_on_signal() -> Iterator[list[int]]:
-    """Yields a list that SIGINT and SIGTERM are noted in; a second one acts as usual."""
+    """Yield a list of the SIGINT and SIGTERM received; a second one acts as usual."""
     caught: list[int] = []
 
     def note(signum: int, frame: FrameType | None) -> None:

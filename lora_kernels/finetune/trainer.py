@@ -8,7 +8,6 @@ import os
 import shutil
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,64 +50,44 @@ _SHARE_IN_STEPS = int(transformers.__version__.partition(".")[0]) >= 5
 _RECOMPUTING = "activation_checkpointing"
 if _RECOMPUTING not in _THEIRS:
     _RECOMPUTING = "gradient_checkpointing"
-
-
-def _setting(theirs: str, default: Any) -> Any:
-    """Return a dataclass field with its name in `TrainingArguments`."""
-    return dataclasses.field(default=default, metadata={"theirs": theirs})
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How LoRA is usually trained: AdamW without weight decay, cosine decay without warm-up.
-
-    Args:
-        steps: optimizer steps; None: `epochs` passes over the data.
-        batch: rows of a forward, on each device; accumulate: forwards of a step.
-        lr, max_grad_norm: peak learning rate; joint norm at which gradients are clipped, 0: never.
-        scheduler: of transformers' `SchedulerType`.
-        warmup: share of the steps, in [0, 1), over which the learning rate rises from 0: with any,
-            the first step has a learning rate of 0.
-        bf16: autocast; without a GPU it takes cpu=True beside it. checkpointing: activations are
-            computed again in the backward.
-        eval_every, save_every: steps; keep: newest checkpoints that stay, beside the best.
-        cpu: train on the CPU where there is a GPU, too.
-    """
-
-    steps: int | None = _setting("max_steps", None)
-    epochs: float = _setting("num_train_epochs", 1.0)
-    batch: int = _setting("per_device_train_batch_size", 4)
-    accumulate: int = _setting("gradient_accumulation_steps", 1)
-    lr: float = _setting("learning_rate", 2e-4)
-    scheduler: str = _setting("lr_scheduler_type", "cosine")
-    warmup: float = _setting("warmup_steps" if _SHARE_IN_STEPS else "warmup_ratio", 0.0)
-    max_grad_norm: float = _setting("max_grad_norm", 1.0)
-    bf16: bool = _setting("bf16", False)
-    checkpointing: bool = _setting(_RECOMPUTING, False)
-    eval_every: int | None = _setting("eval_steps", None)
-    save_every: int = _setting("save_steps", 50)
-    keep: int = _setting("save_total_limit", 2)
-    seed: int = _setting("seed", 0)
-    cpu: bool = _setting("use_cpu", False)
-
-    def __post_init__(self) -> None:
-        counts = ("steps", "batch", "accumulate", "eval_every", "save_every", "keep")
-        ranges = {"lr": "positive", "epochs": "positive", "warmup": "share", "seed": "seed"}
-        ranges |= {"max_grad_norm": "natural"}
-        check_numbers(vars(self), str, **dict.fromkeys(counts, 1), **ranges)
-        kinds = [kind.value for kind in SchedulerType]
-        if self.scheduler not in kinds:
-            raise UsageError(f"scheduler: got {self.scheduler!r}, want one of {', '.join(kinds)}")
+# Our name: the name in `TrainingArguments`, the default, and the range as of `check_numbers`.
+_SETTINGS: dict[str, tuple[str, Any, int | str | None]] = {
+    "steps": ("max_steps", None, 1),
+    "epochs": ("num_train_epochs", 1.0, "positive"),
+    "batch": ("per_device_train_batch_size", 4, 1),
+    "accumulate": ("gradient_accumulation_steps", 1, 1),
+    "lr": ("learning_rate", 2e-4, "positive"),
+    "scheduler": ("lr_scheduler_type", "cosine", None),
+    "warmup": ("warmup_steps" if _SHARE_IN_STEPS else "warmup_ratio", 0.0, "share"),
+    "max_grad_norm": ("max_grad_norm", 1.0, "natural"),
+    "bf16": ("bf16", False, None),
+    "checkpointing": (_RECOMPUTING, False, None),
+    "eval_every": ("eval_steps", None, 1),
+    "save_every": ("save_steps", 50, 1),
+    "keep": ("save_total_limit", 2, 1),
+    "seed": ("seed", 0, "seed"),
+    "cpu": ("use_cpu", False, None),
+}
 
 
 def training_arguments(out: str | Path, **settings: Any) -> TrainingArguments:
-    """transformers' `TrainingArguments` with what LoRA is usually trained by.
+    """Return transformers' `TrainingArguments` with the usual settings of LoRA: AdamW without
+    weight decay, cosine decay without warm-up.
 
     Each step's loss is logged as it is (NaN too), and nothing is reported to services.
 
     Args:
         out: folder of checkpoints, metrics and curves.
-        settings: of `Settings`, and of `TrainingArguments` by its names, which go before.
+        steps: optimizer steps; None: `epochs` passes over the data.
+        batch: rows of a forward, on each device; accumulate: forwards of a step.
+        lr, max_grad_norm: peak learning rate; joint norm at which gradients are clipped, 0: never.
+        scheduler: of transformers' `SchedulerType`.
+        warmup: share of the steps, in [0, 1), over which the learning rate rises from 0.
+        bf16: autocast; without a GPU it takes cpu=True beside it. checkpointing: activations are
+            computed again in the backward.
+        eval_every, save_every: steps; keep: newest checkpoints that stay, beside the best.
+        cpu: train on the CPU where there is a GPU, too.
+        settings: others of `TrainingArguments` by its names, which take precedence.
 
     Raises UsageError that names the argument.
 
@@ -116,19 +95,25 @@ def training_arguments(out: str | Path, **settings: Any) -> TrainingArguments:
     >>> training_arguments("out", batch=2, accumulate=8, cpu=True).gradient_accumulation_steps
     8
     """
-    own = {field.name: field.metadata["theirs"] for field in dataclasses.fields(Settings)}
-    if unknown := settings.keys() - _THEIRS - own.keys():
-        raise UsageError(f"{min(unknown)}: no such setting; want one of {', '.join(sorted(own))}")
-    chosen = Settings(**{name: settings.pop(name) for name in own.keys() & settings.keys()})
-    arguments = {theirs: getattr(chosen, name) for name, theirs in own.items()}
-    if chosen.steps is None:
+    if unknown := settings.keys() - _THEIRS - _SETTINGS.keys():
+        raise UsageError(
+            f"{min(unknown)}: no such setting; want one of {', '.join(sorted(_SETTINGS))}"
+        )
+    own = {name: settings.pop(name, default) for name, (_, default, _) in _SETTINGS.items()}
+    ranges = {name: want for name, (_, _, want) in _SETTINGS.items() if want is not None}
+    check_numbers(own, str, **ranges)
+    kinds = [kind.value for kind in SchedulerType]
+    if own["scheduler"] not in kinds:
+        raise UsageError(f"scheduler: got {own['scheduler']!r}, want one of {', '.join(kinds)}")
+    arguments = {theirs: own[name] for name, (theirs, _, _) in _SETTINGS.items()}
+    if own["steps"] is None:
         arguments["max_steps"] = -1
-    if chosen.scheduler == "constant" and chosen.warmup:
+    if own["scheduler"] == "constant" and own["warmup"]:
         arguments["lr_scheduler_type"] = "constant_with_warmup"  # the other one has no warm-up
-    if chosen.checkpointing:
+    if own["checkpointing"]:
         arguments[f"{_RECOMPUTING}_kwargs"] = {"use_reentrant": False}
-    arguments |= {"output_dir": str(out), "per_device_eval_batch_size": chosen.batch}
-    arguments |= {"eval_strategy": "no" if chosen.eval_every is None else "steps"}
+    arguments |= {"output_dir": str(out), "per_device_eval_batch_size": own["batch"]}
+    arguments |= {"eval_strategy": "no" if own["eval_every"] is None else "steps"}
     arguments |= {"logging_steps": 1, "logging_nan_inf_filter": False, "report_to": []}
     arguments |= {"prediction_loss_only": True, "remove_unused_columns": False}
     return TrainingArguments(**arguments | {"disable_tqdm": True} | settings)

@@ -1,4 +1,4 @@
-"""Checkpoints in a run's folder: which is the newest, and whether it can be read; atomic writes."""
+"""Checkpoints in a run's folder: the newest one that can be read. Atomic writes."""
 
 from __future__ import annotations
 
@@ -16,11 +16,7 @@ from . import UsageError
 
 
 def newest_checkpoint(out: str | Path) -> Path | None:
-    """The newest checkpoint in a run's folder, None where there is none.
-
-    >>> newest_checkpoint("/nowhere") is None
-    True
-    """
+    """Return the newest checkpoint in a run's folder, or None."""
     return max(checkpoints(Path(out)), key=steps_done, default=None)
 
 
@@ -78,7 +74,7 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type where there is none."""
+    """Return the first line of an error's message, or its type if there is none."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
@@ -95,11 +91,7 @@ def translate_errors(message: str, *errors: type[Exception]) -> Iterator[None]:
 
 
 def count_more(found: list[Any]) -> str:
-    """Return the first of a list and the number of the others.
-
-    >>> count_more(["a", "b", "c"])
-    'a and 2 more'
-    """
+    """Return the first of a list and the number of the others: "a and 2 more"."""
     return f"{found[0]} and {len(found) - 1} more" if len(found) > 1 else str(found[0])
 
 
@@ -117,15 +109,14 @@ def named_write(target: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        # Of torch's writer of zip files, which keeps the system's reason to itself.
-        by_torch = "inline_container" in str(error) or "PytorchStreamWriter" in str(error)
-        if isinstance(error, RuntimeError) and not by_torch:
-            raise
         reason = first_line(error)
-        if by_torch:
+        # torch's writer of zip files does not tell the system's reason.
+        if "inline_container" in str(error) or "PytorchStreamWriter" in str(error):
             place = next(path for path in (target, *target.parents) if path.exists())
             free = shutil.disk_usage(place).free
             reason = f"torch.save failed with {free / 1e6:.1f} MB free"
+        elif isinstance(error, RuntimeError):
+            raise
         raise OSError(f"out: {target} cannot be written: {reason}") from error
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -39,9 +39,9 @@ PROMPT, DECODED = 8, 16  # tokens
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: `difference` is relative, or a ratio where `ratio` says so.
+    """One line of the table: `difference` is relative, or with `ratio` a ratio.
 
-    A control is a comparison with a planted mistake: it is right where the limit is exceeded.
+    A control is a comparison with a planted mistake: it passes if the limit is exceeded.
     """
 
     what: str
@@ -69,25 +69,21 @@ class Row:
 
 
 def relative_rms(got: Tensor, want: Tensor) -> float:
-    """‖got − want‖ / ‖want‖, computed in float64; 0 where both are zero.
-
-    >>> relative_rms(torch.tensor([3.0, 4.1]), torch.tensor([3.0, 4.0]))  # doctest: +ELLIPSIS
-    0.0199...
-    """
+    """Return ‖got − want‖ / ‖want‖, computed in float64; 0 if both are zero."""
     difference = (got.double() - want.double()).norm().item()
     norm = want.double().norm().item()
     return difference / norm if norm else (0.0 if difference == 0 else float("inf"))
 
 
 def worst(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> float:
-    """The largest relative rms of the tensors of the same name; NaN if any is NaN."""
+    """Return the largest relative rms of tensors of the same name; NaN if any is NaN."""
     if got.keys() != want.keys():
         raise ValueError(f"got other names than wanted: {sorted(got.keys() ^ want.keys())}")
     return torch.tensor([relative_rms(got[name], want[name]) for name in want]).max().item()
 
 
 def loss_and_gradients(model: nn.Module, ids: Tensor) -> tuple[float, dict[str, Tensor]]:
-    """One forward and backward over ids [batch, seq_len]: the loss, and the adapters' gradients."""
+    """Return the loss and the adapters' gradients of ids [batch, seq_len]."""
     model.zero_grad(set_to_none=True)
     loss = model(input_ids=ids, labels=ids, use_cache=False).loss
     loss.backward()
@@ -101,7 +97,7 @@ def loss_and_gradients(model: nn.Module, ids: Tensor) -> tuple[float, dict[str, 
 def sgd(
     model: nn.Module, blocks: Tensor, *, batch_size: int, steps: int, seed: int, lr: float = SGD_LR
 ) -> tuple[list[float], dict[str, Tensor]]:
-    """Plain SGD: the loss of every step, and how far each adapter moved."""
+    """Train by plain SGD; return the loss of each step, and how far each adapter moved."""
     start = {name: p.detach().clone() for name, p in adapters(model).items()}
     optimizer = torch.optim.SGD(adapters(model).values(), lr=lr)
     losses = []
@@ -113,7 +109,7 @@ def sgd(
 
 @contextmanager
 def scaled_dA(model: nn.Module, factor: float) -> Iterator[None]:
-    """A planted mistake: every lora_A gradient comes out `factor` times itself."""
+    """Plant a mistake: multiply every gradient of lora_A by `factor`."""
     handles = [
         p.register_hook(lambda grad: grad * factor)
         for name, p in adapters(model).items()
@@ -127,7 +123,7 @@ def scaled_dA(model: nn.Module, factor: float) -> Iterator[None]:
 
 
 def pair(base: nn.Module, **lora: Any) -> tuple[Any, Any]:
-    """Stock PEFT and the fused model with the same adapters, B random, on base's weights."""
+    """Return stock PEFT and the fused model with the same adapters, B random, on base's weights."""
     stock = add_lora_layers(share(base), **lora, fused=False)
     generator = torch.Generator().manual_seed(lora["seed"])
     for name, p in adapters(stock).items():
@@ -147,13 +143,15 @@ def compare(
     timed_steps: int = 10,
     on_stage: Callable[[str], None] = lambda stage: None,
 ) -> list[Row]:
-    """The proof table of the adapters `lora` on base: settings of `add_lora_layers`, a seed among
-    them, which settles the order of the batches, too.
+    """Return the table of the adapters `lora` on base, fused and stock.
 
-    blocks is int64 [blocks, seq_len] on base's device.
     Numbers are compared in fp32 and in bf16 whatever the frozen model's dtype; times and memory
     are that dtype's. Dropout is off, since PEFT draws its masks from another stream; the fused
     layer's masks are checked against an explicit mask instead.
+
+    Args:
+        blocks: int64 [blocks, seq_len] on base's device.
+        lora: settings of `add_lora_layers`; the seed also determines the order of the batches.
     """
     lora = {**lora, "dropout": 0.0}
     seed = lora["seed"]
@@ -204,16 +202,16 @@ def compare(
 
 
 def loss_row(what: str, fused: list[float], stock: list[float]) -> Row:
-    """The largest relative difference of the losses, and the last ones."""
+    """Return the largest relative difference of the losses, and the last ones."""
     difference = max(abs(f - s) / s for f, s in zip(fused, stock, strict=True))
     return Row(what, difference, peft=f"{stock[-1]:.5f}", fused=f"{fused[-1]:.5f}")
 
 
 def compare_bf16(base: nn.Module, blocks: Tensor, batch_size: int, lora: Mapping[str, Any]) -> Row:
-    """|fused bf16 − fp32| over |PEFT bf16 − fp32|, over all adapter gradients together; each the
-    median of BF16_BATCHES batches.
+    """Return |fused bf16 − fp32| over |PEFT bf16 − fp32|, over all adapter gradients together.
 
-    The fp32 side computes with the bf16 weights, so that their rounding is in neither distance.
+    Each is the median of BF16_BATCHES batches. The fp32 side computes with the bf16 weights, so
+    that their rounding is in neither distance.
     """
     base16 = cast_parameters(copy.deepcopy(base), torch.bfloat16)
     stock, fused = pair(base16, **lora)
@@ -235,7 +233,7 @@ def compare_bf16(base: nn.Module, blocks: Tensor, batch_size: int, lora: Mapping
 
 
 def compare_dropout(model: nn.Module, seed: int) -> tuple[Row, Row]:
-    """dx of one layer with dropout, against a reference that multiplies by an explicit mask.
+    """Compare dx of one layer with dropout with a reference that multiplies by an explicit mask.
 
     The control's reference multiplies by the mask in the forward and forgets it in the backward.
     """
@@ -269,8 +267,8 @@ def compare_dropout(model: nn.Module, seed: int) -> tuple[Row, Row]:
 
 
 def compare_cost(models: Mapping[str, Any], ids: Tensor, steps: int) -> list[Row]:
-    """Seconds of a forward and backward, their ratio to the frozen model's, and peak memory, the
-    median of three steps: where the heap has gaps, one swings by a twentieth.
+    """Compare the seconds of a forward and backward, their ratio to the frozen model's, and peak
+    memory, the median of three steps: with gaps in the heap, one swings by a twentieth.
 
     In every model the first layer's input needs a gradient, so that the frozen one computes
     every dx too and the tax is the adapter's alone.
@@ -285,19 +283,19 @@ def compare_cost(models: Mapping[str, Any], ids: Tensor, steps: int) -> list[Row
         frozen, peft, fused = (f"{cells[name]:{form}}" for name in ("frozen", "peft", "fused"))
         return Row(what, ratio, None, frozen, peft, fused, ratio=True)
 
-    with input_needs_gradient(models.values()):
+    for model in models.values():
+        model.enable_input_require_grads()
+    try:
         calls = {name: partial(step, model) for name, model in models.items()}
         times = interleave(calls, seconds=math.inf, most=steps, device=ids.device.type)
         peaks = {name: [peak_memory(m, ids) for _ in range(3)] for name, m in models.items()}
-    rows = [
-        row(
-            f"seconds a step, {said}",
-            {n: getattr(t, p) for n, t in times.items()},
-            ".3f",
-            said != p,
-        )
-        for said, p in (("median", "p50"), ("p20", "p20"), ("p80", "p80"))
-    ]
+    finally:
+        for model in models.values():
+            model.disable_input_require_grads()
+    rows = []
+    for said, p in (("median", "p50"), ("p20", "p20"), ("p80", "p80")):
+        seconds = {name: getattr(t, p) for name, t in times.items()}
+        rows.append(row(f"seconds a step, {said}", seconds, ".3f", said == "median"))
     tax = {name: t.p50 / times["frozen"].p50 for name, t in times.items()}
     rows.append(row("LoRA tax (step / frozen)", tax, ".3f"))
     what = "peak memory of a step, MB"
@@ -308,7 +306,7 @@ def compare_cost(models: Mapping[str, Any], ids: Tensor, steps: int) -> list[Row
 
 
 def compare_decoding(models: Mapping[str, Any], prompt: Tensor, what: str) -> Row:
-    """Milliseconds a token of greedy decoding through `generate`, in eval mode.
+    """Compare the milliseconds a token of greedy decoding through `generate`, in eval mode.
 
     prompt is int64 [1, L]; the models take turns, and the first round warms up.
     """
@@ -325,28 +323,15 @@ def compare_decoding(models: Mapping[str, Any], prompt: Tensor, what: str) -> Ro
     return Row(what, ratio, None, frozen, peft, fused, ratio=True)
 
 
-@contextmanager
-def input_needs_gradient(models: Iterable[Any]) -> Iterator[None]:
-    def require(embedding: nn.Module, args: Any, out: Tensor) -> None:
-        out.requires_grad_()
-
-    handles = [m.get_input_embeddings().register_forward_hook(require) for m in models]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def synchronize(device: torch.device) -> None:
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
 
 def peak_memory(model: nn.Module, ids: Tensor) -> int | None:
-    """Bytes that one forward and backward needs at its peak, above what was held before it.
+    """Return the peak bytes of one forward and backward above what was held before it.
 
-    None where the system does not tell.
+    None if the system does not tell.
     """
     model.zero_grad(set_to_none=True)
     before = memory.held(ids.device)

@@ -1,4 +1,4 @@
-"""`lora-kernels generate`: what a model answers with its adapter, through fused layers."""
+"""`lora-kernels generate`: a model's answer with its adapter, through fused layers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def resolve(given: dict[str, Any]) -> GenerateOptions:
-    """The arguments with --run and --demo filled in, checked as far as that needs no model."""
+    """Return the arguments with --run and --demo filled in, checked without the model."""
     known = {"model": demo_model()} if given.get("demo") else {}
     options = GenerateOptions(**known | fill_in_run(given, "model", "dtype"))
     read_adapter_config(options.adapter, "--adapter")

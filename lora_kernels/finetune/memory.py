@@ -1,4 +1,4 @@
-"""The memory that a piece of work needs at its peak."""
+"""Peak memory of a piece of work."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ import torch
 
 
 def held(device: torch.device) -> int | None:
-    """Bytes in use now, where the peak is counted anew from; None where the system does not tell.
+    """Return the bytes in use now and reset the peak; None if the system does not tell.
 
-    On the CPU that is the process's resident memory, whose high-water mark Linux resets on request;
-    free heap pages are handed back first, so that memory which an earlier step left behind is not
-    taken for memory in use.
+    On the CPU that is the process's resident memory, whose high-water mark Linux resets on request.
+    Free heap pages are handed back first: what an earlier step left behind is not in use.
     """
     gc.collect()
     if device.type == "cuda":
@@ -29,10 +28,10 @@ def held(device: torch.device) -> int | None:
 
 
 def peak(device: torch.device) -> int:
-    """Bytes in use at most since `held`, which has to have told some."""
-    return (
-        torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _of_process("VmHWM")
-    )
+    """Return the most bytes in use since `held`, which must not have returned None."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return _of_process("VmHWM")
 
 
 def _of_process(field: str) -> int:

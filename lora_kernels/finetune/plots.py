@@ -7,6 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+STYLE: Any = {"axes.grid": True, "grid.alpha": 0.3, "axes.labelsize": 13, "axes.titlesize": 15}
+STYLE |= {"xtick.labelsize": 11, "ytick.labelsize": 11, "legend.fontsize": 12}
+STYLE |= {f"axes.spines.{side}": False for side in ("top", "right")} | {"legend.frameon": False}
+
 
 @contextmanager
 def draw_png(file: Path, size: tuple[float, float] = (9, 5.5), **grid: Any) -> Iterator[list[Any]]:
@@ -14,22 +18,16 @@ def draw_png(file: Path, size: tuple[float, float] = (9, 5.5), **grid: Any) -> I
 
     grid: of matplotlib's `Figure.subplots`.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=size, dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = list(figure.subplots(squeeze=False, **grid).flat)
-    yield axes
-    for each in axes:
-        each.grid(alpha=0.3)
-        each.tick_params(labelsize=11)
-        each.spines[["top", "right"]].set_visible(False)
-        each.xaxis.label.set_size(13)
-        each.yaxis.label.set_size(13)
-        each.title.set_size(15)
-        if each.get_legend_handles_labels()[0] and each.get_legend() is None:
-            each.legend(fontsize=12, frameon=False)
-    partial = file.with_name(f".{file.name}")
-    figure.savefig(partial, format="png")
-    partial.replace(file)
+    with rc_context(STYLE):
+        figure = Figure(figsize=size, dpi=150, layout="constrained")
+        axes = list(figure.subplots(squeeze=False, **grid).flat)
+        yield axes
+        for each in axes:
+            if each.get_legend_handles_labels()[0] and each.get_legend() is None:
+                each.legend()
+        partial = file.with_name(f".{file.name}")
+        figure.savefig(partial, format="png")
+        partial.replace(file)

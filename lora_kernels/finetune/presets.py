@@ -1,10 +1,10 @@
-"""Adapters for a domain by the name of a preset, many of them on one base."""
+"""Adapters for a domain by the name of a preset, several of them on one base."""
 
 from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -64,23 +64,25 @@ def find_preset(name: str | Preset) -> Preset:
 
 
 def find_targets(
-    model: nn.Module, targets: Iterable[str], argument: str = "targets"
-) -> tuple[list[str], list[str]]:
-    """What PEFT is to adapt: the names of the model's layers, and the roles that it has none for.
+    model: nn.Module, targets: str | Iterable[str], argument: str = "targets"
+) -> tuple[str | list[str], list[str]]:
+    """Return PEFT's `target_modules`, and the roles that the model has no layer for.
 
-    Raises UsageError, with the names that the model has, where nothing matches, and for a name that
-    is neither a role nor a layer's.
+    Raises UsageError, with the names that the model has, if nothing matches, or for a name that is
+    neither a role nor a layer's. targets: as a `Preset`'s.
 
     >>> model = nn.ModuleDict({"q_proj": nn.Linear(2, 2), "up_proj": nn.Linear(2, 2)})
     >>> find_targets(model, ("q", "up", "gate"))
     (['q_proj', 'up_proj'], ['gate'])
     """
-    targets, layers = tuple(targets), linear_layers(model)
-    have = list(dict.fromkeys(name.rpartition(".")[2] for name in layers))
+    targets = (targets,) if isinstance(targets, str) else tuple(targets)
+    if targets == (ALL_LINEAR,):
+        return ALL_LINEAR, []
+    have = list(dict.fromkeys(name.rpartition(".")[2] for name in linear_layers(model)))
     found, missing = dict[str, None](), []
     for target in targets:
         names = ROLES.get(target, (target,))
-        match = next((n for n in names if any(is_named(layer, n) for layer in layers)), None)
+        match = next((name for name in names if target_layers(model, [name])), None)
         if match is not None:
             found[match] = None
         elif target in ROLES:
@@ -101,30 +103,20 @@ def find_targets(
     return list(found), missing
 
 
-def is_named(name: str, target: str) -> bool:
-    """Whether PEFT takes the layer of that full name for a target."""
-    return name == target or name.endswith(f".{target}")
-
-
-def chosen_layers(
-    model: nn.Module, targets: str | Iterable[str], argument: str = "targets"
-) -> tuple[str | list[str], dict[str, nn.Module], list[str]]:
-    """PEFT's `target_modules`, the layers that those are, and the roles that the model has none
-    for; targets: as a `Preset`'s. Raises UsageError as `find_targets`."""
-    targets = (targets,) if isinstance(targets, str) else tuple(targets)
+def target_layers(model: nn.Module, names: str | Iterable[str]) -> dict[str, nn.Module]:
+    """Return the layers, by full name, that PEFT adapts for these `target_modules`."""
     layers = linear_layers(model)
-    if targets == (ALL_LINEAR,):
-        return ALL_LINEAR, layers, []
-    names, missing = find_targets(model, targets, argument)
-    adapted = {full: m for full, m in layers.items() if any(is_named(full, n) for n in names)}
-    return names, adapted, missing
+    if names == ALL_LINEAR:
+        return layers
+    ends = tuple(f".{name}" for name in names)
+    return {name: layer for name, layer in layers.items() if f".{name}".endswith(ends)}
 
 
 def check_adapter(
     skeleton: nn.Module, targets: str | Iterable[str], rank: int, argument: str = "--rank"
 ) -> None:
     """Raise UsageError for targets that the model lacks, and for a rank above a layer's width."""
-    layers = chosen_layers(skeleton, targets, "--target-modules")[1]
+    layers = target_layers(skeleton, find_targets(skeleton, targets, "--target-modules")[0])
     name = min(layers, key=lambda name: min(features(layers[name])), default=None)
     if name is not None and rank > (least := min(features(layers[name]))):
         sizes = "×".join(map(str, features(layers[name])))
@@ -144,24 +136,21 @@ def add_lora_layers(
     fused: bool = True,
     **config: Any,
 ) -> Any:
-    """Adapters by PEFT on `model` in place, fused; returns the PEFT model.
+    """Add an adapter by PEFT to `model` in place, fuse its layers, and return the PEFT model.
 
-    A PEFT model gets one adapter more, which is made the active and only trainable one.
+    On a PEFT model the new adapter becomes the active and only trainable one.
 
     Args:
         model: transformers' model, or a PEFT model of one.
         preset: "medical", "legal", "chat" or "code", or a `Preset` of your own.
-        adapter_name: by which PEFT knows it: `model.set_adapter(name)`, and a row of a batch
-            each: `model(**batch, adapter_names=[...])`.
+        adapter_name: PEFT's, for `model.set_adapter(name)` and `adapter_names=[...]`.
         rank, alpha, dropout, targets: instead of the preset's. targets: roles ("q", "k", "v", "o",
             "gate", "up", "down"), names of layers, or "all-linear".
         seed: of lora_A's start; the state of the random generators stays.
         fused: False leaves the layers stock PEFT's.
         config: of PEFT's `LoraConfig`, by its names.
 
-    Warns of roles that the model has no layer for. Raises UsageError: an unknown preset or target
-    (with the one that was meant), no matching layer (with the model's own), an adapter name that is
-    taken.
+    Warns of roles that the model has no layer for. Raises UsageError, naming the argument.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> from lora_kernels.finetune.presets import add_lora_layers
@@ -183,7 +172,7 @@ def add_lora_layers(
             "model.set_adapter() to go on with it"
         )
     base = model if peft_model is None else peft_model.get_base_model()
-    names, adapted, missing = chosen_layers(base, chosen.targets if targets is None else targets)
+    names, missing = find_targets(base, chosen.targets if targets is None else targets)
     if missing:
         warnings.warn(
             f"this {type(base).__name__} has no layer for {', '.join(missing)}; the adapter is "
@@ -191,7 +180,7 @@ def add_lora_layers(
             stacklevel=2,
         )
     any_alpha: Any = chosen.alpha  # PEFT says int and takes both
-    config = peft_settings(base, adapted) | {"lora_alpha": any_alpha} | config
+    config = peft_settings(base, names) | {"lora_alpha": any_alpha} | config
     lora = LoraConfig(r=chosen.rank, lora_dropout=chosen.dropout, target_modules=names, **config)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -203,12 +192,13 @@ def add_lora_layers(
     return fuse(peft_model) if fused else peft_model
 
 
-def peft_settings(base: Any, adapted: Mapping[str, nn.Module]) -> dict[str, Any]:
+def peft_settings(base: Any, names: str | Iterable[str]) -> dict[str, Any]:
     """Return the fields of PEFT's configuration that depend on the model and its layers."""
     from transformers.pytorch_utils import Conv1D
 
     task = {"task_type": "CAUSAL_LM"} if hasattr(base, "generate") else {}
-    return task | {"fan_in_fan_out": all(isinstance(m, Conv1D) for m in adapted.values())}
+    layers = target_layers(base, names).values()
+    return task | {"fan_in_fan_out": all(isinstance(layer, Conv1D) for layer in layers)}
 
 
 def create_domain_model(
@@ -224,26 +214,21 @@ def create_domain_model(
     training: dict[str, Any] | None = None,
     **trainer: Any,
 ) -> Any:
-    """Put a domain's adapter on `model`, train it on `data`, save it; returns the PEFT model.
+    """Add a domain's adapter to `model`, train it on `data`, save it, and return the PEFT model.
 
-    The same call goes on from the last checkpoint in `out` if there is one. Again with another
-    preset, on the model that came back, for a second domain on the same base.
+    The same call goes on from the last checkpoint in `out` if there is one. Called with another
+    preset on the model it returned, it adds a second domain to the same base.
 
     Args:
         model, preset: as `add_lora_layers`'.
         data, val: `ChatData`, or files as `load_chat` takes them, which needs the tokenizer.
-        out: folder of checkpoints, metrics and curves; the adapter goes to out/adapter, of a
-            name other than "default" to a folder of that name in it, as PEFT has it.
+        out: folder of checkpoints, metrics and curves; the adapter goes to out/adapter, or to a
+            folder of its name in it, unless that is "default".
         adapter_name: None for the preset's name.
         adapter, training, trainer: settings of `add_lora_layers`, `training_arguments` and
             `LoRATrainer`.
 
     Raises UsageError as they do.
-
-    >>> from lora_kernels.finetune.presets import create_domain_model
-    >>> create_domain_model(nn.Linear(2, 2), "legla", [], out="out")
-    Traceback (most recent call last):
-    lora_kernels.finetune.UsageError: preset: got 'legla'; did you mean 'legal'?
     """
     from .chat import ChatData, load_chat
     from .checkpoints import newest_checkpoint

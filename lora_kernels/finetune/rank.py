@@ -37,8 +37,8 @@ from .plots import draw_png
 from .presets import (
     Preset,
     add_lora_layers,
-    chosen_layers,
     find_preset,
+    find_targets,
     peft_settings,
 )
 from .provenance import Provenance
@@ -239,7 +239,7 @@ def add_adalora(model: Any, preset: Preset, steps: int, seed: int = 0, **config:
     """PEFT's AdaLoRA on `model` in place, fused, that ends with the preset's rank as the mean of
     the layers' after `steps` steps; returns the PEFT model. `Allocate` has to be among the
     callbacks. config: of `AdaLoraConfig`, by its names."""
-    names, adapted, _ = chosen_layers(model, preset.targets)
+    names, _ = find_targets(model, preset.targets)
     any_alpha: Any = preset.alpha
     schedule = {"total_step": steps, "tinit": steps // 10, "tfinal": steps // 4, "deltaT": 1}
     adalora = AdaLoraConfig(
@@ -248,7 +248,7 @@ def add_adalora(model: Any, preset: Preset, steps: int, seed: int = 0, **config:
         lora_alpha=any_alpha,
         lora_dropout=preset.dropout,
         target_modules=names,
-        **peft_settings(model, adapted) | schedule | config,
+        **peft_settings(model, names) | schedule | config,
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -11,11 +11,10 @@ import dataclasses
 import gc
 import hashlib
 import json
-import math
 import signal
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
@@ -26,7 +25,7 @@ import torch
 from peft import PeftModel
 from rich.console import Console
 from torch import Tensor, nn
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
+from transformers import PrinterCallback, Trainer, TrainerState
 
 from ..peft import explain
 from . import UsageError, model, report
@@ -45,6 +44,7 @@ from .compare import Row, compare
 from .data import token_blocks
 from .options import Adapters, Data, Options, Training, check_out, flag, pick, read_json
 from .presets import Preset, add_lora_layers, find_preset
+from .report import Progress
 from .trainer import (
     CURVES,
     METRICS,
@@ -341,45 +341,19 @@ def train_stock(stock: Any, data: ChatData, options: Options, console: Console) 
         return []
     cpu = next(stock.parameters()).device.type == "cpu"
     settings = options.training | {"eval_every": None, "save_strategy": "no", "report_to": []}
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        progress = Progress(console, "stock PEFT", options, data, stack)
-        progress.most = options.peft_steps
+    shown = progress(console, "stock PEFT", options, data)
+    shown.most = options.peft_steps
+    with tempfile.TemporaryDirectory() as folder, shown.bar:
         args = training_arguments(folder, **settings, cpu=cpu)
-        trainer: Any = Trainer(stock, args, Collator(0), data, callbacks=[progress])
+        trainer: Any = Trainer(stock, args, Collator(0), data, callbacks=[shown])
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     return list(losses(trainer.state.log_history).values())
 
 
-class Progress(TrainerCallback):  # type: ignore[misc, unused-ignore]
-    """Show each step's loss; after a signal end the step, save a checkpoint, and stop.
-
-    stack: closes the bar. Attributes: `most`, the steps after which to stop; `caught`, the signals.
-    """
-
-    def __init__(
-        self, console: Console, label: str, options: Options, data: ChatData, stack: ExitStack
-    ) -> None:
-        self.console, self.label, self.stack = console, label, stack
-        rows = options.batch * options.accumulate
-        self.tokens = rows * data.report.tokens // data.report.examples
-        self.most, self.caught = math.inf, list[int]()
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        steps = int(min(state.max_steps, self.most))
-        bar = report.progress(self.console, self.label, steps, state.global_step, self.tokens)
-        self.on_step = self.stack.enter_context(bar)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if "loss" in (logs or {}):
-            self.on_step(state.global_step, logs["loss"])
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        if self.caught:
-            control.should_save = True
-        if self.caught or state.global_step >= self.most:
-            control.should_training_stop = True
-        return control
+def progress(console: Console, label: str, options: Options, data: ChatData) -> Progress:
+    rows = options.batch * options.accumulate
+    return Progress(console, label, rows * data.report.tokens // data.report.examples)
 
 
 def training(trainer: LoRATrainer, options: Options, console: Console, data: ChatData) -> int:
@@ -396,10 +370,10 @@ def training(trainer: LoRATrainer, options: Options, console: Console, data: Cha
             trainer.restore(str(checkpoint))
             return 0
         console.print(f"going on after step {steps_done(checkpoint)} of {state.max_steps}")
-    with ExitStack() as stack, stop_on_signal() as caught:
-        progress = Progress(console, "fused", options, data, stack)
-        progress.caught = caught
-        trainer.add_callback(progress)
+    shown = progress(console, "fused", options, data)
+    trainer.add_callback(shown)
+    with shown.bar, stop_on_signal() as caught:
+        shown.caught = caught
         trainer.train(resume_from_checkpoint=checkpoint is not None)
     early = caught and trainer.state.global_step < trainer.state.max_steps
     return signal.Signals(caught[0]) if early else 0

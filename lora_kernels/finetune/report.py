@@ -1,43 +1,65 @@
-"""What the run shows: progress, tables, the loss curves."""
+"""What a run prints: progress and tables."""
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import rich.progress
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
+from transformers import TrainerCallback
 
 from .compare import Row
 
 
-@contextmanager
-def progress(
-    console: Console, label: str, steps: int, done: int, tokens_per_step: int
-) -> Iterator[Callable[[int, float], None]]:
-    """Yields `on_step(steps done, loss)`: a bar on a terminal, a line every tenth elsewhere."""
-    start = time.perf_counter()
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]}  {task.fields[speed]} tokens/s  left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(label, total=steps, completed=done, loss="–", speed="–")
+class Progress(TrainerCallback):  # type: ignore[misc, unused-ignore]
+    """Show each step's loss: a bar on a terminal, a line every tenth of the steps elsewhere.
 
-        def on_step(step: int, loss: float) -> None:
-            speed = f"{(step - done) * tokens_per_step / (time.perf_counter() - start):.0f}"
-            bar.update(task, completed=step, loss=f"{loss:.4f}", speed=speed)
-            if bar.disable and (step == steps or step % max(1, steps // 10) == 0):
-                console.print(f"{label}: step {step}/{steps}  loss {loss:.4f}  {speed} tokens/s")
+    Within `bar` as a context. After a signal, end the step, save a checkpoint, and stop.
 
-        yield on_step
+    Attributes: `most`, the steps after which to stop; `caught`, the signals.
+    """
+
+    def __init__(self, console: Console, label: str, tokens_per_step: int) -> None:
+        self.label, self.tokens_per_step = label, tokens_per_step
+        self.most, self.caught = math.inf, list[int]()
+        self.bar = rich.progress.Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]}  {task.fields[speed]} tokens/s  left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.start, self.done = time.perf_counter(), state.global_step
+        self.steps = int(min(state.max_steps, self.most))
+        counts = {"total": self.steps, "completed": self.done}
+        self.task = self.bar.add_task(self.label, **counts, loss="–", speed="–")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if "loss" not in (logs or {}):
+            return
+        step, loss, seconds = state.global_step, logs["loss"], time.perf_counter() - self.start
+        speed = f"{(step - self.done) * self.tokens_per_step / seconds:.0f}"
+        self.bar.update(self.task, completed=step, loss=f"{loss:.4f}", speed=speed)
+        if self.bar.disable and (step == self.steps or step % max(1, self.steps // 10) == 0):
+            said = f"{self.label}: step {step}/{self.steps}  loss {loss:.4f}  {speed} tokens/s"
+            self.bar.console.print(said)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        if self.caught:
+            control.should_save = True
+        if self.caught or state.global_step >= self.most:
+            control.should_training_stop = True
+        return control
 
 
 def comparison(rows: Sequence[Row], title: str) -> Table:

@@ -30,6 +30,7 @@ from . import UsageError
 from .chat import IGNORED, ChatData, Collator, check_packing
 from .checkpoints import (
     checkpoints,
+    count_more,
     find_intact,
     named_write,
     newest_checkpoint,
@@ -37,6 +38,7 @@ from .checkpoints import (
     set_aside,
     steps_done,
 )
+from .model import adapters
 from .options import check_numbers
 from .plots import draw_png
 
@@ -122,23 +124,21 @@ def training_arguments(out: str | Path, **settings: Any) -> TrainingArguments:
 class LoRATrainer(Trainer):  # type: ignore[misc, unused-ignore]
     """transformers' Trainer over a PEFT model whose adapters alone train, with fused layers.
 
-    All that Trainer does it does: `accelerate launch` and `torchrun`, callbacks, evaluation. Beside
-    that: checkpoints that get their name once they are whole, so that a process killed at any
-    moment leaves the last one loadable; `metrics.jsonl`, a line a step; `curves.png` at the end.
+    In addition: a checkpoint gets its name once it is whole, so that a process killed at any moment
+    leaves the last one loadable; `metrics.jsonl`, a line a step; `curves.png` at the end.
 
     Args:
         model: a PEFT model, fused here. Nothing but adapters and `modules_to_save` may train.
         args: by `training_arguments`, or TrainingArguments of your own.
-        train_dataset, eval_dataset: `ChatData`, or what Trainer takes. With packed rows the model
-            is asked first whether it keeps documents apart (`check_packing`).
+        train_dataset, eval_dataset: `ChatData`, or what Trainer takes. Packed rows need a model
+            that passes `check_packing`.
         lora_plus_ratio: LoRA+: the learning rate of lora_B over that of lora_A. None: equal ones.
         patience: stop once that many evaluations in a row have not lowered the loss, and go back
             to the best; needs eval_every, and save_every a multiple of it.
         others: Trainer's.
 
-    Attribute trainable: a sentence about how many parameters train.
-
-    Raises UsageError, naming the argument, before anything is written.
+    Attribute trainable: a sentence about how many parameters train. Raises UsageError, naming the
+    argument, before anything is written.
 
     >>> from torch import nn
     >>> from lora_kernels.finetune.trainer import LoRATrainer, training_arguments
@@ -180,10 +180,12 @@ class LoRATrainer(Trainer):  # type: ignore[misc, unused-ignore]
         self.remove_callback(PrinterCallback)  # a dict a step; metrics.jsonl has them
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer's. Raises UsageError where the folder holds checkpoints and none is resumed
-        from: they would be mixed up with the new run's. `resume_from_checkpoint=True` goes on from
-        the newest one, with the losses of a run that was never broken off. A newest one that
-        cannot be read is renamed with a warning, and the one before it is taken."""
+        """Train as Trainer does; `resume_from_checkpoint=True` gives the unbroken run's losses.
+
+        A newest checkpoint that cannot be read is renamed with a warning, and the one before it is
+        taken. Raises UsageError if the folder holds checkpoints and none is resumed from, since
+        they would be mixed up with the new run's.
+        """
         newest = newest_checkpoint(str(self.args.output_dir))
         if not resume_from_checkpoint and newest is not None and not self.state.global_step:
             raise UsageError(
@@ -222,7 +224,7 @@ class LoRATrainer(Trainer):  # type: ignore[misc, unused-ignore]
         return super().create_optimizer(*args, **kwargs)
 
     # Trainer's evaluation loss is a mean over batches of their means over tokens, which moves with
-    # the size of a batch and with packing. Of `Collator`'s batches it is the mean over tokens.
+    # the size of a batch and with packing. For `Collator`'s batches it is the mean over tokens.
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         self._of_tokens = [0.0, 0.0]
@@ -242,7 +244,7 @@ class LoRATrainer(Trainer):  # type: ignore[misc, unused-ignore]
         return result
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """As Trainer's, but PEFT is not to ask a hub about embeddings, which are the base's."""
+        """Save as Trainer does, but keep PEFT from asking a hub about the base's embeddings."""
         if not self.args.should_save:
             return
         folder = str(output_dir or self.args.output_dir)
@@ -260,8 +262,7 @@ class LoRATrainer(Trainer):  # type: ignore[misc, unused-ignore]
             self._load_best_model()
 
     def _load_best_model(self) -> None:
-        """PEFT saves an adapter that is not called "default" in a folder of its name, where Trainer
-        does not look."""
+        """Load it from a folder of the adapter's name, too, where PEFT saves all but "default"."""
         model: Any = self.model
         name = model.active_adapters[0]
         folder = Path(str(self.state.best_model_checkpoint), name)
@@ -308,8 +309,7 @@ class LoRATrainer(Trainer):  # type: ignore[misc, unused-ignore]
         self.accelerator.wait_for_everyone()
 
     def _rotate(self, out: Path, limit: int | None) -> None:
-        """Remove all but the newest `limit` checkpoints and the best one; under its own name each
-        is whole until it is gone."""
+        """Remove all but the newest `limit` checkpoints and the best one, renaming each first."""
         for old in sorted(checkpoints(out), key=steps_done)[:-limit] if limit else []:
             if str(old) != self.state.best_model_checkpoint:
                 old.rename(out / _PARTIAL / old.name)
@@ -317,8 +317,9 @@ class LoRATrainer(Trainer):  # type: ignore[misc, unused-ignore]
 
 
 def check_trainable(model: Any) -> str:
-    """Raise UsageError unless `model` is a PEFT model of which adapters alone train; returns how
-    many of its parameters do.
+    """Return how many parameters train, as a sentence.
+
+    Raises UsageError unless `model` is a PEFT model of which adapters alone train.
 
     >>> from torch import nn
     >>> from peft import LoraConfig, get_peft_model
@@ -331,24 +332,23 @@ def check_trainable(model: Any) -> str:
             f"model: got {type(model).__name__}, want a PEFT model; see add_lora_layers"
         )
     prefix = f".{getattr(model.base_model, 'prefix', 'lora_')}"
-    trained = [name for name, p in model.named_parameters() if p.requires_grad]
-    adapters = {name.partition(prefix)[0] for name in trained if prefix in name}
+    trained = list(adapters(model))
+    layers = {name.partition(prefix)[0] for name in trained if prefix in name}
     whole = {"modules_to_save", "trainable_tokens_delta"}
     others = [n for n in trained if prefix not in n and not whole & {*n.split(".")}]
     if others:
-        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
         raise UsageError(
-            f"model: {', '.join(others[:3])}{more} would train beside the adapters; freeze the "
+            f"model: {count_more(others)} would train beside the adapters; freeze the "
             "base, or name what is to train in LoraConfig(modules_to_save=...)"
         )
-    if not adapters:
+    if not layers:
         raise UsageError(
             "model: no adapter is trainable; make one with add_lora_layers, or load it with "
             "PeftModel.from_pretrained(..., is_trainable=True)"
         )
     count, total = model.get_nb_trainable_parameters()
     return (
-        f"trainable: {count:,} of {total:,} parameters ({count / total:.2%}), in {len(adapters)} "
+        f"trainable: {count:,} of {total:,} parameters ({count / total:.2%}), in {len(layers)} "
         "adapted layers; the rest is frozen"
     )
 
@@ -368,9 +368,9 @@ def _early_stop(args: TrainingArguments, patience: int) -> TrainerCallback:
 
 
 class MetricsLog(TrainerCallback):  # type: ignore[misc, unused-ignore]
-    """Writes what Trainer logs to out/metrics.jsonl, a line at once, and curves.png at the end.
+    """Write what Trainer logs to out/metrics.jsonl, a line at once, and curves.png at the end.
 
-    A run that goes on starts from the lines in its checkpoint.
+    A resumed run starts from the lines in its checkpoint.
     """
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -389,8 +389,10 @@ class MetricsLog(TrainerCallback):  # type: ignore[misc, unused-ignore]
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a last one that a kill cut short is left out. Raises UsageError
-    for another one that is none of ours."""
+    """Return the lines of a metrics.jsonl, without a last one that a kill cut short.
+
+    Raises UsageError for any other line that is not ours.
+    """
     if not file.exists():
         return []
     try:
@@ -404,11 +406,7 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
 
 
 def losses(lines: Sequence[dict[str, Any]], name: str = "loss") -> dict[int, float]:
-    """The loss of each step that has one; name "eval_loss" for the evaluations'.
-
-    >>> losses([{"step": 1, "loss": 2.5}, {"step": 1, "eval_loss": 2.0}])
-    {1: 2.5}
-    """
+    """Return the loss of each step that has one; name "eval_loss" for the evaluations'."""
     return {line["step"]: line[name] for line in lines if name in line}
 
 

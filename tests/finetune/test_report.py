@@ -1,6 +1,7 @@
 from pathlib import Path
 
 from rich.console import Console
+from transformers import TrainerState
 
 from lora_kernels.finetune import report
 from lora_kernels.finetune.compare import Row
@@ -42,30 +43,28 @@ def test_brackets_in_an_answer_are_text() -> None:
     assert "[exit] [/to the Queen]" in printed(report.facts({"after": "[exit] [/to the Queen]"}))
 
 
+def shown(console: Console, done: int, steps: range, total: int) -> str:
+    """Return what Progress prints of these steps, whose losses are 1 / step."""
+    progress = report.Progress(console, "fused", 256)
+    state = TrainerState(global_step=done, max_steps=total)
+    with console.capture() as capture, progress.bar:
+        progress.on_train_begin(None, state, None)
+        for state.global_step in steps:
+            progress.on_log(None, state, None, {"loss": 1 / state.global_step})
+    return capture.get()
+
+
 def test_progress_off_a_terminal_is_a_few_lines() -> None:
-    console = Console(width=80, force_terminal=False)
-    with (
-        console.capture() as capture,
-        report.progress(console, "fused", 40, 0, 256) as on_step,
-    ):
-        for step in range(1, 41):
-            on_step(step, 1 / step)
-    lines = capture.get().splitlines()
+    lines = shown(Console(width=80, force_terminal=False), 0, range(1, 41), 40).splitlines()
     assert len(lines) == 10
     assert lines[-1].startswith("fused: step 40/40  loss 0.0250  ")
     assert lines[-1].endswith(" tokens/s")
 
 
 def test_progress_on_a_terminal_shows_loss_speed_and_time_left() -> None:
-    console = Console(width=100, force_terminal=True)
-    with (
-        console.capture() as capture,
-        report.progress(console, "fused", 4, 1, 256) as on_step,
-    ):
-        on_step(2, 1.5)
-    shown = capture.get()
-    for words in ("fused", "2/4", "loss 1.5000", "tokens/s", "left"):
-        assert words in shown
+    said = shown(Console(width=100, force_terminal=True), 1, range(2, 3), 4)
+    for words in ("fused", "2/4", "loss 0.5000", "tokens/s", "left"):
+        assert words in said
 
 
 def test_curves(tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         wanted = f"'lora-kernels[{extra}]'" if extra else missing
         parser.exit(2, f"lora-kernels {name}: needs {missing}: pip install {wanted}\n")
     except UsageError as error:
-        print(f"lora-kernels {name}: {error}", file=sys.stderr)
+        print(f"lora-kernels {name}: {name_option(str(error), parsers[name])}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\nlora-kernels {name}: interrupted", file=sys.stderr)
@@ -99,6 +99,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:  # a full disk, a folder that has gone
         print(f"lora-kernels {name}: {str(error).partition(chr(10))[0]}", file=sys.stderr)
         return 1
+
+
+def name_option(message: str, parser: argparse.ArgumentParser) -> str:
+    """Return the message with the option's name for an argument's, with which it begins."""
+    argument, _, rest = message.partition(":")
+    option = "--" + argument.replace("_", "-")
+    known = any(option in action.option_strings for action in parser._actions)
+    return f"{option}:{rest}" if known else message
 
 
 def unknown(words: Sequence[str], parser: argparse.ArgumentParser) -> str:

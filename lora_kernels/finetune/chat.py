@@ -27,7 +27,7 @@ FORMS = (
     '{"prompt": ..., "completion": ...} or {"text": ...}'
 )
 _LISTED = 5  # places that a report names
-Row = dict[str, list[int]]
+Example = dict[str, list[int]]
 
 
 class BadLine(ValueError):
@@ -63,7 +63,7 @@ class Report:
             text += f"\n{len(self.skipped):,} bad lines skipped: {_some(self.skipped)}"
         return text
 
-    def fit(self, row: Row, place: str) -> Row:
+    def fit(self, row: Example, place: str) -> Example:
         """Return the row cut to the maximum length, and count it."""
         total, limit = len(row["input_ids"]), self.max_length
         cut = {name: values[:limit] for name, values in row.items()}
@@ -89,19 +89,19 @@ def _some(places: Sequence[str]) -> str:
     return "; ".join(places[:_LISTED]) + more
 
 
-class ChatData(torch.utils.data.Dataset[Row]):
+class ChatData(torch.utils.data.Dataset[Example]):
     """Examples as transformers' Trainer takes them, with the `report` of how they were read.
 
     Items are dicts of equally long lists input_ids and labels, of packed ones position_ids too.
     """
 
-    def __init__(self, rows: Sequence[Row], report: Report) -> None:
+    def __init__(self, rows: Sequence[Example], report: Report) -> None:
         self.rows, self.report = list(rows), report
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> Row:
+    def __getitem__(self, index: int) -> Example:
         return self.rows[index]
 
     def split(self, share: float, seed: int = 0) -> tuple[ChatData, ChatData]:
@@ -158,7 +158,7 @@ def load_chat(
     lora_kernels.finetune.UsageError: data: ...chat.jsonl:1: invalid JSON (Expecting value at ...
     """
     check_choice("on_bad_line", on_bad_line, ("error", "skip"))
-    check_numbers({"max_length": max_length}, str, max_length=2)
+    check_numbers({"max_length": max_length})
     report, rows = Report(max_length), []
     for file in [files] if isinstance(files, str | Path) else files:
         for place, read in _examples(Path(file), tokenizer, max_length):
@@ -188,7 +188,7 @@ def read_data(file: Path) -> bytes:
 
 def _examples(
     file: Path, tokenizer: Any, max_length: int
-) -> Iterator[tuple[str, Callable[[], Row]]]:
+) -> Iterator[tuple[str, Callable[[], Example]]]:
     """Yield each example's place, `file:line`, and the function that reads it."""
     raw = read_data(file)
     if file.suffix not in (".jsonl", ".json"):
@@ -204,7 +204,7 @@ def _examples(
             yield f"{file}:{number}", partial(_read_line, line, tokenizer)
 
 
-def _read_line(line: bytes, tokenizer: Any) -> Row:
+def _read_line(line: bytes, tokenizer: Any) -> Example:
     try:
         record = json.loads(line.decode("utf-8"))
         if rb"\ud" in line.lower():  # half of a surrogate pair is JSON, but no text
@@ -225,7 +225,7 @@ def _read_line(line: bytes, tokenizer: Any) -> Row:
     return encode(record, tokenizer)
 
 
-def _row(ids: Sequence[int], learnt: Iterable[Any]) -> Row:
+def _row(ids: Sequence[int], learnt: Iterable[Any]) -> Example:
     """Return the tokens, with labels where `learnt` is true.
 
     The first label is -100: no token predicts it, alone or packed behind another document.
@@ -241,7 +241,7 @@ def _kind(value: Any) -> str:
     return f"a JSON {type(value).__name__}"
 
 
-def encode(record: Any, tokenizer: Any) -> Row:
+def encode(record: Any, tokenizer: Any) -> Example:
     """Return tokens and labels of one JSON object; the forms are `load_chat`'s.
 
     Raises BadLine for any other object, UsageError for a tokenizer that cannot encode it.
@@ -293,8 +293,8 @@ def _messages(value: Any, name: str) -> list[dict[str, Any]]:
     return value
 
 
-def _encode_chat(messages: list[dict[str, Any]], tokenizer: Any, first: int = 0) -> Row:
-    """By the chat template; the assistant's turns from messages[first] on are learnt."""
+def _encode_chat(messages: list[dict[str, Any]], tokenizer: Any, first: int = 0) -> Example:
+    """Encode by the chat template, with labels on the assistant's turns from messages[first] on."""
     turns = [i for i, m in enumerate(messages) if i >= first and m["role"] == "assistant"]
     if not turns:
         raise BadLine("no assistant turn, so nothing to learn; add one, or take the line out")
@@ -337,8 +337,8 @@ def _rendered(messages: list[Any], tokenizer: Any, tokenize: bool = False, **opt
 
 def _encode_text(
     text: str, spans: Sequence[tuple[int, int | None]], tokenizer: Any, templated: bool = False
-) -> Row:
-    """A token is learnt where its first character lies in one of the spans of characters.
+) -> Example:
+    """Encode the text, with labels on tokens whose first character lies in one of the spans.
 
     A template writes its special tokens itself; other text gets the tokenizer's, and an end.
     """
@@ -369,12 +369,12 @@ def _encode_text(
 
 
 def pack(data: ChatData, length: int) -> ChatData:
-    """Rows of up to `length` tokens that hold whole documents, each with positions from 0 on.
+    """Return rows of up to `length` tokens that hold whole documents, with positions from 0 each.
 
-    By best fit, longest first. transformers keeps documents apart where positions start anew and
-    no attention mask is given; `check_packing` asks a model whether it does so.
+    By best fit, longest first. transformers keeps documents apart if positions start anew and
+    there is no attention mask; `check_packing` tests whether a model does so.
 
-    Raises UsageError where an example is longer than `length`, or was packed before.
+    Raises UsageError if an example is longer than `length`, or was packed before.
     """
     if any("position_ids" in row for row in data.rows):
         raise UsageError("data: is packed already")
@@ -408,8 +408,7 @@ class Collator:
 
     @classmethod
     def of(cls, tokenizer: Any) -> Collator:
-        """With the tokenizer's padding token, or its end-of-sequence token, or 0: whichever it is,
-        masks and labels leave it out."""
+        """Pad with the tokenizer's padding token, else its end-of-sequence token, else 0."""
         names = ("pad_token_id", "eos_token_id")
         found = (getattr(tokenizer, name, None) for name in names)
         return cls(next((int(token) for token in found if token is not None), 0))
@@ -426,10 +425,10 @@ class Collator:
 
 @torch.no_grad()
 def check_packing(model: nn.Module) -> None:
-    """Raise UsageError where documents packed into one row can see each other.
+    """Raise UsageError if documents packed into one row can see each other.
 
-    Two short documents, and the first one again with other tokens: the second one's logits must
-    not move by a bit. The model's mode is put back.
+    The logits of the second of two short documents must not change by a bit with the first one's
+    tokens. The model's mode is put back.
     """
     device = next(model.parameters()).device
     ids = torch.tensor([[1, 2, 3, 4, 5, 3, 2, 1, 4], [6, 7, 5, 4, 2, 3, 2, 1, 4]], device=device)

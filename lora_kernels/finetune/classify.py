@@ -41,7 +41,7 @@ from .rank import WARMUP, Allocate, add_adalora
 from .trainer import LoRATrainer, losses, training_arguments
 
 _RENAMED = "train_sampling_strategy" in {f.name for f in dataclasses.fields(TrainingArguments)}
-# Texts of about a length in a batch, which are padded less.
+# Texts of similar length in a batch need less padding.
 GROUPED: dict[str, Any] = (
     {"train_sampling_strategy": "group_by_length"} if _RENAMED else {"group_by_length": True}
 )
@@ -49,7 +49,7 @@ GROUPED: dict[str, Any] = (
 
 @dataclass(frozen=True)
 class Task:
-    """What each method is tried on. model: transformers model folder, or GGUF file."""
+    """The data and settings of each method. model: transformers model folder, or GGUF file."""
 
     model: str | Path
     train: Labelled
@@ -63,7 +63,7 @@ class Task:
 @dataclass(frozen=True)
 class Run:
     """One training. score: the share of held-out texts with the right label; step_seconds: the
-    median step's; peak_memory: bytes, None where the system does not tell."""
+    median; peak_memory: bytes, None if the system does not tell."""
 
     seed: int
     score: float
@@ -108,32 +108,33 @@ def compare_methods(
 ) -> list[Outcome]:
     """Train by each method from each seed, in a process a method, one after another.
 
-    A seed settles the classifier's and the adapters' start, the order of the texts and dropout.
+    A seed determines the classifier's and the adapters' start, the order of the texts and dropout.
     Raises UsageError if a model or a device cannot be used. A script that calls this needs the
     usual `if __name__ == "__main__":`.
     """
     if not seeds:
         raise UsageError("seeds: got none, want at least one")
     found = []
+    spawn = multiprocessing.get_context("spawn")
     for name, method in methods.items():
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), quiet) as pool:
-            job = pool.submit(try_method, task, name, method, seeds, torch.get_num_threads())
-            found.append(job.result())
+        with ProcessPoolExecutor(1, spawn, start_process, (torch.get_num_threads(),)) as pool:
+            found.append(pool.submit(try_method, task, name, method, seeds).result())
         on_method(found[-1])
     return found
 
 
-def try_method(
-    task: Task, name: str, method: Method, seeds: Sequence[int], threads: int | None = None
-) -> Outcome:
-    """All runs of one method, in this process."""
-    if threads is not None:
-        torch.set_num_threads(threads)
+def start_process(threads: int) -> None:
+    quiet()
+    torch.set_num_threads(threads)
+
+
+def try_method(task: Task, name: str, method: Method, seeds: Sequence[int]) -> Outcome:
+    """Return all runs of one method, in this process."""
     return Outcome(name, method, [train_once(task, method, seed) for seed in seeds])
 
 
 def train_once(task: Task, method: Method, seed: int) -> Run:
-    """Load the model, train it on the task by the method, score it."""
+    """Load the model, train it on the task by the method, and score it."""
     device = usable_device(task.device)
     tokenizer = load_tokenizer(Path(task.model))
     if tokenizer.pad_token is None:
@@ -149,6 +150,7 @@ def train_once(task: Task, method: Method, seed: int) -> Run:
     parts["callbacks"] = [clock, *([Allocate()] if method.adalora else [])]
     with tempfile.TemporaryDirectory() as folder:
         args = training_arguments(folder, **settings)
+        trainer: Any
         if method.rank is None:
             trainer = Trainer(model, args, **parts)
             trainer.remove_callback(PrinterCallback)
@@ -157,30 +159,28 @@ def train_once(task: Task, method: Method, seed: int) -> Run:
         memory.held(device)
         trainer.train()
         peak = None if before is None else memory.peak(device) - before
-        found = list(losses(trainer.state.log_history).values())
         saved = saved_bytes(model, Path(folder))
-        rows: Any = held_out
-        said: Any = trainer.predict(rows)
+        said = trainer.predict(held_out)
     return Run(
         seed,
-        float((said.predictions.argmax(-1) == said.label_ids).mean()),
-        statistics.mean(found[-10:]),
-        statistics.median(clock.seconds[len(clock.seconds) // 10 :]),  # the first ones warm up
-        sum(p.numel() for p in adapters(model).values()),
-        saved,
-        peak,
+        score=float((said.predictions.argmax(-1) == said.label_ids).mean()),
+        loss=statistics.mean(list(losses(trainer.state.log_history).values())[-10:]),
+        step_seconds=statistics.median(clock.seconds[len(clock.seconds) // 10 :]),  # after warm-up
+        trainable=sum(p.numel() for p in adapters(model).values()),
+        saved_bytes=saved,
+        peak_memory=peak,
     )
 
 
 def build(task: Task, method: Method, seed: int, pad_token_id: int | None) -> Any:
-    """The model with a new classifier, and what of it trains."""
+    """Return the model with a new classifier, adapted or frozen as the method says."""
     device = usable_device(task.device)
     torch.manual_seed(seed)
     model: Any = load_float32(
         AutoModelForSequenceClassification, Path(task.model), num_labels=len(task.train.names)
     )
     for t in (*model.parameters(), *model.buffers()):
-        t.data = t.data.clone()  # a view of the file has all of it counted for as long as it lives
+        t.data = t.data.clone()  # a view would keep all of the file in memory
     model.config.pad_token_id = pad_token_id  # before which a causal model's last token stands
     model.to(device)
     if method.frozen:
@@ -199,7 +199,7 @@ def build(task: Task, method: Method, seed: int, pad_token_id: int | None) -> An
 
 
 def saved_bytes(model: Any, folder: Path) -> int:
-    """Of the file that holds what was trained: PEFT's for an adapter."""
+    """Return the bytes of a file with the trained parameters: PEFT's for an adapter."""
     if isinstance(model, PeftModel):
         model.save_pretrained(str(folder), save_embedding_layers=False)
     else:
@@ -209,7 +209,7 @@ def saved_bytes(model: Any, folder: Path) -> int:
 
 
 def encode(data: Labelled, tokenizer: Any, task: Task) -> list[dict[str, Any]]:
-    """Rows for the collator, long texts cut."""
+    """Return rows for the collator, long texts cut."""
     ids = tokenizer(list(data.texts), truncation=True, max_length=task.max_length)["input_ids"]
     return [
         {"input_ids": row, "labels": label} for row, label in zip(ids, data.labels, strict=True)
@@ -217,7 +217,7 @@ def encode(data: Labelled, tokenizer: Any, task: Task) -> list[dict[str, Any]]:
 
 
 class Clock(TrainerCallback):  # type: ignore[misc, unused-ignore]
-    """The seconds of each step: forward, backward, optimizer."""
+    """Note the seconds of each step: forward, backward, optimizer."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []

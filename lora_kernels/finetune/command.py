@@ -1,4 +1,4 @@
-"""`lora-kernels finetune`: its arguments, checked before anything heavy is loaded."""
+"""`lora-kernels finetune`: its arguments; what it shares with the other commands."""
 
 from __future__ import annotations
 
@@ -56,7 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Return the exit status: 0, 1 if a check failed, 128 + signal if stopped."""
     quiet()
-    options = options_from(args)
+    options = Options(**fill_in_demo(vars(args), **DEMO))
+    require(options, ("model", "data"), "try --demo")
     from . import recipe
 
     try:
@@ -72,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def read_inputs(
-    options: Any, targets: Iterable[str], rank: int, argument: str = "--rank"
+    options: Any, targets: Iterable[str], rank: int, argument: str = "rank"
 ) -> tuple[torch.device, Any, int, ChatData]:
     """Return the device, the tokenizer, the most tokens of an example, and the data.
 
@@ -105,19 +106,6 @@ def quiet() -> None:
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     warnings.simplefilter("ignore", FutureWarning)  # PEFT's and transformers' at each other
-
-
-def options_from(args: argparse.Namespace) -> Options:
-    from .model import check_quant, locate
-    from .presets import find_preset
-
-    options = Options(**fill_in_demo(vars(args), **DEMO))
-    require(options, ("model", "data"), "try --demo")
-    locate(options.model)
-    check_quant(options.quant)
-    if options.preset:
-        find_preset(options.preset)
-    return options
 
 
 def taught(demo: Options) -> Options:

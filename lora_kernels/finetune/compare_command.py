@@ -1,4 +1,4 @@
-"""`lora-kernels compare`: one task by several methods from several seeds, and a table of it."""
+"""`lora-kernels compare`: a table of one task by several methods from several seeds."""
 
 from __future__ import annotations
 
@@ -38,11 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def chosen_methods(names: Sequence[str], rates: Sequence[str]) -> dict[str, Method]:
-    """Raises UsageError for what is no method or no rate, with the method that was meant."""
+    """Return the methods with their learning rates. Raises UsageError for an unknown name."""
     given = [rate.partition("=") for rate in rates]
-    for option, name in [*(("methods", n) for n in names), *(("lr", n) for n, _, _ in given)]:
-        if name not in METHODS:
-            raise UsageError(f"--{option}: got {name!r}; {suggest(name, METHODS, 'some')}")
+    for option, asked in (("methods", names), ("lr", [name for name, _, _ in given])):
+        for name in asked:
+            if name not in METHODS:
+                raise UsageError(f"{option}: got {name!r}; {suggest(name, METHODS, 'some')}")
     chosen = {name: METHODS[name] for name in names or METHODS}
     for name, _, number in given:
         try:
@@ -50,30 +51,26 @@ def chosen_methods(names: Sequence[str], rates: Sequence[str]) -> dict[str, Meth
         except ValueError:
             lr = 0.0
         if not 0.0 < lr < float("inf"):
-            raise UsageError(f"--lr: got {name}={number}, want a positive number after the =")
+            raise UsageError(f"lr: got {name}={number}, want a positive number after the =")
         if name in chosen:
             chosen[name] = dataclasses.replace(chosen[name], lr=lr)
     return chosen
 
 
 def read_task(options: CompareOptions) -> tuple[Task, str]:
-    """The task, and what it is in words."""
+    """Return the task, and a description of it."""
     from .classify import Task
     from .inputs import demo_encoder, demo_reviews
     from .labelled import read_labelled
-    from .model import check_length, display_name, load_config, locate, usable_device
+    from .model import check_length, display_name, load_config, usable_device
 
     all_demo = options.demo and options.model is options.data is None
-    fields: Any = {"text": options.text, "label": options.label, "group": options.group}
-    fields |= {"labels": options.labels or None}
     if options.demo:
-        if options.data is None:
-            fields |= DEMO
-        options = dataclasses.replace(
-            options, model=options.model or demo_encoder(), data=options.data or demo_reviews()
-        )
+        changes: Any = {"model": options.model or demo_encoder()}
+        changes |= {} if options.data else {"data": demo_reviews(), **DEMO}
+        options = dataclasses.replace(options, **changes)
     require(options, ("model", "data"), "try --demo")
-    locate(options.model)
+    fields = pick(options, "text label group") | {"labels": options.labels or None}
     check_length(options.max_length, load_config(options.model))
     train, held_out = read_labelled(options.data, **fields).split(options.train, options.held_out)
     about = f"{display_name(options.model)} on {options.data.name}"
@@ -124,10 +121,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def largest_share(labels: Sequence[int]) -> float:
-    """
-    >>> largest_share([0, 1, 1, 1])
-    0.75
-    """
+    """Return the share of the commonest label."""
     return Counter(labels).most_common(1)[0][1] / len(labels)
 
 
@@ -145,7 +139,7 @@ def cells_of(row: Mapping[str, Any]) -> list[str]:
 
 
 def markdown(data: Mapping[str, Any]) -> str:
-    """The table, and what a reader needs to judge it."""
+    """Return the report: the table, and what a reader needs to judge it."""
     from .provenance import quietness
 
     table = [HEAD, ["---"] * len(HEAD), *map(cells_of, data["rows"])]

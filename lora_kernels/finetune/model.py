@@ -24,7 +24,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ALL_LINEAR = "all-linear"  # PEFT's word for every linear layer but the output embedding
 
 
-def locate(model: Path, argument: str = "--model") -> tuple[Path, str | None]:
+def locate(model: Path, argument: str = "model") -> tuple[Path, str | None]:
     """Return the folder to load from and, if the weights are in a GGUF file, that file's name.
 
     model: a folder, a GGUF file, or a hub id whose snapshot is in the local cache.
@@ -73,7 +73,7 @@ def identifier(model: Path) -> str:
 _EMBEDDINGS = ("embed_tokens", "lm_head", "wte")
 
 
-def load_adapter(base: Any, folder: Path, argument: str = "adapter") -> Any:
+def load_adapter(base: Any, folder: Path) -> Any:
     """Return stock PEFT's model of `base` with the adapter that the folder holds, in eval mode.
 
     Raises UsageError if the adapter cannot be read or does not fit the base. PEFT would leave the
@@ -82,16 +82,16 @@ def load_adapter(base: Any, folder: Path, argument: str = "adapter") -> Any:
     """
     import peft
 
-    config = read_adapter_config(folder, argument)
+    config = read_adapter_config(folder)
     config.inference_mode = True
     config.base_model_name_or_path = None  # PEFT warns where the base has moved
-    unfit = f"{argument}: {folder} does not fit the base"
+    unfit = f"adapter: {folder} does not fit the base"
     with translate_errors(unfit, ValueError, TypeError, RuntimeError):
         stock: Any = peft.get_peft_model(base, config)
     names = ("adapter_model.safetensors", "adapter_model.bin")
     if not any((folder / name).is_file() for name in names):  # PEFT would ask a hub for it
-        raise UsageError(f"{argument}: {folder} holds no {names[0]}")
-    with translate_errors(f"{argument}: {folder} cannot be read"):
+        raise UsageError(f"adapter: {folder} holds no {names[0]}")
+    with translate_errors(f"adapter: {folder} cannot be read"):
         state: dict[str, Tensor] = peft.load_peft_weights(str(folder), device=str(stock.device))
     want = peft.get_peft_model_state_dict(stock, save_embedding_layers=False)
     embeddings = {key for key in state if key.rpartition(".")[0].endswith(_EMBEDDINGS)}
@@ -111,24 +111,24 @@ def load_adapter(base: Any, folder: Path, argument: str = "adapter") -> Any:
     return stock.eval()
 
 
-def read_adapter_config(folder: Path, argument: str = "adapter") -> Any:
+def read_adapter_config(folder: Path) -> Any:
     """Return PEFT's configuration of the adapter in the folder. Raises UsageError."""
     from peft import PeftConfig
 
     if not (folder / "adapter_config.json").is_file():
         raise UsageError(
-            f"{argument}: {folder} holds no adapter_config.json; give a folder that PEFT has saved "
+            f"adapter: {folder} holds no adapter_config.json; give a folder that PEFT has saved "
             "an adapter in"
         )
     # PEFT checks no field, so that a wrong one raises anything.
-    with translate_errors(f"{argument}: {folder}/adapter_config.json cannot be read"):
+    with translate_errors(f"adapter: {folder}/adapter_config.json cannot be read"):
         return PeftConfig.from_pretrained(str(folder))
 
 
 def check_quant(quant: str | None) -> None:
-    """Raise UsageError where a base model cannot be held in 4 bits."""
+    """Raise UsageError if a base model cannot be held in 4 bits."""
     if quant is not None and importlib.util.find_spec("bitsandbytes") is None:
-        raise UsageError("--quant: 4-bit layers need bitsandbytes: pip install bitsandbytes")
+        raise UsageError("quant: 4-bit layers need bitsandbytes: pip install bitsandbytes")
 
 
 def display_name(model: Path) -> str:
@@ -142,6 +142,7 @@ def load_base(
     """Return the frozen causal language model, in eval mode; quant: see `quantize`."""
     from transformers import AutoModelForCausalLM
 
+    check_quant(quant)
     base = load_float32(AutoModelForCausalLM, model, whole=True)
     cast_parameters(base, dtype)
     if quant is not None:
@@ -157,7 +158,7 @@ def load_float32(auto_class: Any, model: Path, whole: bool = False, **kwargs: An
     how = {"dtype": torch.float32, "output_loading_info": True}
     loaded, report = _load(auto_class, model, **how, **kwargs)
     if whole and (missing := report["missing_keys"]):
-        raise UsageError(f"--model: {model} lacks the weight {count_more(sorted(missing))}")
+        raise UsageError(f"model: {model} lacks the weight {count_more(sorted(missing))}")
     if locate(model)[1] is not None:
         # Decoded as it was read, yet marked as quantized, which Trainer and save_pretrained heed.
         del loaded.hf_quantizer, loaded.is_quantized, loaded.quantization_method
@@ -179,7 +180,7 @@ def build_skeleton(model: Path) -> nn.Module:
     config = load_config(model)
     from_config: Any = AutoModelForCausalLM.from_config
     # A field that the model's code has no use for may raise anything.
-    with translate_errors(f"--model: transformers cannot build {model}"), torch.device("meta"):
+    with translate_errors(f"model: transformers cannot build {model}"), torch.device("meta"):
         return cast(nn.Module, from_config(config))
 
 
@@ -204,7 +205,7 @@ def check_length(asked: int | None, model: Any) -> int:
         return MAX_LENGTH if asked is None else asked
     if asked is not None and asked > positions:
         raise UsageError(
-            f"--max-length: got {asked}, want at most {positions}, the positions of the model"
+            f"max_length: got {asked}, want at most {positions}, the positions of the model"
         )
     return min(MAX_LENGTH, positions) if asked is None else asked
 
@@ -270,7 +271,7 @@ def _load(auto_class: Any, model: Path, **kwargs: Any) -> Any:
     folder, gguf_file = locate(model)
     kwargs |= {"gguf_file": gguf_file, "local_files_only": True}
     # A damaged file makes each library raise something of its own.
-    with translate_errors(f"--model: transformers cannot load {model}"):
+    with translate_errors(f"model: transformers cannot load {model}"):
         return auto_class.from_pretrained(folder, **kwargs)
 
 
@@ -278,7 +279,7 @@ def usable_device(name: str) -> torch.device:
     """Return the device of that name; without a name a GPU if there is one, else the CPU."""
     # AssertionError where torch has no CUDA at all.
     with translate_errors(
-        f"--device: got {name}, which cannot be used", RuntimeError, AssertionError
+        f"device: got {name}, which cannot be used", RuntimeError, AssertionError
     ):
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device)
@@ -342,7 +343,7 @@ def layer_states(layers: Explanation) -> list[str]:
 
 
 def adapters(model: nn.Module) -> dict[str, Parameter]:
-    """The trainable parameters by name."""
+    """Return the trainable parameters by name."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -393,5 +394,5 @@ class Clock:
 
     @property
     def steps(self) -> list[float]:
-        """Seconds that each token after the first took; times[1] is the first one's."""
+        """Return the seconds of each token after the first, which took times[1]."""
         return [b - a for a, b in zip(self.times[1:], self.times[2:], strict=False)]

@@ -31,32 +31,41 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "probability": (lambda value: 0.0 <= value < 1.0, "a probability in [0, 1)"),
     "seed": (lambda value: 0 <= value <= MAX_SEED, f"0 to {MAX_SEED}"),
 }
+# The least value of each argument, or the name of its range.
+_WANTED: dict[str, int | str] = {
+    **dict.fromkeys(
+        ("rank", "batch", "accumulate", "steps", "eval_every", "save_every", "keep"), 1
+    ),
+    **dict.fromkeys(("patience", "sgd_steps", "seeds", "max_new_tokens"), 1),
+    **dict.fromkeys(("max_length", "timed_steps"), 2),
+    **dict.fromkeys(("alpha", "lr", "epochs", "lora_plus_ratio"), "positive"),
+    **dict.fromkeys(("weight_decay", "max_grad_norm", "temperature"), "natural"),
+    **{"warmup": "share", "eval_share": "share", "dropout": "probability", "seed": "seed"},
+}
 
 
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def check_numbers(
-    given: Mapping[str, Any], named: Callable[[str], str] = flag, /, **wanted: int | str
-) -> None:
-    """Raise UsageError for a number out of its range; None passes.
+def check_numbers(given: Mapping[str, Any], /, **wanted: int | str) -> None:
+    """Raise UsageError for an argument out of the range of its name; None passes.
 
-    wanted: of each its least value, or a name of `_RANGES`. named: how the message calls it.
+    wanted: ranges that differ here, or are not in `_WANTED`.
 
-    >>> check_numbers({"lr": 0.1, "batch": 0}, lr="positive", batch=1)
+    >>> check_numbers({"lr": 0.1, "batch": 0})
     Traceback (most recent call last):
-    lora_kernels.finetune.UsageError: --batch: got 0, want at least 1
+    lora_kernels.finetune.UsageError: batch: got 0, want at least 1
     """
-    for name, want in wanted.items():
-        value = given[name]
+    for name, want in (_WANTED | wanted).items():
+        value = given.get(name)
         if isinstance(want, int):
             ok, words = value is None or value >= want, f"at least {want}"
         else:
             inside, words = _RANGES[want]
             ok = value is None or inside(value)
         if not ok:
-            raise UsageError(f"{named(name)}: got {value}, want {words}")
+            raise UsageError(f"{name}: got {value}, want {words}")
 
 
 def check_choice(name: str, value: Any, wanted: Iterable[str]) -> None:
@@ -66,11 +75,11 @@ def check_choice(name: str, value: Any, wanted: Iterable[str]) -> None:
         raise UsageError(f"{name}: got {value!r}, want {', '.join(rest)} or {last}")
 
 
-def check_ranks(name: str, ranks: Iterable[int]) -> None:
+def check_ranks(ranks: Iterable[int]) -> None:
     """Raise UsageError unless the ranks are different ones, each at least 1."""
     ranks = tuple(ranks)
     if not ranks or len(set(ranks)) < len(ranks) or min(ranks) < 1:
-        raise UsageError(f"{name}: got {ranks}, want different ones, each at least 1")
+        raise UsageError(f"ranks: got {ranks}, want different ones, each at least 1")
 
 
 def pick(options: Any, names: str | Iterable[str]) -> dict[str, Any]:
@@ -122,7 +131,7 @@ def check_out(out: Path, instead: str = "that can be written") -> None:
     from ..measure.outputs import unwritable_reason
 
     if reason := unwritable_reason(out, folder=True):
-        raise UsageError(f"--out: {reason}; give a folder {instead}")
+        raise UsageError(f"out: {reason}; give a folder {instead}")
 
 
 # Arguments of several commands
@@ -213,42 +222,35 @@ class Options(Checks, Training, Data, Adapters, Inputs):
     """
 
     def __post_init__(self) -> None:
-        at_least = ("rank", "alpha", "batch", "accumulate", "steps", "save_every", "sgd_steps")
-        check_numbers(
-            vars(self),
-            **dict.fromkeys(at_least, 1),
-            **dict.fromkeys(("eval_every", "patience", "peft_steps"), 0),
-            **dict.fromkeys(("max_length", "timed_steps"), 2),
-            **{"seed": "seed", "dropout": "probability", "eval_share": "share", "warmup": "share"},
-            **{"lr": "positive", "epochs": "positive", "weight_decay": "natural"},
-        )
+        none_as_0 = dict.fromkeys(("eval_every", "patience", "peft_steps"), 0)
+        check_numbers(vars(self), alpha=1, **none_as_0)
         check_numbers({"lora_plus": self.lora_plus or None}, lora_plus="positive")
         if self.steps is not None and self.epochs is not None:
-            raise UsageError("--epochs: want no --steps beside it, which says the same otherwise")
+            raise UsageError("epochs: want no --steps beside it, which says the same otherwise")
         if self.init == "orthogonal" and self.rank is not None and self.rank % 2:
-            raise UsageError(f"--rank: got {self.rank}, want an even one for --init orthogonal")
+            raise UsageError(f"rank: got {self.rank}, want an even one for --init orthogonal")
         for name in ("eval_every", "patience"):
             if getattr(self, name) and not self.eval_share:
-                raise UsageError(f"{flag(name)}: needs held-out data; give --eval-share too")
+                raise UsageError(f"{name}: needs held-out data; give --eval-share too")
         if self.patience and (not self.eval_every or self.save_every % self.eval_every):
             raise UsageError(
-                f"--patience: got --save-every {self.save_every}, want a multiple of --eval-every, "
+                f"patience: got --save-every {self.save_every}, want a multiple of --eval-every, "
                 f"which is {self.eval_every}"
             )
         for name in self.report_to:
             if name not in REPORTERS:
-                raise UsageError(f"--report-to: got {name}, want some of {', '.join(REPORTERS)}")
+                raise UsageError(f"report_to: got {name}, want some of {', '.join(REPORTERS)}")
             if importlib.util.find_spec(name) is None:
-                raise UsageError(f"--report-to: {name} needs its package: pip install {name}")
+                raise UsageError(f"report_to: {name} needs its package: pip install {name}")
 
     @property
     def has_json(self) -> bool:
-        """True if the data are JSON lines, whose preset is "chat" where none is given."""
+        """Return whether the data are JSON lines, whose default preset is "chat"."""
         return any(file.suffix in (".jsonl", ".json") for file in self.data)
 
     @property
     def training(self) -> dict[str, Any]:
-        """The keyword arguments of `training_arguments`."""
+        """Return the keyword arguments of `training_arguments`."""
         names = "batch accumulate lr scheduler warmup weight_decay checkpointing save_every seed "
         given = pick(self, names + "report_to") | {"bf16": self.autocast}
         given["eval_every"] = self.eval_every or (self.save_every if self.eval_share else None)
@@ -282,12 +284,12 @@ class RankOptions:
 
     def __post_init__(self) -> None:
         require(self, ("model", "data"), "try --demo")
-        check_ranks("--ranks", self.ranks)
-        check_numbers(vars(self), batch=1, steps=1, max_length=2, lr="positive", seed="seed")
+        check_ranks(self.ranks)
+        check_numbers(vars(self))
         if self.adalora and self.steps < 10:
-            raise UsageError(f"--steps: got {self.steps}, want at least 10, or --no-adalora")
+            raise UsageError(f"steps: got {self.steps}, want at least 10, or --no-adalora")
         if self.examples < 0 or self.examples == 1:
-            raise UsageError(f"--examples: got {self.examples}, want at least 2, or 0 for all")
+            raise UsageError(f"examples: got {self.examples}, want at least 2, or 0 for all")
 
 
 @dataclass(frozen=True)
@@ -313,7 +315,7 @@ class CompareOptions:
     device: str = arg("", _DEVICE)
 
     def __post_init__(self) -> None:
-        check_numbers(vars(self), seeds=1, steps=1, batch=1, max_length=1)
+        check_numbers(vars(self) | {"lr": None}, max_length=1)
 
 
 @dataclass(frozen=True)
@@ -356,8 +358,8 @@ class GenerateOptions:
     def __post_init__(self) -> None:
         require(self, ("model", "adapter"), "--run")
         if not self.prompt:
-            raise UsageError("--prompt: got none, want a text that is answered")
-        check_numbers(vars(self), seed="seed", max_new_tokens=1, temperature="natural")
+            raise UsageError("prompt: got none, want a text that is answered")
+        check_numbers(vars(self))
 
 
 def fill_in_demo(given: dict[str, Any], **defaults: Any) -> dict[str, Any]:
@@ -385,12 +387,12 @@ def read_run(folder: Path) -> dict[str, Any]:
     """Return the arguments of the run that `finetune` wrote to the folder. Raises UsageError."""
     file = folder / "run.json"
     if not file.is_file():
-        raise UsageError(f"--run: {folder} holds no run.json; give finetune's --out")
-    saved = read_json(file, "--run")
+        raise UsageError(f"run: {folder} holds no run.json; give finetune's --out")
+    saved = read_json(file, "run")
     if not isinstance(saved, dict) or not all(
         isinstance(saved.get(name), str) for name in ("model", "dtype")
     ):
-        raise UsageError(f"--run: {file} names no model and dtype; give finetune's --out")
+        raise UsageError(f"run: {file} names no model and dtype; give finetune's --out")
     return saved
 
 

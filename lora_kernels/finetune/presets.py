@@ -50,7 +50,7 @@ ROLES: dict[str, tuple[str, ...]] = {
 
 
 def find_preset(name: str | Preset) -> Preset:
-    """The preset of that name. Raises UsageError that suggests the one that was meant.
+    """Return the preset of that name. Raises UsageError that suggests the closest name.
 
     >>> find_preset("medcial")
     Traceback (most recent call last):
@@ -98,7 +98,7 @@ def find_targets(
         raise UsageError(
             f"{argument}: got {', '.join(targets) or 'none'}, which no layer of this "
             f"{type(model).__name__} matches; its linear layers are {', '.join(have) or 'none'}: "
-            f"name some of them in {argument}"
+            "name some of them"
         )
     return list(found), missing
 
@@ -113,10 +113,10 @@ def target_layers(model: nn.Module, names: str | Iterable[str]) -> dict[str, nn.
 
 
 def check_adapter(
-    skeleton: nn.Module, targets: str | Iterable[str], rank: int, argument: str = "--rank"
+    skeleton: nn.Module, targets: str | Iterable[str], rank: int, argument: str = "rank"
 ) -> None:
     """Raise UsageError for targets that the model lacks, and for a rank above a layer's width."""
-    layers = target_layers(skeleton, find_targets(skeleton, targets, "--target-modules")[0])
+    layers = target_layers(skeleton, find_targets(skeleton, targets, "target_modules")[0])
     name = min(layers, key=lambda name: min(features(layers[name])), default=None)
     if name is not None and rank > (least := min(features(layers[name]))):
         sizes = "×".join(map(str, features(layers[name])))
@@ -164,7 +164,7 @@ def add_lora_layers(
     given = {"rank": rank, "alpha": alpha, "dropout": dropout}
     changes: Any = {name: value for name, value in given.items() if value is not None}
     chosen = replace(find_preset(preset), **changes)
-    check_numbers(vars(chosen), str, rank=1, alpha="positive", dropout="probability")
+    check_numbers(vars(chosen))
     peft_model = model if isinstance(model, PeftModel) else None
     if peft_model is not None and adapter_name in peft_model.peft_config:
         raise UsageError(

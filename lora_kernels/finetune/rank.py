@@ -34,13 +34,7 @@ from .options import (
     pick,
 )
 from .plots import draw_png
-from .presets import (
-    Preset,
-    add_lora_layers,
-    find_preset,
-    find_targets,
-    peft_settings,
-)
+from .presets import Preset, add_lora_layers, find_preset, find_targets, peft_settings
 from .provenance import Provenance
 from .trainer import LoRATrainer, training_arguments
 
@@ -83,7 +77,7 @@ class RankSearch:
 
     @property
     def best(self) -> RankRow:
-        """The highest score, of equals the smallest rank."""
+        """Return the row with the highest score, of equals the smallest rank."""
         return max(self.rows, key=lambda row: (row.score, -row.rank))
 
     @property
@@ -124,7 +118,7 @@ class RankSearch:
 
 
 def _by_kind(allocation: Mapping[str, int]) -> str:
-    """The mean rank of the layers of each name.
+    """Return the mean rank of the layers of each name.
 
     >>> _by_kind({"0.q_proj": 2, "1.q_proj": 4, "0.up_proj": 1})
     'q_proj 3.0 (2 to 4), up_proj 1.0 (1 to 1)'
@@ -182,8 +176,8 @@ def find_optimal_rank(
     Traceback (most recent call last):
     lora_kernels.finetune.UsageError: ranks: got (4, 4), want different ones, each at least 1
     """
-    check_ranks("ranks", ranks)
-    check_numbers({"steps": steps}, str, steps=10 if adalora else 1)
+    check_ranks(ranks)
+    check_numbers({"steps": steps}, steps=10 if adalora else 1)
     if isinstance(model, PeftModel):
         raise UsageError("model: got a PEFT model, want the base: model.get_base_model()")
     for name, data in (("train", train), ("val", val)):
@@ -236,9 +230,11 @@ def find_optimal_rank(
 
 
 def add_adalora(model: Any, preset: Preset, steps: int, seed: int = 0, **config: Any) -> Any:
-    """PEFT's AdaLoRA on `model` in place, fused, that ends with the preset's rank as the mean of
-    the layers' after `steps` steps; returns the PEFT model. `Allocate` has to be among the
-    callbacks. config: of `AdaLoraConfig`, by its names."""
+    """Add PEFT's AdaLoRA to `model` in place, fuse its layers, and return the PEFT model.
+
+    After `steps` steps the layers' mean rank is the preset's, if `Allocate` is among the callbacks.
+    config: of `AdaLoraConfig`, by its names.
+    """
     names, _ = find_targets(model, preset.targets)
     any_alpha: Any = preset.alpha
     schedule = {"total_step": steps, "tinit": steps // 10, "tfinal": steps // 4, "deltaT": 1}
@@ -260,7 +256,7 @@ def add_adalora(model: Any, preset: Preset, steps: int, seed: int = 0, **config:
 
 
 class Allocate(TrainerCallback):  # type: ignore[misc, unused-ignore]
-    """Has AdaLoRA take ranks, while the gradients of a step are there."""
+    """Let AdaLoRA reduce ranks while the gradients of a step exist."""
 
     def on_optimizer_step(
         self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
@@ -269,7 +265,7 @@ class Allocate(TrainerCallback):  # type: ignore[misc, unused-ignore]
 
 
 def allocated(model: Any) -> dict[str, int]:
-    """The ranks that AdaLoRA kept in each layer, by the layer's name."""
+    """Return the ranks that AdaLoRA kept in each layer, by the layer's name."""
     (config,) = model.peft_config.values()
     return {
         name.partition(".lora_E")[0]: int(sum(map(bool, kept)))
@@ -279,7 +275,7 @@ def allocated(model: Any) -> dict[str, int]:
 
 @contextmanager
 def without_penalty(peft_model: Any) -> Iterator[None]:
-    """The loss as it is: AdaLoRA adds that of its orthogonality, in evaluations too."""
+    """Leave out the orthogonality loss, which AdaLoRA adds in evaluations too."""
     tuner = peft_model.base_model
     tuner.forward = tuner.model.forward
     try:
@@ -324,11 +320,9 @@ def run(args: argparse.Namespace) -> int:
     """Return the exit status, 0. Raises UsageError before the model's weights are read."""
     quiet()
     options = RankOptions(**fill_in_demo(vars(args)))
-    models.locate(options.model)
-    models.check_quant(options.quant)
     targets = options.target_modules or find_preset(options.preset).targets
     check_out(options.out)
-    device, tokenizer, length, train = read_inputs(options, targets, max(options.ranks), "--ranks")
+    device, tokenizer, length, train = read_inputs(options, targets, max(options.ranks), "ranks")
     print(train.report)
     if 0 < options.examples < len(train):
         _, train = train.split(options.examples / len(train), options.seed)

@@ -254,13 +254,13 @@ def check_run(given: Options) -> dict[str, Any]:
     run = {"model": model.identifier(given.model), "data": text.hexdigest()}
     run = dict(json.loads(json.dumps(run | pick(given, SETTLING))))  # as it will be read back
     file = given.out / "run.json"
-    earlier = read_json(file, "--out") if file.exists() else {}
+    earlier = read_json(file, "out") if file.exists() else {}
     if not isinstance(earlier, dict):
-        raise UsageError(f"--out: {file} is damaged: it holds no arguments; remove it")
+        raise UsageError(f"out: {file} is damaged: it holds no arguments; remove it")
     if earlier != run and newest_checkpoint(given.out):
         differing = [name for name in run if name not in earlier or run[name] != earlier[name]]
         raise UsageError(
-            f"--out: {given.out} holds a run with another {', '.join(map(flag, differing))}; "
+            f"out: {given.out} holds a run with another {', '.join(map(flag, differing))}; "
             "give the same arguments to go on with it, or another --out"
         )
     find_intact(given.out)
@@ -274,7 +274,7 @@ def prepare_out(options: Options, run: dict[str, Any]) -> None:
     """Make --out, with the run's arguments in it."""
     file = options.out / "run.json"
     options.out.mkdir(parents=True, exist_ok=True)
-    if not file.exists() or read_json(file, "--out") != run:
+    if not file.exists() or read_json(file, "out") != run:
         (options.out / "compare.json").unlink(missing_ok=True)
         write_json(file, run)
 
@@ -328,11 +328,11 @@ def read_comparison(out: Path) -> tuple[list[Row], list[float]] | None:
     file = out / "compare.json"
     if not file.exists():
         return None
-    saved = read_json(file, "--out")
+    saved = read_json(file, "out")
     try:
         return [Row(**row) for row in saved["rows"]], [float(loss) for loss in saved["peft_losses"]]
     except (KeyError, TypeError, ValueError) as error:
-        raise UsageError(f"--out: {file} is damaged: {error!r}; remove it") from None
+        raise UsageError(f"out: {file} is damaged: {error!r}; remove it") from None
 
 
 def train_stock(stock: Any, data: ChatData, options: Options, console: Console) -> list[float]:

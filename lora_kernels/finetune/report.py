@@ -63,7 +63,7 @@ class Progress(TrainerCallback):  # type: ignore[misc, unused-ignore]
 
 
 def comparison(rows: Sequence[Row], title: str) -> Table:
-    """The frozen model, stock PEFT and the fused model side by side, 80 columns wide."""
+    """Return a table of the frozen model, stock PEFT and the fused model, 80 columns wide."""
     caption = "a step: forward and backward, B random; differ: relative, worst of all"
     layout: dict[str, Any] = {"title_justify": "left", "caption_justify": "left", "box": None}
     layout |= {"padding": (0, 1, 0, 0), "pad_edge": False}

@@ -52,23 +52,23 @@ _SHARE_IN_STEPS = int(transformers.__version__.partition(".")[0]) >= 5
 _RECOMPUTING = "activation_checkpointing"
 if _RECOMPUTING not in _THEIRS:
     _RECOMPUTING = "gradient_checkpointing"
-# Our name: the name in `TrainingArguments`, the default, and the range as of `check_numbers`.
-_SETTINGS: dict[str, tuple[str, Any, int | str | None]] = {
-    "steps": ("max_steps", None, 1),
-    "epochs": ("num_train_epochs", 1.0, "positive"),
-    "batch": ("per_device_train_batch_size", 4, 1),
-    "accumulate": ("gradient_accumulation_steps", 1, 1),
-    "lr": ("learning_rate", 2e-4, "positive"),
-    "scheduler": ("lr_scheduler_type", "cosine", None),
-    "warmup": ("warmup_steps" if _SHARE_IN_STEPS else "warmup_ratio", 0.0, "share"),
-    "max_grad_norm": ("max_grad_norm", 1.0, "natural"),
-    "bf16": ("bf16", False, None),
-    "checkpointing": (_RECOMPUTING, False, None),
-    "eval_every": ("eval_steps", None, 1),
-    "save_every": ("save_steps", 50, 1),
-    "keep": ("save_total_limit", 2, 1),
-    "seed": ("seed", 0, "seed"),
-    "cpu": ("use_cpu", False, None),
+# Our name: the name in `TrainingArguments`, and the default.
+_SETTINGS: dict[str, tuple[str, Any]] = {
+    "steps": ("max_steps", None),
+    "epochs": ("num_train_epochs", 1.0),
+    "batch": ("per_device_train_batch_size", 4),
+    "accumulate": ("gradient_accumulation_steps", 1),
+    "lr": ("learning_rate", 2e-4),
+    "scheduler": ("lr_scheduler_type", "cosine"),
+    "warmup": ("warmup_steps" if _SHARE_IN_STEPS else "warmup_ratio", 0.0),
+    "max_grad_norm": ("max_grad_norm", 1.0),
+    "bf16": ("bf16", False),
+    "checkpointing": (_RECOMPUTING, False),
+    "eval_every": ("eval_steps", None),
+    "save_every": ("save_steps", 50),
+    "keep": ("save_total_limit", 2),
+    "seed": ("seed", 0),
+    "cpu": ("use_cpu", False),
 }
 
 
@@ -101,13 +101,12 @@ def training_arguments(out: str | Path, **settings: Any) -> TrainingArguments:
         raise UsageError(
             f"{min(unknown)}: no such setting; want one of {', '.join(sorted(_SETTINGS))}"
         )
-    own = {name: settings.pop(name, default) for name, (_, default, _) in _SETTINGS.items()}
-    ranges = {name: want for name, (_, _, want) in _SETTINGS.items() if want is not None}
-    check_numbers(own, str, **ranges)
+    own = {name: settings.pop(name, default) for name, (_, default) in _SETTINGS.items()}
+    check_numbers(own)
     kinds = [kind.value for kind in SchedulerType]
     if own["scheduler"] not in kinds:
         raise UsageError(f"scheduler: got {own['scheduler']!r}, want one of {', '.join(kinds)}")
-    arguments = {theirs: own[name] for name, (theirs, _, _) in _SETTINGS.items()}
+    arguments = {theirs: own[name] for name, (theirs, _) in _SETTINGS.items()}
     if own["steps"] is None:
         arguments["max_steps"] = -1
     if own["scheduler"] == "constant" and own["warmup"]:
@@ -159,7 +158,7 @@ class LoRATrainer(Trainer):  # type: ignore[misc, unused-ignore]
         **others: Any,
     ) -> None:
         self.trainable = check_trainable(model)
-        check_numbers({"lora_plus_ratio": lora_plus_ratio}, str, lora_plus_ratio="positive")
+        check_numbers({"lora_plus_ratio": lora_plus_ratio})
         if len(train_dataset) == 0:
             raise UsageError("train_dataset: got no row, want at least one")
         self.lora_plus_ratio, self.patience = lora_plus_ratio, patience
@@ -209,8 +208,7 @@ class LoRATrainer(Trainer):  # type: ignore[misc, unused-ignore]
             waited = saved["attributes"]["early_stopping_patience_counter"] if saved else 0
             best = state.best_model_checkpoint
             if self.patience and waited >= self.patience and best and Path(best).is_dir():
-                self.state = state
-                self._load_best_model()
+                self.restore(str(newest))
                 return TrainOutput(state.global_step, 0.0, {})
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
@@ -283,7 +281,7 @@ class LoRATrainer(Trainer):  # type: ignore[misc, unused-ignore]
         if self.args.should_save:
             shutil.rmtree(out / _PARTIAL, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        limit, self.args.save_total_limit, self._saving = self.args.save_total_limit, None, True
+        self._saving = True
         try:
             with named_write(out / name):
                 super()._save_checkpoint(model, trial)
@@ -291,7 +289,7 @@ class LoRATrainer(Trainer):  # type: ignore[misc, unused-ignore]
             shutil.rmtree(out / _PARTIAL, ignore_errors=True)
             raise
         finally:
-            self.args.save_total_limit, self._saving = limit, False
+            self._saving = False
         self.accelerator.wait_for_everyone()
         if best := self.state.best_model_checkpoint:
             self.state.best_model_checkpoint = str(out / Path(best).name)
@@ -305,11 +303,12 @@ class LoRATrainer(Trainer):  # type: ignore[misc, unused-ignore]
             if (out / name).exists():  # of another run, that had come as far
                 (out / name).rename(out / _PARTIAL / "replaced")
             partial.rename(out / name)
-            self._rotate(out, limit)
+            self._rotate(out)
         self.accelerator.wait_for_everyone()
 
-    def _rotate(self, out: Path, limit: int | None) -> None:
-        """Remove all but the newest `limit` checkpoints and the best one, renaming each first."""
+    def _rotate(self, out: Path) -> None:
+        """Remove all but the newest checkpoints and the best one, renaming each first."""
+        limit = self.args.save_total_limit
         for old in sorted(checkpoints(out), key=steps_done)[:-limit] if limit else []:
             if str(old) != self.state.best_model_checkpoint:
                 old.rename(out / _PARTIAL / old.name)
@@ -354,7 +353,7 @@ def check_trainable(model: Any) -> str:
 
 
 def _early_stop(args: TrainingArguments, patience: int) -> TrainerCallback:
-    check_numbers({"patience": patience}, str, patience=1)
+    check_numbers({"patience": patience})
     if str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "steps":
         raise UsageError("patience: needs evaluations; give eval_every and eval_dataset")
     if args.save_steps % (args.eval_steps or 1):

@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from types import FrameType
@@ -34,7 +35,6 @@ from .checkpoints import (
     find_intact,
     named_write,
     newest_checkpoint,
-    set_aside,
     steps_done,
     write_folder,
     write_json,
@@ -292,9 +292,9 @@ def name_base(options: Options, adapted: Any, base: Any, tokenizer: Any) -> None
             if options.quant:
                 dtype = model.DTYPES[options.dtype]
                 base = model.load_base(options.model, dtype, torch.device("cpu"))
-            with write_folder(folder) as partial:
-                base.save_pretrained(partial)
-                tokenizer.save_pretrained(partial)
+            with write_folder(folder) as temporary:
+                base.save_pretrained(temporary)
+                tokenizer.save_pretrained(temporary)
     for config in adapted.peft_config.values():
         config.base_model_name_or_path = name
 
@@ -358,11 +358,7 @@ def progress(console: Console, label: str, options: Options, data: ChatData) -> 
 
 def training(trainer: LoRATrainer, options: Options, console: Console, data: ChatData) -> int:
     """Train, and return the signal that ended it early, or 0."""
-    checkpoint, damaged = find_intact(options.out)
-    for path, reason in damaged.items():
-        said = f"{path} cannot be read: {reason}; it is renamed, and {checkpoint} is taken"
-        console.print(said, soft_wrap=True)
-    set_aside(damaged)
+    checkpoint = trainer.find_checkpoint(partial(console.print, soft_wrap=True))
     if checkpoint:
         state = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json")
         if state.global_step >= state.max_steps:

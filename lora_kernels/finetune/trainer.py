@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -192,15 +192,7 @@ class LoRATrainer(Trainer):  # type: ignore[misc, unused-ignore]
                 "folder starts anew"
             )
         if resume_from_checkpoint is True and newest is not None:
-            newest, damaged = find_intact(str(self.args.output_dir))
-            self.accelerator.wait_for_everyone()  # all have looked before one renames
-            for checkpoint, reason in damaged.items():
-                warnings.warn(
-                    f"{checkpoint} cannot be read: {reason}; going on from {newest}", stacklevel=2
-                )
-            if self.args.should_save:
-                set_aside(damaged)
-            self.accelerator.wait_for_everyone()
+            newest = self.find_checkpoint()
             resume_from_checkpoint = str(newest)
             state = TrainerState.load_from_json(f"{newest}/trainer_state.json")
             # Trainer would take a step before it asks whether early stopping had ended the run.
@@ -211,6 +203,17 @@ class LoRATrainer(Trainer):  # type: ignore[misc, unused-ignore]
                 self.restore(str(newest))
                 return TrainOutput(state.global_step, 0.0, {})
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def find_checkpoint(self, report: Callable[[str], None] = warnings.warn) -> Path | None:
+        """Return the newest checkpoint that can be read, or None; rename and report newer ones."""
+        found, damaged = find_intact(str(self.args.output_dir))
+        self.accelerator.wait_for_everyone()  # all have looked before one renames
+        for path, reason in damaged.items():
+            report(f"{path} cannot be read: {reason}; it is renamed, and {found} is taken")
+        if self.args.should_save:
+            set_aside(damaged)
+        self.accelerator.wait_for_everyone()
+        return found
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         if self.optimizer is None and self.lora_plus_ratio is not None:

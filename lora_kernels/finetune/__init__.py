@@ -37,7 +37,11 @@ __all__ = ["UsageError", *_HOMES]
 
 
 class UsageError(ValueError):
-    """What was requested cannot be done; the message is one line that says what to do instead."""
+    """What was requested cannot be done.
+
+    The message is one line: the argument's name, and what to do instead. The command line prints
+    the option's name for the argument's.
+    """
 
 
 def __getattr__(name: str) -> Any:

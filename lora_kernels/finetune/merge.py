@@ -247,6 +247,8 @@ def run(args: argparse.Namespace) -> int:
     if options.text:
         raw = read_file(options.text, "text", "the path of a plain text file")
         text = decode_text(raw, options.text, "text")
+        if not text.strip():
+            raise UsageError(f"text: {options.text} is empty; give a file with text in it")
     models.locate(options.base, "base")
     quiet()
     ids = models.load_tokenizer(options.base)(text, return_tensors="pt")["input_ids"][:, :256]

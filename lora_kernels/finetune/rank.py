@@ -142,7 +142,7 @@ def find_optimal_rank(
     steps: int = 100,
     seed: int = 0,
     adalora: bool = True,
-    score: Callable[[Any, float], float] = lambda model, loss: math.exp(-loss),
+    score: Callable[[Any, float], float] | None = None,
     out: str | Path | None = None,
     tokenizer: Any = None,
     on_rank: Callable[[RankRow], None] = lambda row: None,
@@ -161,7 +161,7 @@ def find_optimal_rank(
         steps: optimizer steps for each rank.
         adalora: train PEFT's AdaLoRA too, which starts from 1.5 times the middle rank and takes
             ranks from layers until that is their mean; needs at least 10 steps.
-        score: (PEFT model, held-out loss) -> a number, higher is better. The default is the
+        score: (PEFT model, held-out loss) -> a number, higher is better. None: exp(−loss), the
             geometric mean of the right tokens' probabilities.
         out: folder of metrics.jsonl and curves.png for each rank; None keeps none.
         tokenizer: whose padding token is used.
@@ -209,7 +209,8 @@ def find_optimal_rank(
         if most and not math.isfinite(loss):
             raise UsageError(f"{name}: the held-out loss is {loss}; give a lower lr")
         count = sum(p.numel() for p in peft_model.parameters() if p.requires_grad)
-        return RankRow(rank, float(score(peft_model, loss)), loss, count, seconds)
+        value = math.exp(-loss) if score is None else float(score(peft_model, loss))
+        return RankRow(rank, value, loss, count, seconds)
 
     with tempfile.TemporaryDirectory() as unnamed:
         folder = Path(unnamed if out is None else out)

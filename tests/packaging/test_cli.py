@@ -89,6 +89,14 @@ def test_a_wrong_option_is_one_line(
     assert message in err
 
 
+def test_name_option_of_an_argument_in_an_error_names_the_option() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--max-length")
+    assert cli.name_option("max_length: got 1: bad", parser) == "--max-length: got 1: bad"
+    for other in ("rank: got 0", "no colon", "--max-length: got 1"):
+        assert cli.name_option(other, parser) == other
+
+
 @pytest.mark.parametrize("where", ["import", "run"])
 def test_a_missing_library_is_one_line(
     capsys: pytest.CaptureFixture[str],

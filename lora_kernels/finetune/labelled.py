@@ -33,10 +33,12 @@ class Labelled:
 
     def take(self, places: Sequence[int]) -> Labelled:
         """Return the texts of these places."""
-        texts, labels, groups = zip(
-            *((self.texts[i], self.labels[i], self.groups[i]) for i in places), strict=True
+        return Labelled(
+            tuple(self.texts[i] for i in places),
+            tuple(self.labels[i] for i in places),
+            self.names,
+            tuple(self.groups[i] for i in places),
         )
-        return Labelled(texts, labels, self.names, groups)
 
     def split(self, train: int, held_out: int, seed: int = 0) -> tuple[Labelled, Labelled]:
         """Return `train` texts, and `held_out` others that share no group with them.

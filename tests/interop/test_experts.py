@@ -148,7 +148,7 @@ def test_fused_experts_in_bfloat16_are_nearer_to_float64_than_peft_s(name: str) 
     x, dy = (torch.randn(40, 32, generator=generator) for _ in range(2))
     weights, index = torch.rand(40, E, generator=generator).topk(2)
     found = {}
-    # What bfloat16 holds, so that only the computation's roundings differ.
+    # Values of bfloat16, so that only the computation's roundings differ.
     with torch.no_grad():
         for p in layer.parameters():
             p.copy_(p.bfloat16())

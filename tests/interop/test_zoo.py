@@ -171,7 +171,7 @@ def test_what_explain_says_is_what_runs(kind: Kind) -> None:
 
 
 def test_explain_of_layers_left_to_peft_names_their_share_of_the_parameters() -> None:
-    """Of experts that train their base, which are PEFT's."""
+    """Experts whose base trains are PEFT's."""
     _, fused = stock_and_fused(KINDS["qwen3_moe"])
     unfuse(fused)
     for name, p in fused.named_parameters():

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from lora_kernels.measure import bench
+from lora_kernels.bench.results import provenance
 
 ROOT = Path(__file__).parents[1]
 BENCH = [sys.executable, "-m", "lora_kernels.cli", "bench", "--device"]
@@ -54,7 +54,7 @@ def main() -> int:
 
 def measure(out: Path, args: argparse.Namespace, device: str) -> int:
     """Run the parts; 0 where all of them succeeded in their time."""
-    data: dict[str, Any] = {"provenance": bench.provenance(["bfloat16", "float32"], device)}
+    data: dict[str, Any] = {"provenance": provenance(["bfloat16", "float32"], device)}
     end, left = time.monotonic() + 60 * args.minutes, 1.0
     for name, share, command in PARTS:
         if args.only and name not in args.only:

@@ -20,9 +20,9 @@ from .finetune import UsageError
 # name -> module, the extra that installs what it needs, help
 COMMANDS = {
     "info": ("lora_kernels.info", None, "what this machine is and which backends it can run"),
-    "verify": ("lora_kernels.measure.verify", None, "check every kernel against the reference"),
-    "bench": ("lora_kernels.measure.bench", "bench", "time the kernels against what others use"),
-    "tune": ("lora_kernels.measure.tune", None, "find the fastest Triton kernels on this GPU"),
+    "verify": ("lora_kernels.verify", None, "check every kernel against the reference"),
+    "bench": ("lora_kernels.bench.command", "bench", "time the kernels against what others use"),
+    "tune": ("lora_kernels.bench.tune", None, "find the fastest Triton kernels on this GPU"),
     "finetune": ("lora_kernels.finetune.command", "finetune", "fine-tune a model with fused LoRA"),
     "rank-search": (
         "lora_kernels.finetune.rank",

@@ -60,8 +60,8 @@ def looks(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture
 def engine(request: pytest.FixtureRequest) -> Iterator[str]:
-    """One of those that `lora_kernels.measure.case.engine` knows, for the length of the test."""
-    from lora_kernels.measure import case
+    """One of those that `lora_kernels.bench.case.engine` knows, for the length of the test."""
+    from lora_kernels.bench import case
 
     with case.engine(request.param):
         yield request.param

@@ -128,7 +128,7 @@ def require(options: Any, names: Iterable[str], otherwise: str) -> None:
 
 def check_out(out: Path, instead: str = "that can be written") -> None:
     """Raise UsageError if no folder can be written there."""
-    from ..measure.outputs import unwritable_reason
+    from ..bench.outputs import unwritable_reason
 
     if reason := unwritable_reason(out, folder=True):
         raise UsageError(f"out: {reason}; give a folder {instead}")

@@ -8,7 +8,7 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 
 from .. import device as devices
-from ..measure import bench
+from ..bench import results
 
 QUIET = 0.02  # of the processors' time, for what a system does of itself
 
@@ -21,7 +21,7 @@ class Provenance:
     """The machine and the versions, read before the work; and the load of other programs."""
 
     def __init__(self, device: str) -> None:
-        self._facts = bench.provenance(["float32"], device.partition(":")[0])
+        self._facts = results.provenance(["float32"], device.partition(":")[0])
         self._facts |= {name: devices.version(name) for name in ("transformers", "accelerate")}
         self._before = self._times()
 

@@ -13,7 +13,7 @@ from lora_kernels import (
     ops,
     reference,
 )
-from lora_kernels.measure import tolerance
+from lora_kernels.bench import tolerance
 from tests.autograd.cases import BACKENDS
 
 M, K, N, R = 33, 65, 37, 5

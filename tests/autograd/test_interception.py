@@ -13,11 +13,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 import lora_kernels
+from lora_kernels.bench import case as cases
+from lora_kernels.bench import multi
+from lora_kernels.bench.case import Case, run
+from lora_kernels.bench.multi import MultiCase
 from lora_kernels.layers import LoRALinear
-from lora_kernels.measure import case as cases
-from lora_kernels.measure import multi
-from lora_kernels.measure.case import Case, run
-from lora_kernels.measure.multi import MultiCase
 from tests.interop.tiny import count_ops
 
 FULL = {"gate": True, "column_scale": True, "bias": True}

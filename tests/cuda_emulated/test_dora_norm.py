@@ -2,7 +2,7 @@
 
 import pytest
 
-from lora_kernels.measure.case import Case
+from lora_kernels.bench.case import Case
 from tests.support.dora_norm import *  # noqa: F403
 from tests.support.engines import check_norm
 

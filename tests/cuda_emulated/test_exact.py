@@ -9,8 +9,8 @@ import torch
 import lora_kernels
 from lora_kernels.backends import cuda
 from lora_kernels.backends.cuda import COOPERATIVE, OVERLAPPED, TWO_PASS, TWO_PASS_SIMT, launch
-from lora_kernels.measure import case as cases
-from lora_kernels.measure.case import Case, fits_cuda
+from lora_kernels.bench import case as cases
+from lora_kernels.bench.case import Case, fits_cuda
 from lora_kernels.quantization import quantize_4bit
 from tests.support import exact
 from tests.support.engines import each, pair_cases

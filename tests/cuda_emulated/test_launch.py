@@ -12,9 +12,9 @@ import lora_kernels
 from lora_kernels.backends import cuda, workspace
 from lora_kernels.backends.cuda import COOPERATIVE, OVERLAPPED, TWO_PASS, equation, launch
 from lora_kernels.backends.dropout import NO_DROPOUT
+from lora_kernels.bench import case as cases
+from lora_kernels.bench.case import Case
 from lora_kernels.core.call import Operands, Spec
-from lora_kernels.measure import case as cases
-from lora_kernels.measure.case import Case
 from lora_kernels.quantization import quantize_4bit
 from tests.support.allocations import Allocations
 

@@ -14,7 +14,7 @@ from lora_kernels.backends.cuda import (
     TWO_PASS_SIMT,
     launch,
 )
-from lora_kernels.measure.case import Case, fits_cuda, inputs, run
+from lora_kernels.bench.case import Case, fits_cuda, inputs, run
 from tests.support import problems
 from tests.support.engines import Pairs, each, pair_cases
 from tests.support.engines import check as check_results

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lora_kernels.measure.multi import MultiCase
+from lora_kernels.bench.multi import MultiCase
 from tests.support import multi
 from tests.support.engines import check_multi
 

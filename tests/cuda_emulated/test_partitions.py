@@ -6,8 +6,8 @@ import torch
 
 import lora_kernels
 from lora_kernels.backends.cuda import COOPERATIVE, OVERLAPPED, TWO_PASS, TWO_PASS_SIMT, equation
-from lora_kernels.measure.case import Case
-from lora_kernels.measure.multi import MultiCase
+from lora_kernels.bench.case import Case
+from lora_kernels.bench.multi import MultiCase
 from tests.support import codec, exact
 from tests.support.engines import check_multi, check_norm
 

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from lora_kernels import cli
 from lora_kernels.backends.triton import measured
+from lora_kernels.bench import compare
 from lora_kernels.finetune import (
     Preset,
     UsageError,
@@ -36,7 +37,6 @@ from lora_kernels.finetune.options import read_run
 from lora_kernels.finetune.presets import find_preset
 from lora_kernels.finetune.trainer import read_metrics, training_arguments
 from lora_kernels.layers import LoRALinear, RankAllocator, load_lora_weights, save_lora_weights
-from lora_kernels.measure import compare
 from lora_kernels.quantization import Weight4bit, quantize_4bit
 from tests.finetune.tiny import TEMPLATE, chat, gpt2, llama, save_model, tokenizer, write_lines
 
@@ -479,7 +479,7 @@ LOADERS: list[Any] = [
     (f"{HOME}options.read_run", "no run.json", "holds no run.json", read_run, folder_of),
     (f"{HOME}model.locate", "a name that is no hub id", "there is no a..b", locate, Path("a..b")),
     (f"{HOME}presets.find_preset", "a list", "preset: got []", find_preset, []),
-    ("measure.compare.read", "a folder", "want a file of `bench --json`", compare.read, folder_of),
+    ("bench.compare.read", "a folder", "want a file of `bench --json`", compare.read, folder_of),
 ]
 for each in LOADERS:
     loader(*each)

@@ -11,8 +11,8 @@ from torch import Tensor
 import lora_kernels
 from lora_kernels.backends import cuda
 from lora_kernels.backends.cuda import COOPERATIVE, OVERLAPPED, STRATEGIES, TWO_PASS, TWO_PASS_SIMT
-from lora_kernels.measure import multi
-from lora_kernels.measure.case import Case, fits_cuda, inputs, judge
+from lora_kernels.bench import multi
+from lora_kernels.bench.case import Case, fits_cuda, inputs, judge
 from lora_kernels.quantization import Weight4bit
 from tests.support.engines import assert_within, check, check_norm
 from tests.support.problems import FULL, bf16, f16, f32

@@ -7,7 +7,7 @@ import torch
 
 import lora_kernels
 from lora_kernels.backends.triton import COOPERATIVE, FUSED, LIBRARY, TWO_PASS
-from lora_kernels.measure.case import Case, inputs, judge, run
+from lora_kernels.bench.case import Case, inputs, judge, run
 from lora_kernels.quantization import quantize_4bit
 from tests.gpu.test_layers import every_strategy
 from tests.support.engines import assert_within, check_norm

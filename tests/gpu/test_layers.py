@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import lora_kernels
 from lora_kernels.backends.triton import COOPERATIVE, FUSED, LIBRARY, TWO_PASS
-from lora_kernels.measure.case import Case, inputs
+from lora_kernels.bench.case import Case, inputs
 
 bf16, f32 = torch.bfloat16, torch.float32
 every_strategy = pytest.mark.parametrize("strategy", [FUSED, TWO_PASS, COOPERATIVE, LIBRARY])

@@ -10,7 +10,7 @@ import pytest
 
 CALLS = """
 import torch, lora_kernels
-from lora_kernels.measure.case import Case, inputs, run
+from lora_kernels.bench.case import Case, inputs, run
 from lora_kernels.quantization import quantize_4bit
 full = dict(gate=True, column_scale=True, bias=True, dropout_p=0.1, device="cuda")
 for quant in ("", "nf4-64-nested"):

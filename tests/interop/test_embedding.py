@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
-from lora_kernels.measure import tolerance
+from lora_kernels.bench import tolerance
 from lora_kernels.peft import FusedEmbedding, Row, explain, fuse
 from tests.support.assertions import (
     assert_bitwise_equal,

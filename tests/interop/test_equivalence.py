@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from lora_kernels.bench import tolerance
 from lora_kernels.finetune.model import quantize
-from lora_kernels.measure import tolerance
 from lora_kernels.peft import explain, fuse
 from tests.support.assertions import (
     assert_bitwise_equal,

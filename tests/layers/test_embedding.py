@@ -12,6 +12,7 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lora_kernels.bench import tolerance
 from lora_kernels.layers import (
     LoRAEmbedding,
     LoRALinear,
@@ -21,7 +22,6 @@ from lora_kernels.layers import (
     mark_only_lora_as_trainable,
     save_lora_weights,
 )
-from lora_kernels.measure import tolerance
 from lora_kernels.peft import Row, explain
 from tests.support.assertions import (
     assert_bitwise_equal,

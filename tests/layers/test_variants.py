@@ -15,6 +15,7 @@ from torch.func import functional_call
 
 import lora_kernels
 from lora_kernels import layers, reference
+from lora_kernels.bench import tolerance
 from lora_kernels.layers import (
     AdaLoRALinear,
     DoRALinear,
@@ -26,7 +27,6 @@ from lora_kernels.layers import (
     lora_state_dict,
     mark_only_lora_as_trainable,
 )
-from lora_kernels.measure import tolerance
 from tests.support.assertions import assert_close_derived, derived_rtol
 from tests.support.models import (
     CLOSE,

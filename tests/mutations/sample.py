@@ -43,7 +43,7 @@ TESTS = {
     "tests/ops/test_eager_gpu.py",
     "core/reference.py": "tests/reference",
     "backends/eager.py": "tests/ops/test_exact.py tests/ops/test_eager_gpu.py "
-    "tests/measure/test_traffic.py",
+    "tests/bench/test_traffic.py",
     "backends/cpu.py": "tests/ops/test_exact.py tests/ops/test_multi_lora_linear.py",
     "peft/linear.py": f"{PEFT} tests/interop/test_mixed_batch.py tests/interop/test_decoding.py "
     "tests/interop/test_dora.py",

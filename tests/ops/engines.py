@@ -11,7 +11,7 @@ import torch
 
 import lora_kernels
 from lora_kernels.backends import cpu, cpu_heuristics, native
-from lora_kernels.measure import case
+from lora_kernels.bench import case
 
 _here = case.engines()
 

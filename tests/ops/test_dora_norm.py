@@ -8,8 +8,8 @@ import torch
 
 import lora_kernels
 from lora_kernels import ops, reference, selection
+from lora_kernels.bench.case import Case, inputs
 from lora_kernels.core.problem import Problem
-from lora_kernels.measure.case import Case, inputs
 from lora_kernels.quantization import quantize_4bit
 from tests.ops.engines import every_engine, every_thread_count
 from tests.support.engines import check_norm

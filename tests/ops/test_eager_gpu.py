@@ -29,8 +29,8 @@ from lora_kernels import (
 )
 from lora_kernels.backends import decode4bit, eager, library
 from lora_kernels.backends.library import as_on_gpu
-from lora_kernels.measure import case as cases
-from lora_kernels.measure.case import Case
+from lora_kernels.bench import case as cases
+from lora_kernels.bench.case import Case
 from lora_kernels.quantization import quantize_4bit
 from tests.support.engines import check, check_norm
 from tests.support.problems import FULL, bf16, f16, f32

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import lora_kernels
 from lora_kernels.backends import cpu, native
-from lora_kernels.measure.case import Case, inputs, run
+from lora_kernels.bench.case import Case, inputs, run
 from tests.ops.engines import every_native_engine
 from tests.support.assertions import assert_close_derived
 

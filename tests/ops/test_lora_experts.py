@@ -13,7 +13,7 @@ from torch import Tensor
 
 import lora_kernels
 from lora_kernels import lora_experts_linear, lora_linear, ops, reference
-from lora_kernels.measure.case import give_mask, run
+from lora_kernels.bench.case import give_mask, run
 from lora_kernels.quantization import quantize_4bit
 from tests.ops.engines import every_engine, every_thread_count
 from tests.support.experts import ExpertsCase, check, inputs

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import lora_kernels
-from lora_kernels.measure import case as cases
-from lora_kernels.measure.case import LAYOUTS, Case
+from lora_kernels.bench import case as cases
+from lora_kernels.bench.case import LAYOUTS, Case
 from tests.ops.engines import every_engine, every_thread_count, every_tiled_engine, ways
 from tests.ops.shapes import NARROW, RANKS, ROWS, WIDE
 from tests.support import problems

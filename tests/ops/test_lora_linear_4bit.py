@@ -13,8 +13,8 @@ import lora_kernels
 from lora_kernels import ops, reference
 from lora_kernels.backends import cpu, decode4bit, native
 from lora_kernels.backends.decode4bit import encode
-from lora_kernels.measure import case as cases
-from lora_kernels.measure.case import Case
+from lora_kernels.bench import case as cases
+from lora_kernels.bench.case import Case
 from lora_kernels.quantization import Weight4bit, codebooks, quantize_4bit
 from tests.ops.engines import every_engine, every_native_engine, ways
 from tests.support import exact

@@ -9,9 +9,9 @@ import torch
 from lora_kernels import lora_linear, multi_lora_linear, ops, reference
 from lora_kernels.backends import cpu, native
 from lora_kernels.backends.rows import rows_of
+from lora_kernels.bench.case import give_mask
+from lora_kernels.bench.multi import MultiCase, inputs, run
 from lora_kernels.core.call import MultiOperands, MultiSpec
-from lora_kernels.measure.case import give_mask
-from lora_kernels.measure.multi import MultiCase, inputs, run
 from tests.ops.engines import every_engine, every_thread_count
 from tests.support.engines import check_multi
 from tests.support.multi import check_isolation, of_formats

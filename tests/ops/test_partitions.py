@@ -5,8 +5,8 @@ import torch
 
 import lora_kernels
 from lora_kernels.backends import cpu, cpu_heuristics, eager
-from lora_kernels.measure.case import Case
-from lora_kernels.measure.multi import MultiCase
+from lora_kernels.bench.case import Case
+from lora_kernels.bench.multi import MultiCase
 from lora_kernels.quantization import quantize_4bit
 from tests.ops.engines import every_engine, every_native_engine
 from tests.support import codec, exact

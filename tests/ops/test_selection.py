@@ -16,10 +16,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import lora_kernels
 from lora_kernels import ops, selection
 from lora_kernels.backends import cpu, forced, native
+from lora_kernels.bench import case as cases
+from lora_kernels.bench import multi
+from lora_kernels.bench.case import Case, inputs
 from lora_kernels.core.problem import _OLD_NAMES, Choice, Layout, Problem, Strategy
-from lora_kernels.measure import case as cases
-from lora_kernels.measure import multi
-from lora_kernels.measure.case import Case, inputs
 from lora_kernels.peft import predict
 from tests.support.engines import check
 

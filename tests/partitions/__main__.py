@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from lora_kernels.measure.case import engines
+from lora_kernels.bench.case import engines
 
 from .kernels import KERNELS, OPTIONS, cells
 

@@ -1,4 +1,4 @@
-"""A test for each engine and case. `lora_kernels.measure.case.engine` knows the engines' names."""
+"""A test for each engine and case. `lora_kernels.bench.case.engine` knows the engines' names."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from dataclasses import replace
 
 import pytest
 
-from lora_kernels.measure import case as cases
-from lora_kernels.measure import multi
-from lora_kernels.measure.case import Case
-from lora_kernels.measure.multi import MultiCase
-from lora_kernels.measure.tolerance import Verdict
+from lora_kernels.bench import case as cases
+from lora_kernels.bench import multi
+from lora_kernels.bench.case import Case
+from lora_kernels.bench.multi import MultiCase
+from lora_kernels.bench.tolerance import Verdict
 
 Pairs = list[tuple[str, Case]]
 

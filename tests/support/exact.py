@@ -12,9 +12,9 @@ from torch import Tensor
 
 import lora_kernels
 from lora_kernels import reference
-from lora_kernels.measure import case as cases
-from lora_kernels.measure.case import Case
-from lora_kernels.measure.tolerance import assert_exact
+from lora_kernels.bench import case as cases
+from lora_kernels.bench.case import Case
+from lora_kernels.bench.tolerance import assert_exact
 from lora_kernels.quantization import Weight4bit, quantize_4bit
 
 # With dropout one half, 1/(1 - p) is 2 and everything stays an integer.

@@ -11,8 +11,8 @@ from torch import Tensor
 from lora_kernels import lora_experts_linear, reference, selection
 from lora_kernels.backends import library
 from lora_kernels.backends.eager_experts import ALIGNED
-from lora_kernels.measure import case as cases
-from lora_kernels.measure.case import Case, Expected
+from lora_kernels.bench import case as cases
+from lora_kernels.bench.case import Case, Expected
 from lora_kernels.quantization import Weight4bit
 from tests.support.engines import assert_within
 

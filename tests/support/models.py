@@ -13,9 +13,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from lora_kernels import layers, selection
 from lora_kernels.backends.cpu import PreparedCall
+from lora_kernels.bench import tolerance
+from lora_kernels.bench.memory import held
 from lora_kernels.layers import LoRAConv1D, LoRAEmbedding, LoRALinear, QLoRALinear
-from lora_kernels.measure import tolerance
-from lora_kernels.measure.bench_memory import held
 from tests.support.assertions import assert_bitwise_equal, assert_close_derived
 
 f64, f32, bf16 = torch.float64, torch.float32, torch.bfloat16

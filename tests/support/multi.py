@@ -5,7 +5,7 @@ import itertools
 import torch
 
 import lora_kernels
-from lora_kernels.measure.multi import MultiCase, inputs, run
+from lora_kernels.bench.multi import MultiCase, inputs, run
 
 f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
 FORMATS = ((f32, ""), (bf16, ""), (bf16, "nf4-64-nested"))  # dtype, weight

@@ -15,9 +15,9 @@ from lora_kernels.backends.triton import (
     launch,
     tiles,
 )
+from lora_kernels.bench import case as cases
+from lora_kernels.bench.case import Case
 from lora_kernels.core.call import Operands, Spec
-from lora_kernels.measure import case as cases
-from lora_kernels.measure.case import Case
 from tests.support import exact
 from tests.support.allocations import Allocations
 from tests.support.engines import each, pair_cases

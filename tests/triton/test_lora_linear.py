@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lora_kernels.backends.triton import COOPERATIVE, FUSED, LIBRARY, TWO_PASS, configs, launch
-from lora_kernels.measure.case import Case
+from lora_kernels.bench.case import Case
 from tests.support import problems
 from tests.support.engines import Pairs, check, each, pair_cases
 from tests.support.problems import FULL, RANK, bf16, f16, f32

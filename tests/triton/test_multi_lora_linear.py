@@ -4,7 +4,7 @@ import pytest
 
 import lora_kernels
 from lora_kernels.backends.triton import LIBRARY, TWO_PASS
-from lora_kernels.measure.multi import MultiCase
+from lora_kernels.bench.multi import MultiCase
 from tests.support import multi
 from tests.support.engines import check_multi
 

@@ -9,8 +9,8 @@ import torch
 import lora_kernels
 from lora_kernels.backends.triton import COOPERATIVE, FUSED, LIBRARY, TWO_PASS, configs
 from lora_kernels.backends.triton.configs import Config
-from lora_kernels.measure.case import Case
-from lora_kernels.measure.multi import MultiCase
+from lora_kernels.bench.case import Case
+from lora_kernels.bench.multi import MultiCase
 from lora_kernels.quantization import quantize_4bit
 from tests.support import codec, exact
 from tests.support.engines import check_multi, check_norm

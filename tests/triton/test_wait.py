@@ -21,8 +21,8 @@ from triton.runtime.interpreter import interpreter_builder
 import lora_kernels
 from lora_kernels.backends import workspace
 from lora_kernels.backends.triton import COOPERATIVE, equation, launch
-from lora_kernels.measure import case as cases
-from lora_kernels.measure.case import Case
+from lora_kernels.bench import case as cases
+from lora_kernels.bench.case import Case
 
 MEMORY = ("create_atomic_rmw", "create_masked_load", "create_masked_store")
 MOST_SWITCHES = 20_000  # many times what these launches take: the rest waits for what never comes

@@ -22,7 +22,7 @@ def test_every_part_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         ("endless", 0.3, [*python, "import time; print('on', flush=True); time.sleep(60)"]),
     ]
     monkeypatch.setattr(gpu, "PARTS", parts)
-    monkeypatch.setattr(gpu.bench, "provenance", lambda dtypes, device: {"card": device})
+    monkeypatch.setattr(gpu, "provenance", lambda dtypes, device: {"card": device})
     out = tmp_path / "results" / "gpu.json"
     assert gpu.measure(out, argparse.Namespace(minutes=0.05, only=None), "cpu") == 1
     data = json.loads(out.read_text())

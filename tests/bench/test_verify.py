@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from lora_kernels import cli
-from lora_kernels.measure import baselines, verify
-from lora_kernels.measure.case import Case
+from lora_kernels import cli, verify
+from lora_kernels.bench import baselines
+from lora_kernels.bench.case import Case
 
 pytest.importorskip("peft")
 
@@ -130,7 +130,7 @@ def test_peers_take_no_engine(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_stock_layers_are_in_training_mode_with_a_frozen_base() -> None:
-    from lora_kernels.measure import case as cases
+    from lora_kernels.bench import case as cases
 
     args = cases.inputs(Case(7, 64, 64, 40, bias=True))
     args |= {name: nn.Parameter(args[name].detach()) for name in ("lora_A", "lora_B")}

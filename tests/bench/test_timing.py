@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from lora_kernels import functional, timing
-from lora_kernels.measure import bench_layers
-from lora_kernels.measure import case as cases
-from lora_kernels.measure.case import Case
+from lora_kernels.bench import case as cases
+from lora_kernels.bench import dense
+from lora_kernels.bench.case import Case
 from lora_kernels.timing import Parts, interleave_parts
 
 
@@ -118,7 +118,7 @@ def test_a_cold_forward_goes_through_the_weights(monkeypatch: pytest.MonkeyPatch
 
         return call
 
-    call = bench_layers._cold({"frozen": (make, args)}, "cpu")["frozen"]
+    call = dense._cold({"frozen": (make, args)}, "cpu")["frozen"]
     want = args["x"] @ args["weight"].T
     for _ in range(8):
         assert torch.equal(call(), want)  # type: ignore[arg-type]
@@ -132,21 +132,21 @@ def test_few_rows_are_timed_as_they_are_decoded(dropout_p: float) -> None:
     """The prepared call of a layer runs, if there is one; its result is checked too."""
     case = Case(2, 8, 16, 3, dropout_p=dropout_p)
     args = cases.inputs(case)
-    call = bench_layers._forward(bench_layers.ours(args), args)
+    call = dense._forward(dense.ours(args), args)
     with torch.no_grad():
-        assert torch.equal(call(), bench_layers._forward(functional.lora_linear, args)())
-    assert bench_layers._decoded_otherwise(case) == []
+        assert torch.equal(call(), dense._forward(functional.lora_linear, args)())
+    assert dense._decoded_otherwise(case) == []
 
 
 def test_wrong_decoding_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = bench_layers.ours
+    plain = dense.ours
 
     def wrong_without_gradients(args: dict[str, Any]) -> Any:
         call = plain(args)
         return lambda **rest: call(**rest) + (not torch.is_grad_enabled())
 
-    monkeypatch.setattr(bench_layers, "ours", wrong_without_gradients)
-    rows = bench_layers.measure(Case(2, 8, 16, 3), 0.0)
+    monkeypatch.setattr(dense, "ours", wrong_without_gradients)
+    rows = dense.measure(Case(2, 8, 16, 3), 0.0)
     assert [row.correct for row in rows] == [False] * 5
     assert all("ours" not in row.tax and "eager" in row.tax for row in rows)
     assert "without gradients" in rows[0].misses["ours"]
@@ -154,14 +154,14 @@ def test_wrong_decoding_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_wrong_second_calls_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer's first prepares those that are timed."""
-    plain = bench_layers.ours
+    plain = dense.ours
 
     def wrong_from_the_second_on(args: dict[str, Any]) -> Any:
         call, calls = plain(args), itertools.count()
         return lambda **rest: call(**rest) + (next(calls) > 0)
 
-    monkeypatch.setattr(bench_layers, "ours", wrong_from_the_second_on)
-    rows = bench_layers.measure(Case(32, 8, 16, 3), 0.0)
+    monkeypatch.setattr(dense, "ours", wrong_from_the_second_on)
+    rows = dense.measure(Case(32, 8, 16, 3), 0.0)
     assert len(rows) == 3 and all("y MISS" in row.misses["ours"] for row in rows)
 
 

@@ -15,10 +15,10 @@ from torch import Tensor
 from benchmarks import report
 from lora_kernels import cli, ops, timing
 from lora_kernels.backends import native
-from lora_kernels.measure import baselines, bench, bench_layers, bench_variants, models
-from lora_kernels.measure import case as cases
-from lora_kernels.measure.case import Case
-from lora_kernels.measure.results import Row, ratios, summary
+from lora_kernels.bench import baselines, command, dense, models, variants
+from lora_kernels.bench import case as cases
+from lora_kernels.bench.case import Case
+from lora_kernels.bench.results import Row, ratios, summary
 from lora_kernels.timing import Times
 
 pytest.importorskip("peft")
@@ -115,17 +115,17 @@ def test_bench_of_a_model(monkeypatch: pytest.MonkeyPatch, no_overhead: None) ->
         asked.append((case.M, case.K, case.N, case.R))
         return []
 
-    monkeypatch.setattr(bench_layers, "measure", measured)
+    monkeypatch.setattr(dense, "measure", measured)
     quick = ["bench", "--model", "smollm2-135m", "--dtypes", "float32", "--quick"]
     shapes = [(32, 32), (32, 16), (32, 48), (48, 32)]
     assert cli.main(quick) == 0
-    assert asked == [(M, K, N, 16) for M in bench.QUICK_ROWS for K, N in shapes]
+    assert asked == [(M, K, N, 16) for M in command.QUICK_ROWS for K, N in shapes]
     asked.clear()
     assert cli.main([*quick, "--rows", "7", "--ranks", "2", "3"]) == 0
     assert asked == [(7, K, N, R) for K, N in shapes for R in (2, 3)]
     asked.clear()
     assert cli.main(quick[:-1]) == 0
-    assert len(asked) == len(models.ROWS["cpu"]) * len(shapes) * len(bench.RANKS)
+    assert len(asked) == len(models.ROWS["cpu"]) * len(shapes) * len(command.RANKS)
     assert {"llama3-8b", "qwen3-8b", "smollm2-135m"} <= set(models.NAMES)
 
 
@@ -134,7 +134,7 @@ def test_bench_of_torch_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     if (reason := baselines.no_compiler("cpu")) is not None:
         pytest.skip(reason)
-    for row in bench_layers.measure(Case(8, 32, 48, 3, dropout_p=0.1), 0.01):
+    for row in dense.measure(Case(8, 32, 48, 3, dropout_p=0.1), 0.01):
         assert row.tax["torch.compile"] > 0 and not row.misses
 
 
@@ -161,8 +161,8 @@ def test_bench_with_dropout(run: Any, no_overhead: None) -> None:
 
 
 def test_bench_of_variants(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_variants, "SIZES", (8, 48, 32))
-    monkeypatch.setattr(bench_variants, "SERVED", (48, 32))
+    monkeypatch.setattr(variants, "SIZES", (8, 48, 32))
+    monkeypatch.setattr(variants, "SERVED", (48, 32))
     ran = run("--variants", "--seconds", "0")
     each = ["row norm", "DoRA step", "q, k, v step", "q, k, v of a token"]
     each += ["16 adapters", "16 adapters", "three levels step"]
@@ -204,15 +204,15 @@ def test_a_wrong_peer_is_timed_and_marked(
 
 
 def test_a_wrong_variant_has_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_variants, "SIZES", (8, 48, 32))
-    row = bench_variants.norm_row(torch.float32, 0.0)
+    monkeypatch.setattr(variants, "SIZES", (8, 48, 32))
+    row = variants.norm_row(torch.float32, 0.0)
     assert not row.misses and "ours" in row.seconds
     norm = ops._BACKENDS[BACKEND].dora_norm
     monkeypatch.setattr(ops._BACKENDS[BACKEND], "dora_norm", lambda *args: norm(*args) * 1.01)
-    row = bench_variants.norm_row(torch.float32, 0.0)
+    row = variants.norm_row(torch.float32, 0.0)
     assert set(row.misses) == {"ours", "ours on NF4"}
     assert "ours" not in row.seconds and "panels" in row.seconds
-    assert "ours ✗ (y MISS: rms" in bench_variants.Variants().line(row)
+    assert "ours ✗ (y MISS: rms" in variants.Variants().line(row)
 
 
 def test_a_case_that_is_judged_anew_is_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,7 +235,7 @@ def test_verify_ends_with_1(
         ("DTYPES", ((torch.float32, None),)),
         ("MULTI_QUANTS", ()),
     ):
-        monkeypatch.setattr(f"lora_kernels.measure.verify.{name}", value)
+        monkeypatch.setattr(f"lora_kernels.verify.{name}", value)
     if output is not None:
         break_backend(monkeypatch, output)
     status = cli.main(["verify", "--engines", "scalar" if BACKEND == "cpu" else "eager"])
@@ -332,9 +332,9 @@ def test_nothing_is_measured_but_what_was_asked_for(
 
 def test_floor_and_target() -> None:
     case, each = Case(M=256, N=4096, K=1024, R=8), 8 / 1024 + 8 / 4096
-    assert bench_layers.floor(case, "forward") == 1 + each
-    assert bench_layers.floor(case, "backward") == 1 + 2 * each
-    assert bench_layers.target(case, "step") == pytest.approx(1 + 3 * each + 0.01)
+    assert dense.floor(case, "forward") == 1 + each
+    assert dense.floor(case, "backward") == 1 + 2 * each
+    assert dense.target(case, "step") == pytest.approx(1 + 3 * each + 0.01)
 
 
 def test_addmm_and_peft_compute_the_same() -> None:

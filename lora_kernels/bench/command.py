@@ -1,7 +1,7 @@
 """`lora-kernels bench`: its options, and the run of one of its suites.
 
-`bench_layers`, `bench_4bit`, `bench_variants`, `bench_memory` and `bench_traffic` are the suites;
-`compare` tells what two runs of one differ in.
+`dense`, `quantized`, `variants`, `memory` and `traffic` are the suites; `compare` tells what two
+runs of one differ in.
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ from typing import Any
 import torch
 
 from . import compare, models, outputs
-from .bench_4bit import Codes
-from .bench_layers import Layers
-from .bench_memory import Memory
-from .bench_traffic import Count
-from .bench_variants import Variants
+from .dense import Layers
+from .memory import Memory
+from .quantized import Codes
 from .results import Result, Row, Suite
-from .results import provenance as provenance  # which fine-tuning writes too
+from .traffic import Count
+from .variants import Variants
 
 QUICK_ROWS, QUICK_RANKS, QUICK_SECONDS = (1, 512), (16,), 0.25
 RANKS = (8, 16, 64)

@@ -25,14 +25,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import selection
-from ..backends import cpu, cpu_heuristics, triton
-from ..backends.triton import configs
-from ..quantization import Weight4bit
-from . import baselines, multi
-from . import case as cases
-from .case import Case, Expected, dtype_name
-from .tolerance import Verdict
+from . import selection
+from .backends import cpu, cpu_heuristics, triton
+from .backends.triton import configs
+from .bench import baselines, multi
+from .bench import case as cases
+from .bench.case import Case, Expected, dtype_name
+from .bench.tolerance import Verdict
+from .quantization import Weight4bit
 
 _f32, _bf16, _f16 = torch.float32, torch.bfloat16, torch.float16
 DTYPES = ((_f32, None), (_bf16, None), (_bf16, _f32), (_f16, None), (_f16, _f32))  # x, adapters
@@ -239,8 +239,8 @@ def peer_cases() -> Iterator[Case]:
 
 def compare_with_peer(peer: str, case: Case) -> Line:
     """Both layers on one of `peer_cases`; the reference decodes what the peer has quantized."""
-    from ..peft import explain, fuse
-    from ..peft.linear import Fused
+    from .peft import explain, fuse
+    from .peft.linear import Fused
 
     args, quant_type = cases.inputs(case), PEERS[peer][2]
     args |= {name: nn.Parameter(args[name].detach()) for name in ("lora_A", "lora_B")}

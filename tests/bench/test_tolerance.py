@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from lora_kernels.measure import case as cases
-from lora_kernels.measure.case import Case, judge
-from lora_kernels.measure.tolerance import assert_exact, compare, unit_roundoff
+from lora_kernels.bench import case as cases
+from lora_kernels.bench.case import Case, judge
+from lora_kernels.bench.tolerance import assert_exact, compare, unit_roundoff
 
 U16 = unit_roundoff(torch.bfloat16)
 

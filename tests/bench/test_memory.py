@@ -9,8 +9,8 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from lora_kernels import cli
-from lora_kernels.measure import bench_memory
-from lora_kernels.measure.bench_memory import DTYPES, VARIANTS, held, minimum
+from lora_kernels.bench import memory
+from lora_kernels.bench.memory import DTYPES, VARIANTS, held, minimum
 
 pytest.importorskip("peft")
 
@@ -34,7 +34,7 @@ def vectors(variant: str, dtype: torch.dtype) -> int:
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_ours_hold_the_formula(dtype: torch.dtype, variant: str) -> None:
-    row = bench_memory.layer_row(variant, dtype, SIZES, R)
+    row = memory.layer_row(variant, dtype, SIZES, R)
     want = M * K * dtype.itemsize + M * R * 4  # x, and D(x)·Aᵀ in float32
     want += {"dropout": 16, "DoRA": M * N * dtype.itemsize}.get(variant, 0)
     assert row.minimum == want
@@ -50,7 +50,7 @@ def test_nothing_else_is_alive(dtype: torch.dtype, variant: str) -> None:
     """The forward leaves y and the saved tensors except x allocated, with and without hooks."""
     from lora_kernels.peft import fuse
 
-    layer = fuse(nn.Sequential(bench_memory.stock(variant, dtype, SIZES, R)))[0]
+    layer = fuse(nn.Sequential(memory.stock(variant, dtype, SIZES, R)))[0]
     x = torch.randn(M, K).to(dtype).requires_grad_()
     kept = held(lambda: layer(x), layer).bytes  # and a first call, which may make buffers
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
@@ -85,22 +85,22 @@ def test_minimum() -> None:
 def test_a_small_llama_holds_nothing_above_the_minimum() -> None:
     """The minimum is counted of the frozen model, and by hand of its adapters."""
     pytest.importorskip("transformers")
-    sizes = dict(zip(bench_memory.SMOLLM2, (64, 192, 2, 4, 2, 256), strict=True))
+    sizes = dict(zip(memory.SMOLLM2, (64, 192, 2, 4, 2, 256), strict=True))
     for dtype in DTYPES:
-        row = bench_memory.step_row(dtype, sizes)
+        row = memory.step_row(dtype, sizes)
         assert row.what == "Llama's step"
         assert 0 < row.minimum == row.bytes["ours"] < row.bytes["peft"]
 
 
 def test_unknown_variant() -> None:
     with pytest.raises(ValueError, match="variant: got 'dora', want one of plain, dropout"):
-        bench_memory.stock("dora", torch.float32, SIZES, R)
+        memory.stock("dora", torch.float32, SIZES, R)
 
 
 def test_the_command(
     monkeypatch: pytest.MonkeyPatch, run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(bench_memory, "find_spec", lambda name: None)  # no Llama
+    monkeypatch.setattr(memory, "find_spec", lambda name: None)  # no Llama
     ran, file = run("--memory"), tmp_path / "new" / "here.json"
     assert ran.status == 0 and [row["what"] for row in ran.rows] == [*VARIANTS, *VARIANTS]
     assert set(ran.data["provenance"]) == {"version", "torch", "peft", "transformers"}

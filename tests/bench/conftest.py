@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from lora_kernels import cli, timing
-from lora_kernels.measure import baselines, bench_layers
+from lora_kernels.bench import baselines, dense
 
 
 class Ran(NamedTuple):
@@ -38,7 +38,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def no_overhead(monkeypatch: pytest.MonkeyPatch) -> None:
     """Skip the measurement of a call's overhead."""
     taken = dict.fromkeys(("ours, forward", "eager, forward"), 0.0)
-    monkeypatch.setattr(bench_layers, "overhead", lambda *_: taken)
+    monkeypatch.setattr(dense, "overhead", lambda *_: taken)
 
 
 @pytest.fixture

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from lora_kernels import cli, timing
-from lora_kernels.measure import bench, bench_layers, compare
-from lora_kernels.measure.case import Case
-from lora_kernels.measure.results import Result, Row
+from lora_kernels.bench import command, compare, dense
+from lora_kernels.bench.case import Case
+from lora_kernels.bench.results import Result, Row
 
 PROVENANCE = {"processor": "A", "threads": 2, "torch": "2.8", "isa": "avx2", "peft": "0.17"}
 
@@ -207,8 +207,8 @@ def test_a_run_measures_again_what_seems_slower(
         row = layer(case.R, 1.06 if case.R == 2 and first else 1.0)
         return [Row.from_json({**row, "mode": mode}) for mode in ("forward", "step")]
 
-    monkeypatch.setattr(bench_layers, "measure", measured)
-    monkeypatch.setattr(bench_layers.Layers, "line", lambda self, row: "")
+    monkeypatch.setattr(dense, "measure", measured)
+    monkeypatch.setattr(dense.Layers, "line", lambda self, row: "")
     old, rows = tmp_path / "old.json", [layer(R, 1.0) for R in (1, 2, 3)]
     old.write_text(json.dumps(data(*rows, *({**row, "mode": "forward"} for row in rows))))
     options = f"--shapes 8x48x32 --dtypes float32 --ranks 1 2 3 --compare {old}"
@@ -222,7 +222,7 @@ def test_a_run_measures_again_what_seems_slower(
 def test_two_files_are_compared_without_a_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(bench, "measure", None)
+    monkeypatch.setattr(command, "measure", None)
     old, new = tmp_path / "old.json", tmp_path / "new.json"
     old.write_text(json.dumps(data(layer(3, 1.0))))
     new.write_text(json.dumps(data(layer(3, 1.2))))
@@ -285,7 +285,7 @@ def test_ten_per_cent_are_seen_and_nothing_else(
     run = ["bench", "--shapes", "128x512x512", "--ranks", "8", "--dtypes", "float32"]
     assert cli.main([*run, "--seconds", "12", "--json", str(old)]) == 0
     run += ["--seconds", "5"]
-    plain = bench_layers.ours
+    plain = dense.ours
 
     def slowed(args: dict[str, Any]) -> Callable[..., Tensor]:
         call = plain(args)
@@ -304,7 +304,7 @@ def test_ten_per_cent_are_seen_and_nothing_else(
         capsys.readouterr()
         assert cli.main([*run, "--compare", str(old)]) == 0, capsys.readouterr().out
         with monkeypatch.context() as patched:
-            patched.setattr(bench_layers, "ours", slowed)
+            patched.setattr(dense, "ours", slowed)
             assert cli.main([*run, "--compare", str(old)]) == 1, capsys.readouterr().out
         out = capsys.readouterr().out
         assert "slower: float32 128×512×512 r=8 forward, ours" in out, out

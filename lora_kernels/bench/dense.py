@@ -35,8 +35,8 @@ from ..timing import Parts
 from . import baselines, models
 from . import case as cases
 from .baselines import Call
-from .bench_memory import held, peak
 from .case import Case
+from .memory import held, peak
 from .results import FROZEN, STREAMED_ROWS, Facts, Result, Row, Suite
 
 CHECKED_ROWS = 512  # on a GPU; the float64 reference of more takes longer than all that is timed

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from benchmarks import report
 from lora_kernels import cli, lora_linear, ops, selection, traffic
 from lora_kernels.backends import eager
-from lora_kernels.measure import bench_memory, bench_traffic
-from lora_kernels.measure.bench_traffic import CELLS, Cell, TrafficRow
+from lora_kernels.bench import memory
+from lora_kernels.bench import traffic as bench_traffic
+from lora_kernels.bench.traffic import CELLS, Cell, TrafficRow
 from lora_kernels.traffic import Kernel, Traffic, count, count_layer
 
 pytest.importorskip("peft")
@@ -187,8 +188,8 @@ def test_count_layer_peak_of_peft_layer_is_what_a_cpu_allocates(name: str) -> No
     found = bench_traffic.count_step(layer, cell, 64 * M, K)
     step = on_cpu(cell, 64 * M)
     with torch.backends.mkldnn.flags(enabled=False):
-        bench_memory.peak(step.run)
-        want = bench_memory.peak(step.run)
+        memory.peak(step.run)
+        want = memory.peak(step.run)
     assert max(each.peak for each in found) == pytest.approx(want, abs=64)
 
 

@@ -169,10 +169,10 @@ def measure(suite: Suite, args: argparse.Namespace, only: Collection[str] = ()) 
     for text in () if only else suite.head(args, result):
         print(text)
     for row in suite.rows(args, result.provenance, only):
-        mark = row.note_load() if isinstance(row, Row) and row.seconds else ""
+        if isinstance(row, Row) and row.seconds:
+            row.note_load()
         result.rows.append(row)
-        first, *rest = suite.line(row).split("\n")
-        print(first + mark, *rest, sep="\n", flush=True)
+        print(suite.line(row), flush=True)
         result.write(args.json, args.csv)
     result.write(args.json, args.csv)
     for text in () if only else suite.summary(result.rows):

@@ -152,13 +152,11 @@ def measure(case: Case, seconds: float, machine: Machine | None = None) -> list[
     for (mode, cache), times in sorted(found.items(), key=lambda item: MODES.index(item[0][0])):
         row = _row(case, mode, cache)
         row.backend, row.strategy = choice.backend, choice.strategy
-        row.correct, row.misses, row.seconds = "ours" not in misses, misses, times
-        row.floor, row.floor_ms = floor(case, mode), None
+        row.misses, row.seconds = misses, times
+        row.floor = floor(case, mode)
         if machine is not None:
             row.floor_ms = least_seconds(case, mode, machine) * 1e3
         row.target = target(case, mode) if cache == "warm" else None
-        row.frozen_ms = times["frozen"].p50 * 1e3
-        row.tax = {name: t.p50 / times["frozen"].p50 for name, t in times.items()}
         if mode == "step":
             row.bytes, row.peak_bytes = _memory(calls, case.device)
         rows.append(row)
@@ -284,33 +282,3 @@ class Layers(Suite):
             caches = itertools.product(MODES, ("warm", "cold"))
             if not only or any(_row(case, *each).identity in only for each in caches):
                 yield from measure(case, args.seconds, machine)
-
-    def line(self, row: Row) -> str:
-        seconds, tax, misses = row.seconds, row.tax, row.misses
-        goal = "" if row.target is None else f", target {row.target:.3f}"
-        words = [
-            f"{row.dtype} {row.M}×{row.K}×{row.N} r={row.R} {row.mode}"
-            f"{', cold' if row.cache == 'cold' else ''}: "
-            f"frozen {row.frozen_ms:.3g} ms, floor {row.floor:.3f}{goal}; tax:"
-        ]
-        for name in dict.fromkeys([*tax, *misses]):
-            text = f"{name} {tax[name]:.3f} " if name in tax else f"{name} "
-            if name == "ours" and name in tax and row.target is not None:
-                text += "✓ " if tax[name] <= row.target else "over target "
-            elif name in misses:
-                text += f"✗ ({misses[name]}) "
-            words += [text] if name != "frozen" else []
-        lines = [" ".join(words).rstrip()]
-        if times := seconds.get("ours"):
-            three = "/".join(f"{t * 1e3:.3g}" for t in (times.p20, times.p50, times.p80))
-            text = f"    ours: {row.backend}, {row.strategy}; {three} ms (p20/p50/p80)"
-            if row.floor_ms:
-                text += f", {row.floor_ms / times.p50 / 1e3:.0%} of what the machine allows"
-            lines.append(text)
-        if row.bytes and (peaks := row.peak_bytes):
-            each = (
-                f"{name} {held / 2**20:.3g} + {peaks[name] / 2**20:.3g}"
-                for name, held in row.bytes.items()
-            )
-            lines.append(f"    MiB held for the backward + most in a step: {', '.join(each)}")
-        return "\n".join(lines)

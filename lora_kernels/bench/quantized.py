@@ -145,19 +145,3 @@ class Codes(Suite):
         for dtype, (K, N) in itertools.product(args.dtypes, shapes):
             bases = Bases(K, N, getattr(torch, dtype), args.quant, args.device)
             yield from bases.rows(counts, args.seconds)
-
-    def line(self, row: Row) -> str:
-        """Ratios to ours before milliseconds."""
-        p50 = row.p50
-        shape = f"{row.dtype} {row.quant_type} K={row.K} N={row.N} M={row.M}"
-        words = [f"{shape} {row.mode}, {row.cache}:"]
-        if row.seconds and not row.misses:
-            ours, t = p50.pop("ours"), row.seconds["ours"]
-            three = "/".join(f"{each * 1e3:.3f}" for each in (t.p20, t.p50, t.p80))
-            words.append(f"ours {three} ms (p20/p50/p80); over ours:")
-            words += [f"{name} {t / ours:.2f}" for name, t in p50.items()]
-        else:
-            words += [f"{name} ✗ ({text})" for name, text in row.misses.items()]
-            words += [f"{name} {t * 1e3:.3f} ms" for name, t in p50.items()]
-        words += [f"rms {name} {error:.1e}" for name, error in row.errors.items()]
-        return "  ".join(words)

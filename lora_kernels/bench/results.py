@@ -46,6 +46,11 @@ LIKE = {
 }
 # Variant -> its yardstick; "PEFT's" for all others.
 VARIANTS = {"row norm": "PEFT's expression", "DoRA step": "PEFT's LoRA", "16 adapters": "PEFT's, 1"}
+# Variant -> the calls whose ratios tell what it costs.
+PAIRS = {
+    "DoRA step": (("ours", "LoRA"), ("PEFT's DoRA", "PEFT's LoRA")),
+    "16 adapters": (("ours", "ours, 1"), ("PEFT's", "PEFT's, 1")),
+}
 STREAMED_ROWS = 16  # up to which a 4-bit layer's time is that of reading its codes
 # Above the bench's own threads: what another program adds to the average of a minute, over which
 # the kernel takes it, if it has a core for half of that.
@@ -84,13 +89,10 @@ class Row:
     cache: str | None = None
     backend: str | None = None
     strategy: str | None = None
-    correct: bool | None = None
     floor: float | None = None
     floor_ms: float | None = None
     target: float | None = None
-    frozen_ms: float | None = None
     minimum: int | None = None
-    tax: dict[str, float] = field(default_factory=dict)
     bytes: dict[str, int] = field(default_factory=dict)
     peak_bytes: dict[str, int] = field(default_factory=dict)
     tensors: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -104,18 +106,19 @@ class Row:
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> Row:
-        """Of what `to_json` made, or an earlier version's: fields that are none are left out."""
+        """Return the row that `to_json` made, in this version or an earlier one."""
         known = {f.name: row[f.name] for f in dataclasses.fields(cls) if f.name in row}
-        seconds = {}
-        for name, times in row["seconds"].items():
-            over = Ratio(**times["over"]) if times.get("over") else None
-            seconds[name] = Times(**{**times, "over": over})
-        return cls(**{**known, "seconds": seconds})
+        known["seconds"] = {
+            name: Times(**{**times, "over": Ratio(**times["over"]) if times.get("over") else None})
+            for name, times in row["seconds"].items()
+        }
+        return cls(**known)
 
     def to_json(self) -> dict[str, Any]:
-        """The fields that are set."""
+        """The fields that are set, and the tax."""
         kept = "misses" if self.seconds else ""
-        return {name: v for name, v in asdict(self).items() if v not in (None, {}) or name == kept}
+        fields = {**asdict(self), "tax": self.tax}
+        return {name: v for name, v in fields.items() if v not in (None, {}) or name == kept}
 
     @property
     def kind(self) -> str:
@@ -154,6 +157,12 @@ class Row:
         """The median of each call in seconds."""
         return {name: times.p50 for name, times in self.seconds.items()}
 
+    @property
+    def tax(self) -> dict[str, float]:
+        """The LoRA tax: the median of each call over the frozen layer's, where that was timed."""
+        p50 = self.p50
+        return {name: t / p50[FROZEN] for name, t in p50.items()} if FROZEN in p50 else {}
+
     def judge(self, errors: dict[str, float], eager: float, u: float, sums: Sequence[int]) -> None:
         """Hold the errors of ours to the tolerance; eager: plain PyTorch's, u and sums as there."""
         limit = tolerance.rms_limit(eager, u, sums)
@@ -174,13 +183,49 @@ class Row:
         )
         return self
 
-    def note_load(self) -> str:
-        """Keep the load of the moment at which the row has been timed; return what stands beside a
-        row that was timed under load, and nothing for another."""
+    def note_load(self) -> None:
+        """Keep the load of the moment at which the row has been timed."""
         self.load, self.own_load = os.getloadavg()[0], torch.get_num_threads()
         self.under_load = self.load > self.own_load + LOAD_MARGIN
-        mark = f"  [under load: average {self.load:.1f}, at most {self.own_load} of it the bench]"
-        return mark if self.under_load else ""
+
+    def __str__(self) -> str:
+        """A timed row as `bench` prints it: each call over the yardstick, then the rest of ours."""
+        p50, unit = self.p50, self.yardstick
+        goals = [("floor", self.floor), ("target", self.target)]
+        goal = "".join(f", {word} {value:.3f}" for word, value in goals if value is not None)
+        words = []
+        for name in dict.fromkeys([*p50, *self.misses]):
+            ratio = p50[name] / p50[unit] if name in p50 else None
+            text = name if ratio is None else f"{name} {ratio:.3f}"
+            if name in self.misses:
+                text += f" ✗ ({self.misses[name]})"
+            elif name == "ours" and ratio is not None and self.target is not None:
+                text += " ✓" if ratio <= self.target else " over target"
+            words += [text] if name != unit else []
+        head = (
+            f"{self.identity}: {unit} {p50[unit] * 1e3:.3g} ms{goal}; over it: {', '.join(words)}"
+        )
+        if self.under_load:
+            head += (
+                f"  [under load: average {self.load:.1f}, at most {self.own_load} of it the bench]"
+            )
+        lines = [head]
+        if times := self.seconds.get("ours"):
+            three = "/".join(f"{t * 1e3:.3g}" for t in (times.p20, times.p50, times.p80))
+            by = f"{self.backend}, {self.strategy}; " if self.strategy else ""
+            lines.append(f"    ours: {by}{three} ms (p20/p50/p80)")
+            if self.floor_ms:
+                lines[-1] += f", {self.floor_ms / times.p50 / 1e3:.0%} of what the machine allows"
+        pairs = (pair for pair in PAIRS.get(self.what or "", ()) if {*pair} <= p50.keys())
+        if each := [f"{over} over {under} {p50[over] / p50[under]:.2f}" for over, under in pairs]:
+            lines.append(f"    {', '.join(each)}")
+        if peaks := self.peak_bytes:
+            each = [f"{n} {b / 2**20:.3g} + {peaks[n] / 2**20:.3g}" for n, b in self.bytes.items()]
+            lines.append(f"    MiB held for the backward + most in a step: {', '.join(each)}")
+        if self.errors:
+            each = [f"{name} {error:.1e}" for name, error in self.errors.items()]
+            lines.append(f"    rms errors: {', '.join(each)}")
+        return "\n".join(lines)
 
 
 @dataclass
@@ -196,21 +241,18 @@ class Result:
         for file in filter(None, (json_file, csv_file)):
             file.parent.mkdir(parents=True, exist_ok=True)
         if json_file:
-            json_file.write_text(self._json())
+            rows = (json.dumps(row.to_json(), ensure_ascii=False) for row in self.rows)
+            facts = json.dumps(self.provenance, indent=1, ensure_ascii=False)
+            more = f',\n "overhead_us": {json.dumps(self.overhead_us)}' if self.overhead_us else ""
+            lines = ",\n  ".join(rows)
+            json_file.write_text(
+                f'{{\n "provenance": {facts},\n "rows": [\n  {lines}\n ]{more}\n}}\n'
+            )
         if csv_file:
             with csv_file.open("w", newline="", encoding="utf-8") as text:
-                columns = f"{OF_ROW} {OF_CALL}".split()
-                writer = csv.DictWriter(text, columns, lineterminator="\n")
+                writer = csv.DictWriter(text, f"{OF_ROW} {OF_CALL}".split(), lineterminator="\n")
                 writer.writeheader()
                 writer.writerows(itertools.chain(*map(flat, self.rows)))
-
-    def _json(self) -> str:
-        lines = ",\n".join(
-            f"  {json.dumps(row.to_json(), ensure_ascii=False)}" for row in self.rows
-        )
-        facts = json.dumps(self.provenance, indent=1, ensure_ascii=False)
-        more = f',\n "overhead_us": {json.dumps(self.overhead_us)}' if self.overhead_us else ""
-        return f'{{\n "provenance": {facts},\n "rows": [\n{lines}\n ]{more}\n}}\n'
 
 
 # Columns of the CSV: what a row says of itself,
@@ -223,25 +265,23 @@ OF_CALL = (
 
 
 def flat(row: Row) -> Iterator[dict[str, Any]]:
-    """A line of the CSV for each call of the row; absent values are left out.
+    """A line of the CSV for each call of the row.
 
     >>> row = Row(M=8, seconds={"ours": Times(1.0, 2.0, 4.0, 9)}, misses={"eager": "y MISS"})
     >>> [(line["call"], line["result"], line.get("p50_ms")) for line in flat(row)]
     [('ours', 'ok', 2000.0), ('eager', '✗ y MISS', None)]
     """
-    common = {name: value for name in OF_ROW.split() if (value := getattr(row, name)) is not None}
     judged = row.seconds if row.judged is None else row.judged
     for name in dict.fromkeys([*row.seconds, *row.bytes, *row.misses]):
+        line = {column: getattr(row, column) for column in OF_ROW.split()}
         result = f"✗ {row.misses[name]}" if name in row.misses else "ok" if name in judged else ""
-        line = {**common, "call": name, "result": result}
+        line |= {"call": name, "result": result, "floor_ms": row.floor_ms if name == "ours" else ""}
+        line |= {"held_bytes": row.bytes.get(name), "peak_bytes": row.peak_bytes.get(name)}
         if times := row.seconds.get(name):
             line |= {f"{key}_ms": getattr(times, key) * 1e3 for key in ("p20", "p50", "p80")}
             line["rounds"] = times.rounds
             if over := times.over:
                 line |= {"over": over.p50, "over_low": over.low, "over_high": over.high}
-        if name == "ours":
-            line["floor_ms"] = row.floor_ms
-        line["held_bytes"], line["peak_bytes"] = row.bytes.get(name), row.peak_bytes.get(name)
         yield line
 
 
@@ -288,13 +328,16 @@ def summary(rows: list[Row]) -> Iterator[str]:
 
 
 class Suite:
-    """One of the tables of `bench`."""
+    """One of the tables of `bench`.
 
-    kind = ""
-    option = ""  # that asks for it
-    unused = ""  # options of which it has no use
+    Args:
+        option: that asks for it.
+        unused: options of which it has no use.
+    """
 
-    def provenance(self, args: argparse.Namespace) -> dict[str, Any]:
+    kind, option, unused = "", "", ""
+
+    def provenance(self, args: argparse.Namespace) -> Facts:
         return provenance(args.dtypes, args.device)
 
     def head(self, args: argparse.Namespace, result: Result) -> Iterator[str]:
@@ -308,7 +351,7 @@ class Suite:
 
     def line(self, row: Any) -> str:
         """One row as text."""
-        raise NotImplementedError
+        return str(row)
 
     def summary(self, rows: list[Any]) -> Iterator[str]:
         """Lines after the rows."""

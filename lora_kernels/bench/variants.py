@@ -271,21 +271,3 @@ class Variants(Suite):
                 yield adapters_row(dtype, M, args.seconds)
             yield levels_row(dtype, args.seconds)
         yield switching_row(args.seconds)
-
-    def line(self, row: Row) -> str:
-        """Ratios before milliseconds."""
-        p50 = row.p50
-        words = [f"{row.what}, {row.dtype} {row.M}×{row.K}×{row.N} r={row.R}:"]
-        for word, of, over, theirs in (
-            ("LoRA", "ours", "LoRA", ("PEFT's DoRA", "PEFT's LoRA")),
-            ("one", "ours", "ours, 1", ("PEFT's", "PEFT's, 1")),
-        ):
-            if {of, over} <= p50.keys():
-                peft = p50[theirs[0]] / p50[theirs[1]]
-                words.append(f"over {word} {p50[of] / p50[over]:.2f} (PEFT's {peft:.2f});")
-        for name, t in p50.items():
-            ratio = f"{t / p50['ours']:.2f} " if "ours" in p50 else ""
-            words.append(f"{name} {ratio}({t * 1e3:.3g} ms)")
-        words += [f"{name} ✗ ({text})" for name, text in row.misses.items()]
-        words += [f"rms {name} {error:.1e}" for name, error in row.errors.items()]
-        return "  ".join(words)

@@ -73,7 +73,7 @@ def test_bench(run: Any) -> None:
         assert row["tax"]["frozen"] == 1 < row["floor"]
         aimed = row["R"] == 3 and row["mode"] != "backward" and row["cache"] == "warm"
         assert ("target" in row) == aimed
-        assert row["correct"] and not row["misses"]
+        assert not row["misses"]
         assert row["backend"] in ("cpu", "eager") and row["strategy"]
         # At 1 GB/s and 1 GFLOP/s the operations take the longest.
         M, K, N, R = (row[name] for name in "MKNR")
@@ -97,7 +97,7 @@ def test_bench(run: Any) -> None:
     assert {"torch", "peft", "transformers", "bitsandbytes", "triton", "numpy"} <= facts
     assert set(ran.data["overhead_us"]) == OVERHEAD
     for said in (
-        *("float32 8×48×32 r=3 step: frozen", "r=3 decoding, cold: frozen"),
+        *("float32 8×48×32 r=3 step: frozen", "r=3 decoding cold: frozen"),
         *("ms (p20/p50/p80), ", " of what the machine allows", "torch.compile takes long"),
         "MiB held for the backward + most in a step: frozen",
     ):
@@ -170,7 +170,7 @@ def test_bench_of_variants(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for row in ran.rows[:-1]:
         assert set(row["seconds"]) == set(row["errors"]) and not row["misses"]
         assert row["errors"]["ours"] < 2.0 ** (-7 if row["dtype"] == "bfloat16" else -20)
-    assert "over LoRA" in ran.out and "over one" in ran.out
+    assert "ours over LoRA" in ran.out and "ours over ours, 1" in ran.out
 
 
 @pytest.mark.parametrize("output", ["y", "dx", "dA", "dB"])
@@ -182,7 +182,7 @@ def test_a_wrong_result_has_no_time(
     # A wrong y is another y's gradients as well, but no rounding's.
     assert ran.status == 1 and f"ours ✗ ({output} MISS" in ran.out and ran.rows
     for row in ran.rows:
-        assert not row["correct"] and "ours" not in row["seconds"] | row["tax"]
+        assert "ours" in row["misses"] and "ours" not in row["seconds"] | row["tax"]
         assert output in row["misses"]["ours"] and "addmm" in row["seconds"]
     assert {line["result"][:1] for line in ran.csv if line["call"] == "ours"} == {"✗"}
 
@@ -196,7 +196,7 @@ def test_a_wrong_peer_is_timed_and_marked(
     assert ran.status == 0
     for row in ran.rows:
         tax = f"{row['tax']['eager']:.3f} ✗"
-        assert row["correct"] and set(row["misses"]) == {"eager"}
+        assert set(row["misses"]) == {"eager"}
         assert f"eager {tax} (y MISS: rms" in ran.out and report.cell(row, "eager") == tax
     assert "; 3 of its results miss the tolerance" in ran.out
     results = [line["result"] for line in ran.csv if line["call"] == "eager"]
@@ -212,7 +212,7 @@ def test_a_wrong_variant_has_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     row = variants.norm_row(torch.float32, 0.0)
     assert set(row.misses) == {"ours", "ours on NF4"}
     assert "ours" not in row.seconds and "panels" in row.seconds
-    assert "ours ✗ (y MISS: rms" in variants.Variants().line(row)
+    assert "ours ✗ (y MISS: rms" in str(row)
 
 
 def test_a_case_that_is_judged_anew_is_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:

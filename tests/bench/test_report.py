@@ -41,7 +41,7 @@ def test_every_candidate_is_drawn(data: Any) -> None:
 def test_a_row_that_misses_the_tolerance_is_drawn(data: Any) -> None:
     row = next(row for row in data["rows"] if row["mode"] == "step")
     tax = {name: t for name, t in row["tax"].items() if name != "ours"}
-    wrong = {**row, "tax": tax, "misses": {"ours": "y MISS"}, "correct": False}
+    wrong = {**row, "tax": tax, "misses": {"ours": "y MISS"}}
     sound, missed = ({"rows": [r, data["rows"][0]]} for r in (row, wrong))
     assert pictures.lora_tax(sound, "", "") != pictures.lora_tax(missed, "", "")
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .. import device as devices
 
 Call = Callable[..., Tensor]
+Forward = Callable[[Tensor], Any]  # of a layer
 
 
 class AddmmLoRA(torch.autograd.Function):
@@ -173,3 +174,8 @@ def cycle_through(calls: Sequence[Callable[[], object]]) -> Callable[[], object]
     """Return a function that makes the next of the calls each time."""
     each = itertools.cycle(calls)
     return lambda: next(each)()
+
+
+def step(forward: Forward, inputs: Sequence[Tensor], dy: Any) -> Callable[[], object]:
+    """Return a function that runs forward and backward; inputs: x, and what needs a gradient."""
+    return lambda: torch.autograd.grad(forward(inputs[0]), inputs, dy)

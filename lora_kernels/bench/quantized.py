@@ -24,113 +24,91 @@ from .. import timing
 from ..core import reference
 from ..layers import QLoRALinear
 from . import baselines, models, tolerance
-from .case import dtype_name, kernels
+from .baselines import Forward
+from .case import kernels
 from .results import Facts, Row, Suite
 
 SHAPES = ((4096, 4096), (4096, 14336), (576, 1536))  # K, N
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
 RANK, SCALING = 16, 2.0
 
-Forward = Callable[[Tensor], Tensor]
 
+def rows_of(
+    K: int, N: int, counts: list[int], dtype: str, quant_type: str, seconds: float, device: str
+) -> Iterator[Row]:
+    """Forwards of so many rows of x, and steps of the last, over enough weights to be cold."""
+    torch.manual_seed(0)
+    on: Any = {"dtype": getattr(torch, dtype), "device": device}
+    A = nn.Parameter(torch.randn(RANK, K).div_(K**0.5).to(**on))
+    B = nn.Parameter(torch.randn(N, RANK).div_(RANK**0.5).to(**on))
+    count = max(2, min(64, timing.cold_bytes(device) // (N * K // 2)))
+    dense = [nn.Linear(K, N, bias=False, **on) for _ in range(min(4, count))]
+    for linear in dense:
+        nn.init.normal_(linear.weight, std=K**-0.5)
+    linears = [dense[i % len(dense)] for i in range(count)]
+    ours = [_ours(linear, quant_type, A, B) for linear in linears]
 
-class Bases:
-    """Enough weights of one shape to be cold, in every form that is timed."""
-
-    def __init__(self, K: int, N: int, dtype: torch.dtype, quant_type: str, device: str) -> None:
-        torch.manual_seed(0)
-        self.device, self.dtype = device, dtype
-        self.common: dict[str, Any] = {"dtype": dtype_name(dtype), "quant_type": quant_type}
-        self.count = max(2, min(64, timing.cold_bytes(device) // (N * K // 2)))
-        self.lora_A = nn.Parameter(torch.randn(RANK, K).div_(K**0.5).to(device, dtype))
-        self.lora_B = nn.Parameter(torch.randn(N, RANK).div_(RANK**0.5).to(device, dtype))
-        on = {"dtype": dtype, "device": device}
-        self.dense = [nn.Linear(K, N, bias=False, **on) for _ in range(min(4, self.count))]
-        for linear in self.dense:
-            nn.init.normal_(linear.weight, std=K**-0.5)
-        linears = [self.dense[i % len(self.dense)] for i in range(self.count)]
-        self.ours = [self._ours(linear, quant_type) for linear in linears]
-        self.bnb = {}
-        if device == "cpu" or all(map(find_spec, ("bitsandbytes", "peft"))):
-            self.bnb = {
-                mode: [self._peft(linear, quant_type).train(mode == "train") for linear in linears]
-                for mode in ("eval", "train")
-            }
-
-    def _ours(self, linear: nn.Linear, quant_type: str) -> QLoRALinear:
-        layer = QLoRALinear.from_linear(linear, RANK, SCALING * RANK, quant_type=quant_type)
-        layer.lora_A, layer.lora_B = self.lora_A, self.lora_B
-        return layer.eval()
-
-    def _peft(self, linear: nn.Linear, quant_type: str) -> Any:
-        """PEFT's layer over bitsandbytes', with the shared adapter."""
-        base = baselines.linear_4bit(linear, quant_type)
-        layer = baselines.peft_layer(base, [RANK], SCALING)
-        baselines.set_adapter(layer, self.lora_A, self.lora_B)
-        return layer
-
-    def candidates(self) -> dict[str, list[Forward]]:
-        """Name -> the forward over each of the weights."""
-        found: dict[str, list[Forward]] = {"ours": list(self.ours)}
-        if self.device != "cpu":
-            found["ours"] = [partial(_by_kernels, self.device, layer) for layer in self.ours]
-        found |= {f"bitsandbytes, {mode}": list(layers) for mode, layers in self.bnb.items()}
-        return found | {"dense": [partial(self._dense, linear.weight) for linear in self.dense]}
-
-    def _dense(self, weight: Tensor, x: Tensor) -> Tensor:
-        args = {"lora_A": self.lora_A, "lora_B": self.lora_B, "scaling": SCALING}
+    def eager(weight: Tensor, x: Tensor) -> Tensor:
+        args = {"lora_A": A, "lora_B": B, "scaling": SCALING}
         return baselines.eager(args)(x, weight, **args)
 
-    def errors(self, x: Tensor) -> tuple[dict[str, float], float]:
-        """Of each candidate, and of PyTorch's own calls on the weight decoded to x's dtype."""
-        weight = self.ours[0].weight4bit
-        A, B, W = (t.double() for t in (self.lora_A, self.lora_B, weight.dequantize(torch.float32)))
-        ref = reference.lora_linear(x.double(), W, A, B, SCALING)
-        got = {name: each[0](x) for name, each in self.candidates().items()}
-        got["eager"] = self._dense(weight.dequantize(x.dtype), x)
-        errors = {name: float((y - ref).norm() / ref.norm()) for name, y in got.items()}
-        return errors, errors.pop("eager")
+    forwards: dict[str, list[Forward]] = {"ours": [*ours]}
+    if device != "cpu":
+        forwards["ours"] = [partial(_by_kernels, device, layer) for layer in ours]
+    if device == "cpu" or all(map(find_spec, ("bitsandbytes", "peft"))):
+        for mode in ("eval", "train"):
+            layers = [_peft(linear, quant_type, A, B).train(mode == "train") for linear in linears]
+            forwards[f"bitsandbytes, {mode}"] = [*layers]
+    forwards["dense"] = [partial(eager, linear.weight) for linear in dense]
 
-    def rows(self, counts: list[int], seconds: float) -> Iterator[Row]:
-        """Forwards of so many rows of x, and steps of the last."""
-        K, N = self.lora_A.shape[1], self.lora_B.shape[0]
-        stream = [layer.weight.view(torch.int64).sum for layer in self.ours]  # little more is done
-        for M in counts:
-            x = torch.randn(M, K).to(self.device, self.dtype)
-            with torch.no_grad():
-                errors, eager = self.errors(x)
-                forwards: dict[str, list[Callable[[], object]]] = {
-                    name: [partial(forward, x) for forward in each]
-                    for name, each in self.candidates().items()
-                }
-                for call in itertools.chain(*forwards.values()):
-                    call()  # in its first call bitsandbytes may rewrite the codes
-                for cache, used in (("cold", slice(None)), ("warm", slice(1))):
-                    row = Row(**self.common, M=M, K=K, N=N, R=RANK, mode="forward", cache=cache)
-                    calls = (forwards | {"stream": stream}).items()
-                    turns = {name: baselines.cycle_through(each[used]) for name, each in calls}
-                    row.judge(errors, eager, tolerance.unit_roundoff(self.dtype), (K,))
-                    yield row.time(turns, seconds, self.device)
-        x.requires_grad_()
-        dy = torch.randn(M, N).to(self.device, self.dtype)
-        inputs = (x, self.lora_A, self.lora_B)
-        steps = {
-            name: baselines.cycle_through([partial(_step, forward, inputs, dy) for forward in each])
-            for name, each in self.candidates().items()
-            if name != "bitsandbytes, eval"
-        }
-        last = Row(**self.common, M=M, K=K, N=N, R=RANK, mode="step", cache="cold")
-        last.errors, last.misses, last.judged = {}, row.misses, []
-        yield last.time(steps, seconds, self.device)
+    row = partial(Row, dtype=dtype, quant_type=quant_type, K=K, N=N, R=RANK)
+    stream = [layer.weight.view(torch.int64).sum for layer in ours]  # little more is done
+    weight = ours[0].weight4bit
+    for M in counts:
+        x = torch.randn(M, K).to(**on)
+        with torch.no_grad():
+            x64, W64 = x.double(), weight.dequantize(torch.float32).double()
+            ref = reference.lora_linear(x64, W64, A.double(), B.double(), SCALING)
+            errors = {name: tolerance.rms_error(f[0](x), ref) for name, f in forwards.items()}
+            by_eager = tolerance.rms_error(eager(weight.dequantize(x.dtype), x), ref)
+            calls: dict[str, list[Callable[[], object]]] = {
+                name: [partial(forward, x) for forward in each] for name, each in forwards.items()
+            }
+            for call in itertools.chain(*calls.values()):
+                call()  # in its first call bitsandbytes may rewrite the codes
+            calls["stream"] = [*stream]
+            for cache, used in (("cold", slice(None)), ("warm", slice(1))):
+                found = row(M=M, mode="forward", cache=cache)
+                found.judge(errors, by_eager, tolerance.unit_roundoff(x.dtype), (K,))
+                turns = {name: baselines.cycle_through(each[used]) for name, each in calls.items()}
+                yield found.time(turns, seconds, device)
+    dy = torch.randn(M, N).to(**on)
+    x.requires_grad_()
+    steps = {
+        name: baselines.cycle_through([baselines.step(forward, (x, A, B), dy) for forward in each])
+        for name, each in forwards.items()
+        if name != "bitsandbytes, eval"
+    }
+    last = row(M=M, mode="step", cache="cold", misses=found.misses, judged=[])
+    yield last.time(steps, seconds, device)
+
+
+def _ours(linear: nn.Linear, quant_type: str, A: nn.Parameter, B: nn.Parameter) -> QLoRALinear:
+    layer = QLoRALinear.from_linear(linear, RANK, SCALING * RANK, quant_type=quant_type)
+    layer.lora_A, layer.lora_B = A, B
+    return layer.eval()
+
+
+def _peft(linear: nn.Linear, quant_type: str, A: Tensor, B: Tensor) -> Any:
+    """PEFT's layer over bitsandbytes', with the shared adapter."""
+    layer = baselines.peft_layer(baselines.linear_4bit(linear, quant_type), [RANK], SCALING)
+    baselines.set_adapter(layer, A, B)
+    return layer
 
 
 def _by_kernels(device: str, layer: QLoRALinear, x: Tensor) -> Tensor:
     with kernels(device):
         return layer(x)  # type: ignore[no-any-return]
-
-
-def _step(forward: Forward, inputs: tuple[Tensor, ...], dy: Tensor) -> object:
-    return torch.autograd.grad(forward(inputs[0]), inputs, dy)
 
 
 class Codes(Suite):
@@ -143,5 +121,4 @@ class Codes(Suite):
         shapes = list(dict.fromkeys((K, N) for _, K, N in asked)) or SHAPES
         counts = sorted({M for M, _, _ in asked}) or list(ROWS)
         for dtype, (K, N) in itertools.product(args.dtypes, shapes):
-            bases = Bases(K, N, getattr(torch, dtype), args.quant, args.device)
-            yield from bases.rows(counts, args.seconds)
+            yield from rows_of(K, N, counts, dtype, args.quant, args.seconds, args.device)

@@ -155,6 +155,15 @@ def assert_exact(got: Tensor, want: Tensor, name: str = "result") -> None:
         )
 
 
+def rms_error(got: Tensor, ref: Tensor) -> float:
+    """The rms error relative to the rms of the reference, which gives the dtype.
+
+    >>> rms_error(torch.tensor([3.0, 5.0]), torch.tensor([3.0, 4.0], dtype=torch.float64))
+    0.2
+    """
+    return float((got.detach().view(ref.shape) - ref).norm() / ref.norm())
+
+
 def _pool(
     tensors: Tensor | Sequence[Tensor], like: Tensor | Sequence[Tensor] | None = None
 ) -> Tensor:

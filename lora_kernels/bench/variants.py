@@ -11,7 +11,8 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from ..core import reference
 from ..layers import DoRALinear, HierarchicalLoRALinear, LoRAGroup, LoRALinear
 from ..quantization import quantize_4bit
 from . import baselines, tolerance
-from .baselines import peft_layer
+from .baselines import Forward, adapter_names, peft_layer
 from .case import dtype_name
 from .results import Facts, Row, Suite
 
@@ -31,7 +32,7 @@ SERVED = (4096, 4096)  # K, N of the layer that several adapters share
 RANK, SCALING = 16, 2.0
 LEVELS = (8, 16, 32)
 
-Forward = Callable[[Tensor], Any]
+Calls = dict[str, tuple[Forward, list[Tensor]]]  # a layer, and its parameters that train
 
 
 def norm_row(dtype: torch.dtype, seconds: float) -> Row:
@@ -51,14 +52,16 @@ def norm_row(dtype: torch.dtype, seconds: float) -> Row:
         "PEFT's expression": lambda: torch.linalg.norm(W + SCALING * (B @ A).to(dtype), dim=1),
         "ours on NF4": lambda: functional.dora_norm(codes, A, B, SCALING),
     }
-    decoded, errors = codes.dequantize(torch.float32), {}
-    for name, call in calls.items():
-        base = decoded if "NF4" in name else W
-        ref = reference.dora_norm(base.double(), A.double(), B.double(), SCALING)
-        errors[name] = _error(call(), ref)
-    row = _row("row norm", dtype, SIZES, errors, "panels")
+    dense, four_bit = (
+        reference.dora_norm(*_double(base, A, B, SCALING))
+        for base in (W, codes.dequantize(torch.float32))
+    )
+    errors = {
+        name: tolerance.rms_error(call(), four_bit if "NF4" in name else dense)
+        for name, call in calls.items()
+    }
     # All that is rounded is rounded to float32.
-    row.judge(errors, errors["panels"], tolerance.unit_roundoff(torch.float32), (K,))
+    row = _row("row norm", dtype, SIZES, errors, errors["panels"], rounded=torch.float32)
     return row.time(calls, seconds)
 
 
@@ -80,14 +83,11 @@ def dora_row(dtype: torch.dtype, seconds: float) -> Row:
     y = reference.lora_linear(x64, W64, A64, B64, SCALING)
     # The magnitudes are those at the start.
     at_start, norm = (reference.dora_norm(W64, A64, B64, scaling) for scaling in (0.0, SCALING))
-    ref = {"LoRA": y, "DoRA": at_start / norm * y}
-    errors = {
-        name: _error(layer(x), ref["LoRA" if "LoRA" in name else "DoRA"])
-        for name, layer in layers.items()
-    }
-    row = _row("DoRA step", dtype, SIZES, errors, "PEFT's DoRA")
-    steps = {name: _step(layer, x, dy, _trained(layer)) for name, layer in layers.items()}
-    return row.time(steps, seconds)
+    want = {name: y if "LoRA" in name else at_start / norm * y for name in layers}
+    calls: Calls = {name: (layer, _trained(layer)) for name, layer in layers.items()}
+    errors = _errors(calls, x, want)
+    row = _row("DoRA step", dtype, SIZES, errors, errors["PEFT's DoRA"])
+    return row.time(_steps(calls, x, dy), seconds)
 
 
 def group_rows(dtype: torch.dtype, seconds: float) -> Iterator[Row]:
@@ -106,26 +106,21 @@ def group_rows(dtype: torch.dtype, seconds: float) -> Iterator[Row]:
         for layer in (group.member(name), *three):
             _set(layer, A, B)
         want.append(reference.lora_linear(*_double(x, linear.weight, A, B, SCALING)))
-    forwards: dict[str, tuple[Forward, Sequence[nn.Module]]] = {
-        "ours": (group, [group]),
-        "three LoRALinear": (lambda x: [layer(x) for layer in apart], apart),
-        "PEFT's": (lambda x: [layer(x) for layer in pefts], pefts),
+    calls: Calls = {
+        "ours": (group, _trained(group)),
+        "three LoRALinear": (lambda x: [layer(x) for layer in apart], _trained(*apart)),
+        "PEFT's": (lambda x: [layer(x) for layer in pefts], _trained(*pefts)),
     }
-    errors = {
-        name: _error(torch.cat([*call(x)], dim=1), torch.cat(want, dim=1))
-        for name, (call, _) in forwards.items()
-    }
-    dys = [torch.randn(M, size, dtype=dtype) for size in sizes.values()]
-    steps = {
-        name: _step(call, x, dys, _trained(*modules)) for name, (call, modules) in forwards.items()
-    }
-    token = x[:1].detach()
-    decoding = {name: _without_gradients(call, token) for name, (call, _) in forwards.items()}
-    for what, rows, calls in (("step", M, steps), ("of a token", 1, decoding)):
-        for module in itertools.chain(*(modules for _, modules in forwards.values())):
-            module.train(what == "step")
-        whole = (rows, K, sum(sizes.values()))
-        yield _row(f"q, k, v {what}", dtype, whole, errors).time(calls, seconds)
+    errors = _errors(calls, x, torch.cat(want, dim=1))
+    row = partial(_row, dtype=dtype, errors=errors, eager=errors["PEFT's"])
+    width, dys = sum(sizes.values()), [torch.randn(M, size, dtype=dtype) for size in sizes.values()]
+    yield row("q, k, v step", sizes=(M, K, width)).time(_steps(calls, x, dys), seconds)
+    for module in (group, *apart, *pefts):
+        module.eval()
+    decoding = {name: partial(call, x[:1].detach()) for name, (call, _) in calls.items()}
+    with torch.no_grad():
+        token = row("q, k, v of a token", sizes=(1, K, width)).time(decoding, seconds)
+    yield token
 
 
 def adapters_row(dtype: torch.dtype, M: int, seconds: float) -> Row:
@@ -135,23 +130,25 @@ def adapters_row(dtype: torch.dtype, M: int, seconds: float) -> Row:
 
     K, N = SERVED
     linear, x = nn.Linear(K, N, bias=False, dtype=dtype), torch.randn(16, M // 16, K, dtype=dtype)
-    adapters = [_adapter(K, N) for _ in range(16)]
+    adapters, names = [_adapter(K, N) for _ in range(16)], adapter_names(16)
     stock = peft_layer(linear, [RANK] * 16, SCALING).eval()
-    for name, (A, B) in zip(baselines.adapter_names(16), adapters, strict=True):
+    for name, (A, B) in zip(names, adapters, strict=True):
         _set(stock, A, B, name)
     layers = {"ours": fuse(nn.Sequential(copy.deepcopy(stock)))[0], "PEFT's": stock}
     x64, W64 = _double(x, linear.weight)
     calls, errors = {}, {}
-    for E in (16, 4, 1):
-        index = torch.arange(16)[:, None].expand(16, M // 16) % E
-        As, Bs = ([pair[i].double() for pair in adapters[:E]] for i in range(2))
-        want = reference.multi_lora_linear(x64, W64, As, Bs, index, [SCALING] * E)
-        served = [baselines.adapter_names(16)[i % E] for i in range(16)]
-        for name, layer in layers.items():
-            key = f"{name}, {E}" if E < 16 else name
-            calls[key] = _without_gradients(layer, x, adapter_names=served)
-            errors[key] = _error(calls[key](), want)
-    return _row("16 adapters", dtype, (M, K, N), errors).time(calls, seconds)
+    with torch.no_grad():
+        for E in (16, 4, 1):
+            index = torch.arange(16)[:, None].expand(16, M // 16) % E
+            As, Bs = ([pair[i].double() for pair in adapters[:E]] for i in range(2))
+            want = reference.multi_lora_linear(x64, W64, As, Bs, index, [SCALING] * E)
+            served = [names[i % E] for i in range(16)]
+            for name, layer in layers.items():
+                key = f"{name}, {E}" if E < 16 else name
+                calls[key] = partial(layer, x, adapter_names=served)
+                errors[key] = tolerance.rms_error(calls[key](), want)
+        row = _row("16 adapters", dtype, (M, K, N), errors, errors["PEFT's"])
+        return row.time(calls, seconds)
 
 
 def levels_row(dtype: torch.dtype, seconds: float) -> Row:
@@ -166,7 +163,7 @@ def levels_row(dtype: torch.dtype, seconds: float) -> Row:
     scales = [w * s for w, s in zip(layer.weights, layer.level_scales, strict=True)]
     _set(layer, A, B)
     As, Bs = A.split(LEVELS), B.split(LEVELS, dim=1)
-    for name, a, b, scale in zip(baselines.adapter_names(3), As, Bs, scales, strict=True):
+    for name, a, b, scale in zip(adapter_names(3), As, Bs, scales, strict=True):
         _set(peft, a, b, name)
         peft.scaling[name] = scale
     leaves = [t.clone().requires_grad_() for t in (*As, *Bs)]
@@ -177,16 +174,16 @@ def levels_row(dtype: torch.dtype, seconds: float) -> Row:
             y = y + functional.lora_linear(x, None, leaves[i], leaves[3 + i], scales[i])
         return y
 
-    forwards: dict[str, tuple[Forward, list[Tensor]]] = {
+    calls: Calls = {
         "ours": (layer, _trained(layer)),
         "three calls": (apart, leaves),
         "PEFT's": (peft, _trained(peft)),
     }
     gate = torch.cat([torch.full((r,), s) for r, s in zip(LEVELS, scales, strict=True)])
     want = reference.lora_linear(*_double(x, linear.weight, A, B), rank_gate=gate.double())
-    errors = {name: _error(call(x), want) for name, (call, _) in forwards.items()}
-    row = _row("three levels step", dtype, SIZES, errors, ranks=sum(LEVELS))
-    return row.time({name: _step(call, x, dy, t) for name, (call, t) in forwards.items()}, seconds)
+    errors = _errors(calls, x, want)
+    row = _row("three levels step", dtype, SIZES, errors, errors["PEFT's"], ranks=sum(LEVELS))
+    return row.time(_steps(calls, x, dy), seconds)
 
 
 def switching_row(seconds: float) -> Row:
@@ -196,11 +193,11 @@ def switching_row(seconds: float) -> Row:
     _, K, N = SIZES
     stock = peft_layer(nn.Linear(K, N, bias=False), [RANK] * 16, SCALING)
     layers = {"ours": fuse(nn.Sequential(copy.deepcopy(stock)))[0], "PEFT's": stock}
-    turn = itertools.cycle(baselines.adapter_names(16))
+    turn = itertools.cycle(adapter_names(16))
     calls = {
         name: lambda layer=layer: layer.set_adapter(next(turn)) for name, layer in layers.items()
     }
-    return _row("switching", torch.float32, (0, K, N), {}).time(calls, seconds)
+    return _row("switching", torch.float32, (0, K, N), {}, 0.0).time(calls, seconds)
 
 
 def _row(
@@ -208,15 +205,31 @@ def _row(
     dtype: torch.dtype,
     sizes: tuple[int, int, int],
     errors: dict[str, float],
-    eager: str = "PEFT's",
+    eager: float,
+    *,
+    rounded: torch.dtype | None = None,
     ranks: int = 0,
 ) -> Row:
-    """A row whose errors are judged; eager: the call whose error is plain PyTorch's; ranks: those
-    that are added up, where the adapter makes the larger part of the result."""
+    """A row whose errors are judged; eager: plain PyTorch's; rounded: to what, x's dtype if None;
+    ranks: those that are added up, where the adapter makes the larger part of the result."""
     M, K, N = sizes
     row = Row(what=what, dtype=dtype_name(dtype), M=M, K=K, N=N, R=RANK)
-    row.judge(errors, errors.get(eager, 0.0), tolerance.unit_roundoff(dtype), (K, ranks))
+    row.judge(errors, eager, tolerance.unit_roundoff(rounded or dtype), (K, ranks))
     return row
+
+
+def _errors(calls: Calls, x: Tensor, want: Tensor | Mapping[str, Tensor]) -> dict[str, float]:
+    """Errors of y, of several results side by side; want: of all calls, or of each."""
+    found = {}
+    for name, (call, _) in calls.items():
+        y = call(x)
+        y = y if isinstance(y, Tensor) else torch.cat([*y], dim=1)
+        found[name] = tolerance.rms_error(y, want if isinstance(want, Tensor) else want[name])
+    return found
+
+
+def _steps(calls: Calls, x: Tensor, dy: Any) -> dict[str, Callable[[], object]]:
+    return {name: baselines.step(call, [x, *leaves], dy) for name, (call, leaves) in calls.items()}
 
 
 def _adapter(K: int, N: int) -> tuple[Tensor, Tensor]:
@@ -234,24 +247,8 @@ def _trained(*modules: nn.Module) -> list[Tensor]:
     return [p for module in modules for p in module.parameters() if p.requires_grad]
 
 
-def _step(call: Forward, x: Tensor, dy: Any, leaves: list[Tensor]) -> Callable[[], object]:
-    return lambda: torch.autograd.grad(call(x), [x, *leaves], dy)
-
-
-def _without_gradients(call: Forward, x: Tensor, **options: Any) -> Callable[[], Any]:
-    def forward() -> Any:
-        with torch.no_grad():
-            return call(x, **options)
-
-    return forward
-
-
 def _double(*args: Any) -> list[Any]:
     return [t.detach().double() if isinstance(t, Tensor) else t for t in args]
-
-
-def _error(got: Tensor, want: Tensor) -> float:
-    return float((got.detach().view(want.shape) - want).norm() / want.norm())
 
 
 class Variants(Suite):

@@ -217,7 +217,7 @@ def _memory(
     bytes_, peaks = {}, {}
     for name, (call, args) in calls.items():
         there = [args[key] for key in ("weight", "lora_A", "lora_B")]
-        bytes_[name] = held(_forward(call, args), there=there).bytes
+        bytes_[name] = sum(held(_forward(call, args), there=there).values())
         peaks[name] = peak(_parts(call, args).__call__, device)
     return bytes_, peaks
 

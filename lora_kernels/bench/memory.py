@@ -20,8 +20,7 @@ import copy
 import itertools
 import os
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Set
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -36,7 +35,12 @@ from .results import Facts, Row, Suite, versions
 
 SIZES = (512, 2048, 2048)  # M, K, N
 RANK, DROPOUT = 16, 0.1
-VARIANTS = ("plain", "dropout", "DoRA", "gate")  # the gate is AdaLoRA's, whose E trains
+VARIANTS: dict[str, dict[str, Any]] = {  # options of `peft_layer`
+    "plain": {},
+    "dropout": {"lora_dropout": DROPOUT},
+    "DoRA": {"use_dora": True},
+    "gate": {"adalora": True},  # AdaLoRA's, whose E trains
+}
 DTYPES = (torch.float32, torch.bfloat16)
 TOKENS = (2, 64)  # batch and length of a Llama's step
 SMOLLM2 = {  # SmolLM2-135M
@@ -49,45 +53,35 @@ SMOLLM2 = {  # SmolLM2-135M
 }
 
 
-@dataclass(frozen=True)
-class Held:
-    """What is kept for a backward: bytes in all, and each storage as "[shape] dtype" -> bytes."""
-
-    bytes: int
-    tensors: dict[str, int]
-
-
 def held(
     call: Callable[[], object], module: nn.Module | None = None, there: Iterable[Tensor] = ()
-) -> Held:
-    """What `call` leaves for its backward beside the parameters and buffers of the module, and
-    other tensors that are there anyway.
+) -> dict[str, int]:
+    """What `call` leaves for its backward, as "[shape] dtype" -> bytes, beside the parameters and
+    buffers of the module, and other tensors that are there anyway.
+
+    >>> x = torch.ones(4, 8, requires_grad=True)
+    >>> held(lambda: (x * x).exp())  # x, and the result of exp
+    {'[4, 8] float32': 256}
+    """
+    if module is not None:
+        there = [*there, *module.parameters(), *module.buffers()]
+    tensors: dict[str, int] = {}
+    for t in saved(call, there).values():
+        name = f"{list(t.shape)} {dtype_name(t.dtype)}"
+        tensors[name] = tensors.get(name, 0) + t.untyped_storage().nbytes()
+    return dict(sorted(tensors.items(), key=lambda item: -item[1]))
+
+
+def saved(call: Callable[[], object], there: Iterable[Tensor]) -> dict[int, Tensor]:
+    """Address -> a tensor of each storage that autograd saves, but for those that are there.
 
     The graph must be alive at the end, so `call` returns its output. Tensors that a Function keeps
     on its context by hand are not seen; this package's keep none.
-
-    >>> x = torch.ones(4, 8, requires_grad=True)
-    >>> held(lambda: (x * x).exp()).bytes  # x, and the result of exp
-    256
     """
-    known = {_address(t) for t in there}
-    if module is not None:
-        known |= {_address(t) for t in itertools.chain(module.parameters(), module.buffers())}
-    kept = _saved(call, known)
-    tensors: dict[str, int] = {}
-    for t in kept.values():
-        name = f"{list(t.shape)} {dtype_name(t.dtype)}"
-        tensors[name] = tensors.get(name, 0) + t.untyped_storage().nbytes()
-    ordered = dict(sorted(tensors.items(), key=lambda item: -item[1]))
-    return Held(sum(tensors.values()), ordered)
-
-
-def _saved(call: Callable[[], object], there: Set[int]) -> dict[int, Tensor]:
-    """Address -> a tensor of each storage that autograd saves, but for those that are there."""
-    kept: dict[int, Tensor] = {}
+    known, kept = set(map(_address, there)), dict[int, Tensor]()
 
     def pack(t: Tensor) -> Tensor:
-        if t.untyped_storage().nbytes() and _address(t) not in there:
+        if t.untyped_storage().nbytes() and _address(t) not in known:
             kept.setdefault(_address(t), t)  # which keeps the address from being used again
         return t
 
@@ -157,18 +151,8 @@ def minimum(
 
 def stock(variant: str, dtype: torch.dtype, sizes: tuple[int, int, int], R: int) -> nn.Module:
     """PEFT's own layer of one of VARIANTS over a linear of that dtype, in training mode."""
-    if variant not in VARIANTS:
-        raise ValueError(f"variant: got {variant!r}, want one of {', '.join(VARIANTS)}")
-    _, K, N = sizes
-    base = nn.Linear(K, N, bias=False, dtype=dtype)
-    options: Any = {
-        "gate": {"adalora": True},
-        "dropout": {"lora_dropout": DROPOUT},
-        "DoRA": {"use_dora": True},
-    }
-    layer: nn.Module = baselines.peft_layer(
-        base, [R], adapter_dtype=torch.float32, **options.get(variant, {})
-    )
+    base, options = nn.Linear(*sizes[1:], bias=False, dtype=dtype), VARIANTS[variant]
+    layer: nn.Module = baselines.peft_layer(base, [R], adapter_dtype=torch.float32, **options)
     return layer
 
 
@@ -182,11 +166,10 @@ def layer_row(
     layers = {"ours": fuse(nn.Sequential(copy.deepcopy(theirs)))[0], "peft": theirs}
     M, K, N = sizes
     x = torch.randn(M, K).to(dtype).requires_grad_()
-    found = {name: held(partial(layer, x), layer) for name, layer in layers.items()}
     row = Row(what=variant, dtype=dtype_name(dtype), M=M, K=K, N=N, R=R)
     row.minimum = minimum(M, K, N, R, dtype, dropout=variant == "dropout", z=variant == "DoRA")
-    row.bytes = {name: each.bytes for name, each in found.items()}
-    row.tensors = {name: each.tensors for name, each in found.items()}
+    row.tensors = {name: held(partial(layer, x), layer) for name, layer in layers.items()}
+    row.bytes = {name: sum(each.values()) for name, each in row.tensors.items()}
     return row
 
 
@@ -218,9 +201,9 @@ def step_row(dtype: torch.dtype, sizes: Mapping[str, Any] = SMOLLM2) -> Row:
     row.minimum = _least(llama, ids)
     model: Any = get_peft_model(llama, lora).train()
     forward = partial(model, input_ids=ids, labels=ids)
-    peft = held(forward, model).bytes
+    peft = sum(held(forward, model).values())
     fuse(model)
-    row.bytes = {"ours": held(forward, model).bytes, "peft": peft}
+    row.bytes = {"ours": sum(held(forward, model).values()), "peft": peft}
     return row
 
 
@@ -228,22 +211,19 @@ def _least(llama: Any, ids: Tensor) -> int:
     """`step_row`'s minimum, of a model without adapters."""
     llama.requires_grad_(False)
     inputs: dict[int, Tensor] = {}
-    adapters = 0
 
     def look(module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
-        nonlocal adapters
         inputs.setdefault(_address(args[0]), args[0])
-        adapters += 4 * ids.numel() * RANK + 16
         if not y.requires_grad:  # gradients begin where the first adapters are
             y.requires_grad_()
 
-    layers = [m for name, m in llama.model.named_modules() if isinstance(m, nn.Linear)]
+    layers = [m for m in llama.model.modules() if isinstance(m, nn.Linear)]
     handles = [layer.register_forward_hook(look) for layer in layers]
-    there = {_address(p) for p in llama.parameters()} | {_address(b) for b in llama.buffers()}
-
-    kept = _saved(partial(llama, input_ids=ids, labels=ids), there)
+    there = [*llama.parameters(), *llama.buffers()]
+    kept = saved(partial(llama, input_ids=ids, labels=ids), there)
     for handle in handles:
         handle.remove()
+    adapters = len(layers) * (4 * ids.numel() * RANK + 16)
     return adapters + sum(t.untyped_storage().nbytes() for t in (kept | inputs).values())
 
 
@@ -264,10 +244,8 @@ class Memory(Suite):
             yield from map(step_row, DTYPES)
 
     def line(self, row: Row) -> str:
-        bytes_, least = row.bytes, row.minimum or 0
+        ours, peft, least = row.bytes["ours"], row.bytes["peft"], row.minimum or 0
         return (
-            f"{row.what}, {row.dtype} {row.M}×{row.K}×{row.N} r={row.R}: "
-            f"ours {bytes_['ours']:,} bytes, "
-            f"PEFT's {bytes_['peft']:,} ({bytes_['peft'] / bytes_['ours']:.2f} times ours), "
-            f"minimum {least:,}, over {bytes_['ours'] - least:,}"
+            f"{row.identity}: ours {ours:,} bytes, PEFT's {peft:,} ({peft / ours:.2f} times ours), "
+            f"minimum {least:,}, over {ours - least:,}"
         )

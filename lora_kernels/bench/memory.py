@@ -31,7 +31,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from . import baselines
 from .case import dtype_name
-from .results import Facts, Row, Suite, versions
+from .results import Facts, Row, Suite
 
 SIZES = (512, 2048, 2048)  # M, K, N
 RANK, DROPOUT = 16, 0.1
@@ -232,9 +232,7 @@ class Memory(Suite):
 
     kind, option = "memory", "memory"
     unused = "compare device shapes model rows ranks quick dtypes dropout seconds"
-
-    def provenance(self, args: argparse.Namespace) -> dict[str, Any]:
-        return versions("torch", "peft", "transformers")
+    libraries = ("torch", "peft", "transformers")
 
     def rows(self, args: argparse.Namespace, facts: Facts, only: Collection[str]) -> Iterator[Row]:
         """The steps where transformers is installed."""

@@ -333,12 +333,15 @@ class Suite:
     Args:
         option: that asks for it.
         unused: options of which it has no use.
+        libraries: the versions that settle what is counted; none where times are taken.
     """
 
     kind, option, unused = "", "", ""
+    libraries: tuple[str, ...] = ()
 
     def provenance(self, args: argparse.Namespace) -> Facts:
-        return provenance(args.dtypes, args.device)
+        libraries = self.libraries
+        return versions(*libraries) if libraries else provenance(args.dtypes, args.device)
 
     def head(self, args: argparse.Namespace, result: Result) -> Iterator[str]:
         """Lines before the rows, of a run that is not of some of them alone."""

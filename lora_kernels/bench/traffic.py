@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from .. import traffic
 from ..traffic import Traffic
 from . import baselines
-from .results import Facts, Result, Suite, versions
+from .results import Facts, Suite
 
 ROWS = (1, 16, 512, 8192)  # M
 SHAPES = ((4096, 4096), (4096, 14336))  # K, N
@@ -177,9 +177,9 @@ def count_cell(
     ours = count()
     for M, of_ours, of_peft in zip(Ms, ours, peft, strict=True):
         for direction, mine, theirs in zip(("forward", "backward"), of_ours, of_peft, strict=True):
-            both = {"ours": mine, "peft": theirs}
             counts: Any = {
-                name: {who: getattr(t, name) for who, t in both.items()} for name in MEASURES
+                name: {"ours": getattr(mine, name), "peft": getattr(theirs, name)}
+                for name in MEASURES
             }
             counts["allowed_kernels"] = allowed_kernels(cell, M, mine, theirs)
             counts["losses"] = losses(cell, M, mine, theirs)
@@ -209,20 +209,9 @@ def count_step(
     return traffic.count_layer(forward, [x, *adapters], log)
 
 
-HEADER = (
-    f"{'bytes':>5} {'ours, MB':>9} {'PEFT, MB':>9} {'kernels':>7} {'peak':>6} {'ours, MB':>9} "
-    f"{'PEFT, MB':>9}  layer"
-)
-
-
 def ratio(measure: dict[str, int]) -> float:
     """Return ours over PEFT's."""
     return measure["ours"] / measure["peft"]
-
-
-def _columns(measure: dict[str, int], width: int) -> str:
-    ours, peft = (measure[who] / 1e6 for who in ("ours", "peft"))
-    return f"{ratio(measure):{width}.2f} {ours:9.2f} {peft:9.2f}"
 
 
 class Count(Suite):
@@ -230,13 +219,7 @@ class Count(Suite):
 
     kind, option = "count", "count"
     unused = "compare device shapes model rows ranks quick dtypes dropout seconds csv"
-
-    def provenance(self, args: argparse.Namespace) -> dict[str, Any]:
-        """Return the versions that decide which kernels run."""
-        return versions("torch", "peft", "bitsandbytes")
-
-    def head(self, args: argparse.Namespace, result: Result) -> Iterator[str]:
-        yield HEADER
+    libraries = ("torch", "peft", "bitsandbytes")  # which decide what kernels run
 
     def rows(
         self, args: argparse.Namespace, facts: Facts, only: Collection[str]
@@ -251,12 +234,14 @@ class Count(Suite):
 
     def line(self, row: TrafficRow) -> str:
         """Return ratios of ours to PEFT's, each before what it is made of."""
-        of_kernels = f"{row.kernels['ours']}/{row.kernels['peft']}"
+        by, peak = (
+            f"{ratio(count):.2f} ({count['ours'] / 1e6:.2f}/{count['peft'] / 1e6:.2f} MB)"
+            for count in (row.bytes, row.peak)
+        )
         lost = f"  ✗ {', '.join(row.losses)}" if row.losses else ""
         return (
-            f"{_columns(row.bytes, 5)} {of_kernels:>7} {_columns(row.peak, 6)}  "
-            f"{row.cell}, {row.M}×{row.K}×{row.N} r={row.R} p={row.dropout_p:g} "
-            f"{row.direction}{lost}"
+            f"{row.cell}, {row.M}×{row.K}×{row.N} r={row.R} p={row.dropout_p:g} {row.direction}: "
+            f"bytes {by}, kernels {row.kernels['ours']}/{row.kernels['peft']}, peak {peak}{lost}"
         )
 
     def summary(self, rows: list[TrafficRow]) -> Iterator[str]:

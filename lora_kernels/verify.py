@@ -19,6 +19,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -34,8 +35,16 @@ from .bench.case import Case, Expected, dtype_name
 from .bench.tolerance import Verdict
 from .quantization import Weight4bit
 
+Dtypes = tuple[torch.dtype, torch.dtype | None]  # of x, and of the adapter where it differs
+
 _f32, _bf16, _f16 = torch.float32, torch.bfloat16, torch.float16
-DTYPES = ((_f32, None), (_bf16, None), (_bf16, _f32), (_f16, None), (_f16, _f32))  # x, adapters
+DTYPES: tuple[Dtypes, ...] = (
+    (_f32, None),
+    (_bf16, None),
+    (_bf16, _f32),
+    (_f16, None),
+    (_f16, _f32),
+)
 ALL = {"gate": True, "column_scale": True, "bias": True}
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -68,6 +77,7 @@ PEERS = {
 PEER_SHAPES = ((70, 192, 128, 13), (7, 128, 192, 40))
 
 Line = tuple[dict[str, Any], str]  # a row of --json, and as text
+Check = Callable[[], Line | None]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -97,25 +107,25 @@ def run(args: argparse.Namespace) -> int:
     if why is not None:
         print(f"lora-kernels verify: {why}")
         return 2
-    lines: Iterator[Line]
+    checks: list[Check]
     if args.peer:
         head = "rms errors of whole layers in unit roundoffs: ours, the peer's, the limit for ours"
-        todo = list(itertools.product(dict.fromkeys(args.peer), peer_cases()))
-        total, lines = len(todo), itertools.starmap(compare_with_peer, todo)
+        pairs = itertools.product(dict.fromkeys(args.peer), peer_cases())
+        checks = [partial(compare_with_peer, peer, case) for peer, case in pairs]
     else:
         head = f"{'engine':34} {'x':9} {'adapters':9} {'option':13} worst of y and its gradients"
-        total, lines = _count(names), _judged(names, THOROUGH if args.thorough else SHAPES)
-    results = []
-    with _lines(args.json, total) as say:
+        checks = engine_checks(names, THOROUGH if args.thorough else SHAPES)
+    rows = []
+    with _printed(args.json, len(checks)) as say:
         say(head)
-        for row, line in lines:
-            results.append(row)
+        for row, line in filter(None, (check() for check in checks)):
+            rows.append(row)
             say(line)
-    missed = sum(not row["ok"] for row in results)
+    missed = sum(not row["ok"] for row in rows)
     if args.json:
-        print(json.dumps(results, indent=1))
+        print(json.dumps(rows, indent=1))
     else:
-        print(f"{len(results) - missed} of {len(results)} within the tolerance")
+        print(f"{len(rows) - missed} of {len(rows)} within the tolerance")
     return 1 if missed else 0
 
 
@@ -135,8 +145,8 @@ def _unstartable_reason(args: argparse.Namespace, names: list[str]) -> str | Non
 
 
 @contextlib.contextmanager
-def _lines(silent: bool, total: int) -> Iterator[Callable[[str], None]]:
-    """Prints lines, of which a head and `total` more are expected; with a bar on a terminal."""
+def _printed(silent: bool, total: int) -> Iterator[Callable[[str], None]]:
+    """Give a function that prints a head and up to `total` lines; with a bar on a terminal."""
     if silent:
         yield lambda line: None
     elif not sys.stdout.isatty() or find_spec("rich") is None:
@@ -154,54 +164,57 @@ def _lines(silent: bool, total: int) -> Iterator[Callable[[str], None]]:
             yield say
 
 
-def _count(names: list[str]) -> int:
-    """How many rows `_judged` will make."""
-    several = [name for name in names if not name.startswith(GPU_ENGINES)]
-    return len(DTYPES) * (len(OPTIONS) * len(names) + len(MULTI_QUANTS) * len(several))
+def engine_checks(names: list[str], shapes: tuple[tuple[int, ...], ...]) -> list[Check]:
+    """A check of each engine, dtypes and option; engines follow each other, so that a reference is
+    computed once."""
+    of_one = itertools.product(DTYPES, OPTIONS, names)
+    of_several = itertools.product(DTYPES, MULTI_QUANTS, names)
+    return [
+        *(partial(judge_option, name, dtypes, option, shapes) for dtypes, option, name in of_one),
+        *(
+            partial(judge_adapters, name, dtypes, quant)
+            for dtypes, quant, name in of_several
+            if not name.startswith(GPU_ENGINES)
+        ),
+    ]
 
 
-def _judged(names: list[str], shapes: tuple[tuple[int, ...], ...]) -> Iterator[Line]:
-    """Of each engine, dtypes and option: the verdict on each output of each case."""
-    for (dtype, adapter), (option, fields) in itertools.product(DTYPES, OPTIONS.items()):
-        used = (shapes[0], FEW_ROWS, *shapes[2:]) if "quant" in fields else shapes
-        for name in names:
-            verdicts: dict[str, Verdict] = {}
-            for M, N, K, R in used:
-                device = cases.triton_device() if name.startswith("triton ") else "cpu"
-                device = "cuda" if name.startswith(("cuda ", cases.EAGER_CUDA)) else device
-                case = Case(M, N, K, R, dtype, adapter, **fields, device=device)
-                for forced in _ways(name, case):
-                    with cases.engine(forced):
-                        judged = cases.judge(case)
-                        if not case.dropout_p and case.base and not case.column_scale:
-                            judged |= cases.judge_norm(case)
-                    few = ", few rows" if forced != name else ""
-                    verdicts |= {f"{case}{few}/{output}": v for output, v in judged.items()}
-            if verdicts:  # float32 has no kernel on the CUDA backend's matrix units
-                yield _line(name, dtype, adapter, option, verdicts)
-    for (dtype, adapter), quant in itertools.product(DTYPES, MULTI_QUANTS):
-        for name in names:
-            if name.startswith(GPU_ENGINES):
-                continue
-            several = multi.MultiCase(70, 65, 128, rows="mixed", quant=quant, dropout_p=0.1)
-            several = replace(several, dtype=dtype, adapter_dtype=adapter)
-            with cases.engine(name):
-                verdicts = {f"{several}/{k}": v for k, v in multi.judge(several).items()}
-            yield _line(name, dtype, adapter, f"adapters {quant[:3]}".strip(), verdicts)
+def judge_option(
+    name: str, dtypes: Dtypes, option: str, shapes: tuple[tuple[int, ...], ...]
+) -> Line | None:
+    """The verdict on each output of the option's cases; None where the engine takes none."""
+    fields, device = OPTIONS[option], "cpu"
+    if name.startswith(GPU_ENGINES):
+        device = cases.triton_device() if name.startswith("triton ") else "cuda"
+    verdicts: dict[str, Verdict] = {}
+    for M, N, K, R in (shapes[0], FEW_ROWS, *shapes[2:]) if "quant" in fields else shapes:
+        case = Case(M, N, K, R, *dtypes, **fields, device=device)
+        for forced in _ways(name, case):
+            with cases.engine(forced):
+                judged = cases.judge(case)
+                if not case.dropout_p and case.base and not case.column_scale:
+                    judged |= cases.judge_norm(case)
+            few = ", few rows" if forced != name else ""
+            verdicts |= {f"{case}{few}/{output}": v for output, v in judged.items()}
+    # float32 has no kernel on the CUDA backend's matrix units
+    return _line(name, dtypes, option, verdicts) if verdicts else None
 
 
-def _line(
-    name: str,
-    dtype: torch.dtype,
-    adapter: torch.dtype | None,
-    option: str,
-    verdicts: dict[str, Verdict],
-) -> Line:
+def judge_adapters(name: str, dtypes: Dtypes, quant: str) -> Line:
+    """The verdict on each output for rows that have adapters of their own."""
+    case = multi.MultiCase(70, 65, 128, rows="mixed", quant=quant, dropout_p=0.1)
+    case = replace(case, dtype=dtypes[0], adapter_dtype=dtypes[1])
+    with cases.engine(name):
+        verdicts = {f"{case}/{output}": v for output, v in multi.judge(case).items()}
+    return _line(name, dtypes, f"adapters {quant[:3]}".strip(), verdicts)
+
+
+def _line(name: str, dtypes: Dtypes, option: str, verdicts: dict[str, Verdict]) -> Line:
     where, worst = max(verdicts.items(), key=lambda item: _excess(item[1]))
     row = {
         "engine": name,
-        "dtype": dtype_name(dtype),
-        "adapter_dtype": dtype_name(adapter or dtype),
+        "dtype": dtype_name(dtypes[0]),
+        "adapter_dtype": dtype_name(dtypes[1] or dtypes[0]),
         "option": option,
         "ok": all(verdict.ok for verdict in verdicts.values()),
         "worst": where,

@@ -32,81 +32,64 @@ def _words(values: Sequence[object], between: str = " ") -> str:
     return between.join(map(str, values))
 
 
-HELP = {
-    "device": "(default: %(default)s)",
-    "shapes": "rows of x, in-features, out-features, such as 512x2048x5632 (default: five, with "
-    "--quant others; on a GPU llama3-8b's)",
-    "model": "the shapes of its linear layers",
-    "rows": f"of x, in a model's layers (default: {_words(models.ROWS['cpu'])}; on a GPU "
-    f"{_words(models.ROWS['cuda'])})",
-    "ranks": f"(default: {_words(RANKS)}; with --quant and --variants 16)",
-    "quick": f"{QUICK_SECONDS} seconds for a row, rank {QUICK_RANKS[0]}, and in a model's layers "
-    f"{_words(QUICK_ROWS, ' and ')} rows, unless others are named",
-    "dtypes": f"of weight and x (default: {_words(DTYPES)})",
-    "dropout": "on the adapter's input (default: %(default)s)",
-    "seconds": f"to spend on what is timed in turns (default: {SECONDS})",
-    "quant": "time the layer over a 4-bit base instead",
-    "variants": "time DoRA and its row norm, groups, several adapters and hierarchical levels "
-    "instead, on a CPU",
-    "memory": "count the bytes that layers, and a small Llama, hold for the backward instead",
-    "count": "count the memory traffic, kernels and peak memory of a layer on a GPU instead, ours "
-    "beside PEFT's, without a GPU; exit status 1 where ours loses",
-    "json": "write every figure there",
-    "csv": "write the times and bytes there, a call a line",
-    "compare": "print what got slower or faster than in OLD.json, which --json wrote: in this run, "
-    "or with NEW.json in that, running nothing. Each time counts as its ratio to a yardstick "
-    "of its own row (the frozen layer; a read of the codes; the dense layer; PEFT's). The "
-    "noise is 4 standard errors of the two medians over rounds, from the samples around them, "
-    "and at least 5 %%; what may be slower is measured again. Exit status 1 where something "
-    "got slower.",
-}
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Time a LoRA layer's kernels against what others use: PEFT, plain PyTorch, bitsandbytes. A "
-        "row gives the layer's time over that of its frozen linear alone; results that miss the "
+        "row gives each call's time over that of its frozen linear alone; results that miss the "
         "tolerance are marked, and lost rows are printed like won ones."
     )
     instead = parser.add_mutually_exclusive_group()
 
-    def add(name: str, **options: Any) -> None:
-        group = instead if name in ("quant", "variants", "memory", "count") else parser
-        group.add_argument(f"--{name}", help=HELP[name], **options)
+    def add(name: str, text: str, to: Any = parser, **options: Any) -> None:
+        to.add_argument(f"--{name}", help=text, **options)
 
-    positive, files = models.positive, ("OLD.json", "NEW.json")
-    add("device", choices=["cpu", "cuda"], default="cpu")
-    add("shapes", nargs="+", type=models.sizes("MxKxN"), metavar="MxKxN")
-    add("model", choices=models.NAMES)
-    add("rows", nargs="+", type=positive, metavar="M")
-    add("ranks", nargs="+", type=positive, metavar="R")
-    add("quick", action="store_true")
-    add("dtypes", nargs="+", choices=[*DTYPES, "float16"], default=DTYPES)
-    add("dropout", type=models.probability, metavar="P", default=0.0)
-    add("seconds", type=models.seconds, metavar="S")
-    add("quant", choices=["nf4", "fp4"])
-    add("variants", action="store_true")
-    add("memory", action="store_true")
-    add("count", action="store_true")
-    add("json", type=Path, metavar="FILE")
-    add("csv", type=Path, metavar="FILE")
-    add("compare", nargs="+", type=Path, metavar=files)
+    cpu, gpu = map(_words, models.ROWS.values())
+    text = "rows of x, in-features, out-features, such as 512x2048x5632 (default: five, with "
+    text += "--quant others; on a GPU llama3-8b's)"
+    add("device", "(default: %(default)s)", choices=["cpu", "cuda"], default="cpu")
+    add("shapes", text, nargs="+", type=models.sizes("MxKxN"), metavar="MxKxN")
+    add("model", "the shapes of its linear layers", choices=models.NAMES)
+    text = f"of x, in a model's layers (default: {cpu}; on a GPU {gpu})"
+    add("rows", text, nargs="+", type=models.positive, metavar="M")
+    text = f"(default: {_words(RANKS)}; with --quant and --variants 16)"
+    add("ranks", text, nargs="+", type=models.positive, metavar="R")
+    text = f"{QUICK_SECONDS} seconds for a row, rank {QUICK_RANKS[0]}, and in a model's layers "
+    text += f"{_words(QUICK_ROWS, ' and ')} rows, unless others are named"
+    add("quick", text, action="store_true")
+    text = f"of weight and x (default: {_words(DTYPES)})"
+    add("dtypes", text, nargs="+", choices=[*DTYPES, "float16"], default=DTYPES)
+    text = "on the adapter's input (default: %(default)s)"
+    add("dropout", text, type=models.probability, metavar="P", default=0.0)
+    text = f"to spend on what is timed in turns (default: {SECONDS})"
+    add("seconds", text, type=models.seconds, metavar="S")
+    text = "time the layer over a 4-bit base instead"
+    add("quant", text, instead, choices=["nf4", "fp4"])
+    text = "time DoRA and its row norm, groups, several adapters and hierarchical levels instead, "
+    add("variants", text + "on a CPU", instead, action="store_true")
+    text = "count the bytes that layers, and a small Llama, hold for the backward instead"
+    add("memory", text, instead, action="store_true")
+    text = "count the memory traffic, kernels and peak memory of a layer on a GPU instead, ours "
+    text += "beside PEFT's, without a GPU; exit status 1 where ours loses"
+    add("count", text, instead, action="store_true")
+    add("json", "write every figure there", type=Path, metavar="FILE")
+    add("csv", "write the times and bytes there, a call a line", type=Path, metavar="FILE")
+    text = "print what got slower or faster than in OLD.json, which --json wrote: in this run, or "
+    text += "with NEW.json in that, running nothing; what may be slower is measured again. Exit "
+    text += "status 1 where something got slower than the noise of both, and by 5 %% at least."
+    add("compare", text, nargs="+", type=Path, metavar=("OLD.json", "NEW.json"))
 
 
 def unused(args: argparse.Namespace, suite: Suite) -> str | None:
     """What is to be left out, since the run would take no account of it; None: nothing."""
     defaults = {"device": "cpu", "dtypes": DTYPES, "dropout": 0.0, "quick": False}
-
-    def is_given(name: str) -> bool:
-        return bool(getattr(args, name) != defaults.get(name))
-
-    if name := next(filter(is_given, suite.unused.split()), None):
+    given = {name for name, value in vars(args).items() if value != defaults.get(name)}
+    if name := next((name for name in suite.unused.split() if name in given), None):
         value = f" {args.device}" if name == "device" else ""
         return f"--{suite.option}: want no --{name}{value} beside it, of which it has no use"
-    if is_given("shapes") and is_given("model"):
+    if {"shapes", "model"} <= given:
         return "--shapes: want no --model beside it, which names other shapes"
-    of_model = is_given("model") or (args.device == "cuda" and not (args.shapes or args.quant))
-    if is_given("rows") and not of_model:
+    of_model = args.model or (args.device == "cuda" and not (args.shapes or args.quant))
+    if "rows" in given and not of_model:
         return "--rows: want --model beside it, whose layers take them"
     return None
 

@@ -33,9 +33,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Any
 
 from ..timing import Times
 from .results import Result, Row, is_ours
@@ -136,49 +135,17 @@ def read(path: Path) -> Result:
     """A file that `bench --json` wrote; NotComparable says what is wrong with another."""
     try:
         data = json.loads(path.read_text())
-    except OSError as error:
-        raise NotComparable(f"{path}: {error.strerror}, want a file of `bench --json`") from None
-    except (ValueError, RecursionError) as error:
-        raise NotComparable(f"{path}: is no JSON ({error}), want one of `bench --json`") from None
-    rows = data.get("rows") if isinstance(data, dict) else None
-    if not isinstance(rows, list) or not isinstance(data.get("provenance"), dict):
-        raise NotComparable(f"{path}: is no result of `bench --json`: want provenance and rows")
-    if not rows:
-        raise NotComparable(f"{path}: has no rows, want at least one")
-    if flaw := next(filter(None, map(_flaw, rows)), None):
-        raise NotComparable(f"{path}: {flaw}")
-    result = Result(data["provenance"], [Row.from_json(row) for row in rows])
-    kinds = list(dict.fromkeys(row.kind for row in result.rows))
-    if len(kinds) > 1:
-        raise NotComparable(f"{path}: rows of {kinds[0]} and of {kinds[1]}, want one kind")
-    return result
-
-
-def _flaw(row: Any) -> str | None:
-    """What keeps it from being a row that was timed."""
-    if not isinstance(row, dict) or not isinstance(row.get("seconds"), dict):
-        return "a row without seconds, want a result of `bench --json`"
-    sizes = ["M", "K", "N", "R", *(() if "what" in row else ("mode",))]
-    lacking = [key for key in sizes if key not in row]
-    if lacking and row["seconds"]:
-        return f"a row without {lacking[0]}, want {', '.join(sizes)}"
-    for name, times in row["seconds"].items():
-        if not _are_times(times):
-            at = Row.from_json({**row, "seconds": {}}).identity
-            return f"{name!r} of {at}: want p20, p50, p80 and rounds above 0, got {times}"
-    return None
-
-
-def _are_times(times: Any) -> bool:
-    """True if they are numbers as `bench` writes them, with ratios of rounds or without."""
-    if not isinstance(times, dict):
-        return False
-    over = times.get("over") or {}
-    if not isinstance(over, dict):
-        return False
-    numbers = [times.get(key) for key in ("p20", "p50", "p80", "rounds")]
-    numbers += [over.get(key) for key in ("p20", "p50", "p80", "low", "high") if over]
-    return all(isinstance(n, (int, float)) and 0 < n < math.inf for n in numbers)
+        rows = [Row.from_json(row) for row in data["rows"]]
+        if len(kinds := sorted({row.kind for row in rows})) != 1:
+            raise ValueError(f"got {len(rows)} rows of {kinds}, want rows of one kind")
+        for name, times in ((name, t) for row in rows for name, t in row.seconds.items()):
+            numbers = [times.p20, times.p50, times.p80, times.rounds]
+            numbers += astuple(times.over) if times.over else ()
+            if not all(0 < n < math.inf for n in numbers):
+                raise ValueError(f"{name!r}: got {times}, want quintiles and rounds above 0")
+        return Result({**data["provenance"]}, rows)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise NotComparable(f"{path}: got {error!r}, want a file of `bench --json`") from None
 
 
 def warnings(old: Result, new: Result) -> Iterator[str]:
@@ -195,10 +162,8 @@ def warnings(old: Result, new: Result) -> Iterator[str]:
         else:
             yield f"warning: {name}: old {values[0]}, new {values[1]}: ratios may differ for that"
     # As they were before decoding was timed: some of them cold.
-    alone = [
-        any((r.kind, r.mode, r.cache) == ("layers", "forward", "cold") for r in result.rows)
-        for result in (old, new)
-    ]
+    cold = ("layers", "forward", "cold")
+    alone = [any((r.kind, r.mode, r.cache) == cold for r in both.rows) for both in (old, new)]
     if alone[0] != alone[1]:
         said = "old" if alone[0] else "new"
         yield f"warning: the {said} file's forwards were timed by themselves, the other's in steps"

@@ -106,8 +106,10 @@ class Row:
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> Row:
-        """Return the row that `to_json` made, in this version or an earlier one."""
-        known = {f.name: row[f.name] for f in dataclasses.fields(cls) if f.name in row}
+        """Return the row that `to_json` made, in this version or an earlier one; KeyError without
+        sizes or seconds."""
+        known = {name: row[name] for name in "MKNR"}
+        known |= {f.name: row[f.name] for f in dataclasses.fields(cls) if f.name in row}
         known["seconds"] = {
             name: Times(**{**times, "over": Ratio(**times["over"]) if times.get("over") else None})
             for name, times in row["seconds"].items()

@@ -14,6 +14,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,55 +48,45 @@ TILES = [
 
 @dataclass
 class Trial:
-    """A shape's tensors, and what is measured with them."""
+    """A shape's forward and step ("backward"), and what is measured with them."""
 
     case: Case
     key: Shape
     seconds: float
-    args: dict[str, Any]
+    calls: dict[str, Callable[[], Any]]
     want: dict[str, Tensor]  # the default's results
 
-    def step(self, row: Measured) -> Callable[[], object]:
-        return lambda: self.under(row, lambda: cases.run(functional.lora_linear, self.args))
-
-    def forward(self, row: Measured) -> Callable[[], object]:
-        args = {name: value for name, value in self.args.items() if name != "dy"}
-        return lambda: self.under(row, lambda: functional.lora_linear(**args))
-
-    def under(self, row: Measured, call: Callable[[], Any]) -> Any:
+    def run(self, row: Measured, direction: str = "backward") -> Any:
         """What the call returns where the table holds this row."""
         with measured.tried(self.key, row), selection.backend("triton"):
-            return call()
+            return self.calls[direction]()
 
     def flaw(self, row: Measured) -> str | None:
         """What is wrong with it: an exception of the compiler or the launch, or another result."""
         try:
-            got = self.under(row, lambda: cases.run(functional.lora_linear, self.args))
+            got = self.run(row)
         except Exception as problem:  # of whatever the compiler, the driver or the launch raises
             return f"{type(problem).__name__}: {str(problem).partition(chr(10))[0]}"
         for name, want in self.want.items():
             # Two roundings, of the one result and of the other, and sums in another order.
             f32 = tolerance.unit_roundoff(torch.float32)
             limit = 4 * max(tolerance.unit_roundoff(want.dtype), 16 * f32)
-            off = float((got[name].double() - want.double()).norm() / want.double().norm())
+            off = tolerance.rms_error(got[name], want.double())
             if not off <= limit:  # NaN is not
                 return f"{name} differs by {off:.2g}"
         return None
 
     def fastest(
-        self, rows: dict[str, Measured], made: Callable[[Measured], Callable[[], object]]
+        self, rows: dict[str, Measured], direction: str = "backward"
     ) -> tuple[str, dict[str, float]]:
         """The name of the fastest of those without a flaw, and their seconds, by turns."""
-        sound: dict[str, Measured] = {}
-        for name, row in rows.items():
-            flaw = self.flaw(row)
-            if flaw is None:
-                sound[name] = row
-            else:
+        flaws = {name: self.flaw(row) for name, row in rows.items()}
+        for name, flaw in flaws.items():
+            if flaw is not None:
                 print(f"    {name}: left out, {flaw}", flush=True)
-        if not sound:
+        calls = {n: partial(self.run, row, direction) for n, row in rows.items() if not flaws[n]}
+        if not calls:
             raise RuntimeError(f"{self.case}: no candidate gave the default's results")
-        calls = {name: made(row) for name, row in sound.items()}
         times = timing.interleave(calls, seconds=self.seconds, device=self.case.device)
         seconds = {name: taken.p50 for name, taken in times.items()}
         return min(seconds, key=lambda name: seconds[name]), seconds
@@ -105,14 +96,17 @@ def tune(
     case: Case, target: DeviceInfo, seconds: float
 ) -> tuple[Shape, Measured, dict[str, float]]:
     """The fastest row for a shape; microseconds of its step and of the default's."""
-    args = cases.inputs(replace(case, frozen=()))
+    args = cases.inputs(case)
     itemsize = max(case.dtype.itemsize, (case.adapter_dtype or case.dtype).itemsize)
     four_bit = bool(case.quant)
     key = measured.shape(target, case.M, case.N, case.K, case.R, itemsize, four_bit)
     chosen, _ = configs.strategy(target, case.M, case.N, case.R, itemsize, four_bit, False)
     default = Measured(chosen)
-    trial = Trial(case, key, seconds, args, {})
-    trial.want = trial.under(default, lambda: cases.run(functional.lora_linear, args))
+    forward = partial(functional.lora_linear, **{n: v for n, v in args.items() if n != "dy"})
+    step = partial(cases.run, functional.lora_linear, args)
+    calls: dict[str, Callable[[], Any]] = {"forward": forward, "backward": step}
+    trial = Trial(case, key, seconds, calls, {})
+    trial.want = trial.run(default)
 
     rows = {"default": default}
     for strategy in STRATEGIES:
@@ -121,24 +115,18 @@ def tune(
         if strategy == COOPERATIVE and case.M > configs.FEW_ROWS:
             continue
         row = Measured(strategy)
-        if strategy != LIBRARY:
-            for direction, made in (("forward", trial.forward), ("backward", trial.step)):
-                tried = {"default tiles": row}
-                for tiles in _candidates(target, case, strategy, itemsize):
-                    forward = direction == "forward"
-                    tried[f"{direction} {_name(tiles)}"] = (
-                        replace(row, forward=tiles) if forward else replace(row, backward=tiles)
-                    )
-                row = tried[trial.fastest(tried, made)[0]]
+        for direction in calls if strategy != LIBRARY else ():
+            tried = {"default tiles": row}
+            for tiles in _candidates(target, case, strategy, itemsize):
+                sizes = f"{tiles.block_m}x{tiles.block_n}x{tiles.block_k}"
+                name = f"{direction} {sizes}, {tiles.warps} warps, {tiles.stages} stages"
+                found: dict[str, Any] = {direction: tiles}
+                tried[name] = replace(row, **found)
+            row = tried[trial.fastest(tried, direction)[0]]
         rows[strategy] = row
-    best, taken = trial.fastest(rows, trial.step)
+    best, taken = trial.fastest(rows)
     times = {"microseconds": taken[best] * 1e6, "default_microseconds": taken["default"] * 1e6}
     return key, rows[best], times
-
-
-def _name(tiles: Config) -> str:
-    sizes = f"{tiles.block_m}x{tiles.block_n}x{tiles.block_k}"
-    return f"{sizes}, {tiles.warps} warps, {tiles.stages} stages"
 
 
 def _candidates(target: DeviceInfo, case: Case, strategy: str, itemsize: int) -> Iterator[Config]:

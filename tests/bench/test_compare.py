@@ -21,7 +21,10 @@ from lora_kernels.bench.results import Result, Row
 PROVENANCE = {"processor": "A", "threads": 2, "torch": "2.8", "isa": "avx2", "peft": "0.17"}
 
 
-def times(p50: float, ratio: float, bound: float = 0.04, rounds: int = 50) -> dict[str, Any]:
+SWITCHING = {"what": "switching", "M": 0, "K": 48, "N": 32, "R": 3, "seconds": {}}
+
+
+def times(p50: Any, ratio: float, bound: float = 0.04, rounds: int = 50) -> dict[str, Any]:
     """bound: how far the median of the ratios may be off."""
     over = {"p20": ratio / 2, "p50": ratio, "p80": ratio * 2}
     over |= {"low": ratio / (1 + bound), "high": ratio * (1 + bound)}
@@ -174,13 +177,17 @@ def test_another_machine_is_a_warning() -> None:
     ("text", "said"),
     [
         (None, "No such file"),
-        ("{", "is no JSON"),
-        ("[]", "is no result of `bench --json`"),
-        ('{"rows": [], "provenance": {}}', "has no rows"),
-        ('{"rows": [{"M": 1}], "provenance": {}}', "a row without seconds"),
-        (json.dumps(data(layer(3, 1.0), {"what": "switching", "seconds": {}})), "want one kind"),
-        (json.dumps(data(layer(3, 1.0, rounds=0))), "want p20, p50, p80 and rounds above 0"),
-        (json.dumps(data({"what": "switching", "seconds": {}})), "is of variants"),
+        ("{", "JSONDecodeError"),
+        ("[]", "want a file of `bench --json`"),
+        ('{"rows": [], "provenance": {}}', "got 0 rows of [], want rows of one kind"),
+        ('{"rows": [{"M": 1}], "provenance": {}}', "KeyError('K')"),
+        ('{"rows": [1], "provenance": {}}', "want a file of `bench --json`"),
+        (json.dumps({"rows": [layer(3, 1.0)]}), "KeyError('provenance')"),
+        (json.dumps(data(layer(3, 1.0), SWITCHING)), "2 rows of ['layers', 'variants']"),
+        (json.dumps(data(layer(3, 1.0, rounds=0))), "want quintiles and rounds above 0"),
+        (json.dumps(data({**layer(3, 1.0), "seconds": {"ours": {"p50": 1}}})), "TypeError"),
+        (json.dumps(data({**layer(3, 1.0), "seconds": {"ours": times("1", 1.0)}})), "TypeError"),
+        (json.dumps(data(SWITCHING)), "is of variants"),
     ],
 )
 def test_files_that_cannot_be_compared(

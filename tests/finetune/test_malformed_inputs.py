@@ -170,25 +170,30 @@ for line in TABLE.read_text().splitlines():  # the cases that are arguments alon
 BY_ARGUMENTS = len(CASES)
 
 # bench
+SIZES_ALONE = b'{"provenance": {}, "rows": [{"M": 1, "K": 1, "N": 1, "R": 1}]}'
 command("bench", "--json is a folder", "it is a folder, want a file", lambda _, at: ["--json", at])
 for why, said, text in (
-    ("no JSON", "is no JSON", b"{"),
-    ("bytes that are no text", "is no JSON", b"\xff\xfe\x00"),
-    ("brackets without end", "is no JSON", b"[" * 100_000),
-    ("a list", "want provenance and rows", b"[]"),
-    ("no rows", "has no rows", b'{"provenance": {}, "rows": []}'),
-    ("a row of text", "a row without seconds", b'{"provenance": {}, "rows": ["x"]}'),
-    ("a row without times", "a row without", b'{"provenance": {}, "rows": [{}]}'),
+    ("no JSON", "JSONDecodeError", b"{"),
+    ("bytes that are no text", "UnicodeDecodeError", b"\xff\xfe\x00"),
+    ("brackets without end", "RecursionError", b"[" * 100_000),
+    ("a list", "want a file of `bench --json`", b"[]"),
+    ("no rows", "want rows of one kind", b'{"provenance": {}, "rows": []}'),
+    ("a row of text", "want a file of `bench --json`", b'{"provenance": {}, "rows": ["x"]}'),
+    ("a row without times", "KeyError('seconds')", SIZES_ALONE),
 ):
     command("bench", f"--compare: {why}", said, given("--compare", content("old.json", text)))
 
 QUANTILES = {"p20": 1, "p50": 1, "p80": 1, "rounds": 9}
 BAD_ROWS: list[tuple[str, str, dict[str, Any]]] = [
-    ("a time of text", "above 0", {"seconds": {"ours": {"p20": "x"}}}),
+    ("a time of text", "want a file of `bench --json`", {"seconds": {"ours": {"p20": "x"}}}),
     ("a time of NaN", "above 0", {"seconds": {"ours": dict.fromkeys(QUANTILES, float("nan"))}}),
-    ("times in a list", "above 0", {"seconds": {"ours": [1, 2, 3]}}),
-    ("a row without sizes", "a row without M, want", {"M": None}),
-    ("a ratio of text", "'over'", {"seconds": {"ours": {**QUANTILES, "over": {"p50": "x"}}}}),
+    ("times in a list", "want a file of `bench --json`", {"seconds": {"ours": [1, 2, 3]}}),
+    ("a row without sizes", "KeyError('M')", {"M": None}),
+    (
+        "a ratio of text",
+        "want a file of `bench --json`",
+        {"seconds": {"ours": {**QUANTILES, "over": {"p50": "x"}}}},
+    ),
 ]
 
 

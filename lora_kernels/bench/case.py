@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -252,19 +253,18 @@ def run(
     dy = args.pop("dy")
     with torch.autocast(args["x"].device.type, dtype=autocast, enabled=autocast is not None):
         y = call(**args)
-    values = {name: args[name] for name in GRADIENTS if args.get(name) is not None}
-    leaves = {name: v if isinstance(v, list) else [v] for name, v in values.items()}
+    given = ((name, args[name]) for name in GRADIENTS if args.get(name) is not None)
+    leaves = {name: [arg] if isinstance(arg, Tensor) else arg for name, arg in given}
     wanted = {name: each for name, each in leaves.items() if each[0].requires_grad}
-    if not wanted:
-        return {"y": y.detach()}
-    found = iter(torch.autograd.grad(y, [t for each in wanted.values() for t in each], dy))
-    grads = {name: [next(found) for _ in each] for name, each in wanted.items()}
-    return {"y": y.detach()} | {
-        GRADIENTS[name]: torch.cat([t.flatten() for t in each])
-        if isinstance(values[name], list)
-        else each[0]
-        for name, each in grads.items()
-    }
+    results = {"y": y.detach()}
+    if wanted:
+        found = iter(torch.autograd.grad(y, [*itertools.chain(*wanted.values())], dy))
+        for name, each in wanted.items():
+            first, *rest = (next(found) for _ in each)
+            if isinstance(args[name], list):
+                first = torch.cat([grad.flatten() for grad in (first, *rest)])
+            results[GRADIENTS[name]] = first
+    return results
 
 
 def widen(value: Any, dtype: torch.dtype = torch.float64) -> Any:
@@ -322,11 +322,8 @@ def part_roundoff(case: Case) -> float | None:
     if case.autocast and case.dtype is not torch.float64:
         return unit_roundoff(case.autocast)
     in_parts = adapter is torch.float32 and case.M > eager.UPCAST_ROWS
-    return (
-        4 * eager.PART_ROUNDOFF[case.dtype]
-        if in_parts and case.dtype in eager.PART_ROUNDOFF
-        else None
-    )
+    u = eager.PART_ROUNDOFF.get(case.dtype)
+    return 4 * u if in_parts and u else None
 
 
 def give_mask(args: dict[str, Any]) -> dict[str, Any]:
@@ -341,11 +338,7 @@ def give_mask(args: dict[str, Any]) -> dict[str, Any]:
 # that they have.
 EAGERS = ("eager", "eager-gpu")
 EAGER_CUDA = "eager cuda"  # on a GPU's tensors
-ENGINES = (
-    *EAGERS,
-    *(isa for isa in native.ISAS),
-    *(f"{isa} {cpu.FUSED}" for isa in cpu.FUSED_ISAS),
-)
+ENGINES = (*EAGERS, *native.ISAS, *(f"{isa} {cpu.FUSED}" for isa in cpu.FUSED_ISAS))
 
 
 def engines() -> list[str]:

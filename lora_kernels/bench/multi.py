@@ -75,12 +75,6 @@ def inputs(case: MultiCase) -> dict[str, Any]:
     return args
 
 
-def run(call: Callable[..., Tensor], args: dict[str, Any]) -> dict[str, Tensor]:
-    """y, and the gradients asked for, each as a vector: of all adapters, one after another."""
-    results = cases.run(call, args)
-    return {name: t if name == "y" else t.flatten() for name, t in results.items()}
-
-
 def plain_pytorch(
     *, index: Tensor, scaling: list[float], dropout_p: float, **tensors: Any
 ) -> Tensor:

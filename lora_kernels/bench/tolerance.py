@@ -125,36 +125,6 @@ def rms_limit(eager_rms: float, unit_roundoff: float, sums: Sequence[int] = ()) 
     return 1.25 * max(eager_rms, chain) + unit_roundoff / 4
 
 
-def assert_close(
-    got: Tensor | Sequence[Tensor],
-    ref: Tensor | Sequence[Tensor],
-    eager: Tensor | Sequence[Tensor],
-    unit_roundoff: float,
-    name: str = "result",
-) -> None:
-    """AssertionError with the verdict in words unless `compare` finds `got` right."""
-    verdict = compare(got, ref, eager, unit_roundoff)
-    assert verdict.ok, f"{name}: {verdict}"
-
-
-def assert_exact(got: Tensor, want: Tensor, name: str = "result") -> None:
-    """AssertionError unless both hold the same numbers in the same shape; dtypes may differ.
-
-    NaN equals NaN; 0 equals −0.
-
-    >>> assert_exact(torch.tensor([1.0, 2.0]).bfloat16(), torch.tensor([1, 2]))
-    """
-    assert got.shape == want.shape, f"{name}: shape {tuple(got.shape)}, want {tuple(want.shape)}"
-    a, b = got.detach().double(), want.detach().double()
-    wrong = ~((a == b) | (a.isnan() & b.isnan()))
-    if wrong.any():
-        at = tuple(int(i) for i in wrong.nonzero()[0])
-        raise AssertionError(
-            f"{name}: {int(wrong.sum())} of {wrong.numel()} elements differ, "
-            f"the first at {at}: {a[at].item()}, want {b[at].item()}"
-        )
-
-
 def rms_error(got: Tensor, ref: Tensor) -> float:
     """The rms error relative to the rms of the reference, which gives the dtype.
 

@@ -15,6 +15,7 @@ from lora_kernels import (
 )
 from lora_kernels.bench import tolerance
 from tests.autograd.cases import BACKENDS
+from tests.support.engines import assert_within
 
 M, K, N, R = 33, 65, 37, 5
 SCALING = 0.6
@@ -51,7 +52,7 @@ def test_lora_linear_under_autocast_is_within_tolerance(dtype, name):
     for key in ref:
         assert got[key].dtype is want[key].dtype is (dtype if key == "y" else torch.float32)
         u = tolerance.unit_roundoff(dtype)
-        tolerance.assert_close(got[key], ref[key], want[key], u, f"{name} {dtype} {key}")
+        assert_within(name, {key: tolerance.compare(got[key], ref[key], want[key], u)})
 
 
 @pytest.mark.parametrize("name", BACKENDS)

@@ -5,7 +5,8 @@ import torch
 
 from lora_kernels.bench import case as cases
 from lora_kernels.bench.case import Case, judge
-from lora_kernels.bench.tolerance import assert_exact, compare, unit_roundoff
+from lora_kernels.bench.tolerance import compare, unit_roundoff
+from tests.support.assertions import assert_exact
 
 U16 = unit_roundoff(torch.bfloat16)
 

@@ -10,10 +10,10 @@ import lora_kernels
 from lora_kernels import ops
 from lora_kernels.bench import case as cases
 from lora_kernels.bench.case import Case
-from lora_kernels.bench.tolerance import assert_exact
 from tests.ops.engines import every_engine, every_thread_count, ways
 from tests.ops.shapes import NARROW, RANKS, ROWS, WIDE
 from tests.support import exact
+from tests.support.assertions import assert_exact
 from tests.support.exact import integers
 from tests.support.problems import FULL, bf16, f16, f32
 

@@ -10,11 +10,11 @@ from lora_kernels import lora_linear, multi_lora_linear, ops, reference
 from lora_kernels.backends import cpu, native
 from lora_kernels.backends.rows import rows_of
 from lora_kernels.bench.case import give_mask
-from lora_kernels.bench.multi import MultiCase, inputs, run
+from lora_kernels.bench.multi import MultiCase, inputs
 from lora_kernels.core.call import MultiOperands, MultiSpec
 from tests.ops.engines import every_engine, every_thread_count
 from tests.support.engines import check_multi
-from tests.support.multi import check_isolation, of_formats
+from tests.support.multi import check_isolation, of_formats, run
 
 f64, f32, bf16, f16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 

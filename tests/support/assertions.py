@@ -72,6 +72,22 @@ def assert_close_to_reference(
         assert verdict.ok, f"{name}: {verdict}"
 
 
+def assert_exact(got: Tensor, want: Tensor, name: str = "result") -> None:
+    """AssertionError unless both hold the same numbers in the same shape; dtypes may differ.
+
+    NaN equals NaN; 0 equals −0.
+    """
+    assert got.shape == want.shape, f"{name}: shape {tuple(got.shape)}, want {tuple(want.shape)}"
+    a, b = got.detach().double(), want.detach().double()
+    wrong = ~((a == b) | (a.isnan() & b.isnan()))
+    if wrong.any():
+        at = tuple(int(i) for i in wrong.nonzero()[0])
+        raise AssertionError(
+            f"{name}: {int(wrong.sum())} of {wrong.numel()} elements differ, "
+            f"the first at {at}: {a[at].item()}, want {b[at].item()}"
+        )
+
+
 def _list(found: Tensor | list[Tensor]) -> list[Tensor]:
     return [found] if isinstance(found, Tensor) else found
 

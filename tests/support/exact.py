@@ -14,8 +14,8 @@ import lora_kernels
 from lora_kernels import reference
 from lora_kernels.bench import case as cases
 from lora_kernels.bench.case import Case
-from lora_kernels.bench.tolerance import assert_exact
 from lora_kernels.quantization import Weight4bit, quantize_4bit
+from tests.support.assertions import assert_exact
 
 # With dropout one half, 1/(1 - p) is 2 and everything stays an integer.
 OPTIONS: dict[str, Any] = {"gate": True, "column_scale": True, "bias": True, "dropout_p": 0.5}

@@ -1,14 +1,24 @@
 """Cases of `multi_lora_linear` for Triton's kernels and CUDA's."""
 
 import itertools
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import Tensor
 
 import lora_kernels
-from lora_kernels.bench.multi import MultiCase, inputs, run
+from lora_kernels.bench import case as cases
+from lora_kernels.bench.multi import MultiCase, inputs
 
 f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
 FORMATS = ((f32, ""), (bf16, ""), (bf16, "nf4-64-nested"))  # dtype, weight
+
+
+def run(call: Callable[..., Tensor], args: dict[str, Any]) -> dict[str, Tensor]:
+    """y, and the gradients asked for, each as a vector: of all adapters, one after another."""
+    results = cases.run(call, args)
+    return {name: t if name == "y" else t.flatten() for name, t in results.items()}
 
 
 def of_formats(N: int, sizes: list[tuple[int, int]]) -> list[MultiCase]:

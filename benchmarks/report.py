@@ -11,15 +11,14 @@
 ISA is the instruction set of the kernels, which --folder prints: one folder a machine, and the
 report puts all of them beside each other. The prose is in templates/, the tables' rows are made
 here. --check writes nothing and fails where the files say something else than the JSON, or a
-picture was drawn from another. To draw needs matplotlib, which the package's extra `bench`
-installs; Jinja comes with torch.
+picture was drawn from another. The package's extra `bench` installs pandas, and matplotlib to draw;
+Jinja comes with torch.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import pandas as pd
 import torch
 
 from lora_kernels import cpu_costs
@@ -71,6 +71,20 @@ NAMES = {
     "python": "no native kernels",
 }
 CODES_PEERS = ("bitsandbytes, eval", "bitsandbytes, train", "dense", "stream")
+BNB_EVAL, BNB_TRAIN, *_ = CODES_PEERS
+FORWARD, BF16 = "mode == 'forward'", "mode == 'forward' and dtype == 'bfloat16'"
+# Target of the layer, its rows, and how many times our time the peer takes at least.
+CODES_TARGETS = (
+    ("one row of 4096×4096: stream", f"{BF16} and M == 1 and N == 4096", "stream", 1 / 1.45),
+    ("one row of 4096×14336: stream", f"{BF16} and M == 1 and N == 14336", "stream", 1 / 2.0),
+    ("bitsandbytes, eval, bfloat16", BF16, BNB_EVAL, 1.0),
+    ("bitsandbytes, eval, float32", f"{FORWARD} and dtype == 'float32'", BNB_EVAL, 1.0),
+    ("one row: bitsandbytes, train", f"{FORWARD} and M == 1 and K == 4096", BNB_TRAIN, 10.0),
+    ("up to 16 rows: dense, bfloat16", f"{BF16} and M <= 16", "dense", 1.0),
+    ("128 rows: dense", f"{FORWARD} and M == 128", "dense", 1 / 1.15),
+    ("512 rows: dense", f"{FORWARD} and M == 512", "dense", 1 / 1.10),
+    ("training step: bitsandbytes", "mode == 'step'", BNB_TRAIN, 1.3),
+)
 # Variant -> its numerator, its denominator, and how many times the latter it may take.
 VARIANT_TARGETS = {"DoRA step": ("ours", "LoRA", 1.15), "16 adapters": ("ours", "ours, 1", 1.3)}
 TRAFFIC_ROWS = (1, 512, 8192)  # those of the table
@@ -235,17 +249,14 @@ def overhead_rows(measured: list[Run]) -> Cells:
 
 def model_rows(measured: list[Run]) -> Cells:
     """Return the cost model's predictions over the measured times."""
-    for run in measured:
-        found: dict[tuple[str, str, str], list[float]] = {}
-        for data in filter(None, (run.dense, run.codes)):
-            for key, ratio in predicted(data):
-                found.setdefault(key, []).append(ratio)
-        for key, ratios in found.items():
-            three = (min(ratios), statistics.median(ratios), max(ratios))
-            yield run.name, *key, str(len(ratios)), *(f"{ratio:.2f}" for ratio in three)
+    runs = ((run.name, data) for run in measured for data in (run.dense, run.codes) if data)
+    found = pd.DataFrame((name, *each) for name, data in runs for each in predicted(data))
+    for key, ratios in found.groupby([0, 1, 2, 3], sort=False)[4]:
+        three = (ratios.min(), ratios.median(), ratios.max())
+        yield *key, str(len(ratios)), *(f"{ratio:.2f}" for ratio in three)
 
 
-def predicted(data: Row) -> Iterator[tuple[tuple[str, str, str], float]]:
+def predicted(data: Row) -> Iterator[tuple[str, str, str, float]]:
     """Kind of layer, dtype and mode, and the predicted time over the measured one."""
     limits = data["provenance"]
     peaks = {getattr(torch, name): peak for name, peak in limits["product_peak"].items()}
@@ -260,7 +271,7 @@ def predicted(data: Row) -> Iterator[tuple[tuple[str, str, str], float]]:
         if row["mode"] == "step":
             seconds += cpu_costs.predict(here, sizes, strategy, backward=True)
         kind = "4-bit" if four_bit else "dense"
-        yield (kind, row["dtype"], row["mode"]), seconds / row["seconds"]["ours"]["p50"]
+        yield kind, row["dtype"], row["mode"], seconds / row["seconds"]["ours"]["p50"]
 
 
 def rows_4bit(data: Row) -> Cells:
@@ -294,39 +305,18 @@ def peak_share(row: Row, provenance: Row) -> float:
 
 def targets_4bit(rows: list[Row]) -> Cells:
     """Return the targets of the layer, and for each the row furthest from it; cold."""
-    cold = [row for row in rows if row["cache"] == "cold" and "ours" in row["seconds"]]
-    forward = [row for row in cold if row["mode"] == "forward"]
-    bf16, f32 = ([r for r in forward if r["dtype"] == d] for d in ("bfloat16", "float32"))
-    one = [row for row in bf16 if row["M"] == 1]
-    bnb_eval, bnb_train, dense, stream = CODES_PEERS
-    # Target, rows, peer, and how many times our time the peer takes at least.
-    targets = (
-        ("one row of 4096×4096: stream", [r for r in one if r["N"] == 4096], stream, 1 / 1.45),
-        ("one row of 4096×14336: stream", [r for r in one if r["N"] == 14336], stream, 1 / 2.0),
-        ("bitsandbytes, eval, bfloat16", bf16, bnb_eval, 1.0),
-        ("bitsandbytes, eval, float32", f32, bnb_eval, 1.0),
-        (
-            "one row: bitsandbytes, train",
-            [row for row in forward if row["M"] == 1 and row["K"] == 4096],
-            bnb_train,
-            10.0,
-        ),
-        ("up to 16 rows: dense, bfloat16", [r for r in bf16 if r["M"] <= 16], dense, 1.0),
-        ("128 rows: dense", [row for row in forward if row["M"] == 128], dense, 1 / 1.15),
-        ("512 rows: dense", [row for row in forward if row["M"] == 512], dense, 1 / 1.10),
-        ("training step: bitsandbytes", [r for r in cold if r["mode"] == "step"], bnb_train, 1.3),
-    )
-    for what, chosen, peer, least in targets:
-        over = [p50(row)[peer] / p50(row)["ours"] for row in chosen]
-        if not over:
+    timed = pd.DataFrame({**row, **p50(row)} for row in rows if "ours" in row["seconds"])
+    for what, which, peer, least in CODES_TARGETS:
+        chosen = timed.query(f"cache == 'cold' and {which}")
+        if chosen.empty:
             continue
-        worst = chosen[over.index(min(over))]
-        reached = sum(ratio >= least for ratio in over)
+        over = chosen[peer] / chosen.ours
+        worst, reached = chosen.loc[over.idxmin()], int((over >= least).sum())
         yield (
             what,
             f"{least:.2f}",
             f"{reached} of {len(chosen)}" + " ✓" * (reached == len(chosen)),
-            f"{min(over):.2f}",
+            f"{over.min():.2f}",
             f"{worst['K']}×{worst['N']}, M = {worst['M']}, {worst['dtype']}",
         )
 
@@ -415,14 +405,10 @@ def cpu_rows(measured: list[Run]) -> Cells:
 
 def readme_traffic(rows: list[Row]) -> Cells:
     """A training step's bytes on a GPU: both directions of a layer together."""
-    totals: dict[str, list[int]] = {}
-    for row in rows:
-        at = (row["M"], row["K"], row["N"], row["R"], row["dropout_p"])
-        if at == (8192, 4096, 4096, 16, 0.0) and row["cell"] in README_TRAFFIC:
-            total = totals.setdefault(row["cell"], [0, 0])
-            total[0] += row["bytes"]["ours"]
-            total[1] += row["bytes"]["peft"]
-    for name, (ours, peft) in totals.items():
+    at = "M == 8192 and K == 4096 and N == 4096 and R == 16 and dropout_p == 0"
+    counted = pd.json_normalize(rows).query(f"{at} and cell in @README_TRAFFIC")
+    columns = ["bytes.ours", "bytes.peft"]
+    for name, ours, peft in counted.groupby("cell", sort=False)[columns].sum().itertuples():
         yield name, f"{ours / 1e6:.0f}", f"{peft / 1e6:.0f}", f"{ours / peft:.2f}"
 
 

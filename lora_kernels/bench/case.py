@@ -72,8 +72,7 @@ class Case:
         return self.autocast or self.dtype
 
     def __str__(self) -> str:
-        """M33-N65-K63-R5-bfloat16-A:float32-gate-dropout0.1: what differs from a plain case."""
-        return describe(self, f"R{self.R}")
+        return describe(self)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -84,37 +83,25 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-# Field -> its form in a case's name; a flag's is the field's own name.
-FORMS = {
-    "adapter_dtype": "A:{}",
-    "autocast": "autocast:{}",
-    "quant": "{}",
-    "compute": "compute:{}",
-    "dropout_p": "dropout{}",
-    "x_layout": "x:{}",
-    "dy_layout": "dy:{}",
-    "values": "{}",
-    "frozen": "frozen:{}",
-}
-
-
-def describe(case: Any, *ranks_and_rows: str) -> str:
+def describe(case: Any) -> str:
     """The name of a `Case` or `MultiCase`: sizes, dtype, and the fields that are not the default.
 
-    >>> describe(Case(3, 5, 4, 2, base=False, frozen=("x", "bias")), "R2")
+    >>> describe(Case(3, 5, 4, 2, base=False, frozen=("x", "bias")))
     'M3-N5-K4-R2-float32-no_base-frozen:x,bias'
     """
-    sizes = [f"{name}{getattr(case, name)}" for name in "MNK"]
-    parts = [*sizes, *ranks_and_rows, dtype_name(case.dtype)]
+    parts = []
     for field in dataclasses.fields(case):
         value = getattr(case, field.name)
-        if value == field.default:
-            continue
-        if isinstance(value, bool):
+        text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        text = text.removeprefix("torch.")
+        if field.name == "dtype":
+            parts.append(text)
+        elif field.default is dataclasses.MISSING:
+            parts.append(f"{field.name}{text}")
+        elif isinstance(value, bool) and value != field.default:
             parts.append(field.name if value else f"no_{field.name}")
-        elif form := FORMS.get(field.name):
-            text = ",".join(value) if isinstance(value, tuple) else str(value)
-            parts.append(form.format(text.removeprefix("torch.")))
+        elif value != field.default:
+            parts.append(f"{field.name}:{text}")
     return "-".join(parts)
 
 

@@ -38,7 +38,7 @@ class MultiCase:
     seed: int = 0
 
     def __str__(self) -> str:
-        return cases.describe(self, f"R{'-'.join(map(str, self.ranks))}", self.rows)
+        return cases.describe(self)
 
 
 def inputs(case: MultiCase) -> dict[str, Any]:

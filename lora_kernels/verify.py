@@ -36,15 +36,11 @@ from .bench.tolerance import Verdict
 from .quantization import Weight4bit
 
 Dtypes = tuple[torch.dtype, torch.dtype | None]  # of x, and of the adapter where it differs
+Shapes = tuple[tuple[int, ...], ...]
 
 _f32, _bf16, _f16 = torch.float32, torch.bfloat16, torch.float16
-DTYPES: tuple[Dtypes, ...] = (
-    (_f32, None),
-    (_bf16, None),
-    (_bf16, _f32),
-    (_f16, None),
-    (_f16, _f32),
-)
+_PLAIN: tuple[Dtypes, ...] = ((_f32, None), (_bf16, None), (_f16, None))
+DTYPES: tuple[Dtypes, ...] = (*_PLAIN, (_bf16, _f32), (_f16, _f32))
 ALL = {"gate": True, "column_scale": True, "bias": True}
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -56,13 +52,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "adapter only": {"base": False},
     "nf4": {"quant": "nf4-64-nested"},
     "fp4, all": {"quant": "fp4-32", **ALL, "dropout_p": 0.1},
+    # Rows with adapters of their own: of `MultiCase`, whose tensors are on a CPU.
+    "adapters": {},
+    "adapters nf4": {"quant": "nf4-64-nested"},
 }
-MULTI_QUANTS = ("", "nf4-64-nested")  # of the base that several adapters share
-# They begin so, and get no `MultiCase`, whose tensors are on a CPU; tests/gpu has others.
-GPU_ENGINES = ("triton ", "cuda ", cases.EAGER_CUDA)
-SHAPES = ((70, 257, 100, 13), (1, 65, 63, 5))  # M, N, K, R: no multiples of a tile
+GPU_ENGINES = ("triton ", "cuda ", cases.EAGER_CUDA)  # how their names begin
+SHAPES: Shapes = ((70, 257, 100, 13), (1, 65, 63, 5))  # M, N, K, R: no multiples of a tile
 FEW_ROWS = (5, 66, 96, 40)  # in place of the second, for 4-bit weights
-THOROUGH = (*SHAPES, (515, 261, 259, 16), (33, 259, 257, 64), (130, 1536, 576, 100))
+THOROUGH: Shapes = (*SHAPES, (515, 261, 259, 16), (33, 259, 257, 64), (130, 1536, 576, 100))
 # Peer -> the libraries that the comparison imports, how to install them, the type of its base.
 PEERS = {
     "peft": (("peft",), "pip install 'lora-kernels[peft]'", ""),
@@ -114,7 +111,10 @@ def run(args: argparse.Namespace) -> int:
         checks = [partial(compare_with_peer, peer, case) for peer, case in pairs]
     else:
         head = f"{'engine':34} {'x':9} {'adapters':9} {'option':13} worst of y and its gradients"
-        checks = engine_checks(names, THOROUGH if args.thorough else SHAPES)
+        shapes = THOROUGH if args.thorough else SHAPES
+        # Engines follow each other, so that a reference is computed once.
+        each = itertools.product(DTYPES, OPTIONS, names)
+        checks = [partial(judge_option, *one, shapes) for one in each]
     rows = []
     with _printed(args.json, len(checks)) as say:
         say(head)
@@ -164,28 +164,13 @@ def _printed(silent: bool, total: int) -> Iterator[Callable[[str], None]]:
             yield say
 
 
-def engine_checks(names: list[str], shapes: tuple[tuple[int, ...], ...]) -> list[Check]:
-    """A check of each engine, dtypes and option; engines follow each other, so that a reference is
-    computed once."""
-    of_one = itertools.product(DTYPES, OPTIONS, names)
-    of_several = itertools.product(DTYPES, MULTI_QUANTS, names)
-    return [
-        *(partial(judge_option, name, dtypes, option, shapes) for dtypes, option, name in of_one),
-        *(
-            partial(judge_adapters, name, dtypes, quant)
-            for dtypes, quant, name in of_several
-            if not name.startswith(GPU_ENGINES)
-        ),
-    ]
-
-
-def judge_option(
-    name: str, dtypes: Dtypes, option: str, shapes: tuple[tuple[int, ...], ...]
-) -> Line | None:
+def judge_option(dtypes: Dtypes, option: str, name: str, shapes: Shapes) -> Line | None:
     """The verdict on each output of the option's cases; None where the engine takes none."""
     fields, device = OPTIONS[option], "cpu"
     if name.startswith(GPU_ENGINES):
         device = cases.triton_device() if name.startswith("triton ") else "cuda"
+    if option.startswith("adapters"):
+        return None if name.startswith(GPU_ENGINES) else judge_adapters(dtypes, option, name)
     verdicts: dict[str, Verdict] = {}
     for M, N, K, R in (shapes[0], FEW_ROWS, *shapes[2:]) if "quant" in fields else shapes:
         case = Case(M, N, K, R, *dtypes, **fields, device=device)
@@ -200,13 +185,13 @@ def judge_option(
     return _line(name, dtypes, option, verdicts) if verdicts else None
 
 
-def judge_adapters(name: str, dtypes: Dtypes, quant: str) -> Line:
+def judge_adapters(dtypes: Dtypes, option: str, name: str) -> Line:
     """The verdict on each output for rows that have adapters of their own."""
-    case = multi.MultiCase(70, 65, 128, rows="mixed", quant=quant, dropout_p=0.1)
+    case = multi.MultiCase(70, 65, 128, rows="mixed", dropout_p=0.1, **OPTIONS[option])
     case = replace(case, dtype=dtypes[0], adapter_dtype=dtypes[1])
     with cases.engine(name):
         verdicts = {f"{case}/{output}": v for output, v in multi.judge(case).items()}
-    return _line(name, dtypes, f"adapters {quant[:3]}".strip(), verdicts)
+    return _line(name, dtypes, option, verdicts)
 
 
 def _line(name: str, dtypes: Dtypes, option: str, verdicts: dict[str, Verdict]) -> Line:

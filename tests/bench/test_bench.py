@@ -233,7 +233,6 @@ def test_verify_ends_with_1(
         ("OPTIONS", {"everything": {"gate": True, "column_scale": True, "bias": True}}),
         ("SHAPES", ((70, 65, 63, 5),)),
         ("DTYPES", ((torch.float32, None),)),
-        ("MULTI_QUANTS", ()),
     ):
         monkeypatch.setattr(f"lora_kernels.verify.{name}", value)
     if output is not None:

@@ -47,11 +47,20 @@ def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "a [b]" in out and "c" * 300 in out and "2/2" in out
 
 
-def test_as_many_rows_as_the_bar_expects(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verify, "OPTIONS", {"plain": {}, "nf4": {"quant": "nf4-64-nested"}})
+def test_as_many_rows_as_the_bar_expects(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {"plain": {}, "nf4": {"quant": "nf4-64-nested"}, "adapters": {}}
+    monkeypatch.setattr(verify, "OPTIONS", options)
     monkeypatch.setattr(verify, "DTYPES", ((torch.float32, None),))
-    checks = verify.engine_checks(["eager"], ((3, 5, 4, 2), (1, 5, 4, 2)))
-    assert len(checks) == 4 and all(check() is not None for check in checks)
+    totals: list[int] = []
+    printed = verify._printed
+    monkeypatch.setattr(
+        verify, "_printed", lambda silent, total: totals.append(total) or printed(silent, total)
+    )
+    assert cli.main(["verify", "--engines", "eager"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert totals == [len(lines) - 2] == [2 * 3]  # eager and eager-gpu; a head, a count
 
 
 @pytest.mark.parametrize("peer", list(verify.PEERS))

@@ -114,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
         shapes = THOROUGH if args.thorough else SHAPES
         # Engines follow each other, so that a reference is computed once.
         each = itertools.product(DTYPES, OPTIONS, names)
-        checks = [partial(judge_option, *one, shapes) for one in each]
+        checks = [partial(judge_option, shapes, *one) for one in each]
     rows = []
     with _printed(args.json, len(checks)) as say:
         say(head)
@@ -164,7 +164,7 @@ def _printed(silent: bool, total: int) -> Iterator[Callable[[str], None]]:
             yield say
 
 
-def judge_option(dtypes: Dtypes, option: str, name: str, shapes: Shapes) -> Line | None:
+def judge_option(shapes: Shapes, dtypes: Dtypes, option: str, name: str) -> Line | None:
     """The verdict on each output of the option's cases; None where the engine takes none."""
     fields, device = OPTIONS[option], "cpu"
     if name.startswith(GPU_ENGINES):

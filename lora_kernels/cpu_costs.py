@@ -2,7 +2,7 @@
 
 A part's time is the longer of what it moves over the memory's bandwidth and what it multiplies over
 the rate that the largest library GEMM reaches: both of the machine at hand, measured
-(`measure.timing.cpu_machine`). The shares and the two costs of a call below were fitted to
+(`timing.cpu_machine`). The shares and the two costs of a call below were fitted to
 benchmarks/results on AMD family 26; RESULTS.md says how far the model is from those rows. Caches
 are not in it, nor the making of dropout's mask.
 """

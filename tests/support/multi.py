@@ -16,7 +16,7 @@ FORMATS = ((f32, ""), (bf16, ""), (bf16, "nf4-64-nested"))  # dtype, weight
 
 
 def run(call: Callable[..., Tensor], args: dict[str, Any]) -> dict[str, Tensor]:
-    """y, and the gradients asked for, each as a vector: of all adapters, one after another."""
+    """Return y and the requested gradients as vectors, those of all adapters one after another."""
     results = cases.run(call, args)
     return {name: t if name == "y" else t.flatten() for name, t in results.items()}
 

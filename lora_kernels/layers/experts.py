@@ -270,7 +270,8 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (place,) = ctx.saved_tensors
-        return dy.index_select(0, place).unflatten(0, (-1, ctx.k)).sum(1), None, None, None
+        rows = dy.index_select(0, place).view(place.shape[0] // ctx.k, ctx.k, dy.shape[1])
+        return rows.sum(1), None, None, None
 
 
 class _Permute(torch.autograd.Function):
@@ -321,7 +322,7 @@ def experts_forward(
     x = _project(experts, down, x, offsets, adapters)
     if module.has_post_expert_norm:
         x = module.post_expert_norm(x)
-    rows: Tensor = _Permute.apply(x, place, order).view(T, k, -1)
+    rows: Tensor = _Permute.apply(x, place, order).view(T, k, x.shape[1])
     weights = top_k_weights.masked_fill(top_k_index >= module.num_experts, 0)
     return (rows * weights.unsqueeze(-1)).sum(1).to(hidden_states.dtype)
 

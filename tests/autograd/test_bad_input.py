@@ -73,6 +73,7 @@ def double(*shape):
         # devices
         ({"weight": meta(N, K)}, ValueError, r"weight: got device meta, want x's device cpu"),
         ({"lora_A": meta(R, K)}, ValueError, r"lora_A: got device meta, want x's device cpu"),
+        ({"x": meta(M, K)}, ValueError, r"lora_A: got device cpu, want x's device meta"),
         ({"lora_B": meta(N, R)}, ValueError, r"lora_B: got device meta, want x's device cpu"),
         ({"bias": meta(N)}, ValueError, r"bias: got device meta, want x's device cpu"),
         ({"rank_gate": meta(R)}, ValueError, r"rank_gate: got device meta, want x's device cpu"),

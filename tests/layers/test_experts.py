@@ -1,0 +1,231 @@
+"""Layers of experts against a loop over tokens in float64; 4-bit stacks in bitsandbytes' format."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lora_kernels.layers import Experts, LoRAExperts, QLoRAExperts, quantize_experts
+from lora_kernels.layers.experts import stack, unsupported_reason
+from lora_kernels.quantization import Weight4bit, quantize_4bit
+
+T, E, H, INNER, R, K = 9, 4, 24, 20, 3, 2
+KINDS: dict[str, dict[str, Any]] = {
+    "gated": {},
+    "plain": {"has_gate": False, "activation": torch.tanh},
+    "bias": {"bias": True},
+    "transposed": {"is_transposed": True, "bias": True},
+}
+
+
+def make(**options: Any) -> LoRAExperts:
+    torch.manual_seed(0)
+    experts = Experts(E, H, INNER, **options)
+    with torch.no_grad():
+        for name, p in experts.named_parameters():
+            if name.endswith("bias"):
+                p.normal_()
+    layer = LoRAExperts(experts, r=R, alpha=5.0)
+    with torch.no_grad():
+        for lora_B in layer.lora_B.values():
+            lora_B.normal_(std=0.3)
+    return layer
+
+
+def routed(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states, experts and weights; no token chooses the last but one."""
+    torch.manual_seed(seed)
+    x = torch.randn(T, H)
+    scores = torch.rand(T, E)
+    scores[:, E - 2] = -1.0
+    weights, index = scores.topk(K)
+    return x, index, weights
+
+
+def loop(layer: LoRAExperts, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """The definition, a token and an expert at a time."""
+    experts: Any = layer.experts
+    names = list(layer.lora_A)
+
+    def project(name: str, e: int, row: Tensor) -> Tensor:
+        W = getattr(experts, name)[e]
+        W = W.T if experts.is_transposed else W
+        y = W @ row + layer.scaling * (layer.lora_B[name][e] @ (layer.lora_A[name][e] @ row))
+        return y + getattr(experts, f"{name}_bias")[e] if experts.has_bias else y
+
+    rows = []
+    for t in range(x.shape[0]):
+        total = torch.zeros_like(x[t])
+        for e, weight in zip(index[t].tolist(), weights[t], strict=True):
+            if e >= experts.num_experts:
+                continue
+            h = project(names[0], e, x[t])
+            if experts.has_gate:
+                gate, up = h.chunk(2)
+                h = experts.act_fn(gate) * up
+            else:
+                h = experts.act_fn(h)
+            total = total + weight * project(names[1], e, h)
+        rows.append(total)
+    return torch.stack(rows)
+
+
+def results(call: Any, layer: nn.Module, *inputs: Tensor) -> dict[str, Tensor]:
+    """y and the gradients of x, of the routing weights and of every adapter."""
+    x, index, weights = inputs
+    x, weights = (t.detach().clone().requires_grad_() for t in (x, weights))
+    layer.zero_grad()
+    y = call(x, index, weights)
+    y.backward(torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y))
+    found = {"y": y.detach(), "x": x.grad, "weights": weights.grad}
+    trained = {n: p.grad for n, p in layer.named_parameters() if p.requires_grad}
+    return {name: t for name, t in (found | trained).items() if t is not None}
+
+
+def assert_matches_the_loop(layer: LoRAExperts, *inputs: Tensor) -> None:
+    wide = copy.deepcopy(layer).double()
+    x, index, weights = inputs
+    want = results(lambda *args: loop(wide, *args), wide, x.double(), index, weights.double())
+    got = results(layer, layer, *inputs)
+    assert_close_in_norm(got, want)
+
+
+def assert_close_in_norm(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
+    """float32 sums of up to 64 terms, three one after another: 2e-6 is 34 roundings."""
+    assert got.keys() == want.keys()
+    for name in want:
+        assert (got[name] - want[name]).norm() < 2e-6 * want[name].norm(), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_lora_experts_equals_a_loop_over_tokens(kind: str) -> None:
+    assert_matches_the_loop(make(**KINDS[kind]), *routed())
+
+
+def test_lora_experts_skips_experts_of_other_devices() -> None:
+    """Numbers of E and more: no contribution, no gradient, whatever their weight is."""
+    x, index, weights = routed()
+    index[2, 1] = E
+    index[5] = E + 3
+    layer = make(bias=True)
+    assert_matches_the_loop(layer, x, index, weights)
+    got = results(layer, layer, x, index, weights)
+    assert not got["y"][5].any() and not got["x"][5].any() and not got["weights"][5].any()
+
+
+def test_lora_experts_without_tokens_returns_none_and_zero_gradients() -> None:
+    x, index, weights = routed()
+    layer = make()
+    got = results(layer, layer, x[:0], index[:0], weights[:0])
+    assert got["y"].shape == (0, H)
+    assert all(not t.any() for name, t in got.items() if "lora" in name)
+
+
+def test_lora_experts_starts_as_its_base() -> None:
+    layer = LoRAExperts(Experts(E, H, INNER), r=R)
+    x, index, weights = routed()
+    torch.testing.assert_close(layer(x, index, weights), layer.experts(x, index, weights))
+    assert not any(p.requires_grad for p in layer.experts.parameters())
+    assert all(p.requires_grad for p in layer.lora_A.parameters())
+
+
+def test_lora_experts_drops_in_training_alone() -> None:
+    layer, inputs = make(), routed()
+    layer.dropout = 0.5
+    want = layer.eval()(*inputs)
+    assert torch.equal(layer(*inputs), want)
+    layer.train()
+    torch.manual_seed(1)
+    first = layer(*inputs)
+    torch.manual_seed(1)
+    assert torch.equal(layer(*inputs), first) and not torch.equal(first, want)
+
+
+def test_lora_experts_norms_after_the_last_projection() -> None:
+    """As transformers' modules with has_post_expert_norm: before the routing weights."""
+    layer, (x, index, weights) = make(), routed()
+    experts: Any = layer.experts
+    before = experts(x, index, torch.ones_like(weights))
+    experts.has_post_expert_norm, experts.post_expert_norm = True, lambda t: 3 * t
+    torch.testing.assert_close(experts(x, index, torch.ones_like(weights)), 3 * before)
+
+
+def test_lora_experts_compiled_whole_equals_itself() -> None:
+    layer, inputs = make(), routed()
+    want = results(layer, layer, *inputs)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    got = results(compiled, layer, *inputs)
+    for name in want:
+        torch.testing.assert_close(got[name], want[name])
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_quantize_experts_has_the_bits_of_quantize_4bit(
+    double_quant: bool, quant_type: str
+) -> None:
+    experts = Experts(E, 64, 32)
+    want = {
+        name: quantize_4bit(getattr(experts, name), quant_type, 64, double_quant)
+        for name in ("gate_up_proj", "down_proj")
+    }
+    quantize_experts(experts, quant_type, 64, double_quant)
+    for name, weight in want.items():
+        got = stack(experts, name)
+        assert isinstance(got, Weight4bit) and got.shape == weight.shape
+        for field in ("packed", "absmax", "code", "nested_absmax", "nested_code", "offset"):
+            a, b = getattr(got, field), getattr(weight, field)
+            assert (a is None) == (b is None)
+            assert a is None or torch.equal(a.flatten(), b.flatten())
+
+
+def test_quantized_experts_save_as_bitsandbytes_does() -> None:
+    from bitsandbytes.nn.parametrize import replace_parameter_4bit
+
+    experts = Experts(E, 64, 32)
+    other = copy.deepcopy(experts)
+    quantize_experts(experts, double_quant=True)
+    for name in ("gate_up_proj", "down_proj"):
+        replace_parameter_4bit(other, name, compress_statistics=True, blocksize=64)
+    got, want = experts.state_dict(), other.state_dict()
+    assert got.keys() == want.keys() and "down_proj.absmax" in got
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+def test_qlora_experts_are_lora_experts_over_the_decoded_base() -> None:
+    torch.manual_seed(0)
+    base = Experts(E, 64, 32)
+    layer = QLoRAExperts(copy.deepcopy(base), r=R, alpha=5.0)
+    dense = LoRAExperts(base, r=R, alpha=5.0)
+    with torch.no_grad():
+        for name in layer.lora_A:
+            weight = stack(layer.experts, name)
+            assert isinstance(weight, Weight4bit)
+            getattr(base, name).copy_(weight.dequantize())
+            dense.lora_A[name].copy_(layer.lora_A[name])
+            dense.lora_B[name].copy_(layer.lora_B[name].normal_(std=0.3))
+    x, index, weights = torch.randn(T, 64), *routed()[1:]
+    want = results(dense, dense, x, index, weights)
+    assert_close_in_norm(results(layer, layer, x, index, weights), want)
+
+
+def test_lora_experts_of_bad_input_names_the_argument() -> None:
+    experts = Experts(E, H, INNER)
+    for options, message in (
+        ({"r": 0}, "r: got 0, want an integer of at least 1"),
+        ({"r": True}, "r: got True, want an integer"),
+        ({"dropout": 1.5}, "dropout: got 1.5, want a probability"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            LoRAExperts(experts, **options)
+    with pytest.raises(TypeError, match="experts: got Linear without `num_experts`"):
+        LoRAExperts(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="model: got Linear without experts modules"):
+        quantize_experts(nn.Linear(2, 2))
+    nn.utils.parametrize.register_parametrization(experts, "down_proj", nn.Identity())
+    reason = unsupported_reason(experts) or ""
+    assert "without a plain or 4-bit parameter down_proj" in reason

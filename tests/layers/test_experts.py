@@ -146,7 +146,7 @@ def test_lora_experts_drops_in_training_alone() -> None:
 
 
 def test_lora_experts_norms_after_the_last_projection() -> None:
-    """As transformers' modules with has_post_expert_norm: before the routing weights."""
+    """The norm comes before the routing weights, as in transformers."""
     layer, (x, index, weights) = make(), routed()
     experts: Any = layer.experts
     before = experts(x, index, torch.ones_like(weights))

@@ -1,7 +1,7 @@
 """`lora-kernels bench`: its options, and the run of one of its suites.
 
-`dense`, `quantized`, `variants`, `memory` and `traffic` are the suites; `compare` tells what two
-runs of one differ in.
+`dense`, `quantized`, `variants`, `experts`, `memory` and `traffic` are the suites; `compare` tells
+what two runs of one differ in.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 
 from . import compare, models, outputs
 from .dense import Layers
+from .experts import Experts
 from .memory import Memory
 from .quantized import Codes
 from .results import Result, Row, Suite
@@ -25,7 +26,14 @@ QUICK_ROWS, QUICK_RANKS, QUICK_SECONDS = (1, 512), (16,), 0.25
 RANKS = (8, 16, 64)
 DTYPES = ["float32", "bfloat16"]
 SECONDS = 2.5
-SUITES: tuple[Suite, ...] = (Codes(), Variants(), Memory(), Count(), Layers())  # the last: else
+SUITES: tuple[Suite, ...] = (
+    Codes(),
+    Variants(),
+    Experts(),
+    Memory(),
+    Count(),
+    Layers(),
+)  # the last: else
 
 
 def _words(values: Sequence[object], between: str = " ") -> str:
@@ -51,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("model", "the shapes of its linear layers", choices=models.NAMES)
     text = f"of x, in a model's layers (default: {cpu}; on a GPU {gpu})"
     add("rows", text, nargs="+", type=models.positive, metavar="M")
-    text = f"(default: {_words(RANKS)}; with --quant and --variants 16)"
+    text = f"(default: {_words(RANKS)}; with --quant, --variants and --experts 16)"
     add("ranks", text, nargs="+", type=models.positive, metavar="R")
     text = f"{QUICK_SECONDS} seconds for a row, rank {QUICK_RANKS[0]}, and in a model's layers "
     text += f"{_words(QUICK_ROWS, ' and ')} rows, unless others are named"
@@ -66,6 +74,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("quant", text, instead, choices=["nf4", "fp4"])
     text = "time DoRA and its row norm, groups, several adapters and hierarchical levels instead, "
     add("variants", text + "on a CPU", instead, action="store_true")
+    text = "time LoRA on the experts of mixtures instead, beside transformers' frozen experts and "
+    add("experts", text + "PEFT's; on a CPU", instead, action="store_true")
     text = "count the bytes that layers, and a small Llama, hold for the backward instead"
     add("memory", text, instead, action="store_true")
     text = "count the memory traffic, kernels and peak memory of a layer on a GPU instead, ours "

@@ -124,7 +124,9 @@ class Row:
 
     @property
     def kind(self) -> str:
-        """Which of the suites the row is of: "layers", "4-bit" or "variants"."""
+        """Which of the suites the row is of: "layers", "4-bit", "experts" or "variants"."""
+        if self.what and self.what.startswith("experts"):
+            return "experts"
         return "4-bit" if self.quant_type else "variants" if self.what else "layers"
 
     @property

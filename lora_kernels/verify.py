@@ -29,9 +29,10 @@ from torch import nn
 from . import selection
 from .backends import cpu, cpu_heuristics, triton
 from .backends.triton import configs
-from .bench import baselines, multi
+from .bench import baselines, experts_case, multi
 from .bench import case as cases
 from .bench.case import Case, Expected, dtype_name
+from .bench.experts_case import ExpertsCase
 from .bench.tolerance import Verdict
 from .quantization import Weight4bit
 
@@ -55,6 +56,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     # Rows with adapters of their own: of `MultiCase`, whose tensors are on a CPU.
     "adapters": {},
     "adapters nf4": {"quant": "nf4-64-nested"},
+    # Rows sorted by expert: of `ExpertsCase`, the same.
+    "experts": {},
+    "experts nf4": {"quant": "nf4-64"},
 }
 GPU_ENGINES = ("triton ", "cuda ", cases.EAGER_CUDA)  # how their names begin
 SHAPES: Shapes = ((70, 257, 100, 13), (1, 65, 63, 5))  # M, N, K, R: no multiples of a tile
@@ -169,8 +173,9 @@ def judge_option(shapes: Shapes, dtypes: Dtypes, option: str, name: str) -> Line
     fields, device = OPTIONS[option], "cpu"
     if name.startswith(GPU_ENGINES):
         device = cases.triton_device() if name.startswith("triton ") else "cuda"
-    if option.startswith("adapters"):
-        return None if name.startswith(GPU_ENGINES) else judge_adapters(dtypes, option, name)
+    if option.startswith(("adapters", "experts")):
+        judge = judge_adapters if option.startswith("adapters") else judge_experts
+        return None if name.startswith(GPU_ENGINES) else judge(dtypes, option, name)
     verdicts: dict[str, Verdict] = {}
     for M, N, K, R in (shapes[0], FEW_ROWS, *shapes[2:]) if "quant" in fields else shapes:
         case = Case(M, N, K, R, *dtypes, **fields, device=device)
@@ -191,6 +196,15 @@ def judge_adapters(dtypes: Dtypes, option: str, name: str) -> Line:
     case = replace(case, dtype=dtypes[0], adapter_dtype=dtypes[1])
     with cases.engine(name):
         verdicts = {f"{case}/{output}": v for output, v in multi.judge(case).items()}
+    return _line(name, dtypes, option, verdicts)
+
+
+def judge_experts(dtypes: Dtypes, option: str, name: str) -> Line:
+    """The verdict on each output for rows sorted by expert."""
+    case = ExpertsCase((3, 0, 1, 20), 64, 128, 8, dropout_p=0.1, **OPTIONS[option])
+    case = replace(case, dtype=dtypes[0], adapter_dtype=dtypes[1])
+    with cases.engine(name):
+        verdicts = {f"{case}/{output}": v for output, v in experts_case.judge(case).items()}
     return _line(name, dtypes, option, verdicts)
 
 

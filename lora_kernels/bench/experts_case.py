@@ -103,10 +103,9 @@ def narrowed(call: Any) -> Any:
     """Return a call that rounds the adapter to x's dtype before."""
 
     def run(**args: Any) -> Tensor:
-        dtype = args["x"].dtype
-        return call(
-            **{**args, "lora_A": args["lora_A"].to(dtype), "lora_B": args["lora_B"].to(dtype)}
-        )
+        narrow = {name: args[name].to(args["x"].dtype) for name in ("lora_A", "lora_B")}
+        y: Tensor = call(**{**args, **narrow})
+        return y
 
     return run
 

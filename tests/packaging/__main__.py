@@ -35,7 +35,7 @@ LATER = {
     "AdaLoRA over convolutions (PEFT)": "test_convolutions_stay_pefts_own",
     "set_adapter(inference_mode=...), set_requires_grad (PEFT)": "loaded_from_meta or frozen",
     "LoraConfig(ensure_weight_tying=...) (PEFT)": "tied",
-    "set_experts_implementation (transformers)": "qwen3_moe or test_experts_are_left_to_peft",
+    "set_experts_implementation (transformers)": "qwen3_moe or their_share_of_the_parameters",
     "float64 beside a Linear4bit (bitsandbytes)": "test_a_compute_dtype_that_is_not_ours",
     "a Linear4bit whose forward leaves its bias's dtype alone (bitsandbytes)": (
         "test_what_surrounds_a and nf4"

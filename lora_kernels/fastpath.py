@@ -246,7 +246,7 @@ class DoraNormCache:
             )
         compared = adapter if lora_A.is_cpu else ()
         known = base if lora_A.is_cpu else (*base, *adapter)
-        key = (scaling, *map(_state, known), *(t.dtype for t in adapter))
+        key = (scaling, *map(tensor_state, known), *(t.dtype for t in adapter))
         kept = self._kept
         if kept is None or kept[0] != key or not _equal(kept[1], compared):
             norm = dora_norm(weight, lora_A, lora_B, scaling, rank_gate=rank_gate)
@@ -268,7 +268,7 @@ class DoraNormCache:
             or _distributed()
         ):
             return None
-        key = (*map(_state, base), lora_A.dtype)
+        key = (*map(tensor_state, base), lora_A.dtype)
         if self._squares is None or self._squares[0] != key:
             held = weight.codes if isinstance(weight, Weight4bit) else weight
             with torch.no_grad():
@@ -279,7 +279,7 @@ class DoraNormCache:
         return DoraNormCache, ()
 
 
-def _state(t: Tensor) -> tuple[object, ...]:
+def tensor_state(t: Tensor) -> tuple[object, ...]:
     """Return a key that changes whenever an element may have changed."""
     storage = StorageWeakRef(t.untyped_storage())  # equal to another while both live
     return storage, t.storage_offset(), t.shape, t.stride(), t.dtype, t._version

@@ -19,6 +19,11 @@ from . import cpu_heuristics, decode4bit, native
 from .cpu import DTYPES, FUSED, cast, pack_dropout, pack_rows, pointer, rows_of_any, vector
 from .experts import runs, weight_of
 
+# A stack of lora_B whose rows and ranks are both strided, as PEFT's is, is copied if there is a row
+# of x for at most so many experts. Reading one expert of 768×16 with strides costs 0.12 ms, and its
+# part of the copy 0.016 ms (E = 128, one thread of AVX-512 BF16).
+REPACKED = 4
+
 
 class _Stack(NamedTuple):
     """A stack of weights as the native kernels take it.
@@ -78,6 +83,8 @@ def _pack(operands: ExpertsOperands, spec: ExpertsSpec, strategy: str) -> _Call:
     x, _, lora_A, lora_B, offsets, bias, rng = operands
     (M, K), (E, N, R), stack = x.shape, lora_B.shape, _stack(operands, spec, strategy)
     lora_A = lora_A if lora_A.stride(2) == 1 else lora_A.contiguous()
+    if 1 not in lora_B.stride()[1:] and REPACKED * M >= E:
+        lora_B = lora_B.contiguous()
     stops, bias = cast(offsets, torch.int64).contiguous(), vector(bias)
     places = None if rng is None else torch.arange(M)
     a = lora_A.data_ptr(), DTYPES[lora_A.dtype], lora_A.stride(1), 1
@@ -88,7 +95,8 @@ def _pack(operands: ExpertsOperands, spec: ExpertsSpec, strategy: str) -> _Call:
     layer = (stack.matrix, stack.codes, *sizes, *adapter, *factors, mask, keep_scale, threads)
     steps = stack.step, lora_A.stride(0), lora_B.stride(0), N, R * K, N * R
     how = spec.transposed, stack.few_rows, stack.is_fused
-    return _Call(layer, (E, stops.data_ptr(), *steps, *how), stack, (lora_A, stops, bias, places))
+    owners = lora_A, lora_B, stops, bias, places
+    return _Call(layer, (E, stops.data_ptr(), *steps, *how), stack, owners)
 
 
 def lora_experts(

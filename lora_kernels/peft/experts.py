@@ -14,6 +14,7 @@ import torch
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
+from ..fastpath import tensor_state
 from ..layers.experts import (
     ExpertsAdapter,
     experts_forward,
@@ -39,6 +40,10 @@ class FusedParamWrapper(Fused, ParamWrapper):
         found = {each.parameter_name: active_adapter(each) for each in wrappers}
         adapters = {name: adapter for name, adapter in found.items() if adapter is not None}
         return experts_forward(wrappers[-1].base_layer, x, *args, adapters)
+
+
+# PEFT tells its wrapper by this name when another adapter is added.
+FusedParamWrapper.__name__ = ParamWrapper.__name__
 
 
 def wrappers_of(wrapper: Any) -> list[Any]:
@@ -72,7 +77,29 @@ def _factors(wrapper: Any, name: str) -> ExpertsAdapter:
     A, B, E = wrapper.lora_A[name].weight, wrapper.lora_B[name].weight, wrapper.num_experts
     lora_A = A.view(E, -1, A.shape[1])
     lora_B = B.view(B.shape[0], -1, E).permute(2, 0, 1)  # the expert is B's fastest index
+    if not (torch.is_grad_enabled() or torch.compiler.is_compiling() or B.is_inference()):
+        lora_B = wrapper.__dict__.setdefault("_repacked", RepackedCache())(name, B, lora_B)
     return ExpertsAdapter(lora_A, lora_B, float(wrapper.scaling[name]))
+
+
+class RepackedCache:
+    """Contiguous copies of lora_B [E, out, r] for decoding, until the adapter changes.
+
+    A copy or a pickle of the cache is empty.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[str, tuple[tuple[object, ...], Tensor]] = {}
+
+    def __call__(self, name: str, weight: Tensor, lora_B: Tensor) -> Tensor:
+        """Return `lora_B`, a view of the adapter's `weight`, contiguous."""
+        state = tensor_state(weight)
+        if name not in self._kept or self._kept[name][0] != state:
+            self._kept[name] = state, lora_B.contiguous()
+        return self._kept[name][1]
+
+    def __reduce__(self) -> tuple[type[RepackedCache], tuple[()]]:
+        return RepackedCache, ()
 
 
 def wrapper_reason(wrapper: Any) -> str | None:

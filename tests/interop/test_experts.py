@@ -310,3 +310,32 @@ def test_experts_implementation_of_transformers_gives_the_model_s_logits(name: s
     want = model(input_ids=ids()).logits
     model.set_experts_implementation(lora_kernels.integrations.experts.NAME)
     torch.testing.assert_close(model(input_ids=ids()).logits, want)
+
+
+def test_fused_experts_decoding_after_an_update_uses_the_new_adapter() -> None:
+    """The repacked lora_B follows the adapter: changed in place, copied, added, switched."""
+    model = fuse(make("mixtral")).eval()
+    twin = make("mixtral").eval()
+
+    def check() -> None:
+        with torch.no_grad():
+            for x in (ids(1, 1), ids(1, 1)):
+                torch.testing.assert_close(model(input_ids=x).logits, twin(input_ids=x).logits)
+
+    check()
+    for each in (model, twin):
+        start(each, seed=7)
+    check()
+    copied = copy.deepcopy(model)
+    for each in (copied, twin):
+        start(each, seed=8)
+    model = copied
+    check()
+    for each in (model, twin):
+        torch.manual_seed(5)
+        each.add_adapter("second", config(r=3))
+        start(each, seed=9)
+        each.set_adapter("second")
+    check()
+    unfuse(model)
+    assert not any("_repacked" in vars(module) for module in model.modules())

@@ -145,7 +145,7 @@ def test_from_bitsandbytes_of_something_else_raises():
     for other in (dense(), nn.Linear(K, N), linear4bit(), (dense(), None), (dense(),), None):
         with pytest.raises(TypeError, match=r"weight: got .* want a bitsandbytes Params4bit"):
             Weight4bit.from_bitsandbytes(other)
-    packed, state = default_backend.quantize(dense((4, 4, 8)), "nf4", 64, False)
+    packed, state = default_backend.quantize(dense((2, 2, 4, 8)), "nf4", 64, False)
     with pytest.raises(ValueError, match=r"shape: got .* want"):
         Weight4bit.from_bitsandbytes((packed, state))
     state.shape = None
@@ -231,7 +231,7 @@ BAD_WEIGHTS = [
     (dense().to(torch.int32), TypeError, "weight: got torch.int32, want float32"),
     (dense().to(torch.complex64), TypeError, "weight: got torch.complex64, want float32"),
     (dense()[0], ValueError, r"weight: got shape \[64\], want \[N, K\]"),
-    (dense((2, 3, 4)), ValueError, r"weight: got shape \[2, 3, 4\], want \[N, K\]"),
+    (dense((1, 2, 3, 4)), ValueError, r"weight: got shape \[1, 2, 3, 4\], want \[N, K\]"),
     (dense()[:0], ValueError, r"weight: got shape \[0, 64\], want \[N, K\]"),
     (dense() * torch.tensor(float("inf")), ValueError, "weight: got NaN or infinity"),
     (dense().fill_diagonal_(float("nan")), ValueError, "weight: got NaN or infinity"),
@@ -417,3 +417,16 @@ def test_standard_code_of_another_codebook_is_refused(change: float) -> None:
     code[7] += change
     with pytest.raises(ValueError, match="got values other than nf4's"):
         standard_code("nf4", code)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_weight4bit_of_a_stack_is_that_of_its_flattened_rows(nested):
+    """[E, N, K] and [E·N, K]: the same codes, scales and values, in the stack's shape."""
+    stack = dense((3, 20, 40))
+    got, want = (quantize_4bit(t, "nf4", 64, nested) for t in (stack, stack.view(60, 40)))
+    assert got.shape == (3, 20, 40) and got.matrix_shape == want.shape == (60, 40)
+    assert torch.equal(got.packed, want.packed) and torch.equal(got.absmax, want.absmax)
+    assert torch.equal(got.dequantize(), want.dequantize().view(3, 20, 40))
+    state = got.state_dict("experts.")
+    again = Weight4bit.from_state_dict(state, "experts.")
+    assert again.shape == got.shape and torch.equal(again.dequantize(), got.dequantize())

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from ..layers import adaptable_experts, quantize_experts
+from ..layers.experts import unsupported_reason
 from . import UsageError
 from .checkpoints import count_more, translate_errors
 from .options import MAX_LENGTH
@@ -86,7 +88,7 @@ def load_adapter(base: Any, folder: Path) -> Any:
     config.inference_mode = True
     config.base_model_name_or_path = None  # PEFT warns where the base has moved
     unfit = f"adapter: {folder} does not fit the base"
-    with translate_errors(unfit, ValueError, TypeError, RuntimeError):
+    with translate_errors(unfit, ValueError, TypeError, RuntimeError), adaptable_experts(base):
         stock: Any = peft.get_peft_model(base, config)
     names = ("adapter_model.safetensors", "adapter_model.bin")
     if not any((folder / name).is_file() for name in names):  # PEFT would ask a hub for it
@@ -214,6 +216,7 @@ def quantize(
     base: nn.Module, quant_type: str, compute_dtype: torch.dtype, device: torch.device
 ) -> None:
     """Make every linear layer but the output embedding or classifier a bitsandbytes `Linear4bit`.
+    Experts of a mixture become 4-bit parameters.
 
     In place, in blocks of 64 with nested scales: as transformers loads a model for QLoRA, which it
     cannot do from a GGUF file.
@@ -231,6 +234,8 @@ def quantize(
         layer.weight = Params4bit(linear.weight.detach(), module=layer, **codes)
         layer.bias = bias
         base.set_submodule(name, layer.to(device))
+    if any(unsupported_reason(module) is None for module in base.modules()):
+        quantize_experts(base, quant_type)
     base.is_loaded_in_4bit = True  # type: ignore[assignment]
     rewrite_codes(base, False)
 

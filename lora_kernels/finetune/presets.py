@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..layers import adaptable_experts
+from ..layers.experts import projections, unsupported_reason
 from ..peft import fuse
 from . import UsageError
 from .model import ALL_LINEAR, features, linear_layers
@@ -94,7 +96,7 @@ def find_targets(
                 f"{argument}: no linear layer is named {target}; {hint}this model has "
                 f"{', '.join(have)}"
             )
-    if not found:
+    if not found and not experts_parameters(model, targets):
         raise UsageError(
             f"{argument}: got {', '.join(targets) or 'none'}, which no layer of this "
             f"{type(model).__name__} matches; its linear layers are {', '.join(have) or 'none'}: "
@@ -123,6 +125,21 @@ def check_adapter(
         raise UsageError(f"{argument}: got {rank}, want at most {least}: {name} is {sizes}")
 
 
+def experts_parameters(model: nn.Module, targets: str | Iterable[str]) -> list[str]:
+    """Return the experts' parameters that the roles "gate", "up" and "down" name, in full.
+
+    They are what PEFT calls `target_parameters`. "all-linear" names all of them.
+    """
+    chosen = {targets} if isinstance(targets, str) else {*targets}
+    found = []
+    for name, module in model.named_modules():
+        if unsupported_reason(module) is None:
+            up, down = projections(module)
+            found += [f"{name}.{up}"] * bool(chosen & {"gate", "up", ALL_LINEAR})
+            found += [f"{name}.{down}"] * bool(chosen & {"down", ALL_LINEAR})
+    return found
+
+
 def add_lora_layers(
     model: Any,
     preset: str | Preset = "chat",
@@ -145,7 +162,8 @@ def add_lora_layers(
         preset: "medical", "legal", "chat" or "code", or a `Preset` of your own.
         adapter_name: PEFT's, for `model.set_adapter(name)` and `adapter_names=[...]`.
         rank, alpha, dropout, targets: instead of the preset's. targets: roles ("q", "k", "v", "o",
-            "gate", "up", "down"), names of layers, or "all-linear".
+            "gate", "up", "down"), names of layers, or "all-linear". In a mixture of experts the
+            last three roles are the experts' projections, which PEFT adapts without dropout.
         seed: of lora_A's start; the state of the random generators stays.
         fused: False leaves the layers stock PEFT's.
         config: of PEFT's `LoraConfig`, by its names.
@@ -172,7 +190,15 @@ def add_lora_layers(
             "model.set_adapter() to go on with it"
         )
     base = model if peft_model is None else peft_model.get_base_model()
-    names, missing = find_targets(base, chosen.targets if targets is None else targets)
+    targets = chosen.targets if targets is None else targets
+    names, missing = find_targets(base, targets)
+    experts = experts_parameters(base, targets)
+    missing = [] if experts else missing
+    if experts and chosen.dropout:
+        if dropout is not None:
+            raise UsageError(f"dropout: got {dropout}, want 0: PEFT adapts experts without dropout")
+        warnings.warn("PEFT adapts experts without dropout: 0 is used", stacklevel=2)
+        chosen = replace(chosen, dropout=0.0)
     if missing:
         warnings.warn(
             f"this {type(base).__name__} has no layer for {', '.join(missing)}; the adapter is "
@@ -181,8 +207,10 @@ def add_lora_layers(
         )
     any_alpha: Any = chosen.alpha  # PEFT says int and takes both
     config = peft_settings(base, names) | {"lora_alpha": any_alpha} | config
+    if experts and names != ALL_LINEAR:  # by which PEFT finds the experts itself
+        config = {"target_parameters": experts} | config
     lora = LoraConfig(r=chosen.rank, lora_dropout=chosen.dropout, target_modules=names, **config)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), adaptable_experts(base):
         torch.manual_seed(seed)
         if peft_model is None:
             peft_model = get_peft_model(model, lora, adapter_name)
@@ -198,7 +226,9 @@ def peft_settings(base: Any, names: str | Iterable[str]) -> dict[str, Any]:
 
     task = {"task_type": "CAUSAL_LM"} if hasattr(base, "generate") else {}
     layers = target_layers(base, names).values()
-    return task | {"fan_in_fan_out": all(isinstance(layer, Conv1D) for layer in layers)}
+    return task | {
+        "fan_in_fan_out": bool(layers) and all(isinstance(layer, Conv1D) for layer in layers)
+    }
 
 
 def create_domain_model(

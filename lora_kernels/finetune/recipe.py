@@ -28,7 +28,9 @@ from rich.console import Console
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerState
 
-from ..peft import explain
+from ..layers import adaptable_experts
+from ..layers.experts import has_quantized_experts
+from ..peft import explain, fuse
 from . import UsageError, model, report
 from .chat import IGNORED, ChatData, Collator, check_packing, pack, read_data
 from .checkpoints import (
@@ -229,14 +231,21 @@ def check_taught(wanted: str, before: str, after: str) -> tuple[bool, str]:
 
 def loaded_again(options: Options, adapter: Path, ids: Tensor, want: Tensor) -> tuple[bool, str]:
     """Return whether the saved adapter in stock PEFT on a fresh base gives the logits wanted, in
-    fp32, and a line on it."""
+    fp32, and a line on it. PEFT's own forward is wrong over 4-bit experts: there it is fused."""
     dtype = model.DTYPES[options.dtype]
     base = model.load_base(options.model, dtype, want.device, options.quant)
-    stock = PeftModel.from_pretrained(base, str(adapter), torch_device=str(want.device))
+    with adaptable_experts(base):
+        stock = PeftModel.from_pretrained(base, str(adapter), torch_device=str(want.device))
+    where = "in stock PEFT"
+    if has_quantized_experts(base):
+        stock, where = (
+            fuse(stock),
+            "fused (PEFT's forward is wrong over 4-bit experts)",
+        )
     difference, largest = (logits(stock, ids) - want).abs().max().item(), want.abs().max().item()
     same = difference <= LOGITS_LIMIT * largest
     return same, (
-        f"in stock PEFT: logits differ by at most {difference:.2g}, the largest is {largest:.3g} "
+        f"{where}: logits differ by at most {difference:.2g}, the largest is {largest:.3g} "
         f"{'✓' if same else '✗'}"
     )
 

@@ -3,7 +3,13 @@
 from .attention import LoRAAttention
 from .conv1d import LoRAConv1D
 from .embedding import LoRAEmbedding
-from .experts import Experts, LoRAExperts, QLoRAExperts, quantize_experts
+from .experts import (
+    Experts,
+    LoRAExperts,
+    QLoRAExperts,
+    adaptable_experts,
+    quantize_experts,
+)
 from .group import LoRAGroup, QLoRAGroup
 from .layer import LoRALayer
 from .linear import LoRALinear
@@ -61,6 +67,7 @@ __all__ = [
     "QStableLoRALinear",
     "RankAllocator",
     "StableLoRALinear",
+    "adaptable_experts",
     "count_lora_parameters",
     "load_lora_weights",
     "lora_plus_parameter_groups",

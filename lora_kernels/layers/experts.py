@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -213,6 +214,18 @@ def is_quantized(experts: nn.Module, name: str) -> bool:
     return [type(each).__name__ for each in cast(Any, found[name])] == ["Bnb4bitParametrization"]
 
 
+def quantized_projections(module: nn.Module) -> list[str]:
+    """Return the names of the 4-bit projections of a module; none if it is no experts module."""
+    if unsupported_reason(module) is not None:
+        return []
+    return [name for name in projections(module) if is_quantized(module, name)]
+
+
+def has_quantized_experts(model: nn.Module) -> bool:
+    """Return True if a model has 4-bit experts."""
+    return any(map(quantized_projections, model.modules()))
+
+
 def stack(experts: nn.Module, name: str) -> Tensor | Weight4bit:
     """Return one projection's weights [E, .., ..], without decoding 4-bit ones."""
     if not is_quantized(experts, name):
@@ -228,7 +241,7 @@ def quantize_experts(
 
     They become bitsandbytes' parametrizations, as of its `replace_parameter_4bit`, and are saved
     as it saves them. Experts modules whose weights are quantized already stay as they are. Needs
-    bitsandbytes. PEFT adapts no 4-bit parameter: call `peft.get_peft_model` before.
+    bitsandbytes. PEFT adds adapters before, or inside of `adaptable_experts`.
 
     Args:
         quant_type, blocksize, double_quant: as in `lora_kernels.quantization.quantize_4bit`.
@@ -256,6 +269,43 @@ def quantize_experts(
                     blocksize=blocksize,
                 )
     return model
+
+
+@contextlib.contextmanager
+def adaptable_experts(model: nn.Module) -> Iterator[None]:
+    """Let PEFT adapt 4-bit experts: inside, each stands as a parameter without memory.
+
+    Without this PEFT finds 4-bit parameters by their full names alone, and decodes them to read a
+    shape. Call `peft.get_peft_model`, `add_adapter` or `PeftModel.from_pretrained` inside, and no
+    forward.
+
+    >>> from lora_kernels.layers import Experts, adaptable_experts, quantize_experts
+    >>> experts = quantize_experts(Experts(2, 64, 64))
+    >>> with adaptable_experts(experts):
+    ...     experts.down_proj.shape
+    torch.Size([2, 64, 64])
+    """
+    changed: list[tuple[nn.Module, Any, Any, list[str]]] = []
+    try:
+        for module in list(model.modules()):
+            names = quantized_projections(module)
+            if not names:
+                continue
+            changed.append((module, type(module), module._modules["parametrizations"], names))
+            for name in names:
+                weight = stack(module, name)
+                like = torch.empty((), dtype=weight.dtype, device=weight.device)
+                stand_in = nn.Parameter(like.expand(weight.shape), requires_grad=False)
+                module._parameters[name] = stand_in
+            del module._modules["parametrizations"]
+            module.__class__ = type(module).__bases__[0]  # without the properties that decode
+        yield
+    finally:
+        for module, cls, parametrizations, names in changed:
+            module.__class__ = cls
+            module._modules["parametrizations"] = parametrizations
+            for name in names:
+                del module._parameters[name]
 
 
 class _Gather(torch.autograd.Function):

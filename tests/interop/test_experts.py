@@ -24,7 +24,7 @@ from transformers import (
 )
 
 import lora_kernels.integrations
-from lora_kernels.layers import quantize_experts
+from lora_kernels.layers import adaptable_experts, quantize_experts
 from lora_kernels.layers.experts import stack
 from lora_kernels.peft import explain, fuse, unfuse
 from lora_kernels.peft.experts import FusedParamWrapper
@@ -227,10 +227,22 @@ def test_explain_of_fused_experts_names_backend_and_strategy() -> None:
     assert str(explain(model)).count("2 × ") == 3
 
 
+@pytest.mark.parametrize("quantized", ["before", "after"])
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
-def test_fused_experts_in_4_bits_are_those_decoded(name: str) -> None:
+def test_fused_experts_in_4_bits_are_those_decoded(name: str, quantized: str) -> None:
+    """Quantized before PEFT adds the adapters, or after."""
     model, decoded = make(name), make(name)
-    quantize_experts(model, blocksize=64, double_quant=False)  # PEFT adapts no 4-bit parameter
+    if quantized == "before":
+        torch.manual_seed(0)
+        base = quantize_experts(MODELS[name](), blocksize=64, double_quant=False)
+        parameters = {n for n, _ in base.named_parameters()}
+        with adaptable_experts(base):
+            model = get_peft_model(base, config())
+        start(model)
+        left = {n.replace(".base_layer", "") for n, _ in model.named_parameters()}
+        assert {f"base_model.model.{n}" for n in parameters} <= left
+    else:
+        quantize_experts(model, blocksize=64, double_quant=False)
     for where, module in decoded.named_modules():
         for parameter in ("gate_up_proj", "down_proj") if hasattr(module, "has_gate") else ():
             # bitsandbytes' CPU kernel misreads blocks that straddle rows.

@@ -12,6 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     GptOssConfig,
     GptOssForCausalLM,
@@ -351,3 +352,23 @@ def test_fused_experts_decoding_after_an_update_uses_the_new_adapter() -> None:
     check()
     unfuse(model)
     assert not any("_repacked" in vars(module) for module in model.modules())
+
+
+def test_fused_experts_compile_whole_and_checkpoint() -> None:
+    """With the eager call's results; activation checkpointing runs the forward again."""
+    model = fuse(make("gpt_oss"))
+    layer = next(m for n, m in model.named_modules() if n.endswith("layers.0.mlp.experts"))
+    x = torch.randn(20, 32, generator=torch.Generator().manual_seed(3)).requires_grad_()
+    weights, index = torch.rand(20, 4).topk(2)
+    parameters = [p for p in layer.parameters() if p.requires_grad]
+
+    def gradients(call: Any) -> list[Tensor]:
+        y = call(x, index, weights)
+        return [y.detach(), *torch.autograd.grad(y.square().sum(), [x, *parameters])]
+
+    want = gradients(layer)
+    compiled = gradients(torch.compile(layer, fullgraph=True, backend="aot_eager"))
+    checkpointed = gradients(lambda *args: checkpoint(layer, *args, use_reentrant=False))
+    assert all(map(torch.equal, checkpointed, want))
+    for got, each in zip(compiled, want, strict=True):
+        torch.testing.assert_close(got, each)

@@ -14,8 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lora_kernels
 from lora_kernels.bench import case as cases
-from lora_kernels.bench import multi
+from lora_kernels.bench import experts_case, multi
 from lora_kernels.bench.case import Case, run
+from lora_kernels.bench.experts_case import ExpertsCase
 from lora_kernels.bench.multi import MultiCase
 from lora_kernels.layers import LoRALinear
 from tests.interop.tiny import count_ops
@@ -152,11 +153,17 @@ def test_lora_linear_of_a_tangent_raises(name: str, grad: bool) -> None:
             lora_kernels.lora_linear(**args)
 
 
-def test_backward_of_a_dy_with_a_tangent_raises() -> None:
-    args = arguments()
-    y = lora_kernels.lora_linear(**args)
+@pytest.mark.parametrize("function", ["lora_linear", "multi_lora_linear", "lora_experts_linear"])
+def test_backward_of_a_dy_with_a_tangent_raises(function: str) -> None:
+    args = {
+        "lora_linear": arguments,
+        "multi_lora_linear": lambda: multi.inputs(MultiCase(5, 33, 64)),
+        "lora_experts_linear": lambda: experts_case.inputs(ExpertsCase((2, 3), 33, 64, 3, tail=0)),
+    }[function]()
+    args.pop("dy", None)
+    y = getattr(lora_kernels, function)(**args)
     with forward_ad.dual_level():
         dy = forward_ad.make_dual(torch.ones_like(y), torch.ones_like(y))
         with pytest.raises(NotImplementedError, match="forward-mode tangent"):
-            torch.autograd.grad(y, args["lora_A"], dy, retain_graph=True)
-        torch.autograd.grad(y, args["lora_A"], torch.ones_like(y))
+            torch.autograd.grad(y, args["x"], dy, retain_graph=True)
+        torch.autograd.grad(y, args["x"], torch.ones_like(y))

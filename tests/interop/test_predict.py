@@ -267,15 +267,22 @@ def test_more_work_takes_longer() -> None:
     assert seconds(unfused) == pytest.approx(by_peft + product.base_flops / 1e12)
 
 
-def test_disabled_and_hooked_layers_are_predicted_as_they_run() -> None:
+@pytest.mark.parametrize("state", ["disabled", "merged"])
+def test_layers_without_an_active_adapter_are_predicted_as_their_base(state: str) -> None:
     model = fuse(sequential())
     base = Sizes(512, 64, 48, 0, f32)
     alone = sum(cpu_costs.predict(MACHINE, base, "", backward) for backward in (False, True))
-    model.base_model.disable_adapter_layers()
+    if state == "disabled":
+        model.base_model.disable_adapter_layers()
+    else:
+        model.merge_adapter()
     model.base_model.model[0].base_layer.weight.requires_grad_(False)
     nn.Module.train(model)
     model.extra = nn.Parameter(torch.zeros(1))  # something trains
     assert seconds(model) == pytest.approx(alone)
+
+
+def test_hooked_layers_are_not_predicted() -> None:
     hooked = fuse(sequential())
     hooked.base_model.model[0].base_layer.register_forward_hook(lambda *args: None)
     assert seconds(hooked) is None

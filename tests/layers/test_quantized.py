@@ -399,6 +399,9 @@ def test_merged_layer_is_a_linear_or_4_bits_again(quant_type, double_quant):
     again, change = layer.merged_layer(requantize=True)
     assert type(again) is QLoRALinear and not again.training and again.init == layer.init
     assert (again.r, again.alpha, again.quant_type) == (R, ALPHA, quant_type)
+    layer.scaling = 0.7  # as rsLoRA's, not alpha / r
+    assert layer.merged_layer(requantize=True).layer.scaling == 0.7
+    layer.scaling = again.scaling
     assert again.weight4bit.nested is double_quant and not torch.count_nonzero(again.lora_B)
     held = again.weight4bit.dequantize(f64)
     assert math.isclose(change, (held - exact).norm() / exact.norm(), rel_tol=1e-4)

@@ -36,7 +36,10 @@ def some_cases() -> list[ExpertsCase]:
     case = ExpertsCase(ROWS, 64, 128, 8, dtype=bf16)
     found += [
         replace(case, quant="fp4-32", transposed=True, dropout_p=0.25),
-        replace(case, quant="nf4-64-nested", adapter_dtype=f32),  # each expert begins a scale
+        replace(case, quant="nf4-64-nested", adapter_dtype=f32),
+        # 192 blocks an expert: blocks of nested scales straddle experts.
+        replace(case, N=96, quant="nf4-64-nested", rows=(3, 20, 2, 4)),
+        replace(case, N=96, quant="nf4-64-nested", rows=(3, 20, 2, 4), transposed=True),
         replace(case, N=256, quant="nf4-64-nested", adapter_dtype=f32),
         replace(case, N=33, K=47, quant="nf4-64-nested", transposed=True),
         replace(case, rows=(0, 0, 5), tail=0),

@@ -1,7 +1,7 @@
-"""PEFT's AdaLoRA layer with `lora_linear` as its forward: E, scaled, is the gate on the ranks.
+"""PEFT's AdaLoRA layer with `lora_linear` as its forward: the scaled E is the rank gate.
 
-The budget, the masks on E, the orthogonality's loss and the files are PEFT's own: they read
-parameters and call no layer.
+PEFT keeps allocating the rank budget, masking E, adding the orthogonality loss and saving: this
+code reads parameters and calls no layer.
 """
 
 from __future__ import annotations
@@ -18,11 +18,10 @@ from .linear import Fused, add_adapter
 
 
 class FusedSVD(Fused):
-    """What `fuse` puts before an AdaLoRA layer's class.
+    """The mix-in by which `fuse` overrides the forward of an AdaLoRA layer.
 
     y = x·Wᵀ + bias + Σ ((D(x)·Aᵀ) ⊙ E·s/(ranknum + 1e-5))·Bᵀ, with dropout, stacked adapters and
-    dtypes as in `Fused`. The gradients of E, and of ranknum where PEFT trains it, come through the
-    gate.
+    dtypes as in `Fused`. E, and ranknum if PEFT trains it, get their gradients through the gate.
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -37,7 +36,7 @@ class FusedSVD(Fused):
         else:
             weight, compute_dtype = readable_weight(base, x)
             y = add_adapter(x, weight, base._parameters["bias"], todo.pop(0), compute_dtype)
-            # bitsandbytes returns x's, under autocast too.
+            # bitsandbytes returns x's dtype, under autocast too.
             dtype = x.dtype if is_linear4bit(base) else y.dtype
         for call in todo:
             y = y + add_adapter(x, None, None, call)
@@ -45,4 +44,4 @@ class FusedSVD(Fused):
 
 
 class FusedSVDLinear(FusedSVD, SVDLinear):
-    """PEFT's general AdaLoRA layer, over `nn.Linear` or a base that we call as a module."""
+    """PEFT's AdaLoRA layer over `nn.Linear`, or over a base that is called as a module."""

@@ -16,12 +16,12 @@ class Adapter(NamedTuple):
     name: str
     lora_A: nn.Linear
     lora_B: nn.Linear
-    scaling: float | Tensor  # a tensor where PEFT has prepared the model for hot-swapping
+    scaling: float | Tensor  # a tensor if PEFT has prepared the model for hot-swapping
     dropout: nn.Module
 
 
 def adapters_of(layer: Any) -> list[Adapter]:
-    """Return the adapters that the last call named for its rows, or else the active ones."""
+    """Return the adapters that the last call's `adapter_names` has, or else the active ones."""
     modules = cast(dict[str, Any], layer._modules)
     lora_A, lora_B = modules["lora_A"]._modules, modules["lora_B"]._modules
     dropout = modules["lora_dropout"]._modules
@@ -59,15 +59,15 @@ def calls(adapters: Sequence[Adapter], device_type: str, rows: int | None) -> li
 
 
 def groups(adapters: Sequence[Any], device_type: str, rows: int | None) -> list[Sequence[Any]]:
-    """Return the adapters to be stacked: those without dropout together, each with dropout alone.
+    """Group the adapters by call: one group without dropout, and one for each with dropout.
 
-    On a GPU, beside x of at most `UPCAST_ROWS` rows each adapter is alone: stacking copies the
+    On a GPU, if x has at most `UPCAST_ROWS` rows, each adapter is a group. Stacking would copy the
     adapters in every call, which moves more bytes than it saves.
 
     Args:
-        adapters: the active ones.
-        device_type: of x.
-        rows: of x; None for many.
+        adapters: the active adapters.
+        device_type: the device type of x.
+        rows: the number of rows of x; None for many.
     """
     if len(adapters) == 1:
         return [adapters]
@@ -91,7 +91,7 @@ def stack(adapters: Sequence[Adapter], dropout_p: float) -> Call:
 
 
 def mixed_call(adapters: Sequence[Adapter], names: Sequence[str], x: Tensor) -> MixedCall:
-    """Return the call for an x whose x[i] takes the adapter names[i], or none of this layer's."""
+    """Return the call in which x[i] takes the adapter names[i], if this layer has it."""
     places = {adapter.name: e for e, adapter in enumerate(adapters)}
     index = torch.tensor([places.get(name, -1) for name in names], device=x.device)
     return MixedCall(
@@ -128,7 +128,7 @@ def lora_bias(adapters: Sequence[Adapter]) -> Tensor | None:
 
 
 def dropout_p(dropout: nn.Module) -> float:
-    """Return the probability with which the module drops now."""
+    """Return the dropout probability of the module, which is 0 in eval mode."""
     return dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
 
 
@@ -143,7 +143,7 @@ class SVDAdapter(NamedTuple):
 
 
 def svd_adapters_of(layer: Any) -> list[SVDAdapter]:
-    """Return the active adapters, of those that this layer has."""
+    """Return the active adapters that this layer has."""
     modules = layer._modules
     lora_A, lora_B, lora_E, ranknum = (
         modules[name]._parameters for name in ("lora_A", "lora_B", "lora_E", "ranknum")
@@ -177,7 +177,7 @@ def _stack_svd(adapters: Sequence[SVDAdapter], dropout_p: float) -> Call:
 
 
 def _svd_gate(adapter: SVDAdapter) -> Tensor:
-    """Return E · scaling / (ranknum + 1e-5), [R], as PEFT has it."""
+    """Return E · scaling / (ranknum + 1e-5), [R], as PEFT computes it."""
     dtype = torch.promote_types(adapter.lora_E.dtype, torch.float32)
     return adapter.lora_E.flatten().to(dtype) * adapter.scaling / (adapter.ranknum + 1e-5)
 
@@ -190,7 +190,7 @@ class EmbeddingAdapter(NamedTuple):
 
 
 def embedding_adapters_of(layer: Any) -> list[EmbeddingAdapter]:
-    """Return the active adapters, of those that this layer has."""
+    """Return the active adapters that this layer has."""
     lora_A = layer._modules["lora_embedding_A"]._parameters
     lora_B = layer._modules["lora_embedding_B"]._parameters
     return [

@@ -1,4 +1,4 @@
-"""The base layer of a PEFT layer: which linear layer it is, and its weight."""
+"""The base layer of a PEFT layer: its kind and its weight."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def base_weight(base: nn.Module) -> Tensor:
-    """Return W [N, K] in the base's own memory."""
+    """Return a view of the base's weight as W [N, K]."""
     weight = cast(Tensor, base._parameters["weight"])
     return weight.t() if is_conv1d(base) else weight
 
 
 def readable_weight(base: nn.Module, x: Tensor) -> tuple[Tensor | Weight4bit, torch.dtype | None]:
-    """Return W of a base that can be read, and the dtype to compute in if it is 4-bit."""
+    """Return W of a base that can be read, and the dtype to compute in if W is 4-bit."""
     if is_linear4bit(base):
-        from .base4bit import prepared  # which imports bitsandbytes
+        from .base4bit import readable_weight4bit  # imports bitsandbytes, hence not at the top
 
-        return prepared(base, x)
+        return readable_weight4bit(base, x)
     return base_weight(base), None

@@ -1,4 +1,4 @@
-"""The weight of bitsandbytes' 4-bit linear; imported where there is one."""
+"""The weight of bitsandbytes' 4-bit linear. Imports bitsandbytes, so it is imported on demand."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from ..quantization import Weight4bit
 
 
-class _Known(NamedTuple):
-    """A weight and the tensors that it was made of. Not copied or pickled with its state."""
+class _CachedWeight(NamedTuple):
+    """A `Weight4bit`, and a key of the tensors that it views. It is not copied or pickled."""
 
     key: tuple[object, ...]
     weight: Weight4bit
@@ -22,10 +22,10 @@ class _Known(NamedTuple):
 
 
 class MergeLoss(NamedTuple):
-    """‖W̃' − (W̃ + ΔW)‖ of a 4-bit weight W̃ into which ΔW was merged, which made it W̃'."""
+    """The relative error ‖W̃' − (W̃ + ΔW)‖ of merging ΔW into a 4-bit weight W̃, giving W̃'."""
 
-    of_weight: float  # over ‖W̃ + ΔW‖
-    of_adapter: float  # over ‖ΔW‖
+    of_weight: float  # divided by ‖W̃ + ΔW‖
+    of_adapter: float  # divided by ‖ΔW‖
 
     def __str__(self) -> str:
         return (
@@ -34,15 +34,15 @@ class MergeLoss(NamedTuple):
         )
 
 
-def prepared(linear: Any, x: Tensor) -> tuple[Tensor | Weight4bit, torch.dtype | None]:
-    """The base's weight, and the dtype in which its own forward would multiply this x.
+def readable_weight4bit(linear: Any, x: Tensor) -> tuple[Tensor | Weight4bit, torch.dtype | None]:
+    """Return the base's weight, and the dtype in which its own forward would multiply this x.
 
-    Dense for an x in float64, beside which no codes are decoded.
+    The weight is decoded to a dense tensor if x is float64, because no kernel decodes to float64.
 
-    The bytes are read where they are and stay as they are: bitsandbytes' forward, which in eval
-    mode on a CPU repacks them for its kernel and loses their scales, is not called.
+    The packed codes are read in place. bitsandbytes' forward is not called: in eval mode on a CPU
+    it repacks the codes for its kernel and loses their scales.
     """
-    if not linear.compute_type_is_set:  # as its own forward would
+    if not linear.compute_type_is_set:  # bitsandbytes' forward sets it too
         linear.set_compute_type(x)
         linear.compute_type_is_set = True
     if x.dtype is torch.float64:
@@ -51,28 +51,31 @@ def prepared(linear: Any, x: Tensor) -> tuple[Tensor | Weight4bit, torch.dtype |
 
 
 def weight4bit(linear: Any) -> Weight4bit:
-    """The base's weight, made once for as long as the tensor and its state are the same."""
+    """Return the base's weight, cached until its tensor or quantization state changes."""
     weight, state = linear._parameters["weight"], quant_state(linear)
-    if torch.compiler.is_compiling():  # which compares no addresses, and makes it once itself
+    if torch.compiler.is_compiling():  # addresses cannot be traced; the graph holds the weight
         return Weight4bit.from_bitsandbytes((weight, state))
     key = (weight.data_ptr(), state.absmax.data_ptr(), state.absmax.dtype)
-    known: _Known | None = getattr(state, "_lora_kernels", None)
+    known: _CachedWeight | None = getattr(state, "_lora_kernels", None)
     if known is None or known.key != key:
-        with torch.inference_mode(False):  # whose views could not be saved for a backward
-            known = _Known(key, Weight4bit.from_bitsandbytes((weight, state)))
+        with torch.inference_mode(False):  # inference tensors cannot be saved for a backward
+            known = _CachedWeight(key, Weight4bit.from_bitsandbytes((weight, state)))
         state._lora_kernels = known
     return known.weight
 
 
 def quant_state(linear: Any) -> Any:
-    """The weight's, or the module's own where FSDP2 hands the codes over as a plain parameter, as
-    bitsandbytes' own forward has it; None where there is none."""
+    """Return the quantization state of the weight; None if the weight is not quantized.
+
+    If FSDP2 has replaced the weight by a plain parameter, the state is the module's, as in
+    bitsandbytes' forward.
+    """
     weight = linear._parameters["weight"]
     return linear.quant_state if type(weight) is nn.Parameter else weight.quant_state
 
 
 def unreadable_4bit(linear: Any, device: torch.device) -> str | None:
-    """Why the weight of a `Linear4bit` cannot be read; None where it can."""
+    """Return why the weight of a `Linear4bit` cannot be read; None if it can."""
     weight = linear._parameters.get("weight")
     if type(weight) is not Params4bit and type(weight) is not nn.Parameter:
         return f"its weight is a {type(weight).__name__}"

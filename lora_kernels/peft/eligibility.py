@@ -1,10 +1,10 @@
-"""Which PEFT layers `fuse` takes, when their forward is PEFT's own all the same, and why.
+"""Reasons for which a PEFT layer, or one call of a fused layer, is left to PEFT.
 
-Each `…_reason` returns the reason in words, or None if nothing is against it. `fuse` asks
-`unfusable_reason`. A forward, and `explain`, asks the reason of its kind of layer: `linear_reason`,
-`svd_reason` or `embedding_reason`. Then it asks `unreadable_reason`, why the base layer is called
-as a module and only the adapters are ours. These follow from the layer's state alone. They look
-modules and parameters up in `_modules` and `_parameters`: `nn.Module.__getattr__` takes ten times
+Each `…_reason` function returns the reason in words, or None if the layer is supported. `fuse`
+calls `unfusable_reason`. A fused forward, and `explain`, call the function for their kind of layer:
+`linear_reason`, `svd_reason` or `embedding_reason`. Then they call `unreadable_reason`, the reason
+to call the base layer as a module and fuse only the adapters. All of them depend on the layer's
+state alone. They read `_modules` and `_parameters` because `nn.Module.__getattr__` takes ten times
 as long.
 """
 
@@ -29,9 +29,9 @@ _EMBEDDING_FORWARD = nn.Embedding.forward
 
 
 def unfusable_reason(layer: Any, fused_class: Any) -> str | None:
-    """Return why `fuse` leaves the layer PEFT's own.
+    """Return why `fuse` leaves the layer to PEFT; None if it fuses the layer.
 
-    fused_class: what `fuse` makes of such layers; None if it makes nothing of them.
+    fused_class: the class that `fuse` gives such layers; None if it has none.
     """
     if isinstance(layer, ParamWrapper):
         from .experts import wrapper_reason
@@ -39,8 +39,8 @@ def unfusable_reason(layer: Any, fused_class: Any) -> str | None:
         return wrapper_reason(layer)
     if fused_class is None:
         return f"PEFT's {type(layer).__name__} is not covered in this version"
-    # An embedding has the attribute from a configuration that was made for others, SVDLinear4bit
-    # has none.
+    # An embedding copies the attribute from a configuration for linear layers. SVDLinear4bit lacks
+    # it.
     transposed = getattr(layer, "fan_in_fan_out", False) and not isinstance(layer, lora.Embedding)
     if transposed and not is_conv1d(layer.get_base_layer()):
         return "fan_in_fan_out beside a base that is not transformers' Conv1D"
@@ -52,7 +52,7 @@ def unfusable_reason(layer: Any, fused_class: Any) -> str | None:
 def linear_reason(
     layer: Any, adapters: Sequence[Adapter], device: torch.device, x_dtype: torch.dtype
 ) -> str | None:
-    """Return why the layer's whole forward is PEFT's own for an x on this device."""
+    """Return why a fused LoRA layer runs PEFT's forward for x on this device."""
     reason = state_reason(layer, adapters)
     if reason is not None:
         return reason
@@ -74,7 +74,7 @@ def linear_reason(
 def _variant_reason(
     layer: Any, adapters: Sequence[Adapter], name: str, device: torch.device
 ) -> str | None:
-    """Return which variant of LoRA the adapter is, if it is left to PEFT for that."""
+    """Return the adapter's variant of LoRA in words, if the variant is left to PEFT."""
     if not is_dora(layer, name):
         variant = type(layer.lora_variant[name]).__name__
         return f"variant of LoRA ({variant}), not covered in this version"
@@ -95,7 +95,7 @@ def _variant_reason(
 
 
 def _mixed_reason(layer: Any, adapters: Sequence[Adapter]) -> str | None:
-    """Return why rows that name their adapters cannot share a call."""
+    """Return why a call with `adapter_names` cannot be one `multi_lora_linear`."""
     for name, _, lora_B, scaling, _ in adapters:
         if name in layer.lora_variant:
             return f"adapter {name!r} is a DoRA, and rows name their adapters"
@@ -112,7 +112,7 @@ def _mixed_reason(layer: Any, adapters: Sequence[Adapter]) -> str | None:
 def svd_reason(
     layer: Any, adapters: Sequence[SVDAdapter], device: torch.device, x_dtype: torch.dtype
 ) -> str | None:
-    """Return why the layer's whole forward is PEFT's own for an x on this device."""
+    """Return why a fused AdaLoRA layer runs PEFT's forward for x on this device."""
     reason = state_reason(layer, adapters)
     if reason is not None:
         return reason
@@ -133,7 +133,7 @@ def svd_reason(
 def embedding_reason(
     layer: Any, adapters: Sequence[EmbeddingAdapter], device: torch.device
 ) -> str | None:
-    """Return why the layer's whole forward is PEFT's own for an x on this device."""
+    """Return why a fused embedding runs PEFT's forward for x on this device."""
     if layer.mixed_batch is not None:
         return "the last call named an adapter for each row (adapter_names)"
     reason = state_reason(layer, adapters) or _table_reason(layer.base_layer, device)
@@ -152,7 +152,7 @@ def embedding_reason(
 
 
 def _table_reason(base: nn.Module, device: torch.device) -> str | None:
-    """Return why a lookup in the base, or PEFT's in lora_A, may be more than `F.embedding`."""
+    """Return why a lookup in the base or in lora_A may do more than `F.embedding`."""
     if type(base) is not nn.Embedding:
         return f"the base is a {type(base).__name__}, not exactly nn.Embedding"
     if any(hooks_of(base)):
@@ -171,7 +171,7 @@ def _table_reason(base: nn.Module, device: torch.device) -> str | None:
 
 
 def state_reason(layer: Any, adapters: Sequence[object]) -> str | None:
-    """Return why the forward is PEFT's own, as far as layers of every kind share it."""
+    """Return why any kind of fused layer runs PEFT's forward in the layer's state."""
     if layer.disable_adapters:
         return "adapters are disabled: the base layer's own forward"
     if layer.merged:
@@ -185,7 +185,7 @@ def state_reason(layer: Any, adapters: Sequence[object]) -> str | None:
 
 
 def dropout_reason(dropout: nn.Module) -> str | None:
-    """Return why calling the module may be more than dropout."""
+    """Return why calling the module may do more than dropout."""
     if type(dropout) is not nn.Dropout and type(dropout) is not nn.Identity:
         return f"its dropout is a {type(dropout).__name__}"
     if any(hooks_of(dropout)):
@@ -194,7 +194,7 @@ def dropout_reason(dropout: nn.Module) -> str | None:
 
 
 def unreadable_reason(module: nn.Module, device: torch.device) -> str | None:
-    """Return why calling the module may be more than `F.linear` on plain parameters there."""
+    """Return why calling the module may do more than `F.linear` on parameters on this device."""
     four_bit, conv1d = is_linear4bit(module), is_conv1d(module)
     if type(module) is not nn.Linear and not four_bit and not conv1d:
         return f"{type(module).__name__} is not exactly nn.Linear"
@@ -215,7 +215,7 @@ def unreadable_reason(module: nn.Module, device: torch.device) -> str | None:
 
 
 def tensor_reason(device: torch.device, **tensors: Any) -> str | None:
-    """Return why one of the tensors is no plain matrix on this device."""
+    """Return why one of the tensors is not a plain matrix on this device."""
     for name, tensor in tensors.items():
         if type(tensor) is not nn.Parameter and type(tensor) is not Tensor:
             return f"its {name} is a {type(tensor).__name__}"
@@ -237,7 +237,7 @@ def patched_reason(module: nn.Module) -> str | None:
             return f"accelerate's {type(hook).__name__} sits on it"
         if hook.offload:
             return "accelerate offloads its weights"
-        # What remains of the hook is to move x to the weights, and those are beside x.
+        # The hook has nothing left to do but to move x to the weights' device, where x already is.
         forward = module._old_forward
     if getattr(forward, "__func__", None) is type(module).forward:
         return None

@@ -1,4 +1,4 @@
-"""PEFT's LoRA layer over `nn.Embedding` with one product for all its adapters."""
+"""PEFT's LoRA layer over `nn.Embedding`, with one GEMM for all active adapters."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from .linear import Fused
 class FusedEmbedding(Fused, lora.Embedding):
     """PEFT's LoRA layer over an embedding: W[x] + Σ s·A[:, x]ᵀ·Bᵀ, by `layers.embedding.lookup`.
 
-    x [...], int32 or int64 -> [..., N] in the weight's dtype, as PEFT's own forward. Under autocast
-    the adapter's product stays in its own dtype, where PEFT's is rounded.
+    x [...], int32 or int64 -> [..., N] in the weight's dtype, as in PEFT's own forward. Under
+    autocast the low-rank update keeps the adapter's dtype; PEFT rounds it to autocast's.
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -1,8 +1,8 @@
 """PEFT's `ParamWrapper` over fused experts, with `lora_experts_linear` as its forward.
 
-PEFT wraps each parameter of an experts module in a wrapper of its own, one inside of another, and
-writes W + s·B·A of all experts in every forward. The fused outermost wrapper hands the factors of
-all wrappers to `experts_forward` instead, and calls neither the inner wrappers nor the module.
+PEFT nests one wrapper for each parameter of an experts module, and writes W + s·B·A of all experts
+in every forward. The fused outermost wrapper passes the factors of all wrappers to
+`experts_forward` instead. It calls neither the inner wrappers nor the module.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ from ..layers.experts import (
 from .eligibility import hooks_of, patched_reason
 from .linear import Fused
 
-# transformers' implementations, in whose place `experts_forward` stands; others have kernels of
-# their own.
+# transformers' implementations that `experts_forward` can replace. Others bring their own kernels.
 _IMPLEMENTATIONS = (None, "eager", "batched_mm", "grouped_mm", "lora_kernels")
 
 
@@ -47,7 +46,7 @@ FusedParamWrapper.__name__ = ParamWrapper.__name__
 
 
 def wrappers_of(wrapper: Any) -> list[Any]:
-    """Return the wrapper and those inside of it."""
+    """Return the wrapper and the wrappers nested in it, the innermost last."""
     found = [wrapper]
     while isinstance(found[-1].base_layer, ParamWrapper):
         found.append(found[-1].base_layer)
@@ -55,7 +54,7 @@ def wrappers_of(wrapper: Any) -> list[Any]:
 
 
 def active_names(wrapper: Any) -> list[str]:
-    """Return the adapters that the wrapper adds in its forward."""
+    """Return the names of the adapters that the wrapper adds in its forward."""
     if wrapper.disable_adapters or wrapper.merged:
         return []
     return [name for name in wrapper.active_adapters if name in wrapper.lora_A]
@@ -66,17 +65,17 @@ def active_adapter(wrapper: Any) -> ExpertsAdapter | None:
     parts = [_factors(wrapper, name) for name in active_names(wrapper)]
     if len(parts) < 2:
         return parts[0] if parts else None
-    # The scalings go into lora_B, which is small.
+    # lora_B is small, so scaling it is cheaper than a rank gate.
     lora_A = torch.cat([part.lora_A for part in parts], dim=1)
     lora_B = torch.cat([part.lora_B * part.scaling for part in parts], dim=2)
     return ExpertsAdapter(lora_A, lora_B, 1.0)
 
 
 def _factors(wrapper: Any, name: str) -> ExpertsAdapter:
-    """Return one adapter's views [E, r, in] and [E, out, r] of PEFT's weights."""
+    """Return views of one adapter's weights as [E, r, in] and [E, out, r]."""
     A, B, E = wrapper.lora_A[name].weight, wrapper.lora_B[name].weight, wrapper.num_experts
     lora_A = A.view(E, -1, A.shape[1])
-    lora_B = B.view(B.shape[0], -1, E).permute(2, 0, 1)  # the expert is B's fastest index
+    lora_B = B.view(B.shape[0], -1, E).permute(2, 0, 1)  # the expert is B's innermost index
     if not (torch.is_grad_enabled() or torch.compiler.is_compiling() or B.is_inference()):
         lora_B = wrapper.__dict__.setdefault("_repacked", RepackedCache())(name, B, lora_B)
     return ExpertsAdapter(lora_A, lora_B, float(wrapper.scaling[name]))
@@ -103,7 +102,7 @@ class RepackedCache:
 
 
 def wrapper_reason(wrapper: Any) -> str | None:
-    """Return why `fuse` leaves a ParamWrapper PEFT's own, or None."""
+    """Return why `fuse` leaves a ParamWrapper to PEFT; None if it fuses the wrapper."""
     base: nn.Module = wrapper.get_base_layer()
     if (reason := unsupported_reason(base)) is not None:
         return f"PEFT's ParamWrapper over {wrapper.parameter_name}: {reason}"
@@ -118,7 +117,7 @@ def wrapper_reason(wrapper: Any) -> str | None:
 
 
 def experts_reason(wrapper: Any, device: torch.device) -> str | None:
-    """Return why a fused wrapper's forward is PEFT's own for an x on this device, or None."""
+    """Return why a fused wrapper runs PEFT's forward for x on this device."""
     wrappers = wrappers_of(wrapper)
     if not any(map(active_names, wrappers)):
         if any(each.merged for each in wrappers) and not wrapper.disable_adapters:
@@ -144,7 +143,7 @@ def experts_reason(wrapper: Any, device: torch.device) -> str | None:
 
 
 def _stacks(base: nn.Module) -> Iterable[Tensor]:
-    """Yield the parameters of the projections as they are stored."""
+    """Yield the stored parameters of the projections, packed if they are quantized."""
     for name in projections(base):
         if is_quantized(base, name):
             yield cast(Any, base).parametrizations[name].original
@@ -153,7 +152,7 @@ def _stacks(base: nn.Module) -> Iterable[Tensor]:
 
 
 def _foreign_hooks(module: nn.Module) -> Iterable[Any]:
-    """Yield the hooks of a module but those by which bitsandbytes keeps what it has decoded."""
+    """Yield the module's hooks, except those of bitsandbytes' cache of decoded parameters."""
     for hooks in hooks_of(module):
         for hook in hooks.values():
             if getattr(hook, "__module__", None) != "bitsandbytes.nn.parametrize":

@@ -1,7 +1,7 @@
-"""PEFT's layers over weights in the formats of other libraries, whose modules do the base product.
+"""PEFT's layers over weights in other libraries' formats, whose modules run the base GEMM.
 
-A fused class is made when it is first asked for, also by `pickle`: several of PEFT's are there only
-beside their library.
+A fused class is created at its first use, by `pickle` too, because several of PEFT's classes exist
+only if their library is installed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from .adalora import FusedSVD
 from .linear import Fused
 
-_MODULES = {  # of PEFT's class
+_MODULES = {  # the module of each class of PEFT
     "Linear8bitLt": "peft.tuners.lora.bnb",
     "GPTQLoraLinear": "peft.tuners.lora.gptq",
     "AwqLoraLinear": "peft.tuners.lora.awq",
@@ -28,22 +28,22 @@ _MODULES = {  # of PEFT's class
 
 
 def fused_class(cls: type) -> Any:
-    """What `fuse` makes of a layer of PEFT's class; None where it is not one of these."""
-    return _made(cls) if _MODULES.get(cls.__name__) == cls.__module__ else None
+    """Return the class that `fuse` gives a layer of PEFT's class; None if it has none."""
+    return _build_class(cls) if _MODULES.get(cls.__name__) == cls.__module__ else None
 
 
 @functools.cache
-def _made(cls: type) -> type:
+def _build_class(cls: type) -> type:
     kind = FusedSVD if cls.__name__.startswith("SVD") else Fused
     doc = f"PEFT's {cls.__name__}, with the adapter's part by `lora_linear`."
     return type(f"Fused{cls.__name__}", (kind, cls), {"__module__": __name__, "__doc__": doc})
 
 
 def __getattr__(name: str) -> Any:
-    of = name.removeprefix("Fused")
+    peft_name = name.removeprefix("Fused")
     cls = None
-    if of != name and of in _MODULES:
-        cls = getattr(importlib.import_module(_MODULES[of]), of, None)
+    if peft_name != name and peft_name in _MODULES:
+        cls = getattr(importlib.import_module(_MODULES[peft_name]), peft_name, None)
     if cls is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return _made(cls)
+    return _build_class(cls)

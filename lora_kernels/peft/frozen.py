@@ -1,4 +1,4 @@
-"""`nn.Linear` without an adapter whose products for a few rows of x are ours."""
+"""`nn.Linear` without an adapter, with the native GEMV for a few rows of x."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from ..fastpath import PreparedLinear
 
 
 class StreamedLinear(nn.Linear):
-    """What `fuse(model, linears=True)` makes of a plain `nn.Linear`: on a CPU, without gradients,
-    y of a few rows of x reads the weight once, in the order that it lies; all else is PyTorch's.
+    """The class that `fuse(model, linears=True)` gives an `nn.Linear` without an adapter.
 
-    x [..., K] -> [..., N], in float32 sums, rounded once to x's dtype.
+    On a CPU, without gradients and for a few rows of x, the native GEMV reads the weight once, in
+    memory order. PyTorch runs all other calls.
+
+    x [..., K] -> [..., N]. The GEMV sums in float32 and rounds once to x's dtype.
     """
 
     _prepared: PreparedLinear | None = None

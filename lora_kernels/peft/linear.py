@@ -28,21 +28,22 @@ from .base import is_linear4bit, readable_weight
 from .eligibility import is_dora, linear_reason, unreadable_reason
 from .prepared import PreparedForward
 
-# What only PEFT's variants read; a base layer never sees it.
+# Keyword arguments that PEFT's variants read and that a base layer does not take.
 _NOT_FOR_BASE = ("adapter_names", *getattr(lora_layer, "VARIANT_KWARG_KEYS", ()))
 
 
 class Fused(nn.Module):
-    """What `fuse` puts before a PEFT layer's class: `lora_linear` as its forward.
+    """The mix-in by which `fuse` overrides a PEFT layer's forward with `lora_linear`.
 
     x [..., K] -> [..., N] in the dtype that PEFT's own forward returns. Active adapters without
     dropout are stacked along the rank and share one call. In training each adapter with dropout
     has a call of its own, because PEFT draws a mask for each.
     """
 
-    # PEFT's target_modules="all-linear" knows its own layers by "Linear" in the class's name.
+    # PEFT's target_modules="all-linear" recognizes its own layers by "Linear" in the class name, so
+    # the names of subclasses contain it.
 
-    mixed_batch: tuple[str, ...] | None = None  # those that the last call's adapter_names had
+    mixed_batch: tuple[str, ...] | None = None  # the distinct adapter_names of the last call
     _prepared: PreparedForward | None = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -64,7 +65,7 @@ class Fused(nn.Module):
 
         base, bias = cast(nn.Module, self._modules["base_layer"]), lora_bias(adapters)
         if is_dora(self, adapters[0].name):
-            if args or kwargs:  # for a base that takes more than x
+            if args or kwargs:  # the base takes more than x
                 return cast(Tensor, super().forward(x, *args, **kwargs))
             return _dora_linear(self, adapters[0], x)
         first: Call | MixedCall
@@ -82,22 +83,25 @@ class Fused(nn.Module):
                 bias = base_bias if bias is None else base_bias + bias
             weight, compute_dtype = readable_weight(base, x)
             result = add_adapter(x, weight, bias, first, compute_dtype)
-            # bitsandbytes returns x's, under autocast too.
+            # bitsandbytes returns x's dtype, under autocast too.
             dtype = x.dtype if is_linear4bit(base) else result.dtype
             if alone and len(adapters) == 1:
                 self._prepared = PreparedForward.build(self, adapters[0], x, weight, compute_dtype)
         for call in rest:
-            result.add_(add_adapter(x, None, None, call))  # in place: the result is ours by now
+            result.add_(add_adapter(x, None, None, call))  # in place: no caller holds the result
         return result if result.dtype is dtype else cast(Tensor, result.to(dtype))
 
 
 class FusedLinear(Fused, lora.Linear):
-    """PEFT's general LoRA layer, over `nn.Linear` or a base that we call as a module."""
+    """PEFT's LoRA layer over `nn.Linear`, or over a base that is called as a module."""
 
 
 def _dora_linear(layer: Any, adapter: Adapter, x: Tensor) -> Tensor:
-    """y = magnitude ⊘ norm ⊙ (x·Wᵀ + s·x·Aᵀ·Bᵀ) + bias; with dropout, which PEFT puts before the
-    base product too, of the dropped x, and (x − dropped)·Wᵀ beside it."""
+    """Return y = magnitude ⊘ norm ⊙ (x·Wᵀ + s·x·Aᵀ·Bᵀ) + bias.
+
+    PEFT applies dropout before the scaled base GEMM too, and adds the base output of the
+    complement: y = magnitude ⊘ norm ⊙ (D(x)·Wᵀ + s·D(x)·Aᵀ·Bᵀ) + (x − D(x))·Wᵀ + bias.
+    """
     base, A, B = layer.base_layer, weight_of(adapter.lora_A), weight_of(adapter.lora_B)
     weight, compute_dtype = readable_weight(base, x)
     bias, scaling = base._parameters["bias"], cast(float, adapter.scaling)
@@ -123,6 +127,7 @@ def add_adapter(
     call: Call | MixedCall,
     compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
+    """Return the result of the call for x, on top of x·Wᵀ if a weight is given."""
     if isinstance(call, MixedCall):
         A, B, names, scaling, p = call
         kwargs: dict[str, Any] = {"dropout_p": p, "compute_dtype": compute_dtype}
@@ -139,8 +144,8 @@ def peft_class(layer: Any) -> Any:
 
 
 def set_class(layer: Any, cls: Any) -> None:
-    """Make the layer one of another class, also where accelerate has wrapped its forward."""
-    # accelerate wraps the forward that it found, a method bound to the class of that time.
+    """Set the layer's class, and rebind its forward if accelerate has wrapped it."""
+    # accelerate stores the forward that it found: a method of the layer's former class.
     for name in ("forward", "_old_forward"):
         if getattr(vars(layer).get(name), "__func__", None) is type(layer).forward:
             vars(layer)[name] = MethodType(cls.forward, layer)

@@ -1,4 +1,4 @@
-"""PEFT's layers of a model that transformers has loaded in 4 bits; imported where there is one."""
+"""PEFT's layers over bitsandbytes' 4-bit linear. Imports bitsandbytes, so imported on demand."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from .linear import Fused
 class FusedLinear4bit(Fused, Linear4bit):
     """PEFT's LoRA layer over bitsandbytes' 4-bit linear.
 
-    merge_loss: what merging into 4 bits has lost, as `explain` says it; None where nothing is
-    merged, or where that is not known (a DoRA's).
+    merge_loss: the error of merging into a 4-bit weight, which `explain` prints. None if nothing
+    is merged, or if the error is unknown, as with DoRA.
     """
 
     merge_loss: MergeLoss | None = None
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """PEFT's own, and the error that it introduces, measured."""
+        """Merge as PEFT does, and measure the error that requantization introduces."""
         base, known = self.get_base_layer(), set(self.merged_adapters)
         weight = base._parameters.get("weight")
         readable = weight is not None and unreadable_4bit(base, weight.device) is None
@@ -46,4 +46,4 @@ class FusedLinear4bit(Fused, Linear4bit):
 
 
 class FusedSVDLinear4bit(FusedSVD, SVDLinear4bit):
-    """PEFT's AdaLoRA layer over it."""
+    """PEFT's AdaLoRA layer over bitsandbytes' 4-bit linear."""

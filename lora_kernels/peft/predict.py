@@ -1,7 +1,7 @@
-"""What a layer's calls should take, and which M would change how they are made: for `explain`.
+"""Predicted times of a layer's calls, and the M at which their strategy changes, for `explain`.
 
-Times come from the models of costs (`costs` of a GPU, `cpu_costs` of a CPU), or, where
-`lora-kernels tune` measured that shape on that GPU, from its table; never from a clock here.
+Times come from the cost models: `costs` for GPUs, `cpu_costs` for CPUs. If `lora-kernels tune` has
+measured the shape on this GPU, the time is from the tuning table. Nothing is timed here.
 """
 
 from __future__ import annotations
@@ -19,32 +19,32 @@ from ..core.problem import MANY_ROWS, Choice, Layout, Problem, Strategy
 from ..cpu_costs import Machine, Sizes
 from ..device import DeviceInfo
 
-MAX_ROWS = 1 << 17  # up to which `choose_by_rows` looks for other choices
-EVERY_ROW = 256  # up to which it asks for each M; above, for eight in each octave
+MAX_ROWS = 1 << 17  # the largest M of `choose_by_rows`
+EVERY_ROW = 256  # `choose_by_rows` tries each M up to here, and then steps by an eighth
 
 
 class Part(NamedTuple):
-    """One call that a layer makes, at any M. R = 0: the base's product alone, by PyTorch."""
+    """One call that a layer makes, at any M. R = 0: PyTorch's base GEMM alone."""
 
     device: torch.device
     x_dtype: torch.dtype
-    dtype: torch.dtype  # of the base product
+    dtype: torch.dtype  # of the base GEMM
     N: int
     K: int
     R: int = 0
     a_dtype: torch.dtype = torch.float32
     b_dtype: torch.dtype = torch.float32
     four_bit: bool = False
-    base: bool = True  # whether the base's product is in it
+    base: bool = True  # whether the call includes the base GEMM
     dropout: bool = False
     mixed: bool = False  # `multi_lora_linear`
-    ours: bool = True  # False: PyTorch's own calls, whatever `selection` would choose
-    norm: bool = False  # DoRA's, of each row of the weight, before it
-    frozen: bool = True  # whether the base's weight gets no gradient
-    layout: Layout | None = None  # of the base's weight, for the CUDA kernels
+    ours: bool = True  # False: PyTorch's own GEMMs, whatever `selection` would choose
+    norm: bool = False  # whether DoRA's norm of each weight row is computed first
+    frozen: bool = True  # whether the base weight gets no gradient
+    layout: Layout | None = None  # of the base weight, for the CUDA kernels
 
     def problem(self, rows: int) -> Problem:
-        """Return the op's call with `rows` rows."""
+        """Return the selection problem of the call with `rows` rows."""
         return Problem(
             self.device.type,
             self.x_dtype,
@@ -69,7 +69,7 @@ class Part(NamedTuple):
         return selection.choose(self.problem(rows))
 
     def describe(self, rows: int | None) -> Description:
-        """Return the choice in words; None for the strategies of all numbers of rows."""
+        """Return the choice for `rows` rows in words, or the strategies of all M if None."""
         if rows is not None:
             choice = self.choose(rows)
             return Description(choice.backend, choice.strategy, choice.reason)
@@ -95,7 +95,7 @@ class Description(NamedTuple):
 
 
 class Time(NamedTuple):
-    """Seconds, and by what: a model of costs or a measurement, in words."""
+    """Seconds, and their source in words: a cost model or a measurement."""
 
     seconds: float
     source: str
@@ -109,18 +109,20 @@ class Region(NamedTuple):
     backend: str
     strategy: str
 
-    def way(self, beside: str) -> str:
-        """Return the strategy, with the backend if that is not `beside`."""
-        return self.strategy if self.backend == beside else f"{self.backend} {self.strategy}"
+    def way(self, backend: str) -> str:
+        """Return the strategy, after the region's backend if that differs from `backend`."""
+        return self.strategy if self.backend == backend else f"{self.backend} {self.strategy}"
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Of one layer at the number of rows that was requested.
+    """The predicted time of one layer at the requested number of rows.
 
-    seconds: of a step (forward and backward) where the model trains, else of the forward; None
-    where nothing is known of the base or of the GPU. share: of the step of all layers that are
-    predicted. regions: how the layer's first call is made from one row on.
+    Attributes:
+        seconds: of a step (forward and backward) if the model trains, else of the forward. None if
+            nothing is known of the base layer or of the GPU.
+        share: the layer's fraction of the time of all layers that are predicted.
+        regions: the strategies of the layer's first call, by number of rows.
     """
 
     seconds: float | None
@@ -130,7 +132,7 @@ class Prediction:
     regions: tuple[Region, ...]
 
     def changes(self, rows: int) -> str:
-        """What would be otherwise at another M, in words; empty: nothing.
+        """Return the strategies of other M in words; empty if all M have the same strategy.
 
         >>> few, many = Region(1, "cpu", "library"), Region(64, "cpu", "fused")
         >>> Prediction(None, None, False, None, (few, many)).changes(512)
@@ -158,18 +160,18 @@ def _span(first: int, last: int | None) -> str:
 
 
 def choose_by_rows(problem: Problem) -> tuple[tuple[int, Choice | None], ...]:
-    """Return where the choice changes: pairs of the first M and the choice from there on.
+    """Return pairs (M, choice): the choice from M rows up to the next pair's M.
 
-    Looks from one row to MAX_ROWS. The choice is None where a requested strategy cannot run.
+    Tries M from one row to MAX_ROWS. A choice is None if a forced backend cannot run.
     """
 
-    def at(rows: int) -> Choice | None:
+    def choose(rows: int) -> Choice | None:
         try:
             return selection.choose(problem._replace(rows=rows))
         except RuntimeError:
             return None
 
-    def differ(a: Choice | None, b: Choice | None) -> bool:
+    def is_change(a: Choice | None, b: Choice | None) -> bool:
         if a is None or b is None:
             return a is not b
         return (a.backend, a.strategy) != (b.backend, b.strategy)
@@ -177,22 +179,22 @@ def choose_by_rows(problem: Problem) -> tuple[tuple[int, Choice | None], ...]:
     grid = [*range(1, EVERY_ROW + 1)]
     while grid[-1] < MAX_ROWS:
         grid.append(min(MAX_ROWS, grid[-1] * 9 // 8))
-    found = [(1, at(1))]
+    found = [(1, choose(1))]
     for low, high in pairwise(grid):
-        while differ(at(high), found[-1][1]):
-            before, first = max(low, found[-1][0]), high  # bisects for the first row that differs
+        while is_change(choose(high), found[-1][1]):
+            before, first = max(low, found[-1][0]), high  # bisect for the first M that differs
             while first - before > 1:
                 middle = (before + first) // 2
-                if differ(at(middle), found[-1][1]):
+                if is_change(choose(middle), found[-1][1]):
                     first = middle
                 else:
                     before = middle
-            found.append((first, at(first)))
+            found.append((first, choose(first)))
     return tuple(found)
 
 
 def regions(part: Part) -> tuple[Region, ...]:
-    """Return where the choice changes, from one row on."""
+    """Return the regions of M with one backend and strategy each, from one row on."""
     if not (part.ours and part.R):
         return (Region(1, "torch", Strategy.LIBRARY),)
     return tuple(
@@ -204,19 +206,23 @@ def regions(part: Part) -> tuple[Region, ...]:
 
 
 def time(part: Part, rows: int, machine: Machine | None, step: bool) -> Time | None:
-    """Of one call of `rows` rows; None where the GPU is not known, or an interpreter or emulator
-    takes its place. machine: the CPU's."""
+    """Return the time of one call with `rows` rows.
+
+    None if the GPU is unknown, or if an interpreter or emulator replaces it.
+
+    machine: the CPU's bandwidth and peaks.
+    """
     if part.device.type == "cpu" and machine is not None:
         if part.choose(rows).backend in ("triton", "cuda"):
             return None
-        return Time(_on_cpu(part, rows, machine, step), "the model of costs")
+        return Time(_on_cpu(part, rows, machine, step), "the cost model")
     if part.device.type == "cuda":
         known = _tuned(part, rows) if step else None
         if known is not None:
             return known
         gpu = device.gpu(part.device.index)
         if costs.is_known(gpu):
-            return Time(_on_gpu(part, rows, gpu, step), f"the model of costs for {gpu.name}")
+            return Time(_on_gpu(part, rows, gpu, step), f"the cost model for {gpu.name}")
     return None
 
 
@@ -237,7 +243,10 @@ def _on_cpu(part: Part, rows: int, machine: Machine, step: bool) -> float:
 
 
 def _on_gpu(part: Part, rows: int, gpu: DeviceInfo, step: bool) -> float:
-    """The backward's dx is a forward with N and K exchanged; then dY and x are read once more."""
+    """Return the predicted seconds on a GPU.
+
+    The GEMM for dx is a forward with N and K exchanged. dA and dB read x and dY once more.
+    """
     bandwidth = gpu.bandwidth * costs.BANDWIDTH_SHARE
     x, y = (rows * n * part.dtype.itemsize for n in (part.K, part.N))
     launches = (2 if part.ours and part.R else 5) * costs.LAUNCH
@@ -245,7 +254,7 @@ def _on_gpu(part: Part, rows: int, gpu: DeviceInfo, step: bool) -> float:
         return (1 + 2 * step) * ((x + 2 * y) / bandwidth + launches)
     choice = part.choose(rows)
 
-    def product(N: int, K: int) -> float:
+    def predict_gemm(N: int, K: int) -> float:
         call = part._replace(N=N, K=K).problem(rows)._replace(dropout=part.dropout)
         predicted = costs.predict(gpu, call)
         backend = choice.backend if choice.backend in ("triton", "cuda") else "eager"
@@ -253,9 +262,9 @@ def _on_gpu(part: Part, rows: int, gpu: DeviceInfo, step: bool) -> float:
         exact = [cost for cost in same if cost.strategy == choice.strategy]
         return (exact or same)[0].seconds
 
-    seconds = product(part.N, part.K)
+    seconds = predict_gemm(part.N, part.K)
     if step:
-        seconds += product(part.K, part.N) + bool(part.R) * ((x + y) / bandwidth + launches)
+        seconds += predict_gemm(part.K, part.N) + bool(part.R) * ((x + y) / bandwidth + launches)
     if step and not part.frozen:
         seconds += 2.0 * rows * part.N * part.K / (gpu.tensor_flops * costs.LIBRARY_SHARE)
     if part.norm:
@@ -264,7 +273,7 @@ def _on_gpu(part: Part, rows: int, gpu: DeviceInfo, step: bool) -> float:
 
 
 def _tuned(part: Part, rows: int) -> Time | None:
-    """A step's time as `lora-kernels tune` measured it, where that row is the one that is taken."""
+    """Return the time that `lora-kernels tune` measured, if selection chooses that strategy."""
     choice = part.choose(rows)
     if choice.backend != "triton" or part.mixed or part.dropout or not part.base:
         return None
@@ -279,7 +288,7 @@ def _tuned(part: Part, rows: int) -> Time | None:
 
 
 def total(times: Iterator[Time | None]) -> Time | None:
-    """Of a layer's calls together; None where one is not known."""
+    """Return the sum of a layer's call times; None if one is unknown."""
     found = list(times)
     known = [time for time in found if time is not None]
     if not found or len(known) < len(found):

@@ -1,4 +1,4 @@
-"""A fused layer's call for one adapter, prepared once and guarded by what it depends on."""
+"""A fused layer's prepared call for one adapter, with guards on the state it depends on."""
 
 from __future__ import annotations
 
@@ -21,14 +21,13 @@ from .eligibility import LINEAR_FORWARD, hooks_of
 
 @dataclasses.dataclass(eq=False)
 class PreparedForward:
-    """The call that `forward` makes for a layer with one adapter, and the guards it depends on.
+    """The prepared call of a layer with one adapter, and its guards.
 
-    Each call checks all guards. Nothing here refers to the layer, so that reference counting alone
-    frees it.
+    Each call checks all guards. No attribute refers to the layer, which would be a reference cycle.
     """
 
     x_dtype: torch.dtype
-    device: torch.device | None  # None: the CPU, of which x says it is there in less time
+    device: torch.device | None  # None: the CPU, because x.is_cpu is faster than x.device
     weight: Tensor | Weight4bit
     lora_A: Tensor
     lora_B: Tensor
@@ -53,9 +52,9 @@ class PreparedForward:
         weight: Tensor | Weight4bit,
         compute_dtype: torch.dtype | None,
     ) -> PreparedForward | None:
-        """Build it for a layer whose `forward` has just called `lora_linear` on its base.
+        """Prepare the call for a layer whose forward has just called `lora_linear`.
 
-        Returns None for a layer whose state the guards do not cover.
+        Returns None if the guards do not cover the layer's state.
         """
         name, lora_A, lora_B, scaling, dropout = adapter
         modules = layer._modules
@@ -64,17 +63,17 @@ class PreparedForward:
         if native.module is None or isinstance(scaling, Tensor) or is_conv1d(base):
             return None
         if is_linear4bit(base) and (not four_bit or type(stored) is nn.Parameter):
-            return None  # decoded for float64; FSDP2's, which goes after the call
+            return None  # decoded for float64, or gathered by FSDP2 for this call alone
         if lora_B._parameters["bias"] is not None:
             return None
         A, B = weight_of(lora_A), weight_of(lora_B)
         if not (A.is_leaf and B.is_leaf):
-            return None  # functional_call's, whose graph would stay until the next call
+            return None  # from functional_call: holding them would keep their graph alive
 
         called = (base, lora_A, lora_B, dropout)
         entries: list[tuple[dict[str, Any], str]] = [
             *((modules, kind) for kind in ("base_layer", "lora_A", "lora_B", "lora_dropout")),
-            # Of the active ones a layer may get another yet.
+            # The layer may lack an active adapter now and get it later.
             *((modules["lora_A"]._modules, active) for active in layer.active_adapters),
             *((modules[kind]._modules, name) for kind in ("lora_B", "lora_dropout")),
             (layer.scaling, name),
@@ -119,27 +118,27 @@ class PreparedForward:
             cache,
         )
 
-    def _holds(self, layer: Any) -> bool:
-        """Return True if `forward` would decide the same, but for x and the adapter's dtypes."""
+    def _is_valid(self, layer: Any) -> bool:
+        """Return True if no guard has changed. x and the adapter's dtypes are not checked."""
         assert native.module is not None  # else nothing is prepared
         return (
             layer._active_adapter == self.active
             and not (layer._disable_adapters or layer.merged_adapters or layer.mixed_batch)
             and layer._modules is self.modules
-            and layer.scaling is self.scalings  # which PEFT's rescale_adapter_scale replaces
+            and layer.scaling is self.scalings  # rescale_adapter_scale replaces the dictionary
             and native.module.unchanged(*self.guards, self.hooks)
         )
 
     def __call__(self, layer: Any, x: Tensor) -> Tensor | None:
-        """Return y, or None if `forward` has to decide again."""
-        if not self._holds(layer):
+        """Return y, or None if a guard fails and `forward` must run."""
+        if not self._is_valid(layer):
             return None
         bias, p = self.base_parameters["bias"], dropout_p(self.dropout)
         tensors, numbers = (
             (self.weight, self.lora_A, self.lora_B),
             (self.scaling, self.compute_dtype, p),
         )
-        y = self.cache.call(x, bias, tensors, numbers)  # which guards x and the adapter
+        y = self.cache.call(x, bias, tensors, numbers)  # guards x and the adapter's tensors
         if y is not None:
             return y
         if (
@@ -155,7 +154,7 @@ class PreparedForward:
         # bitsandbytes returns x's dtype, under autocast too.
         return y.to(x.dtype) if isinstance(self.weight, Weight4bit) else y
 
-    def __reduce__(self) -> tuple[type[None], tuple[()]]:  # nothing of a copied or saved layer
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:  # not copied or pickled with a layer
         return type(None), ()
 
 

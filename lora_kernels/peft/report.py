@@ -1,4 +1,4 @@
-"""`explain`: for each LoRA layer, what its next call will do and why, and what it should take."""
+"""`explain`: the strategy of each LoRA layer's next call, its reason and its predicted time."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from .frozen import StreamedLinear
 from .linear import Fused
 from .predict import Prediction
 from .rows import Layer, Row, other_parts, row_of_layer, row_of_peft, row_of_streamed
-from .sharded import as_in_forward
+from .sharded import gathered_parameters
 from .swap import lora_layers
 
 
-class Others(NamedTuple):
-    """The linear layers that have no adapter, together; `seconds` and `share` as a Prediction's."""
+class OtherLayers(NamedTuple):
+    """The number, time and share of the linear layers without an adapter, as in `Prediction`."""
 
     layers: int
     seconds: float | None
@@ -35,17 +35,22 @@ class Others(NamedTuple):
 
 @dataclass(frozen=True, repr=False)
 class Explanation:
-    """A `Row` for each LoRA layer; `str()` is a table of them, `json()` all there is.
+    """The result of `explain`: `str()` prints a table, `json()` returns all fields.
 
-    all: whether the table has a line for each layer. Else rows that differ only in the numbers of
-    their names share a line, "30 × model.layers.*.mlp.up_proj", with the sums of times and shares.
-    linears: a `Row` for each linear layer without an adapter that `fuse(model, linears=True)` has
-    taken.
-    parameters: of the adapters of each layer, by name, in elements. Where layers differ in state,
-    the table ends in each state's share of them.
-    rows_of_x, step, predictions, others: where `explain` was given a number of rows, that number,
-    whether the times are of a forward and backward, a `Prediction` for each layer by name, and what
-    the linear layers without an adapter take. `limits` names the figures of the CPU behind them.
+    Attributes:
+        rows: a `Row` for each LoRA layer.
+        parameters: the number of adapter parameters of each layer, by name. If layers differ in
+            state, the table ends in each state's share of the parameters.
+        rows_of_x: the number of rows that `explain` was given, or None. Without it there are no
+            predictions.
+        step: whether the times include the backward.
+        predictions: a `Prediction` for each layer, by name.
+        others: the time of the linear layers without an adapter.
+        limits: the bandwidth and peaks of the CPU that the predictions use.
+        linears: a `Row` for each layer without an adapter that `fuse(model, linears=True)` took.
+        all: whether the table has a line for each layer. Otherwise layers whose names differ only
+            in numbers share a line, "30 × model.layers.*.mlp.up_proj", with the sums of their times
+            and shares.
     """
 
     rows: list[Row]
@@ -53,13 +58,13 @@ class Explanation:
     rows_of_x: int | None = None
     step: bool = False
     predictions: Mapping[str, Prediction] = field(default_factory=dict)
-    others: Others | None = None
+    others: OtherLayers | None = None
     limits: str = ""
     linears: list[Row] = field(default_factory=list)
     all: bool = False
 
     def assert_fused(self) -> None:
-        """Raises RuntimeError that lists the layers not "fused", also where there is no layer."""
+        """Raise RuntimeError with a list of the layers not "fused", or if there is no layer."""
         rest = [row for row in self.rows if row.state != "fused"]
         if rest or not self.rows:
             lines = [
@@ -69,9 +74,11 @@ class Explanation:
             raise RuntimeError("\n".join([f"want all fused, got {self._summary()}", *lines]))
 
     def json(self) -> str:
-        """Everything as JSON: "layers", each with its row's fields and `parameters`; with a number
-        of rows also its prediction's, "rows", "step", "others", "limits" and "seconds" of all;
-        "linears" where there are some.
+        """Return all fields as JSON.
+
+        "layers" has the fields of each layer's row and its number of parameters, and "linears" the
+        rows of layers without an adapter. With a number of rows, each layer has the fields of its
+        prediction too, and "rows", "step", "seconds", "others" and "limits" are added.
 
         >>> json.loads(Explanation([Row("a", "fused", "cpu", "fused", "why")]).json())
         {'layers': [{'layer': 'a', 'state': 'fused', 'backend': 'cpu', 'strategy': 'fused', \
@@ -92,8 +99,10 @@ class Explanation:
         return json.dumps(data, indent=1, ensure_ascii=False)
 
     def _groups(self, rows: Sequence[Row]) -> Iterator[tuple[Row, list[Prediction]]]:
-        """Rows of the table: layers that are alike as one, which names their number, with the
-        predictions of each."""
+        """Yield the rows of the table, each with the predictions of the layers that it covers.
+
+        Layers that are alike share a row, whose name starts with their number.
+        """
         groups: dict[tuple[Row, str | None], list[str]] = {}
         for row in rows:
             found = self.predictions.get(row.layer)
@@ -109,7 +118,7 @@ class Explanation:
             yield row._replace(layer=layer), predictions
 
     def _seconds(self) -> float:
-        """Of all that is predicted."""
+        """Return the sum of all predicted times."""
         known = [prediction.seconds for prediction in self.predictions.values()]
         return sum(seconds or 0.0 for seconds in [*known, self.others and self.others.seconds])
 
@@ -129,11 +138,11 @@ class Explanation:
         return text
 
     def _prediction(self) -> Iterator[str]:
-        """The lines below the table of a call with a number of rows."""
-        what = "forward and backward" if self.step else "forward"
+        """Yield the lines on predicted times below the table."""
+        directions = "forward and backward" if self.step else "forward"
         unknown = sum(prediction.seconds is None for prediction in self.predictions.values())
         rows = "1 row" if self.rows_of_x == 1 else f"{self.rows_of_x} rows"
-        text = f"{rows}, {what} of all linear layers: {_duration(self._seconds())}"
+        text = f"{rows}, {directions} of all linear layers: {_duration(self._seconds())}"
         if self.others and self.others.layers:
             text += f", {self.others.share or 0:.1%} in {self.others.layers} without an adapter"
         yield text + (f"; {unknown} layers are not predicted" if unknown else "")
@@ -158,17 +167,18 @@ class Explanation:
 
 
 def _time_and_share(predictions: Sequence[Prediction]) -> tuple[str, str]:
-    """Of the layers of a line together, as text; dashes where they are not predicted."""
+    """Return the layers' total time and share as text; dashes if they are not predicted."""
     seconds = [found.seconds for found in predictions if found.seconds is not None]
     if not seconds:
         return "–", "–"
     share = sum(found.share or 0.0 for found in predictions)
-    by = "measured" if predictions[0].measured else "predicted"
-    return f"{_duration(sum(seconds))} {by}", f"{share:.1%}"
+    source = "measured" if predictions[0].measured else "predicted"
+    return f"{_duration(sum(seconds))} {source}", f"{share:.1%}"
 
 
 def _duration(seconds: float) -> str:
-    """
+    """Format seconds with three significant digits.
+
     >>> _duration(0.0123), _duration(3.4), _duration(5e-5)
     ('12.3 ms', '3.4 s', '0.05 ms')
     """
@@ -183,27 +193,29 @@ def explain(
     machine: Machine | None = None,
     all: bool = False,
 ) -> Explanation:
-    """For each LoRA layer of `model`, fused or not, what its next call will do and why.
+    """Explain how the next call of each LoRA layer in `model` will be computed, and why.
 
-    Covers PEFT's layers, `lora_kernels.layers.LoRALayer` with its subclasses, and the layers
-    without an adapter that `fuse(model, linears=True)` has taken. The answer is for the state at
-    hand: training or not, active adapters, hooks, and the autocast and backend in force. On a GPU a
-    fused layer's reason has the bytes that it moves, counted beside PEFT's own, for `rows` or 512.
+    Covers PEFT's layers, fused or not, `lora_kernels.layers.LoRALayer` with its subclasses, and the
+    layers without an adapter that `fuse(model, linears=True)` took. The result holds for the
+    current state: training mode, active adapters, hooks, autocast and the forced backend. On a GPU
+    a fused layer's reason has the bytes that it and PEFT's layer move, for `rows` or 512 rows.
 
     Args:
-        x_dtype: of the layers' input; None stands for each base weight's dtype.
-        rows: of each layer's input, batch size × length. The strategies are then those for so many,
-            and each layer has a `Prediction`: seconds of a step (of the forward, where the model is
-            in eval mode or nothing trains), its share of what all linear layers take, and from how
-            many rows on it would be computed in another way. x is taken to need a gradient. A time
-            is a model's, in which a measured row of `lora-kernels tune` goes first and is marked.
-        machine: the CPU's bandwidth and peaks to predict with. None measures them once a process,
-            in some seconds.
-        all: whether the printed table has a line for each layer, instead of one line for layers
-            that differ only in the numbers of their names.
+        x_dtype: the dtype of the layers' input. None: the dtype of each base weight.
+        rows: the number of rows of each layer's input, batch size × length. It selects the
+            strategies, and adds a `Prediction` for each layer. Its time is of a step, or of the
+            forward if the model is in eval mode or nothing trains. x is assumed to need a gradient.
+            Times are from a cost model; rows that `lora-kernels tune` measured take precedence and
+            are marked.
+        machine: the CPU's bandwidth and peaks, for the cost model. None measures them once a
+            process, in some seconds.
+        all: whether the printed table has a line for each layer. Otherwise layers whose names
+            differ only in numbers share a line.
 
-    Raises TypeError for anything but a module, ValueError for rows that are no whole number of at
-    least 1, RuntimeError if a backend is forced that cannot run.
+    Raises:
+        TypeError: `model` is not a module.
+        ValueError: `rows` is not a whole number of at least 1.
+        RuntimeError: a forced backend cannot run.
 
     >>> from peft import LoraConfig, get_peft_model
     >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), LoraConfig(target_modules=["0"]))
@@ -218,9 +230,9 @@ def explain(
         )
     found: list[Layer] = []
 
-    def add(name: str, look: Callable[[], Layer]) -> None:
-        with as_in_forward(model, name) as sharded:
-            row, parts = look()
+    def add(name: str, explain_layer: Callable[[], Layer]) -> None:
+        with gathered_parameters(model, name) as sharded:
+            row, parts = explain_layer()
         if sharded:
             row = row._replace(reason=f"{row.reason}; FSDP2 gathers its parameters for the call")
         found.append((row, parts))
@@ -269,11 +281,11 @@ def explain(
         )
     limits = "" if machine is None else machine.describe()
     taken = None if rest is None else rest.seconds
-    of_others = Others(len(others), taken, None if taken is None else taken / total)
-    return Explanation(named, sizes, rows, step, predictions, of_others, limits, linears, all)
+    summed = OtherLayers(len(others), taken, None if taken is None else taken / total)
+    return Explanation(named, sizes, rows, step, predictions, summed, limits, linears, all)
 
 
 def _lora_size(layer: nn.Module) -> int:
-    """Elements of the layer's own adapters, whose names begin alike in PEFT's layers and ours."""
+    """Return the number of parameters of the layer's adapters: names that start with "lora_"."""
     parameters = layer.named_parameters()
     return sum(p.numel() for name, p in parameters if name.startswith("lora_"))

@@ -1,4 +1,4 @@
-"""What the next call of each layer will do, and why: a `Row` and the calls that it makes."""
+"""The strategy of each layer's next call and its reason: a `Row`, and a `Part` for each call."""
 
 from __future__ import annotations
 
@@ -45,13 +45,17 @@ from .predict import Part
 
 
 class Row(NamedTuple):
-    """What the next call of one LoRA layer will do.
+    """How the next call of one layer will be computed, and why.
 
-    state: "fused": one op of ours and no other matrix product; "composed": several of our ops;
-    "adapter only": the base layer is called as a module; "not fused": PEFT's own forward, the base
-    alone, or plain PyTorch: the eager backend, and every embedding, whose lookups are no product
-    that an adapter's could be fused with. Of a linear layer without an adapter that
-    `fuse(model, linears=True)` has taken: "streamed" or "not streamed".
+    The states are:
+
+    - "fused": one op of this package and no other GEMM.
+    - "composed": several ops of this package.
+    - "adapter only": the base layer is called as a module.
+    - "not fused": PEFT's own forward, the base layer alone, or PyTorch's GEMMs (the eager backend).
+      Embeddings are never fused, because a lookup has no GEMM to fuse the adapter's with.
+    - "streamed", "not streamed": whether the native GEMV serves a layer without an adapter that
+      `fuse(model, linears=True)` took.
     """
 
     layer: str
@@ -62,7 +66,7 @@ class Row(NamedTuple):
 
 
 class _Kind(NamedTuple):
-    """What differs between PEFT's LoRA and AdaLoRA layers."""
+    """The functions that differ between PEFT's LoRA and AdaLoRA layers."""
 
     adapters_of: Callable[[Any], list[Any]]
     reason: Callable[..., str | None]
@@ -72,7 +76,7 @@ class _Kind(NamedTuple):
 _LINEAR = _Kind(adapters_of, linear_reason, calls)
 _SVD = _Kind(svd_adapters_of, svd_reason, svd_calls)
 
-Layer = tuple[Row, list[Part]]  # and the calls that it makes, none where they are not known
+Layer = tuple[Row, list[Part]]  # a layer's row and its calls; no calls if they are unknown
 
 
 def row_of_peft(
@@ -82,13 +86,16 @@ def row_of_peft(
     x_dtype: torch.dtype | None,
     rows: int | None,
 ) -> Layer:
-    """Return the row of one of PEFT's layers; reason: why `fuse` leaves it PEFT's own."""
+    """Return the row and calls of one of PEFT's layers.
+
+    reason: why `fuse` leaves the layer to PEFT; None if it is fused.
+    """
     if reason is None:
         return _fused_layer(name, layer, x_dtype, rows)
-    return _not_fused(name, reason, layer, x_dtype)
+    return _unfused_layer(name, reason, layer, x_dtype)
 
 
-def _not_fused(name: str, reason: str, layer: Any, x_dtype: torch.dtype | None) -> Layer:
+def _unfused_layer(name: str, reason: str, layer: Any, x_dtype: torch.dtype | None) -> Layer:
     ranks = 0
     if not (layer.disable_adapters or layer.merged):
         ranks = sum(layer.r.get(adapter, 0) for adapter in layer.active_adapters)
@@ -97,74 +104,124 @@ def _not_fused(name: str, reason: str, layer: Any, x_dtype: torch.dtype | None) 
 
 
 def _fused_layer(name: str, layer: Any, x_dtype: torch.dtype | None, rows: int | None) -> Layer:
-    base = layer.base_layer
     if isinstance(layer, FusedParamWrapper):
         return _experts_row(name, layer, x_dtype, rows), []
     if isinstance(layer, FusedEmbedding):
-        reason = embedding_reason(layer, embedding_adapters_of(layer), base.weight.device)
+        device = layer.base_layer.weight.device
+        reason = embedding_reason(layer, embedding_adapters_of(layer), device)
         if reason is None:
             return _embedding_row(name), []
-        return _not_fused(name, reason, layer, x_dtype)
+        return _unfused_layer(name, reason, layer, x_dtype)
+    return _fused_linear(name, layer, x_dtype, rows)
+
+
+def _fused_linear(name: str, layer: Any, x_dtype: torch.dtype | None, rows: int | None) -> Layer:
     kind = _SVD if isinstance(layer, FusedSVD) else _LINEAR
     adapters = kind.adapters_of(layer)
-    # x is taken to be where the adapters are.
-    near = torch.empty(0)
-    if adapters:
-        near = adapters[0].lora_A
-        near = near if isinstance(near, Tensor) else near.weight
-    if x_dtype is None:
-        x_dtype, weight = near.dtype, getattr(base, "weight", None)
-        if isinstance(weight, Tensor) and weight.is_floating_point():
-            x_dtype = weight.dtype
-    reason = kind.reason(layer, adapters, near.device, x_dtype)
+    device, x_dtype = _expected_input(layer.base_layer, adapters, x_dtype)
+    reason = kind.reason(layer, adapters, device, x_dtype)
     if reason is not None:
-        return _not_fused(name, reason, layer, x_dtype)
+        return _unfused_layer(name, reason, layer, x_dtype)
 
-    todo = kind.calls(adapters, near.device.type, rows) if layer.mixed_batch is None else []
-    four_bit = is_linear4bit(base)
-    compute_dtype = base.compute_dtype if four_bit and base.compute_type_is_set else None
-    base_reason = unreadable_reason(base, near.device)
-    weight = None if base_reason else _base_weight(base)
-    parts = [
-        _part(call, x_dtype, None if i else weight, compute_dtype)._replace(base=not i)
-        for i, call in enumerate(todo)  # the base rides on the first
-    ] or [_mixed_part(adapters, x_dtype, weight, compute_dtype)]
+    base_reason = unreadable_reason(layer.base_layer, device)
+    todo = kind.calls(adapters, device.type, rows) if layer.mixed_batch is None else []
+    parts = _call_parts(layer.base_layer, adapters, todo, x_dtype, readable=base_reason is None)
     choices = [part.describe(rows) for part in parts]
     backend = " + ".join(dict.fromkeys(choice.backend for choice in choices))
     state, strategy = "fused", choices[0].strategy
     reasons = list(dict.fromkeys(choice.reason for choice in choices))
-    if not todo:
-        reasons.append(f"rows name their adapters, as in the last call: {len(adapters)} in one")
-    elif len(todo) < len(adapters):
-        reasons.append("adapters stacked along the rank")
+    reasons += _sharing_reasons(adapters, todo)
     if len(todo) > 1:
         state, strategy = "composed", f"{strategy}; {len(todo)} calls"
-        drops = any(call.dropout_p for call in todo)
-        own, copies = "each adapter with dropout draws a mask of its own", "stacking adapters"
-        reasons.append(own if drops else f"{copies} would copy them for few rows")
     if is_dora(layer, adapters[0].name):
-        parts[0] = parts[0]._replace(norm=layer.training)
-        reasons.append("DoRA: the row norm without a second weight")
-        if todo[0].dropout_p:
+        has_dropout = todo[0].dropout_p > 0
+        if has_dropout:
             state, strategy = "composed", f"{strategy}; the base product twice"
-            parts.append(parts[0]._replace(R=0, norm=False, ours=False))
-            reasons.append("PEFT's DoRA drops x for the base product too")
+        parts = _dora_parts(parts[0], layer.training, has_dropout)
+        reasons += _dora_reasons(has_dropout)
     if "eager" in backend:
         state = "not fused"
-        if todo and not base_reason and selection.is_eager_on_gpu(near.device.type):
-            reasons += filter(None, [traffic.describe(layer, rows or 512)])
-        if four_bit and follows_gpu(near.device.type):
-            reasons.append(decoded_by(near.device))
+        is_counted = bool(todo) and base_reason is None
+        reasons += _eager_reasons(layer, device, rows or 512, is_counted)
     if base_reason is not None:
         state, strategy, parts = "adapter only", "base layer as a module, adapter added", []
         reasons.insert(0, f"base layer: {base_reason}")
     return Row(name, state, backend, strategy, "; ".join(reasons)), parts
 
 
+def _expected_input(
+    base: nn.Module, adapters: Sequence[Any], x_dtype: torch.dtype | None
+) -> tuple[torch.device, torch.dtype]:
+    """Return the device and dtype of x: the adapters' device, and the base's dtype by default."""
+    lora_A = torch.empty(0)
+    if adapters:
+        lora_A = adapters[0].lora_A
+        lora_A = lora_A if isinstance(lora_A, Tensor) else lora_A.weight
+    weight = getattr(base, "weight", None)
+    is_floating = isinstance(weight, Tensor) and weight.is_floating_point()
+    return lora_A.device, x_dtype or (weight if is_floating else lora_A).dtype
+
+
+def _call_parts(
+    base: Any, adapters: Sequence[Any], todo: Sequence[Call], x_dtype: torch.dtype, readable: bool
+) -> list[Part]:
+    """Return the calls that a fused forward makes; the first includes the base GEMM.
+
+    Without `todo`, that is one `multi_lora_linear`. readable: whether the base weight is read.
+    """
+    is_typed = is_linear4bit(base) and base.compute_type_is_set
+    compute_dtype = base.compute_dtype if is_typed else None
+    weight = _base_weight(base) if readable else None
+    if not todo:
+        return [_mixed_part(adapters, x_dtype, weight, compute_dtype)]
+    first, *others = todo
+    return [
+        _part(first, x_dtype, weight, compute_dtype),
+        *(_part(call, x_dtype, None, compute_dtype)._replace(base=False) for call in others),
+    ]
+
+
+def _sharing_reasons(adapters: Sequence[Any], todo: Sequence[Call]) -> Iterator[str]:
+    """Yield why the adapters share calls, and why they need several."""
+    if not todo:
+        yield f"rows name their adapters, as in the last call: {len(adapters)} in one"
+    elif len(todo) < len(adapters):
+        yield "adapters stacked along the rank"
+    if len(todo) > 1:
+        if any(call.dropout_p for call in todo):
+            yield "each adapter with dropout draws a mask of its own"
+        else:
+            yield "stacking adapters would copy them for few rows"
+
+
+def _dora_parts(part: Part, training: bool, has_dropout: bool) -> list[Part]:
+    """Return the calls of a DoRA; with dropout PyTorch runs the base GEMM once more."""
+    parts = [part._replace(norm=training)]
+    if has_dropout:
+        parts.append(part._replace(R=0, norm=False, ours=False))
+    return parts
+
+
+def _dora_reasons(has_dropout: bool) -> Iterator[str]:
+    yield "DoRA: the row norm without a second weight"
+    if has_dropout:
+        yield "PEFT's DoRA drops x for the base product too"
+
+
+def _eager_reasons(layer: Any, device: torch.device, rows: int, counted: bool) -> Iterator[str]:
+    """Yield the bytes that the eager backend moves on a GPU, and the decoder of 4-bit weights."""
+    if counted and selection.is_eager_on_gpu(device.type):
+        description = traffic.describe(layer, rows)
+        if description:
+            yield description
+    if is_linear4bit(layer.base_layer) and follows_gpu(device.type):
+        yield decoded_by(device)
+
+
 def row_of_layer(
     name: str, layer: LoRALayer, x_dtype: torch.dtype | None, rows: int | None
 ) -> Layer:
-    """Return the row of one of this package's layers."""
+    """Return the row and calls of one of this package's layers."""
     if isinstance(layer, LoRAEmbedding) and layer.enabled and not layer.merged:
         return _embedding_row(name), []
     weight = layer._base_weight()
@@ -189,7 +246,7 @@ def row_of_layer(
 def row_of_streamed(
     name: str, layer: StreamedLinear, x_dtype: torch.dtype | None, rows: int | None
 ) -> Row:
-    """Return the row of a linear layer without an adapter."""
+    """Return the row of a linear layer without an adapter that `fuse` has taken."""
     weight = layer.weight
     (N, K), dtype = weight.shape, x_dtype or weight.dtype
     few = 0
@@ -224,10 +281,10 @@ def _experts_row(name: str, layer: Any, x_dtype: torch.dtype | None, rows: int |
     adapter = active_adapter(layer)
     if adapter is None:
         return Row(name, "not fused", "torch", "the base alone", "no active adapter on this layer")
-    (_, R, K), N, four_bit = adapter.lora_A.shape, adapter.lora_B.shape[1], is_quantized
+    (_, R, K), N = adapter.lora_A.shape, adapter.lora_B.shape[1]
     dtypes = x_dtype or weight.dtype, adapter.lora_A.dtype, adapter.lora_B.dtype, weight.dtype
     problem = Problem(weight.device.type, *dtypes, R, columns=N, inner=K)
-    problem = problem._replace(four_bit=four_bit(experts, layer.parameter_name))
+    problem = problem._replace(four_bit=is_quantized(experts, layer.parameter_name))
     choice = selection.choose_experts(problem)
     state = "not fused" if choice.backend == "eager" else "fused"
     return Row(name, state, choice.backend, choice.strategy, f"experts; {choice.reason}")
@@ -241,8 +298,10 @@ def _embedding_row(name: str) -> Row:
 def other_parts(
     model: nn.Module, layers: Sequence[nn.Module], x_dtype: torch.dtype | None
 ) -> Iterator[Part]:
-    """Linear layers outside of these, each as a product of its weight's dtype; of one that PEFT
-    trains a copy of, the copy that is in use."""
+    """Yield the base GEMM of each linear layer outside of `layers`.
+
+    If PEFT trains copies of a module (`modules_to_save`), only those in use count.
+    """
     within = {id(module) for layer in layers for module in layer.modules()}
     for module in model.modules():
         if isinstance(module, ModulesToSaveWrapper):
@@ -259,8 +318,10 @@ def other_parts(
 
 
 def _base_part(base: Any, x_dtype: torch.dtype | None, R: int) -> Iterator[Part]:
-    """The product of a linear layer by PyTorch, with R ranks beside it by PEFT; none where the
-    module is something else."""
+    """Yield the GEMM that PyTorch runs for a linear layer, with PEFT's update of rank R.
+
+    Yields nothing if the module is not a linear layer.
+    """
     if not (isinstance(base, nn.Linear) or is_conv1d(base)) or base.weight.device.type == "meta":
         return
     four_bit = is_linear4bit(base)
@@ -278,7 +339,7 @@ def _base_part(base: Any, x_dtype: torch.dtype | None, R: int) -> Iterator[Part]
 
 def _base_weight(base: nn.Module) -> Tensor | Weight4bit:
     if is_linear4bit(base):
-        from .base4bit import weight4bit  # which imports bitsandbytes
+        from .base4bit import weight4bit  # imports bitsandbytes, hence not at the top
 
         return weight4bit(base)
     return base_weight(base)
@@ -290,7 +351,7 @@ def _mixed_part(
     weight: Tensor | Weight4bit | None,
     compute_dtype: torch.dtype | None,
 ) -> Part:
-    """The call of `multi_lora_linear` for an x of this dtype beside the adapters."""
+    """Return the call of `multi_lora_linear` for x on the adapters' device."""
     A, B = adapters[0].lora_A.weight, adapters[0].lora_B.weight
     rank = max(adapter.lora_A.weight.shape[0] for adapter in adapters)
     dtype = base_dtype(A.device.type, x_dtype, compute_dtype)
@@ -306,7 +367,7 @@ def _part(
     weight: Tensor | Weight4bit | None,
     compute_dtype: torch.dtype | None,
 ) -> Part:
-    """The call of `lora_linear` for an x of this dtype beside the adapter."""
+    """Return the call of `lora_linear` for x on the adapter's device."""
     (R, K), N, device = call.lora_A.shape, call.lora_B.shape[0], call.lora_A.device
     dtype = base_dtype(device.type, x_dtype, compute_dtype)
     dtypes, four_bit = (call.lora_A.dtype, call.lora_B.dtype), isinstance(weight, Weight4bit)
@@ -319,6 +380,6 @@ def _layout(
 ) -> Layout | None:
     if isinstance(weight, Weight4bit):
         return ops.layout(device_type, weight.codes, dtype)
-    if weight is not None and not any(weight.stride()):  # `_whole`'s, which is not there yet
+    if weight is not None and not any(weight.stride()):  # `sharded._stand_in`'s
         return None
     return ops.layout(device_type, weight, dtype)

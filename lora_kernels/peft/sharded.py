@@ -1,4 +1,4 @@
-"""A layer's parameters as its forward will see them, where FSDP2 shards them until then."""
+"""Stand-ins for parameters that FSDP2 shards until a layer's forward."""
 
 from __future__ import annotations
 
@@ -11,20 +11,22 @@ from torch import Tensor, nn
 
 
 @contextmanager
-def as_in_forward(model: nn.Module, name: str) -> Iterator[bool]:
-    """Has the layer's parameters that FSDP2 shards as its forward will see them, plain and whole,
-    but for their values. Yields whether there are any."""
+def gathered_parameters(model: nn.Module, name: str) -> Iterator[bool]:
+    """Replace the layer's sharded parameters by stand-ins with the shapes that its forward sees.
+
+    The stand-ins have no meaningful values. Yields True if FSDP2 shards any parameter.
+    """
     path = name.split(".")
     modules = [model.get_submodule(".".join(path[:i])) for i in range(len(path) + 1)]
     stored: list[tuple[nn.Module, str, Any]] = [
         (module, key, p)
         for module in modules[-1].modules()
         for key, p in module._parameters.items()
-        if type(p).__name__ == "DTensor" and _gathered(modules, p)
+        if type(p).__name__ == "DTensor" and _is_gathered(modules, p)
     ]
     try:
         for module, key, p in stored:
-            module._parameters[key] = nn.Parameter(_whole(p), requires_grad=p.requires_grad)
+            module._parameters[key] = nn.Parameter(_stand_in(p), requires_grad=p.requires_grad)
         yield bool(stored)
     finally:
         for module, key, p in stored:
@@ -32,15 +34,15 @@ def as_in_forward(model: nn.Module, name: str) -> Iterator[bool]:
             vars(getattr(module, "quant_state", None) or module).pop("_lora_kernels", None)
 
 
-def _whole(p: Any) -> Tensor:
-    """As p in all but values. No memory but for codes, whose bytes are looked at as they lie."""
+def _stand_in(p: Any) -> Tensor:
+    """Return a tensor with p's shape, dtype and device. Only packed codes occupy memory."""
     if p.is_floating_point():
         return torch.empty((), dtype=p.dtype, device=p.device).expand(p.shape)
     return torch.empty(p.shape, dtype=p.dtype, device=p.device)
 
 
-def _gathered(modules: Sequence[nn.Module], p: Any) -> bool:
-    """Whether one of the modules is FSDP2's, and sharding there is all that was done to p."""
+def _is_gathered(modules: Sequence[nn.Module], p: Any) -> bool:
+    """Return True if FSDP2 shards p and gathers it for the forward of one of the modules."""
     from torch.distributed.fsdp import FSDPModule
 
     *copies, last = p.placements

@@ -1,4 +1,4 @@
-"""`fuse` and `unfuse`: the class of PEFT's LoRA layers, swapped in place.
+"""`fuse` and `unfuse`: swap the class of PEFT's LoRA layers in place.
 
 PEFT keeps doing everything else: state dict, saving, loading, merging, disabling, switching and
 adding adapters.
@@ -29,21 +29,26 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def fuse(model: Model, linears: bool = False) -> Model:
-    """Make the LoRA and AdaLoRA layers of a PEFT model compute with `lora_linear`, those over the
-    experts of a mixture with `lora_experts_linear`, those over an embedding with one product for
-    all their adapters; returns the model.
+    """Fuse the LoRA layers of a PEFT model in place, and return the model.
 
-    Parameters, names and all else that PEFT does with them stay as they are. A layer that is of
-    another kind, has a trainable base weight or a forward that someone replaced stays PEFT's own;
-    `explain(model)` gives the reason. Layers that are added later need another `fuse`; a second
-    one changes nothing else. The base, lora_A, lora_B and dropout modules of a fused layer are not
-    called, so global module hooks (`register_module_forward_hook`) do not see them.
+    LoRA and AdaLoRA layers compute with `lora_linear`, layers over a mixture's experts with
+    `lora_experts_linear`. Layers over an embedding run one GEMM for all active adapters.
 
-    linears: whether `nn.Linear` layers without an adapter, the output embedding for one, are to
-    read their weight once for a few rows of x too, on a CPU and without gradients: the same sums
-    as the library's in another order, rounded once.
+    Parameters and their names do not change. A layer is left to PEFT if its kind is unsupported,
+    its base weight is trainable or its forward was replaced; `explain(model)` gives the reason.
+    Call `fuse` again after adding layers; it leaves fused layers as they are. A fused layer does
+    not call its base, lora_A, lora_B and dropout modules, so global module hooks
+    (`register_module_forward_hook`) do not see them.
 
-    Raises TypeError for anything but a module, ValueError for a model without LoRA layers.
+    Args:
+        model: a PEFT model.
+        linears: whether `nn.Linear` layers without an adapter, such as the output embedding, use
+            the native GEMV for a few rows of x. It runs on CPUs, without gradients. It sums in
+            another order than PyTorch and rounds once.
+
+    Raises:
+        TypeError: `model` is not a module.
+        ValueError: `model` has no LoRA layer.
 
     >>> from peft import LoraConfig, get_peft_model
     >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), LoraConfig(target_modules=["0"]))
@@ -57,7 +62,7 @@ def fuse(model: Model, linears: bool = False) -> Model:
             "peft.get_peft_model(model, config) adds them"
         )
     for _, layer, reason in layers:
-        _give_back(layer.modules())  # type: ignore[attr-defined]
+        _restore_linears(layer.modules())  # type: ignore[attr-defined]
         if reason is None and not isinstance(layer, Fused):
             _check_decoder(layer)
             set_class(layer, _fused_class(layer))
@@ -74,7 +79,7 @@ def _check_decoder(layer: Any) -> None:
 
 
 def unfuse(model: Model) -> Model:
-    """Give every layer back to PEFT; returns the model, which need not be fused.
+    """Restore PEFT's class of every layer, and return the model, which need not be fused.
 
     >>> unfuse(nn.Linear(2, 2))
     Linear(in_features=2, out_features=2, bias=True)
@@ -84,12 +89,12 @@ def unfuse(model: Model) -> Model:
             set_class(layer, peft_class(layer))
             for name in ("mixed_batch", "_norm", "_prepared", "_repacked", "merge_loss"):
                 vars(layer).pop(name, None)
-    _give_back(model.modules())
+    _restore_linears(model.modules())
     return model
 
 
-def _give_back(modules: Iterable[nn.Module]) -> None:
-    """Make of each StreamedLinear what it was, for example where it has got an adapter since."""
+def _restore_linears(modules: Iterable[nn.Module]) -> None:
+    """Make each StreamedLinear an `nn.Linear`, for example because an adapter was added to it."""
     for module in modules:
         if type(module) is StreamedLinear:
             set_class(module, nn.Linear)
@@ -97,7 +102,7 @@ def _give_back(modules: Iterable[nn.Module]) -> None:
 
 
 def _plain_linears(model: nn.Module) -> Iterator[nn.Linear]:
-    """Those that are called as modules: no part of a LoRA layer, nobody else's forward."""
+    """Yield the `nn.Linear` layers outside of LoRA layers whose forward is PyTorch's."""
     parts = {part for _, layer, _ in lora_layers(model) for part in layer.modules()}  # type: ignore[attr-defined]
     for module in model.modules():
         if type(module) is nn.Linear and module not in parts and patched_reason(module) is None:
@@ -105,7 +110,7 @@ def _plain_linears(model: nn.Module) -> Iterator[nn.Linear]:
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer, str | None]]:
-    """Each LoRA layer with its name and why `fuse` leaves it PEFT's own (None: it does not)."""
+    """Yield each LoRA layer's name, the layer, and the reason if `fuse` leaves it to PEFT."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, want a torch.nn.Module")
     uncalled: set[object] = set()
@@ -139,7 +144,7 @@ def _excess_traffic(layer: Any) -> str | None:
 
 
 def _fused_class(layer: LoraLayer) -> Any:
-    """The class that `fuse` gives the layer; None where it has none for it."""
+    """Return the class that `fuse` gives the layer; None if it has none."""
     if type(layer) is lora.Linear:
         return FusedLinear
     if type(layer) is lora.Embedding:
@@ -148,13 +153,13 @@ def _fused_class(layer: LoraLayer) -> Any:
         return FusedSVDLinear
     if type(layer) is ParamWrapper:
         return FusedParamWrapper
-    # Nobody imports bitsandbytes in order to ask.
-    of = (type(layer).__module__, type(layer).__name__)
-    if of == ("peft.tuners.lora.bnb", "Linear4bit"):
+    # Compare names, so as not to import bitsandbytes.
+    name = (type(layer).__module__, type(layer).__name__)
+    if name == ("peft.tuners.lora.bnb", "Linear4bit"):
         from .linear4bit import FusedLinear4bit
 
         return FusedLinear4bit
-    if of == ("peft.tuners.adalora.bnb", "SVDLinear4bit"):
+    if name == ("peft.tuners.adalora.bnb", "SVDLinear4bit"):
         from .linear4bit import FusedSVDLinear4bit
 
         return FusedSVDLinear4bit

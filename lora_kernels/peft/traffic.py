@@ -12,28 +12,28 @@ from .. import traffic
 from .base import is_conv1d, is_linear4bit
 from .linear import peft_class, set_class
 
-ROWS = (1, 512, 8192)  # of x, at which a layer is counted
+ROWS = (1, 512, 8192)  # the numbers of rows of x at which a layer is counted
 _PLAIN = ("Parameter", "Params4bit")
 _PHASES = ("forward", "training step")
-_counted: dict[tuple[object, ...], Counts | str] = {}  # by what decides the traffic, and rows
+_counted: dict[tuple[object, ...], Counts | str] = {}  # by `_signature` and rows
 
 
 class Counts(NamedTuple):
-    """Bytes of PEFT's layer and of the fused one: of the forward, and of the training step."""
+    """Bytes of PEFT's layer and of the fused layer, each (forward, training step)."""
 
     peft: tuple[int, int]
     fused: tuple[int, int]
 
 
 def excess(layer: Any, fused_class: Any) -> str | None:
-    """Return why PEFT's layer stays as it is: the fused one would move more bytes; None if not.
-
-    Args:
-        layer: PEFT's, with its weights on a GPU. It is not called and not changed.
-        fused_class: of the layer that would take its place.
+    """Return the reason if the fused layer would move more bytes than PEFT's; None if not.
 
     The forward and the training step are counted at `ROWS` rows of x, once for layers that are
     alike.
+
+    Args:
+        layer: PEFT's layer, with its weights on a GPU. It is not called and not changed.
+        fused_class: the class that `fuse` would give the layer.
     """
     if not _is_countable(layer):
         return None
@@ -51,10 +51,10 @@ def excess(layer: Any, fused_class: Any) -> str | None:
 
 
 def describe(layer: Any, rows: int) -> str | None:
-    """Return in words what a fused layer's next call moves, and what PEFT's own would.
+    """Return the bytes that a fused layer's next call and PEFT's would move, in words.
 
-    Of the training step in training mode, else of the forward. None for a layer that is not
-    counted.
+    They are of the training step in training mode, else of the forward. None for a layer that is
+    not counted.
     """
     if not _is_countable(layer):
         return None
@@ -75,15 +75,15 @@ def _rows(rows: int) -> str:
 def _is_countable(layer: Any) -> bool:
     """Return True if the bytes follow from the layer's shapes and state."""
     if any(type(p).__name__ not in _PLAIN for p in layer.parameters()):
-        return False  # sharded, for one: what lies on the card is not known yet
+        return False  # a sharded parameter, for one: its size on the GPU is not known yet
     base = layer.get_base_layer()
     if is_linear4bit(base):
         from ..quantization import bitsandbytes
 
         if bitsandbytes.check(base.weight.device) is not None:
-            return False  # PyTorch decodes correctly, if in more bytes; `explain` gives the reason
+            return False  # PyTorch then decodes, and moves more bytes; `explain` gives the reason
         bitsandbytes.check(torch.device("meta"))
-    # Of any other base `fuse` computes the adapter alone, and calls the base layer.
+    # Any other base layer is called as a module, whose bytes are the same with PEFT.
     return isinstance(base, nn.Linear) or is_conv1d(base)
 
 

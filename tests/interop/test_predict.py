@@ -171,7 +171,7 @@ def test_shares_count_the_layers_without_an_adapter() -> None:
     found = explain(model, rows=100, machine=MACHINE)
     (row,), (prediction,) = found.rows, found.predictions.values()
     assert row.layer in found.predictions and not prediction.measured
-    assert prediction.source == "the model of costs"
+    assert prediction.source == "the cost model"
     assert found.others is not None and found.others.layers == 1
     assert prediction.share is not None and found.others.share is not None
     assert prediction.share + found.others.share == pytest.approx(1)
@@ -319,7 +319,7 @@ def test_known_gpu_is_predicted_by_the_model_of_costs(monkeypatch: pytest.Monkey
     library = next(c for c in costs.predict(H100, GPU.problem(512)) if c.backend == "eager")
     monkeypatch.setattr(selection, "choose", lambda *args: Choice("eager", "", ""))
     found = predict.time(GPU, 512, None, False)
-    assert found == (library.seconds, "the model of costs for H100", False)
+    assert found == (library.seconds, "the cost model for H100", False)
     step = predict.time(GPU, 512, None, True)
     # dx is a product of the same size.
     assert step is not None and step.seconds > 1.9 * found.seconds

@@ -107,8 +107,8 @@ def _fused_layer(name: str, layer: Any, x_dtype: torch.dtype | None, rows: int |
     if isinstance(layer, FusedParamWrapper):
         return _experts_row(name, layer, x_dtype, rows), []
     if isinstance(layer, FusedEmbedding):
-        device = layer.base_layer.weight.device
-        reason = embedding_reason(layer, embedding_adapters_of(layer), device)
+        base: Any = layer.base_layer
+        reason = embedding_reason(layer, embedding_adapters_of(layer), base.weight.device)
         if reason is None:
             return _embedding_row(name), []
         return _unfused_layer(name, reason, layer, x_dtype)
@@ -150,16 +150,18 @@ def _fused_linear(name: str, layer: Any, x_dtype: torch.dtype | None, rows: int 
 
 
 def _expected_input(
-    base: nn.Module, adapters: Sequence[Any], x_dtype: torch.dtype | None
+    base: Any, adapters: Sequence[Any], x_dtype: torch.dtype | None
 ) -> tuple[torch.device, torch.dtype]:
     """Return the device and dtype of x: the adapters' device, and the base's dtype by default."""
     lora_A = torch.empty(0)
     if adapters:
         lora_A = adapters[0].lora_A
         lora_A = lora_A if isinstance(lora_A, Tensor) else lora_A.weight
-    weight = getattr(base, "weight", None)
-    is_floating = isinstance(weight, Tensor) and weight.is_floating_point()
-    return lora_A.device, x_dtype or (weight if is_floating else lora_A).dtype
+    if x_dtype is None:
+        x_dtype, weight = lora_A.dtype, getattr(base, "weight", None)
+        if isinstance(weight, Tensor) and weight.is_floating_point():
+            x_dtype = weight.dtype
+    return lora_A.device, x_dtype
 
 
 def _call_parts(

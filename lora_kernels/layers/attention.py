@@ -16,19 +16,20 @@ _PROJECTIONS = ("q", "k", "v", "o")
 
 
 class LoRAAttention(nn.Module):
-    """Self-attention o(softmax(q·kᵀ/√d)·v) with adapters on `targets`; the rest is frozen.
+    """Self-attention o(softmax(q·kᵀ/√d)·v) with adapters on `targets`; the base is frozen.
 
-    q, k and v are one `LoRAGroup`: one product, and one adapter pass that reads the input once.
+    q, k and v are one `LoRAGroup`: one base GEMM and one low-rank update that read the input once.
 
     Args:
         hidden_size: width of the input, the output and each projection.
-        num_heads: divides hidden_size; d = hidden_size / num_heads.
-        targets: which of "q", "k", "v", "o" get an adapter; the others are frozen `nn.Linear`.
-        r, alpha, dropout, bias, init, device, dtype, lora_dtype: as `LoRALinear`'s, for every
-            projection. `dropout` is the adapters'; the attention weights have none.
+        num_heads: number of heads, a divisor of hidden_size; d = hidden_size / num_heads.
+        targets: those of "q", "k", "v", "o" with an adapter; the others are frozen `nn.Linear`.
+        r, alpha, dropout, bias, init, device, dtype, lora_dtype: as in `LoRALinear`, for every
+            projection. `dropout` applies to the adapters; the attention weights have none.
 
-    Submodules: qkv_proj, a `LoRAGroup` with members "q", "k" and "v" (a frozen `nn.Linear` where
-    none of them is a target), and o_proj. Raises ValueError or TypeError, naming the argument.
+    Submodules: o_proj, and qkv_proj, a `LoRAGroup` with members "q", "k" and "v". qkv_proj is a
+    frozen `nn.Linear` if none of them is a target. Raises ValueError or TypeError that names the
+    argument.
 
     >>> from lora_kernels.layers import LoRAAttention
     >>> attention = LoRAAttention(64, num_heads=4, r=2, targets=("q", "v"))
@@ -67,7 +68,7 @@ class LoRAAttention(nn.Module):
             raise ValueError(f"targets: got none, want some of {_PROJECTIONS}")
         self.num_heads = num_heads
 
-        def frozen(size: int) -> nn.Module:
+        def frozen_linear(size: int) -> nn.Module:
             return nn.Linear(hidden_size, size, bias, device, dtype).requires_grad_(False)
 
         rest = (r, alpha, dropout, bias, init, device, dtype, lora_dtype)
@@ -75,21 +76,24 @@ class LoRAAttention(nn.Module):
         self.qkv_proj = (
             LoRAGroup(hidden_size, dict.fromkeys("qkv", hidden_size), *rest, targets=of_group)
             if of_group
-            else frozen(3 * hidden_size)
+            else frozen_linear(3 * hidden_size)
         )
         self.o_proj = (
             LoRALinear(hidden_size, hidden_size, *rest)
             if "o" in self.targets
-            else frozen(hidden_size)
+            else frozen_linear(hidden_size)
         )
 
     def forward(
         self, hidden: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
-        """hidden [..., L, hidden_size] -> the same shape.
+        """Compute the attention of hidden [..., L, hidden_size]; the output has the same shape.
 
-        attn_mask: broadcastable to [..., num_heads, L, L]; bool (True takes part) or floating
-        (added to the scores). is_causal: token i sees tokens 0..i; not together with attn_mask.
+        Args:
+            hidden: the input.
+            attn_mask: broadcastable to [..., num_heads, L, L]. A bool mask is True for the scores
+                to keep; a floating mask is added to the scores.
+            is_causal: whether token i attends to tokens 0..i alone. Excludes attn_mask.
         """
         qkv = self.qkv_proj(hidden)
         q, k, v = (
@@ -105,6 +109,6 @@ class LoRAAttention(nn.Module):
 
 
 def _hint(target: str) -> str:
-    """Names from elsewhere (q_proj, query, out_proj) begin with the right letter."""
+    """Suggest the projection for a name of another library, such as q_proj, query or out_proj."""
     letter = str(target)[:1].lower()
     return f"; did you mean {letter!r}?" if letter in _PROJECTIONS else ""

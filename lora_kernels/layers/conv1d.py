@@ -1,4 +1,4 @@
-"""LoRAConv1D: GPT-2's linear layer, whose weight lies as [K, N], with an adapter."""
+"""LoRAConv1D: GPT-2's linear layer, whose weight is stored as [K, N], with an adapter."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 
 class TransposedBase(Base):
-    """W in one parameter `weight` [K, N], as transformers' `Conv1D` has it."""
+    """W in one parameter `weight` [K, N], as in transformers' `Conv1D`."""
 
     transposed = True
 
     @torch.no_grad()
     def reset(self, layer: LoRALayer) -> None:
-        """Start weight and bias as GPT-2 does."""
+        """Initialize weight and bias as GPT-2 does."""
         nn.init.normal_(layer.weight, std=0.02)
         if layer.bias is not None:
             nn.init.zeros_(layer.bias)
@@ -30,10 +30,11 @@ class TransposedBase(Base):
 
 
 class LoRAConv1D(LoRALayer):
-    """`LoRALinear` over a weight [K, N], as transformers' `Conv1D` has it; it is read as it lies.
+    """`LoRALinear` over a weight [K, N], as in transformers' `Conv1D`. No copy is transposed.
 
-    Args and parameters as `LoRALinear`'s, but for `weight` [K, N], which starts normal with
-    standard deviation 0.02 and the bias, there by default, at zero, as in GPT-2.
+    Args and parameters are as in `LoRALinear`, except for `weight` [K, N] and the bias, which
+    exists by default. As in GPT-2, the weight is drawn from a normal distribution with standard
+    deviation 0.02, and the bias is zero.
 
     >>> import torch
     >>> from lora_kernels.layers import LoRAConv1D
@@ -68,9 +69,9 @@ class LoRAConv1D(LoRALayer):
         lora_dtype: torch.dtype | None = None,
         **options: Any,
     ) -> Self:
-        """The same layer with an adapter; weight and bias are shared with `conv`, and frozen.
+        """Build the layer from a `Conv1D`, whose weight and bias are shared and frozen.
 
-        Raises TypeError for anything but a stock transformers `Conv1D`.
+        Raises TypeError if `conv` is not a stock `Conv1D` of transformers.
 
         >>> from transformers.pytorch_utils import Conv1D
         >>> conv = Conv1D(32, 64)  # out-features first

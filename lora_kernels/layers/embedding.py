@@ -1,4 +1,4 @@
-"""LoRAEmbedding: a frozen table of embeddings with a trainable low-rank adapter."""
+"""LoRAEmbedding: a frozen embedding with a trainable low-rank adapter."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 
 class EmbeddingBase(Base):
-    """A table [K, N] in one parameter `weight`, as `nn.Embedding` has it."""
+    """W in one parameter `weight` [K, N], as in `nn.Embedding`."""
 
     transposed = True
 
     @torch.no_grad()
     def reset(self, layer: LoRAEmbedding) -> None:  # type: ignore[override]
-        """Start the table as `nn.Embedding` does."""
+        """Initialize the weight as `nn.Embedding` does."""
         nn.init.normal_(layer.weight)
         if layer.padding_idx is not None:
             layer.weight[layer.padding_idx].zero_()
@@ -37,25 +37,26 @@ class EmbeddingBase(Base):
 class LoRAEmbedding(LoRALayer):
     """y = W[x] + (alpha/r) · A[:, x]ᵀ·Bᵀ, with W frozen.
 
-    The rows of W and the columns of A are looked up, and one product of torch's adds the adapter
-    to the rows in place: nothing of [num_embeddings, embedding_dim] is made, forward or backward.
-    `lora_linear` has no part in it, since there is no product with the base weight to ride on.
+    The rows of W and the columns of A are looked up, and one PyTorch GEMM adds the low-rank update
+    to the rows in place. Neither forward nor backward allocates [num_embeddings, embedding_dim].
+    `lora_linear` is not used, because there is no base GEMM to fuse the update with.
 
     Args:
         num_embeddings, embedding_dim: K and N (attributes `in_features` and `out_features`).
-        r, alpha, device, dtype, lora_dtype, scaling: as `LoRALinear`'s.
-        padding_idx: an index whose column of lora_A gets no gradient; negative ones count from the
-            end. A new base starts with zeros there.
-        init: how lora_B starts, a callable that fills the tensor [N, r] in place; None draws it
-            normal with standard deviation 1. It is kept for `reset_parameters`. lora_A starts at
-            zero, and so the new layer computes what its base does.
-        scale_grad_by_freq: divide the gradient of a column of lora_A by how often x has its index.
+        r, alpha, device, dtype, lora_dtype, scaling: as in `LoRALinear`.
+        padding_idx: the index whose column of lora_A gets no gradient, and whose row of a new
+            weight is zero. A negative index counts from the end.
+        init: a callable that fills lora_B [N, r] in place. None: a normal distribution with
+            standard deviation 1. It is kept for `reset_parameters`. lora_A starts at zero, so the
+            new layer computes the same as its base.
+        scale_grad_by_freq: whether the gradient of a column of lora_A is divided by the number of
+            times that x contains its index.
 
     Parameters: weight [K, N], lora_A [r, K], lora_B [N, r].
 
     x [...], int32 or int64 -> y [..., N], in the weight's dtype, under autocast too.
 
-    Raises ValueError or TypeError, naming the argument.
+    Raises ValueError or TypeError that names the argument.
 
     >>> import torch
     >>> from lora_kernels.layers import LoRAEmbedding
@@ -108,14 +109,14 @@ class LoRAEmbedding(LoRALayer):
         lora_dtype: torch.dtype | None = None,
         **options: Any,
     ) -> Self:
-        """The same layer with an adapter; the weight is shared with `embedding`, not copied.
+        """Build the layer from an `nn.Embedding`, whose weight is shared and not copied.
 
-        Being the same Parameter, it is frozen in `embedding` too, and in whatever else it is tied
-        to. Device, dtype, training mode, padding_idx and scale_grad_by_freq are `embedding`'s. Its
-        `sparse` is about a gradient that a frozen weight has not: lora_A's is dense.
+        Since the Parameter is the same, it is frozen in `embedding` and in all modules tied to it
+        too. Device, dtype, training mode, padding_idx and scale_grad_by_freq are taken from
+        `embedding`. `sparse` is ignored: a frozen weight has no gradient, and lora_A's is dense.
 
-        Raises TypeError for anything but a stock `nn.Embedding`, ValueError for one with max_norm,
-        whose lookups write to the weight.
+        Raises TypeError if `embedding` is not a stock `nn.Embedding`, and ValueError if it has
+        max_norm, because then lookups write to the weight.
 
         >>> import torch
         >>> from lora_kernels.layers import LoRAEmbedding
@@ -138,7 +139,7 @@ class LoRAEmbedding(LoRALayer):
 
     @torch.no_grad()
     def reset_lora_parameters(self) -> None:
-        """Start lora_A at zero and lora_B by `init`. Meta tensors are left alone."""
+        """Set lora_A to zero and lora_B by `init`. Meta tensors are left alone."""
         if self.lora_A.is_meta:
             return
         assert callable(self.init)
@@ -146,10 +147,10 @@ class LoRAEmbedding(LoRALayer):
         self.init(self.lora_B)
 
     def _adapter(self, weight: Tensor | Weight4bit) -> Adapter:
-        """Return the operands beside the table [K, N]: Bᵀ as A, and Aᵀ as B."""
+        """Return the operands for a weight [K, N]: Bᵀ as A, and Aᵀ as B."""
         return Adapter(self.lora_B.t(), self.lora_A.t(), self.scaling)
 
-    def _fused(self, x: Tensor, weight: Tensor | Weight4bit) -> Tensor:
+    def _forward_fused(self, x: Tensor, weight: Tensor | Weight4bit) -> Tensor:
         assert isinstance(weight, Tensor)
         if weight.requires_grad and torch.is_grad_enabled():
             raise ValueError(
@@ -174,8 +175,9 @@ def lookup(
 ) -> Tensor:
     """Return W[x] + Σ s·A[:, x]ᵀ·Bᵀ over adapters (A [r, K], B [N, r], s), in weight's dtype.
 
-    One product for all adapters, in the widest of their dtypes and the weight's, and rounded once.
-    weight [K, N] may not require a gradient: the rows looked up are written over.
+    One GEMM serves all adapters, in the widest dtype of the weight and the adapters; the result is
+    rounded once. weight [K, N] may not require a gradient, because the looked-up rows are
+    overwritten.
     """
     ids = x.reshape(-1)
     rows = F.embedding(ids, weight)
@@ -187,6 +189,6 @@ def lookup(
     ]
     P = torch.cat(parts, dim=1)
     B = torch.cat([B.to(dtype) for _, B, _ in adapters], dim=1)
-    # In place, and so out of autocast's reach, which would round the rows of W.
+    # autocast would round the rows of W, but it does not apply to in-place ops.
     y = rows.to(dtype).addmm_(P, B.t())
     return y.to(weight.dtype).view(*x.shape, weight.shape[1])

@@ -1,4 +1,4 @@
-"""Mixtures of experts: base and adapters in `lora_experts_linear`, one call a projection."""
+"""Mixtures of experts, with one `lora_experts_linear` for each projection."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class ExpertsAdapter(NamedTuple):
         lora_A: [E, R, in-features].
         lora_B: [E, out-features, R], any strides.
         scaling: alpha / r.
-        dropout_p: probability of dropping an element of the projection's input.
+        dropout_p: probability of zeroing an element of the projection's input.
     """
 
     lora_A: Tensor
@@ -38,10 +38,12 @@ class Experts(nn.Module):
     """Frozen experts, with the attributes of transformers' experts modules.
 
     Args:
-        num_experts: E. hidden_size: H. intermediate_size: I.
-        activation: of the gate, or of the up-projection without a gate.
+        num_experts: E.
+        hidden_size: H.
+        intermediate_size: I.
+        activation: applied to the gate, or to the up-projection without a gate.
         has_gate: whether `gate_up_proj` [E, 2·I, H] holds gate and up-projection, and the input of
-            `down_proj` [E, H, I] is activation(gate) · up; else `up_proj` is [E, I, H].
+            `down_proj` [E, H, I] is activation(gate) · up. Otherwise `up_proj` is [E, I, H].
         bias: whether the projections have biases [E, out-features].
         is_transposed: whether the weights are [E, in-features, out-features].
 
@@ -95,15 +97,14 @@ class LoRAExperts(nn.Module):
     """Frozen experts with an adapter for each expert and projection.
 
     Args:
-        experts: `Experts`, or an experts module of transformers. Its weights are frozen, and 4-bit
-            ones (`quantize_experts`) are decoded as they are multiplied.
+        experts: `Experts`, or an experts module of transformers. Its weights are frozen. 4-bit
+            weights (`quantize_experts`) are decoded inside the GEMM.
         r: rank of each expert's adapters.
         alpha: the adapters are scaled by alpha / r.
-        dropout: probability of dropping an element of a projection's input on the adapter's branch.
+        dropout: probability of zeroing an element of a projection's input on the adapter's branch.
 
-    lora_A of `name` [E, r, in-features] is the parameter `lora_A[name]`, for the names
-    "gate_up_proj" ("up_proj" without a gate) and "down_proj"; lora_B [E, out-features, r] starts
-    at zero.
+    Parameters: `lora_A[name]` [E, r, in-features] and `lora_B[name]` [E, out-features, r], for the
+    names "gate_up_proj" ("up_proj" without a gate) and "down_proj". lora_B starts at zero.
 
     >>> import torch
     >>> from lora_kernels.layers import Experts, LoRAExperts
@@ -158,9 +159,9 @@ class LoRAExperts(nn.Module):
 
 
 class QLoRAExperts(LoRAExperts):
-    """`LoRAExperts` over 4-bit stacks, which are quantized if they are not; needs bitsandbytes.
+    """`LoRAExperts` over 4-bit weights. Dense weights are quantized. Needs bitsandbytes.
 
-    Args, beside those of `LoRAExperts`:
+    Args, in addition to those of `LoRAExperts`:
         quant_type, blocksize, double_quant: as in `quantize_experts`.
 
     >>> import torch
@@ -188,7 +189,7 @@ class QLoRAExperts(LoRAExperts):
 
 
 def unsupported_reason(experts: nn.Module) -> str | None:
-    """Return why `experts_forward` cannot compute a module, or None."""
+    """Return why `experts_forward` does not support a module; None if it does."""
     for name in ("num_experts", "is_transposed", "has_gate", "has_bias", "has_post_expert_norm"):
         if not hasattr(experts, name):
             return (
@@ -202,12 +203,12 @@ def unsupported_reason(experts: nn.Module) -> str | None:
 
 
 def projections(experts: nn.Module) -> tuple[str, str]:
-    """Return the names of the weights of an experts module, in the order of their calls."""
+    """Return the weight names of an experts module, in the order of their calls."""
     return GATE_UP if cast(Any, experts).has_gate else UP, DOWN
 
 
 def is_quantized(experts: nn.Module, name: str) -> bool:
-    """Return True if a parameter is 4-bit, as bitsandbytes' parametrization, and nothing else."""
+    """Return True if bitsandbytes' 4-bit parametrization is the only one of a parameter."""
     found = experts._modules.get("parametrizations")
     if not isinstance(found, nn.ModuleDict) or name not in found:
         return False
@@ -215,7 +216,7 @@ def is_quantized(experts: nn.Module, name: str) -> bool:
 
 
 def quantized_projections(module: nn.Module) -> list[str]:
-    """Return the names of the 4-bit projections of a module; none if it is no experts module."""
+    """Return the names of a module's 4-bit projections; empty unless it is an experts module."""
     if unsupported_reason(module) is not None:
         return []
     return [name for name in projections(module) if is_quantized(module, name)]
@@ -227,7 +228,7 @@ def has_quantized_experts(model: nn.Module) -> bool:
 
 
 def stack(experts: nn.Module, name: str) -> Tensor | Weight4bit:
-    """Return one projection's weights [E, .., ..], without decoding 4-bit ones."""
+    """Return the weights [E, .., ..] of one projection; 4-bit weights stay packed."""
     if not is_quantized(experts, name):
         return experts.get_parameter(name)
     found = cast(Any, experts).parametrizations[name]
@@ -237,11 +238,11 @@ def stack(experts: nn.Module, name: str) -> Tensor | Weight4bit:
 def quantize_experts(
     model: nn.Module, quant_type: str = "nf4", blocksize: int = 64, double_quant: bool = True
 ) -> nn.Module:
-    """Quantize the weights of all experts modules in a model to 4 bits in place; return the model.
+    """Quantize all experts modules of a model to 4 bits in place, and return the model.
 
-    They become bitsandbytes' parametrizations, as of its `replace_parameter_4bit`, and are saved
-    as it saves them. Experts modules whose weights are quantized already stay as they are. Needs
-    bitsandbytes. PEFT adds adapters before, or inside of `adaptable_experts`.
+    bitsandbytes' `replace_parameter_4bit` replaces the weights, and bitsandbytes saves them.
+    Weights that are quantized already do not change. Needs bitsandbytes. Add PEFT's adapters
+    before, or inside `adaptable_experts`.
 
     Args:
         quant_type, blocksize, double_quant: as in `lora_kernels.quantization.quantize_4bit`.
@@ -273,11 +274,10 @@ def quantize_experts(
 
 @contextlib.contextmanager
 def adaptable_experts(model: nn.Module) -> Iterator[None]:
-    """Let PEFT adapt 4-bit experts: inside, each stands as a parameter without memory.
+    """Replace 4-bit experts by parameters without memory inside the context, for PEFT.
 
-    Without this PEFT finds 4-bit parameters by their full names alone, and decodes them to read a
-    shape. Call `peft.get_peft_model`, `add_adapter` or `PeftModel.from_pretrained` inside, and no
-    forward.
+    PEFT finds 4-bit parameters only by their full names, and decodes them to read a shape. Call
+    `peft.get_peft_model`, `add_adapter` or `PeftModel.from_pretrained` inside, but no forward.
 
     >>> from lora_kernels.layers import Experts, adaptable_experts, quantize_experts
     >>> experts = quantize_experts(Experts(2, 64, 64))
@@ -309,7 +309,7 @@ def adaptable_experts(model: nn.Module) -> Iterator[None]:
 
 
 class _Gather(torch.autograd.Function):
-    """Rows `order // k` of x, each k times in all; backward sums in the order of the rows."""
+    """Gather rows `order // k` of x, each k times; the backward sums in the order of the rows."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, order: Tensor, place: Tensor, k: int) -> Tensor:
@@ -325,7 +325,7 @@ class _Gather(torch.autograd.Function):
 
 
 class _Permute(torch.autograd.Function):
-    """Rows `order` of x; `place` is the inverse permutation."""
+    """Gather rows `order` of x; `place` is the inverse permutation."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, order: Tensor, place: Tensor) -> Tensor:
@@ -350,13 +350,13 @@ def experts_forward(
     Args:
         experts: `Experts`, or an experts module of transformers.
         hidden_states: [T, H].
-        top_k_index: integers [T, k], each token's experts. Values of E and more name no expert, as
-            those of other devices do in expert parallelism.
+        top_k_index: integers [T, k], each token's experts. Values of at least E are skipped: with
+            expert parallelism they are experts of other devices.
         top_k_weights: [T, k].
-        adapters: by the name of the projection; a projection without one is the base alone.
+        adapters: by the name of the projection. A projection may have none.
 
     Returns:
-        [T, H] in hidden_states' dtype. Deterministic.
+        [T, H] in hidden_states' dtype. The result is deterministic.
     """
     module, adapters = cast(Any, experts), adapters or {}
     T, k = top_k_index.shape
@@ -388,8 +388,8 @@ def _project(
     weight = stack(experts, name)
     bias = getattr(module, f"{name}_bias") if module.has_bias else None
     lora_A, lora_B, scaling, dropout_p = adapter or (None, None, 1.0, 0.0)
-    # In the weight's dtype whatever autocast says, as transformers' grouped_mm does: autocast would
-    # make a copy of all experts.
+    # Compute in the weight's dtype, as transformers' grouped_mm does. autocast would copy the
+    # weights of all experts.
     with ops.no_autocast(x):
         return lora_experts_linear(
             *(x.to(weight.dtype), weight, lora_A, lora_B, offsets, scaling, bias),

@@ -19,34 +19,33 @@ if TYPE_CHECKING:
 
 
 class Member(NamedTuple):
-    """Views of one projection's part of a group's parameters; None where it has none."""
+    """Views of the parameters of one projection in a group."""
 
-    weight: Tensor | None  # None where it is packed
+    weight: Tensor | None  # None if packed
     bias: Tensor | None
-    lora_A: Tensor | None
+    lora_A: Tensor | None  # None, like lora_B, if the projection has no adapter
     lora_B: Tensor | None
 
 
 class LoRAGroup(LoRALayer):
     """Projections y_i = x·W_iᵀ + bias_i + (alpha/r)·dropout(x)·A_iᵀ·B_iᵀ of one x, as one layer.
 
-    The weights lie one under another in one [N, K], N the sum of the members' sizes, and so do the
-    A: x is read once for all members, forward and backward, and dx, dA and the base's product are
-    one each. They share one mask of dropout. On a CPU that is no faster than the members apart
-    (benchmarks/RESULTS.md): B's zeros outside of a member's ranks are multiplied too.
+    The members' weights are concatenated to one [N, K], where N is the sum of their sizes, and so
+    are their A. Forward and backward read x once for all members, and run one GEMM each for y, dx
+    and dA. The members share one dropout mask. On a CPU a group is no faster than separate layers
+    (benchmarks/RESULTS.md), because the zeros of B outside of a member's ranks are multiplied too.
 
-    Args, beside those of `LoRALinear`:
+    Args, in addition to those of `LoRALinear`:
         members: name -> out-features, in order.
-        r: rank of each member's adapter; r times the number of targets is at most 256 on the fast
-            path.
-        targets: the members that have an adapter; None is all.
+        r: rank of each member's adapter. Kernels need r times the number of targets ≤ 256.
+        targets: the members with an adapter. None: all members.
 
-    Parameters: weight [N, K], bias [N] or None, lora_A [T·r, K] and lora_B [N_T, r], the T targets'
-    one under another. `member(name)` has views of its own.
+    Parameters: weight [N, K], bias [N] or None, and the concatenated adapters of the T targets,
+    lora_A [T·r, K] and lora_B [N_T, r]. `member(name)` returns views of one member's.
 
-    Called with x [..., K] it returns a tuple of [..., N_i], in the order of members.
+    x [..., K] -> a tuple of [..., N_i], in the order of members.
 
-    Raises ValueError or TypeError, naming the argument.
+    Raises ValueError or TypeError that names the argument.
 
     >>> import torch
     >>> from lora_kernels.layers import LoRAGroup
@@ -87,11 +86,11 @@ class LoRAGroup(LoRALayer):
         lora_dtype: torch.dtype | None = None,
         **options: Any,
     ) -> Self:
-        """The same projections with adapters; weights and biases are copied, one under another.
+        """Build the group from `nn.Linear` layers, whose weights and biases are copied.
 
-        options: targets and the class's others. Raises TypeError for anything but stock
-        `nn.Linear`, ValueError where they differ in in-features, dtype, device, or in having a
-        bias.
+        options: targets and the other arguments of the class. Raises TypeError if a layer is not a
+        stock `nn.Linear`, and ValueError if layers differ in in-features, dtype, device, or in
+        having a bias.
 
         >>> import torch
         >>> from lora_kernels.layers import LoRAGroup
@@ -136,7 +135,7 @@ class LoRAGroup(LoRALayer):
             super()._init_(member)
 
     def member(self, name: str) -> Member:
-        """Return views of the member's parameters. Raises KeyError for a name that there is not."""
+        """Return views of the member's parameters. Raises KeyError for an unknown name."""
         if name not in self.members:
             raise KeyError(f"name: got {name!r}, want one of {tuple(self.members)}")
         i, sizes = list(self.members).index(name), list(self.members.values())
@@ -147,7 +146,7 @@ class LoRAGroup(LoRALayer):
         return Member(weight, None if self.bias is None else self.bias[rows], A, B)
 
     def _parts_of_B(self) -> list[tuple[int, Tensor | None, int]]:
-        """Return each member's size, its rows of lora_B if it has some, and its first rank."""
+        """Return each member's size, its rows of lora_B or None, and its first rank."""
         parts, rank, found = iter(self.lora_B.split(self._target_sizes())), 0, []
         for name, size in self.members.items():
             is_target = name in self.targets
@@ -165,7 +164,7 @@ class LoRAGroup(LoRALayer):
         """Return lora_B as [N, T·r]: each target's B in its own rows and ranks, zero elsewhere."""
         plain = type(self.lora_B) is nn.Parameter and not self.lora_B.is_meta
         if plain and not torch.is_grad_enabled() and not ops.is_intercepted():
-            return self._written_B()
+            return self._write_wide_B()
         width = len(self.targets) * self.r
         return torch.cat(
             [
@@ -176,8 +175,8 @@ class LoRAGroup(LoRALayer):
             ]
         )
 
-    def _written_B(self) -> Tensor:
-        """Return `_wide_B`, each time in one tensor, whose address a prepared call knows."""
+    def _write_wide_B(self) -> Tensor:
+        """Write `_wide_B` to a cached tensor, because a prepared call needs a fixed address."""
         wide = self._cache.wide_B
         if (
             wide is None
@@ -194,7 +193,7 @@ class LoRAGroup(LoRALayer):
         return wide
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        """x [..., K] -> y_i [..., N_i], views of one [..., N]."""
+        """Compute x [..., K] -> y_i [..., N_i], views of one [..., N]."""
         y: Tensor = super().forward(x)
         return tuple(y.split(list(self.members.values()), dim=-1))
 

@@ -1,4 +1,4 @@
-"""LoRALayer: a base that computes with the frozen W, and an adapter that is trained beside it."""
+"""LoRALayer: a base with the frozen W, and a trainable adapter."""
 
 from __future__ import annotations
 
@@ -42,24 +42,24 @@ class Adapter(NamedTuple):
 
 
 class Base:
-    """How a layer stores its frozen W and multiplies by it: one parameter `weight` [N, K].
+    """Storage of a layer's frozen W in one parameter `weight` [N, K], and multiplication by W.
 
-    A base keeps nothing itself. Parameters are the layer's own, so that they shard, save and load
-    with it under short names.
+    A base has no state. The parameters belong to the layer, so they shard, save and load with it
+    under short names.
     """
 
     transposed = False  # whether `weight` is [K, N]
 
     @torch.no_grad()
     def reset(self, layer: LoRALayer) -> None:
-        """Start weight and bias as `nn.Linear` does."""
+        """Initialize weight and bias as `nn.Linear` does."""
         nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5))
         if layer.bias is not None:
             bound = layer.in_features**-0.5
             nn.init.uniform_(layer.bias, -bound, bound)
 
     def hold(self, layer: LoRALayer, weight: Tensor | Weight4bit) -> None:
-        """Make `weight` the layer's, sharing its memory where the format allows."""
+        """Set the layer's weight, and share its memory if the format allows."""
         assert isinstance(weight, nn.Parameter)
         layer.weight = weight
 
@@ -74,9 +74,9 @@ class Base:
 
 
 class LayerCache:
-    """What a layer derives from its tensors and keeps between calls.
+    """A layer's cache of values that derive from its tensors.
 
-    It is empty in a copy of the layer, after loading a pickle, and after a move.
+    The cache is empty in a copy of the layer, after unpickling, and after a move.
     """
 
     def __init__(self) -> None:
@@ -90,15 +90,15 @@ class LayerCache:
 
 
 class LoRALayer(nn.Module):
-    """What all layers with an adapter share; `isinstance(module, LoRALayer)` finds them.
+    """The base class of all layers with an adapter.
 
-    A subclass is a choice of base, in `_base`, and of adapter, in at most five methods:
+    A subclass chooses a base, in `_base`, and an adapter, in at most five methods:
 
-        _make_adapter           registers the adapter's parameters, with no values yet
-        reset_lora_parameters   gives them their first values
+        _make_adapter           registers the adapter's parameters, uninitialized
+        reset_lora_parameters   initializes them
         _init_                  fills lora_A by `init`
-        _adapter                returns the operands that follow from the parameters
-        _fused                  computes base and adapter together, if not by `lora_linear`
+        _adapter                returns the operands that derive from the parameters
+        _forward_fused          computes base and adapter together, by `lora_linear` by default
 
     `LoRALinear` documents the arguments that all layers share.
     """
@@ -113,7 +113,7 @@ class LoRALayer(nn.Module):
 
     _base: ClassVar[Base] = Base()
     _default_init: ClassVar[Any] = "kaiming"
-    compute_dtype: torch.dtype | None = None  # of the base product, where autocast is off
+    compute_dtype: torch.dtype | None = None  # of the base GEMM without autocast
     use_checkpoint = False  # see `MemoryEfficientLoRALinear`
 
     def __init__(
@@ -158,11 +158,11 @@ class LoRALayer(nn.Module):
         self._cache = LayerCache()
         sizes = (out_features, in_features)
         shape = sizes[::-1] if self._base.transposed else sizes
-        self.weight = _frozen(torch.empty(shape, device=device, dtype=dtype))
+        self.weight = _frozen_parameter(torch.empty(shape, device=device, dtype=dtype))
         if not self.weight.is_floating_point():
             raise TypeError(f"dtype: got {dtype}, want a floating dtype")
         self.register_parameter(
-            "bias", _frozen(self.weight.new_empty(out_features)) if bias else None
+            "bias", _frozen_parameter(self.weight.new_empty(out_features)) if bias else None
         )
         if lora_dtype is None:
             lora_dtype = torch.promote_types(self.weight.dtype, torch.float32)
@@ -175,23 +175,23 @@ class LoRALayer(nn.Module):
     # The adapter
 
     def _make_adapter(self, dtype: torch.dtype) -> None:
-        """Register the adapter's parameters on the base's device; matrices have this dtype."""
+        """Register the adapter's parameters on the base's device. dtype: of the matrices."""
         self.lora_A = self._empty(self.r, self.in_features, dtype=dtype)
         self.lora_B = self._empty(self.out_features, self.r, dtype=dtype)
 
     @torch.no_grad()
     def reset_lora_parameters(self) -> None:
-        """Start lora_A by `init` and lora_B at zero. Meta tensors are left alone."""
+        """Set lora_A by `init` and lora_B to zero. Meta tensors are left alone."""
         if not self.lora_A.is_meta:
             self._init_(self.lora_A)
             nn.init.zeros_(self.lora_B)
 
     def _adapter(self, weight: Tensor | Weight4bit) -> Adapter:
-        """Return the adapter's operands beside this operand of the base."""
+        """Return the adapter's operands. weight: the base's operand."""
         return Adapter(self.lora_A, self.lora_B, self.scaling)
 
-    def _fused(self, x: Tensor, weight: Tensor | Weight4bit) -> Tensor:
-        """Return the layer's output, with this operand of the base."""
+    def _forward_fused(self, x: Tensor, weight: Tensor | Weight4bit) -> Tensor:
+        """Return the layer's output. weight: the base's operand."""
         dropout_p = self.dropout if self.training else 0.0
         lora_A, lora_B, scaling, gate, column_scale = self._adapter(weight)
         varied = gate is not None or column_scale is not None or self.use_checkpoint
@@ -217,7 +217,7 @@ class LoRALayer(nn.Module):
         return nn.Parameter(self.weight.new_empty(shape, dtype=dtype))
 
     def _empty_vector(self, size: int, dtype: torch.dtype) -> nn.Parameter:
-        """Return an empty parameter of an adapter's vector, in float32 at least."""
+        """Return an uninitialized vector of the adapter, in at least float32."""
         return self._empty(size, dtype=torch.promote_types(dtype, torch.float32))
 
     def _init_(self, A: Tensor) -> None:
@@ -228,7 +228,7 @@ class LoRALayer(nn.Module):
             nn.init.normal_(A, std=1 / self.r)
         elif self.init == "xavier":
             nn.init.xavier_uniform_(A)
-        elif self.init == "orthogonal":  # by a decomposition that 16-bit dtypes have not
+        elif self.init == "orthogonal":  # PyTorch has no 16-bit QR decomposition
             dtype = torch.promote_types(A.dtype, torch.float32)
             A.copy_(nn.init.orthogonal_(torch.empty_like(A, dtype=dtype)))
         else:
@@ -237,7 +237,7 @@ class LoRALayer(nn.Module):
     # The base
 
     def _take(self, weight: Tensor | Weight4bit, bias: nn.Parameter | None) -> Self:
-        """Take a base in place of the one on meta, and start the adapter on its device."""
+        """Replace the base on meta by this one, and initialize the adapter on its device."""
         self._base.hold(self, weight)
         self.bias = bias
         if weight.device.type != "meta":
@@ -252,12 +252,12 @@ class LoRALayer(nn.Module):
         return self
 
     def reset_parameters(self) -> None:
-        """Start the base as its kind does, and the adapter as `reset_lora_parameters` does."""
+        """Initialize the base by `Base.reset` and the adapter by `reset_lora_parameters`."""
         self._base.reset(self)
         self.reset_lora_parameters()
 
     def _base_weight(self) -> Tensor | Weight4bit:
-        """Return the base's operand: W [N, K], or the table [K, N] of an embedding."""
+        """Return the base's operand: W [N, K], or [K, N] for an embedding."""
         return self._base.operand(self)
 
     def _dense_weight(self) -> Tensor:
@@ -268,11 +268,11 @@ class LoRALayer(nn.Module):
     # The layer
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] -> y [..., N], in autocast's dtype where autocast is on, else in x's."""
+        """Compute x [..., K] -> y [..., N], in autocast's dtype under autocast, else in x's."""
         if not self.enabled:
             return self._base.multiply(x, self._base_weight(), self.bias)
         if self.merged_weight is None:
-            return self._fused(x, self._base_weight())
+            return self._forward_fused(x, self._base_weight())
         trainable = self.lora_A.requires_grad or self.lora_B.requires_grad
         if trainable and self.training and torch.is_grad_enabled():
             raise RuntimeError(
@@ -283,22 +283,23 @@ class LoRALayer(nn.Module):
 
     @property
     def merged(self) -> bool:
-        """Whether `merge` is in force."""
+        """True between `merge` and `unmerge`."""
         return self.merged_weight is not None
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Compute with W + (alpha/r)·B·A from here on, as of now: one product, no dropout.
+        """Merge the adapter: compute with W + (alpha/r)·B·A, in one GEMM and without dropout.
 
-        The sum is taken in float32 (float64 for float64) and rounded once to W's dtype. W itself
-        is kept beside it: `unmerge` gives back the same bits and a state dict is the same, merged
-        or not, at the price of a second [N, K] tensor while merged. A second call merges afresh.
-        Raises RuntimeError, and merges nothing, where the sum has NaN or infinity.
+        The sum is computed in float32 (float64 for float64) and rounded once to W's dtype. The
+        layer keeps W, so `unmerge` is exact and the state dict does not change. This takes a second
+        [N, K] tensor while merged. A second call merges the current adapter.
+
+        Raises RuntimeError, and merges nothing, if the sum has NaN or infinity.
         """
-        self.merged_weight = self._merged(self._dense_weight())
+        self.merged_weight = self._merge_into(self._dense_weight())
 
-    def _merged(self, weight: Tensor) -> Tensor:
-        """Return this weight with the adapter merged into it; RuntimeError if it is not finite."""
+    def _merge_into(self, weight: Tensor) -> Tensor:
+        """Return `weight` with the adapter merged into it; RuntimeError if it is not finite."""
         merged = self._adapter(self._base_weight()).merge_into(weight).to(weight.dtype)
         if not merged.isfinite().all():
             raise RuntimeError(
@@ -308,17 +309,17 @@ class LoRALayer(nn.Module):
         return merged
 
     def unmerge(self) -> None:
-        """Undo `merge`; W never changed."""
+        """Undo `merge`: compute with W and the adapter again."""
         self.merged_weight = None
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
-        self._cache = LayerCache()  # whose tensors would stay in memory where these move
+        self._cache = LayerCache()  # free the tensors on the former device
         super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
         return self
 
     def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        if self.merged:  # of the weights before
+        if self.merged:  # merged_weight is of the weights before loading
             self.merge()
 
     def extra_repr(self) -> str:
@@ -330,10 +331,10 @@ class LoRALayer(nn.Module):
         return text + ", merged" * self.merged + ", disabled" * (not self.enabled)
 
 
-def check_stock(name: str, module: nn.Module, cls: type[nn.Module], of: str) -> None:
-    """Raise TypeError for anything but a plain `cls`."""
+def check_stock(name: str, module: nn.Module, cls: type[nn.Module], cls_name: str) -> None:
+    """Raise TypeError unless `module` is exactly a `cls`, without hooks or a patched forward."""
     if type(module) is not cls:
-        raise TypeError(f"{name}: got {type(module).__name__}, want exactly {of}")
+        raise TypeError(f"{name}: got {type(module).__name__}, want exactly {cls_name}")
     if type(module.weight) is not nn.Parameter:
         raise TypeError(f"{name}: got a weight of {type(module.weight)}, want torch.nn.Parameter")
     if (
@@ -354,5 +355,5 @@ def check_size(name: str, size: int) -> None:
         raise ValueError(f"{name}: got {size}, want at least 1")
 
 
-def _frozen(t: Tensor) -> nn.Parameter:
+def _frozen_parameter(t: Tensor) -> nn.Parameter:
     return nn.Parameter(t, requires_grad=False)

@@ -16,33 +16,33 @@ if TYPE_CHECKING:
 class LoRALinear(LoRALayer):
     """y = x·Wᵀ + bias + (alpha/r) · dropout(x)·Aᵀ·Bᵀ, with W and bias frozen, in one fused op.
 
-    Deliberately no `nn.Linear`: tools that replace every `nn.Linear` (quantizers, FP8 converters)
-    would drop the adapter without a word. So would code that reads `weight` instead of calling the
-    layer, as `nn.TransformerEncoderLayer` does in eval mode without gradients: keep it from that
-    with `torch.backends.mha.set_fastpath_enabled(False)`.
+    The class does not inherit from `nn.Linear`, because tools that replace every `nn.Linear`
+    (quantizers, FP8 converters) would silently drop the adapter. Code that reads `weight` instead
+    of calling the layer drops it too. `nn.TransformerEncoderLayer` does so in eval mode without
+    gradients, unless `torch.backends.mha.set_fastpath_enabled(False)` was called.
 
     Args:
         in_features, out_features: K and N.
         r: rank of the adapter, at least 1.
         alpha: the adapter is scaled by alpha / r (attribute `scaling`); see scaling.
-        dropout: probability in [0, 1] of dropping an element of x, on the adapter's branch alone
-            and in training mode alone.
+        dropout: probability in [0, 1] of zeroing an element of x. It applies to the adapter's
+            branch alone, and in training mode alone.
         bias: whether the base has a bias [N]. It is frozen; `layer.bias.requires_grad_()` trains
             it.
-        init: how lora_A starts: "kaiming" (or None; uniform in ±1/√K, as `nn.Linear`'s weight),
-            "gaussian" (standard deviation 1/r), "xavier" (uniform in ±√(6/(r+K))), "orthogonal"
-            (its rows orthonormal, r ≤ K), or a callable that fills the tensor [r, K] in place. It
-            is kept for `reset_parameters`, so a layer to be pickled needs a picklable one. lora_B
-            starts at zero: the new layer computes what its base does.
+        init: the initialization of lora_A. "kaiming" (or None) is uniform in ±1/√K, like the weight
+            of `nn.Linear`. "gaussian" has standard deviation 1/r. "xavier" is uniform in
+            ±√(6/(r+K)). "orthogonal" has orthonormal rows, r ≤ K. A callable fills the tensor
+            [r, K] in place; pickling the layer pickles it too. lora_B starts at zero, so the new
+            layer computes the same as its base.
         device, dtype: of the base.
-        lora_dtype: of lora_A and lora_B; None takes float32 beside a 16-bit base (small updates
-            would be rounded away), else the base's dtype.
-        scaling: "lora" for alpha / r, "rslora" for alpha / √r, which keeps the size of an update
-            the same as the rank grows (Kalajdzievski, 2023).
+        lora_dtype: of lora_A and lora_B. None: float32 for a 16-bit base, in which small updates
+            would be rounded away, else the base's dtype.
+        scaling: "lora" for alpha / r. "rslora" for alpha / √r, which keeps the magnitude of the
+            low-rank update independent of the rank (Kalajdzievski, 2023).
 
     Parameters: weight [N, K], bias [N] or None, lora_A [r, K], lora_B [N, r].
 
-    Raises ValueError or TypeError, naming the argument.
+    Raises ValueError or TypeError that names the argument.
 
     >>> from lora_kernels.layers import LoRALinear
     >>> layer = LoRALinear(64, 32, r=4)
@@ -61,12 +61,15 @@ class LoRALinear(LoRALayer):
         lora_dtype: torch.dtype | None = None,
         **options: Any,
     ) -> Self:
-        """The same layer with an adapter; weight and bias are shared with `linear`, not copied.
+        """Build the layer from an `nn.Linear`, whose weight and bias are shared and not copied.
 
-        Being the same Parameters, they are frozen in `linear` too. A 4-bit layer quantizes the
-        weight and shares the bias. Device, dtype and training mode are `linear`'s; options are the
-        class's other ones. Raises TypeError for anything but a stock `nn.Linear`: what a subclass,
-        a hook or a parametrization adds to the forward would be lost.
+        Since the Parameters are the same, they are frozen in `linear` too. A 4-bit layer quantizes
+        the weight and shares the bias. Device, dtype and training mode are taken from `linear`.
+
+        options: the other arguments of the class.
+
+        Raises TypeError if `linear` is not a stock `nn.Linear`, because the additions of a
+        subclass, a hook or a parametrization would be lost.
 
         >>> import torch
         >>> from lora_kernels.layers import LoRALinear

@@ -31,11 +31,11 @@ _PARAMETERS = {
 
 
 class Base4bit(Base):
-    """W [N, K] in bitsandbytes' 4-bit format, its bytes in parameters of dtype uint8."""
+    """W [N, K] in bitsandbytes' 4-bit format, stored in parameters of dtype uint8."""
 
     @torch.no_grad()
     def reset(self, layer: QLoRALayer) -> None:  # type: ignore[override]
-        """Start as `nn.Linear` does, quantized; on meta, as a weight with no values."""
+        """Initialize as `nn.Linear` does and quantize. A weight on meta gets no values."""
         weight = layer.weight
         if not weight.is_floating_point():
             if weight.is_meta:
@@ -62,25 +62,25 @@ class Base4bit(Base):
     def operand(self, layer: QLoRALayer) -> Weight4bit:  # type: ignore[override]
         parameters = layer._parameters
         tensors = {field: parameters[name] for field, name in _PARAMETERS.items()}
-        if torch.compiler.is_compiling():  # which can compare no addresses
-            return _view(layer, tensors)
-        where = tuple(0 if t is None else t.data_ptr() for t in tensors.values())
+        if torch.compiler.is_compiling():  # addresses cannot be traced
+            return _view_weight(layer, tensors)
+        addresses = tuple(0 if t is None else t.data_ptr() for t in tensors.values())
         cached = layer._cache.weight4bit
-        if cached is None or cached[0] != where or 0 in where[:3]:
-            with torch.inference_mode(False):  # whose views could not be saved for a backward
-                cached = layer._cache.weight4bit = where, _view(layer, tensors)
+        if cached is None or cached[0] != addresses or 0 in addresses[:3]:
+            with torch.inference_mode(False):  # inference tensors cannot be saved for a backward
+                cached = layer._cache.weight4bit = addresses, _view_weight(layer, tensors)
         return cached[1]
 
     def multiply(self, x: Tensor, weight: Tensor | Weight4bit, bias: Tensor | None) -> Tensor:
-        # As in `lora_linear`, x's dtype is the one that counts: the weight's is that before
-        # quantization, whatever the module was moved to since, and the bias has moved.
+        # As in `lora_linear`, x's dtype decides. The weight's dtype is the one before quantization,
+        # but the module, and its bias with it, may have been moved to another dtype since.
         dtype = base_dtype(x.device.type, x.dtype)
         dense = weight.dequantize(dtype) if isinstance(weight, Weight4bit) else weight.to(dtype)
         return F.linear(x, dense, None if bias is None else bias.to(dtype))
 
 
-def _view(layer: QLoRALayer, tensors: Mapping[str, Tensor | None]) -> Weight4bit:
-    """Return the weight that the bytes stand for, in their memory."""
+def _view_weight(layer: QLoRALayer, tensors: Mapping[str, Tensor | None]) -> Weight4bit:
+    """Return a `Weight4bit` that shares the memory of the byte tensors."""
     in_bytes = {"packed"} if tensors["nested_absmax"] is None else {"packed", "absmax"}
     views = {
         field: t if t is None or field in in_bytes else t.detach().view(torch.float32)
@@ -96,24 +96,24 @@ def _view(layer: QLoRALayer, tensors: Mapping[str, Tensor | None]) -> Weight4bit
 
 
 def _quantize_on_meta(weight: Tensor, quant_type: str, blocksize: int, nested: bool) -> Weight4bit:
-    """Return a quantized weight of this one's shape on meta."""
+    """Return a quantized weight on meta with the shape of `weight`."""
     one = quantize_4bit(torch.zeros(1, 1, dtype=weight.dtype), quant_type, blocksize, nested)
     n, blocks = weight.numel(), -(-weight.numel() // blocksize)
 
-    def meta(t: Tensor | None, *shape: int) -> Tensor | None:
+    def empty_on_meta(t: Tensor | None, *shape: int) -> Tensor | None:
         return None if t is None else t.new_empty(shape or t.shape, device="meta")
 
     sizes = {"packed": -(-n // 2), "absmax": blocks, "nested_absmax": -(-blocks // 256)}
-    fields = {name: meta(getattr(one, name), size) for name, size in sizes.items()}
-    rest = {name: meta(getattr(one, name)) for name in ("code", "nested_code", "offset")}
+    fields = {name: empty_on_meta(getattr(one, name), size) for name, size in sizes.items()}
+    rest = {name: empty_on_meta(getattr(one, name)) for name in ("code", "nested_code", "offset")}
     shape = (weight.shape[0], weight.shape[1])
     return dataclasses.replace(one, shape=shape, **fields, **rest)  # type: ignore[arg-type]
 
 
 class QLoRALayer(LoRALayer):
-    """What all layers over a 4-bit base share: its format, and `weight4bit`.
+    """The base class of all layers over a 4-bit base.
 
-    Named after another layer in a class statement, it gives that layer a 4-bit base.
+    `class QMine(Mine, QLoRALayer)` is the layer `Mine` over a 4-bit base.
     """
 
     _base = Base4bit()
@@ -146,7 +146,7 @@ class QLoRALayer(LoRALayer):
 
     @property
     def weight4bit(self) -> Weight4bit:
-        """The base weight, sharing the parameters' memory."""
+        """The base weight, which shares the parameters' memory."""
         return self._base.operand(self)
 
     def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
@@ -154,7 +154,7 @@ class QLoRALayer(LoRALayer):
         for name in _PARAMETERS.values():
             t = self._parameters[name]
             if t is not None and (t.storage_offset() % 4 or t.data_ptr() % 4):
-                # Bytes of a mapped file, where no float32 can be read.
+                # A view of a memory-mapped file, which is not aligned for float32.
                 t.data = t.data.clone()
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
@@ -168,11 +168,12 @@ class QLoRALayer(LoRALayer):
 
 
 class MergedLayer(NamedTuple):
-    """What `QLoRALinear.merged_layer` returns.
+    """The result of `QLoRALinear.merged_layer`.
 
-    layer: an `nn.Linear`, or, requantized, a `QLoRALinear` whose adapter starts anew.
-    change: ‖held − merged‖ / ‖merged‖, how far the weight that the layer holds is from
-        W̃ + (alpha/r)·B·A in float32.
+    Attributes:
+        layer: an `nn.Linear`, or if requantized a `QLoRALinear` with a new adapter.
+        change: the relative error ‖W' − W*‖ / ‖W*‖ of the layer's weight W', where W* is
+            W̃ + (alpha/r)·B·A in float32.
     """
 
     layer: nn.Module
@@ -180,21 +181,21 @@ class MergedLayer(NamedTuple):
 
 
 class QLoRALinear(QLoRALayer, LoRALinear):
-    """`LoRALinear` over a base in bitsandbytes' 4-bit format, decoded as it is multiplied.
+    """`LoRALinear` over a base in bitsandbytes' 4-bit format, which kernels decode in the GEMM.
 
-    Args, beside those of `LoRALinear`:
-        dtype: of the weight before quantization, in which `merge` holds the sum; float32, bfloat16
-            or float16.
+    Args, in addition to those of `LoRALinear`:
+        dtype: of the weight before quantization, and of the merged weight: float32, bfloat16 or
+            float16.
         quant_type: "nf4" or "fp4".
-        blocksize: elements that share a scale; a power of two, 32 to 4096.
-        double_quant: keep the scales in 8 bits.
-        compute_dtype: of the base product where autocast is off; None is x's.
+        blocksize: the number of elements that share a scale; a power of two, 32 to 4096.
+        double_quant: whether the scales are quantized to 8 bits.
+        compute_dtype: of the base GEMM without autocast. None: x's dtype.
 
-    Packed codes, scales, tables and offset are parameters of dtype uint8 without a gradient: so
+    Packed codes, absmax, codebooks and offset are parameters of dtype uint8 without a gradient. So
     they shard, save and load with the module, and `.to(bfloat16)`, `.half()` and mixed-precision
-    policies leave their bits alone. lora_A, lora_B and bias are as in `LoRALinear`.
+    policies do not change them. lora_A, lora_B and bias are as in `LoRALinear`.
 
-    Raises ValueError or TypeError, naming the argument.
+    Raises ValueError or TypeError that names the argument.
 
     >>> from lora_kernels.layers import QLoRALinear
     >>> layer = QLoRALinear(64, 32, r=4).to(torch.bfloat16)
@@ -218,9 +219,9 @@ class QLoRALinear(QLoRALayer, LoRALinear):
         lora_dtype: torch.dtype | None = None,
         **options: Any,
     ) -> Self:
-        """A layer over a weight that is quantized already, sharing its memory.
+        """Build the layer from a quantized weight, whose memory is shared.
 
-        options: compute_dtype and the others of the class.
+        options: compute_dtype and the other arguments of the class.
 
         >>> import torch
         >>> from lora_kernels.quantization import quantize_4bit
@@ -236,19 +237,20 @@ class QLoRALinear(QLoRALayer, LoRALinear):
 
     @torch.no_grad()
     def merged_layer(self, requantize: bool = False) -> MergedLayer:
-        """A new layer that computes with W̃ + (alpha/r)·B·A, and how exactly it does.
+        """Return a new layer with the weight W̃ + (alpha/r)·B·A, and its rounding error.
 
-        requantize: False returns an `nn.Linear` in the dtype of the weight before quantization;
-        True a `QLoRALinear` in the same 4-bit format, whose rounding is of the size of a trained
-        adapter: look at `change`, and at the outputs, before you part with the adapter. To compute
-        with the sum and be able to take it back, call `merge`.
+        `merge` is the reversible way to compute with the sum.
+
+        requantize: False returns an `nn.Linear` in the dtype of the weight before quantization.
+            True returns a `QLoRALinear` in the same 4-bit format. Its rounding error is as large as
+            a trained adapter, so check `change` and the outputs before deleting the adapter.
 
         >>> from lora_kernels.layers import QLoRALinear
         >>> layer = QLoRALinear(64, 64, r=2)
         >>> layer.merged_layer().change < 1e-7 < layer.merged_layer(requantize=True).change
         True
         """
-        exact = self._merged(self.weight4bit.dequantize(torch.float32))
+        exact = self._merge_into(self.weight4bit.dequantize(torch.float32))
         linear = nn.Linear(
             self.in_features, self.out_features, self.bias is not None, "meta", self.weight_dtype
         )

@@ -1,4 +1,4 @@
-"""The allocation of AdaLoRA's ranks over a model (Zhang et al., 2023)."""
+"""RankAllocator: the allocation of AdaLoRA's rank budget over a model (Zhang et al., 2023)."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from .variants import AdaLoRALinear
 
 
 class RankAllocator:
-    """Takes ranks from the `AdaLoRALinear` layers of a model while it trains, the least important
-    first, whichever layer has them.
+    """Prune the least important ranks of a model's `AdaLoRALinear` layers during training.
 
-    The importance of a parameter w is the product of two moving averages: of its sensitivity
-    I = |w·∂w| (with beta1), and of how far that strays from the average (with beta2). A triplet's
-    score is its E's importance and the means of its row's in A and its column's in B. How many
-    ranks the whole model keeps falls from all of them to target_rank a layer:
+    The importance of a parameter w is the product of two moving averages: the sensitivity
+    I = |w·∂w| (with beta1), and its absolute deviation from the first average (with beta2). A
+    triplet's score is the sum of its E's importance and the mean importances of its row of A and
+    its column of B. The rank budget of the model falls from all ranks to target_rank a layer:
 
         step < warmup           all
         step < total − final    target + (all − target)·(1 − progress)³, progress 0 to 1
-        after that              target, and the masks stay as they are
+        after that              target, and the masks no longer change
 
     Call `step()` after each backward, before the optimizer's step or after it (the paper's order).
-    Every `interval` steps the masks are drawn anew. A rank that was taken gets no gradient, so that
-    its score fades and it seldom comes back.
+    Every `interval` steps the masks are recomputed. A pruned rank gets no gradient, so its score
+    decays and it seldom returns.
 
     Args:
-        model: with at least one `AdaLoRALinear`.
-        target_rank: mean of the ranks that a layer keeps at the end, at least 1, at most r.
-        total: steps of the training; warmup, final: at its beginning and end. 0 ≤ warmup,
-            0 ≤ final, warmup + final < total.
-        interval: steps between two allocations.
-        beta1, beta2: in [0, 1).
+        model: a model with at least one `AdaLoRALinear`.
+        target_rank: mean rank of a layer at the end, at least 1, at most r.
+        total: number of training steps.
+        warmup: number of steps before pruning, at least 0.
+        final: number of steps with the final masks, at least 0. warmup + final < total.
+        interval: number of steps between two allocations.
+        beta1, beta2: decay rates of the moving averages, in [0, 1).
 
-    Raises ValueError, naming the argument.
+    Raises ValueError that names the argument.
 
     >>> import torch
     >>> from lora_kernels.layers import AdaLoRALinear, RankAllocator
@@ -89,7 +89,7 @@ class RankAllocator:
         self._uncertainty: list[dict[str, Tensor]] = [{} for _ in self.layers]
 
     def budget(self, step: int) -> int:
-        """How many ranks the model keeps at this step.
+        """Return the number of ranks that the model keeps at this step.
 
         >>> model = AdaLoRALinear(8, 8, r=8)
         >>> allocator = RankAllocator(model, target_rank=2, total=10, warmup=2, final=2)
@@ -104,23 +104,26 @@ class RankAllocator:
         return self.target + math.ceil((self.all - self.target) * left**3)
 
     def penalty(self) -> Tensor:
-        """The mean of the layers' `orthogonality`, to be added to the loss with a small factor."""
+        """Return the mean `orthogonality` of the layers, a regularization term for the loss."""
         return torch.stack([layer.orthogonality() for layer in self.layers]).mean()
 
     @torch.no_grad()
     def step(self) -> int:
-        """Count a step, take the gradients in, and draw the masks where it is time; how many ranks
-        are kept. Raises RuntimeError where a layer has no gradient."""
+        """Update the scores from the gradients, and recompute the masks if they are due.
+
+        Returns the number of ranks that the model keeps. Raises RuntimeError if a layer has no
+        gradient.
+        """
         step, self.steps = self.steps, self.steps + 1
         last = self.total - self.final
         if step > last:
             return sum(layer.current_rank for layer in self.layers)
-        self._take_in()
+        self._update_averages()
         if step >= self.warmup and ((step - self.warmup) % self.interval == 0 or step == last):
             self._allocate(self.budget(step))
         return sum(layer.current_rank for layer in self.layers)
 
-    def _take_in(self) -> None:
+    def _update_averages(self) -> None:
         averages = zip(self.layers, self._sensitivity, self._uncertainty, strict=True)
         for layer, sensitivity, uncertainty in averages:
             for name in ("lora_A", "lora_B", "lora_E"):
@@ -135,7 +138,7 @@ class RankAllocator:
                 uncertainty[name].lerp_((now - sensitivity[name]).abs(), 1 - self.beta2)
 
     def scores(self) -> list[Tensor]:
-        """The triplets' scores, [r] for each layer, as of the last `step`."""
+        """Return the scores of the triplets after the last `step`, [r] for each layer."""
         found = []
         for sensitivity, uncertainty in zip(self._sensitivity, self._uncertainty, strict=True):
             importance = {name: sensitivity[name] * uncertainty[name] for name in sensitivity}
@@ -155,7 +158,7 @@ class RankAllocator:
             layer.rank_mask.copy_(mask)
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` needs to go on as if nothing had happened; for `torch.save`."""
+        """Return the state of the allocator, for `torch.save` and `load_state_dict`."""
         return {
             "steps": self.steps,
             "sensitivity": self._sensitivity,
@@ -163,8 +166,10 @@ class RankAllocator:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises ValueError where a key is missing or the state is that of another number of
-        layers."""
+        """Load the result of `state_dict`.
+
+        Raises ValueError if a key is missing or the number of layers differs.
+        """
         for key in ("steps", "sensitivity", "uncertainty"):
             if key not in state:
                 raise ValueError(f"state: got no {key!r}, want what `state_dict` returned")

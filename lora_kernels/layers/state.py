@@ -1,4 +1,4 @@
-"""What is trained, counted, saved and loaded of a model's LoRA layers, and nothing else of it."""
+"""Train, count, save and load the adapters of a model's LoRA layers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .variants import AdaLoRALinear
 
 
 class LoRAParameterCount(NamedTuple):
-    """Elements in the adapters, and in all else of the model.
+    """The number of parameters in the adapters, and in the rest of the model.
 
     >>> from lora_kernels.layers import LoRAParameterCount
     >>> print(LoRAParameterCount(65_536, 16_777_216))
@@ -30,10 +30,12 @@ class LoRAParameterCount(NamedTuple):
 
 
 def mark_only_lora_as_trainable(model: nn.Module) -> None:
-    """Freeze every parameter of `model` but its adapters', and unfreeze those.
+    """Freeze all parameters of `model` except the adapters', which become trainable.
 
-    An adapter's parameter is one that a LoRA layer of this package owns, whatever its name; a
-    module that happens to be called `lora_query` is frozen. Raises ValueError without such layers.
+    Adapters are the parameters that this package's LoRA layers own, whatever their names. A module
+    that is named `lora_query` but is no such layer is frozen.
+
+    Raises ValueError if the model has no LoRA layer.
 
     >>> from torch import nn
     >>> from lora_kernels.layers import LoRALinear, mark_only_lora_as_trainable
@@ -49,9 +51,9 @@ def mark_only_lora_as_trainable(model: nn.Module) -> None:
 
 
 def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The adapters' part of `model.state_dict()`, masks of ranks too: the same keys and memory.
+    """Return the entries of `model.state_dict()` for adapters and rank masks, sharing memory.
 
-    Raises ValueError where the model has no LoRA layer.
+    Raises ValueError if the model has no LoRA layer.
 
     >>> from lora_kernels.layers import LoRALinear, lora_state_dict
     >>> {key: tuple(t.shape) for key, t in lora_state_dict(LoRALinear(4, 6, r=2)).items()}
@@ -65,9 +67,9 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def count_lora_parameters(model: nn.Module) -> LoRAParameterCount:
-    """How small the adapters are: `(lora, base)`, printed as "lora of base (share)".
+    """Count the parameters of the adapters and of the rest: `(lora, base)`.
 
-    Raises ValueError where the model has no LoRA layer.
+    Raises ValueError if the model has no LoRA layer.
 
     >>> from lora_kernels.layers import LoRALinear, count_lora_parameters
     >>> print(count_lora_parameters(LoRALinear(4096, 4096, r=8, device="meta")))
@@ -78,11 +80,11 @@ def count_lora_parameters(model: nn.Module) -> LoRAParameterCount:
 
 
 def save_lora_weights(model: nn.Module, path: str | os.PathLike[str]) -> int:
-    """Write `lora_state_dict(model)` as safetensors; prints and returns the file's size in bytes.
+    """Save `lora_state_dict(model)` as safetensors; print and return the file's size in bytes.
 
-    Each tensor in its own dtype. Atomic: `path` holds either what it held before or the whole new
-    file, whenever the process ends. Raises ValueError where the model has no LoRA layer, OSError
-    where the file cannot be written.
+    Each tensor is saved in its own dtype. The write is atomic: if the process ends early, `path`
+    is unchanged. Raises ValueError if the model has no LoRA layer, and OSError if the file cannot
+    be written.
 
     >>> import tempfile
     >>> from lora_kernels.layers import LoRALinear, save_lora_weights
@@ -95,7 +97,7 @@ def save_lora_weights(model: nn.Module, path: str | os.PathLike[str]) -> int:
     path = Path(path)
     tensors = {name: t.contiguous() for name, t in lora_state_dict(model).items()}
     data = save(tensors, metadata={"format": "pt"})
-    # In the same folder, since a rename is atomic only within a file system.
+    # A rename is atomic only within a file system, hence a file in the same folder.
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         with open(part, "xb") as file:
@@ -111,12 +113,15 @@ def save_lora_weights(model: nn.Module, path: str | os.PathLike[str]) -> int:
 
 
 def load_lora_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Copy the adapters that `save_lora_weights` wrote into `model`'s.
+    """Load the adapters of `model` from a file that `save_lora_weights` wrote.
 
-    The model's devices and dtypes stay: values are rounded to the parameter's dtype where the
-    file's is wider. A merged layer is merged afresh. Raises ValueError, with the model unchanged,
-    where the model has no LoRA layer, a key is missing, unexpected or of another shape,
-    or the file is no safetensors; OSError where it cannot be read.
+    Parameters keep their devices and dtypes; values in a wider dtype are rounded. A merged layer
+    is merged again.
+
+    Raises:
+        ValueError: the model has no LoRA layer, a key is missing, unexpected or of another shape,
+            or the file is not in safetensors format. The model is unchanged.
+        OSError: the file cannot be read.
 
     >>> import tempfile, torch
     >>> from lora_kernels.layers import LoRALinear, load_lora_weights, save_lora_weights
@@ -150,7 +155,7 @@ def load_lora_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
 
 def _lora_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """What the LoRA layers own beside their base, by its full name."""
+    """Yield the adapters' parameters with their full names; ValueError without LoRA layers."""
     layers = [(name, m) for name, m in model.named_modules() if isinstance(m, LoRALayer)]
     if not layers:
         raise ValueError(

@@ -1,9 +1,10 @@
-"""The variants of LoRA. Each is a choice of parameters, of their start, and of the operands of
+"""Variants of LoRA, all with the equation
 
     y = c ⊙ (x·Wᵀ + s·((D(x)·Aᵀ) ⊙ g)·Bᵀ) + bias        g: rank gate, c: column scale
 
-that follow from them: `_make_adapter`, `reset_lora_parameters` and `_adapter`; see `LoRALayer`. The
-class at the end whose name begins with Q is the same variant over a 4-bit base.
+A variant chooses its parameters in `_make_adapter`, their initialization in
+`reset_lora_parameters`, and the operands in `_adapter`; see `LoRALayer`. The classes whose names
+start with Q are the same variants over a 4-bit base.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ if TYPE_CHECKING:
 class DoRALinear(LoRALinear):
     """y = (magnitude ⊘ ‖W + s·B·A‖) ⊙ (x·Wᵀ + s·dropout(x)·Aᵀ·Bᵀ) + bias, s = alpha/r.
 
-    `magnitude` [N] starts as the norm of W's rows, so that the new layer computes what its base
-    does. The norm counts as a constant in the backward, and is made without writing the sum out.
-    In evaluation without gradients it is kept until a weight changes.
+    `magnitude` [N] starts as the norm of W's rows, so the new layer computes the same as its base.
+    The backward treats the norm as a constant, and no kernel stores W + s·B·A. Without gradients
+    the norm is cached until a weight changes.
 
-    Args as `LoRALinear`'s. Raises ValueError where a row of the base is all zeros, whose norm
-    nothing can be divided by. Dropout is on the adapter's branch alone (PEFT's layer drops x for
-    the base product of its update as well).
+    Args are as in `LoRALinear`. Dropout applies to the adapter's branch alone; PEFT's layer applies
+    it to the scaled base GEMM as well. Raises ValueError if a row of W is all zeros, because the
+    layer divides by its norm.
 
     >>> import torch
     >>> from lora_kernels.layers import DoRALinear
@@ -52,7 +53,7 @@ class DoRALinear(LoRALinear):
 
     @torch.no_grad()
     def reset_lora_parameters(self) -> None:
-        """Start the magnitude at the norm of the base's rows, lora_A and lora_B as `LoRALinear`."""
+        """Set magnitude to the norm of W's rows, and lora_A and lora_B as `LoRALinear` does."""
         super().reset_lora_parameters()
         if self.lora_A.is_meta:
             return
@@ -73,11 +74,12 @@ class DoRALinear(LoRALinear):
 class AdaLoRALinear(LoRALinear):
     """y = x·Wᵀ + bias + (alpha/r) · ((dropout(x)·Aᵀ) ⊙ E ⊙ mask)·Bᵀ: A as Q, B as P, E as Λ.
 
-    Each rank is a triplet (row of lora_A, element of lora_E, column of lora_B) that `rank_mask`
-    [r], a saved buffer, keeps or leaves out; what is left out gets no gradient. lora_E [r] starts
-    at zero, lora_A and lora_B normal with standard deviation 0.02, whatever `init` is by default.
+    Each rank is a triplet: a row of lora_A, an element of lora_E and a column of lora_B. The saved
+    buffer `rank_mask` [r] keeps or prunes it; a pruned triplet gets no gradient. lora_E [r] starts
+    at zero. lora_B, and lora_A unless `init` is given, are drawn from a normal distribution with
+    standard deviation 0.02.
 
-    Args as `LoRALinear`'s. `RankAllocator` scores the triplets of a whole model and decides.
+    Args are as in `LoRALinear`. `RankAllocator` prunes the triplets of a whole model by score.
 
     >>> import torch
     >>> from lora_kernels.layers import AdaLoRALinear
@@ -97,7 +99,7 @@ class AdaLoRALinear(LoRALinear):
 
     @torch.no_grad()
     def reset_lora_parameters(self) -> None:
-        """Start lora_E at zero, lora_A and lora_B as the class says, with every rank kept."""
+        """Initialize as the class documents, and keep every rank."""
         super().reset_lora_parameters()
         if self.lora_A.is_meta:
             return
@@ -112,16 +114,20 @@ class AdaLoRALinear(LoRALinear):
 
     @property
     def current_rank(self) -> int:
-        """The number of ranks that are kept."""
+        """The number of ranks that are not pruned."""
         return int(self.rank_mask.sum())
 
     @torch.no_grad()
     def update_rank(self, scores: Tensor, quantile: float = 0.5) -> None:
-        """Keep the ranks whose score lies strictly above that quantile of all r scores.
+        """Keep the ranks whose score is above the quantile of all scores, and prune the others.
 
-        At least one rank is kept: the best, the first of equals.
+        The rank with the highest score, the first one among equals, is always kept.
 
-        scores: [r], finite. Raises ValueError otherwise, or for a quantile outside [0, 1].
+        Args:
+            scores: finite numbers [r].
+            quantile: in [0, 1].
+
+        Raises ValueError that names the argument.
         """
         if scores.shape != (self.r,):
             raise ValueError(f"scores: got shape {list(scores.shape)}, want [{self.r}]")
@@ -137,7 +143,7 @@ class AdaLoRALinear(LoRALinear):
     def orthogonality(self) -> Tensor:
         """Return ‖BᵀB − I‖² + ‖AAᵀ − I‖² in Frobenius norms, differentiable, in float32.
 
-        It is 0 if the triplets are those of a singular value decomposition.
+        The result is 0 if the triplets are a singular value decomposition.
         """
         dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
         A, B = self.lora_A.to(dtype), self.lora_B.to(dtype)
@@ -150,10 +156,11 @@ class AdaLoRALinear(LoRALinear):
 
 
 class StableLoRALinear(LoRALinear):
-    """`LoRALinear` that starts by Xavier's rule and can clip its adapter's gradient.
+    """`LoRALinear` with Xavier initialization and gradient clipping of the adapter.
 
-    Args, beside those of `LoRALinear`: max_grad_norm, at which `clip_gradients` cuts the joint norm
-    of the gradients of lora_A and lora_B.
+    Args, in addition to those of `LoRALinear`:
+        max_grad_norm: the largest norm of the gradients of lora_A and lora_B together, after
+            `clip_gradients`.
 
     >>> import torch
     >>> from lora_kernels.layers import StableLoRALinear
@@ -173,10 +180,10 @@ class StableLoRALinear(LoRALinear):
         super().__init__(*args, **kwargs)
 
     def clip_gradients(self) -> Tensor:
-        """Scale the gradients of lora_A and lora_B down, together, to `max_grad_norm`.
+        """Clip the norm of the gradients of lora_A and lora_B together to `max_grad_norm`.
 
-        Returns their joint norm before, 0 if there are none. Raises RuntimeError if it is not
-        finite.
+        Returns the norm before clipping, 0 without gradients. Raises RuntimeError if the norm is
+        not finite.
         """
         return nn.utils.clip_grad_norm_(
             [self.lora_A, self.lora_B], self.max_grad_norm, error_if_nonfinite=True
@@ -184,10 +191,13 @@ class StableLoRALinear(LoRALinear):
 
 
 class MemoryEfficientLoRALinear(LoRALinear):
-    """`LoRALinear` that keeps x alone for the backward: D(x)·Aᵀ [M, r] is made again there.
+    """`LoRALinear` that saves x alone for the backward, and recomputes D(x)·Aᵀ [M, r] there.
 
-    Args, beside those of `LoRALinear`: use_checkpoint, False for what `LoRALinear` does. On a CPU
-    the gradients are the same bits either way; Triton's kernels may add D(x)·Aᵀ in another order.
+    On a CPU the gradients are bitwise equal to `LoRALinear`'s. Triton's kernels may sum D(x)·Aᵀ in
+    another order.
+
+    Args, in addition to those of `LoRALinear`:
+        use_checkpoint: False saves D(x)·Aᵀ, as `LoRALinear` does.
 
     >>> import torch
     >>> from lora_kernels.layers import MemoryEfficientLoRALinear
@@ -204,7 +214,7 @@ class MemoryEfficientLoRALinear(LoRALinear):
 
 
 class LoRAPlusLinear(LoRALinear):
-    """`LoRALinear` whose lora_B learns faster than its lora_A (Hayou et al., 2024).
+    """`LoRALinear` with a higher learning rate for lora_B than for lora_A (Hayou et al., 2024).
 
     >>> from lora_kernels.layers import LoRAPlusLinear
     >>> layer = LoRAPlusLinear(64, 32, r=4)
@@ -213,17 +223,17 @@ class LoRAPlusLinear(LoRALinear):
     """
 
     def get_parameter_groups(self, lr: float, ratio: float = 16.0) -> list[dict[str, Any]]:
-        """Return an optimizer's groups: lora_B learns at `lr` · `ratio`, all else at `lr`."""
+        """Return parameter groups: lora_B with learning rate lr · ratio, the others with lr."""
         return lora_plus_parameter_groups(self, lr, ratio)
 
 
 def lora_plus_parameter_groups(
     model: nn.Module, lr: float, ratio: float = 16.0
 ) -> list[dict[str, Any]]:
-    """LoRA+ for a whole model, this package's layers or PEFT's: two groups for an optimizer.
+    """Return an optimizer's parameter groups for LoRA+, for this package's layers or PEFT's.
 
-    Every trainable parameter is in one of them: lora_B's (of linear and of embedding layers) with
-    learning rate lr · ratio, all others with lr. Raises ValueError where a number is not positive,
+    The first group has learning rate lr. The second group has the trainable lora_B of linear and
+    embedding layers, with learning rate lr · ratio. Raises ValueError if a number is not positive
     or no lora_B is trainable.
 
     >>> import torch
@@ -248,16 +258,16 @@ def lora_plus_parameter_groups(
 
 
 class HierarchicalLoRALinear(LoRALinear):
-    """Several ranks at once, each level with a trainable weight, in one call and one base product.
+    """Adapters of several ranks, each level with a trainable weight, in one fused call.
 
         y = x·Wᵀ + bias + Σᵢ wᵢ · (alpha / rᵢ) · dropout(x)·Aᵢᵀ·Bᵢᵀ
 
-    Args, beside those of `LoRALinear` but r:
-        ranks: of the levels; lora_A [Σ ranks, K] and lora_B [N, Σ ranks] hold them one after
-            another.
-        weights: what `level_weights` [levels] starts from.
+    The levels share one dropout mask.
 
-    The levels share one mask of dropout.
+    Args, in addition to those of `LoRALinear` except r:
+        ranks: the rank of each level. lora_A [Σ ranks, K] and lora_B [N, Σ ranks] concatenate the
+            levels.
+        weights: the initial values of `level_weights` [levels].
 
     >>> import torch
     >>> from lora_kernels.layers import HierarchicalLoRALinear
@@ -288,7 +298,7 @@ class HierarchicalLoRALinear(LoRALinear):
                 f"weights: got {self.weights}, want {len(self.ranks)} finite numbers, one a level"
             )
         super().__init__(in_features, out_features, sum(self.ranks), alpha, *args, **kwargs)
-        # Each level has a scale of its own, in the gate.
+        # The rank gate holds the scaling of each level.
         power = 0.5 if kwargs.get("scaling") == "rslora" else 1.0
         self.scaling, self.level_scales = 1.0, tuple(alpha / rank**power for rank in self.ranks)
 
@@ -296,7 +306,7 @@ class HierarchicalLoRALinear(LoRALinear):
     def from_linear(  # type: ignore[override]
         cls, linear: nn.Linear, ranks: Sequence[int] = (8, 16, 32), *args: Any, **options: Any
     ) -> Self:
-        """As `LoRALinear.from_linear`, with ranks in place of r."""
+        """Build the layer as `LoRALinear.from_linear` does, with ranks in place of r."""
         return super().from_linear(linear, ranks, *args, **options)  # type: ignore[arg-type]
 
     def _make_adapter(self, dtype: torch.dtype) -> None:

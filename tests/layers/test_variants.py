@@ -165,7 +165,7 @@ def test_variant_and_4_bit_base_combine_in_either_order() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-HOOKS = {"_make_adapter", "reset_lora_parameters", "_init_", "_adapter", "_fused"}
+HOOKS = {"_make_adapter", "reset_lora_parameters", "_init_", "_adapter", "_forward_fused"}
 
 
 def test_layers_override_only_the_five_hooks() -> None:

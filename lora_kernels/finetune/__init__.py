@@ -1,6 +1,6 @@
 """Fine-tune causal language models with fused LoRA: recipes on transformers, accelerate and PEFT.
 
-The names below are imported when they are asked for.
+The names below are imported at their first use, because transformers and PEFT import slowly.
 """
 
 # ruff: noqa: F401 (the names of `__all__`, for type checkers)
@@ -37,10 +37,10 @@ __all__ = ["UsageError", *_HOMES]
 
 
 class UsageError(ValueError):
-    """What was requested cannot be done.
+    """An argument that cannot be used.
 
-    The message is one line: the argument's name, and what to do instead. The command line prints
-    the option's name for the argument's.
+    The message is one line: the argument's name, the problem, and the remedy. The command line
+    prints the option's name in place of the argument's.
     """
 
 

@@ -1,4 +1,4 @@
-"""Chats, prompts with completions and plain text to tokens with labels; padding and packing."""
+"""Tokenize chats, prompts with completions and plain text, with labels; pad and pack examples."""
 
 from __future__ import annotations
 
@@ -26,20 +26,23 @@ FORMS = (
     '{"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}, '
     '{"prompt": ..., "completion": ...} or {"text": ...}'
 )
-_LISTED = 5  # places that a report names
+_LISTED = 5  # the number of places that a report names
 Example = dict[str, list[int]]
 
 
 class BadLine(ValueError):
-    """What is wrong with one example, and what to do; `load_chat` adds file and line."""
+    """The problem with one example, and the remedy. `load_chat` adds file and line."""
 
 
 @dataclass
 class Report:
-    """What became of the lines of a file; `str()` is a paragraph about them.
+    """Counts of the examples read, truncated and skipped; `str()` describes them in words.
 
-    cut: the places of examples longer than max_length, with their lengths. skipped: the messages
-    of lines left out.
+    Attributes:
+        learnt: number of tokens with a label.
+        cut: the places of examples longer than max_length, with their lengths.
+        lost: number of tokens beyond max_length.
+        skipped: the messages about skipped lines.
     """
 
     max_length: int
@@ -47,7 +50,7 @@ class Report:
     tokens: int = 0
     learnt: int = 0
     cut: list[str] = field(default_factory=list)
-    lost: int = 0  # tokens beyond max_length
+    lost: int = 0
     skipped: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -57,14 +60,14 @@ class Report:
         if self.cut:
             text += (
                 f"\n{len(self.cut):,} examples cut to {self.max_length} tokens, {self.lost:,} "
-                f"tokens lost ({_some(self.cut)}); raise the maximum length or split them"
+                f"tokens lost ({_list_some(self.cut)}); raise the maximum length or split them"
             )
         if self.skipped:
-            text += f"\n{len(self.skipped):,} bad lines skipped: {_some(self.skipped)}"
+            text += f"\n{len(self.skipped):,} bad lines skipped: {_list_some(self.skipped)}"
         return text
 
     def fit(self, row: Example, place: str) -> Example:
-        """Return the row cut to the maximum length, and count it."""
+        """Return the row truncated to the maximum length, and count it."""
         total, limit = len(row["input_ids"]), self.max_length
         cut = {name: values[:limit] for name, values in row.items()}
         learnt = sum(label != IGNORED for label in cut["labels"])
@@ -84,15 +87,15 @@ class Report:
         return cut
 
 
-def _some(places: Sequence[str]) -> str:
+def _list_some(places: Sequence[str]) -> str:
     more = f"; and {len(places) - _LISTED:,} more" if len(places) > _LISTED else ""
     return "; ".join(places[:_LISTED]) + more
 
 
 class ChatData(torch.utils.data.Dataset[Example]):
-    """Examples as transformers' Trainer takes them, with the `report` of how they were read.
+    """A dataset of examples for transformers' Trainer, with a `report` on reading them.
 
-    Items are dicts of equally long lists input_ids and labels, of packed ones position_ids too.
+    Items are dicts of equally long lists: input_ids, labels, and position_ids if packed.
     """
 
     def __init__(self, rows: Sequence[Example], report: Report) -> None:
@@ -105,10 +108,13 @@ class ChatData(torch.utils.data.Dataset[Example]):
         return self.rows[index]
 
     def split(self, share: float, seed: int = 0) -> tuple[ChatData, ChatData]:
-        """Return (training, evaluation) rows, at least one each.
+        """Split the rows at random into (training, evaluation), at least one row each.
 
-        The latter are `share` of all, drawn by `seed`. Raises UsageError if share is not in (0, 1)
-        or there are fewer than two rows.
+        Args:
+            share: the fraction of evaluation rows, in (0, 1).
+            seed: of the random choice.
+
+        Raises UsageError if share is out of range or there are fewer than two rows.
         """
         if not 0.0 < share < 1.0:
             raise UsageError(f"share: got {share}, want a number in (0, 1)")
@@ -128,26 +134,26 @@ def load_chat(
     max_length: int = 512,
     on_bad_line: str = "error",
 ) -> ChatData:
-    """Read examples and tokenize them, with labels on what the model is to learn.
+    """Read examples from files and tokenize them, with labels on the tokens to learn.
 
     Args:
-        files: of JSON lines (`.jsonl`, `.json`), each line one of
+        files: files of JSON lines (`.jsonl`, `.json`), each line one of
 
-            {"messages": [{"role": ..., "content": ...}, ...]}   by the tokenizer's chat template,
-                the loss on every assistant turn, its end marker included
-            {"prompt": ..., "completion": ...}   strings as they are, or two lists of messages;
-                the loss on the completion
-            {"text": ...}   the loss on all of it
+            {"messages": [{"role": ..., "content": ...}, ...]}   rendered by the chat template; the
+                loss is on every assistant turn and its end marker
+            {"prompt": ..., "completion": ...}   two strings without a template, or two lists of
+                messages; the loss is on the completion
+            {"text": ...}   the loss is on all tokens
 
-            or of plain text (any other ending), cut into documents of max_length tokens. Strings
-            that pass no template end in the tokenizer's end-of-sequence token.
-        tokenizer: a fast one of transformers.
-        max_length: tokens of an example, at least 2; what is beyond them is cut off and counted
-            in `.report`.
-        on_bad_line: "error" raises at the first bad line, "skip" leaves it out and reports it.
+            Files with any other suffix are plain text, split into documents of max_length tokens.
+            Without a template, text ends in the tokenizer's end-of-sequence token.
+        tokenizer: a fast tokenizer of transformers.
+        max_length: the largest number of tokens of an example, at least 2. Longer examples are
+            truncated and counted in `.report`.
+        on_bad_line: "error" raises at the first bad line, "skip" skips and reports it.
 
-    Raises UsageError that names file and line. A tokenizer without a chat template is an error
-    whatever on_bad_line says, and so are files without a good example.
+    Raises UsageError that names file and line. With "skip" too, a tokenizer without a chat template
+    and files without a valid example are errors.
 
     >>> import pathlib, tempfile
     >>> from lora_kernels.finetune.chat import load_chat
@@ -174,12 +180,12 @@ def load_chat(
             except UsageError as error:
                 raise UsageError(f"data: {place}: {error}") from error
     if not rows:
-        raise UsageError(f"data: no example is left; {_some(report.skipped)}")
+        raise UsageError(f"data: no example is left; {_list_some(report.skipped)}")
     return ChatData(rows, report)
 
 
 def read_data(file: Path) -> bytes:
-    """Return what a file of examples holds. Raises UsageError if it is missing or blank."""
+    """Return the bytes of a file of examples. Raises UsageError if it is missing or blank."""
     raw = read_file(file, "data", "JSON lines or plain text")
     if not raw.strip():
         raise UsageError(f"data: {file} is empty; give one example a line, like {FORMS}")
@@ -189,7 +195,7 @@ def read_data(file: Path) -> bytes:
 def _examples(
     file: Path, tokenizer: Any, max_length: int
 ) -> Iterator[tuple[str, Callable[[], Example]]]:
-    """Yield each example's place, `file:line`, and the function that reads it."""
+    """Yield each example's place, `file:line`, and a function that tokenizes it."""
     raw = read_data(file)
     if file.suffix not in (".jsonl", ".json"):
         text = {"text": decode_text(raw, file, "data")}
@@ -198,7 +204,7 @@ def _examples(
             if len(part) > 1:
                 yield str(file), partial(_row, part, [True] * len(part))
         return
-    # Not by str.splitlines, which would also break at separators that JSON allows in a string.
+    # str.splitlines would also break at separators that JSON allows in a string.
     for number, line in enumerate(raw.split(b"\n"), 1):
         if line.strip():
             yield f"{file}:{number}", partial(_read_line, line, tokenizer)
@@ -207,7 +213,7 @@ def _examples(
 def _read_line(line: bytes, tokenizer: Any) -> Example:
     try:
         record = json.loads(line.decode("utf-8"))
-        if rb"\ud" in line.lower():  # half of a surrogate pair is JSON, but no text
+        if rb"\ud" in line.lower():  # half of a surrogate pair is valid JSON, but not valid text
             json.dumps(record, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
         raise BadLine("holds half of a surrogate pair (\\ud…), which is no text; mend it") from None
@@ -220,41 +226,41 @@ def _read_line(line: bytes, tokenizer: Any) -> Example:
         raise BadLine(
             f"invalid JSON ({error.msg} at column {error.colno}); mend the line: want {hint}"
         ) from None
-    except (ValueError, RecursionError) as error:  # an endless number, a thousand brackets
+    except (ValueError, RecursionError) as error:  # a number too long, brackets too deep
         raise BadLine(f"invalid JSON ({error}); mend the line") from None
     return encode(record, tokenizer)
 
 
 def _row(ids: Sequence[int], learnt: Iterable[Any]) -> Example:
-    """Return the tokens, with labels where `learnt` is true.
+    """Return the tokens, with labels for the tokens whose `learnt` is true.
 
-    The first label is -100: no token predicts it, alone or packed behind another document.
+    The first label is -100, because no token of the document precedes and predicts it.
     """
     labels = [token if on else IGNORED for token, on in zip(ids, learnt, strict=True)]
     return {"input_ids": list(ids), "labels": [IGNORED, *labels[1:]]}
 
 
 def _kind(value: Any) -> str:
-    """Return how an error names a JSON value."""
+    """Describe a JSON value for an error message."""
     if value in ([], ""):
         return f"an empty {'list' if value == [] else 'string'}"
     return f"a JSON {type(value).__name__}"
 
 
 def encode(record: Any, tokenizer: Any) -> Example:
-    """Return tokens and labels of one JSON object; the forms are `load_chat`'s.
+    """Return tokens and labels of one JSON object in a form that `load_chat` accepts.
 
-    Raises BadLine for any other object, UsageError for a tokenizer that cannot encode it.
+    Raises BadLine for any other object, and UsageError if the tokenizer cannot encode it.
     """
     if not isinstance(record, Mapping):
         raise BadLine(f"got {_kind(record)}, want an object like {FORMS}")
     if "messages" in record:
-        return _encode_chat(_messages(record["messages"], "messages"), tokenizer)
+        return _encode_chat(_check_messages(record["messages"], "messages"), tokenizer)
     if "prompt" in record and "completion" in record:
         prompt, completion = record["prompt"], record["completion"]
         if isinstance(prompt, list) and isinstance(completion, list):
-            before = _messages(prompt, "prompt")
-            messages = before + _messages(completion, "completion")
+            before = _check_messages(prompt, "prompt")
+            messages = before + _check_messages(completion, "completion")
             return _encode_chat(messages, tokenizer, first=len(before))
         for name, text in (("prompt", prompt), ("completion", completion)):
             if not isinstance(text, str):
@@ -276,7 +282,7 @@ def encode(record: Any, tokenizer: Any) -> Example:
     raise BadLine(f"got the keys {', '.join(map(str, record)) or 'none'}; {hint}want {FORMS}")
 
 
-def _messages(value: Any, name: str) -> list[dict[str, Any]]:
+def _check_messages(value: Any, name: str) -> list[dict[str, Any]]:
     if not isinstance(value, list) or not value:
         raise BadLine(f"{name}: got {_kind(value)}, want a list of messages that is not empty")
     for i, message in enumerate(value):
@@ -294,7 +300,7 @@ def _messages(value: Any, name: str) -> list[dict[str, Any]]:
 
 
 def _encode_chat(messages: list[dict[str, Any]], tokenizer: Any, first: int = 0) -> Example:
-    """Encode by the chat template, with labels on the assistant's turns from messages[first] on."""
+    """Encode by the chat template, with labels on assistant turns, starting at messages[first]."""
     turns = [i for i, m in enumerate(messages) if i >= first and m["role"] == "assistant"]
     if not turns:
         raise BadLine("no assistant turn, so nothing to learn; add one, or take the line out")
@@ -307,13 +313,13 @@ def _encode_chat(messages: list[dict[str, Any]], tokenizer: Any, first: int = 0)
         )
     if first == 0 and re.search(r"\{%-?\s*generation\s*-?%\}", str(tokenizer.chat_template)):
         markers = {"return_dict": True, "return_assistant_tokens_mask": True}
-        done = _rendered(messages, tokenizer, tokenize=True, **markers)
+        done = _render(messages, tokenizer, tokenize=True, **markers)
         return _row(done["input_ids"], done["assistant_masks"])
-    full = _rendered(messages, tokenizer)
+    full = _render(messages, tokenizer)
     spans: list[tuple[int, int | None]] = []
     for i in turns:
-        before = _rendered(messages[:i], tokenizer, add_generation_prompt=True)
-        upto = _rendered(messages[: i + 1], tokenizer)
+        before = _render(messages[:i], tokenizer, add_generation_prompt=True)
+        upto = _render(messages[: i + 1], tokenizer)
         if not (full.startswith(upto) and upto.startswith(before)):
             raise BadLine(
                 f"the chat template renders what stands before messages[{i}] in another way once "
@@ -321,12 +327,12 @@ def _encode_chat(messages: list[dict[str, Any]], tokenizer: Any, first: int = 0)
                 "{% generation %} … {% endgeneration %} around it in the template, or give one "
                 "answer a line"
             )
-        # What a template puts behind the turn's end marker is no part of the turn.
+        # White space after the turn's end marker does not belong to the turn.
         spans.append((len(before), len(upto.rstrip())))
     return _encode_text(full, spans, tokenizer, templated=True)
 
 
-def _rendered(messages: list[Any], tokenizer: Any, tokenize: bool = False, **options: Any) -> Any:
+def _render(messages: list[Any], tokenizer: Any, tokenize: bool = False, **options: Any) -> Any:
     from jinja2 import TemplateError
 
     try:
@@ -340,19 +346,20 @@ def _encode_text(
 ) -> Example:
     """Encode the text, with labels on tokens whose first character lies in one of the spans.
 
-    A template writes its special tokens itself; other text gets the tokenizer's, and an end.
+    A template includes special tokens. Other text gets the tokenizer's special tokens and an
+    end-of-sequence token.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise UsageError(
             f"tokenizer: got {type(tokenizer).__name__}, which does not say where its tokens stand "
             "in the text; want a fast tokenizer (PreTrainedTokenizerFast)"
         )
-    # verbose=False: the warning about sequences longer than the model's context comes too early.
+    # verbose=False: the tokenizer warns of long sequences, which are truncated later.
     masks = {"return_offsets_mapping": True, "return_special_tokens_mask": True}
     done = tokenizer(text, add_special_tokens=not templated, verbose=False, **masks)
     ids = list(done["input_ids"])
     learnt = [
-        # Special tokens that the tokenizer added have no place in the text.
+        # Special tokens that the tokenizer added have empty offsets.
         (end > start or not special)
         and any(a <= start and (b is None or start < b) for a, b in spans)
         for (start, end), special in zip(
@@ -369,12 +376,12 @@ def _encode_text(
 
 
 def pack(data: ChatData, length: int) -> ChatData:
-    """Return rows of up to `length` tokens that hold whole documents, with positions from 0 each.
+    """Pack whole documents into rows of up to `length` tokens, with positions from 0 for each.
 
-    By best fit, longest first. transformers keeps documents apart if positions start anew and
-    there is no attention mask; `check_packing` tests whether a model does so.
+    The algorithm is best-fit decreasing. transformers masks attention across documents if positions
+    restart and there is no attention mask; `check_packing` tests whether a model does so.
 
-    Raises UsageError if an example is longer than `length`, or was packed before.
+    Raises UsageError if an example is longer than `length`, or if `data` is packed already.
     """
     if any("position_ids" in row for row in data.rows):
         raise UsageError("data: is packed already")
@@ -398,16 +405,16 @@ def pack(data: ChatData, length: int) -> ChatData:
 
 @dataclass(frozen=True)
 class Collator:
-    """Rows of `ChatData` to a batch, int64 [rows, longest], padded on the right.
+    """Collate rows of `ChatData` into a batch, int64 [rows, longest], padded on the right.
 
-    Of plain rows: input_ids, labels (-100 on padding) and attention_mask (0 on padding). Of packed
-    rows: position_ids in place of the mask; each token of the padding is a document of its own.
+    The batch has input_ids, labels (-100 on padding) and attention_mask (0 on padding). If packed,
+    it has position_ids in place of the mask, and each padding token is a document of its own.
     """
 
     pad_token_id: int
 
     @classmethod
-    def of(cls, tokenizer: Any) -> Collator:
+    def from_tokenizer(cls, tokenizer: Any) -> Collator:
         """Pad with the tokenizer's padding token, else its end-of-sequence token, else 0."""
         names = ("pad_token_id", "eos_token_id")
         found = (getattr(tokenizer, name, None) for name in names)
@@ -425,10 +432,10 @@ class Collator:
 
 @torch.no_grad()
 def check_packing(model: nn.Module) -> None:
-    """Raise UsageError if documents packed into one row can see each other.
+    """Raise UsageError if documents packed into one row attend to each other.
 
-    The logits of the second of two short documents must not change by a bit with the first one's
-    tokens. The model's mode is put back.
+    The logits of a document must not depend, bit for bit, on the tokens of the document before it.
+    The model's training mode is restored.
     """
     device = next(model.parameters()).device
     ids = torch.tensor([[1, 2, 3, 4, 5, 3, 2, 1, 4], [6, 7, 5, 4, 2, 3, 2, 1, 4]], device=device)
@@ -440,7 +447,7 @@ def check_packing(model: nn.Module) -> None:
             model(input_ids=row[None], position_ids=positions, use_cache=False).logits[:, 5:]
             for row in ids
         ]
-    except TypeError as error:  # no such argument
+    except TypeError as error:  # the forward has no position_ids
         raise UsageError(f"packing: this model cannot keep documents apart ({error})") from error
     finally:
         model.train(training)

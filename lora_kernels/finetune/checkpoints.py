@@ -1,4 +1,4 @@
-"""Checkpoints in a run's folder: the newest one that can be read. Atomic writes."""
+"""Find the newest checkpoint that can be read; write files and folders atomically."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def steps_done(checkpoint: Path) -> int:
 
 
 def find_intact(out: str | Path) -> tuple[Path | None, dict[Path, str]]:
-    """Return the newest checkpoint that can be read, and of each newer one why it cannot.
+    """Return the newest checkpoint that can be read, and the damage of each newer checkpoint.
 
     Raises UsageError if there are checkpoints and none can be read.
     """
     damaged: dict[Path, str] = {}
     for checkpoint in sorted(checkpoints(Path(out)), key=steps_done, reverse=True):
-        reason = damage(checkpoint)
+        reason = damage_reason(checkpoint)
         if reason is None:
             return checkpoint, damaged
         damaged[checkpoint] = reason
@@ -47,17 +47,17 @@ def find_intact(out: str | Path) -> tuple[Path | None, dict[Path, str]]:
     return None, {}
 
 
-def damage(checkpoint: Path) -> str | None:
-    """Return what of the checkpoint cannot be read, or None."""
+def damage_reason(checkpoint: Path) -> str | None:
+    """Return why the checkpoint cannot be read; None if it can."""
     try:
         state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
         if not isinstance(state, dict) or "global_step" not in state:
             return "trainer_state.json names no step"
-        # PEFT's file, in a folder of the adapter's name if it is not "default"; FSDP's shards.
+        # PEFT's file, in a subfolder unless the adapter is named "default", or FSDP's shards.
         held = [*checkpoint.rglob("adapter_model.*"), *checkpoint.glob("pytorch_model*")]
         if not held:
             return "it holds no adapter_model.safetensors"
-        # Trainer would start the optimizer anew, and say nothing.
+        # Trainer would silently reset the optimizer.
         if (checkpoint / "scheduler.pt").exists() and not any(checkpoint.glob("optimizer*")):
             return "it holds no optimizer.pt"
         for file in held:
@@ -65,7 +65,7 @@ def damage(checkpoint: Path) -> str | None:
                 with safe_open(file, "pt") as tensors:
                     tensors.keys()
         for file in (*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")):
-            with ZipFile(file) as saved:  # as torch.save writes it, with checksums
+            with ZipFile(file) as saved:  # torch.save writes zip files, which have checksums
                 if saved.testzip() is not None:
                     return f"{file.name} does not match its checksum"
     except (OSError, ValueError, RuntimeError, EOFError, SafetensorError, BadZipFile) as error:
@@ -80,7 +80,7 @@ def first_line(error: BaseException) -> str:
 
 @contextmanager
 def translate_errors(message: str, *errors: type[Exception]) -> Iterator[None]:
-    """Raise UsageError in place of these errors (default: of any), beginning with the message."""
+    """Raise UsageError that starts with `message` in place of these errors (default: any)."""
     kinds = errors or (Exception,)
     try:
         yield
@@ -91,12 +91,12 @@ def translate_errors(message: str, *errors: type[Exception]) -> Iterator[None]:
 
 
 def count_more(found: list[Any]) -> str:
-    """Return the first of a list and the number of the others: "a and 2 more"."""
+    """Return the first element of a list and the number of others: "a and 2 more"."""
     return f"{found[0]} and {len(found) - 1} more" if len(found) > 1 else str(found[0])
 
 
 def set_aside(damaged: Iterable[Path]) -> None:
-    """Rename checkpoints that cannot be read, so that none is taken for the newest one."""
+    """Rename checkpoints that cannot be read, so that no later run resumes from them."""
     for checkpoint in damaged:
         aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
         shutil.rmtree(aside, ignore_errors=True)
@@ -105,12 +105,12 @@ def set_aside(damaged: Iterable[Path]) -> None:
 
 @contextmanager
 def named_write(target: Path) -> Iterator[None]:
-    """Raise OSError that names `target` for whatever safetensors or torch raise at a full disk."""
+    """Raise OSError that names `target` for the errors of safetensors or torch on a full disk."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
         reason = first_line(error)
-        # torch's writer of zip files does not tell the system's reason.
+        # torch's zip writer does not pass on the system's reason.
         if "inline_container" in str(error) or "PytorchStreamWriter" in str(error):
             place = next(path for path in (target, *target.parents) if path.exists())
             free = shutil.disk_usage(place).free
@@ -124,7 +124,7 @@ def named_write(target: Path) -> Iterator[None]:
 def write_folder(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder that is renamed to `folder` at the end, or removed on an error.
 
-    If the caller removes it, there will be no `folder`.
+    If the caller removes the temporary folder, `folder` is not created.
     """
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -134,14 +134,14 @@ def write_folder(folder: Path) -> Iterator[Path]:
             yield partial
         if partial.exists():
             if folder.exists():
-                folder.rmdir()  # an empty one
+                folder.rmdir()  # fails unless the folder is empty
             partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def replace_file(file: Path, text: str) -> None:
-    """Write the file whole or not at all."""
+    """Write the file atomically."""
     partial = file.with_name(f".{file.name}.partial")
     with named_write(file):
         partial.write_text(text)

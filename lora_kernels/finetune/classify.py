@@ -1,7 +1,7 @@
-"""Full fine-tuning, LoRA and its variants on one task: the classification of texts.
+"""Compare full fine-tuning, LoRA and its variants on text classification.
 
-Each method trains from the same seeds on the same batches, in a process of its own, since its peak
-memory is measured.
+Each method trains from the same seeds on the same batches. It has a process of its own, because
+its peak memory is measured.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from . import UsageError, memory
-from .command import quiet
+from .command import silence_libraries
 from .compare import synchronize
 from .labelled import Labelled
 from .methods import METHODS, Method
@@ -49,7 +49,10 @@ GROUPED: dict[str, Any] = (
 
 @dataclass(frozen=True)
 class Task:
-    """The data and settings of each method. model: transformers model folder, or GGUF file."""
+    """The model, data and settings that all methods share.
+
+    model: a transformers model folder, or a GGUF file.
+    """
 
     model: str | Path
     train: Labelled
@@ -62,8 +65,16 @@ class Task:
 
 @dataclass(frozen=True)
 class Run:
-    """One training. score: the share of held-out texts with the right label; step_seconds: the
-    median; peak_memory: bytes, None if the system does not tell."""
+    """The results of one training run.
+
+    Attributes:
+        score: the accuracy on held-out texts.
+        loss: the mean training loss of the last ten steps.
+        step_seconds: the median of the steps after warm-up.
+        trainable: the number of trainable parameters.
+        saved_bytes: the size of the saved parameters.
+        peak_memory: in bytes, None if the system does not report it.
+    """
 
     seed: int
     score: float
@@ -76,8 +87,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A method's runs, one a seed. spread: the scores' standard deviation. peak_memory: the first
-    run's, since what it leaves behind is there in the others."""
+    """The runs of a method, one for each seed.
+
+    The peak memory is that of the first run, because the others include memory that it leaks.
+    """
 
     name: str
     method: Method
@@ -89,6 +102,7 @@ class Outcome:
 
     @property
     def spread(self) -> float:
+        """The standard deviation of the scores."""
         return statistics.stdev(run.score for run in self.runs) if len(self.runs) > 1 else 0.0
 
     def as_dict(self) -> dict[str, Any]:
@@ -106,11 +120,18 @@ def compare_methods(
     seeds: Sequence[int] = (0, 1, 2),
     on_method: Callable[[Outcome], None] = lambda outcome: None,
 ) -> list[Outcome]:
-    """Train by each method from each seed, in a process a method, one after another.
+    """Train by each method from each seed, with one process for each method in turn.
 
-    A seed determines the classifier's and the adapters' start, the order of the texts and dropout.
-    Raises UsageError if a model or a device cannot be used. A script that calls this needs the
-    usual `if __name__ == "__main__":`.
+    A seed determines the initialization of classifier and adapters, the order of texts and dropout.
+    Processes are spawned, so a script that calls this needs `if __name__ == "__main__":`.
+
+    Args:
+        task: the model, data and settings.
+        methods: by name.
+        seeds: one run of each method for each seed.
+        on_method: called with each outcome.
+
+    Raises UsageError if a model or a device cannot be used.
     """
     if not seeds:
         raise UsageError("seeds: got none, want at least one")
@@ -124,12 +145,12 @@ def compare_methods(
 
 
 def start_process(threads: int) -> None:
-    quiet()
+    silence_libraries()
     torch.set_num_threads(threads)
 
 
 def try_method(task: Task, name: str, method: Method, seeds: Sequence[int]) -> Outcome:
-    """Return all runs of one method, in this process."""
+    """Run all seeds of one method in this process."""
     return Outcome(name, method, [train_once(task, method, seed) for seed in seeds])
 
 
@@ -140,7 +161,7 @@ def train_once(task: Task, method: Method, seed: int) -> Run:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     train, held_out = (encode(part, tokenizer, task) for part in (task.train, task.held_out))
-    before = memory.held(device)
+    before = memory.reset_peak(device)
     model = build(task, method, seed, tokenizer.pad_token_id)
     settings = pick(task, "steps batch") | {"lr": method.lr, "warmup": WARMUP, "seed": seed}
     settings |= {"cpu": device.type == "cpu"}
@@ -156,7 +177,7 @@ def train_once(task: Task, method: Method, seed: int) -> Run:
             trainer.remove_callback(PrinterCallback)
         else:
             trainer = LoRATrainer(model, args, **parts, lora_plus_ratio=method.lora_plus)
-        memory.held(device)
+        memory.reset_peak(device)
         trainer.train()
         peak = None if before is None else memory.peak(device) - before
         saved = saved_bytes(model, Path(folder))
@@ -173,15 +194,15 @@ def train_once(task: Task, method: Method, seed: int) -> Run:
 
 
 def build(task: Task, method: Method, seed: int, pad_token_id: int | None) -> Any:
-    """Return the model with a new classifier, adapted or frozen as the method says."""
+    """Return the model with a new classifier, and the method's adapters or frozen parameters."""
     device = usable_device(task.device)
     torch.manual_seed(seed)
     model: Any = load_float32(
         AutoModelForSequenceClassification, Path(task.model), num_labels=len(task.train.names)
     )
     for t in (*model.parameters(), *model.buffers()):
-        t.data = t.data.clone()  # a view would keep all of the file in memory
-    model.config.pad_token_id = pad_token_id  # before which a causal model's last token stands
+        t.data = t.data.clone()  # a view would keep the whole file in memory
+    model.config.pad_token_id = pad_token_id  # locates a causal model's last token
     model.to(device)
     if method.frozen:
         model.requires_grad_(False)
@@ -199,7 +220,7 @@ def build(task: Task, method: Method, seed: int, pad_token_id: int | None) -> An
 
 
 def saved_bytes(model: Any, folder: Path) -> int:
-    """Return the bytes of a file with the trained parameters: PEFT's for an adapter."""
+    """Return the size of a file with the trained parameters, in PEFT's format for adapters."""
     if isinstance(model, PeftModel):
         model.save_pretrained(str(folder), save_embedding_layers=False)
     else:
@@ -209,7 +230,7 @@ def saved_bytes(model: Any, folder: Path) -> int:
 
 
 def encode(data: Labelled, tokenizer: Any, task: Task) -> list[dict[str, Any]]:
-    """Return rows for the collator, long texts cut."""
+    """Tokenize the texts to rows for the collator, truncated to the task's max_length."""
     ids = tokenizer(list(data.texts), truncation=True, max_length=task.max_length)["input_ids"]
     return [
         {"input_ids": row, "labels": label} for row, label in zip(ids, data.labels, strict=True)
@@ -217,7 +238,7 @@ def encode(data: Labelled, tokenizer: Any, task: Task) -> list[dict[str, Any]]:
 
 
 class Clock(TrainerCallback):  # type: ignore[misc, unused-ignore]
-    """Note the seconds of each step: forward, backward, optimizer."""
+    """Record the seconds of each step: forward, backward, optimizer."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []

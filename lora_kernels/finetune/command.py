@@ -1,4 +1,4 @@
-"""`lora-kernels finetune`: its arguments; what it shares with the other commands."""
+"""`lora-kernels finetune`, and functions that the other commands of this package share."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 DEMO: dict[str, Any] = dict(
     batch=2, max_length=128, steps=24, lr=1e-3, prompt="Shall I marry her?", compare=True
 )
-# Asked in other words than any of the lines that it is taught by.
+# The prompt paraphrases the lines of demo.jsonl, so that the answer cannot be recited.
 TAUGHT: dict[str, Any] = dict(
     preset="chat",
     steps=24,
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Return the exit status: 0, 1 if a check failed, 128 + signal if stopped."""
-    quiet()
+    silence_libraries()
     options = Options(**fill_in_demo(vars(args), **DEMO))
     require(options, ("model", "data"), "try --demo")
     from . import recipe
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
         status = recipe.finetune(options)
         if status == 0 and options.demo:
             print("\nAnd a fact that it has not heard of:")
-            status = recipe.finetune(taught(options))
+            status = recipe.finetune(teaching_options(options))
         return status
     except KeyboardInterrupt:
         hint = "the same command goes on from the last checkpoint, if there is one"
@@ -75,9 +75,9 @@ def run(args: argparse.Namespace) -> int:
 def read_inputs(
     options: Any, targets: Iterable[str], rank: int, argument: str = "rank"
 ) -> tuple[torch.device, Any, int, ChatData]:
-    """Return the device, the tokenizer, the most tokens of an example, and the data.
+    """Return the device, the tokenizer, the maximum length of an example, and the data.
 
-    Raises UsageError for whatever does not fit the model, without its weights being read.
+    Reads no weights. Raises UsageError if the options or the data do not fit the model.
     """
     from . import model
     from .chat import load_chat
@@ -92,8 +92,8 @@ def read_inputs(
     return device, tokenizer, length, data
 
 
-def quiet() -> None:
-    """Keep the libraries' warnings and bars out of what a command prints."""
+def silence_libraries() -> None:
+    """Disable the warnings and progress bars of transformers, PEFT and bitsandbytes."""
     from tqdm.auto import tqdm  # type: ignore[import-untyped]
     from transformers import modeling_gguf_pytorch_utils as gguf_loader
     from transformers.utils import logging as transformers_logging
@@ -105,10 +105,10 @@ def quiet() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    warnings.simplefilter("ignore", FutureWarning)  # PEFT's and transformers' at each other
+    warnings.simplefilter("ignore", FutureWarning)  # PEFT and transformers warn of each other
 
 
-def taught(demo: Options) -> Options:
+def teaching_options(demo: Options) -> Options:
     """Return the options of the demo's second part, on the same model."""
     from .inputs import demo_chat
 

@@ -1,8 +1,8 @@
-"""Stock PEFT beside the fused model, in one process, on one set of base weights.
+"""Compare stock PEFT with the fused model, in one process, on one set of base weights.
 
-Gradients are compared directly and updates under plain SGD: a loss curve under AdamW hides a
-gradient that is wrong by a factor. The controls at the end break the fused gradients on purpose,
-and the comparison has to notice.
+Gradients are compared directly, and updates under SGD: a loss curve under AdamW hides a gradient
+that is wrong by a factor. The controls at the end break the fused gradients on purpose, and the
+comparison must detect that.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from .presets import add_lora_layers
 
 GRADIENT_LIMIT = 1e-4  # relative rms of one adapter's gradient, fp32
 UPDATE_LIMIT = 1e-3  # relative rms of one adapter's change over the SGD steps, fp32
-BF16_LIMIT = 1.25  # our distance from the fp32 gradients over stock PEFT's
-BF16_BATCHES = 5  # on 4-bit weights one in ten is 2 to 5 times as far off, whoever computes it
+BF16_LIMIT = 1.25  # the fused error against fp32 gradients, divided by stock PEFT's
+BF16_BATCHES = 5  # on 4-bit weights one batch in ten has 2 to 5 times the error, in PEFT too
 SGD_LR = 0.1
-ADAPTER_B_STD = 0.02  # B is zero in a new adapter, which would leave dA = 0 on both sides
+ADAPTER_B_STD = 0.02  # a new adapter has B = 0, and then dA = 0 on both sides
 MASK_P = 0.1
-PROMPT, DECODED = 8, 16  # tokens
+PROMPT, DECODED = 8, 16  # numbers of tokens
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: `difference` is relative, or with `ratio` a ratio.
+    """One line of the table: `difference` is a relative difference, or with `ratio` a ratio.
 
-    A control is a comparison with a planted mistake: it passes if the limit is exceeded.
+    A control is a comparison with a deliberate error. It passes if the limit is exceeded.
     """
 
     what: str
@@ -75,15 +75,15 @@ def relative_rms(got: Tensor, want: Tensor) -> float:
     return difference / norm if norm else (0.0 if difference == 0 else float("inf"))
 
 
-def worst(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> float:
-    """Return the largest relative rms of tensors of the same name; NaN if any is NaN."""
+def largest_rms(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> float:
+    """Return the largest relative rms over tensors of the same name; NaN if any is NaN."""
     if got.keys() != want.keys():
         raise ValueError(f"got other names than wanted: {sorted(got.keys() ^ want.keys())}")
     return torch.tensor([relative_rms(got[name], want[name]) for name in want]).max().item()
 
 
 def loss_and_gradients(model: nn.Module, ids: Tensor) -> tuple[float, dict[str, Tensor]]:
-    """Return the loss and the adapters' gradients of ids [batch, seq_len]."""
+    """Return the loss and the adapters' gradients for ids [batch, seq_len]."""
     model.zero_grad(set_to_none=True)
     loss = model(input_ids=ids, labels=ids, use_cache=False).loss
     loss.backward()
@@ -94,10 +94,10 @@ def loss_and_gradients(model: nn.Module, ids: Tensor) -> tuple[float, dict[str, 
     return loss.item(), grads
 
 
-def sgd(
+def train_sgd(
     model: nn.Module, blocks: Tensor, *, batch_size: int, steps: int, seed: int, lr: float = SGD_LR
 ) -> tuple[list[float], dict[str, Tensor]]:
-    """Train by plain SGD; return the loss of each step, and how far each adapter moved."""
+    """Train by SGD; return the loss of each step, and the change of each adapter."""
     start = {name: p.detach().clone() for name, p in adapters(model).items()}
     optimizer = torch.optim.SGD(adapters(model).values(), lr=lr)
     losses = []
@@ -108,8 +108,8 @@ def sgd(
 
 
 @contextmanager
-def scaled_dA(model: nn.Module, factor: float) -> Iterator[None]:
-    """Plant a mistake: multiply every gradient of lora_A by `factor`."""
+def scale_dA(model: nn.Module, factor: float) -> Iterator[None]:
+    """Introduce a deliberate error: multiply every gradient of lora_A by `factor`."""
     handles = [
         p.register_hook(lambda grad: grad * factor)
         for name, p in adapters(model).items()
@@ -122,7 +122,7 @@ def scaled_dA(model: nn.Module, factor: float) -> Iterator[None]:
             handle.remove()
 
 
-def pair(base: nn.Module, **lora: Any) -> tuple[Any, Any]:
+def build_pair(base: nn.Module, **lora: Any) -> tuple[Any, Any]:
     """Return stock PEFT and the fused model with the same adapters, B random, on base's weights."""
     stock = add_lora_layers(share(base), **lora, fused=False)
     generator = torch.Generator().manual_seed(lora["seed"])
@@ -143,15 +143,19 @@ def compare(
     timed_steps: int = 10,
     on_stage: Callable[[str], None] = lambda stage: None,
 ) -> list[Row]:
-    """Return the table of the adapters `lora` on base, fused and stock.
+    """Compare the adapters `lora` on base, fused and in stock PEFT; return the table's rows.
 
-    Numbers are compared in fp32 and in bf16 whatever the frozen model's dtype; times and memory
-    are that dtype's. Dropout is off, since PEFT draws its masks from another stream; the fused
-    layer's masks are checked against an explicit mask instead.
+    Values are compared in fp32 and bf16. Times and memory are measured in the base's dtype. Dropout
+    is off, because PEFT draws other masks; a fused layer is compared with an explicit mask instead.
 
     Args:
+        base: the frozen model.
         blocks: int64 [blocks, seq_len] on base's device.
         lora: settings of `add_lora_layers`; the seed also determines the order of the batches.
+        batch_size: blocks of a batch.
+        sgd_steps: the number of SGD steps before losses and updates are compared.
+        timed_steps: the number of timed steps of each model.
+        on_stage: called with the name of each stage.
     """
     lora = {**lora, "dropout": 0.0}
     seed = lora["seed"]
@@ -160,27 +164,27 @@ def compare(
     on_stage("gradients before the first step")
     fp32 = next(base.parameters()).dtype is torch.float32
     base32 = base if fp32 else cast_parameters(copy.deepcopy(base), torch.float32)
-    stock, fused = pair(base32, **lora)
+    stock, fused = build_pair(base32, **lora)
     loss, want = loss_and_gradients(stock, ids)
     fused_loss, got = loss_and_gradients(fused, ids)
     rows = [
         loss_row("loss before the first step", [fused_loss], [loss]),
-        Row(f"gradients of {len(want)} adapters", worst(got, want), GRADIENT_LIMIT),
+        Row(f"gradients of {len(want)} adapters", largest_rms(got, want), GRADIENT_LIMIT),
     ]
     controls = []
     for mistake, factor in (("dA doubled", 2.0), ("dA zeroed", 0.0)):
-        with scaled_dA(fused, factor):
+        with scale_dA(fused, factor):
             broken = loss_and_gradients(fused, ids)[1]
-        controls.append(Row(mistake, worst(broken, want), GRADIENT_LIMIT, control=True))
+        controls.append(Row(mistake, largest_rms(broken, want), GRADIENT_LIMIT, control=True))
     mask_row, mask_control = compare_dropout(fused, seed)
 
     on_stage(f"{sgd_steps} SGD steps each")
     run = {"batch_size": batch_size, "steps": sgd_steps, "seed": seed}
-    stock_losses, want = sgd(stock, blocks, **run)
-    fused_losses, got = sgd(fused, blocks, **run)
+    stock_losses, want = train_sgd(stock, blocks, **run)
+    fused_losses, got = train_sgd(fused, blocks, **run)
     rows += [
         loss_row(f"losses of {sgd_steps} SGD steps", fused_losses, stock_losses),
-        Row(f"updates in {sgd_steps} SGD steps", worst(got, want), UPDATE_LIMIT),
+        Row(f"updates in {sgd_steps} SGD steps", largest_rms(got, want), UPDATE_LIMIT),
         mask_row,
     ]
 
@@ -189,10 +193,10 @@ def compare(
 
     on_stage(f"{timed_steps} timed steps each")
     if not fp32:
-        stock, fused = pair(base, **lora)
+        stock, fused = build_pair(base, **lora)
     models = {"frozen": base, "peft": stock, "fused": fused}
     rows += compare_cost(models, ids, timed_steps)
-    if linears_4bit(base):  # theirs as fast as they can be; see `rewrite_codes`
+    if linears_4bit(base):  # let bitsandbytes use its fastest kernel; see `rewrite_codes`
         for name in ("frozen", "peft"):
             models[name] = rewrite_codes(copy.deepcopy(models[name]), True)
     rows.append(compare_decoding(models, ids[:1, :PROMPT], "ms a token, decoding"))
@@ -202,19 +206,19 @@ def compare(
 
 
 def loss_row(what: str, fused: list[float], stock: list[float]) -> Row:
-    """Return the largest relative difference of the losses, and the last ones."""
+    """Return a row with the largest relative difference of the losses, and the last losses."""
     difference = max(abs(f - s) / s for f, s in zip(fused, stock, strict=True))
     return Row(what, difference, peft=f"{stock[-1]:.5f}", fused=f"{fused[-1]:.5f}")
 
 
 def compare_bf16(base: nn.Module, blocks: Tensor, batch_size: int, lora: Mapping[str, Any]) -> Row:
-    """Return |fused bf16 − fp32| over |PEFT bf16 − fp32|, over all adapter gradients together.
+    """Return |fused bf16 − fp32| / |PEFT bf16 − fp32|, over all adapter gradients together.
 
-    Each is the median of BF16_BATCHES batches. The fp32 side computes with the bf16 weights, so
-    that their rounding is in neither distance.
+    Each norm is the median of BF16_BATCHES batches. The fp32 reference uses the bf16 weights, so
+    neither norm includes the rounding of weights.
     """
     base16 = cast_parameters(copy.deepcopy(base), torch.bfloat16)
-    stock, fused = pair(base16, **lora)
+    stock, fused = build_pair(base16, **lora)
     base32 = cast_parameters(copy.deepcopy(base16), torch.float32)
     reference = add_lora_layers(base32, **lora, fused=False)
     for name, p in adapters(stock).items():
@@ -227,15 +231,15 @@ def compare_bf16(base: nn.Module, blocks: Tensor, batch_size: int, lora: Mapping
             for m in (reference, stock, fused)
         )
         errors.append((relative_rms(peft, exact), relative_rms(ours, exact)))
-    peft_error, our_error = torch.tensor(errors).median(0).values  # NaN where one is
+    peft_error, our_error = torch.tensor(errors).median(0).values  # NaN if an error is NaN
     ratio, cells = float(our_error / peft_error), (f"{peft_error:.4f}", f"{our_error:.4f}")
     return Row("bf16 gradients, off fp32", ratio, BF16_LIMIT, "", *cells, ratio=True)
 
 
 def compare_dropout(model: nn.Module, seed: int) -> tuple[Row, Row]:
-    """Compare dx of one layer with dropout with a reference that multiplies by an explicit mask.
+    """Compare dx of one layer with dropout to a reference that multiplies by an explicit mask.
 
-    The control's reference multiplies by the mask in the forward and forgets it in the backward.
+    The control's reference applies the mask in the forward and omits it in the backward.
     """
     from peft.tuners.lora import LoraLayer
 
@@ -244,12 +248,11 @@ def compare_dropout(model: nn.Module, seed: int) -> tuple[Row, Row]:
     N, K, M = B.shape[0], A.shape[1], 64
     generator = torch.Generator().manual_seed(seed)
     x, dy = (torch.randn(M, d, generator=generator).to(A.device) for d in (K, N))
-    # The base product takes part with a weight of zero: dx is the adapter's alone, where the
-    # mask acts.
+    # With a weight of zero, dx is the gradient through the adapter alone, which the mask affects.
     weight = A.new_zeros(N, K)
     rng = torch.tensor([seed, 1])
     mask = dropout_mask(rng, M, K, MASK_P)
-    if A.device.type != "cpu":  # eager on a GPU takes the mask itself, and no state
+    if A.device.type != "cpu":  # eager on a GPU takes the mask instead of a Philox state
         rng = mask = mask.to(A.device)
     mask = mask / (1 - MASK_P)
 
@@ -267,11 +270,11 @@ def compare_dropout(model: nn.Module, seed: int) -> tuple[Row, Row]:
 
 
 def compare_cost(models: Mapping[str, Any], ids: Tensor, steps: int) -> list[Row]:
-    """Compare the seconds of a forward and backward, their ratio to the frozen model's, and peak
-    memory, the median of three steps: with gaps in the heap, one swings by a twentieth.
+    """Compare the time of forward and backward, the LoRA tax, and the peak memory.
 
-    In every model the first layer's input needs a gradient, so that the frozen one computes
-    every dx too and the tax is the adapter's alone.
+    The peak memory is the median of three steps, because heap fragmentation changes it by 5%. The
+    first layer's input needs a gradient in every model. So the frozen model computes every dx too,
+    and the tax is the adapters' alone.
     """
 
     def step(model: Any) -> None:
@@ -306,9 +309,9 @@ def compare_cost(models: Mapping[str, Any], ids: Tensor, steps: int) -> list[Row
 
 
 def compare_decoding(models: Mapping[str, Any], prompt: Tensor, what: str) -> Row:
-    """Compare the milliseconds a token of greedy decoding through `generate`, in eval mode.
+    """Compare the milliseconds per token of greedy decoding by `generate`, in eval mode.
 
-    prompt is int64 [1, L]; the models take turns, and the first round warms up.
+    The models take turns, and the first round is a warm-up. prompt: int64 [1, L].
     """
     seconds: dict[str, list[float]] = {name: [] for name in models}
     inputs = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
@@ -329,12 +332,12 @@ def synchronize(device: torch.device) -> None:
 
 
 def peak_memory(model: nn.Module, ids: Tensor) -> int | None:
-    """Return the peak bytes of one forward and backward above what was held before it.
+    """Return the bytes that one forward and backward need in addition to those in use before.
 
-    None if the system does not tell.
+    None if the system does not report its memory.
     """
     model.zero_grad(set_to_none=True)
-    before = memory.held(ids.device)
+    before = memory.reset_peak(ids.device)
     if before is None:
         return None
     try:

@@ -1,4 +1,4 @@
-"""`lora-kernels compare`: a table of one task by several methods from several seeds."""
+"""`lora-kernels compare`: compare fine-tuning methods on one task, over several seeds."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import UsageError
-from .command import quiet
+from .command import silence_libraries
 from .methods import METHODS, Method
 from .options import CompareOptions, add_options, check_out, pick, require, suggest
 
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def chosen_methods(names: Sequence[str], rates: Sequence[str]) -> dict[str, Method]:
-    """Return the methods with their learning rates. Raises UsageError for an unknown name."""
+    """Return the methods with the given learning rates. Raises UsageError for an unknown name."""
     given = [rate.partition("=") for rate in rates]
     for option, asked in (("methods", names), ("lr", [name for name, _, _ in given])):
         for name in asked:
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     from .checkpoints import write_json
     from .provenance import Provenance
 
-    quiet()
+    silence_libraries()
     options = CompareOptions(**vars(args))
     methods = chosen_methods(options.methods, options.lr)
     check_out(options.out)
@@ -102,12 +102,12 @@ def run(args: argparse.Namespace) -> int:
     provenance = Provenance(task.device)
     rows: list[dict[str, Any]] = []
 
-    def done(outcome: Outcome) -> None:
+    def report_outcome(outcome: Outcome) -> None:
         rows.append(row := outcome.as_dict())
         cells = zip(HEAD[1:], cells_of(row)[1:], strict=True)
         print(f"{row['title']}: {', '.join(f'{n} {c}' for n, c in cells)}", flush=True)
 
-    classify.compare_methods(task, methods, range(options.seeds), done)
+    classify.compare_methods(task, methods, range(options.seeds), report_outcome)
     said = {"about": about, "labels": task.train.names, "train": len(task.train)}
     said |= {"held_out": len(task.held_out), "commonest": share, "seeds": options.seeds}
     said |= pick(task, "steps batch max_length")
@@ -121,7 +121,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def largest_share(labels: Sequence[int]) -> float:
-    """Return the share of the commonest label."""
+    """Return the share of the most common label."""
     return Counter(labels).most_common(1)[0][1] / len(labels)
 
 
@@ -139,7 +139,7 @@ def cells_of(row: Mapping[str, Any]) -> list[str]:
 
 
 def markdown(data: Mapping[str, Any]) -> str:
-    """Return the report: the table, and what a reader needs to judge it."""
+    """Return the report: the table, and the settings and machine behind it."""
     from .provenance import quietness
 
     table = [HEAD, ["---"] * len(HEAD), *map(cells_of, data["rows"])]
@@ -176,7 +176,7 @@ them.
 
 
 def plot(file: Path, data: Mapping[str, Any]) -> None:
-    """Write a PNG: each method's score, with every seed's, over what it trains."""
+    """Write a PNG: mean score and each seed's score over the number of trained parameters."""
     from .plots import draw_png
 
     with draw_png(file) as (axes,):

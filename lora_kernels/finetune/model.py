@@ -1,4 +1,4 @@
-"""The base model, the adapters on it, and copies that share its weights."""
+"""Load base models and adapters, and copy models that share weights."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ if TYPE_CHECKING:
     from ..peft import Explanation
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-ALL_LINEAR = "all-linear"  # PEFT's word for every linear layer but the output embedding
+ALL_LINEAR = "all-linear"  # PEFT's name for every linear layer but the output embedding
 
 
 def locate(model: Path, argument: str = "model") -> tuple[Path, str | None]:
-    """Return the folder to load from and, if the weights are in a GGUF file, that file's name.
+    """Return the folder to load from, and the name of the GGUF file if there is one.
 
     model: a folder, a GGUF file, or a hub id whose snapshot is in the local cache.
 
-    Raises UsageError if there is nothing to load, or nothing to load it with.
+    Raises UsageError if there is no model, or if the package to read it is missing.
     """
     wanted = "give a transformers model folder, a GGUF file or a hub id that is in the local cache"
     if not model.exists() and (snapshot := cached_snapshot(str(model))):
@@ -56,42 +56,41 @@ def locate(model: Path, argument: str = "model") -> tuple[Path, str | None]:
 
 
 def cached_snapshot(name: str) -> Path | None:
-    """Return the folder of a hub id's snapshot in the local cache, or None; asks no network."""
+    """Return the folder of a hub id's snapshot in the local cache, or None. Runs offline."""
     from huggingface_hub import try_to_load_from_cache
 
     try:
         config = try_to_load_from_cache(name, "config.json")
-    except ValueError:  # no hub id after all, such as "a..b"
+    except ValueError:  # not a valid hub id, such as "a..b"
         return None
     return Path(config).parent if isinstance(config, str) else None
 
 
 def identifier(model: Path) -> str:
-    """Return what names the model from any working directory: a full path, or the hub id."""
+    """Return the model's absolute path or hub id, which are valid in any working directory."""
     return str(model.resolve()) if model.exists() else str(model)
 
 
-# PEFT may save these layers whole beside an adapter.
+# PEFT may save these layers along with an adapter.
 _EMBEDDINGS = ("embed_tokens", "lm_head", "wte")
 
 
 def load_adapter(base: Any, folder: Path) -> Any:
-    """Return stock PEFT's model of `base` with the adapter that the folder holds, in eval mode.
+    """Return stock PEFT's model of `base` with the adapter in the folder, in eval mode.
 
-    Raises UsageError if the adapter cannot be read or does not fit the base. PEFT would leave the
-    weight of a missing key as it was initialized; here a missing, unexpected or misshapen one is an
-    error, which names the first such key and counts the others.
+    Raises UsageError if the adapter cannot be read, or if a key is missing, unexpected or of
+    another shape. PEFT would silently keep the initial weight of a missing key.
     """
     import peft
 
     config = read_adapter_config(folder)
     config.inference_mode = True
-    config.base_model_name_or_path = None  # PEFT warns where the base has moved
-    unfit = f"adapter: {folder} does not fit the base"
-    with translate_errors(unfit, ValueError, TypeError, RuntimeError), adaptable_experts(base):
+    config.base_model_name_or_path = None  # PEFT warns if the base has moved
+    mismatch = f"adapter: {folder} does not fit the base"
+    with translate_errors(mismatch, ValueError, TypeError, RuntimeError), adaptable_experts(base):
         stock: Any = peft.get_peft_model(base, config)
     names = ("adapter_model.safetensors", "adapter_model.bin")
-    if not any((folder / name).is_file() for name in names):  # PEFT would ask a hub for it
+    if not any((folder / name).is_file() for name in names):  # PEFT would try to download it
         raise UsageError(f"adapter: {folder} holds no {names[0]}")
     with translate_errors(f"adapter: {folder} cannot be read"):
         state: dict[str, Tensor] = peft.load_peft_weights(str(folder), device=str(stock.device))
@@ -108,7 +107,7 @@ def load_adapter(base: Any, folder: Path) -> Any:
     }
     for problem, keys in problems.items():
         if keys:
-            raise UsageError(f"{unfit}: {problem} {count_more(sorted(keys))}")
+            raise UsageError(f"{mismatch}: {problem} {count_more(sorted(keys))}")
     peft.set_peft_model_state_dict(stock, state)
     return stock.eval()
 
@@ -122,13 +121,13 @@ def read_adapter_config(folder: Path) -> Any:
             f"adapter: {folder} holds no adapter_config.json; give a folder that PEFT has saved "
             "an adapter in"
         )
-    # PEFT checks no field, so that a wrong one raises anything.
+    # PEFT does not check fields, so a wrong one may raise any error.
     with translate_errors(f"adapter: {folder}/adapter_config.json cannot be read"):
         return PeftConfig.from_pretrained(str(folder))
 
 
 def check_quant(quant: str | None) -> None:
-    """Raise UsageError if a base model cannot be held in 4 bits."""
+    """Raise UsageError if 4-bit layers are requested and bitsandbytes is missing."""
     if quant is not None and importlib.util.find_spec("bitsandbytes") is None:
         raise UsageError("quant: 4-bit layers need bitsandbytes: pip install bitsandbytes")
 
@@ -153,16 +152,18 @@ def load_base(
 
 
 def load_float32(auto_class: Any, model: Path, whole: bool = False, **kwargs: Any) -> nn.Module:
-    """Return the model as that class of transformers', in float32.
+    """Load the model in float32, by an auto class of transformers.
 
-    whole: raise UsageError if a weight is missing, which transformers would draw at random.
+    whole: whether to raise UsageError if a weight is missing. transformers would initialize it at
+        random.
     """
     how = {"dtype": torch.float32, "output_loading_info": True}
     loaded, report = _load(auto_class, model, **how, **kwargs)
     if whole and (missing := report["missing_keys"]):
         raise UsageError(f"model: {model} lacks the weight {count_more(sorted(missing))}")
     if locate(model)[1] is not None:
-        # Decoded as it was read, yet marked as quantized, which Trainer and save_pretrained heed.
+        # transformers decodes GGUF weights but marks the model as quantized, and then Trainer and
+        # save_pretrained refuse it.
         del loaded.hf_quantizer, loaded.is_quantized, loaded.quantization_method
         del loaded.config.quantization_config
     return cast(nn.Module, loaded)
@@ -176,18 +177,18 @@ def load_config(model: Path) -> Any:
 
 
 def build_skeleton(model: Path) -> nn.Module:
-    """Return the causal language model on the meta device; reads no weight."""
+    """Build the causal language model on the meta device, without reading weights."""
     from transformers import AutoModelForCausalLM
 
     config = load_config(model)
     from_config: Any = AutoModelForCausalLM.from_config
-    # A field that the model's code has no use for may raise anything.
+    # A field that the model's code does not expect may raise any error.
     with translate_errors(f"model: transformers cannot build {model}"), torch.device("meta"):
         return cast(nn.Module, from_config(config))
 
 
 def features(layer: Any) -> tuple[int, int]:
-    """Return in- and out-features, of a 4-bit layer and GPT-2's Conv1D too."""
+    """Return the in- and out-features of a linear layer, 4-bit linear or GPT-2's Conv1D."""
     from transformers.pytorch_utils import Conv1D
 
     if isinstance(layer, Conv1D):
@@ -196,10 +197,15 @@ def features(layer: Any) -> tuple[int, int]:
 
 
 def check_length(asked: int | None, model: Any) -> int:
-    """Return the most tokens of an example: `asked`, or by default `MAX_LENGTH` or, if fewer, the
-    positions that the model has. Raises UsageError if more are requested.
+    """Return the maximum number of tokens of an example.
 
-    model: a model, a skeleton or a configuration.
+    The default is `MAX_LENGTH`, or the model's number of positions if that is smaller.
+
+    Args:
+        asked: the requested number, or None.
+        model: a model or a configuration.
+
+    Raises UsageError if the requested number exceeds the model's positions.
     """
     config = getattr(model, "config", model).get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
@@ -215,11 +221,10 @@ def check_length(asked: int | None, model: Any) -> int:
 def quantize(
     base: nn.Module, quant_type: str, compute_dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Make every linear layer but the output embedding or classifier a bitsandbytes `Linear4bit`.
-    Experts of a mixture become 4-bit parameters.
+    """Replace linear layers by bitsandbytes' `Linear4bit`, and quantize experts, in place.
 
-    In place, in blocks of 64 with nested scales: as transformers loads a model for QLoRA, which it
-    cannot do from a GGUF file.
+    The output embedding or classifier is kept. The format is that of transformers' models for
+    QLoRA: blocks of 64 with double quantization. transformers cannot quantize a GGUF file itself.
     """
     from bitsandbytes.nn import Linear4bit, Params4bit  # type: ignore[attr-defined]
 
@@ -246,10 +251,10 @@ def classifier(model: nn.Module) -> nn.Module | None:
 
 
 def rewrite_codes(model: nn.Module, allowed: bool) -> nn.Module:
-    """Set whether bitsandbytes may rewrite codes for its CPU kernel, which rounds their scales.
+    """Set whether bitsandbytes may repack codes for its CPU kernel, and return the model.
 
-    By default it rewrites them for good at the first forward in eval mode without gradients, on a
-    processor with AVX-512 BF16. Returns the model.
+    By default bitsandbytes repacks codes permanently, and rounds their scales, in the first forward
+    in eval mode without gradients. This happens on processors with AVX-512 BF16.
     """
     if layers := linears_4bit(model):
         from bitsandbytes.functional import has_avx512bf16
@@ -275,14 +280,14 @@ def load_tokenizer(model: Path) -> Any:
 def _load(auto_class: Any, model: Path, **kwargs: Any) -> Any:
     folder, gguf_file = locate(model)
     kwargs |= {"gguf_file": gguf_file, "local_files_only": True}
-    # A damaged file makes each library raise something of its own.
+    # Each library raises other errors for a damaged file.
     with translate_errors(f"model: transformers cannot load {model}"):
         return auto_class.from_pretrained(folder, **kwargs)
 
 
 def usable_device(name: str) -> torch.device:
-    """Return the device of that name; without a name a GPU if there is one, else the CPU."""
-    # AssertionError where torch has no CUDA at all.
+    """Return the device of that name. Without a name: a GPU if there is one, else the CPU."""
+    # torch raises AssertionError if it was built without CUDA.
     with translate_errors(
         f"device: got {name}, which cannot be used", RuntimeError, AssertionError
     ):
@@ -292,9 +297,9 @@ def usable_device(name: str) -> torch.device:
 
 
 def cast_parameters(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Cast the parameters in place, and the dtype that 4-bit codes are decoded to.
+    """Cast the parameters in place, and set the dtype to which 4-bit codes are decoded.
 
-    Buffers keep their dtype: rotary frequencies need fp32.
+    Buffers keep their dtype, because rotary frequencies need fp32.
     """
     for p in model.parameters():
         if p.is_floating_point():
@@ -305,9 +310,9 @@ def cast_parameters(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def share(model: nn.Module, frozen: bool = False) -> Any:
-    """Return a copy with modules and trainable parameters of its own on the same frozen weights.
+    """Copy the modules and trainable parameters of a model, and share its frozen weights.
 
-    frozen: share all weights, which train in the model alone.
+    frozen: whether to share the trainable parameters too, frozen in the copy.
     """
     tensors = (*model.parameters(), *model.buffers())
     memo: dict[int, Any] = {id(t): t for t in tensors if not t.requires_grad}
@@ -317,15 +322,15 @@ def share(model: nn.Module, frozen: bool = False) -> Any:
 
 
 def linear_layers(base: nn.Module) -> dict[str, nn.Module]:
-    """Return the layers that LoRA adapts, GPT-2's Conv1D among them, by full name.
+    """Return the layers that LoRA can adapt, including GPT-2's Conv1D, by full name.
 
-    If a layer has an adapter, the base layer stands under the name that it had.
+    For a layer with an adapter, the base layer is returned under the layer's name.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
     from transformers.pytorch_utils import Conv1D
 
     found: dict[str, nn.Module] = {}
-    adapted = "."  # no name begins so
+    adapted = "."  # no name starts with a dot
     for name, module in base.named_modules():
         if name.startswith(adapted):
             continue
@@ -337,7 +342,7 @@ def linear_layers(base: nn.Module) -> dict[str, nn.Module]:
 
 
 def layer_states(layers: Explanation) -> list[str]:
-    """Return how many layers are fused or streamed, or not, by backend and reason: a line each."""
+    """Return lines with the number of layers in each state, by backend and reason."""
     kinds = {"LoRA": layers.rows, "linear": layers.linears}
     states = Counter(
         f"{kind} layers {row.state} ({row.backend}: {row.reason})"
@@ -353,13 +358,13 @@ def adapters(model: nn.Module) -> dict[str, Parameter]:
 
 
 def parameter_bytes(model: nn.Module) -> int:
-    """Return the bytes of the parameters and 4-bit scales; shared ones count once."""
+    """Return the bytes of parameters and 4-bit scales; shared tensors count once."""
     tensors = (t for t in model.state_dict().values() if isinstance(t, Tensor))
     return sum({t.data_ptr(): t.nbytes for t in tensors}.values())
 
 
 def question(tokenizer: Any, prompt: str, device: torch.device) -> dict[str, Tensor]:
-    """Return the prompt's inputs, in the tokenizer's chat template if it has one."""
+    """Tokenize the prompt, with the tokenizer's chat template if it has one."""
     if tokenizer.chat_template:
         messages = [{"role": "user", "content": prompt}]
         how = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}
@@ -370,9 +375,9 @@ def question(tokenizer: Any, prompt: str, device: torch.device) -> dict[str, Ten
 
 
 def decode(model: Any, inputs: dict[str, Tensor], **kwargs: Any) -> Tensor:
-    """Return the new tokens int64 [n] by transformers' `generate`, greedily by default.
+    """Return new tokens int64 [n] from transformers' `generate`, greedy by default.
 
-    In eval mode; the mode is put back.
+    The model runs in eval mode, and its training mode is restored.
     """
     training = model.training
     model.eval()
@@ -382,13 +387,16 @@ def decode(model: Any, inputs: dict[str, Tensor], **kwargs: Any) -> Tensor:
 
 
 class Clock:
-    """A `streamer` for `generate` that notes when each token came; another one may get them too."""
+    """A `streamer` for `generate` that records the time of each token.
+
+    shown: another streamer, which gets the tokens too.
+    """
 
     def __init__(self, shown: Any = None) -> None:
         self.shown, self.times = shown, list[float]()
         self.start = time.perf_counter()
 
-    def put(self, tokens: Tensor) -> None:  # at first the prompt's
+    def put(self, tokens: Tensor) -> None:  # the first call has the prompt
         self.times.append(time.perf_counter() - self.start)
         if self.shown:
             self.shown.put(tokens)
@@ -399,5 +407,5 @@ class Clock:
 
     @property
     def steps(self) -> list[float]:
-        """Return the seconds of each token after the first, which took times[1]."""
+        """The seconds of each token after the first; the first token took times[1]."""
         return [b - a for a, b in zip(self.times[1:], self.times[2:], strict=False)]

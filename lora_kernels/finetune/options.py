@@ -1,4 +1,4 @@
-"""The options of the commands: dataclasses whose fields `HfArgumentParser` makes arguments of."""
+"""The options of the commands: dataclasses that `HfArgumentParser` turns into arguments."""
 
 # ruff: noqa: RUF009 (`arg` is `dataclasses.field`)
 
@@ -16,10 +16,10 @@ from typing import Any
 from . import UsageError
 
 SCHEDULERS = ("cosine", "linear", "constant", "inverse_sqrt")
-# How PEFT starts lora_A and lora_B. Its others (pissa, olora, eva, corda, loftq) rewrite the base's
-# weights or need data, and an adapter saved from them does not fit the base as it was.
+# PEFT's initializations of lora_A and lora_B. Its others (pissa, olora, eva, corda, loftq) change
+# the base's weights or need data, and their adapters do not fit the original base.
 INITS = ("kaiming", "gaussian", "orthogonal")
-# --report-to's names, each also that of the package that it needs
+# Values of --report-to, which are also the names of the packages they need.
 REPORTERS = ["tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "clearml"]
 REPORTERS += ["swanlab", "neptune"]
 STEPS, MAX_LENGTH, MAX_SEED = 200, 512, 2**32 - 1  # NumPy's generators take seeds of 32 bits
@@ -31,7 +31,7 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "probability": (lambda value: 0.0 <= value < 1.0, "a probability in [0, 1)"),
     "seed": (lambda value: 0 <= value <= MAX_SEED, f"0 to {MAX_SEED}"),
 }
-# The least value of each argument, or the name of its range.
+# The smallest value of each argument, or the name of its range.
 _WANTED: dict[str, int | str] = {
     **dict.fromkeys(
         ("rank", "batch", "accumulate", "steps", "eval_every", "save_every", "keep"), 1
@@ -49,9 +49,9 @@ def flag(name: str) -> str:
 
 
 def check_numbers(given: Mapping[str, Any], /, **wanted: int | str) -> None:
-    """Raise UsageError for an argument out of the range of its name; None passes.
+    """Raise UsageError if an argument is out of its range; None is allowed.
 
-    wanted: ranges that differ here, or are not in `_WANTED`.
+    wanted: ranges that override those in `_WANTED`.
 
     >>> check_numbers({"lr": 0.1, "batch": 0})
     Traceback (most recent call last):
@@ -76,20 +76,20 @@ def check_choice(name: str, value: Any, wanted: Iterable[str]) -> None:
 
 
 def check_ranks(ranks: Iterable[int]) -> None:
-    """Raise UsageError unless the ranks are different ones, each at least 1."""
+    """Raise UsageError unless the ranks are distinct and at least 1."""
     ranks = tuple(ranks)
     if not ranks or len(set(ranks)) < len(ranks) or min(ranks) < 1:
         raise UsageError(f"ranks: got {ranks}, want different ones, each at least 1")
 
 
 def pick(options: Any, names: str | Iterable[str]) -> dict[str, Any]:
-    """Return the attributes of these names; spaces divide those of a string."""
+    """Return the attributes of these names. A string has names separated by spaces."""
     names = names.split() if isinstance(names, str) else names
     return {name: getattr(options, name) for name in names}
 
 
 def suggest(got: Any, wanted: Iterable[str], of: str = "one") -> str:
-    """Return a hint for a name that is unknown: the closest of `wanted`, or all of them.
+    """Return a hint for an unknown name: the closest of `wanted`, or all of them.
 
     >>> suggest("medcial", ("medical", "legal")), suggest("x", ("a", "b"))
     ("did you mean 'medical'?", 'want one of a, b')
@@ -99,7 +99,7 @@ def suggest(got: Any, wanted: Iterable[str], of: str = "one") -> str:
 
 
 def arg(default: Any, help: str, *aliases: str, **settings: Any) -> Any:
-    """Return a dataclass field that `HfArgumentParser` makes an argument; settings: argparse's."""
+    """Return a dataclass field for `HfArgumentParser`. settings: of argparse's argument."""
     if default not in (None, "", 0, 0.0, False, []):
         shown = " ".join(map(str, default)) if isinstance(default, list) else default
         help += f" (default {shown})"
@@ -110,7 +110,7 @@ def arg(default: Any, help: str, *aliases: str, **settings: Any) -> Any:
 
 
 def add_options(parser: argparse.ArgumentParser, *options: Any) -> None:
-    """Add an argument for each field; one that is not given is absent from the namespace."""
+    """Add an argument for each field. The namespace has only the arguments that were given."""
     from transformers import HfArgumentParser
 
     made = HfArgumentParser(options, add_help=False)
@@ -120,14 +120,14 @@ def add_options(parser: argparse.ArgumentParser, *options: Any) -> None:
 
 
 def require(options: Any, names: Iterable[str], otherwise: str) -> None:
-    """Raise UsageError for the first of these options that is missing."""
+    """Raise UsageError that names the first missing option."""
     for name in names:
         if not getattr(options, name):
             raise UsageError(f"{flag(name)} is missing; give it, or {otherwise}")
 
 
 def check_out(out: Path, instead: str = "that can be written") -> None:
-    """Raise UsageError if no folder can be written there."""
+    """Raise UsageError if the folder cannot be written."""
     from ..bench.outputs import unwritable_reason
 
     if reason := unwritable_reason(out, folder=True):
@@ -215,10 +215,11 @@ class Checks:
 
 @dataclass(frozen=True)
 class Options(Checks, Training, Data, Adapters, Inputs):
-    """`finetune`'s, checked as far as that goes without loading anything.
+    """The options of `finetune`, checked without loading a model.
 
-    None: rank, alpha and dropout are the preset's; max_length is `MAX_LENGTH`, or the model's
-    positions where they are fewer; steps is `STEPS` where epochs says nothing.
+    None stands for the preset's rank, alpha and dropout. The default of max_length is `MAX_LENGTH`,
+    or the model's number of positions if that is smaller. The default of steps is `STEPS`, unless
+    epochs is given.
     """
 
     def __post_init__(self) -> None:
@@ -245,12 +246,12 @@ class Options(Checks, Training, Data, Adapters, Inputs):
 
     @property
     def has_json(self) -> bool:
-        """Return whether the data are JSON lines, whose default preset is "chat"."""
+        """True if the data are JSON lines, for which the default preset is "chat"."""
         return any(file.suffix in (".jsonl", ".json") for file in self.data)
 
     @property
     def training(self) -> dict[str, Any]:
-        """Return the keyword arguments of `training_arguments`."""
+        """The keyword arguments of `training_arguments`."""
         names = "batch accumulate lr scheduler warmup weight_decay checkpointing save_every seed "
         given = pick(self, names + "report_to") | {"bf16": self.autocast}
         given["eval_every"] = self.eval_every or (self.save_every if self.eval_share else None)
@@ -260,7 +261,7 @@ class Options(Checks, Training, Data, Adapters, Inputs):
 
 @dataclass(frozen=True)
 class RankOptions:
-    """`rank-search`'s."""
+    """The options of `rank-search`."""
 
     demo: bool = arg(False, "SmolLM2-135M-Instruct on Hamlet, where none is given")
     model: Path = arg(None, **_MODEL)
@@ -294,7 +295,7 @@ class RankOptions:
 
 @dataclass(frozen=True)
 class CompareOptions:
-    """`compare`'s."""
+    """The options of `compare`."""
 
     demo: bool = arg(False, "MiniLM-L6 on film reviews, fresh or rotten")
     model: Path = arg(None, **_MODEL)
@@ -320,7 +321,7 @@ class CompareOptions:
 
 @dataclass(frozen=True)
 class MergeOptions:
-    """`merge`'s."""
+    """The options of `merge`."""
 
     run: Path | None = arg(None, _RUN)
     base: Path = arg(None, **_MODEL)
@@ -340,7 +341,7 @@ class MergeOptions:
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    """`generate`'s."""
+    """The options of `generate`."""
 
     run: Path | None = arg(None, _RUN)
     demo: bool = arg(False, "SmolLM2-135M-Instruct as the model")
@@ -363,19 +364,19 @@ class GenerateOptions:
 
 
 def fill_in_demo(given: dict[str, Any], **defaults: Any) -> dict[str, Any]:
-    """Return the arguments, with --demo completed by the defaults, the demo's model and text."""
+    """Fill in the defaults, model and text of --demo, if it is given."""
     from .inputs import demo_model, demo_text
 
     if not given.get("demo"):
         return given
-    # Looked for where they are not given: the packages need not be there.
+    # Look up model and text only if needed: their packages may be missing.
     given = defaults | given
     given["model"] = given.get("model") or demo_model()
     return given | {"data": given.get("data") or [demo_text()]}
 
 
 def fill_in_run(given: dict[str, Any], model: str, dtype: str) -> dict[str, Any]:
-    """Return the arguments, with --run completed by that run's model, adapter, dtype and quant."""
+    """Fill in the model, adapter, dtype and quant of the run that --run names, if it is given."""
     if (folder := given.get("run")) is None:
         return given
     saved = read_run(folder)
@@ -384,7 +385,7 @@ def fill_in_run(given: dict[str, Any], model: str, dtype: str) -> dict[str, Any]
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """Return the arguments of the run that `finetune` wrote to the folder. Raises UsageError."""
+    """Return the arguments of a run from `finetune`'s folder. Raises UsageError."""
     file = folder / "run.json"
     if not file.is_file():
         raise UsageError(f"run: {folder} holds no run.json; give finetune's --out")
@@ -397,7 +398,7 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 
 def read_json(file: Path, argument: str) -> Any:
-    """Return what a JSON file of ours holds. Raises UsageError if it is damaged."""
+    """Read a JSON file that a command wrote. Raises UsageError if it is damaged."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

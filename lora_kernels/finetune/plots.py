@@ -1,4 +1,4 @@
-"""The style of every figure that a recipe writes."""
+"""Draw figures in one style."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ STYLE |= {f"axes.spines.{side}": False for side in ("top", "right")} | {"legend.
 
 @contextmanager
 def draw_png(file: Path, size: tuple[float, float] = (9, 5.5), **grid: Any) -> Iterator[list[Any]]:
-    """Yield a figure's axes, then write the figure as a PNG, whole or not at all.
+    """Yield a figure's axes, then write the figure as a PNG atomically.
 
-    grid: of matplotlib's `Figure.subplots`.
+    grid: keyword arguments of matplotlib's `Figure.subplots`.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure

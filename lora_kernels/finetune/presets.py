@@ -1,4 +1,4 @@
-"""Adapters for a domain by the name of a preset, several of them on one base."""
+"""Presets: add adapters for a domain by name, and several adapters to one base."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ from .options import check_numbers, suggest
 
 @dataclass(frozen=True)
 class Preset:
-    """targets: roles of `ROLES`, names of layers, or "all-linear" for every linear layer."""
+    """The settings of an adapter.
+
+    targets: roles of `ROLES`, names of layers, or "all-linear" for every linear layer.
+    """
 
     rank: int
     alpha: float
@@ -37,8 +40,8 @@ PRESETS = {
     "code": Preset(32, 64, ("q", "k", "v", "o", "gate", "up", "down"), 0.05),
 }
 
-# What a projection is called, the first name that a model has: Llama's and its kin's, BERT's, then
-# layers that hold several projections in one, GPT-2's and others'.
+# Names of each projection, in order of preference: Llama's and similar models', BERT's, and layers
+# that combine several projections, as in GPT-2.
 _QKV = ("attn.c_attn", "qkv_proj", "query_key_value", "Wqkv")
 ROLES: dict[str, tuple[str, ...]] = {
     "q": ("q_proj", "query", "q_lin", *_QKV),
@@ -52,7 +55,7 @@ ROLES: dict[str, tuple[str, ...]] = {
 
 
 def find_preset(name: str | Preset) -> Preset:
-    """Return the preset of that name. Raises UsageError that suggests the closest name.
+    """Return the preset of that name. Raises UsageError with the closest name.
 
     >>> find_preset("medcial")
     Traceback (most recent call last):
@@ -68,10 +71,12 @@ def find_preset(name: str | Preset) -> Preset:
 def find_targets(
     model: nn.Module, targets: str | Iterable[str], argument: str = "targets"
 ) -> tuple[str | list[str], list[str]]:
-    """Return PEFT's `target_modules`, and the roles that the model has no layer for.
+    """Return PEFT's `target_modules`, and the roles for which the model has no layer.
 
-    Raises UsageError, with the names that the model has, if nothing matches, or for a name that is
-    neither a role nor a layer's. targets: as a `Preset`'s.
+    targets: as in `Preset`.
+
+    Raises UsageError with the model's layer names if no target matches, or if a target is neither a
+    role nor a layer.
 
     >>> model = nn.ModuleDict({"q_proj": nn.Linear(2, 2), "up_proj": nn.Linear(2, 2)})
     >>> find_targets(model, ("q", "up", "gate"))
@@ -106,7 +111,7 @@ def find_targets(
 
 
 def target_layers(model: nn.Module, names: str | Iterable[str]) -> dict[str, nn.Module]:
-    """Return the layers, by full name, that PEFT adapts for these `target_modules`."""
+    """Return the layers that PEFT adapts for these `target_modules`, by full name."""
     layers = linear_layers(model)
     if names == ALL_LINEAR:
         return layers
@@ -117,7 +122,7 @@ def target_layers(model: nn.Module, names: str | Iterable[str]) -> dict[str, nn.
 def check_adapter(
     skeleton: nn.Module, targets: str | Iterable[str], rank: int, argument: str = "rank"
 ) -> None:
-    """Raise UsageError for targets that the model lacks, and for a rank above a layer's width."""
+    """Raise UsageError if the model lacks the targets, or if the rank exceeds a layer's width."""
     layers = target_layers(skeleton, find_targets(skeleton, targets, "target_modules")[0])
     name = min(layers, key=lambda name: min(features(layers[name])), default=None)
     if name is not None and rank > (least := min(features(layers[name]))):
@@ -153,22 +158,24 @@ def add_lora_layers(
     fused: bool = True,
     **config: Any,
 ) -> Any:
-    """Add an adapter by PEFT to `model` in place, fuse its layers, and return the PEFT model.
+    """Add an adapter of PEFT to `model` in place, fuse its layers, and return the PEFT model.
 
-    On a PEFT model the new adapter becomes the active and only trainable one.
+    On a PEFT model, the new adapter becomes the only active and trainable adapter.
 
     Args:
-        model: transformers' model, or a PEFT model of one.
-        preset: "medical", "legal", "chat" or "code", or a `Preset` of your own.
-        adapter_name: PEFT's, for `model.set_adapter(name)` and `adapter_names=[...]`.
-        rank, alpha, dropout, targets: instead of the preset's. targets: roles ("q", "k", "v", "o",
-            "gate", "up", "down"), names of layers, or "all-linear". In a mixture of experts the
-            last three roles are the experts' projections, which PEFT adapts without dropout.
-        seed: of lora_A's start; the state of the random generators stays.
-        fused: False leaves the layers stock PEFT's.
-        config: of PEFT's `LoraConfig`, by its names.
+        model: a transformers model, or a PEFT model of one.
+        preset: "medical", "legal", "chat" or "code", or a `Preset`.
+        adapter_name: the adapter's name in PEFT, for `model.set_adapter(name)` and
+            `adapter_names=[...]`.
+        rank, alpha, dropout: override the preset.
+        targets: overrides the preset: roles ("q", "k", "v", "o", "gate", "up", "down"), names of
+            layers, or "all-linear". In a mixture of experts the last three roles are the experts'
+            projections, which PEFT adapts without dropout.
+        seed: of lora_A's initialization. The global random state does not change.
+        fused: whether to fuse the layers.
+        config: other fields of PEFT's `LoraConfig`.
 
-    Warns of roles that the model has no layer for. Raises UsageError, naming the argument.
+    Warns of roles for which the model has no layer. Raises UsageError that names the argument.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> from lora_kernels.finetune.presets import add_lora_layers
@@ -205,7 +212,7 @@ def add_lora_layers(
             f"on {', '.join(names)}",
             stacklevel=2,
         )
-    any_alpha: Any = chosen.alpha  # PEFT says int and takes both
+    any_alpha: Any = chosen.alpha  # PEFT's annotation is int, but it accepts float
     config = peft_settings(base, names) | {"lora_alpha": any_alpha} | config
     if experts and names != ALL_LINEAR:  # by which PEFT finds the experts itself
         config = {"target_parameters": experts} | config
@@ -246,19 +253,21 @@ def create_domain_model(
 ) -> Any:
     """Add a domain's adapter to `model`, train it on `data`, save it, and return the PEFT model.
 
-    The same call goes on from the last checkpoint in `out` if there is one. Called with another
-    preset on the model it returned, it adds a second domain to the same base.
+    Training resumes from the last checkpoint in `out`, if there is one. A call with the returned
+    model and another preset adds a second domain to the same base.
 
     Args:
-        model, preset: as `add_lora_layers`'.
-        data, val: `ChatData`, or files as `load_chat` takes them, which needs the tokenizer.
-        out: folder of checkpoints, metrics and curves; the adapter goes to out/adapter, or to a
-            folder of its name in it, unless that is "default".
+        model, preset: as in `add_lora_layers`.
+        data, val: `ChatData`, or files for `load_chat`, which needs the tokenizer.
+        out: folder of checkpoints, metrics and curves. The adapter is saved to out/adapter, in a
+            subfolder of its name unless that is "default".
+        tokenizer: saved with the checkpoints.
         adapter_name: None for the preset's name.
-        adapter, training, trainer: settings of `add_lora_layers`, `training_arguments` and
-            `LoRATrainer`.
+        adapter: settings of `add_lora_layers`.
+        training: settings of `training_arguments`.
+        trainer: settings of `LoRATrainer`.
 
-    Raises UsageError as they do.
+    Raises UsageError that names the argument.
     """
     from .chat import ChatData, load_chat
     from .checkpoints import newest_checkpoint

@@ -1,4 +1,4 @@
-"""What a reader needs to judge a recipe's results or to get them again."""
+"""Provenance of a recipe's results: machine, versions and load."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import psutil  # type: ignore[import-untyped]
 from .. import device as devices
 from ..bench import results
 
-QUIET = 0.02  # of the processors' time, for what a system does of itself
+QUIET = 0.02  # the share of CPU time that an idle system uses
 
 
 def _seconds(times: Any, *names: str) -> float:
@@ -18,7 +18,7 @@ def _seconds(times: Any, *names: str) -> float:
 
 
 class Provenance:
-    """The machine and the versions, read before the work; and the load of other programs."""
+    """The machine, the versions, and the load of other programs since the object was created."""
 
     def __init__(self, device: str) -> None:
         self._facts = results.provenance(["float32"], device.partition(":")[0])
@@ -26,14 +26,16 @@ class Provenance:
         self._before = self._times()
 
     def _times(self) -> tuple[float, float, float]:
-        """Return the processors' seconds: of all, idle, and this process with its children."""
+        """Return CPU seconds: in all, idle, and of this process with its children."""
         system, own = psutil.cpu_times(), psutil.Process().cpu_times()
         names = ("user", "system", "children_user", "children_system")
         return sum(system), _seconds(system, "idle", "iowait"), _seconds(own, *names)
 
     def facts(self) -> dict[str, Any]:
-        """Return the facts for JSON; others: the share of the processors' time that other programs
-        took since. Ended processes of this one are its own."""
+        """Return the facts for JSON. "others" is the share of CPU time that other programs took.
+
+        Children of this process that have ended do not count as other programs.
+        """
         spent, idle, own = (b - a for a, b in zip(self._before, self._times(), strict=True))
         others = max(0.0, spent - idle - own) / spent if spent > 0 else 0.0
         return self._facts | {"others": others}

@@ -1,4 +1,4 @@
-"""`lora-kernels rank-search`: the same training for each rank, and AdaLoRA's allocation."""
+"""`lora-kernels rank-search`: train the same adapter at each rank, and AdaLoRA."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from . import UsageError
 from . import model as models
 from .chat import load_chat
 from .checkpoints import write_json
-from .command import quiet, read_inputs
+from .command import read_inputs, silence_libraries
 from .model import features, linear_layers, share
 from .options import (
     RankOptions,
@@ -39,7 +39,7 @@ from .provenance import Provenance
 from .trainer import LoRATrainer, training_arguments
 
 RANKS = (4, 8, 16, 32, 64)
-WARMUP = 0.05  # of the steps
+WARMUP = 0.05  # share of the steps
 CAVEAT = (
     "efficiency divides by the parameters, so it favours small ranks: the score seldom doubles "
     "where they do. Choose by the score, and by efficiency between equals"
@@ -48,8 +48,14 @@ CAVEAT = (
 
 @dataclass(frozen=True)
 class RankRow:
-    """One training. score: higher is better; loss: held out, nats per token; efficiency: score per
-    million adapter parameters; seconds: of the training."""
+    """The results of training at one rank.
+
+    Attributes:
+        score: higher is better.
+        loss: on held-out data, in nats per token.
+        parameters: the number of adapter parameters.
+        seconds: of the training.
+    """
 
     rank: int
     score: float
@@ -59,15 +65,19 @@ class RankRow:
 
     @property
     def efficiency(self) -> float:
+        """The score per million adapter parameters."""
         return self.score / self.parameters * 1e6
 
 
 @dataclass(frozen=True)
 class RankSearch:
-    """What `find_optimal_rank` found; `str()` is a table.
+    """The result of `find_optimal_rank`; `str()` is a table.
 
-    rows: one a rank. base: the model's own score, without an adapter. adalora: the row of AdaLoRA,
-    with its mean rank, where it was trained, and allocation: the ranks that it left each layer.
+    Attributes:
+        rows: one for each rank.
+        base: the score of the model without an adapter.
+        adalora: the row of AdaLoRA, with its mean rank, or None.
+        allocation: the ranks that AdaLoRA left each layer, by name.
     """
 
     rows: list[RankRow]
@@ -77,7 +87,7 @@ class RankSearch:
 
     @property
     def best(self) -> RankRow:
-        """Return the row with the highest score, of equals the smallest rank."""
+        """The row with the highest score; among equals, that with the smallest rank."""
         return max(self.rows, key=lambda row: (row.score, -row.rank))
 
     @property
@@ -107,7 +117,7 @@ class RankSearch:
         return "\n".join([*lines, CAVEAT])
 
     def as_dict(self) -> dict[str, Any]:
-        """Return what ranks.json holds: rows with their efficiency, marks, allocation."""
+        """Return the contents of ranks.json: rows with their efficiency, marks, allocation."""
         rows, adalora = (
             [dataclasses.asdict(row) | {"efficiency": row.efficiency} for row in part if row]
             for part in (self.rows, [self.adalora])
@@ -118,7 +128,7 @@ class RankSearch:
 
 
 def _by_kind(allocation: Mapping[str, int]) -> str:
-    """Return the mean rank of the layers of each name.
+    """Return the mean rank of the layers with the same last name component.
 
     >>> _by_kind({"0.q_proj": 2, "1.q_proj": 4, "0.up_proj": 1})
     'q_proj 3.0 (2 to 4), up_proj 1.0 (1 to 1)'
@@ -150,25 +160,26 @@ def find_optimal_rank(
 ) -> RankSearch:
     """Train an adapter of each rank on the same data, in the same order, from the same seed.
 
-    alpha / rank is the preset's for each, so that all adapters have the same scale. Each is trained
-    on a copy that shares the model's weights; the model itself is left as it was, bit for bit.
+    All adapters have the preset's alpha / rank, hence the same scaling. Each is trained on a copy
+    that shares the model's weights, and the model does not change.
 
     Args:
-        model: transformers' causal language model, dense or 4-bit, without adapters.
+        model: a causal language model of transformers, dense or 4-bit, without adapters.
         train, val: `ChatData`.
-        ranks: different ones, each at least 1.
-        preset, targets: as `add_lora_layers`'; the preset's rank is not used.
+        ranks: distinct ranks, each at least 1.
+        preset, targets: as in `add_lora_layers`; the preset's rank is ignored.
         steps: optimizer steps for each rank.
-        adalora: train PEFT's AdaLoRA too, which starts from 1.5 times the middle rank and takes
-            ranks from layers until that is their mean; needs at least 10 steps.
+        seed: of the adapters, the order of the data and dropout.
+        adalora: whether to train PEFT's AdaLoRA too. It starts from 1.5 times the middle rank, and
+            prunes ranks until their mean is the middle rank. Needs at least 10 steps.
         score: (PEFT model, held-out loss) -> a number, higher is better. None: exp(−loss), the
-            geometric mean of the right tokens' probabilities.
+            geometric mean probability of the correct tokens.
         out: folder of metrics.jsonl and curves.png for each rank; None keeps none.
-        tokenizer: whose padding token is used.
-        on_rank: gets each row as it is done.
-        settings: of `training_arguments`; warmup is 0.05 if not given.
+        tokenizer: provides the padding token.
+        on_rank: called with each row.
+        settings: other settings of `training_arguments`. The default of warmup is 0.05.
 
-    Raises UsageError, naming the argument, before anything is trained.
+    Raises UsageError that names the argument before anything is trained.
 
     >>> from torch import nn
     >>> from lora_kernels.finetune.rank import find_optimal_rank
@@ -190,13 +201,15 @@ def find_optimal_rank(
     training = {"cpu": cpu, "warmup": WARMUP} | settings
     training |= {"steps": steps, "seed": seed, "save_strategy": "no"}
 
-    def of_rank(rank: int) -> Preset:
+    def preset_of_rank(rank: int) -> Preset:
         return replace(chosen, rank=rank, alpha=chosen.alpha / chosen.rank * rank)
 
-    def adapted(rank: int) -> Any:
-        return add_lora_layers(share(model, frozen=True), of_rank(rank), seed=seed)
+    def add_adapter(rank: int) -> Any:
+        return add_lora_layers(share(model, frozen=True), preset_of_rank(rank), seed=seed)
 
-    def trained(name: str, peft_model: Any, rank: int, most: int = steps, **more: Any) -> RankRow:
+    def train_adapter(
+        name: str, peft_model: Any, rank: int, most: int = steps, **more: Any
+    ) -> RankRow:
         args = training_arguments(folder / name, **training)
         data = {"train_dataset": train, "eval_dataset": val, "processing_class": tokenizer}
         trainer = LoRATrainer(peft_model, args, **data, **more)
@@ -216,16 +229,16 @@ def find_optimal_rank(
         folder = Path(unnamed if out is None else out)
         rows = []
         for rank in ranks:
-            rows.append(trained(f"rank-{rank}", adapted(rank), rank))
+            rows.append(train_adapter(f"rank-{rank}", add_adapter(rank), rank))
             on_rank(rows[-1])
-        # B = 0 in a new adapter: the model's own loss, by the same trainer.
-        found = RankSearch(rows, trained("base", adapted(1), 1, most=0).score)
+        # A new adapter has B = 0, so this is the loss of the model without an adapter.
+        found = RankSearch(rows, train_adapter("base", add_adapter(1), 1, most=0).score)
         if not adalora:
             return found
         rank = sorted(ranks)[len(ranks) // 2]
-        ada = add_adalora(share(model, frozen=True), of_rank(rank), steps, seed)
-        row = trained("adalora", ada, rank, callbacks=[Allocate()])
-        allocation, layers = allocated(ada), linear_layers(ada.get_base_model())
+        ada = add_adalora(share(model, frozen=True), preset_of_rank(rank), steps, seed)
+        row = train_adapter("adalora", ada, rank, callbacks=[Allocate()])
+        allocation, layers = kept_ranks(ada), linear_layers(ada.get_base_model())
         kept = sum(r * (sum(features(layers[name])) + 1) for name, r in allocation.items())
         return replace(found, adalora=replace(row, parameters=max(1, kept)), allocation=allocation)
 
@@ -233,8 +246,10 @@ def find_optimal_rank(
 def add_adalora(model: Any, preset: Preset, steps: int, seed: int = 0, **config: Any) -> Any:
     """Add PEFT's AdaLoRA to `model` in place, fuse its layers, and return the PEFT model.
 
-    After `steps` steps the layers' mean rank is the preset's, if `Allocate` is among the callbacks.
-    config: of `AdaLoraConfig`, by its names.
+    After `steps` steps the mean rank of the layers is the preset's, if the trainer has the callback
+    `Allocate`.
+
+    config: other fields of `AdaLoraConfig`.
     """
     names, _ = find_targets(model, preset.targets)
     any_alpha: Any = preset.alpha
@@ -251,13 +266,13 @@ def add_adalora(model: Any, preset: Preset, steps: int, seed: int = 0, **config:
         torch.manual_seed(seed)
         peft_model = get_peft_model(model, adalora)
     for name, p in peft_model.named_parameters():
-        if ".ranknum." in name:  # a count, which PEFT leaves trainable over a 16-bit base
+        if ".ranknum." in name:  # a count, which PEFT leaves trainable on a 16-bit base
             p.requires_grad_(False)
     return fuse(peft_model)
 
 
 class Allocate(TrainerCallback):  # type: ignore[misc, unused-ignore]
-    """Let AdaLoRA reduce ranks while the gradients of a step exist."""
+    """Update AdaLoRA's rank allocation before the optimizer step, while gradients exist."""
 
     def on_optimizer_step(
         self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
@@ -265,8 +280,8 @@ class Allocate(TrainerCallback):  # type: ignore[misc, unused-ignore]
         model.base_model.update_and_allocate(state.global_step)
 
 
-def allocated(model: Any) -> dict[str, int]:
-    """Return the ranks that AdaLoRA kept in each layer, by the layer's name."""
+def kept_ranks(model: Any) -> dict[str, int]:
+    """Return the number of ranks that AdaLoRA kept in each layer, by the layer's name."""
     (config,) = model.peft_config.values()
     return {
         name.partition(".lora_E")[0]: int(sum(map(bool, kept)))
@@ -276,7 +291,7 @@ def allocated(model: Any) -> dict[str, int]:
 
 @contextmanager
 def without_penalty(peft_model: Any) -> Iterator[None]:
-    """Leave out the orthogonality loss, which AdaLoRA adds in evaluations too."""
+    """Disable the orthogonality loss, which AdaLoRA adds in evaluation too."""
     tuner = peft_model.base_model
     tuner.forward = tuner.model.forward
     try:
@@ -286,7 +301,7 @@ def without_penalty(peft_model: Any) -> Iterator[None]:
 
 
 def plot_ranks(file: Path, found: RankSearch, title: str) -> None:
-    """Write a PNG: score and efficiency by rank, the best of each marked, AdaLoRA beside them."""
+    """Write a PNG of score and efficiency by rank, with the best ranks marked, and AdaLoRA."""
     rows = sorted(found.rows, key=lambda row: row.rank)
     ranks = [row.rank for row in rows]
     labels = {"score": "score, held out", "efficiency": "score per million parameters"}
@@ -319,7 +334,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Return the exit status, 0. Raises UsageError before the model's weights are read."""
-    quiet()
+    silence_libraries()
     options = RankOptions(**fill_in_demo(vars(args)))
     targets = options.target_modules or find_preset(options.preset).targets
     check_out(options.out)

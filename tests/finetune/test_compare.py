@@ -12,13 +12,13 @@ from lora_kernels.finetune.compare import (
     GRADIENT_LIMIT,
     UPDATE_LIMIT,
     Row,
+    build_pair,
     compare,
-    pair,
+    largest_rms,
     peak_memory,
     relative_rms,
-    scaled_dA,
-    sgd,
-    worst,
+    scale_dA,
+    train_sgd,
 )
 from lora_kernels.finetune.data import batch
 
@@ -61,16 +61,16 @@ def test_a_wrong_fused_model_fails(base, blocks, factor: float, monkeypatch) -> 
 
 
 def test_updates_notice_what_losses_hide(base: nn.Module, blocks: Tensor) -> None:
-    stock, fused = pair(base, **LORA)
-    losses, want = sgd(stock, blocks, batch_size=2, steps=3, seed=0)
-    with scaled_dA(fused, 2.0):
-        broken_losses, got = sgd(fused, blocks, batch_size=2, steps=3, seed=0)
-    assert worst(got, want) > 100 * UPDATE_LIMIT
+    stock, fused = build_pair(base, **LORA)
+    losses, want = train_sgd(stock, blocks, batch_size=2, steps=3, seed=0)
+    with scale_dA(fused, 2.0):
+        broken_losses, got = train_sgd(fused, blocks, batch_size=2, steps=3, seed=0)
+    assert largest_rms(got, want) > 100 * UPDATE_LIMIT
     assert max(abs(a - b) / b for a, b in zip(broken_losses, losses, strict=True)) < 0.01
 
 
 def test_b_is_random_so_that_dA_counts(base: nn.Module, blocks: Tensor) -> None:
-    stock, _ = pair(base, **LORA)
+    stock, _ = build_pair(base, **LORA)
     gradients = module.loss_and_gradients(stock, blocks[:2])[1]
     assert all(g.abs().max() > 0 for g in gradients.values())
 
@@ -101,8 +101,8 @@ def test_nan_fails_and_is_not_taken_for_a_control_that_was_seen() -> None:
     assert Row("x", relative_rms(nan, torch.ones(3)), GRADIENT_LIMIT).ok is False
     assert Row("x", float("nan"), GRADIENT_LIMIT, control=True).ok is False
     many = {"a": torch.ones(3), "b": torch.ones(3)}
-    assert not worst({"a": nan, "b": torch.ones(3)}, many) <= GRADIENT_LIMIT
-    assert not worst({"a": torch.ones(3), "b": nan}, many) <= GRADIENT_LIMIT
+    assert not largest_rms({"a": nan, "b": torch.ones(3)}, many) <= GRADIENT_LIMIT
+    assert not largest_rms({"a": torch.ones(3), "b": nan}, many) <= GRADIENT_LIMIT
 
 
 def test_relative_rms_by_hand() -> None:
@@ -110,7 +110,7 @@ def test_relative_rms_by_hand() -> None:
     assert relative_rms(torch.zeros(2), torch.zeros(2)) == 0.0
     assert relative_rms(torch.ones(2), torch.zeros(2)) == float("inf")
     with pytest.raises(ValueError, match="other names"):
-        worst({"a": torch.ones(1)}, {"b": torch.ones(1)})
+        largest_rms({"a": torch.ones(1)}, {"b": torch.ones(1)})
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

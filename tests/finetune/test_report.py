@@ -16,7 +16,7 @@ def printed(renderable: object, width: int = 80) -> str:
 
 
 def test_the_table_fits_80_columns() -> None:
-    table = report.comparison(
+    table = report.comparison_table(
         [
             Row("loss before the first step", 1.2e-7, None, "", "3.54959", "3.54959"),
             Row("seconds a step, p80", None, None, "11.134", "12.123", "11.223"),
@@ -40,7 +40,9 @@ def test_the_table_fits_80_columns() -> None:
 
 
 def test_brackets_in_an_answer_are_text() -> None:
-    assert "[exit] [/to the Queen]" in printed(report.facts({"after": "[exit] [/to the Queen]"}))
+    assert "[exit] [/to the Queen]" in printed(
+        report.facts_table({"after": "[exit] [/to the Queen]"})
+    )
 
 
 def shown(console: Console, done: int, steps: range, total: int) -> str:

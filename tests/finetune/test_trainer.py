@@ -17,7 +17,12 @@ from transformers import TrainerCallback
 
 from lora_kernels.finetune import UsageError, checkpoints
 from lora_kernels.finetune.chat import ChatData, Collator, load_chat, pack
-from lora_kernels.finetune.checkpoints import damage, find_intact, named_write, newest_checkpoint
+from lora_kernels.finetune.checkpoints import (
+    damage_reason,
+    find_intact,
+    named_write,
+    newest_checkpoint,
+)
 from lora_kernels.finetune.trainer import (
     LoRATrainer,
     check_trainable,
@@ -456,7 +461,7 @@ def test_damaged_newest_checkpoint_resume_takes_the_one_before(
         trainer(tmp_path, data, steps=6, save_every=2, keep=3).train(resume_from_checkpoint=True)
     assert metrics(tmp_path) == want
     assert (tmp_path / "damaged-checkpoint-6").is_dir()
-    assert damage(tmp_path / "checkpoint-6") is None
+    assert damage_reason(tmp_path / "checkpoint-6") is None
 
 
 def test_all_checkpoints_damaged_resume_is_refused(tmp_path: Path, data: ChatData) -> None:

@@ -28,7 +28,7 @@ def test_a_fact_is_learnt_and_the_base_kept(tmp_path: Path) -> None:
         assert tok.decode(learnt) == f"{answer}<end>"
 
     base = llama()
-    batch = Collator.of(tok)(list(data))
+    batch = Collator.from_tokenizer(tok)(list(data))
     with torch.no_grad():
         before = base.eval()(**batch).logits
     model = add_lora_layers(base, "chat", rank=8, alpha=16, dropout=0.0, targets="all-linear")

@@ -399,9 +399,9 @@ def test_prediction_step_counts_the_tokens_that_are_predicted(
     made = trainer(tmp_path, data, adapted())
     inputs = dict(made.data_collator([data[0], data[1]]))
     inputs["labels"] = inputs["input_ids"].clone()
-    made._of_tokens = [0.0, 0]
+    made._token_losses = [0.0, 0]
     made.prediction_step(made.model, inputs, True)
-    assert made._of_tokens[1] == inputs["labels"][:, 1:].numel()
+    assert made._token_losses[1] == inputs["labels"][:, 1:].numel()
 
 
 # Which checkpoint a run goes on from.

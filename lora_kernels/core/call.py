@@ -1,4 +1,4 @@
-"""The arguments and results of one call of the equation, as all backends take and return them.
+"""The arguments and results of one call of the equation, in all backends.
 
     y = c ⊙ (x·Wᵀ + ((D(x)·Aᵀ) ⊙ g)·Bᵀ) + bias,    g = scaling · rank_gate
 
@@ -22,14 +22,14 @@ class Operands(NamedTuple):
 
     Args:
         x: [M, K]; [..., K] above the backends and for the CPU backend.
-        weight: W [N, K], dense or packed in 4 bits; None leaves the base GEMM out.
+        weight: W [N, K], dense or packed in 4 bits. None: no base GEMM.
         lora_A: [R, K].
         lora_B: [N, R].
         rank_gate: [R] or None.
         column_scale: c, [N] or None.
         bias: [N] or None. The backward gets None.
-        rng: the dropout mask's state, int64 [2], or the mask, bool of x's shape. None with
-            dropout_p > 0 has the eager backend draw the mask.
+        rng: the dropout mask's state, int64 [2], or the mask, bool of x's shape. If it is None and
+            dropout_p > 0, the eager backend draws the mask.
     """
 
     x: Tensor
@@ -47,7 +47,7 @@ class Spec(NamedTuple):
 
     Args:
         scaling: alpha / r.
-        dropout_p: probability of dropping an element of x.
+        dropout_p: probability of zeroing an element of x.
         dtype: of the base GEMM.
         y_dtype: of y.
         save_z: whether the forward returns z, y before column scale and bias.
@@ -87,10 +87,10 @@ class Needs(NamedTuple):
 
 
 class Grads(NamedTuple):
-    """The gradients; None for one that is not needed.
+    """The gradients; None for a gradient that is not needed.
 
-    x, lora_A and lora_B have their tensor's dtype. The others have P's dtype, for the caller to
-    round once.
+    x, lora_A and lora_B have the dtype of the tensor. The others have P's dtype, and the caller
+    rounds them once.
     """
 
     x: Tensor | None = None
@@ -102,7 +102,7 @@ class Grads(NamedTuple):
 
 
 class MultiOperands(NamedTuple):
-    """The tensors of a call whose rows of x each have one of E adapters, or none.
+    """The tensors of a call in which each row of x has one of E adapters, or none.
 
     Args:
         x, weight, bias, rng: as in `Operands`.
@@ -139,7 +139,7 @@ class MultiNeeds(NamedTuple):
 
 
 class MultiGrads(NamedTuple):
-    """The gradients, as in `Grads`; zeros for an adapter that no row has."""
+    """The gradients, as in `Grads`; zeros for an adapter without rows."""
 
     x: Tensor | None
     lora_A: list[Tensor | None]
@@ -148,7 +148,7 @@ class MultiGrads(NamedTuple):
 
 
 class ExpertsOperands(NamedTuple):
-    """The tensors of a call whose rows of x are sorted by expert.
+    """The tensors of a call in which the rows of x are sorted by expert.
 
     Args:
         x: [M, K].
@@ -156,7 +156,7 @@ class ExpertsOperands(NamedTuple):
             (E·K if `ExpertsSpec.transposed`).
         lora_A: [E, R, K]; R is 0 for experts without adapters.
         lora_B: [E, N, R], any strides.
-        offsets: [E], one past each expert's last row. Rows after the last belong to no expert.
+        offsets: [E], one past each expert's last row. Later rows belong to no expert.
         bias: [E, N] or None. The backward gets None.
         rng: as in `Operands`; the mask's rows are those of the sorted x.
     """
@@ -202,11 +202,11 @@ class ExpertsGrads(NamedTuple):
 
 
 class Guard(NamedTuple):
-    """A condition under which a prepared call holds.
+    """A condition under which a prepared call is valid.
 
-    `key` is an attribute's name or a function of `target`; a function of nothing if `target` is
-    None; a key if `target` is a dictionary. The guard holds while its value equals `expected`; for
-    a dictionary, while the very same object is under the key.
+    `key` is the name of an attribute of `target`, or a function of it. If `target` is a dictionary,
+    `key` is a key. If `target` is None, `key` is a function without arguments. The guard holds if
+    the value equals `expected`, or for a dictionary if it is the same object.
     """
 
     target: object

@@ -1,4 +1,4 @@
-"""A 4-bit weight as the ops and kernels take it."""
+"""Packed4bit: a 4-bit weight as an argument of ops and kernels."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ PACKED4BIT_TENSORS = 6  # the first fields of `Packed4bit` are tensors, the othe
 
 
 class Packed4bit(NamedTuple):
-    """The tensors and block sizes of a `Weight4bit`, as the arguments of an op. Nothing is checked.
+    """The tensors and block sizes of a `Weight4bit`, unchecked.
 
-    The shape [N, K] is that of the adapter beside it.
+    The shape [N, K] of the weight follows from the adapter's.
 
     Args:
-        packed: codes, two to a byte.
+        packed: codes, two per byte.
         absmax: scale of each block, float32, or uint8 if scales are nested.
         code: the codebook, float32 [16].
         nested_absmax, nested_code, offset: of nested scales, or None.
-        blocksize, nested_blocksize: elements, and scales, to a block.
+        blocksize, nested_blocksize: elements per block, and scales per block of scales.
         quant_type: "nf4" or "fp4".
     """
 

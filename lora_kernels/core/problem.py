@@ -12,11 +12,11 @@ import torch
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_KERNEL_RANK = 256
-MANY_ROWS = 4096  # M, N or K of a large model, for a call whose size is not known
+MANY_ROWS = 4096  # M, N or K of a large model, the default if the size is unknown
 
 
 class Strategy(str, Enum):
-    """How a backend computes a call. Members are their names as users write them.
+    """The way in which a backend computes a call. Members are strings, the names for users.
 
     >>> Strategy("fused") is Strategy.FUSED, f"{Strategy.FUSED}"
     (True, 'fused')
@@ -43,7 +43,7 @@ class Strategy(str, Enum):
 
     @classmethod
     def read(cls, name: str) -> Strategy:
-        """Return the strategy that a file names, by its old name too; ValueError for another.
+        """Return the strategy of that name or former name; ValueError if it is unknown.
 
         >>> Strategy.read("single pass")
         'fused'
@@ -65,7 +65,7 @@ class Strategy(str, Enum):
     __str__, __repr__ = str.__str__, str.__repr__
 
 
-# The strategies' names before they had short ones, in programs and in files of results.
+# Former names, which users' programs and files of results may contain.
 _OLD_NAMES = {
     "single pass": "fused",
     "split": "two_pass",
@@ -81,12 +81,12 @@ _OLD_NAMES = {
 
 
 class Layout(NamedTuple):
-    """How a weight [N, K] lies in memory.
+    """The memory layout of a weight [N, K].
 
     Args:
         blocksize: of 4-bit codes; 0 for a dense weight.
-        columns: whether it is stored as [K, N].
-        unsupported_reason: why tensor cores cannot take it, whatever its sizes, or None.
+        columns: whether the weight is stored as [K, N].
+        unsupported_reason: why tensor core kernels do not support the layout, or None.
     """
 
     blocksize: int = 0
@@ -105,10 +105,10 @@ class Problem(NamedTuple):
         rows: M.
         four_bit: whether the weight is packed in 4 bits.
         columns, inner: N and K.
-        dropout: whether x is dropped by a mask's state.
-        device_index: a GPU's, or None.
+        dropout: whether kernels generate a dropout mask.
+        device_index: of a GPU, or None.
         layout: of the weight; None for contiguous rows, and blocks of 64 codes.
-        mixed: whether rows have adapters of their own (`multi_lora_linear`).
+        mixed: whether each row has its own adapter (`multi_lora_linear`).
     """
 
     device_type: str
@@ -128,15 +128,15 @@ class Problem(NamedTuple):
 
     @property
     def itemsize(self) -> int:
-        """The widest operand's bytes an element."""
+        """The bytes per element of the widest operand."""
         return max(d.itemsize for d in (self.x_dtype, self.a_dtype, self.b_dtype, self.dtype))
 
     def unsupported_reason(self) -> str | None:
-        """Return why no kernel of this package takes the dtypes or the rank, or None."""
+        """Return why no kernel of this package supports the dtypes or the rank, or None."""
         return _unsupported_reason(self[1:5], self.rank)
 
 
-@functools.cache  # asked in every call
+@functools.cache  # called for every call of an op
 def _unsupported_reason(dtypes: tuple[torch.dtype, ...], rank: int) -> str | None:
     for name, dtype in zip(("x", "lora_A", "lora_B", "y"), dtypes, strict=True):
         if dtype not in KERNEL_DTYPES:
@@ -149,7 +149,7 @@ def _unsupported_reason(dtypes: tuple[torch.dtype, ...], rank: int) -> str | Non
 
 @dataclass(frozen=True)
 class Choice:
-    """The backend, the strategy it follows, and the reason in words, as `explain` shows it."""
+    """The chosen backend and strategy, and the reason in words, which `explain` prints."""
 
     backend: str
     strategy: Strategy

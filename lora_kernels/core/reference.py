@@ -1,9 +1,9 @@
-"""The oracle: the equation in plain PyTorch, any dtype up to float64, written to be read.
+"""The reference: the equation in PyTorch, in any dtype up to float64, for readability.
 
     z = x·W̃ᵀ + ((D(x)·Aᵀ) ⊙ g)·Bᵀ          y = c ⊙ z + bias
 
-Everything else in this package is checked against these few lines and their derivatives as
-`torch.autograd` computes them. Nothing here is fast.
+Tests compare all backends with these functions, and their gradients with those of
+`torch.autograd`. The functions are not optimized.
 """
 
 from __future__ import annotations
@@ -20,15 +20,20 @@ _MASK32 = 0xFFFFFFFF
 
 
 def _mul_hi_lo(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of a·b for unsigned 32-bit values held in int64."""
+    """Return the high and low 32 bits of a·b, for unsigned 32-bit values in int64."""
     hi = (b * (a >> 16) + ((b * (a & 0xFFFF)) >> 16)) >> 16
     return hi & _MASK32, (a * b) & _MASK32
 
 
 def philox4x32(counter: list[Tensor], key: list[Tensor], rounds: int = 10) -> list[Tensor]:
-    """Philox4x32 (Salmon et al., SC'11): four 32-bit words per counter.
+    """Generate four 32-bit words per counter by Philox4x32 (Salmon et al., SC'11).
 
-    counter: four int64 tensors of 32-bit values (broadcastable); key: two. Returns four.
+    Args:
+        counter: four broadcastable int64 tensors of 32-bit values.
+        key: two such tensors.
+        rounds: the number of rounds.
+
+    Returns four int64 tensors.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -42,21 +47,23 @@ def philox4x32(counter: list[Tensor], key: list[Tensor], rounds: int = 10) -> li
 
 
 def dropout_threshold(p: float) -> int:
-    """A 32-bit word keeps its element where word >= this; p = 1 drops all through scale 0."""
+    """Return the smallest 32-bit word that keeps its element; for p = 1 the scale is 0."""
     return min(round(p * 2**32), _MASK32)
 
 
 def dropout_scale(p: float) -> float:
-    """1/(1−p), and 0 for p = 1, as `torch.nn.Dropout` has it."""
+    """Return 1/(1−p), or 0 for p = 1, as in `torch.nn.Dropout`."""
     return 1.0 / (1.0 - p) if p < 1.0 else 0.0
 
 
 def dropout_mask(rng: Tensor, M: int, K: int, p: float) -> Tensor:
-    """The mask that every backend applies to x of shape [M, K], True where x is kept.
+    """Return the dropout mask that every backend applies to x [M, K], True for kept elements.
 
-    rng: int64[2], seed and offset. Philox4x32-10 with key = seed and
-    counter = (k >> 2, m, offset_lo, offset_hi); element (m, k) takes word k & 3 and is kept where
+    The words are those of Philox4x32-10 with key = seed and
+    counter = (k >> 2, m, offset_lo, offset_hi). Element (m, k) has word k & 3, and is kept if
     word >= round(p·2³²). Returns bool[M, K] on rng's device.
+
+    rng: int64[2], seed and offset.
 
     >>> mask = dropout_mask(torch.tensor([1, 2]), 64, 64, p=0.25)
     >>> mask.shape, 0.7 < mask.double().mean().item() < 0.8
@@ -88,7 +95,7 @@ def lora_linear(
     dropout_p: float = 0.0,
     rng: Tensor | None = None,
 ) -> Tensor:
-    """y = c ⊙ (x·W̃ᵀ + ((D(x)·Aᵀ) ⊙ g)·Bᵀ) + bias, g = scaling · rank_gate.
+    """Compute y = c ⊙ (x·W̃ᵀ + ((D(x)·Aᵀ) ⊙ g)·Bᵀ) + bias, g = scaling · rank_gate.
 
     x [..., K], weight [N, K], lora_A [R, K], lora_B [N, R], bias [N], rank_gate [R],
     column_scale [N]; all of one dtype. Differentiable in every argument by autograd.
@@ -122,11 +129,11 @@ def multi_lora_linear(
     dropout_p: float = 0.0,
     rng: Tensor | None = None,
 ) -> Tensor:
-    """`lora_linear` where each row of x has an adapter of its own, or none (-1):
+    """Compute `lora_linear` with one adapter for each row of x, or none (-1):
 
         y_m = W̃·x_m + s_e·B_e·(A_e·D(x)_m) + bias,    e = index_m
 
-    x [..., K], index integers [...], lora_A[e] [R_e, K], lora_B[e] [N, R_e], scaling a number each.
+    x [..., K], index integers [...], lora_A[e] [R_e, K], lora_B[e] [N, R_e], one scaling each.
 
     >>> x, W, A, B = torch.ones(2, 3), torch.eye(3), torch.ones(1, 3), torch.ones(3, 1)
     >>> multi_lora_linear(x, W, [A], [B], torch.tensor([0, -1]), [0.5])
@@ -158,11 +165,12 @@ def lora_experts_linear(
     dropout_p: float = 0.0,
     rng: Tensor | None = None,
 ) -> Tensor:
-    """`lora_linear` where each row of x has an expert's weight and adapter, or none and y = 0:
+    """Compute `lora_linear` with the weight and adapter of each row's expert:
 
         y_m = W̃_e·x_m + s·B_e·(A_e·D(x)_m) + bias_e,    offsets[e-1] <= m < offsets[e]
 
-    x [M, K], weight [E, N, K], lora_A [E, R, K], lora_B [E, N, R], offsets [E], bias [E, N].
+    x [M, K], weight [E, N, K], lora_A [E, R, K], lora_B [E, N, R], offsets [E], bias [E, N]. Rows
+    from offsets[E-1] on have no expert, and y is 0.
 
     >>> x, W, A, B = torch.ones(3, 2), torch.ones(2, 1, 2), torch.ones(2, 1, 2), torch.ones(2, 1, 1)
     >>> lora_experts_linear(x, W, A, B, torch.tensor([0, 2]), scaling=0.5).tolist()
@@ -189,7 +197,7 @@ def dora_norm(
     scaling: float = 1.0,
     rank_gate: Tensor | None = None,
 ) -> Tensor:
-    """The norm of each row of W + (B ⊙ g)·A, g = scaling · rank_gate: [N].
+    """Return the norm [N] of each row of W + (B ⊙ g)·A, g = scaling · rank_gate.
 
     weight [N, K], lora_A [R, K], lora_B [N, R], rank_gate [R]; all of one dtype.
 
@@ -200,15 +208,15 @@ def dora_norm(
     return (weight + (lora_B * gate) @ lora_A).square().sum(dim=1).sqrt()
 
 
-SMALLEST_SCALE = 1e-38  # what a block is divided by if its largest element is smaller still
+SMALLEST_SCALE = 1e-38  # the smallest divisor of a block
 
 
 def _scale_blocks(values: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
-    """float32[n] over its blocks' largest magnitudes, in [-1, 1], and those: float32[blocks].
+    """Divide float32[n] by the absmax of each block; return both, in [-1, 1] and float32[blocks].
 
-    Exactly bitsandbytes' default backend, which treats a short last block its own way: it divides
-    where full blocks are multiplied by the reciprocal (they differ in the last bit), and it returns
-    the scale raised to the smallest one, where full blocks return 0 for zeros.
+    The results are bitwise equal to bitsandbytes' default backend, which treats a short last block
+    differently. Full blocks are multiplied by the reciprocal, and absmax is 0 for zeros. A short
+    block is divided, and its absmax is at least `SMALLEST_SCALE`.
     """
     count = values.numel() // blocksize
     full, tail = values[: count * blocksize].view(count, blocksize), values[count * blocksize :]
@@ -224,12 +232,18 @@ def _scale_blocks(values: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
 def quantize_4bit(
     weight: Tensor, thresholds: Tensor, order: Tensor, blocksize: int
 ) -> tuple[Tensor, Tensor]:
-    """A weight of any shape to two codes a byte and a scale a block, bitsandbytes' way.
+    """Quantize a weight to 4-bit codes and one scale per block, as bitsandbytes does.
 
-    weight: float32, bfloat16 or float16, finite, flattened row by row; blocks run over the flat
-    tensor and the last may be short. thresholds float32[15] and order uint8[16] as
-    `quantization.codebooks` has them. Returns packed uint8[⌈n/2⌉], the even element in the high
-    nibble, and absmax float32[⌈n/blocksize⌉]. Where n is odd the last low nibble is the code of 0.
+    Blocks divide the flattened weight, and the last block may be short.
+
+    Args:
+        weight: float32, bfloat16 or float16, finite, of any shape with n elements.
+        thresholds, order: float32[15] and uint8[16] from `quantization.codebooks`.
+        blocksize: the number of elements per block.
+
+    Returns:
+        packed uint8[⌈n/2⌉], with even elements in the high nibble, and absmax
+        float32[⌈n/blocksize⌉]. If n is odd, the last low nibble is the code of 0.
 
     >>> packed, absmax = quantize_4bit(torch.tensor([[1.0, -2.0, 0.5]]),
     ...     torch.linspace(-0.9375, 0.9375, 15), torch.arange(16, dtype=torch.uint8), 32)
@@ -251,9 +265,9 @@ def dequantize_4bit(
     shape: tuple[int, ...],
     dtype: torch.dtype,
 ) -> Tensor:
-    """The weight that packed codes stand for: code × scale in float32, rounded once to `dtype`.
+    """Decode a weight: code × scale in float32, rounded once to `dtype`.
 
-    packed uint8[⌈n/2⌉], scales float32[⌈n/blocksize⌉], code float32[16], n the elements of shape.
+    packed uint8[⌈n/2⌉], scales float32[⌈n/blocksize⌉], code float32[16], for n elements in shape.
 
     >>> packed, scales = torch.tensor([0x21, 0x30], dtype=torch.uint8), torch.tensor([0.5])
     >>> dequantize_4bit(packed, scales, torch.arange(16.0), 32, (1, 3), torch.float32)
@@ -267,11 +281,11 @@ def dequantize_4bit(
 def quantize_scales(
     absmax: Tensor, nested_code: Tensor, nested_blocksize: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Nested quantization: scales less their mean, in 8 bits, with a scale a block of their own.
+    """Quantize scales minus their mean to 8 bits, with nested scales (double quantization).
 
-    absmax float32[blocks], nested_code float32[256] rising. Returns codes uint8[blocks],
-    nested_absmax float32[⌈blocks/nested_blocksize⌉] and the mean, float32[]. The mean is torch's
-    own sum, whose order changes with the thread count on very large weights.
+    absmax float32[blocks], nested_code float32[256] ascending. Returns codes uint8[blocks],
+    nested_absmax float32[⌈blocks/nested_blocksize⌉] and the mean, float32[]. PyTorch computes the
+    mean, in an order that depends on the thread count for very large weights.
 
     >>> codes, nested_absmax, offset = quantize_scales(
     ...     torch.tensor([1.0, 2.0, 3.0]), torch.linspace(-1, 1, 256), 256)
@@ -291,7 +305,7 @@ def dequantize_scales(
     offset: Tensor,
     nested_blocksize: int,
 ) -> Tensor:
-    """Nested scales decoded, float32[blocks]: code × nested scale, rounded, + offset, rounded.
+    """Decode nested scales, float32[blocks]: code × nested scale, rounded, + offset, rounded.
 
     >>> dequantize_scales(torch.tensor([0, 255], dtype=torch.uint8), torch.tensor([4.0]),
     ...     torch.linspace(-1, 1, 256), torch.tensor(5.0), 256)

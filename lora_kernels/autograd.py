@@ -34,10 +34,10 @@ _Backward = Callable[..., tuple[Tensor | None, ...]]
 
 
 class _Gradients(torch.autograd.Function):
-    """A backward's results, tied to all that they were made of, so that a second derivative raises.
+    """The results of a backward, with a graph to all inputs that raises if differentiated.
 
-    `once_differentiable` ties them to dy alone: `autograd.grad` then finds no way to x, and a dx
-    of a dy that needs no gradient is a constant, which leaves terms out of a penalty in silence.
+    `once_differentiable` connects the results to dy alone. If dy needs no gradient, dx would be a
+    constant, and a gradient penalty would silently lack terms.
     """
 
     @staticmethod
@@ -56,8 +56,8 @@ class _Gradients(torch.autograd.Function):
 def _once(backward: _Backward) -> _Backward:
     """Return `backward(ctx, saved, dy)` as a Function's backward that raises if differentiated.
 
-    The guard is made only if the backward is itself recorded: it costs as much as a kernel of a
-    small layer.
+    `_Gradients` runs only if gradients are enabled in the backward, because it takes as long as a
+    kernel of a small layer.
     """
 
     def call(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -79,14 +79,14 @@ def _requested(choice: Choice | None, strategy: bool = True) -> AbstractContextM
 
 
 class Options(NamedTuple):
-    """The arguments of `LoRALinearFunction` that are no tensors.
+    """The arguments of `LoRALinearFunction` that are not tensors.
 
-    One argument, since the call of a Function costs time for each.
+    They are one argument, because a Function's call takes time for each argument.
 
     Args:
         spec: of the call.
-        recompute: whether the backward computes P again in place of a saved P.
-        blocksizes: the fields of `Packed4bit` that are no tensors; () for a dense weight.
+        recompute: whether the backward recomputes P instead of saving it.
+        blocksizes: the fields of `Packed4bit` that are not tensors; () for a dense weight.
     """
 
     spec: Spec
@@ -95,14 +95,14 @@ class Options(NamedTuple):
 
 
 class MultiOptions(NamedTuple):
-    """The arguments of `MultiLoRALinearFunction` that are no tensors; see `Options`."""
+    """The arguments of `MultiLoRALinearFunction` that are not tensors; see `Options`."""
 
     spec: MultiSpec
     blocksizes: tuple[Any, ...]
 
 
 class ExpertsOptions(NamedTuple):
-    """The arguments of `LoRAExpertsFunction` that are no tensors; see `Options`."""
+    """The arguments of `LoRAExpertsFunction` that are not tensors; see `Options`."""
 
     spec: ExpertsSpec
     blocksizes: tuple[Any, ...]
@@ -111,8 +111,8 @@ class ExpertsOptions(NamedTuple):
 class LoRALinearFunction(torch.autograd.Function):
     """`ops.lora_linear` with `ops.lora_linear_backward`.
 
-    `weight` are a dense weight or None, or the tensors of a 4-bit weight. Saved for the backward:
-    the operands, P [M, R] unless `Options.recompute`, and z [M, N] if the column scale needs a
+    `weight` is a dense weight or None, or the tensors of a 4-bit weight. The backward needs the
+    operands, P [M, R] unless `Options.recompute`, and z [M, N] if the column scale needs a
     gradient.
     """
 
@@ -154,7 +154,7 @@ class LoRALinearFunction(torch.autograd.Function):
         base = Packed4bit(*weight, *blocksizes) if blocksizes else weight[0]
         operands = Operands(x, base, lora_A, lora_B, rank_gate, column_scale, None, rng)
         if p is None:
-            with _requested(ctx.choice, strategy=False):  # of a layer with one column
+            with _requested(ctx.choice, strategy=False):  # the strategy depends on N, here 1
                 p = ops.down_projection(x, lora_A, spec.dropout_p, rng, spec.dtype)
         saved = Saved(p, z)
         if ctx.choice is not None and ops.can_bypass_dispatcher(dy, x, weight[0], lora_A, lora_B):
@@ -162,11 +162,11 @@ class LoRALinearFunction(torch.autograd.Function):
         else:
             with _requested(ctx.choice):
                 grads = ops.lora_linear_backward_dispatched(dy, operands, saved, spec, needs)
-        return *_in_dtypes(ctx, grads, operands), *[None] * (2 + len(weight))
+        return *_cast_grads(ctx, grads, operands), *[None] * (2 + len(weight))
 
 
-def _in_dtypes(ctx: Any, grads: Grads, operands: Operands) -> tuple[Tensor | None, ...]:
-    """Return the gradients, each in its tensor's dtype."""
+def _cast_grads(ctx: Any, grads: Grads, operands: Operands) -> tuple[Tensor | None, ...]:
+    """Return the gradients, each in the dtype of its tensor."""
     gate, scale, bias = grads[3:]
     if gate is not None and operands.rank_gate is not None:
         gate = gate.to(operands.rank_gate.dtype)
@@ -180,8 +180,8 @@ def _in_dtypes(ctx: Any, grads: Grads, operands: Operands) -> tuple[Tensor | Non
 class MultiLoRALinearFunction(torch.autograd.Function):
     """`ops.multi_lora_linear` with `ops.multi_lora_linear_backward`.
 
-    `tensors` are E of lora_A, E of lora_B and the tensors of a 4-bit weight. Saved for the
-    backward: the operands and P [M, R].
+    `tensors` are E of lora_A, E of lora_B and the tensors of a 4-bit weight. The backward needs the
+    operands and P [M, R].
     """
 
     @staticmethod
@@ -239,7 +239,7 @@ class MultiLoRALinearFunction(torch.autograd.Function):
 class LoRAExpertsFunction(torch.autograd.Function):
     """`ops.lora_experts` with `ops.lora_experts_backward`.
 
-    `weight` are a dense weight or the tensors of a 4-bit one. Saved for the backward: the operands
+    `weight` is a dense weight or the tensors of a 4-bit weight. The backward needs the operands
     and P [M, R].
     """
 

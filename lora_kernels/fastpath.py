@@ -1,4 +1,4 @@
-"""Guarded, prepared calls for decoding: what is equal for every token is done once."""
+"""Guarded, prepared calls for decoding: work that is equal for every token is done once."""
 
 from __future__ import annotations
 
@@ -28,16 +28,18 @@ def prepare(
 ) -> PreparedCall | None:
     """Prepare `lora_linear` on one weight and adapter for calls with few rows of x.
 
-    For calls like one that `lora_linear` has answered without gradients, dropout, gate and column
-    scale. Checks, choice and argument packing, which the prepared call leaves out, take longer than
-    a layer of a small model.
+    `lora_linear` must have accepted the same arguments before, without gradients, dropout, gate and
+    column scale. A prepared call skips argument checks, selection and packing, which take longer
+    than a layer of a small model.
 
-    Returns a call of x and a bias or None, or None if the CPU backend has no such call. Its y has
-    the bits of `lora_linear`'s. It returns None if `lora_linear` has to be called: for more rows;
-    for another dtype, device or strides of x; for a bias of another length; with gradients on;
-    under autocast; while a compiler, a dispatch mode or a transform is active; after another
-    backend was requested; and if lora_A, lora_B or a dense weight has moved in memory. Values may
-    change in place.
+    Returns a function of x and a bias or None, or None if the CPU backend has no prepared call. Its
+    result is bitwise equal to `lora_linear`'s. The function returns None if a guard fails, and then
+    `lora_linear` must be called:
+
+    - x has more rows, or another dtype, device or strides; the bias has another length
+    - gradients or autocast are enabled, or another backend was requested
+    - a compiler, a dispatch mode or a transform is active
+    - lora_A, lora_B or a dense weight has another address; values may change in place
 
     >>> import torch
     >>> from lora_kernels import fastpath, lora_linear
@@ -79,21 +81,20 @@ def prepare(
 
 
 def _memory_guard(t: Tensor) -> Guard:
-    """Guard a matrix that is called by its address: address, strides, dtype and shape."""
+    """Guard a matrix that is passed by address: address, strides, dtype and shape."""
     assert native.module is not None
-    where: Any = native.module.where if native.exchange else _where
-    return Guard(t, where, where(t))
+    describe: Any = native.module.where if native.exchange else _describe_memory
+    return Guard(t, describe, describe(t))
 
 
-def _where(t: Tensor) -> tuple[object, ...]:
+def _describe_memory(t: Tensor) -> tuple[object, ...]:
     return t.data_ptr(), t.stride(), t.dtype, t.shape
 
 
 class CallCache:
-    """`lora_linear` for one layer, which prepares the call for the next token.
+    """`lora_linear` for one layer without gate and column scale, which prepares the next call.
 
-    For layers without gate and column scale. A cache is not copied or saved with its layer; the
-    copy starts empty.
+    The cache is empty in a copy of the layer, and is not saved.
     """
 
     __slots__ = ("_call", "_key")
@@ -126,7 +127,7 @@ class CallCache:
     def matches(
         self, tensors: tuple[Tensor | Weight4bit, Tensor, Tensor], numbers: tuple[object, ...]
     ) -> bool:
-        """Return True if the prepared call is for these very tensors and these numbers."""
+        """Return True if the prepared call is for the same tensor objects and equal numbers."""
         if self._key is None:
             return False
         (weight, lora_A, lora_B), kept = self._key
@@ -144,11 +145,11 @@ class CallCache:
         tensors: tuple[Tensor | Weight4bit, Tensor, Tensor],
         numbers: tuple[object, ...],
     ) -> Tensor | None:
-        """Return y if a call is prepared for these arguments, or None."""
+        """Return y by the prepared call, or None if there is none for these arguments."""
         if self._call is None:
             return None
         if not self.matches(tensors, numbers):
-            self._call = self._key = None  # which would keep other tensors in memory
+            self._call = self._key = None  # free the former tensors
             return None
         return None if torch.is_grad_enabled() else self._call(x, bias)
 
@@ -158,10 +159,11 @@ class CallCache:
         tensors: tuple[Tensor | Weight4bit, Tensor, Tensor],
         numbers: tuple[Any, ...],
     ) -> None:
-        """Prepare a call after `lora_linear` has answered for x.
+        """Prepare a call after `lora_linear` has returned for x.
 
-        numbers: scaling, compute dtype and dropout_p. An adapter that was computed from others is
-        not kept, since its graph would stay in memory.
+        An adapter that is not a leaf is not cached, because its graph would stay in memory.
+
+        numbers: scaling, compute dtype and dropout_p.
         """
         scaling, compute_dtype, dropout_p = numbers
         if dropout_p or torch.is_grad_enabled():
@@ -179,7 +181,8 @@ class CallCache:
 class PreparedLinear:
     """x·Wᵀ + bias for one layer without an adapter, by a prepared call of rank 0.
 
-    Returns None if there is no such call for x or the weight. Not copied or saved with its layer.
+    A call returns None if x or the weight is unsupported. The object is not copied or saved with
+    its layer.
     """
 
     __slots__ = ("_call", "_weight")
@@ -193,7 +196,7 @@ class PreparedLinear:
             y = self._call(x, bias)
             if y is not None:
                 return y
-        self._call = self._weight = None  # which would keep its memory
+        self._call = self._weight = None  # free the former weight
         if weight is None or weight.is_meta:
             return None
         A, B = weight.new_empty(0, weight.shape[1]), weight.new_empty(weight.shape[0], 0)
@@ -208,13 +211,13 @@ class PreparedLinear:
 
 
 class DoraNormCache:
-    """`dora_norm` without gradients, kept until an operand changes.
+    """`dora_norm`, cached without gradients until an operand changes.
 
-    Changes of the base are seen by its storages and version counters; a weak reference tells a
-    storage from another that comes to lie at the same address. A change of an adapter through
-    `.data`, or by FSDP2, counts no version: on a CPU the adapter is therefore compared with a copy.
-    On a GPU a comparison would wait for the device: there the version decides, and in a
-    distributed run nothing is kept. Not copied or pickled with its layer.
+    The base is compared by its storages and version counters. A weak reference distinguishes a
+    storage from a later one at the same address. A write to an adapter through `.data` or by FSDP2
+    does not change its version, so on a CPU the adapter is compared with a copy. On a GPU a
+    comparison would wait for the device. There the version decides, and a distributed run does not
+    cache. The cache is not copied or pickled with its layer.
     """
 
     def __init__(self) -> None:
@@ -235,10 +238,10 @@ class DoraNormCache:
         )
         adapter = (lora_A, lora_B, *(() if rank_gate is None else (rank_gate,)))
         if (
-            torch.is_grad_enabled()  # in training they change every time
+            torch.is_grad_enabled()  # in training the adapter changes every time
             or torch.compiler.is_compiling()
-            or any(t.is_inference() for t in (*base, *adapter))  # which tell nobody of changes
-            or (not lora_A.is_cpu and _distributed())
+            or any(t.is_inference() for t in (*base, *adapter))  # have no version counter
+            or (not lora_A.is_cpu and _is_distributed())
         ):
             squares = self._row_squares(weight, base, lora_A, lora_B)
             return dora_norm(
@@ -248,7 +251,7 @@ class DoraNormCache:
         known = base if lora_A.is_cpu else (*base, *adapter)
         key = (scaling, *map(tensor_state, known), *(t.dtype for t in adapter))
         kept = self._kept
-        if kept is None or kept[0] != key or not _equal(kept[1], compared):
+        if kept is None or kept[0] != key or not _are_equal(kept[1], compared):
             norm = dora_norm(weight, lora_A, lora_B, scaling, rank_gate=rank_gate)
             self._kept = kept = key, tuple(t.detach().clone() for t in compared), norm
         return kept[2]
@@ -260,12 +263,12 @@ class DoraNormCache:
         lora_A: Tensor,
         lora_B: Tensor,
     ) -> Tensor | None:
-        """‖W‖² of each row for the eager backend on a GPU, until the base changes; else None."""
+        """Return ‖W‖² of each row, cached until the base changes, for eager on a GPU, or None."""
         if (
             not selection.is_eager_on_gpu(lora_A.device.type)
             or torch.compiler.is_compiling()
             or any(t.is_inference() for t in base)
-            or _distributed()
+            or _is_distributed()
         ):
             return None
         key = (*map(tensor_state, base), lora_A.dtype)
@@ -281,13 +284,13 @@ class DoraNormCache:
 
 def tensor_state(t: Tensor) -> tuple[object, ...]:
     """Return a key that changes whenever an element may have changed."""
-    storage = StorageWeakRef(t.untyped_storage())  # equal to another while both live
+    storage = StorageWeakRef(t.untyped_storage())  # unequal to a later storage at the same address
     return storage, t.storage_offset(), t.shape, t.stride(), t.dtype, t._version
 
 
-def _distributed() -> bool:
+def _is_distributed() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-def _equal(kept: tuple[Tensor, ...], now: tuple[Tensor, ...]) -> bool:
+def _are_equal(kept: tuple[Tensor, ...], now: tuple[Tensor, ...]) -> bool:
     return len(kept) == len(now) and all(map(torch.equal, kept, now))

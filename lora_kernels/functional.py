@@ -1,5 +1,7 @@
-"""The public functions: they check their arguments, then call the autograd Functions, or without
-gradients what those call."""
+"""The public functions: check arguments, and call the autograd Functions.
+
+Without gradients they call the ops' implementations directly.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ from .autograd import (
     MultiOptions,
     Options,
 )
-from .backends.library import follows_gpu
+from .backends.library import is_on_gpu_path
 from .core import reference
 from .core.call import ExpertsOperands, ExpertsSpec, MultiSpec, Operands, Spec
 from .core.packed4bit import PACKED4BIT_TENSORS, Packed4bit
@@ -43,37 +45,37 @@ def lora_linear(
     compute_dtype: torch.dtype | None = None,
     recompute: bool = False,
 ) -> Tensor:
-    """A frozen linear with its low-rank adapter:
+    """Apply a frozen linear layer with a low-rank adapter:
 
         y = c ⊙ (x·Wᵀ + ((D(x)·Aᵀ) ⊙ g)·Bᵀ) + bias,    g = scaling · rank_gate
 
     Args:
         x: [..., K], float32, bfloat16, float16 or float64. Any strides, any M including 0.
-        weight: [N, K], frozen (where gradients are on, it may not require one); x's dtype, unless
-            autocast is on. A `Weight4bit` is decoded as it is multiplied, never written out. None
-            leaves the base product out: y is the adapter's part alone.
-        lora_A: [R, K], lora_B: [N, R]. float32, bfloat16 or float16, whatever x is; float64 only
-            if all are. Never copied to x's dtype; products accumulate in float32.
+        weight: [N, K], frozen, in x's dtype unless autocast is on. A `Weight4bit` is decoded inside
+            the GEMM. None: no base GEMM, y is the low-rank update alone.
+        lora_A: [R, K], float32, bfloat16 or float16, independent of x's dtype; float64 only if all
+            tensors are. The adapter is not cast to x's dtype, and GEMMs accumulate in float32.
+        lora_B: [N, R], as lora_A.
         scaling: alpha / r.
-        bias: [N] or None, added outside the column scale.
-        rank_gate: [R] or None, multiplies `scaling` rank by rank (AdaLoRA, hierarchical LoRA).
+        bias: [N] or None, added after the column scale.
+        rank_gate: [R] or None, multiplies `scaling` for each rank (AdaLoRA, hierarchical LoRA).
         column_scale: [N] or None (DoRA).
-        dropout_p: probability in [0, 1] of dropping an element of x on the adapter's branch.
+        dropout_p: probability in [0, 1] of zeroing an element of x on the adapter's branch.
         rng: int64[2], seed and offset of the dropout mask (see `dropout_mask`), or the mask itself,
-            bool of x's shape, True where x is kept. If it is None and dropout_p > 0, one is drawn
-            from the default generator of x's device: a state, or on a GPU that runs the eager
-            backend the mask, by PyTorch's dropout kernel.
-        compute_dtype: of the product with a 4-bit weight where autocast is off, float32, bfloat16
-            or float16 (`Linear4bit.compute_dtype`); None is x's.
-        recompute: keep nothing of [M, R] for the backward, which makes it again.
+            bool of x's shape, True for kept elements. If it is None and dropout_p > 0, the default
+            generator of x's device draws a state. On a GPU that runs the eager backend, PyTorch's
+            dropout kernel draws the mask.
+        compute_dtype: of the base GEMM with a 4-bit weight without autocast: float32, bfloat16 or
+            float16 (`Linear4bit.compute_dtype`). None: x's dtype.
+        recompute: whether the backward recomputes D(x)·Aᵀ [M, R] instead of saving it.
 
     Returns:
-        y [..., N], in autocast's dtype where autocast is on for x's device, else in x's.
+        y [..., N], in autocast's dtype if autocast is enabled for x's device, else in x's.
         Differentiable once in x, lora_A, lora_B, rank_gate, column_scale and bias.
 
     Raises:
-        ValueError, TypeError: naming the argument, what it is and what it should be.
-        RuntimeError: a backend was forced that cannot run here.
+        ValueError, TypeError: an argument is invalid; the message names it and what it wants.
+        RuntimeError: a forced backend cannot run here.
 
     >>> import torch, lora_kernels
     >>> x, W, A, B = torch.ones(2, 3), torch.eye(3), torch.ones(1, 3), torch.ones(3, 1)
@@ -87,7 +89,7 @@ def lora_linear(
     N, ranks = _matrix("lora_B", lora_B, "[N, R]")
     x_dtype, a_dtype, b_dtype = x.dtype, lora_A.dtype, lora_B.dtype
     device_type, _ = ops.device_of(x)
-    autocast = _autocast(device_type, x_dtype)
+    autocast = _is_autocast_enabled(device_type, x_dtype)
     y_dtype = torch.get_autocast_dtype(device_type) if autocast else x_dtype
     if x.dim() == 0 or x.shape[-1] != K:
         raise ValueError(f"x: got shape {_shape(x)}, want [..., {K}] for lora_A {_shape(lora_A)}")
@@ -106,7 +108,7 @@ def lora_linear(
         _check_vector("rank_gate", rank_gate, R, x)
     if column_scale is not None:
         _check_vector("column_scale", column_scale, N, x)
-    if autocast and follows_gpu(device_type):  # a CPU's kernels keep the adapter's bits
+    if autocast and is_on_gpu_path(device_type):  # a CPU's kernels keep the adapter's bits
         x, lora_A, lora_B = (t.to(y_dtype) for t in (x, lora_A, lora_B))
         weight = weight.to(y_dtype) if isinstance(weight, Tensor) else weight
     if dropout_p or rng is not None:
@@ -137,30 +139,31 @@ def multi_lora_linear(
     rng: Tensor | None = None,
     compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """A frozen linear whose rows of x each have one of E adapters, or none:
+    """Apply a frozen linear layer with one of E adapters, or none, for each row of x:
 
         y_m = W·x_m + scaling_e · B_e·(A_e·D(x)_m) + bias,    e = index_m
 
-    One base product for all rows, and no adapter is copied. Rows of an adapter that lie together,
-    as those of a sequence do, are read in place; others are put in order and back.
+    One base GEMM serves all rows, and no adapter is copied. Contiguous rows of one adapter, such as
+    those of a sequence, are read in place. Other rows are sorted by adapter.
 
     Args:
-        x: [..., K], as `lora_linear`'s.
-        weight: [N, K], a `Weight4bit`, or None for the adapters' part alone.
-        lora_A: [E, R, K], or E tensors [R_e, K], whose ranks may differ; lora_B: [E, N, R], or E
-            tensors [N, R_e]. One dtype for all of lora_A and one for all of lora_B.
+        x: [..., K], as in `lora_linear`.
+        weight: [N, K], a `Weight4bit`, or None for the low-rank update alone.
+        lora_A: [E, R, K], or E tensors [R_e, K] of any ranks and one dtype.
+        lora_B: [E, N, R], or E tensors [N, R_e] of one dtype.
         index: integers of x's leading shape [...]: 0 to E - 1, or -1 for no adapter.
-        scaling: alpha / r, of all or of each.
-        bias, dropout_p, rng, compute_dtype: as `lora_linear`'s. Element (m, k) of the dropout mask
-            is that of x's row m, whichever adapter it has.
+        scaling: alpha / r, one number for all adapters or one for each.
+        bias, dropout_p, rng, compute_dtype: as in `lora_linear`. The dropout mask does not depend
+            on the adapters.
 
     Returns:
-        y [..., N], in autocast's dtype where autocast is on for x's device, else in x's.
-        Differentiable once in x, lora_A, lora_B and bias; an adapter that no row has gets zeros.
+        y [..., N], in autocast's dtype if autocast is enabled for x's device, else in x's.
+        Differentiable once in x, lora_A, lora_B and bias. The gradients of an adapter without rows
+        are zero.
 
     Raises:
-        ValueError, TypeError: naming the argument, what it is and what it should be.
-        RuntimeError: a backend was forced that cannot run here.
+        ValueError, TypeError: an argument is invalid; the message names it and what it wants.
+        RuntimeError: a forced backend cannot run here.
 
     >>> import torch, lora_kernels
     >>> x, W, A, B = torch.ones(3, 2), torch.eye(2), torch.ones(2, 1, 2), torch.ones(2, 2, 1)
@@ -176,7 +179,7 @@ def multi_lora_linear(
     if len(Bs) != E:
         raise ValueError(f"lora_B: got {len(Bs)} adapters, want {E}, as many as of lora_A")
     device_type, _ = ops.device_of(x)
-    autocast = _autocast(device_type, x.dtype)
+    autocast = _is_autocast_enabled(device_type, x.dtype)
     y_dtype = torch.get_autocast_dtype(device_type) if autocast else x.dtype
     K, N = As[0].shape[1], Bs[0].shape[0]
     if x.dim() == 0 or x.shape[-1] != K:
@@ -213,7 +216,7 @@ def multi_lora_linear(
     weight, codes, dtype = _base(x, weight, (N, K), compute_dtype, y_dtype if autocast else None)
     if bias is not None:
         _check_vector("bias", bias, N, x)
-    if autocast and follows_gpu(device_type):  # a CPU's kernels keep the adapter's bits
+    if autocast and is_on_gpu_path(device_type):  # a CPU's kernels keep the adapter's bits
         x, *both = (t.to(y_dtype) for t in (x, *As, *Bs))
         As, Bs = both[:E], both[E:]
         weight = weight.to(y_dtype) if isinstance(weight, Tensor) else weight
@@ -240,33 +243,36 @@ def lora_experts_linear(
     rng: Tensor | None = None,
     compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Compute a frozen linear of each expert with its adapter, for rows sorted by expert:
+    """Apply each expert's frozen linear layer and adapter, for rows sorted by expert:
 
         y_m = W_e·x_m + scaling · B_e·(A_e·D(x)_m) + bias_e,    offsets[e-1] <= m < offsets[e]
 
-    No tensor of the stack's size is made in either direction, and W + scaling·B·A is never written.
+    Neither direction allocates a tensor of the weights' size, and W + scaling·B·A is not computed.
 
     Args:
         x: [M, K], float32, bfloat16, float16 or float64.
-        weight: [E, N, K], frozen, with any strides, of x's dtype unless autocast is on; or a
+        weight: [E, N, K], frozen, with any strides, in x's dtype unless autocast is on; or a
             `Weight4bit` of that shape.
-        lora_A: [E, R, K]. lora_B: [E, N, R], any strides; PEFT's weights [N, R·E] are
-            `weight.view(N, R, E).permute(2, 0, 1)`. None for both leaves the adapters out.
-        offsets: int32 or int64 [E], rising: one past each expert's last row, as in
-            `torch.nn.functional.grouped_mm`. Rows from offsets[-1] on belong to no expert and get
-            zeros. The values are checked on the CPU only, since a GPU would have to wait.
+        lora_A: [E, R, K]. None, like lora_B: no adapters.
+        lora_B: [E, N, R], any strides. PEFT's weights [N, R·E] are
+            `weight.view(N, R, E).permute(2, 0, 1)`.
+        offsets: int32 or int64 [E], ascending: one past each expert's last row, as in
+            `torch.nn.functional.grouped_mm`. Rows from offsets[-1] on belong to no expert, and y
+            is zero. The values are checked on the CPU alone, because reading them would synchronize
+            a GPU.
         scaling: alpha / r.
         bias: [E, N] or None.
         is_transposed: whether `weight` is [E, K, N].
         dropout_p, rng, compute_dtype: as in `lora_linear`. The mask's rows are those of x.
 
     Returns:
-        y [M, N], in autocast's dtype where autocast is on for x's device, else in x's.
-        Differentiable once in x, lora_A, lora_B and bias; an expert without rows gets zeros.
+        y [M, N], in autocast's dtype if autocast is enabled for x's device, else in x's.
+        Differentiable once in x, lora_A, lora_B and bias. The gradients of an expert without rows
+        are zero.
 
     Raises:
-        ValueError, TypeError: naming the argument, what it is and what it should be.
-        RuntimeError: a backend was forced that cannot run here.
+        ValueError, TypeError: an argument is invalid; the message names it and what it wants.
+        RuntimeError: a forced backend cannot run here.
 
     >>> import torch, lora_kernels
     >>> x, W, A, B = torch.ones(3, 2), torch.ones(2, 1, 2), torch.ones(2, 1, 2), torch.ones(2, 1, 1)
@@ -298,7 +304,7 @@ def lora_experts_linear(
         _check_experts_adapter(x, lora_A, lora_B, (E, N, K))
     _check_offsets(offsets, E, x)
     device_type, _ = ops.device_of(x)
-    autocast = _autocast(device_type, x.dtype)
+    autocast = _is_autocast_enabled(device_type, x.dtype)
     y_dtype = torch.get_autocast_dtype(device_type) if autocast else x.dtype
     shape = tuple(weight.shape)
     base, codes, dtype = _base(x, weight, shape, compute_dtype, y_dtype if autocast else None)
@@ -311,7 +317,7 @@ def lora_experts_linear(
             raise ValueError(f"bias: got shape {_shape(bias)}, want [{E}, {N}]")
         _check_dtypes("x", x.dtype, bias=bias.dtype)
         _check_devices("x", x, bias=bias)
-    if autocast and follows_gpu(device_type):
+    if autocast and is_on_gpu_path(device_type):
         x, lora_A, lora_B = (t.to(y_dtype) for t in (x, lora_A, lora_B))
         base = None if base is None else base.to(y_dtype)
     dropout_p, rng = _dropout(x, dropout_p, rng)
@@ -355,7 +361,7 @@ def _check_offsets(offsets: Tensor, experts: int, x: Tensor) -> None:
         raise ValueError(f"offsets: got shape {_shape(offsets)}, want [{experts}]")
     _check_devices("x", x, offsets=offsets)
     if not ops.can_bypass_dispatcher(offsets) or not offsets.is_cpu:
-        return  # a traced or a GPU's tensor has no values to look at
+        return  # a traced tensor has no values, and reading a GPU's would synchronize
     before = 0
     for e, stop in enumerate(offsets.tolist()):
         if not before <= stop <= x.shape[0]:
@@ -366,7 +372,7 @@ def _check_offsets(offsets: Tensor, experts: int, x: Tensor) -> None:
 
 
 def _adapters(name: str, tensors: Tensor | Sequence[Tensor], want: str) -> list[Tensor]:
-    """E matrices, of a tensor of three dimensions or of a sequence."""
+    """Return E matrices, from a tensor of three dimensions or a sequence."""
     if isinstance(tensors, Tensor):
         if tensors.dim() != 3 or tensors.numel() == 0:
             raise ValueError(
@@ -386,8 +392,8 @@ def _adapters(name: str, tensors: Tensor | Sequence[Tensor], want: str) -> list[
 def _dropout(x: Tensor, dropout_p: float, rng: Tensor | None) -> tuple[float, Tensor | None]:
     """Return the checked probability, and the state of the mask or the mask.
 
-    The second is None if nothing is dropped or if the op draws the mask. A state is drawn also
-    without gradients, so that checkpointing replays the mask.
+    The second is None if dropout_p is 0 or if the op draws the mask. A state is drawn without
+    gradients too, because checkpointing must replay the mask.
     """
     dropout_p = _number("dropout_p", dropout_p)
     if not dropout_p:
@@ -397,20 +403,21 @@ def _dropout(x: Tensor, dropout_p: float, rng: Tensor | None) -> tuple[float, Te
     if rng is not None:
         _check_rng(rng, x)
         return dropout_p, rng
-    return dropout_p, None if selection.is_eager_on_gpu(ops.device_of(x)[0]) else drawn(x)
+    return dropout_p, None if selection.is_eager_on_gpu(ops.device_of(x)[0]) else draw_rng(x)
 
 
 def dropout_mask(rng: Tensor, M: int, K: int, p: float) -> Tensor:
-    """Return the dropout mask of a state, bool [M, K], True where x is kept.
+    """Return the dropout mask of a state, bool [M, K], True for kept elements.
 
-    The CPU, Triton and CUDA backends drop by the same mask, whatever the tiles and the threads.
-
-    rng: int64[2], seed and offset. Philox4x32-10 with key = seed and
-    counter = (k >> 2, m, offset_lo, offset_hi); element (m, k) takes word k & 3 and is kept where
+    The CPU, Triton and CUDA backends apply the same mask, independent of tiles and threads. Its
+    words are those of Philox4x32-10 with key = seed and
+    counter = (k >> 2, m, offset_lo, offset_hi). Element (m, k) has word k & 3, and is kept if
     word >= round(p·2³²).
 
-    Raises RuntimeError on a GPU that runs the eager backend, where PyTorch's dropout kernel draws
-    the masks.
+    rng: int64[2], seed and offset.
+
+    Raises RuntimeError on a GPU that runs the eager backend, because PyTorch's dropout kernel draws
+    its masks.
 
     >>> mask = dropout_mask(torch.tensor([1, 2]), 64, 64, p=0.25)
     >>> mask.shape, 0.7 < mask.double().mean().item() < 0.8
@@ -428,8 +435,8 @@ _NATIVE_MASKS = (
 )
 
 
-def drawn(x: Tensor) -> Tensor:
-    """A dropout mask's state, from the default generator of x's device."""
+def draw_rng(x: Tensor) -> Tensor:
+    """Draw the state of a dropout mask from the default generator of x's device."""
     return torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=x.device)
 
 
@@ -443,23 +450,26 @@ def dora_norm(
     rank_gate: Tensor | None = None,
     row_squares: Tensor | None = None,
 ) -> Tensor:
-    """The norm of each row of W + (B ⊙ g)·A, g = scaling · rank_gate, which is never written out.
+    """Return the norm of each row of W + (B ⊙ g)·A, g = scaling · rank_gate.
 
-    DoRA's column scale is magnitude / norm, the norm taken as a constant: no gradient flows.
+    DoRA's column scale is magnitude / norm. The norm is a constant: it has no gradient. The sum is
+    not stored.
 
     Args:
         weight: [N, K], float32, bfloat16, float16 or float64, or a `Weight4bit`.
-        lora_A: [R, K], lora_B: [N, R]; float64 only if all are.
-        scaling: alpha / r. rank_gate: [R] or None.
-        row_squares: [N], the squared norm of each row of W in the result's dtype, or None. Given,
-            it saves the eager backend on a GPU one read of W; other backends ignore it.
+        lora_A: [R, K], float64 only if all tensors are.
+        lora_B: [N, R], as lora_A.
+        scaling: alpha / r.
+        rank_gate: [R] or None.
+        row_squares: [N], the squared norm of each row of W in the result's dtype, or None. It saves
+            the eager backend on a GPU one read of W. Other backends ignore it.
 
     Returns:
         float32 [N]; float64 for float64.
 
     Raises:
-        ValueError, TypeError: naming the argument, what it is and what it should be.
-        RuntimeError: a backend was forced that cannot run here.
+        ValueError, TypeError: an argument is invalid; the message names it and what it wants.
+        RuntimeError: a forced backend cannot run here.
 
     >>> import torch
     >>> from lora_kernels.functional import dora_norm
@@ -506,10 +516,10 @@ def dora_norm(
     return norm
 
 
-def _autocast(device_type: str, x_dtype: torch.dtype) -> bool:
+def _is_autocast_enabled(device_type: str, x_dtype: torch.dtype) -> bool:
     return (
         x_dtype is not torch.float64
-        and device_type != "meta"  # autocast does not know it
+        and device_type != "meta"  # autocast raises for meta
         and torch.is_autocast_enabled(device_type)
     )
 
@@ -517,13 +527,13 @@ def _autocast(device_type: str, x_dtype: torch.dtype) -> bool:
 def base_dtype(
     device_type: str, x_dtype: torch.dtype, compute_dtype: torch.dtype | None = None
 ) -> torch.dtype:
-    """The dtype of the base product: autocast's where it is on, else the requested one, else x's.
+    """Return the base GEMM's dtype: autocast's if enabled, else the requested dtype, else x's.
 
     >>> import torch
     >>> base_dtype("cpu", torch.float32)
     torch.float32
     """
-    if _autocast(device_type, x_dtype):
+    if _is_autocast_enabled(device_type, x_dtype):
         return torch.get_autocast_dtype(device_type)
     return compute_dtype or x_dtype
 
@@ -571,11 +581,11 @@ def _base(
     compute_dtype: torch.dtype | None,
     autocast_dtype: torch.dtype | None,
 ) -> tuple[Tensor | None, tuple[Any, ...], torch.dtype]:
-    """Return the weight, checked, dense or as codes, and the dtype of the base GEMM."""
+    """Check the weight; return it dense or as codes, and the dtype of the base GEMM."""
     if isinstance(weight, Weight4bit):
         dtype = autocast_dtype or compute_dtype or x.dtype
         _check_weight_4bit(x, weight, shape, dtype)
-        return None, tuple(weight.codes), dtype  # which any Dynamo can cut in two
+        return None, tuple(weight.codes), dtype  # some Dynamos slice no NamedTuple
     if compute_dtype is not None:
         raise ValueError(f"compute_dtype: got {compute_dtype}, want None beside a dense weight")
     if weight is not None:
@@ -592,7 +602,7 @@ def _base(
 
 def _check_weight(x: Tensor, weight: Tensor) -> None:
     _check_dtypes("x", x.dtype, weight=weight.dtype)
-    if weight.dtype is not x.dtype and not _autocast(ops.device_of(x)[0], x.dtype):
+    if weight.dtype is not x.dtype and not _is_autocast_enabled(ops.device_of(x)[0], x.dtype):
         raise TypeError(
             f"weight: got {weight.dtype}, want x's {x.dtype} (or autocast, which casts both)"
         )

@@ -1,8 +1,8 @@
 """The registered ops: schema, fake (shape) implementation and dispatch to a backend.
 
-All ops are functional and take x with any leading dimensions; backends see them flattened to M
-rows, except for `lora_linear` on the CPU, which takes them as they are. The choice of a backend is
-made in here, so a compiler never sees which one it named.
+All ops are functional, and x may have any leading dimensions. Backends get x flattened to M rows,
+except for `lora_linear` on the CPU. The backend is chosen inside the op, so a compiled graph does
+not contain the choice.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def layout(
     device_type: str, weight: Tensor | Packed4bit | None, dtype: torch.dtype
 ) -> Layout | None:
     """Return the weight's layout for a GEMM in `dtype`; None if every backend accepts it."""
-    if device_type != "cpu" or cuda.emulated():
+    if device_type != "cpu" or cuda.is_emulated():
         return constraints.layout(weight, dtype)
     if not isinstance(weight, Tensor) or weight.stride(1) == 1 or weight.stride(0) != 1:
         return None
@@ -133,7 +133,7 @@ _COLUMNS = Layout(columns=True)
 def choose(operands: Operands, spec: Spec) -> Choice:
     """Choose the backend and strategy of both directions."""
     x, weight, lora_A, lora_B, _, _, _, rng = operands
-    if _takes_mask(rng, spec.dropout_p):
+    if _has_mask(rng, spec.dropout_p):
         return selection.choose_for_mask()
     device_type, index = device_of(x)
     (R, K), N, dtype, four_bit = lora_A.shape, lora_B.shape[0], spec.dtype, _is_4bit(weight)
@@ -149,8 +149,8 @@ def _is_4bit(weight: Tensor | Packed4bit | None) -> bool:
     return isinstance(weight, Packed4bit)
 
 
-def _takes_mask(rng: Tensor | None, dropout_p: float) -> bool:
-    """Return True if the op gets its dropout mask or draws one; False for the state of a mask."""
+def _has_mask(rng: Tensor | None, dropout_p: float) -> bool:
+    """Return True if the op gets or draws a dropout mask; False if it gets the mask's state."""
     return dropout_p > 0 if rng is None else rng.dtype is torch.bool
 
 
@@ -206,17 +206,17 @@ def _mask_fake(x: Tensor, dropout_p: float, rng: Tensor | None) -> Tensor:
 
 
 def _or_empty(t: Tensor | None, dtype: torch.dtype, like: Tensor) -> Tensor:
-    """Return t, or an empty tensor for None: an op's schema has no optional results."""
+    """Return t, or an empty tensor for None, because an op cannot return optional tensors."""
     return like.new_empty(0, dtype=dtype) if t is None else t
 
 
 def down_projection(
     x: Tensor, lora_A: Tensor, dropout_p: float, rng: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """Compute P = D(x)·Aᵀ [M, R], as `lora_linear` without a base and with one column.
+    """Compute P = D(x)·Aᵀ [M, R] by `lora_linear` without a base GEMM and with N = 1.
 
-    On the CPU the bits are those of a call with a base. Triton chooses a strategy for this call,
-    and its strategies sum in other orders.
+    On the CPU, P is bitwise equal to P of a call with a base GEMM. Triton may choose another
+    strategy for this call, which sums in another order.
     """
     operands = Operands(x, None, lora_A, lora_A.new_zeros(1, lora_A.shape[0]), rng=rng)
     run = lora_linear_direct if can_bypass_dispatcher(x, lora_A) else lora_linear_dispatched
@@ -233,9 +233,9 @@ def prepare(
     rows: int,
     guards: Sequence[Guard],
 ) -> cpu.PreparedCall | None:
-    """Bind `lora_linear_direct` for up to `rows` rows of x, at most `cpu_heuristics.few_rows`.
+    """Prepare `lora_linear_direct` for up to `rows` rows of x, at most `cpu_heuristics.few_rows`.
 
-    y has x's dtype. None if the backend chosen for such a call has no prepared calls.
+    y has x's dtype. Returns None if the chosen backend has no prepared calls.
     """
     dtypes, four_bit = (x_dtype, lora_A.dtype, lora_B.dtype, dtype), isinstance(weight, Packed4bit)
     stored = layout("cpu", weight, dtype)
@@ -321,7 +321,7 @@ def _grad_dtypes(operands: Operands, saved: Saved) -> tuple[torch.dtype, ...]:
 def choose_multi(operands: MultiOperands, spec: MultiSpec) -> Choice:
     """Choose the backend and strategy of both directions, for several adapters."""
     x, weight, lora_A, lora_B, *_, rng = operands
-    if _takes_mask(rng, spec.dropout_p):
+    if _has_mask(rng, spec.dropout_p):
         return selection.choose_for_mask()
     device_type, index = device_of(x)
     K, N, dtype, four_bit = x.shape[-1], lora_B[0].shape[0], spec.dtype, _is_4bit(weight)
@@ -337,8 +337,8 @@ def choose_multi(operands: MultiOperands, spec: MultiSpec) -> Choice:
     return selection.choose(problem._replace(mixed=True))
 
 
-def _flattened(operands: MultiOperands) -> MultiOperands:
-    """Return the operands with x, index and a mask as M rows."""
+def _flatten(operands: MultiOperands) -> MultiOperands:
+    """Return the operands with x, index and a mask flattened to M rows."""
     x = operands.x
     return operands._replace(
         x=x.reshape(-1, x.shape[-1]),
@@ -354,7 +354,7 @@ def multi_lora_linear_direct(
     choice = choice or choose_multi(operands, spec)
     with no_autocast(operands.x):
         y, saved = _BACKENDS[choice.backend].multi_lora_linear(
-            _flattened(operands), spec, choice.strategy
+            _flatten(operands), spec, choice.strategy
         )
     return like_rows_of(operands.x, y), saved
 
@@ -399,7 +399,7 @@ def multi_lora_linear_backward_direct(
     x = operands.x
     with no_autocast(x):
         grads = _BACKENDS[choice.backend].multi_lora_linear_backward(
-            dy.reshape(-1, dy.shape[-1]), _flattened(operands), saved, spec, needs, choice.strategy
+            dy.reshape(-1, dy.shape[-1]), _flatten(operands), saved, spec, needs, choice.strategy
         )
     return grads if grads.x is None else grads._replace(x=grads.x.view(x.shape))
 
@@ -453,7 +453,7 @@ def _multi_lora_linear_backward_fake(
 def choose_experts(operands: ExpertsOperands, spec: ExpertsSpec) -> Choice:
     """Choose the backend and strategy of both directions, for rows sorted by expert."""
     x, weight, lora_A, lora_B, _, _, rng = operands
-    if _takes_mask(rng, spec.dropout_p):
+    if _has_mask(rng, spec.dropout_p):
         return selection.choose_for_mask()
     (device_type, index), (M, K), (_, N, R) = device_of(x), x.shape, lora_B.shape
     dtypes, is_4bit = (x.dtype, lora_A.dtype, lora_B.dtype, spec.dtype), _is_4bit(weight)
@@ -555,7 +555,10 @@ def dora_norm_direct(
     rank_gate: Tensor | None,
     row_squares: Tensor | None = None,
 ) -> Tensor:
-    """row_squares: ‖W‖² of each row, which the eager backend takes if it is at hand."""
+    """Compute the norms without the dispatcher.
+
+    row_squares: ‖W‖² of each row, which saves the eager backend a read of W, or None.
+    """
     assert weight is not None
     device_type, index = device_of(lora_A)
     weight_dtype = torch.float32 if isinstance(weight, Packed4bit) else weight.dtype
@@ -583,7 +586,7 @@ def _dora_norm_fake(
     return lora_A.new_empty(lora_B.shape[0], dtype=eager.stat_dtype(lora_A.dtype))
 
 
-# Op name -> its implementation, for `lora_kernels.traffic`, which counts the kernels inside an op.
+# Op name -> implementation, for `lora_kernels.traffic`, which counts the kernels inside an op.
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
 _FORWARD_TYPES = (Operands, Spec)
 _BACKWARD_TYPES = (Operands, Saved, Spec, Needs)
@@ -591,8 +594,8 @@ _MULTI_FORWARD_TYPES = (MultiOperands, MultiSpec)
 _MULTI_BACKWARD_TYPES = (MultiOperands, Saved, MultiSpec, MultiNeeds)
 _EXPERTS_FORWARD_TYPES = (ExpertsOperands, ExpertsSpec)
 _EXPERTS_BACKWARD_TYPES = (ExpertsOperands, Saved, ExpertsSpec, ExpertsNeeds)
-# How many of a type's fields the schemas have: Saved.mask is passed as `rng`, and the backward of
-# several adapters has no z.
+# The number of fields of each type in the schemas. Saved.mask is passed as `rng`, and the backward
+# of several adapters has no z.
 _FIELDS: dict[tuple[type, ...], tuple[int, ...]] = {
     _FORWARD_TYPES: (8, 5),
     _BACKWARD_TYPES: (8, 2, 5, 6),
@@ -603,10 +606,10 @@ _FIELDS: dict[tuple[type, ...], tuple[int, ...]] = {
 }
 
 
-def _packed(
+def _pack_arguments(
     function: Callable[..., Any], types: tuple[type, ...], before: int, is_4bit: bool
 ) -> Callable[..., Any]:
-    """Return `function` of the call types as a function of an op's flat arguments."""
+    """Wrap `function`, which takes the call types, as a function of an op's flat arguments."""
 
     def flat(*args: Any) -> Any:
         head, rest = args[:before], list(args[before:])
@@ -623,8 +626,8 @@ def _packed(
     return flat
 
 
-def _norm_4bit(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return `function` with its weight as the fields of `Packed4bit`."""
+def _pack_weight(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Wrap `function`, which takes a `Packed4bit` first, as a function of its fields."""
     count = len(Packed4bit._fields)
     return lambda *args: function(Packed4bit(*args[:count]), *args[count:])
 
@@ -642,13 +645,14 @@ def _define(
     _LIB.define(name + schema.format(weight=_CODES if is_4bit else _WEIGHT), tags=tags)
     if types:
         before = 0 if is_forward else 1  # dy
-        implementation = _packed(implementation, types, before, is_4bit)
-        fake = _packed(fake, types, before, is_4bit)
+        implementation = _pack_arguments(implementation, types, before, is_4bit)
+        fake = _pack_arguments(fake, types, before, is_4bit)
     elif is_4bit:
-        implementation, fake = _norm_4bit(implementation), _norm_4bit(fake)
+        implementation, fake = _pack_weight(implementation), _pack_weight(fake)
     IMPLEMENTATIONS[name] = implementation
-    # Dynamo must not trace into the op: it would separate the native call from the tensors whose
-    # addresses the call gets. Autograd must not record what the op calls; the Functions do.
+    # Dynamo must not trace into the op, because it would separate the native call from the tensors
+    # whose addresses it gets. Autograd must not record the ops inside; the Functions define the
+    # gradients.
     outside = _disable_dynamo(torch.no_grad()(implementation))
     _LIB.impl(name, outside, "CompositeExplicitAutograd")
     torch.library.register_fake(f"lora_kernels::{name}", fake, lib=_LIB)
@@ -704,7 +708,7 @@ def _default_keys() -> list[Any]:
     """Return the dispatch keys that a thread includes by default, and in inference mode."""
     found: list[Any] = []
 
-    def read() -> None:  # in a thread of its own, since a mode may be active in this one
+    def read() -> None:  # runs in a new thread, because a mode may be active in this one
         for mode in (False, True):
             with torch.inference_mode(mode):
                 found.append(_dispatch_tls_local_include_set())
@@ -740,9 +744,9 @@ def interception_guards() -> tuple[Guard, ...]:
 def can_bypass_dispatcher(*tensors: Tensor | None) -> bool:
     """Return True if calling the implementation is indistinguishable from dispatching the op.
 
-    That is so if nothing intercepts ops, the tensors, all on one device, are no subclasses, and the
-    memory of the first holds its values. The dispatcher's way into Python and back costs 8 µs with
-    a warm cache, and 100 µs right after a large GEMM has evicted it.
+    This holds if nothing intercepts ops, no tensor is of a subclass, and the first tensor's memory
+    has its values. The tensors must be on one device. Dispatching a Python op takes 8 µs with a
+    warm cache, and 100 µs right after a large GEMM has evicted it.
     """
     if is_intercepted():
         return False
@@ -752,7 +756,7 @@ def can_bypass_dispatcher(*tensors: Tensor | None) -> bool:
     first = tensors[0]
     if first is None:
         return True
-    try:  # 0 for a meta or a zero tensor; one that `is_grads_batched=True` has batched raises
+    try:  # 0 for meta and zero tensors; raises for a tensor that `is_grads_batched=True` batched
         return first.data_ptr() != 0 and not first.is_neg()
     except RuntimeError:
         return False

@@ -16,7 +16,7 @@ from . import costs, device
 from .backends import cpu_heuristics, cuda, forced, native, triton
 from .backends.cuda import heuristics as cuda_heuristics
 from .backends.forced import Forced
-from .backends.library import follows_gpu
+from .backends.library import is_on_gpu_path
 from .backends.triton import configs
 from .backends.triton import heuristics as triton_heuristics
 from .core.call import Guard
@@ -178,7 +178,7 @@ def is_eager_on_gpu(device_type: str) -> bool:
     >>> is_eager_on_gpu("cpu")
     False
     """
-    return follows_gpu(device_type) and forced_backend() in (None, "eager")
+    return is_on_gpu_path(device_type) and forced_backend() in (None, "eager")
 
 
 def choose_for_mask() -> Choice:

@@ -159,7 +159,7 @@ class _Counter(TorchDispatchMode):
         self._log: list[Kernel] = [] if log is None else log
         self._start = len(self._log)
         self._peak = 0
-        library.meta_has_out_dtype()  # asked once a process, by an op that must not count
+        library.has_meta_out_dtype()  # asked once a process, by an op that must not count
         # Storages allocated under the mode: address of the StorageImpl -> reference and bytes.
         self._allocated: dict[int, tuple[StorageWeakRef, int]] = {}
 
@@ -194,7 +194,7 @@ class _Counter(TorchDispatchMode):
                 return result
         # Not into dy, which is the caller's.
         adds_gradients = (
-            _adds_gradients(func, args, kwargs)
+            _is_gradient_sum(func, args, kwargs)
             and args[0].untyped_storage()._cdata in self._allocated
         )
         result = args[0] if adds_gradients else func(*args, **kwargs)
@@ -306,7 +306,7 @@ def _is_same(a: Tensor, b: Tensor) -> bool:
     return _elements(a) == _elements(b) and a.shape == b.shape
 
 
-def _adds_gradients(func: Any, args: tuple[Any, ...], kwargs: Any) -> bool:
+def _is_gradient_sum(func: Any, args: tuple[Any, ...], kwargs: Any) -> bool:
     """True if autograd's engine calls the op to add two gradients of one tensor."""
     if str(func) != "aten.add.Tensor" or kwargs or not isinstance(args[1], Tensor):
         return False
@@ -372,7 +372,7 @@ def _set_meta_autocast(dtype: torch.dtype | None) -> Iterator[None]:
     """Answer questions after autocast on meta, which PyTorch refuses: it is on in `dtype`, or off
     if that is None."""
     is_enabled, get_dtype = torch.is_autocast_enabled, torch.get_autocast_dtype
-    is_enabled_for = functional._autocast
+    is_enabled_for = functional._is_autocast_enabled
 
     def is_enabled_on_meta(*device_type: str) -> bool:
         if device_type == ("meta",):
@@ -393,7 +393,7 @@ def _set_meta_autocast(dtype: torch.dtype | None) -> Iterator[None]:
         with (
             mock.patch.object(torch, "is_autocast_enabled", is_enabled_on_meta),
             mock.patch.object(torch, "get_autocast_dtype", get_dtype_on_meta),
-            mock.patch.object(functional, "_autocast", is_enabled_for_meta),
+            mock.patch.object(functional, "_is_autocast_enabled", is_enabled_for_meta),
         ):
             yield
     finally:

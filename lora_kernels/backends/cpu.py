@@ -197,7 +197,7 @@ def _library_base(
     return cast(y, y_dtype)
 
 
-def _fused_dx(strategy: str, M: int) -> bool:
+def _is_dx_fused(strategy: str, M: int) -> bool:
     if strategy == LIBRARY or (strategy == GEMV and M == 1):
         return False
     return native.isa in FUSED_ISAS
@@ -314,7 +314,7 @@ def lora_linear_backward(
     dz = cast(dz, dtype) if need_x else dy
     dx: Tensor | None = None
     fused: tuple[Tensor | None, object] = None, None
-    if need_x and (weight is None or not _fused_dx(strategy, M)):
+    if need_x and (weight is None or not _is_dx_fused(strategy, M)):
         dx = _library_dx(dz, weight, (N, K), dtype, x.dtype)
     elif need_x:
         assert weight is not None
@@ -400,7 +400,7 @@ def multi_lora_linear_backward(
     dz = cast(dy, dtype) if need_x else dy
     dx: Tensor | None = None
     fused: tuple[Tensor | None, object] = None, None
-    if need_x and (weight is None or not _fused_dx(strategy, M)):
+    if need_x and (weight is None or not _is_dx_fused(strategy, M)):
         dx = _library_dx(dz, weight, (N, K), dtype, x.dtype)
     elif need_x:
         assert weight is not None

@@ -48,7 +48,7 @@ def _stack(operands: ExpertsOperands, spec: ExpertsSpec, strategy: str) -> _Stac
     weight, (E, N, _), K = operands.weight, operands.lora_B.shape, operands.x.shape[1]
     if isinstance(weight, Packed4bit):
         shape = (E * K, N) if spec.transposed else (E * N, K)
-        begins = _begins_blocks(weight, N * K)
+        begins = _is_block_aligned(weight, N * K)
         few = cpu_heuristics.few_rows(spec.dtype, True, N * K)
         few, is_fused = 0 if spec.transposed or not begins else few, begins and strategy == FUSED
         codes = decode4bit.native_view(weight, shape)
@@ -63,7 +63,7 @@ def _stack(operands: ExpertsOperands, spec: ExpertsSpec, strategy: str) -> _Stac
     return _Stack(w, matrix, None, step, few, strategy == FUSED)
 
 
-def _begins_blocks(weight: Packed4bit, elements: int) -> bool:
+def _is_block_aligned(weight: Packed4bit, elements: int) -> bool:
     """Return True if each expert of so many elements begins a block, and one of nested scales."""
     nested = weight.nested_blocksize if weight.nested_absmax is not None else 1
     return elements % (weight.blocksize * nested) == 0

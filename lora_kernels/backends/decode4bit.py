@@ -11,7 +11,7 @@ from torch import Tensor
 from ..core import reference
 from ..core.packed4bit import Packed4bit
 from . import native
-from .library import follows_gpu
+from .library import is_on_gpu_path
 
 _DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -37,7 +37,7 @@ def dense(
     """Return the weight [N, K], or a block of it, rounded once to `dtype`."""
     if (
         native.module is None
-        or follows_gpu(weight.packed.device.type)
+        or is_on_gpu_path(weight.packed.device.type)
         or dtype not in _DTYPE
         or torch.compiler.is_compiling()
     ):

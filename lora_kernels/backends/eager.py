@@ -43,7 +43,7 @@ from ..core.call import (
 )
 from ..core.packed4bit import Packed4bit
 from . import decode4bit
-from .library import follows_gpu, has_out_dtype, mm_fp32
+from .library import has_out_dtype, is_on_gpu_path, mm_fp32
 from .rows import rows_of
 
 PANEL = 4 << 20  # bytes of an operand that `dora_norm` and `_column_dot` take at a time
@@ -101,7 +101,7 @@ def upcast_rows(rows: int, rows_a_rank: int = 0) -> Iterator[None]:
         UPCAST_ROWS, UPCAST_ROWS_A_RANK = before
 
 
-def _in_parts(activation: Tensor, adapter: Tensor, dtype: torch.dtype | None = None) -> bool:
+def _is_in_parts(activation: Tensor, adapter: Tensor, dtype: torch.dtype | None = None) -> bool:
     """Return True if GEMMs of the activation [M, n], in `dtype`, take the adapter in two parts."""
     dtype = dtype or activation.dtype
     return (
@@ -145,7 +145,7 @@ def _three_parts(t: Tensor, dtype: torch.dtype, dim: int, lo_first: bool) -> Ten
     return parts.view(-1, columns) if dim == 0 else parts.view(rows, -1)
 
 
-def _sums_from_accumulator(t: Tensor) -> bool:
+def _is_added_first(t: Tensor) -> bool:
     """Return True if `t.addmm_` starts its float32 sums from t, as CPU GEMMs do for few rows.
 
     That rounds more than a sum of two results. A GPU adds t in the epilogue.
@@ -168,7 +168,7 @@ def _contract(a: Tensor, small: Tensor, dim: int, scale: float = 1.0) -> Tensor:
 
     a: [M, n]. small: [n, R] for dim 1; [R, n] for dim 0, transposed.
     """
-    if _in_parts(a, small):
+    if _is_in_parts(a, small):
         prescale = _PRESCALE[a.dtype]
         parts = _two_parts(small, scale if prescale == 1.0 else prescale, a.dtype, dim)
         hi, minus_lo = mm_fp32(a, parts if dim else parts.t()).chunk(2, dim=1)
@@ -191,7 +191,7 @@ def _contract_rounded(a: Tensor, small: Tensor, scale: float) -> Tensor:
 
 def _gradient(a: Tensor, s: Tensor, scale: float, adapter: Tensor) -> Tensor:
     """scale·aᵀ·s [n, R] over the rows of a [M, n] and s [M, R], in the adapter's dtype."""
-    if _in_parts(a, adapter):
+    if _is_in_parts(a, adapter):
         s, factor = _normalized(s, a.dtype)
         in_parts = 1.0 if factor is not None else scale  # float16 takes the scale at the end
         hi, minus_lo = mm_fp32(a.t(), _two_parts(s, in_parts, a.dtype, 1)).chunk(2, dim=1)
@@ -224,7 +224,7 @@ def _expand(
     taken in parts. If `onto` has that dtype, the update is added to it in place.
     """
     dtype = _widest(beside, small)
-    if _in_parts(beside, small):
+    if _is_in_parts(beside, small):
         dtype = beside.dtype
         prescale = _PRESCALE[dtype]
         s = _three_parts(s, dtype, 1, lo_first=False)
@@ -234,7 +234,7 @@ def _expand(
     if onto is None:
         return _scaled_mm(s, small.t(), scale, bias)
     if onto.dtype is dtype:
-        if _sums_from_accumulator(onto):
+        if _is_added_first(onto):
             return onto.add_(torch.mm(s, small.t()), alpha=scale)
         return onto.addmm_(s, small.t(), alpha=scale)
     return torch.add(onto, _scaled_mm(s, small.t(), scale), out=torch.empty_like(onto))
@@ -245,7 +245,7 @@ def _add_base(
 ) -> Tensor:
     """Return update + a·w in `out_dtype`, with the base GEMM in `dtype`; may overwrite update."""
     a, w = a.to(dtype), w.to(dtype)
-    if update.dtype is dtype and dtype is out_dtype and not _sums_from_accumulator(update):
+    if update.dtype is dtype and dtype is out_dtype and not _is_added_first(update):
         return update.addmm_(a, w)
     return _sum(torch.mm(a, w), update, out_dtype)
 
@@ -320,7 +320,7 @@ def lora_linear_backward(
         assert z is not None
         dc = _column_dot(dy, z, p.dtype)
     # In parts, B and dB take the column scale: dZ is rounded for the base GEMM alone.
-    in_parts = _in_parts(dy, lora_B)
+    in_parts = _is_in_parts(dy, lora_B)
     dz = dy
     if column_scale is not None and (need_x or not in_parts):
         wide = dy.dtype if in_parts else _widest(dy, lora_B)
@@ -352,7 +352,7 @@ def lora_linear_backward(
         dxa = dxa if factor == 1.0 else dxa * factor
     del a
     x_dtype = _operand_dtype(x, lora_A, lora_B, dtype)
-    in_parts = _in_parts(x, lora_A, x_dtype)
+    in_parts = _is_in_parts(x, lora_A, x_dtype)
     parts = _three_parts(dxa, x_dtype, 1, lo_first=False) if in_parts else None
     if need_A:
         operand = drop(x, dropout_p, rng).x.to(x_dtype)
@@ -499,7 +499,7 @@ def dora_norm(
     time.
     """
     dtype = stat_dtype(lora_A.dtype)
-    if follows_gpu(lora_A.device.type) and lora_A.shape[1] >= EXPANDED_NORM:
+    if is_on_gpu_path(lora_A.device.type) and lora_A.shape[1] >= EXPANDED_NORM:
         w = _dense(weight, lora_A, lora_B, dtype)
         return _norm_from_products(w, lora_A, lora_B, scaling, rank_gate, row_squares)
     A, B = lora_A.to(dtype), lora_B.to(dtype)

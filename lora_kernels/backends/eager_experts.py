@@ -31,7 +31,7 @@ from ..core.call import (
 )
 from . import eager
 from .experts import runs, weight_of
-from .library import follows_gpu
+from .library import is_on_gpu_path
 
 ALIGNED = 16  # bytes that rows of `grouped_mm`'s operands must be multiples of
 
@@ -42,7 +42,7 @@ def is_grouped(operands: ExpertsOperands, spec: ExpertsSpec) -> bool:
     sizes = lora_A.shape[1], lora_A.shape[2], lora_B.shape[1]
     return (
         isinstance(weight, Tensor)
-        and follows_gpu(x.device.type)
+        and is_on_gpu_path(x.device.type)
         and hasattr(functional, "grouped_mm")
         and spec.dtype in (torch.float32, torch.bfloat16, torch.float16)
         and all(size * spec.dtype.itemsize % ALIGNED == 0 for size in sizes)

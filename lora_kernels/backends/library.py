@@ -21,7 +21,7 @@ def as_on_gpu() -> Iterator[None]:
     """Make CPU tensors take the GPU path, in all threads. For tests.
 
     >>> with as_on_gpu():
-    ...     follows_gpu("cpu")
+    ...     is_on_gpu_path("cpu")
     True
     """
     global _emulate_gpu
@@ -32,12 +32,12 @@ def as_on_gpu() -> Iterator[None]:
         _emulate_gpu = before
 
 
-def follows_gpu(device_type: str) -> bool:
+def is_on_gpu_path(device_type: str) -> bool:
     """Return True if tensors on such a device take the eager backend's GPU path.
 
     Meta tensors stand for a GPU's.
 
-    >>> follows_gpu("cpu"), follows_gpu("cuda"), follows_gpu("meta")
+    >>> is_on_gpu_path("cpu"), is_on_gpu_path("cuda"), is_on_gpu_path("meta")
     (False, True, True)
     """
     return device_type != "cpu" or _emulate_gpu
@@ -51,7 +51,7 @@ def has_out_dtype(t: Tensor) -> bool:
 
 
 @functools.cache
-def meta_has_out_dtype() -> bool:
+def has_meta_out_dtype() -> bool:
     """False for torch 2.8, whose GEMM takes an out_dtype on CUDA and not on meta."""
     a = torch.empty(1, 1, dtype=torch.bfloat16, device="meta")
     try:
@@ -69,7 +69,7 @@ def mm_fp32(a: Tensor, b: Tensor) -> Tensor:
     >>> mm_fp32(torch.ones(2, 3).bfloat16(), torch.ones(3, 2).bfloat16()).dtype
     torch.float32
     """
-    if a.is_meta and not meta_has_out_dtype():
+    if a.is_meta and not has_meta_out_dtype():
         return torch.mm(a, b).float()  # one kernel more than CUDA launches; only `bench` sees it
     if has_out_dtype(a) and not a.is_cpu:
         return torch.mm(a, b, out_dtype=torch.float32)

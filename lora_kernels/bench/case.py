@@ -364,7 +364,7 @@ def fits_cuda(case: Case, strategy: str) -> bool:
 
 def triton_device() -> str:
     """Where a case of a Triton engine runs."""
-    return "cpu" if triton.interpreted() else "cuda"
+    return "cpu" if triton.is_interpreted() else "cuda"
 
 
 def kernels(device: str) -> contextlib.AbstractContextManager[None]:

@@ -114,7 +114,7 @@ def is_grouped(case: ExpertsCase) -> bool:
     """Return True if the engine in force runs the case in `grouped_mm`."""
     return (
         selection.forced_backend() == "eager"
-        and library.follows_gpu("cpu")
+        and library.is_on_gpu_path("cpu")
         and not case.quant
         and all(n * case.dtype.itemsize % ALIGNED == 0 for n in (case.N, case.K, case.R))
     )

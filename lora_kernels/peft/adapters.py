@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backends.eager import UPCAST_ROWS
-from ..backends.library import follows_gpu
+from ..backends.library import is_on_gpu_path
 
 
 class Adapter(NamedTuple):
@@ -71,7 +71,7 @@ def groups(adapters: Sequence[Any], device_type: str, rows: int | None) -> list[
     """
     if len(adapters) == 1:
         return [adapters]
-    if rows is not None and rows <= UPCAST_ROWS and follows_gpu(device_type):
+    if rows is not None and rows <= UPCAST_ROWS and is_on_gpu_path(device_type):
         return [[adapter] for adapter in adapters]
     plain = [adapter for adapter in adapters if not dropout_p(adapter.dropout)]
     masked: list[Sequence[Any]] = [[a] for a in adapters if dropout_p(a.dropout)]

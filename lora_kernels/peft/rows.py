@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .. import ops, selection
 from ..backends import cpu, cpu_heuristics
 from ..backends.decode4bit import decoded_by
-from ..backends.library import follows_gpu
+from ..backends.library import is_on_gpu_path
 from ..core.problem import Layout, Problem
 from ..functional import base_dtype
 from ..layers import DoRALinear, LoRAEmbedding, LoRALayer
@@ -216,7 +216,7 @@ def _eager_reasons(layer: Any, device: torch.device, rows: int, counted: bool) -
         description = traffic.describe(layer, rows)
         if description:
             yield description
-    if is_linear4bit(layer.base_layer) and follows_gpu(device.type):
+    if is_linear4bit(layer.base_layer) and is_on_gpu_path(device.type):
         yield decoded_by(device)
 
 
@@ -239,7 +239,7 @@ def row_of_layer(
     choice = part.describe(rows)
     state = "not fused" if choice.backend == "eager" else "fused"
     reason = choice.reason
-    if state == "not fused" and part.four_bit and follows_gpu(part.device.type):
+    if state == "not fused" and part.four_bit and is_on_gpu_path(part.device.type):
         reason = f"{reason}; {decoded_by(part.device)}"
     part = part._replace(norm=isinstance(layer, DoRALinear) and layer.training)
     return Row(name, state, choice.backend, choice.strategy, reason), [part]

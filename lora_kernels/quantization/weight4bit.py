@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..backends import cuda, decode4bit, forced, triton
-from ..backends.library import follows_gpu
+from ..backends.library import is_on_gpu_path
 from ..core import reference
 from ..core.packed4bit import Packed4bit
 from . import codebooks
@@ -451,7 +451,7 @@ def check_decoder(device: torch.device) -> None:
     """
     # Importing bitsandbytes takes a second, too long for a module that is only built on meta.
     wanted = device.type != "meta" or "bitsandbytes" in sys.modules
-    if follows_gpu(device.type) and wanted and find_spec("bitsandbytes") is not None:
+    if is_on_gpu_path(device.type) and wanted and find_spec("bitsandbytes") is not None:
         from .bitsandbytes import check
 
         check(device)

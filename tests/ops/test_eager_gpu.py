@@ -329,9 +329,9 @@ def test_parts_without_their_low_halves_would_be_seen(dtype: torch.dtype) -> Non
 def test_upcast_rows_decide_between_copies_and_parts() -> None:
     x, A = torch.zeros(65, 16, dtype=bf16), torch.zeros(4, 16)
     with eager.upcast_rows(64, 8):
-        assert eager._in_parts(x, A) and not eager._in_parts(x[:64], A)
-        assert not eager._in_parts(x, torch.zeros(9, 16))  # 8 rows a rank: 72
-        assert not eager._in_parts(x, A.to(bf16)) and not eager._in_parts(x.float(), A)
+        assert eager._is_in_parts(x, A) and not eager._is_in_parts(x[:64], A)
+        assert not eager._is_in_parts(x, torch.zeros(9, 16))  # 8 rows a rank: 72
+        assert not eager._is_in_parts(x, A.to(bf16)) and not eager._is_in_parts(x.float(), A)
 
 
 @pytest.mark.parametrize("dtype", [f32, bf16, f16], ids=str)
@@ -495,7 +495,7 @@ def test_dora_layer_among_several_processes_keeps_no_squares(
     """FSDP2 puts other values into the same storage, which counts no version."""
     from lora_kernels.layers import DoRALinear
 
-    monkeypatch.setattr(fastpath, "_distributed", lambda: True)
+    monkeypatch.setattr(fastpath, "_is_distributed", lambda: True)
     linear = torch.nn.Linear(300, 40, bias=False)
     layer, x = DoRALinear.from_linear(linear, r=4), torch.randn(3, 300)
     layer(x)
@@ -547,10 +547,10 @@ def test_autocast_rounds_every_adapter_of_many() -> None:
 
 
 def test_seam_leaves_other_cpu_tensors_alone() -> None:
-    assert library.follows_gpu("cpu")
+    assert library.is_on_gpu_path("cpu")
     with contextlib.suppress(ValueError), as_on_gpu():
         raise ValueError
-    assert library.follows_gpu("cpu") and library.follows_gpu("meta")
+    assert library.is_on_gpu_path("cpu") and library.is_on_gpu_path("meta")
 
 
 WITHOUT = """

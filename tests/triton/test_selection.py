@@ -20,7 +20,7 @@ A100, H100 = DeviceInfo("cuda", 80, 108, 163 << 10), DeviceInfo("cuda", 90, 132,
 def gpu(monkeypatch: pytest.MonkeyPatch) -> DeviceInfo:
     """A machine with Triton and an A100, as far as `selection` asks."""
     monkeypatch.setattr(triton, "unavailable_reason", lambda: None)
-    monkeypatch.setattr(triton, "interpreted", lambda: False)
+    monkeypatch.setattr(triton, "is_interpreted", lambda: False)
     monkeypatch.setattr(configs, "gpu", lambda index: A100)
     monkeypatch.setattr(configs, "has_gpu", lambda: True)
     return A100
@@ -204,7 +204,7 @@ def test_waiting_programs_are_as_many_as_the_compiled_kernel_allows(
 
     monkeypatch.setattr(launch, "read_resources", resources)
     monkeypatch.setattr(launch, "_resources", {})
-    monkeypatch.setattr(launch, "interpreted", lambda: False)
+    monkeypatch.setattr(launch, "is_interpreted", lambda: False)
     config, programs = configs.linear(RTX_4090, 1, 2, False, 0), -(-columns // 64)
     for _ in range(2):
         found = launch.choose_stages(
@@ -256,7 +256,7 @@ def test_choose_stages_compiles_for_each_device(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(launch, "read_resources", resources)
     monkeypatch.setattr(launch, "_resources", {})
-    monkeypatch.setattr(launch, "interpreted", lambda: False)
+    monkeypatch.setattr(launch, "is_interpreted", lambda: False)
     config = configs.linear(RTX_4090, 1, 2, False, 0)
     programs = 3 * RTX_4090.multiprocessors
     devices = [torch.device("cuda", index) for index in (0, 1)]

@@ -105,7 +105,7 @@ def interleave(monkeypatch: pytest.MonkeyPatch, seed: int) -> list[Interleaved]:
             alone(kernel, config, *args, grid=(1,), device=device, **meta)
 
     monkeypatch.setattr(launch, "run", run)
-    monkeypatch.setattr(equation, "interpreted", lambda: False)
+    monkeypatch.setattr(equation, "is_interpreted", lambda: False)
     return made
 
 

@@ -1,15 +1,19 @@
-"""CUDA kernels, for GPUs and, compiled for the host, in an emulator on the CPU (for tests).
+"""CUDA kernels for GPUs and, compiled for the host, for an emulator on the CPU (for tests).
 
-"cooperative": one launch for up to 16 rows; the first blocks each compute a partial sum of
-P = D(x)·Aᵀ, all read W, codes are looked up on their way to the tensor cores, and S·Bᵀ is added in
-the epilogue. "overlapped": two launches that overlap by programmatic dependent launch. "two_pass":
-a kernel computes P; a GEMM on tensor cores starts its sums at S·Bᵀ.
-"two_pass_simt": the same on CUDA cores, for any dtype, size and stride, and always for float32.
-`constraints` says which of them support a GEMM, and why not. The backward takes two passes: one
-read of dY gives dS and dB, then dx as y, then dA.
+The strategies of the forward:
 
-Rounding points: those named at the kernels. P, dS and the sums of gradients are float32.
-Deterministic: atomics count who has published, never data; slots are added in order.
+- "cooperative": one launch, for up to 16 rows. The first blocks each compute a partial sum of
+  P = D(x)·Aᵀ. All blocks read W; 4-bit codes are decoded on the way to the tensor cores. The
+  epilogue adds S·Bᵀ.
+- "overlapped": the same in two launches, which overlap by programmatic dependent launch.
+- "two_pass": a kernel computes P. A GEMM on tensor cores then starts its sums at S·Bᵀ.
+- "two_pass_simt": the same on CUDA cores, for any dtype, size and stride, and always for float32.
+
+`constraints` gives the reason if a strategy does not support a GEMM. The backward has two passes.
+One read of dY gives dS and dB. Then dx is computed as y is, and dA last.
+
+Rounding points are documented at the kernels. P, dS and the sums of gradients are float32. Results
+are deterministic: atomics count blocks, never sum data, and partial sums are added in order.
 """
 
 from __future__ import annotations
@@ -33,7 +37,7 @@ TWO_PASS = Strategy.TWO_PASS
 TWO_PASS_SIMT = Strategy.TWO_PASS_SIMT
 STRATEGIES = (COOPERATIVE, OVERLAPPED, TWO_PASS, TWO_PASS_SIMT)
 TWO_STEPS = (TWO_PASS, TWO_PASS_SIMT)  # P is complete before the base GEMM starts
-DECODE_ROWS = 16  # of x, at most, for the first two
+DECODE_ROWS = 16  # the largest M of the first two strategies
 MIN_CAPABILITY = 80  # cp.async, bfloat16 on tensor cores
 
 _emulated: ContextVar[ModuleType | None] = ContextVar("lora_kernels_cuda_emulated", default=None)
@@ -57,19 +61,20 @@ def _load(name: str) -> tuple[ModuleType | None, str | None]:
 
 
 def module() -> ModuleType:
-    """The compiled launchers: the GPU's, or inside of `emulate` the emulator's."""
+    """Return the compiled launchers: the GPU's, or inside `emulate` the emulator's."""
     found = _emulated.get() or _load("_cuda")[0]
     assert found is not None
     return found
 
 
-def emulated() -> bool:
+def is_emulated() -> bool:
+    """Return True inside `emulate`."""
     return _emulated.get() is not None
 
 
 def unavailable_reason() -> str | None:
     """Return why there are no kernels; None if there are."""
-    return None if emulated() else _load("_cuda")[1]
+    return None if is_emulated() else _load("_cuda")[1]
 
 
 def emulator_unavailable_reason() -> str | None:
@@ -79,10 +84,14 @@ def emulator_unavailable_reason() -> str | None:
 
 @contextlib.contextmanager
 def emulate(seed: int = 0, multiprocessors: int = 4) -> Iterator[ModuleType]:
-    """Inside, the backend runs on CPU tensors, each thread of a block a fiber.
+    """Run the backend's kernels on CPU tensors inside the context; each thread is a fiber.
 
-    seed: of the order in which threads go on. multiprocessors: how many blocks run at once.
-    RuntimeError where it was not built, and from a kernel that does what no kernel may.
+    Args:
+        seed: of the order in which threads are scheduled.
+        multiprocessors: the number of blocks that run at once.
+
+    Raises RuntimeError if the emulator was not built. A kernel raises RuntimeError for an invalid
+    memory access or barrier.
     """
     found, reason = _load("_emulator")
     if found is None:
@@ -96,10 +105,10 @@ def emulate(seed: int = 0, multiprocessors: int = 4) -> Iterator[ModuleType]:
 
 
 def unsupported_device_reason(device_type: str, device_index: int | None) -> str | None:
-    """Return why no kernel can run on such a device; None if they can."""
+    """Return why kernels cannot run on the device; None if they can."""
     if (why := unavailable_reason()) is not None:
         return why
-    if emulated():
+    if is_emulated():
         return None if device_type == "cpu" else f"the emulator takes no {device_type} tensors"
     if device_type != "cuda":
         return f"no CUDA kernels for device type {device_type!r}"
@@ -108,11 +117,11 @@ def unsupported_device_reason(device_type: str, device_index: int | None) -> str
     if not torch.cuda.is_available():
         return "there is no GPU that torch can use"
     index = torch.cuda.current_device() if device_index is None else device_index
-    return unsupported_capability_reason(_capability(index)) or _refusal(index)
+    return unsupported_capability_reason(_capability(index)) or _driver_reason(index)
 
 
 def require(device: torch.device) -> None:
-    """RuntimeError where no kernel can run on it, saying why."""
+    """Raise RuntimeError with the reason if kernels cannot run on the device."""
     why = unsupported_device_reason(device.type, device.index)
     if why is not None:
         raise RuntimeError(f"backend 'cuda' was requested and cannot run here: {why}")
@@ -125,8 +134,8 @@ def _capability(device_index: int) -> int:
 
 
 @functools.cache
-def _refusal(device_index: int) -> str | None:
-    """Return why the driver runs no kernel of this build on the GPU; None if it does. Cached."""
+def _driver_reason(device_index: int) -> str | None:
+    """Return why the driver cannot run this build's kernels on the GPU; None if it can."""
     try:
         module().probe(device_index)
     except RuntimeError as error:

@@ -1,6 +1,6 @@
-"""The GEMMs that the kernels support, and the reasons why not.
+"""Constraints of the kernels on a GEMM's dtype, sizes and layout.
 
-Tensor core kernels load 16 bytes at a time: rows must be whole such loads, and aligned.
+Tensor core kernels load 16 bytes at a time, so rows must be aligned multiples of 16 bytes.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from . import DECODE_ROWS, TWO_PASS, TWO_PASS_SIMT
 NO_BASE = "there is no base product"
 _FLOAT32 = "float32 products need every bit, which tensor cores drop"
 _WIDE = 16  # bytes of a load
-_ALIGNED = 8  # elements of it, of 16 bits
-_RUN = 32  # codes of it
-_BLOCK = 64  # codes that decode takes with one scale
+_ALIGNED = 8  # 16-bit elements of a load
+_RUN = 32  # 4-bit codes of a load
+_BLOCK = 64  # codes that the GEMV decodes with one scale
 
 
 def layout(weight: Tensor | Packed4bit | None, dtype: torch.dtype) -> Layout:
-    """dtype: of the product, to which a dense weight of another is converted first."""
+    """Return the weight's layout for a GEMM in `dtype`, to which a dense weight is cast first."""
     if weight is None:
         return Layout(unsupported_reason=NO_BASE)
     if isinstance(weight, Packed4bit):
@@ -40,7 +40,10 @@ def layout(weight: Tensor | Packed4bit | None, dtype: torch.dtype) -> Layout:
 def forward_unsupported_reason(
     strategy: str, dtype: torch.dtype, weight: Layout, M: int | None, N: int, K: int
 ) -> str | None:
-    """Return why the strategy cannot compute y = x·Wᵀ [M, N]; None if it can. M None: for any M."""
+    """Return why the strategy cannot compute y = x·Wᵀ [M, N]; None if it can.
+
+    M: None to ask for every M.
+    """
     if strategy == TWO_PASS_SIMT:
         return None
     if dtype is torch.float32:
@@ -52,14 +55,14 @@ def forward_unsupported_reason(
     if strategy == TWO_PASS:
         if weight.columns and N % _ALIGNED:
             return f"N = {N} is no multiple of {_ALIGNED}, and the weight is stored as [K, N]"
-        return _codes(weight, K, _RUN)
+        return _unaligned_codes_reason(weight, K, _RUN)
     if M is not None and M > DECODE_ROWS:
         return f"{M} rows are more than {DECODE_ROWS}"
     if weight.columns:
         return "the weight is stored as [K, N]"
     if 0 < weight.blocksize < _BLOCK:
         return f"blocks of {weight.blocksize} codes are less than {_BLOCK}"
-    return _codes(weight, K, _BLOCK)
+    return _unaligned_codes_reason(weight, K, _BLOCK)
 
 
 def backward_unsupported_reason(dtype: torch.dtype, weight: Layout, N: int, K: int) -> str | None:
@@ -70,10 +73,10 @@ def backward_unsupported_reason(dtype: torch.dtype, weight: Layout, N: int, K: i
         return f"N = {N} is no multiple of {_ALIGNED}, so that rows of dy are not whole loads"
     if not weight.columns and K % _ALIGNED:
         return f"K = {K} is no multiple of {_ALIGNED}, so that rows are not whole loads"
-    return weight.unsupported_reason or _codes(weight, K, _RUN)
+    return weight.unsupported_reason or _unaligned_codes_reason(weight, K, _RUN)
 
 
-def _codes(weight: Layout, K: int, run: int) -> str | None:
+def _unaligned_codes_reason(weight: Layout, K: int, run: int) -> str | None:
     if weight.blocksize and K % run:
         return f"K = {K} is no multiple of {run}, so that rows are not whole runs of codes"
     return None

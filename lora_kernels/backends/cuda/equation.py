@@ -1,4 +1,4 @@
-"""The functions that `ops` calls: tensors to the equation's launches."""
+"""The functions that `ops` calls, which launch kernels on tensors."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from ..dropout import NO_DROPOUT, Dropout
 from . import COOPERATIVE, OVERLAPPED, TWO_PASS, TWO_PASS_SIMT, constraints, launch, module
 from .launch import DTYPE, codes, empty, mask, matrix, of_codes, pointer, vector, whole_rows
 
-# The least part of a summed dimension, a multiple of the kernel's step: of columns, of rows in a
-# skinny GEMM, of rows in column sums, and of K in a split of `gemm`.
-_SHARE, _THIN_SHARE, _SUMS_SHARE, _GEMM_SHARE = 256, 1024, 64, 256
-_BLOCKS = 264  # of a launch, that fill any GPU
+# The smallest split of a summed dimension, a multiple of the kernel's step: of columns, of rows in
+# a skinny GEMM, of rows in column sums, and of K in `gemm`.
+_SPLIT, _THIN_SPLIT, _SUMS_SPLIT, _GEMM_SPLIT = 256, 1024, 64, 256
+_BLOCKS = 264  # thread blocks that occupy any GPU
 _GEMM_TILE = (64, 128)
 _MAX_SPLITS = 8
 _MAX_PUBLISHERS = 16
@@ -96,7 +96,7 @@ def lora_linear_backward(
         linear = _Linear(
             dz, weight, lora_A, dx, dtype, s_scale, rank_gate, dropout, transposed=True
         )
-        linear.run(ds, linear.has_matrix_units(strategy))
+        linear.run(ds, linear.can_use_tensor_cores(strategy))
     if dA is not None:
         assert ds is not None
         slots = _thin(x, None, dropout, True, ds.t())
@@ -112,7 +112,7 @@ def multi_lora_linear(
 ) -> tuple[Tensor, Saved]:
     """Compute y [M, N] for x [M, K], whose rows each have an adapter or none.
 
-    All ranks of all adapters are one GEMM, which reads W once. A row's other ranks are zeroed.
+    One GEMM over the ranks of all adapters reads W once. The ranks of other adapters are zeroed.
     """
     x, weight, lora_A, lora_B, index, bias, rng = operands
     scaling, dropout_p, dtype, y_dtype = spec
@@ -137,7 +137,7 @@ def multi_lora_linear_backward(
 ) -> MultiGrads:
     """Compute the gradients for dy [M, N] and x [M, K].
 
-    dx is computed as y is; dA and dB for each adapter, from its own rows alone.
+    dx is computed as y is. dA and dB are computed for each adapter, from its own rows alone.
     """
     x, weight, lora_A, lora_B, index, _, rng = operands
     p, (scaling, dropout_p, dtype, _) = saved.p, spec
@@ -162,10 +162,10 @@ def multi_lora_linear_backward(
         linear = _Linear(
             dy, weight, stack.lora_A, dx, dtype, dropout.scale, stack.gate, dropout, transposed=True
         )
-        linear.run(ds, linear.has_matrix_units(strategy))
+        linear.run(ds, linear.can_use_tensor_cores(strategy))
     if ds is not None:
         ds = stack.compact(ds)
-    if dropout.rng is not None and any(need_A):  # by the rows' own places, before they are sorted
+    if dropout.rng is not None and any(need_A):  # the mask's rows are those of the unsorted x
         x = x * reference.dropout_mask(dropout.rng, M, K, dropout_p)
     for e, rows in stack.rows.each():
         A, B, s = dA[e], dB[e], p[rows, : lora_A[e].shape[0]]
@@ -185,10 +185,10 @@ def dora_norm(
     scaling: float,
     rank_gate: Tensor | None,
 ) -> Tensor:
-    """‖W + scaling · (B ⊙ gate)·A‖ of each row: float32 [N]."""
+    """Return ‖W + scaling · (B ⊙ gate)·A‖ of each row, float32 [N]."""
     (R, K), N = lora_A.shape, lora_B.shape[0]
     c, w = (weight, None) if isinstance(weight, Packed4bit) else (None, weight)
-    share, count = _shares(K, _SHARE, _BLOCKS // -(-N // 8))
+    share, count = _split(K, _SPLIT, _BLOCKS // -(-N // 8))
     gate, slots = _contiguous(rank_gate), empty(lora_A, count, N)
     touched = {"w": w, "a": lora_A, "b": lora_B, "gate": gate, "slots": slots, **of_codes(c)}
     base, adapter = (matrix(w), codes(c, (N, K))), (matrix(lora_A), matrix(lora_B))
@@ -198,7 +198,7 @@ def dora_norm(
 
 
 def dequantize(weight: Packed4bit, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """The weight [N, K], rounded once to `dtype`."""
+    """Decode the weight [N, K], rounded once to `dtype`."""
     w = empty(weight.packed, *shape, dtype=dtype)
     if w.numel():
         touched, packed = {"w": w, **of_codes(weight)}, codes(weight, shape)
@@ -209,7 +209,7 @@ def dequantize(weight: Packed4bit, shape: tuple[int, int], dtype: torch.dtype) -
 def quantize(
     weight: Tensor, thresholds: Tensor, order: Tensor, blocksize: int
 ) -> tuple[Tensor, Tensor]:
-    """packed uint8[⌈n/2⌉] and absmax float32[⌈n/blocksize⌉]; as `reference.quantize_4bit`."""
+    """Quantize as `reference.quantize_4bit`: packed uint8[⌈n/2⌉], absmax float32[⌈n/blocksize⌉]."""
     w, n = weight.contiguous(), weight.numel()
     packed = torch.empty(-(-n // 2), dtype=torch.uint8, device=w.device)
     absmax = empty(w, -(-n // blocksize))
@@ -223,9 +223,9 @@ def quantize(
 
 @dataclass
 class _Linear:
-    """y = out_scale ⊙ (x·W + mask(S)·q) + bias, S = s_scale · gate ⊙ P; P is given to `run`.
+    """y = out_scale ⊙ (x·W + mask(S)·q) + bias, S = s_scale · gate ⊙ P; `run` takes P.
 
-    transposed: the weight's rows are the inner dimension, as in dx.
+    transposed: whether the weight's rows are the inner dimension, as in dx.
     """
 
     x: Tensor
@@ -248,7 +248,7 @@ class _Linear:
             _contiguous, (self.gate, self.out_scale, self.bias)
         )
         weight, stored = self.weight, self.transposed
-        self.w = weight.to(self.dtype) if isinstance(weight, Tensor) else None  # as autocast does
+        self.w = weight.to(self.dtype) if isinstance(weight, Tensor) else None  # as under autocast
         if self.w is not None and self.w.stride(0) == 1 != self.w.stride(1):
             self.w, stored = self.w.t(), not stored
         c = weight if isinstance(weight, Packed4bit) else None
@@ -260,32 +260,33 @@ class _Linear:
         self._base = matrix(self.w), codes(c, shape), stored, DTYPE[self.dtype]
 
     def args(self, x: Tensor, p: Tensor | None) -> tuple[object, ...]:
-        """Pack what every launcher of it takes."""
+        """Pack the arguments that all launchers of the equation have in common."""
         gate, out_scale, bias = map(vector, (self.gate, self.out_scale, self.bias))
         update = pointer(p), matrix(self.q), gate, self.s_scale, mask(self.mask)
         outputs = self.y.data_ptr(), pointer(self.z), DTYPE[self.y.dtype]
         return matrix(x), *self._base, *update, out_scale, bias, *outputs, *self.shape
 
-    def run(self, p: Tensor, matrix_units: bool) -> None:
-        x = self.in_dtype()
-        if not matrix_units:
+    def run(self, p: Tensor, use_tensor_cores: bool) -> None:
+        """Compute y, with the GEMM on tensor cores or on CUDA cores."""
+        x = self.cast_x()
+        if not use_tensor_cores:
             launch.run("linear", x, {"x": x, "p": p, **self.touched}, *self.args(x, p))
             return
         x = whole_rows(x)
         M, N, K, _ = self.shape
         tile_m, tile_n = _GEMM_TILE
         tiles = -(-M // tile_m) * -(-N // tile_n)
-        share, splits = _shares(K, _GEMM_SHARE, min(_MAX_SPLITS, _BLOCKS // tiles))
+        share, splits = _split(K, _GEMM_SPLIT, min(_MAX_SPLITS, _BLOCKS // tiles))
         parts = empty(x, splits, M, N) if splits > 1 else None
         touched = {"x": x, "p": p, "parts": parts, **self.touched}
         launch.run("gemm", x, touched, self.args(x, p), splits, pointer(parts), share)
 
-    def in_dtype(self) -> Tensor:
-        """x as the base product takes it; without one it stays as it is."""
+    def cast_x(self) -> Tensor:
+        """Return x in the base GEMM's dtype, or unchanged if there is no base GEMM."""
         return self.x if self.weight is None else self.x.to(self.dtype)
 
-    def has_matrix_units(self, strategy: str) -> bool:
-        """Return True if dx, this product, runs on them as y does."""
+    def can_use_tensor_cores(self, strategy: str) -> bool:
+        """Return True if the GEMM for dx can run on tensor cores, as y does."""
         if strategy == TWO_PASS_SIMT:
             return False
         layout, (_, K, N, _) = constraints.layout(self.weight, self.dtype), self.shape
@@ -293,16 +294,16 @@ class _Linear:
 
 
 def _decode(linear: _Linear, a: Tensor, dropout: Dropout, cooperative: bool) -> Tensor:
-    """P, and y is made."""
+    """Compute y for few rows, and return P."""
     x, (M, _, K, R) = linear.x, linear.shape
-    share, count = _shares(K, _SHARE, _MAX_PUBLISHERS)
+    share, count = _split(K, _SPLIT, _MAX_PUBLISHERS)
     slots, p = empty(x, count, M, R), empty(x, M, R)
-    flags = workspace.flags(x.device) if cooperative else None  # two launches wait for none
+    flags = workspace.flags(x.device) if cooperative else None  # two launches need no flags
     down_projection = matrix(a), mask(dropout), dropout.scale
     partial_sums = slots.data_ptr(), p.data_ptr(), pointer(flags), share, count
     args = linear.args(x, None), *down_projection, *partial_sums
-    if not module().decode_keeps_x(args):  # exceeds shared memory: loaded tile by tile
-        x = whole_rows(linear.in_dtype())
+    if not module().decode_keeps_x(args):  # x exceeds shared memory and is loaded by tiles
+        x = whole_rows(linear.cast_x())
         args = linear.args(x, None), *down_projection, *partial_sums
     touched = {"x": x, "a": a, "rng": dropout.rng, "slots": slots, "p": p, "flags": flags}
     launch.run("decode", x, touched | linear.touched, args, cooperative)
@@ -312,11 +313,14 @@ def _decode(linear: _Linear, a: Tensor, dropout: Dropout, cooperative: bool) -> 
 def _thin(
     v: Tensor, v_scale: Tensor | None, dropout: Dropout, over_rows: bool, y: Tensor
 ) -> Tensor:
-    """Slots [slots, I, R] of mask(v ⊙ v_scale)·yᵀ, with `over_rows` of its transpose times yᵀ."""
+    """Return the partial sums [count, I, R] of V·yᵀ, or of Vᵀ·yᵀ if over_rows.
+
+    V is mask(v ⊙ v_scale).
+    """
     R, J = y.shape
     I = v.shape[1] if over_rows else v.shape[0]  # noqa: E741
     blocks = -(-I // 64) * -(-R // (64 if R > 16 else 16))
-    share, count = _shares(J, _THIN_SHARE if over_rows else _SHARE, _BLOCKS // blocks)
+    share, count = _split(J, _THIN_SPLIT if over_rows else _SPLIT, _BLOCKS // blocks)
     v_scale, out = _contiguous(v_scale), empty(v, count, I, R)
     touched = {"v": v, "v_scale": v_scale, "rng": dropout.rng, "y": y, "out": out}
     operands = matrix(v), vector(v_scale), mask(dropout), over_rows, matrix(y), out.data_ptr()
@@ -325,10 +329,10 @@ def _thin(
 
 
 def _pair(dy: Tensor, scale: Tensor | None, b: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-    """(dy ⊙ scale)·b in slots, (dy ⊙ scale)ᵀ·s in parts, dy read once."""
+    """Return the partial sums of (dy ⊙ scale)·b and of (dy ⊙ scale)ᵀ·s, and read dy once."""
     (M, N), R = dy.shape, s.shape[1]
     part_count = -(-M // module().PAIR_ROWS)
-    share, count = _shares(N, _SHARE, _BLOCKS // part_count)
+    share, count = _split(N, _SPLIT, _BLOCKS // part_count)
     slots, parts, scale = empty(dy, count, M, R), empty(dy, part_count, N, R), _contiguous(scale)
     touched = {"v": dy, "v_scale": scale, "b": b, "s": s, "slots": slots, "parts": parts}
     operands = matrix(dy), vector(scale), matrix(b), *map(pointer, (s, slots, parts))
@@ -337,9 +341,9 @@ def _pair(dy: Tensor, scale: Tensor | None, b: Tensor, s: Tensor) -> tuple[Tenso
 
 
 def _column_sums(v: Tensor, z: Tensor | None, sums: Tensor) -> None:
-    """sums float32 [2, N] = Σ v and Σ v ⊙ z over the rows."""
+    """Write Σ v and Σ v ⊙ z over the rows to sums, float32 [2, N]."""
     M, N = v.shape
-    share, count = _shares(M, _SUMS_SHARE, _BLOCKS // -(-N // 128))
+    share, count = _split(M, _SUMS_SPLIT, _BLOCKS // -(-N // 128))
     parts = empty(v, count, N, 2)
     touched, operands = {"v": v, "z": z, "parts": parts}, (matrix(v), matrix(z), parts.data_ptr())
     launch.run("column_sums", v, touched, *operands, M, N, share, count)
@@ -347,7 +351,7 @@ def _column_sums(v: Tensor, z: Tensor | None, sums: Tensor) -> None:
 
 
 def _sum(slots: Tensor, scale: float) -> Tensor:
-    """scale · Σ slots, [M, R] float32; the slot itself where there is nothing to do."""
+    """Return scale · Σ slots, [M, R] float32; a view if there is one unscaled partial sum."""
     if slots.shape[0] == 1 and scale == 1.0:
         return slots[0]
     out = empty(slots, *slots.shape[1:])
@@ -356,7 +360,7 @@ def _sum(slots: Tensor, scale: float) -> Tensor:
 
 
 def _reduce(slots: Tensor, gate: Tensor | None, scale: float, out: Tensor) -> None:
-    """out [I, R] = scale · gate ⊙ Σ slots, in its dtype and strides."""
+    """Write scale · gate ⊙ Σ slots to out [I, R], in out's dtype and strides."""
     count, rows, ranks = slots.shape
     gate = _contiguous(gate)
     touched, operands = {"slots": slots, "gate": gate, "out": out}, (vector(gate), scale)
@@ -364,8 +368,8 @@ def _reduce(slots: Tensor, gate: Tensor | None, scale: float, out: Tensor) -> No
     launch.run("reduce", slots, touched, slots.data_ptr(), *operands, *sizes)
 
 
-def _shares(n: int, least: int, most: int) -> tuple[int, int]:
-    """Return the size of each part of n, a multiple of `least`, and their number, up to `most`."""
+def _split(n: int, least: int, most: int) -> tuple[int, int]:
+    """Return the size of each split of n, a multiple of `least`, and their number, up to `most`."""
     steps = -(-n // least)
     share = -(-steps // max(1, min(most, steps))) * least
     return share, -(-n // share)

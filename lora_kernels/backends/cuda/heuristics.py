@@ -11,11 +11,11 @@ from .. import cuda
 from . import COOPERATIVE, DECODE_ROWS, TWO_PASS, TWO_PASS_SIMT, TWO_STEPS, constraints
 
 REQUESTED = "the cuda backend was requested"
-_DENSE, _CODES = Layout(), Layout(64)  # if nothing is known of the weight
+_DENSE, _CODES = Layout(), Layout(64)  # the defaults of a problem without a layout
 
 
 def layout_of(problem: Problem) -> Layout:
-    """Return the weight's layout, or the usual one if it is not given."""
+    """Return the weight's layout, or a default if the problem has none."""
     return problem.layout or (_CODES if problem.four_bit else _DENSE)
 
 
@@ -53,7 +53,7 @@ def _plan(problem: Problem, strategy: Strategy | None) -> Choice:
 def strategy_for(
     dtype: torch.dtype, M: int | None, N: int, K: int, layout: Layout, reason: str
 ) -> tuple[Strategy, str]:
-    """Return the first strategy that supports such a GEMM, and why the ones before do not.
+    """Return the fastest strategy that supports the GEMM, and why faster ones do not.
 
     M: None for many rows.
     """

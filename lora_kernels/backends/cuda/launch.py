@@ -1,4 +1,4 @@
-"""Launch helpers: pointers, the device, torch's current stream."""
+"""Launch kernels on torch's current stream, and pack their arguments."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import emulated, module
+from . import is_emulated, module
 
 if TYPE_CHECKING:
     from ...core.packed4bit import Packed4bit
@@ -24,8 +24,8 @@ VectorArg = tuple[int, int]
 
 
 def empty(like: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """New memory; in the emulator of NaNs, so that it shows where it is read unwritten."""
-    if emulated() and dtype.is_floating_point:
+    """Allocate a tensor. The emulator fills it with NaN, to expose reads of unwritten memory."""
+    if is_emulated() and dtype.is_floating_point:
         return torch.full(shape, float("nan"), dtype=dtype, device=like.device)
     return torch.empty(shape, dtype=dtype, device=like.device)
 
@@ -34,11 +34,11 @@ def pointer(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
-# Arguments of the launchers, as csrc/cuda/bindings.cpp reads them.
+# Arguments in the format of csrc/cuda/bindings.cpp.
 
 
 def matrix(t: Tensor | None) -> MatrixArg | None:
-    """Pack address, dtype, strides, and whether rows are whole and aligned loads of 16 bytes."""
+    """Pack address, dtype, strides, and whether rows are aligned multiples of 16 bytes."""
     if t is None:
         return None
     (row, col), address, size = t.stride(), t.data_ptr(), t.element_size()
@@ -47,7 +47,7 @@ def matrix(t: Tensor | None) -> MatrixArg | None:
 
 
 def whole_rows(t: Tensor) -> Tensor:
-    """Itself, or a copy whose rows are aligned loads; their length must allow it."""
+    """Return t, or a copy if its rows are not aligned multiples of 16 bytes."""
     packed = matrix(t)
     return t if packed and packed[4] else t.clone(memory_format=torch.contiguous_format)
 
@@ -61,7 +61,7 @@ def mask(dropout: Dropout) -> tuple[int, int]:
 
 
 def codes(c: Packed4bit | None, shape: tuple[int, int]) -> tuple[Any, ...] | None:
-    """Pack a 4-bit weight; shape: of the weight as it is stored."""
+    """Pack a 4-bit weight. shape: the stored shape of the weight."""
     if c is None:
         return None
     scales = c.absmax, c.nested_code, c.nested_absmax, c.offset
@@ -73,11 +73,14 @@ def codes(c: Packed4bit | None, shape: tuple[int, int]) -> tuple[Any, ...] | Non
 
 
 def run(name: str, at: Tensor, touched: dict[str, Tensor | None], *args: Any) -> Any:
-    """The launcher `name` on the device and stream of `at`. touched: all that it reads or writes,
-    by the names under which the emulator watches and counts."""
+    """Run the launcher `name` on the device and current stream of `at`.
+
+    touched: all tensors that the kernel reads or writes, by the names under which the emulator
+        checks accesses and counts bytes.
+    """
     launchers = module()
     call = getattr(launchers, name)
-    if not emulated():
+    if not is_emulated():
         index = at.device.index
         return call(args, (torch.cuda.current_stream(index).cuda_stream, index))
     named = ((key, t) for key, t in touched.items() if t is not None and t.numel())
@@ -92,14 +95,14 @@ def run(name: str, at: Tensor, touched: dict[str, Tensor | None], *args: Any) ->
 
 
 _stream = 0
-_waiting: list[Tensor | None] | None = None  # what launches that have not run yet will touch
-# What emulated kernels have read and written: (kernel, name -> (bytes read, written)) each.
+_waiting: list[Tensor | None] | None = None  # tensors of pending launches, kept alive
+# The traffic of emulated kernels: (kernel, {name: (bytes read, bytes written)}).
 traffic: deque[tuple[str, dict[str, tuple[int, int]]]] = deque(maxlen=1000)
 
 
 @contextlib.contextmanager
 def emulated_stream(number: int) -> Iterator[None]:
-    """Emulated launches inside go to another stream."""
+    """Run emulated launches inside the context on the stream of that number."""
     global _stream
     before, _stream = _stream, number
     try:
@@ -110,8 +113,10 @@ def emulated_stream(number: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def emulated_at_once() -> Iterator[None]:
-    """Emulated launches inside run at its end: those of one stream one after another, those of
-    others between them."""
+    """Defer emulated launches inside the context to its end.
+
+    Launches of one stream run in order, and interleave with those of other streams.
+    """
     global _waiting
     _waiting = []
     try:
@@ -123,13 +128,13 @@ def emulated_at_once() -> Iterator[None]:
 
 
 def _span(t: Tensor) -> int:
-    """Bytes from the first to the last element."""
+    """Return the number of bytes from the first to the last element."""
     last = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
     return (last + 1) * t.element_size()
 
 
 def of_codes(c: Packed4bit | None) -> dict[str, Tensor | None]:
-    """The tensors of a 4-bit weight by their names."""
+    """Return the tensors of a 4-bit weight by name."""
     return (
         {} if c is None else {name: t for name, t in c._asdict().items() if isinstance(t, Tensor)}
     )

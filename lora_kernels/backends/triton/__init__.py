@@ -49,7 +49,7 @@ def unavailable_reason() -> str | None:
 
 
 @functools.cache
-def interpreted() -> bool:
+def is_interpreted() -> bool:
     """Return True if kernels run in Triton's interpreter, on the CPU."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 

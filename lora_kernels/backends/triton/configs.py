@@ -43,7 +43,7 @@ def target(device_type: str = "cuda", index: int | None = None) -> DeviceInfo | 
 
     index: None for the current GPU.
     """
-    if triton.interpreted():
+    if triton.is_interpreted():
         return INTERPRETER
     return gpu(index) if device_type == "cuda" and has_gpu() else None
 

@@ -34,7 +34,7 @@ from . import (
     TWO_PASS,
     codec,
     configs,
-    interpreted,
+    is_interpreted,
     launch,
     measured,
 )
@@ -233,7 +233,7 @@ def _linear(
     format_4bit = launch.format_4bit(codes, K if forward else N, target)
     config = _tiles(gemm, strategy, target, w is not None, codes, format_4bit)
     share = configs.cooperative(M, N, K, R, config) if strategy == COOPERATIVE else 0
-    flags = workspace.flags(x.device) if share and not interpreted() else None
+    flags = workspace.flags(x.device) if share and not is_interpreted() else None
     if strategy == FUSED:
         slots = x.new_empty(1, M, R, dtype=torch.float32)
     elif share:
@@ -283,7 +283,9 @@ def _linear(
                 return _linear(gemm, TWO_PASS)
             config = fitting
         # The interpreter runs programs one after another: those that publish, then all.
-        for publish, consume in [(True, False), (False, True)] if interpreted() else [(True, True)]:
+        for publish, consume in (
+            [(True, False), (False, True)] if is_interpreted() else [(True, True)]
+        ):
             run(cooperative_kernel, config, *args, PUBLISH=publish, CONSUME=consume, **meta)
     return y, p, z
 

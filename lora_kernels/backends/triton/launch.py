@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...device import DeviceInfo
-from . import configs, interpreted
+from . import configs, is_interpreted
 from .arguments import Format
 from .configs import Config
 
@@ -29,7 +29,7 @@ def format_4bit(codes: Packed4bit | None, row: int, target: DeviceInfo) -> Forma
     if codes is None:
         return Format(0, False, False, False)
     whole_words = row % 8 == 0 and codes.packed.data_ptr() % 4 == 0
-    asm = target.kind == "cuda" and not interpreted()
+    asm = target.kind == "cuda" and not is_interpreted()
     return Format(codes.blocksize.bit_length() - 1, row % codes.blocksize == 0, whole_words, asm)
 
 
@@ -66,7 +66,7 @@ def choose_stages(
 ) -> Config | None:
     """Return the config with the most stages at which the device runs all programs of this launch
     at once; None if it does at no number of stages. Compiles the kernel, to learn what it takes."""
-    if interpreted():  # one after another; two a multiprocessor stand for them
+    if is_interpreted():  # one after another; two a multiprocessor stand for them
         return config if programs <= 2 * target.multiprocessors else None
     if target.kind != "cuda":
         return config if programs <= target.multiprocessors else None

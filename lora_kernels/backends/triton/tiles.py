@@ -10,9 +10,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from . import interpreted
+from . import is_interpreted
 
-INTERPRETED = tl.constexpr(interpreted())
+INTERPRETED = tl.constexpr(is_interpreted())
 
 
 @triton.jit

@@ -58,7 +58,7 @@ class Trial:
 
     def run(self, row: Measured, direction: str = "backward") -> Any:
         """What the call returns where the table holds this row."""
-        with measured.tried(self.key, row), selection.backend("triton"):
+        with measured.override_row(self.key, row), selection.backend("triton"):
             return self.calls[direction]()
 
     def flaw(self, row: Measured) -> str | None:

@@ -140,11 +140,11 @@ def probed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     card = device.DeviceInfo("cuda", 103, 148, 227 << 10, "B300", 270 << 30)
     monkeypatch.setattr(device, "gpus", lambda: [card])
-    cuda._refusal.cache_clear()
+    cuda._driver_reason.cache_clear()
     token = cuda._emulated.set(None)
     yield found
     cuda._emulated.reset(token)
-    cuda._refusal.cache_clear()
+    cuda._driver_reason.cache_clear()
 
 
 def test_unsupported_device_reason_driver_refuses_gives_its_words_and_asks_once(

@@ -339,7 +339,7 @@ def test_what_was_measured_goes_before_the_model_and_says_so(monkeypatch) -> Non
     )
     answer = Choice("triton", triton.TWO_PASS, row.source)
     monkeypatch.setattr(selection, "choose", lambda *args: answer)
-    with measured.tried(key, row):
+    with measured.override_row(key, row):
         assert predict.time(GPU, 512, None, True) == (250e-6, row.source, True)
         # Neither another shape, nor a forward, nor another strategy was measured.
         others = [GPU._replace(dropout=True), GPU._replace(R=100), GPU._replace(base=False)]

@@ -137,11 +137,11 @@ def test_tuned_goes_before_the_model() -> None:
     problem = Problem("cuda", *(torch.bfloat16,) * 4, R, 100, True, N, K)
     key = measured.shape(target, 100, N, K, R, 2, True)
     assert heuristics.tuned(problem, target, None) is None
-    with measured.tried(key, measured.Measured(triton.TWO_PASS, source="measured here")):
+    with measured.override_row(key, measured.Measured(triton.TWO_PASS, source="measured here")):
         found = heuristics.tuned(problem, target, None)
         assert found == Choice("triton", triton.TWO_PASS, "measured here")
         assert heuristics.tuned(problem._replace(dropout=True), target, None) is None
-    with measured.tried(key, measured.Measured(triton.FUSED, source="measured here")):
+    with measured.override_row(key, measured.Measured(triton.FUSED, source="measured here")):
         mixed = heuristics.tuned(problem._replace(mixed=True), target, None)
         assert mixed == Choice("triton", triton.TWO_PASS, "measured here")
 

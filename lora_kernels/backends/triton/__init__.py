@@ -1,16 +1,20 @@
-"""Triton kernels, for GPUs (and, with TRITON_INTERPRET=1, for the CPU, in Triton's interpreter).
+"""Triton kernels for GPUs and, with TRITON_INTERPRET=1, for Triton's interpreter on the CPU.
 
-Forward, "fused": one kernel sums x·Wᵀ and P = D(x)·Aᵀ side by side, then adds S·Bᵀ. "two_pass": a
-kernel computes P, and the GEMM starts its sums at S·Bᵀ. "cooperative": one launch for up to 16
-rows, in which a few programs compute partial sums of P before all read W, and S·Bᵀ is added in the
-epilogue; with more rows or ranks, or more programs than are co-resident, it runs as "two_pass".
-"library": cuBLAS computes x·Wᵀ, after a 4-bit weight was decoded, and one pass over y adds the
-rest. Backward: dx and dS are computed as y and P are, with W in the other layout; then dB and dA,
-each in two passes.
+The strategies of the forward:
 
-Rounding points: those named in the kernels' docstrings. P and dS are float32 in memory; as operands
-of a product they are rounded to the wider of x's (dY's) dtype and the adapter's, as PyTorch would.
-Deterministic: atomics count who has published, never data; shares are added in order.
+- "fused": one kernel sums x·Wᵀ and P = D(x)·Aᵀ in its main loop. The epilogue adds S·Bᵀ.
+- "two_pass": a kernel computes P. The GEMM then starts its sums at S·Bᵀ.
+- "cooperative": one launch, for up to 16 rows. A few programs compute partial sums of P before all
+  programs read W, and the epilogue adds S·Bᵀ. With more rows or ranks, or more programs than are
+  co-resident, it runs as "two_pass".
+- "library": cuBLAS computes x·Wᵀ, after decoding a 4-bit weight. One pass over y adds the rest.
+
+The backward computes dx and dS as y and P, with W in the other layout. dB and dA follow, in two
+passes each.
+
+Rounding points are documented in the kernels' docstrings. P and dS are stored in float32. As GEMM
+operands they are rounded as in PyTorch, to the wider dtype of x (or dY) and the adapter. Results
+are deterministic: atomics count programs, never sum data, and partial sums are added in order.
 """
 
 from __future__ import annotations
@@ -42,7 +46,7 @@ TWO_STEPS = (TWO_PASS, LIBRARY)  # P is complete before the base GEMM starts
 
 @functools.cache
 def unavailable_reason() -> str | None:
-    """Return why Triton cannot be imported, or None. Does not import it."""
+    """Return why Triton cannot be imported, or None, without importing Triton."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     return None

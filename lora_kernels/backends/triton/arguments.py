@@ -1,6 +1,6 @@
-"""The tuples that kernels take. None stands for an operand that is not there.
+"""Tuples that kernels take as arguments. None stands for a missing operand.
 
-Tuples in upper-case parameters are compile-time constants.
+Tuples for upper-case parameters are compile-time constants.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Matrix(NamedTuple):
-    """A matrix by its first element and its strides in elements."""
+    """A matrix: the pointer to its first element, and its strides in elements."""
 
     ptr: Tensor
     row: int
@@ -27,7 +27,7 @@ class Matrix(NamedTuple):
 
 
 class Codes(NamedTuple):
-    """The tensors of a 4-bit weight, see `Packed4bit`."""
+    """The tensors of a 4-bit weight; see `Packed4bit`."""
 
     packed: Tensor
     absmax: Tensor
@@ -43,7 +43,7 @@ class Codes(NamedTuple):
 
 
 class Mask(NamedTuple):
-    """A dropout mask: the state of its generator, and the threshold of its words."""
+    """A dropout mask: the generator's state, and the threshold for its words."""
 
     rng: Tensor
     threshold: int
@@ -54,10 +54,10 @@ class Mask(NamedTuple):
 
 
 class Format(NamedTuple):
-    """How codes are read.
+    """The layout of 4-bit codes.
 
     Args:
-        LOG2_BLOCK: of the block size.
+        LOG2_BLOCK: log2 of the block size.
         WHOLE: whether rows consist of whole blocks.
         WORDS: whether rows consist of whole, aligned words of 8 codes.
         ASM: whether the codebook is read by inline PTX.
@@ -70,15 +70,15 @@ class Format(NamedTuple):
 
 
 class Types(NamedTuple):
-    """How operands are rounded and addressed.
+    """The rounding and addressing of operands.
 
-    Dtypes are names, since Triton writes compile-time constants as JSON if a hook asks for them.
+    Dtypes are strings, because Triton serializes compile-time constants as JSON for its hooks.
 
     Args:
         COMPUTE: dtype of the base GEMM's operands.
         WIDER: dtype of the operands of the adapter's GEMMs.
         PRECISION: of GEMMs in float32, as `tl.dot` names it.
-        WIDE: whether offsets pass 2³¹.
+        WIDE: whether offsets exceed 2³¹.
     """
 
     COMPUTE: str

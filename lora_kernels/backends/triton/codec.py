@@ -1,4 +1,4 @@
-"""The 4-bit format by itself: weights to codes and back."""
+"""Quantize and decode 4-bit weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def dequantize(codes: Packed4bit, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """The weight [N, K], rounded once to `dtype`."""
+    """Decode the weight [N, K], rounded once to `dtype`."""
     (N, K), config = shape, configs.DEQUANTIZE
     grid = (triton.cdiv(N, config.block_n), triton.cdiv(K, config.block_k))
     w = torch.empty(shape, dtype=dtype, device=codes.packed.device)
@@ -36,7 +36,7 @@ def dequantize(codes: Packed4bit, shape: tuple[int, int], dtype: torch.dtype) ->
 def quantize(
     weight: Tensor, thresholds: Tensor, order: Tensor, blocksize: int
 ) -> tuple[Tensor, Tensor]:
-    """packed uint8[⌈n/2⌉] and absmax float32[⌈n/blocksize⌉]; as `reference.quantize_4bit`."""
+    """Quantize as `reference.quantize_4bit`: packed uint8[⌈n/2⌉], absmax float32[⌈n/blocksize⌉]."""
     weight, n, config = weight.contiguous(), weight.numel(), configs.quantize(blocksize)
     blocks = triton.cdiv(n, blocksize)
     packed = torch.empty(triton.cdiv(n, 2), dtype=torch.uint8, device=weight.device)

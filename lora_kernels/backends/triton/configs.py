@@ -1,7 +1,7 @@
-"""The tiles of each kernel: pure functions of sizes, dtypes and the device's properties.
+"""The tile sizes of each kernel: pure functions of sizes, dtypes and the device's properties.
 
-Nothing here was measured on a GPU yet: the sizes follow from what a multiprocessor's registers and
-shared memory hold, and every config is compiled and looked at by tests/compile_only.
+No config was measured on a GPU. The sizes follow from the registers and shared memory of a
+multiprocessor. tests/compile_only compiles every config and checks its resources.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ class Config:
 
 
 MIN_CAPABILITY = 80
-MIN_BLOCK = 16  # of a matrix instruction
-MAX_FUSED_RANK = 64  # above, the sums of P take too many registers beside the product's
+MIN_BLOCK = 16  # the smallest dimension of `tl.dot`
+MAX_FUSED_RANK = 64  # above, the accumulators of P and y together spill registers
 MAX_SLOTS = 16
-# Of a multiprocessor from sm_80 on, by the tables of the CUDA programming guide. Its shared memory
-# is what one block may have, and what the system keeps of each block.
+# Limits of a multiprocessor from sm_80 on, from the CUDA programming guide. Its shared memory is
+# the limit of one block plus the bytes that the system reserves per block.
 RESERVED = 1 << 10
 REGISTERS = 64 << 10
-MIN_THREADS = 1536  # sm_86, 89 and 12x; the others have 2048
-MIN_PROGRAMS = 16  # sm_86; the others have 24 or 32
-INTERPRETER = DeviceInfo("cuda", 80, 4, 160 << 10)  # stands for the device there
+MIN_THREADS = 1536  # sm_86, 89 and 12x; others have 2048
+MIN_PROGRAMS = 16  # sm_86; others have 24 or 32
+INTERPRETER = DeviceInfo("cuda", 80, 4, 160 << 10)  # the device of the interpreter
 
 
 def target(device_type: str = "cuda", index: int | None = None) -> DeviceInfo | None:
-    """Return the properties of the device that kernels run on, or None if it is no GPU.
+    """Return the properties of the device that kernels run on, or None if it is not a GPU.
 
     index: None for the current GPU.
     """
@@ -48,14 +48,14 @@ def target(device_type: str = "cuda", index: int | None = None) -> DeviceInfo | 
     return gpu(index) if device_type == "cuda" and has_gpu() else None
 
 
-# Operations of a 16-bit matrix product for each byte of memory bandwidth, by the data sheets: 312
-# TFLOP/s over 2.0 TB/s on sm_80 (A100); of 990 over 3.35 on sm_90 (H100) what products reach, 760.
+# FLOPs of a 16-bit GEMM per byte of memory bandwidth, from the data sheets: 312 TFLOP/s / 2.0 TB/s
+# on sm_80 (A100). On sm_90 (H100) 760 / 3.35: GEMMs reach 760 of 990 TFLOP/s.
 BALANCE = {80: 156, 90: 227}
-# Whose matrix instructions read their operands from shared memory, and leave registers for sums.
+# Tensor cores of these read operands from shared memory, which leaves registers for accumulators.
 WIDE_TILES = (90, 100)
-FEW_ROWS = 16  # of one matrix instruction
-# Above, writing the weight out in 16 bits and reading it again is estimated to take less than
-# decoding it in every tile of 128 rows; not measured.
+FEW_ROWS = 16  # the rows of one tensor core instruction
+# Above, decoding the weight once to 16 bits is estimated to be faster than decoding it in every
+# tile of 128 rows. This is not measured.
 MANY_ROWS_4BIT = 1024
 
 
@@ -68,11 +68,12 @@ def strategy(
     four_bit: bool,
     dropout: bool,
 ) -> tuple[Strategy, str]:
-    """Return the strategy of `lora_linear` and the reason, from a cost model, not measured.
+    """Return the strategy of `lora_linear` and the reason, from a cost model.
 
-    The fused kernel multiplies BLOCK_R more columns in each of its tiles: BLOCK_R / BLOCK_N of the
-    GEMM. It saves a second read of x, which takes balance / N of the GEMM's time, and a launch.
-    itemsize: bytes of the widest operand, the adapter included.
+    The fused kernel multiplies BLOCK_R more columns in each tile, which adds BLOCK_R / BLOCK_N to
+    the GEMM's time. It saves a launch and a second read of x, which takes balance / N of that time.
+
+    itemsize: bytes of the widest operand, including the adapter.
     """
     if four_bit and rows > MANY_ROWS_4BIT:
         return LIBRARY, "the codes are decoded once for all rows"
@@ -90,9 +91,9 @@ def strategy(
 
 
 def unsupported_reason(target: DeviceInfo | None, device_type: str = "cuda") -> str | None:
-    """Return why no kernel runs on a device, or None.
+    """Return why kernels cannot run on a device, or None.
 
-    target: None for a device that is no GPU, of type `device_type`.
+    target: None for a device that is not a GPU, of type `device_type`.
     """
     if (missing := triton.unavailable_reason()) is not None:
         return missing
@@ -115,12 +116,12 @@ def capability_unsupported_reason(target: DeviceInfo) -> str | None:
 
 
 def precision(target: DeviceInfo) -> str:
-    """Return the precision of float32 GEMMs: 3×TF32, whose error is float32's, on NVIDIA."""
+    """Return the precision of float32 GEMMs: on NVIDIA 3×TF32, which has float32's error."""
     return "tf32x3" if target.kind == "cuda" else "ieee"
 
 
 def block_of_ranks(rank: int) -> int:
-    """The ranks that a program takes at a time: a power of two, 16 to 64."""
+    """Return BLOCK_R, the ranks that a program processes at a time: a power of two, 16 to 64."""
     return min(max(MIN_BLOCK, power_of_two(rank)), MAX_FUSED_RANK)
 
 
@@ -133,11 +134,14 @@ def linear(
     in_registers: bool = False,
     scattered: bool = False,
 ) -> Config:
-    """Tiles of the kernels in linear.py; itemsize: bytes of the main loop's widest operand.
+    """Return the tiles of the kernels in linear.py.
 
-    rank: that of the fused kernel, 0 in the other strategies. in_registers: x or y is masked or
-    scaled too, or the adapter in float32, which takes registers beside the sums. scattered: codes
-    are read element by element, each by an address of its own.
+    Args:
+        itemsize: bytes of the main loop's widest operand.
+        codes: whether the weight is packed in 4 bits.
+        rank: of the fused kernel, 0 for other strategies.
+        in_registers: whether masks, scales or a float32 adapter need registers too.
+        scattered: whether codes are loaded element by element.
     """
     if M <= 16:
         config = Config(16, 64, 128 if itemsize == 2 else 32, 4, 4)
@@ -164,18 +168,18 @@ REDUCE = Config(0, 256, 0, 4, 1)
 
 
 def quantize(blocksize: int) -> Config:
-    """For `quantize_kernel`: block_n blocks of block_k elements."""
+    """Return the tiles of `quantize_kernel`: block_n blocks of block_k elements."""
     return Config(0, max(1, 2048 // blocksize), blocksize, 4, 1)
 
 
 def shared_memory(config: Config, itemsize: int, block_r: int) -> int:
-    """Bytes of the tiles in flight."""
+    """Return the bytes of shared memory for the tiles of all stages."""
     rows = config.block_m + config.block_n + block_r
     return config.stages * rows * config.block_k * itemsize
 
 
 def shrink(target: DeviceInfo, M: int, K: int, R: int, itemsize: int) -> tuple[Config, int]:
-    """For `shrink_kernel`: tiles, and the share of K in one slot. itemsize: of the operands."""
+    """Return the tiles of `shrink_kernel`, and the length of a split of K."""
     config = Config(16 if M <= 16 else 64, block_of_ranks(R), 32 if itemsize > 2 else 64, 4, 4)
     programs = _tiles(M, config.block_m) * _tiles(R, config.block_n)
     chunks = _tiles(K, config.block_k)
@@ -186,7 +190,7 @@ def shrink(target: DeviceInfo, M: int, K: int, R: int, itemsize: int) -> tuple[C
 def cooperative(M: int, N: int, K: int, R: int, config: Config) -> int:
     """Return the split-K length of P in `cooperative_kernel`: columns of x per partial sum.
 
-    0 if the kernel does not take the call. All programs must be co-resident besides.
+    0 if the kernel does not support the call. All programs must also be co-resident.
     """
     if M > FEW_ROWS or R > MAX_FUSED_RANK:
         return 0
@@ -196,13 +200,17 @@ def cooperative(M: int, N: int, K: int, R: int, config: Config) -> int:
 
 
 def count_co_resident(target: DeviceInfo, shared: int, registers: int, warps: int) -> int:
-    """How many programs of a kernel the device runs at once: CUDA's occupancy, from sm_80 on.
+    """Return the number of co-resident programs of a kernel: CUDA's occupancy, from sm_80 on.
 
-    shared: bytes that a program takes; registers: that a thread takes. Threads and programs of a
-    multiprocessor are the fewest that any of these GPUs has.
+    The limits on threads and programs are the smallest of these GPUs.
+
+    Args:
+        shared: bytes of shared memory per program.
+        registers: registers per thread.
+        warps: warps per program.
     """
     of_memory = (target.shared_memory + RESERVED) // (_tiles(shared, 128) * 128 + RESERVED)
-    # Registers are handed to whole warps, and warps to four partitions in turn.
+    # Registers are allocated per warp, and warps to four partitions in turn.
     warps_of_partition = REGISTERS // 4 // (_tiles(32 * registers, 256) * 256)
     of_registers = warps_of_partition // _tiles(warps, 4)
     of_threads = MIN_THREADS // (32 * warps)
@@ -210,7 +218,7 @@ def count_co_resident(target: DeviceInfo, shared: int, registers: int, warps: in
 
 
 def outer(target: DeviceInfo, M: int, N: int, R: int) -> tuple[Config, int]:
-    """For `outer_kernel`: tiles (block_k for the ranks), and the rows in one part."""
+    """Return the tiles of `outer_kernel` (block_k: ranks), and the rows of one partial sum."""
     config = Config(64, 64, block_of_ranks(R), 4, 3)
     programs = _tiles(N, config.block_n) * _tiles(R, config.block_k)
     chunks = _tiles(M, config.block_m)
@@ -221,12 +229,10 @@ def outer(target: DeviceInfo, M: int, N: int, R: int) -> tuple[Config, int]:
 def shrink_outer(
     target: DeviceInfo, M: int, N: int, R: int, itemsize: int
 ) -> tuple[Config, int] | None:
-    """Choose `shrink_outer_kernel`'s tiles, and the columns in one slot.
+    """Return the tiles of `shrink_outer_kernel`, and the columns of one partial sum.
 
-    None if `shrink_kernel` and `outer_kernel` move little more.
-
-    Those two read v twice. This one reads it once, but writes and reads again a part of dB in
-    float32 for each BLOCK_M rows.
+    None if the kernel would save few bytes. `shrink_kernel` and `outer_kernel` read v twice. This
+    kernel reads v once, but writes and re-reads a float32 partial sum of dB for each BLOCK_M rows.
     """
     rows = 256 if itemsize == 2 and target.kind == "cuda" else 128  # AMD's registers hold no more
     config = Config(rows, 32, block_of_ranks(R), 8, 3)
@@ -239,7 +245,7 @@ def shrink_outer(
 
 
 def row_norm(target: DeviceInfo, N: int, K: int, itemsize: int) -> tuple[Config, int]:
-    """For `row_norm_kernel`: tiles, and the share of K in one slot."""
+    """Return the tiles of `row_norm_kernel`, and the length of a split of K."""
     config = Config(0, 32, 128, 4, 3) if itemsize == 2 else Config(0, 64, 32, 8, 3)
     programs, chunks = _tiles(N, config.block_n), _tiles(K, config.block_k)
     slots = max(1, min(MAX_SLOTS, 2 * target.multiprocessors // programs, chunks // 4))

@@ -1,4 +1,4 @@
-"""The functions that `ops` calls: tensors to launches. Tests compile through them."""
+"""The functions that `ops` calls, which launch kernels on tensors."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def multi_lora_linear(
 ) -> tuple[Tensor, Saved]:
     """Compute y [M, N] for x [M, K], whose rows each have an adapter or none.
 
-    All ranks of all adapters are one GEMM, which reads W once. A row's other ranks are zeroed.
+    One GEMM over the ranks of all adapters reads W once. The ranks of other adapters are zeroed.
     """
     x, weight, lora_A, lora_B, index, bias, rng = operands
     scaling, dropout_p, dtype, y_dtype = spec
@@ -137,7 +137,7 @@ def multi_lora_linear_backward(
 ) -> MultiGrads:
     """Compute the gradients for dy [M, N] and x [M, K].
 
-    dx is computed as y is; dA and dB for each adapter, from its own rows alone.
+    dx is computed as y is. dA and dB are computed for each adapter, from its own rows alone.
     """
     x, weight, lora_A, lora_B, index, _, rng = operands
     p, (scaling, dropout_p, dtype, _) = saved.p, spec
@@ -163,7 +163,7 @@ def multi_lora_linear_backward(
         dx, _, _ = _linear(gemm, strategy, ds[None])
     if ds is not None:
         ds = stack.compact(ds)
-    if rng is not None and any(need_A):  # by the rows' own places, before they are sorted
+    if rng is not None and any(need_A):  # the mask's rows are those of the unsorted x
         x = x * reference.dropout_mask(rng, x.shape[0], x.shape[1], dropout_p)
     for e, rows in stack.rows.each():
         A, B, s = dA[e], dB[e], p[rows, : lora_A[e].shape[0]]
@@ -181,7 +181,8 @@ class _Gemm(NamedTuple):
 
     Args:
         x: [M, inner].
-        weight: W; its rows are columns of y in the forward, the inner dimension in the backward.
+        weight: W. Its rows are columns of y in the forward, and the inner dimension in the
+            backward.
         a: [R, inner].
         q: [R, columns].
         dropout: masks v in P in the forward, and S·q in the backward.
@@ -209,7 +210,7 @@ def _linear(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Compute y [M, columns], P [M, R] and z or None.
 
-    slots: P if it is at hand, in partial sums [slots, M, R].
+    slots: the partial sums [slots, M, R] of P if they were computed before, or None.
     """
     x, weight, a, q, forward, dropout = (
         gemm.x,
@@ -229,7 +230,7 @@ def _linear(
     codes = weight if isinstance(weight, Packed4bit) and not from_library else None
     dense = weight if isinstance(weight, Tensor) and not from_library else None
     w = dense if dense is None or forward else dense.t()
-    # The 4-bit weight's own rows run along K in the forward, along dx's columns in the backward.
+    # A row of a 4-bit weight runs along K in the forward, and along dx's columns in the backward.
     format_4bit = launch.format_4bit(codes, K if forward else N, target)
     config = _tiles(gemm, strategy, target, w is not None, codes, format_4bit)
     share = configs.cooperative(M, N, K, R, config) if strategy == COOPERATIVE else 0
@@ -282,7 +283,7 @@ def _linear(
             if fitting is None:
                 return _linear(gemm, TWO_PASS)
             config = fitting
-        # The interpreter runs programs one after another: those that publish, then all.
+        # The interpreter runs programs in order, so a first launch computes all partial sums.
         for publish, consume in (
             [(True, False), (False, True)] if is_interpreted() else [(True, True)]
         ):
@@ -298,7 +299,7 @@ def _tiles(
     codes: Packed4bit | None,
     format_4bit: Format,
 ) -> Config:
-    """Return the tiles of a kernel with a dense base GEMM, one of codes, or none."""
+    """Return the tiles of a kernel with a dense, a 4-bit or no base GEMM."""
     x, (M, K), (R, N) = gemm.x, gemm.x.shape, gemm.q.shape
     fused, base = strategy == FUSED, dense or codes is not None
     multiplied = max(x.dtype.itemsize, gemm.dtype.itemsize)
@@ -315,7 +316,7 @@ def _tiles(
             in_registers=not unchanged or operand > multiplied,
             scattered=codes is not None and not format_4bit.WORDS,
         )
-    if base and unchanged:  # as `tune` measures it
+    if base and unchanged:  # `tune` measures calls like this one
         columns, inner = (N, K) if gemm.forward else (K, N)
         widest = max(multiplied, operand, gemm.q.dtype.itemsize)
         key = measured.shape(target, M, columns, inner, R, widest, codes is not None)
@@ -332,7 +333,7 @@ def _types(
 
 
 def _library(gemm: _Gemm) -> Tensor:
-    """Return the library's base GEMM [M, columns], contiguous, in y's dtype."""
+    """Compute the base GEMM [M, columns] by PyTorch, contiguous and in y's dtype."""
     x, weight, dtype = gemm.x, gemm.weight, gemm.dtype
     if gemm.in_scale is not None:
         x = x * gemm.in_scale.to(x.dtype)
@@ -345,7 +346,7 @@ def _library(gemm: _Gemm) -> Tensor:
 
 
 def _shrink(x: Tensor, a: Tensor, in_scale: Tensor | None, dropout: Dropout) -> Tensor:
-    """scale · mask(x ⊙ in_scale)·aᵀ in slots to be added: float32 [slots, M, R]."""
+    """Return the partial sums of scale · mask(x ⊙ in_scale)·aᵀ, float32 [slots, M, R]."""
     (M, K), R, target = x.shape, a.shape[0], launch.target(x)
     config, share = configs.shrink(target, M, K, R, _operand(x, a).itemsize)
     slots = triton.cdiv(K, share)
@@ -433,9 +434,11 @@ def _shrink_outer(
     gate: Tensor | None,
     need_sum: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Return (v ⊙ v_scale)·b in slots, and what `_outer` gives with grad [N, R]; read v once.
+    """Compute the partial sums of (v ⊙ v_scale)·b, and grad [N, R] and sums as `_outer` does.
 
-    plan: tiles, and a slot's share of N.
+    The kernel reads v once.
+
+    plan: the result of `configs.shrink_outer`.
     """
     (config, share), need_sum_z = plan, z is not None
     grad = torch.empty_like(b, memory_format=torch.contiguous_format)
@@ -463,7 +466,7 @@ def _reduce(
     need_sum: bool,
     need_sum_z: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """grad [R, N] = scale · gate ⊙ Σ parts, written, and the two sums, float32 [N]."""
+    """Write scale · gate ⊙ Σ parts to grad [R, N], and return the two sums, float32 [N]."""
     count, N, R = parts.shape[0], parts.shape[2], parts.shape[1] - 2
     gate, config = _contiguous(gate), configs.REDUCE
     sums, sums_z = (parts.new_empty(N) if needed else None for needed in (need_sum, need_sum_z))
@@ -483,11 +486,11 @@ def dora_norm(
     scaling: float,
     rank_gate: Tensor | None,
 ) -> Tensor:
-    """‖W + scaling · (B ⊙ gate)·A‖ of each row: float32 [N]."""
+    """Return ‖W + scaling · (B ⊙ gate)·A‖ of each row, float32 [N]."""
     (R, K), N, target = lora_A.shape, lora_B.shape[0], launch.target(lora_A)
     codes = weight if isinstance(weight, Packed4bit) else None
     w = weight.packed if isinstance(weight, Packed4bit) else weight
-    # A gate rounds B where that has 16 bits.
+    # B ⊙ gate would be rounded if B has 16 bits.
     wider = torch.float32 if rank_gate is not None else _operand(lora_A, lora_B)
     config, share = configs.row_norm(target, N, K, wider.itemsize)
     slots = torch.empty(triton.cdiv(K, share), N, dtype=torch.float32, device=lora_A.device)
@@ -523,7 +526,7 @@ def dora_norm(
 
 
 def _operand(x: Tensor, a: Tensor) -> torch.dtype:
-    """In which x and the adapter are multiplied."""
+    """Return the dtype in which x and the adapter are multiplied."""
     return torch.promote_types(x.dtype, a.dtype)
 
 

@@ -1,4 +1,4 @@
-"""The 4-bit format by itself: a weight to codes and scales, and back."""
+"""Kernels that quantize and decode 4-bit weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def dequantize_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """w [N, K] = code × scale, both levels of quantization at once. Program (n, k) makes a tile.
+    """w [N, K] = code × scale, with nested scales decoded too. Program (n, k) computes a tile.
 
     Rounding points: a nested scale twice, code × scale, w. Bytes: the codes, the scales, w.
     Tested by tests/triton/test_exact.py, bit for bit.
@@ -47,11 +47,11 @@ def quantize_kernel(
     BLOCKSIZE: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """reference.quantize_4bit of w, n elements one after another: packed [⌈n/2⌉], absmax [blocks].
+    """reference.quantize_4bit of n contiguous elements: packed [⌈n/2⌉], absmax [blocks].
 
-    A program makes BLOCKS blocks. A short last block is divided by its scale, whole ones are
-    multiplied by its reciprocal; a scale is NaN where an element is. Rounding points: the
-    reciprocal, the product (or the quotient). Bytes: w once, codes, scales; 15 comparisons each.
+    A program quantizes BLOCKS blocks. A short last block is divided by its scale, and full blocks
+    are multiplied by the reciprocal. The scale of a block with NaN is NaN. Rounding points: the
+    reciprocal, the product or quotient. Bytes: w once, codes, scales; 15 comparisons per element.
     Tested by tests/triton/test_codec.py, bit for bit.
     """
     block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
@@ -60,7 +60,7 @@ def quantize_kernel(
     first = block * BLOCKSIZE
     at = first[:, None] + tl.arange(0, BLOCKSIZE)[None, :]
     w = to_dtype(tl.load(w_ptr + at, mask=at < n, other=0.0), tl.float32)
-    absmax = tl.max(tl.abs(w), 1)  # of what is a number
+    absmax = tl.max(tl.abs(w), 1)  # ignores NaN
     absmax = tl.where(tl.sum((w != w).to(tl.int32), 1) > 0, float("nan"), absmax)
     divisor = tl.maximum(absmax, smallest)
     short = first + BLOCKSIZE > n

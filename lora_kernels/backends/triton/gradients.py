@@ -1,4 +1,4 @@
-"""dA, dB and the sums over rows: products that end in a few ranks, summed over M in two passes."""
+"""dA, dB and sums over rows: skinny GEMMs with split M, whose partial sums a second kernel adds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Launch helpers: the device, the stream, the specialization of a kernel."""
+"""Launch kernels, with the compiler's options and the co-resident programs of a launch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def target(x: Tensor) -> DeviceInfo:
 
 
 def format_4bit(codes: Packed4bit | None, row: int, target: DeviceInfo) -> Format:
-    """Return how a kernel reads the codes of a weight with `row` elements a row."""
+    """Return the layout of the codes of a weight with `row` elements per row."""
     if codes is None:
         return Format(0, False, False, False)
     whole_words = row % 8 == 0 and codes.packed.data_ptr() % 4 == 0
@@ -47,7 +47,7 @@ def run(
     device: torch.device,
     **meta: Any,
 ) -> None:
-    """On the tensors' device and torch's current stream there."""
+    """Launch the kernel on the device and torch's current stream."""
     if device.type != "cuda":
         kernel[grid](*args, **meta, **options(config))
         return
@@ -64,9 +64,11 @@ def choose_stages(
     *args: Any,
     **meta: Any,
 ) -> Config | None:
-    """Return the config with the most stages at which the device runs all programs of this launch
-    at once; None if it does at no number of stages. Compiles the kernel, to learn what it takes."""
-    if is_interpreted():  # one after another; two a multiprocessor stand for them
+    """Return the config with the most stages at which all programs are co-resident, or None.
+
+    Compiles the kernel to read its shared memory and registers.
+    """
+    if is_interpreted():  # runs programs in order; assume two co-resident per multiprocessor
         return config if programs <= 2 * target.multiprocessors else None
     if target.kind != "cuda":
         return config if programs <= target.multiprocessors else None
@@ -82,7 +84,7 @@ def choose_stages(
 
 
 def _kind(argument: Any) -> Any:
-    """Return what a kernel is compiled for, and M, which is one of few rows."""
+    """Return the properties of an argument on which the compiled kernel depends, or its value."""
     if isinstance(argument, Tensor):
         return argument.dtype, argument.data_ptr() % 16
     if isinstance(argument, tuple):
@@ -96,7 +98,7 @@ _resources: dict[tuple[Any, ...], tuple[int, int]] = {}
 def read_resources(
     kernel: Any, config: Config, device: torch.device, *args: Any, **meta: Any
 ) -> tuple[int, int]:
-    """Bytes of shared memory of a program, and registers of a thread; compiles the kernel."""
+    """Compile the kernel; return the shared memory of a program and the registers of a thread."""
     with torch.cuda.device(device):
         compiled = kernel.warmup(*args, grid=(1,), **meta, **options(config))
         compiled._init_handles()  # loads it and counts its registers, as Triton's tutorials do
@@ -104,5 +106,5 @@ def read_resources(
 
 
 def is_wide(t: Tensor) -> bool:
-    """Return whether an element lies 2³¹ elements or more behind the first."""
+    """Return True if an element's offset from the first is 2³¹ elements or more."""
     return sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) >= 1 << 31

@@ -6,8 +6,8 @@ x [M, K] (times in_scale [K]); W [K, N] as w, or as 4-bit codes of [N, K] (K_INN
 a [R, K], q [R, N]. A program computes BLOCK_M × BLOCK_N of y. z is stored if z_ptr is given.
 
 Rounding points: x, W to COMPUTE; x, a, S, q to WIDER; sums in float32; y and z once.
-Bytes: x, W once a tile of columns or rows, less what the L2 cache keeps. Deterministic.
-LEFT: codes are the left operand. A tensor core instruction takes 64 or 16 rows of it at a time.
+Bytes: x once for each tile of columns, W once for each tile of rows, minus L2 hits. Deterministic.
+LEFT: codes are the left operand, because a tensor core instruction takes 64 or 16 of its rows.
 Tested by tests/triton/test_lora_linear.py.
 """
 
@@ -52,7 +52,7 @@ def fused_kernel(
     BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """y with P = p_scale · mask_in(x)·aᵀ summed beside the base GEMM, R ≤ BLOCK_R.
+    """y, with P = p_scale · mask_in(x)·aᵀ summed in the main loop of the base GEMM, R ≤ BLOCK_R.
 
     The programs of the first columns store P. Flops 2·M·N·(K + R), and 2·M·K·BLOCK_R for each tile
     of columns.
@@ -123,10 +123,10 @@ def two_pass_kernel(
     BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """y with P as the sum of `slots` [slots, M, R], where its sums start, BLOCK_R ranks at a time.
+    """y from P, the sum of the partial sums `slots` [slots, M, R]. The sums of y start at S·Q.
 
-    The programs of the first columns store P; with one slot P is there already. ADD_TO_Y: y holds
-    x·W. Without w and codes there is no base GEMM. Flops 2·M·N·(K + R).
+    If there are several partial sums, the programs of the first columns store P. ADD_TO_Y: whether
+    y holds x·W. Without w and codes there is no base GEMM. Flops 2·M·N·(K + R).
     """
     pid_m, pid_n = grouped(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     m0, n0 = pid_m * BLOCK_M, pid_n * BLOCK_N
@@ -187,11 +187,11 @@ def cooperative_kernel(
 ):
     """y for at most 16 rows and BLOCK_R ranks, in one cooperative launch.
 
-    PUBLISH: the first programs each store a partial sum of P in `slots`, before all read their part
-    of W. CONSUME: the update from the sum of the slots is added in the epilogue. Between the two
-    all wait for the flag that counts the stored slots (flags: how many programs have published, how
-    many have read; the last one clears both). A cooperative launch guarantees that all programs are
-    co-resident. In the interpreter, where programs run one after another, the two are two launches,
+    PUBLISH: the first programs each store a partial sum of P in `slots`, before all programs read
+    their part of W. CONSUME: the epilogue adds the low-rank update. Before the epilogue all
+    programs wait for the flag that counts the stored partial sums. A second flag counts the
+    programs that have read them, and the last program clears both. A cooperative launch guarantees
+    that all programs are co-resident. The interpreter runs programs in order, hence two launches
     without flags.
     """
     pid_m, pid_n = grouped(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
@@ -209,7 +209,7 @@ def cooperative_kernel(
             )
             store_slot(slots_ptr, slot, 0, 0, share * p_scale, M, R, BLOCK_M, BLOCK_R)
             if flags_ptr is not None:
-                tl.debug_barrier()  # all threads have stored before one says so
+                tl.debug_barrier()  # all threads store before one releases the flag
                 tl.atomic_add(flags_ptr, 1, sem="release")
         if not CONSUME:
             return
@@ -323,10 +323,10 @@ def add_base_gemm(
 
 @triton.jit
 def load_slots(slots_ptr, offs_m, ranks, M, R, slots):
-    """The sum of the slots [BLOCK_M, BLOCK_R], added in order."""
+    """Return the sum of the partial sums [BLOCK_M, BLOCK_R], added in order."""
     mask = (offs_m < M)[:, None] & (ranks < R)[None, :]
     at = slots_ptr + (offs_m.to(tl.int64)[:, None] * R + ranks[None, :])
-    # Not from the L1 cache, which other programs' stores do not reach.
+    # Bypass the L1 cache, which is not coherent with other programs' stores.
     total = tl.load(at, mask=mask, other=0.0, cache_modifier=".cg")
     for _ in range(1, slots):
         at += M * R
@@ -392,7 +392,7 @@ def store_y(
     ADD_TO_Y: tl.constexpr,
     TYPES: tl.constexpr,
 ):
-    """Store z if it is wanted, and y = out_scale ⊙ z + bias."""
+    """Store z if z_ptr is given, and y = out_scale ⊙ z + bias."""
     mask_n = offs_n < N
     mask = (offs_m < M)[:, None] & mask_n[None, :]
     if TYPES.WIDE:

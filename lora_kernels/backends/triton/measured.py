@@ -1,7 +1,7 @@
 """The tuning table of `lora-kernels tune`: a strategy and its tiles for a shape on a kind of GPU.
 
-Rows come from the file that LORA_KERNELS_MEASURED names. A file that cannot be read is left out,
-with one warning. If no row fits, the cost model in `configs` decides.
+Rows come from the file that LORA_KERNELS_MEASURED names. A file that cannot be read is ignored with
+a warning. If no row matches, the cost model in `configs` decides.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Measured:
     """The fastest strategy for forward and backward together.
 
     Args:
-        forward, backward: the tiles of linear.py's kernels; None for those that `configs` chooses.
+        forward, backward: the tiles of linear.py's kernels; None for the tiles of `configs`.
         source: the device and the time, in words.
         microseconds: of a step.
     """
@@ -75,22 +75,22 @@ def shape(
     return Shape(arch, count, rows, columns, inner, block_r, itemsize, four_bit)
 
 
-_tried: dict[Shape, Measured] = {}
+_overrides: dict[Shape, Measured] = {}
 
 
 @contextmanager
-def tried(key: Shape, row: Measured) -> Iterator[None]:
-    """Have `find` return this row for this shape, in every thread. `tune` measures rows so."""
-    _tried[key] = row
+def override_row(key: Shape, row: Measured) -> Iterator[None]:
+    """Make `find` return this row for this shape, in all threads. `tune` measures rows with it."""
+    _overrides[key] = row
     try:
         yield
     finally:
-        del _tried[key]
+        del _overrides[key]
 
 
 def find(key: Shape) -> Measured | None:
     """Return the row for this shape, or None."""
-    return _tried.get(key) or _table(os.environ.get("LORA_KERNELS_MEASURED")).get(key)
+    return _overrides.get(key) or _table(os.environ.get("LORA_KERNELS_MEASURED")).get(key)
 
 
 @functools.cache
@@ -132,7 +132,7 @@ def _row(row: Mapping[str, Any]) -> tuple[Shape, Measured]:
 
 
 def _tiles(row: Mapping[str, Any] | None) -> Config | None:
-    """ValueError where no kernel can be compiled for such tiles."""
+    """Return the tiles of a row; ValueError if no kernel can be compiled for them."""
     if row is None:
         return None
     config = Config(**row)
@@ -146,7 +146,7 @@ def _tiles(row: Mapping[str, Any] | None) -> Config | None:
 
 
 def entry(key: Shape, row: Measured, **provenance: Any) -> dict[str, Any]:
-    """A row as a file has it; provenance: "device" and "microseconds" at least."""
+    """Return a row of a file. provenance: at least "device" and "microseconds"."""
     tiles = {
         name: None if tile is None else dataclasses.asdict(tile)
         for name, tile in (("forward", row.forward), ("backward", row.backward))

@@ -1,4 +1,4 @@
-"""DoRA's row norm: ‖W + (B ⊙ g)·A‖ by rows, the sum made in registers and nowhere else."""
+"""DoRA's row norm ‖W + (B ⊙ g)·A‖, with the sum in registers alone."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def row_norm_kernel(
     BLOCK_R: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
 ):
-    """slots[i, n] = Σ (W + scaling · (B ⊙ gate)·A)² over the i-th share of row n.
+    """slots[i, n] = Σ (W + scaling · (B ⊙ gate)·A)² over the i-th split of row n.
 
     W [N, K] dense or 4-bit codes, a [R, K], b [N, R]; slots float32 [slots, N]. Program (n, i)
-    makes BLOCK_N rows of slot i from k_share elements of each. The reader adds the slots.
+    computes BLOCK_N rows of slots[i], from k_share elements of each. The caller adds the slots.
     Rounding points: b ⊙ gate and a to WIDER; all else in float32.
     Bytes: W once, a once for each BLOCK_N rows, b; flops 2·N·K·R. Deterministic.
     Tested by tests/triton/test_dora_norm.py.

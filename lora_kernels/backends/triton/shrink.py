@@ -1,4 +1,4 @@
-"""P = D(x)·Aᵀ, and dS = dZ·B: skinny GEMMs."""
+"""P = D(x)·Aᵀ and dS = dZ·B: skinny GEMMs with split-K."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def shrink_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """slots[i] = p_scale · mask(x ⊙ in_scale)[:, share i]·a[:, share i]ᵀ, float32 [slots, M, R].
+    """slots[i] = p_scale · mask(x ⊙ in_scale)[:, split i]·a[:, split i]ᵀ, float32 [slots, M, R].
 
-    x [M, K], a [R, K]. Program (m, r, i) makes BLOCK_M × BLOCK_R of slot i, which is the sum over
-    k_share elements: few rows alone would not fill a GPU. The reader adds the slots, in order.
+    x [M, K], a [R, K]. Program (m, r, i) computes BLOCK_M × BLOCK_R of slots[i], a sum over k_share
+    elements. Without split-K, few rows would not occupy a GPU. The caller adds the slots in order.
     Rounding points: x ⊙ in_scale and a to WIDER; sums in float32.
     Bytes: x once for each BLOCK_R ranks, a once for each BLOCK_M rows, the slots; flops 2·M·K·R.
     Deterministic. Tested by tests/triton/test_lora_linear.py.
@@ -58,7 +58,7 @@ def share_of_p(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """mask(x ⊙ in_scale)·aᵀ [BLOCK_M, BLOCK_R] from [m0, r0] on, summed over k_range."""
+    """Return mask(x ⊙ in_scale)·aᵀ [BLOCK_M, BLOCK_R] at [m0, r0], summed over k_range."""
     k_start, k_end = k_range
     offs_m, offs_r = m0 + tl.arange(0, BLOCK_M), r0 + tl.arange(0, BLOCK_R)
     mask_m, mask_r = offs_m < M, offs_r < R

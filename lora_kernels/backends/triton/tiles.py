@@ -1,8 +1,8 @@
-"""Helpers that the kernels share: conversions, products, dropout's mask, tiles of a weight.
+"""Functions that the kernels share: conversions, `dot`, the dropout mask, tiles of a weight.
 
-In Triton's interpreter bfloat16 is held as its bits: products of it multiply those, conversions to
-it may cut them off, and from it lose subnormals. So every product and every conversion goes through
-`dot` and `to_dtype`.
+Triton's interpreter stores bfloat16 as its bits. Its products multiply the bits, its conversions to
+bfloat16 may truncate, and its conversions from bfloat16 flush subnormals. So kernels use `dot` and
+`to_dtype` for all of them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ INTERPRETED = tl.constexpr(is_interpreted())
 
 @triton.jit
 def to_dtype(x, dtype: tl.constexpr):
-    """x rounded to `dtype`, to nearest even."""
+    """Round x to `dtype`, to nearest even."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
@@ -31,7 +31,7 @@ def to_dtype(x, dtype: tl.constexpr):
 
 @triton.jit
 def to_named(x, NAME: tl.constexpr):
-    """x rounded to the dtype of a name, see `arguments.Types`."""
+    """Round x to the dtype of that name; see `arguments.Types`."""
     if NAME == "float32":
         return to_dtype(x, tl.float32)
     elif NAME == "bfloat16":
@@ -42,7 +42,7 @@ def to_named(x, NAME: tl.constexpr):
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a·b in float32; PRECISION is that of float32 operands."""
+    """Return acc + a·b in float32. PRECISION: for float32 operands."""
     if INTERPRETED:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
@@ -51,9 +51,9 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def keep_mask(mask, m0, k0, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Return 1 where D(x) keeps x from [m0, k0] on, k0 a multiple of 4: int1[BLOCK_M, BLOCK_K].
+    """Return the tile of `reference.dropout_mask` at [m0, k0], int1[BLOCK_M, BLOCK_K].
 
-    As reference.dropout_mask: four neighbours share a call of Philox.
+    k0 is a multiple of 4, because four elements share a call of Philox.
     """
     seed = tl.load(mask.rng).to(tl.uint64, bitcast=True)
     offset = tl.load(mask.rng + 1).to(tl.uint64, bitcast=True)
@@ -74,7 +74,7 @@ def keep_mask(mask, m0, k0, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def load_tile(ptr, offs_0, stride_0, offs_1, stride_1, mask_0, mask_1, WIDE: tl.constexpr):
-    """[BLOCK_0, BLOCK_1] of a matrix, 0 outside of it. WIDE: offsets pass 2³¹."""
+    """Load [BLOCK_0, BLOCK_1] of a matrix, 0 outside. WIDE: whether offsets exceed 2³¹."""
     if WIDE:
         offs_0 = offs_0.to(tl.int64)
         offs_1 = offs_1.to(tl.int64)
@@ -84,9 +84,9 @@ def load_tile(ptr, offs_0, stride_0, offs_1, stride_1, mask_0, mask_1, WIDE: tl.
 
 @triton.jit
 def look_up(code_ptr, codes, ASM: tl.constexpr):
-    """The values of these codes, float32. The table's 64 bytes lie in one line of the L1 cache.
+    """Return the float32 values of the codes. The codebook's 64 bytes are in one L1 cache line.
 
-    As a plain load the compiler would take it for one to be made ahead, by way of shared memory.
+    The compiler would pipeline `tl.load` through shared memory, hence the inline PTX.
     """
     if ASM:
         base = tl.zeros(codes.shape, dtype=tl.int64) + code_ptr.to(tl.int64)
@@ -104,7 +104,7 @@ def look_up(code_ptr, codes, ASM: tl.constexpr):
 
 @triton.jit
 def block_scales(block, mask, codes):
-    """The scales of these blocks, float32, 0 where masked; nested ones are rounded twice."""
+    """Load the float32 scales of the blocks, 0 if masked. Nested scales are rounded twice."""
     if codes.nested_absmax is not None:
         code = tl.load(codes.absmax + block, mask=mask, other=0).to(tl.int32)
         scale = tl.load(codes.nested_absmax + (block >> 8), mask=mask, other=0.0)
@@ -126,10 +126,11 @@ def load_codes(
     FORMAT: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """[BLOCK_N, BLOCK_K] of a 4-bit weight from [n0, k0] on in float32, code × scale; 0 outside.
+    """Decode [BLOCK_N, BLOCK_K] of a 4-bit weight at [n0, k0] in float32, 0 outside.
 
-    WORDS: K is a multiple of 8 and so is k0, and words are aligned. WHOLE: K is a multiple of the
-    block, and k0 of the block or of BLOCK_K, so that a row of the tile has one scale or few.
+    WORDS requires aligned words, and K and k0 that are multiples of 8. WHOLE requires K that is a
+    multiple of the block, and k0 that is a multiple of the block or of BLOCK_K. Then a row of the
+    tile has one scale or few.
     """
     offs_n, offs_k = n0 + tl.arange(0, BLOCK_N), k0 + tl.arange(0, BLOCK_K)
     mask_n = offs_n < N
@@ -177,8 +178,10 @@ def load_codes(
 
 @triton.jit
 def grouped(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr):
-    """The tile of a program, in an order in which neighbours share what they read: GROUP_M tiles
-    down, then one to the right."""
+    """Return the tile of a program in a grouped order, which improves L2 cache hits.
+
+    Programs go down GROUP_M tiles, then one tile to the right.
+    """
     width = GROUP_M * tiles_n
     first_m = pid // width * GROUP_M
     height = min(tiles_m - first_m, GROUP_M)

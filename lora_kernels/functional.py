@@ -74,7 +74,7 @@ def lora_linear(
         Differentiable once in x, lora_A, lora_B, rank_gate, column_scale and bias.
 
     Raises:
-        ValueError, TypeError: an argument is invalid; the message names it and what it wants.
+        ValueError, TypeError: an argument is invalid; the message names the argument.
         RuntimeError: a forced backend cannot run here.
 
     >>> import torch, lora_kernels
@@ -162,7 +162,7 @@ def multi_lora_linear(
         are zero.
 
     Raises:
-        ValueError, TypeError: an argument is invalid; the message names it and what it wants.
+        ValueError, TypeError: an argument is invalid; the message names the argument.
         RuntimeError: a forced backend cannot run here.
 
     >>> import torch, lora_kernels
@@ -271,7 +271,7 @@ def lora_experts_linear(
         are zero.
 
     Raises:
-        ValueError, TypeError: an argument is invalid; the message names it and what it wants.
+        ValueError, TypeError: an argument is invalid; the message names the argument.
         RuntimeError: a forced backend cannot run here.
 
     >>> import torch, lora_kernels
@@ -468,7 +468,7 @@ def dora_norm(
         float32 [N]; float64 for float64.
 
     Raises:
-        ValueError, TypeError: an argument is invalid; the message names it and what it wants.
+        ValueError, TypeError: an argument is invalid; the message names the argument.
         RuntimeError: a forced backend cannot run here.
 
     >>> import torch

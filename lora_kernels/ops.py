@@ -164,7 +164,7 @@ def _rows(rng: Tensor | None, x: Tensor) -> Tensor | None:
 def lora_linear_direct(
     operands: Operands, spec: Spec, choice: Choice | None = None
 ) -> tuple[Tensor, Saved]:
-    """Run the forward without the dispatcher; y and what the backward takes."""
+    """Run the forward without the dispatcher, and return y and the tensors for the backward."""
     choice = choice or choose(operands, spec)
     x, rng, backend = operands.x, operands.rng, _BACKENDS[choice.backend]
     with no_autocast(x):
@@ -350,7 +350,7 @@ def _flatten(operands: MultiOperands) -> MultiOperands:
 def multi_lora_linear_direct(
     operands: MultiOperands, spec: MultiSpec, choice: Choice | None = None
 ) -> tuple[Tensor, Saved]:
-    """Run the forward without the dispatcher; y and what the backward takes."""
+    """Run the forward without the dispatcher, and return y and the tensors for the backward."""
     choice = choice or choose_multi(operands, spec)
     with no_autocast(operands.x):
         y, saved = _BACKENDS[choice.backend].multi_lora_linear(
@@ -465,7 +465,7 @@ def choose_experts(operands: ExpertsOperands, spec: ExpertsSpec) -> Choice:
 def lora_experts_direct(
     operands: ExpertsOperands, spec: ExpertsSpec, choice: Choice | None = None
 ) -> tuple[Tensor, Saved]:
-    """Run the forward without the dispatcher; y and what the backward takes."""
+    """Run the forward without the dispatcher, and return y and the tensors for the backward."""
     choice = choice or choose_experts(operands, spec)
     with no_autocast(operands.x):
         if choice.backend == "cpu":

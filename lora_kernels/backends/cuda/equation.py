@@ -165,7 +165,7 @@ def multi_lora_linear_backward(
         linear.run(ds, linear.can_use_tensor_cores(strategy))
     if ds is not None:
         ds = stack.compact(ds)
-    if dropout.rng is not None and any(need_A):  # the mask's rows are those of the unsorted x
+    if dropout.rng is not None and any(need_A):  # the mask is for the unsorted x
         x = x * reference.dropout_mask(dropout.rng, M, K, dropout_p)
     for e, rows in stack.rows.each():
         A, B, s = dA[e], dB[e], p[rows, : lora_A[e].shape[0]]

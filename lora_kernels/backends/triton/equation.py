@@ -163,7 +163,7 @@ def multi_lora_linear_backward(
         dx, _, _ = _linear(gemm, strategy, ds[None])
     if ds is not None:
         ds = stack.compact(ds)
-    if rng is not None and any(need_A):  # the mask's rows are those of the unsorted x
+    if rng is not None and any(need_A):  # the mask is for the unsorted x
         x = x * reference.dropout_mask(rng, x.shape[0], x.shape[1], dropout_p)
     for e, rows in stack.rows.each():
         A, B, s = dA[e], dB[e], p[rows, : lora_A[e].shape[0]]

@@ -1,4 +1,4 @@
-"""Dropout's arguments to GPU kernels."""
+"""The dropout arguments of GPU kernels."""
 
 from __future__ import annotations
 
@@ -10,7 +10,13 @@ from ..core import reference
 
 
 class Dropout(NamedTuple):
-    """rng: None if nothing is dropped. scale: 1/(1−p)."""
+    """The state of a dropout mask, and the numbers that kernels derive from its probability p.
+
+    Args:
+        rng: int64 [2], seed and offset; None without dropout.
+        threshold: the smallest 32-bit word that keeps its element.
+        scale: 1/(1−p).
+    """
 
     rng: Tensor | None
     threshold: int

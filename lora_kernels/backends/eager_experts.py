@@ -1,13 +1,13 @@
-"""Experts in library GEMMs; on any torch device and in any floating dtype.
+"""Mixtures of experts in PyTorch's GEMMs, on any device and in any floating dtype.
 
-On a GPU a dense call runs in `torch.nn.functional.grouped_mm`, which needs 16-bit or float32
-operands whose rows are multiples of 16 bytes. The host never waits for the offsets. Rounding there:
-the adapter is rounded to the dtype of the base GEMM, P and dS too, and each gradient once more from
-that dtype. y is rounded after the base GEMM and after the update.
+On a GPU, `torch.nn.functional.grouped_mm` runs a call with a dense weight. It needs 16-bit or
+float32 operands whose rows are multiples of 16 bytes. The host does not wait for the offsets.
+Rounding points: the adapter, P and dS to the dtype of the base GEMM; each gradient from that dtype;
+y after the base GEMM and after the low-rank update.
 
-Other calls run expert by expert in the eager backend's `lora_linear`, with its rounding points; on
-a GPU the host waits for the offsets. Of a 4-bit stack one expert is decoded at a time. Neither path
-has a temporary of E·N·K elements.
+Otherwise the eager backend's `lora_linear` runs once for each expert, with its rounding points. On
+a GPU the host waits for the offsets. One expert of a 4-bit weight is decoded at a time. Neither
+path allocates a temporary of E·N·K elements.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from . import eager
 from .experts import runs, weight_of
 from .library import is_on_gpu_path
 
-ALIGNED = 16  # bytes that rows of `grouped_mm`'s operands must be multiples of
+ALIGNED = 16  # the rows of `grouped_mm`'s operands must be multiples of so many bytes
 
 
 def is_grouped(operands: ExpertsOperands, spec: ExpertsSpec) -> bool:
-    """Return True if the call runs in `grouped_mm`."""
+    """Return True if `grouped_mm` runs the call."""
     x, weight, lora_A, lora_B = operands[:4]
     sizes = lora_A.shape[1], lora_A.shape[2], lora_B.shape[1]
     return (
@@ -105,7 +105,7 @@ def lora_experts(operands: ExpertsOperands, spec: ExpertsSpec) -> tuple[Tensor, 
 
 
 def _mask(operands: ExpertsOperands, spec: ExpertsSpec) -> Tensor | None:
-    """Return the dropout mask [M, K], made if its state is given; None without dropout."""
+    """Return the dropout mask [M, K], generated if its state is given; None without dropout."""
     rng, (M, K) = operands.rng, operands.x.shape
     if rng is None or rng.dtype is torch.bool:
         return rng

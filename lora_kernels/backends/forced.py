@@ -1,4 +1,4 @@
-"""The forced backend: set by `selection.backend`, read wherever a kernel is chosen."""
+"""The forced backend, which `selection.backend` sets and the choice of a kernel reads."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ from ..core.problem import Strategy
 
 
 class Forced(NamedTuple):
+    """A requested backend and strategy; None for no request."""
+
     backend: str | None = None
     strategy: Strategy | None = None
 
 
-# The environment's name, read at import, is checked by `selection`.
+# Read at import. `selection` checks the name.
 _DEFAULT = Forced(os.environ.get("LORA_KERNELS_BACKEND") or None)
 current: ContextVar[Forced] = ContextVar("lora_kernels_backend", default=_DEFAULT)
-# The backend of the innermost `set_to` of any thread, which a compiler can trace and guard.
+# The backend of the innermost `set_to` of any thread: a global, which Dynamo can trace and guard.
 entered: str | None = _DEFAULT.backend
 
 
@@ -27,7 +29,7 @@ entered: str | None = _DEFAULT.backend
 def set_to(requested: Forced) -> Iterator[None]:
     """Request a backend and strategy in this context.
 
-    A GPU's backward runs in a thread of its own and does not inherit the forward's.
+    Autograd runs the backward on a GPU in another thread, which does not inherit the context.
     """
     global entered
     token, before, entered = current.set(requested), entered, requested.backend

@@ -1,6 +1,6 @@
-"""Loads the compiled extension; without it there is a reason, not an error.
+"""Load the compiled extension. If it is missing, `reason` is set and nothing is raised.
 
-LORA_KERNELS_CPU_ISA in the environment, one of ISAS, caps the instruction set.
+The environment variable LORA_KERNELS_CPU_ISA, one of ISAS, caps the instruction set.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import torch
 ISAS = ("scalar", "avx2", "avx512", "avx512bf16", "amxbf16")
 
 module: ModuleType | None = None
-reason: str | None = None  # why there is no extension, or None
+reason: str | None = None  # why the extension is missing, or None
 isa: str | None = None  # the instruction set in use
 amx_bf16 = False  # whether oneDNN's bfloat16 GEMMs run on AMX tiles
-intel = False  # whether Intel made the processor, for which its library is written
-threads: str | None = None  # whose thread pool the kernels run on
-exchange = False  # whether PyTorch tells by DLPack's functions where a tensor lies
+intel = False  # whether the processor is Intel's, for which MKL is optimized
+threads: str | None = None  # the owner of the thread pool that the kernels use
+exchange = False  # whether PyTorch has a DLPack exchange table, which gives a tensor's address
 
 
 def _load() -> None:
@@ -44,7 +44,7 @@ def _load() -> None:
 
 
 def use_isa(name: str) -> str:
-    """Cap the instruction set from here on (tests run every one); returns the one now in use."""
+    """Cap the instruction set, for tests, and return the instruction set in use."""
     global isa
     if module is None:
         raise RuntimeError(f"no native kernels: {reason}")

@@ -46,5 +46,5 @@ def _is_gathered(modules: Sequence[nn.Module], p: Any) -> bool:
     from torch.distributed.fsdp import FSDPModule
 
     *copies, last = p.placements
-    alone = last.is_shard() and all(each.is_replicate() for each in copies)
-    return alone and any(isinstance(module, FSDPModule) for module in modules)
+    is_fsdp = last.is_shard() and all(each.is_replicate() for each in copies)
+    return is_fsdp and any(isinstance(module, FSDPModule) for module in modules)

@@ -1,4 +1,4 @@
-"""Weights as bitsandbytes holds them in memory, and a check of its kernels."""
+"""Weights of bitsandbytes, and a check of its kernels."""
 
 from __future__ import annotations
 
@@ -19,9 +19,11 @@ from ..core.packed4bit import Packed4bit
 
 
 def fields(weight: Any) -> dict[str, Any]:
-    """The fields of `Weight4bit` in bitsandbytes' own tensors, the packed bytes as it stores them.
+    """Return the fields of `Weight4bit` from a weight of bitsandbytes, sharing its tensors.
 
-    weight: `Params4bit` or (tensor, QuantState). Raises as `Weight4bit.from_bitsandbytes`.
+    weight: `Params4bit` or (tensor, QuantState).
+
+    Raises the errors of `Weight4bit.from_bitsandbytes`.
 
     >>> import bitsandbytes, torch
     >>> found = fields(bitsandbytes.functional.quantize_4bit(torch.eye(64), quant_type="nf4"))
@@ -42,7 +44,8 @@ def fields(weight: Any) -> dict[str, Any]:
             f"weight: got {type(weight).__name__}, want a bitsandbytes Params4bit (a Linear4bit's "
             ".weight) or a pair (tensor, QuantState)"
         )
-    # The second attribute stays when bitsandbytes undoes the repacking; the scales are not undone.
+    # bitsandbytes keeps the second attribute when it undoes the repacking, which does not restore
+    # the scales.
     if getattr(state, "packing_format_for_cpu", False) or hasattr(state, "original_qshape"):
         raise ValueError(
             "weight: got one that bitsandbytes has repacked for its CPU kernel, which rounds the "
@@ -67,29 +70,29 @@ def fields(weight: Any) -> dict[str, Any]:
 
 
 def check(device: torch.device) -> str | None:
-    """Compare bitsandbytes' 4-bit ops on `device` with ours, once a process.
+    """Compare bitsandbytes' 4-bit ops on `device` with this package's, once a process.
 
-    If they agree, 4-bit weights there are decoded by them from then on. The comparison synchronizes
-    with the device, so no forward may call it.
+    If the results agree, bitsandbytes decodes 4-bit weights on the device from then on. The
+    comparison synchronizes with the device, so no forward may call it.
 
-    Returns None if they agree, or the reason why they are not used.
+    Returns None if the results agree, or the reason why bitsandbytes is not used.
 
     >>> check(torch.device("cpu")) == check(torch.device("cpu"))
     True
     """
     key = (device.type, device.index)
     if key not in bitsandbytes_reasons:
-        bitsandbytes_reasons[key] = _disagreement(device)
+        bitsandbytes_reasons[key] = _unused_reason(device)
     return bitsandbytes_reasons[key]
 
 
-def _disagreement(device: torch.device) -> str | None:
+def _unused_reason(device: torch.device) -> str | None:
     version = f"bitsandbytes {bitsandbytes.__version__}"
     ops = getattr(torch.ops, "bitsandbytes", None)
     for name in ("dequantize_4bit", "dequantize_blockwise"):
         if not hasattr(ops, name):
             return f"{version} has no op {name}"
-    if device.type == "meta":  # without values; counted as if they agreed
+    if device.type == "meta":  # meta tensors have no values to compare
         return None
     generator = torch.Generator().manual_seed(0)
     sample = torch.randn(64, 256, generator=generator)
@@ -97,7 +100,7 @@ def _disagreement(device: torch.device) -> str | None:
     try:
         for quant_type in ("nf4", "fp4"):
             for nested in (False, True):
-                found = _differs(sample, x, quant_type, nested, device)
+                found = _find_difference(sample, x, quant_type, nested, device)
                 if found:
                     return f"{version}: {found} of {quant_type} differs from the reference"
     except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
@@ -105,10 +108,10 @@ def _disagreement(device: torch.device) -> str | None:
     return None
 
 
-def _differs(
+def _find_difference(
     sample: torch.Tensor, x: torch.Tensor, quant_type: str, nested: bool, device: torch.device
 ) -> str | None:
-    """Return the name of the op whose result differs from ours, or None."""
+    """Return the name of an op whose result differs from this package's, or None."""
     from .weight4bit import quantize_4bit
 
     weight = quantize_4bit(sample, quant_type, 64, nested)
@@ -121,7 +124,7 @@ def _differs(
             continue
         y = bitsandbytes_gemm(codes, x.to(dtype), weight.shape[0], None).float()
         exact = x.to(dtype).float() @ want.float().t()
-        # Products of 16-bit numbers, one rounding of y, and codes or scales rounded to 16 bits.
+        # The bound covers 16-bit operands, one rounding of y, and codes or scales in 16 bits.
         if not (y - exact).norm() <= 4 * torch.finfo(dtype).eps * exact.norm():
             return "gemm_4bit"
     return None

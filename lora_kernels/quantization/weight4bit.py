@@ -1,4 +1,4 @@
-"""A 4-bit weight: bitsandbytes' bytes and scales, held as plain tensors."""
+"""Weight4bit: a 4-bit weight in bitsandbytes' format, in plain tensors."""
 
 from __future__ import annotations
 
@@ -21,34 +21,36 @@ from ..core.packed4bit import Packed4bit
 from . import codebooks
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-NESTED_BLOCKSIZE = 256  # the only one that bitsandbytes writes, and its kernels assume it
+NESTED_BLOCKSIZE = 256  # bitsandbytes writes no other size, and its kernels assume it
 _NAMED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_DTYPES = tuple(_NAMED.values())  # a view of a dictionary is beyond torch 2.8's Dynamo
+_DTYPES = tuple(_NAMED.values())  # torch 2.8's Dynamo cannot trace a dictionary view
 _NESTED = ("nested_absmax", "nested_code", "offset")
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class Weight4bit:
-    """A weight of 4-bit codes with a scale a block, in bitsandbytes' format bit for bit.
+    """A weight of 4-bit codes with one scale per block, bitwise equal to bitsandbytes' format.
 
-    Blocks run over the flattened weight, straddle its rows, and the last may be short. A value is
-    code × scale in float32. Made by `quantize_4bit`, `from_bitsandbytes` or `from_state_dict`.
+    Blocks divide the flattened weight. They may straddle rows, and the last block may be short. An
+    element is code × scale in float32. `quantize_4bit`, `from_bitsandbytes` and `from_state_dict`
+    create the object.
 
     Args:
-        packed: uint8[⌈N·K/2⌉], the even element in the high nibble.
-        absmax: the scales, one for each of ⌈N·K/blocksize⌉ blocks: float32, or, where they are
-            nested, uint8 codes of nested_code[absmax] · nested_absmax[block // 256] + offset.
-        code: float32[16], the values of the codes.
+        packed: uint8[⌈N·K/2⌉], with even elements in the high nibble.
+        absmax: the scales of ⌈N·K/blocksize⌉ blocks, float32. If nested (double quantization),
+            uint8 codes of nested_code[absmax] · nested_absmax[block // 256] + offset.
+        code: float32[16], the codebook.
         quant_type: "nf4" or "fp4".
         blocksize: a power of two, 32 to 4096.
-        shape: (N, K), or (E, N, K) for a stack of experts' weights.
-        dtype: that of the weight before quantization: float32, bfloat16 or float16.
-        nested_absmax: float32[⌈blocks/256⌉], nested_code: float32[256], offset: float32 with one
-            element; all three with uint8 scales, none with float32.
+        shape: (N, K), or (E, N, K) for the weights of E experts.
+        dtype: of the weight before quantization: float32, bfloat16 or float16.
+        nested_absmax: float32[⌈blocks/256⌉], or None if absmax is float32.
+        nested_code: float32[256], or None.
+        offset: float32 with one element, or None.
         nested_blocksize: 256.
 
     Raises:
-        ValueError, TypeError: naming the argument, what it is and what it should be.
+        ValueError, TypeError: an argument is invalid; the message names the argument.
 
     >>> import torch
     >>> from lora_kernels.quantization import quantize_4bit
@@ -87,9 +89,9 @@ class Weight4bit:
 
         n = math.prod(shape)
         blocks = -(-n // self.blocksize)
-        of = f"for a weight of {list(shape)}"
-        per_block = f"{of} in blocks of {self.blocksize}"
-        _check_tensor("packed", self.packed, torch.uint8, -(-n // 2), of)
+        purpose = f"for a weight of {list(shape)}"
+        per_block = f"{purpose} in blocks of {self.blocksize}"
+        _check_tensor("packed", self.packed, torch.uint8, -(-n // 2), purpose)
         uint8 = isinstance(self.absmax, Tensor) and self.nested
         scale_dtype = torch.uint8 if uint8 else torch.float32
         _check_tensor("absmax", self.absmax, scale_dtype, blocks, per_block)
@@ -122,16 +124,16 @@ class Weight4bit:
 
     @property
     def nested(self) -> bool:
-        """Return whether the scales are quantized themselves."""
+        """True if the scales are quantized too (double quantization)."""
         return self.absmax.dtype is torch.uint8
 
     @property
     def nbytes(self) -> int:
-        """The bytes of all tensors held, codebooks included."""
+        """The bytes of all tensors, including codebooks."""
         return sum(t.nbytes for t in self._tensors().values())
 
     def scales(self) -> Tensor:
-        """The scale of each block, decoded: float32[blocks]. Not a copy where they are not nested.
+        """Return the decoded scale of each block, float32[blocks]; no copy unless nested.
 
         >>> import torch
         >>> from lora_kernels.quantization import quantize_4bit
@@ -141,9 +143,9 @@ class Weight4bit:
         return self.codes.scales()
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The weight that the codes stand for, rounded once to `dtype` (None: the weight's).
+        """Decode the weight, rounded once to `dtype`.
 
-        float32, bfloat16, float16 or float64, else TypeError.
+        dtype: float32, bfloat16, float16 or float64, else TypeError. None: the weight's dtype.
 
         >>> import torch
         >>> from lora_kernels.quantization import quantize_4bit
@@ -161,25 +163,25 @@ class Weight4bit:
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
-        """The shape of the stack as one matrix: (E·N, K)."""
+        """The shape of the weight as one matrix: (E·N, K) for E experts."""
         return math.prod(self.shape[:-1]), self.shape[-1]
 
     @property
     def codes(self) -> Packed4bit:
-        """The weight as ops take it."""
+        """The weight as an argument of ops."""
         nested = self.nested_absmax, self.nested_code, self.offset
         form = self.blocksize, self.nested_blocksize, self.quant_type
         return Packed4bit(self.packed, self.absmax, self.code, *nested, *form)
 
     def to(self, device: torch.device | str | int) -> Weight4bit:
-        """The same weight on another device; shares the tensors that are there already."""
+        """Move the weight to a device; tensors that are on the device are shared."""
         moved = {name: t.to(device) for name, t in self._tensors().items()}
         return dataclasses.replace(self, **moved)  # type: ignore[arg-type]
 
     def state_dict(self, prefix: str = "weight") -> dict[str, Tensor]:
-        """Return what bitsandbytes' Linear4bit saves for its weight, key for key and byte for byte.
+        """Return the state dict that bitsandbytes' Linear4bit saves, with equal keys and bytes.
 
-        The tables of values are copies, everything else is the same memory.
+        The codebooks are copies, and the other tensors share memory.
 
         >>> import torch
         >>> from lora_kernels.quantization import quantize_4bit
@@ -215,11 +217,11 @@ class Weight4bit:
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Tensor], prefix: str = "weight") -> Weight4bit:
-        """The weight that `state_dict`, or that of bitsandbytes' Linear4bit, holds under `prefix`.
+        """Build the weight from a `state_dict`, of this class or of bitsandbytes' Linear4bit.
 
-        Other keys are ignored. The packed bytes may be stored as uint8, bfloat16, float16 or
-        float32, and are not copied. Raises ValueError or TypeError where a key is missing, or a
-        tensor or the JSON is not what bitsandbytes writes.
+        Keys without `prefix` are ignored. The packed bytes may be stored as uint8, bfloat16,
+        float16 or float32, and are not copied. Raises ValueError or TypeError if a key is missing,
+        or if a tensor or the JSON differs from bitsandbytes' format.
 
         >>> import torch
         >>> from lora_kernels.quantization import Weight4bit, quantize_4bit
@@ -279,11 +281,12 @@ class Weight4bit:
 
     @classmethod
     def from_bitsandbytes(cls, weight: Any) -> Weight4bit:
-        """A bitsandbytes weight as it is, sharing its memory.
+        """Build the weight from a bitsandbytes weight, sharing its memory.
 
-        weight: a quantized `Params4bit`, or a pair (tensor, QuantState). Raises ValueError where
-        it is not quantized yet, or bitsandbytes has repacked it for its own CPU kernel (in an eval
-        forward without gradients; the scales are lost), TypeError where it is something else.
+        weight: a quantized `Params4bit`, or a pair (tensor, QuantState).
+
+        Raises ValueError if the weight is not quantized yet, or if an eval forward of bitsandbytes
+        has repacked it for the CPU, which loses the scales. Raises TypeError for other types.
 
         >>> import bitsandbytes, torch
         >>> from lora_kernels.quantization import Weight4bit
@@ -305,18 +308,19 @@ class Weight4bit:
 def quantize_4bit(
     weight: Tensor, quant_type: str = "nf4", blocksize: int = 64, double_quant: bool = True
 ) -> Weight4bit:
-    """Quantize a weight as bitsandbytes does, to the same bits.
+    """Quantize a weight to 4 bits, bitwise equal to bitsandbytes.
 
     Args:
-        weight: [N, K], or [E, N, K] of experts, in float32, bfloat16 or float16, finite; any
-            device and strides. Blocks run over the flattened weight, so they may straddle experts.
+        weight: [N, K], or [E, N, K] for E experts, in float32, bfloat16 or float16, finite, on any
+            device and with any strides. Blocks divide the flattened weight, so they may straddle
+            rows and experts.
         quant_type: "nf4" or "fp4".
-        blocksize: elements that share a scale; a power of two, 32 to 4096.
-        double_quant: keep the scales in 8 bits (nested) rather than in float32. Their mean is
-            torch's; on very large weights its last bit depends on the number of threads.
+        blocksize: the number of elements that share a scale; a power of two, 32 to 4096.
+        double_quant: whether the scales are quantized to 8 bits (nested). PyTorch computes their
+            mean, whose last bit depends on the number of threads for very large weights.
 
     Raises:
-        ValueError, TypeError: naming the argument, what it is and what it should be.
+        ValueError, TypeError: an argument is invalid; the message names the argument.
 
     >>> import torch
     >>> from lora_kernels.quantization import quantize_4bit
@@ -342,7 +346,7 @@ def quantize_4bit(
     kernels = _kernels(device)
     quantize = decode4bit.encode if kernels is None else kernels.quantize
     packed, absmax = quantize(weight, thresholds, order, blocksize)
-    if not absmax.isfinite().all():  # a block's largest magnitude is what is not finite in it
+    if not absmax.isfinite().all():  # absmax propagates NaN and inf
         raise ValueError("weight: got NaN or infinity in it, want finite values")
     nested: dict[str, Any] = {}
     if double_quant:
@@ -364,7 +368,7 @@ def quantize_4bit(
 
 
 def as_bytes(packed: Tensor) -> Tensor:
-    """Packed codes in any shape and storage dtype as uint8[n], the same memory.
+    """Return a view of packed codes, of any shape and storage dtype, as uint8[n].
 
     >>> import torch
     >>> as_bytes(torch.ones(1, 1, dtype=torch.bfloat16))
@@ -378,10 +382,10 @@ def as_bytes(packed: Tensor) -> Tensor:
 
 
 def standard_code(quant_type: str, stored: Tensor) -> Tensor:
-    """The type's values, float32[16], on `stored`'s device; ValueError if `stored` holds others.
+    """Return the codebook of the type, float32[16]; ValueError if `stored` has other values.
 
-    bitsandbytes decodes by the type and not by what it stored. It calls tables equal that differ by
-    less than 1e-6, and so do we.
+    bitsandbytes decodes by the type and ignores the stored codebook. As in bitsandbytes, codebooks
+    are equal if they differ by less than 1e-6.
 
     >>> import torch
     >>> standard_code("nf4", torch.zeros(16))
@@ -392,7 +396,7 @@ def standard_code(quant_type: str, stored: Tensor) -> Tensor:
         got = f"{stored.dtype} {list(stored.shape)}"
         raise ValueError(f"quant_map: got {got}, want torch.float32 [16]")
     code = codebooks.code(quant_type, stored.device)
-    if torch.compiler.is_compiling() or stored.is_meta:  # no graph may depend on values
+    if torch.compiler.is_compiling() or stored.is_meta:  # a graph must not depend on values
         return code
     if not (stored - code).abs().max() < 1e-6:
         raise ValueError(f"quant_map: got values other than {quant_type}'s, want {quant_type}'s")
@@ -400,13 +404,15 @@ def standard_code(quant_type: str, stored: Tensor) -> Tensor:
 
 
 def _kernels(device: torch.device) -> ModuleType | None:
-    """Return the forced backend if it has kernels for the format on GPUs; RuntimeError if they
-    cannot run."""
-    asked = {"triton": triton, "cuda": cuda}.get(forced.current.get().backend or "")
-    if asked is None or torch.compiler.is_compiling():
+    """Return the forced backend if it has kernels for the format, or None.
+
+    Raises RuntimeError if the backend cannot run on the device.
+    """
+    requested = {"triton": triton, "cuda": cuda}.get(forced.current.get().backend or "")
+    if requested is None or torch.compiler.is_compiling():
         return None
-    asked.require(device)
-    return asked
+    requested.require(device)
+    return requested
 
 
 def _check_blocksize(blocksize: Any) -> None:
@@ -436,7 +442,7 @@ def _parse_json(key: str, t: Tensor) -> dict[str, Any]:
     text = bytes(t.tolist())
     try:
         rest = json.loads(text)
-    except ValueError:  # of JSON and of UTF-8
+    except ValueError:  # invalid JSON or invalid UTF-8
         rest = None
     if not isinstance(rest, dict):
         raise ValueError(f"{key}: got {text!r}, want a whole JSON object")
@@ -444,12 +450,12 @@ def _parse_json(key: str, t: Tensor) -> dict[str, Any]:
 
 
 def check_decoder(device: torch.device) -> None:
-    """Compare bitsandbytes' ops, if it is installed, with ours on a GPU that gets a 4-bit weight.
+    """Compare bitsandbytes' ops, if installed, with this package's on a device with a 4-bit weight.
 
-    The comparison synchronizes with the device. `fuse` and modules that move call it, never a
+    The comparison synchronizes with the device, so `fuse` and modules that move call it, never a
     forward.
     """
-    # Importing bitsandbytes takes a second, too long for a module that is only built on meta.
+    # Importing bitsandbytes takes a second, which is too long to build a module on meta.
     wanted = device.type != "meta" or "bitsandbytes" in sys.modules
     if is_on_gpu_path(device.type) and wanted and find_spec("bitsandbytes") is not None:
         from .bitsandbytes import check

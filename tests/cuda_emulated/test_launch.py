@@ -47,7 +47,7 @@ def test_two_streams_at_once_have_the_same_bits(strategy: str) -> None:
     inputs = few_rows(), few_rows(1)
     alone = [forward(args, strategy) for args in inputs]
     multiprocessors = 12  # enough for two cooperative grids
-    with cuda.emulate(3, multiprocessors), launch.emulated_at_once():
+    with cuda.emulate(3, multiprocessors), launch.deferred_launches():
         got = []
         for number, args in enumerate(inputs):
             with launch.emulated_stream(number):

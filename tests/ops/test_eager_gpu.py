@@ -596,7 +596,7 @@ def test_check_of_bitsandbytes_is_made_once_for_each_gpu(monkeypatch: pytest.Mon
         asked.append(device)
         return "no kernel image" if device.index else None
 
-    monkeypatch.setattr(bitsandbytes, "_disagreement", disagreement)
+    monkeypatch.setattr(bitsandbytes, "_unused_reason", disagreement)
     devices = [torch.device("cuda", index) for index in (0, 1)]
     for _ in range(2):
         found = [bitsandbytes.check(device) for device in devices]

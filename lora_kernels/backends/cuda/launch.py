@@ -72,16 +72,16 @@ def codes(c: Packed4bit | None, shape: tuple[int, int]) -> tuple[Any, ...] | Non
     return *addresses, log2_block, log2_nested, *shape, whole_rows
 
 
-def run(name: str, at: Tensor, touched: dict[str, Tensor | None], *args: Any) -> Any:
-    """Run the launcher `name` on the device and current stream of `at`.
+def run(name: str, on: Tensor, touched: dict[str, Tensor | None], *args: Any) -> Any:
+    """Launch the kernel `name` on the device and current stream of the tensor `on`.
 
-    touched: all tensors that the kernel reads or writes, by the names under which the emulator
-        checks accesses and counts bytes.
+    touched: all tensors that the kernel reads or writes. The emulator checks accesses and counts
+        bytes under their names.
     """
     launchers = module()
     call = getattr(launchers, name)
     if not is_emulated():
-        index = at.device.index
+        index = on.device.index
         return call(args, (torch.cuda.current_stream(index).cuda_stream, index))
     named = ((key, t) for key, t in touched.items() if t is not None and t.numel())
     launchers.allow(tuple((key, t.data_ptr(), _span(t)) for key, t in named))
@@ -112,7 +112,7 @@ def emulated_stream(number: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def emulated_at_once() -> Iterator[None]:
+def deferred_launches() -> Iterator[None]:
     """Defer emulated launches inside the context to its end.
 
     Launches of one stream run in order, and interleave with those of other streams.

@@ -53,7 +53,7 @@ class _Gradients(torch.autograd.Function):
         )
 
 
-def _once(backward: _Backward) -> _Backward:
+def _differentiable_once(backward: _Backward) -> _Backward:
     """Return `backward(ctx, saved, dy)` as a Function's backward that raises if differentiated.
 
     `_Gradients` runs only if gradients are enabled in the backward, because it takes as long as a
@@ -71,7 +71,7 @@ def _once(backward: _Backward) -> _Backward:
     return call
 
 
-def _requested(choice: Choice | None, strategy: bool = True) -> AbstractContextManager[None]:
+def _force_choice(choice: Choice | None, strategy: bool = True) -> AbstractContextManager[None]:
     """Run the op called from backward with the forward's backend, and its strategy."""
     if choice is None:
         return _NOTHING
@@ -146,7 +146,7 @@ class LoRALinearFunction(torch.autograd.Function):
         return y
 
     @staticmethod
-    @_once
+    @_differentiable_once
     def backward(ctx: Any, tensors: tuple[Any, ...], dy: Tensor) -> tuple[Tensor | None, ...]:
         x, lora_A, lora_B, rank_gate, column_scale, rng, p, z, *weight = tensors
         spec, _, blocksizes = ctx.options
@@ -154,13 +154,13 @@ class LoRALinearFunction(torch.autograd.Function):
         base = Packed4bit(*weight, *blocksizes) if blocksizes else weight[0]
         operands = Operands(x, base, lora_A, lora_B, rank_gate, column_scale, None, rng)
         if p is None:
-            with _requested(ctx.choice, strategy=False):  # the strategy depends on N, here 1
+            with _force_choice(ctx.choice, strategy=False):  # the strategy depends on N, here 1
                 p = ops.down_projection(x, lora_A, spec.dropout_p, rng, spec.dtype)
         saved = Saved(p, z)
         if ctx.choice is not None and ops.can_bypass_dispatcher(dy, x, weight[0], lora_A, lora_B):
             grads = ops.lora_linear_backward_direct(dy, operands, saved, spec, needs, ctx.choice)
         else:
-            with _requested(ctx.choice):
+            with _force_choice(ctx.choice):
                 grads = ops.lora_linear_backward_dispatched(dy, operands, saved, spec, needs)
         return *_cast_grads(ctx, grads, operands), *[None] * (2 + len(weight))
 
@@ -212,7 +212,7 @@ class MultiLoRALinearFunction(torch.autograd.Function):
         return y
 
     @staticmethod
-    @_once
+    @_differentiable_once
     def backward(ctx: Any, saved: tuple[Any, ...], dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, index, p, rng, *tensors = saved
         spec, blocksizes = ctx.options
@@ -227,7 +227,7 @@ class MultiLoRALinearFunction(torch.autograd.Function):
                 dy, operands, Saved(p), spec, needs, ctx.choice
             )
         else:
-            with _requested(ctx.choice):
+            with _force_choice(ctx.choice):
                 grads = ops.multi_lora_linear_backward_dispatched(
                     dy, operands, Saved(p), spec, needs
                 )
@@ -270,7 +270,7 @@ class LoRAExpertsFunction(torch.autograd.Function):
         return y
 
     @staticmethod
-    @_once
+    @_differentiable_once
     def backward(ctx: Any, tensors: tuple[Any, ...], dy: Tensor) -> tuple[Tensor | None, ...]:
         x, lora_A, lora_B, offsets, p, rng, *weight = tensors
         spec, blocksizes = ctx.options
@@ -284,7 +284,7 @@ class LoRAExpertsFunction(torch.autograd.Function):
                 dy, operands, Saved(p), spec, needs, ctx.choice
             )
         else:
-            with _requested(ctx.choice):
+            with _force_choice(ctx.choice):
                 grads = ops.lora_experts_backward_dispatched(dy, operands, Saved(p), spec, needs)
         dbias = None if grads.bias is None else grads.bias.to(ctx.bias_dtype)
         return grads.x, grads.lora_A, grads.lora_B, dbias, *[None] * (3 + len(weight))

@@ -141,7 +141,11 @@ def choose(problem: Problem, gpu: DeviceInfo) -> Choice | None:
         ("cuda", cuda.unsupported_device_reason(problem.device_type, problem.device_index)),
     )
     found = cheapest(problem, gpu, missing)
-    return None if found is None else triton_heuristics.tuned(problem, gpu, reason=None) or found
+    return (
+        None
+        if found is None
+        else triton_heuristics.choose_tuned(problem, gpu, reason=None) or found
+    )
 
 
 @functools.lru_cache(maxsize=4096)

@@ -84,7 +84,7 @@ def lora_linear(
             [2.5000, 2.5000, 2.5000]])
     """
     if not isinstance(x, Tensor):
-        raise _no_tensor("x", x)
+        raise _tensor_error("x", x)
     R, K = _matrix("lora_A", lora_A, "[R, K]")
     N, ranks = _matrix("lora_B", lora_B, "[N, R]")
     x_dtype, a_dtype, b_dtype = x.dtype, lora_A.dtype, lora_B.dtype
@@ -173,7 +173,7 @@ def multi_lora_linear(
             [1., 1.]])
     """
     if not isinstance(x, Tensor):
-        raise _no_tensor("x", x)
+        raise _tensor_error("x", x)
     As, Bs = _adapters("lora_A", lora_A, "[E, R, K]"), _adapters("lora_B", lora_B, "[E, N, R]")
     E, device = len(As), x.device
     if len(Bs) != E:
@@ -280,7 +280,7 @@ def lora_experts_linear(
     [[3.0], [3.0], [0.0]]
     """
     if not isinstance(x, Tensor):
-        raise _no_tensor("x", x)
+        raise _tensor_error("x", x)
     if x.dtype not in _FLOATS:
         raise TypeError(f"x: got {x.dtype}, want float32, bfloat16, float16 or float64")
     if not isinstance(weight, (Tensor, Weight4bit)):
@@ -312,7 +312,7 @@ def lora_experts_linear(
         base = base.mT
     if bias is not None:
         if not isinstance(bias, Tensor):
-            raise _no_tensor("bias", bias)
+            raise _tensor_error("bias", bias)
         if bias.shape != (E, N):
             raise ValueError(f"bias: got shape {_shape(bias)}, want [{E}, {N}]")
         _check_dtypes("x", x.dtype, bias=bias.dtype)
@@ -341,7 +341,7 @@ def _check_experts_adapter(
     E, N, K = sizes
     for name, t in (("lora_A", lora_A), ("lora_B", lora_B)):
         if not isinstance(t, Tensor):
-            raise _no_tensor(name, t)
+            raise _tensor_error(name, t)
     if lora_A.dim() != 3 or lora_A.shape[::2] != (E, K) or lora_A.shape[1] < 1:
         raise ValueError(
             f"lora_A: got shape {_shape(lora_A)}, want [{E}, R, {K}] with R at least 1"
@@ -384,7 +384,7 @@ def _adapters(name: str, tensors: Tensor | Sequence[Tensor], want: str) -> list[
         raise ValueError(f"{name}: got no adapter, want at least 1")
     for e, t in enumerate(tensors):
         if not isinstance(t, Tensor):
-            raise _no_tensor(f"{name}[{e}]", t)
+            raise _tensor_error(f"{name}[{e}]", t)
     _matrix(f"{name}[0]", tensors[0], want.replace("E, ", ""))
     return list(tensors)
 
@@ -542,7 +542,7 @@ def _shape(t: Tensor) -> str:
     return str(list(t.shape))
 
 
-def _no_tensor(name: str, got: object) -> TypeError:
+def _tensor_error(name: str, got: object) -> TypeError:
     return TypeError(f"{name}: got {type(got).__name__}, want a tensor")
 
 
@@ -556,7 +556,7 @@ def _number(name: str, got: float) -> float:
 
 def _matrix(name: str, t: Tensor, want: str) -> tuple[int, int]:
     if not isinstance(t, Tensor):
-        raise _no_tensor(name, t)
+        raise _tensor_error(name, t)
     shape = t.shape  # a new object each time
     if len(shape) != 2 or 0 in shape:
         raise ValueError(f"{name}: got shape {_shape(t)}, want {want}, each at least 1")
@@ -637,7 +637,7 @@ def _check_devices(beside: str, x: Tensor, **tensors: Tensor) -> None:
 
 def _check_vector(name: str, t: Tensor, size: int, x: Tensor, beside: str = "x") -> None:
     if not isinstance(t, Tensor):
-        raise _no_tensor(name, t)
+        raise _tensor_error(name, t)
     if t.dim() != 1 or t.shape[0] != size:
         raise ValueError(f"{name}: got shape {_shape(t)}, want [{size}]")
     if t.dtype not in _FLOATS or (t.dtype is torch.float64) != (x.dtype is torch.float64):
@@ -649,7 +649,7 @@ def _check_vector(name: str, t: Tensor, size: int, x: Tensor, beside: str = "x")
 
 def _check_rng(rng: Tensor, x: Tensor) -> None:
     if not isinstance(rng, Tensor):
-        raise _no_tensor("rng", rng)
+        raise _tensor_error("rng", rng)
     _check_devices("x", x, rng=rng)
     if rng.dtype is torch.bool and rng.shape == x.shape:
         return

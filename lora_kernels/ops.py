@@ -188,7 +188,7 @@ def lora_linear_dispatched(operands: Operands, spec: Spec) -> tuple[Tensor, Save
 
 def _lora_linear_op(operands: Operands, spec: Spec) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     y, (p, z, mask) = lora_linear_direct(operands, spec)
-    return y, p, _or_empty(z, y.dtype, y), _or_empty(mask, torch.bool, y)
+    return y, p, _empty_if_none(z, y.dtype, y), _empty_if_none(mask, torch.bool, y)
 
 
 def _lora_linear_fake(operands: Operands, spec: Spec) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -205,7 +205,7 @@ def _mask_fake(x: Tensor, dropout_p: float, rng: Tensor | None) -> Tensor:
     return x.new_empty(shape, dtype=torch.bool)
 
 
-def _or_empty(t: Tensor | None, dtype: torch.dtype, like: Tensor) -> Tensor:
+def _empty_if_none(t: Tensor | None, dtype: torch.dtype, like: Tensor) -> Tensor:
     """Return t, or an empty tensor for None, because an op cannot return optional tensors."""
     return like.new_empty(0, dtype=dtype) if t is None else t
 
@@ -298,7 +298,7 @@ def _lora_linear_backward_op(
 ) -> tuple[Tensor, ...]:
     grads = lora_linear_backward_direct(dy, operands, saved, spec, needs)
     dtypes = _grad_dtypes(operands, saved)
-    return tuple(_or_empty(t, d, dy) for t, d in zip(grads, dtypes, strict=True))
+    return tuple(_empty_if_none(t, d, dy) for t, d in zip(grads, dtypes, strict=True))
 
 
 def _lora_linear_backward_fake(
@@ -373,7 +373,7 @@ def _multi_lora_linear_op(
     operands: MultiOperands, spec: MultiSpec
 ) -> tuple[Tensor, Tensor, Tensor]:
     y, saved = multi_lora_linear_direct(operands, spec)
-    return y, saved.p, _or_empty(saved.mask, torch.bool, y)
+    return y, saved.p, _empty_if_none(saved.mask, torch.bool, y)
 
 
 def _multi_lora_linear_fake(
@@ -428,10 +428,10 @@ def _multi_lora_linear_backward_op(
 ) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
     dx, dA, dB, dbias = multi_lora_linear_backward_direct(dy, operands, saved, spec, needs)
     return (
-        _or_empty(dx, operands.x.dtype, dy),
-        [_or_empty(t, A.dtype, dy) for t, A in zip(dA, operands.lora_A, strict=True)],
-        [_or_empty(t, B.dtype, dy) for t, B in zip(dB, operands.lora_B, strict=True)],
-        _or_empty(dbias, saved.p.dtype, dy),
+        _empty_if_none(dx, operands.x.dtype, dy),
+        [_empty_if_none(t, A.dtype, dy) for t, A in zip(dA, operands.lora_A, strict=True)],
+        [_empty_if_none(t, B.dtype, dy) for t, B in zip(dB, operands.lora_B, strict=True)],
+        _empty_if_none(dbias, saved.p.dtype, dy),
     )
 
 
@@ -485,7 +485,7 @@ def lora_experts_dispatched(operands: ExpertsOperands, spec: ExpertsSpec) -> tup
 
 def _lora_experts_op(operands: ExpertsOperands, spec: ExpertsSpec) -> tuple[Tensor, Tensor, Tensor]:
     y, saved = lora_experts_direct(operands, spec)
-    return y, saved.p, _or_empty(saved.mask, torch.bool, y)
+    return y, saved.p, _empty_if_none(saved.mask, torch.bool, y)
 
 
 def _lora_experts_fake(
@@ -532,7 +532,7 @@ def _lora_experts_backward_op(
 ) -> tuple[Tensor, ...]:
     grads = lora_experts_backward_direct(dy, operands, saved, spec, needs)
     dtypes = operands.x.dtype, operands.lora_A.dtype, operands.lora_B.dtype, saved.p.dtype
-    return tuple(_or_empty(t, d, dy) for t, d in zip(grads, dtypes, strict=True))
+    return tuple(_empty_if_none(t, d, dy) for t, d in zip(grads, dtypes, strict=True))
 
 
 def _lora_experts_backward_fake(

@@ -62,7 +62,7 @@ class Row:
         return self.difference <= self.limit  # NaN fails
 
     @property
-    def shown(self) -> str:
+    def difference_text(self) -> str:
         if self.difference is None:
             return ""
         return f"×{self.difference:.3f}" if self.ratio else f"{self.difference:.1e}"

@@ -149,10 +149,10 @@ class Distance(NamedTuple):
     same_token: float
 
     @classmethod
-    def between(cls, got: Tensor, want: Tensor) -> Distance:
+    def from_logits(cls, got: Tensor, want: Tensor) -> Distance:
         """Return the distance of logits [..., vocabulary].
 
-        >>> Distance.between(torch.tensor([[1.0, 2.2]]), torch.tensor([[1.0, 2.0]])).same_token
+        >>> Distance.from_logits(torch.tensor([[1.0, 2.2]]), torch.tensor([[1.0, 2.0]])).same_token
         1.0
         """
         same = (got.argmax(-1) == want.argmax(-1)).double().mean()
@@ -210,21 +210,21 @@ def compare_merged(
         out: Tensor = model(input_ids=ids, use_cache=False).logits
         return out.float()
 
-    def with_adapter(quant: str | None, compute: torch.dtype) -> Tensor:
+    def compute_adapted(quant: str | None, compute: torch.dtype) -> Tensor:
         # Quantize from the training's dtype, then cast to the compute dtype.
         held = DTYPES[quant_dtype] if quant else torch.float32
         model = models.load_base(base, held, torch.device("cpu"), quant)
         models.cast_parameters(model, compute)
         return logits(fuse(models.load_adapter(model, adapter)).eval())
 
-    want = with_adapter(quant, torch.float32)
+    want = compute_adapted(quant, torch.float32)
     plain: Any = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype="auto")
     if plain.dtype != to:
         raise UsageError(f"dtype: {folder} loads in {plain.dtype}, want {to}")
-    merged = Distance.between(logits(plain.eval()), want)
+    merged = Distance.from_logits(logits(plain.eval()), want)
     del plain
-    itself = Distance.between(with_adapter(quant, to), want)
-    original = Distance.between(with_adapter(None, torch.float32), want) if quant else None
+    itself = Distance.from_logits(compute_adapted(quant, to), want)
+    original = Distance.from_logits(compute_adapted(None, torch.float32), want) if quant else None
     unit = torch.finfo(to).eps / 2
     limit = 1e-4 if to is torch.float32 else 1.25 * itself.logits + unit / 4
     return Comparison(merged, itself, original, limit)

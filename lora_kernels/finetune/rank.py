@@ -217,7 +217,7 @@ def find_optimal_rank(
         if most:
             trainer.train()
         seconds = time.perf_counter() - start
-        with without_penalty(peft_model):
+        with disable_penalty(peft_model):
             loss = trainer.evaluate()["eval_loss"]
         if most and not math.isfinite(loss):
             raise UsageError(f"{name}: the held-out loss is {loss}; give a lower lr")
@@ -290,7 +290,7 @@ def kept_ranks(model: Any) -> dict[str, int]:
 
 
 @contextmanager
-def without_penalty(peft_model: Any) -> Iterator[None]:
+def disable_penalty(peft_model: Any) -> Iterator[None]:
     """Disable the orthogonality loss, which AdaLoRA adds in evaluation too."""
     tuner = peft_model.base_model
     tuner.forward = tuner.model.forward

@@ -77,7 +77,7 @@ def comparison_table(rows: Sequence[Row], title: str) -> Table:
         )
     for row in rows:
         what = f"control: {row.what}" if row.control else row.what
-        table.add_row(what, row.frozen, row.peft, row.fused, row.shown, verdict(row))
+        table.add_row(what, row.frozen, row.peft, row.fused, row.difference_text, verdict(row))
     return table
 
 

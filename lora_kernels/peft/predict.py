@@ -215,18 +215,18 @@ def time(part: Part, rows: int, machine: Machine | None, step: bool) -> Time | N
     if part.device.type == "cpu" and machine is not None:
         if part.choose(rows).backend in ("triton", "cuda"):
             return None
-        return Time(_on_cpu(part, rows, machine, step), "the cost model")
+        return Time(_predict_on_cpu(part, rows, machine, step), "the cost model")
     if part.device.type == "cuda":
-        known = _tuned(part, rows) if step else None
+        known = _find_tuned_time(part, rows) if step else None
         if known is not None:
             return known
         gpu = device.gpu(part.device.index)
         if costs.is_known(gpu):
-            return Time(_on_gpu(part, rows, gpu, step), f"the cost model for {gpu.name}")
+            return Time(_predict_on_gpu(part, rows, gpu, step), f"the cost model for {gpu.name}")
     return None
 
 
-def _on_cpu(part: Part, rows: int, machine: Machine, step: bool) -> float:
+def _predict_on_cpu(part: Part, rows: int, machine: Machine, step: bool) -> float:
     itemsize = max(part.a_dtype.itemsize, part.b_dtype.itemsize)
     sizes = Sizes(rows, part.N, part.K, part.R, part.dtype, itemsize, part.four_bit, base=part.base)
     strategy = part.choose(rows).strategy
@@ -242,7 +242,7 @@ def _on_cpu(part: Part, rows: int, machine: Machine, step: bool) -> float:
     return seconds
 
 
-def _on_gpu(part: Part, rows: int, gpu: DeviceInfo, step: bool) -> float:
+def _predict_on_gpu(part: Part, rows: int, gpu: DeviceInfo, step: bool) -> float:
     """Return the predicted seconds on a GPU.
 
     The GEMM for dx is a forward with N and K exchanged. dA and dB read x and dY once more.
@@ -272,7 +272,7 @@ def _on_gpu(part: Part, rows: int, gpu: DeviceInfo, step: bool) -> float:
     return seconds
 
 
-def _tuned(part: Part, rows: int) -> Time | None:
+def _find_tuned_time(part: Part, rows: int) -> Time | None:
     """Return the time that `lora-kernels tune` measured, if selection chooses that strategy."""
     choice = part.choose(rows)
     if choice.backend != "triton" or part.mixed or part.dropout or not part.base:

@@ -102,7 +102,7 @@ def _counts(layer: Any, fused_class: Any, rows: int) -> Counts | str:
     key = (*_signature(layer), rows)
     if key not in _counted:
         try:
-            twin = on_meta(layer)
+            twin = copy_to_meta(layer)
             set_class(twin, peft_class(layer))
             peft = _count(twin, rows)
             set_class(twin, fused_class)
@@ -130,10 +130,10 @@ def _count(layer: Any, rows: int) -> tuple[int, int]:
     return forward.bytes, forward.bytes + backward.bytes
 
 
-def on_meta(layer: nn.Module) -> Any:
+def copy_to_meta(layer: nn.Module) -> Any:
     """Return a copy of the layer whose tensors are on meta.
 
-    >>> on_meta(nn.Linear(2, 3)).weight.device
+    >>> copy_to_meta(nn.Linear(2, 3)).weight.device
     device(type='meta')
     """
     memo: dict[int, Any] = {}

@@ -155,7 +155,7 @@ def test_fuse_counts_dropout_whatever_the_mode(training: bool) -> None:
 def test_explain_of_fused_layer_says_the_counted_traffic(quantized: bool, training: bool) -> None:
     found = model(quantized, lora_dropout=0.1).train(training)
     layer = found.base_model.model[0]
-    twin = traffic.on_meta(layer)
+    twin = traffic.copy_to_meta(layer)
     want = {}
     for rows in (512, 48):
         peft = traffic._count(twin, rows)

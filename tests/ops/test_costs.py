@@ -136,13 +136,13 @@ def test_tuned_goes_before_the_model() -> None:
     target = DeviceInfo("cuda", 90, 132, 227 << 10)
     problem = Problem("cuda", *(torch.bfloat16,) * 4, R, 100, True, N, K)
     key = measured.shape(target, 100, N, K, R, 2, True)
-    assert heuristics.tuned(problem, target, None) is None
+    assert heuristics.choose_tuned(problem, target, None) is None
     with measured.override_row(key, measured.Measured(triton.TWO_PASS, source="measured here")):
-        found = heuristics.tuned(problem, target, None)
+        found = heuristics.choose_tuned(problem, target, None)
         assert found == Choice("triton", triton.TWO_PASS, "measured here")
-        assert heuristics.tuned(problem._replace(dropout=True), target, None) is None
+        assert heuristics.choose_tuned(problem._replace(dropout=True), target, None) is None
     with measured.override_row(key, measured.Measured(triton.FUSED, source="measured here")):
-        mixed = heuristics.tuned(problem._replace(mixed=True), target, None)
+        mixed = heuristics.choose_tuned(problem._replace(mixed=True), target, None)
         assert mixed == Choice("triton", triton.TWO_PASS, "measured here")
 
 

@@ -21,7 +21,7 @@ def plan(problem: Problem, strategy: Strategy | None) -> Choice:
         )
     if strategy:
         return Choice("triton", strategy, REQUESTED)
-    return tuned(problem, target) or _plan(problem, target)
+    return choose_tuned(problem, target) or _plan(problem, target)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -40,7 +40,9 @@ def _choice(problem: Problem, strategy: Strategy, reason: str) -> Choice:
     return Choice("triton", strategy, reason)
 
 
-def tuned(problem: Problem, target: DeviceInfo, reason: str | None = REQUESTED) -> Choice | None:
+def choose_tuned(
+    problem: Problem, target: DeviceInfo, reason: str | None = REQUESTED
+) -> Choice | None:
     """Return the choice that `lora-kernels tune` has measured for such a call, or None."""
     if problem.dropout:
         return None

@@ -131,9 +131,9 @@ def check_adapter(
 
 
 def experts_parameters(model: nn.Module, targets: str | Iterable[str]) -> list[str]:
-    """Return the experts' parameters that the roles "gate", "up" and "down" name, in full.
+    """Return PEFT's `target_parameters` for the roles "gate", "up" and "down": full names.
 
-    They are what PEFT calls `target_parameters`. "all-linear" names all of them.
+    "all-linear" stands for all of an experts module's projections.
     """
     chosen = {targets} if isinstance(targets, str) else {*targets}
     found = []
@@ -214,7 +214,7 @@ def add_lora_layers(
         )
     any_alpha: Any = chosen.alpha  # PEFT's annotation is int, but it accepts float
     config = peft_settings(base, names) | {"lora_alpha": any_alpha} | config
-    if experts and names != ALL_LINEAR:  # by which PEFT finds the experts itself
+    if experts and names != ALL_LINEAR:  # with ALL_LINEAR PEFT finds the experts
         config = {"target_parameters": experts} | config
     lora = LoraConfig(r=chosen.rank, lora_dropout=chosen.dropout, target_modules=names, **config)
     with torch.random.fork_rng(), adaptable_experts(base):

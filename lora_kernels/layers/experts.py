@@ -298,7 +298,7 @@ def adaptable_experts(model: nn.Module) -> Iterator[None]:
                 stand_in = nn.Parameter(like.expand(weight.shape), requires_grad=False)
                 module._parameters[name] = stand_in
             del module._modules["parametrizations"]
-            module.__class__ = type(module).__bases__[0]  # without the properties that decode
+            module.__class__ = type(module).__bases__[0]  # drop the properties that decode
         yield
     finally:
         for module, cls, parametrizations, names in changed:

@@ -41,7 +41,7 @@ class FusedParamWrapper(Fused, ParamWrapper):
         return experts_forward(wrappers[-1].base_layer, x, *args, adapters)
 
 
-# PEFT tells its wrapper by this name when another adapter is added.
+# PEFT recognizes its wrapper by the class name when another adapter is added.
 FusedParamWrapper.__name__ = ParamWrapper.__name__
 
 
@@ -82,16 +82,16 @@ def _factors(wrapper: Any, name: str) -> ExpertsAdapter:
 
 
 class RepackedCache:
-    """Contiguous copies of lora_B [E, out, r] for decoding, until the adapter changes.
+    """A cache of contiguous lora_B [E, out, r] for decoding, valid until the adapter changes.
 
-    A copy or a pickle of the cache is empty.
+    The cache is empty in a copy or pickle of the layer.
     """
 
     def __init__(self) -> None:
         self._kept: dict[str, tuple[tuple[object, ...], Tensor]] = {}
 
     def __call__(self, name: str, weight: Tensor, lora_B: Tensor) -> Tensor:
-        """Return `lora_B`, a view of the adapter's `weight`, contiguous."""
+        """Return a contiguous copy of `lora_B`, which is a view of the adapter's `weight`."""
         state = tensor_state(weight)
         if name not in self._kept or self._kept[name][0] != state:
             self._kept[name] = state, lora_B.contiguous()

@@ -19,7 +19,7 @@ def dequantize_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """w [N, K] = code × scale, with nested scales decoded too. Program (n, k) computes a tile.
+    """Decode w [N, K] = code × scale, including nested scales. Program (n, k) computes a tile.
 
     Rounding points: a nested scale twice, code × scale, w. Bytes: the codes, the scales, w.
     Tested by tests/triton/test_exact.py, bit for bit.
@@ -47,7 +47,7 @@ def quantize_kernel(
     BLOCKSIZE: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """reference.quantize_4bit of n contiguous elements: packed [⌈n/2⌉], absmax [blocks].
+    """Quantize n contiguous elements as `reference.quantize_4bit`: packed [⌈n/2⌉], absmax [blocks].
 
     A program quantizes BLOCKS blocks. A short last block is divided by its scale, and full blocks
     are multiplied by the reciprocal. The scale of a block with NaN is NaN. Rounding points: the

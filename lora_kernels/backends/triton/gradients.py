@@ -28,11 +28,13 @@ def outer_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """parts[i, :R] = sᵀ·mask(v ⊙ v_scale) over the i-th share of rows; [R] = Σ v, [R+1] = Σ v ⊙ z.
+    """Write partial sums over the i-th split of rows to parts[i]:
+
+        parts[i, :R] = sᵀ·mask(v ⊙ v_scale),    parts[i, R] = Σ v,    parts[i, R + 1] = Σ v ⊙ z
 
     s [M, R] float32, v [M, N], z [M, N] contiguous; parts float32 [parts, R + 2, N]. RANKS and SUM:
-    whether the first two are wanted; the third is if z is given. Program (n, r, i) computes
-    BLOCK_R × BLOCK_N of part i, which is of m_share rows.
+    whether to compute the first and second. The third is computed if z is given. Program (n, r, i)
+    computes BLOCK_R × BLOCK_N of parts[i], a sum over m_share rows.
     Rounding points: s and v ⊙ v_scale to WIDER; sums in float32.
     Bytes: v (and z) once for each BLOCK_R ranks, s once for each BLOCK_N columns, the parts;
     flops 2·M·N·R. Deterministic. Tested by tests/triton/test_lora_linear.py.
@@ -96,13 +98,14 @@ def shrink_outer_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """`shrink_kernel` and `outer_kernel` of the same v in one read of it, R ≤ BLOCK_R:
+    """Compute `shrink_kernel` and `outer_kernel` on the same v with one read of v, R ≤ BLOCK_R:
 
-        slots[i] = (v ⊙ v_scale)[:, share i]·b[share i]
+        slots[i] = (v ⊙ v_scale)[:, split i]·b[split i]
         parts[m, :R] = sᵀ·(v ⊙ v_scale) over the m-th BLOCK_M rows; [R] = Σ v, [R+1] = Σ v ⊙ z
 
     v [M, N], b [N, R], s [M, R] float32, z [M, N] contiguous; slots float32 [slots, M, R], parts
-    float32 [parts, R + 2, N]. Program (m, i) makes a row tile of slot i, and its columns of part m.
+    float32 [parts, R + 2, N]. Program (m, i) computes BLOCK_M rows of slots[i], and the columns of
+    split i of parts[m].
     Rounding points: v ⊙ v_scale, b and s to WIDER; sums in float32.
     Bytes: v (and z) once, b once for each BLOCK_M rows, the slots, the parts; flops 4·M·N·R.
     Deterministic. Tested by tests/triton/test_lora_linear.py.
@@ -151,9 +154,9 @@ def reduce_kernel(
     scale,
     BLOCK_N: tl.constexpr,
 ):
-    """grad [R, N] = scale · gate ⊙ Σ parts[:, :R] in its own dtype, and the two sums in float32.
+    """Write grad [R, N] = scale · gate ⊙ Σ parts[:, :R] in grad's dtype, and two sums in float32.
 
-    Program (n, r) makes BLOCK_N elements of row r; rows R and R + 1 are the sums. The parts are
+    Program (n, r) computes BLOCK_N elements of row r; rows R and R + 1 are the sums. The parts are
     added in order. Rounding point: grad. Tested by tests/triton/test_lora_linear.py.
     """
     offs_n, r = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.program_id(1)

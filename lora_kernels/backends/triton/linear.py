@@ -52,7 +52,7 @@ def fused_kernel(
     BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """y, with P = p_scale · mask_in(x)·aᵀ summed in the main loop of the base GEMM, R ≤ BLOCK_R.
+    """Compute y, with P = p_scale · mask_in(x)·aᵀ summed in the main loop, R ≤ BLOCK_R.
 
     The programs of the first columns store P. Flops 2·M·N·(K + R), and 2·M·K·BLOCK_R for each tile
     of columns.
@@ -123,7 +123,7 @@ def two_pass_kernel(
     BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """y from P, the sum of the partial sums `slots` [slots, M, R]. The sums of y start at S·Q.
+    """Compute y from the partial sums `slots` [slots, M, R] of P. The sums of y start at S·Q.
 
     If there are several partial sums, the programs of the first columns store P. ADD_TO_Y: whether
     y holds x·W. Without w and codes there is no base GEMM. Flops 2·M·N·(K + R).
@@ -185,7 +185,7 @@ def cooperative_kernel(
     BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """y for at most 16 rows and BLOCK_R ranks, in one cooperative launch.
+    """Compute y for at most 16 rows and BLOCK_R ranks, in one cooperative launch.
 
     PUBLISH: the first programs each store a partial sum of P in `slots`, before all programs read
     their part of W. CONSUME: the epilogue adds the low-rank update. Before the epilogue all
@@ -238,7 +238,7 @@ def cooperative_kernel(
 
 @triton.jit
 def load_x(x, in_scale_ptr, offs_m, offs_k, mask_m, mask_k, TYPES: tl.constexpr):
-    """x ⊙ in_scale [BLOCK_M, BLOCK_K]."""
+    """Return x ⊙ in_scale [BLOCK_M, BLOCK_K]."""
     v = load_tile(x.ptr, offs_m, x.row, offs_k, x.col, mask_m, mask_k, TYPES.WIDE)
     if in_scale_ptr is not None:
         in_scale = tl.load(in_scale_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
@@ -263,7 +263,7 @@ def add_base(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """acc + v·W for one step of the main loop, transposed if LEFT."""
+    """Return acc + v·W for one step of the main loop, transposed if LEFT."""
     if codes is not None:
         if K_INNER:
             tile = load_codes(codes, n0, k0, N, K, BLOCK_N, BLOCK_K, FORMAT, TYPES.WIDE)
@@ -305,7 +305,7 @@ def add_base_gemm(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """acc + (x ⊙ in_scale)·W."""
+    """Return acc + (x ⊙ in_scale)·W."""
     if w is not None or codes is not None:
         offs_m = m0 + tl.arange(0, BLOCK_M)
         if LEFT:
@@ -342,7 +342,7 @@ def store_p(p_ptr, offs_m, ranks, p, M, R):
 
 @triton.jit
 def add_update(acc, p, q, gate_ptr, offs_n, ranks, N, R, s_scale, TYPES: tl.constexpr):
-    """acc + S·Q for these ranks."""
+    """Return acc + S·Q for these ranks."""
     s = p * s_scale
     if gate_ptr is not None:
         gate = tl.load(gate_ptr + ranks, mask=ranks < R, other=0.0)
@@ -368,7 +368,7 @@ def add_masked_update(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """acc + mask_out(S·Q)."""
+    """Return acc + mask_out(S·Q)."""
     offs_n = n0 + tl.arange(0, BLOCK_N)
     if mask_out is not None:
         update = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)

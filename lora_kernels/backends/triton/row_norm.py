@@ -28,7 +28,7 @@ def row_norm_kernel(
     BLOCK_R: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
 ):
-    """slots[i, n] = Σ (W + scaling · (B ⊙ gate)·A)² over the i-th split of row n.
+    """Write slots[i, n] = Σ (W + scaling · (B ⊙ gate)·A)² over the i-th split of row n.
 
     W [N, K] dense or 4-bit codes, a [R, K], b [N, R]; slots float32 [slots, N]. Program (n, i)
     computes BLOCK_N rows of slots[i], from k_share elements of each. The caller adds the slots.
@@ -78,7 +78,7 @@ def add_ranks(
     R,
     TYPES: tl.constexpr,
 ):
-    """update + (B ⊙ gate)·A for these ranks."""
+    """Return update + (B ⊙ gate)·A for these ranks."""
     mask_r = ranks < R
     B = load_tile(b.ptr, offs_n, b.row, ranks, b.col, mask_n, mask_r, TYPES.WIDE)
     if gate_ptr is not None:

@@ -25,10 +25,11 @@ def shrink_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """slots[i] = p_scale · mask(x ⊙ in_scale)[:, split i]·a[:, split i]ᵀ, float32 [slots, M, R].
+    """Write slots[i] = p_scale · mask(x ⊙ in_scale)[:, split i]·a[:, split i]ᵀ.
 
-    x [M, K], a [R, K]. Program (m, r, i) computes BLOCK_M × BLOCK_R of slots[i], a sum over k_share
-    elements. Without split-K, few rows would not occupy a GPU. The caller adds the slots in order.
+    x [M, K], a [R, K], slots float32 [slots, M, R]. Program (m, r, i) computes BLOCK_M × BLOCK_R of
+    slots[i], a sum over k_share elements. Without split-K, few rows would not occupy a GPU. The
+    caller adds the slots in order.
     Rounding points: x ⊙ in_scale and a to WIDER; sums in float32.
     Bytes: x once for each BLOCK_R ranks, a once for each BLOCK_M rows, the slots; flops 2·M·K·R.
     Deterministic. Tested by tests/triton/test_lora_linear.py.

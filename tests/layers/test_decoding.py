@@ -4,6 +4,7 @@ matters."""
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import weakref
 from collections.abc import Callable
@@ -190,3 +191,17 @@ def test_layer_without_the_native_extension_is_called_again(cls, monkeypatch) ->
         layer(x.requires_grad_()).sum().backward()
     with torch.no_grad():
         assert torch.equal(layer(x), first) and torch.equal(layer(x), first)
+
+
+@pytest.mark.parametrize("name", ["lora_A", "lora_B"])
+def test_prepared_call_of_a_computed_adapter_does_not_keep_it(name: str) -> None:
+    """Its graph would stay in memory."""
+    layer = LoRALinear(64, 32, r=4).eval()
+    computed = getattr(layer, name).detach().clone().requires_grad_() * 2
+    alive = weakref.ref(computed)
+    with torch.no_grad():
+        for _ in range(2):
+            torch.func.functional_call(layer, {name: computed}, (torch.ones(1, 64),))
+    del computed
+    gc.collect()
+    assert alive() is None

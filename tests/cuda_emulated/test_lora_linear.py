@@ -92,8 +92,11 @@ GROUPS = {
         *cuda(COOPERATIVE, *ranks(lambda R: Case(5, 40, 64, R, bf16))),
         *cuda(TWO_PASS, *ranks(lambda R: Case(40, 40, 64, R, bf16))),
     ],
-    # More of x than a block keeps, of another dtype than the product's.
-    "staged_x": cuda(OVERLAPPED, Case(16, 72, 4096, 4, f32, autocast=bf16)),
+    # More of x than a block keeps: of another dtype than the product's, and in unaligned rows.
+    "staged_x": [
+        *cuda(OVERLAPPED, Case(16, 72, 4096, 4, f32, autocast=bf16)),
+        *cuda(OVERLAPPED, Case(16, 72, 8192, 4, bf16, x_layout="padded")),
+    ],
     # Three shares of K in the forward, and of N in dx, the last ones short.
     "splits": cuda(TWO_PASS, *SPLITS),
     # Of K in P, of N in dS, of M in dA and dB: two shares at least, the last one short.

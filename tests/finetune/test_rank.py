@@ -178,6 +178,7 @@ def test_table_and_curve(tmp_path: Path) -> None:
     saved = json.loads(json.dumps(found.as_dict()))
     assert (saved["best"], saved["most_efficient"]) == (8, 4)
     assert saved["rows"][0]["efficiency"] == 500.0
+    assert RankSearch(rows[::-1], 0.25).best.rank == 8  # in whatever order they were trained
 
 
 @pytest.mark.parametrize(

@@ -38,14 +38,12 @@ from . import (
     launch,
     measured,
 )
-from .arguments import Codes, Format, Mask, Matrix, Types
+from .arguments import Codes, Format, Mask, Matrix
 from .configs import Config
 from .gradients import outer_kernel, reduce_kernel, shrink_outer_kernel
 from .linear import cooperative_kernel, fused_kernel, two_pass_kernel
 from .row_norm import row_norm_kernel
 from .shrink import shrink_kernel
-
-_NAME = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
 def lora_linear(operands: Operands, spec: Spec, strategy: str) -> tuple[Tensor, Saved]:
@@ -258,7 +256,7 @@ def _linear(
         "K_INNER": forward,
         "LEFT": codes is not None and forward and config.block_m < 64,
         "FORMAT": format_4bit,
-        "TYPES": _types(target, _operand(x, a), wide, gemm.dtype),
+        "TYPES": launch.build_types(target, launch.promote_dtypes(x, a), wide, gemm.dtype),
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
@@ -303,7 +301,7 @@ def _tiles(
     x, (M, K), (R, N) = gemm.x, gemm.x.shape, gemm.q.shape
     fused, base = strategy == FUSED, dense or codes is not None
     multiplied = max(x.dtype.itemsize, gemm.dtype.itemsize)
-    operand = _operand(x, gemm.a).itemsize
+    operand = launch.promote_dtypes(x, gemm.a).itemsize
     unchanged = gemm.in_scale is None and gemm.dropout.rng is None
     config = configs.UPDATE
     if base or fused:
@@ -326,12 +324,6 @@ def _tiles(
     return config
 
 
-def _types(
-    target: DeviceInfo, wider: torch.dtype, wide: bool, compute: torch.dtype = torch.float32
-) -> Types:
-    return Types(_NAME[compute], _NAME[wider], configs.precision(target), wide)
-
-
 def _library(gemm: _Gemm) -> Tensor:
     """Compute the base GEMM [M, columns] by PyTorch, contiguous and in y's dtype."""
     x, weight, dtype = gemm.x, gemm.weight, gemm.dtype
@@ -348,7 +340,7 @@ def _library(gemm: _Gemm) -> Tensor:
 def _shrink(x: Tensor, a: Tensor, in_scale: Tensor | None, dropout: Dropout) -> Tensor:
     """Return the partial sums of scale · mask(x ⊙ in_scale)·aᵀ, float32 [slots, M, R]."""
     (M, K), R, target = x.shape, a.shape[0], launch.target(x)
-    config, share = configs.shrink(target, M, K, R, _operand(x, a).itemsize)
+    config, share = configs.shrink(target, M, K, R, launch.promote_dtypes(x, a).itemsize)
     slots = triton.cdiv(K, share)
     out = x.new_empty(slots, M, R, dtype=torch.float32)
     if not M:
@@ -361,7 +353,9 @@ def _shrink(x: Tensor, a: Tensor, in_scale: Tensor | None, dropout: Dropout) -> 
         Mask.from_dropout(dropout),
     )
     blocks = {"BLOCK_M": config.block_m, "BLOCK_K": config.block_k, "BLOCK_R": config.block_n}
-    types = _types(target, _operand(x, a), launch.is_wide(x) or launch.is_wide(a))
+    types = launch.build_types(
+        target, launch.promote_dtypes(x, a), launch.is_wide(x) or launch.is_wide(a)
+    )
     args = *operands, out, M, K, R, share, dropout.scale
     launch.run(shrink_kernel, config, *args, grid=grid, device=x.device, TYPES=types, **blocks)
     return out
@@ -398,11 +392,11 @@ def _outer(
     parts = v.new_empty(count, R + 2, N, dtype=torch.float32)
     ranks = triton.cdiv(R, config.block_k) if grad is not None else 1
     grid = triton.cdiv(N, config.block_n), ranks, count
-    wider = torch.float32 if grad is None else _operand(v, grad)
+    wider = torch.float32 if grad is None else launch.promote_dtypes(v, grad)
     meta = {
         "RANKS": grad is not None,
         "SUM": need_sum,
-        "TYPES": _types(target, wider, launch.is_wide(v)),
+        "TYPES": launch.build_types(target, wider, launch.is_wide(v)),
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_R": config.block_k,
@@ -447,7 +441,7 @@ def _shrink_outer(
     parts = v.new_empty(triton.cdiv(M, config.block_m), R + 2, N, dtype=torch.float32)
     meta = {
         "SUM": need_sum,
-        "TYPES": _types(target, _operand(v, b), launch.is_wide(v)),
+        "TYPES": launch.build_types(target, launch.promote_dtypes(v, b), launch.is_wide(v)),
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_R": config.block_k,
@@ -491,14 +485,14 @@ def dora_norm(
     codes = weight if isinstance(weight, Packed4bit) else None
     w = weight.packed if isinstance(weight, Packed4bit) else weight
     # B ⊙ gate would be rounded if B has 16 bits.
-    wider = torch.float32 if rank_gate is not None else _operand(lora_A, lora_B)
+    wider = torch.float32 if rank_gate is not None else launch.promote_dtypes(lora_A, lora_B)
     config, share = configs.row_norm(target, N, K, wider.itemsize)
     slots = torch.empty(triton.cdiv(K, share), N, dtype=torch.float32, device=lora_A.device)
     gate, block_r = _contiguous(rank_gate), configs.block_of_ranks(R)
     wide = N * K >= 1 << 31 or any(map(launch.is_wide, (w, lora_A, lora_B)))
     meta = {
         "FORMAT": launch.format_4bit(codes, K, target),
-        "TYPES": _types(target, wider, wide),
+        "TYPES": launch.build_types(target, wider, wide),
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
         "BLOCK_R": block_r,
@@ -523,11 +517,6 @@ def dora_norm(
     grid = triton.cdiv(N, config.block_n), slots.shape[0]
     launch.run(row_norm_kernel, config, *args, grid=grid, device=w.device, **meta)
     return slots.sum(0).sqrt_()
-
-
-def _operand(x: Tensor, a: Tensor) -> torch.dtype:
-    """Return the dtype in which x and the adapter are multiplied."""
-    return torch.promote_types(x.dtype, a.dtype)
 
 
 def _contiguous(t: Tensor | None) -> Tensor | None:

@@ -40,16 +40,52 @@ def outer_kernel(
     flops 2·M·N·R. Deterministic. Tested by tests/triton/test_lora_linear.py.
     """
     pid_n, pid_r, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    offs_n, offs_r = (
-        pid_n * BLOCK_N + tl.arange(0, BLOCK_N),
-        pid_r * BLOCK_R + tl.arange(0, BLOCK_R),
-    )
+    n0, r0 = pid_n * BLOCK_N, pid_r * BLOCK_R
+    offs_n, offs_r = n0 + tl.arange(0, BLOCK_N), r0 + tl.arange(0, BLOCK_R)
+    mask_n, mask_r = offs_n < N, offs_r < R
+    rows = part * m_share, min(M, (part + 1) * m_share)
+    grad, sum_v, sum_vz = sum_over_rows(
+        s_ptr, v, v_scale_ptr, z_ptr, mask, n0, r0, rows, N, R, RANKS, SUM, TYPES, BLOCK_M, BLOCK_N,
+        BLOCK_R,
+    )  # fmt: skip
+    first = parts_ptr + part.to(tl.int64) * (R + 2) * N
+    if RANKS:
+        at = offs_r[:, None] * N + offs_n[None, :]
+        tl.store(first + at, grad, mask=mask_r[:, None] & mask_n[None, :])
+    if pid_r == 0:
+        if SUM:
+            tl.store(first + R * N + offs_n, sum_v, mask=mask_n)
+        if z_ptr is not None:
+            tl.store(first + (R + 1) * N + offs_n, sum_vz, mask=mask_n)
+
+
+@triton.jit
+def sum_over_rows(
+    s_ptr,
+    v,
+    v_scale_ptr,
+    z_ptr,
+    mask,
+    n0,
+    r0,
+    rows,
+    N,
+    R,
+    RANKS: tl.constexpr,
+    SUM: tl.constexpr,
+    TYPES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """sᵀ·mask(v ⊙ v_scale) [BLOCK_R, BLOCK_N] from [r0, n0] on, Σ v and Σ v ⊙ z over these rows."""
+    start, end = rows
+    offs_n, offs_r = n0 + tl.arange(0, BLOCK_N), r0 + tl.arange(0, BLOCK_R)
     mask_n, mask_r = offs_n < N, offs_r < R
     grad = tl.zeros([BLOCK_R, BLOCK_N], dtype=tl.float32)
     sum_v = tl.zeros([BLOCK_N], dtype=tl.float32)
     sum_vz = tl.zeros([BLOCK_N], dtype=tl.float32)
-    end = min(M, (part + 1) * m_share)
-    for m0 in range(part * m_share, end, BLOCK_M):
+    for m0 in range(start, end, BLOCK_M):
         offs_m = m0 + tl.arange(0, BLOCK_M)
         mask_m = offs_m < end
         tile = load_tile(v.ptr, offs_m, v.row, offs_n, v.col, mask_m, mask_n, TYPES.WIDE)
@@ -63,20 +99,11 @@ def outer_kernel(
                 v_scale = tl.load(v_scale_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
                 tile = tile.to(tl.float32) * v_scale[None, :]
             if mask is not None:
-                keep = keep_mask(mask, m0, pid_n * BLOCK_N, BLOCK_M, BLOCK_N)
-                tile = tl.where(keep, tile, 0.0)
+                tile = tl.where(keep_mask(mask, m0, n0, BLOCK_M, BLOCK_N), tile, 0.0)
             s = load_tile(s_ptr, offs_r, 1, offs_m, R, mask_r, mask_m, TYPES.WIDE)
             s = to_named(s, TYPES.WIDER)
             grad = dot(s, to_named(tile, TYPES.WIDER), grad, TYPES.PRECISION)
-    first = parts_ptr + part.to(tl.int64) * (R + 2) * N
-    if RANKS:
-        at = offs_r[:, None] * N + offs_n[None, :]
-        tl.store(first + at, grad, mask=mask_r[:, None] & mask_n[None, :])
-    if pid_r == 0:
-        if SUM:
-            tl.store(first + R * N + offs_n, sum_v, mask=mask_n)
-        if z_ptr is not None:
-            tl.store(first + (R + 1) * N + offs_n, sum_vz, mask=mask_n)
+    return grad, sum_v, sum_vz
 
 
 @triton.jit(do_not_specialize=["M"])

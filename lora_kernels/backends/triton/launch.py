@@ -10,11 +10,13 @@ from torch import Tensor
 
 from ...device import DeviceInfo
 from . import configs, is_interpreted
-from .arguments import Format
+from .arguments import Format, Types
 from .configs import Config
 
 if TYPE_CHECKING:
     from ...core.packed4bit import Packed4bit
+
+_NAME = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
 def target(x: Tensor) -> DeviceInfo:
@@ -31,6 +33,18 @@ def format_4bit(codes: Packed4bit | None, row: int, target: DeviceInfo) -> Forma
     whole_words = row % 8 == 0 and codes.packed.data_ptr() % 4 == 0
     asm = target.kind == "cuda" and not is_interpreted()
     return Format(codes.blocksize.bit_length() - 1, row % codes.blocksize == 0, whole_words, asm)
+
+
+def build_types(
+    target: DeviceInfo, wider: torch.dtype, wide: bool, compute: torch.dtype = torch.float32
+) -> Types:
+    """Return how a kernel rounds and addresses its operands."""
+    return Types(_NAME[compute], _NAME[wider], configs.precision(target), wide)
+
+
+def promote_dtypes(x: Tensor, a: Tensor) -> torch.dtype:
+    """Return the dtype in which x and the adapter are multiplied."""
+    return torch.promote_types(x.dtype, a.dtype)
 
 
 def options(config: Config) -> dict[str, Any]:

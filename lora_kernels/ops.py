@@ -22,7 +22,7 @@ from torch.compiler import is_compiling
 from . import selection
 from .backends import cpu, cpu_experts, cuda, eager, eager_experts, triton
 from .backends.cuda import constraints
-from .backends.protocol import Backend
+from .backends.protocol import Backend, ExpertsBackend
 from .backends.rows import like_rows_of
 from .core.call import (
     ExpertsGrads,
@@ -45,6 +45,11 @@ from .core.problem import Choice, Layout, Problem
 
 _LIB = torch.library.Library("lora_kernels", "DEF")
 _BACKENDS: dict[str, Backend] = {"eager": eager, "cpu": cpu, "triton": triton, "cuda": cuda}
+_EXPERTS_BACKENDS: dict[str, ExpertsBackend] = {
+    "eager": eager_experts,
+    "cpu": cpu_experts,
+    "triton": triton,
+}
 
 _WEIGHT = "Tensor? weight"
 _CODES = (
@@ -468,9 +473,7 @@ def lora_experts_direct(
     """Run the forward without the dispatcher, and return y and the tensors for the backward."""
     choice = choice or choose_experts(operands, spec)
     with no_autocast(operands.x):
-        if choice.backend == "cpu":
-            return cpu_experts.lora_experts(operands, spec, choice.strategy)
-        return eager_experts.lora_experts(operands, spec)
+        return _EXPERTS_BACKENDS[choice.backend].lora_experts(operands, spec, choice.strategy)
 
 
 def lora_experts_dispatched(operands: ExpertsOperands, spec: ExpertsSpec) -> tuple[Tensor, Saved]:
@@ -507,11 +510,10 @@ def lora_experts_backward_direct(
 ) -> ExpertsGrads:
     """Run the backward without the dispatcher."""
     choice = choice or choose_experts(operands, spec)
-    call = dy, operands, saved, spec, needs
     with no_autocast(operands.x):
-        if choice.backend == "cpu":
-            return cpu_experts.lora_experts_backward(*call, choice.strategy)
-        return eager_experts.lora_experts_backward(*call)
+        return _EXPERTS_BACKENDS[choice.backend].lora_experts_backward(
+            dy, operands, saved, spec, needs, choice.strategy
+        )
 
 
 def lora_experts_backward_dispatched(

@@ -128,8 +128,10 @@ def _choose_cpu(problem: Problem, requested: Forced, environment: tuple[object, 
 def choose_experts(problem: Problem) -> Choice:
     """Choose the backend of `lora_experts_linear`, the same for forward and backward."""
     requested = forced.current.get()
-    if requested.backend in ("triton", "cuda"):
-        require_supported(requested.backend, "it has no kernels for experts")
+    if requested.backend == "triton":
+        return triton_heuristics.plan_experts(problem, requested.strategy)
+    if requested.backend == "cuda":
+        require_supported("cuda", "it has no kernels for experts")
     strategy = cpu_heuristics.plan_experts(requested.strategy)
     return _choose_cpu_or_eager(problem, strategy, Strategy.LIBRARY)
 

@@ -9,18 +9,22 @@ from typing import Any
 _MULTI = ("multi_lora_linear", "multi_lora_linear_backward")
 _EQUATION = ("lora_linear", "lora_linear_backward", *_MULTI, "dora_norm")
 _CODEC = ("quantize", "dequantize")
+_EXPERTS = ("lora_experts", "lora_experts_backward")
 
 
-def lazy_launchers(package: str, codec: str) -> Callable[[str], Any]:
+def lazy_launchers(package: str, codec: str, experts: str | None = None) -> Callable[[str], Any]:
     """Return a package's `__getattr__` that imports a launcher's module when it is first used.
 
-    codec: the module of `quantize` and `dequantize`; the others are in `equation`.
+    codec: the module of `quantize` and `dequantize`. experts: that of `lora_experts` and its
+    backward, or None without them. The others are in `equation`.
     """
+    modules = dict.fromkeys(_EQUATION, "equation") | dict.fromkeys(_CODEC, codec)
+    if experts is not None:
+        modules |= dict.fromkeys(_EXPERTS, experts)
 
     def find(name: str) -> Any:
-        if name not in (*_EQUATION, *_CODEC):
+        if name not in modules:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        module = codec if name in _CODEC else "equation"
-        return getattr(importlib.import_module(f"{package}.{module}"), name)
+        return getattr(importlib.import_module(f"{package}.{modules[name]}"), name)
 
     return find

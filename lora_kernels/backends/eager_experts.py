@@ -69,7 +69,9 @@ def _bias_of_rows(bias: Tensor, offsets: Tensor, rows: int) -> Tensor:
     return bias[expert.clamp_(max=bias.shape[0] - 1)]
 
 
-def lora_experts(operands: ExpertsOperands, spec: ExpertsSpec) -> tuple[Tensor, Saved]:
+def lora_experts(
+    operands: ExpertsOperands, spec: ExpertsSpec, strategy: str
+) -> tuple[Tensor, Saved]:
     """Compute y [M, N] for x [M, K]."""
     x, weight, lora_A, lora_B, offsets, bias, rng = operands
     scaling, dropout_p, dtype, y_dtype, _ = spec
@@ -99,7 +101,7 @@ def lora_experts(operands: ExpertsOperands, spec: ExpertsSpec) -> tuple[Tensor, 
             bias=None if bias is None else bias[e],
             rng=None if kept is None else kept[rows],
         )
-        y[rows], saved = eager.lora_linear(own, one, "library")
+        y[rows], saved = eager.lora_linear(own, one, strategy)
         p[rows] = saved.p
     return y, Saved(p, None, mask)
 
@@ -113,7 +115,12 @@ def _mask(operands: ExpertsOperands, spec: ExpertsSpec) -> Tensor | None:
 
 
 def lora_experts_backward(
-    dy: Tensor, operands: ExpertsOperands, saved: Saved, spec: ExpertsSpec, needs: ExpertsNeeds
+    dy: Tensor,
+    operands: ExpertsOperands,
+    saved: Saved,
+    spec: ExpertsSpec,
+    needs: ExpertsNeeds,
+    strategy: str,
 ) -> ExpertsGrads:
     """Compute the gradients for dy [M, N] and x [M, K]."""
     if is_grouped(operands, spec):
@@ -134,7 +141,7 @@ def lora_experts_backward(
             x[rows], base, lora_A[e], lora_B[e], rng=None if mask is None else mask[rows]
         )
         kept = Saved(saved.p[rows])
-        grads = eager.lora_linear_backward(dy[rows], own, kept, one, own_needs, "library")
+        grads = eager.lora_linear_backward(dy[rows], own, kept, one, own_needs, strategy)
         for all_experts, at, grad in (
             (dx, rows, grads.x),
             (dA, e, grads.lora_A),

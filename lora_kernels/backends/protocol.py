@@ -7,6 +7,10 @@ from typing import Protocol
 from torch import Tensor
 
 from ..core.call import (
+    ExpertsGrads,
+    ExpertsNeeds,
+    ExpertsOperands,
+    ExpertsSpec,
     Grads,
     MultiGrads,
     MultiNeeds,
@@ -63,3 +67,21 @@ class Backend(Protocol):
         scaling: float,
         rank_gate: Tensor | None,
     ) -> Tensor: ...
+
+
+class ExpertsBackend(Protocol):
+    """The equation and its gradients for rows sorted by expert; x and dy as in `Backend`."""
+
+    def lora_experts(
+        self, operands: ExpertsOperands, spec: ExpertsSpec, strategy: str
+    ) -> tuple[Tensor, Saved]: ...
+
+    def lora_experts_backward(
+        self,
+        dy: Tensor,
+        operands: ExpertsOperands,
+        saved: Saved,
+        spec: ExpertsSpec,
+        needs: ExpertsNeeds,
+        strategy: str,
+    ) -> ExpertsGrads: ...

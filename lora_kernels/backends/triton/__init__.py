@@ -10,7 +10,7 @@ The strategies of the forward:
 - "library": cuBLAS computes x·Wᵀ, after decoding a 4-bit weight. One pass over y adds the rest.
 
 The backward computes dx and dS as y and P, with W in the other layout. dB and dA follow, in two
-passes each.
+passes each. Rows sorted by expert always run as "two_pass", in grouped GEMMs.
 
 Rounding points are documented in the kernels' docstrings. P and dS are stored in float32. As GEMM
 operands they are rounded as in PyTorch, to the wider dtype of x (or dY) and the adapter. Results
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from .equation import lora_linear_backward as lora_linear_backward
     from .equation import multi_lora_linear as multi_lora_linear
     from .equation import multi_lora_linear_backward as multi_lora_linear_backward
+    from .experts import lora_experts as lora_experts
+    from .experts import lora_experts_backward as lora_experts_backward
 
 FUSED = Strategy.FUSED
 TWO_PASS = Strategy.TWO_PASS
@@ -66,4 +68,4 @@ def require(device: torch.device) -> None:
     require_supported("triton", configs.unsupported_reason(target, device.type))
 
 
-__getattr__ = lazy_launchers(__name__, codec="codec")
+__getattr__ = lazy_launchers(__name__, codec="codec", experts="experts")

@@ -26,8 +26,24 @@ class Matrix(NamedTuple):
         return cls(t, *t.stride())
 
 
+class Stack(NamedTuple):
+    """A stack of matrices [E, rows, columns], as `Matrix`; step: from one matrix to the next."""
+
+    ptr: Tensor
+    step: int
+    row: int
+    col: int
+
+    @classmethod
+    def from_tensor(cls, t: Tensor) -> Stack:
+        return cls(t, *t.stride())
+
+
 class Codes(NamedTuple):
-    """The tensors of a 4-bit weight; see `Packed4bit`."""
+    """The tensors of a 4-bit weight; see `Packed4bit`.
+
+    first_row: of one expert in a stack, set inside a kernel; None for a weight by itself.
+    """
 
     packed: Tensor
     absmax: Tensor
@@ -35,6 +51,7 @@ class Codes(NamedTuple):
     nested_absmax: Tensor | None
     nested_code: Tensor | None
     offset: Tensor | None
+    first_row: int | None = None
 
     @classmethod
     def from_weight(cls, weight: Packed4bit) -> Codes:

@@ -24,6 +24,17 @@ def plan(problem: Problem, strategy: Strategy | None) -> Choice:
     return choose_tuned(problem, target) or _plan(problem, target)
 
 
+def plan_experts(problem: Problem, requested: Strategy | None) -> Choice:
+    """Choose for rows sorted by expert; RuntimeError if the kernels or the strategy cannot run."""
+    require_target(problem)
+    if requested not in (None, TWO_PASS):
+        raise RuntimeError(
+            f"strategy {requested!r} was requested and cannot run here: for rows sorted by expert "
+            f"(lora_experts_linear) want {TWO_PASS!r}"
+        )
+    return Choice("triton", TWO_PASS, REQUESTED)
+
+
 @functools.lru_cache(maxsize=4096)
 def _plan(problem: Problem, target: DeviceInfo) -> Choice:
     M, N, R = problem.rows, problem.columns, problem.rank

@@ -128,6 +128,8 @@ def load_codes(
 ):
     """Decode [BLOCK_N, BLOCK_K] of a 4-bit weight at [n0, k0] in float32, 0 outside.
 
+    The weight [N, K] starts at `codes.first_row` of a stack.
+
     WORDS requires aligned words, and K and k0 that are multiples of 8. WHOLE requires K that is a
     multiple of the block, and k0 that is a multiple of the block or of BLOCK_K. Then a row of the
     tile has one scale or few.
@@ -137,6 +139,8 @@ def load_codes(
     mask = mask_n[:, None] & (offs_k < K)[None, :]
     if WIDE:
         offs_n = offs_n.to(tl.int64)
+    if codes.first_row is not None:
+        offs_n += codes.first_row
     first = offs_n[:, None] * K  # of the row, in the flattened weight
     if FORMAT.WORDS:
         offs_w = k0 // 8 + tl.arange(0, BLOCK_K // 8)

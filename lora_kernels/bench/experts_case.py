@@ -35,13 +35,16 @@ class ExpertsCase:
     bias: bool = True
     dropout_p: float = 0.0
     peft_layout: bool = False  # of lora_B
+    values: str = "normal"  # as `Case.values`
     frozen: tuple[str, ...] = ()
+    device: str = "cpu"  # where it runs; the numbers are drawn on the CPU
     seed: int = 0
 
     def __str__(self) -> str:
         sizes = f"{'-'.join(map(str, self.rows))}x{self.N}x{self.K}"
         flags = [str(self.dtype).removeprefix("torch."), self.quant]
         flags += ["transposed"] * self.transposed + ["peft"] * self.peft_layout
+        flags += [self.values] * (self.values != "normal")
         flags += [f"dropout{self.dropout_p}"] * bool(self.dropout_p) + ["no_bias"] * (not self.bias)
         flags += [str(self.adapter_dtype).removeprefix("torch.")] * bool(self.adapter_dtype)
         return "-".join([sizes, f"R{self.R}", *filter(None, flags), *self.frozen])
@@ -49,24 +52,27 @@ class ExpertsCase:
 
 def inputs(case: ExpertsCase) -> dict[str, Any]:
     """The arguments of `lora_experts_linear` plus `dy`; those to be differentiated require it."""
-    draw = cases.random_source("normal", torch.Generator().manual_seed(case.seed))
+    draw = cases.random_source(case.values, torch.Generator().manual_seed(case.seed))
     E, M, N, K, R = len(case.rows), sum(case.rows) + case.tail, case.N, case.K, case.R
     adapter = case.adapter_dtype or case.dtype
     weight: Any = draw((E, K, N) if case.transposed else (E, N, K), K**-0.5, case.dtype)
     lora_B = draw((N, R, E) if case.peft_layout else (E, N, R), R**-0.5, adapter)
     args: dict[str, Any] = {
         "x": draw((M, K), 1.0, case.dtype),
-        "weight": cases.quantize(weight, case.quant) if case.quant else weight,
+        "weight": weight,
         "lora_A": draw((E, R, K), K**-0.5, adapter),
         "lora_B": lora_B.permute(2, 0, 1) if case.peft_layout else lora_B,
         "offsets": torch.tensor(case.rows).cumsum(0),
-        "scaling": 1.25,
+        "scaling": 2.0 if case.values == "integers" else 1.25,
         "bias": draw((E, N), 1.0, case.dtype) if case.bias else None,
         "is_transposed": case.transposed,
         "dropout_p": case.dropout_p,
         "rng": cases.dropout_state(case.seed) if case.dropout_p else None,
         "dy": draw((M, N), 1.0, case.dtype),
     }
+    args = {n: a.to(case.device) if isinstance(a, Tensor) else a for n, a in args.items()}
+    if case.quant:
+        args["weight"] = cases.quantize(args["weight"], case.quant)
     for name in ("x", "lora_A", "lora_B", "bias"):
         if args[name] is not None:
             args[name] = args[name].detach().requires_grad_(name not in case.frozen)

@@ -26,7 +26,7 @@ MATRIX |= {"sm90": "wgmma.mma_async", "gfx942": "mfma"}
 MATRIX |= dict.fromkeys(("sm100", "sm103", "sm110"), "tcgen05.mma")
 FEW_BYTES = 16  # of stack, touched outside of all loops: ptxas buys occupancy with them
 NO_PRODUCT = ("reduce_kernel", "dequantize_kernel", "quantize_kernel")
-LINEAR = ("fused_kernel", "two_pass_kernel", "cooperative_kernel")
+LINEAR = ("fused_kernel", "two_pass_kernel", "cooperative_kernel", "grouped_linear_kernel")
 WIDE_LOADS = (*LINEAR, "shrink_outer_kernel", "row_norm_kernel", "quantize_kernel")
 WARPGROUP = 64  # rows of wgmma and tcgen05; with fewer, mma.sync
 

@@ -17,8 +17,17 @@ from lora_kernels.backends.triton import (
     codec,
     configs,
     equation,
+    experts,
 )
-from lora_kernels.core.call import Needs, Operands, Saved, Spec
+from lora_kernels.core.call import (
+    ExpertsNeeds,
+    ExpertsOperands,
+    ExpertsSpec,
+    Needs,
+    Operands,
+    Saved,
+    Spec,
+)
 from lora_kernels.core.packed4bit import Packed4bit
 
 f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
@@ -78,6 +87,50 @@ class Call:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """One `lora_experts`, or its backward, of M rows and E experts."""
+
+    M: int
+    E: int = 8
+    dtype: torch.dtype = bf16
+    adapter: torch.dtype = bf16
+    R: int = 16
+    quant: str = ""
+    backward: bool = False
+    dropout: bool = False
+    transposed: bool = False
+    odd: bool = False
+
+    def __str__(self) -> str:
+        names = [f"experts M{self.M} E{self.E} R{self.R}", str(self.dtype).removeprefix("torch.")]
+        names += [f"A:{self.adapter}".replace("torch.", "")] if self.adapter != self.dtype else []
+        names += ["backward" if self.backward else "forward"]
+        names += [f"codes:{self.quant}"] if self.quant else []
+        flags = ("dropout", "transposed", "odd")
+        return " ".join(names + [name for name in flags if getattr(self, name)])
+
+    aligned = Call.aligned
+
+    def run(self) -> None:
+        (E, M, R), N = (self.E, self.M, self.R), 4096 if self.aligned else 4095
+        x, y = meta((M, N), self.dtype), meta((M, N), self.dtype)
+        A, B = meta((E, R, N), self.adapter), meta((E, N, R), self.adapter)
+        weight = codes(E * N, N) if self.quant else meta((E, N, N), self.dtype)
+        if isinstance(weight, Tensor) and self.transposed:
+            weight = weight.mT
+        p, rng = (0.1, meta((2,), torch.int64)) if self.dropout else (0.0, None)
+        bias = None if self.backward else meta((E, N), self.dtype)
+        operands = ExpertsOperands(x, weight, A, B, meta((E,), torch.int64), bias, rng)
+        spec = ExpertsSpec(2.0, p, self.dtype, self.dtype, self.transposed)
+        if not self.backward:
+            experts.lora_experts(operands, spec, TWO_PASS)
+            return
+        needs = ExpertsNeeds(True, True, True, True)
+        saved = Saved(meta((M, R), f32))
+        experts.lora_experts_backward(y, operands, saved, spec, needs, TWO_PASS)
+
+
+@dataclass(frozen=True)
 class Norm:
     """One `dora_norm`."""
 
@@ -133,7 +186,7 @@ def codes(N: int, K: int) -> Packed4bit:
 
 
 # One config a kernel and target.
-SLICE: list[Call | Norm | Quantize] = [
+SLICE: list[Call | Experts | Norm | Quantize] = [
     Call(4096, strategy=FUSED),
     Call(1024, quant="whole"),
     Call(16, quant="whole"),
@@ -142,13 +195,16 @@ SLICE: list[Call | Norm | Quantize] = [
     Call(4096, f32, f32),
     Call(4096, backward=True, options=True),
     Call(4096, strategy=LIBRARY, quant="whole"),
+    Experts(8192),
+    Experts(64, 64, quant="whole"),
+    Experts(8192, backward=True, dropout=True),
     Norm(),
     Norm(quant="whole"),
     Quantize(),
 ]
 
 
-def every_call() -> Iterator[Call | Norm | Quantize]:
+def every_call() -> Iterator[Call | Experts | Norm | Quantize]:
     """Every branch of `configs`, every format, with options and without, aligned and odd."""
     yield from SLICE
     for M, dtype in itertools.product((1, 64, 256, 4096), (bf16, f32)):
@@ -161,11 +217,21 @@ def every_call() -> Iterator[Call | Norm | Quantize]:
         for strategy in (TWO_PASS, FUSED) if R <= configs.MAX_FUSED_RANK else (TWO_PASS,):
             yield Call(4096, R=R, strategy=strategy)
             yield Call(4096, R=R, strategy=strategy, backward=True)
+    for dtype in (bf16, f32):
+        yield Call(4096, dtype, f32, 64, backward=True, options=True)
     for strategy, quant in itertools.product((FUSED, TWO_PASS, LIBRARY), ("", "odd")):
         for backward in (False, True):
             yield Call(256, bf16, f32, 16, strategy, quant, backward, options=True)
             yield Call(256, f16, f16, 5, strategy, quant, backward, odd=True)
             yield Call(4096, bf16, bf16, 32, strategy, quant, backward, options=True)
+    for M, backward in itertools.product((64, 512, 8192), (False, True)):
+        yield Experts(M, backward=backward, transposed=True)
+        yield Experts(M, dtype=f32, adapter=f32, backward=backward)
+        for transposed in (False, True):
+            yield Experts(M, quant="whole", backward=backward, transposed=transposed)
+        yield Experts(M, 5, f16, f16, 5, "odd", backward, dropout=True)
+    for backward in (False, True):
+        yield Experts(8192, 512, bf16, f32, 256, "", backward, dropout=True)
     for R, gate in itertools.product((5, 64, 256), (False, True)):
         for dtype, adapter in ((bf16, bf16), (bf16, f32), (f16, f16), (f32, f32)):
             yield Norm(dtype, adapter, R, gate=gate)

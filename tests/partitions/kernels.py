@@ -36,6 +36,7 @@ _DY = _not("dY has no mask", "dropout")
 _NORM = _not("W + (B ⊙ g)·A has no x", "dropout", "column scale", "adapters")
 _CODEC = _not("it has a weight alone", "dropout", "gate", "column scale", "adapters")
 _THIN = _GATE | _WEIGHT
+_EXPERTS = _not("rows sorted by expert have none", "gate", "column scale", "adapters")
 _LATER = _not("it makes P alone", "gate", "4-bit") | _TWO_STEPS
 
 _TILES = ("rows", "columns", "sum", "ranks")
@@ -66,6 +67,10 @@ KERNELS: dict[str, dict[str, Kernel]] = {
         "outer": Kernel(_OF_GRADIENT, _THIN),
         "shrink_outer": Kernel(("rows", "slots", "sum"), _DY | _THIN | _ALONE),
         "reduce": Kernel(("columns", "slots"), _MASK | _WEIGHT),
+        "grouped_linear": Kernel(("experts", *_TILES), _MASK | _EXPERTS),
+        "grouped_linear, dx": Kernel(("experts", *_TILES), _EXPERTS),
+        "grouped_shrink": Kernel(("experts", "rows", "ranks", "sum"), _WEIGHT | _EXPERTS),
+        "grouped_outer": Kernel(("experts", "columns", "ranks", "sum"), _WEIGHT | _EXPERTS),
         "row_norm": Kernel(("rows", "slots", "sum", "ranks"), _NORM),
         "dequantize": Kernel(("rows", "columns"), _CODEC),
         "quantize": Kernel(("blocks",), _CODEC),

@@ -120,6 +120,8 @@ def _triton_launch(kernel: Any, config: Any, *args: Any, grid: Any, device: Any,
         sums_z = given["sum_z"]
         options = _some(gate=given["gate"], column_scale=sums_z, adapters=_several_adapters)
         note("triton", name, options, columns=grid[0], slots=a["parts"])
+    elif name.startswith("grouped_"):
+        _triton_grouped(name, a, given)
     elif name == "row_norm":
         parts = {"rows": grid[0], "slots": grid[1]}
         parts["ranks"] = 1 if a["ONE_BLOCK"] else _tiles(a["R"], a["BLOCK_R"])
@@ -163,13 +165,32 @@ def _triton_linear(way: str, a: dict[str, Any], given: dict[str, bool]) -> None:
     note("triton", f"linear, {way}" + ("" if forward else ", dx"), options, **parts)
 
 
+def _triton_grouped(name: str, a: dict[str, Any], given: dict[str, bool]) -> None:
+    """Note the parts of the expert with the most rows."""
+    offsets = a["offsets_ptr"]
+    most = int(offsets.diff(prepend=offsets.new_zeros(1)).max())
+    parts: dict[str, Count] = {"experts": a["E"], "ranks": (a["R"], a["BLOCK_R"])}
+    if name == "grouped_linear":
+        options = _some(dropout=given["mask_out"], four_bit=given["codes"])
+        parts |= {"rows": (most, a["BLOCK_M"]), "columns": (a["N"], a["BLOCK_N"])}
+        note("triton", name + ", dx" * _backward, options, **parts, sum=(a["K"], a["BLOCK_K"]))
+    elif name == "grouped_shrink":
+        parts |= {"rows": (most, a["BLOCK_M"]), "sum": (a["K"], a["BLOCK_K"])}
+        note("triton", name, _some(dropout=given["mask_in"]), **parts)
+    else:
+        parts |= {"columns": (a["N"], a["BLOCK_N"]), "sum": (most, a["BLOCK_M"])}
+        note("triton", name, _some(dropout=given["mask"]), **parts)
+
+
 def _record_triton() -> None:
     if triton.unavailable_reason() is not None:
         return
-    from lora_kernels.backends.triton import equation, launch
+    from lora_kernels.backends.triton import equation, experts, launch
 
     _wrap(launch, "run", _triton_launch)
     _record_op(equation)
+    _inside(experts, "lora_experts", False, False)
+    _inside(experts, "lora_experts_backward", False, True)
 
 
 # CUDA --------------------------------------------------------------------------------------------

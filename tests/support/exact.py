@@ -43,11 +43,16 @@ def inputs(case: Case, blocksize: int = 0) -> dict[str, Any]:
     assert case.values == "integers"
     args = cases.inputs(case)
     if blocksize:
-        flat = args["weight"].flatten()
-        flat[::blocksize] = 1  # a block of zeros would have no scale
-        flat *= 2.0 ** (torch.arange(flat.numel(), device=flat.device) // blocksize % 4)
-        args["weight"] = quantize_4bit(flat.view(case.N, case.K), "nf4", blocksize, False)
+        args["weight"] = quantize_integers(args["weight"], blocksize)
     return args
+
+
+def quantize_integers(weight: Tensor, blocksize: int) -> Weight4bit:
+    """Return a weight of -1, 0 and 1 in 4-bit blocks, neighbours of which have other scales."""
+    flat = weight.flatten()
+    flat[::blocksize] = 1  # a block of zeros would have no scale
+    flat *= 2.0 ** (torch.arange(flat.numel(), device=flat.device) // blocksize % 4)
+    return quantize_4bit(flat.view(weight.shape), "nf4", blocksize, False)
 
 
 @functools.lru_cache(maxsize=1)  # enough for a loop over engines

@@ -1,13 +1,69 @@
-"""The check of `lora_experts_linear` against its float64 reference."""
+"""Cases of `lora_experts_linear`, and checks against their float64 reference."""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+from dataclasses import replace
+
+from lora_kernels import lora_experts_linear
+from lora_kernels.bench import case as cases
 from lora_kernels.bench.experts_case import ExpertsCase as ExpertsCase
+from lora_kernels.bench.experts_case import equation, judge
 from lora_kernels.bench.experts_case import inputs as inputs
-from lora_kernels.bench.experts_case import judge
+from lora_kernels.bench.tolerance import assert_exact
+from tests.support import exact
 from tests.support.engines import assert_within
+from tests.support.problems import bf16, f16, f32
+
+ROWS = (3, 0, 1, 20)  # an expert without rows, a single row, more than a few
+SIZES = (33, 47, 3), (64, 128, 8)
+
+
+def some_cases(sizes: Sequence[tuple[int, int, int]] = SIZES) -> list[ExpertsCase]:
+    """Cases of each dtype, layout and option in these sizes, and of each format."""
+    found = []
+    for dtype, (N, K, R) in itertools.product((f32, bf16, f16), sizes):
+        case = ExpertsCase(ROWS, N, K, R, dtype=dtype)
+        found += [
+            case,
+            replace(case, transposed=True, bias=False),
+            replace(case, dropout_p=0.25, adapter_dtype=f32),
+            replace(case, peft_layout=True, transposed=True, dropout_p=0.5),
+            replace(case, quant="nf4-64"),
+        ]
+    case = ExpertsCase(ROWS, 64, 128, 8, dtype=bf16)
+    found += [
+        replace(case, quant="fp4-32", transposed=True, dropout_p=0.25),
+        replace(case, quant="nf4-64-nested", adapter_dtype=f32),
+        # 192 blocks an expert: blocks of nested scales straddle experts.
+        replace(case, N=96, quant="nf4-64-nested", rows=(3, 20, 2, 4)),
+        replace(case, N=96, quant="nf4-64-nested", rows=(3, 20, 2, 4), transposed=True),
+        replace(case, N=256, quant="nf4-64-nested", adapter_dtype=f32),
+        replace(case, N=33, K=47, quant="nf4-64-nested", transposed=True),
+        replace(case, rows=(0, 0, 5), tail=0),
+        replace(case, rows=(2, 1), tail=9),
+        *(replace(case, frozen=(name,)) for name in ("x", "lora_A", "lora_B", "bias")),
+        replace(case, frozen=("lora_A", "lora_B", "bias"), quant="nf4-64"),
+    ]
+    return found
 
 
 def check(case: ExpertsCase) -> None:
     """Judge y and every gradient of the case."""
     assert_within(case, judge(case))
+
+
+def check_exact(case: ExpertsCase, blocksize: int = 0) -> None:
+    """Check that y and every gradient of a case of integers in float32 are the reference.
+
+    blocksize: of a 4-bit weight; 0 for a dense one.
+    """
+    assert case.values == "integers" and case.dropout_p in (0.0, 0.5)
+    args = inputs(case)
+    if blocksize:
+        args["weight"] = exact.quantize_integers(args["weight"], blocksize)
+    ref, got = cases.oracle(args, equation), cases.run(lora_experts_linear, args)
+    assert got.keys() == ref.keys()
+    for name in got:
+        assert_exact(got[name], ref[name].to(got[name].dtype), f"{case}, {blocksize}: {name}")

@@ -85,7 +85,7 @@ def test_lora_linear_of_formats_and_dtypes_is_within_tolerance(case: Case, engin
 def test_cases_of_several_shares_are_cut_where_they_should_be() -> None:
     for case in SHARES:
         _, k_share = configs.shrink(configs.INTERPRETER, case.M, case.K, case.R, 4)
-        _, m_share = configs.outer(configs.INTERPRETER, case.M, case.N, case.R)
+        _, m_share = configs.outer(configs.INTERPRETER, case.M, case.N, case.R, 4)
         assert (k_share < case.K and case.K % k_share) or (m_share < case.M and case.M % m_share)
     M, N, _, R = ONE_READ
     for itemsize in (2, 4):

@@ -1,6 +1,7 @@
 """Kernels cut into many parts: tiles, ranks and shares of 16, so that small sizes have several of
 each. `python -m tests.partitions` counts them."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from lora_kernels.bench.multi import MultiCase
 from lora_kernels.quantization import quantize_4bit
 from tests.support import codec, exact
 from tests.support.engines import check_multi, check_norm
+from tests.support.experts import ExpertsCase, check_exact
 from tests.triton.device import DEVICE
 
 f32 = torch.float32
@@ -74,6 +76,29 @@ def test_adapters_of_rows_in_small_tiles_are_close(strategy: str, quant: str) ->
     case = MultiCase(90, N, WORDS, (5, 8, 3, 17), "mixed", quant=quant, bias=False, dropout_p=0.5)
     with lora_kernels.backend("triton", strategy):
         check_multi(case)
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+@pytest.mark.parametrize(("K", "blocksize"), [(ODD, 0), (WHOLE, 32), (ODD, 32)])
+def test_lora_experts_linear_in_small_tiles_is_exact(
+    K: int, blocksize: int, is_transposed: bool, device: str
+) -> None:
+    """Experts of several row tiles, of one, of one row, and without rows; rows of no expert."""
+    rows, options = (0, M, 1, 0, 16), {"transposed": is_transposed, "dropout_p": 0.5}
+    case = ExpertsCase(rows, N, K, BLOCKS, values="integers", device=DEVICE)
+    check_exact(replace(case, peft_layout=True, tail=20, **options), blocksize)
+
+
+@pytest.mark.parametrize("experts", range(1, 9))
+def test_lora_experts_linear_of_any_offsets_in_small_tiles_is_exact(
+    experts: int, device: str
+) -> None:
+    """Experts of whole tiles, of parts of one, and without rows, in any order."""
+    generator = torch.Generator().manual_seed(experts)
+    sizes = torch.tensor([0, 1, 15, 16, 17, 33])
+    rows = sizes[torch.randint(0, len(sizes), (experts,), generator=generator)].tolist()
+    case = ExpertsCase(tuple(rows), 16, 16, 1, values="integers", device=DEVICE)
+    check_exact(replace(case, tail=17 * (experts % 3)))
 
 
 @pytest.mark.parametrize("quant", ["", "nf4-32", "nf4-64-nested"])

@@ -41,6 +41,42 @@ def test_choose_on_a_gpu_takes_triton_only_if_requested(gpu: DeviceInfo) -> None
         assert choose().strategy == TWO_PASS
 
 
+def choose_experts(device: str = "cuda", dtype: torch.dtype = bf16, rank: int = 16) -> Choice:
+    return selection.choose_experts(Problem(device, dtype, dtype, dtype, dtype, rank))
+
+
+def test_choose_experts_on_a_gpu_takes_triton_only_if_requested(gpu: DeviceInfo) -> None:
+    assert choose_experts().backend == "eager"
+    for strategy in (None, TWO_PASS):
+        with lora_kernels.backend("triton", strategy):
+            choice = choose_experts()
+        assert (choice.backend, choice.strategy) == ("triton", TWO_PASS)
+
+
+def test_choose_experts_of_another_strategy_raises(gpu: DeviceInfo) -> None:
+    with (
+        lora_kernels.backend("triton", FUSED),
+        pytest.raises(RuntimeError, match=r"'fused' was requested .* want 'two_pass'"),
+    ):
+        choose_experts()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        ({"device": "cpu"}, "'cpu', want a GPU"),
+        ({"rank": 257}, "rank 257 is above"),
+        ({"dtype": f64}, "float64"),
+    ],
+    ids=str,
+)
+def test_choose_experts_of_what_triton_lacks_raises(
+    gpu: DeviceInfo, arguments: dict[str, object], word: str
+) -> None:
+    with lora_kernels.backend("triton"), pytest.raises(RuntimeError, match=word):
+        choose_experts(**arguments)
+
+
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
@@ -239,7 +275,7 @@ def test_shares_of_any_sizes_cover_everything_once(K: int, M: int) -> None:
         slots = -(-K // share)
         assert share % linear.block_k == 0 and (slots - 1) * share < K <= slots * share
         assert slots <= configs.MAX_SLOTS
-    config, share = configs.outer(H100, M, K, 16)
+    config, share = configs.outer(H100, M, K, 16, 2)
     parts = -(-M // share)
     assert share % config.block_m == 0 and (parts - 1) * share < M <= parts * share
 

@@ -217,9 +217,13 @@ def count_co_resident(target: DeviceInfo, shared: int, registers: int, warps: in
     return target.multiprocessors * min(of_memory, of_registers, of_threads, MIN_PROGRAMS)
 
 
-def outer(target: DeviceInfo, M: int, N: int, R: int) -> tuple[Config, int]:
-    """Return the tiles of `outer_kernel` (block_k: ranks), and the rows of one partial sum."""
-    config = Config(64, 64, block_of_ranks(R), 4, 3)
+def outer(target: DeviceInfo, M: int, N: int, R: int, itemsize: int) -> tuple[Config, int]:
+    """Return the tiles of `outer_kernel` (block_k: ranks), and the rows of one partial sum.
+
+    itemsize: of the operands. Registers do not hold 64 rows of 64 ranks in float32.
+    """
+    ranks = block_of_ranks(R)
+    config = Config(32 if itemsize > 2 and ranks > 32 else 64, 64, ranks, 4, 3)
     programs = _tiles(N, config.block_n) * _tiles(R, config.block_k)
     chunks = _tiles(M, config.block_m)
     parts = max(1, min(chunks // 2, 2 * target.multiprocessors // programs))

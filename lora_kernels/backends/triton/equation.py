@@ -387,12 +387,12 @@ def _outer(
             if t is not None:
                 t.zero_()
         return sums, sums_z
-    config, share = configs.outer(target, M, N, R)
+    wider = torch.float32 if grad is None else launch.promote_dtypes(v, grad)
+    config, share = configs.outer(target, M, N, R, wider.itemsize)
     count = triton.cdiv(M, share)
     parts = v.new_empty(count, R + 2, N, dtype=torch.float32)
     ranks = triton.cdiv(R, config.block_k) if grad is not None else 1
     grid = triton.cdiv(N, config.block_n), ranks, count
-    wider = torch.float32 if grad is None else launch.promote_dtypes(v, grad)
     meta = {
         "RANKS": grad is not None,
         "SUM": need_sum,

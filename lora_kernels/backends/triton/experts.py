@@ -167,8 +167,8 @@ def _outer(
 ) -> None:
     """Write grad [E, R, N] = scale · sᵀ·mask(v) and sums [E, N] = Σ v over each expert's rows."""
     (M, N), R, E, target = v.shape, s.shape[1], offsets.shape[0], launch.target(v)
-    config, _ = configs.outer(target, _rows_of_an_expert(M, E), N, max(1, R))
     dtype = torch.float32 if grad is None else launch.promote_dtypes(v, grad)
+    config, _ = configs.outer(target, _rows_of_an_expert(M, E), N, max(1, R), dtype.itemsize)
     ranks = 1 if grad is None else triton.cdiv(R, config.block_k)
     launch.run(
         grouped_outer_kernel,

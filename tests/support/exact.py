@@ -48,7 +48,7 @@ def inputs(case: Case, blocksize: int = 0) -> dict[str, Any]:
 
 
 def quantize_integers(weight: Tensor, blocksize: int) -> Weight4bit:
-    """Return a weight of -1, 0 and 1 in 4-bit blocks, neighbours of which have other scales."""
+    """Return a weight of -1, 0 and 1 in 4-bit blocks; neighbouring blocks have other scales."""
     flat = weight.flatten()
     flat[::blocksize] = 1  # a block of zeros would have no scale
     flat *= 2.0 ** (torch.arange(flat.numel(), device=flat.device) // blocksize % 4)

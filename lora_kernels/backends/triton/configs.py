@@ -125,6 +125,19 @@ def block_of_ranks(rank: int) -> int:
     return min(max(MIN_BLOCK, power_of_two(rank)), MAX_FUSED_RANK)
 
 
+def block_of_update(rank: int, itemsize: int) -> int:
+    """Return how many ranks of S·Bᵀ a GEMM adds at a time.
+
+    itemsize: of the operands. More than 16 in float32 spill beside the sums on sm_80 and sm_120.
+    """
+    return MIN_BLOCK if itemsize > 2 else block_of_ranks(rank)
+
+
+def block_of_experts(experts: int) -> int:
+    """Return a power of two above the experts, at least one for each thread of four warps."""
+    return max(128, power_of_two(experts + 1))
+
+
 def linear(
     target: DeviceInfo,
     M: int,

@@ -269,6 +269,7 @@ def _linear(
         run(fused_kernel, config, *base, A, Q, p, *factors, *masked[0], *masked[1], *scales, **meta)
     elif not share:
         args = *base, Q, p, slots, *factors, *masked[1], slots.shape[0], gemm.s_scale
+        meta["BLOCK_R"] = configs.block_of_update(R, launch.promote_dtypes(x, a).itemsize)
         run(two_pass_kernel, config, *args, ADD_TO_Y=from_library, **meta)
     else:
         sizes = slots.shape[0], share

@@ -83,7 +83,7 @@ def _shrink(x: Tensor, a: Tensor, offsets: Tensor, dropout: Dropout) -> Tensor:
         BLOCK_M=config.block_m,
         BLOCK_K=config.block_k,
         BLOCK_R=config.block_n,
-        BLOCK_E=configs.power_of_two(E + 1),
+        BLOCK_E=configs.block_of_experts(E),
     )
     return p
 
@@ -149,8 +149,8 @@ def _linear(
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
-        BLOCK_R=configs.block_of_ranks(R),
-        BLOCK_E=configs.power_of_two(E + 1),
+        BLOCK_R=configs.block_of_update(R, dtype.itemsize),
+        BLOCK_E=configs.block_of_experts(E),
         GROUP_M=config.group_m,
     )
     return y

@@ -65,19 +65,19 @@ def grouped_linear_kernel(
     if expert == E:
         store_y(acc, y_ptr, None, None, None, offs_m, offs_n, end, N, False, TYPES)
         return
-    own_q = matrix_of(q, expert)
+    own_q, own_w = matrix_of(q, expert), matrix_of(w, expert)
+    own_codes = codes_of(codes, expert * (N if K_INNER else K))
+    own_bias_ptr = vector_of(bias_ptr, expert, N)
     for r0 in tl.range(0, R, BLOCK_R, num_stages=1):
         ranks = r0 + tl.arange(0, BLOCK_R)
         p = load_slots(p_ptr, offs_m, ranks, end, R, 1)
         acc = add_update(acc, p, own_q, None, offs_n, ranks, N, R, s_scale, TYPES)
     if mask_out is not None:
         acc = tl.where(keep_mask(mask_out, m0, n0, BLOCK_M, BLOCK_N), acc, 0.0)
-    own_w, own_codes = matrix_of(w, expert), codes_of(codes, expert * (N if K_INNER else K))
     acc = add_base_gemm(
         acc, x, own_w, own_codes, None, m0, n0, end, N, K, K_INNER, LEFT, FORMAT, TYPES, BLOCK_M,
         BLOCK_N, BLOCK_K,
     )  # fmt: skip
-    own_bias_ptr = vector_of(bias_ptr, expert, N)
     store_y(acc, y_ptr, None, None, own_bias_ptr, offs_m, offs_n, end, N, False, TYPES)
 
 

@@ -11,8 +11,8 @@ from lora_kernels.bench import case as cases
 from lora_kernels.bench.experts_case import ExpertsCase as ExpertsCase
 from lora_kernels.bench.experts_case import equation, judge
 from lora_kernels.bench.experts_case import inputs as inputs
-from lora_kernels.bench.tolerance import assert_exact
 from tests.support import exact
+from tests.support.assertions import assert_exact
 from tests.support.engines import assert_within
 from tests.support.problems import bf16, f16, f32
 

@@ -48,6 +48,17 @@ class Cost:
     because: str
 
 
+def check_two_steps(backend: str | None, strategy: str | None) -> None:
+    """Raise RuntimeError if a requested strategy cannot run `multi_lora_linear`."""
+    allowed = TWO_STEPS.get(backend or "")
+    if strategy and allowed and strategy not in allowed:
+        want = " or ".join(map(repr, allowed))
+        raise RuntimeError(
+            f"strategy {strategy!r} was requested and cannot run here: for rows with adapters of "
+            f"their own (multi_lora_linear) want {want}"
+        )
+
+
 def is_known(gpu: DeviceInfo) -> bool:
     """Return True if the model has the GPU's rates."""
     return gpu.kind == "cuda" and bool(gpu.clock and gpu.bandwidth and gpu.tensor_flops)

@@ -97,7 +97,7 @@ def choose(problem: Problem) -> Choice:
             problem, requested, (native.reason, native.isa, native.amx_bf16, native.intel)
         )
     if problem.mixed:
-        _check_two_steps(requested)
+        costs.check_two_steps(requested.backend, requested.strategy)
     if requested.backend == "triton":
         return triton_heuristics.plan(problem, requested.strategy)
     if requested.backend == "cuda":
@@ -161,33 +161,16 @@ def _choose_cpu_or_eager(problem: Problem, on_cpu: Strategy, eager: Strategy) ->
     return Choice("eager", eager, reason)
 
 
-def _check_two_steps(requested: Forced) -> None:
-    """Raise RuntimeError if the requested strategy cannot run `multi_lora_linear`."""
-    allowed = costs.TWO_STEPS.get(requested.backend or "")
-    if requested.strategy and allowed and requested.strategy not in allowed:
-        want = " or ".join(map(repr, allowed))
-        raise RuntimeError(
-            f"strategy {requested.strategy!r} was requested and cannot run here: for rows with "
-            f"adapters of their own (multi_lora_linear) want {want}"
-        )
-
-
 def is_eager_on_gpu(device_type: str) -> bool:
     """Return True if such a device runs the eager backend's GPU path.
 
     PyTorch's kernel draws the dropout masks there. Every other path makes them from a state.
-
-    >>> is_eager_on_gpu("cpu")
-    False
     """
     return is_on_gpu_path(device_type) and forced_backend() in (None, "eager")
 
 
 def choose_for_mask() -> Choice:
-    """Return the choice for a dropout mask that is given or drawn in the op: the eager backend.
-
-    Raises RuntimeError if another backend is forced, since those take the mask's state.
-    """
+    """Return the eager backend, which alone takes a dropout mask; RuntimeError if it may not."""
     name = forced_backend()
     if name not in (None, "eager"):
         raise RuntimeError(

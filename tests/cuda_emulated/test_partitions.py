@@ -17,7 +17,7 @@ f32, bf16 = torch.float32, torch.bfloat16
 @pytest.fixture(autouse=True)
 def small_shares(monkeypatch: pytest.MonkeyPatch) -> None:
     """A share is what a kernel takes in two steps."""
-    shares = {"_SHARE": 128, "_THIN_SHARE": 64, "_SUMS_SHARE": 32, "_GEMM_SHARE": 128}
+    shares = {"_SPLIT": 128, "_THIN_SPLIT": 64, "_SUMS_SPLIT": 32, "_GEMM_SPLIT": 128}
     for name, share in shares.items():
         monkeypatch.setattr(equation, name, share)
 
@@ -25,7 +25,7 @@ def small_shares(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def long_shares(monkeypatch: pytest.MonkeyPatch) -> None:
     """A share is what the kernels whose steps are 256 long take in two."""
-    monkeypatch.setattr(equation, "_SHARE", 512)
+    monkeypatch.setattr(equation, "_SPLIT", 512)
 
 
 # Two tiles of 64 rows and of 64 or 128 columns, the last ones short; of 128 elements of K and one

@@ -231,8 +231,10 @@ def stack(experts: nn.Module, name: str) -> Tensor | Weight4bit:
     """Return the weights [E, .., ..] of one projection; 4-bit weights stay packed."""
     if not is_quantized(experts, name):
         return experts.get_parameter(name)
+    from ..quantization.bitsandbytes import cached_weight
+
     found = cast(Any, experts).parametrizations[name]
-    return Weight4bit.from_bitsandbytes((found.original.data, found[0].quant_state))
+    return cached_weight(found.original.data, found[0].quant_state)
 
 
 def quantize_experts(

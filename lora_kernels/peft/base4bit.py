@@ -9,16 +9,7 @@ from bitsandbytes.nn import Params4bit  # type: ignore[attr-defined]
 from torch import Tensor, nn
 
 from ..quantization import Weight4bit
-
-
-class _CachedWeight(NamedTuple):
-    """A `Weight4bit`, and a key of the tensors that it views. It is not copied or pickled."""
-
-    key: tuple[object, ...]
-    weight: Weight4bit
-
-    def __reduce__(self) -> tuple[type[None], tuple[()]]:
-        return type(None), ()
+from ..quantization.bitsandbytes import cached_weight
 
 
 class MergeLoss(NamedTuple):
@@ -52,16 +43,7 @@ def readable_weight4bit(linear: Any, x: Tensor) -> tuple[Tensor | Weight4bit, to
 
 def weight4bit(linear: Any) -> Weight4bit:
     """Return the base's weight, cached until its tensor or quantization state changes."""
-    weight, state = linear._parameters["weight"], quant_state(linear)
-    if torch.compiler.is_compiling():  # addresses cannot be traced; the graph holds the weight
-        return Weight4bit.from_bitsandbytes((weight, state))
-    key = (weight.data_ptr(), state.absmax.data_ptr(), state.absmax.dtype)
-    known: _CachedWeight | None = getattr(state, "_lora_kernels", None)
-    if known is None or known.key != key:
-        with torch.inference_mode(False):  # inference tensors cannot be saved for a backward
-            known = _CachedWeight(key, Weight4bit.from_bitsandbytes((weight, state)))
-        state._lora_kernels = known
-    return known.weight
+    return cached_weight(linear._parameters["weight"], quant_state(linear))
 
 
 def quant_state(linear: Any) -> Any:

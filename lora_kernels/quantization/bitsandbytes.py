@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import bitsandbytes
 import torch
 from bitsandbytes.functional import QuantState
 from bitsandbytes.nn.modules import Params4bit
+from torch import Tensor
 
 from ..backends.decode4bit import (
     bitsandbytes_dense,
@@ -16,6 +17,7 @@ from ..backends.decode4bit import (
     has_gemm_4bit,
 )
 from ..core.packed4bit import Packed4bit
+from .weight4bit import Weight4bit
 
 
 def fields(weight: Any) -> dict[str, Any]:
@@ -67,6 +69,32 @@ def fields(weight: Any) -> dict[str, Any]:
         found["offset"] = state.offset
         found["nested_blocksize"] = state.state2.blocksize
     return found
+
+
+class _CachedWeight(NamedTuple):
+    """A `Weight4bit`, and a key of the tensors that it views. It is not copied or pickled."""
+
+    key: tuple[object, ...]
+    weight: Weight4bit
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()
+
+
+def cached_weight(packed: Tensor, state: Any) -> Weight4bit:
+    """Return a tensor of bitsandbytes as a `Weight4bit`, cached until it or its state changes.
+
+    state: `QuantState`, which keeps the result.
+    """
+    if torch.compiler.is_compiling():  # addresses cannot be traced; the graph holds the weight
+        return Weight4bit.from_bitsandbytes((packed, state))
+    key = (packed.data_ptr(), state.absmax.data_ptr(), state.absmax.dtype)
+    known: _CachedWeight | None = getattr(state, "_lora_kernels", None)
+    if known is None or known.key != key:
+        with torch.inference_mode(False):  # inference tensors cannot be saved for a backward
+            known = _CachedWeight(key, Weight4bit.from_bitsandbytes((packed, state)))
+        state._lora_kernels = known
+    return known.weight
 
 
 def check(device: torch.device) -> str | None:

@@ -3,7 +3,7 @@
 import torch
 
 from lora_kernels import multi_lora_linear
-from tests.seed.formula import K, N, assert_all_same, assert_same, gradients, inputs
+from tests.acceptance.formula import K, N, assert_all_same, assert_same, gradients, inputs
 
 RANKS, SCALES, INDEX = (3, 5), (2.0, 0.5), [1, -1, 0, 1, 0, -1, 1]
 

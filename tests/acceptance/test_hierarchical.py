@@ -1,7 +1,7 @@
 """HierarchicalLoRALinear: Σᵢ wᵢ·(alpha/rᵢ)·(x·Aᵢᵀ)·Bᵢᵀ, its weights wᵢ trained too."""
 
 from lora_kernels.layers import HierarchicalLoRALinear
-from tests.seed.formula import (
+from tests.acceptance.formula import (
     ALPHA,
     K,
     M,

@@ -5,7 +5,15 @@ import math
 import torch
 
 from lora_kernels.layers import LoRAAttention
-from tests.seed.formula import ALPHA, R, assert_all_same, assert_same, gradients, inputs, randomize
+from tests.acceptance.formula import (
+    ALPHA,
+    R,
+    assert_all_same,
+    assert_same,
+    gradients,
+    inputs,
+    randomize,
+)
 
 WIDTH, HEADS, LENGTH = 24, 4, 9
 

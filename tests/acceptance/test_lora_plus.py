@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from lora_kernels.layers import LoRALinear, lora_plus_parameter_groups
-from tests.seed.formula import ALPHA, K, M, N, R, assert_same, double, inputs, randomize
+from tests.acceptance.formula import ALPHA, K, M, N, R, assert_same, double, inputs, randomize
 
 LR, RATIO = 0.25, 8.0
 

@@ -9,8 +9,8 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 from lora_kernels.finetune import PRESETS, create_domain_model
+from tests.acceptance.formula import assert_same
 from tests.finetune.tiny import llama, tokenizer, write_lines
-from tests.seed.formula import assert_same
 
 
 def test_two_domains(tmp_path: Path) -> None:

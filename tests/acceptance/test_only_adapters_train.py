@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from lora_kernels.layers import LoRALinear, count_lora_parameters, mark_only_lora_as_trainable
-from tests.seed.formula import ALPHA, K, M, N, R, assert_same, double, inputs, randomize
+from tests.acceptance.formula import ALPHA, K, M, N, R, assert_same, double, inputs, randomize
 
 
 def test_one_step() -> None:

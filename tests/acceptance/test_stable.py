@@ -5,7 +5,7 @@ import math
 import torch
 
 from lora_kernels.layers import StableLoRALinear
-from tests.seed.formula import ALPHA, K, M, N, R, assert_same, double, inputs, randomize
+from tests.acceptance.formula import ALPHA, K, M, N, R, assert_same, double, inputs, randomize
 
 LIMIT = 0.25
 

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from lora_kernels.layers import AdaLoRALinear, RankAllocator
-from tests.seed.formula import (
+from tests.acceptance.formula import (
     ALPHA,
     K,
     M,

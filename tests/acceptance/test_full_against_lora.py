@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from lora_kernels.layers import LoRALinear, count_lora_parameters
-from tests.seed.formula import assert_same, inputs
+from tests.acceptance.formula import assert_same, inputs
 
 K, N, ROWS, TRUE_RANK = 24, 20, 256, 3
 

@@ -5,7 +5,7 @@ from torch import nn
 
 from lora_kernels.layers import QLoRALinear
 from lora_kernels.quantization import quantize_4bit
-from tests.seed.formula import (
+from tests.acceptance.formula import (
     ALPHA,
     M,
     N,

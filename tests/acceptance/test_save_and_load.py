@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lora_kernels.layers import LoRALinear, load_lora_weights, lora_state_dict, save_lora_weights
-from tests.seed.formula import ALPHA, K, M, N, R, inputs, randomize
+from tests.acceptance.formula import ALPHA, K, M, N, R, inputs, randomize
 
 
 def model(seed: int) -> nn.Module:

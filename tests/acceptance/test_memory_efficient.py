@@ -3,7 +3,7 @@
 import torch
 
 from lora_kernels.layers import LoRALinear, MemoryEfficientLoRALinear
-from tests.seed.formula import (
+from tests.acceptance.formula import (
     ALPHA,
     K,
     M,

@@ -1,7 +1,8 @@
 """Score the tests on a sample of mutants: `python -m tests.mutations.sample`.
 
-Cosmic Ray makes the mutants (`pip install cosmic-ray`): another operator, comparison, number or
-Boolean; a decorator, an exception or a loop removed. Each place in the files below is as likely
+Cosmic Ray makes mutants (`pip install cosmic-ray`): another operator, comparison, number or
+Boolean; a decorator, an exception or a loop removed. operators.py makes others: an operand of a
+condition, an argument or a step left out. Each place in the files below is as likely
 as another. Mutants that differ from the code in annotations alone are left out.
 
 Surviving mutants are printed with their line. Those in equivalent.toml change no result and do
@@ -23,7 +24,9 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from . import operators
 from .__main__ import Copy
 from .table import ROOT, Mutation, tomllib
 
@@ -47,11 +50,18 @@ TESTS = {
     "backends/cpu.py": "tests/ops/test_exact.py tests/ops/test_multi_lora_linear.py",
     "peft/linear.py": f"{PEFT} tests/interop/test_mixed_batch.py tests/interop/test_decoding.py "
     "tests/interop/test_dora.py",
+    "peft/eligibility.py": f"{PEFT} tests/interop/test_foreign_base.py "
+    "tests/interop/test_frozen.py",
+    "peft/experts.py": "tests/interop/test_experts.py",
+    "layers/experts.py": "tests/layers/test_experts.py tests/interop/test_experts.py",
+    "backends/cpu_experts.py": "tests/ops/test_lora_experts.py",
+    "backends/eager_experts.py": "tests/ops/test_lora_experts.py",
     "peft/swap.py": f"{PEFT} tests/interop/test_lifecycle.py tests/interop/test_frozen.py",
     "peft/adalora.py": "tests/interop/test_adalora.py tests/interop/test_layer_kinds.py",
     "peft/report.py": "tests/interop/test_explain.py tests/interop/test_gpu_path.py",
     "peft/traffic.py": "tests/interop/test_gpu_path.py",
 }
+OURS = "operators.py"
 LEFT_OUT = ("VariableReplacer", "VariableInserter")  # they want arguments
 
 
@@ -74,7 +84,10 @@ def mutants_of(file: str, chooser: random.Random) -> Iterator[Mutant]:
 
     source = (ROOT / file).read_text()
     nodes = list(ast_nodes(get_ast(source)))
-    places: dict[tuple[int, int], list[tuple[str, int]]] = {}
+    places: dict[tuple[int, int], list[tuple[str, Any]]] = {}
+    for edit in operators.edits(ast.parse(source), source):
+        node: Any = edit[0]
+        places.setdefault((node.lineno, node.col_offset), []).append((OURS, edit))
     for name in operator_names():
         if name.endswith(LEFT_OUT):
             continue
@@ -87,7 +100,10 @@ def mutants_of(file: str, chooser: random.Random) -> Iterator[Mutant]:
     chooser.shuffle(order)
     for place in order:
         name, occurrence = chooser.choice(places[place])
-        text = mutate_code(source, get_operator(name)(), occurrence)
+        if name == OURS:
+            text = operators.apply(source, occurrence)
+        else:
+            text = mutate_code(source, get_operator(name)(), occurrence)
         if text is not None and code_of(text) != code_of(source):
             yield Mutant(file, place[0], *changed_lines(source, text), text)
 

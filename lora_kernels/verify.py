@@ -186,7 +186,7 @@ def judge_option(shapes: Shapes, dtypes: Dtypes, option: str, name: str) -> Line
                     judged |= cases.judge_norm(case)
             few = ", few rows" if forced != name else ""
             verdicts |= {f"{case}{few}/{output}": v for output, v in judged.items()}
-    # float32 has no kernel on the CUDA backend's matrix units
+    # The CUDA backend has no float32 kernel on tensor cores.
     return _line(name, dtypes, option, verdicts) if verdicts else None
 
 

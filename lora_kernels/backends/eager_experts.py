@@ -42,6 +42,7 @@ def is_grouped(operands: ExpertsOperands, spec: ExpertsSpec) -> bool:
     sizes = lora_A.shape[1], lora_A.shape[2], lora_B.shape[1]
     return (
         isinstance(weight, Tensor)
+        and _is_aligned(weight)
         and is_on_gpu_path(x.device.type)
         and hasattr(functional, "grouped_mm")
         and spec.dtype in (torch.float32, torch.bfloat16, torch.float16)
@@ -49,10 +50,23 @@ def is_grouped(operands: ExpertsOperands, spec: ExpertsSpec) -> bool:
     )
 
 
+def _is_aligned(t: Tensor) -> bool:
+    """Return True if `grouped_mm` reads t as it is: one of the last two strides is 1, and the
+    others, and the address, are multiples of `ALIGNED` bytes."""
+    strides = list(t.stride())
+    if 1 not in strides[-2:]:
+        return False
+    strides.remove(1)
+    aligned = all(stride * t.element_size() % ALIGNED == 0 for stride in strides)
+    return aligned and (t.is_meta or t.data_ptr() % ALIGNED == 0)
+
+
 def _grouped_mm(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
-    """Multiply each expert's rows of a, or columns if b is a matrix, by its part of b."""
-    if b.dim() == 3 and 1 not in b.stride()[1:]:  # PEFT's lora_B
-        b = b.contiguous()
+    """Multiply each expert's rows of a, or columns if b is a matrix, by its part of b.
+
+    Operands that are not aligned, as PEFT's lora_B, are copied.
+    """
+    a, b = (t if _is_aligned(t) else t.contiguous() for t in (a, b))
     found: Tensor = functional.grouped_mm(a, b, offs=offsets.to(torch.int32))
     return found
 
@@ -75,8 +89,8 @@ def lora_experts(
     """Compute y [M, N] for x [M, K]."""
     x, weight, lora_A, lora_B, offsets, bias, rng = operands
     scaling, dropout_p, dtype, y_dtype, _ = spec
-    dropped, factor, mask = eager.drop(x, dropout_p, rng)
     if is_grouped(operands, spec):
+        dropped, factor, mask = eager.drop(x, dropout_p, rng)
         y = _grouped_mm(x.to(dtype), cast(Tensor, weight).to(dtype).mT, offsets)
         p = x.new_zeros(x.shape[0], lora_A.shape[1], dtype=eager.stat_dtype(dtype))
         if lora_A.shape[1]:
@@ -91,6 +105,7 @@ def lora_experts(
     y = x.new_zeros(x.shape[0], lora_B.shape[1], dtype=y_dtype)
     p = x.new_zeros(x.shape[0], lora_A.shape[1], dtype=eager.stat_dtype(dtype))
     one = Spec(scaling, dropout_p, dtype, y_dtype)
+    mask = eager.drop(x, dropout_p, None).mask if dropout_p and rng is None else None
     kept = _mask(operands, spec) if mask is None else mask
     for e, rows in runs(offsets):
         own = Operands(

@@ -95,7 +95,7 @@ def unused(args: argparse.Namespace, suite: Suite) -> str | None:
     given = {name for name, value in vars(args).items() if value != defaults.get(name)}
     if name := next((name for name in suite.unused.split() if name in given), None):
         value = f" {args.device}" if name == "device" else ""
-        return f"--{suite.option}: want no --{name}{value} beside it, of which it has no use"
+        return f"--{suite.option}: want no --{name}{value} beside it, which would have no effect"
     if {"shapes", "model"} <= given:
         return "--shapes: want no --model beside it, which names other shapes"
     of_model = args.model or (args.device == "cuda" and not (args.shapes or args.quant))

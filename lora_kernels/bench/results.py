@@ -336,8 +336,8 @@ class Suite:
 
     Args:
         option: that asks for it.
-        unused: options of which it has no use.
-        libraries: the versions that settle what is counted; none where times are taken.
+        unused: options without effect on this suite.
+        libraries: the versions that determine the counts; empty for suites that measure times.
     """
 
     kind, option, unused = "", "", ""

@@ -200,8 +200,23 @@ void each_piece(const Layer& l, const std::vector<Adapter>& adapters, const F& f
   });
 }
 
-// f(adapter, threads), one thread an adapter where there are many: the largest go first, each to
-// the thread that has fewest rows by then, so that no result depends on who is faster.
+// f(item) for all items, each on one thread: the most expensive go first, each to the thread that
+// has the least cost by then, so that no result depends on which thread is faster.
+template <typename T, typename Cost, typename F>
+void share_out(int threads, std::vector<T> items, const Cost& cost, const F& f) {
+  std::stable_sort(items.begin(), items.end(),
+                   [&](const T& a, const T& b) { return cost(a) > cost(b); });
+  on_threads(threads, [&](int thread, int count) {
+    std::vector<int64_t> load(static_cast<size_t>(count));
+    for (const T& each : items) {
+      const auto least = std::min_element(load.begin(), load.end());
+      *least += cost(each);
+      if (least - load.begin() == thread) f(each);
+    }
+  });
+}
+
+// f(adapter, threads), one thread an adapter where there are many.
 template <typename F>
 void each_adapter(const Layer& l, const std::vector<Adapter>& adapters, const F& f) {
   if (!shared(l, adapters)) {
@@ -210,17 +225,9 @@ void each_adapter(const Layer& l, const std::vector<Adapter>& adapters, const F&
   }
   std::vector<const Adapter*> order;
   for (const Adapter& d : adapters) order.push_back(&d);
-  const auto rows = [](const Adapter* d) { return d->stop - d->start; };
-  std::stable_sort(order.begin(), order.end(),
-                   [&](const Adapter* a, const Adapter* b) { return rows(a) > rows(b); });
-  on_threads(l.threads, [&](int thread, int threads) {
-    std::vector<int64_t> load(static_cast<size_t>(threads));
-    for (const Adapter* d : order) {
-      const auto least = std::min_element(load.begin(), load.end());
-      *least += rows(d);
-      if (least - load.begin() == thread) f(*d, 1);
-    }
-  });
+  share_out(
+      l.threads, order, [](const Adapter* d) { return d->stop - d->start; },
+      [&](const Adapter* d) { f(*d, 1); });
 }
 
 // The base alone.
@@ -316,11 +323,10 @@ struct Expert {
 };
 
 // f(expert, threads) for the experts that have rows. One with more than half a thread's share of
-// the work takes all threads; the others take one thread each, the largest first, each on the
-// thread that has least work by then, so that no result depends on which thread is faster.
+// the work takes all threads; the others take one thread each.
 template <typename F>
 void each_expert(const Layer& l, const Experts& x, const F& f) {
-  constexpr int64_t WEIGHT = 16;  // reading an expert's weight costs about as much as these rows
+  constexpr int64_t WEIGHT = 16;  // rows that cost as much as reading a weight (an estimate)
   std::vector<Expert> small;
   std::vector<Expert> large;
   int64_t work = 0;
@@ -343,16 +349,9 @@ void each_expert(const Layer& l, const Experts& x, const F& f) {
     for (const Expert& each : small) f(each, alone ? 1 : l.threads);
     return;
   }
-  std::stable_sort(small.begin(), small.end(),
-                   [](const Expert& a, const Expert& b) { return a.rows > b.rows; });
-  on_threads(l.threads, [&](int thread, int threads) {
-    std::vector<int64_t> load(static_cast<size_t>(threads));
-    for (const Expert& each : small) {
-      const auto least = std::min_element(load.begin(), load.end());
-      *least += each.rows + WEIGHT;
-      if (least - load.begin() == thread) f(each, 1);
-    }
-  });
+  share_out(
+      l.threads, small, [](const Expert& each) { return each.rows + WEIGHT; },
+      [&](const Expert& each) { f(each, 1); });
 }
 
 // `codes` has room for the expert's.

@@ -289,7 +289,10 @@ def _experts_row(name: str, layer: Any, x_dtype: torch.dtype | None, rows: int |
     problem = problem._replace(four_bit=is_quantized(experts, layer.parameter_name))
     choice = selection.choose_experts(problem)
     state = "not fused" if choice.backend == "eager" else "fused"
-    return Row(name, state, choice.backend, choice.strategy, f"experts; {choice.reason}")
+    reason = f"experts; {choice.reason}"
+    if problem.four_bit and choice.backend == "eager" and is_on_gpu_path(weight.device.type):
+        reason += "; one 4-bit expert is decoded at a time, and the host waits for the GPU"
+    return Row(name, state, choice.backend, choice.strategy, reason)
 
 
 def _embedding_row(name: str) -> Row:

@@ -25,6 +25,7 @@ from transformers import (
 )
 
 import lora_kernels.integrations
+from lora_kernels.backends.library import as_on_gpu
 from lora_kernels.layers import adaptable_experts, quantize_experts
 from lora_kernels.layers.experts import stack
 from lora_kernels.peft import explain, fuse, unfuse
@@ -253,6 +254,16 @@ def test_fused_experts_in_4_bits_are_those_decoded(name: str, quantized: str) ->
     fuse(model)
     assert len(fused_wrappers(model)) == 4
     assert_equal_steps(step(model), want)
+
+
+def test_explain_of_4bit_experts_on_a_gpu_says_that_the_host_waits() -> None:
+    model = fuse(make("mixtral"))
+    dense = [row.reason for row in explain(model).rows if "experts" in row.layer]
+    quantize_experts(model)
+    with as_on_gpu(), lora_kernels.backend("eager"):
+        four_bit = [row.reason for row in explain(model).rows if "experts" in row.layer]
+    assert not any("the host waits" in reason for reason in dense)
+    assert four_bit and all(reason.endswith("the host waits for the GPU") for reason in four_bit)
 
 
 def test_fused_experts_never_write_effective_weights(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,13 +63,14 @@ class DeviceInfo:
 # float32 on CUDA cores (NVIDIA's architecture white papers).
 _OPERATIONS = {
     80: (2048, 128),
-    86: (512, 256),
-    89: (512, 256),
+    86: (1024, 256),
+    89: (1024, 256),
     90: (4096, 256),
     100: (8192, 256),
     103: (8192, 256),
-    120: (512, 256),
+    120: (1024, 256),
 }
+_HALVED = (86, 89, 120)  # GeForce cards sum in float32 at half the rate
 
 
 def cpu() -> Cpu:
@@ -127,12 +128,23 @@ def _gpu(index: int) -> DeviceInfo:
     capability = 10 * p.major + p.minor
     bus, memory_clock = getattr(p, "memory_bus_width", 0), getattr(p, "memory_clock_rate", 0)
     clock = getattr(p, "clock_rate", 0) * 1e3
-    tensor, fp32 = (rate * clock * count for rate in _OPERATIONS.get(capability, (0, 0)))
+    tensor, fp32 = (rate * clock * count for rate in _operations(capability, name))
     bandwidth = 2 * memory_clock * 1e3 * bus / 8
     shared_memory = p.shared_memory_per_block_optin
     return DeviceInfo(
         "cuda", capability, count, shared_memory, name, memory, clock, bandwidth, tensor, fp32
     )
+
+
+def _operations(capability: int, name: str) -> tuple[int, int]:
+    """Return the operations per clock and multiprocessor of tensor and CUDA cores; 0 if unknown.
+
+    >>> _operations(89, "NVIDIA GeForce RTX 4090"), _operations(89, "NVIDIA L40S")
+    ((512, 256), (1024, 256))
+    """
+    tensor, fp32 = _OPERATIONS.get(capability, (0, 0))
+    halved = capability in _HALVED and "GeForce" in name
+    return tensor // 2 if halved else tensor, fp32
 
 
 def version(distribution: str) -> str | None:

@@ -1,19 +1,24 @@
 """The predicted time of `lora_linear` on a GPU, for each backend: a model, not a measurement.
 
-A strategy's time is the longest of three: bytes moved over the memory bandwidth, FLOPs over the
-rate that its kind of GEMM reaches, and, if a kernel decodes codes, its instructions over the issue
-rate. To that come further passes over x and y, and launches. All rates are shares of the data
-sheet's (`device.DeviceInfo`). `selection` asks this if nothing was measured.
+A strategy takes the longer of two times: the host's, to launch it from Python, and the device's.
+On the device its GEMM takes the longest of memory traffic, FLOPs (with decoding, which does not
+overlap in one block) and round trips to memory, all on the multiprocessors that have a block.
+Further passes over x and y, and launches, are added. Rates are shares of the data sheet's
+(`device.DeviceInfo`). `selection` asks this if nothing was measured.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 
-from .backends import cuda, triton
+import torch
+
+from .backends import cuda, decode4bit, triton
 from .backends.cuda import constraints
 from .backends.cuda import heuristics as cuda_heuristics
+from .backends.triton import configs
 from .backends.triton import heuristics as triton_heuristics
 from .core.problem import Choice, Problem, Strategy
 from .device import DeviceInfo
@@ -22,20 +27,59 @@ from .device import DeviceInfo
 TWO_STEPS = {"triton": triton.TWO_STEPS, "cuda": cuda.TWO_STEPS}
 LAUNCH = 3e-6  # seconds of the smallest kernel, launched back to back
 PYTHON_LAUNCH = 6e-6  # seconds of a call of torch, one after another in eager mode
+# Host seconds of a forward, and of each kernel in it: 20 and 25 µs of the CUDA backend, 57 and 87
+# of Triton's, with one and two kernels and a driver that launches nothing.
+CUDA_CALL, CUDA_LAUNCH = 15e-6, 5e-6
+TRITON_CALL, TRITON_LAUNCH = 27e-6, 30e-6
 BANDWIDTH_SHARE = 0.85  # of the bandwidth, that streams reach
 LIBRARY_SHARE = 0.75  # of the tensor cores' peak, that a large cuBLAS GEMM reaches
 # The share that mma.sync of the CUDA kernels reaches. From sm_90 on it is a part, since wgmma and
 # tcgen05 run on other units; sm_120 has no other instruction.
 MMA_SHARE = {80: 0.65, 86: 0.65, 89: 0.65, 90: 0.4, 100: 0.2, 103: 0.2, 120: 0.65}
 TRITON_SHARE = 0.6  # Triton emits wgmma and tcgen05
-FP32_SHARE = 0.6  # of the CUDA cores' peak, that float32 GEMMs reach
-# Codes that a multiprocessor decodes per clock beside its GEMM: 8192 in the 565 instructions of one
+FP32_SHARE = 0.8  # of the CUDA cores' peak, that float32 GEMMs of cuBLAS reach
+SIMT_SHARE = 0.35  # that linear.cu reaches: it loads a step, then multiplies. An estimate.
+# Of the tensor cores' peak in TF32, a sixth of that in 16 bits for 3×TF32, which Triton's float32
+# reaches: it splits operands in registers and stores them again. An estimate.
+TF32_SHARE = 0.35
+# Codes that a multiprocessor decodes per clock in gemm.cu: 8192 in the 565 instructions of one
 # iteration of a warp's main loop, four warps at a time: 64 mma.sync are 11 % of it (`loop` in
-# tests/compile_only/budgets.json). Triton's likewise.
+# tests/compile_only/budgets.json).
 CODES_A_CLOCK = 14.5
+# The same of Triton's two_pass_kernel: 8192 in 1407 clocks on sm_80, 4096 in 504 on sm_90.
+TRITON_CODES_A_CLOCK = {80: 5.8, 86: 5.8, 89: 5.8, 90: 8.1, 100: 8.1, 103: 8.1, 120: 5.8}
+# Seconds of a step in which one block of eight warps decodes and then multiplies: a load from
+# shared memory, two barriers and the first products, which no second block hides. An estimate.
+STEP = 0.15e-6
+# The same of decode.cu, for up to 8 and up to 16 rows: `peak` of its loop in budgets.json.
+DECODE_CODES_A_CLOCK = (26.0, 19.0)
+# Seconds of a load from memory and from the L2 cache, beside others. Idle, 470 to 540 and 260 to
+# 275 clocks on A100, RTX 4090 and H100 (arXiv 2402.13499). Under load is an estimate.
+LATENCY, L2_LATENCY = 0.6e-6, 0.3e-6
+# Bytes a clock that the L2 cache gives a multiprocessor: 7.4 TB/s on H100, 5.2 on RTX 4090. An
+# estimate within a quarter.
+L2_BYTES = {80: 32, 90: 32, 100: 32, 103: 32, 86: 16, 89: 16, 120: 16}
+KEEP_EAGER = 0.95  # of its time: a prediction must be lower to replace it
 DECODE_ROWS = 16
-TILE_M = 64  # of gemm.cu
-TRITON_TILE_M = 128
+DECODE_TILE, DECODE_CHUNK, DECODE_WARPS = 16, 128, 8  # of decode.cu
+DECODE_TABLE, DECODE_ROOM = 32 << 10, 80 << 10  # bytes of shared memory: its table; most with x
+TILE_M, TILE_N = 64, 128  # of gemm.cu
+BLOCKS, MAX_SPLITS, SPLIT = 264, 8, 256  # of its split-K, in backends/cuda/equation.py
+# Rows up to which bitsandbytes' fused 4-bit GEMM was measured faster than its decoding + cuBLAS, on
+# ten cards, for weights of 4 Mi elements and more: with ⌈N / 64⌉ blocks at least 3, 2, 1 and 1/2 of
+# the multiprocessors, and fewer. From `_gemm_4bit_use_custom_cuda` of its 0.50.2, where the tiers
+# for K / N are finer. Up to 4 rows its fused GEMM always runs.
+BITSANDBYTES_LARGE = 4 << 20
+WAVES = (3.0, 2.0, 1.0, 0.5, 0.0)
+BITSANDBYTES_ROWS = {
+    80: (128, 64, 64, 16, 16),
+    86: (128, 128, 128, 64, 16),
+    89: (256, 128, 64, 8, 8),
+    90: (64, 48, 32, 16, 7),
+    100: (32, 8, 8, 4, 4),
+    103: (32, 8, 8, 4, 4),
+    120: (256, 128, 64, 8, 8),
+}
 
 
 @dataclass(frozen=True)
@@ -71,10 +115,12 @@ def unsupported_reason(gpu: DeviceInfo) -> str | None:
     return None
 
 
-def predict(gpu: DeviceInfo, problem: Problem) -> list[Cost]:
+def predict(gpu: DeviceInfo, problem: Problem, bitsandbytes: bool = True) -> list[Cost]:
     """Return every backend's strategies for a forward, the fastest first.
 
     x, W and y have `problem.dtype`. On a GPU that our kernels do not run on, eager's alone.
+
+    bitsandbytes: whether it decodes 4-bit weights for the eager backend.
 
     >>> import torch
     >>> from lora_kernels.costs import DeviceInfo, Problem, predict
@@ -85,61 +131,205 @@ def predict(gpu: DeviceInfo, problem: Problem) -> list[Cost]:
     >>> predict(h100, token)[0].strategy
     'cooperative'
     """
-    M, N, K, R = problem.rows, problem.columns, problem.inner, problem.rank
-    itemsize, four_bit = problem.dtype.itemsize, problem.four_bit
-    weight = N * K * (0.5 + 1 / 64 if four_bit else itemsize)
-    x, y, adapter = M * K * itemsize, M * N * itemsize, (N + K) * R * itemsize
-    peak = gpu.tensor_flops if itemsize < 4 else gpu.fp32_flops
-    bandwidth = gpu.bandwidth * BANDWIDTH_SHARE
-    work, thin = 2.0 * M * N * K, 2.0 * M * R * (N + K)
-    # A decoded weight is written once, and read by the GEMM.
-    decoded = (weight + 2 * N * K * itemsize) / bandwidth + LAUNCH if four_bit else 0.0
-    dense = N * K * itemsize
-    found: list[Cost] = []
+    call = _Call(gpu, problem)
+    found = [_eager(call, bitsandbytes)]
+    if unsupported_reason(gpu) is None:
+        found += [_triton_library(call), _triton_two_pass(call), _cuda_simt(call)]
+        if call.itemsize < 4:
+            found.append(_cuda_gemm(call))
+            if call.M <= DECODE_ROWS:
+                found += [
+                    _cuda_decode(call, s) for s in (Strategy.COOPERATIVE, Strategy.OVERLAPPED)
+                ]
+    return sorted(found, key=lambda cost: cost.seconds)
 
-    def add(backend: str, strategy: Strategy, parts: dict[str, float], others: float) -> None:
+
+class _Call:
+    """The sizes of a call, and the GPU's rates for it. Bytes: weight, x, y, adapter."""
+
+    def __init__(self, gpu: DeviceInfo, problem: Problem) -> None:
+        self.gpu, self.problem = gpu, problem
+        self.M, self.N, self.K = problem.rows, problem.columns, problem.inner
+        self.R, self.itemsize = problem.rank, problem.dtype.itemsize
+        self.four_bit = problem.four_bit
+        self.dense = self.N * self.K * self.itemsize
+        self.weight = self.N * self.K * (0.5 + 1 / 64) if self.four_bit else self.dense
+        self.x, self.y = self.M * self.K * self.itemsize, self.M * self.N * self.itemsize
+        self.adapter = (self.N + self.K) * self.R * self.itemsize
+        self.bandwidth = gpu.bandwidth * BANDWIDTH_SHARE
+        self.moved = (self.x + self.weight + self.y + self.adapter) / self.bandwidth
+        # The seconds of the kernel that computes P: x is read once more.
+        self.shrink = (self.x + self.adapter) / self.bandwidth + LAUNCH
+
+    def flops(self, rows: int) -> float:
+        return 2.0 * rows * self.N * (self.K + self.R)
+
+    def busy(self, blocks: int) -> float:
+        """The share of the multiprocessors' time that blocks of equal work fill."""
+        count = self.gpu.multiprocessors
+        return max(blocks, 1) / (max(_tiles(blocks, count), 1) * count)
+
+    def decoding(self, times: int, codes_a_clock: float) -> float:
+        """Seconds of decoding the weight `times` times, once in each tile of rows."""
+        codes = times * self.N * self.K if self.four_bit else 0
+        return codes / (codes_a_clock * self.gpu.clock * self.gpu.multiprocessors)
+
+    def cost(
+        self,
+        backend: str,
+        strategy: Strategy,
+        parts: dict[str, float],
+        others: float,
+        host: float,
+    ) -> Cost:
+        """Return the longest part of the GEMM and the kernels beside it, or the host's time."""
         longest = max(parts, key=lambda name: parts[name])
-        found.append(Cost(backend, strategy, parts[longest] + others, longest))
+        device = parts[longest] + others
+        if host > device:
+            return Cost(backend, strategy, host, "launches from Python")
+        return Cost(backend, strategy, device, longest)
 
-    def library(others: float) -> tuple[dict[str, float], float]:
-        share = LIBRARY_SHARE if itemsize < 4 else FP32_SHARE
-        moved = (x + dense + y) / bandwidth
-        return {"the GEMM": work / (peak * share), "memory": moved}, decoded + others
 
+def _gemm_parts(
+    gemm: float, decoding: float, moved: float, latency: float = 0.0
+) -> dict[str, float]:
+    """Return the parts of a GEMM whose blocks decode and multiply in turn: the times add up."""
+    name = "decoding" if decoding > gemm else "the GEMM"
+    return {name: gemm + decoding, "memory": moved, "latency": latency}
+
+
+def _library(call: _Call, decode: float) -> dict[str, float]:
+    """Return the parts of a cuBLAS GEMM. decode: seconds of decoding its weight before."""
+    if call.itemsize < 4:
+        rate = call.gpu.tensor_flops * LIBRARY_SHARE
+    else:
+        rate = call.gpu.fp32_flops * FP32_SHARE
+    gemm = 2.0 * call.M * call.N * call.K / rate
+    moved = (call.x + call.dense + call.y) / call.bandwidth
+    return {"the GEMM": gemm + decode, "memory": moved + decode}
+
+
+def _eager(call: _Call, bitsandbytes: bool) -> Cost:
     # x·Aᵀ reads x again, and the update is written; the base GEMM reads it in its epilogue. One
     # kernel reads x and writes D(x) and the mask, a byte an element.
-    dropped = 2 * x + M * K if problem.dropout else 0
-    passes = (x + y + adapter + dropped) / bandwidth
-    launches = 5 if problem.dropout else 4
-    add("eager", Strategy.LIBRARY, *library(passes + launches * PYTHON_LAUNCH))
-    if unsupported_reason(gpu) is not None:
-        return found
-    passes = (x + 2 * y + adapter) / bandwidth
-    add("triton", Strategy.LIBRARY, *library(passes + 3 * LAUNCH))
-    shrink = (x + adapter) / bandwidth + LAUNCH
-    codes_a_second = CODES_A_CLOCK * gpu.clock * gpu.multiprocessors
-    codes = -(-M // TRITON_TILE_M) * N * K / codes_a_second
-    moved = (x + weight + y + adapter) / bandwidth
-    share = TRITON_SHARE if itemsize < 4 else FP32_SHARE
-    padded = max(M, DECODE_ROWS) / M if M else 1.0  # to rows of a tensor core instruction
-    parts = {"the GEMM": (padded * work + thin) / (peak * share), "memory": moved}
-    decoding = {"decoding": codes} if four_bit else {}
-    add("triton", Strategy.TWO_PASS, parts | decoding, shrink + LAUNCH)
-    if M <= DECODE_ROWS and itemsize < 4:
-        # W once, nothing waits; codes are multiplied as a high and a low part.
-        multiplied = 2 * (2 if four_bit else 1) * (8 if M <= 8 else 16) * N * K
-        parts = {"memory": moved, "the GEMM": multiplied / (peak * MMA_SHARE[gpu.capability])}
-        add("cuda", Strategy.COOPERATIVE, parts, LAUNCH)
-        add("cuda", Strategy.OVERLAPPED, parts, 1.5 * LAUNCH)
-    rows = -(-M // TILE_M) * TILE_M  # whole tiles are multiplied
-    decoding = {"decoding": rows // TILE_M * N * K / codes_a_second} if four_bit else {}
-    rates = {Strategy.TWO_PASS_SIMT: gpu.fp32_flops * FP32_SHARE}
-    if itemsize < 4:
-        rates[Strategy.TWO_PASS] = peak * MMA_SHARE[gpu.capability]
-    for strategy, rate in rates.items():
-        parts = {"the GEMM": 2.0 * rows * N * (K + R) / rate, "memory": moved}
-        add("cuda", strategy, parts | decoding, shrink + 2 * LAUNCH)
-    return sorted(found, key=lambda cost: cost.seconds)
+    dropout = call.problem.dropout
+    dropped = 2 * call.x + call.M * call.K if dropout else 0
+    passes = (call.x + call.y + call.adapter + dropped) / call.bandwidth
+    launches, decode = 5 if dropout else 4, 0.0
+    if call.four_bit:
+        # bitsandbytes reads codes and writes weights. Three kernels of PyTorch write int32 indices,
+        # float32 pairs and weights, and read the first two again.
+        elements, kernels = call.N * call.K, 1 if bitsandbytes else 3
+        between = 0 if bitsandbytes else elements * (2 * 2 + 2 * 4)
+        decode = (call.weight + elements * call.itemsize + between) / call.bandwidth
+        launches += kernels
+    parts = _library(call, decode)
+    rows = bitsandbytes_rows(call.gpu, call.problem) if call.four_bit and bitsandbytes else 0
+    if 0 < call.M <= rows:
+        # Its fused GEMM: the bytes at one row, as long as decoding + GEMM at its last row. A line
+        # joins both. It saves the launch of the decoding.
+        launches -= 1
+        slow = max(parts.values())
+        parts = {"decoding": call.moved + max(0.0, slow - call.moved) * call.M / rows}
+    others = passes + launches * LAUNCH
+    return call.cost("eager", Strategy.LIBRARY, parts, others, launches * PYTHON_LAUNCH)
+
+
+def bitsandbytes_rows(gpu: DeviceInfo, problem: Problem) -> int:
+    """Return the most rows for which bitsandbytes' `gemm_4bit` decodes inside of its GEMM."""
+    if problem.dtype is torch.float32 or gpu.capability not in BITSANDBYTES_ROWS:
+        return 7 if gpu.capability < 100 else 4
+    waves = _tiles(problem.columns, 64) / gpu.multiprocessors
+    tiers = zip(WAVES, BITSANDBYTES_ROWS[gpu.capability], strict=True)
+    return next(rows for least, rows in tiers if waves >= least)
+
+
+def _triton_library(call: _Call) -> Cost:
+    decode = 0.0
+    if call.four_bit:
+        decode = (call.weight + call.N * call.K * call.itemsize) / call.bandwidth + LAUNCH
+    passes = (call.x + 2 * call.y + call.adapter) / call.bandwidth
+    kernels = 3 if call.four_bit else 2
+    host = TRITON_CALL + kernels * TRITON_LAUNCH
+    return call.cost("triton", Strategy.LIBRARY, _library(call, decode), passes + 3 * LAUNCH, host)
+
+
+def _triton_two_pass(call: _Call) -> Cost:
+    tile = configs.linear(call.gpu, call.M, call.itemsize, call.four_bit, 0)
+    rows, columns = _tiles(call.M, tile.block_m), _tiles(call.N, tile.block_n)
+    busy = call.busy(rows * columns)
+    if call.itemsize < 4:
+        rate = call.gpu.tensor_flops * TRITON_SHARE
+    else:
+        rate = call.gpu.tensor_flops / 6 * TF32_SHARE
+    gemm = call.flops(rows * tile.block_m) / rate / busy
+    # A program waits for memory once for the steps that its other stages hold.
+    together = call.gpu.multiprocessors * (8 // tile.warps)
+    steps = _tiles(rows * columns, together) * _tiles(call.K, tile.block_k)
+    latency = steps / max(1, tile.stages - 1) * LATENCY
+    decoding = call.decoding(rows, TRITON_CODES_A_CLOCK[call.gpu.capability]) / busy
+    if call.four_bit and tile.warps == 8:
+        decoding += steps * STEP
+    parts = _gemm_parts(gemm, decoding, call.moved, latency)
+    host = TRITON_CALL + 2 * TRITON_LAUNCH
+    return call.cost("triton", Strategy.TWO_PASS, parts, call.shrink + LAUNCH, host)
+
+
+def _cuda_gemm(call: _Call) -> Cost:
+    rows, columns = _tiles(call.M, TILE_M), _tiles(call.N, TILE_N)
+    splits = max(1, min(MAX_SPLITS, BLOCKS // max(1, rows * columns), _tiles(call.K, SPLIT)))
+    busy = call.busy(rows * columns * splits)
+    gpu = call.gpu
+    # A step along K reads this from the L2 cache for 2 · TILE_M · TILE_N operations.
+    step = TILE_M * 2 + TILE_N * (0.5 + 1 / 64 if call.four_bit else 2)
+    l2 = L2_BYTES[gpu.capability] * gpu.clock * gpu.multiprocessors
+    rate = min(gpu.tensor_flops * MMA_SHARE[gpu.capability], l2 * 2 * TILE_M * TILE_N / step)
+    gemm = call.flops(rows * TILE_M) / rate / busy
+    decoding = call.decoding(rows, CODES_A_CLOCK) / busy
+    parts = _gemm_parts(gemm, decoding, call.moved)
+    sums = 8 * call.M * call.N * splits / call.bandwidth + LAUNCH if splits > 1 else 0.0
+    host = CUDA_CALL + 2 * CUDA_LAUNCH
+    return call.cost("cuda", Strategy.TWO_PASS, parts, call.shrink + 2 * LAUNCH + sums, host)
+
+
+def _cuda_simt(call: _Call) -> Cost:
+    rows = _tiles(call.M, TILE_M) * TILE_M  # whole tiles are multiplied
+    busy = call.busy(_tiles(call.M, TILE_M) * _tiles(call.N, 64))
+    gemm = call.flops(rows) / (call.gpu.fp32_flops * SIMT_SHARE) / busy
+    parts = _gemm_parts(gemm, call.decoding(rows // TILE_M, CODES_A_CLOCK) / busy, call.moved)
+    host = CUDA_CALL + 2 * CUDA_LAUNCH
+    return call.cost("cuda", Strategy.TWO_PASS_SIMT, parts, call.shrink + 2 * LAUNCH, host)
+
+
+def _cuda_decode(call: _Call, strategy: Strategy) -> Cost:
+    """Predict decode.cu: it reads W once, and the first blocks compute P before their part of W."""
+    gpu, M, R = call.gpu, call.M, call.R
+    width = 8 if M <= 8 else 16
+    # Codes are multiplied as a high and a low part.
+    gemm = 2.0 * (2 if call.four_bit else 1) * width * call.N * call.K
+    gemm /= gpu.tensor_flops * MMA_SHARE[gpu.capability]
+    decoding = call.decoding(1, DECODE_CODES_A_CLOCK[M > 8])
+    chunks, tiles = _tiles(call.K, DECODE_CHUNK), _tiles(call.N, DECODE_TILE)
+    shared = (DECODE_TABLE if call.four_bit else 0) + DECODE_WARPS * DECODE_TILE * width * 4
+    x = chunks * DECODE_CHUNK * 2 * M
+    shared += x if shared + x <= DECODE_ROOM else 0
+    blocks = min(tiles, gpu.multiprocessors * max(1, min(2, gpu.shared_memory // shared)))
+    turns = _tiles(tiles, blocks)
+    # A warp waits for each chunk of W before it asks for the next.
+    latency = turns * _tiles(chunks, DECODE_WARPS) * LATENCY
+    # Before: the first loads of x and A; a turn of the publishing warps for each 8 of the R · M
+    # elements of P; the flag and the partial sums. After each tile: B, in two trips.
+    publish = _tiles(R * M, DECODE_WARPS) * _tiles(_tiles(call.K, 16), SPLIT) * L2_LATENCY
+    trips = 2 * LATENCY + publish + turns * 2 * L2_LATENCY
+    parts = {"memory": call.moved, "latency": latency, "decoding": decoding, "the GEMM": gemm}
+    launches = 1 if strategy == Strategy.COOPERATIVE else 2
+    others = (1 + launches) / 2 * LAUNCH + trips
+    host = CUDA_CALL + launches * CUDA_LAUNCH
+    return call.cost("cuda", strategy, parts, others, host)
+
+
+def _tiles(size: int, tile: int) -> int:
+    return -(-size // tile)
 
 
 def choose(problem: Problem, gpu: DeviceInfo) -> Choice | None:
@@ -150,6 +340,12 @@ def choose(problem: Problem, gpu: DeviceInfo) -> Choice | None:
     missing = (
         ("triton", triton.unavailable_reason()),
         ("cuda", cuda.unsupported_device_reason(problem.device_type, problem.device_index)),
+        (
+            "bitsandbytes",
+            decode4bit.bitsandbytes_reason(
+                torch.device(problem.device_type, problem.device_index or 0)
+            ),
+        ),
     )
     found = cheapest(problem, gpu, missing)
     return (
@@ -159,29 +355,47 @@ def choose(problem: Problem, gpu: DeviceInfo) -> Choice | None:
     )
 
 
+def decoding_rows(gpu: DeviceInfo, N: int, K: int) -> float:
+    """Return the most rows for which a GEMM decodes a 4-bit weight [N, K] in each tile of rows.
+
+    A rule beside the model. On ten cards bitsandbytes measured no fused 4-bit GEMM ahead of
+    decoding once above these rows (see `BITSANDBYTES_ROWS`).
+    """
+    if N * K < BITSANDBYTES_LARGE:
+        return math.inf
+    return 512 if gpu.capability in (89, 120) else 128
+
+
+def _decodes_in_tiles(cost: Cost, problem: Problem) -> bool:
+    return problem.four_bit and cost.backend != "eager" and cost.strategy != Strategy.LIBRARY
+
+
 @functools.lru_cache(maxsize=4096)
 def cheapest(
     problem: Problem, gpu: DeviceInfo, missing: tuple[tuple[str, str | None], ...]
 ) -> Choice | None:
     """Choose the fastest strategy by the cost model, or None.
 
-    missing: pairs of a backend and why it cannot run, or None.
+    missing: pairs of a backend, or bitsandbytes, and why it cannot run, or None.
     """
     if not is_known(gpu) or unsupported_reason(gpu) or problem.unsupported_reason():
         return None
     layout = cuda_heuristics.layout_of(problem)
     (M, N, K), dtype = (problem.rows, problem.columns, problem.inner), problem.dtype
-    predicted = predict(gpu, problem)
+    predicted = predict(gpu, problem, dict(missing).get("bitsandbytes") is None)
     best = next(
         cost
         for cost in predicted
         if dict(missing).get(cost.backend) is None
+        and not (_decodes_in_tiles(cost, problem) and decoding_rows(gpu, N, K) < M)
         and (
             cost.backend != "cuda"
             or constraints.forward_unsupported_reason(cost.strategy, dtype, layout, M, N, K) is None
         )
     )
     eagers = next(cost for cost in predicted if cost.backend == "eager")
+    if best.seconds > KEEP_EAGER * eagers.seconds:
+        best = eagers
     share = f"{best.seconds / eagers.seconds:.2f} of eager's {eagers.seconds * 1e6:.0f} µs"
     why = f"the cost model expects {share}, most of it {best.because}"
     if best.backend == "cuda":

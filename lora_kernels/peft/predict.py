@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import costs, cpu_costs, device, selection
+from ..backends import decode4bit
 from ..backends.triton import measured
 from ..core.problem import MANY_ROWS, Choice, Layout, Problem, Strategy
 from ..cpu_costs import Machine, Sizes
@@ -256,7 +257,8 @@ def _predict_on_gpu(part: Part, rows: int, gpu: DeviceInfo, step: bool) -> float
 
     def predict_gemm(N: int, K: int) -> float:
         call = part._replace(N=N, K=K).problem(rows)._replace(dropout=part.dropout)
-        predicted = costs.predict(gpu, call)
+        bitsandbytes = decode4bit.bitsandbytes_reason(part.device) is None
+        predicted = costs.predict(gpu, call, bitsandbytes)
         backend = choice.backend if choice.backend in ("triton", "cuda") else "eager"
         same = [cost for cost in predicted if cost.backend == backend]
         exact = [cost for cost in same if cost.strategy == choice.strategy]

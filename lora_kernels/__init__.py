@@ -10,6 +10,7 @@ from .functional import (
     lora_linear,
     multi_lora_linear,
 )
+from .qualification import qualify
 from .selection import backend
 
 __all__ = [
@@ -20,5 +21,6 @@ __all__ = [
     "lora_experts_linear",
     "lora_linear",
     "multi_lora_linear",
+    "qualify",
     "reference",
 ]

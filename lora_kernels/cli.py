@@ -22,6 +22,7 @@ COMMANDS = {
     "info": ("lora_kernels.info", None, "what this machine is and which backends it can run"),
     "verify": ("lora_kernels.verify", None, "check every kernel against the reference"),
     "bench": ("lora_kernels.bench.command", "bench", "time the kernels against what others use"),
+    "qualify": ("lora_kernels.bench.qualify", None, "check our kernels on this GPU and use them"),
     "tune": ("lora_kernels.bench.tune", None, "find the fastest Triton kernels on this GPU"),
     "finetune": ("lora_kernels.finetune.command", "finetune", "fine-tune a model with fused LoRA"),
     "rank-search": (

@@ -10,8 +10,11 @@ Further passes over x and y, and launches, are added. Rates are shares of the da
 from __future__ import annotations
 
 import functools
+import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -22,7 +25,9 @@ from .backends.triton import configs
 from .backends.triton import heuristics as triton_heuristics
 from .core.problem import Choice, Problem, Strategy
 from .device import DeviceInfo
+from .verdicts import Group, Point, Verdict, group_of
 
+Shapes = Sequence[tuple[int, int]]  # N and K
 # For `multi_lora_linear`: P = D(x)·Aᵀ is complete before the base GEMM starts.
 TWO_STEPS = {"triton": triton.TWO_STEPS, "cuda": cuda.TWO_STEPS}
 LAUNCH = 3e-6  # seconds of the smallest kernel, launched back to back
@@ -59,6 +64,7 @@ LATENCY, L2_LATENCY = 0.6e-6, 0.3e-6
 # Bytes a clock that the L2 cache gives a multiprocessor: 7.4 TB/s on H100, 5.2 on RTX 4090. An
 # estimate within a quarter.
 L2_BYTES = {80: 32, 90: 32, 100: 32, 103: 32, 86: 16, 89: 16, 120: 16}
+CONTENDER = 1.0  # of eager's time: a kernel predicted above is not qualified
 KEEP_EAGER = 0.95  # of its time: a prediction must be lower to replace it
 DECODE_ROWS = 16
 DECODE_TILE, DECODE_CHUNK, DECODE_WARPS = 16, 128, 8  # of decode.cu
@@ -83,7 +89,28 @@ BITSANDBYTES_ROWS = {
 
 
 @dataclass(frozen=True)
-class Cost:
+class Rates:
+    """Factors of the model's rates and times; 1 is the estimate from the data sheet.
+
+    `fit` finds them from times on a card.
+
+    Attributes:
+        bandwidth, library, cuda, triton, decoding: of the bandwidth, of the tensor cores' rate that
+            cuBLAS, the CUDA and the Triton kernels reach, and of the codes decoded in a clock.
+        latency, launch, host: of the seconds of a load, of a launch, and of the host's calls.
+    """
+
+    bandwidth: float = 1.0
+    library: float = 1.0
+    cuda: float = 1.0
+    triton: float = 1.0
+    decoding: float = 1.0
+    latency: float = 1.0
+    launch: float = 1.0
+    host: float = 1.0
+
+
+class Cost(NamedTuple):
     """A strategy's predicted seconds, and what takes most of them."""
 
     backend: str
@@ -115,7 +142,9 @@ def unsupported_reason(gpu: DeviceInfo) -> str | None:
     return None
 
 
-def predict(gpu: DeviceInfo, problem: Problem, bitsandbytes: bool = True) -> list[Cost]:
+def predict(
+    gpu: DeviceInfo, problem: Problem, bitsandbytes: bool = True, rates: Rates = Rates()
+) -> list[Cost]:
     """Return every backend's strategies for a forward, the fastest first.
 
     x, W and y have `problem.dtype`. On a GPU that our kernels do not run on, eager's alone.
@@ -131,7 +160,7 @@ def predict(gpu: DeviceInfo, problem: Problem, bitsandbytes: bool = True) -> lis
     >>> predict(h100, token)[0].strategy
     'cooperative'
     """
-    call = _Call(gpu, problem)
+    call = _Call(gpu, problem, rates)
     found = [_eager(call, bitsandbytes)]
     if unsupported_reason(gpu) is None:
         found += [_triton_library(call), _triton_two_pass(call), _cuda_simt(call)]
@@ -147,8 +176,10 @@ def predict(gpu: DeviceInfo, problem: Problem, bitsandbytes: bool = True) -> lis
 class _Call:
     """The sizes of a call, and the GPU's rates for it. Bytes: weight, x, y, adapter."""
 
-    def __init__(self, gpu: DeviceInfo, problem: Problem) -> None:
-        self.gpu, self.problem = gpu, problem
+    def __init__(self, gpu: DeviceInfo, problem: Problem, rates: Rates) -> None:
+        self.gpu, self.problem, self.rates = gpu, problem, rates
+        self.launch = LAUNCH * rates.launch
+        self.latency, self.l2_latency = LATENCY * rates.latency, L2_LATENCY * rates.latency
         self.M, self.N, self.K = problem.rows, problem.columns, problem.inner
         self.R, self.itemsize = problem.rank, problem.dtype.itemsize
         self.four_bit = problem.four_bit
@@ -156,10 +187,10 @@ class _Call:
         self.weight = self.N * self.K * (0.5 + 1 / 64) if self.four_bit else self.dense
         self.x, self.y = self.M * self.K * self.itemsize, self.M * self.N * self.itemsize
         self.adapter = (self.N + self.K) * self.R * self.itemsize
-        self.bandwidth = gpu.bandwidth * BANDWIDTH_SHARE
+        self.bandwidth = gpu.bandwidth * BANDWIDTH_SHARE * rates.bandwidth
         self.moved = (self.x + self.weight + self.y + self.adapter) / self.bandwidth
         # The seconds of the kernel that computes P: x is read once more.
-        self.shrink = (self.x + self.adapter) / self.bandwidth + LAUNCH
+        self.shrink = (self.x + self.adapter) / self.bandwidth + self.launch
 
     def flops(self, rows: int) -> float:
         return 2.0 * rows * self.N * (self.K + self.R)
@@ -172,6 +203,7 @@ class _Call:
     def decoding(self, times: int, codes_a_clock: float) -> float:
         """Seconds of decoding the weight `times` times, once in each tile of rows."""
         codes = times * self.N * self.K if self.four_bit else 0
+        codes_a_clock *= self.rates.decoding
         return codes / (codes_a_clock * self.gpu.clock * self.gpu.multiprocessors)
 
     def cost(
@@ -184,7 +216,7 @@ class _Call:
     ) -> Cost:
         """Return the longest part of the GEMM and the kernels beside it, or the host's time."""
         longest = max(parts, key=lambda name: parts[name])
-        device = parts[longest] + others
+        device, host = parts[longest] + others, host * self.rates.host
         if host > device:
             return Cost(backend, strategy, host, "launches from Python")
         return Cost(backend, strategy, device, longest)
@@ -204,7 +236,7 @@ def _library(call: _Call, decode: float) -> dict[str, float]:
         rate = call.gpu.tensor_flops * LIBRARY_SHARE
     else:
         rate = call.gpu.fp32_flops * FP32_SHARE
-    gemm = 2.0 * call.M * call.N * call.K / rate
+    gemm = 2.0 * call.M * call.N * call.K / (rate * call.rates.library)
     moved = (call.x + call.dense + call.y) / call.bandwidth
     return {"the GEMM": gemm + decode, "memory": moved + decode}
 
@@ -231,7 +263,7 @@ def _eager(call: _Call, bitsandbytes: bool) -> Cost:
         launches -= 1
         slow = max(parts.values())
         parts = {"decoding": call.moved + max(0.0, slow - call.moved) * call.M / rows}
-    others = passes + launches * LAUNCH
+    others = passes + launches * call.launch
     return call.cost("eager", Strategy.LIBRARY, parts, others, launches * PYTHON_LAUNCH)
 
 
@@ -247,11 +279,12 @@ def bitsandbytes_rows(gpu: DeviceInfo, problem: Problem) -> int:
 def _triton_library(call: _Call) -> Cost:
     decode = 0.0
     if call.four_bit:
-        decode = (call.weight + call.N * call.K * call.itemsize) / call.bandwidth + LAUNCH
+        decode = (call.weight + call.N * call.K * call.itemsize) / call.bandwidth + call.launch
     passes = (call.x + 2 * call.y + call.adapter) / call.bandwidth
     kernels = 3 if call.four_bit else 2
     host = TRITON_CALL + kernels * TRITON_LAUNCH
-    return call.cost("triton", Strategy.LIBRARY, _library(call, decode), passes + 3 * LAUNCH, host)
+    others = passes + 3 * call.launch
+    return call.cost("triton", Strategy.LIBRARY, _library(call, decode), others, host)
 
 
 def _triton_two_pass(call: _Call) -> Cost:
@@ -262,17 +295,17 @@ def _triton_two_pass(call: _Call) -> Cost:
         rate = call.gpu.tensor_flops * TRITON_SHARE
     else:
         rate = call.gpu.tensor_flops / 6 * TF32_SHARE
-    gemm = call.flops(rows * tile.block_m) / rate / busy
+    gemm = call.flops(rows * tile.block_m) / (rate * call.rates.triton) / busy
     # A program waits for memory once for the steps that its other stages hold.
     together = call.gpu.multiprocessors * (8 // tile.warps)
     steps = _tiles(rows * columns, together) * _tiles(call.K, tile.block_k)
-    latency = steps / max(1, tile.stages - 1) * LATENCY
+    latency = steps / max(1, tile.stages - 1) * call.latency
     decoding = call.decoding(rows, TRITON_CODES_A_CLOCK[call.gpu.capability]) / busy
     if call.four_bit and tile.warps == 8:
         decoding += steps * STEP
     parts = _gemm_parts(gemm, decoding, call.moved, latency)
     host = TRITON_CALL + 2 * TRITON_LAUNCH
-    return call.cost("triton", Strategy.TWO_PASS, parts, call.shrink + LAUNCH, host)
+    return call.cost("triton", Strategy.TWO_PASS, parts, call.shrink + call.launch, host)
 
 
 def _cuda_gemm(call: _Call) -> Cost:
@@ -284,21 +317,21 @@ def _cuda_gemm(call: _Call) -> Cost:
     step = TILE_M * 2 + TILE_N * (0.5 + 1 / 64 if call.four_bit else 2)
     l2 = L2_BYTES[gpu.capability] * gpu.clock * gpu.multiprocessors
     rate = min(gpu.tensor_flops * MMA_SHARE[gpu.capability], l2 * 2 * TILE_M * TILE_N / step)
-    gemm = call.flops(rows * TILE_M) / rate / busy
+    gemm = call.flops(rows * TILE_M) / (rate * call.rates.cuda) / busy
     decoding = call.decoding(rows, CODES_A_CLOCK) / busy
     parts = _gemm_parts(gemm, decoding, call.moved)
-    sums = 8 * call.M * call.N * splits / call.bandwidth + LAUNCH if splits > 1 else 0.0
+    sums = 8 * call.M * call.N * splits / call.bandwidth + call.launch if splits > 1 else 0.0
     host = CUDA_CALL + 2 * CUDA_LAUNCH
-    return call.cost("cuda", Strategy.TWO_PASS, parts, call.shrink + 2 * LAUNCH + sums, host)
+    return call.cost("cuda", Strategy.TWO_PASS, parts, call.shrink + 2 * call.launch + sums, host)
 
 
 def _cuda_simt(call: _Call) -> Cost:
     rows = _tiles(call.M, TILE_M) * TILE_M  # whole tiles are multiplied
     busy = call.busy(_tiles(call.M, TILE_M) * _tiles(call.N, 64))
-    gemm = call.flops(rows) / (call.gpu.fp32_flops * SIMT_SHARE) / busy
+    gemm = call.flops(rows) / (call.gpu.fp32_flops * SIMT_SHARE * call.rates.cuda) / busy
     parts = _gemm_parts(gemm, call.decoding(rows // TILE_M, CODES_A_CLOCK) / busy, call.moved)
     host = CUDA_CALL + 2 * CUDA_LAUNCH
-    return call.cost("cuda", Strategy.TWO_PASS_SIMT, parts, call.shrink + 2 * LAUNCH, host)
+    return call.cost("cuda", Strategy.TWO_PASS_SIMT, parts, call.shrink + 2 * call.launch, host)
 
 
 def _cuda_decode(call: _Call, strategy: Strategy) -> Cost:
@@ -307,7 +340,7 @@ def _cuda_decode(call: _Call, strategy: Strategy) -> Cost:
     width = 8 if M <= 8 else 16
     # Codes are multiplied as a high and a low part.
     gemm = 2.0 * (2 if call.four_bit else 1) * width * call.N * call.K
-    gemm /= gpu.tensor_flops * MMA_SHARE[gpu.capability]
+    gemm /= gpu.tensor_flops * MMA_SHARE[gpu.capability] * call.rates.cuda
     decoding = call.decoding(1, DECODE_CODES_A_CLOCK[M > 8])
     chunks, tiles = _tiles(call.K, DECODE_CHUNK), _tiles(call.N, DECODE_TILE)
     shared = (DECODE_TABLE if call.four_bit else 0) + DECODE_WARPS * DECODE_TILE * width * 4
@@ -316,14 +349,14 @@ def _cuda_decode(call: _Call, strategy: Strategy) -> Cost:
     blocks = min(tiles, gpu.multiprocessors * max(1, min(2, gpu.shared_memory // shared)))
     turns = _tiles(tiles, blocks)
     # A warp waits for each chunk of W before it asks for the next.
-    latency = turns * _tiles(chunks, DECODE_WARPS) * LATENCY
+    latency = turns * _tiles(chunks, DECODE_WARPS) * call.latency
     # Before: the first loads of x and A; a turn of the publishing warps for each 8 of the R · M
     # elements of P; the flag and the partial sums. After each tile: B, in two trips.
-    publish = _tiles(R * M, DECODE_WARPS) * _tiles(_tiles(call.K, 16), SPLIT) * L2_LATENCY
-    trips = 2 * LATENCY + publish + turns * 2 * L2_LATENCY
+    publish = _tiles(R * M, DECODE_WARPS) * _tiles(_tiles(call.K, 16), SPLIT) * call.l2_latency
+    trips = 2 * call.latency + publish + turns * 2 * call.l2_latency
     parts = {"memory": call.moved, "latency": latency, "decoding": decoding, "the GEMM": gemm}
     launches = 1 if strategy == Strategy.COOPERATIVE else 2
-    others = (1 + launches) / 2 * LAUNCH + trips
+    others = (1 + launches) / 2 * call.launch + trips
     host = CUDA_CALL + launches * CUDA_LAUNCH
     return call.cost("cuda", strategy, parts, others, host)
 
@@ -332,27 +365,25 @@ def _tiles(size: int, tile: int) -> int:
     return -(-size // tile)
 
 
-def choose(problem: Problem, gpu: DeviceInfo) -> Choice | None:
-    """Choose for a GPU: what `lora-kernels tune` has measured, or the cost model's fastest.
+@functools.lru_cache(maxsize=4096)
+def choose(problem: Problem, gpu: DeviceInfo, verdict: Verdict) -> Choice:
+    """Choose for a GPU: the fastest of what qualified, by `lora-kernels tune` or the cost model.
 
-    None if our kernels cannot run the call or the cost model does not know the GPU.
+    The eager backend, unless another is expected to be faster by 5 % (`KEEP_EAGER`).
     """
-    missing = (
+    index = problem.device_index or 0
+    unavailable = (
         ("triton", triton.unavailable_reason()),
         ("cuda", cuda.unsupported_device_reason(problem.device_type, problem.device_index)),
-        (
-            "bitsandbytes",
-            decode4bit.bitsandbytes_reason(
-                torch.device(problem.device_type, problem.device_index or 0)
-            ),
-        ),
+        ("bitsandbytes", decode4bit.bitsandbytes_reason(torch.device("cuda", index))),
     )
-    found = cheapest(problem, gpu, missing)
-    return (
-        None
-        if found is None
-        else triton_heuristics.choose_tuned(problem, gpu, reason=None) or found
-    )
+    tuned = triton_heuristics.choose_tuned(problem, gpu, reason=None)
+    if tuned is not None and group_of("triton", tuned.strategy, problem) in verdict.passed:
+        return tuned
+    found = cheapest(problem, gpu, unavailable, verdict)
+    if found is None:
+        return Choice("eager", Strategy.LIBRARY, "the cost model does not know this GPU")
+    return found
 
 
 def decoding_rows(gpu: DeviceInfo, N: int, K: int) -> float:
@@ -370,39 +401,127 @@ def _decodes_in_tiles(cost: Cost, problem: Problem) -> bool:
     return problem.four_bit and cost.backend != "eager" and cost.strategy != Strategy.LIBRARY
 
 
-@functools.lru_cache(maxsize=4096)
 def cheapest(
-    problem: Problem, gpu: DeviceInfo, missing: tuple[tuple[str, str | None], ...]
+    problem: Problem,
+    gpu: DeviceInfo,
+    unavailable: tuple[tuple[str, str | None], ...],
+    verdict: Verdict | None = None,
 ) -> Choice | None:
-    """Choose the fastest strategy by the cost model, or None.
+    """Choose the fastest strategy by the cost model; None if the model does not know the GPU.
 
-    missing: pairs of a backend, or bitsandbytes, and why it cannot run, or None.
+    unavailable: pairs of a backend, or bitsandbytes, and why it cannot run, or None.
+    verdict: None takes every group as qualified, and the rates as the data sheet's.
     """
     if not is_known(gpu) or unsupported_reason(gpu) or problem.unsupported_reason():
         return None
+    rates = Rates() if verdict is None else Rates(**verdict.rates)
+    predicted = predict(gpu, problem, not dict(unavailable).get("bitsandbytes"), rates)
+    eager = next(cost for cost in predicted if cost.backend == "eager")
+    failed: list[str] = []
+    for cost in predicted:
+        if cost.seconds > KEEP_EAGER * eager.seconds:
+            break
+        if dict(unavailable).get(cost.backend) or _unfit(cost, problem, gpu):
+            continue
+        if verdict is not None and (why := _unqualified(cost, problem, verdict)) is not None:
+            failed.append(f"{cost.backend} {cost.strategy!r} {why}")
+            continue
+        ratio = f"{cost.seconds / eager.seconds:.2f} of eager's {eager.seconds * 1e6:.0f} µs"
+        why = f"the cost model expects {ratio}, most of it {cost.because}"
+        if cost.backend == "cuda":
+            layout, N, K = cuda_heuristics.layout_of(problem), problem.columns, problem.inner
+            why += cuda_heuristics.dx_note(cost.strategy, problem.dtype, layout, N, K)
+        return Choice(cost.backend, cost.strategy, why)
+    why = f"no kernel is expected to be {1 - KEEP_EAGER:.0%} faster than PyTorch's GEMMs"
+    if failed:
+        why = f"PyTorch's GEMMs; {'; '.join(failed)}"
+    return Choice("eager", Strategy.LIBRARY, why)
+
+
+def _unfit(cost: Cost, problem: Problem, gpu: DeviceInfo) -> bool:
+    """Return True if the strategy cannot run the call, or decodes the weight too often for it."""
+    most = decoding_rows(gpu, problem.columns, problem.inner)
+    if _decodes_in_tiles(cost, problem) and problem.rows > most:
+        return True
+    if problem.mixed and cost.strategy not in TWO_STEPS.get(cost.backend, [cost.strategy]):
+        return True
+    if cost.backend != "cuda":
+        return False
+    sizes = problem.rows, problem.columns, problem.inner
     layout = cuda_heuristics.layout_of(problem)
-    (M, N, K), dtype = (problem.rows, problem.columns, problem.inner), problem.dtype
-    predicted = predict(gpu, problem, dict(missing).get("bitsandbytes") is None)
-    best = next(
-        cost
-        for cost in predicted
-        if dict(missing).get(cost.backend) is None
-        and not (_decodes_in_tiles(cost, problem) and decoding_rows(gpu, N, K) < M)
-        and (
-            cost.backend != "cuda"
-            or constraints.forward_unsupported_reason(cost.strategy, dtype, layout, M, N, K) is None
-        )
-    )
-    eagers = next(cost for cost in predicted if cost.backend == "eager")
-    if best.seconds > KEEP_EAGER * eagers.seconds:
-        best = eagers
-    share = f"{best.seconds / eagers.seconds:.2f} of eager's {eagers.seconds * 1e6:.0f} µs"
-    why = f"the cost model expects {share}, most of it {best.because}"
-    if best.backend == "cuda":
-        why += cuda_heuristics.dx_note(best.strategy, dtype, layout, N, K)
-    if problem.mixed and best.strategy not in TWO_STEPS.get(best.backend, [best.strategy]):
-        if best.backend == "triton":
-            return Choice("triton", Strategy.TWO_PASS, why)
-        strategy, why = cuda_heuristics.strategy_for(dtype, None, N, K, layout, why)
-        return Choice("cuda", strategy, why)
-    return Choice(best.backend, best.strategy, why)
+    reason = constraints.forward_unsupported_reason(cost.strategy, problem.dtype, layout, *sizes)
+    return reason is not None
+
+
+def _unqualified(cost: Cost, problem: Problem, verdict: Verdict) -> str | None:
+    """Return why the strategy may not run the call on this card, or None."""
+    if cost.backend == "eager":
+        return None
+    group = group_of(cost.backend, cost.strategy, problem)
+    if group not in verdict.passed:
+        return f"did not qualify: {verdict.failed.get(group, 'it was not checked')}"
+    if problem.mixed and cost.backend == "triton":
+        return "is not qualified for several adapters"
+    forward, step = verdict.ratios(group, problem.rows) or (0.0, 0.0)
+    if forward > KEEP_EAGER:
+        return f"took {forward:.2f} of eager's time"
+    if step > 1:
+        return f"took {step:.2f} of eager's time for a step"
+    return None
+
+
+def is_contender(group: Group, gpu: DeviceInfo, rows: Sequence[int], shapes: Shapes) -> bool:
+    """Return True if the model expects the group within CONTENDER of eager's time somewhere.
+
+    rows, shapes: M, and pairs of N and K, for which it is asked.
+    """
+    if not is_known(gpu):
+        return True
+    for M, (N, K) in itertools.product(rows, shapes):
+        problem = group.problem(M, N, K)
+        found = {cost[:2]: cost for cost in predict(gpu, problem)}
+        cost = found.get((group.backend, Strategy(group.strategy)))
+        eager = found["eager", Strategy.LIBRARY]
+        if cost and not _unfit(cost, problem, gpu) and cost.seconds < CONTENDER * eager.seconds:
+            return True
+    return False
+
+
+def fit(points: Sequence[Point], gpu: DeviceInfo, bitsandbytes: bool = True) -> dict[str, float]:
+    """Return the `Rates` under which the model comes closest to measured forwards.
+
+    Minimises the squared logarithms of predicted over measured times, and of the factors with a
+    small weight: what no point depends on stays 1. Each factor is in [1/8, 8].
+
+    bitsandbytes: whether it decoded 4-bit weights for the eager backend.
+    """
+    if not points or not is_known(gpu) or unsupported_reason(gpu):
+        return {}
+    factors = dict.fromkeys(vars(Rates()), 1.0)
+    best, step = _error(factors, points, gpu, bitsandbytes), 2.0
+    while step > 1.01:
+        before = best
+        for name, scale in itertools.product(factors, (step, 1 / step)):
+            tried = factors | {name: factors[name] * scale}
+            error = _error(tried, points, gpu, bitsandbytes)
+            if error < best and 1 / 8 <= tried[name] <= 8:
+                factors, best = tried, error
+        if best == before:
+            step **= 0.5
+    return {name: round(factor, 4) for name, factor in factors.items()}
+
+
+def _error(
+    factors: dict[str, float], points: Sequence[Point], gpu: DeviceInfo, bitsandbytes: bool
+) -> float:
+    error = sum(math.log(factor) ** 2 for factor in factors.values()) / 50
+    for point in points:
+        group, rates = point.group, Rates(**factors)
+        problem = group.problem(point.rows, point.columns, point.inner, point.rank)
+        found = {c[:2]: c.seconds for c in predict(gpu, problem, bitsandbytes, rates)}
+        measured = {
+            ("eager", Strategy.LIBRARY): point.eager_forward,
+            (group.backend, Strategy(group.strategy)): point.forward,
+        }
+        error += sum(math.log(found[which] / seconds) ** 2 for which, seconds in measured.items())
+    return error

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
-from . import __version__, device
+from . import __version__, device, verdicts
 from .backends import cuda, native, triton
 from .backends.triton import configs
 
+_ON_GPU = "for calls that qualified on the card (see the GPU's line), or that ask for it"
 _OPTIONAL = ("triton", "peft", "transformers", "bitsandbytes")
 
 
@@ -23,7 +24,8 @@ def info() -> dict[str, Any]:
 
     Keys: `version`, `python`, `platform`; `versions` (distribution -> version or None); `cpu`
     (device.Cpu's fields; `isa`, the instruction set in use, and `thread_pool`, both None without
-    the extension); `compiler`; `gpus` (device.DeviceInfo's fields each); `backends` (name ->
+    the extension); `compiler`; `gpus` (device.DeviceInfo's fields
+    and `qualification`, a sentence, each); `backends` (name ->
     `available`, `reason`, and `add`, how to get it, or None).
 
     >>> from lora_kernels.info import info
@@ -40,7 +42,10 @@ def info() -> dict[str, Any]:
         },
         "cpu": {**asdict(device.cpu()), "isa": native.isa, "thread_pool": native.threads},
         "compiler": device.compiler(),
-        "gpus": [asdict(gpu) for gpu in device.gpus()],
+        "gpus": [
+            asdict(gpu) | {"qualification": _qualification(index)}
+            for index, gpu in enumerate(device.gpus())
+        ],
         "backends": {
             "eager": _backend(True, "plain PyTorch, on every torch device"),
             "cpu": _cpu_backend(),
@@ -63,7 +68,7 @@ def report(facts: dict[str, Any]) -> str:
     for index, gpu in enumerate(facts["gpus"]):
         memory, capability = f"{gpu['memory'] / 2**30:.0f} GiB", gpu["capability"] / 10
         shape = f"capability {capability}, {gpu['multiprocessors']} SMs, {memory}"
-        rows.append((f"GPU {index}", f"{gpu['name']}, {shape}"))
+        rows.append((f"GPU {index}", f"{gpu['name']}, {shape}; {gpu['qualification']}"))
     if not facts["gpus"]:
         rows.append(("GPU", "none that torch can use"))
 
@@ -95,6 +100,15 @@ def _backend(available: bool, reason: str, add: str | None = None) -> dict[str, 
     return {"available": available, "reason": reason, "add": add}
 
 
+def _qualification(index: int) -> str:
+    """Return what is known of our kernels on a GPU, in a sentence."""
+    found = verdicts.current(index)
+    if isinstance(found, str):
+        return found
+    total = len(found.passed) + len(found.failed)
+    return f"qualified on {found.date[:10]}: {len(found.passed)} of {total} groups of calls pass"
+
+
 def _cpu_backend() -> dict[str, Any]:
     if native.module is not None:
         pool = native.threads or "none found, so one thread"
@@ -119,7 +133,7 @@ def _triton_backend() -> dict[str, Any]:
     reasons = [configs.capability_unsupported_reason(gpu) for gpu in gpus]
     if None not in reasons:
         return _backend(False, reasons[0] or "")
-    return _backend(True, "where lora_kernels.backend('triton') asks for it: no GPU has run it yet")
+    return _backend(True, _ON_GPU)
 
 
 def _cuda_backend() -> dict[str, Any]:
@@ -133,7 +147,7 @@ def _cuda_backend() -> dict[str, Any]:
         return _backend(False, "no GPU; the tests run it in an emulator")
     if None not in reasons:
         return _backend(False, reasons[0] or "")
-    return _backend(True, "where lora_kernels.backend('cuda') asks for it: no GPU has run it yet")
+    return _backend(True, _ON_GPU)
 
 
 # A wheel that was built without the kernels sits in pip's cache and would come back.

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import torch
 
-from . import costs, device
+from . import costs, device, verdicts
 from .backends import cpu_heuristics, cuda, forced, native, triton
 from .backends.cuda import heuristics as cuda_heuristics
 from .backends.forced import Forced
@@ -21,6 +21,7 @@ from .backends.triton import configs
 from .backends.triton import heuristics as triton_heuristics
 from .core.call import Guard
 from .core.problem import Choice, Problem, Strategy, require_supported
+from .verdicts import Verdict
 
 STRATEGIES = {
     "eager": (Strategy.LIBRARY,),
@@ -30,13 +31,7 @@ STRATEGIES = {
 }
 BACKENDS = tuple(STRATEGIES)
 
-# Why a GPU's tensors go to the eager backend unless another is requested; None lets the cost model
-# decide.
-UNTRIED: str | None = (
-    "PyTorch's GEMMs, in an order that moves no more bytes than PEFT's (lora-kernels bench "
-    "--count); our Triton and CUDA kernels are compiled and tested on the CPU, but have run on no "
-    "GPU yet: lora_kernels.backend('triton' or 'cuda') takes them"
-)
+_ON_GPU = "PyTorch's GEMMs, in an order that moves no more bytes than PEFT's"
 
 
 def _check_names(name: str, strategy: str | None = None) -> Forced:
@@ -106,11 +101,24 @@ def choose(problem: Problem) -> Choice:
         return Choice("eager", Strategy.LIBRARY, "the eager backend was requested")
     if requested.backend == "cpu":
         require_supported("cpu", _eager_reason(problem))
-    if problem.device_type == "cuda" and UNTRIED is None and device.has_gpu():
-        found = costs.choose(problem, device.gpu(problem.device_index))
-        if found is not None:
-            return found
+    if problem.device_type == "cuda" and device.has_gpu():
+        return _choose_gpu(problem)
     return Choice("eager", Strategy.LIBRARY, _eager_reason(problem))
+
+
+def _choose_gpu(problem: Problem) -> Choice:
+    """Choose for a GPU's tensors: what qualified and is expected to be faster, or eager."""
+    target = device.gpu(problem.device_index)
+    reason = configs.capability_unsupported_reason(target)
+    if reason is not None:
+        bf16 = torch.bfloat16 in (problem.x_dtype, problem.dtype)
+        slow = f"; sm_{target.capability} has no bfloat16 either, and emulates it: want float16"
+        return Choice("eager", Strategy.LIBRARY, reason + slow * bf16)
+    reason = problem.unsupported_reason() or verdicts.unqualified_reason(problem)
+    verdict = verdicts.current(problem.device_index)
+    if reason is None and isinstance(verdict, Verdict):
+        return costs.choose(problem, target, verdict)
+    return Choice("eager", Strategy.LIBRARY, f"{_ON_GPU}; {reason or verdict}")
 
 
 @functools.lru_cache(maxsize=4096)
@@ -187,13 +195,7 @@ def guards() -> tuple[Guard, Guard]:
 
 
 def _eager_reason(problem: Problem) -> str:
-    """Return why the call goes to the eager backend."""
+    """Return why the call goes to the eager backend, for calls that no qualification covers."""
     if problem.device_type != "cuda":
         return cpu_heuristics.unsupported_reason(problem) or ""
-    if device.has_gpu():
-        target = device.gpu(problem.device_index)
-        reason = configs.capability_unsupported_reason(target)
-        if reason is not None:
-            slow = f"; sm_{target.capability} has no bfloat16 either, and emulates it: want float16"
-            return reason + slow * (torch.bfloat16 in (problem.x_dtype, problem.dtype))
-    return UNTRIED or "the cost model does not know this GPU"
+    return f"{_ON_GPU}; only lora_linear and multi_lora_linear may take kernels that qualified"

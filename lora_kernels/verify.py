@@ -12,11 +12,9 @@ Where stdout is a terminal and rich is installed, a bar below the lines says how
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import json
 import math
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
@@ -29,7 +27,7 @@ from torch import nn
 from . import selection
 from .backends import cpu, cpu_heuristics, triton
 from .backends.triton import configs
-from .bench import baselines, experts_case, multi
+from .bench import baselines, experts_case, multi, progress
 from .bench import case as cases
 from .bench.case import Case, Expected, dtype_name
 from .bench.experts_case import ExpertsCase
@@ -120,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
         each = itertools.product(DTYPES, OPTIONS, names)
         checks = [partial(judge_option, shapes, *one) for one in each]
     rows = []
-    with _printed(args.json, len(checks)) as say:
+    with progress.printed(args.json, len(checks)) as say:
         say(head)
         for row, line in filter(None, (check() for check in checks)):
             rows.append(row)
@@ -146,26 +144,6 @@ def _unstartable_reason(args: argparse.Namespace, names: list[str]) -> str | Non
                 f"{option}"
             )
     return None if names else f"no engine here begins with {args.engines!r}"
-
-
-@contextlib.contextmanager
-def _printed(silent: bool, total: int) -> Iterator[Callable[[str], None]]:
-    """Give a function that prints a head and up to `total` lines; with a bar on a terminal."""
-    if silent:
-        yield lambda line: None
-    elif not sys.stdout.isatty() or find_spec("rich") is None:
-        yield lambda line: print(line, flush=True)
-    else:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
-        with Progress(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as bar:
-            task = bar.add_task("", total=total, completed=-1)  # the head is the first line
-
-            def say(line: str) -> None:
-                bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
-                bar.advance(task)
-
-            yield say
 
 
 def judge_option(shapes: Shapes, dtypes: Dtypes, option: str, name: str) -> Line | None:

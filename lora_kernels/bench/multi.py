@@ -35,6 +35,7 @@ class MultiCase:
     dropout_p: float = 0.0
     values: str = "normal"  # or "nonnegative"
     frozen: tuple[str, ...] = ()
+    device: str = "cpu"  # where it runs; the numbers are drawn on the CPU
     seed: int = 0
 
     def __str__(self) -> str:
@@ -68,11 +69,19 @@ def inputs(case: MultiCase) -> dict[str, Any]:
         "rng": cases.dropout_state(case.seed) if case.dropout_p else None,
         "dy": draw((M, N), 1.0, case.dtype),
     }
+    args = {name: _moved(arg, case.device) for name, arg in args.items()}
     for name in ("x", "lora_A", "lora_B", "bias"):
         for t in args[name] if isinstance(args[name], list) else [args[name]]:
             if t is not None:
                 t.requires_grad_(name not in case.frozen)
     return args
+
+
+def _moved(arg: Any, device: str) -> Any:
+    """Return a tensor, a list of tensors or a 4-bit weight on the device; numbers unchanged."""
+    if isinstance(arg, list):
+        return [_moved(each, device) for each in arg]
+    return arg.to(device) if isinstance(arg, Tensor | Weight4bit) else arg
 
 
 def plain_pytorch(
@@ -114,5 +123,5 @@ def judge(
 
     found = cases.expected(case, case.M * sum(case.ranks) // len(case.ranks), make)
     # y and dx: also the base product, which an adapter's part is added to in place.
-    like = Case(case.M, case.N, case.K, 1, case.dtype, case.adapter_dtype)
+    like = Case(case.M, case.N, case.K, 1, case.dtype, case.adapter_dtype, device=case.device)
     return cases.verdicts(found, call, like)

@@ -24,6 +24,7 @@ from transformers import (
 )
 from transformers.trainer_utils import SchedulerType, TrainOutput
 
+from ..integrations.trainer import VerdictLog
 from ..layers import lora_plus_parameter_groups
 from ..peft import fuse
 from . import UsageError
@@ -169,7 +170,7 @@ class LoRATrainer(Trainer):  # type: ignore[misc, unused-ignore]
         if len(train_dataset) == 0:
             raise UsageError("train_dataset: got no row, want at least one")
         self.lora_plus_ratio, self.patience = lora_plus_ratio, patience
-        others["callbacks"] = [MetricsLog(), *others.get("callbacks", ())]
+        others["callbacks"] = [MetricsLog(), VerdictLog(), *others.get("callbacks", ())]
         if patience is not None:
             others["callbacks"].append(_early_stop(args, patience))
         data = [part for part in (train_dataset, eval_dataset) if isinstance(part, ChatData)]

@@ -8,7 +8,9 @@ from typing import Any
 
 from torch import nn
 from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
 
+from .. import verdicts
 from ..peft import explain, fuse
 from ..peft.linear import Fused
 from ..peft.swap import lora_layers
@@ -16,7 +18,31 @@ from ..peft.swap import lora_layers
 logger = logging.getLogger("lora_kernels")
 
 
-class FuseCallback(TrainerCallback):
+class VerdictLog(TrainerCallback, ExportableState):
+    """Save with each checkpoint which verdicts the GPU kernels followed, and warn if a resumed run
+    follows others: its losses then differ in their last digits.
+
+    >>> VerdictLog().state()
+    {'args': {}, 'attributes': {'verdicts': {}}}
+    """
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {"verdicts": verdicts.digests()}}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        saved = state.stateful_callbacks.get(type(self).__name__)
+        if not (state.global_step and saved and state.is_world_process_zero):
+            return
+        before, now = saved["attributes"]["verdicts"], verdicts.digests()
+        if before != now:
+            logger.warning(
+                "the qualification of our GPU kernels changed since the checkpoint: %s, now %s",
+                before,
+                now,
+            )
+
+
+class FuseCallback(VerdictLog):
     """Fuse the LoRA layers of the model that transformers' Trainer, or any of TRL's, trains.
 
     `fuse` runs at the end of the trainer's `__init__`, when TRL has added the adapters of its
@@ -27,7 +53,7 @@ class FuseCallback(TrainerCallback):
     layers that stay PEFT's are a WARNING with the reason.
 
     Args:
-        linears: as `fuse`'s.
+        linears, qualify: as `fuse`'s.
 
     Raises ValueError, from the trainer's `__init__`, if the model has no LoRA layers.
 
@@ -35,14 +61,15 @@ class FuseCallback(TrainerCallback):
     >>> callback = FuseCallback()  # SFTTrainer(..., peft_config=config, callbacks=[callback])
     """
 
-    def __init__(self, linears: bool = False) -> None:
-        self.linears = linears
+    def __init__(self, linears: bool = False, qualify: str = "cached") -> None:
+        self.linears, self.qualify = linears, qualify
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._fuse(kwargs["model"], state.is_world_process_zero)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._fuse(kwargs["model"], state.is_world_process_zero)
+        super().on_train_begin(args, state, control, **kwargs)
 
     def _fuse(self, model: nn.Module, speaks: bool) -> None:
         layers = [layer for _, layer, _ in lora_layers(model)]
@@ -52,7 +79,7 @@ class FuseCallback(TrainerCallback):
                 "model: give the trainer a peft_config, or peft.get_peft_model(model, config)"
             )
         before = sum(isinstance(layer, Fused) for layer in layers)
-        fuse(model, linears=self.linears)
+        fuse(model, linears=self.linears, qualify=self.qualify)
         if speaks and sum(isinstance(layer, Fused) for layer in layers) > before:
             _report(model)
 

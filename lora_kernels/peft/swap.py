@@ -6,6 +6,8 @@ adding adapters.
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -14,7 +16,7 @@ from peft.tuners.adalora.layer import SVDLinear
 from peft.tuners.lora.layer import LoraLayer, MultiheadAttention, ParamWrapper
 from torch import nn
 
-from .. import selection
+from .. import qualification, selection, verdicts
 from ..quantization.weight4bit import check_decoder
 from . import foreign, traffic
 from .adalora import FusedSVDLinear
@@ -26,9 +28,11 @@ from .frozen import StreamedLinear
 from .linear import Fused, FusedLinear, peft_class, set_class
 
 Model = TypeVar("Model", bound=nn.Module)
+QUALIFY = ("cached", "now", "off")
+logger = logging.getLogger("lora_kernels")
 
 
-def fuse(model: Model, linears: bool = False) -> Model:
+def fuse(model: Model, linears: bool = False, qualify: str = "cached") -> Model:
     """Fuse the LoRA layers of a PEFT model in place, and return the model.
 
     LoRA and AdaLoRA layers compute with `lora_linear`, layers over a mixture's experts with
@@ -45,16 +49,24 @@ def fuse(model: Model, linears: bool = False) -> Model:
         linears: whether `nn.Linear` layers without an adapter, such as the output embedding, use
             the native GEMV for a few rows of x. It runs on CPUs, without gradients. It sums in
             another order than PyTorch and rounds once.
+        qualify: which kernels run on a GPU, in this process: "cached", those that
+            `lora_kernels.qualify` has found to be right and faster on such a card; "now", the same
+            after qualifying a card of the model that has no verdict yet (about 25 s); "off", none.
+            Every other call runs PyTorch's GEMMs, the eager backend. If a card cannot be qualified
+            now, a warning is logged and the eager backend runs.
 
     Raises:
         TypeError: `model` is not a module.
-        ValueError: `model` has no LoRA layer.
+        ValueError: `model` has no LoRA layer, or `qualify` is another word.
 
     >>> from peft import LoraConfig, get_peft_model
     >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), LoraConfig(target_modules=["0"]))
     >>> type(fuse(model).base_model.model[0]).__name__
     'FusedLinear'
     """
+    if qualify not in QUALIFY:
+        want = ", ".join(map(repr, QUALIFY))
+        raise ValueError(f"qualify: got {qualify!r}, want one of {want}")
     layers = list(lora_layers(model))
     if not layers:
         raise ValueError(
@@ -68,7 +80,29 @@ def fuse(model: Model, linears: bool = False) -> Model:
             set_class(layer, _fused_class(layer))
     for linear in _plain_linears(model) if linears else ():
         set_class(linear, StreamedLinear)
+    _follow_verdicts(model, qualify)
     return model
+
+
+def _follow_verdicts(model: nn.Module, qualify: str) -> None:
+    """Read or make the verdict on each GPU of the model; advise once a process."""
+    verdicts.switch_off(qualify == "off")
+    indices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
+    for index in sorted(indices) if qualify != "off" else ():
+        found = verdicts.current(index)
+        if isinstance(found, str) and qualify == "now":
+            try:
+                found = qualification.qualify(index)
+            except RuntimeError as error:
+                found = str(error)
+                verdicts.set_current(index, found)
+        if isinstance(found, str):
+            _advise(found)
+
+
+@functools.cache
+def _advise(reason: str) -> None:
+    logger.warning("our GPU kernels are off: %s", reason)
 
 
 def _check_decoder(layer: Any) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from lora_kernels import costs, device, selection
+from lora_kernels import costs, device
 from lora_kernels.backends import triton
 from lora_kernels.backends.triton import heuristics, measured
 from lora_kernels.core.problem import Choice, Layout, Problem, Strategy
@@ -114,14 +114,6 @@ def test_select_follows_the_model(gpu: DeviceInfo) -> None:
 def test_a_kernel_is_expected_only_of_what_it_takes(odd: dict[str, int]) -> None:
     choice = choose(H100, **odd)  # type: ignore[arg-type]
     assert choice is not None and choice.strategy != Strategy.COOPERATIVE
-
-
-def test_while_untried_eager_is_chosen_without_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No figure of a model that no card has confirmed is quoted."""
-    monkeypatch.setattr(device, "has_gpu", lambda: True)
-    monkeypatch.setattr(device, "gpu", lambda index: H100)
-    choice = selection.choose(Problem("cuda", *(torch.bfloat16,) * 4, R, 1, True, N, K))
-    assert choice.backend == "eager" and choice.reason == selection.UNTRIED
 
 
 def test_cheapest_of_what_the_model_leaves_is_none() -> None:

@@ -34,7 +34,6 @@ def choose(
 
 def test_choose_on_a_gpu_takes_triton_only_if_requested(gpu: DeviceInfo) -> None:
     assert choose().backend == "eager"
-    assert "have run on no GPU yet" in choose().reason
     with lora_kernels.backend("triton"):
         assert choose().backend == "triton"
     with lora_kernels.backend("triton", TWO_PASS):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -62,11 +64,39 @@ def run(
     **meta: Any,
 ) -> None:
     """Launch the kernel on the device and torch's current stream."""
+    if _compiles_only is not None:
+        _compiles_only(kernel, config, args, meta)
+        return
     if device.type != "cuda":
         kernel[grid](*args, **meta, **options(config))
         return
     with torch.cuda.device(device):
         kernel[grid](*args, **meta, **options(config))
+
+
+_compiles_only: Callable[..., None] | None = None
+
+
+@contextlib.contextmanager
+def compile_only(part: int, parts: int) -> Iterator[None]:
+    """Compile every `parts`-th kernel inside the context, from the `part`-th on; launch none.
+
+    Triton keeps what it compiles in its cache, in which other processes find it.
+    """
+    global _compiles_only
+    seen: set[tuple[Any, ...]] = set()
+
+    def compile_kernel(kernel: Any, config: Config, args: Any, meta: dict[str, Any]) -> None:
+        key = (kernel, config, *map(_kind, args), *meta.values())
+        if key not in seen and len(seen) % parts == part:
+            kernel.warmup(*args, grid=(1,), **meta, **options(config))
+        seen.add(key)
+
+    _compiles_only = compile_kernel
+    try:
+        yield
+    finally:
+        _compiles_only = None
 
 
 def choose_stages(

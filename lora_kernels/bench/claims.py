@@ -1,0 +1,568 @@
+"""The worker of `lora_kernels.qualify`: checks the claims of a plan on one card.
+
+    python -m lora_kernels.bench.claims MODULE:CARD
+
+Reads its order from stdin, JSON with "claims", "shapes", "end" (by time.time) and "compile". Prints
+a line of JSON for each thing that happens:
+
+    {"ready": key of the card}      or {"refused": why}, and it ends
+    {"compiled": seconds}           if kernels were compiled ahead
+    {"begin": number of the claim}
+    {"end": number, "failed": why or null, "points": [...], "retry": why it can hold another time}
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import itertools
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from .. import functional, qualification, selection, verdicts
+from ..backends import cuda, triton
+from ..backends.cuda import DECODE_ROWS
+from ..backends.triton import launch
+from ..core.call import Needs, Operands, Spec
+from ..core.problem import Strategy
+from ..qualification import Claim
+from ..quantization import Weight4bit, quantize_4bit
+from ..verdicts import Group
+from . import case as cases
+from . import multi
+from .case import Case
+from .multi import MultiCase
+
+Shapes = Sequence[tuple[int, int]]  # N and K of the timed weights
+
+REPEATS = 10
+GUARD = 4096  # bytes before and after each tensor of "memory"
+FREE = 2 << 30  # bytes that the claims may need: the timed weights, several times
+RANK = 16
+ROUNDS = 7
+BROKEN = 3  # the exit status after an error that the device may not recover from
+
+
+class Card(Protocol):
+    """The worker's access to a device. A subclass stands for one in tests.
+
+    Attributes:
+        device: of the tensors.
+        many: M, N and K of a call with several times the blocks that fit the card.
+        few_rows, rows: M of the timed calls of strategies for few rows, and of others.
+        cold_bytes: of weights that calls read in turn, so that none is in a cache.
+    """
+
+    device: str
+    many: tuple[int, int, int]
+    few_rows: tuple[int, ...]
+    rows: tuple[int, ...]
+    cold_bytes: int
+
+    def key(self) -> dict[str, str]:
+        """Return the facts that the parent compares with its own."""
+
+    def engine(self, group: Group) -> AbstractContextManager[Any]:
+        """Force the group's backend and strategy."""
+
+    def compile(self, claims: Sequence[Claim], shapes: Shapes) -> None:
+        """Compile what the claims launch, on all processor cores."""
+
+    def before(self, claim: Claim) -> None:
+        """Is called when a claim begins."""
+
+    def synchronize(self) -> None:
+        """Wait for the device; raises RuntimeError if it is broken."""
+
+    def concurrently(self, calls: Sequence[Callable[[], Tensor]]) -> list[Tensor]:
+        """Return the results of calls on streams of their own, at once."""
+
+    def replays(self, call: Callable[[], Tensor], count: int) -> Iterator[Tensor]:
+        """Capture the call in a graph, and yield its result after each replay."""
+
+    def seconds(self, name: str, call: Callable[[int], object], count: int) -> float:
+        """Return the seconds of `call(0)` to `call(count - 1)` by the device's clock."""
+
+
+class Gpu:
+    """The first CUDA device that the process sees."""
+
+    device = "cuda"
+    many = (304, 33792, 128)
+    few_rows, rows = qualification.FEW_ROWS, qualification.ROWS
+
+    def __init__(self) -> None:
+        torch.empty(1, device="cuda")  # the context: fails if the card accepts no other
+        free, _ = torch.cuda.mem_get_info()
+        if free < FREE:
+            raise RuntimeError(
+                f"{free >> 20} MiB of the card's memory are free, want {FREE >> 20} MiB"
+            )
+        self.cold_bytes = 2 * int(torch.cuda.get_device_properties(0).L2_cache_size)
+
+    def key(self) -> dict[str, str]:
+        return verdicts.key(0)
+
+    def engine(self, group: Group) -> AbstractContextManager[Any]:
+        return selection.backend(group.backend, group.strategy)
+
+    def compile(self, claims: Sequence[Claim], shapes: Shapes) -> None:
+        mine = [claim for claim in claims if claim.group.backend == "triton"]
+        count = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4, 16)
+        command = [sys.executable, "-m", "lora_kernels.bench.claims", f"{__name__}:Gpu"]
+        workers = []
+        for number in range(count if mine else 0):
+            order = {"claims": mine, "shapes": shapes, "part": [number, count]}
+            worker = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            )
+            assert worker.stdin is not None
+            worker.stdin.write(json.dumps(order).encode())
+            worker.stdin.close()
+            workers.append(worker)
+        for worker in workers:
+            worker.wait()
+
+    def before(self, claim: Claim) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize()
+
+    def concurrently(self, calls: Sequence[Callable[[], Tensor]]) -> list[Tensor]:
+        torch.cuda.synchronize()
+        found = []
+        for call in calls:
+            with torch.cuda.stream(torch.cuda.Stream()):
+                found.append(call())
+        torch.cuda.synchronize()
+        return found
+
+    def replays(self, call: Callable[[], Tensor], count: int) -> Iterator[Tensor]:
+        aside = torch.cuda.Stream()
+        with torch.cuda.stream(aside):
+            call()
+        aside.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = call()
+        for _ in range(count):
+            graph.replay()
+            torch.cuda.synchronize()
+            yield y
+
+    def seconds(self, name: str, call: Callable[[int], object], count: int) -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        begin.record()
+        for number in range(count):
+            call(number)
+        end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end)) / 1e3
+
+
+def check(card: Card, claim: Claim, shapes: Shapes) -> tuple[str | None, Any]:
+    """Return why the claim does not hold or None, and the points of "time"."""
+    group = claim.group
+    if claim.name == "time":
+        return None, list(_times(card, group, shapes))
+    with card.engine(group):
+        if claim.name in _CASES:
+            judged = map(judge, _CASES[claim.name](card, group))
+            return next((reason for reason in judged if reason is not None), None), ()
+        return _CHECKS[claim.name](card, group), ()
+
+
+def _case(card: Card, group: Group, M: int, N: int, K: int, **fields: Any) -> Case:
+    dtype, adapter = (getattr(torch, name) for name in (group.dtype, group.adapter))
+    quant = fields.pop("quant", "nf4-64-nested") if group.weight == "4bit" else ""
+    options = {"R": RANK, "adapter_dtype": adapter, "quant": quant, "device": card.device}
+    return Case(M, N, K, dtype=dtype, **(options | fields))
+
+
+def _sizes(group: Group) -> list[tuple[int, int, int]]:
+    """M, N and K: odd where the kernels take it, then with whole rows of 16 bytes."""
+    rows = 5 if _waits(group) else 70
+    if group.backend == "triton":
+        return [(rows, 203, 99), (rows, 208, 192)]
+    return [(rows, 203, 192), (rows, 208, 192)]
+
+
+def _waits(group: Group) -> bool:
+    """Return True if its blocks wait for each other; it is for few rows."""
+    return group.strategy == Strategy.COOPERATIVE
+
+
+def odd_sizes(card: Card, group: Group) -> list[Case]:
+    odd, even = _sizes(group)
+    options = {"R": verdicts.MAX_RANK, "gate": True, "column_scale": True, "bias": True}
+    return [
+        _case(card, group, *odd, R=13, bias=True, quant="fp4-128"),
+        _case(card, group, *even, **options),
+    ]
+
+
+def many_blocks(card: Card, group: Group) -> list[Case]:
+    M, N, K = card.many
+    return [_case(card, group, min(M, DECODE_ROWS) if _waits(group) else M, N, K)]
+
+
+def autocast(card: Card, group: Group) -> list[Case]:
+    case = _case(card, group, *_sizes(group)[1], autocast=getattr(torch, group.dtype))
+    return [replace(case, dtype=torch.float32, adapter_dtype=torch.float32)]
+
+
+def several_adapters(card: Card, group: Group) -> list[MultiCase]:
+    M, N, K = _sizes(group)[1]
+    dtype, adapter = (getattr(torch, name) for name in (group.dtype, group.adapter))
+    quant = "nf4-64-nested" if group.weight == "4bit" else ""
+    case = MultiCase(M, N, K, dtype=dtype, adapter_dtype=adapter)
+    return [replace(case, quant=quant, device=card.device)]
+
+
+def judge(case: Case | MultiCase) -> str | None:
+    """Return the first output that misses the tolerance, in words, or None."""
+    found = multi.judge(case) if isinstance(case, MultiCase) else cases.judge(case)
+    return next((f"{name} {verdict}" for name, verdict in found.items() if not verdict.ok), None)
+
+
+def _weights_to_decode(card: Card, group: Group) -> list[Weight4bit]:
+    with selection.backend("eager"):
+        given = [
+            cases.inputs(_case(card, group, 1, 203, 99, quant=q)) for q in ("nf4-64", "fp4-128")
+        ]
+    return [args["weight"] for args in given]
+
+
+def dequantize(card: Card, group: Group) -> str | None:
+    dtype = getattr(torch, group.dtype)
+    for weight in _weights_to_decode(card, group):
+        got = weight.dequantize(dtype)
+        with selection.backend("eager"):
+            want = weight.dequantize(dtype)
+        if not torch.equal(got, want):
+            differ = int((got != want).sum())
+            return f"{differ} elements of {weight.quant_type} differ from the reference's"
+    return None
+
+
+class _Call:
+    """The backend's forward and backward on tensors that lie between guard zones."""
+
+    def __init__(self, card: Card, group: Group, seed: int = 0) -> None:
+        with selection.backend("eager"):
+            args = cases.inputs(_case(card, group, *_sizes(group)[1], seed=seed))
+        dtype, weight = args["x"].dtype, args["weight"]
+        base = weight.codes if isinstance(weight, Weight4bit) else weight
+        tensors = (args["x"], base, args["lora_A"], args["lora_B"])
+        self.operands = Operands(*map(surround, tensors))
+        self.dy, self.group = surround(args["dy"]), group
+        self.spec = Spec(args["scaling"], 0.0, dtype, dtype)
+        self.backend: Any = {"cuda": cuda, "triton": triton}[group.backend]
+
+    def forward(self) -> tuple[Tensor, Any]:
+        found: tuple[Tensor, Any] = self.backend.lora_linear(
+            self.operands, self.spec, self.group.strategy
+        )
+        return found
+
+    def y(self) -> Tensor:
+        return self.forward()[0]
+
+    def run(self) -> dict[str, Tensor]:
+        """Return y and the gradients."""
+        y, saved = self.forward()
+        grads = self.backend.lora_linear_backward(
+            self.dy, self.operands, saved, self.spec, Needs(True, True, True), self.group.strategy
+        )
+        named = {f"d{name}": t for name, t in grads._asdict().items() if t is not None}
+        return {"y": y} | named
+
+
+def surround(value: Any) -> Any:
+    """Return a tensor's copy between bytes that read as NaN; a 4-bit weight's tensors likewise."""
+    if isinstance(value, tuple):
+        return value._replace(**{n: surround(t) for n, t in value._asdict().items()})  # type: ignore[attr-defined]
+    if not isinstance(value, Tensor):
+        return value
+    value = value.detach().contiguous()
+    bytes_ = torch.full((2 * GUARD + value.nbytes,), 0xFF, dtype=torch.uint8, device=value.device)
+    inner = bytes_[GUARD : GUARD + value.nbytes].view(value.dtype).view(value.shape)
+    return inner.copy_(value)
+
+
+class GuardedMemory(TorchFunctionMode):
+    """Makes each new uninitialised tensor NaN, between guard zones that `written` compares."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._guards: list[Tensor] = []
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        found = function(*args, **(kwargs or {}))
+        if getattr(function, "__name__", "") not in ("empty", "empty_like", "new_empty"):
+            return found
+        if not found.is_contiguous() or found.is_meta:
+            return found
+        size = found.nbytes
+        bytes_ = torch.full((2 * GUARD + size,), 0xFF, dtype=torch.uint8, device=found.device)
+        self._guards += [bytes_[:GUARD].fill_(0xA5), bytes_[GUARD + size :].fill_(0xA5)]
+        return bytes_[GUARD : GUARD + size].view(found.dtype).view(found.shape)
+
+    def written(self) -> int:
+        """Return the number of bytes of the guard zones that changed."""
+        return sum(int((guard != 0xA5).sum()) for guard in self._guards)
+
+
+def memory(card: Card, group: Group) -> str | None:
+    call = _Call(card, group)
+    before = [t.clone() for t in call.operands if isinstance(t, Tensor)]
+    first: dict[str, Tensor] = {}
+    for number in range(REPEATS):
+        with GuardedMemory() as guarded:
+            found = call.run()
+        card.synchronize()
+        if written := guarded.written():
+            return f"{written} bytes outside of its results were written"
+        for name, t in found.items():
+            if not torch.isfinite(t).all():
+                return f"{name} has NaN from memory that was not written"
+            if not torch.equal(t, first.setdefault(name, t.clone())):
+                return f"{name} has other bits in repeat {number}"
+    after = [t for t in call.operands if isinstance(t, Tensor)]
+    if not all(map(torch.equal, before, after)):
+        return "an operand was written"
+    return None
+
+
+def graph(card: Card, group: Group) -> str | None:
+    call = _Call(card, group)
+    other = _Call(card, group, seed=1)
+    for number, y in enumerate(card.replays(call.y, 3)):
+        want = call.y()
+        card.synchronize()
+        if not torch.equal(y, want):
+            return f"replay {number} has other bits than a call by itself"
+        call.operands.x.copy_(other.operands.x if number % 2 == 0 else call.operands.x.neg())
+    return None
+
+
+def two_streams(card: Card, group: Group) -> str | None:
+    calls = [_Call(card, group, seed) for seed in range(2)]
+    want = [call.y().clone() for call in calls]
+    for number in range(REPEATS):
+        got = card.concurrently([call.y for call in calls])
+        if not all(map(torch.equal, got, want)):
+            return f"a call beside another had other bits in repeat {number}"
+    return None
+
+
+_CASES: dict[str, Callable[[Card, Group], Sequence[Case | MultiCase]]] = {
+    "odd sizes": odd_sizes,
+    "many blocks": many_blocks,
+    "autocast": autocast,
+    "several adapters": several_adapters,
+}
+_CHECKS: dict[str, Callable[[Card, Group], str | None]] = {
+    "dequantize": dequantize,
+    "memory": memory,
+    "two streams": two_streams,
+    "graph": graph,
+}
+
+
+def _times(card: Card, group: Group, shapes: Shapes) -> Iterator[tuple[Any, ...]]:
+    """Yield the numbers of a `verdicts.Point` for each shape and number of rows.
+
+    Few rows are timed without gradients, as they are when text is generated.
+    """
+    for (N, K), M in itertools.product(shapes, card.few_rows if _waits(group) else card.rows):
+        call = _Timed(card, group, M, N, K)
+        forward = _interleave(card, group, call.forward, call.count)
+        step: tuple[float | None, ...] = (None, None)
+        if not _waits(group):
+            step = _interleave(card, group, call.step, min(call.count, 4))
+        yield M, N, K, RANK, *forward, *step
+
+
+class _Timed:
+    """`lora_linear` on cold weights: a call reads another copy than the one before."""
+
+    def __init__(self, card: Card, group: Group, M: int, N: int, K: int) -> None:
+        dtype, adapter = (getattr(torch, name) for name in (group.dtype, group.adapter))
+
+        def draw(*shape: int, dtype: torch.dtype) -> Tensor:
+            return torch.randn(shape, device=card.device, dtype=dtype) / math.sqrt(shape[-1])
+
+        held: Any = card  # a protocol is not hashable to mypy, an instance is
+        self.weights = _weights(held, dtype, group.weight, N, K)
+        self.count = len(self.weights)
+        x, A, B = (
+            draw(M, K, dtype=dtype),
+            draw(RANK, K, dtype=adapter),
+            draw(N, RANK, dtype=adapter),
+        )
+        self.leaves = [t.requires_grad_() for t in (x, A, B)]
+        self.dy = draw(M, N, dtype=dtype)
+
+    def y(self, number: int) -> Tensor:
+        x, A, B = self.leaves
+        return functional.lora_linear(x, self.weights[number % self.count], A, B, 2.0)
+
+    def forward(self, number: int) -> object:
+        with torch.no_grad():
+            return self.y(number)
+
+    def step(self, number: int) -> object:
+        return torch.autograd.grad(self.y(number), self.leaves, self.dy)
+
+
+@functools.lru_cache(maxsize=1)  # the groups of a plan with equal weights follow each other
+def _weights(card: Any, dtype: torch.dtype, kind: str, N: int, K: int) -> list[Any]:
+    """Return copies of a weight, in all twice the L2 cache and at least two."""
+    dense = torch.randn(N, K, device=card.device, dtype=dtype) / K**0.5
+    with selection.backend("eager"):
+        weight = quantize_4bit(dense, "nf4", 64, True) if kind == "4bit" else dense
+    size = weight.packed.nbytes if isinstance(weight, Weight4bit) else weight.nbytes
+    count = max(2, -(-card.cold_bytes // size))
+    if isinstance(weight, Weight4bit):
+        return [replace(weight, packed=weight.packed.clone()) for _ in range(count)]
+    return [weight.clone() for _ in range(count)]
+
+
+def _interleave(
+    card: Card, group: Group, call: Callable[[int], object], count: int
+) -> tuple[float, float]:
+    """Return the median seconds of a call by the group and by eager, which take turns."""
+    ours, eagers = [], []
+    for number in range(ROUNDS + 1):
+        with card.engine(group):
+            each = card.seconds(str(group), call, count) / count
+        with selection.backend("eager"):
+            other = card.seconds("eager", call, count) / count
+        if number:  # the first warms up
+            ours.append(each)
+            eagers.append(other)
+    return statistics.median(ours), statistics.median(eagers)
+
+
+def main(arguments: Sequence[str]) -> int:
+    module, _, name = arguments[0].partition(":")
+    with os.fdopen(os.dup(1), "w") as lines:
+        os.dup2(2, 1)  # what libraries print is no line of ours
+
+        def say(**line: Any) -> None:
+            print(json.dumps(line), file=lines, flush=True)
+
+        order = json.load(sys.stdin)
+        claims = [Claim(Group(*group), name, tier) for group, name, tier in order["claims"]]
+        try:
+            card = getattr(importlib.import_module(module), name)()
+        except RuntimeError as error:
+            say(refused=_first_line(error))
+            return 1
+        if "part" in order:
+            return _compile_part(card, claims, order["shapes"], *order["part"])
+        say(ready=card.key())
+        if order["compile"]:
+            begun = time.time()
+            card.compile(claims, order["shapes"])
+            say(compiled=time.time() - begun)
+        return _check_all(card, claims, order["shapes"], order["end"], say)
+
+
+def _check_all(
+    card: Card, claims: Sequence[Claim], shapes: Shapes, end: float, say: Callable[..., None]
+) -> int:
+    failed = set[Group]()
+    for number, claim in enumerate(claims):
+        if claim.group in failed:
+            continue
+        if time.time() >= end:
+            break
+        say(begin=number)
+        reason, points, retry = None, (), None
+        try:
+            card.before(claim)
+            reason, points = check(card, claim, shapes)
+        except torch.cuda.OutOfMemoryError as error:
+            retry = _first_line(error)
+        except Exception as error:  # of the compiler, the driver or the launch
+            reason = f"{type(error).__name__}: {_first_line(error)}"
+        try:
+            card.synchronize()
+        except RuntimeError as error:  # an illegal access; every later call would raise it too
+            say(end=number, failed=reason or _first_line(error))
+            return BROKEN
+        say(end=number, failed=reason, points=points, retry=retry)
+        if reason is not None:
+            failed.add(claim.group)
+    return 0
+
+
+def _compile_part(
+    card: Card, claims: Sequence[Claim], shapes: Shapes, part: int, parts: int
+) -> int:
+    """Compile every `parts`-th kernel that the claims launch, and launch none."""
+    with launch.compile_only(part, parts):
+        for claim in claims:
+            with contextlib.suppress(Exception):  # the check itself will meet it
+                launch_all(card, claim, shapes)
+    return 0
+
+
+def launch_all(card: Card, claim: Claim, shapes: Shapes) -> None:
+    """Launch what the claim launches, each call once, and judge nothing."""
+    group, name = claim.group, claim.name
+    if name in _CASES:
+        for case in _CASES[name](card, group):
+            _launch_case(card, group, case)
+    elif name == "time":
+        for (N, K), M in itertools.product(shapes, card.few_rows if _waits(group) else card.rows):
+            call_ = _Timed(card, group, M, N, K)
+            with card.engine(group):
+                call_.forward(0)
+                if not _waits(group):
+                    call_.step(0)
+    elif name == "memory":  # "graph" and "two streams" launch the same
+        with card.engine(group):
+            _Call(card, group).run()
+    elif name == "dequantize":
+        for weight in _weights_to_decode(card, group):
+            with card.engine(group):
+                weight.dequantize(getattr(torch, group.dtype))
+
+
+def _launch_case(card: Card, group: Group, case: Case | MultiCase) -> None:
+    with selection.backend("eager"):
+        args = multi.inputs(case) if isinstance(case, MultiCase) else cases.inputs(case)
+    with card.engine(group):
+        if isinstance(case, MultiCase):
+            cases.run(functional.multi_lora_linear, args)
+        else:
+            cases.run(functional.lora_linear, args, case.autocast)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

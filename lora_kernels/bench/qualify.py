@@ -1,0 +1,180 @@
+"""`lora-kernels qualify`: check and time our kernels on this GPU, and use what passes from then on.
+
+With --dry-run, on any machine: what a qualification would do on cards known by their data sheets,
+and how long that is expected to take.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+from unittest import mock
+
+from .. import device, qualification, verdicts
+from ..backends import library, triton
+from ..backends.triton import configs, launch
+from ..device import DeviceInfo
+from ..qualification import Claim, plan
+from ..verdicts import Group, Verdict
+from . import claims, progress
+from .claims import Gpu
+
+# Clock, bandwidth, FLOP/s of tensor and of CUDA cores, by the data sheets.
+SHEETS = {
+    name: DeviceInfo("cuda", *numbers, name, 0, *rates)
+    for name, numbers, rates in (
+        ("A100", (80, 108, 163 << 10), (1.41e9, 2.04e12, 312e12, 19.5e12)),
+        ("RTX 4090", (89, 128, 99 << 10), (2.52e9, 1.01e12, 165e12, 82.6e12)),
+        ("H100", (90, 132, 227 << 10), (1.755e9, 3.35e12, 949e12, 59e12)),
+        ("B200", (100, 148, 227 << 10), (1.965e9, 8.0e12, 2382e12, 74e12)),
+    )
+}
+# Seconds, estimates: to start a worker, import torch and open the device; of a claim; of a timed
+# group. CPU seconds of a compilation: 0.30 for sm_80, 0.62 for sm_89, 0.50 for sm_90, as the plan's
+# kernels took with Triton 3.9 on an AVX-512 server.
+START, CLAIM, TIMED, COMPILATION = 3.0, 0.02, 0.06, 0.6
+CORES = 8  # of the machine that a dry run assumes
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Check this package's GPU kernels on this card against the reference, time them against "
+        "PyTorch's GEMMs, and cache the verdict: from then on what passed and is faster is used. "
+        "Takes about 25 s."
+    )
+    budget = qualification.BUDGET
+    add = parser.add_argument
+    add("--device", type=int, metavar="INDEX", help="of the GPU (default: the current one)")
+    add("--dtypes", nargs="+", choices=["bfloat16", "float16"], default=qualification.DTYPES)
+    add("--budget", type=float, default=budget, help="seconds (default: %(default)g)")
+    add("--json", action="store_true", help="print the verdict as JSON")
+    add("--forget", action="store_true", help="remove all cached verdicts")
+    known = ", ".join(SHEETS)
+    add("--dry-run", action="store_true", help=f"print what would be done on {known}")
+
+
+def run(args: argparse.Namespace) -> int:
+    """0 where every group passed; 1 where one failed; 2 where it cannot start."""
+    if args.forget:
+        for file in verdicts.forget():
+            print(f"removed {file}")
+        return 0
+    if args.dry_run:
+        print(dry_run(args.dtypes))
+        return 0
+    try:
+        gpu = None if not device.has_gpu() else device.gpu(args.device)
+        with progress.printed(args.json, len(plan(args.dtypes, gpu))) as say:
+            say("each claim on this card's kernels, and whether it holds")
+
+            def report(claim: Claim, reason: str | None) -> None:
+                why = "" if reason is None else f": {reason}"
+                say(f"{'✓' if reason is None else '✗'} {claim.group}: {claim.name}{why}")
+
+            verdict = qualification.qualify(
+                args.device, dtypes=args.dtypes, budget_s=args.budget, report=report
+            )
+    except (RuntimeError, ValueError) as error:
+        print(f"lora-kernels qualify: {str(error).removeprefix('qualify: ')}")
+        return 2
+    print(json.dumps(verdict.json(), indent=1) if args.json else table(verdict))
+    return 1 if verdict.failed else 0
+
+
+def table(verdict: Verdict) -> str:
+    """Return a line for each group: its times over eager's by rows of x, or why it failed."""
+    lines = [f"{verdict.key['name']}, driver {verdict.key['driver']}"]
+    width = max((len(str(group)) for group in [*verdict.passed, *verdict.failed]), default=0)
+    for group in sorted(verdict.passed):
+        rows = sorted({point.rows for point in verdict.points if point.group == group})
+        cells = []
+        for M in rows:
+            forward, step = verdict.ratios(group, M) or (0.0, 0.0)
+            cells.append(f"M={M}: {forward:.2f}" + (f", step {step:.2f}" if step else ""))
+        lines.append(f"✓ {group!s:{width}}  time over eager's, {'; '.join(cells)}")
+    lines += [f"✗ {group!s:{width}}  {why}" for group, why in sorted(verdict.failed.items())]
+    lines.append(
+        f"{len(verdict.passed)} of {len(verdict.passed) + len(verdict.failed)} groups pass"
+    )
+    lines.append(str(verdicts.file_of(verdict.key)))
+    return "\n".join(lines)
+
+
+def dry_run(dtypes: Sequence[str]) -> str:
+    """Return the claims, compilations and expected seconds on each of SHEETS."""
+    lines = [f"expected on {CORES} cores; seconds are estimates"]
+    for name, gpu in SHEETS.items():
+        wanted = plan(dtypes, gpu)
+        compilations = count_compilations(gpu, wanted)
+        groups = dict.fromkeys(claim.group for claim in wanted)
+        warm, cold = seconds(wanted, 0), seconds(wanted, compilations)
+        lines.append(
+            f"{name}, sm_{gpu.capability}: {len(wanted)} claims on {len(groups)} groups, "
+            f"{compilations} compilations, {cold:.0f} s cold, {warm:.0f} s warm"
+        )
+        for group in groups:
+            names = ", ".join(claim.name for claim in wanted if claim.group == group)
+            lines.append(f"  {group}: {names}")
+    return "\n".join(lines)
+
+
+def seconds(wanted: Sequence[Claim], compilations: int) -> float:
+    """Return the expected seconds of a qualification."""
+    timed = sum(claim.name == "time" for claim in wanted)
+    compiling = compilations * COMPILATION / CORES + (START if compilations else 0.0)
+    return START + compiling + len(wanted) * CLAIM + timed * TIMED
+
+
+def count_compilations(gpu: DeviceInfo, wanted: Sequence[Claim], compiles: bool = False) -> int:
+    """Return how many Triton kernels the claims compile for a GPU; needs none.
+
+    compiles: whether to compile them.
+    """
+    mine = [claim for claim in wanted if claim.group.backend == "triton"]
+    if not mine or triton.unavailable_reason() is not None or triton.is_interpreted():
+        return 0
+    from triton import knobs
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.driver import driver
+
+    found: set[tuple[str, str]] = set()
+
+    def note(*, key: Any, fn: Any, **_: Any) -> bool:
+        found.add((fn.name, str(key)))
+        return not compiles
+
+    class Driver:  # what compiling asks of one
+        get_current_device = staticmethod(lambda: gpu.capability)
+        get_current_stream = staticmethod(lambda device: 0)
+        get_current_target = staticmethod(lambda: GPUTarget("cuda", gpu.capability, 32))
+
+    card = _Absent()
+    with (
+        mock.patch.object(configs, "target", lambda *args: gpu),
+        mock.patch.object(knobs.runtime, "jit_cache_hook", note),
+        mock.patch.object(driver, "_active", Driver()),
+        launch.compile_only(0, 1),
+    ):
+        for claim in mine:
+            claims.launch_all(card, claim, ((512, 1024),))
+    return len(found)
+
+
+class _Absent(Gpu):
+    """A card whose tensors are on the CPU, where nothing is launched. Sizes that decide no tile are
+    small."""
+
+    device = "cpu"
+    many = (304, 4096, 128)
+    cold_bytes = 1
+
+    def __init__(self) -> None:
+        pass
+
+    @contextlib.contextmanager
+    def engine(self, group: Group) -> Iterator[None]:
+        with library.as_on_gpu(), super().engine(group):
+            yield

@@ -1,0 +1,383 @@
+"""`qualify`: check this package's kernels on the card that they landed on, before they are used.
+
+A worker process computes the claims of a plan one by one: a kernel that hangs or reads where it may
+not costs the worker, never this process, which starts another for the rest. A group of calls is
+used when all its claims hold. The verdict is cached (`verdicts`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import torch
+
+from . import costs, device, verdicts
+from .core.problem import Strategy
+from .device import DeviceInfo
+from .verdicts import Group, Point, Verdict
+
+WORKER = "lora_kernels.bench.claims"
+CARD = f"{WORKER}:Gpu"
+DTYPES = ("bfloat16",)  # of the base GEMM, in the default plan
+SHAPES = ((4096, 4096), (14336, 4096))  # N and K of the timed weights: Llama-3-8B's
+FEW_ROWS: tuple[int, ...] = (1, 8, 16)  # of the timed calls of "cooperative"
+ROWS: tuple[int, ...] = (32, 128, 1024)  # and of others
+BUDGET = 25.0  # seconds
+SILENCE = 30.0  # seconds without a line from the worker, after which it counts as hanging
+START = 120.0  # seconds to import torch and open the device, on a busy machine
+MAX_WORKERS = 6  # one, and five restarts
+# What the cost model may choose (`costs.predict`). It expects "cooperative" ahead of "overlapped",
+# and in float32 cuBLAS ahead of both backends.
+STRATEGIES = (
+    ("cuda", Strategy.COOPERATIVE),
+    ("cuda", Strategy.TWO_PASS),
+    ("triton", Strategy.TWO_PASS),
+    ("triton", Strategy.LIBRARY),
+)
+
+
+class Claim(NamedTuple):
+    """A statement about a group that the worker checks; tiers are checked in order.
+
+    - "dequantize": a decoded weight is bitwise equal to the reference's.
+    - "odd sizes": y and every gradient are within the tolerance of the float64 reference, at sizes
+      that are no multiple of a tile.
+    - "many blocks": the same where the grid has several times the blocks that fit the card.
+    - "memory": nothing outside of the results is written and no uninitialised memory is read, and
+      ten repeats have equal bits.
+    - "autocast": the same as "odd sizes" for float32 inputs under autocast.
+    - "several adapters": the same for `multi_lora_linear`.
+    - "two streams", "graph": calls on two streams at once, and replays of a captured CUDA graph,
+      have the bits of a call by itself.
+    - "time": always holds; measures the group and eager.
+    """
+
+    group: Group
+    name: str
+    tier: int
+
+
+def plan(dtypes: Sequence[str] = DTYPES, gpu: DeviceInfo | None = None) -> list[Claim]:
+    """Return the claims on the kernels for these dtypes of the base GEMM, in order.
+
+    gpu: on which groups that the cost model expects to be slower than eager are left out.
+
+    >>> plan()[0].name
+    'dequantize'
+    """
+    claims = []
+    for dtype in dtypes:
+        for adapter in dict.fromkeys((dtype, "float32")):
+            for backend, strategy in STRATEGIES:
+                for weight in ("dense", "4bit"):
+                    group = Group(backend, str(strategy), dtype, adapter, weight)
+                    rows = FEW_ROWS if strategy is Strategy.COOPERATIVE else ROWS
+                    if gpu and not costs.is_contender(group, gpu, rows, SHAPES):
+                        continue
+                    names = {"odd sizes": 1, "many blocks": 1, "memory": 1, "graph": 2, "time": 3}
+                    if strategy is Strategy.LIBRARY and weight == "4bit":
+                        names["dequantize"] = 0
+                    if adapter == dtype:  # which autocast rounds float32 adapters to
+                        names["autocast"] = 1
+                    if backend == "cuda" and strategy in costs.TWO_STEPS[backend]:
+                        names["several adapters"] = 1
+                    if strategy is Strategy.COOPERATIVE:
+                        names["two streams"] = 2
+                    claims += [Claim(group, name, tier) for name, tier in names.items()]
+    return sorted(claims, key=lambda claim: claim.tier)
+
+
+def qualify(
+    device: int | str | torch.device | None = None,
+    *,
+    dtypes: Sequence[str] = DTYPES,
+    shapes: Sequence[tuple[int, int]] = SHAPES,
+    budget_s: float = BUDGET,
+    report: Callable[[Claim, str | None], None] | None = None,
+    card: str = CARD,
+) -> Verdict:
+    """Check the kernels on a GPU against the reference, time them, and cache the verdict.
+
+    From then on this process, and others on the same kind of card with the same driver, versions
+    and kernels, use what passed where the cost model, fitted to the times, expects it to be at
+    least 5 % faster than the eager backend. Takes about 25 s, less if Triton's cache is warm. It
+    makes no collective call: run it once a machine, before a distributed program.
+
+    Args:
+        device: a CUDA device or its index. Default: the current one.
+        dtypes: of the base GEMM: "bfloat16", "float16".
+        shapes: N and K of the weights whose calls are timed.
+        budget_s: seconds, after which the claims that are left count as not checked.
+        report: called after each claim with the claim, and why it does not hold or None.
+        card: the worker's access to the device, "module:class"; tests pass an emulated one.
+
+    Returns the verdict. Raises RuntimeError, with nothing cached, if there is no GPU, another
+    process is qualifying, the cache cannot be written, memory is low, the card accepts no second
+    process, or the process belongs to a process group and is not its machine's first.
+
+    >>> verdict = qualify()  # doctest: +SKIP
+    >>> sorted(verdict.passed)  # doctest: +SKIP
+    """
+    index = _index(device)
+    claims = plan(_checked_dtypes(dtypes), _gpu(index))
+    if not budget_s > 0:
+        raise ValueError(f"budget_s: got {budget_s}, want seconds above 0")
+    if (why := _unready_reason()) is not None:
+        raise RuntimeError(f"qualify: {why}; nothing was cached")
+    with _locked():
+        before = verdicts.key(index)
+        run = _Run(claims, card, index, before, shapes, time.monotonic() + budget_s, budget_s)
+        run.check(report or (lambda claim, reason: None))
+        if (after := verdicts.key(index)) != before:
+            changed = ", ".join(name for name in before if before[name] != after.get(name))
+            raise RuntimeError(f"qualify: {changed} changed meanwhile; nothing was cached")
+        verdict = run.verdict(before)
+        try:
+            verdicts.write(verdict)
+        except OSError as error:
+            raise RuntimeError(f"qualify: the cache cannot be written: {error}") from error
+    verdicts.set_current(index, verdict)
+    return verdict
+
+
+def _index(given: int | str | torch.device | None) -> int:
+    if not device.has_gpu():
+        raise RuntimeError("qualify: there is no GPU that torch can use")
+    if given is None:
+        return torch.cuda.current_device()
+    where = torch.device("cuda", given) if isinstance(given, int) else torch.device(given)
+    count = torch.cuda.device_count()
+    if where.type != "cuda" or (where.index or 0) >= count:
+        raise ValueError(f"device: got {where}, want a CUDA device of the {count} there are")
+    return torch.cuda.current_device() if where.index is None else where.index
+
+
+def _gpu(index: int) -> DeviceInfo:
+    return device.gpu(index)
+
+
+def _checked_dtypes(dtypes: Sequence[str]) -> Sequence[str]:
+    for name in dtypes:
+        if name not in ("bfloat16", "float16"):
+            raise ValueError(f"dtypes: got {name!r}, want 'bfloat16' or 'float16'")
+    return tuple(dict.fromkeys(dtypes))
+
+
+def _unready_reason() -> str | None:
+    """Return why this process may not qualify a card now, or None."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if distributed and os.environ.get("LOCAL_RANK", "0") != "0":
+        return "only the first process of a machine may, run `lora-kernels qualify` before"
+    place = verdicts.folder()
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        return f"the cache folder {place} cannot be written ({error.strerror or error})"
+    return None
+
+
+@contextlib.contextmanager
+def _locked() -> Iterator[None]:
+    """Hold the lock of the cache folder; RuntimeError at once if another process holds it."""
+    try:
+        import fcntl
+    except ImportError:  # not a POSIX system; two runs write the same file, atomically
+        yield
+        return
+    with open(verdicts.folder() / "qualify.lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise RuntimeError(
+                "qualify: another process is qualifying; nothing was cached"
+            ) from error
+        yield
+
+
+@dataclass
+class _Run:
+    """The claims of one qualification, and what is known of them."""
+
+    claims: Sequence[Claim]
+    card: str
+    index: int
+    key: Mapping[str, str]
+    shapes: Sequence[tuple[int, int]]
+    end: float  # by time.monotonic
+    budget_s: float
+    holds: set[Claim] = field(default_factory=set)
+    failed: dict[Group, str] = field(default_factory=dict)
+    points: list[Point] = field(default_factory=list)
+
+    def check(self, report: Callable[[Claim, str | None], None]) -> None:
+        """Check all claims, in as many workers as it takes."""
+        for number in range(MAX_WORKERS):
+            left = [c for c in self.claims if c not in self.holds and c.group not in self.failed]
+            if not left or time.monotonic() >= self.end:
+                return
+            self._work(left, report, compiles=number == 0)
+
+    def _work(
+        self, left: list[Claim], report: Callable[[Claim, str | None], None], compiles: bool
+    ) -> None:
+        """Let one worker check claims until it ends, dies or is silent."""
+        order = {
+            "claims": left,
+            "shapes": self.shapes,
+            "end": time.time() + self.end - time.monotonic(),
+            "compile": compiles,
+        }
+        with _Worker(self.card, self.index, order) as worker:
+            first = worker.read(START)
+            if "ready" not in first:
+                raise RuntimeError(f"qualify: {worker.ending(first)}; nothing was cached")
+            other = [n for n, v in first["ready"].items() if v != self.key.get(n)]
+            if other:
+                raise RuntimeError(
+                    f"qualify: the worker sees another card or version ({', '.join(other)}); "
+                    "nothing was cached"
+                )
+            begun: Claim | None = None
+            while True:
+                line = worker.read(SILENCE)
+                if "begin" in line:
+                    begun = left[line["begin"]]
+                elif "end" in line:
+                    claim, begun = left[line["end"]], None
+                    if line.get("retry"):
+                        raise RuntimeError(f"qualify: {line['retry']}; nothing was cached")
+                    self._settle(claim, line["failed"], report)
+                    self.points += [Point(claim.group, *each) for each in line.get("points", ())]
+                elif "compiled" not in line:
+                    break
+            if begun is not None:
+                self._settle(begun, worker.ending(line), report)
+
+    def _settle(
+        self, claim: Claim, reason: str | None, report: Callable[[Claim, str | None], None]
+    ) -> None:
+        if reason is None:
+            self.holds.add(claim)
+        else:
+            self.failed[claim.group] = f"{claim.name}: {reason}"
+        report(claim, reason)
+
+    def verdict(self, key: Mapping[str, str]) -> Verdict:
+        """Return the verdict; a group that was not checked to its end has failed."""
+        failed = dict(self.failed)
+        for claim in self.claims:
+            if claim not in self.holds and claim.group not in failed:
+                limit = f"{self.budget_s:g} s and {MAX_WORKERS} workers"
+                failed[claim.group] = f"{claim.name}: not checked within {limit}"
+        passed = frozenset(claim.group for claim in self.claims) - failed.keys()
+        points = [point for point in self.points if point.group in passed]
+        gpu = device.gpu(self.index)
+        date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        return Verdict(key, passed, failed, points, costs.fit(points, gpu), date)
+
+
+class _Worker:
+    """A worker process, which prints a line of JSON for each thing that happens."""
+
+    def __init__(self, card: str, index: int, order: Mapping[str, Any]) -> None:
+        environment = os.environ | {
+            "CUDA_VISIBLE_DEVICES": _visible_device(index),
+            "LORA_KERNELS_BACKEND": "",
+        }
+        self._errors: IO[str] = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed in __exit__)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", WORKER, card],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            env=environment,
+            cwd=Path(__file__).parents[1],  # -m finds this package there, and no file of the user's
+            start_new_session=True,  # its compilers end with it
+        )
+        self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._listener.start()
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps(order))
+            self._process.stdin.close()
+
+    def __enter__(self) -> _Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._kill()
+        self._listener.join()
+        self._errors.close()
+
+    def _listen(self) -> None:
+        assert self._process.stdout is not None
+        with self._process.stdout:
+            for line in self._process.stdout:
+                self._lines.put(line)
+        self._lines.put(None)
+
+    def read(self, seconds: float) -> dict[str, Any]:
+        """Return the next line; {"silent": seconds} if there is none, {} at the end."""
+        try:
+            line = self._lines.get(timeout=seconds)
+        except queue.Empty:
+            return {"silent": seconds}
+        try:
+            return {} if line is None else dict(json.loads(line))
+        except ValueError:
+            return {}  # torn, because the process died while it wrote
+
+    def ending(self, last: Mapping[str, Any]) -> str:
+        """Return how the worker ended, in words; `last` is what `read` returned."""
+        if "silent" in last:
+            return f"no answer for {last['silent']:g} s"
+        if "refused" in last:
+            return str(last["refused"])
+        self._kill(5.0)
+        self._errors.seek(0)
+        said = self._errors.read().strip().rpartition("\n")[2][-300:]
+        status = self._process.returncode
+        how = (
+            f"the worker was killed by {signal.Signals(-status).name}"
+            if status is not None and status < 0
+            else f"the worker exited with status {status}"
+        )
+        return f"{how}: {said}" if said else how
+
+    def _kill(self, grace: float = 0.0) -> None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(grace)
+            return
+        with contextlib.suppress(OSError):
+            if hasattr(os, "killpg"):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            else:
+                self._process.kill()
+        self._process.wait()
+
+
+def _visible_device(index: int) -> str:
+    """Return CUDA_VISIBLE_DEVICES for a process that sees this GPU alone."""
+    named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    if index < len(named):
+        return named[index]
+    uuid = getattr(torch.cuda.get_device_properties(index), "uuid", None)
+    return str(index) if uuid is None else f"GPU-{uuid}"

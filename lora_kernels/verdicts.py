@@ -1,0 +1,314 @@
+"""The verdicts of `lora_kernels.qualify` on GPUs, which `selection` follows.
+
+A verdict is a file in `folder()`, one for each combination of card, driver, versions and kernel
+sources (`key`). It is read once a process. Without a verdict the eager backend runs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import json
+import math
+import os
+import re
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from . import device
+from .core.problem import Problem
+
+ADVICE = "run `lora-kernels qualify` (about 25 s)"
+MAX_RANK = 64  # the largest that claims are checked for
+OFF = 'qualification is switched off: fuse(qualify="off")'
+
+
+class Group(NamedTuple):
+    """The calls that are qualified together.
+
+    Args:
+        dtype: of the base GEMM.
+        adapter: the dtype of lora_A and lora_B.
+        weight: "dense" or "4bit".
+    """
+
+    backend: str
+    strategy: str
+    dtype: str
+    adapter: str
+    weight: str
+
+    def __str__(self) -> str:
+        return " ".join(self)
+
+    def problem(self, rows: int, columns: int, inner: int, rank: int = 16) -> Problem:
+        """Return a call of the group: M, N, K and R."""
+        dtype, adapter = getattr(torch, self.dtype), getattr(torch, self.adapter)
+        dtypes = dtype, adapter, adapter, dtype
+        return Problem("cuda", *dtypes, rank, rows, self.weight == "4bit", columns, inner)
+
+
+class Point(NamedTuple):
+    """Measured seconds of a group and of the eager backend, weights cold.
+
+    step, eager_step: forward and backward; None if only the forward was timed.
+    """
+
+    group: Group
+    rows: int
+    columns: int
+    inner: int
+    rank: int
+    forward: float
+    eager_forward: float
+    step: float | None
+    eager_step: float | None
+
+
+@dataclass(frozen=True, eq=False)
+class Verdict:
+    """The result of a qualification.
+
+    Attributes:
+        key: what it holds for (`key`).
+        passed: the groups whose claims all hold.
+        failed: for each other group the claim that does not hold, and what was seen.
+        points: the times of the groups that passed.
+        rates: fields of `costs.Rates` that were fitted to the points.
+        date: of the qualification, ISO 8601.
+        saved: whether it is in the cache.
+    """
+
+    key: Mapping[str, str]
+    passed: frozenset[Group] = frozenset()
+    failed: Mapping[Group, str] = field(default_factory=dict)
+    points: Sequence[Point] = ()
+    rates: Mapping[str, float] = field(default_factory=dict)
+    date: str = ""
+    saved: bool = True
+
+    def json(self) -> dict[str, Any]:
+        """Return the fields as types that JSON knows; `read_verdict` is the inverse.
+
+        >>> Verdict({"name": "H100"}).json()["passed"]
+        []
+        """
+        data = asdict(self)
+        del data["saved"]
+        data["passed"] = sorted(self.passed)
+        data["failed"] = [[group, reason] for group, reason in self.failed.items()]
+        return data
+
+    @property
+    def digest(self) -> str:
+        """A short name of the verdict's content, for logs and checkpoints."""
+        return _digest(self.json())
+
+    def ratios(self, group: Group, rows: int) -> tuple[float, float] | None:
+        """Return the group's time over eager's for a forward and for a step, or None.
+
+        Medians over the points whose number of rows is nearest to `rows`; 0 for a step that was
+        not timed.
+        """
+        timed = [point for point in self.points if point.group == group]
+        if not timed:
+            return None
+        nearest = min({p.rows for p in timed}, key=lambda n: abs(math.log((rows or 1) / n)))
+        near = [point for point in timed if point.rows == nearest]
+        steps = [p.step / p.eager_step if p.step and p.eager_step else 0.0 for p in near]
+        forwards = [point.forward / point.eager_forward for point in near]
+        return statistics.median(forwards), statistics.median(steps)
+
+
+def read_verdict(data: Mapping[str, Any]) -> Verdict:
+    """Build from `Verdict.json`; raises an error if anything is missing or of another type."""
+    points = [Point(Group(*group), *numbers) for group, *numbers in data["points"]]
+    failed = {Group(*group): str(reason) for group, reason in data["failed"]}
+    passed = frozenset(Group(*group) for group in data["passed"])
+    rates = {str(name): float(value) for name, value in data["rates"].items()}
+    return Verdict(dict(data["key"]), passed, failed, points, rates, str(data["date"]))
+
+
+def group_of(backend: str, strategy: str, problem: Problem) -> Group:
+    """Return the group that a call belongs to."""
+    adapter = _name(problem.a_dtype) if problem.a_dtype is problem.b_dtype else "mixed"
+    weight = "4bit" if problem.four_bit else "dense"
+    return Group(backend, str(strategy), _name(problem.dtype), adapter, weight)
+
+
+def unqualified_reason(problem: Problem) -> str | None:
+    """Return why no qualification covers a call, whatever was found out; None if one may."""
+    if problem.dropout:
+        return "PyTorch's kernel draws dropout masks on a GPU"
+    if problem.rank > MAX_RANK:
+        return f"rank {problem.rank} is above the qualified {MAX_RANK}"
+    if problem.layout is not None and problem.layout.columns:
+        return "weights stored as [K, N] are not part of the qualification"
+    return None
+
+
+def folder() -> Path:
+    """Return the cache folder: $LORA_KERNELS_CACHE, or lora_kernels in the user's cache folder."""
+    named = os.environ.get("LORA_KERNELS_CACHE")
+    if named:
+        return Path(named)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "lora_kernels"
+
+
+def file_of(key: Mapping[str, str]) -> Path:
+    """Return the file of the verdict for a key."""
+    name = re.sub(r"\W+", "-", key["name"].lower()).strip("-")
+    return folder() / f"qualified-{name}-{_digest(key)}.json"
+
+
+def key(index: int) -> dict[str, str]:
+    """Return what a verdict on a GPU depends on: card, driver, versions and kernel sources.
+
+    The name, the multiprocessors and the memory of a MIG slice are those of its profile.
+    """
+    gpu = device.gpu(index)
+    return {
+        "name": gpu.name,
+        "capability": str(gpu.capability),
+        "multiprocessors": str(gpu.multiprocessors),
+        "memory": str(gpu.memory),
+        "driver": driver_version(),
+        "torch": torch.__version__,
+        "cuda": str(torch.version.cuda or torch.version.hip),
+        "triton": str(device.version("triton")),
+        "ptxas": os.environ.get("TRITON_PTXAS_PATH", "Triton's"),
+        "bitsandbytes": str(device.version("bitsandbytes")),
+        "kernels": _source_digest(),
+    }
+
+
+@functools.cache
+def driver_version() -> str:
+    """Return the version of NVIDIA's driver; of its CUDA API where the system names no other."""
+    try:
+        text = Path("/proc/driver/nvidia/version").read_text()
+        found = re.search(r"\b\d+\.\d+(\.\d+)?\b", text)
+        if found:
+            return found[0]
+    except OSError:
+        pass
+    version = ctypes.c_int()
+    for name in ("libcuda.so.1", "nvcuda.dll"):
+        try:
+            ctypes.CDLL(name).cuDriverGetVersion(ctypes.byref(version))
+            return str(version.value)
+        except (OSError, AttributeError):
+            continue
+    return "unknown"
+
+
+@functools.cache
+def _source_digest() -> str:
+    """Return a digest of the sources and binaries that kernels and their launches come from."""
+    package = Path(__file__).parent
+    files = [
+        *(package / "backends").rglob("*.py"),
+        *package.glob("_cuda*"),
+        *package.glob("core/*.py"),
+    ]
+    content = hashlib.sha256()
+    for file in sorted(files):
+        content.update(file.relative_to(package).as_posix().encode())
+        content.update(file.read_bytes())
+    return content.hexdigest()[:16]
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# The verdict on each GPU of this process, or the reason if there is none.
+_current: dict[int, Verdict | str] = {}
+_is_off = False
+
+
+def current(index: int | None) -> Verdict | str:
+    """Return the verdict on a GPU, or why there is none. Reads the cache once a process.
+
+    index: None for the current GPU.
+    """
+    if _is_off:
+        return OFF
+    number = torch.cuda.current_device() if index is None else index
+    found = _current.get(number)
+    if found is None:
+        try:
+            found = read(key(number))
+        except (OSError, RuntimeError) as error:  # of the driver, or of sources in an archive
+            found = f"not qualified on this card: its key is unknown ({error})"
+        _current[number] = found
+    return found
+
+
+def read(wanted: Mapping[str, str]) -> Verdict | str:
+    """Return the verdict for a key from the cache, or why there is none. Never raises."""
+    file = file_of(wanted)
+    try:
+        found = read_verdict(json.loads(file.read_text()))
+    except FileNotFoundError:
+        return f"not qualified on this card: {ADVICE}"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return (
+            f"not qualified on this card: {file} cannot be read ({type(error).__name__}); {ADVICE}"
+        )
+    if dict(found.key) != dict(wanted):
+        return f"not qualified on this card: {file} is another card's; {ADVICE}"
+    return found
+
+
+def write(verdict: Verdict) -> Path:
+    """Write a verdict to the cache atomically, and return the file. Raises OSError."""
+    file = file_of(verdict.key)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(json.dumps(verdict.json(), indent=1) + "\n")
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
+    return file
+
+
+def digests() -> dict[str, str]:
+    """Return the digest of the verdict on each GPU that this process has asked about, or "none"."""
+    return {
+        f"cuda:{index}": found.digest if isinstance(found, Verdict) and not _is_off else "none"
+        for index, found in sorted(_current.items())
+    }
+
+
+def set_current(index: int, found: Verdict | str) -> None:
+    """Make `current` return this for a GPU, in this process."""
+    _current[index] = found
+
+
+def switch_off(off: bool) -> None:
+    """Make the process run the eager backend on GPUs, or follow verdicts again."""
+    global _is_off
+    _is_off = off
+
+
+def forget(keys: Iterable[Mapping[str, str]] | None = None) -> list[Path]:
+    """Remove the verdicts for these keys, or all, from cache and process; return the files."""
+    _current.clear()
+    files = folder().glob("qualified-*.json") if keys is None else map(file_of, keys)
+    removed = [file for file in files if file.exists()]
+    for file in removed:
+        file.unlink()
+    return removed

@@ -1,0 +1,31 @@
+"""A machine with one GPU that is not there, and a cache folder of its own."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from lora_kernels import costs, device, qualification, verdicts
+from lora_kernels.device import DeviceInfo
+from tests.support import fake_card
+
+RATES = {"clock": 1.755e9, "bandwidth": 3.35e12, "tensor_flops": 949e12, "fp32_flops": 59e12}
+H100 = DeviceInfo("cuda", 90, 132, 227 << 10, "Fake H100", **RATES)
+
+
+@pytest.fixture(autouse=True)
+def card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[DeviceInfo]:
+    monkeypatch.setenv("LORA_KERNELS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(device, "has_gpu", lambda: True)
+    monkeypatch.setattr(device, "gpu", lambda index: H100)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(verdicts, "key", lambda index: dict(fake_card.KEY))
+    monkeypatch.setattr(qualification, "_visible_device", lambda index: "")
+    monkeypatch.setattr("lora_kernels.backends.cuda.unsupported_device_reason", lambda *at: None)
+    monkeypatch.setattr(verdicts, "_current", {})
+    monkeypatch.setattr(verdicts, "_is_off", False)
+    costs.choose.cache_clear()
+    yield H100
+    costs.choose.cache_clear()

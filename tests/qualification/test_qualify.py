@@ -1,0 +1,222 @@
+"""`qualify` from end to end, on Triton's interpreter and CUDA's emulator in a worker process."""
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import lora_kernels
+from lora_kernels import qualification, selection, verdicts
+from lora_kernels.backends import cuda, triton
+from lora_kernels.core.problem import Problem
+from lora_kernels.qualification import Claim, qualify
+from lora_kernels.verdicts import Group, Verdict
+from tests.support import fake_card
+
+if cuda.emulator_unavailable_reason() or triton.unavailable_reason():
+    pytest.skip("the emulator was not built", allow_module_level=True)
+
+bf16 = torch.bfloat16
+DECODE = Group("cuda", "cooperative", "bfloat16", "bfloat16", "dense")
+TWO_PASS = Group("cuda", "two_pass", "bfloat16", "float32", "4bit")
+LIBRARY = Group("triton", "library", "bfloat16", "float32", "4bit")
+SHAPES = ((64, 128),)
+
+
+def run(
+    monkeypatch: pytest.MonkeyPatch, claims: list[Claim], *, budget_s: float = 600.0, **faults: str
+) -> Verdict:
+    """Qualify the fake card. faults: "group/claim" or "start" -> what befalls it."""
+    monkeypatch.setattr(qualification, "plan", lambda *args: claims)
+    monkeypatch.setenv(fake_card.FAULTS, ";".join(f"{at}={what}" for at, what in faults.items()))
+    return qualify(card=fake_card.NAME, shapes=SHAPES, budget_s=budget_s)
+
+
+def claims_on(*groups: Group, names: tuple[str, ...] = ("memory",)) -> list[Claim]:
+    return [Claim(group, name, 1) for name in names for group in groups]
+
+
+def choose(group: Group) -> selection.Choice:
+    dtype, adapter = (getattr(torch, name) for name in (group.dtype, group.adapter))
+    problem = Problem("cuda", dtype, adapter, adapter, dtype, 16, 1, group.weight == "4bit")
+    return selection.choose(problem)
+
+
+def is_cached() -> bool:
+    return any(verdicts.folder().glob("qualified-*"))
+
+
+def test_every_claim_of_a_group_of_each_backend_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(qualification, "SILENCE", 300.0)
+    claims = [c for c in qualification.plan() if c.group in (DECODE, TWO_PASS, LIBRARY)]
+    assert {c.name for c in claims} == {c.name for c in qualification.plan()}
+    seen: list[tuple[Claim, str | None]] = []
+    monkeypatch.setattr(qualification, "plan", lambda *args: claims)
+    assert choose(DECODE).backend == "eager"
+    found = qualify(
+        card=fake_card.NAME, shapes=SHAPES, budget_s=600, report=lambda *each: seen.append(each)
+    )
+    assert not found.failed and found.passed == {DECODE, TWO_PASS, LIBRARY}
+    assert seen == [(claim, None) for claim in claims]
+    assert {(p.group, p.rows, p.columns, p.inner) for p in found.points} == {
+        *((DECODE, M, 64, 128) for M in fake_card.FakeCard.few_rows),
+        *((group, M, 64, 128) for group in (TWO_PASS, LIBRARY) for M in fake_card.FakeCard.rows),
+    }
+    assert all(p.eager_forward == 2 * p.forward for p in found.points)
+    assert all((p.step is None) == (p.group == DECODE) for p in found.points)
+    cached = verdicts.read(fake_card.KEY)
+    assert isinstance(cached, Verdict) and cached.json() == found.json()
+    choice = choose(DECODE)
+    assert (choice.backend, choice.strategy) == ("cuda", "cooperative")
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        ("wrong", "odd sizes: y MISS"),
+        ("hang", "odd sizes: no answer for 8 s"),
+        ("signal", "odd sizes: the worker was killed by SIGSEGV"),
+        ("exit", "odd sizes: the worker exited with status 0"),
+        ("broken", "odd sizes: CUDA error: an illegal memory access"),
+    ],
+)
+def test_fault_closes_its_group_alone(
+    monkeypatch: pytest.MonkeyPatch, fault: str, reason: str
+) -> None:
+    monkeypatch.setattr(qualification, "SILENCE", 8.0 if fault == "hang" else 300.0)
+    claims = [
+        *claims_on(DECODE, names=("odd sizes", "memory")),
+        *claims_on(DECODE._replace(weight="4bit")),
+    ]
+    found = run(monkeypatch, claims, **{f"{DECODE}/odd sizes": fault})
+    assert found.failed[DECODE].startswith(reason), found.failed
+    assert found.passed == {DECODE._replace(weight="4bit")}
+    choice = choose(DECODE)
+    assert choice.backend == "eager" and reason in choice.reason, choice.reason
+    assert is_cached()  # failures too: nothing hangs twice
+
+
+@pytest.mark.parametrize(
+    ("faults", "reason"),
+    [
+        ({f"{DECODE}/memory": "memory"}, "CUDA out of memory. Tried to allocate 2.00 GiB"),
+        ({"start": "refuse"}, "all CUDA-capable devices are busy or unavailable"),
+        ({"start": "signal"}, "the worker was killed by SIGSEGV"),
+    ],
+    ids=["out of memory", "exclusive", "start"],
+)
+def test_what_may_pass_another_time_is_not_cached(
+    monkeypatch: pytest.MonkeyPatch, faults: dict[str, str], reason: str
+) -> None:
+    with pytest.raises(RuntimeError, match=f"qualify: .*{reason}.*; nothing was cached"):
+        run(monkeypatch, claims_on(DECODE), **faults)
+    assert not is_cached() and choose(DECODE).backend == "eager"
+
+
+def test_worker_that_sees_another_card_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(fake_card.KEY_VARIABLE, "other")
+    with pytest.raises(RuntimeError, match=r"another card or version \(driver\)"):
+        run(monkeypatch, claims_on(DECODE))
+    assert not is_cached()
+
+
+def test_key_that_changes_meanwhile_is_not_cached(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = iter([fake_card.KEY, fake_card.KEY | {"torch": "3"}])
+    monkeypatch.setattr(verdicts, "key", lambda index: dict(next(keys)))
+    with pytest.raises(RuntimeError, match="changed meanwhile"):
+        run(monkeypatch, claims_on(DECODE))
+    assert not is_cached()
+
+
+def test_second_process_gives_up_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    verdicts.folder().mkdir(parents=True)
+    with open(verdicts.folder() / "qualify.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(RuntimeError, match="another process is qualifying"):
+            run(monkeypatch, claims_on(DECODE))
+    assert not is_cached() and choose(DECODE).backend == "eager"
+
+
+def test_cache_that_cannot_be_written_is_said_before_any_work(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("LORA_KERNELS_CACHE", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr(qualification, "_Worker", None)
+    with pytest.raises(RuntimeError, match=r"the cache folder .* cannot be written \(Not a dir"):
+        run(monkeypatch, claims_on(DECODE))
+
+
+def test_torn_file_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = verdicts.file_of(fake_card.KEY)
+    file.parent.mkdir(parents=True)
+    file.write_text("{")
+    assert "cannot be read" in choose(DECODE).reason
+    run(monkeypatch, claims_on(DECODE))
+    assert isinstance(verdicts.read(fake_card.KEY), Verdict)
+
+
+def test_budget_leaves_claims_unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = run(monkeypatch, claims_on(DECODE), budget_s=1e-3)
+    assert not found.passed
+    assert found.failed[DECODE] == "memory: not checked within 0.001 s and 6 workers"
+
+
+def test_other_ranks_of_a_machine_do_not_qualify(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(RuntimeError, match="only the first process of a machine may"):
+        run(monkeypatch, claims_on(DECODE))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: qualify("cpu"), "device: got cpu, want a CUDA device of the 1 there are"),
+        (lambda: qualify(1), "device: got cuda:1, want a CUDA device"),
+        (lambda: qualify(dtypes=["float32"]), "dtypes: got 'float32', want 'bfloat16'"),
+        (lambda: qualify(budget_s=0.0), "budget_s: got 0.0, want seconds above 0"),
+    ],
+)
+def test_arguments_that_are_wrong(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="there is no GPU that torch can use"):
+            lora_kernels.qualify()
+
+
+def test_worker_sees_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-abc")
+    assert qualification._visible_device(1) == "GPU-abc"
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    facts = type("Properties", (), {"uuid": "1-2"})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: facts)
+    assert qualification._visible_device(1) == "GPU-1-2"
+
+
+def test_worker_that_was_silent_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(qualification, "SILENCE", 2.0)
+    pids: list[int] = []
+    started = qualification.subprocess.Popen
+
+    def start(*args: object, **options: object) -> object:
+        process = started(*args, **options)  # type: ignore[call-overload]
+        pids.append(process.pid)
+        return process
+
+    monkeypatch.setattr(qualification.subprocess, "Popen", start)
+    run(monkeypatch, claims_on(DECODE), **{f"{DECODE}/memory": "hang"})
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, 0)
+            raise AssertionError(f"worker {pid} lives")

@@ -1,0 +1,225 @@
+"""Where users meet a verdict: `fuse`, `info`, checkpoints, the command, the cost model."""
+
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from lora_kernels import cli, costs, info, qualification, selection, verdicts
+from lora_kernels.bench import qualify as command
+from lora_kernels.device import DeviceInfo
+from lora_kernels.integrations.trainer import VerdictLog
+from lora_kernels.peft import fuse, swap
+from lora_kernels.verdicts import Group, Point, Verdict
+from tests.support import fake_card
+
+GROUP = Group("cuda", "cooperative", "bfloat16", "bfloat16", "4bit")
+OTHER = GROUP._replace(weight="dense")
+POINTS = [Point(GROUP, 1, 4096, 4096, 16, 1e-5, 4e-5, None, None)]
+VERDICT = Verdict(
+    fake_card.KEY, frozenset({GROUP}), {OTHER: "memory: no"}, POINTS, {}, "2026-01-02"
+)
+
+
+@pytest.fixture
+def model(monkeypatch: pytest.MonkeyPatch) -> nn.Module:
+    """A PEFT model on the CPU, one of whose parameters says that it is on GPU 0."""
+    found = get_peft_model(nn.Sequential(nn.Linear(8, 8)), LoraConfig(target_modules=["0"]))
+    on_gpu = SimpleNamespace(device=torch.device("cuda", 0))
+    monkeypatch.setattr(found, "parameters", lambda *args: iter([on_gpu]))
+    swap._advise.cache_clear()
+    return found
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [r.getMessage() for r in caplog.records if r.name == "lora_kernels"]
+
+
+def test_fuse_on_an_unqualified_card_advises_once(
+    model: nn.Module, caplog: pytest.LogCaptureFixture
+) -> None:
+    fuse(fuse(model))
+    assert warnings_of(caplog) == [
+        f"our GPU kernels are off: not qualified on this card: {verdicts.ADVICE}"
+    ]
+
+
+def test_fuse_on_a_qualified_card_says_nothing(
+    model: nn.Module, caplog: pytest.LogCaptureFixture
+) -> None:
+    verdicts.write(VERDICT)
+    fuse(model)
+    assert not warnings_of(caplog) and verdicts.digests() == {"cuda:0": VERDICT.digest}
+
+
+def test_fuse_off_keeps_the_process_on_eager(
+    model: nn.Module, caplog: pytest.LogCaptureFixture
+) -> None:
+    verdicts.set_current(0, VERDICT)
+    fuse(model, qualify="off")
+    assert selection.choose(GROUP.problem(1, 4096, 4096)).backend == "eager"
+    assert verdicts.digests() == {"cuda:0": "none"} and not warnings_of(caplog)
+    fuse(model)
+    assert selection.choose(GROUP.problem(1, 4096, 4096)).backend == "cuda"
+
+
+def test_fuse_now_qualifies_an_unqualified_card_alone(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def qualify(index: int) -> Verdict:
+        asked.append(index)
+        verdicts.set_current(index, VERDICT)
+        return VERDICT
+
+    monkeypatch.setattr(qualification, "qualify", qualify)
+    fuse(model)
+    assert not asked
+    fuse(fuse(model, qualify="now"), qualify="now")
+    assert asked == [0]
+
+
+def test_fuse_now_of_a_card_that_cannot_be_qualified_warns_and_runs_eager(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def qualify(index: int) -> Verdict:
+        raise RuntimeError("qualify: 12 MiB of the card's memory are free; nothing was cached")
+
+    monkeypatch.setattr(qualification, "qualify", qualify)
+    fuse(model, qualify="now")
+    assert "12 MiB of the card's memory are free" in warnings_of(caplog)[0]
+    choice = selection.choose(GROUP.problem(1, 4096, 4096))
+    assert choice.backend == "eager" and "12 MiB" in choice.reason
+
+
+def test_fuse_of_another_word_raises_before_it_fuses(model: nn.Module) -> None:
+    with pytest.raises(ValueError, match="qualify: got 'always', want one of 'cached', 'now'"):
+        fuse(model, qualify="always")
+    assert type(model.base_model.model[0]).__name__ == "Linear"
+
+
+@pytest.mark.parametrize(
+    ("saved", "step", "main", "warns"),
+    [
+        ("none", 2, True, True),
+        ("same", 2, True, False),
+        ("none", 0, True, False),
+        ("none", 2, False, False),
+        (None, 2, True, False),
+    ],
+)
+def test_resumed_run_that_follows_another_verdict_is_told(
+    saved: str | None, step: int, main: bool, warns: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    verdicts.set_current(0, VERDICT)
+    callback = VerdictLog()
+    now = callback.state()
+    assert now["attributes"]["verdicts"] == {"cuda:0": VERDICT.digest}
+    before: dict[str, Any] = {"args": {}, "attributes": {"verdicts": {"cuda:0": "none"}}}
+    kept = {} if saved is None else {"VerdictLog": now if saved == "same" else before}
+    state = SimpleNamespace(stateful_callbacks=kept, global_step=step, is_world_process_zero=main)
+    callback.on_train_begin(None, state, None)
+    said = warnings_of(caplog)
+    assert len(said) == warns and (not warns or VERDICT.digest in said[0])
+
+
+def test_info_says_the_verdict_of_each_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = DeviceInfo("cuda", 90, 132, 227 << 10, "H100", 80 << 30)
+    monkeypatch.setattr("lora_kernels.device.gpus", lambda: [card])
+    assert f"SMs, 80 GiB; not qualified on this card: {verdicts.ADVICE}" in info.report(info.info())
+    verdicts.set_current(0, VERDICT)
+    assert "qualified on 2026-01-02: 1 of 2 groups of calls pass" in info.report(info.info())
+
+
+def test_command_prints_a_line_for_each_group(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(qualification, "qualify", lambda *args, **options: VERDICT)
+    assert cli.main(["qualify"]) == 1  # a group failed
+    printed = capsys.readouterr().out
+    assert f"✓ {GROUP}   time over eager's, M=1: 0.25" in printed
+    assert f"✗ {OTHER}  memory: no" in printed
+    assert "1 of 2 groups pass" in printed and str(verdicts.file_of(fake_card.KEY)) in printed
+    assert cli.main(["qualify", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(VERDICT.json()))
+
+
+def test_command_that_cannot_start_exits_with_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def qualify(*args: object, **options: object) -> Verdict:
+        raise RuntimeError("qualify: another process is qualifying; nothing was cached")
+
+    monkeypatch.setattr(qualification, "qualify", qualify)
+    assert cli.main(["qualify"]) == 2
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == "lora-kernels qualify: another process is qualifying; nothing was cached"
+
+
+def test_command_forgets(capsys: pytest.CaptureFixture[str]) -> None:
+    file = verdicts.write(VERDICT)
+    assert cli.main(["qualify", "--forget"]) == 0
+    assert capsys.readouterr().out == f"removed {file}\n" and not file.exists()
+
+
+def test_dry_run_keeps_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On each card at most 25 s cold and 5 s warm are expected."""
+    for gpu in command.SHEETS.values():
+        claims = qualification.plan(gpu=gpu)
+        compilations = command.count_compilations(gpu, claims)
+        has_triton = any(claim.group.backend == "triton" for claim in claims)
+        assert (compilations > 0) == (has_triton and not command.triton.is_interpreted())
+        assert command.seconds(claims, compilations) <= 25
+        assert command.seconds(claims, 0) <= 5.5, gpu
+    assert "H100, sm_90: " in command.dry_run(["bfloat16"])
+
+
+def measure(gpu: DeviceInfo, rates: costs.Rates) -> list[Point]:
+    """The points that a card with these rates would give, by the model."""
+    points = []
+    for group in (GROUP, OTHER, GROUP._replace(strategy="two_pass")):
+        for rows in (1, 16) if group.strategy == "cooperative" else (32, 128):
+            found = {
+                c[:2]: c.seconds
+                for c in costs.predict(gpu, group.problem(rows, 4096, 4096), True, rates)
+            }
+            forward, eager = found[group.backend, group.strategy], found["eager", "library"]
+            points.append(Point(group, rows, 4096, 4096, 16, forward, eager, None, None))
+    return points
+
+
+def test_fit_finds_the_rates_of_a_card(card: DeviceInfo) -> None:
+    """The fitted model predicts points that it has not seen."""
+    true = costs.Rates(bandwidth=0.7, host=1.6, latency=1.5)
+    fitted = costs.Rates(**costs.fit(measure(card, true), card))
+    for rows, four_bit in ((4, True), (8, False), (64, True)):
+        problem = GROUP.problem(rows, 14336, 4096)._replace(four_bit=four_bit)
+        want, got, before = (
+            {c[:2]: c.seconds for c in costs.predict(card, problem, True, rates)}
+            for rates in (true, fitted, costs.Rates())
+        )
+        for which in (("eager", "library"), ("cuda", "cooperative")):
+            if which in want:
+                assert abs(got[which] / want[which] - 1) < 0.1, (rows, which)
+        assert max(abs(before[k] / want[k] - 1) for k in want) > 0.2
+
+
+def test_fit_of_points_as_predicted_changes_nothing(card: DeviceInfo) -> None:
+    assert costs.fit([], card) == {}
+    fitted = costs.fit(measure(card, costs.Rates()), card)
+    assert fitted == dict.fromkeys(vars(costs.Rates()), 1.0)
+
+
+def test_choice_follows_the_fitted_rates(card: DeviceInfo) -> None:
+    """Kernels that are three times slower on the card than expected are not taken."""
+    slow = {name: value / 4 for name, value in vars(costs.Rates()).items() if name == "decoding"}
+    verdict = Verdict(fake_card.KEY, frozenset({GROUP}), rates=slow | {"latency": 8.0})
+    problem = GROUP.problem(8, 4096, 4096)
+    for found, backend in ((verdict, "eager"), (Verdict({}, frozenset({GROUP})), "cuda")):
+        choice = costs.cheapest(problem, card, (("triton", None), ("cuda", None)), found)
+        assert choice is not None and choice.backend == backend

@@ -1,0 +1,98 @@
+"""A card for `lora_kernels.qualify` that is not there: Triton's interpreter and CUDA's emulator."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_kernels import selection
+from lora_kernels.backends import cuda
+from lora_kernels.backends.cuda import launch
+from lora_kernels.qualification import Claim
+from lora_kernels.verdicts import Group
+
+NAME = "tests.support.fake_card:FakeCard"
+KEY = {"name": "Fake H100", "driver": "1.2"}
+# In the environment: a key, and for a claim ("cuda cooperative … dense/memory") what befalls it.
+KEY_VARIABLE, FAULTS = "FAKE_CARD_KEY", "FAKE_CARD_FAULTS"
+EAGER_SECONDS, SECONDS = 1e-3, 0.5e-3
+
+
+class FakeCard:
+    device = "cpu"
+    many = (40, 264, 64)
+    few_rows, rows = (1, 3), (20,)
+    cold_bytes = 1
+
+    def __init__(self) -> None:
+        os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
+        self.broken, self.right = False, cuda.lora_linear
+        self.faults = dict(
+            fault.split("=") for fault in os.environ.get(FAULTS, "").split(";") if fault
+        )
+        self._befall(self.faults.get("start"))
+
+    def key(self) -> dict[str, str]:
+        return KEY | {"driver": os.environ.get(KEY_VARIABLE, KEY["driver"])}
+
+    @contextlib.contextmanager
+    def engine(self, group: Group) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            if group.backend == "cuda":
+                stack.enter_context(cuda.emulate())
+            stack.enter_context(selection.backend(group.backend, group.strategy))
+            yield
+
+    def compile(self, claims: Sequence[Claim], shapes: object) -> None:
+        pass
+
+    def before(self, claim: Claim) -> None:
+        cuda.lora_linear = self.right  # type: ignore[attr-defined]
+        self._befall(self.faults.get(f"{claim.group}/{claim.name}"))
+
+    def _befall(self, fault: str | None) -> None:
+        if fault == "hang":
+            time.sleep(1000)
+        elif fault == "signal":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        elif fault == "exit":
+            os._exit(0)
+        elif fault == "refuse":
+            raise RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable")
+        elif fault == "memory":
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        elif fault == "broken":
+            self.broken = True
+        elif fault == "wrong":
+            cuda.lora_linear = self._wrong  # type: ignore[attr-defined]
+
+    def _wrong(self, *args: Any) -> Any:
+        y, saved = self.right(*args)
+        return y * 1.02, saved
+
+    def synchronize(self) -> None:
+        if self.broken:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def concurrently(self, calls: Sequence[Callable[[], Tensor]]) -> list[Tensor]:
+        found = []
+        with launch.deferred_launches():
+            for number, call in enumerate(calls):
+                with launch.emulated_stream(number):
+                    found.append(call())
+        return found
+
+    def replays(self, call: Callable[[], Tensor], count: int) -> Iterator[Tensor]:
+        for _ in range(count):
+            yield call()
+
+    def seconds(self, name: str, call: Callable[[int], Any], count: int) -> float:
+        call(0)
+        return count * (EAGER_SECONDS if name == "eager" else SECONDS)

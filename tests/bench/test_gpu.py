@@ -41,3 +41,16 @@ def test_without_a_gpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
     monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: False)
     assert gpu.main() == 2
     assert "no GPU" in capsys.readouterr().out
+
+
+def test_dry_run_tries_every_command(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert abs(sum(share for _, share, _ in gpu.PARTS) - 1) < 1e-9
+    monkeypatch.setattr(sys, "argv", ["gpu", "--dry-run", "--minutes", "10"])
+    assert gpu.main() == 0
+    printed = capsys.readouterr().out
+    assert "qualify: at most 60 s: python -m lora_kernels.cli qualify" in printed
+    wrong = [("typo", 1.0, [*gpu.CLI, "qualify", "--budgit", "3"])]
+    monkeypatch.setattr(gpu, "PARTS", wrong)
+    assert gpu.main() == 1 and "unrecognized arguments: --budgit" in capsys.readouterr().err

@@ -96,6 +96,7 @@ def test_documentation_has_examples() -> None:
         "docs/cpu.md",
         "docs/experts.md",
         "docs/fine_tuning.md",
+        "docs/gpu.md",
         "docs/kernels.md",
         "docs/layers.md",
         "docs/several_adapters.md",

@@ -47,10 +47,14 @@ def test_dry_run_tries_every_command(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert abs(sum(share for _, share, _ in gpu.PARTS) - 1) < 1e-9
+    tests = [*gpu.PYTEST, "tests/gpu/test_cuda.py"]
+    monkeypatch.setattr(gpu, "PARTS", [gpu.PARTS[0], ("tests", 0.5, tests)])
+    monkeypatch.setattr(gpu.qualify, "dry_run", lambda dtypes: "the plan")
     monkeypatch.setattr(sys, "argv", ["gpu", "--dry-run", "--minutes", "10"])
     assert gpu.main() == 0
     printed = capsys.readouterr().out
     assert "qualify: at most 60 s: python -m lora_kernels.cli qualify" in printed
+    assert "tests: at most 300 s" in printed and printed.endswith("the plan\n")
     wrong = [("typo", 1.0, [*gpu.CLI, "qualify", "--budgit", "3"])]
     monkeypatch.setattr(gpu, "PARTS", wrong)
     assert gpu.main() == 1 and "unrecognized arguments: --budgit" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Where users meet a verdict: `fuse`, `info`, checkpoints, the command, the cost model."""
+"""Users meet a verdict in `fuse`, `info`, checkpoints, the command and choices."""
 
 import json
 from types import SimpleNamespace

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import _dispatch_tls_local_include_set
-from torch._compile import _disable_dynamo  # torch.compiler.disable, which imports Dynamo at once
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
@@ -652,12 +651,12 @@ def _define(
     elif is_4bit:
         implementation, fake = _pack_weight(implementation), _pack_weight(fake)
     IMPLEMENTATIONS[name] = implementation
-    # Dynamo must not trace into the op, because it would separate the native call from the tensors
-    # whose addresses it gets. Autograd must not record the ops inside; the Functions define the
-    # gradients.
-    outside = _disable_dynamo(torch.no_grad()(implementation))
-    _LIB.impl(name, outside, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"lora_kernels::{name}", fake, lib=_LIB)
+    # Autograd must not record the ops inside; the Functions define the gradients. register_kernel
+    # keeps Dynamo out of the op: Dynamo would separate the native call from the tensors whose
+    # addresses it gets.
+    qualified = f"lora_kernels::{name}"
+    torch.library.register_kernel(qualified, None, torch.no_grad()(implementation), lib=_LIB)
+    torch.library.register_fake(qualified, fake, lib=_LIB)
 
 
 _forward = _lora_linear_op, _lora_linear_fake, _FORWARD_TYPES

@@ -35,7 +35,6 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
 
 from . import functional, ops, selection
 from .backends import library
@@ -43,10 +42,10 @@ from .backends import library
 # The card whose dispatch bitsandbytes' `gemm_4bit` follows: H100, sm_90 with 132 SMs.
 H100 = (132, 9, 0)
 
-# Allocations, and a view that its schema does not call one.
+# Allocations, and changes of a shape that the schema does not call views.
 _FREE = {
     "_unsafe_view", "empty", "empty_like", "empty_permuted", "empty_strided", "new_empty",
-    "new_empty_strided",
+    "new_empty_strided", "resize_",
 }  # fmt: skip
 # Ops that use the shape, the dtype and the device of their first argument, and none of its data.
 _READS_NOTHING = {
@@ -160,8 +159,8 @@ class _Counter(TorchDispatchMode):
         self._start = len(self._log)
         self._peak = 0
         library.has_meta_out_dtype()  # asked once a process, by an op that must not count
-        # Storages allocated under the mode: address of the StorageImpl -> reference and bytes.
-        self._allocated: dict[int, tuple[StorageWeakRef, int]] = {}
+        # Bytes of the storages allocated under the mode.
+        self._allocated: dict[StorageWeakRef, int] = {}
 
     def run(self, call: Callable[[], Any]) -> Any:
         """Run `call`, counting from zero, but with what earlier runs allocated and is alive."""
@@ -195,7 +194,7 @@ class _Counter(TorchDispatchMode):
         # Not into dy, which is the caller's.
         adds_gradients = (
             _is_gradient_sum(func, args, kwargs)
-            and args[0].untyped_storage()._cdata in self._allocated
+            and StorageWeakRef(args[0].untyped_storage()) in self._allocated
         )
         result = args[0] if adds_gradients else func(*args, **kwargs)
         self._note_allocations(result, (args, kwargs))
@@ -208,7 +207,7 @@ class _Counter(TorchDispatchMode):
 
     def _run_implementation(self, func: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
         """Run the eager implementation of an op of this package, counting what it calls."""
-        implementation = ops.IMPLEMENTATIONS[func._schema.name.partition("::")[2]]
+        implementation = ops.IMPLEMENTATIONS[func.name().partition("::")[2].partition(".")[0]]
         with (
             self,
             _NativeDropout(),
@@ -219,22 +218,21 @@ class _Counter(TorchDispatchMode):
             return implementation(*args, **kwargs)
 
     def _note_allocations(self, result: Any, given: Any) -> None:
-        there = {t.untyped_storage()._cdata for t in _tensors(given)}
+        there = {StorageWeakRef(t.untyped_storage()) for t in _tensors(given)}
         for t in _tensors(result):
-            storage = t.untyped_storage()
-            if storage._cdata not in there and storage._cdata not in self._allocated:
-                self._allocated[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+            storage = StorageWeakRef(t.untyped_storage())
+            if storage not in there and storage not in self._allocated:
+                self._allocated[storage] = t.untyped_storage().nbytes()
 
     def _poll(self) -> None:
         # A reference keeps the StorageImpl, so that no other can take its address.
-        alive = {key: it for key, it in self._allocated.items() if not it[0].expired()}
-        self._allocated = alive
-        self._peak = max(self._peak, sum(nbytes for _, nbytes in alive.values()))
+        self._allocated = {s: n for s, n in self._allocated.items() if not s.expired()}
+        self._peak = max(self._peak, sum(self._allocated.values()))
 
 
 def _kernels(func: Any, args: tuple[Any, ...], kwargs: Any, result: Any) -> list[Kernel]:
     """Return the kernels that an op launches on a GPU."""
-    name = func._schema.name.partition("::")[2]
+    name = func.name().partition("::")[2].partition(".")[0]
     if name in _FREE or func.is_view or torch.Tag.inplace_view in func.tags:
         return []
     given = _by_name(func, args, kwargs)
@@ -275,7 +273,13 @@ def _is_written(argument: Any) -> bool:
 
 
 def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)]
+    """Return the tensors in nested tuples, lists and dictionaries, as ops take and return them."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    branches = tree.values() if isinstance(tree, dict) else tree
+    return (
+        [t for b in branches for t in _tensors(b)] if isinstance(tree, tuple | list | dict) else []
+    )
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
@@ -299,7 +303,7 @@ def _elements(t: Tensor) -> tuple[object, ...]:
     """Return a key that is the same for tensors with the same elements in memory."""
     dims = zip(t.stride(), t.shape, strict=True)
     dims_of_elements = tuple(sorted(d for d in dims if d[0] and d[1] != 1))
-    return t.untyped_storage()._cdata, t.storage_offset(), t.dtype, dims_of_elements
+    return StorageWeakRef(t.untyped_storage()), t.storage_offset(), t.dtype, dims_of_elements
 
 
 def _is_same(a: Tensor, b: Tensor) -> bool:

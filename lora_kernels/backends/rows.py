@@ -10,11 +10,13 @@ from torch import Tensor
 
 
 def like_rows_of(x: Tensor, y: Tensor) -> Tensor:
-    """y [M, N] with x's leading dimensions; no view, which autograd lets nobody change in place
-    where it comes out of a Function."""
+    """Give y [M, N], which a backend has just allocated, x's leading dimensions in place.
+
+    A view would not do: autograd refuses to change a view in place that a Function returns.
+    """
     if x.dim() == 2:
         return y
-    return torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[1]))  # type: ignore[no-any-return]
+    return y.contiguous().resize_(*x.shape[:-1], y.shape[1])
 
 
 class Rows(NamedTuple):

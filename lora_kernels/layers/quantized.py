@@ -113,7 +113,8 @@ def _quantize_on_meta(weight: Tensor, quant_type: str, blocksize: int, nested: b
 class QLoRALayer(LoRALayer):
     """The base class of all layers over a 4-bit base.
 
-    `class QMine(Mine, QLoRALayer)` is the layer `Mine` over a 4-bit base.
+    `class QMine(Mine, QLoRALayer)` is the layer `Mine` over a 4-bit base. The constructor keeps
+    its own arguments and passes the others on.
     """
 
     _base = Base4bit()
@@ -122,17 +123,7 @@ class QLoRALayer(LoRALayer):
 
     def __init__(
         self,
-        in_features: int,
-        out_features: int,
-        r: int = 8,
-        alpha: float = 16.0,
-        dropout: float = 0.0,
-        bias: bool = False,
-        init: Init | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        lora_dtype: torch.dtype | None = None,
-        *,
+        *args: Any,
         quant_type: str = "nf4",
         blocksize: int = 64,
         double_quant: bool = True,
@@ -141,8 +132,7 @@ class QLoRALayer(LoRALayer):
     ) -> None:
         self.quant_type, self.blocksize, self.double_quant = quant_type, blocksize, double_quant
         self.compute_dtype = compute_dtype
-        options |= {"init": init, "device": device, "dtype": dtype, "lora_dtype": lora_dtype}
-        super().__init__(in_features, out_features, r, alpha, dropout, bias, **options)
+        super().__init__(*args, **options)
 
     @property
     def weight4bit(self) -> Weight4bit:

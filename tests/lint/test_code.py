@@ -1,0 +1,82 @@
+"""Limits of the package's code: parameters of a function, private names of torch."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "lora_kernels"
+# Ops in functional.py mirror schemas; the arguments of Triton kernels are pointers and strides.
+MANY, ALLOWED = 10, 5
+PRIVATE_OF_TORCH = {
+    "torch._C._dispatch_tls_local_include_set",  # no public way to see modes and transforms
+    "torch.autograd.forward_ad._current_level",  # no public way to see forward-mode AD
+    "torch.utils._python_dispatch.TorchDispatchMode",  # named in PyTorch's tutorials
+}
+
+
+def parsed(exclude: str = "") -> Iterator[tuple[str, ast.Module]]:
+    for file in sorted(PACKAGE.rglob("*.py")):
+        path = file.relative_to(PACKAGE).as_posix()
+        if path != exclude:
+            yield path, ast.parse(file.read_text(encoding="utf-8"))
+
+
+def functions_with_many_parameters(tree: ast.Module) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            a = node.args
+            is_kernel = any(".jit" in ast.unparse(d) for d in node.decorator_list)
+            if not is_kernel and len(a.posonlyargs + a.args + a.kwonlyargs) >= MANY:
+                yield node.name
+
+
+def private_names_of_torch(tree: ast.Module) -> Iterator[str]:
+    """Yield imports and attributes of torch with a component that starts with an underscore."""
+    modules, names = {"torch": "torch"}, set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "torch":
+            modules |= {a.asname or a.name: f"{node.module}.{a.name}" for a in node.names}
+            names |= {f"{node.module}.{a.name}" for a in node.names}
+        elif isinstance(node, ast.Import):
+            names |= {a.name for a in node.names if a.name.split(".")[0] == "torch"}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            first, _, rest = ast.unparse(node).partition(".")
+            if first in modules and rest.replace(".", "").isidentifier():
+                names.add(f"{modules[first]}.{rest}")
+    private = {n for n in names if any(p.startswith("_") for p in n.split("."))}
+    yield from (n for n in private if not n.rpartition(".")[2].startswith("__"))
+
+
+def test_functions_with_many_parameters_are_few() -> None:
+    found = [
+        f"{path}: {name}"
+        for path, tree in parsed(exclude="functional.py")
+        for name in functions_with_many_parameters(tree)
+    ]
+    assert len(found) <= ALLOWED, found
+
+
+def test_private_names_of_torch_are_these() -> None:
+    assert {n for _, tree in parsed() for n in private_names_of_torch(tree)} == PRIVATE_OF_TORCH
+
+
+@pytest.mark.parametrize(
+    ("code", "names"),
+    [
+        ("import torch\ntorch.ops.aten._unsafe_view.default(y)", {"torch.ops.aten._unsafe_view"}),
+        ("from torch._compile import disable", {"torch._compile.disable"}),
+        (
+            "from torch.autograd import forward_ad as f\nf._level",
+            {"torch.autograd.forward_ad._level"},
+        ),
+        ("import torch\nself._torch = torch.mm\ntorch.__version__", set()),
+    ],
+)
+def test_private_names_of_torch_in_code_are_found(code: str, names: set[str]) -> None:
+    found = set(private_names_of_torch(ast.parse(code)))
+    assert {n.removesuffix(".default") for n in found} == names

@@ -250,12 +250,12 @@ LK_INLINE void lay(const ProductArgs& a, const Slab& slab, float* to, float* dec
   for (int64_t k = 0; k < slab.depth; k += step)
     for (int64_t n = 0; n < columns; n += VW) {
       const int64_t depth = min(step, slab.depth - k), count = min(VW, columns - n);
-      float* const part = to + n / W * at.apart + k / 2 * W;
+      float* const out = to + n / W * at.apart + k / 2 * W;
       if (a.codes)
-        pack_codes<Pair>(*a.codes, a.k_inner, slab.k + k, depth, slab.n + n, count, part, at,
+        pack_codes<Pair>(*a.codes, a.k_inner, slab.k + k, depth, slab.n + n, count, out, at,
                          decoded);
       else
-        pack_words<Pair, bf16>(a.w, slab.k + k, depth, slab.n + n, count, part, at);
+        pack_words<Pair, bf16>(a.w, slab.k + k, depth, slab.n + n, count, out, at);
     }
 }
 
@@ -292,7 +292,7 @@ LK_INLINE void lay_terms(const ProductArgs& a, const Slab& slab, float* to, floa
 // `wide` columns. A task passes over `depth` of the sum at a time.
 template <int TERMS>
 struct Cut {
-  int64_t pauses, depth, rows, wide, slab_depth, panels, parts, tasks, chunks;
+  int64_t pauses, depth, rows, wide, slab_depth, panels, column_blocks, tasks, chunks;
 
   explicit Cut(const ProductArgs& a) {
     const ExpandArgs& u = a.update;
@@ -312,10 +312,10 @@ struct Cut {
     if (blocks > threads) blocks = round_up(blocks, threads);
     rows = round_up((u.M + blocks - 1) / blocks, GROUP);
     blocks = (u.M + rows - 1) / rows;
-    parts = (panels * wide + TASK_COLUMNS - 1) / TASK_COLUMNS;
-    while (parts < panels && blocks * parts % threads) ++parts;
+    column_blocks = (panels * wide + TASK_COLUMNS - 1) / TASK_COLUMNS;
+    while (column_blocks < panels && blocks * column_blocks % threads) ++column_blocks;
     pauses = (a.K + depth - 1) / depth;
-    tasks = blocks * parts;
+    tasks = blocks * column_blocks;
     chunks = min(threads, tasks);
   }
 };
@@ -334,7 +334,7 @@ struct TileProduct {
   const Philox generator = philox(u.dropout);
   const int64_t blocks = (u.R + 15) / 16, groups = cut.rows / GROUP, R16 = blocks * 16;
   const int terms = u.q.dtype == DType::bf16 ? 1 : 2;
-  // Floats of a thread's parts of the scratch memory.
+  // Floats of each region of a thread's scratch memory.
   const int64_t x_floats = cut.rows * cut.depth / 2 * TERMS,
                 w_floats = cut.slab_depth / 2 * cut.wide * TERMS;
   const int64_t q_floats = tiled ? R16 * VW * terms : round_up(u.R, 4) * VW;
@@ -342,7 +342,8 @@ struct TileProduct {
   const int64_t staging = R16 * VW + round_up(staging_floats(VW, u.R), W);
   const int64_t s_floats = 2 * blocks * TILE_WORDS, all_s = tiled ? groups * s_floats : 0;
   const int64_t panel_sums = cut.wide / VW * groups * SUMS;
-  const int64_t waiting = cut.pauses > 1 ? (cut.panels + cut.parts - 1) / cut.parts : 1;
+  const int64_t waiting =
+      cut.pauses > 1 ? (cut.panels + cut.column_blocks - 1) / cut.column_blocks : 1;
   const int64_t decoded_floats = TERMS == 3 ? 2 * PART * VW + SUMS
                                  : a.codes  ? cut.slab_depth * VW
                                             : 0;
@@ -456,8 +457,10 @@ struct TileProduct {
     float* const s = narrow + staging;
     float* const sums = s + all_s;
     float* const decoded = sums + waiting * panel_sums;
-    const int64_t m0 = i / cut.parts * cut.rows, m1 = min(u.M, m0 + cut.rows), part = i % cut.parts;
-    const int64_t first = cut.panels * part / cut.parts, last = cut.panels * (part + 1) / cut.parts;
+    const int64_t m0 = i / cut.column_blocks * cut.rows, m1 = min(u.M, m0 + cut.rows),
+                  column_block = i % cut.column_blocks;
+    const int64_t first = cut.panels * column_block / cut.column_blocks,
+                  last = cut.panels * (column_block + 1) / cut.column_blocks;
     for (int64_t m = m0; tiled && m < m1; m += GROUP)
       split_rows(u, m, blocks, s + (m - m0) / GROUP * s_floats);
     for (int64_t k0 = 0; k0 < a.K; k0 += cut.depth) {

@@ -72,8 +72,8 @@ void dots(const DotsArgs& a) {
   const int64_t packs = (steps + 3) / 4, teams = small ? 1 : min(a.threads, packs * blocks);
   // Blocks of four tiles of rows, or of one where threads would have nothing to do.
   const bool few = a.M < TILED_ROWS * a.threads;
-  const int64_t height = few ? X_ROWS : TILED_ROWS, parts = (a.M + height - 1) / height;
-  const int64_t chunks = small ? 1 : min(a.threads, parts);
+  const int64_t height = few ? X_ROWS : TILED_ROWS, row_blocks = (a.M + height - 1) / height;
+  const int64_t chunks = small ? 1 : min(a.threads, row_blocks);
   const Philox generator = philox(a.dropout);
   const int64_t q_floats = blocks * steps * terms * TILE_WORDS, pack_depth = 4 * X_DEPTH;
   const int64_t team_floats = pack_depth * 16 + staging_floats(16, pack_depth);
@@ -113,8 +113,9 @@ void dots(const DotsArgs& a) {
     bf16* const kept = reinterpret_cast<bf16*>(rows + chunk * chunk_floats);
     float* const sums = rows + chunk * chunk_floats + kept_floats;
     float* const c = sums + 64 * 16;
-    for (int64_t part = parts * chunk / chunks; part < parts * (chunk + 1) / chunks; ++part) {
-      const int64_t m0 = part * height, count = min(height, a.M - m0);
+    for (int64_t row_block = row_blocks * chunk / chunks;
+         row_block < row_blocks * (chunk + 1) / chunks; ++row_block) {
+      const int64_t m0 = row_block * height, count = min(height, a.M - m0);
       const bf16* from = x + m0 * a.x.row;
       int64_t ld = a.x.row;
       if (a.dropout.rng || count < height || a.K < K32) {
@@ -301,7 +302,7 @@ void backward_pair_tiles(const BackwardPairArgs& a) {
     const int64_t ld = round_up(a.N, 64), R16 = round_up(a.R, 16);
     const int terms = a.db_dtype == DType::f32 ? 3 : 2;
     Scratch sums(R16 * ld * 4);
-    float* const parts = static_cast<float*>(sums.data);
+    float* const partials = static_cast<float*>(sums.data);
     outers({.x = a.dy,
             .M = a.M,
             .N = a.N,
@@ -310,11 +311,12 @@ void backward_pair_tiles(const BackwardPairArgs& a) {
             .ld_d = a.lds,
             .terms = terms,
             .dropout = {},
-            .sums = parts,
+            .sums = partials,
             .threads = a.threads},
            [&](int64_t n0, int64_t n1) {
              Scratch block(64 * round_up(a.R, 4) * 2 * 4);
-             reduce_db(a, parts + n0 * R16 - n0, 1, 0, 64, n0, n1, static_cast<float*>(block.data));
+             reduce_db(a, partials + n0 * R16 - n0, 1, 0, 64, n0, n1,
+                       static_cast<float*>(block.data));
            });
   }
   if (a.dc || a.dbias) {

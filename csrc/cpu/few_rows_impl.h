@@ -131,7 +131,7 @@ LK_INLINE void each_row(const Passes& passes, int64_t ldx, const F& f) {
   });
 }
 
-// K in equal parts, of whole CODES, that take no more than `most` bytes or little more.
+// K in equal slabs, of whole CODES, that take no more than `most` bytes or little more.
 LK_INLINE int64_t even_slab(int64_t K, int64_t bytes, int64_t most) {
   const int64_t slabs = (K * bytes + most - 1) / most;
   return round_up((K + slabs - 1) / slabs, CODES);

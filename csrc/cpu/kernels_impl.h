@@ -62,7 +62,7 @@ LK_INLINE void parallel(int threads, int64_t chunks, const F& f) {
               &context);
 }
 
-// f(part, parts) on as many threads as there are, all at the same time.
+// f(thread, threads) on as many threads as there are, all at the same time.
 template <typename F>
 LK_INLINE void together(int threads, const F& f) {
   run_threads(
@@ -105,8 +105,8 @@ LK_INLINE Philox philox(const Dropout& d) {
 LK_INLINE uint64_t keep64(const Philox& p, int64_t m, int64_t k) {
   uint64_t bits = 0;
   if (p.rows) m = p.rows[m];
-  for (int part = 0; part < 16 / W; ++part) {
-    vu c0 = lanes_from((uint32_t)(k / 4) + part * W), c1 = splat_u((uint32_t)m);
+  for (int v = 0; v < 16 / W; ++v) {
+    vu c0 = lanes_from((uint32_t)(k / 4) + v * W), c1 = splat_u((uint32_t)m);
     vu c2 = splat_u(p.offset0), c3 = splat_u(p.offset1), hi0, lo0, hi1, lo1;
     uint32_t key0 = p.key0, key1 = p.key1;
     for (int round = 0; round < kPhiloxRounds; ++round) {
@@ -121,7 +121,7 @@ LK_INLINE uint64_t keep64(const Philox& p, int64_t m, int64_t k) {
     }
     bits |= interleave(at_least(c0, p.threshold), at_least(c1, p.threshold),
                        at_least(c2, p.threshold), at_least(c3, p.threshold))
-            << (4 * W * part) % 64;
+            << (4 * W * v) % 64;
   }
   return bits;
 }
@@ -167,9 +167,9 @@ LK_INLINE void dot(const TX* const x[I], const TA* const a[4], int64_t K, float 
       k = K;
     }
     LK_UNROLL for (int i = 0; i < I; ++i) {
-      float part[4];
-      sum_lanes(acc[i], part);
-      LK_UNROLL for (int j = 0; j < 4; ++j) out[i][j] = fresh ? part[j] : out[i][j] + part[j];
+      float partial[4];
+      sum_lanes(acc[i], partial);
+      LK_UNROLL for (int j = 0; j < 4; ++j) out[i][j] = fresh ? partial[j] : out[i][j] + partial[j];
     }
   } while (k < K);
 }
@@ -608,7 +608,7 @@ LK_INLINE void column_sums(const T* dy, int64_t ldy, const T* z, int64_t ldz, in
 // requested. Tested by tests/ops.
 template <typename T, typename TB>
 LK_INLINE void pair_rows(const BackwardPairArgs& a, const TB* bt, int64_t ld, int64_t m0,
-                         int64_t m1, float* part, float* dc, float* dbias, float* tile) {
+                         int64_t m1, float* partial, float* dc, float* dbias, float* tile) {
   const int64_t R4 = round_up(a.R, 4);
   const T* const dy = static_cast<const T*>(a.dy.data);
   for (int64_t block = m0; block < m1; block += PAIR_ROWS) {
@@ -635,7 +635,7 @@ LK_INLINE void pair_rows(const BackwardPairArgs& a, const TB* bt, int64_t ld, in
       for (int64_t r = 0; r < R4; r += 4) {
         const float* s[4];
         for (int64_t i = 0; i < 4; ++i) s[i] = a.s + block * a.lds + min(r + i, a.R - 1);
-        float* to = part + r * ld + n;
+        float* to = partial + r * ld + n;
         if (tail)
           outer_into(s, a.lds, depth, tile, VW, to, ld, block == m0);
         else
@@ -648,9 +648,9 @@ LK_INLINE void pair_rows(const BackwardPairArgs& a, const TB* bt, int64_t ld, in
   }
 }
 
-// dB[n, r] = db_scale * gate[r] * c[n] * sum of the chunks' part[r, n] for n in [n0, n1); n1 - n0
-// <= 64.
-LK_INLINE void reduce_db(const BackwardPairArgs& a, const float* parts, int64_t chunks,
+// dB[n, r] = db_scale * gate[r] * c[n] * sum of the chunks' partial[r, n] for n0 <= n < n1, at most
+// 64 of them.
+LK_INLINE void reduce_db(const BackwardPairArgs& a, const float* partials, int64_t chunks,
                          int64_t chunk_floats, int64_t ld, int64_t n0, int64_t n1, float* block) {
   const int64_t R4 = round_up(a.R, 4);
   float* const sums = block;            // [R4, 64]
@@ -659,7 +659,7 @@ LK_INLINE void reduce_db(const BackwardPairArgs& a, const float* parts, int64_t 
     for (int64_t n = 0; n < 64; n += W) {
       vf sum = zero();
       for (int64_t chunk = 0; n0 + n < n1 && chunk < chunks; ++chunk)
-        sum = add(sum, load(parts + chunk * chunk_floats + r * ld + n0 + n));
+        sum = add(sum, load(partials + chunk * chunk_floats + r * ld + n0 + n));
       store(sums + r * 64 + n, sum);
     }
   for (int64_t r = 0; r < R4; r += 4)
@@ -690,14 +690,14 @@ LK_INLINE void reduce_db(const BackwardPairArgs& a, const float* parts, int64_t 
 #else
   const bool bf16_dot = false;
 #endif
-  const int64_t bt_floats = a.ds ? R4 * ld : 0, part_floats = a.db ? R4 * ld : 0;
+  const int64_t bt_floats = a.ds ? R4 * ld : 0, partial_floats = a.db ? R4 * ld : 0;
   const int64_t sums = (a.dc ? ld : 0) + (a.dbias ? ld : 0), tile = PAIR_ROWS * VW;
-  const int64_t chunk_floats = part_floats + sums + tile;
+  const int64_t chunk_floats = partial_floats + sums + tile;
   const int64_t team_floats = max(64 * R4 * 2, staging_floats(64, a.R));
   Scratch scratch((bt_floats + chunks * chunk_floats + teams * team_floats) * 4);
   float* const bt = static_cast<float*>(scratch.data);
-  float* const parts = bt + bt_floats;
-  float* const team = parts + chunks * chunk_floats;
+  float* const partials = bt + bt_floats;
+  float* const team = partials + chunks * chunk_floats;
 
   if (a.ds)
     parallel(a.threads, teams, [&](int64_t t) {
@@ -719,33 +719,33 @@ LK_INLINE void reduce_db(const BackwardPairArgs& a, const float* parts, int64_t 
   with_type(a.dy.dtype, [&](auto type) {
     using T = decltype(type);
     parallel(a.threads, chunks, [&](int64_t chunk) {
-      float* part = parts + chunk * chunk_floats;
-      float* dc = a.dc ? part + part_floats : nullptr;
-      float* dbias = a.dbias ? part + part_floats + (a.dc ? ld : 0) : nullptr;
-      for (int64_t i = 0; i < sums; ++i) part[part_floats + i] = 0.0f;
+      float* partial = partials + chunk * chunk_floats;
+      float* dc = a.dc ? partial + partial_floats : nullptr;
+      float* dbias = a.dbias ? partial + partial_floats + (a.dc ? ld : 0) : nullptr;
+      for (int64_t i = 0; i < sums; ++i) partial[partial_floats + i] = 0.0f;
       const int64_t m0 = a.M * chunk / chunks, m1 = a.M * (chunk + 1) / chunks;
       if (m0 == m1)  // M = 0
-        for (int64_t i = 0; i < part_floats; ++i) part[i] = 0.0f;
-      float* tail = part + part_floats + sums;
+        for (int64_t i = 0; i < partial_floats; ++i) partial[i] = 0.0f;
+      float* tail = partial + partial_floats + sums;
       if (bf16_dot)
-        pair_rows<T>(a, reinterpret_cast<const bf16*>(bt), ld, m0, m1, part, dc, dbias, tail);
+        pair_rows<T>(a, reinterpret_cast<const bf16*>(bt), ld, m0, m1, partial, dc, dbias, tail);
       else
-        pair_rows<T>(a, bt, ld, m0, m1, part, dc, dbias, tail);
+        pair_rows<T>(a, bt, ld, m0, m1, partial, dc, dbias, tail);
     });
   });
 
   if (a.db)
     parallel(a.threads, teams, [&](int64_t t) {
       for (int64_t i = blocks * t / teams; i < blocks * (t + 1) / teams; ++i)
-        reduce_db(a, parts, chunks, chunk_floats, ld, i * 64, min(i * 64 + 64, a.N),
+        reduce_db(a, partials, chunks, chunk_floats, ld, i * 64, min(i * 64 + 64, a.N),
                   team + t * team_floats);
     });
   for (int64_t n = 0; (a.dc || a.dbias) && n < a.N; ++n) {
     float sum_c = 0.0f, sum_bias = 0.0f;
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      const float* part = parts + chunk * chunk_floats + part_floats;
-      if (a.dc) sum_c += part[n];
-      if (a.dbias) sum_bias += part[(a.dc ? ld : 0) + n];
+      const float* partial = partials + chunk * chunk_floats + partial_floats;
+      if (a.dc) sum_c += partial[n];
+      if (a.dbias) sum_bias += partial[(a.dc ? ld : 0) + n];
     }
     if (a.dc) a.dc[n] = sum_c;
     if (a.dbias) a.dbias[n] = sum_bias;

@@ -203,7 +203,7 @@ void each_piece(const Layer& l, const std::vector<Adapter>& adapters, const F& f
 // f(item) for all items, each on one thread: the most expensive go first, each to the thread that
 // has the least cost by then, so that no result depends on which thread is faster.
 template <typename T, typename Cost, typename F>
-void share_out(int threads, std::vector<T> items, const Cost& cost, const F& f) {
+void distribute(int threads, std::vector<T> items, const Cost& cost, const F& f) {
   std::stable_sort(items.begin(), items.end(),
                    [&](const T& a, const T& b) { return cost(a) > cost(b); });
   on_threads(threads, [&](int thread, int count) {
@@ -225,7 +225,7 @@ void each_adapter(const Layer& l, const std::vector<Adapter>& adapters, const F&
   }
   std::vector<const Adapter*> order;
   for (const Adapter& d : adapters) order.push_back(&d);
-  share_out(
+  distribute(
       l.threads, order, [](const Adapter* d) { return d->stop - d->start; },
       [&](const Adapter* d) { f(*d, 1); });
 }
@@ -349,7 +349,7 @@ void each_expert(const Layer& l, const Experts& x, const F& f) {
     for (const Expert& each : small) f(each, alone ? 1 : l.threads);
     return;
   }
-  share_out(
+  distribute(
       l.threads, small, [](const Expert& each) { return each.rows + WEIGHT; },
       [&](const Expert& each) { f(each, 1); });
 }

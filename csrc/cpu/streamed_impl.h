@@ -11,7 +11,7 @@ constexpr int STREAMS = 4;       // as many as `sum_lanes` takes
 constexpr int64_t AHEAD = 1024;  // bytes of a stream's codes prefetched before their turn
 constexpr int PASS = 6;          // rows of x that share what is loaded of decoded or dense rows
 constexpr int64_t BLOCK = 16;    // rows of each stream that a thread takes at a time
-constexpr int64_t HELPED = 4;    // shares that it takes from, its own among them
+constexpr int64_t HELPED = 4;    // threads whose rows it takes, its own first
 
 // Rows of a dense weight, or of one in memory, that are dotted side by side with M of x: nothing
 // else wants registers than what is loaded.
@@ -155,51 +155,51 @@ struct DenseRows {
   }
 }
 
-// Threads take shares of P's ranks and then of the weight's rows, which they stream, and at last
-// what is left of the next shares: memory is not as fast for one as for another, and not for the
+// Threads divide P's ranks and then the weight's rows, which they stream. At last they steal what
+// is left of the next threads' rows: memory is not as fast for one as for another, and not for the
 // same one each time. P is waited for with the sums, and consumed last.
 template <typename Rows>
 LK_INLINE void few_rows_of(const FewRowsArgs& a, const Rows& weight) {
   const ExpandArgs& u = a.update;
   const int64_t M = u.M, K = a.shrink.K, R = u.R;
-  const int64_t parts = M * u.N * K < SMALL ? 1 : min(u.threads, u.N);
+  const int64_t threads = M * u.N * K < SMALL ? 1 : min(u.threads, u.N);
   const int64_t panel_floats = round_up(R, 4) * VW;
-  const int64_t taken_floats = 16;  // a line of its own for how much of a share has been taken
-  const int64_t part_floats =
+  const int64_t taken_floats = 16;  // a cache line for how many rows of each stream are taken
+  const int64_t thread_floats =
       round_up(weight.floats + panel_floats + staging_floats(VW, R), 16) + taken_floats;
-  // A part's sums lie behind those of the rows before it: so there is room for fewer parts, with
-  // more rows each, than requested.
-  Scratch scratch((parts * part_floats + M * u.N) * 4);
-  float* const all_sums = static_cast<float*>(scratch.data) + parts * part_floats;
-  const auto taken_of = [&](int64_t part) {
-    return reinterpret_cast<int64_t*>(static_cast<float*>(scratch.data) + part * part_floats);
+  // A thread's sums lie behind those of the rows before it: so there is room for fewer threads,
+  // with more rows each, than requested.
+  Scratch scratch((threads * thread_floats + M * u.N) * 4);
+  float* const all_sums = static_cast<float*>(scratch.data) + threads * thread_floats;
+  const auto taken_of = [&](int64_t thread) {
+    return reinterpret_cast<int64_t*>(static_cast<float*>(scratch.data) + thread * thread_floats);
   };
-  for (int64_t part = 0; part < parts; ++part) *taken_of(part) = 0;
+  for (int64_t thread = 0; thread < threads; ++thread) *taken_of(thread) = 0;
   const bool masked = a.shrink.dropout.rng;
   if (masked) shrink(a.shrink);
   int arrived = 0;
-  together((int)parts, [&](int64_t part, int64_t parts) {
-    const int64_t n0 = u.N * part / parts, n1 = u.N * (part + 1) / parts, rows = n1 - n0;
-    float* const own = static_cast<float*>(scratch.data) + part * part_floats + taken_floats;
+  together((int)threads, [&](int64_t thread, int64_t threads) {
+    const int64_t n0 = u.N * thread / threads, n1 = u.N * (thread + 1) / threads, rows = n1 - n0;
+    float* const own = static_cast<float*>(scratch.data) + thread * thread_floats + taken_floats;
     float *const panel = own + weight.floats, *const staging = panel + panel_floats,
                  *const sums = all_sums + n0 * M;
     for (int64_t g = 0; g < STREAMS; ++g)
       for (int64_t i = 0; i < AHEAD; i += 64)
         __builtin_prefetch(reinterpret_cast<const char*>(weight.row(n0 + g * (rows / STREAMS))) + i,
                            0, 3);
-    if (!masked) some_ranks(a.shrink, R * part / parts, R * (part + 1) / parts);
+    if (!masked) some_ranks(a.shrink, R * thread / threads, R * (thread + 1) / threads);
     const auto tables = weight.tables();
     // Rows that are left over are taken STREAMS times each.
     weight.dots(tables, n1 - rows % STREAMS, n1, 0, own, sums + rows - rows % STREAMS, rows);
-    for (int64_t turn = 0; turn < min(parts, HELPED); ++turn) {
-      const int64_t of = (part + turn) % parts;
-      const int64_t n0 = u.N * of / parts, rows = u.N * (of + 1) / parts - n0;
-      for (int64_t i, share = rows / STREAMS; (i = take(taken_of(of), BLOCK)) < share;)
-        weight.dots(tables, n0 + i, n0 + min(i + BLOCK, share), share, own, all_sums + n0 * M + i,
+    for (int64_t turn = 0; turn < min(threads, HELPED); ++turn) {
+      const int64_t of = (thread + turn) % threads;
+      const int64_t n0 = u.N * of / threads, rows = u.N * (of + 1) / threads - n0;
+      for (int64_t i, end = rows / STREAMS; (i = take(taken_of(of), BLOCK)) < end;)
+        weight.dots(tables, n0 + i, n0 + min(i + BLOCK, end), end, own, all_sums + n0 * M + i,
                     rows);
     }
     arrive(&arrived);
-    await(&arrived, (int)parts);
+    await(&arrived, (int)threads);
     finish_rows(u, n0, n1, sums, panel, staging);
   });
 }

@@ -20,9 +20,9 @@ using namespace gpu;
 
 struct GemmArgs {
   LinearArgs linear;
-  int splits;
-  float* parts;
-  int64_t k_share;
+  int num_splits;
+  float* partials;
+  int64_t k_per_split;
 };
 
 struct DecodeCall {
@@ -101,9 +101,9 @@ LinearArgs read(Arguments& in) {
 template <>
 GemmArgs read(Arguments& in) {
   return {.linear = in("linear"),
-          .splits = in("splits"),
-          .parts = in("parts"),
-          .k_share = in("k_share")};
+          .num_splits = in("num_splits"),
+          .partials = in("partials"),
+          .k_per_split = in("k_per_split")};
 }
 
 template <>
@@ -112,11 +112,11 @@ DecodeArgs read(Arguments& in) {
                   .a = in("lora_A"),
                   .mask_in = in("mask_in"),
                   .p_scale = in("p_scale"),
-                  .slots = in("slots"),
+                  .partials = in("partials"),
                   .p = in("p"),
                   .flags = in("flags"),
-                  .slot_share = in("slot_share"),
-                  .slot_count = in("slot_count")};
+                  .k_per_split = in("k_per_split"),
+                  .num_splits = in("num_splits")};
   args.resident = decode_keeps_x(args);
   return args;
 }
@@ -137,8 +137,8 @@ ThinArgs read(Arguments& in) {
           .I = in("I"),
           .J = in("J"),
           .R = in("R"),
-          .j_share = in("j_share"),
-          .slot_count = in("slot_count")};
+          .j_per_split = in("j_per_split"),
+          .num_splits = in("num_splits")};
 }
 
 template <>
@@ -147,30 +147,30 @@ PairArgs read(Arguments& in) {
           .v_scale = in("v_scale"),
           .b = in("lora_B"),
           .s = in("s"),
-          .slots = in("slots"),
-          .parts = in("parts"),
+          .ds_partials = in("ds_partials"),
+          .db_partials = in("db_partials"),
           .M = in("M"),
           .N = in("N"),
           .R = in("R"),
-          .n_share = in("n_share"),
-          .slot_count = in("slot_count"),
-          .part_count = in("part_count")};
+          .n_per_split = in("n_per_split"),
+          .num_splits = in("num_splits"),
+          .num_row_tiles = in("num_row_tiles")};
 }
 
 template <>
 SumsArgs read(Arguments& in) {
   return {.v = in("v"),
           .z = in("z"),
-          .parts = in("parts"),
+          .partials = in("partials"),
           .M = in("M"),
           .N = in("N"),
-          .m_share = in("m_share"),
-          .part_count = in("part_count")};
+          .m_per_split = in("m_per_split"),
+          .num_splits = in("num_splits")};
 }
 
 template <>
 ReduceArgs read(Arguments& in) {
-  return {.slots = in("slots"),
+  return {.partials = in("partials"),
           .gate = in("gate"),
           .scale = in("scale"),
           .out = in("out"),
@@ -179,7 +179,7 @@ ReduceArgs read(Arguments& in) {
           .R = in("R"),
           .stride_i = in("stride_i"),
           .stride_r = in("stride_r"),
-          .slot_count = in("slot_count")};
+          .num_splits = in("num_splits")};
 }
 
 template <>
@@ -191,12 +191,12 @@ NormArgs read(Arguments& in) {
           .b = in("lora_B"),
           .gate = in("gate"),
           .scaling = in("scaling"),
-          .slots = in("slots"),
+          .partials = in("partials"),
           .N = in("N"),
           .K = in("K"),
           .R = in("R"),
-          .k_share = in("k_share"),
-          .slot_count = in("slot_count")};
+          .k_per_split = in("k_per_split"),
+          .num_splits = in("num_splits")};
 }
 
 template <>
@@ -225,9 +225,9 @@ using namespace python;
 
 void call_gemm(const GemmArgs& g, const Where& at) {
   LinearArgs args = g.linear;
-  args.parts = g.parts;
-  args.k_share = g.k_share;
-  gemm(args, g.splits, at);
+  args.partials = g.partials;
+  args.k_per_split = g.k_per_split;
+  gemm(args, g.num_splits, at);
 }
 
 bool call_decode(const DecodeCall& d, const Where& at) { return decode(d.args, d.cooperative, at); }

@@ -87,15 +87,16 @@ LK_KERNEL LK_BOUNDS(THREADS, 8) quantize_kernel(const QuantizeArgs a) {
   }
 }
 
-// slots[share, n] = Σ_k (w + scaling · (b ⊙ gate)·a)² over the share's columns, by itself for each
-// of eight rows; the update is made in registers and nowhere else.
+// partials[split, n] = Σ_k (w + scaling · (b ⊙ gate)·a)² over the split's columns, by itself for
+// each of eight rows; the update is made in registers and nowhere else.
 // Bytes: w once, a once for each eight rows, b. Flops 2·N·K·R. Rounding points: none but float32.
 // Deterministic. Tested by tests/cuda_emulated/test_dora_norm.py.
 LK_KERNEL LK_BOUNDS(THREADS, 4) norm_kernel(const NormArgs a) {
   const uint32_t bs = shared_base(), sums = bs + NORM_ROWS * (uint32_t)a.R * 4;
   const int thread = thread_id(), R = (int)a.R;
   const int64_t n0 = (int64_t)block_x() * NORM_ROWS;
-  const int64_t first = (int64_t)block_y() * a.k_share, end = min_of(a.K, first + a.k_share);
+  const int64_t first = (int64_t)block_y() * a.k_per_split,
+                end = min_of(a.K, first + a.k_per_split);
   for (int u = thread; u < NORM_ROWS * R; u += THREADS) {
     const int row = u % NORM_ROWS, r = u / NORM_ROWS;
     float b = n0 + row < a.N ? load(a.b, n0 + row, r) : 0.0f;
@@ -147,7 +148,7 @@ LK_KERNEL LK_BOUNDS(THREADS, 4) norm_kernel(const NormArgs a) {
     LK_UNROLL
     for (int warp = 0; warp < THREADS / 32; ++warp)
       sum += lds<float>(sums + (warp * NORM_ROWS + thread) * 4);
-    stg(a.slots + block_y() * a.N + n0 + thread, sum);
+    stg(a.partials + block_y() * a.N + n0 + thread, sum);
   }
 }
 
@@ -172,7 +173,7 @@ void quantize(const QuantizeArgs& a, const Where& at) {
 void row_norm(const NormArgs& a, const Where& at) {
   launch({.name = "norm",
           .x = blocks(a.N, NORM_ROWS),
-          .y = (unsigned)a.slot_count,
+          .y = (unsigned)a.num_splits,
           .threads = THREADS,
           .shared_bytes = (unsigned)(NORM_ROWS * a.R * 4 + THREADS / 32 * NORM_ROWS * 4),
           .at = at},

@@ -1,5 +1,5 @@
 // The layer for up to 16 rows, one launch: W is streamed once, codes are looked up on their way to
-// the tensor cores, and the adapter's part is published first and consumed last.
+// the tensor cores, and the partial sums of P are published first and consumed last.
 #include <algorithm>
 
 #include "kernels.h"
@@ -10,8 +10,8 @@ namespace gpu {
 namespace {
 
 constexpr int THREADS = 256, WARPS = THREADS / 32;
-constexpr int TILE_N = 16;    // rows of W that a block makes at a time, K shared among its warps
-constexpr int CHUNK = 128;    // elements of K that a warp takes at a time, 32 a lane
+constexpr int TILE_N = 16;  // rows of W that a block computes at a time, K divided among its warps
+constexpr int CHUNK = 128;  // elements of K that a warp takes at a time, 32 a lane
 constexpr int REPLICAS = 16;  // of the table: half a warp looks up 8 bytes each at once
 constexpr int TABLE_BYTES = 256 * REPLICAS * 8;
 static_assert(REPLICAS * 8 == 128, "an entry's replicas");
@@ -36,11 +36,12 @@ LK_DEVICE Words4 zeros() {
   return w;
 }
 
-// S's slot of this block: its share of K, a warp a rank and a row at a time; what was read for one
-// row is in the cache for the next.
-LK_DEVICE void publish_slot(const DecodeArgs& a) {
+// P's partial sums over this block's split of K, a warp a rank and a row at a time; what was read
+// for one row is in the cache for the next.
+LK_DEVICE void publish_partials(const DecodeArgs& a) {
   const LinearArgs& l = a.linear;
-  const int64_t first = (int64_t)block_x() * a.slot_share, end = min_of(l.K, first + a.slot_share);
+  const int64_t first = (int64_t)block_x() * a.k_per_split,
+                end = min_of(l.K, first + a.k_per_split);
   const int lane = thread_id() % 32, warp = thread_id() / 32;
   LK_ONCE
   for (int u = warp; u < l.R * l.M; u += WARPS) {
@@ -56,7 +57,7 @@ LK_DEVICE void publish_slot(const DecodeArgs& a) {
       for (int e = 0; e < 8; ++e) sum = fma_rn(x[e], row[e], sum);
     }
     sum = sum_of_warp(sum) * a.p_scale;
-    if (lane == 0) stg(a.slots + (block_x() * l.M + m) * l.R + r, sum);
+    if (lane == 0) stg(a.partials + (block_x() * l.M + m) * l.R + r, sum);
   }
 }
 
@@ -67,16 +68,16 @@ LK_DEVICE void wait_flag(const int* flag, int count) {
 
 // y [M, N] = out_scale ⊙ (x·W + S·Q) + bias, z without out_scale and bias, M ≤ 16; p = D(x)·aᵀ.
 // yᵀ = W·xᵀ in tiles of 16 rows of W by 8 MT rows of x; the grid's blocks take tiles in turn, their
-// warps a share of K each, added in order. A code is the sum of two bfloat16 (float16), looked up
+// warps a slice of K each, added in order. A code is the sum of two bfloat16 (float16), looked up
 // in pairs in a table with a copy for each of 16 lanes, which avoids bank conflicts; a block's
 // scale multiplies its float32 sum. Lanes of a quad exchange halves of what they load, so that the
 // 16 elements of a product are of one block.
-// ONE_LAUNCH: the first `slots` blocks publish a slot of p each and raise the flag; all wait for it
-// before their first store, the last block to be done lowers it. All must be co-resident.
+// ONE_LAUNCH: the first num_splits blocks publish partial sums of p and raise the flag; all wait
+// for it before their first store, the last block to be done lowers it. All must be co-resident.
 // PUBLISH, CONSUME: the same in two launches, the second waiting for the first in the same place.
 // Bytes: W once; x once a block where it is Resident, else once a tile; in all x once a rank and
-// a once a row more, from caches except for the first; Q, y, z, slots once. Flops 2·M·N·(K + R), of
-// codes twice K. Rounding points: x, dense W to 16 bits; y, z once. Deterministic. Tested by
+// a once a row more, from caches except for the first; Q, y, z, partials once. Flops 2·M·N·(K + R),
+// of codes twice K. Rounding points: x, dense W to 16 bits; y, z once. Deterministic. Tested by
 // tests/cuda_emulated/test_lora_linear.py.
 template <bool BFloat16, bool FromCodes, bool Resident, int MT>
 LK_KERNEL LK_BOUNDS(THREADS, 2) decode_kernel(const DecodeArgs a) {
@@ -90,8 +91,8 @@ LK_KERNEL LK_BOUNDS(THREADS, 2) decode_kernel(const DecodeArgs a) {
   const uint32_t replica = lane % REPLICAS * 8;
 
   if (a.mode == PUBLISH) launch_dependents();
-  if (a.mode != CONSUME && block_x() < a.slot_count) {
-    publish_slot(a);
+  if (a.mode != CONSUME && block_x() < a.num_splits) {
+    publish_partials(a);
     sync_block();
     if (a.mode == ONE_LAUNCH && thread == 0) flag_add_release(a.flags, 1);
   }
@@ -177,7 +178,7 @@ LK_KERNEL LK_BOUNDS(THREADS, 2) decode_kernel(const DecodeArgs a) {
             w[i][piece] = ldg_stream(reinterpret_cast<const Words4*>(data + n * l.w.row + k));
         }
       }
-      float part[MT][4];
+      float partial[MT][4];
       LK_UNROLL
       for (int piece = 0; piece < 4; ++piece) {
         Words4 x[MT];
@@ -195,7 +196,7 @@ LK_KERNEL LK_BOUNDS(THREADS, 2) decode_kernel(const DecodeArgs a) {
         }
         if (piece % 2 == 0) LK_UNROLL
         for (int j = 0; j < MT; ++j) LK_UNROLL
-        for (int e = 0; e < 4; ++e) part[j][e] = 0.0f;
+        for (int e = 0; e < 4; ++e) partial[j][e] = 0.0f;
         LK_UNROLL
         for (int half = 0; half < 2; ++half) {  // 16 elements of K: four of each lane
           uint32_t high[4], low[4];
@@ -217,19 +218,19 @@ LK_KERNEL LK_BOUNDS(THREADS, 2) decode_kernel(const DecodeArgs a) {
           for (int j = 0; j < MT; ++j) {
             const uint32_t b[2] = {x[j].w[2 * half], x[j].w[2 * half + 1]};
             if constexpr (BFloat16) {
-              if (FromCodes) mma_bf16(part[j], low, b);
-              mma_bf16(part[j], high, b);
+              if (FromCodes) mma_bf16(partial[j], low, b);
+              mma_bf16(partial[j], high, b);
             } else {
-              if (FromCodes) mma_f16(part[j], low, b);
-              mma_f16(part[j], high, b);
+              if (FromCodes) mma_f16(partial[j], low, b);
+              mma_f16(partial[j], high, b);
             }
           }
         }
         if (piece % 2 == 1) LK_UNROLL
         for (int j = 0; j < MT; ++j) LK_UNROLL
         for (int e = 0; e < 4; ++e)
-          total[j][e] = FromCodes ? fma_rn(part[j][e], scale[e / 2][piece / 2], total[j][e])
-                                  : total[j][e] + part[j][e];
+          total[j][e] = FromCodes ? fma_rn(partial[j][e], scale[e / 2][piece / 2], total[j][e])
+                                  : total[j][e] + partial[j][e];
       }
     }
     LK_UNROLL
@@ -241,15 +242,15 @@ LK_KERNEL LK_BOUNDS(THREADS, 2) decode_kernel(const DecodeArgs a) {
 
     if (!consumed) {
       if (a.mode == ONE_LAUNCH) {
-        if (thread == 0) wait_flag(a.flags, a.slot_count);
+        if (thread == 0) wait_flag(a.flags, a.num_splits);
         sync_block();
       } else {
         wait_for_grids_before();
       }
       for (int u = thread; u < M * R; u += THREADS) {
         float p = 0.0f;
-        for (int slot = 0; slot < a.slot_count; ++slot)
-          p += ldg_coherent(a.slots + slot * M * R + u);
+        for (int split = 0; split < a.num_splits; ++split)
+          p += ldg_coherent(a.partials + split * M * R + u);
         if (block_x() == 0) stg(a.p + u, p);
         float s = p * l.s_scale;
         if (l.gate.data) s *= load_at(l.gate.data, l.gate.dtype, u % R);
@@ -341,7 +342,7 @@ bool decode(DecodeArgs a, bool cooperative, const Where& at) {
   const unsigned blocks = (unsigned)std::min<int64_t>(a.tiles, std::max(resident, 1));
   Launch launched{
       .name = "decode", .x = blocks, .threads = THREADS, .shared_bytes = bytes, .at = at};
-  if (cooperative && (int)blocks >= a.slot_count && (int)blocks <= resident) {
+  if (cooperative && (int)blocks >= a.num_splits && (int)blocks <= resident) {
     a.mode = ONE_LAUNCH;
     launched.cooperative = true;
     launch(launched, kernel, a);
@@ -349,7 +350,7 @@ bool decode(DecodeArgs a, bool cooperative, const Where& at) {
   }
   a.mode = PUBLISH;
   launch({.name = "publish",
-          .x = (unsigned)a.slot_count,
+          .x = (unsigned)a.num_splits,
           .threads = THREADS,
           .shared_bytes = bytes,
           .at = at},

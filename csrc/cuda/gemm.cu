@@ -78,8 +78,8 @@ LK_DEVICE void decode_into(uint32_t to, const Raw& raw, uint32_t table) {
   for (int i = 0; i < 2; ++i) {
     const int u = thread_id() + i * THREADS, row = u / RUNS, run = u % RUNS;
     LK_UNROLL
-    for (int part = 0; part < 4; ++part) {
-      const uint32_t word = raw.bytes[i].w[part];
+    for (int j = 0; j < 4; ++j) {
+      const uint32_t word = raw.bytes[i].w[j];
       Words4 out;
       LK_UNROLL
       for (int e = 0; e < 4; ++e) {
@@ -88,7 +88,7 @@ LK_DEVICE void decode_into(uint32_t to, const Raw& raw, uint32_t table) {
         const float v0 = mul_rn(even, raw.scale[i]), v1 = mul_rn(odd, raw.scale[i]);
         out.w[e] = BFloat16 ? pack_bf16(v0, v1) : pack_f16(v0, v1);
       }
-      sts(to + chunk_at<COLUMNS>(row, run * 4 + part), out);
+      sts(to + chunk_at<COLUMNS>(row, run * 4 + j), out);
     }
   }
 }
@@ -110,29 +110,31 @@ LK_DEVICE void finish(const LinearArgs& a, int64_t at, int64_t n, float y) {
 // y [M, N] = out_scale ⊙ (x·W + mask(S)·Q) + bias, as linear_kernel's, of 16-bit x and W. W is [N,
 // K] as it is stored or, Transposed, [K, N]; codes are decoded into shared memory a step ahead. S·Q
 // is where the sums start, of bfloat16's highs and lows, so that 16 bits of a float32 adapter
-// count. Splits: block z takes K's z-th share and stores its sums; finish_kernel adds them in
-// order. Bytes: x once for each 128 columns, W once for each 64 rows, P and Q with them, y and z
-// once; with splits 8·M·N·splits more. Flops 2·M·N·(K + 3·R). Rounding points: W to its 16 bits, S
-// and Q to 16 bits, y and z once. Deterministic. Tested by tests/cuda_emulated/test_lora_linear.py.
+// count. Split-K: block z sums over K's z-th split and stores its partial sums; finish_kernel adds
+// them in order. Bytes: x once for each 128 columns, W once for each 64 rows, P and Q with them, y
+// and z once; with split-K 8·M·N·num_splits more. Flops 2·M·N·(K + 3·R). Rounding points: W to its
+// 16 bits, S and Q to 16 bits, y and z once. Deterministic. Tested by
+// tests/cuda_emulated/test_lora_linear.py.
 template <bool BFloat16, bool FromCodes, bool Transposed>
 LK_KERNEL LK_BOUNDS(THREADS, 2) gemm_kernel(const LinearArgs a) {
   const uint32_t xs = shared_base(), ws = xs + STAGES * X_BYTES;
   const uint32_t table = ws + (FromCodes ? 2 : STAGES) * W_BYTES;
   const int64_t m0 = (int64_t)block_x() * BM, n0 = (int64_t)block_y() * BN;
-  const int64_t first = (int64_t)block_z() * a.k_share, end = min_of(a.K, first + a.k_share);
+  const int64_t first = (int64_t)block_z() * a.k_per_split,
+                end = min_of(a.K, first + a.k_per_split);
   const int steps = (int)((end - first + BK - 1) / BK);
   const int thread = thread_id(), lane = thread % 32, warp = thread / 32;
   const int g = lane / 4, t = lane % 4, wm = warp / 2 * 32, wn = warp % 2 * 64;
 
   const auto fill_step = [&](int step) {
     const int64_t k = first + (int64_t)step * BK;
-    const int slot = step % STAGES;
-    fill<BM, BK>(xs + slot * X_BYTES, a.x, m0, k, a.M, end);
+    const int stage = step % STAGES;
+    fill<BM, BK>(xs + stage * X_BYTES, a.x, m0, k, a.M, end);
     if constexpr (!FromCodes) {
       if constexpr (Transposed)
-        fill<BK, BN>(ws + slot * W_BYTES, a.w, k, n0, end, a.N);
+        fill<BK, BN>(ws + stage * W_BYTES, a.w, k, n0, end, a.N);
       else
-        fill<BN, BK>(ws + slot * W_BYTES, a.w, n0, k, a.N, end);
+        fill<BN, BK>(ws + stage * W_BYTES, a.w, n0, k, a.N, end);
     }
   };
   Raw raw;
@@ -163,7 +165,7 @@ LK_KERNEL LK_BOUNDS(THREADS, 2) gemm_kernel(const LinearArgs a) {
   for (int e = 0; e < 4; ++e) acc[i][j][e] = 0.0f;
 
   if (block_z() == 0) {
-    // In the slots that are filled last: nothing is on its way there yet.
+    // In the stages that are filled last: nothing is on its way there yet.
     const uint32_t ss = xs + (STAGES - 1) * X_BYTES;
     const uint32_t qs = ws + (FromCodes ? 1 : STAGES - 1) * W_BYTES;
     LK_ONCE
@@ -274,8 +276,8 @@ LK_KERNEL LK_BOUNDS(THREADS, 2) gemm_kernel(const LinearArgs a) {
     const int64_t m = m0 + u / BN, n = n0 + u % BN;
     if (m >= a.M || n >= a.N) continue;
     const float sum = lds<float>(xs + (u / BN * OUT_PITCH + u % BN) * 4);
-    if (a.parts)
-      stg(a.parts + (block_z() * a.M + m) * a.N + n, sum);
+    if (a.partials)
+      stg(a.partials + (block_z() * a.M + m) * a.N + n, sum);
     else
       finish(a, m * a.N + n, n, sum);
   }
@@ -283,7 +285,7 @@ LK_KERNEL LK_BOUNDS(THREADS, 2) gemm_kernel(const LinearArgs a) {
 
 struct FinishArgs {
   LinearArgs linear;
-  int splits;
+  int num_splits;
 };
 
 // gemm_kernel's epilogue on the partial sums, added in order; a thread an element.
@@ -292,7 +294,8 @@ LK_KERNEL LK_BOUNDS(THREADS, 8) finish_kernel(const FinishArgs f) {
   const int64_t at = (int64_t)block_x() * THREADS + thread_id(), n = at % a.N;
   if (at >= a.M * a.N) return;
   float sum = 0.0f;
-  for (int split = 0; split < f.splits; ++split) sum += ldg(a.parts + split * a.M * a.N + at);
+  for (int split = 0; split < f.num_splits; ++split)
+    sum += ldg(a.partials + split * a.M * a.N + at);
   finish(a, at, n, sum);
 }
 
@@ -310,7 +313,7 @@ const char* gemm_unsupported_reason(const LinearArgs& a) {
 
 }  // namespace
 
-void gemm(const LinearArgs& a, int splits, const Where& at) {
+void gemm(const LinearArgs& a, int num_splits, const Where& at) {
   refuse("gemm", gemm_unsupported_reason(a));
   void (*kernels[2][2][2])(LinearArgs) = {
       {{gemm_kernel<false, false, false>, gemm_kernel<false, false, true>},
@@ -322,17 +325,17 @@ void gemm(const LinearArgs& a, int splits, const Where& at) {
   launch({.name = "gemm",
           .x = (unsigned)((a.M + BM - 1) / BM),
           .y = (unsigned)((a.N + BN - 1) / BN),
-          .z = (unsigned)splits,
+          .z = (unsigned)num_splits,
           .threads = THREADS,
           .shared_bytes = bytes,
           .at = at},
          kernels[a.compute == BF16][a.codes][a.transposed], a);
-  if (splits > 1)
+  if (num_splits > 1)
     launch({.name = "finish",
             .x = (unsigned)((a.M * a.N + THREADS - 1) / THREADS),
             .threads = THREADS,
             .at = at},
-           finish_kernel, {.linear = a, .splits = splits});
+           finish_kernel, {.linear = a, .num_splits = num_splits});
 }
 
 }  // namespace gpu

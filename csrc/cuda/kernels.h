@@ -33,22 +33,22 @@ struct LinearArgs {
   void *y, *z;             // [M, N]; z: before out_scale, or null
   int y_dtype;
   int64_t M, N, K, R;
-  float* parts = nullptr;  // gemm with splits > 1: [splits, M, N]
-  int64_t k_share = 0;     // gemm
+  float* partials = nullptr;  // gemm with num_splits > 1: [num_splits, M, N]
+  int64_t k_per_split = 0;    // gemm
 };
 void linear(const LinearArgs&, const Where&);
-void gemm(const LinearArgs&, int splits, const Where&);
+void gemm(const LinearArgs&, int num_splits, const Where&);
 
 struct DecodeArgs {
   LinearArgs linear;  // p is written here; M <= 16
   Matrix a;           // [R, K]
   Dropout mask_in;    // of x before it meets a
   float p_scale;
-  float* slots;  // [slots, M, R]
-  float* p;      // [M, R]
-  int* flags;    // two, zero before and after
-  int64_t slot_share;
-  int slot_count;
+  float* partials;  // [num_splits, M, R]
+  float* p;         // [M, R]
+  int* flags;       // two, zero before and after
+  int64_t k_per_split;
+  int num_splits;
   int mode = 0;           // what a launch does of publishing and consuming, how the one waits
   bool resident = false;  // x is kept in shared memory
   int64_t tiles = 0;
@@ -65,43 +65,43 @@ struct ThinArgs {
   Dropout mask;
   bool over_rows;  // out[i, r] = Σ_j v[j, i] y[r, j], else Σ_j v[i, j] y[r, j]
   Matrix y;        // [R, J]
-  float* out;      // [slots, I, R]
-  int64_t I, J, R, j_share;
-  int slot_count;
+  float* out;      // [num_splits, I, R]
+  int64_t I, J, R, j_per_split;
+  int num_splits;
 };
 void thin(const ThinArgs&, const Where&);
 
 struct PairArgs {
-  Matrix v;        // [M, N]
-  Vector v_scale;  // [N]
-  Matrix b;        // [N, R]
-  const float* s;  // [M, R]
-  float* slots;    // [slots, M, R]: (v ⊙ v_scale)·b
-  float* parts;    // [parts, N, R]: (v ⊙ v_scale)ᵀ·s
-  int64_t M, N, R, n_share;
-  int slot_count, part_count;
+  Matrix v;            // [M, N]
+  Vector v_scale;      // [N]
+  Matrix b;            // [N, R]
+  const float* s;      // [M, R]
+  float* ds_partials;  // [num_splits, M, R]: (v ⊙ v_scale)·b
+  float* db_partials;  // [num_row_tiles, N, R]: (v ⊙ v_scale)ᵀ·s
+  int64_t M, N, R, n_per_split;
+  int num_splits, num_row_tiles;
 };
 constexpr int64_t PAIR_MAX_RANK = 64;
 constexpr int PAIR_ROWS = 64;
 void pair(const PairArgs&, const Where&);
 
 struct SumsArgs {
-  Matrix v;      // [M, N]
-  Matrix z;      // [M, N], or null
-  float* parts;  // [parts, N, 2]: Σ v and Σ v ⊙ z
-  int64_t M, N, m_share;
-  int part_count;
+  Matrix v;         // [M, N]
+  Matrix z;         // [M, N], or null
+  float* partials;  // [num_splits, N, 2]: Σ v and Σ v ⊙ z
+  int64_t M, N, m_per_split;
+  int num_splits;
 };
 void column_sums(const SumsArgs&, const Where&);
 
 struct ReduceArgs {
-  const float* slots;  // [slots, I, R]
-  Vector gate;         // [R]
+  const float* partials;  // [num_splits, I, R]
+  Vector gate;            // [R]
   float scale;
-  void* out;  // at i * stride_i + r * stride_r: scale · gate[r] · Σ slots
+  void* out;  // at i * stride_i + r * stride_r: scale · gate[r] · Σ partials
   int dtype;
   int64_t I, R, stride_i, stride_r;
-  int slot_count;
+  int num_splits;
 };
 void reduce(const ReduceArgs&, const Where&);
 
@@ -114,9 +114,9 @@ struct NormArgs {
   Matrix a, b;  // [R, K], [N, R]
   Vector gate;
   float scaling;
-  float* slots;  // [slots, N]: Σ (w + scaling (b ⊙ gate)·a)²
-  int64_t N, K, R, k_share;
-  int slot_count;
+  float* partials;  // [num_splits, N]: Σ (w + scaling (b ⊙ gate)·a)²
+  int64_t N, K, R, k_per_split;
+  int num_splits;
 };
 void row_norm(const NormArgs&, const Where&);
 

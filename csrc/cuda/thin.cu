@@ -48,8 +48,8 @@ LK_DEVICE void add_to(float total[4][TR], const float sums[4][TR]) {
   for (int r = 0; r < TR; ++r) total[i][r] += sums[i][r];
 }
 
-// out[slot, i, r] = Σ_j v(i, j) y(r, j) over the slot's share of j, v(i, j) = v[i, j] or, over its
-// rows, v[j, i]. A block makes 64 i by 8 TR ranks; each thread 4 by TR.
+// out[split, i, r] = Σ_j v(i, j) y(r, j) over the split's j, v(i, j) = v[i, j] or, over its rows,
+// v[j, i]. A block makes 64 i by 8 TR ranks; each thread 4 by TR.
 // Bytes: v once for each 8 TR ranks, y once for each 64 i, out once. Flops 2·I·J·R. Deterministic.
 // Rounding points: none but float32. Tested by tests/cuda_emulated/test_lora_linear.py.
 template <int TR>
@@ -57,7 +57,8 @@ LK_KERNEL LK_BOUNDS(THREADS, 3) thin_kernel(const ThinArgs a) {
   constexpr int TILE_R = 8 * TR, PITCH_R = TILE_R + 4;
   const uint32_t vs = shared_base(), ys = vs + TILE_J * PITCH_I * 4;
   const int64_t i0 = (int64_t)block_x() * TILE_I, r0 = (int64_t)block_y() * TILE_R;
-  const int64_t first = (int64_t)block_z() * a.j_share, end = min_of(a.J, first + a.j_share);
+  const int64_t first = (int64_t)block_z() * a.j_per_split,
+                end = min_of(a.J, first + a.j_per_split);
   const int thread = thread_id(), ti = thread % 16 * 4, tr = thread / 16 * TR;
   float acc[4][TR];
   clear(acc);
@@ -89,8 +90,8 @@ LK_KERNEL LK_BOUNDS(THREADS, 3) thin_kernel(const ThinArgs a) {
       sts(ys + (j * PITCH_R + r) * 4, inside ? load(a.y, r0 + r, j0 + j) : 0.0f);
     }
     sync_block();
-    float part[4][TR];
-    clear(part);
+    float partial[4][TR];
+    clear(partial);
     LK_UNROLL
     for (int j = 0; j < TILE_J; ++j) {
       float v[4], y[TR];
@@ -104,9 +105,9 @@ LK_KERNEL LK_BOUNDS(THREADS, 3) thin_kernel(const ThinArgs a) {
       }
       LK_UNROLL
       for (int i = 0; i < 4; ++i) LK_UNROLL
-      for (int r = 0; r < TR; ++r) part[i][r] = fma_rn(v[i], y[r], part[i][r]);
+      for (int r = 0; r < TR; ++r) partial[i][r] = fma_rn(v[i], y[r], partial[i][r]);
     }
-    add_to(acc, part);
+    add_to(acc, partial);
   }
   float* out = a.out + (int64_t)block_z() * a.I * a.R;
   LK_UNROLL
@@ -119,11 +120,11 @@ LK_KERNEL LK_BOUNDS(THREADS, 3) thin_kernel(const ThinArgs a) {
 constexpr int PAIR_COLUMNS = 64;
 constexpr int PITCH = PAIR_COLUMNS + 4;
 
-// One read of v for both of its products: slots[share] = (v ⊙ c)·b over the share's columns, and
-// parts[tile] = (v ⊙ c)ᵀ·s over the tile's rows. A block makes 64 rows of a slot and the share's
-// columns of a part; each thread 4 rows by 2 ranks of the one, 4 columns by 2 ranks of the other,
-// for each of up to RC times 16 ranks.
-// Bytes: v once, b and s once for each 64 rows and share, slots and parts. Flops 4·M·N·R.
+// One read of v for both of its products: ds_partials[split] = (v ⊙ c)·b over the split's
+// columns, and db_partials[tile] = (v ⊙ c)ᵀ·s over the tile's rows. A block computes 64 rows of
+// ds_partials[split], and the split's columns of db_partials[tile]. A thread computes 4 rows by 2
+// ranks of the one, 4 columns by 2 ranks of the other, for each of up to RC times 16 ranks.
+// Bytes: v once, b and s once for each 64 rows and split, the partial sums. Flops 4·M·N·R.
 // Deterministic. Tested by tests/cuda_emulated/test_lora_linear.py.
 template <int RC>
 LK_KERNEL LK_BOUNDS(THREADS, 3) pair_kernel(const PairArgs a) {
@@ -132,7 +133,8 @@ LK_KERNEL LK_BOUNDS(THREADS, 3) pair_kernel(const PairArgs a) {
   const uint32_t bs = vs + PAIR_ROWS * PITCH * 4;  // [RANKS][PITCH]: n inside
   const uint32_t ss = bs + RANKS * PITCH * 4;      // [64 m][PITCH_R]
   const int64_t m0 = (int64_t)block_x() * PAIR_ROWS;
-  const int64_t first = (int64_t)block_y() * a.n_share, end = min_of(a.N, first + a.n_share);
+  const int64_t first = (int64_t)block_y() * a.n_per_split,
+                end = min_of(a.N, first + a.n_per_split);
   const int thread = thread_id(), group = thread / 8 * 4, ranks = thread % 8 * 2;
   float ds[RC][4][2];
   LK_UNROLL
@@ -162,8 +164,8 @@ LK_KERNEL LK_BOUNDS(THREADS, 3) pair_kernel(const PairArgs a) {
     sync_block();
     LK_UNROLL
     for (int c = 0; c < RC; ++c) {
-      float part_s[4][2];
-      clear(part_s);
+      float partial[4][2];
+      clear(partial);
       LK_ONCE
       for (int n = 0; n < PAIR_COLUMNS; n += 4) {
         float b[2][4];
@@ -175,10 +177,10 @@ LK_KERNEL LK_BOUNDS(THREADS, 3) pair_kernel(const PairArgs a) {
           lds4(vs + ((group + i) * PITCH + n) * 4, v);
           LK_UNROLL
           for (int r = 0; r < 2; ++r) LK_UNROLL
-          for (int e = 0; e < 4; ++e) part_s[i][r] = fma_rn(v[e], b[r][e], part_s[i][r]);
+          for (int e = 0; e < 4; ++e) partial[i][r] = fma_rn(v[e], b[r][e], partial[i][r]);
         }
       }
-      add_to(ds[c], part_s);
+      add_to(ds[c], partial);
       float db[4][2];
       clear(db);
       LK_ONCE
@@ -191,29 +193,31 @@ LK_KERNEL LK_BOUNDS(THREADS, 3) pair_kernel(const PairArgs a) {
         for (int i = 0; i < 4; ++i) LK_UNROLL
         for (int r = 0; r < 2; ++r) db[i][r] = fma_rn(v[i], s[r], db[i][r]);
       }
-      float* part = a.parts + (int64_t)block_x() * a.N * a.R;
+      float* db_out = a.db_partials + (int64_t)block_x() * a.N * a.R;
       LK_UNROLL
       for (int i = 0; i < 4; ++i) LK_UNROLL
       for (int r = 0; r < 2; ++r) {
         const int64_t n = n0 + group + i, rank = 16 * c + ranks + r;
-        if (n < end && rank < a.R) stg(part + n * a.R + rank, db[i][r]);
+        if (n < end && rank < a.R) stg(db_out + n * a.R + rank, db[i][r]);
       }
     }
   }
-  float* slot = a.slots + (int64_t)block_y() * a.M * a.R;
+  float* ds_out = a.ds_partials + (int64_t)block_y() * a.M * a.R;
   LK_UNROLL
   for (int c = 0; c < RC; ++c) LK_UNROLL
   for (int i = 0; i < 4; ++i) LK_UNROLL
   for (int r = 0; r < 2; ++r) {
     const int64_t m = m0 + group + i, rank = 16 * c + ranks + r;
-    if (m < a.M && rank < a.R) stg(slot + m * a.R + rank, ds[c][i][r]);
+    if (m < a.M && rank < a.R) stg(ds_out + m * a.R + rank, ds[c][i][r]);
   }
 }
 
-// parts[share, n, :] = Σ v, Σ v ⊙ z over the share's rows; a thread a column. v, z are read once.
+// partials[split, n, :] = Σ v, Σ v ⊙ z over the split's rows; a thread a column. v, z are read
+// once.
 LK_KERNEL LK_BOUNDS(THREADS, 8) sums_kernel(const SumsArgs a) {
   const int64_t n = (int64_t)block_x() * THREADS + thread_id();
-  const int64_t first = (int64_t)block_y() * a.m_share, end = min_of(a.M, first + a.m_share);
+  const int64_t first = (int64_t)block_y() * a.m_per_split,
+                end = min_of(a.M, first + a.m_per_split);
   if (n >= a.N) return;
   float sum = 0.0f, sum_z = 0.0f;
   for (int64_t m = first; m < end; ++m) {
@@ -221,17 +225,18 @@ LK_KERNEL LK_BOUNDS(THREADS, 8) sums_kernel(const SumsArgs a) {
     sum += v;
     if (a.z.data) sum_z = fma_rn(v, load(a.z, m, n), sum_z);
   }
-  float* part = a.parts + ((int64_t)block_y() * a.N + n) * 2;
-  stg(part, sum);
-  stg(part + 1, sum_z);
+  float* out = a.partials + ((int64_t)block_y() * a.N + n) * 2;
+  stg(out, sum);
+  stg(out + 1, sum_z);
 }
 
-// out(i, r) = scale · gate[r] · Σ slots, added in order; a thread an element.
+// out(i, r) = scale · gate[r] · Σ partials, added in order; a thread an element.
 LK_KERNEL LK_BOUNDS(THREADS, 8) reduce_kernel(const ReduceArgs a) {
   const int64_t at = (int64_t)block_x() * THREADS + thread_id();
   if (at >= a.I * a.R) return;
   float sum = 0.0f;
-  for (int slot = 0; slot < a.slot_count; ++slot) sum += ldg(a.slots + slot * a.I * a.R + at);
+  for (int split = 0; split < a.num_splits; ++split)
+    sum += ldg(a.partials + split * a.I * a.R + at);
   const int64_t i = at / a.R, r = at % a.R;
   sum *= a.scale;
   if (a.gate.data) sum *= load_at(a.gate.data, a.gate.dtype, r);
@@ -248,7 +253,7 @@ void thin(const ThinArgs& a, const Where& at) {
   launch({.name = "thin",
           .x = tiles(a.I, TILE_I),
           .y = tiles(a.R, tile_r),
-          .z = (unsigned)a.slot_count,
+          .z = (unsigned)a.num_splits,
           .threads = THREADS,
           .shared_bytes = (unsigned)(TILE_J * (PITCH_I + tile_r + 4) * 4),
           .at = at},
@@ -260,8 +265,8 @@ void pair(const PairArgs& a, const Where& at) {
   const int ranks = wide ? 64 : 16;
   const unsigned bytes = (PAIR_ROWS * PITCH + ranks * PITCH + PAIR_ROWS * (ranks + 4)) * 4;
   launch({.name = "pair",
-          .x = (unsigned)a.part_count,
-          .y = (unsigned)a.slot_count,
+          .x = (unsigned)a.num_row_tiles,
+          .y = (unsigned)a.num_splits,
           .threads = THREADS,
           .shared_bytes = bytes,
           .at = at},
@@ -271,7 +276,7 @@ void pair(const PairArgs& a, const Where& at) {
 void column_sums(const SumsArgs& a, const Where& at) {
   launch({.name = "sums",
           .x = tiles(a.N, THREADS),
-          .y = (unsigned)a.part_count,
+          .y = (unsigned)a.num_splits,
           .threads = THREADS,
           .at = at},
          sums_kernel, a);

@@ -40,7 +40,7 @@ def test_budgets_of_a_relative_are_kept(target: str) -> None:
 
 
 def test_layer_rows_vary_compiles_once_for_each_tile() -> None:
-    """38 when M, the slots and the parts were compiled for."""
+    """38 when M and the numbers of splits were compiled for."""
     lines = run("tests.compile_only.specializations").splitlines()
     found = {name: int(rest.split()[0]) for name, _, rest in (x.partition(": ") for x in lines[1:])}
     # Forward and backward of two_pass_kernel in four tiles of rows and of shrink_kernel in two;

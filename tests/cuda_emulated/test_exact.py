@@ -160,9 +160,9 @@ def test_decode_of_few_rows_moves_each_byte_of_w_once(M: int, quant: str) -> Non
     assert bytes_["read a"] == M * R * K * 2
     assert bytes_["read q"] == M * N * R * 2
     assert bytes_["write y"] == M * N * 2
-    slots = 2
-    assert bytes_["write slots"] == slots * M * R * 4
-    assert bytes_["read slots"] == blocks * slots * M * R * 4
+    num_splits = 2
+    assert bytes_["write partials"] == num_splits * M * R * 4
+    assert bytes_["read partials"] == blocks * num_splits * M * R * 4
     assert bytes_["write p"] == M * R * 4
 
 

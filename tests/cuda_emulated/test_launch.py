@@ -43,7 +43,7 @@ def test_flags_serve_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("strategy", [COOPERATIVE, OVERLAPPED, TWO_PASS])
 def test_two_streams_at_once_have_the_same_bits(strategy: str) -> None:
-    """Each with flags and slots of its own."""
+    """Each with flags and partial sums of its own."""
     inputs = few_rows(), few_rows(1)
     alone = [forward(args, strategy) for args in inputs]
     multiprocessors = 12  # enough for two cooperative grids
@@ -88,7 +88,7 @@ def test_memory_outside_of_a_tensor_raises() -> None:
 @pytest.mark.parametrize("strategy", [COOPERATIVE, TWO_PASS])
 @pytest.mark.parametrize("quant", ["", "nf4-64-nested"])
 def test_lora_linear_makes_p_and_y_alone(quant: str, strategy: str) -> None:
-    """No tensor has M×N, M×K or N×K elements: P, its slots, flags, and y."""
+    """No tensor has M×N, M×K or N×K elements: P, its partial sums, flags, and y."""
     M, N, K, R = 12, 160, 128, 5
     args = cases.inputs(Case(M, N, K, R, bf16, quant=quant, gate=True, bias=True))
     weight = args["weight"].codes if quant else args["weight"]

@@ -69,7 +69,7 @@ def ranks(case: Callable[[int], Case]) -> list[Case]:
     return [case(R) for R in problems.RANKS]
 
 
-SHARES = [
+PARTIAL_SUMS = [
     Case(M, N, K, RANK, f32, column_scale=True, bias=True)
     for M, N, K in ((5, 300, 600), (1100, 70, 65))
 ]
@@ -77,7 +77,7 @@ SPLITS = [Case(20, 576, 576, RANK, bf16, quant=quant, **FULL) for quant in ("", 
 GROUPS = {
     "any_sizes": cuda(TWO_PASS_SIMT, *problems.of_dtypes(33, 65, 63)),
     # One row and column more than whole tiles, two steps of K and a piece.
-    "matrix_units": cuda(TWO_PASS, *problems.of_dtypes(65, 136, 136, dtypes=problems.DTYPES[1:])),
+    "tensor_cores": cuda(TWO_PASS, *problems.of_dtypes(65, 136, 136, dtypes=problems.DTYPES[1:])),
     # Two publishers, more tiles than blocks, the last of one column.
     "few_rows": pair_cases(
         "cuda", FEW_ROWS, problems.of_dtypes(9, 81, 320, dtypes=problems.DTYPES[1:])
@@ -97,10 +97,10 @@ GROUPS = {
         *cuda(OVERLAPPED, Case(16, 72, 4096, 4, f32, autocast=bf16)),
         *cuda(OVERLAPPED, Case(16, 72, 8192, 4, bf16, x_layout="padded")),
     ],
-    # Three shares of K in the forward, and of N in dx, the last ones short.
-    "splits": cuda(TWO_PASS, *SPLITS),
-    # Of K in P, of N in dS, of M in dA and dB: two shares at least, the last one short.
-    "shares": cuda(TWO_PASS_SIMT, *SHARES),
+    # Three splits of K in the forward, and of N in dx, the last ones short.
+    "split_k": cuda(TWO_PASS, *SPLITS),
+    # Of K in P, of N in dS, of M in dA and dB: two splits at least, the last one short.
+    "partial_sums": cuda(TWO_PASS_SIMT, *PARTIAL_SUMS),
     "strides": [
         *cuda(TWO_PASS_SIMT, *problems.of_layouts(30, 65, 63, dtype=f32)),
         *cuda(TWO_PASS, *problems.of_layouts(30, 72, 64, dtype=bf16)),

@@ -36,8 +36,8 @@ OPTIONS: list[dict[str, Any]] = [
     {"base": False, "gate": True, "dropout_p": 0.1},
 ]
 
-# Work for several threads, in shares that are no multiple of a tile; rows above those at which dB
-# is summed in parts, and few rows with many columns and ranks.
+# Work for several threads, in chunks that are no multiple of a tile; rows above those at which dB
+# is the sum of partial sums, and few rows with many columns and ranks.
 LARGE = [(130, 257, 100, 13), (515, 261, 259, 16), (33, 259, 257, 64), (70, 100, 259, 256)]
 # The arguments that need a gradient: each alone, and each missing.
 ALL = ("x", "lora_A", "lora_B", "rank_gate", "column_scale", "bias")

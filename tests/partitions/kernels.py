@@ -29,7 +29,7 @@ _DECODED = _not("the weight is decoded before", "4-bit")
 _HOST = _not("dY has been multiplied by the column scale", "column scale")
 _ALONE = _not("each adapter's rows are taken by another kernel", "adapters")
 _TWO_STEPS = _not("refused: a row's ranks are picked between P and the product", "adapters")
-_ONE_SLOT = _not("P of several adapters is one slot", ("slots", "adapters"))
+_ONE_SPLIT = _not("P of several adapters is one partial sum", ("splits", "adapters"))
 _BASE = _not("of several adapters it makes the base product alone", "adapters")
 _DS = _not("dS has been multiplied by the gate", "gate")
 _DY = _not("dY has no mask", "dropout")
@@ -40,38 +40,38 @@ _EXPERTS = _not("rows sorted by expert have none", "gate", "column scale", "adap
 _LATER = _not("it makes P alone", "gate", "4-bit") | _TWO_STEPS
 
 _TILES = ("rows", "columns", "sum", "ranks")
-_OF_P = ("rows", "ranks", "slots", "sum")
-_OF_GRADIENT = ("columns", "ranks", "slots", "sum")
-_DECODE = ("tiles", "rows", "chunks", "slots", "sum")
+_OF_P = ("rows", "ranks", "splits", "sum")
+_OF_GRADIENT = ("columns", "ranks", "splits", "sum")
+_DECODE = ("tiles", "rows", "chunks", "splits", "sum")
 _PRODUCT = ("threads", "rows", "columns", "blocks of rows", "panels", "ranks")
 
 KERNELS: dict[str, dict[str, Kernel]] = {
     "triton": {
         "linear, fused": Kernel(("rows", "columns", "sum", "groups of rows"), _TWO_STEPS),
         "linear, fused, dx": Kernel(("rows", "columns", "sum", "groups of rows"), _TWO_STEPS),
-        "linear, two_pass": Kernel((*_TILES, "slots"), _MASK | _ONE_SLOT),
-        "linear, two_pass, dx": Kernel((*_TILES, "slots"), _ONE_SLOT),
+        "linear, two_pass": Kernel((*_TILES, "splits"), _MASK | _ONE_SPLIT),
+        "linear, two_pass, dx": Kernel((*_TILES, "splits"), _ONE_SPLIT),
         "linear, library": Kernel(
-            ("rows", "columns", "ranks", "slots"), _MASK | _DECODED | _ONE_SLOT
+            ("rows", "columns", "ranks", "splits"), _MASK | _DECODED | _ONE_SPLIT
         ),
         "linear, library, dx": Kernel(
-            ("rows", "columns", "ranks", "slots"), _HOST | _DECODED | _ONE_SLOT
+            ("rows", "columns", "ranks", "splits"), _HOST | _DECODED | _ONE_SPLIT
         ),
         "linear, publish": Kernel(
-            ("slots", "sum"), _LATER | _not("it multiplies y, not x", "column scale")
+            ("splits", "sum"), _LATER | _not("it multiplies y, not x", "column scale")
         ),
-        "linear, publish, dx": Kernel(("slots", "sum"), _LATER | _DY),
-        "linear, consume": Kernel(("columns", "sum", "slots"), _MASK | _TWO_STEPS),
-        "linear, consume, dx": Kernel(("columns", "sum", "slots"), _TWO_STEPS),
+        "linear, publish, dx": Kernel(("splits", "sum"), _LATER | _DY),
+        "linear, consume": Kernel(("columns", "sum", "splits"), _MASK | _TWO_STEPS),
+        "linear, consume, dx": Kernel(("columns", "sum", "splits"), _TWO_STEPS),
         "shrink": Kernel(_OF_P, _THIN),
         "outer": Kernel(_OF_GRADIENT, _THIN),
-        "shrink_outer": Kernel(("rows", "slots", "sum"), _DY | _THIN | _ALONE),
-        "reduce": Kernel(("columns", "slots"), _MASK | _WEIGHT),
+        "shrink_outer": Kernel(("rows", "splits", "sum"), _DY | _THIN | _ALONE),
+        "reduce": Kernel(("columns", "splits"), _MASK | _WEIGHT),
         "grouped_linear": Kernel(("experts", *_TILES), _MASK | _EXPERTS),
         "grouped_linear, dx": Kernel(("experts", *_TILES), _EXPERTS),
         "grouped_shrink": Kernel(("experts", "rows", "ranks", "sum"), _WEIGHT | _EXPERTS),
         "grouped_outer": Kernel(("experts", "columns", "ranks", "sum"), _WEIGHT | _EXPERTS),
-        "row_norm": Kernel(("rows", "slots", "sum", "ranks"), _NORM),
+        "row_norm": Kernel(("rows", "splits", "sum", "ranks"), _NORM),
         "dequantize": Kernel(("rows", "columns"), _CODEC),
         "quantize": Kernel(("blocks",), _CODEC),
     },
@@ -85,12 +85,12 @@ KERNELS: dict[str, dict[str, Kernel]] = {
         "decode, two launches": Kernel(_DECODE, _TWO_STEPS),
         "thin": Kernel(_OF_P, _THIN),
         "thin, over rows": Kernel(_OF_GRADIENT, _THIN),
-        "pair": Kernel(("rows", "ranks", "slots", "sum"), _DY | _THIN | _ALONE),
+        "pair": Kernel(("rows", "ranks", "splits", "sum"), _DY | _THIN | _ALONE),
         "column_sums": Kernel(
-            ("columns", "slots"), _DY | _THIN | _not("dbias sums all rows", "adapters")
+            ("columns", "splits"), _DY | _THIN | _not("dbias sums all rows", "adapters")
         ),
-        "reduce": Kernel(("elements", "slots"), _MASK | _HOST | _WEIGHT),
-        "row_norm": Kernel(("rows", "slots", "sum"), _NORM),
+        "reduce": Kernel(("elements", "splits"), _MASK | _HOST | _WEIGHT),
+        "row_norm": Kernel(("rows", "splits", "sum"), _NORM),
         "dequantize": Kernel(("elements",), _CODEC),
         "quantize": Kernel(("blocks",), _CODEC),
     },

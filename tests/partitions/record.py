@@ -106,27 +106,27 @@ def _triton_launch(kernel: Any, config: Any, *args: Any, grid: Any, device: Any,
         _triton_linear(name, a, given)
     elif name == "shrink":
         options = _some(dropout=given["mask_in"], column_scale=given["in_scale"])
-        parts = dict(zip(("rows", "ranks", "slots"), grid, strict=True))
-        note("triton", name, options, **parts, sum=(a["k_share"], a["BLOCK_K"]))
+        parts = dict(zip(("rows", "ranks", "splits"), grid, strict=True))
+        note("triton", name, options, **parts, sum=(a["k_per_split"], a["BLOCK_K"]))
     elif name == "outer":
         options = _some(dropout=given["mask"], column_scale=given["v_scale"])
-        parts = dict(zip(("columns", "ranks", "slots"), grid, strict=True))
-        note("triton", name, options, **parts, sum=(min(a["M"], a["m_share"]), a["BLOCK_M"]))
+        parts = dict(zip(("columns", "ranks", "splits"), grid, strict=True))
+        note("triton", name, options, **parts, sum=(min(a["M"], a["m_per_split"]), a["BLOCK_M"]))
     elif name == "shrink_outer":
-        parts = dict(zip(("rows", "slots"), grid, strict=True))
+        parts = dict(zip(("rows", "splits"), grid, strict=True))
         options = _some(column_scale=given["v_scale"])
-        note("triton", name, options, **parts, sum=(a["n_share"], a["BLOCK_N"]))
+        note("triton", name, options, **parts, sum=(a["n_per_split"], a["BLOCK_N"]))
     elif name == "reduce":
         sums_z = given["sum_z"]
         options = _some(gate=given["gate"], column_scale=sums_z, adapters=_several_adapters)
-        note("triton", name, options, columns=grid[0], slots=a["parts"])
+        note("triton", name, options, columns=grid[0], splits=a["num_splits"])
     elif name.startswith("grouped_"):
         _triton_grouped(name, a, given)
     elif name == "row_norm":
-        parts = {"rows": grid[0], "slots": grid[1]}
+        parts = {"rows": grid[0], "splits": grid[1]}
         parts["ranks"] = 1 if a["ONE_BLOCK"] else _tiles(a["R"], a["BLOCK_R"])
         options = _some(gate=given["gate"], four_bit=given["codes"])
-        note("triton", name, options, **parts, sum=(min(a["K"], a["k_share"]), a["BLOCK_K"]))
+        note("triton", name, options, **parts, sum=(min(a["K"], a["k_per_split"]), a["BLOCK_K"]))
     elif name == "dequantize":
         note("triton", name, {"4-bit"}, rows=grid[0], columns=grid[1])
     elif name == "quantize":
@@ -144,18 +144,18 @@ def _triton_linear(way: str, a: dict[str, Any], given: dict[str, bool]) -> None:
     )
     rows = _tiles(a["M"], a["BLOCK_M"])
     parts: dict[str, Count] = {"rows": rows, "columns": (a["N"], a["BLOCK_N"])}
-    parts["slots"] = a.get("slots", 1)
+    parts["splits"] = a.get("num_splits", 1)
     parts["sum"] = (a["K"], a["BLOCK_K"]) if given["w"] or given["codes"] else 1
     parts["ranks"] = a["R"], a["BLOCK_R"]
     leave = set[str]()  # parts that it does not have
     if way == "cooperative" and not a["CONSUME"]:
         way, leave = "publish", {"rows", "columns", "ranks"}
-        parts["sum"] = a["k_share"], a["BLOCK_K"]
+        parts["sum"] = a["k_per_split"], a["BLOCK_K"]
         options = _some(dropout=mask_in, column_scale=given["in_scale"])
     elif way == "cooperative":
         way, leave = "consume", {"rows", "ranks"}
     elif way == "fused":
-        leave = {"ranks", "slots"}
+        leave = {"ranks", "splits"}
         parts["groups_of_rows"] = rows, a["GROUP_M"]
         options |= _some(dropout=mask_in)
     elif a["ADD_TO_Y"]:
@@ -203,25 +203,25 @@ def _cuda_launch(name: str, at: Tensor, touched: dict[str, Tensor | None], *args
     if name in ("linear", "gemm", "decode"):
         _cuda_base(name, t, *args)
     elif name == "thin":
-        over_rows, (size, J, R, share, slots) = args[3], args[6:]
+        over_rows, (size, J, R, per_split, splits) = args[3], args[6:]
         parts = {"columns" if over_rows else "rows": (size, 64), "ranks": (R, 64 if R > 16 else 16)}
         options = _some(dropout="rng" in t, column_scale="v_scale" in t)
         kernel = "thin, over rows" if over_rows else name
-        note("cuda", kernel, options, **parts, slots=slots, sum=(min(J, share), 32))
+        note("cuda", kernel, options, **parts, splits=splits, sum=(min(J, per_split), 32))
     elif name == "pair":
-        N, R, share, slots, rows = args[7:]
-        options, steps = _some(column_scale="v_scale" in t), _tiles(min(N, share), 64)
-        note("cuda", name, options, rows=rows, ranks=(R, 16), slots=slots, sum=steps)
+        N, R, per_split, splits, rows = args[7:]
+        options, steps = _some(column_scale="v_scale" in t), _tiles(min(N, per_split), 64)
+        note("cuda", name, options, rows=rows, ranks=(R, 16), splits=splits, sum=steps)
     elif name == "column_sums":
-        _, N, _, slots = args[3:]
-        note("cuda", name, _some(column_scale="z" in t), columns=(N, 128), slots=slots)
+        _, N, _, splits = args[3:]
+        note("cuda", name, _some(column_scale="z" in t), columns=(N, 128), splits=splits)
     elif name == "reduce":
-        slots, rows, ranks = t["slots"].shape
-        note("cuda", name, _some(gate="gate" in t), elements=(rows * ranks, 128), slots=slots)
+        splits, rows, ranks = t["partials"].shape
+        note("cuda", name, _some(gate="gate" in t), elements=(rows * ranks, 128), splits=splits)
     elif name == "row_norm":
-        slots, N = t["slots"].shape
+        splits, N = t["partials"].shape
         options = _some(gate="gate" in t, four_bit="packed" in t)
-        note("cuda", name, options, rows=(N, 8), slots=slots, sum=(args[-2], 256))
+        note("cuda", name, options, rows=(N, 8), splits=splits, sum=(args[-2], 256))
     elif name == "dequantize":
         note("cuda", name, {"4-bit"}, elements=(t["w"].numel(), 1024))
     elif name == "quantize":
@@ -240,15 +240,15 @@ def _cuda_base(name: str, t: dict[str, Tensor], *args: Any) -> None:
         parts = {"rows": (M, 64), "columns": (N, 64), "ranks": (R, 32)}
         note("cuda", kernel, options, **parts, sum=steps, spans=(steps, 4))
     elif name == "gemm":
-        _, splits, _, share = args
+        _, splits, _, per_split = args
         parts = {"rows": (M, 64), "columns": (N, 128), "ranks": (R, 16)}
-        note("cuda", kernel, options, **parts, sum=(min(K, share), 64), splits=splits)
+        note("cuda", kernel, options, **parts, sum=(min(K, per_split), 64), splits=splits)
         if splits > 1:
             note("cuda", "finish", options & {"column scale"}, elements=(M * N, 128), splits=splits)
     else:
-        slots, kernel = t["slots"].shape[0], name + ("" if args[1] else ", two launches")
+        splits, kernel = t["partials"].shape[0], name + ("" if args[1] else ", two launches")
         parts = {"tiles": (_tiles(N, 16), _MULTIPROCESSORS), "rows": (M, 8), "chunks": (K, 8 * 128)}
-        note("cuda", kernel, options, **parts, slots=slots, sum=(_tiles(K, slots), 256))
+        note("cuda", kernel, options, **parts, splits=splits, sum=(_tiles(K, splits), 256))
 
 
 def _record_cuda() -> None:

@@ -9,10 +9,10 @@ from tests.support.engines import check_norm
 
 
 @pytest.mark.parametrize("quant", ["", "nf4-64-nested"])
-def test_dora_norm_in_shares_of_a_row_is_within_tolerance(quant: str, device: str) -> None:
+def test_dora_norm_in_splits_of_a_row_is_within_tolerance(quant: str, device: str) -> None:
     N, K = 130, 320 + 33
-    _, share = configs.row_norm(configs.INTERPRETER, N, K, 4)
-    assert share < K and K % share
+    _, per_split = configs.row_norm(configs.INTERPRETER, N, K, 4)
+    assert per_split < K and K % per_split
     check_norm(Case(0, N, K, 5, quant=quant, device=device))
 
 

@@ -20,9 +20,9 @@ FORMATS = [(128, "nf4-64-nested"), (128, "fp4-32"), (96, "nf4-64-nested"), (72, 
 FORMATS += [(63, "nf4-64-nested")]
 # One row in the last tile, of 16, 64 and 128 rows; one column in the last of 64, 128 and 256.
 LAST_TILES = [(0, 129), (1, 129), (17, 129), (65, 129), (257, 257)]
-# Shares of K in P, of M in dA and dB: two at least, the last one short.
-SHARES = [Case(M, N, K, RANK, f32, **SCALED) for M, N, K in ((5, 65, 600), (300, 70, 65))]
-# dS and dB by one read of dy: two slots of dS, and two parts of dB, the last of each short.
+# Splits of K in P, of M in dA and dB: two at least, the last one short.
+PARTIAL_SUMS = [Case(M, N, K, RANK, f32, **SCALED) for M, N, K in ((5, 65, 600), (300, 70, 65))]
+# dS and dB by one read of dy: two partial sums of each, the last over a shorter split.
 ONE_READ = (300, 260, 65, 31)
 # Two programs publish and consume; with 17 rows it is split.
 PUBLISHED = [
@@ -49,7 +49,7 @@ GROUPS = {
         ALL, *(Case(M, N, 65, RANK, bf16, column_scale=True) for M, N in LAST_TILES)
     ),
     "ranks": ranks(),
-    "shares": triton((TWO_PASS,), *SHARES),
+    "partial_sums": triton((TWO_PASS,), *PARTIAL_SUMS),
     "one_read": [
         *triton((TWO_PASS,), Case(*ONE_READ, f32), Case(*ONE_READ, bf16, **SCALED)),
         *triton((TWO_PASS,), Case(*ONE_READ, bf16, f32, **SCALED, frozen=("x", "bias"))),
@@ -82,17 +82,19 @@ def test_lora_linear_of_formats_and_dtypes_is_within_tolerance(case: Case, engin
     check(case)
 
 
-def test_cases_of_several_shares_are_cut_where_they_should_be() -> None:
-    for case in SHARES:
-        _, k_share = configs.shrink(configs.INTERPRETER, case.M, case.K, case.R, 4)
-        _, m_share = configs.outer(configs.INTERPRETER, case.M, case.N, case.R, 4)
-        assert (k_share < case.K and case.K % k_share) or (m_share < case.M and case.M % m_share)
+def test_cases_of_partial_sums_are_split_where_they_should_be() -> None:
+    for case in PARTIAL_SUMS:
+        _, k_per_split = configs.shrink(configs.INTERPRETER, case.M, case.K, case.R, 4)
+        _, m_per_split = configs.outer(configs.INTERPRETER, case.M, case.N, case.R, 4)
+        assert (k_per_split < case.K and case.K % k_per_split) or (
+            m_per_split < case.M and case.M % m_per_split
+        )
     M, N, _, R = ONE_READ
     for itemsize in (2, 4):
         chosen = configs.shrink_outer(configs.INTERPRETER, M, N, R, itemsize)
         assert chosen is not None
-        config, share = chosen
-        assert config.block_m < M and M % config.block_m and share < N and N % share
+        config, per_split = chosen
+        assert config.block_m < M and M % config.block_m and per_split < N and N % per_split
 
 
 WIDE = [Case(*SHAPE, RANK, f32, **FULL), Case(33, 65, 128, RANK, f32, quant="nf4-64-nested")]

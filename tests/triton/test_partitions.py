@@ -1,4 +1,4 @@
-"""Kernels cut into many parts: tiles, ranks and shares of 16, so that small sizes have several of
+"""Kernels cut into many parts: tiles, ranks and splits of 16, so that small sizes have several of
 each. `python -m tests.partitions` counts them."""
 
 from dataclasses import replace
@@ -27,7 +27,7 @@ ONE_BLOCK, BLOCKS = 13, 20  # ranks
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every partition of every kernel is 16 elements, a share is two of them."""
+    """Every partition of every kernel is 16 elements, a split is two of them."""
 
     def cooperative(M: int, N: int, K: int, R: int, config: Config) -> int:
         return SHARE if M <= configs.FEW_ROWS and TILE.block_k >= R else 0

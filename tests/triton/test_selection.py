@@ -262,21 +262,28 @@ def test_block_of_ranks_is_a_power_of_two_up_to_64() -> None:
 
 @pytest.mark.parametrize("M", [1, 16, 100, 8192])
 @pytest.mark.parametrize("K", [64, 4096, 14336])
-def test_shares_of_any_sizes_cover_everything_once(K: int, M: int) -> None:
-    config, share = configs.shrink(H100, M, K, 16, 2)
-    slots = -(-K // share)
-    assert share % config.block_k == 0
-    assert 1 <= slots <= configs.MAX_SLOTS and (slots - 1) * share < K <= slots * share
+def test_splits_of_any_sizes_cover_everything_once(K: int, M: int) -> None:
+    config, per_split = configs.shrink(H100, M, K, 16, 2)
+    num_splits = -(-K // per_split)
+    assert per_split % config.block_k == 0
+    assert (
+        1 <= num_splits <= configs.MAX_SPLITS
+        and (num_splits - 1) * per_split < K <= num_splits * per_split
+    )
     linear = configs.linear(H100, M, 2, False, 0)
-    share = configs.cooperative(M, 4096, K, 16, linear)
-    assert (share > 0) == (M <= 16)
-    if share:
-        slots = -(-K // share)
-        assert share % linear.block_k == 0 and (slots - 1) * share < K <= slots * share
-        assert slots <= configs.MAX_SLOTS
-    config, share = configs.outer(H100, M, K, 16, 2)
-    parts = -(-M // share)
-    assert share % config.block_m == 0 and (parts - 1) * share < M <= parts * share
+    per_split = configs.cooperative(M, 4096, K, 16, linear)
+    assert (per_split > 0) == (M <= 16)
+    if per_split:
+        num_splits = -(-K // per_split)
+        assert (
+            per_split % linear.block_k == 0
+            and (num_splits - 1) * per_split < K <= num_splits * per_split
+        )
+        assert num_splits <= configs.MAX_SPLITS
+    config, per_split = configs.outer(H100, M, K, 16, 2)
+    num_splits = -(-M // per_split)
+    assert per_split % config.block_m == 0
+    assert (num_splits - 1) * per_split < M <= num_splits * per_split
 
 
 def test_choose_stages_compiles_for_each_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,9 +81,9 @@ def lora_linear_backward(
         return Grads(dx, dA, dB, dg, dc, dbias)
     ds, need_s = None, need_x or need_A or need_gate
     if dB is not None and need_s and R <= module().PAIR_MAX_RANK:
-        slots, parts = _pair(dy, column_scale, lora_B, p)
-        ds = _sum(slots, 1.0)
-        _reduce(parts, rank_gate, scaling, dB)
+        ds_partials, db_partials = _pair(dy, column_scale, lora_B, p)
+        ds = _sum(ds_partials, 1.0)
+        _reduce(db_partials, rank_gate, scaling, dB)
     else:
         if need_s:
             ds = _sum(_thin(dy, column_scale, NO_DROPOUT, False, lora_B.t()), 1.0)
@@ -99,8 +99,8 @@ def lora_linear_backward(
         linear.run(ds, linear.can_use_tensor_cores(strategy))
     if dA is not None:
         assert ds is not None
-        slots = _thin(x, None, dropout, True, ds.t())
-        _reduce(slots, rank_gate, scaling * dropout.scale, dA.t())
+        partials = _thin(x, None, dropout, True, ds.t())
+        _reduce(partials, rank_gate, scaling * dropout.scale, dA.t())
     if need_gate:
         assert ds is not None
         dg = (ds * p).sum(0).mul_(scaling)
@@ -173,8 +173,8 @@ def multi_lora_linear_backward(
             _reduce(_thin(dy[rows], None, NO_DROPOUT, True, s.t()), None, scaling[e], B)
         if A is not None:
             assert ds is not None
-            slots = _thin(x[rows], None, NO_DROPOUT, True, ds[rows, : A.shape[0]].t())
-            _reduce(slots, None, scaling[e] * dropout.scale, A.t())
+            partials = _thin(x[rows], None, NO_DROPOUT, True, ds[rows, : A.shape[0]].t())
+            _reduce(partials, None, scaling[e] * dropout.scale, A.t())
     return MultiGrads(dx, dA, dB, dbias)
 
 
@@ -188,13 +188,13 @@ def dora_norm(
     """Return ‖W + scaling · (B ⊙ gate)·A‖ of each row, float32 [N]."""
     (R, K), N = lora_A.shape, lora_B.shape[0]
     c, w = (weight, None) if isinstance(weight, Packed4bit) else (None, weight)
-    share, count = _split(K, _SPLIT, _BLOCKS // -(-N // 8))
-    gate, slots = _contiguous(rank_gate), empty(lora_A, count, N)
-    touched = {"w": w, "a": lora_A, "b": lora_B, "gate": gate, "slots": slots, **of_codes(c)}
+    k_per_split, num_splits = _split(K, _SPLIT, _BLOCKS // -(-N // 8))
+    gate, partials = _contiguous(rank_gate), empty(lora_A, num_splits, N)
+    touched = {"w": w, "a": lora_A, "b": lora_B, "gate": gate, "partials": partials, **of_codes(c)}
     base, adapter = (matrix(w), codes(c, (N, K))), (matrix(lora_A), matrix(lora_B))
-    sizes = slots.data_ptr(), N, K, R, share, count
+    sizes = partials.data_ptr(), N, K, R, k_per_split, num_splits
     launch.run("row_norm", lora_A, touched, *base, *adapter, vector(gate), scaling, *sizes)
-    return slots.sum(0).sqrt_()
+    return partials.sum(0).sqrt_()
 
 
 def dequantize(weight: Packed4bit, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
@@ -276,10 +276,12 @@ class _Linear:
         M, N, K, _ = self.shape
         tile_m, tile_n = _GEMM_TILE
         tiles = -(-M // tile_m) * -(-N // tile_n)
-        share, splits = _split(K, _GEMM_SPLIT, min(_MAX_SPLITS, _BLOCKS // tiles))
-        parts = empty(x, splits, M, N) if splits > 1 else None
-        touched = {"x": x, "p": p, "parts": parts, **self.touched}
-        launch.run("gemm", x, touched, self.args(x, p), splits, pointer(parts), share)
+        most = min(_MAX_SPLITS, _BLOCKS // tiles)
+        k_per_split, num_splits = _split(K, _GEMM_SPLIT, most)
+        partials = empty(x, num_splits, M, N) if num_splits > 1 else None
+        touched = {"x": x, "p": p, "partials": partials, **self.touched}
+        split_k = num_splits, pointer(partials), k_per_split
+        launch.run("gemm", x, touched, self.args(x, p), *split_k)
 
     def cast_x(self) -> Tensor:
         """Return x in the base GEMM's dtype, or unchanged if there is no base GEMM."""
@@ -296,16 +298,16 @@ class _Linear:
 def _decode(linear: _Linear, a: Tensor, dropout: Dropout, cooperative: bool) -> Tensor:
     """Compute y for few rows, and return P."""
     x, (M, _, K, R) = linear.x, linear.shape
-    share, count = _split(K, _SPLIT, _MAX_PUBLISHERS)
-    slots, p = empty(x, count, M, R), empty(x, M, R)
+    k_per_split, num_splits = _split(K, _SPLIT, _MAX_PUBLISHERS)
+    partials, p = empty(x, num_splits, M, R), empty(x, M, R)
     flags = workspace.flags(x.device) if cooperative else None  # two launches need no flags
     down_projection = matrix(a), mask(dropout), dropout.scale
-    partial_sums = slots.data_ptr(), p.data_ptr(), pointer(flags), share, count
-    args = linear.args(x, None), *down_projection, *partial_sums
+    split_k = partials.data_ptr(), p.data_ptr(), pointer(flags), k_per_split, num_splits
+    args = linear.args(x, None), *down_projection, *split_k
     if not module().decode_keeps_x(args):  # x exceeds shared memory and is loaded by tiles
         x = whole_rows(linear.cast_x())
-        args = linear.args(x, None), *down_projection, *partial_sums
-    touched = {"x": x, "a": a, "rng": dropout.rng, "slots": slots, "p": p, "flags": flags}
+        args = linear.args(x, None), *down_projection, *split_k
+    touched = {"x": x, "a": a, "rng": dropout.rng, "partials": partials, "p": p, "flags": flags}
     launch.run("decode", x, touched | linear.touched, args, cooperative)
     return p
 
@@ -313,66 +315,70 @@ def _decode(linear: _Linear, a: Tensor, dropout: Dropout, cooperative: bool) -> 
 def _thin(
     v: Tensor, v_scale: Tensor | None, dropout: Dropout, over_rows: bool, y: Tensor
 ) -> Tensor:
-    """Return the partial sums [count, I, R] of V·yᵀ, or of Vᵀ·yᵀ if over_rows.
+    """Return the partial sums [num_splits, I, R] of V·yᵀ, or of Vᵀ·yᵀ if over_rows.
 
     V is mask(v ⊙ v_scale).
     """
     R, J = y.shape
     I = v.shape[1] if over_rows else v.shape[0]  # noqa: E741
     blocks = -(-I // 64) * -(-R // (64 if R > 16 else 16))
-    share, count = _split(J, _THIN_SPLIT if over_rows else _SPLIT, _BLOCKS // blocks)
-    v_scale, out = _contiguous(v_scale), empty(v, count, I, R)
+    least = _THIN_SPLIT if over_rows else _SPLIT
+    j_per_split, num_splits = _split(J, least, _BLOCKS // blocks)
+    v_scale, out = _contiguous(v_scale), empty(v, num_splits, I, R)
     touched = {"v": v, "v_scale": v_scale, "rng": dropout.rng, "y": y, "out": out}
     operands = matrix(v), vector(v_scale), mask(dropout), over_rows, matrix(y), out.data_ptr()
-    launch.run("thin", v, touched, *operands, I, J, R, share, count)
+    launch.run("thin", v, touched, *operands, I, J, R, j_per_split, num_splits)
     return out
 
 
 def _pair(dy: Tensor, scale: Tensor | None, b: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     """Return the partial sums of (dy ⊙ scale)·b and of (dy ⊙ scale)ᵀ·s, and read dy once."""
     (M, N), R = dy.shape, s.shape[1]
-    part_count = -(-M // module().PAIR_ROWS)
-    share, count = _split(N, _SPLIT, _BLOCKS // part_count)
-    slots, parts, scale = empty(dy, count, M, R), empty(dy, part_count, N, R), _contiguous(scale)
-    touched = {"v": dy, "v_scale": scale, "b": b, "s": s, "slots": slots, "parts": parts}
-    operands = matrix(dy), vector(scale), matrix(b), *map(pointer, (s, slots, parts))
-    launch.run("pair", dy, touched, *operands, M, N, R, share, count, part_count)
-    return slots, parts
+    num_row_tiles = -(-M // module().PAIR_ROWS)
+    n_per_split, num_splits = _split(N, _SPLIT, _BLOCKS // num_row_tiles)
+    partials = empty(dy, num_splits, M, R), empty(dy, num_row_tiles, N, R)
+    scale = _contiguous(scale)
+    touched = {"v": dy, "v_scale": scale, "b": b, "s": s}
+    touched |= {"ds_partials": partials[0], "db_partials": partials[1]}
+    operands = matrix(dy), vector(scale), matrix(b), *map(pointer, (s, *partials))
+    launch.run("pair", dy, touched, *operands, M, N, R, n_per_split, num_splits, num_row_tiles)
+    return partials
 
 
 def _column_sums(v: Tensor, z: Tensor | None, sums: Tensor) -> None:
     """Write Σ v and Σ v ⊙ z over the rows to sums, float32 [2, N]."""
     M, N = v.shape
-    share, count = _split(M, _SUMS_SPLIT, _BLOCKS // -(-N // 128))
-    parts = empty(v, count, N, 2)
-    touched, operands = {"v": v, "z": z, "parts": parts}, (matrix(v), matrix(z), parts.data_ptr())
-    launch.run("column_sums", v, touched, *operands, M, N, share, count)
-    _reduce(parts, None, 1.0, sums.t())
+    m_per_split, num_splits = _split(M, _SUMS_SPLIT, _BLOCKS // -(-N // 128))
+    partials = empty(v, num_splits, N, 2)
+    touched, operands = {"v": v, "z": z, "partials": partials}, (matrix(v), matrix(z))
+    sizes = M, N, m_per_split, num_splits
+    launch.run("column_sums", v, touched, *operands, partials.data_ptr(), *sizes)
+    _reduce(partials, None, 1.0, sums.t())
 
 
-def _sum(slots: Tensor, scale: float) -> Tensor:
-    """Return scale · Σ slots, [M, R] float32; a view if there is one unscaled partial sum."""
-    if slots.shape[0] == 1 and scale == 1.0:
-        return slots[0]
-    out = empty(slots, *slots.shape[1:])
-    _reduce(slots, None, scale, out)
+def _sum(partials: Tensor, scale: float) -> Tensor:
+    """Return scale · Σ partials, [M, R] float32; a view if there is one unscaled partial sum."""
+    if partials.shape[0] == 1 and scale == 1.0:
+        return partials[0]
+    out = empty(partials, *partials.shape[1:])
+    _reduce(partials, None, scale, out)
     return out
 
 
-def _reduce(slots: Tensor, gate: Tensor | None, scale: float, out: Tensor) -> None:
-    """Write scale · gate ⊙ Σ slots to out [I, R], in out's dtype and strides."""
-    count, rows, ranks = slots.shape
+def _reduce(partials: Tensor, gate: Tensor | None, scale: float, out: Tensor) -> None:
+    """Write scale · gate ⊙ Σ partials to out [I, R], in out's dtype and strides."""
+    num_splits, rows, ranks = partials.shape
     gate = _contiguous(gate)
-    touched, operands = {"slots": slots, "gate": gate, "out": out}, (vector(gate), scale)
-    sizes = out.data_ptr(), DTYPE[out.dtype], rows, ranks, *out.stride(), count
-    launch.run("reduce", slots, touched, slots.data_ptr(), *operands, *sizes)
+    touched, operands = {"partials": partials, "gate": gate, "out": out}, (vector(gate), scale)
+    sizes = out.data_ptr(), DTYPE[out.dtype], rows, ranks, *out.stride(), num_splits
+    launch.run("reduce", partials, touched, partials.data_ptr(), *operands, *sizes)
 
 
 def _split(n: int, least: int, most: int) -> tuple[int, int]:
     """Return the size of each split of n, a multiple of `least`, and their number, up to `most`."""
     steps = -(-n // least)
-    share = -(-steps // max(1, min(most, steps))) * least
-    return share, -(-n // share)
+    per_split = -(-steps // max(1, min(most, steps))) * least
+    return per_split, -(-n // per_split)
 
 
 def _contiguous(t: Tensor | None) -> Tensor | None:

@@ -28,7 +28,7 @@ class Config:
 MIN_CAPABILITY = 80
 MIN_BLOCK = 16  # the smallest dimension of `tl.dot`
 MAX_FUSED_RANK = 64  # above, the accumulators of P and y together spill registers
-MAX_SLOTS = 16
+MAX_SPLITS = 16
 # Limits of a multiprocessor from sm_80 on, from the CUDA programming guide. Its shared memory is
 # the limit of one block plus the bytes that the system reserves per block.
 RESERVED = 1 << 10
@@ -196,8 +196,8 @@ def shrink(target: DeviceInfo, M: int, K: int, R: int, itemsize: int) -> tuple[C
     config = Config(16 if M <= 16 else 64, block_of_ranks(R), 32 if itemsize > 2 else 64, 4, 4)
     programs = _tiles(M, config.block_m) * _tiles(R, config.block_n)
     chunks = _tiles(K, config.block_k)
-    slots = max(1, min(MAX_SLOTS, target.multiprocessors // programs, chunks // 4))
-    return config, _tiles(chunks, slots) * config.block_k
+    num_splits = max(1, min(MAX_SPLITS, target.multiprocessors // programs, chunks // 4))
+    return config, _tiles(chunks, num_splits) * config.block_k
 
 
 def cooperative(M: int, N: int, K: int, R: int, config: Config) -> int:
@@ -208,8 +208,8 @@ def cooperative(M: int, N: int, K: int, R: int, config: Config) -> int:
     if M > FEW_ROWS or R > MAX_FUSED_RANK:
         return 0
     chunks = _tiles(K, config.block_k)
-    slots = min(MAX_SLOTS, _tiles(N, config.block_n), chunks)
-    return _tiles(chunks, slots) * config.block_k
+    num_splits = min(MAX_SPLITS, _tiles(N, config.block_n), chunks)
+    return _tiles(chunks, num_splits) * config.block_k
 
 
 def count_co_resident(target: DeviceInfo, shared: int, registers: int, warps: int) -> int:
@@ -239,8 +239,8 @@ def outer(target: DeviceInfo, M: int, N: int, R: int, itemsize: int) -> tuple[Co
     config = Config(32 if itemsize > 2 and ranks > 32 else 64, 64, ranks, 4, 3)
     programs = _tiles(N, config.block_n) * _tiles(R, config.block_k)
     chunks = _tiles(M, config.block_m)
-    parts = max(1, min(chunks // 2, 2 * target.multiprocessors // programs))
-    return config, _tiles(chunks, parts) * config.block_m
+    num_splits = max(1, min(chunks // 2, 2 * target.multiprocessors // programs))
+    return config, _tiles(chunks, num_splits) * config.block_m
 
 
 def shrink_outer(
@@ -257,16 +257,16 @@ def shrink_outer(
     if config.block_k < R or config.block_m > M or 2 * written > saved:
         return None
     programs, chunks = _tiles(M, config.block_m), _tiles(N, config.block_n)
-    slots = max(1, min(MAX_SLOTS, 2 * target.multiprocessors // programs, chunks // 4))
-    return config, _tiles(chunks, slots) * config.block_n
+    num_splits = max(1, min(MAX_SPLITS, 2 * target.multiprocessors // programs, chunks // 4))
+    return config, _tiles(chunks, num_splits) * config.block_n
 
 
 def row_norm(target: DeviceInfo, N: int, K: int, itemsize: int) -> tuple[Config, int]:
     """Return the tiles of `row_norm_kernel`, and the length of a split of K."""
     config = Config(0, 32, 128, 4, 3) if itemsize == 2 else Config(0, 64, 32, 8, 3)
     programs, chunks = _tiles(N, config.block_n), _tiles(K, config.block_k)
-    slots = max(1, min(MAX_SLOTS, 2 * target.multiprocessors // programs, chunks // 4))
-    return config, _tiles(chunks, slots) * config.block_k
+    num_splits = max(1, min(MAX_SPLITS, 2 * target.multiprocessors // programs, chunks // 4))
+    return config, _tiles(chunks, num_splits) * config.block_k
 
 
 def power_of_two(n: int) -> int:

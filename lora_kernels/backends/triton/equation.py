@@ -67,7 +67,7 @@ def lora_linear_backward(
     need_x, need_A, need_B, need_gate, need_column_scale, need_bias = needs
     dropout = Dropout.from_rng(dropout_p, rng)
     (M, N), R = dy.shape, p.shape[1]
-    dx = dA = dg = ds = slots = dbias = dc = None
+    dx = dA = dg = ds = partials = dbias = dc = None
     dB: Tensor | None = None
     once = None  # tiles of a kernel that computes dS and dB in one read of dY
     if need_B and (need_A or need_gate or need_x) and not (need_x and strategy == FUSED):
@@ -76,7 +76,7 @@ def lora_linear_backward(
         )
     z = z if need_column_scale else None
     if once is not None:
-        slots, dB, dbias, dc = _shrink_outer(
+        partials, dB, dbias, dc = _shrink_outer(
             once, p, dy, lora_B, column_scale, z, scaling, rank_gate, need_bias
         )
     elif need_B or need_column_scale or need_bias:
@@ -88,11 +88,11 @@ def lora_linear_backward(
         s_scale = scaling * dropout.scale
         gemm = _Gemm(dy, weight, lora_B.t(), lora_A, s_scale, dtype, x.dtype, forward=False)
         gemm = gemm._replace(gate=rank_gate, in_scale=column_scale, dropout=dropout)
-        dx, ds, _ = _linear(gemm, strategy, slots)
+        dx, ds, _ = _linear(gemm, strategy, partials)
     elif need_A or need_gate:
-        if slots is None:
-            slots = _shrink(dy, lora_B.t(), column_scale, NO_DROPOUT)
-        ds = slots[0] if slots.shape[0] == 1 else slots.sum(0)
+        if partials is None:
+            partials = _shrink(dy, lora_B.t(), column_scale, NO_DROPOUT)
+        ds = partials[0] if partials.shape[0] == 1 else partials.sum(0)
     if need_A:
         assert ds is not None
         dA = torch.empty_like(lora_A, memory_format=torch.contiguous_format)
@@ -117,11 +117,11 @@ def multi_lora_linear(
         return y, Saved(x.new_empty(0, max(A.shape[0] for A in lora_A), dtype=torch.float32))
     dropout = Dropout.from_rng(dropout_p, rng)
     stack = stacked.stack(lora_A, lora_B, index, scaling)
-    slots = stack.kept(_shrink(x, stack.lora_A, None, dropout).sum(0))
+    p = stack.kept(_shrink(x, stack.lora_A, None, dropout).sum(0))
     gemm = _Gemm(
         x, weight, stack.lora_A, stack.lora_B.t(), 1.0, dtype, y_dtype, gate=stack.gate, bias=bias
     )
-    y, p, _ = _linear(gemm, strategy, slots[None])
+    y, p, _ = _linear(gemm, strategy, p[None])
     return y, Saved(stack.compact(p))
 
 
@@ -204,11 +204,11 @@ class _Gemm(NamedTuple):
 
 
 def _linear(
-    gemm: _Gemm, strategy: str, slots: Tensor | None = None
+    gemm: _Gemm, strategy: str, partials: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Compute y [M, columns], P [M, R] and z or None.
 
-    slots: the partial sums [slots, M, R] of P if they were computed before, or None.
+    partials: the partial sums [num_splits, M, R] of P if they were computed before, or None.
     """
     x, weight, a, q, forward, dropout = (
         gemm.x,
@@ -231,15 +231,15 @@ def _linear(
     # A row of a 4-bit weight runs along K in the forward, and along dx's columns in the backward.
     format_4bit = launch.format_4bit(codes, K if forward else N, target)
     config = _tiles(gemm, strategy, target, w is not None, codes, format_4bit)
-    share = configs.cooperative(M, N, K, R, config) if strategy == COOPERATIVE else 0
-    flags = workspace.flags(x.device) if share and not is_interpreted() else None
+    k_per_split = configs.cooperative(M, N, K, R, config) if strategy == COOPERATIVE else 0
+    flags = workspace.flags(x.device) if k_per_split and not is_interpreted() else None
     if strategy == FUSED:
-        slots = x.new_empty(1, M, R, dtype=torch.float32)
-    elif share:
-        slots = x.new_empty(triton.cdiv(K, share), M, R, dtype=torch.float32)
-    elif slots is None:
-        slots = _shrink(x, a, gemm.in_scale, mask_in)
-    p = slots[0] if slots.shape[0] == 1 else x.new_empty(M, R, dtype=torch.float32)
+        partials = x.new_empty(1, M, R, dtype=torch.float32)
+    elif k_per_split:
+        partials = x.new_empty(triton.cdiv(K, k_per_split), M, R, dtype=torch.float32)
+    elif partials is None:
+        partials = _shrink(x, a, gemm.in_scale, mask_in)
+    p = partials[0] if partials.shape[0] == 1 else x.new_empty(M, R, dtype=torch.float32)
     wide = any(launch.is_wide(t) for t in (x, y, a, q, w) if t is not None)
     wide = wide or (codes is not None and N * K >= 1 << 31)
     programs = triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n)
@@ -267,13 +267,13 @@ def _linear(
     run = partial(launch.run, grid=(programs,), device=x.device)
     if strategy == FUSED:
         run(fused_kernel, config, *base, A, Q, p, *factors, *masked[0], *masked[1], *scales, **meta)
-    elif not share:
-        args = *base, Q, p, slots, *factors, *masked[1], slots.shape[0], gemm.s_scale
+    elif not k_per_split:
+        args = *base, Q, p, partials, *factors, *masked[1], partials.shape[0], gemm.s_scale
         meta["BLOCK_R"] = configs.block_of_update(R, launch.promote_dtypes(x, a).itemsize)
         run(two_pass_kernel, config, *args, ADD_TO_Y=from_library, **meta)
     else:
-        sizes = slots.shape[0], share
-        args = *base, A, Q, p, slots, flags, *factors, *masked[0], *masked[1], *sizes, *scales
+        sizes = partials.shape[0], k_per_split
+        args = *base, A, Q, p, partials, flags, *factors, *masked[0], *masked[1], *sizes, *scales
         if programs > target.multiprocessors:
             both = {"PUBLISH": True, "CONSUME": True, **meta}
             fitting = launch.choose_stages(
@@ -339,14 +339,14 @@ def _library(gemm: _Gemm) -> Tensor:
 
 
 def _shrink(x: Tensor, a: Tensor, in_scale: Tensor | None, dropout: Dropout) -> Tensor:
-    """Return the partial sums of scale · mask(x ⊙ in_scale)·aᵀ, float32 [slots, M, R]."""
+    """Return the partial sums of scale · mask(x ⊙ in_scale)·aᵀ, float32 [num_splits, M, R]."""
     (M, K), R, target = x.shape, a.shape[0], launch.target(x)
-    config, share = configs.shrink(target, M, K, R, launch.promote_dtypes(x, a).itemsize)
-    slots = triton.cdiv(K, share)
-    out = x.new_empty(slots, M, R, dtype=torch.float32)
+    config, k_per_split = configs.shrink(target, M, K, R, launch.promote_dtypes(x, a).itemsize)
+    num_splits = triton.cdiv(K, k_per_split)
+    partials = x.new_empty(num_splits, M, R, dtype=torch.float32)
     if not M:
-        return out
-    grid = triton.cdiv(M, config.block_m), triton.cdiv(R, config.block_n), slots
+        return partials
+    grid = triton.cdiv(M, config.block_m), triton.cdiv(R, config.block_n), num_splits
     operands = (
         Matrix.from_tensor(x),
         Matrix.from_tensor(a),
@@ -357,9 +357,9 @@ def _shrink(x: Tensor, a: Tensor, in_scale: Tensor | None, dropout: Dropout) -> 
     types = launch.build_types(
         target, launch.promote_dtypes(x, a), launch.is_wide(x) or launch.is_wide(a)
     )
-    args = *operands, out, M, K, R, share, dropout.scale
+    args = *operands, partials, M, K, R, k_per_split, dropout.scale
     launch.run(shrink_kernel, config, *args, grid=grid, device=x.device, TYPES=types, **blocks)
-    return out
+    return partials
 
 
 def _outer(
@@ -389,11 +389,11 @@ def _outer(
                 t.zero_()
         return sums, sums_z
     wider = torch.float32 if grad is None else launch.promote_dtypes(v, grad)
-    config, share = configs.outer(target, M, N, R, wider.itemsize)
-    count = triton.cdiv(M, share)
-    parts = v.new_empty(count, R + 2, N, dtype=torch.float32)
+    config, m_per_split = configs.outer(target, M, N, R, wider.itemsize)
+    num_splits = triton.cdiv(M, m_per_split)
+    partials = v.new_empty(num_splits, R + 2, N, dtype=torch.float32)
     ranks = triton.cdiv(R, config.block_k) if grad is not None else 1
-    grid = triton.cdiv(N, config.block_n), ranks, count
+    grid = triton.cdiv(N, config.block_n), ranks, num_splits
     meta = {
         "RANKS": grad is not None,
         "SUM": need_sum,
@@ -408,14 +408,14 @@ def _outer(
         _contiguous(v_scale),
         z,
         Mask.from_dropout(dropout),
-        parts,
+        partials,
         M,
         N,
         R,
-        share,
+        m_per_split,
     )
     launch.run(outer_kernel, config, *args, grid=grid, device=v.device, **meta)
-    return _reduce(parts, scale, gate, grad, need_sum, need_sum_z)
+    return _reduce(partials, scale, gate, grad, need_sum, need_sum_z)
 
 
 def _shrink_outer(
@@ -435,11 +435,11 @@ def _shrink_outer(
 
     plan: the result of `configs.shrink_outer`.
     """
-    (config, share), need_sum_z = plan, z is not None
+    (config, n_per_split), need_sum_z = plan, z is not None
     grad = torch.empty_like(b, memory_format=torch.contiguous_format)
     (M, N), R, target = v.shape, s.shape[1], launch.target(v)
-    slots = v.new_empty(triton.cdiv(N, share), M, R, dtype=torch.float32)
-    parts = v.new_empty(triton.cdiv(M, config.block_m), R + 2, N, dtype=torch.float32)
+    partials = v.new_empty(triton.cdiv(N, n_per_split), M, R, dtype=torch.float32)
+    grad_partials = v.new_empty(triton.cdiv(M, config.block_m), R + 2, N, dtype=torch.float32)
     meta = {
         "SUM": need_sum,
         "TYPES": launch.build_types(target, launch.promote_dtypes(v, b), launch.is_wide(v)),
@@ -448,29 +448,33 @@ def _shrink_outer(
         "BLOCK_R": config.block_k,
     }
     operands = Matrix.from_tensor(v), Matrix.from_tensor(b), s, _contiguous(v_scale), z
-    args, grid = (*operands, slots, parts, M, N, R, share), (parts.shape[0], slots.shape[0])
+    args = *operands, partials, grad_partials, M, N, R, n_per_split
+    grid = grad_partials.shape[0], partials.shape[0]
     launch.run(shrink_outer_kernel, config, *args, grid=grid, device=v.device, **meta)
-    return slots, grad, *_reduce(parts, scale, gate, grad.t(), need_sum, need_sum_z)
+    sums = _reduce(grad_partials, scale, gate, grad.t(), need_sum, need_sum_z)
+    return partials, grad, *sums
 
 
 def _reduce(
-    parts: Tensor,
+    partials: Tensor,
     scale: float,
     gate: Tensor | None,
     grad: Tensor | None,
     need_sum: bool,
     need_sum_z: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Write scale · gate ⊙ Σ parts to grad [R, N], and return the two sums, float32 [N]."""
-    count, N, R = parts.shape[0], parts.shape[2], parts.shape[1] - 2
+    """Write scale · gate ⊙ Σ partials to grad [R, N], and return the two sums, float32 [N]."""
+    num_splits, N, R = partials.shape[0], partials.shape[2], partials.shape[1] - 2
     gate, config = _contiguous(gate), configs.REDUCE
-    sums, sums_z = (parts.new_empty(N) if needed else None for needed in (need_sum, need_sum_z))
+    sums, sums_z = (partials.new_empty(N) if needed else None for needed in (need_sum, need_sum_z))
     to = None if grad is None else Matrix.from_tensor(grad)
     args, grid = (
-        (parts, gate, to, sums, sums_z, N, R, count, scale),
+        (partials, gate, to, sums, sums_z, N, R, num_splits, scale),
         (triton.cdiv(N, config.block_n), R + 2),
     )
-    launch.run(reduce_kernel, config, *args, grid=grid, device=parts.device, BLOCK_N=config.block_n)
+    launch.run(
+        reduce_kernel, config, *args, grid=grid, device=partials.device, BLOCK_N=config.block_n
+    )
     return sums, sums_z
 
 
@@ -487,8 +491,10 @@ def dora_norm(
     w = weight.packed if isinstance(weight, Packed4bit) else weight
     # B ⊙ gate would be rounded if B has 16 bits.
     wider = torch.float32 if rank_gate is not None else launch.promote_dtypes(lora_A, lora_B)
-    config, share = configs.row_norm(target, N, K, wider.itemsize)
-    slots = torch.empty(triton.cdiv(K, share), N, dtype=torch.float32, device=lora_A.device)
+    config, k_per_split = configs.row_norm(target, N, K, wider.itemsize)
+    partials = torch.empty(
+        triton.cdiv(K, k_per_split), N, dtype=torch.float32, device=lora_A.device
+    )
     gate, block_r = _contiguous(rank_gate), configs.block_of_ranks(R)
     wide = N * K >= 1 << 31 or any(map(launch.is_wide, (w, lora_A, lora_B)))
     meta = {
@@ -508,16 +514,16 @@ def dora_norm(
         Matrix.from_tensor(lora_A),
         Matrix.from_tensor(lora_B),
         gate,
-        slots,
+        partials,
         N,
         K,
         R,
-        share,
+        k_per_split,
         scaling,
     )
-    grid = triton.cdiv(N, config.block_n), slots.shape[0]
+    grid = triton.cdiv(N, config.block_n), partials.shape[0]
     launch.run(row_norm_kernel, config, *args, grid=grid, device=w.device, **meta)
-    return slots.sum(0).sqrt_()
+    return partials.sum(0).sqrt_()
 
 
 def _contiguous(t: Tensor | None) -> Tensor | None:

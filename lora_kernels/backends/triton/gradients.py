@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .shrink import store_slot
+from .shrink import store_partial
 from .tiles import dot, keep_mask, load_tile, to_dtype, to_named
 
 
@@ -16,11 +16,11 @@ def outer_kernel(
     v_scale_ptr,
     z_ptr,
     mask,
-    parts_ptr,
+    partials_ptr,
     M,
     N,
     R,
-    m_share,
+    m_per_split,
     RANKS: tl.constexpr,
     SUM: tl.constexpr,
     TYPES: tl.constexpr,
@@ -28,27 +28,28 @@ def outer_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """Write partial sums over the i-th split of rows to parts[i]:
+    """Write partial sums over the i-th split of rows to partials[i]:
 
-        parts[i, :R] = sᵀ·mask(v ⊙ v_scale),    parts[i, R] = Σ v,    parts[i, R + 1] = Σ v ⊙ z
+        partials[i, :R] = sᵀ·mask(v ⊙ v_scale)
+        partials[i, R] = Σ v,    partials[i, R + 1] = Σ v ⊙ z
 
-    s [M, R] float32, v [M, N], z [M, N] contiguous; parts float32 [parts, R + 2, N]. RANKS and SUM:
-    whether to compute the first and second. The third is computed if z is given. Program (n, r, i)
-    computes BLOCK_R × BLOCK_N of parts[i], a sum over m_share rows.
+    s [M, R] float32, v [M, N], z [M, N] contiguous; partials float32 [num_splits, R + 2, N]. RANKS
+    and SUM: whether to compute the first and second. The third is computed if z is given. Program
+    (n, r, i) computes BLOCK_R × BLOCK_N of partials[i], a sum over m_per_split rows.
     Rounding points: s and v ⊙ v_scale to WIDER; sums in float32.
-    Bytes: v (and z) once for each BLOCK_R ranks, s once for each BLOCK_N columns, the parts;
+    Bytes: v (and z) once for each BLOCK_R ranks, s once for each BLOCK_N columns, the partials;
     flops 2·M·N·R. Deterministic. Tested by tests/triton/test_lora_linear.py.
     """
-    pid_n, pid_r, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    pid_n, pid_r, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     n0, r0 = pid_n * BLOCK_N, pid_r * BLOCK_R
     offs_n, offs_r = n0 + tl.arange(0, BLOCK_N), r0 + tl.arange(0, BLOCK_R)
     mask_n, mask_r = offs_n < N, offs_r < R
-    rows = part * m_share, min(M, (part + 1) * m_share)
+    rows = split * m_per_split, min(M, (split + 1) * m_per_split)
     grad, sum_v, sum_vz = sum_over_rows(
         s_ptr, v, v_scale_ptr, z_ptr, mask, n0, r0, rows, N, R, RANKS, SUM, TYPES, BLOCK_M, BLOCK_N,
         BLOCK_R,
     )  # fmt: skip
-    first = parts_ptr + part.to(tl.int64) * (R + 2) * N
+    first = partials_ptr + split.to(tl.int64) * (R + 2) * N
     if RANKS:
         at = offs_r[:, None] * N + offs_n[None, :]
         tl.store(first + at, grad, mask=mask_r[:, None] & mask_n[None, :])
@@ -113,12 +114,12 @@ def shrink_outer_kernel(
     s_ptr,
     v_scale_ptr,
     z_ptr,
-    slots_ptr,
-    parts_ptr,
+    p_partials_ptr,
+    grad_partials_ptr,
     M,
     N,
     R,
-    n_share,
+    n_per_split,
     SUM: tl.constexpr,
     TYPES: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -127,25 +128,26 @@ def shrink_outer_kernel(
 ):
     """Compute `shrink_kernel` and `outer_kernel` on the same v with one read of v, R ≤ BLOCK_R:
 
-        slots[i] = (v ⊙ v_scale)[:, split i]·b[split i]
-        parts[m, :R] = sᵀ·(v ⊙ v_scale) over the m-th BLOCK_M rows; [R] = Σ v, [R+1] = Σ v ⊙ z
+        p_partials[i] = (v ⊙ v_scale)[:, split i]·b[split i]
+        grad_partials[m, :R] = sᵀ·(v ⊙ v_scale) over the m-th BLOCK_M rows
+        grad_partials[m, R] = Σ v,    grad_partials[m, R + 1] = Σ v ⊙ z
 
-    v [M, N], b [N, R], s [M, R] float32, z [M, N] contiguous; slots float32 [slots, M, R], parts
-    float32 [parts, R + 2, N]. Program (m, i) computes BLOCK_M rows of slots[i], and the columns of
-    split i of parts[m].
+    v [M, N], b [N, R], s [M, R] float32, z [M, N] contiguous; p_partials float32 [num_splits,
+    M, R], grad_partials float32 [⌈M / BLOCK_M⌉, R + 2, N]. Program (m, i) computes BLOCK_M rows of
+    p_partials[i], and the columns of split i of grad_partials[m].
     Rounding points: v ⊙ v_scale, b and s to WIDER; sums in float32.
-    Bytes: v (and z) once, b once for each BLOCK_M rows, the slots, the parts; flops 4·M·N·R.
+    Bytes: v (and z) once, b once for each BLOCK_M rows, the partials; flops 4·M·N·R.
     Deterministic. Tested by tests/triton/test_lora_linear.py.
     """
-    pid_m, slot = tl.program_id(0), tl.program_id(1)
+    pid_m, split = tl.program_id(0), tl.program_id(1)
     offs_m, offs_r = pid_m * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_R)
     mask_m, mask_r = offs_m < M, offs_r < R
     s = load_tile(s_ptr, offs_m, R, offs_r, 1, mask_m, mask_r, TYPES.WIDE)
     s = to_named(s, TYPES.WIDER)
-    first = parts_ptr + pid_m.to(tl.int64) * (R + 2) * N
+    first = grad_partials_ptr + pid_m.to(tl.int64) * (R + 2) * N
     p = tl.zeros([BLOCK_M, BLOCK_R], dtype=tl.float32)
-    end = min(N, (slot + 1) * n_share)
-    for n0 in range(slot * n_share, end, BLOCK_N):
+    end = min(N, (split + 1) * n_per_split)
+    for n0 in range(split * n_per_split, end, BLOCK_N):
         offs_n = n0 + tl.arange(0, BLOCK_N)
         mask_n = offs_n < end
         tile = load_tile(v.ptr, offs_m, v.row, offs_n, v.col, mask_m, mask_n, TYPES.WIDE)
@@ -165,49 +167,49 @@ def shrink_outer_kernel(
         grad = dot(tl.trans(tile), s, zeros, TYPES.PRECISION)
         at = offs_r[None, :] * N + offs_n[:, None]
         tl.store(first + at, grad, mask=mask_n[:, None] & mask_r[None, :])
-    store_slot(slots_ptr, slot, pid_m * BLOCK_M, 0, p, M, R, BLOCK_M, BLOCK_R)
+    store_partial(p_partials_ptr, split, pid_m * BLOCK_M, 0, p, M, R, BLOCK_M, BLOCK_R)
 
 
-@triton.jit(do_not_specialize_on_alignment=["parts"])
+@triton.jit(do_not_specialize_on_alignment=["num_splits"])
 def reduce_kernel(
-    parts_ptr,
+    partials_ptr,
     gate_ptr,
     grad,
     sum_ptr,
     sum_z_ptr,
     N,
     R,
-    parts,
+    num_splits,
     scale,
     BLOCK_N: tl.constexpr,
 ):
-    """Write grad [R, N] = scale · gate ⊙ Σ parts[:, :R] in grad's dtype, and two sums in float32.
+    """Write grad [R, N] = scale · gate ⊙ Σ partials[:, :R] in grad's dtype; two sums in float32.
 
-    Program (n, r) computes BLOCK_N elements of row r; rows R and R + 1 are the sums. The parts are
-    added in order. Rounding point: grad. Tested by tests/triton/test_lora_linear.py.
+    Program (n, r) computes BLOCK_N elements of row r; rows R and R + 1 are the sums. The partial
+    sums are added in order. Rounding point: grad. Tested by tests/triton/test_lora_linear.py.
     """
     offs_n, r = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.program_id(1)
     mask = offs_n < N
-    at = parts_ptr + r * N + offs_n
+    at = partials_ptr + r * N + offs_n
     if grad is not None:
         if r < R:
-            total = add_parts(at, mask, R, N, parts) * scale
+            total = add_partials(at, mask, R, N, num_splits) * scale
             if gate_ptr is not None:
                 total = total * tl.load(gate_ptr + r).to(tl.float32)
             to = grad.ptr + r.to(tl.int64) * grad.row + offs_n.to(tl.int64) * grad.col
             tl.store(to, to_dtype(total, grad.ptr.dtype.element_ty), mask=mask)
     if sum_ptr is not None:
         if r == R:
-            tl.store(sum_ptr + offs_n, add_parts(at, mask, R, N, parts), mask=mask)
+            tl.store(sum_ptr + offs_n, add_partials(at, mask, R, N, num_splits), mask=mask)
     if sum_z_ptr is not None:
         if r == R + 1:
-            tl.store(sum_z_ptr + offs_n, add_parts(at, mask, R, N, parts), mask=mask)
+            tl.store(sum_z_ptr + offs_n, add_partials(at, mask, R, N, num_splits), mask=mask)
 
 
 @triton.jit
-def add_parts(at, mask, R, N, parts):
+def add_partials(at, mask, R, N, num_splits):
     total = tl.load(at, mask=mask, other=0.0)
-    for _ in range(1, parts):
+    for _ in range(1, num_splits):
         at += (R + 2) * N
         total += tl.load(at, mask=mask, other=0.0)
     return total

@@ -14,8 +14,8 @@ import triton.language as tl
 
 from .arguments import Codes, Matrix
 from .gradients import sum_over_rows
-from .linear import add_base_gemm, add_update, load_slots, store_p, store_y
-from .shrink import share_of_p
+from .linear import add_base_gemm, add_update, load_p, store_p, store_y
+from .shrink import compute_p
 from .tiles import grouped, keep_mask, to_dtype
 
 
@@ -70,7 +70,7 @@ def grouped_linear_kernel(
     own_bias_ptr = vector_of(bias_ptr, expert, N)
     for r0 in tl.range(0, R, BLOCK_R, num_stages=1):
         ranks = r0 + tl.arange(0, BLOCK_R)
-        p = load_slots(p_ptr, offs_m, ranks, end, R, 1)
+        p = load_p(p_ptr, offs_m, ranks, end, R, 1)
         acc = add_update(acc, p, own_q, None, offs_n, ranks, N, R, s_scale, TYPES)
     if mask_out is not None:
         acc = tl.where(keep_mask(mask_out, m0, n0, BLOCK_M, BLOCK_N), acc, 0.0)
@@ -110,7 +110,7 @@ def grouped_shrink_kernel(
     r0 = tl.program_id(1) * BLOCK_R
     p = tl.zeros([BLOCK_M, BLOCK_R], dtype=tl.float32)
     if expert < E:
-        p = share_of_p(
+        p = compute_p(
             x, matrix_of(a, expert), None, mask_in, m0, r0, (0, K), end, R, TYPES, BLOCK_M, BLOCK_K,
             BLOCK_R,
         )  # fmt: skip

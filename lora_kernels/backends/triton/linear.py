@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .shrink import share_of_p, store_slot
+from .shrink import compute_p, store_partial
 from .tiles import dot, grouped, keep_mask, load_codes, load_tile, to_dtype, to_named
 
 
@@ -91,14 +91,14 @@ def fused_kernel(
     store_y(acc, y_ptr, z_ptr, out_scale_ptr, bias_ptr, offs_m, offs_n, M, N, False, TYPES)
 
 
-@triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["slots"])
+@triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["num_splits"])
 def two_pass_kernel(
     x,
     w,
     codes,
     q,
     p_ptr,
-    slots_ptr,
+    partials_ptr,
     gate_ptr,
     in_scale_ptr,
     out_scale_ptr,
@@ -110,7 +110,7 @@ def two_pass_kernel(
     N,
     K,
     R,
-    slots,
+    num_splits,
     s_scale,
     ADD_TO_Y: tl.constexpr,
     K_INNER: tl.constexpr,
@@ -123,7 +123,7 @@ def two_pass_kernel(
     BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """Compute y from the partial sums `slots` [slots, M, R] of P. The sums of y start at S·Q.
+    """Compute y from the partial sums [num_splits, M, R] of P. The sums of y start at S·Q.
 
     If there are several partial sums, the programs of the first columns store P. ADD_TO_Y: whether
     y holds x·W. Without w and codes there is no base GEMM. Flops 2·M·N·(K + R).
@@ -134,8 +134,8 @@ def two_pass_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     for r0 in tl.range(0, R, BLOCK_R, num_stages=1):
         ranks = r0 + tl.arange(0, BLOCK_R)
-        p = load_slots(slots_ptr, offs_m, ranks, M, R, slots)
-        if slots > 1 and pid_n == 0:
+        p = load_p(partials_ptr, offs_m, ranks, M, R, num_splits)
+        if num_splits > 1 and pid_n == 0:
             store_p(p_ptr, offs_m, ranks, p, M, R)
         acc = add_update(acc, p, q, gate_ptr, offs_n, ranks, N, R, s_scale, TYPES)
     if mask_out is not None:
@@ -147,7 +147,7 @@ def two_pass_kernel(
     store_y(acc, y_ptr, z_ptr, out_scale_ptr, bias_ptr, offs_m, offs_n, M, N, ADD_TO_Y, TYPES)
 
 
-@triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["slots"])
+@triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["num_splits"])
 def cooperative_kernel(
     x,
     w,
@@ -155,7 +155,7 @@ def cooperative_kernel(
     a,
     q,
     p_ptr,
-    slots_ptr,
+    partials_ptr,
     flags_ptr,
     gate_ptr,
     in_scale_ptr,
@@ -169,8 +169,8 @@ def cooperative_kernel(
     N,
     K,
     R,
-    slots,
-    k_share,
+    num_splits,
+    k_per_split,
     p_scale,
     s_scale,
     PUBLISH: tl.constexpr,
@@ -187,27 +187,27 @@ def cooperative_kernel(
 ):
     """Compute y for at most 16 rows and BLOCK_R ranks, in one cooperative launch.
 
-    PUBLISH: the first programs each store a partial sum of P in `slots`, before all programs read
-    their part of W. CONSUME: the epilogue adds the low-rank update. Before the epilogue all
+    PUBLISH: the first programs each store a partial sum of P, before all programs read
+    their tiles of W. CONSUME: the epilogue adds the low-rank update. Before the epilogue all
     programs wait for the flag that counts the stored partial sums. A second flag counts the
     programs that have read them, and the last program clears both. A cooperative launch guarantees
     that all programs are co-resident. The interpreter runs programs in order, hence two launches
     without flags.
     """
     pid_m, pid_n = grouped(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
-    m0, n0, slot = pid_m * BLOCK_M, pid_n * BLOCK_N, tl.program_id(0)
+    m0, n0, split = pid_m * BLOCK_M, pid_n * BLOCK_N, tl.program_id(0)
     offs_m, offs_n, offs_r = (
         m0 + tl.arange(0, BLOCK_M),
         n0 + tl.arange(0, BLOCK_N),
         tl.arange(0, BLOCK_R),
     )
     if PUBLISH:
-        if slot < slots:
-            k_range = slot * k_share, min(K, (slot + 1) * k_share)
-            share = share_of_p(
+        if split < num_splits:
+            k_range = split * k_per_split, min(K, (split + 1) * k_per_split)
+            p = compute_p(
                 x, a, in_scale_ptr, mask_in, 0, 0, k_range, M, R, TYPES, BLOCK_M, BLOCK_K, BLOCK_R
             )
-            store_slot(slots_ptr, slot, 0, 0, share * p_scale, M, R, BLOCK_M, BLOCK_R)
+            store_partial(partials_ptr, split, 0, 0, p * p_scale, M, R, BLOCK_M, BLOCK_R)
             if flags_ptr is not None:
                 tl.debug_barrier()  # all threads store before one releases the flag
                 tl.atomic_add(flags_ptr, 1, sem="release")
@@ -219,16 +219,16 @@ def cooperative_kernel(
         BLOCK_N, BLOCK_K,
     )  # fmt: skip
     if flags_ptr is not None:
-        while tl.atomic_add(flags_ptr, 0, sem="acquire") < slots:
+        while tl.atomic_add(flags_ptr, 0, sem="acquire") < num_splits:
             pass
         tl.debug_barrier()
-    p = load_slots(slots_ptr, offs_m, offs_r, M, R, slots)
+    p = load_p(partials_ptr, offs_m, offs_r, M, R, num_splits)
     if flags_ptr is not None:
         tl.debug_barrier()
         if tl.atomic_add(flags_ptr + 1, 1, sem="acq_rel") == tl.num_programs(0) - 1:
             tl.store(flags_ptr, 0)
             tl.store(flags_ptr + 1, 0)
-    if slots > 1 and pid_n == 0:
+    if num_splits > 1 and pid_n == 0:
         store_p(p_ptr, offs_m, offs_r, p, M, R)
     acc = add_masked_update(
         acc, p, q, gate_ptr, mask_out, m0, n0, offs_r, N, R, s_scale, TYPES, BLOCK_M, BLOCK_N
@@ -322,13 +322,13 @@ def add_base_gemm(
 
 
 @triton.jit
-def load_slots(slots_ptr, offs_m, ranks, M, R, slots):
-    """Return the sum of the partial sums [BLOCK_M, BLOCK_R], added in order."""
+def load_p(partials_ptr, offs_m, ranks, M, R, num_splits):
+    """Return P [BLOCK_M, BLOCK_R], the sum of its partial sums in order."""
     mask = (offs_m < M)[:, None] & (ranks < R)[None, :]
-    at = slots_ptr + (offs_m.to(tl.int64)[:, None] * R + ranks[None, :])
+    at = partials_ptr + (offs_m.to(tl.int64)[:, None] * R + ranks[None, :])
     # Bypass the L1 cache, which is not coherent with other programs' stores.
     total = tl.load(at, mask=mask, other=0.0, cache_modifier=".cg")
-    for _ in range(1, slots):
+    for _ in range(1, num_splits):
         at += M * R
         total += tl.load(at, mask=mask, other=0.0, cache_modifier=".cg")
     return total

@@ -15,11 +15,11 @@ def row_norm_kernel(
     a,
     b,
     gate_ptr,
-    slots_ptr,
+    partials_ptr,
     N,
     K,
     R,
-    k_share,
+    k_per_split,
     scaling,
     FORMAT: tl.constexpr,
     TYPES: tl.constexpr,
@@ -28,20 +28,21 @@ def row_norm_kernel(
     BLOCK_R: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
 ):
-    """Write slots[i, n] = Σ (W + scaling · (B ⊙ gate)·A)² over the i-th split of row n.
+    """Write partials[i, n] = Σ (W + scaling · (B ⊙ gate)·A)² over the i-th split of row n.
 
-    W [N, K] dense or 4-bit codes, a [R, K], b [N, R]; slots float32 [slots, N]. Program (n, i)
-    computes BLOCK_N rows of slots[i], from k_share elements of each. The caller adds the slots.
+    W [N, K] dense or 4-bit codes, a [R, K], b [N, R]; partials float32 [num_splits, N]. Program
+    (n, i) computes BLOCK_N rows of partials[i], from k_per_split elements of each. The caller adds
+    the partial sums.
     Rounding points: b ⊙ gate and a to WIDER; all else in float32.
     Bytes: W once, a once for each BLOCK_N rows, b; flops 2·N·K·R. Deterministic.
     Tested by tests/triton/test_dora_norm.py.
     """
-    pid_n, slot = tl.program_id(0), tl.program_id(1)
+    pid_n, split = tl.program_id(0), tl.program_id(1)
     offs_n, offs_r = pid_n * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R)
     mask_n = offs_n < N
     total = tl.zeros([BLOCK_N], dtype=tl.float32)
-    end = min(K, (slot + 1) * k_share)
-    for k0 in range(slot * k_share, end, BLOCK_K):
+    end = min(K, (split + 1) * k_per_split)
+    for k0 in range(split * k_per_split, end, BLOCK_K):
         offs_k = k0 + tl.arange(0, BLOCK_K)
         mask_k = offs_k < end
         if codes is not None:
@@ -61,7 +62,7 @@ def row_norm_kernel(
                 )
         row = tile.to(tl.float32) + update * scaling
         total += tl.sum(row * row, 1)
-    tl.store(slots_ptr + slot * N + offs_n, total, mask=mask_n)
+    tl.store(partials_ptr + split * N + offs_n, total, mask=mask_n)
 
 
 @triton.jit

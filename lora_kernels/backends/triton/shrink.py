@@ -14,37 +14,37 @@ def shrink_kernel(
     a,
     in_scale_ptr,
     mask_in,
-    slots_ptr,
+    partials_ptr,
     M,
     K,
     R,
-    k_share,
+    k_per_split,
     p_scale,
     TYPES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """Write slots[i] = p_scale · mask(x ⊙ in_scale)[:, split i]·a[:, split i]ᵀ.
+    """Write partials[i] = p_scale · mask(x ⊙ in_scale)[:, split i]·a[:, split i]ᵀ.
 
-    x [M, K], a [R, K], slots float32 [slots, M, R]. Program (m, r, i) computes BLOCK_M × BLOCK_R of
-    slots[i], a sum over k_share elements. Without split-K, few rows would not occupy a GPU. The
-    caller adds the slots in order.
+    x [M, K], a [R, K], partials float32 [num_splits, M, R]. Program (m, r, i) computes
+    BLOCK_M × BLOCK_R of partials[i], a sum over k_per_split elements. Without split-K, few rows
+    would not occupy a GPU. The caller adds the partial sums in order.
     Rounding points: x ⊙ in_scale and a to WIDER; sums in float32.
-    Bytes: x once for each BLOCK_R ranks, a once for each BLOCK_M rows, the slots; flops 2·M·K·R.
+    Bytes: x once for each BLOCK_R ranks, a once for each BLOCK_M rows, the partials; flops 2·M·K·R.
     Deterministic. Tested by tests/triton/test_lora_linear.py.
     """
-    pid_m, pid_r, slot = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    m0, r0, k_start = pid_m * BLOCK_M, pid_r * BLOCK_R, slot * k_share
-    k_range = k_start, min(K, k_start + k_share)
-    p = share_of_p(
+    pid_m, pid_r, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    m0, r0, k_start = pid_m * BLOCK_M, pid_r * BLOCK_R, split * k_per_split
+    k_range = k_start, min(K, k_start + k_per_split)
+    p = compute_p(
         x, a, in_scale_ptr, mask_in, m0, r0, k_range, M, R, TYPES, BLOCK_M, BLOCK_K, BLOCK_R
     )
-    store_slot(slots_ptr, slot, m0, r0, p * p_scale, M, R, BLOCK_M, BLOCK_R)
+    store_partial(partials_ptr, split, m0, r0, p * p_scale, M, R, BLOCK_M, BLOCK_R)
 
 
 @triton.jit
-def share_of_p(
+def compute_p(
     x,
     a,
     in_scale_ptr,
@@ -79,7 +79,9 @@ def share_of_p(
 
 
 @triton.jit
-def store_slot(slots_ptr, slot, m0, r0, p, M, R, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr):
+def store_partial(
+    partials_ptr, split, m0, r0, p, M, R, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr
+):
     offs_m, offs_r = m0 + tl.arange(0, BLOCK_M), r0 + tl.arange(0, BLOCK_R)
-    at = (slot.to(tl.int64) * M + offs_m[:, None]) * R + offs_r[None, :]
-    tl.store(slots_ptr + at, p, mask=(offs_m < M)[:, None] & (offs_r < R)[None, :])
+    at = (split.to(tl.int64) * M + offs_m[:, None]) * R + offs_r[None, :]
+    tl.store(partials_ptr + at, p, mask=(offs_m < M)[:, None] & (offs_r < R)[None, :])

@@ -64,7 +64,7 @@ def test_graph_replayed_draws_another_mask(strategy: str) -> None:
 
 @pytest.mark.parametrize("seconds", [5, pytest.param(60, marks=pytest.mark.proof)])
 def test_two_streams_publishing_at_once_keep_their_bits(seconds: int) -> None:
-    """Programs of two launches wait at the same time; none hangs, none takes the other's partial sums."""
+    """Programs of two launches wait at the same time; none hangs, none reads the other's sums."""
     with lora_kernels.backend("triton", COOPERATIVE):
         calls = [layer(1, "nf4-64-nested"), layer(16)]
         wants = [call() for call in calls]

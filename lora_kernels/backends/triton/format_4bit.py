@@ -5,10 +5,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .profiling import profiled
 from .tiles import load_codes, to_dtype
 
 
-@triton.jit
+@triton.jit(**profiled("dequantize_kernel"))
 def dequantize_kernel(
     codes,
     w_ptr,
@@ -34,7 +35,7 @@ def dequantize_kernel(
     tl.store(w_ptr + at, to_dtype(w, w_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(**profiled("quantize_kernel"))
 def quantize_kernel(
     w_ptr,
     thresholds_ptr,

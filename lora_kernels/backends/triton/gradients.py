@@ -5,11 +5,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .profiling import profiled
 from .shrink import store_partial
 from .tiles import dot, keep_mask, load_tile, to_dtype, to_named
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M"], **profiled("outer_kernel", "MNR"))
 def outer_kernel(
     s_ptr,
     v,
@@ -107,7 +108,7 @@ def sum_over_rows(
     return grad, sum_v, sum_vz
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M"], **profiled("shrink_outer_kernel", "MNR", "MNR"))
 def shrink_outer_kernel(
     v,
     b,
@@ -170,7 +171,7 @@ def shrink_outer_kernel(
     store_partial(p_partials_ptr, split, pid_m * BLOCK_M, 0, p, M, R, BLOCK_M, BLOCK_R)
 
 
-@triton.jit(do_not_specialize_on_alignment=["num_splits"])
+@triton.jit(do_not_specialize_on_alignment=["num_splits"], **profiled("reduce_kernel"))
 def reduce_kernel(
     partials_ptr,
     gate_ptr,

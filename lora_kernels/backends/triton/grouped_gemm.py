@@ -15,11 +15,12 @@ import triton.language as tl
 from .arguments import Codes, Matrix
 from .gradients import sum_over_rows
 from .linear import add_base_gemm, add_update, load_p, store_p, store_y
+from .profiling import profiled
 from .shrink import compute_p
 from .tiles import grouped, keep_mask, to_dtype
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M"], **profiled("grouped_linear_kernel", "MNK", "MNR"))
 def grouped_linear_kernel(
     x,
     w,
@@ -81,7 +82,7 @@ def grouped_linear_kernel(
     store_y(acc, y_ptr, None, None, own_bias_ptr, offs_m, offs_n, end, N, False, TYPES)
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M"], **profiled("grouped_shrink_kernel", "MKR"))
 def grouped_shrink_kernel(
     x,
     a,
@@ -118,7 +119,7 @@ def grouped_shrink_kernel(
     store_p(p_ptr, offs_m, ranks, p * p_scale, end, R)
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M"], **profiled("grouped_outer_kernel", "MNR"))
 def grouped_outer_kernel(
     s_ptr,
     v,

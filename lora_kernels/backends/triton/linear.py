@@ -16,11 +16,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .profiling import profiled
 from .shrink import compute_p, store_partial
 from .tiles import dot, grouped, keep_mask, load_codes, load_tile, to_dtype, to_named
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M"], **profiled("fused_kernel", "MNK", "MKR", "MNR"))
 def fused_kernel(
     x,
     w,
@@ -91,7 +92,11 @@ def fused_kernel(
     store_y(acc, y_ptr, z_ptr, out_scale_ptr, bias_ptr, offs_m, offs_n, M, N, False, TYPES)
 
 
-@triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["num_splits"])
+@triton.jit(
+    do_not_specialize=["M"],
+    do_not_specialize_on_alignment=["num_splits"],
+    **profiled("two_pass_kernel", "MNK", "MNR"),
+)
 def two_pass_kernel(
     x,
     w,
@@ -147,7 +152,11 @@ def two_pass_kernel(
     store_y(acc, y_ptr, z_ptr, out_scale_ptr, bias_ptr, offs_m, offs_n, M, N, ADD_TO_Y, TYPES)
 
 
-@triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["num_splits"])
+@triton.jit(
+    do_not_specialize=["M"],
+    do_not_specialize_on_alignment=["num_splits"],
+    **profiled("cooperative_kernel", "MNK", "MKR", "MNR"),
+)
 def cooperative_kernel(
     x,
     w,

@@ -5,10 +5,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .profiling import profiled
 from .tiles import dot, load_codes, load_tile, to_named
 
 
-@triton.jit
+@triton.jit(**profiled("row_norm_kernel", "NKR"))
 def row_norm_kernel(
     w,
     codes,

@@ -5,10 +5,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .profiling import profiled
 from .tiles import dot, keep_mask, load_tile, to_named
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M"], **profiled("shrink_kernel", "MKR"))
 def shrink_kernel(
     x,
     a,

@@ -24,7 +24,7 @@ from torch import Tensor
 from .. import __version__, functional, selection, timing
 from .. import device as devices
 from ..backends.triton import COOPERATIVE, FUSED, LIBRARY, STRATEGIES, configs, measured
-from ..backends.triton.configs import Config
+from ..backends.triton.configs import GemmTiles
 from ..backends.triton.measured import Measured, Shape
 from ..device import DeviceInfo
 from . import case as cases
@@ -129,11 +129,13 @@ def tune(
     return key, rows[best], times
 
 
-def _candidates(target: DeviceInfo, case: Case, strategy: str, itemsize: int) -> Iterator[Config]:
+def _candidates(
+    target: DeviceInfo, case: Case, strategy: str, itemsize: int
+) -> Iterator[GemmTiles]:
     """Tiles that fit the shared memory."""
     block_r = configs.block_of_ranks(case.R) if strategy == FUSED else 0
     for tiles in FEW_ROWS_TILES if case.M <= configs.FEW_ROWS else TILES:
-        config = Config(*tiles)
+        config = GemmTiles(*tiles)
         if configs.shared_memory(config, itemsize, block_r) <= target.shared_memory:
             yield config
 

@@ -51,7 +51,7 @@ def main() -> int:
         for call in (call for call in calls if (args.call or "") in str(call)):
             launched: Counter[str] = Counter()
             for found in compiled(target, call.run):
-                tiles = f"{found.config.block_m}x{found.config.block_n}x{found.config.block_k}"
+                tiles = "x".join(map(str, found.config.blocks.values()))
                 launched[found.name] += 1
                 which = f" #{launched[found.name]}" if launched[found.name] > 1 else ""
                 key = f"{found.name}{which} {tiles} {call}"

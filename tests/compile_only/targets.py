@@ -14,7 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from lora_kernels.backends.triton import launch
-from lora_kernels.backends.triton.configs import Config
+from lora_kernels.backends.triton.configs import Tiles
 from lora_kernels.device import DeviceInfo
 from tests.compile_only import machine_code
 
@@ -40,7 +40,7 @@ ALL = TARGETS | RELATIVES
 @dataclass(frozen=True)
 class Compiled:
     name: str
-    config: Config
+    config: Tiles
     kernel: Any
     programs: int
 
@@ -67,7 +67,7 @@ def compiled(target: str, call: Callable[[], None]) -> Iterator[Compiled]:
 
     def warm_up(
         kernel: Any,
-        config: Config,
+        config: Tiles,
         *args: Any,
         grid: tuple[int, ...],
         device: torch.device,
@@ -78,7 +78,7 @@ def compiled(target: str, call: Callable[[], None]) -> Iterator[Compiled]:
         found.append(Compiled(kernel.__name__, config, done, math.prod(grid)))
 
     def resources(
-        kernel: Any, config: Config, device: torch.device, *args: Any, **meta: Any
+        kernel: Any, config: Tiles, device: torch.device, *args: Any, **meta: Any
     ) -> tuple[int, int]:
         done = kernel.warmup(*args, grid=(1,), **meta, **launch.options(config))
         code = machine_code.read(done, target, config.warps)

@@ -9,7 +9,13 @@ import torch
 
 import lora_kernels
 from lora_kernels.backends.triton import COOPERATIVE, FUSED, LIBRARY, TWO_PASS, configs
-from lora_kernels.backends.triton.configs import Config
+from lora_kernels.backends.triton.configs import (
+    ColumnTiles,
+    GemmTiles,
+    OuterTiles,
+    RowTiles,
+    ShrinkTiles,
+)
 from lora_kernels.bench.case import Case
 from lora_kernels.bench.multi import MultiCase
 from lora_kernels.quantization import quantize_4bit
@@ -19,7 +25,7 @@ from tests.support.experts import ExpertsCase, check_exact
 from tests.triton.device import DEVICE
 
 f32 = torch.float32
-TILE, SHARE = Config(16, 16, 16, 4, 1, group_m=2), 32
+SIZE, SPLIT = 16, 32
 M, N = 36, 36  # several tiles, the last one short
 WHOLE, WORDS, ODD = 64, 40, 35  # of K, whose rows are whole 4-bit blocks, whole words, and neither
 ONE_BLOCK, BLOCKS = 13, 20  # ranks
@@ -29,20 +35,26 @@ ONE_BLOCK, BLOCKS = 13, 20  # ranks
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every partition of every kernel is 16 elements, a split is two of them."""
 
-    def cooperative(M: int, N: int, K: int, R: int, config: Config) -> int:
-        return SHARE if M <= configs.FEW_ROWS and TILE.block_k >= R else 0
+    def cooperative(M: int, N: int, K: int, R: int, config: GemmTiles) -> int:
+        return SPLIT if M <= configs.FEW_ROWS and SIZE >= R else 0
 
     def shrink_outer(target: Any, M: int, N: int, R: int, itemsize: int) -> Any:
-        return (TILE, SHARE) if TILE.block_k >= R else None
+        return (outer, SPLIT) if SIZE >= R else None
 
-    values: dict[str, Any] = dict.fromkeys(("UPDATE", "REDUCE", "DEQUANTIZE"), TILE)
-    values |= dict.fromkeys(("shrink", "outer", "row_norm"), lambda *args: (TILE, SHARE))
-    values |= {
-        "linear": lambda *args, **kwargs: TILE,
+    gemm, rows = GemmTiles(SIZE, SIZE, SIZE, 4, 1, group_m=2), RowTiles(SIZE, SIZE, 4, 1)
+    shrink, outer = ShrinkTiles(SIZE, SIZE, SIZE, 4, 1), OuterTiles(SIZE, SIZE, SIZE, 4, 1)
+    values: dict[str, Any] = {
+        "UPDATE": gemm,
+        "REDUCE": ColumnTiles(SIZE, 4, 1),
+        "DEQUANTIZE": rows,
+        "linear": lambda *args, **kwargs: gemm,
+        "shrink": lambda *args: (shrink, SPLIT),
+        "outer": lambda *args: (outer, SPLIT),
+        "row_norm": lambda *args: (rows, SPLIT),
         "shrink_outer": shrink_outer,
         "cooperative": cooperative,
-        "quantize": lambda blocksize: Config(0, 2, blocksize, 4, 1),
-        "block_of_ranks": lambda rank: TILE.block_k,
+        "quantize": lambda blocksize: RowTiles(2, blocksize, 4, 1),
+        "block_of_ranks": lambda rank: SIZE,
     }
     for name, value in values.items():
         monkeypatch.setattr(configs, name, value)

@@ -233,7 +233,7 @@ def test_waiting_programs_are_as_many_as_the_compiled_kernel_allows(
 ) -> None:
     compiled: list[int] = []
 
-    def resources(kernel: object, config: configs.Config, *_: object, **__: object) -> object:
+    def resources(kernel: object, config: configs.GemmTiles, *_: object, **__: object) -> object:
         compiled.append(config.stages)
         return 20480 * max(config.stages - 1, 1), 72
 
@@ -291,7 +291,7 @@ def test_choose_stages_compiles_for_each_device(monkeypatch: pytest.MonkeyPatch)
     asked: list[torch.device] = []
 
     def resources(
-        kernel: object, config: configs.Config, device: torch.device, *_: object, **__: object
+        kernel: object, config: configs.GemmTiles, device: torch.device, *_: object, **__: object
     ) -> tuple[int, int]:
         asked.append(device)
         return 0, 255 if device.index else 32

@@ -25,8 +25,7 @@ def dequantize(codes: Packed4bit, shape: tuple[int, int], dtype: torch.dtype) ->
     meta = {
         "FORMAT": launch.format_4bit(codes, K, launch.target(w)),
         "WIDE": N * K >= 1 << 31,
-        "BLOCK_N": config.block_n,
-        "BLOCK_K": config.block_k,
+        **config.blocks,
     }
     args = Codes.from_weight(codes), w, N, K
     launch.run(dequantize_kernel, config, *args, grid=grid, device=w.device, **meta)

@@ -14,15 +14,72 @@ from .. import triton
 from . import FUSED, LIBRARY, TWO_PASS
 
 
+class Tiles:
+    """The tile sizes of a kernel family, and the compiler's options."""
+
+    warps: int
+    stages: int
+    cooperative: bool = False  # whether all programs must be co-resident
+
+    @property
+    def blocks(self) -> dict[str, int]:
+        """The sizes as the kernel's compile-time constants, BLOCK_M and so on."""
+        fields = vars(self).items()
+        return {name.upper(): size for name, size in fields if name.startswith("block_")}
+
+
 @dataclass(frozen=True)
-class Config:
+class GemmTiles(Tiles):
+    """Tiles of y, block_m × block_n, and a step of K: the kernels of linear.py."""
+
     block_m: int
     block_n: int
     block_k: int
     warps: int
     stages: int
     group_m: int = 8
-    cooperative: bool = False  # whether all programs must be co-resident
+    cooperative: bool = False
+
+
+@dataclass(frozen=True)
+class ShrinkTiles(Tiles):
+    """Tiles of P or dS, block_m × block_r, and a step of K."""
+
+    block_m: int
+    block_r: int
+    block_k: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class OuterTiles(Tiles):
+    """Tiles of dA or dB, block_n × block_r, and a step of rows."""
+
+    block_m: int
+    block_n: int
+    block_r: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class RowTiles(Tiles):
+    """block_n rows and a step of block_k elements: kernels of a weight; blocks of 4-bit codes."""
+
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class ColumnTiles(Tiles):
+    """block_n columns of `reduce_kernel`."""
+
+    block_n: int
+    warps: int
+    stages: int
 
 
 MIN_CAPABILITY = 80
@@ -146,7 +203,7 @@ def linear(
     rank: int,
     in_registers: bool = False,
     scattered: bool = False,
-) -> Config:
+) -> GemmTiles:
     """Return the tiles of the kernels in linear.py.
 
     Args:
@@ -157,17 +214,17 @@ def linear(
         scattered: whether codes are loaded element by element.
     """
     if M <= 16:
-        config = Config(16, 64, 128 if itemsize == 2 else 32, 4, 4)
+        config = GemmTiles(16, 64, 128 if itemsize == 2 else 32, 4, 4)
     elif M <= 64 or itemsize > 2:
-        config = Config(64, 64, 64 if itemsize == 2 else 32, 4, 4)
+        config = GemmTiles(64, 64, 64 if itemsize == 2 else 32, 4, 4)
     elif M <= 256 or rank > 32 or (target.kind == "hip" and in_registers):
-        config = Config(128, 64, 64, 8, 3)
+        config = GemmTiles(128, 64, 64, 8, 3)
     elif target.capability in WIDE_TILES and not (codes or in_registers):
-        config = Config(128, 256, 64, 8, 3)
+        config = GemmTiles(128, 256, 64, 8, 3)
     else:
-        config = Config(128, 128, 64, 8, 3)
+        config = GemmTiles(128, 128, 64, 8, 3)
     if scattered:
-        config = Config(config.block_m if M <= 16 else 64, 64, 32, 4, 1)
+        config = GemmTiles(config.block_m if M <= 16 else 64, 64, 32, 4, 1)
     block_r = block_of_ranks(rank) if rank else 0
     while config.stages > 1 and shared_memory(config, itemsize, block_r) > target.shared_memory:
         config = replace(config, stages=config.stages - 1)
@@ -175,32 +232,33 @@ def linear(
 
 
 # `two_pass_kernel` without a base GEMM ("library", or no weight): one pass over y.
-UPDATE = Config(64, 64, 64, 4, 1)
-DEQUANTIZE = Config(0, 32, 128, 4, 1)
-REDUCE = Config(0, 256, 0, 4, 1)
+UPDATE = GemmTiles(64, 64, 64, 4, 1)
+DEQUANTIZE = RowTiles(32, 128, 4, 1)
+REDUCE = ColumnTiles(256, 4, 1)
 
 
-def quantize(blocksize: int) -> Config:
+def quantize(blocksize: int) -> RowTiles:
     """Return the tiles of `quantize_kernel`: block_n blocks of block_k elements."""
-    return Config(0, max(1, 2048 // blocksize), blocksize, 4, 1)
+    return RowTiles(max(1, 2048 // blocksize), blocksize, 4, 1)
 
 
-def shared_memory(config: Config, itemsize: int, block_r: int) -> int:
+def shared_memory(config: GemmTiles, itemsize: int, block_r: int) -> int:
     """Return the bytes of shared memory for the tiles of all stages."""
     rows = config.block_m + config.block_n + block_r
     return config.stages * rows * config.block_k * itemsize
 
 
-def shrink(target: DeviceInfo, M: int, K: int, R: int, itemsize: int) -> tuple[Config, int]:
+def shrink(target: DeviceInfo, M: int, K: int, R: int, itemsize: int) -> tuple[ShrinkTiles, int]:
     """Return the tiles of `shrink_kernel`, and the length of a split of K."""
-    config = Config(16 if M <= 16 else 64, block_of_ranks(R), 32 if itemsize > 2 else 64, 4, 4)
-    programs = _tiles(M, config.block_m) * _tiles(R, config.block_n)
+    block_k = 32 if itemsize > 2 else 64
+    config = ShrinkTiles(16 if M <= 16 else 64, block_of_ranks(R), block_k, 4, 4)
+    programs = _tiles(M, config.block_m) * _tiles(R, config.block_r)
     chunks = _tiles(K, config.block_k)
     num_splits = max(1, min(MAX_SPLITS, target.multiprocessors // programs, chunks // 4))
     return config, _tiles(chunks, num_splits) * config.block_k
 
 
-def cooperative(M: int, N: int, K: int, R: int, config: Config) -> int:
+def cooperative(M: int, N: int, K: int, R: int, config: GemmTiles) -> int:
     """Return the split-K length of P in `cooperative_kernel`: columns of x per partial sum.
 
     0 if the kernel does not support the call. All programs must also be co-resident.
@@ -230,14 +288,14 @@ def count_co_resident(target: DeviceInfo, shared: int, registers: int, warps: in
     return target.multiprocessors * min(of_memory, of_registers, of_threads, MIN_PROGRAMS)
 
 
-def outer(target: DeviceInfo, M: int, N: int, R: int, itemsize: int) -> tuple[Config, int]:
-    """Return the tiles of `outer_kernel` (block_k: ranks), and the rows of one partial sum.
+def outer(target: DeviceInfo, M: int, N: int, R: int, itemsize: int) -> tuple[OuterTiles, int]:
+    """Return the tiles of `outer_kernel`, and the rows of one partial sum.
 
     itemsize: of the operands. Registers do not hold 64 rows of 64 ranks in float32.
     """
     ranks = block_of_ranks(R)
-    config = Config(32 if itemsize > 2 and ranks > 32 else 64, 64, ranks, 4, 3)
-    programs = _tiles(N, config.block_n) * _tiles(R, config.block_k)
+    config = OuterTiles(32 if itemsize > 2 and ranks > 32 else 64, 64, ranks, 4, 3)
+    programs = _tiles(N, config.block_n) * _tiles(R, config.block_r)
     chunks = _tiles(M, config.block_m)
     num_splits = max(1, min(chunks // 2, 2 * target.multiprocessors // programs))
     return config, _tiles(chunks, num_splits) * config.block_m
@@ -245,25 +303,25 @@ def outer(target: DeviceInfo, M: int, N: int, R: int, itemsize: int) -> tuple[Co
 
 def shrink_outer(
     target: DeviceInfo, M: int, N: int, R: int, itemsize: int
-) -> tuple[Config, int] | None:
+) -> tuple[OuterTiles, int] | None:
     """Return the tiles of `shrink_outer_kernel`, and the columns of one partial sum.
 
     None if the kernel would save few bytes. `shrink_kernel` and `outer_kernel` read v twice. This
     kernel reads v once, but writes and re-reads a float32 partial sum of dB for each BLOCK_M rows.
     """
     rows = 256 if itemsize == 2 and target.kind == "cuda" else 128  # AMD's registers hold no more
-    config = Config(rows, 32, block_of_ranks(R), 8, 3)
+    config = OuterTiles(rows, 32, block_of_ranks(R), 8, 3)
     saved, written = config.block_m * itemsize, 2 * 4 * R  # bytes a column and tile of rows
-    if config.block_k < R or config.block_m > M or 2 * written > saved:
+    if config.block_r < R or config.block_m > M or 2 * written > saved:
         return None
     programs, chunks = _tiles(M, config.block_m), _tiles(N, config.block_n)
     num_splits = max(1, min(MAX_SPLITS, 2 * target.multiprocessors // programs, chunks // 4))
     return config, _tiles(chunks, num_splits) * config.block_n
 
 
-def row_norm(target: DeviceInfo, N: int, K: int, itemsize: int) -> tuple[Config, int]:
+def row_norm(target: DeviceInfo, N: int, K: int, itemsize: int) -> tuple[RowTiles, int]:
     """Return the tiles of `row_norm_kernel`, and the length of a split of K."""
-    config = Config(0, 32, 128, 4, 3) if itemsize == 2 else Config(0, 64, 32, 8, 3)
+    config = RowTiles(32, 128, 4, 3) if itemsize == 2 else RowTiles(64, 32, 8, 3)
     programs, chunks = _tiles(N, config.block_n), _tiles(K, config.block_k)
     num_splits = max(1, min(MAX_SPLITS, 2 * target.multiprocessors // programs, chunks // 4))
     return config, _tiles(chunks, num_splits) * config.block_k

@@ -39,7 +39,7 @@ from . import (
     measured,
 )
 from .arguments import Codes, Format, Mask, Matrix
-from .configs import Config
+from .configs import GemmTiles, OuterTiles
 from .gradients import outer_kernel, reduce_kernel, shrink_outer_kernel
 from .linear import cooperative_kernel, fused_kernel, two_pass_kernel
 from .row_norm import row_norm_kernel
@@ -257,9 +257,7 @@ def _linear(
         "LEFT": codes is not None and forward and config.block_m < 64,
         "FORMAT": format_4bit,
         "TYPES": launch.build_types(target, launch.promote_dtypes(x, a), wide, gemm.dtype),
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_K": config.block_k,
+        **config.blocks,
         "BLOCK_R": configs.block_of_ranks(R),
         "GROUP_M": config.group_m,
     }
@@ -297,7 +295,7 @@ def _tiles(
     dense: bool,
     codes: Packed4bit | None,
     format_4bit: Format,
-) -> Config:
+) -> GemmTiles:
     """Return the tiles of a kernel with a dense, a 4-bit or no base GEMM."""
     x, (M, K), (R, N) = gemm.x, gemm.x.shape, gemm.q.shape
     fused, base = strategy == FUSED, dense or codes is not None
@@ -346,19 +344,20 @@ def _shrink(x: Tensor, a: Tensor, in_scale: Tensor | None, dropout: Dropout) -> 
     partials = x.new_empty(num_splits, M, R, dtype=torch.float32)
     if not M:
         return partials
-    grid = triton.cdiv(M, config.block_m), triton.cdiv(R, config.block_n), num_splits
+    grid = triton.cdiv(M, config.block_m), triton.cdiv(R, config.block_r), num_splits
     operands = (
         Matrix.from_tensor(x),
         Matrix.from_tensor(a),
         _contiguous(in_scale),
         Mask.from_dropout(dropout),
     )
-    blocks = {"BLOCK_M": config.block_m, "BLOCK_K": config.block_k, "BLOCK_R": config.block_n}
     types = launch.build_types(
         target, launch.promote_dtypes(x, a), launch.is_wide(x) or launch.is_wide(a)
     )
     args = *operands, partials, M, K, R, k_per_split, dropout.scale
-    launch.run(shrink_kernel, config, *args, grid=grid, device=x.device, TYPES=types, **blocks)
+    launch.run(
+        shrink_kernel, config, *args, grid=grid, device=x.device, TYPES=types, **config.blocks
+    )
     return partials
 
 
@@ -392,15 +391,13 @@ def _outer(
     config, m_per_split = configs.outer(target, M, N, R, wider.itemsize)
     num_splits = triton.cdiv(M, m_per_split)
     partials = v.new_empty(num_splits, R + 2, N, dtype=torch.float32)
-    ranks = triton.cdiv(R, config.block_k) if grad is not None else 1
+    ranks = triton.cdiv(R, config.block_r) if grad is not None else 1
     grid = triton.cdiv(N, config.block_n), ranks, num_splits
     meta = {
         "RANKS": grad is not None,
         "SUM": need_sum,
         "TYPES": launch.build_types(target, wider, launch.is_wide(v)),
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_R": config.block_k,
+        **config.blocks,
     }
     args = (
         s,
@@ -419,7 +416,7 @@ def _outer(
 
 
 def _shrink_outer(
-    plan: tuple[Config, int],
+    plan: tuple[OuterTiles, int],
     s: Tensor,
     v: Tensor,
     b: Tensor,
@@ -443,9 +440,7 @@ def _shrink_outer(
     meta = {
         "SUM": need_sum,
         "TYPES": launch.build_types(target, launch.promote_dtypes(v, b), launch.is_wide(v)),
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_R": config.block_k,
+        **config.blocks,
     }
     operands = Matrix.from_tensor(v), Matrix.from_tensor(b), s, _contiguous(v_scale), z
     args = *operands, partials, grad_partials, M, N, R, n_per_split
@@ -472,9 +467,7 @@ def _reduce(
         (partials, gate, to, sums, sums_z, N, R, num_splits, scale),
         (triton.cdiv(N, config.block_n), R + 2),
     )
-    launch.run(
-        reduce_kernel, config, *args, grid=grid, device=partials.device, BLOCK_N=config.block_n
-    )
+    launch.run(reduce_kernel, config, *args, grid=grid, device=partials.device, **config.blocks)
     return sums, sums_z
 
 
@@ -500,8 +493,7 @@ def dora_norm(
     meta = {
         "FORMAT": launch.format_4bit(codes, K, target),
         "TYPES": launch.build_types(target, wider, wide),
-        "BLOCK_N": config.block_n,
-        "BLOCK_K": config.block_k,
+        **config.blocks,
         "BLOCK_R": block_r,
         "ONE_BLOCK": block_r >= R,
     }

@@ -77,12 +77,10 @@ def _shrink(x: Tensor, a: Tensor, offsets: Tensor, dropout: Dropout) -> Tensor:
         R,
         E,
         dropout.scale,
-        grid=(triton.cdiv(M, config.block_m) + E, triton.cdiv(R, config.block_n)),
+        grid=(triton.cdiv(M, config.block_m) + E, triton.cdiv(R, config.block_r)),
         device=x.device,
         TYPES=launch.build_types(target, dtype, launch.is_wide(x) or launch.is_wide(a[0])),
-        BLOCK_M=config.block_m,
-        BLOCK_K=config.block_k,
-        BLOCK_R=config.block_n,
+        **config.blocks,
         BLOCK_E=configs.block_of_experts(E),
     )
     return p
@@ -146,9 +144,7 @@ def _linear(
         LEFT=codes is not None and is_inner and config.block_m < 64,
         FORMAT=format_4bit,
         TYPES=launch.build_types(target, dtype, wide, spec.dtype),
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
+        **config.blocks,
         BLOCK_R=configs.block_of_update(R, dtype.itemsize),
         BLOCK_E=configs.block_of_experts(E),
         GROUP_M=config.group_m,
@@ -169,7 +165,7 @@ def _outer(
     (M, N), R, E, target = v.shape, s.shape[1], offsets.shape[0], launch.target(v)
     dtype = torch.float32 if grad is None else launch.promote_dtypes(v, grad)
     config, _ = configs.outer(target, _rows_of_an_expert(M, E), N, max(1, R), dtype.itemsize)
-    ranks = 1 if grad is None else triton.cdiv(R, config.block_k)
+    ranks = 1 if grad is None else triton.cdiv(R, config.block_r)
     launch.run(
         grouped_outer_kernel,
         config,
@@ -187,9 +183,7 @@ def _outer(
         grid=(triton.cdiv(N, config.block_n), ranks, E),
         device=v.device,
         TYPES=launch.build_types(target, dtype, launch.is_wide(v)),
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_R=config.block_k,
+        **config.blocks,
     )
 
 

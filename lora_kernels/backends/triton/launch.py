@@ -13,7 +13,7 @@ from torch import Tensor
 from ...device import DeviceInfo
 from . import configs, is_interpreted
 from .arguments import Format, Types
-from .configs import Config
+from .configs import GemmTiles, Tiles
 
 if TYPE_CHECKING:
     from ...core.packed4bit import Packed4bit
@@ -49,7 +49,7 @@ def promote_dtypes(x: Tensor, a: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, a.dtype)
 
 
-def options(config: Config) -> dict[str, Any]:
+def options(config: Tiles) -> dict[str, Any]:
     """Return the compiler's options. No FMA contraction: a nested scale is rounded twice."""
     chosen = {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": False}
     return chosen | ({"launch_cooperative_grid": True} if config.cooperative else {})
@@ -57,7 +57,7 @@ def options(config: Config) -> dict[str, Any]:
 
 def run(
     kernel: Any,
-    config: Config,
+    config: Tiles,
     *args: Any,
     grid: tuple[int, ...],
     device: torch.device,
@@ -103,11 +103,11 @@ def choose_stages(
     programs: int,
     target: DeviceInfo,
     kernel: Any,
-    config: Config,
+    config: GemmTiles,
     device: torch.device,
     *args: Any,
     **meta: Any,
-) -> Config | None:
+) -> GemmTiles | None:
     """Return the config with the most stages at which all programs are co-resident, or None.
 
     Compiles the kernel to read its shared memory and registers.
@@ -140,7 +140,7 @@ _resources: dict[tuple[Any, ...], tuple[int, int]] = {}
 
 
 def read_resources(
-    kernel: Any, config: Config, device: torch.device, *args: Any, **meta: Any
+    kernel: Any, config: GemmTiles, device: torch.device, *args: Any, **meta: Any
 ) -> tuple[int, int]:
     """Compile the kernel; return the shared memory of a program and the registers of a thread."""
     with torch.cuda.device(device):

@@ -19,7 +19,7 @@ from typing import Any
 from ...core.problem import Strategy
 from ...device import DeviceInfo
 from . import STRATEGIES, configs
-from .configs import Config
+from .configs import GemmTiles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +54,8 @@ class Measured:
     """
 
     strategy: Strategy
-    forward: Config | None = None
-    backward: Config | None = None
+    forward: GemmTiles | None = None
+    backward: GemmTiles | None = None
     source: str = ""
     microseconds: float | None = None
 
@@ -131,11 +131,11 @@ def _row(row: Mapping[str, Any]) -> tuple[Shape, Measured]:
     return key, Measured(strategy, **tiles, source=source, microseconds=row["microseconds"])
 
 
-def _tiles(row: Mapping[str, Any] | None) -> Config | None:
+def _tiles(row: Mapping[str, Any] | None) -> GemmTiles | None:
     """Return the tiles of a row; ValueError if no kernel can be compiled for them."""
     if row is None:
         return None
-    config = Config(**row)
+    config = GemmTiles(**row)
     sizes = config.block_m, config.block_n, config.block_k
     if any(type(n) is not int or n < configs.MIN_BLOCK or n & (n - 1) for n in sizes):
         raise ValueError(f"tiles {sizes}, want powers of two from {configs.MIN_BLOCK} on")

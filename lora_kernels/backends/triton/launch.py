@@ -86,7 +86,7 @@ def compile_only(part: int, parts: int) -> Iterator[None]:
     global _compiles_only
     seen: set[tuple[Any, ...]] = set()
 
-    def compile_kernel(kernel: Any, config: Config, args: Any, meta: dict[str, Any]) -> None:
+    def compile_kernel(kernel: Any, config: Tiles, args: Any, meta: dict[str, Any]) -> None:
         key = (kernel, config, *map(_kind, args), *meta.values())
         if key not in seen and len(seen) % parts == part:
             kernel.warmup(*args, grid=(1,), **meta, **options(config))

@@ -2,8 +2,9 @@
 
 For each shape the tiles of the fused kernel are tried in both directions, then the strategies
 against each other by the time of a step, forward and backward. A candidate whose results are not
-the default's (to the rounding of their dtype) is dropped, and said. The file that is written is
-read where LORA_KERNELS_MEASURED names it.
+the eager backend's (to the rounding of their dtype) is dropped, and said. Eager's time stands in
+each row, and a row that does not beat it is used only where the triton backend is requested. The
+file that is written is read where LORA_KERNELS_MEASURED names it.
 """
 
 from __future__ import annotations
@@ -54,7 +55,12 @@ class Trial:
     key: Shape
     seconds: float
     calls: dict[str, Callable[[], Any]]
-    want: dict[str, Tensor]  # the default's results
+    want: dict[str, Tensor]  # eager's results
+
+    def run_eager(self) -> Any:
+        """What a step returns in the eager backend."""
+        with selection.backend("eager"):
+            return self.calls["backward"]()
 
     def run(self, row: Measured, direction: str = "backward") -> Any:
         """What the call returns where the table holds this row."""
@@ -84,29 +90,34 @@ class Trial:
         for name, flaw in flaws.items():
             if flaw is not None:
                 print(f"    {name}: left out, {flaw}", flush=True)
-        calls = {n: partial(self.run, row, direction) for n, row in rows.items() if not flaws[n]}
+        calls: dict[str, Callable[[], Any]] = {
+            n: partial(self.run, row, direction) for n, row in rows.items() if not flaws[n]
+        }
         if not calls:
-            raise RuntimeError(f"{self.case}: no candidate gave the default's results")
+            raise RuntimeError(f"{self.case}: no candidate gave eager's results")
+        names = list(calls)
+        if direction == "backward":
+            calls["eager"] = self.run_eager
         times = timing.interleave(calls, seconds=self.seconds, device=self.case.device)
         seconds = {name: taken.p50 for name, taken in times.items()}
-        return min(seconds, key=lambda name: seconds[name]), seconds
+        return min(names, key=lambda name: seconds[name]), seconds
 
 
 def tune(
     case: Case, target: DeviceInfo, seconds: float
 ) -> tuple[Shape, Measured, dict[str, float]]:
-    """The fastest row for a shape; microseconds of its step and of the default's."""
+    """The fastest row for a shape; microseconds of its step, of the default's and of eager's."""
     args = cases.inputs(case)
     itemsize = max(case.dtype.itemsize, (case.adapter_dtype or case.dtype).itemsize)
-    four_bit = bool(case.quant)
-    key = measured.shape(target, case.M, case.N, case.K, case.R, itemsize, four_bit)
+    four_bit, dtypes = bool(case.quant), (case.dtype, case.adapter_dtype or case.dtype)
+    key = measured.shape(target, case.M, case.N, case.K, case.R, *dtypes, four_bit)
     chosen, _ = configs.strategy(target, case.M, case.N, case.R, itemsize, four_bit, False)
     default = Measured(chosen)
     forward = partial(functional.lora_linear, **{n: v for n, v in args.items() if n != "dy"})
     step = partial(cases.run, functional.lora_linear, args)
     calls: dict[str, Callable[[], Any]] = {"forward": forward, "backward": step}
     trial = Trial(case, key, seconds, calls, {})
-    trial.want = trial.run(default)
+    trial.want = trial.run_eager()
 
     rows = {"default": default}
     for strategy in STRATEGIES:
@@ -125,7 +136,8 @@ def tune(
             row = tried[trial.fastest(tried, direction)[0]]
         rows[strategy] = row
     best, taken = trial.fastest(rows)
-    times = {"microseconds": taken[best] * 1e6, "default_microseconds": taken["default"] * 1e6}
+    named = {"": best, "default_": "default", "eager_": "eager"}
+    times = {f"{of}microseconds": taken.get(name, 0.0) * 1e6 for of, name in named.items()}
     return key, rows[best], times
 
 
@@ -195,8 +207,10 @@ def run(args: argparse.Namespace) -> int:
         case = Case(M, N, K, R, dtype, quant=quant, device=cases.triton_device())
         print(case, flush=True)
         key, row, times = tune(case, target, args.seconds)
-        took, by_default = times["microseconds"], times["default_microseconds"]
-        print(f"    {row.strategy}: {took:.0f} µs a step, by default {by_default:.0f}", flush=True)
+        took, default, eager = times.values()
+        print(
+            f"    {row.strategy}: {took:.0f} µs a step, {default:.0f} by default, {eager:.0f} eager"
+        )
         found = measured.entry(key, row, rank=R, **provenance, **times)
         same = asdict(key).items()
         kept = [old for old in kept if any(old[name] != value for name, value in same)] + [found]

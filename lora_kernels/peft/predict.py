@@ -280,10 +280,8 @@ def _find_tuned_time(part: Part, rows: int) -> Time | None:
     if choice.backend != "triton" or part.mixed or part.dropout or not part.base:
         return None
     target = device.gpu(part.device.index)
-    itemsize = max(d.itemsize for d in (part.x_dtype, part.a_dtype, part.b_dtype, part.dtype))
-    known = measured.find(
-        measured.shape(target, rows, part.N, part.K, part.R, itemsize, part.four_bit)
-    )
+    sizes = rows, part.N, part.K, part.R
+    known = measured.find(measured.shape(target, *sizes, part.dtype, part.a_dtype, part.four_bit))
     if known is None or known.microseconds is None or known.strategy != choice.strategy:
         return None
     return Time(known.microseconds * 1e-6, known.source, measured=True)

@@ -333,7 +333,7 @@ def test_known_gpu_is_predicted_by_the_model_of_costs(monkeypatch: pytest.Monkey
 
 def test_what_was_measured_goes_before_the_model_and_says_so(monkeypatch) -> None:
     monkeypatch.setattr(device, "gpu", lambda index: H100)
-    key = measured.shape(H100, 512, 4096, 14336, 16, 2, False)
+    key = measured.shape(H100, 512, 4096, 14336, 16, bf16, bf16, False)
     row = measured.Measured(
         triton.TWO_PASS, source="measured on H100: 250 µs a step", microseconds=250
     )

@@ -124,13 +124,25 @@ def test_cheapest_of_what_the_model_leaves_is_none() -> None:
 def test_tuned_goes_before_the_model() -> None:
     target = DeviceInfo("cuda", 90, 132, 227 << 10)
     problem = Problem("cuda", *(torch.bfloat16,) * 4, R, 100, True, N, K)
-    key = measured.shape(target, 100, N, K, R, 2, True)
+    bf16 = torch.bfloat16
+    key = measured.shape(target, 100, N, K, R, bf16, bf16, True)
     assert heuristics.choose_tuned(problem, target, None) is None
-    with measured.override_row(key, measured.Measured(triton.TWO_PASS, source="measured here")):
+    rows = {
+        (strategy, eager): measured.Measured(
+            strategy, source="measured here", microseconds=95.0, eager_microseconds=eager
+        )
+        for strategy in (triton.TWO_PASS, triton.FUSED)
+        for eager in (100.0, 99.0, None)
+    }
+    for eager in (99.0, None):  # not 5 % faster, or not known
+        with measured.override_row(key, rows[triton.TWO_PASS, eager]):
+            assert heuristics.choose_tuned(problem, target, None) is None
+            assert heuristics.choose_tuned(problem, target) is not None  # Triton was requested
+    with measured.override_row(key, rows[triton.TWO_PASS, 100.0]):
         found = heuristics.choose_tuned(problem, target, None)
         assert found == Choice("triton", triton.TWO_PASS, "measured here")
         assert heuristics.choose_tuned(problem._replace(dropout=True), target, None) is None
-    with measured.override_row(key, measured.Measured(triton.FUSED, source="measured here")):
+    with measured.override_row(key, rows[triton.FUSED, 100.0]):
         mixed = heuristics.choose_tuned(problem._replace(mixed=True), target, None)
         assert mixed == Choice("triton", triton.TWO_PASS, "measured here")
 

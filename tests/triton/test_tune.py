@@ -1,6 +1,7 @@
 """`lora-kernels tune` from end to end: what it tries, drops, writes, and that it is obeyed."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,8 +114,9 @@ def test_tune_into_a_file_of_something_else_leaves_it_alone(
 
 
 GOOD: dict[str, Any] = {"arch": 90, "multiprocessors": 132, "rows": 1, "columns": 64, "inner": 64}
-GOOD |= {"block_r": 16, "itemsize": 2, "four_bit": False, "strategy": TWO_PASS, "forward": None}
-GOOD |= {"backward": None, "device": "none", "microseconds": 1.0}
+GOOD |= {"block_r": 16, "dtype": "bfloat16", "adapter": "bfloat16", "four_bit": False}
+GOOD |= {"platform": measured._platform(), "strategy": TWO_PASS, "forward": None}
+GOOD |= {"backward": None, "device": "none", "microseconds": 1.0, "eager_microseconds": 2.0}
 TILES = {"block_m": 16, "block_n": 64, "block_k": 64, "warps": 4, "stages": 3}
 
 
@@ -129,6 +131,7 @@ TILES = {"block_m": 16, "block_n": 64, "block_k": 64, "warps": 4, "stages": 3}
         '{"rows": ["split"]}',
         json.dumps({"rows": [GOOD | {"microseconds": "fast"}]}),
         json.dumps({"rows": [GOOD | {"arch": [90]}]}),
+        json.dumps({"rows": [GOOD | {"dtype": 2}]}),
         json.dumps({"rows": [GOOD | {"strategy": "guess"}]}),
         json.dumps({"rows": [GOOD | {"forward": {"block_m": 16}}]}),
         json.dumps({"rows": [GOOD | {"forward": TILES | {"block_n": 48}}]}),
@@ -145,7 +148,8 @@ def test_find_damaged_table_warns_once_and_leaves_it_out(
     if text is not None:
         file.write_text(text, encoding="latin-1")
     monkeypatch.setenv("LORA_KERNELS_MEASURED", str(file))
-    key = measured.shape(DeviceInfo("cuda", 90, 132, 227 << 10), 1, 64, 64, 16, 2, False)
+    bf16 = torch.bfloat16
+    key = measured.shape(DeviceInfo("cuda", 90, 132, 227 << 10), 1, 64, 64, 16, bf16, bf16, False)
     with pytest.warns(UserWarning) as told:
         assert [measured.find(key) for _ in range(3)] == [None] * 3
     assert len(told) == 1 and str(file) in str(told[0].message)
@@ -154,6 +158,9 @@ def test_find_damaged_table_warns_once_and_leaves_it_out(
     monkeypatch.setenv("LORA_KERNELS_MEASURED", str(good))
     found = measured.find(key)
     assert found is not None and found.forward == configs.GemmTiles(16, 64, 64, 4, 3)
+    assert found.beats_eager
+    for field, other in (("dtype", "float16"), ("adapter", "float32"), ("platform", "Triton 1")):
+        assert measured.find(replace(key, **{field: other})) is None  # type: ignore[arg-type]
 
 
 def test_candidates_fit_the_shared_memory() -> None:

@@ -315,8 +315,8 @@ def _tiles(
         )
     if base and unchanged:  # `tune` measures calls like this one
         columns, inner = (N, K) if gemm.forward else (K, N)
-        widest = max(multiplied, operand, gemm.q.dtype.itemsize)
-        key = measured.shape(target, M, columns, inner, R, widest, codes is not None)
+        dtypes = gemm.dtype, gemm.q.dtype
+        key = measured.shape(target, M, columns, inner, R, *dtypes, codes is not None)
         known = measured.find(key)
         if known is not None and known.strategy == strategy:
             return (known.forward if gemm.forward else known.backward) or config

@@ -54,13 +54,17 @@ def _choice(problem: Problem, strategy: Strategy, reason: str) -> Choice:
 def choose_tuned(
     problem: Problem, target: DeviceInfo, reason: str | None = REQUESTED
 ) -> Choice | None:
-    """Return the choice that `lora-kernels tune` has measured for such a call, or None."""
+    """Return the choice that `lora-kernels tune` has measured for such a call, or None.
+
+    reason: why the backend was chosen; None if it was not, and must have been faster than eager.
+    """
     if problem.dropout:
         return None
     rows, N, K = problem.rows, problem.columns, problem.inner
-    key = measured.shape(target, rows, N, K, problem.rank, problem.itemsize, problem.four_bit)
+    dtypes = problem.dtype, problem.a_dtype
+    key = measured.shape(target, rows, N, K, problem.rank, *dtypes, problem.four_bit)
     known = measured.find(key)
-    if known is None:
+    if known is None or (reason is None and not known.beats_eager):
         return None
     why = f"{reason}; {known.source}" if reason else known.source
     return _choice(problem, known.strategy, why)

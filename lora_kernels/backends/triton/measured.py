@@ -16,6 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from ... import device, verdicts
 from ...core.problem import Strategy
 from ...device import DeviceInfo
 from . import STRATEGIES, configs
@@ -30,7 +33,8 @@ class Shape:
         arch: compute capability, 90 for 9.0; 0 for AMD's.
         rows: M, rounded up to a power of two.
         columns, inner: N and K of the forward.
-        itemsize: bytes of the widest of x's, the adapter's and the base GEMM's dtypes.
+        dtype, adapter: of the base GEMM, and of lora_A and lora_B.
+        platform: versions of the driver, torch and Triton.
     """
 
     arch: int
@@ -39,8 +43,10 @@ class Shape:
     columns: int
     inner: int
     block_r: int
-    itemsize: int
+    dtype: str
+    adapter: str
     four_bit: bool
+    platform: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +56,7 @@ class Measured:
     Args:
         forward, backward: the tiles of linear.py's kernels; None for the tiles of `configs`.
         source: the device and the time, in words.
-        microseconds: of a step.
+        microseconds, eager_microseconds: of a step, and of the eager backend's.
     """
 
     strategy: Strategy
@@ -58,6 +64,14 @@ class Measured:
     backward: GemmTiles | None = None
     source: str = ""
     microseconds: float | None = None
+    eager_microseconds: float | None = None
+
+    @property
+    def beats_eager(self) -> bool:
+        """Return True if it took at most 95 % of the eager backend's time."""
+        if self.microseconds is None or self.eager_microseconds is None:
+            return False
+        return self.microseconds <= 0.95 * self.eager_microseconds
 
 
 def shape(
@@ -66,13 +80,21 @@ def shape(
     columns: int,
     inner: int,
     rank: int,
-    itemsize: int,
+    dtype: torch.dtype,
+    adapter: torch.dtype,
     four_bit: bool,
 ) -> Shape:
     """Return the key of a call without dropout."""
     rows, block_r = configs.power_of_two(max(rows, 1)), configs.block_of_ranks(rank)
     arch, count = target.capability, target.multiprocessors
-    return Shape(arch, count, rows, columns, inner, block_r, itemsize, four_bit)
+    names = str(dtype).removeprefix("torch."), str(adapter).removeprefix("torch.")
+    return Shape(arch, count, rows, columns, inner, block_r, *names, four_bit, _platform())
+
+
+@functools.cache
+def _platform() -> str:
+    versions = verdicts.driver_version(), torch.__version__, device.version("triton")
+    return "driver {}, torch {}, Triton {}".format(*versions)
 
 
 _overrides: dict[Shape, Measured] = {}
@@ -124,11 +146,15 @@ def _row(row: Mapping[str, Any]) -> tuple[Shape, Measured]:
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy {row['strategy']!r}")
     for name, value in vars(key).items():
-        if not isinstance(value, int) or value < 0:
+        if name in ("dtype", "adapter", "platform"):
+            if not isinstance(value, str):
+                raise ValueError(f"{name} {value!r}")
+        elif not isinstance(value, int) or value < 0:
             raise ValueError(f"{name} {value!r}")
     tiles = {name: _tiles(row[name]) for name in ("forward", "backward")}
     source = f"measured on {row['device']}: {row['microseconds']:.0f} µs a step"
-    return key, Measured(strategy, **tiles, source=source, microseconds=row["microseconds"])
+    times = row["microseconds"], row["eager_microseconds"]
+    return key, Measured(strategy, tiles["forward"], tiles["backward"], source, *times)
 
 
 def _tiles(row: Mapping[str, Any] | None) -> GemmTiles | None:
@@ -146,7 +172,7 @@ def _tiles(row: Mapping[str, Any] | None) -> GemmTiles | None:
 
 
 def entry(key: Shape, row: Measured, **provenance: Any) -> dict[str, Any]:
-    """Return a row of a file. provenance: at least "device" and "microseconds"."""
+    """Return a row of a file. provenance: at least "device", and the two fields of times."""
     tiles = {
         name: None if tile is None else dataclasses.asdict(tile)
         for name, tile in (("forward", row.forward), ("backward", row.backward))

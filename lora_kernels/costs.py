@@ -322,7 +322,8 @@ def _cuda_gemm(call: _Call) -> Cost:
     parts = _gemm_parts(gemm, decoding, call.moved)
     sums = 8 * call.M * call.N * splits / call.bandwidth + call.launch if splits > 1 else 0.0
     host = CUDA_CALL + 2 * CUDA_LAUNCH
-    return call.cost("cuda", Strategy.TWO_PASS, parts, call.shrink + 2 * call.launch + sums, host)
+    others = _thin(call) + 2 * call.launch + sums
+    return call.cost("cuda", Strategy.TWO_PASS, parts, others, host)
 
 
 def _cuda_simt(call: _Call) -> Cost:
@@ -331,7 +332,12 @@ def _cuda_simt(call: _Call) -> Cost:
     gemm = call.flops(rows) / (call.gpu.fp32_flops * SIMT_SHARE * call.rates.cuda) / busy
     parts = _gemm_parts(gemm, call.decoding(rows // TILE_M, CODES_A_CLOCK) / busy, call.moved)
     host = CUDA_CALL + 2 * CUDA_LAUNCH
-    return call.cost("cuda", Strategy.TWO_PASS_SIMT, parts, call.shrink + 2 * call.launch, host)
+    return call.cost("cuda", Strategy.TWO_PASS_SIMT, parts, _thin(call) + 2 * call.launch, host)
+
+
+def _thin(call: _Call) -> float:
+    """Return the seconds of thin.cu, which computes P on CUDA cores."""
+    return max(call.shrink, 2.0 * call.M * call.R * call.K / (call.gpu.fp32_flops * FP32_SHARE))
 
 
 def _cuda_decode(call: _Call, strategy: Strategy) -> Cost:

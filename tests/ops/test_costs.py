@@ -12,16 +12,19 @@ from lora_kernels.backends import triton
 from lora_kernels.backends.triton import heuristics, measured
 from lora_kernels.core.problem import Choice, Layout, Problem, Strategy
 from lora_kernels.device import DeviceInfo
-from tests.support.gpus import H100, RTX4090, SERVED, T4
+from tests.support.gpus import A100, H100, RTX4090, SERVED, T4
 
 every_gpu = pytest.mark.parametrize("gpu", SERVED, ids=lambda gpu: gpu.name)
 N, K, R = 4096, 14336, 16
 
 
-def predict(gpu: DeviceInfo, M: int, itemsize: int = 2, **fields: Any) -> list[costs.Cost]:
+def predict(
+    gpu: DeviceInfo, M: int, itemsize: int = 2, rank: int = R, **fields: Any
+) -> list[costs.Cost]:
     """The costs of a call with M rows."""
     dtype = torch.bfloat16 if itemsize == 2 else torch.float32
-    return costs.predict(gpu, Problem("cuda", *(dtype,) * 4, R, M, columns=N, inner=K, **fields))
+    problem = Problem("cuda", *(dtype,) * 4, rank, M, columns=N, inner=K, **fields)
+    return costs.predict(gpu, problem)
 
 
 def test_an_older_gpu_is_refused_with_its_reason() -> None:
@@ -181,6 +184,14 @@ def test_decoding_without_bitsandbytes_is_three_kernels(gpu: DeviceInfo) -> None
 
     moved = (eager(False) - eager(True) - 2 * costs.LAUNCH) * gpu.bandwidth * costs.BANDWIDTH_SHARE
     assert moved == pytest.approx(2 * (4 / 2 + 4) * N * K)
+
+
+def test_cuda_cores_limit_p_at_large_ranks() -> None:
+    """256 ranks of 4096 rows at K = 14336: 30 GFLOP, 1.5 ms of an A100's CUDA cores."""
+    found = {(c.backend, c.strategy): c.seconds for c in predict(A100, 4096, rank=256)}
+    few = {(c.backend, c.strategy): c.seconds for c in predict(A100, 4096)}
+    key = ("cuda", Strategy.TWO_PASS)
+    assert found[key] - few[key] > 2.0 * 4096 * 240 * K / A100.fp32_flops
 
 
 @every_gpu

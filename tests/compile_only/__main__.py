@@ -72,6 +72,13 @@ def main() -> int:
                         "peak": None if code.share is None else round(code.share, 3),
                         "slice": call in SLICE,
                     }
+                    if call in SLICE:
+                        entry[key] |= {
+                            "warps": found.config.warps,
+                            "stages": found.config.stages,
+                            "programs": found.programs,
+                            **code.measure_loop(),
+                        }
                 elif kept["triton"] == VERSION and (limit or not args.call):
                     wrong += _over(code, limit)  # some are known by a call that was left out
                 peak = "" if code.share is None else f"{code.share:4.0%}"

@@ -4,9 +4,7 @@
 
 A kernel that spills, a product without its matrix instruction, or a kernel that reads no 128 bits
 at a time fails, and one that takes more registers than budgets.json says (for the nvcc that they
-were written with). `loop` and `peak` are those of `python -m tests.compile_only`. For decode's
-loop, `stream` is the share of the GPU's memory bandwidth that issuing its instructions, and looking
-codes up in shared memory, leaves room for: an upper bound.
+were written with). `loop` is that of `python -m tests.compile_only`, `bound` the least of `bounds`.
 """
 
 from __future__ import annotations
@@ -19,20 +17,15 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from tests.compile_only import budgets, document, machine_code
+from tests.compile_only import bounds, budgets, document, machine_code
 from tests.compile_only.machine_code import TOOLS, Code
 
 LIBRARIES = Path(__file__).parents[2] / "lora_kernels"
-# Bytes of memory a clock and multiprocessor, from the data sheets of A100, 3090, 4090,
-# H100, B200 and 5090.
-STREAM = {"sm80": 13.4, "sm86": 6.8, "sm89": 3.1, "sm90": 14.5, "sm100": 27.5, "sm120": 4.4}
 MATRIX = ("gemm", "decode")
 WIDE = ("gemm", "decode", "thin", "pair", "linear")
 WARPS = {"gemm": 4, "decode": 8}
-# Of a warp in one turn of decode's loop: 16 rows of 128 elements.
-CHUNK_BYTES = {"codes": 16 * 64, "dense": 16 * 256}
-_SHARED_BYTES = 128  # of shared memory a clock and multiprocessor
 
 
 @dataclass(frozen=True)
@@ -41,21 +34,6 @@ class Found:
     kernel: str  # "gemm"
     key: str  # "gemm bfloat16 codes dx"
     code: Code
-
-    @property
-    def stream(self) -> float | None:
-        """The share of memory bandwidth that decode's loop allows."""
-        if self.kernel != "decode":
-            return None
-        loop = self.code.loop
-        look_ups = sum(n for op, n in loop.items() if op.startswith("LDS"))
-        wide = sum(n for op, n in loop.items() if op.startswith("LDS") and ".64" in op)
-        clocks = max(
-            sum(loop.values()) / 4,  # four warps issue at a time
-            (wide * 256 + (look_ups - wide) * 128) / _SHARED_BYTES,
-        )
-        bytes_ = CHUNK_BYTES["codes" if "codes" in self.key else "dense"]
-        return min(1.0, bytes_ / clocks / STREAM[self.target])
 
 
 def library() -> Path | None:
@@ -82,7 +60,7 @@ def kernels(library: Path) -> Iterator[Found]:
         for cubin in sorted(Path(folder).glob("*.cubin")):
             arch = re.search(r"sm_(\w+)\.cubin", cubin.name)
             target = f"sm{arch[1]}" if arch else ""
-            if target not in STREAM:
+            if target not in bounds.GPUS:
                 continue
             usage = _output(str(TOOLS / "cuobjdump"), "--dump-resource-usage", str(cubin))
             sass = _output(str(TOOLS / "nvdisasm"), "-c", str(cubin))
@@ -159,19 +137,19 @@ def main() -> int:
     same = kept["nvcc"] == version
     if not same and not args.write:
         print(f"no budgets compared: they are of nvcc {kept['nvcc']}, this is {version}")
-    print("registers, matrix instruction, loop, peak, stream; then kernel")
+    print("registers, matrix instruction, loop, bound; then kernel")
     failures = seen = 0
     if args.write:
         kept["cuda"], kept["nvcc"] = {}, version
     for found in sorted(kernels(path), key=lambda f: (f.target, f.key)):
         seen += 1
         code, wrong = found.code, _wrong(found)
-        entry = {
+        entry: dict[str, Any] = {
             "registers": code.registers,
             "matrix": code.matrix,
             "loop": round(code.matrix_share, 3),
             "peak": None if code.share is None else round(code.share, 3),
-            "stream": None if found.stream is None else round(found.stream, 3),
+            **code.measure_loop(),
         }
         limit = kept["cuda"].setdefault(found.target, {})
         if args.write:
@@ -182,10 +160,10 @@ def main() -> int:
                 wrong.append("no budget: run with --write")
             elif code.registers > known["registers"]:
                 wrong.append(f"registers over {known['registers']}")
-        shares = "  ".join("" if s is None else f"{s:4.0%}" for s in (code.share, found.stream))
+        share = document.describe(bounds.of_cuda(found.target, found.key, entry))
         line = (
             f"{'✗' if wrong else '✓'} {found.target:6} {code.registers:3} {code.matrix:9} "
-            f"{code.matrix_share:4.0%} {shares:10}  {found.key}"
+            f"{code.matrix_share:4.0%} {share:14}  {found.key}"
         )
         print("  ".join([line, *wrong]), flush=True)
         failures += bool(wrong)

@@ -1,4 +1,10 @@
-"""The tables of benchmarks/KERNELS.md: from budgets.json, and from the cost model."""
+"""The tables of benchmarks/KERNELS.md: from budgets.json, and from the cost model.
+
+python -m tests.compile_only.document
+
+It compiles nothing. It prints every bound (see `bounds`) of the kernels in budgets.json, in percent
+of the roofline, and writes the tables.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +15,8 @@ from typing import Any
 
 from lora_kernels.backends.triton import configs
 from lora_kernels.device import DeviceInfo
+from tests.compile_only import bounds
+from tests.compile_only.budgets import read
 
 DOCUMENT = Path(__file__).parents[2] / "benchmarks" / "KERNELS.md"
 NAMED = [(1024, "Llama-3-8B k, v"), (2048, "TinyLlama q, o"), (4096, "Llama-3-8B q, o, down")]
@@ -18,8 +26,12 @@ GPUS = {
 }
 
 
-def _percent(share: float | None) -> str:
-    return "–" if share is None else f"{share:.0%}"
+def describe(found: dict[str, float] | None) -> str:
+    """Return the least bound as "29% trips"; "–" if none is known."""
+    if found is None:
+        return "–"
+    name, share = bounds.tightest(found)
+    return f"{share:.0%} {name}"
 
 
 def _by_target(kernels: dict[str, dict[str, str]]) -> str:
@@ -32,11 +44,17 @@ def _by_target(kernels: dict[str, dict[str, str]]) -> str:
     return "\n".join(lines)
 
 
+def _blocks(target: str, code: dict[str, Any]) -> str:
+    """Return a clause if a launch has fewer programs than the GPU has multiprocessors."""
+    count = bounds.GPUS[target].multiprocessors if target in bounds.GPUS else 0
+    return f" ({code['programs']} of {count} SMs)" if code["programs"] < count else ""
+
+
 def compiled(budgets: dict[str, Any]) -> str:
     kernels = {
         target: {
             key: f"{code['registers']} {(code['matrix'] or '–').split('.')[0]} "
-            f"{_percent(code['peak'])}"
+            f"{describe(bounds.of_triton(target, key, code))}{_blocks(target, code)}"
             for key, code in budgets["kernels"].get(target, {}).items()
             if code["slice"]
         }
@@ -48,10 +66,7 @@ def compiled(budgets: dict[str, Any]) -> str:
 def cuda(budgets: dict[str, Any]) -> str:
     kernels = {
         target: {
-            key: " / ".join(
-                [str(code["registers"])]
-                + [_percent(code[name]) for name in ("peak", "stream") if code[name]]
-            )
+            key: f"{code['registers']} {describe(bounds.of_cuda(target, key, code))}"
             for key, code in found.items()
         }
         for target, found in sorted(budgets["cuda"].items())
@@ -88,3 +103,18 @@ def render(text: str, budgets: dict[str, Any]) -> str:
 def write(budgets: dict[str, Any]) -> None:
     """Write the tables into the document."""
     DOCUMENT.write_text(render(DOCUMENT.read_text(), budgets))
+
+
+def main() -> None:
+    kept = read()
+    for section, of in (("cuda", bounds.of_cuda), ("kernels", bounds.of_triton)):
+        for target, kernels in sorted(kept[section].items()):
+            for key, code in sorted(kernels.items()):
+                if found := of(target, key, code):
+                    shares = "  ".join(f"{name} {share:4.0%}" for name, share in found.items())
+                    print(f"{target:6} {shares}  {key}")
+    write(kept)
+
+
+if __name__ == "__main__":
+    main()

@@ -21,6 +21,9 @@ PEAK |= {"sm90": 4096, "sm100": 8192, "sm103": 8192}
 _HMMA = {"16816": 2 * 16 * 8 * 16, "1688": 2 * 16 * 8 * 8}
 
 
+LOOP = ("instructions", "wavefronts")  # of `Code.measure_loop`
+
+
 @dataclass(frozen=True)
 class Code:
     registers: int
@@ -30,13 +33,29 @@ class Code:
     matrix: str  # the kind of matrix instruction; "" where there is none
     wide: bool  # whether global memory is read 128 bits at a time
     share: float | None  # of the tensor cores' peak that issuing the loop's instructions allows
-    loop: Counter[str]  # instructions of the innermost loop that multiplies
+    loop: Counter[str]  # instructions of the loop that multiplies, see `_loop`
 
     @property
     def matrix_share(self) -> float:
         """Matrix instructions over all of the loop."""
         total = sum(self.loop.values())
         return sum(n for op, n in self.loop.items() if _is_matrix(op)) / total if total else 0.0
+
+    def measure_loop(self) -> dict[str, int]:
+        """Return what a warp does in one turn of the loop.
+
+        instructions: that it issues. wavefronts: of 128 bytes of shared memory, if no banks
+        conflict and all lanes access bytes of their own.
+        """
+        wavefronts = 0
+        for op, n in self.loop.items():
+            if found := re.match(r"(?:LDSM|STSM)\S*\.(\d)$", op):
+                wavefronts += n * int(found[1])
+            elif op.startswith(("LDS", "STS", "LDGSTS")):
+                wavefronts += n * (4 if op.endswith(".128") else 2 if op.endswith(".64") else 1)
+            elif found := re.match(r"HGMMA\.64x(\d+)x(\d+)", op):  # four warps read once
+                wavefronts += n * int(found[1]) * int(found[2]) * 2 // 128 // 4
+        return {"instructions": sum(self.loop.values()), "wavefronts": wavefronts}
 
 
 def read(kernel: Any, target: str, warps: int) -> Code:
@@ -91,22 +110,31 @@ def _output(tool: str, *arguments: str) -> str:
 
 
 def _loop(sass: str) -> tuple[Counter[str], int]:
-    """The shortest loop with as many matrix instructions as any; in all loops, what spills."""
+    """The loop with the most matrix instructions; in all loops, what spills.
+
+    Of loops with as many: the shortest of those that overlap, since the others go round it; the
+    longest of those apart, since x·Aᵀ has a shorter loop than x·Wᵀ of codes.
+    """
     lines = [line for line in sass.splitlines() if re.search(r"/\*[0-9a-f]{4,}\*/|^\.L", line)]
     labels = {line.split(":")[0].strip(): i for i, line in enumerate(lines) if line[0] == "."}
     ops = [
         found[1] if (found := re.search(r"\*/\s+(?:@!?U?P\w+ )?([A-Z]\w*[\w.]*)", line)) else ""
         for line in lines
     ]
-    chosen, spilled = (0, 0, range(0)), set[int]()
+    loops, spilled = list[tuple[int, range]](), set[int]()
     for end, line in enumerate(lines):
         jump = re.search(r"BRA.*`\((\.L\w+)\)", line)
         body = range(labels.get(jump[1], end + 1) if jump else end + 1, end + 1)
         spilled.update(i for i in body if ops[i].startswith(("LDL", "STL")))
-        chosen = max(
-            chosen, (sum(_is_matrix(ops[i]) for i in body), -len(body), body), key=lambda c: c[:2]
-        )
-    return Counter(ops[i] for i in chosen[2] if ops[i]), len(spilled)
+        if count := sum(_is_matrix(ops[i]) for i in body):
+            loops.append((count, body))
+    most = max((count for count, _ in loops), default=0)
+    chosen, apart = range(0), list[range]()
+    for body in sorted((body for count, body in loops if count == most), key=len):
+        if all(body.stop <= other.start or other.stop <= body.start for other in apart):
+            apart.append(body)
+            chosen = body
+    return Counter(ops[i] for i in chosen if ops[i]), len(spilled)
 
 
 def _is_matrix(op: str) -> bool:

@@ -1,0 +1,228 @@
+"""Static bounds on the speed of a kernel: what its machine code, tiles and launch allow at best.
+
+Each is a share of the roofline (memory bandwidth or the tensor cores' peak, whichever takes longer)
+at N = K = 4096 and the rows of the kernel's name, 4096 if it has none:
+
+- issue: four warps of a multiprocessor issue an instruction a clock;
+- shared: 128 bytes of shared memory a clock, without bank conflicts;
+- L2: the bytes that tiles load from the L2 cache;
+- in flight: bytes on their way per multiprocessor over the latency (Little's law);
+- waves: whole tiles on the units that the kernel uses, and idle multiprocessors in the last wave;
+- trips: a launch, then the round trips before and after the loop that depend on each other.
+
+The least share is an upper bound. The kernel reaches less.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lora_kernels.backends.triton import configs
+from lora_kernels.costs import L2_BYTES, L2_LATENCY, LATENCY
+from lora_kernels.device import DeviceInfo
+from tests.support.gpus import A100, B200, H100, RTX3090, RTX4090, RTX5090
+
+GPUS = {"sm80": A100, "sm86": RTX3090, "sm89": RTX4090, "sm90": H100, "sm100": B200}
+GPUS |= {"sm120": RTX5090}
+N = K = 4096
+RANK = 16
+CODES = 0.5 + 1 / 64  # bytes of a 4-bit weight's element: code and scale
+# Seconds from one small kernel's start to the next one's, in a stream. An estimate: at 4096² a
+# launch takes 1.4 of the 4.3 µs that a GEMV of codes takes on H100.
+LAUNCH = 1.4e-6
+
+
+@dataclass(frozen=True)
+class Work:
+    """A launch at its representative size.
+
+    Args:
+        bytes, flops: the least of memory and of GEMMs, for any kernel.
+        executed: FLOPs with padding; None for no more.
+        on: the units that execute them, "tensor", "tf32" (three products) or "fp32".
+        float32: whether operands are.
+        steps: turns of a warp's loop, on average.
+        longest: the most turns, if programs differ.
+        ahead: turns whose loads are on their way at a time.
+        loaded: bytes that all programs load from the L2 cache.
+        trips: seconds of the round trips before and after the loop.
+        step_trips: seconds of a turn's round trips after its loads from memory.
+    """
+
+    bytes: float
+    loaded: float
+    programs: int
+    warps: int
+    steps: float
+    registers: int
+    shared: int = 0
+    flops: float = 0.0
+    executed: float | None = None
+    on: str = "tensor"
+    float32: bool = False
+    ahead: int = 1
+    trips: float = 2 * LATENCY + L2_LATENCY  # the first tiles; P and B; the last sums
+    step_trips: float = 0.0
+    longest: float = 0.0
+
+
+def bounds(gpu: DeviceInfo, work: Work, loop: dict[str, Any]) -> dict[str, float]:
+    """Return each bound as a share of the roofline.
+
+    loop: instructions and wavefronts of a warp's turn, zeros if there is no loop with a GEMM.
+    """
+    count, clocks = gpu.multiprocessors, gpu.multiprocessors * gpu.clock
+    rates = {"tensor": gpu.tensor_flops, "tf32": gpu.tensor_flops / 6, "fp32": gpu.fp32_flops}
+    best = max(rates["tf32"], rates["fp32"]) if work.float32 else rates["tensor"]
+    roofline = max(work.bytes / gpu.bandwidth, work.flops / best)
+    executed = work.flops if work.executed is None else work.executed
+    busy = work.programs / (_tiles(work.programs, count) * count)
+    turns = work.programs * work.warps * work.steps
+    resident = count * _occupancy(gpu, work.shared, work.registers, work.warps)
+    first = min(1.0, work.bytes / work.loaded)  # of the loads, from memory
+    latency = L2_LATENCY + first * (LATENCY - L2_LATENCY) + work.step_trips
+    waits = _tiles(work.programs, resident) * max(work.steps, work.longest) / work.ahead
+    seconds = {
+        "issue": turns * loop["instructions"] / 4 / clocks / busy,
+        "shared": turns * loop["wavefronts"] / clocks / busy,
+        "L2": work.loaded / (L2_BYTES[gpu.capability] * clocks) / busy,
+        "in flight": waits * latency,
+        "waves": executed / rates[work.on] / busy,
+    }
+    seconds["trips"] = LAUNCH + work.trips + max(roofline, seconds["in flight"])
+    return {name: min(1.0, roofline / time) if time else 1.0 for name, time in seconds.items()}
+
+
+def tightest(found: dict[str, float]) -> tuple[str, float]:
+    """Return the bound of the least share; of equal ones the first."""
+    return min(found.items(), key=lambda item: item[1])
+
+
+def of_triton(target: str, key: str, code: dict[str, Any]) -> dict[str, float] | None:
+    """Return the bounds of a kernel in budgets.json, or None if its sizes are not known."""
+    found = re.match(r"(?:grouped_)?(\w+)_kernel(?: #\d)? (?:(\d+)x)?(\d+)x(\d+)", key)
+    if target not in GPUS or "programs" not in code or found is None or found[1] == "reduce":
+        return None
+    name, (m, n, k) = found[1], (int(size or 0) for size in found.groups()[1:])
+    M, N_, experts = _number(key, "M", 4096), _number(key, "N", N), _number(key, "E", 0)
+    item, codes, programs = (4 if "float32" in key else 2), "codes" in key, code["programs"]
+    of_weight = CODES if codes else item
+    weights = max(1, min(experts, M))
+    tiles = max(_tiles(M, m), weights) if m else 0  # of rows; experts' that have none do nothing
+    x, y, weight = M * K * item, M * N_ * item, weights * N_ * K * of_weight
+    work = Work(
+        bytes=x, loaded=x, programs=programs, warps=code["warps"], steps=1,
+        registers=code["registers"], shared=code["shared"], ahead=max(1, code["stages"] - 1),
+        on="tf32" if item == 4 else "tensor", float32=item == 4,
+    )  # fmt: skip
+    if "library" in key and name != "dequantize":  # S·Bᵀ alone: y is read and written
+        work = replace(work, bytes=2 * y, loaded=y)
+    elif name in ("fused", "two_pass", "cooperative", "linear"):
+        columns = _tiles(N_, n)
+        # Codes are loaded into registers and decoded in the same turn.
+        work = replace(
+            work, bytes=x + y + weight, loaded=x * columns + tiles * N_ * K * of_weight,
+            programs=tiles * columns if experts else programs, steps=_tiles(K, k),
+            flops=2.0 * M * N_ * K, executed=2.0 * tiles * m * columns * n * K,
+            ahead=1 if codes else work.ahead,
+        )  # fmt: skip
+    elif name == "shrink":
+        work = replace(work, programs=min(programs, tiles) if experts else programs)
+        a, steps = RANK * K * item, tiles * _tiles(K, k) / work.programs
+        work = replace(work, bytes=x + weights * a, loaded=x + tiles * a, steps=max(1, steps))
+    elif name in ("outer", "shrink_outer"):
+        work = replace(work, steps=max(1, _tiles(M, m) * _tiles(N_, n) / programs))
+    elif name == "row_norm":
+        steps = max(1, _tiles(N_, n) * _tiles(K, k) / programs)
+        loaded = weight + N_ / n * RANK * K * item
+        ahead = 1 if codes else work.ahead
+        work = replace(work, bytes=weight, loaded=loaded, steps=steps, ahead=ahead)
+    else:  # dequantize, quantize
+        work = replace(work, bytes=N * K * (2 + CODES), loaded=N * K * (2 + CODES))
+    # One thread starts tcgen05.mma, in a block apart, so that the loop is not found.
+    is_found = not code["matrix"].startswith("tcgen05")
+    return bounds(GPUS[target], work, code if is_found else {"instructions": 0, "wavefronts": 0})
+
+
+def of_cuda(target: str, key: str, code: dict[str, Any]) -> dict[str, float] | None:
+    """Return the bounds of a CUDA kernel in budgets.json, or None if it is only an epilogue.
+
+    M is 4096, except for decode.
+    """
+    kernel, codes, registers = key.split()[0], "codes" in key, code["registers"]
+    R, size = _number(key, "R", RANK), N * K  # elements of x, of W and of y
+    if kernel == "decode":
+        return bounds(GPUS[target], _decode(GPUS[target], key, registers), code)
+    if kernel == "gemm":  # three stages of x; codes are loaded a turn ahead, decoded into two
+        weight, shared = (size * CODES, 57 << 10) if codes else (size * 2, 72 << 10)
+        work = Work(
+            bytes=4 * size + weight, loaded=2 * size * (N // 128) + weight * (4096 // 64),
+            programs=size // (64 * 128), warps=4, steps=K // 64, registers=registers,
+            shared=shared, flops=2.0 * size * K, executed=2.0 * size * (K + 3 * R),
+            ahead=1 if codes else 2,
+        )  # fmt: skip
+        return bounds(GPUS[target], work, code)
+    update = size * R * 2  # bytes of A, or FLOPs of x·Aᵀ, in each
+    # Bytes, bytes from the L2 cache, programs, steps, FLOPs on CUDA cores. thin and pair share K
+    # among four programs. sums has the loads of four rows on their way at a time.
+    sizes: dict[str, tuple[float, float, int, int, float]] = {
+        "linear": (12 * size, 8 * size * K // 64, size // 64**2, K // 32, 2.0 * size * K),
+        "thin": (2 * size, 2 * size + update / 64, 256, 1024 // 32, update),
+        "pair": (2 * size, 2 * size + 2 * update / 64, 256, 1024 // 64, 2 * update),
+        "norm": (2 * size, 2 * size + update / 8, N // 8, K // 256, update),
+        "sums": (2 * size, 2 * size, 256, 4096 // 8 // 4, 0.0),
+        "dequantize": ((2 + CODES) * size, (2 + CODES) * size, size // 1024, 1, 0.0),
+        "quantize": ((2 + CODES) * size, (2 + CODES) * size, size // 256, 1, 0.0),
+    }
+    if kernel not in sizes:  # finish, reduce
+        return None
+    moved, loaded, programs, steps, flops = sizes[kernel]
+    work = Work(
+        moved, loaded, programs, 8 if kernel == "linear" else 4, steps, registers, flops=flops,
+        on="fp32", float32=kernel == "linear",
+    )  # fmt: skip
+    return bounds(GPUS[target], work, code)
+
+
+def _decode(gpu: DeviceInfo, key: str, registers: int) -> Work:
+    """Return decode.cu's launch: for 1 row if 8 are resident, for K = 1024 if 16 are."""
+    codes, resident, wide = "codes" in key, "shared" in key, "M16" in key
+    width = 16 if wide else 8
+    M, k = (16 if wide else 1, 1024 if wide else K) if resident else (width, K)
+    shared = 128 * width * 8 * 4 // 8 + M * RANK * 4 + (32 << 10 if codes else 0)
+    shared += 2 * M * k if resident else 0
+    tiles, chunks = N // 16, k // 128
+    programs = min(tiles, gpu.multiprocessors * _occupancy(gpu, shared, registers, 8))
+    turns = _tiles(tiles, programs)
+    # A publisher's warps compute R · M / 8 elements of P in turn, those of the first row from
+    # memory. Then its table, x, and its share of W; the flag, the partial sums, B of each tile.
+    publish = RANK // 8 * LATENCY + RANK * (M - 1) // 8 * L2_LATENCY + 2 * L2_LATENCY
+    trips = publish + 2 * LATENCY + 2 * L2_LATENCY + turns * LATENCY
+    return Work(
+        bytes=N * k * (CODES if codes else 2) + 2 * M * (k + N),
+        loaded=N * k * (CODES if codes else 2) + 2 * M * k * (programs if resident else tiles),
+        programs=programs, warps=8,
+        steps=tiles * _tiles(chunks, 8) / programs, longest=turns * _tiles(chunks, 8),
+        registers=registers, shared=shared,
+        executed=2.0 * (2 if codes else 1) * width * N * k, trips=trips,
+        step_trips=L2_LATENCY if codes else 0.0,  # a nested scale
+    )  # fmt: skip
+
+
+def _occupancy(gpu: DeviceInfo, shared: int, registers: int, warps: int) -> int:
+    """Return the blocks that a multiprocessor holds (see `configs.count_co_resident`)."""
+    of_memory = (gpu.shared_memory + configs.RESERVED) // (shared + configs.RESERVED)
+    of_registers = configs.REGISTERS // (32 * warps * _tiles(registers, 8) * 8)
+    threads = 1536 if gpu.capability in (86, 89, 120) else 2048
+    return max(1, min(of_memory, of_registers, threads // (32 * warps)))
+
+
+def _number(key: str, letter: str, default: int) -> int:
+    found = re.search(rf" {letter}(\d+)", key)
+    return int(found[1]) if found else default
+
+
+def _tiles(size: float, tile: float) -> int:
+    return int(-(-size // tile))

@@ -219,8 +219,6 @@ class QLoRALinear(QLoRALayer, LoRALinear):
         64
         """
         N, K = weight.shape
-        options |= {"quant_type": weight.quant_type, "blocksize": weight.blocksize}
-        options |= {"double_quant": weight.nested}
         sizes, of_base = (K, N, r, alpha), ("meta", weight.dtype, lora_dtype)
         layer = cls(*sizes, dropout, bias is not None, init, *of_base, **options)
         return layer._take(weight, None if bias is None else nn.Parameter(bias, False))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from typing import Any
 
@@ -114,22 +115,24 @@ class RankAllocator:
         Returns the number of ranks that the model keeps. Raises RuntimeError if a layer has no
         gradient.
         """
-        step, self.steps = self.steps, self.steps + 1
-        last = self.total - self.final
-        if step > last:
-            return sum(layer.current_rank for layer in self.layers)
-        self._update_averages()
-        if step >= self.warmup and ((step - self.warmup) % self.interval == 0 or step == last):
-            self._allocate(self.budget(step))
+        step, last = self.steps, self.total - self.final
+        if step <= last:
+            self._update_averages()
+            due = (step - self.warmup) % self.interval == 0 or step == last
+            if step >= self.warmup and due:
+                self._allocate(self.budget(step))
+        self.steps += 1
         return sum(layer.current_rank for layer in self.layers)
 
     def _update_averages(self) -> None:
+        names = ("lora_A", "lora_B", "lora_E")
+        for layer, name in itertools.product(self.layers, names):
+            if layer.get_parameter(name).grad is None:
+                raise RuntimeError(f"{name}: got no gradient, want step() after backward()")
         averages = zip(self.layers, self._sensitivity, self._uncertainty, strict=True)
         for layer, sensitivity, uncertainty in averages:
-            for name in ("lora_A", "lora_B", "lora_E"):
+            for name in names:
                 param: Tensor = getattr(layer, name)
-                if param.grad is None:
-                    raise RuntimeError(f"{name}: got no gradient, want step() after backward()")
                 now = (param * param.grad).abs().float()
                 if name not in sensitivity:
                     sensitivity[name] = torch.zeros_like(now)

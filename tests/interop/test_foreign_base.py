@@ -22,8 +22,10 @@ from accelerate.hooks import (
 from peft import PeftModel
 from peft.tuners import lora
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from lora_kernels.peft import FusedLinear, Row, explain, fuse, unfuse
+from lora_kernels.peft.linear import Fused
 from tests.support.assertions import assert_bitwise_equal, assert_close_derived
 from tests.support.peft_models import (
     MLP,
@@ -36,10 +38,12 @@ from tests.support.peft_models import (
     conv1d_mlp,
     count_ops,
     dora_mlp,
+    embedding_model,
     fused_layers,
     mlp,
     pair,
     results,
+    token_ids,
 )
 
 # PEFT, of a Conv1D.
@@ -53,6 +57,11 @@ def rows(model: nn.Module) -> dict[str, Row]:
 
 def up(model: PeftModel) -> Any:
     return model.base_model.model.up
+
+
+def fused_module(model: PeftModel) -> Any:
+    """The first fused layer."""
+    return next(module for module in model.modules() if isinstance(module, Fused))
 
 
 class ScaledLinear(nn.Linear):
@@ -259,6 +268,21 @@ def replaced_dropout(dropout: nn.Module) -> Callable[[Any], Any]:
     return lambda layer: layer.lora_dropout.update({"default": dropout})
 
 
+def patched(part: str) -> Callable[[Any], Any]:
+    """A forward of the adapter's part that is not its class's."""
+
+    def change(layer: Any) -> None:
+        module = getattr(layer, part)["default"]
+        forward = module.forward
+        module.forward = lambda *args, **kwargs: 1.5 * forward(*args, **kwargs)
+
+    return change
+
+
+def tensor_scaling(layer: Any) -> None:
+    layer.scaling["default"] = torch.tensor(layer.scaling["default"], dtype=torch.float64)
+
+
 def no_product(layer: Any) -> None:
     layer.forward = lambda x: x @ torch.ones(SIZES[0], SIZES[1], dtype=x.dtype)
 
@@ -269,6 +293,9 @@ MAGNITUDE = "DoRA whose magnitude is no plain module"
 CHANGED: dict[tuple[Any, Callable[[Any], Any]], tuple[tuple[str, str], str]] = {
     (mlp, hook_on("lora_A")): (PEFT, "adapter 'default': a hook sits on its nn.Linear"),
     (mlp, hook_on("lora_B")): (PEFT, "adapter 'default': a hook sits on its nn.Linear"),
+    (mlp, hook_on("lora_dropout")): (PEFT, "adapter 'default': a hook sits on its dropout"),
+    (mlp, patched("lora_dropout")): (PEFT, "its forward was replaced (its dropout's)"),
+    (mlp, patched("lora_A")): (PEFT, "adapter 'default': its forward was replaced"),
     (mlp, replaced_dropout(nn.Tanh())): (PEFT, "its dropout is a Tanh"),
     # PEFT casts x to the adapter's dtype; `lora_linear` wants float64 alone or not at all.
     (mlp, lambda layer: (layer.lora_A.float(), layer.lora_B.float())): (
@@ -278,6 +305,8 @@ CHANGED: dict[tuple[Any, Callable[[Any], Any]], tuple[tuple[str, str], str]] = {
     (conv1d_mlp, hook_on("base_layer")): (ADAPTER, "a hook sits on its Conv1D"),
     (dora_mlp, hook_on("base_layer")): (PEFT, "DoRA, which needs the base weight: a hook sits on"),
     (dora_mlp, hook_on("lora_magnitude_vector")): (PEFT, MAGNITUDE),
+    (dora_mlp, patched("lora_magnitude_vector")): (PEFT, MAGNITUDE),
+    (dora_mlp, tensor_scaling): (PEFT, "DoRA prepared for hot-swapping"),
     (adalora_mlp, hook_on("base_layer")): (ADAPTER, "base layer: "),
     (adalora_mlp, scaled_subclass): (ADAPTER, "base layer: "),
     (adalora_mlp, replaced_dropout(nn.AlphaDropout(0.5).eval())): (
@@ -323,6 +352,74 @@ def test_nn_linear_patched_as_a_class_is_obeyed(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(nn.Linear, "forward", lambda self, x: 2 * forward(self, x))
     assert_close_derived(results(fused, batch()), results(stock, batch()))
     assert "nn.Linear.forward was replaced" in rows(fused)["up"].reason
+
+
+def test_conv1d_and_embedding_patched_as_a_class_are_obeyed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    models = pair(conv1d_mlp()), pair(embedding_model())
+    for cls in (Conv1D, nn.Embedding):
+        forward = cls.forward
+        patch = lambda self, x, forward=forward: 2 * forward(self, x)  # noqa: E731
+        monkeypatch.setattr(cls, "forward", patch)
+    for (stock, fused), x, words in zip(
+        models,
+        (batch(), token_ids(5)),
+        ("base layer: Conv1D.forward was replaced", "nn.Embedding.forward was replaced"),
+        strict=True,
+    ):
+        assert_close_derived(results(fused, x), results(stock, x))
+        assert explain(fused).rows[0].reason.startswith(words)
+
+
+def flattened(layer: Any) -> None:
+    """As FSDP1 leaves a weight between forwards."""
+    layer.base_layer.weight = nn.Parameter(layer.base_layer.weight.flatten(), requires_grad=False)
+
+
+@pytest.mark.parametrize(
+    ("build", "change", "reason"),
+    [
+        (mlp, flattened, "its weight is flattened to [943]"),
+        (mlp, lambda layer: layer.lora_B.to("meta"), "'default': its weight is on meta, x on cpu"),
+        (
+            dora_mlp,
+            lambda layer: layer.lora_magnitude_vector.to("meta"),
+            "DoRA whose magnitude is on meta, x on cpu",
+        ),
+        (adalora_mlp, lambda layer: layer.lora_B.to("meta"), "'default': its lora_B is on meta"),
+        (adalora_mlp, lambda layer: layer.lora_E.to("meta"), "'default': its lora_E is on meta"),
+        (
+            embedding_model,
+            lambda layer: layer.lora_embedding_B.to("meta"),
+            "'default': its lora_B is on meta, x on cpu",
+        ),
+        (
+            embedding_model,
+            lambda layer: setattr(layer, "output_fns", {"default": abs}),
+            "'default' is sharded over devices",
+        ),
+        (
+            embedding_model,
+            lambda layer: setattr(layer, "input_fns", {"default": abs}),
+            "'default' is sharded over devices",
+        ),
+    ],
+)
+def test_layer_whose_tensors_lie_elsewhere_is_named(build: Any, change: Any, reason: str) -> None:
+    fused = fuse(build())
+    layer = fused_module(fused)
+    assert reason not in explain(fused).rows[0].reason
+    change(layer)
+    assert reason in explain(fused).rows[0].reason
+
+
+def test_transposed_adapter_over_a_linear_is_left_to_peft() -> None:
+    model = mlp()
+    up(model).fan_in_fan_out = True
+    fuse(model)
+    assert type(up(model)) is lora.Linear
+    assert rows(model)["up"].reason.startswith("fan_in_fan_out beside a base that is not")
 
 
 @pytest.mark.parametrize(

@@ -140,16 +140,36 @@ def test_dropout_in_a_layer() -> None:
     assert_close_derived(got[1], stock.base_layer(x).mean(1)[1])
 
 
+@pytest.mark.parametrize("shape", [(3,), (3, 1), (3, 2, 4)], ids=str)
+def test_rows_of_any_number_of_dimensions_equal_peft(shape: tuple[int, ...]) -> None:
+    stock, fused = pair(several())
+    x = torch.randn(*shape, SIZES[0], dtype=torch.float64)
+    assert_equals_peft(stock, fused, NAMES, x)
+    assert count_ops(lambda: fused(x, adapter_names=NAMES)) == {"multi_lora_linear": 2}
+
+
+def in_bfloat16(layer: Any) -> None:
+    for part in (layer.lora_A, layer.lora_B):
+        part["second"].bfloat16()
+
+
+def with_tensor_scaling(layer: Any) -> None:
+    layer.scaling["second"] = torch.tensor(layer.scaling["second"])
+
+
 @pytest.mark.parametrize(
-    ("config", "reason"),
+    ("config", "change", "reason"),
     [
-        ({"lora_bias": True}, "has a lora_bias"),
-        ({"lora_dropout": 0.25}, "differ in dtype or dropout"),
+        ({"lora_bias": True}, None, "'second' has a lora_bias, and rows name"),
+        ({"lora_dropout": 0.25}, None, "differ in dtype or dropout"),
+        ({}, in_bfloat16, "differ in dtype or dropout"),
+        ({}, with_tensor_scaling, "'second' is prepared for hot-swapping, and rows name"),
     ],
-    ids=str,
 )
-def test_unsupported_adapters_are_left_to_peft(config: dict[str, Any], reason: str) -> None:
+def test_unsupported_adapters_are_left_to_peft(config: Any, change: Any, reason: str) -> None:
     model = several(mlp(torch.float32), **config)
+    if change:
+        change(model.base_model.model.up)
     stock, fused = (copy.deepcopy(m).base_model.model.up for m in pair(model))
     if "lora_dropout" in config:
         stock.train(), fused.train()
@@ -173,3 +193,5 @@ def test_errors_are_pefts() -> None:
     dora = fuse(mlp(use_dora=True).eval())
     with pytest.raises(ValueError, match="DoRA"):
         dora(batch(), adapter_names=["default"] * 3)
+    reason = explain(dora).rows[0].reason
+    assert reason == "adapter 'default' is a DoRA, and rows name their adapters"

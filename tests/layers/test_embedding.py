@@ -152,6 +152,13 @@ def test_padding_idx_gets_no_gradient(padding_idx):
     assert_bitwise_equal(got, want)
 
 
+@pytest.mark.parametrize("padding_idx", [0, -K, K - 1])
+def test_padding_idx_may_be_any_index(padding_idx):
+    layer = LoRAEmbedding(K, N, padding_idx=padding_idx)
+    assert layer.padding_idx == padding_idx % K
+    assert (~layer.weight.any(1)).nonzero().tolist() == [[padding_idx % K]]
+
+
 def test_scale_grad_by_freq_divides_the_gradient():
     layer, plain, x = make_exact(scale_grad_by_freq=True), make_exact(), torch.tensor([3, 5, 3, 3])
     plain.load_state_dict(layer.state_dict())
@@ -268,6 +275,11 @@ def test_from_embedding_shares_the_base():
     assert layer.lora_A.requires_grad and layer.lora_B.requires_grad
     x = indices(5, 2)
     assert torch.equal(layer(x), base(x))
+
+
+def test_from_embedding_takes_an_option_of_its_own():
+    base = nn.Embedding(K, N, scale_grad_by_freq=True)
+    assert not LoRAEmbedding.from_embedding(base, scale_grad_by_freq=False).scale_grad_by_freq
 
 
 def test_tied_weights_stay_tied():

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
 
 from lora_kernels import lora_linear
 from lora_kernels.layers import (
@@ -26,6 +27,7 @@ from lora_kernels.layers import (
     QLoRALinear,
     StableLoRALinear,
 )
+from lora_kernels.quantization import quantize_4bit
 from tests.support.assertions import assert_bitwise_equal
 from tests.support.models import KINDS, Kind, gradients
 
@@ -279,6 +281,13 @@ def test_compiled_layer_gives_the_same_bits(name: str, dropout: float) -> None:
     assert_bitwise_equal(compiled(x), kind.base(layer, x))
 
 
+def test_compiled_layer_keeps_its_compute_dtype() -> None:
+    torch._dynamo.reset()
+    layer, x = KINDS["quantized"].make(compute_dtype=bf16), KINDS["quantized"].input(5)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert_bitwise_equal(compiled(x / 3), layer(x / 3))
+
+
 @every_kind
 def test_layer_on_meta_has_shapes_and_starts_when_reset(kind: Kind) -> None:
     layer = kind.cls(*kind.sizes, 3, device="meta", **kind.options)
@@ -309,6 +318,59 @@ def test_init_may_be_a_callable() -> None:
         assert getattr(layer, name).requires_grad
 
 
+def frozen_4bit() -> Any:
+    return quantize_4bit(torch.randn(10, 12, dtype=f16), "fp4", 32, True)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    ("build", "base", "own"),
+    [
+        (LoRALinear.from_linear, lambda: nn.Linear(12, 10), {"dropout": 0.25}),
+        (LoRAConv1D.from_conv1d, lambda: Conv1D(10, 12), {"dropout": 0.25}),
+        (LoRAEmbedding.from_embedding, lambda: nn.Embedding(12, 10), {}),
+        (LoRAGroup.from_linears, lambda: {"q": nn.Linear(12, 10)}, {"dropout": 0.25}),
+        (
+            QLoRALinear.from_linear,
+            lambda: nn.Linear(12, 10),
+            {"dropout": 0.25, "compute_dtype": bf16, "blocksize": 32, "quant_type": "fp4"},
+        ),
+        (QLoRALinear.from_weight4bit, frozen_4bit, {"dropout": 0.25, "compute_dtype": bf16}),
+    ],
+    ids=["linear", "conv1d", "embedding", "linears", "quantized", "weight4bit"],
+)
+def test_layer_over_a_base_has_every_argument(build, base, own, training) -> None:
+    made = base()
+    modules = list(made.values()) if isinstance(made, dict) else [made]
+    modules = [m.to(f16).train(training) for m in modules if isinstance(m, nn.Module)]
+    options = {"init": nn.init.ones_, "lora_dtype": bf16, "scaling": "rslora"} | own
+    layer = build(made, 3, 7, **options)
+    assert (layer.r, layer.alpha, layer.init) == (3, 7, nn.init.ones_)
+    assert layer.scaling == 7 / math.sqrt(3)
+    assert {name: getattr(layer, name) for name in own} == own
+    assert layer.lora_A.dtype is layer.lora_B.dtype is bf16
+    assert layer._dense_weight().dtype is f16
+    assert layer.training is (training or not modules)
+    assert not any(p.requires_grad for p in (layer.weight, *layer.parameters()) if p.dtype is f16)
+    if build != LoRAGroup.from_linears:  # which copies
+        assert not any(p.requires_grad for m in modules for p in m.parameters())
+
+
+@pytest.mark.parametrize(
+    ("build", "base"),
+    [
+        (LoRALinear.from_linear, nn.Linear(12, 10, dtype=f64)),
+        (LoRAConv1D.from_conv1d, Conv1D(10, 12).double()),
+        (LoRAEmbedding.from_embedding, nn.Embedding(12, 10, dtype=f64)),
+        (LoRAGroup.from_linears, {"q": nn.Linear(12, 10, dtype=f64)}),
+    ],
+    ids=["linear", "conv1d", "embedding", "linears"],
+)
+def test_adapter_over_a_float64_base_is_float64(build, base) -> None:
+    layer = build(base)
+    assert layer.lora_A.dtype is layer.lora_B.dtype is f64
+
+
 LINEAR_REPR = "LoRALinear(in_features=12, out_features=10, bias=False, r=3, alpha=6, dropout=0.1"
 
 
@@ -329,6 +391,12 @@ LINEAR_REPR = "LoRALinear(in_features=12, out_features=10, bias=False, r=3, alph
             "LoRAEmbedding(53, 72, r=5, alpha=7, padding_idx=3",
             "",
         ),
+        (
+            lambda: LoRAEmbedding(53, 72, 5, 7, padding_idx=-53),
+            "LoRAEmbedding(53, 72, r=5, alpha=7, padding_idx=0",
+            "",
+        ),
+        (lambda: LoRAEmbedding(53, 72, 5, 7), "LoRAEmbedding(53, 72, r=5, alpha=7", ""),
     ],
 )
 def test_repr_says_sizes_and_state(make: Any, start: str, end: str) -> None:
@@ -353,6 +421,7 @@ SIZES = {
 BAD = [
     (LoRALinear, "r", 0, ValueError, r"r: got 0, want at least 1"),
     (LoRALinear, "r", 4.0, TypeError, r"r: got 4\.0, want an int"),
+    (LoRALinear, "r", True, TypeError, r"r: got True, want an int"),
     (LoRALinear, "in_features", 0, ValueError, r"in_features: got 0, want at least 1"),
     (LoRALinear, "out_features", -1, ValueError, r"out_features: got -1, want at least 1"),
     (LoRALinear, "alpha", math.inf, ValueError, r"alpha: got inf, want a finite number"),
@@ -422,6 +491,13 @@ BAD = [
     (HierarchicalLoRALinear, "ranks", (), ValueError, "ranks: got none"),
     (HierarchicalLoRALinear, "ranks", (4, 0), ValueError, r"ranks\[1\]: got 0, want at least 1"),
     (HierarchicalLoRALinear, "ranks", (4, 2), ValueError, "weights: got .*, want 2 finite numbers"),
+    (
+        HierarchicalLoRALinear,
+        "weights",
+        (1, math.nan, 1),
+        ValueError,
+        "weights: got .*, want 3 fin",
+    ),
 ]
 
 
@@ -438,6 +514,8 @@ def test_bad_argument_is_named_in_the_error(cls, name, value, error, message, de
 def test_rank_beyond_the_size_cannot_be_orthogonal() -> None:
     with pytest.raises(ValueError, match=r"^r: got 5, want at most in_features = 4"):
         LoRALinear(4, 8, r=5, init="orthogonal")
+    A = LoRALinear(4, 8, r=4, init="orthogonal", dtype=f64).lora_A
+    assert (A @ A.T - torch.eye(4)).abs().max() < 16 * 2.0**-53  # not float32's 2⁻²⁴
 
 
 class Doubled(nn.Linear):
@@ -461,6 +539,12 @@ def patched():
     return linear
 
 
+def subclassed_weight():
+    linear = nn.Linear(12, 10)
+    linear.weight = type("Quantized", (nn.Parameter,), {})(linear.weight.detach())
+    return linear
+
+
 def linear(cls=nn.Linear):
     return cls(12, 10)
 
@@ -480,6 +564,7 @@ MAX_NORM = "got max_norm=1.5, want None: looking rows up would renormalize the f
             "got ParametrizedLinear, want exactly",
         ),
         (patched, "got one with hooks or a patched forward, want a stock one"),
+        (subclassed_weight, "got a weight of <class .*Quantized'>, want torch.nn.Parameter"),
         *((lambda h=h: hooked(linear(), f"register_{h}"), "got one with hooks") for h in HOOKS),
     ],
 )
@@ -500,6 +585,7 @@ def test_from_linear_refuses_what_is_not_stock(base, message) -> None:
             "got one with hooks or a patched forward",
         ),
         (lambda: nn.Embedding(53, 72, max_norm=1.5), ValueError, MAX_NORM),
+        (lambda: nn.Embedding(53, 72, max_norm=0.0), ValueError, "got max_norm=0.0"),
     ],
 )
 def test_from_embedding_refuses_what_is_not_stock(base, error, message) -> None:

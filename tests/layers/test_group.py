@@ -131,6 +131,7 @@ def test_decoding_sees_new_values(alternate: bool, mode: Any, cls: Any) -> None:
         lambda: group.lora_A.data.add_(1),
         lambda: setattr(group, "lora_B", nn.Parameter(group.lora_B.detach() - 1)),
         lambda: group.double().float(),
+        lambda: [setattr(p, "data", p.data.to(bf16)) for p in leaves(group)],
     ):
         change()
         if alternate:
@@ -237,11 +238,20 @@ def test_each_target_starts_by_the_rule() -> None:
     assert LoRAGroup(K, MEMBERS, 16, 8, scaling="rslora").scaling == 8 / 4
 
 
+def test_targets_are_in_the_order_of_members() -> None:
+    group, same = (make(targets=targets) for targets in (("v", "q"), ("q", "v")))
+    assert group.targets == ("q", "v") and "targets=('q', 'v')" in repr(group)
+    x, dys = draw(3, f32)
+    assert_bitwise_equal(results(group, x, dys), results(same, x, dys))
+
+
 def test_from_linears_refuses_what_does_not_fit() -> None:
     linear = nn.Linear(K, 8)
     for other, error, message in (
         (nn.Linear(K, 8, bias=False), ValueError, r"linears\['b'\]: got in_features, dtype"),
         (nn.Linear(K + 1, 8), ValueError, r"linears\['b'\]: got"),
+        (nn.Linear(K, 8, dtype=bf16), ValueError, r"linears\['b'\]: got in_features, dtype"),
+        (nn.Linear(K, 8, device="meta"), ValueError, r"linears\['b'\]: got in_features, dtype"),
         (nn.Bilinear(2, 2, 2), TypeError, r"linears\['b'\]: got Bilinear"),
     ):
         with pytest.raises(error, match=message):

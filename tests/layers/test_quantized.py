@@ -275,6 +275,26 @@ def test_bytes_at_any_address_load():
     assert_stored(other, want)
 
 
+@pytest.mark.parametrize(("storage_offset", "address"), [(0, 1), (1, 0)])
+def test_bytes_that_float32_cannot_view_load(storage_offset, address):
+    """PyTorch wants a whole number of float32 before them; a CPU, an aligned address."""
+    layer, state = make_layer(bias=True), {}
+    for name, t in layer.state_dict().items():
+        state[name] = t
+        if t.dtype is torch.uint8:
+            pool = bytearray(t.numel() + 8)
+            start = torch.frombuffer(pool, dtype=torch.uint8).data_ptr()
+            first = (address - storage_offset - start) % 4
+            whole = torch.frombuffer(pool, dtype=torch.uint8, offset=first)
+            state[name] = whole[storage_offset : storage_offset + t.numel()].copy_(t)
+            assert state[name].storage_offset() == storage_offset
+            assert state[name].data_ptr() % 4 == address
+    other = make_layer(bias=True, device="meta")
+    other.load_state_dict(state, assign=True)
+    assert_bitwise_equal(other(batch()), layer(batch()))
+    assert all(other.get_parameter(name).data_ptr() % 4 == 0 for name in BYTES + NESTED)
+
+
 def test_states_of_another_format_are_refused():
     layer = make_layer()
     with pytest.raises(RuntimeError, match="weight_offset"):
@@ -416,6 +436,28 @@ def test_merged_layer_is_a_linear_or_4_bits_again(quant_type, double_quant):
     assert torch.equal(layer(x), y) and not layer.merged
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_requantized_layer_has_the_same_arguments(training):
+    own = {"dropout": 0.25, "init": "gaussian", "quant_type": "fp4", "blocksize": 32}
+    own |= {"compute_dtype": bf16}
+    layer = make_layer(lora_dtype=bf16, dtype=f16, **own).train(training)
+    again = layer.merged_layer(requantize=True).layer
+    assert {name: getattr(again, name) for name in own} == own
+    assert again.lora_A.dtype is again.lora_B.dtype is bf16 and again.weight_dtype is f16
+    assert again.training is training is layer.merged_layer().layer.training
+
+
+@pytest.mark.parametrize("requantize", [False, True])
+def test_merged_change_is_of_the_sum_in_float32(requantize):
+    """Neither W̃, nor the sum, nor the weights of the new layer are rounded before."""
+    layer = make_layer(dtype=bf16)
+    update = layer.scaling * layer.lora_B.detach().double() @ layer.lora_A.detach().double()
+    want = layer.weight4bit.dequantize(f32).double() + update
+    made, change = layer.merged_layer(requantize)
+    held = made.weight4bit.dequantize(f32) if requantize else made.weight
+    assert math.isclose(change, (held.double() - want).norm() / want.norm(), rel_tol=1e-5)
+
+
 @pytest.mark.parametrize("requantize", [False, True])
 def test_merged_layer_of_a_moved_layer_runs(requantize):
     """The bias has moved with the module; the layer is in the weight's dtype all over."""
@@ -455,6 +497,19 @@ def test_adapter_functions_leave_the_bytes(cls, tmp_path, capsys):
             got = getattr(other.up, name)
             assert_bitwise_equal(got, getattr(model.up, name).to(got.dtype))
         assert_bitwise_equal(other.up.weight, base)
+
+
+@pytest.mark.parametrize("size", [*SIZES, (128, 128)], ids=str)  # the last: 256 blocks
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_layer_on_meta_has_the_shapes_of_one_that_is_not(double_quant, size):
+    layer, meta = (
+        make_layer(*size, double_quant=double_quant, dtype=bf16, device=device)
+        for device in ("cpu", "meta")
+    )
+    want, got = ({n: (p.shape, p.dtype) for n, p in m.named_parameters()} for m in (layer, meta))
+    assert got == want
+    meta.to_empty(device="cpu").reset_parameters()
+    assert meta.weight4bit.dtype is bf16 and repr(meta.weight4bit) == repr(layer.weight4bit)
 
 
 def test_reset_parameters_starts_anew():

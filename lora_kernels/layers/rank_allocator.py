@@ -132,7 +132,8 @@ class RankAllocator:
         averages = zip(self.layers, self._sensitivity, self._uncertainty, strict=True)
         for layer, sensitivity, uncertainty in averages:
             for name in names:
-                param: Tensor = getattr(layer, name)
+                param = layer.get_parameter(name)
+                assert param.grad is not None
                 now = (param * param.grad).abs().float()
                 if name not in sensitivity:
                     sensitivity[name] = torch.zeros_like(now)

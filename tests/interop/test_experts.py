@@ -26,10 +26,10 @@ from transformers import (
 
 import lora_kernels.integrations
 from lora_kernels.backends.library import as_on_gpu
-from lora_kernels.layers import adaptable_experts, quantize_experts
+from lora_kernels.layers import Experts, adaptable_experts, quantize_experts
 from lora_kernels.layers.experts import stack
 from lora_kernels.peft import explain, fuse, unfuse
-from lora_kernels.peft.experts import FusedParamWrapper
+from lora_kernels.peft.experts import FusedParamWrapper, experts_reason
 from lora_kernels.quantization import Weight4bit
 from lora_kernels.traffic import count
 
@@ -313,6 +313,67 @@ def test_fuse_leaves_experts_to_peft_with_the_reason(kind: str) -> None:
     assert len(fused_wrappers(model)) == 2  # those of the other layer
     reasons = [row.reason for row in explain(model).rows if "layers.0.mlp.experts" in row.layer]
     assert reasons == [REASONS[kind]] * 2
+
+
+def test_fused_experts_merged_and_disabled_are_peft_s() -> None:
+    model = fuse(make("mixtral")).eval()
+    with torch.no_grad():
+        with model.disable_adapter():
+            want = model(input_ids=ids()).logits
+        model.merge_adapter()
+        with model.disable_adapter():
+            said = {row.reason for row in explain(model).rows if "experts" in row.layer}
+            got = model(input_ids=ids()).logits
+    assert said == {"adapters are disabled"}
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)  # added and taken out again
+
+
+def test_fused_experts_with_one_projection_merged_and_disabled_say_so() -> None:
+    (wrapper, *_) = fused_wrappers(fuse(make("mixtral")))
+    inner = wrapper.base_layer
+    inner.merge()
+    inner._disable_adapters = True
+    device = torch.device("cpu")
+    reason = experts_reason(wrapper, device)
+    assert reason == "adapters are merged and disabled: PEFT takes them out first"
+
+
+class Packed(nn.Parameter):
+    """A parameter that is not read as it lies."""
+
+
+@pytest.mark.parametrize("part", ["base", "lora_A", "lora_B"])
+def test_fused_experts_of_other_tensors_are_left_to_peft(part: str) -> None:
+    """Of the inner wrapper too."""
+    wrapper = fused_wrappers(fuse(make("mixtral")))[0]
+    inner, device = wrapper.base_layer, torch.device("cpu")
+    module, name = inner.get_base_layer(), "gate_up_proj"
+    if part != "base":
+        module, name = getattr(inner, part)["default"], "weight"
+    found = getattr(module, name)
+    assert experts_reason(wrapper, device) is None
+    setattr(module, name, nn.Parameter(found.detach().to("meta"), found.requires_grad))
+    assert experts_reason(wrapper, device) == "it has a tensor on meta, x on cpu"
+    setattr(module, name, Packed(found.detach(), found.requires_grad))
+    assert experts_reason(wrapper, device) == "it has a Packed"
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_fuse_leaves_what_is_no_projection_of_experts_to_peft(count: int) -> None:
+    experts: Any = Experts(count, 16, 24)
+    experts.other = nn.Parameter(torch.zeros(count, 8, 8), requires_grad=False)
+    parameter = "experts.down_proj" if count == 1 else "experts.other"
+    options = {"target_parameters": [parameter], "target_modules": []}
+    model = get_peft_model(nn.ModuleDict({"experts": experts}), LoraConfig(r=2, **options))
+    (row,) = explain(fuse(model)).rows
+    name = parameter.partition(".")[2]
+    assert row.reason == f"PEFT's ParamWrapper over {name}, which is no experts' projection"
+
+
+def test_implementation_of_other_modules_names_what_they_lack() -> None:
+    forward = lora_kernels.integrations.experts.lora_kernels_experts_forward
+    with pytest.raises(TypeError, match="experts_implementation='lora_kernels': got Linear witho"):
+        forward(nn.Linear(2, 2), torch.ones(1, 2), torch.zeros(1, 1), torch.ones(1, 1))
 
 
 def test_fused_experts_with_a_hook_inside_are_peft_s() -> None:

@@ -373,7 +373,7 @@ def test_conv1d_and_embedding_patched_as_a_class_are_obeyed(
 
 
 def flattened(layer: Any) -> None:
-    """As FSDP1 leaves a weight between forwards."""
+    """Leave the weight as FSDP1 does between forwards."""
     layer.base_layer.weight = nn.Parameter(layer.base_layer.weight.flatten(), requires_grad=False)
 
 

@@ -9,7 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lora_kernels.layers import Experts, LoRAExperts, QLoRAExperts, quantize_experts
+from lora_kernels.layers import (
+    Experts,
+    LoRAExperts,
+    QLoRAExperts,
+    adaptable_experts,
+    quantize_experts,
+)
 from lora_kernels.layers.experts import stack, unsupported_reason
 from lora_kernels.quantization import Weight4bit, quantize_4bit
 
@@ -133,6 +139,57 @@ def test_lora_experts_starts_as_its_base() -> None:
     assert all(p.requires_grad for p in layer.lora_A.parameters())
 
 
+@pytest.mark.parametrize("has_gate", [True, False])
+def test_experts_have_the_dtype_and_the_deviation_of_their_inputs(has_gate: bool) -> None:
+    torch.manual_seed(0)
+    experts = Experts(8, 256, 64, has_gate=has_gate, bias=True, dtype=torch.bfloat16)
+    assert {p.dtype for p in experts.parameters()} == {torch.bfloat16}
+    up = "gate_up_proj" if has_gate else "up_proj"
+    for name, inner in ((up, 256), ("down_proj", 64)):  # 131072 draws at least, to 5 %
+        assert abs(experts.get_parameter(name).float().std() * inner**0.5 - 1) < 0.05
+    on_meta = Experts(8, 256, 64, has_gate=has_gate, bias=True, device="meta")
+    assert all(p.is_meta for p in on_meta.parameters())
+
+
+def test_lora_experts_over_16_bits_are_float32_and_drawn_as_linears_are() -> None:
+    layer = LoRAExperts(Experts(E, H, INNER, dtype=torch.bfloat16), r=16)
+    for name, inner in (("gate_up_proj", H), ("down_proj", INNER)):
+        assert layer.lora_A[name].dtype is layer.lora_B[name].dtype is torch.float32
+        bound = inner**-0.5  # of some 1280 draws
+        assert 0.98 * bound < layer.lora_A[name].abs().max() <= bound
+        nn.init.ones_(layer.lora_B[name])
+    layer.reset_lora_parameters()
+    assert not any(lora_B.any() for lora_B in layer.lora_B.values())
+    meta = LoRAExperts(Experts(E, H, INNER, device="meta"), r=R)
+    assert all(p.is_meta for p in meta.parameters())
+    x, index, weights = routed()  # whose weights are float32
+    assert layer(x.bfloat16(), index, weights).dtype is torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        assert make()(x, index, weights).dtype is torch.float32
+
+
+def test_qlora_experts_have_every_argument() -> None:
+    layer = QLoRAExperts(
+        Experts(E, 64, 128), 3, 5.0, 0.25, quant_type="fp4", blocksize=128, double_quant=False
+    )
+    assert (layer.r, layer.alpha, layer.scaling, layer.dropout) == (3, 5.0, 5 / 3, 0.25)
+    weight = stack(layer.experts, "down_proj")
+    assert isinstance(weight, Weight4bit)
+    assert (weight.quant_type, weight.blocksize, weight.nested) == ("fp4", 128, False)
+    quantize_experts(layer)  # which are quantized already
+    assert stack(layer.experts, "down_proj") is weight
+
+
+def test_adaptable_experts_are_quantized_again_after_an_error() -> None:
+    experts = quantize_experts(Experts(E, 64, 128, dtype=torch.bfloat16))
+    cls, names = type(experts), list(experts.state_dict())
+    with pytest.raises(KeyError), adaptable_experts(experts):
+        assert experts.down_proj.dtype is torch.bfloat16
+        raise KeyError
+    assert type(experts) is cls and list(experts.state_dict()) == names
+    assert isinstance(stack(experts, "down_proj"), Weight4bit)
+
+
 def test_lora_experts_drops_in_training_alone() -> None:
     layer, inputs = make(), routed()
     layer.dropout = 0.5
@@ -219,9 +276,11 @@ def test_lora_experts_of_bad_input_names_the_argument() -> None:
         ({"r": 0}, "r: got 0, want an integer of at least 1"),
         ({"r": True}, "r: got True, want an integer"),
         ({"dropout": 1.5}, "dropout: got 1.5, want a probability"),
+        ({"dropout": -0.5}, "dropout: got -0.5, want a probability"),
     ):
         with pytest.raises(ValueError, match=message):
             LoRAExperts(experts, **options)
+    assert LoRAExperts(experts, dropout=1.0).dropout == 1.0
     with pytest.raises(TypeError, match="experts: got Linear without `num_experts`"):
         LoRAExperts(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="model: got Linear without experts modules"):

@@ -276,6 +276,56 @@ def test_check_packing_notices_a_model_that_does_not() -> None:
         check_packing(Heedless())
 
 
+@pytest.mark.parametrize(("pad", "eos", "want"), [(0, 5, 0), (None, 5, 5), (None, None, 0)])
+def test_collator_pads_with_the_padding_token_or_the_last(pad: Any, eos: Any, want: int) -> None:
+    tok = tokenizer()
+    tok.pad_token = None if pad is None else "<pad>"
+    tok.eos_token = None
+    if eos is not None:
+        tok.eos_token = tok.convert_ids_to_tokens(eos)
+    assert Collator.from_tokenizer(tok).pad_token_id == want
+    assert Collator.from_tokenizer(None).pad_token_id == 0
+    row = {"input_ids": [7, 8], "labels": [7, 8]}
+    batch = Collator(3)([row, {"input_ids": [9], "labels": [9]}])
+    assert batch["input_ids"].tolist() == [[7, 8], [9, 3]]
+    assert batch["labels"].tolist() == [[7, 8], [9, -100]]
+    assert batch["attention_mask"].tolist() == [[1, 1], [1, 0]]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_check_packing_keeps_the_mode_of_a_model_without_positions(training: bool) -> None:
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(1))
+
+        def forward(self, input_ids: Tensor, use_cache: bool) -> None: ...
+
+    model = Plain().train(training)
+    with pytest.raises(UsageError, match="packing: this model cannot keep documents apart"):
+        check_packing(model)
+    assert model.training is training
+
+
+def test_packing_fills_the_row_with_the_least_room(tmp_path: Path) -> None:
+    """Best-fit decreasing: 7 and 6 open rows of 10; 4 fits behind 6, 3 behind 7."""
+    report = documents(tmp_path).report
+    rows = [{"input_ids": [n] * n, "labels": [n] * n} for n in (3, 6, 4, 7, 10)]
+    packed = [sorted(set(row["input_ids"])) for row in pack(ChatData(rows, report), 10)]
+    assert packed == [[10], [3, 7], [4, 6]]
+
+
+def test_split_leaves_a_row_on_each_side(tmp_path: Path) -> None:
+    data = load(tmp_path, [{"text": f"line {i}"} for i in range(3)])
+    for share, sizes in ((0.01, (2, 1)), (0.99, (1, 2))):
+        assert tuple(map(len, data.split(share))) == sizes
+    for share in (0.0, 1.0):
+        with pytest.raises(UsageError, match=f"share: got {share}"):
+            data.split(share)
+    with pytest.raises(UsageError, match="data: got 1 rows, want at least 2"):
+        data.split(0.99)[0].split(0.5)
+
+
 def test_collator_refuses_a_mixture() -> None:
     row = {"input_ids": [1], "labels": [1]}
     with pytest.raises(ValueError, match="some packed and some not"):

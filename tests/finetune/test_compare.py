@@ -105,6 +105,16 @@ def test_nan_fails_and_is_not_taken_for_a_control_that_was_seen() -> None:
     assert not largest_rms({"a": torch.ones(3), "b": nan}, many) <= GRADIENT_LIMIT
 
 
+def test_a_row_at_its_limit_is_within_and_a_control_is_not_seen() -> None:
+    assert Row("x", 0.5, 0.5).ok is True
+    assert Row("x", 0.5, 0.5, control=True).ok is False
+    assert Row("x", 0.5).ok is Row("x", None, 0.5).ok is None
+    worst = module.loss_row("losses", [1.0, 1.8, 4.0], [1.0, 2.0, 4.0])
+    assert worst.difference == pytest.approx(0.1) and worst.limit is None
+    worst = module.loss_row("losses", [3.0, 4.0], [2.0, 4.0])
+    assert (worst.difference, worst.peft, worst.fused) == (0.5, "4.00000", "4.00000")
+
+
 def test_relative_rms_by_hand() -> None:
     assert relative_rms(torch.tensor([0.0, 6.0]), torch.tensor([0.0, 4.0])) == 0.5
     assert relative_rms(torch.zeros(2), torch.zeros(2)) == 0.0

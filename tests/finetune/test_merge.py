@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from lora_kernels.finetune import UsageError
-from lora_kernels.finetune.merge import compare_merged, merge_adapter
+from lora_kernels.finetune.merge import Comparison, Distance, compare_merged, merge_adapter
 from lora_kernels.finetune.presets import add_lora_layers
 from lora_kernels.quantization import Weight4bit
 from tests.finetune.tiny import gpt2, llama, tokenizer
@@ -152,11 +152,24 @@ def test_logits_over_a_4bit_base(folders: tuple[Path, Path], tmp_path: Path) -> 
             out = tmp_path / f"{onto}-{dtype}"
             merge_adapter(base, adapter, out, dtype=dtype, onto=onto)
             found[onto] = compare_merged(out, base, adapter, dtype=dtype, **settings)
+        itself = found["dequantized"].itself.logits
+        limit = 1e-4 if dtype == "fp32" else 1.25 * itself + 2.0**-10  # a quarter of 2⁻⁸
+        assert found["dequantized"].limit == pytest.approx(limit)
         assert found["dequantized"].ok, found
         assert not found["original"].ok
         assert found["original"].merged.logits > 2 * found["dequantized"].limit
         measured = found["dequantized"].original.logits
         assert found["original"].merged.logits == pytest.approx(measured, rel=0.25)
+
+
+def test_distance_and_verdict_by_hand() -> None:
+    want = torch.tensor([[[3.0, 4.0], [1.0, 0.0], [0.0, 1.0], [2.0, 1.0]]])
+    got = want.clone()
+    got[0, 0] = torch.tensor([4.0, 3.0])
+    distance = Distance.from_logits(got, want)
+    assert distance.same_token == 0.75 and distance.logits == pytest.approx((2 / 32) ** 0.5)
+    for off, ok in ((0.5, True), (0.51, False), (float("nan"), False)):
+        assert Comparison(Distance(off, 1.0), distance, None, 0.5).ok is ok
 
 
 def test_a_folder_of_4bit_weights(folders: tuple[Path, Path], tmp_path: Path) -> None:

@@ -221,7 +221,31 @@ def test_in_processes_of_their_own(task: Task) -> None:
         assert dataclasses.replace(outcome.runs[0], **own) == here
 
 
+def test_outcome_summarizes_its_runs() -> None:
+    """Memory and sizes are the first run's, the time is the median and the score the mean."""
+    runs = [
+        classify.Run(
+            seed, score, loss=1.0, step_seconds=s, trainable=7, saved_bytes=9, peak_memory=m
+        )
+        for seed, score, s, m in ((0, 0.5, 3.0, 11), (1, 0.75, 1.0, 22), (2, 1.0, 9.0, 33))
+    ]
+    row = Outcome("lora-8", METHODS["lora-8"], runs).as_dict()
+    assert (row["score"], row["spread"], row["step_seconds"]) == (0.75, 0.25, 3.0)
+    assert (row["peak_memory"], row["trainable"], row["saved_bytes"]) == (11, 7, 9)
+    assert (row["title"], row["lr"], row["rank"]) == ("LoRA, r = 8", 1e-3, 8)
+    assert Outcome("full", METHODS["full"], runs[:1]).spread == 0.0
+
+
+def test_repeated_texts_have_their_first_label_and_names_are_sorted(tmp_path: Path) -> None:
+    file = tmp_path / "a.csv"
+    file.write_text("text,label\na,y\nb,x\na,x\n")
+    data = read_labelled(file)
+    assert (data.texts, data.labels, data.names) == (("a", "b"), (1, 0), ("x", "y"))
+    assert data.groups == ("2", "3")  # lines: each text is a group
+
+
 def test_what_is_said() -> None:
+    assert quietness({"others": 0.02}).startswith("Other programs took 2% of the processors")
     assert quietness({"others": 0.01}) == "The machine had next to nothing else to do."
     assert largest_share([0, 0, 1]) == 2 / 3
     many = Labelled(("a", "b"), (0, 1), ("x", "y"), ("1", "2"))

@@ -25,7 +25,7 @@ from lora_kernels.finetune.rank import (
 from lora_kernels.finetune.trainer import check_trainable, read_metrics
 from tests.finetune.tiny import gpt2, llama, squares, tokenizer, write_lines
 
-SETTINGS: dict[str, Any] = {"ranks": (2, 3, 5), "steps": 12, "batch": 2, "lr": 1e-2}
+SETTINGS: dict[str, Any] = {"ranks": (5, 2, 3), "steps": 12, "batch": 2, "lr": 1e-2}
 
 
 @pytest.fixture(scope="session")
@@ -71,7 +71,7 @@ def test_the_base_model_is_left_as_it_was(searched: Any) -> None:
 
 def test_rows(searched: Any, data: tuple[ChatData, ChatData]) -> None:
     _, _, found, _ = searched
-    assert [row.rank for row in found.rows] == [2, 3, 5]
+    assert [row.rank for row in found.rows] == [5, 2, 3]
     for row in found.rows:
         # q, o: 64 + 64; k, v: 64 + 32; two layers.
         assert row.parameters == 2 * row.rank * (2 * 128 + 2 * 96)
@@ -162,6 +162,12 @@ def test_gpt2_and_a_score_of_ones_own(data: tuple[ChatData, ChatData]) -> None:
     assert set(found.allocation) == {f"transformer.h.{i}.attn.c_attn" for i in range(2)}
 
 
+def test_a_rank_that_diverges_is_an_error(data: tuple[ChatData, ChatData]) -> None:
+    settings = SETTINGS | {"ranks": (2,), "lr": 1e18, "max_grad_norm": 0.0}
+    with pytest.raises(UsageError, match="rank-2: the held-out loss is nan; give a lower lr"):
+        find_optimal_rank(llama(), *data, **settings)
+
+
 def test_table_and_curve(tmp_path: Path) -> None:
     rows = [RankRow(4, 0.5, 0.69, 1000, 1.0), RankRow(8, 0.6, 0.51, 2000, 1.5)]
     rows.append(RankRow(16, 0.6, 0.51, 4000, 2.0))
@@ -188,6 +194,8 @@ def test_table_and_curve(tmp_path: Path) -> None:
     [
         ({"ranks": ()}, r"ranks: got \(\), want different ones"),
         ({"ranks": (0, 4)}, r"ranks: got \(0, 4\)"),
+        ({"train": []}, "train: got no row, want at least one"),
+        ({"val": []}, "val: got no row, want at least one"),
         ({"steps": 9}, "steps: got 9, want at least 10"),
         ({"stpes": 12, "adalora": False}, "stpes: no such setting; want one of "),
         ({"preset": "chta"}, "did you mean 'chat'"),
@@ -199,4 +207,6 @@ def test_table_and_curve(tmp_path: Path) -> None:
 )
 def test_bad_settings(data: tuple[ChatData, ChatData], settings: Any, words: str) -> None:
     with pytest.raises(UsageError, match=words):
-        find_optimal_rank(gpt2(), *data, **SETTINGS | settings)
+        find_optimal_rank(
+            gpt2(), **dict(zip(("train", "val"), data, strict=True)) | SETTINGS | settings
+        )

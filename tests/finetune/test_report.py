@@ -1,7 +1,7 @@
 from pathlib import Path
 
 from rich.console import Console
-from transformers import TrainerState
+from transformers import TrainerControl, TrainerState
 
 from lora_kernels.finetune import report
 from lora_kernels.finetune.compare import Row
@@ -67,6 +67,19 @@ def test_progress_on_a_terminal_shows_loss_speed_and_time_left() -> None:
     said = shown(Console(width=100, force_terminal=True), 1, range(2, 3), 4)
     for words in ("fused", "2/4", "loss 0.5000", "tokens/s", "left"):
         assert words in said
+
+
+def test_progress_stops_after_its_steps_and_saves_on_a_signal() -> None:
+    def ended(step: int, most: float, caught: list[int]) -> tuple[bool, bool]:
+        progress = report.Progress(Console(), "fused", 256)
+        progress.most, progress.caught = most, caught
+        state = TrainerState(global_step=step, max_steps=9)
+        control = progress.on_step_end(None, state, TrainerControl())
+        return control.should_training_stop, control.should_save
+
+    assert ended(3, 4, []) == (False, False)
+    assert ended(4, 4, []) == (True, False)
+    assert ended(3, 4, [15]) == (True, True)
 
 
 def test_curves(tmp_path: Path) -> None:

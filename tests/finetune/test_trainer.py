@@ -129,6 +129,9 @@ def test_what_may_not_train_is_named(tmp_path: Path, data: ChatData) -> None:
     with pytest.raises(UsageError, match="model: got LlamaForCausalLM, want a PEFT model"):
         trainer(tmp_path / "no", data, llama())
     check_trainable(adapted(modules_to_save=["lm_head"]))
+    check_trainable(adapted(trainable_token_indices=[3, 5]))
+    with pytest.raises(UsageError, match="train_dataset: got no row, want at least one"):
+        trainer(tmp_path / "no", [])
     assert not (tmp_path / "no").exists()
 
 
@@ -199,11 +202,29 @@ def test_lora_plus_moves_B_by_the_ratio(data: ChatData, tmp_path: Path) -> None:
         assert (moved[1][name] - factor * plain).norm() <= 2.0**-12 * (factor * plain).norm(), name
 
 
-def test_lora_plus_groups_have_the_arguments_weight_decay(data: ChatData, tmp_path: Path) -> None:
+@pytest.mark.parametrize("decay", [0.0, 0.25])
+def test_lora_plus_groups_have_the_arguments_weight_decay(
+    data: ChatData, tmp_path: Path, decay: float
+) -> None:
     """Not AdamW's own."""
-    made = trainer(tmp_path, data, adapted(), steps=1, lora_plus_ratio=4.0)
+    made = trainer(tmp_path, data, adapted(), steps=1, lora_plus_ratio=4.0, weight_decay=decay)
     groups = made.create_optimizer().param_groups
-    assert len(groups) > 1 and {group["weight_decay"] for group in groups} == {0.0}
+    assert len(groups) > 1 and {group["weight_decay"] for group in groups} == {decay}
+
+
+def test_every_checkpoint_is_kept_without_a_limit(data: ChatData, tmp_path: Path) -> None:
+    trainer(tmp_path, data, steps=4, save_every=1, keep=None).train()
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [
+        f"checkpoint-{step}" for step in (1, 2, 3, 4)
+    ]
+
+
+def test_a_trainer_goes_on_by_itself(data: ChatData, tmp_path: Path) -> None:
+    """A second call of `train` is no run that would mix its checkpoints with another's."""
+    made = trainer(tmp_path, data, steps=2, save_every=1)
+    made.train()
+    made.train()
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
 
 
 def test_bf16_is_autocast(data: ChatData, tmp_path: Path) -> None:
@@ -260,6 +281,25 @@ def test_the_held_out_loss_is_the_mean_over_tokens(tmp_path: Path) -> None:
         made = trainer(tmp_path / f"{len(found)}", val, adapted(), eval_dataset=data, batch=batch)
         found.append(made.evaluate()["eval_loss"])
     assert found == pytest.approx([total / count] * 4, rel=RTOL)
+    named = made.evaluate(metric_key_prefix="test")
+    assert named["test_loss"] == pytest.approx(total / count, rel=RTOL)
+
+
+@pytest.mark.parametrize("packed", ["train", "held out"])
+def test_packed_rows_of_a_model_that_mixes_them_are_refused(
+    data: ChatData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packed: str
+) -> None:
+    """The rows that are held out too."""
+
+    def refuse(model: Any) -> None:
+        raise UsageError("packing")
+
+    monkeypatch.setattr("lora_kernels.finetune.trainer.check_packing", refuse)
+    parts = {"data": data, "eval_dataset": data}
+    parts["data" if packed == "train" else "eval_dataset"] = pack(data, 128)
+    with pytest.raises(UsageError, match="packing"):
+        trainer(tmp_path, **parts)
+    trainer(tmp_path, data, eval_dataset=data)
 
 
 def test_packed_rows_train(data: ChatData, tmp_path: Path) -> None:

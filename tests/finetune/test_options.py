@@ -1,0 +1,155 @@
+"""The ranges and rules of options, and what they become in transformers' arguments."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from shlex import split
+from typing import Any
+
+import pytest
+
+from lora_kernels.finetune import UsageError
+from lora_kernels.finetune.options import (
+    CompareOptions,
+    GenerateOptions,
+    Options,
+    RankOptions,
+    check_numbers,
+    fill_in_run,
+)
+from lora_kernels.finetune.trainer import training_arguments
+
+NAN, INF = math.nan, math.inf
+COUNTS = "rank batch accumulate steps eval_every save_every keep patience sgd_steps seeds"
+RANGES: dict[str, tuple[list[float], list[float]]] = {  # allowed, refused
+    **dict.fromkeys(split(f"{COUNTS} max_new_tokens"), ([1], [0, -1])),
+    **dict.fromkeys(split("max_length timed_steps"), ([2], [1])),
+    **dict.fromkeys(split("alpha lr epochs lora_plus_ratio"), ([1e-9, 1e9], [0.0, -1.0, INF, NAN])),
+    **dict.fromkeys(
+        split("weight_decay max_grad_norm temperature"), ([0.0, 1e9], [-1e-9, INF, NAN])
+    ),
+    **dict.fromkeys(split("warmup eval_share dropout"), ([0.0, 0.999], [1.0, -1e-9, NAN])),
+    "seed": ([0, 2**32 - 1], [-1, 2**32]),
+}
+
+
+@pytest.mark.parametrize("name", RANGES)
+def test_numbers_at_the_ends_of_their_ranges(name: str) -> None:
+    allowed, refused = RANGES[name]
+    for value in (None, *allowed):
+        check_numbers({name: value})
+    for value in refused:
+        with pytest.raises(UsageError, match=f"^{name}: got {value}, want "):
+            check_numbers({name: value})
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"alpha": 0}, "alpha: got 0, want at least 1"),
+        ({"lora_plus": -1.0}, "lora_plus: got -1.0, want a positive number"),
+        ({"peft_steps": -1}, "peft_steps: got -1, want at least 0"),
+        ({"steps": 2, "epochs": 1.0}, "epochs: want no --steps beside it"),
+        ({"init": "orthogonal", "rank": 3}, "rank: got 3, want an even one for --init orthogonal"),
+        ({"eval_every": 2}, "eval_every: needs held-out data; give --eval-share too"),
+        ({"patience": 2}, "patience: needs held-out data; give --eval-share too"),
+        ({"patience": 2, "eval_share": 0.5}, "a multiple of --eval-every, which is 0"),
+        (
+            {"patience": 2, "eval_share": 0.5, "eval_every": 3, "save_every": 4},
+            "patience: got --save-every 4, want a multiple of --eval-every, which is 3",
+        ),
+        ({"report_to": ["tensorbord"]}, "report_to: got tensorbord, want some of tensorboard, "),
+    ],
+)
+def test_options_that_do_not_go_together(given: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError) as error:
+        Options(**given)
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"init": "orthogonal", "rank": 4},
+        {"init": "orthogonal"},
+        {"init": "gaussian", "rank": 3},
+        {"patience": 2, "eval_share": 0.5, "eval_every": 2, "save_every": 4},
+        {"peft_steps": 0, "lora_plus": 0.0},
+    ],
+)
+def test_options_that_go_together(given: dict[str, Any]) -> None:
+    Options(**given)
+
+
+def test_training_of_options_has_steps_or_epochs_and_evaluates_as_it_saves() -> None:
+    def training(**given: Any) -> dict[str, Any]:
+        return Options(**given).training
+
+    assert training()["steps"] == 200 and "epochs" not in training()
+    assert training(steps=7)["steps"] == 7
+    assert training(epochs=2.0)["epochs"] == 2.0 and "steps" not in training(epochs=2.0)
+    assert training()["eval_every"] is None
+    assert training(save_every=7, eval_share=0.5)["eval_every"] == 7
+    assert training(save_every=7, eval_share=0.5, eval_every=3)["eval_every"] == 3
+    assert training(autocast=True)["bf16"] and not training()["bf16"]
+    assert [Options(data=[Path("a.txt"), Path(name)]).has_json for name in ("b", "b.jsonl")] == [
+        False,
+        True,
+    ]
+    assert Options(data=[Path("a.json")]).has_json
+
+
+def test_options_of_other_commands() -> None:
+    known: Any = {"model": Path("m"), "data": [Path("d")]}
+    for given, words in (
+        ({"steps": 9}, "steps: got 9, want at least 10, or --no-adalora"),
+        ({"examples": 1}, "examples: got 1, want at least 2, or 0 for all"),
+        ({"examples": -1}, "examples: got -1"),
+        ({"ranks": [4, 4]}, r"ranks: got \(4, 4\), want different ones"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            RankOptions(**known | given)
+    RankOptions(**known, steps=10, examples=2)
+    RankOptions(**known, steps=1, adalora=False)
+    CompareOptions(max_length=1, lr=["full=1e-5"])
+    with pytest.raises(UsageError, match="max_length: got 0, want at least 1"):
+        CompareOptions(max_length=0)
+    with pytest.raises(UsageError, match="prompt: got none"):
+        GenerateOptions(model=Path("m"), adapter=Path("a"))
+    with pytest.raises(UsageError, match="--adapter is missing; give it, or --run"):
+        GenerateOptions(model=Path("m"), prompt="p")
+
+
+def test_what_is_given_goes_before_the_run(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text('{"model": "m", "dtype": "bf16"}')
+    found = fill_in_run({"run": tmp_path, "adapter": Path("mine")}, "base", "quant_dtype")
+    assert found["base"] == Path("m") and found["quant_dtype"] == "bf16"
+    assert found["quant"] is None and found["adapter"] == Path("mine")
+    given = {"dtype": "fp32"}
+    assert fill_in_run(given, "model", "dtype") is given
+    for text in ('{"model": "m"}', '{"model": 3, "dtype": "bf16"}', "[]"):
+        (tmp_path / "run.json").write_text(text)
+        with pytest.raises(UsageError, match=r"run\.json names no model and dtype"):
+            fill_in_run({"run": tmp_path}, "model", "dtype")
+
+
+def test_training_arguments_are_those_that_are_documented() -> None:
+    args = training_arguments("out", cpu=True)
+    assert (args.max_steps, args.num_train_epochs) == (-1, 1.0)
+    assert (args.learning_rate, args.weight_decay, args.max_grad_norm) == (2e-4, 0.0, 1.0)
+    assert args.per_device_train_batch_size == args.per_device_eval_batch_size == 4
+    assert (args.save_steps, args.save_total_limit, args.seed) == (50, 2, 0)
+    assert args.lr_scheduler_type == "cosine" and args.get_warmup_steps(100) == 0
+    assert (args.logging_steps, args.logging_nan_inf_filter, args.report_to) == (1, False, [])
+    assert args.eval_strategy == "no" and not args.bf16 and "adamw" in args.optim
+    args = training_arguments(
+        "out", cpu=True, steps=100, warmup=0.25, scheduler="constant", batch=3, eval_every=5
+    )
+    assert args.lr_scheduler_type == "constant_with_warmup" and args.get_warmup_steps(100) == 25
+    assert args.max_steps == 100 and args.per_device_eval_batch_size == 3
+    assert args.eval_strategy == "steps" and args.eval_steps == 5
+    plain = training_arguments("out", cpu=True, scheduler="constant", save_steps=9)
+    assert plain.lr_scheduler_type == "constant" and plain.save_steps == 9
+    with pytest.raises(UsageError, match="scheduler: got 'cosin', want one of linear, cosine"):
+        training_arguments("out", scheduler="cosin")

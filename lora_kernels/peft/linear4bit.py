@@ -30,8 +30,10 @@ class FusedLinear4bit(Fused, Linear4bit):
         before = weight4bit(base).dequantize(torch.float32) if readable else None
         super().merge(safe_merge, adapter_names)
         added = [name for name in self.merged_adapters if name not in known]
+        if not added:  # they are merged already
+            return
         self.merge_loss = None
-        if before is None or not added or any(name in self.lora_variant for name in added):
+        if before is None or any(name in self.lora_variant for name in added):
             return
         deltas: list[Tensor] = [self.get_delta_weight(name) for name in added]  # type: ignore[no-untyped-call]
         delta = torch.stack(deltas).float().sum(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,7 +19,7 @@ from lora_kernels.backends import native
 from lora_kernels.bench import baselines, command, dense, models, variants
 from lora_kernels.bench import case as cases
 from lora_kernels.bench.case import Case
-from lora_kernels.bench.results import Row, ratios, summary
+from lora_kernels.bench.results import Row, Suite, flat, ratios, summary
 from lora_kernels.timing import Times
 
 pytest.importorskip("peft")
@@ -268,6 +269,61 @@ def test_summary_counts_rows_by_peer_and_names_the_worst() -> None:
         "1 of 4 rows were timed under load: measure them again",
     ]
     assert list(summary([])) == []
+
+
+def test_row_is_judged_at_its_limit() -> None:
+    u, each = 2.0**-8, row(1, frozen=1)
+    limit = 1.25 * 0.1 + u / 4
+    errors = {"ours": limit, "ours, 4": limit * 1.001, "LoRA": math.nan, "peft": 9.0}
+    each.judge(errors, 0.1, u, ())
+    assert each.judged == ["ours", "ours, 4", "LoRA"] and each.errors is errors
+    assert each.misses.keys() == {"ours, 4", "LoRA"}
+    assert (
+        each.misses["ours, 4"] == f"y MISS: rms {limit * 1.001 / u:.3g} u, limit {limit / u:.3g} u"
+    )
+    lines = {line["call"]: line["result"] for line in flat(each)}
+    assert lines["frozen"] == "" and lines["LoRA"].startswith("✗ y MISS")
+    assert Suite().has_failed([each]) and not Suite().has_failed([row(1, {"peft": "y"}, frozen=1)])
+
+
+def test_row_in_words_has_its_goals_and_pairs() -> None:
+    each = row(1, frozen=2, ours=3, peft=8)
+    each.floor, each.target, each.floor_ms = 1.1, 1.5, 1500.0
+    each.backend, each.strategy = "cpu", "fused"
+    head, ours = str(each).splitlines()
+    assert head.endswith(
+        ": frozen 2e+03 ms, floor 1.100, target 1.500; over it: ours 1.500 ✓, peft 4.000"
+    )
+    assert ours == (
+        "    ours: cpu, fused; 3e+03/3e+03/3e+03 ms (p20/p50/p80), 50% of what the machine allows"
+    )
+    each.target = 1.499
+    assert "ours 1.500 over target, peft 4.000" in str(each)
+    dora = replace(row(1, ours=2, LoRA=4), what="DoRA step")
+    dora.seconds |= row(1, **{"PEFT's DoRA": 9, "PEFT's LoRA": 6}).seconds
+    assert "    ours over LoRA 0.50, PEFT's DoRA over PEFT's LoRA 1.50" in str(dora)
+    del dora.seconds["LoRA"]
+    assert "    PEFT's DoRA over PEFT's LoRA 1.50" in str(dora).splitlines()
+
+
+def test_row_from_its_json_is_the_row() -> None:
+    each = row(1, {"eager": "y MISS"}, frozen=2, ours=3)
+    each.seconds["ours"] = replace(each.seconds["ours"], over=timing.Ratio(1.0, 1.5, 2.0, 1.4, 1.6))
+    each.dropout_p, each.quant_type, each.judged = 0.1, "nf4", ["ours"]
+    told = each.to_json()
+    assert told["tax"] == {"frozen": 1.0, "ours": 1.5} and "floor" not in told
+    assert Row.from_json(told) == each
+    assert row(1).to_json().keys().isdisjoint({"misses", "tax"})
+
+
+@pytest.mark.parametrize(("others", "loaded"), [(0.5, False), (0.51, True)])
+def test_load_at_the_margin_is_the_bench_s(
+    others: float, loaded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "getloadavg", lambda: (torch.get_num_threads() + others, 9.0, 9.0))
+    each = row(1, frozen=1)
+    each.note_load()
+    assert each.under_load is loaded
 
 
 def test_summary_compares_like_with_like() -> None:

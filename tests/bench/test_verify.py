@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import sys
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 from lora_kernels import cli, verify
 from lora_kernels.bench import baselines
 from lora_kernels.bench.case import Case
+from lora_kernels.bench.tolerance import Verdict
 
 pytest.importorskip("peft")
 
@@ -130,6 +132,28 @@ def test_a_missing_peer_is_one_line(
     monkeypatch.setattr(verify, "find_spec", lambda name: None)
     assert cli.main(["verify", "--peer", peer]) == 2
     assert capsys.readouterr().out == f"lora-kernels verify: --peer {peer} {line}\n"
+
+
+def test_the_worst_output_is_shown() -> None:
+    """The one that uses most of its allowance, of either kind; NaN, and any error of none."""
+
+    def verdict(rms: float, largest: float, limit: float = 2.0) -> Verdict:
+        return Verdict(rms, 0.0, limit, largest, 0.0, limit, 1.0)
+
+    verdicts = {"a/y": verdict(1.0, 1.5), "a/dx": verdict(1.8, 0.0), "a/dA": verdict(0.5, 1.7)}
+    for more, worst, ok in (
+        ({}, "a/dx", True),
+        ({"b/dB": verdict(2.5, 0.0)}, "b/dB", False),
+        ({"b/dB": verdict(0.0, math.nan)}, "b/dB", False),
+        ({"b/dB": verdict(0.0, 0.0, 0.0)}, "a/dx", True),
+        ({"b/dB": verdict(1e-9, 0.0, 0.0)}, "b/dB", False),
+    ):
+        dtypes = torch.bfloat16, None
+        row, line = verify._line("avx2", dtypes, "plain", verdicts | more)
+        assert (row["worst"], row["ok"]) == (worst, ok) and f"{'✓' if ok else '✗'} d" in line
+        assert (row["dtype"], row["adapter_dtype"]) == ("bfloat16", "bfloat16")
+    row, _ = verify._line("avx2", (torch.bfloat16, torch.float32), "plain", verdicts)
+    assert row["adapter_dtype"] == "float32"
 
 
 def test_peers_take_no_engine(capsys: pytest.CaptureFixture[str]) -> None:

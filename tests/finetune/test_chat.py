@@ -294,14 +294,14 @@ def test_collator_pads_with_the_padding_token_or_the_last(pad: Any, eos: Any, wa
 
 @pytest.mark.parametrize("training", [True, False])
 def test_check_packing_keeps_the_mode_of_a_model_without_positions(training: bool) -> None:
-    class Plain(nn.Module):
+    class Unordered(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.weight = nn.Parameter(torch.ones(1))
 
         def forward(self, input_ids: Tensor, use_cache: bool) -> None: ...
 
-    model = Plain().train(training)
+    model = Unordered().train(training)
     with pytest.raises(UsageError, match="packing: this model cannot keep documents apart"):
         check_packing(model)
     assert model.training is training

@@ -323,6 +323,27 @@ def test_what_surrounds_a_training_call_is_noticed(layer: Any) -> None:
     assert not torch.equal(replica(x), layer(x))
 
 
+def test_decoding_notices_a_patched_class(layer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = decode(layer)
+    assert torch.equal(decode(layer), before)
+    forward = nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: 2 * forward(self, x))
+    assert not torch.equal(decode(layer), before)
+    monkeypatch.undo()
+    assert torch.equal(decode(layer), before)
+
+
+def test_decoding_notices_a_compute_dtype_that_is_to_be_settled_again(layer: Any) -> None:
+    base = layer.base_layer
+    base.compute_dtype, base.compute_type_is_set = bf16, True
+    before = decode(layer)
+    assert torch.equal(decode(layer), before)
+    base.compute_type_is_set = False  # the next x settles it
+    after = decode(layer)
+    assert torch.equal(after, before) is is_dense(layer)
+    assert is_dense(layer) or base.compute_dtype is f32
+
+
 @pytest.mark.parametrize("way", ["later", "in_place"])
 def test_decoding_notices_an_active_adapter_more(layer: Any, way: str) -> None:
     """An adapter gets its weights, or joins the list of active ones in place."""

@@ -339,12 +339,11 @@ def test_fused_experts_with_one_projection_merged_and_disabled_say_so() -> None:
 
 
 class Packed(nn.Parameter):
-    """A parameter that is not read as it lies."""
+    """A parameter in a format of its own."""
 
 
 @pytest.mark.parametrize("part", ["base", "lora_A", "lora_B"])
 def test_fused_experts_of_other_tensors_are_left_to_peft(part: str) -> None:
-    """Of the inner wrapper too."""
     wrapper = fused_wrappers(fuse(make("mixtral")))[0]
     inner, device = wrapper.base_layer, torch.device("cpu")
     module, name = inner.get_base_layer(), "gate_up_proj"

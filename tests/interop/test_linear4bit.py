@@ -430,3 +430,47 @@ def test_merge_of_a_dora_into_4_bits_is_not_measured() -> None:
     model = fuse(four_bit_mlp(loaded=True, config={"use_dora": True}))
     merge(model)
     assert up(model).merge_loss is None
+
+
+def test_merge_again_keeps_what_the_merge_lost() -> None:
+    model = fuse(four_bit_mlp(loaded=True))
+    merge(model)
+    lost = up(model).merge_loss
+    with pytest.warns(UserWarning, match="All adapters are already merged"):
+        model.merge_adapter()
+    assert lost is not None and up(model).merge_loss is lost
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_merge_of_a_dora_beside_another_adapter_is_not_measured(together: bool) -> None:
+    """Nor is the loss of the adapter that was merged before."""
+    model = fuse(four_bit_mlp(loaded=True))
+    add_adapter(model, use_dora=True)
+    if together:
+        merge(model, "default", "second")
+    else:
+        merge(model, "default")
+        assert up(model).merge_loss is not None
+        merge(model, "second")
+    assert up(model).merge_loss is None
+
+
+def test_merge_into_codes_that_cannot_be_read_is_not_measured(monkeypatch) -> None:
+    model = fuse(four_bit_mlp(loaded=True))
+    monkeypatch.setattr("lora_kernels.peft.linear4bit.unreadable_4bit", lambda *args: "repacked")
+    monkeypatch.setattr("lora_kernels.peft.linear4bit.weight4bit", None)
+    merge(model)
+    assert up(model).merged and up(model).merge_loss is None
+
+
+def test_safe_merge_of_nan_leaves_the_codes() -> None:
+    model = fuse(four_bit_mlp(loaded=True))
+    before = packed(model)
+    nn.init.constant_(up(model).lora_B["default"].weight, float("nan"))
+    with (
+        pytest.warns(UserWarning, match="rounding errors"),
+        pytest.raises(ValueError, match="NaNs detected"),
+    ):
+        model.merge_adapter(safe_merge=True)
+    assert_bitwise_equal(packed(model), before)
+    assert not up(model).merged and up(model).merge_loss is None

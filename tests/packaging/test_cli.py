@@ -12,6 +12,7 @@ import pytest
 import lora_kernels
 from lora_kernels import cli, device, info
 from lora_kernels.backends import native
+from lora_kernels.finetune import UsageError
 
 ALL = "info, verify, bench, tune, finetune, rank-search, compare, merge, generate"
 
@@ -118,6 +119,33 @@ def test_a_missing_library_is_one_line(
         "",
         "lora-kernels info: needs not_installed: pip install 'lora-kernels[finetune]'\n",
     )
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (UsageError("rank: got 0"), 2, "lora-kernels info: rank: got 0\n"),
+        (KeyboardInterrupt(), 130, "\nlora-kernels info: interrupted\n"),
+        (OSError(28, "No space left"), 1, "lora-kernels info: [Errno 28] No space left\n"),
+        (OSError("one\nand more"), 1, "lora-kernels info: one\n"),
+        (None, 3, ""),
+    ],
+)
+def test_what_stops_a_command_is_a_line_and_a_status(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException | None,
+    status: int,
+    said: str,
+) -> None:
+    def stop(args: argparse.Namespace) -> int:
+        if error is not None:
+            raise error
+        return 3
+
+    monkeypatch.setattr(info, "run", stop)
+    assert cli.main(["info"]) == status
+    assert capsys.readouterr().err == said
 
 
 def test_a_broken_import_of_our_own_is_no_missing_library(

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
 
 import lora_kernels
@@ -156,6 +157,36 @@ def other_adapters(layer: Any) -> None:
     layer.lora_A["default"].weight.data *= 2
 
 
+def other_parts(*path: str) -> Callable[[Any], None]:
+    """Replace lora_B, or one adapter's part, by another one with twice the weight."""
+
+    def change(layer: Any) -> None:
+        place, name = layer, path[-1]
+        for each in path[:-1]:
+            place = getattr(place, each)
+        other = copy.deepcopy(place[name] if isinstance(place, nn.ModuleDict) else layer.lora_B)
+        for weight in other.parameters():
+            weight.data *= 2
+        place.__setitem__(name, other) if place is not layer else setattr(layer, name, other)
+
+    return change
+
+
+class Tripled(LoraVariant):
+    """A variant of LoRA that does something else."""
+
+    @staticmethod
+    def init(module: Any, adapter_name: str, **kwargs: Any) -> None: ...
+
+    @staticmethod
+    def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:
+        return 3 * result
+
+
+def biased_adapter(layer: Any) -> None:
+    layer.lora_B["default"].bias = nn.Parameter(torch.ones(N), requires_grad=False)
+
+
 def parametrized_bias(layer: Any) -> None:
     nn.utils.parametrize.register_parametrization(layer.base_layer, "bias", Doubled())
 
@@ -207,6 +238,11 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "disabled": lambda layer: layer.enable_adapters(False),
     "merged": lambda layer: layer.merge(),
     "other_adapters": other_adapters,
+    "other_lora_B": other_parts("lora_B"),
+    "other_part_of_lora_A": other_parts("lora_A", "default"),
+    "other_part_of_lora_B": other_parts("lora_B", "default"),
+    "variant": lambda layer: layer.lora_variant.update(default=Tripled()),
+    "biased_adapter": biased_adapter,
     "hooked_dropout": hook_on("lora_dropout", lambda _m, _x, y: y * 2),
     "replaced_dropout": lambda layer: setattr(
         layer.lora_dropout["default"], "forward", lambda x: 2 * x

@@ -353,6 +353,21 @@ def test_hook_or_subclass_of_the_base_is_obeyed() -> None:
     assert "Doubled is not exactly nn.Linear" in explain(fused).rows[0].reason
 
 
+class Packed(nn.Parameter):
+    """A weight in a format of its own."""
+
+
+def test_weight_that_is_not_read_is_named() -> None:
+    fused = fuse(four_bit_mlp(compute_dtype=f32))
+    layer = up(fused)
+    layer.lora_A.to("meta"), layer.lora_B.to("meta")
+    assert explain(fused).rows[0].reason.startswith("base layer: its weight is on cpu, x on meta")
+    fused = fuse(four_bit_mlp(compute_dtype=f32))
+    base = up(fused).base_layer
+    base.weight = Packed(base.weight.data, requires_grad=False)
+    assert explain(fused).rows[0].reason.startswith("base layer: its weight is a Packed")
+
+
 @loaded_or_not
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_copy_has_codes_of_its_own(clone: Any, loaded: bool) -> None:

@@ -63,15 +63,15 @@ class Times:
     over: Ratio | None = None
 
     @classmethod
-    def from_seconds(cls, seconds: list[float], yardstick: list[float] | None = None) -> Times:
+    def from_seconds(cls, seconds: list[float], baseline: list[float] | None = None) -> Times:
         """Build from the rounds of one call, and of the baseline's same rounds.
 
         >>> Times.from_seconds([2.0, 4.0, 6.0], [1.0, 2.0, 3.0]).over
         Ratio(p20=2.0, p50=2.0, p80=2.0, low=2.0, high=2.0)
         """
         over = None
-        if yardstick is not None:
-            over = Ratio.from_ratios([a / b for a, b in zip(seconds, yardstick, strict=True)])
+        if baseline is not None:
+            over = Ratio.from_ratios([a / b for a, b in zip(seconds, baseline, strict=True)])
         return cls(*_quintiles(seconds), len(seconds), over)
 
 
@@ -113,16 +113,16 @@ def interleave_parts(
     most: int = 201,
     repeat: int = 1,
     device: str = "cpu",
-    yardstick: str | None = None,
+    baseline: str | None = None,
 ) -> tuple[dict[str, Times], dict[str, Times], dict[str, Times]]:
     """Time as `interleave` does, and also the first and second parts of calls that are `Parts`.
 
     Warm: the same arguments every round, after one round that is not counted. Rounds go on for
     about `seconds` in all, at least `least` of them, or FEWEST where those would take longer than
     twice that, and at most `most`. `repeat` calls are timed as one, for those too short for the
-    clock. On a GPU the device's own events are read. With a baseline (`yardstick`, the name of
-    one of the calls), each call's times have their ratios to it, round by round. A disturbance of
-    a whole round leaves the ratios unchanged.
+    clock. On a GPU the device's own events are read. With `baseline`, the name of one of the
+    calls, each call's times have their ratios to it, round by round. A disturbance of a whole
+    round leaves the ratios unchanged.
 
     >>> parts = {"a": Parts(lambda: 1, lambda one: one + 1)}
     >>> whole, first, second = interleave_parts(parts, seconds=0.0)
@@ -151,11 +151,11 @@ def interleave_parts(
         if round_ == 0:
             begun = time.perf_counter()  # the first may have compiled something
         spent = time.perf_counter() - begun
-    return _times(whole, yardstick), _times(first, yardstick), _times(second, yardstick)
+    return _times(whole, baseline), _times(first, baseline), _times(second, baseline)
 
 
-def _times(taken: dict[str, list[float]], yardstick: str | None) -> dict[str, Times]:
-    measure = None if yardstick is None else taken.get(yardstick)
+def _times(taken: dict[str, list[float]], baseline: str | None) -> dict[str, Times]:
+    measure = None if baseline is None else taken.get(baseline)
     return {name: Times.from_seconds(seconds, measure) for name, seconds in taken.items()}
 
 

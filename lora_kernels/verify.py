@@ -34,7 +34,7 @@ from .bench.experts_case import ExpertsCase
 from .bench.tolerance import Verdict
 from .quantization import Weight4bit
 
-Dtypes = tuple[torch.dtype, torch.dtype | None]  # of x, and of the adapter where it differs
+Dtypes = tuple[torch.dtype, torch.dtype | None]  # of x, and of the adapter if it differs
 Shapes = tuple[tuple[int, ...], ...]
 
 _f32, _bf16, _f16 = torch.float32, torch.bfloat16, torch.float16
@@ -99,7 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """0 where every output of every case is within the tolerance, else 1; 2: it cannot start."""
+    """Return 0 if every output is within the tolerance, else 1; 2 if the run cannot start."""
     names = [*cases.engines(), *cases.gpu_engines()]
     names = [name for name in names if name.startswith(args.engines or "")]
     why = _unstartable_reason(args, names)
@@ -132,7 +132,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _unstartable_reason(args: argparse.Namespace, names: list[str]) -> str | None:
-    """Why it cannot start."""
+    """Return why the run cannot start, or None."""
     for peer in args.peer or ():
         libraries, command, _ = PEERS[peer]
         if lacking := [name for name in libraries if find_spec(name) is None]:
@@ -147,7 +147,7 @@ def _unstartable_reason(args: argparse.Namespace, names: list[str]) -> str | Non
 
 
 def judge_option(shapes: Shapes, dtypes: Dtypes, option: str, name: str) -> Line | None:
-    """The verdict on each output of the option's cases; None where the engine takes none."""
+    """Judge each output of the option's cases; None if the engine supports none."""
     fields, device = OPTIONS[option], "cpu"
     if name.startswith(GPU_ENGINES):
         device = cases.triton_device() if name.startswith("triton ") else "cuda"
@@ -157,7 +157,7 @@ def judge_option(shapes: Shapes, dtypes: Dtypes, option: str, name: str) -> Line
     verdicts: dict[str, Verdict] = {}
     for M, N, K, R in (shapes[0], FEW_ROWS, *shapes[2:]) if "quant" in fields else shapes:
         case = Case(M, N, K, R, *dtypes, **fields, device=device)
-        for forced in _ways(name, case):
+        for forced in _forced_engines(name, case):
             with cases.engine(forced):
                 judged = cases.judge(case)
                 if not case.dropout_p and case.base and not case.column_scale:
@@ -169,7 +169,7 @@ def judge_option(shapes: Shapes, dtypes: Dtypes, option: str, name: str) -> Line
 
 
 def judge_adapters(dtypes: Dtypes, option: str, name: str) -> Line:
-    """The verdict on each output for rows that have adapters of their own."""
+    """Judge each output for rows that have adapters of their own."""
     case = multi.MultiCase(70, 65, 128, rows="mixed", dropout_p=0.1, **OPTIONS[option])
     case = replace(case, dtype=dtypes[0], adapter_dtype=dtypes[1])
     with cases.engine(name):
@@ -178,7 +178,7 @@ def judge_adapters(dtypes: Dtypes, option: str, name: str) -> Line:
 
 
 def judge_experts(dtypes: Dtypes, option: str, name: str) -> Line:
-    """The verdict on each output for rows sorted by expert."""
+    """Judge each output for rows sorted by expert."""
     case = ExpertsCase((3, 0, 1, 20), 64, 128, 8, dropout_p=0.1, **OPTIONS[option])
     case = replace(case, dtype=dtypes[0], adapter_dtype=dtypes[1])
     with cases.engine(name):
@@ -187,7 +187,7 @@ def judge_experts(dtypes: Dtypes, option: str, name: str) -> Line:
 
 
 def _line(name: str, dtypes: Dtypes, option: str, verdicts: dict[str, Verdict]) -> Line:
-    where, worst = max(verdicts.items(), key=lambda item: _excess(item[1]))
+    where, worst = max(verdicts.items(), key=lambda item: _used_allowance(item[1]))
     row = {
         "engine": name,
         "dtype": dtype_name(dtypes[0]),
@@ -201,9 +201,8 @@ def _line(name: str, dtypes: Dtypes, option: str, verdicts: dict[str, Verdict]) 
     return row, f"{head} {'✓' if row['ok'] else '✗'} {where.rpartition('/')[2]} {worst}"
 
 
-def _ways(name: str, case: Case) -> list[str]:
-    """The engine, unless rank, sizes or dtype are not for it, and where the case has few rows its
-    kernel for them."""
+def _forced_engines(name: str, case: Case) -> list[str]:
+    """Return the engine, and its GEMV kernel if the case has few rows; [] if it supports none."""
     if name == f"triton {triton.FUSED}" and case.R > configs.MAX_FUSED_RANK:
         return []
     if name.startswith("cuda ") and not cases.fits_cuda(case, name.removeprefix("cuda ")):
@@ -214,21 +213,21 @@ def _ways(name: str, case: Case) -> list[str]:
     return [name, f"{name} {strategy}"] if 0 < case.M <= few else [name]
 
 
-def _excess(verdict: Verdict) -> float:
-    """How much of its allowance a verdict uses; NaN counts as all of it and more."""
+def _used_allowance(verdict: Verdict) -> float:
+    """Return the share of its allowance that a verdict uses; NaN counts as more than all."""
     pairs = ((verdict.rms, verdict.rms_limit), (verdict.max, verdict.max_limit))
     shares = [error / limit if limit else error and math.inf for error, limit in pairs]
     return max(math.inf if share != share else share for share in shares)
 
 
 def peer_cases() -> Iterator[Case]:
-    """Each shape in float32 and bfloat16, with and without bias."""
+    """Yield each shape in float32 and bfloat16, with and without bias."""
     for dtype, bias, shape in itertools.product((_f32, _bf16), (False, True), PEER_SHAPES):
         yield Case(*shape, dtype, _f32, bias=bias, frozen=("bias",))
 
 
 def compare_with_peer(peer: str, case: Case) -> Line:
-    """Both layers on one of `peer_cases`; the reference decodes what the peer has quantized."""
+    """Judge both layers on one of `peer_cases`; the reference decodes the peer's 4-bit weight."""
     from .peft import explain, fuse
     from .peft.linear import Fused
 
@@ -249,7 +248,7 @@ def compare_with_peer(peer: str, case: Case) -> Line:
     row: dict[str, Any] = {
         **{"peer": peer, "dtype": dtype_name(case.dtype)},
         **{name: getattr(case, name) for name in ("M", "N", "K", "R", "bias")},
-        # A layer that is not fused is the peer's own, however right.
+        # A layer that is not fused is the peer's own, so it fails.
         "ok": reason is None and all(verdict.ok for verdict in verdicts["ours"].values()),
         "not_fused": reason,
         **{who: {n: asdict(v) for n, v in each.items()} for who, each in verdicts.items()},

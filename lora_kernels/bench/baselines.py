@@ -1,7 +1,6 @@
-"""What ours is measured against: plain PyTorch's calls, and the layers of PEFT and bitsandbytes.
+"""The baselines of `bench`: plain PyTorch's calls, and the layers of PEFT and bitsandbytes.
 
-A candidate of `bench` is made from the arguments of `lora_linear`, then called with them again and
-again.
+A candidate is built from the arguments of `lora_linear`, then called with them repeatedly.
 """
 
 from __future__ import annotations
@@ -22,8 +21,9 @@ Forward = Callable[[Tensor], Any]  # of a layer
 
 
 class AddmmLoRA(torch.autograd.Function):
-    """The strongest form in PyTorch's own calls: `addmm_` adds the rank updates in place to the
-    library's products; x, S and the parameters are saved and nothing else.
+    """The fastest form in PyTorch's own calls: `addmm_` adds the low-rank updates in place.
+
+    x, S and the parameters are saved, and nothing else.
     """
 
     @staticmethod
@@ -70,14 +70,14 @@ def compiled(args: dict[str, Any]) -> Call:
 
 
 def no_compiler(device: str) -> str | None:
-    """Why torch.compile is no candidate; None where it is."""
+    """Return why torch.compile is no candidate, or None if it is one."""
     if device == "cuda":
         return None if devices.version("triton") else "torch.compile needs Triton on a GPU"
     return None if devices.compiler() else "torch.compile needs a C++ compiler"
 
 
 def peft(args: dict[str, Any]) -> Call:
-    """PEFT's own layer in train mode, holding these very tensors."""
+    """Build PEFT's layer in training mode, which holds these tensors themselves."""
     layer = build_layer(args)
     return lambda x, **rest: layer(x)
 
@@ -127,7 +127,8 @@ def peft_layer(
 ) -> Any:
     """Build PEFT's layer over a frozen base, in training mode with an active adapter of each rank.
 
-    adapter_dtype: the base's where None; options: of `LoraConfig`.
+    adapter_dtype: None for the base's dtype.
+    options: of `LoraConfig`.
     """
     from peft import AdaLoraConfig, LoraConfig, inject_adapter_in_model
 
@@ -147,7 +148,7 @@ def peft_layer(
     layer.set_adapter(adapter_names(len(ranks)))
     for name, child in layer.named_children():
         if name.startswith(("lora_", "ranknum")) and adapter_dtype is not None:
-            # PEFT makes some of those of a layer on meta on the CPU.
+            # For a layer on meta, PEFT creates some of these on the CPU.
             child.to(device=base.weight.device, dtype=adapter_dtype)
     return layer.train()
 
@@ -171,11 +172,14 @@ def linear_4bit(linear: nn.Linear, quant_type: str) -> nn.Module:
 
 
 def cycle_through(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
-    """Return a function that makes the next of the calls each time."""
+    """Return a function that makes one of the calls at a time, in turn."""
     each = itertools.cycle(calls)
     return lambda: next(each)()
 
 
 def step(forward: Forward, inputs: Sequence[Tensor], dy: Any) -> Callable[[], object]:
-    """Return a function that runs forward and backward; inputs: x, and what needs a gradient."""
+    """Return a function that runs forward and backward.
+
+    inputs: x, and the tensors that need a gradient.
+    """
     return lambda: torch.autograd.grad(forward(inputs[0]), inputs, dy)

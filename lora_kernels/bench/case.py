@@ -43,18 +43,18 @@ GRADIENTS = {
 
 @dataclass(frozen=True)
 class Case:
-    """What `inputs` makes: every number of it is settled by these fields."""
+    """The fields that determine every number that `inputs` draws."""
 
     M: int
     N: int
     K: int
     R: int
     dtype: torch.dtype = torch.float32  # of x, weight and bias; at most float32, see `oracle`
-    adapter_dtype: torch.dtype | None = None  # of A and B; x's where None
+    adapter_dtype: torch.dtype | None = None  # of A and B; None for x's
     autocast: torch.dtype | None = None
     quant: str = ""  # of the weight: type, block size, whether nested: "nf4-64-nested", "fp4-32"
-    compute: torch.dtype | None = None  # of the product with a quantized weight; x's where None
-    base: bool = True  # False: the adapter's part alone, weight=None
+    compute: torch.dtype | None = None  # of the GEMM with a quantized weight; None for x's
+    base: bool = True  # False: the adapter alone, weight=None
     gate: bool = False  # [R] float32
     column_scale: bool = False  # [N] float32
     bias: bool = False
@@ -84,7 +84,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def describe(case: Any) -> str:
-    """The name of a `Case` or `MultiCase`: sizes, dtype, and the fields that are not the default.
+    """Return the name of a case: sizes, dtype, and the fields that are not the default.
 
     >>> describe(Case(3, 5, 4, 2, base=False, frozen=("x", "bias")))
     'M3-N5-K4-R2-float32-no_base-frozen:x,bias'
@@ -131,9 +131,9 @@ _CPU_DECODER = {("cpu", None): "its CPU kernel is wrong where a block straddles 
 
 
 def inputs(case: Case) -> dict[str, Any]:
-    """The arguments of `lora_linear` plus `dy`; those to be differentiated require it.
+    """Return the arguments of `lora_linear` and `dy`. Tensors with a gradient require it.
 
-    x ~ N(0, 1); weight, A and B are scaled so that base product and adapter both come to order 1.
+    x ~ N(0, 1); weight, A and B are scaled so that base GEMM and update both have order 1.
     """
     draw = random_source(case.values, torch.Generator().manual_seed(case.seed))
     M, N, K, R = case.M, case.N, case.K, case.R
@@ -176,12 +176,12 @@ def random_source(values: str, generator: torch.Generator) -> Callable[..., Tens
 
 
 def dropout_state(seed: int) -> Tensor:
-    """A state whose 64-bit words both have high halves that are not zero; one is negative."""
+    """Return a state of two 64-bit words with non-zero high halves; one word is negative."""
     return torch.tensor([seed + 2**40 + 11, -(2**33) - 5])
 
 
 def quantize(weight: Tensor, name: str) -> Weight4bit:
-    """The weight in 4 bits; name as `Case.quant`."""
+    """Return the weight in 4 bits. name: as `Case.quant`."""
     kind, blocksize, *nested = name.split("-")
     return quantize_4bit(weight, kind, int(blocksize), bool(nested))
 
@@ -189,9 +189,11 @@ def quantize(weight: Tensor, name: str) -> Weight4bit:
 def plain_pytorch(
     *, scaling: float, dropout_p: float, compute_dtype: torch.dtype | None = None, **tensors: Any
 ) -> Tensor:
-    """What one writes without this package; autograd does the rest. tensors: of `Operands`.
+    """Compute y as users write it without this package; autograd computes the gradients.
 
-    The adapter's branch runs in the wider of x's and the adapter's dtypes, as PEFT has it.
+    The adapter's branch runs in the wider of x's and the adapter's dtypes, as in PEFT.
+
+    tensors: the fields of `Operands`.
     """
     weight: Any
     x, weight, lora_A, lora_B, rank_gate, column_scale, bias, rng = Operands(**tensors)
@@ -217,7 +219,7 @@ def plain_pytorch(
 
 
 def dropout_mask(x: Tensor, rng: Tensor, dropout_p: float) -> Tensor:
-    """The dropout mask of a state, in x's shape."""
+    """Return the dropout mask of a state, in x's shape."""
     K = x.shape[-1]
     return reference.dropout_mask(rng, x.numel() // K, K, dropout_p).view(x.shape)
 
@@ -232,9 +234,9 @@ def masked(x: Tensor, rng: Tensor | None, dropout_p: float) -> Tensor:
 def run(
     call: Callable[..., Tensor], args: dict[str, Any], autocast: torch.dtype | None = None
 ) -> dict[str, Tensor]:
-    """`call` on the arguments of `inputs`, forward and backward: y and the gradients asked for.
+    """Run `call` forward and backward on the arguments of `inputs`; return y and the gradients.
 
-    Of a list of tensors it is their gradients in one vector, one after another.
+    The gradients of a list of tensors are concatenated to one vector.
     """
     args = dict(args)
     dy = args.pop("dy")
@@ -268,7 +270,7 @@ def widen(value: Any, dtype: torch.dtype = torch.float64) -> Any:
 def oracle(
     args: dict[str, Any], equation: Callable[..., Tensor] = reference.lora_linear
 ) -> dict[str, Tensor]:
-    """The same outputs in float64, by autograd through the reference's equation."""
+    """Return the outputs of `run` in float64, by autograd through the reference's equation."""
     wide = {name: widen(arg) for name, arg in args.items() if name != "compute_dtype"}
     if wide["weight"] is None:
         wide["weight"] = torch.zeros(args["dy"].shape[-1], wide["x"].shape[-1]).double()
@@ -276,13 +278,15 @@ def oracle(
 
 
 def allowances(case: Case) -> dict[str, tuple[float, tuple[int, ...]]]:
-    """Output -> u of the coarsest rounding that the backends' docstrings name for it, and lengths
-    of the sums behind it; that of the shorter branch counts for nothing."""
+    """Return, for each output, u of its coarsest rounding and the lengths of its sums.
+
+    The backends' docstrings name the roundings. The sum of the shorter branch is left out.
+    """
     M, N, K, x, f32 = case.M, case.N, case.K, case.dtype, torch.float32
     adapter, compute = case.adapter_dtype or x, case.compute or case.compute_dtype
     named: dict[str, tuple[tuple[torch.dtype, ...], tuple[int, ...]]] = {
         "y": ((compute,), (K,)),
-        "dx": ((x, compute), (N,)),  # the base product is rounded to the compute dtype
+        "dx": ((x, compute), (N,)),  # the base GEMM is rounded to the compute dtype
         "dA": ((adapter,), (N, M)),  # dAᵀ sums over rows what dS sums over columns
         "dB": ((adapter,), (K, M)),
         "dg": ((f32,), (K, N, M)),
@@ -321,15 +325,15 @@ def give_mask(args: dict[str, Any]) -> dict[str, Any]:
     return args | {"rng": dropout_mask(x, rng, args["dropout_p"])}
 
 
-# "eager", its GPU path on CPU tensors, and the native kernels' instruction sets with each strategy
-# that they have.
+# "eager", its GPU path on CPU tensors, and each instruction set of the native kernels with each of
+# its strategies.
 EAGERS = ("eager", "eager-gpu")
 EAGER_CUDA = "eager cuda"  # on a GPU's tensors
 ENGINES = (*EAGERS, *native.ISAS, *(f"{isa} {cpu.FUSED}" for isa in cpu.FUSED_ISAS))
 
 
 def engines() -> list[str]:
-    """Those of ENGINES that can run here."""
+    """Return the members of ENGINES that can run here."""
     found = [*EAGERS]
     if native.isa is not None:
         before = native.isa
@@ -340,8 +344,10 @@ def engines() -> list[str]:
 
 
 def gpu_engines() -> list[str]:
-    """The eager backend on a GPU, and the strategies of the Triton and the CUDA kernels, where they
-    can run; Triton's also in its interpreter."""
+    """Return the engines of the eager, Triton and CUDA backends that can run on a GPU here.
+
+    Triton's run in its interpreter too.
+    """
     found = [EAGER_CUDA] if torch.cuda.is_available() else []
     if configs.unsupported_reason(configs.target(), "cpu") is None:
         found += [f"triton {strategy}" for strategy in selection.STRATEGIES["triton"]]
@@ -351,7 +357,7 @@ def gpu_engines() -> list[str]:
 
 
 def fits_cuda(case: Case, strategy: str) -> bool:
-    """Whether that one of the CUDA kernels' strategies takes the case's base product."""
+    """Return True if a strategy of the CUDA backend supports the case's base GEMM."""
     blocksize = int(case.quant.split("-")[1]) if case.quant else 0
     layout = Layout(blocksize, unsupported_reason=None if case.base else constraints.NO_BASE)
     dtype = case.compute or case.compute_dtype
@@ -363,18 +369,18 @@ def fits_cuda(case: Case, strategy: str) -> bool:
 
 
 def triton_device() -> str:
-    """Where a case of a Triton engine runs."""
+    """Return the device type on which a Triton engine runs."""
     return "cpu" if triton.is_interpreted() else "cuda"
 
 
 def kernels(device: str) -> contextlib.AbstractContextManager[None]:
-    """What is timed as ours: on a GPU the Triton kernels, whether or not they are the default."""
+    """Select the kernels that are timed as ours: on a GPU Triton's, even if not the default."""
     return selection.backend("triton") if device == "cuda" else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
 def engine(name: str) -> Iterator[None]:
-    """Force one of the engines named above; RuntimeError where it cannot run here."""
+    """Force one of the engines named above; RuntimeError if it cannot run here."""
     backend, _, strategy = name.partition(" ")
     with contextlib.ExitStack() as stack:
         if name in (*EAGERS, EAGER_CUDA):
@@ -397,7 +403,7 @@ def engine(name: str) -> Iterator[None]:
 
 
 class Expected(NamedTuple):
-    """What the reference and plain PyTorch make of the arguments of one seed."""
+    """The arguments of one seed, and the results of the reference and of plain PyTorch."""
 
     args: dict[str, Any]
     ref: dict[str, Tensor]
@@ -407,8 +413,8 @@ class Expected(NamedTuple):
 def expected(case: Any, p_elements: int, make: Callable[[Any], Expected]) -> list[Expected]:
     """Run `make` on the case under as many seeds as must be pooled.
 
-    p_elements: of P = D(x)·Aᵀ, those whose roundings differ. A whole row of y shares one of them,
-    so they count too.
+    p_elements: number of elements of P = D(x)·Aᵀ with different roundings. They count because a
+    row of y shares them.
     """
     found: list[Expected] = []
     seeds = 1
@@ -421,7 +427,10 @@ def expected(case: Any, p_elements: int, make: Callable[[Any], Expected]) -> lis
 
 
 def verdicts(found: list[Expected], call: Callable[..., Tensor], like: Case) -> dict[str, Verdict]:
-    """Run `call` on the arguments of each seed; like: a case of the same sizes and dtypes."""
+    """Run `call` on the arguments of each seed, and judge its outputs.
+
+    like: a case of the same sizes and dtypes.
+    """
     results = [run(call, give_mask(each.args), like.autocast) for each in found]
     allowed = allowances(like)
     return {
@@ -446,7 +455,7 @@ def _expected(case: Case) -> list[Expected]:
 
 
 def judge(case: Case, call: Callable[..., Tensor] = functional.lora_linear) -> dict[str, Verdict]:
-    """Run `call` on the case; a verdict for y and for each gradient.
+    """Run `call` on the case; return a verdict for y and for each gradient.
 
     >>> verdicts = judge(Case(M=5, N=33, K=17, R=3, gate=True))
     >>> list(verdicts), all(verdict.ok for verdict in verdicts.values())
@@ -461,7 +470,7 @@ NORM_ARGUMENTS = ("weight", "lora_A", "lora_B", "scaling", "rank_gate")
 def judge_norm(
     case: Case, call: Callable[..., Tensor] = functional.dora_norm
 ) -> dict[str, Verdict]:
-    """Run `dora_norm` on the weight, adapter and gate of the case; its verdict.
+    """Run `dora_norm` on the weight, adapter and gate of the case; return its verdict.
 
     >>> judge_norm(Case(M=0, N=33, K=17, R=3, gate=True))["norm"].ok
     True
@@ -478,6 +487,6 @@ def judge_norm(
     found = expected(case, case.N, make)
     refs, eagers = ([each[of]["norm"] for each in found] for of in (1, 2))
     got = [call(**each.args) for each in found]
-    # All that is rounded is rounded to float32, in products of ranks and in the sum of squares.
+    # All roundings are to float32, in the products of ranks and in the sum of squares.
     u = unit_roundoff(torch.float32)
     return {"norm": tolerance.compare(got, refs, eagers, u, (case.R, case.K))}

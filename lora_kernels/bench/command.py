@@ -1,7 +1,7 @@
 """`lora-kernels bench`: its options, and the run of one of its suites.
 
-`dense`, `quantized`, `variants`, `experts`, `memory` and `traffic` are the suites; `compare` tells
-what two runs of one differ in.
+`dense`, `quantized`, `variants`, `experts`, `memory` and `traffic` are the suites; `compare`
+compares two runs of one.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SUITES: tuple[Suite, ...] = (
     Memory(),
     Count(),
     Layers(),
-)  # the last: else
+)  # the last one is the default
 
 
 def _words(values: Sequence[object], between: str = " ") -> str:
@@ -90,7 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def unused(args: argparse.Namespace, suite: Suite) -> str | None:
-    """What is to be left out, since the run would take no account of it; None: nothing."""
+    """Return why an option that was given would have no effect, or None."""
     defaults = {"device": "cpu", "dtypes": DTYPES, "dropout": 0.0, "quick": False}
     given = {name for name, value in vars(args).items() if value != defaults.get(name)}
     if name := next((name for name in suite.unused.split() if name in given), None):
@@ -105,8 +105,10 @@ def unused(args: argparse.Namespace, suite: Suite) -> str | None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """0; 1 where a result of ours misses the tolerance, got slower, or loses with --count; 2 where
-    it cannot start."""
+    """Return the exit status: 0, or 2 if the run cannot start.
+
+    1 if a result of ours misses the tolerance, got slower, or loses with --count.
+    """
     suite = next(suite for suite in SUITES if not suite.option or getattr(args, suite.option))
     why = unused(args, suite)
     for name in ("json", "csv"):
@@ -132,7 +134,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _compare(suite: Suite, args: argparse.Namespace) -> int:
-    """Compare a file with another, or with a run."""
+    """Compare a file with another file, or with a new run."""
     if len(args.compare) > 2:
         raise compare.NotComparable(f"--compare: got {len(args.compare)} files, want 1 or 2")
     old, *runs = map(compare.read, args.compare)  # before minutes are spent
@@ -147,7 +149,7 @@ def _compare(suite: Suite, args: argparse.Namespace) -> int:
             )
         runs = [measure(suite, args)]
         failed = suite.has_failed(runs[0].rows)
-        args.json = args.csv = None  # which hold the first, as without --compare
+        args.json = args.csv = None  # they hold the first run, as without --compare
         while only := compare.suspects(old, *runs):
             print(f"{len(only)} rows may be slower or are too noisy, and are measured again")
             runs.append(measure(suite, args, only))
@@ -157,7 +159,7 @@ def _compare(suite: Suite, args: argparse.Namespace) -> int:
 
 
 def measure(suite: Suite, args: argparse.Namespace, only: Collection[str] = ()) -> Result:
-    """Run a suite, print its rows and write them after each. only: as `Suite.rows` takes it."""
+    """Run a suite, and print and write each row. only: as for `Suite.rows`."""
     result = Result({} if only else suite.provenance(args))
     for text in () if only else suite.head(args, result):
         print(text)

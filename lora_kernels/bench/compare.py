@@ -1,31 +1,30 @@
-"""`lora-kernels bench --compare OLD.json [NEW.json]`: what got slower or faster beyond the noise.
+"""`lora-kernels bench --compare OLD.json [NEW.json]`: regressions and gains above the noise.
 
-Seconds of two runs do not compare: the machine may be busier, its clock lower. So each time is
-taken as its ratio to a yardstick of its own row, which took turns with it in its own run: the
-frozen layer; for 4-bit bases a plain read of the codes (up to 16 rows of x, where memory limits) or
-the dense layer; for variants what PEFT computes instead. Compared are the calls that run this
-package's kernels, and no peers.
+Seconds of two runs do not compare: the machine may be busier, or its clock lower. So each time is
+divided by the baseline of its own row, which took turns with it in the same run. The baseline is
+the frozen layer. For 4-bit bases it is a plain read of the codes (up to 16 rows of x, which are
+memory-bandwidth-bound) or the dense layer; for variants it is PEFT's equivalent. Only calls that
+run this package's kernels are compared, no peers.
 
 The noise of a row comes from its samples, the ratios of single rounds: their median is uncertain by
 how far apart the samples of ranks n/2 ± 2√n lie, which bound it to four standard errors whatever
-the distribution (`timing.Ratio`). A deviation, or p20 and p80, would not do: where other programs
-have the cores, every third round takes twice its time and the median stays where it is. Two runs
-differ where their medians lie further apart than
+the distribution (`timing.Ratio`). A standard deviation, or p20 and p80, would not do: if other
+programs use the cores, every third round takes twice its time and the median stays. Two runs
+differ if their medians lie further apart than
 
     max(5 %, √(bound² of the old + bound² of the new))          in logarithms
 
 Four errors, because a comparison has a hundred rows and neighbouring rounds are not independent. At
-least 5 %, because medians of one build scatter by 2 to 3 % from run to run even where the samples
-of each say a tenth of that: memory lies elsewhere, other neighbours are at work. Where the noise is
-above 20 %, threads waited for other programs and the ratio is that of two schedules: such a row is
-named as too noisy and counts for nothing.
+least 5 %, because medians of one build scatter by 2 to 3 % from run to run even if the samples of
+each say a tenth of that: memory addresses and other programs differ. Noise above 20 % means that
+threads waited for other programs. Such a row is reported as too noisy and does not count.
 
-What a neighbour does for longer than a row takes shows in no sample of it. So a run measures again,
-after all other rows and up to LOOKS times in all, what seems slower by half of the 5 % or is too
-noisy, and takes the mean of the logarithms, each weighed by 1 / (bound² + 2.5 %²).
+Another program that runs for longer than a row is in all of the row's samples. So a run measures
+some rows again, after all other rows and up to LOOKS times in all: rows that seem slower by half of
+the 5 %, or are too noisy. It takes the mean of the logarithms, weighed by 1 / (bound² + 2.5 %²).
 
-A file that an earlier version wrote has no ratios of rounds: then the ratio of medians is taken,
-with four errors of both calls, each 1.253·σ/√n, as if its times were normal: σ = ln(p80/p20)/1.683.
+A file of an earlier version has no ratios of rounds. Then the ratio of medians is taken, with four
+errors of both calls, each 1.253·σ/√n, as if its times were normal: σ = ln(p80/p20)/1.683.
 """
 
 from __future__ import annotations
@@ -40,12 +39,12 @@ from ..timing import Times
 from .results import Result, Row, is_ours
 
 LOOKS = 3  # at a row that is not clear
-LEAST, MOST = 0.05, 0.20  # noise: what is never believed, and above which nothing is
+LEAST, MOST = 0.05, 0.20  # noise: the smallest threshold, and the largest at which a row counts
 VERDICTS = ("slower", "faster", "too noisy", "same")
 # A median of n normal samples has an error of √(π/2)·σ/√n, and ln p80 − ln p20 is 2·0.8416·σ.
 MEDIAN_ERROR, QUINTILES_APART = math.sqrt(math.pi / 2), 1.683
 
-# What must agree for the ratios to mean the same, and what it is called.
+# Facts that must agree for ratios to be comparable, and their names.
 MACHINE = {
     "processor": "processor",
     "machine": "architecture",
@@ -59,29 +58,29 @@ MACHINE = {
 
 @dataclass(frozen=True)
 class Measured:
-    """A time over its yardstick's, and how far its logarithm may be off: four standard errors."""
+    """A time over its baseline's, and the bound on its logarithm's error: four standard errors."""
 
     ratio: float
     bound: float
 
     @classmethod
-    def of(cls, times: Times, yardstick: Times) -> Measured:
-        """From what `bench` writes of a call and of its yardstick.
+    def from_times(cls, times: Times, baseline: Times) -> Measured:
+        """Build the ratio from the times of a call and of its baseline.
 
         >>> from lora_kernels.timing import Ratio
         >>> call = Times(1.0, 1.1, 1.2, 100, Ratio(2.0, 2.0, 2.0, 2.0, 2.0))
-        >>> Measured.of(call, call)
+        >>> Measured.from_times(call, call)
         Measured(ratio=2.0, bound=0.0)
         """
         if over := times.over:
             return cls(over.p50, math.log(max(over.high / over.p50, over.p50 / over.low)))
-        sigmas = [math.log(t.p80 / t.p20) / QUINTILES_APART for t in (times, yardstick)]
+        sigmas = [math.log(t.p80 / t.p20) / QUINTILES_APART for t in (times, baseline)]
         error = MEDIAN_ERROR * math.hypot(*sigmas) / math.sqrt(times.rounds)
-        return cls(times.p50 / yardstick.p50, 4 * error)
+        return cls(times.p50 / baseline.p50, 4 * error)
 
     @classmethod
     def mean(cls, looks: Sequence[Measured]) -> Measured:
-        """Of several runs: a steady one counts for more.
+        """Return the mean of several runs, weighed by their precision.
 
         >>> Measured.mean([Measured(1.0, 0.02), Measured(1.21, 0.02)])
         Measured(ratio=1.1, bound=0.014142135623730952)
@@ -94,7 +93,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Change:
-    """One of our calls in both files: its row in words, its name there."""
+    """One of our calls in both files: its row in words, and its name there."""
 
     row: str
     call: str
@@ -103,17 +102,17 @@ class Change:
 
     @property
     def factor(self) -> float:
-        """New over old: above 1 is slower."""
+        """The new ratio over the old one; above 1 is slower."""
         return self.new.ratio / self.old.ratio
 
     @property
     def noise(self) -> float:
-        """The factor, less 1, that is not believed."""
+        """The noise threshold: how far `factor` may be from 1 without meaning."""
         return max(LEAST, math.expm1(math.hypot(self.old.bound, self.new.bound)))
 
     @property
     def verdict(self) -> str:
-        """One of VERDICTS; as much slower counts as much as faster."""
+        """One of VERDICTS, by the same threshold for slower and faster."""
         if self.noise > MOST:
             return "too noisy"
         if max(self.factor, 1 / self.factor) <= 1 + self.noise:
@@ -132,7 +131,7 @@ class NotComparable(ValueError):
 
 
 def read(path: Path) -> Result:
-    """A file that `bench --json` wrote; NotComparable says what is wrong with another."""
+    """Read a file that `bench --json` wrote; NotComparable for any other file."""
     try:
         data = json.loads(path.read_text())
         rows = [Row.from_json(row) for row in data["rows"]]
@@ -149,7 +148,7 @@ def read(path: Path) -> Result:
 
 
 def warnings(old: Result, new: Result) -> Iterator[str]:
-    """What differs, or is not said, between the machines of two files' provenance."""
+    """Yield a warning for each fact in which the machines of two files differ."""
     for key, name in MACHINE.items():
         values = [result.provenance.get(key) for result in (old, new)]
         if key == "gpu":
@@ -161,7 +160,7 @@ def warnings(old: Result, new: Result) -> Iterator[str]:
             yield f"warning: the {said} file does not say its processor"
         else:
             yield f"warning: {name}: old {values[0]}, new {values[1]}: ratios may differ for that"
-    # As they were before decoding was timed: some of them cold.
+    # Files from before decoding was timed have cold forwards.
     cold = ("layers", "forward", "cold")
     alone = [any((r.kind, r.mode, r.cache) == cold for r in both.rows) for both in (old, new)]
     if alone[0] != alone[1]:
@@ -173,9 +172,9 @@ Key = tuple[str, str]  # the row in words, the call's name
 
 
 def changes(old: Result, *new: Result) -> tuple[list[Change], list[Key], list[Key]]:
-    """Our calls in both files, and those in the old or in the new one alone.
+    """Return our calls in both files, those only in the old file, and those only in the new.
 
-    new: a file and, measured later, rows of it again.
+    new: a file, and rows of it that were measured again.
     """
     kinds = [result.rows[0].kind for result in (old, *new)]
     if len(set(kinds)) > 1:
@@ -187,7 +186,7 @@ def changes(old: Result, *new: Result) -> tuple[list[Change], list[Key], list[Ke
 
 
 def suspects(old: Result, *new: Result) -> set[str]:
-    """The rows, in words, to measure again; none after LOOKS. new: as for `changes`."""
+    """Return the rows, in words, to measure again; none after LOOKS. new: as for `changes`."""
     if len(new) >= LOOKS:
         return set()
     both, _, _ = changes(old, *new)
@@ -196,16 +195,17 @@ def suspects(old: Result, *new: Result) -> set[str]:
 
 def _ours(result: Result) -> dict[Key, Measured]:
     return {
-        (row.identity, name): Measured.of(times, row.seconds[row.yardstick])
+        (row.identity, name): Measured.from_times(times, row.seconds[row.baseline])
         for row in result.rows
         for name, times in row.seconds.items()
-        if is_ours(name) and row.yardstick in row.seconds
+        if is_ours(name) and row.baseline in row.seconds
     }
 
 
 def report(old: Result, *new: Result) -> tuple[list[str], int]:
-    """Lines to print, and the exit status: 1 where something got slower or wrong; NotComparable
-    where no row is in both.
+    """Return lines to print, and the exit status: 1 for a regression or a wrong result.
+
+    Raises NotComparable if no row is in both.
 
     new: as for `changes`.
     """
@@ -227,7 +227,7 @@ def report(old: Result, *new: Result) -> tuple[list[str], int]:
         lines += [f"{said}: {row}, {call}" for row, call in keys]
     slower, faster, noisy, same = (len(found) for found in by_verdict.values())
     lines.append(
-        f"{len(both)} compared, each over its own yardstick: {slower} slower, {faster} faster, "
+        f"{len(both)} compared, each over its own baseline: {slower} slower, {faster} faster, "
         f"{noisy} too noisy to say, {same} the same within the noise"
     )
     return lines, 1 if slower or wrong else 0

@@ -1,18 +1,18 @@
-"""`lora-kernels bench`: what LoRA costs over the frozen linear, for this package and its peers.
+"""`lora-kernels bench`: the LoRA tax of this package and of its peers.
 
 The LoRA tax is the time of forward, or of a step (forward and backward), with the adapter over the
-time of the frozen linear alone, x needing a gradient in both where anything does. Nobody pays less
-than the arithmetic:
+time of the frozen linear alone. In both, x needs a gradient if anything does. Its lower bound is
+the ratio of FLOPs:
 
     forward 1 + R·(1/K + 1/N)      backward 1 + 2·R·(1/K + 1/N)      step 1 + 1.5·R·(1/K + 1/N)
 
-Forward and backward are the parts of the steps that are timed. Up to STREAMED_ROWS rows of x are
-also decoded: the forward without gradients, once warm and once cold, over more weights in turn than
-the last-level cache holds. Ours is called as a layer calls it, which prepares the calls after the
-first (with dropout as `lora_linear` is). Every candidate's results are checked before it is timed,
-those of its second call, and ours decoding too, all by the same limit: a result of ours that misses
-it gets ✗ instead of a time, a peer's gets ✗ and its errors beside its time. Float32 adapters beside
-a bfloat16 x are PEFT's default. torch.compile gets each shape as a static one.
+Forward and backward are timed within the steps. Up to STREAMED_ROWS rows of x, decoding is timed
+too: the forward without gradients, with a warm and with a cold cache, over more weights in turn
+than the last-level cache holds. Ours is called as a layer calls it, with prepared calls after the
+first; with dropout `lora_linear` is called. Before the timing, the results of each candidate's
+second call are compared with the tolerance, and those of ours in decoding. A miss of ours gets ✗
+instead of a time; a peer's gets ✗ and its errors beside its time. Float32 adapters beside a
+bfloat16 x are PEFT's default. torch.compile gets each shape as a static one.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from .case import Case
 from .memory import held, peak
 from .results import FROZEN, STREAMED_ROWS, Facts, Result, Row, Suite
 
-CHECKED_ROWS = 512  # on a GPU; the float64 reference of more takes longer than all that is timed
+CHECKED_ROWS = 512  # on a GPU; the float64 reference of more rows takes longer than the timing
 SHAPES = (  # M, K, N
     (1, 4096, 4096),
     (256, 2048, 2048),
@@ -70,7 +70,7 @@ def ours(args: dict[str, Any]) -> Call:
 
 
 def candidates(case: Case) -> dict[str, tuple[Make, Case]]:
-    """Name -> how it is made, and the case with its adapters' dtype."""
+    """Return, by name, how each candidate is built, and its case with the adapters' dtype."""
     sixteen_bit = case.dtype is not torch.float32
     wide = replace(case, adapter_dtype=torch.float32) if sixteen_bit else case
     found: dict[str, tuple[Make, Case]] = {"ours": (ours, case)}
@@ -86,7 +86,7 @@ def candidates(case: Case) -> dict[str, tuple[Make, Case]]:
 
 
 def floor(case: Case, mode: str) -> float:
-    """The least LoRA tax that the arithmetic allows.
+    """Return the lower bound of the LoRA tax, from FLOPs.
 
     >>> floor(Case(M=256, N=2048, K=2048, R=16), "step")
     1.0234375
@@ -96,13 +96,12 @@ def floor(case: Case, mode: str) -> float:
 
 
 def target(case: Case, mode: str) -> float | None:
-    """Twice the arithmetic's tax and one per cent; none is set above rank 16, nor of a backward."""
+    """Return 1 % and twice the tax of `floor`; None above rank 16, and for a backward."""
     return 1 + 2 * (floor(case, mode) - 1) + 0.01 if case.R <= 16 and mode != "backward" else None
 
 
 def least_seconds(case: Case, mode: str, machine: Machine) -> float:
-    """Nothing takes less on this machine: what must move at a copy's rate, or the operations at
-    that of the library's product."""
+    """Return the roofline: bytes at a copy's bandwidth, or FLOPs at a library GEMM's rate."""
     itemsize = (case.adapter_dtype or case.dtype).itemsize
     sizes = Sizes(case.M, case.N, case.K, case.R, case.dtype, itemsize)
     bytes_, flops = (
@@ -113,25 +112,29 @@ def least_seconds(case: Case, mode: str, machine: Machine) -> float:
 
 
 def measure(case: Case, seconds: float, machine: Machine | None = None) -> list[Row]:
-    """Rows for each of MODES, decoding where x is of few rows: every candidate checked, then timed
-    beside the frozen linear. machine: for `floor_ms`, else None."""
-    torch.compiler.reset()  # or it would take a third shape for a dynamic one
+    """Return a row for each of MODES, decoding only if x has few rows.
+
+    Every candidate is checked, then timed beside the frozen linear.
+
+    machine: for `floor_ms`, or None.
+    """
+    torch.compiler.reset()  # else it would compile a third shape as a dynamic one
     args = cases.inputs(replace(case, frozen=("lora_A", "lora_B")))
     made: dict[str, Candidate] = {"frozen": (baselines.frozen, args)}
     misses = {}
     for name, (make, own) in candidates(case).items():
-        if wrong := _flaws(make, own):
+        if wrong := _tolerance_misses(make, own):
             misses[name] = "; ".join(wrong)
         if not wrong or make is not ours:
-            made[name] = (make, {**cases.inputs(own), "rng": None})  # to draw it takes part
+            made[name] = (make, {**cases.inputs(own), "rng": None})  # drawing it is timed
 
     calls = {name: (make(args), args) for name, (make, args) in made.items()}
     timed = partial(
         timing.interleave_parts,
         seconds=seconds,
-        most=1001,  # so that what neighbours do for a second is not all that is seen
+        most=1001,  # more rounds than another program disturbs in a second
         device=case.device,
-        yardstick=FROZEN,
+        baseline=FROZEN,
     )
     found = {}
     found["step", "warm"], found["forward", "warm"], found["backward", "warm"] = timed(
@@ -163,8 +166,8 @@ def measure(case: Case, seconds: float, machine: Machine | None = None) -> list[
     return rows
 
 
-def _flaws(make: Make, case: Case) -> list[str]:
-    """What is wrong with a candidate's results, if anything."""
+def _tolerance_misses(make: Make, case: Case) -> list[str]:
+    """Return what misses the tolerance in a candidate's results."""
     # Peers draw dropout masks of their own, so they are checked without.
     checked = case if make is ours else replace(case, dropout_p=0.0)
     if case.device != "cpu":
@@ -172,7 +175,7 @@ def _flaws(make: Make, case: Case) -> list[str]:
     verdicts = cases.judge(checked, partial(_second, make))
     wrong = [f"{output} {verdict}" for output, verdict in verdicts.items() if not verdict.ok]
     if make is ours and case.M <= STREAMED_ROWS:
-        wrong += _decoded_otherwise(case)
+        wrong += _decoding_misses(case)
     return wrong
 
 
@@ -183,13 +186,13 @@ def _second(make: Make, **args: Any) -> Tensor:
     return call(**args)
 
 
-def _decoded_otherwise(case: Case) -> list[str]:
-    """What is wrong with ours as it is when decoding, beside what has been checked."""
+def _decoding_misses(case: Case) -> list[str]:
+    """Return what differs in ours without gradients from ours with them."""
     args = cases.inputs(case)
     call = _forward(ours(args), args)
     want = call()
     with torch.no_grad():
-        same = [torch.equal(call(), want) for _ in range(3)]  # of which the first prepares
+        same = [torch.equal(call(), want) for _ in range(3)]  # the first call prepares
     return [] if all(same) else ["y MISS: without gradients it is not what it is with them"]
 
 
@@ -212,8 +215,10 @@ def _cold(made: dict[str, Candidate], device: str) -> dict[str, Callable[[], obj
 def _memory(
     calls: dict[str, tuple[Call, dict[str, Any]]], device: str
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """Bytes that each candidate holds for its backward, beside weight and adapter, and the most
-    that a step takes beyond its arguments."""
+    """Return the bytes that each candidate holds for its backward, and the peak of a step.
+
+    Weight and adapter do not count for the first, arguments not for the second.
+    """
     bytes_, peaks = {}, {}
     for name, (call, args) in calls.items():
         there = [args[key] for key in ("weight", "lora_A", "lora_B")]
@@ -223,7 +228,7 @@ def _memory(
 
 
 def _row(case: Case, mode: str, cache: str = "warm") -> Row:
-    """What tells the row from another."""
+    """Return a row with the fields that identify it."""
     sizes = {key: getattr(case, key) for key in ("M", "K", "N", "R", "dropout_p")}
     return Row(**sizes, dtype=cases.dtype_name(case.dtype), mode=mode, cache=cache)
 
@@ -234,14 +239,14 @@ def _forward(call: Call, args: dict[str, Any]) -> Callable[[], Tensor]:
 
 
 def _parts(call: Call, args: dict[str, Any]) -> Parts:
-    """A step: forward, backward."""
+    """Return forward and backward of a step."""
     tensors = (args[name] for name in cases.GRADIENTS if args[name] is not None)
     wanted = [t for t in tensors if t.requires_grad]
     return Parts(_forward(call, args), lambda y: torch.autograd.grad(y, wanted, args["dy"]))
 
 
 def overhead(seconds: float, device: str = "cpu") -> dict[str, float]:
-    """Microseconds of one call where there is next to nothing to compute, gradients on."""
+    """Return the microseconds of a call with next to nothing to compute, gradients on."""
     args = cases.inputs(Case(M=1, N=64, K=64, R=8, device=device))
     only_x = {**args, "lora_A": args["lora_A"].detach(), "lora_B": args["lora_B"].detach()}
     makes: tuple[Make, ...] = (baselines.frozen, ours, baselines.addmm, baselines.eager)

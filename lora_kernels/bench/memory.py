@@ -1,15 +1,15 @@
 """`lora-kernels bench --memory`: bytes that a layer holds from its forward to its backward.
 
-Counted by `torch.autograd.graph.saved_tensors_hooks`, each storage once and whole, without those of
-parameters and buffers, which are there anyway. Ours is PEFT's layer after `fuse`, the peer the same
-layer before, in training mode with PEFT's float32 adapters. Nobody needs less than
+`torch.autograd.graph.saved_tensors_hooks` counts them, each storage once and whole, without those
+of parameters and buffers. Ours is PEFT's layer after `fuse`, the peer the same layer before, in
+training mode with PEFT's float32 adapters. The minimum is
 
     x [M, K] + P [M, R] in float32 + 16 bytes of dropout state + z [M, N] where c trains
 
 with z in x's dtype. DoRA and AdaLoRA, whose c and g are PyTorch's expressions of their parameters,
-hold a few vectors of N or R elements beside: 'over' in the table is what is held above the minimum.
-SmolLM2-135M, with random weights, shows a whole step. The figures depend on versions and not on the
-machine, but on a GPU PyTorch's dropout keeps a smaller mask: they are counted on a CPU.
+also hold a few vectors of N or R elements: 'over' in the table is the excess over the minimum.
+SmolLM2-135M, with random weights, shows a whole step. The figures are counted on a CPU. They depend
+on versions and not on the machine, except that on a GPU PyTorch's dropout keeps a smaller mask.
 """
 
 from __future__ import annotations
@@ -56,8 +56,9 @@ SMOLLM2 = {  # SmolLM2-135M
 def held(
     call: Callable[[], object], module: nn.Module | None = None, there: Iterable[Tensor] = ()
 ) -> dict[str, int]:
-    """What `call` leaves for its backward, as "[shape] dtype" -> bytes, beside the parameters and
-    buffers of the module, and other tensors that are there anyway.
+    """Return the bytes that `call` holds for its backward, by "[shape] dtype".
+
+    The parameters and buffers of the module do not count, nor do the tensors in `there`.
 
     >>> x = torch.ones(4, 8, requires_grad=True)
     >>> held(lambda: (x * x).exp())  # x, and the result of exp
@@ -73,16 +74,16 @@ def held(
 
 
 def saved(call: Callable[[], object], there: Iterable[Tensor]) -> dict[int, Tensor]:
-    """Address -> a tensor of each storage that autograd saves, but for those that are there.
+    """Return a tensor of each storage that autograd saves, by address, without those in `there`.
 
     The graph must be alive at the end, so `call` returns its output. Tensors that a Function keeps
-    on its context by hand are not seen; this package's keep none.
+    as attributes of its context do not count; this package's Functions keep none.
     """
     known, kept = set(map(_address, there)), dict[int, Tensor]()
 
     def pack(t: Tensor) -> Tensor:
         if t.untyped_storage().nbytes() and _address(t) not in known:
-            kept.setdefault(_address(t), t)  # which keeps the address from being used again
+            kept.setdefault(_address(t), t)  # alive, so that no other takes its address
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
@@ -92,9 +93,9 @@ def saved(call: Callable[[], object], there: Iterable[Tensor]) -> dict[int, Tens
 
 
 def peak(call: Callable[[], object], device: str = "cpu") -> int:
-    """The most bytes that tensors take during `call` beyond those that are there before it.
+    """Return the peak bytes of tensors during `call`, without those from before it.
 
-    On a CPU by PyTorch's profiler, which does not see what a library allocates for itself.
+    On a CPU, PyTorch's profiler counts; it does not see a library's own allocations.
 
     >>> a = torch.ones(1000)
     >>> peak(lambda: a + (a + 1))  # two results alive
@@ -115,14 +116,14 @@ def peak(call: Callable[[], object], device: str = "cpu") -> int:
     del result
     found = profiled.profiler.kineto_results.events()
     changes = [(e.start_ns(), e.nbytes()) for e in found if e.name() == "[memory]"]
-    # Sorted by time alone: of changes at one instant the order is that in which they came.
+    # Sorted by time alone, a stable sort keeps the order of simultaneous changes.
     totals = itertools.accumulate(size for _, size in sorted(changes, key=lambda c: c[0]))
     return max(totals, default=0)
 
 
 @contextlib.contextmanager
 def _silent_stderr() -> Iterator[None]:
-    """The profiler of torch 2.15 writes two lines there each time, at any KINETO_LOG_LEVEL."""
+    """Silence stderr, to which torch 2.15's profiler writes two lines at any KINETO_LOG_LEVEL."""
     sys.stderr.flush()
     kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
@@ -141,7 +142,7 @@ def _address(t: Tensor) -> int:
 def minimum(
     M: int, K: int, N: int, R: int, dtype: torch.dtype, *, dropout: bool = False, z: bool = False
 ) -> int:
-    """Bytes of x, P in float32, the dropout state, and z where the column scale trains.
+    """Return the bytes of x, P in float32, the dropout state, and z if the column scale trains.
 
     >>> minimum(512, 2048, 2048, 16, torch.float32, dropout=True) == 4 * 512 * (2048 + 16) + 16
     True
@@ -150,7 +151,7 @@ def minimum(
 
 
 def stock(variant: str, dtype: torch.dtype, sizes: tuple[int, int, int], R: int) -> nn.Module:
-    """PEFT's own layer of one of VARIANTS over a linear of that dtype, in training mode."""
+    """Build PEFT's layer of one of VARIANTS over a linear of that dtype, in training mode."""
     base, options = nn.Linear(*sizes[1:], bias=False, dtype=dtype), VARIANTS[variant]
     layer: nn.Module = baselines.peft_layer(base, [R], adapter_dtype=torch.float32, **options)
     return layer
@@ -159,7 +160,7 @@ def stock(variant: str, dtype: torch.dtype, sizes: tuple[int, int, int], R: int)
 def layer_row(
     variant: str, dtype: torch.dtype, sizes: tuple[int, int, int] = SIZES, R: int = RANK
 ) -> Row:
-    """Bytes of ours and of PEFT's layer beside the minimum; sizes: M, K, N."""
+    """Count the bytes of ours and of PEFT's layer. sizes: M, K, N."""
     from ..peft import fuse
 
     theirs = stock(variant, dtype, sizes, R)
@@ -174,12 +175,13 @@ def layer_row(
 
 
 def step_row(dtype: torch.dtype, sizes: Mapping[str, Any] = SMOLLM2) -> Row:
-    """A Llama's forward with its loss, LoRA on all linears: bytes held for the backward, ours and
-    PEFT's. sizes: of transformers' LlamaConfig; the weights are random.
+    """Count the bytes that a Llama with LoRA on all linears holds for its backward.
 
-    Nobody needs less than what the frozen model holds for the gradients of its activations, the
-    inputs of its linear layers where they are not among that (those of q, k and v are one tensor),
-    and P in float32 and the dropout state of each.
+    The minimum is the sum of three: what the frozen model holds for the gradients of its
+    activations; the other inputs of its linear layers (those of q, k and v are one tensor); P in
+    float32 and the dropout state of each layer.
+
+    sizes: of transformers' LlamaConfig; the weights are random.
     """
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -208,7 +210,7 @@ def step_row(dtype: torch.dtype, sizes: Mapping[str, Any] = SMOLLM2) -> Row:
 
 
 def _least(llama: Any, ids: Tensor) -> int:
-    """`step_row`'s minimum, of a model without adapters."""
+    """Return the minimum of `step_row`, from a model without adapters."""
     llama.requires_grad_(False)
     inputs: dict[int, Tensor] = {}
 
@@ -235,7 +237,7 @@ class Memory(Suite):
     libraries = ("torch", "peft", "transformers")
 
     def rows(self, args: argparse.Namespace, facts: Facts, only: Collection[str]) -> Iterator[Row]:
-        """The steps where transformers is installed."""
+        """Yield layers, and steps if transformers is installed."""
         for dtype, variant in itertools.product(DTYPES, VARIANTS):
             yield layer_row(variant, dtype)
         if find_spec("transformers") is not None:

@@ -28,7 +28,7 @@ NAMES = tuple(_MODELS)
 
 
 def linear_shapes(name: str) -> list[tuple[int, int]]:
-    """(K, N) of a block's linear layers, each once: q and o, k and v, gate and up, down.
+    """Return (K, N) of a block's linear layers, each once: q and o, k and v, gate and up, down.
 
     >>> linear_shapes("llama3-8b")
     [(4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096)]
@@ -39,7 +39,7 @@ def linear_shapes(name: str) -> list[tuple[int, int]]:
 
 
 def sizes(form: str) -> Callable[[str], tuple[int, ...]]:
-    """Of an argument such as 4096x14336, in a form such as KxN.
+    """Return a parser of arguments such as 4096x14336, in a form such as KxN.
 
     >>> sizes("KxN")("4096x14336")
     (4096, 14336)
@@ -56,14 +56,14 @@ def sizes(form: str) -> Callable[[str], tuple[int, ...]]:
 
 
 def positive(text: str) -> int:
-    """An argument that is a whole number of at least 1."""
+    """Parse an argument that is a whole number of at least 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"got {text!r}, want a whole number of at least 1")
     return int(text)
 
 
 def real(below: float, want: str) -> Callable[[str], float]:
-    """Of an argument that is a number of at least 0 and below a limit.
+    """Return a parser of arguments that are numbers of at least 0 and below a limit.
 
     >>> seconds("0.5"), probability("0")
     (0.5, 0.0)
@@ -78,13 +78,15 @@ def real(below: float, want: str) -> Callable[[str], float]:
     return parse
 
 
-seconds = real(math.inf, "a finite number of seconds, 0 or more")  # 0 asks for the fewest rounds
+seconds = real(math.inf, "a finite number of seconds, 0 or more")  # 0: the fewest rounds
 probability = real(1.0, "a probability in [0, 1)")
 
 
 def requested_shapes(args: argparse.Namespace) -> list[tuple[int, int, int]] | None:
-    """M, K, N of the layers that `bench` was asked for: --shapes, or those of --model, on a GPU by
-    default llama3-8b's, with --rows; None where none was."""
+    """Return M, K, N of the requested layers, or None.
+
+    These are --shapes, or those of --model with --rows; on a GPU llama3-8b's by default.
+    """
     name = args.model or ("llama3-8b" if args.device == "cuda" and not args.quant else None)
     found: list[tuple[int, int, int]] | None = args.shapes
     if not found and name:

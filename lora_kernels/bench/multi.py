@@ -20,15 +20,15 @@ from .tolerance import Verdict
 
 @dataclass(frozen=True)
 class MultiCase:
-    """What `inputs` makes: every number of it is settled by these fields."""
+    """The fields that determine every number that `inputs` draws."""
 
     M: int
     N: int
     K: int
     ranks: tuple[int, ...] = (3, 5, 8, 1)  # of each adapter
-    rows: str = "grouped"  # or "mixed": each adapter's together or not; some have none
+    rows: str = "grouped"  # by adapter, or "mixed"; some rows have no adapter
     dtype: torch.dtype = torch.float32  # of x, weight and bias
-    adapter_dtype: torch.dtype | None = None  # of A and B; x's where None
+    adapter_dtype: torch.dtype | None = None  # of A and B; None for x's
     quant: str = ""  # as `Case.quant`
     base: bool = True
     bias: bool = True
@@ -43,9 +43,9 @@ class MultiCase:
 
 
 def inputs(case: MultiCase) -> dict[str, Any]:
-    """The arguments of `multi_lora_linear` plus `dy`; those to be differentiated require it.
+    """Return the arguments of `multi_lora_linear` and `dy`. Tensors with a gradient require it.
 
-    Where there are three adapters or more, no row has the last but one.
+    With three adapters or more, no row has the last but one.
     """
     generator = torch.Generator().manual_seed(case.seed)
     draw = cases.random_source(case.values, generator)
@@ -54,7 +54,7 @@ def inputs(case: MultiCase) -> dict[str, Any]:
     index = torch.randint(-1, E, (M,), generator=generator)
     if E > 2:
         index[index == E - 2] = E - 1
-    if case.rows == "grouped":  # in falling order, which is not that of the adapters
+    if case.rows == "grouped":  # in descending order, unlike the adapters
         index = index.sort(descending=True).values
     weight: Any = draw((N, K), K**-0.5, case.dtype) if case.base else None
     args: dict[str, Any] = {
@@ -87,9 +87,9 @@ def _moved(arg: Any, device: str) -> Any:
 def plain_pytorch(
     *, index: Tensor, scaling: list[float], dropout_p: float, **tensors: Any
 ) -> Tensor:
-    """What one writes without this package, as PEFT has it: a loop over adapters, rows picked.
+    """Compute y as PEFT does: a loop over adapters, each on its own rows.
 
-    tensors: the others of `MultiOperands`.
+    tensors: the other fields of `MultiOperands`.
     """
     weight: Any
     x, weight, lora_A, lora_B, _, bias, rng = MultiOperands(adapter_index=index, **tensors)
@@ -110,7 +110,7 @@ def plain_pytorch(
 def judge(
     case: MultiCase, call: Callable[..., Tensor] = functional.multi_lora_linear
 ) -> dict[str, Verdict]:
-    """Run `call` on the case; a verdict for y and for each gradient.
+    """Run `call` on the case; return a verdict for y and for each gradient.
 
     >>> all(verdict.ok for verdict in judge(MultiCase(M=9, N=33, K=17)).values())
     True
@@ -122,6 +122,6 @@ def judge(
         return Expected(args, ref, cases.run(plain_pytorch, args))
 
     found = cases.expected(case, case.M * sum(case.ranks) // len(case.ranks), make)
-    # y and dx: also the base product, which an adapter's part is added to in place.
+    # y and dx include the base GEMM, to which the update is added in place.
     like = Case(case.M, case.N, case.K, 1, case.dtype, case.adapter_dtype, device=case.device)
     return cases.verdicts(found, call, like)

@@ -1,4 +1,4 @@
-"""Whether a file or folder that a command will write can be written: asked before any work."""
+"""Check that a file or folder can be written, before a command does any work."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 
 @contextlib.contextmanager
 def printed(silent: bool, total: int) -> Iterator[Callable[[str], None]]:
-    """Give a function that prints a head and up to `total` lines; with a bar on a terminal."""
+    """Give a function that prints a head and up to `total` lines, with a bar on a terminal."""
     if silent:
         yield lambda line: None
     elif not sys.stdout.isatty() or find_spec("rich") is None:

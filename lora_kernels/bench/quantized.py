@@ -3,9 +3,9 @@
 Forward without gradients for M rows of x, and a training step for the largest M. Times are medians
 of calls that take turns in one process; cold rotates over as many weights as exceed the last-level
 cache, warm repeats one. Ours is a `QLoRALinear`; bitsandbytes' layer is under PEFT's; to the dense
-product LoRA is added by PyTorch's own calls, `F.linear(x, W) + s·B(Ax)`. Errors are rms relative to
-the layer in float64 on the float32 decode. Ours gets ✗ instead of a time where its error is above
-the tolerance's, eager being PyTorch's calls on the decoded weight.
+GEMM, PyTorch's own calls add LoRA: `F.linear(x, W) + s·B(Ax)`. Errors are rms relative to the layer
+in float64 on the float32 decode. Ours gets ✗ instead of a time if its error is above the tolerance,
+in which eager is PyTorch's calls on the decoded weight.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ RANK, SCALING = 16, 2.0
 def rows_of(
     K: int, N: int, counts: list[int], dtype: str, quant_type: str, seconds: float, device: str
 ) -> Iterator[Row]:
-    """Forwards of so many rows of x, and steps of the last, over enough weights to be cold."""
+    """Yield forwards for each number of rows, and steps for the last, with a cold cache too."""
     torch.manual_seed(0)
     on: Any = {"dtype": getattr(torch, dtype), "device": device}
     A = nn.Parameter(torch.randn(RANK, K).div_(K**0.5).to(**on))
@@ -117,8 +117,8 @@ class Codes(Suite):
     kind, option, unused = "4-bit", "quant", "ranks dropout"
 
     def rows(self, args: argparse.Namespace, facts: Facts, only: Collection[str]) -> Iterator[Row]:
-        asked = models.requested_shapes(args) or []
-        shapes = list(dict.fromkeys((K, N) for _, K, N in asked)) or SHAPES
-        counts = sorted({M for M, _, _ in asked}) or list(ROWS)
+        requested = models.requested_shapes(args) or []
+        shapes = list(dict.fromkeys((K, N) for _, K, N in requested)) or SHAPES
+        counts = sorted({M for M, _, _ in requested}) or list(ROWS)
         for dtype, (K, N) in itertools.product(args.dtypes, shapes):
             yield from rows_of(K, N, counts, dtype, args.quant, args.seconds, args.device)

@@ -1,8 +1,7 @@
-"""What `lora-kernels bench` leaves: rows and their provenance, as JSON, as CSV and in a summary.
+"""Results of `lora-kernels bench`: rows and their provenance, as JSON, as CSV and in a summary.
 
-In the summary a ratio is the median time of ours over the peer's in one row, where both took turns.
-Ours with float32 adapters is compared with PEFT's, which keeps them so; each other call with its
-like.
+In the summary a ratio is the median time of ours over the peer's in one row, in which both took
+turns. Ours with float32 adapters is compared with PEFT's, whose adapters are float32 by default.
 """
 
 from __future__ import annotations
@@ -34,47 +33,47 @@ from . import tolerance
 Facts = dict[str, Any]  # of a run: its provenance
 
 FROZEN = "frozen"
-# Calls that no one would use instead of ours: yardsticks.
+# Baselines that nobody would use instead of ours.
 NO_PEERS = (FROZEN, "stream")
 OURS = ("LoRA", "three LoRALinear", "three calls")  # and every name that begins with "ours"
-# Peer -> the call of ours that does the same; "ours" for all others, and where a row lacks it.
+# Peer -> the equivalent call of ours; "ours" for all others, and if a row lacks it.
 LIKE = {
     "peft": "ours, fp32 adapters",
     "PEFT's LoRA": "LoRA",
     "PEFT's, 4": "ours, 4",
     "PEFT's, 1": "ours, 1",
 }
-# Variant -> its yardstick; "PEFT's" for all others.
+# Variant -> its baseline; "PEFT's" for all others.
 VARIANTS = {"row norm": "PEFT's expression", "DoRA step": "PEFT's LoRA", "16 adapters": "PEFT's, 1"}
-# Variant -> the calls whose ratios tell what it costs.
+# Variant -> pairs of calls whose ratios are its cost.
 PAIRS = {
     "DoRA step": (("ours", "LoRA"), ("PEFT's DoRA", "PEFT's LoRA")),
     "16 adapters": (("ours", "ours, 1"), ("PEFT's", "PEFT's, 1")),
 }
 STREAMED_ROWS = 16  # up to which a 4-bit layer's time is that of reading its codes
-# Above the bench's own threads: what another program adds to the average of a minute, over which
-# the kernel takes it, if it has a core for half of that.
+# Load above the bench's own threads: what another program that uses a core for half a minute adds
+# to the kernel's average over a minute.
 LOAD_MARGIN = 0.5
 
 
 def is_ours(name: str) -> bool:
-    """Whether a call of that name runs this package's kernels."""
+    """Return True if a call of that name runs this package's kernels."""
     return name.startswith("ours") or name in OURS
 
 
 @dataclass(kw_only=True)
 class Row:
-    """Calls that took turns: what tells the row from another, and what was found of each call.
+    """Calls that took turns: the row's key, and the results of each call.
 
     Args:
-        what: the variant, if it is of one.
+        what: the variant, or None.
         seconds: times of each call; none in a row that counts bytes alone.
         errors: rms of y, relative to float64.
-        misses: what is wrong with a call whose results miss the tolerance.
-        judged: the calls that were held to it; all of them if None.
-        bytes, peak_bytes: that a call holds for its backward, and the most that a step takes.
-        load, own_load, under_load: the load average, the part of it that the bench causes at most,
-            and whether other programs must have caused the rest.
+        misses: for each call whose results miss the tolerance, by how much.
+        judged: the calls that were compared with the tolerance; None for all.
+        bytes, peak_bytes: held for the backward, and the peak of a step.
+        load, own_load, under_load: the load average, the most of it that the bench causes, and
+            whether other programs must have caused the rest.
     """
 
     what: str | None = None
@@ -106,8 +105,7 @@ class Row:
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> Row:
-        """Return the row that `to_json` made, in this version or an earlier one; KeyError without
-        sizes or seconds."""
+        """Read a row of this or an earlier version; KeyError without sizes or seconds."""
         known = {name: row[name] for name in "MKNR"}
         known |= {f.name: row[f.name] for f in dataclasses.fields(cls) if f.name in row}
         known["seconds"] = {
@@ -117,14 +115,14 @@ class Row:
         return cls(**known)
 
     def to_json(self) -> dict[str, Any]:
-        """The fields that are set, and the tax."""
+        """Return the fields that are set, and the tax."""
         kept = "misses" if self.seconds else ""
         fields = {**asdict(self), "tax": self.tax}
         return {name: v for name, v in fields.items() if v not in (None, {}) or name == kept}
 
     @property
     def kind(self) -> str:
-        """Which of the suites the row is of: "layers", "4-bit", "experts" or "variants"."""
+        """The suite of the row: "layers", "4-bit", "experts" or "variants"."""
         if self.what and self.what.startswith("experts"):
             return "experts"
         return "4-bit" if self.quant_type else "variants" if self.what else "layers"
@@ -138,17 +136,17 @@ class Row:
         """
         words = [self.what, self.dtype, self.quant_type, f"{self.M}×{self.K}×{self.N} r={self.R}"]
         words += [f"dropout {self.dropout_p}" if self.dropout_p else None, self.mode]
-        # Layers that are warm were not said to be, once.
+        # Earlier files do not say that layers are warm.
         words += [None if (self.kind, self.cache) == ("layers", "warm") else self.cache]
         return " ".join(filter(None, words))
 
     @property
-    def yardstick(self) -> str:
-        """Name of the call that the others are measured by; the row's sizes are enough.
+    def baseline(self) -> str:
+        """Name of the call with which the others are compared, from the row's sizes alone.
 
-        >>> Row(quant_type="nf4", M=1, mode="forward").yardstick
+        >>> Row(quant_type="nf4", M=1, mode="forward").baseline
         'stream'
-        >>> Row(quant_type="nf4", M=512, mode="step").yardstick
+        >>> Row(quant_type="nf4", M=512, mode="step").baseline
         'dense'
         """
         if self.kind == "4-bit":
@@ -163,12 +161,15 @@ class Row:
 
     @property
     def tax(self) -> dict[str, float]:
-        """The LoRA tax: the median of each call over the frozen layer's, where that was timed."""
+        """The LoRA tax: the median of each call over the frozen layer's, if that was timed."""
         p50 = self.p50
         return {name: t / p50[FROZEN] for name, t in p50.items()} if FROZEN in p50 else {}
 
     def judge(self, errors: dict[str, float], eager: float, u: float, sums: Sequence[int]) -> None:
-        """Hold the errors of ours to the tolerance; eager: plain PyTorch's, u and sums as there."""
+        """Compare the errors of ours with the tolerance.
+
+        eager: plain PyTorch's error. u, sums: as in `tolerance.rms_limit`.
+        """
         limit = tolerance.rms_limit(eager, u, sums)
         self.errors, self.judged = errors, [name for name in errors if is_ours(name)]
         self.misses = {
@@ -180,21 +181,21 @@ class Row:
     def time(
         self, calls: Mapping[str, Callable[[], object]], seconds: float, device: str = "cpu"
     ) -> Row:
-        """Time those that are not wrong; returns the row."""
+        """Time the calls without a miss; return the row."""
         sound = {name: call for name, call in calls.items() if name not in self.misses}
         self.seconds = timing.interleave(
-            sound, seconds=seconds, device=device, yardstick=self.yardstick
+            sound, seconds=seconds, device=device, baseline=self.baseline
         )
         return self
 
     def note_load(self) -> None:
-        """Keep the load of the moment at which the row has been timed."""
+        """Record the load average after timing the row."""
         self.load, self.own_load = os.getloadavg()[0], torch.get_num_threads()
         self.under_load = self.load > self.own_load + LOAD_MARGIN
 
     def __str__(self) -> str:
-        """A timed row as `bench` prints it: each call over the yardstick, then the rest of ours."""
-        p50, unit = self.p50, self.yardstick
+        """Return a timed row as text: each call over the baseline, then details of ours."""
+        p50, unit = self.p50, self.baseline
         goals = [("floor", self.floor), ("target", self.target)]
         goal = "".join(f", {word} {value:.3f}" for word, value in goals if value is not None)
         words = []
@@ -219,7 +220,7 @@ class Row:
             by = f"{self.backend}, {self.strategy}; " if self.strategy else ""
             lines.append(f"    ours: {by}{three} ms (p20/p50/p80)")
             if self.floor_ms:
-                lines[-1] += f", {self.floor_ms / times.p50 / 1e3:.0%} of what the machine allows"
+                lines[-1] += f", {self.floor_ms / times.p50 / 1e3:.0%} of the roofline"
         pairs = (pair for pair in PAIRS.get(self.what or "", ()) if {*pair} <= p50.keys())
         if each := [f"{over} over {under} {p50[over] / p50[under]:.2f}" for over, under in pairs]:
             lines.append(f"    {', '.join(each)}")
@@ -234,7 +235,7 @@ class Row:
 
 @dataclass
 class Result:
-    """A run: the rows, and what a reader needs to judge them or to take them again."""
+    """A run: the rows, and the provenance that a reader needs to judge or to repeat them."""
 
     provenance: dict[str, Any]
     rows: list[Any] = field(default_factory=list)
@@ -259,17 +260,17 @@ class Result:
                 writer.writerows(itertools.chain(*map(flat, self.rows)))
 
 
-# Columns of the CSV: what a row says of itself,
+# Columns of the CSV: those of a row,
 OF_ROW = "what dtype quant_type M K N R dropout_p mode cache backend strategy load under_load"
-# and of each call: result is "ok", "✗" with what missed the tolerance, or empty where nobody
-# judged it; over, low and high are the ratio to the yardstick's time and what bounds its median.
+# and of each call. result is "ok", "✗" with what missed the tolerance, or empty if it was not
+# judged; over, low and high are the ratio to the baseline's time and the bounds of its median.
 OF_CALL = (
     "call result p20_ms p50_ms p80_ms rounds over over_low over_high floor_ms held_bytes peak_bytes"
 )
 
 
 def flat(row: Row) -> Iterator[dict[str, Any]]:
-    """A line of the CSV for each call of the row.
+    """Yield a line of the CSV for each call of the row.
 
     >>> row = Row(M=8, seconds={"ours": Times(1.0, 2.0, 4.0, 9)}, misses={"eager": "y MISS"})
     >>> [(line["call"], line["result"], line.get("p50_ms")) for line in flat(row)]
@@ -290,7 +291,7 @@ def flat(row: Row) -> Iterator[dict[str, Any]]:
 
 
 def ratios(rows: list[Row]) -> dict[str, list[tuple[float, Row]]]:
-    """Peer -> ours over it in each row that has times of both.
+    """Return, for each peer, ours over it in each row that has times of both.
 
     >>> times = {"ours": Times(1.0, 1.0, 1.0, 9), "peft": Times(2.0, 2.0, 2.0, 9)}
     >>> ratios([Row(seconds=times)])["peft"][0][0]
@@ -310,7 +311,7 @@ def ratios(rows: list[Row]) -> dict[str, list[tuple[float, Row]]]:
 
 
 def summary(rows: list[Row]) -> Iterator[str]:
-    """A line for each peer; and how many rows or results count less, where there are some."""
+    """Yield a line for each peer, and the numbers of misses and of rows under load."""
     against = ratios(rows)
     if against:
         yield "ours over each peer, medians of the same row; below 1 ours is faster:"
@@ -335,7 +336,7 @@ class Suite:
     """One of the tables of `bench`.
 
     Args:
-        option: that asks for it.
+        option: of the command line that selects the suite.
         unused: options without effect on this suite.
         libraries: the versions that determine the counts; empty for suites that measure times.
     """
@@ -348,20 +349,24 @@ class Suite:
         return versions(*libraries) if libraries else provenance(args.dtypes, args.device)
 
     def head(self, args: argparse.Namespace, result: Result) -> Iterator[str]:
-        """Lines before the rows, of a run that is not of some of them alone."""
+        """Yield lines before the rows of a complete run."""
         return iter(())
 
     def rows(self, args: argparse.Namespace, facts: Facts, only: Collection[str]) -> Iterator[Any]:
-        """The table, a row at a time. facts: the provenance; only: identities of rows, of which the
-        suite may leave out others; all where there are none."""
+        """Yield the rows of the table.
+
+        Args:
+            facts: the provenance.
+            only: identities of the rows that are wanted; the suite may yield others. Empty for all.
+        """
         raise NotImplementedError
 
     def line(self, row: Any) -> str:
-        """One row as text."""
+        """Return a row as text."""
         return str(row)
 
     def summary(self, rows: list[Any]) -> Iterator[str]:
-        """Lines after the rows."""
+        """Yield lines after the rows."""
         return summary(rows)
 
     def has_failed(self, rows: list[Any]) -> bool:
@@ -370,12 +375,12 @@ class Suite:
 
 
 def versions(*libraries: str) -> dict[str, Any]:
-    """This package's version and theirs."""
+    """Return the versions of this package and of the libraries."""
     return {"version": __version__, **{name: devices.version(name) for name in libraries}}
 
 
 def provenance(dtypes: list[str], device: str = "cpu") -> dict[str, Any]:
-    """What a reader needs to judge the times or to take them again."""
+    """Return the facts that a reader needs to judge or to repeat the times."""
     cpu, f32 = devices.cpu(), torch.float32
     git = "git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"
     facts: Facts = {

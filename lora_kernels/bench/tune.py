@@ -63,12 +63,12 @@ class Trial:
             return self.calls["backward"]()
 
     def run(self, row: Measured, direction: str = "backward") -> Any:
-        """What the call returns where the table holds this row."""
+        """Return the result of the call with this row in the table."""
         with measured.override_row(self.key, row), selection.backend("triton"):
             return self.calls[direction]()
 
     def flaw(self, row: Measured) -> str | None:
-        """What is wrong with it: an exception of the compiler or the launch, or another result."""
+        """Return why a row is left out: an exception, or a result that differs; None if neither."""
         try:
             got = self.run(row)
         except Exception as problem:  # of whatever the compiler, the driver or the launch raises

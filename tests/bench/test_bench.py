@@ -99,7 +99,7 @@ def test_bench(run: Any) -> None:
     assert set(ran.data["overhead_us"]) == OVERHEAD
     for said in (
         *("float32 8×48×32 r=3 step: frozen", "r=3 decoding cold: frozen"),
-        *("ms (p20/p50/p80), ", " of what the machine allows", "torch.compile takes long"),
+        *("ms (p20/p50/p80), ", " of the roofline", "torch.compile takes long"),
         "MiB held for the backward + most in a step: frozen",
     ):
         assert said in ran.out

@@ -141,13 +141,13 @@ def test_what_has_no_time_for_being_wrong_is_named() -> None:
     assert lines[0] == "misses the tolerance now: float32 8×48×32 r=3 step, ours" and status == 1
 
 
-def test_each_kind_has_its_yardstick() -> None:
+def test_each_kind_has_its_baseline() -> None:
     few = {"quant_type": "nf4", "M": 1, "mode": "forward"}
-    assert Row(**few).yardstick == "stream"
-    assert Row(**{**few, "M": 512}).yardstick == Row(**{**few, "mode": "step"}).yardstick == "dense"
-    assert Row(what="DoRA step").yardstick == "PEFT's LoRA"
-    assert Row(what="switching").yardstick == "PEFT's"
-    assert Row(M=1, mode="step").yardstick == "frozen"
+    assert Row(**few).baseline == "stream"
+    assert Row(**{**few, "M": 512}).baseline == Row(**{**few, "mode": "step"}).baseline == "dense"
+    assert Row(what="DoRA step").baseline == "PEFT's LoRA"
+    assert Row(what="switching").baseline == "PEFT's"
+    assert Row(M=1, mode="step").baseline == "frozen"
 
 
 def test_files_of_an_earlier_version_have_the_spread_of_both_times() -> None:
@@ -157,7 +157,7 @@ def test_files_of_an_earlier_version_have_the_spread_of_both_times() -> None:
         del call["over"]
         call |= {"p20": 0.95e-3, "p80": 1.05e-3}
     seconds = Row.from_json(row).seconds
-    found = compare.Measured.of(seconds["ours"], seconds["frozen"])
+    found = compare.Measured.from_times(seconds["ours"], seconds["frozen"])
     # σ = ln(1.05/0.95)/1.683 = 0.0595, an error of 1.253·σ/√50 = 0.0105 for each of the two.
     assert found.ratio == 1.0
     assert found.bound == pytest.approx(4 * math.sqrt(2) * 0.0105, rel=0.01)

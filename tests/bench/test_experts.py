@@ -19,4 +19,4 @@ def test_experts_rows_of_each_model_time_every_call(
     for row in (step, token):
         assert not row.misses and row.judged == ["ours"]
         assert list(row.seconds) == ["frozen", "ours", "ours, NF4", "peft"]
-        assert row.yardstick == "frozen"
+        assert row.baseline == "frozen"

@@ -65,7 +65,7 @@ def test_the_parts_are_timed_by_themselves(clock: Clock, device: str, repeat: in
         "one": lambda: clock.passes(10.0),
     }
     whole, before, after = interleave_parts(
-        calls, seconds=0.0, least=4, repeat=repeat, device=device, yardstick="one"
+        calls, seconds=0.0, least=4, repeat=repeat, device=device, baseline="one"
     )
     assert set(got) == {"graph"} and len(got) == 5 * repeat  # one round is not counted
     assert (whole["both"].p50, whole["one"].p50, after["both"].p50) == (5.0, 10.0, 3.0)
@@ -74,12 +74,12 @@ def test_the_parts_are_timed_by_themselves(clock: Clock, device: str, repeat: in
     assert after["both"].over is None  # the baseline has no second part
 
 
-def test_parts_have_a_yardstick_of_their_own(clock: Clock) -> None:
+def test_parts_have_a_baseline_of_their_own(clock: Clock) -> None:
     def parts(first: float, second: float) -> Parts:
         return Parts(lambda: clock.passes(first), lambda _: clock.passes(second))
 
     _, before, after = interleave_parts(
-        {"ours": parts(3.0, 6.0), "frozen": parts(1.0, 4.0)}, seconds=0.0, yardstick="frozen"
+        {"ours": parts(3.0, 6.0), "frozen": parts(1.0, 4.0)}, seconds=0.0, baseline="frozen"
     )
     assert before["ours"].over is not None and before["ours"].over.p50 == 3.0
     assert after["ours"].over is not None and after["ours"].over.p50 == 1.5

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lora_kernels import cli, verify
-from lora_kernels.bench import baselines
+from lora_kernels.bench import baselines, progress
 from lora_kernels.bench.case import Case
 from lora_kernels.bench.tolerance import Verdict
 
@@ -25,7 +25,7 @@ class Terminal(io.StringIO):
 
 def said(monkeypatch: pytest.MonkeyPatch, stdout: io.StringIO, silent: bool = False) -> str:
     monkeypatch.setattr(sys, "stdout", stdout)
-    with verify._printed(silent, 2) as say:
+    with progress.printed(silent, 2) as say:
         for line in ("head", "a [b]", "c" * 300):
             say(line)
     return stdout.getvalue()
@@ -56,9 +56,9 @@ def test_as_many_rows_as_the_bar_expects(
     monkeypatch.setattr(verify, "OPTIONS", options)
     monkeypatch.setattr(verify, "DTYPES", ((torch.float32, None),))
     totals: list[int] = []
-    printed = verify._printed
+    printed = progress.printed
     monkeypatch.setattr(
-        verify, "_printed", lambda silent, total: totals.append(total) or printed(silent, total)
+        progress, "printed", lambda silent, total: totals.append(total) or printed(silent, total)
     )
     assert cli.main(["verify", "--engines", "eager"]) == 0
     lines = capsys.readouterr().out.splitlines()

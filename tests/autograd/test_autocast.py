@@ -109,6 +109,28 @@ def test_cpu_under_autocast_keeps_the_bits_of_the_adapters_branch(function, name
         assert function(*args).item() == 2.0**-12
 
 
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("function", [lora_linear, multi_lora_linear, lora_experts_linear])
+def test_backward_under_autocast_has_the_bits_of_one_outside(function, name):
+    """The forward has chosen the dtypes: float32 here, but for the backward's autocast."""
+    case = {n: t.requires_grad_(n != "weight") for n, t in make_case(torch.float32).items()}
+    x, weight, A, B, bias = case.values()
+    leaves = [x, A, B, bias]
+    if function is multi_lora_linear:
+        args = x, weight, [A], [B], torch.zeros(M, dtype=torch.int64), SCALING, bias
+    elif function is lora_experts_linear:
+        offsets = torch.tensor([M])
+        args = x, weight[None], A[None], B[None], offsets, SCALING, bias[None]
+    else:
+        args = x, weight, A, B, SCALING, bias
+    with backend(name):
+        y = function(*args)
+        want = torch.autograd.grad(y, leaves, torch.ones_like(y), retain_graph=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            got = torch.autograd.grad(y, leaves, torch.ones_like(y))
+    assert all(map(torch.equal, got, want))
+
+
 def test_lora_linear_of_float64_under_autocast_is_the_same():
     case = {name: t.double() for name, t in make_case(torch.bfloat16).items()}
     want = lora_linear(**case)

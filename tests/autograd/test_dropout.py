@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from lora_kernels import backend, dropout_mask, lora_linear
+from lora_kernels import (
+    backend,
+    dropout_mask,
+    lora_experts_linear,
+    lora_linear,
+    multi_lora_linear,
+)
 from tests.autograd.cases import BACKENDS
 
 M, K = 5, 11
@@ -100,3 +106,18 @@ def test_every_call_has_its_own_mask():
 def test_without_dropout_rng_has_no_effect():
     y = lora_linear(**make_case(dropout_p=0.0, rng=RNG))
     assert torch.equal(y, torch.ones(M, K))
+
+
+@pytest.mark.parametrize("function", [lora_linear, multi_lora_linear, lora_experts_linear])
+@pytest.mark.parametrize("grad", [True, False])
+def test_mask_without_dropout_changes_no_choice(grad, function):
+    """The native kernels take the state of a mask alone, so a mask would choose the eager ones."""
+    x, W, A, B = torch.randn(5, 11), torch.randn(7, 11), torch.randn(3, 11), torch.randn(7, 3)
+    args = {
+        lora_linear: (x, W, A, B),
+        multi_lora_linear: (x, W, [A], [B], torch.zeros(5, dtype=torch.int64)),
+        lora_experts_linear: (x, W[None], A[None], B[None], torch.tensor([5])),
+    }[function]
+    with torch.set_grad_enabled(grad), backend(BACKENDS[-1]):
+        want = function(*args)
+        assert torch.equal(function(*args, rng=torch.zeros(5, 11, dtype=torch.bool)), want)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 import lora_kernels
@@ -167,3 +168,66 @@ def test_backward_of_a_dy_with_a_tangent_raises(function: str) -> None:
         with pytest.raises(NotImplementedError, match="forward-mode tangent"):
             torch.autograd.grad(y, args["x"], dy, retain_graph=True)
         torch.autograd.grad(y, args["x"], torch.ones_like(y))
+
+
+class Wrapper(Tensor):
+    """A tensor without memory of its own, as DTensor is: the dispatcher alone finds its values."""
+
+    held: Tensor
+
+    @staticmethod
+    def __new__(cls, held: Tensor) -> Wrapper:
+        made = Tensor._make_wrapper_subclass(
+            cls, held.shape, strides=held.stride(), dtype=held.dtype, device=held.device
+        )
+        made.held = held
+        return made  # type: ignore[no-any-return]
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map_only(cls, lambda t: t.held, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+WRAPPED = {
+    "lora_linear": ("x", "weight", "lora_A", "lora_B"),
+    "multi_lora_linear": ("x", "weight", "lora_A", "lora_B", "index"),
+    "lora_experts_linear": ("x", "weight", "lora_A", "lora_B", "offsets"),
+}
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize(
+    ("function", "name"), [(f, name) for f, names in WRAPPED.items() for name in names]
+)
+def test_wrapper_in_any_place_is_dispatched_in_both_directions(
+    function: str, name: str, grad: bool
+) -> None:
+    args: dict[str, Any] = {
+        "lora_linear": lambda: arguments(bias=True),
+        "multi_lora_linear": lambda: multi.inputs(MultiCase(5, 33, 64)),
+        "lora_experts_linear": lambda: experts_case.inputs(ExpertsCase((2, 3), 33, 64, 3, tail=0)),
+    }[function]()
+    args.pop("dy", None)
+    bias = args["bias"] = args["bias"].detach()
+    call = getattr(lora_kernels, function)
+    wrapped = tree_map_only(Tensor, lambda t: Wrapper(t.detach()), args[name])
+    if isinstance(wrapped, list):  # the last one alone
+        wrapped = [*args[name][:-1], wrapped[-1]]
+    with torch.set_grad_enabled(grad):
+        bias.requires_grad_(grad)
+        want, got = call(**args), call(**{**args, name: wrapped})
+        assert torch.equal(got, want)
+        if grad:
+            dy = torch.ones_like(want)
+            (expected,) = torch.autograd.grad(want, bias, dy, retain_graph=True)
+            for y, given in ((got, dy), (want, Wrapper(dy))):
+                assert torch.equal(torch.autograd.grad(y, bias, given)[0], expected)
+
+
+@pytest.mark.parametrize("name", ["weight", "lora_A", "lora_B"])
+def test_dora_norm_of_a_wrapper_is_dispatched(name: str) -> None:
+    args = {name: t.detach() for name, t in arguments().items() if name in WRAPPED["lora_linear"]}
+    args.pop("x")
+    want = lora_kernels.dora_norm(**args)
+    assert torch.equal(lora_kernels.dora_norm(**{**args, name: Wrapper(args[name])}), want)

@@ -111,6 +111,8 @@ W, A, B = torch.ones(4, 3), torch.ones(2, 3), torch.ones(4, 2)
         ),
         ({"weight": W.to("meta")}, ValueError, "weight: got device meta"),
         ({"weight": W.int()}, TypeError, "weight: got torch.int32"),
+        ({"lora_B": B.double()}, TypeError, "lora_B: got torch.float64 beside lora_A"),
+        ({"lora_B": B.to("meta")}, ValueError, "lora_B: got device meta, want lora_A's device"),
         ({"lora_A": A[0]}, ValueError, r"lora_A: got shape \[3\]"),
         ({"lora_B": B.t()}, ValueError, r"lora_B: got shape \[2, 4\], want \[N, 2\]"),
         ({"rank_gate": torch.ones(3)}, ValueError, r"rank_gate: got shape \[3\], want \[2\]"),

@@ -260,6 +260,17 @@ BAD = {
     "dropout_p": (changed(dropout_p=1.5), r"dropout_p: got 1.5, want a probability"),
     "scaling": (changed(scaling="1"), "scaling: got '1', want a number"),
     "adapter_dtype": (changed(lora_A=torch.ones(2, 2, 5, dtype=f64)), "lora_A: got torch.float64"),
+    "dtype_of_B": (changed(lora_B=torch.ones(2, 4, 2, dtype=f64)), "lora_B: got torch.float64"),
+    "dtype_of_bias": (
+        changed(bias=torch.ones(2, 4, dtype=f64)),
+        "bias: got torch.float64 beside x in torch.float32",
+    ),
+    "device_of_A": (changed(lora_A=torch.ones(2, 2, 5, device="meta")), "lora_A: got device meta"),
+    "device_of_bias": (changed(bias=torch.ones(2, 4, device="meta")), "bias: got device meta"),
+    "device_of_offsets": (
+        changed(offsets=torch.tensor([2, 5], device="meta")),
+        "offsets: got device meta, want x's device cpu",
+    ),
     "device": (
         changed(lora_B=torch.ones(2, 4, 2, device="meta")),
         "lora_B: got device meta, want x's device cpu",

@@ -259,6 +259,20 @@ def test_multi_lora_linear_copies_no_adapter() -> None:
     assert made and max(made) <= 4 * 512
 
 
+SIZES = {"lora_A": [(r, 8) for r in (3, 5, 8, 1)], "lora_B": [(5, r) for r in (3, 5, 8, 1)]}
+
+
+def second(name: str, *shape: int, **options: Any) -> dict[str, Any]:
+    """Adapters of which the second alone has another shape or other options."""
+    tensors = [torch.ones(size) for size in SIZES[name]]
+    tensors[1] = torch.ones(shape, **options)
+    return {name: tensors}
+
+
+def every(name: str, **options: Any) -> dict[str, Any]:
+    return {name: [torch.ones(size, **options) for size in SIZES[name]]}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -276,8 +290,24 @@ def test_multi_lora_linear_copies_no_adapter() -> None:
         ({"x": torch.ones(3, 7)}, r"x: got shape \[3, 7\], want \[..., 8\]"),
         ({"weight": torch.ones(4, 8)}, r"weight: got shape \[4, 8\], want \[5, 8\]"),
         ({"bias": torch.ones(4)}, r"bias: got shape \[4\], want \[5\]"),
+        ({"bias": torch.ones(5, device="meta")}, "bias: got device meta, want x's device cpu"),
+        ({"index": torch.zeros(3, device="meta").int()}, "index: got device meta, want x's"),
+        ({"index": torch.zeros(3).short()}, "index: got torch.int16, want a tensor of int64"),
+        ({"scaling": [1.0] * 5}, "scaling: got 5 numbers, want one, or 4"),
+        ({"lora_B": [torch.ones(5, 3)] * 5}, "lora_B: got 5 adapters, want 4"),
+        ({"lora_A": torch.ones(4, 0, 8)}, r"lora_A: got shape \[4, 0, 8\], want \[E, R, K\]"),
+        ({"lora_A": [torch.ones(8)] * 4}, r"lora_A\[0\]: got shape \[8\], want \[R, K\]"),
+        (second("lora_A", 5, 7), r"lora_A\[1\]: got shape \[5, 7\], want \[R, 8\]"),
+        (second("lora_A", 5, 8, 1), r"lora_A\[1\]: got shape \[5, 8, 1\], want \[R, 8\]"),
+        (second("lora_B", 4, 5), r"lora_B\[1\]: got shape \[4, 5\], want \[5, 5\]"),
+        (second("lora_A", 5, 8, device="meta"), r"lora_A\[1\]: got device meta, want x's"),
+        (second("lora_B", 5, 5, device="meta"), r"lora_B\[1\]: got device meta, want x's"),
+        (second("lora_A", 5, 8, dtype=bf16), r"lora_A\[1\], lora_B\[1\]: got torch.bfloat16"),
+        (second("lora_B", 5, 5, dtype=bf16), r"lora_A\[1\], lora_B\[1\]: got torch.float32, torc"),
+        (every("lora_A", dtype=f64), "lora_A: got torch.float64 beside x in torch.float32"),
+        (every("lora_B", dtype=f64), "lora_B: got torch.float64 beside x in torch.float32"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_multi_lora_linear_of_bad_arguments_raises(change: dict[str, Any], message: str) -> None:
     args = without_dy(MultiCase(3, 5, 8))
@@ -285,12 +315,10 @@ def test_multi_lora_linear_of_bad_arguments_raises(change: dict[str, Any], messa
         multi_lora_linear(**{**args, **change})
 
 
-def test_multi_lora_linear_of_mixed_dtypes_raises() -> None:
-    args = without_dy(MultiCase(3, 5, 8))
-    args["lora_A"][1] = args["lora_A"][1].detach().half()
-    words = r"lora_A\[1\], lora_B\[1\]: got torch.float16, torch.float32"
-    with pytest.raises(TypeError, match=words):
-        multi_lora_linear(**args)
+def test_multi_lora_linear_of_an_index_in_32_bits_is_the_same() -> None:
+    args = without_dy(MultiCase(6, 5, 8, rows="mixed"))
+    want = multi_lora_linear(**args)
+    assert torch.equal(multi_lora_linear(**{**args, "index": args["index"].int()}), want)
 
 
 @pytest.mark.skipif(native.module is None, reason="no native kernels")

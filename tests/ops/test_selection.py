@@ -17,7 +17,7 @@ import lora_kernels
 from lora_kernels import ops, selection
 from lora_kernels.backends import cpu, forced, native
 from lora_kernels.bench import case as cases
-from lora_kernels.bench import multi
+from lora_kernels.bench import experts_case, multi
 from lora_kernels.bench.case import Case, inputs
 from lora_kernels.core.problem import _OLD_NAMES, Choice, Layout, Problem, Strategy
 from lora_kernels.peft import predict
@@ -377,8 +377,9 @@ def backward_elsewhere(
             got.extend(torch.autograd.grad(y, leaves, dy))
 
     with pytest.MonkeyPatch.context() as patch:
-        for name, module in list(ops._BACKENDS.items()):
-            patch.setitem(ops._BACKENDS, name, RecordedBackend(name, module, taken))
+        for backends in (ops._BACKENDS, ops._EXPERTS_BACKENDS):
+            for name, module in list(backends.items()):
+                patch.setitem(backends, name, RecordedBackend(name, module, taken))
         with lora_kernels.backend("eager"):
             y = forward()
         thread = threading.Thread(target=backward)
@@ -420,3 +421,39 @@ def test_multi_lora_linear_backward_in_another_thread_follows_its_forward(dispat
     assert taken == ["eager forward", "eager backward"]
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@direct_or_dispatched
+def test_lora_experts_linear_backward_in_another_thread_follows_its_forward(
+    dispatched: bool,
+) -> None:
+    args = experts_case.inputs(experts_case.ExpertsCase((2, 3), 9, 7, 3))
+    dy = args.pop("dy")
+
+    def forward() -> torch.Tensor:
+        return lora_kernels.lora_experts_linear(**args)
+
+    taken, _ = backward_elsewhere(forward, [args["x"]], dy, dispatched)
+    assert taken == ["eager forward", "eager backward"]
+
+
+@needs_native
+@pytest.mark.parametrize("dispatched", [False, True], ids=["alone", "under a mode"])
+def test_lora_linear_backward_outside_keeps_the_strategy(
+    monkeypatch: pytest.MonkeyPatch, dispatched: bool
+) -> None:
+    """Of the forward, whatever the backward's rows would choose."""
+    taken: list[str] = []
+    monkeypatch.setattr(
+        cpu, "lora_linear_backward", lambda *args: taken.append(args[5]) or kept(*args)
+    )
+    args = inputs(Case(40, 9, 7, 3))
+    dy = args.pop("dy")
+    with lora_kernels.backend("cpu", cpu.LIBRARY):
+        y = lora_kernels.lora_linear(**args, recompute=True)
+    with FlopCounterMode(display=False) if dispatched else contextlib.nullcontext():
+        torch.autograd.grad(y, args["x"], dy)
+    assert taken == [cpu.LIBRARY]
+
+
+kept = cpu.lora_linear_backward

@@ -112,7 +112,7 @@ def test_cpu_under_autocast_keeps_the_bits_of_the_adapters_branch(function, name
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("function", [lora_linear, multi_lora_linear, lora_experts_linear])
 def test_backward_under_autocast_has_the_bits_of_one_outside(function, name):
-    """The forward has chosen the dtypes: float32 here, but for the backward's autocast."""
+    """The forward chose float32, whatever autocast says around the backward."""
     case = {n: t.requires_grad_(n != "weight") for n, t in make_case(torch.float32).items()}
     x, weight, A, B, bias = case.values()
     leaves = [x, A, B, bias]

@@ -263,7 +263,7 @@ SIZES = {"lora_A": [(r, 8) for r in (3, 5, 8, 1)], "lora_B": [(5, r) for r in (3
 
 
 def second(name: str, *shape: int, **options: Any) -> dict[str, Any]:
-    """Adapters of which the second alone has another shape or other options."""
+    """Adapters whose second alone has another shape or other options."""
     tensors = [torch.ones(size) for size in SIZES[name]]
     tensors[1] = torch.ones(shape, **options)
     return {name: tensors}

@@ -442,7 +442,7 @@ def test_lora_experts_linear_backward_in_another_thread_follows_its_forward(
 def test_lora_linear_backward_outside_keeps_the_strategy(
     monkeypatch: pytest.MonkeyPatch, dispatched: bool
 ) -> None:
-    """Of the forward, whatever the backward's rows would choose."""
+    """The backward takes the strategy of the forward, not one for its own rows."""
     taken: list[str] = []
     monkeypatch.setattr(
         cpu, "lora_linear_backward", lambda *args: taken.append(args[5]) or kept(*args)

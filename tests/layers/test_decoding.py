@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 import lora_kernels
-from lora_kernels.backends import native
-from lora_kernels.fastpath import CallCache
+from lora_kernels.backends import cpu_heuristics, native
+from lora_kernels.fastpath import CallCache, PreparedLinear, prepare
 from lora_kernels.layers import LoRALinear, QLoRALinear
+from lora_kernels.quantization import quantize_4bit
 from tests.support.assertions import assert_bitwise_equal, assert_close_derived
 from tests.support.models import watch_prepared_calls
 
@@ -205,3 +206,77 @@ def test_prepared_call_of_a_computed_adapter_does_not_keep_it(name: str) -> None
     del computed
     gc.collect()
     assert alive() is None
+
+
+f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
+
+
+def operands(rows: int = 1, dtype: torch.dtype = f32) -> list[Any]:
+    """x, a weight, A and B."""
+    torch.manual_seed(0)
+    return [torch.randn(s).to(dtype) for s in ((rows, K), (N, K), (4, K), (N, 4))]
+
+
+def by_columns(t: Tensor) -> Tensor:
+    return t.t().contiguous().t()
+
+
+@torch.no_grad()
+def test_prepare_of_what_the_kernels_do_not_read_in_place_is_none() -> None:
+    x, W, A, B = operands()
+    assert prepare(x, W, A, B, 2.0) is not None
+    assert prepare(x, W, A, by_columns(B), 2.0) is not None
+    assert prepare(x, W, by_columns(A), B, 2.0) is None
+    assert prepare(x, by_columns(W), A, B, 2.0) is None
+    assert prepare(x, W.to(bf16), A, B, 2.0) is None
+    with torch.autocast("cpu", bf16):
+        assert prepare(x, W, A, B, 2.0) is None and prepare(x, W.to(bf16), A, B, 2.0) is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("rows", "columns"), [(N, K), (4096, 4096)])
+@pytest.mark.parametrize("four_bit", [False, True])
+def test_prepare_takes_as_many_rows_as_the_gemv(four_bit: bool, rows: int, columns: int) -> None:
+    """4-bit weights of 2²⁴ elements take more rows on some instruction sets."""
+    W: Any = torch.zeros(rows, columns)
+    W = quantize_4bit(W) if four_bit else W
+    A, B = torch.zeros(1, columns), torch.zeros(rows, 1)
+    few = cpu_heuristics.few_rows(f32, four_bit, rows * columns)
+    assert prepare(torch.ones(few, columns), W, A, B, 2.0) is not None
+    assert prepare(torch.ones(few + 1, columns), W, A, B, 2.0) is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("place", [1, 2, 3], ids=["weight", "lora_A", "lora_B"])
+def test_prepared_call_notices_other_bits_at_the_same_address(place: int) -> None:
+    """float16 read as bfloat16: address, strides and shape stay."""
+    tensors = operands(dtype=f16)
+    call = prepare(*tensors, 2.0)
+    assert call is not None and call(tensors[0]) is not None
+    tensors[place].data = tensors[place].data.view(bf16)
+    assert call(tensors[0]) is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("surrounding", [torch.enable_grad, lambda: torch.autocast("cpu", bf16)])
+def test_prepared_call_of_few_rows_is_none_inside(surrounding: Callable[[], Any]) -> None:
+    x, W, A, B = operands()
+    call = prepare(x, W, A, B, 2.0)
+    assert call is not None and call(x) is not None
+    with surrounding():
+        assert call(x) is None
+
+
+@torch.no_grad()
+def test_prepared_linear_follows_its_weight() -> None:
+    x, W, *_ = operands()
+    call, bias = PreparedLinear(), torch.randn(N)
+    for weight in (W, W, -W, by_columns(W), W):
+        y = call(x, weight, bias)
+        if weight.stride(1) == 1:
+            assert y is not None
+            torch.testing.assert_close(y, x @ weight.t() + bias)
+        else:
+            assert y is None
+    assert call(x, None, bias) is None and call(x, W.to("meta"), bias) is None
+    assert pickle.loads(pickle.dumps(call))(x, W, bias) is not None

@@ -2,17 +2,18 @@
 
 import itertools
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from lora_kernels import costs, device
+from lora_kernels import costs, cpu_costs, device
 from lora_kernels.backends import triton
 from lora_kernels.backends.triton import heuristics, measured
 from lora_kernels.core.problem import Choice, Layout, Problem, Strategy
 from lora_kernels.device import DeviceInfo
-from tests.support.gpus import A100, H100, RTX4090, SERVED, T4
+from tests.support.gpus import A100, H100, RTX3090, RTX4090, SERVED, T4
 
 every_gpu = pytest.mark.parametrize("gpu", SERVED, ids=lambda gpu: gpu.name)
 N, K, R = 4096, 14336, 16
@@ -223,3 +224,193 @@ def test_names_decide_between_full_and_half_rate() -> None:
     ):
         tensor, _ = device._operations(capability, name)
         assert tensor * count * clock == pytest.approx(want, rel=0.02), name
+
+
+ROUND = DeviceInfo("cuda", 90, 100, 227 << 10, "", 0, 2e9, 1e12, 500e12, 50e12)
+
+
+@pytest.mark.parametrize(
+    ("itemsize", "fields", "microseconds"),
+    [
+        (
+            2,
+            {"rows": 300, "dropout": True},
+            {
+                "eager library memory": 71.01,
+                "triton library launches from Python": 87.00,
+                "cuda two_pass the GEMM": 93.46,
+                "triton two_pass the GEMM": 117.48,
+                "cuda two_pass_simt the GEMM": 717.92,
+            },
+        ),
+        (
+            2,
+            {"rows": 2000, "four_bit": True},
+            {
+                "eager library the GEMM": 257.64,
+                "triton library the GEMM": 268.76,
+                "triton two_pass the GEMM": 446.55,
+                "cuda two_pass the GEMM": 527.59,
+                "cuda two_pass_simt the GEMM": 3968.07,
+            },
+        ),
+        (
+            2,
+            {"rows": 7, "four_bit": True},
+            {
+                "cuda two_pass the GEMM": 29.72,
+                "cuda cooperative memory": 31.43,
+                "cuda overlapped memory": 32.93,
+                "triton two_pass launches from Python": 87.00,
+                "eager library decoding": 92.55,
+                "triton library launches from Python": 117.00,
+                "cuda two_pass_simt the GEMM": 255.62,
+            },
+        ),
+        (
+            4,
+            {"rows": 70, "four_bit": True},
+            {
+                "triton two_pass the GEMM": 169.51,
+                "triton library memory": 169.74,
+                "eager library memory": 171.75,
+                "cuda two_pass_simt the GEMM": 257.79,
+            },
+        ),
+    ],
+    ids=str,
+)
+def test_predict_of_round_rates_is_the_sum_of_the_docstring(
+    itemsize: int, fields: dict[str, Any], microseconds: dict[str, float]
+) -> None:
+    """Numbers of the model itself: they change with it, and with nothing else."""
+    dtypes = (torch.bfloat16 if itemsize == 2 else torch.float32,) * 4
+    problem = Problem("cuda", *dtypes, 32, columns=3000, inner=5000, **fields)
+    found = {
+        f"{cost.backend} {cost.strategy} {cost.because}": cost.seconds * 1e6
+        for cost in costs.predict(ROUND, problem)
+    }
+    assert found == pytest.approx(microseconds, rel=1e-3) and list(found) == list(microseconds)
+
+
+@pytest.mark.parametrize(
+    ("rows", "mixed", "unavailable", "want"),
+    [
+        (1, False, {}, ("cuda", Strategy.COOPERATIVE)),
+        (1, True, {}, ("eager", Strategy.LIBRARY)),
+        (32, True, {}, ("cuda", Strategy.TWO_PASS)),
+        (1, False, {"cuda": "not built"}, ("eager", Strategy.LIBRARY)),
+    ],
+    ids=str,
+)
+def test_cheapest_of_rows_with_their_own_adapters_has_p_first(
+    rows: int, mixed: bool, unavailable: dict[str, str], want: tuple[str, str]
+) -> None:
+    problem = Problem("cuda", *(torch.bfloat16,) * 4, R, rows, True, N, K, mixed=mixed)
+    known = tuple((name, unavailable.get(name)) for name in ("triton", "cuda"))
+    choice = costs.cheapest(problem, H100, known)
+    assert choice is not None and (choice.backend, choice.strategy) == want
+
+
+def properties(**others: Any) -> SimpleNamespace:
+    """What torch says of a GPU: rates in kHz, the bus in bits."""
+    sizes: dict[str, Any] = {"multi_processor_count": 108, "total_memory": 80 << 30, "name": "A100"}
+    sizes |= {"shared_memory_per_block_optin": 163 << 10, "memory_bus_width": 5120}
+    sizes |= {"major": 8, "minor": 0, "clock_rate": 1_410_000, "memory_clock_rate": 1_593_000}
+    return SimpleNamespace(**sizes | others)
+
+
+@pytest.mark.parametrize(
+    ("given", "hip", "want"),
+    [
+        (
+            properties(),
+            None,
+            DeviceInfo(
+                *("cuda", 80, 108, 163 << 10, "A100", 80 << 30, 1.41e9),
+                *(2 * 1.593e9 * 640, 2048 * 1.41e9 * 108, 128 * 1.41e9 * 108),
+            ),
+        ),
+        (properties(), "6.4", DeviceInfo("hip", 0, 108, 64 << 10, "A100", 80 << 30)),
+        (
+            properties(memory_bus_width=0),
+            None,
+            DeviceInfo(
+                *("cuda", 80, 108, 163 << 10, "A100", 80 << 30, 1.41e9),
+                *(0.0, 2048 * 1.41e9 * 108, 128 * 1.41e9 * 108),
+            ),
+        ),
+    ],
+    ids=["cuda", "hip", "no_bus"],
+)
+def test_gpu_is_what_torch_says_in_si_units(
+    given: SimpleNamespace, hip: str | None, want: DeviceInfo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: given)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 5)
+    device._gpu.cache_clear()
+    try:
+        assert device.gpu(1) == device.gpu(None) == want
+        assert device._gpu.cache_info().currsize == 2  # of GPU 1 and of the current one, 5
+    finally:
+        device._gpu.cache_clear()
+
+
+@pytest.mark.parametrize("gpu", [RTX3090, *SERVED], ids=lambda gpu: gpu.name)
+def test_gpu_reaches_the_rates_of_its_data_sheet(
+    gpu: DeviceInfo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the 2 % by which data sheets round, or state another clock."""
+    major, minor = divmod(gpu.capability, 10)
+    given = properties(
+        major=major,
+        minor=minor,
+        clock_rate=gpu.clock / 1e3,
+        multi_processor_count=gpu.multiprocessors,
+        name=f"NVIDIA GeForce {gpu.name}" if gpu.name.startswith("RTX") else gpu.name,
+    )
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: given)
+    device._gpu.cache_clear()
+    try:
+        found = device.gpu(0)
+    finally:
+        device._gpu.cache_clear()
+    assert found.tensor_flops == pytest.approx(gpu.tensor_flops, rel=0.02)
+    assert found.fp32_flops == pytest.approx(gpu.fp32_flops, rel=0.02)
+
+
+CPU_CASES: dict[str, dict[str, Any]] = {
+    "bf16": {"M": 60, "dtype": torch.bfloat16},
+    "one row": {"M": 1, "dtype": torch.bfloat16},
+    "codes": {"M": 300, "dtype": torch.float32, "four_bit": True},
+    "no base": {"M": 60, "dtype": torch.bfloat16, "base": False, "adapter_itemsize": 2},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "strategy", "forward", "backward"),
+    [
+        ("bf16", "fused", 82.6, 264.2),
+        ("bf16", "gemv", 82.6, 264.2),
+        ("bf16", "library", 110.6, 295.0),
+        ("bf16", "peft", 129.8, 339.8),
+        ("one row", "fused", 64.56, 243.06),
+        ("one row", "library", 64.78, 243.28),
+        ("one row", "peft", 65.1, 243.72),
+        ("codes", "fused", 1126.6, 1490.6),
+        ("codes", "gemv_4bit", 1126.6, 1490.6),
+        ("codes", "library", 1259.73, 1623.73),
+        ("codes", "peft", 1259.73, 1623.73),
+        ("no base", "fused", 40.8, 222.0),
+        ("no base", "library", 44.4, 225.6),
+    ],
+)
+def test_predict_of_a_cpu_s_round_rates_is_the_sum_of_the_docstring(
+    name: str, strategy: str, forward: float, backward: float
+) -> None:
+    machine = cpu_costs.Machine("", 1e10, {torch.float32: 1e11, torch.bfloat16: 4e11})
+    sizes = cpu_costs.Sizes(N=300, K=500, R=20, **CPU_CASES[name])
+    found = [cpu_costs.predict(machine, sizes, strategy, b) * 1e6 for b in (False, True)]
+    assert found == pytest.approx([forward, backward], rel=1e-3)

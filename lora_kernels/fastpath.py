@@ -251,7 +251,7 @@ class DoraNormCache:
         known = base if lora_A.is_cpu else (*base, *adapter)
         key = (scaling, *map(tensor_state, known), *(t.dtype for t in adapter))
         kept = self._kept
-        if kept is None or kept[0] != key or not _are_equal(kept[1], compared):
+        if kept is None or kept[0] != key or not all(map(torch.equal, kept[1], compared)):
             norm = dora_norm(weight, lora_A, lora_B, scaling, rank_gate=rank_gate)
             self._kept = kept = key, tuple(t.detach().clone() for t in compared), norm
         return kept[2]
@@ -271,7 +271,7 @@ class DoraNormCache:
             or _is_distributed()
         ):
             return None
-        key = (*map(tensor_state, base), lora_A.dtype)
+        key = tuple(map(tensor_state, base))
         if self._squares is None or self._squares[0] != key:
             held = weight.codes if isinstance(weight, Weight4bit) else weight
             with torch.no_grad():
@@ -290,7 +290,3 @@ def tensor_state(t: Tensor) -> tuple[object, ...]:
 
 def _is_distributed() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def _are_equal(kept: tuple[Tensor, ...], now: tuple[Tensor, ...]) -> bool:
-    return len(kept) == len(now) and all(map(torch.equal, kept, now))

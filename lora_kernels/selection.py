@@ -100,7 +100,7 @@ def choose(problem: Problem) -> Choice:
     if requested.backend == "eager":
         return Choice("eager", Strategy.LIBRARY, "the eager backend was requested")
     if requested.backend == "cpu":
-        require_supported("cpu", _eager_reason(problem))
+        require_supported("cpu", cpu_heuristics.unsupported_reason(problem))
     if problem.device_type == "cuda" and device.has_gpu():
         return _choose_gpu(problem)
     return Choice("eager", Strategy.LIBRARY, _eager_reason(problem))
@@ -161,12 +161,12 @@ def _choose_cpu_or_eager(problem: Problem, on_cpu: Strategy, eager: Strategy) ->
     requested = forced.current.get().backend
     if requested == "eager":
         return Choice("eager", eager, "the eager backend was requested")
-    reason = _eager_reason(problem)
-    if not reason:
+    reason = cpu_heuristics.unsupported_reason(problem)
+    if reason is None:
         return Choice("cpu", on_cpu, f"native kernels, {native.isa}")
     if requested == "cpu":
         require_supported("cpu", reason)
-    return Choice("eager", eager, reason)
+    return Choice("eager", eager, _eager_reason(problem))
 
 
 def is_eager_on_gpu(device_type: str) -> bool:

@@ -103,6 +103,11 @@ def plan(problem: Problem, requested: Strategy | None, reason: str | None = None
 
 def plan_experts(requested: Strategy | None) -> Strategy:
     """Return the strategy of rows sorted by expert; RuntimeError if it cannot be as requested."""
+    if requested in cpu.GEMVS:
+        raise RuntimeError(
+            f"strategy {requested!r} was requested and cannot run here: for rows sorted by expert "
+            f"(lora_experts_linear) want {cpu.FUSED!r} or {cpu.LIBRARY!r}"
+        )
     if requested:
         _check_strategy(requested, cpu.LIBRARY, 0, 0)
         return requested

@@ -184,6 +184,50 @@ def test_choose_by_rows_starts_each_strategy_at_its_row(
     assert choose_on(on, dtype, None, columns=columns, inner=inner) == strategies
 
 
+def test_choose_on_another_processor_is_its_own(choose_on: Any) -> None:
+    """One problem, of which nothing is kept beyond a change of the processor alone."""
+    sizes = {"columns": 1000, "inner": 1000}
+    for intel, strategy in ((True, LIBRARY), (False, FUSED), (True, LIBRARY)):
+        assert choose_on(Processor("avx512", intel=intel), f32, 300, **sizes).strategy == strategy
+    for amx, strategy in ((True, LIBRARY), (False, FUSED)):
+        assert choose_on(Processor("avx512", amx=amx), bf16, 300, **sizes).strategy == strategy
+    for isa, strategy in (("avx2", LIBRARY), ("avx512", FUSED)):
+        assert choose_on(Processor(isa), f32, 300, **sizes).strategy == strategy
+
+
+@pytest.mark.parametrize("device", ["cuda", "xpu"])
+def test_choose_of_the_cpu_s_kernels_for_another_device_raises(device: str) -> None:
+    """The reason is the device, not why the eager backend runs there."""
+    problem, words = (
+        Problem(device, f32, f32, f32, f32, 8),
+        f"no kernels for device type {device!r}",
+    )
+    for function in (selection.choose, selection.choose_experts, selection.choose_norm):
+        with lora_kernels.backend("cpu"), pytest.raises(RuntimeError, match=words):
+            function(problem)
+        assert function(problem).backend == "eager"
+
+
+@needs_native
+@pytest.mark.parametrize("strategy", [None, *selection.STRATEGIES["cpu"]], ids=str)
+def test_choose_experts_of_a_forced_strategy_takes_or_refuses_it(
+    strategy: Strategy | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = Problem("cpu", f32, f32, f32, f32, 8, four_bit=True)
+    for isa, own in (("avx512", FUSED), ("avx2", LIBRARY)):
+        monkeypatch.setattr(native, "isa", isa)
+        with lora_kernels.backend("cpu", strategy):
+            if strategy in cpu.GEMVS:
+                with pytest.raises(RuntimeError, match="want 'fused' or 'library'"):
+                    selection.choose_experts(problem)
+            elif strategy == FUSED != own:
+                with pytest.raises(RuntimeError, match=r"want one of .* which is avx2"):
+                    selection.choose_experts(problem)
+            else:
+                choice = selection.choose_experts(problem)
+                assert (choice.backend, choice.strategy) == ("cpu", strategy or own)
+
+
 @pytest.mark.parametrize(
     ("dtype", "four_bit", "rows", "columns", "inner", "strategy"),
     [

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import lora_kernels
-from lora_kernels.fastpath import DoraNormCache
+from lora_kernels import fastpath
+from lora_kernels.fastpath import DoraNormCache, tensor_state
 from lora_kernels.layers import AdaLoRALinear, QLoRALinear, RankAllocator
 from lora_kernels.quantization import quantize_4bit
 
@@ -76,6 +77,51 @@ def test_dora_norm_cache_one_tensor_of_a_4bit_weight_changed_computes_anew(field
     tensor.copy_(tensor.flip(0) if tensor.dim() and tensor.dtype is torch.uint8 else tensor * 1.5)
     got, want = cache(**args), lora_kernels.dora_norm(**args)
     assert torch.equal(got, want) and not torch.equal(got, before)
+
+
+STATE_CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
+    "storage": lambda t: t.clone(),
+    "storage_offset": lambda t: t.as_strided((4, 6), (6, 1), 1),
+    "shape": lambda t: t[:3],
+    "stride": lambda t: t.as_strided((4, 6), (5, 1)),
+    "dtype": lambda t: t.view(torch.int32),
+    "version": lambda t: t.add_(0),
+}
+
+
+@pytest.mark.parametrize("change", STATE_CHANGES)
+def test_tensor_state_one_field_changed_is_another(change: str) -> None:
+    t = drawn(5, 6)[:4]
+    before = tensor_state(t)
+    assert tensor_state(t.view(4, 6)) == before
+    assert tensor_state(STATE_CHANGES[change](t)) != before
+
+
+@torch.no_grad()
+def test_dora_norm_cache_of_equal_values_in_another_dtype_is_the_same() -> None:
+    args: dict[str, Any] = adapter(N, K) | {"weight": drawn(N, K)}
+    args["lora_A"] = args["lora_A"].to(bf16).float()
+    cache = DoraNormCache()
+    before = cache(**args).clone()
+    assert torch.equal(cache(**args | {"lora_A": args["lora_A"].to(bf16)}), before)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["weight", "lora_A", "lora_B", "rank_gate"])
+def test_dora_norm_cache_of_a_gpu_goes_by_versions(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Meta tensors stand for a GPU's: values are not compared, and several processes keep none."""
+    args: dict[str, Any] = adapter(N, K) | {"weight": drawn(N, K), "rank_gate": drawn(3)}
+    args = {n: a.to("meta") if isinstance(a, Tensor) else a for n, a in args.items()}
+    cache = DoraNormCache()
+    before = cache(**args)
+    assert cache(**args) is before
+    args[name].mul_(2)
+    after = cache(**args)
+    assert after is not before and cache(**args) is after
+    monkeypatch.setattr(fastpath, "_is_distributed", lambda: True)
+    assert cache(**args) is not cache(**args)
 
 
 # A requantized layer -----------------------------------------------------------------------------

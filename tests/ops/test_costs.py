@@ -313,7 +313,7 @@ def test_cheapest_of_rows_with_their_own_adapters_has_p_first(
 
 
 def properties(**others: Any) -> SimpleNamespace:
-    """What torch says of a GPU: rates in kHz, the bus in bits."""
+    """Properties of a GPU as torch gives them: rates in kHz, the bus in bits."""
     sizes: dict[str, Any] = {"multi_processor_count": 108, "total_memory": 80 << 30, "name": "A100"}
     sizes |= {"shared_memory_per_block_optin": 163 << 10, "memory_bus_width": 5120}
     sizes |= {"major": 8, "minor": 0, "clock_rate": 1_410_000, "memory_clock_rate": 1_593_000}

@@ -185,7 +185,7 @@ def test_choose_by_rows_starts_each_strategy_at_its_row(
 
 
 def test_choose_on_another_processor_is_its_own(choose_on: Any) -> None:
-    """One problem, of which nothing is kept beyond a change of the processor alone."""
+    """No choice is kept beyond a change of the processor alone."""
     sizes = {"columns": 1000, "inner": 1000}
     for intel, strategy in ((True, LIBRARY), (False, FUSED), (True, LIBRARY)):
         assert choose_on(Processor("avx512", intel=intel), f32, 300, **sizes).strategy == strategy

@@ -197,7 +197,7 @@ class PreparedLinear:
             if y is not None:
                 return y
         self._call = self._weight = None  # free the former weight
-        if weight is None or weight.is_meta:
+        if weight is None:
             return None
         A, B = weight.new_empty(0, weight.shape[1]), weight.new_empty(weight.shape[0], 0)
         call = prepare(x, weight, A, B, 0.0)

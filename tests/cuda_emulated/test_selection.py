@@ -170,3 +170,139 @@ def test_select_driver_refuses_raises_before_a_launch(probed: list[int]) -> None
 def test_info_driver_refuses_says_why(probed: list[int]) -> None:
     row = info._cuda_backend()
     assert row["available"] is False and NO_IMAGE in row["reason"]
+
+
+def test_unsupported_device_reason_is_the_first_that_holds(
+    probed: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each line takes one reason away; the driver is asked last."""
+    monkeypatch.setattr(cuda, "_load", lambda name: (None, "the CUDA kernels were not built"))
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(cuda, "_capability", lambda index: 75 + index)
+
+    def reason(device_type: str = "cuda") -> str:
+        return cuda.unsupported_device_reason(device_type, 2) or ""
+
+    assert reason() == "the CUDA kernels were not built"
+    monkeypatch.setattr(cuda, "_load", lambda name: (SimpleNamespace(probe=probed.append), None))
+    assert reason("xpu") == "no CUDA kernels for device type 'xpu'"
+    assert reason() == "the CUDA kernels do not run on AMD's GPUs"
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert reason() == "there is no GPU that torch can use"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert reason().startswith("sm_77 is older than sm_80") and not probed
+    monkeypatch.setattr(cuda, "_capability", lambda index: 80)
+    assert reason() == "" and probed == [2]
+    with pytest.raises(RuntimeError, match=r"'cuda' was requested .* no CUDA kernels for device"):
+        cuda.require(torch.device("cpu"))
+    cuda.require(torch.device("cuda", 2))
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [("_cuda", "the CUDA kernels {} version 0"), ("_emulator", "the emulator {} version 0")],
+)
+def test_load_of_another_version_or_a_broken_file_says_so(
+    name: str, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(module: str) -> None:
+        raise ImportError("libcudart.so.12: cannot open")
+
+    cuda._load.cache_clear()
+    try:
+        monkeypatch.setattr(cuda.importlib, "import_module", broken)
+        was = "was" if name == "_emulator" else "were"
+        subject = what.split(" {}")[0]
+        want = f"{subject} {was} not built (libcudart.so.12: cannot open)"
+        assert cuda._load(name) == (None, want)
+        cuda._load.cache_clear()
+        old = SimpleNamespace(__version__="0")
+        monkeypatch.setattr(cuda.importlib, "import_module", lambda module: old)
+        has = "has" if name == "_emulator" else "have"
+        want = f"{what.format(has)}, not {lora_kernels.__version__}"
+        assert cuda._load(name) == (None, want)
+    finally:
+        cuda._load.cache_clear()
+
+
+def test_require_of_another_device_in_the_emulator_raises() -> None:
+    with pytest.raises(RuntimeError, match="the emulator takes no meta tensors"):
+        cuda.require(torch.device("meta"))
+    with pytest.raises(RuntimeError, match="the emulator takes no meta tensors"):
+        quantize_4bit(torch.ones(4, 64)).to("meta").dequantize()
+
+
+@pytest.mark.parametrize(
+    ("N", "K", "layout", "why"),
+    [
+        (64, 64, ROWS, None),
+        (64, 63, COLUMNS, None),  # the rows of [K, N] are whole
+        (64, 63, ROWS, "K = 63"),
+        (63, 64, COLUMNS, "N = 63"),
+        (64, 64, OFF, "the weight's rows are not whole"),
+        (64, 96, CODES, None),
+        (64, 72, CODES, "K = 72 is no multiple of 32"),
+    ],
+)
+def test_dx_on_tensor_cores_has_its_own_constraints(
+    N: int, K: int, layout: Layout, why: str | None
+) -> None:
+    found = constraints.backward_unsupported_reason(bf16, layout, N, K)
+    assert found is None if why is None else (found or "").startswith(why)
+    assert constraints.backward_unsupported_reason(f32, ROWS, 64, 64) is not None
+
+
+def test_layout_of_a_weight_by_columns_goes_by_its_own_rows() -> None:
+    """[64, 60] by columns has rows of 64 elements; [60, 64] by columns has rows of 60."""
+    assert constraints.layout(torch.zeros(60, 64, dtype=bf16).t(), bf16) == COLUMNS
+    odd = constraints.layout(torch.zeros(64, 60, dtype=bf16).t(), bf16)
+    assert odd.columns and "not whole and aligned" in (odd.unsupported_reason or "")
+    shifted = torch.zeros(64 * 64 + 1, dtype=bf16)[1:].view(64, 64)
+    for weight in (shifted, shifted.t()):
+        assert constraints.layout(weight, bf16).unsupported_reason is not None
+
+
+@pytest.mark.parametrize(
+    ("shape", "start", "vectors"),
+    [((4, 8), 0, True), ((4, 8), 1, False), ((4, 12), 0, False), ((4, 16), 8, True)],
+)
+def test_matrix_is_read_in_vectors_from_aligned_whole_rows(
+    shape: tuple[int, int], start: int, vectors: bool
+) -> None:
+    count = shape[0] * shape[1]
+    t = torch.zeros(count + start, dtype=bf16)[start:].view(shape)
+    assert launch.matrix(t)[4] is vectors  # type: ignore[index]
+    assert launch.matrix(t.t())[4] is False  # type: ignore[index]
+    whole = launch.whole_rows(t)
+    assert (whole is t) is vectors and torch.equal(whole, t)
+
+
+def test_codes_are_read_in_runs_from_aligned_bytes() -> None:
+    weight = quantize_4bit(torch.ones(4, 64), "nf4", 128).codes
+    flat = quantize_4bit(torch.ones(4, 64), "nf4", 128, double_quant=False).codes
+    *_, log2_block, log2_nested, rows, columns, whole = launch.codes(weight, (4, 64)) or ()
+    assert (log2_block, log2_nested, rows, columns, whole) == (7, 8, 4, 64, True)
+    assert (launch.codes(flat, (4, 64)) or ())[-4] == 0  # no nested scales
+    assert (launch.codes(weight, (16, 16)) or (None,))[-1] is False
+    off = torch.cat([weight.packed[:1], weight.packed])[1:]
+    assert (launch.codes(weight._replace(packed=off), (4, 64)) or (None,))[-1] is False
+
+
+@pytest.mark.parametrize("M", [0, 1, 16, 17])
+def test_choose_of_a_forced_strategy_by_rows(M: int) -> None:
+    """No row suits every strategy, because nothing is launched; a call without a base has none."""
+    problem = Problem("cpu", bf16, bf16, bf16, bf16, 16, M, False, 64, 64, layout=ROWS)
+    with lora_kernels.backend("cuda", COOPERATIVE):
+        if M == 17:
+            with pytest.raises(RuntimeError, match="17 rows are more than 16"):
+                selection.choose(problem)
+        else:
+            assert selection.choose(problem).strategy == COOPERATIVE
+        no_base = Layout(unsupported_reason=constraints.NO_BASE)
+        choice = selection.choose(problem._replace(layout=no_base, rows=1))
+        assert choice.strategy == TWO_PASS_SIMT
+        assert choice.reason.count(constraints.NO_BASE) == 1
+    assert selection.choose(problem._replace(mixed=True)).strategy == TWO_PASS
+    odd = problem._replace(mixed=True, inner=63)
+    assert selection.choose(odd).strategy == TWO_PASS_SIMT

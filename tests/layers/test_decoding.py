@@ -228,6 +228,7 @@ def test_prepare_of_what_the_kernels_do_not_read_in_place_is_none() -> None:
     assert prepare(x, W, A, by_columns(B), 2.0) is not None
     assert prepare(x, W, by_columns(A), B, 2.0) is None
     assert prepare(x, by_columns(W), A, B, 2.0) is None
+    assert prepare(x, W.repeat_interleave(2, 1)[:, ::2], A, B, 2.0) is None
     assert prepare(x, W.to(bf16), A, B, 2.0) is None
     with torch.autocast("cpu", bf16):
         assert prepare(x, W, A, B, 2.0) is None and prepare(x, W.to(bf16), A, B, 2.0) is None

@@ -503,6 +503,15 @@ def test_dora_layer_among_several_processes_keeps_no_squares(
     torch.testing.assert_close(layer(x), x.sum(1, keepdim=True) / 300**0.5 * layer.magnitude)
 
 
+def test_dora_layer_compiled_whole_is_the_same() -> None:
+    """A graph holds no address, so it computes ‖W‖² in each call."""
+    from lora_kernels.layers import DoRALinear
+
+    layer, x = DoRALinear.from_linear(torch.nn.Linear(300, 40), r=4), torch.randn(3, 300)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), layer(x))
+
+
 def test_dora_layer_in_inference_mode_and_back() -> None:
     """Weights made there tell of no change; what is kept there serves a training step after it."""
     from lora_kernels.layers import DoRALinear

@@ -184,7 +184,9 @@ def test_choose_by_rows_starts_each_strategy_at_its_row(
     assert choose_on(on, dtype, None, columns=columns, inner=inner) == strategies
 
 
-def test_choose_on_another_processor_is_its_own(choose_on: Any) -> None:
+def test_choose_on_another_processor_is_its_own(
+    choose_on: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """No choice is kept beyond a change of the processor alone."""
     sizes = {"columns": 1000, "inner": 1000}
     for intel, strategy in ((True, LIBRARY), (False, FUSED), (True, LIBRARY)):
@@ -193,6 +195,9 @@ def test_choose_on_another_processor_is_its_own(choose_on: Any) -> None:
         assert choose_on(Processor("avx512", amx=amx), bf16, 300, **sizes).strategy == strategy
     for isa, strategy in (("avx2", LIBRARY), ("avx512", FUSED)):
         assert choose_on(Processor(isa), f32, 300, **sizes).strategy == strategy
+    monkeypatch.setattr(native, "reason", "not built")
+    problem = Problem("cpu", f32, f32, f32, f32, 8, 300, **sizes)
+    assert selection.choose(problem) == Choice("eager", LIBRARY, "not built")
 
 
 @pytest.mark.parametrize("device", ["cuda", "xpu"])

@@ -6,12 +6,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import lora_kernels
 from lora_kernels import cli, device, info
-from lora_kernels.backends import native
+from lora_kernels.backends import cuda, native, triton
 from lora_kernels.finetune import UsageError
 
 ALL = "info, verify, bench, tune, finetune, rank-search, compare, merge, generate"
@@ -188,6 +189,114 @@ def test_gpus_are_shown_with_their_size(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(device, "gpus", lambda: [old])
     backend = info.info()["backends"]["triton"]
     assert not backend["available"] and "sm_75" in backend["reason"]
+
+
+ORIGINS = {
+    "no file": (None, "lora-kernels"),
+    "wheel": ({"url": "file:///a.whl"}, "file:///a.whl"),
+    "folder": ({"url": "file:///a", "dir_info": {}}, "file:///a"),
+    "editable": ({"url": "file:///a", "dir_info": {"editable": True}}, "-e file:///a"),
+    "git": ({"url": "https://a/b", "vcs_info": {"vcs": "git"}}, "git+https://a/b"),
+}
+
+
+@pytest.mark.parametrize("origin", ORIGINS)
+def test_info_installs_again_from_where_it_came(
+    origin: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, want = ORIGINS[origin]
+    text = None if given is None else json.dumps(given)
+    held = SimpleNamespace(read_text=lambda name: text)
+    monkeypatch.setattr(info.importlib.metadata, "distribution", lambda name: held)
+    assert info._installed_from() == want
+    if given is None:
+
+        def missing(name: str) -> None:
+            raise info.importlib.metadata.PackageNotFoundError(name)
+
+        monkeypatch.setattr(info.importlib.metadata, "distribution", missing)
+        assert info._installed_from() == want
+
+
+A100 = device.DeviceInfo("cuda", 80, 108, 163 << 10, "A100", 80 * 2**30)
+T4 = device.DeviceInfo("cuda", 75, 40, 64 << 10, "T4", 16 * 2**30)
+
+
+@pytest.mark.parametrize(
+    ("missing", "interpreted", "gpus", "available", "reason"),
+    [
+        ("gone", False, [A100], False, "Triton is not installed"),
+        (None, True, [], True, "in Triton's interpreter, on the CPU"),
+        (None, False, [], False, "no GPU; TRITON_INTERPRET=1"),
+        (None, False, [T4], False, "sm_75"),
+        (None, False, [T4, A100], True, "no GPU has run it yet"),  # one of them is enough
+    ],
+)
+def test_info_says_where_triton_runs(
+    missing: str | None,
+    interpreted: bool,
+    gpus: list[device.DeviceInfo],
+    available: bool,
+    reason: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(triton, "unavailable_reason", lambda: missing)
+    monkeypatch.setattr(triton, "is_interpreted", lambda: interpreted)
+    monkeypatch.setattr(device, "gpus", lambda: gpus)
+    row = info._triton_backend()
+    assert row["available"] is available and reason in row["reason"]
+    assert row["add"] == ("pip install triton" if missing else None)
+
+
+@pytest.mark.parametrize(
+    ("missing", "reasons", "available", "reason"),
+    [
+        ("not built", [None], False, "not built"),
+        (None, [], False, "no GPU; the tests run it in an emulator"),
+        (None, ["sm_75 is older"], False, "sm_75 is older"),
+        (None, ["sm_75 is older", None], True, "no GPU has run it yet"),
+    ],
+)
+@pytest.mark.parametrize("nvcc", [None, "/usr/bin/nvcc"])
+def test_info_says_where_cuda_runs(
+    nvcc: str | None,
+    missing: str | None,
+    reasons: list[str | None],
+    available: bool,
+    reason: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cuda, "unavailable_reason", lambda: missing)
+    monkeypatch.setattr(cuda, "unsupported_device_reason", lambda kind, index: reasons[index])
+    monkeypatch.setattr(device, "gpus", lambda: [A100] * len(reasons))
+    monkeypatch.setattr(device, "nvcc", lambda: nvcc)
+    row = info._cuda_backend()
+    assert row["available"] is available and reason in row["reason"]
+    if missing:
+        assert ("install CUDA's nvcc" in row["add"]) is (nvcc is None)
+        assert "LORA_KERNELS_CUDA=1 pip install --force-reinstall" in row["add"]
+    else:
+        assert row["add"] is None
+
+
+def test_compilers_are_those_of_the_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment goes first; then the names that setup.py tries, in its order."""
+    found = {"g++", "clang++", "ccache", "/b/bin/nvcc", "/usr/local/cuda/bin/nvcc"}
+    monkeypatch.setattr(device.shutil, "which", lambda name: name if name in found else None)
+    for name in ("CXX", "CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    assert (device.compiler(), device.nvcc()) == ("g++", "/usr/local/cuda/bin/nvcc")
+    monkeypatch.setenv("CXX", "ccache g++ -m64")
+    monkeypatch.setenv("CUDA_HOME", "/a")
+    monkeypatch.setenv("CUDA_PATH", "/b")
+    assert (device.compiler(), device.nvcc()) == ("ccache", "/b/bin/nvcc")
+    found |= {"/a/bin/nvcc", "nvcc"}
+    assert device.nvcc() == "/a/bin/nvcc"
+    monkeypatch.delenv("CUDA_HOME")
+    monkeypatch.delenv("CUDA_PATH")
+    assert device.nvcc() == "nvcc"
+    monkeypatch.setenv("CXX", "absent")
+    assert device.compiler() is None
 
 
 def test_a_reader_that_leaves_is_no_error() -> None:

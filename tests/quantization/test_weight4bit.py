@@ -1,8 +1,11 @@
 """Weight4bit as a holder: what it refuses, what it says, where it comes from and goes to."""
 
+import contextlib
 import copy
 import dataclasses
 import pickle
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,14 +13,18 @@ from safetensors.torch import load, save
 from torch import nn
 
 from lora_kernels import reference
+from lora_kernels.backends import decode4bit
+from lora_kernels.backends.library import as_on_gpu
+from lora_kernels.core.packed4bit import Packed4bit
 from lora_kernels.quantization import Weight4bit, codebooks, quantize_4bit
-from lora_kernels.quantization.weight4bit import standard_code
+from lora_kernels.quantization.weight4bit import check_decoder, standard_code
 
 pytest.importorskip("bitsandbytes")
 import bitsandbytes
 from bitsandbytes.functional import QuantState
 from bitsandbytes.nn import Linear4bit, Params4bit
 
+from lora_kernels.quantization import bitsandbytes as ours
 from tests.quantization import default_backend
 
 N, K = 48, 64
@@ -430,3 +437,131 @@ def test_weight4bit_of_a_stack_is_that_of_its_flattened_rows(nested):
     state = got.state_dict("experts.")
     again = Weight4bit.from_state_dict(state, "experts.")
     assert again.shape == got.shape and torch.equal(again.dequantize(), got.dequantize())
+
+
+def test_from_state_dict_of_tensors_on_a_device_puts_the_offset_there():
+    """The JSON text alone is on the CPU; meta stands for any other device."""
+    state = quantize_4bit(dense()).state_dict()
+    state = {key: t if key == JSON else t.to("meta") for key, t in state.items()}
+    weight = Weight4bit.from_state_dict(state)
+    assert {t.device.type for t in tensors(weight).values()} == {"meta"}
+
+
+def test_from_state_dict_of_an_integer_as_offset_is_a_number():
+    state = quantize_4bit(dense()).state_dict()
+    text = bytes(state[JSON].tolist()).decode()
+    head, tail = text.split('"nested_offset": ')
+    changed = as_json(f'{head}"nested_offset": 1{tail[tail.index("}") :]}')
+    assert Weight4bit.from_state_dict({**state, JSON: changed}).offset == 1.0
+    with pytest.raises(TypeError, match=r"got torch.uint8 \[1, \d+\], want a JSON text"):
+        Weight4bit.from_state_dict({**state, JSON: changed[None]})
+
+
+CHANGED_STATES = {
+    "packed": lambda packed, state: packed.clone(),
+    "absmax": lambda packed, state: setattr(state, "absmax", state.absmax.clone()),
+    "absmax_dtype": lambda packed, state: setattr(state, "absmax", state.absmax.view(torch.int8)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGED_STATES)
+def test_cached_weight_is_made_anew_after_a_change(change):
+    packed, state = default_backend.quantize(dense(), "nf4", 64, True)
+    with torch.inference_mode():
+        weight = ours.cached_weight(packed, state)
+    assert ours.cached_weight(packed, state) is weight and not weight.code.is_inference()
+    packed = CHANGED_STATES[change](packed, state) if change == "packed" else packed
+    if change == "packed":
+        assert ours.cached_weight(packed, state).packed.data_ptr() == packed.data_ptr()
+        assert copy.deepcopy(state)._lora_kernels is None
+        return
+    CHANGED_STATES[change](packed, state)
+    if change == "absmax_dtype":  # scales in a dtype that is not theirs are refused, not ignored
+        with pytest.raises(TypeError, match=r"absmax: got torch.int8, want"):
+            ours.cached_weight(packed, state)
+    else:
+        assert ours.cached_weight(packed, state).absmax is state.absmax
+
+
+@pytest.fixture
+def no_reasons(monkeypatch):
+    """bitsandbytes was not checked on any device yet."""
+    monkeypatch.setattr(ours, "bitsandbytes_reasons", reasons := {})
+    monkeypatch.setattr(decode4bit, "bitsandbytes_reasons", reasons)
+    return reasons
+
+
+WRONG_DECODERS = {
+    "nf4": lambda w, dtype: w.quant_type == "nf4",
+    "fp4": lambda w, dtype: w.quant_type == "fp4",
+    "nested": lambda w, dtype: w.nested_absmax is not None,
+    "flat": lambda w, dtype: w.nested_absmax is None,
+    **{str(t): lambda w, dtype, t=t: dtype is t for t in STORAGE[1:]},
+}
+
+
+@pytest.mark.parametrize("op", ["dequantize_4bit", "gemm_4bit"])
+@pytest.mark.parametrize("wrong", WRONG_DECODERS)
+def test_check_of_bitsandbytes_notices_one_wrong_kernel(wrong, op, no_reasons, monkeypatch):
+    """A kernel that is wrong for one format or dtype alone is used for none."""
+    is_wrong, device = WRONG_DECODERS[wrong], torch.device("cpu")
+    whole, gemm = ours.bitsandbytes_dense, ours.bitsandbytes_gemm
+    if op == "gemm_4bit" and not decode4bit.has_gemm_4bit():
+        pytest.skip("bitsandbytes is older than 0.50, without gemm_4bit")
+
+    def spoiled_dense(weight: Packed4bit, shape, dtype):
+        found = whole(weight, shape, dtype)
+        return -found if op == "dequantize_4bit" and is_wrong(weight, dtype) else found
+
+    def spoiled_gemm(weight: Packed4bit, x, columns, bias):
+        found = gemm(weight, x, columns, bias)
+        return -found if op == "gemm_4bit" and is_wrong(weight, x.dtype) else found
+
+    monkeypatch.setattr(ours, "bitsandbytes_dense", spoiled_dense)
+    monkeypatch.setattr(ours, "bitsandbytes_gemm", spoiled_gemm)
+    reason = ours.check(device)
+    assert reason == decode4bit.bitsandbytes_reason(device) and reason is not None
+    assert f": {op} of " in reason and "differs from the reference" in reason
+
+
+def test_check_of_bitsandbytes_says_what_it_lacks_or_raised(no_reasons, monkeypatch):
+    version = f"bitsandbytes {bitsandbytes.__version__}"
+    assert ours.check(torch.device("meta")) is None  # no values to compare
+    for error in (RuntimeError, NotImplementedError, ValueError, TypeError):
+
+        def broken(*args, error=error):
+            raise error("no kernel image")
+
+        no_reasons.clear()
+        monkeypatch.setattr(ours, "bitsandbytes_dense", broken)
+        want = f"{version} raised {error.__name__}: no kernel image"
+        assert ours.check(torch.device("cpu")) == want
+    for name in ("dequantize_4bit", "dequantize_blockwise"):
+        others = {"dequantize_4bit", "dequantize_blockwise"} - {name}
+        no_reasons.clear()
+        monkeypatch.setattr(torch.ops, "bitsandbytes", SimpleNamespace(**dict.fromkeys(others)))
+        assert ours.check(torch.device("cpu")) == f"{version} has no op {name}"
+
+
+@pytest.mark.parametrize("emulated", [False, True])
+def test_check_decoder_asks_on_a_gpu_alone(emulated, no_reasons):
+    with as_on_gpu() if emulated else contextlib.nullcontext():
+        check_decoder(torch.device("cpu"))
+        assert (("cpu", None) in no_reasons) is emulated
+
+
+def test_check_decoder_imports_nothing_for_meta(no_reasons, monkeypatch):
+    meta = torch.device("meta")
+    monkeypatch.setattr(
+        sys, "modules", {k: m for k, m in sys.modules.items() if k != "bitsandbytes"}
+    )
+    check_decoder(meta)
+    assert not no_reasons
+    monkeypatch.undo()
+    check_decoder(meta)
+
+
+def test_bitsandbytes_reason_is_of_one_gpu(no_reasons):
+    no_reasons["cuda", 1] = None
+    assert decode4bit.bitsandbytes_reason(torch.device("cuda", 1)) is None
+    assert "was not yet checked" in decode4bit.bitsandbytes_reason(torch.device("cuda", 0))

@@ -97,6 +97,11 @@ def test_tensor_state_one_field_changed_is_another(change: str) -> None:
     assert tensor_state(STATE_CHANGES[change](t)) != before
 
 
+def test_dora_norm_cache_with_gradients_computes_what_it_would_keep() -> None:
+    args: dict[str, Any] = adapter(N, K) | {"weight": drawn(N, K), "rank_gate": drawn(3)}
+    assert torch.equal(DoraNormCache()(**args), lora_kernels.dora_norm(**args))
+
+
 @torch.no_grad()
 def test_dora_norm_cache_of_equal_values_in_another_dtype_is_the_same() -> None:
     args: dict[str, Any] = adapter(N, K) | {"weight": drawn(N, K)}
@@ -120,6 +125,9 @@ def test_dora_norm_cache_of_a_gpu_goes_by_versions(
     args[name].mul_(2)
     after = cache(**args)
     assert after is not before and cache(**args) is after
+    with torch.inference_mode():  # a tensor without a version
+        inference = args[name].clone()
+    assert cache(**args | {name: inference}) is not after and cache(**args) is after
     monkeypatch.setattr(fastpath, "_is_distributed", lambda: True)
     assert cache(**args) is not cache(**args)
 

@@ -11,6 +11,7 @@ from lora_kernels.backends import cuda, triton
 from lora_kernels.backends.triton import FUSED, LIBRARY, TWO_PASS, configs, launch
 from lora_kernels.core.problem import Choice, Problem
 from lora_kernels.device import DeviceInfo
+from lora_kernels.quantization import quantize_4bit
 
 f32, f64, bf16 = torch.float32, torch.float64, torch.bfloat16
 A100, H100 = DeviceInfo("cuda", 80, 108, 163 << 10), DeviceInfo("cuda", 90, 132, 227 << 10)
@@ -304,3 +305,174 @@ def test_choose_stages_compiles_for_each_device(monkeypatch: pytest.MonkeyPatch)
     devices = [torch.device("cuda", index) for index in (0, 1)]
     found = [launch.choose_stages(programs, RTX_4090, None, config, d) for d in devices]
     assert found == [config, None] and set(asked) == set(devices)
+
+
+# Changing a size here changes what is compiled: tests/compile_only then counts its resources.
+@pytest.mark.parametrize(
+    ("target", "M", "itemsize", "codes", "rank", "in_registers", "scattered", "tiles"),
+    [
+        (H100, 16, 2, False, 0, False, False, (16, 64, 128, 4, 4)),
+        (H100, 17, 2, False, 0, False, False, (64, 64, 64, 4, 4)),
+        (H100, 64, 2, False, 0, False, False, (64, 64, 64, 4, 4)),
+        (H100, 65, 2, False, 0, False, False, (128, 64, 64, 8, 3)),
+        (H100, 65, 4, False, 0, False, False, (64, 64, 32, 4, 4)),
+        (H100, 16, 4, False, 0, False, False, (16, 64, 32, 4, 4)),
+        (H100, 256, 2, False, 0, False, False, (128, 64, 64, 8, 3)),
+        (H100, 257, 2, False, 0, False, False, (128, 256, 64, 8, 3)),
+        (H100, 257, 2, True, 0, False, False, (128, 128, 64, 8, 3)),
+        (H100, 257, 2, False, 0, True, False, (128, 128, 64, 8, 3)),
+        (A100, 257, 2, False, 0, False, False, (128, 128, 64, 8, 3)),
+        (A100, 257, 2, False, 32, False, False, (128, 128, 64, 8, 3)),
+        (A100, 257, 2, False, 33, False, False, (128, 64, 64, 8, 3)),
+        (MI300X, 257, 2, False, 0, False, False, (128, 128, 64, 8, 2)),
+        (MI300X, 257, 2, False, 0, True, False, (128, 64, 64, 8, 2)),
+        (MI300X, 16, 2, False, 0, False, False, (16, 64, 128, 4, 3)),
+        (RTX_4090, 257, 2, False, 0, False, False, (128, 128, 64, 8, 3)),
+        (RTX_4090, 257, 2, False, 32, False, False, (128, 128, 64, 8, 2)),
+        (RTX_4090, 16, 2, False, 0, False, False, (16, 64, 128, 4, 4)),
+        (RTX_4090, 100, 4, False, 64, False, False, (64, 64, 32, 4, 4)),
+        (H100, 16, 2, True, 0, False, True, (16, 64, 32, 4, 1)),
+        (H100, 300, 2, True, 0, False, True, (64, 64, 32, 4, 1)),
+    ],
+)
+def test_linear_tiles_are_those_that_were_compiled(
+    target: DeviceInfo,
+    M: int,
+    itemsize: int,
+    codes: bool,
+    rank: int,
+    in_registers: bool,
+    scattered: bool,
+    tiles: tuple[int, ...],
+) -> None:
+    found = configs.linear(target, M, itemsize, codes, rank, in_registers, scattered)
+    assert found == configs.Config(*tiles)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "target", "sizes", "tiles", "share"),
+    [
+        ("shrink", A100, (16, 4096, 16, 2), (16, 16, 64, 4, 4), 256),
+        ("shrink", A100, (17, 4096, 16, 2), (64, 16, 64, 4, 4), 256),
+        ("shrink", A100, (17, 4096, 65, 4), (64, 64, 32, 4, 4), 256),
+        ("shrink", A100, (8192, 4096, 16, 2), (64, 16, 64, 4, 4), 4096),
+        ("shrink", A100, (1, 512, 200, 2), (16, 64, 64, 4, 4), 256),
+        ("shrink", H100, (5000, 14336, 20, 4), (64, 32, 32, 4, 4), 14336),
+        ("outer", A100, (100, 4096, 16, 2), (64, 64, 16, 4, 3), 128),
+        ("outer", A100, (9000, 4096, 33, 4), (32, 64, 64, 4, 3), 3008),
+        ("outer", A100, (9000, 4096, 32, 4), (64, 64, 32, 4, 3), 3008),
+        ("outer", A100, (9000, 300, 70, 2), (64, 64, 64, 4, 3), 448),
+        ("outer", H100, (9000, 300, 64, 4), (32, 64, 64, 4, 3), 192),
+        ("row_norm", A100, (4096, 4096, 2), (0, 32, 128, 4, 3), 4096),
+        ("row_norm", A100, (4096, 4096, 4), (0, 64, 32, 8, 3), 1376),
+        ("row_norm", A100, (100, 14336, 2), (0, 32, 128, 4, 3), 896),
+        ("row_norm", H100, (40, 300, 4), (0, 64, 32, 8, 3), 160),
+        ("shrink_outer", A100, (256, 4096, 16, 2), (256, 32, 16, 8, 3), 256),
+        ("shrink_outer", A100, (255, 4096, 16, 2), None, None),
+        ("shrink_outer", A100, (256, 4096, 32, 2), (256, 32, 32, 8, 3), 256),
+        ("shrink_outer", A100, (256, 4096, 33, 2), None, None),
+        ("shrink_outer", A100, (256, 4096, 32, 4), (128, 32, 32, 8, 3), 256),
+        ("shrink_outer", A100, (256, 4096, 33, 4), None, None),
+        ("shrink_outer", A100, (256, 4096, 65, 4), None, None),
+        ("shrink_outer", A100, (9000, 4096, 8, 4), (128, 32, 16, 8, 3), 1376),
+        ("shrink_outer", MI300X, (128, 4096, 8, 2), (128, 32, 16, 8, 3), 256),
+        ("shrink_outer", MI300X, (128, 4096, 9, 2), (128, 32, 16, 8, 3), 256),
+        ("shrink_outer", A100, (2000, 400, 8, 2), (256, 32, 16, 8, 3), 160),
+    ],
+)
+def test_tiles_and_shares_of_other_kernels_are_those_that_were_compiled(
+    kernel: str,
+    target: DeviceInfo,
+    sizes: tuple[int, ...],
+    tiles: tuple[int, ...] | None,
+    share: int | None,
+) -> None:
+    found = getattr(configs, kernel)(target, *sizes)
+    assert found == (None if tiles is None else (configs.Config(*tiles), share))
+
+
+def test_blocks_of_ranks_experts_and_codes() -> None:
+    updates = [configs.block_of_update(r, i) for r, i in ((64, 4), (16, 2), (33, 2), (300, 2))]
+    assert updates == [16, 16, 64, 64]
+    assert [configs.block_of_experts(e) for e in (1, 127, 128, 255, 256)] == [
+        128,
+        128,
+        256,
+        256,
+        512,
+    ]
+    assert [configs.quantize(b).block_n for b in (32, 64, 2048, 4096)] == [64, 32, 1, 1]
+    assert [configs.precision(t) for t in (A100, MI300X)] == ["tf32x3", "ieee"]
+    config = configs.Config(16, 64, 128, 4, 4)
+    assert configs.shared_memory(config, 2, 0) == 4 * (16 + 64) * 128 * 2
+    assert configs.shared_memory(config, 4, 16) == 4 * (16 + 64 + 16) * 128 * 4
+
+
+@pytest.mark.parametrize(
+    ("blocksize", "row", "shift", "target", "want"),
+    [
+        (64, 128, 0, A100, (6, True, True, True)),
+        (64, 96, 0, A100, (6, False, True, True)),
+        (32, 36, 0, A100, (5, False, False, True)),
+        (128, 128, 2, A100, (7, True, False, True)),
+        (128, 128, 4, MI300X, (7, True, True, False)),
+    ],
+)
+def test_format_4bit_says_how_rows_of_codes_are_read(
+    blocksize: int,
+    row: int,
+    shift: int,
+    target: DeviceInfo,
+    want: tuple[int, bool, bool, bool],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(launch, "is_interpreted", lambda: False)
+    codes = quantize_4bit(torch.ones(8, 128), "nf4", blocksize).codes
+    moved = torch.cat([codes.packed[:shift], codes.packed])[shift:]
+    assert launch.format_4bit(codes._replace(packed=moved), row, target) == want
+    monkeypatch.setattr(launch, "is_interpreted", lambda: True)
+    assert not launch.format_4bit(codes, row, target).ASM
+    assert launch.format_4bit(None, row, target) == (0, False, False, False)
+
+
+def test_kinds_of_arguments_are_what_a_kernel_is_compiled_for() -> None:
+    """A tensor counts by its dtype and alignment, a float by its type, another number by value."""
+    t = torch.zeros(64)
+    same = (t, t[4:], 2.0, 3, (t, None)), (t[8:], t, 5.0, 3, (t[4:], None))
+    assert launch._kind(same[0]) == launch._kind(same[1])
+    for other in (t[1:], t.half(), 2.0, 2, True, None, (t,)):
+        assert launch._kind(other) != launch._kind(t)
+    assert launch._kind(2) != launch._kind(3) and launch._kind(2.0) == launch._kind(3.0)
+
+
+def test_options_contract_no_fma_and_launch_cooperatively_if_they_wait() -> None:
+    config = configs.Config(16, 64, 64, 8, 3)
+    options = {"num_warps": 8, "num_stages": 3, "enable_fp_fusion": False}
+    assert launch.options(config) == options
+    waiting = replace(config, cooperative=True)
+    assert launch.options(waiting) == options | {"launch_cooperative_grid": True}
+
+
+@pytest.mark.parametrize("way", ["backend", "model"])
+def test_choose_asks_for_the_properties_of_the_tensor_s_gpu(
+    way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine's cards may differ: the second one is too old."""
+    old = DeviceInfo("cuda", 75, 40, 64 << 10, "T4")
+    monkeypatch.setattr(triton, "unavailable_reason", lambda: None)
+    monkeypatch.setattr(triton, "is_interpreted", lambda: False)
+    for module in (configs, device):
+        monkeypatch.setattr(module, "gpu", lambda index: old if index == 1 else A100)
+        monkeypatch.setattr(module, "has_gpu", lambda: True)
+    for index in (0, 1):
+        problem = Problem("cuda", bf16, bf16, bf16, bf16, 16, device_index=index)
+        if way == "model":
+            assert ("sm_75" in selection.choose(problem).reason) is (index == 1)
+            continue
+        with lora_kernels.backend("triton"):
+            for choose_one in (selection.choose, selection.choose_norm, selection.choose_experts):
+                if index:
+                    with pytest.raises(RuntimeError, match="sm_75"):
+                        choose_one(problem)
+                else:
+                    assert choose_one(problem).backend == "triton"

@@ -3,11 +3,12 @@ matters."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import pickle
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -258,13 +259,33 @@ def test_prepared_call_notices_other_bits_at_the_same_address(place: int) -> Non
     assert call(tensors[0]) is None
 
 
+@contextlib.contextmanager
+def other_isa() -> Iterator[None]:
+    """Another instruction set in use, which another number of rows may suit."""
+    before = native.isa
+    native.use_isa("scalar" if before != "scalar" else native.ISAS[-1])
+    try:
+        yield
+    finally:
+        native.use_isa(str(before))
+
+
+SURROUNDINGS: dict[str, Callable[[], Any]] = {
+    "grad": torch.enable_grad,
+    "autocast": lambda: torch.autocast("cpu", bf16),
+    "backend": lambda: lora_kernels.backend("eager"),
+    "same_backend": lambda: lora_kernels.backend("cpu", "fused"),
+    "isa": other_isa,
+}
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("surrounding", [torch.enable_grad, lambda: torch.autocast("cpu", bf16)])
-def test_prepared_call_of_few_rows_is_none_inside(surrounding: Callable[[], Any]) -> None:
+@pytest.mark.parametrize("surrounding", SURROUNDINGS)
+def test_prepared_call_of_few_rows_is_none_inside(surrounding: str) -> None:
     x, W, A, B = operands()
     call = prepare(x, W, A, B, 2.0)
     assert call is not None and call(x) is not None
-    with surrounding():
+    with SURROUNDINGS[surrounding]():
         assert call(x) is None
 
 

@@ -312,6 +312,15 @@ def test_cheapest_of_rows_with_their_own_adapters_has_p_first(
     assert choice is not None and (choice.backend, choice.strategy) == want
 
 
+def test_choose_of_a_gpu_s_problem_without_a_gpu_is_eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A FakeTensor has the device's name alone; no property is asked for."""
+    monkeypatch.setattr(device, "has_gpu", lambda: False)
+    monkeypatch.setattr(device, "gpu", lambda index: pytest.fail("asked"))
+    monkeypatch.setattr(selection, "UNTRIED", None)
+    problem = Problem("cuda", *(torch.bfloat16,) * 4, R, 1, True, N, K)
+    assert selection.choose(problem).backend == "eager"
+
+
 def properties(**others: Any) -> SimpleNamespace:
     """Properties of a GPU as torch gives them: rates in kHz, the bus in bits."""
     sizes: dict[str, Any] = {"multi_processor_count": 108, "total_memory": 80 << 30, "name": "A100"}

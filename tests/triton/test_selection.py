@@ -112,6 +112,8 @@ def test_choose_before_sm_80_is_eager_and_says_why(
         choice = choose(dtype=dtype)
         assert choice.backend == "eager" and "sm_75" in choice.reason
         assert ("no bfloat16 either" in choice.reason) is slow
+    mixed = Problem("cuda", f32, f32, f32, bf16, 16)  # under autocast
+    assert "no bfloat16 either" in selection.choose(mixed).reason
 
 
 def test_lora_linear_without_triton_raises(monkeypatch: pytest.MonkeyPatch) -> None:

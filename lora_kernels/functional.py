@@ -402,7 +402,8 @@ def _dropout(x: Tensor, dropout_p: float, rng: Tensor | None) -> tuple[float, Te
         raise ValueError(f"dropout_p: got {dropout_p}, want a probability in [0, 1]")
     if rng is not None:
         _check_rng(rng, x)
-        return dropout_p, rng
+        # Kernels read a state by its address.
+        return dropout_p, rng if rng.dtype is torch.bool else rng.contiguous()
     return dropout_p, None if selection.is_eager_on_gpu(ops.device_of(x)[0]) else draw_rng(x)
 
 

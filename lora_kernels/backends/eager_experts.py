@@ -79,7 +79,8 @@ def _zero_rows_of_no_expert(t: Tensor, offsets: Tensor) -> Tensor:
 
 def _bias_of_rows(bias: Tensor, offsets: Tensor, rows: int) -> Tensor:
     """Return the bias [M, N] of each row's expert."""
-    expert = torch.bucketize(torch.arange(rows, device=bias.device), offsets, right=True)
+    places = torch.arange(rows, device=bias.device)
+    expert = torch.bucketize(places, offsets.contiguous(), right=True)
     return bias[expert.clamp_(max=bias.shape[0] - 1)]
 
 
@@ -185,11 +186,10 @@ def _grouped_backward(
     dxa = None
     if R and (needs.lora_A or needs.x):
         dxa = _grouped_mm(dz, lora_B.to(dtype), offsets) * (scaling * factor)
-    if needs.lora_A and dxa is not None:
+    if needs.lora_A:
+        assert dxa is not None  # only experts without adapters have R = 0
         dropped = eager.drop(x, dropout_p, rng).x.to(dtype)
         dA = _grouped_mm(dxa.t(), dropped, offsets).to(lora_A.dtype)
-    elif needs.lora_A:
-        dA = torch.zeros_like(lora_A)
     if needs.x:
         dx = _grouped_mm(dz, cast(Tensor, weight).to(dtype), offsets)
         if dxa is not None:

@@ -121,3 +121,20 @@ def test_mask_without_dropout_changes_no_choice(grad, function):
     with torch.set_grad_enabled(grad), backend(BACKENDS[-1]):
         want = function(*args)
         assert torch.equal(function(*args, rng=torch.zeros(5, 11, dtype=torch.bool)), want)
+
+
+@pytest.mark.parametrize("function", [lora_linear, multi_lora_linear, lora_experts_linear])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_state_of_a_mask_in_a_column_is_read_as_it_lies(name, function):
+    """Kernels read seed and offset by address: the second one is not the first's neighbour."""
+    state = torch.tensor([[5, 1], [7, 2]])[:, 1]
+    case = make_case(rng=state)
+    x, W, A, B = (case[n] for n in ("x", "weight", "lora_A", "lora_B"))
+    args = {
+        lora_linear: (x, W, A, B),
+        multi_lora_linear: (x, W, [A], [B], torch.zeros(M, dtype=torch.int64)),
+        lora_experts_linear: (x, W[None], A[None], B[None], torch.tensor([M])),
+    }[function]
+    with backend(name):
+        y = function(*args, dropout_p=0.5, rng=state)
+    assert torch.equal(y, 2.0 * dropout_mask(torch.tensor([1, 2]), M, K, 0.5))

@@ -313,9 +313,9 @@ def test_cheapest_of_rows_with_their_own_adapters_has_p_first(
 
 
 def test_choose_of_a_gpu_s_problem_without_a_gpu_is_eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A FakeTensor has the device's name alone; no property is asked for."""
+    """A FakeTensor has the device's name alone; no property is read."""
     monkeypatch.setattr(device, "has_gpu", lambda: False)
-    monkeypatch.setattr(device, "gpu", lambda index: pytest.fail("asked"))
+    monkeypatch.setattr(device, "gpu", lambda index: pytest.fail("read"))
     monkeypatch.setattr(selection, "UNTRIED", None)
     problem = Problem("cuda", *(torch.bfloat16,) * 4, R, 1, True, N, K)
     assert selection.choose(problem).backend == "eager"

@@ -20,6 +20,7 @@ import lora_kernels
 from lora_kernels import (
     fastpath,
     functional,
+    lora_experts_linear,
     lora_linear,
     multi_lora_linear,
     ops,
@@ -120,6 +121,23 @@ def test_dropout_mask_of_many_adapters_is_one_in_both_directions(
         y = multi_lora_linear(x, zero, [eye, eye], [eye, eye], index, dropout_p=0.25)
         (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
     assert torch.equal(dx, y.detach()) and 0.2 < (y == 0).double().mean().item() < 0.3
+
+
+@pytest.mark.parametrize("forced", [True, False])
+@pytest.mark.parametrize("dispatched", [True, False], ids=["dispatched", "direct"])
+@pytest.mark.parametrize("K", [16, 15])  # 15: each expert by itself
+def test_dropout_mask_of_experts_is_one_in_both_directions(
+    K: int, forced: bool, dispatched: bool
+) -> None:
+    """The adapters copy D(x); the last ten rows belong to no expert."""
+    x = torch.ones(300, K, requires_grad=True)
+    eyes, offsets = torch.eye(K).expand(2, K, K), torch.tensor([100, 290])
+    with backend_forced(forced), via_dispatcher(dispatched):
+        y = lora_experts_linear(x, torch.zeros(2, K, K), eyes, eyes, offsets, dropout_p=0.25)
+        (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    assert torch.equal(dx, y.detach()) and not y[290:].any()
+    assert 0.2 < (y[:290] == 0).double().mean().item() < 0.3
+    assert torch.equal(y[y != 0], torch.full_like(y[y != 0], 1 / 0.75))
 
 
 @pytest.mark.parametrize("quant", ["", "nf4-64-nested"])
@@ -552,6 +570,21 @@ def test_autocast_rounds_every_adapter_of_many() -> None:
     with torch.autocast("cpu", bf16):
         got = multi_lora_linear(x, W, A, B, index)
         want = multi_lora_linear(x, W, *rounded, index)
+    assert got.dtype is bf16 and torch.equal(got, want)
+
+
+@pytest.mark.parametrize("wide", ["lora_A", "lora_B"])
+@pytest.mark.parametrize("K", [64, 63])  # 63: each expert by itself
+def test_autocast_rounds_the_adapters_of_experts(K: int, wide: str) -> None:
+    torch.manual_seed(0)
+    x, W = torch.randn(6, K), torch.randn(2, 32, K) / 8
+    adapter = {"lora_A": torch.randn(2, 8, K) / 8, "lora_B": torch.randn(2, 32, 8)}
+    rounded = adapter | {wide: adapter[wide].to(bf16).float()}
+    with torch.autocast("cpu", bf16):
+        got, want = (
+            lora_experts_linear(x, W, **given, offsets=torch.tensor([4, 6]))
+            for given in (adapter, rounded)
+        )
     assert got.dtype is bf16 and torch.equal(got, want)
 
 

@@ -115,6 +115,25 @@ def test_lora_experts_linear_of_a_strided_stack_is_as_of_a_contiguous_one(engine
             torch.testing.assert_close(got[name], want[name])
 
 
+@every_engine
+@pytest.mark.parametrize("quant", ["", "nf4-64"])
+def test_lora_experts_linear_of_few_rows_reads_a_strided_stack_of_B_in_place(
+    quant: str, engine: str
+) -> None:
+    """One row for every tenth expert: PEFT's lora_B is not copied."""
+    rows = tuple(int(e % 10 == 7) for e in range(20))
+    check(ExpertsCase(rows, 64, 128, 8, peft_layout=True, quant=quant))
+
+
+@every_engine
+def test_lora_experts_linear_of_offsets_in_32_bits_or_a_column_is_the_same(engine: str) -> None:
+    args = give_mask(inputs(ExpertsCase(ROWS, 32, 64, 8, dropout_p=0.25)))
+    want, offsets = run(lora_experts_linear, args), args["offsets"]
+    for other in (offsets.int(), torch.stack([offsets, offsets + 1], 1)[:, 0]):
+        got = run(lora_experts_linear, {**args, "offsets": other})
+        assert all(torch.equal(got[name], want[name]) for name in want)
+
+
 def test_lora_experts_linear_of_one_expert_is_lora_linear() -> None:
     args = inputs(ExpertsCase((9,), 33, 64, 5, tail=0, dropout_p=0.25))
     got = run(lora_experts_linear, args)

@@ -107,6 +107,13 @@ def test_lora_linear_under_autocast_casts_the_weight_but_float64_raises():
             lora_linear(**GOOD | {"weight": double(N, K)})
 
 
+def test_lora_linear_without_gradients_takes_a_weight_that_trains():
+    trains = GOOD | {"weight": GOOD["weight"].clone().requires_grad_()}
+    for guard in (torch.no_grad, torch.inference_mode):
+        with guard():
+            assert torch.equal(lora_linear(**trains), lora_linear(**GOOD))
+
+
 def test_backend_of_an_unknown_name_raises():
     with (
         pytest.raises(ValueError, match=r"^backend: got 'gpu', want one of eager, cpu"),

@@ -93,6 +93,25 @@ def test_lora_linear_of_dtypes_returns_autocasts_or_xs(
         check(case)
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_lora_linear_under_autocast_multiplies_in_its_dtype_whatever_compute_is(
+    several: bool,
+) -> None:
+    args = cases.inputs(Case(9, 65, 96, 5, quant="nf4-64-nested"))
+    x, weight, A, B = (args[n] for n in ("x", "weight", "lora_A", "lora_B"))
+    index = torch.zeros(9, dtype=torch.int64)
+
+    def call(compute: torch.dtype | None) -> torch.Tensor:
+        if several:
+            return lora_kernels.multi_lora_linear(x, weight, [A], [B], index, compute_dtype=compute)
+        return lora_kernels.lora_linear(x, weight, A, B, compute_dtype=compute)
+
+    with torch.no_grad():
+        assert not torch.equal(call(None), call(bf16).float())
+        with torch.autocast("cpu", bf16):
+            assert torch.equal(call(f32), call(None)) and torch.equal(call(f16), call(None))
+
+
 @every_engine
 def test_lora_linear_in_a_compute_dtype_rounds_the_operands(engine: str) -> None:
     """The GEMM's operands are rounded to bfloat16; a library rounds its result too."""
@@ -283,11 +302,29 @@ def test_ops_of_4bit_weights_compile_and_pass_opcheck() -> None:
         assert torch.equal(got, eager[name]), name
 
 
+SHAPES = {"x": (1, 64), "lora_A": (2, 64), "lora_B": (8, 2)}
+
+
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
         ({"lora_B": torch.zeros(9, 2)}, ValueError, "weight.*8, 64.*9, 64"),
         ({"x": torch.zeros(1, 64, dtype=torch.float64)}, TypeError, "float64"),
+        (
+            {n: torch.zeros(s).double() for n, s in SHAPES.items()},
+            TypeError,
+            "^x: got torch.float64, want float32, bfloat16 or float16 beside a 4-bit weight",
+        ),
+        (
+            {"weight": quantize_4bit(torch.ones(8, 64)).to("meta")},
+            ValueError,
+            "^weight: got device meta, want x's device cpu",
+        ),
+        (
+            {"weight": quantize_4bit(torch.ones(2, 4, 64))},
+            ValueError,
+            r"weight: got .*\[2, 4, 64\]",
+        ),
         ({"compute_dtype": torch.float64}, TypeError, "compute_dtype"),
         ({"compute_dtype": torch.int8}, TypeError, "compute_dtype"),
         ({"weight": torch.zeros(8, 64), "compute_dtype": bf16}, ValueError, "compute_dtype"),
@@ -298,10 +335,8 @@ def test_lora_linear_of_bad_4bit_arguments_raises(
     change: dict[str, Any], error: type[Exception], words: str
 ) -> None:
     args: dict[str, Any] = {
-        "x": torch.zeros(1, 64),
         "weight": quantize_4bit(torch.ones(8, 64)),
-        "lora_A": torch.zeros(2, 64),
-        "lora_B": torch.zeros(8, 2),
+        **{name: torch.zeros(shape) for name, shape in SHAPES.items()},
     }
     with pytest.raises(error, match=words):
         lora_kernels.lora_linear(**{**args, **change})

@@ -107,6 +107,18 @@ def test_linear4bit_to_ours_and_back_is_the_same(quant_type, nested, storage):
     assert_same(Weight4bit.from_bitsandbytes(twin.weight), ours)
 
 
+def test_state_dict_copies_codebooks_alone():
+    """safetensors saves no two tensors of one memory, and weights may share a codebook."""
+    weight = quantize_4bit(dense())
+    state = weight.state_dict("a")
+    names = {"quant_map": "code", "nested_quant_map": "nested_code", "absmax": "absmax"}
+    for key, name in names.items():
+        is_held = state[f"a.{key}"].data_ptr() == getattr(weight, name).data_ptr()
+        assert is_held is (key == "absmax"), key
+        assert torch.equal(state[f"a.{key}"], getattr(weight, name))
+    assert state["a"].data_ptr() == weight.packed.data_ptr()
+
+
 def test_from_state_dict_of_a_prefix_takes_its_keys():
     a, b = quantize_4bit(dense()), quantize_4bit(-dense(), "fp4", 32, double_quant=False)
     state = {"bias": torch.ones(N), **a.state_dict("layers.0.q.weight"), **b.state_dict("w")}

@@ -310,10 +310,14 @@ SHAPES = {"x": (1, 64), "lora_A": (2, 64), "lora_B": (8, 2)}
     [
         ({"lora_B": torch.zeros(9, 2)}, ValueError, "weight.*8, 64.*9, 64"),
         ({"x": torch.zeros(1, 64, dtype=torch.float64)}, TypeError, "float64"),
-        (
-            {n: torch.zeros(s).double() for n, s in SHAPES.items()},
-            TypeError,
-            "^x: got torch.float64, want float32, bfloat16 or float16 beside a 4-bit weight",
+        *(
+            (
+                {n: torch.zeros(s).double() for n, s in SHAPES.items()}
+                | {"compute_dtype": compute},
+                TypeError,
+                "^x: got torch.float64, want float32, bfloat16 or float16 beside a 4-bit weight",
+            )
+            for compute in (None, bf16)
         ),
         (
             {"weight": quantize_4bit(torch.ones(8, 64)).to("meta")},

@@ -239,7 +239,10 @@ def test_weight4bit_in_a_compiled_function_is_the_same(nested):
     assert torch.equal(compiled(x, weight), forward(x, weight))
 
 
-def test_weight4bit_of_a_parameter_needs_no_gradient():
+@pytest.mark.parametrize("native_kernels", [True, False])
+def test_weight4bit_of_a_parameter_needs_no_gradient(native_kernels, monkeypatch):
+    if not native_kernels:
+        monkeypatch.setattr(decode4bit.native, "module", None)
     weight = quantize_4bit(nn.Parameter(dense()))
     assert not any(t.requires_grad for t in tensors(weight).values())
 
@@ -397,6 +400,12 @@ def test_from_state_dict_of_a_bad_tensor_raises():
         ("weight", state["weight"][:-1], ValueError, "packed: got shape"),
         ("weight", state["weight"].char(), TypeError, "packed: got torch.int8"),
         ("weight", state["weight"].repeat(1, 2)[:, :1], ValueError, "packed: got strides"),
+        (
+            "weight",
+            state["weight"].flatten().view(torch.bfloat16)[:, None].repeat(1, 2)[:, :1],
+            ValueError,
+            "packed: got strides",
+        ),
         ("weight.absmax", state["weight.absmax"][:-1], ValueError, "absmax: got shape"),
         ("weight.nested_absmax", torch.ones(2), ValueError, "nested_absmax: got shape"),
         ("weight.nested_quant_map", torch.ones(255), ValueError, "nested_code: got shape"),

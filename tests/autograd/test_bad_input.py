@@ -107,6 +107,14 @@ def test_lora_linear_under_autocast_casts_the_weight_but_float64_raises():
             lora_linear(**GOOD | {"weight": double(N, K)})
 
 
+@pytest.mark.parametrize("name", ["bias", "rank_gate", "column_scale"])
+def test_lora_linear_of_float64_wants_float64_vectors(name):
+    wide = {n: t.double() if n not in ("dropout_p", "rng") else t for n, t in GOOD.items()}
+    assert lora_linear(**wide).dtype is torch.float64
+    with pytest.raises(TypeError, match=rf"^{name}: got torch.float32, want .* x's torch.float64"):
+        lora_linear(**wide | {name: GOOD[name]})
+
+
 def test_lora_linear_without_gradients_takes_a_weight_that_trains():
     trains = GOOD | {"weight": GOOD["weight"].clone().requires_grad_()}
     for guard in (torch.no_grad, torch.inference_mode):

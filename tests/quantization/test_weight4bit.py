@@ -148,6 +148,22 @@ def test_repacked_for_cpu_is_refused():
             Weight4bit.from_bitsandbytes((packed, state))
 
 
+@pytest.mark.parametrize("mark", ["packing_format_for_cpu", "original_qshape"])
+def test_either_mark_of_repacking_is_refused(mark):
+    """bitsandbytes sets both, and keeps the second one."""
+    packed, state = default_backend.quantize(dense((64, 64)), "nf4", 64, True)
+    setattr(state, mark, True)
+    with pytest.raises(ValueError, match="repacked"):
+        Weight4bit.from_bitsandbytes((packed, state))
+
+
+def test_from_bitsandbytes_of_other_blocks_of_scales_raises():
+    packed, state = default_backend.quantize(dense((64, 64)), "nf4", 64, True)
+    state.state2.blocksize = 128
+    with pytest.raises(ValueError, match="nested_blocksize: got 128, want 256"):
+        Weight4bit.from_bitsandbytes((packed, state))
+
+
 def test_saved_after_repacking_is_refused():
     packed, state = default_backend.quantize(dense((64, 64), torch.bfloat16), "nf4", 64, True)
     packed, state = bitsandbytes.functional._convert_weight_packed_for_cpu(packed, state)

@@ -19,11 +19,10 @@ _DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 def native_view(weight: Packed4bit, shape: tuple[int, int]) -> object:
     """Return the native kernels' view of the weight: addresses, valid while the tensors live."""
     assert native.module is not None
-    nested = weight.nested_absmax is not None
     return native.module.Codes4bit(
         weight.packed.data_ptr(), weight.code.data_ptr(), weight.absmax.data_ptr(),
         _ptr(weight.nested_code), _ptr(weight.nested_absmax), _ptr(weight.offset),
-        weight.blocksize, weight.nested_blocksize if nested else 1, *shape,
+        weight.blocksize, weight.nested_blocksize, *shape,
     )  # fmt: skip
 
 

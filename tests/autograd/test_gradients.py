@@ -167,6 +167,19 @@ def test_forward_saves_p_and_z_alone(option, dtype, name):
 
 
 @pytest.mark.parametrize("name", BACKENDS)
+def test_forward_of_a_frozen_column_scale_saves_no_z(name):
+    case = make_case("column_scale", dtype=torch.float32)
+    require_grad(case, ("x", "lora_A", "lora_B"))
+    shapes = []
+    with (
+        backend(name),
+        torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(t.shape) or t, id),
+    ):
+        lora_linear(**case)
+    assert (M, R) in shapes and (M, N) not in shapes
+
+
+@pytest.mark.parametrize("name", BACKENDS)
 def test_gradients_of_no_rows_are_zeros(name):
     case = make_case(dtype=torch.float32, x_shape=(2, 0, K))
     leaves = require_grad(case)

@@ -90,6 +90,20 @@ def test_make_fx_holds_the_adapter(pre_dispatch: bool, grad: bool) -> None:
         assert torch.equal(traced(other), lora_kernels.lora_linear(other, **args))
 
 
+@pytest.mark.parametrize("half", [False, True], ids=["SymInt", "SymFloat"])
+def test_make_fx_of_symbolic_sizes_takes_one_as_scaling(half: bool) -> None:
+    args = arguments()
+    tensors = [args[name].detach() for name in WRAPPED["lora_linear"]]
+
+    def call(x: Tensor, *rest: Tensor) -> Tensor:
+        rows = x.shape[0]
+        return lora_kernels.lora_linear(x, *rest, scaling=rows / 2 if half else rows)
+
+    with torch.no_grad():
+        traced = make_fx(call, tracing_mode="symbolic")(*tensors)
+        assert torch.equal(traced(*tensors), call(*tensors))
+
+
 @pytest.mark.parametrize("grad", [True, False])
 def test_x_that_memory_does_not_hold_is_taken_for_what_it_is(grad: bool) -> None:
     """A negated view, and the zeros of autograd's formulas, which have no memory."""

@@ -113,6 +113,17 @@ def test_lora_linear_under_autocast_multiplies_in_its_dtype_whatever_compute_is(
 
 
 @every_engine
+def test_lora_linear_in_a_compute_dtype_recomputes_the_same_p(engine: str) -> None:
+    """x in float32 beside adapters in the compute dtype: eager rounds it once for both GEMMs."""
+    args = cases.inputs(Case(9, 65, 96, 5, f32, bf16, quant="nf4-64-nested", compute=bf16))
+    want, got = (
+        cases.run(lora_kernels.lora_linear, args | {"recompute": recompute})["dB"]
+        for recompute in (False, True)
+    )
+    assert torch.equal(got, want)
+
+
+@every_engine
 def test_lora_linear_in_a_compute_dtype_rounds_the_operands(engine: str) -> None:
     """The GEMM's operands are rounded to bfloat16; a library rounds its result too."""
     args = cases.inputs(Case(9, 65, 96, 5, quant="nf4-64-nested"))

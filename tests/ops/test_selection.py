@@ -506,3 +506,16 @@ def test_lora_linear_backward_outside_keeps_the_strategy(
 
 
 kept = cpu.lora_linear_backward
+
+
+@needs_native
+@direct_or_dispatched
+def test_lora_linear_recomputes_p_by_the_backend_alone(dispatched: bool) -> None:
+    """P has no base GEMM, so the strategy of 4-bit weights cannot run there."""
+    args = inputs(Case(2, 32, 64, 3, quant="nf4-64"))
+    dy = args.pop("dy")
+    with lora_kernels.backend("cpu", cpu.GEMV_4BIT):
+        y = lora_kernels.lora_linear(**args, recompute=True)
+        (want,) = torch.autograd.grad(lora_kernels.lora_linear(**args), args["lora_B"], dy)
+    with FlopCounterMode(display=False) if dispatched else contextlib.nullcontext():
+        assert torch.equal(torch.autograd.grad(y, args["lora_B"], dy)[0], want)

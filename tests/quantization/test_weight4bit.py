@@ -255,6 +255,14 @@ def test_weight4bit_in_a_compiled_function_is_the_same(nested):
     assert torch.equal(compiled(x, weight), forward(x, weight))
 
 
+@flat_and_nested
+def test_dequantize_compiled_whole_is_the_same(nested):
+    """A graph cannot hold a native call, which takes addresses."""
+    weight = quantize_4bit(dense(dtype=torch.bfloat16), double_quant=nested)
+    compiled = torch.compile(lambda w: w.dequantize(), backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(weight), weight.dequantize())
+
+
 @pytest.mark.parametrize("native_kernels", [True, False])
 def test_weight4bit_of_a_parameter_needs_no_gradient(native_kernels, monkeypatch):
     if not native_kernels:

@@ -58,7 +58,7 @@ class Trial:
     want: dict[str, Tensor]  # eager's results
 
     def run_eager(self) -> Any:
-        """What a step returns in the eager backend."""
+        """Return a step's results of the eager backend."""
         with selection.backend("eager"):
             return self.calls["backward"]()
 

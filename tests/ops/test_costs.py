@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from lora_kernels import costs, cpu_costs, device
+from lora_kernels import costs, cpu_costs, device, selection, verdicts
 from lora_kernels.backends import triton
 from lora_kernels.backends.triton import heuristics, measured
 from lora_kernels.core.problem import Choice, Layout, Problem, Strategy
@@ -316,7 +316,7 @@ def test_choose_of_a_gpu_s_problem_without_a_gpu_is_eager(monkeypatch: pytest.Mo
     """A FakeTensor has the device's name alone; no property is read."""
     monkeypatch.setattr(device, "has_gpu", lambda: False)
     monkeypatch.setattr(device, "gpu", lambda index: pytest.fail("read"))
-    monkeypatch.setattr(selection, "UNTRIED", None)
+    monkeypatch.setattr(verdicts, "current", lambda index: pytest.fail("read"))
     problem = Problem("cuda", *(torch.bfloat16,) * 4, R, 1, True, N, K)
     assert selection.choose(problem).backend == "eager"
 

@@ -10,6 +10,7 @@ from .functional import (
     lora_linear,
     multi_lora_linear,
 )
+from .head import lora_linear_cross_entropy, lora_linear_log_probs
 from .qualification import qualify
 from .selection import backend
 
@@ -20,6 +21,8 @@ __all__ = [
     "dropout_mask",
     "lora_experts_linear",
     "lora_linear",
+    "lora_linear_cross_entropy",
+    "lora_linear_log_probs",
     "multi_lora_linear",
     "qualify",
     "reference",

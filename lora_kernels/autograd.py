@@ -53,20 +53,20 @@ class _Gradients(torch.autograd.Function):
         )
 
 
-def _differentiable_once(backward: _Backward) -> _Backward:
-    """Return `backward(ctx, saved, dy)` as a Function's backward that raises if differentiated.
+def differentiable_once(backward: _Backward) -> _Backward:
+    """Return `backward(ctx, saved, *dy)` as a Function's backward that raises if differentiated.
 
     `_Gradients` runs only if gradients are enabled in the backward, because it takes as long as a
     kernel of a small layer.
     """
 
-    def call(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def call(ctx: Any, *dy: Tensor | None) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # once: checkpointing unpacks no tensor twice
         if not torch.is_grad_enabled():
-            return backward(ctx, saved, dy)
+            return backward(ctx, saved, *dy)
         with torch.no_grad():
-            grads = backward(ctx, saved, dy)
-        return cast(tuple[Tensor | None, ...], _Gradients.apply(len(grads), *grads, dy, *saved))
+            grads = backward(ctx, saved, *dy)
+        return cast(tuple[Tensor | None, ...], _Gradients.apply(len(grads), *grads, *dy, *saved))
 
     return call
 
@@ -146,7 +146,7 @@ class LoRALinearFunction(torch.autograd.Function):
         return y
 
     @staticmethod
-    @_differentiable_once
+    @differentiable_once
     def backward(ctx: Any, tensors: tuple[Any, ...], dy: Tensor) -> tuple[Tensor | None, ...]:
         x, lora_A, lora_B, rank_gate, column_scale, rng, p, z, *weight = tensors
         spec, _, blocksizes = ctx.options
@@ -212,7 +212,7 @@ class MultiLoRALinearFunction(torch.autograd.Function):
         return y
 
     @staticmethod
-    @_differentiable_once
+    @differentiable_once
     def backward(ctx: Any, saved: tuple[Any, ...], dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, index, p, rng, *tensors = saved
         spec, blocksizes = ctx.options
@@ -270,7 +270,7 @@ class LoRAExpertsFunction(torch.autograd.Function):
         return y
 
     @staticmethod
-    @_differentiable_once
+    @differentiable_once
     def backward(ctx: Any, tensors: tuple[Any, ...], dy: Tensor) -> tuple[Tensor | None, ...]:
         x, lora_A, lora_B, offsets, p, rng, *weight = tensors
         spec, blocksizes = ctx.options

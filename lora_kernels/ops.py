@@ -51,7 +51,7 @@ _EXPERTS_BACKENDS: dict[str, ExpertsBackend] = {
 }
 
 _WEIGHT = "Tensor? weight"
-_CODES = (
+CODES = (
     "Tensor packed, Tensor absmax, Tensor code, Tensor? nested_absmax, Tensor? nested_code, "
     "Tensor? offset, int blocksize, int nested_blocksize, str quant_type"
 )
@@ -643,7 +643,7 @@ def _define(
     is_4bit, is_forward = name.endswith("_4bit"), bool(types) and Saved not in types
     # A forward may draw a dropout mask.
     tags = (torch.Tag.nondeterministic_seeded,) if is_forward else ()
-    _LIB.define(name + schema.format(weight=_CODES if is_4bit else _WEIGHT), tags=tags)
+    _LIB.define(name + schema.format(weight=CODES if is_4bit else _WEIGHT), tags=tags)
     if types:
         before = 0 if is_forward else 1  # dy
         implementation = _pack_arguments(implementation, types, before, is_4bit)

@@ -201,6 +201,110 @@ class ExpertsGrads(NamedTuple):
     bias: Tensor | None = None
 
 
+class HeadOperands(NamedTuple):
+    """The tensors of a language model's head: a linear layer whose logits are compared with labels.
+
+    Args:
+        x: [M, K].
+        weight: W [V, K], dense or packed in 4 bits; V is the vocabulary's size.
+        lora_A: [R, K].
+        lora_B: [V, R].
+        labels: int64 [M], 0 to V - 1, or `HeadSpec.ignore_index`.
+        bias: [V] or None.
+        rng: the dropout mask's state, int64 [2], or the mask, bool [M, K].
+    """
+
+    x: Tensor
+    weight: Tensor | Packed4bit | None
+    lora_A: Tensor
+    lora_B: Tensor
+    labels: Tensor
+    bias: Tensor | None = None
+    rng: Tensor | None = None
+
+
+class HeadSpec(NamedTuple):
+    """The other arguments. Logits are z = cap(logit_scale · y) · inverse_temperature.
+
+    Args:
+        scaling, dropout_p, dtype, y_dtype: as in `Spec`, of the linear layer's y.
+        logit_scale: factor of y.
+        softcap: c in cap(y) = c · tanh(y / c); 0 for no cap.
+        inverse_temperature: factor of the capped logits.
+        label_smoothing: weight of the mean over the vocabulary beside the label, in [0, 1].
+        ignore_index: the label of rows that count for nothing.
+        chunk_rows: rows of x whose logits exist at a time; 0 for a number that `backends.head`
+            derives.
+    """
+
+    scaling: float
+    dropout_p: float
+    dtype: torch.dtype
+    y_dtype: torch.dtype
+    logit_scale: float = 1.0
+    softcap: float = 0.0
+    inverse_temperature: float = 1.0
+    label_smoothing: float = 0.0
+    ignore_index: int = -100
+    chunk_rows: int = 0
+
+
+class HeadNeeds(NamedTuple):
+    """The gradients that are computed."""
+
+    x: bool
+    weight: bool
+    lora_A: bool
+    lora_B: bool
+    bias: bool
+
+
+class HeadGrads(NamedTuple):
+    """The gradients; None for a gradient that is not needed.
+
+    x has its own dtype. The others have the dtype of P, and the caller rounds them once.
+    """
+
+    x: Tensor | None = None
+    weight: Tensor | None = None
+    lora_A: Tensor | None = None
+    lora_B: Tensor | None = None
+    bias: Tensor | None = None
+
+
+class HeadOutputs(NamedTuple):
+    """The statistics that are computed for each row beside the label's log-probability."""
+
+    entropy: bool = False
+    mean_logits: bool = False
+    log_sum_sq_probs: bool = False
+    is_top1: bool = False
+
+
+class HeadRows(NamedTuple):
+    """The statistics of each row, [M]; zeros in rows whose label is ignored.
+
+    Float32 (float64 for float64), and bool for is_top1. None for one that is not requested.
+
+    Args:
+        log_probs: (1 - ε)·log p_label + ε·mean(log p), with ε = `HeadSpec.label_smoothing`.
+        entropy: -Σ p·log p.
+        mean_logits: the mean of z over the vocabulary.
+        log_sum_sq_probs: log Σ p².
+        is_top1: whether the label has the largest logit, and is the first that has it.
+        largest_logit: max z, for the backward.
+        sum_exp: Σ exp(z − max z), for the backward.
+    """
+
+    log_probs: Tensor
+    entropy: Tensor | None
+    mean_logits: Tensor | None
+    log_sum_sq_probs: Tensor | None
+    is_top1: Tensor | None
+    largest_logit: Tensor
+    sum_exp: Tensor
+
+
 class Guard(NamedTuple):
     """A condition under which a prepared call is valid.
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,7 +57,7 @@ def dropout_scale(p: float) -> float:
     return 1.0 / (1.0 - p) if p < 1.0 else 0.0
 
 
-def dropout_mask(rng: Tensor, M: int, K: int, p: float) -> Tensor:
+def dropout_mask(rng: Tensor, M: int, K: int, p: float, rows: Tensor | None = None) -> Tensor:
     """Return the dropout mask that every backend applies to x [M, K], True for kept elements.
 
     The words are those of Philox4x32-10 with key = seed and
@@ -64,6 +65,7 @@ def dropout_mask(rng: Tensor, M: int, K: int, p: float) -> Tensor:
     word >= round(p·2³²). Returns bool[M, K] on rng's device.
 
     rng: int64[2], seed and offset.
+    rows: int64[M], the mask's rows to return; None for rows 0 to M - 1.
 
     >>> mask = dropout_mask(torch.tensor([1, 2]), 64, 64, p=0.25)
     >>> mask.shape, 0.7 < mask.double().mean().item() < 0.8
@@ -71,10 +73,11 @@ def dropout_mask(rng: Tensor, M: int, K: int, p: float) -> Tensor:
     """
     seed, offset = rng[0], rng[1]
     groups = torch.arange((K + 3) // 4, device=rng.device)[None, :]
-    rows = torch.arange(M, device=rng.device)[:, None]
+    if rows is None:
+        rows = torch.arange(M, device=rng.device)
     counter = [
         groups.expand(M, -1),
-        rows.expand(-1, groups.shape[1]),
+        rows[:, None].expand(-1, groups.shape[1]),
         (offset & _MASK32).expand(M, groups.shape[1]),
         ((offset >> 32) & _MASK32).expand(M, groups.shape[1]),
     ]
@@ -188,6 +191,104 @@ def lora_experts_linear(
         found = x @ weight[e].T + ((dropped @ lora_A[e].T) * scaling) @ lora_B[e].T
         y, start = y + mine * (found if bias is None else found + bias[e]), stop
     return y
+
+
+def _head_logits(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    bias: Tensor | None,
+    logit_scale: float,
+    logit_softcap: float | None,
+    dropout: dict[str, Any],
+) -> Tensor:
+    """Compute cap(logit_scale · lora_linear(x)) [M, V] with cap(y) = c · tanh(y / c)."""
+    if lora_A is None or lora_B is None:
+        y = x @ weight.T if bias is None else x @ weight.T + bias
+    else:
+        y = lora_linear(x, weight, lora_A, lora_B, scaling, bias, **dropout)
+    y = y.flatten(0, -2) * logit_scale
+    return y if logit_softcap is None else logit_softcap * torch.tanh(y / logit_softcap)
+
+
+def lora_linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    labels: Tensor,
+    scaling: float = 1.0,
+    bias: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    logit_softcap: float | None = None,
+    logit_scale: float = 1.0,
+    reduction: str = "mean",
+    dropout_p: float = 0.0,
+    rng: Tensor | None = None,
+) -> Tensor:
+    """Compute the cross-entropy of softmax(cap(logit_scale · lora_linear(x))) with the labels.
+
+    x [..., K], weight [V, K], lora_A [R, K], lora_B [V, R] or None for both, labels [...].
+
+    >>> x, W = torch.zeros(2, 3), torch.ones(4, 3)
+    >>> lora_linear_cross_entropy(x, W, None, None, torch.tensor([0, 1])).exp()
+    tensor(4.)
+    """
+    dropout = {"dropout_p": dropout_p, "rng": rng}
+    z = _head_logits(x, weight, lora_A, lora_B, scaling, bias, logit_scale, logit_softcap, dropout)
+    log_p = z.log_softmax(dim=1)
+    kept = labels.flatten() != ignore_index
+    target = log_p.gather(1, labels.flatten().where(kept, 0)[:, None])[:, 0]
+    smoothed = (1 - label_smoothing) * target + label_smoothing * log_p.mean(dim=1)
+    losses = -smoothed.where(kept, 0.0)
+    if reduction == "none":
+        return losses.view(labels.shape)
+    return losses.sum() if reduction == "sum" else losses.sum() / kept.sum()
+
+
+def lora_linear_log_probs(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    labels: Tensor,
+    scaling: float = 1.0,
+    bias: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    logit_softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    dropout_p: float = 0.0,
+    rng: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Compute statistics of p = softmax(cap(logit_scale · lora_linear(x)) / temperature).
+
+    Returns log p of the label, the entropy, the mean logit, log Σ p², and whether the label has the
+    largest logit, each of labels' shape, and zero where the label is ignored.
+
+    >>> x, W = torch.zeros(2, 3), torch.ones(4, 3)
+    >>> lora_linear_log_probs(x, W, None, None, torch.tensor([0, 1]))[0].exp()
+    tensor([0.2500, 0.2500])
+    """
+    dropout = {"dropout_p": dropout_p, "rng": rng}
+    z = _head_logits(x, weight, lora_A, lora_B, scaling, bias, logit_scale, logit_softcap, dropout)
+    z = z / temperature
+    log_p, kept = z.log_softmax(dim=1), labels.flatten() != ignore_index
+    target = labels.flatten().where(kept, 0)
+    found = (
+        log_p.gather(1, target[:, None])[:, 0],
+        -(log_p.exp() * log_p).sum(dim=1),
+        z.mean(dim=1),
+        (2 * log_p).logsumexp(dim=1),
+        z.argmax(dim=1) == target,
+    )
+    log_prob, entropy, mean, sq, top1 = (t.where(kept, 0).view(labels.shape) for t in found)
+    return log_prob, entropy, mean, sq, top1.bool()
 
 
 def dora_norm(

@@ -1,0 +1,325 @@
+"""A language model's head: losses and log-probabilities without logits [M, V] in memory.
+
+    y = x·W̃ᵀ + s·(D(x)·Aᵀ)·Bᵀ + bias        z = cap(logit_scale · y) / temperature
+    loss_m = log Σ_v exp(z_mv) − (1 − ε)·z_m,label − ε·mean_v z_mv
+
+The rows of x are taken in chunks. `linear`, the forward of the chosen backend, computes the
+logits of a chunk. They become the gradient of the logits in place, and `linear_backward` turns that
+into dx of these rows and a part of dA, dB and dbias. The parts are added in float32.
+
+    dz = w·(p − (1 − ε)·onehot(label) − ε/V)        p = softmax(z)
+
+A chunk costs two GEMMs of 2·rows·V·K FLOPs, a third for the gradient of the weight, and five passes
+over rows·V logits. Rows whose label is ignored are left out before the GEMMs. On a GPU, the host
+waits for their number.
+
+Rounding points: those of the backend's `lora_linear` and `lora_linear_backward`; the logits to
+`y_dtype`; dz to it; dx to x's dtype. Everything between the logits and dz is float32 (float64 for
+float64). In float16, dz is multiplied by a factor, as `GradScaler` does for a whole model, because
+probabilities below 6e-8 would vanish.
+
+Deterministic: chunks are added in order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from ..core import reference
+from ..core.call import (
+    Grads,
+    HeadGrads,
+    HeadNeeds,
+    HeadOperands,
+    HeadOutputs,
+    HeadRows,
+    HeadSpec,
+    Needs,
+    Operands,
+    Saved,
+    Spec,
+)
+from .eager import stat_dtype
+from .library import is_on_gpu_path, mm_fp32
+
+Linear = Callable[[Operands, Spec], tuple[Tensor, Saved]]
+LinearBackward = Callable[[Tensor, Operands, Saved, Spec, Needs], Grads]
+
+# Bytes of a chunk's logits in float32, and the fewest rows of a chunk. Up to three such tensors
+# exist at a time.
+CHUNK_BYTES = 32 << 20
+CHUNK_BYTES_ON_GPU = 256 << 20
+FEWEST_ROWS = 128
+_FLOAT16_FACTOR = 256.0
+
+
+def chunk_rows(columns: int, on_gpu: bool = False) -> int:
+    """Return the default number of rows of a chunk for a vocabulary of `columns`.
+
+    >>> chunk_rows(49152), chunk_rows(151936, on_gpu=True)
+    (170, 441)
+    """
+    found = (CHUNK_BYTES_ON_GPU if on_gpu else CHUNK_BYTES) // (4 * columns)
+    return max(FEWEST_ROWS, found)
+
+
+class _Chunk(NamedTuple):
+    """Some rows of the call. at: their place among all M rows."""
+
+    at: slice | Tensor
+    operands: Operands
+    labels: Tensor  # [rows, 1]
+
+
+def _chunks(operands: HeadOperands, spec: HeadSpec) -> Iterator[_Chunk]:
+    """Yield chunks of nearly equal size of the rows whose label is not ignored."""
+    x, weight, lora_A, lora_B, labels, bias, rng = operands
+    kept = _kept_rows(labels, spec.ignore_index, lora_B.shape[0])
+    if kept is not None:
+        x, labels = x[kept], labels[kept]
+    rows = spec.chunk_rows or chunk_rows(lora_B.shape[0], is_on_gpu_path(x.device.type))
+    if isinstance(weight, Tensor):
+        weight = weight.to(spec.dtype)  # once, not for each chunk
+    count = -(-x.shape[0] // rows)
+    for i in range(count):
+        start, stop = i * x.shape[0] // count, (i + 1) * x.shape[0] // count
+        part = slice(start, stop)
+        at = part if kept is None else kept[part]
+        mask = _mask(rng, at, (stop - start, x.shape[1]), spec.dropout_p)
+        own = Operands(x[part], weight, lora_A, lora_B, bias=bias, rng=mask)
+        yield _Chunk(at, own, labels[part, None])
+
+
+def _kept_rows(labels: Tensor, ignore_index: int, columns: int) -> Tensor | None:
+    """Return the indices of the rows that count; None for all. ValueError for a wrong label."""
+    if labels.is_meta:
+        return None
+    is_kept = labels != ignore_index
+    kept = is_kept.nonzero()[:, 0]
+    every = kept.numel() == labels.numel()
+    if labels.is_cpu:  # a GPU's gather asserts this without a wait
+        wrong = is_kept & ((labels < 0) | (labels >= columns))
+        if bool(wrong.any()):
+            raise ValueError(
+                f"labels: got {int(labels[wrong][0])}, want 0 to {columns - 1}, or {ignore_index} "
+                "(ignore_index)"
+            )
+    return None if every else kept
+
+
+def _mask(
+    rng: Tensor | None, at: slice | Tensor, shape: tuple[int, int], dropout_p: float
+) -> Tensor | None:
+    """Return the rows of the dropout mask, bool; None without dropout."""
+    if rng is None or not dropout_p:
+        return None
+    if rng.dtype is torch.bool:
+        return rng[at]
+    if isinstance(at, slice):
+        at = torch.arange(at.start, at.stop, device=rng.device)
+    return reference.dropout_mask(rng, *shape, dropout_p, rows=at)
+
+
+def _linear_spec(spec: HeadSpec) -> Spec:
+    return Spec(spec.scaling, spec.dropout_p, spec.dtype, spec.y_dtype)
+
+
+def _logits(y: Tensor, spec: HeadSpec) -> Tensor:
+    """Return z of y [rows, V] in float32 (float64 for float64), in place if y has that dtype."""
+    z = y.to(stat_dtype(y.dtype))
+    if spec.softcap:
+        return (
+            z.mul_(spec.logit_scale / spec.softcap)
+            .tanh_()
+            .mul_(spec.softcap * spec.inverse_temperature)
+        )
+    factor = spec.logit_scale * spec.inverse_temperature
+    return z if factor == 1.0 else z.mul_(factor)
+
+
+def _slope(z: Tensor, spec: HeadSpec) -> Tensor | None:
+    """Return 1 − tanh², by which the gradient of a capped logit is multiplied; None for no cap."""
+    if not spec.softcap:
+        return None
+    tanh = z / (spec.softcap * spec.inverse_temperature)
+    return tanh.square_().neg_().add_(1.0)
+
+
+class _Sums:
+    """The gradients of all chunks, each divided by `factor` at the end."""
+
+    def __init__(
+        self,
+        operands: HeadOperands,
+        spec: HeadSpec,
+        needs: HeadNeeds,
+        backward: LinearBackward,
+        factor: float | Tensor | None,
+    ) -> None:
+        x, lora_B = operands.x, operands.lora_B
+        stat = stat_dtype(x.dtype)
+
+        def zeros(need: bool, *shape: int) -> Tensor | None:
+            return x.new_zeros(shape, dtype=stat) if need else None
+
+        (V, R), K = lora_B.shape, x.shape[1]
+        self.dx = torch.zeros_like(x, memory_format=torch.contiguous_format) if needs.x else None
+        self.dweight = zeros(needs.weight, V, K)
+        self.dA, self.dB = zeros(needs.lora_A, R, K), zeros(needs.lora_B, V, R)
+        self.dbias = zeros(needs.bias, V)
+        self.spec, self.backward, self.factor = spec, backward, factor
+        self.needs = Needs(needs.x, needs.lora_A, needs.lora_B, bias=needs.bias)
+
+    def add(self, chunk: _Chunk, dy: Tensor, saved: Saved) -> None:
+        """Add the gradients of a chunk, for dy [rows, V] in the logits' dtype."""
+        operands, spec = chunk.operands._replace(bias=None), _linear_spec(self.spec)
+        if any(self.needs):
+            grads = self.backward(dy, operands, saved, spec, self.needs)
+            if self.dx is not None:
+                self.dx[chunk.at] = cast(Tensor, grads.x)
+            for total, part in (
+                (self.dA, grads.lora_A),
+                (self.dB, grads.lora_B),
+                (self.dbias, grads.bias),
+            ):
+                if total is not None:
+                    total += cast(Tensor, part)
+        if self.dweight is not None:
+            x, dtype = operands.x, spec.dtype
+            if self.dweight.dtype is dtype:
+                self.dweight.addmm_(dy.to(dtype).t(), x.to(dtype))
+            else:
+                self.dweight += mm_fp32(dy.to(dtype).t(), x.to(dtype))
+
+    def result(self) -> HeadGrads:
+        found = HeadGrads(self.dx, self.dweight, self.dA, self.dB, self.dbias)
+        if self.factor is None:
+            return found
+        return HeadGrads(*(t if t is None else t.div_(self.factor) for t in found))
+
+
+def cross_entropy(
+    operands: HeadOperands,
+    spec: HeadSpec,
+    needs: HeadNeeds,
+    linear: Linear,
+    linear_backward: LinearBackward,
+) -> tuple[Tensor, HeadGrads]:
+    """Return the sum of the rows' losses, and its gradients."""
+    x, V = operands.x, operands.lora_B.shape[0]
+    factor = _FLOAT16_FACTOR if spec.y_dtype is torch.float16 else None
+    sums = _Sums(operands, spec, needs, linear_backward, factor)
+    weight = (factor or 1.0) * spec.logit_scale * spec.inverse_temperature
+    eps = spec.label_smoothing
+    losses = [x.new_zeros(1, dtype=stat_dtype(x.dtype))]
+    for chunk in _chunks(operands, spec):
+        y, saved = linear(chunk.operands, _linear_spec(spec))
+        z = _logits(y, spec)
+        target = z.gather(1, chunk.labels)
+        if eps:
+            target = target * (1 - eps) + z.mean(1, keepdim=True) * eps
+        slope = _slope(z, spec) if any(needs) else None
+        top = z.amax(1, keepdim=True)
+        total = z.sub_(top).exp_().sum(1, keepdim=True)
+        losses.append((total.log() + (top - target))[:, 0])
+        if not any(needs):
+            continue
+        z.mul_(weight / total)
+        z.scatter_add_(1, chunk.labels, torch.full_like(top, -(1 - eps) * weight))
+        if eps:
+            z.sub_(eps / V * weight)
+        if slope is not None:
+            z.mul_(slope)
+        sums.add(chunk, _rounded(z, y), saved)
+    return torch.cat(losses).sum(), sums.result()
+
+
+def _rounded(dz: Tensor, y: Tensor) -> Tensor:
+    """Return dz in y's dtype and memory."""
+    return dz if dz is y else y.copy_(dz)
+
+
+def log_probs(
+    operands: HeadOperands, spec: HeadSpec, outputs: HeadOutputs, linear: Linear
+) -> HeadRows:
+    """Return the statistics of each row."""
+    labels = operands.labels
+    dtype, eps = stat_dtype(operands.x.dtype), spec.label_smoothing
+    found = {name: labels.new_zeros(labels.shape, dtype=dtype) for name in HeadRows._fields}
+    found["is_top1"] = labels.new_zeros(labels.shape, dtype=torch.bool)
+    for chunk in _chunks(operands, spec):
+        y, _ = linear(chunk.operands, _linear_spec(spec))
+        z, at = _logits(y, spec), chunk.at
+        target = z.gather(1, chunk.labels)[:, 0]
+        if eps or outputs.mean_logits:
+            mean = z.mean(1)
+            found["mean_logits"][at] = mean
+            if eps:
+                target = target * (1 - eps) + mean * eps
+        if outputs.is_top1:
+            found["is_top1"][at] = z.argmax(1) == chunk.labels[:, 0]
+        top = z.amax(1)
+        z.sub_(top[:, None])
+        p = z.exp() if outputs.entropy else z.exp_()
+        total = p.sum(1)
+        log_total = total.log()
+        if outputs.entropy:  # z is log p + log_total
+            found["entropy"][at] = log_total - z.mul_(p).sum(1) / total
+        if outputs.log_sum_sq_probs:
+            found["log_sum_sq_probs"][at] = p.square_().sum(1).log() - 2 * log_total
+        found["log_probs"][at] = (target - top) - log_total
+        found["largest_logit"][at], found["sum_exp"][at] = top, total
+    wanted: dict[str, bool] = outputs._asdict()
+    kept: Any = (t if wanted.get(name, True) else None for name, t in found.items())
+    return HeadRows(*kept)
+
+
+def log_probs_backward(
+    dlog_probs: Tensor,
+    dentropy: Tensor | None,
+    rows: tuple[Tensor, Tensor, Tensor | None],
+    operands: HeadOperands,
+    spec: HeadSpec,
+    needs: HeadNeeds,
+    linear: Linear,
+    linear_backward: LinearBackward,
+) -> HeadGrads:
+    """Return the gradients for those of log_probs and entropy [M]; recompute the logits.
+
+    rows: largest_logit, sum_exp and entropy, as `log_probs` returned them.
+    """
+    largest_logit, sum_exp, entropy = rows
+    V, eps = operands.lora_B.shape[0], spec.label_smoothing
+    weight: float | Tensor = spec.logit_scale * spec.inverse_temperature
+    factor = None
+    if spec.y_dtype is torch.float16:
+        given = dlog_probs if dentropy is None else torch.cat([dlog_probs, dentropy])
+        steepest = given.abs().amax() if given.numel() else given.new_ones(())
+        factor = _FLOAT16_FACTOR / steepest.clamp(min=2.0**-100)
+        weight = factor * weight
+    sums = _Sums(operands, spec, needs, linear_backward, factor)
+    for chunk in _chunks(operands, spec):
+        y, saved = linear(chunk.operands, _linear_spec(spec))
+        z, at = _logits(y, spec), chunk.at
+        slope = _slope(z, spec)
+        g = dlog_probs[at, None] * weight
+        z.sub_(largest_logit[at, None])
+        total = sum_exp[at, None]
+        if dentropy is None or entropy is None:
+            dz = z.exp_().mul_(-g / total)
+        else:  # log p = z - log(total)
+            h = dentropy[at, None] * weight
+            shift = entropy[at, None] - total.log()
+            part = torch.addcmul((g + h * shift) / total, z, h / total)
+            dz = z.exp_().mul_(part.neg_())
+        dz.scatter_add_(1, chunk.labels, g * (1 - eps))
+        if eps:
+            dz.add_(g, alpha=eps / V)
+        if slope is not None:
+            dz.mul_(slope)
+        sums.add(chunk, _rounded(dz, y), saved)
+    return sums.result()

@@ -1,0 +1,419 @@
+"""A language model's head with an adapter: its cross-entropy, and its tokens' log-probabilities.
+
+The logits [M, V] are never in memory: a chunk of rows at a time is. See `backends.head`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import head_ops, ops
+from .autograd import differentiable_once
+from .backends import forced
+from .backends.library import is_on_gpu_path
+from .core.call import HeadGrads, HeadNeeds, HeadOutputs, HeadSpec
+from .core.packed4bit import PACKED4BIT_TENSORS
+from .functional import (
+    _FLOATS,
+    _base,
+    _check_devices,
+    _check_dtypes,
+    _check_vector,
+    _dropout,
+    _is_autocast_enabled,
+    _matrix,
+    _number,
+    _shape,
+    _tensor_error,
+)
+from .quantization import Weight4bit
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+class TokenLogProbs(NamedTuple):
+    """The results of `lora_linear_log_probs`, each of labels' shape; None if not requested.
+
+    Args:
+        log_probs: log p of the label.
+        entropy: -Σ p·log p.
+        mean_logits: the mean of the scaled logits over the vocabulary, without a gradient.
+        log_sum_sq_probs: log Σ p², without a gradient.
+        is_top1: bool, whether the label has the largest logit, and is the first that has it.
+    """
+
+    log_probs: Tensor
+    entropy: Tensor | None = None
+    mean_logits: Tensor | None = None
+    log_sum_sq_probs: Tensor | None = None
+    is_top1: Tensor | None = None
+
+
+class _Call(NamedTuple):
+    """The arguments of the Functions that are not tensors.
+
+    blocksizes: the fields of `Packed4bit` that are not tensors; () for a dense weight.
+    """
+
+    spec: HeadSpec
+    blocksizes: tuple[Any, ...]
+
+
+class _Tensors(NamedTuple):
+    """The tensors of a call with x as M rows. weight: dense, or the tensors of a 4-bit weight."""
+
+    x: Tensor
+    lora_A: Tensor
+    lora_B: Tensor
+    bias: Tensor | None
+    labels: Tensor
+    rng: Tensor | None
+    weight: tuple[Tensor, ...]
+
+
+def lora_linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor | Weight4bit,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    labels: Tensor,
+    scaling: float = 1.0,
+    bias: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    logit_softcap: float | None = None,
+    logit_scale: float = 1.0,
+    reduction: str = "mean",
+    chunk_rows: int | None = None,
+    dropout_p: float = 0.0,
+    rng: Tensor | None = None,
+    compute_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Return the cross-entropy of a head with a low-rank adapter, without its logits in memory:
+
+        z = cap(logit_scale · lora_linear(x)),    cap(y) = logit_softcap · tanh(y / logit_softcap)
+        loss_m = log Σ_v exp(z_mv) − (1 − ε)·z_m,label − ε·mean_v z_mv,    ε = label_smoothing
+
+    The forward computes the gradients too if one is needed, except for reduction="none", whose
+    backward computes the logits again.
+
+    Args:
+        x: [..., K], float32, bfloat16, float16 or float64, not shifted against the labels.
+        weight: [V, K] in x's dtype unless autocast is on, or a `Weight4bit`. A dense one may
+            require a gradient, as an embedding's that is tied to the head.
+        lora_A: [R, K]. None, like lora_B: no adapter.
+        lora_B: [V, R]. Dtypes as in `lora_linear`.
+        labels: int64 or int32 [...], 0 to V - 1, or ignore_index.
+        scaling: alpha / r.
+        bias: [V] or None.
+        ignore_index: the label of rows that count for nothing. They are left out of the GEMMs.
+        label_smoothing: in [0, 1].
+        logit_softcap: positive, or None for no cap.
+        logit_scale: factor of the logits.
+        reduction: "mean" over the rows that are not ignored, "sum" or "none".
+        chunk_rows: rows of x whose logits exist at a time. None: 32 MiB of float32 logits on a CPU,
+            256 MiB on a GPU, and at least 128 rows.
+        dropout_p, rng, compute_dtype: as in `lora_linear`. The mask's rows are those of x, and the
+            eager backend computes the logits.
+
+    Returns:
+        float32 (float64 for float64), [] or labels' shape for reduction="none". NaN for a mean over
+        no rows, as in PyTorch. Differentiable once in x, weight, lora_A, lora_B and bias.
+
+    Raises:
+        ValueError, TypeError: an argument is invalid; the message names the argument.
+        RuntimeError: a forced backend cannot run here.
+
+    >>> import torch, lora_kernels
+    >>> x, W, A, B = torch.ones(2, 3), torch.eye(3), torch.ones(1, 3), torch.zeros(3, 1)
+    >>> lora_kernels.lora_linear_cross_entropy(x, W, A, B, torch.tensor([0, -100])).exp()
+    tensor(3.)
+    """
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: got {reduction!r}, want one of {', '.join(REDUCTIONS)}")
+    label_smoothing = _number("label_smoothing", label_smoothing)
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing: got {label_smoothing}, want a number in [0, 1]")
+    tensors, call = _prepare(
+        x, weight, lora_A, lora_B, labels, scaling, bias, ignore_index, logit_softcap, logit_scale,
+        chunk_rows, dropout_p, rng, compute_dtype,
+    )  # fmt: skip
+    call = call._replace(spec=call.spec._replace(label_smoothing=label_smoothing))
+    if reduction == "none":
+        losses = _LogProbsFunction.apply(call, HeadOutputs(), *tensors[:-1], *tensors.weight)[0]
+        return -losses.view(labels.shape)  # type: ignore[no-any-return]
+    grad = torch.is_grad_enabled()
+    needs = HeadNeeds(*(t is not None and t.requires_grad and grad for t in _trainable(tensors)))
+    loss: Tensor = _CrossEntropyFunction.apply(call, needs, *tensors[:-1], *tensors.weight)
+    if reduction == "sum":
+        return loss
+    kept = (tensors.labels != ignore_index).sum()
+    # No rows have zero gradients and a loss of NaN, which a quotient 0 / 0 would give both.
+    return (loss / kept.clamp(min=1)).masked_fill(kept == 0, torch.nan)
+
+
+def lora_linear_log_probs(
+    x: Tensor,
+    weight: Tensor | Weight4bit,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    labels: Tensor,
+    scaling: float = 1.0,
+    bias: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    outputs: Collection[str] = ("entropy", "is_top1"),
+    ignore_index: int = -100,
+    logit_softcap: float | None = None,
+    logit_scale: float = 1.0,
+    chunk_rows: int | None = None,
+    dropout_p: float = 0.0,
+    rng: Tensor | None = None,
+    compute_dtype: torch.dtype | None = None,
+) -> TokenLogProbs:
+    """Return each label's log-probability, and statistics that trainers log, without the logits:
+
+        p = softmax(cap(logit_scale · lora_linear(x)) / temperature)
+
+    The backward computes the logits again, a chunk of rows at a time.
+
+    Args:
+        temperature: positive; the capped logits are divided by it.
+        outputs: some of "entropy", "mean_logits", "log_sum_sq_probs" and "is_top1", which are
+            computed beside the log-probabilities.
+        Others: as in `lora_linear_cross_entropy`.
+
+    Returns:
+        `TokenLogProbs`, whose tensors have labels' shape, in float32 (float64 for float64), and are
+        zero where the label is ignored. log_probs and entropy are differentiable once in x, weight,
+        lora_A, lora_B and bias.
+
+    Raises:
+        ValueError, TypeError: an argument is invalid; the message names the argument.
+        RuntimeError: a forced backend cannot run here.
+
+    >>> import torch, lora_kernels
+    >>> x, W = torch.zeros(2, 3), torch.eye(4, 3)
+    >>> found = lora_kernels.lora_linear_log_probs(x, W, None, None, torch.tensor([0, 1]))
+    >>> found.log_probs.exp(), found.is_top1
+    (tensor([0.2500, 0.2500]), tensor([ True, False]))
+    """
+    temperature = _number("temperature", temperature)
+    if not temperature > 0.0:
+        raise ValueError(f"temperature: got {temperature}, want a positive number")
+    for name in outputs:
+        if name not in HeadOutputs._fields:
+            want = ", ".join(HeadOutputs._fields)
+            raise ValueError(f"outputs: got {name!r}, want some of {want}")
+    tensors, call = _prepare(
+        x, weight, lora_A, lora_B, labels, scaling, bias, ignore_index, logit_softcap, logit_scale,
+        chunk_rows, dropout_p, rng, compute_dtype,
+    )  # fmt: skip
+    call = call._replace(spec=call.spec._replace(inverse_temperature=1.0 / temperature))
+    wanted = HeadOutputs(*(name in outputs for name in HeadOutputs._fields))
+    found = _LogProbsFunction.apply(call, wanted, *tensors[:-1], *tensors.weight)
+    is_given = True, *wanted
+    rows: Any = (t.view(labels.shape) if g else None for t, g in zip(found, is_given, strict=True))
+    return TokenLogProbs(*rows)
+
+
+def _trainable(tensors: _Tensors) -> tuple[Tensor | None, ...]:
+    """Return the tensors in the order of `HeadNeeds`."""
+    return tensors.x, tensors.weight[0], tensors.lora_A, tensors.lora_B, tensors.bias
+
+
+def _prepare(
+    x: Tensor,
+    weight: Tensor | Weight4bit,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    labels: Tensor,
+    scaling: float,
+    bias: Tensor | None,
+    ignore_index: int,
+    logit_softcap: float | None,
+    logit_scale: float,
+    chunk_rows: int | None,
+    dropout_p: float,
+    rng: Tensor | None,
+    compute_dtype: torch.dtype | None,
+) -> tuple[_Tensors, _Call]:
+    """Check the arguments; return the tensors, with x as rows, and the call."""
+    if not isinstance(x, Tensor):
+        raise _tensor_error("x", x)
+    if x.dtype not in _FLOATS:
+        raise TypeError(f"x: got {x.dtype}, want float32, bfloat16, float16 or float64")
+    if not isinstance(weight, (Tensor, Weight4bit)):
+        raise TypeError(f"weight: got {type(weight).__name__}, want a tensor or a Weight4bit")
+    if len(weight.shape) != 2 or 0 in weight.shape:
+        raise ValueError(f"weight: got shape {list(weight.shape)}, want [V, K], each at least 1")
+    V, K = weight.shape
+    if x.dim() == 0 or x.shape[-1] != K:
+        want = f"[..., {K}] for weight {list(weight.shape)}"
+        raise ValueError(f"x: got shape {_shape(x)}, want {want}")
+    if (lora_A is None) != (lora_B is None):
+        name, got = ("lora_B", lora_B) if lora_A is not None else ("lora_A", lora_A)
+        raise TypeError(f"{name}: got {got}, want a tensor, or None for both lora_A and lora_B")
+    if lora_A is None or lora_B is None:
+        # One rank of zeros, so that every backend takes the call.
+        lora_A, lora_B = x.new_zeros(1, K), x.new_zeros(V, 1)
+    R, inner = _matrix("lora_A", lora_A, "[R, K]")
+    if inner != K:
+        raise ValueError(f"lora_A: got shape {_shape(lora_A)}, want [R, {K}]")
+    if not isinstance(lora_B, Tensor):
+        raise _tensor_error("lora_B", lora_B)
+    if lora_B.shape != (V, R):
+        raise ValueError(f"lora_B: got shape {_shape(lora_B)}, want [{V}, {R}]")
+    _check_dtypes("x", x.dtype, lora_A=lora_A.dtype, lora_B=lora_B.dtype)
+    _check_devices("x", x, lora_A=lora_A, lora_B=lora_B)
+    _check_labels(labels, x)
+    device_type, _ = ops.device_of(x)
+    autocast = _is_autocast_enabled(device_type, x.dtype)
+    y_dtype = torch.get_autocast_dtype(device_type) if autocast else x.dtype
+    frozen = weight.detach() if isinstance(weight, Tensor) else weight  # it may train here
+    _, codes, dtype = _base(x, frozen, (V, K), compute_dtype, y_dtype if autocast else None)
+    if bias is not None:
+        _check_vector("bias", bias, V, x)
+    scale, cap = _number("logit_scale", logit_scale), 0.0
+    if logit_softcap is not None:
+        cap = _number("logit_softcap", logit_softcap)
+        if not cap > 0.0:
+            raise ValueError(f"logit_softcap: got {logit_softcap}, want a positive number, or None")
+    if chunk_rows is not None and (not isinstance(chunk_rows, int) or chunk_rows < 1):
+        raise ValueError(f"chunk_rows: got {chunk_rows!r}, want an integer, at least 1, or None")
+    base = (weight,) if isinstance(weight, Tensor) else codes[:PACKED4BIT_TENSORS]
+    dropout_p, rng = _dropout(x, dropout_p, rng)
+    if dropout_p and rng is None:  # the mask of PyTorch's kernel, which the backward needs too
+        rng = torch.native_dropout(x.detach(), dropout_p, True)[1]
+    if rng is not None and rng.dtype is torch.bool:
+        rng = rng.reshape(-1, K)
+    if autocast and is_on_gpu_path(device_type):  # a CPU's kernels keep the adapter's bits
+        x, lora_A, lora_B = (t.to(y_dtype) for t in (x, lora_A, lora_B))
+        base = base if codes else (base[0].to(y_dtype),)
+    rows, flat = x.reshape(-1, K), labels.reshape(-1).to(torch.int64)
+    spec = HeadSpec(
+        _number("scaling", scaling), dropout_p, dtype, y_dtype, scale, cap,
+        ignore_index=ignore_index, chunk_rows=chunk_rows or 0,
+    )  # fmt: skip
+    tensors = _Tensors(rows, lora_A, lora_B, bias, flat, rng, base)
+    return tensors, _Call(spec, codes[PACKED4BIT_TENSORS:])
+
+
+def _check_labels(labels: Tensor, x: Tensor) -> None:
+    if not isinstance(labels, Tensor) or labels.dtype not in (torch.int64, torch.int32):
+        got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+        raise TypeError(f"labels: got {got}, want a tensor of int64 or int32")
+    if labels.shape != x.shape[:-1]:
+        raise ValueError(f"labels: got shape {_shape(labels)}, want x's {list(x.shape[:-1])}")
+    _check_devices("x", x, labels=labels)
+
+
+def _cast(grad: Tensor | None, like: torch.dtype) -> Tensor | None:
+    return None if grad is None else grad.to(like)
+
+
+class _CrossEntropyFunction(torch.autograd.Function):
+    """`head_ops.lora_cross_entropy`, whose forward computes the gradients that are needed.
+
+    The backward multiplies them by the gradient of the loss.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        call: _Call,
+        needs: HeadNeeds,
+        x: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        rng: Tensor | None,
+        *weight: Tensor,
+    ) -> Tensor:
+        rest = lora_A, lora_B, labels, bias, rng, *call.spec, *needs
+        run = head_ops.lora_cross_entropy_4bit if call.blocksizes else head_ops.lora_cross_entropy
+        loss: Tensor
+        loss, *grads = run(x, *weight, *call.blocksizes, *rest)
+        ctx.save_for_backward(*grads)
+        ctx.needs, ctx.weights = needs, len(weight)
+        tensors = x, weight[0], lora_A, lora_B, bias
+        ctx.dtypes = [None if t is None else t.dtype for t in tensors]
+        return loss
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, saved: tuple[Any, ...], dloss: Tensor) -> tuple[Tensor | None, ...]:
+        dx, dweight, dA, dB, dbias = (
+            (grad * dloss).to(dtype) if need else None
+            for grad, need, dtype in zip(saved, ctx.needs, ctx.dtypes, strict=True)
+        )
+        rest = [None] * (ctx.weights - 1)
+        return None, None, dx, dA, dB, dbias, None, None, dweight, *rest
+
+
+class _LogProbsFunction(torch.autograd.Function):
+    """`head_ops.lora_log_probs` with `head_ops.lora_log_probs_backward`.
+
+    Returns log_probs and the fields of `HeadOutputs`, empty if not requested. The backward needs
+    the operands, the largest logit and Σ exp [M], and entropy [M] if it was requested.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        call: _Call,
+        outputs: HeadOutputs,
+        x: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        rng: Tensor | None,
+        *weight: Tensor,
+    ) -> tuple[Tensor, ...]:
+        rest = lora_A, lora_B, labels, bias, rng, *call.spec, *outputs
+        run = head_ops.lora_log_probs_4bit if call.blocksizes else head_ops.lora_log_probs
+        *found, largest_logit, sum_exp = run(x, *weight, *call.blocksizes, *rest)
+        entropy = found[1] if outputs.entropy else None
+        ctx.save_for_backward(
+            x, lora_A, lora_B, bias, labels, rng, largest_logit, sum_exp, entropy, *weight
+        )
+        ctx.call = call
+        ctx.forced = None if torch.compiler.is_compiling() else forced.current.get()
+        ctx.mark_non_differentiable(*found[2:])
+        if not outputs.entropy:
+            ctx.mark_non_differentiable(*found[1:])
+        return tuple(found)
+
+    @staticmethod
+    @differentiable_once
+    def backward(
+        ctx: Any, saved: tuple[Any, ...], dlog_probs: Tensor, dentropy: Tensor, *_: Any
+    ) -> tuple[Tensor | None, ...]:
+        x, lora_A, lora_B, bias, labels, rng, largest_logit, sum_exp, entropy, *weight = saved
+        spec, blocksizes = ctx.call
+        need = ctx.needs_input_grad
+        needs = HeadNeeds(need[2], need[8] and not blocksizes, need[3], need[4], need[5])
+        rows = dlog_probs, None if entropy is None else dentropy, largest_logit, sum_exp, entropy
+        rest = lora_A, lora_B, labels, bias, rng, *spec, *needs
+        run = (
+            head_ops.lora_log_probs_backward_4bit
+            if blocksizes
+            else head_ops.lora_log_probs_backward
+        )
+        as_forward = contextlib.nullcontext() if ctx.forced is None else forced.set_to(ctx.forced)
+        with as_forward:
+            found = run(*rows, x, *weight, *blocksizes, *rest)
+        grads = HeadGrads(*(t if n else None for t, n in zip(found, needs, strict=True)))
+        dA, dB = _cast(grads.lora_A, lora_A.dtype), _cast(grads.lora_B, lora_B.dtype)
+        dbias = None if bias is None else _cast(grads.bias, bias.dtype)
+        dweight = _cast(grads.weight, weight[0].dtype)
+        others = [None] * (len(weight) - 1)
+        return None, None, grads.x, dA, dB, dbias, None, None, dweight, *others

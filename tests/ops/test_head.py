@@ -1,0 +1,347 @@
+"""The head's loss and log-probabilities against the float64 reference; compilers; errors."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import lora_kernels
+from lora_kernels import (
+    head_ops,
+    lora_linear_cross_entropy,
+    lora_linear_log_probs,
+    ops,
+    reference,
+)
+from lora_kernels.backends import head
+from lora_kernels.bench import head_case
+from lora_kernels.bench.case import EAGERS
+from lora_kernels.bench.head_case import HeadCase, inputs, run
+from lora_kernels.core import call
+from lora_kernels.core.packed4bit import Packed4bit
+from tests.ops.engines import every_engine
+from tests.support.engines import assert_within
+
+f64, f32, bf16, f16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
+SMALL = HeadCase(23, 65, 40, 5, chunk_rows=5)  # V, K and the chunks are off every tile
+BACKWARD_ROWS = ["dlog_probs", "dentropy", "largest_logit", "sum_exp", "entropy"]
+KINDS = ("mean", "sum", "none", "log_probs")
+
+
+def some_cases() -> list[HeadCase]:
+    found = []
+    for dtype, of in itertools.product((f32, bf16, f16), KINDS):
+        case = replace(SMALL, dtype=dtype, of=of)
+        found += [
+            case,
+            replace(case, adapter_dtype=f32, bias=False, logit_softcap=3.0, logit_scale=0.75),
+            replace(case, trained_weight=True, label_smoothing=0.1, temperature=0.7),
+        ]
+    for of in KINDS:
+        case = replace(SMALL, of=of)
+        found += [
+            replace(case, quant="nf4-64-nested", K=64, dtype=bf16, adapter_dtype=f32),
+            replace(case, adapter=False, trained_weight=True, logit_softcap=5.0),
+            replace(case, adapter=False, quant="nf4-64", K=64, bias=False),
+            replace(case, ignored=0.0, chunk_rows=None),
+            replace(case, autocast=bf16, trained_weight=True),
+            replace(case, V=2, label_smoothing=0.3),
+            *(replace(case, frozen=(name,)) for name in ("x", "lora_A", "lora_B", "bias")),
+            replace(case, frozen=("x", "lora_A", "lora_B", "bias"), trained_weight=True),
+        ]
+    return found
+
+
+@every_engine
+@pytest.mark.parametrize("case", some_cases(), ids=str)
+def test_head_of_each_case_is_within_tolerance(case: HeadCase, engine: str) -> None:
+    assert_within(case, head_case.judge(case))
+
+
+@pytest.mark.parametrize("engine", EAGERS, indirect=True)
+@pytest.mark.parametrize("of", KINDS)
+@pytest.mark.parametrize("quant", ["", "fp4-32"])
+def test_head_with_dropout_is_within_tolerance(quant: str, of: str, engine: str) -> None:
+    case = replace(SMALL, of=of, K=64, dropout_p=0.25, temperature=1.5)
+    assert_within(case, head_case.judge(replace(case, quant=quant, trained_weight=not quant)))
+
+
+def test_head_with_dropout_of_a_forced_cpu_backend_raises() -> None:
+    """The eager backend alone takes the rows of a mask."""
+    args = arguments(replace(SMALL, dropout_p=0.25))
+    with lora_kernels.backend("cpu"), pytest.raises(RuntimeError, match="'cpu' was requested"):
+        lora_linear_cross_entropy(**args)
+
+
+def test_losses_of_a_vocabulary_of_one_are_zero() -> None:
+    args = arguments(replace(SMALL, V=1, of="none"))
+    args["bias"] = None
+    assert not lora_linear_cross_entropy(**args).any()
+
+
+def arguments(case: HeadCase) -> dict[str, Any]:
+    args = inputs(case)
+    del args["dy"]
+    return args
+
+
+@pytest.mark.parametrize("case", [SMALL, replace(SMALL, ignored=0.0, label_smoothing=0.2)], ids=str)
+def test_losses_of_each_reduction_agree_with_pytorch(case: HeadCase) -> None:
+    """Sums of the same rows, in float32 beside an order of 25 additions."""
+    args = arguments(case)
+    del args["reduction"]
+    rows = lora_linear_cross_entropy(**args, reduction="none")
+    kept = args["labels"] != head_case.IGNORED
+    assert not rows[~kept].any() and rows[kept].all()
+    total = lora_linear_cross_entropy(**args, reduction="sum")
+    torch.testing.assert_close(total, rows.sum(), rtol=1e-6, atol=0)
+    mean = lora_linear_cross_entropy(**args, reduction="mean")
+    torch.testing.assert_close(mean, total / kept.sum(), rtol=1e-6, atol=0)
+    with torch.no_grad():
+        alone = lora_linear_cross_entropy(**args, reduction="sum")
+    torch.testing.assert_close(alone, total.detach(), rtol=0, atol=0)
+
+
+@every_engine
+@pytest.mark.parametrize("of", KINDS)
+@pytest.mark.parametrize("M", [0, 6])
+def test_head_of_ignored_rows_alone_has_zero_gradients(M: int, of: str, engine: str) -> None:
+    """PyTorch's mean over no rows is NaN, beside gradients of zero."""
+    case = replace(SMALL, M=M, of=of, ignored=1.0, trained_weight=True)
+    args = inputs(case)
+    assert bool((args["labels"] == head_case.IGNORED).all())
+    got, want = run(head_case.ours, args), run(head_case.plain_pytorch, args)
+    assert {n: t.shape for n, t in got.items()} == {n: t.shape for n, t in want.items()}
+    assert not any(t.any() for t in got.values())
+    if of in ("mean", "sum"):
+        loss = head_case.ours(**arguments(case))
+        assert loss.isnan() if of == "mean" else loss == 0
+
+
+def test_head_takes_leading_dimensions_and_int32_labels() -> None:
+    args = arguments(replace(SMALL, M=24, of="none"))
+    want = lora_linear_cross_entropy(**args)
+    args["x"], labels = args["x"].view(2, 3, 4, -1), args["labels"].view(2, 3, 4)
+    got = lora_linear_cross_entropy(**{**args, "labels": labels.to(torch.int32)})
+    assert got.shape == (2, 3, 4) and torch.equal(got.flatten(), want)
+
+
+def test_log_probs_top1_is_the_first_largest_logit() -> None:
+    x, weight = torch.ones(3, 2), torch.tensor([[1.0, 0], [2.0, 0], [2.0, 0], [0, 0]])
+    labels = torch.tensor([1, 2, -100])
+    found = lora_linear_log_probs(x, weight, None, None, labels)
+    assert found.is_top1 is not None and found.is_top1.tolist() == [True, False, False]
+    assert found.mean_logits is None and found.log_sum_sq_probs is None
+    assert reference.lora_linear_log_probs(x, weight, None, None, labels)[4].tolist() == [
+        True,
+        False,
+        False,
+    ]
+
+
+def test_losses_of_large_logits_are_finite() -> None:
+    """exp(1000) overflows, and log(exp(-1000)) underflows."""
+    x, weight = torch.tensor([[1000.0], [1000.0]], requires_grad=True), torch.tensor([[1.0], [-1]])
+    labels = torch.tensor([0, 1])
+    loss = lora_linear_cross_entropy(x, weight, None, None, labels, reduction="none")
+    assert loss.tolist() == [0.0, 2000.0]
+    assert lora_linear_log_probs(x, weight, None, None, labels).log_probs.tolist() == [0.0, -2000.0]
+    loss.sum().backward()
+    assert x.grad is not None and x.grad.flatten().tolist() == [0.0, 2.0]
+
+
+@pytest.mark.parametrize("of", KINDS)
+def test_gradcheck_of_head_passes(of: str) -> None:
+    case = HeadCase(
+        5, 7, 4, 2, of, f64, label_smoothing=0.1, logit_softcap=2.0, logit_scale=1.5,
+        temperature=0.6, dropout_p=0.25, trained_weight=True, chunk_rows=2,
+    )  # fmt: skip
+    args = arguments(case)
+    names = [name for name in head_case.GRADIENTS if args[name].requires_grad]
+
+    def run_with(*tensors: Tensor) -> Any:
+        found = head_case.ours(**{**args, **dict(zip(names, tensors, strict=True))})
+        return found if isinstance(found, Tensor) else found[:2]
+
+    assert torch.autograd.gradcheck(run_with, [args[name] for name in names])
+
+
+@pytest.mark.parametrize("of", KINDS)
+def test_head_differentiated_again_gives_the_same_and_twice_raises(of: str) -> None:
+    args = arguments(replace(SMALL, of=of))
+    found = head_case.ours(**args)
+    y = found if isinstance(found, Tensor) else found[0]
+    dy = torch.ones_like(y).requires_grad_()
+    first, second = (torch.autograd.grad(y, args["x"], dy, retain_graph=True) for _ in range(2))
+    assert torch.equal(first[0], second[0])
+    (dx,) = torch.autograd.grad(y, args["x"], dy, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        dx.sum().backward()
+
+
+@pytest.mark.parametrize("of", KINDS)
+@pytest.mark.parametrize("quant", ["", "nf4-64"])
+def test_head_compiled_whole_has_the_same_bits(quant: str, of: str) -> None:
+    case = replace(SMALL, of=of, K=64, quant=quant, dropout_p=0.25, trained_weight=not quant)
+    args = inputs(case)
+    want = run(head_case.ours, args)
+    compiled = torch.compile(head_case.ours, fullgraph=True, backend="aot_eager", dynamic=True)
+    got = run(compiled, args)
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+def op_arguments(case: HeadCase, name: str) -> tuple[Any, ...]:
+    args = arguments(case)
+    weight = args["weight"]
+    base = tuple(weight.codes) if case.quant else (weight,)
+    x, A, B, bias = (args[n].detach() for n in ("x", "lora_A", "lora_B", "bias"))
+    spec = call.HeadSpec(1.25, 0.25, f32, f32, 0.9, 3.0, 1.2, 0.1, head_case.IGNORED, 5)
+    operands = x, *base, A, B, args["labels"], bias, args["rng"], *spec
+    if name == "lora_log_probs":
+        return *operands, True, False, True, True
+    needs = True, not case.quant, True, False, True
+    rows = torch.rand(5, x.shape[0]).unbind() if name == "lora_log_probs_backward" else ()
+    return *rows, *operands, *needs
+
+
+OPS = ("lora_cross_entropy", "lora_log_probs", "lora_log_probs_backward")
+
+
+@pytest.mark.parametrize("quant", ["", "nf4-64"])
+@pytest.mark.parametrize("name", OPS)
+def test_opcheck_of_head_ops_passes(name: str, quant: str) -> None:
+    args = op_arguments(replace(SMALL, K=64, quant=quant, dropout_p=0.25), name)
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
+    op = getattr(head_ops, name + "_4bit" * bool(quant))
+    torch.library.opcheck(op, args, test_utils=checks)
+
+
+@pytest.mark.parametrize("suffix", ["", "_4bit"])
+@pytest.mark.parametrize("name", OPS)
+def test_head_schema_arguments_are_the_fields_of_the_call_types(name: str, suffix: str) -> None:
+    want = BACKWARD_ROWS * name.endswith("backward")
+    last = call.HeadOutputs if name == "lora_log_probs" else call.HeadNeeds
+    want += [*call.HeadOperands._fields, *call.HeadSpec._fields]
+    want += [("need_" if last is call.HeadNeeds else "") + field for field in last._fields]
+    if suffix:
+        at = want.index("weight")
+        want[at : at + 1] = Packed4bit._fields
+    schema = getattr(head_ops, name + suffix)._schema
+    assert [argument.name for argument in schema.arguments] == want
+    assert call.HeadGrads._fields == call.HeadNeeds._fields
+
+
+class LargestStorage(TorchDispatchMode):
+    """Notes the bytes of the largest tensor that an operation returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(t, Tensor):
+                self.bytes = max(self.bytes, t.untyped_storage().nbytes())
+        return out
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_head_makes_no_tensor_larger_than_a_chunk(name: str) -> None:
+    """The implementations are called directly: inside an op a dispatch mode sees nothing."""
+    V, K, rows = 3000, 4, 5
+    args = op_arguments(HeadCase(64, V, K, 2, ignored=0.0, dropout_p=0.25), name)
+    with LargestStorage() as largest:
+        ops.IMPLEMENTATIONS[name](*args)
+    assert largest.bytes == rows * V * 4
+
+
+def test_chunk_rows_default_is_a_number_of_bytes() -> None:
+    for on_gpu, limit in ((False, head.CHUNK_BYTES), (True, head.CHUNK_BYTES_ON_GPU)):
+        rows = head.chunk_rows(20_000, on_gpu)
+        assert rows * 20_000 * 4 <= limit < (rows + 1) * 20_000 * 4
+        assert head.chunk_rows(10**9, on_gpu) == head.FEWEST_ROWS
+
+
+def test_forced_backend_of_log_probs_forward_runs_its_backward() -> None:
+    case = replace(SMALL, of="log_probs", dtype=bf16)
+    args = arguments(case)
+    results = []
+    for outside in (False, True):
+        with lora_kernels.backend("eager"):
+            found = head_case.ours(**args)
+            if not outside:
+                results.append(torch.autograd.grad(found[0].sum(), args["x"])[0])
+        if outside:
+            results.append(torch.autograd.grad(found[0].sum(), args["x"])[0])
+    assert torch.equal(*results)
+
+
+BAD: dict[str, tuple[dict[str, Any], type[Exception]]] = {
+    "x: got shape [23, 41]": ({"x": torch.randn(23, 41)}, ValueError),
+    "x: got torch.int64": ({"x": torch.ones(23, 40, dtype=torch.int64)}, TypeError),
+    "weight: got NoneType": ({"weight": None}, TypeError),
+    "weight: got shape [65]": ({"weight": torch.ones(65)}, ValueError),
+    "weight: got torch.bfloat16": ({"weight": torch.ones(65, 40).bfloat16()}, TypeError),
+    "lora_B: got None, want a tensor, or None for both": ({"lora_B": None}, TypeError),
+    "lora_A: got shape [5, 39]": ({"lora_A": torch.ones(5, 39)}, ValueError),
+    "lora_B: got shape [65, 4], want [65, 5]": ({"lora_B": torch.ones(65, 4)}, ValueError),
+    "labels: got torch.float32": ({"labels": torch.ones(23)}, TypeError),
+    "labels: got shape [22]": ({"labels": torch.ones(22, dtype=torch.int64)}, ValueError),
+    "labels: got 65, want 0 to 64, or -7": (
+        {"labels": torch.full((23,), 65)},
+        ValueError,
+    ),
+    "labels: got -100, want 0 to 64": ({"labels": torch.full((23,), -100)}, ValueError),
+    "bias: got shape [64]": ({"bias": torch.ones(64)}, ValueError),
+    "chunk_rows: got 0": ({"chunk_rows": 0}, ValueError),
+    "logit_softcap: got -1": ({"logit_softcap": -1.0}, ValueError),
+    "logit_scale: got 'a'": ({"logit_scale": "a"}, TypeError),
+    "scaling: got None": ({"scaling": None}, TypeError),
+    "dropout_p: got 2": ({"dropout_p": 2.0}, ValueError),
+}
+BAD_LOSS: dict[str, tuple[dict[str, Any], type[Exception]]] = {
+    "reduction: got 'median', want one of mean, sum, none": ({"reduction": "median"}, ValueError),
+    "label_smoothing: got 1.5": ({"label_smoothing": 1.5}, ValueError),
+}
+BAD_LOG_PROBS: dict[str, tuple[dict[str, Any], type[Exception]]] = {
+    "temperature: got 0.0": ({"temperature": 0.0}, ValueError),
+    "outputs: got 'logits', want some of entropy": ({"outputs": ("logits",)}, ValueError),
+}
+
+
+@pytest.mark.parametrize("message", [*BAD, *BAD_LOSS])
+def test_cross_entropy_of_a_bad_argument_names_it(message: str) -> None:
+    changed, error = (BAD | BAD_LOSS)[message]
+    with pytest.raises(error) as raised:
+        lora_linear_cross_entropy(**{**arguments(SMALL), **changed})
+    assert str(raised.value).startswith(message)
+
+
+@pytest.mark.parametrize("message", [*BAD, *BAD_LOG_PROBS])
+def test_log_probs_of_a_bad_argument_names_it(message: str) -> None:
+    changed, error = (BAD | BAD_LOG_PROBS)[message]
+    with pytest.raises(error) as raised:
+        lora_linear_log_probs(**{**arguments(replace(SMALL, of="log_probs")), **changed})
+    assert str(raised.value).startswith(message)
+
+
+def test_reference_cross_entropy_is_pytorchs() -> None:
+    case = HeadCase(9, 13, 6, 2, dtype=f64, label_smoothing=0.2)
+    args = arguments(case)
+    del args["chunk_rows"]
+    got = reference.lora_linear_cross_entropy(**args)
+    logits = reference.lora_linear(
+        *(args[n] for n in ("x", "weight", "lora_A", "lora_B", "scaling", "bias"))
+    )
+    want = F.cross_entropy(
+        logits, args["labels"], ignore_index=head_case.IGNORED, label_smoothing=0.2
+    )
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=0)

@@ -53,7 +53,7 @@ class FuseCallback(VerdictLog):
     layers that stay PEFT's are a WARNING with the reason.
 
     Args:
-        linears, qualify: as `fuse`'s.
+        linears, loss, qualify: as `fuse`'s.
 
     Raises ValueError, from the trainer's `__init__`, if the model has no LoRA layers.
 
@@ -61,8 +61,8 @@ class FuseCallback(VerdictLog):
     >>> callback = FuseCallback()  # SFTTrainer(..., peft_config=config, callbacks=[callback])
     """
 
-    def __init__(self, linears: bool = False, qualify: str = "cached") -> None:
-        self.linears, self.qualify = linears, qualify
+    def __init__(self, linears: bool = False, loss: bool = False, qualify: str = "cached") -> None:
+        self.linears, self.loss, self.qualify = linears, loss, qualify
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._fuse(kwargs["model"], state.is_world_process_zero)
@@ -79,7 +79,7 @@ class FuseCallback(VerdictLog):
                 "model: give the trainer a peft_config, or peft.get_peft_model(model, config)"
             )
         before = sum(isinstance(layer, Fused) for layer in layers)
-        fuse(model, linears=self.linears, qualify=self.qualify)
+        fuse(model, linears=self.linears, loss=self.loss, qualify=self.qualify)
         if speaks and sum(isinstance(layer, Fused) for layer in layers) > before:
             _report(model)
 

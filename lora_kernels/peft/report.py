@@ -19,8 +19,9 @@ from ..layers import LoRALayer
 from . import predict
 from .frozen import StreamedLinear
 from .linear import Fused
+from .loss import requested_losses
 from .predict import Prediction
-from .rows import Layer, Row, other_parts, row_of_layer, row_of_peft, row_of_streamed
+from .rows import Layer, Row, other_parts, row_of_layer, row_of_loss, row_of_peft, row_of_streamed
 from .sharded import gathered_parameters
 from .swap import lora_layers
 
@@ -48,6 +49,7 @@ class Explanation:
         others: the time of the linear layers without an adapter.
         limits: the bandwidth and peaks of the CPU that the predictions use.
         linears: a `Row` for each layer without an adapter that `fuse(model, linears=True)` took.
+        losses: a `Row` for each causal language model that `fuse(model, loss=True)` was given.
         all: whether the table has a line for each layer. Otherwise layers whose names differ only
             in numbers share a line, "30 × model.layers.*.mlp.up_proj", with the sums of their times
             and shares.
@@ -62,11 +64,12 @@ class Explanation:
     limits: str = ""
     linears: list[Row] = field(default_factory=list)
     all: bool = False
+    losses: list[Row] = field(default_factory=list)
 
     def assert_fused(self) -> None:
-        """Raise RuntimeError with a list of the layers not "fused", or if there is no layer."""
-        rest = [row for row in self.rows if row.state != "fused"]
-        if rest or not self.rows:
+        """Raise RuntimeError with a list of the layers and losses not "fused", or without any."""
+        rest = [row for row in [*self.rows, *self.losses] if row.state != "fused"]
+        if rest or not (self.rows or self.losses):
             lines = [
                 f"  {row.layer}: {row.state} ({row.backend}): {row.reason}"
                 for row, _ in self._groups(rest)
@@ -92,6 +95,8 @@ class Explanation:
         data: dict[str, Any] = {"layers": layers}
         if self.linears:
             data["linears"] = [row._asdict() for row in self.linears]
+        if self.losses:
+            data["losses"] = [row._asdict() for row in self.losses]
         if self.rows_of_x is not None:
             others = self.others and self.others._asdict()
             data |= {"rows": self.rows_of_x, "step": self.step, "seconds": self._seconds()}
@@ -154,7 +159,7 @@ class Explanation:
         table: list[tuple[str, ...]] = [Row._fields]
         if self.rows_of_x is not None:
             table = [("layer", "state", "backend", "strategy", "time", "share", "reason")]
-        for row, predictions in self._groups([*self.rows, *self.linears]):
+        for row, predictions in self._groups([*self.rows, *self.linears, *self.losses]):
             cells = () if self.rows_of_x is None else _time_and_share(predictions)
             table.append((*row[:4], *cells, row.reason))
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
@@ -255,8 +260,9 @@ def explain(
         for name, module in model.named_modules()
         if isinstance(module, StreamedLinear)
     ]
+    losses = [row_of_loss(name, module, x_dtype) for name, module in requested_losses(model)]
     if rows is None:
-        return Explanation(named, sizes, linears=linears, all=all)
+        return Explanation(named, sizes, linears=linears, all=all, losses=losses)
 
     step = model.training and any(p.requires_grad for p in model.parameters())
     others = list(other_parts(model, list(layers.values()), x_dtype))
@@ -282,7 +288,8 @@ def explain(
     limits = "" if machine is None else machine.describe()
     taken = None if rest is None else rest.seconds
     summed = OtherLayers(len(others), taken, None if taken is None else taken / total)
-    return Explanation(named, sizes, rows, step, predictions, summed, limits, linears, all)
+    found_times = predictions, summed, limits
+    return Explanation(named, sizes, rows, step, *found_times, linears, all, losses)
 
 
 def _lora_size(layer: nn.Module) -> int:

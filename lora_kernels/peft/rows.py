@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .. import ops, selection
 from ..backends import cpu, cpu_heuristics
 from ..backends.decode4bit import decoded_by
+from ..backends.head import chunk_rows
 from ..backends.library import is_on_gpu_path
 from ..core.problem import Layout, Problem
 from ..functional import base_dtype
@@ -41,6 +42,8 @@ from .eligibility import (
 from .embedding import FusedEmbedding
 from .experts import FusedParamWrapper, active_adapter, experts_reason
 from .frozen import StreamedLinear
+from .linear import Fused
+from .loss import active_adapters, call_reason, model_reason
 from .predict import Part
 
 
@@ -147,6 +150,33 @@ def _fused_linear(name: str, layer: Any, x_dtype: torch.dtype | None, rows: int 
         state, strategy, parts = "adapter only", "base layer as a module, adapter added", []
         reasons.insert(0, f"base layer: {base_reason}")
     return Row(name, state, backend, strategy, "; ".join(reasons)), parts
+
+
+def row_of_loss(name: str, module: Any, x_dtype: torch.dtype | None) -> Row:
+    """Return the row of a causal language model's loss."""
+    name = f"{name}.loss" if name else "loss"
+    head = module.get_output_embeddings()
+    is_adapted = isinstance(head, LoraLayer)
+    base = head.get_base_layer() if is_adapted else head
+    adapters = active_adapters(head) if isinstance(head, Fused) else []
+    _, x_dtype = _expected_input(base, adapters, x_dtype)
+    device = base.weight.device
+    reason = model_reason(module)
+    if reason is None:
+        reason = call_reason(module, device, x_dtype)
+    if reason is not None:
+        return Row(name, "not fused", "torch", "F.cross_entropy", reason)
+    todo = calls(adapters, device.type, None)
+    a_dtype = todo[0].lora_A.dtype if todo else x_dtype
+    rank = todo[0].lora_A.shape[0] if todo else 1
+    rows = chunk_rows(base.out_features, is_on_gpu_path(device.type))
+    dtype = base_dtype(device.type, x_dtype, getattr(base, "compute_dtype", None))
+    dtypes = x_dtype, a_dtype, a_dtype, dtype
+    choice = selection.choose(Problem(device.type, *dtypes, rank, rows, is_linear4bit(base)))
+    if todo and todo[0].dropout_p:
+        choice = selection.choose_for_mask()
+    reason = f"in training {rows} rows of logits at a time; {choice.reason}"
+    return Row(name, "fused", choice.backend, choice.strategy, reason)
 
 
 def _expected_input(

@@ -26,13 +26,14 @@ from .embedding import FusedEmbedding
 from .experts import FusedParamWrapper
 from .frozen import StreamedLinear
 from .linear import Fused, FusedLinear, peft_class, set_class
+from .loss import fuse_losses, restore_losses
 
 Model = TypeVar("Model", bound=nn.Module)
 QUALIFY = ("cached", "now", "off")
 logger = logging.getLogger("lora_kernels")
 
 
-def fuse(model: Model, linears: bool = False, qualify: str = "cached") -> Model:
+def fuse(model: Model, linears: bool = False, loss: bool = False, qualify: str = "cached") -> Model:
     """Fuse the LoRA layers of a PEFT model in place, and return the model.
 
     LoRA and AdaLoRA layers compute with `lora_linear`, layers over a mixture's experts with
@@ -49,6 +50,9 @@ def fuse(model: Model, linears: bool = False, qualify: str = "cached") -> Model:
         linears: whether `nn.Linear` layers without an adapter, such as the output embedding, use
             the native GEMV for a few rows of x. It runs on CPUs, without gradients. It sums in
             another order than PyTorch and rounds once.
+        loss: whether causal language models of transformers compute their training loss by
+            `lora_linear_cross_entropy`, with an adapter on the head or without. In training with
+            labels, `outputs.logits` is then None. `model` may be without LoRA layers.
         qualify: which kernels run on a GPU, in this process: "cached", those that
             `lora_kernels.qualify` has found to be right and faster on such a card; "now", the same
             after qualifying a card of the model that has no verdict yet (about 25 s); "off", none.
@@ -57,7 +61,8 @@ def fuse(model: Model, linears: bool = False, qualify: str = "cached") -> Model:
 
     Raises:
         TypeError: `model` is not a module.
-        ValueError: `model` has no LoRA layer, or `qualify` is another word.
+        ValueError: `model` has no LoRA layer, or with `loss` no causal language model; `qualify` is
+            another word.
 
     >>> from peft import LoraConfig, get_peft_model
     >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), LoraConfig(target_modules=["0"]))
@@ -68,7 +73,7 @@ def fuse(model: Model, linears: bool = False, qualify: str = "cached") -> Model:
         want = ", ".join(map(repr, QUALIFY))
         raise ValueError(f"qualify: got {qualify!r}, want one of {want}")
     layers = list(lora_layers(model))
-    if not layers:
+    if not layers and not loss:
         raise ValueError(
             f"model: got {type(model).__name__} without LoRA layers, want a PEFT model: "
             "peft.get_peft_model(model, config) adds them"
@@ -80,6 +85,8 @@ def fuse(model: Model, linears: bool = False, qualify: str = "cached") -> Model:
             set_class(layer, _fused_class(layer))
     for linear in _plain_linears(model) if linears else ():
         set_class(linear, StreamedLinear)
+    if loss:
+        fuse_losses(model)
     _follow_verdicts(model, qualify)
     return model
 
@@ -124,6 +131,7 @@ def unfuse(model: Model) -> Model:
             for name in ("mixed_batch", "_norm", "_prepared", "_repacked", "merge_loss"):
                 vars(layer).pop(name, None)
     _restore_linears(model.modules())
+    restore_losses(model)
     return model
 
 

@@ -1,0 +1,295 @@
+"""`fuse(model, loss=True)`: causal language models whose training loss needs no logits in memory.
+
+transformers' `loss_function` receives finished logits, so the models get a forward of their own. It
+mirrors `XForCausalLM.forward` from the hidden states on, for the classes of `LOGITS`, whose
+forwards differ in what they do to the logits alone. It runs in training, if labels are given.
+Everything else goes to the class's forward: evaluation, generation, and calls for which
+`call_reason` gives a reason.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from types import MethodType
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners import lora
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..head import lora_linear_cross_entropy
+from ..quantization import Weight4bit
+from .adalora import FusedSVD
+from .adapters import Adapter, adapters_of, calls, groups, lora_bias
+from .base import readable_weight
+from .eligibility import (
+    hooks_of,
+    is_dora,
+    linear_reason,
+    patched_reason,
+    unreadable_reason,
+)
+from .frozen import StreamedLinear
+from .linear import Fused
+
+# Class of transformers -> logit_scale and logit_softcap of a model.
+_Logits = Callable[[Any], tuple[float, float | None]]
+
+
+def _plain(model: Any) -> tuple[float, float | None]:
+    return 1.0, None
+
+
+def _capped(model: Any) -> tuple[float, float | None]:
+    return 1.0, model.config.final_logit_softcapping
+
+
+def _multiplied(model: Any) -> tuple[float, float | None]:
+    return model.logit_scale, None
+
+
+def _divided(model: Any) -> tuple[float, float | None]:
+    return 1.0 / model.config.logits_scaling, None
+
+
+_PLAIN = (
+    "Arcee Cwm Ernie4_5 Exaone4 Gemma Glm Glm4 Helium Lfm2 Llama Ministral Mistral Nemotron Olmo "
+    "Olmo2 Olmo3 Phi Phi3 Qwen2 Qwen3 SeedOss SmolLM3 StableLm Starcoder2"
+)
+LOGITS: dict[str, _Logits] = {
+    f"{family}ForCausalLM": logits
+    for families, logits in (
+        (_PLAIN, _plain),
+        ("Gemma2 Gemma3 VaultGemma", _capped),
+        ("Cohere Cohere2", _multiplied),
+        ("Granite", _divided),
+    )
+    for family in families.split()
+}
+# Of `CausalLMOutputWithPast`, which older versions of transformers name otherwise.
+_OUTPUTS = ("cache", "past_key_values", "hidden_states", "attentions")
+
+
+class Head(NamedTuple):
+    """The arguments of `lora_linear_cross_entropy` that a head gives."""
+
+    weight: Tensor | Weight4bit
+    lora_A: Tensor | None
+    lora_B: Tensor | None
+    scaling: float
+    bias: Tensor | None
+    dropout_p: float
+    compute_dtype: torch.dtype | None
+
+
+def fuse_losses(model: nn.Module) -> None:
+    """Give each causal language model in `model` the forward, or mark it if it is not covered.
+
+    Raises ValueError if there is none.
+    """
+    found = list(causal_models(model))
+    if not found:
+        raise ValueError(
+            f"model: got {type(model).__name__} without a causal language model of transformers, "
+            "want one beside loss=True"
+        )
+    for _, module in found:
+        module._loss_requested = True
+        if model_reason(module) is None and not has_fused_loss(module):
+            cls: Any = type(module)
+            module.forward = MethodType(_forward_of(cls), module)
+
+
+def restore_losses(model: nn.Module) -> None:
+    """Undo `fuse_losses`."""
+    for module in model.modules():
+        for name in ("forward", "_old_forward"):  # accelerate keeps the forward that it found
+            own = vars(module).get(name)
+            if getattr(getattr(own, "__func__", None), "is_fused_loss", False):
+                if name == "forward":
+                    del module.forward
+                else:
+                    setattr(module, name, MethodType(type(module).forward, module))
+        vars(module).pop("_loss_requested", None)
+
+
+def requested_losses(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield the name and module of each model for which `fuse(loss=True)` was called."""
+    for name, module in model.named_modules():
+        if "_loss_requested" in vars(module):
+            yield name, module
+
+
+def causal_models(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield the name and module of each causal language model of transformers."""
+    from transformers import PreTrainedModel
+
+    for name, module in model.named_modules():
+        if isinstance(module, PreTrainedModel) and module.can_generate():
+            yield name, module
+
+
+def _owner(module: Any) -> str:
+    """Return the name of the class that defines the forward; "" if it is not transformers'."""
+    owner = next(cls for cls in type(module).__mro__ if "forward" in vars(cls))
+    is_transformers = owner.__module__.startswith("transformers.models.")
+    return owner.__name__ if is_transformers else ""
+
+
+def has_fused_loss(module: Any) -> bool:
+    """Return True if the module's own forward is that of this file."""
+    forward = vars(module).get("forward")
+    return getattr(getattr(forward, "__func__", None), "is_fused_loss", False)
+
+
+def model_reason(module: Any) -> str | None:
+    """Return why the loss of a causal language model is left to transformers, or None."""
+    if _owner(module) not in LOGITS:
+        return f"the forward of {type(module).__name__} is not covered in this version"
+    return None if has_fused_loss(module) else patched_reason(module)
+
+
+def call_reason(module: Any, device: torch.device, x_dtype: torch.dtype) -> str | None:
+    """Return why the next training step computes logits of hidden states in x_dtype, or None."""
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    if module.loss_function is not ForCausalLMLoss:
+        return "its loss_function was replaced"
+    reason = head_reason(module.get_output_embeddings(), device, x_dtype)
+    return None if reason is None else f"its head: {reason}"
+
+
+def head_reason(head: Any, device: torch.device, x_dtype: torch.dtype) -> str | None:
+    """Return why an output embedding is called as a module for x on this device, or None."""
+    if any(hooks_of(head)):
+        return "a hook sits on it"
+    if not isinstance(head, lora.LoraLayer):
+        return None if type(head) is StreamedLinear else unreadable_reason(head, device)
+    layer: Any = head
+    if not isinstance(layer, Fused) or isinstance(layer, FusedSVD):
+        return f"PEFT's {type(layer).__name__} is not covered here, or not fused"
+    if (reason := patched_reason(layer)) is not None:
+        return reason
+    adapters = active_adapters(layer)
+    if layer.disable_adapters and layer.merged:
+        return "its adapters are merged and disabled"
+    if adapters and layer.mixed_batch is not None:
+        return "rows name their adapters"
+    if any(is_dora(layer, adapter.name) for adapter in adapters):
+        return "DoRA, whose column scale is not covered here"
+    if adapters and (reason := linear_reason(layer, adapters, device, x_dtype)) is not None:
+        return reason
+    if len(groups(adapters, device.type, None)) > 1 and adapters:
+        return "several adapters, each with dropout of its own"
+    base: nn.Module = head.get_base_layer()
+    return unreadable_reason(base, device)
+
+
+def active_adapters(layer: Any) -> list[Adapter]:
+    """Return the adapters that a call adds to the base layer's result."""
+    return [] if layer.disable_adapters or layer.merged else adapters_of(layer)
+
+
+def head_of(head: Any, x: Tensor) -> Head:
+    """Return the arguments that an output embedding without a `head_reason` gives for x."""
+    layer: Any = head
+    is_adapted = isinstance(head, lora.LoraLayer)
+    adapters = active_adapters(layer) if is_adapted else []
+    base = layer.get_base_layer() if is_adapted else layer
+    weight, compute_dtype = readable_weight(base, x)
+    bias = base._parameters["bias"]
+    if not adapters:
+        return Head(weight, None, None, 1.0, bias, 0.0, compute_dtype)
+    if (own := lora_bias(adapters)) is not None:
+        bias = own if bias is None else bias + own
+    ((lora_A, lora_B, scaling, gate, dropout_p),) = calls(adapters, x.device.type, None)
+    if gate is not None:
+        lora_B = lora_B * gate.to(lora_B.dtype)
+    return Head(weight, lora_A, lora_B, scaling, bias, dropout_p, compute_dtype)
+
+
+@functools.cache
+def _forward_of(cls: Any) -> Any:
+    """Return the class's forward, with a loss that needs no logits in training."""
+    import inspect
+
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+    from transformers.utils.generic import can_return_tuple
+
+    names = list(inspect.signature(cls.forward).parameters)[1:]
+    outputs = [name for name in _OUTPUTS if name in CausalLMOutputWithPast.__dataclass_fields__]
+
+    @can_return_tuple  # type: ignore[untyped-decorator]
+    def run(self: Any, labels: Tensor, **kwargs: Any) -> Any:
+        found = self.model(**kwargs)
+        x, logits = found.last_hidden_state, None
+        if call_reason(self, x.device, x.dtype) is None:
+            loss = _loss(self, x, labels, **kwargs)
+        else:
+            logits = _logits(self, x)
+            sizes = {"vocab_size": self.config.vocab_size}
+            loss = self.loss_function(logits=logits, labels=labels, **sizes, **kwargs)
+        rest = {name: getattr(found, name, None) for name in outputs}
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **rest)
+
+    @functools.wraps(cls.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        kwargs.update(zip(names, args, strict=False))
+        keep = kwargs.get("logits_to_keep", 0)
+        keeps_all = isinstance(keep, int) and keep == 0
+        if kwargs.get("labels") is None or not self.training or not keeps_all:
+            return cls.forward(self, **kwargs)
+        kwargs.pop("logits_to_keep", None)
+        return run(self, kwargs.pop("labels"), **kwargs)
+
+    forward.is_fused_loss = True  # type: ignore[attr-defined]
+    return forward
+
+
+def _logits(module: Any, x: Tensor) -> Tensor:
+    """Return the logits as the class's forward does."""
+    scale, cap = LOGITS[_owner(module)](module)
+    head: Any = module.get_output_embeddings()
+    logits: Tensor = head(x)
+    if scale != 1.0:
+        logits = logits * scale
+    return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def _loss(
+    module: Any,
+    x: Tensor,
+    labels: Tensor,
+    num_items_in_batch: Tensor | int | None = None,
+    ignore_index: int = -100,
+    shift_labels: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """Return `ForCausalLMLoss` of the hidden states x [..., S, K] and labels [..., S]."""
+    head = head_of(module.get_output_embeddings(), x)
+    weight, lora_A, lora_B, scaling, bias, dropout_p, compute_dtype = head
+    scale, cap = LOGITS[_owner(module)](module)
+    if shift_labels is None:
+        shift_labels = functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    loss = lora_linear_cross_entropy(
+        x,
+        weight,
+        lora_A,
+        lora_B,
+        shift_labels.to(x.device),
+        scaling,
+        bias,
+        ignore_index=ignore_index,
+        logit_softcap=cap,
+        logit_scale=scale,
+        reduction="mean" if num_items_in_batch is None else "sum",
+        dropout_p=dropout_p,
+        compute_dtype=compute_dtype,
+    )
+    if num_items_in_batch is None:
+        return loss
+    if isinstance(num_items_in_batch, Tensor):
+        num_items_in_batch = num_items_in_batch.to(loss.device)
+    return loss / num_items_in_batch

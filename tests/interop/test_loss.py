@@ -1,0 +1,296 @@
+"""`fuse(model, loss=True)`: transformers' losses and gradients, and the rest as before."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import inspect
+import textwrap
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from lora_kernels.peft import explain, fuse, unfuse
+from lora_kernels.peft import loss as losses
+from tests.support.peft_models import ALPHA, IDS, TINY, R, activate, add_adapter, randomize
+
+LABELS = IDS.clone()
+LABELS[0, :4] = -100
+CLASSES = [name for name in losses.LOGITS if hasattr(transformers, name)]
+
+
+def causal_model(
+    name: str = "LlamaForCausalLM", dtype: Any = torch.float32, **settings: Any
+) -> Any:
+    torch.manual_seed(0)
+    cls = getattr(transformers, name)
+    more = {"pad_token_id": 0, "head_dim": 6, "logit_scale": 0.5, "logits_scaling": 3.0}
+    if cls.config_class.model_type.startswith(("gemma2", "gemma3", "vault")):
+        more["final_logit_softcapping"] = 2.0
+    if name == "PhiForCausalLM":
+        more = {"hidden_size": 32}  # half of a head of 8 is rotated
+    if name == "SeedOssForCausalLM":
+        more |= {"attention_dropout": 0.0, "residual_dropout": 0.0}
+    config = cls.config_class(**TINY | more | settings)
+    config._attn_implementation = "eager"
+    return cls(config).to(dtype)
+
+
+def adapted(model: Any, targets: Any = ("lm_head", "q_proj"), **config: Any) -> Any:
+    settings = {"r": R, "lora_alpha": ALPHA, "target_modules": [*targets]} | config
+    peft_model = get_peft_model(model, LoraConfig(**settings))
+    randomize(peft_model)
+    return peft_model
+
+
+def step(model: Any, **inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the loss, and each gradient by name."""
+    model.zero_grad()
+    given = {"input_ids": IDS, "labels": LABELS} | inputs
+    loss = model(**given).loss
+    loss.backward()
+    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return loss.detach(), grads
+
+
+def assert_same_step(ours: Any, theirs: Any, **inputs: Any) -> None:
+    """float32 sums of up to 61 terms in another order."""
+    (loss, grads), (want, wanted) = step(ours, **inputs), step(theirs, **inputs)
+    torch.testing.assert_close(loss, want, rtol=1e-6, atol=1e-7)
+    assert grads.keys() == wanted.keys() and grads
+    for name, grad in grads.items():
+        scale = wanted[name].abs().max().item()
+        torch.testing.assert_close(grad, wanted[name], rtol=1e-5, atol=1e-5 * scale, msg=name)
+
+
+def is_logit_free(model: Any) -> bool:
+    return model(input_ids=IDS, labels=LABELS).logits is None
+
+
+def pair(model: Any) -> tuple[Any, Any]:
+    return fuse(copy.deepcopy(model), loss=True), model
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_loss_of_each_class_and_its_gradients_are_transformers(name: str) -> None:
+    model = causal_model(name)
+    targets = [n for n, m in model.named_modules() if n == "lm_head" or "layers.0" in n]
+    linears = [n for n in targets if isinstance(model.get_submodule(n), nn.Linear)]
+    ours, theirs = pair(adapted(model, linears).train())
+    assert is_logit_free(ours)
+    assert_same_step(ours, theirs)
+    assert_same_step(ours, theirs, num_items_in_batch=torch.tensor(31))
+
+
+def _forward_body(cls: Any) -> str:
+    """Return the forward's code after the hidden states, without its spelling of the loss."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(cls.forward)))
+    lines = [ast.unparse(line) for line in tree.body[0].body]  # type: ignore[attr-defined]
+    start = next(i for i, line in enumerate(lines) if line.startswith("hidden_states = "))
+    text = "\n".join(lines[start:])
+    text = text.replace("self.config.vocab_size", "self.vocab_size")
+    return text.replace("logits=logits, labels=labels, ", "logits, labels, ").replace(
+        "vocab_size=self.vocab_size, ", "self.vocab_size, "
+    )
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_forward_of_each_class_differs_from_llamas_in_the_logits_alone(name: str) -> None:
+    """A version of transformers that changes one of these forwards fails here."""
+    cap = "self.config.final_logit_softcapping"
+    added = {
+        losses._plain: "",
+        losses._multiplied: "logits = logits * self.logit_scale\n",
+        losses._divided: "logits = logits / self.config.logits_scaling\n",
+        losses._capped: (
+            f"if {cap} is not None:\n    logits = logits / {cap}\n"
+            f"    logits = torch.tanh(logits)\n    logits = logits * {cap}\n"
+        ),
+    }[losses.LOGITS[name]]
+    want = _forward_body(transformers.LlamaForCausalLM)
+    want = want.replace("\nloss = None", f"\n{added}loss = None")
+    assert _forward_body(getattr(transformers, name)) == want
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("targets", [["q_proj"], ["lm_head"]], ids=str)
+def test_loss_with_and_without_an_adapter_on_the_head(targets: list[str], tied: bool) -> None:
+    model = causal_model(tie_word_embeddings=tied)
+    ours, theirs = pair(adapted(model, targets, ensure_weight_tying=False).train())
+    assert is_logit_free(ours)
+    assert_same_step(ours, theirs)
+
+
+def test_loss_of_a_model_that_trains_whole_has_its_gradients() -> None:
+    """With tied embeddings, whose gradient has two parts."""
+    ours, theirs = pair(causal_model(tie_word_embeddings=True).train())
+    assert is_logit_free(ours)
+    assert_same_step(ours, theirs)
+
+
+def test_loss_of_several_adapters_and_a_lora_bias_is_pefts() -> None:
+    model = adapted(causal_model(), lora_bias=True)
+    add_adapter(model, r=3, lora_alpha=4)
+    ours, theirs = pair(activate(model, "default", "second").train())
+    assert is_logit_free(ours)
+    assert_same_step(ours, theirs)
+
+
+def test_loss_arguments_are_passed_on() -> None:
+    ours, theirs = pair(adapted(causal_model()).train())
+    shifted = torch.nn.functional.pad(LABELS, (0, 1), value=-100)[:, 1:].contiguous()
+    shifted[1, 3] = 7
+    for inputs in (
+        {"shift_labels": shifted},
+        {"labels": IDS, "ignore_index": int(IDS[1, 2])},
+        {"num_items_in_batch": 5},
+        {"attention_mask": (torch.arange(9) > 2).long().expand(2, -1)},
+        {"use_cache": False},
+    ):
+        assert is_logit_free(ours)
+        assert_same_step(ours, theirs, **inputs)
+
+
+def test_positional_arguments_and_outputs_are_transformers() -> None:
+    ours, theirs = (m.get_base_model() for m in pair(adapted(causal_model()).train()))
+    got, want = (m(IDS, None, labels=LABELS, output_hidden_states=True) for m in (ours, theirs))
+    assert [*got] == [name for name in want if name != "logits"]
+    torch.testing.assert_close(got.hidden_states[-1], want.hidden_states[-1])
+    first, *_ = ours(IDS, labels=LABELS, return_dict=False)
+    assert torch.equal(first, got.loss)
+    assert inspect.signature(ours.forward) == inspect.signature(theirs.forward)
+
+
+def test_evaluation_and_logits_to_keep_have_logits_as_before() -> None:
+    ours, theirs = pair(adapted(causal_model()).train())
+    for inputs in ({"input_ids": IDS}, {"input_ids": IDS, "logits_to_keep": 2}):
+        torch.testing.assert_close(ours(**inputs).logits, theirs(**inputs).logits)
+    kept = {"input_ids": IDS, "labels": LABELS[:, -3:], "logits_to_keep": 3}
+    torch.testing.assert_close(ours(**kept).logits, theirs(**kept).logits)
+    got, want = (m.eval()(input_ids=IDS, labels=LABELS) for m in (ours, theirs))
+    torch.testing.assert_close(got.logits, want.logits)
+    torch.testing.assert_close(got.loss, want.loss)
+
+
+def test_loss_of_dropout_on_the_head_draws_a_mask() -> None:
+    model = fuse(adapted(causal_model(), ["lm_head"], lora_dropout=0.5).train(), loss=True)
+    torch.manual_seed(3)
+    first, grads = step(model)
+    again, _ = step(model)
+    torch.manual_seed(3)
+    third, wanted = step(model)
+    assert first != again and torch.equal(first, third)
+    assert all(torch.equal(grads[name], wanted[name]) for name in grads)
+
+
+def _hooked(model: Any) -> None:
+    model.base_model.model.lm_head.register_forward_hook(lambda *args: None)
+
+
+def _patched(model: Any) -> None:
+    head = model.base_model.model.lm_head
+    head.forward = lambda x: type(head).forward(head, x)
+
+
+def _replaced_loss(model: Any) -> None:
+    causal = model.base_model.model
+    causal.loss_function = lambda *args, **kwargs: 2 * losses_of(*args, **kwargs)
+
+
+def losses_of(*args: Any, **kwargs: Any) -> Tensor:
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    found: Tensor = ForCausalLMLoss(*args, **kwargs)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("change", "config", "reason"),
+    [
+        (_hooked, {}, "a hook sits on it"),
+        (_patched, {}, "its forward was replaced"),
+        (_replaced_loss, {}, "its loss_function was replaced"),
+        (None, {"use_dora": True}, "DoRA, whose column scale is not covered here"),
+    ],
+)
+def test_loss_that_needs_logits_computes_them_and_explain_says_why(
+    change: Any, config: Any, reason: str
+) -> None:
+    ours, theirs = pair(adapted(causal_model("CohereForCausalLM"), **config).train())
+    for model in (ours, theirs):
+        if change is not None:
+            change(model)
+    assert not is_logit_free(ours)
+    assert_same_step(ours, theirs)
+    (row,) = explain(ours).losses
+    assert (row.layer, row.state) == ("base_model.model.loss", "not fused")
+    assert row.reason.endswith(reason)
+
+
+def test_explain_and_json_have_the_loss() -> None:
+    model = adapted(causal_model())
+    assert explain(model).losses == []
+    fuse(model, loss=True)
+    (row,) = explain(model).losses
+    assert (row.state, row.backend) == ("fused", "cpu") and "rows of logits at a time" in row.reason
+    assert "base_model.model.loss" in str(explain(model)) and '"losses"' in explain(model).json()
+    explain(model).assert_fused()
+    assert explain(unfuse(model)).losses == []
+
+
+def test_unknown_forward_is_refused_with_the_reason() -> None:
+    class Mine(transformers.LlamaForCausalLM):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return super().forward(*args, **kwargs)
+
+    torch.manual_seed(0)
+    mine = adapted(Mine(transformers.LlamaConfig(**TINY))).train()
+    fuse(mine, loss=True)
+    assert not is_logit_free(mine)
+    with pytest.raises(RuntimeError, match="the forward of Mine is not covered"):
+        explain(mine).assert_fused()
+    with pytest.raises(ValueError, match="without a causal language model"):
+        fuse(nn.Linear(2, 2), loss=True)
+
+
+def test_unfuse_restores_the_forward() -> None:
+    model = adapted(causal_model()).train()
+    causal = model.get_base_model()
+    assert is_logit_free(fuse(model, loss=True))
+    assert is_logit_free(fuse(model))  # fused before
+    unfuse(model)
+    assert "forward" not in vars(causal) and not is_logit_free(model)
+
+
+def test_copy_of_a_fused_model_is_fused_by_itself() -> None:
+    model = fuse(adapted(causal_model()).train(), loss=True)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.get_base_model().lm_head.base_layer.weight.zero_()
+    assert is_logit_free(other) and step(other)[0] != step(model)[0]
+
+
+def test_loss_compiled_whole_has_the_same_gradients() -> None:
+    model = fuse(adapted(causal_model()).train(), loss=True)
+    want, wanted = step(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    model.zero_grad()
+    loss = compiled(input_ids=IDS, labels=LABELS, use_cache=False).loss
+    loss.backward()
+    torch.testing.assert_close(loss.detach(), want)
+    for name, p in model.named_parameters():
+        if name in wanted:
+            torch.testing.assert_close(p.grad, wanted[name])
+
+
+def test_loss_under_autocast_is_transformers_in_its_dtype() -> None:
+    """u of bfloat16 is 2⁻⁸; losses of 4.1 are averages of errors of some u."""
+    ours, theirs = pair(adapted(causal_model()).train())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got, want = (m(input_ids=IDS, labels=LABELS).loss for m in (ours, theirs))
+    assert got.dtype is want.dtype is torch.float32
+    torch.testing.assert_close(got, want, rtol=2**-8, atol=0)

@@ -1,0 +1,93 @@
+"""LoRA on SmolLM2's lm_head, on real prose: gradients of the whole model, memory of the head."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from torch.nn import functional as F
+
+import lora_kernels
+from lora_kernels.bench.memory import peak
+from lora_kernels.finetune.inputs import demo_model, demo_text
+from lora_kernels.finetune.model import load_base, load_tokenizer
+from lora_kernels.peft import explain, fuse
+
+V, K, R, SCALING = 49152, 576, 16, 2.0
+
+
+@pytest.mark.slow
+def test_gradients_of_smollm2_with_lora_on_its_head_are_pefts() -> None:
+    """To 1e-4 of each gradient's norm; the embeddings are tied to the head."""
+    torch.manual_seed(0)
+    base = load_base(demo_model(), torch.float32, torch.device("cpu"))
+    config = LoraConfig(r=R, lora_alpha=32, target_modules=["q_proj", "down_proj", "lm_head"])
+    stock: Any = get_peft_model(base, config)
+    with torch.no_grad():
+        for name, p in stock.named_parameters():
+            if "lora_B" in name:
+                p.normal_(std=0.02)
+    text = demo_text().read_text(encoding="utf-8")[20_000:22_000]
+    ids = load_tokenizer(demo_model())(text, return_tensors="pt")["input_ids"][:, :96].view(2, 48)
+    labels = ids.clone()
+    labels[0, :20] = -100
+    ours = fuse(copy.deepcopy(stock), loss=True)
+    explain(ours).assert_fused()
+    found = []
+    for model in (ours, stock):
+        loss = model.train()(input_ids=ids, labels=labels).loss
+        loss.backward()
+        grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        found.append((loss.item(), grads))
+    (loss, grads), (want, wanted) = found
+    assert loss == pytest.approx(want, rel=1e-5)
+    assert grads.keys() == wanted.keys() and any("lm_head.lora_A" in name for name in grads)
+    for name, grad in wanted.items():
+        assert (grads[name] - grad).norm() <= 1e-4 * grad.norm(), name
+
+
+def head_inputs(M: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator) / shape[-1] ** 0.5
+
+    return {
+        "x": draw(M, K).requires_grad_(),
+        "weight": draw(V, K),
+        "lora_A": draw(R, K).requires_grad_(),
+        "lora_B": draw(V, R).requires_grad_(),
+        "labels": torch.randint(0, V, (M,), generator=generator),
+    }
+
+
+def loss_of_logits(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, labels: Any) -> Any:
+    logits = x @ weight.T + (x @ lora_A.T) @ lora_B.T * SCALING
+    return F.cross_entropy(logits, labels)
+
+
+def ours(**args: Any) -> Tensor:
+    return lora_kernels.lora_linear_cross_entropy(**args, scaling=SCALING)
+
+
+def ours_log_probs(**args: Any) -> Tensor:
+    found = lora_kernels.lora_linear_log_probs(**args, scaling=SCALING, outputs=())
+    return -found.log_probs.mean()
+
+
+@pytest.mark.parametrize("M", [512, pytest.param(2048, marks=pytest.mark.proof)])
+def test_peak_memory_of_smollm2s_head_falls_by_most_of_three_times_its_logits(M: int) -> None:
+    args = head_inputs(M)
+
+    def step(loss: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        leaves = [args[name] for name in ("x", "lora_A", "lora_B")]
+        return torch.autograd.grad(loss(**args), leaves)
+
+    theirs = peak(lambda: step(loss_of_logits))
+    for call in (ours, ours_log_probs):
+        assert theirs - peak(lambda call=call: step(call)) >= 0.6 * 3 * M * V * 4  # type: ignore[misc]

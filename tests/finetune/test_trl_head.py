@@ -1,0 +1,170 @@
+"""TRL's trainers after `patch()`, with LoRA on lm_head, beside logits that PEFT's head computes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.finetune.tiny import llama, tokenizer
+
+pytest.importorskip("trl", exc_type=ImportError)
+import trl as their_trl
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import TrainerCallback
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl.trainer import dpo_trainer, sft_trainer, utils
+
+from lora_kernels.integrations import trl
+
+STEPS = 2
+SETTINGS: dict[str, Any] = {"max_steps": STEPS, "learning_rate": 0.01, "optim": "sgd"}
+SETTINGS |= {"per_device_train_batch_size": 4, "lr_scheduler_type": "constant", "use_cpu": True}
+SETTINGS |= {"bf16": False, "report_to": [], "logging_steps": 1, "save_strategy": "no"}
+SETTINGS |= {"disable_tqdm": True, "max_length": 64}
+MODULES = (sft_trainer, dpo_trainer, utils)
+
+
+@pytest.fixture
+def patched() -> Iterator[None]:
+    trl.patch()
+    yield
+    trl.unpatch()
+
+
+class PlainHead:
+    """The log-probabilities of the logits that the head, an unfused module of PEFT, returns."""
+
+    @staticmethod
+    def apply(
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Any,
+        targets: Tensor,
+        temperature: float,
+        chunk: int,
+        cap: float | None,
+        scale: float,
+        outputs: tuple[str, ...],
+    ) -> tuple[Tensor, ...]:
+        from lora_kernels.peft import unfuse
+
+        assert temperature == scale == 1.0 and cap is None
+        head = trl._head.get()
+        z = unfuse(head)(hidden)
+        log_p = z.log_softmax(-1)
+        return (
+            log_p.gather(1, targets[:, None])[:, 0],
+            -(log_p.exp() * log_p).sum(1),
+            (2 * log_p).logsumexp(1).detach(),
+            z.mean(1).detach(),
+            z.argmax(1) == targets,
+        )
+
+
+class Noted(TrainerCallback):
+    def __init__(self, model: Any) -> None:
+        self.model, self.results = model, dict[str, Tensor]()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for name, p in self.model.named_parameters():
+            if p.grad is not None:
+                self.results[f"{state.global_step} {name}"] = p.grad.clone()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        for name in ("loss", "entropy", "mean_token_accuracy", "logits/chosen", "eval_loss"):
+            if name in logs:
+                self.results[f"{state.global_step} {name}"] = torch.tensor(float(logs[name]))
+
+
+def lora(**config: Any) -> LoraConfig:
+    return LoraConfig(r=3, lora_alpha=7, target_modules=["q_proj", "lm_head"], **config)
+
+
+def sft(out: Path, **changes: Any) -> Any:
+    args = SFTConfig(str(out), completion_only_loss=True, **SETTINGS)
+    data = {"prompt": [f"{i} squared? " for i in range(8)], "completion": ["It is."] * 8}
+    rows = Dataset.from_dict(data)
+    more = {"eval_dataset": rows.select(range(3)), "peft_config": lora(**changes)}
+    return SFTTrainer(llama(), args, train_dataset=rows, processing_class=tokenizer(), **more)
+
+
+def dpo(out: Path, **changes: Any) -> Any:
+    pairs = {
+        "prompt": [f"{i} squared? " for i in range(8)],
+        "chosen": [f"It is {i * i}." for i in range(8)],
+        "rejected": [f"No, {i * i + 1}." for i in range(8)],
+    }
+    args = DPOConfig(str(out), loss_type=["sigmoid"], use_weighting=True, **SETTINGS)
+    more = {"processing_class": tokenizer(), "peft_config": lora(**changes)}
+    return DPOTrainer(llama(), args=args, train_dataset=Dataset.from_dict(pairs), **more)
+
+
+def results(trainer: Any) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, p in trainer.model.named_parameters():
+            if ".lora_" in name:
+                p.copy_(0.1 * torch.randn(p.shape, generator=generator))
+    noted = Noted(trainer.model)
+    trainer.add_callback(noted)
+    trainer.train()
+    if trainer.eval_dataset is not None:
+        trainer.evaluate()
+    return noted.results
+
+
+@pytest.mark.parametrize("make", [sft, dpo])
+def test_trainer_of_a_head_with_lora_has_the_losses_and_gradients_of_its_logits(
+    make: Any, tmp_path: Path, patched: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    got = results(make(tmp_path / "ours"))
+    monkeypatch.setattr(utils, "_ChunkedLogProbFunction", PlainHead)
+    want = results(make(tmp_path / "plain"))
+    assert got.keys() == want.keys()
+    assert sum("lm_head.lora_" in name for name in got) == 2 * STEPS
+    for name, value in want.items():
+        scale = value.abs().max().item()
+        assert value.norm() > 0 or "accuracy" in name, name
+        torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-4 * scale, msg=name)
+
+
+def test_patch_is_undone_and_may_be_called_again() -> None:
+    before = [vars(module).copy() for module in MODULES]
+    trl.patch()
+    trl.patch()
+    assert sft_trainer.add_fused_lm_head is not before[0]["add_fused_lm_head"]
+    trl.unpatch()
+    trl.unpatch()
+    assert all(vars(module) == was for module, was in zip(MODULES, before, strict=True))
+
+
+@pytest.mark.parametrize("make", [sft, dpo])
+def test_trainer_without_patch_refuses_a_head_with_lora(make: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="adapter to `lm_head` is not supported"):
+        make(tmp_path)
+
+
+def test_trainer_refuses_an_adapter_that_is_not_covered(tmp_path: Path, patched: None) -> None:
+    with pytest.raises(ValueError, match="on its head, which is not covered: DoRA"):
+        sft(tmp_path, use_dora=True)
+
+
+def test_unpatch_before_training_raises(tmp_path: Path) -> None:
+    trl.patch()
+    trainer = sft(tmp_path)
+    trl.unpatch()
+    with pytest.raises(RuntimeError, match="unpatch was called"):
+        trainer.train()
+
+
+def test_patch_of_an_unknown_version_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(their_trl, "__version__", "1.17.2")
+    with pytest.raises(RuntimeError, match=r"got TRL 1\.17\.2, want one of 1\.16"):
+        trl.patch()
+    assert not trl._replaced

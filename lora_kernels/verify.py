@@ -27,10 +27,11 @@ from torch import nn
 from . import selection
 from .backends import cpu, cpu_heuristics, triton
 from .backends.triton import configs
-from .bench import baselines, experts_case, multi, progress
+from .bench import baselines, experts_case, head_case, multi, progress
 from .bench import case as cases
 from .bench.case import Case, Expected, dtype_name
 from .bench.experts_case import ExpertsCase
+from .bench.head_case import HeadCase
 from .bench.tolerance import Verdict
 from .quantization import Weight4bit
 
@@ -57,6 +58,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     # Rows sorted by expert: of `ExpertsCase`, the same.
     "experts": {},
     "experts nf4": {"quant": "nf4-64"},
+    # A head's loss and log-probabilities, of `HeadCase`, the same.
+    "head": {},
+    "head nf4": {"quant": "nf4-64"},
 }
 GPU_ENGINES = ("triton ", "cuda ", cases.EAGER_CUDA)  # how their names begin
 SHAPES: Shapes = ((70, 257, 100, 13), (1, 65, 63, 5))  # M, N, K, R: no multiples of a tile
@@ -151,8 +155,7 @@ def judge_option(shapes: Shapes, dtypes: Dtypes, option: str, name: str) -> Line
     fields, device = OPTIONS[option], "cpu"
     if name.startswith(GPU_ENGINES):
         device = cases.triton_device() if name.startswith("triton ") else "cuda"
-    if option.startswith(("adapters", "experts")):
-        judge = judge_adapters if option.startswith("adapters") else judge_experts
+    if (judge := JUDGES.get(option.partition(" ")[0])) is not None:
         return None if name.startswith(GPU_ENGINES) else judge(dtypes, option, name)
     verdicts: dict[str, Verdict] = {}
     for M, N, K, R in (shapes[0], FEW_ROWS, *shapes[2:]) if "quant" in fields else shapes:
@@ -184,6 +187,26 @@ def judge_experts(dtypes: Dtypes, option: str, name: str) -> Line:
     with cases.engine(name):
         verdicts = {f"{case}/{output}": v for output, v in experts_case.judge(case).items()}
     return _line(name, dtypes, option, verdicts)
+
+
+def judge_head(dtypes: Dtypes, option: str, name: str) -> Line:
+    """The verdict on each output of a head's loss and of its log-probabilities."""
+    verdicts: dict[str, Verdict] = {}
+    for of in ("mean", "none", "log_probs"):
+        case = HeadCase(23, 65, 64, 5, of, label_smoothing=0.1, chunk_rows=5, **OPTIONS[option])
+        case = replace(case, dtype=dtypes[0], adapter_dtype=dtypes[1], logit_softcap=3.0)
+        with cases.engine(name):
+            judged = head_case.judge(case)
+        verdicts |= {f"{case}/{output}": v for output, v in judged.items()}
+    return _line(name, dtypes, option, verdicts)
+
+
+# First word of an option -> its judge; `cases.judge` for all others.
+JUDGES: dict[str, Callable[[Dtypes, str, str], Line]] = {
+    "adapters": judge_adapters,
+    "experts": judge_experts,
+    "head": judge_head,
+}
 
 
 def _line(name: str, dtypes: Dtypes, option: str, verdicts: dict[str, Verdict]) -> Line:

@@ -1,7 +1,7 @@
 """`lora-kernels bench`: its options, and the run of one of its suites.
 
-`dense`, `quantized`, `variants`, `experts`, `memory` and `traffic` are the suites; `compare`
-compares two runs of one.
+`dense`, `quantized`, `variants`, `experts`, `head`, `memory` and `traffic` are the suites;
+`compare` compares two runs of one.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from . import compare, models, outputs
 from .dense import Layers
 from .experts import Experts
+from .head import Head
 from .memory import Memory
 from .quantized import Codes
 from .results import Result, Row, Suite
@@ -30,6 +31,7 @@ SUITES: tuple[Suite, ...] = (
     Codes(),
     Variants(),
     Experts(),
+    Head(),
     Memory(),
     Count(),
     Layers(),
@@ -76,6 +78,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("variants", text + "on a CPU", instead, action="store_true")
     text = "time LoRA on the experts of mixtures instead, beside transformers' frozen experts and "
     add("experts", text + "PEFT's; on a CPU", instead, action="store_true")
+    text = "time a step of a language model's head with LoRA and its loss instead, beside "
+    add("head", text + "PyTorch's and TRL's; on a CPU", instead, action="store_true")
     text = "count the bytes that layers, and a small Llama, hold for the backward instead"
     add("memory", text, instead, action="store_true")
     text = "count the memory traffic, kernels and peak memory of a layer on a GPU instead, ours "

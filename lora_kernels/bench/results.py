@@ -42,6 +42,7 @@ LIKE = {
     "PEFT's LoRA": "LoRA",
     "PEFT's, 4": "ours, 4",
     "PEFT's, 1": "ours, 1",
+    "trl, no adapter": "ours, no adapter",
 }
 # Variant -> its baseline; "PEFT's" for all others.
 VARIANTS = {"row norm": "PEFT's expression", "DoRA step": "PEFT's LoRA", "16 adapters": "PEFT's, 1"}
@@ -122,9 +123,10 @@ class Row:
 
     @property
     def kind(self) -> str:
-        """The suite of the row: "layers", "4-bit", "experts" or "variants"."""
-        if self.what and self.what.startswith("experts"):
-            return "experts"
+        """The suite of the row: "layers", "4-bit", "experts", "head" or "variants"."""
+        for kind in ("experts", "head"):
+            if self.what and self.what.startswith(kind):
+                return kind
         return "4-bit" if self.quant_type else "variants" if self.what else "layers"
 
     @property
@@ -152,6 +154,8 @@ class Row:
         if self.kind == "4-bit":
             streamed = self.mode == "forward" and self.M <= STREAMED_ROWS
             return "stream" if streamed else "dense"
+        if self.kind == "head":
+            return "pytorch"
         return VARIANTS.get(self.what or "", "PEFT's") if self.kind == "variants" else FROZEN
 
     @property

@@ -93,7 +93,8 @@ def _add_fused_lm_head(trls_own: Any, model: Any, *args: Any, **kwargs: Any) -> 
     """
     head: Any = model.get_output_embeddings()
     if isinstance(head, lora.LoraLayer):
-        fuse(nn.ModuleList([head]))
+        holder: Any = [head]
+        fuse(nn.ModuleList(holder))
         weight: Any = head.get_base_layer().weight
         reason = head_reason(head, weight.device, model.dtype)
         if reason is not None:

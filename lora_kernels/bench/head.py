@@ -1,0 +1,172 @@
+"""`lora-kernels bench --head`: a training step of a language model's head with LoRA.
+
+A step is forward and backward of the loss, with gradients of x and of the adapter. "loss" is the
+cross-entropy, "log_probs" the labels' log-probabilities. Beside ours:
+
+- "pytorch": the head of PEFT, unfused, and PyTorch's loss of its logits in float32;
+- "compiled": the same expressions under `torch.compile`;
+- "trl, no adapter": TRL's chunked head, which reads the weight and drops an adapter; "ours, no
+  adapter" does the same work.
+
+Liger's loss has no CPU kernel. Errors are rms of dx, relative to float64 on the first rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Collection, Iterator
+from functools import partial
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..core import reference
+from ..head import lora_linear_cross_entropy, lora_linear_log_probs
+from . import baselines, memory, tolerance
+from .results import Facts, Row, Suite
+
+RANK, SCALING = 16, 2.0
+JUDGED_ROWS = 16  # of x, for the errors
+
+
+class Shape(NamedTuple):
+    """A model's head: rows of x in a step, hidden size, vocabulary."""
+
+    model: str
+    M: int
+    K: int
+    V: int
+
+
+SHAPES = (Shape("smollm2-135m", 2048, 576, 49152), Shape("qwen2.5-0.5b", 1024, 896, 151936))
+MODES = ("loss", "log_probs")
+Loss = Callable[[Tensor], Tensor]
+
+
+def inputs(shape: Shape, dtype: torch.dtype) -> dict[str, Any]:
+    """Return x, weight, adapters in float32 as PEFT has them, and labels."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*sizes: int) -> Tensor:
+        return torch.randn(sizes, generator=generator) / sizes[-1] ** 0.5
+
+    return {
+        "x": draw(shape.M, shape.K).to(dtype).requires_grad_(),
+        "weight": draw(shape.V, shape.K).to(dtype),
+        "lora_A": draw(RANK, shape.K).requires_grad_(),
+        "lora_B": draw(shape.V, RANK).requires_grad_(),
+        "labels": torch.randint(0, shape.V, (shape.M,), generator=generator),
+    }
+
+
+def loss_of_logits(logits: Tensor, labels: Tensor, mode: str) -> Tensor:
+    """Return PyTorch's loss: the cross-entropy, or the mean of the negative log-probabilities."""
+    if mode == "loss":
+        loss: Tensor = F.cross_entropy(logits.float(), labels)
+        return loss
+    log_probs: Tensor = logits.float().log_softmax(-1).gather(1, labels[:, None])
+    return -log_probs.mean()
+
+
+def losses(args: dict[str, Any], mode: str) -> dict[str, Loss]:
+    """Return each call as a function of x."""
+    weight, A, B, labels = (args[name] for name in ("weight", "lora_A", "lora_B", "labels"))
+    whole = {**args, "scaling": SCALING, "bias": None, "dropout_p": 0.0}
+    peft, eager = baselines.build_layer(whole), baselines.eager(whole)
+    arguments = {name: whole[name] for name in ("weight", "lora_A", "lora_B", "scaling")}
+
+    def pytorch(x: Tensor) -> Tensor:
+        return loss_of_logits(peft(x), labels, mode)
+
+    def as_written(x: Tensor) -> Tensor:
+        return loss_of_logits(eager(x, **arguments), labels, mode)
+
+    def ours(x: Tensor, A: Tensor | None = A, B: Tensor | None = B) -> Tensor:
+        if mode == "loss":
+            return lora_linear_cross_entropy(x, weight, A, B, labels, SCALING)
+        return -lora_linear_log_probs(x, weight, A, B, labels, SCALING, outputs=()).log_probs.mean()
+
+    found: dict[str, Loss] = {"ours": ours, "pytorch": pytorch}
+    if baselines.no_compiler("cpu") is None and args["x"].dtype is torch.float32:
+        found["compiled"] = torch.compile(as_written, dynamic=False)
+    found["ours, no adapter"] = partial(ours, A=None, B=None)
+    if find_spec("trl") is not None:
+        found["trl, no adapter"] = partial(_trl, weight=weight, labels=labels)
+    return found
+
+
+def _trl(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    from trl.kernels import ChunkedLogProbFunction
+    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
+
+    found = ChunkedLogProbFunction.apply(
+        x, weight, None, labels, 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ("log_probs",)
+    )
+    loss: Tensor = -found[0].mean()
+    return loss
+
+
+def rows(shape: Shape, dtype: torch.dtype, seconds: float) -> Iterator[Row]:
+    """Time a step of each mode, and count its bytes."""
+    args = inputs(shape, dtype)
+    leaves = [args[name] for name in ("x", "lora_A", "lora_B")]
+    for mode in MODES:
+        calls: dict[str, Callable[[], object]] = {}
+        row = Row(
+            what=f"head {shape.model}",
+            dtype=str(dtype).removeprefix("torch."),
+            M=shape.M,
+            K=shape.K,
+            N=shape.V,
+            R=RANK,
+            mode=mode,
+        )
+        for name, loss in losses(args, mode).items():
+            own = leaves[:1] if name.endswith("no adapter") else leaves
+            calls[name] = partial(_step, loss, own)
+            if name != "compiled":  # the profiler does not see its buffers
+                forward = partial(loss, args["x"])
+                there = [t for t in args.values() if isinstance(t, Tensor)]
+                row.bytes[name] = sum(memory.held(forward, there=there).values())
+                row.peak_bytes[name] = memory.peak(calls[name])
+        errors = _errors(args, mode)
+        u = tolerance.unit_roundoff(dtype)
+        row.judge(errors, errors["pytorch"], u, (shape.K, shape.V, shape.V))
+        yield row.time(calls, seconds)
+
+
+def _step(loss: Loss, leaves: list[Tensor]) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(loss(leaves[0]), leaves)
+
+
+def _errors(args: dict[str, Any], mode: str) -> dict[str, float]:
+    few = {name: args[name].detach()[:JUDGED_ROWS] for name in ("x", "labels")}
+    args = {**args, **few}
+    args["x"] = args["x"].requires_grad_()
+    wide = {name: args[name].detach().double() for name in ("x", "weight", "lora_A", "lora_B")}
+    wide["x"].requires_grad_()
+    loss = reference.lora_linear_cross_entropy(**wide, labels=args["labels"], scaling=SCALING)
+    (want,) = torch.autograd.grad(loss, wide["x"])
+    calls = losses(args, mode)
+    errors = {}
+    for name in ("ours", "pytorch"):
+        (dx,) = torch.autograd.grad(calls[name](args["x"]), args["x"])
+        errors[name] = tolerance.rms_error(dx, want)
+    return errors
+
+
+class Head(Suite):
+    """LoRA on a language model's head, with its loss."""
+
+    kind, option = "head", "head"
+    unused = "shapes model rows ranks dropout device"
+
+    def rows(self, args: argparse.Namespace, facts: Facts, only: Collection[str]) -> Iterator[Row]:
+        for name in args.dtypes:
+            for shape in SHAPES:
+                for row in rows(shape, getattr(torch, name), args.seconds):
+                    if not only or row.identity in only:
+                        yield row

@@ -1,0 +1,46 @@
+"""`bench --head` on a head small enough for a test."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from lora_kernels.bench import head
+from lora_kernels.bench.head import Shape
+
+pytest.importorskip("trl", exc_type=ImportError)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Two threads that wait for each other crawl on a machine that is busy otherwise."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_head_rows_time_every_call_and_count_its_bytes(dtype: torch.dtype) -> None:
+    found = [*head.rows(Shape("tiny", 300, 24, 2000), dtype, seconds=0.01)]
+    assert [row.mode for row in found] == ["loss", "log_probs"]
+    peers = ["pytorch", "compiled"] if dtype is torch.float32 else ["pytorch"]
+    names = ["ours", *peers, "ours, no adapter", "trl, no adapter"]
+    for row in found:
+        assert row.kind == "head" and row.yardstick == "pytorch"
+        assert not row.misses and row.judged == ["ours"]
+        assert list(row.seconds) == names
+        assert row.peak_bytes["ours"] < row.peak_bytes["pytorch"]
+        assert "head tiny" in str(row)
+
+
+def test_head_losses_agree() -> None:
+    """float32 sums of 500 terms in another order."""
+    args = head.inputs(Shape("tiny", 30, 24, 500), torch.float32)
+    for mode in head.MODES:
+        for group in ("", "no adapter"):
+            calls = head.losses(args, mode).items()
+            values = [f(args["x"]).item() for n, f in calls if n.endswith("adapter") is bool(group)]
+            assert len(values) >= 2 and values == pytest.approx([values[0]] * len(values), rel=1e-6)

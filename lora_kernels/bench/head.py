@@ -14,6 +14,7 @@ Liger's loss has no CPU kernel. Errors are rms of dx, relative to float64 on the
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from importlib.util import find_spec
@@ -51,7 +52,7 @@ def inputs(shape: Shape, dtype: torch.dtype) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
 
     def draw(*sizes: int) -> Tensor:
-        return torch.randn(sizes, generator=generator) / sizes[-1] ** 0.5
+        return torch.randn(sizes, generator=generator) / math.sqrt(sizes[-1])
 
     return {
         "x": draw(shape.M, shape.K).to(dtype).requires_grad_(),

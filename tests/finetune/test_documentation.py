@@ -97,6 +97,7 @@ def test_documentation_has_examples() -> None:
         "docs/experts.md",
         "docs/fine_tuning.md",
         "docs/gpu.md",
+        "docs/head.md",
         "docs/kernels.md",
         "docs/layers.md",
         "docs/several_adapters.md",

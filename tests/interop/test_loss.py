@@ -140,6 +140,26 @@ def test_loss_of_several_adapters_and_a_lora_bias_is_pefts() -> None:
     assert_same_step(ours, theirs)
 
 
+def _merge(model: Any) -> None:
+    model.merge_adapter()
+
+
+def _disable(model: Any) -> None:
+    model.base_model.disable_adapter_layers()
+
+
+@pytest.mark.parametrize("change", [_merge, _disable])
+def test_loss_of_a_merged_or_disabled_adapter_is_pefts(change: Any) -> None:
+    """A merged weight is W + s·B·A once; x of the base trains, so that there is a gradient."""
+    model = adapted(causal_model(), ["lm_head"])
+    model.get_base_model().model.norm.weight.requires_grad_(True)
+    ours, theirs = pair(model.train())
+    for each in (ours, theirs):
+        change(each)
+    assert is_logit_free(ours)
+    assert_same_step(ours, theirs)
+
+
 def test_loss_arguments_are_passed_on() -> None:
     ours, theirs = pair(adapted(causal_model()).train())
     shifted = torch.nn.functional.pad(LABELS, (0, 1), value=-100)[:, 1:].contiguous()

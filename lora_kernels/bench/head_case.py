@@ -111,7 +111,7 @@ def equation(**args: Any) -> Any:
 def plain_pytorch(
     *, x: Tensor, weight: Any, lora_A: Any, lora_B: Any, labels: Tensor, bias: Any, **args: Any
 ) -> Any:
-    """What one writes without this package: logits in x's dtype, and their loss in float32."""
+    """Compute as one writes it without this package: logits in x's dtype, and their loss in float32."""
     if isinstance(weight, Weight4bit):
         weight = weight.dequantize(x.dtype)
     y = x @ weight.T
@@ -188,7 +188,7 @@ def judge(case: HeadCase) -> dict[str, Verdict]:
 
 
 def allowances(case: HeadCase) -> dict[str, tuple[float, tuple[int, ...]]]:
-    """As `case.allowances`: u of the coarsest rounding, and lengths of the sums.
+    """Return u of the coarsest rounding and lengths of the sums, as `case.allowances`.
 
     The logits and their gradient are rounded to the dtype of y before everything else, so u is that
     dtype's or a coarser one. Rows sum over the vocabulary.

@@ -29,7 +29,7 @@ def test_head_rows_time_every_call_and_count_its_bytes(dtype: torch.dtype) -> No
     peers = ["pytorch", "compiled"] if dtype is torch.float32 else ["pytorch"]
     names = ["ours", *peers, "ours, no adapter", "trl, no adapter"]
     for row in found:
-        assert row.kind == "head" and row.yardstick == "pytorch"
+        assert row.kind == "head" and row.baseline == "pytorch"
         assert not row.misses and row.judged == ["ours"]
         assert list(row.seconds) == names
         assert row.peak_bytes["ours"] < row.peak_bytes["pytorch"]

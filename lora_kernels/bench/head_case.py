@@ -111,7 +111,7 @@ def equation(**args: Any) -> Any:
 def plain_pytorch(
     *, x: Tensor, weight: Any, lora_A: Any, lora_B: Any, labels: Tensor, bias: Any, **args: Any
 ) -> Any:
-    """Compute as one writes it without this package: logits in x's dtype, and their loss in float32."""
+    """Compute as one writes it without this package: logits in x's dtype, a loss in float32."""
     if isinstance(weight, Weight4bit):
         weight = weight.dequantize(x.dtype)
     y = x @ weight.T

@@ -135,7 +135,7 @@ def test_few_rows_are_timed_as_they_are_decoded(dropout_p: float) -> None:
     call = dense._forward(dense.ours(args), args)
     with torch.no_grad():
         assert torch.equal(call(), dense._forward(functional.lora_linear, args)())
-    assert dense._decoded_otherwise(case) == []
+    assert dense._decoding_misses(case) == []
 
 
 def test_wrong_decoding_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,7 +71,7 @@ def test_options_that_do_not_go_together(given: dict[str, Any], words: str) -> N
 @pytest.mark.parametrize(
     "given",
     [
-        {"init": "orthogonal", "rank": 4},
+        {"init": "orthogonal", "rank": 6},
         {"init": "orthogonal"},
         {"init": "gaussian", "rank": 3},
         {"patience": 2, "eval_share": 0.5, "eval_every": 2, "save_every": 4},

@@ -281,6 +281,7 @@ def test_the_held_out_loss_is_the_mean_over_tokens(tmp_path: Path) -> None:
         made = trainer(tmp_path / f"{len(found)}", val, adapted(), eval_dataset=data, batch=batch)
         found.append(made.evaluate()["eval_loss"])
     assert found == pytest.approx([total / count] * 4, rel=RTOL)
+    made = trainer(tmp_path / "named", val, adapted(), eval_dataset=val, batch=2)
     named = made.evaluate(metric_key_prefix="test")
     assert named["test_loss"] == pytest.approx(total / count, rel=RTOL)
 

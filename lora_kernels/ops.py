@@ -239,13 +239,11 @@ def prepare(
 ) -> cpu.PreparedCall | None:
     """Prepare `lora_linear_direct` for up to `rows` rows of x, at most `cpu_heuristics.few_rows`.
 
-    y has x's dtype. Returns None if the chosen backend has no prepared calls.
+    y has x's dtype. A dense weight has contiguous rows. Returns None if the chosen backend has no
+    prepared calls.
     """
     dtypes, four_bit = (x_dtype, lora_A.dtype, lora_B.dtype, dtype), isinstance(weight, Packed4bit)
-    stored = layout("cpu", weight, dtype)
-    choice = selection.choose(
-        Problem(lora_A.device.type, *dtypes, lora_A.shape[0], 1, four_bit, layout=stored)
-    )
+    choice = selection.choose(Problem(lora_A.device.type, *dtypes, lora_A.shape[0], 1, four_bit))
     if choice.backend != "cpu" or choice.strategy not in cpu.GEMVS:
         return None
     return cpu.PreparedCall(weight, lora_A, lora_B, scaling, x_dtype, dtype, rows, guards)

@@ -78,7 +78,7 @@ def gemm(weight: Packed4bit, x: Tensor, columns: int, bias: Tensor | None) -> Te
     if K is no multiple of the block size, for which `gemm_4bit` warns and decodes the whole
     weight.
     """
-    if bitsandbytes_reason(x.device) is not None or x.dtype not in _DTYPE:
+    if bitsandbytes_reason(x.device) is not None:
         return None
     if not x.shape[0] or x.shape[1] % weight.blocksize or not has_gemm_4bit():
         return None

@@ -116,6 +116,12 @@ def test_second_derivative_by_every_way_raises():
     with pytest.raises(RuntimeError, match="differentiate twice"):
         penalized(case, leaves).backward()
 
+    y = lora_linear(**case)
+    dy = torch.ones_like(y, requires_grad=True)  # a product with a vector differentiates in it
+    (dx,) = torch.autograd.grad(y, leaves["x"], dy, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        torch.autograd.grad(dx.sum(), dy)
+
     def loss(x):
         return lora_linear(**{**case, "x": x}).square().sum()
 

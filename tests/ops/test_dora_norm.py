@@ -81,6 +81,16 @@ def test_dora_norm_of_strided_operands_has_no_gradient() -> None:
     torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("backend", ["eager", "cpu"])
+def test_dora_norm_under_autocast_has_the_same_bits(backend: str) -> None:
+    args = inputs(Case(0, 70, 65, 5, f32))
+    operands = [args[n] for n in ("weight", "lora_A", "lora_B")]
+    with lora_kernels.backend(backend):
+        want = lora_kernels.dora_norm(*operands, 0.5)
+        with torch.autocast("cpu", bf16):
+            assert torch.equal(lora_kernels.dora_norm(*operands, 0.5), want)
+
+
 @pytest.mark.parametrize("quant", ["", "nf4-64-nested"])
 def test_dora_norm_compiles_and_passes_opcheck(quant: str) -> None:
     args = inputs(replace(Case(0, 7, 64, 3, f32, gate=True), quant=quant))

@@ -312,6 +312,13 @@ def test_choose_for_a_weight_of_columns_streams_nothing(
         choose_on(Processor(isa), f32, rows, **problem)
 
 
+def test_layout_of_a_cpu_s_weight_is_columns_or_nothing() -> None:
+    W = torch.zeros(6, 8)
+    assert ops.layout("cpu", W.t(), f32) == Layout(columns=True)
+    for other in (W, W[:, :5], W[:, ::2], W.t()[::2], W[:1], None):
+        assert ops.layout("cpu", other, f32) is None
+
+
 @needs_native
 def test_choose_of_a_forced_strategy_takes_or_refuses_it(monkeypatch: pytest.MonkeyPatch) -> None:
     with lora_kernels.backend("cpu", cpu.LIBRARY):

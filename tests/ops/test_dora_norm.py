@@ -98,7 +98,9 @@ def test_dora_norm_compiles_and_passes_opcheck(quant: str) -> None:
     if quant:
         torch.library.opcheck(ops.dora_norm_4bit, (*args["weight"].codes, A, B, 1.5, gate))
     else:
-        torch.library.opcheck(ops.dora_norm, (args["weight"], A, B, 1.5, gate))
+        operands = args["weight"], A, B
+        torch.library.opcheck(ops.dora_norm, (*operands, 1.5, gate))
+        torch.library.opcheck(ops.dora_norm, (*(t.double() for t in operands), 1.5, gate.double()))
     compiled = torch.compile(lora_kernels.dora_norm, fullgraph=True, backend="aot_eager")
     got = compiled(args["weight"], A, B, 1.5, rank_gate=gate)
     torch.testing.assert_close(

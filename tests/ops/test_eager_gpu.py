@@ -386,12 +386,34 @@ def test_gemm_4bit_takes_whole_blocks_and_at_least_a_row(
     assert (y is not None) is taken
 
 
+def test_gemm_4bit_gets_what_bitsandbytes_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Contiguous rows, codes in a column, an offset without dimensions, and a bias in x's dtype."""
+    pytest.importorskip("bitsandbytes")
+    codes, bias = quantize_4bit(torch.randn(32, 192)).codes, torch.randn(32)
+    assert codes.offset is not None
+    x, given = torch.randn(3, 384)[:, ::2].to(bf16)[:, :192], {}
+
+    def gemm(
+        x: Tensor, packed: Tensor, shape: Any, absmax: Tensor, *form: Any, **rest: Any
+    ) -> None:
+        given.update(x=x, packed=packed, shape=shape, absmax=absmax, form=form, **rest)
+
+    monkeypatch.setattr(torch.ops, "bitsandbytes", SimpleNamespace(gemm_4bit=gemm))
+    other, apart = codes._replace(offset=codes.offset.view(1)), x.t().contiguous().t()
+    assert decode4bit.bitsandbytes_gemm(other, apart, 32, bias) is None
+    assert given["x"].is_contiguous() and torch.equal(given["x"], x)
+    assert given["packed"].shape == (32 * 192 // 2, 1) and given["shape"] == (32, 192)
+    assert given["absmax"] is codes.nested_absmax and given["absmax_8bit"] is codes.absmax
+    assert given["absmax_offset"].dim() == 0 and given["absmax_code"] is codes.nested_code
+    assert given["bias"].dtype is bf16 and given["form"] == (64, "nf4")
+
+
 def test_decode_bits_equal_the_reference(decoder: str) -> None:
     for quant, blocksize in (("nf4", 64), ("fp4", 32), ("nf4", 4096)):
         for shape in ((64, 64), (5, 13), (33, 65)):
             weight = quantize_4bit(torch.randn(shape), quant, blocksize)
             fields = weight.packed, weight.scales(), weight.code, blocksize, shape
-            for dtype in (f32, bf16, f16):
+            for dtype in (f32, bf16, f16, torch.float64):
                 want = reference.dequantize_4bit(*fields, dtype)
                 assert torch.equal(decode4bit.dense(weight.codes, shape, dtype), want)
 

@@ -299,6 +299,7 @@ def test_choose_of_a_forced_strategy_by_rows(M: int) -> None:
                 selection.choose(problem)
         else:
             assert selection.choose(problem).strategy == COOPERATIVE
+        assert selection.choose(problem._replace(rows=0, inner=63)).strategy == COOPERATIVE
         no_base = Layout(unsupported_reason=constraints.NO_BASE)
         choice = selection.choose(problem._replace(layout=no_base, rows=1))
         assert choice.strategy == TWO_PASS_SIMT

@@ -25,11 +25,7 @@ class Terminal(io.StringIO):
 
 def said(monkeypatch: pytest.MonkeyPatch, stdout: io.StringIO, silent: bool = False) -> str:
     monkeypatch.setattr(sys, "stdout", stdout)
-<<<<<<< ours
     with progress.printed(silent, 2) as say:
-=======
-    with verify._line_printer(silent, 2) as say:
->>>>>>> theirs
         for line in ("head", "a [b]", "c" * 300):
             say(line)
     return stdout.getvalue()
@@ -60,15 +56,9 @@ def test_as_many_rows_as_the_bar_expects(
     monkeypatch.setattr(verify, "OPTIONS", options)
     monkeypatch.setattr(verify, "DTYPES", ((torch.float32, None),))
     totals: list[int] = []
-<<<<<<< ours
     printed = progress.printed
     monkeypatch.setattr(
         progress, "printed", lambda silent, total: totals.append(total) or printed(silent, total)
-=======
-    printed = verify._line_printer
-    monkeypatch.setattr(
-        verify, "_line_printer", lambda silent, n: totals.append(n) or printed(silent, n)
->>>>>>> theirs
     )
     assert cli.main(["verify", "--engines", "eager"]) == 0
     lines = capsys.readouterr().out.splitlines()

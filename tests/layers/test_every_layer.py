@@ -466,9 +466,9 @@ BAD = [
     (
         LoRAAttention,
         "targets",
-        ("value",),
+        ("Value",),
         ValueError,
-        "targets: got 'value', .*; did you mean 'v'",
+        "targets: got 'Value', .*; did you mean 'v'",
     ),
     (
         LoRAAttention,

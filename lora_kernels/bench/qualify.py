@@ -48,7 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     budget = qualification.BUDGET
     add = parser.add_argument
     add("--device", type=int, metavar="INDEX", help="of the GPU (default: the current one)")
-    add("--dtypes", nargs="+", choices=["bfloat16", "float16"], default=qualification.DTYPES)
+    words = "of the base GEMM (default: bfloat16)"
+    add("--dtypes", nargs="+", choices=["bfloat16", "float16"], default=["bfloat16"], help=words)
     add("--budget", type=float, default=budget, help="seconds (default: %(default)g)")
     add("--json", action="store_true", help="print the verdict as JSON")
     add("--forget", action="store_true", help="remove all cached verdicts")

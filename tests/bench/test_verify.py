@@ -129,7 +129,7 @@ def test_a_layer_that_is_not_fused_is_a_miss(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_missing_peer_is_one_line(
     peer: str, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(progress, "find_spec", lambda name: None)
+    monkeypatch.setattr(verify, "find_spec", lambda name: None)
     assert cli.main(["verify", "--peer", peer]) == 2
     assert capsys.readouterr().out == f"lora-kernels verify: --peer {peer} {line}\n"
 

@@ -15,7 +15,7 @@ from lora_kernels import cli, device, info
 from lora_kernels.backends import cuda, native, triton
 from lora_kernels.finetune import UsageError
 
-ALL = "info, verify, bench, tune, finetune, rank-search, compare, merge, generate"
+ALL = "info, verify, bench, qualify, tune, finetune, rank-search, compare, merge, generate"
 
 
 def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
@@ -183,7 +183,9 @@ def test_gpus_are_shown_with_their_size(monkeypatch: pytest.MonkeyPatch) -> None
     gpu = device.DeviceInfo("cuda", 90, 132, 227 << 10, "H100", 80 * 2**30)
     monkeypatch.setattr(device, "gpus", lambda: [gpu])
     text = info.report(info.info())
-    assert "  GPU 0        H100, capability 9.0, 132 SMs, 80 GiB\n" in text
+    assert (
+        "  GPU 0        H100, capability 9.0, 132 SMs, 80 GiB; not qualified on this card" in text
+    )
     assert "none that torch can use" not in text
     old = device.DeviceInfo("cuda", 75, 40, 64 << 10, "T4", 16 * 2**30)
     monkeypatch.setattr(device, "gpus", lambda: [old])
@@ -229,7 +231,13 @@ T4 = device.DeviceInfo("cuda", 75, 40, 64 << 10, "T4", 16 * 2**30)
         (None, True, [], True, "in Triton's interpreter, on the CPU"),
         (None, False, [], False, "no GPU; TRITON_INTERPRET=1"),
         (None, False, [T4], False, "sm_75"),
-        (None, False, [T4, A100], True, "no GPU has run it yet"),  # one of them is enough
+        (
+            None,
+            False,
+            [T4, A100],
+            True,
+            "for calls that qualified on the card",
+        ),  # one of them is enough
     ],
 )
 def test_info_says_where_triton_runs(
@@ -254,7 +262,7 @@ def test_info_says_where_triton_runs(
         ("not built", [None], False, "not built"),
         (None, [], False, "no GPU; the tests run it in an emulator"),
         (None, ["sm_75 is older"], False, "sm_75 is older"),
-        (None, ["sm_75 is older", None], True, "no GPU has run it yet"),
+        (None, ["sm_75 is older", None], True, "for calls that qualified on the card"),
     ],
 )
 @pytest.mark.parametrize("nvcc", [None, "/usr/bin/nvcc"])

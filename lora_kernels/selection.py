@@ -109,8 +109,7 @@ def choose(problem: Problem) -> Choice:
 def _choose_gpu(problem: Problem) -> Choice:
     """Choose for a GPU's tensors: what qualified and is expected to be faster, or eager."""
     target = device.gpu(problem.device_index)
-    reason = configs.capability_unsupported_reason(target)
-    if reason is not None:
+    if (reason := configs.capability_unsupported_reason(target)) is not None:
         bf16 = torch.bfloat16 in (problem.x_dtype, problem.dtype)
         slow = f"; sm_{target.capability} has no bfloat16 either, and emulates it: want float16"
         return Choice("eager", Strategy.LIBRARY, reason + slow * bf16)

@@ -306,6 +306,9 @@ def surround(value: Any) -> Any:
     return inner.copy_(value)
 
 
+_UNINITIALISED = ("empty", "empty_like", "new_empty", "new_empty_strided")
+
+
 class GuardedMemory(TorchFunctionMode):
     """Makes each new uninitialised tensor NaN, between guard zones that `written` compares."""
 
@@ -317,7 +320,7 @@ class GuardedMemory(TorchFunctionMode):
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         found = function(*args, **(kwargs or {}))
-        if getattr(function, "__name__", "") not in ("empty", "empty_like", "new_empty"):
+        if getattr(function, "__name__", "") not in _UNINITIALISED:
             return found
         if not found.is_contiguous() or found.is_meta:
             return found
@@ -341,14 +344,14 @@ def memory(card: Card, group: Group) -> str | None:
         card.synchronize()
         if written := guarded.written():
             return f"{written} bytes outside of its results were written"
+        after = (t for t in call.operands if isinstance(t, Tensor))
+        if not all(map(torch.equal, before, after)):
+            return "an operand was written"
         for name, t in found.items():
             if not torch.isfinite(t).all():
                 return f"{name} has NaN from memory that was not written"
             if not torch.equal(t, first.setdefault(name, t.clone())):
                 return f"{name} has other bits in repeat {number}"
-    after = [t for t in call.operands if isinstance(t, Tensor)]
-    if not all(map(torch.equal, before, after)):
-        return "an operand was written"
     return None
 
 

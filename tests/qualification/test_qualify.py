@@ -89,7 +89,7 @@ def test_fault_closes_its_group_alone(
 ) -> None:
     monkeypatch.setattr(qualification, "SILENCE", 8.0 if fault == "hang" else 300.0)
     claims = [
-        *claims_on(DECODE, names=("odd sizes", "memory")),
+        *claims_on(DECODE, names=("memory", "odd sizes")),
         *claims_on(DECODE._replace(weight="4bit")),
     ]
     found = run(monkeypatch, claims, **{f"{DECODE}/odd sizes": fault})

@@ -1,9 +1,13 @@
-// The CUDA runtime's errors as exceptions, and the device that is current. Host code alone.
+// The CUDA runtime's errors as exceptions, the device that is current, and what it is asked of a
+// kernel once, since each call takes microseconds. Host code alone.
 #pragma once
 #include <cuda_runtime.h>
 
+#include <map>
+#include <mutex>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 namespace lora_kernels {
 namespace gpu {
@@ -34,6 +38,36 @@ class OnDevice {
   static constexpr int NONE = -1;
   int before_ = NONE;  // to be set back
 };
+
+// Lets the kernel take so many bytes of shared memory on the current device. The limit only rises:
+// the driver keeps one for a kernel, whose launches take different sizes.
+inline void allow_shared(const void* kernel, int device, unsigned bytes, const char* what) {
+  static std::mutex mutex;
+  static std::map<std::tuple<const void*, int>, unsigned> limits;
+  const std::lock_guard<std::mutex> lock(mutex);
+  unsigned& limit = limits.try_emplace({kernel, device}, 48u << 10).first->second;
+  if (bytes <= limit) return;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes),
+        what);
+  limit = bytes;
+}
+
+// How many of the kernel's blocks run at the same time on the device.
+inline int resident_blocks(const void* kernel, int device, int threads, unsigned shared_bytes) {
+  static std::mutex mutex;
+  static std::map<std::tuple<const void*, int, int, unsigned>, int> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto key = std::make_tuple(kernel, device, threads, shared_bytes);
+  if (const auto found = known.find(key); found != known.end()) return found->second;
+  OnDevice on(device, "occupancy");
+  allow_shared(kernel, device, shared_bytes, "occupancy");
+  int blocks = 0, multiprocessors = 0;
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared_bytes),
+        "occupancy");
+  check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
+        "occupancy");
+  return known[key] = blocks * multiprocessors;
+}
 
 }  // namespace gpu
 }  // namespace lora_kernels

@@ -246,16 +246,9 @@ LK_DEVICE void wait_for_grids_before() {
 // Launches ---------------------------------------------------------------------------------------
 
 template <typename Args>
-void allow_shared(void (*kernel)(Args), unsigned bytes, const char* name) {
-  if (bytes > 48 << 10)
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes),
-          name);
-}
-
-template <typename Args>
 void launch(const Launch& l, void (*kernel)(Args), const Args& args) {
   OnDevice on(l.at.device, l.name);
-  allow_shared(kernel, l.shared_bytes, l.name);
+  allow_shared((const void*)kernel, l.at.device, l.shared_bytes, l.name);
   cudaLaunchAttribute attributes[2] = {};
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(l.x, l.y, l.z);
@@ -274,17 +267,9 @@ void launch(const Launch& l, void (*kernel)(Args), const Args& args) {
   check(cudaLaunchKernelEx(&config, kernel, args), l.name);
 }
 
-// How many blocks run at the same time.
 template <typename Args>
 int resident_blocks(void (*kernel)(Args), int device, int threads, int shared_bytes) {
-  OnDevice on(device, "occupancy");
-  allow_shared(kernel, (unsigned)shared_bytes, "occupancy");
-  int blocks = 0, multiprocessors = 0;
-  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared_bytes),
-        "occupancy");
-  check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
-        "occupancy");
-  return blocks * multiprocessors;
+  return resident_blocks((const void*)kernel, device, threads, (unsigned)shared_bytes);
 }
 // An error where the device cannot run the kernel: no driver, an old one, or no image for it.
 template <typename Args>

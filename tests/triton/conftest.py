@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import lora_kernels
-from lora_kernels.backends import triton
+from lora_kernels.backends import replay, triton
 from tests.triton.device import DEVICE
 
 interpreted = os.environ.get("TRITON_INTERPRET") == "1"
@@ -26,3 +26,9 @@ def device() -> Iterator[str]:
     """The device of a test's tensors; the triton backend is forced."""
     with lora_kernels.backend("triton"):
         yield DEVICE
+
+
+@pytest.fixture(autouse=True)
+def no_replays() -> None:
+    """A GPU runs each test's calls as written first, which tests may watch."""
+    replay.forget()

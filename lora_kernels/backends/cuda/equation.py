@@ -22,6 +22,7 @@ from ...core.call import (
 from ...core.packed4bit import Packed4bit
 from .. import stacked, workspace
 from ..dropout import NO_DROPOUT, Dropout
+from ..replay import replayed
 from . import COOPERATIVE, OVERLAPPED, TWO_PASS, TWO_PASS_SIMT, constraints, launch, module
 from .launch import DTYPE, codes, empty, mask, matrix, of_codes, pointer, vector, whole_rows
 
@@ -34,6 +35,7 @@ _MAX_SPLITS = 8
 _MAX_PUBLISHERS = 16
 
 
+@replayed
 def lora_linear(operands: Operands, spec: Spec, strategy: str) -> tuple[Tensor, Saved]:
     """Compute y [M, N] for x [M, K]."""
     x, weight, lora_A, lora_B, rank_gate, column_scale, bias, rng = operands
@@ -54,6 +56,7 @@ def lora_linear(operands: Operands, spec: Spec, strategy: str) -> tuple[Tensor, 
     return y, Saved(p, z)
 
 
+@replayed
 def lora_linear_backward(
     dy: Tensor, operands: Operands, saved: Saved, spec: Spec, needs: Needs, strategy: str
 ) -> Grads:

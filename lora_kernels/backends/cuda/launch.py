@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .. import replay
 from . import is_emulated, module
 
 if TYPE_CHECKING:
@@ -81,8 +82,11 @@ def run(name: str, on: Tensor, touched: dict[str, Tensor | None], *args: Any) ->
     launchers = module()
     call = getattr(launchers, name)
     if not is_emulated():
-        index = on.device.index
-        return call(args, (torch.cuda.current_stream(index).cuda_stream, index))
+        index = on.get_device()
+        if (recorder := replay.current_recorder()) is not None:
+            tensors = (t for t in touched.values() if t is not None)
+            recorder.add(call, (args, (replay.STREAM, index)), tensors)
+        return call(args, (replay.current_stream(index), index))
     named = ((key, t) for key, t in touched.items() if t is not None and t.numel())
     launchers.allow(tuple((key, t.data_ptr(), _span(t)) for key, t in named))
     out = call(args, (_stream, 0))

@@ -46,6 +46,7 @@ from .row_norm import row_norm_kernel
 from .shrink import shrink_kernel
 
 
+@launch.replayed
 def lora_linear(operands: Operands, spec: Spec, strategy: str) -> tuple[Tensor, Saved]:
     """Compute y [M, N] for x [M, K]."""
     x, weight, lora_A, lora_B, rank_gate, column_scale, bias, rng = operands
@@ -58,6 +59,7 @@ def lora_linear(operands: Operands, spec: Spec, strategy: str) -> tuple[Tensor, 
     return y, Saved(p, z)
 
 
+@launch.replayed
 def lora_linear_backward(
     dy: Tensor, operands: Operands, saved: Saved, spec: Spec, needs: Needs, strategy: str
 ) -> Grads:

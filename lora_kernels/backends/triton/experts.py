@@ -18,6 +18,7 @@ from .arguments import Codes, Mask, Matrix, Stack
 from .grouped_gemm import grouped_linear_kernel, grouped_outer_kernel, grouped_shrink_kernel
 
 
+@launch.replayed
 def lora_experts(
     operands: ExpertsOperands, spec: ExpertsSpec, strategy: str
 ) -> tuple[Tensor, Saved]:
@@ -28,6 +29,7 @@ def lora_experts(
     return _linear(x, p, operands, spec, NO_DROPOUT, is_forward=True), Saved(p)
 
 
+@launch.replayed
 def lora_experts_backward(
     dy: Tensor,
     operands: ExpertsOperands,

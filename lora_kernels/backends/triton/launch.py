@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+import triton
 from torch import Tensor
 
 from ...device import DeviceInfo
+from .. import replay
+from ..replay import STREAM, current_recorder, forget, tensors_of
 from . import configs, is_interpreted
 from .arguments import Format, Types
 from .configs import GemmTiles, Tiles
@@ -67,11 +72,46 @@ def run(
     if _compiles_only is not None:
         _compiles_only(kernel, config, args, meta)
         return
-    if device.type != "cuda":
-        kernel[grid](*args, **meta, **options(config))
-        return
-    with torch.cuda.device(device):
-        kernel[grid](*args, **meta, **options(config))
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        compiled = kernel[grid](*args, **meta, **options(config))
+    if (recorder := current_recorder()) is not None:
+        if (reason := unreplayable_reason()) is not None:
+            recorder.reason = reason
+            return
+        blocks, image = (*grid, 1, 1)[:3], (compiled.function, compiled.packed_metadata)
+        constants = (meta[name] for name in kernel.arg_names[len(args) :])
+        launched = *blocks, STREAM, *image, None, None, None, *args, *constants
+        recorder.add(compiled.run, launched, tensors_of(args))
+
+
+@functools.cache
+def unreplayable_reason() -> str | None:
+    """Return why compiled kernels cannot be launched without `JITFunction.run`, or None.
+
+    Its last lines are the only description of how Triton launches a compiled kernel.
+    """
+    if is_interpreted():
+        return "Triton's interpreter compiles nothing"
+    source = " ".join(inspect.getsource(triton.JITFunction.run).split())
+    if _LAUNCH in source:
+        return None
+    return f"Triton {triton.__version__} launches compiled kernels in a way not known here"
+
+
+_LAUNCH = (
+    "kernel.run(grid_0, grid_1, grid_2, stream, kernel.function, kernel.packed_metadata, "
+    "launch_metadata, knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook, "
+    "*bound_args.values())"
+)
+
+
+def is_watched() -> bool:
+    """Return True while a profiler's hook gets the tensors of each launch."""
+    hooks = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
+    return any(hook is not None and getattr(hook, "calls", True) for hook in hooks)
+
+
+replayed = functools.partial(replay.replayed, is_watched=is_watched)
 
 
 _compiles_only: Callable[..., None] | None = None
@@ -93,10 +133,12 @@ def compile_only(part: int, parts: int) -> Iterator[None]:
         seen.add(key)
 
     _compiles_only = compile_kernel
+    forget()
     try:
         yield
     finally:
         _compiles_only = None
+        forget()
 
 
 def choose_stages(

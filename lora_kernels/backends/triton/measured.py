@@ -21,6 +21,7 @@ import torch
 from ... import device, verdicts
 from ...core.problem import Strategy
 from ...device import DeviceInfo
+from ..replay import forget
 from . import STRATEGIES, configs
 from .configs import GemmTiles
 
@@ -104,10 +105,12 @@ _overrides: dict[Shape, Measured] = {}
 def override_row(key: Shape, row: Measured) -> Iterator[None]:
     """Make `find` return this row for this shape, in all threads. `tune` measures rows with it."""
     _overrides[key] = row
+    forget()
     try:
         yield
     finally:
         del _overrides[key]
+        forget()
 
 
 def find(key: Shape) -> Measured | None:

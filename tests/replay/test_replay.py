@@ -1,0 +1,434 @@
+"""A replay launches what the call launches as it is written, on fresh memory, and no more."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any, NamedTuple
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+from lora_kernels.backends import cuda, replay, triton, workspace
+from lora_kernels.backends.triton import COOPERATIVE, FUSED, LIBRARY, TWO_PASS
+from lora_kernels.core.call import (
+    ExpertsNeeds,
+    ExpertsOperands,
+    ExpertsSpec,
+    Needs,
+    Operands,
+    Saved,
+    Spec,
+)
+from lora_kernels.quantization import quantize_4bit
+from tests.support.allocations import Allocations
+from tests.support.fake_driver import STREAM, Log, cpu_as_gpu, fake_cuda, fake_triton
+from tests.support.problems import bf16, f32
+
+pytestmark = pytest.mark.skipif(triton.is_interpreted(), reason="the interpreter compiles nothing")
+needs_triton = pytest.mark.skipif(
+    triton.unavailable_reason() is not None, reason="Triton is not installed"
+)
+
+
+class Call(NamedTuple):
+    """The arguments of a backend's function by its name, and how many tensors it returns."""
+
+    function: str
+    strategy: str
+    M: int = 40
+    dtype: torch.dtype = f32
+    quant: bool = False
+    options: bool = False
+    need_gate: bool = False
+    scaling: float = 2.0
+    experts: bool = False
+
+    @property
+    def results(self) -> int:
+        if "backward" not in self.function:
+            return 2 + self.options
+        return 4 if self.experts else 3 + (2 if self.options else 0)
+
+    def args(self, seed: int = 0) -> tuple[Any, ...]:
+        M, N, K, R, E = self.M, 64, 128, 8, 2
+        generator = torch.Generator().manual_seed(seed)
+
+        def draw(*shape: int, dtype: torch.dtype = self.dtype) -> Tensor:
+            return torch.randn(*shape, generator=generator).to(dtype)
+
+        if self.experts:
+            ends = torch.tensor([M // 3, M - 1])
+            given = draw(M, K), draw(E, N, K), draw(E, R, K), draw(E, N, R), ends
+            spec = ExpertsSpec(self.scaling, 0.0, self.dtype, self.dtype)
+            if "backward" not in self.function:
+                return ExpertsOperands(*given), spec, self.strategy
+            saved, needs = Saved(draw(M, R, dtype=f32)), ExpertsNeeds(True, True, True, True)
+            return draw(M, N), ExpertsOperands(*given), saved, spec, needs, self.strategy
+        weight: Any = draw(N, K)
+        if self.quant:
+            weight = quantize_4bit(weight, "nf4", 64).codes
+        extra, p = (None, None, None, None), 0.0
+        if self.options:
+            rng = torch.tensor([seed, 3])
+            extra, p = (draw(R, dtype=f32), draw(N, dtype=f32), draw(N), rng), 0.25
+        spec = Spec(self.scaling, p, self.dtype, self.dtype, save_z=self.options)
+        operands = Operands(draw(M, K), weight, draw(R, K), draw(N, R), *extra)
+        if "backward" not in self.function:
+            return operands, spec, self.strategy
+        saved = Saved(draw(M, R, dtype=f32), draw(M, N) if self.options else None)
+        needs = Needs(True, True, True, self.need_gate, self.options, self.options)
+        return draw(M, N), operands._replace(bias=None), saved, spec, needs, self.strategy
+
+
+FORWARD, BACKWARD = "lora_linear", "lora_linear_backward"
+EXPERTS = Call("lora_experts", TWO_PASS, experts=True)
+TRITON_CALLS = [
+    Call(FORWARD, FUSED),
+    Call(FORWARD, TWO_PASS, quant=True, options=True),
+    Call(FORWARD, COOPERATIVE, M=1),
+    Call(BACKWARD, FUSED, M=300, dtype=bf16),
+    Call(BACKWARD, TWO_PASS, options=True),
+    EXPERTS,
+    EXPERTS._replace(function="lora_experts_backward"),
+]
+CUDA_CALLS = [
+    Call(FORWARD, cuda.COOPERATIVE, M=3, dtype=bf16, quant=True, options=True),
+    Call(FORWARD, cuda.OVERLAPPED, M=3, dtype=bf16),
+    Call(FORWARD, cuda.TWO_PASS, dtype=bf16, options=True),
+    Call(FORWARD, cuda.TWO_PASS_SIMT, quant=True),
+    Call(BACKWARD, cuda.TWO_PASS, dtype=bf16),
+    Call(BACKWARD, cuda.TWO_PASS_SIMT, quant=True),
+]
+
+
+def run(backend: Any, call: Call, seed: int = 0) -> tuple[tuple[Any, ...], Any]:
+    """The arguments and the result."""
+    args = call.args(seed)
+    return args, getattr(backend, call.function)(*args)
+
+
+def labelled(args: Any, result: Any, log: Log) -> list[Any]:
+    """The launches, with the names of operands, results and temporaries for addresses."""
+    tensors = [*replay.tensors_of(args)], [*replay.tensors_of(result)]
+    names = {t.data_ptr(): f"operand {i}" for i, t in enumerate(tensors[0])}
+    names |= {t.data_ptr(): f"result {i}" for i, t in enumerate(tensors[1])}
+    names[workspace.flags(torch.device("cpu")).data_ptr()] = "flags"
+
+    def label(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(label, value))
+        if isinstance(value, Tensor):
+            value = value.data_ptr()
+        if type(value) is int and value >= 1 << 32:
+            return names.setdefault(value, f"temporary {len(names)}")
+        return value
+
+    return [label(launch) for launch in log.launches]
+
+
+@pytest.fixture
+def log() -> Iterator[Log]:
+    with fake_triton() as log:
+        yield log
+
+
+@needs_triton
+@pytest.mark.parametrize("call", TRITON_CALLS, ids=str)
+def test_triton_launches_as_written(log: Log, call: Call) -> None:
+    """The third call binds no arguments, and allocates its results and one workspace."""
+    want = labelled(*run(triton, call), log)
+    assert want and all(stream == STREAM for _, _, stream, _ in want)
+    run(triton, call, seed=1)
+    for seed in (2, 3):
+        log.launches.clear()
+        args, bound = call.args(seed), log.bound
+        with Allocations() as made:
+            result = getattr(triton, call.function)(*args)
+        assert labelled(args, result, log) == want
+        assert log.bound == bound
+        assert len(made.sizes) <= call.results + 1
+        shapes = [(t.shape, t.dtype, t.stride()) for t in replay.tensors_of(result)]
+        _, expected = run(triton, call._replace(scaling=3.0))
+        assert shapes == [(t.shape, t.dtype, t.stride()) for t in replay.tensors_of(expected)]
+        assert type(result) is type(expected)
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "change",
+    [{"M": 41}, {"dtype": torch.float16}, {"scaling": 1.5}, {"strategy": FUSED}, {"options": True}],
+    ids=str,
+)
+def test_signature_of_another_call_is_another(log: Log, change: dict[str, Any]) -> None:
+    call = Call(FORWARD, TWO_PASS)
+    for _ in range(3):
+        run(triton, call)
+    log.launches.clear()
+    args, result = run(triton, call._replace(**change))
+    got = labelled(args, result, log)
+    replay.forget()
+    log.launches.clear()
+    assert got and got == labelled(*run(triton, call._replace(**change)), log)
+
+
+@needs_triton
+@pytest.mark.parametrize("field", ["x", "weight", "lora_A", "lora_B"])
+@pytest.mark.parametrize("layout", ["strided", "unaligned", "narrow"])
+def test_signature_has_strides_alignment_and_dtype(log: Log, field: str, layout: str) -> None:
+    operands, *rest = Call(FORWARD, TWO_PASS).args()
+    for _ in range(3):
+        triton.lora_linear(operands, *rest)
+    t = getattr(operands, field)
+    other = t.repeat(1, 2)[:, : t.shape[1]]
+    if layout == "unaligned":
+        other = torch.cat([t.flatten()[:1], t.flatten()])[1:].view(t.shape)
+    if layout == "narrow":
+        other = t.to(bf16)
+    operands, before = operands._replace(**{field: other}), log.bound
+    triton.lora_linear(operands, *rest)
+    assert log.bound > before
+
+
+@needs_triton
+def test_call_with_another_product_runs_as_written(
+    log: Log, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "lora_kernels")
+    for call in (Call(FORWARD, LIBRARY), Call(BACKWARD, TWO_PASS, need_gate=True)):
+        for _ in range(3):
+            bound = log.bound
+            run(triton, call)
+            assert log.bound > bound
+    assert [message.split(":")[0] for message in caplog.messages] == [
+        "lora_linear is not replayed",
+        "lora_linear_backward is not replayed",
+    ]
+
+
+@needs_triton
+def test_operands_that_share_memory_run_as_written(log: Log) -> None:
+    """Which of the two an address belongs to is not known."""
+    operands, *rest = Call(FORWARD, TWO_PASS).args()
+    shared = operands._replace(bias=operands.lora_B[:, 0].contiguous().clone())
+    shared = shared._replace(column_scale=shared.bias)
+    for _ in range(3):
+        bound = log.bound
+        triton.lora_linear(shared, *rest)
+        assert log.bound > bound
+
+
+@needs_triton
+def test_unknown_triton_runs_as_written(
+    log: Log, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from lora_kernels.backends.triton import launch
+
+    caplog.set_level(logging.INFO, "lora_kernels")
+    launch.unreplayable_reason.cache_clear()
+    monkeypatch.setattr(launch, "_LAUNCH", "kernel.run(grid_0, grid_1, grid_2, device, stream)")
+    for _ in range(3):
+        bound = log.bound
+        run(triton, Call(FORWARD, FUSED))
+        assert log.bound > bound
+    launch.unreplayable_reason.cache_clear()
+    assert "in a way not known here" in caplog.text
+
+
+@needs_triton
+def test_profilers_get_tensors(log: Log) -> None:
+    from triton import knobs
+
+    for _ in range(3):
+        run(triton, Call(FORWARD, FUSED))
+    seen: list[Any] = []
+    hook = knobs.runtime.launch_enter_hook
+    if hook is None:
+        watched: Any = mock.patch.object(knobs.runtime, "launch_enter_hook", seen.append)
+    else:
+        watched = mock.patch.object(hook, "calls", [seen.append])
+    log.launches.clear()
+    with watched:
+        run(triton, Call(FORWARD, FUSED))
+    assert isinstance(log.launches[0][3][5], Tensor)
+
+
+@needs_triton
+def test_tiles_that_are_tuned_are_taken(log: Log) -> None:
+    from lora_kernels.backends.triton import configs, launch, measured
+
+    call = Call(FORWARD, TWO_PASS)
+    for _ in range(3):
+        run(triton, call)
+    *_, (_, usual, _, _) = log.launches
+    x, _, A, B = call.args()[0][:4]
+    key = measured.shape(launch.target(x), len(x), len(B), x.shape[1], len(A), 4, False)
+    tiles = replace(configs.linear(launch.target(x), len(x), 4, False, 0), block_n=16)
+    with measured.override_row(key, measured.Measured(call.strategy, tiles)):
+        for _ in range(3):
+            run(triton, call)
+            assert log.launches[-1][1][0] == 4 * usual[0]
+    run(triton, call)
+    assert log.launches[-1][1] == usual
+
+
+@needs_triton
+def test_nothing_is_launched_while_kernels_are_only_compiled(log: Log) -> None:
+    from lora_kernels.backends.triton import launch
+
+    for _ in range(3):
+        run(triton, Call(FORWARD, FUSED))
+    count = len(log.launches)
+    with launch.compile_only(0, 1):
+        for _ in range(3):
+            run(triton, Call(FORWARD, FUSED))
+    assert len(log.launches) == count
+    for _ in range(3):
+        run(triton, Call(FORWARD, FUSED))
+    assert len(log.launches) == count + 3
+
+
+@needs_triton
+def test_call_that_is_captured_is_not_recorded(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph gets flags of its own."""
+    monkeypatch.setattr(workspace, "is_capturing", lambda device: True)
+    for _ in range(3):
+        run(triton, Call(FORWARD, FUSED))
+    assert log.bound == 3
+    monkeypatch.undo()
+
+
+@needs_triton
+def test_device_of_the_tensors_is_made_current(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    current, entered = -1, []
+
+    class Device(nullcontext[None]):
+        def __init__(self, index: int) -> None:
+            entered.append(index)
+
+        def __enter__(self) -> None:
+            nonlocal current
+            current = -1
+
+    monkeypatch.setattr(replay, "is_current_device", lambda index: index == current)
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    for _ in range(3):
+        run(triton, Call(FORWARD, FUSED))
+    assert entered == []
+    current = 0
+    run(triton, Call(FORWARD, FUSED))
+    assert entered == [-1]
+
+
+@needs_triton
+def test_signatures_are_bounded(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replay, "MAX_SIGNATURES", 4)
+    for M in range(20, 40):
+        run(triton, Call(FORWARD, FUSED, M=M))
+    assert max(map(len, replay._caches)) <= 4
+
+
+@needs_triton
+def test_threads_record_calls_of_their_own(log: Log) -> None:
+    """Autograd runs the backward in another thread, while the forward of another layer runs."""
+    run(triton, Call(FORWARD, FUSED))
+    inside, outside = threading.Event(), threading.Event()
+    original = workspace.flags
+
+    def record() -> None:
+        def wait(device: torch.device) -> Tensor:
+            inside.set()
+            outside.wait(60)
+            return original(device)
+
+        with mock.patch.object(workspace, "flags", wait):
+            run(triton, Call(FORWARD, FUSED))
+
+    thread = threading.Thread(target=record)
+    thread.start()
+    inside.wait(60)
+    assert replay.current_recorder() is None
+    run(triton, Call(FORWARD, TWO_PASS))
+    outside.set()
+    thread.join()
+    bound = log.bound
+    run(triton, Call(FORWARD, FUSED))
+    assert log.bound == bound
+
+
+# The CUDA kernels, which the emulator runs.
+
+
+@pytest.fixture
+def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Run the launches of replays in the emulator; the names of all launches."""
+    if (reason := cuda.emulator_unavailable_reason()) is not None:
+        pytest.skip(reason)
+    from lora_kernels.backends.cuda import launch
+
+    names: list[str] = []
+    with cuda.emulate(7) as emulator, cpu_as_gpu() as patch:
+
+        class Emulator:
+            def __getattr__(self, name: str) -> Any:
+                value = getattr(emulator, name)
+
+                def call(args: Any, at: tuple[int, int]) -> Any:
+                    names.append(name)
+                    emulator.allow((("all", 0, 1 << 62),))
+                    out = value(args, (at[0], 0))
+                    emulator.synchronize()
+                    return out
+
+                return value if name.isupper() or name == "decode_keeps_x" else call
+
+        patch.setattr(launch, "module", Emulator)
+        patch.setattr(launch, "is_emulated", lambda: False)
+        yield names
+
+
+def flags_are_clear() -> bool:
+    return not workspace.flags(torch.device("cpu")).any()
+
+
+@pytest.mark.parametrize("call", CUDA_CALLS, ids=str)
+def test_cuda_results_are_those_of_the_call_as_written(emulated: list[str], call: Call) -> None:
+    """Each call has other operands, and poisoned memory for what it allocates."""
+    wants = []
+    for seed in range(4):
+        replay.forget()
+        wants.append(run(cuda, call, seed)[1])
+    count, launches = len(emulated), len(emulated) // 4
+    replay.forget()
+    torch.use_deterministic_algorithms(True)  # new tensors are filled with NaN
+    try:
+        for seed, want in enumerate(wants):
+            with mock.patch.object(replay, "Recorder", side_effect=replay.Recorder) as made:
+                _, got = run(cuda, call, seed)
+            assert made.called == (seed == 1)
+            assert flags_are_clear()
+            expected = replay.tensors_of(want)
+            for a, b in zip(replay.tensors_of(got), expected, strict=True):
+                assert torch.equal(a, b) and a.dtype is b.dtype
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert len(emulated) == count + 4 * launches
+
+
+@pytest.mark.parametrize("call", CUDA_CALLS, ids=str)
+def test_cuda_allocates_results_and_one_workspace(call: Call) -> None:
+    with fake_cuda() as log:
+        run(cuda, call)
+        run(cuda, call)
+        count = len(log.launches)
+        args = call.args(2)
+        with Allocations() as made:
+            getattr(cuda, call.function)(*args)
+        assert 0 < len(log.launches) - count == count // 2
+        assert len(made.sizes) <= call.results + 1
+        assert {stream for _, _, stream, _ in log.launches} == {STREAM}

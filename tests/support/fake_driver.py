@@ -1,0 +1,115 @@
+"""Drivers that launch nothing: the GPU backends run on CPU tensors down to the last launch."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from lora_kernels.backends import cuda, replay, workspace
+from lora_kernels.device import DeviceInfo
+
+STREAM = 7
+_current: list[Log] = []  # kernels outlive the driver that they were compiled for
+H100 = DeviceInfo("cuda", 90, 132, 227 << 10)
+CUDA_LAUNCHERS = ("linear", "gemm", "decode", "thin", "pair", "column_sums", "reduce")
+
+
+@dataclass
+class Log:
+    """What was launched: name, grid (None for CUDA kernels), stream, arguments.
+
+    bound: how often Triton bound the arguments of a call to a kernel's parameters.
+    """
+
+    launches: list[tuple[str, Any, int, Any]] = field(default_factory=list)
+    bound: int = 0
+
+
+@contextmanager
+def cpu_as_gpu() -> Iterator[pytest.MonkeyPatch]:
+    """Replay calls on CPU tensors, whose device has the index -1."""
+    flags = torch.zeros(2, dtype=torch.int32)
+    replay.forget()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(replay, "is_on_gpu", lambda t: True)
+        patch.setattr(replay, "is_current_device", lambda index: index == -1)
+        patch.setattr(replay, "current_stream", lambda index: STREAM)
+        patch.setattr(workspace, "flags", lambda device: flags)
+        yield patch
+    replay.forget()
+
+
+@contextmanager
+def fake_triton() -> Iterator[Log]:
+    """Compile Triton kernels for an H100, and launch none."""
+    from triton import JITFunction
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.driver import driver
+
+    from lora_kernels.backends.triton import configs
+
+    _current[:] = [log := Log()]
+
+    class Launcher:
+        def __init__(self, src: Any, metadata: Any) -> None:
+            self.name = metadata.name
+
+        def __call__(self, *args: Any) -> None:
+            _current[0].launches.append((self.name, args[:3], args[3], args[9:]))
+
+    class Driver:
+        launcher_cls = Launcher
+        utils = SimpleNamespace(
+            load_binary=lambda *args: (1, 2, 64, 0, 1024),  # module, function, registers, spills
+            unload_module=lambda module: None,
+            get_device_properties=lambda device: {"max_shared_mem": H100.shared_memory},
+        )
+
+        def get_current_device(self) -> int:
+            return -1
+
+        def get_current_stream(self, device: int) -> int:
+            return STREAM
+
+        def get_current_target(self) -> GPUTarget:
+            return GPUTarget("cuda", 90, 32)
+
+    run = JITFunction.run
+
+    @functools.wraps(run)  # its source says how it launches
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        log.bound += 1
+        return run(*args, **kwargs)
+
+    with cpu_as_gpu() as patch:
+        patch.setattr(driver, "_active" if hasattr(driver, "_active") else "active", Driver())
+        patch.setattr(configs, "target", lambda *device: H100)
+        patch.setattr(JITFunction, "run", counted)
+        yield log
+
+
+@contextmanager
+def fake_cuda() -> Iterator[Log]:
+    """Launch no CUDA kernels."""
+    from lora_kernels.backends.cuda import equation, launch
+
+    log = Log()
+    sizes = {"PAIR_ROWS": 64, "PAIR_MAX_RANK": 64, "decode_keeps_x": lambda args: True}
+    module = SimpleNamespace(**sizes)
+
+    def launcher(name: str) -> Any:
+        return lambda args, at: log.launches.append((name, None, at[0], args))
+
+    for name in CUDA_LAUNCHERS:
+        setattr(module, name, launcher(name))
+    with cpu_as_gpu() as patch:
+        for user in (cuda, equation, launch):
+            patch.setattr(user, "module", lambda: module)
+        yield log

@@ -38,10 +38,10 @@ _caches: list[dict[tuple[Any, ...], Replay | str]] = []
 _thread = threading.local()  # autograd runs the backward in a thread of its own
 
 
-def replayed(function: F, is_watched: Callable[[], bool] = lambda: False) -> F:
+def replayed(function: F, has_hooks: Callable[[], bool] = lambda: False) -> F:
     """Decorate a backend's function, whose first argument is a tensor or begins with x.
 
-    is_watched: returns True while a profiler wants the tensors of each launch.
+    has_hooks: returns True while a profiler wants the tensors of each launch.
     """
     cache: dict[tuple[Any, ...], Replay | str] = {}
     _caches.append(cache)
@@ -49,7 +49,7 @@ def replayed(function: F, is_watched: Callable[[], bool] = lambda: False) -> F:
     @functools.wraps(function)
     def call(*args: Any) -> Any:
         x = args[0] if isinstance(args[0], Tensor) else args[0][0]
-        if not is_on_gpu(x) or is_watched():
+        if not is_on_gpu(x) or has_hooks():
             return function(*args)
         tensors: list[Tensor] = []
         parts: list[Any] = [x.get_device()]

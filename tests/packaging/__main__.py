@@ -5,7 +5,7 @@
     no-compiler  the same where there is no compiler: pure Python
     newest       the wheel beside the newest torch, PEFT, transformers and bitsandbytes
     oldest       the wheel beside the oldest that pyproject.toml admits
-    triton       the Triton kernels compiled for two GPUs by each Triton of TRITONS
+    triton       the Triton kernels compiled for two GPUs, and launches replayed, by each of TRITONS
 
 The first four share an environment, in which each removes what the last installed. Each must pass
 `lora-kernels verify`; newest and oldest also `verify` beside both peers, and the tests of interop
@@ -161,14 +161,16 @@ def check(name: str, made: Callable[[str], Environment], wheel: Path, sdist: Pat
 
 
 def compiled_by(version: str, folder: Path) -> str:
-    """Compile a slice of the Triton kernels with that Triton; what it printed last."""
+    """Compile a slice of the Triton kernels and replay launches with that Triton; what it said."""
     target = folder / f"triton-{version}"
     pip: list[str | Path] = [sys.executable, "-m", "pip", "install", "--no-deps"]
     run([*pip, "--target", target, f"triton=={version}"], ROOT)
     # After `run` has taken PYTHONPATH away, `env` gives it to Python.
     compile_only = ["-m", "tests.compile_only", "--target", "sm80", "sm90"]
-    said = run(["env", f"PYTHONPATH={target}", sys.executable, *compile_only], ROOT)
-    return said.splitlines()[-1]
+    here = ["env", f"PYTHONPATH={target}", sys.executable]
+    said = run([*here, *compile_only], ROOT)
+    launched = run([*here, "-m", "pytest", "-q", "tests/replay", "-k", "not cuda"], ROOT)
+    return f"{said.splitlines()[-1]}; launches {launched.strip().splitlines()[-1]}"
 
 
 CHECKS = ("wheel", "sdist", "no-compiler", "newest", "oldest", "triton")

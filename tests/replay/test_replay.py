@@ -25,6 +25,7 @@ from lora_kernels.core.call import (
     Saved,
     Spec,
 )
+from lora_kernels.device import DeviceInfo
 from lora_kernels.quantization import quantize_4bit
 from tests.support.allocations import Allocations
 from tests.support.fake_driver import STREAM, Log, cpu_as_gpu, fake_cuda, fake_triton
@@ -196,6 +197,51 @@ def test_signature_has_strides_alignment_and_dtype(log: Log, field: str, layout:
 
 
 @needs_triton
+def test_small_kernel_is_launched_as_written(log: Log) -> None:
+    """Triton's interface alone: the kernel compiles with every version. Unused memory is spared."""
+    from tests.replay.small_kernel import scaled
+
+    xs = [torch.randn(5, 40) for _ in range(4)]
+    want = None
+    for i, x in enumerate(xs):
+        log.launches.clear()
+        bound = log.bound
+        with Allocations() as made:
+            y = scaled(x, "")
+        got = labelled((x,), y, log)
+        want = want or got
+        assert got == want and got
+        assert (log.bound > bound) is (i < 2)
+        assert i < 2 or made.sizes == [x.numel()]
+    ((name, grid, stream, args),) = want
+    assert (name, grid, stream) == ("scale_kernel", (4, 1, 1), STREAM)
+    matrix = ("operand 0", 40, 1)
+    assert args == (matrix, None, "result 0", 200, 2.0, 64, ("a", 1))
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("way", "reason"),
+    [
+        ("a result in place", "it calls aten.zero_.default"),
+        ("a part as result", "a result is part of another tensor"),
+        ("a part as operand", "a kernel gets part of an operand, or there is none"),
+        ("no launch", "a kernel gets part of an operand, or there is none"),
+    ],
+)
+def test_function_that_does_more_runs_as_written(
+    log: Log, caplog: pytest.LogCaptureFixture, way: str, reason: str
+) -> None:
+    from tests.replay.small_kernel import scaled
+
+    caplog.set_level(logging.INFO, "lora_kernels")
+    for _ in range(3):
+        scaled(torch.randn(5, 40), way)
+    assert log.bound == (0 if way == "no launch" else 3)
+    assert caplog.messages == [f"scaled is not replayed: {reason}"]
+
+
+@needs_triton
 def test_call_with_another_product_runs_as_written(
     log: Log, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -213,7 +259,7 @@ def test_call_with_another_product_runs_as_written(
 
 @needs_triton
 def test_operands_that_share_memory_run_as_written(log: Log) -> None:
-    """Which of the two an address belongs to is not known."""
+    """An address would belong to two operands."""
     operands, *rest = Call(FORWARD, TWO_PASS).args()
     shared = operands._replace(bias=operands.lora_B[:, 0].contiguous().clone())
     shared = shared._replace(column_scale=shared.bias)
@@ -249,11 +295,11 @@ def test_profilers_get_tensors(log: Log) -> None:
     seen: list[Any] = []
     hook = knobs.runtime.launch_enter_hook
     if hook is None:
-        watched: Any = mock.patch.object(knobs.runtime, "launch_enter_hook", seen.append)
+        hooked: Any = mock.patch.object(knobs.runtime, "launch_enter_hook", seen.append)
     else:
-        watched = mock.patch.object(hook, "calls", [seen.append])
+        hooked = mock.patch.object(hook, "calls", [seen.append])
     log.launches.clear()
-    with watched:
+    with hooked:
         run(triton, Call(FORWARD, FUSED))
     assert isinstance(log.launches[0][3][5], Tensor)
 
@@ -267,7 +313,7 @@ def test_tiles_that_are_tuned_are_taken(log: Log) -> None:
         run(triton, call)
     *_, (_, usual, _, _) = log.launches
     x, _, A, B = call.args()[0][:4]
-    key = measured.shape(launch.target(x), len(x), len(B), x.shape[1], len(A), 4, False)
+    key = measured.shape(launch.target(x), len(x), len(B), x.shape[1], len(A), f32, f32, False)
     tiles = replace(configs.linear(launch.target(x), len(x), 4, False, 0), block_n=16)
     with measured.override_row(key, measured.Measured(call.strategy, tiles)):
         for _ in range(3):
@@ -334,22 +380,22 @@ def test_signatures_are_bounded(log: Log, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @needs_triton
-def test_threads_record_calls_of_their_own(log: Log) -> None:
+def test_threads_record_calls_of_their_own(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
     """Autograd runs the backward in another thread, while the forward of another layer runs."""
+    from lora_kernels.backends.triton import launch
+
     run(triton, Call(FORWARD, FUSED))
     inside, outside = threading.Event(), threading.Event()
-    original = workspace.flags
+    original = launch.target
 
-    def record() -> None:
-        def wait(device: torch.device) -> Tensor:
+    def target(x: Tensor) -> DeviceInfo:
+        if threading.current_thread() is thread:
             inside.set()
             outside.wait(60)
-            return original(device)
+        return original(x)
 
-        with mock.patch.object(workspace, "flags", wait):
-            run(triton, Call(FORWARD, FUSED))
-
-    thread = threading.Thread(target=record)
+    monkeypatch.setattr(launch, "target", target)
+    thread = threading.Thread(target=run, args=(triton, Call(FORWARD, FUSED)))
     thread.start()
     inside.wait(60)
     assert replay.current_recorder() is None

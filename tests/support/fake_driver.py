@@ -23,7 +23,7 @@ CUDA_LAUNCHERS = ("linear", "gemm", "decode", "thin", "pair", "column_sums", "re
 
 @dataclass
 class Log:
-    """What was launched: name, grid (None for CUDA kernels), stream, arguments.
+    """The launches: name, grid (None for CUDA kernels), stream, arguments.
 
     bound: how often Triton bound the arguments of a call to a kernel's parameters.
     """

@@ -105,13 +105,13 @@ _LAUNCH = (
 )
 
 
-def is_watched() -> bool:
+def has_hooks() -> bool:
     """Return True while a profiler's hook gets the tensors of each launch."""
     hooks = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
     return any(hook is not None and getattr(hook, "calls", True) for hook in hooks)
 
 
-replayed = functools.partial(replay.replayed, is_watched=is_watched)
+replayed = functools.partial(replay.replayed, has_hooks=has_hooks)
 
 
 _compiles_only: Callable[..., None] | None = None

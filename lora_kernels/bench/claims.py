@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from .. import functional, qualification, selection, verdicts
-from ..backends import cuda, triton
+from ..backends import cuda, replay, triton
 from ..backends.cuda import DECODE_ROWS
 from ..backends.triton import launch
 from ..core.call import Needs, Operands, Spec
@@ -338,7 +338,8 @@ def memory(card: Card, group: Group) -> str | None:
     call = _Call(card, group)
     before = [t.clone() for t in call.operands if isinstance(t, Tensor)]
     first: dict[str, Tensor] = {}
-    for number in range(REPEATS):
+    replay.forget()
+    for number in range(REPEATS):  # as written, since guarded memory is never replayed
         with GuardedMemory() as guarded:
             found = call.run()
         card.synchronize()
@@ -352,6 +353,13 @@ def memory(card: Card, group: Group) -> str | None:
                 return f"{name} has NaN from memory that was not written"
             if not torch.equal(t, first.setdefault(name, t.clone())):
                 return f"{name} has other bits in repeat {number}"
+    replay.forget()
+    for _ in range(3):  # as written, recorded, replayed
+        found = call.run()
+    card.synchronize()
+    for name, t in found.items():
+        if not torch.equal(t, first[name]):
+            return f"{name} has other bits in a replay of its launches"
     return None
 
 

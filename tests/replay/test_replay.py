@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from lora_kernels.backends import cuda, replay, triton, workspace
 from lora_kernels.backends.triton import COOPERATIVE, FUSED, LIBRARY, TWO_PASS
+from lora_kernels.bench import claims
 from lora_kernels.core.call import (
     ExpertsNeeds,
     ExpertsOperands,
@@ -27,6 +29,7 @@ from lora_kernels.core.call import (
 )
 from lora_kernels.device import DeviceInfo
 from lora_kernels.quantization import quantize_4bit
+from lora_kernels.verdicts import Group
 from tests.support.allocations import Allocations
 from tests.support.fake_driver import STREAM, Log, cpu_as_gpu, fake_cuda, fake_triton
 from tests.support.problems import bf16, f32
@@ -478,3 +481,20 @@ def test_cuda_allocates_results_and_one_workspace(call: Call) -> None:
         assert 0 < len(log.launches) - count == count // 2
         assert len(made.sizes) <= call.results + 1
         assert {stream for _, _, stream, _ in log.launches} == {STREAM}
+
+
+def test_qualification_compares_a_replay(
+    emulated: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card: Any = SimpleNamespace(device="cpu", synchronize=lambda: None)
+    group = Group("cuda", "two_pass", "bfloat16", "bfloat16", "dense")
+    assert claims.memory(card, group) is None
+    original = replay.Replay.__call__
+
+    def wrong(self: replay.Replay, tensors: list[Tensor]) -> Any:
+        result = original(self, tensors)
+        next(replay.tensors_of(result)).neg_()
+        return result
+
+    monkeypatch.setattr(replay.Replay, "__call__", wrong)
+    assert claims.memory(card, group) == "y has other bits in a replay of its launches"

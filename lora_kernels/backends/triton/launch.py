@@ -10,7 +10,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-import triton
 from torch import Tensor
 
 from ...device import DeviceInfo
@@ -92,6 +91,8 @@ def unreplayable_reason() -> str | None:
     """
     if is_interpreted():
         return "Triton's interpreter compiles nothing"
+    import triton  # first imported by the kernels, after TRITON_INTERPRET is set
+
     source = " ".join(inspect.getsource(triton.JITFunction.run).split())
     if _LAUNCH in source:
         return None
@@ -107,6 +108,8 @@ _LAUNCH = (
 
 def has_hooks() -> bool:
     """Return True while a profiler's hook gets the tensors of each launch."""
+    import triton
+
     hooks = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
     return any(hook is not None and getattr(hook, "calls", True) for hook in hooks)
 

@@ -468,6 +468,8 @@ def _unqualified(cost: Cost, problem: Problem, verdict: Verdict) -> str | None:
         return f"did not qualify: {verdict.failed.get(group, 'it was not checked')}"
     if problem.mixed and cost.backend == "triton":
         return "is not qualified for several adapters"
+    if problem.layout is not None and problem.layout.unsupported_reason == constraints.NO_BASE:
+        return "is not qualified without a base product"
     forward, step = verdict.ratios(group, problem.rows) or (0.0, 0.0)
     if forward > KEEP_EAGER:
         return f"took {forward:.2f} of eager's time"

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lora_kernels import costs, selection, verdicts
+from lora_kernels.backends.cuda import constraints
 from lora_kernels.core.problem import Layout, Problem
 from lora_kernels.verdicts import Group, Point, Verdict
 from tests.support import fake_card
@@ -171,3 +172,10 @@ def test_choose_takes_no_adapters_of_their_own_in_triton(monkeypatch: pytest.Mon
     cost = costs.Cost("triton", costs.Strategy.TWO_PASS, 1.0, "memory")
     assert costs._unqualified(cost, problem(), verdict) is None
     assert "several adapters" in str(costs._unqualified(cost, problem(mixed=True), verdict))
+
+
+def test_choose_takes_no_kernel_without_a_base_product() -> None:
+    no_base = Layout(unsupported_reason=constraints.NO_BASE)
+    cost = costs.Cost("cuda", costs.Strategy.COOPERATIVE, 1.0, "memory")
+    assert costs._unqualified(cost, problem(), VERDICT) is None
+    assert "base product" in str(costs._unqualified(cost, problem(layout=no_base), VERDICT))

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo  # torch.compiler.disable, which imports Dynamo at once
 
 from . import ops
 from .backends import decode4bit, head
@@ -187,11 +186,9 @@ def _define(
         run = flat(implementation, bool(suffix))
         ops.IMPLEMENTATIONS[name + suffix] = run
         # As in `ops`: Dynamo must not trace into the op, and autograd must not record it.
-        outside = _disable_dynamo(torch.no_grad()(run))
-        _LIB.impl(name + suffix, outside, "CompositeExplicitAutograd")
-        torch.library.register_fake(
-            f"lora_kernels::{name}{suffix}", flat(fake, bool(suffix)), lib=_LIB
-        )
+        qualified = f"lora_kernels::{name}{suffix}"
+        torch.library.register_kernel(qualified, None, torch.no_grad()(run), lib=_LIB)
+        torch.library.register_fake(qualified, flat(fake, bool(suffix)), lib=_LIB)
 
 
 CROSS_ENTROPY_TYPES = HeadOperands, HeadSpec, HeadNeeds

@@ -314,3 +314,21 @@ def test_a_reader_that_leaves_is_no_error() -> None:
         process.stdout.close()
         assert b"BrokenPipe" not in process.stderr.read()
     assert process.returncode == 141
+
+
+@pytest.mark.parametrize(
+    ("version", "reason"),
+    [
+        ("3.6.0", "Triton 3.6.0 does not compile our kernels, want 3.7 or newer"),
+        ("3.7.0", None),
+        ("3.10.1", None),
+        ("4.0", None),
+        (None, None),
+    ],
+)
+def test_triton_that_is_too_old_is_refused(
+    version: str | None, reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr(device, "version", lambda name: version)
+    assert triton.unavailable_reason.__wrapped__() == reason

@@ -24,6 +24,7 @@ import importlib.util
 import os
 from typing import TYPE_CHECKING
 
+from ... import device
 from ...core.problem import Strategy, require_supported
 from .. import lazy_launchers
 
@@ -43,14 +44,20 @@ TWO_PASS = Strategy.TWO_PASS
 COOPERATIVE = Strategy.COOPERATIVE
 LIBRARY = Strategy.LIBRARY
 STRATEGIES = (FUSED, TWO_PASS, COOPERATIVE, LIBRARY)
+MIN_TRITON = (3, 7)  # earlier ones pass no string and no None of a NamedTuple to a function
 TWO_STEPS = (TWO_PASS, LIBRARY)  # P is complete before the base GEMM starts
 
 
 @functools.cache
 def unavailable_reason() -> str | None:
-    """Return why Triton cannot be imported, or None, without importing Triton."""
+    """Return why Triton cannot compile the kernels, or None, without importing Triton."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
+    version = device.version("triton") or ""
+    numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
+    if numbers and numbers < MIN_TRITON:
+        want = ".".join(map(str, MIN_TRITON))
+        return f"Triton {version} does not compile our kernels, want {want} or newer"
     return None
 
 

@@ -160,6 +160,17 @@ def test_loss_of_a_merged_or_disabled_adapter_is_pefts(change: Any) -> None:
     assert_same_step(ours, theirs)
 
 
+def test_loss_of_a_merged_adapter_that_is_then_disabled_is_the_base_s() -> None:
+    """PEFT takes the adapter out of the weight in its next forward."""
+    model = adapted(causal_model(), ["lm_head"])
+    model.get_base_model().model.norm.weight.requires_grad_(True)
+    ours, theirs = pair(model.train())
+    for each in (ours, theirs):
+        _merge(each)
+        _disable(each)
+    assert_same_step(ours, theirs)
+
+
 def test_loss_arguments_are_passed_on() -> None:
     ours, theirs = pair(adapted(causal_model()).train())
     shifted = torch.nn.functional.pad(LABELS, (0, 1), value=-100)[:, 1:].contiguous()

@@ -351,3 +351,41 @@ def test_reference_cross_entropy_is_pytorchs() -> None:
         logits, args["labels"], ignore_index=head_case.IGNORED, label_smoothing=0.2
     )
     torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("engine", EAGERS, indirect=True)
+def test_head_takes_a_mask_in_x_s_three_dimensions(engine: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, 8, generator=generator)
+    W, A, B = (torch.randn(s, generator=generator) for s in ((11, 8), (2, 8), (11, 2)))
+    mask = torch.rand(2, 3, 8, generator=generator) > 0.5
+    labels = torch.tensor([[1, -100, 3], [4, 5, 0]])
+    options: Any = {"reduction": "none", "chunk_rows": 2, "dropout_p": 0.5}
+    whole = lora_linear_cross_entropy(x, W, A, B, labels, rng=mask, **options)
+    flat = lora_linear_cross_entropy(
+        x.view(6, 8), W, A, B, labels.view(6), rng=mask.view(6, 8), **options
+    )
+    assert torch.equal(whole.view(6), flat)
+    dropped = F.linear(x, W) + F.linear(F.linear(x * mask * 2, A), B)
+    want = F.cross_entropy(dropped.view(6, 11), labels.view(6), reduction="none")
+    torch.testing.assert_close(flat, want)
+
+
+@pytest.mark.parametrize("share", [0.0, 1e-3])
+def test_entropy_alone_in_float16_has_finite_gradients(share: float) -> None:
+    """The factor that keeps small probabilities must not overflow by the entropy's gradient."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 16, generator=generator).half().requires_grad_()
+    W = torch.randn(40, 16, generator=generator).half() / 4
+    labels = torch.arange(4)
+
+    def grad(t: Tensor, weight: Tensor) -> Tensor:
+        found = lora_linear_log_probs(t, weight, None, None, labels)
+        assert found.entropy is not None
+        objective = found.entropy.sum() + share * found.log_probs.sum()
+        return torch.autograd.grad(objective, t)[0]
+
+    got = grad(x, W)
+    want = grad(x.detach().double().requires_grad_(), W.double())
+    assert got.isfinite().all()
+    assert (got.double() - want).norm() <= 2**-8 * want.norm()  # several roundings to float16

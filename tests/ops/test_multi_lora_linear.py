@@ -344,3 +344,12 @@ def test_choose_multi_largest_rank_decides() -> None:
 
 def test_multi_lora_linear_adapter_overflows_spoils_its_rows_alone() -> None:
     check_isolation()
+
+
+@every_engine
+def test_bias_wider_than_x_leaves_y_in_x_s_dtype(engine: str) -> None:
+    args = without_dy(MultiCase(7, 33, 64, dtype=bf16, bias=True))
+    narrow = multi_lora_linear(**give_mask(args))
+    wide = multi_lora_linear(**give_mask(args | {"bias": args["bias"].detach().float()}))
+    assert wide.dtype is narrow.dtype is bf16
+    torch.testing.assert_close(wide, narrow, rtol=2**-7, atol=2**-7)  # an ulp: rounded once more

@@ -28,12 +28,23 @@ SHAPES = ((64, 128),)
 
 
 def run(
-    monkeypatch: pytest.MonkeyPatch, claims: list[Claim], *, budget_s: float = 600.0, **faults: str
+    monkeypatch: pytest.MonkeyPatch,
+    claims: list[Claim],
+    seen: list[Claim] | None = None,
+    *,
+    budget_s: float = 600.0,
+    **faults: str,
 ) -> Verdict:
     """Qualify the fake card. faults: "group/claim" or "start" -> what befalls it."""
     monkeypatch.setattr(qualification, "plan", lambda *args: claims)
     monkeypatch.setenv(fake_card.FAULTS, ";".join(f"{at}={what}" for at, what in faults.items()))
-    return qualify(card=fake_card.NAME, shapes=SHAPES, budget_s=budget_s)
+    noted = [] if seen is None else seen
+    return qualify(
+        card=fake_card.NAME,
+        shapes=SHAPES,
+        budget_s=budget_s,
+        report=lambda claim, reason: noted.append(claim),
+    )
 
 
 def claims_on(*groups: Group, names: tuple[str, ...] = ("memory",)) -> list[Claim]:
@@ -92,7 +103,10 @@ def test_fault_closes_its_group_alone(
         *claims_on(DECODE, names=("memory", "odd sizes")),
         *claims_on(DECODE._replace(weight="4bit")),
     ]
-    found = run(monkeypatch, claims, **{f"{DECODE}/odd sizes": fault})
+    seen: list[Claim] = []
+    claims += claims_on(DECODE, names=("graph",))  # of a group that has failed by then
+    found = run(monkeypatch, claims, seen, **{f"{DECODE}/odd sizes": fault})
+    assert [claim.name for claim in seen if claim.group == DECODE] == ["memory", "odd sizes"]
     assert found.failed[DECODE].startswith(reason), found.failed
     assert found.passed == {DECODE._replace(weight="4bit")}
     choice = choose(DECODE)
@@ -185,6 +199,13 @@ def test_other_ranks_of_a_machine_do_not_qualify(monkeypatch: pytest.MonkeyPatch
 def test_arguments_that_are_wrong(call: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_device_without_an_index_is_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    given = (None, "cuda", 0, "cuda:0", torch.device("cuda", 1))
+    assert [qualification._index(device) for device in given] == [1, 1, 0, 0, 1]
 
 
 def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -223,3 +223,11 @@ def test_choice_follows_the_fitted_rates(card: DeviceInfo) -> None:
     for found, backend in ((verdict, "eager"), (Verdict({}, frozenset({GROUP})), "cuda")):
         choice = costs.cheapest(problem, card, (("triton", None), ("cuda", None)), found)
         assert choice is not None and choice.backend == backend
+
+
+def test_fit_keeps_factors_within_their_bounds(card: DeviceInfo) -> None:
+    """Times that no card has are not explained by rates that no card has."""
+    slow = [point._replace(forward=1e-2, eager_forward=1e-2) for point in POINTS]
+    fitted = costs.fit(slow, card)
+    assert min(fitted.values()) >= 1 / 8 and max(fitted.values()) <= 8
+    assert max(fitted.values()) == 8  # it does try

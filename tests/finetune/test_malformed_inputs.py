@@ -521,8 +521,9 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Good:
     row: dict[str, Any] = {"M": 1, "K": 8, "N": 8, "R": 2, "dtype": "float32", "mode": "step"}
     row["seconds"] = {"frozen": QUANTILES, "ours": QUANTILES}
     tuned = {"arch": 90, "multiprocessors": 4, "rows": 1, "columns": 8, "inner": 8, "block_r": 16}
-    tuned |= {"itemsize": 2, "four_bit": False, "strategy": measured.STRATEGIES[0]}
-    tuned |= {"forward": None, "backward": None, "device": "x", "microseconds": 1.0}
+    tuned |= {"dtype": "float32", "adapter": "float32", "four_bit": False, "platform": "x"}
+    tuned |= {"strategy": measured.STRATEGIES[0], "forward": None, "backward": None}
+    tuned |= {"device": "x", "microseconds": 1.0, "eager_microseconds": 1.0}
     return Good(
         at / "model",
         at / "adapter",

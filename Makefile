@@ -65,6 +65,7 @@ bench: native
 	$(BIN)/lora-kernels bench --quant nf4 --seconds 0.6 --json $(RESULTS)/4bit.json
 	$(BIN)/lora-kernels bench --variants --json $(RESULTS)/variants.json
 	$(BIN)/lora-kernels bench --experts --dtypes bfloat16 --json $(RESULTS)/experts.json
+	$(BIN)/lora-kernels bench --head --json $(RESULTS)/head.json
 	$(BIN)/lora-kernels bench --memory --json benchmarks/results/memory.json
 	$(BIN)/lora-kernels bench --count --json benchmarks/results/traffic.json
 	$(BIN)/python -m benchmarks.report

@@ -1,10 +1,11 @@
-"""The predicted time of `lora_linear` on a GPU, for each backend: a model, not a measurement.
+"""The predicted time of `lora_linear` on a GPU, for each backend, and the choice by it.
 
 A strategy takes the longer of two times: the host's, to launch it from Python, and the device's.
 On the device its GEMM takes the longest of memory traffic, FLOPs (with decoding, which does not
 overlap in one block) and round trips to memory, all on the multiprocessors that have a block.
 Further passes over x and y, and launches, are added. Rates are shares of the data sheet's
-(`device.DeviceInfo`). `selection` asks this if nothing was measured.
+(`device.DeviceInfo`), times the factors (`Rates`) that a qualification fitted on the card.
+`selection` asks `choose` for calls that qualified.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from .backends.triton import configs
 from .backends.triton import heuristics as triton_heuristics
 from .core.problem import Choice, Problem, Strategy
 from .device import DeviceInfo
-from .verdicts import Group, Point, Verdict, group_of
+from .verdicts import KEEP_EAGER, Group, Point, Verdict, group_of
 
 Shapes = Sequence[tuple[int, int]]  # N and K
 # For `multi_lora_linear`: P = D(x)·Aᵀ is complete before the base GEMM starts.
@@ -65,7 +66,6 @@ LATENCY, L2_LATENCY = 0.6e-6, 0.3e-6
 # estimate within a quarter.
 L2_BYTES = {80: 32, 90: 32, 100: 32, 103: 32, 86: 16, 89: 16, 120: 16}
 CONTENDER = 1.0  # of eager's time: a kernel predicted above is not qualified
-KEEP_EAGER = 0.95  # of its time: a prediction must be lower to replace it
 DECODE_ROWS = 16
 DECODE_TILE, DECODE_CHUNK, DECODE_WARPS = 16, 128, 8  # of decode.cu
 DECODE_TABLE, DECODE_ROOM = 32 << 10, 80 << 10  # bytes of shared memory: its table; most with x
@@ -384,7 +384,7 @@ def choose(problem: Problem, gpu: DeviceInfo, verdict: Verdict) -> Choice:
         ("bitsandbytes", decode4bit.bitsandbytes_reason(torch.device("cuda", index))),
     )
     tuned = triton_heuristics.choose_tuned(problem, gpu, reason=None)
-    if tuned is not None and group_of("triton", tuned.strategy, problem) in verdict.passed:
+    if tuned is not None and _unqualified("triton", tuned.strategy, problem, verdict) is None:
         return tuned
     found = cheapest(problem, gpu, unavailable, verdict)
     if found is None:
@@ -429,7 +429,8 @@ def cheapest(
             break
         if dict(unavailable).get(cost.backend) or _unfit(cost, problem, gpu):
             continue
-        if verdict is not None and (why := _unqualified(cost, problem, verdict)) is not None:
+        why = None if verdict is None else _unqualified(*cost[:2], problem, verdict)
+        if why is not None:
             failed.append(f"{cost.backend} {cost.strategy!r} {why}")
             continue
         ratio = f"{cost.seconds / eager.seconds:.2f} of eager's {eager.seconds * 1e6:.0f} µs"
@@ -459,14 +460,14 @@ def _unfit(cost: Cost, problem: Problem, gpu: DeviceInfo) -> bool:
     return reason is not None
 
 
-def _unqualified(cost: Cost, problem: Problem, verdict: Verdict) -> str | None:
+def _unqualified(backend: str, strategy: str, problem: Problem, verdict: Verdict) -> str | None:
     """Return why the strategy may not run the call on this card, or None."""
-    if cost.backend == "eager":
+    if backend == "eager":
         return None
-    group = group_of(cost.backend, cost.strategy, problem)
+    group = group_of(backend, strategy, problem)
     if group not in verdict.passed:
         return f"did not qualify: {verdict.failed.get(group, 'it was not checked')}"
-    if problem.mixed and cost.backend == "triton":
+    if problem.mixed and backend == "triton":
         return "is not qualified for several adapters"
     if problem.layout is not None and problem.layout.unsupported_reason == constraints.NO_BASE:
         return "is not qualified without a base product"

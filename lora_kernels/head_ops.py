@@ -28,7 +28,6 @@ from .core.call import (
 )
 from .core.packed4bit import Packed4bit
 
-_LIB = torch.library.Library("lora_kernels", "FRAGMENT")
 _OPERANDS = (
     "Tensor x, {weight}, Tensor lora_A, Tensor lora_B, Tensor labels, Tensor? bias, Tensor? rng"
 )
@@ -166,29 +165,11 @@ def _define(
 
     types: the call types of the arguments that follow the first `before`.
     """
+    counts = [len(each._fields) for each in types]
     for suffix, weight in (("", "Tensor weight"), ("_4bit", ops.CODES)):
-
-        def flat(function: Callable[..., Any], is_4bit: bool) -> Callable[..., Any]:
-            def call(*args: Any) -> Any:
-                first, rest = args[:before], list(args[before:])
-                if is_4bit:  # the fields of Packed4bit follow x
-                    count = len(Packed4bit._fields)
-                    rest[1 : 1 + count] = [Packed4bit(*rest[1 : 1 + count])]
-                packed = []
-                for each in types:
-                    packed.append(each(*rest[: len(each._fields)]))
-                    del rest[: len(each._fields)]
-                return function(*first, *packed)
-
-            return call
-
-        _LIB.define(name + suffix + schema.format(weight=weight))
-        run = flat(implementation, bool(suffix))
-        ops.IMPLEMENTATIONS[name + suffix] = run
-        # As in `ops`: Dynamo must not trace into the op, and autograd must not record it.
-        qualified = f"lora_kernels::{name}{suffix}"
-        torch.library.register_kernel(qualified, None, torch.no_grad()(run), lib=_LIB)
-        torch.library.register_fake(qualified, flat(fake, bool(suffix)), lib=_LIB)
+        layout = types, counts, before, bool(suffix)
+        run, run_fake = (ops.pack_arguments(each, *layout) for each in (implementation, fake))
+        ops.register(name + suffix, schema.format(weight=weight), run, run_fake)
 
 
 CROSS_ENTROPY_TYPES = HeadOperands, HeadSpec, HeadNeeds

@@ -605,10 +605,20 @@ _FIELDS: dict[tuple[type, ...], tuple[int, ...]] = {
 }
 
 
-def _pack_arguments(
-    function: Callable[..., Any], types: tuple[type, ...], before: int, is_4bit: bool
+def pack_arguments(
+    function: Callable[..., Any],
+    types: Sequence[Any],
+    counts: Sequence[int],
+    before: int,
+    is_4bit: bool,
 ) -> Callable[..., Any]:
-    """Wrap `function`, which takes the call types, as a function of an op's flat arguments."""
+    """Wrap `function`, which takes the call types, as a function of an op's flat arguments.
+
+    Args:
+        types, counts: the call types, and the number of fields of each in the schema.
+        before: the number of arguments that stand before them.
+        is_4bit: whether the weight is passed as the fields of `Packed4bit`.
+    """
 
     def flat(*args: Any) -> Any:
         head, rest = args[:before], list(args[before:])
@@ -617,7 +627,7 @@ def _pack_arguments(
                 Packed4bit(*rest[1 : 1 + len(Packed4bit._fields)])
             ]
         packed = []
-        for each, count in zip(types, _FIELDS[types], strict=True):
+        for each, count in zip(types, counts, strict=True):
             packed.append(each(*rest[:count]))
             del rest[:count]
         return function(*head, *packed)
@@ -641,13 +651,25 @@ def _define(
     is_4bit, is_forward = name.endswith("_4bit"), bool(types) and Saved not in types
     # A forward may draw a dropout mask.
     tags = (torch.Tag.nondeterministic_seeded,) if is_forward else ()
-    _LIB.define(name + schema.format(weight=CODES if is_4bit else _WEIGHT), tags=tags)
     if types:
-        before = 0 if is_forward else 1  # dy
-        implementation = _pack_arguments(implementation, types, before, is_4bit)
-        fake = _pack_arguments(fake, types, before, is_4bit)
+        layout = types, _FIELDS[types], 0 if is_forward else 1, is_4bit  # 1: dy
+        implementation = pack_arguments(implementation, *layout)
+        fake = pack_arguments(fake, *layout)
     elif is_4bit:
         implementation, fake = _pack_weight(implementation), _pack_weight(fake)
+    schema = schema.format(weight=CODES if is_4bit else _WEIGHT)
+    register(name, schema, implementation, fake, tags)
+
+
+def register(
+    name: str,
+    schema: str,
+    implementation: Callable[..., Any],
+    fake: Callable[..., Any],
+    tags: tuple[torch.Tag, ...] = (),
+) -> None:
+    """Register the op `lora_kernels::name` for every device."""
+    _LIB.define(name + schema, tags=tags)
     IMPLEMENTATIONS[name] = implementation
     # Autograd must not record the ops inside; the Functions define the gradients. register_kernel
     # keeps Dynamo out of the op: Dynamo would separate the native call from the tensors whose

@@ -25,7 +25,9 @@ from typing import IO, Any, NamedTuple
 
 import torch
 
-from . import costs, device, verdicts
+from . import costs, verdicts
+from . import device as devices
+from .backends import decode4bit
 from .core.problem import Strategy
 from .device import DeviceInfo
 from .verdicts import Group, Point, Verdict
@@ -38,7 +40,7 @@ FEW_ROWS: tuple[int, ...] = (1, 8, 16)  # of the timed calls of "cooperative"
 ROWS: tuple[int, ...] = (32, 128, 1024)  # and of others
 BUDGET = 25.0  # seconds
 SILENCE = 30.0  # seconds without a line from the worker, after which it counts as hanging
-START = 120.0  # seconds to import torch and open the device, on a busy machine
+START = 120.0  # the same to import torch and open the device, and to compile, on a busy machine
 MAX_WORKERS = 6  # one, and five restarts
 # What the cost model may choose (`costs.predict`). It expects "cooperative" ahead of "overlapped",
 # and in float32 cuBLAS ahead of both backends.
@@ -57,8 +59,8 @@ class Claim(NamedTuple):
     - "odd sizes": y and every gradient are within the tolerance of the float64 reference, at sizes
       that are no multiple of a tile.
     - "many blocks": the same where the grid has several times the blocks that fit the card.
-    - "memory": nothing outside of the results is written and no uninitialised memory is read, and
-      ten repeats have equal bits.
+    - "memory": nothing outside of the results is written and no uninitialised memory is read; ten
+      repeats, and a replay of recorded launches, have equal bits.
     - "autocast": the same as "odd sizes" for float32 inputs under autocast.
     - "several adapters": the same for `multi_lora_linear`.
     - "two streams", "graph": calls on two streams at once, and replays of a captured CUDA graph,
@@ -114,8 +116,8 @@ def qualify(
 
     From then on this process, and others on the same kind of card with the same driver, versions
     and kernels, use what passed where the cost model, fitted to the times, expects it to be at
-    least 5 % faster than the eager backend. Takes about 25 s, less if Triton's cache is warm. It
-    makes no collective call: run it once a machine, before a distributed program.
+    least 5 % faster than the eager backend. Takes up to `budget_s`, less if Triton's cache is
+    warm. It makes no collective call: run it once a machine, before a distributed program.
 
     Args:
         device: a CUDA device or its index. Default: the current one.
@@ -133,7 +135,7 @@ def qualify(
     >>> sorted(verdict.passed)  # doctest: +SKIP
     """
     index = _index(device)
-    claims = plan(_checked_dtypes(dtypes), _gpu(index))
+    claims = plan(_checked_dtypes(dtypes), devices.gpu(index))
     if not budget_s > 0:
         raise ValueError(f"budget_s: got {budget_s}, want seconds above 0")
     if (why := _unready_reason()) is not None:
@@ -155,7 +157,7 @@ def qualify(
 
 
 def _index(given: int | str | torch.device | None) -> int:
-    if not device.has_gpu():
+    if not devices.has_gpu():
         raise RuntimeError("qualify: there is no GPU that torch can use")
     if given is None:
         return torch.cuda.current_device()
@@ -164,10 +166,6 @@ def _index(given: int | str | torch.device | None) -> int:
     if where.type != "cuda" or (where.index or 0) >= count:
         raise ValueError(f"device: got {where}, want a CUDA device of the {count} there are")
     return torch.cuda.current_device() if where.index is None else where.index
-
-
-def _gpu(index: int) -> DeviceInfo:
-    return device.gpu(index)
 
 
 def _checked_dtypes(dtypes: Sequence[str]) -> Sequence[str]:
@@ -254,8 +252,9 @@ class _Run:
                     "nothing was cached"
                 )
             begun: Claim | None = None
+            limit = START if compiles else SILENCE
             while True:
-                line = worker.read(SILENCE)
+                line, limit = worker.read(limit), SILENCE
                 if "begin" in line:
                     begun = left[line["begin"]]
                 elif "end" in line:
@@ -287,9 +286,10 @@ class _Run:
                 failed[claim.group] = f"{claim.name}: not checked within {limit}"
         passed = frozenset(claim.group for claim in self.claims) - failed.keys()
         points = [point for point in self.points if point.group in passed]
-        gpu = device.gpu(self.index)
+        gpu, where = devices.gpu(self.index), torch.device("cuda", self.index)
+        rates = costs.fit(points, gpu, decode4bit.bitsandbytes_reason(where) is None)
         date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        return Verdict(key, passed, failed, points, costs.fit(points, gpu), date)
+        return Verdict(key, passed, failed, points, rates, date)
 
 
 class _Worker:

@@ -14,7 +14,7 @@ import math
 import os
 import re
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +24,8 @@ import torch
 from . import device
 from .core.problem import Problem
 
-ADVICE = "run `lora-kernels qualify` (about 25 s)"
+ADVICE = "run `lora-kernels qualify` (up to 25 s)"
+KEEP_EAGER = 0.95  # of eager's time: a strategy replaces it if it takes at most that
 MAX_RANK = 64  # the largest that claims are checked for
 OFF = 'qualification is switched off: fuse(qualify="off")'
 
@@ -82,7 +83,6 @@ class Verdict:
         points: the times of the groups that passed.
         rates: fields of `costs.Rates` that were fitted to the points.
         date: of the qualification, ISO 8601.
-        saved: whether it is in the cache.
     """
 
     key: Mapping[str, str]
@@ -91,7 +91,6 @@ class Verdict:
     points: Sequence[Point] = ()
     rates: Mapping[str, float] = field(default_factory=dict)
     date: str = ""
-    saved: bool = True
 
     def json(self) -> dict[str, Any]:
         """Return the fields as types that JSON knows; `read_verdict` is the inverse.
@@ -100,7 +99,6 @@ class Verdict:
         []
         """
         data = asdict(self)
-        del data["saved"]
         data["passed"] = sorted(self.passed)
         data["failed"] = [[group, reason] for group, reason in self.failed.items()]
         return data
@@ -304,11 +302,10 @@ def switch_off(off: bool) -> None:
     _is_off = off
 
 
-def forget(keys: Iterable[Mapping[str, str]] | None = None) -> list[Path]:
-    """Remove the verdicts for these keys, or all, from cache and process; return the files."""
+def forget() -> list[Path]:
+    """Remove all verdicts from the cache and from this process, and return the files."""
     _current.clear()
-    files = folder().glob("qualified-*.json") if keys is None else map(file_of, keys)
-    removed = [file for file in files if file.exists()]
+    removed = list(folder().glob("qualified-*.json"))
     for file in removed:
         file.unlink()
     return removed

@@ -1,5 +1,5 @@
 // Skinny GEMMs with R columns on one side: P = D(x)·Aᵀ, dS = dZ·B, dB = dZᵀ·S, dA = dXAᵀ·D(x).
-// In float32 on CUDA cores (FFMA): at these ranks memory is the limit, and nothing is lost.
+// In float32 on CUDA cores (FFMA), which are the limit at 64 ranks: see the bounds in KERNELS.md.
 #include "kernels.h"
 #include "operands.cuh"
 

@@ -52,9 +52,9 @@ def replayed(function: F, has_hooks: Callable[[], bool] = lambda: False) -> F:
         if not is_on_gpu(x) or has_hooks():
             return function(*args)
         tensors: list[Tensor] = []
-        parts: list[Any] = [x.get_device()]
-        _read_signature(args, parts, tensors)
-        signature = tuple(parts)
+        read: list[Any] = [x.get_device()]
+        _read_signature(args, read, tensors)
+        signature = tuple(read)
         known = cache.get(signature)
         if isinstance(known, Replay):
             return known(tensors)
@@ -79,7 +79,7 @@ def replayed(function: F, has_hooks: Callable[[], bool] = lambda: False) -> F:
 
 
 def forget() -> None:
-    """Drop all recordings, so that the next calls choose their kernels and tiles anew."""
+    """Delete all recorded launches; the next calls choose their kernels and tiles again."""
     for cache in _caches:
         cache.clear()
 
@@ -187,28 +187,28 @@ class Recorder(TorchDispatchMode):
 
     def finish(self, result: Any) -> Replay | str:
         """Return the replay, or the reason why there is none."""
-        slots = {t.data_ptr(): i for i, t in enumerate(self.operands)}
-        if 0 in slots or len(slots) < len(self.operands):
+        places = {t.data_ptr(): i for i, t in enumerate(self.operands)}
+        if 0 in places or len(places) < len(self.operands):
             return "operands share memory or are empty"
         outputs, offsets, size = [], [], 0
         for t in tensors_of(result):
             made = self.allocated.pop(t.data_ptr(), None)
             if made is None or made.untyped_storage().nbytes() != t.nbytes:
                 return self.reason or "a result is part of another tensor"
-            slots[t.data_ptr()] = len(slots)
+            places[t.data_ptr()] = len(places)
             outputs.append((tuple(t.shape), t.stride(), t.dtype))
         used = {t.data_ptr() for _, _, tensors in self.launches for t in tensors}
         for address, t in self.allocated.items():
             if address in used:
-                slots[address] = len(slots)
+                places[address] = len(places)
                 offsets.append(size)
                 size += -(-t.untyped_storage().nbytes() // ALIGNMENT) * ALIGNMENT
         if has_flags := self.flags.data_ptr() in used:
-            slots[self.flags.data_ptr()] = len(slots)
-        if self.reason or not self.launches or not used <= slots.keys():
+            places[self.flags.data_ptr()] = len(places)
+        if self.reason or not self.launches or not used <= places.keys():
             return self.reason or "a kernel gets part of an operand, or there is none"
-        launches = [_function(launch, args, slots) for launch, args, _ in self.launches]
-        return Replay(outputs, offsets, size, has_flags, launches, _function(None, result, slots))
+        launches = [_function(launch, args, places) for launch, args, _ in self.launches]
+        return Replay(outputs, offsets, size, has_flags, launches, _function(None, result, places))
 
 
 def tensors_of(value: Any) -> Iterator[Tensor]:
@@ -220,10 +220,12 @@ def tensors_of(value: Any) -> Iterator[Tensor]:
             yield from tensors_of(item)
 
 
-def _function(launch: Any, value: Any, slots: Mapping[int, int]) -> Callable[[list[Any], Any], Any]:
+def _function(
+    launch: Any, value: Any, places: Mapping[int, int]
+) -> Callable[[list[Any], Any], Any]:
     """Return a function of a list v that returns the value, or launch(*value) if given.
 
-    Tensors and addresses in the value become v[slots[address]], and STREAM the second argument.
+    Tensors and addresses in the value become v[places[address]], and STREAM the second argument.
     Compiled source builds nested tuples several times faster than a walk through them.
     """
     names: dict[str, Any] = {"launch": launch}
@@ -232,8 +234,8 @@ def _function(launch: Any, value: Any, slots: Mapping[int, int]) -> Callable[[li
         address = item.data_ptr() if isinstance(item, Tensor) else item
         if item is STREAM:
             return "stream"
-        if type(address) is int and address in slots:  # sizes are smaller than addresses
-            return f"v[{slots[address]}]"
+        if type(address) is int and address in places:  # sizes are smaller than addresses
+            return f"v[{places[address]}]"
         name = f"c{len(names)}"
         if not isinstance(item, tuple):
             names[name] = item

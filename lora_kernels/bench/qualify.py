@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Check this package's GPU kernels on this card against the reference, time them against "
         "PyTorch's GEMMs, and cache the verdict: from then on what passed and is faster is used. "
-        "Takes about 25 s."
+        "Takes up to --budget seconds."
     )
     budget = qualification.BUDGET
     add = parser.add_argument
@@ -114,7 +114,7 @@ def dry_run(dtypes: Sequence[str]) -> str:
         warm, cold = seconds(wanted, 0), seconds(wanted, compilations)
         lines.append(
             f"{name}, sm_{gpu.capability}: {len(wanted)} claims on {len(groups)} groups, "
-            f"{compilations} compilations, {cold:.0f} s cold, {warm:.0f} s warm"
+            f"{compilations} compilations, {cold:.1f} s cold, {warm:.1f} s warm"
         )
         for group in groups:
             names = ", ".join(claim.name for claim in wanted if claim.group == group)

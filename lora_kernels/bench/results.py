@@ -33,7 +33,7 @@ from . import tolerance
 Facts = dict[str, Any]  # of a run: its provenance
 
 FROZEN = "frozen"
-# Baselines that nobody would use instead of ours.
+# Baselines that are lower bounds, such as the frozen layer, and no alternative to ours.
 NO_PEERS = (FROZEN, "stream")
 OURS = ("LoRA", "three LoRALinear", "three calls")  # and every name that begins with "ours"
 # Peer -> the equivalent call of ours; "ours" for all others, and if a row lacks it.

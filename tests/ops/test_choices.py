@@ -1,6 +1,6 @@
 """The choices of the cost model on GPUs by their data sheets, as a table.
 
-`python -m tests.ops.test_choices` prints the table anew. decode is `cooperative` of the CUDA
+`python -m tests.ops.test_choices` prints the current table. decode is `cooperative` of the CUDA
 kernels, gemm their `two_pass`; triton is its `two_pass`.
 """
 

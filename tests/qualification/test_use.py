@@ -168,14 +168,14 @@ def test_command_forgets(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_dry_run_keeps_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On each card at most 25 s cold and 5 s warm are expected."""
+    """At most 25 s cold and 5 s warm are expected, 5.2 s on the card with the most claims."""
     for gpu in command.SHEETS.values():
         claims = qualification.plan(gpu=gpu)
         compilations = command.count_compilations(gpu, claims)
         has_triton = any(claim.group.backend == "triton" for claim in claims)
         assert (compilations > 0) == (has_triton and not command.triton.is_interpreted())
         assert command.seconds(claims, compilations) <= 25
-        assert command.seconds(claims, 0) <= 5.5, gpu
+        assert command.seconds(claims, 0) <= (5.2 if gpu.name == "RTX 4090" else 5.0), gpu
     assert "H100, sm_90: " in command.dry_run(["bfloat16"])
 
 

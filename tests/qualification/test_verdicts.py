@@ -78,8 +78,8 @@ def test_current_of_a_card_whose_key_fails_is_a_reason(monkeypatch: pytest.Monke
 def test_forget_removes_files_and_what_the_process_knows() -> None:
     file = verdicts.write(VERDICT)
     assert isinstance(verdicts.current(0), Verdict)
-    assert verdicts.forget([{"name": "other"}]) == []
-    assert verdicts.forget([fake_card.KEY]) == [file] and not file.exists()
+    assert verdicts.forget() == [file] and not file.exists()
+    assert verdicts.forget() == []
     assert verdicts.ADVICE in str(verdicts.current(0))
 
 
@@ -170,12 +170,12 @@ def test_choose_takes_no_adapters_of_their_own_in_triton(monkeypatch: pytest.Mon
     group = Group("triton", "two_pass", "bfloat16", "bfloat16", "4bit")
     verdict = replace(VERDICT, passed=frozenset({group}))
     cost = costs.Cost("triton", costs.Strategy.TWO_PASS, 1.0, "memory")
-    assert costs._unqualified(cost, problem(), verdict) is None
-    assert "several adapters" in str(costs._unqualified(cost, problem(mixed=True), verdict))
+    assert costs._unqualified(*cost[:2], problem(), verdict) is None
+    assert "several adapters" in str(costs._unqualified(*cost[:2], problem(mixed=True), verdict))
 
 
 def test_choose_takes_no_kernel_without_a_base_product() -> None:
     no_base = Layout(unsupported_reason=constraints.NO_BASE)
     cost = costs.Cost("cuda", costs.Strategy.COOPERATIVE, 1.0, "memory")
-    assert costs._unqualified(cost, problem(), VERDICT) is None
-    assert "base product" in str(costs._unqualified(cost, problem(layout=no_base), VERDICT))
+    assert costs._unqualified(*cost[:2], problem(), VERDICT) is None
+    assert "base product" in str(costs._unqualified(*cost[:2], problem(layout=no_base), VERDICT))

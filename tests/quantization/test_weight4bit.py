@@ -510,7 +510,7 @@ CHANGED_STATES = {
 
 
 @pytest.mark.parametrize("change", CHANGED_STATES)
-def test_cached_weight_is_made_anew_after_a_change(change):
+def test_cached_weight_is_rebuilt_after_a_change(change):
     packed, state = default_backend.quantize(dense(), "nf4", 64, True)
     with torch.inference_mode():
         weight = ours.cached_weight(packed, state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lora_kernels.bench.qualify import SHEETS
 from lora_kernels.device import DeviceInfo
 
 
@@ -12,11 +13,8 @@ def from_sheet(
     return DeviceInfo("cuda", capability, count, shared_kib << 10, name, 0, *rates)
 
 
+A100, RTX4090, H100, B200 = SHEETS.values()
 T4 = from_sheet("T4", 75, 40, 64, 1.59e9, 0.32e12, 65e12, 8.1e12)
-A100 = from_sheet("A100", 80, 108, 163, 1.41e9, 2.04e12, 312e12, 19.5e12)
 RTX3090 = from_sheet("RTX 3090", 86, 82, 99, 1.695e9, 0.936e12, 71e12, 35.6e12)
-RTX4090 = from_sheet("RTX 4090", 89, 128, 99, 2.52e9, 1.01e12, 165e12, 82.6e12)
-H100 = from_sheet("H100", 90, 132, 227, 1.755e9, 3.35e12, 949e12, 59e12)
-B200 = from_sheet("B200", 100, 148, 227, 1.965e9, 8.0e12, 2382e12, 74e12)
 RTX5090 = from_sheet("RTX 5090", 120, 170, 99, 2.41e9, 1.79e12, 210e12, 105e12)
 SERVED = [A100, RTX4090, H100, B200, RTX5090]

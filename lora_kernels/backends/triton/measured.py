@@ -69,10 +69,10 @@ class Measured:
 
     @property
     def beats_eager(self) -> bool:
-        """Return True if it took at most 95 % of the eager backend's time."""
+        """Return True if it took at most `verdicts.KEEP_EAGER` of the eager backend's time."""
         if self.microseconds is None or self.eager_microseconds is None:
             return False
-        return self.microseconds <= 0.95 * self.eager_microseconds
+        return self.microseconds <= verdicts.KEEP_EAGER * self.eager_microseconds
 
 
 def shape(

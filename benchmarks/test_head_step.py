@@ -38,7 +38,9 @@ def models() -> dict[str, Any]:
 def test_step(benchmark: Any, models: dict[str, Any], name: str) -> None:
     ids = torch.randint(0, 49152, (4, 512), generator=torch.Generator().manual_seed(0))
 
-    def step(model: Any = models[name].train()) -> float:
+    model = models[name].train()
+
+    def step() -> float:
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         model.zero_grad()
@@ -46,6 +48,5 @@ def test_step(benchmark: Any, models: dict[str, Any], name: str) -> None:
 
     loss = benchmark.pedantic(step, rounds=5, warmup_rounds=1)
     with torch.no_grad():
-        assert loss == pytest.approx(
-            float(models["PEFT"](input_ids=ids, labels=ids).loss), rel=1e-5
-        )
+        want = float(models["PEFT"](input_ids=ids, labels=ids).loss)
+    assert loss == pytest.approx(want, rel=1e-5)

@@ -39,7 +39,7 @@ from .provenance import Provenance
 from .trainer import LoRATrainer, training_arguments
 
 RANKS = (4, 8, 16, 32, 64)
-STEPS, WARMUP = 100, 0.05  # WARMUP: share of the steps
+WARMUP = 0.05  # share of the steps
 CAVEAT = (
     "efficiency divides by the parameters, so it favours small ranks: the score seldom doubles "
     "where they do. Choose by the score, and by efficiency between equals"
@@ -148,8 +148,12 @@ def find_optimal_rank(
     ranks: Sequence[int] = RANKS,
     *,
     preset: str | Preset = "chat",
+    targets: str | Sequence[str] | None = None,
+    steps: int = 100,
+    seed: int = 0,
     adalora: bool = True,
     score: Callable[[Any, float], float] | None = None,
+    out: str | Path | None = None,
     tokenizer: Any = None,
     on_rank: Callable[[RankRow], None] = lambda row: None,
     **settings: Any,
@@ -163,17 +167,17 @@ def find_optimal_rank(
         model: a causal language model of transformers, dense or 4-bit, without adapters.
         train, val: `ChatData`.
         ranks: distinct ranks, each at least 1.
-        preset: as in `add_lora_layers`; its rank is ignored. For adapters on other layers, give
-            `dataclasses.replace(find_preset("chat"), targets=...)`.
+        preset, targets: as in `add_lora_layers`; the preset's rank is ignored.
+        steps: optimizer steps for each rank.
+        seed: of the adapters, the order of the data and dropout.
         adalora: whether to train PEFT's AdaLoRA too. It starts from 1.5 times the middle rank, and
             prunes ranks until their mean is the middle rank. Needs at least 10 steps.
         score: (PEFT model, held-out loss) -> a number, higher is better. None: exp(−loss), the
             geometric mean probability of the correct tokens.
+        out: folder of metrics.jsonl and curves.png for each rank; None keeps none.
         tokenizer: provides the padding token.
         on_rank: called with each row.
-        settings: of `training_arguments`, for each rank. `steps` is 100 and `warmup` 0.05 by
-            default; `seed` is of the adapters too. `out` is the folder of metrics.jsonl and
-            curves.png of each rank; without it none are kept.
+        settings: other settings of `training_arguments`. The default of warmup is 0.05.
 
     Raises UsageError that names the argument before anything is trained.
 
@@ -184,8 +188,6 @@ def find_optimal_rank(
     lora_kernels.finetune.UsageError: ranks: got (4, 4), want different ones, each at least 1
     """
     check_ranks(ranks)
-    out, steps = settings.pop("out", None), settings.setdefault("steps", STEPS)
-    seed = settings.setdefault("seed", 0)
     check_numbers({"steps": steps}, steps=10 if adalora else 1)
     if isinstance(model, PeftModel):
         raise UsageError("model: got a PEFT model, want the base: model.get_base_model()")
@@ -193,8 +195,11 @@ def find_optimal_rank(
         if len(data) == 0:
             raise UsageError(f"{name}: got no row, want at least one")
     chosen = find_preset(preset)
+    if targets:
+        chosen = replace(chosen, targets=(targets,) if isinstance(targets, str) else tuple(targets))
     cpu = next(model.parameters()).device.type == "cpu"
-    training = {"cpu": cpu, "warmup": WARMUP, **settings, "save_strategy": "no"}
+    training = {"cpu": cpu, "warmup": WARMUP} | settings
+    training |= {"steps": steps, "seed": seed, "save_strategy": "no"}
 
     def preset_of_rank(rank: int) -> Preset:
         return replace(chosen, rank=rank, alpha=chosen.alpha / chosen.rank * rank)
@@ -331,13 +336,9 @@ def run(args: argparse.Namespace) -> int:
     """Return the exit status, 0. Raises UsageError before the model's weights are read."""
     silence_libraries()
     options = RankOptions(**fill_in_demo(vars(args)))
-    preset = find_preset(options.preset)
-    if options.target_modules:
-        preset = replace(preset, targets=tuple(options.target_modules))
+    targets = options.target_modules or find_preset(options.preset).targets
     check_out(options.out)
-    device, tokenizer, length, train = read_inputs(
-        options, preset.targets, max(options.ranks), "ranks"
-    )
+    device, tokenizer, length, train = read_inputs(options, targets, max(options.ranks), "ranks")
     print(train.report)
     if 0 < options.examples < len(train):
         _, train = train.split(options.examples / len(train), options.seed)
@@ -355,8 +356,8 @@ def run(args: argparse.Namespace) -> int:
         train,
         val,
         options.ranks,
-        preset=preset,
-        **pick(options, "steps seed adalora out batch lr"),
+        **pick(options, "preset steps seed adalora out batch lr"),
+        targets=options.target_modules or None,
         tokenizer=tokenizer,
         on_rank=lambda row: print(
             f"rank {row.rank}: score {row.score:.4f} in {row.seconds:.1f} s", flush=True

@@ -25,8 +25,8 @@ V, K, R, SCALING = 49152, 576, 16, 2.0
 def test_gradients_of_smollm2_with_lora_on_its_head_are_pefts() -> None:
     """To 1e-4 of each gradient's norm; the embeddings are tied to the head.
 
-    PEFT's logits get their loss in float64: in float32 the log_softmax of PyTorch errs by 2e-6 of
-    the loss over 49,152 terms, and the gradients of the first layers by 1e-4.
+    PEFT's logits get their loss in float64. In float32 the log_softmax of PyTorch, over 49,152
+    terms, moves PEFT's own gradients: from those, ours may differ by as much more.
     """
     torch.manual_seed(0)
     base = load_base(demo_model(), torch.float32, torch.device("cpu"))
@@ -43,23 +43,35 @@ def test_gradients_of_smollm2_with_lora_on_its_head_are_pefts() -> None:
     ours = fuse(copy.deepcopy(stock), loss=True)
     explain(ours).assert_fused()
 
+    def loss_of(model: Any) -> Tensor:
+        loss: Tensor = model(input_ids=ids, labels=labels).loss
+        return loss
+
     def loss_in_float64(model: Any) -> Tensor:
         logits = model(input_ids=ids).logits[:, :-1].double()
         return F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
 
     found = []
-    for model in (ours, stock):
-        model.train()
-        is_ours = model is ours
-        loss = model(input_ids=ids, labels=labels).loss if is_ours else loss_in_float64(model)
+    for model, call in ((ours, loss_of), (stock, loss_in_float64), (stock, loss_of)):
+        model.train().zero_grad()
+        loss = call(model)
         loss.backward()
-        grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
         found.append((loss.item(), grads))
-    (loss, grads), (want, wanted) = found
+    (loss, grads), (want, wanted), (_, pefts) = found
     assert loss == pytest.approx(want, rel=1e-5)
     assert grads.keys() == wanted.keys() and any("lm_head.lora_A" in name for name in grads)
     for name, grad in wanted.items():
-        assert (grads[name] - grad).norm() <= 1e-4 * grad.norm(), name
+        error = (grads[name] - grad).norm()
+        assert error <= 1e-4 * grad.norm(), name
+    # The error that float32 adds to PEFT's is the larger one.
+    assert total(pefts, wanted) > total(grads, wanted)
+
+
+def total(found: dict[str, Tensor], want: dict[str, Tensor]) -> float:
+    """Return the norm of all relative errors."""
+    errors = [(found[name] - grad).norm() / grad.norm() for name, grad in want.items()]
+    return float(torch.stack(errors).norm())
 
 
 def head_inputs(M: int) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import ops
 from .backends import forced
+from .backends.eager import stat_dtype
 from .backends.forced import Forced
 from .core.call import (
     ExpertsNeeds,
@@ -108,12 +109,21 @@ class ExpertsOptions(NamedTuple):
     blocksizes: tuple[Any, ...]
 
 
+def _unread(dy: Tensor, columns: int, dtype: torch.dtype, flat: bool = False) -> Tensor:
+    """Return uninitialized memory in place of x, or of P if `flat`: no gradient reads its values.
+
+    It gives the backends shape and dtype. It lives for one backward; what is saved lives for all.
+    """
+    shape = (dy.numel() // dy.shape[-1],) if flat else dy.shape[:-1]
+    return dy.new_empty(*shape, columns, dtype=dtype)
+
+
 class LoRALinearFunction(torch.autograd.Function):
     """`ops.lora_linear` with `ops.lora_linear_backward`.
 
     `weight` is a dense weight or None, or the tensors of a 4-bit weight. The backward needs the
-    operands, P [M, R] unless `Options.recompute`, and z [M, N] if the column scale needs a
-    gradient.
+    operands, but x for dA alone; P [M, R] for dB and dg, unless `Options.recompute` makes it from
+    x; and z [M, N] if the column scale needs a gradient.
     """
 
     @staticmethod
@@ -140,9 +150,13 @@ class LoRALinearFunction(torch.autograd.Function):
             y, (p, z, mask) = ops.lora_linear_direct(operands, spec, ctx.choice)
         else:
             y, (p, z, mask) = ops.lora_linear_dispatched(operands, spec)
-        adapter, kept = (lora_A, lora_B, rank_gate, column_scale), None if recompute else p
-        ctx.save_for_backward(x, *adapter, rng if mask is None else mask, kept, z, *weight)
-        ctx.options, ctx.bias_dtype = options, None if bias is None else bias.dtype
+        reads_p = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
+        reads_x = ctx.needs_input_grad[1] or (reads_p and recompute)
+        kept_x, kept_p = x if reads_x else None, p if reads_p and not recompute else None
+        adapter = lora_A, lora_B, rank_gate, column_scale
+        ctx.save_for_backward(kept_x, *adapter, rng if mask is None else mask, kept_p, z, *weight)
+        ctx.options, ctx.x_dtype = options, x.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
         return y
 
     @staticmethod
@@ -152,8 +166,13 @@ class LoRALinearFunction(torch.autograd.Function):
         spec, _, blocksizes = ctx.options
         needs = Needs(*ctx.needs_input_grad[:6])
         base = Packed4bit(*weight, *blocksizes) if blocksizes else weight[0]
+        R, K = lora_A.shape
+        if x is None:
+            x = _unread(dy, K, ctx.x_dtype)
         operands = Operands(x, base, lora_A, lora_B, rank_gate, column_scale, None, rng)
-        if p is None:
+        if p is None and not (needs.lora_B or needs.rank_gate):
+            p = _unread(dy, R, stat_dtype(spec.dtype), flat=True)
+        elif p is None:
             with _force_choice(ctx.choice, strategy=False):  # the strategy depends on N, here 1
                 p = ops.down_projection(x, lora_A, spec.dropout_p, rng, spec.dtype)
         saved = Saved(p, z)
@@ -181,7 +200,7 @@ class MultiLoRALinearFunction(torch.autograd.Function):
     """`ops.multi_lora_linear` with `ops.multi_lora_linear_backward`.
 
     `tensors` are E of lora_A, E of lora_B and the tensors of a 4-bit weight. The backward needs the
-    operands and P [M, R].
+    operands and P [M, R], but x if a dA is needed alone, and P if a dB is.
     """
 
     @staticmethod
@@ -207,17 +226,25 @@ class MultiLoRALinearFunction(torch.autograd.Function):
         else:
             y, saved = ops.multi_lora_linear_dispatched(operands, spec)
         rng = rng if saved.mask is None else saved.mask
-        ctx.save_for_backward(x, weight, index, saved.p, rng, *tensors)
-        ctx.options, ctx.bias_dtype = options, None if bias is None else bias.dtype
+        need_A, need_B = ctx.needs_input_grad[6 : 6 + E], ctx.needs_input_grad[6 + E : 6 + 2 * E]
+        kept = x if any(need_A) else None, saved.p if any(need_B) else None
+        ctx.save_for_backward(*kept, weight, index, rng, *tensors)
+        ctx.options, ctx.x_dtype = options, x.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
         return y
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, saved: tuple[Any, ...], dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, index, p, rng, *tensors = saved
+        x, p, weight, index, rng, *tensors = saved
         spec, blocksizes = ctx.options
         E, need = len(spec.scaling), ctx.needs_input_grad
         lora_A, lora_B, codes = tensors[:E], tensors[E : 2 * E], tensors[2 * E :]
+        if x is None:
+            x = _unread(dy, lora_A[0].shape[1], ctx.x_dtype)
+        if p is None:
+            R = max(A.shape[0] for A in lora_A)
+            p = _unread(dy, R, stat_dtype(spec.dtype), flat=True)
         needs = MultiNeeds(need[0], need[6 : 6 + E], need[6 + E : 6 + 2 * E], need[3])
         base, held = (Packed4bit(*codes, *blocksizes), codes[0]) if codes else (weight, weight)
         operands = MultiOperands(x, base, lora_A, lora_B, index, None, rng)
@@ -240,7 +267,7 @@ class LoRAExpertsFunction(torch.autograd.Function):
     """`ops.lora_experts` with `ops.lora_experts_backward`.
 
     `weight` is a dense weight or the tensors of a 4-bit weight. The backward needs the operands
-    and P [M, R].
+    and P [M, R], but x for dA alone, and P for dB.
     """
 
     @staticmethod
@@ -265,8 +292,11 @@ class LoRAExpertsFunction(torch.autograd.Function):
         else:
             y, saved = ops.lora_experts_dispatched(operands, spec)
         rng = rng if saved.mask is None else saved.mask
-        ctx.save_for_backward(x, lora_A, lora_B, offsets, saved.p, rng, *weight)
-        ctx.options, ctx.bias_dtype = options, None if bias is None else bias.dtype
+        kept_x = x if ctx.needs_input_grad[1] else None
+        kept_p = saved.p if ctx.needs_input_grad[2] else None
+        ctx.save_for_backward(kept_x, lora_A, lora_B, offsets, kept_p, rng, *weight)
+        ctx.options, ctx.x_dtype = options, x.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
         return y
 
     @staticmethod
@@ -274,6 +304,9 @@ class LoRAExpertsFunction(torch.autograd.Function):
     def backward(ctx: Any, tensors: tuple[Any, ...], dy: Tensor) -> tuple[Tensor | None, ...]:
         x, lora_A, lora_B, offsets, p, rng, *weight = tensors
         spec, blocksizes = ctx.options
+        _, R, K = lora_A.shape
+        x = _unread(dy, K, ctx.x_dtype) if x is None else x
+        p = _unread(dy, R, stat_dtype(spec.dtype)) if p is None else p
         needs = ExpertsNeeds(*ctx.needs_input_grad[:4])
         base = Packed4bit(*weight, *blocksizes) if blocksizes else weight[0]
         operands = ExpertsOperands(x, base, lora_A, lora_B, offsets, None, rng)

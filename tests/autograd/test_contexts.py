@@ -13,7 +13,7 @@ from lora_kernels.quantization import quantize_4bit
 from tests.layers.variants import hidden
 
 # Numbers, dtypes and the choice of a kernel; a name that is new here wants a look at what it holds.
-ALLOWED = {"choice", "options", "bias_dtype"}
+ALLOWED = {"choice", "options", "bias_dtype", "x_dtype"}
 
 
 def test_autograd_source_sets_only_allowed_names() -> None:

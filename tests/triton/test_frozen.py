@@ -1,0 +1,30 @@
+"""Frozen lora_A or lora_B: the Triton kernels read nothing that was not saved."""
+
+from typing import Any
+
+import pytest
+
+import lora_kernels
+from lora_kernels import selection
+from tests.autograd import frozen
+from tests.autograd.cases import K, M
+
+
+@pytest.mark.parametrize("strategy", selection.STRATEGIES["triton"])
+@pytest.mark.parametrize("kinds", frozen.FROZEN, ids="-".join)
+@pytest.mark.parametrize("option", ["plain", "all"])
+def test_frozen_factors_of_lora_linear(option: str, kinds: Any, strategy: str) -> None:
+    with lora_kernels.backend("triton", strategy):
+        frozen.check_linear(option, kinds, (M, K))
+
+
+@pytest.mark.parametrize(("index", "kinds", "p"), frozen.every_multi, ids=str)
+def test_frozen_factors_of_multi_lora_linear(index: Any, kinds: Any, p: float) -> None:
+    with lora_kernels.backend("triton"):
+        frozen.check_multi(index, kinds, p)
+
+
+@pytest.mark.parametrize(("kinds", "p"), frozen.every_experts, ids=str)
+def test_frozen_factors_of_lora_experts_linear(kinds: Any, p: float) -> None:
+    with lora_kernels.backend("triton"):
+        frozen.check_experts(kinds, p)

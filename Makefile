@@ -19,7 +19,7 @@ INSTALLED := $(VENV)/.installed-$(shell echo '$(TORCH)' | cksum | cut -d' ' -f1)
 DEMO_INPUTS := $(VENV)/.demo-inputs
 CPP_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: .venv test quick slice others interpreted proof mutations matrix bench demo results gpu lint format \
+.PHONY: .venv test quick slice others interpreted proof mutations matrix wheel bench demo results gpu lint format \
 	native sanitize clean
 .DELETE_ON_ERROR:
 
@@ -53,6 +53,12 @@ proof: lint native $(DEMO_INPUTS)
 
 mutations: native
 	$(BIN)/python -m tests.mutations
+
+# The CPU kernels for all Pythons, and for any Linux with glibc 2.28 or newer.
+wheel: $(INSTALLED)
+	rm -rf build/lib* build/bdist*
+	LORA_KERNELS_PORTABLE=1 $(BIN)/python -m pip wheel --no-deps --no-build-isolation \
+		--wheel-dir dist .
 
 # Wheel and sdist, with and without a compiler, beside the newest and the oldest libraries.
 matrix: $(INSTALLED)

@@ -18,6 +18,8 @@ Environment:
     TORCH_CUDA_ARCH_LIST     for which GPUs, as torch reads it ("8.0;9.0+PTX"); unset, those of
                              CUDA_ARCHS that nvcc knows, and PTX of the last
     LORA_KERNELS_WERROR      1: compiler warnings are errors
+    LORA_KERNELS_PORTABLE    1: the CPU kernels alone, and a wheel for any Linux with glibc 2.28 or
+                             newer; that they need more is an error
     LORA_KERNELS_SANITIZE    1: AddressSanitizer and UndefinedBehaviorSanitizer
     LORA_KERNELS_OPTIMIZE    the compiler's -O level (3); 1 compiles in half of the time
 """
@@ -66,6 +68,9 @@ WARNINGS = ["-Wall", "-Wextra"]
 OPTIMIZE = [f"-O{os.environ.get('LORA_KERNELS_OPTIMIZE', '3')}", "-g0"]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 SANITIZE_COMPILE = [*SANITIZE, "-fno-omit-frame-pointer", "-O1", "-g"]
+# The most that libraries in a wheel for manylinux_2_28 may need: PEP 600, and auditwheel's table.
+PORTABLE = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 24), "CXXABI": (1, 3, 11), "GCC": (7, 0, 0)}
+PORTABLE_LIBRARIES = {"libc.so.6", "libm.so.6", "libstdc++.so.6", "libgcc_s.so.1"}
 LINK = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
 
 CUDA_BINDINGS = "cuda/bindings.cpp"
@@ -95,6 +100,9 @@ def enabled(name: str) -> bool:
     return os.environ.get(name) == "1"
 
 
+IS_PORTABLE = enabled("LORA_KERNELS_PORTABLE")
+
+
 def say(text: bytes) -> None:
     """Write bytes, a compiler's among them, to where its own would go."""
     sys.stdout.flush()
@@ -117,6 +125,22 @@ def accepts(cxx: list[str], flags: list[str]) -> bool:
     """Return whether the compiler knows these flags; an older one may lack the newest set."""
     probe = [*cxx, "-std=c++20", *flags, "-fsyntax-only", "-x", "c++", os.devnull]
     return subprocess.run(probe, capture_output=True).returncode == 0
+
+
+def check_portable(library: Path) -> None:
+    """RuntimeError if the library needs more of the system than PORTABLE.
+
+    A linker writes the names of what is needed among the library's strings.
+    """
+    names = re.findall(rb"\0([\w.+-]+)(?=\0)", library.read_bytes())
+    for name in sorted({name.decode() for name in names}):
+        family, _, version = name.partition("_")
+        numbers = tuple(int(part) for part in version.split(".") if part.isdigit())
+        if numbers > PORTABLE.get(family, numbers):
+            newest = ".".join(map(str, PORTABLE[family]))
+            raise RuntimeError(f"{library.name} needs {name}, want {family}_{newest} or older")
+        if re.fullmatch(r"lib[\w+-]+\.so(\.\d+)*", name) and name not in PORTABLE_LIBRARIES:
+            raise RuntimeError(f"{library.name} needs {name}, want the C and C++ libraries alone")
 
 
 def isa_units(cxx: list[str]) -> dict[str, list[str]]:
@@ -268,7 +292,8 @@ def host(cxx: list[str], flags: list[str]) -> list[str]:
 
 
 def host_link(cxx: list[str]) -> list[str]:
-    return [*cxx, *LINK, *(SANITIZE if enabled("LORA_KERNELS_SANITIZE") else [])]
+    more = SANITIZE if enabled("LORA_KERNELS_SANITIZE") else []
+    return [*cxx, *LINK, *more, *(["-s"] if IS_PORTABLE else [])]
 
 
 class NativeBuild(build_ext):
@@ -288,6 +313,7 @@ class NativeBuild(build_ext):
             return
         # Sanitized objects stand apart, so that neither build undoes the other.
         kind = ("sanitize" if enabled("LORA_KERNELS_SANITIZE") else "") + name
+        kind += "portable" * IS_PORTABLE
         try:
             if sys.platform == "win32":
                 raise RuntimeError("the native kernels are built on Linux and macOS only")
@@ -301,11 +327,14 @@ class NativeBuild(build_ext):
             ninja = Ninja(build_dir, self.distribution.get_version())
             library = rules(ninja, cxx, *arguments)
             ninja.run(WHAT[name], shlex.join(arguments or cxx))
+            if IS_PORTABLE:
+                check_portable(library)
         except RuntimeError as error:
             # An older extension beside newer Python is worse than none.
             target.unlink(missing_ok=True)
-            if enabled(SWITCHES[name]):
-                raise CompileError(f"{SWITCHES[name]}=1, but {error}") from error
+            if IS_PORTABLE or enabled(SWITCHES[name]):
+                switch = "LORA_KERNELS_PORTABLE" if IS_PORTABLE else SWITCHES[name]
+                raise CompileError(f"{switch}=1, but {error}") from error
             self.warn(
                 f"{WHAT[name]} are left out: {error}\n"
                 "The package works without them, slower; `lora-kernels info` says how to add them."
@@ -331,6 +360,8 @@ WHAT = {
 
 def wanted() -> list[str]:
     """Name the extensions to build: the CPU's unless switched off, the GPU's if nvcc is found."""
+    if IS_PORTABLE:
+        return ["_native"]
     names = [] if os.environ.get("LORA_KERNELS_NATIVE") == "0" else ["_native"]
     if enabled("LORA_KERNELS_EMULATOR"):
         names.append("_emulator")
@@ -339,11 +370,21 @@ def wanted() -> list[str]:
     return names
 
 
+def wheel_options() -> dict[str, str]:
+    """One wheel for all Pythons; a portable one is tagged for the glibc that it needs."""
+    if FREE_THREADED:
+        return {}
+    options = {"py_limited_api": "cp310"}
+    if IS_PORTABLE:
+        options["plat_name"] = f"manylinux_2_28_{platform.machine()}"
+    return options
+
+
 setup(
     ext_modules=[
         Extension(f"{PACKAGE}.{name}", sources=[], optional=True, py_limited_api=not FREE_THREADED)
         for name in wanted()
     ],
     cmdclass={"build_ext": NativeBuild},
-    options={} if FREE_THREADED else {"bdist_wheel": {"py_limited_api": "cp310"}},
+    options={"bdist_wheel": wheel_options()},
 )

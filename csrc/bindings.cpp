@@ -3,9 +3,18 @@
 // (lora_kernels/backends/cpu.py, after functional.py has checked them).
 #include "bindings.h"
 
+#include <new>
 #include <string>
 
 #include "cpu/dispatch.h"
+
+#ifdef __GLIBCXX__
+// The containers of GCC 11 and newer call this. The libstdc++ of older systems, on which a portable
+// wheel runs, has no such function, so this library has one of its own.
+namespace std {
+void __throw_bad_array_new_length() { throw bad_array_new_length(); }
+}  // namespace std
+#endif
 
 namespace lora_kernels {
 namespace {
@@ -204,17 +213,18 @@ Object use_isa_named(Arguments& in) {
        given.object);
 }
 
-Object use_openmp(Arguments& in) {
+Object use_openmp_at(Arguments& in) {
+  const uintptr_t parallel = in("parallel"), thread_num = in("thread_num"),
+                  num_threads = in("num_threads");
   in.finish();
-  const char* const file = use_torch_openmp();
-  return file ? owned(PyUnicode_FromString(file)) : borrowed(Py_None);
+  use_openmp(parallel, thread_num, num_threads);
+  return nullptr;
 }
 
 PyMethodDef methods[] = {
     method<use_isa_named>("use_isa", "Cap the instruction set; return the one now in use."),
-    method<use_openmp>("use_openmp",
-                       "Run on the thread pool of the OpenMP runtime that torch carries; return "
-                       "its file, or None if there is none and the calling thread runs kernels."),
+    method<use_openmp_at>("use_openmp",
+                          "Run on the thread pool of the OpenMP runtime with these addresses."),
     method<codes_4bit>("Codes4bit", "Return the addresses of a 4-bit weight."),
     method<quantize>("quantize"),
     method<dequantize>("dequantize"),

@@ -40,7 +40,7 @@ def info() -> dict[str, Any]:
             "torch": torch.__version__,
             **{name: device.version(name) for name in _OPTIONAL},
         },
-        "cpu": {**asdict(device.cpu()), "isa": native.isa, "thread_pool": native.threads},
+        "cpu": {**asdict(device.cpu()), "isa": native.isa, "torch_threads": native.threaded},
         "compiler": device.compiler(),
         "gpus": [
             asdict(gpu) | {"qualification": _qualification(index)}
@@ -111,8 +111,8 @@ def _qualification(index: int) -> str:
 
 def _cpu_backend() -> dict[str, Any]:
     if native.module is not None:
-        pool = native.threads or "none found, so one thread"
-        return _backend(True, f"{native.isa} kernels; thread pool: {pool}")
+        threads = "on torch's threads" if native.threaded else "on one thread: torch has no OpenMP"
+        return _backend(True, f"{native.isa} kernels, {threads}")
     install = f"LORA_KERNELS_NATIVE=1 {_INSTALL} {_installed_from()}"
     if device.compiler() is None:
         install = (

@@ -184,7 +184,9 @@ extern const Kernels kernels_scalar, kernels_avx2, kernels_avx512, kernels_avx51
 // threads.cpp: run fn(context, thread, threads) on every thread of torch's own pool.
 using ThreadFn = void (*)(void* context, int thread, int threads);
 void run_threads(int threads, ThreadFn fn, void* context);
-const char* use_torch_openmp();
+// Addresses of GOMP_parallel, omp_get_thread_num, omp_get_num_threads; without them all runs on one
+// thread.
+void use_openmp(uintptr_t parallel, uintptr_t thread_num, uintptr_t num_threads);
 // Among threads of one run: count one more that has come so far; wait until `count` of them have.
 void arrive(int* arrived);
 void await(const int* arrived, int count);

@@ -1,9 +1,9 @@
 // Threads and scratch memory.
 //
-// A second OpenMP runtime beside torch's would spin on the same cores, so this library links none:
-// it asks libtorch_cpu and its dependencies, under whatever file name they carry it, for
-// GOMP_parallel, which GNU's, LLVM's and Intel's runtimes all export, and runs on that pool.
-#include <dlfcn.h>
+// A second OpenMP runtime beside torch's would spin on the same cores, so this library links none.
+// Python gives it the addresses of GOMP_parallel, which GNU's, LLVM's and Intel's runtimes all
+// export, in the runtime that torch has loaded, and it runs on that pool. Finding them here would
+// need dlsym, which in a library of today is that of glibc 2.34.
 #include <sched.h>
 
 #include <cstdlib>
@@ -31,18 +31,10 @@ void enter(void* region) {
 
 }  // namespace
 
-const char* use_torch_openmp() {
-  void* torch_cpu = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
-  if (!torch_cpu) return nullptr;
-  auto parallel = reinterpret_cast<GompParallel>(dlsym(torch_cpu, "GOMP_parallel"));
-  auto thread_num = reinterpret_cast<OmpInt>(dlsym(torch_cpu, "omp_get_thread_num"));
-  auto num_threads = reinterpret_cast<OmpInt>(dlsym(torch_cpu, "omp_get_num_threads"));
-  if (!parallel || !thread_num || !num_threads) return nullptr;
-  gomp_parallel = parallel;
-  omp_thread_num = thread_num;
-  omp_num_threads = num_threads;
-  Dl_info where;
-  return dladdr(reinterpret_cast<void*>(parallel), &where) ? where.dli_fname : "";
+void use_openmp(uintptr_t parallel, uintptr_t thread_num, uintptr_t num_threads) {
+  gomp_parallel = reinterpret_cast<GompParallel>(parallel);
+  omp_thread_num = reinterpret_cast<OmpInt>(thread_num);
+  omp_num_threads = reinterpret_cast<OmpInt>(num_threads);
 }
 
 void run_threads(int threads, ThreadFn fn, void* context) {

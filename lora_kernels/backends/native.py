@@ -5,6 +5,7 @@ The environment variable LORA_KERNELS_CPU_ISA, one of ISAS, caps the instruction
 
 from __future__ import annotations
 
+import ctypes
 import os
 from types import ModuleType
 
@@ -17,12 +18,12 @@ reason: str | None = None  # why the extension is missing, or None
 isa: str | None = None  # the instruction set in use
 amx_bf16 = False  # whether oneDNN's bfloat16 GEMMs run on AMX tiles
 intel = False  # whether the processor is Intel's, for which MKL is optimized
-threads: str | None = None  # the owner of the thread pool that the kernels use
+threaded = False  # whether the kernels run on PyTorch's threads, or on the caller's alone
 exchange = False  # whether PyTorch has a DLPack exchange table, which gives a tensor's address
 
 
 def _load() -> None:
-    global module, reason, isa, amx_bf16, intel, threads, exchange
+    global module, reason, isa, amx_bf16, intel, threaded, exchange
     try:
         from .. import _native as extension  # type: ignore[attr-defined]
     except ImportError:
@@ -39,8 +40,26 @@ def _load() -> None:
     module = extension
     isa = extension.use_isa(cap or ISAS[-1])
     amx_bf16, intel = bool(extension.amx_bf16), bool(extension.intel)
-    threads = extension.use_openmp()
+    addresses = _openmp()
+    if addresses is not None:
+        extension.use_openmp(*addresses)
+    threaded = addresses is not None
     exchange = extension.use_exchange(torch.Tensor)
+
+
+def _openmp() -> list[int] | None:
+    """Return the addresses that `use_openmp` takes, in the OpenMP runtime that torch has loaded.
+
+    They are looked up in libtorch_cpu and its dependencies, whatever file name these have. None if
+    there is no such runtime.
+    """
+    names = "GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads"
+    try:
+        torch_cpu = ctypes.CDLL("libtorch_cpu.so", mode=os.RTLD_LAZY | os.RTLD_NOLOAD)
+        functions = [getattr(torch_cpu, name) for name in names]
+    except (OSError, AttributeError):
+        return None
+    return [ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions]
 
 
 def use_isa(name: str) -> str:

@@ -1,13 +1,15 @@
 """Build the package, install it, and let it verify itself: `python -m tests.packaging [NAME ...]`.
 
-    wheel        the wheel, in an environment that held nothing
+    wheel        `make wheel`'s, in an environment that held nothing and has no compiler
+    pythons      the same wheel on each other Python of PYTHONS that is on PATH
     sdist        the source distribution, which compiles
     no-compiler  the same where there is no compiler: pure Python
     newest       the wheel beside the newest torch, PEFT, transformers and bitsandbytes
     oldest       the wheel beside the oldest that pyproject.toml admits
     triton       the Triton kernels compiled for two GPUs, and launches replayed, by each of TRITONS
 
-The first four share an environment, in which each removes what the last installed. Each must pass
+All but oldest, triton and pythons share an environment, in which each removes what the last
+installed. Each must pass
 `lora-kernels verify`; newest and oldest also `verify` beside both peers, and the tests of interop
 except those in LATER. Needs a compiler, a package index, about 15 GB and half an hour.
 """
@@ -33,7 +35,9 @@ SHOWN = ("torch", "triton", "safetensors", *PEERS)
 # Their names stand here, so that no test passes over itself.
 LATER = {
     "AdaLoRA over convolutions (PEFT)": "test_convolutions_stay_pefts_own",
-    "set_adapter(inference_mode=...), set_requires_grad (PEFT)": "loaded_from_meta or frozen",
+    "set_adapter(inference_mode=...), set_requires_grad (PEFT)": (
+        "loaded_from_meta or frozen or test_row_adapters"
+    ),
     "LoraConfig(ensure_weight_tying=...) (PEFT)": "tied",
     "set_experts_implementation (transformers)": "qwen3_moe or their_share_of_the_parameters",
     "float64 beside a Linear4bit (bitsandbytes)": "test_a_compute_dtype_that_is_not_ours",
@@ -49,6 +53,9 @@ LATER = {
 # torch 2.8's own, the floor of pyproject.toml, and torch 2.9's. Tests compile with the newest.
 TRITONS = ("3.7.0",)
 
+PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
+VERIFY_SECONDS = 120  # the most that `lora-kernels verify` may take
+
 
 class Failed(Exception):
     """The end of a failed command's output."""
@@ -57,9 +64,9 @@ class Failed(Exception):
 class Environment:
     """A virtual environment, made empty."""
 
-    def __init__(self, folder: Path, tests: Path) -> None:
+    def __init__(self, folder: Path, tests: Path, python: str = sys.executable) -> None:
         self.bin, self.tests = folder / "bin", tests
-        run([sys.executable, "-m", "venv", folder], folder.parent)
+        run([python, "-m", "venv", folder], folder.parent)
 
     def install(self, *what: str, **variables: str) -> None:
         self.pip("install", "--progress-bar", "off", *what, **variables)
@@ -68,10 +75,14 @@ class Environment:
         python = self.bin / "python"
         return run([python, "-m", "pip", *arguments], self.tests, **variables)
 
-    def verify(self, *arguments: str) -> str:
+    def verify(self, *arguments: str, **variables: str) -> str:
         """Its last line."""
-        done = run([self.bin / "lora-kernels", "verify", *arguments], self.tests)
+        done = run([self.bin / "lora-kernels", "verify", *arguments], self.tests, **variables)
         return done.strip().splitlines()[-1]
+
+    def bare(self) -> dict[str, str]:
+        """Variables of a system without a compiler."""
+        return {"PATH": str(self.bin), "CXX": "no-c++"}
 
     def has_kernels(self) -> bool:
         return bool(
@@ -119,7 +130,7 @@ def floors() -> list[str]:
 
 
 def build(folder: Path) -> tuple[Path, Path]:
-    """The wheel and the source distribution, of the files that git knows."""
+    """The portable wheel and the source distribution, of the files that git knows."""
     source = folder / "source"
     listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     for name in filter(None, run(list(listed), ROOT).split("\0")):
@@ -130,7 +141,7 @@ def build(folder: Path) -> tuple[Path, Path]:
     tools.install("build")
     # The wheel is built from the source distribution, so that what that lacks is missed.
     command = [tools.bin / "python", "-m", "build", "--outdir", folder / "dist"]
-    run(command, source, LORA_KERNELS_NATIVE="1")
+    run(command, source, LORA_KERNELS_PORTABLE="1")
     (wheel,), (sdist,) = ((folder / "dist").glob(f"*{end}") for end in (".whl", ".tar.gz"))
     return wheel, sdist
 
@@ -139,14 +150,24 @@ def check(name: str, made: Callable[[str], Environment], wheel: Path, sdist: Pat
     """Lines on what passed."""
     if name == "triton":
         return ["triton", *(compiled_by(version, wheel.parent) for version in TRITONS)]
+    if name == "pythons":
+        return [
+            f"{wheel.name}, {wheel.stat().st_size / 1e6:.1f} MB",
+            *(
+                installed_on(version, python, wheel)
+                for version in PYTHONS
+                if f"{sys.version_info.major}.{sys.version_info.minor}" != version
+                and (python := usable(version)) is not None
+            ),
+        ]
     environment = made("oldest" if name == "oldest" else "newest")
     environment.pip("uninstall", "--yes", "lora-kernels")
     if name == "wheel":
-        environment.install(str(wheel))
+        environment.install(str(wheel), **environment.bare())
     elif name == "sdist":
         environment.install(str(sdist), "--no-cache-dir", LORA_KERNELS_NATIVE="1")
     elif name == "no-compiler":
-        environment.install(str(sdist), "--no-cache-dir", PATH=str(environment.bin), CXX="no-c++")
+        environment.install(str(sdist), "--no-cache-dir", **environment.bare())
     else:
         beside = list(PEERS) if name == "newest" else floors()
         environment.install("--upgrade", str(wheel), *beside, "pytest", "hypothesis", "rich")
@@ -158,6 +179,31 @@ def check(name: str, made: Callable[[str], Environment], wheel: Path, sdist: Pat
         later = " or ".join(f"({k})" for k in LATER.values())
         said.append("interop: " + environment.interop(f"not ({later})" if name == "oldest" else ""))
     return [environment.versions(), *said]
+
+
+def usable(version: str) -> str | None:
+    """The command of a Python of this version that makes environments, if there is one on PATH."""
+    python = shutil.which(f"python{version}")
+    if python is None:
+        return None
+    try:
+        run([python, "-c", "import ensurepip, venv"], ROOT)
+    except Failed:
+        return None
+    return python
+
+
+def installed_on(version: str, python: str, wheel: Path) -> str:
+    """Install the wheel in a new environment without a compiler, and let it verify itself."""
+    environment = Environment(wheel.parent / f"python{version}", wheel.parent, python)
+    environment.install(str(wheel), **environment.bare())
+    begun = time.monotonic()
+    said = environment.verify(**environment.bare())
+    seconds = time.monotonic() - begun
+    if seconds > VERIFY_SECONDS or not environment.has_kernels():
+        raise Failed(f"Python {version}: verify took {seconds:.0f} s, or the kernels are not there")
+    shutil.rmtree(environment.bin.parent)
+    return f"Python {version}: verify in {seconds:.0f} s: {said}"
 
 
 def compiled_by(version: str, folder: Path) -> str:
@@ -173,7 +219,7 @@ def compiled_by(version: str, folder: Path) -> str:
     return f"{said.splitlines()[-1]}; launches {launched.strip().splitlines()[-1]}"
 
 
-CHECKS = ("wheel", "sdist", "no-compiler", "newest", "oldest", "triton")
+CHECKS = ("wheel", "pythons", "sdist", "no-compiler", "newest", "oldest", "triton")
 
 
 def main() -> int:

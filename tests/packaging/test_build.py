@@ -229,6 +229,40 @@ def test_build_makes_one_file_for_every_python(project: Project) -> None:
     assert "lora_kernels/_native.abi3.so" in zipfile.ZipFile(wheel).namelist()
 
 
+@pytest.mark.skipif(
+    bool(sysconfig.get_config_var("Py_GIL_DISABLED")), reason="free-threaded: no limited C API"
+)
+@pytest.mark.skipif(sys.platform != "linux", reason="not Linux")
+def test_a_portable_wheel_is_tagged_for_an_old_glibc(project: Project) -> None:
+    result = project.setup("bdist_wheel", LORA_KERNELS_PORTABLE="1", LORA_KERNELS_EMULATOR="1")
+    assert result.returncode == 0, result.stdout
+    (wheel,) = project.root.glob("dist/*.whl")
+    assert wheel.name.endswith(f"-cp310-abi3-manylinux_2_28_{platform.machine()}.whl")
+    libraries = [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
+    assert libraries == ["lora_kernels/_native.abi3.so"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="not Linux")
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("GLIBC_2.29", "needs GLIBC_2.29, want GLIBC_2.28 or older"),
+        ("GLIBCXX_3.4.29", "needs GLIBCXX_3.4.29, want GLIBCXX_3.4.24 or older"),
+        ("libgomp.so.1", "needs libgomp.so.1, want the C and C++ libraries alone"),
+    ],
+)
+def test_a_portable_wheel_that_needs_more_is_an_error(
+    project: Project, name: str, message: str
+) -> None:
+    """The linker writes such names among the strings of the library, where this one is put."""
+    text = f'extern "C" __attribute__((used)) const char text[] = "\\0{name}";\n'
+    (project.csrc / "fastpath.cpp").write_text(text)
+    result = project.setup("bdist_wheel", LORA_KERNELS_PORTABLE="1")
+    assert result.returncode != 0
+    assert f"LORA_KERNELS_PORTABLE=1, but _native.so {message}" in result.stdout
+    assert project.extensions() == []
+
+
 def test_the_source_distribution_holds_what_the_build_needs(built_project: Project) -> None:
     result = built_project.setup("sdist", "--formats=tar", "--dist-dir=dist")
     assert result.returncode == 0, result.stdout

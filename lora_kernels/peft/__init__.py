@@ -1,4 +1,4 @@
-"""PEFT's LoRA and AdaLoRA layers on `lora_kernels.lora_linear`: `fuse`, `unfuse`, `explain`."""
+"""PEFT's layers on `lora_kernels.lora_linear`: `fuse`, `unfuse`, `explain`, `row_adapters`."""
 
 try:
     import peft as _peft  # noqa: F401
@@ -12,6 +12,7 @@ from .embedding import FusedEmbedding
 from .frozen import StreamedLinear
 from .linear import FusedLinear
 from .report import Explanation, explain
+from .row_adapters import row_adapters
 from .rows import Row
 from .swap import fuse, unfuse
 
@@ -24,5 +25,6 @@ __all__ = [
     "StreamedLinear",
     "explain",
     "fuse",
+    "row_adapters",
     "unfuse",
 ]

@@ -18,6 +18,8 @@ class Adapter(NamedTuple):
     lora_B: nn.Linear
     scaling: float | Tensor  # a tensor if PEFT has prepared the model for hot-swapping
     dropout: nn.Module
+    diag: Tensor | None = None  # KaSA's factors of the ranks, [R]
+    is_alora: bool = False  # active from a sequence's invocation tokens on
 
 
 def adapters_of(layer: Any) -> list[Adapter]:
@@ -25,11 +27,31 @@ def adapters_of(layer: Any) -> list[Adapter]:
     modules = cast(dict[str, Any], layer._modules)
     lora_A, lora_B = modules["lora_A"]._modules, modules["lora_B"]._modules
     dropout = modules["lora_dropout"]._modules
-    return [
+    found = [
         Adapter(name, lora_A[name], lora_B[name], layer.scaling[name], dropout[name])
         for name in layer.mixed_batch or layer.active_adapters
         if name in lora_A
     ]
+    return [_as_variant(layer, adapter) for adapter in found] if layer.lora_variant else found
+
+
+def _as_variant(layer: Any, adapter: Adapter) -> Adapter:
+    """Return the adapter with what PEFT's variant of LoRA adds to it."""
+    variant = variant_of(layer, adapter.name)
+    if variant == KASA:
+        return adapter._replace(diag=layer.lora_diag[adapter.name])
+    return adapter._replace(is_alora=variant == ALORA)
+
+
+# PEFT's variants of LoRA for linear layers that a fused layer computes, beside DoRA. An older PEFT
+# lacks some, so they are known by name. MiCA is LoRA with lora_B frozen.
+KASA, ALORA, MICA = "KasaLinearVariant", "ALoraLinearVariant", "MiCALinearVariant"
+
+
+def variant_of(layer: Any, name: str) -> str | None:
+    """Return the class name of an adapter's variant; None for plain LoRA."""
+    variant = layer.lora_variant.get(name)
+    return None if variant is None else type(variant).__name__
 
 
 class Call(NamedTuple):
@@ -47,7 +69,7 @@ class MixedCall(NamedTuple):
 
     lora_A: list[Tensor]
     lora_B: list[Tensor]
-    names: Tensor  # `multi_lora_linear`'s index
+    row_index: Tensor  # `multi_lora_linear`'s index
     scaling: list[float]
     dropout_p: float
 
@@ -79,37 +101,110 @@ def groups(adapters: Sequence[Any], device_type: str, rows: int | None) -> list[
 
 
 def stack(adapters: Sequence[Adapter], dropout_p: float) -> Call:
-    """Return the adapters stacked along the rank, with a gate if their scalings differ."""
-    _, lora_A, lora_B, scaling, _ = adapters[0]
+    """Return the adapters stacked along the rank, with a gate if their factors differ."""
+    _, lora_A, lora_B, scaling, _, diag, _ = adapters[0]
     if len(adapters) == 1 and not isinstance(scaling, Tensor):
-        return Call(weight_of(lora_A), weight_of(lora_B), scaling, None, dropout_p)
+        return Call(weight_of(lora_A), weight_of(lora_B), scaling, diag, dropout_p)
     A = torch.cat([weight_of(adapter.lora_A) for adapter in adapters])
     B = torch.cat([weight_of(adapter.lora_B) for adapter in adapters], dim=1)
-    if not any(isinstance(a.scaling, Tensor) or a.scaling != scaling for a in adapters):
+    if not any(
+        isinstance(a.scaling, Tensor) or a.scaling != scaling or a.diag is not None
+        for a in adapters
+    ):
         return Call(A, B, cast(float, scaling), None, dropout_p)
     return Call(A, B, 1.0, torch.cat([_gate(adapter) for adapter in adapters]), dropout_p)
 
 
-def mixed_call(adapters: Sequence[Adapter], names: Sequence[str], x: Tensor) -> MixedCall:
-    """Return the call in which x[i] takes the adapter names[i], if this layer has it."""
-    places = {adapter.name: e for e, adapter in enumerate(adapters)}
-    index = torch.tensor([places.get(name, -1) for name in names], device=x.device)
+class RowNames(NamedTuple):
+    """The arguments of PEFT's forward that tell which rows of x have an adapter.
+
+    Args:
+        names: adapter_names, an adapter for each x[i]; None if all have the active ones.
+        offsets: alora_offsets, for each x[i] how many of its last rows an aLoRA is active in. A
+            None in it, or instead of it, stands for 0.
+    """
+
+    names: Sequence[str] | None = None
+    offsets: Sequence[int | None] | None = None
+
+
+def calls_for(adapters: Sequence[Adapter], x: Tensor, rows: RowNames) -> list[Call | MixedCall]:
+    """Return the calls for x, whose rows may have an adapter each.
+
+    An aLoRA that is active in every row shares the call of the other adapters.
+    """
+    if rows.names is not None:
+        return [_mixed_call(adapters, rows, x)]
+    together, apart = list(adapters), [adapter for adapter in adapters if adapter.is_alora]
+    if apart and min(_active_rows(rows.offsets, x), default=0) == _length(x):
+        apart = []
+    if apart:
+        together = [adapter for adapter in adapters if not adapter.is_alora]
+    found: list[Call | MixedCall] = []
+    if together:
+        found += calls(together, x.device.type, x.numel() // x.shape[-1])
+    for adapter in apart:
+        names = [adapter.name] * x.shape[0]
+        found.append(_mixed_call([adapter], rows._replace(names=names), x))
+    return found
+
+
+def _mixed_call(adapters: Sequence[Adapter], rows: RowNames, x: Tensor) -> MixedCall:
+    """Return the call in which x[i] takes the adapter rows.names[i], if this layer has it."""
+    assert rows.names is not None
     return MixedCall(
         [weight_of(adapter.lora_A) for adapter in adapters],
         [weight_of(adapter.lora_B) for adapter in adapters],
-        index.view(-1, *[1] * (x.dim() - 2)).expand(x.shape[:-1]),
+        _row_index(adapters, rows.names, rows.offsets, x),
         [cast(float, adapter.scaling) for adapter in adapters],
         dropout_p(adapters[0].dropout),
     )
 
 
+def _row_index(
+    adapters: Sequence[Adapter],
+    names: Sequence[str],
+    offsets: Sequence[int | None] | None,
+    x: Tensor,
+) -> Tensor:
+    """Return the place of each row's adapter, -1 for none, in x's leading shape."""
+    places = {adapter.name: e for e, adapter in enumerate(adapters)}
+    columns = -1, *[1] * (x.dim() - 2)
+    index = torch.tensor([places.get(name, -1) for name in names], device=x.device).view(columns)
+    aloras = {adapter.name for adapter in adapters if adapter.is_alora}
+    if aloras:
+        length, active = _length(x), _active_rows(offsets, x)
+        starts = [
+            length - count if name in aloras else 0
+            for name, count in zip(names, active, strict=True)
+        ]
+        row = torch.arange(length, device=x.device) if x.dim() == 3 else index.new_zeros(())
+        start = torch.tensor(starts, device=x.device).view(columns)
+        index = index.where(row >= start, -1)
+    return index.expand(x.shape[:-1])
+
+
+def _length(x: Tensor) -> int:
+    """Return the number of rows in a sequence of x [B, T, K], or 1 for x [B, K]."""
+    return x.shape[1] if x.dim() == 3 else 1
+
+
+def _active_rows(offsets: Sequence[int | None] | None, x: Tensor) -> list[int]:
+    """Return for each sequence of x how many of its last rows an aLoRA is active in."""
+    if offsets is None:
+        return [0] * x.shape[0]
+    return [min(int(offset or 0), _length(x)) for offset in offsets]
+
+
 def _gate(adapter: Adapter) -> Tensor:
-    """Return the adapter's scaling on each of its ranks, [R]."""
+    """Return the factor of each of the adapter's ranks, [R]."""
     A, scaling = weight_of(adapter.lora_A), adapter.scaling
     R, dtype = A.shape[0], torch.promote_types(A.dtype, torch.float32)
     if isinstance(scaling, Tensor):
-        return scaling.to(A.device, dtype).expand(R)
-    return torch.full((R,), scaling, dtype=dtype, device=A.device)
+        gate = scaling.to(A.device, dtype).expand(R)
+    else:
+        gate = torch.full((R,), scaling, dtype=dtype, device=A.device)
+    return gate if adapter.diag is None else gate * adapter.diag
 
 
 def weight_of(linear: nn.Linear) -> Tensor:

@@ -21,7 +21,18 @@ from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 
-from .adapters import Adapter, EmbeddingAdapter, SVDAdapter, dropout_p, weight_of
+from .adapters import (
+    ALORA,
+    KASA,
+    MICA,
+    Adapter,
+    EmbeddingAdapter,
+    RowNames,
+    SVDAdapter,
+    dropout_p,
+    variant_of,
+    weight_of,
+)
 from .base import is_conv1d, is_linear4bit
 
 LINEAR_FORWARD = nn.Linear.forward
@@ -56,9 +67,10 @@ def linear_reason(
     reason = state_reason(layer, adapters)
     if reason is not None:
         return reason
-    for name, lora_A, lora_B, _, dropout in adapters:
+    for adapter in adapters:
+        name, lora_A, lora_B, _, dropout, *_ = adapter
         if name in layer.lora_variant:
-            variant = _variant_reason(layer, adapters, name, device)
+            variant = _variant_reason(layer, adapters, adapter, device)
             if variant is not None:
                 return f"adapter {name!r} is a {variant}"
         reason = unreadable_reason(lora_A, device) or unreadable_reason(lora_B, device)
@@ -72,11 +84,22 @@ def linear_reason(
 
 
 def _variant_reason(
-    layer: Any, adapters: Sequence[Adapter], name: str, device: torch.device
+    layer: Any, adapters: Sequence[Adapter], adapter: Adapter, device: torch.device
 ) -> str | None:
     """Return the adapter's variant of LoRA in words, if the variant is left to PEFT."""
+    name, variant = adapter.name, variant_of(layer, adapter.name)
+    if variant == MICA:
+        return None
+    if variant == KASA:
+        if name in layer._lora_kasa_truncation_deferred:
+            return "KaSA, which truncates the base weight in PEFT's next forward"
+        return tensor_reason(device, dim=1, lora_diag=adapter.diag)
+    if variant == ALORA:
+        if adapter.lora_B._parameters["bias"] is not None:
+            return "variant of LoRA (aLoRA) with a lora_bias"
+        is_swapped = isinstance(adapter.scaling, Tensor)
+        return "variant of LoRA (aLoRA) prepared for hot-swapping" if is_swapped else None
     if not is_dora(layer, name):
-        variant = type(layer.lora_variant[name]).__name__
         return f"variant of LoRA ({variant}), not covered in this version"
     if len(adapters) > 1:
         return "DoRA beside other active adapters, over whose results PEFT takes it"
@@ -96,9 +119,10 @@ def _variant_reason(
 
 def _mixed_reason(layer: Any, adapters: Sequence[Adapter]) -> str | None:
     """Return why a call with `adapter_names` cannot be one `multi_lora_linear`."""
-    for name, _, lora_B, scaling, _ in adapters:
-        if name in layer.lora_variant:
-            return f"adapter {name!r} is a DoRA, and rows name their adapters"
+    for name, _, lora_B, scaling, _, diag, _ in adapters:
+        if is_dora(layer, name) or diag is not None:
+            kind = "KaSA" if diag is not None else "DoRA"
+            return f"adapter {name!r} is a {kind}, and rows name their adapters"
         if lora_B._parameters["bias"] is not None:
             return f"adapter {name!r} has a lora_bias, and rows name their adapters"
         if isinstance(scaling, Tensor):
@@ -106,6 +130,17 @@ def _mixed_reason(layer: Any, adapters: Sequence[Adapter]) -> str | None:
     dtypes = {(weight_of(a.lora_A).dtype, weight_of(a.lora_B).dtype) for a in adapters}
     if len(dtypes) > 1 or len({dropout_p(a.dropout) for a in adapters}) > 1:
         return "adapters that rows name differ in dtype or dropout"
+    return None
+
+
+def sequences_reason(adapters: Sequence[Adapter], x: Tensor, rows: RowNames) -> str | None:
+    """Return why an aLoRA's rows of x are left to PEFT."""
+    if not any(adapter.is_alora for adapter in adapters):
+        return None
+    if x.dim() not in (2, 3):
+        return f"an aLoRA, and x has {x.dim()} dimensions"
+    if rows.offsets is not None and len(rows.offsets) != x.shape[0]:
+        return f"an aLoRA, and {len(rows.offsets)} alora_offsets beside {x.shape[0]} sequences"
     return None
 
 
@@ -140,8 +175,7 @@ def embedding_reason(
     if reason is not None:
         return reason
     for name, lora_A, lora_B, _ in adapters:
-        if name in layer.lora_variant:
-            variant = type(layer.lora_variant[name]).__name__
+        if (variant := variant_of(layer, name)) not in (None, "MiCAEmbeddingVariant"):
             return f"adapter {name!r} is a variant of LoRA ({variant}), not covered in this version"
         if getattr(layer, "input_fns", {}).get(name) or getattr(layer, "output_fns", {}).get(name):
             return f"adapter {name!r} is sharded over devices"
@@ -214,14 +248,14 @@ def unreadable_reason(module: nn.Module, device: torch.device) -> str | None:
     return tensor_reason(device, weight=weight)
 
 
-def tensor_reason(device: torch.device, **tensors: Any) -> str | None:
-    """Return why one of the tensors is not a plain matrix on this device."""
+def tensor_reason(device: torch.device, dim: int = 2, **tensors: Any) -> str | None:
+    """Return why one of the tensors is not a plain matrix, or vector, on this device."""
     for name, tensor in tensors.items():
         if type(tensor) is not nn.Parameter and type(tensor) is not Tensor:
             return f"its {name} is a {type(tensor).__name__}"
         if tensor.device != device:
             return f"its {name} is on {tensor.device}, x on {device}"
-        if tensor.dim() != 2:
+        if tensor.dim() != dim:
             return f"its {name} is flattened to {list(tensor.shape)}"
     return None
 

@@ -17,15 +17,15 @@ from .adapters import (
     Adapter,
     Call,
     MixedCall,
+    RowNames,
     adapters_of,
-    calls,
+    calls_for,
     dropout_p,
     lora_bias,
-    mixed_call,
     weight_of,
 )
 from .base import is_linear4bit, readable_weight
-from .eligibility import is_dora, linear_reason, unreadable_reason
+from .eligibility import is_dora, linear_reason, sequences_reason, unreadable_reason
 from .prepared import PreparedForward
 
 # Keyword arguments that PEFT's variants read and that a base layer does not take.
@@ -37,7 +37,8 @@ class Fused(nn.Module):
 
     x [..., K] -> [..., N] in the dtype that PEFT's own forward returns. Active adapters without
     dropout are stacked along the rank and share one call. In training each adapter with dropout
-    has a call of its own, because PEFT draws a mask for each.
+    has a call of its own, because PEFT draws a mask for each. An aLoRA has one too, by
+    `multi_lora_linear`, unless it is active in every row.
     """
 
     # PEFT's target_modules="all-linear" recognizes its own layers by "Linear" in the class name, so
@@ -53,11 +54,12 @@ class Fused(nn.Module):
             if y is not None:
                 return y
             self._prepared = None
-        names = kwargs.get("adapter_names") if kwargs else None
-        if names is not None or self.mixed_batch is not None:
-            self.mixed_batch = None if names is None else tuple(dict.fromkeys(names))
+        rows = RowNames(kwargs.get("adapter_names"), kwargs.get("alora_offsets"))
+        if rows.names is not None or self.mixed_batch is not None:
+            self.mixed_batch = None if rows.names is None else tuple(dict.fromkeys(rows.names))
         adapters = adapters_of(self)
-        if linear_reason(self, adapters, x.device, x.dtype) is not None:
+        reason = linear_reason(self, adapters, x.device, x.dtype)
+        if reason is not None or sequences_reason(adapters, x, rows) is not None:
             return cast(Tensor, super().forward(x, *args, **kwargs))
         if kwargs:
             self._check_forward_args(x, **kwargs)  # type: ignore[operator]  # PEFT's own
@@ -68,11 +70,7 @@ class Fused(nn.Module):
             if args or kwargs:  # the base takes more than x
                 return cast(Tensor, super().forward(x, *args, **kwargs))
             return _dora_linear(self, adapters[0], x)
-        first: Call | MixedCall
-        if names is None:
-            first, *rest = calls(adapters, x.device.type, x.numel() // x.shape[-1])
-        else:
-            first, *rest = [mixed_call(adapters, names, x)]
+        first, *rest = calls_for(adapters, x, rows)
         if args or kwargs or unreadable_reason(base, x.device) is not None:
             result = base(x, *args, **kwargs)
             dtype = result.dtype
@@ -129,9 +127,9 @@ def add_adapter(
 ) -> Tensor:
     """Return the result of the call for x, on top of x·Wᵀ if a weight is given."""
     if isinstance(call, MixedCall):
-        A, B, names, scaling, p = call
+        A, B, row_index, scaling, p = call
         kwargs: dict[str, Any] = {"dropout_p": p, "compute_dtype": compute_dtype}
-        return multi_lora_linear(x, weight, A, B, names, scaling, bias, **kwargs)
+        return multi_lora_linear(x, weight, A, B, row_index, scaling, bias, **kwargs)
     lora_A, lora_B, factor, gate, p = call
     kwargs = {"rank_gate": gate, "dropout_p": p, "compute_dtype": compute_dtype}
     return lora_linear(x, weight, lora_A, lora_B, factor, bias, **kwargs)

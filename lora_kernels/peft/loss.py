@@ -179,6 +179,8 @@ def head_reason(head: Any, device: torch.device, x_dtype: torch.dtype) -> str | 
         return "rows name their adapters"
     if any(is_dora(layer, adapter.name) for adapter in adapters):
         return "DoRA, whose column scale is not covered here"
+    if any(adapter.is_alora for adapter in adapters):
+        return "an aLoRA, whose rows its forward's arguments name"
     if adapters and (reason := linear_reason(layer, adapters, device, x_dtype)) is not None:
         return reason
     if len(groups(adapters, device.type, None)) > 1 and adapters:

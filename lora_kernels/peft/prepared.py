@@ -56,12 +56,14 @@ class PreparedForward:
 
         Returns None if the guards do not cover the layer's state.
         """
-        name, lora_A, lora_B, scaling, dropout = adapter
+        name, lora_A, lora_B, scaling, dropout, diag, is_alora = adapter
         modules = layer._modules
         base = modules["base_layer"]
         stored, four_bit = base._parameters["weight"], isinstance(weight, Weight4bit)
         if native.module is None or isinstance(scaling, Tensor) or is_conv1d(base):
             return None
+        if diag is not None or is_alora:
+            return None  # a gate, or rows that the arguments of a call name
         if is_linear4bit(base) and (not four_bit or type(stored) is nn.Parameter):
             return None  # decoded for float64, or gathered by FSDP2 for this call alone
         if lora_B._parameters["bias"] is not None:

@@ -127,15 +127,25 @@ def _fused_linear(name: str, layer: Any, x_dtype: torch.dtype | None, rows: int 
         return _unfused_layer(name, reason, layer, x_dtype)
 
     base_reason = unreadable_reason(layer.base_layer, device)
-    todo = kind.calls(adapters, device.type, rows) if layer.mixed_batch is None else []
-    parts = _call_parts(layer.base_layer, adapters, todo, x_dtype, readable=base_reason is None)
+    aloras = [adapter for adapter in adapters if getattr(adapter, "is_alora", False)]
+    others = [adapter for adapter in adapters if not getattr(adapter, "is_alora", False)]
+    names_rows = layer.mixed_batch is not None
+    todo = kind.calls(others, device.type, rows) if others and not names_rows else []
+    alone = [[adapter] for adapter in aloras]  # one call for each
+    mixed = [adapters] if names_rows else alone
+    parts = _call_parts(layer.base_layer, todo, mixed, x_dtype, readable=base_reason is None)
     choices = [part.describe(rows) for part in parts]
     backend = " + ".join(dict.fromkeys(choice.backend for choice in choices))
     state, strategy = "fused", choices[0].strategy
     reasons = list(dict.fromkeys(choice.reason for choice in choices))
-    reasons += _sharing_reasons(adapters, todo)
-    if len(todo) > 1:
-        state, strategy = "composed", f"{strategy}; {len(todo)} calls"
+    if names_rows:
+        reasons.append(f"rows name their adapters, as in the last call: {len(adapters)} in one")
+    reasons += _sharing_reasons(others, todo)
+    if aloras:
+        reasons.append("an aLoRA, which is active from its invocation tokens on")
+    reasons += _frozen_reasons(adapters, layer.training)
+    if len(parts) > 1:
+        state, strategy = "composed", f"{strategy}; {len(parts)} calls"
     if is_dora(layer, adapters[0].name):
         has_dropout = todo[0].dropout_p > 0
         if has_dropout:
@@ -195,29 +205,45 @@ def _expected_input(
 
 
 def _call_parts(
-    base: Any, adapters: Sequence[Any], todo: Sequence[Call], x_dtype: torch.dtype, readable: bool
+    base: Any,
+    todo: Sequence[Call],
+    mixed: Sequence[Sequence[Any]],
+    x_dtype: torch.dtype,
+    readable: bool,
 ) -> list[Part]:
     """Return the calls that a fused forward makes; the first includes the base GEMM.
 
-    Without `todo`, that is one `multi_lora_linear`. readable: whether the base weight is read.
+    Args:
+        todo: calls of `lora_linear`.
+        mixed: the adapters of each call of `multi_lora_linear`.
+        readable: whether the base weight is read.
     """
     is_typed = is_linear4bit(base) and base.compute_type_is_set
     compute_dtype = base.compute_dtype if is_typed else None
     weight = _base_weight(base) if readable else None
-    if not todo:
-        return [_mixed_part(adapters, x_dtype, weight, compute_dtype)]
-    first, *others = todo
-    return [
-        _part(first, x_dtype, weight, compute_dtype),
-        *(_part(call, x_dtype, None, compute_dtype)._replace(base=False) for call in others),
-    ]
+    parts: list[Part] = []
+    for call in todo:
+        parts.append(_part(call, x_dtype, None if parts else weight, compute_dtype))
+    for adapters in mixed:
+        parts.append(_mixed_part(adapters, x_dtype, None if parts else weight, compute_dtype))
+    first, *others = parts
+    return [first, *(part._replace(base=False) for part in others)]
+
+
+def _frozen_reasons(adapters: Sequence[Any], training: bool) -> Iterator[str]:
+    """Yield what the forward does not save for the backward because a factor is frozen."""
+    needs = [tuple(getattr(t, "weight", t).requires_grad for t in a[1:3]) for a in adapters]
+    if not training or not any(any(need) for need in needs):
+        return
+    if not any(need_A for need_A, _ in needs):
+        yield "lora_A is frozen: the forward does not save x"
+    if not any(need_B for _, need_B in needs):
+        yield "lora_B is frozen: the forward does not save x·Aᵀ"
 
 
 def _sharing_reasons(adapters: Sequence[Any], todo: Sequence[Call]) -> Iterator[str]:
     """Yield why the adapters share calls, and why they need several."""
-    if not todo:
-        yield f"rows name their adapters, as in the last call: {len(adapters)} in one"
-    elif len(todo) < len(adapters):
+    if len(todo) < len(adapters) and todo:
         yield "adapters stacked along the rank"
     if len(todo) > 1:
         if any(call.dropout_p for call in todo):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import traffic
+from .adapters import ALORA, variant_of
 from .base import is_conv1d, is_linear4bit
 from .linear import peft_class, set_class
 
@@ -76,6 +77,8 @@ def _is_countable(layer: Any) -> bool:
     """Return True if the bytes follow from the layer's shapes and state."""
     if any(type(p).__name__ not in _PLAIN for p in layer.parameters()):
         return False  # a sharded parameter, for one: its size on the GPU is not known yet
+    if any(variant_of(layer, name) == ALORA for name in getattr(layer, "lora_variant", ())):
+        return False  # they depend on the rows in which it is active
     base = layer.get_base_layer()
     if is_linear4bit(base):
         from ..quantization import bitsandbytes

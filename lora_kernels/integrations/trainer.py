@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections import Counter
 from typing import Any
 
@@ -82,6 +83,12 @@ class FuseCallback(VerdictLog):
         fuse(model, linears=self.linears, loss=self.loss, qualify=self.qualify)
         if speaks and sum(isinstance(layer, Fused) for layer in layers) > before:
             _report(model)
+
+
+def report_once(model: nn.Module) -> None:
+    """Log the summary of `FuseCallback` in the first of torchrun's processes."""
+    if os.environ.get("RANK", "0") == "0":
+        _report(model)
 
 
 def _report(model: nn.Module) -> None:

@@ -1,0 +1,65 @@
+"""axolotl's plugin. In its YAML:
+
+plugins:
+  - lora_kernels.integrations.axolotl.FusePlugin
+lora_kernels_loss: true  # as `fuse`'s `loss`; also lora_kernels_linears, lora_kernels_qualify
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from axolotl.integrations.base import BasePlugin
+from pydantic import BaseModel
+
+from ..peft import fuse
+from .trainer import VerdictLog, report_once
+
+# axolotl's own LoRA kernels, which replace the forwards that `fuse` would replace. Unless they are
+# set, axolotl turns them on while it validates the configuration.
+OWN_KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")
+
+
+class FuseArgs(BaseModel):
+    """The keys that the plugin adds to axolotl's configuration: `fuse`'s arguments."""
+
+    lora_kernels_linears: bool = False
+    lora_kernels_loss: bool = False
+    lora_kernels_qualify: Literal["cached", "now", "off"] = "cached"
+
+
+class FusePlugin(BasePlugin):  # type: ignore[misc]
+    """Fuse the LoRA layers of the model that axolotl trains.
+
+    `fuse` runs after axolotl has added or loaded the adapter, and logs its summary as
+    `FuseCallback` does.
+
+    Raises:
+        ValueError: one of axolotl's own LoRA kernels is on in the configuration, or the model has
+            no LoRA layers.
+    """
+
+    def register(self, cfg: Any) -> None:
+        """Turn axolotl's own kernels off in the configuration as the user wrote it."""
+        for name in OWN_KERNELS:
+            if cfg.get(name):
+                raise ValueError(f"{name}: got true, want false beside lora_kernels' plugin")
+            cfg[name] = False
+
+    def get_input_args(self) -> str:
+        return f"{FuseArgs.__module__}.{FuseArgs.__name__}"
+
+    def post_lora_load(self, cfg: Any, model: Any) -> None:
+        arguments = FuseArgs.model_validate(
+            {name: cfg.get(name) for name in FuseArgs.model_fields if cfg.get(name) is not None}
+        )
+        fuse(
+            model,
+            arguments.lora_kernels_linears,
+            arguments.lora_kernels_loss,
+            arguments.lora_kernels_qualify,
+        )
+        report_once(model)
+
+    def add_callbacks_pre_trainer(self, cfg: Any, model: Any) -> list[Any]:
+        return [VerdictLog()]

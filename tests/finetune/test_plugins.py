@@ -1,0 +1,228 @@
+"""The plugins for axolotl and LLaMA-Factory, by the hooks that those call.
+
+Both are larger than this project's development dependencies. Where one is installed its own classes
+run, otherwise classes with the same signatures:
+
+    pip install --no-deps --target plugins axolotl addict llamafactory
+    PYTHONPATH=plugins python -m pytest tests/finetune/test_plugins.py
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from lora_kernels.peft.linear import Fused
+from tests.support.assertions import assert_close_derived
+from tests.support.peft_models import IDS, llama, loss_and_gradients, randomize
+
+AXOLOTL = "lora_kernels.integrations.axolotl"
+LLAMA_FACTORY = "lora_kernels.integrations.llama_factory"
+
+
+def peft_model() -> Any:
+    model = get_peft_model(
+        llama(torch.float32), LoraConfig(r=5, lora_alpha=7, target_modules="all-linear")
+    )
+    randomize(model)
+    return model.train()
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch, name: str, **contents: Any) -> None:
+    """Make an importable module of this name."""
+    parts = name.split(".")
+    for i in range(1, len(parts) + 1):
+        monkeypatch.setitem(sys.modules, ".".join(parts[:i]), ModuleType(".".join(parts[:i])))
+    for key, value in contents.items():
+        setattr(sys.modules[name], key, value)
+
+
+class BasePlugin:
+    """The hooks of axolotl's class of this name that ours overrides, and its constructor."""
+
+    def __init__(self) -> None: ...
+
+    def register(self, cfg: dict[str, Any]) -> None: ...
+
+    def get_input_args(self) -> str | None: ...
+
+    def post_lora_load(self, cfg: Any, model: Any) -> None: ...
+
+    def add_callbacks_pre_trainer(self, cfg: Any, model: Any) -> list[Any]:
+        return []
+
+
+class PluginManager:
+    """axolotl's: loads a plugin by name and calls every plugin's hooks."""
+
+    def __init__(self) -> None:
+        self.plugins: dict[str, Any] = {}
+
+    def register(self, name: str) -> None:
+        module, _, cls = name.rpartition(".")
+        self.plugins[name] = getattr(importlib.import_module(module), cls)()
+
+    def get_input_args(self) -> list[str]:
+        return [plugin.get_input_args() for plugin in self.plugins.values()]
+
+    def post_lora_load(self, cfg: Any, model: Any) -> None:
+        for plugin in self.plugins.values():
+            plugin.post_lora_load(cfg, model)
+
+    def add_callbacks_pre_trainer(self, cfg: Any, model: Any) -> list[Any]:
+        plugins = self.plugins.values()
+        return [c for plugin in plugins for c in plugin.add_callbacks_pre_trainer(cfg, model)]
+
+
+@pytest.fixture
+def manager(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """axolotl's plugin manager with our plugin."""
+    pytest.importorskip("pydantic")
+    if find_spec("axolotl") is None:
+        classes = {"BasePlugin": BasePlugin, "PluginManager": PluginManager}
+        stand_in(monkeypatch, "axolotl.integrations.base", **classes)
+    sys.modules.pop(AXOLOTL, None)
+    base = importlib.import_module("axolotl.integrations.base")
+    manager = base.PluginManager()
+    manager.plugins.clear()
+    manager.register(f"{AXOLOTL}.FusePlugin")
+    yield manager
+    manager.plugins.clear()
+    sys.modules.pop(AXOLOTL, None)
+
+
+def register(manager: Any, cfg: dict[str, Any]) -> None:
+    """Do as axolotl's prepare_plugins does with the configuration that it has read."""
+    for plugin in manager.plugins.values():
+        plugin.register(cfg)
+
+
+@pytest.mark.parametrize("cfg", [{}, {"lora_kernels_loss": True, "lora_kernels_qualify": "off"}])
+def test_axolotl_fuses_after_the_adapter_is_loaded(
+    cfg: dict[str, Any], manager: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    cfg = {"lora_mlp_kernel": None, "lora_o_kernel": False} | cfg
+    register(manager, cfg)
+    assert not any(cfg[f"lora_{name}_kernel"] for name in ("mlp", "qkv", "o", "embedding"))
+    model = peft_model()
+    want = loss_and_gradients(model)
+    with caplog.at_level(logging.INFO, "lora_kernels"):
+        manager.post_lora_load(cfg, model)
+    assert "14 of 14 LoRA layers fused" in caplog.text
+    assert_close_derived(loss_and_gradients(model), want, layers=8)
+    logits = model(input_ids=IDS, labels=IDS, use_cache=False).logits
+    assert (logits is None) is cfg.get("lora_kernels_loss", False)
+    (callback,) = manager.add_callbacks_pre_trainer(cfg, model)
+    assert callback.state()["attributes"] == {"verdicts": {}}
+
+
+def test_axolotl_finds_the_keys_of_the_configuration(manager: Any) -> None:
+    """The path is dotted, and from it axolotl makes a base of its configuration's class."""
+    (path,) = manager.get_input_args()
+    module, _, cls = path.rpartition(".")
+    arguments = getattr(importlib.import_module(module), cls)
+    assert arguments().model_dump() == {
+        "lora_kernels_linears": False,
+        "lora_kernels_loss": False,
+        "lora_kernels_qualify": "cached",
+    }
+    with pytest.raises(ValueError, match="lora_kernels_qualify"):
+        arguments(lora_kernels_qualify="later")
+
+
+@pytest.mark.parametrize("name", ["mlp", "qkv", "o", "embedding"])
+def test_axolotl_with_its_own_kernels_raises(name: str, manager: Any) -> None:
+    with pytest.raises(ValueError, match=f"lora_{name}_kernel: got true, want false"):
+        register(manager, {f"lora_{name}_kernel": True})
+
+
+def test_axolotl_without_an_adapter_raises(manager: Any) -> None:
+    with pytest.raises(ValueError, match="without LoRA layers"):
+        manager.post_lora_load({}, torch.nn.Linear(2, 2))
+
+
+class KernelPlugin:
+    """LLaMA-Factory's class of this name: a registry of functions by name and method."""
+
+    _registry: ClassVar[dict[str, dict[str, Callable[..., Any]]]] = defaultdict(dict)
+
+    def __init__(self, name: str | None = None) -> None:
+        self.name: Any = name
+
+    def register(self, method_name: str = "__call__") -> Callable[..., Any]:
+        def decorator(function: Callable[..., Any]) -> Callable[..., Any]:
+            self._registry[self.name][method_name] = function
+            return function
+
+        return decorator
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._registry[self.name]["__call__"](*args, **kwargs)
+
+
+@pytest.fixture
+def kernel_plugin(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """LLaMA-Factory's KernelPlugin, with ours registered."""
+    interface = "llamafactory.v1.plugins.model_plugins.kernels.interface"
+    if find_spec("llamafactory") is None:
+        stand_in(monkeypatch, interface, KernelPlugin=KernelPlugin)
+    sys.modules.pop(LLAMA_FACTORY, None)
+    importlib.import_module(LLAMA_FACTORY)
+    yield importlib.import_module(interface).KernelPlugin
+    sys.modules.pop(LLAMA_FACTORY, None)
+
+
+@pytest.mark.parametrize("include", [None, "auto", True, "loss", "linears, loss"])
+def test_llama_factory_fuses_the_model(
+    include: Any, kernel_plugin: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The call is the one that its model engine makes for `kernel_config`."""
+    model = peft_model()
+    want = loss_and_gradients(model)
+    with caplog.at_level(logging.INFO, "lora_kernels"):
+        fused = kernel_plugin("lora_kernels")(model=model, include_kernels=include)
+    assert fused is model and sum(isinstance(m, Fused) for m in model.modules()) == 14
+    assert "14 of 14 LoRA layers fused" in caplog.text
+    assert_close_derived(loss_and_gradients(model), want, layers=8)
+    logits = model(input_ids=IDS, labels=IDS, use_cache=False).logits
+    assert (logits is None) is ("loss" in str(include))
+
+
+def test_llama_factory_with_an_unknown_kernel_raises(kernel_plugin: Any) -> None:
+    with pytest.raises(ValueError, match="include_kernels: got 'rope'"):
+        kernel_plugin("lora_kernels")(model=peft_model(), include_kernels="loss,rope")
+    with pytest.raises(ValueError, match="without LoRA layers"):
+        kernel_plugin("lora_kernels")(model=torch.nn.Linear(2, 2))
+
+
+def test_llama_factory_starts_by_our_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`python -m`, which registers the plugin before LLaMA-Factory reads its configuration."""
+    import runpy
+
+    found: list[Any] = []
+    interface = "llamafactory.v1.plugins.model_plugins.kernels.interface"
+    if find_spec("llamafactory") is None:
+        stand_in(monkeypatch, interface, KernelPlugin=KernelPlugin)
+        monkeypatch.setitem(
+            sys.modules, "llamafactory.v1.launcher", ModuleType("llamafactory.v1.launcher")
+        )
+    launcher = importlib.import_module("llamafactory.v1.launcher")
+    plugin = importlib.import_module(interface).KernelPlugin
+
+    def main() -> None:
+        found.append(plugin("lora_kernels")(model=peft_model()))
+
+    monkeypatch.setattr(launcher, "main", main, raising=False)
+    monkeypatch.delitem(sys.modules, LLAMA_FACTORY, raising=False)
+    runpy.run_module(LLAMA_FACTORY, run_name="__main__")
+    assert any(isinstance(m, Fused) for m in found[0].modules())

@@ -123,7 +123,7 @@ def test_axolotl_fuses_after_the_adapter_is_loaded(
     logits = model(input_ids=IDS, labels=IDS, use_cache=False).logits
     assert (logits is None) is cfg.get("lora_kernels_loss", False)
     (callback,) = manager.add_callbacks_pre_trainer(cfg, model)
-    assert callback.state()["attributes"] == {"verdicts": {}}
+    assert "verdicts" in callback.state()["attributes"]
 
 
 def test_axolotl_finds_the_keys_of_the_configuration(manager: Any) -> None:

@@ -1,6 +1,8 @@
 """A verdict in the cache, read, written, damaged or another card's, and the choice by it."""
 
 import json
+import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from lora_kernels import costs, selection, verdicts
+from lora_kernels import costs, device, selection, verdicts
 from lora_kernels.backends.cuda import constraints
 from lora_kernels.core.problem import Layout, Problem
+from lora_kernels.device import DeviceInfo
 from lora_kernels.verdicts import Group, Point, Verdict
 from tests.support import fake_card
 
@@ -19,6 +22,9 @@ DECODE = Group("cuda", "cooperative", "bfloat16", "bfloat16", "4bit")
 OTHER = Group("cuda", "overlapped", "bfloat16", "bfloat16", "4bit")
 POINTS = [Point(DECODE, 1, 4096, 4096, 16, 1e-5, 4e-5, None, None)]
 VERDICT = Verdict(fake_card.KEY, frozenset({DECODE}), {OTHER: "memory: no"}, POINTS, {}, "2026")
+
+NO_RATES = '{"key": {}, "passed": [], "failed": [], "points": [], "rates": [], "date": ""}'
+KEY = verdicts.key  # the fixture `card` replaces it
 
 
 def problem(rows: int = 1, **fields: Any) -> Problem:
@@ -35,7 +41,7 @@ def test_written_verdict_is_read_back_with_every_field() -> None:
     assert replace(found, date="2027").digest != found.digest
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"key": {}}', "[" * 100_000])
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"key": {}}', "[" * 100_000, NO_RATES])
 def test_read_of_a_damaged_file_is_no_verdict_and_no_error(text: str) -> None:
     verdicts.write(VERDICT).write_text(text)
     found = verdicts.read(fake_card.KEY)
@@ -58,17 +64,126 @@ def test_read_of_another_card_s_file_is_no_verdict() -> None:
     assert "is another card's" in str(verdicts.read(key))
 
 
+def test_verdicts_of_cards_that_differ_in_a_driver_lie_side_by_side() -> None:
+    keys = [{"name": "NVIDIA H100/80GB", "driver": driver} for driver in "12"]
+    files = [verdicts.write(replace(VERDICT, key=key)) for key in keys]
+    assert [verdicts.read(key).key for key in keys] == keys  # type: ignore[union-attr]
+    assert all(file.name.startswith("qualified-nvidia-h100-80gb-") for file in files)
+
+
+def test_verdict_that_cannot_be_written_leaves_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*files: Path) -> None:
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(os, "replace", fails)
+    with pytest.raises(OSError, match="the disk is full"):
+        verdicts.write(VERDICT)
+    assert not list(verdicts.folder().iterdir())
+
+
+CHANGES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "driver": lambda patch: patch.setattr(verdicts, "driver_version", lambda: "9"),
+    "torch": lambda patch: patch.setattr(torch, "__version__", "9"),
+    "cuda": lambda patch: patch.setattr(torch.version, "cuda", "9"),
+    "ptxas": lambda patch: patch.setenv("TRITON_PTXAS_PATH", "/ptxas"),
+    "kernels": lambda patch: patch.setattr(verdicts, "_source_digest", lambda: "9"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_key_changes_with_the_software(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = KEY(0)
+    CHANGES[change](monkeypatch)
+    assert KEY(0) == before | {change: KEY(0)[change]} != before
+
+
+def test_key_names_the_versions_of_both_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "version", lambda name: f"{name} 9")
+    found = KEY(0)
+    assert (found["triton"], found["bitsandbytes"]) == ("triton 9", "bitsandbytes 9")
+
+
+@pytest.mark.parametrize("field", ["name", "capability", "multiprocessors", "memory"])
+def test_key_is_of_the_card_that_was_asked_for(
+    field: str, card: DeviceInfo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = replace(card, **{field: 5})  # type: ignore[arg-type]
+    monkeypatch.setattr(device, "gpu", lambda index: other if index == 1 else card)
+    first, second = KEY(0), KEY(1)
+    assert {name for name in first if first[name] != second[name]} == {field}
+
+
+def test_driver_version_is_all_of_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.129.03  Thu Oct 19\nGCC 12.2.0"
+    monkeypatch.setattr(Path, "read_text", lambda self: text)
+    assert verdicts.driver_version.__wrapped__() == "535.129.03"
+
+
+@pytest.mark.parametrize("name", ["backends/a.py", "backends/b/c.py", "core/d.py", "_cuda.so"])
+def test_digest_of_the_kernels_changes_with_each_of_their_files(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(verdicts, "__file__", str(tmp_path / "verdicts.py"))
+    for other in ("backends/a.py", "backends/b/c.py", "core/d.py", "_cuda.so", "peft.py"):
+        (tmp_path / other).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / other).write_text("before")
+    digest = verdicts._source_digest.__wrapped__
+    before = digest()
+    (tmp_path / "peft.py").write_text("after")
+    assert digest() == before
+    (tmp_path / name).write_text("after")
+    assert digest() != before
+
+
+def test_current_is_of_the_gpu_that_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    verdicts.set_current(0, "of 0")
+    verdicts.set_current(1, "of 1")
+    assert [verdicts.current(index) for index in (None, 0, 1)] == ["of 1", "of 0", "of 1"]
+
+
+def test_choose_follows_the_verdict_on_the_tensors_gpu(
+    card: DeviceInfo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GPU 0, the current one, is too old for our kernels; GPU 1 is qualified."""
+    old = replace(card, capability=75)
+    monkeypatch.setattr(device, "gpu", lambda index: card if index in (1, 2) else old)
+    for index, found in enumerate((VERDICT, VERDICT, "not qualified")):
+        verdicts.set_current(index, found)
+    chosen = [selection.choose(problem(device_index=index)) for index in (None, 0, 1, 2)]
+    assert [choice.backend for choice in chosen] == ["eager", "eager", "cuda", "eager"]
+    assert "sm_75" in chosen[1].reason and "not qualified" in chosen[3].reason
+
+
+def test_group_of_a_group_s_problem_is_the_group() -> None:
+    group = Group("cuda", "cooperative", "bfloat16", "float32", "4bit")
+    call = group.problem(3, 5, 7, 9)
+    assert call == Problem("cuda", bf16, f32, f32, bf16, 9, 3, True, 5, 7)
+    assert verdicts.group_of(*group[:2], call) == group
+    other = call._replace(a_dtype=bf16)
+    assert verdicts.group_of(*group[:2], other) == group._replace(adapter="mixed")
+
+
+def test_largest_rank_that_claims_check_is_covered() -> None:
+    assert verdicts.unqualified_reason(problem(rank=verdicts.MAX_RANK)) is None
+
+
 def test_current_is_read_once_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    without = verdicts.current(1)
     verdicts.write(VERDICT)
+    assert verdicts.current(1) is without  # and so is what is missing
     first = verdicts.current(0)
     verdicts.write(replace(VERDICT, date="2027"))
     assert isinstance(first, Verdict) and verdicts.current(0) is first
     assert verdicts.current(None) is first
 
 
-def test_current_of_a_card_whose_key_fails_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [OSError, RuntimeError])
+def test_current_of_a_card_whose_key_fails_is_a_reason(
+    error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fails(index: int) -> dict[str, str]:
-        raise OSError("no such file")
+        raise error("no such file")
 
     monkeypatch.setattr(verdicts, "key", fails)
     assert "its key is unknown (no such file)" in str(verdicts.current(0))
@@ -78,7 +193,9 @@ def test_current_of_a_card_whose_key_fails_is_a_reason(monkeypatch: pytest.Monke
 def test_forget_removes_files_and_what_the_process_knows() -> None:
     file = verdicts.write(VERDICT)
     assert isinstance(verdicts.current(0), Verdict)
-    assert verdicts.forget() == [file] and not file.exists()
+    other = verdicts.folder() / "measured.json"  # the user's
+    other.write_text("{}")
+    assert verdicts.forget() == [file] and not file.exists() and other.exists()
     assert verdicts.forget() == []
     assert verdicts.ADVICE in str(verdicts.current(0))
 
@@ -117,6 +234,7 @@ def test_choose_with_a_verdict_takes_what_passed_and_is_faster() -> None:
         ({"four_bit": False}, "not checked"),
         ({"dropout": True}, "dropout"),
         ({"rank": 65}, "rank 65"),
+        ({"x_dtype": torch.float64}, "float64"),
         ({"layout": Layout(columns=True)}, "stored as [K, N]"),
     ],
     ids=str,
@@ -146,13 +264,13 @@ def test_choose_of_what_was_measured_wants_five_percent(seconds: float, backend:
 
 def test_ratios_are_of_the_nearest_rows() -> None:
     points = [
-        Point(DECODE, M, 1, 1, 16, float(M), 2.0, step, 4.0)
+        Point(DECODE, M, 1, 1, 16, float(M) * (step or 1.0), 2.0, step, 4.0)
         for M, step in ((1, None), (32, 1.0), (32, 2.0), (32, 8.0), (1024, 4.0))
     ]
     verdict = replace(VERDICT, points=[*points, POINTS[0]._replace(group=OTHER)])
     assert verdict.ratios(DECODE, 0) == verdict.ratios(DECODE, 5) == (0.5, 0.0)
-    assert verdict.ratios(DECODE, 6) == verdict.ratios(DECODE, 181) == (16.0, 0.5)
-    assert verdict.ratios(DECODE, 182) == (512.0, 1.0)
+    assert verdict.ratios(DECODE, 6) == verdict.ratios(DECODE, 181) == (32.0, 0.5)
+    assert verdict.ratios(DECODE, 182) == (2048.0, 1.0)
     assert verdict.ratios(OTHER, 1) == (0.25, 0.0)
     assert verdict.ratios(DECODE._replace(weight="dense"), 1) is None
 

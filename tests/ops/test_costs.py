@@ -293,6 +293,83 @@ def test_predict_of_round_rates_is_the_sum_of_the_docstring(
     assert found == pytest.approx(microseconds, rel=1e-3) and list(found) == list(microseconds)
 
 
+CUDA, TRITON = {"cuda two_pass", "cuda two_pass_simt"}, {"triton two_pass"}
+FEW = {"cuda cooperative", "cuda overlapped"}
+CUBLAS = {"eager library", "triton library"}
+
+
+@pytest.mark.parametrize(
+    ("factor", "many", "few"),
+    [
+        ("bandwidth", CUDA | TRITON | CUBLAS, CUDA | TRITON | CUBLAS | FEW),
+        ("library", CUBLAS, set()),
+        ("cuda", CUDA, CUDA | FEW),
+        ("triton", TRITON, set()),
+        ("decoding", CUDA | TRITON, CUDA | TRITON | FEW),
+        ("latency", TRITON, FEW),
+        ("launch", CUDA | TRITON | CUBLAS, CUDA | CUBLAS | FEW),
+    ],
+)
+def test_a_fitted_factor_slows_what_it_names(factor: str, many: set[str], few: set[str]) -> None:
+    """Nothing else becomes slower. At 2000 and at 16 rows of 4-bit weights; 8 times as slow."""
+    value = 8.0 if factor in ("latency", "launch") else 1 / 8
+    for rows, want in ((2000, many), (16, few)):
+        problem = Problem("cuda", *(torch.bfloat16,) * 4, 32, rows, True, 3000, 5000)
+        before, after = (
+            {f"{c.backend} {c.strategy}": c.seconds for c in costs.predict(ROUND, problem, True, r)}
+            for r in (costs.Rates(), costs.Rates(**{factor: value}))
+        )
+        assert {name for name in before if after[name] > before[name]} == want
+
+
+@pytest.mark.parametrize(
+    ("capability", "columns", "dtype", "rows"),
+    [
+        (90, 3 * 100 * 64, torch.bfloat16, 64),
+        (90, 3 * 100 * 64 - 64, torch.bfloat16, 48),
+        (90, 64, torch.bfloat16, 7),
+        (90, 64 * 300, torch.float32, 7),
+        (87, 64 * 300, torch.bfloat16, 7),
+        (100, 64 * 300, torch.float32, 4),
+    ],
+)
+def test_bitsandbytes_fuses_up_to_the_rows_of_its_tier(
+    capability: int, columns: int, dtype: torch.dtype, rows: int
+) -> None:
+    problem = Problem("cuda", *(dtype,) * 4, R, 1, True, columns, K)
+    assert costs.bitsandbytes_rows(replace(ROUND, capability=capability), problem) == rows
+
+
+def test_decode_has_at_most_two_blocks_on_a_multiprocessor() -> None:
+    """However many fit into its shared memory; one of them takes 14 KiB here."""
+    problem = Problem("cuda", *(torch.bfloat16,) * 4, 32, 1, False, 3000, 5000)
+    one, two, three = (
+        {c.strategy: c.seconds for c in costs.predict(gpu, problem)}[Strategy.COOPERATIVE]
+        for count in (1, 2, 3)
+        for gpu in [replace(ROUND, multiprocessors=40, shared_memory=count * (14 << 10))]
+    )
+    assert one > two == three
+
+
+@pytest.mark.parametrize("lacks", ["clock", "bandwidth", "tensor_flops", "kind"])
+def test_model_knows_no_gpu_that_lacks_a_rate_or_is_amd_s(lacks: str) -> None:
+    gpu = replace(ROUND, **{lacks: "hip" if lacks == "kind" else 0.0})
+    assert costs.is_known(ROUND) and not costs.is_known(gpu)
+    assert choose(gpu) is None
+
+
+def test_codes_are_decoded_in_each_tile_up_to_the_rows_that_bitsandbytes_measured() -> None:
+    for capability in costs.BITSANDBYTES_ROWS:
+        most = 512 if capability in (89, 120) else 128
+        assert costs.decoding_rows(replace(ROUND, capability=capability), N, K) == most
+
+
+def test_eager_backend_s_strategy_runs_rows_with_their_own_adapters() -> None:
+    problem = Problem("cuda", *(torch.bfloat16,) * 4, R, 32, True, N, K, mixed=True)
+    with selection.backend("eager", Strategy.LIBRARY):
+        assert selection.choose(problem).backend == "eager"
+
+
 @pytest.mark.parametrize(
     ("rows", "mixed", "unavailable", "want"),
     [

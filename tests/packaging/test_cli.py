@@ -227,7 +227,7 @@ T4 = device.DeviceInfo("cuda", 75, 40, 64 << 10, "T4", 16 * 2**30)
 @pytest.mark.parametrize(
     ("missing", "interpreted", "gpus", "available", "reason"),
     [
-        ("gone", False, [A100], False, "Triton is not installed"),
+        ("Triton 3.6.0 does not compile", False, [A100], False, "Triton 3.6.0 does not compile"),
         (None, True, [], True, "in Triton's interpreter, on the CPU"),
         (None, False, [], False, "no GPU; TRITON_INTERPRET=1"),
         (None, False, [T4], False, "sm_75"),
@@ -253,7 +253,7 @@ def test_info_says_where_triton_runs(
     monkeypatch.setattr(device, "gpus", lambda: gpus)
     row = info._triton_backend()
     assert row["available"] is available and reason in row["reason"]
-    assert row["add"] == ("pip install triton" if missing else None)
+    assert row["add"] == ("pip install --upgrade triton" if missing else None)
 
 
 @pytest.mark.parametrize(

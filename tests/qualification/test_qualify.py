@@ -205,7 +205,7 @@ def test_device_without_an_index_is_the_current_one(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     given = (None, "cuda", 0, "cuda:0", torch.device("cuda", 1))
-    assert [qualification._index(device) for device in given] == [1, 1, 0, 0, 1]
+    assert [qualification.index_of(device) for device in given] == [1, 1, 0, 0, 1]
 
 
 def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

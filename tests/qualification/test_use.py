@@ -14,6 +14,7 @@ from lora_kernels.bench import qualify as command
 from lora_kernels.device import DeviceInfo
 from lora_kernels.integrations.trainer import VerdictLog
 from lora_kernels.peft import fuse, swap
+from lora_kernels.qualification import Claim
 from lora_kernels.verdicts import Group, Point, Verdict
 from tests.support import fake_card
 
@@ -159,6 +160,46 @@ def test_command_that_cannot_start_exits_with_2(
     assert cli.main(["qualify"]) == 2
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == "lora-kernels qualify: another process is qualifying; nothing was cached"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--device", "7"], "device: got cuda:7, want a CUDA device of the 1 there are"),
+        (["--budget", "0"], "budget_s: got 0.0, want seconds above 0"),
+    ],
+)
+def test_command_with_a_wrong_option_says_it_in_a_line(
+    options: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def properties(index: int | None) -> DeviceInfo:
+        assert index in (None, 0), "Invalid device id"  # as torch does
+        return DeviceInfo("cuda", 90, 132, 227 << 10, "H100")
+
+    monkeypatch.setattr("lora_kernels.device.gpu", properties)
+    assert cli.main(["qualify", *options]) == 2
+    assert capsys.readouterr().out.splitlines()[-1] == f"lora-kernels qualify: {said}"
+
+
+def test_command_passes_its_options_on_and_prints_each_claim(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given: dict[str, Any] = {}
+
+    def qualify(index: int | None, *, report: Any, **options: Any) -> Verdict:
+        given.update(options, index=index)
+        report(Claim(GROUP, "graph", 2), None)
+        report(Claim(OTHER, "memory", 1), "y has NaN")
+        return Verdict(fake_card.KEY, frozenset({GROUP}))
+
+    monkeypatch.setattr(qualification, "qualify", qualify)
+    argv = ["qualify", "--device", "0", "--dtypes", "float16", "--budget", "3"]
+    assert cli.main(argv) == 0  # every group passed
+    assert given == {"index": 0, "dtypes": ["float16"], "budget_s": 3.0}
+    printed = capsys.readouterr().out.splitlines()
+    assert f"✓ {GROUP}: graph" in printed and f"✗ {OTHER}: memory: y has NaN" in printed
+    cli.main([*argv, "--json"])
+    assert json.loads(capsys.readouterr().out)["failed"] == []  # JSON alone
 
 
 def test_command_forgets(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,9 @@ import pytest
 import torch
 
 from lora_kernels import costs, device, selection, verdicts
+from lora_kernels.backends import cuda, decode4bit, triton
 from lora_kernels.backends.cuda import constraints
+from lora_kernels.backends.triton import measured
 from lora_kernels.core.problem import Layout, Problem
 from lora_kernels.device import DeviceInfo
 from lora_kernels.verdicts import Group, Point, Verdict
@@ -20,6 +23,7 @@ from tests.support import fake_card
 bf16, f32 = torch.bfloat16, torch.float32
 DECODE = Group("cuda", "cooperative", "bfloat16", "bfloat16", "4bit")
 OTHER = Group("cuda", "overlapped", "bfloat16", "bfloat16", "4bit")
+TRITON = Group("triton", "two_pass", "bfloat16", "bfloat16", "4bit")
 POINTS = [Point(DECODE, 1, 4096, 4096, 16, 1e-5, 4e-5, None, None)]
 VERDICT = Verdict(fake_card.KEY, frozenset({DECODE}), {OTHER: "memory: no"}, POINTS, {}, "2026")
 
@@ -223,6 +227,60 @@ def test_choose_with_a_verdict_takes_what_passed_and_is_faster() -> None:
     verdicts.switch_off(True)
     off = selection.choose(problem())
     assert off.backend == "eager" and off.reason.endswith(verdicts.OFF)
+
+
+@pytest.mark.parametrize(
+    ("passed", "backend"), [(frozenset({DECODE, TRITON}), "triton"), (frozenset({DECODE}), "cuda")]
+)
+def test_tuned_strategy_needs_a_verdict_too(
+    passed: frozenset[Group], backend: str, card: DeviceInfo
+) -> None:
+    call = problem(columns=4096, inner=4096)
+    row = measured.Measured(triton.TWO_PASS, microseconds=1.0, eager_microseconds=2.0)
+    key = measured.shape(card, 1, 4096, 4096, 16, bf16, bf16, True)
+    verdicts.set_current(0, replace(VERDICT, passed=passed))
+    with measured.override_row(key, row):
+        assert selection.choose(call).backend == backend
+
+
+def test_choose_takes_the_next_of_what_passed_and_says_its_backward() -> None:
+    passed = frozenset({DECODE._replace(strategy="two_pass")})
+    verdicts.set_current(0, replace(VERDICT, passed=passed, failed={DECODE: "memory: no"}))
+    choice = selection.choose(problem(8, columns=4097, inner=4096))
+    assert (choice.backend, choice.strategy) == ("cuda", "two_pass")
+    assert "dx on CUDA cores: N = 4097" in choice.reason
+
+
+def test_choose_asks_what_runs_on_the_tensors_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(cuda, "unsupported_device_reason", lambda *where: asked.append(where))
+    monkeypatch.setattr(decode4bit, "bitsandbytes_reason", asked.append)
+    verdicts.set_current(1, VERDICT)
+    selection.choose(problem(device_index=1))
+    assert asked == [("cuda", 1), torch.device("cuda", 1)]
+
+
+@pytest.mark.parametrize(("missing", "backend"), [(None, "triton"), ("not installed", "eager")])
+def test_choose_takes_no_backend_that_cannot_run(
+    missing: str | None, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton, "unavailable_reason", lambda: missing)
+    verdicts.set_current(0, replace(VERDICT, passed=frozenset({TRITON})))
+    choice = selection.choose(problem(128, columns=14336, inner=4096))
+    assert choice.backend == backend, choice.reason
+
+
+def test_eager_is_expected_to_decode_slower_without_bitsandbytes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    microseconds = []
+    for reason in (None, "bitsandbytes is not installed"):
+        monkeypatch.setattr(decode4bit, "bitsandbytes_reason", lambda where, why=reason: why)
+        verdicts.set_current(0, replace(VERDICT))
+        found = re.search(r"of eager's (\d+) µs", selection.choose(problem()).reason)
+        assert found is not None
+        microseconds.append(int(found[1]))
+    assert microseconds[0] < microseconds[1]
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ kernels, gemm their `two_pass`; triton is its `two_pass`.
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -124,6 +125,27 @@ def test_large_float32_is_not_cuda_cores(gpu: DeviceInfo) -> None:
         call = problem(N, K, M, False, torch.float32)
         choice = costs.cheapest(call, gpu, (("triton", None), ("cuda", None)))
         assert choice is not None and choice.backend != "cuda", (N, K, M)
+
+
+SMALL, LARGE = (1024, 4096), (14336, 4096)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "weight", "rows", "shapes", "want"),
+    [
+        ("cooperative", "dense", (8,), [LARGE], True),  # in 0.99 of eager's time
+        ("cooperative", "dense", (16,), [LARGE], False),
+        ("cooperative", "dense", (16,), [LARGE, SMALL], True),
+        ("cooperative", "dense", (16, 1), [LARGE], True),
+        ("two_pass", "4bit", (192,), [SMALL], False),  # faster, but by decoding twice
+    ],
+)
+def test_group_is_checked_if_it_may_be_faster_somewhere(
+    strategy: str, weight: str, rows: tuple[int, ...], shapes: costs.Shapes, want: bool
+) -> None:
+    group = costs.Group("cuda", strategy, "bfloat16", "bfloat16", weight)
+    assert costs.is_contender(group, H100, rows, shapes) is want
+    assert costs.is_contender(group, replace(H100, clock=0.0), rows, shapes)  # nobody knows
 
 
 if __name__ == "__main__":

@@ -322,22 +322,13 @@ def test_a_fitted_factor_slows_what_it_names(factor: str, many: set[str], few: s
         assert {name for name in before if after[name] > before[name]} == want
 
 
-@pytest.mark.parametrize(
-    ("capability", "columns", "dtype", "rows"),
-    [
-        (90, 3 * 100 * 64, torch.bfloat16, 64),
-        (90, 3 * 100 * 64 - 64, torch.bfloat16, 48),
-        (90, 64, torch.bfloat16, 7),
-        (90, 64 * 300, torch.float32, 7),
-        (87, 64 * 300, torch.bfloat16, 7),
-        (100, 64 * 300, torch.float32, 4),
-    ],
-)
-def test_bitsandbytes_fuses_up_to_the_rows_of_its_tier(
-    capability: int, columns: int, dtype: torch.dtype, rows: int
-) -> None:
-    problem = Problem("cuda", *(dtype,) * 4, R, 1, True, columns, K)
-    assert costs.bitsandbytes_rows(replace(ROUND, capability=capability), problem) == rows
+def test_bitsandbytes_fuses_up_to_the_rows_of_its_tier() -> None:
+    def rows(blocks: int, capability: int = 90, dtype: torch.dtype = torch.bfloat16) -> int:
+        problem = Problem("cuda", *(dtype,) * 4, R, 1, True, 64 * blocks, K)
+        return costs.bitsandbytes_rows(replace(ROUND, capability=capability), problem)
+
+    assert [rows(blocks) for blocks in (300, 299, 1)] == [64, 48, 7]
+    assert [rows(300, 87), rows(300, 90, torch.float32), rows(300, 100, torch.float32)] == [7, 7, 4]
 
 
 def test_decode_has_at_most_two_blocks_on_a_multiprocessor() -> None:

@@ -1,6 +1,7 @@
 """Users meet a verdict in `fuse`, `info`, checkpoints, the command and choices."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,7 +23,12 @@ GROUP = Group("cuda", "cooperative", "bfloat16", "bfloat16", "4bit")
 OTHER = GROUP._replace(weight="dense")
 POINTS = [Point(GROUP, 1, 4096, 4096, 16, 1e-5, 4e-5, None, None)]
 VERDICT = Verdict(
-    fake_card.KEY, frozenset({GROUP}), {OTHER: "memory: no"}, POINTS, {}, "2026-01-02"
+    fake_card.KEY,
+    frozenset({GROUP}),
+    {OTHER: "memory: no"},
+    POINTS,
+    {},
+    "2026-01-02T03:04:05+00:00",
 )
 
 
@@ -131,10 +137,12 @@ def test_resumed_run_that_follows_another_verdict_is_told(
 
 def test_info_says_the_verdict_of_each_card(monkeypatch: pytest.MonkeyPatch) -> None:
     card = DeviceInfo("cuda", 90, 132, 227 << 10, "H100", 80 << 30)
-    monkeypatch.setattr("lora_kernels.device.gpus", lambda: [card])
+    monkeypatch.setattr("lora_kernels.device.gpus", lambda: [card, card])
     assert f"SMs, 80 GiB; not qualified on this card: {verdicts.ADVICE}" in info.report(info.info())
     verdicts.set_current(0, VERDICT)
-    assert "qualified on 2026-01-02: 1 of 2 groups of calls pass" in info.report(info.info())
+    first, second = (gpu["qualification"] for gpu in info.info()["gpus"])
+    assert first == "qualified on 2026-01-02: 1 of 2 groups of calls pass"
+    assert second.startswith("not qualified on this card")
 
 
 def test_command_prints_a_line_for_each_group(
@@ -220,17 +228,19 @@ def test_dry_run_keeps_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "H100, sm_90: " in command.dry_run(["bfloat16"])
 
 
-def measure(gpu: DeviceInfo, rates: costs.Rates) -> list[Point]:
+def measure(gpu: DeviceInfo, rates: costs.Rates, bitsandbytes: bool = True) -> list[Point]:
     """The points that a card with these rates would give, by the model."""
     points = []
     for group in (GROUP, OTHER, GROUP._replace(strategy="two_pass")):
         for rows in (1, 16) if group.strategy == "cooperative" else (32, 128):
             found = {
                 c[:2]: c.seconds
-                for c in costs.predict(gpu, group.problem(rows, 4096, 4096), True, rates)
+                for c in costs.predict(
+                    gpu, group.problem(rows, 8192, 2048, 32), bitsandbytes, rates
+                )
             }
             forward, eager = found[group.backend, group.strategy], found["eager", "library"]
-            points.append(Point(group, rows, 4096, 4096, 16, forward, eager, None, None))
+            points.append(Point(group, rows, 8192, 2048, 32, forward, eager, None, None))
     return points
 
 
@@ -252,8 +262,14 @@ def test_fit_finds_the_rates_of_a_card(card: DeviceInfo) -> None:
 
 def test_fit_of_points_as_predicted_changes_nothing(card: DeviceInfo) -> None:
     assert costs.fit([], card) == {}
-    fitted = costs.fit(measure(card, costs.Rates()), card)
-    assert fitted == dict.fromkeys(vars(costs.Rates()), 1.0)
+    for decodes in (True, False):
+        points = measure(card, costs.Rates(), decodes)
+        fitted = costs.fit(points, card, decodes)
+        assert fitted == dict.fromkeys(vars(costs.Rates()), 1.0)
+    slow = [point._replace(eager_forward=3 * point.eager_forward) for point in points]
+    assert costs.fit(slow, card) != fitted  # eager's times count too
+    for unknown in (replace(card, clock=0.0), replace(card, capability=75)):
+        assert costs.fit(POINTS, unknown) == {}
 
 
 def test_choice_follows_the_fitted_rates(card: DeviceInfo) -> None:

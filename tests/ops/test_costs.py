@@ -121,8 +121,10 @@ def test_a_kernel_is_expected_only_of_what_it_takes(odd: dict[str, int]) -> None
 
 
 def test_cheapest_of_what_the_model_leaves_is_none() -> None:
-    unknown = replace(H100, clock=0.0)
-    assert choose(unknown) is None and choose(T4) is None and choose(H100, rank=257) is None
+    for lacks in ("clock", "bandwidth", "tensor_flops"):
+        assert choose(replace(H100, **{lacks: 0.0})) is None
+    assert choose(replace(H100, kind="hip")) is None  # AMD's
+    assert choose(T4) is None and choose(H100, rank=257) is None
 
 
 def test_tuned_goes_before_the_model() -> None:
@@ -328,31 +330,20 @@ def test_bitsandbytes_fuses_up_to_the_rows_of_its_tier() -> None:
         return costs.bitsandbytes_rows(replace(ROUND, capability=capability), problem)
 
     assert [rows(blocks) for blocks in (300, 299, 1)] == [64, 48, 7]
+    assert costs.decoding_rows(replace(ROUND, capability=86), N, K) == 128
     assert [rows(300, 87), rows(300, 90, torch.float32), rows(300, 100, torch.float32)] == [7, 7, 4]
 
 
-def test_decode_has_at_most_two_blocks_on_a_multiprocessor() -> None:
-    """However many fit into its shared memory; one of them takes 14 KiB here."""
-    problem = Problem("cuda", *(torch.bfloat16,) * 4, 32, 1, False, 3000, 5000)
+@pytest.mark.parametrize(("rows", "size"), [(1, 14 << 10), (16, 8 << 10)])
+def test_decode_has_at_most_two_blocks_on_a_multiprocessor(rows: int, size: int) -> None:
+    """However many fit into its shared memory, which holds x where it is small."""
+    problem = Problem("cuda", *(torch.bfloat16,) * 4, 32, rows, False, 3000, 5000)
     one, two, three = (
         {c.strategy: c.seconds for c in costs.predict(gpu, problem)}[Strategy.COOPERATIVE]
         for count in (1, 2, 3)
-        for gpu in [replace(ROUND, multiprocessors=40, shared_memory=count * (14 << 10))]
+        for gpu in [replace(ROUND, multiprocessors=40, shared_memory=count * size)]
     )
     assert one > two == three
-
-
-@pytest.mark.parametrize("lacks", ["clock", "bandwidth", "tensor_flops", "kind"])
-def test_model_knows_no_gpu_that_lacks_a_rate_or_is_amd_s(lacks: str) -> None:
-    gpu = replace(ROUND, **{lacks: "hip" if lacks == "kind" else 0.0})
-    assert costs.is_known(ROUND) and not costs.is_known(gpu)
-    assert choose(gpu) is None
-
-
-def test_codes_are_decoded_in_each_tile_up_to_the_rows_that_bitsandbytes_measured() -> None:
-    for capability in costs.BITSANDBYTES_ROWS:
-        most = 512 if capability in (89, 120) else 128
-        assert costs.decoding_rows(replace(ROUND, capability=capability), N, K) == most
 
 
 def test_eager_backend_s_strategy_runs_rows_with_their_own_adapters() -> None:

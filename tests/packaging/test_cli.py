@@ -193,6 +193,20 @@ def test_gpus_are_shown_with_their_size(monkeypatch: pytest.MonkeyPatch) -> None
     assert not backend["available"] and "sm_75" in backend["reason"]
 
 
+def test_info_says_what_the_machine_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {"isa": "avx2", "threads": "libgomp", "module": object()}
+    for name, value in values.items():
+        monkeypatch.setattr(native, name, value)
+    monkeypatch.setattr(device, "compiler", lambda: "/usr/bin/c++")
+    monkeypatch.setattr(device, "version", lambda name: f"{name} 9")
+    facts = info.info()
+    facts["cpu"]["cores"] = 1
+    assert (facts["cpu"]["isa"], facts["cpu"]["thread_pool"]) == ("avx2", "libgomp")
+    text = info.report(facts)
+    assert "cpu      yes avx2 kernels; thread pool: libgomp\n" in text and ", 1 core\n" in text
+    assert "  compiler     /usr/bin/c++\n" in text and "bitsandbytes bitsandbytes 9\n" in text
+
+
 ORIGINS = {
     "no file": (None, "lora-kernels"),
     "wheel": ({"url": "file:///a.whl"}, "file:///a.whl"),

@@ -105,20 +105,17 @@ def test_driver_version_is_all_of_its_number(monkeypatch: pytest.MonkeyPatch) ->
     assert verdicts.driver_version.__wrapped__() == "535.129.03"
 
 
-@pytest.mark.parametrize("name", ["backends/a.py", "backends/b/c.py", "core/d.py", "_cuda.so"])
 def test_digest_of_the_kernels_changes_with_each_of_their_files(
-    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(verdicts, "__file__", str(tmp_path / "verdicts.py"))
-    for other in ("backends/a.py", "backends/b/c.py", "core/d.py", "_cuda.so", "peft.py"):
-        (tmp_path / other).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / other).write_text("before")
-    digest = verdicts._source_digest.__wrapped__
-    before = digest()
-    (tmp_path / "peft.py").write_text("after")
-    assert digest() == before
-    (tmp_path / name).write_text("after")
-    assert digest() != before
+    found = set()
+    for name in ("backends/a.py", "backends/b/c.py", "core/d.py", "_cuda.so", "peft.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        for text in ("before", "after"):
+            (tmp_path / name).write_text(text)
+            found.add(verdicts._source_digest.__wrapped__())
+    assert len(found) == 8  # all but the two of peft.py
 
 
 def test_choose_follows_the_verdict_on_the_tensors_gpu(
@@ -204,18 +201,13 @@ def test_choose_with_a_verdict_takes_what_passed_and_is_faster() -> None:
     assert off.backend == "eager" and off.reason.endswith(verdicts.OFF)
 
 
-@pytest.mark.parametrize(
-    ("passed", "backend"), [(frozenset({DECODE, TRITON}), "triton"), (frozenset({DECODE}), "cuda")]
-)
-def test_tuned_strategy_needs_a_verdict_too(
-    passed: frozenset[Group], backend: str, card: DeviceInfo
-) -> None:
-    call = problem(columns=4096, inner=4096)
+def test_tuned_strategy_needs_a_verdict_too(card: DeviceInfo) -> None:
     row = measured.Measured(triton.TWO_PASS, microseconds=1.0, eager_microseconds=2.0)
     key = measured.shape(card, 1, 4096, 4096, 16, bf16, bf16, True)
-    verdicts.set_current(0, replace(VERDICT, passed=passed))
-    with measured.override_row(key, row):
-        assert selection.choose(call).backend == backend
+    for passed, backend in (({DECODE, TRITON}, "triton"), ({DECODE}, "cuda")):
+        verdicts.set_current(0, replace(VERDICT, passed=frozenset(passed)))
+        with measured.override_row(key, row):
+            assert selection.choose(problem(columns=4096, inner=4096)).backend == backend
 
 
 def test_choose_takes_the_next_of_what_passed_and_says_its_backward() -> None:
@@ -227,35 +219,25 @@ def test_choose_takes_the_next_of_what_passed_and_says_its_backward() -> None:
 
 
 def test_choose_asks_what_runs_on_the_tensors_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eager is expected to take longer where bitsandbytes does not decode for it."""
     asked: list[Any] = []
+    times = []
     monkeypatch.setattr(cuda, "unsupported_device_reason", lambda *where: asked.append(where))
-    monkeypatch.setattr(decode4bit, "bitsandbytes_reason", asked.append)
-    verdicts.set_current(1, VERDICT)
-    selection.choose(problem(device_index=1))
-    assert asked == [("cuda", 1), torch.device("cuda", 1)]
+    for why in (None, "not installed"):
+        monkeypatch.setattr(
+            decode4bit, "bitsandbytes_reason", lambda at, w=why: asked.append(at) or w
+        )
+        verdicts.set_current(1, replace(VERDICT))
+        reason = selection.choose(problem(device_index=1)).reason
+        times += map(int, re.findall(r"of eager's (\d+) µs", reason))
+    assert asked == [("cuda", 1), torch.device("cuda", 1)] * 2 and times[0] < times[1]
 
 
-@pytest.mark.parametrize(("missing", "backend"), [(None, "triton"), ("not installed", "eager")])
-def test_choose_takes_no_backend_that_cannot_run(
-    missing: str | None, backend: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(triton, "unavailable_reason", lambda: missing)
-    verdicts.set_current(0, replace(VERDICT, passed=frozenset({TRITON})))
-    choice = selection.choose(problem(128, columns=14336, inner=4096))
-    assert choice.backend == backend, choice.reason
-
-
-def test_eager_is_expected_to_decode_slower_without_bitsandbytes(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    microseconds = []
-    for reason in (None, "bitsandbytes is not installed"):
-        monkeypatch.setattr(decode4bit, "bitsandbytes_reason", lambda where, why=reason: why)
-        verdicts.set_current(0, replace(VERDICT))
-        found = re.search(r"of eager's (\d+) µs", selection.choose(problem()).reason)
-        assert found is not None
-        microseconds.append(int(found[1]))
-    assert microseconds[0] < microseconds[1]
+def test_choose_takes_no_backend_that_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    for missing, backend in ((None, "triton"), ("not installed", "eager")):
+        monkeypatch.setattr(triton, "unavailable_reason", lambda why=missing: why)
+        verdicts.set_current(0, replace(VERDICT, passed=frozenset({TRITON})))
+        assert selection.choose(problem(128, columns=14336, inner=4096)).backend == backend
 
 
 @pytest.mark.parametrize(

@@ -334,18 +334,6 @@ def test_bitsandbytes_fuses_up_to_the_rows_of_its_tier() -> None:
     assert [rows(300, 87), rows(300, 90, torch.float32), rows(300, 100, torch.float32)] == [7, 7, 4]
 
 
-@pytest.mark.parametrize(("rows", "size"), [(1, 14 << 10), (16, 8 << 10)])
-def test_decode_has_at_most_two_blocks_on_a_multiprocessor(rows: int, size: int) -> None:
-    """However many fit into its shared memory, which holds x where it is small."""
-    problem = Problem("cuda", *(torch.bfloat16,) * 4, 32, rows, False, 3000, 5000)
-    one, two, three = (
-        {c.strategy: c.seconds for c in costs.predict(gpu, problem)}[Strategy.COOPERATIVE]
-        for count in (1, 2, 3)
-        for gpu in [replace(ROUND, multiprocessors=40, shared_memory=count * size)]
-    )
-    assert one > two == three
-
-
 def test_eager_backend_s_strategy_runs_rows_with_their_own_adapters() -> None:
     problem = Problem("cuda", *(torch.bfloat16,) * 4, R, 32, True, N, K, mixed=True)
     with selection.backend("eager", Strategy.LIBRARY):

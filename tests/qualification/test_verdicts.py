@@ -136,12 +136,9 @@ def test_group_of_a_group_s_problem_is_the_group() -> None:
     call = group.problem(3, 5, 7, 9)
     assert call == Problem("cuda", bf16, f32, f32, bf16, 9, 3, True, 5, 7)
     assert verdicts.group_of(*group[:2], call) == group
-    other = call._replace(a_dtype=bf16)
+    other = call._replace(a_dtype=bf16, rank=verdicts.MAX_RANK)
     assert verdicts.group_of(*group[:2], other) == group._replace(adapter="mixed")
-
-
-def test_largest_rank_that_claims_check_is_covered() -> None:
-    assert verdicts.unqualified_reason(problem(rank=verdicts.MAX_RANK)) is None
+    assert verdicts.unqualified_reason(other) is None
 
 
 def test_current_is_read_once_a_process(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -216,13 +216,14 @@ def test_workers_check_what_is_left_of_the_claims(
     time = [1, 64, 128, 16, 1e-5, 2e-5, None, None]
     holds = [[{"begin": n}, {"end": n, "failed": None, "points": [time]}] for n in range(2)]
     scripted.scripts += [[{"compiled": 1.0}, *holds[0], *holds[1], {"begin": 2}], holds[0]]
-    monkeypatch.setattr(qualification, "plan", lambda *args: claims)
+    plans = {(("bfloat16",), "Fake H100"): claims}
+    monkeypatch.setattr(qualification, "plan", lambda dtypes, gpu: plans[dtypes, gpu.name])
 
     def report(claim: Claim, reason: str | None) -> None:  # the lock is held until the end
         with open(verdicts.folder() / "qualify.lock") as lock, pytest.raises(BlockingIOError):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
-    found = qualify(1, report=report)
+    found = qualify(1, dtypes=["bfloat16"] * 2, report=report)
     assert scripted.orders == [(1, True, claims), (1, False, [claims[3]])]
     start, silence = qualification.START, qualification.SILENCE
     assert scripted.waits == [[start, start, *[silence] * 6], [start, *[silence] * 3]]
@@ -287,6 +288,7 @@ def test_other_ranks_of_a_machine_do_not_qualify(monkeypatch: pytest.MonkeyPatch
         (lambda: qualify(1), "device: got cuda:1, want a CUDA device"),
         (lambda: qualify(dtypes=["float32"]), "dtypes: got 'float32', want 'bfloat16'"),
         (lambda: qualify(budget_s=0.0), "budget_s: got 0.0, want seconds above 0"),
+        (lambda: qualify(budget_s=float("nan")), "budget_s: got nan, want seconds above 0"),
     ],
 )
 def test_arguments_that_are_wrong(call: Callable[[], object], message: str) -> None:

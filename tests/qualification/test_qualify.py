@@ -204,7 +204,9 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(
         decode4bit, "bitsandbytes_reason", lambda where: noted.gpus.add(where.index)
     )
-    monkeypatch.setattr("lora_kernels.costs.fit", lambda points, gpu, decodes: {"host": decodes})
+    monkeypatch.setattr(
+        "lora_kernels.costs.fit", lambda *args: {"fit": float(len(args[0]) * args[2])}
+    )
     return noted
 
 
@@ -230,7 +232,7 @@ def test_workers_check_what_is_left_of_the_claims(
     assert scripted.gpus == {1} and verdicts._current == {1: found}
     assert found.passed == {DECODE} and found.failed == {TWO_PASS: "time: died"}
     assert [point.group for point in found.points] == [DECODE, DECODE]
-    assert found.rates == {"host": True} and found.date.endswith("+00:00")
+    assert found.rates == {"fit": 2.0} and found.date.endswith("+00:00")
 
 
 def test_workers_that_check_nothing_are_given_up(
@@ -262,6 +264,7 @@ def test_worker_s_end_is_told_in_its_last_words(monkeypatch: pytest.MonkeyPatch)
         assert worker.ending({}) == "the worker exited with status 1: last"
     assert options["env"]["CUDA_VISIBLE_DEVICES"] == "of 3"
     assert options["env"]["LORA_KERNELS_BACKEND"] == ""  # whatever the user forces
+    assert options["cwd"] == Path(lora_kernels.__file__).parents[1]  # whatever files lie here
 
 
 def test_budget_leaves_claims_unchecked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -127,25 +128,22 @@ def test_large_float32_is_not_cuda_cores(gpu: DeviceInfo) -> None:
         assert choice is not None and choice.backend != "cuda", (N, K, M)
 
 
-SMALL, LARGE = (1024, 4096), (14336, 4096)
+def test_group_is_checked_if_it_may_be_faster_somewhere() -> None:
+    small, large = (1024, 4096), (14336, 4096)
 
+    def is_checked(
+        kernel: str, rows: tuple[int, ...], *shapes: Any, gpu: DeviceInfo = H100
+    ) -> bool:
+        strategy, weight = kernel.split()
+        group = costs.Group("cuda", strategy, "bfloat16", "bfloat16", weight)
+        return costs.is_contender(group, gpu, rows, shapes)
 
-@pytest.mark.parametrize(
-    ("strategy", "weight", "rows", "shapes", "want"),
-    [
-        ("cooperative", "dense", (8,), [LARGE], True),  # in 0.99 of eager's time
-        ("cooperative", "dense", (16,), [LARGE], False),
-        ("cooperative", "dense", (16,), [LARGE, SMALL], True),
-        ("cooperative", "dense", (16, 1), [LARGE], True),
-        ("two_pass", "4bit", (192,), [SMALL], False),  # faster, but by decoding twice
-    ],
-)
-def test_group_is_checked_if_it_may_be_faster_somewhere(
-    strategy: str, weight: str, rows: tuple[int, ...], shapes: costs.Shapes, want: bool
-) -> None:
-    group = costs.Group("cuda", strategy, "bfloat16", "bfloat16", weight)
-    assert costs.is_contender(group, H100, rows, shapes) is want
-    assert costs.is_contender(group, replace(H100, clock=0.0), rows, shapes)  # nobody knows
+    assert is_checked("cooperative dense", (8,), large)  # in 0.99 of eager's time
+    assert not is_checked("cooperative dense", (16,), large)
+    assert is_checked("cooperative dense", (16,), large, gpu=replace(H100, clock=0.0))
+    assert is_checked("cooperative dense", (16,), large, small)
+    assert is_checked("cooperative dense", (16, 1), large)
+    assert not is_checked("two_pass 4bit", (192,), small)  # faster, but decodes more than once
 
 
 if __name__ == "__main__":

@@ -201,18 +201,14 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr("lora_kernels.device.gpu", lambda at: noted.gpus.add(at) or gpu(at))
     monkeypatch.setattr(verdicts, "key", lambda at: noted.gpus.add(at) or key(at))
-    monkeypatch.setattr(
-        decode4bit, "bitsandbytes_reason", lambda where: noted.gpus.add(where.index)
-    )
+    monkeypatch.setattr(decode4bit, "bitsandbytes_reason", lambda at: noted.gpus.add(at.index))
     monkeypatch.setattr(
         "lora_kernels.costs.fit", lambda *args: {"fit": float(len(args[0]) * args[2])}
     )
     return noted
 
 
-def test_workers_check_what_is_left_of_the_claims(
-    monkeypatch: pytest.MonkeyPatch, scripted: Any
-) -> None:
+def test_workers_share_the_claims(monkeypatch: pytest.MonkeyPatch, scripted: Any) -> None:
     claims = [Claim(g, name, 1) for name in ("memory", "time") for g in (TWO_PASS, DECODE)]
     claims.append(Claim(TWO_PASS, "graph", 2))
     time = [1, 64, 128, 16, 1e-5, 2e-5, None, None]
@@ -235,9 +231,7 @@ def test_workers_check_what_is_left_of_the_claims(
     assert found.rates == {"fit": 2.0} and found.date.endswith("+00:00")
 
 
-def test_workers_that_check_nothing_are_given_up(
-    monkeypatch: pytest.MonkeyPatch, scripted: Any
-) -> None:
+def test_workers_are_given_up(monkeypatch: pytest.MonkeyPatch, scripted: Any) -> None:
     scripted.scripts += [[] for _ in range(6)]
     found = run(monkeypatch, claims_on(DECODE))
     assert not scripted.scripts

@@ -195,6 +195,14 @@ def test_command_passes_its_options_on_and_prints_each_claim(
     assert json.loads(capsys.readouterr().out)["failed"] == []  # JSON alone
 
 
+def test_table_has_the_times_of_each_group_s_own_rows() -> None:
+    times = [(GROUP, 8, 0.8, 0.5), (GROUP, 1, 0.1, None), (OTHER, 32, 0.2, None)]
+    points = [Point(group, M, 1, 1, 16, y, 1.0, step, 1.0) for group, M, y, step in times]
+    said = command.table(Verdict(fake_card.KEY, frozenset({GROUP, OTHER}), points=points))
+    assert "over eager's, M=1: 0.10; M=8: 0.80, step 0.50\n" in said
+    assert "over eager's, M=32: 0.20\n" in said
+
+
 def test_command_forgets(capsys: pytest.CaptureFixture[str]) -> None:
     file = verdicts.write(VERDICT)
     assert cli.main(["qualify", "--forget"]) == 0

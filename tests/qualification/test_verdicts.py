@@ -75,11 +75,8 @@ def test_verdicts_of_cards_that_differ_in_a_driver_lie_side_by_side() -> None:
 
 
 def test_verdict_that_cannot_be_written_leaves_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(*files: Path) -> None:
-        raise OSError("the disk is full")
-
-    monkeypatch.setattr(os, "replace", fails)
-    with pytest.raises(OSError, match="the disk is full"):
+    monkeypatch.setattr(os, "replace", lambda *files: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(OSError, match="full"):
         verdicts.write(VERDICT)
     assert not list(verdicts.folder().iterdir())
 
@@ -105,9 +102,7 @@ def test_driver_version_is_all_of_its_number(monkeypatch: pytest.MonkeyPatch) ->
     assert verdicts.driver_version.__wrapped__() == "535.129.03"
 
 
-def test_digest_of_the_kernels_changes_with_each_of_their_files(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_digest_is_of_each_kernel_s_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(verdicts, "__file__", str(tmp_path / "verdicts.py"))
     found = set()
     for name in ("backends/a.py", "backends/b/c.py", "core/d.py", "_cuda.so", "peft.py"):
@@ -118,9 +113,7 @@ def test_digest_of_the_kernels_changes_with_each_of_their_files(
     assert len(found) == 8  # all but the two of peft.py
 
 
-def test_choose_follows_the_verdict_on_the_tensors_gpu(
-    card: DeviceInfo, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_choose_follows_the_tensors_gpu(card: DeviceInfo, monkeypatch: pytest.MonkeyPatch) -> None:
     """GPU 1 is the current one and qualified; GPU 2 is too old for our kernels."""
     old = replace(card, capability=75)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)

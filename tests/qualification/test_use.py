@@ -256,7 +256,7 @@ def measure(gpu: DeviceInfo, rates: costs.Rates, bitsandbytes: bool = True) -> l
 def test_fit_finds_the_rates_of_a_card(card: DeviceInfo) -> None:
     """The fitted model predicts points that it has not seen."""
     true = costs.Rates(bandwidth=0.7, host=1.6, latency=1.5)
-    fitted = costs.Rates(**costs.fit(measure(card, true), card))
+    fitted = costs.Rates(**costs.fit(measure(card, true, False), card, False))
     for rows, four_bit in ((4, True), (8, False), (64, True)):
         problem = GROUP.problem(rows, 14336, 4096)._replace(four_bit=four_bit)
         want, got, before = (

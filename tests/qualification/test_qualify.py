@@ -243,7 +243,8 @@ def test_workers_are_given_up(monkeypatch: pytest.MonkeyPatch, scripted: Any) ->
 
 
 def test_worker_s_end_is_told_in_its_last_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    code = """print('{"begin": 1}'); print('{"en', end=""); raise SystemExit("first\\nlast")"""
+    code = """import os, time; print('{"begin": 1}'); print('{"en', end="", flush=True)
+os.close(0); os.close(1); time.sleep(0.2); raise SystemExit("first\\nlast")"""  # slowly
     options: dict[str, Any] = {}
     popen = qualification.subprocess.Popen
 

@@ -123,8 +123,8 @@ def _cpu_backend() -> dict[str, Any]:
 
 
 def _triton_backend() -> dict[str, Any]:
-    if triton.unavailable_reason() is not None:
-        return _backend(False, "Triton is not installed", "pip install triton")
+    if (reason := triton.unavailable_reason()) is not None:
+        return _backend(False, reason, "pip install --upgrade triton")
     if triton.is_interpreted():
         return _backend(True, "in Triton's interpreter, on the CPU")
     gpus = device.gpus()

@@ -134,7 +134,7 @@ def qualify(
     >>> verdict = qualify()  # doctest: +SKIP
     >>> sorted(verdict.passed)  # doctest: +SKIP
     """
-    index = _index(device)
+    index = index_of(device)
     claims = plan(_checked_dtypes(dtypes), devices.gpu(index))
     if not budget_s > 0:
         raise ValueError(f"budget_s: got {budget_s}, want seconds above 0")
@@ -156,7 +156,8 @@ def qualify(
     return verdict
 
 
-def _index(given: int | str | torch.device | None) -> int:
+def index_of(given: int | str | torch.device | None) -> int:
+    """Return the index of a GPU; ValueError if it names none, RuntimeError if there is none."""
     if not devices.has_gpu():
         raise RuntimeError("qualify: there is no GPU that torch can use")
     if given is None:

@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
         print(dry_run(args.dtypes))
         return 0
     try:
-        gpu = None if not device.has_gpu() else device.gpu(args.device)
+        gpu = device.gpu(qualification.index_of(args.device))
         with progress.printed(args.json, len(plan(args.dtypes, gpu))) as say:
             say("each claim on this card's kernels, and whether it holds")
 

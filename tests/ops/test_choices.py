@@ -7,6 +7,8 @@ kernels, gemm their `two_pass`; triton is its `two_pass`.
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -124,6 +126,24 @@ def test_large_float32_is_not_cuda_cores(gpu: DeviceInfo) -> None:
         call = problem(N, K, M, False, torch.float32)
         choice = costs.cheapest(call, gpu, (("triton", None), ("cuda", None)))
         assert choice is not None and choice.backend != "cuda", (N, K, M)
+
+
+def test_group_is_checked_if_it_may_be_faster_somewhere() -> None:
+    small, large = (1024, 4096), (14336, 4096)
+
+    def is_checked(
+        kernel: str, rows: tuple[int, ...], *shapes: Any, gpu: DeviceInfo = H100
+    ) -> bool:
+        strategy, weight = kernel.split()
+        group = costs.Group("cuda", strategy, "bfloat16", "bfloat16", weight)
+        return costs.is_contender(group, gpu, rows, shapes)
+
+    assert is_checked("cooperative dense", (8,), large)  # in 0.99 of eager's time
+    assert not is_checked("cooperative dense", (16,), large)
+    assert is_checked("cooperative dense", (16,), large, gpu=replace(H100, clock=0.0))
+    assert is_checked("cooperative dense", (16,), large, small)
+    assert is_checked("cooperative dense", (16, 1), large)
+    assert not is_checked("two_pass 4bit", (192,), small)  # faster, but decodes more than once
 
 
 if __name__ == "__main__":

@@ -121,8 +121,10 @@ def test_a_kernel_is_expected_only_of_what_it_takes(odd: dict[str, int]) -> None
 
 
 def test_cheapest_of_what_the_model_leaves_is_none() -> None:
-    unknown = replace(H100, clock=0.0)
-    assert choose(unknown) is None and choose(T4) is None and choose(H100, rank=257) is None
+    for lacks in ("clock", "bandwidth", "tensor_flops"):
+        assert choose(replace(H100, **{lacks: 0.0})) is None
+    assert choose(replace(H100, kind="hip")) is None  # AMD's
+    assert choose(T4) is None and choose(H100, rank=257) is None
 
 
 def test_tuned_goes_before_the_model() -> None:
@@ -293,6 +295,44 @@ def test_predict_of_round_rates_is_the_sum_of_the_docstring(
     assert found == pytest.approx(microseconds, rel=1e-3) and list(found) == list(microseconds)
 
 
+CUDA, TRITON = {"cuda two_pass", "cuda two_pass_simt"}, {"triton two_pass"}
+FEW, CUBLAS = {"cuda cooperative", "cuda overlapped"}, {"eager library", "triton library"}
+
+
+def test_a_fitted_factor_slows_what_it_names_alone() -> None:
+    """8 times slower rates of a GPU, at 2000 and at 16 rows of 4-bit weights."""
+    for factor, many, few in (
+        ("bandwidth", CUDA | TRITON | CUBLAS, CUDA | TRITON | CUBLAS | FEW),
+        ("library", CUBLAS, set()),
+        ("cuda", CUDA, CUDA | FEW),
+        ("triton", TRITON, set()),
+        ("decoding", CUDA | TRITON, CUDA | TRITON | FEW),
+        ("latency", TRITON, FEW),
+        ("launch", CUDA | TRITON | CUBLAS, CUDA | CUBLAS | FEW),
+    ):
+        slow = costs.Rates(**{factor: 8.0 if factor in ("latency", "launch") else 1 / 8})
+        for rows, want in ((2000, many), (16, few)):
+            problem = Problem("cuda", *(torch.bfloat16,) * 4, 32, rows, True, 3000, 5000)
+            before, after = (
+                {
+                    f"{c.backend} {c.strategy}": c.seconds
+                    for c in costs.predict(ROUND, problem, rates=r)
+                }
+                for r in (costs.Rates(), slow)
+            )
+            assert {name for name in before if after[name] > before[name]} == want, factor
+
+
+def test_bitsandbytes_fuses_up_to_the_rows_of_its_tier() -> None:
+    def rows(blocks: int, capability: int = 90, dtype: torch.dtype = torch.bfloat16) -> int:
+        problem = Problem("cuda", *(dtype,) * 4, R, 1, True, 64 * blocks, K)
+        return costs.bitsandbytes_rows(replace(ROUND, capability=capability), problem)
+
+    assert [rows(blocks) for blocks in (300, 299, 1)] == [64, 48, 7]
+    assert costs.decoding_rows(replace(ROUND, capability=86), N, K) == 128
+    assert [rows(300, 87), rows(300, 90, torch.float32), rows(300, 100, torch.float32)] == [7, 7, 4]
+
+
 @pytest.mark.parametrize(
     ("rows", "mixed", "unavailable", "want"),
     [
@@ -310,6 +350,8 @@ def test_cheapest_of_rows_with_their_own_adapters_has_p_first(
     known = tuple((name, unavailable.get(name)) for name in ("triton", "cuda"))
     choice = costs.cheapest(problem, H100, known)
     assert choice is not None and (choice.backend, choice.strategy) == want
+    with selection.backend("eager", Strategy.LIBRARY):
+        assert selection.choose(problem).backend == "eager"
 
 
 def test_choose_of_a_gpu_s_problem_without_a_gpu_is_eager(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -207,10 +207,11 @@ def test_choose_of_the_cpu_s_kernels_for_another_device_raises(device: str) -> N
         Problem(device, f32, f32, f32, f32, 8),
         f"no kernels for device type {device!r}",
     )
-    for function in (selection.choose, selection.choose_experts, selection.choose_norm):
+    functions = (selection.choose, selection.choose_experts, selection.choose_norm)
+    for function, eager in zip(functions, (LIBRARY, LIBRARY, Strategy.PANELS), strict=True):
         with lora_kernels.backend("cpu"), pytest.raises(RuntimeError, match=words):
             function(problem)
-        assert function(problem).backend == "eager"
+        assert (function(problem).backend, function(problem).strategy) == ("eager", eager)
 
 
 @needs_native

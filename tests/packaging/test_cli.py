@@ -164,6 +164,10 @@ def test_info_names_every_backend(capsys: pytest.CaptureFixture[str]) -> None:
         assert f"\n  {name} " in out
     facts = json.loads(run(capsys, "info", "--json")[1])
     assert facts == info.info()
+    assert (facts["cpu"]["isa"], facts["cpu"]["thread_pool"]) == (native.isa, native.threads)
+    for name in ("triton", "peft", "transformers", "bitsandbytes"):
+        assert facts["versions"][name] == device.version(name)
+    assert f"  compiler     {device.compiler() or 'none found'}\n" in out
     assert info.report(facts) + "\n" == out
 
 
@@ -227,7 +231,7 @@ T4 = device.DeviceInfo("cuda", 75, 40, 64 << 10, "T4", 16 * 2**30)
 @pytest.mark.parametrize(
     ("missing", "interpreted", "gpus", "available", "reason"),
     [
-        ("gone", False, [A100], False, "Triton is not installed"),
+        ("Triton 3.6.0 does not compile", False, [A100], False, "Triton 3.6.0 does not compile"),
         (None, True, [], True, "in Triton's interpreter, on the CPU"),
         (None, False, [], False, "no GPU; TRITON_INTERPRET=1"),
         (None, False, [T4], False, "sm_75"),
@@ -253,7 +257,7 @@ def test_info_says_where_triton_runs(
     monkeypatch.setattr(device, "gpus", lambda: gpus)
     row = info._triton_backend()
     assert row["available"] is available and reason in row["reason"]
-    assert row["add"] == ("pip install triton" if missing else None)
+    assert row["add"] == ("pip install --upgrade triton" if missing else None)
 
 
 @pytest.mark.parametrize(

@@ -3,15 +3,18 @@
 import contextlib
 import fcntl
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 import lora_kernels
 from lora_kernels import qualification, selection, verdicts
-from lora_kernels.backends import cuda, triton
+from lora_kernels.backends import cuda, decode4bit, triton
 from lora_kernels.core.problem import Problem
 from lora_kernels.qualification import Claim, qualify
 from lora_kernels.verdicts import Group, Verdict
@@ -174,6 +177,91 @@ def test_torn_file_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(verdicts.read(fake_card.KEY), Verdict)
 
 
+@pytest.fixture
+def scripted(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Workers that say the lines of a script. Notes their orders, their waits and the GPUs."""
+    noted = SimpleNamespace(scripts=[], orders=[], waits=[], gpus=set())
+
+    class Worker(contextlib.nullcontext[Any]):
+        def __init__(self, card: str, index: int, order: dict[str, Any]) -> None:
+            super().__init__(self)
+            self.lines = iter([{"ready": fake_card.KEY}, *noted.scripts.pop(0)])
+            noted.orders.append((index, order["compile"], order["claims"]))
+            noted.waits.append([])
+
+        def read(self, seconds: float) -> dict[str, Any]:
+            noted.waits[-1].append(seconds)
+            return next(self.lines, {})
+
+        def ending(self, last: object) -> str:
+            return "died"
+
+    gpu, key = qualification.devices.gpu, verdicts.key
+    monkeypatch.setattr(qualification, "_Worker", Worker)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr("lora_kernels.device.gpu", lambda at: noted.gpus.add(at) or gpu(at))
+    monkeypatch.setattr(verdicts, "key", lambda at: noted.gpus.add(at) or key(at))
+    monkeypatch.setattr(decode4bit, "bitsandbytes_reason", lambda at: noted.gpus.add(at.index))
+    monkeypatch.setattr(
+        "lora_kernels.costs.fit", lambda *args: {"fit": float(len(args[0]) * args[2])}
+    )
+    return noted
+
+
+def test_workers_share_the_claims(monkeypatch: pytest.MonkeyPatch, scripted: Any) -> None:
+    claims = [Claim(g, name, 1) for name in ("memory", "time") for g in (TWO_PASS, DECODE)]
+    claims.append(Claim(TWO_PASS, "graph", 2))
+    time = [1, 64, 128, 16, 1e-5, 2e-5, None, None]
+    holds = [[{"begin": n}, {"end": n, "failed": None, "points": [time]}] for n in range(2)]
+    scripted.scripts += [[{"compiled": 1.0}, *holds[0], *holds[1], {"begin": 2}], holds[0]]
+    plans = {(("bfloat16",), "Fake H100"): claims}
+    monkeypatch.setattr(qualification, "plan", lambda dtypes, gpu: plans[dtypes, gpu.name])
+
+    def report(claim: Claim, reason: str | None) -> None:  # the lock is held until the end
+        with open(verdicts.folder() / "qualify.lock") as lock, pytest.raises(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    found = qualify(1, dtypes=["bfloat16"] * 2, report=report)
+    assert scripted.orders == [(1, True, claims), (1, False, [claims[3]])]
+    start, silence = qualification.START, qualification.SILENCE
+    assert scripted.waits == [[start, start, *[silence] * 6], [start, *[silence] * 3]]
+    assert scripted.gpus == {1} and verdicts._current == {1: found}
+    assert found.passed == {DECODE} and found.failed == {TWO_PASS: "time: died"}
+    assert [point.group for point in found.points] == [DECODE, DECODE]
+    assert found.rates == {"fit": 2.0} and found.date.endswith("+00:00")
+
+
+def test_workers_are_given_up(monkeypatch: pytest.MonkeyPatch, scripted: Any) -> None:
+    scripted.scripts += [[] for _ in range(6)]
+    found = run(monkeypatch, claims_on(DECODE))
+    assert not scripted.scripts
+    assert found.failed[DECODE] == "memory: not checked within 600 s and 6 workers"
+    monkeypatch.setattr(os, "replace", lambda *files: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(RuntimeError, match="qualify: the cache cannot be written: full"):
+        run(monkeypatch, claims_on(DECODE), budget_s=1e-9)  # no worker is started
+    assert verdicts._current == {0: found}
+
+
+def test_worker_s_end_is_told_in_its_last_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    code = """import os, time; print('{"begin": 1}'); print('{"en', end="", flush=True)
+os.close(0); os.close(1); time.sleep(0.2); raise SystemExit("first\\nlast")"""  # slowly
+    options: dict[str, Any] = {}
+    popen = qualification.subprocess.Popen
+
+    def start(command: list[str], **given: Any) -> Any:
+        options.update(given)
+        return popen([sys.executable, "-c", code], **given)
+
+    monkeypatch.setattr(qualification.subprocess, "Popen", start)
+    monkeypatch.setattr(qualification, "_visible_device", lambda index: f"of {index}")
+    with qualification._Worker("card", 3, {"more than a pipe holds": "x" * 300_000}) as worker:
+        assert [worker.read(60.0), worker.read(60.0)] == [{"begin": 1}, {}]
+        assert worker.ending({}) == "the worker exited with status 1: last"
+    assert options["env"]["CUDA_VISIBLE_DEVICES"] == "of 3"
+    assert options["env"]["LORA_KERNELS_BACKEND"] == ""  # whatever the user forces
+    assert options["cwd"] == Path(lora_kernels.__file__).parents[1]  # whatever files lie here
+
+
 def test_budget_leaves_claims_unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     found = run(monkeypatch, claims_on(DECODE), budget_s=1e-3)
     assert not found.passed
@@ -181,7 +269,11 @@ def test_budget_leaves_claims_unchecked(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_other_ranks_of_a_machine_do_not_qualify(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert qualification._unready_reason() is None  # not yet in a process group
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.delenv("LOCAL_RANK")
+    assert qualification._unready_reason() is None
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(RuntimeError, match="only the first process of a machine may"):
         run(monkeypatch, claims_on(DECODE))
@@ -194,6 +286,7 @@ def test_other_ranks_of_a_machine_do_not_qualify(monkeypatch: pytest.MonkeyPatch
         (lambda: qualify(1), "device: got cuda:1, want a CUDA device"),
         (lambda: qualify(dtypes=["float32"]), "dtypes: got 'float32', want 'bfloat16'"),
         (lambda: qualify(budget_s=0.0), "budget_s: got 0.0, want seconds above 0"),
+        (lambda: qualify(budget_s=float("nan")), "budget_s: got nan, want seconds above 0"),
     ],
 )
 def test_arguments_that_are_wrong(call: Callable[[], object], message: str) -> None:
@@ -205,7 +298,7 @@ def test_device_without_an_index_is_the_current_one(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     given = (None, "cuda", 0, "cuda:0", torch.device("cuda", 1))
-    assert [qualification._index(device) for device in given] == [1, 1, 0, 0, 1]
+    assert [qualification.index_of(device) for device in given] == [1, 1, 0, 0, 1]
 
 
 def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,7 +315,9 @@ def test_worker_sees_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     facts = type("Properties", (), {"uuid": "1-2"})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: facts)
-    assert qualification._visible_device(1) == "GPU-1-2"
+    assert qualification._visible_device(0) == qualification._visible_device(1) == "GPU-1-2"
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: None)
+    assert qualification._visible_device(1) == "1"
 
 
 def test_worker_that_was_silent_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Users meet a verdict in `fuse`, `info`, checkpoints, the command and choices."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,7 @@ from lora_kernels.bench import qualify as command
 from lora_kernels.device import DeviceInfo
 from lora_kernels.integrations.trainer import VerdictLog
 from lora_kernels.peft import fuse, swap
+from lora_kernels.qualification import Claim
 from lora_kernels.verdicts import Group, Point, Verdict
 from tests.support import fake_card
 
@@ -21,7 +23,7 @@ GROUP = Group("cuda", "cooperative", "bfloat16", "bfloat16", "4bit")
 OTHER = GROUP._replace(weight="dense")
 POINTS = [Point(GROUP, 1, 4096, 4096, 16, 1e-5, 4e-5, None, None)]
 VERDICT = Verdict(
-    fake_card.KEY, frozenset({GROUP}), {OTHER: "memory: no"}, POINTS, {}, "2026-01-02"
+    fake_card.KEY, frozenset({GROUP}), {OTHER: "memory: no"}, POINTS, {}, "2026-01-02T03:04"
 )
 
 
@@ -130,10 +132,12 @@ def test_resumed_run_that_follows_another_verdict_is_told(
 
 def test_info_says_the_verdict_of_each_card(monkeypatch: pytest.MonkeyPatch) -> None:
     card = DeviceInfo("cuda", 90, 132, 227 << 10, "H100", 80 << 30)
-    monkeypatch.setattr("lora_kernels.device.gpus", lambda: [card])
+    monkeypatch.setattr("lora_kernels.device.gpus", lambda: [card, card])
     assert f"SMs, 80 GiB; not qualified on this card: {verdicts.ADVICE}" in info.report(info.info())
     verdicts.set_current(0, VERDICT)
-    assert "qualified on 2026-01-02: 1 of 2 groups of calls pass" in info.report(info.info())
+    first, second = (gpu["qualification"] for gpu in info.info()["gpus"])
+    assert first == "qualified on 2026-01-02: 1 of 2 groups of calls pass"
+    assert second.startswith("not qualified on this card")
 
 
 def test_command_prints_a_line_for_each_group(
@@ -161,10 +165,67 @@ def test_command_that_cannot_start_exits_with_2(
     assert last == "lora-kernels qualify: another process is qualifying; nothing was cached"
 
 
+def test_command_of_a_card_that_is_not_there_says_so_in_a_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("lora_kernels.device.gpu", lambda index: pytest.fail("read"))
+    assert cli.main(["qualify", "--device", "7"]) == 2
+    said = "lora-kernels qualify: device: got cuda:7, want a CUDA device of the 1 there are\n"
+    assert capsys.readouterr().out == said
+
+
+def test_command_passes_its_options_on_and_prints_each_claim(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given: dict[str, Any] = {}
+
+    def qualify(index: int | None, *, report: Any, **options: Any) -> Verdict:
+        given.update(options, index=index)
+        report(Claim(GROUP, "graph", 2), None)
+        report(Claim(OTHER, "memory", 1), "y has NaN")
+        return Verdict(fake_card.KEY, frozenset({GROUP}))
+
+    monkeypatch.setattr(qualification, "qualify", qualify)
+    argv = ["qualify", "--device", "0", "--dtypes", "float16", "--budget", "3"]
+    assert cli.main(argv) == 0  # every group passed
+    assert given == {"index": 0, "dtypes": ["float16"], "budget_s": 3.0}
+    printed = capsys.readouterr().out.splitlines()
+    assert f"✓ {GROUP}: graph" in printed and f"✗ {OTHER}: memory: y has NaN" in printed
+    cli.main([*argv, "--json"])
+    assert json.loads(capsys.readouterr().out)["failed"] == []  # JSON alone
+
+
+def test_table_has_the_times_of_each_group_s_own_rows() -> None:
+    times = [(GROUP, 8, 0.8, 0.5), (GROUP, 1, 0.1, None), (OTHER, 32, 0.2, None)]
+    points = [Point(group, M, 1, 1, 16, y, 1.0, step, 1.0) for group, M, y, step in times]
+    said = command.table(Verdict(fake_card.KEY, frozenset({GROUP, OTHER}), points=points))
+    assert "over eager's, M=1: 0.10; M=8: 0.80, step 0.50\n" in said
+    assert "over eager's, M=32: 0.20\n" in said
+
+
 def test_command_forgets(capsys: pytest.CaptureFixture[str]) -> None:
     file = verdicts.write(VERDICT)
     assert cli.main(["qualify", "--forget"]) == 0
     assert capsys.readouterr().out == f"removed {file}\n" and not file.exists()
+
+
+def test_plan_has_the_claims_of_each_kind_of_kernel() -> None:
+    def groups_of(name: str, gpu: DeviceInfo | None = None) -> set[str]:
+        return {str(c.group) for c in qualification.plan(gpu=gpu) if c.name == name}
+
+    groups = groups_of("time")
+    assert len(groups) == 16 and all("bfloat16" in group for group in groups)
+    words = {"two streams": "cooperative", "several adapters": "cuda two_pass"}
+    words |= {"autocast": "bfloat16 bfloat16", "memory": "", "odd sizes": "", "graph": ""}
+    for name, word in words.items():
+        assert groups_of(name) == {group for group in groups if word in group}
+    library = {f"triton library bfloat16 {adapter} 4bit" for adapter in ("bfloat16", "float32")}
+    assert groups_of("dequantize") == library < groups
+    tiers = [claim.tier for claim in qualification.plan()]
+    assert tiers == sorted(tiers) and set(tiers) == {0, 1, 2, 3}
+    here = {group for group in groups if "cooperative" in group or "two_pass" in group}
+    here -= {group for group in here if "two_pass" in group and "dense" in group}
+    assert groups_of("time", command.SHEETS["H100"]) == here
 
 
 def test_dry_run_keeps_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,24 +240,23 @@ def test_dry_run_keeps_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "H100, sm_90: " in command.dry_run(["bfloat16"])
 
 
-def measure(gpu: DeviceInfo, rates: costs.Rates) -> list[Point]:
+def measure(gpu: DeviceInfo, rates: costs.Rates, bitsandbytes: bool = True) -> list[Point]:
     """The points that a card with these rates would give, by the model."""
     points = []
     for group in (GROUP, OTHER, GROUP._replace(strategy="two_pass")):
         for rows in (1, 16) if group.strategy == "cooperative" else (32, 128):
-            found = {
-                c[:2]: c.seconds
-                for c in costs.predict(gpu, group.problem(rows, 4096, 4096), True, rates)
-            }
+            problem = group.problem(rows, 8192, 2048, 32)
+            predicted = costs.predict(gpu, problem, bitsandbytes, rates)
+            found = {c[:2]: c.seconds for c in predicted}
             forward, eager = found[group.backend, group.strategy], found["eager", "library"]
-            points.append(Point(group, rows, 4096, 4096, 16, forward, eager, None, None))
+            points.append(Point(group, rows, 8192, 2048, 32, forward, eager, None, None))
     return points
 
 
 def test_fit_finds_the_rates_of_a_card(card: DeviceInfo) -> None:
     """The fitted model predicts points that it has not seen."""
     true = costs.Rates(bandwidth=0.7, host=1.6, latency=1.5)
-    fitted = costs.Rates(**costs.fit(measure(card, true), card))
+    fitted = costs.Rates(**costs.fit(measure(card, true, False), card, False))
     for rows, four_bit in ((4, True), (8, False), (64, True)):
         problem = GROUP.problem(rows, 14336, 4096)._replace(four_bit=four_bit)
         want, got, before = (
@@ -211,8 +271,14 @@ def test_fit_finds_the_rates_of_a_card(card: DeviceInfo) -> None:
 
 def test_fit_of_points_as_predicted_changes_nothing(card: DeviceInfo) -> None:
     assert costs.fit([], card) == {}
-    fitted = costs.fit(measure(card, costs.Rates()), card)
-    assert fitted == dict.fromkeys(vars(costs.Rates()), 1.0)
+    for decodes in (True, False):
+        points = measure(card, costs.Rates(), decodes)
+        fitted = costs.fit(points, card, decodes)
+        assert fitted == dict.fromkeys(vars(costs.Rates()), 1.0)
+    slow = [point._replace(eager_forward=3 * point.eager_forward) for point in points]
+    assert costs.fit(slow, card) != fitted  # eager's times count too
+    for unknown in (replace(card, clock=0.0), replace(card, capability=75)):
+        assert costs.fit(POINTS, unknown) == {}
 
 
 def test_choice_follows_the_fitted_rates(card: DeviceInfo) -> None:

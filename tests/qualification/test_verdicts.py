@@ -1,6 +1,8 @@
 """A verdict in the cache, read, written, damaged or another card's, and the choice by it."""
 
 import json
+import os
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,17 +10,24 @@ from typing import Any
 import pytest
 import torch
 
-from lora_kernels import costs, selection, verdicts
+from lora_kernels import costs, device, selection, verdicts
+from lora_kernels.backends import cuda, decode4bit, triton
 from lora_kernels.backends.cuda import constraints
+from lora_kernels.backends.triton import measured
 from lora_kernels.core.problem import Layout, Problem
+from lora_kernels.device import DeviceInfo
 from lora_kernels.verdicts import Group, Point, Verdict
 from tests.support import fake_card
 
 bf16, f32 = torch.bfloat16, torch.float32
 DECODE = Group("cuda", "cooperative", "bfloat16", "bfloat16", "4bit")
 OTHER = Group("cuda", "overlapped", "bfloat16", "bfloat16", "4bit")
+TRITON = Group("triton", "two_pass", "bfloat16", "bfloat16", "4bit")
 POINTS = [Point(DECODE, 1, 4096, 4096, 16, 1e-5, 4e-5, None, None)]
 VERDICT = Verdict(fake_card.KEY, frozenset({DECODE}), {OTHER: "memory: no"}, POINTS, {}, "2026")
+
+NO_RATES = '{"key": {}, "passed": [], "failed": [], "points": [], "rates": [], "date": ""}'
+KEY = verdicts.key  # the fixture `card` replaces it
 
 
 def problem(rows: int = 1, **fields: Any) -> Problem:
@@ -35,7 +44,7 @@ def test_written_verdict_is_read_back_with_every_field() -> None:
     assert replace(found, date="2027").digest != found.digest
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"key": {}}', "[" * 100_000])
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"key": {}}', "[" * 100_000, NO_RATES])
 def test_read_of_a_damaged_file_is_no_verdict_and_no_error(text: str) -> None:
     verdicts.write(VERDICT).write_text(text)
     found = verdicts.read(fake_card.KEY)
@@ -58,17 +67,89 @@ def test_read_of_another_card_s_file_is_no_verdict() -> None:
     assert "is another card's" in str(verdicts.read(key))
 
 
+def test_verdicts_of_cards_that_differ_in_a_driver_lie_side_by_side() -> None:
+    keys = [{"name": "NVIDIA H100/80GB", "driver": driver} for driver in "12"]
+    files = [verdicts.write(replace(VERDICT, key=key)) for key in keys]
+    assert [verdicts.read(key).key for key in keys] == keys  # type: ignore[union-attr]
+    assert all(file.name.startswith("qualified-nvidia-h100-80gb-") for file in files)
+
+
+def test_verdict_that_cannot_be_written_leaves_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "replace", lambda *files: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(OSError, match="full"):
+        verdicts.write(VERDICT)
+    assert not list(verdicts.folder().iterdir())
+
+
+def test_key_names_all_that_kernels_depend_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "gpu", {1: DeviceInfo("cuda", 90, 132, 9, "H100", 80)}.get)
+    monkeypatch.setattr(verdicts, "driver_version", lambda: "1")
+    monkeypatch.setattr(torch, "__version__", "2")
+    monkeypatch.setattr(torch.version, "cuda", "3")
+    monkeypatch.setattr(device, "version", lambda name: f"{name} 4")
+    monkeypatch.setattr(verdicts, "_source_digest", lambda: "5")
+    monkeypatch.setenv("TRITON_PTXAS_PATH", "/6")
+    found = " ".join(f"{name}={value}" for name, value in KEY(1).items())
+    assert found == (
+        "name=H100 capability=90 multiprocessors=132 memory=80 driver=1 torch=2 cuda=3 "
+        "triton=triton 4 ptxas=/6 bitsandbytes=bitsandbytes 4 kernels=5"
+    )
+
+
+def test_driver_version_is_all_of_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.129.03  Thu Oct 19\nGCC 12.2.0"
+    monkeypatch.setattr(Path, "read_text", lambda self: text)
+    assert verdicts.driver_version.__wrapped__() == "535.129.03"
+
+
+def test_digest_is_of_each_kernel_s_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(verdicts, "__file__", str(tmp_path / "verdicts.py"))
+    found = set()
+    for name in ("backends/a.py", "backends/b/c.py", "core/d.py", "_cuda.so", "peft.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        for text in ("before", "after"):
+            (tmp_path / name).write_text(text)
+            found.add(verdicts._source_digest.__wrapped__())
+    assert len(found) == 8  # all but the two of peft.py
+
+
+def test_choose_follows_the_tensors_gpu(card: DeviceInfo, monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPU 1 is the current one and qualified; GPU 2 is too old for our kernels."""
+    old = replace(card, capability=75)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(device, "gpu", lambda index: old if index == 2 else card)
+    for index, found in enumerate(("not qualified", VERDICT, VERDICT)):
+        verdicts.set_current(index, found)
+    chosen = [selection.choose(problem(device_index=index)).backend for index in (None, 0, 1, 2)]
+    assert chosen == ["cuda", "eager", "cuda", "eager"]
+
+
+def test_group_of_a_group_s_problem_is_the_group() -> None:
+    group = Group("cuda", "cooperative", "bfloat16", "float32", "4bit")
+    call = group.problem(3, 5, 7, 9)
+    assert call == Problem("cuda", bf16, f32, f32, bf16, 9, 3, True, 5, 7)
+    assert verdicts.group_of(*group[:2], call) == group
+    other = call._replace(a_dtype=bf16, rank=verdicts.MAX_RANK)
+    assert verdicts.group_of(*group[:2], other) == group._replace(adapter="mixed")
+    assert verdicts.unqualified_reason(other) is None
+
+
 def test_current_is_read_once_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    without = verdicts.current(1)
     verdicts.write(VERDICT)
+    assert verdicts.current(1) is without  # and so is what is missing
     first = verdicts.current(0)
     verdicts.write(replace(VERDICT, date="2027"))
     assert isinstance(first, Verdict) and verdicts.current(0) is first
     assert verdicts.current(None) is first
 
 
-def test_current_of_a_card_whose_key_fails_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [OSError, RuntimeError])
+def test_current_of_a_card_whose_key_fails_is_a_reason(
+    error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fails(index: int) -> dict[str, str]:
-        raise OSError("no such file")
+        raise error("no such file")
 
     monkeypatch.setattr(verdicts, "key", fails)
     assert "its key is unknown (no such file)" in str(verdicts.current(0))
@@ -78,7 +159,9 @@ def test_current_of_a_card_whose_key_fails_is_a_reason(monkeypatch: pytest.Monke
 def test_forget_removes_files_and_what_the_process_knows() -> None:
     file = verdicts.write(VERDICT)
     assert isinstance(verdicts.current(0), Verdict)
-    assert verdicts.forget() == [file] and not file.exists()
+    other = verdicts.folder() / "measured.json"  # the user's
+    other.write_text("{}")
+    assert verdicts.forget() == [file] and not file.exists() and other.exists()
     assert verdicts.forget() == []
     assert verdicts.ADVICE in str(verdicts.current(0))
 
@@ -108,6 +191,45 @@ def test_choose_with_a_verdict_takes_what_passed_and_is_faster() -> None:
     assert off.backend == "eager" and off.reason.endswith(verdicts.OFF)
 
 
+def test_tuned_strategy_needs_a_verdict_too(card: DeviceInfo) -> None:
+    row = measured.Measured(triton.TWO_PASS, microseconds=1.0, eager_microseconds=2.0)
+    key = measured.shape(card, 1, 4096, 4096, 16, bf16, bf16, True)
+    for passed, backend in (({DECODE, TRITON}, "triton"), ({DECODE}, "cuda")):
+        verdicts.set_current(0, replace(VERDICT, passed=frozenset(passed)))
+        with measured.override_row(key, row):
+            assert selection.choose(problem(columns=4096, inner=4096)).backend == backend
+
+
+def test_choose_takes_the_next_of_what_passed_and_says_its_backward() -> None:
+    passed = frozenset({DECODE._replace(strategy="two_pass")})
+    verdicts.set_current(0, replace(VERDICT, passed=passed, failed={DECODE: "memory: no"}))
+    choice = selection.choose(problem(8, columns=4097, inner=4096))
+    assert (choice.backend, choice.strategy) == ("cuda", "two_pass")
+    assert "dx on CUDA cores: N = 4097" in choice.reason
+
+
+def test_choose_asks_what_runs_on_the_tensors_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eager is expected to take longer where bitsandbytes does not decode for it."""
+    asked: list[Any] = []
+    times = []
+    monkeypatch.setattr(cuda, "unsupported_device_reason", lambda *where: asked.append(where))
+    for why in (None, "not installed"):
+        monkeypatch.setattr(
+            decode4bit, "bitsandbytes_reason", lambda at, w=why: asked.append(at) or w
+        )
+        verdicts.set_current(1, replace(VERDICT))
+        reason = selection.choose(problem(device_index=1)).reason
+        times += map(int, re.findall(r"of eager's (\d+) µs", reason))
+    assert asked == [("cuda", 1), torch.device("cuda", 1)] * 2 and times[0] < times[1]
+
+
+def test_choose_takes_no_backend_that_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    for missing, backend in ((None, "triton"), ("not installed", "eager")):
+        monkeypatch.setattr(triton, "unavailable_reason", lambda why=missing: why)
+        verdicts.set_current(0, replace(VERDICT, passed=frozenset({TRITON})))
+        assert selection.choose(problem(128, columns=14336, inner=4096)).backend == backend
+
+
 @pytest.mark.parametrize(
     ("fields", "word"),
     [
@@ -117,6 +239,7 @@ def test_choose_with_a_verdict_takes_what_passed_and_is_faster() -> None:
         ({"four_bit": False}, "not checked"),
         ({"dropout": True}, "dropout"),
         ({"rank": 65}, "rank 65"),
+        ({"x_dtype": torch.float64}, "float64"),
         ({"layout": Layout(columns=True)}, "stored as [K, N]"),
     ],
     ids=str,
@@ -146,13 +269,13 @@ def test_choose_of_what_was_measured_wants_five_percent(seconds: float, backend:
 
 def test_ratios_are_of_the_nearest_rows() -> None:
     points = [
-        Point(DECODE, M, 1, 1, 16, float(M), 2.0, step, 4.0)
+        Point(DECODE, M, 1, 1, 16, float(M) * (step or 1.0), 2.0, step, 4.0)
         for M, step in ((1, None), (32, 1.0), (32, 2.0), (32, 8.0), (1024, 4.0))
     ]
     verdict = replace(VERDICT, points=[*points, POINTS[0]._replace(group=OTHER)])
     assert verdict.ratios(DECODE, 0) == verdict.ratios(DECODE, 5) == (0.5, 0.0)
-    assert verdict.ratios(DECODE, 6) == verdict.ratios(DECODE, 181) == (16.0, 0.5)
-    assert verdict.ratios(DECODE, 182) == (512.0, 1.0)
+    assert verdict.ratios(DECODE, 6) == verdict.ratios(DECODE, 181) == (32.0, 0.5)
+    assert verdict.ratios(DECODE, 182) == (2048.0, 1.0)
     assert verdict.ratios(OTHER, 1) == (0.25, 0.0)
     assert verdict.ratios(DECODE._replace(weight="dense"), 1) is None
 

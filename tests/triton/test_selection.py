@@ -112,8 +112,9 @@ def test_choose_before_sm_80_is_eager_and_says_why(
         choice = choose(dtype=dtype)
         assert choice.backend == "eager" and "sm_75" in choice.reason
         assert ("no bfloat16 either" in choice.reason) is slow
-    mixed = Problem("cuda", f32, f32, f32, bf16, 16)  # under autocast
-    assert "no bfloat16 either" in selection.choose(mixed).reason
+    for x, y in ((f32, bf16), (bf16, f32)):  # under autocast; of a float32 weight
+        mixed = Problem("cuda", x, f32, f32, y, 16)
+        assert "no bfloat16 either" in selection.choose(mixed).reason
 
 
 def test_lora_linear_without_triton_raises(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -372,7 +372,7 @@ def test_forward_that_was_replaced_before_fuse_stays() -> None:
 def test_unfuse_restores_the_forward_below_a_hook_of_accelerate() -> None:
     from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 
-    model = fuse(adapted(causal_model()).train(), loss=True)
+    model = fuse(adapted(causal_model(), ["q_proj"]).train(), loss=True)
     causal = model.get_base_model()
     add_hook_to_module(causal, ModelHook())
     assert is_logit_free(model)

@@ -213,6 +213,20 @@ def test_log_probs_drop_elements_of_the_adapters_input_in_training() -> None:
     assert not torch.equal(first, second) and torch.equal(third, fourth)
 
 
+def test_log_probs_of_a_head_with_lora_bias_have_it() -> None:
+    model = heads(lora_bias=True)
+    head = model.base_model.model["head"]
+    torch.nn.init.normal_(head.lora_B["default"].bias)
+    hidden, targets = torch.randn(5, 8), torch.arange(5)
+    token = trl._head.set(head)
+    try:
+        got = trl._LogProbs.apply(hidden, head.weight, head.bias, targets, 1.0, 2)[0]
+    finally:
+        trl._head.reset(token)
+    want = head(hidden).log_softmax(1).gather(1, targets[:, None])[:, 0]
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
 def test_log_probs_of_an_adapter_that_is_not_covered_raise() -> None:
     """A hook that was added after the trainer was made: the adapter is not left out in silence."""
     head = heads().base_model.model["head"]

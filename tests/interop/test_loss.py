@@ -46,7 +46,10 @@ def causal_model(
         more |= {"attention_dropout": 0.0, "residual_dropout": 0.0}
     config = cls.config_class(**TINY | more | settings)
     config._attn_implementation = "eager"
-    return cls(config).to(dtype)
+    model = cls(config).to(dtype)
+    if model.lm_head.bias is not None:  # which starts at zero
+        nn.init.normal_(model.lm_head.bias)
+    return model
 
 
 def adapted(model: Any, targets: Any = ("lm_head", "q_proj"), **config: Any) -> Any:
@@ -390,6 +393,8 @@ def test_explain_and_json_have_the_loss() -> None:
     assert (row.state, row.backend) == ("fused", "cpu") and "rows of logits at a time" in row.reason
     assert "base_model.model.loss" in str(explain(model)) and '"losses"' in explain(model).json()
     explain(model).assert_fused()
+    (row,) = explain(model, x_dtype=torch.float64).losses
+    assert "float64 goes with float64 alone" in row.reason
     assert explain(unfuse(model)).losses == []
 
 

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lora_kernels
 from lora_kernels import (
     head_ops,
+    lora_linear,
     lora_linear_cross_entropy,
     lora_linear_log_probs,
     ops,
@@ -443,6 +444,20 @@ def test_gradients_of_small_probabilities_survive_float16(of: str, is_autocast: 
             y = -lora_linear_log_probs(*args).log_probs
     (dx,) = torch.autograd.grad(y.sum(), x)
     assert dx[0, 1].item() == pytest.approx(3 * 256 * math.exp(-15), rel=2e-3)  # 4 roundings
+
+
+@pytest.mark.parametrize("of", ["mean", "log_probs"])
+def test_compute_dtype_of_head_is_that_of_lora_linear(of: str) -> None:
+    """The base GEMM alone is in bfloat16: logits are not rounded to it."""
+    args = arguments(replace(SMALL, K=64, quant="nf4-64", of=of, ignored=0.0))
+    names = "x", "weight", "lora_A", "lora_B", "scaling", "bias"
+    y = lora_linear(*(args[n] for n in names), compute_dtype=bf16)
+    want = F.cross_entropy(y, args["labels"], reduction="none")
+    found = head_case.ours(**args, compute_dtype=bf16)
+    got, want = (-found[0], want) if of == "log_probs" else (found, want.mean())
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    (dx,), (wanted,) = (torch.autograd.grad(t.sum(), args["x"]) for t in (got, want))
+    assert (dx - wanted).norm() < 2**-7 * wanted.norm()
 
 
 def test_gradients_of_log_probs_times_zero_are_zero_in_float16() -> None:

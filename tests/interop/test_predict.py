@@ -17,7 +17,7 @@ import lora_kernels
 from lora_kernels import costs, cpu_costs, device, selection, timing
 from lora_kernels.backends import cpu, cpu_heuristics, native, triton
 from lora_kernels.backends.triton import measured
-from lora_kernels.core.problem import Choice, Problem, Strategy
+from lora_kernels.core.problem import MANY_ROWS, Choice, Problem, Strategy
 from lora_kernels.cpu_costs import Machine, Sizes
 from lora_kernels.device import DeviceInfo
 from lora_kernels.layers import DoRALinear, LoRAEmbedding, LoRALinear, QLoRALinear
@@ -142,7 +142,13 @@ def test_a_strategy_that_was_asked_for_and_cannot_run_there_is_a_region() -> Non
         pytest.skip("no native kernels")
     with lora_kernels.backend("cpu", cpu.GEMV_4BIT):
         first, second = predict.regions(part(four_bit=True))
+        assert part(four_bit=True).describe(None).strategy == cpu.GEMV_4BIT
     assert first.strategy == cpu.GEMV_4BIT and second[1:] == ("none", "raises")
+
+
+def test_reason_without_a_number_of_rows_is_that_of_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selection, "choose", lambda p: Choice("cpu", "a", f"{p.rows} rows"))
+    assert part().describe(None) == ("cpu", "a", f"{MANY_ROWS} rows")
 
 
 @needs_native

@@ -248,6 +248,11 @@ def test_trainer_of_another_adapter_on_the_head_is_refused(tmp_path: Path, patch
         SFTTrainer(llama(), args, **more)
 
 
+def test_other_calls_of_a_trainers_model_have_logits(tmp_path: Path, patched: None) -> None:
+    trainer = sft(tmp_path)
+    assert trainer.model(torch.tensor([[5, 6, 7]])).logits.shape[:2] == (1, 3)
+
+
 def test_rows_without_a_label_are_left_out_on_a_cpu(
     tmp_path: Path, patched: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

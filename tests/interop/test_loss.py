@@ -137,9 +137,10 @@ def test_loss_with_and_without_an_adapter_on_the_head(targets: list[str], tied: 
     assert_same_step(ours, theirs)
 
 
-def test_loss_of_a_model_that_trains_whole_has_its_gradients() -> None:
-    """With tied embeddings, whose gradient has two parts."""
-    ours, theirs = pair(causal_model(tie_word_embeddings=True).train())
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "PhiForCausalLM"])
+def test_loss_of_a_model_that_trains_whole_has_its_gradients(name: str) -> None:
+    """With tied embeddings, whose gradient has two parts, and Phi's bias."""
+    ours, theirs = pair(causal_model(name, tie_word_embeddings=True).train())
     assert is_logit_free(ours)
     assert_same_step(ours, theirs)
 

@@ -78,6 +78,20 @@ def test_head_with_dropout_is_within_tolerance(
     assert_within(case, head_case.judge(replace(case, quant=quant, trained_weight=not quant)))
 
 
+def test_case_hands_each_field_to_the_function_and_to_its_gradients() -> None:
+    """Otherwise the tolerances above would judge less than their cases say."""
+    fields = {"temperature": 0.7, "logit_scale": 0.75, "logit_softcap": 3.0, "dropout_p": 0.25}
+    case = replace(SMALL, of="log_probs", trained_weight=True, **fields)
+    args = inputs(case)
+    assert {name: args[name] for name in fields} == fields
+    first = run(head_case.ours, args)
+    assert set(first) == {*head_case.STATISTICS, *head_case.GRADIENTS.values()}
+    args["dy"][1].zero_()  # the entropy's
+    second = run(head_case.ours, args)
+    assert all(not torch.equal(first[n], second[n]) for n in head_case.GRADIENTS.values())
+    assert {u for u, _ in head_case.allowances(case).values()} == {2.0**-24}
+
+
 def test_head_with_dropout_of_a_forced_cpu_backend_raises() -> None:
     """The eager backend alone takes the rows of a mask."""
     args = arguments(replace(SMALL, dropout_p=0.25))
@@ -424,7 +438,7 @@ def test_loss_without_grad_mode_computes_no_gradient(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("name", OPS)
 def test_head_ops_have_the_same_bits_within_autocast(name: str, engine: str) -> None:
     """A backward may be called inside the context, as reentrant checkpoints do."""
-    args = op_arguments(replace(SMALL, dropout_p=0.25, ignored=0.0), name)
+    args = op_arguments(replace(SMALL, dtype=bf16, dropout_p=0.25), name)
     op = getattr(head_ops, name)
     want = op(*args)
     with torch.autocast("cpu", bf16):

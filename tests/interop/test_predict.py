@@ -334,6 +334,11 @@ def test_known_gpu_is_predicted_by_the_model_of_costs(monkeypatch: pytest.Monkey
     predicted = costs.predict(H100, GPU.problem(512))
     split = next(c for c in predicted if (c.backend, c.strategy) == ("cuda", Strategy.TWO_PASS))
     assert predict.time(GPU, 512, None, False) == (split.seconds, found.source, False)
+    for cost in predicted:
+        if cost.backend in ("triton", "cuda"):  # also those that are not its fastest
+            answer = Choice(cost.backend, cost.strategy, "")
+            monkeypatch.setattr(selection, "choose", lambda *args, answer=answer: answer)
+            assert predict.time(GPU, 512, None, False) == (cost.seconds, found.source, False)
     monkeypatch.setattr(device, "gpu", lambda index: replace(H100, clock=0.0))
     assert predict.time(GPU, 512, None, False) is None
 
@@ -462,6 +467,7 @@ def test_what_was_measured_goes_before_the_model_and_says_so(monkeypatch) -> Non
         answer = Choice("triton", triton.LIBRARY, "")
         found = predict.time(GPU, 512, None, True)
         assert found is not None and not found.measured
+    answer = Choice("triton", triton.TWO_PASS, row.source)
     with measured.override_row(key, replace(row, microseconds=None)):
         found = predict.time(GPU, 512, None, True)
         assert found is not None and not found.measured

@@ -16,7 +16,7 @@ from lora_kernels.layers import (
     adaptable_experts,
     quantize_experts,
 )
-from lora_kernels.layers.experts import stack, unsupported_reason
+from lora_kernels.layers.experts import has_quantized_experts, stack, unsupported_reason
 from lora_kernels.quantization import Weight4bit, quantize_4bit
 
 T, E, H, INNER, R, K = 9, 4, 24, 20, 3, 2
@@ -180,6 +180,19 @@ def test_qlora_experts_have_every_argument() -> None:
     assert (weight.quant_type, weight.blocksize, weight.nested) == ("fp4", 128, False)
     quantize_experts(layer)  # which are quantized already
     assert stack(layer.experts, "down_proj") is weight
+
+
+def test_adaptable_experts_of_a_model_take_no_memory() -> None:
+    """Each of them, wherever it is; the model counts as quantized before and after."""
+    model = nn.ModuleList([nn.ModuleList([Experts(E, 64, 128)]), Experts(E, 64, 128)])
+    assert not has_quantized_experts(model)
+    quantize_experts(model)
+    assert has_quantized_experts(model)
+    with adaptable_experts(model):
+        weights = list(model.parameters())
+        assert [p.shape for p in weights] == [(E, 256, 64), (E, 64, 128)] * 2
+        assert all(p.untyped_storage().nbytes() == 4 and not p.requires_grad for p in weights)
+    assert has_quantized_experts(model)
 
 
 def test_adaptable_experts_are_quantized_again_after_an_error() -> None:

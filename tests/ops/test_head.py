@@ -44,7 +44,9 @@ def some_cases() -> list[HeadCase]:
         found += [
             case,
             replace(case, adapter_dtype=f32, bias=False, logit_softcap=3.0, logit_scale=0.75),
-            replace(case, trained_weight=True, label_smoothing=0.1, temperature=0.7),
+            replace(
+                case, trained_weight=True, label_smoothing=0.1, temperature=0.7, logit_scale=1.5
+            ),
         ]
     for of in KINDS:
         case = replace(SMALL, of=of)

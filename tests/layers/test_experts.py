@@ -117,6 +117,7 @@ def test_lora_experts_skips_experts_of_other_devices() -> None:
     x, index, weights = routed()
     index[2, 1] = E
     index[5] = E + 3
+    weights[5] = torch.inf
     layer = make(bias=True)
     assert_matches_the_loop(layer, x, index, weights)
     got = results(layer, layer, x, index, weights)
@@ -132,7 +133,7 @@ def test_lora_experts_without_tokens_returns_none_and_zero_gradients() -> None:
 
 
 def test_lora_experts_starts_as_its_base() -> None:
-    layer = LoRAExperts(Experts(E, H, INNER), r=R)
+    layer = LoRAExperts(Experts(E, H, INNER).requires_grad_(True), r=R)
     x, index, weights = routed()
     torch.testing.assert_close(layer(x, index, weights), layer.experts(x, index, weights))
     assert not any(p.requires_grad for p in layer.experts.parameters())
@@ -168,6 +169,15 @@ def test_lora_experts_over_16_bits_are_float32_and_drawn_as_linears_are() -> Non
     want = layer(x, index, weights)
     with torch.autocast("cpu", torch.bfloat16):  # which would copy all weights
         assert torch.equal(layer(x, index, weights), want)
+
+
+def test_lora_experts_compute_in_the_dtype_of_their_weights() -> None:
+    """transformers' grouped_mm does so too; the result has x's dtype."""
+    layer = LoRAExperts(Experts(E, H, INNER, dtype=torch.bfloat16), r=R)
+    x, index, weights = routed()
+    y = layer(x, index, weights)
+    assert y.dtype is torch.float32
+    assert torch.equal(y.bfloat16(), layer(x.bfloat16(), index, weights))
 
 
 def test_qlora_experts_have_every_argument() -> None:
@@ -301,5 +311,8 @@ def test_lora_experts_of_bad_input_names_the_argument() -> None:
     with pytest.raises(ValueError, match="model: got Linear without experts modules"):
         quantize_experts(nn.Linear(2, 2))
     nn.utils.parametrize.register_parametrization(experts, "down_proj", nn.Identity())
-    reason = unsupported_reason(experts) or ""
-    assert "without a plain or 4-bit parameter down_proj" in reason
+    twice = quantize_experts(Experts(E, 64, 128))
+    nn.utils.parametrize.register_parametrization(twice, "down_proj", nn.Identity(), unsafe=True)
+    for module in (experts, twice):
+        reason = unsupported_reason(module) or ""
+        assert "without a plain or 4-bit parameter down_proj" in reason

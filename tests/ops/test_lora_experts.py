@@ -11,7 +11,9 @@ from torch import Tensor
 
 import lora_kernels
 from lora_kernels import lora_experts_linear, lora_linear, ops, reference
+from lora_kernels.backends import eager_experts
 from lora_kernels.bench.case import give_mask, run
+from lora_kernels.core.call import ExpertsOperands, ExpertsSpec
 from lora_kernels.quantization import quantize_4bit
 from tests.ops.engines import every_engine, every_thread_count
 from tests.support.experts import ROWS, ExpertsCase, check, inputs, some_cases
@@ -232,6 +234,28 @@ def test_lora_experts_linear_by_a_backend_without_kernels_raises() -> None:
         pytest.raises(RuntimeError, match=r"cuda.* no kernels for experts"),
     ):
         lora_experts_linear(**args)
+
+
+def test_calls_that_grouped_mm_refuses_run_expert_by_expert() -> None:
+    """Its operands have rows and addresses of 16 bytes. Meta tensors stand for a GPU's."""
+
+    def is_grouped(N: int = 32, K: int = 64, R: int = 8, dtype: Any = bf16, **fields: Any) -> bool:
+        x, W, A, B = (
+            torch.empty(s, dtype=dtype, device="meta")
+            for s in ((5, K), (2, N, K), (2, R, K), (2, N, R))
+        )
+        operands = ExpertsOperands(x, W, A, B, torch.tensor([2, 5]))
+        spec = ExpertsSpec(1.0, 0.0, dtype, dtype, False)
+        return eager_experts.is_grouped(operands._replace(**fields), spec)
+
+    assert is_grouped() and is_grouped(dtype=f32) and is_grouped(R=4, dtype=f32)
+    assert not any(is_grouped(**{name: 4}) for name in "NKR")
+    assert not is_grouped(dtype=f64)
+    assert not is_grouped(weight=torch.empty(2, 32, 65, dtype=bf16, device="meta")[..., :64])
+    memory = torch.empty(2 * 32 * 64 + 1)
+    aligned, shifted = (memory[i : i + 2 * 32 * 64].view(2, 32, 64) for i in (0, 1))
+    assert eager_experts._is_aligned(aligned) and not eager_experts._is_aligned(shifted)
+    assert not eager_experts._is_aligned(torch.empty(32, 64, 2).permute(2, 0, 1))
 
 
 def changed(**new: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:

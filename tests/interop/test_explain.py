@@ -109,6 +109,12 @@ def test_only_fused_layers_pass_assert_fused(state: str) -> None:
         ).assert_fused()
 
 
+def test_summary_counts_the_streamed_layers() -> None:
+    linears = [Row(n, s, "", "", "") for n, s in (("a", "streamed"), ("b", "not streamed"))]
+    summary = str(Explanation([], linears=linears)).splitlines()[-1]
+    assert summary.endswith("without an adapter 1 of 2 streamed")
+
+
 def test_unfused_model_fails_assert_fused() -> None:
     explanation = explain(mlp(torch.float32))
     assert [row.reason for row in explanation.rows] == ["fuse() was not called"] * 2

@@ -14,7 +14,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from lora_kernels.peft import explain, fuse, unfuse
+from lora_kernels.peft import StreamedLinear, explain, fuse, unfuse
 from lora_kernels.peft import loss as losses
 from tests.support.peft_models import (
     ALPHA,
@@ -317,6 +317,16 @@ def test_loss_of_adalora_on_the_head_computes_logits() -> None:
     assert "SVDLinear is not covered here" in explain(ours).losses[0].reason
 
 
+def test_loss_of_two_dropouts_on_the_head_computes_logits() -> None:
+    model = adapted(causal_model(), ["lm_head"], lora_dropout=0.1)
+    add_adapter(model, lora_dropout=0.2)
+    model = fuse(activate(model, "default", "second").train(), loss=True)
+    assert not is_logit_free(model)
+    assert "each with dropout of its own" in explain(model).losses[0].reason
+    activate(model, "default")
+    assert is_logit_free(model)
+
+
 @pytest.mark.parametrize("names", ["second", "__base__"])
 def test_adapters_that_rows_of_evaluation_named_do_not_train(names: str) -> None:
     """The step after it has the active adapter again."""
@@ -328,6 +338,32 @@ def test_adapters_that_rows_of_evaluation_named_do_not_train(names: str) -> None
     assert is_logit_free(ours)
 
 
+def test_loss_of_a_streamed_head_needs_no_logits() -> None:
+    model = adapted(causal_model(), ["q_proj"]).train()
+    ours = fuse(copy.deepcopy(model), linears=True, loss=True)
+    assert type(ours.get_base_model().lm_head) is StreamedLinear and is_logit_free(ours)
+    assert_same_step(ours, model)
+
+
+def test_loss_of_a_4bit_head_is_computed_in_its_compute_dtype() -> None:
+    from bitsandbytes.nn import Linear4bit
+
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = causal_model(hidden_size=64)
+        head = model.lm_head
+        model.lm_head = Linear4bit(64, head.out_features, bias=False, compute_dtype=dtype)
+        model.lm_head.load_state_dict(head.state_dict())
+        model.lm_head.to("cpu")  # quantizes
+        ours = fuse(adapted(model).train(), loss=True)
+        assert is_logit_free(ours)
+        found.append(ours(input_ids=IDS, labels=LABELS).loss.detach())
+        ours.base_model.disable_adapter_layers()
+        found.append(ours(input_ids=IDS, labels=LABELS).loss.detach())
+    torch.testing.assert_close(found[2:], found[:2], rtol=2**-7, atol=0)
+    assert found[0] != found[2] and found[1] != found[3]
+
+
 def test_forward_that_was_replaced_before_fuse_stays() -> None:
     model = adapted(causal_model()).train()
     causal = model.get_base_model()
@@ -335,6 +371,19 @@ def test_forward_that_was_replaced_before_fuse_stays() -> None:
     fuse(model, loss=True)
     assert causal.forward is mine and not is_logit_free(model)
     assert explain(model).losses[0].reason == "its forward was replaced"
+
+
+def test_unfuse_restores_the_forward_below_a_hook_of_accelerate() -> None:
+    from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+
+    model = fuse(adapted(causal_model(), ["q_proj"]).train(), loss=True)
+    causal = model.get_base_model()
+    add_hook_to_module(causal, ModelHook())
+    assert is_logit_free(model)
+    unfuse(model)
+    assert not is_logit_free(model)
+    remove_hook_from_module(causal)
+    assert not is_logit_free(model)
 
 
 def test_explain_and_json_have_the_loss() -> None:
@@ -348,6 +397,14 @@ def test_explain_and_json_have_the_loss() -> None:
     (row,) = explain(model, x_dtype=torch.float64).losses
     assert "float64 goes with float64 alone" in row.reason
     assert explain(unfuse(model)).losses == []
+
+
+def test_loss_of_a_subclass_with_the_same_forward_needs_no_logits() -> None:
+    class Mine(transformers.LlamaForCausalLM):
+        pass
+
+    mine = adapted(Mine(transformers.LlamaConfig(**TINY))).train()
+    assert is_logit_free(fuse(mine, loss=True))
 
 
 def test_unknown_forward_is_refused_with_the_reason() -> None:

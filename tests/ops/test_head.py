@@ -80,6 +80,20 @@ def test_head_with_dropout_is_within_tolerance(
     assert_within(case, head_case.judge(replace(case, quant=quant, trained_weight=not quant)))
 
 
+def test_case_hands_each_field_to_the_function_and_to_its_gradients() -> None:
+    """Otherwise the tolerances above would judge less than their cases say."""
+    fields = {"temperature": 0.7, "logit_scale": 0.75, "logit_softcap": 3.0, "dropout_p": 0.25}
+    case = replace(SMALL, of="log_probs", trained_weight=True, **fields)
+    args = inputs(case)
+    assert {name: args[name] for name in fields} == fields
+    first = run(head_case.ours, args)
+    assert set(first) == {*head_case.STATISTICS, *head_case.GRADIENTS.values()}
+    args["dy"][1].zero_()  # the entropy's
+    second = run(head_case.ours, args)
+    assert all(not torch.equal(first[n], second[n]) for n in head_case.GRADIENTS.values())
+    assert {u for u, _ in head_case.allowances(case).values()} == {2.0**-24}
+
+
 def test_head_with_dropout_of_a_forced_cpu_backend_raises() -> None:
     """The eager backend alone takes the rows of a mask."""
     args = arguments(replace(SMALL, dropout_p=0.25))
@@ -393,6 +407,14 @@ def test_log_probs_of_a_bad_argument_names_it(message: str) -> None:
     assert str(raised.value).startswith(message)
 
 
+def test_label_smoothing_of_one_is_pytorchs() -> None:
+    """The label counts for nothing beside the mean of all."""
+    case = replace(SMALL, label_smoothing=1.0, ignored=0.0)
+    got, want = (run(f, inputs(case)) for f in (head_case.ours, head_case.plain_pytorch))
+    for name in want:  # float32 sums of 65 terms in another order
+        torch.testing.assert_close(got[name], want[name], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("outputs", [(), ("entropy", "mean_logits", "log_sum_sq_probs")])
 def test_statistics_without_a_gradient_require_none(outputs: tuple[str, ...]) -> None:
     """An objective of them raises; it does not train nothing in silence."""
@@ -401,6 +423,17 @@ def test_statistics_without_a_gradient_require_none(outputs: tuple[str, ...]) ->
     )
     trained = {n for n, t in found._asdict().items() if t is not None and t.requires_grad}
     assert trained == {"log_probs", *outputs[:1]}
+
+
+def test_loss_without_grad_mode_computes_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    args = arguments(SMALL)
+    want = lora_linear_cross_entropy(**args)
+    monkeypatch.setattr(ops, "lora_linear_backward_direct", None)
+    with torch.no_grad():
+        got = lora_linear_cross_entropy(**args)
+    assert torch.equal(got, want)
+    with pytest.raises(TypeError):
+        lora_linear_cross_entropy(**args)
 
 
 @pytest.mark.parametrize("engine", EAGERS, indirect=True)

@@ -270,6 +270,17 @@ def test_gradients_have_the_mask_that_the_forward_drew(R: int, engine: str) -> N
     assert (dA * A).sum().item() == pytest.approx((dy * (y - base)).sum().item(), rel=1e-3)
 
 
+def test_backward_of_adapters_alone_decodes_no_expert(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weight is for dx alone."""
+    args = inputs(ExpertsCase(ROWS, 32, 64, 8, quant="nf4-64", frozen=("x",)))
+    dy = args.pop("dy")
+    with lora_kernels.backend("eager"):
+        y = lora_experts_linear(**args)
+        monkeypatch.setattr(eager_experts, "weight_of", None)
+        dA, dB = torch.autograd.grad(y, (args["lora_A"], args["lora_B"]), dy)
+    assert dA.any() and dB.any()
+
+
 def changed(**new: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
     return lambda args: {**args, **{n: f(args[n]) if callable(f) else f for n, f in new.items()}}
 

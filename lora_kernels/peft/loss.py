@@ -175,7 +175,7 @@ def head_reason(head: Any, device: torch.device, x_dtype: torch.dtype) -> str | 
     adapters = active_adapters(layer)
     if layer.disable_adapters and layer.merged:
         return "its adapters are merged and disabled"
-    if adapters and layer.mixed_batch is not None:
+    if layer.mixed_batch is not None:  # of the call before; "__base__" alone is no adapter
         return "rows name their adapters"
     if any(is_dora(layer, adapter.name) for adapter in adapters):
         return "DoRA, whose column scale is not covered here"

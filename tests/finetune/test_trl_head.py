@@ -8,19 +8,20 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.finetune.tiny import llama, tokenizer
 
 pytest.importorskip("trl", exc_type=ImportError)
 import trl as their_trl
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoHaConfig, LoraConfig, get_peft_model
 from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl.trainer import dpo_trainer, sft_trainer, utils
 
 from lora_kernels.integrations import trl
+from lora_kernels.peft import fuse
 
 STEPS = 2
 SETTINGS: dict[str, Any] = {"max_steps": STEPS, "learning_rate": 0.01, "optim": "sgd"}
@@ -168,3 +169,104 @@ def test_patch_of_an_unknown_version_raises(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(RuntimeError, match=r"got TRL 1\.17\.2, want one of 1\.16"):
         trl.patch()
     assert not trl._replaced
+
+
+def heads(seed: int = 0, **config: Any) -> Any:
+    """A model whose only module is a head with an adapter, fused."""
+    torch.manual_seed(seed)
+    config = {"r": 3, "lora_alpha": 7, "init_lora_weights": False} | config
+    linear = nn.ModuleDict({"head": nn.Linear(8, 11)})
+    return fuse(get_peft_model(linear, LoraConfig(target_modules=["head"], **config)))
+
+
+def call(function: Any, weight: Tensor, bias: Any, dtype: Any = torch.float32) -> Any:
+    hidden = torch.randn(5, 8, generator=torch.Generator().manual_seed(1)).to(dtype)
+    outputs = "log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1"
+    return function.apply(hidden, weight, bias, torch.arange(5), 0.7, 2, 3.0, 1.5, outputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("is_known", [False, True])
+def test_log_probs_of_a_head_without_lora_are_trls(is_known: bool, dtype: torch.dtype) -> None:
+    """With TRL's temperature, cap, scale and bias, and its cast of a float32 weight."""
+    head = nn.Linear(8, 11).requires_grad_(False)
+    want = call(utils._ChunkedLogProbFunction, head.weight, head.bias, dtype)
+    token = trl._head.set(head if is_known else None)
+    try:
+        got = call(trl._LogProbs, head.weight, head.bias, dtype)
+    finally:
+        trl._head.reset(token)
+    error = 1e-5 if dtype is torch.float32 else 0.03  # TRL rounds the logits before the bias
+    for ours, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(ours.float(), theirs.float(), rtol=error, atol=error)
+
+
+def test_log_probs_drop_elements_of_the_adapters_input_in_training() -> None:
+    head = heads(lora_dropout=0.5).base_model.model["head"]
+    token = trl._head.set(head.train())
+    try:
+        first, second = (call(trl._LogProbs, head.weight, head.bias)[0] for _ in range(2))
+        head.eval()
+        third, fourth = (call(trl._LogProbs, head.weight, head.bias)[0] for _ in range(2))
+    finally:
+        trl._head.reset(token)
+    assert not torch.equal(first, second) and torch.equal(third, fourth)
+
+
+def test_log_probs_of_a_head_with_lora_bias_have_it() -> None:
+    model = heads(lora_bias=True)
+    head = model.base_model.model["head"]
+    torch.nn.init.normal_(head.lora_B["default"].bias)
+    hidden, targets = torch.randn(5, 8), torch.arange(5)
+    token = trl._head.set(head)
+    try:
+        got = trl._LogProbs.apply(hidden, head.weight, head.bias, targets, 1.0, 2)[0]
+    finally:
+        trl._head.reset(token)
+    want = head(hidden).log_softmax(1).gather(1, targets[:, None])[:, 0]
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_log_probs_of_an_adapter_that_is_not_covered_raise() -> None:
+    """A hook that was added after the trainer was made: the adapter is not left out in silence."""
+    head = heads().base_model.model["head"]
+    head.register_forward_hook(lambda *args: None)
+    token = trl._head.set(head)
+    try:
+        with pytest.raises(RuntimeError, match=r"adapter .* is not covered: a hook"):
+            call(trl._LogProbs, head.weight, head.bias)
+    finally:
+        trl._head.reset(token)
+
+
+def test_trainer_of_another_adapter_on_the_head_is_refused(tmp_path: Path, patched: None) -> None:
+    config = LoHaConfig(r=3, target_modules=["lm_head"])
+    args = SFTConfig(str(tmp_path), **SETTINGS)
+    rows = Dataset.from_dict({"prompt": ["1?"] * 4, "completion": ["It is."] * 4})
+    more = {"train_dataset": rows, "processing_class": tokenizer(), "peft_config": config}
+    with pytest.raises(ValueError, match="adapter to `lm_head` is not supported"):
+        SFTTrainer(llama(), args, **more)
+
+
+def test_other_calls_of_a_trainers_model_have_logits(tmp_path: Path, patched: None) -> None:
+    trainer = sft(tmp_path)
+    assert trainer.model(torch.tensor([[5, 6, 7]])).logits.shape[:2] == (1, 3)
+
+
+def test_rows_without_a_label_are_left_out_on_a_cpu(
+    tmp_path: Path, patched: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted: list[int] = []
+    apply = trl._LogProbs.apply
+
+    def note(hidden: Tensor, *args: Any) -> Any:
+        counted.append(len(hidden))
+        assert len(hidden) == len(args[2])
+        return apply(hidden, *args)
+
+    monkeypatch.setattr(trl._LogProbs, "apply", note)
+    trainer = sft(tmp_path)
+    rows = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+    trainer.model(**rows, fused_lm_head=True)
+    assert counted == [int((rows["labels"][:, 1:] >= 0).sum())]
+    assert trl._head.get() is None

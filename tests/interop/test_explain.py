@@ -96,6 +96,25 @@ def test_fused_model_passes_assert_fused() -> None:
     assert "2 LoRA layers: 2 fused" in str(explanation)
 
 
+def test_model_without_layers_fails_assert_fused() -> None:
+    with pytest.raises(RuntimeError, match="want all fused, got 0 LoRA layers: nothing to fuse"):
+        explain(nn.Linear(2, 2)).assert_fused()
+
+
+@pytest.mark.parametrize("state", ["composed", "adapter only", "not fused"])
+def test_only_fused_layers_pass_assert_fused(state: str) -> None:
+    with pytest.raises(RuntimeError, match=rf"b: {state} \(cpu\): why"):
+        Explanation(
+            [Row(n, s, "cpu", "", "why") for n, s in (("a", "fused"), ("b", state))]
+        ).assert_fused()
+
+
+def test_summary_counts_the_streamed_layers() -> None:
+    linears = [Row(n, s, "", "", "") for n, s in (("a", "streamed"), ("b", "not streamed"))]
+    summary = str(Explanation([], linears=linears)).splitlines()[-1]
+    assert summary.endswith("without an adapter 1 of 2 streamed")
+
+
 def test_unfused_model_fails_assert_fused() -> None:
     explanation = explain(mlp(torch.float32))
     assert [row.reason for row in explanation.rows] == ["fuse() was not called"] * 2

@@ -14,9 +14,18 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from lora_kernels.peft import explain, fuse, unfuse
+from lora_kernels.peft import StreamedLinear, explain, fuse, unfuse
 from lora_kernels.peft import loss as losses
-from tests.support.peft_models import ALPHA, IDS, TINY, R, activate, add_adapter, randomize
+from tests.support.peft_models import (
+    ALPHA,
+    IDS,
+    TINY,
+    R,
+    activate,
+    adalora_config,
+    add_adapter,
+    randomize,
+)
 
 LABELS = IDS.clone()
 LABELS[0, :4] = -100
@@ -37,7 +46,10 @@ def causal_model(
         more |= {"attention_dropout": 0.0, "residual_dropout": 0.0}
     config = cls.config_class(**TINY | more | settings)
     config._attn_implementation = "eager"
-    return cls(config).to(dtype)
+    model = cls(config).to(dtype)
+    if model.lm_head.bias is not None:  # which starts at zero
+        nn.init.normal_(model.lm_head.bias)
+    return model
 
 
 def adapted(model: Any, targets: Any = ("lm_head", "q_proj"), **config: Any) -> Any:
@@ -125,15 +137,18 @@ def test_loss_with_and_without_an_adapter_on_the_head(targets: list[str], tied: 
     assert_same_step(ours, theirs)
 
 
-def test_loss_of_a_model_that_trains_whole_has_its_gradients() -> None:
-    """With tied embeddings, whose gradient has two parts."""
-    ours, theirs = pair(causal_model(tie_word_embeddings=True).train())
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "PhiForCausalLM"])
+def test_loss_of_a_model_that_trains_whole_has_its_gradients(name: str) -> None:
+    """With tied embeddings, whose gradient has two parts, and Phi's bias."""
+    ours, theirs = pair(causal_model(name, tie_word_embeddings=True).train())
     assert is_logit_free(ours)
     assert_same_step(ours, theirs)
 
 
-def test_loss_of_several_adapters_and_a_lora_bias_is_pefts() -> None:
-    model = adapted(causal_model(), lora_bias=True)
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "PhiForCausalLM"])
+def test_loss_of_several_adapters_and_a_lora_bias_is_pefts(name: str) -> None:
+    """Phi's head has a bias of its own too."""
+    model = adapted(causal_model(name), lora_bias=True)
     add_adapter(model, r=3, lora_alpha=4)
     ours, theirs = pair(activate(model, "default", "second").train())
     assert is_logit_free(ours)
@@ -202,6 +217,8 @@ def test_evaluation_and_logits_to_keep_have_logits_as_before() -> None:
         torch.testing.assert_close(ours(**inputs).logits, theirs(**inputs).logits)
     kept = {"input_ids": IDS, "labels": LABELS[:, -3:], "logits_to_keep": 3}
     torch.testing.assert_close(ours(**kept).logits, theirs(**kept).logits)
+    kept |= {"logits_to_keep": torch.tensor([0]), "labels": LABELS[:, :1]}
+    torch.testing.assert_close(ours(**kept).logits, theirs(**kept).logits)
     got, want = (m.eval()(input_ids=IDS, labels=LABELS) for m in (ours, theirs))
     torch.testing.assert_close(got.logits, want.logits)
     torch.testing.assert_close(got.loss, want.loss)
@@ -220,6 +237,29 @@ def test_loss_of_dropout_on_the_head_draws_a_mask() -> None:
 
 def _hooked(model: Any) -> None:
     model.base_model.model.lm_head.register_forward_hook(lambda *args: None)
+
+
+def _double(module: Any, args: Any, y: Tensor) -> Tensor:
+    return 2 * y
+
+
+def _hooked_base(model: Any) -> None:
+    model.base_model.model.lm_head.base_layer.register_forward_hook(_double)
+
+
+def _hooked_A(model: Any) -> None:
+    model.base_model.model.lm_head.lora_A["default"].register_forward_hook(_double)
+
+
+class Doubled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def _plain_head_of_another_class(model: Any) -> None:
+    head = model.base_model.unload().lm_head
+    head.__class__ = Doubled
+    model.base_model.model.model.norm.weight.requires_grad_(True)
 
 
 def _patched(model: Any) -> None:
@@ -243,23 +283,107 @@ def losses_of(*args: Any, **kwargs: Any) -> Tensor:
     ("change", "config", "reason"),
     [
         (_hooked, {}, "a hook sits on it"),
+        (_hooked_base, {}, "a hook sits on it"),
+        (_hooked_A, {}, "adapter 'default': a hook sits on it"),
+        (_plain_head_of_another_class, {}, "Doubled"),
         (_patched, {}, "its forward was replaced"),
         (_replaced_loss, {}, "its loss_function was replaced"),
         (None, {"use_dora": True}, "DoRA, whose column scale is not covered here"),
     ],
 )
+@pytest.mark.parametrize("name", ["CohereForCausalLM", "Gemma2ForCausalLM"])
 def test_loss_that_needs_logits_computes_them_and_explain_says_why(
-    change: Any, config: Any, reason: str
+    name: str, change: Any, config: Any, reason: str
 ) -> None:
-    ours, theirs = pair(adapted(causal_model("CohereForCausalLM"), **config).train())
+    ours, theirs = pair(adapted(causal_model(name), **config).train())
     for model in (ours, theirs):
         if change is not None:
             change(model)
     assert not is_logit_free(ours)
     assert_same_step(ours, theirs)
+    assert_same_step(ours, theirs, num_items_in_batch=5)
     (row,) = explain(ours).losses
     assert (row.layer, row.state) == ("base_model.model.loss", "not fused")
-    assert row.reason.endswith(reason)
+    assert reason in row.reason
+
+
+def test_loss_of_adalora_on_the_head_computes_logits() -> None:
+    config = adalora_config(target_modules=["lm_head"])
+    model = get_peft_model(causal_model(), config)
+    randomize(model)
+    ours, theirs = pair(model.train())
+    assert not is_logit_free(ours)
+    assert_same_step(ours, theirs)
+    assert "SVDLinear is not covered here" in explain(ours).losses[0].reason
+
+
+def test_loss_of_two_dropouts_on_the_head_computes_logits() -> None:
+    model = adapted(causal_model(), ["lm_head"], lora_dropout=0.1)
+    add_adapter(model, lora_dropout=0.2)
+    model = fuse(activate(model, "default", "second").train(), loss=True)
+    assert not is_logit_free(model)
+    assert "each with dropout of its own" in explain(model).losses[0].reason
+    activate(model, "default")
+    assert is_logit_free(model)
+
+
+@pytest.mark.parametrize("names", ["second", "__base__"])
+def test_adapters_that_rows_of_evaluation_named_do_not_train(names: str) -> None:
+    """The step after it has the active adapter again."""
+    model = adapted(causal_model(), ["lm_head"])
+    add_adapter(model, r=3)
+    ours, theirs = pair(activate(model, "default"))
+    ours.eval()(input_ids=IDS, adapter_names=[names] * len(IDS))
+    assert_same_step(ours.train(), theirs.train())
+    assert is_logit_free(ours)
+
+
+def test_loss_of_a_streamed_head_needs_no_logits() -> None:
+    model = adapted(causal_model(), ["q_proj"]).train()
+    ours = fuse(copy.deepcopy(model), linears=True, loss=True)
+    assert type(ours.get_base_model().lm_head) is StreamedLinear and is_logit_free(ours)
+    assert_same_step(ours, model)
+
+
+def test_loss_of_a_4bit_head_is_computed_in_its_compute_dtype() -> None:
+    from bitsandbytes.nn import Linear4bit
+
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = causal_model(hidden_size=64)
+        head = model.lm_head
+        model.lm_head = Linear4bit(64, head.out_features, bias=False, compute_dtype=dtype)
+        model.lm_head.load_state_dict(head.state_dict())
+        model.lm_head.to("cpu")  # quantizes
+        ours = fuse(adapted(model).train(), loss=True)
+        assert is_logit_free(ours)
+        found.append(ours(input_ids=IDS, labels=LABELS).loss.detach())
+        ours.base_model.disable_adapter_layers()
+        found.append(ours(input_ids=IDS, labels=LABELS).loss.detach())
+    torch.testing.assert_close(found[2:], found[:2], rtol=2**-7, atol=0)
+    assert found[0] != found[2] and found[1] != found[3]
+
+
+def test_forward_that_was_replaced_before_fuse_stays() -> None:
+    model = adapted(causal_model()).train()
+    causal = model.get_base_model()
+    causal.forward = mine = lambda **inputs: type(causal).forward(causal, **inputs)
+    fuse(model, loss=True)
+    assert causal.forward is mine and not is_logit_free(model)
+    assert explain(model).losses[0].reason == "its forward was replaced"
+
+
+def test_unfuse_restores_the_forward_below_a_hook_of_accelerate() -> None:
+    from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+
+    model = fuse(adapted(causal_model(), ["q_proj"]).train(), loss=True)
+    causal = model.get_base_model()
+    add_hook_to_module(causal, ModelHook())
+    assert is_logit_free(model)
+    unfuse(model)
+    assert not is_logit_free(model)
+    remove_hook_from_module(causal)
+    assert not is_logit_free(model)
 
 
 def test_explain_and_json_have_the_loss() -> None:
@@ -270,7 +394,17 @@ def test_explain_and_json_have_the_loss() -> None:
     assert (row.state, row.backend) == ("fused", "cpu") and "rows of logits at a time" in row.reason
     assert "base_model.model.loss" in str(explain(model)) and '"losses"' in explain(model).json()
     explain(model).assert_fused()
+    (row,) = explain(model, x_dtype=torch.float64).losses
+    assert "float64 goes with float64 alone" in row.reason
     assert explain(unfuse(model)).losses == []
+
+
+def test_loss_of_a_subclass_with_the_same_forward_needs_no_logits() -> None:
+    class Mine(transformers.LlamaForCausalLM):
+        pass
+
+    mine = adapted(Mine(transformers.LlamaConfig(**TINY))).train()
+    assert is_logit_free(fuse(mine, loss=True))
 
 
 def test_unknown_forward_is_refused_with_the_reason() -> None:

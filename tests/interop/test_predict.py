@@ -17,7 +17,7 @@ import lora_kernels
 from lora_kernels import costs, cpu_costs, device, selection, timing
 from lora_kernels.backends import cpu, cpu_heuristics, native, triton
 from lora_kernels.backends.triton import measured
-from lora_kernels.core.problem import Choice, Problem, Strategy
+from lora_kernels.core.problem import MANY_ROWS, Choice, Problem, Strategy
 from lora_kernels.cpu_costs import Machine, Sizes
 from lora_kernels.device import DeviceInfo
 from lora_kernels.layers import DoRALinear, LoRAEmbedding, LoRALinear, QLoRALinear
@@ -142,7 +142,13 @@ def test_a_strategy_that_was_asked_for_and_cannot_run_there_is_a_region() -> Non
         pytest.skip("no native kernels")
     with lora_kernels.backend("cpu", cpu.GEMV_4BIT):
         first, second = predict.regions(part(four_bit=True))
+        assert part(four_bit=True).describe(None).strategy == cpu.GEMV_4BIT
     assert first.strategy == cpu.GEMV_4BIT and second[1:] == ("none", "raises")
+
+
+def test_reason_without_a_number_of_rows_is_that_of_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selection, "choose", lambda p: Choice("cpu", "a", f"{p.rows} rows"))
+    assert part().describe(None) == ("cpu", "a", f"{MANY_ROWS} rows")
 
 
 @needs_native
@@ -181,6 +187,7 @@ def test_shares_count_the_layers_without_an_adapter() -> None:
     assert found.others.seconds == pytest.approx(both)
     text = str(found)
     assert f"{prediction.seconds * 1e3:.3g} ms predicted" in text
+    assert f", {found.others.share:.1%} in 1 without an adapter" in text
     assert "measured" not in text.replace("measured in this process", "")
     assert "100 rows, forward and backward of all linear layers: " in text
     assert "test: a copy moves 1 GB/s" in text
@@ -327,8 +334,117 @@ def test_known_gpu_is_predicted_by_the_model_of_costs(monkeypatch: pytest.Monkey
     predicted = costs.predict(H100, GPU.problem(512))
     split = next(c for c in predicted if (c.backend, c.strategy) == ("cuda", Strategy.TWO_PASS))
     assert predict.time(GPU, 512, None, False) == (split.seconds, found.source, False)
+    for cost in predicted:
+        if cost.backend in ("triton", "cuda"):  # also those that are not its fastest
+            answer = Choice(cost.backend, cost.strategy, "")
+            monkeypatch.setattr(selection, "choose", lambda *args, answer=answer: answer)
+            assert predict.time(GPU, 512, None, False) == (cost.seconds, found.source, False)
     monkeypatch.setattr(device, "gpu", lambda index: replace(H100, clock=0.0))
     assert predict.time(GPU, 512, None, False) is None
+
+
+def test_step_on_a_gpu_is_the_sum_of_its_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A forward, one with N and K exchanged, and what follows of each field of the call."""
+    monkeypatch.setattr(device, "gpu", lambda index: H100)
+    monkeypatch.setattr(selection, "choose", lambda *args: Choice("cuda", Strategy.TWO_PASS, ""))
+
+    def predicted(rows: int = 512, step: bool = True, **fields: Any) -> float:
+        found = predict.time(GPU._replace(**fields), rows, None, step)
+        assert found is not None
+        return found.seconds
+
+    x, y = (512 * n * 2 for n in (GPU.K, GPU.N))
+    orders = (GPU.N, GPU.K), (GPU.K, GPU.N)
+    bandwidth = H100.bandwidth * costs.BANDWIDTH_SHARE
+    forward, exchanged = (predicted(step=False, N=n, K=k) for n, k in orders)
+    assert forward != exchanged
+    streams = (x + y) / bandwidth + 2 * costs.LAUNCH
+    step = forward + exchanged + streams
+    assert predicted() == pytest.approx(step)
+    pefts = [predicted(step=False, ours=False, N=n, K=k) for n, k in orders]
+    assert predicted(ours=False) == pytest.approx(sum(pefts) + streams + 3 * costs.LAUNCH)
+    both = [predicted(step=False, R=0, N=n, K=k) for n, k in orders]
+    assert predicted(R=0) == pytest.approx(sum(both))
+    weights = 2 * 512 * GPU.N * GPU.K / (H100.tensor_flops * costs.LIBRARY_SHARE)
+    assert predicted(frozen=False) == pytest.approx(step + weights)
+    assert predicted(step=False, frozen=False) == pytest.approx(forward)
+    norm = GPU.N * GPU.K * 2 / bandwidth + costs.LAUNCH
+    assert predicted(norm=True) == pytest.approx(step + norm)
+    adapter = (x + 2 * y) / bandwidth + 2 * costs.LAUNCH
+    assert predicted(base=False, step=False) == pytest.approx(adapter)
+    assert predicted(base=False) == pytest.approx(3 * adapter)
+
+
+@pytest.mark.parametrize(
+    ("fields", "sizes"),
+    [
+        ({"dtype": bf16, "x_dtype": bf16}, {"dtype": bf16}),
+        ({"dtype": bf16, "a_dtype": bf16}, {"dtype": bf16}),  # B is in float32
+        ({"four_bit": True}, {"four_bit": True}),
+        ({"base": False}, {"base": False}),
+    ],
+    ids=str,
+)
+def test_fields_of_a_call_on_a_cpu_count(
+    fields: dict[str, Any], sizes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One row, whose time is that of the bytes."""
+    choices(monkeypatch, (1, cpu.FUSED))
+    found = predict.time(part(N=2000, K=1000, **fields), 1, MACHINE, False)
+    given = {"dtype": f32, "adapter_itemsize": 4} | sizes
+    want = cpu_costs.predict(MACHINE, Sizes(1, 2000, 1000, 8, **given), cpu.FUSED)
+    assert found is not None and found.seconds == pytest.approx(want, rel=1e-9)
+
+
+def test_norm_and_weight_gradient_on_a_cpu_have_their_own_times(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    choices(monkeypatch, (1, cpu.FUSED))
+
+    def predicted(rows: int, step: bool, **fields: Any) -> float:
+        found = predict.time(part(N=2000, K=1000, dtype=bf16, **fields), rows, MACHINE, step)
+        assert found is not None
+        return found.seconds
+
+    weight = 2000 * 1000
+    for step in (False, True):  # the norm reads the weight once in each
+        added = predicted(1, step, norm=True) - predicted(1, step)
+        assert added == pytest.approx(2 * weight / 1e9)
+    added = predicted(1, False, norm=True, R=4096) - predicted(
+        1, False, R=4096
+    )  # bound by products
+    assert added == pytest.approx(2 * weight * 4096 / 1e12)
+    assert predicted(64, True, frozen=False) - predicted(64, True) == pytest.approx(
+        2 * weight * 64 / 2e12
+    )
+
+
+def test_interpreted_kernels_are_not_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A forced Triton or CUDA backend on a CPU runs in an interpreter or emulator."""
+    for backend in ("triton", "cuda"):
+        answer = Choice(backend, "", "")
+        monkeypatch.setattr(selection, "choose", lambda *args, answer=answer: answer)
+        assert predict.time(part(), 8, MACHINE, False) is None
+
+
+def test_no_cpu_is_measured_for_a_model_that_is_not_on_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "cpu_machine", None)
+    found = explain(sequential().to("meta"), rows=8)
+    assert not found.limits and [p.seconds for p in found.predictions.values()] == [None]
+
+
+def test_x_dtype_counts_for_the_layers_without_an_adapter() -> None:
+    fp32, narrow = (
+        explain(sequential(), rows=4096, machine=MACHINE, x_dtype=dtype).others
+        for dtype in (f32, bf16)
+    )
+    assert fp32 is not None and narrow is not None
+    assert narrow.seconds is not None and narrow.seconds < fp32.seconds
+
+
+def test_layers_of_pefts_have_its_forward_for_any_number_of_rows() -> None:
+    (prediction,) = explain(sequential(), rows=8, machine=MACHINE).predictions.values()
+    assert prediction.regions == (Region(1, "peft", "PEFT's own forward"),)
 
 
 def test_what_was_measured_goes_before_the_model_and_says_so(monkeypatch) -> None:
@@ -343,6 +459,7 @@ def test_what_was_measured_goes_before_the_model_and_says_so(monkeypatch) -> Non
         assert predict.time(GPU, 512, None, True) == (250e-6, row.source, True)
         # Neither another shape, nor a forward, nor another strategy was measured.
         others = [GPU._replace(dropout=True), GPU._replace(R=100), GPU._replace(base=False)]
+        others += [GPU._replace(mixed=True), GPU._replace(a_dtype=f32, b_dtype=f32)]
         cases = (GPU, 2048, True), (GPU, 512, False), *((other, 512, True) for other in others)
         for other, rows, step in cases:
             found = predict.time(other, rows, None, step)
@@ -350,6 +467,11 @@ def test_what_was_measured_goes_before_the_model_and_says_so(monkeypatch) -> Non
         answer = Choice("triton", triton.LIBRARY, "")
         found = predict.time(GPU, 512, None, True)
         assert found is not None and not found.measured
+    answer = Choice("triton", triton.TWO_PASS, row.source)
+    with measured.override_row(key, replace(row, microseconds=None)):
+        found = predict.time(GPU, 512, None, True)
+        assert found is not None and not found.measured
+    assert predict.total(iter([predict.Time(1.0, "a"), None])) is None
     whole = predict.total(iter([predict.Time(1.0, "a", True), predict.Time(2.0, "b")]))
     assert whole == (3.0, "a; b", False)
     assert predict.total(iter([])) is None

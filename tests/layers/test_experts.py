@@ -16,7 +16,7 @@ from lora_kernels.layers import (
     adaptable_experts,
     quantize_experts,
 )
-from lora_kernels.layers.experts import stack, unsupported_reason
+from lora_kernels.layers.experts import has_quantized_experts, stack, unsupported_reason
 from lora_kernels.quantization import Weight4bit, quantize_4bit
 
 T, E, H, INNER, R, K = 9, 4, 24, 20, 3, 2
@@ -117,6 +117,7 @@ def test_lora_experts_skips_experts_of_other_devices() -> None:
     x, index, weights = routed()
     index[2, 1] = E
     index[5] = E + 3
+    weights[5] = torch.inf
     layer = make(bias=True)
     assert_matches_the_loop(layer, x, index, weights)
     got = results(layer, layer, x, index, weights)
@@ -132,7 +133,7 @@ def test_lora_experts_without_tokens_returns_none_and_zero_gradients() -> None:
 
 
 def test_lora_experts_starts_as_its_base() -> None:
-    layer = LoRAExperts(Experts(E, H, INNER), r=R)
+    layer = LoRAExperts(Experts(E, H, INNER).requires_grad_(True), r=R)
     x, index, weights = routed()
     torch.testing.assert_close(layer(x, index, weights), layer.experts(x, index, weights))
     assert not any(p.requires_grad for p in layer.experts.parameters())
@@ -170,6 +171,15 @@ def test_lora_experts_over_16_bits_are_float32_and_drawn_as_linears_are() -> Non
         assert torch.equal(layer(x, index, weights), want)
 
 
+def test_lora_experts_compute_in_the_dtype_of_their_weights() -> None:
+    """transformers' grouped_mm does so too; the result has x's dtype."""
+    layer = LoRAExperts(Experts(E, H, INNER, dtype=torch.bfloat16), r=R)
+    x, index, weights = routed()
+    y = layer(x, index, weights)
+    assert y.dtype is torch.float32
+    assert torch.equal(y.bfloat16(), layer(x.bfloat16(), index, weights))
+
+
 def test_qlora_experts_have_every_argument() -> None:
     layer = QLoRAExperts(
         Experts(E, 64, 128), 3, 5.0, 0.25, quant_type="fp4", blocksize=128, double_quant=False
@@ -180,6 +190,19 @@ def test_qlora_experts_have_every_argument() -> None:
     assert (weight.quant_type, weight.blocksize, weight.nested) == ("fp4", 128, False)
     quantize_experts(layer)  # which are quantized already
     assert stack(layer.experts, "down_proj") is weight
+
+
+def test_adaptable_experts_of_a_model_take_no_memory() -> None:
+    """Each of them, wherever it is; the model counts as quantized before and after."""
+    model = nn.ModuleList([nn.ModuleList([Experts(E, 64, 128)]), Experts(E, 64, 128)])
+    assert not has_quantized_experts(model)
+    quantize_experts(model)
+    assert has_quantized_experts(model)
+    with adaptable_experts(model):
+        weights = list(model.parameters())
+        assert [p.shape for p in weights] == [(E, 256, 64), (E, 64, 128)] * 2
+        assert all(p.untyped_storage().nbytes() == 4 and not p.requires_grad for p in weights)
+    assert has_quantized_experts(model)
 
 
 def test_adaptable_experts_are_quantized_again_after_an_error() -> None:
@@ -288,5 +311,8 @@ def test_lora_experts_of_bad_input_names_the_argument() -> None:
     with pytest.raises(ValueError, match="model: got Linear without experts modules"):
         quantize_experts(nn.Linear(2, 2))
     nn.utils.parametrize.register_parametrization(experts, "down_proj", nn.Identity())
-    reason = unsupported_reason(experts) or ""
-    assert "without a plain or 4-bit parameter down_proj" in reason
+    twice = quantize_experts(Experts(E, 64, 128))
+    nn.utils.parametrize.register_parametrization(twice, "down_proj", nn.Identity(), unsafe=True)
+    for module in (experts, twice):
+        reason = unsupported_reason(module) or ""
+        assert "without a plain or 4-bit parameter down_proj" in reason

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -15,12 +16,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lora_kernels
 from lora_kernels import (
     head_ops,
+    lora_linear,
     lora_linear_cross_entropy,
     lora_linear_log_probs,
     ops,
     reference,
 )
-from lora_kernels.backends import head
+from lora_kernels.backends import head, native
 from lora_kernels.bench import head_case
 from lora_kernels.bench.case import EAGERS
 from lora_kernels.bench.head_case import HeadCase, inputs, run
@@ -42,7 +44,9 @@ def some_cases() -> list[HeadCase]:
         found += [
             case,
             replace(case, adapter_dtype=f32, bias=False, logit_softcap=3.0, logit_scale=0.75),
-            replace(case, trained_weight=True, label_smoothing=0.1, temperature=0.7),
+            replace(
+                case, trained_weight=True, label_smoothing=0.1, temperature=0.7, logit_scale=1.5
+            ),
         ]
     for of in KINDS:
         case = replace(SMALL, of=of)
@@ -74,6 +78,20 @@ def test_head_with_dropout_is_within_tolerance(
 ) -> None:
     case = replace(SMALL, of=of, K=64, dropout_p=0.25, temperature=1.5, ignored=ignored)
     assert_within(case, head_case.judge(replace(case, quant=quant, trained_weight=not quant)))
+
+
+def test_case_hands_each_field_to_the_function_and_to_its_gradients() -> None:
+    """Otherwise the tolerances above would judge less than their cases say."""
+    fields = {"temperature": 0.7, "logit_scale": 0.75, "logit_softcap": 3.0, "dropout_p": 0.25}
+    case = replace(SMALL, of="log_probs", trained_weight=True, **fields)
+    args = inputs(case)
+    assert {name: args[name] for name in fields} == fields
+    first = run(head_case.ours, args)
+    assert set(first) == {*head_case.STATISTICS, *head_case.GRADIENTS.values()}
+    args["dy"][1].zero_()  # the entropy's
+    second = run(head_case.ours, args)
+    assert all(not torch.equal(first[n], second[n]) for n in head_case.GRADIENTS.values())
+    assert {u for u, _ in head_case.allowances(case).values()} == {2.0**-24}
 
 
 def test_head_with_dropout_of_a_forced_cpu_backend_raises() -> None:
@@ -208,11 +226,11 @@ def op_arguments(case: HeadCase, name: str) -> tuple[Any, ...]:
     weight = args["weight"]
     base = tuple(weight.codes) if case.quant else (weight,)
     x, A, B, bias = (args[n].detach() for n in ("x", "lora_A", "lora_B", "bias"))
-    spec = call.HeadSpec(1.25, 0.25, f32, f32, 0.9, 3.0, 1.2, 0.1, head_case.IGNORED, 5)
+    spec = call.HeadSpec(1.25, 0.25, x.dtype, x.dtype, 0.9, 3.0, 1.2, 0.1, head_case.IGNORED, 5)
     operands = x, *base, A, B, args["labels"], bias, args["rng"], *spec
     if name == "lora_log_probs":
         return *operands, True, False, True, True
-    needs = True, not case.quant, True, False, True
+    needs = True, not case.quant, not case.quant, True, True
     rows = torch.rand(5, x.shape[0]).unbind() if name == "lora_log_probs_backward" else ()
     return *rows, *operands, *needs
 
@@ -220,10 +238,10 @@ def op_arguments(case: HeadCase, name: str) -> tuple[Any, ...]:
 OPS = ("lora_cross_entropy", "lora_log_probs", "lora_log_probs_backward")
 
 
-@pytest.mark.parametrize("quant", ["", "nf4-64"])
+@pytest.mark.parametrize(("quant", "dtype"), [("", f32), ("nf4-64", bf16)], ids=str)
 @pytest.mark.parametrize("name", OPS)
-def test_opcheck_of_head_ops_passes(name: str, quant: str) -> None:
-    args = op_arguments(replace(SMALL, K=64, quant=quant, dropout_p=0.25), name)
+def test_opcheck_of_head_ops_passes(name: str, quant: str, dtype: torch.dtype) -> None:
+    args = op_arguments(replace(SMALL, K=64, quant=quant, dtype=dtype, dropout_p=0.25), name)
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     op = getattr(head_ops, name + "_4bit" * bool(quant))
     torch.library.opcheck(op, args, test_utils=checks)
@@ -269,6 +287,45 @@ def test_head_makes_no_tensor_larger_than_a_chunk(name: str) -> None:
     assert largest.bytes == rows * V * 4
 
 
+@pytest.mark.parametrize("name", OPS)
+def test_chunks_of_the_default_number_of_rows_fit_in_its_bytes(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The number comes from the vocabulary, and from the limit of a CPU."""
+    monkeypatch.setattr(head, "CHUNK_BYTES", limit := 1 << 18)
+    monkeypatch.setattr(head, "FEWEST_ROWS", 1)
+    args = op_arguments(HeadCase(64, 3000, 4, 2, ignored=0.0, dropout_p=0.25), name)
+    at = [a.name for a in getattr(head_ops, name)._schema.arguments].index("chunk_rows")
+    with LargestStorage() as largest:
+        ops.IMPLEMENTATIONS[name](*args[:at], 0, *args[at + 1 :])
+    assert limit / 2 < largest.bytes <= limit
+
+
+@pytest.mark.parametrize("backend", ["eager", "cpu"])
+@pytest.mark.parametrize("name", OPS)
+def test_eager_head_decodes_a_4bit_weight_once(
+    name: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not once for each of the five chunks. Kernels that read codes get no dense copy."""
+    decoded: list[Any] = []
+    dense = head_ops.decode4bit.dense
+
+    def note(weight: Packed4bit, shape: tuple[int, int], *args: Any, **kwargs: Any) -> Tensor:
+        if not kwargs:  # of a panel
+            decoded.append(shape)
+        return dense(weight, shape, *args, **kwargs)
+
+    monkeypatch.setattr(head_ops.decode4bit, "dense", note)
+    args = list(op_arguments(replace(SMALL, K=64, quant="nf4-64"), name))
+    at = [a.name for a in getattr(head_ops, name + "_4bit")._schema.arguments].index("dropout_p")
+    args[at] = 0.0
+    if backend == "cpu" and native.module is None:
+        pytest.skip("no native kernels")
+    with lora_kernels.backend(backend):
+        ops.IMPLEMENTATIONS[name + "_4bit"](*args)
+    assert decoded == [(65, 64)] * (backend == "eager")
+
+
 def test_chunk_rows_default_is_a_number_of_bytes() -> None:
     for on_gpu, limit in ((False, head.CHUNK_BYTES), (True, head.CHUNK_BYTES_ON_GPU)):
         rows = head.chunk_rows(20_000, on_gpu)
@@ -294,21 +351,30 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception]]] = {
     "x: got shape [23, 41]": ({"x": torch.randn(23, 41)}, ValueError),
     "x: got torch.int64": ({"x": torch.ones(23, 40, dtype=torch.int64)}, TypeError),
     "weight: got NoneType": ({"weight": None}, TypeError),
+    "x: got shape []": ({"x": torch.tensor(1.0)}, ValueError),
     "weight: got shape [65]": ({"weight": torch.ones(65)}, ValueError),
+    "weight: got shape [0, 40]": ({"weight": torch.ones(0, 40)}, ValueError),
     "weight: got torch.bfloat16": ({"weight": torch.ones(65, 40).bfloat16()}, TypeError),
     "lora_B: got None, want a tensor, or None for both": ({"lora_B": None}, TypeError),
+    "lora_A: got None, want a tensor, or None for both": ({"lora_A": None}, TypeError),
+    "lora_A: got device meta": ({"lora_A": torch.ones(5, 40, device="meta")}, ValueError),
+    "lora_B: got torch.float64": ({"lora_B": torch.ones(65, 5, dtype=f64)}, TypeError),
     "lora_A: got shape [5, 39]": ({"lora_A": torch.ones(5, 39)}, ValueError),
     "lora_B: got shape [65, 4], want [65, 5]": ({"lora_B": torch.ones(65, 4)}, ValueError),
     "labels: got torch.float32": ({"labels": torch.ones(23)}, TypeError),
     "labels: got shape [22]": ({"labels": torch.ones(22, dtype=torch.int64)}, ValueError),
-    "labels: got 65, want 0 to 64, or -7": (
-        {"labels": torch.full((23,), 65)},
+    "labels: got 65, want 0 to 64, or -7": ({"labels": torch.arange(43, 66)}, ValueError),
+    "labels: got -100, want 0 to 64": ({"labels": torch.full((23,), -100)}, ValueError),
+    "labels: got device meta": (
+        {"labels": torch.ones(23, dtype=torch.int64, device="meta")},
         ValueError,
     ),
-    "labels: got -100, want 0 to 64": ({"labels": torch.full((23,), -100)}, ValueError),
     "bias: got shape [64]": ({"bias": torch.ones(64)}, ValueError),
     "chunk_rows: got 0": ({"chunk_rows": 0}, ValueError),
+    "chunk_rows: got '5'": ({"chunk_rows": "5"}, ValueError),
     "logit_softcap: got -1": ({"logit_softcap": -1.0}, ValueError),
+    "logit_softcap: got 0.0": ({"logit_softcap": 0.0}, ValueError),
+    "logit_softcap: got nan": ({"logit_softcap": float("nan")}, ValueError),
     "logit_scale: got 'a'": ({"logit_scale": "a"}, TypeError),
     "scaling: got None": ({"scaling": None}, TypeError),
     "dropout_p: got 2": ({"dropout_p": 2.0}, ValueError),
@@ -316,9 +382,11 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception]]] = {
 BAD_LOSS: dict[str, tuple[dict[str, Any], type[Exception]]] = {
     "reduction: got 'median', want one of mean, sum, none": ({"reduction": "median"}, ValueError),
     "label_smoothing: got 1.5": ({"label_smoothing": 1.5}, ValueError),
+    "label_smoothing: got nan": ({"label_smoothing": float("nan")}, ValueError),
 }
 BAD_LOG_PROBS: dict[str, tuple[dict[str, Any], type[Exception]]] = {
     "temperature: got 0.0": ({"temperature": 0.0}, ValueError),
+    "temperature: got nan": ({"temperature": float("nan")}, ValueError),
     "outputs: got 'logits', want some of entropy": ({"outputs": ("logits",)}, ValueError),
 }
 
@@ -337,6 +405,85 @@ def test_log_probs_of_a_bad_argument_names_it(message: str) -> None:
     with pytest.raises(error) as raised:
         lora_linear_log_probs(**{**arguments(replace(SMALL, of="log_probs")), **changed})
     assert str(raised.value).startswith(message)
+
+
+def test_label_smoothing_of_one_is_pytorchs() -> None:
+    """The label counts for nothing beside the mean of all."""
+    case = replace(SMALL, label_smoothing=1.0, ignored=0.0)
+    got, want = (run(f, inputs(case)) for f in (head_case.ours, head_case.plain_pytorch))
+    for name in want:  # float32 sums of 65 terms in another order
+        torch.testing.assert_close(got[name], want[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("outputs", [(), ("entropy", "mean_logits", "log_sum_sq_probs")])
+def test_statistics_without_a_gradient_require_none(outputs: tuple[str, ...]) -> None:
+    """An objective of them raises; it does not train nothing in silence."""
+    found = lora_linear_log_probs(
+        **{**arguments(replace(SMALL, of="log_probs")), "outputs": outputs}
+    )
+    trained = {n for n, t in found._asdict().items() if t is not None and t.requires_grad}
+    assert trained == {"log_probs", *outputs[:1]}
+
+
+def test_loss_without_grad_mode_computes_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    args = arguments(SMALL)
+    want = lora_linear_cross_entropy(**args)
+    monkeypatch.setattr(ops, "lora_linear_backward_direct", None)
+    with torch.no_grad():
+        got = lora_linear_cross_entropy(**args)
+    assert torch.equal(got, want)
+    with pytest.raises(TypeError):
+        lora_linear_cross_entropy(**args)
+
+
+@pytest.mark.parametrize("engine", EAGERS, indirect=True)
+@pytest.mark.parametrize("name", OPS)
+def test_head_ops_have_the_same_bits_within_autocast(name: str, engine: str) -> None:
+    """A backward may be called inside the context, as reentrant checkpoints do."""
+    args = op_arguments(replace(SMALL, dtype=bf16, dropout_p=0.25), name)
+    op = getattr(head_ops, name)
+    want = op(*args)
+    with torch.autocast("cpu", bf16):
+        got = op(*args)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True) if b.numel())
+
+
+@pytest.mark.parametrize("is_autocast", [False, True])
+@pytest.mark.parametrize("of", ["sum", "log_probs"])
+def test_gradients_of_small_probabilities_survive_float16(of: str, is_autocast: bool) -> None:
+    """exp(-15) is 3e-7, where float16 has steps of 6e-8."""
+    x = torch.tensor([[1.0, 0.0]], dtype=f32 if is_autocast else f16, requires_grad=True)
+    weight = torch.tensor([[15.0, 0.0], [0.0, 256.0], [0.0, 512.0]], dtype=x.dtype)
+    args = x, weight, None, None, torch.tensor([0])
+    with torch.autocast("cpu", f16, enabled=is_autocast):
+        if of == "sum":
+            y = lora_linear_cross_entropy(*args, reduction="sum")
+        else:
+            y = -lora_linear_log_probs(*args).log_probs
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    assert dx[0, 1].item() == pytest.approx(3 * 256 * math.exp(-15), rel=2e-3)  # 4 roundings
+
+
+@pytest.mark.parametrize("of", ["mean", "log_probs"])
+def test_compute_dtype_of_head_is_that_of_lora_linear(of: str) -> None:
+    """The base GEMM alone is in bfloat16: logits are not rounded to it."""
+    args = arguments(replace(SMALL, K=64, quant="nf4-64", of=of, ignored=0.0))
+    names = "x", "weight", "lora_A", "lora_B", "scaling", "bias"
+    y = lora_linear(*(args[n] for n in names), compute_dtype=bf16)
+    want = F.cross_entropy(y, args["labels"], reduction="none")
+    found = head_case.ours(**args, compute_dtype=bf16)
+    got, want = (-found[0], want) if of == "log_probs" else (found, want.mean())
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    (dx,), (wanted,) = (torch.autograd.grad(t.sum(), args["x"]) for t in (got, want))
+    assert (dx - wanted).norm() < 2**-7 * wanted.norm()
+
+
+def test_gradients_of_log_probs_times_zero_are_zero_in_float16() -> None:
+    x = torch.ones(2, 3, dtype=f16, requires_grad=True)
+    weight = torch.eye(4, 3, dtype=f16)
+    found = lora_linear_log_probs(x, weight, None, None, torch.tensor([0, 1]))
+    (dx,) = torch.autograd.grad(found.log_probs.sum() * 0, x)
+    assert dx.isfinite().all() and not dx.any()
 
 
 def test_reference_cross_entropy_is_pytorchs() -> None:

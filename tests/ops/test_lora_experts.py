@@ -11,7 +11,9 @@ from torch import Tensor
 
 import lora_kernels
 from lora_kernels import lora_experts_linear, lora_linear, ops, reference
-from lora_kernels.bench.case import give_mask, run
+from lora_kernels.backends import eager_experts
+from lora_kernels.bench.case import EAGERS, give_mask, run
+from lora_kernels.core.call import ExpertsOperands, ExpertsSpec
 from lora_kernels.quantization import quantize_4bit
 from tests.ops.engines import every_engine, every_thread_count
 from tests.support.experts import ROWS, ExpertsCase, check, inputs, some_cases
@@ -232,6 +234,51 @@ def test_lora_experts_linear_by_a_backend_without_kernels_raises() -> None:
         pytest.raises(RuntimeError, match=r"cuda.* no kernels for experts"),
     ):
         lora_experts_linear(**args)
+
+
+def test_calls_that_grouped_mm_refuses_run_expert_by_expert() -> None:
+    """Its operands have rows and addresses of 16 bytes. Meta tensors stand for a GPU's."""
+
+    def is_grouped(N: int = 32, K: int = 64, R: int = 8, dtype: Any = bf16, **fields: Any) -> bool:
+        x, W, A, B = (
+            torch.empty(s, dtype=dtype, device="meta")
+            for s in ((5, K), (2, N, K), (2, R, K), (2, N, R))
+        )
+        operands = ExpertsOperands(x, W, A, B, torch.tensor([2, 5]))
+        spec = ExpertsSpec(1.0, 0.0, dtype, dtype, False)
+        return eager_experts.is_grouped(operands._replace(**fields), spec)
+
+    assert is_grouped() and is_grouped(dtype=f32) and is_grouped(R=4, dtype=f32)
+    assert not any(is_grouped(**{name: 4}) for name in "NKR")
+    assert not is_grouped(dtype=f64)
+    assert not is_grouped(weight=torch.empty(2, 32, 65, dtype=bf16, device="meta")[..., :64])
+    memory = torch.empty(2 * 32 * 64 + 1)
+    aligned, shifted = (memory[i : i + 2 * 32 * 64].view(2, 32, 64) for i in (0, 1))
+    assert eager_experts._is_aligned(aligned) and not eager_experts._is_aligned(shifted)
+    assert not eager_experts._is_aligned(torch.empty(32, 64, 4).permute(2, 0, 1))
+
+
+@pytest.mark.parametrize("engine", EAGERS, indirect=True)
+@pytest.mark.parametrize("R", [3, 8])  # 3: expert by expert
+def test_gradients_have_the_mask_that_the_forward_drew(R: int, engine: str) -> None:
+    """y is linear in A, so that <dA, A> is what the adapter adds to <dy, y>."""
+    args = inputs(ExpertsCase(ROWS, 32, 64, R, bias=False, dropout_p=0.5))
+    args["rng"], dy, A = None, args.pop("dy"), args["lora_A"]
+    y = lora_experts_linear(**args)
+    base = lora_experts_linear(args["x"], args["weight"], None, None, args["offsets"])
+    (dA,) = torch.autograd.grad(y, A, dy)
+    assert (dA * A).sum().item() == pytest.approx((dy * (y - base)).sum().item(), rel=1e-3)
+
+
+def test_backward_of_adapters_alone_decodes_no_expert(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weight is for dx alone."""
+    args = inputs(ExpertsCase(ROWS, 32, 64, 8, quant="nf4-64", frozen=("x",)))
+    dy = args.pop("dy")
+    with lora_kernels.backend("eager"):
+        y = lora_experts_linear(**args)
+        monkeypatch.setattr(eager_experts, "weight_of", None)
+        dA, dB = torch.autograd.grad(y, (args["lora_A"], args["lora_B"]), dy)
+    assert dA.any() and dB.any()
 
 
 def changed(**new: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from typing import Any
 
 import torch
 import triton
@@ -11,8 +11,10 @@ from torch import Tensor
 
 from lora_kernels.backends.triton import launch
 from lora_kernels.backends.triton.arguments import Matrix
+from lora_kernels.backends.triton.configs import ColumnTiles, Tiles
 
-CONFIG = SimpleNamespace(warps=4, stages=1, cooperative=False)
+CONFIG = ColumnTiles(block_n=64, warps=4, stages=1)
+META: dict[str, Any] = {"BLOCK": 64, "NAMES": ("a", 1)}
 
 
 @triton.jit
@@ -29,7 +31,7 @@ def scaled(x: Tensor, way: str) -> Tensor:
     x.new_empty(1 << 20)  # for nothing
     if way == "temporaries":
         for _ in range(2):
-            _launch(x, x.new_empty(x.numel() + 5))
+            scale(x, x.new_empty(x.numel() + 5))
     y = torch.empty_like(x)
     if way == "a result by columns":
         y = x.new_empty(*x.shape[::-1]).t()
@@ -40,11 +42,14 @@ def scaled(x: Tensor, way: str) -> Tensor:
     elif way == "a part as result":
         y = x.new_empty(4, *x.shape)[0]
     if way != "no launch":
-        _launch(x[1:] if way == "a part as operand" else x, y)
+        scale(x[1:] if way == "a part as operand" else x, y)
     return y
 
 
-def _launch(x: Tensor, y: Tensor) -> None:
-    grid, meta = (triton.cdiv(x.numel(), 64),), {"BLOCK": 64, "NAMES": ("a", 1)}
-    args = Matrix.from_tensor(x), None, y, x.numel(), 2.0
-    launch.run(scale_kernel, CONFIG, *args, grid=grid, device=x.device, **meta)  # type: ignore[arg-type]
+def arguments(x: Tensor, y: Tensor) -> tuple[Any, ...]:
+    return Matrix.from_tensor(x), None, y, x.numel(), 2.0
+
+
+def scale(x: Tensor, y: Tensor, config: Tiles = CONFIG) -> None:
+    grid, args = (triton.cdiv(x.numel(), 64),), arguments(x, y)
+    launch.run(scale_kernel, config, *args, grid=grid, device=x.device, **META)

@@ -163,6 +163,19 @@ def test_find_damaged_table_warns_once_and_leaves_it_out(
         assert measured.find(replace(key, **{field: other})) is None  # type: ignore[arg-type]
 
 
+def test_rows_of_another_driver_torch_or_triton_are_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = measured._platform.__wrapped__()
+    for owner, name, value in (
+        (measured.verdicts, "driver_version", lambda: "1.2"),
+        (torch, "__version__", "1.2"),
+        (measured.device, "version", lambda package: f"{package} 1.2"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, value)
+            there = measured._platform.__wrapped__()
+        assert there != here and "1.2" in there
+
+
 def test_candidates_fit_the_shared_memory() -> None:
     case = tune.Case(4096, 4096, 4096, 16, torch.bfloat16)
     for size, least in ((227 << 10, 9), (99 << 10, 3)):

@@ -306,6 +306,18 @@ def test_signature_has_the_device(log: Log, monkeypatch: pytest.MonkeyPatch) -> 
     assert log.bound > bound
 
 
+def test_cuda_launches_on_the_device_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another one may be current."""
+    with fake_cuda() as log:
+        monkeypatch.setattr(Tensor, "get_device", lambda t: 1)
+        monkeypatch.setattr(replay, "is_current_device", lambda index: index == 1)
+        monkeypatch.setattr(replay, "current_stream", lambda index: {1: 9}[index])
+        for _ in range(4):
+            run(cuda, Call(BACKWARD, TWO_PASS))
+        assert {stream for _, _, stream, _ in log.launches} == {9}
+        monkeypatch.undo()
+
+
 def test_stream_and_device_are_those_of_the_index(monkeypatch: pytest.MonkeyPatch) -> None:
     def stream(index: int = 1) -> Any:
         return SimpleNamespace(cuda_stream=10 + index)

@@ -106,7 +106,7 @@ def fake_cuda() -> Iterator[Log]:
 
     def launcher(name: str) -> Any:
         def launch(args: Any, at: tuple[int, int]) -> None:
-            assert at[1] == -1, f"launched on device {at[1]}"
+            assert at[0] == replay.current_stream(at[1]), f"launched on device {at[1]}"
             log.launches.append((name, None, at[0], args))
 
         return launch

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lora_kernels import lora_linear, multi_lora_linear, ops, reference
-from lora_kernels.backends import cpu, native
+from lora_kernels.backends import cpu, native, stacked
 from lora_kernels.backends.rows import rows_of
 from lora_kernels.bench.case import give_mask
 from lora_kernels.bench.multi import MultiCase, inputs
@@ -331,6 +331,13 @@ def test_multi_lora_linear_on_another_default_device_is_the_same(rows: str) -> N
     assert want.keys() == got.keys()
     for name, t in want.items():
         assert torch.equal(got[name], t), name
+
+
+def test_compact_ranks_of_a_row_are_its_own_then_zeros() -> None:
+    A, B = [torch.ones(1, 3), torch.ones(2, 3)], [torch.ones(4, 1), torch.ones(4, 2)]
+    stack = stacked.stack(A, B, torch.tensor([1, -1, 0]), [1.0, 1.0])
+    compact = stack.compact(torch.arange(9.0).view(3, 3))
+    assert compact.tolist() == [[1.0, 2.0], [0.0, 0.0], [6.0, 0.0]]
 
 
 @pytest.mark.skipif(native.module is None, reason="the native kernels are not built")

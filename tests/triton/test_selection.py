@@ -125,6 +125,15 @@ def test_lora_linear_without_triton_raises(monkeypatch: pytest.MonkeyPatch) -> N
 def test_choose_of_fused_above_its_ranks_raises(gpu: DeviceInfo) -> None:
     with lora_kernels.backend("triton", FUSED), pytest.raises(RuntimeError, match="above 64"):
         choose(rank=65)
+    with lora_kernels.backend("triton", FUSED):
+        assert choose(rank=64).strategy == FUSED
+
+
+def test_choose_beside_dropout_makes_the_mask_once(gpu: DeviceInfo) -> None:
+    problem = Problem("cuda", bf16, bf16, bf16, bf16, 16, 4096, columns=1024)
+    with lora_kernels.backend("triton"):
+        assert selection.choose(problem).strategy == FUSED
+        assert selection.choose(problem._replace(dropout=True)).strategy == TWO_PASS
 
 
 # benchmarks/KERNELS.md has this list: Llama-3-8B's k and v, gate and up, q and o, down.
@@ -457,28 +466,6 @@ def test_options_contract_no_fma_and_launch_cooperatively_if_they_wait() -> None
     assert launch.options(config) == options
     waiting = replace(config, cooperative=True)
     assert launch.options(waiting) == options | {"launch_cooperative_grid": True}
-
-
-def test_choose_stages_goes_down_to_one_for_each_kind_of_argument(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    read: list[int] = []
-
-    def resources(kernel: object, config: configs.GemmTiles, *args: object) -> object:
-        read.append(config.stages)
-        return config.stages * 40 << 10, 32  # of 228 KiB
-
-    monkeypatch.setattr(launch, "read_resources", resources)
-    monkeypatch.setattr(launch, "_resources", {})
-    monkeypatch.setattr(launch, "is_interpreted", lambda: False)
-    config, x = configs.GemmTiles(16, 64, 64, 4, 4), torch.zeros(64)
-    at = None, config, torch.device("meta")
-    chosen = [launch.choose_stages(n, H100, *at, x) for n in (264, 265, 660, 661)]  # type: ignore[arg-type]
-    assert chosen == [*(replace(config, stages=n) for n in (2, 1, 1)), None]
-    assert read == [4, 3, 2, 1]
-    for other in (x[1:], x.half()):
-        launch.choose_stages(1, H100, *at, other)  # type: ignore[arg-type]
-    assert read == [4, 3, 2, 1, 4, 4]
 
 
 @pytest.mark.parametrize("way", ["backend", "model"])

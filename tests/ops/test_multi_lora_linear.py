@@ -333,9 +333,14 @@ def test_multi_lora_linear_on_another_default_device_is_the_same(rows: str) -> N
         assert torch.equal(got[name], t), name
 
 
+def test_rows_around_one_without_an_adapter_are_one_run() -> None:
+    assert rows_of(torch.tensor([0, -1, 0]), 1).runs == [(0, 1, 3)]
+
+
 def test_compact_ranks_of_a_row_are_its_own_then_zeros() -> None:
-    A, B = [torch.ones(1, 3), torch.ones(2, 3)], [torch.ones(4, 1), torch.ones(4, 2)]
-    stack = stacked.stack(A, B, torch.tensor([1, -1, 0]), [1.0, 1.0])
+    A, B = [torch.ones(r, 3).bfloat16() for r in (1, 2)], [torch.ones(4, r) for r in (1, 2)]
+    stack = stacked.stack(A, B, torch.tensor([1, -1, 0]), [0.1, 1.0])
+    assert torch.equal(stack.gate, torch.tensor([0.1, 1.0, 1.0]))  # not rounded as A is
     compact = stack.compact(torch.arange(9.0).view(3, 3))
     assert compact.tolist() == [[1.0, 2.0], [0.0, 0.0], [6.0, 0.0]]
 

@@ -75,7 +75,8 @@ def test_other_bits_in_a_repeat_are_noticed(plant: Any) -> None:
     calls = iter(range(100))
 
     def change(y: Tensor, operands: Any) -> Tensor:
-        return y + (next(calls) == 6)
+        y[0, 0] = 1e-9 * (next(calls) == 6)
+        return y
 
     plant(change)
     assert memory() == "y has other bits in repeat 6"

@@ -336,7 +336,8 @@ class GuardedMemory(TorchFunctionMode):
 
 def memory(card: Card, group: Group) -> str | None:
     call = _Call(card, group)
-    before = [t.clone() for t in call.operands if isinstance(t, Tensor)]
+    operands = [*replay.tensors_of((call.operands, call.dy))]
+    before = [t.clone() for t in operands]
     first: dict[str, Tensor] = {}
     replay.forget()
     for number in range(REPEATS):  # as written, since guarded memory is never replayed
@@ -345,8 +346,7 @@ def memory(card: Card, group: Group) -> str | None:
         card.synchronize()
         if written := guarded.written():
             return f"{written} bytes outside of its results were written"
-        after = (t for t in call.operands if isinstance(t, Tensor))
-        if not all(map(torch.equal, before, after)):
+        if not all(map(torch.equal, before, operands)):
             return "an operand was written"
         for name, t in found.items():
             if not torch.isfinite(t).all():

@@ -147,6 +147,8 @@ def test_tuned_goes_before_the_model() -> None:
     with measured.override_row(key, rows[triton.TWO_PASS, 100.0]):
         found = heuristics.choose_tuned(problem, target, None)
         assert found == Choice("triton", triton.TWO_PASS, "measured here")
+        cast = problem._replace(x_dtype=torch.float32)  # by autocast
+        assert heuristics.choose_tuned(cast, target, None) == found
         assert heuristics.choose_tuned(problem._replace(dropout=True), target, None) is None
     with measured.override_row(key, rows[triton.FUSED, 100.0]):
         mixed = heuristics.choose_tuned(problem._replace(mixed=True), target, None)

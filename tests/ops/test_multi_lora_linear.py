@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lora_kernels import lora_linear, multi_lora_linear, ops, reference
-from lora_kernels.backends import cpu, native
+from lora_kernels.backends import cpu, native, stacked
 from lora_kernels.backends.rows import rows_of
 from lora_kernels.bench.case import give_mask
 from lora_kernels.bench.multi import MultiCase, inputs
@@ -331,6 +331,18 @@ def test_multi_lora_linear_on_another_default_device_is_the_same(rows: str) -> N
     assert want.keys() == got.keys()
     for name, t in want.items():
         assert torch.equal(got[name], t), name
+
+
+def test_rows_around_one_without_an_adapter_are_one_run() -> None:
+    assert rows_of(torch.tensor([0, -1, 0]), 1).runs == [(0, 1, 3)]
+
+
+def test_compact_ranks_of_a_row_are_its_own_then_zeros() -> None:
+    A, B = [torch.ones(r, 3).bfloat16() for r in (1, 2)], [torch.ones(4, r) for r in (1, 2)]
+    stack = stacked.stack(A, B, torch.tensor([1, -1, 0]), [0.1, 1.0])
+    assert torch.equal(stack.gate, torch.tensor([0.1, 1.0, 1.0]))  # not rounded as A is
+    compact = stack.compact(torch.arange(9.0).view(3, 3))
+    assert compact.tolist() == [[1.0, 2.0], [0.0, 0.0], [6.0, 0.0]]
 
 
 @pytest.mark.skipif(native.module is None, reason="the native kernels are not built")

@@ -371,6 +371,21 @@ def test_backend_of_nested_contexts_is_the_inner_one() -> None:
         pass
 
 
+@pytest.mark.parametrize("compiling", [False, True])
+def test_forced_backend_ends_with_its_context(
+    compiling: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also after an error. Compiled functions read it from a global, eager ones of their thread."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    before = selection.forced_backend()
+    with lora_kernels.backend("eager"):
+        with pytest.raises(KeyError), lora_kernels.backend("cpu"):
+            assert selection.forced_backend() == "cpu"
+            raise KeyError
+        assert selection.forced_backend() == "eager"
+    assert selection.forced_backend() == before
+
+
 @pytest.mark.parametrize(("value", "said"), [("eager", "eager\n"), ("tritn", "got 'tritn'")])
 def test_forced_backend_follows_the_environment(value: str, said: str) -> None:
     code = "from lora_kernels import selection; print(selection.forced_backend())"

@@ -13,7 +13,7 @@ from torch import nn
 from lora_kernels import cli, costs, info, qualification, selection, verdicts
 from lora_kernels.bench import qualify as command
 from lora_kernels.device import DeviceInfo
-from lora_kernels.integrations.trainer import VerdictLog
+from lora_kernels.integrations.trainer import FuseCallback, VerdictLog
 from lora_kernels.peft import fuse, swap
 from lora_kernels.qualification import Claim
 from lora_kernels.verdicts import Group, Point, Verdict
@@ -127,7 +127,23 @@ def test_resumed_run_that_follows_another_verdict_is_told(
     state = SimpleNamespace(stateful_callbacks=kept, global_step=step, is_world_process_zero=main)
     callback.on_train_begin(None, state, None)
     said = warnings_of(caplog)
-    assert len(said) == warns and (not warns or VERDICT.digest in said[0])
+    assert len(said) == warns
+    if warns:
+        assert said[0].endswith(f"{{'cuda:0': 'none'}}, now {{'cuda:0': '{VERDICT.digest}'}}")
+
+
+def test_resumed_run_is_fused_as_asked_and_told_too(
+    model: nn.Module, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Checkpoints keep the state of a callback under the name of its own class."""
+    verdicts.set_current(0, VERDICT)
+    kept = {"FuseCallback": {"attributes": {"verdicts": {"cuda:0": "none"}}}}
+    state = SimpleNamespace(stateful_callbacks=kept, global_step=2, is_world_process_zero=True)
+    with pytest.raises(ValueError, match="qualify: got 'always'"):
+        FuseCallback(qualify="always").on_train_begin(None, state, None, model=model)
+    FuseCallback().on_train_begin(None, state, None, model=model)
+    assert type(model.base_model.model[0]).__name__ != "Linear"
+    assert VERDICT.digest in warnings_of(caplog)[-1]
 
 
 def test_info_says_the_verdict_of_each_card(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -191,7 +191,8 @@ def test_signature_has_strides_alignment_and_dtype(log: Log, field: str, layout:
     t = getattr(operands, field)
     other = t.repeat(1, 2)[:, : t.shape[1]]
     if layout == "unaligned":
-        other = torch.cat([t.flatten()[:1], t.flatten()])[1:].view(t.shape)
+        shift = 8 // t.element_size()  # Triton reads 16 bytes at once
+        other = torch.cat([t.flatten()[:shift], t.flatten()])[shift:].view(t.shape)
     if layout == "narrow":
         other = t.to(bf16)
     operands, before = operands._replace(**{field: other}), log.bound
@@ -220,6 +221,113 @@ def test_small_kernel_is_launched_as_written(log: Log) -> None:
     assert (name, grid, stream) == ("scale_kernel", (4, 1, 1), STREAM)
     matrix = ("operand 0", 40, 1)
     assert args == (matrix, None, "result 0", 200, 2.0, 64, ("a", 1))
+
+
+@needs_triton
+def test_temporaries_lie_apart_and_aligned(log: Log) -> None:
+    """Also if the call itself frees one before it allocates the next at its address."""
+    from tests.replay.small_kernel import scaled
+
+    for _ in range(3):
+        y = scaled(torch.randn(5, 40), "temporaries")
+    first, second, result = (args[2] for *_, args in log.launches[-3:])
+    assert second - first == 1024  # 820 bytes in whole 256
+    assert result == y.data_ptr()
+
+
+@needs_triton
+def test_call_that_raises_leaves_no_recorder(log: Log) -> None:
+    """Or it would note the launches of other functions."""
+    from tests.replay.small_kernel import scaled
+
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="an error"):
+            scaled(torch.randn(5, 40), "an error")
+    assert replay.current_recorder() is None
+
+
+@pytest.mark.parametrize("backend", [pytest.param(triton, marks=needs_triton), cuda], ids=str)
+def test_replay_is_launched_on_the_stream_of_its_call(
+    backend: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with fake_triton() if backend is triton else fake_cuda() as log:
+        for _ in range(3):
+            run(backend, Call(BACKWARD, TWO_PASS))
+        log.launches.clear()
+        monkeypatch.setattr(replay, "current_stream", lambda index: STREAM + 1)
+        run(backend, Call(BACKWARD, TWO_PASS))
+        assert {stream for _, _, stream, _ in log.launches} == {STREAM + 1}
+        monkeypatch.undo()
+
+
+@needs_triton
+def test_replay_takes_the_flags_of_its_stream(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two launches at once would clear each other's."""
+    call = Call(FORWARD, COOPERATIVE, M=1)
+    for _ in range(3):
+        run(triton, call)
+    log.launches.clear()
+    other, bound = torch.zeros(2, dtype=torch.int32), log.bound
+    monkeypatch.setattr(workspace, "flags", lambda device: other)
+    run(triton, call)
+    assert str(other.data_ptr()) in str(log.launches) and log.bound == bound
+
+
+@needs_triton
+def test_signature_has_the_device(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiled kernel is loaded into one GPU."""
+    for _ in range(3):
+        run(triton, Call(FORWARD, FUSED))
+    monkeypatch.setattr(Tensor, "get_device", lambda t: 1)
+    monkeypatch.setattr(replay, "is_current_device", lambda index: index == 1)
+    monkeypatch.setattr(replay, "current_stream", lambda index: STREAM)
+    bound = log.bound
+    run(triton, Call(FORWARD, FUSED))
+    assert log.bound > bound
+
+
+def test_cuda_launches_on_the_device_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another one may be current."""
+    with fake_cuda() as log:
+        monkeypatch.setattr(Tensor, "get_device", lambda t: 1)
+        monkeypatch.setattr(replay, "is_current_device", lambda index: index == 1)
+        monkeypatch.setattr(replay, "current_stream", lambda index: {1: 9}[index])
+        for _ in range(4):
+            run(cuda, Call(BACKWARD, TWO_PASS))
+        assert {stream for _, _, stream, _ in log.launches} == {9}
+        monkeypatch.undo()
+
+
+def test_stream_and_device_are_those_of_the_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stream(index: int = 1) -> Any:
+        return SimpleNamespace(cuda_stream=10 + index)
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "current_stream", stream)
+    assert [replay.current_stream(i) for i in (0, 1)] == [10, 11]
+    assert [replay.is_current_device(i) for i in (0, 1)] == [False, True]
+
+
+def test_flags_are_of_one_stream_of_a_device_or_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two that run at once never share them."""
+    zeros, capturing = torch.zeros, False
+
+    def flags(index: int, stream: int) -> Tensor:
+        def current(device: torch.device | None = None) -> Any:
+            return SimpleNamespace(cuda_stream=stream if device else 0)
+
+        monkeypatch.setattr(torch.cuda, "current_stream", current)
+        return workspace.flags(torch.device("cuda", index))
+
+    monkeypatch.setattr(torch, "zeros", lambda n, dtype, device: zeros(n, dtype=dtype))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(workspace, "_flags", {})
+    made = [flags(0, 1), flags(0, 2), flags(1, 1)]
+    capturing = True
+    made += [flags(0, 1), flags(0, 1)]
+    capturing = False
+    assert len({t.data_ptr() for t in made}) == 5
+    assert flags(0, 1) is made[0] and flags(1, 1) is made[2]
 
 
 @needs_triton
@@ -290,15 +398,16 @@ def test_unknown_triton_runs_as_written(
 
 
 @needs_triton
-def test_profilers_get_tensors(log: Log) -> None:
+@pytest.mark.parametrize("when", ["enter", "exit"])
+def test_profilers_get_tensors(log: Log, when: str) -> None:
     from triton import knobs
 
     for _ in range(3):
         run(triton, Call(FORWARD, FUSED))
     seen: list[Any] = []
-    hook = knobs.runtime.launch_enter_hook
+    hook = getattr(knobs.runtime, f"launch_{when}_hook")
     if hook is None:
-        hooked: Any = mock.patch.object(knobs.runtime, "launch_enter_hook", seen.append)
+        hooked: Any = mock.patch.object(knobs.runtime, f"launch_{when}_hook", seen.append)
     else:
         hooked = mock.patch.object(hook, "calls", [seen.append])
     log.launches.clear()
@@ -338,8 +447,9 @@ def test_nothing_is_launched_while_kernels_are_only_compiled(log: Log) -> None:
             run(triton, Call(FORWARD, FUSED))
     assert len(log.launches) == count
     for _ in range(3):
+        bound = log.bound
         run(triton, Call(FORWARD, FUSED))
-    assert len(log.launches) == count + 3
+    assert len(log.launches) == count + 3 and log.bound == bound  # replayed again
 
 
 @needs_triton
@@ -379,7 +489,7 @@ def test_signatures_are_bounded(log: Log, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(replay, "MAX_SIGNATURES", 4)
     for M in range(20, 40):
         run(triton, Call(FORWARD, FUSED, M=M))
-    assert max(map(len, replay._caches)) <= 4
+        assert max(map(len, replay._caches)) <= 4
 
 
 @needs_triton

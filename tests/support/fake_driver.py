@@ -40,7 +40,7 @@ def cpu_as_gpu() -> Iterator[pytest.MonkeyPatch]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(replay, "is_on_gpu", lambda t: True)
         patch.setattr(replay, "is_current_device", lambda index: index == -1)
-        patch.setattr(replay, "current_stream", lambda index: STREAM)
+        patch.setattr(replay, "current_stream", lambda index: {-1: STREAM}[index])
         patch.setattr(workspace, "flags", lambda device: flags)
         yield patch
     replay.forget()
@@ -105,7 +105,11 @@ def fake_cuda() -> Iterator[Log]:
     module = SimpleNamespace(**sizes)
 
     def launcher(name: str) -> Any:
-        return lambda args, at: log.launches.append((name, None, at[0], args))
+        def launch(args: Any, at: tuple[int, int]) -> None:
+            assert at[0] == replay.current_stream(at[1]), f"launched on device {at[1]}"
+            log.launches.append((name, None, at[0], args))
+
+        return launch
 
     for name in CUDA_LAUNCHERS:
         setattr(module, name, launcher(name))

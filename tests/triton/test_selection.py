@@ -126,6 +126,15 @@ def test_lora_linear_without_triton_raises(monkeypatch: pytest.MonkeyPatch) -> N
 def test_choose_of_fused_above_its_ranks_raises(gpu: DeviceInfo) -> None:
     with lora_kernels.backend("triton", FUSED), pytest.raises(RuntimeError, match="above 64"):
         choose(rank=65)
+    with lora_kernels.backend("triton", FUSED):
+        assert choose(rank=64).strategy == FUSED
+
+
+def test_choose_beside_dropout_makes_the_mask_once(gpu: DeviceInfo) -> None:
+    problem = Problem("cuda", bf16, bf16, bf16, bf16, 16, 4096, columns=1024)
+    with lora_kernels.backend("triton"):
+        assert selection.choose(problem).strategy == FUSED
+        assert selection.choose(problem._replace(dropout=True)).strategy == TWO_PASS
 
 
 # benchmarks/KERNELS.md has this list: Llama-3-8B's k and v, gate and up, q and o, down.

@@ -163,6 +163,33 @@ def test_find_damaged_table_warns_once_and_leaves_it_out(
         assert measured.find(replace(key, **{field: other})) is None  # type: ignore[arg-type]
 
 
+def test_shape_tells_calls_apart_that_are_measured_apart() -> None:
+    """Rows count up to a power of two, ranks in blocks."""
+    target, bf16, f16 = DeviceInfo("cuda", 90, 132, 227 << 10), torch.bfloat16, torch.float16
+    call: tuple[Any, ...] = (target, 100, 64, 32, 17, bf16, bf16, False)
+    key = measured.shape(*call)
+    assert key == measured.shape(*call[:1], 128, *call[2:4], 32, *call[5:])
+    fewer = replace(target, multiprocessors=114)
+    changes = [(fewer,), (replace(target, capability=80),), (target, 129), (target, 64)]
+    changes += [(target, 100, 65), (target, 100, 64, 33), (*call[:4], 16), (*call[:5], f16)]
+    changes += [(*call[:6], f32), (*call[:7], True), (target, 100, 32, 64)]
+    found = {measured.shape(*change, *call[len(change) :]) for change in changes}
+    assert len(found) == len(changes) and key not in found
+
+
+def test_rows_of_another_driver_torch_or_triton_are_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = measured._platform.__wrapped__()
+    for owner, name, value in (
+        (measured.verdicts, "driver_version", lambda: "1.2"),
+        (torch, "__version__", "1.2"),
+        (measured.device, "version", lambda package: f"{package} 1.2"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, value)
+            there = measured._platform.__wrapped__()
+        assert there != here and "1.2" in there
+
+
 def test_candidates_fit_the_shared_memory() -> None:
     case = tune.Case(4096, 4096, 4096, 16, torch.bfloat16)
     for size, least in ((227 << 10, 9), (99 << 10, 3)):

@@ -23,10 +23,10 @@ def info() -> dict[str, Any]:
     """Facts for a bug report, of types that JSON knows.
 
     Keys: `version`, `python`, `platform`; `versions` (distribution -> version or None); `cpu`
-    (device.Cpu's fields; `isa`, the instruction set in use, and `thread_pool`, both None without
-    the extension); `compiler`; `gpus` (device.DeviceInfo's fields
-    and `qualification`, a sentence, each); `backends` (name ->
-    `available`, `reason`, and `add`, how to get it, or None).
+    (device.Cpu's fields; `isa`, the instruction set in use, None without the extension;
+    `torch_threads`, whether it runs on PyTorch's threads); `compiler`; `gpus` (device.DeviceInfo's
+    fields and `qualification`, a sentence, each); `backends` (name -> `available`, `reason`, and
+    `add`, how to get it, or None).
 
     >>> from lora_kernels.info import info
     >>> info()["backends"]["eager"]["available"]

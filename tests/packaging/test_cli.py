@@ -164,7 +164,7 @@ def test_info_names_every_backend(capsys: pytest.CaptureFixture[str]) -> None:
         assert f"\n  {name} " in out
     facts = json.loads(run(capsys, "info", "--json")[1])
     assert facts == info.info()
-    assert (facts["cpu"]["isa"], facts["cpu"]["thread_pool"]) == (native.isa, native.threads)
+    assert (facts["cpu"]["isa"], facts["cpu"]["torch_threads"]) == (native.isa, native.threaded)
     for name in ("triton", "peft", "transformers", "bitsandbytes"):
         assert facts["versions"][name] == device.version(name)
     assert f"  compiler     {device.compiler() or 'none found'}\n" in out

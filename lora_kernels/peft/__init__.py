@@ -12,7 +12,7 @@ from .embedding import FusedEmbedding
 from .frozen import StreamedLinear
 from .linear import FusedLinear
 from .report import Explanation, explain
-from .row_adapters import row_adapters
+from .mixed_batch import row_adapters
 from .rows import Row
 from .swap import fuse, unfuse
 

@@ -11,8 +11,8 @@ from .adalora import FusedSVDLinear
 from .embedding import FusedEmbedding
 from .frozen import StreamedLinear
 from .linear import FusedLinear
-from .report import Explanation, explain
 from .mixed_batch import row_adapters
+from .report import Explanation, explain
 from .rows import Row
 from .swap import fuse, unfuse
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from typing import Any
 
 import torch
 import triton
@@ -11,8 +11,10 @@ from torch import Tensor
 
 from lora_kernels.backends.triton import launch
 from lora_kernels.backends.triton.arguments import Matrix
+from lora_kernels.backends.triton.configs import ColumnTiles, Tiles
 
-CONFIG = SimpleNamespace(warps=4, stages=1, cooperative=False)
+CONFIG = ColumnTiles(block_n=64, warps=4, stages=1)
+META: dict[str, Any] = {"BLOCK": 64, "NAMES": ("a", 1)}
 
 
 @triton.jit
@@ -31,7 +33,9 @@ def scaled(x: Tensor, way: str) -> Tensor:
         for _ in range(2):
             scale(x, x.new_empty(x.numel() + 5))
     y = torch.empty_like(x)
-    if way == "an error":
+    if way == "a result by columns":
+        y = x.new_empty(*x.shape[::-1]).t()
+    elif way == "an error":
         raise RuntimeError(way)
     elif way == "a result in place":
         y.zero_()
@@ -42,7 +46,10 @@ def scaled(x: Tensor, way: str) -> Tensor:
     return y
 
 
-def scale(x: Tensor, y: Tensor) -> None:
-    grid, meta = (triton.cdiv(x.numel(), 64),), {"BLOCK": 64, "NAMES": ("a", 1)}
-    args = Matrix.from_tensor(x), None, y, x.numel(), 2.0
-    launch.run(scale_kernel, CONFIG, *args, grid=grid, device=x.device, **meta)  # type: ignore[arg-type]
+def arguments(x: Tensor, y: Tensor) -> tuple[Any, ...]:
+    return Matrix.from_tensor(x), None, y, x.numel(), 2.0
+
+
+def scale(x: Tensor, y: Tensor, config: Tiles = CONFIG) -> None:
+    grid, args = (triton.cdiv(x.numel(), 64),), arguments(x, y)
+    launch.run(scale_kernel, config, *args, grid=grid, device=x.device, **META)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 from collections.abc import Iterator
@@ -236,6 +237,14 @@ def test_temporaries_lie_apart_and_aligned(log: Log) -> None:
 
 
 @needs_triton
+def test_result_by_columns_is_so_again(log: Log) -> None:
+    from tests.replay.small_kernel import scaled
+
+    strides = {scaled(torch.randn(5, 40), "a result by columns").stride() for _ in range(4)}
+    assert strides == {(1, 5)} and log.bound == 2
+
+
+@needs_triton
 def test_call_that_raises_leaves_no_recorder(log: Log) -> None:
     """Or it would note the launches of other functions."""
     from tests.replay.small_kernel import scaled
@@ -271,6 +280,17 @@ def test_replay_takes_the_flags_of_its_stream(log: Log, monkeypatch: pytest.Monk
     monkeypatch.setattr(workspace, "flags", lambda device: other)
     run(triton, call)
     assert str(other.data_ptr()) in str(log.launches) and log.bound == bound
+
+
+@needs_triton
+def test_replay_of_what_never_waits_takes_no_flags(
+    log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a captured graph they would be cleared in a node of their own."""
+    for _ in range(3):
+        run(triton, Call(FORWARD, FUSED))
+    monkeypatch.delattr(workspace, "flags")
+    run(triton, Call(FORWARD, FUSED))
 
 
 @needs_triton
@@ -450,6 +470,46 @@ def test_nothing_is_launched_while_kernels_are_only_compiled(log: Log) -> None:
         bound = log.bound
         run(triton, Call(FORWARD, FUSED))
     assert len(log.launches) == count + 3 and log.bound == bound  # replayed again
+
+
+@needs_triton
+def test_parts_compile_each_kernel_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton import JITFunction
+
+    from lora_kernels.backends.triton import launch
+    from tests.replay.small_kernel import CONFIG, scale
+
+    found: list[tuple[torch.dtype, int]] = []
+
+    def warmup(_: Any, x: Any, missing: None, y: Tensor, *args: Any, **options: Any) -> None:
+        found.append((y.dtype, options["num_warps"]))
+
+    def compile_part(part: int, parts: int) -> list[tuple[torch.dtype, int]]:
+        found.clear()
+        with launch.compile_only(part, parts):
+            for dtype, warps in [*itertools.product((f32, bf16), (4, 8))] * 2:
+                x, config = torch.ones(5, 40, dtype=dtype), replace(CONFIG, warps=warps)
+                scale(x, torch.empty_like(x), config)
+        return found.copy()
+
+    monkeypatch.setattr(JITFunction, "warmup", warmup)
+    whole = compile_part(0, 1)
+    assert whole == [(f32, 4), (f32, 8), (bf16, 4), (bf16, 8)]
+    parts = [compile_part(part, 3) for part in range(3)]
+    assert [len(part) for part in parts] == [2, 1, 1] and {*itertools.chain(*parts)} == {*whole}
+
+
+@needs_triton
+def test_resources_are_shared_memory_and_registers(
+    log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lora_kernels.backends.triton import launch
+    from tests.replay.small_kernel import CONFIG, META, arguments, scale_kernel
+
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    x = torch.ones(5, 40)
+    found = launch.read_resources(scale_kernel, CONFIG, x.device, *arguments(x, x), **META)
+    assert found == (0, 64)
 
 
 @needs_triton

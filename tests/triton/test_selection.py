@@ -1,6 +1,8 @@
 """When the Triton backend runs, how it goes about it, and what is said where it cannot."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +10,8 @@ import torch
 import lora_kernels
 from lora_kernels import device, selection
 from lora_kernels.backends import cuda, triton
-from lora_kernels.backends.triton import FUSED, LIBRARY, TWO_PASS, configs, launch
+from lora_kernels.backends.triton import FUSED, LIBRARY, TWO_PASS, configs, launch, measured
+from lora_kernels.backends.triton.configs import GemmTiles
 from lora_kernels.core.problem import Choice, Problem
 from lora_kernels.device import DeviceInfo
 from lora_kernels.quantization import quantize_4bit
@@ -492,3 +495,17 @@ def test_choose_asks_for_the_properties_of_the_tensor_s_gpu(
                         choose_one(problem)
                 else:
                     assert choose_one(problem).backend == "triton"
+
+
+def test_written_row_of_the_tuning_table_is_read_as_it_was(tmp_path: Path) -> None:
+    """The tiles of the two directions differ, and so do all other fields."""
+    key = measured.Shape(90, 132, 64, 4096, 1024, 16, "bfloat16", "float32", True, "driver 1")
+    tiles = GemmTiles(64, 128, 32, 8, 3, 4, True), GemmTiles(16, 64, 256, 4, 5)
+    row = measured.Measured(TWO_PASS, *tiles, "measured on H100: 12 µs a step", 12.4, 15.5)
+    times = {"microseconds": 12.4, "eager_microseconds": 15.5}
+    file = tmp_path / "tuned.json"
+    file.write_text(json.dumps({"rows": [measured.entry(key, row, device="H100", **times)]}))
+    assert measured.read(file) == {key: row}
+    bare = replace(row, forward=None, backward=None)
+    file.write_text(json.dumps({"rows": [measured.entry(key, bare, device="H100", **times)]}))
+    assert measured.read(file) == {key: bare}

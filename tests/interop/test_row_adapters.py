@@ -190,6 +190,22 @@ def test_modules_to_save_and_embeddings_follow_their_rows() -> None:
     assert_nonzero_equal(mixed_gradients(fused, names), gradients_alone(stock, names))
 
 
+@pytest.mark.parametrize("head", [True, False])
+def test_fused_loss_follows_its_rows(head: bool) -> None:
+    """With LoRA on the head too, whose rows then have logits."""
+    targets = {"target_modules": ["q_proj", *["lm_head"] * head]}
+    found = []
+    for loss in (False, True):
+        model = fuse(tenants(torch.float32, **targets), loss=loss)
+        with row_adapters(model, NAMES):
+            out = model(input_ids=IDS, labels=IDS, use_cache=False)
+        out.loss.backward()
+        assert (out.logits is None) is (loss and not head)
+        found.append(gradients(model))
+    assert any(".lora_A.code." in name for name in found[0])
+    assert_close_derived(*found, layers=8)
+
+
 def test_dropout_keeps_the_mean_of_each_row() -> None:
     """Over draws of the mask each row has its adapter's update, scaled by 1/(1 − p)."""
     model = mlp(torch.float32, lora_dropout=0.5)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .base import is_linear4bit
+
 
 @contextmanager
 def gathered_parameters(model: nn.Module, name: str) -> Iterator[bool]:
@@ -26,7 +28,9 @@ def gathered_parameters(model: nn.Module, name: str) -> Iterator[bool]:
     ]
     try:
         for module, key, p in stored:
-            module._parameters[key] = nn.Parameter(_stand_in(p), requires_grad=p.requires_grad)
+            is_packed = key == "weight" and is_linear4bit(module)
+            stand_in = _stand_in(p, is_packed)
+            module._parameters[key] = nn.Parameter(stand_in, requires_grad=p.requires_grad)
         yield bool(stored)
     finally:
         for module, key, p in stored:
@@ -34,9 +38,12 @@ def gathered_parameters(model: nn.Module, name: str) -> Iterator[bool]:
             vars(getattr(module, "quant_state", None) or module).pop("_lora_kernels", None)
 
 
-def _stand_in(p: Any) -> Tensor:
-    """Return a tensor with p's shape, dtype and device. Only packed codes occupy memory."""
-    if p.is_floating_point():
+def _stand_in(p: Any, is_packed: bool) -> Tensor:
+    """Return a tensor with p's shape, dtype and device. Only packed codes occupy memory.
+
+    is_packed: whether p holds 4-bit codes, in whatever dtype.
+    """
+    if p.is_floating_point() and not is_packed:
         return torch.empty((), dtype=p.dtype, device=p.device).expand(p.shape)
     return torch.empty(p.shape, dtype=p.dtype, device=p.device)
 

@@ -1,6 +1,7 @@
 """`bench --compare`: what got slower is named, what did not is not, and other files are refused."""
 
 import copy
+import functools
 import json
 import math
 import time
@@ -17,6 +18,7 @@ from lora_kernels import cli, timing
 from lora_kernels.bench import command, compare, dense
 from lora_kernels.bench.case import Case
 from lora_kernels.bench.results import Result, Row
+from lora_kernels.timing import Ratio, Times
 
 PROVENANCE = {"processor": "A", "threads": 2, "torch": "2.8", "isa": "avx2", "peft": "0.17"}
 
@@ -163,6 +165,12 @@ def test_files_of_an_earlier_version_have_the_spread_of_both_times() -> None:
     assert found.bound == pytest.approx(4 * math.sqrt(2) * 0.0105, rel=0.01)
 
 
+def test_bound_covers_the_wider_side_of_the_spread() -> None:
+    for low, high in ((1.6, 2.2), (1.8, 2.5)):
+        times = Times(1.0, 1.1, 1.2, 100, Ratio(1.9, 2.0, 2.1, low, high))
+        assert compare.Measured.from_times(times, times).bound == pytest.approx(math.log(1.25))
+
+
 def test_another_machine_is_a_warning() -> None:
     lines, status = compare.report(
         result(layer(3, 1.0)), result(layer(3, 1.0), threads=8, torch="2.9")
@@ -294,6 +302,7 @@ def test_ten_per_cent_are_seen_and_nothing_else(
     run += ["--seconds", "5"]
     plain = dense.ours
 
+    @functools.wraps(plain)  # the name says whose times these are
     def slowed(args: dict[str, Any]) -> Callable[..., Tensor]:
         call = plain(args)
 

@@ -152,6 +152,8 @@ def test_count_layer_gradient_that_the_caller_owns_is_not_overwritten() -> None:
 
 def test_autocast_casts_trainable_leaves_once() -> None:
     x, w, log = meta(M, K), meta(N, K, requires_grad=True), list[Kernel]()
+    before = torch.get_autocast_dtype("cuda")
+    assert before is not BF16
 
     def forward() -> Tensor:
         with traffic.autocast(BF16):
@@ -161,7 +163,7 @@ def test_autocast_casts_trainable_leaves_once() -> None:
     count(forward, log)
     cast = [kernel.written for kernel in log if kernel.op == "aten._to_copy.default"]
     assert sorted(cast) == sorted([X // 2, 4 * K * N // 2, X // 2])
-    assert not torch.is_autocast_enabled()
+    assert not torch.is_autocast_enabled() and torch.get_autocast_dtype("cuda") is before
     with pytest.raises(RuntimeError):
         torch.is_autocast_enabled("meta")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,9 @@ def test_each_weight_is_the_sum_rounded_once(
     folders: tuple[Path, Path], tmp_path: Path, dtype: str, onto: str
 ) -> None:
     base, adapter = folders
-    done = merge_adapter(base, adapter, tmp_path / "out", dtype=dtype, onto=onto)
+    quantized = "bf16" if onto == "original" else "fp32"  # which rounds no dense base
+    out = tmp_path / "out"
+    done = merge_adapter(base, adapter, out, dtype=dtype, onto=onto, quant_dtype=quantized)
     assert done.layers == 6
     to = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     before, after, lora = tensors(base), tensors(tmp_path / "out"), tensors(adapter)
@@ -94,7 +97,9 @@ def test_each_weight_is_the_sum_rounded_once(
 
 def test_a_stock_folder(folders: tuple[Path, Path], tmp_path: Path) -> None:
     """The base's files, tokenizer and all; more than one shard; loads in its dtype without PEFT."""
-    base, adapter = folders
+    stored, adapter = folders
+    base = tmp_path / "base"
+    shutil.copytree(stored, base)
     (base / "LICENSE").write_text("MIT")
     done = merge_adapter(base, adapter, tmp_path / "out")
     names = [
@@ -109,7 +114,25 @@ def test_a_stock_folder(folders: tuple[Path, Path], tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert model.dtype is torch.bfloat16
     assert not any("lora" in name for name, _ in model.named_modules())
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "out"}
+
+
+def test_index_of_the_base_s_shards_is_not_copied(
+    folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """A base in shards, merged into one: its index would name files that are not there."""
+    stored, adapter = folders
+    base, largest = tmp_path / "base", "model-00001-of-00001.safetensors"
+    shutil.copytree(stored, base)
+    for file in base.glob("model*"):
+        file.unlink()
+    weights = tensors(stored)
+    save_file(weights, base / largest, {"format": "pt"})
+    index = {"metadata": {}, "weight_map": dict.fromkeys(weights, largest)}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    done = merge_adapter(base, adapter, tmp_path / "out")
+    assert done.shards == 1 and not list(done.out.glob("*.index.json"))
+    AutoModelForCausalLM.from_pretrained(done.out)
 
 
 def biased() -> Any:
@@ -271,3 +294,16 @@ def test_merge_onto_dequantized_rounds_to_the_quantized_dtype_first(
         pytest.fail("the dtypes give the same codes: the weight says nothing")
     want = four_bits(before[name].bfloat16()).dequantize(torch.float32)
     assert torch.equal(got["bf16"][name], want)
+
+
+def test_comparison_with_a_dense_base_rounds_it_to_no_quantized_dtype(
+    folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """In float32 the merged model differs from base + adapter by the order of sums alone."""
+    base, adapter = folders
+    merge_adapter(base, adapter, tmp_path / "out", dtype="fp32")
+    ids, quantized = torch.tensor([[5, 6, 7, 8]]), "bf16"
+    found = compare_merged(
+        tmp_path / "out", base, adapter, dtype="fp32", quant=None, quant_dtype=quantized, ids=ids
+    )
+    assert found.merged.logits < 2.0**-15 and found.original is None

@@ -82,3 +82,4 @@ def test_the_seed_settles_the_order() -> None:
     blocks = torch.arange(100).view(50, 2)
     assert batch(blocks, 3, 8, seed=1).equal(batch(blocks, 3, 8, seed=1))
     assert not batch(blocks, 3, 8, seed=1).equal(batch(blocks, 3, 8, seed=2))
+    assert not batch(blocks, 3, 8, seed=1).equal(batch(blocks, 2, 8, seed=2))

@@ -15,9 +15,11 @@ from lora_kernels.layers import LoRALinear
 from lora_kernels.peft import Explanation, Row, explain, fuse
 from tests.support.peft_models import (
     SIZES,
+    SIZES_4BIT,
     activate,
     adalora_mlp,
     batch,
+    four_bit_mlp,
     llama,
     mlp,
     two_adapters,
@@ -180,3 +182,25 @@ def test_dense_layers_have_rows() -> None:
 def test_every_row_has_a_reason() -> None:
     for model in (mlp(torch.float32), fuse(mlp(torch.float32)), LoRALinear(8, 8)):
         assert all(row.reason and row.strategy for row in explain(model).rows)
+
+
+@pytest.mark.parametrize("storage", [torch.uint8, torch.float32, torch.bfloat16], ids=str)
+def test_4bit_layers_that_fsdp2_shards_are_fused(storage: torch.dtype) -> None:
+    """The codes have any dtype of storage, and explain keeps no copy of them."""
+    pytest.importorskip("bitsandbytes")
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    try:
+        model = fuse(four_bit_mlp(quant_storage=storage, compute_dtype=torch.float32))
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        sharded = torch.distributed.fsdp.fully_shard(model, mesh=mesh)
+        before = explain(sharded).rows
+        for layer in (model.base_model.model.up, model.base_model.model.down):
+            assert "_lora_kernels" not in vars(layer.base_layer.quant_state)
+        with torch.no_grad():
+            sharded(torch.randn(3, SIZES_4BIT[0]))
+        for row, now in zip(before, explain(sharded).rows, strict=True):
+            assert row.state == now.state != "adapter only", row.reason
+    finally:
+        torch.distributed.destroy_process_group()

@@ -233,6 +233,11 @@ def test_a_frozen_adapter_is_named_once(caplog: pytest.LogCaptureFixture) -> Non
             with row_adapters(model, ["law", name, "law", "law"]):
                 pass
         model.set_requires_grad(["law", name])
+        for parameter in (n for n in model.state_dict() if f".lora_A.{name}." in n):
+            model.get_parameter(parameter).requires_grad_(False)  # LoRA-FA trains lora_B
+        with row_adapters(model, ["law", name, "law", "law"]):
+            pass
+        model.set_adapter("law")
         with row_adapters(model.eval(), ["law", name, "law", "law"]):
             pass
     assert [r.getMessage().partition(": ")[2].partition(" is ")[0] for r in caplog.records] == [
@@ -266,6 +271,13 @@ def test_bad_arguments_raise_before_anything_changes(
         raise AssertionError("entered")
     if isinstance(model, torch.nn.Module):
         assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_an_adapter_of_an_embedding_alone_is_known() -> None:
+    model = tenants(target_modules=["embed_tokens"])
+    with row_adapters(fuse(model), NAMES):
+        rows_loss(model, IDS).backward()
+    assert any(".lora_embedding_A.code" in name for name in gradients(model))
 
 
 def test_another_number_of_rows_is_pefts_error() -> None:

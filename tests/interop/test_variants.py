@@ -303,6 +303,16 @@ def count_ops_of(model: Any, x: Tensor, offsets: Any) -> dict[str, int]:
     return count_ops(call)
 
 
+def test_an_alora_prepared_for_hot_swapping_is_pefts() -> None:
+    stock, fused = pair(alora_mlp())
+    for model in (stock, fused):
+        up(model).scaling["default"] = torch.tensor(up(model).scaling["default"])
+    x = batch()
+    got, want = (up(model)(x, alora_offsets=[2, None, 3]) for model in (fused, stock))
+    assert_close_derived(got, want)
+    assert "(aLoRA) prepared for hot-swapping" in explain(fused).rows[0].reason
+
+
 def alora_llama(dtype: torch.dtype = f64) -> Any:
     config = LoraConfig(
         r=R, lora_alpha=ALPHA, task_type="CAUSAL_LM", target_modules="all-linear", **ALORA

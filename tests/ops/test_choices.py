@@ -99,8 +99,8 @@ def test_choices_are_those_of_the_table() -> None:
 def test_a_fused_4bit_gemm_ends_where_bitsandbytes_measured(gpu: DeviceInfo) -> None:
     """For weights of 4 Mi elements and more its `_gemm_4bit_use_custom_cuda` (0.50.2) fuses up to
     512 rows at most, and above 128 on Ada and RTX Blackwell alone."""
-    most = 512 if gpu in (RTX4090, RTX5090) else 128
-    for (N, K), M in itertools.product([*SHAPES, (28672, 8192)], range(most + 1, 8200, 61)):
+    most, shapes = 512 if gpu in (RTX4090, RTX5090) else 128, [*SHAPES, (28672, 8192), (2048, 2048)]
+    for (N, K), M in itertools.product(shapes, range(most + 1, 8200, 61)):
         assert choose(gpu, problem(N, K, M, True)) == "eager", (N, K, M)
 
 

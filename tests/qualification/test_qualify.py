@@ -4,11 +4,13 @@ import contextlib
 import fcntl
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -180,13 +182,14 @@ def test_torn_file_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def scripted(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Workers that say the lines of a script. Notes their orders, their waits and the GPUs."""
-    noted = SimpleNamespace(scripts=[], orders=[], waits=[], gpus=set())
+    noted = SimpleNamespace(scripts=[], orders=[], ends=[], waits=[], gpus=set())
 
     class Worker(contextlib.nullcontext[Any]):
         def __init__(self, card: str, index: int, order: dict[str, Any]) -> None:
             super().__init__(self)
             self.lines = iter([{"ready": fake_card.KEY}, *noted.scripts.pop(0)])
             noted.orders.append((index, order["compile"], order["claims"]))
+            noted.ends.append(order["end"])
             noted.waits.append([])
 
         def read(self, seconds: float) -> dict[str, Any]:
@@ -231,6 +234,20 @@ def test_workers_share_the_claims(monkeypatch: pytest.MonkeyPatch, scripted: Any
     assert found.rates == {"fit": 2.0} and found.date.endswith("+00:00")
 
 
+def test_workers_share_the_budget(monkeypatch: pytest.MonkeyPatch, scripted: Any) -> None:
+    """The next one has what the last one left, on the clock of the worker's process."""
+    clock = SimpleNamespace(time=lambda: clock.now + 1e9, monotonic=lambda: clock.now, now=7.0)
+    monkeypatch.setattr(qualification, "time", clock)
+
+    def report(claim: Claim, reason: str | None) -> None:
+        clock.now += 200.0
+
+    scripted.scripts += [[{"begin": 0}], [{"begin": 0}]]
+    monkeypatch.setattr(qualification, "plan", lambda *args: claims_on(DECODE, TWO_PASS))
+    qualify(1, budget_s=600.0, report=report)
+    assert scripted.ends == [1e9 + 607.0] * 2
+
+
 def test_workers_are_given_up(monkeypatch: pytest.MonkeyPatch, scripted: Any) -> None:
     scripted.scripts += [[] for _ in range(6)]
     found = run(monkeypatch, claims_on(DECODE))
@@ -260,6 +277,27 @@ os.close(0); os.close(1); time.sleep(0.2); raise SystemExit("first\\nlast")"""  
     assert options["env"]["CUDA_VISIBLE_DEVICES"] == "of 3"
     assert options["env"]["LORA_KERNELS_BACKEND"] == ""  # whatever the user forces
     assert options["cwd"] == Path(lora_kernels.__file__).parents[1]  # whatever files lie here
+
+
+def test_compilers_of_a_worker_end_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    code = """import subprocess, sys, time
+apart = {"stdin": -3, "stdout": -3, "stderr": -3}  # DEVNULL
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], **apart)
+print('{"child": %d}' % child.pid, flush=True); time.sleep(600)"""
+    popen = qualification.subprocess.Popen
+    monkeypatch.setattr(
+        qualification.subprocess,
+        "Popen",
+        lambda command, **given: popen([sys.executable, "-c", code], **given),
+    )
+    with qualification._Worker("card", 0, {}) as worker:
+        child = psutil.Process(worker.read(60.0)["child"])
+    for _ in range(500):
+        if not child.is_running() or child.status() == psutil.STATUS_ZOMBIE:
+            return
+        time.sleep(0.01)
+    child.kill()
+    raise AssertionError("the worker's child lives")
 
 
 def test_budget_leaves_claims_unchecked(monkeypatch: pytest.MonkeyPatch) -> None:

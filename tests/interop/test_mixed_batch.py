@@ -181,6 +181,16 @@ def test_unsupported_adapters_are_left_to_peft(config: Any, change: Any, reason:
     assert reason in explain(fused).rows[0].reason
 
 
+def test_lora_Bs_of_two_dtypes_are_left_to_peft_under_autocast() -> None:
+    model = several(mlp(torch.float32))
+    model.base_model.model.up.lora_B["second"].bfloat16()
+    stock, fused = (m.base_model.model.up for m in pair(model))
+    with torch.autocast("cpu", torch.bfloat16):
+        got, want = (layer(batch(torch.float32), adapter_names=NAMES) for layer in (fused, stock))
+    assert_close_derived(got, want)
+    assert "differ in dtype or dropout" in explain(fused).rows[0].reason
+
+
 def test_errors_are_pefts() -> None:
     stock, fused = pair(several())
     for names in (["second"], ["second", "nobody", "default"]):

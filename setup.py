@@ -130,7 +130,7 @@ def accepts(cxx: list[str], flags: list[str]) -> bool:
 def check_portable(library: Path) -> None:
     """RuntimeError if the library needs more of the system than PORTABLE.
 
-    A linker writes the names of what is needed among the library's strings.
+    The names of the needed libraries and symbol versions are in the dynamic string table.
     """
     names = re.findall(rb"\0([\w.+-]+)(?=\0)", library.read_bytes())
     for name in sorted({name.decode() for name in names}):

@@ -112,7 +112,8 @@ class ExpertsOptions(NamedTuple):
 def _unread(dy: Tensor, columns: int, dtype: torch.dtype, flat: bool = False) -> Tensor:
     """Return uninitialized memory in place of x, or of P if `flat`: no gradient reads its values.
 
-    It gives the backends shape and dtype. It lives for one backward; what is saved lives for all.
+    The backends read its shape and dtype. It is allocated in the backward and freed with it; a
+    saved tensor occupies memory from the forward on.
     """
     shape = (dy.numel() // dy.shape[-1],) if flat else dy.shape[:-1]
     return dy.new_empty(*shape, columns, dtype=dtype)

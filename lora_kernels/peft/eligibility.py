@@ -133,15 +133,15 @@ def _mixed_reason(layer: Any, adapters: Sequence[Adapter]) -> str | None:
     return None
 
 
-def sequences_reason(adapters: Sequence[Adapter], x: Tensor, rows: RowNames) -> str | None:
-    """Return why an aLoRA's rows of x are left to PEFT."""
+def has_invalid_sequences(adapters: Sequence[Adapter], x: Tensor, rows: RowNames) -> bool:
+    """Return True if there is an aLoRA, and x is not [B, T, K] or [B, K], or alora_offsets not [B].
+
+    PEFT's forward then computes or, for most shapes, raises.
+    """
     if not any(adapter.is_alora for adapter in adapters):
-        return None
-    if x.dim() not in (2, 3):
-        return f"an aLoRA, and x has {x.dim()} dimensions"
-    if rows.offsets is not None and len(rows.offsets) != x.shape[0]:
-        return f"an aLoRA, and {len(rows.offsets)} alora_offsets beside {x.shape[0]} sequences"
-    return None
+        return False
+    fits = rows.offsets is None or len(rows.offsets) == x.shape[0]
+    return x.dim() not in (2, 3) or not fits
 
 
 def svd_reason(

@@ -25,7 +25,7 @@ from .adapters import (
     weight_of,
 )
 from .base import is_linear4bit, readable_weight
-from .eligibility import is_dora, linear_reason, sequences_reason, unreadable_reason
+from .eligibility import has_invalid_sequences, is_dora, linear_reason, unreadable_reason
 from .prepared import PreparedForward
 
 # Keyword arguments that PEFT's variants read and that a base layer does not take.
@@ -59,7 +59,7 @@ class Fused(nn.Module):
             self.mixed_batch = None if rows.names is None else tuple(dict.fromkeys(rows.names))
         adapters = adapters_of(self)
         reason = linear_reason(self, adapters, x.device, x.dtype)
-        if reason is not None or sequences_reason(adapters, x, rows) is not None:
+        if reason is not None or has_invalid_sequences(adapters, x, rows):
             return cast(Tensor, super().forward(x, *args, **kwargs))
         if kwargs:
             self._check_forward_args(x, **kwargs)  # type: ignore[operator]  # PEFT's own

@@ -13,8 +13,6 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .swap import lora_layers
-
 BASE = "__base__"  # PEFT's name for no adapter
 _CHECKPOINT = "_gradient_checkpointing_func"  # transformers', of modules that checkpoint
 logger = logging.getLogger("lora_kernels")
@@ -114,7 +112,9 @@ class _Rows:
 
 def _checked(model: nn.Module, names: Sequence[str]) -> list[str]:
     """Return the names as a list, if the model's layers can take them."""
-    layers: list[Any] = [layer for _, layer, _ in lora_layers(model)]
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, want a torch.nn.Module")
+    layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
     if not layers:
         raise ValueError(
             f"model: got {type(model).__name__} without LoRA layers, want a PEFT model: "

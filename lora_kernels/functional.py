@@ -6,13 +6,24 @@ Without gradients they call the ops' implementations directly.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from numbers import Real
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import ops, selection
+from .arguments import (
+    FLOATS,
+    NATIVE_MASKS,
+    autocast_dtype,
+    check_devices,
+    check_dropout,
+    check_dtypes,
+    check_number,
+    check_vector,
+    check_weight,
+    matrix_shape,
+    tensor_error,
+)
 from .autograd import (
     ExpertsOptions,
     LoRAExpertsFunction,
@@ -26,8 +37,6 @@ from .core import reference
 from .core.call import ExpertsOperands, ExpertsSpec, MultiSpec, Operands, Spec
 from .core.packed4bit import PACKED4BIT_TENSORS, Packed4bit
 from .quantization import Weight4bit
-
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def lora_linear(
@@ -84,36 +93,38 @@ def lora_linear(
             [2.5000, 2.5000, 2.5000]])
     """
     if not isinstance(x, Tensor):
-        raise _tensor_error("x", x)
-    R, K = _matrix("lora_A", lora_A, "[R, K]")
-    N, ranks = _matrix("lora_B", lora_B, "[N, R]")
+        raise tensor_error("x", x)
+    R, K = matrix_shape("lora_A", lora_A, "[R, K]")
+    N, ranks = matrix_shape("lora_B", lora_B, "[N, R]")
     x_dtype, a_dtype, b_dtype = x.dtype, lora_A.dtype, lora_B.dtype
     device_type, _ = ops.device_of(x)
-    autocast = _is_autocast_enabled(device_type, x_dtype)
-    y_dtype = torch.get_autocast_dtype(device_type) if autocast else x_dtype
+    cast_dtype = autocast_dtype(device_type, x_dtype)
+    y_dtype = cast_dtype or x_dtype
     if x.dim() == 0 or x.shape[-1] != K:
-        raise ValueError(f"x: got shape {_shape(x)}, want [..., {K}] for lora_A {_shape(lora_A)}")
+        raise ValueError(
+            f"x: got shape {list(x.shape)}, want [..., {K}] for lora_A {list(lora_A.shape)}"
+        )
     if ranks != R:
-        raise ValueError(f"lora_B: got shape {_shape(lora_B)}, want [N, {R}] for rank {R}")
-    if x_dtype not in _FLOATS:
+        raise ValueError(f"lora_B: got shape {list(lora_B.shape)}, want [N, {R}] for rank {R}")
+    if x_dtype not in FLOATS:
         raise TypeError(f"x: got {x_dtype}, want float32, bfloat16, float16 or float64")
     if not (x_dtype is a_dtype is b_dtype):
-        _check_dtypes("x", x_dtype, lora_A=a_dtype, lora_B=b_dtype)
+        check_dtypes("x", x_dtype, lora_A=a_dtype, lora_B=b_dtype)
     if not (x.is_cpu and lora_A.is_cpu and lora_B.is_cpu):
-        _check_devices("x", x, lora_A=lora_A, lora_B=lora_B)
-    weight, codes, dtype = _base(x, weight, (N, K), compute_dtype, y_dtype if autocast else None)
+        check_devices("x", x, lora_A=lora_A, lora_B=lora_B)
+    weight, codes, dtype = check_weight(x, weight, (N, K), compute_dtype, cast_dtype)
     if bias is not None:
-        _check_vector("bias", bias, N, x)
+        check_vector("bias", bias, N, x)
     if rank_gate is not None:
-        _check_vector("rank_gate", rank_gate, R, x)
+        check_vector("rank_gate", rank_gate, R, x)
     if column_scale is not None:
-        _check_vector("column_scale", column_scale, N, x)
-    if autocast and is_on_gpu_path(device_type):  # a CPU's kernels keep the adapter's bits
+        check_vector("column_scale", column_scale, N, x)
+    if cast_dtype and is_on_gpu_path(device_type):  # a CPU's kernels keep the adapter's bits
         x, lora_A, lora_B = (t.to(y_dtype) for t in (x, lora_A, lora_B))
         weight = weight.to(y_dtype) if isinstance(weight, Tensor) else weight
     if dropout_p or rng is not None:
-        dropout_p, rng = _dropout(x, dropout_p, rng)
-    scaling, dropout_p = _number("scaling", scaling), float(dropout_p)
+        dropout_p, rng = check_dropout(x, dropout_p, rng)
+    scaling, dropout_p = check_number("scaling", scaling), float(dropout_p)
     spec = Spec(scaling, dropout_p, dtype, y_dtype)
     frozen = codes[:PACKED4BIT_TENSORS] or (weight,)
     if not torch.is_grad_enabled() and ops.can_bypass_dispatcher(x, frozen[0], lora_A, lora_B):
@@ -173,54 +184,56 @@ def multi_lora_linear(
             [1., 1.]])
     """
     if not isinstance(x, Tensor):
-        raise _tensor_error("x", x)
+        raise tensor_error("x", x)
     As, Bs = _adapters("lora_A", lora_A, "[E, R, K]"), _adapters("lora_B", lora_B, "[E, N, R]")
     E, device = len(As), x.device
     if len(Bs) != E:
         raise ValueError(f"lora_B: got {len(Bs)} adapters, want {E}, as many as of lora_A")
     device_type, _ = ops.device_of(x)
-    autocast = _is_autocast_enabled(device_type, x.dtype)
-    y_dtype = torch.get_autocast_dtype(device_type) if autocast else x.dtype
+    cast_dtype = autocast_dtype(device_type, x.dtype)
+    y_dtype = cast_dtype or x.dtype
     K, N = As[0].shape[1], Bs[0].shape[0]
     if x.dim() == 0 or x.shape[-1] != K:
-        raise ValueError(f"x: got shape {_shape(x)}, want [..., {K}] for lora_A {_shape(As[0])}")
-    if x.dtype not in _FLOATS:
+        raise ValueError(
+            f"x: got shape {list(x.shape)}, want [..., {K}] for lora_A {list(As[0].shape)}"
+        )
+    if x.dtype not in FLOATS:
         raise TypeError(f"x: got {x.dtype}, want float32, bfloat16, float16 or float64")
     a_dtype, b_dtype = As[0].dtype, Bs[0].dtype
     for e, (A, B) in enumerate(zip(As, Bs, strict=True)):
         if A.dim() != 2 or A.shape[1] != K:
-            raise ValueError(f"lora_A[{e}]: got shape {_shape(A)}, want [R, {K}]")
+            raise ValueError(f"lora_A[{e}]: got shape {list(A.shape)}, want [R, {K}]")
         if B.shape != (N, A.shape[0]):
-            raise ValueError(f"lora_B[{e}]: got shape {_shape(B)}, want [{N}, {A.shape[0]}]")
+            raise ValueError(f"lora_B[{e}]: got shape {list(B.shape)}, want [{N}, {A.shape[0]}]")
         if A.dtype is not a_dtype or B.dtype is not b_dtype:
             raise TypeError(
                 f"lora_A[{e}], lora_B[{e}]: got {A.dtype}, {B.dtype}, want {a_dtype}, {b_dtype}, "
                 "as the first have"
             )
         if A.device != device or B.device != device:
-            _check_devices("x", x, **{f"lora_A[{e}]": A, f"lora_B[{e}]": B})
-    _check_dtypes("x", x.dtype, lora_A=a_dtype, lora_B=b_dtype)
+            check_devices("x", x, **{f"lora_A[{e}]": A, f"lora_B[{e}]": B})
+    check_dtypes("x", x.dtype, lora_A=a_dtype, lora_B=b_dtype)
     if not isinstance(index, Tensor) or index.dtype not in (torch.int64, torch.int32):
         got = index.dtype if isinstance(index, Tensor) else type(index).__name__
         raise TypeError(f"index: got {got}, want a tensor of int64 or int32")
     if index.shape != x.shape[:-1]:
-        raise ValueError(f"index: got shape {_shape(index)}, want x's {list(x.shape[:-1])}")
-    _check_devices("x", x, index=index)
+        raise ValueError(f"index: got shape {list(index.shape)}, want x's {list(x.shape[:-1])}")
+    check_devices("x", x, index=index)
     if isinstance(scaling, (Sequence, Tensor)) and not isinstance(scaling, str):
         given = scaling.tolist() if isinstance(scaling, Tensor) else scaling
-        factors = tuple(_number("scaling", factor) for factor in given)
+        factors = tuple(check_number("scaling", factor) for factor in given)
     else:
-        factors = (_number("scaling", scaling),) * E
+        factors = (check_number("scaling", scaling),) * E
     if len(factors) != E:
         raise ValueError(f"scaling: got {len(factors)} numbers, want one, or {E}")
-    weight, codes, dtype = _base(x, weight, (N, K), compute_dtype, y_dtype if autocast else None)
+    weight, codes, dtype = check_weight(x, weight, (N, K), compute_dtype, cast_dtype)
     if bias is not None:
-        _check_vector("bias", bias, N, x)
-    if autocast and is_on_gpu_path(device_type):  # a CPU's kernels keep the adapter's bits
+        check_vector("bias", bias, N, x)
+    if cast_dtype and is_on_gpu_path(device_type):  # a CPU's kernels keep the adapter's bits
         x, *both = (t.to(y_dtype) for t in (x, *As, *Bs))
         As, Bs = both[:E], both[E:]
         weight = weight.to(y_dtype) if isinstance(weight, Tensor) else weight
-    dropout_p, rng = _dropout(x, dropout_p, rng)
+    dropout_p, rng = check_dropout(x, dropout_p, rng)
     options = MultiOptions(
         MultiSpec(factors, dropout_p, dtype, y_dtype), codes[PACKED4BIT_TENSORS:]
     )
@@ -280,8 +293,8 @@ def lora_experts_linear(
     [[3.0], [3.0], [0.0]]
     """
     if not isinstance(x, Tensor):
-        raise _tensor_error("x", x)
-    if x.dtype not in _FLOATS:
+        raise tensor_error("x", x)
+    if x.dtype not in FLOATS:
         raise TypeError(f"x: got {x.dtype}, want float32, bfloat16, float16 or float64")
     if not isinstance(weight, (Tensor, Weight4bit)):
         raise TypeError(f"weight: got {type(weight).__name__}, want a tensor or a Weight4bit")
@@ -292,7 +305,7 @@ def lora_experts_linear(
     N, K = (K, N) if is_transposed else (N, K)
     if x.dim() != 2 or x.shape[1] != K:
         raise ValueError(
-            f"x: got shape {_shape(x)}, want [M, {K}] for weight {list(weight.shape)}"
+            f"x: got shape {list(x.shape)}, want [M, {K}] for weight {list(weight.shape)}"
             + " and is_transposed=True" * is_transposed
         )
     if (lora_A is None) != (lora_B is None):
@@ -304,24 +317,26 @@ def lora_experts_linear(
         _check_experts_adapter(x, lora_A, lora_B, (E, N, K))
     _check_offsets(offsets, E, x)
     device_type, _ = ops.device_of(x)
-    autocast = _is_autocast_enabled(device_type, x.dtype)
-    y_dtype = torch.get_autocast_dtype(device_type) if autocast else x.dtype
+    cast_dtype = autocast_dtype(device_type, x.dtype)
+    y_dtype = cast_dtype or x.dtype
     shape = tuple(weight.shape)
-    base, codes, dtype = _base(x, weight, shape, compute_dtype, y_dtype if autocast else None)
+    base, codes, dtype = check_weight(x, weight, shape, compute_dtype, cast_dtype)
     if base is not None and is_transposed:
         base = base.mT
     if bias is not None:
         if not isinstance(bias, Tensor):
-            raise _tensor_error("bias", bias)
+            raise tensor_error("bias", bias)
         if bias.shape != (E, N):
-            raise ValueError(f"bias: got shape {_shape(bias)}, want [{E}, {N}]")
-        _check_dtypes("x", x.dtype, bias=bias.dtype)
-        _check_devices("x", x, bias=bias)
-    if autocast and is_on_gpu_path(device_type):
+            raise ValueError(f"bias: got shape {list(bias.shape)}, want [{E}, {N}]")
+        check_dtypes("x", x.dtype, bias=bias.dtype)
+        check_devices("x", x, bias=bias)
+    if cast_dtype and is_on_gpu_path(device_type):
         x, lora_A, lora_B = (t.to(y_dtype) for t in (x, lora_A, lora_B))
         base = None if base is None else base.to(y_dtype)
-    dropout_p, rng = _dropout(x, dropout_p, rng)
-    spec = ExpertsSpec(_number("scaling", scaling), dropout_p, dtype, y_dtype, bool(is_transposed))
+    dropout_p, rng = check_dropout(x, dropout_p, rng)
+    spec = ExpertsSpec(
+        check_number("scaling", scaling), dropout_p, dtype, y_dtype, bool(is_transposed)
+    )
     frozen = codes[:PACKED4BIT_TENSORS] or (base,)
     if not torch.is_grad_enabled() and ops.can_bypass_dispatcher(
         x, frozen[0], lora_A, lora_B, offsets
@@ -341,16 +356,16 @@ def _check_experts_adapter(
     E, N, K = sizes
     for name, t in (("lora_A", lora_A), ("lora_B", lora_B)):
         if not isinstance(t, Tensor):
-            raise _tensor_error(name, t)
+            raise tensor_error(name, t)
     if lora_A.dim() != 3 or lora_A.shape[::2] != (E, K) or lora_A.shape[1] < 1:
         raise ValueError(
-            f"lora_A: got shape {_shape(lora_A)}, want [{E}, R, {K}] with R at least 1"
+            f"lora_A: got shape {list(lora_A.shape)}, want [{E}, R, {K}] with R at least 1"
         )
     if lora_B.shape != (E, N, lora_A.shape[1]):
         want = f"[{E}, {N}, {lora_A.shape[1]}]"
-        raise ValueError(f"lora_B: got shape {_shape(lora_B)}, want {want}")
-    _check_dtypes("x", x.dtype, lora_A=lora_A.dtype, lora_B=lora_B.dtype)
-    _check_devices("x", x, lora_A=lora_A, lora_B=lora_B)
+        raise ValueError(f"lora_B: got shape {list(lora_B.shape)}, want {want}")
+    check_dtypes("x", x.dtype, lora_A=lora_A.dtype, lora_B=lora_B.dtype)
+    check_devices("x", x, lora_A=lora_A, lora_B=lora_B)
 
 
 def _check_offsets(offsets: Tensor, experts: int, x: Tensor) -> None:
@@ -358,8 +373,8 @@ def _check_offsets(offsets: Tensor, experts: int, x: Tensor) -> None:
         got = offsets.dtype if isinstance(offsets, Tensor) else type(offsets).__name__
         raise TypeError(f"offsets: got {got}, want a tensor of int64 or int32")
     if offsets.shape != (experts,):
-        raise ValueError(f"offsets: got shape {_shape(offsets)}, want [{experts}]")
-    _check_devices("x", x, offsets=offsets)
+        raise ValueError(f"offsets: got shape {list(offsets.shape)}, want [{experts}]")
+    check_devices("x", x, offsets=offsets)
     if not ops.can_bypass_dispatcher(offsets) or not offsets.is_cpu:
         return  # a traced tensor has no values, and reading a GPU's would synchronize
     before = 0
@@ -376,35 +391,17 @@ def _adapters(name: str, tensors: Tensor | Sequence[Tensor], want: str) -> list[
     if isinstance(tensors, Tensor):
         if tensors.dim() != 3 or tensors.numel() == 0:
             raise ValueError(
-                f"{name}: got shape {_shape(tensors)}, want {want}, each at least 1, or a sequence "
-                "of matrices"
+                f"{name}: got shape {list(tensors.shape)}, want {want}, each at least 1, or a "
+                "sequence of matrices"
             )
         return list(tensors.unbind())
     if not tensors:
         raise ValueError(f"{name}: got no adapter, want at least 1")
     for e, t in enumerate(tensors):
         if not isinstance(t, Tensor):
-            raise _tensor_error(f"{name}[{e}]", t)
-    _matrix(f"{name}[0]", tensors[0], want.replace("E, ", ""))
+            raise tensor_error(f"{name}[{e}]", t)
+    matrix_shape(f"{name}[0]", tensors[0], want.replace("E, ", ""))
     return list(tensors)
-
-
-def _dropout(x: Tensor, dropout_p: float, rng: Tensor | None) -> tuple[float, Tensor | None]:
-    """Return the checked probability, and the state of the mask or the mask.
-
-    The second is None if dropout_p is 0 or if the op draws the mask. A state is drawn without
-    gradients too, because checkpointing must replay the mask.
-    """
-    dropout_p = _number("dropout_p", dropout_p)
-    if not dropout_p:
-        return 0.0, None
-    if not 0.0 <= dropout_p <= 1.0:  # NaN fails this too
-        raise ValueError(f"dropout_p: got {dropout_p}, want a probability in [0, 1]")
-    if rng is not None:
-        _check_rng(rng, x)
-        # Kernels read a state by its address.
-        return dropout_p, rng if rng.dtype is torch.bool else rng.contiguous()
-    return dropout_p, None if selection.is_eager_on_gpu(ops.device_of(x)[0]) else draw_rng(x)
 
 
 def dropout_mask(rng: Tensor, M: int, K: int, p: float) -> Tensor:
@@ -426,19 +423,8 @@ def dropout_mask(rng: Tensor, M: int, K: int, p: float) -> Tensor:
     """
     device_type = rng.device.type
     if selection.is_eager_on_gpu(device_type):
-        raise RuntimeError(f"dropout_mask: rng is on {rng.device}, {_NATIVE_MASKS}")
+        raise RuntimeError(f"dropout_mask: rng is on {rng.device}, {NATIVE_MASKS}")
     return reference.dropout_mask(rng, M, K, p)
-
-
-_NATIVE_MASKS = (
-    "where the eager backend draws masks with PyTorch's dropout kernel (torch.manual_seed repeats "
-    "them); want a CPU's, or lora_kernels.backend('triton' or 'cuda')"
-)
-
-
-def draw_rng(x: Tensor) -> Tensor:
-    """Draw the state of a dropout mask from the default generator of x's device."""
-    return torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=x.device)
 
 
 @torch.no_grad()
@@ -477,22 +463,22 @@ def dora_norm(
     >>> dora_norm(torch.eye(2), torch.ones(1, 2), torch.tensor([[1.0], [0.0]]), scaling=2.0)
     tensor([3.6056, 1.0000])
     """
-    R, K = _matrix("lora_A", lora_A, "[R, K]")
-    N, _ = _matrix("lora_B", lora_B, "[N, R]")
+    R, K = matrix_shape("lora_A", lora_A, "[R, K]")
+    N, _ = matrix_shape("lora_B", lora_B, "[N, R]")
     if lora_B.shape[1] != R:
-        raise ValueError(f"lora_B: got shape {_shape(lora_B)}, want [N, {R}] for rank {R}")
+        raise ValueError(f"lora_B: got shape {list(lora_B.shape)}, want [N, {R}] for rank {R}")
     if not isinstance(weight, (Tensor, Weight4bit)):
         got = type(weight).__name__
         raise TypeError(f"weight: got {got}, want a tensor or a Weight4bit")
     if tuple(weight.shape) != (N, K):
         raise ValueError(
-            f"weight: got shape {list(weight.shape)}, want [{N}, {K}] for lora_A {_shape(lora_A)} "
-            f"and lora_B {_shape(lora_B)}"
+            f"weight: got shape {list(weight.shape)}, want [{N}, {K}] for lora_A "
+            f"{list(lora_A.shape)} and lora_B {list(lora_B.shape)}"
         )
     held = weight.packed if isinstance(weight, Weight4bit) else weight
-    _check_devices("lora_A", lora_A, weight=held, lora_B=lora_B)
+    check_devices("lora_A", lora_A, weight=held, lora_B=lora_B)
     dtypes = {"lora_A": lora_A.dtype, "lora_B": lora_B.dtype}
-    _check_dtypes("lora_A", lora_A.dtype, **dtypes)
+    check_dtypes("lora_A", lora_A.dtype, **dtypes)
     if isinstance(weight, Weight4bit):
         if lora_A.dtype is torch.float64:
             raise TypeError(
@@ -500,12 +486,12 @@ def dora_norm(
                 "weight"
             )
     else:
-        _check_dtypes("lora_A", lora_A.dtype, weight=weight.dtype)
+        check_dtypes("lora_A", lora_A.dtype, weight=weight.dtype)
     if rank_gate is not None:
-        _check_vector("rank_gate", rank_gate, R, lora_A, "lora_A")
+        check_vector("rank_gate", rank_gate, R, lora_A, "lora_A")
     if row_squares is not None:
-        _check_vector("row_squares", row_squares, N, lora_A, "lora_A")
-    rest = (lora_A, lora_B, _number("scaling", scaling), rank_gate, row_squares)
+        check_vector("row_squares", row_squares, N, lora_A, "lora_A")
+    rest = (lora_A, lora_B, check_number("scaling", scaling), rank_gate, row_squares)
     base = weight.codes if isinstance(weight, Weight4bit) else weight
     if ops.can_bypass_dispatcher(held, lora_A, lora_B):
         return ops.dora_norm_direct(base, *rest)
@@ -515,149 +501,3 @@ def dora_norm(
     else:
         norm = ops.dora_norm_4bit(*base, *rest)
     return norm
-
-
-def _is_autocast_enabled(device_type: str, x_dtype: torch.dtype) -> bool:
-    return (
-        x_dtype is not torch.float64
-        and device_type != "meta"  # autocast raises for meta
-        and torch.is_autocast_enabled(device_type)
-    )
-
-
-def base_dtype(
-    device_type: str, x_dtype: torch.dtype, compute_dtype: torch.dtype | None = None
-) -> torch.dtype:
-    """Return the base GEMM's dtype: autocast's if enabled, else the requested dtype, else x's.
-
-    >>> import torch
-    >>> base_dtype("cpu", torch.float32)
-    torch.float32
-    """
-    if _is_autocast_enabled(device_type, x_dtype):
-        return torch.get_autocast_dtype(device_type)
-    return compute_dtype or x_dtype
-
-
-def _shape(t: Tensor) -> str:
-    return str(list(t.shape))
-
-
-def _tensor_error(name: str, got: object) -> TypeError:
-    return TypeError(f"{name}: got {type(got).__name__}, want a tensor")
-
-
-def _number(name: str, got: float) -> float:
-    if type(got) is float:
-        return got
-    if isinstance(got, bool) or not isinstance(got, (Real, torch.SymFloat, torch.SymInt)):
-        raise TypeError(f"{name}: got {got!r}, want a number")
-    return float(got)
-
-
-def _matrix(name: str, t: Tensor, want: str) -> tuple[int, int]:
-    if not isinstance(t, Tensor):
-        raise _tensor_error(name, t)
-    shape = t.shape  # a new object each time
-    if len(shape) != 2 or 0 in shape:
-        raise ValueError(f"{name}: got shape {_shape(t)}, want {want}, each at least 1")
-    rows, columns = shape
-    return rows, columns
-
-
-def _check_dtypes(beside: str, x_dtype: torch.dtype, **dtypes: torch.dtype) -> None:
-    for name, got in dtypes.items():
-        if got not in _FLOATS:
-            raise TypeError(f"{name}: got {got}, want float32, bfloat16, float16 or float64")
-        if (got is torch.float64) != (x_dtype is torch.float64):
-            raise TypeError(
-                f"{name}: got {got} beside {beside} in {x_dtype}; float64 goes with float64 alone"
-            )
-
-
-def _base(
-    x: Tensor,
-    weight: Tensor | Weight4bit | None,
-    shape: tuple[int, ...],
-    compute_dtype: torch.dtype | None,
-    autocast_dtype: torch.dtype | None,
-) -> tuple[Tensor | None, tuple[Any, ...], torch.dtype]:
-    """Check the weight; return it dense or as codes, and the dtype of the base GEMM."""
-    if isinstance(weight, Weight4bit):
-        dtype = autocast_dtype or compute_dtype or x.dtype
-        _check_weight_4bit(x, weight, shape, dtype)
-        return None, tuple(weight.codes), dtype  # some Dynamos slice no NamedTuple
-    if compute_dtype is not None:
-        raise ValueError(f"compute_dtype: got {compute_dtype}, want None beside a dense weight")
-    if weight is not None:
-        if not isinstance(weight, Tensor):
-            raise TypeError(f"weight: got {type(weight).__name__}, want a tensor or a Weight4bit")
-        if weight.dtype is not x.dtype or not (weight.is_cpu and x.is_cpu) or weight.requires_grad:
-            _check_weight(x, weight)
-        if weight.shape != shape:
-            raise ValueError(
-                f"weight: got shape {_shape(weight)}, want {list(shape)} for lora_A and lora_B"
-            )
-    return weight, (), autocast_dtype or x.dtype
-
-
-def _check_weight(x: Tensor, weight: Tensor) -> None:
-    _check_dtypes("x", x.dtype, weight=weight.dtype)
-    if weight.dtype is not x.dtype and not _is_autocast_enabled(ops.device_of(x)[0], x.dtype):
-        raise TypeError(
-            f"weight: got {weight.dtype}, want x's {x.dtype} (or autocast, which casts both)"
-        )
-    _check_devices("x", x, weight=weight)
-    if weight.requires_grad and torch.is_grad_enabled():
-        raise ValueError(
-            "weight: got requires_grad=True, want a frozen weight: its gradient is not computed "
-            "here. Call weight.requires_grad_(False), or keep the layer unfused"
-        )
-
-
-def _check_weight_4bit(
-    x: Tensor, weight: Weight4bit, shape: tuple[int, ...], dtype: torch.dtype
-) -> None:
-    if weight.shape != shape:
-        raise ValueError(
-            f"weight: got shape {list(weight.shape)}, want {list(shape)} for lora_A and lora_B"
-        )
-    _check_devices("x", x, weight=weight.packed)
-    if x.dtype is torch.float64 or dtype not in _FLOATS[:3]:
-        name, got = ("x", x.dtype) if x.dtype is torch.float64 else ("compute_dtype", dtype)
-        raise TypeError(
-            f"{name}: got {got}, want float32, bfloat16 or float16 beside a 4-bit weight"
-        )
-
-
-def _check_devices(beside: str, x: Tensor, **tensors: Tensor) -> None:
-    for name, t in tensors.items():
-        if t.device != x.device:
-            raise ValueError(f"{name}: got device {t.device}, want {beside}'s device {x.device}")
-
-
-def _check_vector(name: str, t: Tensor, size: int, x: Tensor, beside: str = "x") -> None:
-    if not isinstance(t, Tensor):
-        raise _tensor_error(name, t)
-    if t.dim() != 1 or t.shape[0] != size:
-        raise ValueError(f"{name}: got shape {_shape(t)}, want [{size}]")
-    if t.dtype not in _FLOATS or (t.dtype is torch.float64) != (x.dtype is torch.float64):
-        raise TypeError(
-            f"{name}: got {t.dtype}, want a floating dtype that goes with {beside}'s {x.dtype}"
-        )
-    _check_devices(beside, x, **{name: t})
-
-
-def _check_rng(rng: Tensor, x: Tensor) -> None:
-    if not isinstance(rng, Tensor):
-        raise _tensor_error("rng", rng)
-    _check_devices("x", x, rng=rng)
-    if rng.dtype is torch.bool and rng.shape == x.shape:
-        return
-    if rng.dtype is not torch.int64 or rng.shape != (2,):
-        raise ValueError(
-            f"rng: got {rng.dtype} {_shape(rng)}, want int64 [2]: seed and offset; or the mask, "
-            f"torch.bool {_shape(x)}"
-        )
-    if selection.is_eager_on_gpu(ops.device_of(x)[0]) and not x.is_meta:
-        raise ValueError(f"rng: got the state of a mask on {rng.device}, {_NATIVE_MASKS}")

@@ -13,24 +13,23 @@ import torch
 from torch import Tensor
 
 from . import head_ops, ops
+from .arguments import (
+    FLOATS,
+    autocast_dtype,
+    check_devices,
+    check_dropout,
+    check_dtypes,
+    check_number,
+    check_vector,
+    check_weight,
+    matrix_shape,
+    tensor_error,
+)
 from .autograd import differentiable_once
 from .backends import forced
 from .backends.library import is_on_gpu_path
 from .core.call import HeadGrads, HeadNeeds, HeadOutputs, HeadSpec
 from .core.packed4bit import PACKED4BIT_TENSORS
-from .functional import (
-    _FLOATS,
-    _base,
-    _check_devices,
-    _check_dtypes,
-    _check_vector,
-    _dropout,
-    _is_autocast_enabled,
-    _matrix,
-    _number,
-    _shape,
-    _tensor_error,
-)
 from .quantization import Weight4bit
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -137,7 +136,7 @@ def lora_linear_cross_entropy(
     """
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: got {reduction!r}, want one of {', '.join(REDUCTIONS)}")
-    label_smoothing = _number("label_smoothing", label_smoothing)
+    label_smoothing = check_number("label_smoothing", label_smoothing)
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing: got {label_smoothing}, want a number in [0, 1]")
     tensors, call = _prepare(
@@ -204,7 +203,7 @@ def lora_linear_log_probs(
     >>> found.log_probs.exp(), found.is_top1
     (tensor([0.2500, 0.2500]), tensor([ True, False]))
     """
-    temperature = _number("temperature", temperature)
+    temperature = check_number("temperature", temperature)
     if not temperature > 0.0:
         raise ValueError(f"temperature: got {temperature}, want a positive number")
     for name in outputs:
@@ -246,8 +245,8 @@ def _prepare(
 ) -> tuple[_Tensors, _Call]:
     """Check the arguments; return the tensors, with x as rows, and the call."""
     if not isinstance(x, Tensor):
-        raise _tensor_error("x", x)
-    if x.dtype not in _FLOATS:
+        raise tensor_error("x", x)
+    if x.dtype not in FLOATS:
         raise TypeError(f"x: got {x.dtype}, want float32, bfloat16, float16 or float64")
     if not isinstance(weight, (Tensor, Weight4bit)):
         raise TypeError(f"weight: got {type(weight).__name__}, want a tensor or a Weight4bit")
@@ -256,49 +255,49 @@ def _prepare(
     V, K = weight.shape
     if x.dim() == 0 or x.shape[-1] != K:
         want = f"[..., {K}] for weight {list(weight.shape)}"
-        raise ValueError(f"x: got shape {_shape(x)}, want {want}")
+        raise ValueError(f"x: got shape {list(x.shape)}, want {want}")
     if (lora_A is None) != (lora_B is None):
         name, got = ("lora_B", lora_B) if lora_A is not None else ("lora_A", lora_A)
         raise TypeError(f"{name}: got {got}, want a tensor, or None for both lora_A and lora_B")
     if lora_A is None or lora_B is None:
         # One rank of zeros, so that every backend takes the call.
         lora_A, lora_B = x.new_zeros(1, K), x.new_zeros(V, 1)
-    R, inner = _matrix("lora_A", lora_A, "[R, K]")
+    R, inner = matrix_shape("lora_A", lora_A, "[R, K]")
     if inner != K:
-        raise ValueError(f"lora_A: got shape {_shape(lora_A)}, want [R, {K}]")
+        raise ValueError(f"lora_A: got shape {list(lora_A.shape)}, want [R, {K}]")
     if not isinstance(lora_B, Tensor):
-        raise _tensor_error("lora_B", lora_B)
+        raise tensor_error("lora_B", lora_B)
     if lora_B.shape != (V, R):
-        raise ValueError(f"lora_B: got shape {_shape(lora_B)}, want [{V}, {R}]")
-    _check_dtypes("x", x.dtype, lora_A=lora_A.dtype, lora_B=lora_B.dtype)
-    _check_devices("x", x, lora_A=lora_A, lora_B=lora_B)
+        raise ValueError(f"lora_B: got shape {list(lora_B.shape)}, want [{V}, {R}]")
+    check_dtypes("x", x.dtype, lora_A=lora_A.dtype, lora_B=lora_B.dtype)
+    check_devices("x", x, lora_A=lora_A, lora_B=lora_B)
     _check_labels(labels, x)
     device_type, _ = ops.device_of(x)
-    autocast = _is_autocast_enabled(device_type, x.dtype)
-    y_dtype = torch.get_autocast_dtype(device_type) if autocast else x.dtype
+    cast_dtype = autocast_dtype(device_type, x.dtype)
+    y_dtype = cast_dtype or x.dtype
     frozen = weight.detach() if isinstance(weight, Tensor) else weight  # it may train here
-    _, codes, dtype = _base(x, frozen, (V, K), compute_dtype, y_dtype if autocast else None)
+    _, codes, dtype = check_weight(x, frozen, (V, K), compute_dtype, cast_dtype)
     if bias is not None:
-        _check_vector("bias", bias, V, x)
-    scale, cap = _number("logit_scale", logit_scale), 0.0
+        check_vector("bias", bias, V, x)
+    scale, cap = check_number("logit_scale", logit_scale), 0.0
     if logit_softcap is not None:
-        cap = _number("logit_softcap", logit_softcap)
+        cap = check_number("logit_softcap", logit_softcap)
         if not cap > 0.0:
             raise ValueError(f"logit_softcap: got {logit_softcap}, want a positive number, or None")
     if chunk_rows is not None and (not isinstance(chunk_rows, int) or chunk_rows < 1):
         raise ValueError(f"chunk_rows: got {chunk_rows!r}, want an integer, at least 1, or None")
     base = (weight,) if isinstance(weight, Tensor) else codes[:PACKED4BIT_TENSORS]
-    dropout_p, rng = _dropout(x, dropout_p, rng)
+    dropout_p, rng = check_dropout(x, dropout_p, rng)
     if dropout_p and rng is None:  # the mask of PyTorch's kernel, which the backward needs too
         rng = torch.native_dropout(x.detach(), dropout_p, True)[1]
     if rng is not None and rng.dtype is torch.bool:
         rng = rng.reshape(-1, K)
-    if autocast and is_on_gpu_path(device_type):  # a CPU's kernels keep the adapter's bits
+    if cast_dtype and is_on_gpu_path(device_type):  # a CPU's kernels keep the adapter's bits
         x, lora_A, lora_B = (t.to(y_dtype) for t in (x, lora_A, lora_B))
         base = base if codes else (base[0].to(y_dtype),)
     rows, flat = x.reshape(-1, K), labels.reshape(-1).to(torch.int64)
     spec = HeadSpec(
-        _number("scaling", scaling), dropout_p, dtype, y_dtype, scale, cap,
+        check_number("scaling", scaling), dropout_p, dtype, y_dtype, scale, cap,
         ignore_index=ignore_index, chunk_rows=chunk_rows or 0,
     )  # fmt: skip
     tensors = _Tensors(rows, lora_A, lora_B, bias, flat, rng, base)
@@ -310,8 +309,8 @@ def _check_labels(labels: Tensor, x: Tensor) -> None:
         got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
         raise TypeError(f"labels: got {got}, want a tensor of int64 or int32")
     if labels.shape != x.shape[:-1]:
-        raise ValueError(f"labels: got shape {_shape(labels)}, want x's {list(x.shape[:-1])}")
-    _check_devices("x", x, labels=labels)
+        raise ValueError(f"labels: got shape {list(labels.shape)}, want x's {list(x.shape[:-1])}")
+    check_devices("x", x, labels=labels)
 
 
 def _cast(grad: Tensor | None, like: torch.dtype) -> Tensor | None:

@@ -36,7 +36,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import functional, ops, selection
+from . import arguments, ops, selection
 from .backends import library
 
 # The card whose dispatch bitsandbytes' `gemm_4bit` follows: H100, sm_90 with 132 SMs.
@@ -376,7 +376,6 @@ def _set_meta_autocast(dtype: torch.dtype | None) -> Iterator[None]:
     """Answer questions after autocast on meta, which PyTorch refuses: it is on in `dtype`, or off
     if that is None."""
     is_enabled, get_dtype = torch.is_autocast_enabled, torch.get_autocast_dtype
-    is_enabled_for = functional._is_autocast_enabled
 
     def is_enabled_on_meta(*device_type: str) -> bool:
         if device_type == ("meta",):
@@ -387,17 +386,12 @@ def _set_meta_autocast(dtype: torch.dtype | None) -> Iterator[None]:
         on_meta = _autocast_dtype.get()
         return on_meta if device_type == "meta" and on_meta else get_dtype(device_type)
 
-    def is_enabled_for_meta(device_type: str, x_dtype: torch.dtype) -> bool:
-        if device_type == "meta":
-            return _autocast_dtype.get() is not None and x_dtype is not torch.float64
-        return is_enabled_for(device_type, x_dtype)
-
     token = _autocast_dtype.set(dtype)
     try:
         with (
             mock.patch.object(torch, "is_autocast_enabled", is_enabled_on_meta),
             mock.patch.object(torch, "get_autocast_dtype", get_dtype_on_meta),
-            mock.patch.object(functional, "_is_autocast_enabled", is_enabled_for_meta),
+            mock.patch.object(arguments, "WITHOUT_AUTOCAST", ()),
         ):
             yield
     finally:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..functional import base_dtype
+from ..arguments import base_dtype
 from ..quantization import Weight4bit, quantize_4bit
 from ..quantization.weight4bit import check_decoder
 from .layer import Base, Init, LoRALayer

@@ -11,12 +11,12 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from .. import ops, selection
+from ..arguments import base_dtype
 from ..backends import cpu, cpu_heuristics
 from ..backends.decode4bit import decoded_by
 from ..backends.head import chunk_rows
 from ..backends.library import is_on_gpu_path
 from ..core.problem import Layout, Problem
-from ..functional import base_dtype
 from ..layers import DoRALinear, LoRAEmbedding, LoRALayer
 from ..layers.experts import is_quantized, stack
 from ..quantization import Weight4bit

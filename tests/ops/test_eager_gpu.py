@@ -610,6 +610,22 @@ def test_autocast_rounds_the_adapters_of_experts(K: int, wide: str) -> None:
     assert got.dtype is bf16 and torch.equal(got, want)
 
 
+@pytest.mark.parametrize("experts", [False, True], ids=["rows", "experts"])
+def test_without_autocast_adapters_keep_their_bits(experts: bool) -> None:
+    torch.manual_seed(0)
+    K = 63 if experts else 64  # each expert by itself: a grouped GEMM rounds the adapter
+    x, W = torch.randn(6, K, dtype=bf16), torch.zeros(2, 32, K, dtype=bf16)
+    adapter = torch.randn(2, 8, K) / 8, torch.randn(2, 32, 8)
+    places = torch.tensor([4, 6]) if experts else torch.tensor([0, 1, 0, -1, 1, 0])
+
+    def y(adapter: tuple[Tensor, ...]) -> Tensor:
+        if experts:
+            return lora_experts_linear(x, W, *adapter, places)
+        return multi_lora_linear(x, W[0], *adapter, places)
+
+    assert not torch.equal(y(adapter), y(tuple(t.to(bf16).float() for t in adapter)))
+
+
 def test_seam_leaves_other_cpu_tensors_alone() -> None:
     assert library.is_on_gpu_path("cpu")
     with contextlib.suppress(ValueError), as_on_gpu():

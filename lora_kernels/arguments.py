@@ -1,0 +1,182 @@
+"""Checks of the public functions' arguments, each error naming the argument, and their dtypes."""
+
+from __future__ import annotations
+
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops, selection
+from .quantization import Weight4bit
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+WITHOUT_AUTOCAST = ("meta",)  # torch.is_autocast_enabled raises for it
+NATIVE_MASKS = (
+    "where the eager backend draws masks with PyTorch's dropout kernel (torch.manual_seed repeats "
+    "them); want a CPU's, or lora_kernels.backend('triton' or 'cuda')"
+)
+
+
+def autocast_dtype(device_type: str, x_dtype: torch.dtype) -> torch.dtype | None:
+    """Return autocast's dtype, or None if it is off for the device or leaves x as it is."""
+    if x_dtype is torch.float64 or device_type in WITHOUT_AUTOCAST:
+        return None
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+
+
+def base_dtype(
+    device_type: str, x_dtype: torch.dtype, compute_dtype: torch.dtype | None = None
+) -> torch.dtype:
+    """Return the base GEMM's dtype: autocast's if enabled, else the requested dtype, else x's.
+
+    >>> import torch
+    >>> base_dtype("cpu", torch.float32)
+    torch.float32
+    """
+    return autocast_dtype(device_type, x_dtype) or compute_dtype or x_dtype
+
+
+def tensor_error(name: str, got: object) -> TypeError:
+    return TypeError(f"{name}: got {type(got).__name__}, want a tensor")
+
+
+def check_number(name: str, got: float) -> float:
+    if type(got) is float:
+        return got
+    if isinstance(got, bool) or not isinstance(got, (Real, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"{name}: got {got!r}, want a number")
+    return float(got)
+
+
+def matrix_shape(name: str, t: Tensor, want: str) -> tuple[int, int]:
+    if not isinstance(t, Tensor):
+        raise tensor_error(name, t)
+    shape = t.shape  # a new object each time
+    if len(shape) != 2 or 0 in shape:
+        raise ValueError(f"{name}: got shape {list(t.shape)}, want {want}, each at least 1")
+    rows, columns = shape
+    return rows, columns
+
+
+def check_dtypes(beside: str, x_dtype: torch.dtype, **dtypes: torch.dtype) -> None:
+    for name, got in dtypes.items():
+        if got not in FLOATS:
+            raise TypeError(f"{name}: got {got}, want float32, bfloat16, float16 or float64")
+        if (got is torch.float64) != (x_dtype is torch.float64):
+            raise TypeError(
+                f"{name}: got {got} beside {beside} in {x_dtype}; float64 goes with float64 alone"
+            )
+
+
+def check_weight(
+    x: Tensor,
+    weight: Tensor | Weight4bit | None,
+    shape: tuple[int, ...],
+    compute_dtype: torch.dtype | None,
+    cast_dtype: torch.dtype | None,
+) -> tuple[Tensor | None, tuple[Any, ...], torch.dtype]:
+    """Check the weight; return it dense or as codes, and the dtype of the base GEMM.
+
+    cast_dtype: as `autocast_dtype` returns it.
+    """
+    if isinstance(weight, Weight4bit):
+        dtype = cast_dtype or compute_dtype or x.dtype
+        _check_4bit(x, weight, shape, dtype)
+        return None, tuple(weight.codes), dtype  # some Dynamos slice no NamedTuple
+    if compute_dtype is not None:
+        raise ValueError(f"compute_dtype: got {compute_dtype}, want None beside a dense weight")
+    if weight is not None:
+        if not isinstance(weight, Tensor):
+            raise TypeError(f"weight: got {type(weight).__name__}, want a tensor or a Weight4bit")
+        if weight.dtype is not x.dtype or not (weight.is_cpu and x.is_cpu) or weight.requires_grad:
+            _check_dense(x, weight)
+        if weight.shape != shape:
+            raise ValueError(
+                f"weight: got shape {list(weight.shape)}, want {list(shape)} for lora_A and lora_B"
+            )
+    return weight, (), cast_dtype or x.dtype
+
+
+def _check_dense(x: Tensor, weight: Tensor) -> None:
+    check_dtypes("x", x.dtype, weight=weight.dtype)
+    if weight.dtype is not x.dtype and autocast_dtype(ops.device_of(x)[0], x.dtype) is None:
+        raise TypeError(
+            f"weight: got {weight.dtype}, want x's {x.dtype} (or autocast, which casts both)"
+        )
+    check_devices("x", x, weight=weight)
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "weight: got requires_grad=True, want a frozen weight: its gradient is not computed "
+            "here. Call weight.requires_grad_(False), or keep the layer unfused"
+        )
+
+
+def _check_4bit(x: Tensor, weight: Weight4bit, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if weight.shape != shape:
+        raise ValueError(
+            f"weight: got shape {list(weight.shape)}, want {list(shape)} for lora_A and lora_B"
+        )
+    check_devices("x", x, weight=weight.packed)
+    if x.dtype is torch.float64 or dtype not in FLOATS[:3]:
+        name, got = ("x", x.dtype) if x.dtype is torch.float64 else ("compute_dtype", dtype)
+        raise TypeError(
+            f"{name}: got {got}, want float32, bfloat16 or float16 beside a 4-bit weight"
+        )
+
+
+def check_devices(beside: str, x: Tensor, **tensors: Tensor) -> None:
+    for name, t in tensors.items():
+        if t.device != x.device:
+            raise ValueError(f"{name}: got device {t.device}, want {beside}'s device {x.device}")
+
+
+def check_vector(name: str, t: Tensor, size: int, x: Tensor, beside: str = "x") -> None:
+    if not isinstance(t, Tensor):
+        raise tensor_error(name, t)
+    if t.dim() != 1 or t.shape[0] != size:
+        raise ValueError(f"{name}: got shape {list(t.shape)}, want [{size}]")
+    if t.dtype not in FLOATS or (t.dtype is torch.float64) != (x.dtype is torch.float64):
+        raise TypeError(
+            f"{name}: got {t.dtype}, want a floating dtype that goes with {beside}'s {x.dtype}"
+        )
+    check_devices(beside, x, **{name: t})
+
+
+def _check_rng(rng: Tensor, x: Tensor) -> None:
+    if not isinstance(rng, Tensor):
+        raise tensor_error("rng", rng)
+    check_devices("x", x, rng=rng)
+    if rng.dtype is torch.bool and rng.shape == x.shape:
+        return
+    if rng.dtype is not torch.int64 or rng.shape != (2,):
+        raise ValueError(
+            f"rng: got {rng.dtype} {list(rng.shape)}, want int64 [2]: seed and offset; or the "
+            f"mask, torch.bool {list(x.shape)}"
+        )
+    if selection.is_eager_on_gpu(ops.device_of(x)[0]) and not x.is_meta:
+        raise ValueError(f"rng: got the state of a mask on {rng.device}, {NATIVE_MASKS}")
+
+
+def check_dropout(x: Tensor, dropout_p: float, rng: Tensor | None) -> tuple[float, Tensor | None]:
+    """Return the checked probability, and the state of the mask or the mask.
+
+    The second is None if dropout_p is 0 or if the op draws the mask. A state is drawn without
+    gradients too, because checkpointing must replay the mask.
+    """
+    dropout_p = check_number("dropout_p", dropout_p)
+    if not dropout_p:
+        return 0.0, None
+    if not 0.0 <= dropout_p <= 1.0:  # NaN fails this too
+        raise ValueError(f"dropout_p: got {dropout_p}, want a probability in [0, 1]")
+    if rng is not None:
+        _check_rng(rng, x)
+        # Kernels read a state by its address.
+        return dropout_p, rng if rng.dtype is torch.bool else rng.contiguous()
+    return dropout_p, None if selection.is_eager_on_gpu(ops.device_of(x)[0]) else draw_rng(x)
+
+
+def draw_rng(x: Tensor) -> Tensor:
+    """Draw the state of a dropout mask from the default generator of x's device."""
+    return torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=x.device)

@@ -154,8 +154,10 @@ def multi_lora_linear(
 
         y_m = W·x_m + scaling_e · B_e·(A_e·D(x)_m) + bias,    e = index_m
 
-    One base GEMM serves all rows, and no adapter is copied. Contiguous rows of one adapter, such as
-    those of a sequence, are read in place. Other rows are sorted by adapter.
+    One base GEMM serves all rows. On a CPU and in the eager backend no adapter is copied:
+    contiguous rows of one adapter, such as those of a sequence, are read in place, and other rows
+    are sorted by adapter. Triton's and CUDA's kernels take all adapters as one whose ranks are
+    theirs: there a NaN or an infinity in an adapter's lora_B reaches every row.
 
     Args:
         x: [..., K], as in `lora_linear`.

@@ -359,6 +359,18 @@ def test_multi_lora_linear_adapter_overflows_spoils_its_rows_alone() -> None:
 
 
 @every_engine
+def test_nan_in_one_lora_B_spoils_its_rows_alone(engine: str) -> None:
+    args = without_dy(MultiCase(9, 20, 32, ranks=(4, 4, 4), rows="mixed"))
+    args["index"] = torch.tensor([0, 1, -1] * 3)
+    want = multi_lora_linear(**args)
+    with torch.no_grad():
+        args["lora_B"][1][3, 2] = float("nan")
+    got, others = multi_lora_linear(**args), args["index"] != 1
+    assert torch.equal(got[others], want[others])
+    assert got[~others].isnan().nonzero()[:, 1].tolist() == [3, 3, 3]
+
+
+@every_engine
 def test_bias_wider_than_x_leaves_y_in_x_s_dtype(engine: str) -> None:
     args = without_dy(MultiCase(7, 33, 64, dtype=bf16, bias=True))
     narrow = multi_lora_linear(**give_mask(args))

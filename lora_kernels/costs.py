@@ -1,11 +1,11 @@
-"""The predicted time of `lora_linear` on a GPU, for each backend, and the choice by it.
+"""Predict the time of `lora_linear` on a GPU for each backend, and choose the fastest.
 
 A strategy takes the longer of two times: the host's, to launch it from Python, and the device's.
 On the device its GEMM takes the longest of memory traffic, FLOPs (with decoding, which does not
-overlap in one block) and round trips to memory, all on the multiprocessors that have a block.
-Further passes over x and y, and launches, are added. Rates are shares of the data sheet's
-(`device.DeviceInfo`), times the factors (`Rates`) that a qualification fitted on the card.
-`selection` asks `choose` for calls that qualified.
+overlap in one block) and round trips to memory. The time of FLOPs and decoding is divided by the
+share of multiprocessors that have a block. Further passes over x and y, and launches, are added.
+Rates are shares of the data sheet's (`device.DeviceInfo`), times the factors (`Rates`) that a
+qualification fitted on the card. `selection` asks `choose` for calls that qualified.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -37,10 +37,11 @@ PYTHON_LAUNCH = 6e-6  # seconds of a call of torch, one after another in eager m
 # of Triton's, with one and two kernels and a driver that launches nothing.
 CUDA_CALL, CUDA_LAUNCH = 15e-6, 5e-6
 TRITON_CALL, TRITON_LAUNCH = 27e-6, 30e-6
+# Shares of the data sheet's peak. Estimates, as long as `fit` has no times of a card.
 BANDWIDTH_SHARE = 0.85  # of the bandwidth, that streams reach
 LIBRARY_SHARE = 0.75  # of the tensor cores' peak, that a large cuBLAS GEMM reaches
-# The share that mma.sync of the CUDA kernels reaches. From sm_90 on it is a part, since wgmma and
-# tcgen05 run on other units; sm_120 has no other instruction.
+# The share that mma.sync of the CUDA kernels reaches. From sm_90 on it cannot reach the peak, which
+# wgmma and tcgen05 have; sm_120 has no other instruction.
 MMA_SHARE = {80: 0.65, 86: 0.65, 89: 0.65, 90: 0.4, 100: 0.2, 103: 0.2, 120: 0.65}
 TRITON_SHARE = 0.6  # Triton emits wgmma and tcgen05
 FP32_SHARE = 0.8  # of the CUDA cores' peak, that float32 GEMMs of cuBLAS reach
@@ -51,14 +52,14 @@ TF32_SHARE = 0.35
 # Codes that a multiprocessor decodes per clock in gemm.cu: 8192 in the 565 instructions of one
 # iteration of a warp's main loop, four warps at a time: 64 mma.sync are 11 % of it (`loop` in
 # tests/compile_only/budgets.json).
-CODES_A_CLOCK = 14.5
+CODES_PER_CLOCK = 14.5
 # The same of Triton's two_pass_kernel: 8192 in 1407 clocks on sm_80, 4096 in 504 on sm_90.
-TRITON_CODES_A_CLOCK = {80: 5.8, 86: 5.8, 89: 5.8, 90: 8.1, 100: 8.1, 103: 8.1, 120: 5.8}
+TRITON_CODES_PER_CLOCK = {80: 5.8, 86: 5.8, 89: 5.8, 90: 8.1, 100: 8.1, 103: 8.1, 120: 5.8}
 # Seconds of a step in which one block of eight warps decodes and then multiplies: a load from
 # shared memory, two barriers and the first products, which no second block hides. An estimate.
 STEP = 0.15e-6
 # The same of decode.cu, for up to 8 and up to 16 rows: `peak` of its loop in budgets.json.
-DECODE_CODES_A_CLOCK = (26.0, 19.0)
+DECODE_CODES_PER_CLOCK = (26.0, 19.0)
 # Seconds of a load from memory and from the L2 cache, beside others. Idle, 470 to 540 and 260 to
 # 275 clocks on A100, RTX 4090 and H100 (arXiv 2402.13499). Under load is an estimate.
 LATENCY, L2_LATENCY = 0.6e-6, 0.3e-6
@@ -68,13 +69,15 @@ L2_BYTES = {80: 32, 90: 32, 100: 32, 103: 32, 86: 16, 89: 16, 120: 16}
 CONTENDER = 1.0  # of eager's time: a kernel predicted above is not qualified
 DECODE_ROWS = 16
 DECODE_TILE, DECODE_CHUNK, DECODE_WARPS = 16, 128, 8  # of decode.cu
-DECODE_TABLE, DECODE_ROOM = 32 << 10, 80 << 10  # bytes of shared memory: its table; most with x
+DECODE_CODEBOOK_BYTES, DECODE_MAX_SHARED_BYTES = 32 << 10, 80 << 10  # the latter: most with x
 TILE_M, TILE_N = 64, 128  # of gemm.cu
-BLOCKS, MAX_SPLITS, SPLIT = 264, 8, 256  # of its split-K, in backends/cuda/equation.py
+# Of its split-K, in backends/cuda/equation.py.
+SPLIT_K_BLOCKS, MAX_SPLITS, MIN_SPLIT_K = 264, 8, 256
 # Rows up to which bitsandbytes' fused 4-bit GEMM was measured faster than its decoding + cuBLAS, on
 # ten cards, for weights of 4 Mi elements and more: with ⌈N / 64⌉ blocks at least 3, 2, 1 and 1/2 of
-# the multiprocessors, and fewer. From `_gemm_4bit_use_custom_cuda` of its 0.50.2, where the tiers
-# for K / N are finer. Up to 4 rows its fused GEMM always runs.
+# the multiprocessors, and fewer. Smaller weights are predicted by the same table. From
+# `_gemm_4bit_use_custom_cuda` of its 0.50.2, where the tiers for K / N are finer. Up to 4 rows its
+# fused GEMM always runs.
 BITSANDBYTES_LARGE = 4 << 20
 WAVES = (3.0, 2.0, 1.0, 0.5, 0.0)
 BITSANDBYTES_ROWS = {
@@ -111,12 +114,12 @@ class Rates:
 
 
 class Cost(NamedTuple):
-    """A strategy's predicted seconds, and what takes most of them."""
+    """A strategy's predicted seconds. bottleneck: the part that takes most of them."""
 
     backend: str
     strategy: Strategy
     seconds: float
-    because: str
+    bottleneck: str
 
 
 def check_two_steps(backend: str | None, strategy: str | None) -> None:
@@ -147,7 +150,8 @@ def predict(
 ) -> list[Cost]:
     """Return every backend's strategies for a forward, the fastest first.
 
-    x, W and y have `problem.dtype`. On a GPU that our kernels do not run on, eager's alone.
+    x, W and y have `problem.dtype`, A and B their own. On a GPU that our kernels do not run on,
+    eager's alone.
 
     bitsandbytes: whether it decodes 4-bit weights for the eager backend.
 
@@ -161,20 +165,25 @@ def predict(
     'cooperative'
     """
     call = _Call(gpu, problem, rates)
-    found = [_eager(call, bitsandbytes)]
+    found = [_predict_eager(call, bitsandbytes)]
     if unsupported_reason(gpu) is None:
-        found += [_triton_library(call), _triton_two_pass(call), _cuda_simt(call)]
+        found += [_predict_triton_library(call), _predict_triton_two_pass(call)]
+        found.append(_predict_cuda_simt(call))
         if call.itemsize < 4:
-            found.append(_cuda_gemm(call))
+            found.append(_predict_cuda_gemm(call))
             if call.M <= DECODE_ROWS:
-                found += [
-                    _cuda_decode(call, s) for s in (Strategy.COOPERATIVE, Strategy.OVERLAPPED)
-                ]
+                launched = Strategy.COOPERATIVE, Strategy.OVERLAPPED
+                found += [_predict_cuda_decode(call, strategy) for strategy in launched]
     return sorted(found, key=lambda cost: cost.seconds)
 
 
 class _Call:
-    """The sizes of a call, and the GPU's rates for it. Bytes: weight, x, y, adapter."""
+    """The sizes of a call, and the GPU's rates for it.
+
+    Attributes:
+        weight, dense, x, y, adapter: bytes.
+        launch, latency, l2_latency, memory_s, shrink_s: seconds.
+    """
 
     def __init__(self, gpu: DeviceInfo, problem: Problem, rates: Rates) -> None:
         self.gpu, self.problem, self.rates = gpu, problem, rates
@@ -186,25 +195,26 @@ class _Call:
         self.dense = self.N * self.K * self.itemsize
         self.weight = self.N * self.K * (0.5 + 1 / 64) if self.four_bit else self.dense
         self.x, self.y = self.M * self.K * self.itemsize, self.M * self.N * self.itemsize
-        self.adapter = (self.N + self.K) * self.R * self.itemsize
+        a_row, b_column = self.K * problem.a_dtype.itemsize, self.N * problem.b_dtype.itemsize
+        self.adapter = self.R * (a_row + b_column)
         self.bandwidth = gpu.bandwidth * BANDWIDTH_SHARE * rates.bandwidth
-        self.moved = (self.x + self.weight + self.y + self.adapter) / self.bandwidth
+        self.memory_s = (self.x + self.weight + self.y + self.adapter) / self.bandwidth
         # The seconds of the kernel that computes P: x is read once more.
-        self.shrink = (self.x + self.adapter) / self.bandwidth + self.launch
+        self.shrink_s = (self.x + self.adapter) / self.bandwidth + self.launch
 
     def flops(self, rows: int) -> float:
         return 2.0 * rows * self.N * (self.K + self.R)
 
-    def busy(self, blocks: int) -> float:
-        """The share of the multiprocessors' time that blocks of equal work fill."""
+    def sm_utilization(self, blocks: int) -> float:
+        """Return the share of the multiprocessors' time that blocks of equal work fill."""
         count = self.gpu.multiprocessors
-        return max(blocks, 1) / (max(_tiles(blocks, count), 1) * count)
+        return max(blocks, 1) / (max(_ceil_div(blocks, count), 1) * count)
 
-    def decoding(self, times: int, codes_a_clock: float) -> float:
-        """Seconds of decoding the weight `times` times, once in each tile of rows."""
+    def decode_seconds(self, times: int, codes_per_clock: float) -> float:
+        """Return the seconds of decoding the weight `times` times, once in each tile of rows."""
         codes = times * self.N * self.K if self.four_bit else 0
-        codes_a_clock *= self.rates.decoding
-        return codes / (codes_a_clock * self.gpu.clock * self.gpu.multiprocessors)
+        codes_per_clock *= self.rates.decoding
+        return codes / (codes_per_clock * self.gpu.clock * self.gpu.multiprocessors)
 
     def cost(
         self,
@@ -214,7 +224,13 @@ class _Call:
         others: float,
         host: float,
     ) -> Cost:
-        """Return the longest part of the GEMM and the kernels beside it, or the host's time."""
+        """Return the predicted cost.
+
+        Args:
+            parts: seconds of what overlaps in the GEMM, of which the longest counts.
+            others: seconds of the kernels beside the GEMM.
+            host: seconds to launch all from Python.
+        """
         longest = max(parts, key=lambda name: parts[name])
         device, host = parts[longest] + others, host * self.rates.host
         if host > device:
@@ -241,9 +257,9 @@ def _library(call: _Call, decode: float) -> dict[str, float]:
     return {"the GEMM": gemm + decode, "memory": moved + decode}
 
 
-def _eager(call: _Call, bitsandbytes: bool) -> Cost:
-    # x·Aᵀ reads x again, and the update is written; the base GEMM reads it in its epilogue. One
-    # kernel reads x and writes D(x) and the mask, a byte an element.
+def _predict_eager(call: _Call, bitsandbytes: bool) -> Cost:
+    # x·Aᵀ reads x again, and the update is written. One kernel reads x and writes D(x) and the
+    # mask, a byte an element.
     dropout = call.problem.dropout
     dropped = 2 * call.x + call.M * call.K if dropout else 0
     passes = (call.x + call.y + call.adapter + dropped) / call.bandwidth
@@ -256,13 +272,14 @@ def _eager(call: _Call, bitsandbytes: bool) -> Cost:
         decode = (call.weight + elements * call.itemsize + between) / call.bandwidth
         launches += kernels
     parts = _library(call, decode)
+    parts["memory"] += call.y / call.bandwidth  # the base GEMM's epilogue reads the update
     rows = bitsandbytes_rows(call.gpu, call.problem) if call.four_bit and bitsandbytes else 0
     if 0 < call.M <= rows:
         # Its fused GEMM: the bytes at one row, as long as decoding + GEMM at its last row. A line
         # joins both. It saves the launch of the decoding.
         launches -= 1
         slow = max(parts.values())
-        parts = {"decoding": call.moved + max(0.0, slow - call.moved) * call.M / rows}
+        parts = {"decoding": call.memory_s + max(0.0, slow - call.memory_s) * call.M / rows}
     others = passes + launches * call.launch
     return call.cost("eager", Strategy.LIBRARY, parts, others, launches * PYTHON_LAUNCH)
 
@@ -271,12 +288,12 @@ def bitsandbytes_rows(gpu: DeviceInfo, problem: Problem) -> int:
     """Return the most rows for which bitsandbytes' `gemm_4bit` decodes inside of its GEMM."""
     if problem.dtype is torch.float32 or gpu.capability not in BITSANDBYTES_ROWS:
         return 7 if gpu.capability < 100 else 4
-    waves = _tiles(problem.columns, 64) / gpu.multiprocessors
+    waves = _ceil_div(problem.columns, 64) / gpu.multiprocessors
     tiers = zip(WAVES, BITSANDBYTES_ROWS[gpu.capability], strict=True)
     return next(rows for least, rows in tiers if waves >= least)
 
 
-def _triton_library(call: _Call) -> Cost:
+def _predict_triton_library(call: _Call) -> Cost:
     decode = 0.0
     if call.four_bit:
         decode = (call.weight + call.N * call.K * call.itemsize) / call.bandwidth + call.launch
@@ -287,10 +304,10 @@ def _triton_library(call: _Call) -> Cost:
     return call.cost("triton", Strategy.LIBRARY, _library(call, decode), others, host)
 
 
-def _triton_two_pass(call: _Call) -> Cost:
+def _predict_triton_two_pass(call: _Call) -> Cost:
     tile = configs.linear(call.gpu, call.M, call.itemsize, call.four_bit, 0)
-    rows, columns = _tiles(call.M, tile.block_m), _tiles(call.N, tile.block_n)
-    busy = call.busy(rows * columns)
+    rows, columns = _ceil_div(call.M, tile.block_m), _ceil_div(call.N, tile.block_n)
+    busy = call.sm_utilization(rows * columns)
     if call.itemsize < 4:
         rate = call.gpu.tensor_flops * TRITON_SHARE
     else:
@@ -298,95 +315,103 @@ def _triton_two_pass(call: _Call) -> Cost:
     gemm = call.flops(rows * tile.block_m) / (rate * call.rates.triton) / busy
     # A program waits for memory once for the steps that its other stages hold.
     together = call.gpu.multiprocessors * (8 // tile.warps)
-    steps = _tiles(rows * columns, together) * _tiles(call.K, tile.block_k)
+    steps = _ceil_div(rows * columns, together) * _ceil_div(call.K, tile.block_k)
     latency = steps / max(1, tile.stages - 1) * call.latency
-    decoding = call.decoding(rows, TRITON_CODES_A_CLOCK[call.gpu.capability]) / busy
+    decoding = call.decode_seconds(rows, TRITON_CODES_PER_CLOCK[call.gpu.capability]) / busy
     if call.four_bit and tile.warps == 8:
         decoding += steps * STEP
-    parts = _gemm_parts(gemm, decoding, call.moved, latency)
+    parts = _gemm_parts(gemm, decoding, call.memory_s, latency)
     host = TRITON_CALL + 2 * TRITON_LAUNCH
-    return call.cost("triton", Strategy.TWO_PASS, parts, call.shrink + call.launch, host)
+    return call.cost("triton", Strategy.TWO_PASS, parts, call.shrink_s + call.launch, host)
 
 
-def _cuda_gemm(call: _Call) -> Cost:
-    rows, columns = _tiles(call.M, TILE_M), _tiles(call.N, TILE_N)
-    splits = max(1, min(MAX_SPLITS, BLOCKS // max(1, rows * columns), _tiles(call.K, SPLIT)))
-    busy = call.busy(rows * columns * splits)
+def _predict_cuda_gemm(call: _Call) -> Cost:
+    rows, columns = _ceil_div(call.M, TILE_M), _ceil_div(call.N, TILE_N)
+    most = min(SPLIT_K_BLOCKS // max(1, rows * columns), _ceil_div(call.K, MIN_SPLIT_K))
+    splits = max(1, min(MAX_SPLITS, most))
+    busy = call.sm_utilization(rows * columns * splits)
     gpu = call.gpu
     # A step along K reads this from the L2 cache for 2 · TILE_M · TILE_N operations.
     step = TILE_M * 2 + TILE_N * (0.5 + 1 / 64 if call.four_bit else 2)
     l2 = L2_BYTES[gpu.capability] * gpu.clock * gpu.multiprocessors
     rate = min(gpu.tensor_flops * MMA_SHARE[gpu.capability], l2 * 2 * TILE_M * TILE_N / step)
     gemm = call.flops(rows * TILE_M) / (rate * call.rates.cuda) / busy
-    decoding = call.decoding(rows, CODES_A_CLOCK) / busy
-    parts = _gemm_parts(gemm, decoding, call.moved)
+    decoding = call.decode_seconds(rows, CODES_PER_CLOCK) / busy
+    parts = _gemm_parts(gemm, decoding, call.memory_s)
     sums = 8 * call.M * call.N * splits / call.bandwidth + call.launch if splits > 1 else 0.0
     host = CUDA_CALL + 2 * CUDA_LAUNCH
-    others = _thin(call) + 2 * call.launch + sums
+    others = _cuda_shrink_seconds(call) + 2 * call.launch + sums
     return call.cost("cuda", Strategy.TWO_PASS, parts, others, host)
 
 
-def _cuda_simt(call: _Call) -> Cost:
-    rows = _tiles(call.M, TILE_M) * TILE_M  # whole tiles are multiplied
-    busy = call.busy(_tiles(call.M, TILE_M) * _tiles(call.N, 64))
+def _predict_cuda_simt(call: _Call) -> Cost:
+    rows = _ceil_div(call.M, TILE_M) * TILE_M  # whole tiles are multiplied
+    busy = call.sm_utilization(_ceil_div(call.M, TILE_M) * _ceil_div(call.N, 64))
     gemm = call.flops(rows) / (call.gpu.fp32_flops * SIMT_SHARE * call.rates.cuda) / busy
-    parts = _gemm_parts(gemm, call.decoding(rows // TILE_M, CODES_A_CLOCK) / busy, call.moved)
+    decoding = call.decode_seconds(rows // TILE_M, CODES_PER_CLOCK) / busy
+    parts = _gemm_parts(gemm, decoding, call.memory_s)
     host = CUDA_CALL + 2 * CUDA_LAUNCH
-    return call.cost("cuda", Strategy.TWO_PASS_SIMT, parts, _thin(call) + 2 * call.launch, host)
+    others = _cuda_shrink_seconds(call) + 2 * call.launch
+    return call.cost("cuda", Strategy.TWO_PASS_SIMT, parts, others, host)
 
 
-def _thin(call: _Call) -> float:
+def _cuda_shrink_seconds(call: _Call) -> float:
     """Return the seconds of thin.cu, which computes P on CUDA cores."""
-    return max(call.shrink, 2.0 * call.M * call.R * call.K / (call.gpu.fp32_flops * FP32_SHARE))
+    flops = 2.0 * call.M * call.R * call.K / (call.gpu.fp32_flops * FP32_SHARE)
+    return max(call.shrink_s, flops + call.launch)
 
 
-def _cuda_decode(call: _Call, strategy: Strategy) -> Cost:
+def _predict_cuda_decode(call: _Call, strategy: Strategy) -> Cost:
     """Predict decode.cu: it reads W once, and the first blocks compute P before their part of W."""
     gpu, M, R = call.gpu, call.M, call.R
     width = 8 if M <= 8 else 16
     # Codes are multiplied as a high and a low part.
     gemm = 2.0 * (2 if call.four_bit else 1) * width * call.N * call.K
     gemm /= gpu.tensor_flops * MMA_SHARE[gpu.capability] * call.rates.cuda
-    decoding = call.decoding(1, DECODE_CODES_A_CLOCK[M > 8])
-    chunks, tiles = _tiles(call.K, DECODE_CHUNK), _tiles(call.N, DECODE_TILE)
-    shared = (DECODE_TABLE if call.four_bit else 0) + DECODE_WARPS * DECODE_TILE * width * 4
+    decoding = call.decode_seconds(1, DECODE_CODES_PER_CLOCK[M > 8])
+    chunks, tiles = _ceil_div(call.K, DECODE_CHUNK), _ceil_div(call.N, DECODE_TILE)
+    shared = DECODE_WARPS * DECODE_TILE * width * 4 + _ceil_div(M * R * 4, 16) * 16  # sums and P
+    shared += DECODE_CODEBOOK_BYTES if call.four_bit else 0
     x = chunks * DECODE_CHUNK * 2 * M
-    shared += x if shared + x <= DECODE_ROOM else 0
+    shared += x if shared + x <= DECODE_MAX_SHARED_BYTES else 0
     blocks = min(tiles, gpu.multiprocessors * max(1, min(2, gpu.shared_memory // shared)))
-    turns = _tiles(tiles, blocks)
+    turns = _ceil_div(tiles, blocks)
     # A warp waits for each chunk of W before it asks for the next.
-    latency = turns * _tiles(chunks, DECODE_WARPS) * call.latency
-    # Before: the first loads of x and A; a turn of the publishing warps for each 8 of the R · M
-    # elements of P; the flag and the partial sums. After each tile: B, in two trips.
-    publish = _tiles(R * M, DECODE_WARPS) * _tiles(_tiles(call.K, 16), SPLIT) * call.l2_latency
-    trips = 2 * call.latency + publish + turns * 2 * call.l2_latency
-    parts = {"memory": call.moved, "latency": latency, "decoding": decoding, "the GEMM": gemm}
+    latency = turns * _ceil_div(chunks, DECODE_WARPS) * call.latency
+    # Before W: the first loads of x and A. Warps then write the R·M elements of P, 8 at a time, and
+    # the other blocks wait for the flag. After each tile: B and the partial sums, two trips.
+    loads = _ceil_div(R * M, DECODE_WARPS) * _ceil_div(_ceil_div(call.K, 16), MIN_SPLIT_K)
+    p_seconds = loads * call.l2_latency
+    trips = 2 * call.latency + p_seconds + turns * 2 * call.l2_latency
+    parts = {"memory": call.memory_s, "latency": latency, "decoding": decoding, "the GEMM": gemm}
     launches = 1 if strategy == Strategy.COOPERATIVE else 2
     others = (1 + launches) / 2 * call.launch + trips
     host = CUDA_CALL + launches * CUDA_LAUNCH
     return call.cost("cuda", strategy, parts, others, host)
 
 
-def _tiles(size: int, tile: int) -> int:
-    return -(-size // tile)
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
 
 
 @functools.lru_cache(maxsize=4096)
 def choose(problem: Problem, gpu: DeviceInfo, verdict: Verdict) -> Choice:
     """Choose for a GPU: the fastest of what qualified, by `lora-kernels tune` or the cost model.
 
-    The eager backend, unless another is expected to be faster by 5 % (`KEEP_EAGER`).
+    The eager backend, unless another is expected to be faster by 5 % (`KEEP_EAGER`). Cached for the
+    process: a later change of the tuning table or of libraries is not seen.
     """
-    index = problem.device_index or 0
-    unavailable = (
-        ("triton", triton.unavailable_reason()),
-        ("cuda", cuda.unsupported_device_reason(problem.device_type, problem.device_index)),
-        ("bitsandbytes", decode4bit.bitsandbytes_reason(torch.device("cuda", index))),
-    )
+    index = problem.device_index
+    device = torch.device("cuda") if index is None else torch.device("cuda", index)
+    unavailable = {
+        "triton": triton.unavailable_reason(),
+        "cuda": cuda.unsupported_device_reason(problem.device_type, problem.device_index),
+        "bitsandbytes": decode4bit.bitsandbytes_reason(device),
+    }
     tuned = triton_heuristics.choose_tuned(problem, gpu, reason=None)
     if tuned is not None and _unqualified("triton", tuned.strategy, problem, verdict) is None:
         return tuned
-    found = cheapest(problem, gpu, unavailable, verdict)
+    found = choose_fastest(problem, gpu, unavailable, verdict)
     if found is None:
         return Choice("eager", Strategy.LIBRARY, "the cost model does not know this GPU")
     return found
@@ -407,34 +432,34 @@ def _decodes_in_tiles(cost: Cost, problem: Problem) -> bool:
     return problem.four_bit and cost.backend != "eager" and cost.strategy != Strategy.LIBRARY
 
 
-def cheapest(
+def choose_fastest(
     problem: Problem,
     gpu: DeviceInfo,
-    unavailable: tuple[tuple[str, str | None], ...],
+    unavailable: Mapping[str, str | None],
     verdict: Verdict | None = None,
 ) -> Choice | None:
     """Choose the fastest strategy by the cost model; None if the model does not know the GPU.
 
-    unavailable: pairs of a backend, or bitsandbytes, and why it cannot run, or None.
+    unavailable: why a backend, or bitsandbytes, cannot run, or None.
     verdict: None takes every group as qualified, and the rates as the data sheet's.
     """
     if not is_known(gpu) or unsupported_reason(gpu) or problem.unsupported_reason():
         return None
     rates = Rates() if verdict is None else Rates(**verdict.rates)
-    predicted = predict(gpu, problem, not dict(unavailable).get("bitsandbytes"), rates)
+    predicted = predict(gpu, problem, not unavailable.get("bitsandbytes"), rates)
     eager = next(cost for cost in predicted if cost.backend == "eager")
     failed: list[str] = []
     for cost in predicted:
         if cost.seconds > KEEP_EAGER * eager.seconds:
             break
-        if dict(unavailable).get(cost.backend) or _unfit(cost, problem, gpu):
+        if unavailable.get(cost.backend) or _is_unsupported(cost, problem, gpu):
             continue
         why = None if verdict is None else _unqualified(*cost[:2], problem, verdict)
         if why is not None:
             failed.append(f"{cost.backend} {cost.strategy!r} {why}")
             continue
         ratio = f"{cost.seconds / eager.seconds:.2f} of eager's {eager.seconds * 1e6:.0f} µs"
-        why = f"the cost model expects {ratio}, most of it {cost.because}"
+        why = f"the cost model expects {ratio}, most of it {cost.bottleneck}"
         if cost.backend == "cuda":
             layout, N, K = cuda_heuristics.layout_of(problem), problem.columns, problem.inner
             why += cuda_heuristics.dx_note(cost.strategy, problem.dtype, layout, N, K)
@@ -445,7 +470,7 @@ def cheapest(
     return Choice("eager", Strategy.LIBRARY, why)
 
 
-def _unfit(cost: Cost, problem: Problem, gpu: DeviceInfo) -> bool:
+def _is_unsupported(cost: Cost, problem: Problem, gpu: DeviceInfo) -> bool:
     """Return True if the strategy cannot run the call, or decodes the weight too often for it."""
     most = decoding_rows(gpu, problem.columns, problem.inner)
     if _decodes_in_tiles(cost, problem) and problem.rows > most:
@@ -470,7 +495,7 @@ def _unqualified(backend: str, strategy: str, problem: Problem, verdict: Verdict
     if problem.mixed and backend == "triton":
         return "is not qualified for several adapters"
     if problem.layout is not None and problem.layout.unsupported_reason == constraints.NO_BASE:
-        return "is not qualified without a base product"
+        return "is not qualified without a base GEMM"
     forward, step = verdict.ratios(group, problem.rows) or (0.0, 0.0)
     if forward > KEEP_EAGER:
         return f"took {forward:.2f} of eager's time"
@@ -491,16 +516,19 @@ def is_contender(group: Group, gpu: DeviceInfo, rows: Sequence[int], shapes: Sha
         found = {cost[:2]: cost for cost in predict(gpu, problem)}
         cost = found.get((group.backend, Strategy(group.strategy)))
         eager = found["eager", Strategy.LIBRARY]
-        if cost and not _unfit(cost, problem, gpu) and cost.seconds < CONTENDER * eager.seconds:
+        if cost is None or _is_unsupported(cost, problem, gpu):
+            continue
+        if cost.seconds < CONTENDER * eager.seconds:
             return True
     return False
 
 
 def fit(points: Sequence[Point], gpu: DeviceInfo, bitsandbytes: bool = True) -> dict[str, float]:
-    """Return the `Rates` under which the model comes closest to measured forwards.
+    """Return the fields of `Rates` that bring the model closest to the measured forwards.
 
-    Minimises the squared logarithms of predicted over measured times, and of the factors with a
-    small weight: what no point depends on stays 1. Each factor is in [1/8, 8].
+    It minimizes the sum of the squared logarithms of predicted over measured times, and 1/50 of
+    those of the factors, so that a factor without data stays 1. Each factor is in [1/8, 8]. Empty
+    without points, or if the model does not know the GPU.
 
     bitsandbytes: whether it decoded 4-bit weights for the eager backend.
     """

@@ -25,7 +25,7 @@ struct Layer {
 
 // P[M, R] = keep_scale * mask(x) A^T, y, and where z is given the bracket that c multiplies.
 struct Forward {
-  Matrix x, xs;   // xs: x in the dtype of the base product
+  Matrix x, xs;   // xs: x in the dtype of the base GEMM
   bool few_rows;  // of x, for which w is read once
   float* p;
   void* y;
@@ -56,7 +56,7 @@ struct Adapter {
 
 // As lora_linear, with an adapter of its own for each row of x that has one, and without gate and
 // c. Of the layer R is the largest rank; a, b and scaling are not used. Where there is no base, y
-// holds the base product and the bias, in the backward dx the base product. Rows of P hold an
+// holds the base GEMM and the bias, in the backward dx the base GEMM. Rows of P hold an
 // adapter's ranks and nothing that is read after them.
 void multi_lora_linear(const Layer& layer, const std::vector<Adapter>& adapters, const Forward& f);
 
@@ -73,7 +73,7 @@ struct Experts {
   int64_t da, db;         // the same of the gradients, which are contiguous
   bool transposed;        // as in Layer
   int64_t few_rows;       // an expert of no more rows takes few_rows in the forward; 0: none does
-  bool has_base;          // else y and dx hold the base product of the others
+  bool has_base;          // else y and dx hold the base GEMM of the others
 };
 
 // As lora_linear for each expert. Rows of y and P after the last expert's are zeros. Codes must

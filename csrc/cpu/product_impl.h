@@ -1,5 +1,5 @@
 #pragma once
-// The fused layer, for the AVX-512 units: base product, rank update and epilogue of a
+// The fused layer, for the AVX-512 units: base GEMM, rank update and epilogue of a
 // tile of y while its sums are in registers. Follows codes_impl.h.
 //
 // The sum runs over words. Other 16-bit elements are widened as W is packed and x is read. A 4-bit

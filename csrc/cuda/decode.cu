@@ -298,7 +298,7 @@ const char* decode_unsupported_reason(const DecodeArgs& d) {
   if (a.M < 1 || a.M > 16) return "it is for 1 to 16 rows";
   if (a.transposed || a.mask.rng) return "it is for the forward";
   if (a.compute == F32) return "float32 products need every bit, which tensor cores drop";
-  if (!a.codes && !a.dense) return "there is no base product";
+  if (!a.codes && !a.dense) return "there is no base GEMM";
   if (a.dense && (a.w.dtype != a.compute || !a.w.vectors || a.K % 8))
     return "the weight's rows are not whole and aligned 16 bytes";
   if (a.codes && (!a.c.vectors || a.c.log2_block < 6 || a.K % 64))

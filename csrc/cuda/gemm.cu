@@ -302,7 +302,7 @@ LK_KERNEL LK_BOUNDS(THREADS, 8) finish_kernel(const FinishArgs f) {
 // Why the kernel cannot take it, or null.
 const char* gemm_unsupported_reason(const LinearArgs& a) {
   if (a.compute == F32) return "float32 products need every bit, which tensor cores drop";
-  if (!a.codes && !a.dense) return "there is no base product";
+  if (!a.codes && !a.dense) return "there is no base GEMM";
   if (a.x.dtype != a.compute || !a.x.vectors) return "x's rows are not whole and aligned 16 bytes";
   if (a.dense && (a.w.dtype != a.compute || !a.w.vectors))
     return "the weight's rows are not whole and aligned 16 bytes";

@@ -9,11 +9,11 @@ except ImportError as error:
 
 from .adalora import FusedSVDLinear
 from .embedding import FusedEmbedding
+from .explain_rows import Row
 from .frozen import StreamedLinear
 from .linear import FusedLinear
 from .mixed_batch import row_adapters
 from .report import Explanation, explain
-from .rows import Row
 from .swap import fuse, unfuse
 
 __all__ = [

@@ -17,11 +17,19 @@ from .. import timing
 from ..cpu_costs import Machine
 from ..layers import LoRALayer
 from . import predict
+from .explain_rows import (
+    Layer,
+    Row,
+    other_parts,
+    row_of_layer,
+    row_of_loss,
+    row_of_peft,
+    row_of_streamed,
+)
 from .frozen import StreamedLinear
 from .linear import Fused
 from .loss import requested_losses
 from .predict import Prediction
-from .rows import Layer, Row, other_parts, row_of_layer, row_of_loss, row_of_peft, row_of_streamed
 from .sharded import gathered_parameters
 from .swap import lora_layers
 

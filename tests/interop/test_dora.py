@@ -37,7 +37,7 @@ def test_every_configuration_equals_peft(config: dict[str, Any], training: bool)
     assert count_ops(lambda: fused(batch())) == want
     for row in explain(fused).rows:
         assert row.state == "not fused" and "eager" in row.backend  # as float64 always is
-        assert "DoRA" in row.reason and ("base product twice" in row.strategy) is dropped
+        assert "DoRA" in row.reason and ("base GEMM twice" in row.strategy) is dropped
 
 
 def test_bfloat16_loses_no_more_than_peft() -> None:

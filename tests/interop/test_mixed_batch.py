@@ -120,7 +120,7 @@ def test_4bit_base(dtype: torch.dtype) -> None:
     stock, fused = pair(model)
     x = torch.randn(3, 5, 64)
     want, got = (results(m, x, adapter_names=NAMES) for m in (stock, fused))
-    # Both round operands of the base products to the compute dtype, in orders of their own; the
+    # Both round operands of the base GEMMs to the compute dtype, in orders of their own; the
     # second layer sees the first's roundings.
     assert_close_derived({k: got[k] for k in want}, want, rtol=8 * torch.finfo(dtype).eps)
     assert count_ops(lambda: fused(x, adapter_names=NAMES)) == {"multi_lora_linear_4bit": 2}

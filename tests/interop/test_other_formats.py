@@ -1,4 +1,4 @@
-"""PEFT's layers over weights that only another library can read: its module does the base product.
+"""PEFT's layers over weights that only another library can read: its module does the base GEMM.
 
 Where a library is no dependency of the tests, a module of ours stands for its: PEFT's layer is the
 real one, and sees of the base no more than that it can be called.

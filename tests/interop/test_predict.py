@@ -257,7 +257,7 @@ def seconds(model: nn.Module, rows: int = 512) -> float | None:
 
 
 def test_more_work_takes_longer() -> None:
-    """More ranks, DoRA's norm, its second base product with dropout, a base that trains."""
+    """More ranks, DoRA's norm, its second base GEMM with dropout, a base that trains."""
     plain = seconds(fuse(sequential()))
     assert plain is not None
     for config in ({"r": 40}, {"use_dora": True}):

@@ -75,7 +75,7 @@ def assert_stored(layer, want):
 
 def reference_results(layer, x, dtype, base=None):
     """Compute the layer and its gradients in plain PyTorch in `dtype`. base: the dtype of
-    the base product, rounded to x's, if it is another one."""
+    the base GEMM, rounded to x's, if it is another one."""
     W = layer.weight4bit.dequantize(base or f32).to(base or dtype)
     leaves = {"x": x, **{name: p for name, p in layer.named_parameters() if p.requires_grad}}
     leaves = {
@@ -123,7 +123,7 @@ def test_y_and_every_gradient_follow_the_formula(size, options, bias):
         assert layer.bias.dtype is dtype
         layer.bias.requires_grad_()
     x = batch(size[1], dtype)
-    # In half precision the base product rounds its operands and its result to x's dtype.
+    # In half precision the base GEMM rounds its operands and its result to x's dtype.
     eager = reference_results(layer, x, f32, base=None if dtype is f32 else dtype)
     assert_close_to_reference(
         results(layer, x),

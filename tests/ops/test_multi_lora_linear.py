@@ -77,7 +77,7 @@ def test_multi_lora_linear_of_one_adapter_is_lora_linear(
 ) -> None:
     """The result of `lora_linear`, each rounding y once more or less.
 
-    Either rounds S (or dS), the base product and the result by half a unit u at most: 3 u between
+    Either rounds S (or dS), the base GEMM and the result by half a unit u at most: 3 u between
     the two. Another u is for sums in float32, K = 64 terms in another order: 0.3 · √64 · u/2.
     """
     args = inputs(MultiCase(9, 33, 64, ranks=(5,), dtype=dtype, quant=quant, dropout_p=0.25))
@@ -96,7 +96,7 @@ def test_multi_lora_linear_of_one_adapter_is_lora_linear(
 
 @every_engine
 def test_multi_lora_linear_of_rows_without_an_adapter_is_the_base(engine: str) -> None:
-    """Exactly the base product, and no gradient for an adapter."""
+    """Exactly the base GEMM, and no gradient for an adapter."""
     args = inputs(MultiCase(8, 20, 30, bias=False, dropout_p=0.5))
     args["index"].fill_(-1)
     got = run(multi_lora_linear, give_mask(args))

@@ -229,7 +229,7 @@ def _cuda_launch(name: str, at: Tensor, touched: dict[str, Tensor | None], *args
 
 
 def _cuda_base(name: str, t: dict[str, Tensor], *args: Any) -> None:
-    """A kernel that makes the base product."""
+    """A kernel that makes the base GEMM."""
     (M, N), K, R = t["y"].shape, t["x"].shape[1], t["q"].shape[0]
     dropout, codes = "mask" in t or "rng" in t, "packed" in t
     scale, gate = "out_scale" in t, "gate" in t

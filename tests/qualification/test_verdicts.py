@@ -301,4 +301,4 @@ def test_choose_takes_no_kernel_without_a_base_product() -> None:
     no_base = Layout(unsupported_reason=constraints.NO_BASE)
     cost = costs.Cost("cuda", costs.Strategy.COOPERATIVE, 1.0, "memory")
     assert costs._unqualified(*cost[:2], problem(), VERDICT) is None
-    assert "base product" in str(costs._unqualified(*cost[:2], problem(layout=no_base), VERDICT))
+    assert "base GEMM" in str(costs._unqualified(*cost[:2], problem(layout=no_base), VERDICT))

@@ -208,7 +208,7 @@ def check(name: str, dtype: torch.dtype, inner: int = K) -> None:
         if min(sizes) >= tolerance.POOL:
             break
     for key, (got, ref, eager) in pooled.items():
-        # The base product rounds once more where the library makes it, and z where it is kept.
+        # The base GEMM rounds once more where the library makes it, and z where it is kept.
         u = tolerance.unit_roundoff(*((dtype,) if key in ("x", "y", "magnitude") else (f32,)))
         sums = (M, max(N, inner)) if dtype is f32 else (M, N, inner)
         verdict = tolerance.compare(got, ref, eager, u, sums)

@@ -12,7 +12,7 @@ from ...core.packed4bit import Packed4bit
 from ...core.problem import Layout
 from . import DECODE_ROWS, TWO_PASS, TWO_PASS_SIMT
 
-NO_BASE = "there is no base product"
+NO_BASE = "there is no base GEMM"
 _FLOAT32 = "float32 products need every bit, which tensor cores drop"
 _WIDE = 16  # bytes of a load
 _ALIGNED = 8  # 16-bit elements of a load

@@ -149,7 +149,7 @@ def _fused_linear(name: str, layer: Any, x_dtype: torch.dtype | None, rows: int 
     if is_dora(layer, adapters[0].name):
         has_dropout = todo[0].dropout_p > 0
         if has_dropout:
-            state, strategy = "composed", f"{strategy}; the base product twice"
+            state, strategy = "composed", f"{strategy}; the base GEMM twice"
         parts = _dora_parts(parts[0], layer.training, has_dropout)
         reasons += _dora_reasons(has_dropout)
     if "eager" in backend:
@@ -263,7 +263,7 @@ def _dora_parts(part: Part, training: bool, has_dropout: bool) -> list[Part]:
 def _dora_reasons(has_dropout: bool) -> Iterator[str]:
     yield "DoRA: the row norm without a second weight"
     if has_dropout:
-        yield "PEFT's DoRA drops x for the base product too"
+        yield "PEFT's DoRA drops x for the base GEMM too"
 
 
 def _eager_reasons(layer: Any, device: torch.device, rows: int, counted: bool) -> Iterator[str]:

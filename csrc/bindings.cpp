@@ -163,7 +163,7 @@ using namespace python;
 Object codes_4bit(Arguments& in) {
   auto codes = std::make_unique<Codes4bit>(read<Codes4bit>(in));
   in.finish();
-  return capsule(std::move(codes), CODES);
+  return build_capsule(std::move(codes), CODES);
 }
 
 void row_norm(const RowNormArgs& args) { kernels().row_norm(args); }
@@ -208,7 +208,7 @@ Object use_isa_named(Arguments& in) {
   in.finish();
   const std::string name = convert<const char*>(given);
   for (const Isa isa : {Isa::scalar, Isa::avx2, Isa::avx512, Isa::avx512bf16, Isa::amxbf16})
-    if (name == isa_name(isa)) return owned(PyUnicode_FromString(isa_name(use_isa(isa))));
+    if (name == isa_name(isa)) return steal_reference(PyUnicode_FromString(isa_name(use_isa(isa))));
   fail(PyExc_ValueError, "isa: got %R, want scalar, avx2, avx512, avx512bf16 or amxbf16",
        given.object);
 }
@@ -241,7 +241,7 @@ PyMethodDef methods[] = {
     method<unchanged>("unchanged", "Return True if all guards hold."),
     {nullptr, nullptr, 0, nullptr}};
 
-PyModuleDef definition = module_of("_native", methods);
+PyModuleDef definition = build_module_definition("_native", methods);
 
 }  // namespace
 }  // namespace lora_kernels
@@ -250,7 +250,7 @@ PyMODINIT_FUNC PyInit__native() {
   using namespace lora_kernels;
   using namespace lora_kernels::python;
   return guarded([] {
-    Object module = owned(PyModule_Create(&definition));
+    Object module = steal_reference(PyModule_Create(&definition));
     check(PyModule_AddStringConstant(module.get(), "__version__", LORA_KERNELS_VERSION));
     check(PyModule_AddIntConstant(module.get(), "amx_bf16", has_amx_bf16(read_cpu_features())));
     check(PyModule_AddIntConstant(module.get(), "intel", is_intel()));

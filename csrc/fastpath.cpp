@@ -24,9 +24,9 @@ bool holds(PyObject* target, PyObject* key, PyObject* expected) {
     return (value ? value : Py_None) == expected;
   }
   const Object value =
-      owned(PyUnicode_Check(key) ? PyObject_GetAttr(target, key)
-            : target == Py_None  ? PyObject_CallNoArgs(key)
-                                 : PyObject_CallFunctionObjArgs(key, target, nullptr));
+      steal_reference(PyUnicode_Check(key) ? PyObject_GetAttr(target, key)
+                      : target == Py_None  ? PyObject_CallNoArgs(key)
+                                           : PyObject_CallFunctionObjArgs(key, target, nullptr));
   return is_equal(value.get(), expected);
 }
 
@@ -91,7 +91,7 @@ std::vector<int64_t> shape_of(const Prepared& p, PyObject* x) {
     Arguments keys(p.keys.get()), expected(p.expected.get());
     while (!keys.done())
       if (!holds(x, keys("key").object, expected("expected").object)) return {};
-    const Object sizes = owned(PyObject_GetAttr(x, p.shape.get()));
+    const Object sizes = steal_reference(PyObject_GetAttr(x, p.shape.get()));
     return Value{sizes.get(), "shape"};
   }
   DlTensor t;
@@ -124,10 +124,11 @@ Matrix rows_of(const Prepared& p, const Object& tensor, DType dtype) {
 // [*shape[:-1], N]
 Object sizes_of(const Prepared& p, const std::vector<int64_t>& shape) {
   const auto last = static_cast<Py_ssize_t>(shape.size()) - 1;
-  Object sizes = owned(PyTuple_New(last + 1));
+  Object sizes = steal_reference(PyTuple_New(last + 1));
   for (Py_ssize_t i = 0; i <= last; ++i) {
-    Object size = i < last ? owned(PyLong_FromLongLong(shape[static_cast<std::size_t>(i)]))
-                           : borrowed(p.columns.get());
+    Object size = i < last
+                      ? steal_reference(PyLong_FromLongLong(shape[static_cast<std::size_t>(i)]))
+                      : new_reference(p.columns.get());
     PyTuple_SetItem(sizes.get(), i, size.release());
   }
   return sizes;
@@ -140,18 +141,19 @@ Object prepared_forward(PyObject* self, Arguments& in) {
   const Object x = in("x"), bias = in("bias");
   const bool hold = all_hold(in);
   in.finish();
-  if (!hold) return borrowed(Py_None);
+  if (!hold) return new_reference(Py_None);
   const std::vector<int64_t> shape = shape_of(p, x.get());
-  if (shape.empty() || shape.back() != p.layer.K) return borrowed(Py_None);
+  if (shape.empty() || shape.back() != p.layer.K) return new_reference(Py_None);
   Layer l = p.layer;
   l.M = 1;
   for (std::size_t i = 0; i + 1 < shape.size(); ++i) l.M *= shape[i];
-  if (l.M == 0 || l.M > p.few) return borrowed(Py_None);
+  if (l.M == 0 || l.M > p.few) return new_reference(Py_None);
   const bool has_bias = bias.get() != Py_None;
-  if (has_bias && !holds(bias.get(), p.shape.get(), p.bias_shape.get())) return borrowed(Py_None);
+  if (has_bias && !holds(bias.get(), p.shape.get(), p.bias_shape.get()))
+    return new_reference(Py_None);
   const Matrix rows = rows_of(p, x, p.x_dtype);
-  if (!rows.data) return borrowed(Py_None);  // zeros that take no memory
-  Object bias32, cast;                       // which own what the kernel reads
+  if (!rows.data) return new_reference(Py_None);  // zeros that take no memory
+  Object bias32, cast;                            // which own what the kernel reads
   if (has_bias) l.bias = memory<const float>(p, bias32 = call(p.float32, bias.get()));
   if (p.cast.get() != Py_None) cast = call(p.cast, x.get());
   Object y = call(p.new_empty, x.get(), sizes_of(p, shape).get());
@@ -193,11 +195,12 @@ Object prepare(Arguments& in) {
     prepared->codes = *layer.codes;
     layer.codes = &prepared->codes;
   }
-  prepared->columns = owned(PyLong_FromLongLong(layer.N));
-  prepared->bias_shape = owned(PyTuple_Pack(1, prepared->columns.get()));
-  prepared->shape = owned(PyUnicode_InternFromString("shape"));
+  prepared->columns = steal_reference(PyLong_FromLongLong(layer.N));
+  prepared->bias_shape = steal_reference(PyTuple_Pack(1, prepared->columns.get()));
+  prepared->shape = steal_reference(PyUnicode_InternFromString("shape"));
   static PyMethodDef definition = method<prepared_forward>("forward");
-  return owned(PyCFunction_New(&definition, capsule(std::move(prepared), PREPARED).get()));
+  return steal_reference(
+      PyCFunction_New(&definition, build_capsule(std::move(prepared), PREPARED).get()));
 }
 
 Object use_exchange(Arguments& in) {
@@ -206,27 +209,27 @@ Object use_exchange(Arguments& in) {
   const char* const name = "__dlpack_c_exchange_api__";
   exchange = nullptr;
   if (of.get() != Py_None && PyObject_HasAttrString(of.get(), name)) {
-    const Object table = owned(PyObject_GetAttrString(of.get(), name));
+    const Object table = steal_reference(PyObject_GetAttrString(of.get(), name));
     const auto* const found =
         static_cast<const DlExchange*>(PyCapsule_GetPointer(table.get(), "dlpack_exchange_api"));
     if (!found) throw Raised{};
     tensor_class = reinterpret_cast<PyTypeObject*>(of.get());  // which lives as long as PyTorch
     if (found->major == 1 && found->look) exchange = found;
   }
-  return borrowed(exchange ? Py_True : Py_False);
+  return new_reference(exchange ? Py_True : Py_False);
 }
 
 Object where(Arguments& in) {
   PyObject* const tensor = in("tensor").object;
   in.finish();
   DlTensor t;
-  if (!exchange || !look(tensor, t) || t.ndim > 4) return borrowed(Py_None);
+  if (!exchange || !look(tensor, t) || t.ndim > 4) return new_reference(Py_None);
   int64_t all[4 + 2 * 4] = {reinterpret_cast<int64_t>(t.data), static_cast<int64_t>(t.byte_offset),
                             int64_t{t.device_type} << 32 | t.code << 8 | t.bits, t.ndim};
   std::copy_n(t.shape, t.ndim, all + 4);
   std::copy_n(t.strides, t.ndim, all + 4 + t.ndim);
-  return owned(PyBytes_FromStringAndSize(reinterpret_cast<const char*>(all),
-                                         (4 + 2 * t.ndim) * Py_ssize_t{sizeof(int64_t)}));
+  return steal_reference(PyBytes_FromStringAndSize(reinterpret_cast<const char*>(all),
+                                                   (4 + 2 * t.ndim) * Py_ssize_t{sizeof(int64_t)}));
 }
 
 Object unchanged(Arguments& in) {
@@ -237,7 +240,7 @@ Object unchanged(Arguments& in) {
     same = size == 0;
   }
   in.finish();
-  return borrowed(same ? Py_True : Py_False);
+  return new_reference(same ? Py_True : Py_False);
 }
 
 }  // namespace lora_kernels

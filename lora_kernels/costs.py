@@ -227,7 +227,7 @@ class _Call:
         """Return the predicted cost.
 
         Args:
-            parts: seconds of what overlaps in the GEMM, of which the longest counts.
+            parts: seconds of what overlaps in the GEMM. The longest counts.
             others: seconds of the kernels beside the GEMM.
             host: seconds to launch all from Python.
         """

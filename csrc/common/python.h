@@ -1,5 +1,5 @@
-// Python's limited C API: references, errors as exceptions, and arguments that become structs. Of
-// that API alone, so that one extension serves every Python from 3.10 on.
+// Helpers over Python's limited C API, so that one extension serves Python 3.10 and later:
+// references, errors as exceptions, and arguments that become structs.
 #pragma once
 #include <Python.h>
 
@@ -21,7 +21,7 @@ template <typename... T>
   throw Raised{};
 }
 
-// A status of Python's.
+// Throw Raised if a Python call returned an error status.
 inline void check(int status) {
   if (status < 0) throw Raised{};
 }
@@ -31,23 +31,23 @@ struct Release {
 };
 using Object = std::unique_ptr<PyObject, Release>;
 
-// The new reference that a function of Python's returned, or its error.
-inline Object owned(PyObject* object) {
+// Take ownership of a new reference; throw Raised if it is null.
+inline Object steal_reference(PyObject* object) {
   if (!object) throw Raised{};
   return Object(object);
 }
 
-inline Object borrowed(PyObject* object) { return Object(Py_NewRef(object)); }
+inline Object new_reference(PyObject* object) { return Object(Py_NewRef(object)); }
 
 template <typename... T>
 Object call(const Object& function, T*... arguments) {
-  return owned(PyObject_CallFunctionObjArgs(function.get(), arguments..., nullptr));
+  return steal_reference(PyObject_CallFunctionObjArgs(function.get(), arguments..., nullptr));
 }
 
-// An object that owns a value of C++, under a name that tells it from others.
+// Wrap a C++ value in a PyCapsule that owns it. name: checked when the capsule is read.
 template <typename T>
-Object capsule(std::unique_ptr<T> value, const char* name) {
-  Object made = owned(PyCapsule_New(value.get(), name, [](PyObject* self) {
+Object build_capsule(std::unique_ptr<T> value, const char* name) {
+  Object made = steal_reference(PyCapsule_New(value.get(), name, [](PyObject* self) {
     delete static_cast<T*>(PyCapsule_GetPointer(self, PyCapsule_GetName(self)));
   }));
   value.release();
@@ -56,11 +56,11 @@ Object capsule(std::unique_ptr<T> value, const char* name) {
 
 class Arguments;
 
-// A struct from the items of a tuple, one for each field in their order; for each struct its own.
+// Build a T from the items of a tuple, one item a field, in order. Specialized for each struct.
 template <typename T>
 T read(Arguments& in);
 
-// One argument, which becomes what it initializes.
+// One argument; converts implicitly to the type that it initializes.
 struct Value {
   PyObject* object;
   const char* name;
@@ -93,7 +93,7 @@ class Arguments {
     return {item(at_++), name};
   }
 
-  // Whether the argument so many after the next one is not None.
+  // True if the argument `ahead` places after the next one is present and not None.
   bool has(Py_ssize_t ahead) const { return at_ + ahead < count_ && item(at_ + ahead) != Py_None; }
 
   Arguments tuple(const char* name) {
@@ -106,7 +106,7 @@ class Arguments {
   Py_ssize_t size() const { return count_; }
   bool done() const { return at_ == count_; }
 
-  // After the last one.
+  // Raise TypeError unless all arguments were read.
   void finish() const {
     if (!done()) fail(PyExc_TypeError, "got %zd values, want %zd", count_, at_);
   }
@@ -127,7 +127,7 @@ inline constexpr bool is_vector<std::vector<T>> = true;
 template <typename T>
 T convert(const Value& from) {
   if constexpr (std::is_same_v<T, Object>) {
-    return borrowed(from.object);
+    return new_reference(from.object);
   } else if constexpr (std::is_same_v<T, const char*>) {
     const char* const text = PyUnicode_AsUTF8AndSize(from.object, nullptr);
     if (!text) from.fail_conversion();
@@ -143,6 +143,10 @@ T convert(const Value& from) {
   } else if constexpr (std::is_floating_point_v<T>) {
     const double value = PyFloat_AsDouble(from.object);
     if (value == -1.0 && PyErr_Occurred()) from.fail_conversion();
+    return static_cast<T>(value);
+  } else if constexpr (std::is_same_v<T, uint64_t> || std::is_same_v<T, uintptr_t>) {
+    const unsigned long long value = PyLong_AsUnsignedLongLong(from.object);
+    if (value == ~0ull && PyErr_Occurred()) from.fail_conversion();
     return static_cast<T>(value);
   } else if constexpr (std::is_integral_v<T> || std::is_enum_v<T>) {
     const long long value = PyLong_AsLongLong(from.object);
@@ -178,7 +182,7 @@ Value::operator T() const {
   return convert<T>(*this);
 }
 
-// Other Python threads run while this lives. The emulator is one thread's.
+// Releases the GIL. The emulator keeps it, because it is not thread-safe.
 class WithoutGil {
 #ifdef LORA_KERNELS_EMULATED
  public:
@@ -205,12 +209,13 @@ PyObject* guarded(const F& f) {
     PyErr_NoMemory();
   } catch (const std::exception& error) {
     PyErr_SetString(PyExc_RuntimeError, error.what());
+  } catch (...) {
+    PyErr_SetString(PyExc_RuntimeError, "unknown C++ exception");
   }
   return nullptr;
 }
 
-// Calls f with one argument for each of its parameters, without Python; it returns nothing or a
-// bool.
+// Convert one argument for each parameter of f, and call f without the GIL; f returns void or bool.
 template <typename Result, typename... T>
 Object run(Result (*f)(T...), Arguments& in) {
   const std::tuple<std::remove_cvref_t<T>...> arguments{
@@ -221,29 +226,32 @@ Object run(Result (*f)(T...), Arguments& in) {
     std::apply(f, arguments);
     return nullptr;
   } else {
+    static_assert(std::is_same_v<Result, bool>);
     bool is_true;
     {
       WithoutGil released;
       is_true = std::apply(f, arguments);
     }
-    return borrowed(is_true ? Py_True : Py_False);
+    return new_reference(is_true ? Py_True : Py_False);
   }
 }
 
-inline PyObject* or_none(Object object) { return object ? object.release() : Py_NewRef(Py_None); }
+inline PyObject* release_or_none(Object object) {
+  return object ? object.release() : Py_NewRef(Py_None);
+}
 
-// A function as Python calls it: of a capsule and Arguments; one to `run`; or of Arguments, which
-// may return null for None.
+// Adapt a C++ function to METH_FASTCALL. It takes (PyObject* self, Arguments&), or (Arguments&) and
+// may return null for None, or plain values, which `run` converts.
 template <auto function>
 PyObject* entry(PyObject* self, PyObject* const* given, Py_ssize_t count) {
   return guarded([&] {
     Arguments in(given, count);
     if constexpr (std::is_invocable_v<decltype(function), PyObject*, Arguments&>)
-      return or_none(function(self, in));
+      return release_or_none(function(self, in));
     else if constexpr (!std::is_invocable_v<decltype(function), Arguments&>)
-      return or_none(run(function, in));
+      return release_or_none(run(function, in));
     else
-      return or_none(function(in));
+      return release_or_none(function(in));
   });
 }
 
@@ -253,8 +261,8 @@ PyMethodDef method(const char* name, const char* doc = nullptr) {
   return {name, reinterpret_cast<PyCFunction>(address), METH_FASTCALL, doc};
 }
 
-// A module of such functions, ended by {}.
-inline PyModuleDef module_of(const char* name, PyMethodDef* methods) {
+// Build a module's definition. methods: ended by an empty one.
+inline PyModuleDef build_module_definition(const char* name, PyMethodDef* methods) {
   return {PyModuleDef_HEAD_INIT, name, nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
 }
 

@@ -1,3 +1,5 @@
+// Compiled with -mavx2 -mfma -mf16c -mbmi2 (setup.py). vec_avx2.h comes first: the other headers
+// use its names.
 #include "vec_avx2.h"
 #include "kernels_impl.h"
 #include "codes_impl.h"
@@ -6,6 +8,7 @@
 #include "row_norm_impl.h"
 
 namespace lora_kernels {
-extern const Kernels kernels_avx2 = {shrink,     expand,   backward_pair, grad_a, quantize,
-                                     dequantize, few_rows, row_norm,      nullptr};
+extern const Kernels kernels_avx2 = {
+    shrink,     expand,   backward_pair, grad_a, quantize,
+    dequantize, few_rows, row_norm,      nullptr};  // no fused GEMM: torch.mm runs it
 }

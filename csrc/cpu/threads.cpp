@@ -1,9 +1,10 @@
 // Threads and scratch memory.
 //
-// A second OpenMP runtime beside torch's would spin on the same cores, so this library links none.
-// Python gives it the addresses of GOMP_parallel, which GNU's, LLVM's and Intel's runtimes all
-// export, in the runtime that torch has loaded, and it runs on that pool. Finding them here would
-// need dlsym, which in a library of today is that of glibc 2.34.
+// This library links no OpenMP runtime: a second one would spin on the same cores as torch's.
+// Python passes the addresses of GOMP_parallel, omp_get_thread_num and omp_get_num_threads in the
+// runtime that torch has loaded; GNU's, LLVM's and Intel's export all three. dlsym here would
+// require glibc 2.34. An exception in a thread, which memory that runs out would raise, ends the
+// process.
 #include <sched.h>
 
 #include <cstdlib>
@@ -15,16 +16,16 @@ namespace lora_kernels {
 namespace {
 
 using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
-using OmpInt = int (*)();
+using OmpGetInt = int (*)();
 GompParallel gomp_parallel = nullptr;
-OmpInt omp_thread_num = nullptr, omp_num_threads = nullptr;
+OmpGetInt omp_thread_num = nullptr, omp_num_threads = nullptr;
 
 struct Region {
   ThreadFn fn;
   void* context;
 };
 
-void enter(void* region) {
+void run_region(void* region) {
   const Region& r = *static_cast<Region*>(region);
   r.fn(r.context, omp_thread_num(), omp_num_threads());
 }
@@ -33,8 +34,8 @@ void enter(void* region) {
 
 void use_openmp(uintptr_t parallel, uintptr_t thread_num, uintptr_t num_threads) {
   gomp_parallel = reinterpret_cast<GompParallel>(parallel);
-  omp_thread_num = reinterpret_cast<OmpInt>(thread_num);
-  omp_num_threads = reinterpret_cast<OmpInt>(num_threads);
+  omp_thread_num = reinterpret_cast<OmpGetInt>(thread_num);
+  omp_num_threads = reinterpret_cast<OmpGetInt>(num_threads);
 }
 
 void run_threads(int threads, ThreadFn fn, void* context) {
@@ -43,7 +44,7 @@ void run_threads(int threads, ThreadFn fn, void* context) {
     return;
   }
   Region region{fn, context};
-  gomp_parallel(enter, &region, static_cast<unsigned>(threads), 0);
+  gomp_parallel(run_region, &region, static_cast<unsigned>(threads), 0);
 }
 
 void arrive(int* arrived) { __atomic_fetch_add(arrived, 1, __ATOMIC_RELEASE); }
@@ -54,7 +55,7 @@ int64_t take(int64_t* next, int64_t count) {
 
 void await(const int* arrived, int count) {
   for (int spins = 0; __atomic_load_n(arrived, __ATOMIC_ACQUIRE) < count; ++spins)
-    if (spins >= 4096) sched_yield();  // the other may want this core
+    if (spins >= 4096) sched_yield();  // the other thread may need this core
 }
 
 void* scratch_alloc(int64_t bytes) {

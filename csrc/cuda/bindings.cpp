@@ -1,7 +1,6 @@
-// Python's view of the CUDA kernels' launchers, and in the emulated build of the emulator:
-// addresses, sizes, strides in elements, a device and a stream. Each struct is a tuple of its
-// fields. Shapes and dtypes are the caller's business (lora_kernels/backends/cuda/equation.py and
-// launch.py).
+// Python bindings of the CUDA launchers; in the emulated build, also of the emulator. A struct is
+// passed as a tuple of its fields, a tensor as its address, a stream as its handle and device. The
+// callers check shapes and dtypes: lora_kernels/backends/cuda/equation.py and launch.py.
 #include "../common/python.h"
 #include "kernels.h"
 #ifdef LORA_KERNELS_EMULATED
@@ -69,14 +68,14 @@ Dropout read(Arguments& in) {
 }
 
 template <>
-Where read(Arguments& in) {
-  return {.stream = in("stream"), .device = in("device")};
+Stream read(Arguments& in) {
+  return {.handle = in("stream"), .device = in("device")};
 }
 
 template <>
 LinearArgs read(Arguments& in) {
   return {.x = in("x"),
-          .codes = in.has(1),
+          .codes = in.has(1),  // the next arguments are w and codes, None if missing
           .dense = in.has(0),
           .w = in("w"),
           .c = in("codes"),
@@ -223,53 +222,57 @@ namespace {
 
 using namespace python;
 
-void call_gemm(const GemmArgs& g, const Where& at) {
+void call_gemm(const GemmArgs& g, const Stream& stream) {
   LinearArgs args = g.linear;
   args.partials = g.partials;
   args.k_per_split = g.k_per_split;
-  gemm(args, g.num_splits, at);
+  gemm(args, g.num_splits, stream);
 }
 
-bool call_decode(const DecodeCall& d, const Where& at) { return decode(d.args, d.cooperative, at); }
+bool call_decode(const DecodeCall& d, const Stream& stream) {
+  return decode(d.args, d.cooperative, stream);
+}
 
 // True if x fits in shared memory; otherwise the main loop loads it tile by tile.
 bool keeps_x(const DecodeArgs& args) { return args.resident; }
 
 #ifdef LORA_KERNELS_EMULATED
-void set(uint64_t seed, int multiprocessors) {
+void seed_scheduler(uint64_t seed, int multiprocessors) {
   emulator::set_seed(seed);
   emulator::multiprocessors = multiprocessors;
 }
 
-// A tuple of names, addresses and sizes in bytes.
-Object allow(Arguments& in) {
+// Allow kernels to access these ranges alone. in: a tuple of (name, address, bytes).
+Object allow_ranges(Arguments& in) {
   std::vector<emulator::Range> ranges;
-  for (Arguments all = in.tuple("ranges"); !all.done();) {
-    Arguments of = all.tuple("range");
-    const char* const name = of("name");
-    const uintptr_t begin = of("begin"), bytes = of("bytes");
+  for (Arguments ranges_in = in.tuple("ranges"); !ranges_in.done();) {
+    Arguments range = ranges_in.tuple("range");
+    const char* const name = range("name");
+    const uintptr_t begin = range("begin"), bytes = range("bytes");
     ranges.push_back({.name = name, .begin = begin, .end = begin + bytes});
   }
   emulator::allow(std::move(ranges));
   return nullptr;
 }
 
-// A list of kernels and what each has read and written, {name: (bytes read, bytes written)}.
-Object traffic(Arguments&) {
-  Object list = owned(PyList_New(0));
+// Return a list of kernels and what each has read and written, {name: (bytes read, written)}.
+Object read_traffic(Arguments&) {
+  Object list = steal_reference(PyList_New(0));
   for (const emulator::Traffic& t : emulator::traffic()) {
-    Object ranges = owned(PyDict_New());
+    Object ranges = steal_reference(PyDict_New());
     for (const emulator::Range& r : t.ranges) {
-      const Object bytes = owned(Py_BuildValue("LL", r.read, r.written));
+      const Object bytes = steal_reference(Py_BuildValue("LL", r.read, r.written));
       check(PyDict_SetItemString(ranges.get(), r.name.c_str(), bytes.get()));
     }
-    const Object kernel = owned(Py_BuildValue("sO", t.kernel.c_str(), ranges.get()));
+    const Object kernel = steal_reference(Py_BuildValue("sO", t.kernel.c_str(), ranges.get()));
     check(PyList_Append(list.get(), kernel.get()));
   }
   return list;
 }
 
-Object switches(Arguments&) { return owned(PyLong_FromLongLong(emulator::switches())); }
+Object count_switches(Arguments&) {
+  return steal_reference(PyLong_FromLongLong(emulator::switches()));
+}
 #endif
 
 PyMethodDef methods[] = {
@@ -286,16 +289,16 @@ PyMethodDef methods[] = {
     method<dequantize>("dequantize"),
     method<quantize>("quantize"),
 #ifdef LORA_KERNELS_EMULATED
-    method<set>("set"),
-    method<allow>("allow"),
+    method<seed_scheduler>("seed_scheduler"),
+    method<allow_ranges>("allow_ranges"),
     method<emulator::synchronize>("synchronize"),
-    method<traffic>("traffic"),
-    method<switches>("switches"),
+    method<read_traffic>("read_traffic"),
+    method<count_switches>("count_switches"),
 #endif
     {nullptr, nullptr, 0, nullptr},
 };
 
-PyModuleDef definition = module_of(LORA_KERNELS_MODULE, methods);
+PyModuleDef definition = build_module_definition(LORA_KERNELS_MODULE, methods);
 
 }  // namespace
 }  // namespace lora_kernels
@@ -304,7 +307,7 @@ PyMODINIT_FUNC LORA_KERNELS_INIT() {
   using namespace lora_kernels;
   using namespace lora_kernels::python;
   return guarded([] {
-    Object module = owned(PyModule_Create(&definition));
+    Object module = steal_reference(PyModule_Create(&definition));
     check(PyModule_AddStringConstant(module.get(), "__version__", LORA_KERNELS_VERSION));
     check(PyModule_AddIntConstant(module.get(), "PAIR_ROWS", gpu::PAIR_ROWS));
     check(PyModule_AddIntConstant(module.get(), "PAIR_MAX_RANK", gpu::PAIR_MAX_RANK));

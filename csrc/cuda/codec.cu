@@ -156,27 +156,30 @@ unsigned blocks(int64_t n, int64_t each) { return (unsigned)((n + each - 1) / ea
 
 }  // namespace
 
-void dequantize(const DequantizeArgs& a, const Where& at) {
-  launch(
-      {.name = "dequantize", .x = blocks(a.c.N * a.c.K, THREADS * 8), .threads = THREADS, .at = at},
-      dequantize_kernel, a);
+void dequantize(const DequantizeArgs& a, const Stream& stream) {
+  launch({.name = "dequantize",
+          .x = blocks(a.c.N * a.c.K, THREADS * 8),
+          .threads = THREADS,
+          .stream = stream},
+         dequantize_kernel, a);
 }
 
 void probe(int device) { require_image(dequantize_kernel, device, "the driver says"); }
 
-void quantize(const QuantizeArgs& a, const Where& at) {
+void quantize(const QuantizeArgs& a, const Stream& stream) {
   const int64_t count = (a.n + a.blocksize - 1) / a.blocksize;
-  launch({.name = "quantize", .x = blocks(count, THREADS / 32), .threads = THREADS, .at = at},
-         quantize_kernel, a);
+  launch(
+      {.name = "quantize", .x = blocks(count, THREADS / 32), .threads = THREADS, .stream = stream},
+      quantize_kernel, a);
 }
 
-void row_norm(const NormArgs& a, const Where& at) {
+void row_norm(const NormArgs& a, const Stream& stream) {
   launch({.name = "norm",
           .x = blocks(a.N, NORM_ROWS),
           .y = (unsigned)a.num_splits,
           .threads = THREADS,
           .shared_bytes = (unsigned)(NORM_ROWS * a.R * 4 + THREADS / 32 * NORM_ROWS * 4),
-          .at = at},
+          .stream = stream},
          norm_kernel, a);
 }
 

@@ -332,16 +332,16 @@ static auto kernel_for(const DecodeArgs& a) {
   return a.linear.codes ? kernel_for_x<false, true>(a) : kernel_for_x<false, false>(a);
 }
 
-bool decode(DecodeArgs a, bool cooperative, const Where& at) {
+bool decode(DecodeArgs a, bool cooperative, const Stream& stream) {
   refuse("decode", decode_unsupported_reason(a));
   const LinearArgs& l = a.linear;
   const auto kernel = kernel_for(a);
   a.tiles = (l.N + TILE_N - 1) / TILE_N;
   const unsigned bytes = shared_bytes(a);
-  const int resident = resident_blocks(kernel, at.device, THREADS, (int)bytes);
+  const int resident = resident_blocks(kernel, stream.device, THREADS, (int)bytes);
   const unsigned blocks = (unsigned)std::min<int64_t>(a.tiles, std::max(resident, 1));
   Launch launched{
-      .name = "decode", .x = blocks, .threads = THREADS, .shared_bytes = bytes, .at = at};
+      .name = "decode", .x = blocks, .threads = THREADS, .shared_bytes = bytes, .stream = stream};
   if (cooperative && (int)blocks >= a.num_splits && (int)blocks <= resident) {
     a.mode = ONE_LAUNCH;
     launched.cooperative = true;
@@ -353,10 +353,10 @@ bool decode(DecodeArgs a, bool cooperative, const Where& at) {
           .x = (unsigned)a.num_splits,
           .threads = THREADS,
           .shared_bytes = bytes,
-          .at = at},
+          .stream = stream},
          kernel, a);
   a.mode = CONSUME;
-  launched.dependent = capability(at.device) >= 90;
+  launched.dependent = capability(stream.device) >= 90;
   launch(launched, kernel, a);
   return false;
 }

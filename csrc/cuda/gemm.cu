@@ -100,6 +100,7 @@ LK_DEVICE void split_pair(uint32_t at, uint32_t& high, uint32_t& low) {
   low = pack_bf16(v0 - bf16_to_f32((uint16_t)high), v1 - bf16_to_f32((uint16_t)(high >> 16)));
 }
 
+// The epilogue of one element: z, then y = out_scale · sum + bias.
 LK_DEVICE void finish(const LinearArgs& a, int64_t at, int64_t n, float y) {
   if (a.z) store_at(a.z, a.y_dtype, at, y);
   if (a.out_scale.data) y *= load_at(a.out_scale.data, a.out_scale.dtype, n);
@@ -263,7 +264,7 @@ LK_KERNEL LK_BOUNDS(THREADS, 2) gemm_kernel(const LinearArgs a) {
   cp_async_wait<0>();
   sync_block();
 
-  // By way of shared memory, so that rows are stored whole.
+  // Epilogue: through shared memory, so that stores are coalesced.
   LK_UNROLL
   for (int i = 0; i < 2; ++i) LK_UNROLL
   for (int j = 0; j < 8; ++j) LK_UNROLL
@@ -313,7 +314,7 @@ const char* gemm_unsupported_reason(const LinearArgs& a) {
 
 }  // namespace
 
-void gemm(const LinearArgs& a, int num_splits, const Where& at) {
+void gemm(const LinearArgs& a, int num_splits, const Stream& stream) {
   refuse("gemm", gemm_unsupported_reason(a));
   void (*kernels[2][2][2])(LinearArgs) = {
       {{gemm_kernel<false, false, false>, gemm_kernel<false, false, true>},
@@ -328,13 +329,13 @@ void gemm(const LinearArgs& a, int num_splits, const Where& at) {
           .z = (unsigned)num_splits,
           .threads = THREADS,
           .shared_bytes = bytes,
-          .at = at},
+          .stream = stream},
          kernels[a.compute == BF16][a.codes][a.transposed], a);
   if (num_splits > 1)
     launch({.name = "finish",
             .x = (unsigned)((a.M * a.N + THREADS - 1) / THREADS),
             .threads = THREADS,
-            .at = at},
+            .stream = stream},
            finish_kernel, {.linear = a, .num_splits = num_splits});
 }
 

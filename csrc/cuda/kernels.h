@@ -36,8 +36,8 @@ struct LinearArgs {
   float* partials = nullptr;  // gemm with num_splits > 1: [num_splits, M, N]
   int64_t k_per_split = 0;    // gemm
 };
-void linear(const LinearArgs&, const Where&);
-void gemm(const LinearArgs&, int num_splits, const Where&);
+void linear(const LinearArgs&, const Stream&);
+void gemm(const LinearArgs&, int num_splits, const Stream&);
 
 struct DecodeArgs {
   LinearArgs linear;  // p is written here; M <= 16
@@ -55,7 +55,7 @@ struct DecodeArgs {
 };
 bool decode_keeps_x(const DecodeArgs&);  // whether it would fit there
 // True if one launch was enough: all its blocks are co-resident.
-bool decode(DecodeArgs, bool cooperative, const Where&);
+bool decode(DecodeArgs, bool cooperative, const Stream&);
 
 // thin.cu ----------------------------------------------------------------------------------------
 
@@ -69,7 +69,7 @@ struct ThinArgs {
   int64_t I, J, R, j_per_split;
   int num_splits;
 };
-void thin(const ThinArgs&, const Where&);
+void thin(const ThinArgs&, const Stream&);
 
 struct PairArgs {
   Matrix v;            // [M, N]
@@ -83,7 +83,7 @@ struct PairArgs {
 };
 constexpr int64_t PAIR_MAX_RANK = 64;
 constexpr int PAIR_ROWS = 64;
-void pair(const PairArgs&, const Where&);
+void pair(const PairArgs&, const Stream&);
 
 struct SumsArgs {
   Matrix v;         // [M, N]
@@ -92,7 +92,7 @@ struct SumsArgs {
   int64_t M, N, m_per_split;
   int num_splits;
 };
-void column_sums(const SumsArgs&, const Where&);
+void column_sums(const SumsArgs&, const Stream&);
 
 struct ReduceArgs {
   const float* partials;  // [num_splits, I, R]
@@ -103,7 +103,7 @@ struct ReduceArgs {
   int64_t I, R, stride_i, stride_r;
   int num_splits;
 };
-void reduce(const ReduceArgs&, const Where&);
+void reduce(const ReduceArgs&, const Stream&);
 
 // codec.cu ---------------------------------------------------------------------------------------
 
@@ -118,14 +118,14 @@ struct NormArgs {
   int64_t N, K, R, k_per_split;
   int num_splits;
 };
-void row_norm(const NormArgs&, const Where&);
+void row_norm(const NormArgs&, const Stream&);
 
 struct DequantizeArgs {
   Codes c;
   void* w;  // [N, K]
   int dtype;
 };
-void dequantize(const DequantizeArgs&, const Where&);
+void dequantize(const DequantizeArgs&, const Stream&);
 
 struct QuantizeArgs {
   const void* w;  // n elements
@@ -137,7 +137,7 @@ struct QuantizeArgs {
   float smallest;
   int64_t n, blocksize;
 };
-void quantize(const QuantizeArgs&, const Where&);
+void quantize(const QuantizeArgs&, const Stream&);
 
 // Throws the driver's error if the device cannot run this build. Launches nothing: it queries one
 // kernel's attributes, since all kernels have the same targets.

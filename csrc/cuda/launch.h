@@ -5,8 +5,8 @@
 namespace lora_kernels {
 namespace gpu {
 
-struct Where {
-  uintptr_t stream;
+struct Stream {
+  uintptr_t handle;  // a cudaStream_t
   int device;
 };
 
@@ -15,7 +15,7 @@ struct Launch {
   unsigned x, y = 1, z = 1;  // blocks
   unsigned threads;          // of a block
   unsigned shared_bytes = 0;
-  Where at;
+  Stream stream;
   bool cooperative = false;  // all blocks at the same time
   bool dependent = false;    // may start before the grid before it ends
 };

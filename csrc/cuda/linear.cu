@@ -169,14 +169,14 @@ LK_KERNEL LK_BOUNDS(THREADS, 2) linear_kernel(const LinearArgs a) {
 
 }  // namespace
 
-void linear(const LinearArgs& a, const Where& at) {
+void linear(const LinearArgs& a, const Stream& stream) {
   const auto tiles = [](int64_t n) { return (unsigned)((n + TILE - 1) / TILE); };
   launch({.name = "linear",
           .x = tiles(a.M),
           .y = tiles(a.N),
           .threads = THREADS,
           .shared_bytes = 2 * DEPTH * PITCH * 4,
-          .at = at},
+          .stream = stream},
          linear_kernel, a);
 }
 

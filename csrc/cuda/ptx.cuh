@@ -247,14 +247,14 @@ LK_DEVICE void wait_for_grids_before() {
 
 template <typename Args>
 void launch(const Launch& l, void (*kernel)(Args), const Args& args) {
-  OnDevice on(l.at.device, l.name);
-  allow_shared((const void*)kernel, l.at.device, l.shared_bytes, l.name);
+  OnDevice on(l.stream.device, l.name);
+  allow_shared((const void*)kernel, l.stream.device, l.shared_bytes, l.name);
   cudaLaunchAttribute attributes[2] = {};
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(l.x, l.y, l.z);
   config.blockDim = dim3(l.threads);
   config.dynamicSmemBytes = l.shared_bytes;
-  config.stream = reinterpret_cast<cudaStream_t>(l.at.stream);
+  config.stream = reinterpret_cast<cudaStream_t>(l.stream.handle);
   config.attrs = attributes;
   if (l.cooperative) {
     attributes[config.numAttrs].id = cudaLaunchAttributeCooperative;

@@ -247,7 +247,7 @@ unsigned tiles(int64_t n, int64_t tile) { return (unsigned)((n + tile - 1) / til
 
 }  // namespace
 
-void thin(const ThinArgs& a, const Where& at) {
+void thin(const ThinArgs& a, const Stream& stream) {
   const bool wide = a.R > 16;
   const int tile_r = wide ? 64 : 16;
   launch({.name = "thin",
@@ -256,11 +256,11 @@ void thin(const ThinArgs& a, const Where& at) {
           .z = (unsigned)a.num_splits,
           .threads = THREADS,
           .shared_bytes = (unsigned)(TILE_J * (PITCH_I + tile_r + 4) * 4),
-          .at = at},
+          .stream = stream},
          wide ? thin_kernel<8> : thin_kernel<2>, a);
 }
 
-void pair(const PairArgs& a, const Where& at) {
+void pair(const PairArgs& a, const Stream& stream) {
   const bool wide = a.R > 16;
   const int ranks = wide ? 64 : 16;
   const unsigned bytes = (PAIR_ROWS * PITCH + ranks * PITCH + PAIR_ROWS * (ranks + 4)) * 4;
@@ -269,21 +269,21 @@ void pair(const PairArgs& a, const Where& at) {
           .y = (unsigned)a.num_splits,
           .threads = THREADS,
           .shared_bytes = bytes,
-          .at = at},
+          .stream = stream},
          wide ? pair_kernel<4> : pair_kernel<1>, a);
 }
 
-void column_sums(const SumsArgs& a, const Where& at) {
+void column_sums(const SumsArgs& a, const Stream& stream) {
   launch({.name = "sums",
           .x = tiles(a.N, THREADS),
           .y = (unsigned)a.num_splits,
           .threads = THREADS,
-          .at = at},
+          .stream = stream},
          sums_kernel, a);
 }
 
-void reduce(const ReduceArgs& a, const Where& at) {
-  launch({.name = "reduce", .x = tiles(a.I * a.R, THREADS), .threads = THREADS, .at = at},
+void reduce(const ReduceArgs& a, const Stream& stream) {
+  launch({.name = "reduce", .x = tiles(a.I * a.R, THREADS), .threads = THREADS, .stream = stream},
          reduce_kernel, a);
 }
 

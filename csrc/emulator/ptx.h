@@ -245,7 +245,7 @@ inline void launch(const Launch& l, void (*kernel)(Args), const Args& args) {
                     .shared_bytes = l.shared_bytes,
                     .cooperative = l.cooperative,
                     .dependent = l.dependent,
-                    .stream = l.at.stream});
+                    .stream = l.stream.handle});
 }
 
 // How many blocks run at the same time.

@@ -1,9 +1,9 @@
-"""Experts in the native CPU kernels, one call a direction; see `cpu` for the kernels.
+"""Mixtures of experts by the native CPU kernels, one native call for each direction; see `cpu`.
 
 Threads: an expert with more than half a thread's share of the rows takes all threads, and the
 others take one thread each. Without fused kernels ("library"), torch.mm runs the base GEMM of each
-expert that has more than a few rows. A 4-bit stack in which an expert does not begin a block of
-codes, and of nested scales, is decoded one expert at a time.
+expert that has more than a few rows. A 4-bit stack is decoded one expert at a time unless each
+expert begins a block of codes and of nested scales.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from . import cpu_heuristics, decode4bit, native
 from .cpu import DTYPES, FUSED, cast, pack_dropout, pack_rows, pointer, rows_of_any, vector
 from .experts import runs, weight_of
 
-# A stack of lora_B whose rows and ranks are both strided, as PEFT's is, is copied if there is a row
-# of x for at most so many experts. Reading one expert of 768×16 with strides costs 0.12 ms, and its
-# part of the copy 0.016 ms (E = 128, one thread of AVX-512 BF16).
-REPACKED = 4
+# lora_B is copied if both of its last strides differ from 1, as PEFT's do, and x has at least a row
+# for so many experts. Reading one expert of 768×16 with strides costs 0.12 ms, and its part of the
+# copy 0.016 ms (E = 128, one thread of AVX-512 BF16).
+MAX_EXPERTS_PER_ROW = 4
 
 
 class _Stack(NamedTuple):
@@ -31,7 +31,7 @@ class _Stack(NamedTuple):
     Args:
         tensor: dense, which owns the memory, or None.
         matrix, codes: the first expert's, dense or 4-bit; the other is None.
-        step: elements from one expert to the next.
+        expert_stride: elements from one expert to the next.
         few_rows: the most rows of an expert for the GEMV kernel.
         is_fused: whether the kernels compute the other experts' base GEMM too.
     """
@@ -39,20 +39,20 @@ class _Stack(NamedTuple):
     tensor: Tensor | None
     matrix: tuple[int, int, int, int] | None
     codes: object
-    step: int
+    expert_stride: int
     few_rows: int
     is_fused: bool
 
 
-def _stack(operands: ExpertsOperands, spec: ExpertsSpec, strategy: str) -> _Stack:
+def _pack_stack(operands: ExpertsOperands, spec: ExpertsSpec, strategy: str) -> _Stack:
     weight, (E, N, _), K = operands.weight, operands.lora_B.shape, operands.x.shape[1]
     if isinstance(weight, Packed4bit):
         shape = (E * K, N) if spec.transposed else (E * N, K)
-        begins = _is_block_aligned(weight, N * K)
-        few = cpu_heuristics.few_rows(spec.dtype, True, N * K)
-        few, is_fused = 0 if spec.transposed or not begins else few, begins and strategy == FUSED
+        is_aligned = _is_block_aligned(weight, N * K)
+        can_gemv = is_aligned and not spec.transposed
+        few = cpu_heuristics.few_rows(spec.dtype, True, N * K) if can_gemv else 0
         codes = decode4bit.native_view(weight, shape)
-        return _Stack(None, None, codes, N * K, few, is_fused)
+        return _Stack(None, None, codes, N * K, few, is_aligned and strategy == FUSED)
     assert weight is not None
     w = cast(weight, spec.dtype)
     if w.stride(2) != 1 and w.stride(1) != 1:
@@ -81,9 +81,9 @@ class _Call(NamedTuple):
 def _pack(operands: ExpertsOperands, spec: ExpertsSpec, strategy: str) -> _Call:
     """Pack the first expert's layer, and the steps from one expert to the next."""
     x, _, lora_A, lora_B, offsets, bias, rng = operands
-    (M, K), (E, N, R), stack = x.shape, lora_B.shape, _stack(operands, spec, strategy)
+    (M, K), (E, N, R), stack = x.shape, lora_B.shape, _pack_stack(operands, spec, strategy)
     lora_A = lora_A if lora_A.stride(2) == 1 else lora_A.contiguous()
-    if 1 not in lora_B.stride()[1:] and REPACKED * M >= E:
+    if 1 not in lora_B.stride()[1:] and MAX_EXPERTS_PER_ROW * M >= E:
         lora_B = lora_B.contiguous()
     stops, bias = cast(offsets, torch.int64).contiguous(), vector(bias)
     places = None if rng is None else torch.arange(M)
@@ -93,7 +93,7 @@ def _pack(operands: ExpertsOperands, spec: ExpertsSpec, strategy: str) -> _Call:
     factors, sizes = (0, 0, pointer(bias)), (M, K, N, R)
     adapter, threads = (a, b, spec.scaling), torch.get_num_threads()
     layer = (stack.matrix, stack.codes, *sizes, *adapter, *factors, mask, keep_scale, threads)
-    steps = stack.step, lora_A.stride(0), lora_B.stride(0), N, R * K, N * R
+    steps = stack.expert_stride, lora_A.stride(0), lora_B.stride(0), N, R * K, N * R
     how = spec.transposed, stack.few_rows, stack.is_fused
     owners = lora_A, lora_B, stops, bias, places
     return _Call(layer, (E, stops.data_ptr(), *steps, *how), stack, owners)
@@ -102,21 +102,23 @@ def _pack(operands: ExpertsOperands, spec: ExpertsSpec, strategy: str) -> _Call:
 def lora_experts(
     operands: ExpertsOperands, spec: ExpertsSpec, strategy: str
 ) -> tuple[Tensor, Saved]:
-    """Compute y [M, N] for x [M, K]."""
+    """Compute y [M, N] in spec.y_dtype, zero in rows of no expert; P is float32 [M, R]."""
     assert native.module is not None
     (M, K), (_, N, R) = operands.x.shape, operands.lora_B.shape
     x, x_row = rows_of_any(operands.x, K)
     xs = cast(x, spec.dtype)
     y, p = x.new_empty(M, N, dtype=spec.y_dtype), x.new_empty(M, R, dtype=torch.float32)
     call = _pack(operands, spec, strategy)
-    for e, rows in () if call.stack.is_fused else runs(operands.offsets):
-        if rows.stop - rows.start > call.stack.few_rows:
-            w = cast(weight_of(operands, spec, e, spec.dtype), spec.dtype)
-            y[rows] = torch.mm(xs[rows], w.t())
-    given = pack_rows(x, x_row)
-    outputs = p.data_ptr(), y.data_ptr(), DTYPES[y.dtype], 0
-    rows_of_base = given if xs is x else pack_rows(xs, K)
-    native.module.lora_experts(call.layer, call.experts, (given, rows_of_base, False, *outputs))
+    if not call.stack.is_fused:
+        for e, rows in runs(operands.offsets):
+            if rows.stop - rows.start > call.stack.few_rows:
+                w = cast(weight_of(operands, spec, e, spec.dtype), spec.dtype)
+                y[rows] = torch.mm(xs[rows], w.t())
+    x_rows = pack_rows(x, x_row)
+    base_rows = x_rows if xs is x else pack_rows(xs, K)
+    few_rows, z = False, 0  # decided for each expert; for a column scale, which experts lack
+    outputs = p.data_ptr(), y.data_ptr(), DTYPES[y.dtype], z
+    native.module.lora_experts(call.layer, call.experts, (x_rows, base_rows, few_rows, *outputs))
     return y, Saved(p)
 
 
@@ -137,15 +139,15 @@ def lora_experts_backward(
     dx = x.new_empty(M, K) if needs.x else None
     dA = operands.lora_A.new_empty(E, R, K) if needs.lora_A else None
     dB = operands.lora_B.new_empty(E, N, R) if needs.lora_B else None
-    dbias = saved.p.new_empty(E, N) if needs.bias else None
+    dbias = saved.p.new_empty(E, N) if needs.bias else None  # float32, as P
     call = _pack(operands._replace(bias=None), spec, strategy)
     if dx is not None and not call.stack.is_fused:
         for e, rows in runs(operands.offsets):
             w = cast(weight_of(operands, spec, e, spec.dtype), spec.dtype)
             dx[rows] = torch.mm(dz[rows], w)
-    given = pack_rows(dy, dy_row)
-    rows_of_base = given if dz is dy else pack_rows(dz, N)
+    dy_rows = pack_rows(dy, dy_row)
+    base_rows = dy_rows if dz is dy else pack_rows(dz, N)
     gradients = (*map(pointer, (dx, dA, dB)), 0, 0, pointer(dbias))
-    backward = given, rows_of_base, pack_rows(x, x_row), saved.p.data_ptr(), 0, *gradients
+    backward = dy_rows, base_rows, pack_rows(x, x_row), saved.p.data_ptr(), 0, *gradients
     native.module.lora_experts_backward(call.layer, call.experts, backward)
     return ExpertsGrads(dx, dA, dB, dbias)

@@ -23,7 +23,7 @@ _MASK32 = 0xFFFFFFFF
 def _mul_hi_lo(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
     """Return the high and low 32 bits of a·b, for unsigned 32-bit values in int64."""
     hi = (b * (a >> 16) + ((b * (a & 0xFFFF)) >> 16)) >> 16
-    return hi & _MASK32, (a * b) & _MASK32
+    return hi & _MASK32, (a * b) & _MASK32  # a·b wraps modulo 2⁶⁴, which keeps its low 32 bits
 
 
 def philox4x32(counter: list[Tensor], key: list[Tensor], rounds: int = 10) -> list[Tensor]:
@@ -48,7 +48,10 @@ def philox4x32(counter: list[Tensor], key: list[Tensor], rounds: int = 10) -> li
 
 
 def dropout_threshold(p: float) -> int:
-    """Return the smallest 32-bit word that keeps its element; for p = 1 the scale is 0."""
+    """Return the smallest 32-bit word that keeps its element.
+
+    For p = 1 one word in 2³² still keeps it, and `dropout_scale` is 0.
+    """
     return min(round(p * 2**32), _MASK32)
 
 
@@ -62,7 +65,7 @@ def dropout_mask(rng: Tensor, M: int, K: int, p: float, rows: Tensor | None = No
 
     The words are those of Philox4x32-10 with key = seed and
     counter = (k >> 2, m, offset_lo, offset_hi). Element (m, k) has word k & 3, and is kept if
-    word >= round(p·2³²). Returns bool[M, K] on rng's device.
+    word >= dropout_threshold(p). Returns bool[M, K] on rng's device.
 
     rng: int64[2], seed and offset.
     rows: int64[M], the mask's rows to return; None for rows 0 to M - 1.
@@ -83,6 +86,16 @@ def dropout_mask(rng: Tensor, M: int, K: int, p: float, rows: Tensor | None = No
     ]
     words = torch.stack(philox4x32(counter, [seed & _MASK32, (seed >> 32) & _MASK32]), dim=-1)
     return words.flatten(1)[:, :K] >= dropout_threshold(p)
+
+
+def _drop(x: Tensor, dropout_p: float, rng: Tensor | None) -> Tensor:
+    """Return D(x) = mask ⊙ x / (1 − p)."""
+    if dropout_p == 0:
+        return x
+    assert rng is not None
+    K = x.shape[-1]
+    mask = dropout_mask(rng, x.numel() // K, K, dropout_p).view(x.shape)
+    return x * mask.to(x.dtype) * dropout_scale(dropout_p)
 
 
 def lora_linear(
@@ -108,12 +121,7 @@ def lora_linear(
     tensor([[2.5000, 2.5000, 2.5000],
             [2.5000, 2.5000, 2.5000]])
     """
-    dropped = x
-    if dropout_p > 0:
-        assert rng is not None
-        K = x.shape[-1]
-        mask = dropout_mask(rng, x.numel() // K, K, dropout_p).view(x.shape)
-        dropped = x * mask.to(x.dtype) * dropout_scale(dropout_p)
+    dropped = _drop(x, dropout_p, rng)
     gate = scaling if rank_gate is None else scaling * rank_gate
     z = x @ weight.T + ((dropped @ lora_A.T) * gate) @ lora_B.T
     y = z if column_scale is None else z * column_scale
@@ -143,16 +151,11 @@ def multi_lora_linear(
     tensor([[2.5000, 2.5000, 2.5000],
             [1.0000, 1.0000, 1.0000]])
     """
-    dropped = x
-    if dropout_p > 0:
-        assert rng is not None
-        K = x.shape[-1]
-        mask = dropout_mask(rng, x.numel() // K, K, dropout_p).view(x.shape)
-        dropped = x * mask.to(x.dtype) * dropout_scale(dropout_p)
+    dropped = _drop(x, dropout_p, rng)
     y = x @ weight.T
     for e, (A, B, s) in enumerate(zip(lora_A, lora_B, scaling, strict=True)):
-        mine = (index == e).to(x.dtype)[..., None]
-        y = y + mine * (((dropped @ A.T) * s) @ B.T)
+        update = ((dropped @ A.T) * s) @ B.T
+        y = y + torch.where((index == e)[..., None], update, 0.0)
     return y if bias is None else y + bias
 
 
@@ -179,17 +182,13 @@ def lora_experts_linear(
     >>> lora_experts_linear(x, W, A, B, torch.tensor([0, 2]), scaling=0.5).tolist()
     [[3.0], [3.0], [0.0]]
     """
-    dropped = x
-    if dropout_p > 0:
-        assert rng is not None
-        mask = dropout_mask(rng, x.shape[0], x.shape[1], dropout_p)
-        dropped = x * mask.to(x.dtype) * dropout_scale(dropout_p)
+    dropped = _drop(x, dropout_p, rng)
     rows = torch.arange(x.shape[0], device=x.device)
     y, start = x.new_zeros(x.shape[0], weight.shape[1]), 0
     for e, stop in enumerate(offsets.tolist()):
-        mine = ((rows >= start) & (rows < stop)).to(x.dtype)[:, None]
+        is_own = ((rows >= start) & (rows < stop))[:, None]
         found = x @ weight[e].T + ((dropped @ lora_A[e].T) * scaling) @ lora_B[e].T
-        y, start = y + mine * (found if bias is None else found + bias[e]), stop
+        y, start = torch.where(is_own, found if bias is None else found + bias[e], y), stop
     return y
 
 
@@ -204,7 +203,7 @@ def _head_logits(
     logit_softcap: float | None,
     dropout: dict[str, Any],
 ) -> Tensor:
-    """Compute cap(logit_scale · lora_linear(x)) [M, V] with cap(y) = c · tanh(y / c)."""
+    """Compute cap(logit_scale · lora_linear(x)) [M, V], cap(y) = t·tanh(y/t), t = logit_softcap."""
     if lora_A is None or lora_B is None:
         y = x @ weight.T if bias is None else x @ weight.T + bias
     else:
@@ -232,12 +231,15 @@ def lora_linear_cross_entropy(
 ) -> Tensor:
     """Compute the cross-entropy of softmax(cap(logit_scale · lora_linear(x))) with the labels.
 
-    x [..., K], weight [V, K], lora_A [R, K], lora_B [V, R] or None for both, labels [...].
+    x [..., K], weight [V, K], lora_A [R, K], lora_B [V, R] or None for both, labels [...]. Label
+    smoothing ε takes (1 − ε)·log p + ε·mean_v log p_v. Returns a scalar, or labels' shape for
+    reduction "none".
 
     >>> x, W = torch.zeros(2, 3), torch.ones(4, 3)
     >>> lora_linear_cross_entropy(x, W, None, None, torch.tensor([0, 1])).exp()
     tensor(4.)
     """
+    assert reduction in ("none", "sum", "mean")
     dropout = {"dropout_p": dropout_p, "rng": rng}
     z = _head_logits(x, weight, lora_A, lora_B, scaling, bias, logit_scale, logit_softcap, dropout)
     log_p = z.log_softmax(dim=1)
@@ -268,8 +270,9 @@ def lora_linear_log_probs(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Compute statistics of p = softmax(cap(logit_scale · lora_linear(x)) / temperature).
 
-    Returns log p of the label, the entropy, the mean logit, log Σ p², and whether the label has the
-    largest logit, each of labels' shape, and zero where the label is ignored.
+    Returns log p of the label, the entropy, the mean of the logits after the temperature, log Σ p²,
+    and whether the label has the largest logit, each of labels' shape, and zero where the label is
+    ignored.
 
     >>> x, W = torch.zeros(2, 3), torch.ones(4, 3)
     >>> lora_linear_log_probs(x, W, None, None, torch.tensor([0, 1]))[0].exp()
@@ -313,7 +316,7 @@ SMALLEST_SCALE = 1e-38  # the smallest divisor of a block
 
 
 def _scale_blocks(values: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
-    """Divide float32[n] by the absmax of each block; return both, in [-1, 1] and float32[blocks].
+    """Return float32[n] divided by its block's absmax, in [-1, 1], and the absmax, float32[blocks].
 
     The results are bitwise equal to bitsandbytes' default backend, which treats a short last block
     differently. Full blocks are multiplied by the reciprocal, and absmax is 0 for zeros. A short

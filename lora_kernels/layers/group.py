@@ -30,10 +30,11 @@ class Member(NamedTuple):
 class LoRAGroup(LoRALayer):
     """Projections y_i = x·W_iᵀ + bias_i + (alpha/r)·dropout(x)·A_iᵀ·B_iᵀ of one x, as one layer.
 
-    The members' weights are concatenated to one [N, K], where N is the sum of their sizes, and so
-    are their A. Forward and backward read x once for all members, and run one GEMM each for y, dx
-    and dA. The members share one dropout mask. On a CPU a group is no faster than separate layers
-    (benchmarks/RESULTS.md), because the zeros of B outside of a member's ranks are multiplied too.
+    The members' weights are concatenated along N, the sum of their sizes, and the A of the targets
+    along the rank. Forward and backward read x once for all members, and run one GEMM each for y,
+    dx and dA. The members share one dropout mask. On a CPU a group is no faster than separate
+    layers (benchmarks/RESULTS.md), because the zeros of B outside of a member's ranks are
+    multiplied too.
 
     Args, in addition to those of `LoRALinear`:
         members: name -> out-features, in order.
@@ -102,17 +103,18 @@ class LoRAGroup(LoRALayer):
         if not linears:
             raise ValueError("linears: got none, want at least one")
 
-        def facts(linear: nn.Linear) -> tuple[object, ...]:
+        def format_of(linear: nn.Linear) -> tuple[object, ...]:
+            """Return in_features, dtype, device, and whether there is a bias."""
             weight = linear.weight
             return linear.in_features, weight.dtype, weight.device, linear.bias is not None
 
         first = next(iter(linears.values()))
         for name, linear in linears.items():
             check_stock(f"linears[{name!r}]", linear, nn.Linear, "torch.nn.Linear")
-            if facts(linear) != facts(first):
+            if (got := format_of(linear)) != (want := format_of(first)):
                 raise ValueError(
-                    f"linears[{name!r}]: got in_features, dtype, device and bias {facts(linear)}, "
-                    f"want the first one's {facts(first)}"
+                    f"linears[{name!r}]: got in_features, dtype, device and bias {got}, "
+                    f"want the first one's {want}"
                 )
         sizes = {name: linear.out_features for name, linear in linears.items()}
 
@@ -121,8 +123,19 @@ class LoRAGroup(LoRALayer):
             return nn.Parameter(torch.cat(tensors), requires_grad=False)
 
         weight, bias = join("weight"), None if first.bias is None else join("bias")
-        adapter, of_base = (r, alpha, dropout), ("meta", weight.dtype, lora_dtype)
-        layer = cls(first.in_features, sizes, *adapter, bias is not None, init, *of_base, **options)
+        layer = cls(
+            first.in_features,
+            sizes,
+            r=r,
+            alpha=alpha,
+            dropout=dropout,
+            bias=bias is not None,
+            init=init,
+            device="meta",
+            dtype=weight.dtype,
+            lora_dtype=lora_dtype,
+            **options,
+        )
         layer._take(weight, bias)
         return layer.train(first.training)
 
@@ -146,7 +159,10 @@ class LoRAGroup(LoRALayer):
         return Member(weight, None if self.bias is None else self.bias[rows], A, B)
 
     def _parts_of_B(self) -> list[tuple[int, Tensor | None, int]]:
-        """Return each member's size, its rows of lora_B or None, and its first rank."""
+        """Return each member's size, its rows of lora_B or None, and its first rank.
+
+        Without an adapter the rank is that of the next target.
+        """
         parts, rank, found = iter(self.lora_B.split(self._target_sizes())), 0, []
         for name, size in self.members.items():
             is_target = name in self.targets
@@ -162,8 +178,8 @@ class LoRAGroup(LoRALayer):
 
     def _wide_B(self) -> Tensor:
         """Return lora_B as [N, T·r]: each target's B in its own rows and ranks, zero elsewhere."""
-        plain = type(self.lora_B) is nn.Parameter and not self.lora_B.is_meta
-        if plain and not torch.is_grad_enabled() and not ops.is_intercepted():
+        is_parameter = type(self.lora_B) is nn.Parameter and not self.lora_B.is_meta
+        if is_parameter and not torch.is_grad_enabled() and not ops.is_intercepted():
             return self._write_wide_B()
         width = len(self.targets) * self.r
         return torch.cat(
@@ -176,7 +192,10 @@ class LoRAGroup(LoRALayer):
         )
 
     def _write_wide_B(self) -> Tensor:
-        """Write `_wide_B` to a cached tensor, because a prepared call needs a fixed address."""
+        """Write the result of `_wide_B` into a cached tensor, without gradients.
+
+        A prepared call requires a fixed address.
+        """
         wide = self._cache.wide_B
         if (
             wide is None

@@ -60,6 +60,7 @@ class PreparedForward:
         modules = layer._modules
         base = modules["base_layer"]
         stored, four_bit = base._parameters["weight"], isinstance(weight, Weight4bit)
+        # The extension checks the guards.
         if native.module is None or isinstance(scaling, Tensor) or is_conv1d(base):
             return None
         if diag is not None or is_alora:
@@ -97,31 +98,31 @@ class PreparedForward:
             *(Guard(entry, key, entry.get(key)) for entry, key in entries),
             Guard(base, type, type(base)),  # changes when its bias is parametrized
             Guard(nn.Linear, "forward", LINEAR_FORWARD),
-            Guard(stored, _address, _address(stored)),
+            Guard(stored, _weight_state, _weight_state(stored)),
         ]
         cache = CallCache()
         cache.renew(x, (weight, A, B), (scaling, compute_dtype, dropout_p(dropout)))
         return cls(
-            x.dtype,
-            None if x.is_cpu else x.device,
-            weight,
-            A,
-            B,
-            scaling,
-            compute_dtype,
-            copy.copy(layer._active_adapter),
-            dropout,
-            layer.scaling,
-            base._parameters,
-            (A.dtype, B.dtype),
-            modules,
-            tuple(zip(*guards, strict=True)),
-            tuple(hooks for module in called for hooks in hooks_of(module)),
-            cache,
+            x_dtype=x.dtype,
+            device=None if x.is_cpu else x.device,
+            weight=weight,
+            lora_A=A,
+            lora_B=B,
+            scaling=scaling,
+            compute_dtype=compute_dtype,
+            active=copy.copy(layer._active_adapter),
+            dropout=dropout,
+            scalings=layer.scaling,
+            base_parameters=base._parameters,
+            adapter_dtypes=(A.dtype, B.dtype),
+            modules=modules,
+            guards=tuple(zip(*guards, strict=True)),
+            hooks=tuple(hooks for module in called for hooks in hooks_of(module)),
+            cache=cache,
         )
 
     def _is_valid(self, layer: Any) -> bool:
-        """Return True if no guard has changed. x and the adapter's dtypes are not checked."""
+        """Return True if no guard has changed. `__call__` checks x and the adapter's dtypes."""
         assert native.module is not None  # else nothing is prepared
         return (
             layer._active_adapter == self.active
@@ -160,5 +161,6 @@ class PreparedForward:
         return type(None), ()
 
 
-def _address(weight: Tensor) -> tuple[int, bool]:
+def _weight_state(weight: Tensor) -> tuple[int, bool]:
+    """Return the address and requires_grad, which a guard compares."""
     return weight.data_ptr(), weight.requires_grad

@@ -96,7 +96,7 @@ def emulate(seed: int = 0, multiprocessors: int = 4) -> Iterator[ModuleType]:
     found, reason = _load("_emulator")
     if found is None:
         raise RuntimeError(f"{reason}: LORA_KERNELS_EMULATOR=1 python setup.py build_ext --inplace")
-    found.set(seed, multiprocessors)
+    found.seed_scheduler(seed, multiprocessors)
     token = _emulated.set(found)
     try:
         yield found

@@ -88,11 +88,11 @@ def run(name: str, on: Tensor, touched: dict[str, Tensor | None], *args: Any) ->
             recorder.add(call, (args, (replay.STREAM, index)), tensors)
         return call(args, (replay.current_stream(index), index))
     named = ((key, t) for key, t in touched.items() if t is not None and t.numel())
-    launchers.allow(tuple((key, t.data_ptr(), _span(t)) for key, t in named))
+    launchers.allow_ranges(tuple((key, t.data_ptr(), _span(t)) for key, t in named))
     out = call(args, (_stream, 0))
     if _waiting is None:
         launchers.synchronize()
-        traffic.extend(launchers.traffic())
+        traffic.extend(launchers.read_traffic())
     else:
         _waiting.extend(touched.values())
     return out
@@ -126,7 +126,7 @@ def deferred_launches() -> Iterator[None]:
     try:
         yield
         module().synchronize()
-        traffic.extend(module().traffic())
+        traffic.extend(module().read_traffic())
     finally:
         _waiting = None
 

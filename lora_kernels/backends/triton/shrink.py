@@ -26,11 +26,12 @@ def shrink_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """Write partials[i] = p_scale · mask(x ⊙ in_scale)[:, split i]·a[:, split i]ᵀ.
+    """Write partials[split] = p_scale · mask(x ⊙ in_scale)[:, k]·a[:, k]ᵀ, k the range of `split`.
 
-    x [M, K], a [R, K], partials float32 [num_splits, M, R]. Program (m, r, i) computes
-    BLOCK_M × BLOCK_R of partials[i], a sum over k_per_split elements. Without split-K, few rows
-    would not occupy a GPU. The caller adds the partial sums in order.
+    x [M, K] and a [R, K] are `Matrix`, in_scale [K] or None, mask_in a `Mask` or None, partials
+    float32 [num_splits, M, R]. Program (m, r, split) computes BLOCK_M × BLOCK_R of partials[split],
+    a sum over k_per_split elements, a multiple of BLOCK_K. Without split-K, few rows would not
+    occupy a GPU. The caller adds the partial sums in order.
     Rounding points: x ⊙ in_scale and a to WIDER; sums in float32.
     Bytes: x once for each BLOCK_R ranks, a once for each BLOCK_M rows, the partials; flops 2·M·K·R.
     Deterministic. Tested by tests/triton/test_lora_linear.py.
@@ -74,8 +75,8 @@ def compute_p(
             v = v.to(tl.float32) * in_scale[None, :]
         if mask_in is not None:
             v = tl.where(keep_mask(mask_in, m0, k0, BLOCK_M, BLOCK_K), v, 0.0)
-        A = load_tile(a.ptr, offs_k, a.col, offs_r, a.row, mask_k, mask_r, TYPES.WIDE)
-        p = dot(to_named(v, TYPES.WIDER), to_named(A, TYPES.WIDER), p, TYPES.PRECISION)
+        a_tile = load_tile(a.ptr, offs_k, a.col, offs_r, a.row, mask_k, mask_r, TYPES.WIDE)
+        p = dot(to_named(v, TYPES.WIDER), to_named(a_tile, TYPES.WIDER), p, TYPES.PRECISION)
     return p
 
 
@@ -83,6 +84,10 @@ def compute_p(
 def store_partial(
     partials_ptr, split, m0, r0, p, M, R, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr
 ):
+    """Write p [BLOCK_M, BLOCK_R] to partials[split] at [m0, r0].
+
+    Offsets are 64-bit, because num_splits·M·R may exceed 2³¹.
+    """
     offs_m, offs_r = m0 + tl.arange(0, BLOCK_M), r0 + tl.arange(0, BLOCK_R)
     at = (split.to(tl.int64) * M + offs_m[:, None]) * R + offs_r[None, :]
     tl.store(partials_ptr + at, p, mask=(offs_m < M)[:, None] & (offs_r < R)[None, :])

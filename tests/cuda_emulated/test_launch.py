@@ -164,3 +164,12 @@ def test_extensions_of_one_source_import_in_one_process(first: str) -> None:
     code = "; ".join(f"import lora_kernels.{name}" for name in built)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert built and done.returncode == 0, done.stderr
+
+
+def test_unsigned_argument_keeps_64_bits_and_takes_no_negative_number() -> None:
+    from lora_kernels import _emulator  # type: ignore[attr-defined]
+
+    with cuda.emulate(seed=2**64 - 1):
+        pass
+    with pytest.raises(OverflowError, match="argument: "):
+        _emulator.seed_scheduler(-1, 1)

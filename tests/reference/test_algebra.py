@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lora_kernels.core import reference
 from lora_kernels.core.reference import dropout_mask, lora_linear
 
 EXAMPLES = settings(max_examples=40, derandomize=True, deadline=None, database=None)
@@ -171,3 +172,14 @@ def test_column_scale_scales_rows_of_both_weights(case):
 def test_a_zero_b_leaves_the_base_bit_for_bit(case):
     case |= {"lora_B": torch.zeros_like(case["lora_B"]), "column_scale": None, "bias": None}
     assert torch.equal(lora_linear(**case), case["x"] @ case["weight"].T)
+
+
+def test_infinity_in_one_lora_A_stays_in_its_own_rows() -> None:
+    x, weight, index = torch.ones(3, 4), torch.eye(4), torch.tensor([0, 1, -1])
+    A, B = [torch.ones(2, 4) for _ in range(2)], [torch.ones(4, 2) for _ in range(2)]
+    A[1][0, 0] = torch.inf
+    y = reference.multi_lora_linear(x, weight, A, B, index, [1.0, 1.0])
+    assert y[:, 0].tolist() == [9.0, torch.inf, 1.0]
+    stacks = torch.eye(4).repeat(2, 1, 1), torch.stack(A), torch.stack(B)
+    y = reference.lora_experts_linear(x, *stacks, torch.tensor([1, 2]))
+    assert y[:, 0].tolist() == [9.0, torch.inf, 0.0]

@@ -25,7 +25,6 @@ import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lora_kernels import timing
 from lora_kernels.finetune import UsageError, command, generate, inputs, recipe
 from lora_kernels.finetune.model import (
     linears_4bit,
@@ -511,9 +510,8 @@ def test_smollm2_learns_the_fact(tmp_path: Path) -> None:
     assert recipe.finetune(command.teaching_options(Options(model=model, out=tmp_path))) == 0
 
 
-def test_rank_search(folder: Path, lines: Path, tmp_path: Path, run, monkeypatch: Any) -> None:
-    for name in ("copy_bandwidth", "product_peak"):  # which take seconds
-        monkeypatch.setattr(timing, name, lambda *args, **kwargs: 1.0)
+@pytest.mark.usefixtures("unmeasured")
+def test_rank_search(folder: Path, lines: Path, tmp_path: Path, run) -> None:
     argv = ["rank-search", "--model", folder, "--data", lines, "--out", tmp_path]
     argv += split("--ranks 2 3 --steps 10 --batch 2 --lr 0.01")
     shown = run(*argv)

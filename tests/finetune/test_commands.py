@@ -296,7 +296,8 @@ def test_over_a_4bit_base(lines: Path, tmp_path: Path, run) -> None:
         shown = run(*merge)
         assert "against nf4 base + adapter in fp32" in shown
         assert "the adapter on the original weights: logits off by" in shown
-        assert ("at most" in shown) == (onto == "dequantized")
+        assert ("at most" in shown) == ("✓" in shown) == (onto == "dequantized")
+        assert "8 layers merged" in shown
 
 
 def test_bad_lines(folder: Path, tmp_path: Path, run) -> None:

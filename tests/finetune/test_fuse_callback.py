@@ -27,7 +27,7 @@ from tests.interop.tiny import FLOAT64_RTOL, assert_same
 
 pytest.importorskip("trl", exc_type=ImportError)
 from tests.finetune import test_trl as trl_tests
-from tests.finetune.test_trl import SFTConfig, SFTTrainer, fused_layers
+from tests.finetune.test_trl import fused_layers
 
 
 def arguments(out: Path, **settings: Any) -> TrainingArguments:
@@ -62,10 +62,9 @@ def test_fuse_callback_with_checkpointing_and_evaluation_equals_the_unfused_run(
 
 def sft(out: Path, *callbacks: Any, **settings: Any) -> Any:
     """With dropout, whose masks a resumed run must draw as the whole one did."""
-    torch.manual_seed(0)
-    args = SFTConfig(str(out), max_length=64, **trl_tests.SETTINGS | settings)
-    made = trl_tests.parts({"text": trl_tests.TEXTS}, [FuseCallback(), *callbacks])
-    return SFTTrainer(llama(), args, **made | {"peft_config": trl_tests.lora(lora_dropout=0.1)})
+    callbacks = (FuseCallback(), *callbacks)
+    config = trl_tests.lora(lora_dropout=0.1)
+    return trl_tests.sft(out, torch.float32, callbacks, config, **settings)
 
 
 def adapters(trainer: Any) -> dict[str, Tensor]:

@@ -67,18 +67,15 @@ def test_the_base_model_is_left_as_it_was(searched: Any) -> None:
         assert torch.equal(buffer, before["buffers"][name]), name
 
 
-def test_rows(searched: Any, data: tuple[ChatData, ChatData]) -> None:
+def test_rows(searched: Any) -> None:
+    """Scores and efficiencies are computed again in acceptance/test_rank_search.py."""
     _, _, found, _ = searched
     assert [row.rank for row in found.rows] == [5, 2, 3]
     for row in found.rows:
         # q, o: 64 + 64; k, v: 64 + 32; two layers.
         assert row.parameters == 2 * row.rank * (2 * 128 + 2 * 96)
-        assert row.score == math.exp(-row.loss)
-        assert row.efficiency == pytest.approx(1e6 * row.score / row.parameters)
         assert row.seconds > 0
         assert row.score > found.base  # trained on the same kind of thing
-    assert found.best.score == max(row.score for row in found.rows)
-    assert found.most_efficient.efficiency == max(row.efficiency for row in found.rows)
 
 
 def test_the_base_score_is_the_models_own(searched: Any, data: tuple[ChatData, ChatData]) -> None:

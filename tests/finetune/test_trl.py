@@ -163,10 +163,11 @@ def parts(data: dict[str, list[str]], callbacks: Any = ()) -> dict[str, Any]:
     return made | {"callbacks": list(callbacks)}
 
 
-def sft(out: Path, dtype: torch.dtype, callbacks: Any, **settings: Any) -> Any:
+def sft(out: Path, dtype: torch.dtype, callbacks: Any, config: Any = None, **settings: Any) -> Any:
     args = SFTConfig(str(out), max_length=64, **SETTINGS | settings)
+    made = parts({"text": TEXTS}, callbacks) | {"peft_config": config or lora()}
     held_out = Dataset.from_dict({"text": TEXTS[:3]})
-    return SFTTrainer(base(dtype), args, eval_dataset=held_out, **parts({"text": TEXTS}, callbacks))
+    return SFTTrainer(base(dtype), args, eval_dataset=held_out, **made)
 
 
 def dpo(out: Path, dtype: torch.dtype, callbacks: Any, own: bool = False) -> Any:

@@ -231,6 +231,15 @@ def test_repeated_texts_have_their_first_label_and_names_are_sorted(tmp_path: Pa
     assert data.groups == ("2", "3")  # lines: each text is a group
 
 
+def test_separators_that_json_allows_in_a_string_end_no_line(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    text = "one\u2028two\x85"
+    records = [{"text": text, "label": "x"}, {"text": "b", "label": "y"}]
+    lines = [json.dumps(record, ensure_ascii=False) for record in records]
+    file.write_text("\r\n".join(lines) + "\n\n", encoding="utf-8", newline="")
+    assert read_labelled(file).texts == (text, "b")
+
+
 def test_what_is_said() -> None:
     assert quietness({"others": 0.02}).startswith("Other programs took 2% of the processors")
     assert quietness({"others": 0.01}) == "The machine had next to nothing else to do."

@@ -347,17 +347,6 @@ def test_damaged_newest_checkpoint_is_said_and_the_one_before_taken(
     assert metrics(tmp_path) == before
 
 
-def test_full_disk_is_one_line(
-    folder: Path, lines: Path, tmp_path: Path, run, monkeypatch: Any
-) -> None:
-    def full(*args: Any, **kwargs: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", full)
-    error = run(*on(folder, lines, tmp_path), *CHAT, status=1).splitlines()[-1]
-    assert "checkpoint-2 cannot be written: [Errno 28] No space left on device" in error
-
-
 def test_hub_id_in_the_cache_is_a_model(
     folder: Path, lines: Path, tmp_path: Path, run, monkeypatch: Any
 ) -> None:

@@ -326,11 +326,6 @@ def compare_decoding(models: Mapping[str, Any], prompt: Tensor, what: str) -> Ro
     return Row(what, ratio, None, frozen, peft, fused, ratio=True)
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-
-
 def peak_memory(model: nn.Module, ids: Tensor) -> int | None:
     """Return the bytes that one forward and backward need in addition to those in use before.
 

@@ -133,12 +133,10 @@ def _by_kind(allocation: Mapping[str, int]) -> str:
     >>> _by_kind({"0.q_proj": 2, "1.q_proj": 4, "0.up_proj": 1})
     'q_proj 3.0 (2 to 4), up_proj 1.0 (1 to 1)'
     """
-    kinds: dict[str, list[int]] = {}
-    for name, rank in allocation.items():
-        kinds.setdefault(name.rpartition(".")[2], []).append(rank)
-    return ", ".join(
-        f"{kind} {sum(r) / len(r):.1f} ({min(r)} to {max(r)})" for kind, r in kinds.items()
-    )
+    import pandas as pd  # type: ignore[import-untyped, unused-ignore]
+
+    kinds = pd.Series(allocation).groupby(lambda name: name.rpartition(".")[2], sort=False)
+    return ", ".join(f"{kind} {r.mean():.1f} ({r.min()} to {r.max()})" for kind, r in kinds)
 
 
 def find_optimal_rank(

@@ -10,11 +10,9 @@ import copy
 import dataclasses
 import importlib.util
 import json
-import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from shlex import split
@@ -40,6 +38,7 @@ from tests.finetune.tiny import (
     gpt2,
     llama,
     metrics,
+    run_python,
     save_model,
     tokenizer,
     write_gguf,
@@ -61,17 +60,6 @@ def assert_said(shown: str, *patterns: str) -> None:
     shown = " ".join(shown.split())
     for pattern in patterns:
         assert re.search(pattern, shown), (pattern, shown)
-
-
-def in_process(code: str, *argv: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    return subprocess.run(
-        [sys.executable, "-c", code, *argv],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=environment,
-    )
 
 
 def logits_of_stock_peft(model: Path, adapter: Path) -> torch.Tensor:
@@ -253,7 +241,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(
     more = [*CHAT, *TEXT, "--no-compare", "--steps", "12", "--max-length", "64"]
     once, twice = ([*on(model, data, tmp_path / name), *more] for name in ("once", "twice"))
     run(*once)
-    done = in_process(SIGNALS, *twice)
+    done = run_python("-c", SIGNALS, *twice)
     assert done.returncode == 128 + signal.SIGTERM, done.stderr
     stopped = re.search(r"stopped after step (\d+) of 12 and saved; the same command", done.stdout)
     assert stopped, done.stdout
@@ -424,7 +412,7 @@ def test_commands_without_a_terminal_print_no_bars(tmp_path: Path) -> None:
     file = write_gguf(tmp_path / "tiny.gguf")
     lines = write_lines(tmp_path / "chat.jsonl", [chat(f"{i}?", f"{i}!") for i in range(4)])
     code = "import sys; from lora_kernels.cli import main; sys.exit(main(sys.argv[1:]))"
-    done = in_process(code, *on(file, lines, tmp_path / "out"), "--steps", "1")
+    done = run_python("-c", code, *on(file, lines, tmp_path / "out"), "--steps", "1")
     assert done.returncode == 0, done.stderr
     shown = done.stdout + done.stderr
     assert "\r" not in shown and "%|" not in shown

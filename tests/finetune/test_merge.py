@@ -12,14 +12,14 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from lora_kernels.finetune import UsageError
 from lora_kernels.finetune.merge import Comparison, Distance, compare_merged, merge_adapter
 from lora_kernels.finetune.model import DTYPES
 from lora_kernels.finetune.presets import add_lora_layers
 from lora_kernels.quantization import Weight4bit
-from tests.finetune.tiny import gpt2, llama, tokenizer
+from tests.finetune.tiny import gpt2, llama, save_model, tokenizer
 
 IDS = torch.randint(4, 260, (1, 40), generator=torch.Generator().manual_seed(1))
 
@@ -206,23 +206,11 @@ def test_a_folder_of_4bit_weights(folders: tuple[Path, Path], tmp_path: Path) ->
     pytest.importorskip("bitsandbytes")
     base, adapter = folders
     four_bit = tmp_path / "base4"
-    four_bit.mkdir()
-    state: dict[str, Tensor] = {}
-    for name, weight in tensors(base).items():
-        if "_proj" in name:
-            state |= four_bits(weight).state_dict(name)
-        else:
-            state[name] = weight
-    save_file({n: t.contiguous() for n, t in state.items()}, four_bit / "model.safetensors")
-    config = json.loads((base / "config.json").read_text())
-    config["quantization_config"] = {
-        "quant_method": "bitsandbytes",
-        "load_in_4bit": True,
-        "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_use_double_quant": True,
-    }
-    (four_bit / "config.json").write_text(json.dumps(config))
-    tokenizer().save_pretrained(four_bit)
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+    )
+    how = {"quantization_config": config, "dtype": torch.float32, "device_map": "cpu"}
+    save_model(four_bit, AutoModelForCausalLM.from_pretrained(base, **how))
     with pytest.raises(UsageError, match="4-bit weights alone; give --onto dequantized"):
         merge_adapter(four_bit, adapter, tmp_path / "no")
     merge_adapter(four_bit, adapter, tmp_path / "a", onto="dequantized")

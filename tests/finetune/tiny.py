@@ -106,14 +106,6 @@ def write_lines(file: Path, records: Iterable[Any]) -> Path:
     return file
 
 
-GGUF_NAMES = """
-    self_attn.q_proj=attn_q self_attn.k_proj=attn_k self_attn.v_proj=attn_v
-    self_attn.o_proj=attn_output mlp.gate_proj=ffn_gate mlp.up_proj=ffn_up mlp.down_proj=ffn_down
-    input_layernorm=attn_norm post_attention_layernorm=ffn_norm model.embed_tokens=token_embd
-    model.norm=output_norm lm_head=output model.layers=blk
-"""
-
-
 def write_gguf(file: Path) -> Path:
     """A float32 Llama of two layers as a GGUF file, with a tokenizer of bytes and a template."""
     import gguf
@@ -138,10 +130,9 @@ def write_gguf(file: Path) -> Path:
     for kind, number in (("eos", 1), ("bos", 1), ("pad", 0), ("unk", 0)):
         getattr(writer, f"add_{kind}_token_id")(number)
     writer.add_chat_template(TEMPLATE)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, weight in model.state_dict().items():
-        for pair in GGUF_NAMES.split():
-            name = name.replace(*pair.split("="))
-        writer.add_tensor(name, weight.numpy())
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), weight.numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

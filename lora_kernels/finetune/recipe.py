@@ -48,7 +48,6 @@ from .checkpoints import (
 )
 from .command import read_inputs
 from .compare import Row, compare
-from .data import token_blocks
 from .options import Adapters, Data, Options, Training, check_out, flag, pick, read_json
 from .presets import Preset, add_lora_layers, find_preset
 from .report import Progress
@@ -112,10 +111,7 @@ def finetune(options: Options) -> int:
     name_base(options, adapted, base, tokenizer)
     rows, stock_losses = list[Row](), list[float]()
     if options.compare:
-        blocks = token_blocks(train.rows, length).to(device)
-        rows, stock_losses = compare_with_stock(
-            base, blocks, rows_of(train), options, lora, console
-        )
+        rows, stock_losses = compare_with_stock(base, rows_of(train), options, lora, console)
 
     old, plain = answer(base, inputs)
     before = text_of(old, tokenizer)
@@ -324,7 +320,6 @@ def name_base(options: Options, adapted: Any, base: Any, tokenizer: Any) -> None
 
 def compare_with_stock(
     base: nn.Module,
-    blocks: Tensor,
     data: ChatData,
     options: Options,
     lora: dict[str, Any],
@@ -338,7 +333,7 @@ def compare_with_stock(
     if found is None:
         how: Any = pick(options, "sgd_steps timed_steps") | {"batch_size": options.batch}
         how["on_stage"] = lambda stage: console.print(f"comparing with stock PEFT: {stage}")
-        rows = compare(base, blocks, lora=lora, **how)
+        rows = compare(base, data, lora=lora, **how)
         stock = add_lora_layers(model.share(base), **lora, fused=False)
         found = rows, train_stock(stock, data, options, console)
         saved = {"rows": [dataclasses.asdict(row) for row in rows], "peft_losses": found[1]}

@@ -6,14 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lora_kernels import timing
 from lora_kernels.cli import main
 from lora_kernels.finetune import classify
 from lora_kernels.finetune.chat import ChatData, load_chat
-from lora_kernels.finetune.data import token_blocks
-from lora_kernels.finetune.model import load_base, load_tokenizer
+from lora_kernels.finetune.model import load_base
 from tests.finetune import tiny
 
 
@@ -43,11 +42,6 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def base(model_folder: Path) -> nn.Module:
     return load_base(model_folder, torch.float32, torch.device("cpu"))
-
-
-@pytest.fixture(scope="session")
-def blocks(model_folder: Path, text: Path) -> Tensor:
-    return token_blocks(load_chat(text, load_tokenizer(model_folder)).rows, 16)
 
 
 @pytest.fixture(scope="session")

@@ -107,7 +107,11 @@ def finetune(options: Options) -> int:
     rows_of = (lambda data: pack(data, length)) if options.pack else (lambda data: data)
     if options.pack:
         check_packing(adapted)  # before anything is written
-    prepare_out(options, run)
+    options.out.mkdir(parents=True, exist_ok=True)
+    file = options.out / "run.json"
+    if not file.exists() or read_json(file, "out") != run:
+        (options.out / "compare.json").unlink(missing_ok=True)
+        write_json(file, run)
     name_base(options, adapted, base, tokenizer)
     rows, stock_losses = list[Row](), list[float]()
     if options.compare:
@@ -287,15 +291,6 @@ def check_run(given: Options) -> dict[str, Any]:
     if given.compare and earlier == run:
         read_comparison(given.out)
     return run
-
-
-def prepare_out(options: Options, run: dict[str, Any]) -> None:
-    """Create --out, and write the run's arguments to it."""
-    file = options.out / "run.json"
-    options.out.mkdir(parents=True, exist_ok=True)
-    if not file.exists() or read_json(file, "out") != run:
-        (options.out / "compare.json").unlink(missing_ok=True)
-        write_json(file, run)
 
 
 def name_base(options: Options, adapted: Any, base: Any, tokenizer: Any) -> None:

@@ -34,7 +34,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="session")
 def data(model_folder: Path, text: Path) -> ChatData:
-    """Of plain text, in place of chats."""
+    """Read plain text, in place of chats."""
     return load_chat(text, load_tokenizer(model_folder), max_length=16)
 
 

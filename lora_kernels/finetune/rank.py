@@ -35,7 +35,7 @@ from .options import (
 )
 from .plots import draw_png
 from .presets import Preset, add_lora_layers, find_preset, find_targets, peft_settings
-from .provenance import Provenance
+from .provenance import watch
 from .trainer import LoRATrainer, training_arguments
 
 RANKS = (4, 8, 16, 32, 64)
@@ -348,7 +348,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"trained on {len(train)} examples, scored on {len(val)} held out")
     base = models.load_base(options.model, models.DTYPES[options.dtype], device, options.quant)
 
-    provenance = Provenance(str(device))
+    provenance = watch(str(device))
     found = find_optimal_rank(
         base,
         train,
@@ -366,7 +366,7 @@ def run(args: argparse.Namespace) -> int:
     task = {"model": name, "data": [file.name for file in options.data], "train": len(train)}
     task |= {"held_out": len(val), "max_length": length}
     task |= pick(options, "steps batch lr dtype quant seed")
-    result = {"provenance": provenance.facts(), "task": task} | found.as_dict()
+    result = {"provenance": provenance(), "task": task} | found.as_dict()
     write_json(options.out / "ranks.json", result)
     png = options.out / "ranks.png"
     plot_ranks(png, found, f"{name}, {options.steps} steps a rank")

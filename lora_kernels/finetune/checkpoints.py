@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -93,14 +93,6 @@ def translate_errors(message: str, *errors: type[Exception]) -> Iterator[None]:
 def count_more(found: list[Any]) -> str:
     """Return the first element of a list and the number of others: "a and 2 more"."""
     return f"{found[0]} and {len(found) - 1} more" if len(found) > 1 else str(found[0])
-
-
-def set_aside(damaged: Iterable[Path]) -> None:
-    """Rename checkpoints that cannot be read, so that no later run resumes from them."""
-    for checkpoint in damaged:
-        aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
-        shutil.rmtree(aside, ignore_errors=True)
-        checkpoint.rename(aside)
 
 
 @contextmanager

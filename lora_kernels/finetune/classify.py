@@ -31,7 +31,6 @@ from transformers import (
 
 from . import UsageError, memory
 from .command import silence_libraries
-from .compare import synchronize
 from .labelled import Labelled
 from .methods import METHODS, Method
 from .model import adapters, classifier, load_float32, load_tokenizer, quantize, usable_device
@@ -139,7 +138,8 @@ def compare_methods(
     spawn = multiprocessing.get_context("spawn")
     for name, method in methods.items():
         with ProcessPoolExecutor(1, spawn, start_process, (torch.get_num_threads(),)) as pool:
-            found.append(pool.submit(try_method, task, name, method, seeds).result())
+            runs = [pool.submit(train_once, task, method, seed).result() for seed in seeds]
+        found.append(Outcome(name, method, runs))
         on_method(found[-1])
     return found
 
@@ -147,11 +147,6 @@ def compare_methods(
 def start_process(threads: int) -> None:
     silence_libraries()
     torch.set_num_threads(threads)
-
-
-def try_method(task: Task, name: str, method: Method, seeds: Sequence[int]) -> Outcome:
-    """Run all seeds of one method in this process."""
-    return Outcome(name, method, [train_once(task, method, seed) for seed in seeds])
 
 
 def train_once(task: Task, method: Method, seed: int) -> Run:
@@ -245,9 +240,9 @@ class Clock(TrainerCallback):  # type: ignore[misc, unused-ignore]
         self.start = 0.0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        synchronize(args.device)
+        torch.get_device_module(args.device).synchronize()
         self.start = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        synchronize(args.device)
+        torch.get_device_module(args.device).synchronize()
         self.seconds.append(time.perf_counter() - self.start)

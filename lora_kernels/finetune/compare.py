@@ -23,7 +23,7 @@ from .. import dropout_mask, lora_linear
 from ..peft import fuse
 from ..timing import interleave
 from . import memory
-from .data import batch
+from .chat import ChatData, Collator
 from .model import Clock, adapters, cast_parameters, decode, linears_4bit, rewrite_codes, share
 from .presets import add_lora_layers
 
@@ -35,6 +35,8 @@ SGD_LR = 0.1
 ADAPTER_B_STD = 0.02  # a new adapter has B = 0, and then dA = 0 on both sides
 MASK_P = 0.1
 PROMPT, DECODED = 8, 16  # numbers of tokens
+
+Draw = Callable[[int], Mapping[str, Tensor]]  # the batch of a step
 
 
 @dataclass(frozen=True)
@@ -82,10 +84,21 @@ def largest_rms(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> float:
     return torch.tensor([relative_rms(got[name], want[name]) for name in want]).max().item()
 
 
-def loss_and_gradients(model: nn.Module, ids: Tensor) -> tuple[float, dict[str, Tensor]]:
-    """Return the loss and the adapters' gradients for ids [batch, seq_len]."""
+def draw_batch(
+    data: ChatData, step: int, size: int, seed: int, device: torch.device
+) -> dict[str, Tensor]:
+    """Draw the batch of one step, `size` rows, as determined by (seed, step)."""
+    generator = torch.Generator().manual_seed((seed << 16) + step)
+    rows = torch.randint(len(data), (size,), generator=generator).tolist()
+    return {name: t.to(device) for name, t in Collator(0)([data[i] for i in rows]).items()}
+
+
+def loss_and_gradients(
+    model: nn.Module, batch: Mapping[str, Tensor]
+) -> tuple[float, dict[str, Tensor]]:
+    """Return the loss of a batch, and the adapters' gradients."""
     model.zero_grad(set_to_none=True)
-    loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    loss = model(**batch, use_cache=False).loss
     loss.backward()
     grads = {
         name: torch.zeros_like(p) if p.grad is None else p.grad
@@ -94,15 +107,13 @@ def loss_and_gradients(model: nn.Module, ids: Tensor) -> tuple[float, dict[str, 
     return loss.item(), grads
 
 
-def train_sgd(
-    model: nn.Module, blocks: Tensor, *, batch_size: int, steps: int, seed: int, lr: float = SGD_LR
-) -> tuple[list[float], dict[str, Tensor]]:
+def train_sgd(model: nn.Module, draw: Draw, steps: int) -> tuple[list[float], dict[str, Tensor]]:
     """Train by SGD; return the loss of each step, and the change of each adapter."""
     start = {name: p.detach().clone() for name, p in adapters(model).items()}
-    optimizer = torch.optim.SGD(adapters(model).values(), lr=lr)
+    optimizer = torch.optim.SGD(adapters(model).values(), lr=SGD_LR)
     losses = []
     for step in range(steps):
-        losses.append(loss_and_gradients(model, batch(blocks, step, batch_size, seed))[0])
+        losses.append(loss_and_gradients(model, draw(step))[0])
         optimizer.step()
     return losses, {name: p.detach() - start[name] for name, p in adapters(model).items()}
 
@@ -135,7 +146,7 @@ def build_pair(base: nn.Module, **lora: Any) -> tuple[Any, Any]:
 
 def compare(
     base: nn.Module,
-    blocks: Tensor,
+    data: ChatData,
     *,
     lora: Mapping[str, Any],
     batch_size: int,
@@ -150,23 +161,24 @@ def compare(
 
     Args:
         base: the frozen model.
-        blocks: int64 [blocks, seq_len] on base's device.
+        data: the rows to draw batches from.
         lora: settings of `add_lora_layers`; the seed also determines the order of the batches.
-        batch_size: blocks of a batch.
+        batch_size: rows of a batch.
         sgd_steps: the number of SGD steps before losses and updates are compared.
         timed_steps: the number of timed steps of each model.
         on_stage: called with the name of each stage.
     """
     lora = {**lora, "dropout": 0.0}
-    seed = lora["seed"]
-    ids = batch(blocks, 0, batch_size, seed)
+    seed, weight = lora["seed"], next(base.parameters())
+    draw = partial(draw_batch, data, size=batch_size, seed=seed, device=weight.device)
+    first = draw(0)
 
     on_stage("gradients before the first step")
-    fp32 = next(base.parameters()).dtype is torch.float32
+    fp32 = weight.dtype is torch.float32
     base32 = base if fp32 else cast_parameters(copy.deepcopy(base), torch.float32)
     stock, fused = build_pair(base32, **lora)
-    loss, want = loss_and_gradients(stock, ids)
-    fused_loss, got = loss_and_gradients(fused, ids)
+    loss, want = loss_and_gradients(stock, first)
+    fused_loss, got = loss_and_gradients(fused, first)
     rows = [
         loss_row("loss before the first step", [fused_loss], [loss]),
         Row(f"gradients of {len(want)} adapters", largest_rms(got, want), GRADIENT_LIMIT),
@@ -174,14 +186,13 @@ def compare(
     controls = []
     for mistake, factor in (("dA doubled", 2.0), ("dA zeroed", 0.0)):
         with scale_dA(fused, factor):
-            broken = loss_and_gradients(fused, ids)[1]
+            broken = loss_and_gradients(fused, first)[1]
         controls.append(Row(mistake, largest_rms(broken, want), GRADIENT_LIMIT, control=True))
     mask_row, mask_control = compare_dropout(fused, seed)
 
     on_stage(f"{sgd_steps} SGD steps each")
-    run = {"batch_size": batch_size, "steps": sgd_steps, "seed": seed}
-    stock_losses, want = train_sgd(stock, blocks, **run)
-    fused_losses, got = train_sgd(fused, blocks, **run)
+    stock_losses, want = train_sgd(stock, draw, sgd_steps)
+    fused_losses, got = train_sgd(fused, draw, sgd_steps)
     rows += [
         loss_row(f"losses of {sgd_steps} SGD steps", fused_losses, stock_losses),
         Row(f"updates in {sgd_steps} SGD steps", largest_rms(got, want), UPDATE_LIMIT),
@@ -189,19 +200,20 @@ def compare(
     ]
 
     on_stage("bf16 gradients against fp32")
-    rows.append(compare_bf16(base, blocks, batch_size, lora))
+    rows.append(compare_bf16(base, draw, lora))
 
     on_stage(f"{timed_steps} timed steps each")
     if not fp32:
         stock, fused = build_pair(base, **lora)
     models = {"frozen": base, "peft": stock, "fused": fused}
-    rows += compare_cost(models, ids, timed_steps)
+    rows += compare_cost(models, first, timed_steps)
     if linears_4bit(base):  # let bitsandbytes use its fastest kernel; see `rewrite_codes`
         for name in ("frozen", "peft"):
             models[name] = rewrite_codes(copy.deepcopy(models[name]), True)
-    rows.append(compare_decoding(models, ids[:1, :PROMPT], "ms a token, decoding"))
+    prompt = first["input_ids"][:1, :PROMPT]
+    rows.append(compare_decoding(models, prompt, "ms a token, decoding"))
     fuse(models["fused"], linears=True)
-    rows.append(compare_decoding(models, ids[:1, :PROMPT], "with fuse(linears=True)"))
+    rows.append(compare_decoding(models, prompt, "with fuse(linears=True)"))
     return [*rows, *controls, mask_control]
 
 
@@ -211,7 +223,7 @@ def loss_row(what: str, fused: list[float], stock: list[float]) -> Row:
     return Row(what, difference, peft=f"{stock[-1]:.5f}", fused=f"{fused[-1]:.5f}")
 
 
-def compare_bf16(base: nn.Module, blocks: Tensor, batch_size: int, lora: Mapping[str, Any]) -> Row:
+def compare_bf16(base: nn.Module, draw: Draw, lora: Mapping[str, Any]) -> Row:
     """Return |fused bf16 − fp32| / |PEFT bf16 − fp32|, over all adapter gradients together.
 
     Each norm is the median of BF16_BATCHES batches. The fp32 reference uses the bf16 weights, so
@@ -225,9 +237,9 @@ def compare_bf16(base: nn.Module, blocks: Tensor, batch_size: int, lora: Mapping
         adapters(reference)[name].data.copy_(p.detach())
     errors: list[tuple[float, float]] = []
     for step in range(BF16_BATCHES):
-        ids = batch(blocks, step, batch_size, lora["seed"])
+        batch = draw(step)
         exact, peft, ours = (
-            torch.cat([g.float().flatten() for g in loss_and_gradients(m, ids)[1].values()])
+            torch.cat([g.float().flatten() for g in loss_and_gradients(m, batch)[1].values()])
             for m in (reference, stock, fused)
         )
         errors.append((relative_rms(peft, exact), relative_rms(ours, exact)))
@@ -269,7 +281,7 @@ def compare_dropout(model: nn.Module, seed: int) -> tuple[Row, Row]:
     )
 
 
-def compare_cost(models: Mapping[str, Any], ids: Tensor, steps: int) -> list[Row]:
+def compare_cost(models: Mapping[str, Any], batch: Mapping[str, Tensor], steps: int) -> list[Row]:
     """Compare the time of forward and backward, the LoRA tax, and the peak memory.
 
     The peak memory is the median of three steps, because heap fragmentation changes it by 5%. The
@@ -279,7 +291,7 @@ def compare_cost(models: Mapping[str, Any], ids: Tensor, steps: int) -> list[Row
 
     def step(model: Any) -> None:
         model.zero_grad(set_to_none=True)
-        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        model(**batch, use_cache=False).loss.backward()
 
     def row(what: str, cells: Mapping[str, float], form: str, compared: bool = False) -> Row:
         ratio = cells["fused"] / cells["peft"] if compared else None
@@ -289,9 +301,10 @@ def compare_cost(models: Mapping[str, Any], ids: Tensor, steps: int) -> list[Row
     for model in models.values():
         model.enable_input_require_grads()
     try:
+        device = batch["input_ids"].device
         calls = {name: partial(step, model) for name, model in models.items()}
-        times = interleave(calls, seconds=math.inf, most=steps, device=ids.device.type)
-        peaks = {name: [peak_memory(m, ids) for _ in range(3)] for name, m in models.items()}
+        times = interleave(calls, seconds=math.inf, most=steps, device=device.type)
+        peaks = {name: [peak_memory(m, batch) for _ in range(3)] for name, m in models.items()}
     finally:
         for model in models.values():
             model.disable_input_require_grads()
@@ -326,22 +339,18 @@ def compare_decoding(models: Mapping[str, Any], prompt: Tensor, what: str) -> Ro
     return Row(what, ratio, None, frozen, peft, fused, ratio=True)
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-
-
-def peak_memory(model: nn.Module, ids: Tensor) -> int | None:
+def peak_memory(model: nn.Module, batch: Mapping[str, Tensor]) -> int | None:
     """Return the bytes that one forward and backward need in addition to those in use before.
 
     None if the system does not report its memory.
     """
     model.zero_grad(set_to_none=True)
-    before = memory.reset_peak(ids.device)
+    device = batch["input_ids"].device
+    before = memory.reset_peak(device)
     if before is None:
         return None
     try:
-        loss_and_gradients(model, ids)
-        return memory.peak(ids.device) - before
+        loss_and_gradients(model, batch)
+        return memory.peak(device) - before
     finally:
         model.zero_grad(set_to_none=True)

@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     """Return the exit status, 0. Raises UsageError for bad arguments."""
     from . import classify
     from .checkpoints import write_json
-    from .provenance import Provenance
+    from .provenance import watch
 
     silence_libraries()
     options = CompareOptions(**vars(args))
@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
         f"have the commonest of the labels {', '.join(task.train.names)}",
         flush=True,
     )
-    provenance = Provenance(task.device)
+    provenance = watch(task.device)
     rows: list[dict[str, Any]] = []
 
     def report_outcome(outcome: Outcome) -> None:
@@ -111,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
     said = {"about": about, "labels": task.train.names, "train": len(task.train)}
     said |= {"held_out": len(task.held_out), "commonest": share, "seeds": options.seeds}
     said |= pick(task, "steps batch max_length")
-    data = {"provenance": provenance.facts(), "task": said, "rows": rows}
+    data = {"provenance": provenance(), "task": said, "rows": rows}
     files = [options.out / f"{NAME}.{kind}" for kind in ("json", "md", "png")]
     write_json(files[0], data)
     files[1].write_text(markdown(data))

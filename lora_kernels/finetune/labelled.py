@@ -136,8 +136,10 @@ def _records(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         with translate_errors(f"data: {file} is no table", csv.Error):
             yield from ((reader.line_num, record) for record in reader)
     elif kind == "jsonl":
-        lines = [each for each in enumerate(content.splitlines(), 1) if each[1].strip()]
-        for number, line in lines:
+        # str.splitlines would also break at separators that JSON allows in a string.
+        for number, line in enumerate(content.split("\n"), 1):
+            if not line.strip():
+                continue
             where = f"data: {file}, line {number}"
             with translate_errors(f"{where}: no JSON", ValueError, RecursionError):
                 record = json.loads(line)

@@ -102,11 +102,8 @@ def merge_adapter(
     tied = head.weight if head is not None and head.weight is words.weight else None
     adapted = models.load_adapter(dense, adapter)
     layers = [module for module in adapted.modules() if isinstance(module, BaseTunerLayer)]
-    for layer in layers:
-        if not hasattr(layer, "merge"):
-            raise UsageError(f"adapter: PEFT cannot merge a {type(layer).__name__}")
-        if layer.get_base_layer().weight is tied:
-            raise UsageError("adapter: a weight that is tied to another one cannot be merged into")
+    if any(layer.get_base_layer().weight is tied for layer in layers):
+        raise UsageError("adapter: a weight that is tied to another one cannot be merged into")
     merged = adapted.merge_and_unload(safe_merge=True)  # raises if a sum is not finite
     models.cast_parameters(merged, DTYPES[dtype])
     with write_folder(out) as partial:

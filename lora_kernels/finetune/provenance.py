@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
@@ -13,32 +13,29 @@ from ..bench import results
 QUIET = 0.02  # the share of CPU time that an idle system uses
 
 
-def _seconds(times: Any, *names: str) -> float:
-    return sum(getattr(times, name, 0.0) for name in names)
+def watch(device: str) -> Callable[[], dict[str, Any]]:
+    """Return a function that gives the machine, the versions and the load since now, for JSON.
 
+    "others" is the share of CPU time that other programs took. Children of this process that have
+    ended do not count as other programs.
+    """
+    facts = results.provenance(["float32"], device.partition(":")[0])
+    facts |= {name: devices.version(name) for name in ("transformers", "accelerate")}
+    before = _cpu_seconds()
 
-class Provenance:
-    """The machine, the versions, and the load of other programs since the object was created."""
-
-    def __init__(self, device: str) -> None:
-        self._facts = results.provenance(["float32"], device.partition(":")[0])
-        self._facts |= {name: devices.version(name) for name in ("transformers", "accelerate")}
-        self._before = self._times()
-
-    def _times(self) -> tuple[float, float, float]:
-        """Return CPU seconds: in all, idle, and of this process with its children."""
-        system, own = psutil.cpu_times(), psutil.Process().cpu_times()
-        names = ("user", "system", "children_user", "children_system")
-        return sum(system), _seconds(system, "idle", "iowait"), _seconds(own, *names)
-
-    def facts(self) -> dict[str, Any]:
-        """Return the facts for JSON. "others" is the share of CPU time that other programs took.
-
-        Children of this process that have ended do not count as other programs.
-        """
-        spent, idle, own = (b - a for a, b in zip(self._before, self._times(), strict=True))
+    def finish() -> dict[str, Any]:
+        spent, idle, own = (b - a for a, b in zip(before, _cpu_seconds(), strict=True))
         others = max(0.0, spent - idle - own) / spent if spent > 0 else 0.0
-        return self._facts | {"others": others}
+        return facts | {"others": others}
+
+    return finish
+
+
+def _cpu_seconds() -> tuple[float, float, float]:
+    """Return CPU seconds: in all, idle, and of this process with its children."""
+    system, own = psutil.cpu_times(), psutil.Process().cpu_times()
+    idle = system.idle + getattr(system, "iowait", 0.0)
+    return sum(system), idle, own.user + own.system + own.children_user + own.children_system
 
 
 def quietness(facts: Mapping[str, Any]) -> str:

@@ -35,7 +35,7 @@ from .options import (
 )
 from .plots import draw_png
 from .presets import Preset, add_lora_layers, find_preset, find_targets, peft_settings
-from .provenance import Provenance
+from .provenance import watch
 from .trainer import LoRATrainer, training_arguments
 
 RANKS = (4, 8, 16, 32, 64)
@@ -133,12 +133,10 @@ def _by_kind(allocation: Mapping[str, int]) -> str:
     >>> _by_kind({"0.q_proj": 2, "1.q_proj": 4, "0.up_proj": 1})
     'q_proj 3.0 (2 to 4), up_proj 1.0 (1 to 1)'
     """
-    kinds: dict[str, list[int]] = {}
-    for name, rank in allocation.items():
-        kinds.setdefault(name.rpartition(".")[2], []).append(rank)
-    return ", ".join(
-        f"{kind} {sum(r) / len(r):.1f} ({min(r)} to {max(r)})" for kind, r in kinds.items()
-    )
+    import pandas as pd  # type: ignore[import-untyped, unused-ignore]
+
+    kinds = pd.Series(allocation).groupby(lambda name: name.rpartition(".")[2], sort=False)
+    return ", ".join(f"{kind} {r.mean():.1f} ({r.min()} to {r.max()})" for kind, r in kinds)
 
 
 def find_optimal_rank(
@@ -350,7 +348,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"trained on {len(train)} examples, scored on {len(val)} held out")
     base = models.load_base(options.model, models.DTYPES[options.dtype], device, options.quant)
 
-    provenance = Provenance(str(device))
+    provenance = watch(str(device))
     found = find_optimal_rank(
         base,
         train,
@@ -368,7 +366,7 @@ def run(args: argparse.Namespace) -> int:
     task = {"model": name, "data": [file.name for file in options.data], "train": len(train)}
     task |= {"held_out": len(val), "max_length": length}
     task |= pick(options, "steps batch lr dtype quant seed")
-    result = {"provenance": provenance.facts(), "task": task} | found.as_dict()
+    result = {"provenance": provenance(), "task": task} | found.as_dict()
     write_json(options.out / "ranks.json", result)
     png = options.out / "ranks.png"
     plot_ranks(png, found, f"{name}, {options.steps} steps a rank")

@@ -48,7 +48,6 @@ from .checkpoints import (
 )
 from .command import read_inputs
 from .compare import Row, compare
-from .data import token_blocks
 from .options import Adapters, Data, Options, Training, check_out, flag, pick, read_json
 from .presets import Preset, add_lora_layers, find_preset
 from .report import Progress
@@ -108,14 +107,15 @@ def finetune(options: Options) -> int:
     rows_of = (lambda data: pack(data, length)) if options.pack else (lambda data: data)
     if options.pack:
         check_packing(adapted)  # before anything is written
-    prepare_out(options, run)
+    options.out.mkdir(parents=True, exist_ok=True)
+    file = options.out / "run.json"
+    if not file.exists() or read_json(file, "out") != run:
+        (options.out / "compare.json").unlink(missing_ok=True)
+        write_json(file, run)
     name_base(options, adapted, base, tokenizer)
     rows, stock_losses = list[Row](), list[float]()
     if options.compare:
-        blocks = token_blocks(train.rows, length).to(device)
-        rows, stock_losses = compare_with_stock(
-            base, blocks, rows_of(train), options, lora, console
-        )
+        rows, stock_losses = compare_with_stock(base, rows_of(train), options, lora, console)
 
     old, plain = answer(base, inputs)
     before = text_of(old, tokenizer)
@@ -293,15 +293,6 @@ def check_run(given: Options) -> dict[str, Any]:
     return run
 
 
-def prepare_out(options: Options, run: dict[str, Any]) -> None:
-    """Create --out, and write the run's arguments to it."""
-    file = options.out / "run.json"
-    options.out.mkdir(parents=True, exist_ok=True)
-    if not file.exists() or read_json(file, "out") != run:
-        (options.out / "compare.json").unlink(missing_ok=True)
-        write_json(file, run)
-
-
 def name_base(options: Options, adapted: Any, base: Any, tokenizer: Any) -> None:
     """Set the base model's folder or hub id in the adapter's configuration.
 
@@ -324,7 +315,6 @@ def name_base(options: Options, adapted: Any, base: Any, tokenizer: Any) -> None
 
 def compare_with_stock(
     base: nn.Module,
-    blocks: Tensor,
     data: ChatData,
     options: Options,
     lora: dict[str, Any],
@@ -338,7 +328,7 @@ def compare_with_stock(
     if found is None:
         how: Any = pick(options, "sgd_steps timed_steps") | {"batch_size": options.batch}
         how["on_stage"] = lambda stage: console.print(f"comparing with stock PEFT: {stage}")
-        rows = compare(base, blocks, lora=lora, **how)
+        rows = compare(base, data, lora=lora, **how)
         stock = add_lora_layers(model.share(base), **lora, fused=False)
         found = rows, train_stock(stock, data, options, console)
         saved = {"rows": [dataclasses.asdict(row) for row in rows], "peft_losses": found[1]}

@@ -36,7 +36,6 @@ from .checkpoints import (
     named_write,
     newest_checkpoint,
     replace_file,
-    set_aside,
     steps_done,
 )
 from .model import adapters
@@ -218,8 +217,10 @@ class LoRATrainer(Trainer):  # type: ignore[misc, unused-ignore]
         self.accelerator.wait_for_everyone()  # rename after all processes have read the folder
         for path, reason in damaged.items():
             report(f"{path} cannot be read: {reason}; it is renamed, and {found} is taken")
-        if self.args.should_save:
-            set_aside(damaged)
+            if self.args.should_save:
+                aside = path.with_name(f"damaged-{path.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                path.rename(aside)
         self.accelerator.wait_for_everyone()
         return found
 

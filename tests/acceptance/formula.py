@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -50,7 +51,29 @@ def assert_same(got: Tensor, want: Tensor, rtol: float = RTOL, what: Any = "") -
     assert error <= rtol, f"{what}: relative error {error:.3g}"
 
 
-def assert_all_same(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> None:
-    assert got.keys() == want.keys()
-    for name, ref in want.items():
+def assert_formula(
+    call: Callable[..., Tensor],
+    formula: Callable[..., Tensor],
+    x: Tensor,
+    leaves: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """The output of `call`, and all gradients, are those of the formula in float64.
+
+    formula: takes x and, by name, the leaves. Without leaves `call` is a module, and the names are
+        the last parts of its parameters'.
+
+    Returns the gradients of `call`.
+    """
+    if leaves is None:
+        params = {n.rpartition(".")[2]: p for n, p in call.named_parameters()}
+        leaves = {name: params[name] for name in [*inspect.signature(formula).parameters][1:]}
+    ours = {"x": x, **leaves}
+    exact = {name: t.detach().double() for name, t in ours.items()}
+    for t in (*ours.values(), *exact.values()):
+        t.requires_grad_()
+    y, want = call(x), formula(**exact)
+    assert_same(y, want)
+    got = gradients(y, ours)
+    for name, ref in gradients(want, exact).items():
         assert_same(got[name], ref, what=name)
+    return got

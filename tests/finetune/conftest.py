@@ -1,18 +1,18 @@
 """Models, texts and chats small enough that a whole run takes a second."""
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast
+from torch import nn
 
+from lora_kernels import timing
 from lora_kernels.cli import main
+from lora_kernels.finetune import classify
 from lora_kernels.finetune.chat import ChatData, load_chat
-from lora_kernels.finetune.data import token_blocks
-from lora_kernels.finetune.model import load_base, load_tokenizer
+from lora_kernels.finetune.model import load_base
 from tests.finetune import tiny
 
 
@@ -27,18 +27,9 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny-llama")
-    bytes_ = pre_tokenizers.ByteLevel.alphabet()
-    vocab = {byte: i for i, byte in enumerate(["<eos>", *sorted(bytes_)])}
-    tokenizer = Tokenizer(models.BPE(vocab, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
-
-    words = {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": None}
-    sizes = {"vocab_size": len(vocab), "intermediate_size": 128, "max_position_embeddings": 128}
-    tiny.llama(**sizes, **words).save_pretrained(folder)
-    return folder
+    """The folder of a Llama without a chat template."""
+    model = tiny.llama(intermediate_size=128, max_position_embeddings=128)
+    return tiny.save_model(tmp_path_factory.mktemp("tiny-llama"), model, tiny.tokenizer(None))
 
 
 @pytest.fixture(scope="session")
@@ -51,11 +42,6 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def base(model_folder: Path) -> nn.Module:
     return load_base(model_folder, torch.float32, torch.device("cpu"))
-
-
-@pytest.fixture(scope="session")
-def blocks(model_folder: Path, text: Path) -> Tensor:
-    return token_blocks(load_chat(text, load_tokenizer(model_folder)).rows, 16)
 
 
 @pytest.fixture(scope="session")
@@ -86,3 +72,16 @@ def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
         return printed.out + printed.err
 
     return run
+
+
+@pytest.fixture
+def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give a machine limits that nobody measured, which takes seconds."""
+    for name in ("copy_bandwidth", "product_peak"):
+        monkeypatch.setattr(timing, name, lambda *args, **kwargs: 1e9)
+
+
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have `compare_methods` train in this process, one method after the other."""
+    monkeypatch.setattr(classify, "ProcessPoolExecutor", ThreadPoolExecutor)

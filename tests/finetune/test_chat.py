@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lora_kernels.finetune import UsageError
 from lora_kernels.finetune.chat import ChatData, Collator, check_packing, load_chat, pack
 from tests.finetune.tiny import TEMPLATE, chat, gpt2, llama, tokenizer, write_lines
+from tests.support.assertions import assert_close_derived
 
 MARKED = (
     "{% for m in messages %}<im>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}"
@@ -165,8 +166,6 @@ def test_files_without_examples(tmp_path: Path) -> None:
     empty.write_text(" \n\n")
     with pytest.raises(UsageError, match=r"data: .*empty.jsonl is empty; give one example a line"):
         load_chat(empty, tokenizer())
-    with pytest.raises(UsageError, match="there is no file"):
-        load_chat(tmp_path / "nowhere.jsonl", tokenizer())
     with pytest.raises(UsageError, match=r"no example is left; .*:1: invalid JSON"):
         load(tmp_path, ["{"], on_bad_line="skip")
     with pytest.raises(UsageError, match="on_bad_line: got 'ignore'"):
@@ -184,8 +183,6 @@ def test_split_is_drawn_once(tmp_path: Path) -> None:
     rows = [str(row) for row in (*train, *val)]
     assert sorted(rows) == sorted(map(str, data))
     assert list(map(str, data.split(0.2, seed=3)[1])) == list(map(str, val))
-    with pytest.raises(UsageError, match=r"share: got 1\.0"):
-        data.split(1.0)
 
 
 def documents(tmp_path: Path) -> ChatData:
@@ -226,9 +223,7 @@ def test_packed_padded_and_alone_are_the_same(tmp_path: Path, make: Any, attenti
         batch = collate(list(rows))
         loss, grads, logits = results(model, batch)
         torch.testing.assert_close(loss, want_loss, rtol=RTOL, atol=0)
-        assert grads.keys() == want.keys()
-        for name, ref in want.items():
-            assert (grads[name] - ref).norm() <= RTOL * ref.norm(), name
+        assert_close_derived(grads, want, rtol=RTOL)
         if rows is data:
             for ids, mask, row_logits in zip(
                 batch["input_ids"], batch["attention_mask"], logits, strict=True

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -19,8 +17,9 @@ from lora_kernels.finetune import LoRATrainer, load_chat, newest_checkpoint, tra
 from lora_kernels.finetune.model import quantize
 from lora_kernels.peft import explain, fuse
 from tests.finetune.test_trainer import adapted
-from tests.finetune.tiny import llama, metrics, tokenizer, weights
+from tests.finetune.tiny import llama, metrics, run_python, tokenizer, weights
 from tests.interop.tiny import count_ops
+from tests.support.assertions import assert_close_derived
 
 NEEDS_GLOO = pytest.mark.skipif(
     not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
@@ -53,11 +52,8 @@ def launch(code: str, folder: Path, *argv: str) -> None:
     """Run the code by torchrun in two processes."""
     script = folder / "script.py"
     script.write_text(code)
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [*run, str(script), *argv], capture_output=True, text=True, timeout=300, env=environment
-    )
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    done = run_python(*torchrun, script, *argv)
     assert done.returncode == 0, done.stderr
 
 
@@ -81,9 +77,7 @@ def test_two_processes_and_one(lines: Path, tmp_path: Path) -> None:
         for got, want in zip(steps, alone[0], strict=True):
             for name in ("loss", "grad_norm", "learning_rate"):
                 assert got[name] == pytest.approx(want[name], rel=2.0**-15), (got["step"], name)
-        assert found.keys() == alone[1].keys()
-        for name, p in alone[1].items():
-            assert (found[name] - p).norm() <= 2.0**-15 * p.norm(), name
+        assert_close_derived(found, alone[1], rtol=2.0**-15)
 
 
 # FSDP2

@@ -10,17 +10,13 @@ from __future__ import annotations
 
 import re
 import socket
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from lora_kernels import timing
 from lora_kernels.backends import cuda
-from lora_kernels.finetune import classify
 from tests.finetune.tiny import bert, llama, save_model, squares, tokenizer, write_lines
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,24 +35,6 @@ def examples() -> Iterator[tuple[str, int, str]]:
         for found in re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
             line = text.count("\n", 0, found.start(1)) + 1
             yield str(file.relative_to(ROOT)), line, found[1]
-
-
-class InThisProcess:
-    """A pool that runs what is submitted at once."""
-
-    def __init__(self, *how: Any) -> None:
-        pass
-
-    def __enter__(self) -> InThisProcess:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        pass
-
-    def submit(self, call: Callable[..., Any], *args: Any) -> Future[Any]:
-        done: Future[Any] = Future()
-        done.set_result(call(*args))
-        return done
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +95,8 @@ def test_example_runs_as_it_stands(
     reader_folder: Path,
     tmp_path: Path,
     request: pytest.FixtureRequest,
+    in_this_process: None,
+    unmeasured: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if "trl" in text:
@@ -128,8 +108,5 @@ def test_example_runs_as_it_stands(
     for each in reader_folder.iterdir():
         (tmp_path / each.name).symlink_to(each)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(classify, "ProcessPoolExecutor", InThisProcess)
-    monkeypatch.setattr(timing, "copy_bandwidth", lambda **_: 1e9)
-    monkeypatch.setattr(timing, "product_peak", lambda dtype, **_: 1e9)
     code = compile("\n" * (line - 1) + text, ROOT / file, "exec")
     exec(code, {"__name__": "__main__"})

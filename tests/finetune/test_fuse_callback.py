@@ -16,18 +16,18 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from lora_kernels.finetune import newest_checkpoint
 from lora_kernels.integrations import FuseCallback
 from lora_kernels.peft.frozen import StreamedLinear
-from tests.finetune.tiny import llama
+from tests.finetune.tiny import llama, weights
 from tests.interop.tiny import FLOAT64_RTOL, assert_same
+from tests.support.assertions import assert_bitwise_equal
 
 pytest.importorskip("trl", exc_type=ImportError)
 from tests.finetune import test_trl as trl_tests
-from tests.finetune.test_trl import SFTConfig, SFTTrainer, fused_layers
+from tests.finetune.test_trl import fused_layers
 
 
 def arguments(out: Path, **settings: Any) -> TrainingArguments:
@@ -62,14 +62,9 @@ def test_fuse_callback_with_checkpointing_and_evaluation_equals_the_unfused_run(
 
 def sft(out: Path, *callbacks: Any, **settings: Any) -> Any:
     """With dropout, whose masks a resumed run must draw as the whole one did."""
-    torch.manual_seed(0)
-    args = SFTConfig(str(out), max_length=64, **trl_tests.SETTINGS | settings)
-    made = trl_tests.parts({"text": trl_tests.TEXTS}, [FuseCallback(), *callbacks])
-    return SFTTrainer(llama(), args, **made | {"peft_config": trl_tests.lora(lora_dropout=0.1)})
-
-
-def adapters(trainer: Any) -> dict[str, Tensor]:
-    return {n: p.detach() for n, p in trainer.model.named_parameters() if p.requires_grad}
+    callbacks = (FuseCallback(), *callbacks)
+    config = trl_tests.lora(lora_dropout=0.1)
+    return trl_tests.sft(out, torch.float32, callbacks, config, **settings)
 
 
 CHECKPOINTS: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3}
@@ -110,9 +105,7 @@ def test_fuse_callback_killed_and_resumed_run_ends_in_the_same_bits(tmp_path: Pa
     assert fused_layers(whole.model) == fused_layers(resumed.model) == 14
     losses = [[line.get("loss") for line in t.state.log_history] for t in (whole, resumed)]
     assert losses[0] == losses[1] and len(losses[0]) == 4  # three steps and a summary
-    want = adapters(whole)
-    for name, p in adapters(resumed).items():
-        assert torch.equal(p, want[name]), name
+    assert_bitwise_equal(weights(resumed.model), weights(whole.model))
 
 
 def test_fuse_callback_says_once_what_it_fused(
@@ -202,8 +195,7 @@ def test_fuse_callback_before_fsdp2_equals_the_unsharded_run(
             fully_shard(model)
         trainer.train()
         assert fused_layers(model) == 14
-        results = adapters(trainer)
-        found.append({n: p.full_tensor() if sharded else p for n, p in results.items()})
+        found.append({n: p.full_tensor() if sharded else p for n, p in weights(model).items()})
         losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
         found[-1]["losses"] = torch.tensor(losses, dtype=torch.float64)
     assert_same(*found, rtol=FLOAT64_RTOL)

@@ -104,6 +104,20 @@ def loader(name: str, why: str, said: str, call: Callable[..., Any], *make: Any)
     CASES.append(Case(name, why, said, spoil))
 
 
+def both(
+    of: tuple[str, str, str], call: Callable[..., Any], cases: Any, make: Callable[..., Any]
+) -> None:
+    """Cases of a command's option and of the loader that reads it.
+
+    of: the command, its option and the loader. cases: why, what is said, and arguments of `make`.
+    """
+    name, option, read_by = of
+    for why, said, *how in cases:
+        bad = make(*how)
+        command(name, f"{option}: {why}", said, given(option, bad))
+        loader(read_by, why, said, call, bad)
+
+
 # Ways to spoil a file in a copy of a folder.
 
 
@@ -226,10 +240,8 @@ def tuned_file(good: Good, at: Path, text: Any) -> Path:
     return file(at, "bad-tuned.json", text)
 
 
-for why, said, text in TUNED:
-    bad = partial(tuned_file, text=text)
-    command("tune", f"--out: {why}", said, given("--out", bad))
-    loader("backends.triton.measured.read", why, said, measured.read, bad)
+of = "tune", "--out", "backends.triton.measured.read"
+both(of, measured.read, TUNED, lambda text: partial(tuned_file, text=text))
 
 # finetune
 ENDLESS = '{"text": ' + "9" * 5000 + "}"
@@ -255,15 +267,8 @@ LINES: list[tuple[str, str, Any]] = [
     ("a number in place of a prompt", "prompt: got a JSON int", {"prompt": 1, "completion": "x"}),
     ("half of a surrogate pair", "half of a surrogate pair", '{"text": "\\ud800"}'),
 ]
-for why, said, record in LINES:
-    command("finetune", f"--data: {why}", said, given("--data", lines_with(record)))
-    loader(
-        "finetune.load_chat",
-        why,
-        said,
-        lambda path: load_chat(path, tokenizer()),
-        lines_with(record),
-    )
+of = "finetune", "--data", "finetune.load_chat"
+both(of, lambda path: load_chat(path, tokenizer()), LINES, lines_with)
 command("finetune", "--data: blanks", "is empty", given("--data", content("blank.txt", " \n")))
 command("finetune", "--data: no UTF-8", "not UTF-8", given("--data", content("latin.txt", b"\xe9")))
 command("finetune", "--data is a folder", "there is no file", lambda _, at: ["--data", at])
@@ -284,11 +289,9 @@ MODELS: list[tuple[str, str, Spoil]] = [
     ),
     ("weights of other sizes", "transformers cannot load", changed(CONFIG, intermediate_size=80)),
 ]
-for why, said, spoil in MODELS:
-    bad = copy_of("model", spoil)
-    command("finetune", f"--model: {why}", said, given("--model", bad))
-    load = partial(load_base, dtype=torch.float32, device=CPU)
-    loader("finetune.model.load_base", why, said, load, bad)
+of = "finetune", "--model", "finetune.model.load_base"
+load = partial(load_base, dtype=torch.float32, device=CPU)
+both(of, load, MODELS, partial(copy_of, "model"))
 LEFT_OPEN = TEMPLATE.replace("{% endfor %}", "", 1)
 GGUF_HEAD = b"GGUF" + (3).to_bytes(4, "little") + (2).to_bytes(8, "little") * 2
 for why, said, make in (
@@ -340,9 +343,7 @@ LABELLED: list[tuple[str, str, str, bytes]] = [
     ("no UTF-8", "is not UTF-8", "a.csv", b"\xff\xfe"),
     ("no known ending", "want JSON lines (.jsonl) or a .csv", "a.xls", b"x"),
 ]
-for why, said, name, raw in LABELLED:
-    command("compare", f"--data: {why}", said, given("--data", content(name, raw)))
-    loader("finetune.read_labelled", why, said, read_labelled, content(name, raw))
+both(("compare", "--data", "finetune.read_labelled"), read_labelled, LABELLED, content)
 
 # merge, generate, and what reads adapters
 LORA, LORA_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -390,15 +391,8 @@ for name, base in (("merge", "--base"), ("generate", "--model")):
     other = given(base, lambda good, at: save_model(at / "gpt2", gpt2(), tokenizer()))
     command(name, "an adapter of another model", "does not fit the base", other)
 for why, said, spoil in ADAPTERS:
-    base_of = partial(load_base, dtype=torch.float32, device=CPU)
-    loader(
-        "finetune.model.load_adapter",
-        why,
-        said,
-        lambda base, adapter: load_adapter(base, adapter),
-        lambda good, at: load_base(good.model, torch.float32, CPU),
-        copy_of("adapter", spoil),
-    )
+    base_of, bad = (lambda good, at: load(good.model)), copy_of("adapter", spoil)
+    loader("finetune.model.load_adapter", why, said, load_adapter, base_of, bad)
 for why, said, spoil in (
     ("weights cut short", "transformers cannot load", cut(WEIGHTS, 5000)),
     (

@@ -12,13 +12,14 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from lora_kernels.finetune import UsageError
 from lora_kernels.finetune.merge import Comparison, Distance, compare_merged, merge_adapter
+from lora_kernels.finetune.model import DTYPES
 from lora_kernels.finetune.presets import add_lora_layers
 from lora_kernels.quantization import Weight4bit
-from tests.finetune.tiny import gpt2, llama, tokenizer
+from tests.finetune.tiny import gpt2, llama, save_model, tokenizer
 
 IDS = torch.randint(4, 260, (1, 40), generator=torch.Generator().manual_seed(1))
 
@@ -63,23 +64,28 @@ def logits(model: Any) -> Tensor:
     return out.float()
 
 
-@pytest.mark.parametrize("onto", ["original", "dequantized"])
+@pytest.mark.parametrize(
+    ("onto", "quant_dtype"),
+    [("original", "bf16"), ("dequantized", "fp32"), ("dequantized", "bf16")],
+)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_each_weight_is_the_sum_rounded_once(
-    folders: tuple[Path, Path], tmp_path: Path, dtype: str, onto: str
+    folders: tuple[Path, Path], tmp_path: Path, dtype: str, onto: str, quant_dtype: str
 ) -> None:
+    """The base that was quantized had the quantized dtype, which rounds no dense base."""
     base, adapter = folders
-    quantized = "bf16" if onto == "original" else "fp32"  # which rounds no dense base
     out = tmp_path / "out"
-    done = merge_adapter(base, adapter, out, dtype=dtype, onto=onto, quant_dtype=quantized)
+    done = merge_adapter(base, adapter, out, dtype=dtype, onto=onto, quant_dtype=quant_dtype)
     assert done.layers == 6
-    to = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    to, held = DTYPES[dtype], DTYPES[quant_dtype]
     before, after, lora = tensors(base), tensors(tmp_path / "out"), tensors(adapter)
     assert after.keys() == before.keys()
     changed = 0
     for name, weight in before.items():
-        if onto == "dequantized" and "_proj" in name:
-            weight = four_bits(weight).dequantize(torch.float32)
+        if onto == "dequantized":
+            weight = weight.to(held)
+            if "_proj" in name:
+                weight = four_bits(weight).dequantize(torch.float32)
         key = f"base_model.model.{name.removesuffix('.weight')}.lora_{{}}.weight"
         want = weight.double()
         if key.format("A") in lora:
@@ -200,23 +206,11 @@ def test_a_folder_of_4bit_weights(folders: tuple[Path, Path], tmp_path: Path) ->
     pytest.importorskip("bitsandbytes")
     base, adapter = folders
     four_bit = tmp_path / "base4"
-    four_bit.mkdir()
-    state: dict[str, Tensor] = {}
-    for name, weight in tensors(base).items():
-        if "_proj" in name:
-            state |= four_bits(weight).state_dict(name)
-        else:
-            state[name] = weight
-    save_file({n: t.contiguous() for n, t in state.items()}, four_bit / "model.safetensors")
-    config = json.loads((base / "config.json").read_text())
-    config["quantization_config"] = {
-        "quant_method": "bitsandbytes",
-        "load_in_4bit": True,
-        "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_use_double_quant": True,
-    }
-    (four_bit / "config.json").write_text(json.dumps(config))
-    tokenizer().save_pretrained(four_bit)
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+    )
+    how = {"quantization_config": config, "dtype": torch.float32, "device_map": "cpu"}
+    save_model(four_bit, AutoModelForCausalLM.from_pretrained(base, **how))
     with pytest.raises(UsageError, match="4-bit weights alone; give --onto dequantized"):
         merge_adapter(four_bit, adapter, tmp_path / "no")
     merge_adapter(four_bit, adapter, tmp_path / "a", onto="dequantized")
@@ -256,44 +250,11 @@ def test_what_cannot_be_merged(folders: tuple[Path, Path], tmp_path: Path) -> No
 
 
 def test_command(folders: tuple[Path, Path], tmp_path: Path, run: Any) -> None:
-    pytest.importorskip("bitsandbytes")
+    """Without --run; with it, and 4 bits, in test_commands.py."""
     command = ["merge", "--base", folders[0], "--adapter", folders[1]]
-    for onto, words in (
-        ("dequantized", "✓"),
-        ("original", "the adapter on the original weights: logits off by"),
-    ):
-        out = tmp_path / onto
-        shown = run(*command, "--onto", onto, "--quant", "nf4", "--out", out)
-        for said in ("against nf4 base + adapter in fp32", words, "6 layers merged"):
-            assert said in shown
-        assert (out / "config.json").is_file()
     shown = run(*command, "--dtype", "fp32", "--out", tmp_path / "dense")
     assert "against dense base" in shown
     assert "--adapter is missing" in run(*command[:3], "--out", "x", status=2)
-
-
-def test_merge_onto_dequantized_rounds_to_the_quantized_dtype_first(
-    folders: tuple[Path, Path], tmp_path: Path
-) -> None:
-    """Training quantized from bf16; a layer's sum is of these very codes."""
-    pytest.importorskip("bitsandbytes")
-    base, adapter = folders
-    for dtype in ("fp32", "bf16"):
-        merge_adapter(
-            base,
-            adapter,
-            tmp_path / dtype,
-            dtype="fp32",
-            quant="nf4",
-            onto="dequantized",
-            quant_dtype=dtype,
-        )
-    before, got = tensors(base), {d: tensors(tmp_path / d) for d in ("fp32", "bf16")}
-    name = next(n for n in before if n.endswith("up_proj.weight"))  # without an adapter
-    if torch.equal(got["fp32"][name], got["bf16"][name]):
-        pytest.fail("the dtypes give the same codes: the weight says nothing")
-    want = four_bits(before[name].bfloat16()).dequantize(torch.float32)
-    assert torch.equal(got["bf16"][name], want)
 
 
 def test_comparison_with_a_dense_base_rounds_it_to_no_quantized_dtype(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from shlex import split
 from typing import Any
@@ -13,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 
-from lora_kernels import timing
 from lora_kernels.finetune import UsageError, classify
 from lora_kernels.finetune.classify import Outcome, Task, build, train_once
 from lora_kernels.finetune.compare_command import largest_share, markdown
@@ -174,19 +172,8 @@ def test_bad_data(tmp_path: Path, name: str, content: str, words: str) -> None:
         read_labelled(tmp_path / name)
 
 
-def in_process(
-    task: Task, methods: Mapping[str, Any], seeds: Sequence[int], on_method: Any
-) -> list[Outcome]:
-    found = [classify.try_method(task, name, method, seeds) for name, method in methods.items()]
-    for outcome in found:
-        on_method(outcome)
-    return found
-
-
-def test_the_command(folder: Path, file: Path, tmp_path: Path, monkeypatch: Any, run: Any) -> None:
-    monkeypatch.setattr(classify, "compare_methods", in_process)
-    for name in ("copy_bandwidth", "product_peak"):  # which take seconds
-        monkeypatch.setattr(timing, name, lambda *args, **kwargs: 1.0)
+@pytest.mark.usefixtures("in_this_process", "unmeasured")
+def test_the_command(folder: Path, file: Path, tmp_path: Path, run: Any) -> None:
     out = tmp_path / "out"
     argv = ["compare", "--model", folder, "--data", file, "--out", out, "--group", "author"]
     argv += split("--steps 12 --batch 4 --train 24 --held-out 16 --seeds 2")
@@ -242,6 +229,15 @@ def test_repeated_texts_have_their_first_label_and_names_are_sorted(tmp_path: Pa
     data = read_labelled(file)
     assert (data.texts, data.labels, data.names) == (("a", "b"), (1, 0), ("x", "y"))
     assert data.groups == ("2", "3")  # lines: each text is a group
+
+
+def test_separators_that_json_allows_in_a_string_end_no_line(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    text = "one\u2028two\x85"
+    records = [{"text": text, "label": "x"}, {"text": "b", "label": "y"}]
+    lines = [json.dumps(record, ensure_ascii=False) for record in records]
+    file.write_text("\r\n".join(lines) + "\n\n", encoding="utf-8", newline="")
+    assert read_labelled(file).texts == (text, "b")
 
 
 def test_what_is_said() -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import runpy
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -28,6 +29,7 @@ from tests.support.peft_models import IDS, llama, loss_and_gradients, randomize
 
 AXOLOTL = "lora_kernels.integrations.axolotl"
 LLAMA_FACTORY = "lora_kernels.integrations.llama_factory"
+LAUNCHER = "llamafactory.v1.launcher"
 
 
 def peft_model() -> Any:
@@ -177,6 +179,7 @@ def kernel_plugin(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     interface = "llamafactory.v1.plugins.model_plugins.kernels.interface"
     if find_spec("llamafactory") is None:
         stand_in(monkeypatch, interface, KernelPlugin=KernelPlugin)
+        monkeypatch.setitem(sys.modules, LAUNCHER, ModuleType(LAUNCHER))
     sys.modules.pop(LLAMA_FACTORY, None)
     importlib.import_module(LLAMA_FACTORY)
     yield importlib.import_module(interface).KernelPlugin
@@ -206,24 +209,17 @@ def test_llama_factory_with_an_unknown_kernel_raises(kernel_plugin: Any) -> None
         kernel_plugin("lora_kernels")(model=torch.nn.Linear(2, 2))
 
 
-def test_llama_factory_starts_by_our_module(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_llama_factory_starts_by_our_module(
+    kernel_plugin: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """`python -m`, which registers the plugin before LLaMA-Factory reads its configuration."""
-    import runpy
-
     found: list[Any] = []
-    interface = "llamafactory.v1.plugins.model_plugins.kernels.interface"
-    if find_spec("llamafactory") is None:
-        stand_in(monkeypatch, interface, KernelPlugin=KernelPlugin)
-        monkeypatch.setitem(
-            sys.modules, "llamafactory.v1.launcher", ModuleType("llamafactory.v1.launcher")
-        )
-    launcher = importlib.import_module("llamafactory.v1.launcher")
-    plugin = importlib.import_module(interface).KernelPlugin
 
     def main() -> None:
-        found.append(plugin("lora_kernels")(model=peft_model()))
+        found.append(kernel_plugin("lora_kernels")(model=peft_model()))
 
-    monkeypatch.setattr(launcher, "main", main, raising=False)
-    monkeypatch.delitem(sys.modules, LLAMA_FACTORY, raising=False)
+    monkeypatch.setattr(importlib.import_module(LAUNCHER), "main", main, raising=False)
+    monkeypatch.delitem(sys.modules, LLAMA_FACTORY)
+    kernel_plugin._registry.clear()
     runpy.run_module(LLAMA_FACTORY, run_name="__main__")
     assert any(isinstance(m, Fused) for m in found[0].modules())

@@ -131,7 +131,8 @@ def test_every_preset_is_found_by_name() -> None:
 
 
 def test_two_domains_on_one_base(tmp_path: Path) -> None:
-    """Trained one after the other, switched, and served in one batch; the base as it was."""
+    """Trained one after the other and switched; the base as it was. A batch of both is served in
+    acceptance/test_domain_models.py."""
     law = [chat(f"Is {i} lawful?", f"Clause {i} says so.") for i in range(8)]
     code = [{"prompt": f"x = {i}; print(x)  # ", "completion": str(i)} for i in range(8)]
     files = {
@@ -165,14 +166,8 @@ def test_two_domains_on_one_base(tmp_path: Path) -> None:
         for name in files:
             model.set_adapter(name)
             alone[name] = model(ids).logits
-        mixed = model(
-            ids.expand(3, -1), adapter_names=["code", "__base__", "legal"], use_cache=False
-        ).logits
         with model.disable_adapter():
             assert torch.equal(model(ids).logits, base_logits)
-    for row, want in zip(mixed, (alone["code"], base_logits, alone["legal"]), strict=True):
-        # A few hundred float32 products through two layers, in another order.
-        assert (row - want[0]).norm() <= 2.0**-15 * want.norm()
     assert (alone["code"] - alone["legal"]).norm() > 2.0**-8 * base_logits.norm()
 
     # The saved adapters are stock PEFT's, each adapter alone in its folder.
@@ -182,6 +177,7 @@ def test_two_domains_on_one_base(tmp_path: Path) -> None:
         stock = PeftModel.from_pretrained(llama(), str(folder / name)).eval()
         with torch.no_grad():
             got = stock(ids).logits
+        # A few hundred float32 products through two layers, in another order.
         assert (got - alone[name]).norm() <= 2.0**-15 * got.norm()
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +28,7 @@ from lora_kernels.finetune.trainer import (
     read_metrics,
     training_arguments,
 )
-from tests.finetune.tiny import llama, metrics, tokenizer, weights, write_lines
+from tests.finetune.tiny import llama, metrics, run_python, tokenizer, weights, write_lines
 
 # A sum of a few hundred float32 products in another order, through two layers and four steps.
 RTOL = 2.0**-15
@@ -398,13 +396,7 @@ assert len(metrics(out / "once")) == STEPS
 @pytest.mark.parametrize("moments", [3, pytest.param(10, marks=pytest.mark.proof)])
 def test_killed_at_any_moment(lines: Path, tmp_path: Path, moments: int) -> None:
     """SIGTERM and SIGKILL take turns; in the end the losses are the unbroken run's, bit for bit."""
-    done = subprocess.run(
-        [sys.executable, "-c", KILLS, str(tmp_path), str(lines), str(moments)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-    )
+    done = run_python("-c", KILLS, tmp_path, lines, moments)
     assert done.returncode == 0, done.stderr
 
 

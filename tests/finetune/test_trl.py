@@ -45,10 +45,14 @@ Results = dict[str, Tensor]
 
 class Noted(TrainerCallback):
     """Each step's loss and gradients; before each step the adapters are merged and unmerged where
-    `merging`, as GRPO does in order to hand the weights to an engine that generates."""
+    `merging`, as GRPO does in order to hand the weights to an engine that generates.
 
-    def __init__(self, trainer: Any, merging: bool = False) -> None:
-        self.model, self.merging = trainer.model, merging
+    logged: the values of Trainer's log that are noted."""
+
+    logged = frozenset({"loss", "eval_loss"})
+
+    def __init__(self, model: Any, merging: bool = False) -> None:
+        self.model, self.merging = model, merging
         self.results: Results = {}
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -69,7 +73,7 @@ class Noted(TrainerCallback):
                 self.results[f"gradient {state.global_step}: {name}"] = p.grad.clone()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        for name in {"loss", "eval_loss"} & logs.keys():
+        for name in self.logged & logs.keys():
             loss = torch.tensor(logs[name], dtype=torch.float64)
             self.results[f"{name} {state.global_step}"] = loss
 
@@ -110,7 +114,7 @@ def run(trainer: Any, fused: bool, merging: bool = False, fresh: bool = True) ->
         assert len(explanation.rows) == 14
         assert {row.backend for row in explanation.rows} <= {"cpu", "eager"}
     start = {n: p.detach().clone() for n, p in model.named_parameters()}
-    noted = Noted(trainer, merging)
+    noted = Noted(model, merging)
     trainer.add_callback(noted)
     trainer.train()
     results = noted.results
@@ -145,6 +149,11 @@ def check(
 
 
 TEXTS = [f"{i} squared? It is {i * i}." for i in range(8)]
+PAIRS = {
+    "prompt": [f"{i} squared? " for i in range(8)],
+    "chosen": [f"It is {i * i}." for i in range(8)],
+    "rejected": [f"No, {i * i + 1}." for i in range(8)],
+}
 
 
 def parts(data: dict[str, list[str]], callbacks: Any = ()) -> dict[str, Any]:
@@ -154,21 +163,17 @@ def parts(data: dict[str, list[str]], callbacks: Any = ()) -> dict[str, Any]:
     return made | {"callbacks": list(callbacks)}
 
 
-def sft(out: Path, dtype: torch.dtype, callbacks: Any, **settings: Any) -> Any:
+def sft(out: Path, dtype: torch.dtype, callbacks: Any, config: Any = None, **settings: Any) -> Any:
     args = SFTConfig(str(out), max_length=64, **SETTINGS | settings)
+    made = parts({"text": TEXTS}, callbacks) | {"peft_config": config or lora()}
     held_out = Dataset.from_dict({"text": TEXTS[:3]})
-    return SFTTrainer(base(dtype), args, eval_dataset=held_out, **parts({"text": TEXTS}, callbacks))
+    return SFTTrainer(base(dtype), args, eval_dataset=held_out, **made)
 
 
 def dpo(out: Path, dtype: torch.dtype, callbacks: Any, own: bool = False) -> Any:
     """own: the model comes with its adapter."""
-    pairs = {
-        "prompt": [f"{i} squared? " for i in range(8)],
-        "chosen": [f"It is {i * i}." for i in range(8)],
-        "rejected": [f"No, {i * i + 1}." for i in range(8)],
-    }
     model = get_peft_model(base(dtype), lora()) if own else base(dtype)
-    made = parts(pairs, callbacks) | ({"peft_config": None} if own else {})
+    made = parts(PAIRS, callbacks) | ({"peft_config": None} if own else {})
     return DPOTrainer(model, args=DPOConfig(str(out), max_length=64, **SETTINGS), **made)
 
 

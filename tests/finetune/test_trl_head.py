@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,24 +11,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.finetune.tiny import llama, tokenizer
+from tests.finetune.tiny import llama
 
 pytest.importorskip("trl", exc_type=ImportError)
 import trl as their_trl
 from datasets import Dataset
 from peft import LoHaConfig, LoraConfig, get_peft_model
-from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl.trainer import dpo_trainer, sft_trainer, utils
 
 from lora_kernels.integrations import trl
-from lora_kernels.peft import fuse
+from lora_kernels.peft import fuse, unfuse
+from tests.finetune import test_trl as trl_tests
 
-STEPS = 2
-SETTINGS: dict[str, Any] = {"max_steps": STEPS, "learning_rate": 0.01, "optim": "sgd"}
-SETTINGS |= {"per_device_train_batch_size": 4, "lr_scheduler_type": "constant", "use_cpu": True}
-SETTINGS |= {"bf16": False, "report_to": [], "logging_steps": 1, "save_strategy": "no"}
-SETTINGS |= {"disable_tqdm": True, "max_length": 64}
+STEPS, SETTINGS = trl_tests.STEPS, trl_tests.SETTINGS | {"max_length": 64}
 MODULES = (sft_trainer, dpo_trainer, utils)
 
 
@@ -53,8 +50,6 @@ class PlainHead:
         scale: float,
         outputs: tuple[str, ...],
     ) -> tuple[Tensor, ...]:
-        from lora_kernels.peft import unfuse
-
         assert temperature == scale == 1.0 and cap is None
         head = trl._head.get()
         z = unfuse(head)(hidden)
@@ -68,50 +63,29 @@ class PlainHead:
         )
 
 
-class Noted(TrainerCallback):
-    def __init__(self, model: Any) -> None:
-        self.model, self.results = model, dict[str, Tensor]()
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        for name, p in self.model.named_parameters():
-            if p.grad is not None:
-                self.results[f"{state.global_step} {name}"] = p.grad.clone()
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        for name in ("loss", "entropy", "mean_token_accuracy", "logits/chosen", "eval_loss"):
-            if name in logs:
-                self.results[f"{state.global_step} {name}"] = torch.tensor(float(logs[name]))
+class Noted(trl_tests.Noted):
+    logged = frozenset({"loss", "entropy", "mean_token_accuracy", "logits/chosen", "eval_loss"})
 
 
-def lora(**config: Any) -> LoraConfig:
-    return LoraConfig(r=3, lora_alpha=7, target_modules=["q_proj", "lm_head"], **config)
+def parts(data: dict[str, list[str]], **config: Any) -> dict[str, Any]:
+    adapter = trl_tests.lora(target_modules=["q_proj", "lm_head"], **config)
+    return trl_tests.parts(data) | {"peft_config": adapter}
 
 
 def sft(out: Path, **changes: Any) -> Any:
     args = SFTConfig(str(out), completion_only_loss=True, **SETTINGS)
-    data = {"prompt": [f"{i} squared? " for i in range(8)], "completion": ["It is."] * 8}
-    rows = Dataset.from_dict(data)
-    more = {"eval_dataset": rows.select(range(3)), "peft_config": lora(**changes)}
-    return SFTTrainer(llama(), args, train_dataset=rows, processing_class=tokenizer(), **more)
+    data = {"prompt": trl_tests.PAIRS["prompt"], "completion": ["It is."] * 8}
+    held_out = Dataset.from_dict(data).select(range(3))
+    return SFTTrainer(llama(), args, eval_dataset=held_out, **parts(data, **changes))
 
 
 def dpo(out: Path, **changes: Any) -> Any:
-    pairs = {
-        "prompt": [f"{i} squared? " for i in range(8)],
-        "chosen": [f"It is {i * i}." for i in range(8)],
-        "rejected": [f"No, {i * i + 1}." for i in range(8)],
-    }
     args = DPOConfig(str(out), loss_type=["sigmoid"], use_weighting=True, **SETTINGS)
-    more = {"processing_class": tokenizer(), "peft_config": lora(**changes)}
-    return DPOTrainer(llama(), args=args, train_dataset=Dataset.from_dict(pairs), **more)
+    return DPOTrainer(llama(), args=args, **parts(trl_tests.PAIRS, **changes))
 
 
 def results(trainer: Any) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, p in trainer.model.named_parameters():
-            if ".lora_" in name:
-                p.copy_(0.1 * torch.randn(p.shape, generator=generator))
+    trl_tests.randomize(trainer.model)
     noted = Noted(trainer.model)
     trainer.add_callback(noted)
     trainer.train()
@@ -179,6 +153,16 @@ def heads(seed: int = 0, **config: Any) -> Any:
     return fuse(get_peft_model(linear, LoraConfig(target_modules=["head"], **config)))
 
 
+@contextmanager
+def known(head: Any) -> Iterator[None]:
+    """Let `_LogProbs` know this head, as a call of a trainer's model does."""
+    token = trl._head.set(head)
+    try:
+        yield
+    finally:
+        trl._head.reset(token)
+
+
 def call(function: Any, weight: Tensor, bias: Any, dtype: Any = torch.float32) -> Any:
     hidden = torch.randn(5, 8, generator=torch.Generator().manual_seed(1)).to(dtype)
     outputs = "log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1"
@@ -191,11 +175,8 @@ def test_log_probs_of_a_head_without_lora_are_trls(is_known: bool, dtype: torch.
     """With TRL's temperature, cap, scale and bias, and its cast of a float32 weight."""
     head = nn.Linear(8, 11).requires_grad_(False)
     want = call(utils._ChunkedLogProbFunction, head.weight, head.bias, dtype)
-    token = trl._head.set(head if is_known else None)
-    try:
+    with known(head if is_known else None):
         got = call(trl._LogProbs, head.weight, head.bias, dtype)
-    finally:
-        trl._head.reset(token)
     error = 1e-5 if dtype is torch.float32 else 0.03  # TRL rounds the logits before the bias
     for ours, theirs in zip(got, want, strict=True):
         torch.testing.assert_close(ours.float(), theirs.float(), rtol=error, atol=error)
@@ -203,13 +184,10 @@ def test_log_probs_of_a_head_without_lora_are_trls(is_known: bool, dtype: torch.
 
 def test_log_probs_drop_elements_of_the_adapters_input_in_training() -> None:
     head = heads(lora_dropout=0.5).base_model.model["head"]
-    token = trl._head.set(head.train())
-    try:
+    with known(head.train()):
         first, second = (call(trl._LogProbs, head.weight, head.bias)[0] for _ in range(2))
         head.eval()
         third, fourth = (call(trl._LogProbs, head.weight, head.bias)[0] for _ in range(2))
-    finally:
-        trl._head.reset(token)
     assert not torch.equal(first, second) and torch.equal(third, fourth)
 
 
@@ -218,11 +196,8 @@ def test_log_probs_of_a_head_with_lora_bias_have_it() -> None:
     head = model.base_model.model["head"]
     torch.nn.init.normal_(head.lora_B["default"].bias)
     hidden, targets = torch.randn(5, 8), torch.arange(5)
-    token = trl._head.set(head)
-    try:
+    with known(head):
         got = trl._LogProbs.apply(hidden, head.weight, head.bias, targets, 1.0, 2)[0]
-    finally:
-        trl._head.reset(token)
     want = head(hidden).log_softmax(1).gather(1, targets[:, None])[:, 0]
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
@@ -231,21 +206,15 @@ def test_log_probs_of_an_adapter_that_is_not_covered_raise() -> None:
     """A hook that was added after the trainer was made: the adapter is not left out in silence."""
     head = heads().base_model.model["head"]
     head.register_forward_hook(lambda *args: None)
-    token = trl._head.set(head)
-    try:
-        with pytest.raises(RuntimeError, match=r"adapter .* is not covered: a hook"):
-            call(trl._LogProbs, head.weight, head.bias)
-    finally:
-        trl._head.reset(token)
+    with known(head), pytest.raises(RuntimeError, match=r"adapter .* is not covered: a hook"):
+        call(trl._LogProbs, head.weight, head.bias)
 
 
 def test_trainer_of_another_adapter_on_the_head_is_refused(tmp_path: Path, patched: None) -> None:
-    config = LoHaConfig(r=3, target_modules=["lm_head"])
-    args = SFTConfig(str(tmp_path), **SETTINGS)
-    rows = Dataset.from_dict({"prompt": ["1?"] * 4, "completion": ["It is."] * 4})
-    more = {"train_dataset": rows, "processing_class": tokenizer(), "peft_config": config}
+    made = parts({"prompt": ["1?"] * 4, "completion": ["It is."] * 4})
+    made["peft_config"] = LoHaConfig(r=3, target_modules=["lm_head"])
     with pytest.raises(ValueError, match="adapter to `lm_head` is not supported"):
-        SFTTrainer(llama(), args, **more)
+        SFTTrainer(llama(), SFTConfig(str(tmp_path), **SETTINGS), **made)
 
 
 def test_other_calls_of_a_trainers_model_have_logits(tmp_path: Path, patched: None) -> None:

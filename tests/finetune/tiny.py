@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -103,14 +106,6 @@ def write_lines(file: Path, records: Iterable[Any]) -> Path:
     return file
 
 
-GGUF_NAMES = """
-    self_attn.q_proj=attn_q self_attn.k_proj=attn_k self_attn.v_proj=attn_v
-    self_attn.o_proj=attn_output mlp.gate_proj=ffn_gate mlp.up_proj=ffn_up mlp.down_proj=ffn_down
-    input_layernorm=attn_norm post_attention_layernorm=ffn_norm model.embed_tokens=token_embd
-    model.norm=output_norm lm_head=output model.layers=blk
-"""
-
-
 def write_gguf(file: Path) -> Path:
     """A float32 Llama of two layers as a GGUF file, with a tokenizer of bytes and a template."""
     import gguf
@@ -135,10 +130,9 @@ def write_gguf(file: Path) -> Path:
     for kind, number in (("eos", 1), ("bos", 1), ("pad", 0), ("unk", 0)):
         getattr(writer, f"add_{kind}_token_id")(number)
     writer.add_chat_template(TEMPLATE)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, weight in model.state_dict().items():
-        for pair in GGUF_NAMES.split():
-            name = name.replace(*pair.split("="))
-        writer.add_tensor(name, weight.numpy())
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), weight.numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -151,6 +145,13 @@ def save_model(folder: Path, model: Any, words: Any = None) -> Path:
     model.save_pretrained(folder)
     (words or tokenizer()).save_pretrained(folder)
     return folder
+
+
+def run_python(*argv: object) -> subprocess.CompletedProcess[str]:
+    """Run this Python in a process of its own, on one thread, with what this one can import."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, *map(str, argv)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
 
 
 def metrics(out: Path) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ Liger's loss has no CPU kernel. Errors are rms of dx, relative to float64 on the
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
@@ -27,6 +28,7 @@ from torch.nn import functional as F
 from ..core import reference
 from ..head import lora_linear_cross_entropy, lora_linear_log_probs
 from . import baselines, memory, tolerance
+from .case import dtype_name
 from .results import Facts, Row, Suite
 
 RANK, SCALING = 16, 2.0
@@ -118,7 +120,7 @@ def rows(shape: Shape, dtype: torch.dtype, seconds: float) -> Iterator[Row]:
         calls: dict[str, Callable[[], object]] = {}
         row = Row(
             what=f"head {shape.model}",
-            dtype=str(dtype).removeprefix("torch."),
+            dtype=dtype_name(dtype),
             M=shape.M,
             K=shape.K,
             N=shape.V,
@@ -166,8 +168,5 @@ class Head(Suite):
     unused = "shapes model rows ranks dropout device"
 
     def rows(self, args: argparse.Namespace, facts: Facts, only: Collection[str]) -> Iterator[Row]:
-        for name in args.dtypes:
-            for shape in SHAPES:
-                for row in rows(shape, getattr(torch, name), args.seconds):
-                    if not only or row.identity in only:
-                        yield row
+        for name, shape in itertools.product(args.dtypes, SHAPES):
+            yield from rows(shape, getattr(torch, name), args.seconds)

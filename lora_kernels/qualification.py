@@ -33,7 +33,7 @@ from .device import DeviceInfo
 from .verdicts import Group, Point, Verdict
 
 WORKER = "lora_kernels.bench.claims"
-CARD = f"{WORKER}:Gpu"
+CARD = f"{WORKER}:Card"
 DTYPES = ("bfloat16",)  # of the base GEMM, in the default plan
 SHAPES = ((4096, 4096), (14336, 4096))  # N and K of the timed weights: Llama-3-8B's
 FEW_ROWS: tuple[int, ...] = (1, 8, 16)  # of the timed calls of "cooperative"

@@ -331,7 +331,7 @@ def test_gpu_s_work_is_waited_for_and_timed(monkeypatch: pytest.MonkeyPatch) -> 
         log.clear()
         return text
 
-    gpu = claims.Gpu.__new__(claims.Gpu)
+    gpu = claims.Card.__new__(claims.Card)
     gpu.concurrently([note("a"), note("b")])  # type: ignore[list-item]
     assert said() == "wait, on stream 1, a, on stream 2, b, wait"
     assert len(list(gpu.replays(note("call"), 2))) == 2  # type: ignore[arg-type]
@@ -348,9 +348,9 @@ def test_gpu_without_free_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 80 << 30))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
     with pytest.raises(RuntimeError, match="2047 MiB of the card's memory are free, want 2048 MiB"):
-        claims.Gpu()
+        claims.Card()
     free += 1
-    assert claims.Gpu().cold_bytes == 100 << 20
+    assert claims.Card().cold_bytes == 100 << 20
 
 
 def test_gpu_compiles_triton_s_claims_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -366,7 +366,7 @@ def test_gpu_compiles_triton_s_claims_in_parts(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(claims.subprocess, "Popen", Worker)
     monkeypatch.setattr(claims.os, "sched_getaffinity", lambda pid: {0, 1, 2}, raising=False)
-    gpu = claims.Gpu.__new__(claims.Gpu)
+    gpu = claims.Card.__new__(claims.Card)
     ours = claims.Claim(TWO_PASS, "memory", 1)
     gpu.compile([ours], [(64, 128)])
     assert not orders

@@ -1,6 +1,5 @@
 """Traffic by hand, PEFT's layers on a CPU as a second opinion, and the table of `bench --count`."""
 
-import contextlib
 import itertools
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from benchmarks import report
 from lora_kernels import cli, lora_linear, ops, selection, traffic
 from lora_kernels.backends import eager
-from lora_kernels.bench import memory
+from lora_kernels.bench import baselines, memory
 from lora_kernels.bench import traffic as bench_traffic
 from lora_kernels.bench.traffic import CELLS, Cell, TrafficRow
 from lora_kernels.traffic import Kernel, Traffic, count, count_layer
@@ -173,8 +172,8 @@ def test_autocast_of_peft_layer_runs_the_ops_of_cpu_autocast(name: str) -> None:
     cell = BY_NAME[name]
     emulated: list[Kernel] = []
     bench_traffic.count_step(bench_traffic.stock(cell, K, N, 4), cell, M, K, emulated)
-    step, log = on_cpu(cell), list[Kernel]()
-    count_layer(step.forward, step.wanted, log)
+    log: list[Kernel] = []
+    count_layer(*on_cpu(cell), log)
     assert sorted(emulated) == sorted(log)  # autocast casts the operands of a GEMM last to first
 
 
@@ -188,37 +187,32 @@ def test_count_layer_peak_of_peft_layer_is_what_a_cpu_allocates(name: str) -> No
     cell = BY_NAME[name]
     layer = bench_traffic.stock(cell, K, N, 4)
     found = bench_traffic.count_step(layer, cell, 64 * M, K)
-    step = on_cpu(cell, 64 * M)
+    forward, wanted = on_cpu(cell, 64 * M)
+    dy = torch.randn(64 * M, N).to(cell.dtype)
+
+    def step() -> object:
+        y = forward()
+        return y, torch.autograd.grad(y, wanted, dy)
+
     with torch.backends.mkldnn.flags(enabled=False):
-        memory.peak(step.run)
-        want = memory.peak(step.run)
+        memory.peak(step)
+        want = memory.peak(step)
     assert max(each.peak for each in found) == pytest.approx(want, abs=64)
 
 
-class Step:
-    """PEFT's layer of a cell on the CPU, and what a training step of it takes."""
-
-    def __init__(self, cell: Cell, layer: nn.Module, x: Tensor, dy: Tensor) -> None:
-        self.cell, self.layer, self.x, self.dy = cell, layer, x, dy
-        self.wanted = [x, *(p for p in layer.parameters() if p.requires_grad)]
-
-    def forward(self) -> Tensor:
-        on = torch.autocast("cpu", self.cell.dtype)
-        with on if self.cell.autocast else contextlib.nullcontext():
-            return self.layer(self.x)  # type: ignore[no-any-return]
-
-    def run(self) -> object:
-        y = self.forward()
-        return y, torch.autograd.grad(y, self.wanted, self.dy)
-
-
-def on_cpu(cell: Cell, rows: int = M) -> Step:
+def on_cpu(cell: Cell, rows: int = M) -> tuple[Callable[[], Tensor], list[Tensor]]:
+    """The forward of PEFT's layer of a cell on the CPU, and what its gradients are of."""
     layer = bench_traffic.stock(cell, K, N, 4).to_empty(device="cpu")
     with torch.no_grad():
         for p in layer.parameters():
             p.normal_()
-    x, dy = torch.randn(rows, K).to(cell.dtype), torch.randn(rows, N).to(cell.dtype)
-    return Step(cell, layer, x.requires_grad_(), dy)
+    x = torch.randn(rows, K).to(cell.dtype).requires_grad_()
+
+    def forward() -> Tensor:
+        with torch.autocast("cpu", cell.dtype, enabled=cell.autocast):
+            return layer(x)  # type: ignore[no-any-return]
+
+    return forward, [x, *baselines.trained(layer)]
 
 
 def test_count_layer_peft_fp32_adapters_matches_known_figures() -> None:

@@ -42,10 +42,9 @@ def plant(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Tensor, Any], 
     return plant
 
 
-def fake_card() -> Any:
-    card = FakeCard.__new__(FakeCard)
-    card.broken = False
-    return card
+def fake_card(kind: type[FakeCard] = FakeCard) -> Any:
+    """A card that does not read the environment."""
+    return kind.__new__(kind)
 
 
 def memory(group: Group = DECODE) -> str | None:
@@ -224,17 +223,15 @@ def test_graph_whose_replay_keeps_old_operands_is_noticed(monkeypatch: pytest.Mo
             yield y
 
     monkeypatch.setattr(FakeCard, "replays", replays)
-    card = FakeCard.__new__(FakeCard)
-    card.broken = False
+    card = fake_card()
     with card.engine(DECODE):
         found = claims.graph(card, DECODE)
     assert found == "replay 1 has other bits than a call by itself"
 
 
 def test_times_are_of_every_shape_and_row() -> None:
-    card: Any = FakeCard.__new__(FakeCard)
     group = DECODE._replace(strategy="two_pass")
-    _, points = claims.check(card, claims.Claim(group, "time", 3), [(64, 128), (128, 64)])
+    _, points = claims.check(fake_card(), claims.Claim(group, "time", 3), [(64, 128), (128, 64)])
     assert [point[:4] for point in points] == [(20, 64, 128, 16), (20, 128, 64, 16)]
     assert all(point[4:] == (0.5e-3, 1e-3, 0.5e-3, 1e-3) for point in points)
 
@@ -267,7 +264,7 @@ def test_steps_have_gradients_and_calls_cold_weights(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(functional, "lora_linear", lora_linear)
     group = DECODE._replace(strategy="two_pass")
-    claims.check(Card.__new__(Card), claims.Claim(group, "time", 3), [(32, 128)])
+    claims.check(fake_card(Card), claims.Claim(group, "time", 3), [(32, 128)])
     half = len(gradients) // 2
     assert gradients == [False] * half + [True] * half
     assert len(set(weights)) == 2 and weights[::2].count(weights[0]) == half
@@ -289,7 +286,7 @@ def test_kernels_compiled_ahead_are_those_of_the_claim(
 
 
 def test_weights_are_cold_and_equal() -> None:
-    card: Any = FakeCard.__new__(FakeCard)
+    card = fake_card()
     card.cold_bytes = 10 * 64 * 32 * 2
     dense = claims._weights(card, torch.bfloat16, "dense", 64, 32)
     assert len(dense) == 10 and len({w.data_ptr() for w in dense}) == 10

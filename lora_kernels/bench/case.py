@@ -46,8 +46,8 @@ STATISTICS = ("log_probs", "entropy", "mean_logits", "log_sum_sq_probs")
 Allowances = dict[str, tuple[float, tuple[int, ...]]]
 
 
-class AnyCase:
-    """A call of an op: base of frozen dataclasses with the fields that determine every number.
+class Kind:
+    """What a kind of case has beside its fields.
 
     Attributes:
         op, equation, plain: this package's function, the reference's, and one that computes as
@@ -55,7 +55,6 @@ class AnyCase:
         draw: returns dy and these arguments, those of dropout aside.
         allowances: returns, for each output, u of its coarsest rounding and the lengths of its
             sums. The backends' docstrings name the roundings. The shorter branch's sum is left out.
-        others: as of `Case`; fields of the kinds of cases that have them.
     """
 
     op: Callable[..., Any]
@@ -66,13 +65,19 @@ class AnyCase:
     M: int
     R: int
     autocast: torch.dtype | None = None
-    values = "normal"
-    dropout_p = 0.0
-    quant = ""
-    frozen: tuple[str, ...] = ()
-    trained_weight = False
-    device = "cpu"
-    seed = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnyCase(Kind):
+    """A call of an op: with the fields of its kind, all that determines its numbers."""
+
+    quant: str = ""  # of the weight: type, block size, whether nested: "nf4-64-nested", "fp4-32"
+    dropout_p: float = 0.0
+    values: str = "normal"  # or "nonnegative", "integers"
+    frozen: tuple[str, ...] = ()  # arguments that need no gradient
+    trained_weight: bool = False
+    device: str = "cpu"  # where it runs; the numbers are drawn on the CPU
+    seed: int = 0
 
     @property
     def p_elements(self) -> int:
@@ -126,20 +131,14 @@ class Case(AnyCase):
     dtype: torch.dtype = torch.float32  # of x, weight and bias; at most float32, see `oracle`
     adapter_dtype: torch.dtype | None = None  # of A and B; None for x's
     autocast: torch.dtype | None = None
-    quant: str = ""  # of the weight: type, block size, whether nested: "nf4-64-nested", "fp4-32"
     compute: torch.dtype | None = None  # of the GEMM with a quantized weight; None for x's
     base: bool = True  # False: the adapter alone, weight=None
     gate: bool = False  # [R] float32
     column_scale: bool = False  # [N] float32
     bias: bool = False
-    dropout_p: float = 0.0
     scaling: float = 1.25  # neither 1 nor its own square or inverse
     x_layout: str = "rows"
     dy_layout: str = "rows"
-    values: str = "normal"  # or "nonnegative", "integers"
-    frozen: tuple[str, ...] = ()  # arguments that need no gradient
-    device: str = "cpu"
-    seed: int = 0
 
     op = staticmethod(functional.lora_linear)
     equation = staticmethod(reference.lora_linear)
@@ -210,7 +209,7 @@ def describe(case: Any) -> str:
     'M3-N5-K4-R2-float32-no_base-frozen:x,bias'
     """
     parts = []
-    for field in dataclasses.fields(case):
+    for field in sorted(dataclasses.fields(case), key=lambda field: field.kw_only is True):
         value = getattr(case, field.name)
         text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
         text = text.removeprefix("torch.")

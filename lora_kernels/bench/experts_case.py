@@ -59,15 +59,9 @@ class ExpertsCase(AnyCase):
     tail: int = 2  # rows of no expert
     dtype: torch.dtype = torch.float32
     adapter_dtype: torch.dtype | None = None
-    quant: str = ""
     transposed: bool = False
     bias: bool = True
-    dropout_p: float = 0.0
     peft_layout: bool = False  # of lora_B
-    values: str = "normal"
-    frozen: tuple[str, ...] = ()
-    device: str = "cpu"
-    seed: int = 0
 
     op = staticmethod(lora_experts_linear)
 

@@ -68,19 +68,14 @@ class HeadCase(AnyCase):
     dtype: torch.dtype = torch.float32
     adapter_dtype: torch.dtype | None = None
     autocast: torch.dtype | None = None
-    quant: str = ""
     adapter: bool = True
     bias: bool = True
-    trained_weight: bool = False
     ignored: float = 0.3  # the share of rows without a label
     label_smoothing: float = 0.0
     logit_softcap: float | None = None
     logit_scale: float = 1.0
     temperature: float = 1.0
-    dropout_p: float = 0.0
     chunk_rows: int | None = None
-    frozen: tuple[str, ...] = ()
-    seed: int = 0
 
     plain = staticmethod(plain_pytorch)
 

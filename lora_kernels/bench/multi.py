@@ -54,14 +54,8 @@ class MultiCase(AnyCase):
     rows: str = "grouped"  # by adapter, or "mixed"; some rows have no adapter
     dtype: torch.dtype = torch.float32  # of x, weight and bias
     adapter_dtype: torch.dtype | None = None  # of A and B; None for x's
-    quant: str = ""
     base: bool = True
     bias: bool = True
-    dropout_p: float = 0.0
-    values: str = "normal"  # or "nonnegative"
-    frozen: tuple[str, ...] = ()
-    device: str = "cpu"
-    seed: int = 0
 
     op = staticmethod(functional.multi_lora_linear)
     equation = staticmethod(reference.multi_lora_linear)

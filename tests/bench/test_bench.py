@@ -390,16 +390,10 @@ def test_floor_and_target() -> None:
     assert dense.target(case, "step") == pytest.approx(1 + 3 * each + 0.01)
 
 
-def test_addmm_and_peft_compute_the_same() -> None:
-    """The peers are right without dropout; with it, PEFT draws a new mask each call."""
+def test_peft_draws_a_new_mask_each_call() -> None:
     args = cases.inputs(Case(9, 33, 47, 5, dropout_p=0.1))
     first, second = (cases.run(baselines.peft(args), args)["y"] for _ in range(2))
     assert not torch.equal(first, second)
-    for make in (baselines.addmm, baselines.peft, baselines.eager):
-        for name, verdict in cases.judge(
-            Case(9, 33, 47, 5), lambda make=make, **kwargs: make(kwargs)(**kwargs)
-        ).items():
-            assert verdict.ok, (make.__name__, name, str(verdict))
 
 
 @pytest.mark.parametrize("value", ["-1", "nan", "inf", "soon"])

@@ -13,11 +13,10 @@ import pytest
 import torch
 
 from lora_kernels.backends import cuda, replay, workspace
-from lora_kernels.device import DeviceInfo
+from tests.support.gpus import H100
 
 STREAM = 7
 _current: list[Log] = []  # kernels outlive the driver that they were compiled for
-H100 = DeviceInfo("cuda", 90, 132, 227 << 10)
 CUDA_LAUNCHERS = ("linear", "gemm", "decode", "thin", "pair", "column_sums", "reduce")
 
 

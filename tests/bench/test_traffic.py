@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import report
-from lora_kernels import cli, lora_linear, ops, selection, traffic
+from lora_kernels import lora_linear, ops, selection, traffic
 from lora_kernels.backends import eager
 from lora_kernels.bench import baselines, memory
 from lora_kernels.bench import traffic as bench_traffic
@@ -344,16 +344,6 @@ def test_bench_count_prints_and_writes_every_row(small: None, run: Any) -> None:
     assert lines[-1].startswith(f"{len(ran.rows)} rows, ours loses ")
     text = report.table("||", report.traffic_rows(ran.rows))
     assert "| bf16, fp32 adapters | 0.05 | 8192×128×256 | " in text and "16×128×256" not in text
-
-
-@pytest.mark.parametrize(
-    "options", [["--device", "cuda"], ["--csv", "f.csv"], ["--compare", "f.json"], ["--quick"]]
-)
-def test_bench_count_beside_useless_option_is_refused(
-    options: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert cli.main(["bench", "--count", *options]) == 2
-    assert f"--count: want no {options[0]}" in capsys.readouterr().out
 
 
 def test_report_without_traffic_json_has_no_section(

@@ -47,10 +47,10 @@ Allowances = dict[str, tuple[float, tuple[int, ...]]]
 
 
 class Kind:
-    """What a kind of case has beside its fields.
+    """The interface of a kind of case, beside its fields.
 
     Attributes:
-        op, equation, plain: this package's function, the reference's, and one that computes as
+        op, equation, eager: this package's function, the reference's, and one that computes as
             users write it without this package, with the same arguments.
         draw: returns dy and these arguments, those of dropout aside.
         allowances: returns, for each output, u of its coarsest rounding and the lengths of its
@@ -59,7 +59,7 @@ class Kind:
 
     op: Callable[..., Any]
     equation: Callable[..., Any]
-    plain: Callable[..., Any]
+    eager: Callable[..., Any]
     draw: Callable[[Source], dict[str, Any]]
     allowances: Callable[[], Allowances]
     M: int
@@ -142,7 +142,7 @@ class Case(AnyCase):
 
     op = staticmethod(functional.lora_linear)
     equation = staticmethod(reference.lora_linear)
-    plain = staticmethod(plain_pytorch)
+    eager = staticmethod(plain_pytorch)
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -504,10 +504,10 @@ def verdicts(found: list[Expected], call: Callable[..., Any], case: AnyCase) -> 
 
 
 @functools.lru_cache(maxsize=2)  # enough for a loop over engines; the tensors may be large
-def _expected(case: AnyCase, plain: Callable[..., Any]) -> list[Expected]:
+def _expected(case: AnyCase, eager: Callable[..., Any]) -> list[Expected]:
     def make(case: AnyCase) -> Expected:
         args = inputs(case)
-        return Expected(args, oracle(args, case.equation), run(plain, args, case.autocast))
+        return Expected(args, oracle(args, case.equation), run(eager, args, case.autocast))
 
     return expected(case, case.p_elements, make)
 
@@ -519,7 +519,7 @@ def judge(case: AnyCase, call: Callable[..., Any] | None = None) -> dict[str, Ve
     >>> list(verdicts), all(verdict.ok for verdict in verdicts.values())
     (['y', 'dx', 'dA', 'dB', 'dg'], True)
     """
-    return verdicts(_expected(case, case.plain), call or case.op, case)
+    return verdicts(_expected(case, case.eager), call or case.op, case)
 
 
 NORM_ARGUMENTS = ("weight", "lora_A", "lora_B", "scaling", "rank_gate")

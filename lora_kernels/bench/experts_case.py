@@ -104,7 +104,7 @@ class ExpertsCase(AnyCase):
         return reference.lora_experts_linear(weight=weight, **others)
 
     @property
-    def plain(self) -> Callable[..., Tensor]:  # type: ignore[override]
+    def eager(self) -> Callable[..., Tensor]:  # type: ignore[override]
         return narrow_pytorch if self.is_grouped else plain_pytorch
 
     def allowances(self) -> Allowances:

@@ -77,7 +77,7 @@ class HeadCase(AnyCase):
     temperature: float = 1.0
     chunk_rows: int | None = None
 
-    plain = staticmethod(plain_pytorch)
+    eager = staticmethod(plain_pytorch)
 
     def draw(self, source: Source) -> dict[str, Any]:
         M, V, K, R = self.M, self.V, self.K, self.R
@@ -120,9 +120,8 @@ class HeadCase(AnyCase):
         return reference.lora_linear_log_probs(**args)
 
     def allowances(self) -> Allowances:
-        """As of `AnyCase`. The logits and their gradient are rounded to the dtype of y before
-        everything else, so u is that dtype's or a coarser one. Rows sum over the vocabulary.
-        """
+        # The logits and their gradient are rounded to the dtype of y before everything else, so u
+        # is that dtype's or a coarser one. Rows sum over the vocabulary.
         M, V, K = self.M, self.V, self.K
         compute = self.autocast or self.dtype
         adapter = self.adapter_dtype or self.dtype

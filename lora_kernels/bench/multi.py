@@ -59,7 +59,7 @@ class MultiCase(AnyCase):
 
     op = staticmethod(functional.multi_lora_linear)
     equation = staticmethod(reference.multi_lora_linear)
-    plain = staticmethod(plain_pytorch)
+    eager = staticmethod(plain_pytorch)
 
     @property
     def p_elements(self) -> int:

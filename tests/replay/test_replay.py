@@ -119,7 +119,7 @@ def run(backend: Any, call: Call, seed: int = 0) -> tuple[tuple[Any, ...], Any]:
 
 
 def run_thrice(backend: Any, call: Call) -> None:
-    """As written, recorded, and replayed."""
+    """Run the call as written, record it, and replay it."""
     for _ in range(3):
         run(backend, call)
 

@@ -1,9 +1,8 @@
 """`lora-kernels bench --experts`: LoRA on the experts of a mixture, beside the frozen experts alone
 (transformers' `grouped_mm`) and PEFT's.
 
-The layers have the shapes of well-known models, scaled to a CPU. A step is forward and backward
-with x needing a gradient; "forward" is one token without gradients, as in decoding. Errors are rms
-of y, relative to float64 on the same numbers.
+The layers have the shapes of well-known models, scaled to a CPU. "forward" is one token without
+gradients, as in decoding.
 """
 
 from __future__ import annotations

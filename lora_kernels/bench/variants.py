@@ -1,9 +1,5 @@
 """`lora-kernels bench --variants`: DoRA over LoRA, and its row norm; projections of one x as a
 group; several adapters in a batch; hierarchical levels; switching.
-
-Times are medians of calls that take turns in one process, warm. A step is forward and backward with
-x needing a gradient. Errors are rms, relative to float64 on the same numbers; a call of ours whose
-error is above the tolerance's, beside that of plain PyTorch, gets ✗ instead of a time.
 """
 
 from __future__ import annotations

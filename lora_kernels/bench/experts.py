@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..layers import quantize_experts
 from . import baselines, tolerance
-from .baselines import Layers
+from .baselines import Forward, Layers
 from .case import dtype_name
 from .results import FROZEN, Facts, Row, Suite
 
@@ -106,11 +106,11 @@ def rows(shape: Shape, dtype: torch.dtype, seconds: float) -> Iterator[Row]:
         weights, index = torch.rand(tokens, shape.experts).topk(shape.top_k)
         weights = (weights / weights.sum(1, keepdim=True)).to(dtype)
         calls: Layers = {
-            name: (partial(_call, layer, index, weights), baselines.trained(layer))
+            name: (_routed(layer, index, weights), baselines.trained(layer))
             for name, layer in layers.items()
         }
         with torch.no_grad():
-            want = _call(_oracle(peft), index, weights.double(), x.double())
+            want = _oracle(peft)(x.double(), index, weights.double())
             errors = baselines.errors({name: calls[name] for name in ("ours", "peft")}, x, want)
         row = Row(
             what=f"experts {shape.model} {shape.experts} top {shape.top_k}",
@@ -131,15 +131,15 @@ def rows(shape: Shape, dtype: torch.dtype, seconds: float) -> Iterator[Row]:
         yield row
 
 
-def _oracle(peft: nn.Module) -> nn.Module:
+def _routed(layer: Any, index: Tensor, weights: Tensor) -> Forward:
+    return lambda x: layer(x, index, weights)
+
+
+def _oracle(peft: nn.Module) -> Any:
     """Return PEFT's experts in float64, which `grouped_mm` does not take."""
     oracle: Any = copy.deepcopy(peft).double()
     oracle.get_base_layer().config._experts_implementation = "eager"
-    return oracle  # type: ignore[no-any-return]
-
-
-def _call(layer: Any, index: Tensor, weights: Tensor, x: Tensor) -> Tensor:
-    return layer(x, index, weights)  # type: ignore[no-any-return]
+    return oracle
 
 
 class Experts(Suite):

@@ -129,7 +129,7 @@ def rows(shape: Shape, dtype: torch.dtype, seconds: float) -> Iterator[Row]:
         )
         for name, loss in losses(args, mode).items():
             own = leaves[:1] if name.endswith("no adapter") else leaves
-            calls[name] = partial(_step, loss, own)
+            calls[name] = baselines.step(loss, own, None)
             if name != "compiled":  # the profiler does not see its buffers
                 forward = partial(loss, args["x"])
                 there = [t for t in args.values() if isinstance(t, Tensor)]
@@ -139,10 +139,6 @@ def rows(shape: Shape, dtype: torch.dtype, seconds: float) -> Iterator[Row]:
         u = tolerance.unit_roundoff(dtype)
         row.judge(errors, errors["pytorch"], u, (shape.K, shape.V, shape.V))
         yield row.time(calls, seconds)
-
-
-def _step(loss: Loss, leaves: list[Tensor]) -> tuple[Tensor, ...]:
-    return torch.autograd.grad(loss(leaves[0]), leaves)
 
 
 def _errors(args: dict[str, Any], mode: str) -> dict[str, float]:

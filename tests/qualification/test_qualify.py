@@ -17,7 +17,6 @@ import torch
 import lora_kernels
 from lora_kernels import qualification, selection, verdicts
 from lora_kernels.backends import cuda, decode4bit, triton
-from lora_kernels.core.problem import Problem
 from lora_kernels.qualification import Claim, qualify
 from lora_kernels.verdicts import Group, Verdict
 from tests.support import fake_card
@@ -25,7 +24,6 @@ from tests.support import fake_card
 if cuda.emulator_unavailable_reason() or triton.unavailable_reason():
     pytest.skip("the emulator was not built", allow_module_level=True)
 
-bf16 = torch.bfloat16
 DECODE = Group("cuda", "cooperative", "bfloat16", "bfloat16", "dense")
 TWO_PASS = Group("cuda", "two_pass", "bfloat16", "float32", "4bit")
 LIBRARY = Group("triton", "library", "bfloat16", "float32", "4bit")
@@ -57,9 +55,7 @@ def claims_on(*groups: Group, names: tuple[str, ...] = ("memory",)) -> list[Clai
 
 
 def choose(group: Group) -> selection.Choice:
-    dtype, adapter = (getattr(torch, name) for name in (group.dtype, group.adapter))
-    problem = Problem("cuda", dtype, adapter, adapter, dtype, 16, 1, group.weight == "4bit")
-    return selection.choose(problem)
+    return selection.choose(group.problem(1, 4096, 4096))
 
 
 def is_cached() -> bool:

@@ -58,10 +58,11 @@ def info() -> dict[str, Any]:
 def report(facts: dict[str, Any]) -> str:
     """The dict of `info` as the text that `lora-kernels info` prints."""
     cpu = facts["cpu"]
+    cores = f"{cpu['cores']} core{'s' * (cpu['cores'] != 1)}"
     rows = [
         ("python", f"{facts['python']} on {facts['platform']}"),
         *((name, version or "not installed") for name, version in facts["versions"].items()),
-        ("processor", f"{cpu['name']} ({cpu['architecture']}), {_count(cpu['cores'], 'core')}"),
+        ("processor", f"{cpu['name']} ({cpu['architecture']}), {cores}"),
         ("threads", f"{cpu['threads']}; OpenMP runtime: {cpu['openmp'] or 'unknown'}"),
         ("compiler", facts["compiler"] or "none found"),
     ]
@@ -166,7 +167,3 @@ def _installed_from() -> str:
     if "vcs_info" in origin:
         return f"{origin['vcs_info']['vcs']}+{origin['url']}"
     return ("-e " if origin.get("dir_info", {}).get("editable") else "") + str(origin["url"])
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -33,7 +33,7 @@ from .device import DeviceInfo
 from .verdicts import Group, Point, Verdict
 
 WORKER = "lora_kernels.bench.claims"
-CARD = f"{WORKER}:Gpu"
+CARD = f"{WORKER}:Card"
 DTYPES = ("bfloat16",)  # of the base GEMM, in the default plan
 SHAPES = ((4096, 4096), (14336, 4096))  # N and K of the timed weights: Llama-3-8B's
 FEW_ROWS: tuple[int, ...] = (1, 8, 16)  # of the timed calls of "cooperative"
@@ -135,7 +135,9 @@ def qualify(
     >>> sorted(verdict.passed)  # doctest: +SKIP
     """
     index = index_of(device)
-    claims = plan(_checked_dtypes(dtypes), devices.gpu(index))
+    if wrong := [name for name in dtypes if name not in ("bfloat16", "float16")]:
+        raise ValueError(f"dtypes: got {wrong[0]!r}, want 'bfloat16' or 'float16'")
+    claims = plan(tuple(dict.fromkeys(dtypes)), devices.gpu(index))
     if not budget_s > 0:
         raise ValueError(f"budget_s: got {budget_s}, want seconds above 0")
     if (why := _unready_reason()) is not None:
@@ -167,13 +169,6 @@ def index_of(given: int | str | torch.device | None) -> int:
     if where.type != "cuda" or (where.index or 0) >= count:
         raise ValueError(f"device: got {where}, want a CUDA device of the {count} there are")
     return torch.cuda.current_device() if where.index is None else where.index
-
-
-def _checked_dtypes(dtypes: Sequence[str]) -> Sequence[str]:
-    for name in dtypes:
-        if name not in ("bfloat16", "float16"):
-            raise ValueError(f"dtypes: got {name!r}, want 'bfloat16' or 'float16'")
-    return tuple(dict.fromkeys(dtypes))
 
 
 def _unready_reason() -> str | None:

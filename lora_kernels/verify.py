@@ -27,11 +27,12 @@ from torch import nn
 from . import selection
 from .backends import cpu, cpu_heuristics, triton
 from .backends.triton import configs
-from .bench import baselines, experts_case, head_case, multi, progress
+from .bench import baselines, progress
 from .bench import case as cases
 from .bench.case import Case, Expected, dtype_name
 from .bench.experts_case import ExpertsCase
 from .bench.head_case import HeadCase
+from .bench.multi import MultiCase
 from .bench.tolerance import Verdict
 from .quantization import Weight4bit
 
@@ -52,13 +53,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "adapter only": {"base": False},
     "nf4": {"quant": "nf4-64-nested"},
     "fp4, all": {"quant": "fp4-32", **ALL, "dropout_p": 0.1},
-    # Rows with adapters of their own: of `MultiCase`, whose tensors are on a CPU.
-    "adapters": {},
+    "adapters": {},  # of OTHERS, as are the rest
     "adapters nf4": {"quant": "nf4-64-nested"},
-    # Rows sorted by expert: of `ExpertsCase`, the same.
     "experts": {},
     "experts nf4": {"quant": "nf4-64"},
-    # A head's loss and log-probabilities, of `HeadCase`, the same.
     "head": {},
     "head nf4": {"quant": "nf4-64"},
 }
@@ -66,6 +64,16 @@ GPU_ENGINES = ("triton ", "cuda ", cases.EAGER_CUDA)  # how their names begin
 SHAPES: Shapes = ((70, 257, 100, 13), (1, 65, 63, 5))  # M, N, K, R: no multiples of a tile
 FEW_ROWS = (5, 66, 96, 40)  # in place of the second, for 4-bit weights
 THOROUGH: Shapes = (*SHAPES, (515, 261, 259, 16), (33, 259, 257, 64), (130, 1536, 576, 100))
+# First word of an option -> cases of other ops than `lora_linear`, whose tensors are on a CPU: rows
+# with adapters of their own, rows sorted by expert, a head's losses and log-probabilities.
+OTHERS: dict[str, tuple[Any, ...]] = {
+    "adapters": (MultiCase(70, 65, 128, rows="mixed", dropout_p=0.1),),
+    "experts": (ExpertsCase((3, 0, 1, 20), 64, 128, 8, dropout_p=0.1),),
+    "head": tuple(
+        HeadCase(23, 65, 64, 5, of, label_smoothing=0.1, logit_softcap=3.0, chunk_rows=5)
+        for of in ("mean", "none", "log_probs")
+    ),
+}
 # Peer -> the libraries that the comparison imports, how to install them, the type of its base.
 PEERS = {
     "peft": (("peft",), "pip install 'lora-kernels[peft]'", ""),
@@ -153,11 +161,15 @@ def _unstartable_reason(args: argparse.Namespace, names: list[str]) -> str | Non
 def judge_option(shapes: Shapes, dtypes: Dtypes, option: str, name: str) -> Line | None:
     """Judge each output of the option's cases; None if the engine supports none."""
     fields, device = OPTIONS[option], "cpu"
+    verdicts: dict[str, Verdict] = {}
+    if (others := OTHERS.get(option.partition(" ")[0])) is not None:
+        for other in () if name.startswith(GPU_ENGINES) else others:
+            case = replace(other, dtype=dtypes[0], adapter_dtype=dtypes[1], **fields)
+            with cases.engine(name):
+                verdicts |= {f"{case}/{output}": v for output, v in cases.judge(case).items()}
+        return _line(name, dtypes, option, verdicts) if verdicts else None
     if name.startswith(GPU_ENGINES):
         device = cases.triton_device() if name.startswith("triton ") else "cuda"
-    if (judge := JUDGES.get(option.partition(" ")[0])) is not None:
-        return None if name.startswith(GPU_ENGINES) else judge(dtypes, option, name)
-    verdicts: dict[str, Verdict] = {}
     for M, N, K, R in (shapes[0], FEW_ROWS, *shapes[2:]) if "quant" in fields else shapes:
         case = Case(M, N, K, R, *dtypes, **fields, device=device)
         for forced in _forced_engines(name, case):
@@ -169,44 +181,6 @@ def judge_option(shapes: Shapes, dtypes: Dtypes, option: str, name: str) -> Line
             verdicts |= {f"{case}{few}/{output}": v for output, v in judged.items()}
     # The CUDA backend has no float32 kernel on tensor cores.
     return _line(name, dtypes, option, verdicts) if verdicts else None
-
-
-def judge_adapters(dtypes: Dtypes, option: str, name: str) -> Line:
-    """Judge each output for rows that have adapters of their own."""
-    case = multi.MultiCase(70, 65, 128, rows="mixed", dropout_p=0.1, **OPTIONS[option])
-    case = replace(case, dtype=dtypes[0], adapter_dtype=dtypes[1])
-    with cases.engine(name):
-        verdicts = {f"{case}/{output}": v for output, v in multi.judge(case).items()}
-    return _line(name, dtypes, option, verdicts)
-
-
-def judge_experts(dtypes: Dtypes, option: str, name: str) -> Line:
-    """Judge each output for rows sorted by expert."""
-    case = ExpertsCase((3, 0, 1, 20), 64, 128, 8, dropout_p=0.1, **OPTIONS[option])
-    case = replace(case, dtype=dtypes[0], adapter_dtype=dtypes[1])
-    with cases.engine(name):
-        verdicts = {f"{case}/{output}": v for output, v in experts_case.judge(case).items()}
-    return _line(name, dtypes, option, verdicts)
-
-
-def judge_head(dtypes: Dtypes, option: str, name: str) -> Line:
-    """The verdict on each output of a head's loss and of its log-probabilities."""
-    verdicts: dict[str, Verdict] = {}
-    for of in ("mean", "none", "log_probs"):
-        case = HeadCase(23, 65, 64, 5, of, label_smoothing=0.1, chunk_rows=5, **OPTIONS[option])
-        case = replace(case, dtype=dtypes[0], adapter_dtype=dtypes[1], logit_softcap=3.0)
-        with cases.engine(name):
-            judged = head_case.judge(case)
-        verdicts |= {f"{case}/{output}": v for output, v in judged.items()}
-    return _line(name, dtypes, option, verdicts)
-
-
-# First word of an option -> its judge; `cases.judge` for all others.
-JUDGES: dict[str, Callable[[Dtypes, str, str], Line]] = {
-    "adapters": judge_adapters,
-    "experts": judge_experts,
-    "head": judge_head,
-}
 
 
 def _line(name: str, dtypes: Dtypes, option: str, verdicts: dict[str, Verdict]) -> Line:

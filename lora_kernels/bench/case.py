@@ -1,7 +1,8 @@
-"""One call of `lora_linear` with all its gradients, as tests, `verify` and `bench` make it.
+"""One call of an op with all its gradients, as tests, `verify` and `bench` make it.
 
-A `Case` is a point in the space of shapes, dtypes and options. `judge` runs it on the backend that
-is forced or chosen at the time, and compares each output with the float64 reference.
+A `Case` is a point in the space of shapes, dtypes and options of `lora_linear`. `multi`,
+`experts_case` and `head_case` have such cases of other ops. `judge` runs one on the backend that is
+forced or chosen at the time, and compares each output with the float64 reference.
 """
 
 from __future__ import annotations
@@ -33,17 +34,95 @@ from .tolerance import Verdict, unit_roundoff
 # argument -> name of its gradient in the results
 GRADIENTS = {
     "x": "dx",
+    "weight": "dW",
     "lora_A": "dA",
     "lora_B": "dB",
     "rank_gate": "dg",
     "column_scale": "dc",
     "bias": "dbias",
 }
+# Names of the results of an op that returns a tuple; another's is "y".
+STATISTICS = ("log_probs", "entropy", "mean_logits", "log_sum_sq_probs")
+Allowances = dict[str, tuple[float, tuple[int, ...]]]
+
+
+class Kind:
+    """The interface of a kind of case, beside its fields.
+
+    Attributes:
+        op, equation, eager: this package's function, the reference's, and one that computes as
+            users write it without this package, with the same arguments.
+        draw: returns dy and these arguments, those of dropout aside.
+        allowances: returns, for each output, u of its coarsest rounding and the lengths of its
+            sums. The backends' docstrings name the roundings. The shorter branch's sum is left out.
+    """
+
+    op: Callable[..., Any]
+    equation: Callable[..., Any]
+    eager: Callable[..., Any]
+    draw: Callable[[Source], dict[str, Any]]
+    allowances: Callable[[], Allowances]
+    M: int
+    R: int
+    autocast: torch.dtype | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnyCase(Kind):
+    """A call of an op: with the fields of its kind, all that determines its numbers."""
+
+    quant: str = ""  # of the weight: type, block size, whether nested: "nf4-64-nested", "fp4-32"
+    dropout_p: float = 0.0
+    values: str = "normal"  # or "nonnegative", "integers"
+    frozen: tuple[str, ...] = ()  # arguments that need no gradient
+    trained_weight: bool = False
+    device: str = "cpu"  # where it runs; the numbers are drawn on the CPU
+    seed: int = 0
+
+    @property
+    def p_elements(self) -> int:
+        """Number of elements of P = D(x)·Aᵀ with different roundings, which a row of y shares."""
+        return self.M * self.R
+
+    def __str__(self) -> str:
+        return describe(self)
+
+
+def plain_pytorch(
+    *, scaling: float, dropout_p: float, compute_dtype: torch.dtype | None = None, **tensors: Any
+) -> Tensor:
+    """Compute y as users write it without this package; autograd computes the gradients.
+
+    The adapter's branch runs in the wider of x's and the adapter's dtypes, as in PEFT.
+
+    tensors: the fields of `Operands`.
+    """
+    weight: Any
+    x, weight, lora_A, lora_B, rank_gate, column_scale, bias, rng = Operands(**tensors)
+    wide = torch.promote_types(x.dtype, lora_A.dtype)
+    if weight is None:
+        weight = x.new_zeros(lora_B.shape[0], x.shape[-1])
+    s = (masked(x, rng, dropout_p).to(wide) @ lora_A.to(wide).T) * scaling
+    if rank_gate is not None:
+        s = (s * rank_gate).to(wide)
+    compute = compute_dtype or x.dtype
+    if isinstance(weight, Weight4bit):
+        weight = weight.dequantize(compute)
+    y: Tensor = x.to(compute) @ weight.T
+    if not torch.is_autocast_enabled(x.device.type):
+        y = y.to(x.dtype)
+    dtype = y.dtype
+    y = (y + s @ lora_B.to(wide).T).to(dtype)
+    if column_scale is not None:
+        y = y * column_scale
+    if bias is not None:
+        y = y + bias
+    return y.to(dtype)
 
 
 @dataclass(frozen=True)
-class Case:
-    """The fields that determine every number that `inputs` draws."""
+class Case(AnyCase):
+    """A call of `lora_linear`."""
 
     M: int
     N: int
@@ -52,27 +131,67 @@ class Case:
     dtype: torch.dtype = torch.float32  # of x, weight and bias; at most float32, see `oracle`
     adapter_dtype: torch.dtype | None = None  # of A and B; None for x's
     autocast: torch.dtype | None = None
-    quant: str = ""  # of the weight: type, block size, whether nested: "nf4-64-nested", "fp4-32"
     compute: torch.dtype | None = None  # of the GEMM with a quantized weight; None for x's
     base: bool = True  # False: the adapter alone, weight=None
     gate: bool = False  # [R] float32
     column_scale: bool = False  # [N] float32
     bias: bool = False
-    dropout_p: float = 0.0
     scaling: float = 1.25  # neither 1 nor its own square or inverse
     x_layout: str = "rows"
     dy_layout: str = "rows"
-    values: str = "normal"  # or "nonnegative", "integers"
-    frozen: tuple[str, ...] = ()  # arguments that need no gradient
-    device: str = "cpu"  # where it runs; the numbers are drawn on the CPU
-    seed: int = 0
+
+    op = staticmethod(functional.lora_linear)
+    equation = staticmethod(reference.lora_linear)
+    eager = staticmethod(plain_pytorch)
 
     @property
     def compute_dtype(self) -> torch.dtype:
         return self.autocast or self.dtype
 
-    def __str__(self) -> str:
-        return describe(self)
+    @property
+    def p_elements(self) -> int:
+        # Equal rows of x share the roundings of P.
+        return self.R if self.x_layout == "expanded" else super().p_elements
+
+    def draw(self, source: Source) -> dict[str, Any]:
+        M, N, K, R = self.M, self.N, self.K, self.R
+        adapter_dtype, f32 = self.adapter_dtype or self.dtype, torch.float32
+        x = LAYOUTS[self.x_layout](source((M, K), 1.0, self.dtype))
+        args: dict[str, Any] = {
+            "x": x,
+            "weight": source.weight((N, K), K**-0.5, self.dtype) if self.base else None,
+            "lora_A": source((R, K), K**-0.5, adapter_dtype),
+            "lora_B": source((N, R), R**-0.5, adapter_dtype),
+            "scaling": 2.0 if self.values == "integers" else self.scaling,
+            "bias": source((N,), 1.0, self.dtype) if self.bias else None,
+            "rank_gate": source((R,), 0.3, f32, mean=1.0) if self.gate else None,
+            "column_scale": source((N,), 0.3, f32, mean=1.0) if self.column_scale else None,
+        }
+        if self.quant:
+            args["compute_dtype"] = self.compute
+        dy = LAYOUTS[self.dy_layout](source((M, N), 1.0, self.compute_dtype))
+        return {**args, "dy": dy.reshape(*x.shape[:-1], N)}
+
+    def allowances(self) -> Allowances:
+        M, N, K, x, f32 = self.M, self.N, self.K, self.dtype, torch.float32
+        adapter, compute = self.adapter_dtype or x, self.compute or self.compute_dtype
+        named: dict[str, tuple[tuple[torch.dtype, ...], tuple[int, ...]]] = {
+            "y": ((compute,), (K,)),
+            "dx": ((x, compute), (N,)),  # the base GEMM is rounded to the compute dtype
+            "dA": ((adapter,), (N, M)),  # dAᵀ sums over rows what dS sums over columns
+            "dB": ((adapter,), (K, M)),
+            "dg": ((f32,), (K, N, M)),
+            "dc": ((f32, compute), (K, M)),  # z is kept in the compute dtype
+            "dbias": ((x,), (M,)),
+        }
+        parts = part_roundoff(self)
+        return {
+            name: (
+                parts if parts and name in ("dA", "dB", "dg") else unit_roundoff(*dtypes),
+                lengths,
+            )
+            for name, (dtypes, lengths) in named.items()
+        }
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -90,7 +209,7 @@ def describe(case: Any) -> str:
     'M3-N5-K4-R2-float32-no_base-frozen:x,bias'
     """
     parts = []
-    for field in dataclasses.fields(case):
+    for field in sorted(dataclasses.fields(case), key=lambda field: field.kw_only is True):
         value = getattr(case, field.name)
         text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
         text = text.removeprefix("torch.")
@@ -130,92 +249,57 @@ GPU_UPCAST_ROWS = 4
 _CPU_DECODER = {("cpu", None): "its CPU kernel is wrong where a block straddles rows"}
 
 
-def inputs(case: Case) -> dict[str, Any]:
-    """Return the arguments of `lora_linear` and `dy`. Tensors with a gradient require it.
+class Source:
+    """Draws the tensors of a case on the CPU, and moves them to its device."""
+
+    def __init__(self, case: AnyCase) -> None:
+        self.case = case
+        self.generator = torch.Generator().manual_seed(case.seed)
+
+    def __call__(
+        self, shape: tuple[int, ...], std: float, dtype: torch.dtype, mean: float = 0.0
+    ) -> Tensor:
+        """Draw a tensor of the values that `Case.values` names."""
+        if self.case.values == "integers":
+            t = self.integers(-1, 2, *shape)
+        else:
+            t = mean + std * torch.randn(shape, generator=self.generator)
+            t = t.abs() if self.case.values == "nonnegative" else t
+        return t.to(dtype).to(self.case.device)
+
+    def weight(self, shape: tuple[int, ...], std: float, dtype: torch.dtype) -> Any:
+        """Draw a weight, in 4 bits if `Case.quant` names a format."""
+        t = self(shape, std, dtype)
+        if not self.case.quant:
+            return t
+        kind, blocksize, *nested = self.case.quant.split("-")
+        return quantize_4bit(t, kind, int(blocksize), bool(nested))
+
+    def integers(self, low: int, high: int, *shape: int) -> Tensor:
+        """Draw integers from low to high - 1, which stay on the CPU."""
+        return torch.randint(low, high, shape, generator=self.generator)
+
+
+def inputs(case: AnyCase) -> dict[str, Any]:
+    """Return the arguments of the case's op, and `dy`. Tensors with a gradient require it.
 
     x ~ N(0, 1); weight, A and B are scaled so that base GEMM and update both have order 1.
     """
-    draw = random_source(case.values, torch.Generator().manual_seed(case.seed))
-    M, N, K, R = case.M, case.N, case.K, case.R
-    adapter_dtype = case.adapter_dtype or case.dtype
-    x = LAYOUTS[case.x_layout](draw((M, K), 1.0, case.dtype).to(case.device))
-    args: dict[str, Any] = {
-        "x": x,
-        "weight": draw((N, K), K**-0.5, case.dtype) if case.base else None,
-        "lora_A": draw((R, K), K**-0.5, adapter_dtype),
-        "lora_B": draw((N, R), R**-0.5, adapter_dtype),
-        "scaling": 2.0 if case.values == "integers" else case.scaling,
-        "bias": draw((N,), 1.0, case.dtype) if case.bias else None,
-        "rank_gate": draw((R,), 0.3, torch.float32, mean=1.0) if case.gate else None,
-        "column_scale": draw((N,), 0.3, torch.float32, mean=1.0) if case.column_scale else None,
-        "dropout_p": case.dropout_p,
-        "rng": dropout_state(case.seed) if case.dropout_p else None,
-    }
-    args = {n: a.to(case.device) if isinstance(a, Tensor) else a for n, a in args.items()}
-    for name in GRADIENTS:
-        if args[name] is not None:
-            # Detached, a view is a leaf that keeps its strides.
-            args[name] = args[name].detach().requires_grad_(name not in case.frozen)
-    if case.quant:
-        args["weight"] = quantize(args["weight"], case.quant)
-        args["compute_dtype"] = case.compute
-    dy = LAYOUTS[case.dy_layout](draw((M, N), 1.0, case.compute_dtype).to(case.device))
-    return {**args, "dy": dy.reshape(*x.shape[:-1], N)}
+    # Two 64-bit words with non-zero high halves; one is negative.
+    rng = torch.tensor([case.seed + 2**40 + 11, -(2**33) - 5], device=case.device)
+    args = case.draw(Source(case))
+    args |= {"dropout_p": case.dropout_p, "rng": rng if case.dropout_p else None}
+    frozen = case.frozen if case.trained_weight else (*case.frozen, "weight")
+    for name in GRADIENTS.keys() - frozen:
+        for t in _list(args.get(name)):
+            t.requires_grad_()
+    return args
 
 
-def random_source(values: str, generator: torch.Generator) -> Callable[..., Tensor]:
-    """Return a function that draws a tensor of these values, as `Case.values` names them."""
-
-    def draw(shape: tuple[int, ...], std: float, dtype: torch.dtype, mean: float = 0.0) -> Tensor:
-        if values == "integers":
-            return torch.randint(-1, 2, shape, generator=generator).to(dtype)
-        t = mean + std * torch.randn(shape, generator=generator)
-        return (t.abs() if values == "nonnegative" else t).to(dtype)
-
-    return draw
-
-
-def dropout_state(seed: int) -> Tensor:
-    """Return a state of two 64-bit words with non-zero high halves; one word is negative."""
-    return torch.tensor([seed + 2**40 + 11, -(2**33) - 5])
-
-
-def quantize(weight: Tensor, name: str) -> Weight4bit:
-    """Return the weight in 4 bits. name: as `Case.quant`."""
-    kind, blocksize, *nested = name.split("-")
-    return quantize_4bit(weight, kind, int(blocksize), bool(nested))
-
-
-def plain_pytorch(
-    *, scaling: float, dropout_p: float, compute_dtype: torch.dtype | None = None, **tensors: Any
-) -> Tensor:
-    """Compute y as users write it without this package; autograd computes the gradients.
-
-    The adapter's branch runs in the wider of x's and the adapter's dtypes, as in PEFT.
-
-    tensors: the fields of `Operands`.
-    """
-    weight: Any
-    x, weight, lora_A, lora_B, rank_gate, column_scale, bias, rng = Operands(**tensors)
-    wide = torch.promote_types(x.dtype, lora_A.dtype)
-    if weight is None:
-        weight = x.new_zeros(lora_B.shape[0], x.shape[-1])
-    s = (masked(x, rng, dropout_p).to(wide) @ lora_A.to(wide).T) * scaling
-    if rank_gate is not None:
-        s = (s * rank_gate).to(wide)
-    compute = compute_dtype or x.dtype
-    if isinstance(weight, Weight4bit):
-        weight = weight.dequantize(compute)
-    y: Tensor = x.to(compute) @ weight.T
-    if not torch.is_autocast_enabled(x.device.type):
-        y = y.to(x.dtype)
-    dtype = y.dtype
-    y = (y + s @ lora_B.to(wide).T).to(dtype)
-    if column_scale is not None:
-        y = y * column_scale
-    if bias is not None:
-        y = y + bias
-    return y.to(dtype)
+def _list(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]
 
 
 def dropout_mask(x: Tensor, rng: Tensor, dropout_p: float) -> Tensor:
@@ -232,24 +316,26 @@ def masked(x: Tensor, rng: Tensor | None, dropout_p: float) -> Tensor:
 
 
 def run(
-    call: Callable[..., Tensor], args: dict[str, Any], autocast: torch.dtype | None = None
+    call: Callable[..., Any], args: dict[str, Any], autocast: torch.dtype | None = None
 ) -> dict[str, Tensor]:
-    """Run `call` forward and backward on the arguments of `inputs`; return y and the gradients.
+    """Run `call` forward and backward on the arguments of `inputs`; return results and gradients.
 
-    The gradients of a list of tensors are concatenated to one vector.
+    A loss of one element is left out: its gradients say more. dy is that of the first results. The
+    gradients of a list of tensors are concatenated to one vector.
     """
     args = dict(args)
-    dy = args.pop("dy")
+    dy = _list(args.pop("dy"))
     with torch.autocast(args["x"].device.type, dtype=autocast, enabled=autocast is not None):
         y = call(**args)
-    given = ((name, args[name]) for name in GRADIENTS if args.get(name) is not None)
-    leaves = {name: [arg] if isinstance(arg, Tensor) else arg for name, arg in given}
-    wanted = {name: each for name, each in leaves.items() if each[0].requires_grad}
-    results = {"y": y.detach()}
+    found = dict(zip(STATISTICS, y, strict=False)) if isinstance(y, tuple) else {"y": y}
+    results = {name: t.detach() for name, t in found.items() if t.dim()}
+    leaves = {name: _list(args.get(name)) for name in GRADIENTS}
+    wanted = {n: ts for n, ts in leaves.items() if ts and getattr(ts[0], "requires_grad", False)}
     if wanted:
-        found = iter(torch.autograd.grad(y, [*itertools.chain(*wanted.values())], dy))
+        ys = [*found.values()][: len(dy)]
+        grads = iter(torch.autograd.grad(ys, [*itertools.chain(*wanted.values())], dy))
         for name, each in wanted.items():
-            first, *rest = (next(found) for _ in each)
+            first, *rest = (next(grads) for _ in each)
             if isinstance(args[name], list):
                 first = torch.cat([grad.flatten() for grad in (first, *rest)])
             results[GRADIENTS[name]] = first
@@ -275,29 +361,6 @@ def oracle(
     if wide["weight"] is None:
         wide["weight"] = torch.zeros(args["dy"].shape[-1], wide["x"].shape[-1]).double()
     return run(equation, wide)
-
-
-def allowances(case: Case) -> dict[str, tuple[float, tuple[int, ...]]]:
-    """Return, for each output, u of its coarsest rounding and the lengths of its sums.
-
-    The backends' docstrings name the roundings. The sum of the shorter branch is left out.
-    """
-    M, N, K, x, f32 = case.M, case.N, case.K, case.dtype, torch.float32
-    adapter, compute = case.adapter_dtype or x, case.compute or case.compute_dtype
-    named: dict[str, tuple[tuple[torch.dtype, ...], tuple[int, ...]]] = {
-        "y": ((compute,), (K,)),
-        "dx": ((x, compute), (N,)),  # the base GEMM is rounded to the compute dtype
-        "dA": ((adapter,), (N, M)),  # dAᵀ sums over rows what dS sums over columns
-        "dB": ((adapter,), (K, M)),
-        "dg": ((f32,), (K, N, M)),
-        "dc": ((f32, compute), (K, M)),  # z is kept in the compute dtype
-        "dbias": ((x,), (M,)),
-    }
-    parts = part_roundoff(case)
-    return {
-        name: (parts if parts and name in ("dA", "dB", "dg") else unit_roundoff(*dtypes), lengths)
-        for name, (dtypes, lengths) in named.items()
-    }
 
 
 def part_roundoff(case: Case) -> float | None:
@@ -413,8 +476,7 @@ class Expected(NamedTuple):
 def expected(case: Any, p_elements: int, make: Callable[[Any], Expected]) -> list[Expected]:
     """Run `make` on the case under as many seeds as must be pooled.
 
-    p_elements: number of elements of P = D(x)·Aᵀ with different roundings. They count because a
-    row of y shares them.
+    p_elements: as of `AnyCase`.
     """
     found: list[Expected] = []
     seeds = 1
@@ -426,13 +488,10 @@ def expected(case: Any, p_elements: int, make: Callable[[Any], Expected]) -> lis
     return found
 
 
-def verdicts(found: list[Expected], call: Callable[..., Tensor], like: Case) -> dict[str, Verdict]:
-    """Run `call` on the arguments of each seed, and judge its outputs.
-
-    like: a case of the same sizes and dtypes.
-    """
-    results = [run(call, give_mask(each.args), like.autocast) for each in found]
-    allowed = allowances(like)
+def verdicts(found: list[Expected], call: Callable[..., Any], case: AnyCase) -> dict[str, Verdict]:
+    """Run `call` on the arguments of each seed of the case, and judge its outputs."""
+    results = [run(call, give_mask(each.args), case.autocast) for each in found]
+    allowed = case.allowances()
     return {
         name: tolerance.compare(
             [result[name] for result in results],
@@ -445,23 +504,22 @@ def verdicts(found: list[Expected], call: Callable[..., Tensor], like: Case) -> 
 
 
 @functools.lru_cache(maxsize=2)  # enough for a loop over engines; the tensors may be large
-def _expected(case: Case) -> list[Expected]:
-    def make(case: Case) -> Expected:
+def _expected(case: AnyCase, eager: Callable[..., Any]) -> list[Expected]:
+    def make(case: AnyCase) -> Expected:
         args = inputs(case)
-        return Expected(args, oracle(args), run(plain_pytorch, args, case.autocast))
+        return Expected(args, oracle(args, case.equation), run(eager, args, case.autocast))
 
-    # Equal rows of x share the roundings of P.
-    return expected(case, case.R if case.x_layout == "expanded" else case.M * case.R, make)
+    return expected(case, case.p_elements, make)
 
 
-def judge(case: Case, call: Callable[..., Tensor] = functional.lora_linear) -> dict[str, Verdict]:
-    """Run `call` on the case; return a verdict for y and for each gradient.
+def judge(case: AnyCase, call: Callable[..., Any] | None = None) -> dict[str, Verdict]:
+    """Run `call`, by default the case's op; return a verdict for each result and each gradient.
 
     >>> verdicts = judge(Case(M=5, N=33, K=17, R=3, gate=True))
     >>> list(verdicts), all(verdict.ok for verdict in verdicts.values())
     (['y', 'dx', 'dA', 'dB', 'dg'], True)
     """
-    return verdicts(_expected(case), call, case)
+    return verdicts(_expected(case, case.eager), call or case.op, case)
 
 
 NORM_ARGUMENTS = ("weight", "lora_A", "lora_B", "scaling", "rank_gate")

@@ -27,7 +27,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,8 +43,7 @@ from ..qualification import Claim
 from ..quantization import Weight4bit, quantize_4bit
 from ..verdicts import Group
 from . import case as cases
-from . import multi
-from .case import Case
+from .case import AnyCase, Case
 from .multi import MultiCase
 
 Shapes = Sequence[tuple[int, int]]  # N and K of the timed weights
@@ -57,8 +56,8 @@ ROUNDS = 7
 BROKEN = 3  # the exit status after an error that the device may not recover from
 
 
-class Card(Protocol):
-    """The worker's access to a device. A subclass stands for one in tests.
+class Card:
+    """The worker's access to the first CUDA device. A subclass stands for one in tests.
 
     Attributes:
         device: of the tensors.
@@ -66,40 +65,6 @@ class Card(Protocol):
         few_rows, rows: M of the timed calls of strategies for few rows, and of others.
         cold_bytes: of weights that calls read in turn, so that none is in a cache.
     """
-
-    device: str
-    many: tuple[int, int, int]
-    few_rows: tuple[int, ...]
-    rows: tuple[int, ...]
-    cold_bytes: int
-
-    def key(self) -> dict[str, str]:
-        """Return the facts that the parent compares with its own."""
-
-    def engine(self, group: Group) -> AbstractContextManager[Any]:
-        """Force the group's backend and strategy."""
-
-    def compile(self, claims: Sequence[Claim], shapes: Shapes) -> None:
-        """Compile what the claims launch, on all processor cores."""
-
-    def before(self, claim: Claim) -> None:
-        """Is called when a claim begins."""
-
-    def synchronize(self) -> None:
-        """Wait for the device; raises RuntimeError if it is broken."""
-
-    def concurrently(self, calls: Sequence[Callable[[], Tensor]]) -> list[Tensor]:
-        """Return the results of calls on streams of their own, at once."""
-
-    def replays(self, call: Callable[[], Tensor], count: int) -> Iterator[Tensor]:
-        """Capture the call in a graph, and yield its result after each replay."""
-
-    def seconds(self, name: str, call: Callable[[int], object], count: int) -> float:
-        """Return the seconds of `call(0)` to `call(count - 1)` by the device's clock."""
-
-
-class Gpu:
-    """The first CUDA device that the process sees."""
 
     device = "cuda"
     many = (304, 33792, 128)
@@ -115,15 +80,18 @@ class Gpu:
         self.cold_bytes = 2 * int(torch.cuda.get_device_properties(0).L2_cache_size)
 
     def key(self) -> dict[str, str]:
+        """Return the facts that the parent compares with its own."""
         return verdicts.key(0)
 
     def engine(self, group: Group) -> AbstractContextManager[Any]:
+        """Force the group's backend and strategy."""
         return selection.backend(group.backend, group.strategy)
 
     def compile(self, claims: Sequence[Claim], shapes: Shapes) -> None:
+        """Compile what the claims launch, on all processor cores."""
         mine = [claim for claim in claims if claim.group.backend == "triton"]
         count = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4, 16)
-        command = [sys.executable, "-m", "lora_kernels.bench.claims", f"{__name__}:Gpu"]
+        command = [sys.executable, "-m", "lora_kernels.bench.claims", qualification.CARD]
         workers = []
         for number in range(count if mine else 0):
             order = {"claims": mine, "shapes": shapes, "part": [number, count]}
@@ -138,12 +106,14 @@ class Gpu:
             worker.wait()
 
     def before(self, claim: Claim) -> None:
-        pass
+        """Is called when a claim begins."""
 
     def synchronize(self) -> None:
+        """Wait for the device; raises RuntimeError if it is broken."""
         torch.cuda.synchronize()
 
     def concurrently(self, calls: Sequence[Callable[[], Tensor]]) -> list[Tensor]:
+        """Return the results of calls on streams of their own, at once."""
         torch.cuda.synchronize()
         found = []
         for call in calls:
@@ -153,6 +123,7 @@ class Gpu:
         return found
 
     def replays(self, call: Callable[[], Tensor], count: int) -> Iterator[Tensor]:
+        """Capture the call in a graph, and yield its result after each replay."""
         aside = torch.cuda.Stream()
         with torch.cuda.stream(aside):
             call()
@@ -166,6 +137,7 @@ class Gpu:
             yield y
 
     def seconds(self, name: str, call: Callable[[int], object], count: int) -> float:
+        """Return the seconds of `call(0)` to `call(count - 1)` by the device's clock."""
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
         begin.record()
@@ -228,17 +200,15 @@ def autocast(card: Card, group: Group) -> list[Case]:
 
 
 def several_adapters(card: Card, group: Group) -> list[MultiCase]:
-    M, N, K = _sizes(group)[1]
-    dtype, adapter = (getattr(torch, name) for name in (group.dtype, group.adapter))
-    quant = "nf4-64-nested" if group.weight == "4bit" else ""
-    case = MultiCase(M, N, K, dtype=dtype, adapter_dtype=adapter)
-    return [replace(case, quant=quant, device=card.device)]
+    like = _case(card, group, *_sizes(group)[1])
+    names = ("M", "N", "K", "dtype", "adapter_dtype", "quant", "device")
+    return [MultiCase(**{name: getattr(like, name) for name in names})]
 
 
-def judge(case: Case | MultiCase) -> str | None:
+def judge(case: AnyCase) -> str | None:
     """Return the first output that misses the tolerance, in words, or None."""
-    found = multi.judge(case) if isinstance(case, MultiCase) else cases.judge(case)
-    return next((f"{name} {verdict}" for name, verdict in found.items() if not verdict.ok), None)
+    found = cases.judge(case).items()
+    return next((f"{name} {verdict}" for name, verdict in found if not verdict.ok), None)
 
 
 def _weights_to_decode(card: Card, group: Group) -> list[Weight4bit]:
@@ -385,7 +355,7 @@ def two_streams(card: Card, group: Group) -> str | None:
     return None
 
 
-_CASES: dict[str, Callable[[Card, Group], Sequence[Case | MultiCase]]] = {
+_CASES: dict[str, Callable[[Card, Group], Sequence[AnyCase]]] = {
     "odd sizes": odd_sizes,
     "many blocks": many_blocks,
     "autocast": autocast,
@@ -422,8 +392,7 @@ class _Timed:
         def draw(*shape: int, dtype: torch.dtype) -> Tensor:
             return torch.randn(shape, device=card.device, dtype=dtype) / math.sqrt(shape[-1])
 
-        held: Any = card  # a protocol is not hashable to mypy, an instance is
-        self.weights = _weights(held, dtype, group.weight, N, K)
+        self.weights = _weights(card, dtype, group.weight, N, K)
         self.count = len(self.weights)
         x, A, B = (
             draw(M, K, dtype=dtype),
@@ -446,7 +415,7 @@ class _Timed:
 
 
 @functools.lru_cache(maxsize=1)  # the groups of a plan with equal weights follow each other
-def _weights(card: Any, dtype: torch.dtype, kind: str, N: int, K: int) -> list[Any]:
+def _weights(card: Card, dtype: torch.dtype, kind: str, N: int, K: int) -> list[Any]:
     """Return copies of a weight, in all twice the L2 cache and at least two."""
     dense = torch.randn(N, K, device=card.device, dtype=dtype) / K**0.5
     with selection.backend("eager"):
@@ -544,7 +513,10 @@ def launch_all(card: Card, claim: Claim, shapes: Shapes) -> None:
     group, name = claim.group, claim.name
     if name in _CASES:
         for case in _CASES[name](card, group):
-            _launch_case(card, group, case)
+            with selection.backend("eager"):
+                args = cases.inputs(case)
+            with card.engine(group):
+                cases.run(case.op, args, case.autocast)
     elif name == "time":
         for (N, K), M in itertools.product(shapes, card.few_rows if _waits(group) else card.rows):
             call_ = _Timed(card, group, M, N, K)
@@ -559,16 +531,6 @@ def launch_all(card: Card, claim: Claim, shapes: Shapes) -> None:
         for weight in _weights_to_decode(card, group):
             with card.engine(group):
                 weight.dequantize(getattr(torch, group.dtype))
-
-
-def _launch_case(card: Card, group: Group, case: Case | MultiCase) -> None:
-    with selection.backend("eager"):
-        args = multi.inputs(case) if isinstance(case, MultiCase) else cases.inputs(case)
-    with card.engine(group):
-        if isinstance(case, MultiCase):
-            cases.run(functional.multi_lora_linear, args)
-        else:
-            cases.run(functional.lora_linear, args, case.autocast)
 
 
 def _first_line(error: BaseException) -> str:

@@ -168,6 +168,8 @@ def measure(suite: Suite, args: argparse.Namespace, only: Collection[str] = ()) 
     for text in () if only else suite.head(args, result):
         print(text)
     for row in suite.rows(args, result.provenance, only):
+        if only and row.identity not in only:
+            continue
         if isinstance(row, Row) and row.seconds:
             row.note_load()
         result.rows.append(row)

@@ -1,16 +1,16 @@
 """`lora-kernels bench --experts`: LoRA on the experts of a mixture, beside the frozen experts alone
 (transformers' `grouped_mm`) and PEFT's.
 
-The layers have the shapes of well-known models, scaled to a CPU. A step is forward and backward
-with x needing a gradient; "forward" is one token without gradients, as in decoding. Errors are rms
-of y, relative to float64 on the same numbers.
+The layers have the shapes of well-known models, scaled to a CPU. "forward" is one token without
+gradients, as in decoding.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Callable, Collection, Iterator
+import itertools
+from collections.abc import Collection, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from ..layers import quantize_experts
 from . import baselines, tolerance
+from .baselines import Forward, Layers
+from .case import dtype_name
 from .results import FROZEN, Facts, Row, Suite
 
 RANK, ALPHA, TOKENS = 16, 32, 512
@@ -103,10 +105,16 @@ def rows(shape: Shape, dtype: torch.dtype, seconds: float) -> Iterator[Row]:
         x = torch.randn(tokens, shape.hidden, dtype=dtype)
         weights, index = torch.rand(tokens, shape.experts).topk(shape.top_k)
         weights = (weights / weights.sum(1, keepdim=True)).to(dtype)
-        errors = _errors(peft, {"ours": ours, "peft": peft}, (x, index, weights))
+        calls: Layers = {
+            name: (_routed(layer, index, weights), baselines.trained(layer))
+            for name, layer in layers.items()
+        }
+        with torch.no_grad():
+            want = _oracle(peft)(x.double(), index, weights.double())
+            errors = baselines.errors({name: calls[name] for name in ("ours", "peft")}, x, want)
         row = Row(
             what=f"experts {shape.model} {shape.experts} top {shape.top_k}",
-            dtype=str(dtype).removeprefix("torch."),
+            dtype=dtype_name(dtype),
             M=tokens,
             K=shape.hidden,
             N=shape.intermediate,
@@ -115,37 +123,23 @@ def rows(shape: Shape, dtype: torch.dtype, seconds: float) -> Iterator[Row]:
         )
         u = tolerance.unit_roundoff(dtype)
         row.judge(errors, errors["peft"], u, (shape.hidden, shape.intermediate))
-        yield row.time(_calls(layers, mode, x, index, weights), seconds)
+        if mode == "step":
+            yield row.time(baselines.steps(calls, x.requires_grad_(), torch.randn_like(x)), seconds)
+            continue
+        with torch.no_grad():
+            row.time({name: partial(call, x) for name, (call, _) in calls.items()}, seconds)
+        yield row
 
 
-def _calls(
-    layers: dict[str, Any], mode: str, x: Tensor, index: Tensor, weights: Tensor
-) -> dict[str, Callable[[], object]]:
-    def call(layer: Any, x: Tensor) -> Tensor:
-        y: Tensor = layer(x, index, weights)
-        return y
-
-    if mode == "forward":
-        return {n: torch.no_grad()(partial(call, layer, x)) for n, layer in layers.items()}
-    x, dy = x.requires_grad_(), torch.randn_like(x)
-    return {
-        name: baselines.step(
-            partial(call, layer), [x, *(p for p in layer.parameters() if p.requires_grad)], dy
-        )
-        for name, layer in layers.items()
-    }
+def _routed(layer: Any, index: Tensor, weights: Tensor) -> Forward:
+    return lambda x: layer(x, index, weights)
 
 
-def _errors(peft: nn.Module, layers: dict[str, Any], args: tuple[Tensor, ...]) -> dict[str, float]:
+def _oracle(peft: nn.Module) -> Any:
+    """Return PEFT's experts in float64, which `grouped_mm` does not take."""
     oracle: Any = copy.deepcopy(peft).double()
     oracle.get_base_layer().config._experts_implementation = "eager"
-    x, index, weights = args
-    with torch.no_grad():
-        want = oracle(x.double(), index, weights.double())
-        return {
-            name: tolerance.rms_error(layer(x, index, weights), want)
-            for name, layer in layers.items()
-        }
+    return oracle
 
 
 class Experts(Suite):
@@ -156,8 +150,5 @@ class Experts(Suite):
 
     def rows(self, args: argparse.Namespace, facts: Facts, only: Collection[str]) -> Iterator[Row]:
         torch.manual_seed(0)
-        for name in args.dtypes:
-            for shape in SHAPES:
-                for row in rows(shape, getattr(torch, name), args.seconds):
-                    if not only or row.identity in only:
-                        yield row
+        for name, shape in itertools.product(args.dtypes, SHAPES):
+            yield from rows(shape, getattr(torch, name), args.seconds)

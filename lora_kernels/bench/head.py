@@ -14,6 +14,7 @@ Liger's loss has no CPU kernel. Errors are rms of dx, relative to float64 on the
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
@@ -27,6 +28,7 @@ from torch.nn import functional as F
 from ..core import reference
 from ..head import lora_linear_cross_entropy, lora_linear_log_probs
 from . import baselines, memory, tolerance
+from .case import dtype_name
 from .results import Facts, Row, Suite
 
 RANK, SCALING = 16, 2.0
@@ -118,7 +120,7 @@ def rows(shape: Shape, dtype: torch.dtype, seconds: float) -> Iterator[Row]:
         calls: dict[str, Callable[[], object]] = {}
         row = Row(
             what=f"head {shape.model}",
-            dtype=str(dtype).removeprefix("torch."),
+            dtype=dtype_name(dtype),
             M=shape.M,
             K=shape.K,
             N=shape.V,
@@ -127,7 +129,7 @@ def rows(shape: Shape, dtype: torch.dtype, seconds: float) -> Iterator[Row]:
         )
         for name, loss in losses(args, mode).items():
             own = leaves[:1] if name.endswith("no adapter") else leaves
-            calls[name] = partial(_step, loss, own)
+            calls[name] = baselines.step(loss, own, None)
             if name != "compiled":  # the profiler does not see its buffers
                 forward = partial(loss, args["x"])
                 there = [t for t in args.values() if isinstance(t, Tensor)]
@@ -137,10 +139,6 @@ def rows(shape: Shape, dtype: torch.dtype, seconds: float) -> Iterator[Row]:
         u = tolerance.unit_roundoff(dtype)
         row.judge(errors, errors["pytorch"], u, (shape.K, shape.V, shape.V))
         yield row.time(calls, seconds)
-
-
-def _step(loss: Loss, leaves: list[Tensor]) -> tuple[Tensor, ...]:
-    return torch.autograd.grad(loss(leaves[0]), leaves)
 
 
 def _errors(args: dict[str, Any], mode: str) -> dict[str, float]:
@@ -166,8 +164,5 @@ class Head(Suite):
     unused = "shapes model rows ranks dropout device"
 
     def rows(self, args: argparse.Namespace, facts: Facts, only: Collection[str]) -> Iterator[Row]:
-        for name in args.dtypes:
-            for shape in SHAPES:
-                for row in rows(shape, getattr(torch, name), args.seconds):
-                    if not only or row.identity in only:
-                        yield row
+        for name, shape in itertools.product(args.dtypes, SHAPES):
+            yield from rows(shape, getattr(torch, name), args.seconds)

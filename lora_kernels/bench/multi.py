@@ -1,8 +1,7 @@
-"""One call of `multi_lora_linear` with all its gradients, judged as `case.judge` does a layer's."""
+"""Calls of `multi_lora_linear`, which `case.judge` judges."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,74 +13,7 @@ from ..core import reference
 from ..core.call import MultiOperands
 from ..quantization import Weight4bit
 from . import case as cases
-from .case import Case, Expected
-from .tolerance import Verdict
-
-
-@dataclass(frozen=True)
-class MultiCase:
-    """The fields that determine every number that `inputs` draws."""
-
-    M: int
-    N: int
-    K: int
-    ranks: tuple[int, ...] = (3, 5, 8, 1)  # of each adapter
-    rows: str = "grouped"  # by adapter, or "mixed"; some rows have no adapter
-    dtype: torch.dtype = torch.float32  # of x, weight and bias
-    adapter_dtype: torch.dtype | None = None  # of A and B; None for x's
-    quant: str = ""  # as `Case.quant`
-    base: bool = True
-    bias: bool = True
-    dropout_p: float = 0.0
-    values: str = "normal"  # or "nonnegative"
-    frozen: tuple[str, ...] = ()
-    device: str = "cpu"  # where it runs; the numbers are drawn on the CPU
-    seed: int = 0
-
-    def __str__(self) -> str:
-        return cases.describe(self)
-
-
-def inputs(case: MultiCase) -> dict[str, Any]:
-    """Return the arguments of `multi_lora_linear` and `dy`. Tensors with a gradient require it.
-
-    With three adapters or more, no row has the last but one.
-    """
-    generator = torch.Generator().manual_seed(case.seed)
-    draw = cases.random_source(case.values, generator)
-    M, N, K, E = case.M, case.N, case.K, len(case.ranks)
-    adapter_dtype = case.adapter_dtype or case.dtype
-    index = torch.randint(-1, E, (M,), generator=generator)
-    if E > 2:
-        index[index == E - 2] = E - 1
-    if case.rows == "grouped":  # in descending order, unlike the adapters
-        index = index.sort(descending=True).values
-    weight: Any = draw((N, K), K**-0.5, case.dtype) if case.base else None
-    args: dict[str, Any] = {
-        "x": draw((M, K), 1.0, case.dtype),
-        "weight": cases.quantize(weight, case.quant) if case.quant else weight,
-        "lora_A": [draw((R, K), K**-0.5, adapter_dtype) for R in case.ranks],
-        "lora_B": [draw((N, R), R**-0.5, adapter_dtype) for R in case.ranks],
-        "index": index,
-        "scaling": [1.25 + e / 2 for e in range(E)],
-        "bias": draw((N,), 1.0, case.dtype) if case.bias else None,
-        "dropout_p": case.dropout_p,
-        "rng": cases.dropout_state(case.seed) if case.dropout_p else None,
-        "dy": draw((M, N), 1.0, case.dtype),
-    }
-    args = {name: _moved(arg, case.device) for name, arg in args.items()}
-    for name in ("x", "lora_A", "lora_B", "bias"):
-        for t in args[name] if isinstance(args[name], list) else [args[name]]:
-            if t is not None:
-                t.requires_grad_(name not in case.frozen)
-    return args
-
-
-def _moved(arg: Any, device: str) -> Any:
-    """Return a tensor, a list of tensors or a 4-bit weight on the device; numbers unchanged."""
-    if isinstance(arg, list):
-        return [_moved(each, device) for each in arg]
-    return arg.to(device) if isinstance(arg, Tensor | Weight4bit) else arg
+from .case import Allowances, AnyCase, Case, Source
 
 
 def plain_pytorch(
@@ -107,21 +39,52 @@ def plain_pytorch(
     return y
 
 
-def judge(
-    case: MultiCase, call: Callable[..., Tensor] = functional.multi_lora_linear
-) -> dict[str, Verdict]:
-    """Run `call` on the case; return a verdict for y and for each gradient.
+@dataclass(frozen=True)
+class MultiCase(AnyCase):
+    """A call of `multi_lora_linear`. With three adapters or more, no row has the last but one.
 
-    >>> all(verdict.ok for verdict in judge(MultiCase(M=9, N=33, K=17)).values())
+    >>> all(verdict.ok for verdict in cases.judge(MultiCase(M=9, N=33, K=17)).values())
     True
     """
 
-    def make(case: MultiCase) -> Expected:
-        args = inputs(case)
-        ref = cases.oracle(args, reference.multi_lora_linear)
-        return Expected(args, ref, cases.run(plain_pytorch, args))
+    M: int
+    N: int
+    K: int
+    ranks: tuple[int, ...] = (3, 5, 8, 1)  # of each adapter
+    rows: str = "grouped"  # by adapter, or "mixed"; some rows have no adapter
+    dtype: torch.dtype = torch.float32  # of x, weight and bias
+    adapter_dtype: torch.dtype | None = None  # of A and B; None for x's
+    base: bool = True
+    bias: bool = True
 
-    found = cases.expected(case, case.M * sum(case.ranks) // len(case.ranks), make)
-    # y and dx include the base GEMM, to which the update is added in place.
-    like = Case(case.M, case.N, case.K, 1, case.dtype, case.adapter_dtype, device=case.device)
-    return cases.verdicts(found, call, like)
+    op = staticmethod(functional.multi_lora_linear)
+    equation = staticmethod(reference.multi_lora_linear)
+    eager = staticmethod(plain_pytorch)
+
+    @property
+    def p_elements(self) -> int:
+        return self.M * sum(self.ranks) // len(self.ranks)
+
+    def draw(self, source: Source) -> dict[str, Any]:
+        M, N, K, E = self.M, self.N, self.K, len(self.ranks)
+        adapter_dtype = self.adapter_dtype or self.dtype
+        index = source.integers(-1, E, M)
+        if E > 2:
+            index[index == E - 2] = E - 1
+        if self.rows == "grouped":  # in descending order, unlike the adapters
+            index = index.sort(descending=True).values
+        return {
+            "weight": source.weight((N, K), K**-0.5, self.dtype) if self.base else None,
+            "x": source((M, K), 1.0, self.dtype),
+            "lora_A": [source((R, K), K**-0.5, adapter_dtype) for R in self.ranks],
+            "lora_B": [source((N, R), R**-0.5, adapter_dtype) for R in self.ranks],
+            "index": index.to(self.device),
+            "scaling": [1.25 + e / 2 for e in range(E)],
+            "bias": source((N,), 1.0, self.dtype) if self.bias else None,
+            "dy": source((M, N), 1.0, self.dtype),
+        }
+
+    def allowances(self) -> Allowances:
+        # y and dx include the base GEMM, to which the update is added in place.
+        like = Case(self.M, self.N, self.K, 1, self.dtype, self.adapter_dtype, device=self.device)
+        return like.allowances()

@@ -20,7 +20,7 @@ from ..device import DeviceInfo
 from ..qualification import Claim, plan
 from ..verdicts import Group, Verdict
 from . import claims, progress
-from .claims import Gpu
+from .claims import Card
 
 # Clock, bandwidth, FLOP/s of tensor and of CUDA cores, by the data sheets.
 SHEETS = {
@@ -164,7 +164,7 @@ def count_compilations(gpu: DeviceInfo, wanted: Sequence[Claim], compiles: bool 
     return len(found)
 
 
-class _Absent(Gpu):
+class _Absent(Card):
     """A card whose tensors are on the CPU, where nothing is launched. Sizes that decide no tile are
     small."""
 

@@ -1,11 +1,9 @@
 """`lora-kernels bench --quant nf4`: the layer over a 4-bit base, bitsandbytes' and a dense one.
 
-Forward without gradients for M rows of x, and a training step for the largest M. Times are medians
-of calls that take turns in one process; cold rotates over as many weights as exceed the last-level
-cache, warm repeats one. Ours is a `QLoRALinear`; bitsandbytes' layer is under PEFT's; to the dense
-GEMM, PyTorch's own calls add LoRA: `F.linear(x, W) + s·B(Ax)`. Errors are rms relative to the layer
-in float64 on the float32 decode. Ours gets ✗ instead of a time if its error is above the tolerance,
-in which eager is PyTorch's calls on the decoded weight.
+Forward without gradients for M rows of x, and a training step for the largest M. Cold rotates over
+as many weights as exceed the last-level cache, warm repeats one. Ours is a `QLoRALinear`;
+bitsandbytes' layer is under PEFT's; to the dense GEMM, PyTorch's own calls add LoRA:
+`F.linear(x, W) + s·B(Ax)`. The reference reads the float32 decode, eager the decoded weight.
 """
 
 from __future__ import annotations

@@ -1,7 +1,12 @@
 """Results of `lora-kernels bench`: rows and their provenance, as JSON, as CSV and in a summary.
 
-In the summary a ratio is the median time of ours over the peer's in one row, in which both took
-turns. Ours with float32 adapters is compared with PEFT's, whose adapters are float32 by default.
+Times are medians of calls that take turns in one process, warm unless a row says "cold". A step is
+forward and backward with x needing a gradient. Errors are rms, relative to float64 on the same
+numbers. A call of ours whose error is above the tolerance, beside that of plain PyTorch, gets ✗
+instead of a time.
+
+In the summary a ratio is the median time of ours over the peer's in one row. Ours with float32
+adapters is compared with PEFT's, whose adapters are float32 by default.
 """
 
 from __future__ import annotations

@@ -1,9 +1,5 @@
 """`lora-kernels bench --variants`: DoRA over LoRA, and its row norm; projections of one x as a
 group; several adapters in a batch; hierarchical levels; switching.
-
-Times are medians of calls that take turns in one process, warm. A step is forward and backward with
-x needing a gradient. Errors are rms, relative to float64 on the same numbers; a call of ours whose
-error is above the tolerance's, beside that of plain PyTorch, gets ✗ instead of a time.
 """
 
 from __future__ import annotations
@@ -11,7 +7,7 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from typing import Any
 
@@ -23,7 +19,7 @@ from ..core import reference
 from ..layers import DoRALinear, HierarchicalLoRALinear, LoRAGroup, LoRALinear
 from ..quantization import quantize_4bit
 from . import baselines, tolerance
-from .baselines import Forward, adapter_names, peft_layer
+from .baselines import Layers, adapter_names, peft_layer, trained
 from .case import dtype_name
 from .results import Facts, Row, Suite
 
@@ -31,8 +27,6 @@ SIZES = (512, 2048, 2048)  # M, K, N
 SERVED = (4096, 4096)  # K, N of the layer that several adapters share
 RANK, SCALING = 16, 2.0
 LEVELS = (8, 16, 32)
-
-Calls = dict[str, tuple[Forward, list[Tensor]]]  # a layer, and its parameters that train
 
 
 def norm_row(dtype: torch.dtype, seconds: float) -> Row:
@@ -84,10 +78,10 @@ def dora_row(dtype: torch.dtype, seconds: float) -> Row:
     # The magnitudes are those at the start.
     at_start, norm = (reference.dora_norm(W64, A64, B64, scaling) for scaling in (0.0, SCALING))
     want = {name: y if "LoRA" in name else at_start / norm * y for name in layers}
-    calls: Calls = {name: (layer, _trained(layer)) for name, layer in layers.items()}
-    errors = _errors(calls, x, want)
+    calls: Layers = {name: (layer, trained(layer)) for name, layer in layers.items()}
+    errors = baselines.errors(calls, x, want)
     row = _row("DoRA step", dtype, SIZES, errors, errors["PEFT's DoRA"])
-    return row.time(_steps(calls, x, dy), seconds)
+    return row.time(baselines.steps(calls, x, dy), seconds)
 
 
 def group_rows(dtype: torch.dtype, seconds: float) -> Iterator[Row]:
@@ -106,15 +100,15 @@ def group_rows(dtype: torch.dtype, seconds: float) -> Iterator[Row]:
         for layer in (group.member(name), *three):
             _set(layer, A, B)
         want.append(reference.lora_linear(*_double(x, linear.weight, A, B, SCALING)))
-    calls: Calls = {
-        "ours": (group, _trained(group)),
-        "three LoRALinear": (lambda x: [layer(x) for layer in apart], _trained(*apart)),
-        "PEFT's": (lambda x: [layer(x) for layer in pefts], _trained(*pefts)),
+    calls: Layers = {
+        "ours": (group, trained(group)),
+        "three LoRALinear": (lambda x: [layer(x) for layer in apart], trained(*apart)),
+        "PEFT's": (lambda x: [layer(x) for layer in pefts], trained(*pefts)),
     }
-    errors = _errors(calls, x, torch.cat(want, dim=1))
+    errors = baselines.errors(calls, x, torch.cat(want, dim=1))
     row = partial(_row, dtype=dtype, errors=errors, eager=errors["PEFT's"])
     width, dys = sum(sizes.values()), [torch.randn(M, size, dtype=dtype) for size in sizes.values()]
-    yield row("q, k, v step", sizes=(M, K, width)).time(_steps(calls, x, dys), seconds)
+    yield row("q, k, v step", sizes=(M, K, width)).time(baselines.steps(calls, x, dys), seconds)
     for module in (group, *apart, *pefts):
         module.eval()
     decoding = {name: partial(call, x[:1].detach()) for name, (call, _) in calls.items()}
@@ -174,16 +168,16 @@ def levels_row(dtype: torch.dtype, seconds: float) -> Row:
             y = y + functional.lora_linear(x, None, leaves[i], leaves[3 + i], scales[i])
         return y
 
-    calls: Calls = {
-        "ours": (layer, _trained(layer)),
+    calls: Layers = {
+        "ours": (layer, trained(layer)),
         "three calls": (apart, leaves),
-        "PEFT's": (peft, _trained(peft)),
+        "PEFT's": (peft, trained(peft)),
     }
     gate = torch.cat([torch.full((r,), s) for r, s in zip(LEVELS, scales, strict=True)])
     want = reference.lora_linear(*_double(x, linear.weight, A, B), rank_gate=gate.double())
-    errors = _errors(calls, x, want)
+    errors = baselines.errors(calls, x, want)
     row = _row("three levels step", dtype, SIZES, errors, errors["PEFT's"], ranks=sum(LEVELS))
-    return row.time(_steps(calls, x, dy), seconds)
+    return row.time(baselines.steps(calls, x, dy), seconds)
 
 
 def switching_row(seconds: float) -> Row:
@@ -218,20 +212,6 @@ def _row(
     return row
 
 
-def _errors(calls: Calls, x: Tensor, want: Tensor | Mapping[str, Tensor]) -> dict[str, float]:
-    """Errors of y, of several results side by side; want: of all calls, or of each."""
-    found = {}
-    for name, (call, _) in calls.items():
-        y = call(x)
-        y = y if isinstance(y, Tensor) else torch.cat([*y], dim=1)
-        found[name] = tolerance.rms_error(y, want if isinstance(want, Tensor) else want[name])
-    return found
-
-
-def _steps(calls: Calls, x: Tensor, dy: Any) -> dict[str, Callable[[], object]]:
-    return {name: baselines.step(call, [x, *leaves], dy) for name, (call, leaves) in calls.items()}
-
-
 def _adapter(K: int, N: int) -> tuple[Tensor, Tensor]:
     return torch.randn(RANK, K) / K**0.5, torch.randn(N, RANK) / RANK**0.5
 
@@ -241,10 +221,6 @@ def _set(layer: Any, A: Tensor, B: Tensor, name: str = "default") -> None:
     with torch.no_grad():
         for held, t in ((layer.lora_A, A), (layer.lora_B, B)):
             (held if isinstance(held, Tensor) else held[name].weight).copy_(t)
-
-
-def _trained(*modules: nn.Module) -> list[Tensor]:
-    return [p for module in modules for p in module.parameters() if p.requires_grad]
 
 
 def _double(*args: Any) -> list[Any]:

@@ -15,7 +15,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lora_kernels
 from lora_kernels.bench import case as cases
-from lora_kernels.bench import experts_case, multi
 from lora_kernels.bench.case import Case, run
 from lora_kernels.bench.experts_case import ExpertsCase
 from lora_kernels.bench.multi import MultiCase
@@ -47,7 +46,7 @@ def test_gradients_of_dispatched_calls_with_dropout_are_those_of_direct_ones(
     rng: str, quant: str
 ) -> None:
     single = cases.inputs(Case(5, 33, 64, 3, quant=quant, dropout_p=0.25, **FULL))
-    several = multi.inputs(MultiCase(9, 33, 64, rows="mixed", quant=quant, dropout_p=0.25))
+    several = cases.inputs(MultiCase(9, 33, 64, rows="mixed", quant=quant, dropout_p=0.25))
     for call, args in (
         (lora_kernels.lora_linear, single),
         (lora_kernels.multi_lora_linear, several),
@@ -172,8 +171,8 @@ def test_lora_linear_of_a_tangent_raises(name: str, grad: bool) -> None:
 def test_backward_of_a_dy_with_a_tangent_raises(function: str) -> None:
     args = {
         "lora_linear": arguments,
-        "multi_lora_linear": lambda: multi.inputs(MultiCase(5, 33, 64)),
-        "lora_experts_linear": lambda: experts_case.inputs(ExpertsCase((2, 3), 33, 64, 3, tail=0)),
+        "multi_lora_linear": lambda: cases.inputs(MultiCase(5, 33, 64)),
+        "lora_experts_linear": lambda: cases.inputs(ExpertsCase((2, 3), 33, 64, 3, tail=0)),
     }[function]()
     args.pop("dy", None)
     y = getattr(lora_kernels, function)(**args)
@@ -219,8 +218,8 @@ def test_wrapper_in_any_place_is_dispatched_in_both_directions(
 ) -> None:
     args: dict[str, Any] = {
         "lora_linear": lambda: arguments(bias=True),
-        "multi_lora_linear": lambda: multi.inputs(MultiCase(5, 33, 64)),
-        "lora_experts_linear": lambda: experts_case.inputs(ExpertsCase((2, 3), 33, 64, 3, tail=0)),
+        "multi_lora_linear": lambda: cases.inputs(MultiCase(5, 33, 64)),
+        "lora_experts_linear": lambda: cases.inputs(ExpertsCase((2, 3), 33, 64, 3, tail=0)),
     }[function]()
     args.pop("dy", None)
     bias = args["bias"] = args["bias"].detach()

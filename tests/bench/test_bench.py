@@ -370,6 +370,10 @@ def test_bad_arguments(wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
         "--variants --ranks 4",
         "--quant nf4 --dropout 0.1",
         "--memory --dtypes float16",
+        "--count --device cuda",
+        "--count --csv f.csv",
+        "--count --compare f.json",
+        "--count --quick",
         "--shapes 8x48x32 --model smollm2-135m",
         "--rows 4",
         "--quant nf4 --rows 4",
@@ -380,7 +384,8 @@ def test_nothing_is_measured_but_what_was_asked_for(
 ) -> None:
     assert cli.main(["bench", *unused.split()]) == 2
     out = capsys.readouterr().out
-    assert unused.split()[-2] in out and "beside it" in out and out.count("\n") == 1
+    option = [word for word in unused.split() if word.startswith("--")][-1]
+    assert option in out and "beside it" in out and out.count("\n") == 1
 
 
 def test_floor_and_target() -> None:
@@ -390,16 +395,10 @@ def test_floor_and_target() -> None:
     assert dense.target(case, "step") == pytest.approx(1 + 3 * each + 0.01)
 
 
-def test_addmm_and_peft_compute_the_same() -> None:
-    """The peers are right without dropout; with it, PEFT draws a new mask each call."""
+def test_peft_draws_a_new_mask_each_call() -> None:
     args = cases.inputs(Case(9, 33, 47, 5, dropout_p=0.1))
     first, second = (cases.run(baselines.peft(args), args)["y"] for _ in range(2))
     assert not torch.equal(first, second)
-    for make in (baselines.addmm, baselines.peft, baselines.eager):
-        for name, verdict in cases.judge(
-            Case(9, 33, 47, 5), lambda make=make, **kwargs: make(kwargs)(**kwargs)
-        ).items():
-            assert verdict.ok, (make.__name__, name, str(verdict))
 
 
 @pytest.mark.parametrize("value", ["-1", "nan", "inf", "soon"])

@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from lora_kernels import cli
 from lora_kernels.bench import memory
-from lora_kernels.bench.memory import DTYPES, VARIANTS, held, minimum
+from lora_kernels.bench.memory import DTYPES, VARIANTS, held
 
 pytest.importorskip("peft")
 
@@ -73,12 +73,6 @@ def test_storages_are_counted_once_and_whole() -> None:
     found = 8 * 12 * 4 + 8 * 6 * 4  # x, left * right
     assert held(call, module) == {"[8, 6] float32": found}
     assert sum(held(call).values()) == found + 6 * 6 * 4
-
-
-def test_minimum() -> None:
-    f32, bf16 = torch.float32, torch.bfloat16
-    assert minimum(3, 5, 7, 2, f32) == 4 * 3 * 5 + 4 * 3 * 2
-    assert minimum(3, 5, 7, 2, bf16, dropout=True, z=True) == 2 * 15 + 24 + 16 + 2 * 21
 
 
 def test_a_small_llama_holds_nothing_above_the_minimum() -> None:

@@ -138,31 +138,27 @@ def test_few_rows_are_timed_as_they_are_decoded(dropout_p: float) -> None:
     assert dense._decoding_misses(case) == []
 
 
-def test_wrong_decoding_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("M", "is_wrong", "rows", "said"),
+    [
+        (2, lambda call: not torch.is_grad_enabled(), 5, "without gradients"),
+        (32, lambda call: call > 0, 3, "y MISS"),  # a layer's first call prepares the others
+    ],
+    ids=["decoding", "second calls"],
+)
+def test_ours_that_is_wrong_in_some_calls_is_not_timed(
+    M: int, is_wrong: Any, rows: int, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plain = dense.ours
 
-    def wrong_without_gradients(args: dict[str, Any]) -> Any:
-        call = plain(args)
-        return lambda **rest: call(**rest) + (not torch.is_grad_enabled())
-
-    monkeypatch.setattr(dense, "ours", wrong_without_gradients)
-    rows = dense.measure(Case(2, 8, 16, 3), 0.0)
-    assert ["ours" in row.misses for row in rows] == [True] * 5
-    assert all("ours" not in row.tax and "eager" in row.tax for row in rows)
-    assert "without gradients" in rows[0].misses["ours"]
-
-
-def test_wrong_second_calls_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A layer's first prepares those that are timed."""
-    plain = dense.ours
-
-    def wrong_from_the_second_on(args: dict[str, Any]) -> Any:
+    def ours(args: dict[str, Any]) -> Any:
         call, calls = plain(args), itertools.count()
-        return lambda **rest: call(**rest) + (next(calls) > 0)
+        return lambda **rest: call(**rest) + is_wrong(next(calls))
 
-    monkeypatch.setattr(dense, "ours", wrong_from_the_second_on)
-    rows = dense.measure(Case(32, 8, 16, 3), 0.0)
-    assert len(rows) == 3 and all("y MISS" in row.misses["ours"] for row in rows)
+    monkeypatch.setattr(dense, "ours", ours)
+    found = dense.measure(Case(M, 8, 16, 3), 0.0)
+    assert len(found) == rows and all(said in row.misses["ours"] for row in found)
+    assert all("ours" not in row.tax and "eager" in row.tax for row in found)
 
 
 def test_long_rounds_are_fewer(monkeypatch: pytest.MonkeyPatch) -> None:

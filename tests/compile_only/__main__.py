@@ -64,14 +64,7 @@ def main() -> int:
                 limit = kept["kernels"].get(target, {}).get(key)
                 if args.write:
                     entry = kept["kernels"].setdefault(target, {})
-                    entry[key] = {
-                        "registers": code.registers,
-                        "shared": code.shared,
-                        "matrix": code.matrix,
-                        "loop": round(code.matrix_share, 3),
-                        "peak": None if code.share is None else round(code.share, 3),
-                        "slice": call in SLICE,
-                    }
+                    entry[key] = code.entry() | {"slice": call in SLICE}
                     if call in SLICE:
                         entry[key] |= {
                             "warps": found.config.warps,
@@ -79,8 +72,9 @@ def main() -> int:
                             "programs": found.programs,
                             **code.measure_loop(),
                         }
+                # With --call, a kernel may be known by a call that was left out.
                 elif kept["triton"] == VERSION and (limit or not args.call):
-                    wrong += _over(code, limit)  # some are known by a call that was left out
+                    wrong += budgets.excess(code.entry(), limit)
                 peak = "" if code.share is None else f"{code.share:4.0%}"
                 line = (
                     f"{'✗' if wrong else '✓'} {target:6} {code.registers:3} {code.shared:6} "
@@ -98,14 +92,10 @@ def main() -> int:
 
 
 def _wrong(code: machine_code.Code, target: str, found: Compiled, aligned: bool) -> list[str]:
-    wrong = [f"spills {code.spills}"] if code.spills > FEW_BYTES or code.spills_in_loops else []
     here, kernel, config = ALL[target][0], found.name, found.config
+    wrong = code.faults(kernel not in NO_PRODUCT, kernel in WIDE_LOADS and aligned, FEW_BYTES)
     if code.shared > here.shared_memory:
         wrong.append(f"shared memory over {here.shared_memory}")
-    if kernel not in NO_PRODUCT and not code.matrix:
-        wrong.append("no matrix instruction")
-    if kernel in WIDE_LOADS and aligned and not code.wide:
-        wrong.append("no load of 128 bits")
     if kernel in LINEAR and config.block_m >= WARPGROUP and code.matrix != MATRIX[target]:
         wrong.append(f"no {MATRIX[target]}")
     if config.cooperative and here.kind == "cuda":
@@ -113,16 +103,6 @@ def _wrong(code: machine_code.Code, target: str, found: Compiled, aligned: bool)
         if found.programs > most:
             wrong.append(f"{found.programs} programs wait for each other, {most} are co-resident")
     return wrong
-
-
-def _over(code: machine_code.Code, limit: dict[str, int] | None) -> list[str]:
-    if limit is None:
-        return ["no budget: run with --write"]
-    return [
-        f"{name} over {limit[name]}"
-        for name in ("registers", "shared")
-        if getattr(code, name) > limit[name]
-    ]
 
 
 if __name__ == "__main__":

@@ -31,6 +31,14 @@ def read() -> dict[str, Any]:
     return budgets
 
 
+def excess(entry: dict[str, Any], limit: dict[str, Any] | None) -> list[str]:
+    """Return what is above the budgets of a kernel, as far as it has any."""
+    if limit is None:
+        return ["no budget: run with --write"]
+    limits = {name: limit[name] for name in ("registers", "shared") if name in limit}
+    return [f"{name} over {most}" for name, most in limits.items() if entry[name] > most]
+
+
 def write(budgets: dict[str, Any]) -> None:
     """Write what `read` returns."""
     parts = [f'"{name}": {json.dumps(budgets[name])}' for name in ("triton", "nvcc")]

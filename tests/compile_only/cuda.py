@@ -17,7 +17,6 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tests.compile_only import bounds, budgets, document, machine_code
 from tests.compile_only.machine_code import TOOLS, Code
@@ -47,7 +46,7 @@ def nvcc_version() -> str:
 
     if nvcc() is None:
         return ""
-    text = _output(str(nvcc()), "--version")
+    text = machine_code.output(str(nvcc()), "--version")
     found = re.search(r"release ([\d.]+)", text)
     return found[1] if found else ""
 
@@ -62,8 +61,8 @@ def kernels(library: Path) -> Iterator[Found]:
             target = f"sm{arch[1]}" if arch else ""
             if target not in bounds.GPUS:
                 continue
-            usage = _output(str(TOOLS / "cuobjdump"), "--dump-resource-usage", str(cubin))
-            sass = _output(str(TOOLS / "nvdisasm"), "-c", str(cubin))
+            usage = machine_code.output("cuobjdump", "--dump-resource-usage", str(cubin))
+            sass = machine_code.output("nvdisasm", "-c", str(cubin))
             bodies = dict(
                 re.findall(
                     r"\.section\s+\.text\.(\S+?),.*?\n(.*?)(?=\n\s*\.section\s|\Z)", sass, re.S
@@ -72,23 +71,9 @@ def kernels(library: Path) -> Iterator[Found]:
             for name, fields in re.findall(r"Function (\S+):\s*\n\s*(.*)", usage):
                 kernel, key = _named(name)
                 if kernel:
-                    yield Found(target, kernel, key, _code(fields, bodies[name], target, kernel))
-
-
-def _code(usage: str, body: str, target: str, kernel: str) -> Code:
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
-    assert found is not None, usage
-    loop, spills_in_loops = machine_code._loop(body)
-    return Code(
-        registers=int(found[1]),
-        spills=int(found[2]) + int(found[4]),
-        spills_in_loops=spills_in_loops,
-        shared=int(found[3]),
-        matrix="mma.sync" if "HMMA" in body else "",
-        wide=bool(re.search(r"LDG\S*\.128|LDGSTS\S*\.128", body)),
-        share=machine_code._share(loop, target, WARPS[kernel]) if kernel in WARPS else None,
-        loop=loop,
-    )
+                    matrix = "mma.sync" if "HMMA" in bodies[name] else ""
+                    of = bodies[name], matrix, target, WARPS.get(kernel, 0)
+                    yield Found(target, kernel, key, machine_code.parse(fields, *of))
 
 
 def _named(mangled: str) -> tuple[str, str]:
@@ -111,19 +96,6 @@ def _named(mangled: str) -> tuple[str, str]:
     return kernel, " ".join(words)
 
 
-def _output(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
-def _wrong(found: Found) -> list[str]:
-    wrong = [f"spills {found.code.spills}"] if found.code.spills else []
-    if found.kernel in MATRIX and not found.code.matrix:
-        wrong.append("no matrix instruction")
-    if found.kernel in WIDE and not found.code.wide:
-        wrong.append("no load of 128 bits")
-    return wrong
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.compile_only.cuda", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -143,23 +115,14 @@ def main() -> int:
         kept["cuda"], kept["nvcc"] = {}, version
     for found in sorted(kernels(path), key=lambda f: (f.target, f.key)):
         seen += 1
-        code, wrong = found.code, _wrong(found)
-        entry: dict[str, Any] = {
-            "registers": code.registers,
-            "matrix": code.matrix,
-            "loop": round(code.matrix_share, 3),
-            "peak": None if code.share is None else round(code.share, 3),
-            **code.measure_loop(),
-        }
+        code = found.code
+        wrong = code.faults(found.kernel in MATRIX, found.kernel in WIDE)
+        entry = code.entry() | code.measure_loop()
         limit = kept["cuda"].setdefault(found.target, {})
         if args.write:
             limit[found.key] = entry
         elif same:
-            known = limit.get(found.key)
-            if known is None:
-                wrong.append("no budget: run with --write")
-            elif code.registers > known["registers"]:
-                wrong.append(f"registers over {known['registers']}")
+            wrong += budgets.excess(entry, limit.get(found.key))
         share = document.describe(bounds.of_cuda(found.target, found.key, entry))
         line = (
             f"{'✗' if wrong else '✓'} {found.target:6} {code.registers:3} {code.matrix:9} "

@@ -14,16 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from lora_kernels.backends.triton import configs
-from lora_kernels.device import DeviceInfo
 from tests.compile_only import bounds
 from tests.compile_only.budgets import read
+from tests.support.gpus import A100, H100
 
 DOCUMENT = Path(__file__).parents[2] / "benchmarks" / "KERNELS.md"
 NAMED = [(1024, "Llama-3-8B k, v"), (2048, "TinyLlama q, o"), (4096, "Llama-3-8B q, o, down")]
-GPUS = {
-    "A100": DeviceInfo("cuda", 80, 108, 163 << 10),
-    "H100": DeviceInfo("cuda", 90, 132, 227 << 10),
-}
+GPUS = {"A100": A100, "H100": H100}
 
 
 def describe(found: dict[str, float] | None) -> str:

@@ -6,7 +6,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,20 @@ class Code:
         total = sum(self.loop.values())
         return sum(n for op, n in self.loop.items() if _is_matrix(op)) / total if total else 0.0
 
+    def faults(self, needs_matrix: bool, needs_wide: bool, few: int = 0) -> list[str]:
+        """Return what is wrong; few: bytes of stack that may be touched outside of loops."""
+        return [
+            *([f"spills {self.spills}"] if self.spills > few or self.spills_in_loops else []),
+            *["no matrix instruction"] * (needs_matrix and not self.matrix),
+            *["no load of 128 bits"] * (needs_wide and not self.wide),
+        ]
+
+    def entry(self) -> dict[str, Any]:
+        """Return the fields of budgets.json, those of the loop aside."""
+        share = None if self.share is None else round(self.share, 3)
+        numbers = {"registers": self.registers, "shared": self.shared, "matrix": self.matrix}
+        return {**numbers, "loop": round(self.matrix_share, 3), "peak": share}
+
     def measure_loop(self) -> dict[str, int]:
         """Return what a warp does in one turn of the loop.
 
@@ -65,19 +79,28 @@ def read(kernel: Any, target: str, warps: int) -> Code:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        usage = _output("cuobjdump", "--dump-resource-usage", file.name)
-        sass = _output("nvdisasm", "-c", file.name)
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
-    assert found is not None, usage
-    loop, spills_in_loops = _loop(sass)
+        usage = output("cuobjdump", "--dump-resource-usage", file.name)
+        sass = output("nvdisasm", "-c", file.name)
     ptx = kernel.asm["ptx"]
     kinds = ("tcgen05.mma", "wgmma.mma_async", "mma.sync")
+    code = parse(usage, sass, next((kind for kind in kinds if kind in ptx), ""), target, warps)
+    return replace(code, shared=kernel.metadata.shared)
+
+
+def parse(usage: str, sass: str, matrix: str, target: str, warps: int) -> Code:
+    """Parse what NVIDIA's tools say of a kernel: the resources that it uses, and its code.
+
+    warps: of a block; 0 for a kernel without a GEMM.
+    """
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
+    assert found is not None, usage
+    loop, spills_in_loops = _loop(sass)
     return Code(
         registers=int(found[1]),
-        spills=int(found[2]) + int(found[3]),
+        spills=int(found[2]) + int(found[4]),
         spills_in_loops=spills_in_loops,
-        shared=kernel.metadata.shared,
-        matrix=next((kind for kind in kinds if kind in ptx), ""),
+        shared=int(found[3]),
+        matrix=matrix,
         wide=bool(re.search(r"LDG\S*\.128|LDGSTS\S*\.128", sass)),
         share=_share(loop, target, warps),
         loop=loop,
@@ -104,7 +127,8 @@ def _read_amd(kernel: Any) -> Code:
     )
 
 
-def _output(tool: str, *arguments: str) -> str:
+def output(tool: str, *arguments: str) -> str:
+    """Return what a tool prints, of Triton's if it is not named by an absolute path."""
     done = subprocess.run([TOOLS / tool, *arguments], capture_output=True, text=True, check=True)
     return done.stdout
 

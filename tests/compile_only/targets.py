@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -45,22 +46,6 @@ class Compiled:
     programs: int
 
 
-class _Driver:
-    """The part of a driver that compiling needs."""
-
-    def __init__(self, name: str) -> None:
-        self._device, self._target = list(ALL).index(name), ALL[name][1]
-
-    def get_current_device(self) -> int:  # kernels are kept for each
-        return self._device
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return self._target
-
-
 def compiled(target: str, call: Callable[[], None]) -> Iterator[Compiled]:
     """Compile the kernels that `call` would launch there, through the same functions."""
     found: list[Compiled] = []
@@ -85,7 +70,12 @@ def compiled(target: str, call: Callable[[], None]) -> Iterator[Compiled]:
         return code.shared, code.registers
 
     with pytest.MonkeyPatch.context() as patch:
-        driver.set_active(_Driver(target))
+        fake = SimpleNamespace(
+            get_current_device=lambda: [*ALL].index(target),  # kernels are kept for each
+            get_current_stream=lambda device: 0,
+            get_current_target=lambda: ALL[target][1],
+        )
+        driver.set_active(fake)
         patch.setattr(launch, "target", lambda x: ALL[target][0])
         patch.setattr(launch, "run", warm_up)
         patch.setattr(launch, "read_resources", resources)

@@ -4,12 +4,12 @@ import pytest
 
 from lora_kernels.bench.multi import MultiCase
 from tests.support import multi
-from tests.support.engines import check_multi
+from tests.support.engines import check
 
 
 @pytest.mark.parametrize("case", multi.some_cases((70, 128)), ids=str)
 def test_multi_lora_linear_of_each_case_is_within_tolerance(case: MultiCase) -> None:
-    check_multi(case)
+    check(case)
 
 
 def test_multi_lora_linear_row_overflows_spoils_its_adapter_alone() -> None:

@@ -9,7 +9,7 @@ from lora_kernels.backends.cuda import COOPERATIVE, OVERLAPPED, TWO_PASS, TWO_PA
 from lora_kernels.bench.case import Case
 from lora_kernels.bench.multi import MultiCase
 from tests.support import codec, exact
-from tests.support.engines import check_multi, check_norm
+from tests.support.engines import check, check_norm
 
 f32, bf16 = torch.float32, torch.bfloat16
 
@@ -78,7 +78,7 @@ def test_adapters_of_rows_in_small_splits_are_close(
     sizes: tuple[int, int, int], dtype: torch.dtype, quant: str
 ) -> None:
     ranks = (5, 8, 3, 66)
-    check_multi(MultiCase(*sizes, ranks, "mixed", dtype, quant=quant, bias=False, dropout_p=0.5))
+    check(MultiCase(*sizes, ranks, "mixed", dtype, quant=quant, bias=False, dropout_p=0.5))
 
 
 @pytest.mark.usefixtures("long_splits")

@@ -1,6 +1,6 @@
 """Models, texts and chats small enough that a whole run takes a second."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,15 +14,7 @@ from lora_kernels.finetune import classify
 from lora_kernels.finetune.chat import ChatData, load_chat
 from lora_kernels.finetune.model import load_base
 from tests.finetune import tiny
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Two threads that wait for each other crawl on a machine that is busy otherwise."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+from tests.support.threads import threads as threads
 
 
 @pytest.fixture(scope="session")

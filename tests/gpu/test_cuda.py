@@ -11,9 +11,8 @@ from torch import Tensor
 import lora_kernels
 from lora_kernels.backends import cuda
 from lora_kernels.backends.cuda import COOPERATIVE, OVERLAPPED, STRATEGIES, TWO_PASS, TWO_PASS_SIMT
-from lora_kernels.bench import multi
 from lora_kernels.bench.case import Case, fits_cuda, inputs, judge
-from lora_kernels.quantization import Weight4bit
+from lora_kernels.bench.multi import MultiCase
 from tests.support.engines import assert_within, check, check_norm
 from tests.support.problems import FULL, bf16, f16, f32
 
@@ -45,20 +44,8 @@ def test_dora_norm_is_within_tolerance(quant: str) -> None:
 
 @pytest.mark.parametrize("quant", ["", "nf4-64-nested"])
 def test_multi_lora_linear_is_within_tolerance(quant: str) -> None:
-    """`judge` has its tensors on the CPU: they are moved, and gradients come back."""
-
-    def moved(value: Any) -> Any:
-        if isinstance(value, list):
-            return [moved(v) for v in value]
-        return value.to("cuda") if isinstance(value, Tensor | Weight4bit) else value
-
-    def on_gpu(**args: Any) -> Tensor:
-        with lora_kernels.backend("cuda"):
-            here = {name: moved(value) for name, value in args.items()}
-            return lora_kernels.multi_lora_linear(**here).to("cpu")
-
-    case = multi.MultiCase(70, 65, 128, rows="mixed", dtype=bf16, quant=quant)
-    assert_within(case, multi.judge(case, on_gpu))
+    with lora_kernels.backend("cuda"):
+        check(MultiCase(70, 65, 128, rows="mixed", dtype=bf16, quant=quant, device="cuda"))
 
 
 def layer(M: int, seed: int = 0) -> Callable[[], Tensor]:

@@ -1,15 +1,1 @@
-from collections.abc import Iterator
-
-import pytest
-import torch
-
-
-@pytest.fixture(autouse=True)
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    """One thread unless a test is parametrized with more: on most of these shapes the kernels take
-    no second one, and two that wait for each other crawl on a machine that is busy otherwise.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(getattr(request, "param", 1))
-    yield torch.get_num_threads()
-    torch.set_num_threads(before)
+from tests.support.threads import threads as threads

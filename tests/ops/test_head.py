@@ -24,8 +24,8 @@ from lora_kernels import (
 )
 from lora_kernels.backends import head, native
 from lora_kernels.bench import head_case
-from lora_kernels.bench.case import EAGERS
-from lora_kernels.bench.head_case import HeadCase, inputs, run
+from lora_kernels.bench.case import EAGERS, STATISTICS, inputs, judge, run
+from lora_kernels.bench.head_case import HeadCase
 from lora_kernels.core import call
 from lora_kernels.core.packed4bit import Packed4bit
 from tests.ops.engines import every_engine
@@ -34,6 +34,7 @@ from tests.support.engines import assert_within
 f64, f32, bf16, f16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 SMALL = HeadCase(23, 65, 40, 5, chunk_rows=5)  # V, K and the chunks are off every tile
 BACKWARD_ROWS = ["dlog_probs", "dentropy", "largest_logit", "sum_exp", "entropy"]
+GRADIENTS = {"x": "dx", "weight": "dW", "lora_A": "dA", "lora_B": "dB", "bias": "dbias"}
 KINDS = ("mean", "sum", "none", "log_probs")
 
 
@@ -66,7 +67,7 @@ def some_cases() -> list[HeadCase]:
 @every_engine
 @pytest.mark.parametrize("case", some_cases(), ids=str)
 def test_head_of_each_case_is_within_tolerance(case: HeadCase, engine: str) -> None:
-    assert_within(case, head_case.judge(case))
+    assert_within(case, judge(case))
 
 
 @pytest.mark.parametrize("engine", EAGERS, indirect=True)
@@ -77,7 +78,7 @@ def test_head_with_dropout_is_within_tolerance(
     ignored: float, quant: str, of: str, engine: str
 ) -> None:
     case = replace(SMALL, of=of, K=64, dropout_p=0.25, temperature=1.5, ignored=ignored)
-    assert_within(case, head_case.judge(replace(case, quant=quant, trained_weight=not quant)))
+    assert_within(case, judge(replace(case, quant=quant, trained_weight=not quant)))
 
 
 def test_case_hands_each_field_to_the_function_and_to_its_gradients() -> None:
@@ -86,12 +87,12 @@ def test_case_hands_each_field_to_the_function_and_to_its_gradients() -> None:
     case = replace(SMALL, of="log_probs", trained_weight=True, **fields)
     args = inputs(case)
     assert {name: args[name] for name in fields} == fields
-    first = run(head_case.ours, args)
-    assert set(first) == {*head_case.STATISTICS, *head_case.GRADIENTS.values()}
+    first = run(HeadCase.op, args)
+    assert set(first) == {*STATISTICS, *GRADIENTS.values()}
     args["dy"][1].zero_()  # the entropy's
-    second = run(head_case.ours, args)
-    assert all(not torch.equal(first[n], second[n]) for n in head_case.GRADIENTS.values())
-    assert {u for u, _ in head_case.allowances(case).values()} == {2.0**-24}
+    second = run(HeadCase.op, args)
+    assert all(not torch.equal(first[n], second[n]) for n in GRADIENTS.values())
+    assert {u for u, _ in case.allowances().values()} == {2.0**-24}
 
 
 def test_head_with_dropout_of_a_forced_cpu_backend_raises() -> None:
@@ -138,11 +139,11 @@ def test_head_of_ignored_rows_alone_has_zero_gradients(M: int, of: str, engine: 
     case = replace(SMALL, M=M, of=of, ignored=1.0, trained_weight=True)
     args = inputs(case)
     assert bool((args["labels"] == head_case.IGNORED).all())
-    got, want = run(head_case.ours, args), run(head_case.plain_pytorch, args)
+    got, want = run(HeadCase.op, args), run(head_case.plain_pytorch, args)
     assert {n: t.shape for n, t in got.items()} == {n: t.shape for n, t in want.items()}
     assert not any(t.any() for t in got.values())
     if of in ("mean", "sum"):
-        loss = head_case.ours(**arguments(case))
+        loss = HeadCase.op(**arguments(case))
         assert loss.isnan() if of == "mean" else loss == 0
 
 
@@ -188,10 +189,10 @@ def test_gradcheck_of_head_passes(of: str) -> None:
         temperature=0.6, dropout_p=0.25, trained_weight=True, chunk_rows=2,
     )  # fmt: skip
     args = arguments(case)
-    names = [name for name in head_case.GRADIENTS if args[name].requires_grad]
+    names = [name for name in GRADIENTS if args[name].requires_grad]
 
     def run_with(*tensors: Tensor) -> Any:
-        found = head_case.ours(**{**args, **dict(zip(names, tensors, strict=True))})
+        found = HeadCase.op(**{**args, **dict(zip(names, tensors, strict=True))})
         return found if isinstance(found, Tensor) else found[:2]
 
     assert torch.autograd.gradcheck(run_with, [args[name] for name in names])
@@ -200,7 +201,7 @@ def test_gradcheck_of_head_passes(of: str) -> None:
 @pytest.mark.parametrize("of", KINDS)
 def test_head_differentiated_again_gives_the_same_and_twice_raises(of: str) -> None:
     args = arguments(replace(SMALL, of=of))
-    found = head_case.ours(**args)
+    found = HeadCase.op(**args)
     y = found if isinstance(found, Tensor) else found[0]
     dy = torch.ones_like(y).requires_grad_()
     first, second = (torch.autograd.grad(y, args["x"], dy, retain_graph=True) for _ in range(2))
@@ -215,8 +216,8 @@ def test_head_differentiated_again_gives_the_same_and_twice_raises(of: str) -> N
 def test_head_compiled_whole_has_the_same_bits(quant: str, of: str) -> None:
     case = replace(SMALL, of=of, K=64, quant=quant, dropout_p=0.25, trained_weight=not quant)
     args = inputs(case)
-    want = run(head_case.ours, args)
-    compiled = torch.compile(head_case.ours, fullgraph=True, backend="aot_eager", dynamic=True)
+    want = run(HeadCase.op, args)
+    compiled = torch.compile(HeadCase.op, fullgraph=True, backend="aot_eager", dynamic=True)
     got = run(compiled, args)
     assert all(torch.equal(got[name], want[name]) for name in want)
 
@@ -339,7 +340,7 @@ def test_forced_backend_of_log_probs_forward_runs_its_backward() -> None:
     results = []
     for outside in (False, True):
         with lora_kernels.backend("eager"):
-            found = head_case.ours(**args)
+            found = HeadCase.op(**args)
             if not outside:
                 results.append(torch.autograd.grad(found[0].sum(), args["x"])[0])
         if outside:
@@ -410,7 +411,7 @@ def test_log_probs_of_a_bad_argument_names_it(message: str) -> None:
 def test_label_smoothing_of_one_is_pytorchs() -> None:
     """The label counts for nothing beside the mean of all."""
     case = replace(SMALL, label_smoothing=1.0, ignored=0.0)
-    got, want = (run(f, inputs(case)) for f in (head_case.ours, head_case.plain_pytorch))
+    got, want = (run(f, inputs(case)) for f in (HeadCase.op, head_case.plain_pytorch))
     for name in want:  # float32 sums of 65 terms in another order
         torch.testing.assert_close(got[name], want[name], rtol=1e-4, atol=1e-5)
 
@@ -471,7 +472,7 @@ def test_compute_dtype_of_head_is_that_of_lora_linear(of: str) -> None:
     names = "x", "weight", "lora_A", "lora_B", "scaling", "bias"
     y = lora_linear(*(args[n] for n in names), compute_dtype=bf16)
     want = F.cross_entropy(y, args["labels"], reduction="none")
-    found = head_case.ours(**args, compute_dtype=bf16)
+    found = HeadCase.op(**args, compute_dtype=bf16)
     got, want = (-found[0], want) if of == "log_probs" else (found, want.mean())
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     (dx,), (wanted,) = (torch.autograd.grad(t.sum(), args["x"]) for t in (got, want))

@@ -9,11 +9,11 @@ import torch
 from lora_kernels import lora_linear, multi_lora_linear, ops, reference
 from lora_kernels.backends import cpu, native, stacked
 from lora_kernels.backends.rows import rows_of
-from lora_kernels.bench.case import give_mask
-from lora_kernels.bench.multi import MultiCase, inputs
+from lora_kernels.bench.case import give_mask, inputs
+from lora_kernels.bench.multi import MultiCase
 from lora_kernels.core.call import MultiOperands, MultiSpec
 from tests.ops.engines import every_engine, every_thread_count
-from tests.support.engines import check_multi
+from tests.support.engines import check
 from tests.support.multi import check_isolation, of_formats, run
 
 f64, f32, bf16, f16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
@@ -46,7 +46,7 @@ def without_dy(case: MultiCase) -> dict[str, Any]:
 @every_engine
 @pytest.mark.parametrize("case", some_cases(), ids=str)
 def test_multi_lora_linear_of_each_case_is_within_tolerance(case: MultiCase, engine: str) -> None:
-    check_multi(case)
+    check(case)
 
 
 MANY = MultiCase(150, 130, 200, ranks=(4, 16, 7, 1, 5, 33, 2, 8), rows="mixed", dropout_p=0.1)
@@ -59,7 +59,7 @@ def test_multi_lora_linear_shared_among_threads_is_within_tolerance(
     rows: str, threads: int, engine: str
 ) -> None:
     """Enough of them that each is one thread's."""
-    check_multi(MultiCase(**{**vars(MANY), "rows": rows}))
+    check(MultiCase(**{**vars(MANY), "rows": rows}))
 
 
 @every_engine

@@ -10,7 +10,7 @@ from lora_kernels.bench.multi import MultiCase
 from lora_kernels.quantization import quantize_4bit
 from tests.ops.engines import every_engine, every_native_engine
 from tests.support import codec, exact
-from tests.support.engines import check, check_multi, check_norm
+from tests.support.engines import check, check_norm
 
 f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
 two_threads = pytest.mark.parametrize("threads", [2], indirect=True)
@@ -68,18 +68,18 @@ def test_adapters_of_many_parts_are_close(
     sizes: tuple[int, int, int], threads: int, engine: str
 ) -> None:
     """Both threads take part in each adapter's rows; one adapter has half."""
-    check_multi(MultiCase(*sizes, (5, 3, 70), "mixed", bias=False, dropout_p=0.5))
+    check(MultiCase(*sizes, (5, 3, 70), "mixed", bias=False, dropout_p=0.5))
 
 
 @two_threads
 @every_native_engine
 def test_adapters_shared_among_threads_are_close(threads: int, engine: str) -> None:
-    check_multi(MultiCase(150, 130, 200, (4, 16, 7, 1, 5, 8), "mixed", dropout_p=0.5))
+    check(MultiCase(150, 130, 200, (4, 16, 7, 1, 5, 8), "mixed", dropout_p=0.5))
 
 
 @every_engine
 def test_several_adapters_are_close(engine: str) -> None:
-    check_multi(MultiCase(40, 65, 96, rows="mixed", quant="nf4-64", bias=False, dropout_p=0.5))
+    check(MultiCase(40, 65, 96, rows="mixed", quant="nf4-64", bias=False, dropout_p=0.5))
 
 
 @two_threads

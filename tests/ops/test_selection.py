@@ -17,8 +17,9 @@ import lora_kernels
 from lora_kernels import ops, selection
 from lora_kernels.backends import cpu, forced, native
 from lora_kernels.bench import case as cases
-from lora_kernels.bench import experts_case, multi
 from lora_kernels.bench.case import Case, inputs
+from lora_kernels.bench.experts_case import ExpertsCase
+from lora_kernels.bench.multi import MultiCase
 from lora_kernels.core.problem import _OLD_NAMES, Choice, Layout, Problem, Strategy
 from lora_kernels.peft import predict
 from tests.support.engines import check
@@ -482,7 +483,7 @@ def test_lora_linear_backward_in_another_thread_follows_its_forward(
 
 @direct_or_dispatched
 def test_multi_lora_linear_backward_in_another_thread_follows_its_forward(dispatched: bool) -> None:
-    args = multi.inputs(multi.MultiCase(9, 7, 5, rows="mixed", dropout_p=0.5))
+    args = inputs(MultiCase(9, 7, 5, rows="mixed", dropout_p=0.5))
     dy, leaves = args.pop("dy"), [args["x"], *args["lora_A"], *args["lora_B"]]
 
     def forward() -> torch.Tensor:
@@ -499,7 +500,7 @@ def test_multi_lora_linear_backward_in_another_thread_follows_its_forward(dispat
 def test_lora_experts_linear_backward_in_another_thread_follows_its_forward(
     dispatched: bool,
 ) -> None:
-    args = experts_case.inputs(experts_case.ExpertsCase((2, 3), 9, 7, 3))
+    args = inputs(ExpertsCase((2, 3), 9, 7, 3))
     dy = args.pop("dy")
 
     def forward() -> torch.Tensor:

@@ -80,8 +80,8 @@ class Project:
         for unit in ("bindings.cpp", "codec.cu", "decode.cu", "gemm.cu", "linear.cu", "thin.cu"):
             (self.csrc / "cuda" / unit).write_text("int marker = 1;\n")
 
-    def setup(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        """Run setup.py with these arguments, stdout and stderr together.
+    def setup(self, *arguments: str, status: int = 0, **environment: str) -> str:
+        """Run setup.py with these arguments, which has to exit so; stdout and stderr together.
 
         The environment has no LORA_KERNELS_* or CXX but the ones given, and nothing of a `make -j`
         around the tests, whose jobs ninja would count and report.
@@ -90,7 +90,7 @@ class Project:
         for name in ("CXX", "MAKEFLAGS", "MFLAGS"):
             inherited.pop(name, None)
         inherited["LORA_KERNELS_CUDA"] = "0"
-        return subprocess.run(
+        done = subprocess.run(
             [sys.executable, "setup.py", *arguments],
             cwd=self.root,
             env=inherited | environment,
@@ -98,6 +98,8 @@ class Project:
             stderr=subprocess.STDOUT,
             text=True,
         )
+        assert done.returncode == status, done.stdout
+        return done.stdout
 
     def extensions(self) -> list[Path]:
         """Every extension, and every part of one, outside the objects' folder."""
@@ -119,6 +121,5 @@ def project(tmp_path: Path) -> Project:
 def built_project(tmp_path_factory: pytest.TempPathFactory) -> Project:
     """One that is built in place; tests only look at it."""
     project = Project(tmp_path_factory.mktemp("built"))
-    result = project.setup("build_ext", "--inplace", LORA_KERNELS_NATIVE="1")
-    assert result.returncode == 0, result.stdout
+    project.setup("build_ext", "--inplace", LORA_KERNELS_NATIVE="1")
     return project

@@ -1,6 +1,7 @@
 """A machine with one GPU that is not there, and a cache folder of its own."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,10 +9,9 @@ import torch
 
 from lora_kernels import costs, device, qualification, verdicts
 from lora_kernels.device import DeviceInfo
-from tests.support import fake_card
+from tests.support import fake_card, gpus
 
-RATES = {"clock": 1.755e9, "bandwidth": 3.35e12, "tensor_flops": 949e12, "fp32_flops": 59e12}
-H100 = DeviceInfo("cuda", 90, 132, 227 << 10, "Fake H100", **RATES)
+H100 = replace(gpus.H100, name="Fake H100")
 
 
 @pytest.fixture(autouse=True)

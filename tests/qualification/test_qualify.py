@@ -17,7 +17,6 @@ import torch
 import lora_kernels
 from lora_kernels import qualification, selection, verdicts
 from lora_kernels.backends import cuda, decode4bit, triton
-from lora_kernels.core.problem import Problem
 from lora_kernels.qualification import Claim, qualify
 from lora_kernels.verdicts import Group, Verdict
 from tests.support import fake_card
@@ -25,7 +24,6 @@ from tests.support import fake_card
 if cuda.emulator_unavailable_reason() or triton.unavailable_reason():
     pytest.skip("the emulator was not built", allow_module_level=True)
 
-bf16 = torch.bfloat16
 DECODE = Group("cuda", "cooperative", "bfloat16", "bfloat16", "dense")
 TWO_PASS = Group("cuda", "two_pass", "bfloat16", "float32", "4bit")
 LIBRARY = Group("triton", "library", "bfloat16", "float32", "4bit")
@@ -57,9 +55,7 @@ def claims_on(*groups: Group, names: tuple[str, ...] = ("memory",)) -> list[Clai
 
 
 def choose(group: Group) -> selection.Choice:
-    dtype, adapter = (getattr(torch, name) for name in (group.dtype, group.adapter))
-    problem = Problem("cuda", dtype, adapter, adapter, dtype, 16, 1, group.weight == "4bit")
-    return selection.choose(problem)
+    return selection.choose(group.problem(1, 4096, 4096))
 
 
 def is_cached() -> bool:
@@ -279,7 +275,7 @@ os.close(0); os.close(1); time.sleep(0.2); raise SystemExit("first\\nlast")"""  
     assert options["cwd"] == Path(lora_kernels.__file__).parents[1]  # whatever files lie here
 
 
-def test_compilers_of_a_worker_end_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_worker_and_its_compilers_end(monkeypatch: pytest.MonkeyPatch) -> None:
     code = """import subprocess, sys, time
 apart = {"stdin": -3, "stdout": -3, "stderr": -3}  # DEVNULL
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], **apart)
@@ -292,6 +288,7 @@ print('{"child": %d}' % child.pid, flush=True); time.sleep(600)"""
     )
     with qualification._Worker("card", 0, {}) as worker:
         child = psutil.Process(worker.read(60.0)["child"])
+    assert not psutil.pid_exists(worker._process.pid)
     for _ in range(500):
         if not child.is_running() or child.status() == psutil.STATUS_ZOMBIE:
             return
@@ -356,21 +353,3 @@ def test_worker_sees_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert qualification._visible_device(0) == qualification._visible_device(1) == "GPU-1-2"
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: None)
     assert qualification._visible_device(1) == "1"
-
-
-def test_worker_that_was_silent_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(qualification, "SILENCE", 2.0)
-    pids: list[int] = []
-    started = qualification.subprocess.Popen
-
-    def start(*args: object, **options: object) -> object:
-        process = started(*args, **options)  # type: ignore[call-overload]
-        pids.append(process.pid)
-        return process
-
-    monkeypatch.setattr(qualification.subprocess, "Popen", start)
-    run(monkeypatch, claims_on(DECODE), **{f"{DECODE}/memory": "hang"})
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, 0)
-            raise AssertionError(f"worker {pid} lives")

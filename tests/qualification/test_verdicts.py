@@ -258,13 +258,23 @@ def test_choose_says_which_claim_failed() -> None:
     assert "cuda 'cooperative' did not qualify: memory: NaN" in reason
 
 
-@pytest.mark.parametrize(("seconds", "backend"), [(3.7e-5, "cuda"), (3.9e-5, "eager")])
-def test_choose_of_what_was_measured_wants_five_percent(seconds: float, backend: str) -> None:
-    points = [POINTS[0]._replace(forward=seconds)]
-    verdicts.set_current(0, replace(VERDICT, points=points))
+@pytest.mark.parametrize(
+    ("times", "reason"),
+    [
+        ({"forward": 3.7e-5}, ""),
+        ({"forward": 3.9e-5}, "took 0.97 of eager's time"),
+        ({"step": 1.0, "eager_step": 1.0}, ""),
+        ({"step": 1.01, "eager_step": 1.0}, "took 1.01 of eager's time for a step"),
+    ],
+    ids=str,
+)
+def test_choose_of_what_was_measured_wants_five_percent_and_no_slower_step(
+    times: dict[str, float], reason: str
+) -> None:
+    verdicts.set_current(0, replace(VERDICT, points=[POINTS[0]._replace(**times)]))
     choice = selection.choose(problem())
-    assert choice.backend == backend, choice.reason
-    assert backend == "cuda" or "took 0.97 of eager's time" in choice.reason
+    assert choice.backend == ("eager" if reason else "cuda"), choice.reason
+    assert reason in choice.reason
 
 
 def test_ratios_are_of_the_nearest_rows() -> None:
@@ -280,25 +290,17 @@ def test_ratios_are_of_the_nearest_rows() -> None:
     assert verdict.ratios(DECODE._replace(weight="dense"), 1) is None
 
 
-def test_choose_of_what_was_slower_in_a_step_is_eager() -> None:
-    point = POINTS[0]._replace(eager_step=1.0)
-    for step, backend in ((1.0, "cuda"), (1.01, "eager")):
-        verdicts.set_current(0, replace(VERDICT, points=[point._replace(step=step)]))
-        choice = selection.choose(problem())
-        assert choice.backend == backend, choice.reason
-    assert "took 1.01 of eager's time for a step" in choice.reason
-
-
-def test_choose_takes_no_adapters_of_their_own_in_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    group = Group("triton", "two_pass", "bfloat16", "bfloat16", "4bit")
+@pytest.mark.parametrize(
+    ("group", "fields", "reason"),
+    [
+        (TRITON, {"mixed": True}, "several adapters"),
+        (DECODE, {"layout": Layout(unsupported_reason=constraints.NO_BASE)}, "base GEMM"),
+    ],
+    ids=str,
+)
+def test_choose_takes_no_kernel_in_a_way_that_is_not_checked(
+    group: Group, fields: dict[str, Any], reason: str
+) -> None:
     verdict = replace(VERDICT, passed=frozenset({group}))
-    cost = costs.Cost("triton", costs.Strategy.TWO_PASS, 1.0, "memory")
-    assert costs._unqualified(*cost[:2], problem(), verdict) is None
-    assert "several adapters" in str(costs._unqualified(*cost[:2], problem(mixed=True), verdict))
-
-
-def test_choose_takes_no_kernel_without_a_base_product() -> None:
-    no_base = Layout(unsupported_reason=constraints.NO_BASE)
-    cost = costs.Cost("cuda", costs.Strategy.COOPERATIVE, 1.0, "memory")
-    assert costs._unqualified(*cost[:2], problem(), VERDICT) is None
-    assert "base GEMM" in str(costs._unqualified(*cost[:2], problem(layout=no_base), VERDICT))
+    assert costs._unqualified(*group[:2], problem(), verdict) is None
+    assert reason in str(costs._unqualified(*group[:2], problem(**fields), verdict))

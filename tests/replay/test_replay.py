@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
@@ -118,6 +118,19 @@ def run(backend: Any, call: Call, seed: int = 0) -> tuple[tuple[Any, ...], Any]:
     return args, getattr(backend, call.function)(*args)
 
 
+def run_thrice(backend: Any, call: Call) -> None:
+    """Run the call as written, record it, and replay it."""
+    for _ in range(3):
+        run(backend, call)
+
+
+def is_replayed(log: Log, call: Callable[[], object]) -> bool:
+    """Run the call; return whether it bound no arguments to a kernel."""
+    bound = log.bound
+    call()
+    return log.bound == bound
+
+
 def labelled(args: Any, result: Any, log: Log) -> list[Any]:
     """The launches, with the names of operands, results and temporaries for addresses."""
     tensors = [*replay.tensors_of(args)], [*replay.tensors_of(result)]
@@ -172,8 +185,7 @@ def test_triton_launches_as_written(log: Log, call: Call) -> None:
 )
 def test_signature_of_another_call_is_another(log: Log, change: dict[str, Any]) -> None:
     call = Call(FORWARD, TWO_PASS)
-    for _ in range(3):
-        run(triton, call)
+    run_thrice(triton, call)
     log.launches.clear()
     args, result = run(triton, call._replace(**change))
     got = labelled(args, result, log)
@@ -196,9 +208,8 @@ def test_signature_has_strides_alignment_and_dtype(log: Log, field: str, layout:
         other = torch.cat([t.flatten()[:shift], t.flatten()])[shift:].view(t.shape)
     if layout == "narrow":
         other = t.to(bf16)
-    operands, before = operands._replace(**{field: other}), log.bound
-    triton.lora_linear(operands, *rest)
-    assert log.bound > before
+    operands = operands._replace(**{field: other})
+    assert not is_replayed(log, lambda: triton.lora_linear(operands, *rest))
 
 
 @needs_triton
@@ -260,8 +271,7 @@ def test_replay_is_launched_on_the_stream_of_its_call(
     backend: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with fake_triton() if backend is triton else fake_cuda() as log:
-        for _ in range(3):
-            run(backend, Call(BACKWARD, TWO_PASS))
+        run_thrice(backend, Call(BACKWARD, TWO_PASS))
         log.launches.clear()
         monkeypatch.setattr(replay, "current_stream", lambda index: STREAM + 1)
         run(backend, Call(BACKWARD, TWO_PASS))
@@ -273,13 +283,12 @@ def test_replay_is_launched_on_the_stream_of_its_call(
 def test_replay_takes_the_flags_of_its_stream(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two launches at once would clear each other's."""
     call = Call(FORWARD, COOPERATIVE, M=1)
-    for _ in range(3):
-        run(triton, call)
+    run_thrice(triton, call)
     log.launches.clear()
-    other, bound = torch.zeros(2, dtype=torch.int32), log.bound
+    other = torch.zeros(2, dtype=torch.int32)
     monkeypatch.setattr(workspace, "flags", lambda device: other)
-    run(triton, call)
-    assert str(other.data_ptr()) in str(log.launches) and log.bound == bound
+    assert is_replayed(log, lambda: run(triton, call))
+    assert str(other.data_ptr()) in str(log.launches)
 
 
 @needs_triton
@@ -287,8 +296,7 @@ def test_replay_of_what_never_waits_takes_no_flags(
     log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In a captured graph they would be cleared in a node of their own."""
-    for _ in range(3):
-        run(triton, Call(FORWARD, FUSED))
+    run_thrice(triton, Call(FORWARD, FUSED))
     monkeypatch.delattr(workspace, "flags")
     run(triton, Call(FORWARD, FUSED))
 
@@ -296,14 +304,11 @@ def test_replay_of_what_never_waits_takes_no_flags(
 @needs_triton
 def test_signature_has_the_device(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
     """A compiled kernel is loaded into one GPU."""
-    for _ in range(3):
-        run(triton, Call(FORWARD, FUSED))
+    run_thrice(triton, Call(FORWARD, FUSED))
     monkeypatch.setattr(Tensor, "get_device", lambda t: 1)
     monkeypatch.setattr(replay, "is_current_device", lambda index: index == 1)
     monkeypatch.setattr(replay, "current_stream", lambda index: STREAM)
-    bound = log.bound
-    run(triton, Call(FORWARD, FUSED))
-    assert log.bound > bound
+    assert not is_replayed(log, lambda: run(triton, Call(FORWARD, FUSED)))
 
 
 def test_cuda_launches_on_the_device_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -378,10 +383,7 @@ def test_call_with_another_product_runs_as_written(
 ) -> None:
     caplog.set_level(logging.INFO, "lora_kernels")
     for call in (Call(FORWARD, LIBRARY), Call(BACKWARD, TWO_PASS, need_gate=True)):
-        for _ in range(3):
-            bound = log.bound
-            run(triton, call)
-            assert log.bound > bound
+        assert not any(is_replayed(log, lambda call=call: run(triton, call)) for _ in range(3))
     assert [message.split(":")[0] for message in caplog.messages] == [
         "lora_linear is not replayed",
         "lora_linear_backward is not replayed",
@@ -394,10 +396,7 @@ def test_operands_that_share_memory_run_as_written(log: Log) -> None:
     operands, *rest = Call(FORWARD, TWO_PASS).args()
     shared = operands._replace(bias=operands.lora_B[:, 0].contiguous().clone())
     shared = shared._replace(column_scale=shared.bias)
-    for _ in range(3):
-        bound = log.bound
-        triton.lora_linear(shared, *rest)
-        assert log.bound > bound
+    assert not any(is_replayed(log, lambda: triton.lora_linear(shared, *rest)) for _ in range(3))
 
 
 @needs_triton
@@ -409,10 +408,7 @@ def test_unknown_triton_runs_as_written(
     caplog.set_level(logging.INFO, "lora_kernels")
     launch.unreplayable_reason.cache_clear()
     monkeypatch.setattr(launch, "_LAUNCH", "kernel.run(grid_0, grid_1, grid_2, device, stream)")
-    for _ in range(3):
-        bound = log.bound
-        run(triton, Call(FORWARD, FUSED))
-        assert log.bound > bound
+    assert not any(is_replayed(log, lambda: run(triton, Call(FORWARD, FUSED))) for _ in range(3))
     launch.unreplayable_reason.cache_clear()
     assert "in a way not known here" in caplog.text
 
@@ -422,8 +418,7 @@ def test_unknown_triton_runs_as_written(
 def test_profilers_get_tensors(log: Log, when: str) -> None:
     from triton import knobs
 
-    for _ in range(3):
-        run(triton, Call(FORWARD, FUSED))
+    run_thrice(triton, Call(FORWARD, FUSED))
     seen: list[Any] = []
     hook = getattr(knobs.runtime, f"launch_{when}_hook")
     if hook is None:
@@ -441,8 +436,7 @@ def test_tiles_that_are_tuned_are_taken(log: Log) -> None:
     from lora_kernels.backends.triton import configs, launch, measured
 
     call = Call(FORWARD, TWO_PASS)
-    for _ in range(3):
-        run(triton, call)
+    run_thrice(triton, call)
     *_, (_, usual, _, _) = log.launches
     x, _, A, B = call.args()[0][:4]
     key = measured.shape(launch.target(x), len(x), len(B), x.shape[1], len(A), f32, f32, False)
@@ -459,17 +453,13 @@ def test_tiles_that_are_tuned_are_taken(log: Log) -> None:
 def test_nothing_is_launched_while_kernels_are_only_compiled(log: Log) -> None:
     from lora_kernels.backends.triton import launch
 
-    for _ in range(3):
-        run(triton, Call(FORWARD, FUSED))
+    run_thrice(triton, Call(FORWARD, FUSED))
     count = len(log.launches)
     with launch.compile_only(0, 1):
-        for _ in range(3):
-            run(triton, Call(FORWARD, FUSED))
+        run_thrice(triton, Call(FORWARD, FUSED))
     assert len(log.launches) == count
-    for _ in range(3):
-        bound = log.bound
-        run(triton, Call(FORWARD, FUSED))
-    assert len(log.launches) == count + 3 and log.bound == bound  # replayed again
+    replayed = [is_replayed(log, lambda: run(triton, Call(FORWARD, FUSED))) for _ in range(3)]
+    assert len(log.launches) == count + 3 and replayed[-1]
 
 
 @needs_triton
@@ -516,8 +506,7 @@ def test_resources_are_shared_memory_and_registers(
 def test_call_that_is_captured_is_not_recorded(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
     """A graph gets flags of its own."""
     monkeypatch.setattr(workspace, "is_capturing", lambda device: True)
-    for _ in range(3):
-        run(triton, Call(FORWARD, FUSED))
+    run_thrice(triton, Call(FORWARD, FUSED))
     assert log.bound == 3
     monkeypatch.undo()
 
@@ -536,8 +525,7 @@ def test_device_of_the_tensors_is_made_current(log: Log, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(replay, "is_current_device", lambda index: index == current)
     monkeypatch.setattr(torch.cuda, "device", Device)
-    for _ in range(3):
-        run(triton, Call(FORWARD, FUSED))
+    run_thrice(triton, Call(FORWARD, FUSED))
     assert entered == []
     current = 0
     run(triton, Call(FORWARD, FUSED))
@@ -575,9 +563,7 @@ def test_threads_record_calls_of_their_own(log: Log, monkeypatch: pytest.MonkeyP
     run(triton, Call(FORWARD, TWO_PASS))
     outside.set()
     thread.join()
-    bound = log.bound
-    run(triton, Call(FORWARD, FUSED))
-    assert log.bound == bound
+    assert is_replayed(log, lambda: run(triton, Call(FORWARD, FUSED)))
 
 
 # The CUDA kernels, which the emulator runs.

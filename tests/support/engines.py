@@ -9,9 +9,7 @@ from dataclasses import replace
 import pytest
 
 from lora_kernels.bench import case as cases
-from lora_kernels.bench import multi
-from lora_kernels.bench.case import Case
-from lora_kernels.bench.multi import MultiCase
+from lora_kernels.bench.case import AnyCase, Case
 from lora_kernels.bench.tolerance import Verdict
 
 Pairs = list[tuple[str, Case]]
@@ -41,7 +39,7 @@ def assert_within(what: object, verdicts: Mapping[str, Verdict]) -> None:
         pytest.fail("\n".join([str(what), *wrong]), pytrace=False)
 
 
-def check(case: Case, ways: Iterable[AbstractContextManager[None]] = ()) -> None:
+def check(case: AnyCase, ways: Iterable[AbstractContextManager[None]] = ()) -> None:
     """Judge y and every gradient, in each of the ways where there are several."""
     for way in ways:
         with way:
@@ -53,8 +51,3 @@ def check(case: Case, ways: Iterable[AbstractContextManager[None]] = ()) -> None
 def check_norm(case: Case) -> None:
     """Judge `dora_norm`."""
     assert_within(case, cases.judge_norm(case))
-
-
-def check_multi(case: MultiCase) -> None:
-    """Judge `multi_lora_linear`, y and every gradient."""
-    assert_within(case, multi.judge(case))

@@ -8,12 +8,11 @@ from dataclasses import replace
 
 from lora_kernels import lora_experts_linear
 from lora_kernels.bench import case as cases
+from lora_kernels.bench.case import inputs as inputs
 from lora_kernels.bench.experts_case import ExpertsCase as ExpertsCase
-from lora_kernels.bench.experts_case import equation, judge
-from lora_kernels.bench.experts_case import inputs as inputs
 from tests.support import exact
 from tests.support.assertions import assert_exact
-from tests.support.engines import assert_within
+from tests.support.engines import check as check
 from tests.support.problems import bf16, f16, f32
 
 ROWS = (3, 0, 1, 20)  # an expert without rows, a single row, more than a few
@@ -49,21 +48,16 @@ def some_cases(sizes: Sequence[tuple[int, int, int]] = SIZES) -> list[ExpertsCas
     return found
 
 
-def check(case: ExpertsCase) -> None:
-    """Judge y and every gradient of the case."""
-    assert_within(case, judge(case))
-
-
 def check_exact(case: ExpertsCase, blocksize: int = 0) -> None:
     """Check that y and every gradient of a case of integers in float32 are the reference.
 
     blocksize: of a 4-bit weight; 0 for a dense one.
     """
     assert case.values == "integers" and case.dropout_p in (0.0, 0.5)
-    args = inputs(case)
+    args = cases.inputs(case)
     if blocksize:
         args["weight"] = exact.quantize_integers(args["weight"], blocksize)
-    ref, got = cases.oracle(args, equation), cases.run(lora_experts_linear, args)
+    ref, got = cases.oracle(args, case.equation), cases.run(lora_experts_linear, args)
     assert got.keys() == ref.keys()
     for name in got:
         assert_exact(got[name], ref[name].to(got[name].dtype), f"{case}, {blocksize}: {name}")

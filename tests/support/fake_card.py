@@ -30,10 +30,11 @@ class FakeCard:
     many = (40, 264, 64)
     few_rows, rows = (1, 3), (20,)
     cold_bytes = 1
+    broken = False
 
     def __init__(self) -> None:
         os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
-        self.broken, self.right = False, cuda.lora_linear
+        self.right = cuda.lora_linear
         self.faults = dict(
             fault.split("=") for fault in os.environ.get(FAULTS, "").split(";") if fault
         )

@@ -13,11 +13,10 @@ import pytest
 import torch
 
 from lora_kernels.backends import cuda, replay, workspace
-from lora_kernels.device import DeviceInfo
+from tests.support.gpus import H100
 
 STREAM = 7
 _current: list[Log] = []  # kernels outlive the driver that they were compiled for
-H100 = DeviceInfo("cuda", 90, 132, 227 << 10)
 CUDA_LAUNCHERS = ("linear", "gemm", "decode", "thin", "pair", "column_sums", "reduce")
 
 
@@ -64,23 +63,17 @@ def fake_triton() -> Iterator[Log]:
         def __call__(self, *args: Any) -> None:
             _current[0].launches.append((self.name, args[:3], args[3], args[9:]))
 
-    class Driver:
-        launcher_cls = Launcher
-        utils = SimpleNamespace(
+    fake = SimpleNamespace(
+        launcher_cls=Launcher,
+        utils=SimpleNamespace(
             load_binary=lambda *args: (1, 2, 64, 0, 1024),  # module, function, registers, spills
             unload_module=lambda module: None,
             get_device_properties=lambda device: {"max_shared_mem": H100.shared_memory},
-        )
-
-        def get_current_device(self) -> int:
-            return -1
-
-        def get_current_stream(self, device: int) -> int:
-            return STREAM
-
-        def get_current_target(self) -> GPUTarget:
-            return GPUTarget("cuda", 90, 32)
-
+        ),
+        get_current_device=lambda: -1,
+        get_current_stream=lambda device: STREAM,
+        get_current_target=lambda: GPUTarget("cuda", 90, 32),
+    )
     run = JITFunction.run
 
     @functools.wraps(run)  # its source says how it launches
@@ -89,7 +82,7 @@ def fake_triton() -> Iterator[Log]:
         return run(*args, **kwargs)
 
     with cpu_as_gpu() as patch:
-        patch.setattr(driver, "_active" if hasattr(driver, "_active") else "active", Driver())
+        patch.setattr(driver, "_active" if hasattr(driver, "_active") else "active", fake)
         patch.setattr(configs, "target", lambda *device: H100)
         patch.setattr(JITFunction, "run", counted)
         yield log

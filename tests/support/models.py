@@ -2,7 +2,6 @@
 
 import gc
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -16,7 +15,11 @@ from lora_kernels.backends.cpu import PreparedCall
 from lora_kernels.bench import tolerance
 from lora_kernels.bench.memory import held
 from lora_kernels.layers import LoRAConv1D, LoRAEmbedding, LoRALinear, QLoRALinear
-from tests.support.assertions import assert_bitwise_equal, assert_close_derived
+from tests.support.assertions import (
+    assert_bitwise_equal,
+    assert_close_derived,
+    assert_close_to_reference,
+)
 
 f64, f32, bf16 = torch.float64, torch.float32, torch.bfloat16
 
@@ -176,43 +179,32 @@ def results(y: Tensor, x: Tensor, params: Params, dy: Tensor) -> dict[str, Tenso
 def check(name: str, dtype: torch.dtype, inner: int = K) -> None:
     """Compare y and every gradient on the forced backend, adapters in float32, the default beside
     bfloat16."""
-    pooled: dict[str, list[list[Tensor]]] = {}
+    function, _ = VARIANTS[name.removeprefix("Q")]
+    drawn: list[list[Params]] = []
     for seed in range(60):  # 256 elements of the smallest, the weights of two levels aside
         layer = make(name, seed, inner=inner, dtype=dtype)
         x, dy = torch.randn(M, inner).to(dtype), torch.randn(M, N).to(dtype)
-        sets = []
-        for wide in (None, f64, f32):
-            if wide is None:
-                params = {n: p for n, p in layer.named_parameters() if p.requires_grad}
-                x_ = x.clone().requires_grad_()
-                y = layer(x_)
-            else:
-                params, x_ = adapter(layer, wide), x.to(wide).requires_grad_()
-                with selection.backend("eager"):
-                    W = layer._dense_weight()
-                    if name.startswith("Q"):
-                        W = layer.weight4bit.dequantize(f32)
-                function, _ = VARIANTS[name.removeprefix("Q")]
-                if function is dora and wide is f32:  # as plain PyTorch would keep z
-                    function = partial(dora, z_dtype=dtype)
-                y = function(params, x_, W.to(wide), layer.scaling)
-            sets.append(results(y, x_, params, dy.to(y.dtype)))
-        for key in sets[0]:
-            got, ref, eager = (s[key] for s in sets)
-            # Plain PyTorch's result: rounded to x's dtype where that is the result's.
-            eager = eager.to(dtype) if key in ("x", "y") else eager
-            pooled.setdefault(key, [[], [], []])
-            for kept, t in zip(pooled[key], (got, ref, eager), strict=True):
-                kept.append(t)
-        sizes = [sum(t.numel() for t in kept[1]) for key, kept in pooled.items()]
-        if min(sizes) >= tolerance.POOL:
+        with selection.backend("eager"):
+            W = layer.weight4bit.dequantize(f32) if name[0] == "Q" else layer._dense_weight()
+        params = {n: p for n, p in layer.named_parameters() if p.requires_grad}
+        x_ = x.clone().requires_grad_()
+        drawn.append([results(layer(x_), x_, params, dy)])
+        for wide in (f64, f32):
+            params, x_ = adapter(layer, wide), x.to(wide).requires_grad_()
+            # As plain PyTorch would keep z.
+            z = {"z_dtype": dtype} if function is dora and wide is f32 else {}
+            y = function(params, x_, W.to(wide), layer.scaling, **z)
+            drawn[-1].append(results(y, x_, params, dy.to(y.dtype)))
+        # Plain PyTorch's result: rounded to x's dtype where that is the result's.
+        drawn[-1][2] |= {key: drawn[-1][2][key].to(dtype) for key in ("x", "y")}
+        if len(drawn) * min(t.numel() for t in drawn[0][1].values()) >= tolerance.POOL:
             break
-    for key, (got, ref, eager) in pooled.items():
-        # The base GEMM rounds once more where the library makes it, and z where it is kept.
-        u = tolerance.unit_roundoff(*((dtype,) if key in ("x", "y", "magnitude") else (f32,)))
-        sums = (M, max(N, inner)) if dtype is f32 else (M, N, inner)
-        verdict = tolerance.compare(got, ref, eager, u, sums)
-        assert verdict.ok, f"{key}: {verdict}"
+    # The base GEMM rounds once more where the library makes it, and z where it is kept.
+    assert_close_to_reference(
+        *({key: [each[of][key] for each in drawn] for key in drawn[0][0]} for of in range(3)),
+        lambda key, _: tolerance.unit_roundoff(dtype if key in ("x", "y", "magnitude") else f32),
+        lambda _: (M, max(N, inner)) if dtype is f32 else (M, N, inner),
+    )
 
 
 def check_memory(

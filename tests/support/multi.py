@@ -9,7 +9,8 @@ from torch import Tensor
 
 import lora_kernels
 from lora_kernels.bench import case as cases
-from lora_kernels.bench.multi import MultiCase, inputs
+from lora_kernels.bench.case import inputs
+from lora_kernels.bench.multi import MultiCase
 
 f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
 FORMATS = ((f32, ""), (bf16, ""), (bf16, "nf4-64-nested"))  # dtype, weight

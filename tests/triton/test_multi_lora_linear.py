@@ -6,14 +6,14 @@ import lora_kernels
 from lora_kernels.backends.triton import LIBRARY, TWO_PASS
 from lora_kernels.bench.multi import MultiCase
 from tests.support import multi
-from tests.support.engines import check_multi
+from tests.support.engines import check
 
 
 @pytest.mark.parametrize("case", multi.some_cases((40, 64)), ids=str)
 def test_multi_lora_linear_of_each_case_is_within_tolerance(case: MultiCase) -> None:
     strategy = LIBRARY if case.rows == "mixed" and case.M == 40 else TWO_PASS
     with lora_kernels.backend("triton", strategy):
-        check_multi(case)
+        check(case)
 
 
 @pytest.mark.usefixtures("device")

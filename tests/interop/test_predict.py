@@ -39,45 +39,6 @@ GPU = Part(torch.device("cuda", 0), bf16, bf16, 4096, 14336, 16, bf16, bf16)
 needs_native = pytest.mark.skipif(native.module is None, reason="no native kernels")
 
 
-def test_bytes_and_operations_by_hand() -> None:
-    """One row of K = N = 1000, r = 10: a forward is bound by memory, one of 10,000 by products."""
-    forward = 4 * (1000 * 1000 + 2 * 1000 + 2000 * 10) / 1e9
-    few = Sizes(1, 1000, 1000, 10, f32)
-    assert cpu_costs.predict(MACHINE, few, cpu.FUSED) == pytest.approx(
-        forward + cpu_costs.FORWARD_CALL
-    )
-    many = Sizes(10_000, 1000, 1000, 10, bf16, 2)
-    machine = Machine("fast memory", 1e15, MACHINE.peaks)
-    product, thin = 2e10 / 2e12, 2 * 10_000 * 10 * 2000 / 2e12 / cpu_costs.THIN_SHARE
-    assert cpu_costs.predict(machine, many, cpu.FUSED) == pytest.approx(
-        product + thin + cpu_costs.FORWARD_CALL
-    )
-    assert cpu_costs.predict(machine, many, cpu.FUSED, backward=True) == pytest.approx(
-        product + 2 * thin + cpu_costs.BACKWARD_CALL
-    )
-    # The library GEMM, which takes as long as if it had more rows, and an update after it.
-    rows = 1 + cpu_costs.LIBRARY_ROWS / 10_000
-    assert cpu_costs.predict(machine, many, cpu.LIBRARY) == pytest.approx(
-        product * rows + thin + cpu_costs.FORWARD_CALL, rel=1e-4
-    )
-
-
-@pytest.mark.parametrize("strategy", [cpu.FUSED, cpu.LIBRARY, cpu.GEMV_4BIT, "eager's"])
-@pytest.mark.parametrize("backward", [False, True])
-def test_no_prediction_is_below_the_floor(strategy: str, backward: bool) -> None:
-    """No prediction grows smaller with more rows, ranks or without codes' decoding."""
-    for dtype, four_bit in ((f32, False), (bf16, False), (bf16, True)):
-        before = 0.0
-        for M in (1, 2, 16, 64, 512, 4096):
-            sizes = Sizes(M, 512, 1024, 16, dtype, 4, four_bit)
-            floor = max(
-                sizes.base_flops / MACHINE.peaks[dtype], sizes.weight_bytes / MACHINE.bandwidth
-            )
-            seconds = cpu_costs.predict(MACHINE, sizes, strategy, backward)
-            assert seconds > max(floor, before)
-            before = seconds
-
-
 def part(**fields: Any) -> Part:
     return Part(torch.device("cpu"), f32, f32, 64, 48, 8)._replace(**fields)
 

@@ -30,7 +30,6 @@ from tests.support.peft_models import (
     llama,
     pair,
     results,
-    set_masks,
     train,
     two_adapters,
 )
@@ -43,28 +42,6 @@ def up(model: Any) -> Any:
 
 
 # Results
-
-
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("kwargs", [{}, {"init_r": 1, "target_r": 1}, {"lora_alpha": -1}], ids=str)
-def test_every_configuration_equals_peft(kwargs: dict[str, Any], training: bool) -> None:
-    stock, fused = (model.train(training) for model in pair(adalora_mlp(**kwargs)))
-    assert type(up(fused)) is FusedSVDLinear
-    got = results(fused, batch())
-    for kind in ("lora_A", "lora_B", "lora_E"):
-        assert sum(f".{kind}." in name for name in got) == 2
-    assert_close_derived(got, results(stock, batch()))
-
-
-def test_each_adapter_draws_a_mask_of_its_own() -> None:
-    stock, fused = pair(two_adapters(adalora_mlp(lora_dropout=0.3), lora_dropout=0.5).train())
-    torch.manual_seed(4)
-    got = results(fused, batch())
-    set_masks(stock, {"default": 0.3, "second": 0.5}, seed=4)
-    assert_close_derived(got, results(stock, batch()))
-    assert count_ops(lambda: up(fused)(batch())) == {"lora_linear": 2}
-    assert "2 calls" in explain(fused).rows[0].strategy
-    assert count_ops(lambda: up(fused.eval())(batch())) == {"lora_linear": 1}
 
 
 # A training

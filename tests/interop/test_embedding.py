@@ -24,7 +24,6 @@ from tests.support.peft_models import (
     SIZES,
     Tokens,
     add_lora,
-    count_ops,
     embedding_model,
     fused_layers,
     gpt2,
@@ -48,30 +47,6 @@ def layer(model: Any) -> Any:
 
 
 # Results
-
-
-@pytest.mark.parametrize("base", [{}, {"padding_idx": 3}, {"scale_grad_by_freq": True}], ids=str)
-@pytest.mark.parametrize(
-    "config", [{}, {"use_rslora": True}, {"lora_dropout": 0.3}, {"r": 1}, {"r": 300}], ids=str
-)
-def test_every_configuration_equals_peft(config: dict[str, Any], base: dict[str, Any]) -> None:
-    """PEFT's embedding has a dropout and does not call it."""
-    stock, fused = pair(embedding_model(base=base, **config))
-    assert type(layer(fused)) is FusedEmbedding and explain(fused).rows == [FUSED]
-    weight = layer(stock).base_layer.weight.clone()
-    got = results(fused, token_ids(5, 7))
-    assert len(got) == 3
-    assert_close_derived(got, results(stock, token_ids(5, 7)))
-    assert torch.equal(layer(fused).base_layer.weight, weight)
-
-
-def test_active_adapters_share_one_product() -> None:
-    stock, fused = pair(two_adapters(embedding_model(), use_rslora=True))
-    got = results(fused, token_ids(5, 7))
-    assert len(got) == 5
-    assert_close_derived(got, results(stock, token_ids(5, 7)))
-    assert count_ops(lambda: fused(token_ids(5))) == {"addmm_": 1}
-    assert count_ops(lambda: stock(token_ids(5))) == {"mm": 2}
 
 
 @pytest.mark.parametrize("autocast", [None, bf16])

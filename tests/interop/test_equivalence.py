@@ -25,7 +25,6 @@ from tests.support.peft_models import (
     IDS,
     SIZES,
     TINY,
-    activate,
     adalora_mlp,
     add_adapter,
     add_lora,
@@ -38,24 +37,11 @@ from tests.support.peft_models import (
     pair,
     randomize,
     results,
-    set_masks,
-    two_adapters,
 )
 
 # Of a lora_bias beside a base without one, which cannot be merged.
 pytestmark = pytest.mark.filterwarnings("ignore:.lora_bias=True")
 f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
-
-
-@pytest.mark.parametrize(
-    "config",
-    [{}, {"use_rslora": True}, {"lora_bias": True}, {"bias": "all"}, {"r": 1}, {"r": 300}],
-    ids=str,
-)
-def test_every_configuration_equals_peft(config: dict[str, Any]) -> None:
-    stock, fused = pair(mlp(**config))
-    assert len(fused_layers(fused)) == 2
-    assert_close_derived(results(fused, batch()), results(stock, batch()))
 
 
 @pytest.mark.parametrize(
@@ -116,44 +102,6 @@ def test_op_counter_sees_the_products_of_stock_peft() -> None:
     assert count_ops(lambda: stock.base_model.model.up(batch()[0])) == {"addmm": 1, "mm": 2}
 
 
-def test_dropout_in_training_equals_peft_with_our_mask() -> None:
-    stock, fused = pair(mlp(lora_dropout=0.3).train())
-    torch.manual_seed(4)
-    got = results(fused, batch())
-    set_masks(stock, {"default": 0.3}, seed=4)
-    assert_close_derived(got, results(stock, batch()))
-
-
-def test_each_adapter_draws_a_mask_of_its_own() -> None:
-    model = mlp(lora_dropout=0.3)
-    for name, p in (("second", 0.5), ("third", 0.0)):
-        add_adapter(model, name, lora_dropout=p, r=3, lora_alpha=4)
-    stock, fused = pair(activate(model, "default", "second", "third").train())
-    torch.manual_seed(4)
-    got = results(fused, batch())
-    set_masks(stock, {"default": 0.3, "second": 0.5}, seed=4)
-    assert_close_derived(got, results(stock, batch()))
-    assert count_ops(lambda: fused.base_model.model.up(batch())) == {"lora_linear": 3}
-    row = explain(fused.float()).rows[0]
-    assert row.state in ("composed", "not fused")  # not fused: without native kernels
-    assert "3 calls" in row.strategy and "a mask of its own" in row.reason
-
-
-def test_eval_ignores_dropout() -> None:
-    stock, fused = pair(mlp(lora_dropout=0.3).eval())
-    assert_close_derived(results(fused, batch()), results(stock, batch()))
-
-
-@pytest.mark.parametrize("config", [{"lora_bias": True}, {"lora_dropout": 0.3}], ids=str)
-def test_active_adapters_with_bias_or_dropout_share_one_op(config: dict[str, Any]) -> None:
-    stock, fused = pair(two_adapters(mlp(**config)).eval())
-    got = results(fused, batch())
-    assert_close_derived(got, results(stock, batch()))
-    assert any("second" in name for name in got)
-    assert count_ops(lambda: fused.base_model.model.up(batch())) == {"lora_linear": 1}
-    assert "stacked along the rank" in explain(fused).rows[0].reason
-
-
 def test_adapters_on_different_layers_equal_peft() -> None:
     model = mlp()
     add_adapter(model, "only_up", target_modules={"up"})
@@ -173,13 +121,6 @@ def language_model(name: str, **config: Any) -> Any:
     qwen2 = name == "qwen2"  # with biases in q, k and v
     base = Qwen2ForCausalLM(Qwen2Config(**TINY)).double() if qwen2 else llama()
     return add_lora(base, target_modules="all-linear", **config)
-
-
-@pytest.mark.parametrize("name", ["llama", "qwen2"])
-def test_language_model_equals_peft(name: str) -> None:
-    stock, fused = pair(language_model(name))
-    assert len(fused_layers(fused)) == 14
-    assert_close_derived(loss_and_gradients(fused), loss_and_gradients(stock))
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])

@@ -20,7 +20,7 @@ from lora_kernels.bench.case import Case, run
 from lora_kernels.bench.experts_case import ExpertsCase
 from lora_kernels.bench.multi import MultiCase
 from lora_kernels.layers import LoRALinear
-from tests.interop.tiny import count_ops
+from tests.support.peft_models import count_ops
 
 FULL = {"gate": True, "column_scale": True, "bias": True}
 

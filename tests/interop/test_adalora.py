@@ -31,7 +31,6 @@ from tests.support.peft_models import (
     pair,
     results,
     train,
-    two_adapters,
 )
 
 f64, f32, bf16, f16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
@@ -114,18 +113,6 @@ def test_conv1d_base_equals_peft() -> None:
 
 
 # When it is left to PEFT
-
-
-def test_trainable_base_is_left_to_peft() -> None:
-    stock, fused = pair(two_adapters(adalora_mlp()).eval())
-    for model in (stock, fused):
-        up(model).base_layer.weight.requires_grad_()
-    assert explain(fused).rows[0].reason == "the base weight is trainable"
-    assert_close_derived(results(fused, batch()), results(stock, batch()))
-    want = stock(batch())
-    merged = fused.merge_and_unload()
-    assert type(merged.up) is nn.Linear
-    assert_close_derived(merged(batch()), want)
 
 
 def test_convolutions_stay_pefts_own() -> None:

@@ -1,6 +1,7 @@
-"""PEFT's LoRA over an embedding, fused: what it computes, and when it is left to PEFT.
+"""PEFT's LoRA over an embedding, fused: its rounding, mixed batches, language models.
 
-Properties of every kind of layer are in test_layer_kinds.py.
+Properties of every kind of layer are in test_layer_kinds.py; what is left to PEFT is in
+test_foreign_base.py.
 """
 
 from __future__ import annotations
@@ -10,19 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
+from torch import Tensor
 
 from lora_kernels.bench import tolerance
 from lora_kernels.peft import FusedEmbedding, Row, explain, fuse
 from tests.support.assertions import (
-    assert_bitwise_equal,
     assert_close_derived,
     assert_close_to_reference,
 )
 from tests.support.peft_models import (
     SIZES,
-    Tokens,
     add_lora,
     embedding_model,
     fused_layers,
@@ -79,56 +77,6 @@ def test_index_out_of_range(x: Tensor) -> None:
 
 
 # When it is left to PEFT
-
-
-LEFT = {
-    "use_dora": "adapter 'default' is a variant of LoRA (DoraEmbeddingVariant)",
-    "hook": "a hook sits on its nn.Embedding",
-    "forward": "its forward was replaced",
-    "scaled": "is a Gemma3TextScaledWordEmbedding, not exactly nn.Embedding",
-    "embed_scale": "the base has an embed_scale",
-    "max_norm": "the base has max_norm",
-    "sparse": "the base asks for sparse gradients",
-    "trainable": "the base weight is trainable",
-}
-
-
-def left(change: str) -> Any:
-    if change == "scaled":
-        torch.manual_seed(0)
-        inner = Tokens()
-        inner.tokens = Gemma3TextScaledWordEmbedding(K, N, 0, embed_scale=3.0)
-        return add_lora(inner.double(), target_modules=["tokens"])
-    base = {name: value for name, value in [("max_norm", 1.0), ("sparse", True)] if name == change}
-    model = embedding_model(base=base, use_dora=change == "use_dora")
-    base_layer = layer(model).base_layer
-    if change == "hook":
-        base_layer.register_forward_hook(lambda module, args, out: out * 1.5)
-    if change == "forward":
-        base_layer.forward = lambda x: 2 * nn.functional.embedding(x, base_layer.weight)
-    if change == "embed_scale":
-        base_layer.embed_scale = 3.0
-    if change == "trainable":
-        base_layer.weight.requires_grad_()
-    return model
-
-
-@pytest.mark.parametrize("change", LEFT)
-def test_embedding_that_is_no_stock_one_is_left_to_peft(change: str) -> None:
-    stock, fused = left(change), fuse(left(change))
-    row = explain(fused).rows[0]
-    assert row[1:4] == ("not fused", "peft", "PEFT's own forward") and LEFT[change] in row.reason
-    with torch.set_grad_enabled(change != "sparse"):  # whose backward PEFT has not
-        for _ in range(2):  # a max_norm has changed lora_A by then
-            assert_bitwise_equal(results(fused, token_ids(5, 7)), results(stock, token_ids(5, 7)))
-
-
-def test_changes_after_fuse_are_seen() -> None:
-    stock, fused = pair(embedding_model())
-    for model in (stock, fused):
-        layer(model).base_layer.register_forward_hook(lambda module, args, out: out * 1.5)
-    assert "a hook sits on" in explain(fused).rows[0].reason
-    assert_bitwise_equal(results(fused, token_ids(5, 7)), results(stock, token_ids(5, 7)))
 
 
 def test_mixed_batch_takes_peft_path_and_says_so() -> None:

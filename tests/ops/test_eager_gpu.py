@@ -69,13 +69,6 @@ def layer_args(M: int = 12, dtype: torch.dtype = f32, **options: Any) -> dict[st
 
 
 @contextlib.contextmanager
-def backend_forced(forced: bool) -> Iterator[None]:
-    """The eager backend forced, or none: the dropout mask then decides."""
-    with requested("eager" if forced else None):
-        yield
-
-
-@contextlib.contextmanager
 def requested(backend: str | None) -> Iterator[None]:
     token = selection.forced.current.set(selection.Forced(backend))
     try:
@@ -88,55 +81,43 @@ def via_dispatcher(dispatched: bool) -> contextlib.AbstractContextManager[Any]:
     return _Dispatched() if dispatched else contextlib.nullcontext()
 
 
-@pytest.mark.parametrize("forced", [True, False])
+def call(function: str, x: Tensor, W: Tensor, A: Tensor, B: Tensor, **options: Any) -> Tensor:
+    """Call the function with two equal adapters, or experts, that share the rows of x."""
+    if function == "lora_linear":
+        return lora_linear(x, W, A, B, **options)
+    if function == "multi_lora_linear":
+        index = (torch.arange(x.numel() // x.shape[-1]) % 2).view(x.shape[:-1])
+        return multi_lora_linear(x, W, [A, A.clone()], [B, B.clone()], index, **options)
+    offsets = torch.tensor([len(x) // 3, len(x)])
+    W, A, B = (t.expand(2, *t.shape) for t in (W, A, B))
+    return lora_experts_linear(x, W, A, B, offsets, **options)
+
+
+FUNCTIONS = ("lora_linear", "multi_lora_linear", "lora_experts_linear")
+every_function = pytest.mark.parametrize("function", FUNCTIONS)
+
+
+@pytest.mark.parametrize("forced", ["eager", None])  # None: the mask decides
 @pytest.mark.parametrize("dispatched", [True, False], ids=["dispatched", "direct"])
-def test_dropout_mask_forward_and_backward_agree(forced: bool, dispatched: bool) -> None:
+@pytest.mark.parametrize("K", [16, 15])  # 15: each expert by itself
+@every_function
+def test_dropout_mask_forward_and_backward_agree(
+    function: str, K: int, forced: str | None, dispatched: bool
+) -> None:
     """With A, B and s = 1 the adapter copies D(x); dx shows the same elements kept."""
-    x = torch.ones(300, 16, requires_grad=True)
-    eye, zero = torch.eye(16), torch.zeros(16, 16)
+    x = torch.ones(300, K, requires_grad=True)
+    eye, zero = torch.eye(K), torch.zeros(K, K)
     torch.manual_seed(0)
-    with backend_forced(forced), via_dispatcher(dispatched):
-        y = lora_linear(x, zero, eye, eye.clone(), dropout_p=0.25)
+    with requested(forced), via_dispatcher(dispatched):
+        y = call(function, x, zero, eye, eye.clone(), dropout_p=0.25)
         (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
         with torch.no_grad():
             torch.manual_seed(0)
-            again = lora_linear(x, zero, eye, eye.clone(), dropout_p=0.25)
+            again = call(function, x, zero, eye, eye.clone(), dropout_p=0.25)
     assert torch.equal(dx, y.detach()) and torch.equal(again, y.detach())
     kept = (y != 0).double().mean().item()
-    # 4800 draws: the share kept is within five standard deviations, 5 · √(0.25 · 0.75 / 4800).
-    assert abs(kept - 0.75) < 0.0313
-    assert torch.equal(y[y != 0], torch.full_like(y[y != 0], 1 / 0.75))
-
-
-@pytest.mark.parametrize("forced", [True, False])
-@pytest.mark.parametrize("dispatched", [True, False], ids=["dispatched", "direct"])
-def test_dropout_mask_of_many_adapters_is_one_in_both_directions(
-    forced: bool, dispatched: bool
-) -> None:
-    """Rows of two adapters, each a unit matrix; with no backend forced the mask decides."""
-    x = torch.ones(2, 150, 16, requires_grad=True)
-    eye, zero = torch.eye(16), torch.zeros(16, 16)
-    index = torch.arange(300).view(2, 150) % 2
-    with backend_forced(forced), via_dispatcher(dispatched):
-        y = multi_lora_linear(x, zero, [eye, eye], [eye, eye], index, dropout_p=0.25)
-        (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
-    assert torch.equal(dx, y.detach()) and 0.2 < (y == 0).double().mean().item() < 0.3
-
-
-@pytest.mark.parametrize("forced", [True, False])
-@pytest.mark.parametrize("dispatched", [True, False], ids=["dispatched", "direct"])
-@pytest.mark.parametrize("K", [16, 15])  # 15: each expert by itself
-def test_dropout_mask_of_experts_is_one_in_both_directions(
-    K: int, forced: bool, dispatched: bool
-) -> None:
-    """The adapters copy D(x); the last ten rows belong to no expert."""
-    x = torch.ones(300, K, requires_grad=True)
-    eyes, offsets = torch.eye(K).expand(2, K, K), torch.tensor([100, 290])
-    with backend_forced(forced), via_dispatcher(dispatched):
-        y = lora_experts_linear(x, torch.zeros(2, K, K), eyes, eyes, offsets, dropout_p=0.25)
-        (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
-    assert torch.equal(dx, y.detach()) and not y[290:].any()
-    assert 0.2 < (y[:290] == 0).double().mean().item() < 0.3
+    # 4500 draws: the share kept is within five standard deviations, 5 · √(0.25 · 0.75 / 4500).
+    assert abs(kept - 0.75) < 0.0323
     assert torch.equal(y[y != 0], torch.full_like(y[y != 0], 1 / 0.75))
 
 
@@ -444,6 +425,10 @@ class _NoHostReads(_Dispatched):
 @pytest.mark.parametrize("quant", ["", "nf4-64-nested"])
 @pytest.mark.parametrize("M", [2, 70])
 def test_forward_and_backward_never_wait_for_the_device(M: int, quant: str, decoder: str) -> None:
+    W, A, B = torch.randn(40, 300), torch.randn(4, 300), torch.randn(40, 4)
+    weight: Any = quantize_4bit(W) if quant else W.to(bf16)
+    with _NoHostReads():
+        functional.dora_norm(weight, A, B, 0.5)
     for dtype, adapter in ((bf16, bf16), (bf16, f32), (f16, f32), (f32, f32)):
         for options in ({"dropout_p": 0.1}, FULL):
             args = cases.inputs(Case(M, 70, 64, 5, dtype, adapter, quant=quant, **options))
@@ -458,14 +443,6 @@ def test_forward_and_backward_never_wait_for_the_device(M: int, quant: str, deco
 def test_no_host_reads_notices_one() -> None:
     with pytest.raises(AssertionError, match="local_scalar_dense"), _NoHostReads():
         torch.ones(1).item()
-
-
-def test_dora_norm_never_waits_for_the_device(decoder: str) -> None:
-    W, A, B = torch.randn(40, 300), torch.randn(4, 300), torch.randn(40, 4)
-    weight = quantize_4bit(W)
-    with _NoHostReads():
-        functional.dora_norm(W.to(bf16), A, B, 0.5)
-        functional.dora_norm(weight, A, B, 0.5)
 
 
 @pytest.mark.parametrize("dtypes", [(f32, f32), (bf16, f32), (bf16, bf16), (f16, f32)], ids=str)
@@ -576,37 +553,18 @@ def test_autocast_rounds_adapters_as_pytorch_does() -> None:
     plain = cases.run(cases.plain_pytorch, args, bf16)
     for name in ours:
         assert relative(ours[name], plain[name].double()) < 2**-7, name
-    rounded = args | {n: args[n].detach().to(bf16).float() for n in ("lora_A", "lora_B")}
-    with torch.autocast("cpu", bf16), torch.no_grad():
-        a, b = (lora_linear(**{k: v for k, v in d.items() if k != "dy"}) for d in (args, rounded))
-    assert torch.equal(a, b)
 
 
-def test_autocast_rounds_every_adapter_of_many() -> None:
-    torch.manual_seed(0)
-    x, W = torch.randn(6, 64), torch.randn(33, 64) / 8
-    A = [torch.randn(5, 64) / 8 for _ in range(2)]
-    B = [torch.randn(33, 5) for _ in range(2)]
-    index = torch.tensor([0, 1, 0, -1, 1, 0])
-    rounded = [[t.to(bf16).float() for t in ts] for ts in (A, B)]
-    with torch.autocast("cpu", bf16):
-        got = multi_lora_linear(x, W, A, B, index)
-        want = multi_lora_linear(x, W, *rounded, index)
-    assert got.dtype is bf16 and torch.equal(got, want)
-
-
-@pytest.mark.parametrize("wide", ["lora_A", "lora_B"])
+@pytest.mark.parametrize("wide", [2, 3], ids=["lora_A", "lora_B"])
 @pytest.mark.parametrize("K", [64, 63])  # 63: each expert by itself
-def test_autocast_rounds_the_adapters_of_experts(K: int, wide: str) -> None:
+@every_function
+def test_autocast_rounds_the_adapters_of_each_function(function: str, K: int, wide: int) -> None:
     torch.manual_seed(0)
-    x, W = torch.randn(6, K), torch.randn(2, 32, K) / 8
-    adapter = {"lora_A": torch.randn(2, 8, K) / 8, "lora_B": torch.randn(2, 32, 8)}
-    rounded = adapter | {wide: adapter[wide].to(bf16).float()}
+    tensors = torch.randn(6, K), torch.randn(32, K) / 8, torch.randn(8, K) / 8, torch.randn(32, 8)
+    rounded = list(tensors)
+    rounded[wide] = rounded[wide].to(bf16).float()
     with torch.autocast("cpu", bf16):
-        got, want = (
-            lora_experts_linear(x, W, **given, offsets=torch.tensor([4, 6]))
-            for given in (adapter, rounded)
-        )
+        got, want = (call(function, *given) for given in (tensors, rounded))
     assert got.dtype is bf16 and torch.equal(got, want)
 
 

@@ -6,11 +6,10 @@ import torch
 from lora_kernels import (
     backend,
     dropout_mask,
-    lora_experts_linear,
     lora_linear,
-    multi_lora_linear,
 )
 from tests.autograd.cases import BACKENDS
+from tests.support.functions import call, every_function
 
 M, K = 5, 11
 RNG = torch.tensor([-7, 1 << 40])
@@ -62,33 +61,23 @@ def test_without_dropout_rng_has_no_effect():
     assert torch.equal(y, torch.ones(M, K))
 
 
-@pytest.mark.parametrize("function", [lora_linear, multi_lora_linear, lora_experts_linear])
+@every_function
 @pytest.mark.parametrize("grad", [True, False])
 def test_mask_without_dropout_changes_no_choice(grad, function):
     """The native kernels take the state of a mask alone, so a mask would choose the eager ones."""
-    x, W, A, B = torch.randn(5, 11), torch.randn(7, 11), torch.randn(3, 11), torch.randn(7, 3)
-    args = {
-        lora_linear: (x, W, A, B),
-        multi_lora_linear: (x, W, [A], [B], torch.zeros(5, dtype=torch.int64)),
-        lora_experts_linear: (x, W[None], A[None], B[None], torch.tensor([5])),
-    }[function]
+    tensors = torch.randn(5, 11), torch.randn(7, 11), torch.randn(3, 11), torch.randn(7, 3)
     with torch.set_grad_enabled(grad), backend(BACKENDS[-1]):
-        want = function(*args)
-        assert torch.equal(function(*args, rng=torch.zeros(5, 11, dtype=torch.bool)), want)
+        want = call(function, *tensors)
+        mask = torch.zeros(5, 11, dtype=torch.bool)
+        assert torch.equal(call(function, *tensors, rng=mask), want)
 
 
-@pytest.mark.parametrize("function", [lora_linear, multi_lora_linear, lora_experts_linear])
+@every_function
 @pytest.mark.parametrize("name", BACKENDS)
 def test_state_of_a_mask_in_a_column_is_read_as_it_lies(name, function):
     """Kernels read seed and offset by address: the second one is not the first's neighbour."""
     state = torch.tensor([[5, 1], [7, 2]])[:, 1]
-    case = make_case(rng=state)
-    x, W, A, B = (case[n] for n in ("x", "weight", "lora_A", "lora_B"))
-    args = {
-        lora_linear: (x, W, A, B),
-        multi_lora_linear: (x, W, [A], [B], torch.zeros(M, dtype=torch.int64)),
-        lora_experts_linear: (x, W[None], A[None], B[None], torch.tensor([M])),
-    }[function]
+    tensors = (make_case()[n] for n in ("x", "weight", "lora_A", "lora_B"))
     with backend(name):
-        y = function(*args, dropout_p=0.5, rng=state)
+        y = call(function, *tensors, dropout_p=0.5, rng=state)
     assert torch.equal(y, 2.0 * dropout_mask(torch.tensor([1, 2]), M, K, 0.5))

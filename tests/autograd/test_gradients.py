@@ -15,6 +15,7 @@ from tests.autograd.cases import (
     make_case,
     require_grad,
 )
+from tests.support.functions import call, every_function
 
 
 @pytest.mark.parametrize("x_shape", [(M, K), (K,), (2, 3, K)])
@@ -89,12 +90,12 @@ def test_backward_a_second_time_is_the_same(option, name):
         assert torch.equal(a, b)
 
 
-def test_double_backward_raises():
-    case = make_case()
-    leaves = require_grad(case)
-    grads = torch.autograd.grad(
-        lora_linear(**case).square().sum(), leaves.values(), create_graph=True
-    )
+@every_function
+def test_double_backward_raises(function):
+    leaves = [make_case()[n].requires_grad_() for n in ("x", "lora_A", "lora_B")]
+    x, lora_A, lora_B = leaves
+    y = call(function, x, make_case()["weight"], lora_A, lora_B)
+    grads = torch.autograd.grad(y.square().sum(), leaves, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate twice"):
         grads[0].sum().backward()
 

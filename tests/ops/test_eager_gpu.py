@@ -20,9 +20,7 @@ import lora_kernels
 from lora_kernels import (
     fastpath,
     functional,
-    lora_experts_linear,
     lora_linear,
-    multi_lora_linear,
     ops,
     reference,
     selection,
@@ -34,6 +32,7 @@ from lora_kernels.bench import case as cases
 from lora_kernels.bench.case import Case
 from lora_kernels.quantization import quantize_4bit
 from tests.support.engines import check, check_norm
+from tests.support.functions import call, every_function
 from tests.support.problems import FULL, bf16, f16, f32
 
 CPU = torch.device("cpu")
@@ -79,22 +78,6 @@ def requested(backend: str | None) -> Iterator[None]:
 
 def via_dispatcher(dispatched: bool) -> contextlib.AbstractContextManager[Any]:
     return _Dispatched() if dispatched else contextlib.nullcontext()
-
-
-def call(function: str, x: Tensor, W: Tensor, A: Tensor, B: Tensor, **options: Any) -> Tensor:
-    """Call the function with two equal adapters, or experts, that share the rows of x."""
-    if function == "lora_linear":
-        return lora_linear(x, W, A, B, **options)
-    if function == "multi_lora_linear":
-        index = (torch.arange(x.numel() // x.shape[-1]) % 2).view(x.shape[:-1])
-        return multi_lora_linear(x, W, [A, A.clone()], [B, B.clone()], index, **options)
-    offsets = torch.tensor([len(x) // 3, len(x)])
-    W, A, B = (t.expand(2, *t.shape) for t in (W, A, B))
-    return lora_experts_linear(x, W, A, B, offsets, **options)
-
-
-FUNCTIONS = ("lora_linear", "multi_lora_linear", "lora_experts_linear")
-every_function = pytest.mark.parametrize("function", FUNCTIONS)
 
 
 @pytest.mark.parametrize("forced", ["eager", None])  # None: the mask decides

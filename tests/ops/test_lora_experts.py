@@ -159,16 +159,6 @@ def test_gradcheck_of_lora_experts_linear_passes() -> None:
     assert torch.autograd.gradcheck(call, [args[name] for name in names])
 
 
-def test_lora_experts_linear_twice_differentiated_raises() -> None:
-    args = inputs(ExpertsCase((2, 3), 4, 5, 2))
-    dy = args.pop("dy")
-    (dx,) = torch.autograd.grad(
-        lora_experts_linear(**args), args["x"], dy.requires_grad_(), create_graph=True
-    )
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        dx.sum().backward()
-
-
 def op_arguments(quant: str, backward: bool) -> tuple[Any, ...]:
     args = inputs(ExpertsCase((2, 0, 3), 32, 64, 8, quant=quant, dropout_p=0.25))
     weight = args["weight"]
@@ -198,32 +188,6 @@ def test_lora_experts_linear_compiled_whole_has_the_same_bits(quant: str) -> Non
     compiled = torch.compile(lora_experts_linear, fullgraph=True, backend="aot_eager")
     got = run(compiled, args)
     assert all(torch.equal(got[name], want[name]) for name in want)
-
-
-def test_lora_experts_linear_intercepted_with_dropout_has_the_same_gradients() -> None:
-    """A dispatch mode sees the ops, which give what the direct calls give."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    args = inputs(ExpertsCase((2, 0, 3), 32, 64, 8, dropout_p=0.25))
-    want = run(lora_experts_linear, args)
-    with FlopCounterMode(display=False):
-        got = run(lora_experts_linear, args)
-    assert all(torch.equal(got[name], want[name]) for name in want)
-
-
-@pytest.mark.parametrize("dtype", [f32, bf16], ids=str)
-def test_lora_experts_linear_under_autocast_computes_in_its_dtype(dtype: torch.dtype) -> None:
-    """Exactly what x and weight in bfloat16 give, if lora_B is zero."""
-    args = inputs(ExpertsCase((4, 5), 32, 64, 8, dtype=dtype, adapter_dtype=f32))
-    x, weight, offsets, A, bias = (
-        args[n] if n == "offsets" else args[n].detach()
-        for n in ("x", "weight", "offsets", "lora_A", "bias")
-    )
-    B = torch.zeros(2, 32, 8)
-    with torch.autocast("cpu", bf16):
-        y = lora_experts_linear(x, weight, A, B, offsets, 1.0, bias)
-    want = lora_experts_linear(x.to(bf16), weight.to(bf16), A, B, offsets, 1.0, bias)
-    assert y.dtype is bf16 and torch.equal(y, want)
 
 
 def test_lora_experts_linear_by_a_backend_without_kernels_raises() -> None:

@@ -41,7 +41,7 @@ TESTS = {
     "tests/autograd/test_bad_input.py tests/ops/test_eager_gpu.py tests/ops/test_exact.py "
     "tests/ops/test_dora_norm.py",
     "autograd.py": "tests/autograd",
-    "ops.py": "tests/ops/test_exact.py tests/autograd tests/ops/test_leading_dimensions.py",
+    "ops.py": "tests/ops/test_exact.py tests/autograd",
     "selection.py": "tests/ops/test_selection.py tests/ops/test_exact.py "
     "tests/ops/test_eager_gpu.py",
     "core/reference.py": "tests/reference",

@@ -81,30 +81,13 @@ def assert_nonzero_equal(got: dict[str, Tensor], want: dict[str, Tensor]) -> Non
 @pytest.mark.parametrize("names", [NAMES, ["code"] * 4, ["code", "law", "code", "law"]], ids=str)
 def test_each_adapter_trains_as_alone(names: list[str]) -> None:
     stock, fused = pair(tenants())
-    got, want = mixed_gradients(fused, names), gradients_alone(stock, names)
-    assert all(any(f".{name}." in n for n in want) for name in set(names) - {"__base__"})
-    assert_nonzero_equal(got, want)
-    assert_nonzero_equal(mixed_gradients(stock, names), want)  # PEFT's own layers too
-
-
-def test_two_tenants_follow_their_own_trainings() -> None:
-    """Three steps of SGD in one batch, against each adapter trained alone: the updates."""
-    together, alone = tenants(), tenants()
-    fuse(together)
-    names, found = ["law", "code", "code", "law"], []
-    for model in (together, alone):
-        before = {n: p.detach().clone() for n, p in model.named_parameters()}
-        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-        for _ in range(3):
-            get = mixed_gradients if model is together else gradients_alone
-            for name, grad in get(model, names).items():
-                model.get_parameter(name).grad = grad
-            optimizer.step()
-            optimizer.zero_grad()
-        found.append({n: p.detach() - before[n] for n, p in model.named_parameters()})
-    updates = [{n: t for n, t in each.items() if ".lora_" in n} for each in found]
-    assert min(t.norm() for t in updates[1].values()) > 1e-4
-    assert_close_derived(*updates, layers=24)
+    for seed in (7, 8):  # a second step has other adapters
+        for model in (stock, fused):
+            randomize(model, "law", seed)
+        got, want = mixed_gradients(fused, names), gradients_alone(stock, names)
+        assert all(any(f".{name}." in n for n in want) for name in set(names) - {"__base__"})
+        assert_nonzero_equal(got, want)
+        assert_nonzero_equal(mixed_gradients(stock, names), want)  # PEFT's own layers too
 
 
 @pytest.mark.parametrize("within", [True, False])

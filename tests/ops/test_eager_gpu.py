@@ -277,13 +277,6 @@ def test_float16_column_scale_gradient_does_not_overflow() -> None:
     assert torch.equal(dc, torch.full((16,), 80 * 9e4))
 
 
-def test_column_scale_gradient_of_several_panels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """70 rows in panels of 64: the least rows that a panel has. Beside float16 alone."""
-    monkeypatch.setattr(eager, "PANEL", 1)
-    case = Case(70, 40, 64, 8, f16, column_scale=True)
-    check(case)
-
-
 def test_column_scale_gradient_of_float16_holds_two_panels() -> None:
     dy, z = (torch.empty(8192, 4096, dtype=f16, device="meta") for _ in range(2))
     found = traffic.count(lambda: eager._column_dot(dy, z, f32))

@@ -90,14 +90,6 @@ def test_summary_says_shares_of_the_parameters() -> None:
     assert got == {f"base_model.model.{name}": n for name, n in want.items()}
 
 
-@needs_native
-def test_fused_model_passes_assert_fused() -> None:
-    explanation = explain(fuse(mlp(torch.float32)))
-    explanation.assert_fused()
-    assert {(row.state, row.backend) for row in explanation.rows} == {("fused", "cpu")}
-    assert "2 LoRA layers: 2 fused" in str(explanation)
-
-
 @pytest.mark.parametrize("state", ["composed", "adapter only", "not fused"])
 def test_only_fused_layers_pass_assert_fused(state: str) -> None:
     with pytest.raises(RuntimeError, match=rf"b: {state} \(cpu\): why"):

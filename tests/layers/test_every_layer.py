@@ -6,6 +6,7 @@ same bits.
 """
 
 import copy
+import io
 import math
 import pickle
 from typing import Any
@@ -204,9 +205,18 @@ def test_merge_rounds_once_to_the_base_dtype_whatever_autocast_says(name: str) -
 # Copies and compilers
 
 
+def through_torch_save(layer: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
 @every_kind
 @pytest.mark.parametrize("merged", [False, True])
-@pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+@pytest.mark.parametrize(
+    "clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), through_torch_save]
+)
 def test_copy_shares_nothing(kind: Kind, clone: Any, merged: bool) -> None:
     layer, x = kind.make().eval(), kind.input(5, 2)
     if merged:

@@ -1,9 +1,7 @@
 """QLoRALinear: `lora_linear` over its bytes, and the bytes' life."""
 
 import copy
-import io
 import math
-import pickle
 
 import pytest
 import torch
@@ -160,32 +158,6 @@ def test_parameters_are_bytes_and_adapter(double_quant):
     assert layer.weight4bit is layer.weight4bit
 
 
-def through_pickle(layer):
-    return pickle.loads(pickle.dumps(layer))
-
-
-def through_torch_save(layer):
-    file = io.BytesIO()
-    torch.save(layer, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-@pytest.mark.parametrize("double_quant", [False, True])
-@pytest.mark.parametrize("clone", [copy.deepcopy, through_pickle, through_torch_save])
-def test_copy_has_bytes_of_its_own(clone, double_quant):
-    layer, x = make_layer(bias=True, double_quant=double_quant), batch()
-    y, want = layer(x), stored(layer)
-    other = clone(layer)
-    assert repr(other) == repr(layer)
-    assert_stored(other, want)
-    with torch.no_grad():
-        for t in layer.state_dict().values():
-            t.zero_()
-    assert_bitwise_equal(other(x), y)
-    assert_stored(other, want)
-
-
 @pytest.mark.parametrize("dtype", [bf16, f16, f64, None])
 def test_to_dtype_leaves_the_bits_alone(dtype):
     layer = make_layer(bias=True)
@@ -227,20 +199,7 @@ def test_state_dict_loads_anywhere(store, size, double_quant, meta, tmp_path):
     assert [n for n, p in other.named_parameters() if p.requires_grad] == ["lora_A", "lora_B"]
 
 
-def test_bytes_at_any_address_load():
-    """A file that is mapped puts a tensor of bytes anywhere; the tables in it are float32."""
-    layer, x = make_layer(bias=True), batch()
-    y, want, state = layer(x), stored(layer), dict(layer.state_dict())
-    for name, t in want.items():
-        state[name] = torch.cat([torch.zeros(1, dtype=torch.uint8), t])[1:]
-        assert state[name].data_ptr() % 4 == 1
-    other = make_layer(bias=True, device="meta")
-    other.load_state_dict(state, assign=True)
-    assert_bitwise_equal(other(x), y)
-    assert_stored(other, want)
-
-
-@pytest.mark.parametrize(("storage_offset", "address"), [(0, 1), (1, 0)])
+@pytest.mark.parametrize(("storage_offset", "address"), [(0, 1), (1, 0), (1, 1)])
 def test_bytes_that_float32_cannot_view_load(storage_offset, address):
     """PyTorch wants a whole number of float32 before them; a CPU, an aligned address."""
     layer, state = make_layer(bias=True), {}

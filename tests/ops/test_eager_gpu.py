@@ -96,23 +96,15 @@ def test_dropout_mask_forward_and_backward_agree(
         (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
         with torch.no_grad():
             torch.manual_seed(0)
-            again = call(function, x, zero, eye, eye.clone(), dropout_p=0.25)
+            again, later = (
+                call(function, x, zero, eye, eye.clone(), dropout_p=0.25) for _ in range(2)
+            )
     assert torch.equal(dx, y.detach()) and torch.equal(again, y.detach())
+    assert not torch.equal(later, again)
     kept = (y != 0).double().mean().item()
     # 4500 draws: the share kept is within five standard deviations, 5 · √(0.25 · 0.75 / 4500).
     assert abs(kept - 0.75) < 0.0323
     assert torch.equal(y[y != 0], torch.full_like(y[y != 0], 1 / 0.75))
-
-
-@pytest.mark.parametrize("quant", ["", "nf4-64-nested"])
-def test_dropout_seeded_repeats_and_advances(quant: str) -> None:
-    args = layer_args(quant=quant, dropout_p=0.5)
-    torch.manual_seed(3)
-    first, second = lora_linear(**args), lora_linear(**args)
-    torch.manual_seed(3)
-    with torch.no_grad():
-        again = lora_linear(**args)
-    assert torch.equal(first, again) and not torch.equal(first, second)
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
@@ -519,16 +511,6 @@ def test_dora_layer_in_inference_mode_and_back() -> None:
         want = layer(x)
     layer(x.requires_grad_()).sum().backward()
     torch.testing.assert_close(layer(x).detach(), want.clone())
-
-
-def test_autocast_rounds_adapters_as_pytorch_does() -> None:
-    """dA and dB equal those of the plain expression under autocast to rounding in bfloat16."""
-    case = Case(70, 33, 64, 5, f32, autocast=bf16)
-    args = cases.inputs(case)
-    ours = cases.run(lora_linear, args, bf16)
-    plain = cases.run(cases.plain_pytorch, args, bf16)
-    for name in ours:
-        assert relative(ours[name], plain[name].double()) < 2**-7, name
 
 
 @pytest.mark.parametrize("wide", [2, 3], ids=["lora_A", "lora_B"])

@@ -191,28 +191,6 @@ def test_multi_lora_linear_under_autocast_returns_its_dtype_and_differentiates_a
         assert a.dtype is leaf.dtype and torch.equal(a, b)
 
 
-@pytest.mark.parametrize("use_reentrant", [True, False])
-def test_multi_lora_linear_checkpointed_replays_the_mask(use_reentrant: bool) -> None:
-    args = inputs(MultiCase(6, 20, 32, rows="mixed", dropout_p=0.1)) | {"rng": None}
-    dy, leaves = args.pop("dy"), [args["x"], *args["lora_A"], *args["lora_B"]]
-
-    def gradients(call: Any) -> list[torch.Tensor]:
-        torch.manual_seed(0)
-        for t in leaves:
-            t.grad = None
-        call(args["x"]).backward(dy)
-        return [t.grad for t in leaves]
-
-    def layer(x: torch.Tensor) -> torch.Tensor:
-        return multi_lora_linear(**{**args, "x": x})
-
-    want = gradients(layer)
-    got = gradients(
-        lambda x: torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=use_reentrant)
-    )
-    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
-
-
 @pytest.mark.skipif(native.module is None, reason="the native kernels are not built")
 def test_multi_lora_linear_copies_no_adapter() -> None:
     """The kernels' backend makes nothing but y, P, and x and y in another order."""

@@ -7,8 +7,6 @@ Properties of every kind of layer are in test_layer_kinds.py.
 
 from __future__ import annotations
 
-import copy
-import pickle
 from functools import partial
 from typing import Any
 
@@ -345,23 +343,6 @@ def test_weight_that_is_not_read_is_named() -> None:
 
 
 @loaded_or_not
-@pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
-def test_copy_has_codes_of_its_own(clone: Any, loaded: bool) -> None:
-    """A copy holds nothing of the first."""
-    model = fuse(four_bit_mlp(loaded, compute_dtype=f32))
-    want = model(rows()).detach()
-    fresh = len(pickle.dumps(four_bit_mlp(loaded, compute_dtype=f32)))
-    assert len(pickle.dumps(model)) < 1.1 * fresh
-    other, before = clone(model), packed(model)
-    for layer in (up(model), model.base_model.model.down):
-        layer.base_layer.weight.data.zero_()
-        layer.base_layer.weight.quant_state.absmax.zero_()
-    assert_bitwise_equal(packed(other), before)
-    assert_close_derived(other(rows()), want)
-    assert (model(rows()) - want).norm() > want.norm() / 8
-
-
-@loaded_or_not
 def test_replaced_weight_is_seen(loaded: bool) -> None:
     model = fuse(four_bit_mlp(loaded, compute_dtype=f32))
     before, other = model(rows()), four_bit(quant_type="fp4", compute_dtype=f32)
@@ -370,16 +351,6 @@ def test_replaced_weight_is_seen(loaded: bool) -> None:
     got = model(rows())
     assert not torch.equal(got, before)
     assert_close_derived(unfuse(model)(rows()), got)
-
-
-def test_training_after_inference_mode_is_possible() -> None:
-    """Cached tensors can be saved for a backward."""
-    model, x = fuse(four_bit_mlp()), rows()
-    with torch.inference_mode():
-        want = model(x)
-    y = model(x)
-    y.sum().backward()
-    assert_close_derived(y, want)
 
 
 # Merging, which requantizes

@@ -15,7 +15,7 @@ from torch import nn
 
 import lora_kernels
 from lora_kernels import costs, cpu_costs, device, selection, timing
-from lora_kernels.backends import cpu, cpu_heuristics, native, triton
+from lora_kernels.backends import cpu, native, triton
 from lora_kernels.backends.triton import measured
 from lora_kernels.core.problem import MANY_ROWS, Choice, Problem, Strategy
 from lora_kernels.cpu_costs import Machine, Sizes
@@ -81,21 +81,6 @@ def test_the_row_has_the_strategy_of_so_many_rows(monkeypatch: pytest.MonkeyPatc
         for rows, strategy, other in cases:
             found = explain(model, rows=rows, machine=MACHINE)
             assert found.rows[0].strategy == strategy and other in str(found)
-
-
-@needs_native
-@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "avx512bf16", "amxbf16"])
-def test_regions_are_those_of_select(isa: str) -> None:
-    if native.ISAS.index(isa) > native.ISAS.index(native.isa or "scalar"):
-        pytest.skip("this machine or build lacks the instruction set")
-    before = native.isa
-    try:
-        native.use_isa(isa)
-        found = predict.regions(part(four_bit=True))
-        assert [region.rows for region in found] == [1, cpu_heuristics.few_rows(f32, True, 0) + 1]
-        assert found[0].strategy == cpu.GEMV_4BIT
-    finally:
-        native.use_isa(before)
 
 
 def test_a_strategy_that_was_asked_for_and_cannot_run_there_is_a_region() -> None:

@@ -32,6 +32,7 @@ from lora_kernels.peft import explain, fuse, unfuse
 from lora_kernels.peft.experts import FusedParamWrapper, experts_reason
 from lora_kernels.quantization import Weight4bit
 from lora_kernels.traffic import count
+from tests.support.peft_models import loss_and_gradients
 
 SIZES = {
     "vocab_size": 64,
@@ -87,12 +88,7 @@ def ids(rows: int = 2, length: int = 17) -> Tensor:
 
 
 def step(model: nn.Module) -> dict[str, Tensor]:
-    """The loss and the gradient of each parameter."""
-    model.zero_grad()
-    loss = model(input_ids=ids(), labels=ids()).loss
-    loss.backward()
-    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    return {"loss": loss.detach(), **grads}
+    return loss_and_gradients(model, ids())
 
 
 def errors(got: dict[str, Tensor], want: dict[str, Tensor]) -> dict[str, float]:

@@ -33,7 +33,6 @@ from tests.support.engines import assert_within
 
 f64, f32, bf16, f16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 SMALL = HeadCase(23, 65, 40, 5, chunk_rows=5)  # V, K and the chunks are off every tile
-BACKWARD_ROWS = ["dlog_probs", "dentropy", "largest_logit", "sum_exp", "entropy"]
 KINDS = ("mean", "sum", "none", "log_probs")
 
 
@@ -228,21 +227,6 @@ def test_opcheck_of_head_ops_passes(name: str, quant: str, dtype: torch.dtype) -
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     op = getattr(head_ops, name + "_4bit" * bool(quant))
     torch.library.opcheck(op, args, test_utils=checks)
-
-
-@pytest.mark.parametrize("suffix", ["", "_4bit"])
-@pytest.mark.parametrize("name", OPS)
-def test_head_schema_arguments_are_the_fields_of_the_call_types(name: str, suffix: str) -> None:
-    want = BACKWARD_ROWS * name.endswith("backward")
-    last = call.HeadOutputs if name == "lora_log_probs" else call.HeadNeeds
-    want += [*call.HeadOperands._fields, *call.HeadSpec._fields]
-    want += [("need_" if last is call.HeadNeeds else "") + field for field in last._fields]
-    if suffix:
-        at = want.index("weight")
-        want[at : at + 1] = Packed4bit._fields
-    schema = getattr(head_ops, name + suffix)._schema
-    assert [argument.name for argument in schema.arguments] == want
-    assert call.HeadGrads._fields == call.HeadNeeds._fields
 
 
 class LargestStorage(TorchDispatchMode):

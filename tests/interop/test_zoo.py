@@ -116,6 +116,7 @@ KINDS = {
     "mlp": Kind(MLP, batch(), ["up", "down"], 2),
     "embedding": Kind(Embedded, IDS, ["embedding", "linear"], 1),
     "gpt2": Kind(gpt2_with_biases, IDS, ["c_attn", "c_proj"], 6, {"fan_in_fan_out": True}),
+    "gpt2 with wte": Kind(gpt2, IDS, ["wte", "c_attn"], 2, {"fan_in_fan_out": True}),
     "bert": Kind(bert, IDS, "all-linear", 14),
     "llama": Kind(llama, IDS, "all-linear", 14),
     "qwen2": Kind(qwen2, IDS, "all-linear", 14),

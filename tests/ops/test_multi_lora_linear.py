@@ -179,18 +179,6 @@ def test_multi_lora_linear_compiled_is_the_same(quant: str) -> None:
         assert all(torch.equal(got[name], want[name]) for name in want)
 
 
-def test_multi_lora_linear_under_autocast_returns_its_dtype_and_differentiates_again() -> None:
-    args = inputs(MultiCase(6, 20, 32, rows="mixed"))
-    with torch.autocast("cpu", bf16):
-        y = multi_lora_linear(**{n: a for n, a in args.items() if n != "dy"})
-    assert y.dtype is bf16
-    leaves = [args["x"], *args["lora_A"]]
-    first = torch.autograd.grad(y.float().sum(), leaves, retain_graph=True)
-    second = torch.autograd.grad(y.float().sum(), leaves)
-    for a, b, leaf in zip(first, second, leaves, strict=True):
-        assert a.dtype is leaf.dtype and torch.equal(a, b)
-
-
 @pytest.mark.skipif(native.module is None, reason="the native kernels are not built")
 def test_multi_lora_linear_copies_no_adapter() -> None:
     """The kernels' backend makes nothing but y, P, and x and y in another order."""

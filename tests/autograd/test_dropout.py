@@ -1,4 +1,4 @@
-"""Where the mask comes from: the generator, a state. tests/ops compares it with the public one."""
+"""The source of the mask: the generator, or a state. tests/ops compares it with the public one."""
 
 import pytest
 import torch

@@ -1,5 +1,5 @@
-"""What else a fused model computes as PEFT's does: dtypes, checkpoints, language models, and what
-AdaLoRA, DoRA and embeddings have of their own.
+"""A fused model computes what PEFT's does: dtypes, checkpoints, language models, and features of
+AdaLoRA, DoRA and embeddings alone.
 
 Properties of every kind of layer are in test_layer_kinds.py; what is left to PEFT is in
 test_foreign_base.py.
@@ -103,8 +103,8 @@ def test_dtypes_and_rounding_are_pefts(
                 pool.setdefault(name, []).append(t)
 
     def roundoff(name: str, dtype: torch.dtype) -> float:
-        # Products with the base weight round to the compute dtype, and so does z, of which the
-        # magnitude's gradient is made. Other gradients are float32 until they take their own.
+        # Products with the base weight round to the compute dtype, and so does z, which the
+        # magnitude's gradient reads. Other gradients are float32 until they take their own.
         of_base = name in ("x", "y") or "magnitude" in name
         return tolerance.unit_roundoff(dtype, *[want["y"].dtype] * of_base)
 

@@ -288,7 +288,7 @@ def trainable(layer: Any) -> None:
 
 
 def unchanged(layer: Any) -> None:
-    """It is another one from the start."""
+    """Change nothing: the layer is another one from the start."""
 
 
 def scaled_embedding() -> Any:

@@ -9,8 +9,6 @@ import pytest
 import torch
 from torch import nn
 from torch.func import functional_call
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from lora_kernels.bench import tolerance
 from lora_kernels.layers import (
@@ -21,11 +19,13 @@ from lora_kernels.layers import (
     mark_only_lora_as_trainable,
 )
 from lora_kernels.peft import Row, explain
+from tests.support.allocations import Results
 from tests.support.assertions import (
     assert_bitwise_equal,
     assert_close_to_reference,
 )
 from tests.support.models import KINDS, gradients
+from tests.support.peft_models import count_ops
 
 f64, f32, bf16, f16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 K, N, R = 53, 72, 5  # R·K and N·R, the smallest gradients, are more than tolerance.POOL
@@ -167,32 +167,13 @@ def test_autocast_changes_nothing(dtype):
     assert_bitwise_equal(got, want)
 
 
-class Largest(TorchDispatchMode):
-    """The most elements in a result that is no view, and the matrix products."""
-
-    def __init__(self):
-        super().__init__()
-        self.numel, self.products = 0, []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if not func.is_view:
-            new = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
-            self.numel = max([self.numel, *(t.numel() for t in new)])
-        if "mm" in func.name():
-            self.products.append(func.name().split("::")[1])
-        return out
-
-
 def test_nothing_of_the_tables_size_is_made():
     layer = LoRAEmbedding(4096, 64, 3, 6)
     x = torch.randint(4096, (2, 9))
-    with Largest() as forward:
-        y = layer(x)
-    assert forward.products == ["addmm_"]
-    with Largest() as backward:
-        y.sum().backward()
-    assert max(forward.numel, backward.numel) <= 4096 * 3  # a gradient for lora_A
+    assert count_ops(lambda: layer(x)) == {"addmm_": 1}
+    with Results() as found:
+        layer(x).sum().backward()
+    assert max(found.sizes) <= 4096 * 3  # a gradient for lora_A
 
 
 def test_training_helpers_find_the_adapter():

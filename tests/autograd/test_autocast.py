@@ -2,28 +2,20 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lora_kernels import (
     backend,
-    lora_experts_linear,
     lora_linear,
     multi_lora_linear,
     ops,
-    reference,
 )
-from lora_kernels.bench import tolerance
 from tests.autograd.cases import BACKENDS
-from tests.support.engines import assert_within
+from tests.support.functions import call, every_function
 
 M, K, N, R = 33, 65, 37, 5
 SCALING = 0.6
 LOW = [torch.bfloat16, torch.float16]
-
-
-def eager(x, weight, lora_A, lora_B, scaling, bias):
-    return F.linear(x, weight, bias) + F.linear(F.linear(x, lora_A), lora_B) * scaling
 
 
 def make_case(dtype):
@@ -31,28 +23,6 @@ def make_case(dtype):
     torch.manual_seed(0)
     shapes = {"x": (M, K), "weight": (N, K), "lora_A": (R, K), "lora_B": (N, R), "bias": (N,)}
     return {name: torch.randn(shape).to(dtype).float() for name, shape in shapes.items()}
-
-
-def gradients(function, case, dy):
-    case = {name: t.clone().requires_grad_(name != "weight") for name, t in case.items()}
-    y = function(**case, scaling=SCALING)
-    y.backward(dy.to(y.dtype))
-    return {"y": y} | {name: t.grad for name, t in case.items() if name != "weight"}
-
-
-@pytest.mark.parametrize("name", BACKENDS)
-@pytest.mark.parametrize("dtype", LOW)
-def test_lora_linear_under_autocast_is_within_tolerance(dtype, name):
-    case, dy = make_case(dtype), torch.randn(M, N).to(dtype)
-    ref = gradients(reference.lora_linear, {k: t.double() for k, t in case.items()}, dy.double())
-    with torch.autocast("cpu", dtype):
-        want = gradients(eager, case, dy)
-        with backend(name):
-            got = gradients(lora_linear, case, dy)
-    for key in ref:
-        assert got[key].dtype is want[key].dtype is (dtype if key == "y" else torch.float32)
-        u = tolerance.unit_roundoff(dtype)
-        assert_within(name, {key: tolerance.compare(got[key], ref[key], want[key], u)})
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -75,56 +45,39 @@ def test_lora_linear_under_autocast_has_the_dtypes_of_pytorch(x_dtype, dtype, na
 
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("dtype", LOW)
-def test_lora_linear_under_autocast_multiplies_the_base_in_its_dtype(dtype, name):
+@every_function
+def test_base_under_autocast_is_multiplied_in_its_dtype(function, dtype, name):
     """Exactly the product of x and weight in that dtype, if lora_B is zero."""
     torch.manual_seed(0)
-    x, weight = torch.randn(M, K), torch.randn(N, K)
-    lora_A, lora_B = torch.randn(R, K), torch.zeros(N, R)
-    index = torch.zeros(M, dtype=torch.int64)
+    x, weight, bias = torch.randn(M, K), torch.randn(N, K), torch.randn(N)
+    rest = torch.randn(R, K), torch.zeros(N, R), 1.0, bias
     with backend(name):
         with torch.autocast("cpu", dtype):
-            y = lora_linear(x, weight, lora_A, lora_B)
-            mixed = multi_lora_linear(x, weight, [lora_A], [lora_B], index)
-        narrow = x.to(dtype), weight.to(dtype), lora_A, lora_B
-        assert torch.equal(y, lora_linear(*narrow))
-        narrow = *narrow[:2], [lora_A], [lora_B]
-        assert torch.equal(mixed, multi_lora_linear(*narrow, index))
+            y = call(function, x, weight, *rest)
+        assert torch.equal(y, call(function, x.to(dtype), weight.to(dtype), *rest))
 
 
 @pytest.mark.parametrize("wide", ["x", "lora_A"])
 @pytest.mark.parametrize("name", BACKENDS)
-@pytest.mark.parametrize("function", [lora_linear, multi_lora_linear, lora_experts_linear])
+@every_function
 def test_cpu_under_autocast_keeps_the_bits_of_the_adapters_branch(function, name, wide):
     """x·Aᵀ = (1 + 2⁻¹²) − 1, which is 0 if x or lora_A is rounded to bfloat16 before."""
     one, near = torch.tensor([[1.0, -1.0]]), torch.tensor([[1 + 2.0**-12, 1.0]])
     x, lora_A = (near, one) if wide == "x" else (one, near)
-    weight, lora_B = torch.zeros(1, 2), torch.ones(1, 1)
-    if function is multi_lora_linear:
-        args = x, weight, [lora_A], [lora_B], torch.tensor([0])
-    elif function is lora_experts_linear:
-        args = x, weight[None], lora_A[None], lora_B[None], torch.tensor([1])
-    else:
-        args = x, weight, lora_A, lora_B
     with backend(name), torch.autocast("cpu", torch.bfloat16):
-        assert function(*args).item() == 2.0**-12
+        y = call(function, x, torch.zeros(1, 2), lora_A, torch.ones(1, 1))
+    assert y.item() == 2.0**-12
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-@pytest.mark.parametrize("function", [lora_linear, multi_lora_linear, lora_experts_linear])
+@every_function
 def test_backward_under_autocast_has_the_bits_of_one_outside(function, name):
     """The forward chose float32, whatever autocast says around the backward."""
     case = {n: t.requires_grad_(n != "weight") for n, t in make_case(torch.float32).items()}
     x, weight, A, B, bias = case.values()
     leaves = [x, A, B, bias]
-    if function is multi_lora_linear:
-        args = x, weight, [A], [B], torch.zeros(M, dtype=torch.int64), SCALING, bias
-    elif function is lora_experts_linear:
-        offsets = torch.tensor([M])
-        args = x, weight[None], A[None], B[None], offsets, SCALING, bias[None]
-    else:
-        args = x, weight, A, B, SCALING, bias
     with backend(name):
-        y = function(*args)
+        y = call(function, x, weight, A, B, SCALING, bias)
         want = torch.autograd.grad(y, leaves, torch.ones_like(y), retain_graph=True)
         with torch.autocast("cpu", torch.bfloat16):
             got = torch.autograd.grad(y, leaves, torch.ones_like(y))

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lora_kernels import backend, lora_linear
+from lora_kernels import lora_linear
 
 M, K, N, R = 4, 6, 5, 3
 GOOD = {
@@ -120,19 +120,3 @@ def test_lora_linear_without_gradients_takes_a_weight_that_trains():
     for guard in (torch.no_grad, torch.inference_mode):
         with guard():
             assert torch.equal(lora_linear(**trains), lora_linear(**GOOD))
-
-
-def test_backend_of_an_unknown_name_raises():
-    with (
-        pytest.raises(ValueError, match=r"^backend: got 'gpu', want one of eager, cpu"),
-        backend("gpu"),
-    ):
-        pass
-
-
-def test_forced_backend_raises_where_it_cannot_run():
-    case = {
-        k: t.double() if k in GOOD and k not in ("dropout_p", "rng") else t for k, t in GOOD.items()
-    }
-    with backend("cpu"), pytest.raises(RuntimeError, match=r"^backend 'cpu' was requested"):
-        lora_linear(**case)

@@ -10,7 +10,7 @@ import torch
 
 from lora_kernels import autograd, lora_linear, multi_lora_linear
 from lora_kernels.quantization import quantize_4bit
-from tests.layers.variants import hidden
+from tests.support.models import hidden
 
 # Numbers, dtypes and the choice of a kernel; a name that is new here wants a look at what it holds.
 ALLOWED = {"choice", "options", "bias_dtype", "x_dtype"}

@@ -13,7 +13,9 @@ from tests.autograd import frozen
 from tests.autograd.cases import BACKENDS, OPTIONS, K, M, N, make_case, require_grad
 
 OF_LINEAR = [
-    kinds for n in (1, 2, 3) for kinds in itertools.combinations((*frozen.FACTORS, "rank_gate"), n)
+    kinds
+    for n in (0, 1, 2, 3)
+    for kinds in itertools.combinations((*frozen.FACTORS, "rank_gate"), n)
 ]
 
 

@@ -19,7 +19,9 @@ from lora_kernels.bench.case import Case, run
 from lora_kernels.bench.experts_case import ExpertsCase
 from lora_kernels.bench.multi import MultiCase
 from lora_kernels.layers import LoRALinear
-from tests.interop.tiny import count_ops
+from tests.support.functions import call as call_function
+from tests.support.functions import every_function
+from tests.support.peft_models import count_ops
 
 FULL = {"gate": True, "column_scale": True, "bias": True}
 
@@ -47,9 +49,11 @@ def test_gradients_of_dispatched_calls_with_dropout_are_those_of_direct_ones(
 ) -> None:
     single = cases.inputs(Case(5, 33, 64, 3, quant=quant, dropout_p=0.25, **FULL))
     several = cases.inputs(MultiCase(9, 33, 64, rows="mixed", quant=quant, dropout_p=0.25))
+    experts = cases.inputs(ExpertsCase((2, 0, 3), 32, 64, 8, quant=quant, dropout_p=0.25))
     for call, args in (
         (lora_kernels.lora_linear, single),
         (lora_kernels.multi_lora_linear, several),
+        (lora_kernels.lora_experts_linear, experts),
     ):
         if rng == "drawn":
             args["rng"] = None
@@ -167,15 +171,10 @@ def test_lora_linear_of_a_tangent_raises(name: str, grad: bool) -> None:
             lora_kernels.lora_linear(**args)
 
 
-@pytest.mark.parametrize("function", ["lora_linear", "multi_lora_linear", "lora_experts_linear"])
+@every_function
 def test_backward_of_a_dy_with_a_tangent_raises(function: str) -> None:
-    args = {
-        "lora_linear": arguments,
-        "multi_lora_linear": lambda: cases.inputs(MultiCase(5, 33, 64)),
-        "lora_experts_linear": lambda: cases.inputs(ExpertsCase((2, 3), 33, 64, 3, tail=0)),
-    }[function]()
-    args.pop("dy", None)
-    y = getattr(lora_kernels, function)(**args)
+    args = arguments()
+    y = call_function(function, *(args[n] for n in ("x", "weight", "lora_A", "lora_B")))
     with forward_ad.dual_level():
         dy = forward_ad.make_dual(torch.ones_like(y), torch.ones_like(y))
         with pytest.raises(NotImplementedError, match="forward-mode tangent"):

@@ -18,8 +18,8 @@ from lora_kernels.finetune.model import quantize
 from lora_kernels.peft import explain, fuse
 from tests.finetune.test_trainer import adapted
 from tests.finetune.tiny import llama, metrics, run_python, tokenizer, weights
-from tests.interop.tiny import count_ops
 from tests.support.assertions import assert_close_derived
+from tests.support.peft_models import count_ops
 
 NEEDS_GLOO = pytest.mark.skipif(
     not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),

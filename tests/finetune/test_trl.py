@@ -26,7 +26,8 @@ from lora_kernels.finetune.model import quantize
 from lora_kernels.integrations import FuseCallback
 from lora_kernels.peft import FusedLinear, explain, fuse
 from tests.finetune.tiny import llama, tokenizer
-from tests.interop.tiny import FLOAT64_RTOL, assert_same
+from tests.support.assertions import FLOAT64_RTOL
+from tests.support.assertions import assert_close_derived as assert_same
 
 pytest.importorskip("trl", exc_type=ImportError)
 from datasets import Dataset

@@ -1,21 +1,25 @@
-"""A fused model computes what PEFT's does: configurations, dtypes, dropout, language models.
+"""A fused model computes what PEFT's does: dtypes, checkpoints, language models, and features of
+AdaLoRA, DoRA and embeddings alone.
 
-Properties of every kind of layer are in test_layer_kinds.py.
+Properties of every kind of layer are in test_layer_kinds.py; what is left to PEFT is in
+test_foreign_base.py.
 """
 
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
 
 from lora_kernels.bench import tolerance
 from lora_kernels.finetune.model import quantize
-from lora_kernels.peft import explain, fuse
+from lora_kernels.peft import FusedEmbedding, FusedSVDLinear, Row, explain, fuse
+from lora_kernels.peft.linear import Fused
 from tests.support.assertions import (
     assert_bitwise_equal,
     assert_close_derived,
@@ -23,14 +27,20 @@ from tests.support.assertions import (
 )
 from tests.support.peft_models import (
     IDS,
+    MLP,
     SIZES,
-    TINY,
-    activate,
+    R,
+    adalora_config,
     adalora_mlp,
     add_adapter,
     add_lora,
+    assert_same_files,
+    assert_trains_alike,
     batch,
+    conv1d,
     count_ops,
+    dora_mlp,
+    embedding_model,
     fused_layers,
     llama,
     loss_and_gradients,
@@ -38,24 +48,15 @@ from tests.support.peft_models import (
     pair,
     randomize,
     results,
-    set_masks,
+    token_ids,
+    train,
     two_adapters,
 )
 
+f64, f32, bf16, f16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
+
 # Of a lora_bias beside a base without one, which cannot be merged.
 pytestmark = pytest.mark.filterwarnings("ignore:.lora_bias=True")
-f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
-
-
-@pytest.mark.parametrize(
-    "config",
-    [{}, {"use_rslora": True}, {"lora_bias": True}, {"bias": "all"}, {"r": 1}, {"r": 300}],
-    ids=str,
-)
-def test_every_configuration_equals_peft(config: dict[str, Any]) -> None:
-    stock, fused = pair(mlp(**config))
-    assert len(fused_layers(fused)) == 2
-    assert_close_derived(results(fused, batch()), results(stock, batch()))
 
 
 @pytest.mark.parametrize(
@@ -73,7 +74,11 @@ def test_every_configuration_equals_peft(config: dict[str, Any]) -> None:
 )
 @pytest.mark.parametrize(
     ("build", "config", "seeds"),
-    [(mlp, {"lora_bias": True}, 1), (adalora_mlp, {}, 52)],  # 256 elements of E's gradient
+    [
+        (mlp, {"lora_bias": True}, 1),
+        (dora_mlp, {}, 7),
+        (adalora_mlp, {}, 52),
+    ],  # 256 elements of each
 )
 def test_dtypes_and_rounding_are_pefts(
     build, config, seeds, x_dtype, base_dtype, adapter_dtype, autocast
@@ -98,9 +103,10 @@ def test_dtypes_and_rounding_are_pefts(
                 pool.setdefault(name, []).append(t)
 
     def roundoff(name: str, dtype: torch.dtype) -> float:
-        # Products with the base weight round to the compute dtype, the parameters' gradients
-        # are float32 until they take their own.
-        return tolerance.unit_roundoff(dtype, *[want["y"].dtype] * (name in ("x", "y")))
+        # Products with the base weight round to the compute dtype, and so does z, which the
+        # magnitude's gradient reads. Other gradients are float32 until they take their own.
+        of_base = name in ("x", "y") or "magnitude" in name
+        return tolerance.unit_roundoff(dtype, *[want["y"].dtype] * of_base)
 
     assert_close_to_reference(*pools, roundoff)
 
@@ -109,49 +115,6 @@ def test_autocast_leaves_float64_alone() -> None:
     stock, fused = pair(mlp())
     with torch.autocast("cpu", dtype=bf16):
         assert_close_derived(results(fused, batch()), results(stock, batch()))
-
-
-def test_op_counter_sees_the_products_of_stock_peft() -> None:
-    stock, _ = pair(mlp())
-    assert count_ops(lambda: stock.base_model.model.up(batch()[0])) == {"addmm": 1, "mm": 2}
-
-
-def test_dropout_in_training_equals_peft_with_our_mask() -> None:
-    stock, fused = pair(mlp(lora_dropout=0.3).train())
-    torch.manual_seed(4)
-    got = results(fused, batch())
-    set_masks(stock, {"default": 0.3}, seed=4)
-    assert_close_derived(got, results(stock, batch()))
-
-
-def test_each_adapter_draws_a_mask_of_its_own() -> None:
-    model = mlp(lora_dropout=0.3)
-    for name, p in (("second", 0.5), ("third", 0.0)):
-        add_adapter(model, name, lora_dropout=p, r=3, lora_alpha=4)
-    stock, fused = pair(activate(model, "default", "second", "third").train())
-    torch.manual_seed(4)
-    got = results(fused, batch())
-    set_masks(stock, {"default": 0.3, "second": 0.5}, seed=4)
-    assert_close_derived(got, results(stock, batch()))
-    assert count_ops(lambda: fused.base_model.model.up(batch())) == {"lora_linear": 3}
-    row = explain(fused.float()).rows[0]
-    assert row.state in ("composed", "not fused")  # not fused: without native kernels
-    assert "3 calls" in row.strategy and "a mask of its own" in row.reason
-
-
-def test_eval_ignores_dropout() -> None:
-    stock, fused = pair(mlp(lora_dropout=0.3).eval())
-    assert_close_derived(results(fused, batch()), results(stock, batch()))
-
-
-@pytest.mark.parametrize("config", [{"lora_bias": True}, {"lora_dropout": 0.3}], ids=str)
-def test_active_adapters_with_bias_or_dropout_share_one_op(config: dict[str, Any]) -> None:
-    stock, fused = pair(two_adapters(mlp(**config)).eval())
-    got = results(fused, batch())
-    assert_close_derived(got, results(stock, batch()))
-    assert any("second" in name for name in got)
-    assert count_ops(lambda: fused.base_model.model.up(batch())) == {"lora_linear": 1}
-    assert "stacked along the rank" in explain(fused).rows[0].reason
 
 
 def test_adapters_on_different_layers_equal_peft() -> None:
@@ -168,23 +131,13 @@ def test_adapters_on_different_layers_equal_peft() -> None:
 # Language models
 
 
-def language_model(name: str, **config: Any) -> Any:
-    torch.manual_seed(0)
-    qwen2 = name == "qwen2"  # with biases in q, k and v
-    base = Qwen2ForCausalLM(Qwen2Config(**TINY)).double() if qwen2 else llama()
-    return add_lora(base, target_modules="all-linear", **config)
-
-
-@pytest.mark.parametrize("name", ["llama", "qwen2"])
-def test_language_model_equals_peft(name: str) -> None:
-    stock, fused = pair(language_model(name))
-    assert len(fused_layers(fused)) == 14
-    assert_close_derived(loss_and_gradients(fused), loss_and_gradients(stock))
+def language_model(**config: Any) -> Any:
+    return add_lora(llama(), target_modules="all-linear", **config)
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_gradient_checkpointing_replays_the_masks(use_reentrant: bool) -> None:
-    fused = fuse(language_model("llama", lora_dropout=0.1)).train()
+    fused = fuse(language_model(lora_dropout=0.1)).train()
     torch.manual_seed(4)
     want = loss_and_gradients(fused)
     fused.enable_input_require_grads()
@@ -197,7 +150,7 @@ def test_gradient_checkpointing_replays_the_masks(use_reentrant: bool) -> None:
 
 
 def test_generate_equals_peft() -> None:
-    stock, fused = pair(language_model("llama").eval())
+    stock, fused = pair(language_model().eval())
     want, got = (m.generate(IDS, max_new_tokens=3, do_sample=False) for m in (stock, fused))
     assert_bitwise_equal(got, want)
 
@@ -218,3 +171,198 @@ def test_a_whole_language_model_compiles_without_graph_break(quant: str | None) 
         assert len(want) == 29
         # Compiled, the elementwise operations between the layers may be rounded otherwise.
         assert_close_derived(loss_and_gradients(compiled, ids), want, 2.0**-15)
+
+
+# AdaLoRA
+
+
+def up(model: Any) -> Any:
+    return model.base_model.model.up
+
+
+def ada_language_model() -> Any:
+    return adalora_mlp(base=llama(), target_modules=["q_proj", "down_proj"])
+
+
+def ada_loss(model: Any, step: int) -> Tensor:
+    """With its orthogonality."""
+    return model(input_ids=IDS, labels=IDS).loss
+
+
+def test_adalora_s_budget_falls_as_in_the_unfused_model() -> None:
+    """Through warmup, the cubic fall, the last allocation and the steps after it."""
+    stock, fused = pair(ada_language_model())
+    assert sum(isinstance(m, Fused) for m in fused.modules()) == 4
+    kept, allocate = [], fused.base_model.update_and_allocate
+
+    def counted(step: int) -> None:
+        allocate(step)
+        masks = [p.count_nonzero() for n, p in fused.named_parameters() if "lora_E" in n]
+        kept.append(int(sum(masks)))
+
+    fused.base_model.update_and_allocate = counted
+    # Twelve steps, each of them starts from the last one's difference.
+    assert_trains_alike(fused, stock, ada_loss, 2.0**-30, steps=12)
+    pattern = fused.peft_config["default"].rank_pattern
+    assert pattern == stock.peft_config["default"].rank_pattern
+    assert kept[0] == 4 * R and kept[-1] == 4 * 2 and 4 * 2 < kept[4] < 4 * R
+
+
+def test_adalora_is_saved_with_its_ranks_and_loaded(tmp_path: Path) -> None:
+    stock, fused = pair(ada_language_model())
+    assert_same_files(stock, fused, tmp_path)
+    for name, model in (("stock", stock), ("fused", fused)):
+        train(model, ada_loss, steps=12)
+        model.save_pretrained(tmp_path / f"{name}-trained")
+    stock, fused = (
+        PeftModel.from_pretrained(ada_language_model().unload(), tmp_path / f"{name}-trained")
+        for name in ("stock", "fused")
+    )
+    ranks = [m.r["default"] for m in fuse(fused).modules() if isinstance(m, FusedSVDLinear)]
+    assert sum(ranks) == 4 * 2 and len(set(ranks)) > 1
+    # Of PEFT's two, since ranknum, which it trains, it does not save.
+    assert_close_derived(fused(input_ids=IDS).logits, stock(input_ids=IDS).logits)
+
+
+def test_adalora_of_no_rank_left_is_not_fused() -> None:
+    stock, fused = pair(adalora_mlp())
+    for model in (stock, fused):
+        pattern = {"up.lora_E": [False] * R, "down.lora_E": [True, False, True, False, True]}
+        model.base_model.resize_modules_by_rank_pattern(pattern, "default")
+    first, second = explain(fused).rows
+    assert first.state == "not fused" and "'default': every rank was taken from it" in first.reason
+    assert "rank" not in second.reason
+    assert_close_derived(results(fused, batch()), results(stock, batch()))
+
+
+@pytest.mark.filterwarnings("ignore:.*fan_in_fan_out")
+def test_adalora_over_a_conv1d_equals_peft() -> None:
+    torch.manual_seed(0)
+    stock, fused = pair(adalora_mlp(base=MLP(conv1d), fan_in_fan_out=True))
+    assert_close_derived(results(fused, batch()), results(stock, batch()))
+    assert count_ops(lambda: fused(batch())) == {"lora_linear": 2}
+
+
+def test_convolutions_stay_pefts_own() -> None:
+    inner = nn.ModuleDict({"up": nn.Conv2d(3, 4, 3), "down": nn.Linear(4, 4)})
+    fused = fuse(get_peft_model(inner, adalora_config()))
+    assert explain(fused).rows[0].reason == "PEFT's SVDConv2d is not covered in this version"
+
+
+# DoRA
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_dora_with_dropout_takes_the_base_product_twice(training: bool) -> None:
+    fused = fuse(dora_mlp(lora_dropout=0.3).train(training))
+    want = {"lora_linear": 4 if training else 2, "dora_norm": 2}
+    assert count_ops(lambda: fused(batch())) == want
+    for row in explain(fused).rows:
+        assert row.state == "not fused" and "eager" in row.backend  # as float64 always is
+        assert "DoRA" in row.reason and ("base product twice" in row.strategy) is training
+
+
+def test_dora_decoding_follows_every_change() -> None:
+    """The norm is kept while nothing changes, and no longer."""
+    stock, fused = (model.eval() for model in pair(dora_mlp()))
+    layers = [model.base_model.model.up for model in (stock, fused)]
+
+    def assert_equals_stock() -> None:
+        with torch.no_grad():
+            assert_close_derived(fused(batch()), stock(batch()))
+
+    assert_equals_stock()
+    with torch.no_grad():
+        assert count_ops(lambda: fused(batch())) == {"lora_linear": 2}
+    for change in (
+        lambda layer: layer.lora_B["default"].weight.mul_(2),
+        lambda layer: layer.lora_A["default"].weight.add_(0.1),
+        lambda layer: layer.lora_magnitude_vector["default"].weight.mul_(2),
+        lambda layer: layer.base_layer.weight.add_(0.1),
+        lambda layer: layer.set_scale("default", 3),
+    ):
+        for layer in layers:
+            with torch.no_grad():
+                change(layer)
+        assert_equals_stock()
+    for model in (stock, fused):
+        torch.manual_seed(3)
+        model.add_adapter("plain", LoraConfig(r=3, target_modules=["up"], init_lora_weights=False))
+    for name in ("plain", "default"):
+        for model in (stock, fused):
+            model.set_adapter(name)
+        assert_equals_stock()
+    twin = copy.deepcopy(fused)
+    with torch.no_grad():
+        assert_bitwise_equal(twin(batch()), fused(batch()))
+
+
+# Embeddings
+
+
+K, N = SIZES[1], SIZES[0]
+REASON = "an embedding: its base is a lookup, no product to fuse the adapter's with"
+STRATEGY = "lookups, then one product in place"
+FUSED = Row("base_model.model.tokens", "not fused", "torch", STRATEGY, REASON)
+
+
+def tokens_of(model: Any) -> Any:
+    return model.base_model.model.tokens
+
+
+@pytest.mark.parametrize("autocast", [None, bf16])
+@pytest.mark.parametrize(
+    ("dtype", "adapter_dtype"), [(f32, f32), (bf16, f32), (f16, f32), (bf16, bf16), (f32, bf16)]
+)
+def test_embedding_s_dtypes_and_rounding_are_pefts(dtype, adapter_dtype, autocast) -> None:
+    """dtypes are PEFT's, and little more is lost than PEFT loses (see tolerance)."""
+    stock = two_adapters(embedding_model(dtype), use_rslora=True)
+    for name, param in stock.named_parameters():
+        if "lora_" in name:
+            param.data = param.data.to(adapter_dtype)
+    exact = copy.deepcopy(stock).double()
+    stock, fused = pair(stock)
+    x = token_ids(8, 16)
+    with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
+        found = [results(fused, x), results(stock, x)]
+    found.insert(1, results(exact, x))
+    # Pooled, as the gradients of three ranks are fewer than 256 elements.
+    assert len({tuple(each) for each in found}) == 1 and len(found[0]) == 5
+    pools = [{"y": each.pop("y"), "gradients": [*each.values()]} for each in found]
+    coarsest = {"y": dtype, "gradients": adapter_dtype}
+    assert_close_to_reference(*pools, lambda name, dtype: tolerance.unit_roundoff(coarsest[name]))
+
+
+@pytest.mark.parametrize("x", [torch.tensor([0, K]), torch.tensor(-1)])
+def test_embedding_of_an_index_out_of_range_raises(x: Tensor) -> None:
+    with pytest.raises(IndexError, match="index out of range in self"):
+        fuse(embedding_model())(x)
+
+
+def test_embedding_of_a_mixed_batch_takes_peft_s_path_and_says_so() -> None:
+    stock, fused = pair(two_adapters(embedding_model(), use_rslora=True).eval())
+    names = ["second", "__base__", "default"]
+    for model in (stock, fused):
+        model.base_model.set_adapter(["default"])
+    want = stock(token_ids(3, 7), adapter_names=names)
+    assert torch.equal(fused(token_ids(3, 7), adapter_names=names), want)
+    assert "adapter_names" in explain(fused).rows[0].reason
+    assert_close_derived(fused(token_ids(3, 7)), stock(token_ids(3, 7)))
+    assert explain(fused).rows == [FUSED]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_language_model_with_embeddings_equals_peft(tied: bool) -> None:
+    model = llama(tie_word_embeddings=tied)
+    stock, fused = pair(add_lora(model, target_modules=["embed_tokens", "q_proj"]))
+    assert len(fused_layers(fused)) == 2
+    embedding = fused.base_model.model.model.embed_tokens
+    assert type(embedding) is FusedEmbedding
+    assert (embedding.base_layer.weight is fused.base_model.model.lm_head.weight) is tied
+    got = loss_and_gradients(fused)
+    assert any("lora_embedding_A" in name for name in got)
+    assert_close_derived(got, loss_and_gradients(stock))
+    for m in (stock, fused):
+        m.gradient_checkpointing_enable({"use_reentrant": False})
+        m.enable_input_require_grads()
+    assert_close_derived(loss_and_gradients(fused), loss_and_gradients(stock))

@@ -22,14 +22,15 @@ from accelerate.hooks import (
 from peft import PeftModel
 from peft.tuners import lora
 from torch import Tensor, nn
+from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 from transformers.pytorch_utils import Conv1D
 
 from lora_kernels.peft import FusedLinear, Row, explain, fuse, unfuse
-from lora_kernels.peft.linear import Fused
 from tests.support.assertions import assert_bitwise_equal, assert_close_derived
 from tests.support.peft_models import (
     MLP,
     SIZES,
+    Tokens,
     activate,
     adalora_mlp,
     add_adapter,
@@ -57,11 +58,6 @@ def rows(model: nn.Module) -> dict[str, Row]:
 
 def up(model: PeftModel) -> Any:
     return model.base_model.model.up
-
-
-def fused_module(model: PeftModel) -> Any:
-    """The first fused layer."""
-    return next(module for module in model.modules() if isinstance(module, Fused))
 
 
 class ScaledLinear(nn.Linear):
@@ -255,11 +251,22 @@ def test_trainable_base_is_left_to_peft(order: str) -> None:
     assert_close_derived(got, results(stock, batch()))
 
 
+def part_of(layer: Any, part: str) -> Any:
+    module = getattr(layer, part)
+    return module if part == "base_layer" else module["default"]
+
+
 def hook_on(part: str) -> Callable[[Any], Any]:
+    return lambda layer: part_of(layer, part).register_forward_hook(lambda m, args, y: 1.5 * y)
+
+
+def patched(part: str) -> Callable[[Any], Any]:
+    """A forward of the part that is not its class's."""
+
     def change(layer: Any) -> None:
-        module = getattr(layer, part)
-        module = module if part == "base_layer" else module["default"]
-        module.register_forward_hook(lambda module, args, y: 1.5 * y)
+        module = part_of(layer, part)
+        forward = module.forward
+        module.forward = lambda *args, **kwargs: 1.5 * forward(*args, **kwargs)
 
     return change
 
@@ -268,23 +275,31 @@ def replaced_dropout(dropout: nn.Module) -> Callable[[Any], Any]:
     return lambda layer: layer.lora_dropout.update({"default": dropout})
 
 
-def patched(part: str) -> Callable[[Any], Any]:
-    """A forward of the adapter's part that is not its class's."""
-
-    def change(layer: Any) -> None:
-        module = getattr(layer, part)["default"]
-        forward = module.forward
-        module.forward = lambda *args, **kwargs: 1.5 * forward(*args, **kwargs)
-
-    return change
-
-
 def tensor_scaling(layer: Any) -> None:
     layer.scaling["default"] = torch.tensor(layer.scaling["default"], dtype=torch.float64)
 
 
 def no_product(layer: Any) -> None:
     layer.forward = lambda x: x @ torch.ones(SIZES[0], SIZES[1], dtype=x.dtype)
+
+
+def trainable(layer: Any) -> None:
+    layer.base_layer.weight.requires_grad_()
+
+
+def unchanged(layer: Any) -> None:
+    """Change nothing: the layer is another one from the start."""
+
+
+def scaled_embedding() -> Any:
+    torch.manual_seed(0)
+    inner = Tokens()
+    inner.tokens = Gemma3TextScaledWordEmbedding(SIZES[1], SIZES[0], 0, embed_scale=3.0)
+    return add_lora(inner.double(), target_modules=["tokens"])
+
+
+def embedding_over(**base: Any) -> Callable[[], Any]:
+    return lambda: embedding_model(base=base)
 
 
 PEFT, ADAPTER = ("not fused", "peft"), ("adapter only", "eager")  # eager as float64 always is
@@ -314,18 +329,45 @@ CHANGED: dict[tuple[Any, Callable[[Any], Any]], tuple[tuple[str, str], str]] = {
         "adapter 'default': its dropout is a AlphaDropout",
     ),
     (adalora_mlp, no_product): (PEFT, "its forward was replaced"),
+    (adalora_mlp, trainable): (PEFT, "the base weight is trainable"),
+    (embedding_model, hook_on("base_layer")): (PEFT, "a hook sits on its nn.Embedding"),
+    (embedding_model, patched("base_layer")): (PEFT, "its forward was replaced"),
+    (embedding_model, trainable): (PEFT, "the base weight is trainable"),
+    (embedding_model, lambda layer: setattr(layer.base_layer, "embed_scale", 3.0)): (
+        PEFT,
+        "the base has an embed_scale",
+    ),
+    (scaled_embedding, unchanged): (
+        PEFT,
+        "is a Gemma3TextScaledWordEmbedding, not exactly nn.Embedding",
+    ),
+    (embedding_over(max_norm=1.0), unchanged): (PEFT, "the base has max_norm"),
+    (embedding_over(sparse=True), unchanged): (PEFT, "the base asks for sparse gradients"),
+    (lambda: embedding_model(use_dora=True), unchanged): (
+        PEFT,
+        "adapter 'default' is a variant of LoRA (DoraEmbeddingVariant)",
+    ),
 }
+
+
+def first_layer(model: Any) -> tuple[Any, Tensor]:
+    """The layer, and an input for the model."""
+    inner = model.base_model.model
+    return (inner.tokens, token_ids(5, 7)) if hasattr(inner, "tokens") else (inner.up, batch())
 
 
 @pytest.mark.parametrize(("case", "want"), CHANGED.items())
 def test_change_of_a_layer_is_obeyed_and_named(case: Any, want: Any) -> None:
-    build, change = case
+    (build, change), (who, reason) = case, want
     stock, fused = pair(build())
     for model in (stock, fused):
-        change(up(model))
-    assert_close_derived(results(fused, batch()), results(stock, batch()))
-    row = rows(fused)["up"]
-    assert (row.state, row.backend) == want[0] and want[1] in row.reason
+        layer, x = first_layer(model)
+        change(layer)
+    with torch.set_grad_enabled("sparse" not in reason):  # whose backward PEFT has not
+        for _ in range(2):  # a max_norm has changed lora_A by then
+            assert_close_derived(results(fused, x), results(stock, x))
+    row = explain(fused).rows[0]
+    assert (row.state, row.backend) == who and reason in row.reason
 
 
 @pytest.mark.parametrize("order", ["before fuse", "after fuse"])
@@ -346,30 +388,15 @@ def test_layer_patched_by_someone_else_is_obeyed(order: str) -> None:
     assert_bitwise_equal(layer(batch()), layer.base_layer(batch()))
 
 
-def test_nn_linear_patched_as_a_class_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
-    stock, fused = pair(mlp())
-    forward = nn.Linear.forward
-    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: 2 * forward(self, x))
-    assert_close_derived(results(fused, batch()), results(stock, batch()))
-    assert "nn.Linear.forward was replaced" in rows(fused)["up"].reason
-
-
-def test_conv1d_and_embedding_patched_as_a_class_are_obeyed(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    models = pair(conv1d_mlp()), pair(embedding_model())
-    for cls in (Conv1D, nn.Embedding):
-        forward = cls.forward
-        patch = lambda self, x, forward=forward: 2 * forward(self, x)  # noqa: E731
-        monkeypatch.setattr(cls, "forward", patch)
-    for (stock, fused), x, words in zip(
-        models,
-        (batch(), token_ids(5)),
-        ("base layer: Conv1D.forward was replaced", "nn.Embedding.forward was replaced"),
-        strict=True,
-    ):
-        assert_close_derived(results(fused, x), results(stock, x))
-        assert explain(fused).rows[0].reason.startswith(words)
+@pytest.mark.parametrize(
+    ("build", "cls"), [(mlp, nn.Linear), (conv1d_mlp, Conv1D), (embedding_model, nn.Embedding)]
+)
+def test_class_patched_as_a_whole_is_obeyed(build: Any, cls: Any, monkeypatch: Any) -> None:
+    stock, fused = pair(build())
+    forward, (_, x) = cls.forward, first_layer(stock)
+    monkeypatch.setattr(cls, "forward", lambda self, x: 2 * forward(self, x))
+    assert_close_derived(results(fused, x), results(stock, x))
+    assert f"{cls.__name__}.forward was replaced" in explain(fused).rows[0].reason
 
 
 def flattened(layer: Any) -> None:
@@ -404,14 +431,25 @@ def flattened(layer: Any) -> None:
             lambda layer: setattr(layer, "input_fns", {"default": abs}),
             "'default' is sharded over devices",
         ),
+        (adalora_mlp, lambda layer: layer.ranknum.to("meta"), "'default': its ranknum is on meta"),
+        (
+            adalora_mlp,
+            lambda layer: [getattr(layer, f"lora_{name}").float() for name in "ABE"],
+            "adapter 'default': float64 goes with float64 alone",
+        ),
+        (mlp, lambda layer: layer.base_layer.to("meta"), "its weight is on meta, x on cpu"),
     ],
 )
 def test_layer_whose_tensors_lie_elsewhere_is_named(build: Any, change: Any, reason: str) -> None:
     fused = fuse(build())
-    layer = fused_module(fused)
+    layer, _ = first_layer(fused)
     assert reason not in explain(fused).rows[0].reason
     change(layer)
-    assert reason in explain(fused).rows[0].reason
+    row = explain(fused).rows[0]
+    assert reason in row.reason
+    assert row.state == (
+        "not fused" if "'default'" in reason or "DoRA" in reason else "adapter only"
+    )
 
 
 def test_transposed_adapter_over_a_linear_is_left_to_peft() -> None:
@@ -420,30 +458,6 @@ def test_transposed_adapter_over_a_linear_is_left_to_peft() -> None:
     fuse(model)
     assert type(up(model)) is lora.Linear
     assert rows(model)["up"].reason.startswith("fan_in_fan_out beside a base that is not")
-
-
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        (
-            lambda layer: [getattr(layer, f"lora_{name}").float() for name in "ABE"],
-            "adapter 'default': float64 goes with float64 alone",
-        ),
-        (lambda layer: layer.ranknum.to("meta"), "adapter 'default': its ranknum is on meta"),
-    ],
-)
-def test_adalora_that_peft_cannot_compute_is_left_to_peft(change: Any, reason: str) -> None:
-    fused = fuse(adalora_mlp().eval())
-    change(up(fused))
-    row = rows(fused)["up"]
-    assert (row.state, row.backend) == PEFT and reason in row.reason
-
-
-def test_weight_on_another_device_than_x_is_adapter_only() -> None:
-    fused = fuse(mlp())
-    up(fused).base_layer.to("meta")
-    row = rows(fused)["up"]
-    assert row.state == "adapter only" and "its weight is on meta, x on cpu" in row.reason
 
 
 def test_model_on_the_meta_device_has_shapes() -> None:

@@ -111,33 +111,29 @@ def test_stacking_depends_on_the_rows(rows, monkeypatch) -> None:
     assert ("stacking adapters would copy them" in row.reason) == (M == 3)
 
 
-def test_fuse_leaves_a_layer_that_would_move_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = eager._expand
+@pytest.mark.parametrize(
+    ("wasteful", "said"),
+    [
+        ("_expand", "its forward with 1 row of x would move"),
+        ("_gradient_A", "its training step with 1 row of x"),  # the backward counts too
+    ],
+)
+def test_fuse_leaves_a_layer_that_would_move_more(
+    wasteful: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = getattr(eager, wasteful)
 
-    def wasteful(s: Tensor, small: Tensor, beside: Tensor, *rest: Any, **options: Any) -> Tensor:
+    def copying(first: Tensor, second: Any, third: Tensor, *rest: Any, **options: Any) -> Tensor:
         for _ in range(20):
-            beside.double()
-        return original(s, small, beside, *rest, **options)
+            third.double()
+        return original(first, second, third, *rest, **options)
 
-    monkeypatch.setattr(eager, "_expand", wasteful)
+    monkeypatch.setattr(eager, wasteful, copying)
     found = fuse(model())
     assert type(found.base_model.model[0]) is not FusedLinear
     row = explain(found).rows[0]
-    assert row.backend == "peft" and "its forward with 1 row of x would move" in row.reason
+    assert row.backend == "peft" and said in row.reason
     assert row.reason.count(". ") == 0  # one sentence
-
-
-def test_fuse_counts_the_backward_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = eager._gradient_A
-
-    def wasteful(dxa: Tensor, parts: Tensor | None, operand: Tensor, lora_A: Tensor) -> Tensor:
-        for _ in range(20):
-            operand.double()
-        return original(dxa, parts, operand, lora_A)
-
-    monkeypatch.setattr(eager, "_gradient_A", wasteful)
-    row = explain(fuse(model())).rows[0]
-    assert row.backend == "peft" and "its training step with 1 row of x" in row.reason
 
 
 @pytest.mark.parametrize("training", [True, False])

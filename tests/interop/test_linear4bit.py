@@ -7,8 +7,6 @@ Properties of every kind of layer are in test_layer_kinds.py.
 
 from __future__ import annotations
 
-import copy
-import pickle
 from functools import partial
 from typing import Any
 
@@ -125,15 +123,6 @@ def test_every_format_equals_peft(quant_type, compress, storage, loaded) -> None
 
 
 @loaded_or_not
-@pytest.mark.parametrize(
-    "config", [{"lora_bias": True}, {"r": 1}, {"r": 300}, {"use_rslora": True}], ids=str
-)
-def test_every_configuration_equals_peft(config: dict[str, Any], loaded: bool) -> None:
-    stock, fused = pair(four_bit_mlp(loaded, config, compute_dtype=f32))
-    assert_close_derived(results(fused, rows()), results(stock, rows()), terms=300)
-
-
-@loaded_or_not
 @pytest.mark.parametrize("autocast", [None, bf16], ids=str)
 @pytest.mark.parametrize("adapter", [f32, bf16], ids=str)
 @pytest.mark.parametrize("compute", [None, f32, bf16], ids=str)
@@ -174,21 +163,6 @@ def test_a_compute_dtype_that_is_not_ours() -> None:
     for row in explain(fused).rows:
         assert row.state == "adapter only" and "compute_dtype is torch.float64" in row.reason
     assert fused(rows()).dtype is f32
-
-
-@loaded_or_not
-def test_dropout_has_pefts_expectation(loaded: bool) -> None:
-    """Masks differ; in eval mode there is none."""
-    config = {"lora_dropout": 0.5}
-    model = four_bit_mlp(loaded, config, compute_dtype=f32)
-    want = up(exact(model, config).eval())(rows(f64)).float()
-    layer, x = up(fuse(model)), rows()
-    assert not torch.equal(layer(x), layer(x))
-    mean = torch.stack([layer(x) for _ in range(400)]).mean(0)
-    spread = torch.stack([layer(x) for _ in range(50)]).std(0)
-    # A mean of 400 lies within 6 standard deviations of itself, 20 times smaller than one's.
-    assert ((mean - want).abs() <= 6 * spread.clamp_min(spread.mean()) / 20).all()
-    assert_close_derived(layer.eval()(x), want)
 
 
 @pytest.mark.parametrize("compute", [None, f32, bf16, f16], ids=str)
@@ -369,23 +343,6 @@ def test_weight_that_is_not_read_is_named() -> None:
 
 
 @loaded_or_not
-@pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
-def test_copy_has_codes_of_its_own(clone: Any, loaded: bool) -> None:
-    """A copy holds nothing of the first."""
-    model = fuse(four_bit_mlp(loaded, compute_dtype=f32))
-    want = model(rows()).detach()
-    fresh = len(pickle.dumps(four_bit_mlp(loaded, compute_dtype=f32)))
-    assert len(pickle.dumps(model)) < 1.1 * fresh
-    other, before = clone(model), packed(model)
-    for layer in (up(model), model.base_model.model.down):
-        layer.base_layer.weight.data.zero_()
-        layer.base_layer.weight.quant_state.absmax.zero_()
-    assert_bitwise_equal(packed(other), before)
-    assert_close_derived(other(rows()), want)
-    assert (model(rows()) - want).norm() > want.norm() / 8
-
-
-@loaded_or_not
 def test_replaced_weight_is_seen(loaded: bool) -> None:
     model = fuse(four_bit_mlp(loaded, compute_dtype=f32))
     before, other = model(rows()), four_bit(quant_type="fp4", compute_dtype=f32)
@@ -394,16 +351,6 @@ def test_replaced_weight_is_seen(loaded: bool) -> None:
     got = model(rows())
     assert not torch.equal(got, before)
     assert_close_derived(unfuse(model)(rows()), got)
-
-
-def test_training_after_inference_mode_is_possible() -> None:
-    """Cached tensors can be saved for a backward."""
-    model, x = fuse(four_bit_mlp()), rows()
-    with torch.inference_mode():
-        want = model(x)
-    y = model(x)
-    y.sum().backward()
-    assert_close_derived(y, want)
 
 
 # Merging, which requantizes

@@ -5,12 +5,16 @@ from __future__ import annotations
 import ast
 import copy
 import inspect
+import itertools
 import textwrap
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
@@ -83,19 +87,77 @@ def is_logit_free(model: Any) -> bool:
     return model(input_ids=IDS, labels=LABELS).logits is None
 
 
-def pair(model: Any) -> tuple[Any, Any]:
-    return fuse(copy.deepcopy(model), loss=True), model
+def pair(model: Any, **options: Any) -> tuple[Any, Any]:
+    return fuse(copy.deepcopy(model), loss=True, **options), model
 
 
-@pytest.mark.parametrize("name", CLASSES)
-def test_loss_of_each_class_and_its_gradients_are_transformers(name: str) -> None:
+def with_every_layer(name: str) -> Any:
     model = causal_model(name)
     targets = [n for n, m in model.named_modules() if n == "lm_head" or "layers.0" in n]
-    linears = [n for n in targets if isinstance(model.get_submodule(n), nn.Linear)]
-    ours, theirs = pair(adapted(model, linears).train())
-    assert is_logit_free(ours)
+    return adapted(model, [n for n in targets if isinstance(model.get_submodule(n), nn.Linear)])
+
+
+def with_two_adapters(name: str) -> Any:
+    """Each with a bias of lora_B; Phi's head has one of its own too."""
+    model = adapted(causal_model(name), lora_bias=True)
+    add_adapter(model, r=3, lora_alpha=4)
+    return activate(model, "default", "second")
+
+
+def with_head(*targets: str, tied: bool = False) -> Any:
+    model = causal_model(tie_word_embeddings=tied)
+    return adapted(model, targets, ensure_weight_tying=False)
+
+
+def with_trained_norm() -> Any:
+    """x of the head trains, so that there is a gradient without an adapter."""
+    model = with_head("lm_head")
+    model.get_base_model().model.norm.weight.requires_grad_(True)
+    return model
+
+
+def merge(model: Any) -> None:
+    model.merge_adapter()
+
+
+def disable(model: Any) -> None:
+    model.base_model.disable_adapter_layers()
+
+
+# A model, and changes to it after `fuse`.
+MODELS: dict[str, tuple[Callable[[], Any], tuple[Callable[[Any], None], ...]]] = {
+    **{name: (partial(with_every_layer, name), ()) for name in CLASSES},
+    "no adapter on the head": (partial(with_head, "q_proj"), ()),
+    "none on a tied head": (partial(with_head, "q_proj", tied=True), ()),
+    "head alone": (partial(with_head, "lm_head"), ()),
+    "tied head alone": (partial(with_head, "lm_head", tied=True), ()),
+    # Embeddings that are tied have a gradient of two parts; Phi's head has a bias.
+    "Llama, whole": (partial(causal_model, tie_word_embeddings=True), ()),
+    "Phi, whole": (partial(causal_model, "PhiForCausalLM", tie_word_embeddings=True), ()),
+    "Llama, two adapters": (partial(with_two_adapters, "LlamaForCausalLM"), ()),
+    "Phi, two adapters": (partial(with_two_adapters, "PhiForCausalLM"), ()),
+    "merged": (with_trained_norm, (merge,)),
+    "disabled": (with_trained_norm, (disable,)),
+    # PEFT takes the adapter out of the weight in its next forward.
+    "merged, then disabled": (with_trained_norm, (merge, disable)),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_loss_of_each_model_and_its_gradients_are_transformers(name: str) -> None:
+    build, changes = MODELS[name]
+    ours, theirs = pair(build().train())
+    for model, change in itertools.product((ours, theirs), changes):
+        change(model)
     assert_same_step(ours, theirs)
+    assert is_logit_free(ours)
     assert_same_step(ours, theirs, num_items_in_batch=torch.tensor(31))
+
+
+def test_loss_of_a_streamed_head_needs_no_logits() -> None:
+    ours, theirs = pair(with_head("q_proj").train(), linears=True)
+    assert type(ours.get_base_model().lm_head) is StreamedLinear and is_logit_free(ours)
+    assert_same_step(ours, theirs)
 
 
 def _forward_body(cls: Any) -> str:
@@ -126,64 +188,6 @@ def test_forward_of_each_class_differs_from_llamas_in_the_logits_alone(name: str
     want = _forward_body(transformers.LlamaForCausalLM)
     want = want.replace("\nloss = None", f"\n{added}loss = None")
     assert _forward_body(getattr(transformers, name)) == want
-
-
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("targets", [["q_proj"], ["lm_head"]], ids=str)
-def test_loss_with_and_without_an_adapter_on_the_head(targets: list[str], tied: bool) -> None:
-    model = causal_model(tie_word_embeddings=tied)
-    ours, theirs = pair(adapted(model, targets, ensure_weight_tying=False).train())
-    assert is_logit_free(ours)
-    assert_same_step(ours, theirs)
-
-
-@pytest.mark.parametrize("name", ["LlamaForCausalLM", "PhiForCausalLM"])
-def test_loss_of_a_model_that_trains_whole_has_its_gradients(name: str) -> None:
-    """With tied embeddings, whose gradient has two parts, and Phi's bias."""
-    ours, theirs = pair(causal_model(name, tie_word_embeddings=True).train())
-    assert is_logit_free(ours)
-    assert_same_step(ours, theirs)
-
-
-@pytest.mark.parametrize("name", ["LlamaForCausalLM", "PhiForCausalLM"])
-def test_loss_of_several_adapters_and_a_lora_bias_is_pefts(name: str) -> None:
-    """Phi's head has a bias of its own too."""
-    model = adapted(causal_model(name), lora_bias=True)
-    add_adapter(model, r=3, lora_alpha=4)
-    ours, theirs = pair(activate(model, "default", "second").train())
-    assert is_logit_free(ours)
-    assert_same_step(ours, theirs)
-
-
-def _merge(model: Any) -> None:
-    model.merge_adapter()
-
-
-def _disable(model: Any) -> None:
-    model.base_model.disable_adapter_layers()
-
-
-@pytest.mark.parametrize("change", [_merge, _disable])
-def test_loss_of_a_merged_or_disabled_adapter_is_pefts(change: Any) -> None:
-    """A merged weight is W + s·B·A once; x of the base trains, so that there is a gradient."""
-    model = adapted(causal_model(), ["lm_head"])
-    model.get_base_model().model.norm.weight.requires_grad_(True)
-    ours, theirs = pair(model.train())
-    for each in (ours, theirs):
-        change(each)
-    assert is_logit_free(ours)
-    assert_same_step(ours, theirs)
-
-
-def test_loss_of_a_merged_adapter_that_is_then_disabled_is_the_base_s() -> None:
-    """PEFT takes the adapter out of the weight in its next forward."""
-    model = adapted(causal_model(), ["lm_head"])
-    model.get_base_model().model.norm.weight.requires_grad_(True)
-    ours, theirs = pair(model.train())
-    for each in (ours, theirs):
-        _merge(each)
-        _disable(each)
-    assert_same_step(ours, theirs)
 
 
 def test_loss_arguments_are_passed_on() -> None:
@@ -289,13 +293,19 @@ def losses_of(*args: Any, **kwargs: Any) -> Tensor:
         (_patched, {}, "its forward was replaced"),
         (_replaced_loss, {}, "its loss_function was replaced"),
         (None, {"use_dora": True}, "DoRA, whose column scale is not covered here"),
+        (None, None, "SVDLinear is not covered here"),  # AdaLoRA's
     ],
 )
 @pytest.mark.parametrize("name", ["CohereForCausalLM", "Gemma2ForCausalLM"])
 def test_loss_that_needs_logits_computes_them_and_explain_says_why(
     name: str, change: Any, config: Any, reason: str
 ) -> None:
-    ours, theirs = pair(adapted(causal_model(name), **config).train())
+    if config is None:
+        model = get_peft_model(causal_model(name), adalora_config(target_modules=["lm_head"]))
+        randomize(model)
+    else:
+        model = adapted(causal_model(name), **config)
+    ours, theirs = pair(model.train())
     for model in (ours, theirs):
         if change is not None:
             change(model)
@@ -305,16 +315,6 @@ def test_loss_that_needs_logits_computes_them_and_explain_says_why(
     (row,) = explain(ours).losses
     assert (row.layer, row.state) == ("base_model.model.loss", "not fused")
     assert reason in row.reason
-
-
-def test_loss_of_adalora_on_the_head_computes_logits() -> None:
-    config = adalora_config(target_modules=["lm_head"])
-    model = get_peft_model(causal_model(), config)
-    randomize(model)
-    ours, theirs = pair(model.train())
-    assert not is_logit_free(ours)
-    assert_same_step(ours, theirs)
-    assert "SVDLinear is not covered here" in explain(ours).losses[0].reason
 
 
 def test_loss_of_two_dropouts_on_the_head_computes_logits() -> None:
@@ -336,13 +336,6 @@ def test_adapters_that_rows_of_evaluation_named_do_not_train(names: str) -> None
     ours.eval()(input_ids=IDS, adapter_names=[names] * len(IDS))
     assert_same_step(ours.train(), theirs.train())
     assert is_logit_free(ours)
-
-
-def test_loss_of_a_streamed_head_needs_no_logits() -> None:
-    model = adapted(causal_model(), ["q_proj"]).train()
-    ours = fuse(copy.deepcopy(model), linears=True, loss=True)
-    assert type(ours.get_base_model().lm_head) is StreamedLinear and is_logit_free(ours)
-    assert_same_step(ours, model)
 
 
 def test_loss_of_a_4bit_head_is_computed_in_its_compute_dtype() -> None:
@@ -371,19 +364,6 @@ def test_forward_that_was_replaced_before_fuse_stays() -> None:
     fuse(model, loss=True)
     assert causal.forward is mine and not is_logit_free(model)
     assert explain(model).losses[0].reason == "its forward was replaced"
-
-
-def test_unfuse_restores_the_forward_below_a_hook_of_accelerate() -> None:
-    from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
-
-    model = fuse(adapted(causal_model(), ["q_proj"]).train(), loss=True)
-    causal = model.get_base_model()
-    add_hook_to_module(causal, ModelHook())
-    assert is_logit_free(model)
-    unfuse(model)
-    assert not is_logit_free(model)
-    remove_hook_from_module(causal)
-    assert not is_logit_free(model)
 
 
 def test_explain_and_json_have_the_loss() -> None:
@@ -422,13 +402,21 @@ def test_unknown_forward_is_refused_with_the_reason() -> None:
         fuse(nn.Linear(2, 2), loss=True)
 
 
-def test_unfuse_restores_the_forward() -> None:
-    model = adapted(causal_model()).train()
+@pytest.mark.parametrize("hooked", [False, True])
+def test_unfuse_restores_the_forward_below_a_hook_of_accelerate_too(hooked: bool) -> None:
+    model = fuse(adapted(causal_model(), ["q_proj"]).train(), loss=True)
     causal = model.get_base_model()
-    assert is_logit_free(fuse(model, loss=True))
+    if hooked:
+        add_hook_to_module(causal, ModelHook())
+    assert is_logit_free(model)
     assert is_logit_free(fuse(model))  # fused before
     unfuse(model)
-    assert "forward" not in vars(causal) and not is_logit_free(model)
+    assert not is_logit_free(model)
+    if hooked:
+        remove_hook_from_module(causal)
+        assert not is_logit_free(model)
+    else:
+        assert "forward" not in vars(causal)
 
 
 def test_copy_of_a_fused_model_is_fused_by_itself() -> None:

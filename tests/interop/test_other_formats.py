@@ -83,29 +83,18 @@ every_class = pytest.mark.parametrize("cls", PACKED, ids=lambda cls: cls.__name_
 
 
 @every_class
-@pytest.mark.parametrize("training", [True, False])
-def test_fused_layer_equals_peft(cls: type, training: bool) -> None:
-    stock = packed(cls).train(training)
-    fused = fuse(copy.deepcopy(stock))
-    assert_close_derived(results(fused, batch(f32)), results(stock, batch(f32)))
-    ops = count_ops(lambda: fused.up(batch(f32)))
+def test_fused_layer_calls_the_base_and_trains_as_peft_s(cls: type) -> None:
+    stock, fused, x = packed(cls), fuse(packed(cls)), batch(f32)
+    assert_close_derived(results(fused.eval(), x), results(stock.eval(), x))
+    ops = count_ops(lambda: fused.up(x))
     assert ops.pop("lora_linear") == 1 and sum(ops.values()) == 1  # the base's own
-
-
-@every_class
-def test_the_base_is_called_and_that_is_said(cls: type) -> None:
-    fused = fuse(packed(cls))
     for row in explain(fused).rows:
         assert row.state == "adapter only"
         assert row.reason.startswith("base layer: Packed is not exactly nn.Linear")
     with pytest.raises(RuntimeError, match="2 adapter only"):
         explain(fused).assert_fused()
-
-
-@every_class
-def test_training_follows_peft(cls: type) -> None:
-    stock, fused = packed(cls), fuse(packed(cls))
-    assert_trains_alike(fused, stock, lambda model, step: model(batch(f32)), steps=20)
+    stock.train(), fused.train()
+    assert_trains_alike(fused, stock, lambda model, step: model(x), steps=20)
 
 
 @every_class

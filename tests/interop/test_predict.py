@@ -15,7 +15,7 @@ from torch import nn
 
 import lora_kernels
 from lora_kernels import costs, cpu_costs, device, selection, timing
-from lora_kernels.backends import cpu, cpu_heuristics, native, triton
+from lora_kernels.backends import cpu, native, triton
 from lora_kernels.backends.triton import measured
 from lora_kernels.core.problem import MANY_ROWS, Choice, Problem, Strategy
 from lora_kernels.cpu_costs import Machine, Sizes
@@ -37,45 +37,6 @@ RATES = 1.755e9, 3.35e12, 949e12, 59e12
 H100 = DeviceInfo("cuda", 90, 132, 227 << 10, "H100", 80 << 30, *RATES)
 GPU = Part(torch.device("cuda", 0), bf16, bf16, 4096, 14336, 16, bf16, bf16)
 needs_native = pytest.mark.skipif(native.module is None, reason="no native kernels")
-
-
-def test_bytes_and_operations_by_hand() -> None:
-    """One row of K = N = 1000, r = 10: a forward is bound by memory, one of 10,000 by products."""
-    forward = 4 * (1000 * 1000 + 2 * 1000 + 2000 * 10) / 1e9
-    few = Sizes(1, 1000, 1000, 10, f32)
-    assert cpu_costs.predict(MACHINE, few, cpu.FUSED) == pytest.approx(
-        forward + cpu_costs.FORWARD_CALL
-    )
-    many = Sizes(10_000, 1000, 1000, 10, bf16, 2)
-    machine = Machine("fast memory", 1e15, MACHINE.peaks)
-    product, thin = 2e10 / 2e12, 2 * 10_000 * 10 * 2000 / 2e12 / cpu_costs.THIN_SHARE
-    assert cpu_costs.predict(machine, many, cpu.FUSED) == pytest.approx(
-        product + thin + cpu_costs.FORWARD_CALL
-    )
-    assert cpu_costs.predict(machine, many, cpu.FUSED, backward=True) == pytest.approx(
-        product + 2 * thin + cpu_costs.BACKWARD_CALL
-    )
-    # The library GEMM, which takes as long as if it had more rows, and an update after it.
-    rows = 1 + cpu_costs.LIBRARY_ROWS / 10_000
-    assert cpu_costs.predict(machine, many, cpu.LIBRARY) == pytest.approx(
-        product * rows + thin + cpu_costs.FORWARD_CALL, rel=1e-4
-    )
-
-
-@pytest.mark.parametrize("strategy", [cpu.FUSED, cpu.LIBRARY, cpu.GEMV_4BIT, "eager's"])
-@pytest.mark.parametrize("backward", [False, True])
-def test_no_prediction_is_below_the_floor(strategy: str, backward: bool) -> None:
-    """No prediction grows smaller with more rows, ranks or without codes' decoding."""
-    for dtype, four_bit in ((f32, False), (bf16, False), (bf16, True)):
-        before = 0.0
-        for M in (1, 2, 16, 64, 512, 4096):
-            sizes = Sizes(M, 512, 1024, 16, dtype, 4, four_bit)
-            floor = max(
-                sizes.base_flops / MACHINE.peaks[dtype], sizes.weight_bytes / MACHINE.bandwidth
-            )
-            seconds = cpu_costs.predict(MACHINE, sizes, strategy, backward)
-            assert seconds > max(floor, before)
-            before = seconds
 
 
 def part(**fields: Any) -> Part:
@@ -120,21 +81,6 @@ def test_the_row_has_the_strategy_of_so_many_rows(monkeypatch: pytest.MonkeyPatc
         for rows, strategy, other in cases:
             found = explain(model, rows=rows, machine=MACHINE)
             assert found.rows[0].strategy == strategy and other in str(found)
-
-
-@needs_native
-@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "avx512bf16", "amxbf16"])
-def test_regions_are_those_of_select(isa: str) -> None:
-    if native.ISAS.index(isa) > native.ISAS.index(native.isa or "scalar"):
-        pytest.skip("this machine or build lacks the instruction set")
-    before = native.isa
-    try:
-        native.use_isa(isa)
-        found = predict.regions(part(four_bit=True))
-        assert [region.rows for region in found] == [1, cpu_heuristics.few_rows(f32, True, 0) + 1]
-        assert found[0].strategy == cpu.GEMV_4BIT
-    finally:
-        native.use_isa(before)
 
 
 def test_a_strategy_that_was_asked_for_and_cannot_run_there_is_a_region() -> None:

@@ -16,7 +16,6 @@ from lora_kernels.peft import explain, fuse, row_adapters
 from tests.support.assertions import assert_close_derived
 from tests.support.peft_models import (
     adalora_mlp,
-    add_adapter,
     batch,
     count_ops,
     llama,
@@ -81,30 +80,13 @@ def assert_nonzero_equal(got: dict[str, Tensor], want: dict[str, Tensor]) -> Non
 @pytest.mark.parametrize("names", [NAMES, ["code"] * 4, ["code", "law", "code", "law"]], ids=str)
 def test_each_adapter_trains_as_alone(names: list[str]) -> None:
     stock, fused = pair(tenants())
-    got, want = mixed_gradients(fused, names), gradients_alone(stock, names)
-    assert all(any(f".{name}." in n for n in want) for name in set(names) - {"__base__"})
-    assert_nonzero_equal(got, want)
-    assert_nonzero_equal(mixed_gradients(stock, names), want)  # PEFT's own layers too
-
-
-def test_two_tenants_follow_their_own_trainings() -> None:
-    """Three steps of SGD in one batch, against each adapter trained alone: the updates."""
-    together, alone = tenants(), tenants()
-    fuse(together)
-    names, found = ["law", "code", "code", "law"], []
-    for model in (together, alone):
-        before = {n: p.detach().clone() for n, p in model.named_parameters()}
-        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-        for _ in range(3):
-            get = mixed_gradients if model is together else gradients_alone
-            for name, grad in get(model, names).items():
-                model.get_parameter(name).grad = grad
-            optimizer.step()
-            optimizer.zero_grad()
-        found.append({n: p.detach() - before[n] for n, p in model.named_parameters()})
-    updates = [{n: t for n, t in each.items() if ".lora_" in n} for each in found]
-    assert min(t.norm() for t in updates[1].values()) > 1e-4
-    assert_close_derived(*updates, layers=24)
+    for seed in (7, 8):  # a second step has other adapters
+        for model in (stock, fused):
+            randomize(model, "law", seed)
+        got, want = mixed_gradients(fused, names), gradients_alone(stock, names)
+        assert all(any(f".{name}." in n for n in want) for name in set(names) - {"__base__"})
+        assert_nonzero_equal(got, want)
+        assert_nonzero_equal(mixed_gradients(stock, names), want)  # PEFT's own layers too
 
 
 @pytest.mark.parametrize("within", [True, False])
@@ -204,22 +186,6 @@ def test_fused_loss_follows_its_rows(head: bool) -> None:
         found.append(gradients(model))
     assert any(".lora_A.code." in name for name in found[0])
     assert_close_derived(*found, layers=8)
-
-
-def test_dropout_keeps_the_mean_of_each_row() -> None:
-    """Over draws of the mask each row has its adapter's update, scaled by 1/(1 − p)."""
-    model = mlp(torch.float32, lora_dropout=0.5)
-    add_adapter(model, r=3, lora_alpha=4)
-    layer = fuse(model).base_model.model.up
-    x, names = torch.ones(3, 4000, layer.in_features), ["second", "__base__", "default"]
-    torch.manual_seed(0)
-    with row_adapters(model.train(), names):
-        y = layer(x)
-    with row_adapters(model.eval(), names):
-        want = layer(x[:, :1])[:, 0]
-    # Means of 4000 independent draws: within six of their standard deviations.
-    assert ((y.mean(1) - want).abs() <= 6 * y.std(1) / 4000**0.5 + 1e-6).all()
-    assert y.std(1)[[0, 2]].min() > 0
 
 
 def test_a_frozen_adapter_is_named_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,10 +1,12 @@
-"""PEFT's variants of LoRA that are this equation, fused: KaSA, aLoRA, MiCA, and LoRA-FA."""
+"""PEFT's variants of LoRA that are this equation, fused: KaSA, aLoRA, MiCA, and LoRA-FA.
+
+Properties of every kind of layer, of a KaSA and a MiCA too, are in test_layer_kinds.py.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,6 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from lora_kernels.backends import native
 from lora_kernels.peft import explain, fuse
 from tests.support.assertions import assert_close_derived
 from tests.support.peft_models import (
@@ -27,11 +28,11 @@ from tests.support.peft_models import (
     activate,
     add_adapter,
     add_lora,
-    assert_same_files,
     assert_trains_alike,
     batch,
     count_ops,
     draw_rng,
+    kasa_mlp,
     llama,
     loss_and_gradients,
     mlp,
@@ -39,8 +40,6 @@ from tests.support.peft_models import (
     pair,
     randomize,
     results,
-    seeded_results,
-    set_masks,
 )
 
 try:
@@ -57,70 +56,11 @@ def up(model: Any) -> Any:
     return model.base_model.model.up
 
 
-def mica_mlp(dtype: torch.dtype = f64, **config: Any) -> Any:
-    """lora_B keeps its singular vectors; lora_A is random."""
-    torch.manual_seed(0)
-    model = add_lora(MLP().to(f32), **MICA | config)
-    return model.to(dtype)
-
-
-KINDS = {"kasa": partial(mlp, **KASA), "mica": mica_mlp}
-
-
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("dtype", [f64, f32])
-@pytest.mark.parametrize("kind", KINDS)
-def test_variant_equals_peft_in_one_op(kind: str, dtype: torch.dtype, training: bool) -> None:
-    stock, fused = (model.train(training) for model in pair(KINDS[kind](dtype)))
-    got = results(fused, batch(dtype))
-    assert any(".lora_diag." in name for name in got) is (kind == "kasa")
-    assert any(".lora_B." in name for name in got) is (kind != "mica")
-    assert_close_derived(got, results(stock, batch(dtype)))
-    assert count_ops(lambda: fused(batch(dtype))) == {"lora_linear": 2}
-    fused_state = "fused" if native.module and dtype is f32 else "not fused"
-    assert [row.state for row in explain(fused).rows] == [fused_state] * 2
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_variant_trains_and_saves_as_peft(kind: str, tmp_path: Path) -> None:
-    stock, fused = pair(KINDS[kind]())
-    assert_trains_alike(fused, stock, lambda model, step: model(batch()))
-    fused.load_state_dict(stock.state_dict())
-    assert_same_files(stock, fused, tmp_path)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_variant_with_dropout_equals_peft_with_the_same_mask(kind: str) -> None:
-    stock, fused = pair(KINDS[kind](lora_dropout=0.3).train())
-    set_masks(stock, {"default": 0.3})
-    assert_close_derived(seeded_results(fused, batch()), results(stock, batch()))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_variant_decodes_merges_and_switches_as_peft(kind: str) -> None:
-    stock, fused = (model.eval() for model in pair(KINDS[kind](f32)))
-    x = batch(f32)[:, :1]
-    with torch.no_grad():
-        for _ in range(3):  # the first call of a layer prepares the others
-            assert_close_derived(fused(x), stock(x))
-        for model in (stock, fused):
-            for name, p in model.named_parameters():
-                if ".lora_" in name:
-                    p.mul_(1.5)
-        assert_close_derived(fused(x), stock(x))
-        with stock.disable_adapter(), fused.disable_adapter():
-            assert_close_derived(fused(x), stock(x))
-        for change in ("merge_adapter", "unmerge_adapter"):
-            for model in (stock, fused):
-                getattr(model, change)()
-            assert_close_derived(fused(x), stock(x))
-
-
 @pytest.mark.parametrize(("r", "alpha"), [(3, 4), (R, ALPHA)])
 def test_two_kasas_share_a_call(r: int, alpha: int) -> None:
     """Stacked along the rank: the gate has each one's scaling and diagonal. PEFT refuses a KaSA
     beside plain LoRA."""
-    model = mlp(**KASA)
+    model = kasa_mlp()
     add_adapter(model, r=r, lora_alpha=alpha)
     stock, fused = pair(activate(model, "default", "second"))
     assert_close_derived(results(fused, batch()), results(stock, batch()))
@@ -128,7 +68,7 @@ def test_two_kasas_share_a_call(r: int, alpha: int) -> None:
 
 
 def test_kasa_of_rows_that_name_adapters_is_pefts() -> None:
-    stock, fused = pair(mlp(**KASA).eval())
+    stock, fused = pair(kasa_mlp().eval())
     names = ["default", "__base__", "default"]
     got, want = (results(m, batch(), adapter_names=names) for m in (fused, stock))
     assert_close_derived(got, want)
@@ -138,7 +78,7 @@ def test_kasa_of_rows_that_name_adapters_is_pefts() -> None:
 
 def test_kasa_loaded_on_meta_truncates_as_peft(tmp_path: Path) -> None:
     """PEFT then truncates the base weight in the layer's first forward, which stays PEFT's."""
-    mlp(f32, **KASA).save_pretrained(tmp_path)
+    kasa_mlp(f32).save_pretrained(tmp_path)
 
     def loaded() -> Any:
         torch.manual_seed(0)
@@ -450,15 +390,3 @@ def test_lora_fa_trains_as_peft() -> None:
     assert got.keys() == want.keys() and any(".lora_B." in name for name in got)
     assert not any(".lora_A." in name for name in got)
     assert_close_derived(got, want, layers=8)
-
-
-@pytest.mark.parametrize("frozen", [["lora_A"], ["lora_B"], ["lora_A", "lora_B"]], ids=str)
-def test_frozen_factors_leave_the_other_gradients_as_they_are(frozen: Sequence[str]) -> None:
-    model = mlp()
-    want = results(model, batch())
-    for name, p in model.named_parameters():
-        if any(f".{kind}." in name for kind in frozen):
-            p.requires_grad_(False)
-    got = results(fuse(model), batch())
-    assert set(want) - set(got) == {n for n in want if any(f".{k}." in n for k in frozen)}
-    assert_close_derived(got, {name: want[name] for name in got})

@@ -116,6 +116,7 @@ KINDS = {
     "mlp": Kind(MLP, batch(), ["up", "down"], 2),
     "embedding": Kind(Embedded, IDS, ["embedding", "linear"], 1),
     "gpt2": Kind(gpt2_with_biases, IDS, ["c_attn", "c_proj"], 6, {"fan_in_fan_out": True}),
+    "gpt2 with wte": Kind(gpt2, IDS, ["wte", "c_attn"], 2, {"fan_in_fan_out": True}),
     "bert": Kind(bert, IDS, "all-linear", 14),
     "llama": Kind(llama, IDS, "all-linear", 14),
     "qwen2": Kind(qwen2, IDS, "all-linear", 14),
@@ -168,21 +169,6 @@ def test_what_explain_says_is_what_runs(kind: Kind) -> None:
     # The gradient of a softmax is a difference, which loses a bit more.
     rtol = 2 * derived_rtol(torch.float32, layers=14)
     assert_close_derived(results(fused, x), results(stock, x), rtol)
-
-
-def test_explain_of_layers_left_to_peft_names_their_share_of_the_parameters() -> None:
-    """Experts whose base trains are PEFT's."""
-    _, fused = stock_and_fused(KINDS["qwen3_moe"])
-    unfuse(fused)
-    for name, p in fused.named_parameters():
-        p.requires_grad_(p.requires_grad or "gate_up_proj" in name)
-    explanation = explain(fuse(fused.float()))
-    reasons = {row.layer.rsplit(".mlp.")[-1]: row.reason for row in explanation.rows}
-    assert reasons["experts"] == reasons["experts.base_layer"] == "the base weight is trainable"
-    experts = sum(n for name, n in explanation.parameters.items() if "experts" in name)
-    words = f"2 not fused ({experts / sum(explanation.parameters.values()):.1%})"
-    if native.module is not None:
-        assert str(explanation).endswith(f"{words} of the LoRA parameters")
 
 
 # AdamW divides a gradient by its own size + eps, so that an error of δ in an element is worth up to

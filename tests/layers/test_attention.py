@@ -1,5 +1,3 @@
-import copy
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -96,12 +94,3 @@ def test_options_reach_the_projections():
     assert "num_heads=3, targets=('q', 'v')" in repr(attention)
     meta = LoRAAttention(HIDDEN, HEADS, device="meta")  # o_proj has no adapter
     assert all(p.is_meta for p in meta.parameters())
-
-
-def test_merged_copy_keeps_y():
-    attention = make_attention(targets=("q", "k", "v", "o"), dropout=0.5).eval()
-    other, hidden = copy.deepcopy(attention), torch.randn(L, HIDDEN, dtype=torch.float64)
-    for module in other.modules():
-        if isinstance(module, LoRALinear):
-            module.merge()
-    assert_close_derived(other(hidden), attention(hidden), 2e-12)  # as above

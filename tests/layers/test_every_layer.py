@@ -6,6 +6,7 @@ same bits.
 """
 
 import copy
+import io
 import math
 import pickle
 from typing import Any
@@ -204,9 +205,18 @@ def test_merge_rounds_once_to_the_base_dtype_whatever_autocast_says(name: str) -
 # Copies and compilers
 
 
+def through_torch_save(layer: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
 @every_kind
 @pytest.mark.parametrize("merged", [False, True])
-@pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+@pytest.mark.parametrize(
+    "clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), through_torch_save]
+)
 def test_copy_shares_nothing(kind: Kind, clone: Any, merged: bool) -> None:
     layer, x = kind.make().eval(), kind.input(5, 2)
     if merged:
@@ -553,43 +563,58 @@ HOOKS = ["forward_hook", "forward_pre_hook", "full_backward_hook", "full_backwar
 MAX_NORM = "got max_norm=1.5, want None: looking rows up would renormalize the frozen weight"
 
 
+NOT_LINEAR = [
+    (lambda: nn.Conv1d(12, 10, 1), "got Conv1d, want exactly torch.nn.Linear"),
+    (lambda: LoRALinear(12, 10), "got LoRALinear, want exactly"),
+    (lambda: Doubled(12, 10), "got Doubled, want exactly"),
+    (
+        lambda: nn.utils.parametrizations.weight_norm(linear()),
+        "got ParametrizedLinear, want exactly",
+    ),
+    (patched, "got one with hooks or a patched forward, want a stock one"),
+    (subclassed_weight, "got a weight of <class .*Quantized'>, want torch.nn.Parameter"),
+    *((lambda h=h: hooked(linear(), f"register_{h}"), "got one with hooks") for h in HOOKS),
+]
+NO_CONV1D = "conv: got Linear, want exactly transformers' Conv1D"
+NO_EMBEDDING = "want exactly torch.nn.Embedding"
+
+
 @pytest.mark.parametrize(
-    ("base", "message"),
+    ("build", "base", "error", "message"),
     [
-        (lambda: nn.Conv1d(12, 10, 1), "got Conv1d, want exactly torch.nn.Linear"),
-        (lambda: LoRALinear(12, 10), "got LoRALinear, want exactly"),
-        (lambda: Doubled(12, 10), "got Doubled, want exactly"),
+        *((LoRALinear.from_linear, base, TypeError, f"linear: {why}") for base, why in NOT_LINEAR),
+        *((QLoRALinear.from_linear, base, TypeError, f"linear: {why}") for base, why in NOT_LINEAR),
+        (LoRAConv1D.from_conv1d, linear, TypeError, NO_CONV1D),
+        (LoRAConv1D.from_conv1d, lambda: hooked(Conv1D(4, 4)), TypeError, "conv: got one with hoo"),
+        (LoRAEmbedding.from_embedding, linear, TypeError, f"embedding: got Linear, {NO_EMBEDDING}"),
         (
-            lambda: nn.utils.parametrizations.weight_norm(linear()),
-            "got ParametrizedLinear, want exactly",
+            LoRAEmbedding.from_embedding,
+            lambda: Scaled(53, 72),
+            TypeError,
+            f"embedding: got Scaled, {NO_EMBEDDING}",
         ),
-        (patched, "got one with hooks or a patched forward, want a stock one"),
-        (subclassed_weight, "got a weight of <class .*Quantized'>, want torch.nn.Parameter"),
-        *((lambda h=h: hooked(linear(), f"register_{h}"), "got one with hooks") for h in HOOKS),
-    ],
-)
-def test_from_linear_refuses_what_is_not_stock(base, message) -> None:
-    for cls in (LoRALinear, QLoRALinear):
-        with pytest.raises(TypeError, match=f"^linear: {message}"):
-            cls.from_linear(base())
-
-
-@pytest.mark.parametrize(
-    ("base", "error", "message"),
-    [
-        (linear, TypeError, "got Linear, want exactly torch.nn.Embedding"),
-        (lambda: Scaled(53, 72), TypeError, "got Scaled, want exactly torch.nn.Embedding"),
         (
+            LoRAEmbedding.from_embedding,
             lambda: hooked(nn.Embedding(53, 72)),
             TypeError,
-            "got one with hooks or a patched forward",
+            "embedding: got one with hooks or a patched forward",
         ),
-        (lambda: nn.Embedding(53, 72, max_norm=1.5), ValueError, MAX_NORM),
-        (lambda: nn.Embedding(53, 72, max_norm=0.0), ValueError, "got max_norm=0.0"),
+        (
+            LoRAEmbedding.from_embedding,
+            lambda: nn.Embedding(53, 72, max_norm=1.5),
+            ValueError,
+            f"embedding: {MAX_NORM}",
+        ),
+        (
+            LoRAEmbedding.from_embedding,
+            lambda: nn.Embedding(53, 72, max_norm=0.0),
+            ValueError,
+            "embedding: got max_norm=0.0",
+        ),
     ],
 )
-def test_from_embedding_refuses_what_is_not_stock(base, error, message) -> None:
-    embedding = base()
-    with pytest.raises(error, match=f"^embedding: {message}"):
-        LoRAEmbedding.from_embedding(embedding)
-    assert embedding.weight.requires_grad
+def test_layer_over_what_is_not_stock_is_refused(build, base, error, message) -> None:
+    module = base()
+    with pytest.raises(error, match=f"^{message}"):
+        build(module)
+    assert any(p.requires_grad for p in module.parameters())

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lora_kernels import reference
 from lora_kernels.bench import tolerance
-from lora_kernels.layers import LoRAGroup, LoRALinear, QLoRAGroup, QLoRALayer, lora_state_dict
+from lora_kernels.layers import LoRAGroup, QLoRAGroup, QLoRALayer, lora_state_dict
 from tests.support.assertions import assert_bitwise_equal, assert_close_derived
 from tests.support.peft_models import count_ops
 
@@ -139,46 +139,9 @@ def test_decoding_sees_new_values(alternate: bool, mode: Any, cls: Any) -> None:
         with mode():
             got = group(x)
         with torch.enable_grad():
-            want = group(x)
+            want = copy.deepcopy(group)(x)  # which keeps nothing
+            assert_bitwise_equal(group(x), want)
         assert_close_derived(got, want)
-
-
-@pytest.mark.parametrize("cls", CLASSES)
-def test_updates_follow_separate_layers(cls: Any) -> None:
-    """50 steps of SGD: the members' own layers, whose weights are views of the group's."""
-    group = make(cls)
-    dense = group._dense_weight().detach()
-    apart, n = {}, 0
-    for name, size in MEMBERS.items():
-        linear = nn.Linear(K, size)
-        linear.weight = nn.Parameter(dense[n : n + size].clone())
-        linear.bias = nn.Parameter(group.bias[n : n + size].clone())
-        n += size
-        if name in group.targets:
-            apart[name] = LoRALinear.from_linear(linear, R, ALPHA)
-            with torch.no_grad():
-                apart[name].lora_A.copy_(group.member(name).lora_A)
-                apart[name].lora_B.copy_(group.member(name).lora_B)
-        else:
-            apart[name] = linear.requires_grad_(False)
-    params = [p for m in apart.values() for p in m.parameters() if p.requires_grad]
-    optimizers = [torch.optim.SGD(p, lr=0.02) for p in (leaves(group), params)]
-    for step in range(50):
-        torch.manual_seed(step)
-        x = torch.randn(8, K)
-        for optimizer, call in zip(
-            optimizers, (group, lambda x: [m(x) for m in apart.values()]), strict=True
-        ):
-            optimizer.zero_grad()
-            sum(y.square().mean() for y in call(x)).backward()
-            optimizer.step()
-    got, want = (
-        [member.lora_A for member in members] + [member.lora_B for member in members]
-        for members in zip(*((group.member(n), apart[n]) for n in group.targets), strict=True)
-    )
-    # Each of 50 steps rounds a parameter once, and its gradient errs as a layer's sums of at most
-    # 40 terms do, which the loss contracts.
-    assert_close_derived(got, want, terms=K, layers=50)
 
 
 @pytest.mark.parametrize("cls", CLASSES)
@@ -193,7 +156,7 @@ def test_saved_copied_and_compiled(cls: Any) -> None:
     assert set(lora_state_dict(group)) == {"lora_A", "lora_B"}
     torch._dynamo.reset()
     compiled = torch.compile(group, fullgraph=True, backend="aot_eager")
-    for same in (other, copy.deepcopy(group), pickle.loads(pickle.dumps(group))):
+    for same in (group, other, copy.deepcopy(group), pickle.loads(pickle.dumps(group))):
         assert_bitwise_equal(results(same, x, dys), want)
     assert_bitwise_equal(compiled(x), want[:3])
     assert copy.deepcopy(group)._cache.wide_B is None

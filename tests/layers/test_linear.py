@@ -1,4 +1,4 @@
-"""LoRALinear's own: its starts, dtypes, masks and the base that it shares.
+"""LoRALinear's own, and LoRAConv1D's: starts, dtypes, masks and the base that they share.
 
 Properties of every layer are in test_every_layer.py.
 """
@@ -6,8 +6,10 @@ Properties of every layer are in test_every_layer.py.
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-from lora_kernels.layers import LoRALinear
+from lora_kernels.layers import LoRAConv1D, LoRALinear
+from tests.support.assertions import assert_close_derived
 from tests.support.models import KINDS
 
 make = KINDS["linear_bias"].make
@@ -120,7 +122,18 @@ def test_from_linear_checks_its_arguments_before_freezing():
     assert linear.weight.requires_grad
 
 
-def test_gaussian_init_has_the_deviation_of_the_rank() -> None:
-    # 1/r = 0.25; the deviation of n = 40,000 normals is known to 1/sqrt(2n) = 0.35 %.
-    gaussian = LoRALinear(10_000, 2, r=4, init="gaussian").lora_A
-    assert abs(gaussian.std().item() / 0.25 - 1) < 5 * 0.0036
+def test_from_conv1d_shares_its_base_and_starts_as_it() -> None:
+    conv = Conv1D(72, 67)
+    layer, x = LoRAConv1D.from_conv1d(conv, r=5), torch.randn(33, 67)
+    assert layer.weight is conv.weight and layer.bias is conv.bias
+    assert not conv.weight.requires_grad
+    assert_close_derived(layer(x), conv(x))
+    layer.enabled = False
+    assert_close_derived(layer(x), conv(x))
+
+
+def test_conv1d_layer_starts_as_gpt2_does() -> None:
+    torch.manual_seed(0)
+    layer = LoRAConv1D(256, 128)
+    assert layer.weight.shape == (256, 128) and not layer.weight.requires_grad
+    assert abs(layer.weight.std() / 0.02 - 1) < 0.02 and not layer.bias.any()

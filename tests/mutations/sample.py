@@ -45,15 +45,14 @@ TESTS = {
         "test_lora_experts_linear_of_bad_input_names_the_argument",
     ),
     "autograd.py": "tests/autograd",
-    "ops.py": "tests/ops/test_exact.py tests/autograd tests/ops/test_leading_dimensions.py",
+    "ops.py": "tests/ops/test_exact.py tests/autograd",
     "selection.py": "tests/ops/test_selection.py tests/ops/test_exact.py "
     "tests/ops/test_eager_gpu.py",
     "core/reference.py": "tests/reference",
     "backends/eager.py": "tests/ops/test_exact.py tests/ops/test_eager_gpu.py "
     "tests/bench/test_traffic.py",
     "backends/cpu.py": "tests/ops/test_exact.py tests/ops/test_multi_lora_linear.py",
-    "peft/linear.py": f"{PEFT} tests/interop/test_mixed_batch.py tests/interop/test_decoding.py "
-    "tests/interop/test_dora.py",
+    "peft/linear.py": f"{PEFT} tests/interop/test_mixed_batch.py tests/interop/test_decoding.py",
     "peft/eligibility.py": f"{PEFT} tests/interop/test_foreign_base.py "
     "tests/interop/test_frozen.py",
     "peft/experts.py": "tests/interop/test_experts.py",
@@ -61,7 +60,7 @@ TESTS = {
     "backends/cpu_experts.py": "tests/ops/test_lora_experts.py",
     "backends/eager_experts.py": "tests/ops/test_lora_experts.py",
     "peft/swap.py": f"{PEFT} tests/interop/test_lifecycle.py tests/interop/test_frozen.py",
-    "peft/adalora.py": "tests/interop/test_adalora.py tests/interop/test_layer_kinds.py",
+    "peft/adalora.py": "tests/interop/test_equivalence.py tests/interop/test_layer_kinds.py",
     "peft/report.py": "tests/interop/test_explain.py tests/interop/test_gpu_path.py",
     "peft/traffic.py": "tests/interop/test_gpu_path.py",
 }

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 import lora_kernels
-from lora_kernels import lora_experts_linear, lora_linear, ops, reference
+from lora_kernels import lora_experts_linear, ops, reference
 from lora_kernels.backends import eager_experts
-from lora_kernels.bench.case import EAGERS, give_mask, run
+from lora_kernels.bench.case import give_mask, run
 from lora_kernels.core.call import ExpertsOperands, ExpertsSpec
 from lora_kernels.quantization import quantize_4bit
 from tests.ops.engines import every_engine, every_thread_count
@@ -136,18 +136,6 @@ def test_lora_experts_linear_of_offsets_in_32_bits_or_a_column_is_the_same(engin
         assert all(torch.equal(got[name], want[name]) for name in want)
 
 
-def test_lora_experts_linear_of_one_expert_is_lora_linear() -> None:
-    args = inputs(ExpertsCase((9,), 33, 64, 5, tail=0, dropout_p=0.25))
-    got = run(lora_experts_linear, args)
-    one = {n: t[0] if n in ("weight", "lora_A", "lora_B", "bias") else t for n, t in args.items()}
-    dy = one.pop("dy")
-    del one["offsets"], one["is_transposed"]
-    y = lora_linear(**one)
-    wanted = torch.autograd.grad(y, [args[n] for n in ("x", "lora_A", "lora_B", "bias")], dy)
-    for a, b in zip(got.values(), [y, *wanted], strict=True):
-        torch.testing.assert_close(a, b.detach(), rtol=1e-6, atol=1e-6)
-
-
 def test_gradcheck_of_lora_experts_linear_passes() -> None:
     args = inputs(ExpertsCase((2, 0, 3), 4, 5, 2, tail=1, dtype=f64, dropout_p=0.25))
     del args["dy"]
@@ -157,16 +145,6 @@ def test_gradcheck_of_lora_experts_linear_passes() -> None:
         return lora_experts_linear(**{**args, **dict(zip(names, tensors, strict=True))})
 
     assert torch.autograd.gradcheck(call, [args[name] for name in names])
-
-
-def test_lora_experts_linear_twice_differentiated_raises() -> None:
-    args = inputs(ExpertsCase((2, 3), 4, 5, 2))
-    dy = args.pop("dy")
-    (dx,) = torch.autograd.grad(
-        lora_experts_linear(**args), args["x"], dy.requires_grad_(), create_graph=True
-    )
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        dx.sum().backward()
 
 
 def op_arguments(quant: str, backward: bool) -> tuple[Any, ...]:
@@ -200,32 +178,6 @@ def test_lora_experts_linear_compiled_whole_has_the_same_bits(quant: str) -> Non
     assert all(torch.equal(got[name], want[name]) for name in want)
 
 
-def test_lora_experts_linear_intercepted_with_dropout_has_the_same_gradients() -> None:
-    """A dispatch mode sees the ops, which give what the direct calls give."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    args = inputs(ExpertsCase((2, 0, 3), 32, 64, 8, dropout_p=0.25))
-    want = run(lora_experts_linear, args)
-    with FlopCounterMode(display=False):
-        got = run(lora_experts_linear, args)
-    assert all(torch.equal(got[name], want[name]) for name in want)
-
-
-@pytest.mark.parametrize("dtype", [f32, bf16], ids=str)
-def test_lora_experts_linear_under_autocast_computes_in_its_dtype(dtype: torch.dtype) -> None:
-    """Exactly what x and weight in bfloat16 give, if lora_B is zero."""
-    args = inputs(ExpertsCase((4, 5), 32, 64, 8, dtype=dtype, adapter_dtype=f32))
-    x, weight, offsets, A, bias = (
-        args[n] if n == "offsets" else args[n].detach()
-        for n in ("x", "weight", "offsets", "lora_A", "bias")
-    )
-    B = torch.zeros(2, 32, 8)
-    with torch.autocast("cpu", bf16):
-        y = lora_experts_linear(x, weight, A, B, offsets, 1.0, bias)
-    want = lora_experts_linear(x.to(bf16), weight.to(bf16), A, B, offsets, 1.0, bias)
-    assert y.dtype is bf16 and torch.equal(y, want)
-
-
 def test_lora_experts_linear_by_a_backend_without_kernels_raises() -> None:
     args = inputs(ExpertsCase((2, 3), 4, 5, 2))
     del args["dy"]
@@ -256,18 +208,6 @@ def test_calls_that_grouped_mm_refuses_run_expert_by_expert() -> None:
     aligned, shifted = (memory[i : i + 2 * 32 * 64].view(2, 32, 64) for i in (0, 1))
     assert eager_experts._is_aligned(aligned) and not eager_experts._is_aligned(shifted)
     assert not eager_experts._is_aligned(torch.empty(32, 64, 4).permute(2, 0, 1))
-
-
-@pytest.mark.parametrize("engine", EAGERS, indirect=True)
-@pytest.mark.parametrize("R", [3, 8])  # 3: expert by expert
-def test_gradients_have_the_mask_that_the_forward_drew(R: int, engine: str) -> None:
-    """y is linear in A, so that <dA, A> is what the adapter adds to <dy, y>."""
-    args = inputs(ExpertsCase(ROWS, 32, 64, R, bias=False, dropout_p=0.5))
-    args["rng"], dy, A = None, args.pop("dy"), args["lora_A"]
-    y = lora_experts_linear(**args)
-    base = lora_experts_linear(args["x"], args["weight"], None, None, args["offsets"])
-    (dA,) = torch.autograd.grad(y, A, dy)
-    assert (dA * A).sum().item() == pytest.approx((dy * (y - base)).sum().item(), rel=1e-3)
 
 
 def test_backward_of_adapters_alone_decodes_no_expert(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,11 +7,19 @@ import pytest
 import torch
 
 import lora_kernels
+from lora_kernels.backends import cpu, native
 from lora_kernels.bench import case as cases
 from lora_kernels.bench.case import LAYOUTS, Case
-from tests.ops.engines import every_engine, every_thread_count, every_tiled_engine, ways
+from tests.ops.engines import (
+    every_engine,
+    every_native_engine,
+    every_thread_count,
+    every_tiled_engine,
+    ways,
+)
 from tests.ops.shapes import NARROW, RANKS, ROWS, WIDE
 from tests.support import problems
+from tests.support.assertions import assert_close_derived
 from tests.support.engines import check
 from tests.support.problems import FULL, bf16, f16, f32
 
@@ -70,6 +78,7 @@ def some_cases() -> list[Case]:
             chosen.append(Case(M, 65, 63, 5, dtype, x_layout=layout, dropout_p=0.1))
             if "d" not in layout[:2]:  # dy takes its leading dimensions from x
                 chosen.append(Case(30, 65, 63, 5, dtype, dy_layout=layout, bias=True))
+                chosen.append(Case(30, 65, 63, 5, dtype, dy_layout=layout, column_scale=True))
         chosen.append(Case(30, 65, 63, 5, dtype, x_layout="4d", dy_layout="expanded"))
         # Up to as many rows as the weight is streamed for: passes of several, sums in several
         # chains, fewer rows of the weight than are dotted side by side, and one to three left over.
@@ -199,10 +208,11 @@ def test_lora_linear_without_gradients_has_the_same_bits(
         args.pop("dy")
         with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
             want = lora_kernels.lora_linear(**args)
-            with torch.no_grad():
-                got = lora_kernels.lora_linear(**args)
-        assert want.requires_grad and not got.requires_grad and torch.equal(got, want)
-        assert got.dtype is want.dtype
+            for guard in (torch.no_grad, torch.inference_mode):
+                with guard():
+                    got = lora_kernels.lora_linear(**args)
+                assert want.requires_grad and not got.requires_grad and torch.equal(got, want)
+                assert got.dtype is want.dtype
 
 
 def test_autocast_on_a_cpu_keeps_the_adapters_bits() -> None:
@@ -213,3 +223,35 @@ def test_autocast_on_a_cpu_keeps_the_adapters_bits() -> None:
     with torch.autocast("cpu", bf16), torch.no_grad():
         a, b = (lora_kernels.lora_linear(**each) for each in (args, rounded))
     assert a.dtype is b.dtype is bf16 and not torch.equal(a, b)
+
+
+@pytest.mark.parametrize("M", [1, 5, 40])
+@every_native_engine
+def test_lora_linear_of_strided_vectors_and_a_transposed_B_is_as_of_contiguous_ones(
+    M: int, engine: str
+) -> None:
+    args = cases.inputs(Case(M, 40, 64, 6, f32, gate=True, column_scale=True, bias=True))
+    want = cases.run(lora_kernels.lora_linear, args)
+    for name in ("rank_gate", "column_scale", "bias"):
+        every_second = torch.stack([args[name].detach(), torch.full_like(args[name], 9.0)], 1)
+        strided = every_second[:, 0]
+        assert not strided.is_contiguous()
+        args[name] = strided.requires_grad_(args[name].requires_grad)
+    B = args["lora_B"].detach().t().contiguous().t()
+    args["lora_B"] = B.requires_grad_(args["lora_B"].requires_grad)
+    got = cases.run(lora_kernels.lora_linear, args)
+    assert_close_derived(got, want, layers=1)
+
+
+@pytest.mark.skipif(native.module is None, reason="the native kernels were not built")
+@pytest.mark.parametrize("strategy", [cpu.LIBRARY, None], ids=["library", "chosen"])
+@pytest.mark.parametrize("rows", [1, 3, 40])
+def test_lora_linear_of_rows_apart_under_autocast_has_the_bits_of_rows_together(
+    rows: int, strategy: str | None
+) -> None:
+    torch.manual_seed(0)
+    apart = torch.randn(rows, 20)[:, :10]
+    rest = torch.randn(7, 10), torch.randn(3, 10), torch.randn(7, 3)
+    with lora_kernels.backend("cpu", strategy), torch.autocast("cpu", bf16):
+        y = lora_kernels.lora_linear(apart, *rest, 2.0)
+        assert torch.equal(y, lora_kernels.lora_linear(apart.contiguous(), *rest, 2.0))

@@ -15,7 +15,7 @@ from lora_kernels.backends import cpu, decode4bit, native
 from lora_kernels.backends.decode4bit import encode
 from lora_kernels.bench import case as cases
 from lora_kernels.bench.case import Case
-from lora_kernels.quantization import Weight4bit, codebooks, quantize_4bit
+from lora_kernels.quantization import codebooks, quantize_4bit
 from tests.ops.engines import every_engine, every_native_engine, ways
 from tests.support import exact
 from tests.support.engines import check
@@ -355,7 +355,3 @@ def test_lora_linear_of_bad_4bit_arguments_raises(
     }
     with pytest.raises(error, match=words):
         lora_kernels.lora_linear(**{**args, **change})
-
-
-def test_quantize_4bit_returns_the_public_type() -> None:
-    assert isinstance(quantize_4bit(torch.ones(8, 64)), Weight4bit)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from lora_kernels import ops
+from lora_kernels import head_ops, ops
 from lora_kernels.core import call
 from lora_kernels.core.packed4bit import Packed4bit
 
@@ -14,29 +14,37 @@ FORWARD = (call.Operands, call.Spec)
 BACKWARD = (call.Operands, call.Saved, call.Spec, call.Needs)
 MULTI_FORWARD = (call.MultiOperands, call.MultiSpec)
 MULTI_BACKWARD = (call.MultiOperands, call.Saved, call.MultiSpec, call.MultiNeeds)
-TYPES: dict[str, tuple[tuple[Any, ...], set[str]]] = {  # types, and fields that an op leaves out
-    "lora_linear": (FORWARD, set()),
-    "lora_linear_backward": (BACKWARD, {"mask"}),
-    "multi_lora_linear": (MULTI_FORWARD, set()),
-    "multi_lora_linear_backward": (MULTI_BACKWARD, {"z", "mask"}),
+HEAD = (call.HeadOperands, call.HeadSpec)
+NEEDS = (call.Needs, call.MultiNeeds, call.HeadNeeds)
+ROWS = ["dlog_probs", "dentropy", "largest_logit", "sum_exp", "entropy"]
+# The arguments before the types' fields, the types, and fields that an op leaves out.
+TYPES: dict[str, tuple[list[str], tuple[Any, ...], set[str]]] = {
+    "lora_linear": ([], FORWARD, set()),
+    "lora_linear_backward": (["dy"], BACKWARD, {"mask"}),
+    "multi_lora_linear": ([], MULTI_FORWARD, set()),
+    "multi_lora_linear_backward": (["dy"], MULTI_BACKWARD, {"z", "mask"}),
+    "lora_cross_entropy": ([], (*HEAD, call.HeadNeeds), set()),
+    "lora_log_probs": ([], (*HEAD, call.HeadOutputs), set()),
+    "lora_log_probs_backward": (ROWS, (*HEAD, call.HeadNeeds), set()),
 }
 
 
 @pytest.mark.parametrize("suffix", ["", "_4bit"])
 @pytest.mark.parametrize("name", TYPES)
 def test_schema_arguments_are_the_fields_of_the_call_types(name: str, suffix: str) -> None:
-    types, left_out = TYPES[name]
-    want = ["dy"] if name.endswith("backward") else []
+    first, types, left_out = TYPES[name]
+    want = [*first]
     for each in types:
-        prefix = "need_" if each in (call.Needs, call.MultiNeeds) else ""
+        prefix = "need_" if each in NEEDS else ""
         want += [prefix + field for field in each._fields if field not in left_out]
     if suffix:
         at = want.index("weight")
         want[at : at + 1] = Packed4bit._fields
-    schema = getattr(ops, name + suffix)._schema
+    schema = getattr(ops if "linear" in name else head_ops, name + suffix)._schema
     assert [argument.name for argument in schema.arguments] == want
 
 
 def test_grads_have_the_fields_of_needs() -> None:
     assert call.Grads._fields == call.Needs._fields
     assert call.MultiGrads._fields == call.MultiNeeds._fields
+    assert call.HeadGrads._fields == call.HeadNeeds._fields

@@ -1,6 +1,7 @@
 """The choice of a backend, and the errors if it cannot run."""
 
 import contextlib
+import itertools
 import os
 import re
 import subprocess
@@ -67,137 +68,111 @@ class Processor(NamedTuple):
     intel: bool = False
 
 
-AMX = Processor("amxbf16", amx=True, intel=True)
-
-
 @pytest.fixture
 def choose_on(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """The choice on a processor for a problem of a dtype and rank 8; other fields by name.
+    """The choice on a processor for a problem of a dtype and rank 8; other fields by name."""
 
-    Without a number of rows: the strategies by the first row of each."""
-
-    def choose_on(on: Processor, dtype: torch.dtype, rows: int | None, **fields: Any) -> Any:
+    def choose_on(on: Processor, dtype: torch.dtype, **fields: Any) -> Choice:
         values = {"reason": None, "isa": on.isa, "amx_bf16": on.amx, "intel": on.intel}
         for name, value in values.items():
             monkeypatch.setattr(native, name, value)
-        problem = Problem("cpu", dtype, dtype, dtype, dtype, 8, **fields)
-        if rows is not None:
-            return selection.choose(problem._replace(rows=rows))
-        return {first: choice.strategy for first, choice in predict.choose_by_rows(problem)}
+        return selection.choose(Problem("cpu", dtype, dtype, dtype, dtype, 8, **fields))
 
     return choose_on
 
 
-@pytest.mark.parametrize(
-    ("isa", "amx", "dtype", "four_bit", "rows", "strategy"),
-    [
-        ("avx512bf16", False, f32, False, 1, cpu.GEMV),
-        ("avx512bf16", False, f32, False, 16, cpu.GEMV),
-        ("avx512bf16", False, f32, False, 17, cpu.FUSED),
-        ("avx512", False, f32, False, 17, cpu.FUSED),
-        ("avx512bf16", True, f32, False, 17, cpu.FUSED),
-        ("avx512bf16", False, bf16, False, 16, cpu.GEMV),
-        ("avx512bf16", False, bf16, False, 17, cpu.FUSED),
-        ("avx512bf16", True, bf16, False, 16, cpu.GEMV),
-        ("avx512bf16", True, bf16, False, 17, cpu.LIBRARY),
-        ("amxbf16", True, bf16, False, 6, cpu.GEMV),
-        ("amxbf16", True, bf16, False, 7, cpu.FUSED),
-        ("amxbf16", True, f32, False, 16, cpu.GEMV),
-        ("amxbf16", True, f32, False, 999, cpu.FUSED),
-        ("avx2", False, f32, False, 16, cpu.GEMV),
-        ("avx2", False, f32, False, 17, cpu.LIBRARY),
-        ("scalar", False, f32, False, 4, cpu.GEMV),
-        ("scalar", False, f32, False, 5, cpu.LIBRARY),
-        ("scalar", False, bf16, False, 1, cpu.LIBRARY),
-        ("avx512bf16", False, bf16, True, 32, cpu.GEMV_4BIT),
-        ("avx512bf16", False, bf16, True, 33, cpu.FUSED),
-        ("avx512bf16", True, bf16, True, 33, cpu.LIBRARY),
-        ("amxbf16", True, bf16, True, 6, cpu.GEMV_4BIT),
-        ("amxbf16", True, bf16, True, 7, cpu.FUSED),
-        ("amxbf16", True, f32, True, 11, cpu.GEMV_4BIT),
-        ("amxbf16", True, f32, True, 12, cpu.FUSED),
-        ("avx2", False, bf16, True, 32, cpu.GEMV_4BIT),
-        ("avx2", False, bf16, True, 33, cpu.LIBRARY),
-    ],
-)
-def test_choose_by_instruction_set_and_rows_takes_the_fastest(
-    choose_on: Any,
-    isa: str,
-    amx: bool,
-    dtype: torch.dtype,
-    four_bit: bool,
-    rows: int,
-    strategy: str,
-) -> None:
-    choice = choose_on(Processor(isa, amx), dtype, rows, four_bit=four_bit)
-    assert choice.strategy == strategy
-    library = strategy == cpu.LIBRARY
-    assert ("AMX" in choice.reason) == (amx and isa != "amxbf16" and dtype is bf16 and library)
+FEW, FEW_4BIT, FUSED, LIBRARY = cpu.GEMV, cpu.GEMV_4BIT, cpu.FUSED, cpu.LIBRARY
+AMX = Processor("amxbf16", amx=True, intel=True)
+INTEL = Processor("avx512", intel=True)
+BESIDE_AMX = Processor("avx512bf16", amx=True)  # oneDNN's, which this build lacks
+CODES = {"four_bit": True}
+
+
+def sizes(columns: int, inner: int, **fields: Any) -> dict[str, Any]:
+    return {"columns": columns, "inner": inner, **fields}
 
 
 @pytest.mark.parametrize(
-    ("isa", "rows", "columns", "inner", "strategy"),
+    ("on", "dtype", "fields", "strategies"),
     [
-        ("avx512bf16", 16, 4095, 4096, cpu.GEMV_4BIT),
-        ("avx512bf16", 17, 4095, 4096, cpu.FUSED),
-        ("avx512bf16", 32, 2048, 8192, cpu.GEMV_4BIT),
-        ("avx512", 32, 4096, 4096, cpu.GEMV_4BIT),
-        ("avx512", 33, 4096, 4096, cpu.FUSED),
-        ("avx2", 33, 4096, 4096, cpu.LIBRARY),
-        ("amxbf16", 12, 4096, 4096, cpu.FUSED),
+        (Processor("scalar"), f32, {}, {1: FEW, 5: LIBRARY}),
+        (Processor("scalar"), bf16, {}, {1: LIBRARY}),
+        (Processor("scalar"), bf16, CODES, {1: FEW_4BIT, 9: LIBRARY}),
+        (Processor("avx2"), f32, {}, {1: FEW, 17: LIBRARY}),
+        (Processor("avx2"), bf16, CODES, {1: FEW_4BIT, 33: LIBRARY}),
+        (Processor("avx512"), f32, {}, {1: FEW, 17: FUSED}),
+        (Processor("avx512"), bf16, {}, {1: FEW, 17: FUSED}),
+        (Processor("avx512bf16"), f32, {}, {1: FEW, 17: FUSED}),
+        (Processor("avx512bf16"), bf16, {}, {1: FEW, 17: FUSED}),
+        (Processor("avx512bf16"), bf16, CODES, {1: FEW_4BIT, 33: FUSED}),
+        (BESIDE_AMX, f32, {}, {1: FEW, 17: FUSED}),
+        (BESIDE_AMX, bf16, {}, {1: FEW, 17: LIBRARY}),
+        (BESIDE_AMX, bf16, CODES, {1: FEW_4BIT, 33: LIBRARY}),
+        (Processor("amxbf16", amx=True), f32, {}, {1: FEW, 17: FUSED}),
+        # AVX-512 decodes more rows of large weights as they are read: of 2²⁴ elements and more.
+        (Processor("avx512bf16"), f32, sizes(4095, 4096, **CODES), {1: FEW_4BIT, 17: FUSED}),
+        (Processor("avx512bf16"), f32, sizes(2048, 8192, **CODES), {1: FEW_4BIT, 33: FUSED}),
+        (Processor("avx512"), f32, sizes(4096, 4096, **CODES), {1: FEW_4BIT, 33: FUSED}),
+        # Large float32 GEMMs on Intel are MKL's.
+        (INTEL, f32, sizes(1000, 1000), {1: FEW, 17: FUSED, 280: LIBRARY}),
+        (INTEL, f32, sizes(2000, 1000), {1: FEW, 17: FUSED, 140: LIBRARY}),
+        (INTEL, f32, sizes(1000, 2000), {1: FEW, 17: FUSED, 140: LIBRARY}),
+        (INTEL, f32, sizes(20_000, 7000), {1: FEW, 17: LIBRARY}),
+        (INTEL, f32, sizes(1000, 1000, **CODES), {1: FEW_4BIT, 17: FUSED}),
+        (INTEL, bf16, sizes(1000, 1000), {1: FEW, 17: FUSED}),
+        # Those beside AMX oneDNN's, float32 up to 127 rows.
+        (AMX, bf16, sizes(20_000, 10_000), {1: FEW, 7: FUSED, 513: LIBRARY}),
+        (AMX, bf16, sizes(10_000, 1000), {1: FEW, 7: FUSED, 1000: LIBRARY}),
+        (AMX, bf16, sizes(10_000, 1000, **CODES), {1: FEW_4BIT, 7: FUSED}),
+        (AMX, f32, sizes(10_000, 1000), {1: FEW, 17: FUSED, 28: LIBRARY, 128: FUSED}),
+        (AMX, f32, sizes(20_000, 7000), {1: FEW, 17: LIBRARY, 128: FUSED}),
+        (AMX, f32, sizes(1000, 1000), {1: FEW, 17: FUSED}),
+        (AMX, f32, sizes(4096, 4096, **CODES), {1: FEW_4BIT, 12: FUSED}),
+        # A weight of columns is not streamed.
+        (Processor("avx512"), f32, {"layout": Layout(columns=True)}, {1: LIBRARY, 2: FUSED}),
+        (Processor("avx2"), f32, {"layout": Layout(columns=True)}, {1: LIBRARY}),
     ],
-)
-def test_choose_for_codes_of_large_weights_decodes_few_rows_as_read(
-    choose_on: Any, isa: str, rows: int, columns: int, inner: int, strategy: str
-) -> None:
-    sizes = {"four_bit": True, "columns": columns, "inner": inner}
-    assert choose_on(Processor(isa), f32, rows, **sizes).strategy == strategy
-    few, many = choose_on(Processor(isa), f32, None, **sizes).items()
-    limit = rows if strategy == cpu.GEMV_4BIT else rows - 1
-    assert few == (1, cpu.GEMV_4BIT) and many[0] == limit + 1 and many[1] != cpu.GEMV_4BIT
-
-
-FEW, FUSED, LIBRARY = cpu.GEMV, cpu.FUSED, cpu.LIBRARY
-
-
-@pytest.mark.parametrize(
-    ("on", "dtype", "columns", "inner", "strategies"),
-    [
-        (Processor("avx2"), f32, 512, 512, {1: FEW, 17: LIBRARY}),
-        (Processor("scalar"), bf16, 512, 512, {1: LIBRARY}),
-        (Processor("avx512"), bf16, 512, 512, {1: FEW, 17: FUSED}),
-        (Processor("avx512", intel=True), f32, 1000, 1000, {1: FEW, 17: FUSED, 280: LIBRARY}),
-        (Processor("avx512", intel=True), f32, 20_000, 7000, {1: FEW, 17: LIBRARY}),
-        (AMX, bf16, 10_000, 1000, {1: FEW, 7: FUSED, 1000: LIBRARY}),
-        (AMX, f32, 10_000, 1000, {1: FEW, 17: FUSED, 28: LIBRARY, 128: FUSED}),
-        (AMX, f32, 20_000, 7000, {1: FEW, 17: LIBRARY, 128: FUSED}),
-        (AMX, f32, 1000, 1000, {1: FEW, 17: FUSED}),
-    ],
+    ids=str,
 )
 def test_choose_by_rows_starts_each_strategy_at_its_row(
     choose_on: Any,
     on: Processor,
     dtype: torch.dtype,
-    columns: int,
-    inner: int,
+    fields: dict[str, Any],
     strategies: dict[int, str],
 ) -> None:
-    assert choose_on(on, dtype, None, columns=columns, inner=inner) == strategies
+    choose_on(on, dtype)  # on that processor from here on
+    problem = Problem("cpu", dtype, dtype, dtype, dtype, 8, **fields)
+    found = predict.choose_by_rows(problem)
+    assert {first: choice.strategy for first, choice in found if choice} == strategies
+    is_fused = on.isa in cpu.FUSED_ISAS
+    for first, choice in found:
+        library = choice.strategy == LIBRARY and is_fused and first > 1
+        said = {
+            "the library multiplies with AMX": library and on is BESIDE_AMX,
+            "base GEMMs run in MKL or oneDNN": library and on is not BESIDE_AMX,
+            "float32 as three bfloat16": "amx" in on.isa and dtype is f32 and first > 1,
+        }
+        assert {words: words in choice.reason for words in said} == said
 
 
 def test_choose_on_another_processor_is_its_own(
     choose_on: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No choice is kept beyond a change of the processor alone."""
-    sizes = {"columns": 1000, "inner": 1000}
-    for intel, strategy in ((True, LIBRARY), (False, FUSED), (True, LIBRARY)):
-        assert choose_on(Processor("avx512", intel=intel), f32, 300, **sizes).strategy == strategy
-    for amx, strategy in ((True, LIBRARY), (False, FUSED)):
-        assert choose_on(Processor("avx512", amx=amx), bf16, 300, **sizes).strategy == strategy
-    for isa, strategy in (("avx2", LIBRARY), ("avx512", FUSED)):
-        assert choose_on(Processor(isa), f32, 300, **sizes).strategy == strategy
+    fields = sizes(1000, 1000, rows=300)
+    for on, dtype, strategy in (
+        (INTEL, f32, LIBRARY),
+        (Processor("avx512"), f32, FUSED),
+        (INTEL, f32, LIBRARY),
+        (Processor("avx512", amx=True), bf16, LIBRARY),
+        (Processor("avx512"), bf16, FUSED),
+        (Processor("avx2"), f32, LIBRARY),
+        (Processor("avx512"), f32, FUSED),
+    ):
+        assert choose_on(on, dtype, **fields).strategy == strategy
     monkeypatch.setattr(native, "reason", "not built")
-    problem = Problem("cpu", f32, f32, f32, f32, 8, 300, **sizes)
+    problem = Problem("cpu", f32, f32, f32, f32, 8, **fields)
     assert selection.choose(problem) == Choice("eager", LIBRARY, "not built")
 
 
@@ -235,85 +210,6 @@ def test_choose_experts_of_a_forced_strategy_takes_or_refuses_it(
                 assert (choice.backend, choice.strategy) == ("cpu", strategy or own)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "four_bit", "rows", "columns", "inner", "strategy"),
-    [
-        (f32, False, 279, 1000, 1000, cpu.FUSED),
-        (f32, False, 280, 1000, 1000, cpu.LIBRARY),
-        (f32, False, 140, 2000, 1000, cpu.LIBRARY),
-        (f32, False, 140, 1000, 1000, cpu.FUSED),
-        (f32, False, 140, 1000, 2000, cpu.LIBRARY),
-        (f32, False, 1, 1000, 1000, cpu.GEMV),
-        (f32, False, 16, 100_000, 10_000, cpu.GEMV),
-        (f32, False, 17, 100_000, 10_000, cpu.LIBRARY),
-        (f32, True, 999, 1000, 1000, cpu.FUSED),
-        (bf16, False, 999, 1000, 1000, cpu.FUSED),
-    ],
-)
-def test_choose_on_intel_takes_the_library_for_large_float32(
-    choose_on: Any,
-    dtype: torch.dtype,
-    four_bit: bool,
-    rows: int,
-    columns: int,
-    inner: int,
-    strategy: str,
-) -> None:
-    sizes = {"four_bit": four_bit, "columns": columns, "inner": inner}
-    choice = choose_on(Processor("avx512", intel=True), dtype, rows, **sizes)
-    assert choice.strategy == strategy
-    large = cpu.LIBRARY in strategy
-    assert ("large float32 base GEMMs run in MKL or oneDNN" in choice.reason) == large
-
-
-@pytest.mark.parametrize(
-    ("dtype", "rows", "columns", "inner", "strategy"),
-    [
-        (bf16, 512, 20_000, 10_000, cpu.FUSED),
-        (bf16, 513, 20_000, 10_000, cpu.LIBRARY),
-        (bf16, 999, 10_000, 1000, cpu.FUSED),
-        (bf16, 1000, 10_000, 1000, cpu.LIBRARY),
-        (bf16, 1, 10_000, 1000, cpu.GEMV),
-        (f32, 27, 10_000, 1000, cpu.FUSED),
-        (f32, 28, 10_000, 1000, cpu.LIBRARY),
-        (f32, 127, 10_000, 1000, cpu.LIBRARY),
-        (f32, 128, 10_000, 1000, cpu.FUSED),
-        (f32, 100, 1000, 1000, cpu.FUSED),
-    ],
-)
-def test_choose_beside_amx_takes_the_library_for_large_weights(
-    choose_on: Any,
-    dtype: torch.dtype,
-    rows: int,
-    columns: int,
-    inner: int,
-    strategy: str,
-) -> None:
-    on, sizes = AMX, {"columns": columns, "inner": inner}
-    choice = choose_on(on, dtype, rows, **sizes)
-    assert choice.strategy == strategy
-    assert ("base GEMMs run in MKL or oneDNN" in choice.reason) == (cpu.LIBRARY in strategy)
-    assert ("float32 as three bfloat16" in choice.reason) == (dtype is f32)
-    assert choose_on(on, dtype, 1000, four_bit=True, **sizes).strategy == cpu.FUSED
-
-
-@pytest.mark.parametrize(
-    ("isa", "rows", "strategy"),
-    [
-        ("avx512", 1, cpu.LIBRARY),
-        ("avx512", 2, cpu.FUSED),
-        ("avx2", 2, cpu.LIBRARY),
-    ],
-)
-def test_choose_for_a_weight_of_columns_streams_nothing(
-    choose_on: Any, isa: str, rows: int, strategy: str
-) -> None:
-    problem = {"columns": 100, "inner": 200, "layout": Layout(columns=True)}
-    assert choose_on(Processor(isa), f32, rows, **problem).strategy == strategy
-    with lora_kernels.backend("cpu", cpu.GEMV), pytest.raises(RuntimeError, match="contiguous"):
-        choose_on(Processor(isa), f32, rows, **problem)
-
-
 def test_layout_of_a_cpu_s_weight_is_columns_or_nothing() -> None:
     W = torch.zeros(6, 8)
     assert ops.layout("cpu", W.t(), f32) == Layout(columns=True)
@@ -336,6 +232,9 @@ def test_choose_of_a_forced_strategy_takes_or_refuses_it(monkeypatch: pytest.Mon
             selection.choose(Problem("cpu", f32, f32, f32, f32, 8, 17))
         with pytest.raises(RuntimeError, match="want a dense weight"):
             selection.choose(Problem("cpu", f32, f32, f32, f32, 8, 1, True))
+        columns = Problem("cpu", f32, f32, f32, f32, 8, 1, layout=Layout(columns=True))
+        with pytest.raises(RuntimeError, match="rows are contiguous"):
+            selection.choose(columns)
     with lora_kernels.backend("cpu", cpu.GEMV_4BIT), pytest.raises(RuntimeError, match="4-bit"):
         choose()
 
@@ -409,15 +308,6 @@ def test_choose_without_the_extension_is_eager_and_says_why(
         lora_kernels.lora_linear(**args)
 
 
-@needs_native
-def test_choose_without_gradients_is_the_same() -> None:
-    args = inputs(Case(9, 33, 31, 5))
-    args.pop("dy")
-    with torch.no_grad():
-        without = lora_kernels.lora_linear(**args)
-    assert torch.equal(without, lora_kernels.lora_linear(**args))
-
-
 class RecordedBackend:
     """A backend that says when it is called."""
 
@@ -466,52 +356,40 @@ direct_or_dispatched = pytest.mark.parametrize(
 )
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+CALLS: dict[str, tuple[Callable[..., torch.Tensor], Callable[[], dict[str, Any]]]] = {
+    "lora_linear": (lora_kernels.lora_linear, lambda: inputs(Case(5, 9, 7, 3))),
+    "recompute": (
+        lora_kernels.lora_linear,
+        lambda: inputs(Case(5, 9, 7, 3)) | {"recompute": True},
+    ),
+    "multi_lora_linear": (
+        lora_kernels.multi_lora_linear,
+        lambda: inputs(MultiCase(9, 7, 5, rows="mixed", dropout_p=0.5)),
+    ),
+    "lora_experts_linear": (
+        lora_kernels.lora_experts_linear,
+        lambda: inputs(ExpertsCase((2, 3), 9, 7, 3)),
+    ),
+}
+
+
 @direct_or_dispatched
-def test_lora_linear_backward_in_another_thread_follows_its_forward(
-    dispatched: bool, recompute: bool
-) -> None:
-    args = inputs(Case(5, 9, 7, 3))
+@pytest.mark.parametrize("name", CALLS)
+def test_backward_in_another_thread_follows_its_forward(name: str, dispatched: bool) -> None:
+    function, make = CALLS[name]
+    args = make()
     dy = args.pop("dy")
-
-    def forward() -> torch.Tensor:
-        return lora_kernels.lora_linear(**args, recompute=recompute)
-
-    taken, _ = backward_elsewhere(forward, [args["x"]], dy, dispatched)
-    assert taken == ["eager forward"] * (1 + recompute) + ["eager backward"]
-
-
-@direct_or_dispatched
-def test_multi_lora_linear_backward_in_another_thread_follows_its_forward(dispatched: bool) -> None:
-    args = inputs(MultiCase(9, 7, 5, rows="mixed", dropout_p=0.5))
-    dy, leaves = args.pop("dy"), [args["x"], *args["lora_A"], *args["lora_B"]]
-
-    def forward() -> torch.Tensor:
-        return lora_kernels.multi_lora_linear(**args)
-
-    want = torch.autograd.grad(forward(), leaves, dy)
-    taken, got = backward_elsewhere(forward, leaves, dy, dispatched)
-    assert taken == ["eager forward", "eager backward"]
+    adapters = (args[n] if isinstance(args[n], list) else [args[n]] for n in ("lora_A", "lora_B"))
+    leaves = [args["x"], *itertools.chain(*adapters)]
+    want = torch.autograd.grad(function(**args), leaves, dy)
+    taken, got = backward_elsewhere(lambda: function(**args), leaves, dy, dispatched)
+    assert taken == ["eager forward"] * (1 + (name == "recompute")) + ["eager backward"]
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b)
 
 
-@direct_or_dispatched
-def test_lora_experts_linear_backward_in_another_thread_follows_its_forward(
-    dispatched: bool,
-) -> None:
-    args = inputs(ExpertsCase((2, 3), 9, 7, 3))
-    dy = args.pop("dy")
-
-    def forward() -> torch.Tensor:
-        return lora_kernels.lora_experts_linear(**args)
-
-    taken, _ = backward_elsewhere(forward, [args["x"]], dy, dispatched)
-    assert taken == ["eager forward", "eager backward"]
-
-
 @needs_native
-@pytest.mark.parametrize("dispatched", [False, True], ids=["alone", "under a mode"])
+@direct_or_dispatched
 def test_lora_linear_backward_outside_keeps_the_strategy(
     monkeypatch: pytest.MonkeyPatch, dispatched: bool
 ) -> None:

@@ -39,7 +39,7 @@ LATER = {
         "loaded_from_meta or frozen or test_row_adapters"
     ),
     "LoraConfig(ensure_weight_tying=...) (PEFT)": "tied",
-    "set_experts_implementation (transformers)": "qwen3_moe or their_share_of_the_parameters",
+    "set_experts_implementation (transformers)": "qwen3_moe",
     "float64 beside a Linear4bit (bitsandbytes)": "test_a_compute_dtype_that_is_not_ours",
     "a Linear4bit whose forward leaves its bias's dtype alone (bitsandbytes)": (
         "test_what_surrounds_a and nf4"

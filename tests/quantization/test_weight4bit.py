@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load, save
 from torch import nn
 
-from lora_kernels import reference
 from lora_kernels.backends import decode4bit
 from lora_kernels.backends.library import as_on_gpu
 from lora_kernels.core.packed4bit import Packed4bit
@@ -229,30 +228,6 @@ def test_weight4bit_copied_or_pickled_is_the_same():
     weight = quantize_4bit(dense())
     assert_same(copy.deepcopy(weight), weight)
     assert_same(pickle.loads(pickle.dumps(weight)), weight)
-
-
-def test_error_is_that_of_four_bits():
-    """Half the widest gap between codes, times the block's scale, and no more; 0 and ±max exact."""
-    for quant_type, gap in (("nf4", 1 - 0.6961928), ("fp4", 1 / 3)):
-        weight = quantize_4bit(dense(), quant_type, double_quant=False)
-        error = (weight.dequantize() - dense()).abs().view(-1, 64)
-        assert (error <= weight.scales()[:, None] * (gap / 2 + 1e-6)).all()
-
-
-@flat_and_nested
-def test_weight4bit_in_a_compiled_function_is_the_same(nested):
-    """Dynamo sees through the class to its tensors."""
-    weight = quantize_4bit(dense(dtype=torch.bfloat16), double_quant=nested)
-
-    def forward(x, w):
-        decoded = reference.dequantize_4bit(
-            w.packed, w.scales(), w.code, w.blocksize, w.shape, x.dtype
-        )
-        return x @ decoded.T
-
-    x = dense((3, K))
-    compiled = torch.compile(forward, backend="aot_eager", fullgraph=True)
-    assert torch.equal(compiled(x, weight), forward(x, weight))
 
 
 @flat_and_nested

@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import peft
+import pytest
 import torch
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
@@ -143,6 +145,20 @@ def dora_mlp(dtype: torch.dtype = f64, **config: Any) -> Any:
     return mlp(dtype, use_dora=True, **config)
 
 
+def skip_without_kasa() -> None:
+    if not hasattr(peft, "KasaConfig"):
+        pytest.skip("PEFT is older than 0.21, without KaSA")
+
+
+def kasa_mlp(dtype: torch.dtype = f64, **config: Any) -> Any:
+    return mlp(dtype, kasa_config=peft.KasaConfig(), **config)
+
+
+def mica_mlp(dtype: torch.dtype = f32, **config: Any) -> Any:
+    """lora_B is frozen."""
+    return mlp(dtype, init_lora_weights="mica", **config)
+
+
 def adalora_config(**settings: Any) -> AdaLoraConfig:
     schedule = {"total_step": 12, "tinit": 2, "tfinal": 3, "deltaT": 2}
     defaults = {"init_r": R, "target_r": 2, "lora_alpha": ALPHA, "target_modules": ["up", "down"]}
@@ -170,12 +186,19 @@ def four_bit_mlp(loaded: bool = False, config: Any = None, **settings: Any) -> A
     return add_lora(model, init_lora_weights=False, **config or {})
 
 
+def several_adapters(model: Any, *changes: dict[str, Any]) -> Any:
+    """The model with adapters "second" and "third" beside its own, all active, of other ranks and
+    scalings. changes: to the configuration of each."""
+    is_ada = isinstance(model.peft_config["default"], AdaLoraConfig)
+    ranks = {"init_r": 3, "inference_mode": True} if is_ada else {"r": 3}  # AdaLoRA trains one
+    names = ("second", "third")[: len(changes)]
+    for name, change in zip(names, changes, strict=True):
+        add_adapter(model, name, **{"lora_alpha": 4} | ranks | change)
+    return activate(model, "default", *names)
+
+
 def two_adapters(model: Any, **changes: Any) -> Any:
-    """The model with two active adapters of different ranks and scalings."""
-    ranks = {"init_r": 3} if isinstance(model.peft_config["default"], AdaLoraConfig) else {"r": 3}
-    inference = {"inference_mode": True} if "init_r" in ranks else {}  # AdaLoRA trains one at most
-    add_adapter(model, **{"lora_alpha": 4} | ranks | inference | changes)
-    return activate(model, "default", "second")
+    return several_adapters(model, changes)
 
 
 def pair(model: Any) -> tuple[Any, Any]:

@@ -8,7 +8,7 @@ import torch
 import lora_kernels
 from lora_kernels import selection
 from tests.layers import test_group
-from tests.layers.variants import check, check_memory, every_variant
+from tests.support.models import check, check_memory, every_variant
 
 
 @pytest.mark.parametrize("name", ["QDoRALinear", "AdaLoRALinear"])

@@ -253,13 +253,13 @@ def test_convolutions_stay_pefts_own() -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_dora_with_dropout_takes_the_base_product_twice(training: bool) -> None:
+def test_dora_with_dropout_takes_the_base_GEMM_twice(training: bool) -> None:
     fused = fuse(dora_mlp(lora_dropout=0.3).train(training))
     want = {"lora_linear": 4 if training else 2, "dora_norm": 2}
     assert count_ops(lambda: fused(batch())) == want
     for row in explain(fused).rows:
         assert row.state == "not fused" and "eager" in row.backend  # as float64 always is
-        assert "DoRA" in row.reason and ("base product twice" in row.strategy) is training
+        assert "DoRA" in row.reason and ("base GEMM twice" in row.strategy) is training
 
 
 def test_dora_decoding_follows_every_change() -> None:

@@ -39,10 +39,11 @@ PEFT = (
 TESTS = {
     **dict.fromkeys(
         ("functional.py", "arguments.py"),
-        "tests/ops/test_arguments.py tests/autograd/test_autocast.py "
-        "tests/autograd/test_bad_input.py tests/ops/test_eager_gpu.py tests/ops/test_exact.py "
-        "tests/ops/test_dora_norm.py tests/ops/test_lora_experts.py::"
-        "test_lora_experts_linear_of_bad_input_names_the_argument",
+        "tests/ops/test_arguments.py tests/autograd/test_bad_input.py "
+        "tests/ops/test_multi_lora_linear.py::test_multi_lora_linear_of_bad_arguments_raises "
+        "tests/ops/test_lora_experts.py::test_lora_experts_linear_of_bad_input_names_the_argument "
+        "tests/autograd/test_autocast.py tests/ops/test_dora_norm.py tests/ops/test_eager_gpu.py "
+        "tests/ops/test_exact.py",
     ),
     "autograd.py": "tests/autograd",
     "ops.py": "tests/ops/test_exact.py tests/autograd",

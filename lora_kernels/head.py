@@ -139,10 +139,9 @@ def lora_linear_cross_entropy(
     label_smoothing = check_number("label_smoothing", label_smoothing)
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing: got {label_smoothing}, want a number in [0, 1]")
-    tensors, call = _prepare(
-        x, weight, lora_A, lora_B, labels, scaling, bias, ignore_index, logit_softcap, logit_scale,
-        chunk_rows, dropout_p, rng, compute_dtype,
-    )  # fmt: skip
+    logits = ignore_index, logit_softcap, logit_scale, chunk_rows
+    operands = x, weight, lora_A, lora_B, labels, scaling, bias
+    tensors, call = _prepare(*operands, *logits, dropout_p, rng, compute_dtype)
     call = call._replace(spec=call.spec._replace(label_smoothing=label_smoothing))
     if reduction == "none":
         losses = _LogProbsFunction.apply(call, HeadOutputs(), *tensors[:-1], *tensors.weight)[0]
@@ -210,10 +209,9 @@ def lora_linear_log_probs(
         if name not in HeadOutputs._fields:
             want = ", ".join(HeadOutputs._fields)
             raise ValueError(f"outputs: got {name!r}, want some of {want}")
-    tensors, call = _prepare(
-        x, weight, lora_A, lora_B, labels, scaling, bias, ignore_index, logit_softcap, logit_scale,
-        chunk_rows, dropout_p, rng, compute_dtype,
-    )  # fmt: skip
+    logits = ignore_index, logit_softcap, logit_scale, chunk_rows
+    operands = x, weight, lora_A, lora_B, labels, scaling, bias
+    tensors, call = _prepare(*operands, *logits, dropout_p, rng, compute_dtype)
     call = call._replace(spec=call.spec._replace(inverse_temperature=1.0 / temperature))
     wanted = HeadOutputs(*(name in outputs for name in HeadOutputs._fields))
     found = _LogProbsFunction.apply(call, wanted, *tensors[:-1], *tensors.weight)
@@ -296,10 +294,8 @@ def _prepare(
         x, lora_A, lora_B = (t.to(y_dtype) for t in (x, lora_A, lora_B))
         base = base if codes else (base[0].to(y_dtype),)
     rows, flat = x.reshape(-1, K), labels.reshape(-1).to(torch.int64)
-    spec = HeadSpec(
-        check_number("scaling", scaling), dropout_p, dtype, y_dtype, scale, cap,
-        ignore_index=ignore_index, chunk_rows=chunk_rows or 0,
-    )  # fmt: skip
+    spec = HeadSpec(check_number("scaling", scaling), dropout_p, dtype, y_dtype, scale, cap)
+    spec = spec._replace(ignore_index=ignore_index, chunk_rows=chunk_rows or 0)
     tensors = _Tensors(rows, lora_A, lora_B, bias, flat, rng, base)
     return tensors, _Call(spec, codes[PACKED4BIT_TENSORS:])
 

@@ -45,10 +45,8 @@ def dense(
     k0, k1, _ = columns.indices(shape[1])
     assert native.module is not None
     out = weight.packed.new_empty(n1 - n0, k1 - k0, dtype=dtype)
-    native.module.dequantize(
-        native_view(weight, shape), n0, n1 - n0, k0, k1 - k0, out.data_ptr(), _DTYPE[dtype],
-        k1 - k0, torch.get_num_threads(),
-    )  # fmt: skip
+    part, to = (n0, n1 - n0, k0, k1 - k0), (out.data_ptr(), _DTYPE[dtype], k1 - k0)
+    native.module.dequantize(native_view(weight, shape), *part, *to, torch.get_num_threads())
     return out
 
 

@@ -46,8 +46,8 @@ TESTS = {
         "tests/ops/test_exact.py tests/ops/test_lora_experts.py",
     ),
     "autograd.py": "tests/autograd",
-    "ops.py": "tests/ops/test_schemas.py tests/ops/test_exact.py tests/autograd "
-    "tests/ops/test_multi_lora_linear.py tests/ops/test_lora_experts.py",
+    "ops.py": "tests/ops/test_schemas.py tests/ops/test_dora_norm.py tests/ops/test_exact.py "
+    "tests/autograd tests/ops/test_multi_lora_linear.py tests/ops/test_lora_experts.py",
     "selection.py": "tests/ops/test_selection.py tests/ops/test_exact.py "
     "tests/ops/test_eager_gpu.py",
     "core/reference.py": "tests/reference tests/ops/test_head.py",

@@ -115,3 +115,17 @@ def test_lora_linear_of_what_is_not_finite_spreads_it_as_pytorch(
 ) -> None:
     case = Case(9, 33, 37, 5, dtype, gate=True, column_scale=True, bias=True)
     exact.check_spread(case, where, value)
+
+
+def test_backward_takes_factors_of_any_dtype_and_strides() -> None:
+    """A gate in bfloat16, and lora_A stored by columns, are those of contiguous float32."""
+    args = cases.inputs(Case(9, 33, 48, 5, f32, gate=True))
+    args["rank_gate"] = args["rank_gate"].detach().to(bf16).float().requires_grad_()
+    want = cases.run(lora_kernels.lora_linear, args)
+    gate, A = args["rank_gate"].detach().to(bf16), args["lora_A"].detach()
+    other = {"rank_gate": gate, "lora_A": A.t().contiguous().t()}
+    got = cases.run(
+        lora_kernels.lora_linear, args | {n: t.requires_grad_() for n, t in other.items()}
+    )
+    for name in ("y", "dx", "dA", "dB"):
+        assert torch.equal(got[name], want[name]), name

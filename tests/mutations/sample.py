@@ -56,7 +56,7 @@ TESTS = {
     "backends/cpu.py": "tests/ops/test_exact.py tests/ops/test_multi_lora_linear.py",
     "peft/linear.py": f"{PEFT} tests/interop/test_mixed_batch.py tests/interop/test_decoding.py",
     "peft/eligibility.py": f"{PEFT} tests/interop/test_foreign_base.py "
-    "tests/interop/test_frozen.py",
+    "tests/interop/test_frozen.py tests/interop/test_mixed_batch.py tests/interop/test_variants.py",
     "peft/experts.py": "tests/interop/test_experts.py",
     "layers/experts.py": "tests/layers/test_experts.py tests/interop/test_experts.py",
     "backends/cpu_experts.py": "tests/ops/test_lora_experts.py",

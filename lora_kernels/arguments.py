@@ -126,6 +126,22 @@ def _check_4bit(x: Tensor, weight: Weight4bit, shape: tuple[int, ...], dtype: to
         )
 
 
+def check_x_and_weight(x: Tensor, weight: Tensor | Weight4bit) -> None:
+    """Check the types of x and the weight, and x's dtype."""
+    if not isinstance(x, Tensor):
+        raise tensor_error("x", x)
+    if x.dtype not in FLOATS:
+        raise TypeError(f"x: got {x.dtype}, want float32, bfloat16, float16 or float64")
+    if not isinstance(weight, (Tensor, Weight4bit)):
+        raise TypeError(f"weight: got {type(weight).__name__}, want a tensor or a Weight4bit")
+
+
+def check_both_or_none(lora_A: Tensor | None, lora_B: Tensor | None) -> None:
+    if (lora_A is None) != (lora_B is None):
+        name, got = ("lora_B", lora_B) if lora_A is not None else ("lora_A", lora_A)
+        raise TypeError(f"{name}: got {got}, want a tensor, or None for both lora_A and lora_B")
+
+
 def check_devices(beside: str, x: Tensor, **tensors: Tensor) -> None:
     for name, t in tensors.items():
         if t.device != x.device:

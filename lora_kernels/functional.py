@@ -15,12 +15,14 @@ from .arguments import (
     FLOATS,
     NATIVE_MASKS,
     autocast_dtype,
+    check_both_or_none,
     check_devices,
     check_dropout,
     check_dtypes,
     check_number,
     check_vector,
     check_weight,
+    check_x_and_weight,
     matrix_shape,
     tensor_error,
 )
@@ -294,12 +296,7 @@ def lora_experts_linear(
     >>> lora_kernels.lora_experts_linear(x, W, A, B, torch.tensor([0, 2]), scaling=0.5).tolist()
     [[3.0], [3.0], [0.0]]
     """
-    if not isinstance(x, Tensor):
-        raise tensor_error("x", x)
-    if x.dtype not in FLOATS:
-        raise TypeError(f"x: got {x.dtype}, want float32, bfloat16, float16 or float64")
-    if not isinstance(weight, (Tensor, Weight4bit)):
-        raise TypeError(f"weight: got {type(weight).__name__}, want a tensor or a Weight4bit")
+    check_x_and_weight(x, weight)
     if len(weight.shape) != 3 or 0 in weight.shape:
         want = "[E, K, N]" if is_transposed else "[E, N, K]"
         raise ValueError(f"weight: got shape {list(weight.shape)}, want {want}, each at least 1")
@@ -310,9 +307,7 @@ def lora_experts_linear(
             f"x: got shape {list(x.shape)}, want [M, {K}] for weight {list(weight.shape)}"
             + " and is_transposed=True" * is_transposed
         )
-    if (lora_A is None) != (lora_B is None):
-        name, got = ("lora_B", lora_B) if lora_A is not None else ("lora_A", lora_A)
-        raise TypeError(f"{name}: got {got}, want a tensor, or None for both lora_A and lora_B")
+    check_both_or_none(lora_A, lora_B)
     if lora_A is None or lora_B is None:
         lora_A, lora_B = x.new_empty(E, 0, K), x.new_empty(E, N, 0)
     else:

@@ -14,14 +14,15 @@ from torch import Tensor
 
 from . import head_ops, ops
 from .arguments import (
-    FLOATS,
     autocast_dtype,
+    check_both_or_none,
     check_devices,
     check_dropout,
     check_dtypes,
     check_number,
     check_vector,
     check_weight,
+    check_x_and_weight,
     matrix_shape,
     tensor_error,
 )
@@ -242,21 +243,14 @@ def _prepare(
     compute_dtype: torch.dtype | None,
 ) -> tuple[_Tensors, _Call]:
     """Check the arguments; return the tensors, with x as rows, and the call."""
-    if not isinstance(x, Tensor):
-        raise tensor_error("x", x)
-    if x.dtype not in FLOATS:
-        raise TypeError(f"x: got {x.dtype}, want float32, bfloat16, float16 or float64")
-    if not isinstance(weight, (Tensor, Weight4bit)):
-        raise TypeError(f"weight: got {type(weight).__name__}, want a tensor or a Weight4bit")
+    check_x_and_weight(x, weight)
     if len(weight.shape) != 2 or 0 in weight.shape:
         raise ValueError(f"weight: got shape {list(weight.shape)}, want [V, K], each at least 1")
     V, K = weight.shape
     if x.dim() == 0 or x.shape[-1] != K:
         want = f"[..., {K}] for weight {list(weight.shape)}"
         raise ValueError(f"x: got shape {list(x.shape)}, want {want}")
-    if (lora_A is None) != (lora_B is None):
-        name, got = ("lora_B", lora_B) if lora_A is not None else ("lora_A", lora_A)
-        raise TypeError(f"{name}: got {got}, want a tensor, or None for both lora_A and lora_B")
+    check_both_or_none(lora_A, lora_B)
     if lora_A is None or lora_B is None:
         # One rank of zeros, so that every backend takes the call.
         lora_A, lora_B = x.new_zeros(1, K), x.new_zeros(V, 1)

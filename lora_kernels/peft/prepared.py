@@ -60,7 +60,7 @@ class PreparedForward:
         modules = layer._modules
         base = modules["base_layer"]
         stored, four_bit = base._parameters["weight"], isinstance(weight, Weight4bit)
-        # The extension checks the guards.
+        # Only the extension can check the guards.
         if native.module is None or isinstance(scaling, Tensor) or is_conv1d(base):
             return None
         if diag is not None or is_alora:

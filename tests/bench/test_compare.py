@@ -276,7 +276,8 @@ class Machine:
     """A clock that calls advance, on a machine that other programs use too.
 
     The pace changes over minutes, for all calls. Each call's time scatters by 5 %, and one of three
-    takes twice its time. In each run a call has other addresses in memory, which are worth 1 %.
+    takes twice its time. In each run a call has other memory addresses, and its time changes by
+    1 %.
     """
 
     def __init__(self, seed: int) -> None:

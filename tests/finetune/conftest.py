@@ -68,7 +68,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
 
 @pytest.fixture
 def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Give a machine limits that nobody measured, which takes seconds."""
+    """Replace the measurement of the machine's bandwidth and FLOP/s, which takes seconds."""
     for name in ("copy_bandwidth", "product_peak"):
         monkeypatch.setattr(timing, name, lambda *args, **kwargs: 1e9)
 

@@ -154,6 +154,10 @@ class LoRAExperts(nn.Module):
         }
         return experts_forward(self.experts, hidden_states, top_k_index, top_k_weights, adapters)
 
+    def _adapter_config(self) -> dict[str, Any]:
+        """See `LoRALayer._adapter_config`."""
+        return {"r": self.r, "alpha": self.alpha, "scaling": self.scaling}
+
     def extra_repr(self) -> str:
         return f"r={self.r}, alpha={self.alpha}, dropout={self.dropout}"
 

@@ -211,6 +211,10 @@ class LoRAGroup(LoRALayer):
             n += size
         return wide
 
+    def _adapter_config(self) -> dict[str, Any]:
+        members = [list(member) for member in self.members.items()]  # their order counts
+        return super()._adapter_config() | {"members": members, "targets": list(self.targets)}
+
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         """Compute x [..., K] -> y_i [..., N_i], views of one [..., N]."""
         y: Tensor = super().forward(x)

@@ -92,13 +92,14 @@ class LayerCache:
 class LoRALayer(nn.Module):
     """The base class of all layers with an adapter.
 
-    A subclass chooses a base, in `_base`, and an adapter, in at most five methods:
+    A subclass chooses a base, in `_base`, and an adapter, in at most six methods:
 
         _make_adapter           registers the adapter's parameters, uninitialized
         reset_lora_parameters   initializes them
         _init_                  fills lora_A by `init`
         _adapter                returns the operands that derive from the parameters
         _forward_fused          computes base and adapter together, by `lora_linear` by default
+        _adapter_config         returns the numbers that a saved adapter is checked for
 
     `LoRALinear` documents the arguments that all layers share.
     """
@@ -212,6 +213,13 @@ class LoRALayer(nn.Module):
         return self._cache.call(
             x, weight, lora_A, lora_B, scaling, self.bias, self.compute_dtype, dropout_p
         )
+
+    def _adapter_config(self) -> dict[str, Any]:
+        """Return what changes the output and is no parameter, as JSON values.
+
+        `save_lora_weights` stores it, and `load_lora_weights` compares it with the model's.
+        """
+        return {"r": self.r, "alpha": self.alpha, "scaling": self.scaling}
 
     def _empty(self, *shape: int, dtype: torch.dtype) -> nn.Parameter:
         return nn.Parameter(self.weight.new_empty(shape, dtype=dtype))

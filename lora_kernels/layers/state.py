@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import uuid
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from .experts import LoRAExperts
 from .layer import LoRALayer
 from .variants import AdaLoRALinear
+
+CONFIG = "lora_layers"  # the file's metadata: JSON, layer -> its `_adapter_config`
 
 
 class LoRAParameterCount(NamedTuple):
@@ -53,6 +58,9 @@ def mark_only_lora_as_trainable(model: nn.Module) -> None:
 def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Return the entries of `model.state_dict()` for adapters and rank masks, sharing memory.
 
+    The tensors do not tell alpha: load them into a model that was built with the same arguments,
+    or use `save_lora_weights`, which stores it.
+
     Raises ValueError if the model has no LoRA layer.
 
     >>> from lora_kernels.layers import LoRALinear, lora_state_dict
@@ -82,21 +90,23 @@ def count_lora_parameters(model: nn.Module) -> LoRAParameterCount:
 def save_lora_weights(model: nn.Module, path: str | os.PathLike[str]) -> int:
     """Save `lora_state_dict(model)` as safetensors; print and return the file's size in bytes.
 
-    Each tensor is saved in its own dtype. The write is atomic: if the process ends early, `path`
-    is unchanged. Raises ValueError if the model has no LoRA layer, and OSError if the file cannot
-    be written.
+    Each tensor is saved in its own dtype. The metadata holds each layer's r, alpha and scaling,
+    which `load_lora_weights` checks. The write is atomic: if the process ends early, `path` is
+    unchanged. Raises ValueError if the model has no LoRA layer, and OSError if the file cannot be
+    written.
 
     >>> import tempfile
     >>> from lora_kernels.layers import LoRALinear, save_lora_weights
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     size = save_lora_weights(LoRALinear(64, 64, r=4), f"{folder}/adapter.safetensors")
-    saved 2,224 bytes to ...adapter.safetensors
+    saved 2,296 bytes to ...adapter.safetensors
     """
     from safetensors.torch import save
 
     path = Path(path)
     tensors = {name: t.contiguous() for name, t in lora_state_dict(model).items()}
-    data = save(tensors, metadata={"format": "pt"})
+    config = {name: layer._adapter_config() for name, layer in _lora_layers(model)}
+    data = save(tensors, metadata={"format": "pt", CONFIG: json.dumps(config)})
     # A rename is atomic only within a file system, hence a file in the same folder.
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
@@ -116,11 +126,12 @@ def load_lora_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Load the adapters of `model` from a file that `save_lora_weights` wrote.
 
     Parameters keep their devices and dtypes; values in a wider dtype are rounded. A merged layer
-    is merged again.
+    is merged again. A file without a layer's alpha, as of version 0.1, is loaded with a warning.
 
     Raises:
         ValueError: the model has no LoRA layer, a key is missing, unexpected or of another shape,
-            or the file is not in safetensors format. The model is unchanged.
+            a layer's alpha or another argument differs from the saved one, or the file is not in
+            safetensors format. The model is unchanged.
         OSError: the file cannot be read.
 
     >>> import tempfile, torch
@@ -133,13 +144,14 @@ def load_lora_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     >>> torch.equal(fresh.lora_A, trained.lora_A)
     True
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors import SafetensorError, safe_open
 
     want = lora_state_dict(model)
     try:
-        have = load_file(path)
-    except SafetensorError as error:
+        with safe_open(path, "pt") as file:
+            have = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            saved = json.loads((file.metadata() or {}).get(CONFIG, "{}"))
+    except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is no whole safetensors file: {error}") from error
     problems = [f"missing {key}" for key in want if key not in have]
     problems += [f"unexpected {key}" for key in have if key not in want]
@@ -148,20 +160,53 @@ def load_lora_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
         for key in want
         if key in have and have[key].shape != want[key].shape
     ]
+    layers = list(_lora_layers(model))
+    if not problems:  # shapes say more than an r that differs
+        for name, layer in layers:
+            problems += _different_config(name, saved.get(name, {}), layer._adapter_config())
     if problems:
         more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise ValueError(f"{path} does not fit the model: {'; '.join(problems[:8])}{more}")
+    unknown = [name or "the layer" for name, _ in layers if name not in saved]
+    if unknown:
+        more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+        warnings.warn(
+            f"{path} does not tell the alpha of {unknown[0]}{more}: it is loaded with the model's. "
+            "Save it again to have it checked",
+            stacklevel=2,
+        )
     model.load_state_dict(have, strict=False)
+
+
+def _different_config(name: str, saved: dict[str, Any], present: dict[str, Any]) -> Iterator[str]:
+    """Yield a line for each saved value that differs from the present one."""
+    for key, want in present.items():
+        got = saved.get(key, want)
+        # alpha matters by the scaling alone: alpha / r, or alpha / √r.
+        if got != want and (key != "alpha" or saved.get("scaling") != present["scaling"]):
+            yield f"{name}.{key} was saved as {got}, want the model's {want}".lstrip(".")
+
+
+def _lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer | LoRAExperts]]:
+    """Yield the LoRA layers with their full names."""
+    for name, module in model.named_modules():
+        if isinstance(module, LoRALayer | LoRAExperts):
+            yield name, module
 
 
 def _lora_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield the adapters' parameters with their full names; ValueError without LoRA layers."""
-    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, LoRALayer)]
+    layers = list(_lora_layers(model))
     if not layers:
         raise ValueError(
             f"model: got {type(model).__name__} without a LoRA layer, want one or more"
         )
     for prefix, layer in layers:
+        if isinstance(layer, LoRAExperts):
+            for part in ("lora_A", "lora_B"):
+                full = f"{prefix}.{part}".lstrip(".")
+                yield from layer.get_submodule(part).named_parameters(full)
+            continue
         for name, param in layer.named_parameters(prefix, recurse=False):
             base = name.rpartition(".")[2] in ("weight", "bias") or not param.is_floating_point()
             if not base:

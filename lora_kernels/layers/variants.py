@@ -324,6 +324,10 @@ class HierarchicalLoRALinear(LoRALinear):
         gate = torch.cat([(level * scale).expand(rank) for level, scale, rank in levels])
         return super()._adapter(weight)._replace(rank_gate=gate)
 
+    def _adapter_config(self) -> dict[str, Any]:
+        levels = {"ranks": list(self.ranks), "level_scales": list(self.level_scales)}
+        return super()._adapter_config() | levels
+
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, ranks={self.ranks}"
 

@@ -104,6 +104,18 @@ def test_state_dict_of_version_0_1_gives_the_same_bits(name: str, backend: str) 
         assert got[key].dtype is t.dtype and torch.equal(got[key], t), key
 
 
+@pytest.mark.parametrize("name", ["LoRALinear", "QAdaLoRALinear", "LoRAGroup"])
+def test_adapter_of_version_0_1_loads_with_a_warning(name: str, tmp_path: Path) -> None:
+    """Files of version 0.1 tell no alpha."""
+    layer, prefix = build(name), f"{name}/state/"
+    keys, saved = layers.lora_state_dict(layer), load_file(PATH)
+    adapter = {key: saved[prefix + key] for key in keys}
+    save_file(adapter, tmp_path / "adapter", {"format": "pt"})
+    with pytest.warns(UserWarning, match="does not tell the alpha of the layer: it is loaded"):
+        layers.load_lora_weights(layer, tmp_path / "adapter")
+    assert all(torch.equal(t, adapter[key]) for key, t in layers.lora_state_dict(layer).items())
+
+
 # Writing the file
 
 

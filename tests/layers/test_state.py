@@ -1,5 +1,7 @@
 import copy
+import json
 import os
+import warnings
 
 import pytest
 import torch
@@ -8,7 +10,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lora_kernels.layers import (
+    Experts,
+    HierarchicalLoRALinear,
     LoRAAttention,
+    LoRAConv1D,
+    LoRAEmbedding,
+    LoRAExperts,
+    LoRAGroup,
     LoRALinear,
     count_lora_parameters,
     load_lora_weights,
@@ -98,7 +106,9 @@ def test_saved_file_loads_into_a_fresh_model(tmp_path, capsys):
     assert capsys.readouterr().out == f"saved {size:,} bytes to {path}\n"
     assert os.listdir(tmp_path) == ["adapter.safetensors"]
     with safe_open(path, "pt") as file:
-        assert sorted(file.keys()) == sorted(KEYS) and file.metadata() == {"format": "pt"}
+        assert sorted(file.keys()) == sorted(KEYS)
+        config = json.loads(file.metadata().pop("lora_layers"))
+    assert config["up"] == {"r": 3, "alpha": 16.0, "scaling": 16 / 3}
 
     fresh = Model()
     base = {k: t.clone() for k, t in fresh.state_dict().items() if k not in KEYS}
@@ -217,3 +227,112 @@ def test_load_or_save_without_a_file_is_an_error(tmp_path):
         load_lora_weights(Model(), tmp_path / "none")
     with pytest.raises(FileNotFoundError):
         save_lora_weights(Model(), tmp_path / "no folder" / "a")
+
+
+def hierarchical(**options):
+    return HierarchicalLoRALinear(8, 8, **{"ranks": (2, 1), "weights": (1, 1), **options})
+
+
+def group(**options):
+    members = {"q": 8, "k": 8, "v": 8}
+    return LoRAGroup(8, **{"members": members, "targets": ("q", "v"), "r": 2, **options})
+
+
+# The layer, the argument that its file was saved with, the model's, and the message.
+OTHER_CONFIGS = {
+    "alpha": (
+        lambda **options: LoRALinear(8, 12, 2, **options),
+        *({"alpha": 8}, {"alpha": 64}),
+        r"up.alpha was saved as 8, want the model's 64; "
+        r"up.scaling was saved as 4.0, want the model's 32.0$",
+    ),
+    "rslora": (
+        lambda **options: LoRAConv1D(8, 12, 4, alpha=8, **options),
+        *({"scaling": "rslora"}, {}),
+        "up.scaling was saved as 4.0, want the model's 2.0$",
+    ),
+    "embedding": (
+        lambda **options: LoRAEmbedding(8, 12, 2, **options),
+        *({"alpha": 8}, {"alpha": 4}),
+        "up.alpha was saved as 8, want the model's 4; up.scaling",
+    ),
+    "alpha of levels": (
+        hierarchical,
+        *({"alpha": 2}, {"alpha": 4}),
+        r"up.level_scales was saved as \[1.0, 2.0\], want the model's \[2.0, 4.0\]$",
+    ),
+    "levels": (
+        hierarchical,
+        *({}, {"ranks": (1, 2)}),
+        r"up.ranks was saved as \[2, 1\], want the model's \[1, 2\]; up.level_scales",
+    ),
+    "targets": (group, {}, {"targets": ("q", "k")}, "up.targets was saved as .'q', 'v'"),
+    "order": (
+        group,
+        *({}, {"members": {"v": 8, "k": 8, "q": 8}}),
+        r"up.members was saved as \[\['q', 8\], \['k', 8\], \['v', 8\]\], want",
+    ),
+    "experts": (
+        lambda **options: LoRAExperts(Experts(2, 8, 8), 2, **options),
+        *({"alpha": 8}, {"alpha": 64}),
+        "up.alpha was saved as 8, want the model's 64; up.scaling",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_CONFIGS)
+def test_load_lora_weights_saved_with_another_scaling_raises_and_changes_nothing(name, tmp_path):
+    build, saved_with, loaded_into, message = OTHER_CONFIGS[name]
+    saved, model = (
+        nn.ModuleDict({"up": build(**options)}) for options in (saved_with, loaded_into)
+    )
+    save_lora_weights(saved, tmp_path / "a")
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=f"a does not fit the model: {message}"):
+        load_lora_weights(model, tmp_path / "a")
+    assert all(torch.equal(t, before[key]) for key, t in model.state_dict().items())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_lora_weights(saved, tmp_path / "a")
+
+
+def test_load_lora_weights_with_alpha_of_the_same_scaling_loads(tmp_path):
+    save_lora_weights(LoRALinear(8, 8, 4, 8), tmp_path / "a")  # 8 / 4, and 4 / √4
+    load_lora_weights(LoRALinear(8, 8, 4, 4, scaling="rslora"), tmp_path / "a")
+
+
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {"lora_layers": "{}"}])
+def test_load_lora_weights_of_a_file_without_alpha_warns(tmp_path, metadata):
+    model = Model()
+    save_file({key: t + 1 for key, t in lora_state_dict(model).items()}, tmp_path / "a", metadata)
+    want = {key: t + 1 for key, t in lora_state_dict(model).items()}
+    with pytest.warns(UserWarning, match="a does not tell the alpha of up and 1 more") as caught:
+        load_lora_weights(model, tmp_path / "a")
+    assert caught[0].filename == __file__
+    assert all(torch.equal(t, want[key]) for key, t in lora_state_dict(model).items())
+
+
+def test_load_lora_weights_of_broken_metadata_raises(tmp_path):
+    save_file(lora_state_dict(Model()), tmp_path / "a", {"lora_layers": "{"})
+    with pytest.raises(ValueError, match="a is no whole safetensors file: Expecting"):
+        load_lora_weights(Model(), tmp_path / "a")
+
+
+def test_adapter_functions_know_the_adapters_of_experts(tmp_path):
+    """Beside another LoRA layer they would be left out without a word."""
+    model = nn.ModuleDict(
+        {"up": LoRALinear(8, 8, 2), "moe": LoRAExperts(Experts(2, 8, 8, bias=True), 2)}
+    )
+    mark_only_lora_as_trainable(model)
+    names = ["gate_up_proj", "down_proj"]
+    keys = [f"moe.lora_{part}.{name}" for part in "AB" for name in names]
+    assert sorted(lora_state_dict(model)) == sorted(["up.lora_A", "up.lora_B", *keys])
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == lora_state_dict(model).keys()
+    assert count_lora_parameters(model).lora == 2 * 2 * 8 + 2 * 2 * (8 + 16 + 8 + 8)
+    save_lora_weights(model, tmp_path / "a")
+    want = copy.deepcopy(lora_state_dict(model))
+    for t in lora_state_dict(model).values():
+        t.zero_()
+    load_lora_weights(model, tmp_path / "a")
+    assert all(torch.equal(t, want[key]) for key, t in lora_state_dict(model).items())

@@ -148,10 +148,17 @@ def test_variant_and_4_bit_base_combine_in_either_order() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-HOOKS = {"_make_adapter", "reset_lora_parameters", "_init_", "_adapter", "_forward_fused"}
+HOOKS = {
+    "_make_adapter",
+    "reset_lora_parameters",
+    "_init_",
+    "_adapter",
+    "_forward_fused",
+    "_adapter_config",
+}
 
 
-def test_layers_override_only_the_five_hooks() -> None:
+def test_layers_override_only_the_hooks() -> None:
     """Beside methods of `nn.Module`, and the base and the default init, which are no methods."""
     for name in layers.__all__:
         cls = getattr(layers, name)

@@ -356,17 +356,34 @@ def experts_forward(
     Args:
         experts: `Experts`, or an experts module of transformers.
         hidden_states: [T, H].
-        top_k_index: integers [T, k], each token's experts. Values of at least E are skipped: with
-            expert parallelism they are experts of other devices.
+        top_k_index: int64 or int32 [T, k], each token's experts. Values of at least E are skipped:
+            with expert parallelism they are experts of other devices. Negative values are refused
+            on a CPU alone, because reading them would synchronize a GPU.
         top_k_weights: [T, k].
         adapters: by the name of the projection. A projection may have none.
 
     Returns:
         [T, H] in hidden_states' dtype. The result is deterministic.
+
+    Raises ValueError or TypeError that names the argument.
     """
     module, adapters = cast(Any, experts), adapters or {}
+    if top_k_index.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"top_k_index: got {top_k_index.dtype}, want int64 or int32")
+    if top_k_index.dim() != 2 or top_k_index.shape[0] != hidden_states.shape[0]:
+        got, T = list(top_k_index.shape), hidden_states.shape[0]
+        raise ValueError(f"top_k_index: got shape {got}, want [{T}, k] for hidden_states")
     T, k = top_k_index.shape
+    if top_k_weights.shape != top_k_index.shape:
+        got = list(top_k_weights.shape)
+        raise ValueError(f"top_k_weights: got shape {got}, want top_k_index's [{T}, {k}]")
     chosen, order = torch.sort(top_k_index.reshape(-1), stable=True)
+    is_readable = chosen.is_cpu and chosen.numel() and ops.can_bypass_dispatcher(chosen)
+    if is_readable and (least := chosen[0].item()) < 0:
+        raise ValueError(
+            f"top_k_index: got {least}, want 0 to {module.num_experts - 1}, or more for experts "
+            "of other devices"
+        )
     place = torch.empty_like(order).scatter_(
         0, order, torch.arange(T * k, dtype=order.dtype, device=order.device)
     )

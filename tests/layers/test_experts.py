@@ -316,3 +316,34 @@ def test_lora_experts_of_bad_input_names_the_argument() -> None:
     for module in (experts, twice):
         reason = unsupported_reason(module) or ""
         assert "without a plain or 4-bit parameter down_proj" in reason
+
+
+BAD_ROUTES = {
+    "negative": ("top_k_index", lambda t: t - 1, "top_k_index: got -1, want 0 to 3, or more"),
+    "floats": ("top_k_index", torch.Tensor.float, "top_k_index: got torch.float32, want int64"),
+    "bools": ("top_k_index", torch.Tensor.bool, "top_k_index: got torch.bool, want int64"),
+    "rows": ("top_k_index", lambda t: t[1:], r"top_k_index: got shape \[8, 2\], want \[9, k\]"),
+    "flat": ("top_k_index", lambda t: t[:, 0], r"top_k_index: got shape \[9\], want \[9, k\]"),
+    "weights": (
+        "top_k_weights",
+        lambda t: t[:, :1],
+        r"top_k_weights: got shape \[9, 1\], want top_k_index's \[9, 2\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ROUTES)
+def test_experts_forward_of_bad_routes_names_the_argument(name: str) -> None:
+    argument, change, message = BAD_ROUTES[name]
+    args = dict(zip(("hidden_states", "top_k_index", "top_k_weights"), routed(), strict=True))
+    args[argument] = change(args[argument])
+    for layer in (make(), make().experts):
+        with pytest.raises((TypeError, ValueError), match=message):
+            layer(**args)
+
+
+def test_experts_forward_reads_no_index_of_another_device() -> None:
+    """Reading a value would synchronize a GPU; a meta tensor has none to read."""
+    layer = LoRAExperts(Experts(E, H, INNER, device="meta"), r=R)
+    y = layer(*(t.to("meta") for t in routed()))
+    assert y.shape == (T, H) and y.is_meta

@@ -20,6 +20,7 @@ from lora_kernels import (
     lora_linear_log_probs,
     ops,
     reference,
+    traffic,
 )
 from lora_kernels.backends import head, native
 from lora_kernels.bench import head_case
@@ -28,7 +29,7 @@ from lora_kernels.bench.head_case import HeadCase
 from lora_kernels.core import call
 from lora_kernels.core.packed4bit import Packed4bit
 from tests.ops.engines import every_engine
-from tests.support.allocations import Results
+from tests.support.allocations import Casts, Results
 from tests.support.engines import assert_within
 
 f64, f32, bf16, f16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
@@ -271,6 +272,43 @@ def test_eager_head_decodes_a_4bit_weight_once(
     with lora_kernels.backend(backend):
         ops.IMPLEMENTATIONS[name + "_4bit"](*args)
     assert decoded == [(65, 64)] * (backend == "eager")
+
+
+@pytest.mark.parametrize("backend", ["eager", "cpu"])
+@pytest.mark.parametrize("name", OPS)
+def test_head_under_autocast_casts_the_weight_once(name: str, backend: str) -> None:
+    """Not once for each of the five chunks."""
+    if backend == "cpu" and native.module is None:
+        pytest.skip("no native kernels")
+    args = list(op_arguments(replace(SMALL, ignored=0.0), name))
+    names = [a.name for a in getattr(head_ops, name)._schema.arguments]
+    args[names.index("dropout_p")] = 0.0
+    for dtype in ("dtype", "y_dtype"):
+        args[names.index(dtype)] = bf16
+    with lora_kernels.backend(backend), Casts() as casts:
+        ops.IMPLEMENTATIONS[name](*args)
+    assert casts.sizes.count(SMALL.V * SMALL.K) == 1
+
+
+@pytest.mark.parametrize("of", KINDS)
+def test_head_s_step_under_autocast_casts_the_weight_once_on_a_gpu(of: str) -> None:
+    """A step's bytes, counted on meta: forward and backward take one copy of the weight."""
+    case = HeadCase(64, 300, 40, 5, of=of, chunk_rows=16)
+    args = {
+        name: t.detach().to("meta").requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t
+        for name, t in arguments(case).items()
+    }
+    args["weight"].requires_grad_(False)
+    log: list[traffic.Kernel] = []
+    with traffic.autocast(bf16):
+        y = []
+        traffic.count(lambda: y.append(HeadCase.op(**args)), log)
+    loss = y[0].log_probs if of == "log_probs" else y[0]
+    traffic.count(lambda: loss.sum().backward(), log)
+    read, written = 4 * case.V * case.K, 2 * case.V * case.K
+    casts = [k for k in log if "_to_copy" in k.op and (k.read, k.written) == (read, written)]
+    assert len(casts) == 1
+    assert sum(".mm." in k.op or ".addmm" in k.op for k in log) > 4  # one a chunk, at least
 
 
 def test_chunk_rows_default_is_a_number_of_bytes() -> None:

@@ -23,6 +23,20 @@ class Allocations(TorchDispatchMode):
         return out
 
 
+class Casts(TorchDispatchMode):
+    """Notes how many elements each cast to another dtype has; see `Results` about our ops."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__ == "_to_copy" and out.dtype is not args[0].dtype:
+            self.sizes.append(out.numel())
+        return out
+
+
 class Results(TorchDispatchMode):
     """Notes the tensors that operations return, views aside: elements, and bytes of their storage.
 

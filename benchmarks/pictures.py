@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lora_kernels import cpu_costs
+from lora_kernels.bench.results import limits
 from lora_kernels.cpu_costs import Sizes
 
 if TYPE_CHECKING:
@@ -115,27 +116,26 @@ def lora_tax(data: Row, caption: str, named: str) -> bytes:
 
 
 def roofline(layers: Row, codes: Row | None, caption: str, named: str) -> bytes:
-    """Operations a second over operations a byte, below what memory and products allow.
+    """Operations a second over operations a byte, below what memory and the processor allow.
 
     Bytes are those that must move, each operand once a direction (`cpu_costs.moved`), so that to
     move one twice shows as a point further down. layers: dense layers' forwards and steps; codes:
     4-bit layers', cold.
     """
-    limits = layers["provenance"]
+    here = limits(layers["provenance"])
+    assert here is not None
 
     def draw(figure: Figure) -> None:
-        dtypes = list(limits["product_peak"])
+        dtypes = [str(dtype).removeprefix("torch.") for dtype in here.peaks]
         all_axes = figure.subplots(1, len(dtypes), sharey=True, squeeze=False)[0]
         for axes, dtype in zip(all_axes, dtypes, strict=True):
-            peak, bandwidth = limits["product_peak"][dtype], limits["copy_bandwidth"]
+            peak, bandwidth = here.peaks[getattr(torch, dtype)], here.bandwidth
             ridge = peak / bandwidth
             roof = [bandwidth * x / 1e9 for x in (0.4, ridge)]
             axes.plot([0.4, ridge, 4000], [*roof, roof[1]], "k-", lw=1)
-            axes.text(
-                0.45, peak / 1e9, f"product\n{peak / 1e9:.0f} GFLOP/s", va="center", fontsize=7
-            )
-            copy = f"copy {bandwidth / 1e9:.0f} GB/s"
-            axes.text(0.6, 0.45 * bandwidth / 1e9, copy, va="top", fontsize=7)
+            axes.text(0.45, peak / 1e9, f"peak\n{peak / 1e9:.0f} GFLOP/s", va="center", fontsize=7)
+            memory = f"memory {bandwidth / 1e9:.0f} GB/s"
+            axes.text(0.6, 0.45 * bandwidth / 1e9, memory, va="top", fontsize=7)
             for data, looks in ((layers, LAYERS), (codes, CODES)):
                 for name, x, y in _points(data, dtype) if data else ():
                     if name in looks:

@@ -33,9 +33,11 @@ import torch
 
 from lora_kernels import cpu_costs
 from lora_kernels.backends import native
+from lora_kernels.bench.results import limits
 from lora_kernels.core.problem import Strategy
-from lora_kernels.cpu_costs import Machine, Sizes
+from lora_kernels.cpu_costs import Sizes
 from lora_kernels.finetune.compare_command import markdown
+from lora_kernels.timing import Machine
 
 from . import pictures
 
@@ -159,17 +161,22 @@ class Run:
         files = [file for n in ("dense", "4bit") if (file := self.folder / f"{n}.json").exists()]
         return pictures.digest(files[0]), pictures.digest(*files)
 
+    @property
+    def has_limits(self) -> bool:
+        """True if the run measured the processor's peak, without which there is no roofline."""
+        return limits(self.dense["provenance"]) is not None
+
     def drawn(self) -> dict[Path, tuple[str, Callable[[], bytes]]]:
         """Picture -> the digest of what it is drawn from, and what draws it."""
         of_tax, of_roof = self.digests()
         name, caption = machine(self.dense["provenance"]), self.roofline_caption
-        return {
-            self.tax_png: (of_tax, lambda: pictures.lora_tax(self.dense, name, of_tax)),
-            self.roofline_png: (
+        found = {self.tax_png: (of_tax, lambda: pictures.lora_tax(self.dense, name, of_tax))}
+        if self.has_limits:
+            found[self.roofline_png] = (
                 of_roof,
                 lambda: pictures.roofline(self.dense, self.codes, caption, of_roof),
-            ),
-        }
+            )
+        return found
 
 
 def runs() -> list[Run]:
@@ -180,12 +187,16 @@ def runs() -> list[Run]:
 
 
 def machine(facts: Row) -> str:
-    peak = ", ".join(f"{p / 1e9:.0f} GFLOP/s {n}" for n, p in facts["product_peak"].items())
-    return (
-        f"{facts['threads']} threads of {facts['machine']} with {facts['isa']}, torch "
-        f"{facts['torch']}, {facts['date']}; in the same run a plain copy moved "
-        f"{facts['copy_bandwidth'] / 1e9:.0f} GB/s and the library GEMM reached {peak}"
+    def rates(peaks: dict[str, float]) -> str:
+        return ", ".join(f"{peak / 1e9:.0f} GFLOP/s {name}" for name, peak in peaks.items())
+
+    text = (
+        f"{facts['threads']} threads of {facts['processor']} ({facts['machine']}) with "
+        f"{facts['isa']}, torch {facts['torch']}, {facts['date']}; in the same run a plain copy "
+        f"moved {facts['copy_bandwidth'] / 1e9:.0f} GB/s and the library GEMM reached "
+        f"{rates(facts['product_peak'])}"
     )
+    return f"{text}; the processor's peak is {rates(facts['peak'])}" if facts.get("peak") else text
 
 
 def table(head: str, rows: Iterable[Sequence[str]]) -> str:
@@ -287,20 +298,24 @@ def rows_4bit(data: Row) -> Cells:
             *head,
             f"{ours * 1e3:.3f}",
             *(f"{seconds[n] / ours:.2f}" if n in seconds else "–" for n in CODES_PEERS),
-            f"{peak_share(row, data['provenance']):.0%}",
+            peak_share(row, data["provenance"]),
             *(f"{errors[n]:.1e}" if n in errors else "–" for n in ("ours", CODES_PEERS[0])),
         )
 
 
-def peak_share(row: Row, provenance: Row) -> float:
-    """Return our multiply-adds a second over those of the dense library GEMM in the same run."""
+def peak_share(row: Row, provenance: Row) -> str:
+    """Return our multiply-adds a second over the processor's peak in the same run, or –."""
+    here = limits(provenance)
+    if here is None:
+        return "–"
     M, K, N, R = (row[name] for name in "MKNR")
     forward = 2 * M * (N * K + R * (K + N))
     # dx is a product of the same size; P, dS and the two updates of y and dx, and dA and dB.
     step = 4 * M * N * K + 6 * M * R * (K + N)
     seconds: float = row["seconds"]["ours"]["p50"]
-    peak: float = provenance["product_peak"][row["dtype"]]
-    return (forward if row["mode"] == "forward" else step) / seconds / peak
+    peak = here.peaks[getattr(torch, row["dtype"])]
+    share = (forward if row["mode"] == "forward" else step) / seconds / peak
+    return f"{share:.0%}" + " ✗" * (share > 1)
 
 
 def targets_4bit(rows: list[Row]) -> Cells:

@@ -213,6 +213,19 @@ Object use_isa_named(Arguments& in) {
        given.object);
 }
 
+Object multiply_add(Arguments& in) {
+  const DType dtype = in("dtype");
+  const int64_t rounds = in("rounds");
+  const int threads = in("threads");
+  in.finish();
+  double flops;
+  {
+    WithoutGil released;
+    flops = kernels().multiply_add(dtype, rounds, threads);
+  }
+  return steal_reference(PyFloat_FromDouble(flops));
+}
+
 Object use_openmp_at(Arguments& in) {
   const uintptr_t parallel = in("parallel"), thread_num = in("thread_num"),
                   num_threads = in("num_threads");
@@ -225,6 +238,7 @@ PyMethodDef methods[] = {
     method<use_isa_named>("use_isa", "Cap the instruction set; return the one now in use."),
     method<use_openmp_at>("use_openmp",
                           "Run on the thread pool of the OpenMP runtime with these addresses."),
+    method<multiply_add>("multiply_add", "Multiply and add in registers; return the FLOPs."),
     method<codes_4bit>("Codes4bit", "Return the addresses of a 4-bit weight."),
     method<quantize>("quantize"),
     method<dequantize>("dequantize"),

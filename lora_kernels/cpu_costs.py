@@ -9,39 +9,18 @@ are not in it, nor the making of dropout's mask.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
 from .backends import cpu
+from .timing import Machine
 
 THIN_SHARE = 0.5  # of the peak, that products with R columns or rows reach
 LIBRARY_ROWS = 24  # a library GEMM of more than one row takes as long as if it had these besides
 DECODE = 2.2  # multiply-adds of float32 at the peak that decoding one code takes
 CODE_BYTES = 0.5 + 1 / 64  # a code, and its share of a scale of 8 bits
 FORWARD_CALL, BACKWARD_CALL = 28e-6, 200e-6  # seconds of Python and autograd
-
-
-@dataclass(frozen=True)
-class Machine:
-    """The rates that a cost depends on.
-
-    Bytes a second of a plain copy, read and written, and by dtype the operations a second (two a
-    multiply-add) of a large GEMM.
-    """
-
-    name: str
-    bandwidth: float
-    peaks: Mapping[torch.dtype, float]
-
-    def describe(self) -> str:
-        """Its figures in words."""
-        peaks = ", ".join(
-            f"{peak / 1e9:.0f} GFLOP/s {str(dtype).removeprefix('torch.')}"
-            for dtype, peak in self.peaks.items()
-        )
-        return f"{self.name}: a copy moves {self.bandwidth / 1e9:.0f} GB/s, products reach {peaks}"
 
 
 @dataclass(frozen=True)
@@ -103,6 +82,7 @@ def predict(machine: Machine, sizes: Sizes, strategy: str, backward: bool = Fals
     strategy: one of the cpu backend's; any other counts as the library GEMM with the rank
     update after it. A dtype whose peak the machine does not say has float32's.
 
+    >>> from lora_kernels.timing import Machine
     >>> machine = Machine("slow", 1e9, {torch.float32: 1e9})
     >>> sizes = Sizes(M=1, N=1000, K=1000, R=1, dtype=torch.float32)
     >>> round(predict(machine, sizes, "fused"), 4)  # 4 MB of weights at 1 GB/s

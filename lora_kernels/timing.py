@@ -13,10 +13,34 @@ from typing import Any, NamedTuple
 import torch
 
 from . import device as devices
-from .cpu_costs import Machine
+from .backends import native
+from .backends.cpu import DTYPES
 
 COLD_BYTES = 64 << 20  # twice the L3 cache that a core reaches on AMD's Zen, 32 MiB
 FEWEST = 5  # rounds, however long one takes: bounds of a median hold in 99 of 100 (see `Ratio`)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The rates that a time depends on.
+
+    Args:
+        bandwidth: bytes a second.
+        peaks: operations a second (two a multiply-add) by dtype: of a large GEMM for a prediction,
+            of the processor for a limit.
+    """
+
+    name: str
+    bandwidth: float
+    peaks: Mapping[torch.dtype, float]
+
+    def describe(self) -> str:
+        """Its figures in words."""
+        peaks = ", ".join(
+            f"{peak / 1e9:.0f} GFLOP/s {str(dtype).removeprefix('torch.')}"
+            for dtype, peak in self.peaks.items()
+        )
+        return f"{self.name}: a copy moves {self.bandwidth / 1e9:.0f} GB/s, products reach {peaks}"
 
 
 @dataclass(frozen=True)
@@ -207,8 +231,8 @@ def cold_bytes(device: str) -> int:
 def copy_bandwidth(megabytes: int = 256, device: str = "cpu") -> float:
     """Bytes read and written a second by a plain copy that no cache holds.
 
-    This and `product_peak` are limits, which the fast quintile tells: by the median, whatever else
-    ran on the machine meanwhile would be taken for the machine's own.
+    The rates of a machine are told by the fast quintile: by the median, whatever else ran on it
+    meanwhile would be taken for the machine's own.
     """
     source = torch.zeros(megabytes << 20, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -217,16 +241,53 @@ def copy_bandwidth(megabytes: int = 256, device: str = "cpu") -> float:
 
 
 def product_peak(dtype: torch.dtype, n: int = 2048, device: str = "cpu") -> float:
-    """Operations a second (two a multiply-add) of the library GEMM of two [n, n]; a limit."""
+    """Operations a second (two a multiply-add) of the library GEMM of two [n, n]."""
     a, b = (torch.randn(n, n).to(device, dtype) for _ in range(2))
     times = interleave({"mm": lambda: torch.mm(a, b)}, seconds=1.0, least=5, device=device)
     return float(2 * n**3 / times["mm"].p20)
 
 
-def cpu_machine(dtypes: frozenset[torch.dtype]) -> Machine:
-    """The processor's limits with the threads that torch has now, measured once a process.
+def read_bandwidth(megabytes: int = 256, device: str = "cpu") -> float:
+    """Bytes read a second by a sum that no cache holds: more than of a copy, which also writes."""
+    source = torch.zeros(megabytes << 18, dtype=torch.float32, device=device)
+    times = interleave({"sum": source.sum}, seconds=1.0, device=device)
+    return (megabytes << 20) / times["sum"].p20
 
-    float32's peak is always in it, and those of the 16-bit dtypes named; takes some seconds.
+
+def peak(dtype: torch.dtype, reached: float) -> float | None:
+    """Return the operations a second (two a multiply-add) that this CPU's instructions allow.
+
+    The native kernels multiply and add in registers, on torch's threads: by FMA, for bfloat16 by
+    dot products or AMX tiles too. A float32 product may be six of bfloat16 on tiles. A GEMM of
+    torch may use instructions that these kernels lack (float16's), or that LORA_KERNELS_CPU_ISA
+    turned off: the peak is at least what it reached. None without the native kernels.
+
+    Args:
+        reached: operations a second of a GEMM in this dtype.
+    """
+    if native.module is None:
+        return None
+    found = [reached, _register_peak(torch.float32)]
+    if dtype is torch.bfloat16:  # dot products may be slower than FMA: half as fast on Intel's
+        found.append(_register_peak(dtype))
+    elif dtype is torch.float32 and native.isa == "amxbf16":
+        found.append(_register_peak(torch.bfloat16) / 6)
+    return max(found)
+
+
+def _register_peak(dtype: torch.dtype) -> float:
+    assert native.module is not None
+    arguments = DTYPES[dtype], 1 << 20, torch.get_num_threads()  # milliseconds
+    flops: float = native.module.multiply_add(*arguments)
+    run = functools.partial(native.module.multiply_add, *arguments)
+    return flops / interleave({"run": run}, seconds=0.5)["run"].p20
+
+
+def cpu_machine(dtypes: frozenset[torch.dtype]) -> Machine:
+    """Measure the rates of a copy and of library GEMMs on torch's threads, once a process.
+
+    The cost model predicts from these; limits are `peak`'s. float32's rate is always in it, and
+    those of the 16-bit dtypes named; takes some seconds.
     """
     kinds = {torch.float32} | (dtypes & {torch.bfloat16, torch.float16})
     names = tuple(sorted(str(dtype).removeprefix("torch.") for dtype in kinds))

@@ -176,6 +176,7 @@ struct Kernels {
   void (*few_rows)(const FewRowsArgs&);
   void (*row_norm)(const RowNormArgs&);
   void (*product)(const ProductArgs&);  // null if the unit has no GEMM of its own
+  double (*multiply_add)(DType, int64_t rounds, int threads);  // see peak_impl.h
 };
 
 extern const Kernels kernels_scalar, kernels_avx2, kernels_avx512, kernels_avx512bf16,

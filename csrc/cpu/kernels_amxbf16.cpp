@@ -4,6 +4,7 @@
 #include "product_impl.h"
 #include "amx_impl.h"
 #include "amx_thin_impl.h"
+#include "peak_impl.h"
 
 namespace lora_kernels {
 namespace {
@@ -17,5 +18,6 @@ void row_norm_as_avx512(const RowNormArgs& a) { kernels_avx512.row_norm(a); }
 
 extern const Kernels kernels_amxbf16 = {shrink_tiles,     expand_tiles,       backward_pair_tiles,
                                         grad_a_tiles,     quantize_as_avx512, dequantize_as_avx512,
-                                        few_rows_widened, row_norm_as_avx512, product_of_tiles};
+                                        few_rows_widened, row_norm_as_avx512, product_of_tiles,
+                                        multiply_add};
 }  // namespace lora_kernels

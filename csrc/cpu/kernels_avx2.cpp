@@ -6,9 +6,10 @@
 #include "streamed_impl.h"
 #include "few_rows_impl.h"
 #include "row_norm_impl.h"
+#include "peak_impl.h"
 
 namespace lora_kernels {
-extern const Kernels kernels_avx2 = {
-    shrink,     expand,   backward_pair, grad_a, quantize,
-    dequantize, few_rows, row_norm,      nullptr};  // no fused GEMM: torch.mm runs it
+extern const Kernels kernels_avx2 = {shrink,   expand,      backward_pair, grad_a,
+                                     quantize, dequantize,  few_rows,      row_norm,
+                                     nullptr,  multiply_add};  // no fused GEMM: torch.mm runs it
 }

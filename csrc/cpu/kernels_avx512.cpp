@@ -5,8 +5,9 @@
 #include "few_rows_impl.h"
 #include "row_norm_impl.h"
 #include "product_impl.h"
+#include "peak_impl.h"
 
 namespace lora_kernels {
-extern const Kernels kernels_avx512 = {shrink,     expand,   backward_pair, grad_a, quantize,
-                                       dequantize, few_rows, row_norm,      product};
+extern const Kernels kernels_avx512 = {shrink,     expand,   backward_pair, grad_a,  quantize,
+                                       dequantize, few_rows, row_norm,      product, multiply_add};
 }

@@ -4,6 +4,7 @@
 #include "streamed_impl.h"
 #include "few_rows_impl.h"
 #include "product_impl.h"
+#include "peak_impl.h"
 
 namespace lora_kernels {
 namespace {
@@ -23,5 +24,6 @@ extern const Kernels kernels_avx512bf16 = {shrink,
                                            dequantize_as_avx512,
                                            few_rows,
                                            row_norm_as_avx512,
-                                           product};
+                                           product,
+                                           multiply_add};
 }  // namespace lora_kernels

@@ -29,10 +29,10 @@ from torch import Tensor
 
 from .. import cpu_costs, functional, selection, timing
 from ..core.problem import Problem
-from ..cpu_costs import Machine, Sizes
+from ..cpu_costs import Sizes
 from ..fastpath import CallCache
-from ..timing import Parts
-from . import baselines, models
+from ..timing import Machine, Parts
+from . import baselines, models, results
 from . import case as cases
 from .baselines import Call
 from .case import Case
@@ -100,14 +100,19 @@ def target(case: Case, mode: str) -> float | None:
     return 1 + 2 * (floor(case, mode) - 1) + 0.01 if case.R <= 16 and mode != "backward" else None
 
 
-def least_seconds(case: Case, mode: str, machine: Machine) -> float:
-    """Return the roofline: bytes at a copy's bandwidth, or FLOPs at a library GEMM's rate."""
+def least_seconds(case: Case, mode: str, machine: Machine, cache: str = "cold") -> float:
+    """Return the roofline: bytes at memory's bandwidth, or FLOPs at the processor's peak.
+
+    A warm call may find `timing.cold_bytes` of its operands in a cache.
+    """
     itemsize = (case.adapter_dtype or case.dtype).itemsize
     sizes = Sizes(case.M, case.N, case.K, case.R, case.dtype, itemsize)
     bytes_, flops = (
         count(sizes, mode in ("backward", "step")) - (count(sizes) if mode == "backward" else 0)
         for count in (cpu_costs.moved, cpu_costs.flops)
     )
+    if cache == "warm":
+        bytes_ = max(0.0, bytes_ - timing.cold_bytes(case.device))
     return max(bytes_ / machine.bandwidth, flops / machine.peaks[case.dtype])
 
 
@@ -158,7 +163,7 @@ def measure(case: Case, seconds: float, machine: Machine | None = None) -> list[
         row.misses, row.seconds = misses, times
         row.floor = floor(case, mode)
         if machine is not None:
-            row.floor_ms = least_seconds(case, mode, machine) * 1e3
+            row.floor_ms = least_seconds(case, mode, machine, cache) * 1e3
         row.target = target(case, mode) if cache == "warm" else None
         if mode == "step":
             row.bytes, row.peak_bytes = _memory(calls, case.device)
@@ -276,10 +281,7 @@ class Layers(Suite):
             yield reason
 
     def rows(self, args: argparse.Namespace, facts: Facts, only: Collection[str]) -> Iterator[Row]:
-        machine = None
-        if facts:
-            peaks = {getattr(torch, name): peak for name, peak in facts["product_peak"].items()}
-            machine = Machine("", facts["copy_bandwidth"], peaks)
+        machine = results.limits(facts)
         shapes = models.requested_shapes(args) or SHAPES
         for dtype, (M, K, N), R in itertools.product(args.dtypes, shapes, args.ranks):
             options = {"dropout_p": args.dropout, "device": args.device}

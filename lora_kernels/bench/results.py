@@ -32,7 +32,7 @@ from .. import __version__, selection, timing
 from .. import device as devices
 from ..backends import native
 from ..core.problem import Problem
-from ..timing import Ratio, Times
+from ..timing import Machine, Ratio, Times
 from . import tolerance
 
 Facts = dict[str, Any]  # of a run: its provenance
@@ -229,7 +229,10 @@ class Row:
             by = f"{self.backend}, {self.strategy}; " if self.strategy else ""
             lines.append(f"    ours: {by}{three} ms (p20/p50/p80)")
             if self.floor_ms:
-                lines[-1] += f", {self.floor_ms / times.p50 / 1e3:.0%} of the roofline"
+                share = self.floor_ms / times.p50 / 1e3
+                lines[-1] += f", {share:.0%} of the roofline"
+                if share > 1:
+                    lines[-1] += " ✗ (the machine's limits were measured wrong)"
         pairs = (pair for pair in PAIRS.get(self.what or "", ()) if {*pair} <= p50.keys())
         if each := [f"{over} over {under} {p50[over] / p50[under]:.2f}" for over, under in pairs]:
             lines.append(f"    {', '.join(each)}")
@@ -388,10 +391,23 @@ def versions(*libraries: str) -> dict[str, Any]:
     return {"version": __version__, **{name: devices.version(name) for name in libraries}}
 
 
+def limits(facts: Facts) -> Machine | None:
+    """Return the limits in a run's provenance; None if they were not measured.
+
+    Older results have a copy and a library GEMM, which are no limits: reading is faster than
+    copying, and our kernels may be faster than the GEMM.
+    """
+    if facts.get("peak") is None:
+        return None
+    peaks = {getattr(torch, name): peak for name, peak in facts["peak"].items()}
+    return Machine("", max(facts["copy_bandwidth"], facts["read_bandwidth"]), peaks)
+
+
 def provenance(dtypes: list[str], device: str = "cpu") -> dict[str, Any]:
     """Return the facts that a reader needs to judge or to repeat the times."""
     cpu, f32 = devices.cpu(), torch.float32
     git = "git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"
+    products = {name: timing.product_peak(getattr(torch, name), device=device) for name in dtypes}
     facts: Facts = {
         "commit": _output(*git),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
@@ -408,9 +424,9 @@ def provenance(dtypes: list[str], device: str = "cpu") -> dict[str, Any]:
         **versions("peft", "transformers", "bitsandbytes", "triton", "numpy"),
         "torch": torch.__version__,
         "copy_bandwidth": timing.copy_bandwidth(device=device),
-        "product_peak": {
-            name: timing.product_peak(getattr(torch, name), device=device) for name in dtypes
-        },
+        "read_bandwidth": timing.read_bandwidth(device=device),
+        "product_peak": products,
+        "peak": products if device == "cuda" else _peaks(products),
     }
     if device == "cuda":
         query = "--query-gpu=driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit"
@@ -421,6 +437,12 @@ def provenance(dtypes: list[str], device: str = "cpu") -> dict[str, Any]:
             "nvidia_smi": _output("nvidia-smi", query, "--format=csv,noheader"),
         }
     return facts
+
+
+def _peaks(products: dict[str, float]) -> dict[str, float] | None:
+    """Return `timing.peak` by dtype; None without our kernels."""
+    peaks = {name: timing.peak(getattr(torch, name), rate) for name, rate in products.items()}
+    return {name: peak for name, peak in peaks.items() if peak is not None} or None
 
 
 def _output(*command: str) -> str | None:

@@ -17,8 +17,9 @@ from .. import costs, cpu_costs, device, selection
 from ..backends import decode4bit
 from ..backends.triton import measured
 from ..core.problem import MANY_ROWS, Choice, Layout, Problem, Strategy
-from ..cpu_costs import Machine, Sizes
+from ..cpu_costs import Sizes
 from ..device import DeviceInfo
+from ..timing import Machine
 
 MAX_ROWS = 1 << 17  # the largest M of `choose_by_rows`
 EVERY_ROW = 256  # `choose_by_rows` tries each M up to here, and then steps by an eighth

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from .. import timing
-from ..cpu_costs import Machine
 from ..layers import LoRALayer
+from ..timing import Machine
 from . import predict
 from .explain_rows import (
     Layer,

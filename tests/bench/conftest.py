@@ -31,6 +31,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """The machine's limits take seconds to measure and are not looked at here."""
     monkeypatch.setattr(timing, "copy_bandwidth", lambda **_: 1e9)
     monkeypatch.setattr(timing, "product_peak", lambda dtype, **_: 1e9)
+    monkeypatch.setattr(timing, "read_bandwidth", lambda **_: 1e9)
+    monkeypatch.setattr(timing, "peak", lambda dtype, reached: 1e9)
     monkeypatch.setattr(baselines, "no_compiler", lambda device: "torch.compile takes long")
 
 

@@ -295,6 +295,9 @@ def test_row_in_words_has_its_goals_and_pairs() -> None:
         ": frozen 2e+03 ms, floor 1.100, target 1.500; over it: ours 1.500 ✓, peft 4.000"
     )
     assert ours == ("    ours: cpu, fused; 3e+03/3e+03/3e+03 ms (p20/p50/p80), 50% of the roofline")
+    each.floor_ms = 3001.0
+    assert str(each).endswith("100% of the roofline ✗ (the machine's limits were measured wrong)")
+    each.floor_ms = 1500.0
     each.target = 1.499
     assert "ours 1.500 over target, peft 4.000" in str(each)
     dora = replace(row(1, ours=2, LoRA=4), what="DoRA step")

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import pictures, report
+from lora_kernels.bench import results
 
 pytest.importorskip("matplotlib")
 
@@ -44,6 +47,50 @@ def test_a_row_that_misses_the_tolerance_is_drawn(data: Any) -> None:
     wrong = {**row, "tax": tax, "misses": {"ours": "y MISS"}}
     sound, missed = ({"rows": [r, data["rows"][0]]} for r in (row, wrong))
     assert pictures.lora_tax(sound, "", "") != pictures.lora_tax(missed, "", "")
+
+
+LIMITS: dict[str, Any] = {
+    "copy_bandwidth": 1e9,
+    "read_bandwidth": 2e9,
+    "product_peak": {"float32": 1e9, "bfloat16": 3e9},
+    "peak": {"float32": 4e9, "bfloat16": 8e9},
+}
+
+
+def test_limits_are_the_processor_s_and_never_one_library_s() -> None:
+    machine = results.limits(LIMITS)
+    assert machine is not None and machine.bandwidth == 2e9
+    assert machine.peaks == {torch.float32: 4e9, torch.bfloat16: 8e9}
+    assert results.limits({**LIMITS, "peak": None}) is None
+    assert results.limits({k: v for k, v in LIMITS.items() if k != "peak"}) is None
+    assert results.limits({}) is None
+
+
+def test_share_of_the_peak_above_one_is_marked_and_without_a_peak_is_left_out() -> None:
+    row = {"M": 1, "K": 1000, "N": 1000, "R": 0, "mode": "forward", "dtype": "float32"}
+    shares = [
+        report.peak_share({**row, "seconds": {"ours": {"p50": p50}}}, limits)
+        for p50, limits in ((1e-3, LIMITS), (4e-4, LIMITS), (1e-3, {**LIMITS, "peak": None}))
+    ]
+    assert shares == ["50%", "125% ✗", "–"]
+
+
+def test_roofline_is_drawn_of_a_run_with_limits_alone(data: Any, tmp_path: Path) -> None:
+    for facts, drawn in (({"peak": None}, False), (LIMITS, True)):
+        found = {**data, "provenance": {**data["provenance"], **facts}}
+        (tmp_path / "dense.json").write_text(json.dumps(found))
+        pictures_of = report.Run(tmp_path).drawn()
+        assert (tmp_path / "roofline.png" in pictures_of) is drawn
+        for _, draw in pictures_of.values():
+            assert draw().startswith(b"\x89PNG")
+    assert "the processor's peak is 4 GFLOP/s float32" in report.machine(found["provenance"])
+
+
+def test_pages_name_the_processor_and_have_no_share_above_the_limit() -> None:
+    for run in report.runs():
+        assert run.dense["provenance"]["processor"] in report.machine(run.dense["provenance"])
+    for document in (report.RESULTS, *report.FIGURES):
+        assert not re.search(r"\b1\d\d ?% of|\d% ✗", document.read_text())
 
 
 def test_points_of_the_roofline(data: Any) -> None:

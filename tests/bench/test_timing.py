@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from lora_kernels import functional, timing
+from lora_kernels.backends import native
+from lora_kernels.backends.cpu import DTYPES
 from lora_kernels.bench import case as cases
 from lora_kernels.bench import dense
 from lora_kernels.bench.case import Case
@@ -175,3 +177,67 @@ def test_a_limit_is_what_neighbours_do_not_take(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(timing, "interleave", lambda calls, **_: dict.fromkeys(calls, rounds))
     assert timing.product_peak(torch.float32, n=8) == pytest.approx(2 * 8**3 / undisturbed)
     assert timing.copy_bandwidth(megabytes=1) == pytest.approx((2 << 20) / undisturbed)
+    assert timing.read_bandwidth(megabytes=1) == pytest.approx((1 << 20) / undisturbed)
+
+
+# FLOPs of a round of `multiply_add` on one thread: 12 instructions, or 4 pairs of AMX tiles.
+ROUND = {
+    "scalar": (12 * 2 * 4, 12 * 2 * 4),
+    "avx2": (12 * 2 * 8, 12 * 2 * 8),
+    "avx512": (12 * 2 * 16, 12 * 2 * 16),
+    "avx512bf16": (12 * 2 * 16, 12 * 4 * 16),
+    "amxbf16": (12 * 2 * 16, 4 * 2 * 16 * 16 * 32),
+}
+
+
+@pytest.mark.parametrize("isa", ROUND)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_multiply_add_on_each_instruction_set_returns_its_flops(
+    isa: str, dtype: torch.dtype
+) -> None:
+    if native.module is None:
+        pytest.skip("no native kernels")
+    before = native.isa or ""
+    try:
+        if native.use_isa(isa) != isa:
+            pytest.skip(f"no {isa} here")
+        found = native.module.multiply_add(DTYPES[dtype], 3, 2)
+    finally:
+        native.use_isa(before)
+    assert found == 3 * 2 * ROUND[isa][dtype is torch.bfloat16]
+
+
+def test_peak_is_of_registers_and_no_less_than_a_gemm_reached(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Extension:
+        """A processor of 8 FLOPs a round in float32 and 96 in bfloat16."""
+
+        @staticmethod
+        def multiply_add(dtype: int, rounds: int, threads: int) -> float:
+            return float((8, 96, 8)[dtype] * rounds)
+
+    second = timing.Times.from_seconds([1.0] * 5)
+    monkeypatch.setattr(timing, "interleave", lambda calls, **_: dict.fromkeys(calls, second))
+    monkeypatch.setattr(native, "module", Extension)
+    f32, bf16 = torch.float32, torch.bfloat16
+    for isa, dtype, flops in (
+        ("avx512bf16", f32, 8),
+        ("avx512bf16", bf16, 96),
+        ("amxbf16", f32, 16),  # six products of bfloat16
+        ("amxbf16", torch.float16, 8),
+    ):
+        monkeypatch.setattr(native, "isa", isa)
+        assert timing.peak(dtype, 1.0) == flops * 2**20
+        assert timing.peak(dtype, 1e12) == 1e12
+    monkeypatch.setattr(native, "module", None)
+    assert timing.peak(f32, 1e12) is None
+
+
+def test_least_seconds_of_a_warm_call_may_read_its_weight_from_a_cache() -> None:
+    """512 MiB of weight: a cache may hold 64 of them, and a call with little holds all."""
+    machine = timing.Machine("", 1e9, {torch.float32: 1e15})
+    large, small = Case(1, 16384, 8192, 4), Case(1, 64, 64, 4)
+    cold, warm = (dense.least_seconds(large, "forward", machine, c) for c in ("cold", "warm"))
+    assert cold - warm == pytest.approx(timing.COLD_BYTES / 1e9)
+    assert dense.least_seconds(small, "forward", machine, "warm") < 1e-10

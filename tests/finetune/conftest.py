@@ -69,7 +69,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
 @pytest.fixture
 def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replace the measurement of the machine's bandwidth and FLOP/s, which takes seconds."""
-    for name in ("copy_bandwidth", "product_peak"):
+    for name in ("copy_bandwidth", "read_bandwidth", "product_peak", "peak"):
         monkeypatch.setattr(timing, name, lambda *args, **kwargs: 1e9)
 
 

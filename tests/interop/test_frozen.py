@@ -18,8 +18,8 @@ from torch import Tensor, nn
 import lora_kernels
 from lora_kernels.backends import cpu, cpu_heuristics, native
 from lora_kernels.bench import tolerance
-from lora_kernels.cpu_costs import Machine
 from lora_kernels.peft import StreamedLinear, explain, fuse, unfuse
+from lora_kernels.timing import Machine
 from tests.support.assertions import assert_bitwise_equal, assert_close_derived
 from tests.support.engines import assert_within
 from tests.support.models import watch_prepared_calls

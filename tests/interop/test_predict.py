@@ -18,11 +18,12 @@ from lora_kernels import costs, cpu_costs, device, selection, timing
 from lora_kernels.backends import cpu, native, triton
 from lora_kernels.backends.triton import measured
 from lora_kernels.core.problem import MANY_ROWS, Choice, Problem, Strategy
-from lora_kernels.cpu_costs import Machine, Sizes
+from lora_kernels.cpu_costs import Sizes
 from lora_kernels.device import DeviceInfo
 from lora_kernels.layers import DoRALinear, LoRAEmbedding, LoRALinear, QLoRALinear
 from lora_kernels.peft import explain, fuse, predict
 from lora_kernels.peft.predict import Part, Region
+from lora_kernels.timing import Machine
 from tests.support.peft_models import (
     SIZES,
     R,

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from lora_kernels import costs, cpu_costs, device, selection, verdicts
+from lora_kernels import costs, cpu_costs, device, selection, timing, verdicts
 from lora_kernels.backends import triton
 from lora_kernels.backends.triton import heuristics, measured
 from lora_kernels.core.problem import Choice, Layout, Problem, Strategy
@@ -414,7 +414,7 @@ CPU_CASES: dict[str, dict[str, Any]] = {
 def test_predict_of_a_cpu_s_round_rates_is_the_sum_of_the_docstring(
     name: str, strategy: str, forward: float, backward: float
 ) -> None:
-    machine = cpu_costs.Machine("", 1e10, {torch.float32: 1e11, torch.bfloat16: 4e11})
+    machine = timing.Machine("", 1e10, {torch.float32: 1e11, torch.bfloat16: 4e11})
     sizes = cpu_costs.Sizes(N=300, K=500, R=20, **CPU_CASES[name])
     found = [cpu_costs.predict(machine, sizes, strategy, b) * 1e6 for b in (False, True)]
     assert found == pytest.approx([forward, backward], rel=1e-3)

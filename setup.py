@@ -93,6 +93,7 @@ FREE_THREADED = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
 LIMITED_API = [] if FREE_THREADED else ["-DPy_LIMITED_API=0x030A0000"]
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX") if FREE_THREADED else ".abi3.so"
 
+CUDA_NOTE = "the CUDA kernels are built too, in minutes; LORA_KERNELS_CUDA=0 leaves them out"
 LOG_SECONDS = 10  # between two lines of progress where these are not rewritten
 
 
@@ -323,6 +324,8 @@ class NativeBuild(build_ext):
                 if nvcc is None:
                     raise RuntimeError("nvcc was not found: set CUDA_HOME, or PATH")
                 arguments = [nvcc]
+                if not target.exists() and "LORA_KERNELS_CUDA" not in os.environ:
+                    say(f"{nvcc} was found: {CUDA_NOTE}\n".encode())
             build_dir = Path(self.build_temp) / kind.removeprefix("_")
             ninja = Ninja(build_dir, self.distribution.get_version())
             library = rules(ninja, cxx, *arguments)

@@ -472,7 +472,7 @@ def main(check: bool) -> int:
         print(f"stale: {', '.join(stale)}; run python -m benchmarks.report" if stale else "in step")
         return 1 if stale else 0
     if find_spec("matplotlib") is None:
-        print("benchmarks.report: needs matplotlib: pip install 'lora-kernels[bench]'")
+        print("benchmarks.report: needs matplotlib: pip install '.[bench]'")
         return 2
     for path, text in wanted.items():
         path.write_text(text)

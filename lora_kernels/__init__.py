@@ -2,17 +2,27 @@
 
 __version__ = "0.1.0"
 
-from .core import reference
-from .functional import (
-    dora_norm,
-    dropout_mask,
-    lora_experts_linear,
-    lora_linear,
-    multi_lora_linear,
-)
-from .head import lora_linear_cross_entropy, lora_linear_log_probs
-from .qualification import qualify
-from .selection import backend
+import os as _os
+import sys as _sys
+
+try:
+    from .core import reference
+    from .functional import (
+        dora_norm,
+        dropout_mask,
+        lora_experts_linear,
+        lora_linear,
+        multi_lora_linear,
+    )
+    from .head import lora_linear_cross_entropy, lora_linear_log_probs
+    from .qualification import qualify
+    from .selection import backend
+except KeyboardInterrupt:
+    # The command line imports this package, and torch, before any code of its own runs.
+    if _os.path.basename((_sys.argv or [""])[0]) not in ("lora-kernels", "-m"):
+        raise
+    print("\nlora-kernels: interrupted", file=_sys.stderr)
+    raise SystemExit(130) from None
 
 __all__ = [
     "__version__",

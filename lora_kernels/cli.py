@@ -14,8 +14,8 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from . import __version__
-from .finetune import UsageError
+from . import __version__, device
+from .finetune import TrainingError, UsageError
 
 # name -> module, the extra that installs what it needs, help
 COMMANDS = {
@@ -26,7 +26,7 @@ COMMANDS = {
     "tune": ("lora_kernels.bench.tune", None, "find the fastest Triton kernels on this GPU"),
     "finetune": ("lora_kernels.finetune.command", "finetune", "fine-tune a model with fused LoRA"),
     "rank-search": (
-        "lora_kernels.finetune.rank",
+        "lora_kernels.finetune.rank_command",
         "finetune",
         "find the rank that is enough for a data set",
     ),
@@ -85,12 +85,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         missing = (error.name or "").partition(".")[0]
         if not missing or importlib.util.find_spec(missing) is not None:
             raise
-        wanted = f"'lora-kernels[{extra}]'" if extra else missing
-        parser.exit(2, f"lora-kernels {name}: needs {missing}: pip install {wanted}\n")
+        how = device.install_command(extra) if extra else f"pip install {missing}"
+        parser.exit(2, f"lora-kernels {name}: needs {missing}: {how}\n")
     except UsageError as error:
         print(f"lora-kernels {name}: {name_option(str(error), parsers[name])}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except TrainingError as error:
+        print(f"lora-kernels {name}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:  # also during the command's imports
         print(f"\nlora-kernels {name}: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # who reads, `head` for one, has seen enough

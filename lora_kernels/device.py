@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import json
 import os
 import platform
 import shlex
@@ -158,6 +159,34 @@ def version(distribution: str) -> str | None:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def origin(extra: str = "") -> str:
+    """Return the arguments of `pip install` that install this package from where it came (PEP 610).
+
+    The package is on no index, where its name might be another's: without a record this is the
+    checkout that holds it, or "." for the reader's.
+
+    extra: of pyproject.toml's optional dependencies.
+    """
+    try:
+        text = importlib.metadata.distribution("lora-kernels").read_text("direct_url.json")
+    except importlib.metadata.PackageNotFoundError:
+        text = None
+    extras = f"[{extra}]" if extra else ""
+    if text is None:
+        root = Path(__file__).parents[1]
+        return shlex.quote(f"{root if (root / 'pyproject.toml').is_file() else '.'}{extras}")
+    found = json.loads(text)
+    url = f"{found['vcs_info']['vcs']}+{found['url']}" if "vcs_info" in found else found["url"]
+    if found.get("dir_info", {}).get("editable"):
+        return f"-e {shlex.quote(url + extras)}"
+    return shlex.quote(f"lora-kernels{extras} @ {url}" if extra else url)
+
+
+def install_command(extra: str) -> str:
+    """Return the command that adds the packages of an extra."""
+    return f"pip install {origin(extra)}"
 
 
 def compiler() -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import platform
 from dataclasses import asdict
@@ -114,7 +113,7 @@ def _cpu_backend() -> dict[str, Any]:
     if native.module is not None:
         threads = "on torch's threads" if native.threaded else "on one thread: torch has no OpenMP"
         return _backend(True, f"{native.isa} kernels, {threads}")
-    install = f"LORA_KERNELS_NATIVE=1 {_INSTALL} {_installed_from()}"
+    install = f"LORA_KERNELS_NATIVE=1 {_INSTALL} {device.origin()}"
     if device.compiler() is None:
         install = (
             "install a C++ compiler (apt install g++, dnf install gcc-c++, "
@@ -140,7 +139,7 @@ def _triton_backend() -> dict[str, Any]:
 def _cuda_backend() -> dict[str, Any]:
     reason = cuda.unavailable_reason()
     if reason is not None:
-        install = f"{_INSTALL} {_installed_from()}"
+        install = f"{_INSTALL} {device.origin()}"
         compiler = "" if device.nvcc() else "install CUDA's nvcc 12 or newer, then "
         return _backend(False, reason, f"{compiler}LORA_KERNELS_CUDA=1 {install}")
     reasons = [cuda.unsupported_device_reason("cuda", index) for index in range(len(device.gpus()))]
@@ -153,17 +152,3 @@ def _cuda_backend() -> dict[str, Any]:
 
 # A wheel that was built without the kernels sits in pip's cache and would come back.
 _INSTALL = "pip install --force-reinstall --no-deps --no-cache-dir"
-
-
-def _installed_from() -> str:
-    """Return the argument of `pip install` that installs this package from its origin (PEP 610)."""
-    try:
-        text = importlib.metadata.distribution("lora-kernels").read_text("direct_url.json")
-    except importlib.metadata.PackageNotFoundError:
-        text = None
-    if text is None:
-        return "lora-kernels"
-    origin = json.loads(text)
-    if "vcs_info" in origin:
-        return f"{origin['vcs_info']['vcs']}+{origin['url']}"
-    return ("-e " if origin.get("dir_info", {}).get("editable") else "") + str(origin["url"])

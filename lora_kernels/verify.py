@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import device as devices
 from . import selection
 from .backends import cpu, cpu_heuristics, triton
 from .backends.triton import configs
@@ -74,15 +75,8 @@ OTHERS: dict[str, tuple[Any, ...]] = {
         for of in ("mean", "none", "log_probs")
     ),
 }
-# Peer -> the libraries that the comparison imports, how to install them, the type of its base.
-PEERS = {
-    "peft": (("peft",), "pip install 'lora-kernels[peft]'", ""),
-    "bitsandbytes": (
-        ("peft", "bitsandbytes"),
-        "pip install 'lora-kernels[peft]' bitsandbytes",
-        "nf4",
-    ),
-}
+# Peer -> the libraries that the comparison imports, and the type of its base.
+PEERS = {"peft": (("peft",), ""), "bitsandbytes": (("peft", "bitsandbytes"), "nf4")}
 # N and K multiples of 64, as bitsandbytes' CPU kernels are wrong where a block straddles rows; M·R
 # at least tolerance.POOL, so that one seed is enough.
 PEER_SHAPES = ((70, 192, 128, 13), (7, 128, 192, 40))
@@ -146,7 +140,8 @@ def run(args: argparse.Namespace) -> int:
 def _unstartable_reason(args: argparse.Namespace, names: list[str]) -> str | None:
     """Return why the run cannot start, or None."""
     for peer in args.peer or ():
-        libraries, command, _ = PEERS[peer]
+        libraries, _ = PEERS[peer]
+        command = " ".join([devices.install_command("peft"), *libraries[1:]])
         if lacking := [name for name in libraries if find_spec(name) is None]:
             return f"--peer {peer} needs {' and '.join(lacking)}: {command}"
     for given, option in ((args.engines, "--engines"), (args.thorough, "--thorough")):
@@ -228,7 +223,7 @@ def compare_with_peer(peer: str, case: Case) -> Line:
     from .peft import explain, fuse
     from .peft.linear import Fused
 
-    args, quant_type = cases.inputs(case), PEERS[peer][2]
+    args, quant_type = cases.inputs(case), PEERS[peer][1]
     args |= {name: nn.Parameter(args[name].detach()) for name in ("lora_A", "lora_B")}
     layers = {who: baselines.build_layer(args, quant_type) for who in ("ours", "theirs")}
     if quant_type:

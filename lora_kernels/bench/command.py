@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -166,16 +167,31 @@ def measure(suite: Suite, args: argparse.Namespace, only: Collection[str] = ()) 
     """Run a suite, and print and write each row. only: as for `Suite.rows`."""
     result = Result({} if only else suite.provenance(args))
     for text in () if only else suite.head(args, result):
-        print(text)
+        print(wrap(text))
     for row in suite.rows(args, result.provenance, only):
         if only and row.identity not in only:
             continue
         if isinstance(row, Row) and row.seconds:
             row.note_load()
         result.rows.append(row)
-        print(suite.line(row), flush=True)
+        print(wrap(suite.line(row)), flush=True)
         result.write(args.json, args.csv)
     result.write(args.json, args.csv)
     for text in () if only else suite.summary(result.rows):
-        print(text)
+        print(wrap(text))
     return result
+
+
+def wrap(text: str) -> str:
+    """Break each line before its hundredth column, and indent what follows.
+
+    >>> print(wrap("    over it: " + ", ".join(["torch.compile 1.234"] * 6)))
+        over it: torch.compile 1.234, torch.compile 1.234, torch.compile 1.234, torch.compile 1.234,
+            torch.compile 1.234, torch.compile 1.234
+    """
+    how: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
+    lines = []
+    for line in text.splitlines():
+        indent = line[: len(line) - len(line.lstrip())] + "    "
+        lines += textwrap.wrap(line, 100, subsequent_indent=indent, **how) or [""]
+    return "\n".join(lines)

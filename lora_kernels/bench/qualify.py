@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     words = "of the base GEMM (default: bfloat16)"
     add("--dtypes", nargs="+", choices=["bfloat16", "float16"], default=["bfloat16"], help=words)
     add("--budget", type=float, default=budget, help="seconds (default: %(default)g)")
-    add("--json", action="store_true", help="print the verdict as JSON")
+    add("--json", action="store_true", help="print the verdict, or the dry run, as JSON")
     add("--forget", action="store_true", help="remove all cached verdicts")
     known = ", ".join(SHEETS)
     add("--dry-run", action="store_true", help=f"print what would be done on {known}")
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
             print(f"removed {file}")
         return 0
     if args.dry_run:
-        print(dry_run(args.dtypes))
+        print(json.dumps(plans(args.dtypes), indent=1) if args.json else dry_run(args.dtypes))
         return 0
     try:
         gpu = device.gpu(qualification.index_of(args.device))
@@ -104,21 +104,36 @@ def table(verdict: Verdict) -> str:
     return "\n".join(lines)
 
 
-def dry_run(dtypes: Sequence[str]) -> str:
-    """Return the claims, compilations and expected seconds on each of SHEETS."""
-    lines = [f"expected on {CORES} cores; seconds are estimates"]
+def plans(dtypes: Sequence[str]) -> list[dict[str, Any]]:
+    """Return what a qualification would do on each of SHEETS, for JSON.
+
+    Keys: `name`, `capability`, `groups` (group -> names of its claims), `compilations`, and the
+    expected seconds on CORES cores, `cold_s` and `warm_s`.
+    """
+    cards = []
     for name, gpu in SHEETS.items():
         wanted = plan(dtypes, gpu)
         compilations = count_compilations(gpu, wanted)
-        groups = dict.fromkeys(claim.group for claim in wanted)
-        warm, cold = seconds(wanted, 0), seconds(wanted, compilations)
+        groups: dict[str, list[str]] = {}
+        for claim in wanted:
+            groups.setdefault(str(claim.group), []).append(claim.name)
+        card = {"name": name, "capability": gpu.capability, "groups": groups}
+        card |= {"compilations": compilations, "cold_s": seconds(wanted, compilations)}
+        cards.append(card | {"warm_s": seconds(wanted, 0)})
+    return cards
+
+
+def dry_run(dtypes: Sequence[str]) -> str:
+    """Return the claims, compilations and expected seconds on each of SHEETS."""
+    lines = [f"expected on {CORES} cores; seconds are estimates"]
+    for card in plans(dtypes):
+        groups = card["groups"]
         lines.append(
-            f"{name}, sm_{gpu.capability}: {len(wanted)} claims on {len(groups)} groups, "
-            f"{compilations} compilations, {cold:.1f} s cold, {warm:.1f} s warm"
+            f"{card['name']}, sm_{card['capability']}: {sum(map(len, groups.values()))} claims on "
+            f"{len(groups)} groups, {card['compilations']} compilations, {card['cold_s']:.1f} s "
+            f"cold, {card['warm_s']:.1f} s warm"
         )
-        for group in groups:
-            names = ", ".join(claim.name for claim in wanted if claim.group == group)
-            lines.append(f"  {group}: {names}")
+        lines += [f"  {group}: {', '.join(names)}" for group, names in groups.items()]
     return "\n".join(lines)
 
 

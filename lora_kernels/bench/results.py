@@ -216,14 +216,10 @@ class Row:
             elif name == "ours" and ratio is not None and self.target is not None:
                 text += " ✓" if ratio <= self.target else " over target"
             words += [text] if name != unit else []
-        head = (
-            f"{self.identity}: {unit} {p50[unit] * 1e3:.3g} ms{goal}; over it: {', '.join(words)}"
-        )
+        head = f"{self.identity}: {unit} {p50[unit] * 1e3:.3g} ms{goal}"
         if self.under_load:
-            head += (
-                f"  [under load: average {self.load:.1f}, at most {self.own_load} of it the bench]"
-            )
-        lines = [head]
+            head += f"  [under load: {self.load:.1f}, the bench {self.own_load}]"
+        lines = [head, f"    over it: {', '.join(words)}"]
         if times := self.seconds.get("ours"):
             three = "/".join(f"{t * 1e3:.3g}" for t in (times.p20, times.p50, times.p80))
             by = f"{self.backend}, {self.strategy}; " if self.strategy else ""
@@ -238,7 +234,7 @@ class Row:
             lines.append(f"    {', '.join(each)}")
         if peaks := self.peak_bytes:
             each = [f"{n} {b / 2**20:.3g} + {peaks[n] / 2**20:.3g}" for n, b in self.bytes.items()]
-            lines.append(f"    MiB held for the backward + most in a step: {', '.join(each)}")
+            lines.append(f"    MiB held + peak of a step: {', '.join(each)}")
         if self.errors:
             each = [f"{name} {error:.1e}" for name, error in self.errors.items()]
             lines.append(f"    rms errors: {', '.join(each)}")

@@ -33,7 +33,7 @@ _NAMES = {
     "trainer": ["LoRATrainer", "training_arguments"],
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}
-__all__ = ["UsageError", *_HOMES]
+__all__ = ["TrainingError", "UsageError", *_HOMES]
 
 
 class UsageError(ValueError):
@@ -41,6 +41,13 @@ class UsageError(ValueError):
 
     The message is one line: the argument's name, the problem, and the remedy. The command line
     prints the option's name in place of the argument's.
+    """
+
+
+class TrainingError(RuntimeError):
+    """A computation that cannot teach or prove anything: NaN, infinity, or nothing but zeros.
+
+    The message is one line: the step, the problem, and the remedy.
     """
 
 

@@ -26,6 +26,8 @@ FORMS = (
     '{"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}, '
     '{"prompt": ..., "completion": ...} or {"text": ...}'
 )
+TABLES = (".csv", ".tsv", ".xls", ".xlsx", ".parquet", ".arrow")
+TO_LINES = "pandas.read_csv(FILE).to_json('data.jsonl', orient='records', lines=True)"
 _LISTED = 5  # the number of places that a report names
 Example = dict[str, list[int]]
 
@@ -172,10 +174,7 @@ def load_chat(
                 rows.append(report.fit(read(), place))
             except BadLine as error:
                 if on_bad_line == "error":
-                    raise UsageError(
-                        f"data: {place}: {error}; or leave bad lines out (on_bad_line='skip', "
-                        "--on-bad-line skip)"
-                    ) from error
+                    raise _usage_error(place, error) from error
                 report.skipped.append(f"{place}: {error}")
             except UsageError as error:
                 raise UsageError(f"data: {place}: {error}") from error
@@ -186,6 +185,11 @@ def load_chat(
 
 def read_data(file: Path) -> bytes:
     """Return the bytes of a file of examples. Raises UsageError if it is missing or blank."""
+    if file.suffix.lower() in TABLES:
+        raise UsageError(
+            f"data: {file} is a table, which would be read as plain text with its header; write "
+            f"JSON lines with the fields prompt and completion, or text: {TO_LINES}"
+        )
     raw = read_file(file, "data", "JSON lines or plain text")
     if not raw.strip():
         raise UsageError(f"data: {file} is empty; give one example a line, like {FORMS}")
@@ -197,20 +201,58 @@ def _examples(
 ) -> Iterator[tuple[str, Callable[[], Example]]]:
     """Yield each example's place, `file:line`, and a function that tokenizes it."""
     raw = read_data(file)
-    if file.suffix not in (".jsonl", ".json"):
+    if not is_json(file):
         text = {"text": decode_text(raw, file, "data")}
         ids = encode(text, tokenizer)["input_ids"]
         for part in (ids[i : i + max_length] for i in range(0, len(ids), max_length)):
             if len(part) > 1:
                 yield str(file), partial(_row, part, [True] * len(part))
         return
+    for place, line in _lines(raw, file):
+        yield place, partial(_read_line, line, tokenizer)
+
+
+def check_files(files: Iterable[Path], on_bad_line: str = "error") -> None:
+    """Raise UsageError for files that `load_chat` refuses, as far as that needs no tokenizer.
+
+    Needs no slow import, so a command can call it first.
+    """
+    for file in files:
+        raw = read_data(file)
+        if not is_json(file):
+            decode_text(raw, file, "data")
+        elif on_bad_line == "error":
+            for place, line in _lines(raw, file):
+                try:
+                    _parse_line(line)
+                except BadLine as error:
+                    raise _usage_error(place, error) from error
+
+
+def is_json(file: Path) -> bool:
+    """Return True for JSON lines. Files with any other suffix are plain text."""
+    return file.suffix in (".jsonl", ".json")
+
+
+def _lines(raw: bytes, file: Path) -> Iterator[tuple[str, bytes]]:
+    """Yield each line that is not blank, after its place: `file:line`."""
     # str.splitlines would also break at separators that JSON allows in a string.
     for number, line in enumerate(raw.split(b"\n"), 1):
         if line.strip():
-            yield f"{file}:{number}", partial(_read_line, line, tokenizer)
+            yield f"{file}:{number}", line
+
+
+def _usage_error(place: str, error: BadLine) -> UsageError:
+    remedy = "or leave bad lines out (on_bad_line='skip', --on-bad-line skip)"
+    return UsageError(f"data: {place}: {error}; {remedy}")
 
 
 def _read_line(line: bytes, tokenizer: Any) -> Example:
+    return encode(_parse_line(line), tokenizer)
+
+
+def _parse_line(line: bytes) -> Any:
+    """Return the record of a line. Raises BadLine."""
     try:
         record = json.loads(line.decode("utf-8"))
         if rb"\ud" in line.lower():  # half of a surrogate pair is valid JSON, but not valid text
@@ -228,7 +270,8 @@ def _read_line(line: bytes, tokenizer: Any) -> Example:
         ) from None
     except (ValueError, RecursionError) as error:  # a number too long, brackets too deep
         raise BadLine(f"invalid JSON ({error}); mend the line") from None
-    return encode(record, tokenizer)
+    check_record(record)
+    return record
 
 
 def _row(ids: Sequence[int], learnt: Iterable[Any]) -> Example:
@@ -252,37 +295,55 @@ def encode(record: Any, tokenizer: Any) -> Example:
 
     Raises BadLine for any other object, and UsageError if the tokenizer cannot encode it.
     """
+    check_record(record)
+    if "messages" in record:
+        return _encode_chat(record["messages"], tokenizer)
+    if "prompt" not in record or "completion" not in record:
+        return _encode_text(record["text"], [(0, None)], tokenizer)
+    prompt, completion = record["prompt"], record["completion"]
+    if isinstance(prompt, list):
+        return _encode_chat(prompt + completion, tokenizer, first=len(prompt))
+    return _encode_text(prompt + completion, [(len(prompt), None)], tokenizer)
+
+
+def check_record(record: Any) -> None:
+    """Raise BadLine unless `load_chat` accepts an object of this form."""
     if not isinstance(record, Mapping):
         raise BadLine(f"got {_kind(record)}, want an object like {FORMS}")
     if "messages" in record:
-        return _encode_chat(_check_messages(record["messages"], "messages"), tokenizer)
+        _check_messages(record["messages"], "messages")
+        return
     if "prompt" in record and "completion" in record:
         prompt, completion = record["prompt"], record["completion"]
         if isinstance(prompt, list) and isinstance(completion, list):
-            before = _check_messages(prompt, "prompt")
-            messages = before + _check_messages(completion, "completion")
-            return _encode_chat(messages, tokenizer, first=len(before))
+            _check_messages(prompt, "prompt")
+            _check_messages(completion, "completion")
+            return
         for name, text in (("prompt", prompt), ("completion", completion)):
             if not isinstance(text, str):
                 raise BadLine(f"{name}: got {_kind(text)}, want a string")
         if not completion.strip():
             raise BadLine("completion: empty; give what the model is to answer")
-        return _encode_text(prompt + completion, [(len(prompt), None)], tokenizer)
+        return
     if "text" in record:
         text = record["text"]
         if not isinstance(text, str) or not text.strip():
             got = _kind(text.strip() if isinstance(text, str) else text)
             raise BadLine(f"text: got {got}, want a string that is not empty")
-        return _encode_text(text, [(0, None)], tokenizer)
+        return
     names = ("messages", "completion", "text")
     close = (difflib.get_close_matches(str(key), names, 1) for key in record)
     hint = next((f"did you mean {name}? " for (name,) in filter(None, close)), "")
     if isinstance(record.get("conversations"), list):
         hint = 'rename "conversations" to "messages", from/value to role/content. '
+    if "instruction" in record and "output" in record:  # Alpaca's
+        hint = (
+            'put "instruction", and "input" below it, into "prompt", "output" into "completion". '
+        )
     raise BadLine(f"got the keys {', '.join(map(str, record)) or 'none'}; {hint}want {FORMS}")
 
 
-def _check_messages(value: Any, name: str) -> list[dict[str, Any]]:
+def _check_messages(value: Any, name: str) -> None:
     if not isinstance(value, list) or not value:
         raise BadLine(f"{name}: got {_kind(value)}, want a list of messages that is not empty")
     for i, message in enumerate(value):
@@ -296,7 +357,6 @@ def _check_messages(value: Any, name: str) -> list[dict[str, Any]]:
             raise BadLine(f"{where}: content: got {type(content).__name__}, want a string")
         if role == "assistant" and not content.strip():
             raise BadLine(f"{where}: the assistant's content is empty; give the answer")
-    return value
 
 
 def _encode_chat(messages: list[dict[str, Any]], tokenizer: Any, first: int = 0) -> Example:

@@ -97,17 +97,18 @@ def count_more(found: list[Any]) -> str:
 
 @contextmanager
 def named_write(target: Path) -> Iterator[None]:
-    """Raise OSError that names `target` for the errors of safetensors or torch on a full disk."""
+    """Raise OSError that names `target` for the errors of the libraries on a full disk."""
     try:
         yield
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except Exception as error:
         reason = first_line(error)
         # torch's zip writer does not pass on the system's reason.
         if "inline_container" in str(error) or "PytorchStreamWriter" in str(error):
             place = next(path for path in (target, *target.parents) if path.exists())
             free = shutil.disk_usage(place).free
             reason = f"torch.save failed with {free / 1e6:.1f} MB free"
-        elif isinstance(error, RuntimeError):
+        # tokenizers raises a bare Exception: "No space left on device (os error 28)".
+        elif not isinstance(error, OSError | SafetensorError) and "(os error " not in reason:
             raise
         raise OSError(f"out: {target} cannot be written: {reason}") from error
 

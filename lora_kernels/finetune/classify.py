@@ -30,6 +30,7 @@ from transformers import (
 )
 
 from . import UsageError, memory
+from .checkpoints import named_write
 from .command import silence_libraries
 from .labelled import Labelled
 from .methods import METHODS, Method
@@ -37,7 +38,7 @@ from .model import adapters, classifier, load_float32, load_tokenizer, quantize,
 from .options import pick
 from .presets import Preset, add_lora_layers
 from .rank import WARMUP, Allocate, add_adalora
-from .trainer import LoRATrainer, losses, training_arguments
+from .trainer import DeadRunCheck, LoRATrainer, losses, training_arguments
 
 _RENAMED = "train_sampling_strategy" in {f.name for f in dataclasses.fields(TrainingArguments)}
 # Texts of similar length in a batch need less padding.
@@ -130,7 +131,8 @@ def compare_methods(
         seeds: one run of each method for each seed.
         on_method: called with each outcome.
 
-    Raises UsageError if a model or a device cannot be used.
+    Raises UsageError if a model or a device cannot be used, and TrainingError that names the method
+    and the step if a run cannot learn any more.
     """
     if not seeds:
         raise UsageError("seeds: got none, want at least one")
@@ -159,11 +161,12 @@ def train_once(task: Task, method: Method, seed: int) -> Run:
     before = memory.reset_peak(device)
     model = build(task, method, seed, tokenizer.pad_token_id)
     settings = pick(task, "steps batch") | {"lr": method.lr, "warmup": WARMUP, "seed": seed}
-    settings |= {"cpu": device.type == "cpu"}
+    settings |= {"cpu": device.type == "cpu", "disable_tqdm": True}
     settings |= {"save_strategy": "no", "prediction_loss_only": False, **GROUPED}
     clock = Clock()
     parts: Any = {"train_dataset": train, "data_collator": DataCollatorWithPadding(tokenizer)}
-    parts["callbacks"] = [clock, *([Allocate()] if method.adalora else [])]
+    parts["callbacks"] = [clock, DeadRunCheck(f"{method.title}, seed {seed}")]
+    parts["callbacks"] += [Allocate()] if method.adalora else []
     with tempfile.TemporaryDirectory() as folder:
         args = training_arguments(folder, **settings)
         trainer: Any
@@ -216,11 +219,12 @@ def build(task: Task, method: Method, seed: int, pad_token_id: int | None) -> An
 
 def saved_bytes(model: Any, folder: Path) -> int:
     """Return the size of a file with the trained parameters, in PEFT's format for adapters."""
-    if isinstance(model, PeftModel):
-        model.save_pretrained(str(folder), save_embedding_layers=False)
-    else:
-        trained = {name: p.detach().contiguous() for name, p in adapters(model).items()}
-        save_file(trained, folder / "model.safetensors")
+    with named_write(folder):
+        if isinstance(model, PeftModel):
+            model.save_pretrained(str(folder), save_embedding_layers=False)
+        else:
+            trained = {name: p.detach().contiguous() for name, p in adapters(model).items()}
+            save_file(trained, folder / "model.safetensors")
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 

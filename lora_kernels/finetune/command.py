@@ -55,21 +55,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Return the exit status: 0, 1 if a check failed, 128 + signal if stopped."""
-    silence_libraries()
     options = Options(**fill_in_demo(vars(args), **DEMO))
     require(options, ("model", "data"), "try --demo")
+    check_inputs(options)
+    silence_libraries()
     from . import recipe
 
     try:
-        status = recipe.finetune(options)
-        if status == 0 and options.demo:
-            print("\nAnd a fact that it has not heard of:")
-            status = recipe.finetune(teaching_options(options))
-        return status
+        if options.demo:
+            print("A fact that the model has not heard of:", flush=True)
+            if status := recipe.finetune(teaching_options(options)):
+                return status
+            print("\nAnd Hamlet, beside stock PEFT:", flush=True)
+        return recipe.finetune(options)
     except KeyboardInterrupt:
         hint = "the same command goes on from the last checkpoint, if there is one"
         print(f"\nlora-kernels finetune: interrupted; {hint}", file=sys.stderr)
         return 128 + signal.SIGINT
+
+
+def check_inputs(options: Any) -> None:
+    """Raise UsageError for a model or data that cannot be read, before the slow imports."""
+    from .chat import check_files
+    from .model import locate
+
+    locate(options.model)
+    check_files(options.data, options.on_bad_line)
 
 
 def read_inputs(
@@ -109,7 +120,7 @@ def silence_libraries() -> None:
 
 
 def teaching_options(demo: Options) -> Options:
-    """Return the options of the demo's second part, on the same model."""
+    """Return the options of the demo's first part, on the same model."""
     from .inputs import demo_chat
 
     same = pick(demo, "model dtype quant seed device")

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .. import dropout_mask, lora_linear
 from ..peft import fuse
 from ..timing import interleave
-from . import memory
+from . import TrainingError, memory
 from .chat import ChatData, Collator
 from .model import Clock, adapters, cast_parameters, decode, linears_4bit, rewrite_codes, share
 from .presets import add_lora_layers
@@ -71,17 +71,23 @@ class Row:
 
 
 def relative_rms(got: Tensor, want: Tensor) -> float:
-    """Return ‖got − want‖ / ‖want‖, computed in float64; 0 if both are zero."""
+    """Return ‖got − want‖ / ‖want‖ in float64; NaN if both are 0, which proves nothing."""
     difference = (got.double() - want.double()).norm().item()
     norm = want.double().norm().item()
-    return difference / norm if norm else (0.0 if difference == 0 else float("inf"))
+    return difference / norm if norm else (math.nan if difference == 0 else math.inf)
 
 
 def largest_rms(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> float:
-    """Return the largest relative rms over tensors of the same name; NaN if any is NaN."""
+    """Return the largest relative rms over tensors of the same name; NaN if any is NaN.
+
+    Pairs of zeros, such as the gradients of an expert without a token, do not count. NaN if there
+    are no others.
+    """
     if got.keys() != want.keys():
         raise ValueError(f"got other names than wanted: {sorted(got.keys() ^ want.keys())}")
-    return torch.tensor([relative_rms(got[name], want[name]) for name in want]).max().item()
+    pairs = [(got[name], want[name]) for name in want]
+    found = [relative_rms(a, b) for a, b in pairs if bool(a.any()) or bool(b.any())]
+    return torch.tensor(found or [math.nan]).max().item()
 
 
 def draw_batch(
@@ -167,6 +173,8 @@ def compare(
         sgd_steps: the number of SGD steps before losses and updates are compared.
         timed_steps: the number of timed steps of each model.
         on_stage: called with the name of each stage.
+
+    Raises TrainingError if stock PEFT's first loss is not finite, or its gradients are all 0.
     """
     lora = {**lora, "dropout": 0.0}
     seed, weight = lora["seed"], next(base.parameters())
@@ -178,6 +186,12 @@ def compare(
     base32 = base if fp32 else cast_parameters(copy.deepcopy(base), torch.float32)
     stock, fused = build_pair(base32, **lora)
     loss, want = loss_and_gradients(stock, first)
+    if not math.isfinite(loss) or not any(bool(grad.any()) for grad in want.values()):
+        raise TrainingError(
+            f"comparison with stock PEFT: its first loss is {loss:.4g}, and its gradients are "
+            f"{'all 0' if math.isfinite(loss) else 'not finite'}: nothing to compare; check the "
+            "base model's weights and its dtype"
+        )
     fused_loss, got = loss_and_gradients(fused, first)
     rows = [
         loss_row("loss before the first step", [fused_loss], [loss]),

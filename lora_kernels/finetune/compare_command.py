@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from . import UsageError
 from .command import silence_libraries
+from .lock import FolderLock
 from .methods import METHODS, Method
 from .options import CompareOptions, add_options, check_out, pick, require, suggest
 
 if TYPE_CHECKING:
     from .classify import Outcome, Task
+    from .labelled import Labelled
 
 NAME = "classification"  # of the files in --out
 ABOUT_DEMO = (
@@ -57,12 +59,14 @@ def chosen_methods(names: Sequence[str], rates: Sequence[str]) -> dict[str, Meth
     return chosen
 
 
-def read_task(options: CompareOptions) -> tuple[Task, str]:
-    """Return the task, and a description of it."""
-    from .classify import Task
+def read_task_data(options: CompareOptions) -> tuple[CompareOptions, Labelled, Labelled, str]:
+    """Return the options with the demo's, texts for training and for the score, and what they are.
+
+    Needs no slow import.
+    """
     from .inputs import demo_encoder, demo_reviews
     from .labelled import read_labelled
-    from .model import check_length, display_name, load_config, usable_device
+    from .model import display_name, locate
 
     all_demo = options.demo and options.model is options.data is None
     if options.demo:
@@ -71,27 +75,43 @@ def read_task(options: CompareOptions) -> tuple[Task, str]:
         options = dataclasses.replace(options, **changes)
     require(options, ("model", "data"), "try --demo")
     fields = pick(options, "text label group") | {"labels": options.labels or None}
-    check_length(options.max_length, load_config(options.model))
+    locate(options.model)
     train, held_out = read_labelled(options.data, **fields).split(options.train, options.held_out)
     about = f"{display_name(options.model)} on {options.data.name}"
+    return options, train, held_out, ABOUT_DEMO if all_demo else about
+
+
+def build_task(
+    options: CompareOptions, train: Labelled, held_out: Labelled, about: str
+) -> tuple[Task, str]:
+    """Return the task, and a description of it."""
+    from .classify import Task
+    from .model import check_length, load_config, usable_device
+
+    check_length(options.max_length, load_config(options.model))
     device = str(usable_device(options.device))
     same = pick(options, "model steps batch max_length")
-    task = Task(train=train, held_out=held_out, device=device, **same)
-    return task, ABOUT_DEMO if all_demo else about
+    return Task(train=train, held_out=held_out, device=device, **same), about
 
 
 def run(args: argparse.Namespace) -> int:
     """Return the exit status, 0. Raises UsageError for bad arguments."""
+    options = CompareOptions(**vars(args))
+    methods = chosen_methods(options.methods, options.lr)
+    check_out(options.out)
+    with FolderLock(options.out) as lock:
+        return _compare(options, methods, lock)
+
+
+def _compare(options: CompareOptions, methods: Mapping[str, Method], lock: FolderLock) -> int:
+    data = read_task_data(options)
     from . import classify
     from .checkpoints import write_json
     from .provenance import watch
 
     silence_libraries()
-    options = CompareOptions(**vars(args))
-    methods = chosen_methods(options.methods, options.lr)
-    check_out(options.out)
-    task, about = read_task(options)
-    options.out.mkdir(parents=True, exist_ok=True)
+    task, about = build_task(*data)
+    lock.acquire()
     share = largest_share(task.held_out.labels)
     print(about)
     print(
@@ -111,11 +131,11 @@ def run(args: argparse.Namespace) -> int:
     said = {"about": about, "labels": task.train.names, "train": len(task.train)}
     said |= {"held_out": len(task.held_out), "commonest": share, "seeds": options.seeds}
     said |= pick(task, "steps batch max_length")
-    data = {"provenance": provenance(), "task": said, "rows": rows}
+    result = {"provenance": provenance(), "task": said, "rows": rows}
     files = [options.out / f"{NAME}.{kind}" for kind in ("json", "md", "png")]
-    write_json(files[0], data)
-    files[1].write_text(markdown(data))
-    plot(files[2], data)
+    write_json(files[0], result)
+    files[1].write_text(markdown(result))
+    plot(files[2], result)
     print(f"written: {', '.join(map(str, files))}")
     return 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from pathlib import Path
 
 from . import UsageError
@@ -9,10 +10,12 @@ from .checkpoints import translate_errors
 
 
 def read_file(file: Path, argument: str, wanted: str) -> bytes:
-    """Return the file's bytes. Raises UsageError that names the argument if it is missing."""
+    """Return the file's bytes without a byte order mark. Raises UsageError if it is missing."""
+    if file.is_dir():
+        raise UsageError(f"{argument}: {file} is a folder; give the files in it, {wanted}")
     if not file.is_file():
         raise UsageError(f"{argument}: there is no file {file}; give {wanted}")
-    return file.read_bytes()
+    return file.read_bytes().removeprefix(codecs.BOM_UTF8)
 
 
 def decode_text(raw: bytes, file: Path, argument: str) -> str:

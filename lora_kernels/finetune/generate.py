@@ -1,4 +1,4 @@
-"""`lora-kernels generate`: generate text by a model with an adapter, with fused layers."""
+"""`lora-kernels generate`: generate text by a model, with an adapter in fused layers or without."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from .options import GenerateOptions, add_options, fill_in_run
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Answer a prompt by a model with an adapter, its layers fused, and say how fast. --run "
-        "takes both from a folder that `lora-kernels finetune` wrote."
+        "takes both from a folder that `lora-kernels finetune` wrote. Without an adapter the model "
+        "answers alone, such as one that `lora-kernels merge` wrote."
     )
     add_options(parser, GenerateOptions)
 
@@ -31,7 +32,8 @@ def resolve(given: dict[str, Any]) -> GenerateOptions:
     """Fill in --run and --demo, and check the arguments without loading the model."""
     known = {"model": demo_model()} if given.get("demo") else {}
     options = GenerateOptions(**known | fill_in_run(given, "model", "dtype"))
-    read_adapter_config(options.adapter)
+    if options.adapter is not None:
+        read_adapter_config(options.adapter)
     locate(options.model)
     check_quant(options.quant)
     return options
@@ -49,7 +51,6 @@ def generate(options: GenerateOptions) -> None:
     dtype = model.DTYPES[options.dtype]
     tokenizer = model.load_tokenizer(options.model)
     base: Any = model.load_base(options.model, dtype, device, options.quant)
-    stock = model.load_adapter(base, options.adapter)
     inputs = model.question(tokenizer, options.prompt, device)
     settings: dict[str, Any] = {"max_new_tokens": options.max_new_tokens}
     settings["pad_token_id"] = tokenizer.eos_token_id
@@ -66,9 +67,14 @@ def generate(options: GenerateOptions) -> None:
             said += f", then {median * 1e3:.1f} ms each ({1 / median:.1f} tokens/s), median"
         return tokens, said
 
+    words: Any = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    if options.adapter is None:
+        got, speed = answer(base, words)
+        print(f"the model alone: {len(got)} tokens; {speed}")
+        return
+    stock = model.load_adapter(base, options.adapter)
     fused = fuse(model.share(stock), linears=True)
     layers = explain(fused, x_dtype=dtype)
-    words: Any = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     got, speed = answer(fused, words)
     print(*model.layer_states(layers), sep="\n")
     print(f"fused: {len(got)} tokens; {speed}")

@@ -17,6 +17,9 @@ from . import UsageError
 from .checkpoints import translate_errors
 from .data import decode_text, read_file
 
+HELD_OUT = 1000  # a share of right labels is then known to 1.6 points (standard error) or better
+MISSING = ("", "nan")  # what an empty cell is in a table, and what pandas writes for one
+
 
 @dataclass(frozen=True)
 class Labelled:
@@ -46,13 +49,23 @@ class Labelled:
             tuple(self.groups[i] for i in places),
         )
 
-    def split(self, train: int, held_out: int, seed: int = 0) -> tuple[Labelled, Labelled]:
+    def split(
+        self, train: int | None = None, held_out: int | None = None, seed: int = 0
+    ) -> tuple[Labelled, Labelled]:
         """Return `train` texts, and `held_out` others that share no group with them.
+
+        The default of `held_out` is `HELD_OUT`, or a third of the texts if there are fewer. That of
+        `train` is twice as many, as far as groups allow.
 
         >>> data = Labelled(("a", "b", "c"), (0, 1, 0), ("no", "yes"), ("x", "y", "x"))
         >>> [part.texts for part in data.split(2, 1, seed=1)]
         [('a', 'c'), ('b',)]
         """
+        default = train is None
+        if held_out is None:
+            held_out = max(1, min(HELD_OUT, (len(self) - (train or 0)) // (1 if train else 3)))
+        if train is None:
+            train = max(1, min(2 * HELD_OUT, len(self) - held_out))
         if train < 1 or held_out < 1 or train + held_out > len(self):
             raise UsageError(
                 f"--train and --held-out: got {train} and {held_out}, want at least one each and "
@@ -69,6 +82,8 @@ class Labelled:
         parts = []
         for name, wanted, held in (("--train", train, False), ("--held-out", held_out, True)):
             found = [i for i, group in enumerate(self.groups) if (group in taken) is held]
+            if default and not held:
+                wanted = max(1, min(wanted, len(found)))
             if len(found) < wanted:
                 raise UsageError(
                     f"{name}: got {wanted}, want at most {len(found)}: groups stay on one side"
@@ -93,8 +108,8 @@ def read_labelled(
         text, label, group: names of fields. Without `group` each text is its own group.
         labels: the labels to keep. None: all.
 
-    Raises UsageError that names the line if a field is missing or the JSON is invalid, and
-    UsageError if fewer than two labels are left.
+    Raises UsageError that names the line if a field is missing, the JSON is invalid, or a label is
+    blank or "nan" and `labels` is None. Raises UsageError if fewer than two labels are left.
 
     >>> import pathlib, tempfile
     >>> file = pathlib.Path(tempfile.mkdtemp(), "mail.csv")
@@ -105,13 +120,24 @@ def read_labelled(
     wanted = [name for name in (text, label, group) if name is not None]
     seen: dict[str, tuple[str, str]] = {}
     for number, record in _records(Path(file)):
-        missing = [name for name in wanted if not isinstance(record.get(name), str | int)]
-        if missing:
-            raise UsageError(
-                f"data: {file}, line {number}: no field {missing[0]!r}; it has "
-                f"{', '.join(map(str, record)) or 'none'}; --text, --label and --group name others"
-            )
+        where = f"data: {file}, line {number}"
+        for field in wanted:
+            if field not in record:
+                raise UsageError(
+                    f"{where}: no field {field!r}; it has {', '.join(map(str, record)) or 'none'}; "
+                    "--text, --label and --group name others"
+                )
+            if not isinstance(record[field], str | int):
+                raise UsageError(
+                    f"{where}: {field}: got {json.dumps(record[field])[:40]}, want a string or a "
+                    "whole number"
+                )
         name = str(record[label])
+        if labels is None and name.strip().lower() in MISSING:
+            raise UsageError(
+                f"{where}: {label}: got {name!r}, want a label; take the line out, or name the "
+                "labels to keep by --labels"
+            )
         if labels is None or name in labels:
             seen.setdefault(str(record[text]), (name, str(record[group] if group else number)))
     names = sorted({name for name, _ in seen.values()})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,7 +20,7 @@ from ..peft.base import is_linear4bit
 from ..quantization import Weight4bit
 from . import UsageError
 from . import model as models
-from .checkpoints import write_folder
+from .checkpoints import translate_errors, write_folder
 from .command import silence_libraries
 from .compare import relative_rms
 from .data import decode_text, read_file
@@ -88,7 +89,7 @@ def merge_adapter(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"out: {out} is there already; give a folder that is not")
     folder, gguf_file = models.locate(base)
-    four_bit = gguf_file is None and hasattr(models.load_config(base), "quantization_config")
+    four_bit = models.is_stored_in_4bit(base)
     if four_bit and onto == "original":
         raise UsageError(
             f"onto: {base} holds 4-bit weights alone; give --onto dequantized, or the base as it "
@@ -104,7 +105,8 @@ def merge_adapter(
     layers = [module for module in adapted.modules() if isinstance(module, BaseTunerLayer)]
     if any(layer.get_base_layer().weight is tied for layer in layers):
         raise UsageError("adapter: a weight that is tied to another one cannot be merged into")
-    merged = adapted.merge_and_unload(safe_merge=True)  # raises if a sum is not finite
+    with translate_errors("adapter: cannot be merged", ValueError):  # a sum is not finite
+        merged = adapted.merge_and_unload(safe_merge=True)
     models.cast_parameters(merged, DTYPES[dtype])
     with write_folder(out) as partial:
         size: Any = "5GB"
@@ -156,6 +158,8 @@ class Distance(NamedTuple):
         return cls(relative_rms(got, want), same.item())
 
     def __str__(self) -> str:
+        if math.isnan(self.logits):
+            return "logits that are all 0 or not finite: nothing to compare"
         return f"logits off by {self.logits:.3g} (relative rms), likeliest token the same in " + (
             f"{self.same_token:.1%}"
         )
@@ -231,18 +235,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Write base + adapter as a model folder that transformers loads without PEFT. Before the "
         "folder gets its name, its logits are compared with those of base + adapter; a folder that "
-        "is off by more than rounding is not written. An adapter trained over a 4-bit base fits "
-        "the decoded weights (--onto dequantized) and is off on the original ones; by how much is "
-        "measured and printed."
+        "is off by more than rounding is not written. An adapter that was trained over a 4-bit "
+        "base is merged into the decoded weights. --onto original merges it into the weights "
+        "before quantization; how far that is off is printed, and the folder is written."
     )
     add_options(parser, MergeOptions)
+
+
+def choose_weights(options: MergeOptions) -> tuple[MergeOptions, str]:
+    """Fill in `onto` and `quant`; return the options, and a sentence on the weights.
+
+    Without a choice these are the weights that the adapter was trained over.
+    """
+    four_bit = models.is_stored_in_4bit(options.base)
+    onto = options.onto or ("dequantized" if options.quant or four_bit else "original")
+    quant = options.quant or ("nf4" if onto == "dequantized" else None)
+    words = "the base's weights"
+    if onto == "dequantized":
+        words = f"the weights that {quant} holds, decoded, over which the adapter was trained"
+    elif quant:
+        words += f" before {quant} quantization, over which the adapter was not trained"
+    return replace(options, onto=onto, quant=quant), f"merging into {words}"
 
 
 def run(args: argparse.Namespace) -> int:
     """Return the exit status: 0, or 1 if the logits were off and nothing was written."""
     options = MergeOptions(**fill_in_run(vars(args), "base", "quant_dtype"))
-    if options.onto == "dequantized" and options.quant is None:
-        options = replace(options, quant="nf4")
     if options.compare:
         models.check_quant(options.quant)
     text = TEXT
@@ -252,7 +270,9 @@ def run(args: argparse.Namespace) -> int:
         if not text.strip():
             raise UsageError(f"text: {options.text} is empty; give a file with text in it")
     models.locate(options.base, "base")
+    options, said = choose_weights(options)
     silence_libraries()
+    print(said)
     ids = models.load_tokenizer(options.base)(text, return_tensors="pt")["input_ids"][:, :256]
     base, adapter, quant = options.base, options.adapter, options.quant
     same: Any = {"dtype": options.dtype, "quant_dtype": options.quant_dtype}
@@ -266,9 +286,9 @@ def run(args: argparse.Namespace) -> int:
         print(f"  base + adapter in {options.dtype}: {found.itself}")
         if found.original:
             print(f"  the adapter on the original weights: {found.original}")
-        if options.onto == "original" and quant:  # off by the distance printed above
-            print(f"  this merge: {found.merged}")
-            return True
+        if options.onto == "original" and quant and not math.isnan(found.merged.logits):
+            print(f"  this merge: {found.merged}; --onto dequantized is off by rounding alone")
+            return True  # requested, and off by the distance printed above
         verdict = "✓" if found.ok else "✗ nothing is written"
         print(f"  this merge: {found.merged}, at most {found.limit:.3g} {verdict}")
         return found.ok

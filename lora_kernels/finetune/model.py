@@ -176,6 +176,11 @@ def load_config(model: Path) -> Any:
     return _load(AutoConfig, model)
 
 
+def is_stored_in_4bit(model: Path) -> bool:
+    """Return True if the folder of a transformers model holds quantized weights."""
+    return locate(model)[1] is None and hasattr(load_config(model), "quantization_config")
+
+
 def build_skeleton(model: Path) -> nn.Module:
     """Build the causal language model on the meta device, without reading weights."""
     from transformers import AutoModelForCausalLM

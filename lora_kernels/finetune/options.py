@@ -117,6 +117,8 @@ def add_options(parser: argparse.ArgumentParser, *options: Any) -> None:
     for action in made._actions:
         action.default = argparse.SUPPRESS
     parser._add_container_actions(made)
+    for action in made._actions:  # --max_length is accepted, and --max-length shown
+        action.option_strings = [name for name in action.option_strings if "_" not in name]
 
 
 def require(options: Any, names: Iterable[str], otherwise: str) -> None:
@@ -144,12 +146,13 @@ _LINES = "JSON lines: messages, prompt and completion, or text; or plain text"
 _DEVICE = "torch device (default: a GPU if there is one)"
 _RUN = "folder that `lora-kernels finetune` wrote: gives the model, adapter, dtype and quant"
 _ADAPTER = "folder of an adapter in PEFT's format"
+_ONTO = "the original weights, or what 4 bits hold of them (default: what the adapter trained over)"
 _LENGTH = f"tokens of an example (default {MAX_LENGTH}, or the model's positions if fewer)"
 
 
 @dataclass(frozen=True)
 class Inputs:
-    demo: bool = arg(False, "SmolLM2-135M-Instruct on Hamlet, 24 steps; then it is taught a fact")
+    demo: bool = arg(False, "SmolLM2-135M-Instruct is taught a fact; then Hamlet, 24 steps")
     model: Path = arg(None, **_MODEL)
     data: list[Path] = arg([], _LINES)
     out: Path = arg(Path("finetune-out"), "folder of the run; one that was interrupted goes on")
@@ -205,7 +208,7 @@ class Training:
 @dataclass(frozen=True)
 class Checks:
     _argument_group_name = "checks"
-    prompt: str = arg("", "answered before and after (default: what precedes the first answer)")
+    prompt: str = arg("", "asked before and after training (default: the data's first question)")
     expect: str = arg("", "fail unless the answer holds this after the training, and not before")
     compare: bool = arg(False, "compare gradients, updates and times with stock PEFT's first")
     sgd_steps: int = arg(20, "SGD steps of the comparison")
@@ -247,7 +250,9 @@ class Options(Checks, Training, Data, Adapters, Inputs):
     @property
     def has_json(self) -> bool:
         """True if the data are JSON lines, for which the default preset is "chat"."""
-        return any(file.suffix in (".jsonl", ".json") for file in self.data)
+        from .chat import is_json
+
+        return any(map(is_json, self.data))
 
     @property
     def training(self) -> dict[str, Any]:
@@ -305,8 +310,8 @@ class CompareOptions:
     label: str = arg("label", "field")
     group: str | None = arg(None, "field; texts of one group stay on one side of the split")
     labels: list[str] = arg([], "leave texts with other labels out")
-    train: int = arg(2000, "texts")
-    held_out: int = arg(1000, "other texts, for the score")
+    train: int | None = arg(None, "texts (default: 2000, or two thirds of fewer than 3000)")
+    held_out: int | None = arg(None, "other texts, for the score (default: half of --train's)")
     methods: list[str] = arg([], "(default: all)")
     lr: list[str] = arg([], "peak learning rates, such as full=1e-5 lora-8=1e-3")
     seeds: int = arg(3, "runs of each method")
@@ -328,7 +333,7 @@ class MergeOptions:
     adapter: Path = arg(None, _ADAPTER)
     out: Path = arg(None, "a new folder")
     dtype: str = arg("bf16", "of the result", choices=("fp32", "bf16", "fp16"))
-    onto: str = arg("original", "weights, or what 4 bits hold", choices=("original", "dequantized"))
+    onto: str | None = arg(None, _ONTO, choices=("original", "dequantized"))
     quant: str | None = arg(None, "what the adapter was trained over", choices=("nf4", "fp4"))
     quant_dtype: str = arg("fp32", "dtype that was quantized", choices=("fp32", "bf16"))
     text: Path | None = arg(None, "the logits are compared on its first 256 tokens")
@@ -346,7 +351,7 @@ class GenerateOptions:
     run: Path | None = arg(None, _RUN)
     demo: bool = arg(False, "SmolLM2-135M-Instruct as the model")
     model: Path = arg(None, **_MODEL)
-    adapter: Path = arg(None, _ADAPTER)
+    adapter: Path | None = arg(None, f"{_ADAPTER} (default: --run's, or none)")
     prompt: str = arg("", "what is answered")
     dtype: str = arg("fp32", **_DTYPE)
     quant: str | None = arg(None, **_QUANT)
@@ -357,7 +362,9 @@ class GenerateOptions:
     compare: bool = arg(False, "let stock PEFT answer too, and print both speeds")
 
     def __post_init__(self) -> None:
-        require(self, ("model", "adapter"), "--run")
+        require(self, ("model",), "--run")
+        if self.compare and self.adapter is None:
+            raise UsageError("compare: needs an adapter; give --adapter or --run too")
         if not self.prompt:
             raise UsageError("prompt: got none, want a text that is answered")
         check_numbers(vars(self))

@@ -270,7 +270,7 @@ def create_domain_model(
     Raises UsageError that names the argument.
     """
     from .chat import ChatData, load_chat
-    from .checkpoints import newest_checkpoint
+    from .checkpoints import named_write, newest_checkpoint
     from .trainer import LoRATrainer, training_arguments
 
     find_preset(preset)
@@ -286,7 +286,9 @@ def create_domain_model(
     trainer |= {"train_dataset": train, "eval_dataset": held_out, "processing_class": tokenizer}
     made = LoRATrainer(peft_model, args, **trainer)
     made.train(resume_from_checkpoint=newest_checkpoint(out) is not None)
-    peft_model.save_pretrained(
-        str(Path(out, "adapter")), selected_adapters=[name], save_embedding_layers=False
-    )
+    folder = Path(out, "adapter")
+    with named_write(folder):
+        peft_model.save_pretrained(
+            str(folder), selected_adapters=[name], save_embedding_layers=False
+        )
     return peft_model.eval()

@@ -1,8 +1,7 @@
-"""`lora-kernels rank-search`: train the same adapter at each rank, and AdaLoRA."""
+"""Train the same adapter at each rank, and AdaLoRA beside them."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import math
 import tempfile
@@ -19,24 +18,11 @@ from transformers import TrainerCallback
 
 from ..peft import fuse
 from . import UsageError
-from . import model as models
-from .chat import load_chat
-from .checkpoints import write_json
-from .command import read_inputs, silence_libraries
 from .model import features, linear_layers, share
-from .options import (
-    RankOptions,
-    add_options,
-    check_numbers,
-    check_out,
-    check_ranks,
-    fill_in_demo,
-    pick,
-)
+from .options import check_numbers, check_ranks
 from .plots import draw_png
 from .presets import Preset, add_lora_layers, find_preset, find_targets, peft_settings
-from .provenance import watch
-from .trainer import LoRATrainer, training_arguments
+from .trainer import DeadRunCheck, LoRATrainer, training_arguments
 
 RANKS = (4, 8, 16, 32, 64)
 WARMUP = 0.05  # share of the steps
@@ -101,17 +87,17 @@ class RankSearch:
             marks = {"best score": self.best, "most efficient": self.most_efficient}
             return {
                 "rank": f"{row.rank} (AdaLoRA)" if row is self.adalora else str(row.rank),
-                "score": f"{row.score:.4f}",
+                "score": f"{row.score:.4g}",
                 "loss": f"{row.loss:.4f}",
                 "parameters": f"{row.parameters:,}",
                 "seconds": f"{row.seconds:.1f}",
-                "score / 10⁶ parameters": f"{row.efficiency:.4f}",
+                "score / 10⁶ parameters": f"{row.efficiency:.4g}",
                 "": ", ".join(mark for mark, marked in marks.items() if marked is row),
             }
 
         table = pd.DataFrame([cells(row) for row in (*self.rows, self.adalora) if row])
         lines = [line.rstrip() for line in table.to_string(index=False).splitlines()]
-        lines.append(f"without an adapter: {self.base:.4f}")
+        lines.append(f"without an adapter: {self.base:.4g}")
         if self.allocation:
             lines.append(f"AdaLoRA left {_by_kind(self.allocation)}")
         return "\n".join([*lines, CAVEAT])
@@ -177,7 +163,8 @@ def find_optimal_rank(
         on_rank: called with each row.
         settings: other settings of `training_arguments`. The default of warmup is 0.05.
 
-    Raises UsageError that names the argument before anything is trained.
+    Raises UsageError that names the argument before anything is trained, and TrainingError that
+    names the rank and the step if a run cannot learn any more.
 
     >>> from torch import nn
     >>> from lora_kernels.finetune.rank import find_optimal_rank
@@ -197,7 +184,7 @@ def find_optimal_rank(
         chosen = replace(chosen, targets=(targets,) if isinstance(targets, str) else tuple(targets))
     cpu = next(model.parameters()).device.type == "cpu"
     training = {"cpu": cpu, "warmup": WARMUP} | settings
-    training |= {"steps": steps, "seed": seed, "save_strategy": "no"}
+    training |= {"steps": steps, "seed": seed, "save_strategy": "no", "disable_tqdm": True}
 
     def preset_of_rank(rank: int) -> Preset:
         return replace(chosen, rank=rank, alpha=chosen.alpha / chosen.rank * rank)
@@ -210,6 +197,7 @@ def find_optimal_rank(
     ) -> RankRow:
         args = training_arguments(folder / name, **training)
         data = {"train_dataset": train, "eval_dataset": val, "processing_class": tokenizer}
+        more["callbacks"] = [*more.get("callbacks", ()), DeadRunCheck(name)]
         trainer = LoRATrainer(peft_model, args, **data, **more)
         start = time.perf_counter()
         if most:
@@ -217,8 +205,6 @@ def find_optimal_rank(
         seconds = time.perf_counter() - start
         with disable_penalty(peft_model):
             loss = trainer.evaluate()["eval_loss"]
-        if most and not math.isfinite(loss):
-            raise UsageError(f"{name}: the held-out loss is {loss}; give a lower lr")
         count = sum(p.numel() for p in peft_model.parameters() if p.requires_grad)
         value = math.exp(-loss) if score is None else float(score(peft_model, loss))
         return RankRow(rank, value, loss, count, seconds)
@@ -320,55 +306,3 @@ def plot_ranks(file: Path, found: RankSearch, title: str) -> None:
         both[0].axhline(found.base, linestyle="--", color="#444444", label="no adapter")
         both[0].set_title(title)
         both[1].set_title("favours small ranks")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = (
-        "Train an adapter of each rank on the same data from the same seed, and AdaLoRA beside "
-        "them; print score, parameters, seconds and efficiency of each, and draw the curve."
-    )
-    add_options(parser, RankOptions)
-
-
-def run(args: argparse.Namespace) -> int:
-    """Return the exit status, 0. Raises UsageError before the model's weights are read."""
-    silence_libraries()
-    options = RankOptions(**fill_in_demo(vars(args)))
-    targets = options.target_modules or find_preset(options.preset).targets
-    check_out(options.out)
-    device, tokenizer, length, train = read_inputs(options, targets, max(options.ranks), "ranks")
-    print(train.report)
-    if 0 < options.examples < len(train):
-        _, train = train.split(options.examples / len(train), options.seed)
-    if options.eval:
-        reading: Any = {"max_length": length, "on_bad_line": options.on_bad_line}
-        val = load_chat(options.eval, tokenizer, **reading)
-    else:
-        train, val = train.split(0.2, options.seed)
-    print(f"trained on {len(train)} examples, scored on {len(val)} held out")
-    base = models.load_base(options.model, models.DTYPES[options.dtype], device, options.quant)
-
-    provenance = watch(str(device))
-    found = find_optimal_rank(
-        base,
-        train,
-        val,
-        options.ranks,
-        **pick(options, "preset steps seed adalora out batch lr"),
-        targets=options.target_modules or None,
-        tokenizer=tokenizer,
-        on_rank=lambda row: print(
-            f"rank {row.rank}: score {row.score:.4f} in {row.seconds:.1f} s", flush=True
-        ),
-    )
-    print(found)
-    name = models.display_name(options.model)
-    task = {"model": name, "data": [file.name for file in options.data], "train": len(train)}
-    task |= {"held_out": len(val), "max_length": length}
-    task |= pick(options, "steps batch lr dtype quant seed")
-    result = {"provenance": provenance(), "task": task} | found.as_dict()
-    write_json(options.out / "ranks.json", result)
-    png = options.out / "ranks.png"
-    plot_ranks(png, found, f"{name}, {options.steps} steps a rank")
-    print(f"curve: {png}")
-    return 0

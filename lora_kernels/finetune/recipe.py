@@ -16,6 +16,7 @@ import dataclasses
 import gc
 import hashlib
 import json
+import math
 import signal
 import tempfile
 from collections.abc import Iterator
@@ -48,12 +49,14 @@ from .checkpoints import (
 )
 from .command import read_inputs
 from .compare import Row, compare
+from .lock import FolderLock
 from .options import Adapters, Data, Options, Training, check_out, flag, pick, read_json
 from .presets import Preset, add_lora_layers, find_preset
 from .report import Progress
 from .trainer import (
     CURVES,
     METRICS,
+    DeadRunCheck,
     LoRATrainer,
     losses,
     plot_metrics,
@@ -87,7 +90,16 @@ def adapter_settings(options: Options) -> dict[str, Any]:
 
 
 def finetune(options: Options) -> int:
-    """Run the recipe; return the exit status of `command.run`."""
+    """Run the recipe; return the exit status of `command.run`.
+
+    Raises TrainingError if the run cannot learn any more; see `trainer.DeadRunCheck`. Raises
+    UsageError if another run holds the folder.
+    """
+    with FolderLock(options.out) as lock:
+        return _finetune(options, lock)
+
+
+def _finetune(options: Options, lock: FolderLock) -> int:
     console = Console(markup=False, highlight=False)  # answers may contain brackets
     dtype = model.DTYPES[options.dtype]
     lora = adapter_settings(options)
@@ -107,7 +119,7 @@ def finetune(options: Options) -> int:
     rows_of = (lambda data: pack(data, length)) if options.pack else (lambda data: data)
     if options.pack:
         check_packing(adapted)  # before anything is written
-    options.out.mkdir(parents=True, exist_ok=True)
+    lock.acquire()
     file = options.out / "run.json"
     if not file.exists() or read_json(file, "out") != run:
         (options.out / "compare.json").unlink(missing_ok=True)
@@ -123,7 +135,9 @@ def finetune(options: Options) -> int:
     (options.out / "layers.txt").write_text(f"{layers}\n")
     trainer = LoRATrainer(
         adapted,
-        training_arguments(options.out, **options.training, cpu=device.type == "cpu"),
+        training_arguments(
+            options.out, **options.training, cpu=device.type == "cpu", disable_tqdm=True
+        ),
         train_dataset=rows_of(train),
         eval_dataset=rows_of(val) if val else None,
         processing_class=tokenizer,
@@ -131,7 +145,7 @@ def finetune(options: Options) -> int:
         patience=options.patience or None,
     )
     console.print(trainer.trainable, *model.layer_states(layers), sep="\n")
-    if signum := run_training(trainer, options, console, train):
+    if signum := run_training(trainer, console):
         console.print(
             f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps} and "
             "saved; the same command goes on from there"
@@ -257,6 +271,8 @@ def check_reloaded(options: Options, adapter: Path, ids: Tensor, want: Tensor) -
             "fused (PEFT's forward is wrong over 4-bit experts)",
         )
     difference, largest = (logits(stock, ids) - want).abs().max().item(), want.abs().max().item()
+    if not 0 < largest < math.inf:
+        return False, f"the trained model's largest logit is {largest:.3g}: nothing to compare ✗"
     same = difference <= LOGITS_LIMIT * largest
     return same, (
         f"{where}: logits differ by at most {difference:.2g}, the largest is {largest:.3g} "
@@ -357,22 +373,18 @@ def train_stock(stock: Any, data: ChatData, options: Options, console: Console) 
         return []
     cpu = next(stock.parameters()).device.type == "cpu"
     settings = options.training | {"eval_every": None, "save_strategy": "no", "report_to": []}
-    shown = build_progress(console, "stock PEFT", options, data)
+    shown = Progress(console, "stock PEFT")
     shown.most = options.peft_steps
     with tempfile.TemporaryDirectory() as folder, shown.bar:
-        args = training_arguments(folder, **settings, cpu=cpu)
-        trainer: Any = Trainer(stock, args, Collator(0), data, callbacks=[shown])
+        args = training_arguments(folder, **settings, cpu=cpu, disable_tqdm=True)
+        checked = [shown, DeadRunCheck("stock PEFT")]
+        trainer: Any = Trainer(stock, args, Collator(0), data, callbacks=checked)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     return list(losses(trainer.state.log_history).values())
 
 
-def build_progress(console: Console, label: str, options: Options, data: ChatData) -> Progress:
-    rows = options.batch * options.accumulate
-    return Progress(console, label, rows * data.report.tokens // data.report.examples)
-
-
-def run_training(trainer: LoRATrainer, options: Options, console: Console, data: ChatData) -> int:
+def run_training(trainer: LoRATrainer, console: Console) -> int:
     """Train or resume, and return the signal that stopped the training early, or 0."""
     checkpoint = trainer.find_checkpoint(partial(console.print, soft_wrap=True))
     if checkpoint:
@@ -382,7 +394,7 @@ def run_training(trainer: LoRATrainer, options: Options, console: Console, data:
             trainer.restore(str(checkpoint))
             return 0
         console.print(f"going on after step {steps_done(checkpoint)} of {state.max_steps}")
-    shown = build_progress(console, "fused", options, data)
+    shown = Progress(console, "fused")
     trainer.add_callback(shown)
     with shown.bar, stop_on_signal() as caught:
         shown.caught = caught

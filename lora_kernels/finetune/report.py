@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import rich.progress
 from rich.console import Console
@@ -14,48 +14,62 @@ from rich.table import Table
 from rich.text import Text
 from transformers import TrainerCallback
 
-from .compare import Row
+if TYPE_CHECKING:
+    from .compare import Row
 
 
 class Progress(TrainerCallback):  # type: ignore[misc, unused-ignore]
     """Show each step's loss in a progress bar, or without a terminal in ten lines.
 
     Use `bar` as a context manager. After a signal, the trainer finishes the step, saves a
-    checkpoint, and stops.
+    checkpoint, and stops. The speed is in tokens if the data count theirs (`ChatData`), else in
+    rows; of several processes the first shows it, for all.
 
     Attributes:
         most: the number of steps after which to stop.
         caught: the signals received.
     """
 
-    def __init__(self, console: Console, label: str, tokens_per_step: int) -> None:
-        self.label, self.tokens_per_step = label, tokens_per_step
+    def __init__(self, console: Console, label: str) -> None:
+        self.label = label
         self.most, self.caught = math.inf, list[int]()
         self.bar = rich.progress.Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]}  {task.fields[speed]} tokens/s  left"),
+            TextColumn("loss {task.fields[loss]}  {task.fields[speed]}  left"),
             TimeRemainingColumn(),
             console=console,
             disable=not console.is_terminal,
         )
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        rows, self.unit = args.train_batch_size * args.gradient_accumulation_steps, "rows"
+        rows *= args.world_size
+        report = getattr(getattr(kwargs.get("train_dataloader"), "dataset", None), "report", None)
+        self.per_step = rows
+        if report is not None:
+            self.per_step, self.unit = rows * report.tokens // report.examples, "tokens"
+        self.bar.start()
         self.start, self.done = time.perf_counter(), state.global_step
         self.steps = int(min(state.max_steps, self.most))
         counts = {"total": self.steps, "completed": self.done}
         self.task = self.bar.add_task(self.label, **counts, loss="–", speed="–")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if "loss" not in (logs or {}):
+        if "loss" not in (logs or {}) or not state.is_world_process_zero:
             return
         step, loss, seconds = state.global_step, logs["loss"], time.perf_counter() - self.start
-        speed = f"{(step - self.done) * self.tokens_per_step / seconds:.0f}"
+        speed = f"{(step - self.done) * self.per_step / seconds:.0f} {self.unit}/s"
         self.bar.update(self.task, completed=step, loss=f"{loss:.4f}", speed=speed)
         if self.bar.disable and (step == self.steps or step % max(1, self.steps // 10) == 0):
-            said = f"{self.label}: step {step}/{self.steps}  loss {loss:.4f}  {speed} tokens/s"
+            said = f"{self.label}: step {step}/{self.steps}  loss {loss:.4f}  {speed}"
             self.bar.console.print(said)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.stop()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         if self.caught:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import warnings
@@ -14,9 +15,11 @@ from typing import Any
 import torch
 import transformers
 from peft import PeftModel
+from rich.console import Console
 from transformers import (
     EarlyStoppingCallback,
     PrinterCallback,
+    ProgressCallback,
     Trainer,
     TrainerCallback,
     TrainerState,
@@ -27,7 +30,7 @@ from transformers.trainer_utils import SchedulerType, TrainOutput
 from ..integrations.trainer import VerdictLog
 from ..layers import lora_plus_parameter_groups
 from ..peft import fuse
-from . import UsageError
+from . import TrainingError, UsageError
 from .chat import IGNORED, ChatData, Collator, check_packing
 from .checkpoints import (
     checkpoints,
@@ -41,9 +44,11 @@ from .checkpoints import (
 from .model import adapters
 from .options import check_numbers
 from .plots import draw_png
+from .report import Progress
 
 METRICS, CURVES = "metrics.jsonl", "curves.png"
 _PARTIAL = ".partial"  # the folder in which a checkpoint is written before it is renamed
+DEAD_STEPS = 10  # steps in a row without a gradient, after which a run stops
 
 
 _THEIRS = {field.name for field in dataclasses.fields(TrainingArguments)}
@@ -76,7 +81,8 @@ def training_arguments(out: str | Path, **settings: Any) -> TrainingArguments:
     """Return transformers' `TrainingArguments` with common settings for LoRA.
 
     The optimizer is AdamW without weight decay, with cosine decay without warm-up. Each step's loss
-    is logged, including NaN. Nothing is reported to services.
+    is logged, including NaN. Nothing is reported to services. `LoRATrainer` shows its progress
+    unless disable_tqdm is True.
 
     Args:
         out: folder of checkpoints, metrics and curves.
@@ -122,14 +128,15 @@ def training_arguments(out: str | Path, **settings: Any) -> TrainingArguments:
     arguments |= {"eval_strategy": "no" if own["eval_every"] is None else "steps"}
     arguments |= {"logging_steps": 1, "logging_nan_inf_filter": False, "report_to": []}
     arguments |= {"prediction_loss_only": True, "remove_unused_columns": False}
-    return TrainingArguments(**arguments | {"disable_tqdm": True} | settings)
+    return TrainingArguments(**arguments | settings)
 
 
 class LoRATrainer(Trainer):  # type: ignore[misc, unused-ignore]
     """transformers' Trainer for the adapters of a PEFT model, with fused layers.
 
     Checkpoints are atomic: if the process is killed at any moment, the last checkpoint can be
-    loaded. The trainer also writes `metrics.jsonl`, a line for each step, and `curves.png`.
+    loaded. The trainer also writes `metrics.jsonl`, a line for each step, and `curves.png`. It
+    shows a progress bar, or without a terminal ten lines.
 
     Args:
         model: a PEFT model, which is fused. Only adapters and `modules_to_save` may be trainable.
@@ -144,7 +151,9 @@ class LoRATrainer(Trainer):  # type: ignore[misc, unused-ignore]
 
     The attribute `trainable` is a sentence with the number of trainable parameters.
 
-    Raises UsageError that names the argument before anything is written.
+    Raises UsageError that names the argument before anything is written. `train` raises
+    TrainingError at the first loss that is not finite, and after `DEAD_STEPS` steps without a
+    gradient.
 
     >>> from torch import nn
     >>> from lora_kernels.finetune.trainer import LoRATrainer, training_arguments
@@ -169,7 +178,10 @@ class LoRATrainer(Trainer):  # type: ignore[misc, unused-ignore]
         if len(train_dataset) == 0:
             raise UsageError("train_dataset: got no row, want at least one")
         self.lora_plus_ratio, self.patience = lora_plus_ratio, patience
-        others["callbacks"] = [MetricsLog(), VerdictLog(), *others.get("callbacks", ())]
+        given = list(others.get("callbacks", ()))
+        if not any(isinstance(callback, DeadRunCheck) for callback in given):
+            given.insert(0, DeadRunCheck())
+        others["callbacks"] = [MetricsLog(), *given, VerdictLog()]
         if patience is not None:
             others["callbacks"].append(_early_stop(args, patience))
         data = [part for part in (train_dataset, eval_dataset) if isinstance(part, ChatData)]
@@ -183,7 +195,11 @@ class LoRATrainer(Trainer):  # type: ignore[misc, unused-ignore]
         # transformers 5 disables the cache itself. `generate` has its own setting.
         if hasattr(model, "config"):
             model.config.use_cache = False
-        self.remove_callback(PrinterCallback)  # prints a dict each step, which metrics.jsonl has
+        # Both print a dict each step, which metrics.jsonl has.
+        self.remove_callback(PrinterCallback)
+        self.remove_callback(ProgressCallback)
+        if not self.args.disable_tqdm:
+            self.add_callback(Progress(Console(markup=False, highlight=False), "training"))
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Train as Trainer does. A resumed run has the losses of an uninterrupted run.
@@ -209,7 +225,12 @@ class LoRATrainer(Trainer):  # type: ignore[misc, unused-ignore]
             if self.patience and waited >= self.patience and best and Path(best).is_dir():
                 self.restore(str(newest))
                 return TrainOutput(state.global_step, 0.0, {})
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:  # an error must not leave a bar on the terminal
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, Progress):
+                    callback.bar.stop()
 
     def find_checkpoint(self, report: Callable[[str], None] = warnings.warn) -> Path | None:
         """Return the newest checkpoint that can be read, or None. Damaged ones are renamed."""
@@ -376,6 +397,51 @@ def _early_stop(args: TrainingArguments, patience: int) -> TrainerCallback:
     args.load_best_model_at_end = args.restore_callback_states_from_checkpoint = True
     args.metric_for_best_model, args.greater_is_better = "eval_loss", False
     return EarlyStoppingCallback(patience)
+
+
+class DeadRunCheck(TrainerCallback):  # type: ignore[misc, unused-ignore]
+    """Stop a run that cannot learn any more, with TrainingError.
+
+    Looks at Trainer's log: the first loss that is NaN or infinite, in training or evaluation, and
+    `DEAD_STEPS` logged steps in a row in which the norm of all gradients is exactly 0. Trainer logs
+    no norm if max_grad_norm is 0; then the losses alone are checked.
+
+    what: named in the error before the step.
+    """
+
+    def __init__(self, what: str = "") -> None:
+        self.what = f"{what}, " if what else ""
+        self.dead = list[int]()  # the last steps, without a gradient
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.dead = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        logs = logs or {}
+        for name, words in (("loss", "the loss"), ("eval_loss", "the held-out loss")):
+            value = logs.get(name, 0.0)
+            if not math.isfinite(value):
+                raise TrainingError(
+                    f"{self.what}step {state.global_step}: {words} is {value}; "
+                    + self._remedy(state.global_step)
+                )
+        if "grad_norm" not in logs:
+            return
+        self.dead = [*self.dead, state.global_step] if logs["grad_norm"] == 0 else []
+        if len(self.dead) == DEAD_STEPS:
+            raise TrainingError(
+                f"{self.what}steps {self.dead[0]} to {self.dead[-1]}: every gradient is 0, so that "
+                f"nothing is learnt; {self._remedy(self.dead[0])}"
+            )
+
+    def _remedy(self, step: int) -> str:
+        """Name what to change: before the first update, it is not the learning rate."""
+        if step <= 1:
+            return (
+                "no update came before it, so the learning rate is not at fault: check the base "
+                "model's weights and its dtype"
+            )
+        return "start again with a lower learning rate, in another folder"
 
 
 class MetricsLog(TrainerCallback):  # type: ignore[misc, unused-ignore]

@@ -2,13 +2,15 @@
 
 from importlib.util import find_spec as _find_spec
 
+from ..device import install_command as _install_command
+
 try:
     import peft as _peft  # noqa: F401
     import transformers as _transformers  # noqa: F401
 except ImportError as error:
     raise ImportError(
         "lora_kernels.integrations needs transformers and PEFT: "
-        f"pip install 'lora-kernels[finetune]' ({error})"
+        f"{_install_command('finetune')} ({error})"
     ) from error
 
 from .trainer import FuseCallback

@@ -1,10 +1,12 @@
 """PEFT's layers on `lora_kernels.lora_linear`: `fuse`, `unfuse`, `explain`, `row_adapters`."""
 
+from ..device import install_command as _install_command
+
 try:
     import peft as _peft  # noqa: F401
 except ImportError as error:
     raise ImportError(
-        f"lora_kernels.peft needs PEFT: pip install 'lora-kernels[peft]' ({error})"
+        f"lora_kernels.peft needs PEFT: {_install_command('peft')} ({error})"
     ) from error
 
 from .adalora import FusedSVDLinear

@@ -159,5 +159,5 @@ def test_to_draw_without_matplotlib_is_one_line(
     monkeypatch.setattr(report, "RESULTS", tmp_path / "RESULTS.md")
     monkeypatch.setattr(report, "find_spec", lambda name: None)
     assert report.main(check=False) == 2
-    assert "pip install 'lora-kernels[bench]'" in capsys.readouterr().out
+    assert "pip install '.[bench]'" in capsys.readouterr().out
     assert not (tmp_path / "RESULTS.md").exists()

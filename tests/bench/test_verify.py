@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from lora_kernels import cli, verify
+from lora_kernels import cli, device, verify
 from lora_kernels.bench import baselines, progress
 from lora_kernels.bench.case import Case
 from lora_kernels.bench.tolerance import Verdict
@@ -119,11 +119,8 @@ def test_a_layer_that_is_not_fused_is_a_miss(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(
     ("peer", "line"),
     [
-        ("peft", "needs peft: pip install 'lora-kernels[peft]'"),
-        (
-            "bitsandbytes",
-            "needs peft and bitsandbytes: pip install 'lora-kernels[peft]' bitsandbytes",
-        ),
+        ("peft", "needs peft: INSTALL"),
+        ("bitsandbytes", "needs peft and bitsandbytes: INSTALL bitsandbytes"),
     ],
 )
 def test_a_missing_peer_is_one_line(
@@ -131,6 +128,7 @@ def test_a_missing_peer_is_one_line(
 ) -> None:
     monkeypatch.setattr(verify, "find_spec", lambda name: None)
     assert cli.main(["verify", "--peer", peer]) == 2
+    line = line.replace("INSTALL", device.install_command("peft"))
     assert capsys.readouterr().out == f"lora-kernels verify: --peer {peer} {line}\n"
 
 

@@ -86,6 +86,17 @@ def test_a_token_across_the_border_belongs_to_the_prompt(tmp_path: Path) -> None
     assert learnt(row, tok) == ["2<eos>"]
 
 
+def test_byte_order_mark_is_no_part_of_the_data(tmp_path: Path) -> None:
+    """Windows' editors write one."""
+    for name, content in (("a.jsonl", '{"text": "abc"}\n'), ("a.txt", "abc")):
+        read = []
+        for mark in ("", "\ufeff"):
+            file = tmp_path / name
+            file.write_text(mark + content, encoding="utf-8")
+            read.append(load_chat(file, tokenizer()).rows)
+        assert read[0] == read[1]
+
+
 def test_plain_text_loses_nothing(tmp_path: Path) -> None:
     file = tmp_path / "prose.txt"
     text = "".join(map(chr, range(97, 123)))

@@ -21,9 +21,10 @@ from typing import Any
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from lora_kernels.finetune import UsageError, command, generate, inputs, recipe
+from lora_kernels.finetune.lock import FolderLock
 from lora_kernels.finetune.model import (
     linears_4bit,
     load_adapter,
@@ -124,7 +125,8 @@ def test_generate_goes_on_from_a_run(model_folder: Path, text: Path, tmp_path: P
         warm = ["--dtype", dtype, "--temperature", "1.5"]
         once, again = (run(*ask, *warm).partition("fused:")[0] for _ in range(2))
         assert once == again  # one seed
-    assert "--adapter is missing" in run("generate", "--model", model_folder, status=2)
+    alone = ["generate", "--model", model_folder, "--prompt", "Hi"]
+    assert "--compare: needs an adapter" in run(*alone, "--compare", status=2)
 
 
 def test_generate_takes_model_dtype_and_quant_of_the_run(tmp_path: Path, monkeypatch: Any) -> None:
@@ -196,6 +198,8 @@ def test_whole_run_on_chats(folder: Path, lines: Path, tmp_path: Path, run) -> N
     assert "holds a run with another --preset; give the same" in said
     run("generate", "--run", out, "--prompt", "Hi", "--max-new-tokens", "3")
     run("merge", "--run", out, "--dtype", "fp32", "--out", merged)
+    shown = run("generate", "--model", merged, "--prompt", "Hi", "--max-new-tokens", "3")
+    assert "the model alone: 3 tokens; first token after" in shown
     with torch.no_grad():
         ids = torch.arange(4, 30)[None]
         got = AutoModelForCausalLM.from_pretrained(merged)(ids).logits
@@ -279,13 +283,102 @@ def test_over_a_4bit_base(lines: Path, tmp_path: Path, run) -> None:
     model = save_model(tmp_path / "model", llama(intermediate_size=128))
     argv = [*on(model, lines, tmp_path / "out"), *CHAT, "--quant", "nf4", "--dtype", "bf16"]
     assert_said(run(*argv), UNTOUCHED, LOADED)
-    for onto in ("dequantized", "original"):
-        merge = ["merge", "--run", tmp_path / "out", "--onto", onto, "--out", tmp_path / onto]
-        shown = run(*merge)
+    for name, more in (("default", []), ("original", ["--onto", "original"])):
+        shown = run("merge", "--run", tmp_path / "out", *more, "--out", tmp_path / name)
+        onto = "dequantized" if name == "default" else name
+        words = "the weights that nf4 holds, decoded" if onto == "dequantized" else "before nf4 qua"
+        assert "merging into " in shown and words in shown
         assert "against nf4 base + adapter in fp32" in shown
         assert "the adapter on the original weights: logits off by" in shown
         assert ("at most" in shown) == ("✓" in shown) == (onto == "dequantized")
         assert "8 layers merged" in shown
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (
+            "--lr 3000 --steps 30",
+            "finetune: steps 3 to 12: every gradient is 0, so that nothing is",
+        ),
+        ("--lr 3000 --steps 6 --save-every 50", "failed: loaded again"),
+        (
+            "--steps 30",
+            "finetune: step 1: the loss is nan; no update came before it, so the learni",
+        ),
+        ("--compare", "finetune: comparison with stock PEFT: its first loss is nan, and its gradi"),
+    ],
+    ids=["no gradient", "no logits", "base of NaN", "base of NaN, compared"],
+)
+def test_dead_run_fails_in_one_line(
+    more: str, words: str, folder: Path, lines: Path, tmp_path: Path, run
+) -> None:
+    """The activations overflow to hidden states of 0, or the base holds NaN."""
+    model = folder
+    if "3000" not in more:
+        base = llama()
+        base.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("nan")
+        model = save_model(tmp_path / "model", base)
+    shown = run(*on(model, lines, tmp_path / "out"), *CHAT, *split(more), status=1)
+    assert words in shown.splitlines()[-1]
+    if "loaded again" in words:
+        assert_said(shown, "loaded again the trained model's largest logit is 0: nothing to comp")
+
+
+def test_second_run_in_one_folder_is_refused(
+    folder: Path, lines: Path, tmp_path: Path, run, monkeypatch: Any
+) -> None:
+    """At once if the folder is there, else before anything is written."""
+    argv, out = [*on(folder, lines, tmp_path / "out"), *CHAT], tmp_path / "out"
+    usual = recipe.check_run
+
+    def race(options: Options) -> Any:  # another run makes the folder meanwhile
+        found = usual(options)
+        other.acquire()
+        return found
+
+    words = f"--out: another run is writing to {out}; wait"
+    with FolderLock(out) as other, monkeypatch.context() as patch:
+        patch.setattr(recipe, "check_run", race)
+        assert words in run(*argv, status=2)
+    with FolderLock(out):
+        assert words in run(*argv, status=2)
+        assert list(out.iterdir()) == []
+    run(*argv)
+
+
+def test_full_disk_while_the_tokenizer_is_saved_is_one_line(
+    folder: Path, lines: Path, tmp_path: Path, run, monkeypatch: Any
+) -> None:
+    usual = PreTrainedTokenizerFast.save_pretrained
+
+    def save(self: Any, place: Any, *args: Any, **kwargs: Any) -> Any:
+        if Path(place).name == "adapter":
+            raise Exception("No space left on device (os error 28)")
+        return usual(self, place, *args, **kwargs)
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", save)
+    shown = run(*on(folder, lines, tmp_path), *CHAT, status=1)
+    last = f"lora-kernels finetune: out: {tmp_path}/adapter cannot be written: No space left"
+    assert shown.splitlines()[-1].startswith(last)
+
+
+IMPORTS = """
+import sys
+from lora_kernels.cli import main
+for argv in (arguments.split() for arguments in sys.argv[1:]):
+    assert main(argv) == 2
+print(sorted({"peft", "accelerate", "transformers.trainer"} & sys.modules.keys()))
+"""
+
+
+def test_data_errors_come_before_the_slow_imports(folder: Path, tmp_path: Path) -> None:
+    bad = write_lines(tmp_path / "bad.jsonl", [chat("a", "b"), "{"])
+    given = f"--model {folder} --out {tmp_path / 'out'} --data"
+    commands = [f"{name} {given} {bad}" for name in ("finetune", "rank-search", "compare")]
+    done = run_python("-c", IMPORTS, *commands)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("bad.jsonl") == 3 and done.stdout == "[]\n"
 
 
 def test_bad_lines(folder: Path, tmp_path: Path, run) -> None:
@@ -464,15 +557,15 @@ def test_the_demo_teaches_a_fact(
 
     def finetune(options: Options) -> int:
         seen.append(options)
-        return 3 if options.expect else status
+        return status if options.expect else 3
 
     monkeypatch.setattr(recipe, "finetune", finetune)
     argv = [*on(folder, text, tmp_path), "--demo", "--seed", "5", "--dtype", "bf16"]
     run(*argv, status=status or 3)
-    demo, *rest = seen
-    assert demo.compare and demo.max_length == 128
+    options, *rest = seen
     assert len(rest) == (0 if status else 1)
-    for options in rest:
+    assert all(demo.compare and demo.max_length == 128 for demo in rest)
+    for options in seen[:1]:
         assert (options.model, options.out, options.seed) == (folder, tmp_path / "taught", 5)
         assert options.dtype == "bf16"
         taught = options.data[0].read_text()

@@ -1,5 +1,6 @@
 """The comparison passes for the fused model, and for nothing that is wrong."""
 
+import math
 import sys
 from functools import partial
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lora_kernels.finetune import Preset
+from lora_kernels.finetune import Preset, TrainingError
 from lora_kernels.finetune import compare as module
 from lora_kernels.finetune.chat import ChatData, load_chat
 from lora_kernels.finetune.compare import (
@@ -61,6 +62,14 @@ def test_fused_agrees_and_controls_are_seen(base: nn.Module, data: ChatData, dty
     assert sum(row.control for row in rows) == 3
     assert {p.dtype for p in base.parameters()} == {dtype}
     assert not any(m._forward_hooks for m in base.modules())
+
+
+@pytest.mark.parametrize(("weight", "words"), [(float("nan"), "loss is nan"), (0.0, "are all 0")])
+def test_compare_on_a_base_without_gradients_is_an_error(base, data, weight, words: str) -> None:
+    """Two zeros, or two NaN, would agree."""
+    base.get_output_embeddings().weight.data.fill_(weight)
+    with pytest.raises(TrainingError, match=words):
+        compare(base, data, lora=LORA, **SMALL)
 
 
 @pytest.mark.parametrize("factor", [2.0, 0.0])
@@ -142,7 +151,10 @@ def test_seed_and_step_settle_a_batch(data: ChatData) -> None:
 
 def test_relative_rms_by_hand() -> None:
     assert relative_rms(torch.tensor([0.0, 6.0]), torch.tensor([0.0, 4.0])) == 0.5
-    assert relative_rms(torch.zeros(2), torch.zeros(2)) == 0.0
+    assert math.isnan(relative_rms(torch.zeros(2), torch.zeros(2)))
+    zero, one = torch.zeros(1), torch.ones(1)
+    assert largest_rms({"a": zero, "b": one}, {"a": zero, "b": one}) == 0.0
+    assert math.isnan(largest_rms({"a": zero}, {"a": zero}))
     assert relative_rms(torch.ones(2), torch.zeros(2)) == float("inf")
     with pytest.raises(ValueError, match="other names"):
         largest_rms({"a": torch.ones(1)}, {"b": torch.ones(1)})

@@ -252,6 +252,11 @@ LINES: list[tuple[str, str, Any]] = [
     ("a number without end", ":4: invalid JSON", ENDLESS),
     ("a line that is a list", "got a JSON list", "[1]"),
     ("none of the forms", "got the keys question", {"question": "?"}),
+    (
+        "Alpaca's keys",
+        'put "instruction", and "input" below it, into "prompt"',
+        {"instruction": "Add", "input": "1, 2", "output": "3"},
+    ),
     ("messages of text", "messages: got a JSON str", {"messages": "hello"}),
     ("messages of numbers", "messages[0]: want", {"messages": [1, 2]}),
     (
@@ -271,7 +276,10 @@ of = "finetune", "--data", "finetune.load_chat"
 both(of, lambda path: load_chat(path, tokenizer()), LINES, lines_with)
 command("finetune", "--data: blanks", "is empty", given("--data", content("blank.txt", " \n")))
 command("finetune", "--data: no UTF-8", "not UTF-8", given("--data", content("latin.txt", b"\xe9")))
-command("finetune", "--data is a folder", "there is no file", lambda _, at: ["--data", at])
+command("finetune", "--data is a folder", "is a folder; give", lambda _, at: ["--data", at])
+for name in ("data.csv", "data.tsv", "data.parquet"):
+    table = given("--data", content(name, "prompt,completion\na,b\n"))
+    command("finetune", f"--data: {name}", "is a table, which would be read as plain", table)
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 MODELS: list[tuple[str, str, Spoil]] = [
@@ -336,7 +344,9 @@ LABELLED: list[tuple[str, str, str, bytes]] = [
     ("no JSON", "line 2: no JSON", "a.jsonl", b'{"text": "a", "label": "b"}\n{'),
     ("brackets without end", "line 1: no JSON", "a.jsonl", b"[" * 100_000),
     ("no object", "line 1: got no object", "a.jsonl", b"1"),
-    ("a label that is a list", "no field 'label'", "a.jsonl", b'{"text": "a", "label": []}'),
+    ("a label that is a list", "label: got []", "a.jsonl", b'{"text": "a", "label": []}'),
+    ("an empty label", "line 2: label: got ''", "a.csv", b"text,label\na,\nb,x\nc,y\n"),
+    ("a label of nan", "line 3: label: got 'nan'", "a.csv", b"text,label\na,x\nb,nan\n"),
     ("one label", "want two at least", "a.csv", b"text,label\na,b\n"),
     ("a field without end", "larger than field limit", "a.csv", b"text,label\n" + b"x" * 140_000),
     ("no bzip2", "cannot be decompressed", "a.csv.bz2", b"text,label"),

@@ -197,6 +197,7 @@ def test_distance_and_verdict_by_hand() -> None:
     got[0, 0] = torch.tensor([4.0, 3.0])
     distance = Distance.from_logits(got, want)
     assert distance.same_token == 0.75 and distance.logits == pytest.approx((2 / 32) ** 0.5)
+    assert "nothing to compare" in str(Distance.from_logits(0 * got, 0 * got))
     for off, ok in ((0.5, True), (0.51, False), (float("nan"), False)):
         assert Comparison(Distance(off, 1.0), distance, None, 0.5).ok is ok
 
@@ -218,6 +219,16 @@ def test_a_folder_of_4bit_weights(folders: tuple[Path, Path], tmp_path: Path) ->
     a, b = tensors(tmp_path / "a"), tensors(tmp_path / "b")
     assert a.keys() == b.keys()
     assert all(torch.equal(a[name], b[name]) for name in b)
+
+
+def test_merge_of_a_sum_that_is_not_finite_is_one_line(
+    folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    base = llama(intermediate_size=128)
+    base.model.layers[0].self_attn.q_proj.weight.data[0, 0] = float("nan")
+    broken = save_model(tmp_path / "base", base)
+    with pytest.raises(UsageError, match=r"^adapter: cannot be merged: .*NaN"):
+        merge_adapter(broken, folders[1], tmp_path / "out")
 
 
 def test_nothing_half_written(folders: tuple[Path, Path], tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 from pathlib import Path
 from shlex import split
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from lora_kernels.finetune import UsageError, classify
+from lora_kernels.finetune import TrainingError, UsageError, classify
 from lora_kernels.finetune.classify import Outcome, Task, build, train_once
 from lora_kernels.finetune.compare_command import largest_share, markdown
 from lora_kernels.finetune.labelled import Labelled, read_labelled
@@ -162,7 +163,9 @@ def test_a_table_and_lines_say_the_same(file: Path, tmp_path: Path) -> None:
     ("name", "content", "words"),
     [
         ("a.jsonl", '{"text": "a", "lable": "b"}', "line 1: no field 'label'; it has text, lable"),
-        ("a.csv", "text,label\na\n", "line 2: no field 'label'"),
+        ("a.csv", "text,label\na\n", "line 2: label: got null, want a string"),
+        ("a.csv", "text,label\na,x\nb,\nc,y\n", "line 3: label: got '', want a label; take the"),
+        ("a.csv", "text,label\na,x\nb,NaN\n", "line 3: label: got 'NaN', want a label"),
         ("a.jsonl", "", "has the labels none"),
     ],
 )
@@ -229,6 +232,38 @@ def test_repeated_texts_have_their_first_label_and_names_are_sorted(tmp_path: Pa
     data = read_labelled(file)
     assert (data.texts, data.labels, data.names) == (("a", "b"), (1, 0), ("x", "y"))
     assert data.groups == ("2", "3")  # lines: each text is a group
+
+
+def test_labels_that_are_named_may_leave_empty_ones_out(tmp_path: Path) -> None:
+    file = tmp_path / "a.csv"
+    file.write_bytes(b"\xef\xbb\xbftext,label\na,x\nb,\nc,y\nd,nan\n")  # as Excel writes
+    assert read_labelled(file, labels=("x", "y")).texts == ("a", "c")
+    assert read_labelled(file, labels=("x", "nan")).names == ("nan", "x")
+
+
+@pytest.mark.parametrize(
+    ("given", "want"), [({}, (40, 20)), ({"train": 50}, (50, 10)), ({"held_out": 6}, (54, 6))]
+)
+def test_split_without_sizes_takes_a_third_for_the_score(
+    file: Path, given: dict[str, int], want: tuple[int, int]
+) -> None:
+    train, held_out = read_labelled(file).split(**given)
+    assert (len(train), len(held_out)) == want
+
+
+def test_split_without_sizes_takes_what_the_groups_leave() -> None:
+    texts = tuple(map(str, range(9)))
+    data = Labelled(texts, (0, 1, 0) * 3, ("x", "y"), ("one",) * 5 + ("two",) * 4)
+    train, held_out = data.split()
+    assert len(held_out) == 3 and len(train) in (4, 5)
+    assert not set(train.groups) & set(held_out.groups)
+
+
+@pytest.mark.parametrize("name", ["full", "lora-8"])
+def test_train_once_that_diverges_names_method_and_step(task: Task, name: str) -> None:
+    method = dataclasses.replace(METHODS[name], lr=1e30)
+    with pytest.raises(TrainingError, match=rf"^{re.escape(method.title)}, seed 0, step"):
+        train_once(task, method, 0)
 
 
 def test_separators_that_json_allows_in_a_string_end_no_line(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
 from pathlib import Path
+from types import SimpleNamespace
 
 from rich.console import Console
 from transformers import TrainerControl, TrainerState
@@ -47,10 +48,11 @@ def test_brackets_in_an_answer_are_text() -> None:
 
 def shown(console: Console, done: int, steps: range, total: int) -> str:
     """Return what Progress prints of these steps, whose losses are 1 / step."""
-    progress = report.Progress(console, "fused", 256)
+    progress = report.Progress(console, "fused")
     state = TrainerState(global_step=done, max_steps=total)
+    sizes = {"train_batch_size": 2, "gradient_accumulation_steps": 3, "world_size": 2}
     with console.capture() as capture, progress.bar:
-        progress.on_train_begin(None, state, None)
+        progress.on_train_begin(SimpleNamespace(**sizes), state, None)
         for state.global_step in steps:
             progress.on_log(None, state, None, {"loss": 1 / state.global_step})
     return capture.get()
@@ -60,18 +62,18 @@ def test_progress_off_a_terminal_is_a_few_lines() -> None:
     lines = shown(Console(width=80, force_terminal=False), 0, range(1, 41), 40).splitlines()
     assert len(lines) == 10
     assert lines[-1].startswith("fused: step 40/40  loss 0.0250  ")
-    assert lines[-1].endswith(" tokens/s")
+    assert lines[-1].endswith(" rows/s")  # the data do not count their tokens
 
 
 def test_progress_on_a_terminal_shows_loss_speed_and_time_left() -> None:
     said = shown(Console(width=100, force_terminal=True), 1, range(2, 3), 4)
-    for words in ("fused", "2/4", "loss 0.5000", "tokens/s", "left"):
+    for words in ("fused", "2/4", "loss 0.5000", "rows/s", "left"):
         assert words in said
 
 
 def test_progress_stops_after_its_steps_and_saves_on_a_signal() -> None:
     def ended(step: int, most: float, caught: list[int]) -> tuple[bool, bool]:
-        progress = report.Progress(Console(), "fused", 256)
+        progress = report.Progress(Console(), "fused")
         progress.most, progress.caught = most, caught
         state = TrainerState(global_step=step, max_steps=9)
         control = progress.on_step_end(None, state, TrainerControl())

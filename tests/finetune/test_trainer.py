@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,9 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 
-from lora_kernels.finetune import UsageError, checkpoints
+from lora_kernels.finetune import TrainingError, UsageError, checkpoints
 from lora_kernels.finetune.chat import ChatData, Collator, load_chat, pack
 from lora_kernels.finetune.checkpoints import (
     damage_reason,
@@ -22,6 +23,7 @@ from lora_kernels.finetune.checkpoints import (
     newest_checkpoint,
 )
 from lora_kernels.finetune.trainer import (
+    DeadRunCheck,
     LoRATrainer,
     check_trainable,
     losses,
@@ -531,6 +533,68 @@ def test_full_disk_save_names_the_checkpoint_and_leaves_the_one_before(
         made.train()
     assert find_intact(tmp_path) == (tmp_path / "checkpoint-2", {})
     assert not (tmp_path / ".partial").exists()
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("logs", "stops", "words"),
+    [
+        ([{"loss": 3.0, "grad_norm": 1.0}, {"loss": NAN}], 2, "x, step 2: the loss is nan; start"),
+        ([{"loss": INF}], 1, "step 1: the loss is inf; no update came before it"),
+        ([{"loss": 3.0}] * 3 + [{"eval_loss": NAN}], 4, "step 4: the held-out loss is nan"),
+        ([{"loss": 3.0, "grad_norm": 0.0}] * 11, 10, "steps 1 to 10: every gradient is 0"),
+        (
+            [{"grad_norm": 0.0}] * 9 + [{"grad_norm": 1e-30}] + [{"grad_norm": 0.0}] * 10,
+            20,
+            "steps 11 to 20: every gradient is 0, so that nothing is learnt; start again with a l",
+        ),
+        ([{"loss": 3.0}] * 30 + [{"train_loss": NAN}], None, ""),
+    ],
+    ids=["nan", "first", "evaluation", "dead", "dead again", "alive"],
+)
+def test_dead_run_check_stops_at_the_step_and_says_what_to_do(
+    logs: list[dict[str, float]], stops: int | None, words: str
+) -> None:
+    check, state = DeadRunCheck("x"), TrainerState()
+    check.on_train_begin(None, state, None)
+    for step, line in enumerate(logs, 1):
+        state.global_step = step
+        if step == stops:
+            with pytest.raises(TrainingError, match=words):
+                check.on_log(None, state, None, line)
+            return
+        check.on_log(None, state, None, line)
+    assert stops is None
+
+
+def test_train_that_cannot_learn_raises_at_the_tenth_step(data: ChatData, tmp_path: Path) -> None:
+    """A head of zeros passes no gradient on. The losses of the ten steps are in metrics.jsonl."""
+    model = adapted()
+    model.base_model.model.lm_head.weight.data.zero_()
+    with pytest.raises(TrainingError, match=r"^steps 1 to 10: every gradient is 0"):
+        trainer(tmp_path, data, model, steps=20).train()
+    assert len(metrics(tmp_path)) == 10
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_train_in_a_script_shows_its_progress_unless_told_not_to(
+    quiet: bool, data: ChatData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer(tmp_path, data, steps=3, disable_tqdm=quiet).train()
+    out, err = capsys.readouterr()
+    lines = [line for line in out.splitlines() if line.startswith("training: step ")]
+    assert len(lines) == (0 if quiet else 3)
+    assert quiet or re.search(r"^training: step 3/3  loss \d\.\d{4}  \d+ tokens/s$", lines[-1])
+    assert "it/s" not in out + err and "{'loss'" not in out
+
+
+def test_named_write_names_a_full_disk_under_tokenizers(tmp_path: Path) -> None:
+    full = Exception("No space left on device (os error 28)")  # a bare one
+    words = r"out: \S+ cannot be written: No space left"
+    with pytest.raises(OSError, match=words), named_write(tmp_path / "adapter"):
+        raise full
 
 
 def test_named_write_passes_on_errors_of_the_work() -> None:

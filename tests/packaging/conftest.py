@@ -80,11 +80,11 @@ class Project:
         for unit in ("bindings.cpp", "codec.cu", "decode.cu", "gemm.cu", "linear.cu", "thin.cu"):
             (self.csrc / "cuda" / unit).write_text("int marker = 1;\n")
 
-    def setup(self, *arguments: str, status: int = 0, **environment: str) -> str:
+    def setup(self, *arguments: str, status: int = 0, **environment: str | None) -> str:
         """Run setup.py with these arguments, which has to exit so; stdout and stderr together.
 
         The environment has no LORA_KERNELS_* or CXX but the ones given, and nothing of a `make -j`
-        around the tests, whose jobs ninja would count and report.
+        around the tests, whose jobs ninja would count and report. None leaves a variable out.
         """
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("LORA_KERNELS_")}
         for name in ("CXX", "MAKEFLAGS", "MFLAGS"):
@@ -93,7 +93,7 @@ class Project:
         done = subprocess.run(
             [sys.executable, "setup.py", *arguments],
             cwd=self.root,
-            env=inherited | environment,
+            env={k: v for k, v in (inherited | environment).items() if v is not None},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

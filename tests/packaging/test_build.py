@@ -107,6 +107,13 @@ def test_cuda_kernels_that_do_not_build_are_said_to_be_left_out(project: Project
     assert "the CUDA kernels are left out" not in unasked
 
 
+def test_build_with_nvcc_says_that_cuda_kernels_are_built_and_how_not_to(project: Project) -> None:
+    environment = {"CUDA_HOME": fake_nvcc(project), "LORA_KERNELS_NATIVE": "0"}
+    note = "/nvcc was found: the CUDA kernels are built too, in minutes; LORA_KERNELS_CUDA=0 leaves"
+    assert note in project.setup("--quiet", "build", LORA_KERNELS_CUDA=None, **environment)
+    assert note not in project.setup("--quiet", "build", LORA_KERNELS_CUDA="0", **environment)
+
+
 def test_cuda_archs_every_rated_gpu_has_an_image_or_ptx(project: Project) -> None:
     """An image runs on its major version from its minor one on, PTX on all that came later."""
     nvcc = fake_nvcc(project, 75, 80, 86, 87, 88, 89, 90, 100, 103, 110, 120, 121)  # 13.0's

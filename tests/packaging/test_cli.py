@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import lora_kernels
 from lora_kernels import cli, device, info
 from lora_kernels.backends import cuda, native, triton
-from lora_kernels.finetune import UsageError
+from lora_kernels.finetune import TrainingError, UsageError
 
 ALL = "info, verify, bench, qualify, tune, finetune, rank-search, compare, merge, generate"
 
@@ -48,6 +49,38 @@ def test_every_option_is_explained(name: str) -> None:
     assert parser.description and len(parser.description) > 60
     for action in parser._actions:
         assert action.help, action.option_strings
+        assert not any("_" in option for option in action.option_strings)
+
+
+def test_option_with_an_underscore_is_accepted_and_shown_once() -> None:
+    """Scripts of transformers spell it so."""
+    pytest.importorskip("transformers")
+    parser = argparse.ArgumentParser()
+    importlib.import_module("lora_kernels.finetune.command").add_arguments(parser)
+    for spelling in ("--eval-share", "--eval_share"):
+        assert parser.parse_args([spelling, "0.5"]).eval_share == 0.5
+    assert "--eval_share" not in parser.format_help()
+
+
+def without_torch(tmp_path: Path, *argv: str) -> subprocess.CompletedProcess[str]:
+    """Run Python where Ctrl-C arrives while torch is imported."""
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")
+    path = os.pathsep.join([str(tmp_path), str(Path(lora_kernels.__file__).parents[1])])
+    environment = os.environ | {"PYTHONPATH": path}
+    return subprocess.run([sys.executable, *argv], capture_output=True, text=True, env=environment)
+
+
+@pytest.mark.parametrize("how", ["module", "script"])
+def test_interrupt_while_the_package_is_imported_is_one_line(how: str, tmp_path: Path) -> None:
+    script = tmp_path / "lora-kernels"
+    script.write_text("from lora_kernels.cli import main; main()")
+    argv = [str(script)] if how == "script" else ["-m", "lora_kernels"]
+    done = without_torch(tmp_path, *argv, "info")
+    assert (done.returncode, done.stderr) == (130, "\nlora-kernels: interrupted\n")
+
+
+def test_interrupt_of_an_import_outside_of_the_command_is_raised(tmp_path: Path) -> None:
+    assert "KeyboardInterrupt" in without_torch(tmp_path, "-c", "import lora_kernels").stderr
 
 
 def test_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
@@ -106,7 +139,7 @@ def test_a_missing_library_is_one_line(
     assert run(capsys, "info") == (
         2,
         "",
-        "lora-kernels info: needs not_installed: pip install 'lora-kernels[finetune]'\n",
+        f"lora-kernels info: needs not_installed: {device.install_command('finetune')}\n",
     )
 
 
@@ -114,6 +147,7 @@ def test_a_missing_library_is_one_line(
     ("error", "status", "said"),
     [
         (UsageError("rank: got 0"), 2, "lora-kernels info: rank: got 0\n"),
+        (TrainingError("step 3: no"), 1, "lora-kernels info: step 3: no\n"),
         (KeyboardInterrupt(), 130, "\nlora-kernels info: interrupted\n"),
         (OSError(28, "No space left"), 1, "lora-kernels info: [Errno 28] No space left\n"),
         (OSError("one\nand more"), 1, "lora-kernels info: one\n"),
@@ -185,31 +219,51 @@ def test_gpus_are_shown_with_their_size(monkeypatch: pytest.MonkeyPatch) -> None
     assert not backend["available"] and "sm_75" in backend["reason"]
 
 
+CHECKOUT = str(Path(lora_kernels.__file__).parents[1])
 ORIGINS = {
-    "no file": (None, "lora-kernels"),
-    "wheel": ({"url": "file:///a.whl"}, "file:///a.whl"),
-    "folder": ({"url": "file:///a", "dir_info": {}}, "file:///a"),
-    "editable": ({"url": "file:///a", "dir_info": {"editable": True}}, "-e file:///a"),
-    "git": ({"url": "https://a/b", "vcs_info": {"vcs": "git"}}, "git+https://a/b"),
+    "no file": (None, CHECKOUT, f"'{CHECKOUT}[x]'"),
+    "wheel": ({"url": "file:///a.whl"}, "file:///a.whl", "'lora-kernels[x] @ file:///a.whl'"),
+    "folder": ({"url": "file:///a", "dir_info": {}}, "file:///a", "'lora-kernels[x] @ file:///a'"),
+    "editable": (
+        {"url": "file:///a", "dir_info": {"editable": True}},
+        "-e file:///a",
+        "-e 'file:///a[x]'",
+    ),
+    "git": (
+        {"url": "https://a/b", "vcs_info": {"vcs": "git"}},
+        "git+https://a/b",
+        "'lora-kernels[x] @ git+https://a/b'",
+    ),
 }
 
 
 @pytest.mark.parametrize("origin", ORIGINS)
-def test_info_installs_again_from_where_it_came(
+def test_origin_names_where_the_package_came_from(
     origin: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given, want = ORIGINS[origin]
+    """Its name alone may be anyone's on an index."""
+    given, want, with_extra = ORIGINS[origin]
     text = None if given is None else json.dumps(given)
     held = SimpleNamespace(read_text=lambda name: text)
-    monkeypatch.setattr(info.importlib.metadata, "distribution", lambda name: held)
-    assert info._installed_from() == want
+    monkeypatch.setattr(device.importlib.metadata, "distribution", lambda name: held)
+    assert device.origin() == want
+    assert device.install_command("x") == f"pip install {with_extra}"
     if given is None:
 
         def missing(name: str) -> None:
-            raise info.importlib.metadata.PackageNotFoundError(name)
+            raise device.importlib.metadata.PackageNotFoundError(name)
 
-        monkeypatch.setattr(info.importlib.metadata, "distribution", missing)
-        assert info._installed_from() == want
+        monkeypatch.setattr(device.importlib.metadata, "distribution", missing)
+        assert device.origin() == want
+        monkeypatch.setattr(device, "__file__", "/site-packages/lora_kernels/device.py")
+        assert device.install_command("x") == "pip install '.[x]'"
+
+
+def test_no_hint_names_an_unpublished_package() -> None:
+    root = Path(CHECKOUT)
+    files = [*root.glob("lora_kernels/**/*.py"), *root.glob("benchmarks/*.py")]
+    named = [file.name for file in files if "install 'lora-kernels" in file.read_text("utf-8")]
+    assert named == []
 
 
 A100 = device.DeviceInfo("cuda", 80, 108, 163 << 10, "A100", 80 * 2**30)

@@ -256,6 +256,20 @@ def test_dry_run_keeps_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "H100, sm_90: " in command.dry_run(["bfloat16"])
 
 
+def test_dry_run_as_json_holds_the_groups_of_each_card(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "count_compilations", lambda gpu, wanted: 3)
+    assert cli.main(["qualify", "--dry-run", "--json"]) == 0
+    cards = json.loads(capsys.readouterr().out)
+    assert [card["name"] for card in cards] == list(command.SHEETS)
+    for card in cards:
+        claims = qualification.plan(["bfloat16"], command.SHEETS[card["name"]])
+        assert {*card["groups"]} == {str(claim.group) for claim in claims}
+        assert sum(map(len, card["groups"].values())) == len(claims)
+        assert card["compilations"] == 3 and 0 < card["warm_s"] < card["cold_s"]
+
+
 def measure(gpu: DeviceInfo, rates: costs.Rates, bitsandbytes: bool = True) -> list[Point]:
     """The points that a card with these rates would give, by the model."""
     points = []

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from lora_kernels import cli, timing
-from lora_kernels.bench import baselines, dense
+from lora_kernels.bench import baselines, command, dense
 
 
 class Ran(NamedTuple):
@@ -28,7 +28,8 @@ class Ran(NamedTuple):
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The machine's limits take seconds to measure and are not looked at here."""
+    """The machine's limits take seconds to measure and are not looked at here. Lines stay whole."""
+    monkeypatch.setattr(command, "wrap", str)
     monkeypatch.setattr(timing, "copy_bandwidth", lambda **_: 1e9)
     monkeypatch.setattr(timing, "product_peak", lambda dtype, **_: 1e9)
     monkeypatch.setattr(timing, "read_bandwidth", lambda **_: 1e9)

@@ -57,7 +57,7 @@ from tests.support.peft_models import (
 f32 = torch.float32
 LR = 0.05  # of AdamW
 
-# What keeps something ----------------------------------------------------------------------------
+# Layers that may keep something ------------------------------------------------------------------
 
 
 def mixtral(**options: Any) -> Any:
@@ -208,7 +208,7 @@ CELLS = [
 
 
 def run(model: Any, write: Write, slope: float) -> dict[str, Tensor]:
-    """What three steps compute: without checkpointing, with it, and with the reentrant one, whose
+    """The results of four steps: without checkpointing, with it, and with the reentrant one, whose
     first forward runs without gradients. Before each step the model is evaluated, in training mode:
     in the other one bitsandbytes repacks PEFT's weights."""
     found: dict[str, Tensor] = {}
@@ -393,7 +393,7 @@ def test_layer_whose_parameters_are_written_computes_as_a_copy_of_it(
 
 
 class Generations(TrainerCallback):
-    """What the model generates after each step, and the probabilities on the way."""
+    """The logits from which the model generates after each step."""
 
     def __init__(self) -> None:
         self.found: list[Tensor] = []

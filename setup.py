@@ -48,6 +48,7 @@ BASELINE = [
     "fastpath.cpp",
     "cpu/cpuid.cpp",
     "cpu/dispatch.cpp",
+    "cpu/fingerprint.cpp",
     "cpu/layer.cpp",
     "cpu/threads.cpp",
     "cpu/kernels_scalar.cpp",

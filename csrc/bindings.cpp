@@ -7,6 +7,7 @@
 #include <string>
 
 #include "cpu/dispatch.h"
+#include "cpu/fingerprint.h"
 
 #ifdef __GLIBCXX__
 // The containers of GCC 11 and newer call this. The libstdc++ of older systems, on which a portable
@@ -168,6 +169,19 @@ Object codes_4bit(Arguments& in) {
 
 void row_norm(const RowNormArgs& args) { kernels().row_norm(args); }
 
+Object fingerprint_of(Arguments& in) {
+  const void* const data = in("data");
+  const int64_t bytes = in("bytes");
+  const int threads = in("threads");
+  in.finish();
+  uint64_t found;
+  {
+    WithoutGil released;
+    found = fingerprint(data, bytes, threads);
+  }
+  return steal_reference(PyLong_FromUnsignedLongLong(found));
+}
+
 Object quantize(Arguments& in) {
   const QuantizeArgs args{.weight = in("weight"),
                           .dtype = in("dtype"),
@@ -243,6 +257,7 @@ PyMethodDef methods[] = {
     method<quantize>("quantize"),
     method<dequantize>("dequantize"),
     method<row_norm>("row_norm"),
+    method<fingerprint_of>("fingerprint", "Return a number of the bytes at an address."),
     method<lora_linear>("lora_linear"),
     method<lora_linear_backward>("lora_linear_backward"),
     method<multi_lora_linear>("multi_lora_linear"),

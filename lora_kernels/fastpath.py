@@ -6,14 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from . import ops, selection
 from .arguments import base_dtype
 from .backends import native
 from .backends.cpu import PreparedCall
 from .backends.cpu_heuristics import few_rows
-from .backends.eager import row_squares
 from .core.call import Guard
 from .functional import dora_norm, lora_linear
 from .quantization import Weight4bit
@@ -212,18 +210,17 @@ class PreparedLinear:
 
 
 class DoraNormCache:
-    """`dora_norm`, cached without gradients until an operand changes.
+    """`dora_norm`, cached on a CPU without gradients until an operand changes.
 
-    The base is compared by its storages and version counters. A weak reference distinguishes a
-    storage from a later one at the same address. A write to an adapter through `.data` or by FSDP2
-    does not change its version, so on a CPU the adapter is compared with a copy. On a GPU a
-    comparison would wait for the device. There the version decides, and a distributed run does not
-    cache. The cache is not copied or pickled with its layer.
+    Every call compares the operands, because no version counter tells of all writes: fused
+    optimizers, bitsandbytes, ZeRO, FSDP2 and `.data` change values and leave it alone. lora_A,
+    lora_B and rank_gate are compared with copies, the base by `fingerprint`. On a GPU a comparison
+    would wait for the device, so nothing is cached there. The cache is empty in a copy or pickle of
+    its layer.
     """
 
     def __init__(self) -> None:
         self._kept: tuple[tuple[object, ...], tuple[Tensor, ...], Tensor] | None = None
-        self._squares: tuple[tuple[object, ...], Tensor] | None = None
 
     def __call__(
         self,
@@ -234,60 +231,48 @@ class DoraNormCache:
         rank_gate: Tensor | None = None,
     ) -> Tensor:
         """Compute `dora_norm`, or return the cached norm if nothing has changed."""
-        base: tuple[Tensor, ...] = (
-            (weight,) if isinstance(weight, Tensor) else tuple(weight._tensors().values())
-        )
         adapter = (lora_A, lora_B, *(() if rank_gate is None else (rank_gate,)))
-        if (
-            torch.is_grad_enabled()  # in training the adapter changes every time
-            or torch.compiler.is_compiling()
-            or any(t.is_inference() for t in (*base, *adapter))  # have no version counter
-            or (not lora_A.is_cpu and _is_distributed())
-        ):
-            squares = self._row_squares(weight, base, lora_A, lora_B)
-            return dora_norm(
-                weight, lora_A, lora_B, scaling, rank_gate=rank_gate, row_squares=squares
-            )
-        compared = adapter if lora_A.is_cpu else ()
-        known = base if lora_A.is_cpu else (*base, *adapter)
-        key = (scaling, *map(tensor_state, known), *(t.dtype for t in adapter))
+        base = _fingerprints(weight, adapter)
+        if base is None:
+            self._kept = None
+            return dora_norm(weight, lora_A, lora_B, scaling, rank_gate=rank_gate)
+        key = (scaling, selection.forced_backend(), base, *(t.dtype for t in adapter))
         kept = self._kept
-        if kept is None or kept[0] != key or not all(map(torch.equal, kept[1], compared)):
+        if kept is None or kept[0] != key or not all(map(torch.equal, kept[1], adapter)):
             norm = dora_norm(weight, lora_A, lora_B, scaling, rank_gate=rank_gate)
-            self._kept = kept = key, tuple(t.detach().clone() for t in compared), norm
+            self._kept = kept = key, tuple(t.detach().clone() for t in adapter), norm
         return kept[2]
-
-    def _row_squares(
-        self,
-        weight: Tensor | Weight4bit,
-        base: tuple[Tensor, ...],
-        lora_A: Tensor,
-        lora_B: Tensor,
-    ) -> Tensor | None:
-        """Return ‖W‖² of each row, cached until the base changes, for eager on a GPU, or None."""
-        if (
-            not selection.is_eager_on_gpu(lora_A.device.type)
-            or torch.compiler.is_compiling()
-            or any(t.is_inference() for t in base)
-            or _is_distributed()
-        ):
-            return None
-        key = tuple(map(tensor_state, base))
-        if self._squares is None or self._squares[0] != key:
-            held = weight.codes if isinstance(weight, Weight4bit) else weight
-            with torch.no_grad():
-                self._squares = key, row_squares(held, lora_A, lora_B)
-        return self._squares[1]
 
     def __reduce__(self) -> tuple[type[DoraNormCache], tuple[()]]:
         return DoraNormCache, ()
 
 
-def tensor_state(t: Tensor) -> tuple[object, ...]:
-    """Return a key that changes whenever an element may have changed."""
-    storage = StorageWeakRef(t.untyped_storage())  # unequal to a later storage at the same address
-    return storage, t.storage_offset(), t.shape, t.stride(), t.dtype, t._version
+def _fingerprints(
+    weight: Tensor | Weight4bit, adapter: tuple[Tensor, ...]
+) -> tuple[object, ...] | None:
+    """Return the fingerprints of the base's tensors; None if the norm must not be cached."""
+    if (
+        torch.is_grad_enabled()  # in training the adapter changes every time
+        or native.module is None
+        or not adapter[0].is_cpu
+        or selection.is_eager_on_gpu("cpu")
+    ):
+        return None
+    base = (weight,) if isinstance(weight, Tensor) else tuple(weight._tensors().values())
+    if not ops.can_bypass_dispatcher(*base, *adapter):
+        return None
+    found = tuple(map(fingerprint, base))
+    return None if None in found else found
 
 
-def _is_distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
+def fingerprint(t: Tensor) -> tuple[object, ...] | None:
+    """Return a value that changes if an element or the layout of `t`, on a CPU, changes.
+
+    The elements are hashed to 64 bits by their position in memory, in one read. Returns None unless
+    a matrix is contiguous, or its transpose.
+    """
+    if not (t.is_contiguous() or (t.dim() == 2 and t.t().is_contiguous())):
+        return None
+    assert native.module is not None
+    elements = native.module.fingerprint(t.data_ptr(), t.nbytes, torch.get_num_threads())
+    return t.shape, t.stride(), t.dtype, elements

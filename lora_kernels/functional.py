@@ -432,7 +432,6 @@ def dora_norm(
     scaling: float = 1.0,
     *,
     rank_gate: Tensor | None = None,
-    row_squares: Tensor | None = None,
 ) -> Tensor:
     """Return the norm of each row of W + (B ⊙ g)·A, g = scaling · rank_gate.
 
@@ -445,8 +444,6 @@ def dora_norm(
         lora_B: [N, R], as lora_A.
         scaling: alpha / r.
         rank_gate: [R] or None.
-        row_squares: [N], the squared norm of each row of W in the result's dtype, or None. It saves
-            the eager backend on a GPU one read of W. Other backends ignore it.
 
     Returns:
         float32 [N]; float64 for float64.
@@ -486,9 +483,7 @@ def dora_norm(
         check_dtypes("lora_A", lora_A.dtype, weight=weight.dtype)
     if rank_gate is not None:
         check_vector("rank_gate", rank_gate, R, lora_A, "lora_A")
-    if row_squares is not None:
-        check_vector("row_squares", row_squares, N, lora_A, "lora_A")
-    rest = (lora_A, lora_B, check_number("scaling", scaling), rank_gate, row_squares)
+    rest = (lora_A, lora_B, check_number("scaling", scaling), rank_gate)
     base = weight.codes if isinstance(weight, Weight4bit) else weight
     if ops.can_bypass_dispatcher(held, lora_A, lora_B):
         return ops.dora_norm_direct(base, *rest)

@@ -92,10 +92,7 @@ _EXPERTS_BACKWARD = (
     f"(Tensor dy, {_EXPERTS_OPERANDS}, Tensor p, {_EXPERTS_SPEC}, {_EXPERTS_NEEDS}) "
     "-> (Tensor dx, Tensor dA, Tensor dB, Tensor dbias)"
 )
-_NORM = (
-    "({weight}, Tensor lora_A, Tensor lora_B, float scaling, Tensor? rank_gate, "
-    "Tensor? row_squares=None) -> Tensor"
-)
+_NORM = "({weight}, Tensor lora_A, Tensor lora_B, float scaling, Tensor? rank_gate) -> Tensor"
 
 
 _NOTHING = contextlib.nullcontext()
@@ -552,12 +549,8 @@ def dora_norm_direct(
     lora_B: Tensor,
     scaling: float,
     rank_gate: Tensor | None,
-    row_squares: Tensor | None = None,
 ) -> Tensor:
-    """Compute the norms without the dispatcher.
-
-    row_squares: ‖W‖² of each row, which saves the eager backend a read of W, or None.
-    """
+    """Compute the norms without the dispatcher."""
     assert weight is not None
     device_type, index = device_of(lora_A)
     weight_dtype = torch.float32 if isinstance(weight, Packed4bit) else weight.dtype
@@ -567,10 +560,7 @@ def dora_norm_direct(
     )
     norm: Tensor
     with no_autocast(lora_A):
-        args = (weight, lora_A, lora_B, scaling, rank_gate)
-        if choice.backend == "eager":
-            return eager.dora_norm(*args, row_squares)
-        norm = _BACKENDS[choice.backend].dora_norm(*args)
+        norm = _BACKENDS[choice.backend].dora_norm(weight, lora_A, lora_B, scaling, rank_gate)
     return norm
 
 
@@ -580,7 +570,6 @@ def _dora_norm_fake(
     lora_B: Tensor,
     scaling: float,
     rank_gate: Tensor | None,
-    row_squares: Tensor | None = None,
 ) -> Tensor:
     return lora_A.new_empty(lora_B.shape[0], dtype=eager.stat_dtype(lora_A.dtype))
 

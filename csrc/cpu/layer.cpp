@@ -371,6 +371,45 @@ Layer layer_of(const Layer& l, const Experts& x, const Expert& at, bool base, Co
   return one;
 }
 
+// Copies B of the experts that have rows to to[e, N, R], rows [first, last) of each. A cache line
+// holds one element of several experts, so that each block of lines is read once for all of them.
+template <typename T>
+void gather_rows(const Layer& l, const Experts& x, int64_t first, int64_t last, T* to) {
+  constexpr int64_t BLOCK = 128;  // elements; with E = 128 in 16 bits their lines take 32 KB
+  const T* const from = static_cast<const T*>(l.b.data);
+  const int64_t step = std::max<int64_t>(1, BLOCK / l.R);
+  for (int64_t n0 = first; n0 < last; n0 += step) {
+    const int64_t n1 = std::min(last, n0 + step);
+    for (int64_t e = 0, start = 0; e < x.count; start = x.stops[e++]) {
+      if (x.stops[e] == start) continue;
+      T* out = to + (e * l.N + n0) * l.R;
+      for (int64_t n = n0; n < n1; ++n)
+        for (int64_t r = 0; r < l.R; ++r) *out++ = from[e * x.b + n * l.b.row + r * l.b.col];
+    }
+  }
+}
+
+// Replaces B by a contiguous copy of what the experts with rows need, if neither of its last two
+// strides is 1: PEFT's innermost index is the expert. Returns the memory of the copy.
+Scratch gather_b(Layer* l, Experts* x) {
+  const int64_t size = l->N * l->R;
+  if (!size || l->b.row == 1 || l->b.col == 1) return {nullptr, scratch_free};
+  Scratch copy{scratch_alloc(x->count * size * size_of(l->b.dtype)), scratch_free};
+  int64_t experts = 0;
+  for (int64_t e = 0, start = 0; e < x->count; start = x->stops[e++])
+    experts += x->stops[e] > start;
+  on_threads(experts * size < SMALL ? 1 : l->threads, [&](int thread, int count) {
+    const int64_t first = l->N * thread / count, last = l->N * (thread + 1) / count;
+    if (l->b.dtype == DType::f32)
+      gather_rows(*l, *x, first, last, static_cast<uint32_t*>(copy.get()));
+    else
+      gather_rows(*l, *x, first, last, static_cast<uint16_t*>(copy.get()));
+  });
+  l->b = {.data = copy.get(), .dtype = l->b.dtype, .row = l->R, .col = 1};
+  x->b = size;
+  return copy;
+}
+
 void zero_rows(void* data, DType dtype, int64_t first, int64_t last, int64_t row) {
   if (data && first < last)
     std::memset(static_cast<char*>(data) + first * row * size_of(dtype), 0,
@@ -379,7 +418,8 @@ void zero_rows(void* data, DType dtype, int64_t first, int64_t last, int64_t row
 
 }  // namespace
 
-void lora_experts(const Layer& l, const Experts& x, const Forward& f) {
+void lora_experts(Layer l, Experts x, const Forward& f) {
+  const Scratch copy = gather_b(&l, &x);
   each_expert(l, x, [&](const Expert& at, int threads) {
     Codes4bit codes;
     const bool few_rows = at.rows <= x.few_rows;
@@ -397,7 +437,8 @@ void lora_experts(const Layer& l, const Experts& x, const Forward& f) {
   zero_rows(f.p, DType::f32, last, l.M, l.lds);
 }
 
-void lora_experts_backward(const Layer& l, const Experts& x, const Backward& g) {
+void lora_experts_backward(Layer l, Experts x, const Backward& g) {
+  const Scratch copy = gather_b(&l, &x);
   each_expert(l, x, [&](const Expert& at, int threads) {
     Codes4bit codes;
     const Layer one = layer_of(l, x, at, x.has_base, &codes, threads);

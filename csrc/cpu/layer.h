@@ -77,11 +77,12 @@ struct Experts {
 };
 
 // As lora_linear for each expert. Rows of y and P after the last expert's are zeros. Codes must
-// begin a block, and a block of nested scales, at each expert.
-void lora_experts(const Layer& layer, const Experts& experts, const Forward& f);
+// begin a block, and a block of nested scales, at each expert. B of any strides: that of the
+// experts with rows is copied if it is not contiguous.
+void lora_experts(Layer layer, Experts experts, const Forward& f);
 
 // As lora_linear_backward for each expert. Zeros: the gradients of an expert without rows, and dx
 // after the last expert's rows. dbias is [count, N].
-void lora_experts_backward(const Layer& layer, const Experts& experts, const Backward& g);
+void lora_experts_backward(Layer layer, Experts experts, const Backward& g);
 
 }  // namespace lora_kernels

@@ -19,11 +19,6 @@ from . import cpu_heuristics, decode4bit, native
 from .cpu import DTYPES, FUSED, cast, pack_dropout, pack_rows, pointer, rows_of_any, vector
 from .experts import runs, weight_of
 
-# lora_B is copied if neither of its last two strides is 1, as in PEFT, and E is at most so many
-# times the rows of x. Reading one expert of 768×16 with strides costs 0.12 ms, and its part of the
-# copy 0.016 ms (E = 128, one thread of AVX-512 BF16).
-MAX_EXPERTS_PER_ROW = 4
-
 
 class _Stack(NamedTuple):
     """A stack of weights as the native kernels take it.
@@ -83,8 +78,6 @@ def _pack(operands: ExpertsOperands, spec: ExpertsSpec, strategy: str) -> _Call:
     x, _, lora_A, lora_B, offsets, bias, rng = operands
     (M, K), (E, N, R), stack = x.shape, lora_B.shape, _pack_stack(operands, spec, strategy)
     lora_A = lora_A if lora_A.stride(2) == 1 else lora_A.contiguous()
-    if 1 not in lora_B.stride()[1:] and MAX_EXPERTS_PER_ROW * M >= E:
-        lora_B = lora_B.contiguous()
     stops, bias = cast(offsets, torch.int64).contiguous(), vector(bias)
     places = None if rng is None else torch.arange(M)
     a = lora_A.data_ptr(), DTYPES[lora_A.dtype], lora_A.stride(1), 1

@@ -487,12 +487,11 @@ def dora_norm(
     lora_B: Tensor,
     scaling: float,
     rank_gate: Tensor | None,
-    row_squares: Tensor | None = None,
 ) -> Tensor:
     """‖W + s·B·A‖ of each row, B's columns gated: [N] in float32 (float64 for float64).
 
     On a GPU from ‖W‖² + s·rowsum(B ⊙ (2·W·Aᵀ + s·B·A·Aᵀ)), which reads W and writes nothing of its
-    size; row_squares is ‖W‖² if it is at hand. The relative error is at most κ·√K·2⁻²⁴,
+    size. The relative error is at most κ·√K·2⁻²⁴,
     κ = (‖W‖ + ‖s·B·A‖)² / norm², and beside a 16-bit W, where A is taken in two parts, κ·2⁻¹⁷/√K
     more (rms): it grows where the update all but cancels a row of W, which fewer than
     `EXPANDED_NORM` columns do by chance. Those, and a CPU's, are written out, a panel of rows at a
@@ -501,19 +500,11 @@ def dora_norm(
     dtype = stat_dtype(lora_A.dtype)
     if is_on_gpu_path(lora_A.device.type) and lora_A.shape[1] >= EXPANDED_NORM:
         w = _dense(weight, lora_A, lora_B, dtype)
-        return _norm_from_products(w, lora_A, lora_B, scaling, rank_gate, row_squares)
+        return _norm_from_products(w, lora_A, lora_B, scaling, rank_gate)
     A, B = lora_A.to(dtype), lora_B.to(dtype)
     if rank_gate is not None:
         B = B * rank_gate.to(dtype)
     return _norm_by_panels(weight, A, B, scaling)
-
-
-def row_squares(weight: Tensor | Packed4bit, lora_A: Tensor, lora_B: Tensor) -> Tensor:
-    """‖W‖² of each row: [N] in float32 (float64 for float64)."""
-    dtype = stat_dtype(lora_A.dtype)
-    w = _dense(weight, lora_A, lora_B, dtype)
-    norm: Tensor = torch.linalg.vector_norm(w, dim=1, dtype=dtype)
-    return norm.square_()
 
 
 def _norm_from_products(
@@ -522,12 +513,10 @@ def _norm_from_products(
     lora_B: Tensor,
     scaling: float,
     rank_gate: Tensor | None,
-    squares: Tensor | None,
 ) -> Tensor:
     """`dora_norm` of a dense w [N, K]."""
     dtype = stat_dtype(lora_A.dtype)
-    if squares is None:
-        squares = row_squares(w, lora_A, lora_B)
+    squares = torch.linalg.vector_norm(w, dim=1, dtype=dtype).square_()
     wa, gram = _contract(w, lora_A, 0), _contract(lora_A, lora_A, 0)
     B = lora_B.to(dtype)
     if rank_gate is not None:

@@ -31,7 +31,7 @@ class DoRALinear(LoRALinear):
 
     `magnitude` [N] starts as the norm of W's rows, so the new layer computes the same as its base.
     The backward treats the norm as a constant, and no kernel stores W + s·B·A. Without gradients
-    the norm is cached until a weight changes.
+    the norm is cached on a CPU; each call compares the weights with those that it was made of.
 
     Args are as in `LoRALinear`. Dropout applies to the adapter's branch alone; PEFT's layer applies
     it to the scaled base GEMM as well. Raises ValueError if a row of W is all zeros, because the

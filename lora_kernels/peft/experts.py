@@ -14,7 +14,6 @@ import torch
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
-from ..fastpath import tensor_state
 from ..layers.experts import (
     ExpertsAdapter,
     experts_forward,
@@ -76,29 +75,7 @@ def _factors(wrapper: Any, name: str) -> ExpertsAdapter:
     A, B, E = wrapper.lora_A[name].weight, wrapper.lora_B[name].weight, wrapper.num_experts
     lora_A = A.view(E, -1, A.shape[1])
     lora_B = B.view(B.shape[0], -1, E).permute(2, 0, 1)  # the expert is B's innermost index
-    if not (torch.is_grad_enabled() or torch.compiler.is_compiling() or B.is_inference()):
-        lora_B = wrapper.__dict__.setdefault("_repacked", RepackedCache())(name, B, lora_B)
     return ExpertsAdapter(lora_A, lora_B, float(wrapper.scaling[name]))
-
-
-class RepackedCache:
-    """A cache of contiguous lora_B [E, out, r] for decoding, valid until the adapter changes.
-
-    The cache is empty in a copy or pickle of the layer.
-    """
-
-    def __init__(self) -> None:
-        self._kept: dict[str, tuple[tuple[object, ...], Tensor]] = {}
-
-    def __call__(self, name: str, weight: Tensor, lora_B: Tensor) -> Tensor:
-        """Return a contiguous copy of `lora_B`, which is a view of the adapter's `weight`."""
-        state = tensor_state(weight)
-        if name not in self._kept or self._kept[name][0] != state:
-            self._kept[name] = state, lora_B.contiguous()
-        return self._kept[name][1]
-
-    def __reduce__(self) -> tuple[type[RepackedCache], tuple[()]]:
-        return RepackedCache, ()
 
 
 def wrapper_reason(wrapper: Any) -> str | None:

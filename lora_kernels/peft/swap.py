@@ -128,7 +128,7 @@ def unfuse(model: Model) -> Model:
     for _, layer, _ in lora_layers(model):
         if isinstance(layer, Fused):
             set_class(layer, peft_class(layer))
-            for name in ("mixed_batch", "_norm", "_prepared", "_repacked", "merge_loss"):
+            for name in ("mixed_batch", "_norm", "_prepared", "merge_loss"):
                 vars(layer).pop(name, None)
     _restore_linears(model.modules())
     restore_losses(model)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as checkpoint
 from peft import LoraConfig, get_peft_model
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from lora_kernels.finetune import LoRATrainer, load_chat, newest_checkpoint, training_arguments
 from lora_kernels.finetune.model import quantize
@@ -19,7 +21,7 @@ from lora_kernels.peft import explain, fuse
 from tests.finetune.test_trainer import adapted
 from tests.finetune.tiny import llama, metrics, run_python, tokenizer, weights
 from tests.support.assertions import assert_close_derived
-from tests.support.peft_models import count_ops
+from tests.support.peft_models import count_ops, randomize
 
 NEEDS_GLOO = pytest.mark.skipif(
     not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
@@ -83,7 +85,10 @@ def test_two_processes_and_one(lines: Path, tmp_path: Path) -> None:
 # FSDP2
 
 CASES: dict[str, dict[str, Any]] = {"dense": {}, "4-bit": {}, "dora": {"use_dora": True}}
-FSDP_STEPS, FSDP_LR = 2, 0.5
+FSDP_STEPS = 2
+SGD = partial(torch.optim.SGD, lr=0.5)
+# Above the gradients' rounding errors, which a small ε would make as large as a step.
+FUSED_ADAMW = partial(torch.optim.AdamW, lr=0.05, eps=1e-2, fused=True)
 SHARD = """
 import sys
 from tests.finetune.test_distributed import shard
@@ -106,6 +111,22 @@ def to_shard(case: str) -> Any:
     return model
 
 
+ON_EXPERTS = {"SGD": SGD, "AdamW": FUSED_ADAMW}
+
+
+def experts_to_shard() -> Any:
+    """LoRA on the experts of a mixture, unfused. Gathered values come to lie where others lay."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 260, "hidden_size": 32, "intermediate_size": 24}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = MixtralConfig(**sizes, num_local_experts=4, num_experts_per_tok=2)
+    names = [f"mlp.experts.{name}_proj" for name in ("gate_up", "down")]
+    lora = LoraConfig(r=3, lora_alpha=7, target_modules=["q_proj"], target_parameters=names)
+    model = get_peft_model(MixtralForCausalLM(config), lora)
+    randomize(model)
+    return model
+
+
 def ids_of(rank: int) -> torch.Tensor:
     return torch.randint(260, (2, 12), generator=torch.Generator().manual_seed(rank))
 
@@ -119,12 +140,14 @@ def evaluated(model: Any) -> torch.Tensor:
     return logits
 
 
-def stepped(model: Any, ranks: Iterable[int]) -> dict[str, torch.Tensor]:
-    """Steps of SGD on the mean of these ranks' losses, with an evaluation before each, and what
-    there is to compare of them."""
+def stepped(
+    model: Any, ranks: Iterable[int], optimizer_of: Callable[..., torch.optim.Optimizer] = SGD
+) -> dict[str, torch.Tensor]:
+    """Steps of an optimizer on the mean of these ranks' losses, with an evaluation before each, and
+    what there is to compare of them."""
     found: dict[str, torch.Tensor] = {}
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.SGD(trained.values(), lr=FSDP_LR)
+    optimizer = optimizer_of(trained.values())
     ranks = list(ranks)
     for step in range(FSDP_STEPS):
         found[f"logits {step}"] = evaluated(model)
@@ -184,6 +207,12 @@ def shard(folder: str) -> None:
         found["logits after"] = evaluated(model)
         checkpoint.save(model.state_dict(), checkpoint_id=f"{folder}/{case}")
         torch.save(found, f"{folder}/{case}-{rank}.pt")
+    for name, optimizer in ON_EXPERTS.items():
+        model = fuse(experts_to_shard())
+        for layer in model.get_base_model().model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+        torch.save(stepped(model, [rank], optimizer), f"{folder}/experts-{name}-{rank}.pt")
     torch.distributed.barrier()
     os._exit(0)  # gloo's threads may abort a process that ends in the usual way
 
@@ -230,3 +259,13 @@ def test_fully_sharded(tmp_path: Path) -> None:
             if p.requires_grad:
                 assert torch.equal(p, both[f"trained {name}"]), name
         assert torch.equal(evaluated(loaded), after)
+    for name, optimizer in ON_EXPERTS.items():
+        found = [torch.load(tmp_path / f"experts-{name}-{r}.pt", weights_only=True) for r in (0, 1)]
+        want, both = stepped(experts_to_shard(), (0, 1), optimizer), found[1] | found[0]
+        assert both.keys() == want.keys()
+        for key, ref in want.items():
+            # AdamW divides by a gradient's own size, which makes its roundings larger.
+            rtol = 2.0**-10 if name == "AdamW" else 2.0**-15
+            assert (both[key] - ref).norm() <= rtol * ref.norm(), (name, key)
+        first, last = want["logits 0"], want["logits 1"]
+        assert (last - first).norm() > 2.0**-7 * first.norm()

@@ -15,7 +15,7 @@ from lora_kernels.backends import eager_experts
 from lora_kernels.bench.case import give_mask, run
 from lora_kernels.core.call import ExpertsOperands, ExpertsSpec
 from lora_kernels.quantization import quantize_4bit
-from tests.ops.engines import every_engine, every_thread_count
+from tests.ops.engines import every_engine, every_native_engine, every_thread_count
 from tests.support.experts import ROWS, ExpertsCase, check, inputs, some_cases
 
 f64, f32, bf16 = torch.float64, torch.float32, torch.bfloat16
@@ -119,12 +119,30 @@ def test_lora_experts_linear_of_a_strided_stack_is_as_of_a_contiguous_one(engine
 
 @every_engine
 @pytest.mark.parametrize("quant", ["", "nf4-64"])
-def test_lora_experts_linear_of_few_rows_reads_a_strided_stack_of_B_in_place(
+def test_lora_experts_linear_of_few_rows_and_a_strided_stack_of_B_is_within_tolerance(
     quant: str, engine: str
 ) -> None:
-    """One row for every tenth expert: PEFT's lora_B is not copied."""
+    """One row for every tenth expert: of PEFT's lora_B the kernels copy two experts'."""
     rows = tuple(int(e % 10 == 7) for e in range(20))
     check(ExpertsCase(rows, 64, 128, 8, peft_layout=True, quant=quant))
+
+
+@every_native_engine
+@every_thread_count
+@pytest.mark.parametrize("dtype", [f32, bf16], ids=str)
+def test_lora_experts_linear_of_a_gathered_B_has_the_bits_of_a_contiguous_one(
+    dtype: torch.dtype, threads: int, engine: str
+) -> None:
+    """Several blocks of the copy, shared among threads; R is no power of two."""
+    case = ExpertsCase((1, 0, 2, 0, 1, 30), 1150, 64, 13, dtype=dtype, peft_layout=True)
+    args = give_mask(inputs(case))
+    assert 1 not in args["lora_B"].stride()[1:]
+    contiguous = args["lora_B"].detach().contiguous().requires_grad_()
+    got, want = (
+        run(lora_experts_linear, args),
+        run(lora_experts_linear, {**args, "lora_B": contiguous}),
+    )
+    assert all(torch.equal(got[name], want[name]) for name in want)
 
 
 @every_engine

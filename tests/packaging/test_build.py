@@ -29,7 +29,8 @@ X86_64_UNITS = {
     "kernels_avx512bf16.cpp": AVX512 | {"-mavx512bf16"},
     "kernels_amxbf16.cpp": AVX512 | {"-mavx512bf16", "-mamx-tile", "-mamx-bf16"},
 }
-BASELINE_UNITS = ("bindings", "fastpath", "cpuid", "dispatch", "layer", "threads", "kernels_scalar")
+BASELINE_UNITS = ("bindings", "fastpath", "cpuid", "dispatch", "fingerprint", "layer", "threads")
+BASELINE_UNITS += ("kernels_scalar",)
 
 
 def machine_flags(project: Project) -> dict[str, set[str]]:

@@ -483,7 +483,7 @@ def _norm_by_panels(weight: Any, A: Tensor, B: Tensor, scaling: float) -> None:
 _gated = False
 
 
-def _dora_norm(weight: Any, A: Any, B: Any, scaling: Any, gate: Any, squares: Any = None) -> None:
+def _dora_norm(weight: Any, A: Any, B: Any, scaling: Any, gate: Any) -> None:
     global _gated
     _gated = gate is not None
 

@@ -29,8 +29,6 @@ from .device import DeviceInfo
 from .verdicts import KEEP_EAGER, Group, Point, Verdict, group_of
 
 Shapes = Sequence[tuple[int, int]]  # N and K
-# For `multi_lora_linear`: P = D(x)·Aᵀ is complete before the base GEMM starts.
-TWO_STEPS = {"triton": triton.TWO_STEPS, "cuda": cuda.TWO_STEPS}
 LAUNCH = 3e-6  # seconds of the smallest kernel, launched back to back
 PYTHON_LAUNCH = 6e-6  # seconds of a call of torch, one after another in eager mode
 # Host seconds of a forward, and of each kernel in it: 20 and 25 µs of the CUDA backend, 57 and 87
@@ -120,17 +118,6 @@ class Cost(NamedTuple):
     strategy: Strategy
     seconds: float
     bottleneck: str
-
-
-def check_two_steps(backend: str | None, strategy: str | None) -> None:
-    """Raise RuntimeError if a requested strategy cannot run `multi_lora_linear`."""
-    allowed = TWO_STEPS.get(backend or "")
-    if strategy and allowed and strategy not in allowed:
-        want = " or ".join(map(repr, allowed))
-        raise RuntimeError(
-            f"strategy {strategy!r} was requested and cannot run here: for rows with adapters of "
-            f"their own (multi_lora_linear) want {want}"
-        )
 
 
 def is_known(gpu: DeviceInfo) -> bool:
@@ -475,8 +462,6 @@ def _is_unsupported(cost: Cost, problem: Problem, gpu: DeviceInfo) -> bool:
     most = decoding_rows(gpu, problem.columns, problem.inner)
     if _decodes_in_tiles(cost, problem) and problem.rows > most:
         return True
-    if problem.mixed and cost.strategy not in TWO_STEPS.get(cost.backend, [cost.strategy]):
-        return True
     if cost.backend != "cuda":
         return False
     sizes = problem.rows, problem.columns, problem.inner
@@ -492,8 +477,6 @@ def _unqualified(backend: str, strategy: str, problem: Problem, verdict: Verdict
     group = group_of(backend, strategy, problem)
     if group not in verdict.passed:
         return f"did not qualify: {verdict.failed.get(group, 'it was not checked')}"
-    if problem.mixed and backend == "triton":
-        return "is not qualified for several adapters"
     if problem.layout is not None and problem.layout.unsupported_reason == constraints.NO_BASE:
         return "is not qualified without a base GEMM"
     forward, step = verdict.ratios(group, problem.rows) or (0.0, 0.0)

@@ -20,7 +20,7 @@ from .backends.library import is_on_gpu_path
 from .backends.triton import configs
 from .backends.triton import heuristics as triton_heuristics
 from .core.call import Guard
-from .core.problem import Choice, Problem, Strategy, require_supported
+from .core.problem import ONE_ADAPTER, Choice, Problem, Strategy, require_supported
 from .verdicts import Verdict
 
 STRATEGIES = {
@@ -91,8 +91,8 @@ def choose(problem: Problem) -> Choice:
         return _choose_cpu(
             problem, requested, (native.reason, native.isa, native.amx_bf16, native.intel)
         )
-    if problem.mixed:
-        costs.check_two_steps(requested.backend, requested.strategy)
+    if problem.mixed and requested.backend in ("triton", "cuda"):
+        require_supported(requested.backend, ONE_ADAPTER)
     if requested.backend == "triton":
         return triton_heuristics.plan(problem, requested.strategy)
     if requested.backend == "cuda":
@@ -197,4 +197,4 @@ def _eager_reason(problem: Problem) -> str:
     """Return why the call goes to the eager backend, for calls that no qualification covers."""
     if problem.device_type != "cuda":
         return cpu_heuristics.unsupported_reason(problem) or ""
-    return f"{_ON_GPU}; only lora_linear and multi_lora_linear may take kernels that qualified"
+    return f"{_ON_GPU}; only lora_linear may take kernels that qualified"

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import device
-from .core.problem import Problem
+from .core.problem import ONE_ADAPTER, Problem
 
 ADVICE = "run `lora-kernels qualify` (up to 25 s)"
 KEEP_EAGER = 0.95  # of eager's time: a strategy replaces it if it takes at most that
@@ -142,6 +142,8 @@ def group_of(backend: str, strategy: str, problem: Problem) -> Group:
 
 def unqualified_reason(problem: Problem) -> str | None:
     """Return why no qualification covers a call, whatever was found out; None if one may."""
+    if problem.mixed:
+        return ONE_ADAPTER
     if problem.dropout:
         return "PyTorch's kernel draws dropout masks on a GPU"
     if problem.rank > MAX_RANK:

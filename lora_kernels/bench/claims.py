@@ -44,7 +44,6 @@ from ..quantization import Weight4bit, quantize_4bit
 from ..verdicts import Group
 from . import case as cases
 from .case import AnyCase, Case
-from .multi import MultiCase
 
 Shapes = Sequence[tuple[int, int]]  # N and K of the timed weights
 
@@ -197,12 +196,6 @@ def many_blocks(card: Card, group: Group) -> list[Case]:
 def autocast(card: Card, group: Group) -> list[Case]:
     case = _case(card, group, *_sizes(group)[1], autocast=getattr(torch, group.dtype))
     return [replace(case, dtype=torch.float32, adapter_dtype=torch.float32)]
-
-
-def several_adapters(card: Card, group: Group) -> list[MultiCase]:
-    like = _case(card, group, *_sizes(group)[1])
-    names = ("M", "N", "K", "dtype", "adapter_dtype", "quant", "device")
-    return [MultiCase(**{name: getattr(like, name) for name in names})]
 
 
 def judge(case: AnyCase) -> str | None:
@@ -359,7 +352,6 @@ _CASES: dict[str, Callable[[Card, Group], Sequence[AnyCase]]] = {
     "odd sizes": odd_sizes,
     "many blocks": many_blocks,
     "autocast": autocast,
-    "several adapters": several_adapters,
 }
 _CHECKS: dict[str, Callable[[Card, Group], str | None]] = {
     "dequantize": dequantize,

@@ -231,7 +231,7 @@ def test_plan_has_the_claims_of_each_kind_of_kernel() -> None:
 
     groups = groups_of("time")
     assert len(groups) == 16 and all("bfloat16" in group for group in groups)
-    words = {"two streams": "cooperative", "several adapters": "cuda two_pass"}
+    words = {"two streams": "cooperative"}
     words |= {"autocast": "bfloat16 bfloat16", "memory": "", "odd sizes": "", "graph": ""}
     for name, word in words.items():
         assert groups_of(name) == {group for group in groups if word in group}

@@ -9,13 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
 
 from lora_kernels import costs, device, selection, verdicts
 from lora_kernels.backends import cuda, decode4bit, triton
 from lora_kernels.backends.cuda import constraints
 from lora_kernels.backends.triton import measured
-from lora_kernels.core.problem import Layout, Problem
+from lora_kernels.core.problem import ONE_ADAPTER, Layout, Problem
 from lora_kernels.device import DeviceInfo
+from lora_kernels.peft import explain, fuse, predict, row_adapters
+from lora_kernels.qualification import STRATEGIES
 from lora_kernels.verdicts import Group, Point, Verdict
 from tests.support import fake_card
 
@@ -24,6 +28,7 @@ DECODE = Group("cuda", "cooperative", "bfloat16", "bfloat16", "4bit")
 OTHER = Group("cuda", "overlapped", "bfloat16", "bfloat16", "4bit")
 TRITON = Group("triton", "two_pass", "bfloat16", "bfloat16", "4bit")
 POINTS = [Point(DECODE, 1, 4096, 4096, 16, 1e-5, 4e-5, None, None)]
+ROWS = (1, 8, 32, 128)
 VERDICT = Verdict(fake_card.KEY, frozenset({DECODE}), {OTHER: "memory: no"}, POINTS, {}, "2026")
 
 NO_RATES = '{"key": {}, "passed": [], "failed": [], "points": [], "rates": [], "date": ""}'
@@ -290,17 +295,40 @@ def test_ratios_are_of_the_nearest_rows() -> None:
     assert verdict.ratios(DECODE._replace(weight="dense"), 1) is None
 
 
-@pytest.mark.parametrize(
-    ("group", "fields", "reason"),
-    [
-        (TRITON, {"mixed": True}, "several adapters"),
-        (DECODE, {"layout": Layout(unsupported_reason=constraints.NO_BASE)}, "base GEMM"),
-    ],
-    ids=str,
-)
-def test_choose_takes_no_kernel_in_a_way_that_is_not_checked(
-    group: Group, fields: dict[str, Any], reason: str
+def test_choose_takes_no_kernel_without_the_base_gemm_that_is_checked() -> None:
+    verdict = replace(VERDICT, passed=frozenset({DECODE}))
+    assert costs._unqualified(*DECODE[:2], problem(), verdict) is None
+    without = problem(layout=Layout(unsupported_reason=constraints.NO_BASE))
+    assert "base GEMM" in str(costs._unqualified(*DECODE[:2], without, verdict))
+
+
+def everything_qualified() -> Verdict:
+    """Every strategy of both backends passed, ten times as fast as eager with any rows."""
+    kinds = [(*each, "bfloat16", "bfloat16", "4bit") for each in STRATEGIES]
+    groups = [Group(*kind) for kind in kinds]
+    points = [
+        Point(group, M, 4096, 4096, 16, 1e-6, 1e-5, 1e-6, 1e-5) for group in groups for M in ROWS
+    ]
+    return replace(VERDICT, passed=frozenset(groups), failed={}, points=points)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_choose_of_several_adapters_is_eager_whatever_qualified(rows: int) -> None:
+    verdicts.set_current(0, everything_qualified())
+    assert selection.choose(problem(rows)).backend in ("triton", "cuda")
+    choice = selection.choose(problem(rows, mixed=True))
+    assert choice.backend == "eager" and choice.reason.endswith(ONE_ADAPTER)
+
+
+def test_explain_of_rows_that_name_their_adapters_says_why_it_is_eager(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    verdict = replace(VERDICT, passed=frozenset({group}))
-    assert costs._unqualified(*group[:2], problem(), verdict) is None
-    assert reason in str(costs._unqualified(*group[:2], problem(**fields), verdict))
+    verdicts.set_current(0, everything_qualified())
+    on_cpu = predict.Part.problem
+    on_gpu = lambda part, rows: on_cpu(part, rows)._replace(device_type="cuda")  # noqa: E731
+    monkeypatch.setattr(predict.Part, "problem", on_gpu)
+    model = get_peft_model(nn.Sequential(nn.Linear(64, 64)), LoraConfig(target_modules=["0"]))
+    with row_adapters(fuse(model), ["default", "__base__"]):
+        model(torch.ones(2, 64))
+        (row,) = explain(model, rows=2).rows
+    assert row.backend == "eager" and ONE_ADAPTER in row.reason

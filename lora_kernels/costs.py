@@ -393,7 +393,7 @@ def choose(problem: Problem, gpu: DeviceInfo, verdict: Verdict) -> Choice:
     unavailable = {
         "triton": triton.unavailable_reason(),
         "cuda": cuda.unsupported_device_reason(problem.device_type, problem.device_index),
-        "bitsandbytes": decode4bit.bitsandbytes_reason(device),
+        "bitsandbytes": decode4bit.bitsandbytes_reason(device) if problem.four_bit else None,
     }
     tuned = triton_heuristics.choose_tuned(problem, gpu, reason=None)
     if tuned is not None and _unqualified("triton", tuned.strategy, problem, verdict) is None:

@@ -280,7 +280,9 @@ class _Run:
         passed = frozenset(claim.group for claim in self.claims) - failed.keys()
         points = [point for point in self.points if point.group in passed]
         gpu, where = devices.gpu(self.index), torch.device("cuda", self.index)
-        rates = costs.fit(points, gpu, decode4bit.bitsandbytes_reason(where) is None)
+        four_bit = any(point.group.weight == "4bit" for point in points)
+        decodes = four_bit and decode4bit.bitsandbytes_reason(where) is None
+        rates = costs.fit(points, gpu, decodes)
         date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         return Verdict(key, passed, failed, points, rates, date)
 

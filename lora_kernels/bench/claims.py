@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from .. import functional, qualification, selection, verdicts
-from ..backends import cuda, replay, triton
+from ..backends import cuda, decode4bit, replay, triton
 from ..backends.cuda import DECODE_ROWS
 from ..backends.triton import launch
 from ..core.call import Needs, Operands, Spec
@@ -215,9 +215,11 @@ def _weights_to_decode(card: Card, group: Group) -> list[Weight4bit]:
 def dequantize(card: Card, group: Group) -> str | None:
     dtype = getattr(torch, group.dtype)
     for weight in _weights_to_decode(card, group):
-        got = weight.dequantize(dtype)
-        with selection.backend("eager"):
-            want = weight.dequantize(dtype)
+        got, codes = weight.dequantize(dtype), weight.codes
+        shape = weight.matrix_shape
+        want = decode4bit.decode(  # not by bitsandbytes
+            codes.packed, codes.scales(), codes.code, codes.blocksize, shape, dtype
+        )
         if not torch.equal(got, want):
             differ = int((got != want).sum())
             return f"{differ} elements of {weight.quant_type} differ from the reference's"

@@ -14,7 +14,7 @@ import functools
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -382,8 +382,10 @@ def _ceil_div(a: int, b: int) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def choose(problem: Problem, gpu: DeviceInfo, verdict: Verdict) -> Choice:
+def choose(problem: Problem, gpu: DeviceInfo, verdict: Verdict, in_graph: bool = False) -> Choice:
     """Choose for a GPU: the fastest of what qualified, by `lora-kernels tune` or the cost model.
+
+    in_graph: whether the call is captured in a CUDA graph, so that the host's time has no part.
 
     The eager backend, unless another is expected to be faster by 5 % (`KEEP_EAGER`). Cached for the
     process: a later change of the tuning table or of libraries is not seen.
@@ -396,9 +398,11 @@ def choose(problem: Problem, gpu: DeviceInfo, verdict: Verdict) -> Choice:
         "bitsandbytes": decode4bit.bitsandbytes_reason(device) if problem.four_bit else None,
     }
     tuned = triton_heuristics.choose_tuned(problem, gpu, reason=None)
-    if tuned is not None and _unqualified("triton", tuned.strategy, problem, verdict) is None:
-        return tuned
-    found = choose_fastest(problem, gpu, unavailable, verdict)
+    if tuned is not None:
+        why = _unqualified("triton", tuned.strategy, problem, verdict, in_graph)
+        if why is None:
+            return tuned
+    found = choose_fastest(problem, gpu, unavailable, verdict, in_graph)
     if found is None:
         return Choice("eager", Strategy.LIBRARY, "the cost model does not know this GPU")
     return found
@@ -424,15 +428,19 @@ def choose_fastest(
     gpu: DeviceInfo,
     unavailable: Mapping[str, str | None],
     verdict: Verdict | None = None,
+    in_graph: bool = False,
 ) -> Choice | None:
     """Choose the fastest strategy by the cost model; None if the model does not know the GPU.
 
     unavailable: why a backend, or bitsandbytes, cannot run, or None.
     verdict: None takes every group as qualified, and the rates as the data sheet's.
+    in_graph: whether the host's time has no part.
     """
     if not is_known(gpu) or unsupported_reason(gpu) or problem.unsupported_reason():
         return None
     rates = Rates() if verdict is None else Rates(**verdict.rates)
+    if in_graph:
+        rates = replace(rates, host=0.0)
     predicted = predict(gpu, problem, not unavailable.get("bitsandbytes"), rates)
     eager = next(cost for cost in predicted if cost.backend == "eager")
     failed: list[str] = []
@@ -441,7 +449,7 @@ def choose_fastest(
             break
         if unavailable.get(cost.backend) or _is_unsupported(cost, problem, gpu):
             continue
-        why = None if verdict is None else _unqualified(*cost[:2], problem, verdict)
+        why = None if verdict is None else _unqualified(*cost[:2], problem, verdict, in_graph)
         if why is not None:
             failed.append(f"{cost.backend} {cost.strategy!r} {why}")
             continue
@@ -470,7 +478,9 @@ def _is_unsupported(cost: Cost, problem: Problem, gpu: DeviceInfo) -> bool:
     return reason is not None
 
 
-def _unqualified(backend: str, strategy: str, problem: Problem, verdict: Verdict) -> str | None:
+def _unqualified(
+    backend: str, strategy: str, problem: Problem, verdict: Verdict, in_graph: bool = False
+) -> str | None:
     """Return why the strategy may not run the call on this card, or None."""
     if backend == "eager":
         return None
@@ -479,7 +489,7 @@ def _unqualified(backend: str, strategy: str, problem: Problem, verdict: Verdict
         return f"did not qualify: {verdict.failed.get(group, 'it was not checked')}"
     if problem.layout is not None and problem.layout.unsupported_reason == constraints.NO_BASE:
         return "is not qualified without a base GEMM"
-    forward, step = verdict.ratios(group, problem.rows) or (0.0, 0.0)
+    forward, step = verdict.ratios(group, problem.rows, in_graph) or (0.0, 0.0)
     if forward > KEEP_EAGER:
         return f"took {forward:.2f} of eager's time"
     if step > 1:
@@ -540,8 +550,8 @@ def _error(
         problem = group.problem(point.rows, point.columns, point.inner, point.rank)
         found = {c[:2]: c.seconds for c in predict(gpu, problem, bitsandbytes, rates)}
         measured = {
-            ("eager", Strategy.LIBRARY): point.eager_forward,
-            (group.backend, Strategy(group.strategy)): point.forward,
+            ("eager", Strategy.LIBRARY): point.eager_forward.elapsed(),
+            (group.backend, Strategy(group.strategy)): point.forward.elapsed(),
         }
         error += sum(math.log(found[which] / seconds) ** 2 for which, seconds in measured.items())
     return error

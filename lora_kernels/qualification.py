@@ -255,7 +255,8 @@ class _Run:
                     if line.get("retry"):
                         raise RuntimeError(f"qualify: {line['retry']}; nothing was cached")
                     self._settle(claim, line["failed"], report)
-                    self.points += [Point(claim.group, *each) for each in line.get("points", ())]
+                    points = line.get("points", ())
+                    self.points += [verdicts.read_point([claim.group, *each]) for each in points]
                 elif "compiled" not in line:
                     break
             if begun is not None:
@@ -280,9 +281,7 @@ class _Run:
         passed = frozenset(claim.group for claim in self.claims) - failed.keys()
         points = [point for point in self.points if point.group in passed]
         gpu, where = devices.gpu(self.index), torch.device("cuda", self.index)
-        four_bit = any(point.group.weight == "4bit" for point in points)
-        decodes = four_bit and decode4bit.bitsandbytes_reason(where) is None
-        rates = costs.fit(points, gpu, decodes)
+        rates = costs.fit(points, gpu, decode4bit.bitsandbytes_reason(where) is None)
         date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         return Verdict(key, passed, failed, points, rates, date)
 

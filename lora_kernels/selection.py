@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 
 from . import costs, device, verdicts
-from .backends import cpu_heuristics, cuda, forced, native, triton
+from .backends import cpu_heuristics, cuda, forced, native, triton, workspace
 from .backends.cuda import heuristics as cuda_heuristics
 from .backends.forced import Forced
 from .backends.library import is_on_gpu_path
@@ -116,7 +116,8 @@ def _choose_gpu(problem: Problem) -> Choice:
     reason = problem.unsupported_reason() or verdicts.unqualified_reason(problem)
     verdict = verdicts.current(problem.device_index)
     if reason is None and isinstance(verdict, Verdict):
-        return costs.choose(problem, target, verdict)
+        in_graph = workspace.is_capturing(torch.device("cuda"))
+        return costs.choose(problem, target, verdict, in_graph)
     return Choice("eager", Strategy.LIBRARY, f"{_ON_GPU}; {reason or verdict}")
 
 

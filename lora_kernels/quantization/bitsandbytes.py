@@ -112,11 +112,11 @@ def compare(device: torch.device) -> str | None:
         return None
     generator = torch.Generator().manual_seed(0)
     sample = torch.randn(64, 256, generator=generator, dtype=torch.float32)
-    x = torch.randn(3, 256, generator=generator, dtype=torch.float32).to(device)
+    x = torch.randn(3, 256, generator=generator, dtype=torch.float32)
     try:
         for quant_type in ("nf4", "fp4"):
             for nested in (False, True):
-                found = _find_difference(sample, x, quant_type, nested, device)
+                found = _find_difference(sample, x.to(device), quant_type, nested, device)
                 if found:
                     return f"{version}: {found} of {quant_type} differs from the reference"
     except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:

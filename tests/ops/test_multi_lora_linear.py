@@ -280,7 +280,7 @@ def test_choose_multi_largest_rank_decides() -> None:
     assert choice.backend == "eager" and "rank 257 is above" in choice.reason
 
 
-# What a value that is not finite in an argument of adapter 1 reaches of its own results.
+# The results of adapter 1 that a NaN in one of its arguments reaches.
 REACHED = {
     "lora_A": {"y", "dx", "dB"},
     "lora_B": {"y", "dx", "dA"},

@@ -1,4 +1,4 @@
-"""Which kernels decode 4-bit weights on a GPU: the first call checks bitsandbytes, wherever it is.
+"""The decoder of 4-bit weights on a GPU: the first call checks bitsandbytes, wherever it is.
 
 CPU tensors take the GPU path.
 """
@@ -68,7 +68,7 @@ def call_of_model_fused_on_a_gpu():
 
 
 def call_of_model_fused_before_it_moved():
-    """As by `.cuda()` after `fuse`: on a CPU, which asks for no decoder."""
+    """Fuse on a CPU, which asks for no decoder; then move, as `.cuda()` does."""
     return fuse(adapted(linear4bit()))
 
 

@@ -145,17 +145,13 @@ class Verdict:
             return None
         nearest = min({p.rows for p in timed}, key=lambda n: abs(math.log((rows or 1) / n)))
         near = [point for point in timed if point.rows == nearest]
-        pairs = [
-            [(p.forward, p.eager_forward) for p in near],
-            [(p.step, p.eager_step) for p in near],
-        ]
-        forward, step = (
-            statistics.median(
-                a.elapsed(in_graph) / b.elapsed(in_graph) if a and b else 0.0 for a, b in each
-            )
-            for each in pairs
-        )
-        return forward, step
+
+        def ratio(ours: Seconds | None, eager: Seconds | None) -> float:
+            return ours.elapsed(in_graph) / eager.elapsed(in_graph) if ours and eager else 0.0
+
+        forwards = [ratio(point.forward, point.eager_forward) for point in near]
+        steps = [ratio(point.step, point.eager_step) for point in near]
+        return statistics.median(forwards), statistics.median(steps)
 
 
 def read_verdict(data: Mapping[str, Any]) -> Verdict:

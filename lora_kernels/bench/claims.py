@@ -508,7 +508,10 @@ def _interleave(
     card: Card, group: Group, call: Callable[[int], object], count: int
 ) -> tuple[Seconds, Seconds]:
     """Return the median seconds of a call by the group and by eager, which take turns."""
-    engines = {str(group): lambda: card.engine(group), "eager": lambda: selection.backend("eager")}
+    engines: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+        str(group): functools.partial(card.engine, group),
+        "eager": functools.partial(selection.backend, "eager"),
+    }
     clocks, device, host = {}, dict[str, list[float]](), dict[str, list[float]]()
     for name, engine in engines.items():
         with engine():

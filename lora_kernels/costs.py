@@ -14,7 +14,7 @@ import functools
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -29,8 +29,6 @@ from .device import DeviceInfo
 from .verdicts import KEEP_EAGER, Group, Point, Verdict, group_of
 
 Shapes = Sequence[tuple[int, int]]  # N and K
-# For `multi_lora_linear`: P = D(x)·Aᵀ is complete before the base GEMM starts.
-TWO_STEPS = {"triton": triton.TWO_STEPS, "cuda": cuda.TWO_STEPS}
 LAUNCH = 3e-6  # seconds of the smallest kernel, launched back to back
 PYTHON_LAUNCH = 6e-6  # seconds of a call of torch, one after another in eager mode
 # Host seconds of a forward, and of each kernel in it: 20 and 25 µs of the CUDA backend, 57 and 87
@@ -120,17 +118,6 @@ class Cost(NamedTuple):
     strategy: Strategy
     seconds: float
     bottleneck: str
-
-
-def check_two_steps(backend: str | None, strategy: str | None) -> None:
-    """Raise RuntimeError if a requested strategy cannot run `multi_lora_linear`."""
-    allowed = TWO_STEPS.get(backend or "")
-    if strategy and allowed and strategy not in allowed:
-        want = " or ".join(map(repr, allowed))
-        raise RuntimeError(
-            f"strategy {strategy!r} was requested and cannot run here: for rows with adapters of "
-            f"their own (multi_lora_linear) want {want}"
-        )
 
 
 def is_known(gpu: DeviceInfo) -> bool:
@@ -395,8 +382,10 @@ def _ceil_div(a: int, b: int) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def choose(problem: Problem, gpu: DeviceInfo, verdict: Verdict) -> Choice:
+def choose(problem: Problem, gpu: DeviceInfo, verdict: Verdict, in_graph: bool = False) -> Choice:
     """Choose for a GPU: the fastest of what qualified, by `lora-kernels tune` or the cost model.
+
+    in_graph: whether the call is captured in a CUDA graph, so that the host's time has no part.
 
     The eager backend, unless another is expected to be faster by 5 % (`KEEP_EAGER`). Cached for the
     process: a later change of the tuning table or of libraries is not seen.
@@ -406,12 +395,14 @@ def choose(problem: Problem, gpu: DeviceInfo, verdict: Verdict) -> Choice:
     unavailable = {
         "triton": triton.unavailable_reason(),
         "cuda": cuda.unsupported_device_reason(problem.device_type, problem.device_index),
-        "bitsandbytes": decode4bit.bitsandbytes_reason(device),
+        "bitsandbytes": decode4bit.bitsandbytes_reason(device) if problem.four_bit else None,
     }
     tuned = triton_heuristics.choose_tuned(problem, gpu, reason=None)
-    if tuned is not None and _unqualified("triton", tuned.strategy, problem, verdict) is None:
-        return tuned
-    found = choose_fastest(problem, gpu, unavailable, verdict)
+    if tuned is not None:
+        why = _unqualified("triton", tuned.strategy, problem, verdict, in_graph)
+        if why is None:
+            return tuned
+    found = choose_fastest(problem, gpu, unavailable, verdict, in_graph)
     if found is None:
         return Choice("eager", Strategy.LIBRARY, "the cost model does not know this GPU")
     return found
@@ -437,15 +428,19 @@ def choose_fastest(
     gpu: DeviceInfo,
     unavailable: Mapping[str, str | None],
     verdict: Verdict | None = None,
+    in_graph: bool = False,
 ) -> Choice | None:
     """Choose the fastest strategy by the cost model; None if the model does not know the GPU.
 
     unavailable: why a backend, or bitsandbytes, cannot run, or None.
     verdict: None takes every group as qualified, and the rates as the data sheet's.
+    in_graph: whether the host's time has no part.
     """
     if not is_known(gpu) or unsupported_reason(gpu) or problem.unsupported_reason():
         return None
     rates = Rates() if verdict is None else Rates(**verdict.rates)
+    if in_graph:
+        rates = replace(rates, host=0.0)
     predicted = predict(gpu, problem, not unavailable.get("bitsandbytes"), rates)
     eager = next(cost for cost in predicted if cost.backend == "eager")
     failed: list[str] = []
@@ -454,7 +449,7 @@ def choose_fastest(
             break
         if unavailable.get(cost.backend) or _is_unsupported(cost, problem, gpu):
             continue
-        why = None if verdict is None else _unqualified(*cost[:2], problem, verdict)
+        why = None if verdict is None else _unqualified(*cost[:2], problem, verdict, in_graph)
         if why is not None:
             failed.append(f"{cost.backend} {cost.strategy!r} {why}")
             continue
@@ -475,8 +470,6 @@ def _is_unsupported(cost: Cost, problem: Problem, gpu: DeviceInfo) -> bool:
     most = decoding_rows(gpu, problem.columns, problem.inner)
     if _decodes_in_tiles(cost, problem) and problem.rows > most:
         return True
-    if problem.mixed and cost.strategy not in TWO_STEPS.get(cost.backend, [cost.strategy]):
-        return True
     if cost.backend != "cuda":
         return False
     sizes = problem.rows, problem.columns, problem.inner
@@ -485,18 +478,18 @@ def _is_unsupported(cost: Cost, problem: Problem, gpu: DeviceInfo) -> bool:
     return reason is not None
 
 
-def _unqualified(backend: str, strategy: str, problem: Problem, verdict: Verdict) -> str | None:
+def _unqualified(
+    backend: str, strategy: str, problem: Problem, verdict: Verdict, in_graph: bool = False
+) -> str | None:
     """Return why the strategy may not run the call on this card, or None."""
     if backend == "eager":
         return None
     group = group_of(backend, strategy, problem)
     if group not in verdict.passed:
         return f"did not qualify: {verdict.failed.get(group, 'it was not checked')}"
-    if problem.mixed and backend == "triton":
-        return "is not qualified for several adapters"
     if problem.layout is not None and problem.layout.unsupported_reason == constraints.NO_BASE:
         return "is not qualified without a base GEMM"
-    forward, step = verdict.ratios(group, problem.rows) or (0.0, 0.0)
+    forward, step = verdict.ratios(group, problem.rows, in_graph) or (0.0, 0.0)
     if forward > KEEP_EAGER:
         return f"took {forward:.2f} of eager's time"
     if step > 1:
@@ -557,8 +550,8 @@ def _error(
         problem = group.problem(point.rows, point.columns, point.inner, point.rank)
         found = {c[:2]: c.seconds for c in predict(gpu, problem, bitsandbytes, rates)}
         measured = {
-            ("eager", Strategy.LIBRARY): point.eager_forward,
-            (group.backend, Strategy(group.strategy)): point.forward,
+            ("eager", Strategy.LIBRARY): point.eager_forward.elapsed(),
+            (group.backend, Strategy(group.strategy)): point.forward.elapsed(),
         }
         error += sum(math.log(found[which] / seconds) ** 2 for which, seconds in measured.items())
     return error

@@ -21,7 +21,7 @@ from torch.compiler import is_compiling
 from . import selection
 from .backends import cpu, cpu_experts, cuda, eager, eager_experts, triton
 from .backends.cuda import constraints
-from .backends.protocol import Backend, ExpertsBackend
+from .backends.protocol import Backend, ExpertsBackend, MultiBackend
 from .backends.rows import like_rows_of
 from .core.call import (
     ExpertsGrads,
@@ -44,6 +44,7 @@ from .core.problem import Choice, Layout, Problem
 
 _LIB = torch.library.Library("lora_kernels", "DEF")
 _BACKENDS: dict[str, Backend] = {"eager": eager, "cpu": cpu, "triton": triton, "cuda": cuda}
+_MULTI_BACKENDS: dict[str, MultiBackend] = {"eager": eager, "cpu": cpu}
 _EXPERTS_BACKENDS: dict[str, ExpertsBackend] = {
     "eager": eager_experts,
     "cpu": cpu_experts,
@@ -352,7 +353,7 @@ def multi_lora_linear_direct(
     """Run the forward without the dispatcher, and return y and the tensors for the backward."""
     choice = choice or choose_multi(operands, spec)
     with no_autocast(operands.x):
-        y, saved = _BACKENDS[choice.backend].multi_lora_linear(
+        y, saved = _MULTI_BACKENDS[choice.backend].multi_lora_linear(
             _flatten(operands), spec, choice.strategy
         )
     return like_rows_of(operands.x, y), saved
@@ -397,7 +398,7 @@ def multi_lora_linear_backward_direct(
     choice = choice or choose_multi(operands, spec)
     x = operands.x
     with no_autocast(x):
-        grads = _BACKENDS[choice.backend].multi_lora_linear_backward(
+        grads = _MULTI_BACKENDS[choice.backend].multi_lora_linear_backward(
             dy.reshape(-1, dy.shape[-1]), _flatten(operands), saved, spec, needs, choice.strategy
         )
     return grads if grads.x is None else grads._replace(x=grads.x.view(x.shape))

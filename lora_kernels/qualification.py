@@ -62,7 +62,6 @@ class Claim(NamedTuple):
     - "memory": nothing outside of the results is written and no uninitialised memory is read; ten
       repeats, and a replay of recorded launches, have equal bits.
     - "autocast": the same as "odd sizes" for float32 inputs under autocast.
-    - "several adapters": the same for `multi_lora_linear`.
     - "two streams", "graph": calls on two streams at once, and replays of a captured CUDA graph,
       have the bits of a call by itself.
     - "time": always holds; measures the group and eager.
@@ -95,8 +94,6 @@ def plan(dtypes: Sequence[str] = DTYPES, gpu: DeviceInfo | None = None) -> list[
                         names["dequantize"] = 0
                     if adapter == dtype:  # which autocast rounds float32 adapters to
                         names["autocast"] = 1
-                    if backend == "cuda" and strategy in costs.TWO_STEPS[backend]:
-                        names["several adapters"] = 1
                     if strategy is Strategy.COOPERATIVE:
                         names["two streams"] = 2
                     claims += [Claim(group, name, tier) for name, tier in names.items()]
@@ -258,7 +255,8 @@ class _Run:
                     if line.get("retry"):
                         raise RuntimeError(f"qualify: {line['retry']}; nothing was cached")
                     self._settle(claim, line["failed"], report)
-                    self.points += [Point(claim.group, *each) for each in line.get("points", ())]
+                    points = line.get("points", ())
+                    self.points += [verdicts.read_point([claim.group, *each]) for each in points]
                 elif "compiled" not in line:
                     break
             if begun is not None:

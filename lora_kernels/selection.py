@@ -13,14 +13,14 @@ from collections.abc import Iterator
 import torch
 
 from . import costs, device, verdicts
-from .backends import cpu_heuristics, cuda, forced, native, triton
+from .backends import cpu_heuristics, cuda, forced, native, triton, workspace
 from .backends.cuda import heuristics as cuda_heuristics
 from .backends.forced import Forced
 from .backends.library import is_on_gpu_path
 from .backends.triton import configs
 from .backends.triton import heuristics as triton_heuristics
 from .core.call import Guard
-from .core.problem import Choice, Problem, Strategy, require_supported
+from .core.problem import ONE_ADAPTER, Choice, Problem, Strategy, require_supported
 from .verdicts import Verdict
 
 STRATEGIES = {
@@ -91,8 +91,8 @@ def choose(problem: Problem) -> Choice:
         return _choose_cpu(
             problem, requested, (native.reason, native.isa, native.amx_bf16, native.intel)
         )
-    if problem.mixed:
-        costs.check_two_steps(requested.backend, requested.strategy)
+    if problem.mixed and requested.backend in ("triton", "cuda"):
+        require_supported(requested.backend, ONE_ADAPTER)
     if requested.backend == "triton":
         return triton_heuristics.plan(problem, requested.strategy)
     if requested.backend == "cuda":
@@ -116,7 +116,8 @@ def _choose_gpu(problem: Problem) -> Choice:
     reason = problem.unsupported_reason() or verdicts.unqualified_reason(problem)
     verdict = verdicts.current(problem.device_index)
     if reason is None and isinstance(verdict, Verdict):
-        return costs.choose(problem, target, verdict)
+        in_graph = workspace.is_capturing(torch.device("cuda"))
+        return costs.choose(problem, target, verdict, in_graph)
     return Choice("eager", Strategy.LIBRARY, f"{_ON_GPU}; {reason or verdict}")
 
 
@@ -197,4 +198,4 @@ def _eager_reason(problem: Problem) -> str:
     """Return why the call goes to the eager backend, for calls that no qualification covers."""
     if problem.device_type != "cuda":
         return cpu_heuristics.unsupported_reason(problem) or ""
-    return f"{_ON_GPU}; only lora_linear and multi_lora_linear may take kernels that qualified"
+    return f"{_ON_GPU}; only lora_linear may take kernels that qualified"

@@ -22,11 +22,12 @@ from typing import Any, NamedTuple
 import torch
 
 from . import device
-from .core.problem import Problem
+from .core.problem import ONE_ADAPTER, Problem
 
 ADVICE = "run `lora-kernels qualify` (up to 25 s)"
 KEEP_EAGER = 0.95  # of eager's time: a strategy replaces it if it takes at most that
 MAX_RANK = 64  # the largest that claims are checked for
+FORMAT = "2"  # of a verdict's file; part of its key
 OFF = 'qualification is switched off: fuse(qualify="off")'
 
 
@@ -55,6 +56,29 @@ class Group(NamedTuple):
         return Problem("cuda", *dtypes, rank, rows, self.weight == "4bit", columns, inner)
 
 
+class Seconds(NamedTuple):
+    """Measured seconds of a call.
+
+    Args:
+        device: of its kernels.
+        host: of the Python code that launches them.
+        is_captured: whether `device` is of a replayed CUDA graph. False: the call cannot be
+            captured, and its kernels were launched into a stream that was busy before.
+    """
+
+    device: float
+    host: float
+    is_captured: bool = True
+
+    def elapsed(self, in_graph: bool = False) -> float:
+        """Return the device's seconds in a CUDA graph, else the longer of both.
+
+        >>> Seconds(1e-5, 3e-5).elapsed(), Seconds(1e-5, 3e-5).elapsed(in_graph=True)
+        (3e-05, 1e-05)
+        """
+        return self.device if in_graph else max(self.device, self.host)
+
+
 class Point(NamedTuple):
     """Measured seconds of a group and of the eager backend, weights cold.
 
@@ -66,10 +90,10 @@ class Point(NamedTuple):
     columns: int
     inner: int
     rank: int
-    forward: float
-    eager_forward: float
-    step: float | None
-    eager_step: float | None
+    forward: Seconds
+    eager_forward: Seconds
+    step: Seconds | None
+    eager_step: Seconds | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,29 +132,42 @@ class Verdict:
         """A short name of the verdict's content, for logs and checkpoints."""
         return _digest(self.json())
 
-    def ratios(self, group: Group, rows: int) -> tuple[float, float] | None:
+    def ratios(self, group: Group, rows: int, in_graph: bool = False) -> tuple[float, float] | None:
         """Return the group's time over eager's for a forward and for a step, or None.
 
         Medians over the points whose number of rows is nearest to `rows`; 0 for a step that was
         not timed.
+
+        in_graph: whether the calls are captured in a CUDA graph, so that the host has no part.
         """
         timed = [point for point in self.points if point.group == group]
         if not timed:
             return None
         nearest = min({p.rows for p in timed}, key=lambda n: abs(math.log((rows or 1) / n)))
         near = [point for point in timed if point.rows == nearest]
-        steps = [p.step / p.eager_step if p.step and p.eager_step else 0.0 for p in near]
-        forwards = [point.forward / point.eager_forward for point in near]
+
+        def ratio(ours: Seconds | None, eager: Seconds | None) -> float:
+            return ours.elapsed(in_graph) / eager.elapsed(in_graph) if ours and eager else 0.0
+
+        forwards = [ratio(point.forward, point.eager_forward) for point in near]
+        steps = [ratio(point.step, point.eager_step) for point in near]
         return statistics.median(forwards), statistics.median(steps)
 
 
 def read_verdict(data: Mapping[str, Any]) -> Verdict:
     """Build from `Verdict.json`; raises an error if anything is missing or of another type."""
-    points = [Point(Group(*group), *numbers) for group, *numbers in data["points"]]
+    points = [read_point(point) for point in data["points"]]
     failed = {Group(*group): str(reason) for group, reason in data["failed"]}
     passed = frozenset(Group(*group) for group in data["passed"])
     rates = {str(name): float(value) for name, value in data["rates"].items()}
     return Verdict(dict(data["key"]), passed, failed, points, rates, str(data["date"]))
+
+
+def read_point(data: Sequence[Any]) -> Point:
+    """Build from a `Point` as JSON has it; raises an error if anything is missing."""
+    group, *sizes = data[:5]
+    times = [None if t is None else Seconds(float(t[0]), float(t[1]), t[2]) for t in data[5:]]
+    return Point(Group(*group), *sizes, *times)
 
 
 def group_of(backend: str, strategy: str, problem: Problem) -> Group:
@@ -142,6 +179,8 @@ def group_of(backend: str, strategy: str, problem: Problem) -> Group:
 
 def unqualified_reason(problem: Problem) -> str | None:
     """Return why no qualification covers a call, whatever was found out; None if one may."""
+    if problem.mixed:
+        return ONE_ADAPTER
     if problem.dropout:
         return "PyTorch's kernel draws dropout masks on a GPU"
     if problem.rank > MAX_RANK:
@@ -173,6 +212,7 @@ def key(index: int) -> dict[str, str]:
     """
     gpu = device.gpu(index)
     return {
+        "format": FORMAT,
         "name": gpu.name,
         "capability": str(gpu.capability),
         "multiprocessors": str(gpu.multiprocessors),

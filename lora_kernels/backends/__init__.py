@@ -6,8 +6,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-_MULTI = ("multi_lora_linear", "multi_lora_linear_backward")
-_EQUATION = ("lora_linear", "lora_linear_backward", *_MULTI, "dora_norm")
+_EQUATION = ("lora_linear", "lora_linear_backward", "dora_norm")
 _CODEC = ("quantize", "dequantize")
 _EXPERTS = ("lora_experts", "lora_experts_backward")
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ..core import reference
 from ..core.packed4bit import Packed4bit
-from . import native
+from . import native, workspace
 from .library import is_on_gpu_path
 
 _DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -133,14 +137,54 @@ def has_gemm_4bit() -> bool:
 
 
 # Device type and index -> the reason why bitsandbytes' ops are not used there, or None after they
-# passed `bitsandbytes.check`.
+# passed `compare_bitsandbytes`.
 bitsandbytes_reasons: dict[tuple[str, int | None], str | None] = {}
-_UNCHECKED = "bitsandbytes is not installed, or was not yet checked by fuse() or a layer's move"
+UNCHECKED = "bitsandbytes is unchecked: the first 4-bit call outside of a graph or trace checks it"
+
+
+def _never_compare(device: torch.device) -> str | None:
+    return UNCHECKED
+
+
+# Compares bitsandbytes' ops on a device with this package's, and returns that reason. It quantizes
+# a sample, hence `quantization`, which is above this package, sets it.
+compare_bitsandbytes: Callable[[torch.device], str | None] = _never_compare
 
 
 def bitsandbytes_reason(device: torch.device) -> str | None:
-    """Return why bitsandbytes does not decode 4-bit weights on this device, or None if it does."""
-    return bitsandbytes_reasons.get((device.type, device.index), _UNCHECKED)
+    """Return why bitsandbytes does not decode 4-bit weights on this device, or None if it does.
+
+    The first question about a GPU imports bitsandbytes and compares its ops with this package's,
+    unless a graph is captured or traced at that time.
+    """
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    key = (device.type, device.index)
+    if key in bitsandbytes_reasons:
+        return bitsandbytes_reasons[key]
+    if not is_on_gpu_path(device.type):
+        return "the CPU backend decodes"
+    if _is_recorded(device):
+        return UNCHECKED
+    bitsandbytes_reasons[key] = UNCHECKED  # for what the comparison itself decodes
+    try:
+        # Another thread has none of the caller's autocast, modes, transforms and forced backend.
+        with ThreadPoolExecutor(1) as thread:
+            found = thread.submit(compare_bitsandbytes, device).result()
+    except BaseException:
+        del bitsandbytes_reasons[key]
+        raise
+    bitsandbytes_reasons[key] = found
+    return found
+
+
+def _is_recorded(device: torch.device) -> bool:
+    """Return True if the comparison, which synchronizes, would be recorded or cannot run."""
+    if torch.compiler.is_compiling():
+        return True
+    if device.type == "meta":  # nothing is compared; an import would slow down the first module
+        return "bitsandbytes" not in sys.modules
+    return workspace.is_capturing(device) or _get_current_dispatch_mode() is not None
 
 
 def decoded_by(device: torch.device) -> str:

@@ -45,6 +45,19 @@ class Backend(Protocol):
         strategy: str,
     ) -> Grads: ...
 
+    def dora_norm(
+        self,
+        weight: Tensor | Packed4bit,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: float,
+        rank_gate: Tensor | None,
+    ) -> Tensor: ...
+
+
+class MultiBackend(Protocol):
+    """The equation and its gradients for rows with adapters of their own; x and dy are matrices."""
+
     def multi_lora_linear(
         self, operands: MultiOperands, spec: MultiSpec, strategy: str
     ) -> tuple[Tensor, Saved]: ...
@@ -58,15 +71,6 @@ class Backend(Protocol):
         needs: MultiNeeds,
         strategy: str,
     ) -> MultiGrads: ...
-
-    def dora_norm(
-        self,
-        weight: Tensor | Packed4bit,
-        lora_A: Tensor,
-        lora_B: Tensor,
-        scaling: float,
-        rank_gate: Tensor | None,
-    ) -> Tensor: ...
 
 
 class ExpertsBackend(Protocol):

@@ -27,24 +27,23 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from .. import functional, qualification, selection, verdicts
-from ..backends import cuda, replay, triton
+from ..backends import cuda, decode4bit, replay, triton
 from ..backends.cuda import DECODE_ROWS
 from ..backends.triton import launch
 from ..core.call import Needs, Operands, Spec
 from ..core.problem import Strategy
 from ..qualification import Claim
 from ..quantization import Weight4bit, quantize_4bit
-from ..verdicts import Group
+from ..verdicts import Group, Seconds
 from . import case as cases
 from .case import AnyCase, Case
-from .multi import MultiCase
 
 Shapes = Sequence[tuple[int, int]]  # N and K of the timed weights
 
@@ -52,8 +51,27 @@ REPEATS = 10
 GUARD = 4096  # bytes before and after each tensor of "memory"
 FREE = 2 << 30  # bytes that the claims may need: the timed weights, several times
 RANK = 16
-ROUNDS = 7
+ROUNDS, HOST_ROUNDS = 7, 3
+FEW, LEAST_CALLS = 128, 12  # up to so many rows at least so many calls are timed as one
+# Cycles that a stream sleeps: while a graph and two events are launched, 0.16 ms or more at up to
+# 3 GHz; and while Python launches calls, 1 ms or more.
+FILL, BUSY = 500_000, 3_000_000
+CLOCK = 3e9  # cycles a second, above those of any GPU, so that a sleep is never too short
 BROKEN = 3  # the exit status after an error that the device may not recover from
+
+
+class Clocks(NamedTuple):
+    """Two clocks of the same calls, in seconds of all of them.
+
+    Args:
+        device: from the first kernel to the last, without waiting for launches.
+        host: of the Python code that launches them.
+        is_captured: whether `device` replays a CUDA graph.
+    """
+
+    device: Callable[[], float]
+    host: Callable[[], float]
+    is_captured: bool
 
 
 class Card:
@@ -108,44 +126,106 @@ class Card:
     def before(self, claim: Claim) -> None:
         """Is called when a claim begins."""
 
+    def free_memory(self) -> None:
+        """Return the memory of graphs that are no longer there to the device."""
+        torch.cuda.empty_cache()
+
+    @functools.cached_property
+    def aside(self) -> torch.cuda.Stream:
+        """The stream on which calls are captured: each stream keeps memory of its own."""
+        return torch.cuda.Stream()
+
     def synchronize(self) -> None:
         """Wait for the device; raises RuntimeError if it is broken."""
         torch.cuda.synchronize()
 
     def concurrently(self, calls: Sequence[Callable[[], Tensor]]) -> list[Tensor]:
-        """Return the results of calls on streams of their own, at once."""
+        """Return the results of calls on streams of their own, whose kernels run at once.
+
+        All streams wait for one that sleeps until everything is launched: Python takes longer for
+        a call than its kernels do.
+        """
         torch.cuda.synchronize()
+        gate, start = torch.cuda.Stream(), torch.cuda.Event()
+        with torch.cuda.stream(gate):
+            torch.cuda._sleep(BUSY)
+            start.record()
         found = []
         for call in calls:
             with torch.cuda.stream(torch.cuda.Stream()):
+                start.wait()
                 found.append(call())
         torch.cuda.synchronize()
         return found
 
     def replays(self, call: Callable[[], Tensor], count: int) -> Iterator[Tensor]:
         """Capture the call in a graph, and yield its result after each replay."""
-        aside = torch.cuda.Stream()
-        with torch.cuda.stream(aside):
-            call()
-        aside.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            y = call()
+        graph, y = _capture(call, self.aside)
         for _ in range(count):
             graph.replay()
             torch.cuda.synchronize()
             yield y
 
-    def seconds(self, name: str, call: Callable[[int], object], count: int) -> float:
-        """Return the seconds of `call(0)` to `call(count - 1)` by the device's clock."""
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    def clocks(self, name: str, call: Callable[[int], object], count: int) -> Clocks:
+        """Return clocks of `call(0)` to `call(count - 1)`, which are warmed up and captured here.
+
+        name: of the engine that is forced.
+        """
+
+        def calls() -> None:
+            for number in range(count):
+                call(number)
+
+        def host() -> float:
+            torch.cuda.synchronize()
+            torch.cuda._sleep(BUSY)
+            begun = time.perf_counter()
+            calls()
+            return time.perf_counter() - begun
+
+        try:
+            graph, _ = _capture(calls, self.aside)
+        except RuntimeError:  # what cannot be captured: a call that synchronizes, for one
+            torch.cuda.synchronize()
+            host()
+            cycles = BUSY + int(2 * CLOCK * host())
+            return Clocks(functools.partial(_device_seconds, calls, cycles), host, False)
+        return Clocks(functools.partial(_device_seconds, graph.replay, FILL), host, True)
+
+
+def _capture(
+    call: Callable[[], Any], stream: torch.cuda.Stream
+) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """Return a graph of the call, and the call's result, which a replay overwrites.
+
+    Before, on the same stream, the call allocates what it keeps and records its launches. The
+    context `torch.cuda.graph` would empty the allocator's cache and, before torch 2.9, collect
+    garbage each time, which takes longer than all the rest.
+    """
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            call()
         torch.cuda.synchronize()
-        begin.record()
-        for number in range(count):
-            call(number)
-        end.record()
-        end.synchronize()
-        return float(begin.elapsed_time(end)) / 1e3
+        graph.capture_begin()
+        try:
+            found = call()
+        finally:
+            graph.capture_end()
+    return graph, found
+
+
+def _device_seconds(launch: Callable[[], object], cycles: int) -> float:
+    """Return the device's seconds of what `launch` launches, which takes the host fewer cycles."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    torch.cuda._sleep(cycles)
+    begin.record()
+    launch()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / 1e3
 
 
 def check(card: Card, claim: Claim, shapes: Shapes) -> tuple[str | None, Any]:
@@ -199,12 +279,6 @@ def autocast(card: Card, group: Group) -> list[Case]:
     return [replace(case, dtype=torch.float32, adapter_dtype=torch.float32)]
 
 
-def several_adapters(card: Card, group: Group) -> list[MultiCase]:
-    like = _case(card, group, *_sizes(group)[1])
-    names = ("M", "N", "K", "dtype", "adapter_dtype", "quant", "device")
-    return [MultiCase(**{name: getattr(like, name) for name in names})]
-
-
 def judge(case: AnyCase) -> str | None:
     """Return the first output that misses the tolerance, in words, or None."""
     found = cases.judge(case).items()
@@ -222,9 +296,11 @@ def _weights_to_decode(card: Card, group: Group) -> list[Weight4bit]:
 def dequantize(card: Card, group: Group) -> str | None:
     dtype = getattr(torch, group.dtype)
     for weight in _weights_to_decode(card, group):
-        got = weight.dequantize(dtype)
-        with selection.backend("eager"):
-            want = weight.dequantize(dtype)
+        got, codes = weight.dequantize(dtype), weight.codes
+        shape = weight.matrix_shape
+        want = decode4bit.decode(  # not by bitsandbytes
+            codes.packed, codes.scales(), codes.code, codes.blocksize, shape, dtype
+        )
         if not torch.equal(got, want):
             differ = int((got != want).sum())
             return f"{differ} elements of {weight.quant_type} differ from the reference's"
@@ -359,7 +435,6 @@ _CASES: dict[str, Callable[[Card, Group], Sequence[AnyCase]]] = {
     "odd sizes": odd_sizes,
     "many blocks": many_blocks,
     "autocast": autocast,
-    "several adapters": several_adapters,
 }
 _CHECKS: dict[str, Callable[[Card, Group], str | None]] = {
     "dequantize": dequantize,
@@ -375,9 +450,11 @@ def _times(card: Card, group: Group, shapes: Shapes) -> Iterator[tuple[Any, ...]
     Few rows are timed without gradients, as they are when text is generated.
     """
     for (N, K), M in itertools.product(shapes, card.few_rows if _waits(group) else card.rows):
+        card.free_memory()
         call = _Timed(card, group, M, N, K)
-        forward = _interleave(card, group, call.forward, call.count)
-        step: tuple[float | None, ...] = (None, None)
+        passes = -(-LEAST_CALLS // call.count) if M <= FEW else 1
+        forward = _interleave(card, group, call.forward, passes * call.count)
+        step: tuple[Seconds | None, ...] = (None, None)
         if not _waits(group):
             step = _interleave(card, group, call.step, min(call.count, 4))
         yield M, N, K, RANK, *forward, *step
@@ -429,18 +506,31 @@ def _weights(card: Card, dtype: torch.dtype, kind: str, N: int, K: int) -> list[
 
 def _interleave(
     card: Card, group: Group, call: Callable[[int], object], count: int
-) -> tuple[float, float]:
+) -> tuple[Seconds, Seconds]:
     """Return the median seconds of a call by the group and by eager, which take turns."""
-    ours, eagers = [], []
-    for number in range(ROUNDS + 1):
-        with card.engine(group):
-            each = card.seconds(str(group), call, count) / count
-        with selection.backend("eager"):
-            other = card.seconds("eager", call, count) / count
-        if number:  # the first warms up
-            ours.append(each)
-            eagers.append(other)
-    return statistics.median(ours), statistics.median(eagers)
+    engines: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+        str(group): functools.partial(card.engine, group),
+        "eager": functools.partial(selection.backend, "eager"),
+    }
+    clocks, device, host = {}, dict[str, list[float]](), dict[str, list[float]]()
+    for name, engine in engines.items():
+        with engine():
+            clocks[name] = card.clocks(name, call, count)
+    for number in range(ROUNDS + 1):  # the first warms up
+        for name, engine in engines.items():
+            with engine():
+                device.setdefault(name, []).append(clocks[name].device() / count)
+                if number <= HOST_ROUNDS:
+                    host.setdefault(name, []).append(clocks[name].host() / count)
+    ours, eager = (
+        Seconds(
+            statistics.median(device[name][1:]),
+            statistics.median(host[name][1:]),
+            clocks[name].is_captured,
+        )
+        for name in engines
+    )
+    return ours, eager
 
 
 def main(arguments: Sequence[str]) -> int:

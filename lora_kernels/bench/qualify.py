@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any
 from unittest import mock
@@ -35,7 +36,9 @@ SHEETS = {
 # Seconds, estimates: to start a worker, import torch and open the device; of a claim; of a timed
 # group. CPU seconds of a compilation: 0.30 for sm_80, 0.62 for sm_89, 0.50 for sm_90, as the plan's
 # kernels took with Triton 3.9 on an AVX-512 server.
-START, CLAIM, TIMED, COMPILATION = 3.0, 0.02, 0.06, 0.6
+START, CLAIM, TIMED, COMPILATION = 3.0, 0.02, 0.3, 0.6
+WIDTHS = (5, 15, 15, 13, 7)  # of the table's columns
+EVENTS = "*"  # marks times that are not of a CUDA graph
 CORES = 8  # of the machine that a dry run assumes
 
 
@@ -86,22 +89,45 @@ def run(args: argparse.Namespace) -> int:
 
 
 def table(verdict: Verdict) -> str:
-    """Return a line for each group: its times over eager's by rows of x, or why it failed."""
+    """Return a line for each group and number of rows, or why the group failed.
+
+    The device's and the host's columns are medians of a forward in µs, ours and eager's.
+    """
     lines = [f"{verdict.key['name']}, driver {verdict.key['driver']}"]
     width = max((len(str(group)) for group in [*verdict.passed, *verdict.failed]), default=0)
+    columns = ("M", "device, µs", "host, µs", "over eager's", "step's")
+    head = " ".join(f"{name:>{w}}" for name, w in zip(columns, WIDTHS, strict=True))
+    if verdict.points:
+        lines.append(f"  {'':{width}} {head}")
     for group in sorted(verdict.passed):
         rows = sorted({point.rows for point in verdict.points if point.group == group})
-        cells = []
-        for M in rows:
-            forward, step = verdict.ratios(group, M) or (0.0, 0.0)
-            cells.append(f"M={M}: {forward:.2f}" + (f", step {step:.2f}" if step else ""))
-        lines.append(f"✓ {group!s:{width}}  time over eager's, {'; '.join(cells)}")
+        lines += [f"✓ {group!s:{width}} {_times(verdict, group, M)}" for M in rows]
+        lines += [] if rows else [f"✓ {group}"]
+    if not all(s.is_captured for p in verdict.points for s in p[5:] if s is not None):
+        lines.append(f"{EVENTS} not captured in a graph: timed in a busy stream")
     lines += [f"✗ {group!s:{width}}  {why}" for group, why in sorted(verdict.failed.items())]
     lines.append(
         f"{len(verdict.passed)} of {len(verdict.passed) + len(verdict.failed)} groups pass"
     )
     lines.append(str(verdicts.file_of(verdict.key)))
     return "\n".join(lines)
+
+
+def _times(verdict: Verdict, group: Group, M: int) -> str:
+    """Return the cells of a group's row of the table for M rows of x."""
+    points = [point for point in verdict.points if (point.group, point.rows) == (group, M)]
+    cells = [str(M)]
+    for which in ("device", "host"):
+        ours, eager = (
+            statistics.median(getattr(seconds, which) for seconds in each) * 1e6
+            for each in zip(*((p.forward, p.eager_forward) for p in points), strict=True)
+        )
+        cells.append(f"{ours:.1f} / {eager:.1f}")
+    if not all(p.forward.is_captured and p.eager_forward.is_captured for p in points):
+        cells[1] += EVENTS
+    forward, step = verdict.ratios(group, M) or (0.0, 0.0)
+    cells += [f"{forward:.2f}", f"{step:.2f}" if step else ""]
+    return " ".join(f"{cell:>{w}}" for cell, w in zip(cells, WIDTHS, strict=True)).rstrip()
 
 
 def plans(dtypes: Sequence[str]) -> list[dict[str, Any]]:

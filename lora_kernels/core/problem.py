@@ -13,6 +13,11 @@ import torch
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_KERNEL_RANK = 256
 MANY_ROWS = 4096  # M, N or K of a large model, the default if the size is unknown
+# Why Triton and CUDA do not run `multi_lora_linear`.
+ONE_ADAPTER = (
+    "the kernels for GPUs take one adapter; in a GEMM of several, a NaN of one reaches the rows of "
+    "the others"
+)
 
 
 class Strategy(str, Enum):

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from ..arguments import base_dtype
 from ..quantization import Weight4bit, quantize_4bit
-from ..quantization.weight4bit import check_decoder
 from .layer import Base, Init, LoRALayer
 from .linear import LoRALinear
 
@@ -57,7 +56,6 @@ class Base4bit(Base):
         layer.quant_type, layer.blocksize = weight.quant_type, weight.blocksize
         layer.double_quant, layer.weight_dtype = weight.nested, weight.dtype
         layer._cache.weight4bit = None
-        check_decoder(weight.device)
 
     def operand(self, layer: QLoRALayer) -> Weight4bit:  # type: ignore[override]
         parameters = layer._parameters
@@ -146,11 +144,6 @@ class QLoRALayer(LoRALayer):
             if t is not None and (t.storage_offset() % 4 or t.data_ptr() % 4):
                 # A view of a memory-mapped file, which is not aligned for float32.
                 t.data = t.data.clone()
-
-    def _apply(self, *args: Any, **kwargs: Any) -> Self:
-        super()._apply(*args, **kwargs)
-        check_decoder(self.weight.device)
-        return self
 
     def extra_repr(self) -> str:
         nested = ", nested" * self.double_quant

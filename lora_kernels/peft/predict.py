@@ -258,7 +258,7 @@ def _predict_on_gpu(part: Part, rows: int, gpu: DeviceInfo, step: bool) -> float
 
     def predict_gemm(N: int, K: int) -> float:
         call = part._replace(N=N, K=K).problem(rows)._replace(dropout=part.dropout)
-        bitsandbytes = decode4bit.bitsandbytes_reason(part.device) is None
+        bitsandbytes = part.four_bit and decode4bit.bitsandbytes_reason(part.device) is None
         predicted = costs.predict(gpu, call, bitsandbytes)
         backend = choice.backend if choice.backend in ("triton", "cuda") else "eager"
         same = [cost for cost in predicted if cost.backend == backend]

@@ -17,10 +17,8 @@ from peft.tuners.lora.layer import LoraLayer, MultiheadAttention, ParamWrapper
 from torch import nn
 
 from .. import qualification, selection, verdicts
-from ..quantization.weight4bit import check_decoder
 from . import foreign, traffic
 from .adalora import FusedSVDLinear
-from .base import is_linear4bit
 from .eligibility import patched_reason, unfusable_reason
 from .embedding import FusedEmbedding
 from .experts import FusedParamWrapper
@@ -81,7 +79,6 @@ def fuse(model: Model, linears: bool = False, loss: bool = False, qualify: str =
     for _, layer, reason in layers:
         _restore_linears(layer.modules())  # type: ignore[attr-defined]
         if reason is None and not isinstance(layer, Fused):
-            _check_decoder(layer)
             set_class(layer, _fused_class(layer))
     for linear in _plain_linears(model) if linears else ():
         set_class(linear, StreamedLinear)
@@ -110,13 +107,6 @@ def _follow_verdicts(model: nn.Module, qualify: str) -> None:
 @functools.cache
 def _advise(reason: str) -> None:
     logger.warning("our GPU kernels are off: %s", reason)
-
-
-def _check_decoder(layer: Any) -> None:
-    """Compare bitsandbytes' kernels with ours on the device of a 4-bit weight on a GPU."""
-    base = layer.get_base_layer()
-    if is_linear4bit(base):
-        check_decoder(base.weight.device)
 
 
 def unfuse(model: Model) -> Model:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import traffic
+from ..backends.decode4bit import bitsandbytes_reason
 from .adapters import ALORA, variant_of
 from .base import is_conv1d, is_linear4bit
 from .linear import peft_class, set_class
@@ -80,12 +81,8 @@ def _is_countable(layer: Any) -> bool:
     if any(variant_of(layer, name) == ALORA for name in getattr(layer, "lora_variant", ())):
         return False  # they depend on the rows in which it is active
     base = layer.get_base_layer()
-    if is_linear4bit(base):
-        from ..quantization import bitsandbytes
-
-        if bitsandbytes.check(base.weight.device) is not None:
-            return False  # PyTorch then decodes, and moves more bytes; `explain` gives the reason
-        bitsandbytes.check(torch.device("meta"))
+    if is_linear4bit(base) and bitsandbytes_reason(base.weight.device) is not None:
+        return False  # PyTorch then decodes, and moves more bytes; `explain` gives the reason
     # Any other base layer is called as a module, whose bytes are the same with PEFT.
     return isinstance(base, nn.Linear) or is_conv1d(base)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from typing import Any, NamedTuple
 
 import bitsandbytes
@@ -13,7 +15,6 @@ from torch import Tensor
 from ..backends.decode4bit import (
     bitsandbytes_dense,
     bitsandbytes_gemm,
-    bitsandbytes_reasons,
     has_gemm_4bit,
 )
 from ..core.packed4bit import Packed4bit
@@ -97,24 +98,13 @@ def cached_weight(packed: Tensor, state: Any) -> Weight4bit:
     return known.weight
 
 
-def check(device: torch.device) -> str | None:
-    """Compare bitsandbytes' 4-bit ops on `device` with this package's, once a process.
-
-    If the results agree, bitsandbytes decodes 4-bit weights on the device from then on. The
-    comparison synchronizes with the device, so no forward may call it.
+def compare(device: torch.device) -> str | None:
+    """Compare bitsandbytes' 4-bit ops on `device` with this package's, and synchronize.
 
     Returns None if the results agree, or the reason why bitsandbytes is not used.
 
-    >>> check(torch.device("cpu")) == check(torch.device("cpu"))
-    True
+    >>> compare(torch.device("meta"))  # which has no values
     """
-    key = (device.type, device.index)
-    if key not in bitsandbytes_reasons:
-        bitsandbytes_reasons[key] = _unused_reason(device)
-    return bitsandbytes_reasons[key]
-
-
-def _unused_reason(device: torch.device) -> str | None:
     version = f"bitsandbytes {bitsandbytes.__version__}"
     ops = getattr(torch.ops, "bitsandbytes", None)
     for name in ("dequantize_4bit", "dequantize_blockwise"):
@@ -123,15 +113,16 @@ def _unused_reason(device: torch.device) -> str | None:
     if device.type == "meta":  # meta tensors have no values to compare
         return None
     generator = torch.Generator().manual_seed(0)
-    sample = torch.randn(64, 256, generator=generator)
-    x = torch.randn(3, 256, generator=generator).to(device)
+    sample = torch.randn(64, 256, generator=generator, dtype=torch.float32)
+    x = torch.randn(3, 256, generator=generator, dtype=torch.float32)
+    is_cuda = device.type == "cuda"  # the current GPU of a thread is the first one
     try:
-        for quant_type in ("nf4", "fp4"):
-            for nested in (False, True):
-                found = _find_difference(sample, x, quant_type, nested, device)
+        with torch.cuda.device(device) if is_cuda else contextlib.nullcontext():
+            for quant_type, nested in itertools.product(("nf4", "fp4"), (False, True)):
+                found = _find_difference(sample, x.to(device), quant_type, nested, device)
                 if found:
                     return f"{version}: {found} of {quant_type} differs from the reference"
-    except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
+    except (RuntimeError, AssertionError, ValueError, TypeError) as error:
         return f"{version} raised {type(error).__name__}: {error}"
     return None
 

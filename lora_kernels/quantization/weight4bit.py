@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import sys
 from collections.abc import Mapping
 from importlib.util import find_spec
 from types import ModuleType
@@ -15,7 +14,6 @@ import torch
 from torch import Tensor
 
 from ..backends import cuda, decode4bit, forced, triton
-from ..backends.library import is_on_gpu_path
 from ..core import reference
 from ..core.packed4bit import Packed4bit
 from . import codebooks
@@ -449,15 +447,13 @@ def _parse_json(key: str, t: Tensor) -> dict[str, Any]:
     return rest
 
 
-def check_decoder(device: torch.device) -> None:
-    """Compare bitsandbytes' ops, if installed, with this package's on a device with a 4-bit weight.
+def _compare_bitsandbytes(device: torch.device) -> str | None:
+    """Return why bitsandbytes does not decode on a device; None if its ops agree with ours."""
+    if find_spec("bitsandbytes") is None:
+        return "bitsandbytes is not installed"
+    from .bitsandbytes import compare
 
-    The comparison synchronizes with the device, so `fuse` and modules that move call it, never a
-    forward.
-    """
-    # Importing bitsandbytes takes a second, which is too long to build a module on meta.
-    wanted = device.type != "meta" or "bitsandbytes" in sys.modules
-    if is_on_gpu_path(device.type) and wanted and find_spec("bitsandbytes") is not None:
-        from .bitsandbytes import check
+    return compare(device)
 
-        check(device)
+
+decode4bit.compare_bitsandbytes = _compare_bitsandbytes

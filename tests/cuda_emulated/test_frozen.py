@@ -12,8 +12,3 @@ from tests.autograd.cases import K, M
 @pytest.mark.parametrize("option", ["plain", "all"])
 def test_frozen_factors_of_lora_linear(option: str, kinds: Any) -> None:
     frozen.check_linear(option, kinds, (M, K))
-
-
-@pytest.mark.parametrize(("index", "kinds", "p"), frozen.every_multi, ids=str)
-def test_frozen_factors_of_multi_lora_linear(index: Any, kinds: Any, p: float) -> None:
-    frozen.check_multi(index, kinds, p)

@@ -138,16 +138,6 @@ def test_unsupported_capability_reason_names_gpus_before_sm_80(
     assert found is None if why is None else why in (found or "")
 
 
-def test_multi_lora_linear_in_one_step_raises() -> None:
-    A, B = [torch.randn(2, 8)], [torch.randn(4, 2)]
-    index = torch.zeros(3, dtype=torch.int64)
-    with (
-        lora_kernels.backend("cuda", COOPERATIVE),
-        pytest.raises(RuntimeError, match="rows with adapters of their own"),
-    ):
-        lora_kernels.multi_lora_linear(torch.randn(3, 8), torch.randn(4, 8), A, B, index)
-
-
 def test_flags_two_launches_take_none(monkeypatch: pytest.MonkeyPatch) -> None:
     """A captured launch would clear them in a node of its own."""
     args = few_rows()

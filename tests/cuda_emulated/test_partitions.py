@@ -7,9 +7,8 @@ import torch
 import lora_kernels
 from lora_kernels.backends.cuda import COOPERATIVE, OVERLAPPED, TWO_PASS, TWO_PASS_SIMT, equation
 from lora_kernels.bench.case import Case
-from lora_kernels.bench.multi import MultiCase
 from tests.support import codec, exact
-from tests.support.engines import check, check_norm
+from tests.support.engines import check_norm
 
 f32, bf16 = torch.float32, torch.bfloat16
 
@@ -64,21 +63,6 @@ def test_thin_products_in_small_splits_are_exact(rank: int) -> None:
     case = exact.integers(140, 136, 70, rank, **exact.OPTIONS)
     with lora_kernels.backend("cuda", TWO_PASS_SIMT):
         exact.check(case)
-
-
-@pytest.mark.parametrize(
-    ("sizes", "dtype", "quant"),
-    [
-        ((170, 163, 163), f32, ""),
-        ((170, 163, 163), f32, "nf4-64"),
-        ((70, 200, 160), bf16, "nf4-64"),
-    ],
-)
-def test_adapters_of_rows_in_small_splits_are_close(
-    sizes: tuple[int, int, int], dtype: torch.dtype, quant: str
-) -> None:
-    ranks = (5, 8, 3, 66)
-    check(MultiCase(*sizes, ranks, "mixed", dtype, quant=quant, bias=False, dropout_p=0.5))
 
 
 @pytest.mark.usefixtures("long_splits")

@@ -304,6 +304,3 @@ def test_choose_of_a_forced_strategy_by_rows(M: int) -> None:
         choice = selection.choose(problem._replace(layout=no_base, rows=1))
         assert choice.strategy == TWO_PASS_SIMT
         assert choice.reason.count(constraints.NO_BASE) == 1
-    assert selection.choose(problem._replace(mixed=True)).strategy == TWO_PASS
-    odd = problem._replace(mixed=True, inner=63)
-    assert selection.choose(odd).strategy == TWO_PASS_SIMT

@@ -12,7 +12,6 @@ import lora_kernels
 from lora_kernels.backends import cuda
 from lora_kernels.backends.cuda import COOPERATIVE, OVERLAPPED, STRATEGIES, TWO_PASS, TWO_PASS_SIMT
 from lora_kernels.bench.case import Case, fits_cuda, inputs, judge
-from lora_kernels.bench.multi import MultiCase
 from tests.support.engines import assert_within, check, check_norm
 from tests.support.problems import FULL, bf16, f16, f32
 
@@ -40,12 +39,6 @@ def test_lora_linear_of_each_case_is_within_tolerance(
 def test_dora_norm_is_within_tolerance(quant: str) -> None:
     with lora_kernels.backend("cuda"):
         check_norm(Case(0, 1031, 2112, 61, bf16, quant=quant, device="cuda"))
-
-
-@pytest.mark.parametrize("quant", ["", "nf4-64-nested"])
-def test_multi_lora_linear_is_within_tolerance(quant: str) -> None:
-    with lora_kernels.backend("cuda"):
-        check(MultiCase(70, 65, 128, rows="mixed", dtype=bf16, quant=quant, device="cuda"))
 
 
 def layer(M: int, seed: int = 0) -> Callable[[], Tensor]:

@@ -17,6 +17,8 @@ SKIPS = 20  # calls and tables that the formatter would spread over a line for e
 PRIVATE_OF_TORCH = {
     "torch._C._dispatch_tls_local_include_set",  # no public way to see modes and transforms
     "torch.autograd.forward_ad._current_level",  # no public way to see forward-mode AD
+    "torch.cuda._sleep",  # no public kernel that waits
+    "torch.utils._python_dispatch._get_current_dispatch_mode",  # no public way to see tracing
     "torch.utils._python_dispatch.TorchDispatchMode",  # named in PyTorch's tutorials
 }
 

@@ -92,9 +92,6 @@ def test_tuned_goes_before_the_model() -> None:
         cast = problem._replace(x_dtype=torch.float32)  # by autocast
         assert heuristics.choose_tuned(cast, target, None) == found
         assert heuristics.choose_tuned(problem._replace(dropout=True), target, None) is None
-    with measured.override_row(key, rows[triton.FUSED, 100.0]):
-        mixed = heuristics.choose_tuned(problem._replace(mixed=True), target, None)
-        assert mixed == Choice("triton", triton.TWO_PASS, "measured here")
 
 
 def test_names_decide_between_full_and_half_rate() -> None:
@@ -287,19 +284,18 @@ def test_bitsandbytes_fuses_up_to_the_rows_of_its_tier() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "mixed", "unavailable", "want"),
+    ("rows", "unavailable", "want"),
     [
-        (1, False, {}, ("cuda", Strategy.COOPERATIVE)),
-        (1, True, {}, ("eager", Strategy.LIBRARY)),
-        (32, True, {}, ("cuda", Strategy.TWO_PASS)),
-        (1, False, {"cuda": "not built"}, ("eager", Strategy.LIBRARY)),
+        (1, {}, ("cuda", Strategy.COOPERATIVE)),
+        (32, {}, ("cuda", Strategy.TWO_PASS)),
+        (1, {"cuda": "not built"}, ("eager", Strategy.LIBRARY)),
     ],
     ids=str,
 )
-def test_choose_fastest_of_rows_with_their_own_adapters_has_p_first(
-    rows: int, mixed: bool, unavailable: dict[str, str], want: tuple[str, str]
+def test_choose_fastest_takes_a_backend_that_is_there(
+    rows: int, unavailable: dict[str, str], want: tuple[str, str]
 ) -> None:
-    problem = Problem("cuda", *(torch.bfloat16,) * 4, R, rows, True, N, K, mixed=mixed)
+    problem = Problem("cuda", *(torch.bfloat16,) * 4, R, rows, True, N, K)
     choice = costs.choose_fastest(problem, H100, unavailable)
     assert choice is not None and (choice.backend, choice.strategy) == want
     assert ("of eager's" in choice.reason) is (choice.backend != "eager")

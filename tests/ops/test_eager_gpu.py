@@ -49,10 +49,8 @@ def decoder(request: pytest.FixtureRequest) -> Iterator[str]:
     before = dict(decode4bit.bitsandbytes_reasons)
     if request.param.endswith("bitsandbytes"):
         pytest.importorskip("bitsandbytes")
-        from lora_kernels.quantization import bitsandbytes
-
         decode4bit.bitsandbytes_reasons.pop(("cpu", None), None)
-        assert bitsandbytes.check(CPU) is None
+        assert decode4bit.bitsandbytes_reason(CPU) is None
     else:
         decode4bit.bitsandbytes_reasons["cpu", None] = "the test says so"
     yield request.param
@@ -548,24 +546,3 @@ def test_out_dtype_of_cuda_but_not_of_rocm(
     monkeypatch.setattr(torch.version, "hip", hip)
     on_a_gpu: Any = SimpleNamespace(is_cuda=True, is_meta=False, is_cpu=False)
     assert library.has_out_dtype(on_a_gpu) is has
-
-
-def test_check_of_bitsandbytes_is_made_once_for_each_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("bitsandbytes")
-    from lora_kernels.quantization import bitsandbytes
-
-    monkeypatch.setattr(bitsandbytes, "bitsandbytes_reasons", {})
-    monkeypatch.setattr(decode4bit, "bitsandbytes_reasons", bitsandbytes.bitsandbytes_reasons)
-    asked: list[torch.device] = []
-
-    def disagreement(device: torch.device) -> str | None:
-        asked.append(device)
-        return "no kernel image" if device.index else None
-
-    monkeypatch.setattr(bitsandbytes, "_unused_reason", disagreement)
-    devices = [torch.device("cuda", index) for index in (0, 1)]
-    for _ in range(2):
-        found = [bitsandbytes.check(device) for device in devices]
-        assert found == [None, "no kernel image"]
-    assert asked == devices
-    assert [decode4bit.bitsandbytes_reason(device) for device in devices] == found

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from lora_kernels import multi_lora_linear, ops, reference
-from lora_kernels.backends import cpu, native, stacked
+import lora_kernels
+from lora_kernels import multi_lora_linear, ops, reference, selection
+from lora_kernels.backends import cpu, native
 from lora_kernels.backends.rows import rows_of
 from lora_kernels.bench.case import give_mask, inputs
 from lora_kernels.bench.multi import MultiCase
@@ -15,7 +16,7 @@ from lora_kernels.core.call import MultiOperands, MultiSpec
 from tests.ops.engines import every_engine, every_thread_count
 from tests.support.allocations import Results
 from tests.support.engines import check
-from tests.support.multi import check_isolation, of_formats, run
+from tests.support.multi import of_formats, run
 
 f64, f32, bf16, f16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 
@@ -270,14 +271,6 @@ def test_rows_around_one_without_an_adapter_are_one_run() -> None:
     assert rows_of(torch.tensor([0, -1, 0]), 1).runs == [(0, 1, 3)]
 
 
-def test_compact_ranks_of_a_row_are_its_own_then_zeros() -> None:
-    A, B = [torch.ones(r, 3).bfloat16() for r in (1, 2)], [torch.ones(4, r) for r in (1, 2)]
-    stack = stacked.stack(A, B, torch.tensor([1, -1, 0]), [0.1, 1.0])
-    assert torch.equal(stack.gate, torch.tensor([0.1, 1.0, 1.0]))  # not rounded as A is
-    compact = stack.compact(torch.arange(9.0).view(3, 3))
-    assert compact.tolist() == [[1.0, 2.0], [0.0, 0.0], [6.0, 0.0]]
-
-
 @pytest.mark.skipif(native.module is None, reason="the native kernels are not built")
 def test_choose_multi_largest_rank_decides() -> None:
     """A rank above the kernels' is not theirs, whichever adapter has it."""
@@ -287,20 +280,70 @@ def test_choose_multi_largest_rank_decides() -> None:
     assert choice.backend == "eager" and "rank 257 is above" in choice.reason
 
 
-def test_multi_lora_linear_adapter_overflows_spoils_its_rows_alone() -> None:
-    check_isolation()
+# The results of adapter 1 that a NaN in one of its arguments reaches.
+REACHED = {
+    "lora_A": {"y", "dx", "dB"},
+    "lora_B": {"y", "dx", "dA"},
+    "x": {"y", "dA", "dB"},
+    "dy": {"dx", "dA", "dB"},
+}
 
 
 @every_engine
-def test_nan_in_one_lora_B_spoils_its_rows_alone(engine: str) -> None:
-    args = without_dy(MultiCase(9, 20, 32, ranks=(4, 4, 4), rows="mixed"))
-    args["index"] = torch.tensor([0, 1, -1] * 3)
-    want = multi_lora_linear(**args)
+@pytest.mark.parametrize("quant", ["", "nf4-64"])
+@pytest.mark.parametrize("index", [[0, 1, -1, 2] * 3, [0] * 3 + [1] * 4 + [-1] * 2 + [2] * 3])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", REACHED)
+def test_multi_lora_linear_of_nan_or_inf_in_one_adapter_spoils_its_rows_alone(
+    name: str, value: float, index: list[int], quant: str, engine: str
+) -> None:
+    """y, dx, dA and dB of all others keep their bits."""
+    ranks, N, K = (4, 5, 3), 20, 64
+    args = inputs(MultiCase(len(index), N, K, ranks, "mixed", bias=False, quant=quant))
+    args["index"], own = torch.tensor(index), torch.tensor(index) == 1
+    want = run(multi_lora_linear, args)
     with torch.no_grad():
-        args["lora_B"][1][3, 2] = float("nan")
-    got, others = multi_lora_linear(**args), args["index"] != 1
-    assert torch.equal(got[others], want[others])
-    assert got[~others].isnan().nonzero()[:, 1].tolist() == [3, 3, 3]
+        if name in ("x", "dy"):
+            args[name][own, 2] = value
+        else:
+            args[name][1][:, 2] = value
+    got = run(multi_lora_linear, args)
+
+    def split(results: dict[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, ...]]:
+        """Each result of adapter 1, and of all others."""
+        found = {n: results[n].view(len(index), -1) for n in ("y", "dx")}
+        parts = {n: (t[own], t[~own]) for n, t in found.items()}
+        for n, width in (("dA", K), ("dB", N)):
+            first, second, third = results[n].split([R * width for R in ranks])
+            parts[n] = second, torch.cat([first, third])
+        return parts
+
+    before, after = split(want), split(got)
+    for n, (of_one, of_others) in after.items():
+        assert torch.equal(of_others, before[n][1]), n
+        assert of_one.isfinite().all().item() == (n not in REACHED[name]), n
+
+
+@pytest.mark.parametrize(
+    ("backend", "strategy"),
+    [(b, s) for b in ("triton", "cuda") for s in (None, *selection.STRATEGIES[b])],
+)
+def test_multi_lora_linear_by_a_forced_gpu_backend_raises(
+    backend: str, strategy: str | None
+) -> None:
+    """In both directions, whatever device the tensors are on."""
+    args = without_dy(MultiCase(3, 5, 8))
+    names = ("x", "weight", "lora_A", "lora_B", "index")
+    operands = *(args[name] for name in names), args["bias"], None
+    spec = args["scaling"], 0.0, f32, f32
+    match = f"backend '{backend}' was requested and cannot run here: the kernels for GPUs take one"
+    with lora_kernels.backend(backend, strategy):
+        with pytest.raises(RuntimeError, match=match):
+            multi_lora_linear(**args)
+        with pytest.raises(RuntimeError, match=match):
+            needs = True, [True] * 4, [True] * 4, True
+            p = torch.zeros(3, 8)
+            ops.multi_lora_linear_backward(torch.zeros(3, 5), *operands, p, *spec, *needs)
 
 
 @every_engine

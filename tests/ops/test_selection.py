@@ -340,7 +340,7 @@ def backward_elsewhere(
             got.extend(torch.autograd.grad(y, leaves, dy))
 
     with pytest.MonkeyPatch.context() as patch:
-        for backends in (ops._BACKENDS, ops._EXPERTS_BACKENDS):
+        for backends in (ops._BACKENDS, ops._MULTI_BACKENDS, ops._EXPERTS_BACKENDS):
             for name, module in list(backends.items()):
                 patch.setitem(backends, name, RecordedBackend(name, module, taken))
         with lora_kernels.backend("eager"):

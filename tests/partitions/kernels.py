@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 OPTIONS = ("dropout", "gate", "column scale", "4-bit", "adapters")
+GPU = ("triton", "cuda")  # whose kernels take one adapter
 Absent = dict[str | tuple[str, str], str]  # an option, or a partition and an option -> the reason
 
 
@@ -27,17 +28,14 @@ _GATE = _not("the gate multiplies S, and the sums of dA and dB", "gate")
 _WEIGHT = _not("it reads no base weight", "4-bit")
 _DECODED = _not("the weight is decoded before", "4-bit")
 _HOST = _not("dY has been multiplied by the column scale", "column scale")
-_ALONE = _not("each adapter's rows are taken by another kernel", "adapters")
-_TWO_STEPS = _not("refused: a row's ranks are picked between P and the product", "adapters")
-_ONE_SPLIT = _not("P of several adapters is one partial sum", ("splits", "adapters"))
 _BASE = _not("of several adapters it makes the base GEMM alone", "adapters")
 _DS = _not("dS has been multiplied by the gate", "gate")
 _DY = _not("dY has no mask", "dropout")
 _NORM = _not("W + (B ⊙ g)·A has no x", "dropout", "column scale", "adapters")
 _CODEC = _not("it has a weight alone", "dropout", "gate", "column scale", "adapters")
 _THIN = _GATE | _WEIGHT
-_EXPERTS = _not("rows sorted by expert have none", "gate", "column scale", "adapters")
-_LATER = _not("it makes P alone", "gate", "4-bit") | _TWO_STEPS
+_EXPERTS = _not("rows sorted by expert have none", "gate", "column scale")
+_LATER = _not("it makes P alone", "gate", "4-bit")
 
 _TILES = ("rows", "columns", "sum", "ranks")
 _OF_P = ("rows", "ranks", "splits", "sum")
@@ -47,25 +45,21 @@ _PRODUCT = ("threads", "rows", "columns", "blocks of rows", "panels", "ranks")
 
 KERNELS: dict[str, dict[str, Kernel]] = {
     "triton": {
-        "linear, fused": Kernel(("rows", "columns", "sum", "groups of rows"), _TWO_STEPS),
-        "linear, fused, dx": Kernel(("rows", "columns", "sum", "groups of rows"), _TWO_STEPS),
-        "linear, two_pass": Kernel((*_TILES, "splits"), _MASK | _ONE_SPLIT),
-        "linear, two_pass, dx": Kernel((*_TILES, "splits"), _ONE_SPLIT),
-        "linear, library": Kernel(
-            ("rows", "columns", "ranks", "splits"), _MASK | _DECODED | _ONE_SPLIT
-        ),
-        "linear, library, dx": Kernel(
-            ("rows", "columns", "ranks", "splits"), _HOST | _DECODED | _ONE_SPLIT
-        ),
+        "linear, fused": Kernel(("rows", "columns", "sum", "groups of rows"), {}),
+        "linear, fused, dx": Kernel(("rows", "columns", "sum", "groups of rows"), {}),
+        "linear, two_pass": Kernel((*_TILES, "splits"), _MASK),
+        "linear, two_pass, dx": Kernel((*_TILES, "splits"), {}),
+        "linear, library": Kernel(("rows", "columns", "ranks", "splits"), _MASK | _DECODED),
+        "linear, library, dx": Kernel(("rows", "columns", "ranks", "splits"), _HOST | _DECODED),
         "linear, publish": Kernel(
             ("splits", "sum"), _LATER | _not("it multiplies y, not x", "column scale")
         ),
         "linear, publish, dx": Kernel(("splits", "sum"), _LATER | _DY),
-        "linear, consume": Kernel(("columns", "sum", "splits"), _MASK | _TWO_STEPS),
-        "linear, consume, dx": Kernel(("columns", "sum", "splits"), _TWO_STEPS),
+        "linear, consume": Kernel(("columns", "sum", "splits"), _MASK),
+        "linear, consume, dx": Kernel(("columns", "sum", "splits"), {}),
         "shrink": Kernel(_OF_P, _THIN),
         "outer": Kernel(_OF_GRADIENT, _THIN),
-        "shrink_outer": Kernel(("rows", "splits", "sum"), _DY | _THIN | _ALONE),
+        "shrink_outer": Kernel(("rows", "splits", "sum"), _DY | _THIN),
         "reduce": Kernel(("columns", "splits"), _MASK | _WEIGHT),
         "grouped_linear": Kernel(("experts", *_TILES), _MASK | _EXPERTS),
         "grouped_linear, dx": Kernel(("experts", *_TILES), _EXPERTS),
@@ -81,14 +75,12 @@ KERNELS: dict[str, dict[str, Kernel]] = {
         "gemm": Kernel((*_TILES, "splits"), _MASK),
         "gemm, dx": Kernel((*_TILES, "splits"), _HOST),
         "finish": Kernel(("elements", "splits"), _not("gemm has", "dropout", "gate", "4-bit")),
-        "decode": Kernel(_DECODE, _TWO_STEPS),
-        "decode, two launches": Kernel(_DECODE, _TWO_STEPS),
+        "decode": Kernel(_DECODE, {}),
+        "decode, two launches": Kernel(_DECODE, {}),
         "thin": Kernel(_OF_P, _THIN),
         "thin, over rows": Kernel(_OF_GRADIENT, _THIN),
-        "pair": Kernel(("rows", "ranks", "splits", "sum"), _DY | _THIN | _ALONE),
-        "column_sums": Kernel(
-            ("columns", "splits"), _DY | _THIN | _not("dbias sums all rows", "adapters")
-        ),
+        "pair": Kernel(("rows", "ranks", "splits", "sum"), _DY | _THIN),
+        "column_sums": Kernel(("columns", "splits"), _DY | _THIN),
         "reduce": Kernel(("elements", "splits"), _MASK | _HOST | _WEIGHT),
         "row_norm": Kernel(("rows", "splits", "sum"), _NORM),
         "dequantize": Kernel(("elements",), _CODEC),
@@ -141,4 +133,5 @@ def cells() -> list[tuple[str, str, str, str]]:
         for partition in kernel.partitions
         for option in OPTIONS
         if option not in kernel.absent and (partition, option) not in kernel.absent
+        if not (option == "adapters" and backend in GPU)
     ]

@@ -89,8 +89,8 @@ def _inside(owner: Any, name: str, adapters: bool, backward: bool) -> None:
     setattr(owner, name, recorded)
 
 
-def _record_op(owner: Any) -> None:
-    for name in ("lora_linear", "multi_lora_linear"):
+def _record_op(owner: Any, *names: str) -> None:
+    for name in ("lora_linear", *names):
         _inside(owner, name, name.startswith("multi"), False)
         _inside(owner, f"{name}_backward", name.startswith("multi"), True)
 
@@ -118,7 +118,7 @@ def _triton_launch(kernel: Any, config: Any, *args: Any, grid: Any, device: Any,
         note("triton", name, options, **parts, sum=(a["n_per_split"], a["BLOCK_N"]))
     elif name == "reduce":
         sums_z = given["sum_z"]
-        options = _some(gate=given["gate"], column_scale=sums_z, adapters=_several_adapters)
+        options = _some(gate=given["gate"], column_scale=sums_z)
         note("triton", name, options, columns=grid[0], splits=a["num_splits"])
     elif name.startswith("grouped_"):
         _triton_grouped(name, a, given)
@@ -468,7 +468,7 @@ def _record_cpu() -> None:
         _wrap(native.module, before.__name__.removeprefix("_"), before)
     _wrap(cpu, "_library_base", _library_base)
     _wrap(cpu, "_library_dx", _library_dx)
-    _record_op(cpu)
+    _record_op(cpu, "multi_lora_linear")
 
 
 # eager -------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lora_kernels import costs, device, qualification, verdicts
+from lora_kernels.backends import decode4bit
 from lora_kernels.device import DeviceInfo
 from tests.support import fake_card, gpus
 
@@ -21,11 +22,14 @@ def card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[DeviceInfo
     monkeypatch.setattr(device, "gpu", lambda index: H100)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(verdicts, "key", lambda index: dict(fake_card.KEY))
     monkeypatch.setattr(qualification, "_visible_device", lambda index: "")
     monkeypatch.setattr("lora_kernels.backends.cuda.unsupported_device_reason", lambda *at: None)
     monkeypatch.setattr(verdicts, "_current", {})
     monkeypatch.setattr(verdicts, "_is_off", False)
+    why = "the card is not there"
+    monkeypatch.setattr(decode4bit, "bitsandbytes_reasons", {("cuda", i): why for i in range(3)})
     costs.choose.cache_clear()
     yield H100
     costs.choose.cache_clear()

@@ -4,6 +4,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +17,8 @@ from lora_kernels.backends import cuda
 from lora_kernels.backends.cuda import launch
 from lora_kernels.bench import claims
 from lora_kernels.quantization import quantize_4bit
-from lora_kernels.verdicts import Group
+from lora_kernels.verdicts import Group, Seconds
+from tests.support import fake_card as fake_card_times
 from tests.support.fake_card import FakeCard
 
 if cuda.emulator_unavailable_reason():
@@ -165,8 +167,7 @@ def test_cases_have_the_sizes_and_options_that_their_claims_name() -> None:
     assert even.R == verdicts.MAX_RANK
     (many,), (few,) = (claims.many_blocks(card, group) for group in (TWO_PASS, DECODE))
     assert card.many == (many.M, many.N, many.K) and (16, card.many[1]) == (few.M, few.N)
-    (mixed,) = claims.several_adapters(card, TWO_PASS)
-    for case in (odd, even, many, mixed):
+    for case in (odd, even, many):
         assert (case.dtype, case.adapter_dtype) == (torch.bfloat16, torch.float32)
         assert case.quant
     (cast,) = claims.autocast(card, TWO_PASS)
@@ -225,24 +226,34 @@ def test_times_are_of_every_shape_and_row() -> None:
     group = DECODE._replace(strategy="two_pass")
     _, points = claims.check(fake_card(), claims.Claim(group, "time", 3), [(64, 128), (128, 64)])
     assert [point[:4] for point in points] == [(20, 64, 128, 16), (20, 128, 64, 16)]
-    assert all(point[4:] == (0.5e-3, 1e-3, 0.5e-3, 1e-3) for point in points)
+    times = fake_card_times.SECONDS, fake_card_times.EAGER_SECONDS
+    assert all(point[4:] == times * 2 for point in points)
 
 
 def test_times_are_medians_of_turns_after_one_to_warm_up() -> None:
-    """The group and eager take turns, each forced."""
-    turns, seen = iter([100, 100, 7, 8, 1, 2, 6, 9, 2, 1, 5, 5, 3, 3, 4, 6]), []
+    """The group and eager take turns, each forced; the host's seconds are medians of fewer."""
+    turns = iter([100, 100, 7, 8, 1, 2, 6, 9, 2, 1, 5, 5, 3, 3, 4, 6])
+    hosts, seen = iter([100, 100, 70, 80, 10, 20, 60, 90]), []
 
-    def seconds(name: str, call: Any, count: int) -> float:
-        seen.append((selection.forced_backend(), call(0)))
-        return float(next(turns)) * count
+    def clocks(name: str, call: Any, count: int) -> claims.Clocks:
+        def clock(times: Iterator[int], which: str) -> float:
+            seen.append((selection.forced_backend(), call(0), which))
+            return float(next(times)) * count
 
-    card: Any = SimpleNamespace(engine=fake_card().engine, seconds=seconds)
-    assert claims._interleave(card, DECODE, lambda number: "called", 3) == (4.0, 5.0)
-    assert seen == [("cuda", "called"), ("eager", "called")] * (claims.ROUNDS + 1)
+        device, host = partial(clock, turns, "device"), partial(clock, hosts, "host")
+        return claims.Clocks(device, host, name == "eager")
+
+    card: Any = SimpleNamespace(engine=fake_card().engine, clocks=clocks)
+    ours, eager = claims._interleave(card, DECODE, lambda number: "called", 3)
+    assert (ours, eager) == (Seconds(4.0, 60.0, False), Seconds(5.0, 80.0, True))
+    both = [("cuda", "called", "device"), ("cuda", "called", "host")]
+    both += [("eager", "called", "device"), ("eager", "called", "host")]
+    rounds = claims.ROUNDS - claims.HOST_ROUNDS
+    assert seen == both * (claims.HOST_ROUNDS + 1) + both[::2] * rounds
 
 
 def test_steps_have_gradients_and_calls_cold_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    weights, gradients = [], []
+    weights, gradients, counts = [], [], []
 
     def lora_linear(x: Tensor, weight: Tensor, *args: Any) -> Tensor:
         weights.append(weight.data_ptr())
@@ -250,9 +261,10 @@ def test_steps_have_gradients_and_calls_cold_weights(monkeypatch: pytest.MonkeyP
         return x @ weight.t() + sum(t.sum() for t in args[:2])
 
     class Card(FakeCard):
-        def seconds(self, name: str, call: Any, count: int) -> float:
+        def clocks(self, name: str, call: Any, count: int) -> Any:
+            counts.append(count)
             call(0), call(1)
-            return 1.0
+            return claims.Clocks(lambda: 1.0, lambda: 1.0, True)
 
     monkeypatch.setattr(functional, "lora_linear", lora_linear)
     group = DECODE._replace(strategy="two_pass")
@@ -260,9 +272,10 @@ def test_steps_have_gradients_and_calls_cold_weights(monkeypatch: pytest.MonkeyP
     half = len(gradients) // 2
     assert gradients == [False] * half + [True] * half
     assert len(set(weights)) == 2 and weights[::2].count(weights[0]) == half
+    assert counts == [12, 12, 2, 2]  # forwards of few rows go through the weights six times
 
 
-@pytest.mark.parametrize("name", ["autocast", "several adapters", "memory", "dequantize", "time"])
+@pytest.mark.parametrize("name", ["autocast", "memory", "dequantize", "time"])
 def test_kernels_compiled_ahead_are_those_of_the_claim(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -288,46 +301,100 @@ def test_weights_are_cold_and_equal() -> None:
     assert len(claims._weights(fake_card(), torch.bfloat16, "dense", 64, 32)) == 2
 
 
-def test_gpu_s_work_is_waited_for_and_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Calls at once have a stream each; a graph is warmed up on a stream aside."""
-    log: list[str] = []
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A GPU whose calls are noted: `said()` returns and forgets them. `fails`: captures do."""
+    noted = SimpleNamespace(log=[], fails=False, ticks=itertools.count())
     numbers = itertools.count(1)
 
     @contextmanager
-    def within(name: str) -> Iterator[None]:
-        log.append(f"on {name}")
+    def enter(stream: Any) -> Iterator[None]:
+        noted.log.append(f"on {stream.name}")
         yield
+        noted.log.append("back")
 
-    def note(what: str) -> Callable[[], None]:
-        return lambda: log.append(what)
+    def note(what: str) -> Callable[..., None]:
+        return lambda *args: noted.log.append(" ".join([what, *map(str, args)]))
 
-    def event(enable_timing: bool) -> Any:
-        elapsed = {"elapsed_time": lambda end: 3000.0}
-        return SimpleNamespace(record=note("record"), synchronize=note("wait for it"), **elapsed)
+    def event(enable_timing: bool = False) -> Any:
+        calls = {name: note(name) for name in ("record", "wait")}
+        return SimpleNamespace(synchronize=note("done"), elapsed_time=lambda end: 3000.0, **calls)
 
-    def stream() -> Any:
-        name = f"stream {next(numbers)}"
-        return SimpleNamespace(name=name, synchronize=note(f"wait for {name}"))
+    def capture_end() -> None:
+        noted.log.append("captured")
+        if noted.fails:
+            raise RuntimeError("operation not permitted when stream is capturing")
 
-    fakes: dict[str, Any] = {"synchronize": note("wait"), "Stream": stream, "Event": event}
-    fakes |= {"CUDAGraph": lambda: SimpleNamespace(replay=note("replay"))}
-    fakes |= {"stream": lambda s: within(s.name), "graph": lambda g: within("graph")}
-    for name, fake in fakes.items():
-        monkeypatch.setattr(torch.cuda, name, fake)
+    def graph() -> Any:
+        begin = note("capture")
+        return SimpleNamespace(capture_begin=begin, capture_end=capture_end, replay=note("replay"))
 
     def said() -> str:
-        text = ", ".join(log)
-        log.clear()
+        text = ", ".join(noted.log)
+        noted.log.clear()
         return text
 
+    noted.said, noted.note = said, note
+    stream = lambda: SimpleNamespace(name=f"stream {next(numbers)}")  # noqa: E731
+    fakes = {"synchronize": note("synchronize"), "Stream": stream, "Event": event, "stream": enter}
+    fakes |= {"CUDAGraph": graph, "_sleep": note("sleep")}
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    clock = SimpleNamespace(perf_counter=lambda: float(next(noted.ticks)))
+    monkeypatch.setattr(claims, "time", clock)
+    return noted
+
+
+def test_calls_at_once_are_launched_while_their_streams_wait(driver: Any) -> None:
+    """All wait for one event, and nothing synchronizes before the last is launched."""
     gpu = claims.Card.__new__(claims.Card)
-    gpu.concurrently([note("a"), note("b")])  # type: ignore[list-item]
-    assert said() == "wait, on stream 1, a, on stream 2, b, wait"
-    assert len(list(gpu.replays(note("call"), 2))) == 2  # type: ignore[arg-type]
-    warm = "on stream 3, call, wait for stream 3"
-    assert said() == f"{warm}, on graph, call, replay, wait, replay, wait"
-    assert gpu.seconds("", lambda number: log.append(f"call {number}"), 2) == 3.0
-    assert said() == "wait, record, call 0, call 1, record, wait for it"
+    gpu.concurrently([driver.note("a"), driver.note("b")])
+    gate = f"on stream 1, sleep {claims.BUSY}, record, back"
+    calls = "on stream 2, wait, a, back, on stream 3, wait, b, back"
+    assert driver.said() == f"synchronize, {gate}, {calls}, synchronize"
+
+
+WARM_UP = "synchronize, on stream 1, {0}, {0}, synchronize, capture, {0}, captured, back"
+
+
+def test_replays_are_of_one_capture_after_a_warm_up_aside(driver: Any) -> None:
+    gpu = claims.Card.__new__(claims.Card)
+    assert len(list(gpu.replays(driver.note("call"), 2))) == 2
+    replays = "replay, synchronize, replay, synchronize"
+    assert driver.said() == f"{WARM_UP.format('call')}, {replays}"
+
+
+def test_clocks_capture_once_replay_and_time_the_host_apart(driver: Any) -> None:
+    gpu = claims.Card.__new__(claims.Card)
+    clocks = gpu.clocks("eager", driver.note("call"), 2)
+    assert clocks.is_captured and driver.said() == WARM_UP.format("call 0, call 1")
+    for _ in range(2):
+        assert clocks.device() == 3.0
+        launched = f"sleep {claims.FILL}, record, replay, record, done"
+        assert driver.said() == f"synchronize, {launched}"
+        assert clocks.host() == 1.0
+        assert driver.said() == f"synchronize, sleep {claims.BUSY}, call 0, call 1"
+
+
+def test_clocks_of_what_cannot_be_captured_launch_it_into_a_busy_stream(driver: Any) -> None:
+    driver.fails = True
+    gpu = claims.Card.__new__(claims.Card)
+    clocks = gpu.clocks("eager", driver.note("call"), 2)
+    assert not clocks.is_captured
+    driver.said()
+    assert clocks.device() == 3.0
+    cycles = claims.BUSY + int(2 * claims.CLOCK)  # of twice the host's second
+    launched = f"sleep {cycles}, record, call 0, call 1, record, done"
+    assert driver.said() == f"synchronize, {launched}"
+    assert clocks.host() == 1.0
+
+
+def test_clocks_of_a_call_that_raises_raise(driver: Any) -> None:
+    def broken(number: int) -> None:
+        raise RuntimeError("no kernel image")
+
+    with pytest.raises(RuntimeError, match="no kernel image"):
+        claims.Card.__new__(claims.Card).clocks("eager", broken, 2)
 
 
 def test_gpu_without_free_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

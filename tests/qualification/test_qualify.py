@@ -78,7 +78,8 @@ def test_every_claim_of_a_group_of_each_backend_holds(monkeypatch: pytest.Monkey
         *((DECODE, M, 64, 128) for M in fake_card.FakeCard.few_rows),
         *((group, M, 64, 128) for group in (TWO_PASS, LIBRARY) for M in fake_card.FakeCard.rows),
     }
-    assert all(p.eager_forward == 2 * p.forward for p in found.points)
+    assert all(p.forward == fake_card.SECONDS for p in found.points)
+    assert all(p.eager_forward == fake_card.EAGER_SECONDS for p in found.points)
     assert all((p.step is None) == (p.group == DECODE) for p in found.points)
     cached = verdicts.read(fake_card.KEY)
     assert isinstance(cached, Verdict) and cached.json() == found.json()
@@ -210,7 +211,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_workers_share_the_claims(monkeypatch: pytest.MonkeyPatch, scripted: Any) -> None:
     claims = [Claim(g, name, 1) for name in ("memory", "time") for g in (TWO_PASS, DECODE)]
     claims.append(Claim(TWO_PASS, "graph", 2))
-    time = [1, 64, 128, 16, 1e-5, 2e-5, None, None]
+    time = [1, 64, 128, 16, [1e-5, 1e-6, True], [2e-5, 1e-6, False], None, None]
     holds = [[{"begin": n}, {"end": n, "failed": None, "points": [time]}] for n in range(2)]
     scripted.scripts += [[{"compiled": 1.0}, *holds[0], *holds[1], {"begin": 2}], holds[0]]
     plans = {(("bfloat16",), "Fake H100"): claims}

@@ -9,21 +9,28 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
 
 from lora_kernels import costs, device, selection, verdicts
 from lora_kernels.backends import cuda, decode4bit, triton
 from lora_kernels.backends.cuda import constraints
 from lora_kernels.backends.triton import measured
-from lora_kernels.core.problem import Layout, Problem
+from lora_kernels.core.problem import ONE_ADAPTER, Layout, Problem
 from lora_kernels.device import DeviceInfo
-from lora_kernels.verdicts import Group, Point, Verdict
+from lora_kernels.peft import explain, fuse, predict, row_adapters
+from lora_kernels.qualification import STRATEGIES
+from lora_kernels.verdicts import Group, Point, Seconds, Verdict
 from tests.support import fake_card
 
 bf16, f32 = torch.bfloat16, torch.float32
 DECODE = Group("cuda", "cooperative", "bfloat16", "bfloat16", "4bit")
 OTHER = Group("cuda", "overlapped", "bfloat16", "bfloat16", "4bit")
 TRITON = Group("triton", "two_pass", "bfloat16", "bfloat16", "4bit")
-POINTS = [Point(DECODE, 1, 4096, 4096, 16, 1e-5, 4e-5, None, None)]
+POINTS = [
+    Point(DECODE, 1, 4096, 4096, 16, Seconds(1e-5, 1e-6), Seconds(4e-5, 2e-6, False), None, None)
+]
+ROWS = (1, 8, 32, 128)
 VERDICT = Verdict(fake_card.KEY, frozenset({DECODE}), {OTHER: "memory: no"}, POINTS, {}, "2026")
 
 NO_RATES = '{"key": {}, "passed": [], "failed": [], "points": [], "rates": [], "date": ""}'
@@ -41,6 +48,7 @@ def test_written_verdict_is_read_back_with_every_field() -> None:
     assert isinstance(found, Verdict)
     assert found.json() == VERDICT.json() and found.digest == VERDICT.digest
     assert found.passed == {DECODE} and found.points == POINTS
+    assert not found.points[0].eager_forward.is_captured
     assert replace(found, date="2027").digest != found.digest
 
 
@@ -91,8 +99,8 @@ def test_key_names_all_that_kernels_depend_on(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("TRITON_PTXAS_PATH", "/6")
     found = " ".join(f"{name}={value}" for name, value in KEY(1).items())
     assert found == (
-        "name=H100 capability=90 multiprocessors=132 memory=80 driver=1 torch=2 cuda=3 "
-        "triton=triton 4 ptxas=/6 bitsandbytes=bitsandbytes 4 kernels=5"
+        f"format={verdicts.FORMAT} name=H100 capability=90 multiprocessors=132 memory=80 driver=1 "
+        "torch=2 cuda=3 triton=triton 4 ptxas=/6 bitsandbytes=bitsandbytes 4 kernels=5"
     )
 
 
@@ -261,15 +269,19 @@ def test_choose_says_which_claim_failed() -> None:
 @pytest.mark.parametrize(
     ("times", "reason"),
     [
-        ({"forward": 3.7e-5}, ""),
-        ({"forward": 3.9e-5}, "took 0.97 of eager's time"),
-        ({"step": 1.0, "eager_step": 1.0}, ""),
-        ({"step": 1.01, "eager_step": 1.0}, "took 1.01 of eager's time for a step"),
+        ({"forward": Seconds(3.7e-5, 0.0)}, ""),
+        ({"forward": Seconds(3.9e-5, 0.0)}, "took 0.97 of eager's time"),
+        ({"forward": Seconds(1e-5, 3.9e-5)}, "took 0.97 of eager's time"),
+        ({"step": Seconds(1.0, 0.0), "eager_step": Seconds(0.0, 1.0)}, ""),
+        (
+            {"step": Seconds(1.01, 0.0), "eager_step": Seconds(1.0, 0.0)},
+            "took 1.01 of eager's time for a step",
+        ),
     ],
     ids=str,
 )
 def test_choose_of_what_was_measured_wants_five_percent_and_no_slower_step(
-    times: dict[str, float], reason: str
+    times: dict[str, Seconds], reason: str
 ) -> None:
     verdicts.set_current(0, replace(VERDICT, points=[POINTS[0]._replace(**times)]))
     choice = selection.choose(problem())
@@ -277,30 +289,82 @@ def test_choose_of_what_was_measured_wants_five_percent_and_no_slower_step(
     assert reason in choice.reason
 
 
+@pytest.mark.parametrize("in_graph", [False, True])
+def test_choose_in_a_captured_graph_leaves_the_host_s_time_out(
+    in_graph: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kernel whose launch takes longer than eager's, and whose device time is a quarter."""
+    slow = POINTS[0]._replace(forward=Seconds(1e-5, 5e-5), eager_forward=Seconds(4e-5, 4e-5))
+    verdicts.set_current(0, replace(VERDICT, points=[slow]))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: in_graph)
+    choice = selection.choose(problem())
+    assert choice.backend == ("cuda" if in_graph else "eager")
+    assert in_graph or "took 1.25 of eager's time" in choice.reason
+
+
+def test_cost_model_leaves_the_host_s_time_out_in_a_graph(card: DeviceInfo) -> None:
+    one = problem(columns=512, inner=512)  # smaller than any launch from Python
+    available: dict[str, str | None] = {"triton": None, "cuda": None, "bitsandbytes": None}
+    reasons = [
+        str(costs.choose_fastest(one, card, available, in_graph=in_graph))
+        for in_graph in (False, True)
+    ]
+    assert [costs_host in reasons[0] for costs_host in ("launches from Python",)] == [True]
+    assert "launches from Python" not in reasons[1]
+
+
 def test_ratios_are_of_the_nearest_rows() -> None:
+    def times(forward: float, step: float | None) -> list[Seconds | None]:
+        """The longer of both is the device's for ours, and the host's for eager."""
+        steps = (None if step is None else Seconds(step, 0.1)), Seconds(8.0, 4.0)
+        return [Seconds(forward, 0.1), Seconds(1.0, 2.0), *steps]
+
     points = [
-        Point(DECODE, M, 1, 1, 16, float(M) * (step or 1.0), 2.0, step, 4.0)
-        for M, step in ((1, None), (32, 1.0), (32, 2.0), (32, 8.0), (1024, 4.0))
+        Point(DECODE, M, 1, 1, 16, *times(float(M) * (step or 1.0), step))
+        for M, step in ((1, None), (32, 2.0), (32, 4.0), (32, 16.0), (1024, 8.0))
     ]
     verdict = replace(VERDICT, points=[*points, POINTS[0]._replace(group=OTHER)])
     assert verdict.ratios(DECODE, 0) == verdict.ratios(DECODE, 5) == (0.5, 0.0)
-    assert verdict.ratios(DECODE, 6) == verdict.ratios(DECODE, 181) == (32.0, 0.5)
-    assert verdict.ratios(DECODE, 182) == (2048.0, 1.0)
+    assert verdict.ratios(DECODE, 6) == verdict.ratios(DECODE, 181) == (64.0, 0.5)
+    assert verdict.ratios(DECODE, 182) == (4096.0, 1.0)
+    assert verdict.ratios(DECODE, 182, in_graph=True) == (8192.0, 1.0)
     assert verdict.ratios(OTHER, 1) == (0.25, 0.0)
     assert verdict.ratios(DECODE._replace(weight="dense"), 1) is None
 
 
-@pytest.mark.parametrize(
-    ("group", "fields", "reason"),
-    [
-        (TRITON, {"mixed": True}, "several adapters"),
-        (DECODE, {"layout": Layout(unsupported_reason=constraints.NO_BASE)}, "base GEMM"),
-    ],
-    ids=str,
-)
-def test_choose_takes_no_kernel_in_a_way_that_is_not_checked(
-    group: Group, fields: dict[str, Any], reason: str
+def test_choose_takes_no_kernel_without_the_base_gemm_that_is_checked() -> None:
+    verdict = replace(VERDICT, passed=frozenset({DECODE}))
+    assert costs._unqualified(*DECODE[:2], problem(), verdict) is None
+    without = problem(layout=Layout(unsupported_reason=constraints.NO_BASE))
+    assert "base GEMM" in str(costs._unqualified(*DECODE[:2], without, verdict))
+
+
+def everything_qualified() -> Verdict:
+    """Every strategy of both backends passed, ten times as fast as eager with any rows."""
+    kinds = [(*each, "bfloat16", "bfloat16", "4bit") for each in STRATEGIES]
+    groups = [Group(*kind) for kind in kinds]
+    times = (Seconds(1e-6, 1e-6), Seconds(1e-5, 1e-5)) * 2
+    points = [Point(group, M, 4096, 4096, 16, *times) for group in groups for M in ROWS]
+    return replace(VERDICT, passed=frozenset(groups), failed={}, points=points)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_choose_of_several_adapters_is_eager_whatever_qualified(rows: int) -> None:
+    verdicts.set_current(0, everything_qualified())
+    assert selection.choose(problem(rows)).backend in ("triton", "cuda")
+    choice = selection.choose(problem(rows, mixed=True))
+    assert choice.backend == "eager" and choice.reason.endswith(ONE_ADAPTER)
+
+
+def test_explain_of_rows_that_name_their_adapters_says_why_it_is_eager(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    verdict = replace(VERDICT, passed=frozenset({group}))
-    assert costs._unqualified(*group[:2], problem(), verdict) is None
-    assert reason in str(costs._unqualified(*group[:2], problem(**fields), verdict))
+    verdicts.set_current(0, everything_qualified())
+    on_cpu = predict.Part.problem
+    on_gpu = lambda part, rows: on_cpu(part, rows)._replace(device_type="cuda")  # noqa: E731
+    monkeypatch.setattr(predict.Part, "problem", on_gpu)
+    model = get_peft_model(nn.Sequential(nn.Linear(64, 64)), LoraConfig(target_modules=["0"]))
+    with row_adapters(fuse(model), ["default", "__base__"]):
+        model(torch.ones(2, 64))
+        (row,) = explain(model, rows=2).rows
+    assert row.backend == "eager" and ONE_ADAPTER in row.reason

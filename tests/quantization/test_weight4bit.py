@@ -1,10 +1,8 @@
 """Weight4bit as a holder: what it refuses, what it says, where it comes from and goes to."""
 
-import contextlib
 import copy
 import dataclasses
 import pickle
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +14,7 @@ from lora_kernels.backends import decode4bit
 from lora_kernels.backends.library import as_on_gpu
 from lora_kernels.core.packed4bit import Packed4bit
 from lora_kernels.quantization import Weight4bit, codebooks, quantize_4bit
-from lora_kernels.quantization.weight4bit import check_decoder, standard_code
+from lora_kernels.quantization.weight4bit import standard_code
 
 pytest.importorskip("bitsandbytes")
 import bitsandbytes
@@ -506,8 +504,7 @@ def test_cached_weight_is_rebuilt_after_a_change(change):
 @pytest.fixture
 def no_reasons(monkeypatch):
     """bitsandbytes was not checked on any device yet."""
-    monkeypatch.setattr(ours, "bitsandbytes_reasons", reasons := {})
-    monkeypatch.setattr(decode4bit, "bitsandbytes_reasons", reasons)
+    monkeypatch.setattr(decode4bit, "bitsandbytes_reasons", reasons := {})
     return reasons
 
 
@@ -539,49 +536,24 @@ def test_check_of_bitsandbytes_notices_one_wrong_kernel(wrong, op, no_reasons, m
 
     monkeypatch.setattr(ours, "bitsandbytes_dense", spoiled_dense)
     monkeypatch.setattr(ours, "bitsandbytes_gemm", spoiled_gemm)
-    reason = ours.check(device)
-    assert reason == decode4bit.bitsandbytes_reason(device) and reason is not None
+    with as_on_gpu():
+        reason = decode4bit.bitsandbytes_reason(device)
+    assert reason is not None and no_reasons == {("cpu", None): reason}
     assert f": {op} of " in reason and "differs from the reference" in reason
 
 
-def test_check_of_bitsandbytes_says_what_it_lacks_or_raised(no_reasons, monkeypatch):
+def test_compare_of_bitsandbytes_says_what_it_lacks_or_raised(monkeypatch):
     version = f"bitsandbytes {bitsandbytes.__version__}"
-    assert ours.check(torch.device("meta")) is None  # no values to compare
+    assert ours.compare(torch.device("meta")) is None  # no values to compare
     for error in (RuntimeError, NotImplementedError, ValueError, TypeError):
 
         def broken(*args, error=error):
             raise error("no kernel image")
 
-        no_reasons.clear()
         monkeypatch.setattr(ours, "bitsandbytes_dense", broken)
         want = f"{version} raised {error.__name__}: no kernel image"
-        assert ours.check(torch.device("cpu")) == want
+        assert ours.compare(torch.device("cpu")) == want
     for name in ("dequantize_4bit", "dequantize_blockwise"):
         others = {"dequantize_4bit", "dequantize_blockwise"} - {name}
-        no_reasons.clear()
         monkeypatch.setattr(torch.ops, "bitsandbytes", SimpleNamespace(**dict.fromkeys(others)))
-        assert ours.check(torch.device("cpu")) == f"{version} has no op {name}"
-
-
-@pytest.mark.parametrize("emulated", [False, True])
-def test_check_decoder_asks_on_a_gpu_alone(emulated, no_reasons):
-    with as_on_gpu() if emulated else contextlib.nullcontext():
-        check_decoder(torch.device("cpu"))
-        assert (("cpu", None) in no_reasons) is emulated
-
-
-def test_check_decoder_imports_nothing_for_meta(no_reasons, monkeypatch):
-    meta = torch.device("meta")
-    monkeypatch.setattr(
-        sys, "modules", {k: m for k, m in sys.modules.items() if k != "bitsandbytes"}
-    )
-    check_decoder(meta)
-    assert not no_reasons
-    monkeypatch.undo()
-    check_decoder(meta)
-
-
-def test_bitsandbytes_reason_is_of_one_gpu(no_reasons):
-    no_reasons["cuda", 1] = None
-    assert decode4bit.bitsandbytes_reason(torch.device("cuda", 1)) is None
-    assert "was not yet checked" in decode4bit.bitsandbytes_reason(torch.device("cuda", 0))
+        assert ours.compare(torch.device("cpu")) == f"{version} has no op {name}"

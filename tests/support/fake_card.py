@@ -7,6 +7,8 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,13 +18,13 @@ from lora_kernels import selection
 from lora_kernels.backends import cuda
 from lora_kernels.backends.cuda import launch
 from lora_kernels.qualification import Claim
-from lora_kernels.verdicts import Group
+from lora_kernels.verdicts import Group, Seconds
 
 NAME = "tests.support.fake_card:FakeCard"
 KEY = {"name": "Fake H100", "driver": "1.2"}
 # In the environment: a key, and for a claim ("cuda cooperative … dense/memory") what befalls it.
 KEY_VARIABLE, FAULTS = "FAKE_CARD_KEY", "FAKE_CARD_FAULTS"
-EAGER_SECONDS, SECONDS = 1e-3, 0.5e-3
+EAGER_SECONDS, SECONDS = Seconds(1e-3, 0.25e-3, False), Seconds(0.5e-3, 0.125e-3)
 
 
 class FakeCard:
@@ -78,6 +80,9 @@ class FakeCard:
         y, saved = self.right(*args)
         return y * 1.02, saved
 
+    def free_memory(self) -> None:
+        pass
+
     def synchronize(self) -> None:
         if self.broken:
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
@@ -94,6 +99,11 @@ class FakeCard:
         for _ in range(count):
             yield call()
 
-    def seconds(self, name: str, call: Callable[[int], Any], count: int) -> float:
-        call(0)
-        return count * (EAGER_SECONDS if name == "eager" else SECONDS)
+    def clocks(self, name: str, call: Callable[[int], Any], count: int) -> Any:
+        def clock(seconds: Seconds, which: str) -> float:
+            call(0)
+            return count * float(getattr(seconds, which))
+
+        seconds = EAGER_SECONDS if name == "eager" else SECONDS
+        device, host = (partial(clock, seconds, which) for which in ("device", "host"))
+        return SimpleNamespace(device=device, host=host, is_captured=seconds.is_captured)

@@ -18,12 +18,6 @@ def test_frozen_factors_of_lora_linear(option: str, kinds: Any, strategy: str) -
         frozen.check_linear(option, kinds, (M, K))
 
 
-@pytest.mark.parametrize(("index", "kinds", "p"), frozen.every_multi, ids=str)
-def test_frozen_factors_of_multi_lora_linear(index: Any, kinds: Any, p: float) -> None:
-    with lora_kernels.backend("triton"):
-        frozen.check_multi(index, kinds, p)
-
-
 @pytest.mark.parametrize(("kinds", "p"), frozen.every_experts, ids=str)
 def test_frozen_factors_of_lora_experts_linear(kinds: Any, p: float) -> None:
     with lora_kernels.backend("triton"):

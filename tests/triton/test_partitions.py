@@ -17,10 +17,9 @@ from lora_kernels.backends.triton.configs import (
     ShrinkTiles,
 )
 from lora_kernels.bench.case import Case
-from lora_kernels.bench.multi import MultiCase
 from lora_kernels.quantization import quantize_4bit
 from tests.support import codec, exact
-from tests.support.engines import check, check_norm
+from tests.support.engines import check_norm
 from tests.support.experts import ExpertsCase, check_exact
 from tests.triton.device import DEVICE
 
@@ -80,14 +79,6 @@ def test_lora_linear_in_small_tiles_is_exact(
     case = Case(rows, N, K, rank, f32, values="integers", device=DEVICE, **exact.OPTIONS)
     with lora_kernels.backend("triton", strategy):
         exact.check(case, blocksize)
-
-
-@pytest.mark.parametrize(("strategy", "quant"), [(TWO_PASS, "nf4-64"), (LIBRARY, "")])
-def test_adapters_of_rows_in_small_tiles_are_close(strategy: str, quant: str) -> None:
-    """More ranks than a block of them in one adapter, and rows of each adapter in several parts."""
-    case = MultiCase(90, N, WORDS, (5, 8, 3, 17), "mixed", quant=quant, bias=False, dropout_p=0.5)
-    with lora_kernels.backend("triton", strategy):
-        check(case)
 
 
 @pytest.mark.parametrize("is_transposed", [False, True])

@@ -36,7 +36,6 @@ OVERLAPPED = Strategy.OVERLAPPED
 TWO_PASS = Strategy.TWO_PASS
 TWO_PASS_SIMT = Strategy.TWO_PASS_SIMT
 STRATEGIES = (COOPERATIVE, OVERLAPPED, TWO_PASS, TWO_PASS_SIMT)
-TWO_STEPS = (TWO_PASS, TWO_PASS_SIMT)  # P is complete before the base GEMM starts
 DECODE_ROWS = 16  # the largest M of the first two strategies
 MIN_CAPABILITY = 80  # cp.async, bfloat16 on tensor cores
 
@@ -157,7 +156,5 @@ if TYPE_CHECKING:
     from .equation import dora_norm as dora_norm
     from .equation import lora_linear as lora_linear
     from .equation import lora_linear_backward as lora_linear_backward
-    from .equation import multi_lora_linear as multi_lora_linear
-    from .equation import multi_lora_linear_backward as multi_lora_linear_backward
 
 __getattr__ = lazy_launchers(__name__, codec="equation")

@@ -38,12 +38,9 @@ def layout(weight: Tensor | Packed4bit | None, dtype: torch.dtype) -> Layout:
 
 
 def forward_unsupported_reason(
-    strategy: str, dtype: torch.dtype, weight: Layout, M: int | None, N: int, K: int
+    strategy: str, dtype: torch.dtype, weight: Layout, M: int, N: int, K: int
 ) -> str | None:
-    """Return why the strategy cannot compute y = x·Wᵀ [M, N]; None if it can.
-
-    M: None to ask for every M.
-    """
+    """Return why the strategy cannot compute y = x·Wᵀ [M, N]; None if it can."""
     if strategy == TWO_PASS_SIMT:
         return None
     if dtype is torch.float32:
@@ -56,7 +53,7 @@ def forward_unsupported_reason(
         if weight.columns and N % _ALIGNED:
             return f"N = {N} is no multiple of {_ALIGNED}, and the weight is stored as [K, N]"
         return _unaligned_codes_reason(weight, K, _RUN)
-    if M is not None and M > DECODE_ROWS:
+    if M > DECODE_ROWS:
         return f"{M} rows are more than {DECODE_ROWS}"
     if weight.columns:
         return "the weight is stored as [K, N]"

@@ -8,19 +8,9 @@ import torch
 from torch import Tensor
 
 from ...core import reference
-from ...core.call import (
-    Grads,
-    MultiGrads,
-    MultiNeeds,
-    MultiOperands,
-    MultiSpec,
-    Needs,
-    Operands,
-    Saved,
-    Spec,
-)
+from ...core.call import Grads, Needs, Operands, Saved, Spec
 from ...core.packed4bit import Packed4bit
-from .. import stacked, workspace
+from .. import workspace
 from ..dropout import NO_DROPOUT, Dropout
 from ..replay import replayed
 from . import COOPERATIVE, OVERLAPPED, TWO_PASS, TWO_PASS_SIMT, constraints, launch, module
@@ -108,77 +98,6 @@ def lora_linear_backward(
         assert ds is not None
         dg = (ds * p).sum(0).mul_(scaling)
     return Grads(dx, dA, dB, dg, dc, dbias)
-
-
-def multi_lora_linear(
-    operands: MultiOperands, spec: MultiSpec, strategy: str
-) -> tuple[Tensor, Saved]:
-    """Compute y [M, N] for x [M, K], whose rows each have an adapter or none.
-
-    One GEMM over the ranks of all adapters reads W once. The ranks of other adapters are zeroed.
-    """
-    x, weight, lora_A, lora_B, index, bias, rng = operands
-    scaling, dropout_p, dtype, y_dtype = spec
-    M, N, dropout = x.shape[0], lora_B[0].shape[0], Dropout.from_rng(dropout_p, rng)
-    y = empty(x, M, N, dtype=y_dtype)
-    if not M:
-        return y, Saved(x.new_empty(0, max(A.shape[0] for A in lora_A), dtype=torch.float32))
-    stack = stacked.stack(lora_A, lora_B, index, scaling)
-    p = stack.kept(_sum(_thin(x, None, dropout, False, stack.lora_A), dropout.scale))
-    linear = _Linear(x, weight, stack.lora_B.t(), y, dtype, 1.0, stack.gate, bias=bias)
-    linear.run(p, strategy == TWO_PASS)
-    return y, Saved(stack.compact(p))
-
-
-def multi_lora_linear_backward(
-    dy: Tensor,
-    operands: MultiOperands,
-    saved: Saved,
-    spec: MultiSpec,
-    needs: MultiNeeds,
-    strategy: str,
-) -> MultiGrads:
-    """Compute the gradients for dy [M, N] and x [M, K].
-
-    dx is computed as y is. dA and dB are computed for each adapter, from its own rows alone.
-    """
-    x, weight, lora_A, lora_B, index, _, rng = operands
-    p, (scaling, dropout_p, dtype, _) = saved.p, spec
-    need_x, need_A, need_B, need_bias = needs
-    dropout = Dropout.from_rng(dropout_p, rng)
-    (M, N), K = dy.shape, x.shape[1]
-    dx = empty(dy, M, K, dtype=x.dtype) if need_x else None
-    dA = [torch.zeros_like(A) if need else None for A, need in zip(lora_A, need_A, strict=True)]
-    dB = [torch.zeros_like(B) if need else None for B, need in zip(lora_B, need_B, strict=True)]
-    sums = torch.zeros(2, N, dtype=torch.float32, device=dy.device) if need_bias else None
-    dbias = None if sums is None else sums[0]
-    if not M:
-        return MultiGrads(dx, dA, dB, dbias)
-    if sums is not None:
-        _column_sums(dy, None, sums)
-    stack = stacked.stack(lora_A, lora_B, index, scaling)
-    ds = None
-    if dx is not None or any(need_A):
-        ds = stack.kept(_sum(_thin(dy, None, NO_DROPOUT, False, stack.lora_B.t()), 1.0))
-    if dx is not None:
-        assert ds is not None
-        linear = _Linear(
-            dy, weight, stack.lora_A, dx, dtype, dropout.scale, stack.gate, dropout, transposed=True
-        )
-        linear.run(ds, linear.can_use_tensor_cores(strategy))
-    if ds is not None:
-        ds = stack.compact(ds)
-    if dropout.rng is not None and any(need_A):  # the mask is for the unsorted x
-        x = x * reference.dropout_mask(dropout.rng, M, K, dropout_p)
-    for e, rows in stack.rows.each():
-        A, B, s = dA[e], dB[e], p[rows, : lora_A[e].shape[0]]
-        if B is not None:
-            _reduce(_thin(dy[rows], None, NO_DROPOUT, True, s.t()), None, scaling[e], B)
-        if A is not None:
-            assert ds is not None
-            partials = _thin(x[rows], None, NO_DROPOUT, True, ds[rows, : A.shape[0]].t())
-            _reduce(partials, None, scaling[e] * dropout.scale, A.t())
-    return MultiGrads(dx, dA, dB, dbias)
 
 
 def dora_norm(

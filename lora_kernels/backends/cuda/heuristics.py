@@ -8,7 +8,7 @@ import torch
 
 from ...core.problem import Choice, Layout, Problem, Strategy, require_supported
 from .. import cuda
-from . import COOPERATIVE, DECODE_ROWS, TWO_PASS, TWO_PASS_SIMT, TWO_STEPS, constraints
+from . import COOPERATIVE, DECODE_ROWS, TWO_PASS, TWO_PASS_SIMT, constraints
 
 REQUESTED = "the cuda backend was requested"
 _DENSE, _CODES = Layout(), Layout(64)  # the defaults of a problem without a layout
@@ -44,20 +44,14 @@ def _plan(problem: Problem, strategy: Strategy | None) -> Choice:
         if why is not None:
             raise RuntimeError(f"strategy {strategy!r} was requested and cannot run here: {why}")
         return Choice("cuda", strategy, REQUESTED + dx_note(strategy, dtype, layout, N, K))
-    strategy, reason = strategy_for(dtype, rows, N, K, layout, REQUESTED)
-    if problem.mixed and strategy not in TWO_STEPS:
-        strategy, reason = strategy_for(dtype, None, N, K, layout, reason)
-    return Choice("cuda", strategy, reason)
+    return Choice("cuda", *strategy_for(dtype, rows, N, K, layout, REQUESTED))
 
 
 def strategy_for(
-    dtype: torch.dtype, M: int | None, N: int, K: int, layout: Layout, reason: str
+    dtype: torch.dtype, M: int, N: int, K: int, layout: Layout, reason: str
 ) -> tuple[Strategy, str]:
-    """Return the fastest strategy that supports the GEMM, and why faster ones do not.
-
-    M: None for many rows.
-    """
-    wanted = [COOPERATIVE] * (M is not None and M <= DECODE_ROWS) + [TWO_PASS]
+    """Return the fastest strategy that supports the GEMM, and why faster ones do not."""
+    wanted = [COOPERATIVE] * (M <= DECODE_ROWS) + [TWO_PASS]
     for strategy in wanted:
         why = constraints.forward_unsupported_reason(strategy, dtype, layout, M, N, K)
         if why is None:

@@ -34,8 +34,6 @@ if TYPE_CHECKING:
     from .equation import dora_norm as dora_norm
     from .equation import lora_linear as lora_linear
     from .equation import lora_linear_backward as lora_linear_backward
-    from .equation import multi_lora_linear as multi_lora_linear
-    from .equation import multi_lora_linear_backward as multi_lora_linear_backward
     from .experts import lora_experts as lora_experts
     from .experts import lora_experts_backward as lora_experts_backward
 
@@ -45,7 +43,6 @@ COOPERATIVE = Strategy.COOPERATIVE
 LIBRARY = Strategy.LIBRARY
 STRATEGIES = (FUSED, TWO_PASS, COOPERATIVE, LIBRARY)
 MIN_TRITON = (3, 7)  # earlier ones pass no string and no None of a NamedTuple to a function
-TWO_STEPS = (TWO_PASS, LIBRARY)  # P is complete before the base GEMM starts
 
 
 @functools.cache

@@ -11,21 +11,10 @@ import triton
 from torch import Tensor
 from torch.nn.functional import linear as library_linear
 
-from ...core import reference
-from ...core.call import (
-    Grads,
-    MultiGrads,
-    MultiNeeds,
-    MultiOperands,
-    MultiSpec,
-    Needs,
-    Operands,
-    Saved,
-    Spec,
-)
+from ...core.call import Grads, Needs, Operands, Saved, Spec
 from ...core.packed4bit import Packed4bit
 from ...device import DeviceInfo
-from .. import stacked, workspace
+from .. import workspace
 from ..dropout import NO_DROPOUT, Dropout
 from . import (
     COOPERATIVE,
@@ -103,77 +92,6 @@ def lora_linear_backward(
         assert ds is not None
         dg = (ds * p).sum(0).mul_(scaling)
     return Grads(dx, dA, dB, dg, dc, dbias)
-
-
-def multi_lora_linear(
-    operands: MultiOperands, spec: MultiSpec, strategy: str
-) -> tuple[Tensor, Saved]:
-    """Compute y [M, N] for x [M, K], whose rows each have an adapter or none.
-
-    One GEMM over the ranks of all adapters reads W once. The ranks of other adapters are zeroed.
-    """
-    x, weight, lora_A, lora_B, index, bias, rng = operands
-    scaling, dropout_p, dtype, y_dtype = spec
-    if not len(x):
-        y = x.new_empty(0, lora_B[0].shape[0], dtype=y_dtype)
-        return y, Saved(x.new_empty(0, max(A.shape[0] for A in lora_A), dtype=torch.float32))
-    dropout = Dropout.from_rng(dropout_p, rng)
-    stack = stacked.stack(lora_A, lora_B, index, scaling)
-    p = stack.kept(_shrink(x, stack.lora_A, None, dropout).sum(0))
-    gemm = _Gemm(
-        x, weight, stack.lora_A, stack.lora_B.t(), 1.0, dtype, y_dtype, gate=stack.gate, bias=bias
-    )
-    y, p, _ = _linear(gemm, strategy, p[None])
-    return y, Saved(stack.compact(p))
-
-
-def multi_lora_linear_backward(
-    dy: Tensor,
-    operands: MultiOperands,
-    saved: Saved,
-    spec: MultiSpec,
-    needs: MultiNeeds,
-    strategy: str,
-) -> MultiGrads:
-    """Compute the gradients for dy [M, N] and x [M, K].
-
-    dx is computed as y is. dA and dB are computed for each adapter, from its own rows alone.
-    """
-    x, weight, lora_A, lora_B, index, _, rng = operands
-    p, (scaling, dropout_p, dtype, _) = saved.p, spec
-    need_x, need_A, need_B, need_bias = needs
-    dropout = Dropout.from_rng(dropout_p, rng)
-    dA = [torch.zeros_like(A) if need else None for A, need in zip(lora_A, need_A, strict=True)]
-    dB = [torch.zeros_like(B) if need else None for B, need in zip(lora_B, need_B, strict=True)]
-    dx = ds = dbias = None
-    if not len(x):
-        dbias = dy.new_zeros(dy.shape[1], dtype=torch.float32) if need_bias else None
-        dx = torch.empty_like(x) if need_x else None
-        return MultiGrads(dx, dA, dB, dbias)
-    if need_bias:
-        dbias, _ = _outer(p, dy, None, need_sum=True)
-    stack = stacked.stack(lora_A, lora_B, index, scaling)
-    if need_x or any(need_A):
-        ds = stack.kept(_shrink(dy, stack.lora_B.t(), None, NO_DROPOUT).sum(0))
-    if need_x:
-        assert ds is not None
-        a, q = stack.lora_B.t(), stack.lora_A
-        gemm = _Gemm(dy, weight, a, q, dropout.scale, dtype, x.dtype, forward=False)
-        gemm = gemm._replace(gate=stack.gate, dropout=dropout)
-        dx, _, _ = _linear(gemm, strategy, ds[None])
-    if ds is not None:
-        ds = stack.compact(ds)
-    if rng is not None and any(need_A):  # the mask is for the unsorted x
-        x = x * reference.dropout_mask(rng, x.shape[0], x.shape[1], dropout_p)
-    for e, rows in stack.rows.each():
-        A, B, s = dA[e], dB[e], p[rows, : lora_A[e].shape[0]]
-        if B is not None:
-            _outer(s.contiguous(), dy[rows], B.t(), scale=scaling[e])
-        if A is not None:
-            assert ds is not None
-            own = ds[rows, : A.shape[0]].contiguous()
-            _outer(own, x[rows], A, scale=scaling[e] * dropout.scale)
-    return MultiGrads(dx, dA, dB, dbias)
 
 
 class _Gemm(NamedTuple):

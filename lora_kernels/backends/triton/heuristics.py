@@ -6,7 +6,7 @@ import functools
 
 from ...core.problem import Choice, Problem, Strategy, require_supported
 from ...device import DeviceInfo
-from . import FUSED, TWO_PASS, TWO_STEPS, configs, measured
+from . import FUSED, TWO_PASS, configs, measured
 
 REQUESTED = "the triton backend was requested"
 
@@ -41,14 +41,7 @@ def _plan(problem: Problem, target: DeviceInfo) -> Choice:
     strategy, why = configs.strategy(
         target, M, N, R, problem.itemsize, problem.four_bit, problem.dropout
     )
-    return _choice(problem, strategy, f"{REQUESTED}; {why}")
-
-
-def _choice(problem: Problem, strategy: Strategy, reason: str) -> Choice:
-    """Return the choice; rows with adapters of their own need P before the GEMM."""
-    if problem.mixed and strategy not in TWO_STEPS:
-        strategy = TWO_PASS
-    return Choice("triton", strategy, reason)
+    return Choice("triton", strategy, f"{REQUESTED}; {why}")
 
 
 def choose_tuned(
@@ -67,7 +60,7 @@ def choose_tuned(
     if known is None or (reason is None and not known.beats_eager):
         return None
     why = f"{reason}; {known.source}" if reason else known.source
-    return _choice(problem, known.strategy, why)
+    return Choice("triton", known.strategy, why)
 
 
 def require_target(problem: Problem) -> DeviceInfo:

@@ -117,8 +117,11 @@ def test_options_of_other_commands() -> None:
         CompareOptions(max_length=0)
     with pytest.raises(UsageError, match="prompt: got none"):
         GenerateOptions(model=Path("m"), adapter=Path("a"))
-    with pytest.raises(UsageError, match="--adapter is missing; give it, or --run"):
-        GenerateOptions(model=Path("m"), prompt="p")
+    with pytest.raises(UsageError, match="--model is missing; give it, or --run"):
+        GenerateOptions(adapter=Path("a"), prompt="p")
+    GenerateOptions(model=Path("m"), prompt="p")
+    with pytest.raises(UsageError, match="compare: needs an adapter"):
+        GenerateOptions(model=Path("m"), prompt="p", compare=True)
 
 
 def test_what_is_given_goes_before_the_run(tmp_path: Path) -> None:

@@ -76,19 +76,23 @@ struct alignas(16) Words4 {
   uint32_t w[4];
 };
 
-template <typename T>
-inline T ldg(const T* p) {
+template <emulator::Path path, typename T>
+inline T load_global(const T* p) {
   T value;
-  emulator::global_read(p, &value, sizeof(T));
+  emulator::global_read(p, &value, sizeof(T), path);
   return value;
 }
 template <typename T>
+inline T ldg(const T* p) {
+  return load_global<emulator::Path::READ_ONLY>(p);
+}
+template <typename T>
 inline T ldg_coherent(const T* p) {
-  return ldg(p);
+  return load_global<emulator::Path::COHERENT>(p);
 }
 template <typename T>
 inline T ldg_stream(const T* p) {
-  return ldg(p);
+  return load_global<emulator::Path::READ_ONLY>(p);
 }
 template <typename T>
 inline void stg(T* p, T value) {

@@ -7,6 +7,7 @@
 #include <memory>
 #include <stdexcept>
 #include <unordered_map>
+#include <utility>
 
 #include "fiber.h"
 
@@ -38,6 +39,28 @@ struct Stored {  // of eight bytes of global memory, not released yet
   Moment when[8];
 };
 
+// An interval is what a block does from one release to the next. Its number is larger than those of
+// all intervals before, so that the last one known of a block stands for the block's earlier ones.
+struct Launched;
+struct Interval {
+  const Launched* grid;
+  Dim index;
+  uint32_t block;
+};
+using Clock = std::unordered_map<uint32_t, uint32_t>;  // block -> its last interval that is known
+
+struct Flag {
+  Clock released;  // by what was added to it since it was last stored to
+  Clock looked;    // who read or added to it since
+};
+
+// Of each byte of global memory: the interval that stored it, and the last grid that loads it by
+// ld.global.nc; 0 is none.
+constexpr uintptr_t PAGE = 4096;
+struct Page {
+  uint32_t stored[PAGE] = {}, read_only[PAGE] = {};
+};
+
 struct Copy {
   uint32_t to;
   const void* from;
@@ -57,6 +80,8 @@ struct Lane {
   void* out = nullptr;
   std::vector<Copy> copies;              // not committed
   std::deque<std::vector<Copy>> groups;  // committed
+  Clock acquired;                        // since the last barrier
+  bool waited_for_grids = false;
 };
 
 struct Warp {
@@ -64,11 +89,12 @@ struct Warp {
   Site site{};  // where the first of them waits
 };
 
-struct Launched;
-
 struct Block {
   Launched* grid;
   Dim index;
+  uint32_t id, interval;
+  Clock acquired;  // by any thread before the last barrier
+  bool waited_for_grids = false;
   std::vector<Lane> lanes;
   std::vector<Warp> warps;
   int arrived = 0, done = 0;
@@ -83,6 +109,7 @@ struct Block {
 struct Launched {
   Grid grid;
   std::vector<Range> ranges;
+  uint32_t number;  // from 1 on, in the order of launches
   unsigned started = 0, finished = 0, let_dependents = 0;
   unsigned size() const { return grid.blocks.x * grid.blocks.y * grid.blocks.z; }
   bool over() const { return finished == size(); }
@@ -95,10 +122,14 @@ struct State {
   std::vector<std::unique_ptr<Block>> blocks;    // that run
   std::vector<Lane*> ready, looking;             // those that look at a flag again and again
   std::vector<std::unique_ptr<Fiber>> fibers, spare;
+  std::vector<Interval> intervals;
+  std::unordered_map<const int*, Flag> flags;
+  std::unordered_map<uintptr_t, Page> pages;
   std::vector<Traffic> traffic;
   std::string error;
   uint64_t random = 1;
   int64_t looks = 0, switches = 0;
+  uint64_t synchronized = 0;
   Lane* lane = nullptr;  // that runs
 };
 State state;
@@ -117,12 +148,15 @@ bool before(const Moment& then, const Moment& here) {
   return then.thread == here.thread || then.barriers < here.barriers;
 }
 
-std::string place(const Lane& lane) {
-  const Block& b = *lane.block;
-  char text[160];
-  std::snprintf(text, sizeof text, "%s, block (%u, %u, %u), thread %d", b.grid->grid.name.c_str(),
-                b.index.x, b.index.y, b.index.z, lane.thread);
+std::string block_at(const Dim& index) {
+  char text[64];
+  std::snprintf(text, sizeof text, "block (%u, %u, %u)", index.x, index.y, index.z);
   return text;
+}
+
+std::string place(const Block& block, int64_t thread) {
+  return block.grid->grid.name + ", " + block_at(block.index) + ", thread " +
+         std::to_string(thread);
 }
 
 std::string where(const Site& site) {
@@ -186,14 +220,121 @@ void check_aligned(uintptr_t at, int bytes, const char* verb) {
            std::to_string(at % bytes) + " past a multiple of them");
 }
 
+// Coherence --------------------------------------------------------------------------------------
+
+void begin_interval(Block& block) {
+  block.interval = (uint32_t)state.intervals.size();
+  state.intervals.push_back({block.grid, block.index, block.id});
+}
+
+void join(Clock& to, const Clock& from) {
+  for (const auto& [block, interval] : from) to[block] = std::max(to[block], interval);
+}
+
+bool knows(const Clock& clock, uint32_t block, uint32_t interval) {
+  const auto it = clock.find(block);
+  return it != clock.end() && it->second >= interval;
+}
+
+// Whether both may run at once: of one stream's, where no grid from the later one back to the
+// earlier one waits for the end of those before it.
+bool may_overlap(const Launched& a, const Launched& b) {
+  if (a.grid.stream != b.grid.stream) return true;
+  const auto [first, last] = std::minmax(a.number, b.number);
+  for (uint32_t number = first + 1; number <= last; ++number) {
+    const Grid& between = state.grids[number - 1]->grid;
+    if (between.stream == a.grid.stream && !between.dependent) return false;
+  }
+  return true;
+}
+
+// Whether what that interval did comes before what the block does now, or this lane of it.
+bool is_ordered(uint32_t interval, const Block& block, const Lane* lane) {
+  const Interval& other = state.intervals[interval];
+  if (other.block == block.id || knows(block.acquired, other.block, interval) ||
+      (lane && knows(lane->acquired, other.block, interval)))
+    return true;
+  if (other.grid->number >= block.grid->number ||
+      other.grid->grid.stream != block.grid->grid.stream)
+    return false;
+  return !may_overlap(*other.grid, *block.grid) || block.waited_for_grids ||
+         (lane && lane->waited_for_grids);
+}
+
+// The page that an access of at most 16 aligned bytes lies in; null where none is and none is made.
+Page* page_of(uintptr_t at, bool make) {
+  constexpr size_t RECENT = 64;
+  static std::pair<uintptr_t, Page*> recent[RECENT];
+  static uint64_t of = 0;  // the synchronize that they are of
+  if (of != state.synchronized) {
+    std::fill(std::begin(recent), std::end(recent), std::pair<uintptr_t, Page*>());
+    of = state.synchronized;
+  }
+  auto& [key, page] = recent[at / PAGE % RECENT];
+  if (page && key == at / PAGE) return page;
+  const auto it = state.pages.find(at / PAGE);
+  if (it == state.pages.end() && !make) return nullptr;
+  key = at / PAGE;
+  return page = it == state.pages.end() ? &state.pages[key] : &it->second;
+}
+
+std::string bytes_of(const Launched& grid, uintptr_t at) {
+  for (const Range& r : grid.ranges)
+    if (at >= r.begin && at < r.end) return r.name + " at byte " + std::to_string(at - r.begin);
+  return "global memory";
+}
+
+std::string author_of(uint32_t interval) {
+  const Interval& i = state.intervals[interval];
+  return block_at(i.index) + " of " + i.grid->grid.name;
+}
+
+// Why the thread may not load these bytes, or "".
+std::string check_load(uintptr_t at, int bytes, Path path) {
+  const Lane& lane = *state.lane;
+  const Launched& grid = *lane.block->grid;
+  Page* const page = page_of(at, path == Path::READ_ONLY);
+  if (!page) return "";
+  const uint32_t* const stored = page->stored + at % PAGE;
+  if (path == Path::READ_ONLY) std::fill_n(page->read_only + at % PAGE, bytes, grid.number);
+  for (int i = 0; i < bytes; ++i) {
+    if (!stored[i] || (i && stored[i] == stored[i - 1])) continue;
+    if (path == Path::READ_ONLY && may_overlap(*state.intervals[stored[i]].grid, grid))
+      return bytes_of(grid, at + i) + " by ld.global.nc, though " + author_of(stored[i]) +
+             " wrote it while this grid runs";
+    if (!is_ordered(stored[i], *lane.block, &lane))
+      return bytes_of(grid, at + i) + " without an acquire, though " + author_of(stored[i]) +
+             " wrote it";
+  }
+  return "";
+}
+
+// Why the block may not store this byte, or ""; it is the block's from here on.
+std::string check_store(const Block& block, const Lane* lane, uintptr_t at) {
+  Page& page = *page_of(at, true);
+  const uint32_t reader = page.read_only[at % PAGE];
+  const uint32_t before = std::exchange(page.stored[at % PAGE], block.interval);
+  if (reader && may_overlap(*state.grids[reader - 1], *block.grid))
+    return bytes_of(*block.grid, at) + ", which " + state.grids[reader - 1]->grid.name +
+           " reads by ld.global.nc while it runs";
+  if (before && !is_ordered(before, block, lane))
+    return bytes_of(*block.grid, at) + " without an acquire, though " + author_of(before) +
+           " wrote it too";
+  return "";
+}
+
 // Stores that happened before this moment reach the memory that all blocks see.
-void flush(Block& block, const Moment* here) {
+void flush(Block& block, const Lane* lane, const Moment* here) {
   for (auto it = block.stores.begin(); it != block.stores.end();) {
     Stored& s = it->second;
     for (int i = 0; i < 8; ++i)
       if (s.mask >> i & 1 && (!here || before(s.when[i], *here))) {
-        *reinterpret_cast<unsigned char*>(it->first * 8 + i) = s.bytes[i];
+        const uintptr_t at = it->first * 8 + i;
+        *reinterpret_cast<unsigned char*>(at) = s.bytes[i];
         s.mask &= ~(1 << i);
+        const std::string wrong = check_store(block, lane, at);
+        if (!wrong.empty() && state.error.empty())
+          state.error = place(block, s.when[i].thread) + ": writes " + wrong;
       }
     it = s.mask ? std::next(it) : block.stores.erase(it);
   }
@@ -216,6 +357,8 @@ void start_block(Launched& grid) {
   const unsigned i = grid.started++;
   const Dim& n = grid.grid.blocks;
   block->index = {i % n.x, i / n.x % n.y, i / n.x / n.y};
+  block->id = (uint32_t)state.intervals.size();
+  begin_interval(*block);
   block->shared.resize(grid.grid.shared_bytes);
   block->cells.resize((grid.grid.shared_bytes + 1) / 2);
   // Shared memory starts with garbage on a GPU, so it must not read as zero here.
@@ -237,7 +380,11 @@ void start_block(Launched& grid) {
 }
 
 void end_block(Block* block) {
-  flush(*block, nullptr);
+  for (const Lane& lane : block->lanes) {
+    join(block->acquired, lane.acquired);
+    block->waited_for_grids |= lane.waited_for_grids;
+  }
+  flush(*block, nullptr, nullptr);
   Launched& grid = *block->grid;
   ++grid.finished;
   if (!block->let_dependents) ++grid.let_dependents;
@@ -282,6 +429,7 @@ void launch(Grid grid) {
   auto launched = std::make_unique<Launched>();
   launched->grid = std::move(grid);
   launched->ranges = state.allowed;
+  launched->number = (uint32_t)state.grids.size() + 1;
   state.grids.push_back(std::move(launched));
 }
 
@@ -291,6 +439,7 @@ void synchronize() {
   state.error.clear();
   state.traffic.clear();
   state.looks = 0;
+  state.intervals.assign(1, {});  // the first is none
   while (state.error.empty()) {
     start_blocks();
     if (state.ready.empty() && state.looking.empty()) break;
@@ -310,7 +459,7 @@ void synchronize() {
     for (const auto& block : state.blocks)
       for (const Lane& lane : block->lanes)
         if (lane.waiting && state.error.empty())
-          state.error = place(lane) + ": waits forever in " + where(lane.site);
+          state.error = place(*lane.block, lane.thread) + ": waits forever in " + where(lane.site);
   for (const auto& grid : state.grids) {
     if (state.error.empty() && !grid->over()) state.error = grid->grid.name + ": never ran";
     state.traffic.push_back({grid->grid.name, grid->ranges});
@@ -320,6 +469,9 @@ void synchronize() {
   state.ready.clear();
   state.looking.clear();
   state.grids.clear();
+  state.flags.clear();
+  state.pages.clear();
+  ++state.synchronized;
   for (auto& fiber : state.fibers) state.spare.push_back(std::move(fiber));
   state.fibers.clear();
   if (!state.error.empty()) throw std::runtime_error(state.error);
@@ -333,7 +485,8 @@ Dim block_index() { return state.lane->block->index; }
 Dim grid_size() { return state.lane->block->grid->grid.blocks; }
 
 void report(const std::string& what) {
-  if (state.error.empty()) state.error = place(*state.lane) + ": " + what;
+  if (state.error.empty())
+    state.error = place(*state.lane->block, state.lane->thread) + ": " + what;
   for (;;) leave();
 }
 
@@ -363,8 +516,11 @@ void barrier(const Site& site) {
   Block& block = *state.lane->block;
   if (!arrive(block, (int)block.lanes.size(), site)) return;
   ++block.barriers;
-  for (Lane& other : block.lanes)
+  for (Lane& other : block.lanes) {
+    if (!other.acquired.empty()) join(block.acquired, std::exchange(other.acquired, {}));
+    block.waited_for_grids |= other.waited_for_grids;
     if (other.waiting) wake(other);
+  }
 }
 
 void meet(const Site& site, const void* in, void* out, Exchange f, const void* what) {
@@ -452,7 +608,11 @@ void copy_async(uint32_t to, const void* from, int bytes) {
   Lane& lane = *state.lane;
   check_write(to, 16, now(lane));
   check_aligned(reinterpret_cast<uintptr_t>(from), 16, "copies");
-  if (bytes) range_of(reinterpret_cast<uintptr_t>(from), bytes, "copies").read += bytes;
+  if (bytes) {
+    range_of(reinterpret_cast<uintptr_t>(from), bytes, "copies").read += bytes;
+    const std::string wrong = check_load(reinterpret_cast<uintptr_t>(from), bytes, Path::COHERENT);
+    if (!wrong.empty()) report("copies " + wrong);
+  }
   mark_written(*lane.block, to, 16, {UNDER_WAY, 0});
   lane.copies.push_back({to, from, bytes});
 }
@@ -474,12 +634,14 @@ void wait_copies(int groups) {
     }
 }
 
-void global_read(const void* from, void* to, int bytes) {
+void global_read(const void* from, void* to, int bytes, Path path) {
   Lane& lane = *state.lane;
   const uintptr_t at = reinterpret_cast<uintptr_t>(from);
   check_aligned(at, bytes, "reads");
   range_of(at, bytes, "reads").read += bytes;
   std::memcpy(to, from, bytes);
+  const std::string wrong = check_load(at, bytes, path);
+  if (!wrong.empty()) report("reads " + wrong);
   auto& stores = lane.block->stores;
   if (stores.empty()) return;
   for (int i = 0; i < bytes; ++i) {
@@ -489,6 +651,9 @@ void global_read(const void* from, void* to, int bytes) {
       report("reads global memory that thread " +
              std::to_string(it->second.when[(at + i) % 8].thread) +
              " wrote with no barrier between");
+    if (path == Path::READ_ONLY)
+      report("reads " + bytes_of(*lane.block->grid, at + i) +
+             " by ld.global.nc, though its block wrote it");
     static_cast<unsigned char*>(to)[i] = it->second.bytes[(at + i) % 8];
   }
 }
@@ -514,20 +679,31 @@ static void look_again(const char* otherwise) {
 }
 
 int flag_load(const int* flag, bool acquire) {
-  (void)acquire;  // a load without may see what is old; here it sees it by chance alone
+  Lane& lane = *state.lane;
   range_of(reinterpret_cast<uintptr_t>(flag), 4, "looks at");
   look_again("waits forever for a flag");
+  Flag& f = state.flags[flag];
+  if (acquire) join(lane.acquired, f.released);
+  f.looked[lane.block->id] = lane.block->interval;
   return *flag;
 }
 
 int flag_add(int* flag, int value, bool release, bool acquire) {
-  (void)acquire;
   Lane& lane = *state.lane;
+  Block& block = *lane.block;
   range_of(reinterpret_cast<uintptr_t>(flag), 4, "adds to");
   yield_now();
+  Flag& f = state.flags[flag];
+  if (acquire) join(lane.acquired, f.released);
+  f.looked[block.id] = block.interval;
   if (release) {
     const Moment here = now(lane);
-    flush(*lane.block, &here);
+    flush(block, &lane, &here);
+    while (!state.error.empty()) leave();
+    join(f.released, block.acquired);
+    join(f.released, lane.acquired);
+    f.released[block.id] = block.interval;
+    begin_interval(block);
   }
   const int old = *flag;
   *flag += value;
@@ -535,7 +711,14 @@ int flag_add(int* flag, int value, bool release, bool acquire) {
 }
 
 void flag_store(int* flag, int value) {
+  const Lane& lane = *state.lane;
   range_of(reinterpret_cast<uintptr_t>(flag), 4, "writes");
+  Flag& f = state.flags[flag];
+  for (const auto& [block, interval] : f.looked)
+    if (!is_ordered(interval, *lane.block, &lane))
+      report("writes " + bytes_of(*lane.block->grid, reinterpret_cast<uintptr_t>(flag)) +
+             " without an acquire, though " + author_of(interval) + " looked at it");
+  f = {};
   *flag = value;
 }
 
@@ -554,9 +737,10 @@ void wait_for_grids_before() {
       if (other.get() == grid) break;
       if (other->grid.stream == grid->grid.stream && !other->over()) clear = false;
     }
-    if (clear) return;
+    if (clear) break;
     look_again("waits forever for the grid before");
   }
+  state.lane->waited_for_grids = true;
 }
 
 }  // namespace emulator

@@ -7,6 +7,10 @@
 //   barriers        all threads of a block, all lanes of a warp, must meet at the same line
 //   global memory   only inside of the ranges that the launch names, aligned, and counted in bytes;
 //                   stores stay in the block, out of others' sight, until it releases them or ends
+//   coherence       each stored byte knows its block and release: a load of another block's bytes
+//                   without an acquire of that release, a second block's store to them, and a store
+//                   to a flag that others may still look at. ld.global.nc needs bytes that no grid
+//                   stores while this one runs, before the load or after it
 //   grids           as many blocks at once as there are simulated multiprocessors; one stream's
 //                   grids follow each other, other streams' run between
 //
@@ -85,7 +89,8 @@ void copy_async(uint32_t to, const void* from, int bytes);  // 16 land, those pa
 void commit_copies();
 void wait_copies(int groups);
 
-void global_read(const void* from, void* to, int bytes);
+enum class Path { READ_ONLY, COHERENT };  // ld.global.nc; a load that sees other blocks' stores
+void global_read(const void* from, void* to, int bytes, Path path);
 void global_write(void* to, const void* from, int bytes);
 int flag_load(const int* flag, bool acquire);
 int flag_add(int* flag, int value, bool release, bool acquire);

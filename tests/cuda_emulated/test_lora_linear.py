@@ -1,6 +1,7 @@
 """y and every gradient against the float64 reference, for each strategy and kernel."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from lora_kernels.backends.cuda import (
 )
 from lora_kernels.bench.case import Case, fits_cuda, inputs, run
 from tests.support import problems
-from tests.support.engines import Pairs, each, pair_cases
+from tests.support.engines import Pairs, check_strided_vectors, each, pair_cases
 from tests.support.engines import check as check_results
 from tests.support.exact import off
 from tests.support.problems import FULL, RANK, bf16, f16, f32
@@ -74,6 +75,7 @@ PARTIAL_SUMS = [
     for M, N, K in ((5, 300, 600), (1100, 70, 65))
 ]
 SPLITS = [Case(20, 576, 576, RANK, bf16, quant=quant, **FULL) for quant in ("", "nf4-64-nested")]
+STRIDED = Case(40, 72, 64, 6, bf16, gate=True, column_scale=True, bias=True)
 GROUPS = {
     "any_sizes": cuda(TWO_PASS_SIMT, *problems.of_dtypes(33, 65, 63)),
     # One row and column more than whole tiles, two steps of K and a piece.
@@ -132,6 +134,13 @@ def test_lora_linear_of_each_case_is_within_tolerance(case: Case, engine: str) -
 @each({"": fitting(problems.cross_product([(1, 129, 64), (65, 64, 72), (300, 264, 192)]))})
 def test_lora_linear_of_formats_and_dtypes_is_within_tolerance(case: Case, engine: str) -> None:
     check(case, engine)
+
+
+@each({"": fitting([replace(STRIDED, dtype=f32), STRIDED, replace(STRIDED, M=5)])})
+def test_lora_linear_of_strided_vectors_and_a_transposed_B_is_as_of_contiguous_ones(
+    case: Case, engine: str
+) -> None:
+    check_strided_vectors(case)
 
 
 @pytest.mark.parametrize("moved", ["a weight stored by columns", "x between two loads"])

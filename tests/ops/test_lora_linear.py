@@ -19,9 +19,9 @@ from tests.ops.engines import (
 )
 from tests.ops.shapes import NARROW, RANKS, ROWS, WIDE
 from tests.support import problems
-from tests.support.assertions import assert_close_derived
-from tests.support.engines import check
+from tests.support.engines import check, check_strided_vectors
 from tests.support.problems import FULL, bf16, f16, f32
+from tests.support.threads import check_interrupted_thread, check_late_threads
 
 DTYPES = [*problems.DTYPES, (f16, f32, None), (f32, bf16, None), (f32, f32, f16)]
 # The terms of the equation, alone and together, with a gradient and without.
@@ -226,21 +226,28 @@ def test_autocast_on_a_cpu_keeps_the_adapters_bits() -> None:
 
 
 @pytest.mark.parametrize("M", [1, 5, 40])
-@every_native_engine
+@every_engine
 def test_lora_linear_of_strided_vectors_and_a_transposed_B_is_as_of_contiguous_ones(
     M: int, engine: str
 ) -> None:
-    args = cases.inputs(Case(M, 40, 64, 6, f32, gate=True, column_scale=True, bias=True))
-    want = cases.run(lora_kernels.lora_linear, args)
-    for name in ("rank_gate", "column_scale", "bias"):
-        every_second = torch.stack([args[name].detach(), torch.full_like(args[name], 9.0)], 1)
-        strided = every_second[:, 0]
-        assert not strided.is_contiguous()
-        args[name] = strided.requires_grad_(args[name].requires_grad)
-    B = args["lora_B"].detach().t().contiguous().t()
-    args["lora_B"] = B.requires_grad_(args["lora_B"].requires_grad)
-    got = cases.run(lora_kernels.lora_linear, args)
-    assert_close_derived(got, want, layers=1)
+    check_strided_vectors(Case(M, 40, 64, 6, f32, gate=True, column_scale=True, bias=True))
+
+
+@every_native_engine
+@pytest.mark.parametrize("threads", [5], indirect=True)
+@pytest.mark.parametrize(("M", "dropout_p"), [(1, 0.0), (4, 0.0), (1, 0.5), (4, 0.5)])
+def test_lora_linear_of_late_threads_has_the_bits_of_one(
+    threads: int, engine: str, M: int, dropout_p: float
+) -> None:
+    check_late_threads(torch.randn(2003, 128), M, cpu.GEMV, threads, dropout_p)
+
+
+@every_native_engine
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_lora_linear_of_interrupted_threads_has_the_bits_of_one(
+    engine: str, dropout_p: float
+) -> None:
+    check_interrupted_thread(torch.randn(512, 1 << 14), cpu.GEMV, dropout_p)
 
 
 @pytest.mark.skipif(native.module is None, reason="the native kernels were not built")

@@ -20,6 +20,7 @@ from tests.ops.engines import every_engine, every_native_engine, ways
 from tests.support import exact
 from tests.support.engines import check
 from tests.support.problems import FULL, bf16, f16, f32
+from tests.support.threads import check_interrupted_thread, check_late_threads
 
 every_dtype = pytest.mark.parametrize("dtype", [f32, bf16, f16], ids=str)
 ROWS = (*range(18), 128)
@@ -193,19 +194,20 @@ def test_lora_linear_of_few_rows_makes_every_rank(threads: int, engine: str) -> 
 
 @every_native_engine
 @pytest.mark.parametrize("threads", [5], indirect=True)
-@pytest.mark.parametrize("M", [1, 4, 8])
-def test_lora_linear_of_late_threads_has_the_bits_of_one(threads: int, engine: str, M: int) -> None:
-    """With five threads on fewer cores some come late, and others take from their shares of several
-    blocks. The bits of one thread, and never what was left in memory by the call before."""
+@pytest.mark.parametrize(("M", "dropout_p"), [(1, 0.0), (4, 0.0), (8, 0.0), (1, 0.5), (4, 0.5)])
+def test_lora_linear_of_late_threads_has_the_bits_of_one(
+    threads: int, engine: str, M: int, dropout_p: float
+) -> None:
     weight = quantize_4bit(torch.randn(2003, 128))
-    x, A, B = torch.randn(M, 128), torch.randn(5, 128), torch.randn(2003, 5)
-    torch.set_num_threads(1)
-    with lora_kernels.backend("cpu", cpu.GEMV_4BIT):
-        want = lora_kernels.lora_linear(x, weight, A, B)
-        torch.set_num_threads(threads)
-        for turn in range(20):
-            sign = (-1) ** turn
-            assert torch.equal(lora_kernels.lora_linear(x * sign, weight, A, B), want * sign)
+    check_late_threads(weight, M, cpu.GEMV_4BIT, threads, dropout_p)
+
+
+@every_native_engine
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_lora_linear_of_interrupted_threads_has_the_bits_of_one(
+    engine: str, dropout_p: float
+) -> None:
+    check_interrupted_thread(quantize_4bit(torch.randn(512, 1 << 14)), cpu.GEMV_4BIT, dropout_p)
 
 
 def test_lora_linear_of_fewer_threads_than_asked_has_the_same_bits() -> None:

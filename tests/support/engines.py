@@ -7,10 +7,13 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 
 import pytest
+import torch
 
+import lora_kernels
 from lora_kernels.bench import case as cases
 from lora_kernels.bench.case import AnyCase, Case
 from lora_kernels.bench.tolerance import Verdict
+from tests.support.assertions import assert_close_derived
 
 Pairs = list[tuple[str, Case]]
 
@@ -51,3 +54,19 @@ def check(case: AnyCase, ways: Iterable[AbstractContextManager[None]] = ()) -> N
 def check_norm(case: Case) -> None:
     """Judge `dora_norm`."""
     assert_within(case, cases.judge_norm(case))
+
+
+def check_strided_vectors(case: Case) -> None:
+    """Compare y and every gradient, with gaps in the gate, column scale and bias, and B transposed,
+    with those of contiguous operands."""
+    args = cases.inputs(case)
+    want = cases.run(lora_kernels.lora_linear, args)
+    for name in ("rank_gate", "column_scale", "bias"):
+        every_second = torch.stack([args[name].detach(), torch.full_like(args[name], 9.0)], 1)
+        strided = every_second[:, 0]
+        assert not strided.is_contiguous()
+        args[name] = strided.requires_grad_(args[name].requires_grad)
+    B = args["lora_B"].detach().t().contiguous().t()
+    args["lora_B"] = B.requires_grad_(args["lora_B"].requires_grad)
+    got = cases.run(lora_kernels.lora_linear, args)
+    assert_close_derived(got, want, layers=1)

@@ -5,6 +5,7 @@ have one of their own (the Makefile's `test`). Without Triton only test_selectio
 """
 
 import os
+import zlib
 from collections.abc import Iterator
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 
 import lora_kernels
 from lora_kernels.backends import replay, triton
+from tests.support.interpreter import programs_run_in, shuffled_order
 from tests.triton.device import DEVICE
 
 interpreted = os.environ.get("TRITON_INTERPRET") == "1"
@@ -26,6 +28,14 @@ def device() -> Iterator[str]:
     """The device of a test's tensors; the triton backend is forced."""
     with lora_kernels.backend("triton"):
         yield DEVICE
+
+
+@pytest.fixture(autouse=interpreted)
+def shuffled(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A launch's programs run in an order that is drawn from the test's name, as a GPU may run
+    them."""
+    with programs_run_in(shuffled_order(zlib.crc32(request.node.name.encode()))):
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -1,12 +1,14 @@
 """y and every gradient against the float64 reference, for every strategy."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from lora_kernels.backends.triton import COOPERATIVE, FUSED, LIBRARY, TWO_PASS, configs, launch
 from lora_kernels.bench.case import Case
 from tests.support import problems
-from tests.support.engines import Pairs, check, each, pair_cases
+from tests.support.engines import Pairs, check, check_strided_vectors, each, pair_cases
 from tests.support.problems import FULL, RANK, bf16, f16, f32
 from tests.triton.device import DEVICE
 
@@ -97,6 +99,8 @@ def test_cases_of_partial_sums_are_split_where_they_should_be() -> None:
         assert config.block_m < M and M % config.block_m and per_split < N and N % per_split
 
 
+STRIDED = Case(40, 72, 64, 6, f32, gate=True, column_scale=True, bias=True)
+FEW_STRIDED = replace(STRIDED, M=5, dtype=bf16)
 WIDE = [Case(*SHAPE, RANK, f32, **FULL), Case(33, 65, 128, RANK, f32, quant="nf4-64-nested")]
 
 
@@ -106,6 +110,15 @@ def test_lora_linear_of_64_bit_offsets_is_within_tolerance(
 ) -> None:
     monkeypatch.setattr(launch, "is_wide", lambda t: True)
     check(case)
+
+
+@each(
+    {"": triton(ALL, STRIDED) + triton((COOPERATIVE,), replace(STRIDED, M=5, dtype=bf16))}, DEVICE
+)
+def test_lora_linear_of_strided_vectors_and_a_transposed_B_is_as_of_contiguous_ones(
+    case: Case, engine: str
+) -> None:
+    check_strided_vectors(case)
 
 
 def test_is_wide_from_31_bits_on() -> None:

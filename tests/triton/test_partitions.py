@@ -1,14 +1,19 @@
 """Kernels cut into many parts: tiles, ranks and splits of 16, so that small sizes have several of
 each. `python -m tests.partitions` counts them."""
 
+import re
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import lora_kernels
-from lora_kernels.backends.triton import COOPERATIVE, FUSED, LIBRARY, TWO_PASS, configs
+from lora_kernels.backends import triton
+from lora_kernels.backends.triton import COOPERATIVE, FUSED, LIBRARY, TWO_PASS, configs, launch
 from lora_kernels.backends.triton.configs import (
     ColumnTiles,
     GemmTiles,
@@ -16,11 +21,13 @@ from lora_kernels.backends.triton.configs import (
     RowTiles,
     ShrinkTiles,
 )
+from lora_kernels.bench import case as cases
 from lora_kernels.bench.case import Case
 from lora_kernels.quantization import quantize_4bit
 from tests.support import codec, exact
 from tests.support.engines import check_norm
 from tests.support.experts import ExpertsCase, check_exact
+from tests.support.interpreter import Order, programs_run_in, reversed_order, shuffled_order
 from tests.triton.device import DEVICE
 
 f32 = torch.float32
@@ -119,3 +126,90 @@ def test_dequantize_in_small_tiles_is_bitwise(nested: bool, device: str) -> None
     for K in (WHOLE, WORDS, ODD):
         values = torch.randn(N, K, generator=torch.Generator().manual_seed(K))
         codec.check_decode(quantize_4bit(values.to(device), "nf4", 32, nested), f32)
+
+
+Run = Callable[[], dict[str, Tensor]]
+ORDERS: dict[str, Order] = {"ascending": range, "reversed": reversed_order}
+ORDERS |= {f"shuffled {seed}": shuffled_order(seed) for seed in range(2)}
+
+
+def linear(strategy: str, M: int) -> Run:
+    case = Case(M, 20, 17, ONE_BLOCK, f32, device=DEVICE, **exact.OPTIONS)
+    with lora_kernels.backend("cpu"):
+        args = cases.inputs(case)
+
+    def run() -> dict[str, Tensor]:
+        with lora_kernels.backend("triton", strategy):
+            return cases.run(lora_kernels.lora_linear, args)
+
+    return run
+
+
+def experts() -> dict[str, Tensor]:
+    case = ExpertsCase((3, 17, 0, 1), 20, 17, ONE_BLOCK, tail=3, dropout_p=0.5, device=DEVICE)
+    return cases.run(lora_kernels.lora_experts_linear, cases.inputs(case))
+
+
+def norm() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = (20, ODD), (ONE_BLOCK, ODD), (20, ONE_BLOCK)
+    weight, A, B = (torch.randn(shape, generator=generator).to(DEVICE) for shape in shapes)
+    return {"norm": lora_kernels.dora_norm(weight, A, B)}
+
+
+def codec_of_4_bits() -> dict[str, Tensor]:
+    values = torch.randn(20, ODD, generator=torch.Generator().manual_seed(0))
+    weight = quantize_4bit(values.to(DEVICE), "nf4", 32, False)
+    return {"packed": weight.codes.packed, "decoded": weight.dequantize(f32)}
+
+
+# What runs, and the kernels that it launches.
+RUNS: dict[str, tuple[Callable[[], Run], set[str]]] = {
+    FUSED: (lambda: linear(FUSED, 20), {"fused", "outer", "reduce"}),
+    TWO_PASS: (
+        lambda: linear(TWO_PASS, 20),
+        {"two_pass", "shrink", "shrink_outer", "outer", "reduce"},
+    ),
+    COOPERATIVE: (
+        lambda: linear(COOPERATIVE, 13),
+        {"cooperative", "shrink_outer", "outer", "reduce"},
+    ),
+    "experts": (lambda: experts, {"grouped_linear", "grouped_shrink", "grouped_outer"}),
+    "norm": (lambda: norm, {"row_norm"}),
+    "codec": (lambda: codec_of_4_bits, {"dequantize", "quantize"}),
+}
+
+
+@pytest.mark.skipif(not triton.is_interpreted(), reason="a GPU chooses the order of programs")
+@pytest.mark.parametrize("name", RUNS)
+def test_kernels_of_programs_in_any_order_have_the_same_bits(
+    name: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched, run = set(), launch.run
+
+    def note(kernel: Any, *rest: Any, **meta: Any) -> None:
+        launched.add(kernel.__name__.removesuffix("_kernel"))
+        run(kernel, *rest, **meta)
+
+    monkeypatch.setattr(launch, "run", note)
+    build, kernels = RUNS[name]
+    results, computed = {}, build()
+    for order, by in ORDERS.items():
+        with programs_run_in(by):
+            results[order] = computed()
+    want = results["ascending"]
+    for order, got in results.items():
+        assert got.keys() == want.keys()
+        wrong = [name for name in want if not torch.equal(got[name], want[name])]
+        assert not wrong, f"{order}: {wrong}"
+    assert launched == kernels
+
+
+def test_every_kernel_has_a_run_in_any_order() -> None:
+    sources = Path(triton.__file__).parent.glob("*.py")
+    kernels = {
+        name
+        for source in sources
+        for name in re.findall(r"^def (\w+)_kernel\(", source.read_text(), re.MULTILINE)
+    }
+    assert set.union(*(kernels for _, kernels in RUNS.values())) == kernels

@@ -4,7 +4,8 @@
 
 A kernel that spills, a product without its matrix instruction, or a kernel that reads no 128 bits
 at a time fails, and one that takes more registers than budgets.json says (for the nvcc that they
-were written with). `loop` is that of `python -m tests.compile_only`, `bound` the least of `bounds`.
+were written with). So does one that reads what its launch writes by ld.global.nc, see `coherence`.
+`loop` is that of `python -m tests.compile_only`, `bound` the least of `bounds`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.compile_only import bounds, budgets, document, machine_code
+from tests.compile_only import bounds, budgets, coherence, document, machine_code
 from tests.compile_only.machine_code import TOOLS, Code
 
 LIBRARIES = Path(__file__).parents[2] / "lora_kernels"
@@ -33,6 +34,7 @@ class Found:
     kernel: str  # "gemm"
     key: str  # "gemm bfloat16 codes dx"
     code: Code
+    incoherent: list[str]  # what is wrong with its loads
 
 
 def library() -> Path | None:
@@ -73,7 +75,21 @@ def kernels(library: Path) -> Iterator[Found]:
                 if kernel:
                     matrix = "mma.sync" if "HMMA" in bodies[name] else ""
                     of = bodies[name], matrix, target, WARPS.get(kernel, 0)
-                    yield Found(target, kernel, key, machine_code.parse(fields, *of))
+                    code = machine_code.parse(fields, *of)
+                    incoherent = coherence.faults_of_sass(kernel, bodies[name])
+                    yield Found(target, kernel, key, code, incoherent)
+
+
+def incoherent_ptx(library: Path) -> Iterator[tuple[str, list[str]]]:
+    """Yield each kernel, and what is wrong with its loads by the PTX that the library contains."""
+    with tempfile.TemporaryDirectory() as folder:
+        extract = [TOOLS / "cuobjdump", "-xptx", "all", str(library)]
+        subprocess.run(extract, cwd=folder, capture_output=True, check=True)
+        texts = [path.read_text() for path in sorted(Path(folder).glob("*.ptx"))]
+    for name, body in {entry for text in texts for entry in coherence.entries(text)}:
+        kernel, key = _named(name)
+        if kernel:
+            yield key, coherence.faults_of_ptx(kernel, body)
 
 
 def _named(mangled: str) -> tuple[str, str]:
@@ -116,7 +132,7 @@ def main() -> int:
     for found in sorted(kernels(path), key=lambda f: (f.target, f.key)):
         seen += 1
         code = found.code
-        wrong = code.faults(found.kernel in MATRIX, found.kernel in WIDE)
+        wrong = code.faults(found.kernel in MATRIX, found.kernel in WIDE) + found.incoherent
         entry = code.entry() | code.measure_loop()
         limit = kept["cuda"].setdefault(found.target, {})
         if args.write:
@@ -130,6 +146,12 @@ def main() -> int:
         )
         print("  ".join([line, *wrong]), flush=True)
         failures += bool(wrong)
+    followed = sorted(incoherent_ptx(path))
+    for key, wrong in followed:
+        if wrong:
+            print("  ".join([f"✗ PTX  {key}", *wrong]), flush=True)
+    failures += sum(bool(wrong) for _, wrong in followed) + (not followed)
+    print(f"the pointers of {len(followed)} kernels followed in their PTX")
     if args.write:
         budgets.write(kept)
         document.write(kept)

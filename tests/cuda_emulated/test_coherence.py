@@ -1,4 +1,4 @@
-"""What the emulator reports of blocks that read each other's memory, on kernels made for it.
+"""Reports of the emulator on blocks that read each other's memory, by kernels made for them.
 
 A kernel is a script for each of its blocks, one letter an instruction, that thread 0 follows:
 

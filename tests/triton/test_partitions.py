@@ -163,7 +163,7 @@ def codec_of_4_bits() -> dict[str, Tensor]:
     return {"packed": weight.codes.packed, "decoded": weight.dequantize(f32)}
 
 
-# What runs, and the kernels that it launches.
+# A call, and the kernels that it launches.
 RUNS: dict[str, tuple[Callable[[], Run], set[str]]] = {
     FUSED: (lambda: linear(FUSED, 20), {"fused", "outer", "reduce"}),
     TWO_PASS: (

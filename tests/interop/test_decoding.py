@@ -451,6 +451,14 @@ def _try(layer: Any, x: Tensor) -> None:
         assert x.dtype is not f32
 
 
+def test_prepared_forward_is_kept_for_the_next_calls(layer: Any) -> None:
+    decode(layer)
+    prepared = layer._prepared
+    decode(layer)
+    layer(row())  # with gradients
+    assert layer._prepared is prepared is not None
+
+
 def test_prepared_forward_is_not_copied(layer: Any) -> None:
     decode(layer)
     assert isinstance(layer._prepared, PreparedForward)

@@ -1,7 +1,6 @@
 """Predicted times of a layer's calls, and the M at which their strategy changes, for `explain`.
 
-Times come from the cost models: `costs` for GPUs, `cpu_costs` for CPUs. If `lora-kernels tune` has
-measured the shape on this GPU, the time is from the tuning table. Nothing is timed here.
+Times come from the cost models: `costs` for GPUs, `cpu_costs` for CPUs. Nothing is timed here.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ import torch
 
 from .. import costs, cpu_costs, device, selection
 from ..backends import decode4bit
-from ..backends.triton import measured
 from ..core.problem import MANY_ROWS, Choice, Layout, Problem, Strategy
 from ..cpu_costs import Machine, Sizes
 from ..device import DeviceInfo
@@ -218,9 +216,6 @@ def time(part: Part, rows: int, machine: Machine | None, step: bool) -> Time | N
             return None
         return Time(_predict_on_cpu(part, rows, machine, step), "the cost model")
     if part.device.type == "cuda":
-        known = _find_tuned_time(part, rows) if step else None
-        if known is not None:
-            return known
         gpu = device.gpu(part.device.index)
         if costs.is_known(gpu):
             return Time(_predict_on_gpu(part, rows, gpu, step), f"the cost model for {gpu.name}")
@@ -272,19 +267,6 @@ def _predict_on_gpu(part: Part, rows: int, gpu: DeviceInfo, step: bool) -> float
     if part.norm:
         seconds += part.N * part.K * part.dtype.itemsize / bandwidth + costs.LAUNCH
     return seconds
-
-
-def _find_tuned_time(part: Part, rows: int) -> Time | None:
-    """Return the time that `lora-kernels tune` measured, if selection chooses that strategy."""
-    choice = part.choose(rows)
-    if choice.backend != "triton" or part.mixed or part.dropout or not part.base:
-        return None
-    target = device.gpu(part.device.index)
-    sizes = rows, part.N, part.K, part.R
-    known = measured.find(measured.shape(target, *sizes, part.dtype, part.a_dtype, part.four_bit))
-    if known is None or known.microseconds is None or known.strategy != choice.strategy:
-        return None
-    return Time(known.microseconds * 1e-6, known.source, measured=True)
 
 
 def total(times: Iterator[Time | None]) -> Time | None:

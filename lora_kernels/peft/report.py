@@ -218,8 +218,7 @@ def explain(
         rows: the number of rows of each layer's input, batch size × length. It selects the
             strategies, and adds a `Prediction` for each layer. Its time is of a step, or of the
             forward if the model is in eval mode or nothing trains. x is assumed to need a gradient.
-            Times are from a cost model; rows that `lora-kernels tune` measured take precedence and
-            are marked.
+            Times are from a cost model.
         machine: the CPU's bandwidth and peaks, for the cost model. None measures them once a
             process, in some seconds.
         all: whether the printed table has a line for each layer. Otherwise layers whose names

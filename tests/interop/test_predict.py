@@ -15,8 +15,7 @@ from torch import nn
 
 import lora_kernels
 from lora_kernels import costs, cpu_costs, device, selection, timing
-from lora_kernels.backends import cpu, native, triton
-from lora_kernels.backends.triton import measured
+from lora_kernels.backends import cpu, native
 from lora_kernels.core.problem import MANY_ROWS, Choice, Problem, Strategy
 from lora_kernels.cpu_costs import Machine, Sizes
 from lora_kernels.device import DeviceInfo
@@ -393,30 +392,7 @@ def test_layers_of_pefts_have_its_forward_for_any_number_of_rows() -> None:
     assert prediction.regions == (Region(1, "peft", "PEFT's own forward"),)
 
 
-def test_what_was_measured_goes_before_the_model_and_says_so(monkeypatch) -> None:
-    monkeypatch.setattr(device, "gpu", lambda index: H100)
-    key = measured.shape(H100, 512, 4096, 14336, 16, bf16, bf16, False)
-    row = measured.Measured(
-        triton.TWO_PASS, source="measured on H100: 250 µs a step", microseconds=250
-    )
-    answer = Choice("triton", triton.TWO_PASS, row.source)
-    monkeypatch.setattr(selection, "choose", lambda *args: answer)
-    with measured.override_row(key, row):
-        assert predict.time(GPU, 512, None, True) == (250e-6, row.source, True)
-        # Neither another shape, nor a forward, nor another strategy was measured.
-        others = [GPU._replace(dropout=True), GPU._replace(R=100), GPU._replace(base=False)]
-        others += [GPU._replace(mixed=True), GPU._replace(a_dtype=f32, b_dtype=f32)]
-        cases = (GPU, 2048, True), (GPU, 512, False), *((other, 512, True) for other in others)
-        for other, rows, step in cases:
-            found = predict.time(other, rows, None, step)
-            assert found is not None and not found.measured
-        answer = Choice("triton", triton.LIBRARY, "")
-        found = predict.time(GPU, 512, None, True)
-        assert found is not None and not found.measured
-    answer = Choice("triton", triton.TWO_PASS, row.source)
-    with measured.override_row(key, replace(row, microseconds=None)):
-        found = predict.time(GPU, 512, None, True)
-        assert found is not None and not found.measured
+def test_total_of_calls_is_none_if_one_is_unknown() -> None:
     assert predict.total(iter([predict.Time(1.0, "a"), None])) is None
     whole = predict.total(iter([predict.Time(1.0, "a", True), predict.Time(2.0, "b")]))
     assert whole == (3.0, "a; b", False)

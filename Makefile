@@ -17,6 +17,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed-$(shell echo '$(TORCH)' | cksum | cut -d' ' -f1)
 DEMO_INPUTS := $(VENV)/.demo-inputs
+# The oldest Triton that pyproject.toml admits, beside torch's own: a test compiles the kernels with it.
+OLDEST_TRITON := 3.4
 CPP_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: .venv test quick slice others interpreted proof mutations matrix wheel bench demo results gpu lint format \
@@ -153,6 +155,8 @@ $(INSTALLED): pyproject.toml setup.py
 	$(if $(CPU_WHEELS),-$(BIN)/python -m pip install --no-deps --timeout 5 --retries 1 \
 		--extra-index-url '$(CPU_WHEELS)' '$(TORCH)')
 	LORA_KERNELS_NATIVE=0 LORA_KERNELS_CUDA=0 $(BIN)/python -m pip install --no-build-isolation '$(TORCH)' -e '.[dev]'
+	-test -d $(VENV)/triton-$(OLDEST_TRITON) || $(BIN)/python -m pip install --no-deps \
+		--target $(VENV)/triton-$(OLDEST_TRITON) 'triton==$(OLDEST_TRITON).*'
 	@rm -f $(VENV)/.installed-*
 	@touch $@
 

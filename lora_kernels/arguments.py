@@ -15,7 +15,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 WITHOUT_AUTOCAST = ("meta",)  # torch.is_autocast_enabled raises for it
 NATIVE_MASKS = (
     "where the eager backend draws masks with PyTorch's dropout kernel (torch.manual_seed repeats "
-    "them); want a CPU's, or lora_kernels.backend('triton' or 'cuda')"
+    "them); want a CPU's"
 )
 
 

@@ -23,7 +23,6 @@ COMMANDS = {
     "verify": ("lora_kernels.verify", None, "check every kernel against the reference"),
     "bench": ("lora_kernels.bench.command", "bench", "time the kernels against what others use"),
     "qualify": ("lora_kernels.bench.qualify", None, "check our kernels on this GPU and use them"),
-    "tune": ("lora_kernels.bench.tune", None, "find the fastest Triton kernels on this GPU"),
     "finetune": ("lora_kernels.finetune.command", "finetune", "fine-tune a model with fused LoRA"),
     "rank-search": (
         "lora_kernels.finetune.rank_command",

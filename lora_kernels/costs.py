@@ -23,7 +23,6 @@ from .backends import cuda, decode4bit, triton
 from .backends.cuda import constraints
 from .backends.cuda import heuristics as cuda_heuristics
 from .backends.triton import configs
-from .backends.triton import heuristics as triton_heuristics
 from .core.problem import Choice, Problem, Strategy
 from .device import DeviceInfo
 from .verdicts import KEEP_EAGER, Group, Point, Verdict, group_of
@@ -154,7 +153,7 @@ def predict(
     call = _Call(gpu, problem, rates)
     found = [_predict_eager(call, bitsandbytes)]
     if unsupported_reason(gpu) is None:
-        found += [_predict_triton_library(call), _predict_triton_two_pass(call)]
+        found.append(_predict_triton_two_pass(call))
         found.append(_predict_cuda_simt(call))
         if call.itemsize < 4:
             found.append(_predict_cuda_gemm(call))
@@ -280,17 +279,6 @@ def bitsandbytes_rows(gpu: DeviceInfo, problem: Problem) -> int:
     return next(rows for least, rows in tiers if waves >= least)
 
 
-def _predict_triton_library(call: _Call) -> Cost:
-    decode = 0.0
-    if call.four_bit:
-        decode = (call.weight + call.N * call.K * call.itemsize) / call.bandwidth + call.launch
-    passes = (call.x + 2 * call.y + call.adapter) / call.bandwidth
-    kernels = 3 if call.four_bit else 2
-    host = TRITON_CALL + kernels * TRITON_LAUNCH
-    others = passes + 3 * call.launch
-    return call.cost("triton", Strategy.LIBRARY, _library(call, decode), others, host)
-
-
 def _predict_triton_two_pass(call: _Call) -> Cost:
     tile = configs.linear(call.gpu, call.M, call.itemsize, call.four_bit, 0)
     rows, columns = _ceil_div(call.M, tile.block_m), _ceil_div(call.N, tile.block_n)
@@ -383,12 +371,12 @@ def _ceil_div(a: int, b: int) -> int:
 
 @functools.lru_cache(maxsize=4096)
 def choose(problem: Problem, gpu: DeviceInfo, verdict: Verdict, in_graph: bool = False) -> Choice:
-    """Choose for a GPU: the fastest of what qualified, by `lora-kernels tune` or the cost model.
+    """Choose for a GPU: the fastest of what qualified, by the cost model.
 
     in_graph: whether the call is captured in a CUDA graph, so that the host's time has no part.
 
     The eager backend, unless another is expected to be faster by 5 % (`KEEP_EAGER`). Cached for the
-    process: a later change of the tuning table or of libraries is not seen.
+    process: a later change of libraries is not seen.
     """
     index = problem.device_index
     device = torch.device("cuda") if index is None else torch.device("cuda", index)
@@ -397,11 +385,6 @@ def choose(problem: Problem, gpu: DeviceInfo, verdict: Verdict, in_graph: bool =
         "cuda": cuda.unsupported_device_reason(problem.device_type, problem.device_index),
         "bitsandbytes": decode4bit.bitsandbytes_reason(device) if problem.four_bit else None,
     }
-    tuned = triton_heuristics.choose_tuned(problem, gpu, reason=None)
-    if tuned is not None:
-        why = _unqualified("triton", tuned.strategy, problem, verdict, in_graph)
-        if why is None:
-            return tuned
     found = choose_fastest(problem, gpu, unavailable, verdict, in_graph)
     if found is None:
         return Choice("eager", Strategy.LIBRARY, "the cost model does not know this GPU")

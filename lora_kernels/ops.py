@@ -22,7 +22,7 @@ from torch.compiler import is_compiling
 from . import flops, selection
 from .backends import cpu, cpu_experts, cuda, eager, eager_experts, triton
 from .backends.cuda import constraints
-from .backends.protocol import Backend, ExpertsBackend, MultiBackend
+from .backends.protocol import Backend, ExpertsBackend, MultiBackend, NormBackend
 from .backends.rows import like_rows_of
 from .core.call import (
     ExpertsGrads,
@@ -46,11 +46,8 @@ from .core.problem import Choice, Layout, Problem
 _LIB = torch.library.Library("lora_kernels", "DEF")
 _BACKENDS: dict[str, Backend] = {"eager": eager, "cpu": cpu, "triton": triton, "cuda": cuda}
 _MULTI_BACKENDS: dict[str, MultiBackend] = {"eager": eager, "cpu": cpu}
-_EXPERTS_BACKENDS: dict[str, ExpertsBackend] = {
-    "eager": eager_experts,
-    "cpu": cpu_experts,
-    "triton": triton,
-}
+_EXPERTS_BACKENDS: dict[str, ExpertsBackend] = {"eager": eager_experts, "cpu": cpu_experts}
+_NORM_BACKENDS: dict[str, NormBackend] = {"cpu": cpu, "cuda": cuda}
 
 _WEIGHT = "Tensor? weight"
 CODES = (
@@ -562,7 +559,9 @@ def dora_norm_direct(
     )
     norm: Tensor
     with no_autocast(lora_A):
-        norm = _BACKENDS[choice.backend].dora_norm(weight, lora_A, lora_B, scaling, rank_gate)
+        norm = _NORM_BACKENDS[choice.backend].dora_norm(
+            weight, lora_A, lora_B, scaling, rank_gate
+        )
     return norm
 
 

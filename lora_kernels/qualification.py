@@ -48,14 +48,12 @@ STRATEGIES = (
     ("cuda", Strategy.COOPERATIVE),
     ("cuda", Strategy.TWO_PASS),
     ("triton", Strategy.TWO_PASS),
-    ("triton", Strategy.LIBRARY),
 )
 
 
 class Claim(NamedTuple):
     """A statement about a group that the worker checks; tiers are checked in order.
 
-    - "dequantize": a decoded weight is bitwise equal to the reference's.
     - "odd sizes": y and every gradient are within the tolerance of the float64 reference, at sizes
       that are no multiple of a tile.
     - "many blocks": the same where the grid has several times the blocks that fit the card.
@@ -78,7 +76,7 @@ def plan(dtypes: Sequence[str] = DTYPES, gpu: DeviceInfo | None = None) -> list[
     gpu: on which groups that the cost model expects to be slower than eager are left out.
 
     >>> plan()[0].name
-    'dequantize'
+    'odd sizes'
     """
     claims = []
     for dtype in dtypes:
@@ -90,8 +88,6 @@ def plan(dtypes: Sequence[str] = DTYPES, gpu: DeviceInfo | None = None) -> list[
                     if gpu and not costs.is_contender(group, gpu, rows, SHAPES):
                         continue
                     names = {"odd sizes": 1, "many blocks": 1, "memory": 1, "graph": 2, "time": 3}
-                    if strategy is Strategy.LIBRARY and weight == "4bit":
-                        names["dequantize"] = 0
                     if adapter == dtype:  # which autocast rounds float32 adapters to
                         names["autocast"] = 1
                     if strategy is Strategy.COOPERATIVE:

@@ -20,7 +20,14 @@ from .backends.library import is_on_gpu_path
 from .backends.triton import configs
 from .backends.triton import heuristics as triton_heuristics
 from .core.call import Guard
-from .core.problem import ONE_ADAPTER, Choice, Problem, Strategy, require_supported
+from .core.problem import (
+    NO_DROPOUT,
+    ONE_ADAPTER,
+    Choice,
+    Problem,
+    Strategy,
+    require_supported,
+)
 from .verdicts import Verdict
 
 STRATEGIES = {
@@ -94,6 +101,7 @@ def choose(problem: Problem) -> Choice:
     if problem.mixed and requested.backend in ("triton", "cuda"):
         require_supported(requested.backend, ONE_ADAPTER)
     if requested.backend == "triton":
+        require_supported("triton", NO_DROPOUT if problem.dropout else None)
         return triton_heuristics.plan(problem, requested.strategy)
     if requested.backend == "cuda":
         return cuda_heuristics.plan(problem, requested.strategy)
@@ -136,10 +144,8 @@ def _choose_cpu(problem: Problem, requested: Forced, environment: tuple[object, 
 def choose_experts(problem: Problem) -> Choice:
     """Choose the backend of `lora_experts_linear`, the same for forward and backward."""
     requested = forced.current.get()
-    if requested.backend == "triton":
-        return triton_heuristics.plan_experts(problem, requested.strategy)
-    if requested.backend == "cuda":
-        require_supported("cuda", "it has no kernels for experts")
+    if requested.backend in ("triton", "cuda"):
+        require_supported(requested.backend, "it has no kernels for experts")
     strategy = cpu_heuristics.plan_experts(requested.strategy)
     return _choose_cpu_or_eager(problem, strategy, Strategy.LIBRARY)
 
@@ -148,8 +154,7 @@ def choose_norm(problem: Problem) -> Choice:
     """Choose the backend of `dora_norm`. x_dtype stands for the weight's, dtype is float32."""
     requested = forced.current.get().backend
     if requested == "triton":
-        triton_heuristics.require_target(problem)
-        return Choice("triton", Strategy.FUSED, triton_heuristics.REQUESTED)
+        require_supported("triton", "it has no kernel for row norms")
     if requested == "cuda":
         cuda_heuristics.require(problem)
         return Choice("cuda", Strategy.TWO_PASS, cuda_heuristics.REQUESTED)
@@ -180,6 +185,8 @@ def is_eager_on_gpu(device_type: str) -> bool:
 def choose_for_mask() -> Choice:
     """Return the eager backend, which alone takes a dropout mask; RuntimeError if it may not."""
     name = forced_backend()
+    if name == "triton":
+        require_supported(name, NO_DROPOUT)
     if name not in (None, "eager"):
         raise RuntimeError(
             f"backend {name!r} was requested and cannot run here: got rng as a dropout mask, want "

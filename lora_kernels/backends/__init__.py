@@ -8,18 +8,14 @@ from typing import Any
 
 _EQUATION = ("lora_linear", "lora_linear_backward", "dora_norm")
 _CODEC = ("quantize", "dequantize")
-_EXPERTS = ("lora_experts", "lora_experts_backward")
 
 
-def lazy_launchers(package: str, codec: str, experts: str | None = None) -> Callable[[str], Any]:
+def lazy_launchers(package: str, codec: str) -> Callable[[str], Any]:
     """Return a package's `__getattr__` that imports a launcher's module when it is first used.
 
-    codec: the module of `quantize` and `dequantize`. experts: that of `lora_experts` and its
-    backward, or None without them. The others are in `equation`.
+    codec: the module of `quantize` and `dequantize`. The others are in `equation`.
     """
     modules = dict.fromkeys(_EQUATION, "equation") | dict.fromkeys(_CODEC, codec)
-    if experts is not None:
-        modules |= dict.fromkeys(_EXPERTS, experts)
 
     def find(name: str) -> Any:
         if name not in modules:

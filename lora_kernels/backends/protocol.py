@@ -45,6 +45,10 @@ class Backend(Protocol):
         strategy: str,
     ) -> Grads: ...
 
+
+class NormBackend(Protocol):
+    """DoRA's norm."""
+
     def dora_norm(
         self,
         weight: Tensor | Packed4bit,

@@ -436,9 +436,13 @@ def triton_device() -> str:
     return "cpu" if triton.is_interpreted() else "cuda"
 
 
-def kernels(device: str) -> contextlib.AbstractContextManager[None]:
-    """Select the kernels that are timed as ours: on a GPU Triton's, even if not the default."""
-    return selection.backend("triton") if device == "cuda" else contextlib.nullcontext()
+def kernels(device: str, dropout_p: float = 0.0) -> contextlib.AbstractContextManager[None]:
+    """Select the kernels that are timed as ours: on a GPU Triton's, even if not the default.
+
+    With dropout the default runs.
+    """
+    is_triton = device == "cuda" and not dropout_p
+    return selection.backend("triton") if is_triton else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

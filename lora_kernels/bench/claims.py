@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from .. import functional, qualification, selection, verdicts
-from ..backends import cuda, decode4bit, replay, triton
+from ..backends import cuda, replay, triton
 from ..backends.cuda import DECODE_ROWS
 from ..backends.triton import launch
 from ..core.call import Needs, Operands, Spec
@@ -285,28 +285,6 @@ def judge(case: AnyCase) -> str | None:
     return next((f"{name} {verdict}" for name, verdict in found if not verdict.ok), None)
 
 
-def _weights_to_decode(card: Card, group: Group) -> list[Weight4bit]:
-    with selection.backend("eager"):
-        given = [
-            cases.inputs(_case(card, group, 1, 203, 99, quant=q)) for q in ("nf4-64", "fp4-128")
-        ]
-    return [args["weight"] for args in given]
-
-
-def dequantize(card: Card, group: Group) -> str | None:
-    dtype = getattr(torch, group.dtype)
-    for weight in _weights_to_decode(card, group):
-        got, codes = weight.dequantize(dtype), weight.codes
-        shape = weight.matrix_shape
-        want = decode4bit.decode(  # not by bitsandbytes
-            codes.packed, codes.scales(), codes.code, codes.blocksize, shape, dtype
-        )
-        if not torch.equal(got, want):
-            differ = int((got != want).sum())
-            return f"{differ} elements of {weight.quant_type} differ from the reference's"
-    return None
-
-
 class _Call:
     """The backend's forward and backward on tensors that lie between guard zones."""
 
@@ -437,7 +415,6 @@ _CASES: dict[str, Callable[[Card, Group], Sequence[AnyCase]]] = {
     "autocast": autocast,
 }
 _CHECKS: dict[str, Callable[[Card, Group], str | None]] = {
-    "dequantize": dequantize,
     "memory": memory,
     "two streams": two_streams,
     "graph": graph,
@@ -617,10 +594,6 @@ def launch_all(card: Card, claim: Claim, shapes: Shapes) -> None:
     elif name == "memory":  # "graph" and "two streams" launch the same
         with card.engine(group):
             _Call(card, group).run()
-    elif name == "dequantize":
-        for weight in _weights_to_decode(card, group):
-            with card.engine(group):
-                weight.dequantize(getattr(torch, group.dtype))
 
 
 def _first_line(error: BaseException) -> str:

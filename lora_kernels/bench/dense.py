@@ -55,17 +55,17 @@ Candidate = tuple[Make, dict[str, Any]]
 
 def ours(args: dict[str, Any]) -> Call:
     """`lora_linear` as a layer calls it; on a CPU a layer prepares its call for the next token."""
-    device, cache = args["x"].device.type, CallCache()
+    device, dropout_p, cache = args["x"].device.type, args["dropout_p"], CallCache()
 
     def on_cpu(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, **rest: Any) -> Tensor:
         return cache(x, weight, lora_A, lora_B, rest["scaling"], rest["bias"])
 
     def on_gpu(*args: Any, **kwargs: Any) -> Tensor:
-        with cases.kernels(device):
+        with cases.kernels(device, dropout_p):
             return functional.lora_linear(*args, **kwargs)
 
     if device == "cpu":  # a given mask is not for the cache
-        return functional.lora_linear if args["dropout_p"] else on_cpu
+        return functional.lora_linear if dropout_p else on_cpu
     return on_gpu
 
 
@@ -152,7 +152,7 @@ def measure(case: Case, seconds: float, machine: Machine | None = None) -> list[
             found["decoding", "cold"] = timed(_cold(made, case.device))[0]
     A = case.adapter_dtype or case.dtype
     problem = Problem(case.device, case.dtype, A, A, case.compute_dtype, case.R, case.M)
-    with cases.kernels(case.device):
+    with cases.kernels(case.device, case.dropout_p):
         choice = selection.choose(
             problem._replace(columns=case.N, inner=case.K, dropout=case.dropout_p > 0)
         )
@@ -193,7 +193,7 @@ def _second(make: Make, **args: Any) -> Tensor:
 
 def _decoding_misses(case: Case) -> list[str]:
     """Return what differs in ours without gradients from ours with them."""
-    args = cases.inputs(case)
+    args = cases.give_mask(cases.inputs(case))
     call = _forward(ours(args), args)
     want = call()
     with torch.no_grad():

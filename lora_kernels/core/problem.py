@@ -18,6 +18,8 @@ ONE_ADAPTER = (
     "the kernels for GPUs take one adapter; in a GEMM of several, a NaN of one reaches the rows of "
     "the others"
 )
+# Why Triton does not run a call with dropout.
+NO_DROPOUT = "the kernels for GPUs have no dropout; the eager backend runs PyTorch's"
 
 
 class Strategy(str, Enum):

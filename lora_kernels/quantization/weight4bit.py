@@ -341,9 +341,7 @@ def quantize_4bit(
     device = weight.device
     thresholds = codebooks.thresholds(quant_type, device)
     order = codebooks.order(quant_type, device)
-    kernels = _kernels(device)
-    quantize = decode4bit.encode if kernels is None else kernels.quantize
-    packed, absmax = quantize(weight, thresholds, order, blocksize)
+    packed, absmax = decode4bit.encode(weight, thresholds, order, blocksize)
     if not absmax.isfinite().all():  # absmax propagates NaN and inf
         raise ValueError("weight: got NaN or infinity in it, want finite values")
     nested: dict[str, Any] = {}
@@ -402,7 +400,7 @@ def standard_code(quant_type: str, stored: Tensor) -> Tensor:
 
 
 def _kernels(device: torch.device) -> ModuleType | None:
-    """Return the forced backend if it has kernels for the format, or None.
+    """Return the forced backend if it has a kernel that decodes, or None.
 
     Raises RuntimeError if the backend cannot run on the device.
     """

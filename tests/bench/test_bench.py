@@ -6,7 +6,6 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -406,11 +405,8 @@ def test_peft_draws_a_new_mask_each_call() -> None:
 
 
 @pytest.mark.parametrize("value", ["-1", "nan", "inf", "soon"])
-@pytest.mark.parametrize("command", ["bench", "tune"])
-def test_seconds_that_are_none(
-    command: str, value: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_seconds_that_are_none(value: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Refused before anything is measured."""
     with pytest.raises(SystemExit):
-        cli.main([command, "--out", str(tmp_path / "out"), f"--seconds={value}"])
+        cli.main(["bench", f"--seconds={value}"])
     assert f"got '{value}', want a finite number of seconds" in capsys.readouterr().err

@@ -3,11 +3,11 @@
     python -m tests.compile_only [--target sm90 ...] [--all] [--write]
 
 A kernel that spills in a loop (or more than 16 bytes outside of loops), lacks its matrix
-instruction, reads no 128 bits at a time though all is aligned, takes more shared memory than there
-is, or is launched with more programs that wait for each other than are co-resident fails, and one
-that takes more registers or shared memory than budgets.json says (for the Triton that they were
-written with). `loop` is matrix instructions over all of the inner loop, `peak` the share of the
-tensor cores' peak that issuing that loop allows: a static roofline, and an upper bound.
+instruction, reads no 128 bits at a time though all is aligned, or takes more shared memory than
+there is fails, and one that takes more registers or shared memory than budgets.json says (for the
+Triton that they were written with). `loop` is matrix instructions over all of the inner loop,
+`peak` the share of the tensor cores' peak that issuing that loop allows: a static roofline, and an
+upper bound.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import argparse
 import sys
 from collections import Counter
 
-from lora_kernels.backends.triton import configs
 from tests.compile_only import budgets, document, machine_code
 from tests.compile_only.calls import SLICE, every_call
 from tests.compile_only.targets import ALL, TARGETS, VERSION, Compiled, compiled
@@ -25,9 +24,9 @@ MATRIX = dict.fromkeys(ALL, "mma.sync")
 MATRIX |= {"sm90": "wgmma.mma_async", "gfx942": "mfma"}
 MATRIX |= dict.fromkeys(("sm100", "sm103", "sm110"), "tcgen05.mma")
 FEW_BYTES = 16  # of stack, touched outside of all loops: ptxas buys occupancy with them
-NO_PRODUCT = ("reduce_kernel", "dequantize_kernel", "quantize_kernel")
-LINEAR = ("fused_kernel", "two_pass_kernel", "cooperative_kernel", "grouped_linear_kernel")
-WIDE_LOADS = (*LINEAR, "shrink_outer_kernel", "row_norm_kernel", "quantize_kernel")
+NO_PRODUCT = ("reduce_kernel", "dequantize_kernel")
+LINEAR = ("fused_kernel", "two_pass_kernel")
+WIDE_LOADS = (*LINEAR, "shrink_outer_kernel")
 WARPGROUP = 64  # rows of wgmma and tcgen05; with fewer, mma.sync
 
 
@@ -98,10 +97,6 @@ def _wrong(code: machine_code.Code, target: str, found: Compiled, aligned: bool)
         wrong.append(f"shared memory over {here.shared_memory}")
     if kernel in LINEAR and config.block_m >= WARPGROUP and code.matrix != MATRIX[target]:
         wrong.append(f"no {MATRIX[target]}")
-    if config.cooperative and here.kind == "cuda":
-        most = configs.count_co_resident(here, code.shared, code.registers, config.warps)
-        if found.programs > most:
-            wrong.append(f"{found.programs} programs wait for each other, {most} are co-resident")
     return wrong
 
 

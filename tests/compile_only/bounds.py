@@ -19,7 +19,6 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lora_kernels.backends.triton import configs
 from lora_kernels.costs import L2_BYTES, L2_LATENCY, LATENCY
 from lora_kernels.device import DeviceInfo
 from tests.support.gpus import A100, B200, H100, RTX3090, RTX4090, RTX5090
@@ -29,6 +28,9 @@ GPUS |= {"sm120": RTX5090}
 N = K = 4096
 RANK = 16
 CODES = 0.5 + 1 / 64  # bytes of a 4-bit weight's element: code and scale
+# Of a multiprocessor from sm_80 on, from the CUDA programming guide. Its shared memory is the limit
+# of one block plus the bytes that the system reserves per block.
+RESERVED, REGISTERS = 1 << 10, 64 << 10
 # Seconds from one small kernel's start to the next one's, in a stream. An estimate: at 4096² a
 # launch takes 1.4 of the 4.3 µs that a GEMV of codes takes on H100.
 LAUNCH = 1.4e-6
@@ -102,44 +104,36 @@ def tightest(found: dict[str, float]) -> tuple[str, float]:
 
 def of_triton(target: str, key: str, code: dict[str, Any]) -> dict[str, float] | None:
     """Return the bounds of a kernel in budgets.json, or None if its sizes are not known."""
-    found = re.match(r"(?:grouped_)?(\w+)_kernel(?: #\d)? (?:(\d+)x)?(\d+)x(\d+)", key)
+    found = re.match(r"(\w+)_kernel(?: #\d)? (?:(\d+)x)?(\d+)x(\d+)", key)
     if target not in GPUS or "programs" not in code or found is None or found[1] == "reduce":
         return None
     name, (m, n, k) = found[1], (int(size or 0) for size in found.groups()[1:])
-    M, N_, experts = _number(key, "M", 4096), _number(key, "N", N), _number(key, "E", 0)
+    M = _number(key, "M", 4096)
     item, codes, programs = (4 if "float32" in key else 2), "codes" in key, code["programs"]
     of_weight = CODES if codes else item
-    weights = max(1, min(experts, M))
-    tiles = max(_tiles(M, m), weights) if m else 0  # of rows; experts' that have none do nothing
-    x, y, weight = M * K * item, M * N_ * item, weights * N_ * K * of_weight
+    tiles = _tiles(M, m) if m else 0  # of rows
+    x, y, weight = M * K * item, M * N * item, N * K * of_weight
     work = Work(
         bytes=x, loaded=x, programs=programs, warps=code["warps"], steps=1,
         registers=code["registers"], shared=code["shared"], ahead=max(1, code["stages"] - 1),
         on="tf32" if item == 4 else "tensor", float32=item == 4,
     )  # fmt: skip
-    if "library" in key and name != "dequantize":  # S·Bᵀ alone: y is read and written
-        work = replace(work, bytes=2 * y, loaded=y)
-    elif name in ("fused", "two_pass", "cooperative", "linear"):
-        columns = _tiles(N_, n)
+    if "no base" in key:  # S·Bᵀ alone
+        work = replace(work, bytes=y, loaded=y)
+    elif name in ("fused", "two_pass"):
+        columns = _tiles(N, n)
         # Codes are loaded into registers and decoded in the same turn.
         work = replace(
-            work, bytes=x + y + weight, loaded=x * columns + tiles * N_ * K * of_weight,
-            programs=tiles * columns if experts else programs, steps=_tiles(K, k),
-            flops=2.0 * M * N_ * K, executed=2.0 * tiles * m * columns * n * K,
+            work, bytes=x + y + weight, loaded=x * columns + tiles * weight, steps=_tiles(K, k),
+            flops=2.0 * M * N * K, executed=2.0 * tiles * m * columns * n * K,
             ahead=1 if codes else work.ahead,
         )  # fmt: skip
     elif name == "shrink":
-        work = replace(work, programs=min(programs, tiles) if experts else programs)
-        a, steps = RANK * K * item, tiles * _tiles(K, k) / work.programs
-        work = replace(work, bytes=x + weights * a, loaded=x + tiles * a, steps=max(1, steps))
+        a, steps = RANK * K * item, tiles * _tiles(K, k) / programs
+        work = replace(work, bytes=x + a, loaded=x + tiles * a, steps=max(1, steps))
     elif name in ("outer", "shrink_outer"):
-        work = replace(work, steps=max(1, _tiles(M, m) * _tiles(N_, n) / programs))
-    elif name == "row_norm":
-        steps = max(1, _tiles(N_, n) * _tiles(K, k) / programs)
-        loaded = weight + N_ / n * RANK * K * item
-        ahead = 1 if codes else work.ahead
-        work = replace(work, bytes=weight, loaded=loaded, steps=steps, ahead=ahead)
-    else:  # dequantize, quantize
+        work = replace(work, steps=max(1, _tiles(M, m) * _tiles(N, n) / programs))
+    else:  # dequantize
         work = replace(work, bytes=N * K * (2 + CODES), loaded=N * K * (2 + CODES))
     # One thread starts tcgen05.mma, in a block apart, so that the loop is not found.
     is_found = not code["matrix"].startswith("tcgen05")
@@ -212,9 +206,9 @@ def _decode(gpu: DeviceInfo, key: str, registers: int) -> Work:
 
 
 def _occupancy(gpu: DeviceInfo, shared: int, registers: int, warps: int) -> int:
-    """Return the blocks that a multiprocessor holds (see `configs.count_co_resident`)."""
-    of_memory = (gpu.shared_memory + configs.RESERVED) // (shared + configs.RESERVED)
-    of_registers = configs.REGISTERS // (32 * warps * _tiles(registers, 8) * 8)
+    """Return the blocks that a multiprocessor holds."""
+    of_memory = (gpu.shared_memory + RESERVED) // (shared + RESERVED)
+    of_registers = REGISTERS // (32 * warps * _tiles(registers, 8) * 8)
     threads = 1536 if gpu.capability in (86, 89, 120) else 2048
     return max(1, min(of_memory, of_registers, threads // (32 * warps)))
 

@@ -76,7 +76,7 @@ def strategies() -> str:
     for (columns, layer), (gpu, target), rank in itertools.product(NAMED, GPUS.items(), (16, 64)):
         weights: dict[tuple[str, str], list[str]] = {}
         for four_bit in (False, True):
-            found = configs.strategy(target, 1024, columns, rank, 2, four_bit, False)
+            found = configs.strategy(target, 1024, columns, rank, 2, four_bit)
             weights.setdefault(found, []).append("NF4" if four_bit else "dense")
         for (choice, why), names in weights.items():
             weight = ", ".join(names)

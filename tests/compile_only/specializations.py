@@ -11,7 +11,7 @@ from typing import Any
 
 from triton import knobs
 
-from lora_kernels.backends.triton import FUSED, LIBRARY, TWO_PASS
+from lora_kernels.backends.triton import FUSED, TWO_PASS
 from tests.compile_only.calls import Call
 from tests.compile_only.targets import compiled
 
@@ -39,7 +39,7 @@ def count(call: Call, target: str = "sm90") -> Counter[str]:
 
 def main() -> None:
     print(f"kernels compiled for a 4096×4096 layer over {len(ROWS)} values of M")
-    for strategy in (TWO_PASS, FUSED, LIBRARY):
+    for strategy in (TWO_PASS, FUSED):
         for quant in ("", "whole"):
             kernels = count(Call(0, strategy=strategy, quant=quant))
             each = ", ".join(f"{name} {n}" for name, n in sorted(kernels.items()))

@@ -17,7 +17,6 @@ from triton.runtime.driver import driver
 from lora_kernels.backends.triton import launch
 from lora_kernels.backends.triton.configs import Tiles
 from lora_kernels.device import DeviceInfo
-from tests.compile_only import machine_code
 
 # A100, H100, B200, 5090, MI300X.
 TARGETS = {
@@ -51,23 +50,11 @@ def compiled(target: str, call: Callable[[], None]) -> Iterator[Compiled]:
     found: list[Compiled] = []
 
     def warm_up(
-        kernel: Any,
-        config: Tiles,
-        *args: Any,
-        grid: tuple[int, ...],
-        device: torch.device,
-        **meta: Any,
+        kernel: Any, config: Tiles, *, grid: tuple[int, ...], device: torch.device, **arguments: Any
     ) -> None:
         assert 0 < max(grid[1:], default=1) < 1 << 16 and 0 < grid[0] < 1 << 31, grid
-        done = kernel.warmup(*args, grid=grid, **meta, **launch.options(config))
+        done = kernel.warmup(grid=grid, **arguments, **launch.options(config))
         found.append(Compiled(kernel.__name__, config, done, math.prod(grid)))
-
-    def resources(
-        kernel: Any, config: Tiles, device: torch.device, *args: Any, **meta: Any
-    ) -> tuple[int, int]:
-        done = kernel.warmup(*args, grid=(1,), **meta, **launch.options(config))
-        code = machine_code.read(done, target, config.warps)
-        return code.shared, code.registers
 
     with pytest.MonkeyPatch.context() as patch:
         fake = SimpleNamespace(
@@ -78,8 +65,6 @@ def compiled(target: str, call: Callable[[], None]) -> Iterator[Compiled]:
         driver.set_active(fake)
         patch.setattr(launch, "target", lambda x: ALL[target][0])
         patch.setattr(launch, "run", warm_up)
-        patch.setattr(launch, "read_resources", resources)
-        patch.setattr(launch, "_resources", {})
         call()
     yield from found
 

@@ -21,7 +21,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lora_kernels import cli
-from lora_kernels.backends.triton import measured
 from lora_kernels.bench import compare
 from lora_kernels.finetune import (
     Preset,
@@ -54,7 +53,6 @@ class Good(NamedTuple):
     chats: Path
     labelled: Path
     bench: Path
-    tuned: Path
 
 
 class Case(NamedTuple):
@@ -82,7 +80,6 @@ def right(name: str, good: Good, at: Path) -> list[str]:
         "compare": f"--data {good.labelled} --train 2 --held-out 2".split() + model + out,
         "merge": ["--base", str(good.model), "--adapter", str(good.adapter), *out],
         "generate": [*model, "--adapter", str(good.adapter), "--prompt", "Hi"],
-        "tune": ["--out", str(at / "tuned.json")],
     }
     return [name, *arguments.get(name, [])]
 
@@ -219,29 +216,6 @@ def bench_rows(good: Good, at: Path, fields: dict[str, Any]) -> list[Any]:
 
 for why, said, fields in BAD_ROWS:
     command("bench", f"--compare: {why}", said, partial(bench_rows, fields=fields))
-
-# tune, and what reads its file
-TILES = {"block_m": "x", "block_n": 1, "block_k": 1, "warps": 4, "stages": 2}
-TUNED: list[tuple[str, str, Any]] = [
-    ("no JSON", "want a file that `lora-kernels tune` wrote", "{"),
-    ("rows that are a number", "want a file that `lora-kernels tune`", '{"rows": 5}'),
-    ("a list", "want a file that `lora-kernels tune` wrote", "[]"),
-    ("a row without a field", "KeyError('arch')", '{"rows": [{}]}'),
-    ("no such strategy", "strategy", {"strategy": "guess"}),
-    ("tiles of text", "want powers of two", {"forward": TILES}),
-    ("a negative size", "columns -1", {"columns": -1}),
-]
-
-
-def tuned_file(good: Good, at: Path, text: Any) -> Path:
-    if isinstance(text, dict):
-        (row,) = json.loads(good.tuned.read_text())["rows"]
-        text = json.dumps({"rows": [row | text]})
-    return file(at, "bad-tuned.json", text)
-
-
-of = "tune", "--out", "backends.triton.measured.read"
-both(of, measured.read, TUNED, lambda text: partial(tuned_file, text=text))
 
 # finetune
 ENDLESS = '{"text": ' + "9" * 5000 + "}"
@@ -524,10 +498,6 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Good:
     labelled = [{"text": text, "label": "ab"[i % 2]} for i, text in enumerate(WORDS)]
     row: dict[str, Any] = {"M": 1, "K": 8, "N": 8, "R": 2, "dtype": "float32", "mode": "step"}
     row["seconds"] = {"frozen": QUANTILES, "ours": QUANTILES}
-    tuned = {"arch": 90, "multiprocessors": 4, "rows": 1, "columns": 8, "inner": 8, "block_r": 16}
-    tuned |= {"dtype": "float32", "adapter": "float32", "four_bit": False, "platform": "x"}
-    tuned |= {"strategy": measured.STRATEGIES[0], "forward": None, "backward": None}
-    tuned |= {"device": "x", "microseconds": 1.0, "eager_microseconds": 1.0}
     return Good(
         at / "model",
         at / "adapter",
@@ -535,7 +505,6 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Good:
         write_lines(at / "chat.jsonl", [chat(f"{i}?", f"{i}!") for i in range(8)]),
         write_lines(at / "labelled.jsonl", labelled),
         file(at, "bench.json", json.dumps({"provenance": {}, "rows": [row]})),
-        file(at, "tuned.json", json.dumps({"rows": [tuned]})),
     )
 
 

@@ -8,8 +8,6 @@ import pytest
 import torch
 
 from lora_kernels import costs, device, selection, verdicts
-from lora_kernels.backends import triton
-from lora_kernels.backends.triton import heuristics, measured
 from lora_kernels.core.problem import Choice, Layout, Problem, Strategy
 from lora_kernels.device import DeviceInfo
 from tests.support.gpus import H100, RTX3090, SERVED, T4
@@ -69,31 +67,6 @@ def test_choose_fastest_of_what_the_model_leaves_is_none() -> None:
     assert choose(T4) is None and choose(H100, rank=257) is None
 
 
-def test_tuned_goes_before_the_model() -> None:
-    target = DeviceInfo("cuda", 90, 132, 227 << 10)
-    problem = Problem("cuda", *(torch.bfloat16,) * 4, R, 100, True, N, K)
-    bf16 = torch.bfloat16
-    key = measured.shape(target, 100, N, K, R, bf16, bf16, True)
-    assert heuristics.choose_tuned(problem, target, None) is None
-    rows = {
-        (strategy, eager): measured.Measured(
-            strategy, source="measured here", microseconds=95.0, eager_microseconds=eager
-        )
-        for strategy in (triton.TWO_PASS, triton.FUSED)
-        for eager in (100.0, 99.0, None)
-    }
-    for eager in (99.0, None):  # not 5 % faster, or not known
-        with measured.override_row(key, rows[triton.TWO_PASS, eager]):
-            assert heuristics.choose_tuned(problem, target, None) is None
-            assert heuristics.choose_tuned(problem, target) is not None  # Triton was requested
-    with measured.override_row(key, rows[triton.TWO_PASS, 100.0]):
-        found = heuristics.choose_tuned(problem, target, None)
-        assert found == Choice("triton", triton.TWO_PASS, "measured here")
-        cast = problem._replace(x_dtype=torch.float32)  # by autocast
-        assert heuristics.choose_tuned(cast, target, None) == found
-        assert heuristics.choose_tuned(problem._replace(dropout=True), target, None) is None
-
-
 def test_names_decide_between_full_and_half_rate() -> None:
     """TFLOP/s of the data sheets: bfloat16, dense, summed in float32."""
     for capability, name, count, clock, want in (
@@ -122,7 +95,6 @@ ROUND = DeviceInfo("cuda", 90, 100, 227 << 10, "", 0, 2e9, 1e12, 500e12, 50e12)
             True,
             {
                 "eager library memory": 73.13,
-                "triton library launches from Python": 87.00,
                 "cuda two_pass the GEMM": 93.46,
                 "triton two_pass the GEMM": 117.48,
                 "cuda two_pass_simt the GEMM": 717.92,
@@ -134,7 +106,6 @@ ROUND = DeviceInfo("cuda", 90, 100, 227 << 10, "", 0, 2e9, 1e12, 500e12, 50e12)
             True,
             {
                 "eager library the GEMM": 257.64,
-                "triton library the GEMM": 268.76,
                 "triton two_pass the GEMM": 446.55,
                 "cuda two_pass the GEMM": 527.59,
                 "cuda two_pass_simt the GEMM": 3968.07,
@@ -150,7 +121,6 @@ ROUND = DeviceInfo("cuda", 90, 100, 227 << 10, "", 0, 2e9, 1e12, 500e12, 50e12)
                 "cuda overlapped memory": 32.93,
                 "triton two_pass launches from Python": 87.00,
                 "eager library decoding": 92.55,
-                "triton library launches from Python": 117.00,
                 "cuda two_pass_simt the GEMM": 255.62,
             },
         ),
@@ -160,7 +130,6 @@ ROUND = DeviceInfo("cuda", 90, 100, 227 << 10, "", 0, 2e9, 1e12, 500e12, 50e12)
             True,
             {
                 "triton two_pass the GEMM": 169.51,
-                "triton library memory": 169.74,
                 "eager library memory": 172.74,
                 "cuda two_pass_simt the GEMM": 257.79,
             },
@@ -175,7 +144,6 @@ ROUND = DeviceInfo("cuda", 90, 100, 227 << 10, "", 0, 2e9, 1e12, 500e12, 50e12)
                 "cuda overlapped memory": 54.70,
                 "triton two_pass launches from Python": 87.00,
                 "eager library memory": 96.00,
-                "triton library launches from Python": 117.00,
                 "cuda two_pass_simt the GEMM": 255.72,
             },
         ),
@@ -185,7 +153,6 @@ ROUND = DeviceInfo("cuda", 90, 100, 227 << 10, "", 0, 2e9, 1e12, 500e12, 50e12)
             True,
             {
                 "eager library memory": 84.42,
-                "triton library launches from Python": 87.00,
                 "triton two_pass launches from Python": 87.00,
                 "cuda two_pass_simt the GEMM": 245.30,
             },
@@ -196,7 +163,6 @@ ROUND = DeviceInfo("cuda", 90, 100, 227 << 10, "", 0, 2e9, 1e12, 500e12, 50e12)
             {"rows": 2000, "four_bit": True},
             False,
             {
-                "triton library the GEMM": 268.76,
                 "triton two_pass the GEMM": 446.55,
                 "eager library the GEMM": 475.41,
                 "cuda two_pass the GEMM": 527.59,
@@ -210,7 +176,6 @@ ROUND = DeviceInfo("cuda", 90, 100, 227 << 10, "", 0, 2e9, 1e12, 500e12, 50e12)
             True,
             {
                 "eager library the GEMM": 421.60,
-                "triton library the GEMM": 447.51,
                 "triton two_pass the GEMM": 507.52,
                 "cuda two_pass the GEMM": 943.91,
                 "cuda two_pass_simt the GEMM": 7875.13,
@@ -243,7 +208,7 @@ def test_predict_counts_an_adapter_in_its_own_dtype() -> None:
 
 
 CUDA, TRITON = {"cuda two_pass", "cuda two_pass_simt"}, {"triton two_pass"}
-FEW, CUBLAS = {"cuda cooperative", "cuda overlapped"}, {"eager library", "triton library"}
+FEW, CUBLAS = {"cuda cooperative", "cuda overlapped"}, {"eager library"}
 
 
 def test_a_fitted_factor_slows_what_it_names_alone() -> None:

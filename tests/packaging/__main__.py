@@ -50,8 +50,9 @@ LATER = {
 }
 
 
-# torch 2.8's own, the floor of pyproject.toml, and torch 2.9's. Tests compile with the newest.
-TRITONS = ("3.7.0",)
+# Those of torch 2.8 (the floor of pyproject.toml) to 2.14. Tests compile with the first and the
+# newest.
+TRITONS = ("3.4.0", "3.5.1", "3.6.0", "3.7.1", "3.8.0")
 
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 VERIFY_SECONDS = 120  # the most that `lora-kernels verify` may take

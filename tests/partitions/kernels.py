@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 OPTIONS = ("dropout", "gate", "column scale", "4-bit", "adapters")
-GPU = ("triton", "cuda")  # whose kernels take one adapter
+ABSENT = {"triton": ("adapters", "dropout"), "cuda": ("adapters",)}  # of all kernels of a backend
 Absent = dict[str | tuple[str, str], str]  # an option, or a partition and an option -> the reason
 
 
@@ -34,8 +34,6 @@ _DY = _not("dY has no mask", "dropout")
 _NORM = _not("W + (B ⊙ g)·A has no x", "dropout", "column scale", "adapters")
 _CODEC = _not("it has a weight alone", "dropout", "gate", "column scale", "adapters")
 _THIN = _GATE | _WEIGHT
-_EXPERTS = _not("rows sorted by expert have none", "gate", "column scale")
-_LATER = _not("it makes P alone", "gate", "4-bit")
 
 _TILES = ("rows", "columns", "sum", "ranks")
 _OF_P = ("rows", "ranks", "splits", "sum")
@@ -47,27 +45,13 @@ KERNELS: dict[str, dict[str, Kernel]] = {
     "triton": {
         "linear, fused": Kernel(("rows", "columns", "sum", "groups of rows"), {}),
         "linear, fused, dx": Kernel(("rows", "columns", "sum", "groups of rows"), {}),
-        "linear, two_pass": Kernel((*_TILES, "splits"), _MASK),
+        "linear, two_pass": Kernel((*_TILES, "splits"), {}),
         "linear, two_pass, dx": Kernel((*_TILES, "splits"), {}),
-        "linear, library": Kernel(("rows", "columns", "ranks", "splits"), _MASK | _DECODED),
-        "linear, library, dx": Kernel(("rows", "columns", "ranks", "splits"), _HOST | _DECODED),
-        "linear, publish": Kernel(
-            ("splits", "sum"), _LATER | _not("it multiplies y, not x", "column scale")
-        ),
-        "linear, publish, dx": Kernel(("splits", "sum"), _LATER | _DY),
-        "linear, consume": Kernel(("columns", "sum", "splits"), _MASK),
-        "linear, consume, dx": Kernel(("columns", "sum", "splits"), {}),
         "shrink": Kernel(_OF_P, _THIN),
         "outer": Kernel(_OF_GRADIENT, _THIN),
-        "shrink_outer": Kernel(("rows", "splits", "sum"), _DY | _THIN),
-        "reduce": Kernel(("columns", "splits"), _MASK | _WEIGHT),
-        "grouped_linear": Kernel(("experts", *_TILES), _MASK | _EXPERTS),
-        "grouped_linear, dx": Kernel(("experts", *_TILES), _EXPERTS),
-        "grouped_shrink": Kernel(("experts", "rows", "ranks", "sum"), _WEIGHT | _EXPERTS),
-        "grouped_outer": Kernel(("experts", "columns", "ranks", "sum"), _WEIGHT | _EXPERTS),
-        "row_norm": Kernel(("rows", "splits", "sum", "ranks"), _NORM),
+        "shrink_outer": Kernel(("rows", "splits", "sum"), _THIN),
+        "reduce": Kernel(("columns", "splits"), _WEIGHT),
         "dequantize": Kernel(("rows", "columns"), _CODEC),
-        "quantize": Kernel(("blocks",), _CODEC),
     },
     "cuda": {
         "linear": Kernel((*_TILES, "spans"), _MASK),
@@ -133,5 +117,5 @@ def cells() -> list[tuple[str, str, str, str]]:
         for partition in kernel.partitions
         for option in OPTIONS
         if option not in kernel.absent and (partition, option) not in kernel.absent
-        if not (option == "adapters" and backend in GPU)
+        if option not in ABSENT.get(backend, ())
     ]

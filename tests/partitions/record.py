@@ -98,18 +98,17 @@ def _record_op(owner: Any, *names: str) -> None:
 # Triton ------------------------------------------------------------------------------------------
 
 
-def _triton_launch(kernel: Any, config: Any, *args: Any, grid: Any, device: Any, **m: Any) -> None:
-    a = dict(zip(kernel.arg_names, args, strict=False)) | m
+def _triton_launch(kernel: Any, config: Any, *, grid: Any, device: Any, **a: Any) -> None:
     given = {key.removesuffix("_ptr"): value is not None for key, value in a.items()}
     name = kernel.__name__.removesuffix("_kernel")
-    if name in ("fused", "two_pass", "cooperative"):
+    if name in ("fused", "two_pass"):
         _triton_linear(name, a, given)
     elif name == "shrink":
-        options = _some(dropout=given["mask_in"], column_scale=given["in_scale"])
+        options = _some(column_scale=given["in_scale"])
         parts = dict(zip(("rows", "ranks", "splits"), grid, strict=True))
         note("triton", name, options, **parts, sum=(a["k_per_split"], a["BLOCK_K"]))
     elif name == "outer":
-        options = _some(dropout=given["mask"], column_scale=given["v_scale"])
+        options = _some(column_scale=given["v_scale"])
         parts = dict(zip(("columns", "ranks", "splits"), grid, strict=True))
         note("triton", name, options, **parts, sum=(min(a["M"], a["m_per_split"]), a["BLOCK_M"]))
     elif name == "shrink_outer":
@@ -117,80 +116,33 @@ def _triton_launch(kernel: Any, config: Any, *args: Any, grid: Any, device: Any,
         options = _some(column_scale=given["v_scale"])
         note("triton", name, options, **parts, sum=(a["n_per_split"], a["BLOCK_N"]))
     elif name == "reduce":
-        sums_z = given["sum_z"]
-        options = _some(gate=given["gate"], column_scale=sums_z)
+        options = _some(gate=given["gate"], column_scale=given["sum_z"])
         note("triton", name, options, columns=grid[0], splits=a["num_splits"])
-    elif name.startswith("grouped_"):
-        _triton_grouped(name, a, given)
-    elif name == "row_norm":
-        parts = {"rows": grid[0], "splits": grid[1]}
-        parts["ranks"] = 1 if a["ONE_BLOCK"] else _tiles(a["R"], a["BLOCK_R"])
-        options = _some(gate=given["gate"], four_bit=given["codes"])
-        note("triton", name, options, **parts, sum=(min(a["K"], a["k_per_split"]), a["BLOCK_K"]))
     elif name == "dequantize":
         note("triton", name, {"4-bit"}, rows=grid[0], columns=grid[1])
-    elif name == "quantize":
-        note("triton", name, {"4-bit"}, blocks=grid[0])
 
 
 def _triton_linear(way: str, a: dict[str, Any], given: dict[str, bool]) -> None:
-    forward, mask_in = a["K_INNER"], given.get("mask_in", False)
+    forward = a["K_INNER"]
     scale = given["out_scale"] if forward else given["in_scale"]
-    options = _some(
-        dropout=given["mask_out"],
-        gate=given["gate"],
-        four_bit=given["codes"],
-        column_scale=scale,
-    )
+    options = _some(gate=given["gate"], four_bit=given["packed"], column_scale=scale)
     rows = _tiles(a["M"], a["BLOCK_M"])
     parts: dict[str, Count] = {"rows": rows, "columns": (a["N"], a["BLOCK_N"])}
-    parts["splits"] = a.get("num_splits", 1)
-    parts["sum"] = (a["K"], a["BLOCK_K"]) if given["w"] or given["codes"] else 1
-    parts["ranks"] = a["R"], a["BLOCK_R"]
-    leave = set[str]()  # parts that it does not have
-    if way == "cooperative" and not a["CONSUME"]:
-        way, leave = "publish", {"rows", "columns", "ranks"}
-        parts["sum"] = a["k_per_split"], a["BLOCK_K"]
-        options = _some(dropout=mask_in, column_scale=given["in_scale"])
-    elif way == "cooperative":
-        way, leave = "consume", {"rows", "ranks"}
-    elif way == "fused":
-        leave = {"ranks", "splits"}
+    parts["sum"] = (a["K"], a["BLOCK_K"]) if given["w"] or given["packed"] else 1
+    if way == "fused":
         parts["groups_of_rows"] = rows, a["GROUP_M"]
-        options |= _some(dropout=mask_in)
-    elif a["ADD_TO_Y"]:
-        way, leave = "library", {"sum"}
-        options -= {"column scale"} if not forward else set()
-    parts = {name: count for name, count in parts.items() if name not in leave}
-    note("triton", f"linear, {way}" + ("" if forward else ", dx"), options, **parts)
-
-
-def _triton_grouped(name: str, a: dict[str, Any], given: dict[str, bool]) -> None:
-    """Note the parts of the expert with the most rows."""
-    offsets = a["offsets_ptr"]
-    most = int(offsets.diff(prepend=offsets.new_zeros(1)).max())
-    parts: dict[str, Count] = {"experts": a["E"], "ranks": (a["R"], a["BLOCK_R"])}
-    if name == "grouped_linear":
-        options = _some(dropout=given["mask_out"], four_bit=given["codes"])
-        parts |= {"rows": (most, a["BLOCK_M"]), "columns": (a["N"], a["BLOCK_N"])}
-        note("triton", name + ", dx" * _backward, options, **parts, sum=(a["K"], a["BLOCK_K"]))
-    elif name == "grouped_shrink":
-        parts |= {"rows": (most, a["BLOCK_M"]), "sum": (a["K"], a["BLOCK_K"])}
-        note("triton", name, _some(dropout=given["mask_in"]), **parts)
     else:
-        parts |= {"columns": (a["N"], a["BLOCK_N"]), "sum": (most, a["BLOCK_M"])}
-        note("triton", name, _some(dropout=given["mask"]), **parts)
+        parts |= {"splits": a["num_splits"], "ranks": (a["R"], a["BLOCK_R"])}
+    note("triton", f"linear, {way}" + ("" if forward else ", dx"), options, **parts)
 
 
 def _record_triton() -> None:
     if triton.unavailable_reason() is not None:
         return
-    from lora_kernels.backends.triton import equation, experts, launch
+    from lora_kernels.backends.triton import equation, launch
 
     _wrap(launch, "run", _triton_launch)
     _record_op(equation)
-    _inside(experts, "lora_experts", False, False)
-    _inside(experts, "lora_experts_backward", False, True)
 
 
 # CUDA --------------------------------------------------------------------------------------------

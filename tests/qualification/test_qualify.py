@@ -26,7 +26,7 @@ if cuda.emulator_unavailable_reason() or triton.unavailable_reason():
 
 DECODE = Group("cuda", "cooperative", "bfloat16", "bfloat16", "dense")
 TWO_PASS = Group("cuda", "two_pass", "bfloat16", "float32", "4bit")
-LIBRARY = Group("triton", "library", "bfloat16", "float32", "4bit")
+TRITON = Group("triton", "two_pass", "bfloat16", "float32", "4bit")
 SHAPES = ((64, 128),)
 
 
@@ -64,7 +64,7 @@ def is_cached() -> bool:
 
 def test_every_claim_of_a_group_of_each_backend_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(qualification, "SILENCE", 300.0)
-    claims = [c for c in qualification.plan() if c.group in (DECODE, TWO_PASS, LIBRARY)]
+    claims = [c for c in qualification.plan() if c.group in (DECODE, TWO_PASS, TRITON)]
     assert {c.name for c in claims} == {c.name for c in qualification.plan()}
     seen: list[tuple[Claim, str | None]] = []
     monkeypatch.setattr(qualification, "plan", lambda *args: claims)
@@ -72,11 +72,11 @@ def test_every_claim_of_a_group_of_each_backend_holds(monkeypatch: pytest.Monkey
     found = qualify(
         card=fake_card.NAME, shapes=SHAPES, budget_s=600, report=lambda *each: seen.append(each)
     )
-    assert not found.failed and found.passed == {DECODE, TWO_PASS, LIBRARY}
+    assert not found.failed and found.passed == {DECODE, TWO_PASS, TRITON}
     assert seen == [(claim, None) for claim in claims]
     assert {(p.group, p.rows, p.columns, p.inner) for p in found.points} == {
         *((DECODE, M, 64, 128) for M in fake_card.FakeCard.few_rows),
-        *((group, M, 64, 128) for group in (TWO_PASS, LIBRARY) for M in fake_card.FakeCard.rows),
+        *((group, M, 64, 128) for group in (TWO_PASS, TRITON) for M in fake_card.FakeCard.rows),
     }
     assert all(p.forward == fake_card.SECONDS for p in found.points)
     assert all(p.eager_forward == fake_card.EAGER_SECONDS for p in found.points)

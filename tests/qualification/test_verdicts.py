@@ -15,7 +15,6 @@ from torch import nn
 from lora_kernels import costs, device, selection, verdicts
 from lora_kernels.backends import cuda, decode4bit, triton
 from lora_kernels.backends.cuda import constraints
-from lora_kernels.backends.triton import measured
 from lora_kernels.core.problem import ONE_ADAPTER, Layout, Problem
 from lora_kernels.device import DeviceInfo
 from lora_kernels.peft import explain, explain_rows, fuse, row_adapters
@@ -197,15 +196,6 @@ def test_choose_with_a_verdict_takes_what_passed_and_is_faster() -> None:
     verdicts.switch_off(True)
     off = selection.choose(problem())
     assert off.backend == "eager" and off.reason.endswith(verdicts.OFF)
-
-
-def test_tuned_strategy_needs_a_verdict_too(card: DeviceInfo) -> None:
-    row = measured.Measured(triton.TWO_PASS, microseconds=1.0, eager_microseconds=2.0)
-    key = measured.shape(card, 1, 4096, 4096, 16, bf16, bf16, True)
-    for passed, backend in (({DECODE, TRITON}, "triton"), ({DECODE}, "cuda")):
-        verdicts.set_current(0, replace(VERDICT, passed=frozenset(passed)))
-        with measured.override_row(key, row):
-            assert selection.choose(problem(columns=4096, inner=4096)).backend == backend
 
 
 def test_choose_takes_the_next_of_what_passed_and_says_its_backward() -> None:

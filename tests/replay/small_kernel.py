@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from lora_kernels.backends.triton import launch
-from lora_kernels.backends.triton.arguments import Matrix
 from lora_kernels.backends.triton.configs import ColumnTiles, Tiles
 
 CONFIG = ColumnTiles(block_n=64, warps=4, stages=1)
-META: dict[str, Any] = {"BLOCK": 64, "NAMES": ("a", 1)}
 
 
 @triton.jit
-def scale_kernel(x, missing, y_ptr, n, scale, BLOCK: tl.constexpr, NAMES: tl.constexpr):
+def scale_kernel(
+    x_ptr, stride_xm, stride_xn, missing_ptr, y_ptr, n, scale, DTYPE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    if missing is None:
-        values = tl.load(x.ptr + offs * x.col, mask=offs < n, other=0.0)
-        tl.store(y_ptr + offs, values * scale, mask=offs < n)
+    if missing_ptr is None:
+        values = tl.load(x_ptr + offs * stride_xn, mask=offs < n, other=0.0)
+        tl.store(y_ptr + offs, values.to(DTYPE) * scale, mask=offs < n)
 
 
 @launch.replayed
@@ -46,10 +45,17 @@ def scaled(x: Tensor, way: str) -> Tensor:
     return y
 
 
-def arguments(x: Tensor, y: Tensor) -> tuple[Any, ...]:
-    return Matrix.from_tensor(x), None, y, x.numel(), 2.0
-
-
 def scale(x: Tensor, y: Tensor, config: Tiles = CONFIG) -> None:
-    grid, args = (triton.cdiv(x.numel(), 64),), arguments(x, y)
-    launch.run(scale_kernel, config, *args, grid=grid, device=x.device, **META)
+    launch.run(
+        scale_kernel,
+        config,
+        grid=(triton.cdiv(x.numel(), 64),),
+        device=x.device,
+        BLOCK=64,  # in another order than the kernel's
+        DTYPE=tl.float32,
+        y_ptr=y,
+        missing_ptr=None,
+        n=x.numel(),
+        scale=2.0,
+        **launch.matrix_arguments("x", x, "mn"),
+    )

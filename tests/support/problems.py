@@ -7,6 +7,8 @@ many elements of dg as are compared.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -54,6 +56,11 @@ def of_layouts(*sizes: int, dtype: torch.dtype, layouts: tuple[str, ...] = LAYOU
     """dy takes its leading dimensions from x."""
     dy = {layout: layout if "d_" not in layout else "rows" for layout in layouts}
     return [Case(*sizes, RANK, dtype, x_layout=x, dy_layout=dy[x], dropout_p=0.1) for x in layouts]
+
+
+def without_dropout(cases: Iterable[Case]) -> list[Case]:
+    """The cases for a backend whose kernels have no dropout, each once."""
+    return list(dict.fromkeys(replace(case, dropout_p=0.0) for case in cases))
 
 
 def of_4bit(M: int, N: int, dtype: torch.dtype, formats: list[tuple[int, str]]) -> list[Case]:

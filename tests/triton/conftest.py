@@ -19,8 +19,6 @@ from tests.triton.device import DEVICE
 interpreted = os.environ.get("TRITON_INTERPRET") == "1"
 if not (interpreted or torch.cuda.is_available()) or triton.unavailable_reason() is not None:
     collect_ignore_glob = ["test_[!s]*.py"]
-elif not interpreted:
-    collect_ignore = ["test_wait.py"]  # a GPU runs programs at once: tests/gpu
 
 
 @pytest.fixture

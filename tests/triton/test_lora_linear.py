@@ -5,17 +5,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lora_kernels.backends.triton import COOPERATIVE, FUSED, LIBRARY, TWO_PASS, configs, launch
+from lora_kernels.backends.triton import FUSED, TWO_PASS, configs, launch
 from lora_kernels.bench.case import Case
 from tests.support import problems
 from tests.support.engines import Pairs, check, check_strided_vectors, each, pair_cases
 from tests.support.problems import FULL, RANK, bf16, f16, f32
 from tests.triton.device import DEVICE
 
-KERNELS, ALL = (FUSED, TWO_PASS), (FUSED, TWO_PASS, LIBRARY)
+ALL = (FUSED, TWO_PASS)
 SHAPE = (33, 65, 63)
 SCALED = {"column_scale": True, "bias": True}
-MASKED = {**SCALED, "dropout_p": 0.1}
 # K, weight: whole blocks, two scales in a row of a tile; blocks that straddle rows; rows of whole
 # words; rows that start within a byte.
 FORMATS = [(128, "nf4-64-nested"), (128, "fp4-32"), (96, "nf4-64-nested"), (72, "fp4-128")]
@@ -26,27 +25,25 @@ LAST_TILES = [(0, 129), (1, 129), (17, 129), (65, 129), (257, 257)]
 PARTIAL_SUMS = [Case(M, N, K, RANK, f32, **SCALED) for M, N, K in ((5, 65, 600), (300, 70, 65))]
 # dS and dB by one read of dy: two partial sums of each, the last over a shorter split.
 ONE_READ = (300, 260, 65, 31)
-# Two programs publish and consume; with 17 rows it is split.
-PUBLISHED = [
-    Case(M, 130, 192, RANK, bf16, quant=quant, **MASKED)
-    for M in (13, 17)
-    for quant in ("", "nf4-64-nested")
+# Few rows: splits of P, tiles of 16 rows, and codes as the left operand.
+FEW_ROWS = [
+    Case(13, 130, 192, RANK, bf16, quant=quant, **SCALED) for quant in ("", "nf4-64-nested")
 ]
 
 
 def triton(strategies: tuple[str, ...], *cases: Case) -> Pairs:
-    return pair_cases("triton", strategies, cases)
+    return pair_cases("triton", strategies, problems.without_dropout(cases))
 
 
 def ranks() -> Pairs:
-    cases = [Case(40, 65, 63, R, f32, dropout_p=0.1) for R in problems.RANKS]
+    cases = [Case(40, 65, 63, R, f32) for R in problems.RANKS]
     few = [case for case in cases if case.R <= configs.MAX_FUSED_RANK]
     return triton((TWO_PASS,), *cases) + triton((FUSED,), *few)
 
 
 GROUPS = {
     "dtypes": triton(ALL, *problems.of_dtypes(*SHAPE)),
-    "options": triton(KERNELS, *problems.of_options(*SHAPE)),
+    "options": triton(ALL, *problems.of_options(*SHAPE)),
     "last_tile": triton(
         ALL, *(Case(M, N, 65, RANK, bf16, column_scale=True) for M, N in LAST_TILES)
     ),
@@ -55,16 +52,16 @@ GROUPS = {
     "one_read": [
         *triton((TWO_PASS,), Case(*ONE_READ, f32), Case(*ONE_READ, bf16, **SCALED)),
         *triton((TWO_PASS,), Case(*ONE_READ, bf16, f32, **SCALED, frozen=("x", "bias"))),
-        *triton((LIBRARY,), Case(*ONE_READ, f16)),
+        *triton((TWO_PASS,), Case(*ONE_READ, f16)),
     ],
-    "published": triton((COOPERATIVE,), *PUBLISHED),
+    "few_rows": triton(ALL, *FEW_ROWS),
     "strides": [
         *triton((TWO_PASS,), *problems.of_layouts(30, 65, 63, dtype=f32)),
         *triton((FUSED,), *problems.of_layouts(30, 65, 63, dtype=f32)[:2]),
     ],
     "4bit": [
-        *triton(KERNELS, *problems.of_4bit(3, 72, f32, FORMATS)),
-        *triton(KERNELS, *problems.of_4bit(70, 72, bf16, FORMATS)),
+        *triton(ALL, *problems.of_4bit(3, 72, f32, FORMATS)),
+        *triton(ALL, *problems.of_4bit(70, 72, bf16, FORMATS)),
         *triton(ALL, *problems.of_options_4bit(33)),
     ],
 }
@@ -104,7 +101,7 @@ FEW_STRIDED = replace(STRIDED, M=5, dtype=bf16)
 WIDE = [Case(*SHAPE, RANK, f32, **FULL), Case(33, 65, 128, RANK, f32, quant="nf4-64-nested")]
 
 
-@each({"": triton(KERNELS, *WIDE)}, DEVICE)
+@each({"": triton(ALL, *WIDE)}, DEVICE)
 def test_lora_linear_of_64_bit_offsets_is_within_tolerance(
     case: Case, engine: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,9 +109,7 @@ def test_lora_linear_of_64_bit_offsets_is_within_tolerance(
     check(case)
 
 
-@each(
-    {"": triton(ALL, STRIDED) + triton((COOPERATIVE,), replace(STRIDED, M=5, dtype=bf16))}, DEVICE
-)
+@each({"": triton(ALL, STRIDED, replace(STRIDED, M=5, dtype=bf16))}, DEVICE)
 def test_lora_linear_of_strided_vectors_and_a_transposed_B_is_as_of_contiguous_ones(
     case: Case, engine: str
 ) -> None:

@@ -1,8 +1,6 @@
 """When the Triton backend runs, how it goes about it, and what is said where it cannot."""
 
-import json
-from dataclasses import replace
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,8 +8,7 @@ import torch
 import lora_kernels
 from lora_kernels import device, selection
 from lora_kernels.backends import cuda, triton
-from lora_kernels.backends.triton import FUSED, LIBRARY, TWO_PASS, configs, launch, measured
-from lora_kernels.backends.triton.configs import GemmTiles
+from lora_kernels.backends.triton import FUSED, TWO_PASS, configs, launch
 from lora_kernels.core.problem import Choice, Problem
 from lora_kernels.device import DeviceInfo
 from lora_kernels.quantization import quantize_4bit
@@ -44,42 +41,6 @@ def test_choose_on_a_gpu_takes_triton_only_if_requested(gpu: DeviceInfo) -> None
         assert choose().strategy == TWO_PASS
 
 
-def choose_experts(device: str = "cuda", dtype: torch.dtype = bf16, rank: int = 16) -> Choice:
-    return selection.choose_experts(Problem(device, dtype, dtype, dtype, dtype, rank))
-
-
-def test_choose_experts_on_a_gpu_takes_triton_only_if_requested(gpu: DeviceInfo) -> None:
-    assert choose_experts().backend == "eager"
-    for strategy in (None, TWO_PASS):
-        with lora_kernels.backend("triton", strategy):
-            choice = choose_experts()
-        assert (choice.backend, choice.strategy) == ("triton", TWO_PASS)
-
-
-def test_choose_experts_of_another_strategy_raises(gpu: DeviceInfo) -> None:
-    with (
-        lora_kernels.backend("triton", FUSED),
-        pytest.raises(RuntimeError, match=r"'fused' was requested .* want 'two_pass'"),
-    ):
-        choose_experts()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "word"),
-    [
-        ({"device": "cpu"}, "'cpu', want a GPU"),
-        ({"rank": 257}, "rank 257 is above"),
-        ({"dtype": f64}, "float64"),
-    ],
-    ids=str,
-)
-def test_choose_experts_of_what_triton_lacks_raises(
-    gpu: DeviceInfo, arguments: dict[str, object], word: str
-) -> None:
-    with lora_kernels.backend("triton"), pytest.raises(RuntimeError, match=word):
-        choose_experts(**arguments)
-
-
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
@@ -95,6 +56,33 @@ def test_choose_of_what_triton_lacks_raises(
 ) -> None:
     with lora_kernels.backend("triton"), pytest.raises(RuntimeError, match=word):
         choose(**arguments)
+
+
+@pytest.mark.parametrize("strategy", [None, *triton.STRATEGIES])
+def test_calls_that_triton_has_no_kernel_for_raise_with_the_reason(strategy: str | None) -> None:
+    """In the forward, so that no backward is refused."""
+    x, W, A, B = torch.ones(2, 8), torch.ones(4, 8), torch.ones(3, 8), torch.ones(4, 3)
+    mask, offsets = torch.ones(2, 8, dtype=torch.bool), torch.tensor([2])
+    calls: dict[str, tuple[str, Any]] = {
+        "dropout": ("no dropout", lambda: lora_kernels.lora_linear(x, W, A, B, dropout_p=0.5)),
+        "a mask": (
+            "no dropout",
+            lambda: lora_kernels.lora_linear(x, W, A, B, dropout_p=0.5, rng=mask),
+        ),
+        "adapters": (
+            "take one adapter",
+            lambda: lora_kernels.multi_lora_linear(x, W, [A], [B], torch.zeros(2).long()),
+        ),
+        "experts": (
+            "no kernels for experts",
+            lambda: lora_kernels.lora_experts_linear(x, W[None], A[None], B[None], offsets),
+        ),
+        "norm": ("no kernel for row norms", lambda: lora_kernels.dora_norm(W, A, B)),
+    }
+    for reason, call in calls.values():
+        refused = rf"backend 'triton' was requested and cannot run here: .*{reason}"
+        with lora_kernels.backend("triton", strategy), pytest.raises(RuntimeError, match=refused):
+            call()
 
 
 def test_choose_before_sm_80_is_eager_and_says_why(
@@ -133,13 +121,6 @@ def test_choose_of_fused_above_its_ranks_raises(gpu: DeviceInfo) -> None:
         assert choose(rank=64).strategy == FUSED
 
 
-def test_choose_beside_dropout_makes_the_mask_once(gpu: DeviceInfo) -> None:
-    problem = Problem("cuda", bf16, bf16, bf16, bf16, 16, 4096, columns=1024)
-    with lora_kernels.backend("triton"):
-        assert selection.choose(problem).strategy == FUSED
-        assert selection.choose(problem._replace(dropout=True)).strategy == TWO_PASS
-
-
 # benchmarks/KERNELS.md has this list: Llama-3-8B's k and v, gate and up, q and o, down.
 @pytest.mark.parametrize(
     ("target", "columns", "rank", "four_bit", "strategy"),
@@ -159,7 +140,7 @@ def test_strategy_of_named_shapes_is_the_documents(
     target: DeviceInfo, columns: int, rank: int, four_bit: bool, strategy: str
 ) -> None:
     for rows in (1024, 512):
-        chosen, why = configs.strategy(target, rows, columns, rank, 2, four_bit, dropout=False)
+        chosen, why = configs.strategy(target, rows, columns, rank, 2, four_bit)
         assert chosen == strategy, why
 
 
@@ -173,103 +154,21 @@ def test_choose_beside_a_float32_adapter_is_split(gpu: DeviceInfo) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "rank", "four_bit", "dropout", "strategy"),
+    ("rows", "rank", "four_bit", "strategy"),
     [
-        (16, 16, False, False, TWO_PASS),
-        (4096, 16, False, True, TWO_PASS),
-        (4096, 65, False, False, TWO_PASS),
-        (1025, 16, True, False, LIBRARY),
-        (1024, 16, True, False, FUSED),
+        (16, 16, False, TWO_PASS),
+        (257, 16, False, FUSED),
+        (4096, 65, False, TWO_PASS),
+        (4096, 16, True, FUSED),
     ],
 )
 def test_strategy_of_rows_ranks_and_options_is_the_fastest(
-    rows: int, rank: int, four_bit: bool, dropout: bool, strategy: str
+    rows: int, rank: int, four_bit: bool, strategy: str
 ) -> None:
-    assert configs.strategy(H100, rows, 1024, rank, 2, four_bit, dropout)[0] == strategy
+    assert configs.strategy(H100, rows, 1024, rank, 2, four_bit)[0] == strategy
 
 
-RTX_3090, RTX_4090 = DeviceInfo("cuda", 86, 82, 99 << 10), DeviceInfo("cuda", 89, 128, 99 << 10)
-L40S, RTX_5090 = DeviceInfo("cuda", 89, 142, 99 << 10), DeviceInfo("cuda", 120, 170, 99 << 10)
-MI300X = DeviceInfo("hip", 0, 304, 64 << 10)
-
-
-@pytest.mark.parametrize(
-    ("target", "shared", "registers", "warps", "each"),
-    [
-        (H100, 61440, 72, 4, 3),  # 61,440 and 1,024 of 233,472 bytes
-        (A100, 61440, 72, 4, 2),
-        (RTX_4090, 61440, 72, 4, 1),
-        (RTX_4090, 50176, 72, 4, 2),  # the most that goes twice
-        (RTX_4090, 50177, 72, 4, 1),  # rounded up to 128
-        (RTX_4090, 99 << 10, 72, 4, 1),
-        (H100, 0, 128, 4, 4),  # of each partition's 16,384 registers 4,096 a warp
-        (H100, 0, 129, 4, 3),
-        (H100, 0, 168, 8, 1),  # three warps of a partition, two of them one program's
-        (H100, 0, 255, 4, 2),
-        (H100, 0, 72, 1, 7),  # one warp is four, as far as partitions go
-        (RTX_4090, 0, 32, 4, 12),  # 1,536 threads
-        (RTX_4090, 0, 16, 1, 16),  # programs
-    ],
-)
-def test_count_co_resident_is_cuda_s_occupancy(
-    target: DeviceInfo, shared: int, registers: int, warps: int, each: int
-) -> None:
-    most = configs.count_co_resident(target, shared, registers, warps)
-    assert most == each * target.multiprocessors
-
-
-# Tiles of 64 columns in bfloat16 take 20,480 bytes for each stage but the last, as compiled.
-@pytest.mark.parametrize(
-    ("target", "columns", "stages"),
-    [
-        (RTX_4090, 8192, 4),
-        (RTX_4090, 8193, 3),
-        (RTX_4090, 14336, 3),
-        (RTX_4090, 16384, 3),
-        (RTX_4090, 16385, 2),
-        (RTX_4090, 4 * 8192, 2),
-        (RTX_4090, 4 * 8192 + 1, None),
-        (RTX_3090, 5249, 3),
-        (RTX_3090, 10496, 3),
-        (RTX_3090, 14336, 2),
-        (L40S, 9089, 3),
-        (L40S, 18176, 3),
-        (RTX_5090, 10881, 3),
-        (RTX_5090, 21760, 3),
-        (H100, 25344, 4),
-        (H100, 25345, 3),
-        (A100, 13824, 4),
-        (A100, 13825, 3),
-        (MI300X, 19456, 4),
-        (MI300X, 19457, None),
-    ],
-)
-def test_waiting_programs_are_as_many_as_the_compiled_kernel_allows(
-    target: DeviceInfo, columns: int, stages: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    compiled: list[int] = []
-
-    def resources(kernel: object, config: configs.GemmTiles, *_: object, **__: object) -> object:
-        compiled.append(config.stages)
-        return 20480 * max(config.stages - 1, 1), 72
-
-    monkeypatch.setattr(launch, "read_resources", resources)
-    monkeypatch.setattr(launch, "_resources", {})
-    monkeypatch.setattr(launch, "is_interpreted", lambda: False)
-    config, programs = configs.linear(RTX_4090, 1, 2, False, 0), -(-columns // 64)
-    for _ in range(2):
-        found = launch.choose_stages(
-            programs, target, None, config, torch.device("meta"), torch.ones(1), 2.0, X=True
-        )
-        assert found == (None if stages is None else replace(config, stages=stages))
-    assert len(compiled) == len(set(compiled))  # each once
-
-
-def test_cooperative_takes_few_rows_and_one_block_of_ranks() -> None:
-    config = configs.linear(H100, 1, 2, True, 0)
-    assert configs.cooperative(16, 4096, 4096, 64, config)
-    assert not configs.cooperative(17, 4096, 4096, 16, config)
-    assert not configs.cooperative(1, 4096, 4096, 65, config)
+RTX_4090, MI300X = DeviceInfo("cuda", 89, 128, 99 << 10), DeviceInfo("hip", 0, 304, 64 << 10)
 
 
 def test_block_of_ranks_is_a_power_of_two_up_to_64() -> None:
@@ -286,40 +185,10 @@ def test_splits_of_any_sizes_cover_everything_once(K: int, M: int) -> None:
         1 <= num_splits <= configs.MAX_SPLITS
         and (num_splits - 1) * per_split < K <= num_splits * per_split
     )
-    linear = configs.linear(H100, M, 2, False, 0)
-    per_split = configs.cooperative(M, 4096, K, 16, linear)
-    assert (per_split > 0) == (M <= 16)
-    if per_split:
-        num_splits = -(-K // per_split)
-        assert (
-            per_split % linear.block_k == 0
-            and (num_splits - 1) * per_split < K <= num_splits * per_split
-        )
-        assert num_splits <= configs.MAX_SPLITS
     config, per_split = configs.outer(H100, M, K, 16, 2)
     num_splits = -(-M // per_split)
     assert per_split % config.block_m == 0
     assert (num_splits - 1) * per_split < M <= num_splits * per_split
-
-
-def test_choose_stages_compiles_for_each_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine's cards may differ."""
-    asked: list[torch.device] = []
-
-    def resources(
-        kernel: object, config: configs.GemmTiles, device: torch.device, *_: object, **__: object
-    ) -> tuple[int, int]:
-        asked.append(device)
-        return 0, 255 if device.index else 32
-
-    monkeypatch.setattr(launch, "read_resources", resources)
-    monkeypatch.setattr(launch, "_resources", {})
-    monkeypatch.setattr(launch, "is_interpreted", lambda: False)
-    config = configs.linear(RTX_4090, 1, 2, False, 0)
-    programs = 3 * RTX_4090.multiprocessors
-    devices = [torch.device("cuda", index) for index in (0, 1)]
-    found = [launch.choose_stages(programs, RTX_4090, None, config, d) for d in devices]
-    assert found == [config, None] and set(asked) == set(devices)
 
 
 # Changing a size here changes what is compiled: tests/compile_only then counts its resources.
@@ -378,10 +247,6 @@ def test_linear_tiles_are_those_that_were_compiled(
         ("outer", A100, (9000, 4096, 32, 4), (64, 64, 32, 4, 3), 3008),
         ("outer", A100, (9000, 300, 70, 2), (64, 64, 64, 4, 3), 448),
         ("outer", H100, (9000, 300, 64, 4), (32, 64, 64, 4, 3), 192),
-        ("row_norm", A100, (4096, 4096, 2), (0, 32, 128, 4, 3), 4096),
-        ("row_norm", A100, (4096, 4096, 4), (0, 64, 32, 8, 3), 1376),
-        ("row_norm", A100, (100, 14336, 2), (0, 32, 128, 4, 3), 896),
-        ("row_norm", H100, (40, 300, 4), (0, 64, 32, 8, 3), 160),
         ("shrink_outer", A100, (256, 4096, 16, 2), (256, 32, 16, 8, 3), 256),
         ("shrink_outer", A100, (255, 4096, 16, 2), None, None),
         ("shrink_outer", A100, (256, 4096, 32, 2), (256, 32, 32, 8, 3), 256),
@@ -407,20 +272,12 @@ def test_tiles_and_shares_of_other_kernels_are_those_that_were_compiled(
         assert found is None
         return
     config, split = found
-    assert config == type(config)(*filter(None, tiles)) and split == share
+    assert config == type(config)(*tiles) and split == share
 
 
-def test_blocks_of_ranks_experts_and_codes() -> None:
+def test_blocks_of_ranks_precision_and_shared_memory() -> None:
     updates = [configs.block_of_update(r, i) for r, i in ((64, 4), (16, 2), (33, 2), (300, 2))]
     assert updates == [16, 16, 64, 64]
-    assert [configs.block_of_experts(e) for e in (1, 127, 128, 255, 256)] == [
-        128,
-        128,
-        256,
-        256,
-        512,
-    ]
-    assert [configs.quantize(b).block_n for b in (32, 64, 2048, 4096)] == [64, 32, 1, 1]
     assert [configs.precision(t) for t in (A100, MI300X)] == ["tf32x3", "ieee"]
     config = configs.GemmTiles(16, 64, 128, 4, 4)
     assert configs.shared_memory(config, 2, 0) == 4 * (16 + 64) * 128 * 2
@@ -437,7 +294,7 @@ def test_blocks_of_ranks_experts_and_codes() -> None:
         (128, 128, 4, MI300X, (7, True, True, False)),
     ],
 )
-def test_format_4bit_says_how_rows_of_codes_are_read(
+def test_codes_arguments_say_how_rows_of_codes_are_read(
     blocksize: int,
     row: int,
     shift: int,
@@ -448,28 +305,36 @@ def test_format_4bit_says_how_rows_of_codes_are_read(
     monkeypatch.setattr(launch, "is_interpreted", lambda: False)
     codes = quantize_4bit(torch.ones(8, 128), "nf4", blocksize).codes
     moved = torch.cat([codes.packed[:shift], codes.packed])[shift:]
-    assert launch.format_4bit(codes._replace(packed=moved), row, target) == want
+    found = launch.codes_arguments(codes._replace(packed=moved), row, target)
+    assert tuple(found[name] for name in ("LOG2_BLOCK", "WHOLE", "WORDS", "ASM")) == want
+    assert found["packed_ptr"] is moved and found["nested_absmax_ptr"] is codes.nested_absmax
     monkeypatch.setattr(launch, "is_interpreted", lambda: True)
-    assert not launch.format_4bit(codes, row, target).ASM
-    assert launch.format_4bit(None, row, target) == (0, False, False, False)
+    assert not launch.codes_arguments(codes, row, target)["ASM"]
+    absent = launch.codes_arguments(None, row, target)
+    assert absent.keys() == found.keys() and not any(absent.values())
+
+
+def test_matrix_arguments_name_the_strides_by_their_dimensions() -> None:
+    t = torch.empty(2, 3)
+    found = launch.matrix_arguments("grad", t.t(), "rn")
+    assert found.pop("grad_ptr").shape == (3, 2) and found == {"stride_gr": 1, "stride_gn": 3}
+    absent = {"w_ptr": None, "stride_wk": None, "stride_wn": None}
+    assert launch.matrix_arguments("w", None, "kn") == absent
 
 
 def test_kinds_of_arguments_are_what_a_kernel_is_compiled_for() -> None:
     """A tensor counts by its dtype and alignment, a float by its type, another number by value."""
     t = torch.zeros(64)
-    same = (t, t[4:], 2.0, 3, (t, None)), (t[8:], t, 5.0, 3, (t[4:], None))
-    assert launch._kind(same[0]) == launch._kind(same[1])
-    for other in (t[1:], t.half(), 2.0, 2, True, None, (t,)):
+    for one, other in ((t, t[8:]), (t[4:], t), (2.0, 5.0), (3, 3), (None, None)):
+        assert launch._kind(one) == launch._kind(other)
+    for other in (t[1:], t.half(), 2.0, 2, True, None):
         assert launch._kind(other) != launch._kind(t)
     assert launch._kind(2) != launch._kind(3) and launch._kind(2.0) == launch._kind(3.0)
 
 
-def test_options_contract_no_fma_and_launch_cooperatively_if_they_wait() -> None:
-    config = configs.GemmTiles(16, 64, 64, 8, 3)
+def test_options_contract_no_fma() -> None:
     options = {"num_warps": 8, "num_stages": 3, "enable_fp_fusion": False}
-    assert launch.options(config) == options
-    waiting = replace(config, cooperative=True)
-    assert launch.options(waiting) == options | {"launch_cooperative_grid": True}
+    assert launch.options(configs.GemmTiles(16, 64, 64, 8, 3)) == options
 
 
 @pytest.mark.parametrize("way", ["backend", "model"])
@@ -489,23 +354,8 @@ def test_choose_asks_for_the_properties_of_the_tensor_s_gpu(
             assert ("sm_75" in selection.choose(problem).reason) is (index == 1)
             continue
         with lora_kernels.backend("triton"):
-            for choose_one in (selection.choose, selection.choose_norm, selection.choose_experts):
-                if index:
-                    with pytest.raises(RuntimeError, match="sm_75"):
-                        choose_one(problem)
-                else:
-                    assert choose_one(problem).backend == "triton"
-
-
-def test_written_row_of_the_tuning_table_is_read_as_it_was(tmp_path: Path) -> None:
-    """The tiles of the two directions differ, and so do all other fields."""
-    key = measured.Shape(90, 132, 64, 4096, 1024, 16, "bfloat16", "float32", True, "driver 1")
-    tiles = GemmTiles(64, 128, 32, 8, 3, 4, True), GemmTiles(16, 64, 256, 4, 5)
-    row = measured.Measured(TWO_PASS, *tiles, "measured on H100: 12 µs a step", 12.4, 15.5)
-    times = {"microseconds": 12.4, "eager_microseconds": 15.5}
-    file = tmp_path / "tuned.json"
-    file.write_text(json.dumps({"rows": [measured.entry(key, row, device="H100", **times)]}))
-    assert measured.read(file) == {key: row}
-    bare = replace(row, forward=None, backward=None)
-    file.write_text(json.dumps({"rows": [measured.entry(key, bare, device="H100", **times)]}))
-    assert measured.read(file) == {key: bare}
+            if index:
+                with pytest.raises(RuntimeError, match="sm_75"):
+                    selection.choose(problem)
+            else:
+                assert selection.choose(problem).backend == "triton"

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from ...core.problem import Strategy
 from ...device import DeviceInfo, gpu, has_gpu
 from .. import triton
-from . import FUSED, LIBRARY, TWO_PASS
+from . import FUSED, TWO_PASS
 
 
 class Tiles:
@@ -19,7 +19,6 @@ class Tiles:
 
     warps: int
     stages: int
-    cooperative: bool = False  # whether all programs must be co-resident
 
     @property
     def blocks(self) -> dict[str, int]:
@@ -38,7 +37,6 @@ class GemmTiles(Tiles):
     warps: int
     stages: int
     group_m: int = 8
-    cooperative: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,7 @@ class OuterTiles(Tiles):
 
 @dataclass(frozen=True)
 class RowTiles(Tiles):
-    """block_n rows and a step of block_k elements: kernels of a weight; blocks of 4-bit codes."""
+    """block_n rows and block_k columns of a weight: `dequantize_kernel`."""
 
     block_n: int
     block_k: int
@@ -86,12 +84,6 @@ MIN_CAPABILITY = 80
 MIN_BLOCK = 16  # the smallest dimension of `tl.dot`
 MAX_FUSED_RANK = 64  # above, the accumulators of P and y together spill registers
 MAX_SPLITS = 16
-# Limits of a multiprocessor from sm_80 on, from the CUDA programming guide. Its shared memory is
-# the limit of one block plus the bytes that the system reserves per block.
-RESERVED = 1 << 10
-REGISTERS = 64 << 10
-MIN_THREADS = 1536  # sm_86, 89 and 12x; others have 2048
-MIN_PROGRAMS = 16  # sm_86; others have 24 or 32
 INTERPRETER = DeviceInfo("cuda", 80, 4, 160 << 10)  # the device of the interpreter
 
 
@@ -111,9 +103,6 @@ BALANCE = {80: 156, 90: 227}
 # Tensor cores of these read operands from shared memory, which leaves registers for accumulators.
 WIDE_TILES = (90, 100)
 FEW_ROWS = 16  # the rows of one tensor core instruction
-# Above, decoding the weight once to 16 bits is estimated to be faster than decoding it in every
-# tile of 128 rows. This is not measured.
-MANY_ROWS_4BIT = 1024
 
 
 def strategy(
@@ -123,7 +112,6 @@ def strategy(
     rank: int,
     itemsize: int,
     four_bit: bool,
-    dropout: bool,
 ) -> tuple[Strategy, str]:
     """Return the strategy of `lora_linear` and the reason, from a cost model.
 
@@ -132,12 +120,8 @@ def strategy(
 
     itemsize: bytes of the widest operand, including the adapter.
     """
-    if four_bit and rows > MANY_ROWS_4BIT:
-        return LIBRARY, "the codes are decoded once for all rows"
     if rows <= FEW_ROWS:
         return TWO_PASS, "few rows, whose x·Aᵀ is shared among all multiprocessors"
-    if dropout:
-        return TWO_PASS, "a mask is made once, not in each tile of columns"
     if rank > MAX_FUSED_RANK:
         return TWO_PASS, f"rank above {MAX_FUSED_RANK}"
     config = linear(target, rows, itemsize, four_bit, rank)
@@ -190,11 +174,6 @@ def block_of_update(rank: int, itemsize: int) -> int:
     return MIN_BLOCK if itemsize > 2 else block_of_ranks(rank)
 
 
-def block_of_experts(experts: int) -> int:
-    """Return a power of two above the experts, at least one for each thread of four warps."""
-    return max(128, power_of_two(experts + 1))
-
-
 def linear(
     target: DeviceInfo,
     M: int,
@@ -210,7 +189,7 @@ def linear(
         itemsize: bytes of the main loop's widest operand.
         codes: whether the weight is packed in 4 bits.
         rank: of the fused kernel, 0 for other strategies.
-        in_registers: whether masks, scales or a float32 adapter need registers too.
+        in_registers: whether scales or a float32 adapter need registers too.
         scattered: whether codes are loaded element by element.
     """
     if M <= 16:
@@ -231,15 +210,10 @@ def linear(
     return config
 
 
-# `two_pass_kernel` without a base GEMM ("library", or no weight): one pass over y.
+# `two_pass_kernel` without a base GEMM: one pass over y.
 UPDATE = GemmTiles(64, 64, 64, 4, 1)
 DEQUANTIZE = RowTiles(32, 128, 4, 1)
 REDUCE = ColumnTiles(256, 4, 1)
-
-
-def quantize(blocksize: int) -> RowTiles:
-    """Return the tiles of `quantize_kernel`: block_n blocks of block_k elements."""
-    return RowTiles(max(1, 2048 // blocksize), blocksize, 4, 1)
 
 
 def shared_memory(config: GemmTiles, itemsize: int, block_r: int) -> int:
@@ -256,36 +230,6 @@ def shrink(target: DeviceInfo, M: int, K: int, R: int, itemsize: int) -> tuple[S
     chunks = _tiles(K, config.block_k)
     num_splits = max(1, min(MAX_SPLITS, target.multiprocessors // programs, chunks // 4))
     return config, _tiles(chunks, num_splits) * config.block_k
-
-
-def cooperative(M: int, N: int, K: int, R: int, config: GemmTiles) -> int:
-    """Return the split-K length of P in `cooperative_kernel`: columns of x per partial sum.
-
-    0 if the kernel does not support the call. All programs must also be co-resident.
-    """
-    if M > FEW_ROWS or R > MAX_FUSED_RANK:
-        return 0
-    chunks = _tiles(K, config.block_k)
-    num_splits = min(MAX_SPLITS, _tiles(N, config.block_n), chunks)
-    return _tiles(chunks, num_splits) * config.block_k
-
-
-def count_co_resident(target: DeviceInfo, shared: int, registers: int, warps: int) -> int:
-    """Return the number of co-resident programs of a kernel: CUDA's occupancy, from sm_80 on.
-
-    The limits on threads and programs are the smallest of these GPUs.
-
-    Args:
-        shared: bytes of shared memory per program.
-        registers: registers per thread.
-        warps: warps per program.
-    """
-    of_memory = (target.shared_memory + RESERVED) // (_tiles(shared, 128) * 128 + RESERVED)
-    # Registers are allocated per warp, and warps to four partitions in turn.
-    warps_of_partition = REGISTERS // 4 // (_tiles(32 * registers, 256) * 256)
-    of_registers = warps_of_partition // _tiles(warps, 4)
-    of_threads = MIN_THREADS // (32 * warps)
-    return target.multiprocessors * min(of_memory, of_registers, of_threads, MIN_PROGRAMS)
 
 
 def outer(target: DeviceInfo, M: int, N: int, R: int, itemsize: int) -> tuple[OuterTiles, int]:
@@ -317,14 +261,6 @@ def shrink_outer(
     programs, chunks = _tiles(M, config.block_m), _tiles(N, config.block_n)
     num_splits = max(1, min(MAX_SPLITS, 2 * target.multiprocessors // programs, chunks // 4))
     return config, _tiles(chunks, num_splits) * config.block_n
-
-
-def row_norm(target: DeviceInfo, N: int, K: int, itemsize: int) -> tuple[RowTiles, int]:
-    """Return the tiles of `row_norm_kernel`, and the length of a split of K."""
-    config = RowTiles(32, 128, 4, 3) if itemsize == 2 else RowTiles(64, 32, 8, 3)
-    programs, chunks = _tiles(N, config.block_n), _tiles(K, config.block_k)
-    num_splits = max(1, min(MAX_SPLITS, 2 * target.multiprocessors // programs, chunks // 4))
-    return config, _tiles(chunks, num_splits) * config.block_k
 
 
 def power_of_two(n: int) -> int:

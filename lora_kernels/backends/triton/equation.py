@@ -2,49 +2,40 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
-from torch.nn.functional import linear as library_linear
 
 from ...core.call import Grads, Needs, Operands, Saved, Spec
 from ...core.packed4bit import Packed4bit
-from ...device import DeviceInfo
-from .. import workspace
-from ..dropout import NO_DROPOUT, Dropout
-from . import (
-    COOPERATIVE,
-    FUSED,
-    LIBRARY,
-    TWO_PASS,
-    codec,
-    configs,
-    is_interpreted,
-    launch,
-    measured,
-)
-from .arguments import Codes, Format, Mask, Matrix
-from .configs import GemmTiles, OuterTiles
+from . import FUSED, configs, launch
+from .configs import OuterTiles
 from .gradients import outer_kernel, reduce_kernel, shrink_outer_kernel
-from .linear import cooperative_kernel, fused_kernel, two_pass_kernel
-from .row_norm import row_norm_kernel
+from .launch import matrix_arguments
+from .linear import fused_kernel, two_pass_kernel
 from .shrink import shrink_kernel
 
 
 @launch.replayed
 def lora_linear(operands: Operands, spec: Spec, strategy: str) -> tuple[Tensor, Saved]:
     """Compute y [M, N] for x [M, K]."""
-    x, weight, lora_A, lora_B, rank_gate, column_scale, bias, rng = operands
-    scaling, dropout_p, dtype, y_dtype, save_z = spec
-    dropout = Dropout.from_rng(dropout_p, rng)
-    gemm = _Gemm(x, weight, lora_A, lora_B.t(), scaling, dtype, y_dtype)
-    gemm = gemm._replace(gate=rank_gate, out_scale=column_scale, bias=bias)
-    gemm = gemm._replace(dropout=dropout, save_z=save_z)
-    y, p, z = _linear(gemm, strategy)
+    x, weight, lora_A, lora_B, rank_gate, column_scale, bias, _ = operands
+    y, p, z = _linear(
+        x,
+        weight,
+        lora_A,
+        lora_B.t(),
+        spec,
+        strategy,
+        y_dtype=spec.y_dtype,
+        is_forward=True,
+        gate=rank_gate,
+        out_scale=column_scale,
+        bias=bias,
+        save_z=spec.save_z,
+    )
     return y, Saved(p, z)
 
 
@@ -53,19 +44,16 @@ def lora_linear_backward(
     dy: Tensor, operands: Operands, saved: Saved, spec: Spec, needs: Needs, strategy: str
 ) -> Grads:
     """Compute the gradients for dy [M, N] and x [M, K]."""
-    x, weight, lora_A, lora_B, rank_gate, column_scale, _, rng = operands
-    (p, z, _), (scaling, dropout_p, dtype, *_) = saved, spec
+    x, weight, lora_A, lora_B, rank_gate, column_scale, _, _ = operands
+    p, z, scaling = saved.p, saved.z if needs.column_scale else None, spec.scaling
     need_x, need_A, need_B, need_gate, need_column_scale, need_bias = needs
-    dropout = Dropout.from_rng(dropout_p, rng)
     (M, N), R = dy.shape, p.shape[1]
-    dx = dA = dg = ds = partials = dbias = dc = None
-    dB: Tensor | None = None
+    dx = dA = dB = dg = ds = partials = dbias = dc = None
     once = None  # tiles of a kernel that computes dS and dB in one read of dY
     if need_B and (need_A or need_gate or need_x) and not (need_x and strategy == FUSED):
         once = configs.shrink_outer(
             launch.target(dy), M, N, R, max(dy.dtype.itemsize, lora_B.dtype.itemsize)
         )
-    z = z if need_column_scale else None
     if once is not None:
         partials, dB, dbias, dc = _shrink_outer(
             once, p, dy, lora_B, column_scale, z, scaling, rank_gate, need_bias
@@ -73,210 +61,147 @@ def lora_linear_backward(
     elif need_B or need_column_scale or need_bias:
         if need_B:
             dB = torch.empty_like(lora_B, memory_format=torch.contiguous_format)
-        outer = partial(_outer, p, dy, None if dB is None else dB.t(), v_scale=column_scale)
-        dbias, dc = outer(z=z, scale=scaling, gate=rank_gate, need_sum=need_bias)
+        dbias, dc = _outer(
+            p, dy, None if dB is None else dB.t(), scaling, rank_gate, column_scale, z, need_bias
+        )
     if need_x:
-        s_scale = scaling * dropout.scale
-        gemm = _Gemm(dy, weight, lora_B.t(), lora_A, s_scale, dtype, x.dtype, forward=False)
-        gemm = gemm._replace(gate=rank_gate, in_scale=column_scale, dropout=dropout)
-        dx, ds, _ = _linear(gemm, strategy, partials)
+        dx, ds, _ = _linear(
+            dy,
+            weight,
+            lora_B.t(),
+            lora_A,
+            spec,
+            strategy,
+            y_dtype=x.dtype,
+            is_forward=False,
+            gate=rank_gate,
+            in_scale=column_scale,
+            partials=partials,
+        )
     elif need_A or need_gate:
         if partials is None:
-            partials = _shrink(dy, lora_B.t(), column_scale, NO_DROPOUT)
+            partials = _shrink(dy, lora_B.t(), column_scale)
         ds = partials[0] if partials.shape[0] == 1 else partials.sum(0)
     if need_A:
         assert ds is not None
         dA = torch.empty_like(lora_A, memory_format=torch.contiguous_format)
-        _outer(ds, x, dA, dropout=dropout, scale=scaling * dropout.scale, gate=rank_gate)
+        _outer(ds, x, dA, scaling, rank_gate)
     if need_gate:
         assert ds is not None
         dg = (ds * p).sum(0).mul_(scaling)
     return Grads(dx, dA, dB, dg, dc, dbias)
 
 
-class _Gemm(NamedTuple):
-    """y = out_scale ⊙ (v·W + S·q) + bias, v = x ⊙ in_scale, S = s_scale · gate ⊙ P, P = v·aᵀ.
+def _linear(
+    x: Tensor,
+    weight: Tensor | Packed4bit | None,
+    a: Tensor,
+    q: Tensor,
+    spec: Spec,
+    strategy: str,
+    *,
+    y_dtype: torch.dtype,
+    is_forward: bool,
+    gate: Tensor | None = None,
+    in_scale: Tensor | None = None,
+    out_scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    save_z: bool = False,
+    partials: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Compute y [M, columns], P [M, R], and z or None; see linear.py.
 
     Args:
         x: [M, inner].
-        weight: W. Its rows are columns of y in the forward, and the inner dimension in the
-            backward.
-        a: [R, inner].
-        q: [R, columns].
-        dropout: masks v in P in the forward, and S·q in the backward.
+        weight: its rows are columns of y in the forward, and the inner dimension in the backward.
+        a, q: [R, inner] and [R, columns].
         save_z: whether to return y before out_scale and bias.
+        partials: the partial sums [num_splits, M, R] of P if they were computed before, or None.
     """
-
-    x: Tensor
-    weight: Tensor | Packed4bit | None
-    a: Tensor
-    q: Tensor
-    s_scale: float
-    dtype: torch.dtype
-    y_dtype: torch.dtype
-    forward: bool = True
-    gate: Tensor | None = None
-    in_scale: Tensor | None = None
-    out_scale: Tensor | None = None
-    bias: Tensor | None = None
-    dropout: Dropout = NO_DROPOUT
-    save_z: bool = False
-
-
-def _linear(
-    gemm: _Gemm, strategy: str, partials: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Compute y [M, columns], P [M, R] and z or None.
-
-    partials: the partial sums [num_splits, M, R] of P if they were computed before, or None.
-    """
-    x, weight, a, q, forward, dropout = (
-        gemm.x,
-        gemm.weight,
-        gemm.a,
-        gemm.q,
-        gemm.forward,
-        gemm.dropout,
-    )
     (M, K), (R, N), target = x.shape, q.shape, launch.target(x)
-    from_library = strategy == LIBRARY and weight is not None and M > 0
-    y = _library(gemm) if from_library else x.new_empty(M, N, dtype=gemm.y_dtype)
-    z = torch.empty_like(y) if gemm.save_z else None
+    y = x.new_empty(M, N, dtype=y_dtype)
+    z = torch.empty_like(y) if save_z else None
     if not M:
         return y, x.new_empty(M, R, dtype=torch.float32), z
-    mask_in, mask_out = (dropout, NO_DROPOUT) if forward else (NO_DROPOUT, dropout)
-    codes = weight if isinstance(weight, Packed4bit) and not from_library else None
-    dense = weight if isinstance(weight, Tensor) and not from_library else None
-    w = dense if dense is None or forward else dense.t()
+    codes = weight if isinstance(weight, Packed4bit) else None
+    w = weight if isinstance(weight, Tensor) else None
+    if w is not None and is_forward:
+        w = w.t()
     # A row of a 4-bit weight runs along K in the forward, and along dx's columns in the backward.
-    format_4bit = launch.format_4bit(codes, K if forward else N, target)
-    config = _tiles(gemm, strategy, target, w is not None, codes, format_4bit)
-    k_per_split = configs.cooperative(M, N, K, R, config) if strategy == COOPERATIVE else 0
-    flags = workspace.flags(x.device) if k_per_split and not is_interpreted() else None
-    if strategy == FUSED:
-        partials = x.new_empty(1, M, R, dtype=torch.float32)
-    elif k_per_split:
-        partials = x.new_empty(triton.cdiv(K, k_per_split), M, R, dtype=torch.float32)
-    elif partials is None:
-        partials = _shrink(x, a, gemm.in_scale, mask_in)
-    p = partials[0] if partials.shape[0] == 1 else x.new_empty(M, R, dtype=torch.float32)
-    wide = any(launch.is_wide(t) for t in (x, y, a, q, w) if t is not None)
-    wide = wide or (codes is not None and N * K >= 1 << 31)
-    programs = triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n)
-    config = replace(config, cooperative=flags is not None)
-
-    base = (
-        Matrix.from_tensor(x),
-        None if w is None else Matrix.from_tensor(w),
-        None if codes is None else Codes.from_weight(codes),
-    )
-    factors = map(_contiguous, (gemm.gate, gemm.in_scale, gemm.out_scale, gemm.bias))
-    masked = (Mask.from_dropout(mask_in),), (Mask.from_dropout(mask_out), y, z, M, N, K, R)
-    meta: dict[str, Any] = {
-        "K_INNER": forward,
-        "LEFT": codes is not None and forward and config.block_m < 64,
-        "FORMAT": format_4bit,
-        "TYPES": launch.build_types(target, launch.promote_dtypes(x, a), wide, gemm.dtype),
-        **config.blocks,
-        "BLOCK_R": configs.block_of_ranks(R),
-        "GROUP_M": config.group_m,
-    }
-    scales, A, Q = (mask_in.scale, gemm.s_scale), Matrix.from_tensor(a), Matrix.from_tensor(q)
-    run = partial(launch.run, grid=(programs,), device=x.device)
-    if strategy == FUSED:
-        run(fused_kernel, config, *base, A, Q, p, *factors, *masked[0], *masked[1], *scales, **meta)
-    elif not k_per_split:
-        args = *base, Q, p, partials, *factors, *masked[1], partials.shape[0], gemm.s_scale
-        meta["BLOCK_R"] = configs.block_of_update(R, launch.promote_dtypes(x, a).itemsize)
-        run(two_pass_kernel, config, *args, ADD_TO_Y=from_library, **meta)
-    else:
-        sizes = partials.shape[0], k_per_split
-        args = *base, A, Q, p, partials, flags, *factors, *masked[0], *masked[1], *sizes, *scales
-        if programs > target.multiprocessors:
-            both = {"PUBLISH": True, "CONSUME": True, **meta}
-            fitting = launch.choose_stages(
-                programs, target, cooperative_kernel, config, x.device, *args, **both
-            )
-            if fitting is None:
-                return _linear(gemm, TWO_PASS)
-            config = fitting
-        # The interpreter runs programs in order, so a first launch computes all partial sums.
-        for publish, consume in (
-            [(True, False), (False, True)] if is_interpreted() else [(True, True)]
-        ):
-            run(cooperative_kernel, config, *args, PUBLISH=publish, CONSUME=consume, **meta)
-    return y, p, z
-
-
-def _tiles(
-    gemm: _Gemm,
-    strategy: str,
-    target: DeviceInfo,
-    dense: bool,
-    codes: Packed4bit | None,
-    format_4bit: Format,
-) -> GemmTiles:
-    """Return the tiles of a kernel with a dense, a 4-bit or no base GEMM."""
-    x, (M, K), (R, N) = gemm.x, gemm.x.shape, gemm.q.shape
-    fused, base = strategy == FUSED, dense or codes is not None
-    multiplied = max(x.dtype.itemsize, gemm.dtype.itemsize)
-    operand = launch.promote_dtypes(x, gemm.a).itemsize
-    unchanged = gemm.in_scale is None and gemm.dropout.rng is None
+    codes_4bit = launch.codes_arguments(codes, K if is_forward else N, target)
+    wider = launch.promote_dtypes(x, a)
+    multiplied, is_fused = max(x.dtype.itemsize, spec.dtype.itemsize), strategy == FUSED
     config = configs.UPDATE
-    if base or fused:
+    if is_fused or weight is not None:
         config = configs.linear(
             target,
             M,
-            max(multiplied, operand) if fused else multiplied,
+            max(multiplied, wider.itemsize) if is_fused else multiplied,
             codes is not None,
-            R if fused else 0,
-            in_registers=not unchanged or operand > multiplied,
-            scattered=codes is not None and not format_4bit.WORDS,
+            R if is_fused else 0,
+            in_registers=in_scale is not None or wider.itemsize > multiplied,
+            scattered=codes is not None and not codes_4bit["WORDS"],
         )
-    if base and unchanged:  # `tune` measures calls like this one
-        columns, inner = (N, K) if gemm.forward else (K, N)
-        dtypes = gemm.dtype, gemm.q.dtype
-        key = measured.shape(target, M, columns, inner, R, *dtypes, codes is not None)
-        known = measured.find(key)
-        if known is not None and known.strategy == strategy:
-            return (known.forward if gemm.forward else known.backward) or config
-    return config
+    if is_fused:
+        partials = x.new_empty(1, M, R, dtype=torch.float32)
+    elif partials is None:
+        partials = _shrink(x, a, in_scale)
+    p = partials[0] if partials.shape[0] == 1 else x.new_empty(M, R, dtype=torch.float32)
+    wide = any(launch.is_wide(t) for t in (x, y, a, q, w) if t is not None)
+    wide = wide or (codes is not None and N * K >= 1 << 31)
+    arguments: dict[str, Any] = {
+        **matrix_arguments("x", x, "mk"),
+        **matrix_arguments("w", w, "kn"),
+        **codes_4bit,
+        **matrix_arguments("q", q, "rn"),
+        "p_ptr": p,
+        "gate_ptr": _contiguous(gate),
+        "in_scale_ptr": _contiguous(in_scale),
+        "out_scale_ptr": _contiguous(out_scale),
+        "bias_ptr": _contiguous(bias),
+        "y_ptr": y,
+        "z_ptr": z,
+        **{"M": M, "N": N, "K": K, "R": R, "s_scale": spec.scaling},
+        "K_INNER": is_forward,
+        "LEFT": codes is not None and is_forward and config.block_m < 64,
+        **launch.dtype_arguments(target, wider, wide, spec.dtype),
+        **config.blocks,
+        "GROUP_M": config.group_m,
+    }
+    if is_fused:
+        kernel = fused_kernel
+        arguments |= matrix_arguments("a", a, "rk")
+        arguments["BLOCK_R"] = configs.block_of_ranks(R)
+    else:
+        kernel = two_pass_kernel
+        arguments |= {"partials_ptr": partials, "num_splits": partials.shape[0]}
+        arguments["BLOCK_R"] = configs.block_of_update(R, wider.itemsize)
+    grid = (triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n),)
+    launch.run(kernel, config, grid=grid, device=x.device, **arguments)
+    return y, p, z
 
 
-def _library(gemm: _Gemm) -> Tensor:
-    """Compute the base GEMM [M, columns] by PyTorch, contiguous and in y's dtype."""
-    x, weight, dtype = gemm.x, gemm.weight, gemm.dtype
-    if gemm.in_scale is not None:
-        x = x * gemm.in_scale.to(x.dtype)
-    if isinstance(weight, Packed4bit):
-        shape = gemm.q.shape[1], x.shape[1]
-        weight = codec.dequantize(weight, shape if gemm.forward else shape[::-1], dtype)
-    assert weight is not None
-    weight = weight.to(dtype)
-    return library_linear(x.to(dtype), weight if gemm.forward else weight.t()).to(gemm.y_dtype)
-
-
-def _shrink(x: Tensor, a: Tensor, in_scale: Tensor | None, dropout: Dropout) -> Tensor:
-    """Return the partial sums of scale · mask(x ⊙ in_scale)·aᵀ, float32 [num_splits, M, R]."""
+def _shrink(x: Tensor, a: Tensor, in_scale: Tensor | None) -> Tensor:
+    """Return the partial sums of (x ⊙ in_scale)·aᵀ, float32 [num_splits, M, R]."""
     (M, K), R, target = x.shape, a.shape[0], launch.target(x)
-    config, k_per_split = configs.shrink(target, M, K, R, launch.promote_dtypes(x, a).itemsize)
+    wider = launch.promote_dtypes(x, a)
+    config, k_per_split = configs.shrink(target, M, K, R, wider.itemsize)
     num_splits = triton.cdiv(K, k_per_split)
     partials = x.new_empty(num_splits, M, R, dtype=torch.float32)
     if not M:
         return partials
-    grid = triton.cdiv(M, config.block_m), triton.cdiv(R, config.block_r), num_splits
-    operands = (
-        Matrix.from_tensor(x),
-        Matrix.from_tensor(a),
-        _contiguous(in_scale),
-        Mask.from_dropout(dropout),
-    )
-    types = launch.build_types(
-        target, launch.promote_dtypes(x, a), launch.is_wide(x) or launch.is_wide(a)
-    )
-    args = *operands, partials, M, K, R, k_per_split, dropout.scale
     launch.run(
-        shrink_kernel, config, *args, grid=grid, device=x.device, TYPES=types, **config.blocks
+        shrink_kernel,
+        config,
+        grid=(triton.cdiv(M, config.block_m), triton.cdiv(R, config.block_r), num_splits),
+        device=x.device,
+        **matrix_arguments("x", x, "mk"),
+        **matrix_arguments("a", a, "rk"),
+        in_scale_ptr=_contiguous(in_scale),
+        partials_ptr=partials,
+        **{"M": M, "K": K, "R": R, "k_per_split": k_per_split},
+        **launch.dtype_arguments(target, wider, launch.is_wide(x) or launch.is_wide(a)),
+        **config.blocks,
     )
     return partials
 
@@ -285,54 +210,47 @@ def _outer(
     s: Tensor,
     v: Tensor,
     grad: Tensor | None,
-    *,
+    scale: float,
+    gate: Tensor | None,
     v_scale: Tensor | None = None,
     z: Tensor | None = None,
-    dropout: Dropout = NO_DROPOUT,
-    scale: float = 1.0,
-    gate: Tensor | None = None,
     need_sum: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Write grad [R, N] = scale · gate ⊙ sᵀ·mask(v ⊙ v_scale); return Σ v and, given z, Σ v ⊙ z.
+    """Write grad [R, N] = scale · gate ⊙ sᵀ·(v ⊙ v_scale); return Σ v and, given z, Σ v ⊙ z.
 
     The sums are float32 [N], or None.
     """
-    need_sum_z = z is not None
     (M, N), R, target = v.shape, s.shape[1], launch.target(v)
-    sums, sums_z = (
-        v.new_empty(N, dtype=torch.float32) if needed else None for needed in (need_sum, need_sum_z)
-    )
     if not M:
-        for t in (grad, sums, sums_z):
-            if t is not None:
-                t.zero_()
+        sums, sums_z = (
+            v.new_zeros(N, dtype=torch.float32) if needed else None
+            for needed in (need_sum, z is not None)
+        )
+        if grad is not None:
+            grad.zero_()
         return sums, sums_z
     wider = torch.float32 if grad is None else launch.promote_dtypes(v, grad)
     config, m_per_split = configs.outer(target, M, N, R, wider.itemsize)
     num_splits = triton.cdiv(M, m_per_split)
     partials = v.new_empty(num_splits, R + 2, N, dtype=torch.float32)
     ranks = triton.cdiv(R, config.block_r) if grad is not None else 1
-    grid = triton.cdiv(N, config.block_n), ranks, num_splits
-    meta = {
-        "RANKS": grad is not None,
-        "SUM": need_sum,
-        "TYPES": launch.build_types(target, wider, launch.is_wide(v)),
+    launch.run(
+        outer_kernel,
+        config,
+        grid=(triton.cdiv(N, config.block_n), ranks, num_splits),
+        device=v.device,
+        **matrix_arguments("v", v, "mn"),
+        s_ptr=s,
+        v_scale_ptr=_contiguous(v_scale),
+        z_ptr=z,
+        partials_ptr=partials,
+        **{"M": M, "N": N, "R": R, "m_per_split": m_per_split},
+        RANKS=grad is not None,
+        SUM=need_sum,
+        **launch.dtype_arguments(target, wider, launch.is_wide(v)),
         **config.blocks,
-    }
-    args = (
-        s,
-        Matrix.from_tensor(v),
-        _contiguous(v_scale),
-        z,
-        Mask.from_dropout(dropout),
-        partials,
-        M,
-        N,
-        R,
-        m_per_split,
     )
-    launch.run(outer_kernel, config, *args, grid=grid, device=v.device, **meta)
-    return _reduce(partials, scale, gate, grad, need_sum, need_sum_z)
+    return _reduce(partials, scale, gate, grad, need_sum, z is not None)
 
 
 def _shrink_outer(
@@ -352,21 +270,29 @@ def _shrink_outer(
 
     plan: the result of `configs.shrink_outer`.
     """
-    (config, n_per_split), need_sum_z = plan, z is not None
+    config, n_per_split = plan
     grad = torch.empty_like(b, memory_format=torch.contiguous_format)
     (M, N), R, target = v.shape, s.shape[1], launch.target(v)
     partials = v.new_empty(triton.cdiv(N, n_per_split), M, R, dtype=torch.float32)
     grad_partials = v.new_empty(triton.cdiv(M, config.block_m), R + 2, N, dtype=torch.float32)
-    meta = {
-        "SUM": need_sum,
-        "TYPES": launch.build_types(target, launch.promote_dtypes(v, b), launch.is_wide(v)),
+    launch.run(
+        shrink_outer_kernel,
+        config,
+        grid=(grad_partials.shape[0], partials.shape[0]),
+        device=v.device,
+        **matrix_arguments("v", v, "mn"),
+        **matrix_arguments("b", b, "nr"),
+        s_ptr=s,
+        v_scale_ptr=_contiguous(v_scale),
+        z_ptr=z,
+        p_partials_ptr=partials,
+        grad_partials_ptr=grad_partials,
+        **{"M": M, "N": N, "R": R, "n_per_split": n_per_split},
+        SUM=need_sum,
+        **launch.dtype_arguments(target, launch.promote_dtypes(v, b), launch.is_wide(v)),
         **config.blocks,
-    }
-    operands = Matrix.from_tensor(v), Matrix.from_tensor(b), s, _contiguous(v_scale), z
-    args = *operands, partials, grad_partials, M, N, R, n_per_split
-    grid = grad_partials.shape[0], partials.shape[0]
-    launch.run(shrink_outer_kernel, config, *args, grid=grid, device=v.device, **meta)
-    sums = _reduce(grad_partials, scale, gate, grad.t(), need_sum, need_sum_z)
+    )
+    sums = _reduce(grad_partials, scale, gate, grad.t(), need_sum, z is not None)
     return partials, grad, *sums
 
 
@@ -379,63 +305,22 @@ def _reduce(
     need_sum_z: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Write scale · gate ⊙ Σ partials to grad [R, N], and return the two sums, float32 [N]."""
-    num_splits, N, R = partials.shape[0], partials.shape[2], partials.shape[1] - 2
-    gate, config = _contiguous(gate), configs.REDUCE
+    (num_splits, rows, N), config = partials.shape, configs.REDUCE
     sums, sums_z = (partials.new_empty(N) if needed else None for needed in (need_sum, need_sum_z))
-    to = None if grad is None else Matrix.from_tensor(grad)
-    args, grid = (
-        (partials, gate, to, sums, sums_z, N, R, num_splits, scale),
-        (triton.cdiv(N, config.block_n), R + 2),
-    )
-    launch.run(reduce_kernel, config, *args, grid=grid, device=partials.device, **config.blocks)
-    return sums, sums_z
-
-
-def dora_norm(
-    weight: Tensor | Packed4bit,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    rank_gate: Tensor | None,
-) -> Tensor:
-    """Return ‖W + scaling · (B ⊙ gate)·A‖ of each row, float32 [N]."""
-    (R, K), N, target = lora_A.shape, lora_B.shape[0], launch.target(lora_A)
-    codes = weight if isinstance(weight, Packed4bit) else None
-    w = weight.packed if isinstance(weight, Packed4bit) else weight
-    # B ⊙ gate would be rounded if B has 16 bits.
-    wider = torch.float32 if rank_gate is not None else launch.promote_dtypes(lora_A, lora_B)
-    config, k_per_split = configs.row_norm(target, N, K, wider.itemsize)
-    partials = torch.empty(
-        triton.cdiv(K, k_per_split), N, dtype=torch.float32, device=lora_A.device
-    )
-    gate, block_r = _contiguous(rank_gate), configs.block_of_ranks(R)
-    wide = N * K >= 1 << 31 or any(map(launch.is_wide, (w, lora_A, lora_B)))
-    meta = {
-        "FORMAT": launch.format_4bit(codes, K, target),
-        "TYPES": launch.build_types(target, wider, wide),
+    launch.run(
+        reduce_kernel,
+        config,
+        grid=(triton.cdiv(N, config.block_n), rows),
+        device=partials.device,
+        **matrix_arguments("grad", grad, "rn"),
+        partials_ptr=partials,
+        gate_ptr=_contiguous(gate),
+        sum_ptr=sums,
+        sum_z_ptr=sums_z,
+        **{"N": N, "R": rows - 2, "num_splits": num_splits, "scale": scale},
         **config.blocks,
-        "BLOCK_R": block_r,
-        "ONE_BLOCK": block_r >= R,
-    }
-    base = (
-        Matrix.from_tensor(w) if codes is None else None,
-        None if codes is None else Codes.from_weight(codes),
     )
-    args = (
-        *base,
-        Matrix.from_tensor(lora_A),
-        Matrix.from_tensor(lora_B),
-        gate,
-        partials,
-        N,
-        K,
-        R,
-        k_per_split,
-        scaling,
-    )
-    grid = triton.cdiv(N, config.block_n), partials.shape[0]
-    launch.run(row_norm_kernel, config, *args, grid=grid, device=w.device, **meta)
-    return partials.sum(0).sqrt_()
+    return sums, sums_z
 
 
 def _contiguous(t: Tensor | None) -> Tensor | None:

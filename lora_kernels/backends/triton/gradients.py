@@ -5,33 +5,22 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .profiling import profiled
 from .shrink import store_partial
-from .tiles import dot, keep_mask, load_tile, to_dtype, to_named
+from .tiles import dot, load_tile, scale_columns, to_dtype
 
 
-@triton.jit(do_not_specialize=["M"], **profiled("outer_kernel", "MNR"))
+@triton.jit(do_not_specialize=["M"])
 def outer_kernel(
-    s_ptr,
-    v,
-    v_scale_ptr,
-    z_ptr,
-    mask,
-    partials_ptr,
-    M,
-    N,
-    R,
-    m_per_split,
-    RANKS: tl.constexpr,
-    SUM: tl.constexpr,
-    TYPES: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
+    v_ptr, stride_vm, stride_vn,
+    s_ptr, v_scale_ptr, z_ptr, partials_ptr,
+    M, N, R, m_per_split,
+    RANKS: tl.constexpr, SUM: tl.constexpr,
+    WIDER: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
     """Write partial sums over the i-th split of rows to partials[i]:
 
-        partials[i, :R] = sᵀ·mask(v ⊙ v_scale)
+        partials[i, :R] = sᵀ·(v ⊙ v_scale)
         partials[i, R] = Σ v,    partials[i, R + 1] = Σ v ⊙ z
 
     s [M, R] float32, v [M, N], z [M, N] contiguous; partials float32 [num_splits, R + 2, N]. RANKS
@@ -45,11 +34,23 @@ def outer_kernel(
     n0, r0 = pid_n * BLOCK_N, pid_r * BLOCK_R
     offs_n, offs_r = n0 + tl.arange(0, BLOCK_N), r0 + tl.arange(0, BLOCK_R)
     mask_n, mask_r = offs_n < N, offs_r < R
-    rows = split * m_per_split, min(M, (split + 1) * m_per_split)
-    grad, sum_v, sum_vz = sum_over_rows(
-        s_ptr, v, v_scale_ptr, z_ptr, mask, n0, r0, rows, N, R, RANKS, SUM, TYPES, BLOCK_M, BLOCK_N,
-        BLOCK_R,
-    )  # fmt: skip
+    end = min(M, (split + 1) * m_per_split)
+    grad = tl.zeros([BLOCK_R, BLOCK_N], dtype=tl.float32)
+    sum_v = tl.zeros([BLOCK_N], dtype=tl.float32)
+    sum_vz = tl.zeros([BLOCK_N], dtype=tl.float32)
+    for m0 in range(split * m_per_split, end, BLOCK_M):
+        offs_m = m0 + tl.arange(0, BLOCK_M)
+        mask_m = offs_m < end
+        v = load_tile(v_ptr, offs_m, stride_vm, offs_n, stride_vn, mask_m, mask_n, WIDE)
+        if SUM:
+            sum_v += tl.sum(v.to(tl.float32), 0)
+        if z_ptr is not None:
+            z = load_tile(z_ptr, offs_m, N, offs_n, 1, mask_m, mask_n, WIDE)
+            sum_vz += tl.sum(v.to(tl.float32) * z.to(tl.float32), 0)
+        if RANKS:
+            v = scale_columns(v, v_scale_ptr, offs_n, mask_n)
+            s = load_tile(s_ptr, offs_r, 1, offs_m, R, mask_r, mask_m, WIDE)
+            grad = dot(to_dtype(s, WIDER), to_dtype(v, WIDER), grad, PRECISION)
     first = partials_ptr + split.to(tl.int64) * (R + 2) * N
     if RANKS:
         at = offs_r[:, None] * N + offs_n[None, :]
@@ -61,72 +62,16 @@ def outer_kernel(
             tl.store(first + (R + 1) * N + offs_n, sum_vz, mask=mask_n)
 
 
-@triton.jit
-def sum_over_rows(
-    s_ptr,
-    v,
-    v_scale_ptr,
-    z_ptr,
-    mask,
-    n0,
-    r0,
-    rows,
-    N,
-    R,
-    RANKS: tl.constexpr,
-    SUM: tl.constexpr,
-    TYPES: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
-    """sᵀ·mask(v ⊙ v_scale) [BLOCK_R, BLOCK_N] from [r0, n0] on, Σ v and Σ v ⊙ z over these rows."""
-    start, end = rows
-    offs_n, offs_r = n0 + tl.arange(0, BLOCK_N), r0 + tl.arange(0, BLOCK_R)
-    mask_n, mask_r = offs_n < N, offs_r < R
-    grad = tl.zeros([BLOCK_R, BLOCK_N], dtype=tl.float32)
-    sum_v = tl.zeros([BLOCK_N], dtype=tl.float32)
-    sum_vz = tl.zeros([BLOCK_N], dtype=tl.float32)
-    for m0 in range(start, end, BLOCK_M):
-        offs_m = m0 + tl.arange(0, BLOCK_M)
-        mask_m = offs_m < end
-        tile = load_tile(v.ptr, offs_m, v.row, offs_n, v.col, mask_m, mask_n, TYPES.WIDE)
-        if SUM:
-            sum_v += tl.sum(tile.to(tl.float32), 0)
-        if z_ptr is not None:
-            z = load_tile(z_ptr, offs_m, N, offs_n, 1, mask_m, mask_n, TYPES.WIDE)
-            sum_vz += tl.sum(tile.to(tl.float32) * z.to(tl.float32), 0)
-        if RANKS:
-            if v_scale_ptr is not None:
-                v_scale = tl.load(v_scale_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
-                tile = tile.to(tl.float32) * v_scale[None, :]
-            if mask is not None:
-                tile = tl.where(keep_mask(mask, m0, n0, BLOCK_M, BLOCK_N), tile, 0.0)
-            s = load_tile(s_ptr, offs_r, 1, offs_m, R, mask_r, mask_m, TYPES.WIDE)
-            s = to_named(s, TYPES.WIDER)
-            grad = dot(s, to_named(tile, TYPES.WIDER), grad, TYPES.PRECISION)
-    return grad, sum_v, sum_vz
-
-
-@triton.jit(do_not_specialize=["M"], **profiled("shrink_outer_kernel", "MNR", "MNR"))
+@triton.jit(do_not_specialize=["M"])
 def shrink_outer_kernel(
-    v,
-    b,
-    s_ptr,
-    v_scale_ptr,
-    z_ptr,
-    p_partials_ptr,
-    grad_partials_ptr,
-    M,
-    N,
-    R,
-    n_per_split,
+    v_ptr, stride_vm, stride_vn,
+    b_ptr, stride_bn, stride_br,
+    s_ptr, v_scale_ptr, z_ptr, p_partials_ptr, grad_partials_ptr,
+    M, N, R, n_per_split,
     SUM: tl.constexpr,
-    TYPES: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
+    WIDER: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
     """Compute `shrink_kernel` and `outer_kernel` on the same v with one read of v, R ≤ BLOCK_R:
 
         p_partials[i] = (v ⊙ v_scale)[:, split i]·b[split i]
@@ -143,47 +88,37 @@ def shrink_outer_kernel(
     pid_m, split = tl.program_id(0), tl.program_id(1)
     offs_m, offs_r = pid_m * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_R)
     mask_m, mask_r = offs_m < M, offs_r < R
-    s = load_tile(s_ptr, offs_m, R, offs_r, 1, mask_m, mask_r, TYPES.WIDE)
-    s = to_named(s, TYPES.WIDER)
+    s = to_dtype(load_tile(s_ptr, offs_m, R, offs_r, 1, mask_m, mask_r, WIDE), WIDER)
     first = grad_partials_ptr + pid_m.to(tl.int64) * (R + 2) * N
     p = tl.zeros([BLOCK_M, BLOCK_R], dtype=tl.float32)
     end = min(N, (split + 1) * n_per_split)
     for n0 in range(split * n_per_split, end, BLOCK_N):
         offs_n = n0 + tl.arange(0, BLOCK_N)
         mask_n = offs_n < end
-        tile = load_tile(v.ptr, offs_m, v.row, offs_n, v.col, mask_m, mask_n, TYPES.WIDE)
+        v = load_tile(v_ptr, offs_m, stride_vm, offs_n, stride_vn, mask_m, mask_n, WIDE)
         if SUM:
-            tl.store(first + R * N + offs_n, tl.sum(tile.to(tl.float32), 0), mask=mask_n)
+            tl.store(first + R * N + offs_n, tl.sum(v.to(tl.float32), 0), mask=mask_n)
         if z_ptr is not None:
-            z = load_tile(z_ptr, offs_m, N, offs_n, 1, mask_m, mask_n, TYPES.WIDE)
-            sum_vz = tl.sum(tile.to(tl.float32) * z.to(tl.float32), 0)
+            z = load_tile(z_ptr, offs_m, N, offs_n, 1, mask_m, mask_n, WIDE)
+            sum_vz = tl.sum(v.to(tl.float32) * z.to(tl.float32), 0)
             tl.store(first + (R + 1) * N + offs_n, sum_vz, mask=mask_n)
-        if v_scale_ptr is not None:
-            v_scale = tl.load(v_scale_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
-            tile = tile.to(tl.float32) * v_scale[None, :]
-        tile = to_named(tile, TYPES.WIDER)
-        B = load_tile(b.ptr, offs_n, b.row, offs_r, b.col, mask_n, mask_r, TYPES.WIDE)
-        p = dot(tile, to_named(B, TYPES.WIDER), p, TYPES.PRECISION)
+        v = to_dtype(scale_columns(v, v_scale_ptr, offs_n, mask_n), WIDER)
+        b = load_tile(b_ptr, offs_n, stride_bn, offs_r, stride_br, mask_n, mask_r, WIDE)
+        p = dot(v, to_dtype(b, WIDER), p, PRECISION)
         zeros = tl.zeros([BLOCK_N, BLOCK_R], dtype=tl.float32)
-        grad = dot(tl.trans(tile), s, zeros, TYPES.PRECISION)
+        grad = dot(tl.trans(v), s, zeros, PRECISION)
         at = offs_r[None, :] * N + offs_n[:, None]
         tl.store(first + at, grad, mask=mask_n[:, None] & mask_r[None, :])
     store_partial(p_partials_ptr, split, pid_m * BLOCK_M, 0, p, M, R, BLOCK_M, BLOCK_R)
 
 
-@triton.jit(do_not_specialize_on_alignment=["num_splits"], **profiled("reduce_kernel"))
+@triton.jit(do_not_specialize_on_alignment=["num_splits"])
 def reduce_kernel(
-    partials_ptr,
-    gate_ptr,
-    grad,
-    sum_ptr,
-    sum_z_ptr,
-    N,
-    R,
-    num_splits,
-    scale,
+    grad_ptr, stride_gr, stride_gn,
+    partials_ptr, gate_ptr, sum_ptr, sum_z_ptr,
+    N, R, num_splits, scale,
     BLOCK_N: tl.constexpr,
-):
+):  # fmt: skip
     """Write grad [R, N] = scale · gate ⊙ Σ partials[:, :R] in grad's dtype; two sums in float32.
 
     Program (n, r) computes BLOCK_N elements of row r; rows R and R + 1 are the sums. The partial
@@ -192,13 +127,13 @@ def reduce_kernel(
     offs_n, r = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.program_id(1)
     mask = offs_n < N
     at = partials_ptr + r * N + offs_n
-    if grad is not None:
+    if grad_ptr is not None:
         if r < R:
             total = add_partials(at, mask, R, N, num_splits) * scale
             if gate_ptr is not None:
                 total = total * tl.load(gate_ptr + r).to(tl.float32)
-            to = grad.ptr + r.to(tl.int64) * grad.row + offs_n.to(tl.int64) * grad.col
-            tl.store(to, to_dtype(total, grad.ptr.dtype.element_ty), mask=mask)
+            to = grad_ptr + r.to(tl.int64) * stride_gr + offs_n.to(tl.int64) * stride_gn
+            tl.store(to, to_dtype(total, grad_ptr.dtype.element_ty), mask=mask)
     if sum_ptr is not None:
         if r == R:
             tl.store(sum_ptr + offs_n, add_partials(at, mask, R, N, num_splits), mask=mask)

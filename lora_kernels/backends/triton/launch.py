@@ -1,4 +1,4 @@
-"""Launch kernels, with the compiler's options and the co-resident programs of a launch."""
+"""Launch kernels, with the compiler's options; arguments that several kernels have."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,13 +15,12 @@ from ...device import DeviceInfo
 from .. import replay
 from ..replay import STREAM, current_recorder, forget, tensors_of
 from . import configs, is_interpreted
-from .arguments import Format, Types
-from .configs import GemmTiles, Tiles
+from .configs import Tiles
 
 if TYPE_CHECKING:
     from ...core.packed4bit import Packed4bit
 
-_NAME = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_TABLES = ("packed", "absmax", "code", "nested_absmax", "nested_code", "offset")
 
 
 def target(x: Tensor) -> DeviceInfo:
@@ -32,20 +30,51 @@ def target(x: Tensor) -> DeviceInfo:
     return found
 
 
-def format_4bit(codes: Packed4bit | None, row: int, target: DeviceInfo) -> Format:
-    """Return the layout of the codes of a weight with `row` elements per row."""
-    if codes is None:
-        return Format(0, False, False, False)
-    whole_words = row % 8 == 0 and codes.packed.data_ptr() % 4 == 0
-    asm = target.kind == "cuda" and not is_interpreted()
-    return Format(codes.blocksize.bit_length() - 1, row % codes.blocksize == 0, whole_words, asm)
+def matrix_arguments(name: str, t: Tensor | None, dims: str) -> dict[str, Any]:
+    """Return a kernel's arguments for a matrix: the pointer and the strides, None without it.
+
+    >>> matrix_arguments("x", torch.ones(2, 3), "mk")
+    {'x_ptr': tensor([[1., 1., 1.],
+            [1., 1., 1.]]), 'stride_xm': 3, 'stride_xk': 1}
+    """
+    strides = (None, None) if t is None else t.stride()
+    named = {f"stride_{name[0]}{dim}": s for dim, s in zip(dims, strides, strict=True)}
+    return {f"{name}_ptr": t, **named}
 
 
-def build_types(
-    target: DeviceInfo, wider: torch.dtype, wide: bool, compute: torch.dtype = torch.float32
-) -> Types:
-    """Return how a kernel rounds and addresses its operands."""
-    return Types(_NAME[compute], _NAME[wider], configs.precision(target), wide)
+def codes_arguments(codes: Packed4bit | None, row: int, target: DeviceInfo) -> dict[str, Any]:
+    """Return a kernel's arguments for 4-bit codes: pointers, and the format; see `load_codes`.
+
+    row: elements of a row of the weight.
+    """
+    pointers = {f"{name}_ptr": getattr(codes, name, None) for name in _TABLES}
+    log2_block, whole, words, asm = 0, False, False, False
+    if codes is not None:
+        log2_block, whole = codes.blocksize.bit_length() - 1, row % codes.blocksize == 0
+        words = row % 8 == 0 and codes.packed.data_ptr() % 4 == 0
+        asm = target.kind == "cuda" and not is_interpreted()
+    return {**pointers, "LOG2_BLOCK": log2_block, "WHOLE": whole, "WORDS": words, "ASM": asm}
+
+
+def dtype_arguments(
+    target: DeviceInfo, wider: torch.dtype, wide: bool, compute: torch.dtype | None = None
+) -> dict[str, Any]:
+    """Return a kernel's compile-time constants of dtypes and addresses.
+
+    Args:
+        wider: of the operands of the adapter's GEMMs.
+        wide: whether offsets exceed 2³¹.
+        compute: of the base GEMM's operands, if there is one.
+    """
+    found = {"WIDER": _dtype(wider), "PRECISION": configs.precision(target), "WIDE": wide}
+    return found if compute is None else found | {"COMPUTE": _dtype(compute)}
+
+
+def _dtype(dtype: torch.dtype) -> Any:
+    """Return Triton's dtype."""
+    import triton.language as tl  # first imported by the kernels, after TRITON_INTERPRET is set
+
+    return getattr(tl, str(dtype).removeprefix("torch."))
 
 
 def promote_dtypes(x: Tensor, a: Tensor) -> torch.dtype:
@@ -55,32 +84,29 @@ def promote_dtypes(x: Tensor, a: Tensor) -> torch.dtype:
 
 def options(config: Tiles) -> dict[str, Any]:
     """Return the compiler's options. No FMA contraction: a nested scale is rounded twice."""
-    chosen = {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": False}
-    return chosen | ({"launch_cooperative_grid": True} if config.cooperative else {})
+    return {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": False}
 
 
 def run(
-    kernel: Any,
-    config: Tiles,
-    *args: Any,
-    grid: tuple[int, ...],
-    device: torch.device,
-    **meta: Any,
+    kernel: Any, config: Tiles, *, grid: tuple[int, ...], device: torch.device, **arguments: Any
 ) -> None:
-    """Launch the kernel on the device and torch's current stream."""
+    """Launch the kernel on the device and torch's current stream.
+
+    arguments: by the names of the kernel's parameters. None stands for a missing operand.
+    """
     if _compiles_only is not None:
-        _compiles_only(kernel, config, args, meta)
+        _compiles_only(kernel, config, arguments)
         return
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        compiled = kernel[grid](*args, **meta, **options(config))
+        compiled = kernel[grid](**arguments, **options(config))
     if (recorder := current_recorder()) is not None:
         if (reason := unreplayable_reason()) is not None:
             recorder.reason = reason
             return
         blocks, image = (*grid, 1, 1)[:3], (compiled.function, compiled.packed_metadata)
-        constants = (meta[name] for name in kernel.arg_names[len(args) :])
-        launched = *blocks, STREAM, *image, None, None, None, *args, *constants
-        recorder.add(compiled.run, launched, tensors_of(args))
+        bound = tuple(arguments[name] for name in kernel.arg_names)
+        launched = *blocks, STREAM, *image, None, None, None, *bound
+        recorder.add(compiled.run, launched, tensors_of(bound))
 
 
 @functools.cache
@@ -91,7 +117,7 @@ def unreplayable_reason() -> str | None:
     """
     if is_interpreted():
         return "Triton's interpreter compiles nothing"
-    import triton  # first imported by the kernels, after TRITON_INTERPRET is set
+    import triton
 
     source = " ".join(inspect.getsource(triton.JITFunction.run).split())
     if _LAUNCH in source:
@@ -129,10 +155,10 @@ def compile_only(part: int, parts: int) -> Iterator[None]:
     global _compiles_only
     seen: set[tuple[Any, ...]] = set()
 
-    def compile_kernel(kernel: Any, config: Tiles, args: Any, meta: dict[str, Any]) -> None:
-        key = (kernel, config, *map(_kind, args), *meta.values())
+    def compile_kernel(kernel: Any, config: Tiles, arguments: dict[str, Any]) -> None:
+        key = (kernel, config, *map(_kind, arguments.values()))
         if key not in seen and len(seen) % parts == part:
-            kernel.warmup(*args, grid=(1,), **meta, **options(config))
+            kernel.warmup(grid=(1,), **arguments, **options(config))
         seen.add(key)
 
     _compiles_only = compile_kernel
@@ -144,54 +170,11 @@ def compile_only(part: int, parts: int) -> Iterator[None]:
         forget()
 
 
-def choose_stages(
-    programs: int,
-    target: DeviceInfo,
-    kernel: Any,
-    config: GemmTiles,
-    device: torch.device,
-    *args: Any,
-    **meta: Any,
-) -> GemmTiles | None:
-    """Return the config with the most stages at which all programs are co-resident, or None.
-
-    Compiles the kernel to read its shared memory and registers.
-    """
-    if is_interpreted():  # runs programs in order; assume two co-resident per multiprocessor
-        return config if programs <= 2 * target.multiprocessors else None
-    if target.kind != "cuda":
-        return config if programs <= target.multiprocessors else None
-    kinds = [_kind(a) for a in args]
-    for stages in range(config.stages, 0, -1):
-        fewer = replace(config, stages=stages)
-        key = (kernel, fewer, device, *kinds, *meta.values())
-        if key not in _resources:
-            _resources[key] = read_resources(kernel, fewer, device, *args, **meta)
-        if programs <= configs.count_co_resident(target, *_resources[key], config.warps):
-            return fewer
-    return None
-
-
 def _kind(argument: Any) -> Any:
     """Return the properties of an argument on which the compiled kernel depends, or its value."""
     if isinstance(argument, Tensor):
         return argument.dtype, argument.data_ptr() % 16
-    if isinstance(argument, tuple):
-        return tuple(map(_kind, argument))
     return float if type(argument) is float else argument
-
-
-_resources: dict[tuple[Any, ...], tuple[int, int]] = {}
-
-
-def read_resources(
-    kernel: Any, config: GemmTiles, device: torch.device, *args: Any, **meta: Any
-) -> tuple[int, int]:
-    """Compile the kernel; return the shared memory of a program and the registers of a thread."""
-    with torch.cuda.device(device):
-        compiled = kernel.warmup(*args, grid=(1,), **meta, **options(config))
-        compiled._init_handles()  # loads it and counts its registers, as Triton's tutorials do
-    return compiled.metadata.shared, compiled.n_regs
 
 
 def is_wide(t: Tensor) -> bool:

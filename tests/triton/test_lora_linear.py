@@ -109,7 +109,7 @@ def test_lora_linear_of_64_bit_offsets_is_within_tolerance(
     check(case)
 
 
-@each({"": triton(ALL, STRIDED, replace(STRIDED, M=5, dtype=bf16))}, DEVICE)
+@each({"": triton(ALL, STRIDED, FEW_STRIDED)}, DEVICE)
 def test_lora_linear_of_strided_vectors_and_a_transposed_B_is_as_of_contiguous_ones(
     case: Case, engine: str
 ) -> None:

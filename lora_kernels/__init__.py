@@ -19,7 +19,8 @@ try:
     from .selection import backend
 except KeyboardInterrupt:
     # The command line imports this package, and torch, before any code of its own runs.
-    if _os.path.basename((_sys.argv or [""])[0]) not in ("lora-kernels", "-m"):
+    _words = _sys.orig_argv[1:3] or [""]
+    if _words != ["-m", "lora_kernels"] and _os.path.basename(_words[0]) != "lora-kernels":
         raise
     print("\nlora-kernels: interrupted", file=_sys.stderr)
     raise SystemExit(130) from None

@@ -14,6 +14,7 @@ import torch
 
 from . import costs, device, verdicts
 from .backends import cpu_heuristics, cuda, forced, native, triton
+from .backends.cuda import constraints
 from .backends.cuda import heuristics as cuda_heuristics
 from .backends.forced import Forced
 from .backends.library import is_on_gpu_path
@@ -150,8 +151,7 @@ def choose_norm(problem: Problem) -> Choice:
         triton_heuristics.require_target(problem)
         return Choice("triton", Strategy.FUSED, triton_heuristics.REQUESTED)
     if requested == "cuda":
-        cuda_heuristics.require(problem)
-        return Choice("cuda", Strategy.TWO_PASS, cuda_heuristics.REQUESTED)
+        require_supported("cuda", constraints.NO_NORM)
     return _choose_cpu_or_eager(problem, Strategy.FUSED, Strategy.PANELS)
 
 
@@ -179,6 +179,8 @@ def is_eager_on_gpu(device_type: str) -> bool:
 def choose_for_mask() -> Choice:
     """Return the eager backend, which alone takes a dropout mask; RuntimeError if it may not."""
     name = forced_backend()
+    if name == "cuda":
+        require_supported("cuda", constraints.NO_DROPOUT)
     if name not in (None, "eager"):
         raise RuntimeError(
             f"backend {name!r} was requested and cannot run here: got rng as a dropout mask, want "

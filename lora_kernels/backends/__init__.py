@@ -6,18 +6,22 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-_EQUATION = ("lora_linear", "lora_linear_backward", "dora_norm")
+_EQUATION = ("lora_linear", "lora_linear_backward")
 _CODEC = ("quantize", "dequantize")
 _EXPERTS = ("lora_experts", "lora_experts_backward")
 
 
-def lazy_launchers(package: str, codec: str, experts: str | None = None) -> Callable[[str], Any]:
+def lazy_launchers(
+    package: str, codec: str | None = None, experts: str | None = None
+) -> Callable[[str], Any]:
     """Return a package's `__getattr__` that imports a launcher's module when it is first used.
 
-    codec: the module of `quantize` and `dequantize`. experts: that of `lora_experts` and its
-    backward, or None without them. The others are in `equation`.
+    codec: the module of `quantize` and `dequantize`; the package's `dora_norm` is in `equation`,
+    then. experts: that of `lora_experts` and its backward. None without them.
     """
-    modules = dict.fromkeys(_EQUATION, "equation") | dict.fromkeys(_CODEC, codec)
+    modules = dict.fromkeys(_EQUATION, "equation")
+    if codec is not None:
+        modules |= dict.fromkeys(_CODEC, codec) | {"dora_norm": "equation"}
     if experts is not None:
         modules |= dict.fromkeys(_EXPERTS, experts)
 

@@ -21,7 +21,6 @@ from ..core.call import (
     Saved,
     Spec,
 )
-from ..core.packed4bit import Packed4bit
 
 
 class Backend(Protocol):
@@ -44,15 +43,6 @@ class Backend(Protocol):
         needs: Needs,
         strategy: str,
     ) -> Grads: ...
-
-    def dora_norm(
-        self,
-        weight: Tensor | Packed4bit,
-        lora_A: Tensor,
-        lora_B: Tensor,
-        scaling: float,
-        rank_gate: Tensor | None,
-    ) -> Tensor: ...
 
 
 class MultiBackend(Protocol):

@@ -125,7 +125,6 @@ ROUND = DeviceInfo("cuda", 90, 100, 227 << 10, "", 0, 2e9, 1e12, 500e12, 50e12)
                 "triton library launches from Python": 87.00,
                 "cuda two_pass the GEMM": 93.46,
                 "triton two_pass the GEMM": 117.48,
-                "cuda two_pass_simt the GEMM": 717.92,
             },
         ),
         (
@@ -137,7 +136,6 @@ ROUND = DeviceInfo("cuda", 90, 100, 227 << 10, "", 0, 2e9, 1e12, 500e12, 50e12)
                 "triton library the GEMM": 268.76,
                 "triton two_pass the GEMM": 446.55,
                 "cuda two_pass the GEMM": 527.59,
-                "cuda two_pass_simt the GEMM": 3968.07,
             },
         ),
         (
@@ -147,11 +145,9 @@ ROUND = DeviceInfo("cuda", 90, 100, 227 << 10, "", 0, 2e9, 1e12, 500e12, 50e12)
             {
                 "cuda two_pass the GEMM": 29.72,
                 "cuda cooperative memory": 31.43,
-                "cuda overlapped memory": 32.93,
                 "triton two_pass launches from Python": 87.00,
                 "eager library decoding": 92.55,
                 "triton library launches from Python": 117.00,
-                "cuda two_pass_simt the GEMM": 255.62,
             },
         ),
         (
@@ -162,7 +158,6 @@ ROUND = DeviceInfo("cuda", 90, 100, 227 << 10, "", 0, 2e9, 1e12, 500e12, 50e12)
                 "triton two_pass the GEMM": 169.51,
                 "triton library memory": 169.74,
                 "eager library memory": 172.74,
-                "cuda two_pass_simt the GEMM": 257.79,
             },
         ),
         (
@@ -172,11 +167,9 @@ ROUND = DeviceInfo("cuda", 90, 100, 227 << 10, "", 0, 2e9, 1e12, 500e12, 50e12)
             {
                 "cuda two_pass the GEMM": 31.86,
                 "cuda cooperative memory": 53.20,
-                "cuda overlapped memory": 54.70,
                 "triton two_pass launches from Python": 87.00,
                 "eager library memory": 96.00,
                 "triton library launches from Python": 117.00,
-                "cuda two_pass_simt the GEMM": 255.72,
             },
         ),
         (
@@ -187,7 +180,6 @@ ROUND = DeviceInfo("cuda", 90, 100, 227 << 10, "", 0, 2e9, 1e12, 500e12, 50e12)
                 "eager library memory": 84.42,
                 "triton library launches from Python": 87.00,
                 "triton two_pass launches from Python": 87.00,
-                "cuda two_pass_simt the GEMM": 245.30,
             },
         ),
         # PyTorch decodes in three kernels: they write and read an int32 a byte and two float32.
@@ -200,7 +192,6 @@ ROUND = DeviceInfo("cuda", 90, 100, 227 << 10, "", 0, 2e9, 1e12, 500e12, 50e12)
                 "triton two_pass the GEMM": 446.55,
                 "eager library the GEMM": 475.41,
                 "cuda two_pass the GEMM": 527.59,
-                "cuda two_pass_simt the GEMM": 3968.07,
             },
         ),
         # P of 256 ranks takes CUDA cores.
@@ -213,7 +204,6 @@ ROUND = DeviceInfo("cuda", 90, 100, 227 << 10, "", 0, 2e9, 1e12, 500e12, 50e12)
                 "triton library the GEMM": 447.51,
                 "triton two_pass the GEMM": 507.52,
                 "cuda two_pass the GEMM": 943.91,
-                "cuda two_pass_simt the GEMM": 7875.13,
             },
         ),
     ],
@@ -242,8 +232,8 @@ def test_predict_counts_an_adapter_in_its_own_dtype() -> None:
     assert seconds(torch.float32) - seconds(torch.bfloat16) == pytest.approx(more, rel=1e-6)
 
 
-CUDA, TRITON = {"cuda two_pass", "cuda two_pass_simt"}, {"triton two_pass"}
-FEW, CUBLAS = {"cuda cooperative", "cuda overlapped"}, {"eager library", "triton library"}
+CUDA, TRITON = {"cuda two_pass"}, {"triton two_pass"}
+FEW, CUBLAS = {"cuda cooperative"}, {"eager library", "triton library"}
 
 
 def test_a_fitted_factor_slows_what_it_names_alone() -> None:

@@ -7,6 +7,8 @@ many elements of dg as are compared.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +18,8 @@ from lora_kernels.bench.case import Case
 f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
 RANK = 61
 RANKS = (1, 2, 16, 17, 64, 65, 130, 256)
-FULL: dict[str, Any] = {"gate": True, "column_scale": True, "bias": True, "dropout_p": 0.1}
+UNDROPPED: dict[str, Any] = {"gate": True, "column_scale": True, "bias": True}
+FULL: dict[str, Any] = UNDROPPED | {"dropout_p": 0.1}
 # dtype, adapter_dtype, autocast
 DTYPES: list[tuple[Any, ...]] = [
     (f32, None, None),
@@ -67,6 +70,11 @@ def of_options_4bit(M: int) -> list[Case]:
         Case(M, 65, 128, RANK, f16, quant="nf4-64-nested", **FULL),
         Case(9, 65, 96, RANK, f32, quant="nf4-64-nested", compute=bf16),
     ]
+
+
+def without_dropout(cases: Iterable[Case]) -> list[Case]:
+    """Return the cases for kernels that make no mask, each once."""
+    return list(dict.fromkeys(replace(case, dropout_p=0.0) for case in cases))
 
 
 def cross_product(shapes: list[tuple[int, int, int]]) -> list[Case]:

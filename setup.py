@@ -76,10 +76,8 @@ LINK = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" e
 
 CUDA_BINDINGS = "cuda/bindings.cpp"
 CUDA_SOURCES = [
-    "cuda/codec.cu",
     "cuda/decode.cu",
     "cuda/gemm.cu",
-    "cuda/linear.cu",
     "cuda/thin.cu",
 ]
 # An image runs on its major version from its minor one on; one for a single GPU ("9.0a") on no

@@ -42,7 +42,6 @@ LIBRARY_SHARE = 0.75  # of the tensor cores' peak, that a large cuBLAS GEMM reac
 MMA_SHARE = {80: 0.65, 86: 0.65, 89: 0.65, 90: 0.4, 100: 0.2, 103: 0.2, 120: 0.65}
 TRITON_SHARE = 0.6  # Triton emits wgmma and tcgen05
 FP32_SHARE = 0.8  # of the CUDA cores' peak, that float32 GEMMs of cuBLAS reach
-SIMT_SHARE = 0.35  # that linear.cu reaches: it loads a step, then multiplies. An estimate.
 # Of the tensor cores' peak in TF32, a sixth of that in 16 bits for 3×TF32, which Triton's float32
 # reaches: it splits operands in registers and stores them again. An estimate.
 TF32_SHARE = 0.35
@@ -154,12 +153,10 @@ def predict(
     found = [_predict_eager(call, bitsandbytes)]
     if unsupported_reason(gpu) is None:
         found.append(_predict_triton_two_pass(call))
-        found.append(_predict_cuda_simt(call))
         if call.itemsize < 4:
             found.append(_predict_cuda_gemm(call))
             if call.M <= DECODE_ROWS:
-                launched = Strategy.COOPERATIVE, Strategy.OVERLAPPED
-                found += [_predict_cuda_decode(call, strategy) for strategy in launched]
+                found.append(_predict_cuda_decode(call))
     return sorted(found, key=lambda cost: cost.seconds)
 
 
@@ -319,24 +316,13 @@ def _predict_cuda_gemm(call: _Call) -> Cost:
     return call.cost("cuda", Strategy.TWO_PASS, parts, others, host)
 
 
-def _predict_cuda_simt(call: _Call) -> Cost:
-    rows = _ceil_div(call.M, TILE_M) * TILE_M  # whole tiles are multiplied
-    busy = call.sm_utilization(_ceil_div(call.M, TILE_M) * _ceil_div(call.N, 64))
-    gemm = call.flops(rows) / (call.gpu.fp32_flops * SIMT_SHARE * call.rates.cuda) / busy
-    decoding = call.decode_seconds(rows // TILE_M, CODES_PER_CLOCK) / busy
-    parts = _gemm_parts(gemm, decoding, call.memory_s)
-    host = CUDA_CALL + 2 * CUDA_LAUNCH
-    others = _cuda_shrink_seconds(call) + 2 * call.launch
-    return call.cost("cuda", Strategy.TWO_PASS_SIMT, parts, others, host)
-
-
 def _cuda_shrink_seconds(call: _Call) -> float:
     """Return the seconds of thin.cu, which computes P on CUDA cores."""
     flops = 2.0 * call.M * call.R * call.K / (call.gpu.fp32_flops * FP32_SHARE)
     return max(call.shrink_s, flops + call.launch)
 
 
-def _predict_cuda_decode(call: _Call, strategy: Strategy) -> Cost:
+def _predict_cuda_decode(call: _Call) -> Cost:
     """Predict decode.cu: it reads W once, and the first blocks compute P before their part of W."""
     gpu, M, R = call.gpu, call.M, call.R
     width = 8 if M <= 8 else 16
@@ -359,10 +345,8 @@ def _predict_cuda_decode(call: _Call, strategy: Strategy) -> Cost:
     p_seconds = loads * call.l2_latency
     trips = 2 * call.latency + p_seconds + turns * 2 * call.l2_latency
     parts = {"memory": call.memory_s, "latency": latency, "decoding": decoding, "the GEMM": gemm}
-    launches = 1 if strategy == Strategy.COOPERATIVE else 2
-    others = (1 + launches) / 2 * call.launch + trips
-    host = CUDA_CALL + launches * CUDA_LAUNCH
-    return call.cost("cuda", strategy, parts, others, host)
+    others, host = call.launch + trips, CUDA_CALL + CUDA_LAUNCH
+    return call.cost("cuda", Strategy.COOPERATIVE, parts, others, host)
 
 
 def _ceil_div(a: int, b: int) -> int:
@@ -438,9 +422,6 @@ def choose_fastest(
             continue
         ratio = f"{cost.seconds / eager.seconds:.2f} of eager's {eager.seconds * 1e6:.0f} µs"
         why = f"the cost model expects {ratio}, most of it {cost.bottleneck}"
-        if cost.backend == "cuda":
-            layout, N, K = cuda_heuristics.layout_of(problem), problem.columns, problem.inner
-            why += cuda_heuristics.dx_note(cost.strategy, problem.dtype, layout, N, K)
         return Choice(cost.backend, cost.strategy, why)
     why = f"no kernel is expected to be {1 - KEEP_EAGER:.0%} faster than PyTorch's GEMMs"
     if failed:
@@ -455,10 +436,7 @@ def _is_unsupported(cost: Cost, problem: Problem, gpu: DeviceInfo) -> bool:
         return True
     if cost.backend != "cuda":
         return False
-    sizes = problem.rows, problem.columns, problem.inner
-    layout = cuda_heuristics.layout_of(problem)
-    reason = constraints.forward_unsupported_reason(cost.strategy, problem.dtype, layout, *sizes)
-    return reason is not None
+    return cuda_heuristics.unsupported_reason(problem, cost.strategy) is not None
 
 
 def _unqualified(

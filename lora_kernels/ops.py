@@ -41,7 +41,7 @@ from .core.call import (
     Spec,
 )
 from .core.packed4bit import Packed4bit
-from .core.problem import Choice, Layout, Problem
+from .core.problem import Choice, Layout, Problem, Strategy
 
 _LIB = torch.library.Library("lora_kernels", "DEF")
 _BACKENDS: dict[str, Backend] = {"eager": eager, "cpu": cpu, "triton": triton, "cuda": cuda}
@@ -216,11 +216,16 @@ def down_projection(
     """Compute P = D(x)·Aᵀ [M, R] by `lora_linear` without a base GEMM and with N = 1.
 
     On the CPU, P is bitwise equal to P of a call with a base GEMM. Triton may choose another
-    strategy for this call, which sums in another order.
+    strategy for this call, which sums in another order. The eager backend computes it for CUDA,
+    whose kernels need a base GEMM.
     """
     operands = Operands(x, None, lora_A, lora_A.new_zeros(1, lora_A.shape[0]), rng=rng)
+    spec = Spec(1.0, dropout_p, dtype, x.dtype)
+    if selection.forced_backend() == "cuda":
+        eager_choice = Choice("eager", Strategy.LIBRARY, constraints.NO_BASE)
+        return lora_linear_direct(operands, spec, eager_choice)[1].p
     run = lora_linear_direct if can_bypass_dispatcher(x, lora_A) else lora_linear_dispatched
-    return run(operands, Spec(1.0, dropout_p, dtype, x.dtype))[1].p
+    return run(operands, spec)[1].p
 
 
 def prepare(
@@ -559,9 +564,7 @@ def dora_norm_direct(
     )
     norm: Tensor
     with no_autocast(lora_A):
-        norm = _NORM_BACKENDS[choice.backend].dora_norm(
-            weight, lora_A, lora_B, scaling, rank_gate
-        )
+        norm = _NORM_BACKENDS[choice.backend].dora_norm(weight, lora_A, lora_B, scaling, rank_gate)
     return norm
 
 

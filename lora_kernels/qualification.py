@@ -42,8 +42,7 @@ BUDGET = 25.0  # seconds
 SILENCE = 30.0  # seconds without a line from the worker, after which it counts as hanging
 START = 120.0  # the same to import torch and open the device, and to compile, on a busy machine
 MAX_WORKERS = 6  # one, and five restarts
-# What the cost model may choose (`costs.predict`). It expects "cooperative" ahead of "overlapped",
-# and in float32 cuBLAS ahead of both backends.
+# What the cost model may choose (`costs.predict`). It expects cuBLAS ahead of Triton in float32.
 STRATEGIES = (
     ("cuda", Strategy.COOPERATIVE),
     ("cuda", Strategy.TWO_PASS),

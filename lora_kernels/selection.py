@@ -156,8 +156,7 @@ def choose_norm(problem: Problem) -> Choice:
     if requested == "triton":
         require_supported("triton", "it has no kernel for row norms")
     if requested == "cuda":
-        cuda_heuristics.require(problem)
-        return Choice("cuda", Strategy.TWO_PASS, cuda_heuristics.REQUESTED)
+        require_supported("cuda", "it has no kernel for row norms")
     return _choose_cpu_or_eager(problem, Strategy.FUSED, Strategy.PANELS)
 
 
@@ -185,7 +184,7 @@ def is_eager_on_gpu(device_type: str) -> bool:
 def choose_for_mask() -> Choice:
     """Return the eager backend, which alone takes a dropout mask; RuntimeError if it may not."""
     name = forced_backend()
-    if name == "triton":
+    if name in ("triton", "cuda"):
         require_supported(name, NO_DROPOUT)
     if name not in (None, "eager"):
         raise RuntimeError(

@@ -64,6 +64,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 GPU_ENGINES = ("triton ", "cuda ", cases.EAGER_CUDA)  # how their names begin
 SHAPES: Shapes = ((70, 257, 100, 13), (1, 65, 63, 5))  # M, N, K, R: no multiples of a tile
 FEW_ROWS = (5, 66, 96, 40)  # in place of the second, for 4-bit weights
+CUDA_SHAPES: Shapes = ((70, 264, 192, 13), (5, 72, 64, 40))  # in place of both: whole rows
 THOROUGH: Shapes = (*SHAPES, (515, 261, 259, 16), (33, 259, 257, 64), (130, 1536, 576, 100))
 # First word of an option -> cases of other ops than `lora_linear`, whose tensors are on a CPU: rows
 # with adapters of their own, rows sorted by expert, a head's losses and log-probabilities.
@@ -165,16 +166,20 @@ def judge_option(shapes: Shapes, dtypes: Dtypes, option: str, name: str) -> Line
         return _line(name, dtypes, option, verdicts) if verdicts else None
     if name.startswith(GPU_ENGINES):
         device = cases.triton_device() if name.startswith("triton ") else "cuda"
-    for M, N, K, R in (shapes[0], FEW_ROWS, *shapes[2:]) if "quant" in fields else shapes:
+    if name.startswith("cuda "):
+        shapes = *CUDA_SHAPES, *shapes[2:]
+    elif "quant" in fields:
+        shapes = shapes[0], FEW_ROWS, *shapes[2:]
+    for M, N, K, R in shapes:
         case = Case(M, N, K, R, *dtypes, **fields, device=device)
         for forced in _forced_engines(name, case):
             with cases.engine(forced):
                 judged = cases.judge(case)
-                if not case.dropout_p and case.base and not case.column_scale:
+                is_norm = not case.dropout_p and case.base and not case.column_scale
+                if is_norm and not name.startswith("cuda "):  # which has no kernel for it
                     judged |= cases.judge_norm(case)
             few = ", few rows" if forced != name else ""
             verdicts |= {f"{case}{few}/{output}": v for output, v in judged.items()}
-    # The CUDA backend has no float32 kernel on tensor cores.
     return _line(name, dtypes, option, verdicts) if verdicts else None
 
 

@@ -1,4 +1,4 @@
-// Philox4x32-10 (Salmon et al., SC'11): the constants that every backend's dropout mask uses.
+// Philox4x32-10 (Salmon et al., SC'11): the constants of the CPU kernels' dropout mask.
 // Element (m, k) of x takes word k & 3 of the block with counter (k >> 2, m, offset_lo, offset_hi)
 // and key (seed_lo, seed_hi); it is kept where that word >= threshold = round(p * 2^32).
 #pragma once

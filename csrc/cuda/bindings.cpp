@@ -24,11 +24,6 @@ struct GemmArgs {
   int64_t k_per_split;
 };
 
-struct DecodeCall {
-  DecodeArgs args;
-  bool cooperative;
-};
-
 }  // namespace
 
 namespace python {
@@ -63,11 +58,6 @@ Codes read(Arguments& in) {
 }
 
 template <>
-Dropout read(Arguments& in) {
-  return {.rng = in("rng"), .threshold = in("threshold")};
-}
-
-template <>
 Stream read(Arguments& in) {
   return {.handle = in("stream"), .device = in("device")};
 }
@@ -75,8 +65,7 @@ Stream read(Arguments& in) {
 template <>
 LinearArgs read(Arguments& in) {
   return {.x = in("x"),
-          .codes = in.has(1),  // the next arguments are w and codes, None if missing
-          .dense = in.has(0),
+          .codes = in.has(1),  // the next arguments are w and codes, one of them None
           .w = in("w"),
           .c = in("codes"),
           .transposed = in("transposed"),
@@ -85,7 +74,6 @@ LinearArgs read(Arguments& in) {
           .q = in("q"),
           .gate = in("gate"),
           .s_scale = in("s_scale"),
-          .mask = in("mask"),
           .out_scale = in("out_scale"),
           .bias = in("bias"),
           .y = in("y"),
@@ -109,8 +97,6 @@ template <>
 DecodeArgs read(Arguments& in) {
   DecodeArgs args{.linear = in("linear"),
                   .a = in("lora_A"),
-                  .mask_in = in("mask_in"),
-                  .p_scale = in("p_scale"),
                   .partials = in("partials"),
                   .p = in("p"),
                   .flags = in("flags"),
@@ -121,15 +107,9 @@ DecodeArgs read(Arguments& in) {
 }
 
 template <>
-DecodeCall read(Arguments& in) {
-  return {.args = in("decode"), .cooperative = in("cooperative")};
-}
-
-template <>
 ThinArgs read(Arguments& in) {
   return {.v = in("v"),
           .v_scale = in("v_scale"),
-          .mask = in("mask"),
           .over_rows = in("over_rows"),
           .y = in("y"),
           .out = in("out"),
@@ -181,41 +161,6 @@ ReduceArgs read(Arguments& in) {
           .num_splits = in("num_splits")};
 }
 
-template <>
-NormArgs read(Arguments& in) {
-  return {.codes = in.has(1),
-          .w = in("w"),
-          .c = in("codes"),
-          .a = in("lora_A"),
-          .b = in("lora_B"),
-          .gate = in("gate"),
-          .scaling = in("scaling"),
-          .partials = in("partials"),
-          .N = in("N"),
-          .K = in("K"),
-          .R = in("R"),
-          .k_per_split = in("k_per_split"),
-          .num_splits = in("num_splits")};
-}
-
-template <>
-DequantizeArgs read(Arguments& in) {
-  return {.c = in("codes"), .w = in("w"), .dtype = in("dtype")};
-}
-
-template <>
-QuantizeArgs read(Arguments& in) {
-  return {.w = in("w"),
-          .dtype = in("dtype"),
-          .thresholds = in("thresholds"),
-          .order = in("order"),
-          .packed = in("packed"),
-          .absmax = in("absmax"),
-          .smallest = in("smallest"),
-          .n = in("n"),
-          .blocksize = in("blocksize")};
-}
-
 }  // namespace python
 
 namespace {
@@ -227,10 +172,6 @@ void call_gemm(const GemmArgs& g, const Stream& stream) {
   args.partials = g.partials;
   args.k_per_split = g.k_per_split;
   gemm(args, g.num_splits, stream);
-}
-
-bool call_decode(const DecodeCall& d, const Stream& stream) {
-  return decode(d.args, d.cooperative, stream);
 }
 
 // True if x fits in shared memory; otherwise the main loop loads it tile by tile.
@@ -277,17 +218,13 @@ Object count_switches(Arguments&) {
 
 PyMethodDef methods[] = {
     method<probe>("probe"),
-    method<linear>("linear"),
     method<call_gemm>("gemm"),
     method<keeps_x>("decode_keeps_x"),
-    method<call_decode>("decode"),
+    method<decode>("decode"),
     method<thin>("thin"),
     method<pair>("pair"),
     method<column_sums>("column_sums"),
     method<reduce>("reduce"),
-    method<row_norm>("row_norm"),
-    method<dequantize>("dequantize"),
-    method<quantize>("quantize"),
 #ifdef LORA_KERNELS_EMULATED
     method<seed_scheduler>("seed_scheduler"),
     method<allow_ranges>("allow_ranges"),

@@ -15,7 +15,6 @@ constexpr int CHUNK = 128;  // elements of K that a warp takes at a time, 32 a l
 constexpr int REPLICAS = 16;  // of the table: half a warp looks up 8 bytes each at once
 constexpr int TABLE_BYTES = 256 * REPLICAS * 8;
 static_assert(REPLICAS * 8 == 128, "an entry's replicas");
-enum Mode : int { ONE_LAUNCH, PUBLISH, CONSUME };
 
 struct Pairs {
   uint32_t high, low;  // of two codes
@@ -36,12 +35,11 @@ LK_DEVICE Words4 zeros() {
   return w;
 }
 
-// P's partial sums over this block's split of K, a warp a rank and a row at a time; what was read
-// for one row is in the cache for the next.
-LK_DEVICE void publish_partials(const DecodeArgs& a) {
+// P's partial sums over a split of K, a warp a rank and a row at a time; what was read for one row
+// is in the cache for the next.
+LK_DEVICE void publish_partials(const DecodeArgs& a, int split) {
   const LinearArgs& l = a.linear;
-  const int64_t first = (int64_t)block_x() * a.k_per_split,
-                end = min_of(l.K, first + a.k_per_split);
+  const int64_t first = split * a.k_per_split, end = min_of(l.K, first + a.k_per_split);
   const int lane = thread_id() % 32, warp = thread_id() / 32;
   LK_ONCE
   for (int u = warp; u < l.R * l.M; u += WARPS) {
@@ -50,14 +48,13 @@ LK_DEVICE void publish_partials(const DecodeArgs& a) {
     LK_ONCE
     for (int64_t k = first + lane * 8; k < end; k += 256) {
       float row[8], x[8];
-      load8(a.a, r, k, end, row);
-      load8(l.x, m, k, end, x);
-      if (a.mask_in.rng) mask8(a.mask_in, m, k, x);
+      load_vector8(a.a, r, k, row);
+      load_vector8(l.x, m, k, x);
       LK_UNROLL
       for (int e = 0; e < 8; ++e) sum = fma_rn(x[e], row[e], sum);
     }
-    sum = sum_of_warp(sum) * a.p_scale;
-    if (lane == 0) stg(a.partials + (block_x() * l.M + m) * l.R + r, sum);
+    sum = sum_of_warp(sum);
+    if (lane == 0) stg(a.partials + (split * l.M + m) * l.R + r, sum);
   }
 }
 
@@ -66,15 +63,14 @@ LK_DEVICE void wait_flag(const int* flag, int count) {
   }
 }
 
-// y [M, N] = out_scale ⊙ (x·W + S·Q) + bias, z without out_scale and bias, M ≤ 16; p = D(x)·aᵀ.
+// y [M, N] = out_scale ⊙ (x·W + S·Q) + bias, z without out_scale and bias, M ≤ 16; p = x·aᵀ.
 // yᵀ = W·xᵀ in tiles of 16 rows of W by 8 MT rows of x; the grid's blocks take tiles in turn, their
 // warps a slice of K each, added in order. A code is the sum of two bfloat16 (float16), looked up
 // in pairs in a table with a copy for each of 16 lanes, which avoids bank conflicts; a block's
 // scale multiplies its float32 sum. Lanes of a quad exchange halves of what they load, so that the
 // 16 elements of a product are of one block.
-// ONE_LAUNCH: the first num_splits blocks publish partial sums of p and raise the flag; all wait
+// The first blocks publish partial sums of p, a split or more each, and raise the flag; all wait
 // for it before their first store, the last block to be done lowers it. All must be co-resident.
-// PUBLISH, CONSUME: the same in two launches, the second waiting for the first in the same place.
 // Bytes: W once; x once a block where it is Resident, else once a tile; in all x once a rank and
 // a once a row more, from caches except for the first; Q, y, z, partials once. Flops 2·M·N·(K + R),
 // of codes twice K. Rounding points: x, dense W to 16 bits; y, z once. Deterministic. Tested by
@@ -90,13 +86,12 @@ LK_KERNEL LK_BOUNDS(THREADS, 2) decode_kernel(const DecodeArgs a) {
   const int chunks = (int)((l.K + CHUNK - 1) / CHUNK);
   const uint32_t replica = lane % REPLICAS * 8;
 
-  if (a.mode == PUBLISH) launch_dependents();
-  if (a.mode != CONSUME && block_x() < a.num_splits) {
-    publish_partials(a);
+  if (block_x() < a.num_splits) {
+    LK_ONCE
+    for (int split = block_x(); split < a.num_splits; split += grid_x()) publish_partials(a, split);
     sync_block();
-    if (a.mode == ONE_LAUNCH && thread == 0) flag_add_release(a.flags, 1);
+    if (thread == 0) flag_add_release(a.flags, 1);
   }
-  if (a.mode == PUBLISH) return;
 
   if constexpr (FromCodes)
     for (int u = thread; u < 256 * REPLICAS; u += THREADS) {
@@ -118,8 +113,9 @@ LK_KERNEL LK_BOUNDS(THREADS, 2) decode_kernel(const DecodeArgs a) {
     for (int u = thread; u < chunks * 16 * M; u += THREADS) {
       // [chunk, piece, m, t]: what the lanes of a warp read together lies together.
       const int lane_t = u % 4, m = u / 4 % M, piece = u / 4 / M % 4, chunk = u / 4 / M / 4;
-      float x[8];
-      load8(l.x, m, (int64_t)chunk * CHUNK + piece_at<FromCodes>(piece, lane_t), l.K, x);
+      const int64_t k = (int64_t)chunk * CHUNK + piece_at<FromCodes>(piece, lane_t);
+      float x[8] = {};
+      if (k < l.K) load_vector8(l.x, m, k, x);
       Words4 w;
       LK_UNROLL
       for (int e = 0; e < 4; ++e)
@@ -241,12 +237,8 @@ LK_KERNEL LK_BOUNDS(THREADS, 2) decode_kernel(const DecodeArgs a) {
     }
 
     if (!consumed) {
-      if (a.mode == ONE_LAUNCH) {
-        if (thread == 0) wait_flag(a.flags, a.num_splits);
-        sync_block();
-      } else {
-        wait_for_grids_before();
-      }
+      if (thread == 0) wait_flag(a.flags, min_of(a.num_splits, grid_x()));
+      sync_block();
       for (int u = thread; u < M * R; u += THREADS) {
         float p = 0.0f;
         for (int split = 0; split < a.num_splits; ++split)
@@ -276,7 +268,7 @@ LK_KERNEL LK_BOUNDS(THREADS, 2) decode_kernel(const DecodeArgs a) {
     }
     sync_block();  // the sums may be written again
   }
-  if (a.mode == ONE_LAUNCH && thread == 0 && flag_add_acq_rel(a.flags + 1, 1) == grid_x() - 1) {
+  if (thread == 0 && flag_add_acq_rel(a.flags + 1, 1) == grid_x() - 1) {
     flag_store(a.flags, 0);
     flag_store(a.flags + 1, 0);
   }
@@ -296,15 +288,15 @@ constexpr unsigned ROOM = 80 << 10;
 const char* decode_unsupported_reason(const DecodeArgs& d) {
   const LinearArgs& a = d.linear;
   if (a.M < 1 || a.M > 16) return "it is for 1 to 16 rows";
-  if (a.transposed || a.mask.rng) return "it is for the forward";
+  if (a.transposed) return "it is for the forward";
   if (a.compute == F32) return "float32 products need every bit, which tensor cores drop";
-  if (!a.codes && !a.dense) return "there is no base GEMM";
-  if (a.dense && (a.w.dtype != a.compute || !a.w.vectors || a.K % 8))
+  if (!a.x.vectors || a.K % 8 || (!d.resident && a.x.dtype != a.compute))
+    return "x's rows are not whole and aligned 16 bytes";
+  if (!d.a.vectors) return "lora_A's rows are not whole and aligned 16 bytes";
+  if (!a.codes && (a.w.dtype != a.compute || !a.w.vectors))
     return "the weight's rows are not whole and aligned 16 bytes";
   if (a.codes && (!a.c.vectors || a.c.log2_block < 6 || a.K % 64))
     return "the weight's rows are not whole blocks of 64 codes or more";
-  if (!d.resident && (a.x.dtype != a.compute || !a.x.vectors || a.K % 8))
-    return "x's rows are not whole and aligned 16 bytes";
   return nullptr;
 }
 
@@ -332,33 +324,21 @@ static auto kernel_for(const DecodeArgs& a) {
   return a.linear.codes ? kernel_for_x<false, true>(a) : kernel_for_x<false, false>(a);
 }
 
-bool decode(DecodeArgs a, bool cooperative, const Stream& stream) {
+void decode(const DecodeArgs& given, const Stream& stream) {
+  DecodeArgs a = given;
   refuse("decode", decode_unsupported_reason(a));
   const LinearArgs& l = a.linear;
   const auto kernel = kernel_for(a);
   a.tiles = (l.N + TILE_N - 1) / TILE_N;
   const unsigned bytes = shared_bytes(a);
   const int resident = resident_blocks(kernel, stream.device, THREADS, (int)bytes);
-  const unsigned blocks = (unsigned)std::min<int64_t>(a.tiles, std::max(resident, 1));
-  Launch launched{
-      .name = "decode", .x = blocks, .threads = THREADS, .shared_bytes = bytes, .stream = stream};
-  if (cooperative && (int)blocks >= a.num_splits && (int)blocks <= resident) {
-    a.mode = ONE_LAUNCH;
-    launched.cooperative = true;
-    launch(launched, kernel, a);
-    return true;
-  }
-  a.mode = PUBLISH;
-  launch({.name = "publish",
-          .x = (unsigned)a.num_splits,
+  launch({.name = "decode",
+          .x = (unsigned)std::min<int64_t>(a.tiles, std::max(resident, 1)),
           .threads = THREADS,
           .shared_bytes = bytes,
-          .stream = stream},
+          .stream = stream,
+          .cooperative = true},
          kernel, a);
-  a.mode = CONSUME;
-  launched.dependent = capability(stream.device) >= 90;
-  launch(launched, kernel, a);
-  return false;
 }
 
 }  // namespace gpu

@@ -108,9 +108,9 @@ LK_DEVICE void finish(const LinearArgs& a, int64_t at, int64_t n, float y) {
   store_at(a.y, a.y_dtype, at, y);
 }
 
-// y [M, N] = out_scale ⊙ (x·W + mask(S)·Q) + bias, as linear_kernel's, of 16-bit x and W. W is [N,
-// K] as it is stored or, Transposed, [K, N]; codes are decoded into shared memory a step ahead. S·Q
-// is where the sums start, of bfloat16's highs and lows, so that 16 bits of a float32 adapter
+// y [M, N] = out_scale ⊙ (x·W + S·Q) + bias, z without out_scale and bias, of 16-bit x and W. W is
+// [N, K] as it is stored or, Transposed, [K, N]; codes are decoded into shared memory a step ahead.
+// S·Q is where the sums start, of bfloat16's highs and lows, so that 16 bits of a float32 adapter
 // count. Split-K: block z sums over K's z-th split and stores its partial sums; finish_kernel adds
 // them in order. Bytes: x once for each 128 columns, W once for each 64 rows, P and Q with them, y
 // and z once; with split-K 8·M·N·num_splits more. Flops 2·M·N·(K + 3·R). Rounding points: W to its
@@ -209,21 +209,6 @@ LK_KERNEL LK_BOUNDS(THREADS, 2) gemm_kernel(const LinearArgs a) {
         }
       }
     }
-    if (a.mask.rng) {
-      // Two neighbours at a time: their word of four has both.
-      uint32_t kept[2] = {};
-      LK_ONCE
-      for (int pair = 0; pair < 16; ++pair) LK_UNROLL
-      for (int i = 0; i < 2; ++i) {
-        const int64_t m = m0 + wm + i * 16 + g + pair % 2 * 8, n = n0 + wn + pair / 2 * 8 + 2 * t;
-        kept[i] |= (keep4(a.mask, m, n & ~int64_t{3}) >> (n & 3) & 3) << 2 * pair;
-      }
-      LK_UNROLL
-      for (int i = 0; i < 2; ++i) LK_UNROLL
-      for (int j = 0; j < 8; ++j) LK_UNROLL
-      for (int e = 0; e < 4; ++e)
-        if (!(kept[i] >> (2 * (2 * j + e / 2) + e % 2) & 1)) acc[i][j][e] = 0.0f;
-    }
   }
 
   LK_ONCE
@@ -303,9 +288,8 @@ LK_KERNEL LK_BOUNDS(THREADS, 8) finish_kernel(const FinishArgs f) {
 // Why the kernel cannot take it, or null.
 const char* gemm_unsupported_reason(const LinearArgs& a) {
   if (a.compute == F32) return "float32 products need every bit, which tensor cores drop";
-  if (!a.codes && !a.dense) return "there is no base GEMM";
   if (a.x.dtype != a.compute || !a.x.vectors) return "x's rows are not whole and aligned 16 bytes";
-  if (a.dense && (a.w.dtype != a.compute || !a.w.vectors))
+  if (!a.codes && (a.w.dtype != a.compute || !a.w.vectors))
     return "the weight's rows are not whole and aligned 16 bytes";
   if (a.codes && !a.c.vectors) return "the weight's rows are not whole runs of 32 codes";
   if (a.K % 8 || (a.transposed && a.N % 8)) return "a row is no multiple of 8 elements";

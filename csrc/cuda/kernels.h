@@ -15,20 +15,19 @@ inline void refuse(const char* kernel, const char* why) {
   if (why) throw std::runtime_error(std::string(kernel) + ": " + why);
 }
 
-// linear.cu, gemm.cu, decode.cu: y = out_scale ⊙ (x·W + mask(S)·Q) + bias -----------------------
+// gemm.cu, decode.cu: y = out_scale ⊙ (x·W + S·Q) + bias -----------------------------------------
 
 struct LinearArgs {
-  Matrix x;           // [M, K]
-  bool codes, dense;  // which of the two the base is; neither: none
-  Matrix w;           // as it is stored: [N, K], or where `transposed` [K, N]
-  Codes c;            // the same
+  Matrix x;    // [M, K]
+  bool codes;  // whether the weight is c or w
+  Matrix w;    // as it is stored: [N, K], or where `transposed` [K, N]
+  Codes c;     // the same
   bool transposed;
   int compute;             // the dtype to which x and W are rounded
   const float* p;          // [M, R]
   Matrix q;                // [R, N]
   Vector gate;             // [R]
   float s_scale;           // S = p ⊙ gate · s_scale
-  Dropout mask;            // of y's adapter part, at (m, n)
   Vector out_scale, bias;  // [N]
   void *y, *z;             // [M, N]; z: before out_scale, or null
   int y_dtype;
@@ -36,33 +35,27 @@ struct LinearArgs {
   float* partials = nullptr;  // gemm with num_splits > 1: [num_splits, M, N]
   int64_t k_per_split = 0;    // gemm
 };
-void linear(const LinearArgs&, const Stream&);
 void gemm(const LinearArgs&, int num_splits, const Stream&);
 
 struct DecodeArgs {
   LinearArgs linear;  // p is written here; M <= 16
   Matrix a;           // [R, K]
-  Dropout mask_in;    // of x before it meets a
-  float p_scale;
-  float* partials;  // [num_splits, M, R]
-  float* p;         // [M, R]
-  int* flags;       // two, zero before and after
+  float* partials;    // [num_splits, M, R]
+  float* p;           // [M, R]
+  int* flags;         // two, zero before and after
   int64_t k_per_split;
   int num_splits;
-  int mode = 0;           // what a launch does of publishing and consuming, how the one waits
   bool resident = false;  // x is kept in shared memory
   int64_t tiles = 0;
 };
 bool decode_keeps_x(const DecodeArgs&);  // whether it would fit there
-// True if one launch was enough: all its blocks are co-resident.
-bool decode(DecodeArgs, bool cooperative, const Stream&);
+void decode(const DecodeArgs&, const Stream&);
 
 // thin.cu ----------------------------------------------------------------------------------------
 
 struct ThinArgs {
   Matrix v;        // [rows, columns]
   Vector v_scale;  // [columns]
-  Dropout mask;
   bool over_rows;  // out[i, r] = Σ_j v[j, i] y[r, j], else Σ_j v[i, j] y[r, j]
   Matrix y;        // [R, J]
   float* out;      // [num_splits, I, R]
@@ -104,40 +97,6 @@ struct ReduceArgs {
   int num_splits;
 };
 void reduce(const ReduceArgs&, const Stream&);
-
-// codec.cu ---------------------------------------------------------------------------------------
-
-struct NormArgs {
-  bool codes;
-  Matrix w;
-  Codes c;
-  Matrix a, b;  // [R, K], [N, R]
-  Vector gate;
-  float scaling;
-  float* partials;  // [num_splits, N]: Σ (w + scaling (b ⊙ gate)·a)²
-  int64_t N, K, R, k_per_split;
-  int num_splits;
-};
-void row_norm(const NormArgs&, const Stream&);
-
-struct DequantizeArgs {
-  Codes c;
-  void* w;  // [N, K]
-  int dtype;
-};
-void dequantize(const DequantizeArgs&, const Stream&);
-
-struct QuantizeArgs {
-  const void* w;  // n elements
-  int dtype;
-  const float* thresholds;  // 15
-  const uint8_t* order;     // 16
-  uint8_t* packed;
-  float* absmax;
-  float smallest;
-  int64_t n, blocksize;
-};
-void quantize(const QuantizeArgs&, const Stream&);
 
 // Throws the driver's error if the device cannot run this build. Launches nothing: it queries one
 // kernel's attributes, since all kernels have the same targets.

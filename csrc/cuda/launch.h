@@ -17,7 +17,6 @@ struct Launch {
   unsigned shared_bytes = 0;
   Stream stream;
   bool cooperative = false;  // all blocks at the same time
-  bool dependent = false;    // may start before the grid before it ends
 };
 
 }  // namespace gpu

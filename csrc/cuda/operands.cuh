@@ -1,7 +1,5 @@
-// How one element, or eight, of an operand is read: dense matrices of three dtypes, 4-bit codes,
-// dropout's mask.
+// How one element, or eight, of an operand is read: dense matrices of three dtypes, 4-bit codes.
 #pragma once
-#include "../common/philox.h"
 #include "operands.h"
 #include "ptx.cuh"
 
@@ -32,27 +30,27 @@ LK_DEVICE void store_at(void* data, int dtype, int64_t at, float value) {
     stg(static_cast<uint16_t*>(data) + at, dtype == BF16 ? f32_to_bf16(value) : f32_to_f16(value));
 }
 
-// Row i, elements j to j + 7, j a multiple of 8; zeros from `columns` on.
-LK_DEVICE void load8(const Matrix& m, int64_t i, int64_t j, int64_t columns, float out[8]) {
-  if (m.vectors && j + 8 <= columns) {
-    const int64_t at = i * m.row + j;
-    if (m.dtype == F32) {
-      LK_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        const Words4 w =
-            ldg(reinterpret_cast<const Words4*>(static_cast<const float*>(m.data) + at + 4 * half));
-        LK_UNROLL
-        for (int e = 0; e < 4; ++e) out[4 * half + e] = bits_to_f32(w.w[e]);
-      }
-    } else {
+// Row i, elements j to j + 7, j a multiple of 8, of a matrix of whole vectors.
+LK_DEVICE void load_vector8(const Matrix& m, int64_t i, int64_t j, float out[8]) {
+  const int64_t at = i * m.row + j;
+  if (m.dtype == F32) {
+    LK_UNROLL
+    for (int half = 0; half < 2; ++half) {
       const Words4 w =
-          ldg(reinterpret_cast<const Words4*>(static_cast<const uint16_t*>(m.data) + at));
+          ldg(reinterpret_cast<const Words4*>(static_cast<const float*>(m.data) + at + 4 * half));
       LK_UNROLL
-      for (int e = 0; e < 8; ++e)
-        out[e] = widen((uint16_t)(w.w[e / 2] >> (e % 2 ? 16 : 0)), m.dtype);
+      for (int e = 0; e < 4; ++e) out[4 * half + e] = bits_to_f32(w.w[e]);
     }
     return;
   }
+  const Words4 w = ldg(reinterpret_cast<const Words4*>(static_cast<const uint16_t*>(m.data) + at));
+  LK_UNROLL
+  for (int e = 0; e < 8; ++e) out[e] = widen((uint16_t)(w.w[e / 2] >> (e % 2 ? 16 : 0)), m.dtype);
+}
+
+// The same of any matrix; zeros from `columns` on.
+LK_DEVICE void load8(const Matrix& m, int64_t i, int64_t j, int64_t columns, float out[8]) {
+  if (m.vectors && j + 8 <= columns) return load_vector8(m, i, j, out);
   LK_UNROLL
   for (int e = 0; e < 8; ++e) out[e] = j + e < columns ? load(m, i, j + e) : 0.0f;
 }
@@ -65,40 +63,6 @@ LK_DEVICE float scale_of(const Codes& c, int64_t block) {
   const uint8_t q = ldg(static_cast<const uint8_t*>(c.absmax) + block);
   return add_rn(mul_rn(ldg(c.nested_code + q), ldg(c.nested_absmax + (block >> c.log2_nested))),
                 ldg(c.offset));
-}
-LK_DEVICE float decode(const Codes& c, int64_t n, int64_t k) {
-  const int64_t at = n * c.K + k;
-  const uint8_t byte = ldg(c.packed + (at >> 1));
-  return mul_rn(ldg(c.code + (at & 1 ? byte & 15 : byte >> 4)), scale_of(c, at >> c.log2_block));
-}
-
-// Dropout ----------------------------------------------------------------------------------------
-
-// Bit j is set where element (m, k + j) is kept, j < 4; k is a multiple of 4.
-LK_DEVICE uint32_t keep4(const Dropout& d, int64_t m, int64_t k) {
-  const uint64_t seed = (uint64_t)ldg(d.rng), offset = (uint64_t)ldg(d.rng + 1);
-  uint32_t c0 = (uint32_t)(k >> 2), c1 = (uint32_t)m, c2 = (uint32_t)offset,
-           c3 = (uint32_t)(offset >> 32), key0 = (uint32_t)seed, key1 = (uint32_t)(seed >> 32);
-  LK_UNROLL
-  for (int round = 0; round < kPhiloxRounds; ++round) {
-    const uint32_t hi0 = mul_hi(kPhiloxM0, c0), lo0 = kPhiloxM0 * c0;
-    const uint32_t hi1 = mul_hi(kPhiloxM1, c2), lo1 = kPhiloxM1 * c2;
-    c0 = hi1 ^ c1 ^ key0;
-    c1 = lo1;
-    c2 = hi0 ^ c3 ^ key1;
-    c3 = lo0;
-    key0 += kPhiloxW0;
-    key1 += kPhiloxW1;
-  }
-  return (uint32_t)(c0 >= d.threshold) | (uint32_t)(c1 >= d.threshold) << 1 |
-         (uint32_t)(c2 >= d.threshold) << 2 | (uint32_t)(c3 >= d.threshold) << 3;
-}
-
-LK_DEVICE void mask8(const Dropout& d, int64_t m, int64_t k, float x[8]) {
-  const uint32_t kept = keep4(d, m, k) | keep4(d, m, k + 4) << 4;
-  LK_UNROLL
-  for (int e = 0; e < 8; ++e)
-    if (!(kept >> e & 1)) x[e] = 0.0f;
 }
 
 // Sums -------------------------------------------------------------------------------------------

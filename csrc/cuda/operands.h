@@ -1,4 +1,4 @@
-// What kernels are handed: dense matrices of three dtypes, 4-bit codes, dropout. No CUDA in it.
+// What kernels are handed: dense matrices of three dtypes, and 4-bit codes. No CUDA in it.
 #pragma once
 #include <cstdint>
 
@@ -26,11 +26,6 @@ struct Codes {
   int log2_block, log2_nested;
   int64_t N, K;
   bool vectors;  // K a multiple of 32 and the bytes aligned to 16: a row is whole loads
-};
-
-struct Dropout {
-  const int64_t* rng;  // seed, offset; null: nothing is dropped
-  uint32_t threshold;
 };
 
 struct Vector {

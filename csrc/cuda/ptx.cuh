@@ -37,9 +37,7 @@ LK_DEVICE int grid_x() { return gridDim.x; }
 // Never contracted to one multiply-add, whatever the compiler's flags.
 LK_DEVICE float mul_rn(float a, float b) { return __fmul_rn(a, b); }
 LK_DEVICE float add_rn(float a, float b) { return __fadd_rn(a, b); }
-LK_DEVICE float div_rn(float a, float b) { return __fdiv_rn(a, b); }
 LK_DEVICE float fma_rn(float a, float b, float c) { return __fmaf_rn(a, b, c); }
-LK_DEVICE uint32_t mul_hi(uint32_t a, uint32_t b) { return __umulhi(a, b); }
 LK_DEVICE float bits_to_f32(uint32_t bits) { return __uint_as_float(bits); }
 LK_DEVICE uint32_t f32_to_bits(float f) { return __float_as_uint(f); }
 LK_DEVICE float bf16_to_f32(uint16_t h) { return __uint_as_float((uint32_t)h << 16); }
@@ -108,14 +106,8 @@ LK_DEVICE T ldg_coherent(const T* p) {
 }
 template <typename T>
 LK_DEVICE void stg(T* p, T value) {
-  if constexpr (sizeof(T) == 16) {
-    const uint32_t* w = reinterpret_cast<const uint32_t*>(&value);
-    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(w[0]), "r"(w[1]),
-                 "r"(w[2]), "r"(w[3])
-                 : "memory");
-  } else {
-    *p = value;
-  }
+  static_assert(sizeof(T) <= 4, "one element");
+  *p = value;
 }
 
 // Shared memory ----------------------------------------------------------------------------------
@@ -135,11 +127,9 @@ LK_DEVICE T lds(uint32_t at) {
   } else if constexpr (sizeof(T) == 8) {
     uint32_t* w = reinterpret_cast<uint32_t*>(&value);
     asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(w[0]), "=r"(w[1]) : "r"(at));
-  } else if constexpr (sizeof(T) == 4) {
-    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(reinterpret_cast<uint32_t&>(value)) : "r"(at));
   } else {
-    static_assert(sizeof(T) == 2, "2, 4, 8 or 16 bytes");
-    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(reinterpret_cast<uint16_t&>(value)) : "r"(at));
+    static_assert(sizeof(T) == 4, "4, 8 or 16 bytes");
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(reinterpret_cast<uint32_t&>(value)) : "r"(at));
   }
   return value;
 }
@@ -153,12 +143,9 @@ LK_DEVICE void sts(uint32_t at, T value) {
   } else if constexpr (sizeof(T) == 8) {
     const uint32_t* w = reinterpret_cast<const uint32_t*>(&value);
     asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(at), "r"(w[0]), "r"(w[1]) : "memory");
-  } else if constexpr (sizeof(T) == 4) {
-    asm volatile("st.shared.u32 [%0], %1;" ::"r"(at), "r"(reinterpret_cast<uint32_t&>(value))
-                 : "memory");
   } else {
-    static_assert(sizeof(T) == 2, "2, 4, 8 or 16 bytes");
-    asm volatile("st.shared.u16 [%0], %1;" ::"r"(at), "h"(reinterpret_cast<uint16_t&>(value))
+    static_assert(sizeof(T) == 4, "4, 8 or 16 bytes");
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(at), "r"(reinterpret_cast<uint32_t&>(value))
                  : "memory");
   }
 }
@@ -231,17 +218,6 @@ LK_DEVICE int flag_add_acq_rel(int* flag, int add) {
 LK_DEVICE void flag_store(int* flag, int value) {
   asm volatile("st.relaxed.gpu.global.s32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
 }
-// Programmatic dependent launch; before sm_90 a grid starts when the one before it has ended.
-LK_DEVICE void launch_dependents() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-LK_DEVICE void wait_for_grids_before() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
 
 // Launches ---------------------------------------------------------------------------------------
 
@@ -249,21 +225,16 @@ template <typename Args>
 void launch(const Launch& l, void (*kernel)(Args), const Args& args) {
   OnDevice on(l.stream.device, l.name);
   allow_shared((const void*)kernel, l.stream.device, l.shared_bytes, l.name);
-  cudaLaunchAttribute attributes[2] = {};
+  cudaLaunchAttribute cooperative = {};
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(l.x, l.y, l.z);
   config.blockDim = dim3(l.threads);
   config.dynamicSmemBytes = l.shared_bytes;
   config.stream = reinterpret_cast<cudaStream_t>(l.stream.handle);
-  config.attrs = attributes;
-  if (l.cooperative) {
-    attributes[config.numAttrs].id = cudaLaunchAttributeCooperative;
-    attributes[config.numAttrs++].val.cooperative = 1;
-  }
-  if (l.dependent) {
-    attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
-  }
+  cooperative.id = cudaLaunchAttributeCooperative;
+  cooperative.val.cooperative = 1;
+  config.attrs = &cooperative;
+  config.numAttrs = l.cooperative;
   check(cudaLaunchKernelEx(&config, kernel, args), l.name);
 }
 
@@ -277,12 +248,6 @@ void require_image(void (*kernel)(Args), int device, const char* what) {
   OnDevice on(device, what);
   cudaFuncAttributes attributes;
   check(cudaFuncGetAttributes(&attributes, kernel), what);
-}
-inline int capability(int device) {
-  int major = 0, minor = 0;
-  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "capability");
-  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "capability");
-  return 10 * major + minor;
 }
 
 }  // namespace gpu

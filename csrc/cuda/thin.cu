@@ -1,4 +1,4 @@
-// Skinny GEMMs with R columns on one side: P = D(x)·Aᵀ, dS = dZ·B, dB = dZᵀ·S, dA = dXAᵀ·D(x).
+// Skinny GEMMs with R columns on one side: P = x·Aᵀ, dS = dZ·B, dB = dZᵀ·S, dA = dXAᵀ·x.
 // In float32 on CUDA cores (FFMA), which are the limit at 64 ranks: see the bounds in KERNELS.md.
 #include "kernels.h"
 #include "operands.cuh"
@@ -23,11 +23,10 @@ LK_DEVICE void sts4(uint32_t at, const float in[4]) {
   sts(at, w);
 }
 
-// Eight elements of v, masked and scaled.
-LK_DEVICE void load_v(const Matrix& v, const Vector& scale, const Dropout& mask, int64_t row,
-                      int64_t column, int64_t columns, float out[8]) {
+// Eight elements of v, scaled.
+LK_DEVICE void load_v(const Matrix& v, const Vector& scale, int64_t row, int64_t column,
+                      int64_t columns, float out[8]) {
   load8(v, row, column, columns, out);
-  if (mask.rng) mask8(mask, row, column, out);
   if (scale.data) LK_UNROLL
   for (int e = 0; e < 8; ++e)
     if (column + e < columns) out[e] *= load_at(scale.data, scale.dtype, column + e);
@@ -73,12 +72,12 @@ LK_KERNEL LK_BOUNDS(THREADS, 3) thin_kernel(const ThinArgs a) {
       for (int e = 0; e < 8; ++e) x[e] = 0.0f;
       if (a.over_rows) {
         const int j = u / (TILE_I / 8), i = u % (TILE_I / 8) * 8;
-        if (j0 + j < end) load_v(a.v, a.v_scale, a.mask, j0 + j, i0 + i, a.I, x);
+        if (j0 + j < end) load_v(a.v, a.v_scale, j0 + j, i0 + i, a.I, x);
         sts4(vs + (j * PITCH_I + i) * 4, x);
         sts4(vs + (j * PITCH_I + i + 4) * 4, x + 4);
       } else {
         const int i = u / (TILE_J / 8), j = u % (TILE_J / 8) * 8;
-        if (i0 + i < a.I) load_v(a.v, a.v_scale, a.mask, i0 + i, j0 + j, end, x);
+        if (i0 + i < a.I) load_v(a.v, a.v_scale, i0 + i, j0 + j, end, x);
         LK_UNROLL
         for (int e = 0; e < 8; ++e) sts(vs + ((j + e) * PITCH_I + i) * 4, x[e]);
       }
@@ -152,7 +151,7 @@ LK_KERNEL LK_BOUNDS(THREADS, 3) pair_kernel(const PairArgs a) {
       float v[8];
       LK_UNROLL
       for (int e = 0; e < 8; ++e) v[e] = 0.0f;
-      if (m0 + m < a.M) load_v(a.v, a.v_scale, {nullptr, 0}, m0 + m, n0 + n, end, v);
+      if (m0 + m < a.M) load_v(a.v, a.v_scale, m0 + m, n0 + n, end, v);
       sts4(vs + (m * PITCH + n) * 4, v);
       sts4(vs + (m * PITCH + n + 4) * 4, v + 4);
     }
@@ -286,6 +285,8 @@ void reduce(const ReduceArgs& a, const Stream& stream) {
   launch({.name = "reduce", .x = tiles(a.I * a.R, THREADS), .threads = THREADS, .stream = stream},
          reduce_kernel, a);
 }
+
+void probe(int device) { require_image(reduce_kernel, device, "the driver says"); }
 
 }  // namespace gpu
 }  // namespace lora_kernels

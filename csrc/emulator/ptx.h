@@ -28,9 +28,7 @@ inline int grid_x() { return (int)emulator::grid_size().x; }
 
 inline float mul_rn(float a, float b) { return a * b; }
 inline float add_rn(float a, float b) { return a + b; }
-inline float div_rn(float a, float b) { return a / b; }
 inline float fma_rn(float a, float b, float c) { return std::fma(a, b, c); }
-inline uint32_t mul_hi(uint32_t a, uint32_t b) { return (uint32_t)((uint64_t)a * b >> 32); }
 inline float bits_to_f32(uint32_t bits) {
   float f;
   std::memcpy(&f, &bits, 4);
@@ -235,8 +233,6 @@ inline int flag_add_acq_rel(int* flag, int value) {
   return emulator::flag_add(flag, value, true, true);
 }
 inline void flag_store(int* flag, int value) { emulator::flag_store(flag, value); }
-inline void launch_dependents() { emulator::launch_dependents(); }
-inline void wait_for_grids_before() { emulator::wait_for_grids_before(); }
 
 // Launches ---------------------------------------------------------------------------------------
 
@@ -248,7 +244,7 @@ inline void launch(const Launch& l, void (*kernel)(Args), const Args& args) {
                     .threads = l.threads,
                     .shared_bytes = l.shared_bytes,
                     .cooperative = l.cooperative,
-                    .dependent = l.dependent,
+                    .dependent = false,
                     .stream = l.stream.handle});
 }
 
@@ -259,7 +255,6 @@ inline int resident_blocks(void (*)(Args), int, int, int) {
 }
 template <typename Args>
 inline void require_image(void (*)(Args), int, const char*) {}
-inline int capability(int) { return 90; }
 
 }  // namespace gpu
 }  // namespace lora_kernels

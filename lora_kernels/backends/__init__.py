@@ -6,16 +6,17 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-_EQUATION = ("lora_linear", "lora_linear_backward", "dora_norm")
-_CODEC = ("quantize", "dequantize")
+_EQUATION = ("lora_linear", "lora_linear_backward")
 
 
-def lazy_launchers(package: str, codec: str) -> Callable[[str], Any]:
+def lazy_launchers(package: str, codec: str | None = None) -> Callable[[str], Any]:
     """Return a package's `__getattr__` that imports a launcher's module when it is first used.
 
-    codec: the module of `quantize` and `dequantize`. The others are in `equation`.
+    codec: the module of `dequantize`; None without it. The others are in `equation`.
     """
-    modules = dict.fromkeys(_EQUATION, "equation") | dict.fromkeys(_CODEC, codec)
+    modules = dict.fromkeys(_EQUATION, "equation")
+    if codec is not None:
+        modules["dequantize"] = codec
 
     def find(name: str) -> Any:
         if name not in modules:

@@ -420,14 +420,12 @@ def gpu_engines() -> list[str]:
 
 
 def fits_cuda(case: Case, strategy: str) -> bool:
-    """Return True if a strategy of the CUDA backend supports the case's base GEMM."""
+    """Return True if a strategy of the CUDA backend supports the case."""
     blocksize = int(case.quant.split("-")[1]) if case.quant else 0
     layout = Layout(blocksize, unsupported_reason=None if case.base else constraints.NO_BASE)
-    dtype = case.compute or case.compute_dtype
-    return (
-        not case.M
-        or constraints.forward_unsupported_reason(strategy, dtype, layout, case.M, case.N, case.K)
-        is None
+    dtype, sizes = case.compute or case.compute_dtype, (case.M, case.N, case.K)
+    return not case.dropout_p and not constraints.unsupported_reason(
+        strategy, dtype, layout, *sizes
     )
 
 

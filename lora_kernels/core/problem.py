@@ -35,9 +35,7 @@ class Strategy(str, Enum):
 
     FUSED = "fused", "sums the base GEMM and the low-rank update in one kernel"
     TWO_PASS = "two_pass", "computes P = D(x)·Aᵀ first; one GEMM then starts its sums at S·Bᵀ"
-    TWO_PASS_SIMT = "two_pass_simt", "two_pass on CUDA cores, for any dtype, size and stride"
     COOPERATIVE = "cooperative", "for few rows of x, one launch: some blocks compute P, all read W"
-    OVERLAPPED = "overlapped", "for few rows of x, cooperative in two overlapping launches"
     LIBRARY = "library", "runs the base GEMM in PyTorch's library, and the update beside it"
     GEMV = "gemv", "for few rows of x, reads each row of a dense weight once"
     GEMV_4BIT = "gemv_4bit", "for few rows of x, decodes a 4-bit weight in registers or L1"
@@ -76,9 +74,7 @@ class Strategy(str, Enum):
 _OLD_NAMES = {
     "single pass": "fused",
     "split": "two_pass",
-    "split, ordinary multipliers": "two_pass_simt",
     "publish first, consume last": "cooperative",
-    "publish, then consume": "overlapped",
     "library product + rank update": "library",
     "library products, in-place addmm": "library",
     "streamed, few rows": "gemv",

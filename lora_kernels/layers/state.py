@@ -126,7 +126,7 @@ def load_lora_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Load the adapters of `model` from a file that `save_lora_weights` wrote.
 
     Parameters keep their devices and dtypes; values in a wider dtype are rounded. A merged layer
-    is merged again. A file that does not tell a layer's alpha, as older ones, is loaded with a warning.
+    is merged again. A file without a layer's alpha, as older ones, is loaded with a warning.
 
     Raises:
         ValueError: the model has no LoRA layer, a key is missing, unexpected or of another shape,

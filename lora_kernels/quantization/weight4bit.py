@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ..backends import cuda, decode4bit, forced, triton
+from ..backends import decode4bit, forced, triton
 from ..core import reference
 from ..core.packed4bit import Packed4bit
 from . import codebooks
@@ -404,11 +404,10 @@ def _kernels(device: torch.device) -> ModuleType | None:
 
     Raises RuntimeError if the backend cannot run on the device.
     """
-    requested = {"triton": triton, "cuda": cuda}.get(forced.current.get().backend or "")
-    if requested is None or torch.compiler.is_compiling():
+    if forced.current.get().backend != "triton" or torch.compiler.is_compiling():
         return None
-    requested.require(device)
-    return requested
+    triton.require(device)
+    return triton
 
 
 def _check_blocksize(blocksize: Any) -> None:

@@ -92,16 +92,20 @@ def check(
 def check_linear(
     option: str, frozen: Sequence[str], x_shape: tuple[int, ...], recompute: bool = False
 ) -> None:
-    case = make_case(option, torch.float32, x_shape)
+    check_case(make_case(option, torch.float32, x_shape), frozen, recompute)
+
+
+def check_case(case: dict[str, Any], frozen: Sequence[str], recompute: bool = False) -> None:
     leaves = require_grad(case)
     kept = [t for n, t in case.items() if isinstance(t, Tensor) and n != "x"]
-    z = [(M, N)] if "column_scale" in leaves else []
+    (N, R), rows = case["lora_B"].shape, case["x"].numel() // case["x"].shape[-1]
+    z = [(rows, N)] if "column_scale" in leaves else []
     check(
         lambda: lora_linear(**case, recompute=recompute),
         leaves,
         frozen,
         kept,
-        (M, R),
+        (rows, R),
         recompute,
         z,
     )

@@ -162,21 +162,14 @@ def of_cuda(target: str, key: str, code: dict[str, Any]) -> dict[str, float] | N
     # Bytes, bytes from the L2 cache, programs, steps, FLOPs on CUDA cores. thin and pair share K
     # among four programs. sums has the loads of four rows on their way at a time.
     sizes: dict[str, tuple[float, float, int, int, float]] = {
-        "linear": (12 * size, 8 * size * K // 64, size // 64**2, K // 32, 2.0 * size * K),
         "thin": (2 * size, 2 * size + update / 64, 256, 1024 // 32, update),
         "pair": (2 * size, 2 * size + 2 * update / 64, 256, 1024 // 64, 2 * update),
-        "norm": (2 * size, 2 * size + update / 8, N // 8, K // 256, update),
         "sums": (2 * size, 2 * size, 256, 4096 // 8 // 4, 0.0),
-        "dequantize": ((2 + CODES) * size, (2 + CODES) * size, size // 1024, 1, 0.0),
-        "quantize": ((2 + CODES) * size, (2 + CODES) * size, size // 256, 1, 0.0),
     }
     if kernel not in sizes:  # finish, reduce
         return None
     moved, loaded, programs, steps, flops = sizes[kernel]
-    work = Work(
-        moved, loaded, programs, 8 if kernel == "linear" else 4, steps, registers, flops=flops,
-        on="fp32", float32=kernel == "linear",
-    )  # fmt: skip
+    work = Work(moved, loaded, programs, 4, steps, registers, flops=flops, on="fp32")
     return bounds(GPUS[target], work, code)
 
 

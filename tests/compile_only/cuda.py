@@ -24,7 +24,7 @@ from tests.compile_only.machine_code import TOOLS, Code
 
 LIBRARIES = Path(__file__).parents[2] / "lora_kernels"
 MATRIX = ("gemm", "decode")
-WIDE = ("gemm", "decode", "thin", "pair", "linear")
+WIDE = ("gemm", "decode", "thin", "pair")
 WARPS = {"gemm": 4, "decode": 8}
 
 

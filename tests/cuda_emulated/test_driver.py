@@ -117,7 +117,6 @@ def test_occupancy_and_attributes_are_asked_once(tmp_path: Path) -> None:
 def test_launch_lets_other_threads_run() -> None:
     """Python switches threads where one lets go alone: a launch of no blocks, which fails."""
     module = importlib.import_module("lora_kernels._cuda")
-    no_codes = (0, 0, 0, 0, 0, 0, 6, 0, 0, 0, False)
     others, done, interval = 0, False, sys.getswitchinterval()
 
     def use_other_device() -> None:
@@ -132,8 +131,8 @@ def test_launch_lets_other_threads_run() -> None:
         thread.start()
         before, end = others, time.monotonic() + 10
         while others == before and time.monotonic() < end:
-            with pytest.raises(RuntimeError, match="dequantize: "):
-                module.dequantize((no_codes, 0, 0), (0, 0))
+            with pytest.raises(RuntimeError, match="reduce: "):
+                module.reduce((0, None, 1.0, 0, 0, 0, 1, 1, 1, 1), (0, 0))
         switched = others != before
     finally:
         done = True

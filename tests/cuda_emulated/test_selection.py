@@ -1,5 +1,6 @@
 """The choice of a kernel for a GEMM, and the reason if it is not the fastest one."""
 
+import re
 from collections.abc import Iterator
 from types import SimpleNamespace
 
@@ -10,20 +11,15 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import lora_kernels
-from lora_kernels import device, info, selection
+from lora_kernels import device, info, selection, verify
 from lora_kernels.backends import cuda
-from lora_kernels.backends.cuda import (
-    COOPERATIVE,
-    OVERLAPPED,
-    TWO_PASS,
-    TWO_PASS_SIMT,
-    constraints,
-    launch,
-)
-from lora_kernels.core.problem import Choice, Layout, Problem
+from lora_kernels.backends.cuda import COOPERATIVE, STRATEGIES, TWO_PASS, constraints, launch
+from lora_kernels.bench.case import Case
+from lora_kernels.core.problem import NO_DROPOUT, Choice, Layout, Problem
 from lora_kernels.layers import LoRALinear
 from lora_kernels.peft import explain, fuse
 from lora_kernels.quantization import quantize_4bit
+from lora_kernels.verify import OPTIONS
 
 f32, bf16 = torch.float32, torch.bfloat16
 ROWS, CODES = Layout(), Layout(64)
@@ -39,17 +35,12 @@ def choose(M: int, N: int, K: int, layout: Layout = ROWS, dtype: torch.dtype = b
 @pytest.mark.parametrize(
     ("M", "N", "K", "layout", "strategy", "words"),
     [
+        (0, 64, 64, ROWS, COOPERATIVE, []),
         (16, 64, 64, ROWS, COOPERATIVE, []),
         (17, 64, 64, ROWS, TWO_PASS, []),
-        (1, 64, 63, ROWS, TWO_PASS_SIMT, [f"not {COOPERATIVE!r}: K = 63 is no multiple of 8"]),
-        (1, 65, 64, ROWS, COOPERATIVE, ["dx on CUDA cores: N = 65"]),
-        (99, 65, 64, ROWS, TWO_PASS, ["dx on CUDA cores: N = 65"]),
         (1, 64, 96, CODES, TWO_PASS, [f"not {COOPERATIVE!r}: K = 96 is no multiple of 64"]),
         (1, 64, 64, Layout(32), TWO_PASS, ["blocks of 32 codes are less than 64"]),
-        (99, 64, 72, CODES, TWO_PASS_SIMT, [f"not {TWO_PASS!r}: K = 72 is no multiple of 32"]),
         (1, 64, 64, COLUMNS, TWO_PASS, ["the weight is stored as [K, N]"]),
-        (99, 63, 64, COLUMNS, TWO_PASS_SIMT, [f"not {TWO_PASS!r}: N = 63 is no multiple of 8"]),
-        (1, 64, 64, OFF, TWO_PASS_SIMT, [f"not {COOPERATIVE!r}: the weight's rows are not whole"]),
     ],
     ids=str,
 )
@@ -62,12 +53,61 @@ def test_choose_says_what_keeps_a_kernel_from_a_product(
     assert words or choice.reason == "the cuda backend was requested"
 
 
-def test_choose_of_float32_is_on_cuda_cores() -> None:
-    choice = choose(1, 64, 64, dtype=f32)
-    assert choice.strategy == TWO_PASS_SIMT and "float32 products need every bit" in choice.reason
+NO_BASE = Layout(unsupported_reason=constraints.NO_BASE)
+ROWS_OF_X, ROWS_OF_DY = "so that rows of x are not whole loads", "so that rows of dy are not whole"
 
 
-@pytest.mark.parametrize("strategy", [COOPERATIVE, OVERLAPPED, TWO_PASS])
+@pytest.mark.parametrize("M", [0, 1, 99])
+@pytest.mark.parametrize(
+    ("N", "K", "layout", "dtype", "why"),
+    [
+        (64, 64, ROWS, f32, "float32 products need every bit, which tensor cores drop"),
+        (64, 63, ROWS, bf16, f"K = 63 is no multiple of 8, {ROWS_OF_X}"),
+        (64, 63, COLUMNS, bf16, f"K = 63 is no multiple of 8, {ROWS_OF_X}"),
+        (65, 64, ROWS, bf16, f"N = 65 is no multiple of 8, {ROWS_OF_DY}"),
+        (65, 64, CODES, bf16, f"N = 65 is no multiple of 8, {ROWS_OF_DY}"),
+        (63, 64, COLUMNS, bf16, f"N = 63 is no multiple of 8, {ROWS_OF_DY}"),
+        (64, 72, CODES, bf16, "K = 72 is no multiple of 32, so that rows are not whole runs"),
+        (64, 64, OFF, bf16, "the weight's rows are not whole"),
+        (1, 63, NO_BASE, f32, "there is no base GEMM"),
+    ],
+)
+def test_choose_of_what_either_direction_cannot_run_raises(
+    M: int, N: int, K: int, layout: Layout, dtype: torch.dtype, why: str
+) -> None:
+    with pytest.raises(RuntimeError) as raised:
+        choose(M, N, K, layout, dtype)
+    assert str(raised.value).startswith(f"backend 'cuda' was requested and cannot run here: {why}")
+
+
+@pytest.mark.parametrize("strategy", [None, *STRATEGIES])
+def test_lora_linear_with_dropout_raises(strategy: str | None) -> None:
+    """With the mask's state, with a mask, and with neither."""
+    x, W = torch.ones(3, 64, dtype=bf16), torch.ones(8, 64, dtype=bf16)
+    A, B = torch.ones(2, 64, dtype=bf16), torch.ones(8, 2, dtype=bf16)
+    want = f"backend 'cuda' was requested and cannot run here: {NO_DROPOUT}"
+    for rng in (None, torch.tensor([1, 2]), torch.ones(3, 64, dtype=torch.bool)):
+        with (
+            lora_kernels.backend("cuda", strategy),
+            pytest.raises(RuntimeError, match=re.escape(want)),
+        ):
+            lora_kernels.lora_linear(x, W, A, B, dropout_p=0.5, rng=rng)
+    assert not launch.traffic
+
+
+def test_dora_norm_raises_and_4bit_weights_take_no_kernel() -> None:
+    """Decoding and quantizing run as by the eager backend on the device."""
+    W, A, B = torch.ones(8, 64), torch.ones(2, 64), torch.ones(8, 2)
+    with pytest.raises(RuntimeError, match=r"'cuda' was requested .* no kernel for dora_norm"):
+        lora_kernels.dora_norm(W, A, B)
+    weight = quantize_4bit(W)
+    with lora_kernels.backend("eager"):
+        want, decoded = quantize_4bit(W), weight.dequantize(bf16)
+    assert all(map(torch.equal, weight.codes[:3], want.codes[:3]))
+    assert torch.equal(weight.dequantize(bf16), decoded) and not launch.traffic
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_strategy_requested_but_unsupported_raises(strategy: str) -> None:
     A, B = torch.ones(2, 63, dtype=bf16), torch.ones(8, 2, dtype=bf16)
     x, W = torch.ones(3, 63, dtype=bf16), torch.ones(8, 63, dtype=bf16)
@@ -98,7 +138,7 @@ def test_layout_of_a_weight_says_how_it_lies() -> None:
 def test_kernel_of_rows_that_fit_should_refuse_raises(
     K: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(constraints, "forward_unsupported_reason", lambda *args: None)
+    monkeypatch.setattr(constraints, "unsupported_reason", lambda *args: None)
     A, B = torch.ones(2, K, dtype=bf16), torch.ones(8, 2, dtype=bf16)
     x, W = torch.ones(33, K, dtype=bf16), torch.ones(8, K, dtype=bf16)
     with lora_kernels.backend("cuda", TWO_PASS), torch.no_grad():
@@ -109,17 +149,27 @@ def test_kernel_of_rows_that_fit_should_refuse_raises(
             lora_kernels.lora_linear(x, W, A, B)
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_verify_judges_each_option_that_the_backend_takes(
+    strategy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verify, "Case", lambda *sizes, device, **fields: Case(*sizes, **fields))
+    engine, dtypes = f"cuda {strategy}", (bf16, f32)
+    lines = {name: verify.judge_option(verify.SHAPES, dtypes, name, engine) for name in OPTIONS}
+    judged = {name: line[0]["ok"] for name, line in lines.items() if line is not None}
+    assert judged == dict.fromkeys(("plain", "bias", "gate", "column scale", "nf4"), True)
+
+
 def test_explain_says_the_kernel_of_each_layer() -> None:
     config = LoraConfig(target_modules=["0", "1", "2"], init_lora_weights=False)
-    layers = nn.Linear(64, 65), nn.Linear(65, 64), Conv1D(64, 64)
+    layers = nn.Linear(64, 72), nn.Linear(72, 64), Conv1D(64, 64)
     model = fuse(get_peft_model(nn.Sequential(*layers).to(bf16), config))
-    even, odd, columns = explain(model, x_dtype=bf16).rows
+    even, other, columns = explain(model, x_dtype=bf16).rows
     assert even.strategy == f"{COOPERATIVE} up to 16 rows, {TWO_PASS} from 17 rows on"
-    assert "dx on CUDA cores: N = 65" in even.reason
-    assert odd.strategy == TWO_PASS_SIMT and "K = 65 is no multiple of 8" in odd.reason
-    assert columns.strategy == TWO_PASS
-    plain = explain(nn.Sequential(LoRALinear(65, 64, dtype=bf16)), x_dtype=bf16).rows[0]
-    assert plain.strategy == TWO_PASS_SIMT and "K = 65" in plain.reason
+    assert other.strategy == even.strategy and columns.strategy == TWO_PASS
+    plain = nn.Sequential(LoRALinear(65, 64, dtype=bf16))
+    with pytest.raises(RuntimeError, match=r"'cuda' was requested .* K = 65 is no multiple of 8"):
+        explain(plain, x_dtype=bf16)
 
 
 NO_IMAGE = "the driver says: no kernel image is available for execution on the device"
@@ -194,9 +244,6 @@ def test_unsupported_device_reason_is_the_first_that_holds(
     assert reason().startswith("sm_77 is older than sm_80") and not probed
     monkeypatch.setattr(cuda, "_capability", lambda index: 80)
     assert reason() == "" and probed == [2]
-    with pytest.raises(RuntimeError, match=r"'cuda' was requested .* no CUDA kernels for device"):
-        cuda.require(torch.device("cpu"))
-    cuda.require(torch.device("cuda", 2))
 
 
 @pytest.mark.parametrize(
@@ -226,31 +273,9 @@ def test_load_of_another_version_or_a_broken_file_says_so(
         cuda._load.cache_clear()
 
 
-def test_require_of_another_device_in_the_emulator_raises() -> None:
+def test_choose_of_another_device_in_the_emulator_raises() -> None:
     with pytest.raises(RuntimeError, match="the emulator takes no meta tensors"):
-        cuda.require(torch.device("meta"))
-    with pytest.raises(RuntimeError, match="the emulator takes no meta tensors"):
-        quantize_4bit(torch.ones(4, 64)).to("meta").dequantize()
-
-
-@pytest.mark.parametrize(
-    ("N", "K", "layout", "why"),
-    [
-        (64, 64, ROWS, None),
-        (64, 63, COLUMNS, None),  # the rows of [K, N] are whole
-        (64, 63, ROWS, "K = 63"),
-        (63, 64, COLUMNS, "N = 63"),
-        (64, 64, OFF, "the weight's rows are not whole"),
-        (64, 96, CODES, None),
-        (64, 72, CODES, "K = 72 is no multiple of 32"),
-    ],
-)
-def test_dx_on_tensor_cores_has_its_own_constraints(
-    N: int, K: int, layout: Layout, why: str | None
-) -> None:
-    found = constraints.backward_unsupported_reason(bf16, layout, N, K)
-    assert found is None if why is None else (found or "").startswith(why)
-    assert constraints.backward_unsupported_reason(f32, ROWS, 64, 64) is not None
+        selection.choose(Problem("meta", *(bf16,) * 4, 16))
 
 
 def test_layout_of_a_weight_by_columns_goes_by_its_own_rows() -> None:
@@ -291,7 +316,6 @@ def test_codes_are_read_in_runs_from_aligned_bytes() -> None:
 
 @pytest.mark.parametrize("M", [0, 1, 16, 17])
 def test_choose_of_a_forced_strategy_by_rows(M: int) -> None:
-    """No row suits every strategy, because nothing is launched; a call without a base has none."""
     problem = Problem("cpu", bf16, bf16, bf16, bf16, 16, M, False, 64, 64, layout=ROWS)
     with lora_kernels.backend("cuda", COOPERATIVE):
         if M == 17:
@@ -299,8 +323,5 @@ def test_choose_of_a_forced_strategy_by_rows(M: int) -> None:
                 selection.choose(problem)
         else:
             assert selection.choose(problem).strategy == COOPERATIVE
-        assert selection.choose(problem._replace(rows=0, inner=63)).strategy == COOPERATIVE
-        no_base = Layout(unsupported_reason=constraints.NO_BASE)
-        choice = selection.choose(problem._replace(layout=no_base, rows=1))
-        assert choice.strategy == TWO_PASS_SIMT
-        assert choice.reason.count(constraints.NO_BASE) == 1
+    with lora_kernels.backend("cuda", TWO_PASS):
+        assert selection.choose(problem).strategy == TWO_PASS

@@ -10,20 +10,19 @@ from torch import Tensor
 
 import lora_kernels
 from lora_kernels.backends import cuda
-from lora_kernels.backends.cuda import COOPERATIVE, OVERLAPPED, STRATEGIES, TWO_PASS, TWO_PASS_SIMT
+from lora_kernels.backends.cuda import COOPERATIVE, STRATEGIES, TWO_PASS
 from lora_kernels.bench.case import Case, fits_cuda, inputs, judge
-from tests.support.engines import assert_within, check, check_norm
-from tests.support.problems import FULL, bf16, f16, f32
+from tests.support.engines import assert_within, check
+from tests.support.problems import UNDROPPED, bf16, f16, f32
 
 pytestmark = pytest.mark.skipif(
     cuda.unsupported_device_reason("cuda", None) is not None, reason="no CUDA kernels for this GPU"
 )
-few_rows = pytest.mark.parametrize("strategy", [COOPERATIVE, OVERLAPPED, TWO_PASS])
 
 
-@pytest.mark.parametrize("options", [{}, FULL], ids=["plain", "full"])
+@pytest.mark.parametrize("options", [{}, UNDROPPED], ids=["plain", "full"])
 @pytest.mark.parametrize("quant", ["", "nf4-64-nested", "fp4-128"])
-@pytest.mark.parametrize("dtypes", [(f32, None), (bf16, None), (f16, None), (bf16, f32)], ids=str)
+@pytest.mark.parametrize("dtypes", [(bf16, None), (f16, None), (bf16, f32)], ids=str)
 @pytest.mark.parametrize("M", [1, 9, 16, 65, 300])
 def test_lora_linear_of_each_case_is_within_tolerance(
     M: int, dtypes: tuple[Any, ...], quant: str, options: dict[str, Any]
@@ -33,12 +32,6 @@ def test_lora_linear_of_each_case_is_within_tolerance(
         if fits_cuda(case, strategy):
             with lora_kernels.backend("cuda", strategy):
                 assert_within((strategy, case), judge(case))
-
-
-@pytest.mark.parametrize("quant", ["", "nf4-64-nested"])
-def test_dora_norm_is_within_tolerance(quant: str) -> None:
-    with lora_kernels.backend("cuda"):
-        check_norm(Case(0, 1031, 2112, 61, bf16, quant=quant, device="cuda"))
 
 
 def layer(M: int, seed: int = 0) -> Callable[[], Tensor]:
@@ -55,8 +48,7 @@ def layer(M: int, seed: int = 0) -> Callable[[], Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("M", "strategy"),
-    [(4, COOPERATIVE), (16, OVERLAPPED), (16, TWO_PASS), (300, TWO_PASS), (300, TWO_PASS_SIMT)],
+    ("M", "strategy"), [(4, COOPERATIVE), (16, COOPERATIVE), (16, TWO_PASS), (300, TWO_PASS)]
 )
 def test_graphs_are_captured_and_replayed(M: int, strategy: str) -> None:
     with lora_kernels.backend("cuda", strategy):
@@ -72,7 +64,7 @@ def test_graphs_are_captured_and_replayed(M: int, strategy: str) -> None:
             assert torch.equal(y, want)
 
 
-@few_rows
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_two_streams_for_a_while_keep_their_bits(strategy: str) -> None:
     """Seconds of launches on both: neither hangs, and the bits stay."""
     calls = [layer(4), layer(4, seed=1)]
@@ -101,5 +93,5 @@ def test_lora_linear_on_another_device_is_within_tolerance() -> None:
 
 
 def test_launch_that_fails_names_its_kernel() -> None:
-    with pytest.raises(RuntimeError, match=r"dequantize: \w"):
-        cuda.module().dequantize(((0,) * 6 + (6, 8, 64, 64, True), 0, 1), (0, 99))
+    with pytest.raises(RuntimeError, match=r"reduce: \w"):
+        cuda.module().reduce((0, None, 1.0, 0, 0, 64, 1, 1, 1, 1), (0, 99))

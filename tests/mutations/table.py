@@ -24,6 +24,8 @@ PAIRS = frozenset(f"{backend} {part}" for backend in BACKENDS for part in PARTS)
     "triton row norm",
     "triton several adapters",
     "cuda several adapters",
+    "cuda dropout",
+    "cuda row norm",
 }
 
 

@@ -97,7 +97,6 @@ ROUND = DeviceInfo("cuda", 90, 100, 227 << 10, "", 0, 2e9, 1e12, 500e12, 50e12)
                 "eager library memory": 73.13,
                 "cuda two_pass the GEMM": 93.46,
                 "triton two_pass the GEMM": 117.48,
-                "cuda two_pass_simt the GEMM": 717.92,
             },
         ),
         (
@@ -108,7 +107,6 @@ ROUND = DeviceInfo("cuda", 90, 100, 227 << 10, "", 0, 2e9, 1e12, 500e12, 50e12)
                 "eager library the GEMM": 257.64,
                 "triton two_pass the GEMM": 446.55,
                 "cuda two_pass the GEMM": 527.59,
-                "cuda two_pass_simt the GEMM": 3968.07,
             },
         ),
         (
@@ -118,10 +116,8 @@ ROUND = DeviceInfo("cuda", 90, 100, 227 << 10, "", 0, 2e9, 1e12, 500e12, 50e12)
             {
                 "cuda two_pass the GEMM": 29.72,
                 "cuda cooperative memory": 31.43,
-                "cuda overlapped memory": 32.93,
                 "triton two_pass launches from Python": 87.00,
                 "eager library decoding": 92.55,
-                "cuda two_pass_simt the GEMM": 255.62,
             },
         ),
         (
@@ -131,7 +127,6 @@ ROUND = DeviceInfo("cuda", 90, 100, 227 << 10, "", 0, 2e9, 1e12, 500e12, 50e12)
             {
                 "triton two_pass the GEMM": 169.51,
                 "eager library memory": 172.74,
-                "cuda two_pass_simt the GEMM": 257.79,
             },
         ),
         (
@@ -141,10 +136,8 @@ ROUND = DeviceInfo("cuda", 90, 100, 227 << 10, "", 0, 2e9, 1e12, 500e12, 50e12)
             {
                 "cuda two_pass the GEMM": 31.86,
                 "cuda cooperative memory": 53.20,
-                "cuda overlapped memory": 54.70,
                 "triton two_pass launches from Python": 87.00,
                 "eager library memory": 96.00,
-                "cuda two_pass_simt the GEMM": 255.72,
             },
         ),
         (
@@ -154,7 +147,6 @@ ROUND = DeviceInfo("cuda", 90, 100, 227 << 10, "", 0, 2e9, 1e12, 500e12, 50e12)
             {
                 "eager library memory": 84.42,
                 "triton two_pass launches from Python": 87.00,
-                "cuda two_pass_simt the GEMM": 245.30,
             },
         ),
         # PyTorch decodes in three kernels: they write and read an int32 a byte and two float32.
@@ -166,7 +158,6 @@ ROUND = DeviceInfo("cuda", 90, 100, 227 << 10, "", 0, 2e9, 1e12, 500e12, 50e12)
                 "triton two_pass the GEMM": 446.55,
                 "eager library the GEMM": 475.41,
                 "cuda two_pass the GEMM": 527.59,
-                "cuda two_pass_simt the GEMM": 3968.07,
             },
         ),
         # P of 256 ranks takes CUDA cores.
@@ -178,7 +169,6 @@ ROUND = DeviceInfo("cuda", 90, 100, 227 << 10, "", 0, 2e9, 1e12, 500e12, 50e12)
                 "eager library the GEMM": 421.60,
                 "triton two_pass the GEMM": 507.52,
                 "cuda two_pass the GEMM": 943.91,
-                "cuda two_pass_simt the GEMM": 7875.13,
             },
         ),
     ],
@@ -207,8 +197,8 @@ def test_predict_counts_an_adapter_in_its_own_dtype() -> None:
     assert seconds(torch.float32) - seconds(torch.bfloat16) == pytest.approx(more, rel=1e-6)
 
 
-CUDA, TRITON = {"cuda two_pass", "cuda two_pass_simt"}, {"triton two_pass"}
-FEW, CUBLAS = {"cuda cooperative", "cuda overlapped"}, {"eager library"}
+CUDA, TRITON = {"cuda two_pass"}, {"triton two_pass"}
+FEW, CUBLAS = {"cuda cooperative"}, {"eager library"}
 
 
 def test_a_fitted_factor_slows_what_it_names_alone() -> None:

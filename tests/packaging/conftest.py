@@ -77,7 +77,7 @@ class Project:
             (self.csrc / "cpu" / f"{unit}.cpp").write_text(f"int {unit}_marker = 1;\n")
 
         (self.csrc / "cuda").mkdir()
-        for unit in ("bindings.cpp", "codec.cu", "decode.cu", "gemm.cu", "linear.cu", "thin.cu"):
+        for unit in ("bindings.cpp", "decode.cu", "gemm.cu", "thin.cu"):
             (self.csrc / "cuda" / unit).write_text("int marker = 1;\n")
 
     def setup(self, *arguments: str, status: int = 0, **environment: str | None) -> str:

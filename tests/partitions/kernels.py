@@ -10,7 +10,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 OPTIONS = ("dropout", "gate", "column scale", "4-bit", "adapters")
-ABSENT = {"triton": ("adapters", "dropout"), "cuda": ("adapters",)}  # of all kernels of a backend
+ABSENT = {
+    "triton": ("adapters", "dropout"),
+    "cuda": ("adapters", "dropout"),
+}  # of all kernels of a backend
 Absent = dict[str | tuple[str, str], str]  # an option, or a partition and an option -> the reason
 
 
@@ -38,7 +41,6 @@ _THIN = _GATE | _WEIGHT
 _TILES = ("rows", "columns", "sum", "ranks")
 _OF_P = ("rows", "ranks", "splits", "sum")
 _OF_GRADIENT = ("columns", "ranks", "splits", "sum")
-_DECODE = ("tiles", "rows", "chunks", "splits", "sum")
 _PRODUCT = ("threads", "rows", "columns", "blocks of rows", "panels", "ranks")
 
 KERNELS: dict[str, dict[str, Kernel]] = {
@@ -54,21 +56,15 @@ KERNELS: dict[str, dict[str, Kernel]] = {
         "dequantize": Kernel(("rows", "columns"), _CODEC),
     },
     "cuda": {
-        "linear": Kernel((*_TILES, "spans"), _MASK),
-        "linear, dx": Kernel((*_TILES, "spans"), _HOST),
-        "gemm": Kernel((*_TILES, "splits"), _MASK),
+        "gemm": Kernel((*_TILES, "splits"), {}),
         "gemm, dx": Kernel((*_TILES, "splits"), _HOST),
-        "finish": Kernel(("elements", "splits"), _not("gemm has", "dropout", "gate", "4-bit")),
-        "decode": Kernel(_DECODE, {}),
-        "decode, two launches": Kernel(_DECODE, {}),
+        "finish": Kernel(("elements", "splits"), _not("gemm has", "gate", "4-bit")),
+        "decode": Kernel(("tiles", "rows", "chunks", "splits", "sum"), {}),
         "thin": Kernel(_OF_P, _THIN),
         "thin, over rows": Kernel(_OF_GRADIENT, _THIN),
-        "pair": Kernel(("rows", "ranks", "splits", "sum"), _DY | _THIN),
-        "column_sums": Kernel(("columns", "splits"), _DY | _THIN),
-        "reduce": Kernel(("elements", "splits"), _MASK | _HOST | _WEIGHT),
-        "row_norm": Kernel(("rows", "splits", "sum"), _NORM),
-        "dequantize": Kernel(("elements",), _CODEC),
-        "quantize": Kernel(("blocks",), _CODEC),
+        "pair": Kernel(("rows", "ranks", "splits", "sum"), _THIN),
+        "column_sums": Kernel(("columns", "splits"), _THIN),
+        "reduce": Kernel(("elements", "splits"), _HOST | _WEIGHT),
     },
     "cpu": {
         "shrink": Kernel(

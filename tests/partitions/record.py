@@ -152,13 +152,15 @@ _MULTIPROCESSORS = 4  # of the emulator, with one block at a time each
 
 def _cuda_launch(name: str, at: Tensor, touched: dict[str, Tensor | None], *args: Any) -> None:
     t = {key: value for key, value in touched.items() if value is not None}
-    if name in ("linear", "gemm", "decode"):
+    if name in ("gemm", "decode"):
         _cuda_base(name, t, *args)
     elif name == "thin":
-        over_rows, (size, J, R, per_split, splits) = args[3], args[6:]
+        over_rows, (size, J, R, per_split, splits) = args[2], args[5:]
         parts = {"columns" if over_rows else "rows": (size, 64), "ranks": (R, 64 if R > 16 else 16)}
-        options = _some(dropout="rng" in t, column_scale="v_scale" in t)
-        kernel = "thin, over rows" if over_rows else name
+        kernel, options = (
+            "thin, over rows" if over_rows else name,
+            _some(column_scale="v_scale" in t),
+        )
         note("cuda", kernel, options, **parts, splits=splits, sum=(min(J, per_split), 32))
     elif name == "pair":
         N, R, per_split, splits, rows = args[7:]
@@ -170,37 +172,23 @@ def _cuda_launch(name: str, at: Tensor, touched: dict[str, Tensor | None], *args
     elif name == "reduce":
         splits, rows, ranks = t["partials"].shape
         note("cuda", name, _some(gate="gate" in t), elements=(rows * ranks, 128), splits=splits)
-    elif name == "row_norm":
-        splits, N = t["partials"].shape
-        options = _some(gate="gate" in t, four_bit="packed" in t)
-        note("cuda", name, options, rows=(N, 8), splits=splits, sum=(args[-2], 256))
-    elif name == "dequantize":
-        note("cuda", name, {"4-bit"}, elements=(t["w"].numel(), 1024))
-    elif name == "quantize":
-        note("cuda", name, {"4-bit"}, blocks=(t["absmax"].numel(), 4))
 
 
 def _cuda_base(name: str, t: dict[str, Tensor], *args: Any) -> None:
     """A kernel that makes the base GEMM."""
     (M, N), K, R = t["y"].shape, t["x"].shape[1], t["q"].shape[0]
-    dropout, codes = "mask" in t or "rng" in t, "packed" in t
-    scale, gate = "out_scale" in t, "gate" in t
-    options = _some(dropout=dropout, gate=gate, column_scale=scale, four_bit=codes)
+    options = _some(gate="gate" in t, column_scale="out_scale" in t, four_bit="packed" in t)
     kernel = name + (", dx" if _backward else "")
-    if name == "linear":
-        steps = _tiles(K, 32) if "w" in t or codes else 1
-        parts = {"rows": (M, 64), "columns": (N, 64), "ranks": (R, 32)}
-        note("cuda", kernel, options, **parts, sum=steps, spans=(steps, 4))
-    elif name == "gemm":
+    if name == "gemm":
         _, splits, _, per_split = args
         parts = {"rows": (M, 64), "columns": (N, 128), "ranks": (R, 16)}
         note("cuda", kernel, options, **parts, sum=(min(K, per_split), 64), splits=splits)
         if splits > 1:
             note("cuda", "finish", options & {"column scale"}, elements=(M * N, 128), splits=splits)
     else:
-        splits, kernel = t["partials"].shape[0], name + ("" if args[1] else ", two launches")
+        splits = t["partials"].shape[0]
         parts = {"tiles": (_tiles(N, 16), _MULTIPROCESSORS), "rows": (M, 8), "chunks": (K, 8 * 128)}
-        note("cuda", kernel, options, **parts, splits=splits, sum=(_tiles(K, splits), 256))
+        note("cuda", name, options, **parts, splits=splits, sum=(_tiles(K, splits), 256))
 
 
 def _record_cuda() -> None:

@@ -162,7 +162,7 @@ def test_result_off_the_reference_is_noticed(name: str, plant: Any) -> None:
 def test_cases_have_the_sizes_and_options_that_their_claims_name() -> None:
     card = fake_card()
     odd, even = claims.odd_sizes(card, TWO_PASS)
-    assert (odd.N % 16, odd.R, odd.quant) == (11, 13, "fp4-128") and odd.bias
+    assert (odd.N % 16, odd.R, odd.quant) == (8, 13, "fp4-128") and odd.bias
     assert even.gate and even.column_scale and even.bias and even.quant == "nf4-64-nested"
     assert even.R == verdicts.MAX_RANK
     (many,), (few,) = (claims.many_blocks(card, group) for group in (TWO_PASS, DECODE))
@@ -263,7 +263,7 @@ def test_steps_have_gradients_and_calls_cold_weights(monkeypatch: pytest.MonkeyP
 def test_kernels_compiled_ahead_are_those_of_the_claim(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(claims, "_sizes", lambda group: [(5, 19, 32), (5, 16, 32)])
+    monkeypatch.setattr(claims, "_sizes", lambda group: [(5, 24, 32), (5, 16, 32)])
     monkeypatch.setattr(claims, "REPEATS", 1)
     card, claim, launched = fake_card(), claims.Claim(TWO_PASS, name, 1), []
     for call in (claims.launch_all, claims.check):

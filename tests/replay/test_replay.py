@@ -61,7 +61,9 @@ class Call(NamedTuple):
         weight: Any = draw(N, K)
         if self.quant:
             weight = quantize_4bit(weight, "nf4", 64).codes
-        extra = (draw(R, dtype=f32), draw(N, dtype=f32), draw(N)) if self.options else ()
+        extra: tuple[Any, ...] = None, None, None
+        if self.options:
+            extra = draw(R, dtype=f32), draw(N, dtype=f32), draw(N)
         spec = Spec(self.scaling, 0.0, self.dtype, self.dtype, save_z=self.options)
         operands = Operands(draw(M, K), weight, draw(R, K), draw(N, R), *extra)
         if "backward" not in self.function:
@@ -80,11 +82,10 @@ TRITON_CALLS = [
 ]
 CUDA_CALLS = [
     Call(FORWARD, cuda.COOPERATIVE, M=3, dtype=bf16, quant=True, options=True),
-    Call(FORWARD, cuda.OVERLAPPED, M=3, dtype=bf16),
     Call(FORWARD, cuda.TWO_PASS, dtype=bf16, options=True),
-    Call(FORWARD, cuda.TWO_PASS_SIMT, quant=True),
+    Call(FORWARD, cuda.TWO_PASS, quant=True, dtype=bf16),
     Call(BACKWARD, cuda.TWO_PASS, dtype=bf16),
-    Call(BACKWARD, cuda.TWO_PASS_SIMT, quant=True),
+    Call(BACKWARD, cuda.COOPERATIVE, M=3, quant=True, dtype=bf16),
 ]
 
 

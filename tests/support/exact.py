@@ -16,14 +16,11 @@ from lora_kernels.bench import case as cases
 from lora_kernels.bench.case import Case
 from lora_kernels.quantization import Weight4bit, quantize_4bit
 from tests.support.assertions import assert_exact
+from tests.support.problems import UNDROPPED
 
 # With dropout one half, 1/(1 - p) is 2 and everything stays an integer.
-OPTIONS: dict[str, Any] = {"gate": True, "column_scale": True, "bias": True, "dropout_p": 0.5}
-SOME_OPTIONS: list[dict[str, Any]] = [
-    {},
-    {"gate": True, "column_scale": True, "bias": True},
-    {"dropout_p": 0.5},
-]
+OPTIONS: dict[str, Any] = UNDROPPED | {"dropout_p": 0.5}
+SOME_OPTIONS: list[dict[str, Any]] = [{}, UNDROPPED, {"dropout_p": 0.5}]
 # Of a 4-bit weight: N and K, type and blocks; rows of whole blocks and others.
 FORMATS = [((65, 128), "nf4-64-nested"), ((33, 96), "fp4-32-nested"), ((33, 63), "nf4-64-nested")]
 FINITE = ("x", "weight", "lora_A", "lora_B", "bias", "column_scale", "dy")
@@ -85,8 +82,11 @@ def off(t: Tensor) -> Tensor:
     return shifted.requires_grad_(t.requires_grad)
 
 
-def check_alignment(case: Case, blocksize: int = 0) -> None:
-    """Each argument alone is a view that breaks the alignment of 16 bytes; no result changes."""
+def check_alignment(case: Case, blocksize: int = 0, refused: tuple[str, ...] = ()) -> None:
+    """Each argument alone is a view that breaks the alignment of 16 bytes; no result changes.
+
+    refused: the arguments that a forced backend then refuses.
+    """
     args = cases.give_mask(inputs(case, blocksize))
     ref = cases.run(lora_kernels.lora_linear, args)
     given = {name: off(t) for name, t in args.items() if isinstance(t, Tensor)}
@@ -95,7 +95,12 @@ def check_alignment(case: Case, blocksize: int = 0) -> None:
             moved = dataclasses.replace(weight, **{field: off(getattr(weight, field))})
             given[f"weight {field}"] = moved  # type: ignore[assignment]
     for name, value in given.items():
-        got = cases.run(lora_kernels.lora_linear, args | {name.partition(" ")[0]: value})
+        moved_args = args | {name.partition(" ")[0]: value}
+        if name in refused:
+            with pytest.raises(RuntimeError, match=r"cannot run here: .* aligned"):
+                cases.run(lora_kernels.lora_linear, moved_args)
+            continue
+        got = cases.run(lora_kernels.lora_linear, moved_args)
         for output in got.keys() - ({"dc"} if case.dtype is not torch.float32 else set()):
             assert_exact(got[output], ref[output], f"{case}, {name} off: {output}")
 

@@ -18,7 +18,8 @@ from lora_kernels.bench.case import Case
 f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
 RANK = 61
 RANKS = (1, 2, 16, 17, 64, 65, 130, 256)
-FULL: dict[str, Any] = {"gate": True, "column_scale": True, "bias": True, "dropout_p": 0.1}
+UNDROPPED: dict[str, Any] = {"gate": True, "column_scale": True, "bias": True}
+FULL: dict[str, Any] = UNDROPPED | {"dropout_p": 0.1}
 # dtype, adapter_dtype, autocast
 DTYPES: list[tuple[Any, ...]] = [
     (f32, None, None),

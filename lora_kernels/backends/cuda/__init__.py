@@ -2,15 +2,13 @@
 
 The strategies of the forward:
 
-- "cooperative": one launch, for up to 16 rows. The first blocks each compute a partial sum of
-  P = D(x)·Aᵀ. All blocks read W; 4-bit codes are decoded on the way to the tensor cores. The
-  epilogue adds S·Bᵀ.
-- "overlapped": the same in two launches, which overlap by programmatic dependent launch.
+- "cooperative": one launch, for up to 16 rows. The first blocks compute partial sums of P = x·Aᵀ.
+  All blocks read W; 4-bit codes are decoded on the way to the tensor cores. The epilogue adds S·Bᵀ.
 - "two_pass": a kernel computes P. A GEMM on tensor cores then starts its sums at S·Bᵀ.
-- "two_pass_simt": the same on CUDA cores, for any dtype, size and stride, and always for float32.
 
-`constraints` gives the reason if a strategy does not support a GEMM. The backward has two passes.
-One read of dY gives dS and dB. Then dx is computed as y is, and dA last.
+Both take bfloat16 and float16. The backward has two passes, whatever the forward's strategy: one
+read of dY gives dS and dB; then dx is computed as y of "two_pass" is, and dA last. `constraints`
+gives the reason if a strategy or the backward does not support a call.
 
 Rounding points are documented at the kernels. P, dS and the sums of gradients are float32. Results
 are deterministic: atomics count blocks, never sum data, and partial sums are added in order.
@@ -32,11 +30,9 @@ from ...core.problem import Strategy
 from .. import lazy_launchers
 
 COOPERATIVE = Strategy.COOPERATIVE
-OVERLAPPED = Strategy.OVERLAPPED
 TWO_PASS = Strategy.TWO_PASS
-TWO_PASS_SIMT = Strategy.TWO_PASS_SIMT
-STRATEGIES = (COOPERATIVE, OVERLAPPED, TWO_PASS, TWO_PASS_SIMT)
-DECODE_ROWS = 16  # the largest M of the first two strategies
+STRATEGIES = (COOPERATIVE, TWO_PASS)
+DECODE_ROWS = 16  # the largest M of "cooperative"
 MIN_CAPABILITY = 80  # cp.async, bfloat16 on tensor cores
 
 _emulated: ContextVar[ModuleType | None] = ContextVar("lora_kernels_cuda_emulated", default=None)
@@ -119,13 +115,6 @@ def unsupported_device_reason(device_type: str, device_index: int | None) -> str
     return unsupported_capability_reason(_capability(index)) or _driver_reason(index)
 
 
-def require(device: torch.device) -> None:
-    """Raise RuntimeError with the reason if kernels cannot run on the device."""
-    why = unsupported_device_reason(device.type, device.index)
-    if why is not None:
-        raise RuntimeError(f"backend 'cuda' was requested and cannot run here: {why}")
-
-
 @functools.cache
 def _capability(device_index: int) -> int:
     major, minor = torch.cuda.get_device_capability(device_index)
@@ -153,8 +142,7 @@ def unsupported_capability_reason(capability: int) -> str | None:
 
 
 if TYPE_CHECKING:
-    from .equation import dora_norm as dora_norm
     from .equation import lora_linear as lora_linear
     from .equation import lora_linear_backward as lora_linear_backward
 
-__getattr__ = lazy_launchers(__name__, codec="equation")
+__getattr__ = lazy_launchers(__name__)

@@ -1,4 +1,4 @@
-"""Constraints of the kernels on a GEMM's dtype, sizes and layout.
+"""Constraints of the kernels on a call's dtype, sizes and layout.
 
 Tensor core kernels load 16 bytes at a time, so rows must be aligned multiples of 16 bytes.
 """
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...core.packed4bit import Packed4bit
 from ...core.problem import Layout
-from . import DECODE_ROWS, TWO_PASS, TWO_PASS_SIMT
+from . import DECODE_ROWS, TWO_PASS
 
 NO_BASE = "there is no base GEMM"
 _FLOAT32 = "float32 products need every bit, which tensor cores drop"
@@ -37,43 +37,31 @@ def layout(weight: Tensor | Packed4bit | None, dtype: torch.dtype) -> Layout:
     return Layout(0, columns)
 
 
-def forward_unsupported_reason(
+def unsupported_reason(
     strategy: str, dtype: torch.dtype, weight: Layout, M: int, N: int, K: int
 ) -> str | None:
-    """Return why the strategy cannot compute y = x·Wᵀ [M, N]; None if it can."""
-    if strategy == TWO_PASS_SIMT:
-        return None
+    """Return why the strategy cannot compute y = x·Wᵀ [M, N], or the backward dx; None if both can.
+
+    The backward is decided with the forward, so that it never fails where the forward ran.
+    """
+    if weight.unsupported_reason == NO_BASE:
+        return NO_BASE
     if dtype is torch.float32:
         return _FLOAT32
     if K % _ALIGNED:
-        return f"K = {K} is no multiple of {_ALIGNED}, so that rows are not whole loads"
-    if weight.unsupported_reason is not None:
-        return weight.unsupported_reason
-    if strategy == TWO_PASS:
-        if weight.columns and N % _ALIGNED:
-            return f"N = {N} is no multiple of {_ALIGNED}, and the weight is stored as [K, N]"
-        return _unaligned_codes_reason(weight, K, _RUN)
-    if M > DECODE_ROWS:
-        return f"{M} rows are more than {DECODE_ROWS}"
-    if weight.columns:
-        return "the weight is stored as [K, N]"
-    if 0 < weight.blocksize < _BLOCK:
-        return f"blocks of {weight.blocksize} codes are less than {_BLOCK}"
-    return _unaligned_codes_reason(weight, K, _BLOCK)
-
-
-def backward_unsupported_reason(dtype: torch.dtype, weight: Layout, N: int, K: int) -> str | None:
-    """Return why tensor cores cannot compute dx = dz·W [M, K]; None if they can."""
-    if dtype is torch.float32:
-        return _FLOAT32
+        return f"K = {K} is no multiple of {_ALIGNED}, so that rows of x are not whole loads"
     if N % _ALIGNED:
         return f"N = {N} is no multiple of {_ALIGNED}, so that rows of dy are not whole loads"
-    if not weight.columns and K % _ALIGNED:
-        return f"K = {K} is no multiple of {_ALIGNED}, so that rows are not whole loads"
-    return weight.unsupported_reason or _unaligned_codes_reason(weight, K, _RUN)
-
-
-def _unaligned_codes_reason(weight: Layout, K: int, run: int) -> str | None:
+    if weight.unsupported_reason is not None:
+        return weight.unsupported_reason
+    run = _RUN if strategy == TWO_PASS else _BLOCK
+    if strategy != TWO_PASS:
+        if M > DECODE_ROWS:
+            return f"{M} rows are more than {DECODE_ROWS}"
+        if weight.columns:
+            return "the weight is stored as [K, N]"
+        if 0 < weight.blocksize < _BLOCK:
+            return f"blocks of {weight.blocksize} codes are less than {_BLOCK}"
     if weight.blocksize and K % run:
         return f"K = {K} is no multiple of {run}, so that rows are not whole runs of codes"
     return None

@@ -7,14 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...core import reference
 from ...core.call import Grads, Needs, Operands, Saved, Spec
 from ...core.packed4bit import Packed4bit
 from .. import workspace
-from ..dropout import NO_DROPOUT, Dropout
 from ..replay import replayed
-from . import COOPERATIVE, OVERLAPPED, TWO_PASS, TWO_PASS_SIMT, constraints, launch, module
-from .launch import DTYPE, codes, empty, mask, matrix, of_codes, pointer, vector, whole_rows
+from . import COOPERATIVE, launch, module
+from .launch import DTYPE, codes, empty, matrix, of_codes, pointer, vector, whole_rows
 
 # The smallest split of a summed dimension, a multiple of the kernel's step: of columns, of rows in
 # a skinny GEMM, of rows in column sums, and of K in `gemm`.
@@ -29,8 +27,9 @@ _MAX_PUBLISHERS = 16
 def lora_linear(operands: Operands, spec: Spec, strategy: str) -> tuple[Tensor, Saved]:
     """Compute y [M, N] for x [M, K]."""
     x, weight, lora_A, lora_B, rank_gate, column_scale, bias, rng = operands
-    scaling, dropout_p, dtype, y_dtype, save_z = spec
-    M, (N, R), dropout = x.shape[0], lora_B.shape, Dropout.from_rng(dropout_p, rng)
+    scaling, _, dtype, y_dtype, save_z = spec
+    assert weight is not None and rng is None
+    M, (N, R) = x.shape[0], lora_B.shape
     y = empty(x, M, N, dtype=y_dtype)
     z = empty(x, M, N, dtype=y_dtype) if save_z else None
     if not M:
@@ -38,11 +37,11 @@ def lora_linear(operands: Operands, spec: Spec, strategy: str) -> tuple[Tensor, 
     linear = _Linear(
         x, weight, lora_B.t(), y, dtype, scaling, rank_gate, out_scale=column_scale, bias=bias, z=z
     )
-    if strategy in (COOPERATIVE, OVERLAPPED):
-        p = _decode(linear, lora_A, dropout, strategy == COOPERATIVE)
+    if strategy == COOPERATIVE:
+        p = _decode(linear, lora_A)
     else:
-        p = _sum(_thin(x, None, dropout, False, lora_A), dropout.scale)
-        linear.run(p, strategy == TWO_PASS)
+        p = _sum(_thin(x, None, False, lora_A))
+        linear.run(p)
     return y, Saved(p, z)
 
 
@@ -50,11 +49,11 @@ def lora_linear(operands: Operands, spec: Spec, strategy: str) -> tuple[Tensor, 
 def lora_linear_backward(
     dy: Tensor, operands: Operands, saved: Saved, spec: Spec, needs: Needs, strategy: str
 ) -> Grads:
-    """Compute the gradients for dy [M, N] and x [M, K]."""
+    """Compute the gradients for dy [M, N] and x [M, K], in the same way for each strategy."""
     x, weight, lora_A, lora_B, rank_gate, column_scale, _, rng = operands
-    (p, z, _), (scaling, dropout_p, dtype, *_) = saved, spec
+    (p, z, _), (scaling, _, dtype, *_) = saved, spec
+    assert weight is not None and rng is None
     need_x, need_A, need_B, need_gate, need_column_scale, need_bias = needs
-    dropout = Dropout.from_rng(dropout_p, rng)
     (M, N), R, K = dy.shape, p.shape[1], x.shape[1]
     dx = empty(dy, M, K, dtype=x.dtype) if need_x else None
     dA = torch.empty_like(lora_A, memory_format=torch.contiguous_format) if need_A else None
@@ -75,89 +74,40 @@ def lora_linear_backward(
     ds, need_s = None, need_x or need_A or need_gate
     if dB is not None and need_s and R <= module().PAIR_MAX_RANK:
         ds_partials, db_partials = _pair(dy, column_scale, lora_B, p)
-        ds = _sum(ds_partials, 1.0)
+        ds = _sum(ds_partials)
         _reduce(db_partials, rank_gate, scaling, dB)
     else:
         if need_s:
-            ds = _sum(_thin(dy, column_scale, NO_DROPOUT, False, lora_B.t()), 1.0)
+            ds = _sum(_thin(dy, column_scale, False, lora_B.t()))
         if dB is not None:
-            _reduce(_thin(dy, column_scale, NO_DROPOUT, True, p.t()), rank_gate, scaling, dB)
+            _reduce(_thin(dy, column_scale, True, p.t()), rank_gate, scaling, dB)
     if dx is not None:
         assert ds is not None
         dz = dy if column_scale is None else dy * column_scale.to(dy.dtype)
-        s_scale = scaling * dropout.scale
-        linear = _Linear(
-            dz, weight, lora_A, dx, dtype, s_scale, rank_gate, dropout, transposed=True
-        )
-        linear.run(ds, linear.can_use_tensor_cores(strategy))
+        _Linear(dz, weight, lora_A, dx, dtype, scaling, rank_gate, transposed=True).run(ds)
     if dA is not None:
         assert ds is not None
-        partials = _thin(x, None, dropout, True, ds.t())
-        _reduce(partials, rank_gate, scaling * dropout.scale, dA.t())
+        _reduce(_thin(x, None, True, ds.t()), rank_gate, scaling, dA.t())
     if need_gate:
         assert ds is not None
         dg = (ds * p).sum(0).mul_(scaling)
     return Grads(dx, dA, dB, dg, dc, dbias)
 
 
-def dora_norm(
-    weight: Tensor | Packed4bit,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    rank_gate: Tensor | None,
-) -> Tensor:
-    """Return ‖W + scaling · (B ⊙ gate)·A‖ of each row, float32 [N]."""
-    (R, K), N = lora_A.shape, lora_B.shape[0]
-    c, w = (weight, None) if isinstance(weight, Packed4bit) else (None, weight)
-    k_per_split, num_splits = _split(K, _SPLIT, _BLOCKS // -(-N // 8))
-    gate, partials = _contiguous(rank_gate), empty(lora_A, num_splits, N)
-    touched = {"w": w, "a": lora_A, "b": lora_B, "gate": gate, "partials": partials, **of_codes(c)}
-    base, adapter = (matrix(w), codes(c, (N, K))), (matrix(lora_A), matrix(lora_B))
-    sizes = partials.data_ptr(), N, K, R, k_per_split, num_splits
-    launch.run("row_norm", lora_A, touched, *base, *adapter, vector(gate), scaling, *sizes)
-    return partials.sum(0).sqrt_()
-
-
-def dequantize(weight: Packed4bit, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """Decode the weight [N, K], rounded once to `dtype`."""
-    w = empty(weight.packed, *shape, dtype=dtype)
-    if w.numel():
-        touched, packed = {"w": w, **of_codes(weight)}, codes(weight, shape)
-        launch.run("dequantize", w, touched, packed, w.data_ptr(), DTYPE[dtype])
-    return w
-
-
-def quantize(
-    weight: Tensor, thresholds: Tensor, order: Tensor, blocksize: int
-) -> tuple[Tensor, Tensor]:
-    """Quantize as `reference.quantize_4bit`: packed uint8[⌈n/2⌉], absmax float32[⌈n/blocksize⌉]."""
-    w, n = weight.contiguous(), weight.numel()
-    packed = torch.empty(-(-n // 2), dtype=torch.uint8, device=w.device)
-    absmax = empty(w, -(-n // blocksize))
-    if n:
-        table = {"thresholds": thresholds, "order": order, "packed": packed, "absmax": absmax}
-        addresses, sizes = map(pointer, table.values()), (reference.SMALLEST_SCALE, n, blocksize)
-        arguments = w.data_ptr(), DTYPE[w.dtype], *addresses, *sizes
-        launch.run("quantize", w, {"w": w, **table}, *arguments)
-    return packed, absmax
-
-
 @dataclass
 class _Linear:
-    """y = out_scale ⊙ (x·W + mask(S)·q) + bias, S = s_scale · gate ⊙ P; `run` takes P.
+    """y = out_scale ⊙ (x·W + S·q) + bias, S = s_scale · gate ⊙ P; `run` takes P.
 
     transposed: whether the weight's rows are the inner dimension, as in dx.
     """
 
     x: Tensor
-    weight: Tensor | Packed4bit | None
+    weight: Tensor | Packed4bit
     q: Tensor
     y: Tensor
     dtype: torch.dtype
     s_scale: float
     gate: Tensor | None = None
-    mask: Dropout = NO_DROPOUT
     out_scale: Tensor | None = None
     bias: Tensor | None = None
     z: Tensor | None = None
@@ -176,25 +126,21 @@ class _Linear:
         c = weight if isinstance(weight, Packed4bit) else None
         vectors = {"gate": self.gate, "out_scale": self.out_scale, "bias": self.bias}
         outputs = {"y": self.y, "z": self.z}
-        self.touched = {"w": self.w, "q": self.q, "mask": self.mask.rng, **vectors, **outputs}
+        self.touched = {"w": self.w, "q": self.q, **vectors, **outputs}
         self.touched |= of_codes(c)
         shape = (K, N) if stored else (N, K)
         self._base = matrix(self.w), codes(c, shape), stored, DTYPE[self.dtype]
 
     def args(self, x: Tensor, p: Tensor | None) -> tuple[object, ...]:
-        """Pack the arguments that all launchers of the equation have in common."""
+        """Pack the arguments that `gemm` and `decode` have in common."""
         gate, out_scale, bias = map(vector, (self.gate, self.out_scale, self.bias))
-        update = pointer(p), matrix(self.q), gate, self.s_scale, mask(self.mask)
+        update = pointer(p), matrix(self.q), gate, self.s_scale
         outputs = self.y.data_ptr(), pointer(self.z), DTYPE[self.y.dtype]
         return matrix(x), *self._base, *update, out_scale, bias, *outputs, *self.shape
 
-    def run(self, p: Tensor, use_tensor_cores: bool) -> None:
-        """Compute y, with the GEMM on tensor cores or on CUDA cores."""
-        x = self.cast_x()
-        if not use_tensor_cores:
-            launch.run("linear", x, {"x": x, "p": p, **self.touched}, *self.args(x, p))
-            return
-        x = whole_rows(x)
+    def run(self, p: Tensor) -> None:
+        """Compute y by `gemm`."""
+        x = whole_rows(self.x.to(self.dtype))
         M, N, K, _ = self.shape
         tile_m, tile_n = _GEMM_TILE
         tiles = -(-M // tile_m) * -(-N // tile_n)
@@ -205,50 +151,34 @@ class _Linear:
         split_k = num_splits, pointer(partials), k_per_split
         launch.run("gemm", x, touched, self.args(x, p), *split_k)
 
-    def cast_x(self) -> Tensor:
-        """Return x in the base GEMM's dtype, or unchanged if there is no base GEMM."""
-        return self.x if self.weight is None else self.x.to(self.dtype)
 
-    def can_use_tensor_cores(self, strategy: str) -> bool:
-        """Return True if the GEMM for dx can run on tensor cores, as y does."""
-        if strategy == TWO_PASS_SIMT:
-            return False
-        layout, (_, K, N, _) = constraints.layout(self.weight, self.dtype), self.shape
-        return constraints.backward_unsupported_reason(self.dtype, layout, N, K) is None
-
-
-def _decode(linear: _Linear, a: Tensor, dropout: Dropout, cooperative: bool) -> Tensor:
+def _decode(linear: _Linear, a: Tensor) -> Tensor:
     """Compute y for few rows, and return P."""
-    x, (M, _, K, R) = linear.x, linear.shape
+    x, a, (M, _, K, R) = whole_rows(linear.x), whole_rows(a), linear.shape
     k_per_split, num_splits = _split(K, _SPLIT, _MAX_PUBLISHERS)
     partials, p = empty(x, num_splits, M, R), empty(x, M, R)
-    flags = workspace.flags(x.device) if cooperative else None  # two launches need no flags
-    down_projection = matrix(a), mask(dropout), dropout.scale
-    split_k = partials.data_ptr(), p.data_ptr(), pointer(flags), k_per_split, num_splits
-    args = linear.args(x, None), *down_projection, *split_k
+    flags = workspace.flags(x.device)
+    addresses = map(pointer, (partials, p, flags))
+    down_projection = matrix(a), *addresses, k_per_split, num_splits
+    args = linear.args(x, None), *down_projection
     if not module().decode_keeps_x(args):  # x exceeds shared memory and is loaded by tiles
-        x = whole_rows(linear.cast_x())
-        args = linear.args(x, None), *down_projection, *split_k
-    touched = {"x": x, "a": a, "rng": dropout.rng, "partials": partials, "p": p, "flags": flags}
-    launch.run("decode", x, touched | linear.touched, args, cooperative)
+        x = whole_rows(x.to(linear.dtype))
+        args = linear.args(x, None), *down_projection
+    touched = {"x": x, "a": a, "partials": partials, "p": p, "flags": flags, **linear.touched}
+    launch.run("decode", x, touched, *args)
     return p
 
 
-def _thin(
-    v: Tensor, v_scale: Tensor | None, dropout: Dropout, over_rows: bool, y: Tensor
-) -> Tensor:
-    """Return the partial sums [num_splits, I, R] of V·yᵀ, or of Vᵀ·yᵀ if over_rows.
-
-    V is mask(v ⊙ v_scale).
-    """
+def _thin(v: Tensor, v_scale: Tensor | None, over_rows: bool, y: Tensor) -> Tensor:
+    """Return the partial sums [num_splits, I, R] of (v ⊙ v_scale)·yᵀ, or (v ⊙ v_scale)ᵀ·yᵀ."""
     R, J = y.shape
     I = v.shape[1] if over_rows else v.shape[0]  # noqa: E741
     blocks = -(-I // 64) * -(-R // (64 if R > 16 else 16))
     least = _THIN_SPLIT if over_rows else _SPLIT
     j_per_split, num_splits = _split(J, least, _BLOCKS // blocks)
     v_scale, out = _contiguous(v_scale), empty(v, num_splits, I, R)
-    touched = {"v": v, "v_scale": v_scale, "rng": dropout.rng, "y": y, "out": out}
-    operands = matrix(v), vector(v_scale), mask(dropout), over_rows, matrix(y), out.data_ptr()
+    touched = {"v": v, "v_scale": v_scale, "y": y, "out": out}
+    operands = matrix(v), vector(v_scale), over_rows, matrix(y), out.data_ptr()
     launch.run("thin", v, touched, *operands, I, J, R, j_per_split, num_splits)
     return out
 
@@ -278,12 +208,12 @@ def _column_sums(v: Tensor, z: Tensor | None, sums: Tensor) -> None:
     _reduce(partials, None, 1.0, sums.t())
 
 
-def _sum(partials: Tensor, scale: float) -> Tensor:
-    """Return scale · Σ partials, [M, R] float32; a view if there is one unscaled partial sum."""
-    if partials.shape[0] == 1 and scale == 1.0:
+def _sum(partials: Tensor) -> Tensor:
+    """Return Σ partials, [M, R] float32; a view if there is one partial sum."""
+    if partials.shape[0] == 1:
         return partials[0]
     out = empty(partials, *partials.shape[1:])
-    _reduce(partials, None, scale, out)
+    _reduce(partials, None, 1.0, out)
     return out
 
 

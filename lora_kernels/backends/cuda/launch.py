@@ -15,7 +15,6 @@ from . import is_emulated, module
 
 if TYPE_CHECKING:
     from ...core.packed4bit import Packed4bit
-    from ..dropout import Dropout
 
 DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _WIDE = 16  # bytes of the widest load
@@ -55,10 +54,6 @@ def whole_rows(t: Tensor) -> Tensor:
 
 def vector(t: Tensor | None) -> VectorArg | None:
     return None if t is None else (t.data_ptr(), DTYPE[t.dtype])
-
-
-def mask(dropout: Dropout) -> tuple[int, int]:
-    return pointer(dropout.rng), dropout.threshold
 
 
 def codes(c: Packed4bit | None, shape: tuple[int, int]) -> tuple[Any, ...] | None:

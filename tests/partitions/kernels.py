@@ -10,7 +10,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 OPTIONS = ("dropout", "gate", "column scale", "4-bit", "adapters")
-ABSENT = {
+# Of all kernels of a backend.
+ABSENT = {"triton": ("adapters", "dropout"), "cuda": ("adapters", "dropout")}
     "triton": ("adapters", "dropout"),
     "cuda": ("adapters", "dropout"),
 }  # of all kernels of a backend

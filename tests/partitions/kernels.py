@@ -10,11 +10,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 OPTIONS = ("dropout", "gate", "column scale", "4-bit", "adapters")
-# Of all kernels of a backend.
+# Options that no kernel of a backend has.
 ABSENT = {"triton": ("adapters", "dropout"), "cuda": ("adapters", "dropout")}
-    "triton": ("adapters", "dropout"),
-    "cuda": ("adapters", "dropout"),
-}  # of all kernels of a backend
 Absent = dict[str | tuple[str, str], str]  # an option, or a partition and an option -> the reason
 
 

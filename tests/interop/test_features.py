@@ -436,7 +436,9 @@ def test_mixed_with_loha_equals_peft(lora_first: bool) -> None:
         for each in models:
             each.set_adapter(active)
         assert_same_models(fused, stock)
-        inside = "adapter only" if not lora_first and "second" in active else "ours, library GEMMs"
+        inside = "ours, library GEMMs" if lora_first else "adapter only"
+        if ("default" if lora_first else "second") not in active:
+            inside = "PEFT's"
         assert {row.state for row in explain(fused).rows} == {inside}
     assert_same_models(fused.merge_and_unload(), stock.merge_and_unload())
 

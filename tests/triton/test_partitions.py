@@ -1,7 +1,8 @@
 """Kernels cut into many parts: tiles, ranks and splits of 16, so that small sizes have several of
-each. `python -m tests.partitions` counts them."""
+each."""
 
 import re
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,22 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     for name, value in values.items():
         monkeypatch.setattr(configs, name, value)
+    # Sums and ranks in the loops of a program, and groups of rows, are several too.
+    assert min(M, N, WHOLE, WORDS, ODD, SPLIT, BLOCKS) > SIZE and gemm.group_m * SIZE < M
+
+
+@pytest.fixture
+def grids(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[tuple[int, ...]]]:
+    """The grids in which the test launches each kernel."""
+    found: dict[str, list[tuple[int, ...]]] = defaultdict(list)
+    run = launch.run
+
+    def recorded(kernel: Any, *args: Any, grid: tuple[int, ...], **kwargs: Any) -> None:
+        found[kernel.__name__.removesuffix("_kernel")].append(grid)
+        run(kernel, *args, grid=grid, **kwargs)
+
+    monkeypatch.setattr(launch, "run", recorded)
+    return found
 
 
 @pytest.mark.parametrize(
@@ -69,19 +86,30 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     ids=str,
 )
 def test_lora_linear_in_small_tiles_is_exact(
-    strategy: str, rank: int, K: int, blocksize: int
+    strategy: str, rank: int, K: int, blocksize: int, grids: dict[str, list[tuple[int, ...]]]
 ) -> None:
     options: Any = exact.OPTIONS | {"dropout_p": 0.0}
     case = Case(M, N, K, rank, f32, values="integers", device=DEVICE, **options)
     with lora_kernels.backend("triton", strategy):
         exact.check(case, blocksize)
+    kernels = ["outer", "reduce", *(["fused"] if strategy == FUSED else ["shrink", "two_pass"])]
+    if strategy == TWO_PASS and rank == ONE_BLOCK:
+        kernels.append("shrink_outer")
+    for kernel in kernels:
+        first, *rest = grids[kernel][0]
+        if rank == ONE_BLOCK and kernel in ("shrink", "outer"):
+            del rest[0]  # of ranks
+        assert min([first, *rest]) > 1, (kernel, grids[kernel])
 
 
 @pytest.mark.parametrize("nested", [False, True])
-def test_dequantize_in_small_tiles_is_bitwise(nested: bool, device: str) -> None:
+def test_dequantize_in_small_tiles_is_bitwise(
+    nested: bool, device: str, grids: dict[str, list[tuple[int, ...]]]
+) -> None:
     for K in (WHOLE, WORDS, ODD):
         values = torch.randn(N, K, generator=torch.Generator().manual_seed(K))
         codec.check_decode(quantize_4bit(values.to(device), "nf4", 32, nested), f32)
+    assert min(min(grid) for grid in grids["dequantize"]) > 1
 
 
 Run = Callable[[], dict[str, Tensor]]

@@ -62,6 +62,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "head nf4": {"quant": "nf4-64"},
 }
 GPU_ENGINES = ("triton ", "cuda ", cases.EAGER_CUDA)  # how their names begin
+LINEAR_ONLY = ("triton ", "cuda ")  # engines without dropout and DoRA's norm
 SHAPES: Shapes = ((70, 257, 100, 13), (1, 65, 63, 5))  # M, N, K, R: no multiples of a tile
 FEW_ROWS = (5, 66, 96, 40)  # in place of the second, for 4-bit weights
 CUDA_SHAPES: Shapes = ((70, 264, 192, 13), (5, 72, 64, 40))  # in place of both: whole rows
@@ -164,6 +165,10 @@ def judge_option(shapes: Shapes, dtypes: Dtypes, option: str, name: str) -> Line
             with cases.engine(name):
                 verdicts |= {f"{case}/{output}": v for output, v in cases.judge(case).items()}
         return _line(name, dtypes, option, verdicts) if verdicts else None
+    if name.startswith(LINEAR_ONLY):
+        if option == "dropout":
+            return None
+        fields = fields | {"dropout_p": 0.0}
     if name.startswith(GPU_ENGINES):
         device = cases.triton_device() if name.startswith("triton ") else "cuda"
     if name.startswith("cuda "):
@@ -175,8 +180,8 @@ def judge_option(shapes: Shapes, dtypes: Dtypes, option: str, name: str) -> Line
         for forced in _forced_engines(name, case):
             with cases.engine(forced):
                 judged = cases.judge(case)
-                is_norm = not case.dropout_p and case.base and not case.column_scale
-                if is_norm and not name.startswith("cuda "):  # which has no kernel for it
+                has_norm = case.base and not name.startswith(LINEAR_ONLY)
+                if has_norm and not case.dropout_p and not case.column_scale:
                     judged |= cases.judge_norm(case)
             few = ", few rows" if forced != name else ""
             verdicts |= {f"{case}{few}/{output}": v for output, v in judged.items()}

@@ -204,16 +204,16 @@ def test_is_eager_on_gpu_follows_the_forced_backend(backend: str | None, want: b
 
 
 @pytest.mark.parametrize(
-    ("backend", "words"),
+    ("backend", "reason"),
     [
         ("cpu", "got rng as a dropout mask"),
-        ("triton", "got rng as a dropout mask"),
-        ("cuda", "its kernels make no dropout mask"),
+        ("triton", "the kernels for GPUs have no dropout"),
+        ("cuda", "the kernels for GPUs have no dropout"),
     ],
 )
-def test_rng_mask_beside_another_backend_is_refused(backend: str, words: str) -> None:
+def test_rng_mask_beside_another_backend_is_refused(backend: str, reason: str) -> None:
     args = layer_args(dropout_p=0.5)
-    with lora_kernels.backend(backend), pytest.raises(RuntimeError, match=words):
+    with lora_kernels.backend(backend), pytest.raises(RuntimeError, match=reason):
         lora_linear(**args | {"rng": torch.ones(12, 64, dtype=torch.bool)})
 
 

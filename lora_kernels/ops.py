@@ -47,7 +47,7 @@ _LIB = torch.library.Library("lora_kernels", "DEF")
 _BACKENDS: dict[str, Backend] = {"eager": eager, "cpu": cpu, "triton": triton, "cuda": cuda}
 _MULTI_BACKENDS: dict[str, MultiBackend] = {"eager": eager, "cpu": cpu}
 _EXPERTS_BACKENDS: dict[str, ExpertsBackend] = {"eager": eager_experts, "cpu": cpu_experts}
-_NORM_BACKENDS: dict[str, NormBackend] = {"cpu": cpu, "cuda": cuda}
+_NORM_BACKENDS: dict[str, NormBackend] = {"eager": eager, "cpu": cpu}
 
 _WEIGHT = "Tensor? weight"
 CODES = (

@@ -401,9 +401,13 @@ class Generations(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         training = model.training
         out = model.eval().generate(
-            input_ids=torch.tensor([[5, 6, 7]]), max_new_tokens=3, min_new_tokens=3,
-            do_sample=False, output_logits=True, return_dict_in_generate=True,
-        )  # fmt: skip
+            input_ids=torch.tensor([[5, 6, 7]]),
+            max_new_tokens=3,
+            min_new_tokens=3,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
         model.train(training)
         self.found.append(torch.stack(out.logits))
 
@@ -426,10 +430,19 @@ def trained(model: Any, out: Path, **options: Any) -> tuple[dict[str, Tensor], A
     ids = torch.randint(3, 48, (4, 8), generator=torch.Generator().manual_seed(0))
     data = [{"input_ids": row, "labels": row} for row in ids]
     args = TrainingArguments(
-        str(out), max_steps=3, per_device_train_batch_size=4, eval_strategy="steps", eval_steps=1,
-        logging_steps=1, learning_rate=0.1, report_to=[], use_cpu=True, disable_tqdm=True,
-        save_steps=2, **options,
-    )  # fmt: skip
+        str(out),
+        max_steps=3,
+        per_device_train_batch_size=4,
+        eval_strategy="steps",
+        eval_steps=1,
+        logging_steps=1,
+        learning_rate=0.1,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        save_steps=2,
+        **options,
+    )
     kept = Generations()
     trainer = Trainer(model, args, train_dataset=data, eval_dataset=data, callbacks=[kept])
     resumed = out / "checkpoint-2" if (out / "checkpoint-2").exists() else None

@@ -93,8 +93,10 @@ def _install() -> None:
 
     builder, executor = interpreter.interpreter_builder, interpreter.GridExecutor
     set_dim, set_index, store = (
-        builder.set_grid_dim, builder.set_grid_idx, builder.create_masked_store,
-    )  # fmt: skip
+        builder.set_grid_dim,
+        builder.set_grid_idx,
+        builder.create_masked_store,
+    )
     launch, running = executor.__call__, [_Launch("")]
 
     def run(self: Any, *args: Any, **kwargs: Any) -> None:

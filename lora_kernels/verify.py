@@ -61,6 +61,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "head nf4": {"quant": "nf4-64"},
 }
 GPU_ENGINES = ("triton ", "cuda ", cases.EAGER_CUDA)  # how their names begin
+LINEAR_ONLY = ("triton ",)  # engines without dropout and DoRA's norm
 SHAPES: Shapes = ((70, 257, 100, 13), (1, 65, 63, 5))  # M, N, K, R: no multiples of a tile
 FEW_ROWS = (5, 66, 96, 40)  # in place of the second, for 4-bit weights
 THOROUGH: Shapes = (*SHAPES, (515, 261, 259, 16), (33, 259, 257, 64), (130, 1536, 576, 100))
@@ -168,6 +169,10 @@ def judge_option(shapes: Shapes, dtypes: Dtypes, option: str, name: str) -> Line
             with cases.engine(name):
                 verdicts |= {f"{case}/{output}": v for output, v in cases.judge(case).items()}
         return _line(name, dtypes, option, verdicts) if verdicts else None
+    if name.startswith(LINEAR_ONLY):
+        if option == "dropout":
+            return None
+        fields = fields | {"dropout_p": 0.0}
     if name.startswith(GPU_ENGINES):
         device = cases.triton_device() if name.startswith("triton ") else "cuda"
     for M, N, K, R in (shapes[0], FEW_ROWS, *shapes[2:]) if "quant" in fields else shapes:
@@ -175,7 +180,8 @@ def judge_option(shapes: Shapes, dtypes: Dtypes, option: str, name: str) -> Line
         for forced in _forced_engines(name, case):
             with cases.engine(forced):
                 judged = cases.judge(case)
-                if not case.dropout_p and case.base and not case.column_scale:
+                has_norm = case.base and not name.startswith(LINEAR_ONLY)
+                if has_norm and not case.dropout_p and not case.column_scale:
                     judged |= cases.judge_norm(case)
             few = ", few rows" if forced != name else ""
             verdicts |= {f"{case}{few}/{output}": v for output, v in judged.items()}

@@ -52,24 +52,6 @@ def excess(layer: Any, fused_class: Any) -> str | None:
     return None
 
 
-def describe(layer: Any, rows: int) -> str | None:
-    """Return the bytes that a fused layer's next call and PEFT's would move, in words.
-
-    They are of the training step in training mode, else of the forward. None for a layer that is
-    not counted.
-    """
-    if not _is_countable(layer):
-        return None
-    counts = _counts(layer, type(layer), rows)
-    if isinstance(counts, str):
-        return counts
-    phase = int(layer.training)
-    return (
-        f"counted: its {_PHASES[phase]} with {_rows(rows)} of x moves "
-        f"{counts.fused[phase] / 1e6:.3f} MB, PEFT's own {counts.peft[phase] / 1e6:.3f}"
-    )
-
-
 def _rows(rows: int) -> str:
     return f"{rows} row{'s' * (rows > 1)}"
 

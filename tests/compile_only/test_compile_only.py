@@ -46,7 +46,9 @@ def test_kernels_compile_with_the_oldest_triton(target: str) -> None:
     assert f"compiled with Triton {MIN_TRITON}." in printed
     sources = (ROOT / "lora_kernels/backends/triton").glob("*.py")
     defined = {
-        name for file in sources for name in re.findall(r"def (\w+_kernel)\(", file.read_text())
+        name
+        for file in sources
+        for name in re.findall(r"^def (\w+_kernel)\(", file.read_text(), re.MULTILINE)
     }
     assert defined == set(re.findall(r"(\w+_kernel) ", printed))
 

@@ -5,7 +5,7 @@ A kernel is a script for each of its blocks, one letter an instruction, that thr
     s store 1    l load    n load by ld.global.nc    c cp.async, to shared memory
     r release    x add without a release    a wait with acquire    w wait without, for flag 0
     R, A         the same with flag 1; 0 stores zero to flag 0
-    d launch_dependents    g wait_for_grids_before    y let others run
+    y let others run
     b a barrier of all threads, t the load by thread 1
 """
 
@@ -38,7 +38,6 @@ LK_KERNEL script_kernel(const Args a) {
     if (op == 'b') sync_block();
     if (op == 'y') for (int i = 0; i < 1000; ++i) emulator::yield_now();
     if (op == 't' && thread_id() == 1) stg(a.out, ldg_coherent(a.data));
-    if (op == 'g') wait_for_grids_before();
     if (thread_id()) continue;
     if (op == 's') stg(a.data, 1.0f);
     if (op == 'l') stg(a.out, ldg_coherent(a.data));
@@ -53,11 +52,10 @@ LK_KERNEL script_kernel(const Args a) {
     if (op == 'a' || op == 'A') while (!flag_load_acquire(a.flags + (op == 'A'))) {}
     if (op == 'w') while (!emulator::flag_load(a.flags, false)) {}
     if (op == '0') flag_store(a.flags, 0);
-    if (op == 'd') launch_dependents();
   }
 }
 
-// A grid: its stream, "+" where it may start before the one before it ends, its blocks' scripts.
+// A grid: its stream, and its blocks' scripts.
 int main(int count, char** grids) {
   alignas(16) static float data[4], out[4];
   static int flags[2];
@@ -69,13 +67,12 @@ int main(int count, char** grids) {
   };
   emulator::allow({range("data", data), range("out", out), range("flags", flags)});
   for (int i = 1; i < count; ++i) {
-    const bool dependent = grids[i][1] == '+';
-    char* const scripts = grids[i] + 1 + dependent;
+    char* const scripts = grids[i] + 1;
     unsigned blocks = 1;
     for (char* c = scripts; *c; ++c)
       if (*c == '|') *c = 0, ++blocks;
     launch({.name = "script", .x = blocks, .threads = 32, .shared_bytes = 16,
-            .stream = {(uintptr_t)(grids[i][0] - '0'), 0}, .dependent = dependent},
+            .stream = {(uintptr_t)(grids[i][0] - '0'), 0}},
            script_kernel, Args{scripts, data, out, flags});
   }
   try {
@@ -133,13 +130,6 @@ def scripts(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["0a0|r"], "0"),
         # Grids one behind the other, and at once.
         (["0s", "0n"], "1"),
-        (["0ds", "0+gl"], "1"),
-        (["0dsyyy", "0+gyl"], "1"),
-        (["0ds", "0+yyl"], NO_ACQUIRE),
-        (["0ds", "0+gn"], NOT_COHERENT),
-        (["0ds", "0+g", "0n"], "1"),
-        (["0ds", "0+d", "0+gn"], NOT_COHERENT),
-        (["0dn", "0+gs"], READ_BEFORE),
         (["0s", "1yyl"], NO_ACQUIRE),
         (["0sr", "1al"], "1"),
     ],

@@ -2,6 +2,7 @@
 
 __version__ = "0.1.0"
 
+from .choice.choose import backend
 from .core import reference
 from .functional import (
     dora_norm,
@@ -12,7 +13,6 @@ from .functional import (
 )
 from .head import lora_linear_cross_entropy, lora_linear_log_probs
 from .qualification import qualify
-from .selection import backend
 
 __all__ = [
     "__version__",

@@ -1,32 +1,23 @@
-"""Predict the time of `lora_linear` on a GPU for each backend, and choose the fastest.
+"""Predict the time of `lora_linear` on a GPU for each backend.
 
 A strategy takes the longer of two times: the host's, to launch it from Python, and the device's.
 On the device its GEMM takes the longest of memory traffic, FLOPs (with decoding, which does not
 overlap in one block) and round trips to memory. The time of FLOPs and decoding is divided by the
 share of multiprocessors that have a block. Further passes over x and y, and launches, are added.
-Rates are shares of the data sheet's (`device.DeviceInfo`), times the factors (`Rates`) that a
-qualification fitted on the card. `selection` asks `choose` for calls that qualified.
+Rates are shares of the data sheet's (`device.DeviceInfo`), times the factors in `Rates`.
 """
 
 from __future__ import annotations
 
-import functools
-import itertools
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
-from .backends import cuda, decode4bit, triton
-from .backends.cuda import constraints
-from .backends.cuda import heuristics as cuda_heuristics
 from .backends.triton import configs
-from .backends.triton import heuristics as triton_heuristics
-from .core.problem import Choice, Problem, Strategy
+from .core.problem import Problem, Strategy
 from .device import DeviceInfo
-from .verdicts import KEEP_EAGER, Group, Point, Verdict, group_of
 
 Shapes = Sequence[tuple[int, int]]  # N and K
 LAUNCH = 3e-6  # seconds of the smallest kernel, launched back to back
@@ -35,7 +26,7 @@ PYTHON_LAUNCH = 6e-6  # seconds of a call of torch, one after another in eager m
 # of Triton's, with one and two kernels and a driver that launches nothing.
 CUDA_CALL, CUDA_LAUNCH = 15e-6, 5e-6
 TRITON_CALL, TRITON_LAUNCH = 27e-6, 30e-6
-# Shares of the data sheet's peak. Estimates, as long as `fit` has no times of a card.
+# Shares of the data sheet's peak, estimates.
 BANDWIDTH_SHARE = 0.85  # of the bandwidth, that streams reach
 LIBRARY_SHARE = 0.75  # of the tensor cores' peak, that a large cuBLAS GEMM reaches
 # The share that mma.sync of the CUDA kernels reaches. From sm_90 on it cannot reach the peak, which
@@ -64,7 +55,6 @@ LATENCY, L2_LATENCY = 0.6e-6, 0.3e-6
 # Bytes a clock that the L2 cache gives a multiprocessor: 7.4 TB/s on H100, 5.2 on RTX 4090. An
 # estimate within a quarter.
 L2_BYTES = {80: 32, 90: 32, 100: 32, 103: 32, 86: 16, 89: 16, 120: 16}
-CONTENDER = 1.0  # of eager's time: a kernel predicted above is not qualified
 DECODE_ROWS = 16
 DECODE_TILE, DECODE_CHUNK, DECODE_WARPS = 16, 128, 8  # of decode.cu
 DECODE_CODEBOOK_BYTES, DECODE_MAX_SHARED_BYTES = 32 << 10, 80 << 10  # the latter: most with x
@@ -92,8 +82,6 @@ BITSANDBYTES_ROWS = {
 @dataclass(frozen=True)
 class Rates:
     """Factors of the model's rates and times; 1 is the estimate from the data sheet.
-
-    `fit` finds them from times on a card.
 
     Attributes:
         bandwidth, library, cuda, triton, decoding: of the bandwidth, of the tensor cores' rate that
@@ -379,179 +367,3 @@ def _predict_cuda_decode(call: _Call, strategy: Strategy) -> Cost:
 
 def _ceil_div(a: int, b: int) -> int:
     return -(-a // b)
-
-
-@functools.lru_cache(maxsize=4096)
-def choose(problem: Problem, gpu: DeviceInfo, verdict: Verdict, in_graph: bool = False) -> Choice:
-    """Choose for a GPU: the fastest of what qualified, by `lora-kernels tune` or the cost model.
-
-    in_graph: whether the call is captured in a CUDA graph, so that the host's time has no part.
-
-    The eager backend, unless another is expected to be faster by 5 % (`KEEP_EAGER`). Cached for the
-    process: a later change of the tuning table or of libraries is not seen.
-    """
-    index = problem.device_index
-    device = torch.device("cuda") if index is None else torch.device("cuda", index)
-    unavailable = {
-        "triton": triton.unavailable_reason(),
-        "cuda": cuda.unsupported_device_reason(problem.device_type, problem.device_index),
-        "bitsandbytes": decode4bit.bitsandbytes_reason(device) if problem.four_bit else None,
-    }
-    tuned = triton_heuristics.choose_tuned(problem, gpu, reason=None)
-    if tuned is not None:
-        why = _unqualified("triton", tuned.strategy, problem, verdict, in_graph)
-        if why is None:
-            return tuned
-    found = choose_fastest(problem, gpu, unavailable, verdict, in_graph)
-    if found is None:
-        return Choice("eager", Strategy.LIBRARY, "the cost model does not know this GPU")
-    return found
-
-
-def decoding_rows(gpu: DeviceInfo, N: int, K: int) -> float:
-    """Return the most rows for which a GEMM decodes a 4-bit weight [N, K] in each tile of rows.
-
-    A rule beside the model. On ten cards bitsandbytes measured no fused 4-bit GEMM ahead of
-    decoding once above these rows (see `BITSANDBYTES_ROWS`).
-    """
-    if N * K < BITSANDBYTES_LARGE:
-        return math.inf
-    return 512 if gpu.capability in (89, 120) else 128
-
-
-def _decodes_in_tiles(cost: Cost, problem: Problem) -> bool:
-    return problem.four_bit and cost.backend != "eager" and cost.strategy != Strategy.LIBRARY
-
-
-def choose_fastest(
-    problem: Problem,
-    gpu: DeviceInfo,
-    unavailable: Mapping[str, str | None],
-    verdict: Verdict | None = None,
-    in_graph: bool = False,
-) -> Choice | None:
-    """Choose the fastest strategy by the cost model; None if the model does not know the GPU.
-
-    unavailable: why a backend, or bitsandbytes, cannot run, or None.
-    verdict: None takes every group as qualified, and the rates as the data sheet's.
-    in_graph: whether the host's time has no part.
-    """
-    if not is_known(gpu) or unsupported_reason(gpu) or problem.unsupported_reason():
-        return None
-    rates = Rates() if verdict is None else Rates(**verdict.rates)
-    if in_graph:
-        rates = replace(rates, host=0.0)
-    predicted = predict(gpu, problem, not unavailable.get("bitsandbytes"), rates)
-    eager = next(cost for cost in predicted if cost.backend == "eager")
-    failed: list[str] = []
-    for cost in predicted:
-        if cost.seconds > KEEP_EAGER * eager.seconds:
-            break
-        if unavailable.get(cost.backend) or _is_unsupported(cost, problem, gpu):
-            continue
-        why = None if verdict is None else _unqualified(*cost[:2], problem, verdict, in_graph)
-        if why is not None:
-            failed.append(f"{cost.backend} {cost.strategy!r} {why}")
-            continue
-        ratio = f"{cost.seconds / eager.seconds:.2f} of eager's {eager.seconds * 1e6:.0f} µs"
-        why = f"the cost model expects {ratio}, most of it {cost.bottleneck}"
-        if cost.backend == "cuda":
-            layout, N, K = cuda_heuristics.layout_of(problem), problem.columns, problem.inner
-            why += cuda_heuristics.dx_note(cost.strategy, problem.dtype, layout, N, K)
-        return Choice(cost.backend, cost.strategy, why)
-    why = f"no kernel is expected to be {1 - KEEP_EAGER:.0%} faster than PyTorch's GEMMs"
-    if failed:
-        why = f"PyTorch's GEMMs; {'; '.join(failed)}"
-    return Choice("eager", Strategy.LIBRARY, why)
-
-
-def _is_unsupported(cost: Cost, problem: Problem, gpu: DeviceInfo) -> bool:
-    """Return True if the strategy cannot run the call, or decodes the weight too often for it."""
-    most = decoding_rows(gpu, problem.columns, problem.inner)
-    if _decodes_in_tiles(cost, problem) and problem.rows > most:
-        return True
-    if cost.backend != "cuda":
-        return False
-    sizes = problem.rows, problem.columns, problem.inner
-    layout = cuda_heuristics.layout_of(problem)
-    reason = constraints.forward_unsupported_reason(cost.strategy, problem.dtype, layout, *sizes)
-    return reason is not None
-
-
-def _unqualified(
-    backend: str, strategy: str, problem: Problem, verdict: Verdict, in_graph: bool = False
-) -> str | None:
-    """Return why the strategy may not run the call on this card, or None."""
-    if backend == "eager":
-        return None
-    group = group_of(backend, strategy, problem)
-    if group not in verdict.passed:
-        return f"did not qualify: {verdict.failed.get(group, 'it was not checked')}"
-    if problem.layout is not None and problem.layout.unsupported_reason == constraints.NO_BASE:
-        return "is not qualified without a base GEMM"
-    forward, step = verdict.ratios(group, problem.rows, in_graph) or (0.0, 0.0)
-    if forward > KEEP_EAGER:
-        return f"took {forward:.2f} of eager's time"
-    if step > 1:
-        return f"took {step:.2f} of eager's time for a step"
-    return None
-
-
-def is_contender(group: Group, gpu: DeviceInfo, rows: Sequence[int], shapes: Shapes) -> bool:
-    """Return True if the model expects the group within CONTENDER of eager's time somewhere.
-
-    rows, shapes: M, and pairs of N and K, for which it is asked.
-    """
-    if not is_known(gpu):
-        return True
-    for M, (N, K) in itertools.product(rows, shapes):
-        problem = group.problem(M, N, K)
-        found = {cost[:2]: cost for cost in predict(gpu, problem)}
-        cost = found.get((group.backend, Strategy(group.strategy)))
-        eager = found["eager", Strategy.LIBRARY]
-        if cost is None or _is_unsupported(cost, problem, gpu):
-            continue
-        if cost.seconds < CONTENDER * eager.seconds:
-            return True
-    return False
-
-
-def fit(points: Sequence[Point], gpu: DeviceInfo, bitsandbytes: bool = True) -> dict[str, float]:
-    """Return the fields of `Rates` that bring the model closest to the measured forwards.
-
-    It minimizes the sum of the squared logarithms of predicted over measured times, and 1/50 of
-    those of the factors, so that a factor without data stays 1. Each factor is in [1/8, 8]. Empty
-    without points, or if the model does not know the GPU.
-
-    bitsandbytes: whether it decoded 4-bit weights for the eager backend.
-    """
-    if not points or not is_known(gpu) or unsupported_reason(gpu):
-        return {}
-    factors = dict.fromkeys(vars(Rates()), 1.0)
-    best, step = _error(factors, points, gpu, bitsandbytes), 2.0
-    while step > 1.01:
-        before = best
-        for name, scale in itertools.product(factors, (step, 1 / step)):
-            tried = factors | {name: factors[name] * scale}
-            error = _error(tried, points, gpu, bitsandbytes)
-            if error < best and 1 / 8 <= tried[name] <= 8:
-                factors, best = tried, error
-        if best == before:
-            step **= 0.5
-    return {name: round(factor, 4) for name, factor in factors.items()}
-
-
-def _error(
-    factors: dict[str, float], points: Sequence[Point], gpu: DeviceInfo, bitsandbytes: bool
-) -> float:
-    error = sum(math.log(factor) ** 2 for factor in factors.values()) / 50
-    for point in points:
-        group, rates = point.group, Rates(**factors)
-        problem = group.problem(point.rows, point.columns, point.inner, point.rank)
-        found = {c[:2]: c.seconds for c in predict(gpu, problem, bitsandbytes, rates)}
-        measured = {
-            ("eager", Strategy.LIBRARY): point.eager_forward.elapsed(),
-            (group.backend, Strategy(group.strategy)): point.forward.elapsed(),
-        }
-        error += sum(math.log(found[which] / seconds) ** 2 for which, seconds in measured.items())
-    return error

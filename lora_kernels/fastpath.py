@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from . import ops, selection
+from . import ops
 from .arguments import base_dtype
 from .backends import native
 from .backends.cpu import PreparedCall
 from .backends.cpu_heuristics import few_rows
 from .backends.eager import row_squares
+from .choice import choose as selection
 from .core.call import Guard
 from .functional import dora_norm, lora_linear
 from .quantization import Weight4bit

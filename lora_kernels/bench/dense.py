@@ -27,7 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import cpu_costs, functional, selection, timing
+from .. import cpu_costs, functional, timing
+from ..choice import choose as selection
 from ..core.problem import Problem
 from ..cpu_costs import Machine, Sizes
 from ..fastpath import CallCache

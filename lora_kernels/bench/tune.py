@@ -22,11 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import __version__, functional, selection, timing
+from .. import __version__, functional, timing
 from .. import device as devices
 from ..backends.triton import COOPERATIVE, FUSED, LIBRARY, STRATEGIES, configs, measured
 from ..backends.triton.configs import GemmTiles
 from ..backends.triton.measured import Measured, Shape
+from ..choice import choose as selection
 from ..device import DeviceInfo
 from . import case as cases
 from . import models, outputs, tolerance

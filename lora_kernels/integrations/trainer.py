@@ -11,7 +11,7 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from .. import verdicts
+from ..choice import verdicts
 from ..peft import explain, fuse
 from ..peft.linear import Fused
 from ..peft.swap import lora_layers

@@ -10,12 +10,13 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from .. import ops, selection
+from .. import ops
 from ..arguments import base_dtype
 from ..backends import cpu, cpu_heuristics
 from ..backends.decode4bit import decoded_by
 from ..backends.head import chunk_rows
 from ..backends.library import is_on_gpu_path
+from ..choice import choose as selection
 from ..core.problem import Layout, Problem
 from ..layers import DoRALinear, LoRAEmbedding, LoRALayer
 from ..layers.experts import is_quantized, stack

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .. import costs, cpu_costs, device, selection
+from .. import costs, cpu_costs, device
 from ..backends import decode4bit
 from ..backends.triton import measured
+from ..choice import choose as selection
 from ..core.problem import MANY_ROWS, Choice, Layout, Problem, Strategy
 from ..cpu_costs import Machine, Sizes
 from ..device import DeviceInfo

@@ -10,7 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import lora_kernels
-from lora_kernels import device, info, selection
+from lora_kernels import device, info
 from lora_kernels.backends import cuda
 from lora_kernels.backends.cuda import (
     COOPERATIVE,
@@ -20,6 +20,7 @@ from lora_kernels.backends.cuda import (
     constraints,
     launch,
 )
+from lora_kernels.choice import choose as selection
 from lora_kernels.core.problem import Choice, Layout, Problem
 from lora_kernels.layers import LoRALinear
 from lora_kernels.peft import explain, fuse

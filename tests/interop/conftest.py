@@ -2,7 +2,7 @@
 
 import pytest
 
-from lora_kernels import selection
+from lora_kernels.choice import choose as selection
 from lora_kernels.core.problem import Choice, Problem
 from tests.support.threads import threads as threads
 

@@ -14,9 +14,10 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 import lora_kernels
-from lora_kernels import costs, cpu_costs, device, selection, timing
+from lora_kernels import costs, cpu_costs, device, timing
 from lora_kernels.backends import cpu, native, triton
 from lora_kernels.backends.triton import measured
+from lora_kernels.choice import choose as selection
 from lora_kernels.core.problem import MANY_ROWS, Choice, Problem, Strategy
 from lora_kernels.cpu_costs import Machine, Sizes
 from lora_kernels.device import DeviceInfo

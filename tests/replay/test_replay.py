@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lora_kernels.backends import cuda, replay, triton, workspace
 from lora_kernels.backends.triton import COOPERATIVE, FUSED, LIBRARY, TWO_PASS
-from lora_kernels.bench import claims
+from lora_kernels.choice.verdicts import Group
 from lora_kernels.core.call import (
     ExpertsNeeds,
     ExpertsOperands,
@@ -29,8 +29,8 @@ from lora_kernels.core.call import (
     Spec,
 )
 from lora_kernels.device import DeviceInfo
+from lora_kernels.qualification import claims
 from lora_kernels.quantization import quantize_4bit
-from lora_kernels.verdicts import Group
 from tests.support.allocations import Allocations
 from tests.support.fake_driver import STREAM, Log, cpu_as_gpu, fake_cuda, fake_triton
 from tests.support.problems import bf16, f32

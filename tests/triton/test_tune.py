@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import lora_kernels
-from lora_kernels import cli, selection
+from lora_kernels import cli
 from lora_kernels.backends.triton import LIBRARY, TWO_PASS, configs, launch, measured
 from lora_kernels.bench import tune
+from lora_kernels.choice import choose as selection
 from lora_kernels.core.problem import Problem
 from lora_kernels.device import DeviceInfo
 from tests.triton.device import DEVICE

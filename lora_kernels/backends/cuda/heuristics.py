@@ -61,6 +61,14 @@ def strategy_for(
     return TWO_PASS_SIMT, reason
 
 
+def unsupported_reason(problem: Problem, strategy: str) -> str | None:
+    """Return why the strategy cannot run the call and its backward, or None."""
+    layout, dtype, N, K = layout_of(problem), problem.dtype, problem.columns, problem.inner
+    return constraints.forward_unsupported_reason(
+        strategy, dtype, layout, problem.rows, N, K
+    ) or constraints.backward_unsupported_reason(dtype, layout, N, K)
+
+
 def dx_note(strategy: Strategy, dtype: torch.dtype, layout: Layout, N: int, K: int) -> str:
     """Return a clause on dx if it is not computed as y is, or an empty string."""
     why = (

@@ -14,14 +14,18 @@ REQUESTED = "the triton backend was requested"
 def plan(problem: Problem, strategy: Strategy | None) -> Choice:
     """Choose the strategy; RuntimeError if the backend or the requested strategy cannot run."""
     target = require_target(problem)
-    if strategy == FUSED and problem.rank > configs.MAX_FUSED_RANK:
-        raise RuntimeError(
-            f"strategy {strategy!r} was requested and cannot run here: rank {problem.rank} is "
-            f"above {configs.MAX_FUSED_RANK}"
-        )
     if strategy:
+        if (why := unsupported_reason(problem, strategy)) is not None:
+            raise RuntimeError(f"strategy {strategy!r} was requested and cannot run here: {why}")
         return Choice("triton", strategy, REQUESTED)
     return choose_tuned(problem, target) or _plan(problem, target)
+
+
+def unsupported_reason(problem: Problem, strategy: str) -> str | None:
+    """Return why the strategy cannot run the call and its backward, or None."""
+    if strategy == FUSED and problem.rank > configs.MAX_FUSED_RANK:
+        return f"rank {problem.rank} is above {configs.MAX_FUSED_RANK}"
+    return None
 
 
 def plan_experts(problem: Problem, requested: Strategy | None) -> Choice:

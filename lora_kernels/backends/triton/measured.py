@@ -18,12 +18,14 @@ from typing import Any
 
 import torch
 
-from ... import device, verdicts
+from ... import device
 from ...core.problem import Strategy
 from ...device import DeviceInfo
 from ..replay import forget
 from . import STRATEGIES, configs
 from .configs import GemmTiles
+
+KEEP_EAGER = 0.95  # of eager's time: a row replaces it if it takes at most that
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,10 +71,10 @@ class Measured:
 
     @property
     def beats_eager(self) -> bool:
-        """Return True if it took at most `verdicts.KEEP_EAGER` of the eager backend's time."""
+        """Return True if it took at most `KEEP_EAGER` of the eager backend's time."""
         if self.microseconds is None or self.eager_microseconds is None:
             return False
-        return self.microseconds <= verdicts.KEEP_EAGER * self.eager_microseconds
+        return self.microseconds <= KEEP_EAGER * self.eager_microseconds
 
 
 def shape(
@@ -94,7 +96,7 @@ def shape(
 
 @functools.cache
 def _platform() -> str:
-    versions = verdicts.driver_version(), torch.__version__, device.version("triton")
+    versions = device.driver_version(), torch.__version__, device.version("triton")
     return "driver {}, torch {}, Triton {}".format(*versions)
 
 

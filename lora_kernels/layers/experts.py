@@ -360,6 +360,7 @@ def experts_forward(
     Returns:
         [T, H] in hidden_states' dtype. The result is deterministic.
     """
+    ops.refuse_context()
     module, adapters = cast(Any, experts), adapters or {}
     T, k = top_k_index.shape
     chosen, order = torch.sort(top_k_index.reshape(-1), stable=True)

@@ -158,7 +158,7 @@ def assert_explained(model: Any) -> None:
     said = next(row for row in before.rows if row.layer == name)
     assert said.reason == f"{inside[0].reason}; FSDP2 gathers its parameters for the call"
     assert said[1:4] == inside[0][1:4]
-    assert {row.state for row in before.rows} == {"fused"}, before
+    assert {row.state for row in before.rows} == {"ours, kernels"}, before
 
 
 def shard(folder: str) -> None:

@@ -110,7 +110,7 @@ def test_layers_of_other_kinds_stay_pefts() -> None:
     for name in ("linear", "gpt2"):
         assert "float64" in reasons.pop(name)  # for the kernels; otherwise fused
     assert reasons == {
-        "embedding": "an embedding: its base is a lookup, no product to fuse the adapter's with",
+        "embedding": "an embedding: its base is a lookup, no GEMM to fuse the adapter's with",
         "conv": "PEFT's Conv1d is not covered in this version",
         "attention": "PEFT's MultiheadAttention is not covered in this version",
         "attention.base_layer.out_proj": (

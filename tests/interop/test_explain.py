@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 
 import lora_kernels
 from lora_kernels.backends import native
+from lora_kernels.cpu_costs import Machine
 from lora_kernels.layers import LoRALinear
 from lora_kernels.peft import Explanation, Row, explain, fuse
 from tests.support.peft_models import (
@@ -19,6 +21,9 @@ from tests.support.peft_models import (
     activate,
     adalora_mlp,
     batch,
+    count_ops,
+    dora_mlp,
+    embedding_model,
     four_bit_mlp,
     llama,
     mlp,
@@ -196,3 +201,64 @@ def test_4bit_layers_that_fsdp2_shards_are_fused(storage: torch.dtype) -> None:
             assert row.state == now.state != "adapter only", row.reason
     finally:
         torch.distributed.destroy_process_group()
+
+
+def partition(model: nn.Module) -> None:
+    """Do as DeepSpeed's ZeRO-3: parameters are empty, but for the call of their own module."""
+
+    def gather(module: nn.Module, _: Any) -> None:
+        for p in module._parameters.values():
+            if p is not None:
+                p.data = p.ds_tensor  # type: ignore[attr-defined]
+
+    def release(module: nn.Module, *_: Any) -> None:
+        for p in module._parameters.values():
+            if p is not None:
+                p.data = torch.empty(0, dtype=p.dtype)
+
+    for i, p in enumerate(model.parameters()):
+        p.ds_id, p.ds_tensor = i, p.data  # type: ignore[attr-defined]
+    for module in model.modules():
+        if any(p is not None for p in module._parameters.values()):
+            module.register_forward_pre_hook(gather)
+            module.register_forward_hook(release)
+            release(module)
+
+
+def test_explain_under_zero3_says_peft_s_and_why() -> None:
+    """Of every dense layer, of the loss and of the layers without an adapter."""
+    targets = ["q_proj", "v_proj", "up_proj", "lm_head"]
+    stock = get_peft_model(llama(torch.float32), LoraConfig(r=3, target_modules=targets))
+    fused = fuse(copy.deepcopy(stock), linears=True, loss=True)
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        want = stock(input_ids=ids).logits
+    partition(fused)
+    fuse(fused, linears=True, loss=True)
+    explanation = explain(fused)
+    zero3 = "'default': DeepSpeed's ZeRO-3 gathers its weight by hooks, when it is called"
+    assert {(row.state, row.reason) for row in explanation.rows} == {("PEFT's", f"adapter {zero3}")}
+    assert {row.state for row in [*explanation.linears, *explanation.losses]} == {"PyTorch's"}
+    with torch.no_grad():
+        got = []
+        ops = count_ops(lambda: got.append(fused(input_ids=ids).logits))
+    assert not {name for name in ops if name.startswith("lora_")}
+    assert torch.equal(got[0], want)
+    explain(fused, rows=4, machine=Machine("", 1e10, {torch.float32: 1e11}))
+
+
+@pytest.mark.parametrize("build", [mlp, adalora_mlp, dora_mlp, embedding_model])
+def test_explain_of_partitioned_layers_says_peft_s(build: Any) -> None:
+    model = fuse(build(torch.float32))
+    partition(model)
+    for row in explain(model).rows:
+        assert row.state == "PEFT's", row
+
+
+def test_explain_over_a_float8_base_takes_x_dtype_from_the_adapter() -> None:
+    model = fuse(mlp(torch.float32))
+    base = model.base_model.model.up.base_layer
+    base.weight = nn.Parameter(base.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    base.register_forward_pre_hook(lambda *_: None)  # of a module that decodes it
+    row, _ = explain(model).rows
+    assert row.state == "adapter only" and "float8" not in row.reason

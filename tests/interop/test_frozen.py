@@ -216,3 +216,26 @@ def test_explain_names_what_no_kernel_streams(head: Any) -> None:
     for layer, word in wants:
         (row,) = explain(nn.Sequential(layer)).linears
         assert row.state == "PyTorch's" and word in row.reason
+
+
+def replica_of(module: Any) -> Any:
+    """Copy the module as DataParallel does, with its parameters as plain attributes."""
+    replica = module._replicate_for_data_parallel()
+    for name, child in module._modules.items():
+        replica._modules[name] = replica_of(child)
+    for name, p in module._parameters.items():
+        setattr(replica, name, None if p is None else p.view_as(p))
+    return replica
+
+
+def test_replica_of_data_parallel_runs_pytorchs_linear() -> None:
+    model, x = fused(), rows(1)
+    replica = replica_of(model)
+    assert_close_derived(replica(x), model(x))
+    with torch.no_grad():
+        want = model.base_model.model.head(x)  # by a call that is prepared
+        got = replica.base_model.model.head(x)
+        assert torch.equal(got, library(model.base_model.model.head, x))
+        assert torch.equal(model.base_model.model.head(x), want)
+    (row,) = explain(replica).linears
+    assert row.state == "PyTorch's" and "a replica of DataParallel" in row.reason

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import peft
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -44,6 +45,17 @@ def test_fuse_of_a_model_without_lora_layers_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="nothing to fuse"):
         explain(MLP()).assert_fused()
     assert type(unfuse(MLP())) is MLP
+
+
+@pytest.mark.parametrize(
+    ("config", "method"),
+    [(peft.VeraConfig, "VERA"), (peft.IA3Config, "IA3"), (peft.LoHaConfig, "LOHA")],
+)
+def test_fuse_of_another_method_of_peft_names_it(config: Any, method: str) -> None:
+    settings = {"feedforward_modules": []} if method == "IA3" else {}
+    model = peft.get_peft_model(MLP(), config(target_modules=["up"], **settings))
+    with pytest.raises(ValueError, match=f"a PEFT model of {method} without LoRA layers, want"):
+        fuse(model)
 
 
 @pytest.mark.parametrize("call", [fuse, unfuse, explain])

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import _dispatch_tls_local_include_set
+from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
@@ -755,11 +756,11 @@ def is_intercepted() -> bool:
 
 def unsupported_context() -> str | None:
     """Return the active context that the autograd Functions do not support, in words, or None."""
-    if is_compiling():
-        return None
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if peek_interpreter_stack() is not None:  # Dynamo knows the function
         return "a transform of torch.func is active"
-    return "forward-mode AD is active" if forward_ad._current_level >= 0 else None
+    if not is_compiling() and forward_ad._current_level >= 0:
+        return "forward-mode AD is active"
+    return None
 
 
 def refuse_context() -> None:

@@ -239,7 +239,7 @@ def state_reason(layer: Any, adapters: Sequence[object]) -> str | None:
 def context_reason() -> str | None:
     """Return why PEFT's forward runs in this context, whatever the layer's state."""
     reason = ops.unsupported_context()
-    if reason is None and not torch.compiler.is_compiling() and torch._C._is_tracing():
+    if reason is None and not torch.compiler.is_compiling() and torch.jit.is_tracing():
         return "torch.jit.trace records the call"
     return reason
 

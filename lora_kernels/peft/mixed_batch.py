@@ -14,6 +14,7 @@ from peft.tuners.adalora.layer import SVDLinear
 from peft.tuners.lora.layer import LoraLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from torch._C import _get_obj_in_tls, _is_key_in_tls, _stash_obj_in_tls
 
 from .base import missing_layers
 
@@ -75,7 +76,7 @@ def _current_rows() -> _Rows | None:
     PyTorch hands an object of this kind on to the threads that run a backward, where models that
     call `torch.utils.checkpoint` by themselves are recomputed on a GPU.
     """
-    return torch._C._get_obj_in_tls(_KEY) if torch._C._is_key_in_tls(_KEY) else None
+    return _get_obj_in_tls(_KEY) if _is_key_in_tls(_KEY) else None
 
 
 class _Rows:
@@ -97,11 +98,11 @@ class _Rows:
             for layer in module.modules()
             if isinstance(layer, layers)
         ]
-        torch._C._stash_obj_in_tls(_KEY, self)
+        _stash_obj_in_tls(_KEY, self)
         try:
             yield
         finally:
-            torch._C._stash_obj_in_tls(_KEY, before)
+            _stash_obj_in_tls(_KEY, before)
             for handle in handles:
                 handle.remove()
 

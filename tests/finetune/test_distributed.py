@@ -287,7 +287,7 @@ def flatten(folder: str) -> None:
 
 @NEEDS_GLOO
 def test_fuse_callback_under_fsdp1_says_peft_s_forward_runs(tmp_path: Path) -> None:
-    """It reports after wrapping; and PEFT's forward does run, with PEFT's bits."""
+    """The line is printed after wrapping; PEFT's forward does run, with PEFT's bits."""
     shown = launch(FLAT, tmp_path, str(tmp_path))
     lines = [line for line in shown.splitlines() if line.startswith("lora_kernels: ")]
     assert len(lines) == 2  # of the main process

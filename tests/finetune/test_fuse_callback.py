@@ -121,7 +121,7 @@ def printed(capsys: pytest.CaptureFixture[str]) -> list[str]:
 def test_fuse_callback_prints_one_line_that_explain_and_assert_fused_agree_with(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Where logging is as Python sets it up, in two calls of train."""
+    """The line is visible where logging is as Python sets it up, and not repeated."""
     trainer = sft(tmp_path, max_steps=1)
     assert not printed(capsys)
     trainer.train()

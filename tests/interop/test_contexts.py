@@ -1,4 +1,4 @@
-"""Where PEFT's own forward runs: transforms, forward-mode AD, tracing, replaced classes.
+"""Contexts where PEFT's forward runs: transforms, forward-mode AD, tracing, replaced classes.
 
 The fused model's results there are PEFT's bits, `explain` gives the reason, and afterwards the ops
 run again.

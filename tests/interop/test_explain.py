@@ -204,7 +204,7 @@ def test_4bit_layers_that_fsdp2_shards_are_fused(storage: torch.dtype) -> None:
 
 
 def partition(model: nn.Module) -> None:
-    """Do as DeepSpeed's ZeRO-3: parameters are empty, but for the call of their own module."""
+    """Do as DeepSpeed's ZeRO-3: parameters are empty, except in the call of their module."""
 
     def gather(module: nn.Module, _: Any) -> None:
         for p in module._parameters.values():
@@ -226,7 +226,7 @@ def partition(model: nn.Module) -> None:
 
 
 def test_explain_under_zero3_says_peft_s_and_why() -> None:
-    """Of every dense layer, of the loss and of the layers without an adapter."""
+    """The loss and the layers without an adapter are PyTorch's."""
     targets = ["q_proj", "v_proj", "up_proj", "lm_head"]
     stock = get_peft_model(llama(torch.float32), LoraConfig(r=3, target_modules=targets))
     fused = fuse(copy.deepcopy(stock), linears=True, loss=True)

@@ -306,7 +306,7 @@ def test_threads_train_with_names_of_their_own(checkpointed: bool) -> None:
 
 
 def test_a_backward_in_another_thread_recomputes_the_rows_of_its_forward() -> None:
-    """As on a GPU, whose backward runs in a thread of autograd's."""
+    """On a GPU a backward runs in a thread of autograd's."""
     stock, fused = pair(tenants())
     fused.enable_input_require_grads()
     fused.gradient_checkpointing_enable({"use_reentrant": False})

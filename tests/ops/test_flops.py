@@ -32,7 +32,7 @@ def flops(call: Callable[[], Tensor]) -> int:
     return found
 
 
-def plain(x: Tensor, weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
+def plain_linear(x: Tensor, weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
     return functional.linear(x, weight) + functional.linear(functional.linear(x, A), B)
 
 
@@ -43,14 +43,14 @@ def test_flops_of_lora_linear_equal_the_plain_expression(quantized: bool, need_x
     A, B = leaf(R, K), leaf(N, R)
     packed: Any = quantize_4bit(weight) if quantized else weight
     got = flops(lambda: lora_kernels.lora_linear(x, packed, A, B, 0.5))
-    assert got == flops(lambda: plain(x, weight, A, B)) > 0
+    assert got == flops(lambda: plain_linear(x, weight, A, B)) > 0
 
 
 def test_flops_of_several_adapters_are_those_of_one_for_all_rows() -> None:
     x, weight, index = leaf(M, K), torch.randn(N, K), torch.tensor([0, 1, 1, 2, 0, 0])
     As, Bs = [leaf(R, K) for _ in range(E)], [leaf(N, R) for _ in range(E)]
     got = flops(lambda: lora_kernels.multi_lora_linear(x, weight, As, Bs, index))
-    assert got == flops(lambda: plain(x, weight, As[0], Bs[0]))
+    assert got == flops(lambda: plain_linear(x, weight, As[0], Bs[0]))
 
 
 def test_flops_of_experts_are_those_of_one_for_all_rows() -> None:
@@ -58,14 +58,14 @@ def test_flops_of_experts_are_those_of_one_for_all_rows() -> None:
     A, B = leaf(E, R, K), leaf(E, N, R)
     got = flops(lambda: lora_kernels.lora_experts_linear(x, weight, A, B, offsets.int()))
     one = [t[0].detach().requires_grad_() for t in (A, B)]
-    assert got == flops(lambda: plain(x, weight[0], *one))
+    assert got == flops(lambda: plain_linear(x, weight[0], *one))
 
 
 def test_flops_of_a_head_equal_its_logits_and_their_gradients() -> None:
     x, weight, A, B = leaf(M, K), torch.randn(N, K), leaf(R, K), leaf(N, R)
     labels = torch.arange(M)
     loss = flops(lambda: lora_kernels.lora_linear_cross_entropy(x, weight, A, B, labels))
-    plain_loss = flops(lambda: functional.cross_entropy(plain(x, weight, A, B), labels))
+    plain_loss = flops(lambda: functional.cross_entropy(plain_linear(x, weight, A, B), labels))
     recomputed = 2 * M * (K * N + K * R + N * R)
     assert loss == plain_loss
     scores = flops(
@@ -81,7 +81,7 @@ def test_flops_of_a_dora_norm_are_counted() -> None:
 
 
 def test_flop_counter_is_not_imported_by_lora_kernels() -> None:
-    """It takes longer than the rest of the import; a counter that is open already counts too."""
+    """A counter that is open before the first op counts too."""
     code = """
 import sys, torch, lora_kernels
 assert "torch.utils.flop_counter" not in sys.modules

@@ -134,6 +134,7 @@ def lora_linear(
         operands = Operands(x, base, lora_A, lora_B, rank_gate, column_scale, bias, rng)
         return ops.lora_linear_direct(operands, spec)[0]
     options = Options(spec, recompute, codes[PACKED4BIT_TENSORS:])
+    ops.refuse_context()
     return LoRALinearFunction.apply(  # type: ignore[no-any-return]
         x, lora_A, lora_B, rank_gate, column_scale, bias, options, rng, *frozen
     )
@@ -241,6 +242,7 @@ def multi_lora_linear(
     options = MultiOptions(
         MultiSpec(factors, dropout_p, dtype, y_dtype), codes[PACKED4BIT_TENSORS:]
     )
+    ops.refuse_context()
     return MultiLoRALinearFunction.apply(  # type: ignore[no-any-return]
         x, weight, index, bias, rng, options, *As, *Bs, *codes[:PACKED4BIT_TENSORS]
     )
@@ -342,6 +344,7 @@ def lora_experts_linear(
         operands = ExpertsOperands(x, held, lora_A, lora_B, offsets, bias, rng)
         return ops.lora_experts_direct(operands, spec)[0]
     options = ExpertsOptions(spec, codes[PACKED4BIT_TENSORS:])
+    ops.refuse_context()
     return LoRAExpertsFunction.apply(  # type: ignore[no-any-return]
         x, lora_A, lora_B, bias, offsets, options, rng, *frozen
     )

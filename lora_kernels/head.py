@@ -243,6 +243,7 @@ def _prepare(
     compute_dtype: torch.dtype | None,
 ) -> tuple[_Tensors, _Call]:
     """Check the arguments; return the tensors, with x as rows, and the call."""
+    ops.refuse_context()
     check_x_and_weight(x, weight)
     if len(weight.shape) != 2 or 0 in weight.shape:
         raise ValueError(f"weight: got shape {list(weight.shape)}, want [V, K], each at least 1")

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import _dispatch_tls_local_include_set
+from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
-from . import selection
+from . import flops, selection
 from .backends import cpu, cpu_experts, cuda, eager, eager_experts, triton
 from .backends.cuda import constraints
 from .backends.protocol import Backend, ExpertsBackend, MultiBackend
@@ -743,6 +744,26 @@ def is_intercepted() -> bool:
     return _dispatch_tls_local_include_set() not in (_KEYS, _INFERENCE_KEYS)
 
 
+def unsupported_context() -> str | None:
+    """Return the active context that the autograd Functions do not support, in words, or None."""
+    if peek_interpreter_stack() is not None:  # Dynamo knows the function
+        return "a transform of torch.func is active"
+    if not is_compiling() and forward_ad._current_level >= 0:
+        return "forward-mode AD is active"
+    return None
+
+
+def refuse_context() -> None:
+    """Raise RuntimeError in a context that the autograd Functions do not support."""
+    if (reason := unsupported_context()) is not None:
+        raise RuntimeError(
+            f"lora_kernels: {reason}, and its layers and functions are differentiable in reverse "
+            "mode alone. Take the plain PyTorch expression "
+            "F.linear(x, weight, bias) + scaling * (x @ lora_A.T) @ lora_B.T; layers that "
+            "lora_kernels.peft has fused run PEFT's forward there"
+        )
+
+
 def interception_guards() -> tuple[Guard, ...]:
     """Return the conditions of `is_intercepted` as guards of a prepared call."""
     return (
@@ -760,6 +781,8 @@ def can_bypass_dispatcher(*tensors: Tensor | None) -> bool:
     warm cache, and 100 µs right after a large GEMM has evicted it.
     """
     if is_intercepted():
+        if not is_compiling():
+            flops.register_if_counted()
         return False
     for t in tensors:
         if t is not None and type(t) not in _TENSOR_TYPES:

@@ -350,7 +350,7 @@ def layer_states(layers: Explanation) -> list[str]:
     """Return lines with the number of layers in each state, by backend and reason."""
     kinds = {"LoRA": layers.rows, "linear": layers.linears}
     states = Counter(
-        f"{kind} layers {row.state} ({row.backend}: {row.reason})"
+        f"{kind} layers: {row.state} ({row.backend}: {row.reason})"
         for kind, rows in kinds.items()
         for row in rows
     )

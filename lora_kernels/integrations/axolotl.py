@@ -13,7 +13,7 @@ from axolotl.integrations.base import BasePlugin
 from pydantic import BaseModel
 
 from ..peft import fuse
-from .trainer import VerdictLog, report_once
+from .trainer import LayerReport, VerdictLog
 
 # axolotl's own LoRA kernels, which replace the forwards that `fuse` would replace. Unless they are
 # set, axolotl turns them on while it validates the configuration.
@@ -31,8 +31,8 @@ class FuseArgs(BaseModel):
 class FusePlugin(BasePlugin):  # type: ignore[misc]
     """Fuse the LoRA layers of the model that axolotl trains.
 
-    `fuse` runs after axolotl has added or loaded the adapter, and logs its summary as
-    `FuseCallback` does.
+    `fuse` runs after axolotl has added or loaded the adapter. A line on the layers is printed when
+    training starts, as `FuseCallback` does.
 
     Raises:
         ValueError: one of axolotl's own LoRA kernels is on in the configuration, or the model has
@@ -59,7 +59,6 @@ class FusePlugin(BasePlugin):  # type: ignore[misc]
             arguments.lora_kernels_loss,
             arguments.lora_kernels_qualify,
         )
-        report_once(model)
 
     def add_callbacks_pre_trainer(self, cfg: Any, model: Any) -> list[Any]:
-        return [VerdictLog()]
+        return [VerdictLog(), LayerReport()]

@@ -17,7 +17,7 @@ from typing import Any
 from llamafactory.v1.plugins.model_plugins.kernels.interface import KernelPlugin
 
 from ..peft import fuse
-from .trainer import report_once
+from .trainer import report_at_first_forward
 
 NAME = "lora_kernels"
 
@@ -26,7 +26,8 @@ NAME = "lora_kernels"
 def apply(model: Any, include_kernels: str | bool | None = None) -> Any:
     """Fuse the LoRA layers of the model, and return it.
 
-    LLaMA-Factory calls this after it has added the adapters.
+    LLaMA-Factory calls this after it has added the adapters. A line on the layers is printed at the
+    model's first forward, when LLaMA-Factory has wrapped it.
 
     Args:
         model: a PEFT model.
@@ -41,7 +42,7 @@ def apply(model: Any, include_kernels: str | bool | None = None) -> Any:
     if unknown := sorted(names - {"linears", "loss"}):
         raise ValueError(f"include_kernels: got {unknown[0]!r}, want 'linears', 'loss' or both")
     fuse(model, linears="linears" in names, loss="loss" in names)
-    report_once(model)
+    report_at_first_forward(model)
     return model
 
 

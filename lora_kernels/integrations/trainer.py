@@ -7,13 +7,16 @@ import os
 from collections import Counter
 from typing import Any
 
+import torch
 from torch import nn
+from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from .. import verdicts
 from ..peft import explain, fuse
-from ..peft.linear import Fused
+from ..peft.base import missing_layers
+from ..peft.explain_rows import PEFT, TORCH
 from ..peft.swap import lora_layers
 
 logger = logging.getLogger("lora_kernels")
@@ -43,15 +46,34 @@ class VerdictLog(TrainerCallback, ExportableState):
             )
 
 
-class FuseCallback(VerdictLog):
+class LayerReport(TrainerCallback):
+    """Print how the LoRA layers will be computed, when accelerate has wrapped the model.
+
+    DeepSpeed's ZeRO-3 and FSDP1 change a model so that its layers run PEFT's forward. The main
+    process prints one line; layers that are left to PEFT, and a loss that is left to transformers,
+    are warnings of the logger "lora_kernels", each with its reason.
+    """
+
+    _said: str | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._report(kwargs["model"], state)
+
+    def _report(self, model: nn.Module, state: Any) -> None:
+        if state.is_world_process_zero:
+            self._said = _report(model, self._said)
+
+
+class FuseCallback(LayerReport, VerdictLog):
     """Fuse the LoRA layers of the model that transformers' Trainer, or any of TRL's, trains.
 
     `fuse` runs at the end of the trainer's `__init__`, when TRL has added the adapters of its
     `peft_config` and accelerate has not wrapped the model yet, and again when training starts, for
     layers that were adapted in between. Loading, resuming, evaluation and merging go on as before.
 
-    A summary is logged once, at level INFO, by the logger "lora_kernels" of the main process;
-    layers that stay PEFT's are a WARNING with the reason.
+    Before the first step the main process prints how many layers are "ours, kernels", "ours,
+    library GEMMs", "adapter only" and "PEFT's", as `explain` has them. Layers that are PEFT's are a
+    warning of the logger "lora_kernels", with the reason.
 
     Args:
         linears, loss, qualify: as `fuse`'s.
@@ -66,35 +88,51 @@ class FuseCallback(VerdictLog):
         self.linears, self.loss, self.qualify = linears, loss, qualify
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._fuse(kwargs["model"], state.is_world_process_zero)
+        self._fuse(kwargs["model"])
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._fuse(kwargs["model"], state.is_world_process_zero)
-        super().on_train_begin(args, state, control, **kwargs)
+        self._fuse(kwargs["model"])
+        self._report(kwargs["model"], state)
+        VerdictLog.on_train_begin(self, args, state, control, **kwargs)
 
-    def _fuse(self, model: nn.Module, speaks: bool) -> None:
-        layers = [layer for _, layer, _ in lora_layers(model)]
-        if not layers:
-            raise ValueError(
-                f"FuseCallback: got a {type(model).__name__} without LoRA layers, want a PEFT "
-                "model: give the trainer a peft_config, or peft.get_peft_model(model, config)"
+    def _fuse(self, model: nn.Module) -> None:
+        if next(lora_layers(model), None) is None:
+            raise missing_layers(
+                model, "give the trainer a peft_config, or peft.get_peft_model(model, config)"
             )
-        before = sum(isinstance(layer, Fused) for layer in layers)
         fuse(model, linears=self.linears, loss=self.loss, qualify=self.qualify)
-        if speaks and sum(isinstance(layer, Fused) for layer in layers) > before:
-            _report(model)
 
 
-def report_once(model: nn.Module) -> None:
-    """Log the summary of `FuseCallback` in the first of torchrun's processes."""
-    if os.environ.get("RANK", "0") == "0":
+def report_at_first_forward(model: nn.Module) -> None:
+    """Print the line of `LayerReport` in the first of torchrun's processes, at the first forward.
+
+    The model may be wrapped until then.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
+    def report(*_: Any) -> None:
+        handle.remove()
         _report(model)
 
+    handle = model.register_forward_pre_hook(report)
 
-def _report(model: nn.Module) -> None:
-    """Log how many layers are fused, and why others are not."""
-    rows = explain(model).rows
-    left = Counter(row.reason for row in rows if row.backend == "peft")
-    logger.info("%d of %d LoRA layers fused", len(rows) - left.total(), len(rows))
+
+def _report(model: nn.Module, said: str | None = None) -> str:
+    """Print and return the line on the model's layers, and warn of those left to others.
+
+    said: the line printed before, which is not repeated.
+    """
+    explanation = explain(model)
+    line = f"lora_kernels: {explanation.summary()}"
+    if line == said:
+        return line
+    tqdm.write(line)  # above a progress bar, as transformers writes its losses
+    left = Counter(row.reason for row in explanation.rows if row.state == PEFT)
     for reason, count in left.most_common():
-        logger.warning("%d LoRA layers stay PEFT's: %s", count, reason)
+        logger.warning("%d of %d LoRA layers are PEFT's: %s", count, len(explanation.rows), reason)
+    for row in explanation.losses:
+        if row.state == TORCH:
+            logger.warning("%s is transformers' own: %s", row.layer, row.reason)
+    return line

@@ -367,6 +367,7 @@ def experts_forward(
 
     Raises ValueError or TypeError that names the argument.
     """
+    ops.refuse_context()
     module, adapters = cast(Any, experts), adapters or {}
     if top_k_index.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"top_k_index: got {top_k_index.dtype}, want int64 or int32")

@@ -22,14 +22,14 @@ class Adapter(NamedTuple):
     is_alora: bool = False  # active from a sequence's invocation tokens on
 
 
-def adapters_of(layer: Any) -> list[Adapter]:
-    """Return the adapters that the last call's `adapter_names` has, or else the active ones."""
+def adapters_of(layer: Any, names: Sequence[str] | None = None) -> list[Adapter]:
+    """Return the layer's adapters of these names, or without any the active ones."""
     modules = cast(dict[str, Any], layer._modules)
     lora_A, lora_B = modules["lora_A"]._modules, modules["lora_B"]._modules
     dropout = modules["lora_dropout"]._modules
     found = [
         Adapter(name, lora_A[name], lora_B[name], layer.scaling[name], dropout[name])
-        for name in layer.mixed_batch or layer.active_adapters
+        for name in names or layer.active_adapters
         if name in lora_A
     ]
     return [_as_variant(layer, adapter) for adapter in found] if layer.lora_variant else found

@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from bitsandbytes.nn import Params4bit  # type: ignore[attr-defined]
+from bitsandbytes.nn import Linear4bit, Params4bit  # type: ignore[attr-defined]
 from torch import Tensor, nn
 
 from ..quantization import Weight4bit
 from ..quantization.bitsandbytes import cached_weight
+from .base import library_forward
+
+_FORWARD = library_forward(Linear4bit)
 
 
 class MergeLoss(NamedTuple):
@@ -58,6 +61,8 @@ def quant_state(linear: Any) -> Any:
 
 def unreadable_4bit(linear: Any, device: torch.device) -> str | None:
     """Return why the weight of a `Linear4bit` cannot be read; None if it can."""
+    if type(linear).forward is not _FORWARD:
+        return f"{type(linear).__name__}.forward was replaced"
     weight = linear._parameters.get("weight")
     if type(weight) is not Params4bit and type(weight) is not nn.Parameter:
         return f"its weight is a {type(weight).__name__}"

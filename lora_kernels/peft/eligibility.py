@@ -20,7 +20,9 @@ from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
+from .. import ops
 from .adapters import (
     ALORA,
     KASA,
@@ -33,10 +35,15 @@ from .adapters import (
     variant_of,
     weight_of,
 )
-from .base import is_conv1d, is_linear4bit
+from .base import is_conv1d, is_linear4bit, library_forward
 
-LINEAR_FORWARD = nn.Linear.forward
-_EMBEDDING_FORWARD = nn.Embedding.forward
+LINEAR_FORWARD = library_forward(nn.Linear)
+_CONV1D_FORWARD = library_forward(Conv1D)
+_EMBEDDING_FORWARD = library_forward(nn.Embedding)
+_DROPOUT_FORWARD = library_forward(nn.Dropout)
+_IDENTITY_FORWARD = library_forward(nn.Identity)
+_MAGNITUDE_FORWARD = library_forward(DoraLinearLayer)
+_DORA_FORWARD = library_forward(DoraLinearVariant)
 
 
 def unfusable_reason(layer: Any, fused_class: Any) -> str | None:
@@ -57,13 +64,20 @@ def unfusable_reason(layer: Any, fused_class: Any) -> str | None:
         return "fan_in_fan_out beside a base that is not transformers' Conv1D"
     if is_base_trainable(layer):
         return "the base weight is trainable"
-    return patched_reason(layer)
+    return replaced_reason(fused_class) or patched_reason(layer)
 
 
 def linear_reason(
-    layer: Any, adapters: Sequence[Adapter], device: torch.device, x_dtype: torch.dtype
+    layer: Any,
+    adapters: Sequence[Adapter],
+    device: torch.device,
+    x_dtype: torch.dtype,
+    is_mixed: bool = False,
 ) -> str | None:
-    """Return why a fused LoRA layer runs PEFT's forward for x on this device."""
+    """Return why a fused LoRA layer runs PEFT's forward for x on this device.
+
+    is_mixed: whether the call names an adapter for each row.
+    """
     reason = state_reason(layer, adapters)
     if reason is not None:
         return reason
@@ -80,7 +94,7 @@ def linear_reason(
             return f"adapter {name!r}: float64 goes with float64 alone"
         if reason := dropout_reason(dropout):
             return f"adapter {name!r}: {reason}"
-    return None if layer.mixed_batch is None else _mixed_reason(layer, adapters)
+    return _mixed_reason(layer, adapters) if is_mixed else None
 
 
 def _variant_reason(
@@ -110,7 +124,9 @@ def _variant_reason(
         return f"DoRA, which needs the base weight: {reason}"
     magnitude = layer.lora_magnitude_vector[name]
     is_plain = type(magnitude) is DoraLinearLayer and not any(hooks_of(magnitude))
-    if not is_plain or patched_reason(magnitude):
+    own = type(magnitude).forward is _MAGNITUDE_FORWARD
+    own = own and DoraLinearVariant.forward is _DORA_FORWARD
+    if not (is_plain and own) or patched_reason(magnitude):
         return "DoRA whose magnitude is no plain module of PEFT's"
     if magnitude.weight.device != device:
         return f"DoRA whose magnitude is on {magnitude.weight.device}, x on {device}"
@@ -206,6 +222,8 @@ def _table_reason(base: nn.Module, device: torch.device) -> str | None:
 
 def state_reason(layer: Any, adapters: Sequence[object]) -> str | None:
     """Return why any kind of fused layer runs PEFT's forward in the layer's state."""
+    if (reason := context_reason() or replaced_reason(type(layer))) is not None:
+        return reason
     if layer.disable_adapters:
         return "adapters are disabled: the base layer's own forward"
     if layer.merged:
@@ -218,10 +236,29 @@ def state_reason(layer: Any, adapters: Sequence[object]) -> str | None:
     return None
 
 
+def context_reason() -> str | None:
+    """Return why PEFT's forward runs in this context, whatever the layer's state."""
+    reason = ops.unsupported_context()
+    if reason is None and not torch.compiler.is_compiling() and torch.jit.is_tracing():
+        return "torch.jit.trace records the call"
+    return reason
+
+
+def replaced_reason(fused_class: Any) -> str | None:
+    """Return why PEFT's class, which the fused class overrides, may do more than PEFT's forward."""
+    cls = fused_class.peft_class
+    if cls.forward is fused_class.peft_forward:
+        return None
+    return f"{cls.__name__}.forward was replaced"
+
+
 def dropout_reason(dropout: nn.Module) -> str | None:
     """Return why calling the module may do more than dropout."""
     if type(dropout) is not nn.Dropout and type(dropout) is not nn.Identity:
         return f"its dropout is a {type(dropout).__name__}"
+    own = _DROPOUT_FORWARD if type(dropout) is nn.Dropout else _IDENTITY_FORWARD
+    if type(dropout).forward is not own:
+        return f"{type(dropout).__name__}.forward was replaced"
     if any(hooks_of(dropout)):
         return "a hook sits on its dropout"
     return f"{reason} (its dropout's)" if (reason := patched_reason(dropout)) else None
@@ -230,13 +267,17 @@ def dropout_reason(dropout: nn.Module) -> str | None:
 def unreadable_reason(module: nn.Module, device: torch.device) -> str | None:
     """Return why calling the module may do more than `F.linear` on parameters on this device."""
     four_bit, conv1d = is_linear4bit(module), is_conv1d(module)
+    if type(module).__name__ == "FullyShardedDataParallel":
+        return "FSDP1 gathers its weight when it is called"
     if type(module) is not nn.Linear and not four_bit and not conv1d:
         return f"{type(module).__name__} is not exactly nn.Linear"
     if any(hooks_of(module)):
+        if hasattr(module._parameters.get("weight"), "ds_id"):
+            return "DeepSpeed's ZeRO-3 gathers its weight by hooks, when it is called"
         return f"a hook sits on its {'Conv1D' if conv1d else 'nn.Linear'}"
     if nn.Linear.forward is not LINEAR_FORWARD:
         return "nn.Linear.forward was replaced"
-    if conv1d and type(module).forward.__module__ != type(module).__module__:
+    if conv1d and type(module).forward is not _CONV1D_FORWARD:
         return "Conv1D.forward was replaced"
     if "forward" in module.__dict__ and (reason := patched_reason(module)):
         return reason
@@ -251,12 +292,14 @@ def unreadable_reason(module: nn.Module, device: torch.device) -> str | None:
 def tensor_reason(device: torch.device, dim: int = 2, **tensors: Any) -> str | None:
     """Return why one of the tensors is not a plain matrix, or vector, on this device."""
     for name, tensor in tensors.items():
+        if tensor is None:
+            return f"its {name} is no parameter, as under FSDP1 or in a replica of DataParallel"
         if type(tensor) is not nn.Parameter and type(tensor) is not Tensor:
             return f"its {name} is a {type(tensor).__name__}"
         if tensor.device != device:
             return f"its {name} is on {tensor.device}, x on {device}"
         if tensor.dim() != dim:
-            return f"its {name} is flattened to {list(tensor.shape)}"
+            return f"its {name} is flattened, as by FSDP1 or ZeRO-3"
     return None
 
 

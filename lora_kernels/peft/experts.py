@@ -21,7 +21,7 @@ from ..layers.experts import (
     projections,
     unsupported_reason,
 )
-from .eligibility import hooks_of, patched_reason
+from .eligibility import context_reason, hooks_of, patched_reason, replaced_reason
 from .linear import Fused
 
 # transformers' implementations that `experts_forward` can replace. Others bring their own kernels.
@@ -90,11 +90,13 @@ def wrapper_reason(wrapper: Any) -> str | None:
         return f"experts_implementation={implementation!r} has kernels of its own"
     if any(p.requires_grad for p in _stacks(base)):
         return "the base weight is trainable"
-    return patched_reason(wrapper) or patched_reason(base)
+    return replaced_reason(FusedParamWrapper) or patched_reason(wrapper) or patched_reason(base)
 
 
 def experts_reason(wrapper: Any, device: torch.device) -> str | None:
     """Return why a fused wrapper runs PEFT's forward for x on this device."""
+    if (context := context_reason()) is not None:
+        return context
     wrappers = wrappers_of(wrapper)
     if not any(map(active_names, wrappers)):
         if any(each.merged for each in wrappers) and not wrapper.disable_adapters:
@@ -116,6 +118,8 @@ def experts_reason(wrapper: Any, device: torch.device) -> str | None:
             return f"it has a {type(t).__name__}"
         if t.device != device:
             return f"it has a tensor on {t.device}, x on {device}"
+        if t.dim() < 2:
+            return "it has a flattened tensor, as by FSDP1 or ZeRO-3"
     return None
 
 

@@ -11,7 +11,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from .. import ops, selection
-from ..arguments import base_dtype
+from ..arguments import FLOATS, base_dtype
 from ..backends import cpu, cpu_heuristics
 from ..backends.decode4bit import decoded_by
 from ..backends.head import chunk_rows
@@ -37,6 +37,7 @@ from .eligibility import (
     is_dora,
     linear_reason,
     svd_reason,
+    tensor_reason,
     unreadable_reason,
 )
 from .embedding import FusedEmbedding
@@ -46,19 +47,22 @@ from .linear import Fused
 from .loss import active_adapters, call_reason, model_reason
 from .predict import Part
 
+KERNELS, LIBRARY, ADAPTER = "ours, kernels", "ours, library GEMMs", "adapter only"
+PEFT, TORCH = "PEFT's", "PyTorch's"
+
 
 class Row(NamedTuple):
     """How the next call of one layer will be computed, and why.
 
     The states are:
 
-    - "fused": one op of this package and no other GEMM.
-    - "composed": several ops of this package.
-    - "adapter only": the base layer is called as a module.
-    - "not fused": PEFT's own forward, the base layer alone, or PyTorch's GEMMs (the eager backend).
-      Embeddings are never fused, because a lookup has no GEMM to fuse the adapter's with.
-    - "streamed", "not streamed": whether the native GEMV serves a layer without an adapter that
-      `fuse(model, linears=True)` took.
+    - "ours, kernels": this package's kernels, in one call or in several.
+    - "ours, library GEMMs": this package's order of PyTorch's GEMMs, the eager backend. Embeddings
+      are never more, because a lookup has no GEMM to fuse the adapter's with.
+    - "adapter only": the base layer is called as a module, and the adapter is one of the two above.
+    - "PEFT's": PEFT's own forward.
+    - "PyTorch's": PyTorch alone, for a layer of this package without an active adapter, for a loss
+      with logits, or for a layer without an adapter that `fuse(model, linears=True)` took.
     """
 
     layer: str
@@ -76,7 +80,20 @@ class _Kind(NamedTuple):
     calls: Callable[..., list[Call]]
 
 
-_LINEAR = _Kind(adapters_of, linear_reason, calls)
+def _linear_adapters(layer: Any) -> list[Adapter]:
+    """Return the adapters of the layer's last call if that named them, else the active ones."""
+    return adapters_of(layer, layer.mixed_batch)
+
+
+def _linear_reason(layer: Any, *args: Any) -> str | None:
+    return linear_reason(layer, *args, layer.mixed_batch is not None)
+
+
+def _backend_state(backend: str) -> str:
+    return LIBRARY if "eager" in backend else KERNELS
+
+
+_LINEAR = _Kind(_linear_adapters, _linear_reason, calls)
 _SVD = _Kind(svd_adapters_of, svd_reason, svd_calls)
 
 Layer = tuple[Row, list[Part]]  # a layer's row and its calls; no calls if they are unknown
@@ -103,15 +120,15 @@ def _unfused_layer(name: str, reason: str, layer: Any, x_dtype: torch.dtype | No
     if not (layer.disable_adapters or layer.merged):
         ranks = sum(layer.r.get(adapter, 0) for adapter in layer.active_adapters)
     parts = list(_base_part(layer.get_base_layer(), x_dtype, ranks))
-    return Row(name, "not fused", "peft", "PEFT's own forward", reason), parts
+    return Row(name, PEFT, "peft", "PEFT's own forward", reason), parts
 
 
 def _fused_layer(name: str, layer: Any, x_dtype: torch.dtype | None, rows: int | None) -> Layer:
     if isinstance(layer, FusedParamWrapper):
         return _experts_row(name, layer, x_dtype, rows), []
     if isinstance(layer, FusedEmbedding):
-        base: Any = layer.base_layer
-        reason = embedding_reason(layer, embedding_adapters_of(layer), base.weight.device)
+        weight = getattr(layer.base_layer, "weight", torch.empty(0))
+        reason = embedding_reason(layer, embedding_adapters_of(layer), weight.device)
         if reason is None:
             return _embedding_row(name), []
         return _unfused_layer(name, reason, layer, x_dtype)
@@ -136,7 +153,7 @@ def _fused_linear(name: str, layer: Any, x_dtype: torch.dtype | None, rows: int 
     parts = _call_parts(layer.base_layer, todo, mixed, x_dtype, readable=base_reason is None)
     choices = [part.describe(rows) for part in parts]
     backend = " + ".join(dict.fromkeys(choice.backend for choice in choices))
-    state, strategy = "fused", choices[0].strategy
+    state, strategy = _backend_state(backend), choices[0].strategy
     reasons = list(dict.fromkeys(choice.reason for choice in choices))
     if names_rows:
         reasons.append(f"rows name their adapters, as in the last call: {len(adapters)} in one")
@@ -145,19 +162,18 @@ def _fused_linear(name: str, layer: Any, x_dtype: torch.dtype | None, rows: int 
         reasons.append("an aLoRA, which is active from its invocation tokens on")
     reasons += _frozen_reasons(adapters, layer.training)
     if len(parts) > 1:
-        state, strategy = "composed", f"{strategy}; {len(parts)} calls"
+        strategy = f"{strategy}; {len(parts)} calls"
     if is_dora(layer, adapters[0].name):
         has_dropout = todo[0].dropout_p > 0
         if has_dropout:
-            state, strategy = "composed", f"{strategy}; the base GEMM twice"
+            strategy = f"{strategy}; the base GEMM twice"
         parts = _dora_parts(parts[0], layer.training, has_dropout)
         reasons += _dora_reasons(has_dropout)
-    if "eager" in backend:
-        state = "not fused"
+    if state == LIBRARY:
         is_counted = bool(todo) and base_reason is None
         reasons += _eager_reasons(layer, device, rows or 512, is_counted)
     if base_reason is not None:
-        state, strategy, parts = "adapter only", "base layer as a module, adapter added", []
+        state, strategy, parts = ADAPTER, "base layer as a module, adapter added", []
         reasons.insert(0, f"base layer: {base_reason}")
     return Row(name, state, backend, strategy, "; ".join(reasons)), parts
 
@@ -170,12 +186,12 @@ def row_of_loss(name: str, module: Any, x_dtype: torch.dtype | None) -> Row:
     base = head.get_base_layer() if is_adapted else head
     adapters = active_adapters(head) if isinstance(head, Fused) else []
     _, x_dtype = _expected_input(base, adapters, x_dtype)
-    device = base.weight.device
+    device = getattr(base, "weight", torch.empty(0)).device
     reason = model_reason(module)
     if reason is None:
         reason = call_reason(module, device, x_dtype)
     if reason is not None:
-        return Row(name, "not fused", "torch", "F.cross_entropy", reason)
+        return Row(name, TORCH, "torch", "F.cross_entropy", reason)
     todo = calls(adapters, device.type, None)
     a_dtype = todo[0].lora_A.dtype if todo else x_dtype
     rank = todo[0].lora_A.shape[0] if todo else 1
@@ -186,21 +202,24 @@ def row_of_loss(name: str, module: Any, x_dtype: torch.dtype | None) -> Row:
     if todo and todo[0].dropout_p:
         choice = selection.choose_for_mask()
     reason = f"in training {rows} rows of logits at a time; {choice.reason}"
-    return Row(name, "fused", choice.backend, choice.strategy, reason)
+    return Row(name, _backend_state(choice.backend), choice.backend, choice.strategy, reason)
 
 
 def _expected_input(
     base: Any, adapters: Sequence[Any], x_dtype: torch.dtype | None
 ) -> tuple[torch.device, torch.dtype]:
-    """Return the device and dtype of x: the adapters' device, and the base's dtype by default."""
-    lora_A = torch.empty(0)
-    if adapters:
-        lora_A = adapters[0].lora_A
-        lora_A = lora_A if isinstance(lora_A, Tensor) else lora_A.weight
+    """Return the device and dtype of x: the adapters' device, and the base's dtype by default.
+
+    A base that is stored in a dtype that no x has, such as float8 or uint8, does not tell it: the
+    adapters' dtype is then returned.
+    """
+    found: Any = adapters[0].lora_A if adapters else None
+    if isinstance(found, nn.Module):
+        found = getattr(found, "weight", None)  # FSDP1 may have taken it
+    lora_A = found if isinstance(found, Tensor) else torch.empty(0)
     if x_dtype is None:
-        x_dtype, weight = lora_A.dtype, getattr(base, "weight", None)
-        if isinstance(weight, Tensor) and weight.is_floating_point():
-            x_dtype = weight.dtype
+        stored = getattr(getattr(base, "weight", None), "dtype", None)
+        x_dtype = stored if stored in FLOATS else lora_A.dtype
     return lora_A.device, x_dtype
 
 
@@ -291,11 +310,10 @@ def row_of_layer(
         reason = "the adapter is merged" if layer.enabled else "the adapter is disabled"
         product = "F.embedding" if isinstance(layer, LoRAEmbedding) else "F.linear"
         parts = [] if isinstance(layer, LoRAEmbedding) else [part._replace(R=0)]
-        return Row(name, "not fused", "torch", product, reason), parts
+        return Row(name, TORCH, "torch", product, reason), parts
     choice = part.describe(rows)
-    state = "not fused" if choice.backend == "eager" else "fused"
-    reason = choice.reason
-    if state == "not fused" and part.four_bit and is_on_gpu_path(part.device.type):
+    state, reason = _backend_state(choice.backend), choice.reason
+    if state == LIBRARY and part.four_bit and is_on_gpu_path(part.device.type):
         reason = f"{reason}; {decoded_by(part.device)}"
     part = part._replace(norm=isinstance(layer, DoRALinear) and layer.training)
     return Row(name, state, choice.backend, choice.strategy, reason), [part]
@@ -305,9 +323,11 @@ def row_of_streamed(
     name: str, layer: StreamedLinear, x_dtype: torch.dtype | None, rows: int | None
 ) -> Row:
     """Return the row of a linear layer without an adapter that `fuse` has taken."""
-    weight = layer.weight
+    few, weight = 0, layer._parameters.get("weight")
+    if weight is None or weight.dim() != 2:
+        reason = tensor_reason(torch.device("cpu"), weight=weight) or ""
+        return Row(name, TORCH, "torch", "F.linear", f"no adapter; {reason}")
     (N, K), dtype = weight.shape, x_dtype or weight.dtype
-    few = 0
     if weight.device.type != "cpu":
         reason = f"its weight is on {weight.device}"
     elif dtype is not weight.dtype:
@@ -325,9 +345,9 @@ def row_of_streamed(
             few = cpu_heuristics.few_rows(dtype, False, N * K)
     if few >= (rows or 1):
         reason = f"no adapter; up to {few} rows without gradients; {reason}"
-        return Row(name, "streamed", "cpu", cpu.GEMV, reason)
+        return Row(name, KERNELS, "cpu", cpu.GEMV, reason)
     reason = f"no adapter; {f'more than {few} rows' if few else reason}"
-    return Row(name, "not streamed", "torch", "F.linear", reason)
+    return Row(name, TORCH, "torch", "F.linear", reason)
 
 
 def _experts_row(name: str, layer: Any, x_dtype: torch.dtype | None, rows: int | None) -> Row:
@@ -335,25 +355,24 @@ def _experts_row(name: str, layer: Any, x_dtype: torch.dtype | None, rows: int |
     weight = stack(experts, layer.parameter_name)
     reason = experts_reason(layer, weight.device)
     if reason is not None:
-        return Row(name, "not fused", "peft", "PEFT's own forward", reason)
+        return Row(name, PEFT, "peft", "PEFT's own forward", reason)
     adapter = active_adapter(layer)
     if adapter is None:
-        return Row(name, "not fused", "torch", "the base alone", "no active adapter on this layer")
+        return Row(name, TORCH, "torch", "the base alone", "no active adapter on this layer")
     (_, R, K), N = adapter.lora_A.shape, adapter.lora_B.shape[1]
     dtypes = x_dtype or weight.dtype, adapter.lora_A.dtype, adapter.lora_B.dtype, weight.dtype
     problem = Problem(weight.device.type, *dtypes, R, columns=N, inner=K)
     problem = problem._replace(four_bit=is_quantized(experts, layer.parameter_name))
     choice = selection.choose_experts(problem)
-    state = "not fused" if choice.backend == "eager" else "fused"
-    reason = f"experts; {choice.reason}"
+    state, reason = _backend_state(choice.backend), f"experts; {choice.reason}"
     if problem.four_bit and choice.backend == "eager" and is_on_gpu_path(weight.device.type):
         reason += "; one 4-bit expert is decoded at a time, and the host waits for the GPU"
     return Row(name, state, choice.backend, choice.strategy, reason)
 
 
 def _embedding_row(name: str) -> Row:
-    reason = "an embedding: its base is a lookup, no product to fuse the adapter's with"
-    return Row(name, "not fused", "torch", "lookups, then one product in place", reason)
+    reason = "an embedding: its base is a lookup, no GEMM to fuse the adapter's with"
+    return Row(name, LIBRARY, "torch", "lookups, then one GEMM in place", reason)
 
 
 def other_parts(
@@ -383,16 +402,18 @@ def _base_part(base: Any, x_dtype: torch.dtype | None, R: int) -> Iterator[Part]
 
     Yields nothing if the module is not a linear layer.
     """
-    if not (isinstance(base, nn.Linear) or is_conv1d(base)) or base.weight.device.type == "meta":
+    weight = getattr(base, "weight", None)
+    if not (isinstance(base, nn.Linear) or is_conv1d(base)) or not isinstance(weight, Tensor):
+        return
+    if weight.is_meta or weight.dim() != 2:  # ZeRO-3 and FSDP1 flatten it between forwards
         return
     four_bit = is_linear4bit(base)
     compute = base.compute_dtype if four_bit and base.compute_type_is_set else None
-    weight: Tensor = base.weight
     if four_bit:
         N, K = base.out_features, base.in_features
     else:
         N, K = reversed(weight.shape) if is_conv1d(base) else weight.shape
-    x_dtype = x_dtype or (weight.dtype if weight.is_floating_point() else torch.float32)
+    x_dtype = x_dtype or (weight.dtype if weight.dtype in FLOATS else torch.float32)
     dtype = base_dtype(weight.device.type, x_dtype, compute)
     part = Part(weight.device, x_dtype, dtype, N, K, R, four_bit=four_bit, ours=False)
     yield part._replace(frozen=not weight.requires_grad)

@@ -20,10 +20,12 @@ class StreamedLinear(nn.Linear):
     _prepared: PreparedLinear | None = None
 
     def forward(self, input: Tensor) -> Tensor:
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        parameters = self._parameters
+        # DataParallel's replicas and FSDP1 keep the weight as a plain attribute.
+        is_stored = "weight" in parameters and "bias" in parameters
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not is_stored:
             return super().forward(input)
         if self._prepared is None:
             self._prepared = PreparedLinear()
-        parameters = self._parameters
         y = self._prepared(input, parameters["weight"], parameters["bias"])
         return super().forward(input) if y is None else y

@@ -24,7 +24,7 @@ from .adapters import (
     lora_bias,
     weight_of,
 )
-from .base import is_linear4bit, readable_weight
+from .base import is_linear4bit, library_forward, readable_weight
 from .eligibility import has_invalid_sequences, is_dora, linear_reason, unreadable_reason
 from .prepared import PreparedForward
 
@@ -44,8 +44,19 @@ class Fused(nn.Module):
     # PEFT's target_modules="all-linear" recognizes its own layers by "Linear" in the class name, so
     # the names of subclasses contain it.
 
-    mixed_batch: tuple[str, ...] | None = None  # the distinct adapter_names of the last call
+    # The distinct adapter_names of the last call, for `explain`. A call does not read it: threads
+    # may call the layer with different names.
+    mixed_batch: tuple[str, ...] | None = None
+    peft_class: Any  # the class of PEFT's that a subclass overrides
+    peft_forward: Any  # its forward; None if it had been replaced before
     _prepared: PreparedForward | None = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        bases = cls.__mro__
+        cls.peft_class = bases[bases.index(Fused) + 1]
+        if cls.peft_class is not nn.Module:  # else another mix-in
+            cls.peft_forward = library_forward(cls.peft_class)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         alone = not (args or kwargs or torch.compiler.is_compiling())
@@ -55,10 +66,11 @@ class Fused(nn.Module):
                 return y
             self._prepared = None
         rows = RowNames(kwargs.get("adapter_names"), kwargs.get("alora_offsets"))
-        if rows.names is not None or self.mixed_batch is not None:
-            self.mixed_batch = None if rows.names is None else tuple(dict.fromkeys(rows.names))
-        adapters = adapters_of(self)
-        reason = linear_reason(self, adapters, x.device, x.dtype)
+        names = None if rows.names is None else tuple(dict.fromkeys(rows.names))
+        if names is not None or self.mixed_batch is not None:
+            self.mixed_batch = names
+        adapters = adapters_of(self, names)
+        reason = linear_reason(self, adapters, x.device, x.dtype, names is not None)
         if reason is not None or has_invalid_sequences(adapters, x, rows):
             return cast(Tensor, super().forward(x, *args, **kwargs))
         if kwargs:
@@ -137,8 +149,7 @@ def add_adapter(
 
 def peft_class(layer: Any) -> Any:
     """Return the class that PEFT gave the layer."""
-    bases = type(layer).__mro__
-    return bases[bases.index(Fused) + 1] if Fused in bases else type(layer)
+    return layer.peft_class if isinstance(layer, Fused) else type(layer)
 
 
 def set_class(layer: Any, cls: Any) -> None:

@@ -23,12 +23,14 @@ from ..head import lora_linear_cross_entropy
 from ..quantization import Weight4bit
 from .adalora import FusedSVD
 from .adapters import Adapter, adapters_of, calls, groups, lora_bias
-from .base import readable_weight
+from .base import library_forward, readable_weight
 from .eligibility import (
+    context_reason,
     hooks_of,
     is_dora,
     linear_reason,
     patched_reason,
+    replaced_reason,
     unreadable_reason,
 )
 from .frozen import StreamedLinear
@@ -97,7 +99,7 @@ def fuse_losses(model: nn.Module) -> None:
         )
     for _, module in found:
         module._loss_requested = True
-        if model_reason(module) is None and not has_fused_loss(module):
+        if not has_fused_loss(module) and model_reason(module) is None:
             cls: Any = type(module)
             module.forward = MethodType(_forward_of(cls), module)
 
@@ -131,9 +133,9 @@ def causal_models(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
-def _owner(module: Any) -> str:
+def _owner(cls: Any) -> str:
     """Return the name of the class that defines the forward; "" if it is not transformers'."""
-    owner = next(cls for cls in type(module).__mro__ if "forward" in vars(cls))
+    owner = next(each for each in cls.__mro__ if "forward" in vars(each))
     is_transformers = owner.__module__.startswith("transformers.models.")
     return owner.__name__ if is_transformers else ""
 
@@ -146,8 +148,11 @@ def has_fused_loss(module: Any) -> bool:
 
 def model_reason(module: Any) -> str | None:
     """Return why the loss of a causal language model is left to transformers, or None."""
-    if _owner(module) not in LOGITS:
-        return f"the forward of {type(module).__name__} is not covered in this version"
+    cls = type(module)
+    if _owner(cls) not in LOGITS:
+        return f"the forward of {cls.__name__} is not covered in this version"
+    if library_forward(cls) is None:
+        return f"{cls.__name__}.forward was replaced"
     return None if has_fused_loss(module) else patched_reason(module)
 
 
@@ -155,6 +160,8 @@ def call_reason(module: Any, device: torch.device, x_dtype: torch.dtype) -> str 
     """Return why the next training step computes logits of hidden states in x_dtype, or None."""
     from transformers.loss.loss_utils import ForCausalLMLoss
 
+    if (context := context_reason()) is not None:
+        return context
     if module.loss_function is not ForCausalLMLoss:
         return "its loss_function was replaced"
     reason = head_reason(module.get_output_embeddings(), device, x_dtype)
@@ -170,7 +177,7 @@ def head_reason(head: Any, device: torch.device, x_dtype: torch.dtype) -> str | 
     layer: Any = head
     if not isinstance(layer, Fused) or isinstance(layer, FusedSVD):
         return f"PEFT's {type(layer).__name__} is not covered here, or not fused"
-    if (reason := patched_reason(layer)) is not None:
+    if (reason := replaced_reason(type(layer)) or patched_reason(layer)) is not None:
         return reason
     adapters = active_adapters(layer)
     if layer.disable_adapters and layer.merged:
@@ -220,7 +227,8 @@ def _forward_of(cls: Any) -> Any:
     from transformers.modeling_outputs import CausalLMOutputWithPast
     from transformers.utils.generic import can_return_tuple
 
-    names = list(inspect.signature(cls.forward).parameters)[1:]
+    own = cls.forward
+    names = list(inspect.signature(own).parameters)[1:]
     outputs = [name for name in _OUTPUTS if name in CausalLMOutputWithPast.__dataclass_fields__]
 
     @can_return_tuple  # type: ignore[untyped-decorator]
@@ -236,13 +244,15 @@ def _forward_of(cls: Any) -> Any:
         rest = {name: getattr(found, name, None) for name in outputs}
         return CausalLMOutputWithPast(loss=loss, logits=logits, **rest)
 
-    @functools.wraps(cls.forward)
+    @functools.wraps(own)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if cls.forward is not own:  # replaced after `fuse`
+            return cls.forward(self, *args, **kwargs)
         kwargs.update(zip(names, args, strict=False))
         keep = kwargs.get("logits_to_keep", 0)
         keeps_all = isinstance(keep, int) and keep == 0
         if kwargs.get("labels") is None or not self.training or not keeps_all:
-            return cls.forward(self, **kwargs)
+            return own(self, **kwargs)
         kwargs.pop("logits_to_keep", None)
         return run(self, kwargs.pop("labels"), **kwargs)
 
@@ -252,7 +262,7 @@ def _forward_of(cls: Any) -> Any:
 
 def _logits(module: Any, x: Tensor) -> Tensor:
     """Return the logits as the class's forward does."""
-    scale, cap = LOGITS[_owner(module)](module)
+    scale, cap = LOGITS[_owner(type(module))](module)
     head: Any = module.get_output_embeddings()
     logits: Tensor = head(x)
     if scale != 1.0:
@@ -272,7 +282,7 @@ def _loss(
     """Return `ForCausalLMLoss` of the hidden states x [..., S, K] and labels [..., S]."""
     head = head_of(module.get_output_embeddings(), x)
     weight, lora_A, lora_B, scaling, bias, dropout_p, compute_dtype = head
-    scale, cap = LOGITS[_owner(module)](module)
+    scale, cap = LOGITS[_owner(type(module))](module)
     if shift_labels is None:
         shift_labels = functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     loss = lora_linear_cross_entropy(

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import functools
 import logging
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from peft.tuners.adalora.layer import SVDLinear
 from peft.tuners.lora.layer import LoraLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from torch._C import _get_obj_in_tls, _is_key_in_tls, _stash_obj_in_tls
+
+from .base import missing_layers
 
 BASE = "__base__"  # PEFT's name for no adapter
 _CHECKPOINT = "_gradient_checkpointing_func"  # transformers', of modules that checkpoint
@@ -24,9 +29,11 @@ def row_adapters(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
 
     PEFT's forward takes `adapter_names` in evaluation alone. In this context each LoRA layer gets
     them. Fused layers then make one call of `multi_lora_linear`, with one base GEMM for all rows.
-    An adapter gets its gradients from its own rows alone; an adapter without rows gets zeros, or
-    None from layers that are PEFT's. Layers that are not fused run PEFT's forward for mixed
-    batches.
+    An adapter gets its gradients from its own rows alone. If no row names an adapter, its
+    gradients are None. Layers that are PEFT's run PEFT's forward for mixed batches.
+
+    The context holds for the calling thread alone: other threads may call the model at the same
+    time, with other names or without. PEFT's own `adapter_names` argument is not safe there.
 
     `backward` may be called after the context: layers that transformers checkpoints are recomputed
     with the adapters of their forward. If the model calls `torch.utils.checkpoint` by itself, call
@@ -40,6 +47,7 @@ def row_adapters(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
 
     Raises:
         TypeError: `model` is not a module, or `names` not a sequence of strings.
+        RuntimeError: `torch.nn.DataParallel` calls the model.
         ValueError: `model` has no LoRA layer, AdaLoRA layers or merged adapters; no layer has an
             adapter of that name; the batch has another number of rows; a layer's variant of LoRA,
             such as DoRA, has no mixed batches in PEFT.
@@ -55,28 +63,33 @@ def row_adapters(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
     ...     model(torch.ones(3, 8)).sum().backward()
     """
     rows = _Rows(_checked(model, names))
-    checkpointed = [module for module in model.modules() if _CHECKPOINT in vars(module)]
-    before = [vars(module)[_CHECKPOINT] for module in checkpointed]
-    for module, checkpoint in zip(checkpointed, before, strict=True):
-        setattr(module, _CHECKPOINT, rows.kept_by(checkpoint, module))
-    try:
-        with rows.added_to(model):
-            yield
-    finally:
-        for module, checkpoint in zip(checkpointed, before, strict=True):
-            setattr(module, _CHECKPOINT, checkpoint)
+    with _checkpoints_keep_rows(model), rows.added_to(model):
+        yield
+
+
+_KEY = "lora_kernels.row_adapters"
+
+
+def _current_rows() -> _Rows | None:
+    """Return the rows of this thread's innermost context.
+
+    PyTorch hands an object of this kind on to the threads that run a backward, where models that
+    call `torch.utils.checkpoint` by themselves are recomputed on a GPU.
+    """
+    return _get_obj_in_tls(_KEY) if _is_key_in_tls(_KEY) else None
 
 
 class _Rows:
     """The adapters of the rows, which hooks add to the arguments of a module's LoRA layers."""
 
     def __init__(self, names: list[str]) -> None:
-        self.names, self._is_on = names, False
+        self.names = names
 
     @contextmanager
     def added_to(self, module: nn.Module) -> Iterator[None]:
-        """Add the names in all layers within the module, unless they are being added."""
-        if self._is_on:
+        """Add the names in all layers within the module, in calls by this thread."""
+        before = _current_rows()
+        if before is self:  # in the forward, whose context has added the hooks
             yield
             return
         layers = (LoraLayer, AuxiliaryTrainingWrapper)
@@ -85,29 +98,74 @@ class _Rows:
             for layer in module.modules()
             if isinstance(layer, layers)
         ]
-        self._is_on = True
+        _stash_obj_in_tls(_KEY, self)
         try:
             yield
         finally:
-            self._is_on = False
+            _stash_obj_in_tls(_KEY, before)
             for handle in handles:
                 handle.remove()
 
-    def _add(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    def _add(self, module: nn.Module, args: Any, kwargs: dict[str, Any] | None = None) -> Any:
+        # A hook that another thread is removing gets no kwargs.
+        if torch.compiler.is_compiling():
+            return args, (kwargs or {}) | {"adapter_names": self.names}
+        if getattr(module, "_is_replica", False):
+            raise RuntimeError(
+                "row_adapters: got a replica of DataParallel, whose batch is a part of the rows, "
+                "want one device, or DistributedDataParallel with each process's own names"
+            )
+        if kwargs is None or _current_rows() is not self:
+            return None
         return args, kwargs | {"adapter_names": self.names}
 
-    def kept_by(self, checkpoint: Callable[..., Any], module: nn.Module) -> Callable[..., Any]:
-        """Return transformers' function by which the module checkpoints, which keeps the names."""
 
-        @functools.wraps(checkpoint)
-        def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            def call(*args: Any, **kwargs: Any) -> Any:
-                with self.added_to(module):
-                    return function(*args, **kwargs)
+class _KeptCheckpoint:
+    """transformers' function by which a module checkpoints, which keeps the forward's rows.
 
-            return checkpoint(call, *args, **kwargs)
+    users: the number of contexts of all threads that are open; the last restores the function.
+    """
 
-        return run
+    def __init__(self, checkpoint: Callable[..., Any], module: nn.Module) -> None:
+        self.checkpoint, self.module, self.users = checkpoint, module, 0
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        rows = _current_rows()
+        if rows is None:
+            return self.checkpoint(function, *args, **kwargs)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with rows.added_to(self.module):
+                return function(*args, **kwargs)
+
+        return self.checkpoint(call, *args, **kwargs)
+
+
+_lock = threading.Lock()
+
+
+@contextmanager
+def _checkpoints_keep_rows(model: nn.Module) -> Iterator[None]:
+    """Make transformers' checkpointing recompute each layer with the rows of its forward."""
+    kept: list[_KeptCheckpoint] = []
+    with _lock:
+        for module in model.modules():
+            found = vars(module).get(_CHECKPOINT)
+            if found is None:
+                continue
+            if not isinstance(found, _KeptCheckpoint):
+                found = _KeptCheckpoint(found, module)
+                setattr(module, _CHECKPOINT, found)
+            found.users += 1
+            kept.append(found)
+    try:
+        yield
+    finally:
+        with _lock:
+            for each in kept:
+                each.users -= 1
+                if not each.users and vars(each.module).get(_CHECKPOINT) is each:
+                    setattr(each.module, _CHECKPOINT, each.checkpoint)
 
 
 def _checked(model: nn.Module, names: Sequence[str]) -> list[str]:
@@ -116,10 +174,7 @@ def _checked(model: nn.Module, names: Sequence[str]) -> list[str]:
         raise TypeError(f"model: got {type(model).__name__}, want a torch.nn.Module")
     layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
     if not layers:
-        raise ValueError(
-            f"model: got {type(model).__name__} without LoRA layers, want a PEFT model: "
-            "peft.get_peft_model(model, config) adds them"
-        )
+        raise missing_layers(model, "peft.get_peft_model(model, config) adds them")
     if isinstance(names, str) or not all(isinstance(name, str) for name in names):
         raise TypeError(f"names: got {names!r}, want a sequence of strings, one for each row")
     if any(isinstance(layer, SVDLinear) for layer in layers):

@@ -16,7 +16,7 @@ from ..functional import lora_linear
 from ..quantization import Weight4bit
 from .adapters import Adapter, dropout_p, weight_of
 from .base import is_conv1d, is_linear4bit
-from .eligibility import LINEAR_FORWARD, hooks_of
+from .eligibility import LINEAR_FORWARD, context_reason, hooks_of
 
 
 @dataclasses.dataclass(eq=False)
@@ -98,6 +98,7 @@ class PreparedForward:
             *(Guard(entry, key, entry.get(key)) for entry, key in entries),
             Guard(base, type, type(base)),  # changes when its bias is parametrized
             Guard(nn.Linear, "forward", LINEAR_FORWARD),
+            Guard(layer.peft_class, "forward", layer.peft_forward),
             Guard(stored, _weight_state, _weight_state(stored)),
         ]
         cache = CallCache()
@@ -145,7 +146,8 @@ class PreparedForward:
         if y is not None:
             return y
         if (
-            x.dtype is not self.x_dtype
+            context_reason() is not None
+            or x.dtype is not self.x_dtype
             or not (x.is_cpu if self.device is None else x.device == self.device)
             or (self.lora_A.dtype, self.lora_B.dtype) != self.adapter_dtypes
         ):

@@ -18,6 +18,9 @@ from ..layers import LoRALayer
 from ..timing import Machine
 from . import predict
 from .explain_rows import (
+    KERNELS,
+    LIBRARY,
+    PEFT,
     Layer,
     Row,
     other_parts,
@@ -74,15 +77,30 @@ class Explanation:
     all: bool = False
     losses: list[Row] = field(default_factory=list)
 
-    def assert_fused(self) -> None:
-        """Raise RuntimeError with a list of the layers and losses not "fused", or without any."""
-        rest = [row for row in [*self.rows, *self.losses] if row.state != "fused"]
+    def assert_fused(self, kernels: bool = False) -> None:
+        """Raise RuntimeError with a list of the layers and losses that are not ours.
+
+        "adapter only" is not enough, and neither is a model without any of them.
+
+        kernels: whether our order of PyTorch's GEMMs ("ours, library GEMMs") is not enough either,
+            and our kernels are wanted. An embedding has none, so it raises.
+
+        >>> ours = Row("a", "ours, library GEMMs", "eager", "reference", "float64")
+        >>> Explanation([ours]).assert_fused()
+        >>> Explanation([ours]).assert_fused(kernels=True)
+        Traceback (most recent call last):
+        RuntimeError: want our kernels in all, got 1 LoRA layer: 1 ours, library GEMMs
+          a: ours, library GEMMs (eager): float64
+        """
+        wanted = (KERNELS,) if kernels else (KERNELS, LIBRARY)
+        rest = [row for row in [*self.rows, *self.losses] if row.state not in wanted]
         if rest or not (self.rows or self.losses):
             lines = [
                 f"  {row.layer}: {row.state} ({row.backend}): {row.reason}"
                 for row, _ in self._groups(rest)
             ]
-            raise RuntimeError("\n".join([f"want all fused, got {self._summary()}", *lines]))
+            want = "our kernels in all" if kernels else "all ours"
+            raise RuntimeError("\n".join([f"want {want}, got {self.summary()}", *lines]))
 
     def json(self) -> str:
         """Return all fields as JSON.
@@ -91,9 +109,9 @@ class Explanation:
         rows of layers without an adapter. With a number of rows, each layer has the fields of its
         prediction too, and "rows", "step", "seconds", "others" and "limits" are added.
 
-        >>> json.loads(Explanation([Row("a", "fused", "cpu", "fused", "why")]).json())
-        {'layers': [{'layer': 'a', 'state': 'fused', 'backend': 'cpu', 'strategy': 'fused', \
-'reason': 'why', 'parameters': None}]}
+        >>> json.loads(Explanation([Row("a", "ours, kernels", "cpu", "fused", "why")]).json())
+        {'layers': [{'layer': 'a', 'state': 'ours, kernels', 'backend': 'cpu', \
+'strategy': 'fused', 'reason': 'why', 'parameters': None}]}
         """
         layers: list[dict[str, Any]] = []
         for row in self.rows:
@@ -135,7 +153,8 @@ class Explanation:
         known = [prediction.seconds for prediction in self.predictions.values()]
         return sum(seconds or 0.0 for seconds in [*known, self.others and self.others.seconds])
 
-    def _summary(self) -> str:
+    def summary(self) -> str:
+        """Return the number of layers in each state, in one line."""
         states, sizes = Counter(row.state for row in self.rows), Counter[str]()
         for row in self.rows:
             sizes[row.state] += self.parameters.get(row.layer, 0)
@@ -144,10 +163,11 @@ class Explanation:
             shares = [sizes[state] / total for state, _ in states.most_common()]
             counts = [f"{n} ({share:.1%})" for n, share in zip(counts, shares, strict=True)]
             counts[-1] += " of the LoRA parameters"
-        text = f"{len(self.rows)} LoRA layers: {', '.join(counts) or 'nothing to fuse'}"
+        layers = "1 LoRA layer" if len(self.rows) == 1 else f"{len(self.rows)} LoRA layers"
+        text = f"{layers}: {'; '.join(counts) or 'nothing to fuse'}"
         if self.linears:
-            streamed = sum(row.state == "streamed" for row in self.linears)
-            text += f"; without an adapter {streamed} of {len(self.linears)} streamed"
+            served = sum(row.state == KERNELS for row in self.linears)
+            text += f"; without an adapter {served} of {len(self.linears)} by our GEMV"
         return text
 
     def _prediction(self) -> Iterator[str]:
@@ -174,7 +194,7 @@ class Explanation:
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in table]
         if self.rows_of_x is not None:
             lines += self._prediction()
-        return "\n".join([*lines, self._summary()])
+        return "\n".join([*lines, self.summary()])
 
     __repr__ = __str__
 
@@ -208,10 +228,11 @@ def explain(
 ) -> Explanation:
     """Explain how the next call of each LoRA layer in `model` will be computed, and why.
 
-    Covers PEFT's layers, fused or not, `lora_kernels.layers.LoRALayer` with its subclasses, and the
-    layers without an adapter that `fuse(model, linears=True)` took. The result holds for the
-    current state: training mode, active adapters, hooks, autocast and the forced backend. On a GPU
-    a fused layer's reason has the bytes that it and PEFT's layer move, for `rows` or 512 rows.
+    Covers PEFT's layers, with `fuse` or without, `lora_kernels.layers.LoRALayer` with its
+    subclasses, and the layers without an adapter that `fuse(model, linears=True)` took. The result
+    holds for the current state: training mode, active adapters, hooks, autocast and the forced
+    backend. On a GPU a fused layer's reason has the bytes that it and PEFT's layer move, for `rows`
+    or 512 rows.
 
     Args:
         x_dtype: the dtype of the layers' input. None: the dtype of each base weight.
@@ -233,9 +254,9 @@ def explain(
     >>> from peft import LoraConfig, get_peft_model
     >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), LoraConfig(target_modules=["0"]))
     >>> print(explain(model))
-    layer               state      backend  strategy            reason
-    base_model.model.0  not fused  peft     PEFT's own forward  fuse() was not called
-    1 LoRA layers: 1 not fused
+    layer               state   backend  strategy            reason
+    base_model.model.0  PEFT's  peft     PEFT's own forward  fuse() was not called
+    1 LoRA layer: 1 PEFT's
     """
     if rows is not None and (not isinstance(rows, int) or isinstance(rows, bool) or rows < 1):
         raise ValueError(
@@ -285,7 +306,7 @@ def explain(
     predictions = {}
     for row, own in found:
         ways = regions(own[0]) if own else (predict.Region(1, row.backend, row.strategy),)
-        if row.state == "not fused" and row.backend == "peft":
+        if row.state == PEFT:
             ways = (predict.Region(1, row.backend, row.strategy),)
         taken_by = times[row.layer]
         predictions[row.layer] = (

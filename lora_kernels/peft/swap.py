@@ -19,6 +19,7 @@ from torch import nn
 from .. import qualification, selection, verdicts
 from . import foreign, traffic
 from .adalora import FusedSVDLinear
+from .base import missing_layers
 from .eligibility import patched_reason, unfusable_reason
 from .embedding import FusedEmbedding
 from .experts import FusedParamWrapper
@@ -59,8 +60,8 @@ def fuse(model: Model, linears: bool = False, loss: bool = False, qualify: str =
 
     Raises:
         TypeError: `model` is not a module.
-        ValueError: `model` has no LoRA layer, or with `loss` no causal language model; `qualify` is
-            another word.
+        ValueError: `model` has no LoRA or AdaLoRA layer, or with `loss` no causal language model;
+            `qualify` is another word.
 
     >>> from peft import LoraConfig, get_peft_model
     >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), LoraConfig(target_modules=["0"]))
@@ -72,10 +73,7 @@ def fuse(model: Model, linears: bool = False, loss: bool = False, qualify: str =
         raise ValueError(f"qualify: got {qualify!r}, want one of {want}")
     layers = list(lora_layers(model))
     if not layers and not loss:
-        raise ValueError(
-            f"model: got {type(model).__name__} without LoRA layers, want a PEFT model: "
-            "peft.get_peft_model(model, config) adds them"
-        )
+        raise missing_layers(model, "peft.get_peft_model(model, config) adds them")
     for _, layer, reason in layers:
         _restore_linears(layer.modules())  # type: ignore[attr-defined]
         if reason is None and not isinstance(layer, Fused):
@@ -170,7 +168,7 @@ def _excess_traffic(layer: Any) -> str | None:
         or not selection.is_eager_on_gpu(weight.device.type)
     ):
         return None
-    if weight.is_meta or not layer.active_adapters:
+    if weight.is_meta or weight.dim() < 2 or not layer.active_adapters:
         return None
     return traffic.excess(layer, _fused_class(layer))
 

@@ -110,7 +110,7 @@ def test_generate_goes_on_from_a_run(model_folder: Path, text: Path, tmp_path: P
     assert_said(
         run(*argv, "--quant", "nf4", "--dtype", "bf16"),
         r"rank 3, bf16, nf4 by bitsandbytes",
-        r"14 LoRA layers fused",
+        r"14 LoRA layers: ours, kernels",
         r"gradients of 28 adapters \S+ ≤ 0.0001 ✓",
         r"updates in 2 SGD steps \S+ ≤ 0.001 ✓",
         r"bf16 gradients, off fp32 \S+ \S+ ×\d\.\d+ ≤ 1.25 ✓",
@@ -119,7 +119,7 @@ def test_generate_goes_on_from_a_run(model_folder: Path, text: Path, tmp_path: P
     )
     ask = ["generate", "--run", tmp_path, "--prompt", "Line 7", "--max-new-tokens", "6"]
     shown = run(*ask, "--compare")
-    assert_said(shown, "14 LoRA layers fused", "stock PEFT: 6 tokens, ")
+    assert_said(shown, "14 LoRA layers: ours, kernels", "stock PEFT: 6 tokens, ")
     assert_said(shown, r"fused: 6 tokens; first token after \d+ ms, then \d+\.\d ms each")
     for dtype in ("fp32", "bf16"):
         warm = ["--dtype", dtype, "--temperature", "1.5"]
@@ -178,7 +178,7 @@ def test_whole_run_on_chats(folder: Path, lines: Path, tmp_path: Path, run) -> N
         r"12 examples, [\d,]+ tokens, loss on \d+ of them",
         r"3 of the examples held out",
         r"trainable: [\d,]+ of [\d,]+ parameters \(\d+\.\d+%\), in 8 adapted layers",
-        r"8 LoRA layers \S+",
+        r"8 LoRA layers: \S+",
         r"fused: step 6/6 loss \d\.\d{4}",
         r"prompt user \d+ squared\? assistant before",
         r"held out \d+\.\d+ after step 2, \d+\.\d+ at best",

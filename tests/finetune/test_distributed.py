@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,11 +19,12 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from lora_kernels.finetune import LoRATrainer, load_chat, newest_checkpoint, training_arguments
 from lora_kernels.finetune.model import quantize
+from lora_kernels.integrations import FuseCallback
 from lora_kernels.peft import explain, fuse
 from tests.finetune.test_trainer import adapted
 from tests.finetune.tiny import llama, metrics, run_python, tokenizer, weights
-from tests.support.assertions import assert_close_derived
-from tests.support.peft_models import count_ops, randomize
+from tests.support.assertions import assert_bitwise_equal, assert_close_derived
+from tests.support.peft_models import OpCounter, count_ops, randomize
 
 NEEDS_GLOO = pytest.mark.skipif(
     not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
@@ -50,13 +53,14 @@ def train(out: str, file: str) -> None:
         torch.save(weights(model), Path(out, "weights.pt"))
 
 
-def launch(code: str, folder: Path, *argv: str) -> None:
-    """Run the code by torchrun in two processes."""
+def launch(code: str, folder: Path, *argv: str) -> str:
+    """Run the code by torchrun in two processes, and return what they print."""
     script = folder / "script.py"
     script.write_text(code)
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     done = run_python(*torchrun, script, *argv)
     assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @NEEDS_GLOO
@@ -181,7 +185,7 @@ def assert_explained(model: Any) -> None:
     said = next(row for row in before.rows if row.layer == name)
     assert said.reason == f"{inside[0].reason}; FSDP2 gathers its parameters for the call"
     assert said[1:4] == inside[0][1:4]
-    assert {row.state for row in before.rows} == {"fused"}, before
+    assert {row.state for row in before.rows} == {"ours, kernels"}, before
 
 
 def shard(folder: str) -> None:
@@ -269,3 +273,65 @@ def test_fully_sharded(tmp_path: Path) -> None:
             assert (both[key] - ref).norm() <= rtol * ref.norm(), (name, key)
         first, last = want["logits 0"], want["logits 1"]
         assert (last - first).norm() > 2.0**-7 * first.norm()
+
+
+# FSDP1
+
+FLAT = """
+import sys
+from tests.finetune.test_distributed import flatten
+flatten(sys.argv[1])
+"""
+
+
+def flatten(folder: str) -> None:
+    """Compare a fused model with stock PEFT's, both wrapped as a whole or as PEFT advises."""
+    from peft.utils.other import fsdp_auto_wrap_policy
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
+    state = SimpleNamespace(is_world_process_zero=rank == 0, stateful_callbacks={}, global_step=0)
+    os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = LlamaDecoderLayer.__name__
+    found = {}
+    for case in ("whole", "advised"):
+        logits: list[list[torch.Tensor]] = []
+        for fused in (False, True):
+            model, callback = to_shard("dense"), FuseCallback(linears=True)
+            if fused:
+                callback.on_init_end(None, state, None, model=model)
+            policy = fsdp_auto_wrap_policy(model) if case == "advised" else None
+            model = FullyShardedDataParallel(
+                model,
+                auto_wrap_policy=policy,
+                use_orig_params=case == "whole",
+                device_id=torch.device("cpu"),
+            )
+            if fused:
+                callback.on_train_begin(None, state, None, model=model)
+                assert {row.state for row in explain(model).rows} == {"PEFT's"}
+            logits.append([])
+            for no_grad in (False, True):
+                with torch.set_grad_enabled(not no_grad), OpCounter() as counter:
+                    logits[-1].append(model(input_ids=ids_of(0)).logits.detach())
+                assert not {name for name in counter.counts if name.startswith("lora_")}
+        found[case] = logits
+    torch.save(found, f"{folder}/{rank}.pt")
+    torch.distributed.barrier()
+    sys.stdout.flush()
+    os._exit(0)
+
+
+@NEEDS_GLOO
+def test_fuse_callback_under_fsdp1_says_peft_s_forward_runs(tmp_path: Path) -> None:
+    """The line is printed after wrapping; PEFT's forward does run, with PEFT's bits."""
+    shown = launch(FLAT, tmp_path, str(tmp_path))
+    lines = [line for line in shown.splitlines() if line.startswith("lora_kernels: ")]
+    assert len(lines) == 2  # of the main process
+    for line in lines:
+        assert line.startswith("lora_kernels: 14 LoRA layers: 14 PEFT's; without an adapter 0 of 1")
+    for rank in (0, 1):
+        for stock, fused in torch.load(tmp_path / f"{rank}.pt", weights_only=True).values():
+            assert_bitwise_equal(fused, stock)

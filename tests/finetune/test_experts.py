@@ -52,7 +52,7 @@ def test_add_lora_layers_to_experts_adapts_the_projections_of_the_roles(
     model = add_lora_layers(mixtral(), "chat", targets=targets, dropout=0.0)
     assert adapted(model) == parameters
     rows = [row for row in explain(model).rows if not row.layer.endswith(".gate")]  # the router
-    assert all(row.state == "fused" for row in rows)
+    assert all(row.state == "ours, kernels" for row in rows)
 
 
 def test_add_lora_layers_to_experts_warns_of_a_preset_s_dropout_and_refuses_one_that_is_given() -> (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import signal
@@ -15,11 +14,14 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+import lora_kernels
+from lora_kernels.backends import native
 from lora_kernels.finetune import newest_checkpoint
 from lora_kernels.integrations import FuseCallback
+from lora_kernels.peft import explain
 from lora_kernels.peft.frozen import StreamedLinear
 from tests.finetune.tiny import llama, weights
 from tests.support.assertions import FLOAT64_RTOL, assert_bitwise_equal
@@ -108,44 +110,74 @@ def test_fuse_callback_killed_and_resumed_run_ends_in_the_same_bits(tmp_path: Pa
     assert_bitwise_equal(weights(resumed.model), weights(whole.model))
 
 
-def test_fuse_callback_says_once_what_it_fused(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+OURS = "ours, kernels" if native.module else "ours, library GEMMs"
+
+
+def printed(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    lines = capsys.readouterr().out.splitlines()
+    return [line for line in lines if line.startswith("lora_kernels: ")]
+
+
+def test_fuse_callback_prints_one_line_that_explain_and_assert_fused_agree_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with caplog.at_level(logging.INFO, logger="lora_kernels"):
-        sft(tmp_path, max_steps=1).train()
-    said = [record.getMessage() for record in caplog.records if record.name == "lora_kernels"]
-    assert said == ["14 of 14 LoRA layers fused"]
+    """The line is visible where logging is as Python sets it up, and not repeated."""
+    trainer = sft(tmp_path, max_steps=1)
+    assert not printed(capsys)
+    trainer.train()
+    trainer.train()
+    assert printed(capsys) == [f"lora_kernels: 14 LoRA layers: 14 {OURS}"]
+    explain(trainer.model).assert_fused()
+    with lora_kernels.backend("eager"):
+        trainer.train()
+        assert printed(capsys) == ["lora_kernels: 14 LoRA layers: 14 ours, library GEMMs"]
+        explain(trainer.model).assert_fused()
 
 
 @pytest.mark.parametrize("main", [True, False])
 def test_fuse_callback_speaks_in_the_main_process_alone(
-    main: bool, caplog: pytest.LogCaptureFixture
+    main: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = get_peft_model(llama(), LoraConfig(r=3, target_modules=["q_proj"]))
     state = SimpleNamespace(is_world_process_zero=main)
-    with caplog.at_level(logging.INFO, logger="lora_kernels"):
-        FuseCallback().on_init_end(None, state, None, model=model)
-    said = [record.getMessage() for record in caplog.records if record.name == "lora_kernels"]
-    assert said == ["2 of 2 LoRA layers fused"] * main and fused_layers(model) == 2
+    callback = FuseCallback()
+    callback.on_init_end(None, state, None, model=model)
+    callback._report(model, state)
+    assert printed(capsys) == [f"lora_kernels: 2 LoRA layers: 2 {OURS}"] * main
+    assert fused_layers(model) == 2
 
 
 def test_fuse_callback_warns_of_layers_left_to_peft(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Also if what leaves them to PEFT comes after the trainer's `__init__`, as ZeRO-3's hooks."""
     model = get_peft_model(llama(), LoraConfig(r=3, target_modules=["q_proj", "v_proj"]))
-    model.base_model.model.model.layers[0].self_attn.q_proj.base_layer.weight.requires_grad_()
-    with caplog.at_level(logging.INFO, logger="lora_kernels"):
-        Trainer(model, arguments(tmp_path), callbacks=[FuseCallback()])
-    levels = [(r.levelname, r.getMessage()) for r in caplog.records if r.name == "lora_kernels"]
-    assert levels == [
-        ("INFO", "3 of 4 LoRA layers fused"),
-        ("WARNING", "1 LoRA layers stay PEFT's: the base weight is trainable"),
+    first, second = (layer.self_attn for layer in model.base_model.model.model.layers)
+    first.q_proj.base_layer.weight.requires_grad_()
+    data = [{"input_ids": ids, "labels": ids} for ids in torch.arange(96).view(8, 12)]
+    callbacks = [FuseCallback(loss=True)]
+    trainer = Trainer(model, arguments(tmp_path), train_dataset=data, callbacks=callbacks)
+    second.q_proj.lora_A.default.register_forward_pre_hook(lambda *_: None)
+    model.get_output_embeddings().register_forward_hook(lambda *_: None)
+    trainer.train()
+    shares = f"2 PEFT's (57.1%); 2 {OURS} (42.9%) of the LoRA parameters"
+    assert printed(capsys) == [f"lora_kernels: 4 LoRA layers: {shares}"]
+    said = [(r.levelname, r.getMessage()) for r in caplog.records if r.name == "lora_kernels"]
+    hook = "adapter 'default': a hook sits on its nn.Linear"
+    loss = "base_model.model.loss is transformers' own: its head: a hook sits on it"
+    assert said == [
+        ("WARNING", "1 of 4 LoRA layers are PEFT's: the base weight is trainable"),
+        ("WARNING", f"1 of 4 LoRA layers are PEFT's: {hook}"),
+        ("WARNING", loss),
     ]
 
 
 def test_fuse_callback_of_a_model_without_adapters_raises(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"without LoRA layers.*peft_config"):
         Trainer(llama(), arguments(tmp_path), callbacks=[FuseCallback()])
+    ia3 = get_peft_model(llama(), IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
+    with pytest.raises(ValueError, match="a PEFT model of IA3 without LoRA layers"):
+        Trainer(ia3, arguments(tmp_path), callbacks=[FuseCallback()])
 
 
 def test_fuse_callback_merges_and_unloads(tmp_path: Path) -> None:

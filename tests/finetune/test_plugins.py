@@ -10,13 +10,12 @@ run, otherwise classes with the same signatures:
 from __future__ import annotations
 
 import importlib
-import logging
 import runpy
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -111,7 +110,7 @@ def register(manager: Any, cfg: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("cfg", [{}, {"lora_kernels_loss": True, "lora_kernels_qualify": "off"}])
 def test_axolotl_fuses_after_the_adapter_is_loaded(
-    cfg: dict[str, Any], manager: Any, caplog: pytest.LogCaptureFixture
+    cfg: dict[str, Any], manager: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cfg = {"lora_mlp_kernel": None, "lora_o_kernel": False} | cfg
     register(manager, cfg)
@@ -119,14 +118,15 @@ def test_axolotl_fuses_after_the_adapter_is_loaded(
     assert all(cfg[f"lora_{name}_kernel"] is False for name in ("mlp", "qkv", "o", "embedding"))
     model = peft_model()
     want = loss_and_gradients(model)
-    with caplog.at_level(logging.INFO, "lora_kernels"):
-        manager.post_lora_load(cfg, model)
-    assert "14 of 14 LoRA layers fused" in caplog.text
+    manager.post_lora_load(cfg, model)
     assert_close_derived(loss_and_gradients(model), want, layers=8)
     logits = model(input_ids=IDS, labels=IDS, use_cache=False).logits
     assert (logits is None) is cfg.get("lora_kernels_loss", False)
-    (callback,) = manager.add_callbacks_pre_trainer(cfg, model)
-    assert "verdicts" in callback.state()["attributes"]
+    verdicts, report = manager.add_callbacks_pre_trainer(cfg, model)
+    assert "verdicts" in verdicts.state()["attributes"]
+    assert "LoRA layers" not in capsys.readouterr().out
+    report.on_train_begin(None, SimpleNamespace(is_world_process_zero=True), None, model=model)
+    assert "lora_kernels: 14 LoRA layers: 14 ours, " in capsys.readouterr().out
 
 
 def test_axolotl_finds_the_keys_of_the_configuration(manager: Any) -> None:
@@ -188,16 +188,16 @@ def kernel_plugin(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 @pytest.mark.parametrize("include", [None, "auto", True, "loss", "linears, loss"])
 def test_llama_factory_fuses_the_model(
-    include: Any, kernel_plugin: Any, caplog: pytest.LogCaptureFixture
+    include: Any, kernel_plugin: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The call is the one that its model engine makes for `kernel_config`."""
     model = peft_model()
     want = loss_and_gradients(model)
-    with caplog.at_level(logging.INFO, "lora_kernels"):
-        fused = kernel_plugin("lora_kernels")(model=model, include_kernels=include)
+    fused = kernel_plugin("lora_kernels")(model=model, include_kernels=include)
     assert fused is model and sum(isinstance(m, Fused) for m in model.modules()) == 14
-    assert "14 of 14 LoRA layers fused" in caplog.text
-    assert_close_derived(loss_and_gradients(model), want, layers=8)
+    for said in (1, 0):  # at the first forward alone
+        assert_close_derived(loss_and_gradients(model), want, layers=8)
+        assert capsys.readouterr().out.count("lora_kernels: 14 LoRA layers: 14 ours, ") == said
     logits = model(input_ids=IDS, labels=IDS, use_cache=False).logits
     assert (logits is None) is ("loss" in str(include))
 

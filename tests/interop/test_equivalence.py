@@ -125,7 +125,7 @@ def test_adapters_on_different_layers_equal_peft() -> None:
     assert_close_derived(results(fused, batch()), results(stock, batch()))
     up, down = explain(fused.float()).rows
     assert "no active adapter" not in up.reason
-    assert down.state == "not fused" and "no active adapter" in down.reason
+    assert down.state == "PEFT's" and "no active adapter" in down.reason
 
 
 # Language models
@@ -230,7 +230,7 @@ def test_adalora_of_no_rank_left_is_not_fused() -> None:
         pattern = {"up.lora_E": [False] * R, "down.lora_E": [True, False, True, False, True]}
         model.base_model.resize_modules_by_rank_pattern(pattern, "default")
     first, second = explain(fused).rows
-    assert first.state == "not fused" and "'default': every rank was taken from it" in first.reason
+    assert first.state == "PEFT's" and "'default': every rank was taken from it" in first.reason
     assert "rank" not in second.reason
     assert_close_derived(results(fused, batch()), results(stock, batch()))
 
@@ -258,7 +258,7 @@ def test_dora_with_dropout_takes_the_base_GEMM_twice(training: bool) -> None:
     want = {"lora_linear": 4 if training else 2, "dora_norm": 2}
     assert count_ops(lambda: fused(batch())) == want
     for row in explain(fused).rows:
-        assert row.state == "not fused" and "eager" in row.backend  # as float64 always is
+        assert row.state == "ours, library GEMMs" and "eager" in row.backend  # as float64 always is
         assert "DoRA" in row.reason and ("base GEMM twice" in row.strategy) is training
 
 
@@ -301,9 +301,9 @@ def test_dora_decoding_follows_every_change() -> None:
 
 
 K, N = SIZES[1], SIZES[0]
-REASON = "an embedding: its base is a lookup, no product to fuse the adapter's with"
-STRATEGY = "lookups, then one product in place"
-FUSED = Row("base_model.model.tokens", "not fused", "torch", STRATEGY, REASON)
+REASON = "an embedding: its base is a lookup, no GEMM to fuse the adapter's with"
+STRATEGY = "lookups, then one GEMM in place"
+FUSED = Row("base_model.model.tokens", "ours, library GEMMs", "torch", STRATEGY, REASON)
 
 
 def tokens_of(model: Any) -> Any:

@@ -211,7 +211,7 @@ def test_explain_of_fused_experts_names_backend_and_strategy() -> None:
     model = fuse(make("mixtral"))
     rows = [row for row in explain(model).rows if "experts" in row.layer]
     assert len(rows) == 4
-    assert {(row.state, row.backend) for row in rows} == {("fused", "cpu")}
+    assert {(row.state, row.backend) for row in rows} == {("ours, kernels", "cpu")}
     assert all(row.reason.startswith("experts; native kernels") for row in rows)
     assert "4 × " not in str(explain(model))  # two projections, two layers each
     assert str(explain(model)).count("2 × ") == 3

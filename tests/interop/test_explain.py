@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 
 import lora_kernels
 from lora_kernels.backends import native
+from lora_kernels.cpu_costs import Machine
 from lora_kernels.layers import LoRALinear
 from lora_kernels.peft import Explanation, Row, explain, fuse
 from tests.support.peft_models import (
@@ -19,6 +21,9 @@ from tests.support.peft_models import (
     activate,
     adalora_mlp,
     batch,
+    count_ops,
+    dora_mlp,
+    embedding_model,
     four_bit_mlp,
     llama,
     mlp,
@@ -29,13 +34,13 @@ needs_native = pytest.mark.skipif(native.module is None, reason="no native kerne
 
 
 def test_table_has_columns_and_a_summary() -> None:
-    table = Explanation([Row("a.up", "fused", "cpu", "s", "why"), Row("b", "x", "y", "z", "w w")])
+    table = Explanation([Row("a.up", "own", "cpu", "s", "why"), Row("b", "x", "y", "z", "w w")])
     assert str(table) == repr(table)
     assert str(table).splitlines() == [
         "layer  state  backend  strategy  reason",
-        "a.up   fused  cpu      s         why",
+        "a.up   own    cpu      s         why",
         "b      x      y        z         w w",
-        "2 LoRA layers: 1 fused, 1 x",
+        "2 LoRA layers: 1 own; 1 x",
     ]
 
 
@@ -63,26 +68,27 @@ def test_explain_all_prints_every_layer() -> None:
 
 def test_explain_groups_only_what_is_alike() -> None:
     """One layer for another reason has a line of its own, and its own name."""
-    rows = [Row(f"h.{i}.up1", "fused", "cpu", "s", "why") for i in range(12)]
-    rows[10] = rows[10]._replace(state="not fused", backend="peft", reason="a hook")
-    rows += [Row(f"h.{i}.experts.{e}", "fused", "cpu", "s", "") for i in (0, 1) for e in (0, 1, 2)]
+    rows = [Row(f"h.{i}.up1", "ours, kernels", "cpu", "s", "why") for i in range(12)]
+    rows[10] = rows[10]._replace(state="PEFT's", backend="peft", reason="a hook")
+    for i, e in ((0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)):
+        rows.append(Row(f"h.{i}.experts.{e}", "ours, kernels", "cpu", "s", ""))
     want = [
-        "layer              state      backend  strategy  reason",
-        "11 × h.*.up1       fused      cpu      s         why",
-        "h.10.up1           not fused  peft     s         a hook",
-        "6 × h.*.experts.*  fused      cpu      s",
+        "layer              state          backend  strategy  reason",
+        "11 × h.*.up1       ours, kernels  cpu      s         why",
+        "h.10.up1           PEFT's         peft     s         a hook",
+        "6 × h.*.experts.*  ours, kernels  cpu      s",
     ]
     assert str(Explanation(rows)).splitlines()[:-1] == want
     with pytest.raises(RuntimeError) as error:
         Explanation([*rows[:11], rows[10]._replace(layer="h.11.up1")]).assert_fused()
-    assert str(error.value).splitlines()[1:] == ["  2 × h.*.up1: not fused (peft): a hook"]
+    assert str(error.value).splitlines()[1:] == ["  2 × h.*.up1: PEFT's (peft): a hook"]
 
 
 def test_summary_says_shares_of_the_parameters() -> None:
     rows = [Row(name, state, "", "", "") for name, state in zip("abc", "xxy", strict=True)]
     sizes = {"a": 1, "b": 4, "c": 11}
     summary = str(Explanation(rows, sizes)).splitlines()[-1]
-    assert summary == "3 LoRA layers: 2 x (31.2%), 1 y (68.8%) of the LoRA parameters"
+    assert summary == "3 LoRA layers: 2 x (31.2%); 1 y (68.8%) of the LoRA parameters"
     assert str(Explanation(rows[:2], sizes)).splitlines()[-1] == "2 LoRA layers: 2 x"
     R, (K, hidden, N) = 5, SIZES
     want = {"up": R * (K + hidden), "down": R * (hidden + N)}
@@ -90,18 +96,22 @@ def test_summary_says_shares_of_the_parameters() -> None:
     assert got == {f"base_model.model.{name}": n for name, n in want.items()}
 
 
-@pytest.mark.parametrize("state", ["composed", "adapter only", "not fused"])
-def test_only_fused_layers_pass_assert_fused(state: str) -> None:
+@pytest.mark.parametrize("kernels", [False, True])
+@pytest.mark.parametrize("state", ["ours, library GEMMs", "adapter only", "PEFT's", "PyTorch's"])
+def test_assert_fused_with_a_layer_in_another_state_raises(state: str, kernels: bool) -> None:
+    """Our order of PyTorch's GEMMs is enough, unless kernels are wanted."""
+    rows = [Row(n, s, "cpu", "", "why") for n, s in (("a", "ours, kernels"), ("b", state))]
+    if state == "ours, library GEMMs" and not kernels:
+        Explanation(rows).assert_fused()
+        return
     with pytest.raises(RuntimeError, match=rf"b: {state} \(cpu\): why"):
-        Explanation(
-            [Row(n, s, "cpu", "", "why") for n, s in (("a", "fused"), ("b", state))]
-        ).assert_fused()
+        Explanation(rows).assert_fused(kernels=kernels)
 
 
 def test_summary_counts_the_streamed_layers() -> None:
-    linears = [Row(n, s, "", "", "") for n, s in (("a", "streamed"), ("b", "not streamed"))]
+    linears = [Row(n, s, "", "", "") for n, s in (("a", "ours, kernels"), ("b", "PyTorch's"))]
     summary = str(Explanation([], linears=linears)).splitlines()[-1]
-    assert summary.endswith("without an adapter 1 of 2 streamed")
+    assert summary.endswith("without an adapter 1 of 2 by our GEMV")
 
 
 def test_unfused_model_fails_assert_fused() -> None:
@@ -110,19 +120,22 @@ def test_unfused_model_fails_assert_fused() -> None:
     with pytest.raises(RuntimeError) as error:
         explanation.assert_fused()
     assert str(error.value) == (
-        "want all fused, got 2 LoRA layers: 2 not fused\n"
-        "  base_model.model.up: not fused (peft): fuse() was not called\n"
-        "  base_model.model.down: not fused (peft): fuse() was not called"
+        "want all ours, got 2 LoRA layers: 2 PEFT's\n"
+        "  base_model.model.up: PEFT's (peft): fuse() was not called\n"
+        "  base_model.model.down: PEFT's (peft): fuse() was not called"
     )
 
 
-def test_the_eager_backend_does_not_count() -> None:
+def test_explain_of_the_eager_backend_says_library_gemms() -> None:
     model = fuse(mlp(torch.float32))
     with lora_kernels.backend("eager"):
         explanation = explain(model)
-    assert {(row.state, row.backend) for row in explanation.rows} == {("not fused", "eager")}
+    assert {(row.state, row.backend) for row in explanation.rows} == {
+        ("ours, library GEMMs", "eager")
+    }
+    explanation.assert_fused()
     with pytest.raises(RuntimeError, match="eager backend was requested"):
-        explanation.assert_fused()
+        explanation.assert_fused(kernels=True)
 
 
 @needs_native
@@ -130,10 +143,10 @@ def test_reasons_are_those_of_the_choice_of_backend() -> None:
     """Rank, dtype of x, and autocast, which makes y another dtype."""
     assert "rank 300" in explain(fuse(mlp(torch.float32, r=300))).rows[0].reason
     model = fuse(mlp(torch.float32))
-    assert explain(model, x_dtype=torch.bfloat16).rows[0].state == "fused"
+    assert explain(model, x_dtype=torch.bfloat16).rows[0].state == "ours, kernels"
     assert "float64" in explain(fuse(mlp(torch.float64))).rows[0].reason
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        explain(model).assert_fused()
+        explain(model).assert_fused(kernels=True)
 
 
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
@@ -161,10 +174,11 @@ def test_dense_layers_have_rows() -> None:
     model["b"].merge()
     model["c"].enabled = False
     a, b, c = explain(model).rows
-    assert (a.state, a.backend) == (("fused", "cpu") if native.module else ("not fused", "eager"))
+    kernels = ("ours, kernels", "cpu") if native.module else ("ours, library GEMMs", "eager")
+    assert (a.state, a.backend) == kernels
     assert a.reason and a.strategy
-    assert b == Row("b", "not fused", "torch", "F.linear", "the adapter is merged")
-    assert c == Row("c", "not fused", "torch", "F.linear", "the adapter is disabled")
+    assert b == Row("b", "PyTorch's", "torch", "F.linear", "the adapter is merged")
+    assert c == Row("c", "PyTorch's", "torch", "F.linear", "the adapter is disabled")
 
 
 @pytest.mark.parametrize("storage", [torch.uint8, torch.float32, torch.bfloat16], ids=str)
@@ -187,3 +201,64 @@ def test_4bit_layers_that_fsdp2_shards_are_fused(storage: torch.dtype) -> None:
             assert row.state == now.state != "adapter only", row.reason
     finally:
         torch.distributed.destroy_process_group()
+
+
+def partition(model: nn.Module) -> None:
+    """Do as DeepSpeed's ZeRO-3: parameters are empty, except in the call of their module."""
+
+    def gather(module: nn.Module, _: Any) -> None:
+        for p in module._parameters.values():
+            if p is not None:
+                p.data = p.ds_tensor  # type: ignore[attr-defined]
+
+    def release(module: nn.Module, *_: Any) -> None:
+        for p in module._parameters.values():
+            if p is not None:
+                p.data = torch.empty(0, dtype=p.dtype)
+
+    for i, p in enumerate(model.parameters()):
+        p.ds_id, p.ds_tensor = i, p.data  # type: ignore[attr-defined]
+    for module in model.modules():
+        if any(p is not None for p in module._parameters.values()):
+            module.register_forward_pre_hook(gather)
+            module.register_forward_hook(release)
+            release(module)
+
+
+def test_explain_under_zero3_says_peft_s_and_why() -> None:
+    """The loss and the layers without an adapter are PyTorch's."""
+    targets = ["q_proj", "v_proj", "up_proj", "lm_head"]
+    stock = get_peft_model(llama(torch.float32), LoraConfig(r=3, target_modules=targets))
+    fused = fuse(copy.deepcopy(stock), linears=True, loss=True)
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        want = stock(input_ids=ids).logits
+    partition(fused)
+    fuse(fused, linears=True, loss=True)
+    explanation = explain(fused)
+    zero3 = "'default': DeepSpeed's ZeRO-3 gathers its weight by hooks, when it is called"
+    assert {(row.state, row.reason) for row in explanation.rows} == {("PEFT's", f"adapter {zero3}")}
+    assert {row.state for row in [*explanation.linears, *explanation.losses]} == {"PyTorch's"}
+    with torch.no_grad():
+        got = []
+        ops = count_ops(lambda: got.append(fused(input_ids=ids).logits))
+    assert not {name for name in ops if name.startswith("lora_")}
+    assert torch.equal(got[0], want)
+    explain(fused, rows=4, machine=Machine("", 1e10, {torch.float32: 1e11}))
+
+
+@pytest.mark.parametrize("build", [mlp, adalora_mlp, dora_mlp, embedding_model])
+def test_explain_of_partitioned_layers_says_peft_s(build: Any) -> None:
+    model = fuse(build(torch.float32))
+    partition(model)
+    for row in explain(model).rows:
+        assert row.state == "PEFT's", row
+
+
+def test_explain_over_a_float8_base_takes_x_dtype_from_the_adapter() -> None:
+    model = fuse(mlp(torch.float32))
+    base = model.base_model.model.up.base_layer
+    base.weight = nn.Parameter(base.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    base.register_forward_pre_hook(lambda *_: None)  # of a module that decodes it
+    row, _ = explain(model).rows
+    assert row.state == "adapter only" and "float8" not in row.reason

@@ -186,7 +186,7 @@ def test_whole_model_offloaded_is_left_to_peft(to_disk: bool, tmp_path: Path) ->
         accelerate.cpu_offload(fused, execution_device=torch.device("cpu"))
     assert_close_derived(fused(batch()), want)
     reason = "adapter 'default': accelerate offloads its weights"
-    row = Row("base_model.model.up", "not fused", "peft", "PEFT's own forward", reason)
+    row = Row("base_model.model.up", "PEFT's", "peft", "PEFT's own forward", reason)
     assert rows(fused)["up"] == row
 
 
@@ -302,7 +302,7 @@ def embedding_over(**base: Any) -> Callable[[], Any]:
     return lambda: embedding_model(base=base)
 
 
-PEFT, ADAPTER = ("not fused", "peft"), ("adapter only", "eager")  # eager as float64 always is
+PEFT, ADAPTER = ("PEFT's", "peft"), ("adapter only", "eager")  # eager as float64 always is
 MAGNITUDE = "DoRA whose magnitude is no plain module"
 # Kind of model and change of its first layer -> who computes it, and why.
 CHANGED: dict[tuple[Any, Callable[[Any], Any]], tuple[tuple[str, str], str]] = {
@@ -383,7 +383,7 @@ def test_layer_patched_by_someone_else_is_obeyed(order: str) -> None:
     layer.forward = types.MethodType(forward, layer)
     fuse(model)
     assert (type(layer) is FusedLinear) is (order == "after fuse")
-    assert rows(model)["up"].state == "not fused"
+    assert rows(model)["up"].state == "PEFT's"
     assert rows(model)["up"].reason == "its forward was replaced"
     assert_bitwise_equal(layer(batch()), layer.base_layer(batch()))
 
@@ -407,7 +407,7 @@ def flattened(layer: Any) -> None:
 @pytest.mark.parametrize(
     ("build", "change", "reason"),
     [
-        (mlp, flattened, "its weight is flattened to [943]"),
+        (mlp, flattened, "its weight is flattened, as by FSDP1 or ZeRO-3"),
         (mlp, lambda layer: layer.lora_B.to("meta"), "'default': its weight is on meta, x on cpu"),
         (
             dora_mlp,
@@ -447,9 +447,7 @@ def test_layer_whose_tensors_lie_elsewhere_is_named(build: Any, change: Any, rea
     change(layer)
     row = explain(fused).rows[0]
     assert reason in row.reason
-    assert row.state == (
-        "not fused" if "'default'" in reason or "DoRA" in reason else "adapter only"
-    )
+    assert row.state == ("PEFT's" if "'default'" in reason or "DoRA" in reason else "adapter only")
 
 
 def test_transposed_adapter_over_a_linear_is_left_to_peft() -> None:

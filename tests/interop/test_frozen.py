@@ -167,21 +167,21 @@ def test_layer_that_gets_an_adapter_is_fused() -> None:
     layer = model.base_model.model.head
     assert type(layer).__name__ == "FusedLinear" and type(layer.base_layer) is nn.Linear
     model.set_adapter("more")
-    assert explain(model).rows[-1].state == "fused"
+    assert explain(model).rows[-1].state == "ours, kernels"
 
 
 def test_explain_says_what_is_streamed(head: Any) -> None:
     model = nn.Sequential(head)
     here = explain(model).linears
-    assert [row[:4] for row in here] == [("0", "streamed", "cpu", cpu.GEMV)]
+    assert [row[:4] for row in here] == [("0", "ours, kernels", "cpu", cpu.GEMV)]
     few = cpu_heuristics.few_rows(f32, False, N * K)
     assert f"up to {few} rows without gradients" in here[0].reason
     assert explain(fused()).linears[0].layer == "base_model.model.head"
     explain(fused()).assert_fused()  # which is about LoRA layers
-    assert "without an adapter 1 of 1 streamed" in str(explain(fused()))
+    assert "without an adapter 1 of 1 by our GEMV" in str(explain(fused()))
     assert json.loads(explain(model).json())["linears"] == [here[0]._asdict()]
     machine = Machine("", 1e10, {f32: 1e11})
-    for rows, state in ((few, "streamed"), (few + 1, "not streamed")):
+    for rows, state in ((few, "ours, kernels"), (few + 1, "PyTorch's")):
         told = explain(fused(), rows=rows, machine=machine)
         assert told.linears[0].state == state and "head" in str(told)
     assert f"more than {few} rows" in told.linears[0].reason
@@ -199,7 +199,7 @@ def test_explain_says_what_is_streamed(head: Any) -> None:
 def test_explain_says_why_not_streamed(head, around, x_dtype, word) -> None:
     with around():
         (row,) = explain(nn.Sequential(head), x_dtype=x_dtype).linears
-    assert row[1:4] == ("not streamed", "torch", "F.linear") and word in row.reason
+    assert row[1:4] == ("PyTorch's", "torch", "F.linear") and word in row.reason
 
 
 class Seen(Tensor):
@@ -215,4 +215,27 @@ def test_explain_names_what_no_kernel_streams(head: Any) -> None:
     wants = (by_columns, "columns"), (seen, "subclass"), (double, "float64"), (meta, "meta")
     for layer, word in wants:
         (row,) = explain(nn.Sequential(layer)).linears
-        assert row.state == "not streamed" and word in row.reason
+        assert row.state == "PyTorch's" and word in row.reason
+
+
+def replica_of(module: Any) -> Any:
+    """Copy the module as DataParallel does, with its parameters as plain attributes."""
+    replica = module._replicate_for_data_parallel()
+    for name, child in module._modules.items():
+        replica._modules[name] = replica_of(child)
+    for name, p in module._parameters.items():
+        setattr(replica, name, None if p is None else p.view_as(p))
+    return replica
+
+
+def test_replica_of_data_parallel_runs_pytorchs_linear() -> None:
+    model, x = fused(), rows(1)
+    replica = replica_of(model)
+    assert_close_derived(replica(x), model(x))
+    with torch.no_grad():
+        want = model.base_model.model.head(x)  # by a call that is prepared
+        got = replica.base_model.model.head(x)
+        assert torch.equal(got, library(model.base_model.model.head, x))
+        assert torch.equal(model.base_model.model.head(x), want)
+    (row,) = explain(replica).linears
+    assert row.state == "PyTorch's" and "a replica of DataParallel" in row.reason

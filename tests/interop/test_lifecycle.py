@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import peft
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -44,6 +45,17 @@ def test_fuse_of_a_model_without_lora_layers_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="nothing to fuse"):
         explain(MLP()).assert_fused()
     assert type(unfuse(MLP())) is MLP
+
+
+@pytest.mark.parametrize(
+    ("config", "method"),
+    [(peft.VeraConfig, "VERA"), (peft.IA3Config, "IA3"), (peft.LoHaConfig, "LOHA")],
+)
+def test_fuse_of_another_method_of_peft_names_it(config: Any, method: str) -> None:
+    settings = {"feedforward_modules": []} if method == "IA3" else {}
+    model = peft.get_peft_model(MLP(), config(target_modules=["up"], **settings))
+    with pytest.raises(ValueError, match=f"a PEFT model of {method} without LoRA layers, want"):
+        fuse(model)
 
 
 @pytest.mark.parametrize("call", [fuse, unfuse, explain])
@@ -110,7 +122,7 @@ def test_layers_of_other_kinds_stay_pefts() -> None:
     for name in ("linear", "gpt2"):
         assert "float64" in reasons.pop(name)  # for the kernels; otherwise fused
     assert reasons == {
-        "embedding": "an embedding: its base is a lookup, no product to fuse the adapter's with",
+        "embedding": "an embedding: its base is a lookup, no GEMM to fuse the adapter's with",
         "conv": "PEFT's Conv1d is not covered in this version",
         "attention": "PEFT's MultiheadAttention is not covered in this version",
         "attention.base_layer.out_proj": (

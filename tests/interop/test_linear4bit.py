@@ -155,7 +155,7 @@ def test_float64_is_exact(compute: torch.dtype | None, loaded: bool) -> None:
     """No codes are decoded beside it, and bitsandbytes' CPU kernel gets it wrong."""
     fused = fuse(four_bit_mlp(loaded, compute_dtype=compute).double())
     assert_close_derived(results(fused, rows(f64)), results(exact(fused), rows(f64)))
-    assert {row.state for row in explain(fused, x_dtype=f64).rows} == {"not fused"}
+    assert {row.state for row in explain(fused, x_dtype=f64).rows} == {"ours, library GEMMs"}
 
 
 def test_a_compute_dtype_that_is_not_ours() -> None:
@@ -223,7 +223,7 @@ def test_variant_over_4_bits_follows_its_formula(variant, dropout, autocast, loa
     with torch.autocast("cpu", bf16, enabled=autocast is not None):
         state = explain(model).rows[0].state
         y = layer(x)
-    assert y.dtype is f32 and state == ("composed" if dropout and not ada else "fused")
+    assert y.dtype is f32 and state == "ours, kernels"
     got = (y, *torch.autograd.grad(y, [x, *tensors], dy))
 
     weight, bias = decoded(layer.base_layer).double(), layer.base_layer.bias.detach().double()
@@ -257,13 +257,13 @@ def test_explain_says_fused_for_every_x(loaded: bool, storage: torch.dtype) -> N
     model = four_bit_mlp(loaded, quant_storage=storage)
     assert [row.reason for row in explain(model).rows] == ["fuse() was not called"] * 2
     explanation = explain(fuse(model))
-    explanation.assert_fused()
-    assert "2 LoRA layers: 2 fused" in str(explanation)
-    assert {(row.state, row.backend) for row in explanation.rows} == {("fused", "cpu")}
+    explanation.assert_fused(kernels=True)
+    assert "2 LoRA layers: 2 ours, kernels" in str(explanation)
+    assert {(row.state, row.backend) for row in explanation.rows} == {("ours, kernels", "cpu")}
     with torch.autocast("cpu", dtype=bf16):
-        explain(model, x_dtype=f32).assert_fused()
+        explain(model, x_dtype=f32).assert_fused(kernels=True)
     for x_dtype in (f32, bf16, f16):
-        explain(model, x_dtype=x_dtype).assert_fused()
+        explain(model, x_dtype=x_dtype).assert_fused(kernels=True)
 
 
 @loaded_or_not
@@ -277,7 +277,7 @@ def test_eval_forward_does_not_repack(loaded: bool) -> None:
         for layer in (up(fused), fused.base_model.model.down):
             state = layer.base_layer.weight.quant_state
             assert not getattr(state, "packing_format_for_cpu", False)
-    assert {row.state for row in explain(fused).rows} <= {"fused", "not fused"}
+    assert {row.state for row in explain(fused).rows} <= {"ours, kernels", "ours, library GEMMs"}
 
 
 @loaded_or_not
@@ -312,7 +312,7 @@ def test_weight_not_quantized_yet_is_adapter_only(loaded: bool) -> None:
     for row in explain(fused).rows:
         assert row.state == "adapter only" and "its weight is not quantized yet" in row.reason
     fused.to("cpu")
-    assert {row.state for row in explain(fused).rows} <= {"fused", "not fused"}
+    assert {row.state for row in explain(fused).rows} <= {"ours, kernels", "ours, library GEMMs"}
     assert count_ops(lambda: up(fused)(rows())) == {"lora_linear_4bit": 1}
 
 

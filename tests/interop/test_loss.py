@@ -313,7 +313,7 @@ def test_loss_that_needs_logits_computes_them_and_explain_says_why(
     assert_same_step(ours, theirs)
     assert_same_step(ours, theirs, num_items_in_batch=5)
     (row,) = explain(ours).losses
-    assert (row.layer, row.state) == ("base_model.model.loss", "not fused")
+    assert (row.layer, row.state) == ("base_model.model.loss", "PyTorch's")
     assert reason in row.reason
 
 
@@ -371,7 +371,8 @@ def test_explain_and_json_have_the_loss() -> None:
     assert explain(model).losses == []
     fuse(model, loss=True)
     (row,) = explain(model).losses
-    assert (row.state, row.backend) == ("fused", "cpu") and "rows of logits at a time" in row.reason
+    assert (row.state, row.backend) == ("ours, kernels", "cpu")
+    assert "rows of logits at a time" in row.reason
     assert "base_model.model.loss" in str(explain(model)) and '"losses"' in explain(model).json()
     explain(model).assert_fused()
     (row,) = explain(model, x_dtype=torch.float64).losses

@@ -74,7 +74,7 @@ def test_one_op_a_layer_and_explained() -> None:
     rows = explain(fused).rows
     for row, adapters in zip(rows, (2, 2), strict=True):
         assert f"rows name their adapters, as in the last call: {adapters} in one" in row.reason
-        assert row.state == ("fused" if native.module else "not fused")
+        assert row.state == ("ours, kernels" if native.module else "ours, library GEMMs")
     assert_close_derived(fused(x), stock(x))
     assert not any("rows name" in row.reason for row in explain(fused).rows)
 

@@ -118,7 +118,7 @@ def test_layer_without_an_adapter_is_the_base(state: str) -> None:
             else:
                 layer.set_adapter([])
     assert_bitwise_equal(fused(batch(f32)), stock(batch(f32)))
-    assert {row.state for row in explain(fused).rows} == {"not fused"}
+    assert {row.state for row in explain(fused).rows} == {"PEFT's"}
 
 
 # bitsandbytes' 8 bits: the library is here

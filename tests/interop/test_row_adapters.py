@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 import copy
 import logging
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -266,3 +269,57 @@ def test_a_copied_model_inside_the_context_is_its_own() -> None:
         other = copy.deepcopy(model)
         with row_adapters(model, ["__base__"] * 4):
             assert torch.equal(other(input_ids=IDS).logits, want)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_threads_train_with_names_of_their_own(checkpointed: bool) -> None:
+    """One of them without names, by the active adapters; each with its own copy of the weights'
+    gradients."""
+    model = fuse(tenants())
+    if checkpointed:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    batches = [NAMES, NAMES[::-1], ["code"] * 4, None]
+
+    def step(names: Any) -> dict[str, Tensor]:
+        with contextlib.nullcontext() if names is None else row_adapters(model, names):
+            loss = rows_loss(model, IDS)
+        found = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+        return {n: g for n, g in zip(trained, found, strict=True) if g is not None}
+
+    wants = [step(names) for names in batches]
+    functions = [vars(m).get("_gradient_checkpointing_func") for m in model.modules()]
+    start = threading.Barrier(len(batches))
+
+    def run(i: int) -> list[dict[str, Tensor]]:
+        start.wait()
+        return [step(batches[i]) for _ in range(10)]
+
+    with concurrent.futures.ThreadPoolExecutor(len(batches)) as pool:
+        results = list(pool.map(run, range(len(batches))))
+    for want, found in zip(wants, results, strict=True):
+        for got in found:
+            assert_nonzero_equal(got, want)
+    assert not any(m._forward_pre_hooks for m in model.base_model.model.model.layers.modules())
+    assert [vars(m).get("_gradient_checkpointing_func") for m in model.modules()] == functions
+
+
+def test_a_backward_in_another_thread_recomputes_the_rows_of_its_forward() -> None:
+    """On a GPU a backward runs in a thread of autograd's."""
+    stock, fused = pair(tenants())
+    fused.enable_input_require_grads()
+    fused.gradient_checkpointing_enable({"use_reentrant": False})
+    with row_adapters(fused, NAMES):
+        loss = rows_loss(fused, IDS)
+        thread = threading.Thread(target=loss.backward)
+        thread.start()
+        thread.join()
+    assert_nonzero_equal(gradients(fused), gradients_alone(stock, NAMES))
+
+
+def test_a_replica_of_data_parallel_is_an_error() -> None:
+    model = fuse(mlp())
+    with row_adapters(model, ["default"] * 3), pytest.raises(RuntimeError, match="DataParallel"):
+        replica = model.base_model.model.up._replicate_for_data_parallel()
+        replica(batch())

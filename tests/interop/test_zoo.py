@@ -164,7 +164,7 @@ def test_what_explain_says_is_what_runs(kind: Kind) -> None:
     assert all(row.reason and row.strategy for row in rows.values())
     ours = [name for name, row in rows.items() if fused.get_submodule(name) in fused_layers(fused)]
     assert len(ours) == kind.fused == count_ops(lambda: fused(x))["lora_linear"]
-    state = "not fused" if native.module is None else "fused"
+    state = "ours, library GEMMs" if native.module is None else "ours, kernels"
     assert {rows[name].state for name in ours} == {state}
     # The gradient of a softmax is a difference, which loses a bit more.
     rtol = 2 * derived_rtol(torch.float32, layers=14)

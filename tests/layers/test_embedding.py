@@ -191,10 +191,10 @@ def test_explain_tells_the_states_apart():
     model["b"].merge()
     model["c"].enabled = False
     a, b, c = explain(model).rows
-    reason = "an embedding: its base is a lookup, no product to fuse the adapter's with"
-    assert a == Row("a", "not fused", "torch", "lookups, then one product in place", reason)
-    assert b == Row("b", "not fused", "torch", "F.embedding", "the adapter is merged")
-    assert c == Row("c", "not fused", "torch", "F.embedding", "the adapter is disabled")
+    reason = "an embedding: its base is a lookup, no GEMM to fuse the adapter's with"
+    assert a == Row("a", "ours, library GEMMs", "torch", "lookups, then one GEMM in place", reason)
+    assert b == Row("b", "PyTorch's", "torch", "F.embedding", "the adapter is merged")
+    assert c == Row("c", "PyTorch's", "torch", "F.embedding", "the adapter is disabled")
 
 
 # Over an embedding that is there

@@ -16,10 +16,17 @@ MANY, ALLOWED = 10, 5
 SKIPS = 20  # calls and tables that the formatter would spread over a line for each value
 PRIVATE_OF_TORCH = {
     "torch._C._dispatch_tls_local_include_set",  # no public way to see modes and transforms
+    "torch._C._functorch.peek_interpreter_stack",  # no public way to see a transform alone
+    # No public way to hand an object on to autograd's threads.
+    "torch._C._get_obj_in_tls",
+    "torch._C._is_key_in_tls",
+    "torch._C._stash_obj_in_tls",
     "torch.autograd.forward_ad._current_level",  # no public way to see forward-mode AD
     "torch.cuda._sleep",  # no public kernel that waits
     "torch.utils._python_dispatch._get_current_dispatch_mode",  # no public way to see tracing
     "torch.utils._python_dispatch.TorchDispatchMode",  # named in PyTorch's tutorials
+    # No public way to find the FLOP counters that are active.
+    "torch.utils._python_dispatch._get_current_dispatch_mode_stack",
 }
 
 

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lora_kernels import cpu_costs
+from lora_kernels.bench import roofline as least
 from lora_kernels.bench.results import limits
-from lora_kernels.cpu_costs import Sizes
+from lora_kernels.bench.roofline import Sizes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -118,7 +118,7 @@ def lora_tax(data: Row, caption: str, named: str) -> bytes:
 def roofline(layers: Row, codes: Row | None, caption: str, named: str) -> bytes:
     """Operations a second over operations a byte, below what memory and the processor allow.
 
-    Bytes are those that must move, each operand once a direction (`cpu_costs.moved`), so that to
+    Bytes are those that must move, each operand once a direction (`roofline.moved`), so that to
     move one twice shows as a point further down. layers: dense layers' forwards and steps; codes:
     4-bit layers', cold.
     """
@@ -168,8 +168,8 @@ def _points(data: Row, dtype: str) -> Iterator[tuple[str, float, float]]:
             of_adapter = 4 if name == "peft" else torch_dtype.itemsize
             sizes = Sizes(row["M"], row["N"], row["K"], R, torch_dtype, of_adapter, four_bit)
             step = row["mode"] == "step"
-            work = cpu_costs.flops(sizes, step)
-            yield name, work / cpu_costs.moved(sizes, step), work / times["p50"]
+            work = least.flops(sizes, step)
+            yield name, work / least.moved(sizes, step), work / times["p50"]
 
 
 def _legend(figure: Figure, looks: list[tuple[str, str, str, dict[str, Any]]]) -> None:

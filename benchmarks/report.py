@@ -31,13 +31,9 @@ import jinja2
 import pandas as pd
 import torch
 
-from lora_kernels import cpu_costs
 from lora_kernels.backends import native
 from lora_kernels.bench.results import limits
-from lora_kernels.core.problem import Strategy
-from lora_kernels.cpu_costs import Sizes
 from lora_kernels.finetune.compare_command import markdown
-from lora_kernels.timing import Machine
 
 from . import pictures
 
@@ -258,33 +254,6 @@ def overhead_rows(measured: list[Run]) -> Cells:
             yield run.name, title, *(f"{t:.1f}" for t in (*us, us[1] - us[3]))
 
 
-def model_rows(measured: list[Run]) -> Cells:
-    """Return the cost model's predictions over the measured times."""
-    runs = ((run.name, data) for run in measured for data in (run.dense, run.codes) if data)
-    found = pd.DataFrame((name, *each) for name, data in runs for each in predicted(data))
-    for key, ratios in found.groupby([0, 1, 2, 3], sort=False)[4]:
-        three = (ratios.min(), ratios.median(), ratios.max())
-        yield *key, str(len(ratios)), *(f"{ratio:.2f}" for ratio in three)
-
-
-def predicted(data: Row) -> Iterator[tuple[str, str, str, float]]:
-    """Kind of layer, dtype and mode, and the predicted time over the measured one."""
-    limits = data["provenance"]
-    peaks = {getattr(torch, name): peak for name, peak in limits["product_peak"].items()}
-    here = Machine("", limits["copy_bandwidth"], peaks)
-    for row in data["rows"]:
-        if row["mode"] not in ("forward", "step") or "ours" not in row["seconds"]:
-            continue
-        four_bit, dtype = "quant_type" in row, getattr(torch, row["dtype"])
-        sizes = Sizes(row["M"], row["N"], row["K"], row["R"], dtype, dtype.itemsize, four_bit)
-        strategy = Strategy.read(row.get("strategy", Strategy.FUSED))
-        seconds = cpu_costs.predict(here, sizes, strategy)
-        if row["mode"] == "step":
-            seconds += cpu_costs.predict(here, sizes, strategy, backward=True)
-        kind = "4-bit" if four_bit else "dense"
-        yield kind, row["dtype"], row["mode"], seconds / row["seconds"]["ours"]["p50"]
-
-
 def rows_4bit(data: Row) -> Cells:
     for row in data["rows"]:
         m = str(row["M"]) + ", step" * (row["mode"] == "step")
@@ -428,7 +397,7 @@ def readme_traffic(rows: list[Row]) -> Cells:
 
 
 TABLES = (
-    *(machine, table, tax_head, tax_rows, overhead_rows, model_rows, rows_4bit, targets_4bit),
+    *(machine, table, tax_head, tax_rows, overhead_rows, rows_4bit, targets_4bit),
     *(variant_rows, memory_rows, traffic_versions, traffic_rows),
     *(cpu_head, cpu_rows, readme_traffic),
 )

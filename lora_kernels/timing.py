@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import device as devices
 from .backends import native
 from .backends.cpu import DTYPES
 
@@ -22,25 +21,15 @@ FEWEST = 5  # rounds, however long one takes: bounds of a median hold in 99 of 1
 
 @dataclass(frozen=True)
 class Machine:
-    """The rates that a time depends on.
+    """The rates that bound a call.
 
     Args:
         bandwidth: bytes a second.
-        peaks: operations a second (two a multiply-add) by dtype: of a large GEMM for a prediction,
-            of the processor for a limit.
+        peaks: operations a second (two a multiply-add) by dtype.
     """
 
-    name: str
     bandwidth: float
     peaks: Mapping[torch.dtype, float]
-
-    def describe(self) -> str:
-        """Its figures in words."""
-        peaks = ", ".join(
-            f"{peak / 1e9:.0f} GFLOP/s {str(dtype).removeprefix('torch.')}"
-            for dtype, peak in self.peaks.items()
-        )
-        return f"{self.name}: a copy moves {self.bandwidth / 1e9:.0f} GB/s, products reach {peaks}"
 
 
 @dataclass(frozen=True)
@@ -281,22 +270,3 @@ def _register_peak(dtype: torch.dtype) -> float:
     flops: float = native.module.multiply_add(*arguments)
     run = functools.partial(native.module.multiply_add, *arguments)
     return flops / interleave({"run": run}, seconds=0.5)["run"].p20
-
-
-def cpu_machine(dtypes: frozenset[torch.dtype]) -> Machine:
-    """Measure the rates of a copy and of library GEMMs on torch's threads, once a process.
-
-    The cost model predicts from these; limits are `peak`'s. float32's rate is always in it, and
-    those of the 16-bit dtypes named; takes some seconds.
-    """
-    kinds = {torch.float32} | (dtypes & {torch.bfloat16, torch.float16})
-    names = tuple(sorted(str(dtype).removeprefix("torch.") for dtype in kinds))
-    return _cpu_machine(names, torch.get_num_threads())
-
-
-@functools.cache
-def _cpu_machine(names: tuple[str, ...], threads: int) -> Machine:
-    peaks = {getattr(torch, name): product_peak(getattr(torch, name)) for name in names}
-    plural = "" if threads == 1 else "s"
-    name = f"{devices.cpu().name}, {threads} thread{plural}, measured in this process"
-    return Machine(name, copy_bandwidth(), peaks)

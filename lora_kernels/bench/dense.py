@@ -27,17 +27,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import cpu_costs, functional, selection, timing
+from .. import functional, selection, timing
 from ..core.problem import Problem
-from ..cpu_costs import Sizes
 from ..fastpath import CallCache
 from ..timing import Machine, Parts
-from . import baselines, models, results
+from . import baselines, models, results, roofline
 from . import case as cases
 from .baselines import Call
 from .case import Case
 from .memory import held, peak
 from .results import FROZEN, STREAMED_ROWS, Facts, Result, Row, Suite
+from .roofline import Sizes
 
 CHECKED_ROWS = 512  # on a GPU; the float64 reference of more rows takes longer than the timing
 SHAPES = (  # M, K, N
@@ -109,7 +109,7 @@ def least_seconds(case: Case, mode: str, machine: Machine, cache: str = "cold") 
     sizes = Sizes(case.M, case.N, case.K, case.R, case.dtype, itemsize)
     bytes_, flops = (
         count(sizes, mode in ("backward", "step")) - (count(sizes) if mode == "backward" else 0)
-        for count in (cpu_costs.moved, cpu_costs.flops)
+        for count in (roofline.moved, roofline.flops)
     )
     if cache == "warm":
         bytes_ = max(0.0, bytes_ - timing.cold_bytes(case.device))

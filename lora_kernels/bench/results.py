@@ -396,7 +396,7 @@ def limits(facts: Facts) -> Machine | None:
     if facts.get("peak") is None:
         return None
     peaks = {getattr(torch, name): peak for name, peak in facts["peak"].items()}
-    return Machine("", max(facts["copy_bandwidth"], facts["read_bandwidth"]), peaks)
+    return Machine(max(facts["copy_bandwidth"], facts["read_bandwidth"]), peaks)
 
 
 def provenance(dtypes: list[str], device: str = "cpu") -> dict[str, Any]:

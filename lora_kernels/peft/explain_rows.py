@@ -1,13 +1,13 @@
-"""The strategy of each layer's next call and its reason: a `Row`, and a `Part` for each call."""
+"""The strategy of each layer's next call and its reason, as a `Row`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
-from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from .. import ops, selection
@@ -16,11 +16,10 @@ from ..backends import cpu, cpu_heuristics
 from ..backends.decode4bit import decoded_by
 from ..backends.head import chunk_rows
 from ..backends.library import is_on_gpu_path
-from ..core.problem import Layout, Problem
-from ..layers import DoRALinear, LoRAEmbedding, LoRALayer
+from ..core.problem import MANY_ROWS, Choice, Layout, Problem
+from ..layers import LoRAEmbedding, LoRALayer
 from ..layers.experts import is_quantized, stack
 from ..quantization import Weight4bit
-from . import traffic
 from .adalora import FusedSVD
 from .adapters import (
     Adapter,
@@ -31,7 +30,7 @@ from .adapters import (
     svd_adapters_of,
     svd_calls,
 )
-from .base import base_weight, is_conv1d, is_linear4bit
+from .base import base_weight, is_linear4bit
 from .eligibility import (
     embedding_reason,
     is_dora,
@@ -45,10 +44,11 @@ from .experts import FusedParamWrapper, active_adapter, experts_reason
 from .frozen import StreamedLinear
 from .linear import Fused
 from .loss import active_adapters, call_reason, model_reason
-from .predict import Part
 
 KERNELS, LIBRARY, ADAPTER = "ours, kernels", "ours, library GEMMs", "adapter only"
 PEFT, TORCH = "PEFT's", "PyTorch's"
+MAX_ROWS = 1 << 17  # the largest M of `choose_by_rows`
+EVERY_ROW = 256  # `choose_by_rows` tries each M up to here, and then steps by an eighth
 
 
 class Row(NamedTuple):
@@ -96,7 +96,82 @@ def _backend_state(backend: str) -> str:
 _LINEAR = _Kind(_linear_adapters, _linear_reason, calls)
 _SVD = _Kind(svd_adapters_of, svd_reason, svd_calls)
 
-Layer = tuple[Row, list[Part]]  # a layer's row and its calls; no calls if they are unknown
+
+class _Description(NamedTuple):
+    """A choice in words, of one number of rows or of all."""
+
+    backend: str
+    strategy: str
+    reason: str
+
+
+def choose_by_rows(problem: Problem) -> tuple[tuple[int, Choice | None], ...]:
+    """Return pairs (M, choice): the choice from M rows up to the next pair's M.
+
+    Tries M from one row to MAX_ROWS. A choice is None if a forced backend cannot run.
+    """
+
+    def choose(rows: int) -> Choice | None:
+        try:
+            return selection.choose(problem._replace(rows=rows))
+        except RuntimeError:
+            return None
+
+    def is_change(a: Choice | None, b: Choice | None) -> bool:
+        if a is None or b is None:
+            return a is not b
+        return (a.backend, a.strategy) != (b.backend, b.strategy)
+
+    grid = [*range(1, EVERY_ROW + 1)]
+    while grid[-1] < MAX_ROWS:
+        grid.append(min(MAX_ROWS, grid[-1] * 9 // 8))
+    found = [(1, choose(1))]
+    for low, high in pairwise(grid):
+        while is_change(choose(high), found[-1][1]):
+            before, first = max(low, found[-1][0]), high  # bisect for the first M that differs
+            while first - before > 1:
+                middle = (before + first) // 2
+                if is_change(choose(middle), found[-1][1]):
+                    first = middle
+                else:
+                    before = middle
+            found.append((first, choose(first)))
+    return tuple(found)
+
+
+def _describe(problem: Problem, rows: int | None) -> _Description:
+    """Return the choice for `rows` rows in words, or if None the strategies of all M.
+
+    The backend and the reason are then those of many rows.
+    """
+    if rows is not None:
+        choice = selection.choose(problem._replace(rows=rows))
+        return _Description(choice.backend, choice.strategy, choice.reason)
+    found = choose_by_rows(problem)
+    last = max((start for start, choice in found if choice), default=1)
+    many = max(last, MANY_ROWS) if found[-1][0] == last else last
+    choice = selection.choose(problem._replace(rows=many))
+    ends = [start - 1 for start, _ in found[1:]] + [None]
+    ways = [
+        f"{_way(each, choice.backend)} {_span(start, end)}"
+        for (start, each), end in zip(found, ends, strict=True)
+        if each is not None
+    ]
+    strategies = choice.strategy if len(ways) == 1 else ", ".join(ways)
+    return _Description(choice.backend, strategies, choice.reason)
+
+
+def _way(choice: Choice, backend: str) -> str:
+    """Return the strategy, after its backend if that differs from `backend`."""
+    return choice.strategy if choice.backend == backend else f"{choice.backend} {choice.strategy}"
+
+
+def _span(first: int, last: int | None) -> str:
+    if last is None:
+        return f"from {first} rows on"
+    if first == last:
+        return f"at {last} row{'s' * (last > 1)}"
+    return f"up to {last} rows" if first == 1 else f"{first} to {last} rows"
 
 
 def row_of_peft(
@@ -105,43 +180,37 @@ def row_of_peft(
     reason: str | None,
     x_dtype: torch.dtype | None,
     rows: int | None,
-) -> Layer:
-    """Return the row and calls of one of PEFT's layers.
+) -> Row:
+    """Return the row of one of PEFT's layers.
 
     reason: why `fuse` leaves the layer to PEFT; None if it is fused.
     """
     if reason is None:
         return _fused_layer(name, layer, x_dtype, rows)
-    return _unfused_layer(name, reason, layer, x_dtype)
+    return _unfused_row(name, reason)
 
 
-def _unfused_layer(name: str, reason: str, layer: Any, x_dtype: torch.dtype | None) -> Layer:
-    ranks = 0
-    if not (layer.disable_adapters or layer.merged):
-        ranks = sum(layer.r.get(adapter, 0) for adapter in layer.active_adapters)
-    parts = list(_base_part(layer.get_base_layer(), x_dtype, ranks))
-    return Row(name, PEFT, "peft", "PEFT's own forward", reason), parts
+def _unfused_row(name: str, reason: str) -> Row:
+    return Row(name, PEFT, "peft", "PEFT's own forward", reason)
 
 
-def _fused_layer(name: str, layer: Any, x_dtype: torch.dtype | None, rows: int | None) -> Layer:
+def _fused_layer(name: str, layer: Any, x_dtype: torch.dtype | None, rows: int | None) -> Row:
     if isinstance(layer, FusedParamWrapper):
-        return _experts_row(name, layer, x_dtype, rows), []
+        return _experts_row(name, layer, x_dtype)
     if isinstance(layer, FusedEmbedding):
         weight = getattr(layer.base_layer, "weight", torch.empty(0))
         reason = embedding_reason(layer, embedding_adapters_of(layer), weight.device)
-        if reason is None:
-            return _embedding_row(name), []
-        return _unfused_layer(name, reason, layer, x_dtype)
+        return _embedding_row(name) if reason is None else _unfused_row(name, reason)
     return _fused_linear(name, layer, x_dtype, rows)
 
 
-def _fused_linear(name: str, layer: Any, x_dtype: torch.dtype | None, rows: int | None) -> Layer:
+def _fused_linear(name: str, layer: Any, x_dtype: torch.dtype | None, rows: int | None) -> Row:
     kind = _SVD if isinstance(layer, FusedSVD) else _LINEAR
     adapters = kind.adapters_of(layer)
     device, x_dtype = _expected_input(layer.base_layer, adapters, x_dtype)
     reason = kind.reason(layer, adapters, device, x_dtype)
     if reason is not None:
-        return _unfused_layer(name, reason, layer, x_dtype)
+        return _unfused_row(name, reason)
 
     base_reason = unreadable_reason(layer.base_layer, device)
     aloras = [adapter for adapter in adapters if getattr(adapter, "is_alora", False)]
@@ -150,8 +219,8 @@ def _fused_linear(name: str, layer: Any, x_dtype: torch.dtype | None, rows: int 
     todo = kind.calls(others, device.type, rows) if others and not names_rows else []
     alone = [[adapter] for adapter in aloras]  # one call for each
     mixed = [adapters] if names_rows else alone
-    parts = _call_parts(layer.base_layer, todo, mixed, x_dtype, readable=base_reason is None)
-    choices = [part.describe(rows) for part in parts]
+    problems = _call_problems(layer.base_layer, todo, mixed, x_dtype, base_reason is None)
+    choices = [_describe(problem, rows) for problem in problems]
     backend = " + ".join(dict.fromkeys(choice.backend for choice in choices))
     state, strategy = _backend_state(backend), choices[0].strategy
     reasons = list(dict.fromkeys(choice.reason for choice in choices))
@@ -161,21 +230,19 @@ def _fused_linear(name: str, layer: Any, x_dtype: torch.dtype | None, rows: int 
     if aloras:
         reasons.append("an aLoRA, which is active from its invocation tokens on")
     reasons += _frozen_reasons(adapters, layer.training)
-    if len(parts) > 1:
-        strategy = f"{strategy}; {len(parts)} calls"
+    if len(problems) > 1:
+        strategy = f"{strategy}; {len(problems)} calls"
     if is_dora(layer, adapters[0].name):
         has_dropout = todo[0].dropout_p > 0
         if has_dropout:
             strategy = f"{strategy}; the base GEMM twice"
-        parts = _dora_parts(parts[0], layer.training, has_dropout)
         reasons += _dora_reasons(has_dropout)
-    if state == LIBRARY:
-        is_counted = bool(todo) and base_reason is None
-        reasons += _eager_reasons(layer, device, rows or 512, is_counted)
+    if state == LIBRARY and is_linear4bit(layer.base_layer) and is_on_gpu_path(device.type):
+        reasons.append(decoded_by(device))
     if base_reason is not None:
-        state, strategy, parts = ADAPTER, "base layer as a module, adapter added", []
+        state, strategy = ADAPTER, "base layer as a module, adapter added"
         reasons.insert(0, f"base layer: {base_reason}")
-    return Row(name, state, backend, strategy, "; ".join(reasons)), parts
+    return Row(name, state, backend, strategy, "; ".join(reasons))
 
 
 def row_of_loss(name: str, module: Any, x_dtype: torch.dtype | None) -> Row:
@@ -223,13 +290,13 @@ def _expected_input(
     return lora_A.device, x_dtype
 
 
-def _call_parts(
+def _call_problems(
     base: Any,
     todo: Sequence[Call],
     mixed: Sequence[Sequence[Any]],
     x_dtype: torch.dtype,
     readable: bool,
-) -> list[Part]:
+) -> list[Problem]:
     """Return the calls that a fused forward makes; the first includes the base GEMM.
 
     Args:
@@ -240,13 +307,12 @@ def _call_parts(
     is_typed = is_linear4bit(base) and base.compute_type_is_set
     compute_dtype = base.compute_dtype if is_typed else None
     weight = _base_weight(base) if readable else None
-    parts: list[Part] = []
+    found: list[Problem] = []
     for call in todo:
-        parts.append(_part(call, x_dtype, None if parts else weight, compute_dtype))
+        found.append(_problem(call, x_dtype, None if found else weight, compute_dtype))
     for adapters in mixed:
-        parts.append(_mixed_part(adapters, x_dtype, None if parts else weight, compute_dtype))
-    first, *others = parts
-    return [first, *(part._replace(base=False) for part in others)]
+        found.append(_mixed_problem(adapters, x_dtype, None if found else weight, compute_dtype))
+    return found
 
 
 def _frozen_reasons(adapters: Sequence[Any], training: bool) -> Iterator[str]:
@@ -271,52 +337,31 @@ def _sharing_reasons(adapters: Sequence[Any], todo: Sequence[Call]) -> Iterator[
             yield "stacking adapters would copy them for few rows"
 
 
-def _dora_parts(part: Part, training: bool, has_dropout: bool) -> list[Part]:
-    """Return the calls of a DoRA; with dropout PyTorch runs the base GEMM once more."""
-    parts = [part._replace(norm=training)]
-    if has_dropout:
-        parts.append(part._replace(R=0, norm=False, ours=False))
-    return parts
-
-
 def _dora_reasons(has_dropout: bool) -> Iterator[str]:
     yield "DoRA: the row norm without a second weight"
     if has_dropout:
         yield "PEFT's DoRA drops x for the base GEMM too"
 
 
-def _eager_reasons(layer: Any, device: torch.device, rows: int, counted: bool) -> Iterator[str]:
-    """Yield the bytes that the eager backend moves on a GPU, and the decoder of 4-bit weights."""
-    if counted and selection.is_eager_on_gpu(device.type):
-        description = traffic.describe(layer, rows)
-        if description:
-            yield description
-    if is_linear4bit(layer.base_layer) and is_on_gpu_path(device.type):
-        yield decoded_by(device)
-
-
-def row_of_layer(
-    name: str, layer: LoRALayer, x_dtype: torch.dtype | None, rows: int | None
-) -> Layer:
-    """Return the row and calls of one of this package's layers."""
-    if isinstance(layer, LoRAEmbedding) and layer.enabled and not layer.merged:
-        return _embedding_row(name), []
+def row_of_layer(name: str, layer: LoRALayer, x_dtype: torch.dtype | None, rows: int | None) -> Row:
+    """Return the row of one of this package's layers."""
+    if layer.merged or not layer.enabled:
+        reason = "the adapter is merged" if layer.enabled else "the adapter is disabled"
+        product = "F.embedding" if isinstance(layer, LoRAEmbedding) else "F.linear"
+        return Row(name, TORCH, "torch", product, reason)
+    if isinstance(layer, LoRAEmbedding):
+        return _embedding_row(name)
     weight = layer._base_weight()
     x_dtype = x_dtype or (layer.lora_A if isinstance(weight, Weight4bit) else weight).dtype
     dropout_p = layer.dropout if layer.training else 0.0
     call = Call(layer.lora_A, layer.lora_B, layer.scaling, None, dropout_p)
-    part = _part(call, x_dtype, weight, layer.compute_dtype)._replace(N=layer.out_features)
-    if layer.merged or not layer.enabled:
-        reason = "the adapter is merged" if layer.enabled else "the adapter is disabled"
-        product = "F.embedding" if isinstance(layer, LoRAEmbedding) else "F.linear"
-        parts = [] if isinstance(layer, LoRAEmbedding) else [part._replace(R=0)]
-        return Row(name, TORCH, "torch", product, reason), parts
-    choice = part.describe(rows)
+    problem = _problem(call, x_dtype, weight, layer.compute_dtype)
+    choice = _describe(problem._replace(columns=layer.out_features), rows)
     state, reason = _backend_state(choice.backend), choice.reason
-    if state == LIBRARY and part.four_bit and is_on_gpu_path(part.device.type):
-        reason = f"{reason}; {decoded_by(part.device)}"
-    part = part._replace(norm=isinstance(layer, DoRALinear) and layer.training)
-    return Row(name, state, choice.backend, choice.strategy, reason), [part]
+    device = layer.lora_A.device
+    if state == LIBRARY and problem.four_bit and is_on_gpu_path(device.type):
+        reason = f"{reason}; {decoded_by(device)}"
+    return Row(name, state, choice.backend, choice.strategy, reason)
 
 
 def row_of_streamed(
@@ -350,12 +395,12 @@ def row_of_streamed(
     return Row(name, TORCH, "torch", "F.linear", reason)
 
 
-def _experts_row(name: str, layer: Any, x_dtype: torch.dtype | None, rows: int | None) -> Row:
+def _experts_row(name: str, layer: Any, x_dtype: torch.dtype | None) -> Row:
     experts = layer.get_base_layer()
     weight = stack(experts, layer.parameter_name)
     reason = experts_reason(layer, weight.device)
     if reason is not None:
-        return Row(name, PEFT, "peft", "PEFT's own forward", reason)
+        return _unfused_row(name, reason)
     adapter = active_adapter(layer)
     if adapter is None:
         return Row(name, TORCH, "torch", "the base alone", "no active adapter on this layer")
@@ -375,50 +420,6 @@ def _embedding_row(name: str) -> Row:
     return Row(name, LIBRARY, "torch", "lookups, then one GEMM in place", reason)
 
 
-def other_parts(
-    model: nn.Module, layers: Sequence[nn.Module], x_dtype: torch.dtype | None
-) -> Iterator[Part]:
-    """Yield the base GEMM of each linear layer outside of `layers`.
-
-    If PEFT trains copies of a module (`modules_to_save`), only those in use count.
-    """
-    within = {id(module) for layer in layers for module in layer.modules()}
-    for module in model.modules():
-        if isinstance(module, ModulesToSaveWrapper):
-            names, copies = module.active_adapter, module.modules_to_save
-            names = [names] if isinstance(names, str) else list(names or ())
-            used = [copies[name] for name in names if name in copies]
-            if module.disable_adapters or not used:
-                used = [module.original_module]
-            within |= {id(child) for child in module.modules()}
-            within -= {id(child) for chosen in used for child in chosen.modules()}
-    for module in model.modules():
-        if id(module) not in within and not isinstance(module, LoRALayer):
-            yield from _base_part(module, x_dtype, 0)
-
-
-def _base_part(base: Any, x_dtype: torch.dtype | None, R: int) -> Iterator[Part]:
-    """Yield the GEMM that PyTorch runs for a linear layer, with PEFT's update of rank R.
-
-    Yields nothing if the module is not a linear layer.
-    """
-    weight = getattr(base, "weight", None)
-    if not (isinstance(base, nn.Linear) or is_conv1d(base)) or not isinstance(weight, Tensor):
-        return
-    if weight.is_meta or weight.dim() != 2:  # ZeRO-3 and FSDP1 flatten it between forwards
-        return
-    four_bit = is_linear4bit(base)
-    compute = base.compute_dtype if four_bit and base.compute_type_is_set else None
-    if four_bit:
-        N, K = base.out_features, base.in_features
-    else:
-        N, K = reversed(weight.shape) if is_conv1d(base) else weight.shape
-    x_dtype = x_dtype or (weight.dtype if weight.dtype in FLOATS else torch.float32)
-    dtype = base_dtype(weight.device.type, x_dtype, compute)
-    part = Part(weight.device, x_dtype, dtype, N, K, R, four_bit=four_bit, ours=False)
-    yield part._replace(frozen=not weight.requires_grad)
-
-
 def _base_weight(base: nn.Module) -> Tensor | Weight4bit:
     if is_linear4bit(base):
         from .base4bit import weight4bit  # imports bitsandbytes, hence not at the top
@@ -427,34 +428,42 @@ def _base_weight(base: nn.Module) -> Tensor | Weight4bit:
     return base_weight(base)
 
 
-def _mixed_part(
+def _mixed_problem(
     adapters: Sequence[Adapter],
     x_dtype: torch.dtype,
     weight: Tensor | Weight4bit | None,
     compute_dtype: torch.dtype | None,
-) -> Part:
+) -> Problem:
     """Return the call of `multi_lora_linear` for x on the adapters' device."""
     A, B = adapters[0].lora_A.weight, adapters[0].lora_B.weight
     rank = max(adapter.lora_A.weight.shape[0] for adapter in adapters)
-    dtype = base_dtype(A.device.type, x_dtype, compute_dtype)
-    four_bit, layout = isinstance(weight, Weight4bit), _layout(A.device.type, weight, dtype)
-    sizes = B.shape[0], A.shape[1], rank
-    part = Part(A.device, x_dtype, dtype, *sizes, A.dtype, B.dtype, four_bit)
-    return part._replace(mixed=True, layout=layout)
+    call = Call(A, B, 1.0, None, 0.0)
+    return _problem(call, x_dtype, weight, compute_dtype)._replace(rank=rank, mixed=True)
 
 
-def _part(
+def _problem(
     call: Call,
     x_dtype: torch.dtype,
     weight: Tensor | Weight4bit | None,
     compute_dtype: torch.dtype | None,
-) -> Part:
+) -> Problem:
     """Return the call of `lora_linear` for x on the adapter's device."""
     (R, K), N, device = call.lora_A.shape, call.lora_B.shape[0], call.lora_A.device
     dtype = base_dtype(device.type, x_dtype, compute_dtype)
-    dtypes, four_bit = (call.lora_A.dtype, call.lora_B.dtype), isinstance(weight, Weight4bit)
-    part = Part(device, x_dtype, dtype, N, K, R, *dtypes, four_bit)
-    return part._replace(dropout=call.dropout_p > 0, layout=_layout(device.type, weight, dtype))
+    return Problem(
+        device.type,
+        x_dtype,
+        call.lora_A.dtype,
+        call.lora_B.dtype,
+        dtype,
+        R,
+        four_bit=isinstance(weight, Weight4bit),
+        columns=N,
+        inner=K,
+        dropout=call.dropout_p > 0,
+        device_index=device.index,
+        layout=_layout(device.type, weight, dtype),
+    )
 
 
 def _layout(

@@ -236,7 +236,7 @@ def test_peak_is_of_registers_and_no_less_than_a_gemm_reached(
 
 def test_least_seconds_of_a_warm_call_may_read_its_weight_from_a_cache() -> None:
     """512 MiB of weight: a cache may hold 64 of them, and a call with little holds all."""
-    machine = timing.Machine("", 1e9, {torch.float32: 1e15})
+    machine = timing.Machine(1e9, {torch.float32: 1e15})
     large, small = Case(1, 16384, 8192, 4), Case(1, 64, 64, 4)
     cold, warm = (dense.least_seconds(large, "forward", machine, c) for c in ("cold", "warm"))
     assert cold - warm == pytest.approx(timing.COLD_BYTES / 1e9)

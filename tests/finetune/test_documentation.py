@@ -1,9 +1,8 @@
 """Every Python example of the READMEs, docs/ and CONTRIBUTING.md runs as it stands, by itself.
 
 One rule stands for missing inputs: a model or a file that an example names is a tiny one of that
-name in the working folder, where transformers looks before it asks the hub. Beside that, what takes
-long and is no part of the example is done in a shorter way: `compare_methods` trains in this
-process, and `explain(rows=...)` takes a machine's limits that nobody measured.
+name in the working folder, where transformers looks before it asks the hub. Beside that,
+`compare_methods` trains in this process.
 """
 
 from __future__ import annotations
@@ -96,7 +95,6 @@ def test_example_runs_as_it_stands(
     tmp_path: Path,
     request: pytest.FixtureRequest,
     in_this_process: None,
-    unmeasured: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if "trl" in text:

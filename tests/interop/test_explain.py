@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from typing import Any
 
 import pytest
@@ -11,10 +12,11 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import lora_kernels
-from lora_kernels.backends import native
-from lora_kernels.cpu_costs import Machine
+from lora_kernels import selection
+from lora_kernels.backends import cpu, native
+from lora_kernels.core.problem import MANY_ROWS, Choice, Problem
 from lora_kernels.layers import LoRALinear
-from lora_kernels.peft import Explanation, Row, explain, fuse
+from lora_kernels.peft import Explanation, Row, explain, explain_rows, fuse
 from tests.support.peft_models import (
     SIZES,
     SIZES_4BIT,
@@ -149,6 +151,21 @@ def test_reasons_are_those_of_the_choice_of_backend() -> None:
         explain(model).assert_fused(kernels=True)
 
 
+@needs_native
+@pytest.mark.parametrize("rows", [1, 12])
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_explain_of_rows_asks_for_the_choice_that_the_op_asks_for(autocast, rows, asked) -> None:
+    """Rows included."""
+    model = fuse(mlp(torch.float32))
+    with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
+        explain(model, rows=rows)
+        by_explain = {*asked}
+        asked.clear()
+        up, down = model.base_model.model.up, model.base_model.model.down
+        up(batch(torch.float32).view(-1, SIZES[0])[:rows]), down(torch.ones(rows, SIZES[1]))
+    assert len(asked) == 2 and {*asked} == by_explain
+
+
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("adapters", [["default"], ["default", "second"]])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -167,6 +184,100 @@ def test_explain_asks_for_the_choice_that_the_op_asks_for(
     by_op = [problem._replace(rows=0) for problem in asked]
     of_any_rows = dict.fromkeys(problem._replace(rows=0) for problem in by_explain)
     assert len(by_op) == 2 and list(of_any_rows) == by_op
+
+
+PROBLEM = Problem("cpu", *4 * (torch.float32,), 8, columns=64, inner=48)
+
+
+def choices(monkeypatch: pytest.MonkeyPatch, *starts: tuple[int, str]) -> None:
+    """`selection` answers each name from its number of rows on, by backend "cpu" or "BACKEND S"."""
+
+    def choose(problem: Problem) -> Choice:
+        rows = problem.rows
+        name = next(name for at, name in reversed(starts) if rows >= at)
+        if name == "raises":
+            raise RuntimeError("it cannot")
+        backend, _, strategy = name.rpartition(" ")
+        return Choice(backend or "cpu", strategy, f"{rows} rows")
+
+    monkeypatch.setattr(selection, "choose", choose)
+
+
+def test_choose_by_rows_starts_at_the_very_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    starts = ((1, "a"), (2, "b"), (129, "c"), (1003, "a"), (70_000, "d"))
+    choices(monkeypatch, *starts)
+    found = explain_rows.choose_by_rows(PROBLEM)
+    assert tuple((at, choice and choice.strategy) for at, choice in found) == starts
+
+
+@pytest.mark.parametrize(
+    ("starts", "backend", "want"),
+    [
+        (((1, "a"),), "cpu", "a"),
+        (
+            ((1, "a"), (2, "b"), (33, "c"), (34, "b")),
+            "cpu",
+            "a at 1 row, b 2 to 32 rows, c at 33 rows, b from 34 rows on",
+        ),
+        (((1, "cuda s"), (9, "triton t")), "triton", "cuda s up to 8 rows, t from 9 rows on"),
+        (((1, "a"), (17, "raises")), "cpu", "a"),
+        (((1, "raises"), (17, "a")), "cpu", "a"),
+    ],
+    ids=str,
+)
+def test_explain_without_rows_says_the_strategies_of_all(
+    starts: Any, backend: str, want: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choices(monkeypatch, *starts)
+    row = explain(fuse(mlp(torch.float32))).rows[0]
+    assert (row.backend, row.strategy) == (backend, want)
+    many = 1 if starts[-1][1] == "raises" else MANY_ROWS
+    assert row.reason == f"{many} rows"
+
+
+def test_explain_without_rows_whose_strategies_all_raise_raises(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    choices(monkeypatch, (1, "raises"))
+    with pytest.raises(RuntimeError, match="it cannot"):
+        explain(fuse(mlp(torch.float32)))
+
+
+def test_explain_of_rows_says_their_strategy(monkeypatch: pytest.MonkeyPatch) -> None:
+    choices(monkeypatch, (1, "few"), (64, "many"))
+    for model in (fuse(mlp(torch.float32)), nn.Sequential(LoRALinear(48, 64, r=4))):
+        for rows, strategy in (63, "few"), (64, "many"):
+            row = explain(model, rows=rows).rows[0]
+            assert (row.strategy, row.reason) == (strategy, f"{rows} rows")
+
+
+@needs_native
+def test_explain_of_a_forced_strategy_of_few_rows_alone_says_it() -> None:
+    model = fuse(mlp(torch.float32))
+    with lora_kernels.backend("cpu", cpu.GEMV):
+        assert explain(model).rows[0].strategy == cpu.GEMV
+        with pytest.raises(RuntimeError, match="rows"):
+            explain(model, rows=512)
+
+
+@pytest.mark.parametrize("rows", [0, -1, True, 2.0, "2"])
+def test_explain_of_bad_rows_raises(rows: Any) -> None:
+    with pytest.raises(ValueError, match=r"rows: got .*, want a whole number of at least 1"):
+        explain(mlp(torch.float32), rows=rows)
+
+
+def test_json_holds_the_table() -> None:
+    found = explain(fuse(mlp(torch.float32)), rows=100)
+    (up, down), (row, _) = json.loads(found.json())["layers"], found.rows
+    assert up == {**row._asdict(), "parameters": found.parameters[row.layer]}
+    assert down["layer"] == "base_model.model.down"
+
+
+def test_rows_that_name_their_adapters_are_explained_by_the_last_call() -> None:
+    model = two_adapters(fuse(mlp(torch.float32))).eval()
+    model.base_model.model.up(torch.ones(2, SIZES[0]), adapter_names=["default", "second"])
+    row = explain(model, rows=2).rows[0]
+    assert "rows name their adapters, as in the last call: 2 in one" in row.reason
 
 
 def test_dense_layers_have_rows() -> None:
@@ -244,7 +355,7 @@ def test_explain_under_zero3_says_peft_s_and_why() -> None:
         ops = count_ops(lambda: got.append(fused(input_ids=ids).logits))
     assert not {name for name in ops if name.startswith("lora_")}
     assert torch.equal(got[0], want)
-    explain(fused, rows=4, machine=Machine("", 1e10, {torch.float32: 1e11}))
+    explain(fused, rows=4)
 
 
 @pytest.mark.parametrize("build", [mlp, adalora_mlp, dora_mlp, embedding_model])

@@ -19,7 +19,6 @@ import lora_kernels
 from lora_kernels.backends import cpu, cpu_heuristics, native
 from lora_kernels.bench import tolerance
 from lora_kernels.peft import StreamedLinear, explain, fuse, unfuse
-from lora_kernels.timing import Machine
 from tests.support.assertions import assert_bitwise_equal, assert_close_derived
 from tests.support.engines import assert_within
 from tests.support.models import watch_prepared_calls
@@ -180,9 +179,8 @@ def test_explain_says_what_is_streamed(head: Any) -> None:
     explain(fused()).assert_fused()  # which is about LoRA layers
     assert "without an adapter 1 of 1 by our GEMV" in str(explain(fused()))
     assert json.loads(explain(model).json())["linears"] == [here[0]._asdict()]
-    machine = Machine("", 1e10, {f32: 1e11})
     for rows, state in ((few, "ours, kernels"), (few + 1, "PyTorch's")):
-        told = explain(fused(), rows=rows, machine=machine)
+        told = explain(fused(), rows=rows)
         assert told.linears[0].state == state and "head" in str(told)
     assert f"more than {few} rows" in told.linears[0].reason
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from lora_kernels import costs, cpu_costs, device, selection, timing, verdicts
+from lora_kernels import costs, device, selection, verdicts
 from lora_kernels.backends import triton
 from lora_kernels.backends.triton import heuristics, measured
 from lora_kernels.core.problem import Choice, Layout, Problem, Strategy
@@ -379,38 +379,3 @@ def test_gpu_reaches_the_rates_of_its_data_sheet(
         device._gpu.cache_clear()
     assert found.tensor_flops == pytest.approx(gpu.tensor_flops, rel=0.02)
     assert found.fp32_flops == pytest.approx(gpu.fp32_flops, rel=0.02)
-
-
-CPU_CASES: dict[str, dict[str, Any]] = {
-    "bf16": {"M": 60, "dtype": torch.bfloat16},
-    "one row": {"M": 1, "dtype": torch.bfloat16},
-    "codes": {"M": 300, "dtype": torch.float32, "four_bit": True},
-    "no base": {"M": 60, "dtype": torch.bfloat16, "base": False, "adapter_itemsize": 2},
-}
-
-
-@pytest.mark.parametrize(
-    ("name", "strategy", "forward", "backward"),
-    [
-        ("bf16", "fused", 82.6, 264.2),
-        ("bf16", "gemv", 82.6, 264.2),
-        ("bf16", "library", 110.6, 295.0),
-        ("bf16", "peft", 129.8, 339.8),
-        ("one row", "fused", 64.56, 243.06),
-        ("one row", "library", 64.78, 243.28),
-        ("one row", "peft", 65.1, 243.72),
-        ("codes", "fused", 1126.6, 1490.6),
-        ("codes", "gemv_4bit", 1126.6, 1490.6),
-        ("codes", "library", 1259.73, 1623.73),
-        ("codes", "peft", 1259.73, 1623.73),
-        ("no base", "fused", 40.8, 222.0),
-        ("no base", "library", 44.4, 225.6),
-    ],
-)
-def test_predict_of_a_cpu_s_round_rates_is_the_sum_of_the_docstring(
-    name: str, strategy: str, forward: float, backward: float
-) -> None:
-    machine = timing.Machine("", 1e10, {torch.float32: 1e11, torch.bfloat16: 4e11})
-    sizes = cpu_costs.Sizes(N=300, K=500, R=20, **CPU_CASES[name])
-    found = [cpu_costs.predict(machine, sizes, strategy, b) * 1e6 for b in (False, True)]
-    assert found == pytest.approx([forward, backward], rel=1e-3)

@@ -22,7 +22,7 @@ from lora_kernels.bench.case import Case, inputs
 from lora_kernels.bench.experts_case import ExpertsCase
 from lora_kernels.bench.multi import MultiCase
 from lora_kernels.core.problem import _OLD_NAMES, Choice, Layout, Problem, Strategy
-from lora_kernels.peft import predict
+from lora_kernels.peft.explain_rows import choose_by_rows
 from tests.support.engines import check
 
 f32, f64, bf16 = torch.float32, torch.float64, torch.bfloat16
@@ -143,7 +143,7 @@ def test_choose_by_rows_starts_each_strategy_at_its_row(
 ) -> None:
     choose_on(on, dtype)  # on that processor from here on
     problem = Problem("cpu", dtype, dtype, dtype, dtype, 8, **fields)
-    found = predict.choose_by_rows(problem)
+    found = choose_by_rows(problem)
     assert {first: choice.strategy for first, choice in found if choice} == strategies
     is_fused = on.isa in cpu.FUSED_ISAS
     for first, choice in found:

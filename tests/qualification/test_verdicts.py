@@ -18,7 +18,7 @@ from lora_kernels.backends.cuda import constraints
 from lora_kernels.backends.triton import measured
 from lora_kernels.core.problem import ONE_ADAPTER, Layout, Problem
 from lora_kernels.device import DeviceInfo
-from lora_kernels.peft import explain, fuse, predict, row_adapters
+from lora_kernels.peft import explain, explain_rows, fuse, row_adapters
 from lora_kernels.qualification import STRATEGIES
 from lora_kernels.verdicts import Group, Point, Seconds, Verdict
 from tests.support import fake_card
@@ -360,9 +360,9 @@ def test_explain_of_rows_that_name_their_adapters_says_why_it_is_eager(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     verdicts.set_current(0, everything_qualified())
-    on_cpu = predict.Part.problem
-    on_gpu = lambda part, rows: on_cpu(part, rows)._replace(device_type="cuda")  # noqa: E731
-    monkeypatch.setattr(predict.Part, "problem", on_gpu)
+    on_cpu = explain_rows._problem
+    on_gpu = lambda *args: on_cpu(*args)._replace(device_type="cuda")  # noqa: E731
+    monkeypatch.setattr(explain_rows, "_problem", on_gpu)
     model = get_peft_model(nn.Sequential(nn.Linear(64, 64)), LoraConfig(target_modules=["0"]))
     with row_adapters(fuse(model), ["default", "__base__"]):
         model(torch.ones(2, 64))

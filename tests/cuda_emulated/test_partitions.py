@@ -1,16 +1,16 @@
-"""Kernels cut into many parts: splits of a few steps, so that small sizes have several of each.
-`python -m tests.partitions` counts them."""
+"""Kernels cut into many parts: splits of a few steps, so that small sizes have several of each."""
+
+from typing import Any
 
 import pytest
-import torch
 
 import lora_kernels
-from lora_kernels.backends.cuda import COOPERATIVE, OVERLAPPED, TWO_PASS, TWO_PASS_SIMT, equation
-from lora_kernels.bench.case import Case
-from tests.support import codec, exact
-from tests.support.engines import check_norm
+from lora_kernels.backends.cuda import COOPERATIVE, TWO_PASS, equation, launch
+from tests.support import exact
+from tests.support.problems import bf16
 
-f32, bf16 = torch.float32, torch.bfloat16
+UNDROPPED: dict[str, Any] = exact.OPTIONS | {"dropout_p": 0.0}
+MULTIPROCESSORS = 4  # of the emulator, with one block at a time each
 
 
 @pytest.fixture(autouse=True)
@@ -27,50 +27,51 @@ def long_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(equation, "_SPLIT", 512)
 
 
-# Two tiles of 64 rows and of 64 or 128 columns, the last ones short; of 128 elements of K and one
-# more step; of ranks, 16 or 32 at a time.
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """The kernels that the test launches."""
+    found, run = set[str](), launch.run
+    monkeypatch.setattr(launch, "run", lambda name, *args: (found.add(name), run(name, *args)))
+    return found
+
+
+@pytest.fixture
+def every_sum_is_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    split = equation._split
+
+    def checked(size: int, least: int, most: int) -> tuple[int, int]:
+        per_split, splits = split(size, least, most)
+        assert splits > 1, (size, least, most)
+        return per_split, splits
+
+    monkeypatch.setattr(equation, "_split", checked)
+
+
+# Two tiles of 64 rows and of 128 columns, the last ones short; of 128 elements of K and one more
+# step; of ranks, 16 at a time. Skinny GEMMs: ranks in two tiles, dS and dB in one kernel or two.
+@pytest.mark.usefixtures("every_sum_is_split")
 @pytest.mark.parametrize(
-    ("strategy", "sizes", "dtype", "blocksize"),
-    [
-        (TWO_PASS_SIMT, (70, 70, 163, 35), f32, 0),
-        (TWO_PASS_SIMT, (70, 163, 163, 35), f32, 32),
-        (TWO_PASS, (70, 136, 200, 18), bf16, 0),
-        (TWO_PASS, (70, 136, 160, 18), bf16, 64),
-    ],
+    ("sizes", "blocksize"),
+    [((70, 136, 200, 18), 0), ((70, 136, 160, 18), 64), ((140, 136, 136, 70), 0)],
     ids=str,
 )
 def test_lora_linear_in_small_splits_is_exact(
-    strategy: str, sizes: tuple[int, ...], dtype: torch.dtype, blocksize: int
+    sizes: tuple[int, int, int, int], blocksize: int, launched: set[str]
 ) -> None:
-    with lora_kernels.backend("cuda", strategy):
-        exact.check(exact.integers(*sizes, dtype=dtype, **exact.OPTIONS), blocksize)
+    (M, N, K, R), tile_of_ranks = sizes, 64
+    assert M > 64 and min(N, K) > 128 and R > 16
+    with lora_kernels.backend("cuda", TWO_PASS):
+        exact.check(exact.integers(*sizes, dtype=bf16, **UNDROPPED), blocksize)
+    both = {"thin"} if tile_of_ranks < R else {"pair"}
+    assert launched >= {"gemm", "column_sums", "reduce", *both}
 
 
 @pytest.mark.usefixtures("long_splits")
-@pytest.mark.parametrize(
-    ("strategy", "blocksize"), [(COOPERATIVE, 0), (COOPERATIVE, 64), (OVERLAPPED, 64)], ids=str
-)
-def test_few_rows_in_several_turns_are_exact(strategy: str, blocksize: int) -> None:
+@pytest.mark.parametrize("blocksize", [0, 64])
+def test_few_rows_in_several_turns_are_exact(blocksize: int, launched: set[str]) -> None:
     """More tiles than blocks, more of K than the warps of a block take at once, three splits."""
-    case = exact.integers(13, 72, 1088, 5, dtype=bf16, **exact.OPTIONS)
-    with lora_kernels.backend("cuda", strategy):
-        exact.check(case, blocksize)
-
-
-@pytest.mark.parametrize("rank", [70, 18])
-def test_thin_products_in_small_splits_are_exact(rank: int) -> None:
-    """Ranks in two tiles, and dS and dB in one kernel or two."""
-    case = exact.integers(140, 136, 70, rank, **exact.OPTIONS)
-    with lora_kernels.backend("cuda", TWO_PASS_SIMT):
-        exact.check(case)
-
-
-@pytest.mark.usefixtures("long_splits")
-@pytest.mark.parametrize("quant", ["", "nf4-32", "nf4-64-nested"])
-def test_dora_norm_in_small_splits_is_close(quant: str) -> None:
-    check_norm(Case(0, 256, 600, 3, f32, quant=quant, gate=True))
-
-
-@pytest.mark.parametrize("last", codec.LAST_BLOCKS)
-def test_quantize_in_small_splits_is_bitwise(last: str) -> None:
-    codec.check_quantize(codec.weight_of_blocks(7, last))
+    M, N, K, R = 13, 72, 1088, 5
+    assert M > 8 and -(-N // 16) > MULTIPROCESSORS and max(8 * 128, 2 * equation._SPLIT) < K
+    with lora_kernels.backend("cuda", COOPERATIVE):
+        exact.check(exact.integers(M, N, K, R, dtype=bf16, **UNDROPPED), blocksize)
+    assert "decode" in launched

@@ -1,6 +1,7 @@
 """Try mutations: `python -m tests.mutations [ID ...]`.
 
-Each entry of table.toml is one small mistake in one function, with the tests that must notice it.
+Each entry of table.toml is one small mistake in one function of csrc/, with the tests that must
+notice it; sample.py draws mutants of the Python code.
 The tree is copied (the working tree is never touched) and the tests run in the copy: first on the
 sound tree, where all must pass, then on each mutant, where one must fail. A surviving mutant, one
 that does not build, and tests that cannot be collected are failures. A mutation that needs an
@@ -166,9 +167,8 @@ def main() -> int:
         print(f"- {mutation.id:34}         left out: this processor lacks {mutation.needs}")
     mutations = [m for m in chosen if m not in lacking]
 
-    # The sound tree comes first; of the mutants, those that need a build.
     sound = united(m.tests for m in mutations)
-    work: list[str | Mutation] = [*sound, *sorted(mutations, key=lambda m: not m.is_native)]
+    work: list[str | Mutation] = [*sound, *mutations]  # the sound tree comes first
     lock, failures = threading.Lock(), 0
 
     def worker(folder: Path) -> None:

@@ -63,9 +63,8 @@ TESTS = {
     "backends/eager_experts.py": "tests/ops/test_lora_experts.py",
     "peft/swap.py": f"{PEFT} tests/interop/test_lifecycle.py tests/interop/test_frozen.py",
     "peft/adalora.py": "tests/interop/test_equivalence.py tests/interop/test_layer_kinds.py",
-    "peft/report.py": "tests/interop/test_explain.py tests/interop/test_gpu_path.py "
-    "tests/interop/test_predict.py",
-    "peft/traffic.py": "tests/interop/test_gpu_path.py",
+    "peft/report.py": "tests/interop/test_explain.py tests/interop/test_gpu_path.py",
+    "peft/explain_rows.py": "tests/interop/test_explain.py tests/interop/test_gpu_path.py",
 }
 T = TypeVar("T")
 OURS = "operators.py"

@@ -1,8 +1,7 @@
-"""The table of mutations and where each applies."""
+"""The table of mutations of csrc/, and where each applies."""
 
 from __future__ import annotations
 
-import ast
 import re
 import sys
 from dataclasses import dataclass
@@ -15,14 +14,6 @@ else:
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = Path(__file__).parent / "table.toml"
-# Each pair of these has at least one mutation, except several adapters on GPUs.
-BACKENDS = ("eager", "cpu", "triton", "cuda")
-PARTS = ("y", "dx", "dA", "dB", "dg", "dc", "dbias", "scaling", "gate", "column scale", "bias")
-PARTS += ("dropout", "4-bit codes", "nested scales", "block size", "row norm", "several adapters")
-PAIRS = frozenset(f"{backend} {part}" for backend in BACKENDS for part in PARTS) - {
-    "triton several adapters",
-    "cuda several adapters",
-}
 
 
 @dataclass(frozen=True)
@@ -36,9 +27,8 @@ class Mutation:
         find: text that occurs once in `inside`.
         replace: what stands there in the mutant.
         tests: arguments of pytest, after variables for its environment.
-        inside: function, method ("Class.method") or class; "" for the whole file.
+        inside: function or class; "" for the whole file.
         needs: instruction set without which no test can notice the mutant, or "".
-        covers: pairs of backend and part, as in "cuda dx".
     """
 
     id: str
@@ -49,7 +39,6 @@ class Mutation:
     tests: str
     inside: str = ""
     needs: str = ""
-    covers: tuple[str, ...] = ()
 
     @property
     def is_native(self) -> bool:
@@ -58,7 +47,7 @@ class Mutation:
 
     def apply(self, text: str) -> str:
         """Return the mutant of the file's text; ValueError if `find` does not occur once."""
-        start, end = function_span(text, self.inside, self.file.endswith(".py"))
+        start, end = function_span(text, self.inside)
         count = text.count(self.find, start, end)
         if count != 1:
             where = f"{self.file}, {self.inside or 'the whole file'}"
@@ -67,55 +56,35 @@ class Mutation:
 
 
 def read(path: Path = TABLE) -> list[Mutation]:
-    """Read the table; ValueError for a repeated id, an unknown field or an unknown pair."""
+    """Read the table; ValueError for a repeated id or another file."""
     found = []
     for name, entry in tomllib.loads(path.read_text()).items():
         file, _, inside = entry.pop("file").partition("::")
-        covers = tuple(entry.pop("covers", ()))
-        if unknown := set(covers) - PAIRS:
-            raise ValueError(f"{name}: covers: got {', '.join(sorted(unknown))}")
-        found.append(Mutation(name, file=file, inside=inside, covers=covers, **entry))
+        if not file.startswith("csrc/"):
+            raise ValueError(f"{name}: file: got {file}, want one in csrc/")
+        found.append(Mutation(name, file=file, inside=inside, **entry))
     return found
 
 
-def function_span(text: str, name: str, is_python: bool) -> tuple[int, int]:
+def function_span(text: str, name: str) -> tuple[int, int]:
     """Return where the function or class of this name starts and ends; the whole text for "".
 
     Raises ValueError unless it is defined once.
 
-    >>> text = "def f(): return 1\\ndef g(): return 2\\n"
-    >>> start, end = function_span(text, "g", True)
-    >>> text[start:end]
-    'def g(): return 2'
     >>> text = "int f(int n) { return n; }\\nint g() { return f(2); }"
-    >>> start, end = function_span(text, "f", False)
+    >>> start, end = function_span(text, "f")
     >>> text[start:end]
     'f(int n) { return n; }'
     """
     if not name:
         return 0, len(text)
-    spans = _python_spans(text, name) if is_python else _cpp_spans(text, name)
+    spans = _spans(text, name)
     if len(spans) != 1:
         raise ValueError(f"{name} is defined {len(spans)} times, want once")
     return spans[0]
 
 
-def _python_spans(text: str, name: str) -> list[tuple[int, int]]:
-    nodes: list[ast.AST] = [ast.parse(text)]
-    for part in name.split("."):
-        nodes = [
-            child
-            for node in nodes
-            for child in ast.walk(node)
-            if isinstance(child, ast.FunctionDef | ast.ClassDef) and child.name == part
-        ]
-    starts = [0]
-    for line in text.splitlines(keepends=True):
-        starts.append(starts[-1] + len(line))
-    return [(starts[n.lineno - 1], starts[n.end_lineno] - 1) for n in nodes]  # type: ignore[attr-defined]
-
-
-def _cpp_spans(text: str, name: str) -> list[tuple[int, int]]:
+def _spans(text: str, name: str) -> list[tuple[int, int]]:
     """Find definitions `name(...) ... {...}` and `struct name {...}` by matching brackets."""
     spans = []
     for match in re.finditer(rf"\b{re.escape(name)}\s*\(", text):
